@@ -1,0 +1,1 @@
+//! ifnewer: a pull-through cache for container images.

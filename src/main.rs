@@ -1,0 +1,2 @@
+//! The `ifnewer` program.
+fn main() {}
