@@ -1,0 +1,117 @@
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "tests may fail loudly"
+)]
+
+use proptest::prelude::*;
+
+use super::*;
+
+fn accept(lines: &[&str]) -> Accept {
+    let mut headers = HeaderMap::new();
+    for line in lines {
+        headers.append(ACCEPT, line.parse().unwrap());
+    }
+    Accept::read(&headers).unwrap()
+}
+
+#[test]
+fn order_lines_case_and_weights_do_not_make_another_set() {
+    let set = accept(&["a/b, c/d", "e/f"]);
+    for same in [
+        &["e/f", "c/d", "a/b"][..],
+        &["C/D;q=0.5 ,,A/b ; x=y", "e/f,e/f"],
+        &["a/b,c/d,e/f,g/h;q=0"],
+    ] {
+        assert_eq!((accept(same).key(), &accept(same)), (set.key(), &set));
+    }
+    assert_ne!(accept(&["a/b, c/d"]).key(), set.key());
+    assert_ne!(Accept::any().key(), set.key());
+}
+
+#[test]
+fn a_key_is_the_same_in_every_run() {
+    // The first 8 bytes of SHA-256 of nothing, and of "a/b\n".
+    assert_eq!(Accept::any().key(), 0xe3b0_c442_98fc_1c14);
+    assert_eq!(accept(&["a/b"]).key(), key_of(&["a/b".into()]));
+}
+
+#[test]
+fn the_lines_are_passed_on_as_they_came() {
+    let lines = ["a/B;q=0.3, c/d", "nonsense", "x/y"];
+    assert_eq!(
+        accept(&lines)
+            .lines()
+            .map(|line| line.to_str().unwrap())
+            .collect::<Vec<_>>(),
+        lines
+    );
+    assert_eq!(Accept::any().lines().count(), 0);
+}
+
+#[test]
+fn a_type_is_admitted_by_name_by_wildcard_or_by_silence() {
+    for (lines, admitted) in [
+        (&[][..], true),
+        (&["nonsense"], true),
+        (&["*/*"], true),
+        (&["*;q=.2"], true),
+        (&["application/*"], true),
+        (&["a/b", "APPLICATION/VND.oci.image.index.v1+JSON;q=0.1"], true),
+        (&["text/*"], false),
+        (&["application/json"], false),
+        (&["application/vnd.oci.image.index.v1+json;q=0, a/b"], false),
+    ] {
+        let index: MediaType = "application/vnd.oci.image.index.v1+json; charset=utf-8"
+            .parse()
+            .unwrap();
+        assert_eq!(accept(lines).admits(&index), admitted, "{lines:?}");
+    }
+}
+
+#[test]
+fn our_own_set_admits_every_manifest_of_today() {
+    for name in MediaType::CURRENT_MANIFESTS {
+        assert!(Accept::manifests().admits(&name.parse().unwrap()));
+    }
+    let lines: Vec<_> = Accept::manifests()
+        .lines()
+        .map(|line| line.to_str().unwrap().to_owned())
+        .collect();
+    assert_eq!(
+        accept(&lines.iter().map(String::as_str).collect::<Vec<_>>()),
+        Accept::manifests()
+    );
+}
+
+#[test]
+fn too_much_is_refused() {
+    let refused = |line: String| {
+        let mut headers = HeaderMap::new();
+        headers.insert(ACCEPT, line.parse().unwrap());
+        Accept::read(&headers).unwrap_err()
+    };
+    assert_eq!(refused("a/b,".repeat(65)), AcceptError::TooMany { found: 65 });
+    assert_eq!(refused("x".repeat(8193)), AcceptError::TooLong { found: 8193 });
+}
+
+proptest! {
+    #[test]
+    fn a_shuffled_set_has_the_same_key(
+        (types, shuffled) in proptest::collection::vec("[a-z]{1,5}/[a-z+.]{1,9}", 0..20)
+            .prop_flat_map(|types| (Just(types.clone()), Just(types).prop_shuffle())),
+    ) {
+        let lines = |types: &[String]| accept(&types.iter().map(String::as_str).collect::<Vec<_>>());
+        prop_assert_eq!(lines(&types).key(), lines(&shuffled).key());
+    }
+
+    #[test]
+    fn no_line_panics(bytes in proptest::collection::vec(32u8.., 0..60)) {
+        if let Ok(line) = HeaderValue::from_bytes(&bytes) {
+            let _any = Accept::of(vec![line]);
+        }
+    }
+}

@@ -1,0 +1,120 @@
+//! Why a registry gave no usable answer.
+//!
+//! One closed list from which the log line, the metric label, `Warning` and `Cache-Status` are all made. An
+//! answer we dislike (401, 403, 404) is not among them: that is an answer.
+
+use std::fmt;
+
+/// Why a registry gave no usable answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Cause {
+    /// Nobody listens at its address.
+    Refused,
+    /// The connection broke before the answer was whole.
+    Reset,
+    /// No route to its address.
+    Unreachable,
+    /// Its name was not resolved.
+    Dns,
+    /// No trusted TLS connection came about.
+    Tls,
+    /// No connection within its time limit.
+    ConnectTimeout,
+    /// Connected, but the answer or the next part of it did not come in time.
+    Timeout,
+    /// A copy is held and the time set aside for asking is used up.
+    Budget,
+    /// It failed so often that it is left alone for a while.
+    BreakerOpen,
+    /// It answered 429, or did so and asked to wait.
+    RateLimited,
+    /// It answered with a status that says nothing about the image, a 5xx for the most part.
+    Status(u16),
+    /// Its token service gave no token.
+    TokenService,
+    /// Its answer cannot be understood.
+    Malformed,
+    /// Its answer is larger than the limit.
+    TooLarge,
+    /// It redirected too often, or to where it must not.
+    Redirects,
+    /// The bytes are not those of the digest.
+    WrongDigest,
+    /// The operator switched asking off.
+    Offline,
+    /// Too many of our own requests are under way.
+    Busy,
+}
+
+impl Cause {
+    /// The label for metrics and `Cache-Status`; stable, and without the status number to bound their count.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Refused => "refused",
+            Self::Reset => "reset",
+            Self::Unreachable => "unreachable",
+            Self::Dns => "dns",
+            Self::Tls => "tls",
+            Self::ConnectTimeout => "connect-timeout",
+            Self::Timeout => "timeout",
+            Self::Budget => "budget",
+            Self::BreakerOpen => "breaker-open",
+            Self::RateLimited => "rate-limited",
+            Self::Status(_) => "status",
+            Self::TokenService => "token-service",
+            Self::Malformed => "malformed",
+            Self::TooLarge => "too-large",
+            Self::Redirects => "redirects",
+            Self::WrongDigest => "wrong-digest",
+            Self::Offline => "offline",
+            Self::Busy => "busy",
+        }
+    }
+}
+
+/// The end of a sentence that begins with the upstream's name: "ghcr.io" + "refused the connection".
+impl fmt::Display for Cause {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Refused => "refused the connection",
+            Self::Reset => "broke the connection",
+            Self::Unreachable => "cannot be reached",
+            Self::Dns => "has a name that could not be resolved",
+            Self::Tls => "could not be trusted (TLS failed)",
+            Self::ConnectTimeout => "did not take the connection in time",
+            Self::Timeout => "did not answer in time",
+            Self::Budget => "did not answer within the budget",
+            Self::BreakerOpen => "failed repeatedly and is being left alone for a while",
+            Self::RateLimited => "limits the rate of requests (429)",
+            Self::Status(status) => return write!(f, "answered {status}"),
+            Self::TokenService => "has a token service that gave no token",
+            Self::Malformed => "gave an answer that makes no sense",
+            Self::TooLarge => "gave an answer larger than the limit",
+            Self::Redirects => "redirected too often or to a forbidden place",
+            Self::WrongDigest => "sent bytes that do not match their digest",
+            Self::Offline => "is not asked while offline mode is on",
+            Self::Busy => "has too many requests of ours under way",
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cause_ends_a_sentence_and_labels_a_metric() {
+        for (cause, name, sentence) in [
+            (Cause::Refused, "refused", "refused the connection"),
+            (Cause::Status(503), "status", "answered 503"),
+            (Cause::Budget, "budget", "did not answer within the budget"),
+            (
+                Cause::ConnectTimeout,
+                "connect-timeout",
+                "did not take the connection in time",
+            ),
+        ] {
+            assert_eq!((cause.name(), cause.to_string().as_str()), (name, sentence));
+        }
+    }
+}

@@ -1,0 +1,397 @@
+//! Content digests, and the hashing that proves them.
+//!
+//! A [`Digest`] is one we can verify; a [`ForeignDigest`] is well formed, but its algorithm is unknown here:
+//! it may be passed on to an upstream and is never stored. This is the only module that hashes.
+
+use std::fmt;
+use std::str::FromStr;
+
+use hmac::{Hmac, KeyInit, Mac};
+use sha2::{Digest as _, Sha256, Sha512};
+
+/// Longest digest text taken at all, in bytes. The longest we can verify (sha512) has 135.
+pub const DIGEST_BYTES_MAX: usize = 255;
+
+/// A hash algorithm we can verify.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Algorithm {
+    /// SHA-256, 64 hex digits.
+    Sha256,
+    /// SHA-512, 128 hex digits.
+    Sha512,
+}
+
+impl Algorithm {
+    /// The name as written before the colon.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Sha256 => "sha256",
+            Self::Sha512 => "sha512",
+        }
+    }
+
+    /// How many hex digits follow the colon.
+    pub const fn hex_digits(self) -> usize {
+        match self {
+            Self::Sha256 => 64,
+            Self::Sha512 => 128,
+        }
+    }
+}
+
+impl fmt::Display for Algorithm {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+impl FromStr for Algorithm {
+    type Err = DigestError;
+
+    fn from_str(text: &str) -> Result<Self, DigestError> {
+        match text {
+            "sha256" => Ok(Self::Sha256),
+            "sha512" => Ok(Self::Sha512),
+            _ => Err(DigestError::Foreign),
+        }
+    }
+}
+
+/// The digest of some content, by an algorithm we can verify. Kept as bytes; text is made on the way out.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Digest {
+    /// By SHA-256.
+    Sha256([u8; 32]),
+    /// By SHA-512.
+    Sha512([u8; 64]),
+}
+
+impl Digest {
+    /// The digest of `content`.
+    pub fn of(algorithm: Algorithm, content: &[u8]) -> Self {
+        match algorithm {
+            Algorithm::Sha256 => Self::Sha256(Sha256::digest(content).into()),
+            Algorithm::Sha512 => Self::Sha512(Sha512::digest(content).into()),
+        }
+    }
+
+    /// Reads the part after the colon: exactly as many lower-case hex digits as the algorithm has.
+    pub fn from_hex(algorithm: Algorithm, hex: &str) -> Result<Self, DigestError> {
+        let expected = algorithm.hex_digits();
+        if hex.len() != expected {
+            return Err(DigestError::Length {
+                algorithm,
+                expected,
+                found: hex.len(),
+            });
+        }
+        match algorithm {
+            Algorithm::Sha256 => unhex(hex).map(Self::Sha256),
+            Algorithm::Sha512 => unhex(hex).map(Self::Sha512),
+        }
+        .ok_or(DigestError::Hex { algorithm })
+    }
+
+    /// The algorithm it was made by.
+    pub const fn algorithm(&self) -> Algorithm {
+        match self {
+            Self::Sha256(_) => Algorithm::Sha256,
+            Self::Sha512(_) => Algorithm::Sha512,
+        }
+    }
+
+    /// The raw bytes, 32 or 64.
+    pub const fn as_bytes(&self) -> &[u8] {
+        match self {
+            Self::Sha256(bytes) => bytes,
+            Self::Sha512(bytes) => bytes,
+        }
+    }
+
+    /// The part after the colon, lower-case.
+    pub fn hex(&self) -> String {
+        self.as_bytes()
+            .iter()
+            .flat_map(|byte| hex_pair(*byte))
+            .map(char::from)
+            .collect()
+    }
+}
+
+impl fmt::Display for Digest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut text = [0; 128];
+        for (pair, byte) in text.chunks_exact_mut(2).zip(self.as_bytes()) {
+            pair.copy_from_slice(&hex_pair(*byte));
+        }
+        let (hex, _) = text
+            .split_at_checked(self.algorithm().hex_digits())
+            .ok_or(fmt::Error)?;
+        f.write_str(self.algorithm().as_str())?;
+        f.write_str(":")?;
+        f.write_str(std::str::from_utf8(hex).map_err(|_| fmt::Error)?)
+    }
+}
+
+impl fmt::Debug for Digest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+impl FromStr for Digest {
+    type Err = DigestError;
+
+    fn from_str(text: &str) -> Result<Self, DigestError> {
+        match text.parse()? {
+            AnyDigest::Known(digest) => Ok(digest),
+            AnyDigest::Foreign(_) => Err(DigestError::Foreign),
+        }
+    }
+}
+
+/// A well-formed digest of an algorithm we cannot verify (`blake3:…`): passed through, never stored.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ForeignDigest(Box<str>);
+
+impl ForeignDigest {
+    /// The whole text, `algorithm:encoded`.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for ForeignDigest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl fmt::Debug for ForeignDigest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// Any digest the grammar allows (image-spec, descriptor.md, "Digests").
+///
+/// A wrong sha256 or sha512 (short, upper-case) is an error, never a foreign digest.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum AnyDigest {
+    /// One we can verify.
+    Known(Digest),
+    /// One we can only pass on.
+    Foreign(ForeignDigest),
+}
+
+impl AnyDigest {
+    /// The digest, if we can verify it.
+    pub const fn known(&self) -> Option<&Digest> {
+        match self {
+            Self::Known(digest) => Some(digest),
+            Self::Foreign(_) => None,
+        }
+    }
+}
+
+impl From<Digest> for AnyDigest {
+    fn from(digest: Digest) -> Self {
+        Self::Known(digest)
+    }
+}
+
+impl fmt::Display for AnyDigest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Known(digest) => digest.fmt(f),
+            Self::Foreign(digest) => fmt::Display::fmt(digest, f),
+        }
+    }
+}
+
+impl FromStr for AnyDigest {
+    type Err = DigestError;
+
+    fn from_str(text: &str) -> Result<Self, DigestError> {
+        if text.len() > DIGEST_BYTES_MAX {
+            return Err(DigestError::TooLong { found: text.len() });
+        }
+        let (algorithm, encoded) = text.split_once(':').ok_or(DigestError::Grammar)?;
+        match algorithm.parse() {
+            Ok(algorithm) => Digest::from_hex(algorithm, encoded).map(Self::Known),
+            Err(_) if is_algorithm(algorithm) && is_encoded(encoded) => {
+                Ok(Self::Foreign(ForeignDigest(text.into())))
+            }
+            Err(_) => Err(DigestError::Grammar),
+        }
+    }
+}
+
+/// Hashes content as it passes by.
+#[derive(Clone)]
+pub struct Hasher(State);
+
+#[derive(Clone)]
+enum State {
+    Sha256(Sha256),
+    Sha512(Sha512),
+}
+
+impl Hasher {
+    /// A hasher that has seen nothing yet.
+    pub fn new(algorithm: Algorithm) -> Self {
+        Self(match algorithm {
+            Algorithm::Sha256 => State::Sha256(Sha256::new()),
+            Algorithm::Sha512 => State::Sha512(Sha512::new()),
+        })
+    }
+
+    /// Takes the next bytes of the content.
+    pub fn update(&mut self, bytes: &[u8]) {
+        match &mut self.0 {
+            State::Sha256(state) => state.update(bytes),
+            State::Sha512(state) => state.update(bytes),
+        }
+    }
+
+    /// The digest of everything taken.
+    pub fn finish(self) -> Digest {
+        match self.0 {
+            State::Sha256(state) => Digest::Sha256(state.finalize().into()),
+            State::Sha512(state) => Digest::Sha512(state.finalize().into()),
+        }
+    }
+}
+
+impl fmt::Debug for Hasher {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let algorithm = match self.0 {
+            State::Sha256(_) => Algorithm::Sha256,
+            State::Sha512(_) => Algorithm::Sha512,
+        };
+        f.debug_tuple("Hasher").field(&algorithm).finish()
+    }
+}
+
+/// HMAC-SHA-256 (RFC 2104) of `message` under `secret`: names a principal without keeping its credential.
+pub fn keyed(secret: &[u8], message: &[u8]) -> [u8; 32] {
+    // A key longer than a block counts as its hash, a shorter one as padded with zeros (RFC 2104 §2). Done
+    // here, because a key of exactly one block is the one that `hmac` takes without a possible error.
+    let hashed: [u8; 32];
+    let short = if secret.len() > 64 {
+        hashed = Sha256::digest(secret).into();
+        &hashed[..]
+    } else {
+        secret
+    };
+    let mut block = [0; 64];
+    for (slot, byte) in block.iter_mut().zip(short) {
+        *slot = *byte;
+    }
+    let mut mac = Hmac::<Sha256>::new(&block.into());
+    mac.update(message);
+    mac.finalize().into_bytes().into()
+}
+
+/// Why a text is not a digest. The fault of whoever wrote it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, thiserror::Error)]
+pub enum DigestError {
+    /// Not `algorithm:encoded`.
+    #[error("a digest is written algorithm:encoded, for example sha256:<64 hex digits>")]
+    Grammar,
+    /// A known algorithm with a wrong number of digits.
+    #[error("a {algorithm} digest has {expected} hex digits, not {found}")]
+    Length {
+        /// The algorithm named.
+        algorithm: Algorithm,
+        /// How many digits it has.
+        expected: usize,
+        /// How many were given.
+        found: usize,
+    },
+    /// A known algorithm, but something other than lower-case hex digits.
+    #[error("a {algorithm} digest is written in lower-case hex digits")]
+    Hex {
+        /// The algorithm named.
+        algorithm: Algorithm,
+    },
+    /// A well-formed digest where only one we can verify will do.
+    #[error("only sha256 and sha512 digests can be verified")]
+    Foreign,
+    /// Longer than [`DIGEST_BYTES_MAX`].
+    #[error("a digest of {found} bytes is too long")]
+    TooLong {
+        /// Its length in bytes.
+        found: usize,
+    },
+}
+
+/// `algorithm ::= component (separator component)*`, lower-case components, separators `+._-`.
+fn is_algorithm(text: &str) -> bool {
+    text.split(['+', '.', '_', '-']).all(|component| {
+        !component.is_empty()
+            && component
+                .bytes()
+                .all(|byte| matches!(byte, b'a'..=b'z' | b'0'..=b'9'))
+    })
+}
+
+fn is_encoded(text: &str) -> bool {
+    !text.is_empty()
+        && text
+            .bytes()
+            .all(|byte| matches!(byte, b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'=' | b'_' | b'-'))
+}
+
+const NOT_HEX: u8 = 0xff;
+
+/// The value of each lower-case hex digit.
+#[expect(
+    clippy::indexing_slicing,
+    reason = "runs at compile time, where a wrong index is an error"
+)]
+const HEX_VALUE: [u8; 256] = {
+    let mut table = [NOT_HEX; 256];
+    let mut value: u8 = 0;
+    while value < 16 {
+        let digit = if value < 10 {
+            b'0' + value
+        } else {
+            b'a' + value - 10
+        };
+        table[digit as usize] = value;
+        value += 1;
+    }
+    table
+};
+
+fn hex_value(digit: u8) -> u8 {
+    HEX_VALUE.get(usize::from(digit)).copied().unwrap_or(NOT_HEX)
+}
+
+fn hex_pair(byte: u8) -> [u8; 2] {
+    let digit = |value: u8| {
+        if value < 10 {
+            b'0' + value
+        } else {
+            b'a' + value - 10
+        }
+    };
+    [digit(byte >> 4), digit(byte & 0x0f)]
+}
+
+/// Reads `2 × N` hex digits. Looks at all of them before judging, so that the loop has no branch.
+fn unhex<const N: usize>(hex: &str) -> Option<[u8; N]> {
+    let mut bytes = [0; N];
+    let mut wrong = 0;
+    for (byte, pair) in bytes.iter_mut().zip(hex.as_bytes().chunks_exact(2)) {
+        let &[high, low] = pair else { return None };
+        let (high, low) = (hex_value(high), hex_value(low));
+        wrong |= high | low;
+        *byte = high << 4 | low & 0x0f;
+    }
+    (wrong & 0xf0 == 0).then_some(bytes)
+}
+
+#[cfg(test)]
+mod tests;

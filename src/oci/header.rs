@@ -1,0 +1,137 @@
+//! Names of headers that `http` does not know, and the small headers that need reading.
+
+use http::header::LINK;
+use http::{HeaderMap, HeaderName};
+
+/// The digest of what is answered.
+pub const DOCKER_CONTENT_DIGEST: HeaderName = HeaderName::from_static("docker-content-digest");
+/// `registry/2.0`, for old docker.
+pub const DOCKER_DISTRIBUTION_API_VERSION: HeaderName =
+    HeaderName::from_static("docker-distribution-api-version");
+/// Which filters a list of referrers went through.
+pub const OCI_FILTERS_APPLIED: HeaderName = HeaderName::from_static("oci-filters-applied");
+/// The `ns` that was used.
+pub const OCI_NAMESPACE: HeaderName = HeaderName::from_static("oci-namespace");
+/// The manifest an uploaded one is about.
+pub const OCI_SUBJECT: HeaderName = HeaderName::from_static("oci-subject");
+/// What the cache did (RFC 9211).
+pub const CACHE_STATUS: HeaderName = HeaderName::from_static("cache-status");
+/// Docker Hub: pulls allowed in a window.
+pub const RATELIMIT_LIMIT: HeaderName = HeaderName::from_static("ratelimit-limit");
+/// Docker Hub: pulls left in it.
+pub const RATELIMIT_REMAINING: HeaderName = HeaderName::from_static("ratelimit-remaining");
+/// Docker Hub: whom they are counted for, an address or an account.
+pub const DOCKER_RATELIMIT_SOURCE: HeaderName = HeaderName::from_static("docker-ratelimit-source");
+
+/// Longest address of a next page taken, in bytes.
+pub const LINK_BYTES_MAX: usize = 4096;
+/// Longest name of whom pulls are counted for, in bytes.
+pub const RATE_SOURCE_BYTES_MAX: usize = 128;
+
+/// How many pulls an upstream still allows, as far as it said.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct RateLimit {
+    /// Pulls allowed in a window.
+    pub limit: Option<u64>,
+    /// Pulls left in it.
+    pub remaining: Option<u64>,
+    /// The length of the window, in seconds.
+    pub window_s: Option<u64>,
+    /// Whom the pulls are counted for.
+    pub source: Option<String>,
+}
+
+impl RateLimit {
+    /// Reads what an answer says; fields it does not state, or states oddly, are none.
+    pub fn read(headers: &HeaderMap) -> Self {
+        let text = |name: &HeaderName| headers.get(name).and_then(|value| value.to_str().ok());
+        let (limit, limit_window) = text(&RATELIMIT_LIMIT).map_or((None, None), read_quota);
+        let (remaining, remaining_window) = text(&RATELIMIT_REMAINING).map_or((None, None), read_quota);
+        let source = text(&DOCKER_RATELIMIT_SOURCE).map(str::trim);
+        Self {
+            limit,
+            remaining,
+            window_s: limit_window.or(remaining_window),
+            source: source
+                .filter(|source| !source.is_empty() && source.len() <= RATE_SOURCE_BYTES_MAX)
+                .map(str::to_owned),
+        }
+    }
+
+    /// Whether the answer said nothing about a limit.
+    pub fn is_unknown(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+/// Where the next page of a list is: the target of `rel="next"` (RFC 8288) with its host and fragment left
+/// out, so that whoever follows it comes back to us. A target relative to the request stays so.
+pub fn next_link(headers: &HeaderMap) -> Option<String> {
+    let lines = headers
+        .get_all(LINK)
+        .iter()
+        .filter_map(|value| value.to_str().ok());
+    lines
+        .filter(|line| line.len() <= LINK_BYTES_MAX)
+        .find_map(next_of_line)
+}
+
+/// `100;w=21600`: a number, and the window in seconds.
+fn read_quota(text: &str) -> (Option<u64>, Option<u64>) {
+    let mut parts = text.split(';').map(str::trim);
+    let quota = parts.next().and_then(|quota| quota.parse().ok());
+    let window = parts.find_map(|part| part.strip_prefix("w=")?.parse().ok());
+    (quota, window)
+}
+
+fn next_of_line(line: &str) -> Option<String> {
+    let mut rest = line;
+    while let Some((_, link)) = rest.split_once('<') {
+        let (target, after) = link.split_once('>')?;
+        let (parameters, following) = split_at_comma(after);
+        rest = following;
+        if parameters.split(';').any(is_next) {
+            return path_and_query(target);
+        }
+    }
+    None
+}
+
+fn split_at_comma(text: &str) -> (&str, &str) {
+    let mut in_quotes = false;
+    let comma = text.find(|c| {
+        in_quotes ^= c == '"';
+        c == ',' && !in_quotes
+    });
+    comma
+        .and_then(|at| text.split_at_checked(at))
+        .unwrap_or((text, ""))
+}
+
+fn is_next(parameter: &str) -> bool {
+    parameter.split_once('=').is_some_and(|(name, value)| {
+        let mut relations = value.trim().trim_matches('"').split_ascii_whitespace();
+        name.trim().eq_ignore_ascii_case("rel") && relations.any(|word| word.eq_ignore_ascii_case("next"))
+    })
+}
+
+fn path_and_query(target: &str) -> Option<String> {
+    let target = target.trim().split('#').next().unwrap_or_default();
+    let after_scheme = match target.split_once("://") {
+        Some((scheme, rest)) if scheme.bytes().all(|byte| byte.is_ascii_alphanumeric()) => Some(rest),
+        _ => target.strip_prefix("//"),
+    };
+    let local = match after_scheme {
+        Some(rest) => rest.get(rest.find(['/', '?'])?..)?,
+        None => target,
+    };
+    // What would still name a host must not come out: `https://a//b`, `/\b` to a browser, `odd+scheme://b`.
+    let first = local.split(['/', '?']).next().unwrap_or_default();
+    let names_host = local.starts_with("//") || first.contains(':');
+    let plain = local.bytes().all(|byte| byte.is_ascii_graphic() && byte != b'\\');
+    let safe = !local.is_empty() && !names_host && plain;
+    safe.then(|| local.to_owned())
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,116 @@
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "tests may fail loudly"
+)]
+
+use proptest::prelude::*;
+
+use super::*;
+
+fn headers(lines: &[(HeaderName, &str)]) -> HeaderMap {
+    let mut headers = HeaderMap::new();
+    for (name, value) in lines {
+        headers.append(name, value.parse().unwrap());
+    }
+    headers
+}
+
+fn next(lines: &[&str]) -> Option<String> {
+    next_link(&headers(
+        &lines.iter().map(|line| (LINK, *line)).collect::<Vec<_>>(),
+    ))
+}
+
+#[test]
+fn docker_hub_s_rate_limit_is_read() {
+    let said = headers(&[
+        (RATELIMIT_LIMIT, "100;w=21600"),
+        (RATELIMIT_REMAINING, "76;w=21600"),
+        (DOCKER_RATELIMIT_SOURCE, "192.0.2.1"),
+    ]);
+    let limit = RateLimit {
+        limit: Some(100),
+        remaining: Some(76),
+        window_s: Some(21_600),
+        source: Some("192.0.2.1".into()),
+    };
+    assert_eq!(RateLimit::read(&said), limit);
+    assert!(RateLimit::read(&HeaderMap::new()).is_unknown());
+    let odd = headers(&[(RATELIMIT_LIMIT, "many;w=x"), (RATELIMIT_REMAINING, " 5 ; w=60")]);
+    assert_eq!(
+        RateLimit::read(&odd),
+        RateLimit {
+            remaining: Some(5),
+            window_s: Some(60),
+            ..RateLimit::default()
+        }
+    );
+    assert!(RateLimit::read(&headers(&[(DOCKER_RATELIMIT_SOURCE, &"a".repeat(200))])).is_unknown());
+}
+
+#[test]
+fn the_next_page_is_found_and_loses_its_host() {
+    for (line, target) in [
+        (
+            r#"</v2/a/tags/list?n=2&last=b>; rel="next""#,
+            "/v2/a/tags/list?n=2&last=b",
+        ),
+        (
+            "<https://ghcr.io/v2/a/tags/list?last=b>;rel=next",
+            "/v2/a/tags/list?last=b",
+        ),
+        (r#"<//ghcr.io/v2/a?last=b#x>; REL="prev NEXT""#, "/v2/a?last=b"),
+        (r#"<?last=b>; rel="next""#, "?last=b"),
+        (r#"<https://ghcr.io?last=b>; rel="next""#, "?last=b"),
+        (r#"<tags/list?last=b>; rel="next""#, "tags/list?last=b"),
+        (
+            r#"</a?x=https://b>; title="x, <y>"; rel="next""#,
+            "/a?x=https://b",
+        ),
+        (r#"</p>; rel="prev", </n>; rel="next""#, "/n"),
+    ] {
+        assert_eq!(next(&[line]).as_deref(), Some(target), "{line}");
+    }
+    assert_eq!(
+        next(&[r#"</p>; rel="prev""#, r#"</n>; rel="next""#]).as_deref(),
+        Some("/n")
+    );
+}
+
+#[test]
+fn what_is_no_next_page_is_none() {
+    for line in [
+        "",
+        "<",
+        "</a",
+        "</a>",
+        r#"</a>; rel="prev""#,
+        r#"</a>; title="next""#,
+        r#"<>; rel="next""#,
+        r#"<https://ghcr.io>; rel="next""#,
+        r#"<https://ghcr.io//evil.example/>; rel="next""#,
+        r#"</a b>; rel="next""#,
+        r#"</\evil.example/>; rel="next""#,
+        r#"<odd+scheme://evil.example/>; rel="next""#,
+        "next",
+    ] {
+        assert_eq!(next(&[line]), None, "{line}");
+    }
+    assert_eq!(
+        next(&[&format!(r#"</{}>; rel="next""#, "a".repeat(LINK_BYTES_MAX))]),
+        None
+    );
+}
+
+proptest! {
+    #[test]
+    fn a_target_never_names_a_host(line in "[ -~]{0,60}|(<(https?:)?/{0,4}[a-z/?:#]{0,20}>; rel=\"next\",?){1,2}") {
+        if let Some(target) = next(&[&line]) {
+            prop_assert!(!target.starts_with("//"));
+            prop_assert!(!target.split(['/', '?']).next().unwrap().contains(':'));
+        }
+    }
+}

@@ -1,0 +1,349 @@
+//! What of a manifest we must understand: its type, and what it points to.
+//!
+//! A manifest is served as the bytes that came and is never written anew, so this is only a view. It is
+//! tolerant: unknown fields are passed over, and one odd descriptor is counted, not fatal, because clients
+//! may never touch it. What cannot be read unambiguously is refused: repeated keys, and `manifests` beside
+//! `layers` (CVE-2021-41190).
+
+use std::fmt;
+use std::marker::PhantomData;
+
+use serde::Deserialize;
+use serde::de::{Deserializer, IgnoredAny, SeqAccess, Visitor};
+
+use super::digest::{AnyDigest, Digest};
+
+mod media_type;
+
+pub use media_type::{MEDIA_TYPE_BYTES_MAX, MediaType, MediaTypeError};
+
+/// Largest manifest read, in bytes: what registries should take (spec, "Pushing manifests") and podman's own
+/// limit.
+pub const MANIFEST_BYTES_MAX: usize = 4 * 1024 * 1024;
+/// Most descriptors a manifest may have.
+pub const CHILDREN_MAX: usize = 10_000;
+
+/// What a manifest says about itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Manifest {
+    /// Its `mediaType`, which some manifests leave out and which the `Content-Type` then tells.
+    pub media_type: Option<MediaType>,
+    /// What it points to and cannot be used without: config, layers or manifests, in that order.
+    pub children: Vec<Descriptor>,
+    /// The manifest this one is about, if that is named by a digest we can verify.
+    pub subject: Option<Digest>,
+    /// What shape it has.
+    pub kind: Kind,
+    /// How many descriptors could not be read and are missing from `children`.
+    pub odd: usize,
+}
+
+/// The shape of a manifest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Kind {
+    /// A list of manifests.
+    Index,
+    /// Config and layers, of an image or of an artifact in an image's clothes.
+    Image,
+    /// Anything else, docker's schema 1 among it.
+    Other,
+}
+
+/// One thing a manifest points to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Descriptor {
+    /// Its stated type.
+    pub media_type: Option<MediaType>,
+    /// Its digest.
+    pub digest: AnyDigest,
+    /// Its stated size in bytes.
+    pub size: Option<u64>,
+    /// The platform it is for, in an index.
+    pub platform: Option<Platform>,
+    /// How it is used, and so by which endpoint it is fetched.
+    pub role: Role,
+    /// Whether it names other places (`urls`) to fetch it from: the registry may not have it.
+    pub foreign: bool,
+}
+
+/// How a descriptor is used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Role {
+    /// The config blob.
+    Config,
+    /// A blob: a layer, or whatever else is not a manifest.
+    Layer,
+    /// A manifest.
+    Manifest,
+}
+
+/// The platform of a manifest in an index.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Deserialize)]
+pub struct Platform {
+    /// `linux`, `windows`, …
+    pub os: String,
+    /// `amd64`, `arm64`, …
+    pub architecture: String,
+    /// `v7`, …
+    #[serde(default)]
+    pub variant: Option<String>,
+}
+
+impl fmt::Display for Platform {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.os, self.architecture)?;
+        self.variant
+            .as_ref()
+            .map_or(Ok(()), |variant| write!(f, "/{variant}"))
+    }
+}
+
+impl Manifest {
+    /// Reads a manifest of at most [`MANIFEST_BYTES_MAX`] and [`CHILDREN_MAX`].
+    pub fn read(bytes: &[u8]) -> Result<Self, ManifestError> {
+        if bytes.len() > MANIFEST_BYTES_MAX {
+            return Err(ManifestError::TooLarge { found: bytes.len() });
+        }
+        // A JSON list would be read as the fields in order.
+        if bytes.trim_ascii_start().first() != Some(&b'{') {
+            return Err(ManifestError::Json { line: 1, column: 1 });
+        }
+        let view: View = serde_json::from_slice(bytes).map_err(|error| ManifestError::Json {
+            line: error.line(),
+            column: error.column(),
+        })?;
+        if view.manifests.present && (view.layers.present || view.config.is_some()) {
+            return Err(ManifestError::Ambiguous);
+        }
+        let lists = [
+            view.manifests.count,
+            view.layers.count,
+            view.blobs.count,
+            view.fs_layers.count,
+        ];
+        let found = lists.iter().sum();
+        if found > CHILDREN_MAX {
+            return Err(ManifestError::TooMany { found });
+        }
+        let media_type = view.media_type.and_then(|text| text.0?.parse::<MediaType>().ok());
+        let kind = if view.manifests.present || media_type.as_ref().is_some_and(MediaType::is_index) {
+            Kind::Index
+        } else if view.layers.present || view.config.is_some() {
+            Kind::Image
+        } else {
+            Kind::Other
+        };
+        let subject = view.subject.and_then(|subject| subject.0?.digest.parse().ok());
+        let mut manifest = Self {
+            media_type,
+            children: Vec::new(),
+            subject,
+            kind,
+            odd: 0,
+        };
+        if let Some(config) = view.config {
+            manifest.add(config.0, Role::Config);
+        }
+        manifest.add_all(view.layers, Role::Layer);
+        manifest.add_all(view.blobs, Role::Layer);
+        manifest.add_all(view.fs_layers, Role::Layer);
+        manifest.add_all(view.manifests, Role::Manifest);
+        Ok(manifest)
+    }
+
+    fn add_all<T: Into<RawDescriptor>>(&mut self, list: List<T>, role: Role) {
+        self.odd += list.odd();
+        for raw in list.readable {
+            self.add(Some(raw.into()), role);
+        }
+    }
+
+    fn add(&mut self, raw: Option<RawDescriptor>, role: Role) {
+        match raw.and_then(|raw| raw.read(role)) {
+            Some(child) => self.children.push(child),
+            None => self.odd += 1,
+        }
+    }
+}
+
+/// Why bytes are not a manifest. The fault of whoever pushed it, or of what stands between.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, thiserror::Error)]
+pub enum ManifestError {
+    /// Larger than [`MANIFEST_BYTES_MAX`].
+    #[error("a manifest of {found} bytes is too large, {MANIFEST_BYTES_MAX} are allowed")]
+    TooLarge {
+        /// Its size in bytes.
+        found: usize,
+    },
+    /// Not a JSON object of the right shape.
+    #[error("not the JSON of a manifest (line {line}, column {column})")]
+    Json {
+        /// Where, from 1.
+        line: usize,
+        /// Where in the line, from 1.
+        column: usize,
+    },
+    /// More descriptors than [`CHILDREN_MAX`].
+    #[error("a manifest with {found} descriptors is too large, {CHILDREN_MAX} are allowed")]
+    TooMany {
+        /// How many it has.
+        found: usize,
+    },
+    /// An index and an image at once: two clients could read two different images from it.
+    #[error("it is both an index and an image")]
+    Ambiguous,
+}
+
+/// The fields read. A field with an unexpected type counts as absent where that does no harm.
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase", expecting = "a manifest")]
+struct View {
+    media_type: Option<Lenient<String>>,
+    config: Option<Lenient<RawDescriptor>>,
+    #[serde(default)]
+    layers: List<RawDescriptor>,
+    #[serde(default)]
+    manifests: List<RawDescriptor>,
+    /// Of the withdrawn OCI artifact manifest.
+    #[serde(default)]
+    blobs: List<RawDescriptor>,
+    /// Of docker's schema 1.
+    #[serde(default)]
+    fs_layers: List<OldLayer>,
+    subject: Option<Lenient<RawDescriptor>>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct RawDescriptor {
+    digest: String,
+    media_type: Option<Lenient<String>>,
+    size: Option<Lenient<u64>>,
+    platform: Option<Lenient<Platform>>,
+    urls: Option<Lenient<Vec<IgnoredAny>>>,
+}
+
+impl RawDescriptor {
+    fn read(self, role: Role) -> Option<Descriptor> {
+        let media_type = self.media_type.and_then(|text| text.0?.parse::<MediaType>().ok());
+        // An index may list blobs (build caches do); they are fetched as blobs.
+        let role = match (role, &media_type) {
+            (Role::Manifest, Some(media_type)) if !media_type.is_manifest() => Role::Layer,
+            (role, _) => role,
+        };
+        Some(Descriptor {
+            digest: self.digest.parse().ok()?,
+            size: self.size.and_then(|size| size.0),
+            platform: self.platform.and_then(|platform| platform.0),
+            foreign: self
+                .urls
+                .and_then(|urls| urls.0)
+                .is_some_and(|urls| !urls.is_empty()),
+            media_type,
+            role,
+        })
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct OldLayer {
+    blob_sum: String,
+}
+
+impl From<OldLayer> for RawDescriptor {
+    fn from(layer: OldLayer) -> Self {
+        Self {
+            digest: layer.blob_sum,
+            media_type: None,
+            size: None,
+            platform: None,
+            urls: None,
+        }
+    }
+}
+
+/// A value of the type expected, or nothing if it has another.
+struct Lenient<T>(Option<T>);
+
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for Lenient<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        #[derive(Deserialize)]
+        #[serde(untagged)]
+        enum Either<T> {
+            Right(T),
+            Odd(IgnoredAny),
+        }
+        Ok(Self(match Either::deserialize(deserializer)? {
+            Either::Right(value) => Some(value),
+            Either::Odd(_) => None,
+        }))
+    }
+}
+
+/// A list that keeps its readable items up to [`CHILDREN_MAX`] and counts all, so that a hostile one stays
+/// small.
+struct List<T> {
+    present: bool,
+    count: usize,
+    readable: Vec<T>,
+}
+
+impl<T> Default for List<T> {
+    fn default() -> Self {
+        Self {
+            present: false,
+            count: 0,
+            readable: Vec::new(),
+        }
+    }
+}
+
+impl<T> List<T> {
+    fn odd(&self) -> usize {
+        self.count - self.readable.len()
+    }
+}
+
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for List<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(ListVisitor(PhantomData))
+    }
+}
+
+struct ListVisitor<T>(PhantomData<T>);
+
+impl<'de, T: Deserialize<'de>> Visitor<'de> for ListVisitor<T> {
+    type Value = List<T>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a list of descriptors")
+    }
+
+    /// `null`, which Go writes for a list that was never made.
+    fn visit_unit<E>(self) -> Result<List<T>, E> {
+        Ok(List::default())
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<List<T>, A::Error> {
+        let mut read = List {
+            present: true,
+            ..List::default()
+        };
+        while read.count < CHILDREN_MAX
+            && let Some(item) = items.next_element::<Lenient<T>>()?
+        {
+            read.count += 1;
+            read.readable.extend(item.0);
+        }
+        if read.count == CHILDREN_MAX {
+            while items.next_element::<IgnoredAny>()?.is_some() {
+                read.count += 1;
+            }
+        }
+        Ok(read)
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,287 @@
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "tests may fail loudly"
+)]
+
+use proptest::prelude::*;
+use serde_json::{Value, json};
+
+use super::super::Algorithm;
+use super::*;
+
+fn digest(content: &str) -> Digest {
+    Digest::of(Algorithm::Sha256, content.as_bytes())
+}
+
+fn descriptor(content: &str) -> Value {
+    json!({ "mediaType": "application/octet-stream", "digest": digest(content).to_string(), "size": content.len() })
+}
+
+fn read(value: &Value) -> Result<Manifest, ManifestError> {
+    Manifest::read(value.to_string().as_bytes())
+}
+
+fn roles(manifest: &Manifest) -> Vec<(Role, AnyDigest)> {
+    manifest
+        .children
+        .iter()
+        .map(|child| (child.role, child.digest.clone()))
+        .collect()
+}
+
+#[test]
+fn an_image_names_its_config_and_layers_in_order() {
+    let image = read(&json!({
+        "schemaVersion": 2,
+        "mediaType": "application/vnd.oci.image.manifest.v1+json",
+        "config": descriptor("config"),
+        "layers": [descriptor("one"), { "digest": digest("two").to_string(), "urls": ["https://elsewhere"] }],
+        "subject": descriptor("subject"),
+        "annotations": { "a": "b" },
+    }))
+    .unwrap();
+    assert_eq!(
+        (image.kind, image.odd, image.subject),
+        (Kind::Image, 0, Some(digest("subject")))
+    );
+    assert_eq!(
+        roles(&image),
+        [
+            (Role::Config, digest("config").into()),
+            (Role::Layer, digest("one").into()),
+            (Role::Layer, digest("two").into())
+        ]
+    );
+    assert_eq!(
+        image
+            .children
+            .iter()
+            .map(|child| (child.size, child.foreign))
+            .collect::<Vec<_>>(),
+        [(Some(6), false), (Some(3), false), (None, true)]
+    );
+}
+
+#[test]
+fn an_index_names_its_manifests_and_their_platforms() {
+    let mut arm = descriptor("arm");
+    arm["mediaType"] = json!("application/vnd.oci.image.manifest.v1+json");
+    arm["platform"] = json!({ "os": "linux", "architecture": "arm", "variant": "v7", "os.version": "1" });
+    let mut untyped = descriptor("untyped");
+    untyped["mediaType"] = Value::Null;
+    untyped["platform"] = json!({ "os": 7 });
+    // A build cache lists blobs in an index.
+    let index = read(&json!({ "manifests": [arm, untyped, descriptor("blob")] })).unwrap();
+    assert_eq!(
+        (index.kind, index.media_type.is_none(), index.odd),
+        (Kind::Index, true, 0)
+    );
+    assert_eq!(
+        index.children.iter().map(|child| child.role).collect::<Vec<_>>(),
+        [Role::Manifest, Role::Manifest, Role::Layer]
+    );
+    assert_eq!(
+        index.children[0].platform.as_ref().unwrap().to_string(),
+        "linux/arm/v7"
+    );
+    assert_eq!(index.children[1].platform, None);
+}
+
+#[test]
+fn one_odd_descriptor_is_counted_and_the_others_stay() {
+    let image = read(&json!({
+        "config": "nonsense",
+        "layers": [
+            descriptor("one"), 7, null, {}, { "digest": "sha256:short" }, { "digest": 7 },
+            { "digest": digest("two").to_string(), "size": -1, "mediaType": 7, "urls": "x", "platform": [] },
+            { "digest": "blake3:00" },
+        ],
+    }))
+    .unwrap();
+    assert_eq!((image.kind, image.odd), (Kind::Image, 6));
+    assert_eq!(
+        roles(&image),
+        [
+            (Role::Layer, digest("one").into()),
+            (Role::Layer, digest("two").into()),
+            (Role::Layer, "blake3:00".parse().unwrap())
+        ]
+    );
+    assert_eq!(
+        (
+            image.children[1].size,
+            image.children[1].media_type.clone(),
+            image.children[1].foreign
+        ),
+        (None, None, false)
+    );
+}
+
+#[test]
+fn other_shapes_are_other_and_say_what_they_can() {
+    let old =
+        read(&json!({ "schemaVersion": 1, "fsLayers": [{ "blobSum": digest("old").to_string() }, {}] }))
+            .unwrap();
+    assert_eq!(
+        (old.kind, roles(&old), old.odd),
+        (Kind::Other, vec![(Role::Layer, digest("old").into())], 1)
+    );
+    let artifact = read(&json!({
+        "mediaType": "application/vnd.oci.artifact.manifest.v1+json", "blobs": [descriptor("b")],
+    }))
+    .unwrap();
+    assert_eq!((artifact.kind, artifact.children.len()), (Kind::Other, 1));
+    let empty = read(&json!({ "mediaType": 7, "layers": null, "manifests": null, "subject": "x" })).unwrap();
+    assert_eq!(
+        (empty.kind, empty.children.len(), empty.odd, empty.subject),
+        (Kind::Other, 0, 0, None)
+    );
+    let empty_index = json!({ "mediaType": "application/vnd.oci.image.index.v1+json" });
+    assert_eq!(read(&empty_index).unwrap().kind, Kind::Index);
+}
+
+#[test]
+fn what_two_clients_could_read_differently_is_refused() {
+    let both = json!({ "manifests": [], "layers": [] });
+    assert_eq!(read(&both), Err(ManifestError::Ambiguous));
+    let both = json!({ "manifests": [], "config": descriptor("c") });
+    assert_eq!(read(&both), Err(ManifestError::Ambiguous));
+    for text in [
+        r#"{"layers":[],"layers":[]}"#,
+        r#"{"layers":{}}"#,
+        "[null,null]",
+        "7",
+        "",
+        "{",
+        "{}x",
+    ] {
+        assert!(
+            matches!(Manifest::read(text.as_bytes()), Err(ManifestError::Json { .. })),
+            "{text}"
+        );
+    }
+}
+
+#[test]
+fn what_is_too_large_is_refused() {
+    let padded = |bytes: usize| [b"{}".to_vec(), vec![b' '; bytes - 2]].concat();
+    assert!(Manifest::read(&padded(MANIFEST_BYTES_MAX)).is_ok());
+    let found = MANIFEST_BYTES_MAX + 1;
+    assert_eq!(
+        Manifest::read(&padded(found)),
+        Err(ManifestError::TooLarge { found })
+    );
+    assert_eq!(
+        read(&json!({ "layers": vec![0; CHILDREN_MAX] })).unwrap().odd,
+        CHILDREN_MAX
+    );
+    let found = CHILDREN_MAX + 5;
+    assert_eq!(
+        read(&json!({ "layers": vec![0; found] })),
+        Err(ManifestError::TooMany { found })
+    );
+    assert_eq!(
+        read(&json!({ "layers": vec![0; CHILDREN_MAX], "blobs": [0] })),
+        Err(ManifestError::TooMany {
+            found: CHILDREN_MAX + 1
+        })
+    );
+}
+
+#[test]
+fn media_types_are_kept_to_the_letter_and_known_by_their_essence() {
+    for (text, essence, index, image, manifest) in [
+        ("application/vnd.oci.image.index.v1+json", None, true, false, true),
+        (
+            "application/vnd.docker.distribution.manifest.list.v2+json",
+            None,
+            true,
+            false,
+            true,
+        ),
+        (
+            "application/vnd.oci.image.manifest.v1+json",
+            None,
+            false,
+            true,
+            true,
+        ),
+        (
+            "application/vnd.docker.distribution.manifest.v2+json",
+            None,
+            false,
+            true,
+            true,
+        ),
+        (
+            "application/vnd.docker.distribution.manifest.v1+prettyjws",
+            None,
+            false,
+            false,
+            true,
+        ),
+        (
+            "application/vnd.docker.distribution.manifest.v1+json",
+            None,
+            false,
+            false,
+            true,
+        ),
+        (
+            "Application/VND.oci.image.manifest.v1+json; charset=utf-8",
+            Some("Application/VND.oci.image.manifest.v1+json"),
+            false,
+            true,
+            true,
+        ),
+        ("application/json", None, false, false, false),
+    ] {
+        let media_type: MediaType = text.parse().unwrap();
+        assert_eq!(media_type.as_str(), text);
+        assert_eq!(media_type.essence(), essence.unwrap_or(text));
+        assert_eq!(
+            (
+                media_type.is_index(),
+                media_type.is_image(),
+                media_type.is_manifest()
+            ),
+            (index, image, manifest)
+        );
+    }
+    for text in [
+        "", "json", "a/", "/b", "a/b/c", " a/b", "a/b ", "a/b\n", "a/é", "a b/c", ";a/b",
+    ] {
+        assert_eq!(
+            text.parse::<MediaType>(),
+            Err(MediaTypeError::Grammar),
+            "{text:?}"
+        );
+    }
+    let long = format!("a/{}", "b".repeat(254));
+    assert_eq!(
+        long.parse::<MediaType>(),
+        Err(MediaTypeError::TooLong { found: 256 })
+    );
+}
+
+proptest! {
+    #[test]
+    fn every_layer_is_either_read_or_counted(
+        layers in proptest::collection::vec(prop_oneof![
+            "[a-z]{1,5}".prop_map(|content| descriptor(&content)),
+            any::<u8>().prop_map(|number| json!({ "digest": number })),
+            Just(json!([])),
+        ], 0..40)
+    ) {
+        let image = read(&json!({ "layers": layers })).unwrap();
+        prop_assert_eq!(image.children.len() + image.odd, layers.len());
+    }
+
+    #[test]
+    fn no_bytes_panic(bytes: Vec<u8>, text in "\\{(\"(layers|config|manifests|digest|size)\"[:,]|[\\[\\]{},:0-9]|null){0,30}") {
+        let _any = (Manifest::read(&bytes), Manifest::read(text.as_bytes()));
+    }
+}

@@ -1,0 +1,262 @@
+//! One validated read request of the spec: what is asked for, apart from how and by whom.
+//!
+//! Writes are not operations: they pass through untouched or are refused, and nobody needs to understand
+//! them. Nor is `/v2/_catalog`: it would list names to people who may not know them.
+
+use std::borrow::Cow;
+use std::fmt::Write as _;
+
+use http::{Method, StatusCode};
+
+use super::digest::{AnyDigest, DigestError};
+use super::error::ErrorCode;
+use super::name::{NameError, Reference, ReferenceError, Repository};
+use super::query::{Query, QueryError};
+
+/// A read request.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Operation {
+    /// `/v2/` (end-1): is this a registry, and how does it authenticate?
+    Ping,
+    /// A manifest by tag or digest (end-3).
+    Manifest {
+        /// The repository named in the path.
+        repository: Repository,
+        /// Which manifest.
+        reference: Reference,
+    },
+    /// A blob (end-2).
+    Blob {
+        /// The repository named in the path.
+        repository: Repository,
+        /// Which blob.
+        digest: AnyDigest,
+    },
+    /// The tags of a repository (end-8).
+    Tags {
+        /// The repository named in the path.
+        repository: Repository,
+        /// `n`, `last` and whatever else was sent.
+        query: Query,
+    },
+    /// What refers to a manifest (end-12).
+    Referrers {
+        /// The repository named in the path.
+        repository: Repository,
+        /// The manifest referred to.
+        digest: AnyDigest,
+        /// `artifactType` and whatever else was sent.
+        query: Query,
+    },
+}
+
+impl Operation {
+    /// Reads a request line: method, path as sent, and query without its `?`.
+    ///
+    /// A name may hold the words `manifests`, `blobs`, `referrers` and `tags`, so the *last* such word
+    /// decides. Percent-encoding is refused, as no name needs it, except `%3A` for the colon of a digest. The
+    /// query counts for tags and referrers only; `ns` is left out of it ([`Query::parse`] tells it).
+    pub fn parse(method: &Method, path: &str, query: Option<&str>) -> Result<Self, Malformed> {
+        let rest = if path == "/v2" {
+            ""
+        } else {
+            path.strip_prefix("/v2/").ok_or(Malformed::Path)?
+        };
+        check_method(method)?;
+        if rest.is_empty() {
+            return Ok(Self::Ping);
+        }
+        if let Some(name) = rest.strip_suffix("/tags/list") {
+            let query = Query::parse(query).and_then(|(query, _)| query.with_page_limit())?;
+            return Ok(Self::Tags {
+                repository: repository(name)?,
+                query,
+            });
+        }
+        let (name, resource, reference) = split_at_last_resource(rest)?;
+        match resource {
+            Resource::Manifests => Ok(Self::Manifest {
+                repository: repository(name)?,
+                reference: with_colon(reference).parse().map_err(|error| match error {
+                    ReferenceError::Tag(error) => Malformed::Tag(error),
+                    ReferenceError::Digest(error) => Malformed::Digest(error),
+                })?,
+            }),
+            // Asking how far an upload has come belongs to a push, whatever its verb.
+            Resource::Blobs if reference == "uploads" || reference.starts_with("uploads/") => {
+                Err(Malformed::Write {
+                    method: method.clone(),
+                })
+            }
+            Resource::Blobs => Ok(Self::Blob {
+                repository: repository(name)?,
+                digest: with_colon(reference).parse()?,
+            }),
+            Resource::Referrers => Ok(Self::Referrers {
+                repository: repository(name)?,
+                digest: with_colon(reference).parse()?,
+                query: Query::parse(query)?.0,
+            }),
+        }
+    }
+
+    /// The repository asked about; none for [`Operation::Ping`].
+    pub const fn repository(&self) -> Option<&Repository> {
+        match self {
+            Self::Ping => None,
+            Self::Manifest { repository, .. }
+            | Self::Blob { repository, .. }
+            | Self::Tags { repository, .. }
+            | Self::Referrers { repository, .. } => Some(repository),
+        }
+    }
+
+    /// The same request about another repository; a ping stays a ping.
+    #[must_use]
+    pub fn with_repository(mut self, new: Repository) -> Self {
+        match &mut self {
+            Self::Ping => {}
+            Self::Manifest { repository, .. }
+            | Self::Blob { repository, .. }
+            | Self::Tags { repository, .. }
+            | Self::Referrers { repository, .. } => *repository = new,
+        }
+        self
+    }
+
+    /// Path and query as an upstream is asked: `/v2/<name>/manifests/<reference>`, without `ns`.
+    pub fn path_and_query(&self) -> String {
+        let Some(repository) = self.repository() else {
+            return "/v2/".to_owned();
+        };
+        let mut text = String::with_capacity(repository.as_str().len() + 160);
+        text.push_str("/v2/");
+        text.push_str(repository.as_str());
+        // Writing to a `String` cannot fail.
+        let _infallible = match self {
+            Self::Ping => Ok(()),
+            Self::Manifest { reference, .. } => write!(text, "/manifests/{reference}"),
+            Self::Blob { digest, .. } => write!(text, "/blobs/{digest}"),
+            Self::Tags { query, .. } => write!(text, "/tags/list{query}"),
+            Self::Referrers { digest, query, .. } => write!(text, "/referrers/{digest}{query}"),
+        };
+        text
+    }
+}
+
+/// Why a request is not one we answer. The fault of the client.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Malformed {
+    /// No such endpoint.
+    #[error("there is no such endpoint")]
+    Path,
+    /// The repository's name is wrong.
+    #[error("repository: {0}")]
+    Repository(NameError),
+    /// The tag is wrong, so no manifest can have it.
+    #[error("tag: {0}")]
+    Tag(NameError),
+    /// The digest is wrong.
+    #[error("digest: {0}")]
+    Digest(#[from] DigestError),
+    /// The query is wrong.
+    #[error("query: {0}")]
+    Query(#[from] QueryError),
+    /// Part of a push or a deletion: only a door that passes writes through can take it.
+    #[error("this is a cache that is only read, and this {method} is part of a push or a deletion")]
+    Write {
+        /// The verb sent; a reading one where the path is that of an upload.
+        method: Method,
+    },
+    /// A verb that has no meaning here.
+    #[error("only GET and HEAD are answered")]
+    Method,
+}
+
+impl Malformed {
+    /// The code for the error body.
+    pub const fn code(&self) -> ErrorCode {
+        match self {
+            Self::Repository(_) => ErrorCode::NameInvalid,
+            Self::Tag(_) => ErrorCode::TagInvalid,
+            Self::Digest(_) => ErrorCode::DigestInvalid,
+            Self::Path | Self::Query(_) | Self::Write { .. } | Self::Method => ErrorCode::Unsupported,
+        }
+    }
+
+    /// The status to answer with. A wrong tag is 404: the conformance suite asks for one to see a missing
+    /// manifest.
+    pub const fn status(&self) -> StatusCode {
+        match self {
+            Self::Path | Self::Tag(_) => StatusCode::NOT_FOUND,
+            Self::Repository(_) | Self::Digest(_) | Self::Query(_) => StatusCode::BAD_REQUEST,
+            Self::Write { .. } | Self::Method => StatusCode::METHOD_NOT_ALLOWED,
+        }
+    }
+}
+
+fn check_method(method: &Method) -> Result<(), Malformed> {
+    match *method {
+        Method::GET | Method::HEAD => Ok(()),
+        Method::POST | Method::PUT | Method::PATCH | Method::DELETE => Err(Malformed::Write {
+            method: method.clone(),
+        }),
+        _ => Err(Malformed::Method),
+    }
+}
+
+#[derive(Clone, Copy)]
+enum Resource {
+    Manifests,
+    Blobs,
+    Referrers,
+}
+
+impl Resource {
+    const ALL: [(Self, &str); 3] = [
+        (Self::Manifests, "/manifests/"),
+        (Self::Blobs, "/blobs/"),
+        (Self::Referrers, "/referrers/"),
+    ];
+}
+
+/// Name, resource and reference of a path, divided at the last `/<resource>/`.
+fn split_at_last_resource(rest: &str) -> Result<(&str, Resource, &str), Malformed> {
+    // A right reference has no slash, so the two last slashes nearly always enclose the resource.
+    if let Some((before, reference)) = rest.rsplit_once('/')
+        && let Some((name, word)) = before.rsplit_once('/')
+    {
+        match word {
+            "manifests" => return Ok((name, Resource::Manifests, reference)),
+            "blobs" => return Ok((name, Resource::Blobs, reference)),
+            "referrers" => return Ok((name, Resource::Referrers, reference)),
+            _ => {}
+        }
+    }
+    Resource::ALL
+        .into_iter()
+        .filter_map(|(resource, mark)| {
+            rest.rsplit_once(mark)
+                .map(|(name, reference)| (name, resource, reference))
+        })
+        .max_by_key(|(name, ..)| name.len())
+        .ok_or(Malformed::Path)
+}
+
+fn repository(name: &str) -> Result<Repository, Malformed> {
+    name.parse().map_err(Malformed::Repository)
+}
+
+/// The reference with a percent-encoded colon decoded; some HTTP libraries encode it.
+fn with_colon(reference: &str) -> Cow<'_, str> {
+    let Some((before, after)) = reference.split_once('%') else {
+        return Cow::Borrowed(reference);
+    };
+    match after.strip_prefix("3A").or_else(|| after.strip_prefix("3a")) {
+        Some(after) => Cow::Owned([before, ":", after].concat()),
+        None => Cow::Borrowed(reference),
+    }
+}
+
+#[cfg(test)]
+mod tests;

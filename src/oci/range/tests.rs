@@ -1,0 +1,159 @@
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "tests may fail loudly"
+)]
+
+use proptest::prelude::*;
+
+use super::ByteRange::{Between, From, Last};
+use super::*;
+
+fn read(text: &str) -> RangeRequest {
+    RangeRequest::read(Some(&text.parse().unwrap()))
+}
+
+#[test]
+fn ranges_of_the_grammar_are_read_and_others_ignored() {
+    let single = RangeRequest::Single;
+    for (text, request) in [
+        ("bytes=0-1", single(Between { first: 0, last: 1 })),
+        ("Bytes = 5 - ", single(From(5))),
+        ("bytes=-7", single(Last(7))),
+        ("bytes=500-0", single(Between { first: 500, last: 0 })),
+        ("bytes=,1-,", single(From(1))),
+        (
+            "bytes=0-99999999999999999999",
+            single(Between {
+                first: 0,
+                last: u64::MAX,
+            }),
+        ),
+        (
+            "bytes=0-1, 4-",
+            RangeRequest::Multi(vec![Between { first: 0, last: 1 }, From(4)]),
+        ),
+        ("", RangeRequest::None),
+        ("bytes", RangeRequest::None),
+        ("bytes=", RangeRequest::None),
+        ("bytes=-", RangeRequest::None),
+        ("bytes=a-b", RangeRequest::None),
+        ("bytes=+1-2", RangeRequest::None),
+        ("bytes=--1", RangeRequest::None),
+        ("bytes=1", RangeRequest::None),
+        ("bytes=1-2,x", RangeRequest::None),
+        ("items=0-1", RangeRequest::None),
+    ] {
+        assert_eq!(read(text), request, "{text}");
+    }
+    assert_eq!(RangeRequest::read(None), RangeRequest::None);
+    assert!(matches!(
+        read(&format!("bytes={}", ["0-0"; 16].join(","))),
+        RangeRequest::Multi(_)
+    ));
+    assert_eq!(
+        read(&format!("bytes={}", ["0-0"; 17].join(","))),
+        RangeRequest::None
+    );
+}
+
+#[test]
+fn a_range_is_clipped_to_the_body_or_unsatisfiable() {
+    for (range, size, bytes) in [
+        // The cases of the conformance suite, with a body of 4,000 bytes.
+        (
+            Between {
+                first: 500,
+                last: 1499,
+            },
+            4000,
+            Some((500, 1500)),
+        ),
+        (From(500), 4000, Some((500, 4000))),
+        (Last(500), 4000, Some((3500, 4000))),
+        (
+            Between {
+                first: 2000,
+                last: 5000,
+            },
+            4000,
+            Some((2000, 4000)),
+        ),
+        (Between { first: 500, last: 0 }, 4000, None),
+        (
+            Between {
+                first: 5000,
+                last: 10_000,
+            },
+            4000,
+            None,
+        ),
+        (From(3999), 4000, Some((3999, 4000))),
+        (From(4000), 4000, None),
+        (Last(0), 4000, None),
+        (Last(9999), 4000, Some((0, 4000))),
+        (
+            Between {
+                first: 0,
+                last: u64::MAX,
+            },
+            4000,
+            Some((0, 4000)),
+        ),
+        (From(0), 0, None),
+        (Last(1), 0, None),
+    ] {
+        let span = range.resolve(size);
+        assert_eq!(
+            span.map(|span| (span.start, span.end_exclusive)),
+            bytes,
+            "{range} of {size}"
+        );
+    }
+}
+
+#[test]
+fn content_range_is_written_and_read() {
+    let span = Span::new(0, 2).unwrap();
+    assert_eq!(
+        (content_range(span, 10), unsatisfied(10)),
+        ("bytes 0-1/10".into(), "bytes */10".into())
+    );
+    assert_eq!(parse_content_range("bytes 0-1/10"), Some((span, Some(10))));
+    assert_eq!(parse_content_range("Bytes 0-1/*"), Some((span, None)));
+    for text in [
+        "",
+        "bytes",
+        "bytes */10",
+        "bytes 1-0/10",
+        "bytes 0-10/10",
+        "bytes 0-1",
+        "items 0-1/10",
+        "bytes 0-x/10",
+        "bytes -1/10",
+        "bytes 0-18446744073709551615/*",
+        "bytes 0-1/99999999999999999999",
+    ] {
+        assert_eq!(parse_content_range(text), None, "{text}");
+    }
+}
+
+proptest! {
+    #[test]
+    fn a_span_lies_in_the_body_and_survives_text(first: u64, last: u64, size: u64) {
+        for range in [From(first), Between { first, last }, Last(last)] {
+            if let Some(span) = range.resolve(size) {
+                prop_assert!(span.start < span.end_exclusive && span.end_exclusive <= size);
+                prop_assert_eq!(parse_content_range(&content_range(span, size)), Some((span, Some(size))));
+            }
+            prop_assert_eq!(read(&format!("bytes={range}")), RangeRequest::Single(range));
+        }
+    }
+
+    #[test]
+    fn no_header_panics(text in "[ -~]{0,40}|bytes=[0-9, -]{0,40}") {
+        let _any = (read(&text), parse_content_range(&text));
+    }
+}
