@@ -1,0 +1,230 @@
+//! Who may read what: the upstream's own word, remembered. Pure; the road collects the evidence, [`standing`] weighs it.
+//!
+//! A *principal* is a credential's keyed hash, so that a grant can be kept on disk while the credential is not. A
+//! *grant* is the upstream's 2xx to that principal in one repository. It says nothing about another repository, and
+//! nothing about a digest: a hostile manifest can name any digest, so bytes held because of repository A are readable
+//! through repository B only once the upstream was *seen* to have them there.
+
+use std::fmt;
+use std::time::{Duration, SystemTime};
+
+use crate::oci::digest::keyed;
+use crate::policy::Standing;
+
+/// Who asks: HMAC-SHA-256 of the credential under the install secret. Tells nothing about the credential, and nothing
+/// on another installation.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Principal([u8; 32]);
+
+impl Principal {
+    /// The principal of a client's `Authorization` value, as sent.
+    pub fn of_credential(secret: &[u8], authorization: &[u8]) -> Self {
+        Self::of(secret, b"credential", authorization)
+    }
+
+    /// Whoever asks without a credential. What the upstream shows to it, it shows to everyone.
+    pub fn anonymous(secret: &[u8]) -> Self {
+        Self::of(secret, b"anonymous", b"")
+    }
+
+    /// The proxy itself, where an upstream is configured with `access = "shared"`.
+    pub fn proxy(secret: &[u8]) -> Self {
+        Self::of(secret, b"proxy", b"")
+    }
+
+    /// The keyed hash, for keys of maps and records.
+    pub fn as_bytes(&self) -> &[u8; 32] {
+        &self.0
+    }
+
+    /// The class is part of the message, so that no credential can be made to hash to another class's principal.
+    fn of(secret: &[u8], class: &[u8], authorization: &[u8]) -> Self {
+        Self(keyed(secret, &[class, b"\0", authorization].concat()))
+    }
+}
+
+/// Even a hash of a credential has no business in a log in full.
+impl fmt::Debug for Principal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [a, b, c, ..] = self.0;
+        write!(f, "Principal({a:02x}{b:02x}{c:02x}…)")
+    }
+}
+
+/// What is known of a principal's right to read one thing in one repository.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Evidence {
+    /// The upstream is configured with `access = "shared"`: whoever reaches the listener is entitled.
+    pub shared: bool,
+    /// When the upstream last said yes to this principal in this repository.
+    pub granted_at: Option<SystemTime>,
+    /// When the upstream last said yes to the anonymous principal in this repository.
+    pub public_at: Option<SystemTime>,
+    /// Whether what is asked for was seen in this repository. Always true for a tag, which is a name *of* the repository.
+    pub seen: bool,
+}
+
+/// How long the upstream's yes is good for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Lifetimes {
+    /// While the upstream answers.
+    pub grant: Duration,
+    /// While it is silent. Also how long a repository counts as public before it is asked again.
+    pub offline_grant: Duration,
+}
+
+/// Weighs the evidence.
+pub fn standing(evidence: &Evidence, lifetimes: &Lifetimes, now: SystemTime) -> Standing {
+    if !evidence.seen {
+        return Standing::Unknown;
+    }
+    if evidence.shared || within(evidence.public_at, lifetimes.offline_grant, now) {
+        return Standing::Vouched;
+    }
+    if within(evidence.granted_at, lifetimes.grant, now) {
+        return Standing::Vouched;
+    }
+    // What everyone could read once is no secret in an outage, however long ago that was.
+    if evidence.public_at.is_some() || within(evidence.granted_at, lifetimes.offline_grant, now) {
+        return Standing::Lapsed;
+    }
+    Standing::Unknown
+}
+
+/// A moment in the future (the clock stepped back) proves nothing about the present.
+fn within(at: Option<SystemTime>, lifetime: Duration, now: SystemTime) -> bool {
+    at.is_some_and(|at| now.duration_since(at).is_ok_and(|age| age < lifetime))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LIFETIMES: Lifetimes = Lifetimes {
+        grant: Duration::from_secs(300),
+        offline_grant: Duration::from_secs(43_200),
+    };
+
+    fn now() -> SystemTime {
+        SystemTime::UNIX_EPOCH + Duration::from_secs(10_000_000)
+    }
+
+    fn ago(seconds: u64) -> Option<SystemTime> {
+        Some(now() - Duration::from_secs(seconds))
+    }
+
+    #[test]
+    fn standing_follows_the_evidence() {
+        let nothing = Evidence {
+            seen: true,
+            ..Evidence::default()
+        };
+        let later = Some(now() + Duration::from_secs(9));
+        let table = [
+            ("no evidence", nothing, Standing::Unknown),
+            (
+                "granted just now",
+                Evidence {
+                    granted_at: ago(0),
+                    ..nothing
+                },
+                Standing::Vouched,
+            ),
+            (
+                "granted within the grant",
+                Evidence {
+                    granted_at: ago(299),
+                    ..nothing
+                },
+                Standing::Vouched,
+            ),
+            (
+                "granted too long ago",
+                Evidence {
+                    granted_at: ago(300),
+                    ..nothing
+                },
+                Standing::Lapsed,
+            ),
+            (
+                "granted before any outage",
+                Evidence {
+                    granted_at: ago(43_200),
+                    ..nothing
+                },
+                Standing::Unknown,
+            ),
+            (
+                "granted in the future",
+                Evidence {
+                    granted_at: later,
+                    ..nothing
+                },
+                Standing::Unknown,
+            ),
+            (
+                "public",
+                Evidence {
+                    public_at: ago(43_199),
+                    ..nothing
+                },
+                Standing::Vouched,
+            ),
+            (
+                "public long ago",
+                Evidence {
+                    public_at: ago(9_000_000),
+                    ..nothing
+                },
+                Standing::Lapsed,
+            ),
+            (
+                "shared",
+                Evidence {
+                    shared: true,
+                    ..nothing
+                },
+                Standing::Vouched,
+            ),
+        ];
+        for (name, evidence, expected) in table {
+            assert_eq!(standing(&evidence, &LIFETIMES, now()), expected, "{name}");
+            let unseen = Evidence {
+                seen: false,
+                ..evidence
+            };
+            assert_eq!(
+                standing(&unseen, &LIFETIMES, now()),
+                Standing::Unknown,
+                "{name}, never seen here"
+            );
+        }
+    }
+
+    #[test]
+    fn principals_differ_by_credential_class_and_installation() {
+        let all = [
+            Principal::anonymous(b"one"),
+            Principal::proxy(b"one"),
+            Principal::of_credential(b"one", b""),
+            Principal::of_credential(b"one", b"Basic YTpi"),
+            Principal::of_credential(b"one", b"Bearer YTpi"),
+            Principal::of_credential(b"two", b"Basic YTpi"),
+        ];
+        for (i, a) in all.iter().enumerate() {
+            for b in all.iter().skip(i + 1) {
+                assert_ne!(a, b);
+            }
+        }
+        assert_eq!(
+            Principal::of_credential(b"one", b"x"),
+            Principal::of_credential(b"one", b"x")
+        );
+    }
+
+    #[test]
+    fn a_principal_is_not_printed_in_full() {
+        let printed = format!("{:?}", Principal::of_credential(b"one", b"Basic YTpi"));
+        assert!(printed.len() < 24, "{printed}");
+    }
+}

@@ -1,0 +1,443 @@
+//! The decision: what to do with a request, given everything that is known. Pure; the product's heart.
+//!
+//! [`decide`] is called at most three times for one request. Before asking, it may say [`Verdict::Ask`]; the road then
+//! sends one `HEAD` **with the client's own credential** and calls it again with what was [`Heard`]. That `HEAD` is
+//! both the freshness check and the authorisation check, which is how a held copy never becomes a way around a private
+//! registry's authentication. Should a fetch that followed fail, it is called once more with [`Heard::Undelivered`].
+//!
+//! There is no clock, no I/O and no handle here: a [`Situation`] can be printed, kept in a failing test, or shown by
+//! the admin API, and always yields the same [`Verdict`]. `policy/tests.rs` enumerates every situation against laws of
+//! safety (what may never be served) and of economy (what may never be asked or fetched).
+
+pub mod rules;
+
+#[cfg(test)]
+mod tests;
+
+use std::fmt;
+use std::str::FromStr;
+use std::time::{Duration, SystemTime};
+
+use crate::oci::{Cause, Digest};
+
+/// Decides what to do. Total: every situation has a verdict.
+pub fn decide(situation: &Situation) -> Verdict {
+    let s = situation;
+    match s.heard {
+        Heard::Nothing => before_asking(s),
+        Heard::Named { digest, held } => named(s, digest, held),
+        Heard::Unnamed => unnamed(s),
+        Heard::Absent => absent(s),
+        Heard::Refused(Whose::Client) => Verdict::Refuse(Refusal::Forbidden),
+        Heard::Refused(Whose::Proxy) => own_credential_refused(s),
+        Heard::Silent(cause) => silent(s, cause, Served::Stale(cause)),
+        Heard::Undelivered(cause) => silent(s, cause, Served::NewUnavailable(cause)),
+    }
+}
+
+/// Everything the decision depends on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Situation {
+    /// The policy of the rule that matched.
+    pub policy: Policy,
+    /// What is asked for.
+    pub subject: Subject,
+    /// The copy that could be served, if there is one.
+    pub held: Option<Held>,
+    /// What the upstream has shown about this principal's right to read.
+    pub standing: Standing,
+    /// What the upstream said to the question, once it was put.
+    pub heard: Heard,
+    /// What to do when the upstream says that the tag is gone.
+    pub absent: Absence,
+    /// For how long after a confirmation a tag is served without asking.
+    pub fresh: Duration,
+    /// For how long after a confirmation a tag is served while the upstream is silent; `None`: forever.
+    pub stale: Option<Duration>,
+    /// The time of the request.
+    pub now: SystemTime,
+}
+
+impl Situation {
+    /// The same situation after something was heard.
+    #[must_use]
+    pub fn having_heard(self, heard: Heard) -> Self {
+        Self { heard, ..self }
+    }
+
+    /// A confirmation in the future (the clock stepped back) says nothing about age, so it counts as old.
+    fn confirmed_within(&self, held: Held, limit: Duration) -> bool {
+        self.now
+            .duration_since(held.confirmed_at)
+            .is_ok_and(|age| age < limit)
+    }
+}
+
+/// The pull policies, in the words of GitLab Runner and Kubernetes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Policy {
+    /// Nothing is served that the upstream has not confirmed now.
+    Always,
+    /// The upstream is asked; the held copy is served when it is unchanged or the upstream is silent.
+    #[default]
+    IfNewer,
+    /// What is held is served without asking for a newer one.
+    IfNotPresent,
+    /// Only what is held; the upstream is never contacted.
+    Never,
+}
+
+impl Policy {
+    /// Every policy, in the order of the documentation.
+    pub const ALL: [Self; 4] = [Self::Always, Self::IfNewer, Self::IfNotPresent, Self::Never];
+
+    /// The name as written in the configuration.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Always => "always",
+            Self::IfNewer => "if-newer",
+            Self::IfNotPresent => "if-not-present",
+            Self::Never => "never",
+        }
+    }
+}
+
+impl fmt::Display for Policy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for Policy {
+    type Err = UnknownWord;
+
+    fn from_str(word: &str) -> Result<Self, UnknownWord> {
+        Self::ALL
+            .into_iter()
+            .find(|policy| policy.name() == word)
+            .ok_or(UnknownWord)
+    }
+}
+
+/// What to do with a held tag that the upstream says does not exist (404).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Absence {
+    /// A tag deleted upstream is gone here too.
+    #[default]
+    Refuse,
+    /// Keep serving it to those who have had the right to read it: an archive.
+    Serve,
+}
+
+impl Absence {
+    /// Both choices.
+    pub const ALL: [Self; 2] = [Self::Refuse, Self::Serve];
+
+    /// The name as written in the configuration.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Refuse => "refuse",
+            Self::Serve => "serve",
+        }
+    }
+}
+
+impl FromStr for Absence {
+    type Err = UnknownWord;
+
+    fn from_str(word: &str) -> Result<Self, UnknownWord> {
+        Self::ALL
+            .into_iter()
+            .find(|absence| absence.name() == word)
+            .ok_or(UnknownWord)
+    }
+}
+
+/// A word that is none of the choices. The configuration reader adds where it stands and what the choices are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("not one of the choices")]
+pub struct UnknownWord;
+
+/// What a request is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Subject {
+    /// A manifest by tag: the only thing that can be stale.
+    Tag,
+    /// A manifest by digest: immutable.
+    Manifest,
+    /// A blob: immutable, and its download is shared.
+    Blob,
+}
+
+/// A copy in the store, verified.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Held {
+    /// What the copy is.
+    pub digest: Digest,
+    /// When the upstream last said that the tag names this digest. Without meaning for what is asked by digest.
+    pub confirmed_at: SystemTime,
+}
+
+/// A principal's right to read, as far as the upstream has shown it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Standing {
+    /// Never shown, or withdrawn, or too long ago even for an outage.
+    Unknown,
+    /// Shown before, but longer ago than a grant lives: good only while the upstream is silent.
+    Lapsed,
+    /// Shown recently enough to serve without asking.
+    Vouched,
+}
+
+/// What the upstream answered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Heard {
+    /// Nothing was asked yet.
+    Nothing,
+    /// 2xx, and the digest that the reference names now. `held`: the store has this manifest, and the upstream was
+    /// seen to have it in this repository.
+    Named {
+        /// The digest named.
+        digest: Digest,
+        /// Whether a fetch can be spared.
+        held: bool,
+    },
+    /// 2xx, but without a digest that can be verified.
+    Unnamed,
+    /// 404: there is no such thing.
+    Absent,
+    /// 401 or 403 to this credential.
+    Refused(Whose),
+    /// No usable answer. Never a refusal and never an absence.
+    Silent(Cause),
+    /// It named something new, but the fetch of it failed.
+    Undelivered(Cause),
+}
+
+/// Whose credential the upstream refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Whose {
+    /// The client's: it may not read.
+    Client,
+    /// The proxy's own: the operator has something to mend, the client has done nothing wrong.
+    Proxy,
+}
+
+/// What to do, and why.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// Ask the upstream which digest the reference names now, then decide again.
+    Ask,
+    /// Serve the held copy.
+    Serve(Served),
+    /// Fetch it from the upstream.
+    Fetch(Why),
+    /// Say no.
+    Refuse(Refusal),
+}
+
+impl Verdict {
+    /// The reason's name, as it stands in the log, the metrics, `Cache-Status` and the admin API.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Ask => "ask",
+            Self::Serve(served) => served.name(),
+            Self::Fetch(why) => why.name(),
+            Self::Refuse(refusal) => refusal.name(),
+        }
+    }
+}
+
+/// Why a held copy may be served.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Served {
+    /// Confirmed less than `fresh` ago.
+    Fresh,
+    /// The upstream confirmed just now that the tag still names it.
+    Unchanged,
+    /// The tag names another digest now, which is held as well.
+    Moved,
+    /// Asked for by digest: it cannot change.
+    Immutable,
+    /// The policy says not to ask for a newer one.
+    Unasked,
+    /// The upstream is silent; the tag may have moved since.
+    Stale(Cause),
+    /// The upstream is silent; asked for by digest, on a right shown before.
+    PastGrant(Cause),
+    /// There is a newer one, but it could not be had.
+    NewUnavailable(Cause),
+    /// Gone upstream, and the rule says to keep serving it.
+    KeptAbsent,
+    /// The upstream refuses the proxy's own credential.
+    CredentialRefused,
+}
+
+impl Served {
+    /// The name in logs, metrics and `Cache-Status`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Fresh => "fresh",
+            Self::Unchanged => "unchanged",
+            Self::Moved => "moved",
+            Self::Immutable => "immutable",
+            Self::Unasked => "unasked",
+            Self::Stale(_) => "stale",
+            Self::PastGrant(_) => "past-grant",
+            Self::NewUnavailable(_) => "new-unavailable",
+            Self::KeptAbsent => "kept-absent",
+            Self::CredentialRefused => "credential-refused",
+        }
+    }
+
+    /// Whether what is served may no longer be what the upstream has: the client is told so (`Warning: 299`).
+    pub fn may_be_outdated(self) -> bool {
+        match self {
+            Self::Stale(_) | Self::NewUnavailable(_) | Self::KeptAbsent | Self::CredentialRefused => true,
+            Self::Fresh
+            | Self::Unchanged
+            | Self::Moved
+            | Self::Immutable
+            | Self::Unasked
+            | Self::PastGrant(_) => false,
+        }
+    }
+
+    /// Why the upstream gave no usable answer, where that is the reason.
+    pub fn cause(self) -> Option<Cause> {
+        match self {
+            Self::Stale(cause) | Self::PastGrant(cause) | Self::NewUnavailable(cause) => Some(cause),
+            _ => None,
+        }
+    }
+}
+
+/// Why something is fetched.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Why {
+    /// It is not held.
+    NotHeld,
+    /// The upstream names another digest than the one held.
+    Newer,
+    /// The upstream does not say which digest it is, so the bytes must.
+    Unnamed,
+}
+
+impl Why {
+    /// The name in logs, metrics and `Cache-Status`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::NotHeld => "not-held",
+            Self::Newer => "newer",
+            Self::Unnamed => "unnamed",
+        }
+    }
+}
+
+/// Why the client is told no.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Refusal {
+    /// Policy `never`, and it is not held.
+    NotHeld,
+    /// It is held, but this principal was never shown to have the right, and the policy forbids asking.
+    /// Outwardly the same as [`Refusal::NotHeld`]: a stranger learns nothing.
+    NotVouched,
+    /// The upstream refused this credential.
+    Forbidden,
+    /// The upstream says that there is no such thing.
+    Absent,
+    /// The upstream is silent, and there is nothing that may be served instead.
+    Silent(Cause),
+    /// The upstream is silent, and the held copy was confirmed longer ago than `stale` allows.
+    TooStale(Cause),
+}
+
+impl Refusal {
+    /// The name in logs and metrics.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::NotHeld => "not-held",
+            Self::NotVouched => "not-vouched",
+            Self::Forbidden => "forbidden",
+            Self::Absent => "absent",
+            Self::Silent(_) => "silent",
+            Self::TooStale(_) => "too-stale",
+        }
+    }
+}
+
+fn before_asking(s: &Situation) -> Verdict {
+    let Some(held) = s.held else {
+        return match s.policy {
+            Policy::Never => Verdict::Refuse(Refusal::NotHeld),
+            Policy::Always | Policy::IfNewer | Policy::IfNotPresent => Verdict::Fetch(Why::NotHeld),
+        };
+    };
+    match (s.policy, s.standing, s.subject) {
+        (Policy::Never, Standing::Unknown, _) => Verdict::Refuse(Refusal::NotVouched),
+        (Policy::Never, _, _) => Verdict::Serve(Served::Unasked),
+        (_, Standing::Unknown | Standing::Lapsed, _) => Verdict::Ask,
+        (_, Standing::Vouched, Subject::Manifest | Subject::Blob) => Verdict::Serve(Served::Immutable),
+        (Policy::IfNotPresent, Standing::Vouched, Subject::Tag) => Verdict::Serve(Served::Unasked),
+        (Policy::IfNewer, Standing::Vouched, Subject::Tag) if s.confirmed_within(held, s.fresh) => {
+            Verdict::Serve(Served::Fresh)
+        }
+        (Policy::Always | Policy::IfNewer, Standing::Vouched, Subject::Tag) => Verdict::Ask,
+    }
+}
+
+/// A 2xx with a digest: this principal may read, so standing plays no part any more.
+fn named(s: &Situation, digest: Digest, named_is_held: bool) -> Verdict {
+    match (s.subject, s.held) {
+        (Subject::Manifest | Subject::Blob, Some(_)) => Verdict::Serve(Served::Immutable),
+        (Subject::Tag, Some(held)) if held.digest == digest => Verdict::Serve(Served::Unchanged),
+        // It was asked for the right to read, not for something newer.
+        (Subject::Tag, Some(_)) if s.policy == Policy::IfNotPresent => Verdict::Serve(Served::Unasked),
+        (Subject::Tag, _) if named_is_held => Verdict::Serve(Served::Moved),
+        (Subject::Tag, Some(_)) => Verdict::Fetch(Why::Newer),
+        (_, None) => Verdict::Fetch(Why::NotHeld),
+    }
+}
+
+fn unnamed(s: &Situation) -> Verdict {
+    match (s.subject, s.held) {
+        (Subject::Manifest | Subject::Blob, Some(_)) => Verdict::Serve(Served::Immutable),
+        (Subject::Tag, Some(_)) if s.policy == Policy::IfNotPresent => Verdict::Serve(Served::Unasked),
+        (_, _) => Verdict::Fetch(Why::Unnamed),
+    }
+}
+
+/// Some registries answer 404 where they mean 403, so a 404 never helps a principal that was not vouched for before.
+fn absent(s: &Situation) -> Verdict {
+    let keep = s.absent == Absence::Serve && s.held.is_some() && s.standing != Standing::Unknown;
+    if keep && s.policy != Policy::Always {
+        Verdict::Serve(Served::KeptAbsent)
+    } else {
+        Verdict::Refuse(Refusal::Absent)
+    }
+}
+
+/// The operator's mistake must not stop the builds of those who are entitled anyway.
+fn own_credential_refused(s: &Situation) -> Verdict {
+    match silent(s, Cause::Status(403), Served::CredentialRefused) {
+        serve @ Verdict::Serve(_) => serve,
+        _ => Verdict::Refuse(Refusal::Forbidden),
+    }
+}
+
+/// The upstream gave no usable answer: the held copy, for those entitled, within `stale`.
+fn silent(s: &Situation, cause: Cause, served: Served) -> Verdict {
+    let Some(held) = s.held else {
+        return Verdict::Refuse(Refusal::Silent(cause));
+    };
+    if s.policy == Policy::Always || s.standing == Standing::Unknown {
+        return Verdict::Refuse(Refusal::Silent(cause));
+    }
+    match s.subject {
+        Subject::Manifest | Subject::Blob => Verdict::Serve(Served::PastGrant(cause)),
+        Subject::Tag => match s.stale {
+            Some(limit) if !s.confirmed_within(held, limit) => Verdict::Refuse(Refusal::TooStale(cause)),
+            _ => Verdict::Serve(served),
+        },
+    }
+}

@@ -1,0 +1,383 @@
+//! Which rule holds for an image. Pure: globs over `upstream/repository:tag`, the first match wins.
+//!
+//! How a glob reads:
+//! * `*` matches any text, `/` included, so `ghcr.io/acme/*` covers `ghcr.io/acme/web` and `ghcr.io/acme/web/api`.
+//!   `?` is one character, `[ab]` a set, `{a,b}` a choice.
+//! * What follows the last `:` (unless a `/` comes after it) is matched against the tag alone, what stands before it
+//!   against `upstream/repository` alone.
+//! * A glob without a tag holds for every tag and for pulls by digest. A glob with a tag never holds for a pull by
+//!   digest: nothing says which tag the client had in mind.
+//! * Docker Hub's one-component images answer to both names: `docker.io/nginx` and `docker.io/library/nginx`.
+//!
+//! A rule states only what it changes; the rest comes from the upstream's own settings, then from the default.
+
+#[cfg(test)]
+mod tests;
+
+use std::collections::HashMap;
+use std::fmt;
+use std::str::FromStr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use globset::{Candidate, Glob, GlobBuilder, GlobMatcher, GlobSet, GlobSetBuilder};
+
+use super::{Absence, Policy};
+use crate::oci::{Repository, Tag};
+
+/// Docker Hub, where a one-component name is short for one under [`HUB_LIBRARY`].
+const HUB: &str = "docker.io";
+const HUB_LIBRARY: &str = "library/";
+
+/// Longest accepted text of a glob. Longer than any image name, and short enough to compile at once.
+const GLOB_BYTES_MAX: usize = 512;
+
+/// What holds for an image, complete: every setting has a value.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Rule {
+    /// Which rule this is, for the log and the admin API: `default`, `upstream docker.io`,
+    /// `rule 2: ghcr.io/acme/*:nightly-*`.
+    pub name: Arc<str>,
+    /// The pull policy.
+    pub policy: Policy,
+    /// For how long after a confirmation a tag is served without asking.
+    pub fresh: Duration,
+    /// For how long after a confirmation a tag is served while the upstream is silent; `None`: forever.
+    pub stale: Option<Duration>,
+    /// How long a client that could get a held copy waits for the upstream's word.
+    pub budget: Duration,
+    /// What to do with a held tag that the upstream says is gone.
+    pub absent: Absence,
+    /// How long the upstream's yes to a principal is good while the upstream answers.
+    pub grant: Duration,
+    /// How long it is good while the upstream is silent.
+    pub offline_grant: Duration,
+}
+
+/// What a `[[rule]]` or an upstream's own settings change; what is `None` stays as it was.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Changes {
+    /// See [`Rule::policy`].
+    pub policy: Option<Policy>,
+    /// See [`Rule::fresh`].
+    pub fresh: Option<Duration>,
+    /// See [`Rule::stale`].
+    pub stale: Option<Staleness>,
+    /// See [`Rule::budget`].
+    pub budget: Option<Duration>,
+    /// See [`Rule::absent`].
+    pub absent: Option<Absence>,
+    /// See [`Rule::grant`].
+    pub grant: Option<Duration>,
+    /// See [`Rule::offline_grant`].
+    pub offline_grant: Option<Duration>,
+}
+
+/// How old a copy may be that is served while the upstream is silent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Staleness {
+    /// Confirmed less than this ago.
+    For(Duration),
+    /// However old it is.
+    Forever,
+}
+
+impl Staleness {
+    /// The limit, if there is one.
+    pub fn limit(self) -> Option<Duration> {
+        match self {
+            Self::For(limit) => Some(limit),
+            Self::Forever => None,
+        }
+    }
+}
+
+impl Rule {
+    /// This rule with `changes`, under another name.
+    #[must_use]
+    pub fn changed(&self, name: Arc<str>, changes: &Changes) -> Self {
+        Self {
+            name,
+            policy: changes.policy.unwrap_or(self.policy),
+            fresh: changes.fresh.unwrap_or(self.fresh),
+            stale: changes.stale.map_or(self.stale, Staleness::limit),
+            budget: changes.budget.unwrap_or(self.budget),
+            absent: changes.absent.unwrap_or(self.absent),
+            grant: changes.grant.unwrap_or(self.grant),
+            offline_grant: changes.offline_grant.unwrap_or(self.offline_grant),
+        }
+    }
+}
+
+/// A glob over `upstream/repository:tag`, compiled.
+#[derive(Clone, Debug)]
+pub struct Pattern {
+    text: Arc<str>,
+    name: Glob,
+    tag: Option<GlobMatcher>,
+}
+
+impl Pattern {
+    /// The text as written.
+    pub fn as_str(&self) -> &str {
+        &self.text
+    }
+
+    /// The upstream it names, unless that part is itself a glob.
+    pub fn upstream(&self) -> Option<&str> {
+        let (upstream, _) = self.name.glob().split_once('/')?;
+        (!upstream.contains(['*', '?', '[', ']', '{', '}', '\\'])).then_some(upstream)
+    }
+
+    fn admits(&self, tag: Option<&Tag>) -> bool {
+        match (&self.tag, tag) {
+            (None, _) => true,
+            (Some(glob), Some(tag)) => glob.is_match(tag.as_str()),
+            (Some(_), None) => false,
+        }
+    }
+}
+
+impl fmt::Display for Pattern {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text)
+    }
+}
+
+impl FromStr for Pattern {
+    type Err = PatternError;
+
+    fn from_str(text: &str) -> Result<Self, PatternError> {
+        if text.is_empty() {
+            return Err(PatternError::Empty);
+        }
+        if text.len() > GLOB_BYTES_MAX {
+            return Err(PatternError::TooLong);
+        }
+        if text.contains('@') {
+            return Err(PatternError::Digest);
+        }
+        if text.contains("://") {
+            return Err(PatternError::Url);
+        }
+        let (name, tag) = match text.rsplit_once(':') {
+            Some((name, tag)) if !tag.contains('/') => (name, Some(tag)),
+            _ => (text, None),
+        };
+        if name.is_empty() || tag == Some("") {
+            return Err(PatternError::Empty);
+        }
+        if name
+            .split_once('/')
+            .is_some_and(|(_, repository)| repository.contains(':'))
+        {
+            return Err(PatternError::SlashInTag);
+        }
+        if !name.contains(['/', '*']) {
+            return Err(PatternError::NoRepository);
+        }
+        let tag = tag
+            .map(|tag| compile(tag).map(|glob| glob.compile_matcher()))
+            .transpose()?;
+        Ok(Self {
+            text: Arc::from(text),
+            name: compile(name)?,
+            tag,
+        })
+    }
+}
+
+fn compile(glob: &str) -> Result<Glob, PatternError> {
+    GlobBuilder::new(glob)
+        .literal_separator(false)
+        .build()
+        .map_err(|error| PatternError::Glob(error.kind().to_string()))
+}
+
+/// Why a text is not a glob over images. The operator's mistake.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum PatternError {
+    /// Nothing before or after the `:`.
+    #[error("the glob has an empty part")]
+    Empty,
+    /// Longer than any image name.
+    #[error("the glob is longer than {GLOB_BYTES_MAX} bytes")]
+    TooLong,
+    /// A digest in it.
+    #[error("a rule cannot name a digest: what a digest names never changes")]
+    Digest,
+    /// A URL instead of an image.
+    #[error("a rule names images, not URLs")]
+    Url,
+    /// A `/` after the `:` of the tag; also a choice in braces over whole images.
+    #[error("a tag has no `/`; for several images, write several globs")]
+    SlashInTag,
+    /// An upstream's name alone, or a repository's alone.
+    #[error("the glob can match no image: an image is `upstream/repository`")]
+    NoRepository,
+    /// The glob's own grammar is broken.
+    #[error("not a glob: {0}")]
+    Glob(String),
+    /// All globs together compile to more than the library allows.
+    #[error("the globs are too large together: {0}")]
+    Together(String),
+}
+
+/// The rules, ready to be asked. Cheap to ask, and free where there are no rules.
+#[derive(Clone)]
+pub struct Rules {
+    default: Rule,
+    upstreams: HashMap<Arc<str>, Terms>,
+    names: GlobSet,
+    rule_names: Vec<Arc<str>>,
+    /// In the order of `names`; the number is the rule's.
+    patterns: Vec<(Pattern, usize)>,
+}
+
+/// What holds at one upstream: without a matching rule, and with each.
+#[derive(Clone, Debug)]
+struct Terms {
+    otherwise: Rule,
+    by_rule: Vec<Rule>,
+}
+
+impl Rules {
+    /// Merges the default, what each upstream changes, and the rules in their order.
+    pub fn new(
+        default: Rule,
+        upstreams: impl IntoIterator<Item = (Arc<str>, Changes)>,
+        rules: Vec<(Vec<Pattern>, Changes)>,
+    ) -> Result<Self, PatternError> {
+        let rule_names: Vec<_> = rules
+            .iter()
+            .enumerate()
+            .map(|(number, (patterns, _))| rule_name(number, patterns))
+            .collect();
+        let upstreams = upstreams
+            .into_iter()
+            .map(|(upstream, changes)| {
+                let named = rule_names.iter().zip(rules.iter().map(|(_, changes)| changes));
+                let terms = Terms::new(&default, &upstream, &changes, named);
+                (upstream, terms)
+            })
+            .collect();
+        let patterns: Vec<_> = rules
+            .into_iter()
+            .enumerate()
+            .flat_map(|(number, (patterns, _))| patterns.into_iter().map(move |pattern| (pattern, number)))
+            .collect();
+        let mut names = GlobSetBuilder::new();
+        for (pattern, _) in &patterns {
+            names.add(pattern.name.clone());
+        }
+        let names = names
+            .build()
+            .map_err(|error| PatternError::Together(error.kind().to_string()))?;
+        Ok(Self {
+            default,
+            upstreams,
+            names,
+            rule_names,
+            patterns,
+        })
+    }
+
+    /// One rule for everything.
+    pub fn only(default: Rule) -> Self {
+        Self {
+            default,
+            upstreams: HashMap::new(),
+            names: GlobSet::empty(),
+            rule_names: Vec::new(),
+            patterns: Vec::new(),
+        }
+    }
+
+    /// What holds for an image; `tag` is `None` for what is asked by digest. At an upstream that was not given to
+    /// [`Rules::new`], the default.
+    pub fn find(&self, upstream: &str, repository: &Repository, tag: Option<&Tag>) -> &Rule {
+        let Some(terms) = self.upstreams.get(upstream) else {
+            return &self.default;
+        };
+        if self.patterns.is_empty() {
+            return &terms.otherwise;
+        }
+        self.first_match(upstream, repository.as_str(), tag)
+            .and_then(|number| terms.by_rule.get(number))
+            .unwrap_or(&terms.otherwise)
+    }
+
+    fn first_match(&self, upstream: &str, repository: &str, tag: Option<&Tag>) -> Option<usize> {
+        let long = self.first_match_of(&format!("{upstream}/{repository}"), tag);
+        let short = (upstream == HUB)
+            .then(|| repository.strip_prefix(HUB_LIBRARY))
+            .flatten()
+            .and_then(|short| self.first_match_of(&format!("{upstream}/{short}"), tag));
+        [long, short].into_iter().flatten().min()
+    }
+
+    fn first_match_of(&self, name: &str, tag: Option<&Tag>) -> Option<usize> {
+        self.names
+            .matches_candidate(&Candidate::new(name))
+            .into_iter()
+            .filter_map(|index| self.patterns.get(index))
+            .filter(|(pattern, _)| pattern.admits(tag))
+            .map(|&(_, number)| number)
+            .min()
+    }
+
+    /// The names of the rules, in their order.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.rule_names.iter().map(|name| &**name)
+    }
+
+    /// The default that holds at an upstream where no rule matches.
+    pub fn otherwise(&self, upstream: &str) -> &Rule {
+        self.upstreams
+            .get(upstream)
+            .map_or(&self.default, |terms| &terms.otherwise)
+    }
+}
+
+impl Terms {
+    fn new<'a>(
+        default: &Rule,
+        upstream: &str,
+        changes: &Changes,
+        rules: impl Iterator<Item = (&'a Arc<str>, &'a Changes)>,
+    ) -> Self {
+        let otherwise = if *changes == Changes::default() {
+            default.clone()
+        } else {
+            default.changed(Arc::from(format!("upstream {upstream}")), changes)
+        };
+        let by_rule = rules
+            .map(|(name, changes)| otherwise.changed(Arc::clone(name), changes))
+            .collect();
+        Self { otherwise, by_rule }
+    }
+}
+
+/// Operators count from one.
+fn rule_name(number: usize, patterns: &[Pattern]) -> Arc<str> {
+    let images: Vec<&str> = patterns.iter().map(Pattern::as_str).collect();
+    Arc::from(format!("rule {}: {}", number + 1, images.join(", ")))
+}
+
+/// Says what was configured; the compiled automata say nothing to a reader.
+impl fmt::Debug for Rules {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut upstreams: Vec<_> = self.upstreams.iter().collect();
+        upstreams.sort_by_key(|(name, _)| *name);
+        let patterns: Vec<_> = self
+            .patterns
+            .iter()
+            .map(|(pattern, number)| (number, pattern.as_str()))
+            .collect();
+        f.debug_struct("Rules")
+            .field("default", &self.default)
+            .field("upstreams", &upstreams)
+            .field("patterns", &patterns)
+            .finish_non_exhaustive()
+    }
+}

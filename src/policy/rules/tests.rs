@@ -1,0 +1,276 @@
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "tests may fail loudly"
+)]
+
+use super::*;
+
+const MINUTE: Duration = Duration::from_secs(60);
+
+fn default() -> Rule {
+    Rule {
+        name: Arc::from("default"),
+        policy: Policy::IfNewer,
+        fresh: Duration::ZERO,
+        stale: None,
+        budget: Duration::from_secs(2),
+        absent: Absence::Refuse,
+        grant: 5 * MINUTE,
+        offline_grant: 720 * MINUTE,
+    }
+}
+
+fn policy(policy: Policy) -> Changes {
+    Changes {
+        policy: Some(policy),
+        ..Changes::default()
+    }
+}
+
+fn pattern(text: &str) -> Pattern {
+    text.parse().unwrap_or_else(|error| panic!("{text}: {error}"))
+}
+
+/// Rules that each set policy `never`, at the upstreams of the tests.
+fn rules(globs: &[&str]) -> Rules {
+    let rules = globs
+        .iter()
+        .map(|glob| (vec![pattern(glob)], policy(Policy::Never)))
+        .collect();
+    let names = ["docker.io", "ghcr.io", "localhost:5000"];
+    Rules::new(
+        default(),
+        names.map(|name| (Arc::from(name), Changes::default())),
+        rules,
+    )
+    .unwrap()
+}
+
+fn matched(rules: &Rules, upstream: &str, repository: &str, tag: Option<&str>) -> String {
+    let tag = tag.map(|tag| tag.parse().unwrap());
+    rules
+        .find(upstream, &repository.parse().unwrap(), tag.as_ref())
+        .name
+        .to_string()
+}
+
+#[test]
+fn a_glob_matches_what_it_says() {
+    let table = [
+        ("ghcr.io/acme/web", "ghcr.io", "acme/web", Some("v1"), true),
+        ("ghcr.io/acme/web", "ghcr.io", "acme/web", None, true),
+        ("ghcr.io/acme/web", "ghcr.io", "acme/web2", Some("v1"), false),
+        ("ghcr.io/acme/*", "ghcr.io", "acme/web", Some("v1"), true),
+        ("ghcr.io/acme/*", "ghcr.io", "acme/web/api", Some("v1"), true),
+        ("ghcr.io/*/api", "ghcr.io", "acme/web/api", Some("v1"), true),
+        ("ghcr.io/acme/*", "docker.io", "acme/web", Some("v1"), false),
+        ("*/acme/web", "docker.io", "acme/web", Some("v1"), true),
+        ("*", "docker.io", "acme/web", Some("v1"), true),
+        ("*", "docker.io", "acme/web", None, true),
+        ("*:latest", "docker.io", "acme/web", Some("latest"), true),
+        ("*:latest", "docker.io", "acme/web", Some("v1"), false),
+        ("*:latest", "docker.io", "acme/web", None, false),
+        (
+            "ghcr.io/acme/*:nightly-*",
+            "ghcr.io",
+            "acme/web",
+            Some("nightly-3"),
+            true,
+        ),
+        (
+            "ghcr.io/acme/*:nightly-*",
+            "ghcr.io",
+            "acme/web",
+            Some("weekly-3"),
+            false,
+        ),
+        ("ghcr.io/acme/*:nightly-*", "ghcr.io", "acme/web", None, false),
+        (
+            "ghcr.io/acme/web:{dev,edge}",
+            "ghcr.io",
+            "acme/web",
+            Some("edge"),
+            true,
+        ),
+        ("ghcr.io/acme/web:v[0-9]", "ghcr.io", "acme/web", Some("v7"), true),
+        ("ghcr.io/acme/web:v?", "ghcr.io", "acme/web", Some("v77"), false),
+        (
+            "localhost:5000/acme/web",
+            "localhost:5000",
+            "acme/web",
+            Some("5000"),
+            true,
+        ),
+        (
+            "localhost:5000/acme/web:v1",
+            "localhost:5000",
+            "acme/web",
+            Some("v1"),
+            true,
+        ),
+        // The port is not taken for a tag.
+        ("*:5*", "localhost:5000", "acme/web", Some("v1"), false),
+        (
+            "docker.io/library/nginx",
+            "docker.io",
+            "library/nginx",
+            Some("v1"),
+            true,
+        ),
+        ("docker.io/nginx", "docker.io", "library/nginx", Some("v1"), true),
+        (
+            "docker.io/ngin?:v*",
+            "docker.io",
+            "library/nginx",
+            Some("v1"),
+            true,
+        ),
+        ("ghcr.io/nginx", "ghcr.io", "library/nginx", Some("v1"), false),
+    ];
+    for (glob, upstream, repository, tag, expected) in table {
+        let name = matched(&rules(&[glob]), upstream, repository, tag);
+        let wanted = if expected {
+            format!("rule 1: {glob}")
+        } else {
+            "default".to_owned()
+        };
+        assert_eq!(name, wanted, "{glob} on {upstream}/{repository} {tag:?}");
+    }
+}
+
+#[test]
+fn the_first_match_wins_also_by_the_short_name_of_the_hub() {
+    let rules = rules(&["docker.io/nginx:v1", "docker.io/library/*", "*"]);
+    assert_eq!(
+        matched(&rules, "docker.io", "library/nginx", Some("v1")),
+        "rule 1: docker.io/nginx:v1"
+    );
+    assert_eq!(
+        matched(&rules, "docker.io", "library/nginx", Some("v2")),
+        "rule 2: docker.io/library/*"
+    );
+    assert_eq!(
+        matched(&rules, "docker.io", "acme/nginx", Some("v1")),
+        "rule 3: *"
+    );
+    assert_eq!(
+        matched(&rules, "ghcr.io", "library/nginx", Some("v1")),
+        "rule 3: *"
+    );
+}
+
+#[test]
+fn a_rule_changes_only_what_it_says() {
+    let upstream = Changes {
+        grant: Some(MINUTE),
+        stale: Some(Staleness::For(9 * MINUTE)),
+        ..Changes::default()
+    };
+    let rule = Changes {
+        fresh: Some(MINUTE),
+        ..policy(Policy::Always)
+    };
+    let forever = Changes {
+        stale: Some(Staleness::Forever),
+        ..Changes::default()
+    };
+    let rules = Rules::new(
+        default(),
+        [
+            (Arc::from("ghcr.io"), upstream),
+            (Arc::from("quay.io"), Changes::default()),
+        ],
+        vec![
+            (vec![pattern("*/a/*"), pattern("*/b/*")], rule),
+            (vec![pattern("*/c/*")], forever),
+        ],
+    )
+    .unwrap();
+    let find = |upstream, repository: &str| rules.find(upstream, &repository.parse().unwrap(), None).clone();
+
+    let at_ghcr = Rule {
+        name: Arc::from("upstream ghcr.io"),
+        stale: Some(9 * MINUTE),
+        grant: MINUTE,
+        ..default()
+    };
+    assert_eq!(find("ghcr.io", "x/y"), at_ghcr);
+    assert_eq!(*rules.otherwise("ghcr.io"), at_ghcr);
+    let name = Arc::from("rule 1: */a/*, */b/*");
+    assert_eq!(
+        find("ghcr.io", "b/y"),
+        Rule {
+            name,
+            policy: Policy::Always,
+            fresh: MINUTE,
+            ..at_ghcr.clone()
+        }
+    );
+    assert_eq!(
+        find("ghcr.io", "c/y"),
+        Rule {
+            name: Arc::from("rule 2: */c/*"),
+            stale: None,
+            ..at_ghcr
+        }
+    );
+    assert_eq!(find("quay.io", "x/y"), default());
+    assert_eq!(find("unheard.of", "a/y"), default());
+    assert_eq!(
+        rules.names().collect::<Vec<_>>(),
+        ["rule 1: */a/*, */b/*", "rule 2: */c/*"]
+    );
+}
+
+#[test]
+fn one_rule_for_everything_needs_no_upstreams() {
+    let rules = Rules::only(default());
+    assert_eq!(
+        matched(&rules, "docker.io", "library/nginx", Some("v1")),
+        "default"
+    );
+}
+
+#[test]
+fn what_can_match_no_image_is_refused() {
+    let long = "a/".repeat(300);
+    let table = [
+        ("", PatternError::Empty),
+        (":v1", PatternError::Empty),
+        ("ghcr.io/acme/web:", PatternError::Empty),
+        (long.as_str(), PatternError::TooLong),
+        ("ghcr.io/acme/web@sha256:00", PatternError::Digest),
+        ("https://ghcr.io/acme", PatternError::Url),
+        ("ghcr.io", PatternError::NoRepository),
+        ("nginx:v1", PatternError::NoRepository),
+        ("ghcr.io/a:b/c", PatternError::SlashInTag),
+        ("{ghcr.io/a:b,quay.io/c}", PatternError::SlashInTag),
+    ];
+    for (text, expected) in table {
+        assert_eq!(text.parse::<Pattern>().unwrap_err(), expected, "{text}");
+    }
+    for text in ["ghcr.io/[", "ghcr.io/{a", "ghcr.io/a:["] {
+        assert!(
+            matches!(text.parse::<Pattern>(), Err(PatternError::Glob(_))),
+            "{text}"
+        );
+    }
+}
+
+#[test]
+fn the_upstream_of_a_glob_is_known_unless_it_is_a_glob_itself() {
+    let table = [
+        ("ghcr.io/*", Some("ghcr.io")),
+        ("localhost:5000/a:v1", Some("localhost:5000")),
+        ("*.example.org/a", None),
+        ("*", None),
+        ("*:v1", None),
+        ("{ghcr.io,quay.io}/a", None),
+    ];
+    for (glob, expected) in table {
+        assert_eq!(pattern(glob).upstream(), expected, "{glob}");
+    }
+}
