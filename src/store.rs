@@ -1,0 +1,364 @@
+//! The disk: what is held, durable and verified.
+//!
+//! The truth is in files that describe themselves, so that a look into the folder explains it and nothing else is
+//! needed to use it again:
+//!
+//! ```text
+//! LOCK                        the one process that has the folder
+//! install-secret              keys the principals; 32 bytes, readable by the owner only
+//! store-id                    identity and generation, to notice a lost index
+//! blobs/sha256/ab/<hex>       bytes, verified, read-only
+//! manifests/sha256/ab/<hex>   bytes, verified; <hex>.meta: media type, where it was seen
+//! refs/ab/<hash>              upstream, repository, tag → digest, per set of accepted media types
+//! seen/ab/<hash>              which digests the upstream was seen to have in a repository; whether it is public
+//! listings/<slot>             the last list of tags or referrers, for an outage
+//! ingest/<n>                  what is being written; emptied at start
+//! quarantine/                 what failed verification
+//! index/                      sled: a projection, may be lost
+//! ```
+//!
+//! The laws. Bytes before names: a file is written under `ingest/`, fsynced, renamed and its folder fsynced before
+//! anything refers to it. A blob is visible only with proof of its digest ([`blobs::Verified`]). Small records carry a
+//! checksum. What is damaged is a miss and goes to `quarantine/`. The index answers nothing alone: a miss there is
+//! looked up in the files. Whatever fails here is a [`Fault`]: ours, told, and never a reason to fail a pull.
+//!
+//! Hot reads come from memory: open handles, manifests, tags, proofs and grants are kept in bounded caches that are
+//! looked up by borrowed keys. Everything that may touch the disk blocks; call it on a thread that may.
+//!
+//! Not here: what to evict, and whether a caller may read.
+
+pub mod blobs;
+mod cache;
+mod grants;
+mod index;
+pub mod listings;
+mod lock;
+pub mod manifests;
+mod record;
+pub mod refs;
+mod secret;
+pub mod seen;
+pub mod step;
+pub mod usage;
+pub mod volume;
+
+#[cfg(test)]
+mod tests;
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::SystemTime;
+
+use crate::oci::Digest;
+
+pub use self::index::thread::IndexState;
+use self::index::thread::{Home, IndexHandle};
+use self::lock::Lock;
+use self::record::to_millis;
+use self::usage::{Counters, Usage};
+use self::volume::{UNNAMED_FOLDER, Volume};
+
+const QUARANTINE_FOLDER: &str = "quarantine";
+
+/// What the operator may choose.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Manifests kept ready in memory.
+    pub manifest_cache_bytes_max: u64,
+    /// Blobs of at most [`blobs::SMALL_BLOB_BYTES_MAX`] kept ready in memory.
+    pub small_blob_cache_bytes_max: u64,
+    /// Blob files kept open.
+    pub open_blobs_max: usize,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            manifest_cache_bytes_max: 32 * 1024 * 1024,
+            small_blob_cache_bytes_max: 16 * 1024 * 1024,
+            open_blobs_max: 512,
+        }
+    }
+}
+
+/// Why the store cannot be opened. The operator's to mend.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum OpenError {
+    /// Another process has the folder.
+    #[error(
+        "{} is in use by {}; stop it or choose another folder with `data`",
+        .folder.display(),
+        .pid.map_or_else(|| "another process".to_owned(), |pid| format!("process {pid}"))
+    )]
+    Locked {
+        /// The data folder.
+        folder: PathBuf,
+        /// The process that has it, where its number could be read.
+        pid: Option<u32>,
+    },
+    /// The folder cannot be used.
+    #[error("{}: {kind}; check that it exists and that this user may write to it", .folder.display())]
+    Folder {
+        /// The data folder.
+        folder: PathBuf,
+        /// What the system says.
+        kind: io::ErrorKind,
+    },
+    /// Others may read the install secret.
+    #[error("{} has mode {mode:04o}, so others may read it; run `chmod 600 {}`", .path.display(), .path.display())]
+    SecretReadable {
+        /// Its path.
+        path: PathBuf,
+        /// Its permission bits.
+        mode: u32,
+    },
+    /// The install secret is not 32 bytes.
+    #[error("{} is damaged; remove it and a new one is made (clients will have to be vouched for again)", .path.display())]
+    SecretDamaged {
+        /// Its path.
+        path: PathBuf,
+    },
+    /// Something below the folder cannot be used.
+    #[error(transparent)]
+    Fault(#[from] Fault),
+}
+
+/// What went wrong on our side of a pull.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Fault {
+    /// No room.
+    #[error("the disk is full: could not {what} {}; free some space or lower `store.size`", .path.display())]
+    Full {
+        /// What was tried.
+        what: &'static str,
+        /// With which file.
+        path: PathBuf,
+    },
+    /// The file system takes no writes.
+    #[error("the disk is read-only: could not {what} {}; look into the kernel's log", .path.display())]
+    ReadOnly {
+        /// What was tried.
+        what: &'static str,
+        /// With which file.
+        path: PathBuf,
+    },
+    /// Anything else that the system refuses.
+    #[error("could not {what} {}: {reason}", .path.display())]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// With which file.
+        path: PathBuf,
+        /// The kind of error.
+        kind: io::ErrorKind,
+        /// As the system says it.
+        reason: String,
+    },
+    /// A file is not what it was; it is fetched again.
+    #[error("{} is damaged", .path.display())]
+    Corrupt {
+        /// The file.
+        path: PathBuf,
+    },
+    /// The bytes to be kept are not those of the digest they were to be kept under. Nothing was kept.
+    #[error(transparent)]
+    WrongBytes(#[from] Box<blobs::WrongDigest>),
+    /// The bytes to be kept as a manifest are none. Nothing was kept.
+    #[error("{digest} is not a manifest: {reason}")]
+    NotAManifest {
+        /// Their digest.
+        digest: Digest,
+        /// Why not.
+        reason: String,
+    },
+}
+
+impl Fault {
+    /// The fault behind `error`, met when trying to do `what` (a verb, such as "write") with the file `path`.
+    pub fn io(what: &'static str, path: impl AsRef<Path>, error: &io::Error) -> Self {
+        let path = path.as_ref().to_owned();
+        match error.kind() {
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Self::Full { what, path },
+            io::ErrorKind::ReadOnlyFilesystem => Self::ReadOnly { what, path },
+            kind => Self::Io {
+                what,
+                path,
+                kind,
+                reason: error.to_string(),
+            },
+        }
+    }
+}
+
+/// Everything held. One per data folder.
+pub struct Store {
+    volume: Arc<dyn Volume>,
+    blobs: Arc<blobs::Blobs>,
+    manifests: manifests::Manifests,
+    refs: Arc<refs::Refs>,
+    seen: seen::SeenFiles,
+    listings: listings::Listings,
+    grants: grants::Grants,
+    usage: Arc<Counters>,
+    secret: [u8; 32],
+    stop: Arc<AtomicBool>,
+    scan: Option<JoinHandle<()>>,
+    // Last but for the lock, so that the database is closed while the folder is still ours.
+    index: Arc<IndexHandle>,
+    _lock: Option<Lock>,
+}
+
+impl Store {
+    /// Opens the store on `volume`, taking its folder for this process. Waits neither for the index nor for the counts.
+    pub fn open(settings: &Settings, volume: Arc<dyn Volume>, now: SystemTime) -> Result<Self, OpenError> {
+        let lock = volume.folder().map(Lock::take).transpose()?;
+        let secret = secret::read_or_make(volume.as_ref())?;
+        remove_leftovers(volume.as_ref());
+        let home = volume.folder().map_or(Home::Memory, |folder| Home::Folder {
+            volume: Arc::clone(&volume),
+            index: folder.join("index"),
+            opened_at: to_millis(now) / 1000,
+        });
+        let index =
+            IndexHandle::start(home).map_err(|error| Fault::io("start the thread of", "index", &error))?;
+        let index = Arc::new(index);
+        let usage = Arc::new(Counters::default());
+        let refs = Arc::new(refs::Refs::new(&volume, &index, &usage));
+        let stop = Arc::new(AtomicBool::new(false));
+        let grants = grants::Grants::new(&index);
+        let scan = {
+            let (volume, usage, refs, stop) = (
+                Arc::clone(&volume),
+                Arc::clone(&usage),
+                Arc::clone(&refs),
+                Arc::clone(&stop),
+            );
+            let prune = grants.pruner(now);
+            std::thread::Builder::new()
+                .name("store-scan".to_owned())
+                .spawn(move || {
+                    usage::count_existing(volume.as_ref(), &usage, &stop);
+                    if refs.heal_index(&stop) {
+                        prune();
+                    }
+                })
+        };
+        let scan = scan.map_err(|error| Fault::io("start the thread to count", "blobs", &error))?;
+        Ok(Self {
+            blobs: Arc::new(blobs::Blobs::new(settings, &volume, &index, &usage)),
+            manifests: manifests::Manifests::new(settings, &volume, &usage),
+            seen: seen::SeenFiles::new(&volume),
+            listings: listings::Listings::new(&volume),
+            refs,
+            grants,
+            usage,
+            secret,
+            stop,
+            scan: Some(scan),
+            volume,
+            index,
+            _lock: lock,
+        })
+    }
+
+    /// Makes what is kept in the index durable. To be called before the program ends.
+    pub fn close(&self) {
+        self.stop.store(true, Ordering::Relaxed);
+        self.index.flush();
+    }
+
+    /// The secret under which principals are hashed. Never leaves this machine.
+    pub fn install_secret(&self) -> &[u8; 32] {
+        &self.secret
+    }
+
+    /// How the index is; the store works without it.
+    pub fn index_state(&self) -> IndexState {
+        self.index.state()
+    }
+
+    /// How much is held.
+    pub fn usage(&self) -> Usage {
+        self.usage.read()
+    }
+
+    /// How many bytes the disk still takes.
+    pub fn free_bytes(&self) -> Result<u64, Fault> {
+        self.volume.free_bytes().map_err(|error| {
+            Fault::io(
+                "measure the free space of",
+                self.volume.folder().unwrap_or(Path::new("")),
+                &error,
+            )
+        })
+    }
+}
+
+impl Drop for Store {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        if let Some(scan) = self.scan.take() {
+            // A panic there has been told by the panic hook.
+            let _ = scan.join();
+        }
+    }
+}
+
+impl std::fmt::Debug for Store {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Store")
+            .field("folder", &self.volume.folder())
+            .finish_non_exhaustive()
+    }
+}
+
+/// What an earlier process was writing. A transfer could be resumed from it; for now it is begun again.
+fn remove_leftovers(volume: &dyn Volume) {
+    if let Err(error) = volume.remove_folder_all(Path::new(UNNAMED_FOLDER)) {
+        tracing::warn!(%error, "could not remove what was left in {UNNAMED_FOLDER}");
+    }
+}
+
+/// Moves a damaged file out of the way, for whoever wants to look into it; it is a miss from now on. Says whether it was
+/// this call that did it.
+fn quarantine(volume: &dyn Volume, path: &Path, why: &str) -> bool {
+    tracing::error!(path = %path.display(), "{why}; it is set aside in {QUARANTINE_FOLDER} and fetched again when asked for");
+    let name = path.file_name().unwrap_or_default();
+    // What cannot be moved may yet be removed; and what stays is found damaged again.
+    let moved = volume.rename(path, &Path::new(QUARANTINE_FOLDER).join(name));
+    moved.or_else(|_| volume.remove(path)).is_ok()
+}
+
+/// The size of a file, if it is there.
+fn size_of(volume: &dyn Volume, path: &Path) -> Option<u64> {
+    volume.open(path).and_then(|file| file.size()).ok()
+}
+
+/// Removes a file; says how long it was, if it was there.
+fn remove_file(volume: &dyn Volume, path: &Path) -> Result<Option<u64>, Fault> {
+    let size = size_of(volume, path);
+    match volume.remove(path) {
+        Ok(()) => Ok(Some(size.unwrap_or(0))),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(Fault::io("remove", path, &error)),
+    }
+}
+
+/// `<tree>/<algorithm>/<first two digits>/<hex>`.
+fn content_path(tree: &str, digest: &Digest) -> PathBuf {
+    let hex = digest.hex();
+    let shard = hex.get(..2).unwrap_or_default();
+    [tree, &digest.algorithm().to_string(), shard, &hex]
+        .iter()
+        .collect()
+}
+
+/// `<tree>/<first two digits>/<hash>` for what is named by text.
+fn named_path(tree: &str, parts: &[&str]) -> PathBuf {
+    let hash = Digest::of(crate::oci::Algorithm::Sha256, parts.join("\0").as_bytes()).hex();
+    let shard = hash.get(..2).unwrap_or_default();
+    [tree, shard, &hash].iter().collect()
+}

@@ -1,0 +1,385 @@
+//! Blobs: visible only once verified, then immutable.
+
+use std::fmt;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use bytes::Bytes;
+use quick_cache::Weighter;
+use quick_cache::sync::Cache;
+use serde::Serialize;
+
+use super::cache::{counted, weighted};
+use super::index::thread::IndexHandle;
+use super::record::sealed;
+use super::usage::{Counters, Kind};
+use super::volume::{Volume, VolumeFile, read_all, unnamed_path};
+use super::{Fault, Settings, Store, content_path, remove_file, size_of};
+use crate::oci::{Algorithm, Digest, Hasher};
+
+/// A blob of at most this size is kept in memory as a whole. Image configurations are a few KiB.
+pub const SMALL_BLOB_BYTES_MAX: u64 = 64 * 1024;
+
+const TREE: &str = "blobs";
+
+/// How many names are tried for an ingest; see [`unnamed_path`].
+const INGEST_TRIES_MAX: u32 = 64;
+
+/// A blob that can be read. Stays readable while it is used, even when it is removed meanwhile.
+#[derive(Clone)]
+pub struct HeldBlob {
+    /// In bytes.
+    pub size: u64,
+    /// Its bytes.
+    pub file: Arc<dyn VolumeFile>,
+}
+
+impl fmt::Debug for HeldBlob {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("HeldBlob")
+            .field("size", &self.size)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Proof that bytes were hashed and are those of a digest. [`Verified::check`] is the only way to one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Verified {
+    digest: Digest,
+    size: u64,
+}
+
+/// The bytes received are not those asked for. The upstream's fault, or the path's to it.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Mismatch {
+    /// Other content.
+    #[error(transparent)]
+    Digest(#[from] Box<WrongDigest>),
+    /// Another length than was announced.
+    #[error("expected {expected} bytes, found {found}")]
+    Size {
+        /// As announced.
+        expected: u64,
+        /// As received.
+        found: u64,
+    },
+}
+
+/// Bytes of another digest than expected.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("expected the bytes of {expected}, found those of {found}")]
+pub struct WrongDigest {
+    /// What they were to be.
+    pub expected: Digest,
+    /// What they are.
+    pub found: Digest,
+}
+
+impl Verified {
+    /// Compares what was hashed, `size` bytes of it, with what was to come.
+    pub fn check(
+        hasher: Hasher,
+        expected: &Digest,
+        size: u64,
+        expected_size: Option<u64>,
+    ) -> Result<Self, Mismatch> {
+        if let Some(expected) = expected_size.filter(|expected| *expected != size) {
+            return Err(Mismatch::Size {
+                expected,
+                found: size,
+            });
+        }
+        let found = hasher.finish();
+        if found != *expected {
+            return Err(Box::new(WrongDigest {
+                expected: *expected,
+                found,
+            })
+            .into());
+        }
+        Ok(Self { digest: found, size })
+    }
+
+    /// Of which digest.
+    pub fn digest(&self) -> Digest {
+        self.digest
+    }
+
+    /// How many bytes.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+}
+
+impl Store {
+    /// The blob, if it is held.
+    pub fn blob(&self, digest: &Digest) -> Result<Option<HeldBlob>, Fault> {
+        self.blobs.find(digest)
+    }
+
+    /// The whole blob from memory, if it is held and at most [`SMALL_BLOB_BYTES_MAX`] long. Read and verified the first time.
+    pub fn small_blob(&self, digest: &Digest) -> Option<Bytes> {
+        self.blobs.find_small(digest)
+    }
+
+    /// Begins to write a blob. `size`, where it is known, is reserved at once: a full disk shows before the first byte.
+    pub fn begin(&self, digest: &Digest, size: Option<u64>) -> Result<Ingest, Fault> {
+        Ingest::begin(&self.blobs, digest, size)
+    }
+
+    /// Removes a blob; says whether it was there. Whoever reads it now reads it to its end.
+    pub fn remove_blob(&self, digest: &Digest) -> Result<bool, Fault> {
+        self.blobs.remove(digest)
+    }
+
+    /// Sets a blob aside that was found to be damaged; it is a miss from now on.
+    pub fn quarantine_blob(&self, digest: &Digest) {
+        self.blobs.quarantine(digest, "a blob is not what its name says");
+    }
+}
+
+#[derive(Clone)]
+struct ByLength;
+
+impl Weighter<Digest, Bytes> for ByLength {
+    fn weight(&self, _: &Digest, bytes: &Bytes) -> u64 {
+        bytes.len() as u64 + 256
+    }
+}
+
+pub(super) struct Blobs {
+    volume: Arc<dyn Volume>,
+    index: Arc<IndexHandle>,
+    usage: Arc<Counters>,
+    open: Cache<Digest, HeldBlob>,
+    small: Cache<Digest, Bytes, ByLength>,
+    /// Held while a name is looked for and given.
+    naming: Mutex<()>,
+}
+
+impl Blobs {
+    pub(super) fn new(
+        settings: &Settings,
+        volume: &Arc<dyn Volume>,
+        index: &Arc<IndexHandle>,
+        usage: &Arc<Counters>,
+    ) -> Self {
+        Self {
+            volume: Arc::clone(volume),
+            index: Arc::clone(index),
+            usage: Arc::clone(usage),
+            open: counted(settings.open_blobs_max),
+            small: weighted(settings.small_blob_cache_bytes_max, 4096, ByLength),
+            naming: Mutex::default(),
+        }
+    }
+
+    fn find(&self, digest: &Digest) -> Result<Option<HeldBlob>, Fault> {
+        if let Some(held) = self.open.get(digest) {
+            return Ok(Some(held));
+        }
+        let path = content_path(TREE, digest);
+        let file = match self.volume.open(&path) {
+            Ok(file) => file,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(Fault::io("open", path, &error)),
+        };
+        let size = file.size().map_err(|error| Fault::io("measure", &path, &error))?;
+        if self.known_size(digest).is_some_and(|known| known != size) {
+            self.quarantine(digest, "a blob has another size than when it was verified");
+            return Ok(None);
+        }
+        let held = HeldBlob { size, file };
+        self.open.insert(*digest, held.clone());
+        Ok(Some(held))
+    }
+
+    fn find_small(&self, digest: &Digest) -> Option<Bytes> {
+        if let Some(bytes) = self.small.get(digest) {
+            return Some(bytes);
+        }
+        // A fault is met again, and told, by whoever then asks for the blob itself.
+        let held = self.find(digest).ok()??;
+        if held.size > SMALL_BLOB_BYTES_MAX {
+            return None;
+        }
+        let bytes = Bytes::from(read_all(held.file.as_ref(), SMALL_BLOB_BYTES_MAX).ok()?);
+        if Digest::of(digest.algorithm(), &bytes) != *digest {
+            self.quarantine(digest, "a blob is not what its name says");
+            return None;
+        }
+        self.small.insert(*digest, bytes.clone());
+        Some(bytes)
+    }
+
+    /// The size that was verified, if the index still knows.
+    fn known_size(&self, digest: &Digest) -> Option<u64> {
+        let value = self.index.get(size_key(digest)).ok()??;
+        Some(u64::from_be_bytes(value.try_into().ok()?))
+    }
+
+    fn remove(&self, digest: &Digest) -> Result<bool, Fault> {
+        let path = content_path(TREE, digest);
+        self.forget(digest);
+        self.usage
+            .removing(Kind::Blob, &path, || remove_file(self.volume.as_ref(), &path))
+    }
+
+    fn quarantine(&self, digest: &Digest, why: &str) {
+        self.forget(digest);
+        self.usage
+            .quarantining(Kind::Blob, self.volume.as_ref(), &content_path(TREE, digest), why);
+    }
+
+    /// Gives a verified file the blob's name, unless another was quicker.
+    fn name(&self, from: &Path, to: &Path, size: u64) -> Result<(), Fault> {
+        let _naming = self.naming.lock().unwrap_or_else(PoisonError::into_inner);
+        self.usage.adding(Kind::Blob, to, size, || {
+            if size_of(self.volume.as_ref(), to).is_some() {
+                return Ok(false);
+            }
+            let named = self.volume.rename(from, to);
+            named
+                .map(|()| true)
+                .map_err(|error| Fault::io("name", to, &error))
+        })
+    }
+
+    fn forget(&self, digest: &Digest) {
+        self.open.remove(digest);
+        self.small.remove(digest);
+        self.index.remove(size_key(digest));
+    }
+}
+
+fn size_key(digest: &Digest) -> Vec<u8> {
+    let algorithm = match digest.algorithm() {
+        Algorithm::Sha256 => b'2',
+        Algorithm::Sha512 => b'5',
+    };
+    let mut key = vec![b'b', algorithm];
+    key.extend_from_slice(digest.as_bytes());
+    key
+}
+
+/// What an ingest is, for whoever finds it after a stop.
+#[derive(Serialize)]
+struct Meta {
+    digest: String,
+    size: Option<u64>,
+}
+
+/// A blob being written: followed by readers, visible to nobody else. Dropped, it leaves nothing.
+pub struct Ingest {
+    blobs: Arc<Blobs>,
+    digest: Digest,
+    folder: PathBuf,
+    file: Arc<dyn VolumeFile>,
+}
+
+impl fmt::Debug for Ingest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Ingest")
+            .field("digest", &self.digest)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Ingest {
+    fn begin(blobs: &Arc<Blobs>, digest: &Digest, size: Option<u64>) -> Result<Self, Fault> {
+        let (folder, file) = create(blobs.volume.as_ref())?;
+        let ingest = Self {
+            blobs: Arc::clone(blobs),
+            digest: *digest,
+            folder,
+            file,
+        };
+        if let Some(size) = size {
+            let reserved = ingest.file.reserve(size);
+            reserved.map_err(|error| Fault::io("reserve room for", &ingest.folder, &error))?;
+        }
+        let meta = sealed(&Meta {
+            digest: digest.to_string(),
+            size,
+        });
+        let path = ingest.folder.join("meta");
+        let noted = blobs
+            .volume
+            .create(&path)
+            .and_then(|file| file.write_at(&meta, 0));
+        noted.map_err(|error| Fault::io("write", &path, &error))?;
+        Ok(ingest)
+    }
+
+    /// The file being written, for the writer and for readers.
+    pub fn file(&self) -> Arc<dyn VolumeFile> {
+        Arc::clone(&self.file)
+    }
+
+    /// Makes the blob durable and gives it its name. After an error nothing is held: the first failed fsync is final.
+    pub fn commit(self, proof: Verified) -> Result<HeldBlob, Fault> {
+        let path = content_path(TREE, &self.digest);
+        if proof.digest != self.digest {
+            let (expected, found) = (self.digest, proof.digest);
+            return Err(Box::new(WrongDigest { expected, found }).into());
+        }
+        if let Some(held) = self.blobs.find(&self.digest)? {
+            return Ok(held);
+        }
+        let volume = self.blobs.volume.as_ref();
+        let written = self
+            .file
+            .size()
+            .map_err(|error| Fault::io("measure", &path, &error))?;
+        if written != proof.size {
+            return Err(Fault::Corrupt {
+                path: self.folder.join("data"),
+            });
+        }
+        self.file
+            .sync()
+            .map_err(|error| Fault::io("make durable", &path, &error))?;
+        self.file
+            .seal()
+            .map_err(|error| Fault::io("seal", &path, &error))?;
+        self.blobs
+            .index
+            .put(size_key(&self.digest), proof.size.to_be_bytes().to_vec());
+        self.blobs.name(&self.folder.join("data"), &path, proof.size)?;
+        let folder = path.parent().unwrap_or(Path::new(TREE));
+        if let Err(error) = volume.sync_folder(folder) {
+            // The fault to tell is the first one; what could not be removed is found and verified later.
+            let _ = self.blobs.remove(&self.digest);
+            return Err(Fault::io("make durable the name of", &path, &error));
+        }
+        let held = HeldBlob {
+            size: proof.size,
+            file: Arc::clone(&self.file),
+        };
+        self.blobs.open.insert(self.digest, held.clone());
+        Ok(held)
+    }
+}
+
+impl Drop for Ingest {
+    fn drop(&mut self) {
+        // What stays is removed when the store is next opened.
+        let _ = self.blobs.volume.remove_folder_all(&self.folder);
+    }
+}
+
+fn create(volume: &dyn Volume) -> Result<(PathBuf, Arc<dyn VolumeFile>), Fault> {
+    let mut tries = 0;
+    loop {
+        let folder = unnamed_path();
+        let path = folder.join("data");
+        match volume.create(&path) {
+            Ok(file) => return Ok((folder, file)),
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists && tries < INGEST_TRIES_MAX => {
+                tries += 1;
+            }
+            Err(error) => return Err(Fault::io("create", path, &error)),
+        }
+    }
+}

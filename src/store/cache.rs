@@ -1,0 +1,129 @@
+//! Keys of the memory caches that can be looked up by borrowed parts, so that a hit allocates nothing.
+
+use std::hash::{Hash, Hasher};
+use std::sync::Arc;
+
+use quick_cache::sync::Cache;
+use quick_cache::{DefaultHashBuilder, Equivalent, OptionsBuilder, UnitWeighter, Weighter};
+
+use crate::oci::Repository;
+
+/// Few enough that a shard has room for the largest entries, enough that readers seldom meet.
+const SHARDS: usize = 16;
+
+/// A repository of an upstream.
+#[derive(Clone, PartialEq, Eq)]
+pub(super) struct Place {
+    pub(super) upstream: Arc<str>,
+    pub(super) repository: Repository,
+}
+
+/// [`Place`], borrowed.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) struct PlaceRef<'a> {
+    pub(super) upstream: &'a str,
+    pub(super) repository: &'a str,
+}
+
+impl Place {
+    pub(super) fn of(upstream: &str, repository: &Repository) -> Self {
+        Self {
+            upstream: upstream.into(),
+            repository: repository.clone(),
+        }
+    }
+
+    pub(super) fn borrowed(&self) -> PlaceRef<'_> {
+        PlaceRef {
+            upstream: &self.upstream,
+            repository: self.repository.as_str(),
+        }
+    }
+}
+
+impl<'a> PlaceRef<'a> {
+    pub(super) fn new(upstream: &'a str, repository: &'a Repository) -> Self {
+        Self {
+            upstream,
+            repository: repository.as_str(),
+        }
+    }
+}
+
+impl Hash for Place {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.borrowed().hash(state);
+    }
+}
+
+impl Equivalent<Place> for PlaceRef<'_> {
+    fn equivalent(&self, key: &Place) -> bool {
+        *self == key.borrowed()
+    }
+}
+
+/// A principal in a repository.
+#[derive(Clone, PartialEq, Eq)]
+pub(super) struct GrantKey {
+    pub(super) place: Place,
+    pub(super) principal: [u8; 32],
+}
+
+/// [`GrantKey`], borrowed.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) struct GrantRef<'a> {
+    pub(super) place: PlaceRef<'a>,
+    pub(super) principal: &'a [u8; 32],
+}
+
+impl GrantKey {
+    fn borrowed(&self) -> GrantRef<'_> {
+        GrantRef {
+            place: self.place.borrowed(),
+            principal: &self.principal,
+        }
+    }
+}
+
+impl Hash for GrantKey {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.borrowed().hash(state);
+    }
+}
+
+impl Equivalent<GrantKey> for GrantRef<'_> {
+    fn equivalent(&self, key: &GrantKey) -> bool {
+        *self == key.borrowed()
+    }
+}
+
+/// A cache of at most `weight_max`, of entries that weigh about `entry_weight` each.
+pub(super) fn weighted<K: Eq + Hash, V: Clone, W: Weighter<K, V> + Clone>(
+    weight_max: u64,
+    entry_weight: u64,
+    weighter: W,
+) -> Cache<K, V, W> {
+    let items = usize::try_from(weight_max / entry_weight.max(1))
+        .unwrap_or(usize::MAX)
+        .max(1);
+    let options = OptionsBuilder::new()
+        .estimated_items_capacity(items)
+        .weight_capacity(weight_max)
+        .shards(SHARDS)
+        .build();
+    match options {
+        Ok(options) => Cache::with_options(
+            options,
+            weighter,
+            DefaultHashBuilder::default(),
+            quick_cache::sync::DefaultLifecycle::default(),
+        ),
+        // Both mandatory options are given above.
+        Err(_) => Cache::with_weighter(items, weight_max, weighter),
+    }
+}
+
+/// A cache of at most `items_max` entries.
+pub(super) fn counted<K: Eq + Hash, V: Clone>(items_max: usize) -> Cache<K, V, UnitWeighter> {
+    weighted(items_max as u64, 1, UnitWeighter)
+}

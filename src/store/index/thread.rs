@@ -1,0 +1,242 @@
+//! The handle by which others ask the thread that owns the index ([`super::keeper`]).
+//!
+//! Reads wait for a reply, but not for long: they are made for what is not in memory, and a miss is safe. Writes do not
+//! wait at all.
+
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use super::Pair;
+use super::keeper::Keeper;
+use crate::store::volume::Volume;
+
+const QUEUE_MESSAGES_MAX: usize = 4096;
+
+/// A record of a page or more would make sled write a file of its own for it.
+pub(in crate::store) const VALUE_BYTES_MAX: usize = 4000;
+
+const REPLY_WITHIN: Duration = Duration::from_secs(2);
+
+/// How often a full queue is tried, and how long in between, when the program ends.
+const FLUSH_TRIES: u32 = 100;
+const FLUSH_PAUSE: Duration = Duration::from_millis(20);
+
+/// How the index is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum IndexState {
+    /// Being opened; reads wait a moment for it.
+    Opening,
+    /// Reading and writing.
+    Ready,
+    /// Not usable now. The files answer; times and grants written meanwhile are lost at a restart. It is opened again
+    /// by itself.
+    Degraded {
+        /// Why, for the operator.
+        reason: String,
+    },
+}
+
+/// Where an index lives.
+pub(in crate::store) enum Home {
+    /// In a folder of this machine, beside the files of `volume`.
+    Folder {
+        volume: Arc<dyn Volume>,
+        index: PathBuf,
+        /// Seconds since 1970, for the names of what is set aside.
+        opened_at: u64,
+    },
+    Memory,
+}
+
+pub(super) type Reply<T> = SyncSender<Result<T, NoAnswer>>;
+
+pub(super) enum Message {
+    Get {
+        key: Vec<u8>,
+        reply: Reply<Option<Vec<u8>>>,
+    },
+    Put {
+        key: Vec<u8>,
+        value: Vec<u8>,
+    },
+    Remove {
+        key: Vec<u8>,
+    },
+    Scan {
+        prefix: Vec<u8>,
+        after: Vec<u8>,
+        limit: usize,
+        reply: Reply<Vec<Pair>>,
+    },
+    Flush {
+        reply: SyncSender<()>,
+    },
+    Reopen,
+    Close,
+}
+
+/// The index is slow or down: whether it holds what was asked for is not known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::store) struct NoAnswer;
+
+/// What the thread and the handle both see.
+#[derive(Debug)]
+pub(super) struct Shared {
+    state: Mutex<IndexState>,
+    /// It let someone wait in vain; nobody else waits until it has done something again.
+    pub(super) is_stuck: AtomicBool,
+    /// How often something that was put may have been lost.
+    losses: AtomicU64,
+    /// One more than the losses after which everything had been put again.
+    healed: AtomicU64,
+}
+
+impl Shared {
+    fn new() -> Self {
+        Self {
+            state: Mutex::new(IndexState::Opening),
+            is_stuck: AtomicBool::new(false),
+            losses: AtomicU64::new(0),
+            healed: AtomicU64::new(0),
+        }
+    }
+
+    pub(super) fn state(&self) -> MutexGuard<'_, IndexState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn note_loss(&self) {
+        self.losses.fetch_add(1, Ordering::AcqRel);
+    }
+}
+
+/// Asks the index thread. Dropped, it lets the thread finish and waits for that.
+pub(in crate::store) struct IndexHandle {
+    sender: SyncSender<Message>,
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl IndexHandle {
+    /// Starts the thread, which opens the index; nobody waits for that.
+    pub(in crate::store) fn start(home: Home) -> std::io::Result<Self> {
+        let (sender, receiver) = sync_channel(QUEUE_MESSAGES_MAX);
+        let shared = Arc::new(Shared::new());
+        let keeper = Keeper::new(home, Arc::clone(&shared), sender.clone());
+        let thread = std::thread::Builder::new()
+            .name("index".to_owned())
+            .spawn(move || keeper.run(&receiver))?;
+        Ok(Self {
+            sender,
+            shared,
+            thread: Some(thread),
+        })
+    }
+
+    /// How the index is.
+    pub(in crate::store) fn state(&self) -> IndexState {
+        self.shared.state().clone()
+    }
+
+    /// Whether it is known to name every tag that has a file.
+    pub(in crate::store) fn is_complete(&self) -> bool {
+        self.shared.healed.load(Ordering::Acquire) == self.losses() + 1
+    }
+
+    /// How often something that was put may have been lost; for [`Self::set_complete`].
+    pub(in crate::store) fn losses(&self) -> u64 {
+        self.shared.losses.load(Ordering::Acquire)
+    }
+
+    /// Says that every tag that has a file has been put, since there were so many `losses`.
+    pub(in crate::store) fn set_complete(&self, losses: u64) {
+        self.shared.healed.store(losses + 1, Ordering::Release);
+    }
+
+    /// The value of `key`. `None` may also mean that the index has lost it.
+    pub(in crate::store) fn get(&self, key: Vec<u8>) -> Result<Option<Vec<u8>>, NoAnswer> {
+        self.ask(|reply| Message::Get { key, reply })
+    }
+
+    /// Writes sooner or later. A value too long for a record is not written.
+    pub(in crate::store) fn put(&self, key: Vec<u8>, value: Vec<u8>) {
+        if value.len() <= VALUE_BYTES_MAX {
+            self.tell(Message::Put { key, value });
+        }
+    }
+
+    /// Removes sooner or later.
+    pub(in crate::store) fn remove(&self, key: Vec<u8>) {
+        self.tell(Message::Remove { key });
+    }
+
+    /// At most `limit` pairs in order of their keys, from the first after `after` on.
+    pub(in crate::store) fn scan(
+        &self,
+        prefix: Vec<u8>,
+        after: Vec<u8>,
+        limit: usize,
+    ) -> Result<Vec<Pair>, NoAnswer> {
+        self.ask(|reply| Message::Scan {
+            prefix,
+            after,
+            limit,
+            reply,
+        })
+    }
+
+    fn ask<T>(&self, question: impl FnOnce(Reply<T>) -> Message) -> Result<T, NoAnswer> {
+        if self.shared.is_stuck.load(Ordering::Relaxed) {
+            return Err(NoAnswer);
+        }
+        let (reply, answer) = sync_channel(1);
+        self.sender.try_send(question(reply)).map_err(|_| NoAnswer)?;
+        answer.recv_timeout(REPLY_WITHIN).unwrap_or_else(|_| {
+            self.shared.is_stuck.store(true, Ordering::Relaxed);
+            Err(NoAnswer)
+        })
+    }
+
+    /// Waits until everything written is durable; not for ever.
+    pub(in crate::store) fn flush(&self) {
+        let (reply, answer) = sync_channel(1);
+        let mut message = Message::Flush { reply };
+        for _ in 0..FLUSH_TRIES {
+            match self.sender.try_send(message) {
+                Ok(()) => {
+                    let _ = answer.recv_timeout(REPLY_WITHIN * 5);
+                    return;
+                }
+                Err(TrySendError::Disconnected(_)) => return,
+                Err(TrySendError::Full(back)) => message = back,
+            }
+            std::thread::sleep(FLUSH_PAUSE);
+        }
+    }
+
+    /// A full queue means a disk that does not keep up: what is written here may be lost, and waiting for it may not.
+    fn tell(&self, message: Message) {
+        if let Err(TrySendError::Full(_)) = self.sender.try_send(message) {
+            self.shared.note_loss();
+            tracing::debug!("the index does not keep up; a write was dropped");
+        }
+    }
+}
+
+impl Drop for IndexHandle {
+    fn drop(&mut self) {
+        // A thread that waits for a dead disk is left behind; the process is about to end.
+        if self.shared.is_stuck.load(Ordering::Relaxed) {
+            return;
+        }
+        let closing = self.sender.send(Message::Close);
+        if let (Ok(()), Some(thread)) = (closing, self.thread.take()) {
+            // A panic there has been told by the panic hook.
+            let _ = thread.join();
+        }
+    }
+}

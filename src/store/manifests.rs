@@ -1,0 +1,266 @@
+//! Manifests: their exact bytes, and beside them the media type and the repositories they were seen in.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use bytes::Bytes;
+use quick_cache::Weighter;
+use quick_cache::sync::Cache;
+use serde::{Deserialize, Serialize};
+
+use super::blobs::WrongDigest;
+use super::cache::weighted;
+use super::record::{RECORD_BYTES_MAX, opened, sealed};
+use super::usage::{Counters, Kind};
+use super::volume::Volume;
+use super::{Fault, Settings, Store, content_path, remove_file};
+use crate::oci::manifest::{Kind as ManifestKind, MANIFEST_BYTES_MAX};
+use crate::oci::{Digest, Manifest, MediaType, Repository};
+
+/// How many repositories a manifest's record names; the oldest go first.
+pub const SEEN_IN_MAX: usize = 256;
+
+const TREE: &str = "manifests";
+
+/// Writers of records that share a lock do so by the digest's first byte.
+const STRIPES: usize = 16;
+
+/// A manifest with all that is needed to serve it.
+#[derive(Clone, Debug)]
+pub struct HeldManifest {
+    /// Of exactly these bytes.
+    pub digest: Digest,
+    /// As the upstream sent them.
+    pub bytes: Bytes,
+    /// As the upstream named it.
+    pub media_type: MediaType,
+    /// What it refers to.
+    pub manifest: Manifest,
+}
+
+impl HeldManifest {
+    /// Reads and verifies: the bytes must be those of `digest`, and a manifest.
+    pub fn check(bytes: Bytes, media_type: MediaType, digest: Digest) -> Result<Self, Fault> {
+        let manifest = read(&bytes, digest)?;
+        Ok(Self {
+            digest,
+            bytes,
+            media_type,
+            manifest,
+        })
+    }
+}
+
+fn read(bytes: &Bytes, digest: Digest) -> Result<Manifest, Fault> {
+    let found = Digest::of(digest.algorithm(), bytes);
+    if found != digest {
+        return Err(Box::new(WrongDigest {
+            expected: digest,
+            found,
+        })
+        .into());
+    }
+    Manifest::read(bytes).map_err(|error| Fault::NotAManifest {
+        digest,
+        reason: error.to_string(),
+    })
+}
+
+/// The record beside a manifest.
+#[derive(Serialize, Deserialize)]
+struct Meta {
+    media_type: String,
+    seen_in: Vec<SeenIn>,
+}
+
+#[derive(PartialEq, Eq, Serialize, Deserialize)]
+struct SeenIn {
+    upstream: String,
+    repository: String,
+}
+
+impl Store {
+    /// The manifest, if it is held: verified when it comes from the disk, ready when it comes from memory.
+    pub fn manifest(&self, digest: &Digest) -> Result<Option<Arc<HeldManifest>>, Fault> {
+        self.manifests.find(digest)
+    }
+
+    /// Keeps a manifest that `upstream` has in `repository`. One that is held already keeps its media type.
+    pub fn keep_manifest(
+        &self,
+        bytes: Bytes,
+        media_type: MediaType,
+        digest: Digest,
+        upstream: &str,
+        repository: &Repository,
+    ) -> Result<Arc<HeldManifest>, Fault> {
+        let seen_in = SeenIn {
+            upstream: upstream.to_owned(),
+            repository: repository.as_str().to_owned(),
+        };
+        self.manifests
+            .keep(HeldManifest::check(bytes, media_type, digest)?, seen_in)
+    }
+
+    /// Removes a manifest; says whether it was there.
+    pub fn remove_manifest(&self, digest: &Digest) -> Result<bool, Fault> {
+        self.manifests.remove(digest)
+    }
+}
+
+#[derive(Clone)]
+struct ByLength;
+
+impl Weighter<Digest, Arc<HeldManifest>> for ByLength {
+    /// The bytes, and about as much for what was read from them.
+    fn weight(&self, _: &Digest, held: &Arc<HeldManifest>) -> u64 {
+        held.bytes.len() as u64 + 192 * held.manifest.children.len() as u64 + 512
+    }
+}
+
+pub(super) struct Manifests {
+    volume: Arc<dyn Volume>,
+    usage: Arc<Counters>,
+    ready: Cache<Digest, Arc<HeldManifest>, ByLength>,
+    records: [Mutex<()>; STRIPES],
+}
+
+impl Manifests {
+    pub(super) fn new(settings: &Settings, volume: &Arc<dyn Volume>, usage: &Arc<Counters>) -> Self {
+        Self {
+            volume: Arc::clone(volume),
+            usage: Arc::clone(usage),
+            ready: weighted(settings.manifest_cache_bytes_max, 4096, ByLength),
+            records: std::array::from_fn(|_| Mutex::default()),
+        }
+    }
+
+    fn find(&self, digest: &Digest) -> Result<Option<Arc<HeldManifest>>, Fault> {
+        if let Some(held) = self.ready.get(digest) {
+            return Ok(Some(held));
+        }
+        let path = content_path(TREE, digest);
+        let bytes = match self.volume.read_whole(&path, MANIFEST_BYTES_MAX as u64) {
+            Ok(bytes) => Bytes::from(bytes),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) if error.kind() == io::ErrorKind::FileTooLarge => Bytes::new(),
+            Err(error) => return Err(Fault::io("read", path, &error)),
+        };
+        let Ok(manifest) = read(&bytes, *digest) else {
+            self.quarantine(digest, "a manifest is not what its name says");
+            return Ok(None);
+        };
+        let Some(media_type) = self.media_type(digest, &manifest) else {
+            self.quarantine(digest, "the media type of a manifest is lost");
+            return Ok(None);
+        };
+        let held = Arc::new(HeldManifest {
+            digest: *digest,
+            bytes,
+            media_type,
+            manifest,
+        });
+        self.ready.insert(*digest, Arc::clone(&held));
+        Ok(Some(held))
+    }
+
+    /// From its record; where that is lost, what the manifest says of itself or looks like.
+    fn media_type(&self, digest: &Digest, manifest: &Manifest) -> Option<MediaType> {
+        let recorded = self
+            .record(digest)
+            .and_then(|record| record.media_type.parse().ok());
+        recorded.or_else(|| manifest.media_type.clone()).or_else(|| {
+            let like = match manifest.kind {
+                ManifestKind::Index => "application/vnd.oci.image.index.v1+json",
+                ManifestKind::Image => "application/vnd.oci.image.manifest.v1+json",
+                ManifestKind::Other => return None,
+            };
+            like.parse().ok()
+        })
+    }
+
+    fn record(&self, digest: &Digest) -> Option<Meta> {
+        opened(
+            &self
+                .volume
+                .read_whole(&record_path(digest), RECORD_BYTES_MAX)
+                .ok()?,
+        )
+    }
+
+    fn keep(&self, checked: HeldManifest, seen_in: SeenIn) -> Result<Arc<HeldManifest>, Fault> {
+        let digest = checked.digest;
+        let stripe = digest.as_bytes().first().copied().unwrap_or_default();
+        let stripe = self.records.get(usize::from(stripe) % STRIPES);
+        let _writing = stripe.map(|stripe| stripe.lock().unwrap_or_else(PoisonError::into_inner));
+        if let Some(held) = self.find(&digest)? {
+            self.extend_record(&held, seen_in)?;
+            return Ok(held);
+        }
+        let path = content_path(TREE, &digest);
+        let size = checked.bytes.len() as u64;
+        let written = self.usage.adding(Kind::Manifest, &path, size, || {
+            self.volume.place(&path, &checked.bytes).map(|()| true)
+        });
+        written.map_err(|error| Fault::io("write", &path, &error))?;
+        let record = Meta {
+            media_type: checked.media_type.as_str().to_owned(),
+            seen_in: vec![seen_in],
+        };
+        self.write_record(&digest, &record)?;
+        let held = Arc::new(checked);
+        self.ready.insert(digest, Arc::clone(&held));
+        Ok(held)
+    }
+
+    fn extend_record(&self, held: &HeldManifest, seen_in: SeenIn) -> Result<(), Fault> {
+        let recorded = self.record(&held.digest);
+        let is_whole = recorded.is_some();
+        let mut record = recorded.unwrap_or_else(|| Meta {
+            media_type: held.media_type.as_str().to_owned(),
+            seen_in: Vec::new(),
+        });
+        if is_whole && record.seen_in.contains(&seen_in) {
+            return Ok(());
+        }
+        record.seen_in.push(seen_in);
+        let surplus = record.seen_in.len().saturating_sub(SEEN_IN_MAX);
+        record.seen_in.drain(..surplus);
+        self.write_record(&held.digest, &record)
+    }
+
+    /// Makes the folder durable too, and with it the name of the manifest.
+    fn write_record(&self, digest: &Digest, record: &Meta) -> Result<(), Fault> {
+        let path = record_path(digest);
+        let written = self.volume.write_whole(&path, &sealed(record));
+        written.map_err(|error| Fault::io("write", path, &error))
+    }
+
+    fn remove(&self, digest: &Digest) -> Result<bool, Fault> {
+        let path = content_path(TREE, digest);
+        self.ready.remove(digest);
+        let was_there = self
+            .usage
+            .removing(Kind::Manifest, &path, || remove_file(self.volume.as_ref(), &path))?;
+        // Without its manifest the record says nothing.
+        let _ = self.volume.remove(&record_path(digest));
+        Ok(was_there)
+    }
+
+    fn quarantine(&self, digest: &Digest, why: &str) {
+        self.ready.remove(digest);
+        self.usage.quarantining(
+            Kind::Manifest,
+            self.volume.as_ref(),
+            &content_path(TREE, digest),
+            why,
+        );
+    }
+}
+
+fn record_path(digest: &Digest) -> PathBuf {
+    let path = content_path(TREE, digest);
+    let folder = path.parent().unwrap_or(Path::new(TREE));
+    folder.join(format!("{}.meta", digest.hex()))
+}

@@ -1,0 +1,128 @@
+//! Small JSON files that notice their own damage.
+//!
+//! The last member of the object is a checksum of every byte before it, so a record stays plain JSON for whoever looks
+//! into it, and need not be written again to be checked.
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use crate::oci::{Algorithm, Digest};
+
+/// No record is longer: eight variants of a tag, or a manifest's list of places.
+pub(super) const RECORD_BYTES_MAX: u64 = 256 * 1024;
+
+const MEMBER: &str = ",\"checksum\":\"";
+const END: &str = "\"}\n";
+const CHECKSUM_HEX: usize = 16;
+
+/// The first eight bytes of the SHA-256 of `bytes`: enough against decay, and no claim against forgery.
+pub(super) fn checksum(bytes: &[u8]) -> [u8; 8] {
+    let mut first = [0; 8];
+    for (to, from) in first
+        .iter_mut()
+        .zip(Digest::of(Algorithm::Sha256, bytes).as_bytes())
+    {
+        *to = *from;
+    }
+    first
+}
+
+/// Lower-case hexadecimal.
+pub(super) fn hex(bytes: &[u8]) -> String {
+    use std::fmt::Write;
+    bytes
+        .iter()
+        .fold(String::with_capacity(bytes.len() * 2), |mut text, byte| {
+            // Writing to a `String` cannot fail.
+            let _ = write!(text, "{byte:02x}");
+            text
+        })
+}
+
+/// `value`, which must serialise as a non-empty object, with its checksum.
+pub(super) fn sealed(value: &impl Serialize) -> Vec<u8> {
+    // Structs of strings and numbers always serialise; an empty record would be read as damaged.
+    let mut text = serde_json::to_string(value).unwrap_or_default();
+    text.pop();
+    let sum = hex(&checksum(text.as_bytes()));
+    text.push_str(MEMBER);
+    text.push_str(&sum);
+    text.push_str(END);
+    text.into_bytes()
+}
+
+/// The value of a record whose checksum is right and whose members are there.
+pub(super) fn opened<T: DeserializeOwned>(record: &[u8]) -> Option<T> {
+    let text = record.strip_suffix(END.as_bytes())?;
+    let (text, sum) = text.split_at_checked(text.len().checked_sub(CHECKSUM_HEX)?)?;
+    let text = text.strip_suffix(MEMBER.as_bytes())?;
+    if hex(&checksum(text)).as_bytes() != sum {
+        return None;
+    }
+    serde_json::from_slice(record).ok()
+}
+
+/// Milliseconds since 1970; a moment before it counts as 1970.
+pub(super) fn to_millis(time: std::time::SystemTime) -> u64 {
+    let since = time.duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// The inverse of [`to_millis`]; what no clock can hold counts as 1970, that is: long ago.
+pub(super) fn from_millis(millis: u64) -> std::time::SystemTime {
+    let since = std::time::Duration::from_millis(millis);
+    std::time::UNIX_EPOCH
+        .checked_add(since)
+        .unwrap_or(std::time::UNIX_EPOCH)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(
+        clippy::unwrap_used,
+        clippy::indexing_slicing,
+        reason = "tests may fail loudly"
+    )]
+    use std::collections::BTreeMap;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn what_is_sealed_opens_again(map in proptest::collection::btree_map(".{0,8}", ".{0,40}", 1..6)) {
+            let map: BTreeMap<String, String> = map.into_iter().filter(|(key, _)| key != "checksum").collect();
+            prop_assume!(!map.is_empty());
+            let record = sealed(&map);
+            let mut found: BTreeMap<String, String> = opened(&record).unwrap();
+            found.remove("checksum");
+            prop_assert_eq!(found, map);
+        }
+
+        #[test]
+        fn any_changed_byte_is_noticed(place in 0_usize..64, change in 1_u8..) {
+            let mut record = sealed(&BTreeMap::from([("name", "value of some length that is enough")]));
+            let place = place % record.len();
+            record[place] ^= change;
+            prop_assert_eq!(opened::<BTreeMap<String, String>>(&record), None);
+        }
+
+        #[test]
+        fn garbage_is_no_record(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+            prop_assert_eq!(opened::<BTreeMap<String, String>>(&bytes), None);
+        }
+    }
+
+    #[test]
+    fn a_cut_record_is_noticed() {
+        let record = sealed(&BTreeMap::from([("name", "value")]));
+        for length in 0..record.len() {
+            assert_eq!(
+                opened::<BTreeMap<String, String>>(&record[..length]),
+                None,
+                "{length}"
+            );
+        }
+    }
+}

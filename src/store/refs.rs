@@ -1,0 +1,297 @@
+//! Tags: which digest a tag named when the upstream was last asked.
+//!
+//! The file of a tag is written only when a digest changes; the time of each confirmation goes to the index, where
+//! losing it costs one question. What is in memory is the newest of both.
+
+mod tag;
+
+use std::io;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use quick_cache::sync::Cache;
+
+use super::cache::counted;
+use super::index::thread::{IndexHandle, VALUE_BYTES_MAX};
+use super::record::{RECORD_BYTES_MAX, checksum};
+use super::usage::{Counters, Kind};
+use super::volume::Volume;
+use super::{Fault, Store, remove_file};
+
+use self::tag::{KEY_PREFIX, TREE};
+pub use self::tag::{TagKey, TagRecord, VARIANTS_MAX, Variant};
+
+/// Tags kept ready in memory.
+const READY_MAX: usize = 16_384;
+
+const STRIPES: usize = 64;
+
+impl Store {
+    /// What is known of a tag: from memory, else from its file and the index together.
+    pub fn tag(&self, key: &TagKey) -> Result<Option<Arc<TagRecord>>, Fault> {
+        self.refs.find(key)
+    }
+
+    /// Keeps what a tag names now. Known to readers at once, even where the disk then fails.
+    pub fn keep_tag(&self, key: &TagKey, variant: Variant) -> Result<(), Fault> {
+        self.refs.keep(key, variant)
+    }
+
+    /// Forgets a tag; says whether it was known.
+    pub fn remove_tag(&self, key: &TagKey) -> Result<bool, Fault> {
+        self.refs.remove(key)
+    }
+
+    /// At most `limit` tags in order, from the first after `after` on. From the index, or while that is not whole, from
+    /// the files, which is slower.
+    pub fn tags(&self, after: Option<&TagKey>, limit: usize) -> Vec<(TagKey, TagRecord)> {
+        self.refs.list(after, limit)
+    }
+}
+
+/// A tag as it was found on the disk.
+struct Loaded {
+    record: Arc<TagRecord>,
+    /// Not so where a write failed, or the file was damaged, and only the index knew.
+    has_file: bool,
+    /// Not so where the index has lost it, or does not answer.
+    is_indexed: bool,
+}
+
+pub(super) struct Refs {
+    volume: Arc<dyn Volume>,
+    index: Arc<IndexHandle>,
+    usage: Arc<Counters>,
+    ready: Cache<TagKey, Arc<TagRecord>>,
+    writers: [Mutex<()>; STRIPES],
+}
+
+impl Refs {
+    pub(super) fn new(volume: &Arc<dyn Volume>, index: &Arc<IndexHandle>, usage: &Arc<Counters>) -> Self {
+        Self {
+            volume: Arc::clone(volume),
+            index: Arc::clone(index),
+            usage: Arc::clone(usage),
+            ready: counted(READY_MAX),
+            writers: std::array::from_fn(|_| Mutex::default()),
+        }
+    }
+
+    fn find(&self, key: &TagKey) -> Result<Option<Arc<TagRecord>>, Fault> {
+        if let Some(record) = self.ready.get(key) {
+            return Ok(Some(record));
+        }
+        let Some(loaded) = self.load(key)? else {
+            return Ok(None);
+        };
+        if !loaded.has_file || !loaded.is_indexed {
+            self.complete(key, &loaded);
+        }
+        Ok(Some(loaded.record))
+    }
+
+    fn load(&self, key: &TagKey) -> Result<Option<Loaded>, Fault> {
+        let (filed, indexed) = (self.read_file(key)?, self.read_index(key));
+        let (has_file, is_indexed) = (filed.is_some(), indexed.is_some());
+        let Some(record) = TagRecord::of_both(filed, indexed) else {
+            return Ok(None);
+        };
+        // Not over what a writer has put there meanwhile.
+        let record = self
+            .ready
+            .get_or_insert_with(key, || Ok::<_, Fault>(Arc::new(record)))?;
+        Ok(Some(Loaded {
+            record,
+            has_file,
+            is_indexed,
+        }))
+    }
+
+    /// Writes a tag to where it was missing, in turn with its other writers.
+    fn complete(&self, key: &TagKey, loaded: &Loaded) {
+        let path = key.path();
+        let _writing = self.writing(&path);
+        // Newer than what was loaded, if another writer was quicker; gone, if it was removed.
+        let Some(record) = self.ready.get(key) else { return };
+        if !loaded.is_indexed {
+            self.write_index(key, &record);
+        }
+        if !loaded.has_file
+            && let Err(fault) = self.write_file(key, &record, &path)
+        {
+            tracing::debug!(%fault, "a tag that only the index knows is still without a file");
+        }
+    }
+
+    fn keep(&self, key: &TagKey, mut variant: Variant) -> Result<(), Fault> {
+        let path = key.path();
+        let _writing = self.writing(&path);
+        let loaded = match self.ready.get(key) {
+            Some(record) => Some(Loaded {
+                record,
+                has_file: true,
+                is_indexed: true,
+            }),
+            // A file that cannot be read is written anew.
+            None => self.load(key).unwrap_or_default(),
+        };
+        let before = loaded
+            .as_ref()
+            .map_or(&[][..], |loaded| loaded.record.variants.as_slice());
+        let same = before
+            .iter()
+            .find(|old| old.accept == variant.accept && old.names_the_same(&variant));
+        let is_news = same.is_none() || loaded.as_ref().is_some_and(|loaded| !loaded.has_file);
+        if let Some(same) = same {
+            variant.first_held_at = same.first_held_at;
+        }
+        let others = before.iter().filter(|old| old.accept != variant.accept).cloned();
+        let others: Vec<Variant> = others.take(VARIANTS_MAX - 1).collect();
+        let record = Arc::new(TagRecord {
+            variants: [vec![variant], others].concat(),
+        });
+        self.ready.insert(key.clone(), Arc::clone(&record));
+        self.write_index(key, &record);
+        if is_news {
+            self.write_file(key, &record, &path)
+        } else {
+            Ok(())
+        }
+    }
+
+    /// Writers of one tag come one after the other.
+    fn writing(&self, path: &Path) -> Option<MutexGuard<'_, ()>> {
+        let sum = checksum(path.as_os_str().as_encoded_bytes());
+        let stripe = self.writers.get(usize::from(sum.first().copied()?) % STRIPES)?;
+        Some(stripe.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn remove(&self, key: &TagKey) -> Result<bool, Fault> {
+        let path = key.path();
+        let was_ready = self.ready.remove(key).is_some();
+        self.index.remove(key.to_index());
+        let had_file = self.usage.removing(Kind::Tag, &path, || {
+            remove_file(self.volume.as_ref(), &path).map(|size| size.map(|_| 0))
+        })?;
+        Ok(was_ready || had_file)
+    }
+
+    fn read_file(&self, key: &TagKey) -> Result<Option<TagRecord>, Fault> {
+        let path = key.path();
+        match self.volume.read_whole(&path, RECORD_BYTES_MAX) {
+            Ok(bytes) => {
+                let found = TagRecord::of_file(&bytes).filter(|(named, _)| named == key);
+                if found.is_none() {
+                    self.quarantine(&path);
+                }
+                Ok(found.map(|(_, record)| record))
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) if error.kind() == io::ErrorKind::FileTooLarge => {
+                self.quarantine(&path);
+                Ok(None)
+            }
+            Err(error) => Err(Fault::io("read", path, &error)),
+        }
+    }
+
+    fn write_file(&self, key: &TagKey, record: &TagRecord, path: &Path) -> Result<(), Fault> {
+        let bytes = record.to_file(key);
+        let written = self.usage.adding(Kind::Tag, path, 0, || {
+            let is_new = self.volume.open(path).is_err();
+            self.volume.write_whole(path, &bytes).map(|()| is_new)
+        });
+        written.map_err(|error| Fault::io("write", path, &error))
+    }
+
+    fn quarantine(&self, path: &Path) {
+        self.usage.quarantining(
+            Kind::Tag,
+            self.volume.as_ref(),
+            path,
+            "the record of a tag is damaged",
+        );
+    }
+
+    fn read_index(&self, key: &TagKey) -> Option<TagRecord> {
+        let value = self.index.get(key.to_index()).ok()??;
+        TagRecord::of_index(&value)
+    }
+
+    fn write_index(&self, key: &TagKey, record: &TagRecord) {
+        self.index.put(key.to_index(), record.to_index(VALUE_BYTES_MAX));
+    }
+
+    fn list(&self, after: Option<&TagKey>, limit: usize) -> Vec<(TagKey, TagRecord)> {
+        if self.index.is_complete() {
+            let after = after.map(TagKey::to_index).unwrap_or_default();
+            if let Ok(pairs) = self.index.scan(vec![KEY_PREFIX], after, limit) {
+                let tags = pairs.into_iter();
+                return tags
+                    .filter_map(|(key, value)| Some((TagKey::of_index(&key)?, TagRecord::of_index(&value)?)))
+                    .collect();
+            }
+        }
+        let mut all = Vec::new();
+        self.heal_walking(&AtomicBool::new(false), |key, record| {
+            if after.is_none_or(|after| key > *after) {
+                all.push((key, record));
+            }
+        });
+        all.sort_by(|(a, _), (b, _)| a.cmp(b));
+        all.truncate(limit);
+        for (key, record) in &mut all {
+            if let Some(ready) = self.ready.get(key) {
+                record.clone_from(&ready);
+            }
+        }
+        all
+    }
+
+    /// Puts into the index whatever the files know and it does not. Says whether it came to the end.
+    pub(super) fn heal_index(&self, stop: &AtomicBool) -> bool {
+        self.heal_walking(stop, |_, _| {})
+    }
+
+    fn heal_walking(&self, stop: &AtomicBool, mut each: impl FnMut(TagKey, TagRecord)) -> bool {
+        let losses = self.index.losses();
+        let walked = self.walk(stop, |key, filed| {
+            let indexed = self.read_index(&key);
+            let is_indexed = indexed.as_ref().is_some_and(|indexed| indexed.covers(&filed));
+            let whole = TagRecord::of_both(Some(filed), indexed).unwrap_or_default();
+            if !is_indexed {
+                let path = key.path();
+                let _writing = self.writing(&path);
+                // Once more, now that no other writer is in between.
+                if let (Ok(Some(filed)), indexed) = (self.read_file(&key), self.read_index(&key))
+                    && let Some(whole) = TagRecord::of_both(Some(filed), indexed)
+                {
+                    self.write_index(&key, &whole);
+                }
+            }
+            each(key, whole);
+        });
+        if walked && self.index.state() == super::IndexState::Ready {
+            self.index.set_complete(losses);
+        }
+        walked
+    }
+
+    fn walk(&self, stop: &AtomicBool, mut each: impl FnMut(TagKey, TagRecord)) -> bool {
+        for folder in self.volume.list(Path::new(TREE)).unwrap_or_default() {
+            let folder = Path::new(TREE).join(folder.name);
+            for file in self.volume.list(&folder).unwrap_or_default() {
+                if stop.load(Ordering::Relaxed) {
+                    return false;
+                }
+                // What is damaged or gone is found so by whoever asks for that tag.
+                let bytes = self.volume.read_whole(&folder.join(file.name), RECORD_BYTES_MAX);
+                if let Some((key, record)) = bytes.ok().and_then(|bytes| TagRecord::of_file(&bytes)) {
+                    each(key, record);
+                }
+            }
+        }
+        true
+    }
+}

@@ -1,0 +1,213 @@
+//! What is known of a tag, and how it is written: into its file, which explains itself, and into the index, which is short.
+
+use std::cmp::Reverse;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use serde::{Deserialize, Serialize};
+
+use crate::oci::{Digest, MediaType, Repository, Tag};
+use crate::store::named_path;
+use crate::store::record::{from_millis, opened, sealed, to_millis};
+
+/// How many sets of accepted media types a tag is remembered for. Clients in use send fewer.
+pub const VARIANTS_MAX: usize = 8;
+
+pub(super) const TREE: &str = "refs";
+pub(super) const KEY_PREFIX: u8 = b't';
+
+/// A tag of a repository of an upstream.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct TagKey {
+    /// The name of the upstream.
+    pub upstream: Arc<str>,
+    /// The repository there.
+    pub repository: Repository,
+    /// The tag.
+    pub tag: Tag,
+}
+
+/// What a tag named for one set of accepted media types.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Variant {
+    /// The key of the set ([`crate::oci::Accept::key`]).
+    pub accept: u64,
+    /// What the tag named.
+    pub digest: Digest,
+    /// As the upstream named it.
+    pub media_type: MediaType,
+    /// When the upstream last said so.
+    pub confirmed_at: SystemTime,
+    /// When it first said so.
+    pub first_held_at: SystemTime,
+}
+
+/// What is known of a tag.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct TagRecord {
+    /// One for each set of accepted media types, at most [`VARIANTS_MAX`], the newest first.
+    pub variants: Vec<Variant>,
+}
+
+impl Variant {
+    pub(super) fn names_the_same(&self, other: &Self) -> bool {
+        self.digest == other.digest && self.media_type == other.media_type
+    }
+
+    /// Whether this variant, of the index, is at least as new as that of the file.
+    fn supersedes(&self, filed: &Self) -> bool {
+        self.names_the_same(filed) || self.confirmed_at > filed.confirmed_at
+    }
+}
+
+impl TagRecord {
+    /// The record of the file and that of the index as one. Where they name the same, the index has the newer time;
+    /// where not, one of them missed a write (a stop in between, a full disk), and the later confirmation counts.
+    pub(super) fn of_both(file: Option<Self>, index: Option<Self>) -> Option<Self> {
+        let (file, index) = match (file, index) {
+            (None, None) => return None,
+            (Some(record), None) | (None, Some(record)) => return Some(record),
+            (Some(file), Some(index)) => (file, index),
+        };
+        let mut variants = file.variants;
+        for indexed in index.variants {
+            match variants
+                .iter_mut()
+                .find(|variant| variant.accept == indexed.accept)
+            {
+                None => variants.push(indexed),
+                Some(filed) if indexed.supersedes(filed) => *filed = indexed,
+                Some(_) => {}
+            }
+        }
+        variants.sort_by_key(|variant| Reverse(variant.confirmed_at));
+        variants.truncate(VARIANTS_MAX);
+        Some(Self { variants })
+    }
+
+    /// Whether this record, of the index, misses nothing that the file says.
+    pub(super) fn covers(&self, file: &Self) -> bool {
+        file.variants.iter().all(|filed| {
+            self.variants
+                .iter()
+                .any(|indexed| indexed.accept == filed.accept && indexed.supersedes(filed))
+        })
+    }
+}
+
+#[derive(Serialize, Deserialize)]
+struct VariantRecord {
+    accept: String,
+    digest: String,
+    media_type: String,
+    confirmed_at_ms: u64,
+    first_held_at_ms: u64,
+}
+
+#[derive(Serialize, Deserialize)]
+struct RefRecord {
+    upstream: String,
+    repository: String,
+    tag: String,
+    variants: Vec<VariantRecord>,
+}
+
+impl TagKey {
+    /// Its file.
+    pub(in crate::store) fn path(&self) -> PathBuf {
+        named_path(
+            TREE,
+            &[&self.upstream, self.repository.as_str(), self.tag.as_str()],
+        )
+    }
+
+    /// Its key in the index, in the order of upstream, repository, tag.
+    pub(super) fn to_index(&self) -> Vec<u8> {
+        let names = [&self.upstream, self.repository.as_str(), self.tag.as_str()].join("\0");
+        [&[KEY_PREFIX], names.as_bytes()].concat()
+    }
+
+    pub(super) fn of_index(key: &[u8]) -> Option<Self> {
+        let names = std::str::from_utf8(key.strip_prefix(&[KEY_PREFIX])?).ok()?;
+        let mut names = names.split('\0');
+        let (upstream, repository, tag) = (names.next()?, names.next()?, names.next()?);
+        Some(Self {
+            upstream: upstream.into(),
+            repository: repository.parse().ok()?,
+            tag: tag.parse().ok()?,
+        })
+    }
+}
+
+impl TagRecord {
+    pub(super) fn to_file(&self, key: &TagKey) -> Vec<u8> {
+        sealed(&RefRecord {
+            upstream: key.upstream.to_string(),
+            repository: key.repository.as_str().to_owned(),
+            tag: key.tag.as_str().to_owned(),
+            variants: self.to_records(),
+        })
+    }
+
+    pub(super) fn of_file(bytes: &[u8]) -> Option<(TagKey, Self)> {
+        let record: RefRecord = opened(bytes)?;
+        let key = TagKey {
+            upstream: record.upstream.into(),
+            repository: record.repository.parse().ok()?,
+            tag: record.tag.parse().ok()?,
+        };
+        Some((key, Self::of_records(&record.variants)))
+    }
+
+    /// As many variants, the newest first, as fit into `bytes_max`.
+    pub(super) fn to_index(&self, bytes_max: usize) -> Vec<u8> {
+        let mut records = self.to_records();
+        let mut value = serde_json::to_vec(&records).unwrap_or_default();
+        while value.len() > bytes_max && records.pop().is_some() {
+            value = serde_json::to_vec(&records).unwrap_or_default();
+        }
+        value
+    }
+
+    pub(super) fn of_index(value: &[u8]) -> Option<Self> {
+        let records: Vec<VariantRecord> = serde_json::from_slice(value).ok()?;
+        Some(Self::of_records(&records))
+    }
+
+    fn of_records(records: &[VariantRecord]) -> Self {
+        Self {
+            variants: records
+                .iter()
+                .filter_map(Variant::of_record)
+                .take(VARIANTS_MAX)
+                .collect(),
+        }
+    }
+
+    fn to_records(&self) -> Vec<VariantRecord> {
+        self.variants.iter().map(Variant::to_record).collect()
+    }
+}
+
+impl Variant {
+    fn to_record(&self) -> VariantRecord {
+        VariantRecord {
+            accept: format!("{:016x}", self.accept),
+            digest: self.digest.to_string(),
+            media_type: self.media_type.as_str().to_owned(),
+            confirmed_at_ms: to_millis(self.confirmed_at),
+            first_held_at_ms: to_millis(self.first_held_at),
+        }
+    }
+
+    fn of_record(record: &VariantRecord) -> Option<Self> {
+        Some(Self {
+            accept: u64::from_str_radix(&record.accept, 16).ok()?,
+            digest: record.digest.parse().ok()?,
+            media_type: record.media_type.parse().ok()?,
+            confirmed_at: from_millis(record.confirmed_at_ms),
+            first_held_at: from_millis(record.first_held_at_ms),
+        })
+    }
+}

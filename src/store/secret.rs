@@ -1,0 +1,55 @@
+//! The install secret: what makes the principals of this installation mean nothing elsewhere.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::Path;
+
+use super::volume::Volume;
+use super::{Fault, OpenError};
+
+const NAME: &str = "install-secret";
+const RANDOM_SOURCE: &str = "/dev/urandom";
+
+/// Bits that let anyone but the owner read or write.
+const FOREIGN_MODE: u32 = 0o077;
+
+/// Reads the secret, or makes it at the first start.
+pub(super) fn read_or_make(volume: &dyn Volume) -> Result<[u8; 32], OpenError> {
+    let path = Path::new(NAME);
+    let shown = || {
+        volume
+            .folder()
+            .map_or_else(|| path.to_owned(), |folder| folder.join(path))
+    };
+    match volume.read_whole(path, 32) {
+        Ok(bytes) => {
+            let mode = volume
+                .mode(path)
+                .map_err(|error| Fault::io("read the mode of", path, &error))?;
+            if let Some(mode) = mode.filter(|mode| mode & FOREIGN_MODE != 0) {
+                return Err(OpenError::SecretReadable { path: shown(), mode });
+            }
+            bytes
+                .try_into()
+                .map_err(|_| OpenError::SecretDamaged { path: shown() })
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            let secret = random().map_err(|error| Fault::io("read", RANDOM_SOURCE, &error))?;
+            volume
+                .write_whole(path, &secret)
+                .map_err(|error| Fault::io("write", path, &error))?;
+            Ok(secret)
+        }
+        Err(error) if error.kind() == io::ErrorKind::FileTooLarge => {
+            Err(OpenError::SecretDamaged { path: shown() })
+        }
+        Err(error) => Err(Fault::io("read", path, &error).into()),
+    }
+}
+
+/// Bytes that nobody can guess, from the system.
+pub(super) fn random<const BYTES: usize>() -> io::Result<[u8; BYTES]> {
+    let mut bytes = [0; BYTES];
+    File::open(RANDOM_SOURCE)?.read_exact(&mut bytes)?;
+    Ok(bytes)
+}

@@ -1,0 +1,324 @@
+//! What an upstream was seen to have in a repository: the proof that a digest may be read through it.
+//!
+//! One file per repository, of lines that are only ever appended:
+//!
+//! ```text
+//! repository <upstream> <repository> <checksum>
+//! <digest> <checksum>
+//! public <seconds since 1970> <checksum>
+//! private <checksum>
+//! ```
+//!
+//! Each checksum is over the line *and* the names, so that a line proves nothing in another repository's file. Lines
+//! that are torn, wrong or unknown are ignored: a lost proof costs one question. Each append begins with a line feed,
+//! so that a torn line before it spoils nothing after it.
+
+use std::collections::HashSet;
+use std::io;
+use std::path::PathBuf;
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::{Duration, SystemTime};
+
+use quick_cache::Weighter;
+use quick_cache::sync::Cache;
+
+use super::cache::{Place, PlaceRef, weighted};
+use super::record::{checksum, from_millis, hex, to_millis};
+use super::volume::Volume;
+use super::{Fault, Store, named_path};
+use crate::oci::{Digest, Repository};
+
+/// How many digests one repository's file names. Beyond it, proofs are kept in memory only.
+pub const SEEN_DIGESTS_MAX: usize = 200_000;
+
+/// Enough for [`SEEN_DIGESTS_MAX`] lines of the longest digest, twice.
+const FILE_BYTES_MAX: u64 = 64 * 1024 * 1024;
+
+/// Digests kept ready in memory, of all repositories together: some 20 MiB.
+const READY_DIGESTS_MAX: u64 = 262_144;
+
+/// What a repository without digests counts for.
+const PLACE_WEIGHT: u64 = 8;
+
+/// A repository that stays public is written down anew this often, not each time someone proves it.
+const PUBLIC_AGAIN_AFTER: Duration = Duration::from_secs(3600);
+
+/// A file with this many lines too many is written anew.
+const SURPLUS_LINES_MAX: usize = 1024;
+
+const TREE: &str = "seen";
+const CHECKSUM_HEX: usize = 8;
+
+impl Store {
+    /// Whether the upstream was seen to have `digest` in this repository.
+    pub fn has_seen(&self, upstream: &str, repository: &Repository, digest: &Digest) -> bool {
+        self.seen
+            .of(upstream, repository)
+            .is_some_and(|seen| seen.read(|seen| seen.digests.contains(digest)))
+    }
+
+    /// Keeps the proof that the upstream has `digest` in this repository. Written once for each.
+    pub fn note_seen(&self, upstream: &str, repository: &Repository, digest: &Digest) -> Result<(), Fault> {
+        self.seen.note(upstream, repository, digest)
+    }
+
+    /// When the repository was last proven readable by anyone, if that still holds.
+    pub fn public_since(&self, upstream: &str, repository: &Repository) -> Option<SystemTime> {
+        self.seen.of(upstream, repository)?.read(|seen| seen.public)
+    }
+
+    /// Keeps that the repository is public, proven at `since`, or that it is not (`None`).
+    pub fn note_public(
+        &self,
+        upstream: &str,
+        repository: &Repository,
+        since: Option<SystemTime>,
+    ) -> Result<(), Fault> {
+        self.seen.note_public(upstream, repository, since)
+    }
+}
+
+/// One repository's proofs.
+#[derive(Debug, Default)]
+struct Seen {
+    digests: HashSet<Digest>,
+    public: Option<SystemTime>,
+    /// What the file says of it.
+    written_public: Option<SystemTime>,
+    /// Whether the file has its first line.
+    is_headed: bool,
+}
+
+/// [`Seen`], shared by all who look at one repository.
+#[derive(Default)]
+struct SharedSeen(RwLock<Seen>);
+
+impl SharedSeen {
+    fn read<T>(&self, look: impl FnOnce(&Seen) -> T) -> T {
+        look(&self.0.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn write<T>(&self, change: impl FnOnce(&mut Seen) -> T) -> T {
+        change(&mut self.0.write().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+/// A cached repository with its weight when it was put there, which must not change in place.
+#[derive(Clone)]
+struct Ready {
+    seen: Arc<SharedSeen>,
+    weight: u64,
+}
+
+#[derive(Clone)]
+struct ByDigests;
+
+impl Weighter<Place, Ready> for ByDigests {
+    fn weight(&self, _: &Place, ready: &Ready) -> u64 {
+        ready.weight
+    }
+}
+
+pub(super) struct SeenFiles {
+    volume: Arc<dyn Volume>,
+    ready: Cache<Place, Ready, ByDigests>,
+}
+
+impl SeenFiles {
+    pub(super) fn new(volume: &Arc<dyn Volume>) -> Self {
+        Self {
+            volume: Arc::clone(volume),
+            ready: weighted(READY_DIGESTS_MAX, 2 * PLACE_WEIGHT, ByDigests),
+        }
+    }
+
+    /// `None` where the file cannot be read now: no proof, and nothing remembered of it.
+    fn of(&self, upstream: &str, repository: &Repository) -> Option<Arc<SharedSeen>> {
+        let known = self.ready.get(&PlaceRef::new(upstream, repository));
+        known
+            .map(|ready| ready.seen)
+            .or_else(|| self.load(upstream, repository).ok())
+    }
+
+    fn load(&self, upstream: &str, repository: &Repository) -> Result<Arc<SharedSeen>, Fault> {
+        let place = Place::of(upstream, repository);
+        let ready = self.ready.get_or_insert_with(&place, || {
+            let path = path(&place);
+            let text = match self.volume.read_whole(&path, FILE_BYTES_MAX) {
+                Ok(text) => text,
+                Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
+                Err(error) => return Err(Fault::io("read", &path, &error)),
+            };
+            let (seen, lines) = Seen::of_lines(&place, &text);
+            if lines > seen.digests.len() + SURPLUS_LINES_MAX {
+                // It is as good as before where this fails, only longer.
+                let _ = self.volume.write_whole(&path, &seen.to_lines(&place));
+            }
+            Ok(Ready {
+                weight: weight(&seen),
+                seen: Arc::new(SharedSeen(RwLock::new(seen))),
+            })
+        })?;
+        Ok(ready.seen)
+    }
+
+    fn known_or_loaded(&self, upstream: &str, repository: &Repository) -> Result<Arc<SharedSeen>, Fault> {
+        match self.ready.get(&PlaceRef::new(upstream, repository)) {
+            Some(ready) => Ok(ready.seen),
+            None => self.load(upstream, repository),
+        }
+    }
+
+    fn note(&self, upstream: &str, repository: &Repository, digest: &Digest) -> Result<(), Fault> {
+        let seen = self.known_or_loaded(upstream, repository)?;
+        if seen.read(|seen| seen.digests.contains(digest)) {
+            return Ok(());
+        }
+        let (is_new, count) = seen.write(|seen| (seen.digests.insert(*digest), seen.digests.len()));
+        if !is_new {
+            return Ok(());
+        }
+        let place = Place::of(upstream, repository);
+        let weight = seen.read(weight);
+        self.ready.insert(
+            place.clone(),
+            Ready {
+                seen: Arc::clone(&seen),
+                weight,
+            },
+        );
+        if count > SEEN_DIGESTS_MAX {
+            tracing::warn!(upstream, %repository, "too many digests were seen here to keep the proof of one more");
+            return Ok(());
+        }
+        self.append(&place, &seen, &digest.to_string())
+    }
+
+    fn note_public(
+        &self,
+        upstream: &str,
+        repository: &Repository,
+        since: Option<SystemTime>,
+    ) -> Result<(), Fault> {
+        let seen = self.known_or_loaded(upstream, repository)?;
+        let is_news = seen.write(|seen| {
+            seen.public = since;
+            let is_news = match (seen.written_public, since) {
+                (None, None) => false,
+                // Also when the clock was set back: what is written must not be in the future.
+                (Some(written), Some(since)) => since
+                    .duration_since(written)
+                    .map_or(true, |age| age >= PUBLIC_AGAIN_AFTER),
+                (Some(_), None) | (None, Some(_)) => true,
+            };
+            if is_news {
+                seen.written_public = since;
+            }
+            is_news
+        });
+        if is_news {
+            self.append(&Place::of(upstream, repository), &seen, &public_line(since))
+        } else {
+            Ok(())
+        }
+    }
+
+    fn append(&self, place: &Place, seen: &SharedSeen, content: &str) -> Result<(), Fault> {
+        let path = path(place);
+        let is_headed = seen.write(|seen| std::mem::replace(&mut seen.is_headed, true));
+        let mut lines = String::new();
+        if !is_headed {
+            push_line(&mut lines, place, &head_line(place));
+        }
+        push_line(&mut lines, place, content);
+        self.volume
+            .append(&path, lines.as_bytes())
+            .map_err(|error| Fault::io("append to", path, &error))
+    }
+}
+
+impl Seen {
+    /// What the lines of a file say, and how many there are.
+    fn of_lines(place: &Place, text: &[u8]) -> (Self, usize) {
+        let mut seen = Self::default();
+        let mut lines = 0;
+        for line in text.split(|byte| *byte == b'\n').filter(|line| !line.is_empty()) {
+            lines += 1;
+            if let Some(content) = content_of(place, line) {
+                seen.take_in(content);
+            }
+        }
+        seen.written_public = seen.public;
+        (seen, lines)
+    }
+
+    fn take_in(&mut self, content: &str) {
+        match content.split_once(' ') {
+            Some(("repository", _)) => self.is_headed = true,
+            Some(("public", seconds)) => {
+                self.public = seconds
+                    .parse()
+                    .ok()
+                    .map(|seconds: u64| from_millis(seconds.saturating_mul(1000)));
+            }
+            None if content == "private" => self.public = None,
+            None => {
+                if let Ok(digest) = content.parse() {
+                    self.digests.insert(digest);
+                }
+            }
+            Some(_) => {}
+        }
+    }
+
+    fn to_lines(&self, place: &Place) -> Vec<u8> {
+        let mut lines = String::new();
+        push_line(&mut lines, place, &head_line(place));
+        push_line(&mut lines, place, &public_line(self.public));
+        for digest in &self.digests {
+            push_line(&mut lines, place, &digest.to_string());
+        }
+        lines.into_bytes()
+    }
+}
+
+fn weight(seen: &Seen) -> u64 {
+    seen.digests.len() as u64 + PLACE_WEIGHT
+}
+
+fn path(place: &Place) -> PathBuf {
+    named_path(TREE, &[&place.upstream, place.repository.as_str()])
+}
+
+fn head_line(place: &Place) -> String {
+    format!("repository {} {}", place.upstream, place.repository)
+}
+
+fn public_line(since: Option<SystemTime>) -> String {
+    since.map_or_else(
+        || "private".to_owned(),
+        |since| format!("public {}", to_millis(since) / 1000),
+    )
+}
+
+fn push_line(lines: &mut String, place: &Place, content: &str) {
+    lines.push('\n');
+    lines.push_str(content);
+    lines.push(' ');
+    lines.push_str(&line_checksum(place, content));
+    lines.push('\n');
+}
+
+/// The content of a line whose checksum is right.
+fn content_of<'a>(place: &Place, line: &'a [u8]) -> Option<&'a str> {
+    let line = std::str::from_utf8(line).ok()?;
+    let (content, sum) = line.rsplit_once(' ')?;
+    (sum == line_checksum(place, content)).then_some(content)
+}
+
+fn line_checksum(place: &Place, content: &str) -> String {
+    let text = [&place.upstream, "\0", place.repository.as_str(), "\0", content].concat();
+    let mut sum = hex(&checksum(text.as_bytes()));
+    sum.truncate(CHECKSUM_HEX);
+    sum
+}

@@ -1,0 +1,183 @@
+//! The promises of the store, on every volume. What only a real folder has (a lock, an index that stays) is in [`folder`];
+//! what a power cut leaves, at each call that writes, is in [`power_cut`].
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "tests may fail loudly"
+)]
+
+mod blobs;
+mod folder;
+mod manifests;
+mod names;
+mod power_cut;
+mod proofs;
+mod whole;
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use bytes::Bytes;
+
+use super::blobs::Verified;
+use super::manifests::HeldManifest;
+use super::refs::{TagKey, Variant};
+use super::volume::{Directory, Memory, Volume};
+use super::*;
+use crate::oci::{Algorithm, Digest, Hasher, MediaType, Repository};
+
+pub(super) const UPSTREAM: &str = "docker.io";
+pub(super) const IMAGE: &str = "application/vnd.oci.image.manifest.v1+json";
+
+/// Where a store is opened, again and again.
+pub(super) struct Ground {
+    pub(super) volume: Arc<dyn Volume>,
+    pub(super) folder: Option<tempfile::TempDir>,
+}
+
+impl Ground {
+    pub(super) fn directory() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let volume = Directory::open(folder.path().join("data")).unwrap();
+        Self {
+            volume: Arc::new(volume),
+            folder: Some(folder),
+        }
+    }
+
+    fn memory() -> Self {
+        Self {
+            volume: Arc::new(Memory::new()),
+            folder: None,
+        }
+    }
+
+    pub(super) fn open(&self) -> Store {
+        Store::open(&Settings::default(), Arc::clone(&self.volume), at(0)).unwrap()
+    }
+
+    /// The files below `folder`, however deep.
+    pub(super) fn files(&self, folder: &str) -> Vec<PathBuf> {
+        let mut found = Vec::new();
+        let mut folders = vec![PathBuf::from(folder)];
+        while let Some(folder) = folders.pop() {
+            for entry in self.volume.list(&folder).unwrap() {
+                let path = folder.join(entry.name);
+                if entry.is_folder {
+                    folders.push(path);
+                } else {
+                    found.push(path);
+                }
+            }
+        }
+        found.sort();
+        found
+    }
+
+    /// The transfers being written. (The index thread may be writing a file of its own there.)
+    fn ingests(&self) -> usize {
+        let entries = self.volume.list(Path::new("ingest")).unwrap();
+        entries.iter().filter(|entry| entry.is_folder).count()
+    }
+
+    /// Writes over a file, also over one that is read-only.
+    pub(super) fn overwrite(&self, path: &Path, bytes: &[u8]) {
+        self.volume.remove(path).unwrap();
+        self.volume.create(path).unwrap().write_at(bytes, 0).unwrap();
+    }
+}
+
+/// Runs `test` on a folder and in memory.
+fn everywhere(test: impl Fn(&Ground)) {
+    test(&Ground::directory());
+    test(&Ground::memory());
+}
+
+pub(super) fn at(seconds: u64) -> SystemTime {
+    SystemTime::UNIX_EPOCH + Duration::from_secs(1_700_000_000 + seconds)
+}
+
+pub(super) fn repository(name: &str) -> Repository {
+    name.parse().unwrap()
+}
+
+pub(super) fn digest(bytes: &[u8]) -> Digest {
+    Digest::of(Algorithm::Sha256, bytes)
+}
+
+pub(super) fn image() -> MediaType {
+    IMAGE.parse().unwrap()
+}
+
+pub(super) fn manifest(number: u32) -> Bytes {
+    let config = digest(&number.to_be_bytes());
+    Bytes::from(format!(
+        r#"{{"schemaVersion":2,"mediaType":"{IMAGE}","config":{{"mediaType":"application/vnd.oci.image.config.v1+json","digest":"{config}","size":4}},"layers":[]}}"#
+    ))
+}
+
+pub(super) fn key(tag: &str) -> TagKey {
+    TagKey {
+        upstream: UPSTREAM.into(),
+        repository: repository("library/alpine"),
+        tag: tag.parse().unwrap(),
+    }
+}
+
+pub(super) fn variant(accept: u64, content: &[u8], seconds: u64) -> Variant {
+    Variant {
+        accept,
+        digest: digest(content),
+        media_type: image(),
+        confirmed_at: at(seconds),
+        first_held_at: at(seconds),
+    }
+}
+
+pub(super) fn verified(bytes: &[u8]) -> Verified {
+    let mut hasher = Hasher::new(Algorithm::Sha256);
+    hasher.update(bytes);
+    Verified::check(hasher, &digest(bytes), bytes.len() as u64, None).unwrap()
+}
+
+pub(super) fn keep_blob(store: &Store, bytes: &[u8]) -> Result<(), Fault> {
+    let ingest = store.begin(&digest(bytes), Some(bytes.len() as u64))?;
+    ingest
+        .file()
+        .write_at(bytes, 0)
+        .map_err(|error| Fault::io("write", "ingest", &error))?;
+    ingest.commit(verified(bytes)).map(drop)
+}
+
+pub(super) fn keep_manifest(store: &Store, bytes: &Bytes, repo: &str) -> Result<Arc<HeldManifest>, Fault> {
+    store.keep_manifest(bytes.clone(), image(), digest(bytes), UPSTREAM, &repository(repo))
+}
+
+pub(super) fn read_blob(store: &Store, of: &Digest) -> Option<Vec<u8>> {
+    let held = store.blob(of).unwrap()?;
+    let bytes = volume::read_all(held.file.as_ref(), u64::MAX).unwrap();
+    assert_eq!(bytes.len() as u64, held.size);
+    Some(bytes)
+}
+
+pub(super) fn only_variant(store: &Store, tag: &str) -> Variant {
+    let record = store.tag(&key(tag)).unwrap().unwrap();
+    assert_eq!(record.variants.len(), 1);
+    record.variants[0].clone()
+}
+
+/// The counts of what was there are made in the background.
+pub(super) fn counted_usage(store: &Store) -> Usage {
+    for _ in 0..10_000 {
+        let usage = store.usage();
+        if usage.is_complete {
+            return usage;
+        }
+        std::thread::yield_now();
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    panic!("the count does not end");
+}

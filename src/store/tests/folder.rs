@@ -1,0 +1,304 @@
+//! What only a real folder has: a lock, permissions, and an index that stays.
+
+use std::fs::{self, Permissions};
+use std::os::unix::fs::PermissionsExt;
+
+use super::*;
+
+fn data(ground: &Ground) -> PathBuf {
+    ground.folder.as_ref().unwrap().path().join("data")
+}
+
+fn filled(ground: &Ground) {
+    let store = ground.open();
+    keep_blob(&store, b"layer").unwrap();
+    keep_manifest(&store, &manifest(1), "library/alpine").unwrap();
+    store.keep_tag(&key("3"), variant(1, b"image", 1)).unwrap();
+    store.keep_tag(&key("3"), variant(1, b"image", 60)).unwrap();
+    store
+        .note_seen(UPSTREAM, &repository("library/alpine"), &digest(b"layer"))
+        .unwrap();
+    store
+        .note_public(UPSTREAM, &repository("library/alpine"), Some(at(0)))
+        .unwrap();
+    store.note_grant(UPSTREAM, &repository("acme/secret"), &[1; 32], at(7));
+    store.close();
+}
+
+/// Everything but what only the index knows.
+fn assert_found_again(store: &Store) {
+    assert_eq!(read_blob(store, &digest(b"layer")).unwrap(), b"layer");
+    assert_eq!(
+        store.manifest(&digest(&manifest(1))).unwrap().unwrap().media_type,
+        image()
+    );
+    assert_eq!(only_variant(store, "3").digest, digest(b"image"));
+    assert_eq!(store.tags(None, 10).len(), 1);
+    assert!(store.has_seen(UPSTREAM, &repository("library/alpine"), &digest(b"layer")));
+    assert_eq!(
+        store.public_since(UPSTREAM, &repository("library/alpine")),
+        Some(at(0))
+    );
+}
+
+fn wait_until(what: &str, is_so: impl Fn() -> bool) {
+    for _ in 0..10_000 {
+        if is_so() {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    panic!("never {what}");
+}
+
+#[test]
+fn a_second_opening_is_refused_and_names_the_process() {
+    let ground = Ground::directory();
+    let store = ground.open();
+    let second = Store::open(&Settings::default(), Arc::clone(&ground.volume), at(0)).unwrap_err();
+    let pid = std::process::id();
+    assert_eq!(
+        second,
+        OpenError::Locked {
+            folder: data(&ground),
+            pid: Some(pid)
+        }
+    );
+    assert!(second.to_string().contains(&pid.to_string()), "{second}");
+    drop(store);
+    ground.open();
+}
+
+#[test]
+fn the_data_folder_and_all_in_it_are_the_owners() {
+    let ground = Ground::directory();
+    filled(&ground);
+    let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+    assert_eq!(mode(&data(&ground)), 0o700);
+    assert_eq!(
+        mode(&data(&ground).join("index")),
+        0o700,
+        "sled's files are readable by all"
+    );
+    for file in ["install-secret", "LOCK", "store-id"]
+        .map(PathBuf::from)
+        .into_iter()
+        .chain(ground.files("refs"))
+    {
+        assert_eq!(mode(&data(&ground).join(&file)), 0o600, "{}", file.display());
+    }
+    assert_eq!(
+        mode(&data(&ground).join(&ground.files("blobs")[0])),
+        0o400,
+        "a blob is sealed"
+    );
+}
+
+#[test]
+fn a_secret_that_others_may_read_is_refused_with_the_remedy() {
+    let ground = Ground::directory();
+    drop(ground.open());
+    let path = data(&ground).join("install-secret");
+    fs::set_permissions(&path, Permissions::from_mode(0o640)).unwrap();
+    let refused = Store::open(&Settings::default(), Arc::clone(&ground.volume), at(0)).unwrap_err();
+    assert_eq!(
+        refused,
+        OpenError::SecretReadable {
+            path: path.clone(),
+            mode: 0o640
+        }
+    );
+    assert!(
+        refused
+            .to_string()
+            .contains(&format!("chmod 600 {}", path.display())),
+        "{refused}"
+    );
+}
+
+#[test]
+fn a_secret_of_the_wrong_length_is_refused() {
+    for wrong in [&b"short"[..], &[7; 33], b""] {
+        let ground = Ground::directory();
+        drop(ground.open());
+        let path = data(&ground).join("install-secret");
+        fs::write(&path, wrong).unwrap();
+        let refused = Store::open(&Settings::default(), Arc::clone(&ground.volume), at(0)).unwrap_err();
+        assert_eq!(refused, OpenError::SecretDamaged { path });
+    }
+}
+
+#[test]
+fn times_and_grants_survive_reopening() {
+    let ground = Ground::directory();
+    filled(&ground);
+    let store = ground.open();
+    assert_found_again(&store);
+    let expected = Variant {
+        first_held_at: at(1),
+        ..variant(1, b"image", 60)
+    };
+    assert_eq!(only_variant(&store, "3"), expected);
+    assert_eq!(
+        store.grant(UPSTREAM, &repository("acme/secret"), &[1; 32]),
+        Some(at(7))
+    );
+    assert_eq!(store.index_state(), IndexState::Ready);
+}
+
+#[test]
+fn without_the_index_everything_is_found_again_from_the_files() {
+    let ground = Ground::directory();
+    filled(&ground);
+    fs::remove_dir_all(data(&ground).join("index")).unwrap();
+    let store = ground.open();
+    assert_found_again(&store);
+    assert_eq!(
+        only_variant(&store, "3").confirmed_at,
+        at(1),
+        "the time in the file"
+    );
+    wait_until("listed from the index", || store.index.is_complete());
+    assert_eq!(store.tags(None, 10).len(), 1);
+}
+
+#[test]
+fn a_damaged_index_is_set_aside_and_everything_found_again_from_the_files() {
+    for (name, damage) in [
+        (
+            "garbage",
+            &(|path: &Path| fs::write(path, [0xa5; 4096]).unwrap()) as &dyn Fn(&Path),
+        ),
+        ("emptied", &|path| fs::write(path, []).unwrap()),
+        ("cut", &|path| {
+            let bytes = fs::read(path).unwrap();
+            fs::write(path, &bytes[..bytes.len() / 2]).unwrap();
+        }),
+        ("flipped", &|path| {
+            let mut bytes = fs::read(path).unwrap();
+            for place in (100..bytes.len()).step_by(97) {
+                bytes[place] ^= 0x10;
+            }
+            fs::write(path, bytes).unwrap();
+        }),
+    ] {
+        for file in ["db", "conf"] {
+            let ground = Ground::directory();
+            filled(&ground);
+            damage(&data(&ground).join("index").join(file));
+            let store = ground.open();
+            assert_found_again(&store);
+            wait_until("ready", || store.index_state() == IndexState::Ready);
+            store.keep_tag(&key("3"), variant(1, b"newer", 99)).unwrap();
+            drop(store);
+            let store = ground.open();
+            assert_eq!(
+                only_variant(&store, "3"),
+                variant(1, b"newer", 99),
+                "{name} {file}"
+            );
+        }
+    }
+}
+
+#[test]
+fn the_index_of_another_store_is_not_used() {
+    let (ground, other) = (Ground::directory(), Ground::directory());
+    filled(&ground);
+    filled(&other);
+    other
+        .open()
+        .note_grant(UPSTREAM, &repository("acme/others"), &[9; 32], at(7));
+    fs::remove_dir_all(data(&ground).join("index")).unwrap();
+    fs::rename(data(&other).join("index"), data(&ground).join("index")).unwrap();
+    let store = ground.open();
+    assert_found_again(&store);
+    assert_eq!(store.grant(UPSTREAM, &repository("acme/others"), &[9; 32]), None);
+    let names = ground.volume.list(Path::new("")).unwrap();
+    assert_eq!(
+        names
+            .iter()
+            .filter(|entry| entry.name.starts_with("index.broken-"))
+            .count(),
+        1
+    );
+}
+
+#[test]
+fn an_older_copy_of_the_index_is_not_used() {
+    let ground = Ground::directory();
+    filled(&ground);
+    let copy = tempfile::tempdir().unwrap();
+    for name in ["db", "conf"] {
+        fs::copy(data(&ground).join("index").join(name), copy.path().join(name)).unwrap();
+    }
+    ground
+        .open()
+        .drop_grant(UPSTREAM, &repository("acme/secret"), &[1; 32]);
+    fs::remove_dir_all(data(&ground).join("index")).unwrap();
+    fs::create_dir(data(&ground).join("index")).unwrap();
+    for name in ["db", "conf"] {
+        fs::copy(copy.path().join(name), data(&ground).join("index").join(name)).unwrap();
+    }
+    let store = ground.open();
+    assert_eq!(
+        store.grant(UPSTREAM, &repository("acme/secret"), &[1; 32]),
+        None,
+        "a dropped grant stays dropped"
+    );
+    assert_found_again(&store);
+}
+
+#[test]
+fn an_index_that_cannot_be_made_leaves_the_store_working_and_is_made_once_it_can() {
+    let ground = Ground::directory();
+    filled(&ground);
+    fs::remove_dir_all(data(&ground).join("index")).unwrap();
+    fs::write(data(&ground).join("index"), b"a file where a folder should be").unwrap();
+    let store = ground.open();
+    assert_found_again(&store);
+    keep_blob(&store, b"another").unwrap();
+    store.keep_tag(&key("4"), variant(1, b"image", 1)).unwrap();
+    assert_eq!(store.tags(None, 10).len(), 2);
+    assert!(matches!(store.index_state(), IndexState::Degraded { .. }));
+    fs::remove_file(data(&ground).join("index")).unwrap();
+    wait_until("ready", || store.index_state() == IndexState::Ready);
+    assert!(
+        !store.index.is_complete(),
+        "it has missed what was kept meanwhile"
+    );
+    assert_eq!(store.tags(None, 10).len(), 2);
+    assert!(store.index.is_complete(), "it was filled from the files");
+    assert_eq!(store.tags(None, 10).len(), 2);
+}
+
+#[test]
+fn a_blob_that_lost_its_end_is_quarantined_and_a_miss() {
+    let ground = Ground::directory();
+    let large = vec![7; 100_000];
+    {
+        let store = ground.open();
+        keep_blob(&store, &large).unwrap();
+        store.close();
+    }
+    ground.overwrite(&ground.files("blobs")[0], &large[1..]);
+    let store = ground.open();
+    assert!(store.blob(&digest(&large)).unwrap().is_none());
+    assert_eq!(ground.files("quarantine").len(), 1);
+    keep_blob(&store, &large).unwrap();
+    assert!(store.blob(&digest(&large)).unwrap().is_some());
+}
+
+#[test]
+fn a_held_file_is_read_from_the_page_cache_or_says_that_it_is_not_there() {
+    let ground = Ground::directory();
+    let store = ground.open();
+    keep_blob(&store, b"layer").unwrap();
+    let held = store.blob(&digest(b"layer")).unwrap().unwrap();
+    let mut bytes = [0; 16];
+    match held.file.read_at_cached(&mut bytes, 1) {
+        Ok(read) => assert_eq!(&bytes[..read], b"ayer"),
+        Err(error) => assert_eq!(error.kind(), io::ErrorKind::WouldBlock),
+    }
+    assert_eq!(held.file.read_at(&mut bytes, 5).unwrap(), 0, "the end");
+}

@@ -1,0 +1,93 @@
+//! Manifests: exactly as they were kept, or a miss.
+
+use super::*;
+
+#[test]
+fn a_manifest_is_served_as_it_was_kept() {
+    everywhere(|ground| {
+        let (bytes, store) = (manifest(1), ground.open());
+        assert!(store.manifest(&digest(&bytes)).unwrap().is_none());
+        let kept = keep_manifest(&store, &bytes, "library/alpine").unwrap();
+        assert!(Arc::ptr_eq(
+            &kept,
+            &store.manifest(&digest(&bytes)).unwrap().unwrap()
+        ));
+        drop(store);
+        let held = ground.open().manifest(&digest(&bytes)).unwrap().unwrap();
+        assert_eq!(
+            (held.digest, &held.bytes, &held.media_type),
+            (digest(&bytes), &bytes, &image())
+        );
+    });
+}
+
+#[test]
+fn bytes_of_another_digest_and_what_is_no_manifest_are_not_kept() {
+    everywhere(|ground| {
+        let store = ground.open();
+        let repo = repository("library/alpine");
+        let wrong = store
+            .keep_manifest(manifest(1), image(), digest(b"other"), UPSTREAM, &repo)
+            .unwrap_err();
+        assert!(matches!(wrong, Fault::WrongBytes(_)), "{wrong}");
+        let page = Bytes::from_static(b"<html>sign in</html>");
+        let none = store
+            .keep_manifest(page.clone(), image(), digest(&page), UPSTREAM, &repo)
+            .unwrap_err();
+        assert!(matches!(none, Fault::NotAManifest { .. }), "{none}");
+        assert_eq!(ground.files("manifests"), [] as [PathBuf; 0]);
+    });
+}
+
+#[test]
+fn a_damaged_manifest_is_quarantined_and_a_miss_until_it_is_kept_again() {
+    everywhere(|ground| {
+        let bytes = manifest(1);
+        keep_manifest(&ground.open(), &bytes, "library/alpine").unwrap();
+        ground.overwrite(&ground.files("manifests")[0], &manifest(2));
+        let store = ground.open();
+        assert!(store.manifest(&digest(&bytes)).unwrap().is_none());
+        assert_eq!(ground.files("quarantine").len(), 1);
+        assert_eq!(counted_usage(&store).manifests, 0);
+        keep_manifest(&store, &bytes, "library/alpine").unwrap();
+        assert_eq!(counted_usage(&store).manifests, 1);
+        drop(store);
+        assert_eq!(
+            ground.open().manifest(&digest(&bytes)).unwrap().unwrap().bytes,
+            bytes
+        );
+    });
+}
+
+#[test]
+fn a_manifest_without_its_record_keeps_the_type_it_states_of_itself() {
+    everywhere(|ground| {
+        let bytes = manifest(1);
+        keep_manifest(&ground.open(), &bytes, "library/alpine").unwrap();
+        ground.volume.remove(&ground.files("manifests")[1]).unwrap();
+        let store = ground.open();
+        assert_eq!(
+            store.manifest(&digest(&bytes)).unwrap().unwrap().media_type,
+            image()
+        );
+        keep_manifest(&store, &bytes, "library/alpine").unwrap();
+        assert_eq!(ground.files("manifests").len(), 2, "its record is written again");
+    });
+}
+
+#[test]
+fn the_record_of_a_manifest_names_each_repository_once() {
+    everywhere(|ground| {
+        let (bytes, store) = (manifest(1), ground.open());
+        for repo in ["library/alpine", "acme/alpine", "library/alpine"] {
+            keep_manifest(&store, &bytes, repo).unwrap();
+        }
+        let record = ground
+            .volume
+            .read_whole(&ground.files("manifests")[1], 10_000)
+            .unwrap();
+        let record = String::from_utf8(record).unwrap();
+        assert_eq!(record.matches("library/alpine").count(), 1, "{record}");
+        assert_eq!(record.matches("acme/alpine").count(), 1, "{record}");
+    });
+}

@@ -1,0 +1,178 @@
+//! Tags and lists: what a name meant last.
+
+use super::*;
+use crate::store::listings::{KeptListing, ListingKey};
+use crate::store::refs::{TagRecord, VARIANTS_MAX};
+
+#[test]
+fn a_tag_is_found_again_with_the_digest_it_named_last() {
+    everywhere(|ground| {
+        let store = ground.open();
+        assert!(store.tag(&key("3")).unwrap().is_none());
+        store.keep_tag(&key("3"), variant(1, b"old", 1)).unwrap();
+        store.keep_tag(&key("3"), variant(1, b"new", 2)).unwrap();
+        assert_eq!(only_variant(&store, "3"), variant(1, b"new", 2));
+        drop(store);
+        let store = ground.open();
+        assert_eq!(only_variant(&store, "3"), variant(1, b"new", 2));
+        assert!(store.tag(&key("4")).unwrap().is_none());
+    });
+}
+
+#[test]
+fn confirming_a_tag_moves_its_time_and_not_its_file() {
+    everywhere(|ground| {
+        let store = ground.open();
+        store.keep_tag(&key("3"), variant(1, b"old", 1)).unwrap();
+        let file = ground.files("refs").remove(0);
+        let before = ground.volume.read_whole(&file, 10_000).unwrap();
+        store.keep_tag(&key("3"), variant(1, b"old", 60)).unwrap();
+        assert_eq!(ground.volume.read_whole(&file, 10_000).unwrap(), before);
+        let expected = Variant {
+            first_held_at: at(1),
+            ..variant(1, b"old", 60)
+        };
+        assert_eq!(only_variant(&store, "3"), expected);
+    });
+}
+
+#[test]
+fn a_tag_keeps_the_newest_variants_and_no_more() {
+    everywhere(|ground| {
+        let store = ground.open();
+        let kept = VARIANTS_MAX as u64 + 3;
+        for accept in 0..kept {
+            store
+                .keep_tag(&key("3"), variant(accept, b"image", accept))
+                .unwrap();
+        }
+        drop(store);
+        let record = ground.open().tag(&key("3")).unwrap().unwrap();
+        let accepts: Vec<u64> = record.variants.iter().map(|variant| variant.accept).collect();
+        assert_eq!(accepts, (3..kept).rev().collect::<Vec<u64>>());
+    });
+}
+
+#[test]
+fn a_damaged_tag_file_is_quarantined_and_a_miss_unless_the_index_knows() {
+    everywhere(|ground| {
+        ground
+            .open()
+            .keep_tag(&key("3"), variant(1, b"image", 1))
+            .unwrap();
+        let file = ground.files("refs").remove(0);
+        let mut bytes = ground.volume.read_whole(&file, 10_000).unwrap();
+        bytes[30] ^= 1;
+        ground.overwrite(&file, &bytes);
+        let store = ground.open();
+        let found = store.tag(&key("3")).unwrap();
+        assert_eq!(
+            found.is_some(),
+            ground.folder.is_some(),
+            "only the folder has an index that stays"
+        );
+        assert_eq!(ground.files("quarantine").len(), 1);
+        assert_eq!(
+            ground.files("refs").len(),
+            usize::from(found.is_some()),
+            "written again from the index"
+        );
+        store.keep_tag(&key("3"), variant(1, b"newer", 2)).unwrap();
+        drop(store);
+        assert_eq!(only_variant(&ground.open(), "3").digest, digest(b"newer"));
+    });
+}
+
+#[test]
+fn the_file_of_another_tag_proves_nothing() {
+    everywhere(|ground| {
+        ground
+            .open()
+            .keep_tag(&key("3"), variant(1, b"image", 1))
+            .unwrap();
+        let from = ground.files("refs").remove(0);
+        let to = key("4").path();
+        ground.volume.rename(&from, &to).unwrap();
+        assert!(ground.open().tag(&key("4")).unwrap().is_none());
+    });
+}
+
+#[test]
+fn tags_are_listed_in_order_and_by_the_page() {
+    everywhere(|ground| {
+        let store = ground.open();
+        for tag in ["b", "a", "d", "c"] {
+            store.keep_tag(&key(tag), variant(1, tag.as_bytes(), 1)).unwrap();
+        }
+        for store in [Some(store), None] {
+            let store = store.unwrap_or_else(|| ground.open());
+            let names = |page: &[(TagKey, TagRecord)]| -> Vec<String> {
+                page.iter().map(|(key, _)| key.tag.as_str().to_owned()).collect()
+            };
+            let first = store.tags(None, 3);
+            assert_eq!(names(&first), ["a", "b", "c"]);
+            assert_eq!(first[1].1.variants, [variant(1, b"b", 1)]);
+            assert_eq!(names(&store.tags(Some(&first[2].0), 3)), ["d"]);
+            drop(store);
+        }
+    });
+}
+
+#[test]
+fn a_removed_tag_is_unknown_for_good() {
+    everywhere(|ground| {
+        let store = ground.open();
+        store.keep_tag(&key("3"), variant(1, b"image", 1)).unwrap();
+        assert!(store.remove_tag(&key("3")).unwrap());
+        assert!(!store.remove_tag(&key("3")).unwrap());
+        assert!(store.tag(&key("3")).unwrap().is_none());
+        drop(store);
+        assert!(ground.open().tag(&key("3")).unwrap().is_none());
+    });
+}
+
+#[test]
+fn a_list_is_kept_until_a_newer_one_comes() {
+    everywhere(|ground| {
+        let key = |path: &str| ListingKey {
+            upstream: UPSTREAM.into(),
+            path: path.to_owned(),
+        };
+        let list = |text: &'static str, seconds| {
+            let next = Some("/v2/library/alpine/tags/list?last=3".to_owned());
+            KeptListing::new(
+                Bytes::from_static(text.as_bytes()),
+                image(),
+                next,
+                None,
+                at(seconds),
+            )
+        };
+        let store = ground.open();
+        assert_eq!(store.listing(&key("/v2/library/alpine/tags/list")), Ok(None));
+        store
+            .keep_listing(&key("/v2/library/alpine/tags/list"), list("{\"tags\":[]}", 1))
+            .unwrap();
+        store
+            .keep_listing(&key("/v2/library/alpine/tags/list"), list("{\"tags\":[\n]}", 2))
+            .unwrap();
+        drop(store);
+        let store = ground.open();
+        let found = store
+            .listing(&key("/v2/library/alpine/tags/list"))
+            .unwrap()
+            .unwrap();
+        assert_eq!(*found, list("{\"tags\":[\n]}", 2));
+        assert_eq!(store.listing(&key("/v2/library/alpine/tags/list?n=1")), Ok(None));
+        drop(store);
+        let file = ground.files("listings").remove(0);
+        let mut bytes = ground.volume.read_whole(&file, 10_000).unwrap();
+        *bytes.last_mut().unwrap() ^= 1;
+        ground.overwrite(&file, &bytes);
+        assert_eq!(
+            ground.open().listing(&key("/v2/library/alpine/tags/list")),
+            Ok(None),
+            "damaged"
+        );
+    });
+}

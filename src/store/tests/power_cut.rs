@@ -1,0 +1,322 @@
+//! The power goes at each call that writes, once: half of that call is done, no later one is, and only what was made
+//! durable is there afterwards. What the store had acknowledged must then be whole; anything else is whole or a miss.
+
+use std::collections::BTreeMap;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use super::*;
+use crate::store::volume::{Entry, VolumeFile};
+
+/// Counts the calls that write, and lets none through after the last.
+struct Power {
+    calls: AtomicUsize,
+    last: usize,
+}
+
+impl Power {
+    fn is_cut(&self) -> bool {
+        self.calls.fetch_add(1, Ordering::SeqCst) >= self.last
+    }
+
+    fn spend(&self) -> io::Result<()> {
+        if self.is_cut() {
+            Err(io::Error::other("no power"))
+        } else {
+            Ok(())
+        }
+    }
+}
+
+type Names = BTreeMap<PathBuf, Arc<CutFile>>;
+
+/// A disk that remembers which names and which bytes were made durable.
+struct CutVolume {
+    power: Arc<Power>,
+    names: Mutex<Names>,
+    durable: Mutex<Names>,
+}
+
+struct CutFile {
+    power: Arc<Power>,
+    bytes: Mutex<Vec<u8>>,
+    durable: Mutex<Vec<u8>>,
+}
+
+impl CutVolume {
+    fn new(last: usize) -> Self {
+        let power = Arc::new(Power {
+            calls: AtomicUsize::new(0),
+            last,
+        });
+        Self {
+            power,
+            names: Mutex::default(),
+            durable: Mutex::default(),
+        }
+    }
+
+    /// The disk as it is found when the power is back.
+    fn after(&self) -> Memory {
+        let found = Memory::new();
+        for (path, file) in self.durable.lock().unwrap().iter() {
+            let bytes = file.durable.lock().unwrap();
+            found.create(path).unwrap().write_at(&bytes, 0).unwrap();
+        }
+        found
+    }
+
+    fn find(&self, path: &Path) -> io::Result<Arc<CutFile>> {
+        self.names
+            .lock()
+            .unwrap()
+            .get(path)
+            .cloned()
+            .ok_or_else(|| io::ErrorKind::NotFound.into())
+    }
+
+    fn new_file(&self) -> Arc<CutFile> {
+        let power = Arc::clone(&self.power);
+        Arc::new(CutFile {
+            power,
+            bytes: Mutex::default(),
+            durable: Mutex::default(),
+        })
+    }
+}
+
+impl Volume for CutVolume {
+    fn folder(&self) -> Option<&Path> {
+        None
+    }
+
+    fn create(&self, path: &Path) -> io::Result<Arc<dyn VolumeFile>> {
+        self.power.spend()?;
+        let mut names = self.names.lock().unwrap();
+        if names.contains_key(path) {
+            return Err(io::ErrorKind::AlreadyExists.into());
+        }
+        let file = self.new_file();
+        names.insert(path.to_owned(), Arc::clone(&file));
+        Ok(file)
+    }
+
+    fn open(&self, path: &Path) -> io::Result<Arc<dyn VolumeFile>> {
+        Ok(self.find(path)?)
+    }
+
+    fn append(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {
+        let file = Arc::clone(
+            self.names
+                .lock()
+                .unwrap()
+                .entry(path.to_owned())
+                .or_insert_with(|| self.new_file()),
+        );
+        let cut = self.power.is_cut();
+        let written = if cut { &bytes[..bytes.len() / 2] } else { bytes };
+        file.bytes.lock().unwrap().extend_from_slice(written);
+        // A torn append may well be on the disk.
+        file.durable
+            .lock()
+            .unwrap()
+            .clone_from(&file.bytes.lock().unwrap());
+        self.durable.lock().unwrap().insert(path.to_owned(), file);
+        if cut {
+            Err(io::Error::other("no power"))
+        } else {
+            Ok(())
+        }
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        self.power.spend()?;
+        let mut names = self.names.lock().unwrap();
+        let file = names.remove(from).ok_or(io::ErrorKind::NotFound)?;
+        names.insert(to.to_owned(), file);
+        Ok(())
+    }
+
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        self.power.spend()?;
+        self.names
+            .lock()
+            .unwrap()
+            .remove(path)
+            .map(drop)
+            .ok_or_else(|| io::ErrorKind::NotFound.into())
+    }
+
+    fn remove_folder_all(&self, path: &Path) -> io::Result<()> {
+        self.power.spend()?;
+        self.names
+            .lock()
+            .unwrap()
+            .retain(|file, _| !file.starts_with(path));
+        Ok(())
+    }
+
+    fn sync_folder(&self, path: &Path) -> io::Result<()> {
+        self.power.spend()?;
+        let names = self.names.lock().unwrap();
+        let mut durable = self.durable.lock().unwrap();
+        durable.retain(|file, _| file.parent() != Some(path));
+        let here = names.iter().filter(|(file, _)| file.parent() == Some(path));
+        durable.extend(here.map(|(path, file)| (path.clone(), Arc::clone(file))));
+        Ok(())
+    }
+
+    fn list(&self, path: &Path) -> io::Result<Vec<Entry>> {
+        let names = self.names.lock().unwrap();
+        let here = names.iter().filter(|(file, _)| file.parent() == Some(path));
+        let entry = |(path, file): (&PathBuf, &Arc<CutFile>)| Entry {
+            name: path.file_name().unwrap().to_str().unwrap().to_owned(),
+            is_folder: false,
+            size: file.bytes.lock().unwrap().len() as u64,
+        };
+        Ok(here.map(entry).collect())
+    }
+
+    fn mode(&self, _: &Path) -> io::Result<Option<u32>> {
+        Ok(None)
+    }
+
+    fn free_bytes(&self) -> io::Result<u64> {
+        Ok(u64::MAX)
+    }
+}
+
+impl VolumeFile for CutFile {
+    fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        let cut = self.power.is_cut();
+        let written = if cut { &bytes[..bytes.len() / 2] } else { bytes };
+        let mut content = self.bytes.lock().unwrap();
+        content.truncate(usize::try_from(offset).unwrap());
+        content.extend_from_slice(written);
+        if cut {
+            Err(io::Error::other("no power"))
+        } else {
+            Ok(())
+        }
+    }
+
+    fn read_at(&self, into: &mut [u8], offset: u64) -> io::Result<usize> {
+        let content = self.bytes.lock().unwrap();
+        let rest = &content[usize::try_from(offset).unwrap().min(content.len())..];
+        let length = rest.len().min(into.len());
+        into[..length].copy_from_slice(&rest[..length]);
+        Ok(length)
+    }
+
+    fn read_at_cached(&self, into: &mut [u8], offset: u64) -> io::Result<usize> {
+        self.read_at(into, offset)
+    }
+
+    fn size(&self) -> io::Result<u64> {
+        Ok(self.bytes.lock().unwrap().len() as u64)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.power.spend()?;
+        self.durable
+            .lock()
+            .unwrap()
+            .clone_from(&self.bytes.lock().unwrap());
+        Ok(())
+    }
+
+    fn reserve(&self, _: u64) -> io::Result<()> {
+        self.power.spend()
+    }
+
+    fn seal(&self) -> io::Result<()> {
+        self.power.spend()
+    }
+}
+
+/// What was acknowledged, in the order of the scenario.
+#[derive(Debug, Default)]
+#[expect(clippy::struct_excessive_bools, reason = "a list of independent yeses")]
+struct Acknowledged {
+    secret: Option<[u8; 32]>,
+    blob: bool,
+    manifest: bool,
+    seen: bool,
+    tag: bool,
+    moved: bool,
+    public: bool,
+    second_blob: bool,
+}
+
+impl Acknowledged {
+    /// Goes on after a failure, as the program does.
+    fn play(volume: Arc<dyn Volume>) -> Self {
+        let mut done = Self::default();
+        let Ok(store) = Store::open(&Settings::default(), volume, at(0)) else {
+            return done;
+        };
+        let alpine = repository("library/alpine");
+        done.secret = Some(*store.install_secret());
+        done.blob = keep_blob(&store, b"layer").is_ok();
+        done.manifest = keep_manifest(&store, &manifest(1), "library/alpine").is_ok();
+        done.seen = store.note_seen(UPSTREAM, &alpine, &digest(b"layer")).is_ok();
+        done.tag = store.keep_tag(&key("3"), variant(1, b"old", 1)).is_ok();
+        done.moved = store.keep_tag(&key("3"), variant(1, b"new", 2)).is_ok();
+        done.public = store.note_public(UPSTREAM, &alpine, Some(at(0))).is_ok();
+        done.second_blob = keep_blob(&store, b"another layer").is_ok();
+        done
+    }
+
+    fn assert_kept(&self, store: &Store) {
+        let alpine = repository("library/alpine");
+        if let Some(secret) = self.secret {
+            assert_eq!(*store.install_secret(), secret);
+        }
+        for (kept, bytes) in [(self.blob, &b"layer"[..]), (self.second_blob, b"another layer")] {
+            let found = read_blob(store, &digest(bytes));
+            assert!(!kept || found.is_some(), "an acknowledged blob is lost");
+            assert!(found.is_none_or(|found| found == bytes), "a blob has wrong bytes");
+        }
+        let found = store.manifest(&digest(&manifest(1))).unwrap();
+        assert!(
+            !self.manifest || found.is_some(),
+            "an acknowledged manifest is lost"
+        );
+        assert!(found.is_none_or(|held| held.bytes == manifest(1) && held.media_type == image()));
+        assert!(
+            !self.seen || store.has_seen(UPSTREAM, &alpine, &digest(b"layer")),
+            "a proof is lost"
+        );
+        assert_eq!(store.public_since(UPSTREAM, &alpine).is_some(), self.public);
+        let named = store
+            .tag(&key("3"))
+            .unwrap()
+            .map(|record| record.variants[0].digest);
+        match named {
+            None => assert!(!self.tag, "an acknowledged tag is lost"),
+            Some(named) if self.moved => assert_eq!(named, digest(b"new")),
+            Some(named) => assert!([digest(b"old"), digest(b"new")].contains(&named)),
+        }
+        assert_eq!(
+            store.volume.list(Path::new("quarantine")).unwrap(),
+            [],
+            "nothing is damaged, only missing"
+        );
+    }
+}
+
+#[test]
+fn whatever_call_the_power_fails_at_nothing_acknowledged_is_lost_and_nothing_is_wrong() {
+    for last in 0.. {
+        let volume = Arc::new(CutVolume::new(last));
+        let acknowledged = Acknowledged::play(Arc::clone(&volume) as Arc<dyn Volume>);
+        let found = Arc::new(volume.after());
+        let store = Store::open(&Settings::default(), found, at(9)).unwrap();
+        acknowledged.assert_kept(&store);
+        drop(store);
+        if acknowledged.second_blob && volume.power.calls.load(Ordering::SeqCst) <= last {
+            assert!(last > 30, "the scenario writes in {last} calls only");
+            return;
+        }
+    }
+}

@@ -1,0 +1,151 @@
+//! Proofs and grants: for one repository, and for no other.
+
+use super::*;
+
+#[test]
+fn what_was_seen_in_a_repository_is_proof_there_and_nowhere_else() {
+    everywhere(|ground| {
+        let (alpine, other, of) = (
+            repository("library/alpine"),
+            repository("acme/alpine"),
+            digest(b"layer"),
+        );
+        let store = ground.open();
+        assert!(!store.has_seen(UPSTREAM, &alpine, &of));
+        store.note_seen(UPSTREAM, &alpine, &of).unwrap();
+        store.note_seen(UPSTREAM, &alpine, &of).unwrap();
+        assert!(store.has_seen(UPSTREAM, &alpine, &of));
+        drop(store);
+        let store = ground.open();
+        assert!(store.has_seen(UPSTREAM, &alpine, &of));
+        assert!(!store.has_seen(UPSTREAM, &alpine, &digest(b"other")));
+        assert!(!store.has_seen(UPSTREAM, &other, &of));
+        assert!(!store.has_seen("ghcr.io", &alpine, &of));
+        let file = ground
+            .volume
+            .read_whole(&ground.files("seen")[0], 10_000)
+            .unwrap();
+        assert_eq!(
+            String::from_utf8(file).unwrap().matches(&of.to_string()).count(),
+            1,
+            "written once"
+        );
+    });
+}
+
+#[test]
+fn a_torn_or_wrong_line_is_ignored_and_spoils_no_other() {
+    everywhere(|ground| {
+        let alpine = repository("library/alpine");
+        let store = ground.open();
+        store.note_seen(UPSTREAM, &alpine, &digest(b"1")).unwrap();
+        drop(store);
+        let file = ground.files("seen").remove(0);
+        let line = format!("{} 00000000\n", digest(b"2"));
+        ground.volume.append(&file, line.as_bytes()).unwrap();
+        ground
+            .volume
+            .append(&file, b"\xff\xfe nonsense\npublic 17 deadbeef\n")
+            .unwrap();
+        ground
+            .volume
+            .append(&file, format!("{}", digest(b"3")).as_bytes())
+            .unwrap();
+        let store = ground.open();
+        store.note_seen(UPSTREAM, &alpine, &digest(b"4")).unwrap();
+        drop(store);
+        let store = ground.open();
+        let seen = [b"1", b"2", b"3", b"4"].map(|bytes| store.has_seen(UPSTREAM, &alpine, &digest(bytes)));
+        assert_eq!(seen, [true, false, false, true]);
+        assert_eq!(store.public_since(UPSTREAM, &alpine), None);
+    });
+}
+
+#[test]
+fn a_line_copied_from_another_repository_proves_nothing() {
+    everywhere(|ground| {
+        let (theirs, mine) = (repository("acme/secret"), repository("acme/open"));
+        let store = ground.open();
+        store.note_seen(UPSTREAM, &theirs, &digest(b"secret")).unwrap();
+        let file = ground.files("seen").remove(0);
+        store.note_seen(UPSTREAM, &mine, &digest(b"open")).unwrap();
+        drop(store);
+        let lines = ground.volume.read_whole(&file, 10_000).unwrap();
+        let target = ground
+            .files("seen")
+            .into_iter()
+            .find(|path| *path != file)
+            .unwrap();
+        ground.volume.append(&target, &lines).unwrap();
+        let store = ground.open();
+        assert!(store.has_seen(UPSTREAM, &mine, &digest(b"open")));
+        assert!(!store.has_seen(UPSTREAM, &mine, &digest(b"secret")));
+    });
+}
+
+#[test]
+fn a_repository_is_public_until_it_is_not() {
+    everywhere(|ground| {
+        let alpine = repository("library/alpine");
+        let store = ground.open();
+        assert_eq!(store.public_since(UPSTREAM, &alpine), None);
+        for seconds in [0, 10, 20] {
+            store.note_public(UPSTREAM, &alpine, Some(at(seconds))).unwrap();
+            assert_eq!(store.public_since(UPSTREAM, &alpine), Some(at(seconds)));
+        }
+        drop(store);
+        let store = ground.open();
+        assert_eq!(
+            store.public_since(UPSTREAM, &alpine),
+            Some(at(0)),
+            "not written again within the hour"
+        );
+        store.note_public(UPSTREAM, &alpine, Some(at(4000))).unwrap();
+        drop(store);
+        let store = ground.open();
+        assert_eq!(store.public_since(UPSTREAM, &alpine), Some(at(4000)));
+        store.note_public(UPSTREAM, &alpine, None).unwrap();
+        assert_eq!(store.public_since(UPSTREAM, &alpine), None);
+        drop(store);
+        assert_eq!(ground.open().public_since(UPSTREAM, &alpine), None);
+    });
+}
+
+#[test]
+fn a_file_of_proofs_with_many_useless_lines_is_written_anew() {
+    everywhere(|ground| {
+        let alpine = repository("library/alpine");
+        let store = ground.open();
+        store.note_seen(UPSTREAM, &alpine, &digest(b"layer")).unwrap();
+        store.note_public(UPSTREAM, &alpine, Some(at(0))).unwrap();
+        drop(store);
+        let file = ground.files("seen").remove(0);
+        ground
+            .volume
+            .append(&file, "useless\n".repeat(2000).as_bytes())
+            .unwrap();
+        for _ in 0..2 {
+            let store = ground.open();
+            assert!(store.has_seen(UPSTREAM, &alpine, &digest(b"layer")));
+            assert_eq!(store.public_since(UPSTREAM, &alpine), Some(at(0)));
+            assert!(ground.volume.read_whole(&file, 1000).is_ok(), "short again");
+            drop(store);
+        }
+    });
+}
+
+#[test]
+fn a_grant_is_one_principals_in_one_repository_until_dropped() {
+    everywhere(|ground| {
+        let (alpine, other) = (repository("library/alpine"), repository("acme/alpine"));
+        let store = ground.open();
+        assert_eq!(store.grant(UPSTREAM, &alpine, &[1; 32]), None);
+        store.note_grant(UPSTREAM, &alpine, &[1; 32], at(5));
+        assert_eq!(store.grant(UPSTREAM, &alpine, &[1; 32]), Some(at(5)));
+        assert_eq!(store.grant(UPSTREAM, &alpine, &[2; 32]), None);
+        assert_eq!(store.grant(UPSTREAM, &other, &[1; 32]), None);
+        assert_eq!(store.grant("ghcr.io", &alpine, &[1; 32]), None);
+        store.drop_grant(UPSTREAM, &alpine, &[1; 32]);
+        assert_eq!(store.grant(UPSTREAM, &alpine, &[1; 32]), None);
+    });
+}

@@ -1,0 +1,72 @@
+//! The store as a whole.
+
+use super::*;
+
+#[test]
+fn each_file_is_counted_once_whenever_it_came() {
+    everywhere(|ground| {
+        let store = ground.open();
+        for number in 0..40_u32 {
+            keep_blob(&store, &number.to_be_bytes()).unwrap();
+            keep_manifest(&store, &manifest(number), "library/alpine").unwrap();
+            store
+                .keep_tag(&key(&format!("t{number}")), variant(1, b"image", 1))
+                .unwrap();
+        }
+        store.remove_blob(&digest(&7_u32.to_be_bytes())).unwrap();
+        store.remove_manifest(&digest(&manifest(7))).unwrap();
+        store.remove_tag(&key("t7")).unwrap();
+        let expected = Usage {
+            blobs: 39,
+            blob_bytes: 39 * 4,
+            manifests: 39,
+            manifest_bytes: 39 * manifest(1).len() as u64,
+            tags: 39,
+            is_complete: true,
+        };
+        assert_eq!(counted_usage(&store), expected);
+        drop(store);
+        assert_eq!(counted_usage(&ground.open()), expected);
+    });
+}
+
+#[test]
+fn the_install_secret_stays_and_is_another_elsewhere() {
+    everywhere(|ground| {
+        let secret = *ground.open().install_secret();
+        assert_eq!(*ground.open().install_secret(), secret);
+        assert_ne!(*Ground::memory().open().install_secret(), secret);
+    });
+}
+
+#[test]
+fn many_threads_at_once_agree() {
+    everywhere(|ground| {
+        let store = ground.open();
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for number in 0..20_u32 {
+                        keep_blob(&store, &number.to_be_bytes()).unwrap();
+                        keep_manifest(&store, &manifest(number), "library/alpine").unwrap();
+                        let alpine = repository("library/alpine");
+                        store
+                            .note_seen(UPSTREAM, &alpine, &digest(&number.to_be_bytes()))
+                            .unwrap();
+                        store
+                            .keep_tag(&key("3"), variant(1, &number.to_be_bytes(), 1))
+                            .unwrap();
+                        assert!(store.has_seen(UPSTREAM, &alpine, &digest(&number.to_be_bytes())));
+                        assert_eq!(
+                            read_blob(&store, &digest(&number.to_be_bytes())).unwrap(),
+                            number.to_be_bytes()
+                        );
+                    }
+                });
+            }
+        });
+        let usage = counted_usage(&store);
+        assert_eq!((usage.blobs, usage.manifests, usage.tags), (20, 20, 1));
+        assert_eq!(ground.ingests(), 0);
+    });
+}

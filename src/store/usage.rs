@@ -1,0 +1,180 @@
+//! How much is held: counted once in the background, and kept up to date by those who add and remove.
+
+use std::convert::Infallible;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{PoisonError, RwLock};
+
+use super::volume::{Entry, Volume};
+use super::{quarantine, size_of};
+
+/// How much is held.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// Blobs held.
+    pub blobs: u64,
+    /// Their size.
+    pub blob_bytes: u64,
+    /// Manifests held.
+    pub manifests: u64,
+    /// Their size.
+    pub manifest_bytes: u64,
+    /// Tags known.
+    pub tags: u64,
+    /// Whether what an earlier process left has been counted in full.
+    pub is_complete: bool,
+}
+
+/// What is counted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    Blob,
+    Manifest,
+    Tag,
+}
+
+/// The trees in the order in which they are counted.
+const TREES: [(Kind, &str); 5] = [
+    (Kind::Blob, "blobs/sha256"),
+    (Kind::Blob, "blobs/sha512"),
+    (Kind::Manifest, "manifests/sha256"),
+    (Kind::Manifest, "manifests/sha512"),
+    (Kind::Tag, "refs"),
+];
+
+const SHARDS: u32 = 256;
+
+#[derive(Default)]
+struct Tally {
+    count: AtomicU64,
+    bytes: AtomicU64,
+}
+
+/// The counts. A folder is counted while no file comes or goes, and a file that comes or goes counts by itself only
+/// where its folder has been counted already: so each counts once.
+#[derive(Default)]
+pub(super) struct Counters {
+    blobs: Tally,
+    manifests: Tally,
+    tags: Tally,
+    /// How many folders have been counted; `u32::MAX` at the end.
+    counted: RwLock<u32>,
+}
+
+impl Counters {
+    pub(super) fn read(&self) -> Usage {
+        // Held to the end: what is not yet complete must not be called so a moment later.
+        let counted = self.counted.read().unwrap_or_else(PoisonError::into_inner);
+        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        Usage {
+            blobs: read(&self.blobs.count),
+            blob_bytes: read(&self.blobs.bytes),
+            manifests: read(&self.manifests.count),
+            manifest_bytes: read(&self.manifests.bytes),
+            tags: read(&self.tags.count),
+            is_complete: *counted == u32::MAX,
+        }
+    }
+
+    /// Does `deed`, which gives the file `path` of `bytes` its name; counts it if `deed` says that it is new.
+    pub(super) fn adding<E>(
+        &self,
+        kind: Kind,
+        path: &Path,
+        bytes: u64,
+        deed: impl FnOnce() -> Result<bool, E>,
+    ) -> Result<(), E> {
+        let counted = self.counted.read().unwrap_or_else(PoisonError::into_inner);
+        if deed()? && position(kind, path) < *counted {
+            let tally = self.tally(kind);
+            tally.count.fetch_add(1, Ordering::Relaxed);
+            tally.bytes.fetch_add(bytes, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
+    /// Does `deed`, which takes the file `path` away; `deed` says how many bytes it had, if it was there.
+    pub(super) fn removing<E>(
+        &self,
+        kind: Kind,
+        path: &Path,
+        deed: impl FnOnce() -> Result<Option<u64>, E>,
+    ) -> Result<bool, E> {
+        let counted = self.counted.read().unwrap_or_else(PoisonError::into_inner);
+        let Some(bytes) = deed()? else { return Ok(false) };
+        if position(kind, path) < *counted {
+            let tally = self.tally(kind);
+            // A file that was changed behind our back is as long as it is, not as long as it was counted.
+            let _ = tally
+                .count
+                .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |count| count.checked_sub(1));
+            let _ = tally
+                .bytes
+                .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |all| {
+                    Some(all.saturating_sub(bytes))
+                });
+        }
+        Ok(true)
+    }
+
+    /// Sets a damaged file aside.
+    pub(super) fn quarantining(&self, kind: Kind, volume: &dyn Volume, path: &Path, why: &str) {
+        let moved = self.removing(kind, path, || -> Result<_, Infallible> {
+            let size = size_of(volume, path);
+            Ok(quarantine(volume, path, why).then(|| size.unwrap_or(0)))
+        });
+        match moved {
+            Ok(_) => {}
+        }
+    }
+
+    fn tally(&self, kind: Kind) -> &Tally {
+        match kind {
+            Kind::Blob => &self.blobs,
+            Kind::Manifest => &self.manifests,
+            Kind::Tag => &self.tags,
+        }
+    }
+}
+
+/// Where the folder of `path` comes in the order of counting.
+fn position(kind: Kind, path: &Path) -> u32 {
+    let folder = path.parent().unwrap_or(Path::new(""));
+    let shard = folder
+        .file_name()
+        .and_then(|name| u32::from_str_radix(name.to_str()?, 16).ok())
+        .unwrap_or(0);
+    let tree = folder.parent().unwrap_or(Path::new(""));
+    let tree = TREES
+        .iter()
+        .position(|(known, name)| *known == kind && tree == Path::new(name))
+        .unwrap_or(0);
+    u32::try_from(tree).unwrap_or(0) * SHARDS + shard
+}
+
+/// Counts what is there already, folder by folder.
+pub(super) fn count_existing(volume: &dyn Volume, counters: &Counters, stop: &AtomicBool) {
+    for (kind, tree) in TREES {
+        for shard in 0..SHARDS {
+            if stop.load(Ordering::Relaxed) {
+                return;
+            }
+            let folder = Path::new(tree).join(format!("{shard:02x}"));
+            let mut counted = counters.counted.write().unwrap_or_else(PoisonError::into_inner);
+            // A folder that cannot be read counts as empty: the counts are for the eye and for eviction.
+            let entries = volume.list(&folder).unwrap_or_default();
+            let files = entries.iter().filter(|entry| is_content(entry));
+            let (count, bytes) = files.fold((0, 0), |(count, bytes), file| (count + 1, bytes + file.size));
+            let tally = counters.tally(kind);
+            tally.count.fetch_add(count, Ordering::Relaxed);
+            tally.bytes.fetch_add(bytes, Ordering::Relaxed);
+            *counted += 1;
+        }
+    }
+    *counters.counted.write().unwrap_or_else(PoisonError::into_inner) = u32::MAX;
+}
+
+/// Not the record beside a manifest.
+fn is_content(entry: &Entry) -> bool {
+    !entry.is_folder && !entry.name.contains('.')
+}

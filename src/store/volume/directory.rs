@@ -1,0 +1,225 @@
+//! A folder of this machine.
+
+use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use super::{Entry, Volume, VolumeFile};
+
+/// Nobody else reads the data folder: it holds what private repositories were seen to have.
+const FOLDER_MODE: u32 = 0o700;
+const FILE_MODE: u32 = 0o600;
+const SEALED_MODE: u32 = 0o400;
+
+/// A folder of this machine as a [`Volume`].
+#[derive(Debug)]
+pub struct Directory {
+    root: PathBuf,
+}
+
+impl Directory {
+    /// Opens `root`, making it (mode 0700) when it is missing. An existing folder keeps its mode.
+    pub fn open(root: impl Into<PathBuf>) -> io::Result<Self> {
+        let directory = Self { root: root.into() };
+        make_folder(&directory.root)?;
+        Ok(directory)
+    }
+
+    fn at(&self, path: &Path) -> PathBuf {
+        self.root.join(path)
+    }
+
+    /// Does `deed`, and once more with the folder of `path` made if it was missing.
+    fn with_folder<T>(path: &Path, deed: impl Fn() -> io::Result<T>) -> io::Result<T> {
+        match deed() {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                path.parent().map_or(Ok(()), make_folder)?;
+                deed()
+            }
+            done => done,
+        }
+    }
+}
+
+/// Makes a folder and those above it, each name durable in the one above: a file made durable in a folder that is not
+/// is lost with it.
+fn make_folder(path: &Path) -> io::Result<()> {
+    if path.as_os_str().is_empty() || path.is_dir() {
+        return Ok(());
+    }
+    let parent = path.parent().unwrap_or(Path::new("/"));
+    make_folder(parent)?;
+    match DirBuilder::new().mode(FOLDER_MODE).create(path) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+        Err(error) => Err(error),
+        Ok(()) => sync_folder_at(parent),
+    }
+}
+
+fn sync_folder_at(path: &Path) -> io::Result<()> {
+    let path = if path.as_os_str().is_empty() {
+        Path::new(".")
+    } else {
+        path
+    };
+    File::open(path)?.sync_all()
+}
+
+impl Volume for Directory {
+    fn folder(&self) -> Option<&Path> {
+        Some(&self.root)
+    }
+
+    fn create(&self, path: &Path) -> io::Result<Arc<dyn VolumeFile>> {
+        let path = self.at(path);
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create_new(true).mode(FILE_MODE);
+        let file = Self::with_folder(&path, || options.open(&path))?;
+        Ok(Arc::new(DirectoryFile(file)))
+    }
+
+    fn open(&self, path: &Path) -> io::Result<Arc<dyn VolumeFile>> {
+        Ok(Arc::new(DirectoryFile(File::open(self.at(path))?)))
+    }
+
+    fn append(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {
+        let path = self.at(path);
+        let mut options = OpenOptions::new();
+        options.append(true).mode(FILE_MODE);
+        let (mut file, is_new) = match options.open(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                options.create(true);
+                (Self::with_folder(&path, || options.open(&path))?, true)
+            }
+            opened => (opened?, false),
+        };
+        file.write_all(bytes)?;
+        file.sync_data()?;
+        if is_new {
+            path.parent().map_or(Ok(()), sync_folder_at)
+        } else {
+            Ok(())
+        }
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        let (from, to) = (self.at(from), self.at(to));
+        match fs::rename(&from, &to) {
+            // Tells not which of the two is missing: make the folder, and let the second try tell.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                to.parent().map_or(Ok(()), make_folder)?;
+                fs::rename(&from, &to)
+            }
+            done => done,
+        }
+    }
+
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        fs::remove_file(self.at(path))
+    }
+
+    fn remove_folder_all(&self, path: &Path) -> io::Result<()> {
+        match fs::remove_dir_all(self.at(path)) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            done => done,
+        }
+    }
+
+    fn sync_folder(&self, path: &Path) -> io::Result<()> {
+        sync_folder_at(&self.at(path))
+    }
+
+    fn list(&self, path: &Path) -> io::Result<Vec<Entry>> {
+        let entries = match fs::read_dir(self.at(path)) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            entries => entries?,
+        };
+        let mut found = Vec::new();
+        for entry in entries {
+            let entry = entry?;
+            // Gone since it was listed, or a name that we did not give.
+            let (Ok(metadata), Ok(name)) = (entry.metadata(), entry.file_name().into_string()) else {
+                continue;
+            };
+            let is_folder = metadata.is_dir();
+            found.push(Entry {
+                name,
+                is_folder,
+                size: if is_folder { 0 } else { metadata.len() },
+            });
+        }
+        found.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(found)
+    }
+
+    fn mode(&self, path: &Path) -> io::Result<Option<u32>> {
+        Ok(Some(fs::metadata(self.at(path))?.permissions().mode() & 0o7777))
+    }
+
+    fn free_bytes(&self) -> io::Result<u64> {
+        let status = rustix::fs::statvfs(&self.root)?;
+        Ok(status.f_bavail.saturating_mul(status.f_frsize))
+    }
+}
+
+struct DirectoryFile(File);
+
+impl VolumeFile for DirectoryFile {
+    fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        self.0.write_all_at(bytes, offset)
+    }
+
+    fn read_at(&self, into: &mut [u8], offset: u64) -> io::Result<usize> {
+        self.0.read_at(into, offset)
+    }
+
+    #[cfg(target_os = "linux")]
+    fn read_at_cached(&self, into: &mut [u8], offset: u64) -> io::Result<usize> {
+        use rustix::io::{Errno, ReadWriteFlags, preadv2};
+        let mut into = [io::IoSliceMut::new(into)];
+        preadv2(&self.0, &mut into, offset, ReadWriteFlags::NOWAIT).map_err(|errno| match errno {
+            // Not on this file system, not in this kernel, or not for this sandbox.
+            Errno::OPNOTSUPP | Errno::NOSYS | Errno::PERM | Errno::INVAL | Errno::INTR => {
+                io::ErrorKind::WouldBlock.into()
+            }
+            errno => errno.into(),
+        })
+    }
+
+    #[cfg(not(target_os = "linux"))]
+    fn read_at_cached(&self, _: &mut [u8], _: u64) -> io::Result<usize> {
+        Err(io::ErrorKind::WouldBlock.into())
+    }
+
+    fn size(&self) -> io::Result<u64> {
+        Ok(self.0.metadata()?.len())
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.0.sync_all()
+    }
+
+    #[cfg(target_os = "linux")]
+    fn reserve(&self, bytes: u64) -> io::Result<()> {
+        use rustix::fs::{FallocateFlags, fallocate};
+        use rustix::io::Errno;
+        if bytes == 0 {
+            return Ok(());
+        }
+        match fallocate(&self.0, FallocateFlags::KEEP_SIZE, 0, bytes) {
+            Err(errno @ (Errno::NOSPC | Errno::DQUOT | Errno::FBIG | Errno::ROFS)) => Err(errno.into()),
+            _ => Ok(()),
+        }
+    }
+
+    #[cfg(not(target_os = "linux"))]
+    fn reserve(&self, _: u64) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn seal(&self) -> io::Result<()> {
+        self.0.set_permissions(Permissions::from_mode(SEALED_MODE))
+    }
+}
