@@ -1,0 +1,391 @@
+//! The network outwards: one [`Upstream`] per configured registry, asked by HEAD and GET.
+//!
+//! A caller gets what the registry *said* ([`Said`]): yes and which digest, absent, forbidden; or that it was silent,
+//! and why ([`Cause`]). The three are never confused, for the first two are answers and only the last lets a held copy
+//! be served. Tokens, redirects, retries, rate limits, odd registries and the breaker are dealt with in here.
+//!
+//! Deliberately not here: what to do with an answer (`policy`), keeping bytes (`store`), sharing a transfer
+//! (`download`). Bodies are not verified; whoever keeps them hashes them.
+//!
+//! Reading order: `answer` (what can be said) → `question` (HEAD and its substitutes) → `exchange` (credential,
+//! challenge, token) → `token` → `client` (one request) → `line` (one connection) → `dial`, `tcp`; `breaker`, `quirk`, `route`, `location`,
+//! `origin` and `zone` are small and stand alone.
+
+use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use http::{HeaderMap, Method};
+use quick_cache::sync::Cache;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::task::AbortHandle;
+use tokio::time::{Instant, timeout};
+
+use crate::oci::accept::Accept;
+use crate::oci::cause::Cause;
+use crate::oci::header::RateLimit;
+use crate::oci::operation::Operation;
+
+pub mod answer;
+mod breaker;
+mod client;
+pub mod dial;
+mod exchange;
+mod fetched;
+mod line;
+mod location;
+pub mod origin;
+mod question;
+mod quirk;
+mod route;
+mod settings;
+mod tcp;
+mod token;
+pub mod zone;
+
+pub use answer::{Answer, Said};
+pub use dial::{Connector, Dial, DialError, Dialled, Dialling, TlsError};
+pub use fetched::Fetched;
+pub use origin::{Origin, OriginError};
+pub use quirk::Quirk;
+pub use route::{ProxyChoice, ProxyError};
+pub use settings::{Caller, Credential, OwnCredential, Settings, SettingsError, Timeouts};
+
+use breaker::Breaker;
+use client::{Follow, Http, Request};
+
+use exchange::Exchange;
+use line::{Line, LineSettings};
+use question::Question;
+use quirk::Quirks;
+use route::Routes;
+use token::Tokens;
+
+/// Questions (HEAD, manifests, lists) under way at once, per upstream.
+const QUESTIONS_MAX: usize = 32;
+/// Blob transfers under way at once, per upstream. Apart from the questions, so that 32 slow layers never keep a tag
+/// from being asked about.
+const TRANSFERS_MAX: usize = 32;
+/// Callers whose rate limit is remembered, per upstream.
+const LIMITED_MAX: usize = 4096;
+
+/// How an upstream is doing, for the operator.
+#[derive(Clone, Debug)]
+pub struct State {
+    /// `Some` while the breaker is open: for how long, and the silence that opened it.
+    pub open: Option<(Duration, Cause)>,
+    /// The last silence, and how long ago it was.
+    pub last_silence: Option<(Cause, Duration)>,
+    /// The rate limit as last seen, of whichever caller.
+    pub rate_limit: RateLimit,
+    /// What the registry does its own way.
+    pub quirks: Vec<Quirk>,
+    /// Questions and transfers under way.
+    pub in_flight: usize,
+}
+
+/// One registry. Cheap to clone; the last clone dropped ends its probe.
+#[derive(Clone)]
+pub struct Upstream(Arc<Inner>);
+
+struct Inner {
+    name: String,
+    urls: Vec<Origin>,
+    exchange: Exchange,
+    quirks: Quirks,
+    timeouts: Timeouts,
+    manifest_bytes_max: usize,
+    questions: Arc<Semaphore>,
+    transfers: Arc<Semaphore>,
+    /// Until when an address (by position) has asked a principal to wait.
+    limited: Cache<(usize, [u8; 32]), Instant>,
+    health: Mutex<Health>,
+}
+
+#[derive(Default)]
+struct Health {
+    breaker: Breaker,
+    last_silence: Option<(Cause, Instant)>,
+    rate_limit: RateLimit,
+    probe: Option<AbortHandle>,
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        let health = self.health.get_mut().unwrap_or_else(PoisonError::into_inner);
+        if let Some(probe) = health.probe.take() {
+            probe.abort();
+        }
+    }
+}
+
+impl fmt::Debug for Upstream {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Upstream")
+            .field("name", &self.0.name)
+            .field("urls", &self.0.urls)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Upstream {
+    /// Sets an upstream up. Makes no connection.
+    pub fn new(settings: Settings, connector: &Connector) -> Result<Upstream, SettingsError> {
+        if settings.urls.is_empty() {
+            return Err(SettingsError::NoUrl);
+        }
+        let line = LineSettings {
+            roots: &settings.roots,
+            routes: Routes::new(&settings.proxy)?,
+            origins: settings.urls.clone(),
+            hosts: settings.token_hosts.clone(),
+            private_redirects: settings.private_redirects,
+            patience: settings.timeouts.connect,
+        };
+        let exchange = Exchange {
+            http: Http::new(Line::new(connector, line)?),
+            tokens: Tokens::new(settings.token_hosts, settings.timeouts.token),
+            own: settings.credential,
+            headers_within: settings.timeouts.headers,
+        };
+        Ok(Upstream(Arc::new(Inner {
+            name: settings.name,
+            urls: settings.urls,
+            exchange,
+            quirks: Quirks::new(),
+            timeouts: settings.timeouts,
+            manifest_bytes_max: settings.manifest_bytes_max,
+            questions: Arc::new(Semaphore::new(QUESTIONS_MAX)),
+            transfers: Arc::new(Semaphore::new(TRANSFERS_MAX)),
+            limited: Cache::new(LIMITED_MAX),
+            health: Mutex::default(),
+        })))
+    }
+
+    /// The name in references.
+    pub fn name(&self) -> &str {
+        &self.0.name
+    }
+
+    /// What the upstream says about `operation` without sending it: which digest a tag names, whether a blob may be
+    /// read. Asks also while the breaker is open; who holds a copy looks at [`Upstream::silent_now`] first.
+    pub async fn head(&self, caller: &Caller, operation: &Operation, accept: &Accept) -> Answer {
+        let Some(_permit) = self.permit(&self.0.questions).await else {
+            return Answer::silent(Cause::Busy);
+        };
+        let mut silent = None;
+        for (position, origin) in self.0.urls.iter().enumerate() {
+            let answer = if let Some(left) = self.0.limited_for(position, caller, Instant::now()) {
+                Answer::rate_limited(left)
+            } else {
+                let answer = self.question(origin, caller, operation, accept).head().await;
+                self.0.note(position, caller, &answer);
+                answer
+            };
+            if answer.silence().is_none() {
+                self.answered();
+                return answer;
+            }
+            // The first address is the one the operator means; its trouble is the one to report.
+            silent.get_or_insert(answer);
+        }
+        self.was_silent(silent)
+    }
+
+    /// Fetches `operation`, from byte `from` on if given (`Range: bytes=N-`; an upstream that ignores it answers from
+    /// the start, see [`Fetched::start`]). `Err` is whatever is not a 200 or 206.
+    pub async fn get(
+        &self,
+        caller: &Caller,
+        operation: &Operation,
+        accept: &Accept,
+        from: Option<u64>,
+    ) -> Result<Fetched, Answer> {
+        let lane = if matches!(operation, Operation::Blob { .. }) {
+            &self.0.transfers
+        } else {
+            &self.0.questions
+        };
+        let Some(permit) = self.permit(lane).await else {
+            return Err(Answer::silent(Cause::Busy));
+        };
+        let mut silent = None;
+        for (position, origin) in self.0.urls.iter().enumerate() {
+            let idle = self.0.timeouts.idle;
+            match self
+                .question(origin, caller, operation, accept)
+                .get(from, idle)
+                .await
+            {
+                Ok(mut fetched) => {
+                    self.0.note_limit(&fetched.rate_limit);
+                    self.answered();
+                    fetched.permit = Some(permit);
+                    return Ok(fetched);
+                }
+                Err(answer) => {
+                    self.0.note(position, caller, &answer);
+                    if answer.silence().is_none() {
+                        self.answered();
+                        return Err(*answer);
+                    }
+                    silent.get_or_insert(*answer);
+                }
+            }
+        }
+        Err(self.was_silent(silent))
+    }
+
+    /// [`Cause::BreakerOpen`] while the upstream is known to be silent: who holds a copy need not ask.
+    pub fn silent_now(&self) -> Option<Cause> {
+        self.0.health().breaker.open().map(|_| Cause::BreakerOpen)
+    }
+
+    /// How the upstream is doing.
+    pub fn state(&self) -> State {
+        let now = Instant::now();
+        let health = self.0.health();
+        let free = self.0.questions.available_permits() + self.0.transfers.available_permits();
+        State {
+            open: health
+                .breaker
+                .open()
+                .map(|open| (now.saturating_duration_since(open.since), open.cause)),
+            last_silence: health
+                .last_silence
+                .map(|(cause, at)| (cause, now.saturating_duration_since(at))),
+            rate_limit: health.rate_limit.clone(),
+            quirks: self.0.quirks.known(now),
+            in_flight: (QUESTIONS_MAX + TRANSFERS_MAX).saturating_sub(free),
+        }
+    }
+
+    fn question<'a>(
+        &'a self,
+        origin: &'a Origin,
+        caller: &'a Caller,
+        operation: &'a Operation,
+        accept: &'a Accept,
+    ) -> Question<'a> {
+        Question {
+            exchange: &self.0.exchange,
+            quirks: &self.0.quirks,
+            origin,
+            caller,
+            operation,
+            accept,
+            manifest_bytes_max: self.0.manifest_bytes_max,
+        }
+    }
+
+    async fn permit(&self, lane: &Arc<Semaphore>) -> Option<OwnedSemaphorePermit> {
+        timeout(self.0.timeouts.headers, Arc::clone(lane).acquire_owned())
+            .await
+            .ok()?
+            .ok()
+    }
+
+    fn answered(&self) {
+        self.0.health().breaker.answer();
+    }
+
+    /// All addresses were silent. Opens the breaker if that was once too often.
+    fn was_silent(&self, answer: Option<Answer>) -> Answer {
+        let answer = answer.unwrap_or_else(|| Answer::silent(Cause::Unreachable));
+        let Some(cause) = answer.silence() else {
+            return answer;
+        };
+        let mut health = self.0.health();
+        let now = Instant::now();
+        health.last_silence = Some((cause, now));
+        if let Some(opening) = health.breaker.silence(now, cause) {
+            tracing::warn!(upstream = self.0.name, %cause, "silent again and again; asked by a probe only from now on");
+            let probe = tokio::spawn(probe(Arc::downgrade(&self.0), opening));
+            if let Some(earlier) = health.probe.replace(probe.abort_handle()) {
+                earlier.abort();
+            }
+        }
+        answer
+    }
+}
+
+impl Inner {
+    fn health(&self) -> std::sync::MutexGuard<'_, Health> {
+        // Every change under this lock is complete in one statement; a panic elsewhere leaves nothing half done.
+        self.health.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How long `caller` still has to leave this address alone.
+    fn limited_for(&self, position: usize, caller: &Caller, now: Instant) -> Option<Duration> {
+        let left = self
+            .limited
+            .get(&(position, caller.principal))?
+            .saturating_duration_since(now);
+        (!left.is_zero()).then_some(left)
+    }
+
+    /// Keeps what an answer says about allowances.
+    fn note(&self, position: usize, caller: &Caller, answer: &Answer) {
+        self.note_limit(&answer.rate_limit);
+        if answer.silence() == Some(Cause::RateLimited) {
+            let seconds = answer
+                .retry_after
+                .as_ref()
+                .and_then(|value| value.to_str().ok()?.parse().ok());
+            let until = Instant::now() + Duration::from_secs(seconds.unwrap_or(1));
+            self.limited.insert((position, caller.principal), until);
+        }
+    }
+
+    fn note_limit(&self, seen: &RateLimit) {
+        if !seen.is_unknown() {
+            self.health().rate_limit.clone_from(seen);
+        }
+    }
+
+    /// One look whether the upstream is back: any HTTP answer below 500 from any address will do. If it was the token
+    /// service that was silent, it is asked instead, without a credential.
+    async fn is_back(&self, cause: Cause) -> bool {
+        let realm = self
+            .exchange
+            .tokens
+            .silent_realm()
+            .filter(|_| cause == Cause::TokenService);
+        let own = self.urls.iter().filter_map(|origin| origin.join("/v2/"));
+        for uri in realm.map_or_else(|| own.collect(), |realm| vec![realm]) {
+            let request = Request {
+                method: Method::GET,
+                uri,
+                headers: HeaderMap::new(),
+                body: bytes::Bytes::new(),
+                follow: Follow::SameOrigin,
+                within: self.timeouts.token,
+            };
+            let reply = self.exchange.http.send(request).await;
+            if reply.is_ok_and(|reply| !reply.status.is_server_error()) {
+                return true;
+            }
+        }
+        false
+    }
+}
+
+/// Asks ever more rarely until the upstream is back, by this or by a caller's success, or gone.
+async fn probe(upstream: std::sync::Weak<Inner>, opening: u64) {
+    for failed in 0_u32.. {
+        tokio::time::sleep(breaker::backoff(failed)).await;
+        let Some(inner) = upstream.upgrade() else { return };
+        let open = inner.health().breaker.open();
+        let Some(open) = open.filter(|_| inner.health().breaker.awaits(opening)) else {
+            return;
+        };
+        if inner.is_back(open.cause).await {
+            inner.health().breaker.answer();
+            tracing::info!(upstream = inner.name, "answers again");
+            return;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,215 @@
+//! What an upstream said to a question: status and headers become an [`Answer`]. Pure.
+
+use std::fmt;
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::header::{CONTENT_TYPE, RETRY_AFTER, WWW_AUTHENTICATE};
+use http::{HeaderMap, HeaderValue, StatusCode};
+
+use crate::oci::cause::Cause;
+use crate::oci::digest::{AnyDigest, Digest};
+use crate::oci::header::{DOCKER_CONTENT_DIGEST, RateLimit};
+use crate::oci::manifest::MediaType;
+use crate::oci::name::Reference;
+use crate::oci::operation::Operation;
+
+use super::client::content_length;
+
+/// The answer to one question.
+#[derive(Clone)]
+pub struct Answer {
+    /// What it comes down to.
+    pub said: Said,
+    /// The status, if there was one.
+    pub status: Option<StatusCode>,
+    /// Every `WWW-Authenticate` line, bytes intact, to be passed on with a 401. Lines written before a token was sent
+    /// are preferred to those that complain about the token: containerd gives up at the sight of `error=`.
+    pub challenge: Vec<HeaderValue>,
+    /// `Retry-After` as it came, or what is left of it.
+    pub retry_after: Option<HeaderValue>,
+    /// `Content-Type` of the manifest or blob.
+    pub media_type: Option<MediaType>,
+    /// Length in bytes of the manifest or blob asked about, not of the answer.
+    pub length: Option<u64>,
+    /// What the upstream says is left of the caller's allowance.
+    pub rate_limit: RateLimit,
+    /// The upstream's own error text, cleaned.
+    pub message: Option<String>,
+    /// The whole manifest, where a GET had to stand in for the HEAD: it need not be fetched again.
+    pub body: Option<(Bytes, MediaType)>,
+}
+
+/// What an answer comes down to. A denial, an absence and a silence can never be confused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Said {
+    /// Yes, and this is the digest.
+    Is(Digest),
+    /// Yes, without a digest we can use.
+    Unnamed,
+    /// 404 or 410.
+    Absent,
+    /// 401 or 403: not to this caller.
+    Forbidden,
+    /// Nothing usable, and why.
+    Silent(Cause),
+    /// Any other 4xx, to be passed on.
+    Other(StatusCode),
+}
+
+impl Said {
+    /// Whether it is a yes.
+    pub fn is_yes(self) -> bool {
+        matches!(self, Self::Is(_) | Self::Unnamed)
+    }
+}
+
+impl Answer {
+    /// No usable answer.
+    pub fn silent(cause: Cause) -> Answer {
+        Answer {
+            said: Said::Silent(cause),
+            status: None,
+            challenge: Vec::new(),
+            retry_after: None,
+            media_type: None,
+            length: None,
+            rate_limit: RateLimit::default(),
+            message: None,
+            body: None,
+        }
+    }
+
+    /// Why this answer brings nothing: its silence, or the status that said no.
+    pub fn cause(&self) -> Cause {
+        match (self.said, self.status) {
+            (Said::Silent(cause), _) => cause,
+            (Said::Other(status), _) | (_, Some(status)) => Cause::Status(status.as_u16()),
+            (Said::Is(_) | Said::Unnamed | Said::Absent | Said::Forbidden, None) => Cause::Malformed,
+        }
+    }
+
+    /// Asked for less than `left` ago and told to wait.
+    pub(super) fn rate_limited(left: Duration) -> Answer {
+        Answer {
+            status: Some(StatusCode::TOO_MANY_REQUESTS),
+            retry_after: Some(HeaderValue::from(left.as_secs().max(1))),
+            ..Answer::silent(Cause::RateLimited)
+        }
+    }
+
+    /// What status and headers say about `operation`.
+    pub(super) fn read(operation: &Operation, status: StatusCode, headers: &HeaderMap) -> Answer {
+        let said = match status.as_u16() {
+            200..=299 => named(operation, headers),
+            401 | 403 => Said::Forbidden,
+            404 | 410 => Said::Absent,
+            429 => Said::Silent(Cause::RateLimited),
+            // 407 and 408 are a proxy's word, and a redirect that leads nowhere is nobody's.
+            407 | 408 | 500..=599 => Said::Silent(Cause::Status(status.as_u16())),
+            400..=499 => Said::Other(status),
+            _ => Said::Silent(Cause::Malformed),
+        };
+        let media_type = headers
+            .get(CONTENT_TYPE)
+            .and_then(|value| value.to_str().ok()?.parse().ok());
+        Answer {
+            said,
+            status: Some(status),
+            challenge: headers.get_all(WWW_AUTHENTICATE).iter().cloned().collect(),
+            retry_after: headers.get(RETRY_AFTER).cloned(),
+            media_type: if status.is_success() { media_type } else { None },
+            length: if status == StatusCode::OK {
+                content_length(headers)
+            } else {
+                None
+            },
+            rate_limit: RateLimit::read(headers),
+            message: None,
+            body: None,
+        }
+    }
+
+    /// Whether the upstream gave no usable answer.
+    pub fn silence(&self) -> Option<Cause> {
+        match self.said {
+            Said::Silent(cause) => Some(cause),
+            _ => None,
+        }
+    }
+}
+
+impl fmt::Debug for Answer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Answer")
+            .field("said", &self.said)
+            .field("status", &self.status)
+            .field("challenge", &self.challenge)
+            .field("length", &self.length)
+            .field("message", &self.message)
+            .finish_non_exhaustive()
+    }
+}
+
+/// A question by digest is answered by any yes: the bytes will be checked against the digest asked for, whatever a
+/// header says. A question by tag needs the header.
+fn named(operation: &Operation, headers: &HeaderMap) -> Said {
+    let asked = match operation {
+        Operation::Blob { digest, .. }
+        | Operation::Manifest {
+            reference: Reference::Digest(digest),
+            ..
+        } => digest.clone(),
+        Operation::Manifest {
+            reference: Reference::Tag(_),
+            ..
+        } => match header_digest(headers) {
+            Some(digest) => return Said::Is(digest),
+            None => return Said::Unnamed,
+        },
+        Operation::Ping | Operation::Tags { .. } | Operation::Referrers { .. } => return Said::Unnamed,
+    };
+    match asked {
+        AnyDigest::Known(digest) => Said::Is(digest),
+        AnyDigest::Foreign(_) => Said::Unnamed,
+    }
+}
+
+/// `Docker-Content-Digest`, strictly: none, two different ones, or one we cannot compute are all no digest.
+pub(super) fn header_digest(headers: &HeaderMap) -> Option<Digest> {
+    let mut lines = headers.get_all(DOCKER_CONTENT_DIGEST).iter();
+    let first = lines.next()?;
+    if lines.any(|other| other != first) {
+        return None;
+    }
+    first.to_str().ok()?.parse().ok()
+}
+
+/// How long to wait after a 429: `Retry-After` in seconds, or as a date measured against the answer's own `Date`, so
+/// that no clock of ours is needed. At least a second, at most an hour; half a minute if nothing is said.
+pub(super) fn wait_of(headers: &HeaderMap) -> Duration {
+    const UNSAID: Duration = Duration::from_secs(30);
+    const MAX: Duration = Duration::from_secs(3600);
+    let text = |name| {
+        headers
+            .get(name)
+            .and_then(|value| value.to_str().ok())
+            .map(str::trim)
+    };
+    let Some(after) = text(RETRY_AFTER) else {
+        return UNSAID;
+    };
+    let wait = if let Ok(seconds) = after.parse::<u64>() {
+        Duration::from_secs(seconds)
+    } else {
+        let dates = (
+            httpdate::parse_http_date(after),
+            text(http::header::DATE).map(httpdate::parse_http_date),
+        );
+        match dates {
+            (Ok(then), Some(Ok(now))) => then.duration_since(now).unwrap_or_default(),
+            _ => UNSAID,
+        }
+    };
+    wait.clamp(Duration::from_secs(1), MAX)
+}

@@ -1,0 +1,328 @@
+//! One HTTP request outwards: pooled connections, redirects, time limits. The only file of this layer that names the
+//! hyper client.
+//!
+//! It knows no registry: tokens, digests and who may what are the business of its callers. It never decodes a body,
+//! and never sends what a client of ours sent except the headers it is given.
+
+use std::error::Error;
+use std::io;
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::header::{
+    ACCEPT_ENCODING, AUTHORIZATION, CONTENT_ENCODING, CONTENT_LENGTH, LOCATION, PROXY_AUTHORIZATION,
+    USER_AGENT,
+};
+use http::{HeaderMap, HeaderValue, Method, StatusCode, Uri};
+use http_body_util::{BodyExt as _, Full};
+use hyper::body::Incoming;
+use hyper_util::client::legacy::Client;
+use hyper_util::rt::{TokioExecutor, TokioTimer};
+use tokio::time::{Instant, timeout};
+
+use super::dial::{DialError, io_cause};
+use super::line::Line;
+use super::location::resolve;
+use super::origin::same_origin;
+use crate::oci::cause::Cause;
+
+/// Hops followed after the first request.
+const REDIRECTS_MAX: usize = 10;
+/// Names and values of one answer's headers together.
+const HEADER_BYTES_MAX: usize = 64 * 1024;
+/// Read buffer of an HTTP/1 connection. Larger than the headers may be, for the sake of bodies.
+const READ_BYTES_MAX: usize = 256 * 1024;
+/// How long a connection waits for its next request.
+const POOL_IDLE: Duration = Duration::from_secs(60);
+/// Connections kept waiting per host.
+const POOL_IDLE_MAX: usize = 32;
+/// h2 flow control windows: one stream fills a 1 Gbit/s line at 30 ms.
+const STREAM_WINDOW_BYTES: u32 = 4 * 1024 * 1024;
+const CONNECTION_WINDOW_BYTES: u32 = 16 * 1024 * 1024;
+/// An h2 connection with requests on it is asked for a sign of life so often …
+const PING_INTERVAL: Duration = Duration::from_secs(15);
+/// … and given up after so long without one.
+const PING_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// The HTTP client of one upstream.
+pub(super) struct Http {
+    pooled: Client<Line, Full<Bytes>>,
+    /// Opens a connection for each request: for the second attempt after a pooled connection turned out dead.
+    fresh: Client<Line, Full<Bytes>>,
+    line: Line,
+}
+
+/// A request as callers describe it.
+pub(super) struct Request {
+    pub(super) method: Method,
+    pub(super) uri: Uri,
+    pub(super) headers: HeaderMap,
+    pub(super) body: Bytes,
+    pub(super) follow: Follow,
+    /// From the call to the last answer's headers, redirects included.
+    pub(super) within: Duration,
+}
+
+/// Where redirects may lead.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Follow {
+    /// To any origin, without the `Authorization` once the first one is left.
+    Anywhere,
+    /// Nowhere else: a token service has no business sending us on.
+    SameOrigin,
+}
+
+/// The answer to a request.
+pub(super) struct Reply {
+    pub(super) status: StatusCode,
+    pub(super) headers: HeaderMap,
+    pub(super) body: Incoming,
+    /// Another origin answered, after a redirect: its 401 or 403 is not the registry's word.
+    pub(super) abroad: bool,
+}
+
+impl Http {
+    pub(super) fn new(line: Line) -> Http {
+        Http {
+            pooled: client(line.clone(), POOL_IDLE_MAX),
+            fresh: client(line.clone(), 0),
+            line,
+        }
+    }
+
+    /// Sends a request and follows redirects until something else is answered.
+    pub(super) async fn send(&self, request: Request) -> Result<Reply, Cause> {
+        let within = request.within;
+        timeout(within, self.follow(request))
+            .await
+            .unwrap_or(Err(Cause::Timeout))
+    }
+
+    async fn follow(&self, mut request: Request) -> Result<Reply, Cause> {
+        request
+            .headers
+            .insert(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
+        request.headers.insert(
+            USER_AGENT,
+            HeaderValue::from_static(concat!("ifnewer/", env!("CARGO_PKG_VERSION"))),
+        );
+        let mut abroad = false;
+        for _ in 0..=REDIRECTS_MAX {
+            let (parts, body) = self.once(&request).await?.into_parts();
+            check(&parts.headers)?;
+            let Some(target) = redirect(&request, parts.status, &parts.headers)? else {
+                return Ok(Reply {
+                    status: parts.status,
+                    headers: parts.headers,
+                    body,
+                    abroad,
+                });
+            };
+            if !same_origin(&request.uri, &target) {
+                if request.follow == Follow::SameOrigin {
+                    return Err(Cause::Redirects);
+                }
+                abroad = true;
+                request.headers.remove(AUTHORIZATION);
+            }
+            request.uri = target;
+        }
+        Err(Cause::Redirects)
+    }
+
+    /// One hop. A connection that breaks before any answer is tried once more on a fresh one, if asking twice is
+    /// harmless.
+    async fn once(&self, request: &Request) -> Result<http::Response<Incoming>, Cause> {
+        let start = Instant::now();
+        let mut result = self.pooled.request(self.written(request)?).await;
+        if result
+            .as_ref()
+            .is_err_and(|error| cause_of(error) == Cause::Reset)
+            && request.method != Method::POST
+        {
+            result = self.fresh.request(self.written(request)?).await;
+        }
+        // The query of a redirect may be a signature, and that of a token request names its holder: neither is logged.
+        tracing::debug!(
+            method = %request.method,
+            origin = request.uri.authority().map(http::uri::Authority::as_str),
+            path = request.uri.path(),
+            status = result.as_ref().ok().map(|response| response.status().as_u16()),
+            error = result.as_ref().err().map(|error| error as &(dyn Error + 'static)),
+            ms = start.elapsed().as_millis(),
+            "asked"
+        );
+        result.map_err(|error| cause_of(&error))
+    }
+
+    fn written(&self, request: &Request) -> Result<http::Request<Full<Bytes>>, Cause> {
+        let mut written = http::Request::builder()
+            .method(request.method.clone())
+            .uri(request.uri.clone())
+            .body(Full::new(request.body.clone()))
+            .map_err(|_| Cause::Malformed)?;
+        *written.headers_mut() = request.headers.clone();
+        if let Some(authorization) = self.line.proxy_authorization(&request.uri) {
+            written.headers_mut().insert(PROXY_AUTHORIZATION, authorization);
+        }
+        Ok(written)
+    }
+}
+
+fn client(line: Line, idle_max: usize) -> Client<Line, Full<Bytes>> {
+    Client::builder(TokioExecutor::new())
+        .timer(TokioTimer::new())
+        .pool_timer(TokioTimer::new())
+        .pool_idle_timeout(POOL_IDLE)
+        .pool_max_idle_per_host(idle_max)
+        .http1_max_buf_size(READ_BYTES_MAX)
+        .http2_max_header_list_size(u32::try_from(HEADER_BYTES_MAX).unwrap_or(u32::MAX))
+        .http2_initial_stream_window_size(STREAM_WINDOW_BYTES)
+        .http2_initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+        .http2_keep_alive_interval(PING_INTERVAL)
+        .http2_keep_alive_timeout(PING_TIMEOUT)
+        .build(line)
+}
+
+/// What no answer may have: a coding we did not ask for (stored bytes would not be the registry's), too much header.
+fn check(headers: &HeaderMap) -> Result<(), Cause> {
+    let bytes: usize = headers
+        .iter()
+        .map(|(name, value)| name.as_str().len() + value.len() + 4)
+        .sum();
+    if bytes > HEADER_BYTES_MAX {
+        return Err(Cause::Malformed);
+    }
+    let identity =
+        |value: &HeaderValue| value.is_empty() || value.as_bytes().eq_ignore_ascii_case(b"identity");
+    if headers.get_all(CONTENT_ENCODING).iter().all(identity) {
+        Ok(())
+    } else {
+        Err(Cause::Malformed)
+    }
+}
+
+/// Where an answer sends us, if it does.
+fn redirect(request: &Request, status: StatusCode, headers: &HeaderMap) -> Result<Option<Uri>, Cause> {
+    if !matches!(status.as_u16(), 301 | 302 | 303 | 307 | 308) {
+        return Ok(None);
+    }
+    let location = headers
+        .get(LOCATION)
+        .and_then(|value| value.to_str().ok())
+        .ok_or(Cause::Redirects)?;
+    let target = resolve(&request.uri, location).ok_or(Cause::Redirects)?;
+    let downgrade = request.uri.scheme_str() == Some("https") && target.scheme_str() != Some("https");
+    if downgrade || request.method == Method::POST {
+        return Err(Cause::Redirects);
+    }
+    Ok(Some(target))
+}
+
+/// The reason behind an error of hyper's, however deep it lies.
+fn cause_of(error: &(dyn Error + 'static)) -> Cause {
+    let mut next = Some(error);
+    let mut cause = Cause::Reset;
+    while let Some(one) = next {
+        if let Some(dialled) = one.downcast_ref::<DialError>() {
+            return dialled.cause;
+        }
+        if let Some(io) = one.downcast_ref::<io::Error>() {
+            return io_cause(io);
+        }
+        if let Some(http) = one.downcast_ref::<hyper::Error>() {
+            if http.is_parse() || http.is_user() {
+                return Cause::Malformed;
+            }
+            if http.is_timeout() {
+                cause = Cause::Timeout;
+            }
+        }
+        next = one.source();
+    }
+    cause
+}
+
+/// `Content-Length`, if it is a number.
+pub(super) fn content_length(headers: &HeaderMap) -> Option<u64> {
+    headers.get(CONTENT_LENGTH)?.to_str().ok()?.trim().parse().ok()
+}
+
+/// A body read chunk by chunk, that ends well only where its `Content-Length` said.
+pub(super) struct Body {
+    incoming: Incoming,
+    idle: Duration,
+    /// Bytes still promised, if a length was.
+    left: Option<u64>,
+    ended: bool,
+}
+
+impl Body {
+    pub(super) fn new(incoming: Incoming, length: Option<u64>, idle: Duration) -> Body {
+        Body {
+            incoming,
+            idle,
+            left: length,
+            ended: false,
+        }
+    }
+
+    /// The next bytes; `None` at the proper end. After an error there is nothing more.
+    pub(super) async fn chunk(&mut self) -> Option<Result<Bytes, Cause>> {
+        while !self.ended {
+            let frame = match timeout(self.idle, self.incoming.frame()).await {
+                Err(_) => return Some(self.fail(Cause::Timeout)),
+                Ok(Some(Err(error))) => return Some(self.fail(cause_of(&error))),
+                Ok(None) if self.left.is_some_and(|left| left > 0) => return Some(self.fail(Cause::Reset)),
+                Ok(None) => break,
+                Ok(Some(Ok(frame))) => frame,
+            };
+            // Trailers say nothing we use.
+            let Ok(bytes) = frame.into_data() else { continue };
+            if bytes.is_empty() {
+                continue;
+            }
+            if let Some(left) = &mut self.left {
+                match left.checked_sub(bytes.len() as u64) {
+                    Some(rest) => *left = rest,
+                    None => return Some(self.fail(Cause::Malformed)),
+                }
+            }
+            return Some(Ok(bytes));
+        }
+        self.ended = true;
+        None
+    }
+
+    fn fail(&mut self, cause: Cause) -> Result<Bytes, Cause> {
+        self.ended = true;
+        Err(cause)
+    }
+
+    /// The whole body, if it is no longer than `bytes_max`.
+    pub(super) async fn collect(mut self, bytes_max: usize) -> Result<Bytes, Cause> {
+        if self.left.is_some_and(|left| left > bytes_max as u64) {
+            return Err(Cause::TooLarge);
+        }
+        let mut whole =
+            Vec::with_capacity(self.left.and_then(|left| usize::try_from(left).ok()).unwrap_or(0));
+        while let Some(chunk) = self.chunk().await {
+            let chunk = chunk?;
+            if whole.len() + chunk.len() > bytes_max {
+                return Err(Cause::TooLarge);
+            }
+            whole.extend_from_slice(&chunk);
+        }
+        Ok(Bytes::from(whole))
+    }
+}
+
+impl Reply {
+    /// The whole body within `within`, if it is no longer than `bytes_max`: for tokens, errors and manifests.
+    pub(super) async fn collect(self, bytes_max: usize, within: Duration) -> Result<Bytes, Cause> {
+        let body = Body::new(self.body, content_length(&self.headers), within);
+        timeout(within, body.collect(bytes_max))
+            .await
+            .unwrap_or(Err(Cause::Timeout))
+    }
+}

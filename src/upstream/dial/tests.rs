@@ -1,0 +1,208 @@
+//! TLS and proxies, end to end: a real handshake on a loopback socket.
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "tests may fail loudly"
+)]
+
+use std::net::SocketAddr;
+use std::sync::Mutex;
+
+use http::Version;
+use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
+use rustls::ServerConfig;
+use rustls::pki_types::PrivateKeyDer;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::{TcpListener, TcpStream};
+use tokio_rustls::TlsAcceptor;
+
+use super::*;
+use crate::upstream::tests::registry::{Registry, answer, manifest};
+use crate::upstream::tests::{MANIFEST, accept, anonymous, digest, tag};
+use crate::upstream::{ProxyChoice, Said, Settings, SettingsError, Upstream};
+
+/// A registry behind TLS for `localhost`, and the CA that vouches for it.
+struct Secure {
+    address: SocketAddr,
+    ca: Vec<u8>,
+    registry: Arc<Registry>,
+}
+
+impl Secure {
+    async fn start(registry: Registry, protocols: &[&[u8]]) -> Secure {
+        let ca_key = KeyPair::generate().unwrap();
+        let mut ca = CertificateParams::new(Vec::new()).unwrap();
+        ca.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let ca_certificate = ca.self_signed(&ca_key).unwrap();
+        let key = KeyPair::generate().unwrap();
+        let leaf = CertificateParams::new(vec!["localhost".to_owned()]).unwrap();
+        let leaf = leaf.signed_by(&key, &Issuer::new(ca, ca_key)).unwrap();
+
+        let mut config =
+            ServerConfig::builder_with_provider(Arc::new(rustls::crypto::aws_lc_rs::default_provider()))
+                .with_safe_default_protocol_versions()
+                .unwrap()
+                .with_no_client_auth()
+                .with_single_cert(
+                    vec![leaf.der().clone()],
+                    PrivateKeyDer::try_from(key.serialize_der()).unwrap(),
+                )
+                .unwrap();
+        config.alpn_protocols = protocols.iter().map(|protocol| protocol.to_vec()).collect();
+        let acceptor = TlsAcceptor::from(Arc::new(config));
+
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let registry = Arc::new(registry);
+        let serving = Arc::clone(&registry);
+        tokio::spawn(async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                let (acceptor, serving) = (acceptor.clone(), Arc::clone(&serving));
+                tokio::spawn(async move {
+                    if let Ok(stream) = acceptor.accept(stream).await {
+                        serving.serve(stream).await;
+                    }
+                });
+            }
+        });
+        Secure {
+            address,
+            ca: ca_certificate.der().to_vec(),
+            registry,
+        }
+    }
+
+    fn settings(&self, host: &str) -> Settings {
+        Settings {
+            roots: vec![self.ca.clone()],
+            proxy: ProxyChoice::None,
+            ..Settings::new(
+                "a",
+                vec![format!("https://{host}:{}", self.address.port()).parse().unwrap()],
+            )
+        }
+    }
+}
+
+async fn said(settings: Settings) -> Said {
+    Upstream::new(settings, &Connector::system())
+        .unwrap()
+        .head(&anonymous(), &tag(), &accept())
+        .await
+        .said
+}
+
+#[tokio::test]
+async fn a_further_root_is_trusted_and_h2_is_spoken_where_it_is_offered() {
+    for (protocols, version) in [
+        (&[&b"h2"[..], b"http/1.1"][..], Version::HTTP_2),
+        (&[b"http/1.1"], Version::HTTP_11),
+        (&[], Version::HTTP_11),
+    ] {
+        let secure = Secure::start(Registry::start(|_| manifest()).await, protocols).await;
+        assert_eq!(
+            said(secure.settings("localhost")).await,
+            Said::Is(digest(MANIFEST))
+        );
+        assert_eq!(secure.registry.seen()[0].version, version);
+    }
+}
+
+#[tokio::test]
+async fn an_unknown_ca_or_another_name_is_a_silence_by_tls() {
+    let secure = Secure::start(Registry::start(|_| manifest()).await, &[b"h2"]).await;
+    let strange = Settings {
+        roots: Vec::new(),
+        ..secure.settings("localhost")
+    };
+    assert_eq!(said(strange).await, Said::Silent(Cause::Tls));
+    assert_eq!(said(secure.settings("127.0.0.1")).await, Said::Silent(Cause::Tls));
+    let plain = Registry::start(|_| manifest()).await;
+    let url = plain.url().replace("http:", "https:").parse().unwrap();
+    let plain = Settings {
+        urls: vec![url],
+        ..secure.settings("localhost")
+    };
+    assert_eq!(said(plain).await, Said::Silent(Cause::Tls));
+    assert!(secure.registry.seen().is_empty());
+}
+
+#[tokio::test]
+async fn a_redirect_never_leaves_tls() {
+    let plain = Registry::start(|_| manifest()).await;
+    let url = plain.url();
+    let registry = Registry::start(move |_| answer(307).header("location", &url)).await;
+    let secure = Secure::start(registry, &[b"h2"]).await;
+    assert_eq!(
+        said(secure.settings("localhost")).await,
+        Said::Silent(Cause::Redirects)
+    );
+    assert!(plain.seen().is_empty());
+}
+
+#[test]
+fn a_root_that_is_none_is_named() {
+    let settings = Settings {
+        roots: vec![vec![1, 2, 3]],
+        ..Settings::new("a", vec!["https://a".parse().unwrap()])
+    };
+    let error = Upstream::new(settings, &Connector::system()).err();
+    assert_eq!(error, Some(SettingsError::Tls(TlsError::Root(0))));
+}
+
+#[tokio::test]
+async fn a_plain_upstream_is_asked_through_its_proxy_in_absolute_form() {
+    let proxy = Registry::start(|_| manifest()).await;
+    let through = proxy.url().replace("http://", "http://user:secret@");
+    let settings = Settings {
+        proxy: ProxyChoice::Url(through),
+        ..Settings::new("a", vec!["http://reg.example".parse().unwrap()])
+    };
+    assert_eq!(said(settings).await, Said::Is(digest(MANIFEST)));
+    let seen = &proxy.seen()[0];
+    assert_eq!(seen.uri, "http://reg.example/v2/library/a/manifests/latest");
+    assert_eq!(seen.header("proxy-authorization"), Some("Basic dXNlcjpzZWNyZXQ="));
+}
+
+#[tokio::test]
+async fn a_tls_upstream_is_asked_through_a_tunnel() {
+    for (reply, expected) in [
+        ("HTTP/1.1 200 OK\r\n\r\n", Said::Is(digest(MANIFEST))),
+        ("HTTP/1.1 407 No\r\n\r\n", Said::Silent(Cause::Unreachable)),
+    ] {
+        let secure = Secure::start(Registry::start(|_| manifest()).await, &[b"h2"]).await;
+        let target = secure.address;
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let proxy = format!("http://user:secret@{}", listener.local_addr().unwrap());
+        let asked = Arc::new(Mutex::new(String::new()));
+        let seen = Arc::clone(&asked);
+        tokio::spawn(async move {
+            let (mut client, _) = listener.accept().await.unwrap();
+            let mut head = Vec::new();
+            while !head.ends_with(b"\r\n\r\n") {
+                head.push(client.read_u8().await.unwrap());
+            }
+            *seen.lock().unwrap() = String::from_utf8(head).unwrap();
+            client.write_all(reply.as_bytes()).await.unwrap();
+            if reply.contains(" 200 ") {
+                let mut server = TcpStream::connect(target).await.unwrap();
+                let _ = tokio::io::copy_bidirectional(&mut client, &mut server).await;
+            }
+        });
+        let settings = Settings {
+            proxy: ProxyChoice::Url(proxy),
+            ..secure.settings("localhost")
+        };
+        assert_eq!(said(settings).await, expected);
+        let asked = asked.lock().unwrap();
+        assert!(
+            asked.starts_with(&format!("CONNECT localhost:{} HTTP/1.1\r\n", target.port())),
+            "{asked}"
+        );
+        assert!(
+            asked.contains("Proxy-Authorization: Basic dXNlcjpzZWNyZXQ="),
+            "{asked}"
+        );
+    }
+}

@@ -1,0 +1,366 @@
+//! One question to one address of an upstream, with whatever authorisation it takes.
+//!
+//! The order of things: the credential or the token that worked last time goes out with the first request; a 401 with
+//! a Bearer challenge is answered once with a new token; a second 401 is the registry's word. A client's own Bearer
+//! token is sent as it is and never exchanged.
+
+use std::hash::{BuildHasher as _, RandomState};
+use std::time::Duration;
+
+use http::header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, RANGE};
+use http::{HeaderMap, HeaderValue, Method, StatusCode, Uri};
+
+use super::answer::{Answer, Said};
+use super::client::{Follow, Http, Reply, Request};
+use super::origin::Origin;
+use super::token::{Holder, HolderKind, Key, Login, Remembered, TokenFailure, Tokens};
+use super::{Caller, Credential, OwnCredential};
+use crate::oci::accept::Accept;
+use crate::oci::cause::Cause;
+use crate::oci::challenge::Challenge;
+use crate::oci::error::Problem;
+use crate::oci::header::DOCKER_DISTRIBUTION_API_VERSION;
+use crate::oci::name::Repository;
+use crate::oci::operation::Operation;
+
+/// Body of an error answer that is read for its text.
+const ERROR_BODY_BYTES_MAX: usize = 64 * 1024;
+/// How long an error's text is waited for.
+const ERROR_BODY_WITHIN: Duration = Duration::from_secs(5);
+
+/// What it takes to ask: shared by all questions to one upstream.
+pub(super) struct Exchange {
+    pub(super) http: Http,
+    pub(super) tokens: Tokens,
+    pub(super) own: Option<OwnCredential>,
+    /// From a request to its answer's headers, redirects included.
+    pub(super) headers_within: Duration,
+}
+
+/// A question.
+pub(super) struct Ask<'a> {
+    pub(super) method: Method,
+    pub(super) operation: &'a Operation,
+    pub(super) accept: &'a Accept,
+    pub(super) range: Option<HeaderValue>,
+}
+
+/// Anything but a 2xx.
+pub(super) struct Refusal {
+    pub(super) answer: Answer,
+    /// The registry sent us on to storage, and it is the storage that refuses.
+    pub(super) abroad: bool,
+    /// The answer looks like that of a registry, not of something in front of it.
+    pub(super) of_registry: bool,
+    /// The token sent may merely be too old.
+    expired: bool,
+    challenges: Vec<Challenge>,
+}
+
+impl From<Answer> for Refusal {
+    fn from(answer: Answer) -> Self {
+        Refusal {
+            answer,
+            abroad: false,
+            of_registry: true,
+            expired: false,
+            challenges: Vec::new(),
+        }
+    }
+}
+
+/// What a caller's credential means for the exchange.
+struct Standing<'a> {
+    /// Sent when no token is at hand.
+    header: Option<HeaderValue>,
+    /// How to get a token; `None` if the caller brought one.
+    exchange: Option<(Holder, LoginKind<'a>)>,
+}
+
+#[derive(Clone, Copy)]
+enum LoginKind<'a> {
+    Anonymous,
+    Basic(&'a HeaderValue),
+    Own(&'a OwnCredential),
+}
+
+impl<'a> LoginKind<'a> {
+    fn login(self) -> Login<'a> {
+        match self {
+            LoginKind::Anonymous => Login::Anonymous,
+            LoginKind::Basic(header) => Login::Basic(header),
+            LoginKind::Own(own) => Login::Own(own),
+        }
+    }
+}
+
+impl Exchange {
+    /// Asks, and once more after a short wait if the registry stumbled (5xx without a `Retry-After`).
+    pub(super) async fn ask(
+        &self,
+        origin: &Origin,
+        caller: &Caller,
+        ask: &Ask<'_>,
+    ) -> Result<Reply, Box<Refusal>> {
+        let first = self.authorised(origin, caller, ask).await;
+        match &first {
+            Err(refusal) if stumbled(&refusal.answer) => {
+                tokio::time::sleep(jitter()).await;
+                self.authorised(origin, caller, ask).await
+            }
+            Ok(_) | Err(_) => first,
+        }
+    }
+
+    async fn authorised(
+        &self,
+        origin: &Origin,
+        caller: &Caller,
+        ask: &Ask<'_>,
+    ) -> Result<Reply, Box<Refusal>> {
+        let uri = origin
+            .join(&ask.operation.path_and_query())
+            .ok_or_else(|| silent(Cause::Malformed))?;
+        let standing = self.standing(caller);
+        let Some((holder, login)) = standing.exchange else {
+            return self.resolved(&uri, ask, standing.header.as_ref()).await;
+        };
+        let repository = ask.operation.repository();
+        let remembered = repository.and_then(|name| self.tokens.remembered(name, holder));
+        let (remembered, token) = match remembered {
+            Some(known) => self.renewed(repository, known, login).await?,
+            None => (None, None),
+        };
+        let refusal = match self
+            .resolved(&uri, ask, token.as_ref().or(standing.header.as_ref()))
+            .await
+        {
+            Ok(reply) => return Ok(reply),
+            Err(refusal) => refusal,
+        };
+        let unauthorised = refusal.answer.status == Some(StatusCode::UNAUTHORIZED);
+        if matches!(ask.operation, Operation::Ping) || !(unauthorised || (refusal.expired && token.is_some()))
+        {
+            return Err(refusal);
+        }
+        let Some(key) = self
+            .key(origin, &refusal, ask, holder)
+            .or(remembered.as_ref().map(|known| known.key.clone()))
+        else {
+            return Err(refusal);
+        };
+        let challenge = match remembered {
+            Some(known) => known.challenge,
+            None => refusal.answer.challenge.clone().into(),
+        };
+        let fresh = match self
+            .tokens
+            .get(&self.http, &key, login.login(), token.as_ref())
+            .await
+        {
+            Ok(fresh) => fresh,
+            Err(TokenFailure::Denied(_)) => return Err(denied(refusal, &challenge)),
+            Err(failure) => return Err(no_token(&failure)),
+        };
+        let second = self.resolved(&uri, ask, Some(&fresh)).await;
+        match second {
+            Err(refusal) if refusal.answer.status == Some(StatusCode::UNAUTHORIZED) && !refusal.abroad => {
+                self.tokens.forget(repository, &key);
+                Err(denied(refusal, &challenge))
+            }
+            accepted => {
+                if let Some(repository) = repository {
+                    self.tokens.remember(repository, Remembered { key, challenge });
+                }
+                accepted
+            }
+        }
+    }
+
+    /// The token that worked last time, or its successor.
+    async fn renewed(
+        &self,
+        repository: Option<&Repository>,
+        known: Remembered,
+        login: LoginKind<'_>,
+    ) -> Result<(Option<Remembered>, Option<HeaderValue>), Box<Refusal>> {
+        match self.tokens.get(&self.http, &known.key, login.login(), None).await {
+            Ok(header) => Ok((Some(known), Some(header))),
+            Err(TokenFailure::Denied(_)) => {
+                self.tokens.forget(repository, &known.key);
+                Ok((None, None))
+            }
+            Err(failure) => Err(no_token(&failure)),
+        }
+    }
+
+    fn standing<'a>(&'a self, caller: &'a Caller) -> Standing<'a> {
+        let holder = |kind| Holder {
+            kind,
+            principal: caller.principal,
+        };
+        match (&caller.credential, &self.own) {
+            (Credential::Own, Some(own)) => Standing {
+                header: (!own.is_identity_token()).then(|| own.basic()),
+                exchange: Some((holder(HolderKind::Own), LoginKind::Own(own))),
+            },
+            (Credential::Anonymous, _) | (Credential::Own, None) => Standing {
+                header: None,
+                exchange: Some((holder(HolderKind::Anonymous), LoginKind::Anonymous)),
+            },
+            (Credential::Client(header), _) => {
+                let basic = header
+                    .as_bytes()
+                    .get(..6)
+                    .is_some_and(|scheme| scheme.eq_ignore_ascii_case(b"basic "));
+                let mut sent = header.clone();
+                sent.set_sensitive(true);
+                Standing {
+                    header: Some(sent),
+                    exchange: basic.then(|| (holder(HolderKind::Client), LoginKind::Basic(header))),
+                }
+            }
+        }
+    }
+
+    fn key(&self, origin: &Origin, refusal: &Refusal, ask: &Ask<'_>, holder: Holder) -> Option<Key> {
+        refusal.challenges.iter().find_map(|challenge| {
+            let Challenge::Bearer { realm, service, scopes, .. } = challenge else { return None };
+            let key = Key::of(
+                &self.tokens,
+                origin,
+                (realm, service.as_deref(), scopes),
+                ask.operation.repository(),
+                holder,
+            );
+            if key.is_none() {
+                tracing::warn!(
+                    %origin,
+                    realm,
+                    "the registry wants a token from a host that is not trusted for it; name it in `token_hosts` if it is right"
+                );
+            }
+            key
+        })
+    }
+
+    /// One request, and one more from the registry's own URL if the storage it sent us to refused: signed URLs expire.
+    async fn resolved(
+        &self,
+        uri: &Uri,
+        ask: &Ask<'_>,
+        authorization: Option<&HeaderValue>,
+    ) -> Result<Reply, Box<Refusal>> {
+        match self.once(uri, ask, authorization).await {
+            Err(refusal) if refusal.abroad && ask.method == Method::GET => {
+                self.once(uri, ask, authorization).await
+            }
+            result => result,
+        }
+    }
+
+    async fn once(
+        &self,
+        uri: &Uri,
+        ask: &Ask<'_>,
+        authorization: Option<&HeaderValue>,
+    ) -> Result<Reply, Box<Refusal>> {
+        let mut headers = HeaderMap::new();
+        for line in ask.accept.lines() {
+            headers.append(ACCEPT, line.clone());
+        }
+        headers.extend(ask.range.clone().map(|range| (RANGE, range)));
+        headers.extend(authorization.cloned().map(|value| (AUTHORIZATION, value)));
+        let request = Request {
+            method: ask.method.clone(),
+            uri: uri.clone(),
+            headers,
+            body: bytes::Bytes::new(),
+            follow: Follow::Anywhere,
+            within: self.headers_within,
+        };
+        let reply = self.http.send(request).await.map_err(silent)?;
+        if reply.status.is_success() {
+            return Ok(reply);
+        }
+        Err(refusal(ask, reply).await)
+    }
+}
+
+/// What a status other than 2xx means, with the text of its body.
+async fn refusal(ask: &Ask<'_>, reply: Reply) -> Box<Refusal> {
+    let (status, abroad) = (reply.status, reply.abroad);
+    let mut answer = Answer::read(ask.operation, status, &reply.headers);
+    if answer.said == Said::Silent(Cause::RateLimited) {
+        answer.retry_after = Some(HeaderValue::from(
+            super::answer::wait_of(&reply.headers).as_secs(),
+        ));
+    }
+    let challenges = if status == StatusCode::UNAUTHORIZED {
+        Challenge::read(&reply.headers)
+    } else {
+        Vec::new()
+    };
+    let json = reply
+        .headers
+        .get(CONTENT_TYPE)
+        .is_some_and(|value| value.as_bytes().windows(4).any(|part| part == b"json"));
+    let of_registry = json || reply.headers.contains_key(DOCKER_DISTRIBUTION_API_VERSION);
+    let mut expired = status == StatusCode::BAD_REQUEST;
+    if ask.method == Method::GET
+        && let Ok(body) = reply.collect(ERROR_BODY_BYTES_MAX, ERROR_BODY_WITHIN).await
+    {
+        answer.message = Problem::read(&body).map(|(_, message)| message);
+        expired |= status == StatusCode::FORBIDDEN
+            && body.windows(7).any(|part| part.eq_ignore_ascii_case(b"expired"));
+    }
+    // Storage behind a registry knows nothing of callers and little of blobs: its refusal is a failure, not a verdict.
+    let storage = abroad
+        && matches!(ask.operation, Operation::Blob { .. })
+        && status.is_client_error()
+        && !matches!(status.as_u16(), 416 | 429);
+    if storage {
+        answer.said = Said::Silent(Cause::Status(status.as_u16()));
+        answer.challenge = Vec::new();
+        expired = false;
+    }
+    Box::new(Refusal {
+        answer,
+        abroad: storage,
+        of_registry,
+        expired,
+        challenges,
+    })
+}
+
+fn silent(cause: Cause) -> Box<Refusal> {
+    Box::new(Answer::silent(cause).into())
+}
+
+fn no_token(failure: &TokenFailure) -> Box<Refusal> {
+    Box::new(Refusal::from(match failure {
+        TokenFailure::Limited(wait) => Answer::rate_limited(*wait),
+        TokenFailure::Denied(_) | TokenFailure::Silent => Answer::silent(failure.into()),
+    }))
+}
+
+/// A denial with the challenge as it was before any token was sent. One with `error="…"` in it makes containerd give
+/// up without trying the credentials it has.
+fn denied(mut refusal: Box<Refusal>, challenge: &[HeaderValue]) -> Box<Refusal> {
+    refusal.answer.said = Said::Forbidden;
+    if !challenge.is_empty() {
+        refusal.answer.challenge = challenge.to_vec();
+    }
+    refusal
+}
+
+/// 501 is no stumble but "never", and who names a time wants to be left alone until then.
+fn stumbled(answer: &Answer) -> bool {
+    let server = matches!(answer.said, Said::Silent(Cause::Status(500 | 502..=599)));
+    server && answer.retry_after.is_none()
+}
+
+/// 50 to 150 ms, so that many caches do not come back together.
+fn jitter() -> Duration {
+    Duration::from_millis(50 + RandomState::new().hash_one(()) % 101)
+}

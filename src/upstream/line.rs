@@ -1,0 +1,276 @@
+//! One upstream's way out: a URI becomes a connection hyper can use, straight or through a proxy, plain or in TLS.
+//!
+//! It also keeps redirects and token realms from leading nearer than the upstream itself (see [`Zone`]).
+
+use std::error::Error;
+use std::io;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use http::{HeaderValue, Uri};
+use hyper::rt::{Read, ReadBufCursor, Write};
+use hyper_util::client::legacy::connect::proxy::{SocksV5, Tunnel};
+use hyper_util::client::legacy::connect::{Connected, Connection};
+use hyper_util::rt::TokioIo;
+use tower_service::Service;
+
+use super::dial::{Connector, Dial, DialError, Dialled, Stream, Tls, TlsError, io_cause};
+use super::origin::{Origin, address, port_of, same_host};
+use super::route::{Route, Routes};
+use super::zone::Zone;
+use crate::oci::cause::Cause;
+
+/// What a [`Line`] is made of.
+pub(super) struct LineSettings<'a> {
+    /// Further trusted roots, DER.
+    pub(super) roots: &'a [Vec<u8>],
+    pub(super) routes: Routes,
+    /// Configured addresses: connections to these may lead anywhere.
+    pub(super) origins: Vec<Origin>,
+    /// Further hosts the operator trusts, wherever they are.
+    pub(super) hosts: Vec<String>,
+    /// Redirects may lead into the private network although the upstream is public.
+    pub(super) private_redirects: bool,
+    /// For everything up to the end of the TLS handshake.
+    pub(super) patience: Duration,
+}
+
+/// One upstream's way out: a URI becomes a connection hyper can use.
+#[derive(Clone)]
+pub(super) struct Line(Arc<Inner>);
+
+struct Inner {
+    dial: Arc<dyn Dial>,
+    /// Offers h2 and HTTP/1.1.
+    tls: Tls,
+    /// Offers HTTP/1.1 only, which is what `CONNECT` is written in.
+    proxy_tls: Tls,
+    routes: Routes,
+    own: Vec<Uri>,
+    hosts: Vec<String>,
+    /// The nearest zone one of our own addresses turned out to be in, as `Zone as u8`.
+    nearest: AtomicU8,
+    patience: Duration,
+}
+
+impl Line {
+    pub(super) fn new(connector: &Connector, settings: LineSettings<'_>) -> Result<Line, TlsError> {
+        let nearest = if settings.private_redirects {
+            Zone::Private
+        } else {
+            Zone::Public
+        };
+        Ok(Line(Arc::new(Inner {
+            dial: connector.dial(),
+            tls: Tls::new(connector, settings.roots, &[b"h2", b"http/1.1"])?,
+            proxy_tls: Tls::new(connector, settings.roots, &[b"http/1.1"])?,
+            routes: settings.routes,
+            own: settings
+                .origins
+                .iter()
+                .filter_map(|origin| origin.join("/"))
+                .collect(),
+            hosts: settings.hosts,
+            nearest: AtomicU8::new(nearest as u8),
+            patience: settings.patience,
+        })))
+    }
+
+    /// What an HTTP proxy wants to see on a plain request to `destination` that it forwards.
+    pub(super) fn proxy_authorization(&self, destination: &Uri) -> Option<HeaderValue> {
+        match self.0.routes.to(destination) {
+            Route::Forward(proxy) => proxy.authorization,
+            Route::Direct | Route::Tunnel(_) | Route::Socks { .. } => None,
+        }
+    }
+}
+
+impl Inner {
+    /// How near a connection to `to` may lead: anywhere for addresses and hosts the operator named, no nearer than those for all others.
+    fn limit(&self, to: &Uri) -> Zone {
+        let named = |host: &str| self.hosts.iter().any(|named| named.eq_ignore_ascii_case(host));
+        if self.is_own(to) || to.host().is_some_and(named) {
+            return Zone::Link;
+        }
+        let nearest = self.nearest.load(Ordering::Relaxed);
+        [Zone::Public, Zone::Private, Zone::Loopback, Zone::Link]
+            .into_iter()
+            .find(|zone| *zone as u8 == nearest)
+            .unwrap_or(Zone::Public)
+    }
+
+    fn is_own(&self, to: &Uri) -> bool {
+        self.own
+            .iter()
+            .any(|own| same_host(own, to) && port_of(own) == port_of(to))
+    }
+
+    async fn dial(&self, to: &Uri, limit: Zone) -> Result<Box<dyn Stream>, DialError> {
+        let Dialled { stream, peer } = self.dial.dial(to, limit, self.patience).await?;
+        if let Some(peer) = peer
+            && self.is_own(to)
+        {
+            self.nearest.fetch_max(Zone::of(peer) as u8, Ordering::Relaxed);
+        }
+        Ok(stream)
+    }
+
+    async fn connect(self: Arc<Self>, to: Uri) -> Result<Wire, DialError> {
+        let limit = self.limit(&to);
+        let route = self.routes.to(&to);
+        if !matches!(route, Route::Direct)
+            && to.host().and_then(address).is_some_and(|ip| Zone::of(ip) > limit)
+        {
+            return Err(Cause::Redirects.into());
+        }
+        let leg = Leg(Arc::clone(&self));
+        let (stream, forwarded) = match route {
+            Route::Direct => (self.dial(&to, limit).await?, false),
+            Route::Forward(proxy) => (leg.clone().call(proxy.uri).await?.into_inner(), true),
+            Route::Tunnel(proxy) => {
+                let mut tunnel = Tunnel::new(proxy.uri, leg);
+                if let Some(authorization) = proxy.authorization {
+                    tunnel = tunnel.with_auth(authorization);
+                }
+                (
+                    tunnel.call(to.clone()).await.map_err(through_proxy)?.into_inner(),
+                    false,
+                )
+            }
+            Route::Socks {
+                proxy,
+                login,
+                remote_dns,
+            } => {
+                let mut socks = SocksV5::new(proxy, leg).local_dns(!remote_dns);
+                if let Some((user, password)) = login {
+                    socks = socks.with_auth(user, password);
+                }
+                (
+                    socks.call(to.clone()).await.map_err(through_proxy)?.into_inner(),
+                    false,
+                )
+            }
+        };
+        if to.scheme_str() != Some("https") {
+            return Ok(Wire {
+                io: TokioIo::new(stream),
+                h2: false,
+                forwarded,
+            });
+        }
+        let (stream, h2) = self.tls.secure(&to, stream).await?;
+        Ok(Wire {
+            io: TokioIo::new(stream),
+            h2,
+            forwarded: false,
+        })
+    }
+}
+
+/// A failure of a proxy, or behind it: as precise as the chain of errors is.
+fn through_proxy<E: Error + Send + Sync + 'static>(error: E) -> DialError {
+    let mut next: Option<&(dyn Error + 'static)> = Some(&error);
+    let mut cause = Cause::Unreachable;
+    while let Some(one) = next {
+        if let Some(dialled) = one.downcast_ref::<DialError>() {
+            cause = dialled.cause;
+            break;
+        }
+        if let Some(io) = one.downcast_ref::<io::Error>() {
+            cause = io_cause(io);
+        }
+        next = one.source();
+    }
+    DialError::new(cause, error)
+}
+
+impl Service<Uri> for Line {
+    type Response = Wire;
+    type Error = DialError;
+    type Future = Pin<Box<dyn Future<Output = Result<Wire, DialError>> + Send>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), DialError>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, to: Uri) -> Self::Future {
+        let inner = Arc::clone(&self.0);
+        Box::pin(async move {
+            let patience = inner.patience;
+            let connected = tokio::time::timeout(patience, inner.connect(to)).await;
+            connected.unwrap_or_else(|_| Err(Cause::ConnectTimeout.into()))
+        })
+    }
+}
+
+/// The way to the proxy itself, which the operator chose: no limit on where it is.
+#[derive(Clone)]
+struct Leg(Arc<Inner>);
+
+impl Service<Uri> for Leg {
+    type Response = TokioIo<Box<dyn Stream>>;
+    type Error = DialError;
+    type Future = Pin<Box<dyn Future<Output = Result<TokioIo<Box<dyn Stream>>, DialError>> + Send>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), DialError>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, proxy: Uri) -> Self::Future {
+        let inner = Arc::clone(&self.0);
+        Box::pin(async move {
+            let Dialled { mut stream, .. } = inner.dial.dial(&proxy, Zone::Link, inner.patience).await?;
+            if proxy.scheme_str() == Some("https") {
+                (stream, _) = inner.proxy_tls.secure(&proxy, stream).await?;
+            }
+            Ok(TokioIo::new(stream))
+        })
+    }
+}
+
+/// A finished connection, as hyper wants it.
+pub(super) struct Wire {
+    io: TokioIo<Box<dyn Stream>>,
+    h2: bool,
+    /// The other end is a proxy that wants the absolute form.
+    forwarded: bool,
+}
+
+impl Connection for Wire {
+    fn connected(&self) -> Connected {
+        let connected = Connected::new().proxy(self.forwarded);
+        if self.h2 {
+            connected.negotiated_h2()
+        } else {
+            connected
+        }
+    }
+}
+
+impl Read for Wire {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: ReadBufCursor<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_read(cx, buf)
+    }
+}
+
+impl Write for Wire {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.io).poll_write(cx, buf)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_shutdown(cx)
+    }
+}

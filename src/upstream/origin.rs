@@ -1,0 +1,255 @@
+//! Where a registry is: scheme, authority and a path prefix.
+//!
+//! Also the three questions asked of two addresses before a credential may follow from one to the other: same origin,
+//! same site, loopback. Deliberately not a general URL type.
+
+use std::fmt;
+use std::net::IpAddr;
+use std::str::FromStr;
+
+use http::Uri;
+use http::uri::{Authority, Scheme};
+
+/// The base address of an upstream's API, e.g. `https://registry-1.docker.io`.
+///
+/// `/v2/…` is appended to it; the prefix is for registries that live below a path
+/// (`https://art.example/artifactory/api/docker/hub`).
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Origin {
+    scheme: Scheme,
+    authority: Authority,
+    /// Without a trailing slash; empty for the root.
+    prefix: String,
+}
+
+/// Why a text is not an [`Origin`]. The operator's fault.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum OriginError {
+    /// Not a URL at all.
+    #[error("`{0}` is not a URL")]
+    Malformed(String),
+    /// Neither `http` nor `https`.
+    #[error("`{0}` must begin with https:// or http://")]
+    Scheme(String),
+    /// `user:password@` belongs into the credential settings, not into a URL that is logged.
+    #[error("a registry URL must not contain a user name or password")]
+    Userinfo,
+    /// A query or a fragment means nothing here.
+    #[error("`{0}` must not have a query or a fragment")]
+    Query(String),
+}
+
+impl FromStr for Origin {
+    type Err = OriginError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        if text.contains('@') {
+            return Err(OriginError::Userinfo);
+        }
+        if text.contains(['?', '#']) {
+            return Err(OriginError::Query(text.to_owned()));
+        }
+        if !text.contains("://") {
+            return Err(OriginError::Scheme(text.to_owned()));
+        }
+        let uri: Uri = text
+            .parse()
+            .map_err(|_| OriginError::Malformed(text.to_owned()))?;
+        let scheme = match uri.scheme() {
+            Some(scheme) if *scheme == Scheme::HTTP || *scheme == Scheme::HTTPS => scheme.clone(),
+            _ => return Err(OriginError::Scheme(text.to_owned())),
+        };
+        let authority = match uri.authority() {
+            Some(authority) if !authority.host().is_empty() => authority.clone(),
+            _ => return Err(OriginError::Malformed(text.to_owned())),
+        };
+        let prefix = uri.path().trim_end_matches('/').to_owned();
+        Ok(Origin {
+            scheme,
+            authority,
+            prefix,
+        })
+    }
+}
+
+impl fmt::Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}://{}{}", self.scheme, self.authority, self.prefix)
+    }
+}
+
+impl Origin {
+    /// The URI of `path_and_query` (which begins with `/v2/`) at this origin. `None` if the two do not make a URI.
+    pub fn join(&self, path_and_query: &str) -> Option<Uri> {
+        Uri::builder()
+            .scheme(self.scheme.clone())
+            .authority(self.authority.clone())
+            .path_and_query(format!("{}{path_and_query}", self.prefix))
+            .build()
+            .ok()
+    }
+
+    /// Whether the connection is in plain text.
+    pub fn is_plain(&self) -> bool {
+        self.scheme == Scheme::HTTP
+    }
+
+    /// Host, with brackets if it is an IPv6 address.
+    pub fn host(&self) -> &str {
+        self.authority.host()
+    }
+
+    /// Host and port as written.
+    pub fn authority(&self) -> &Authority {
+        &self.authority
+    }
+}
+
+/// RFC 6454 §4: same scheme, host and port. The boundary an `Authorization` must not cross (distribution-spec,
+/// "clients MUST NOT forward `Authorization` across hosts").
+pub(super) fn same_origin(a: &Uri, b: &Uri) -> bool {
+    a.scheme() == b.scheme() && same_host(a, b) && port_of(a) == port_of(b)
+}
+
+/// Same host, whatever the port.
+pub(super) fn same_host(a: &Uri, b: &Uri) -> bool {
+    match (a.host(), b.host()) {
+        (Some(a), Some(b)) => a.eq_ignore_ascii_case(b),
+        _ => false,
+    }
+}
+
+/// The port written, or the scheme's own.
+pub(super) fn port_of(uri: &Uri) -> u16 {
+    let default = if uri.scheme() == Some(&Scheme::HTTP) {
+        80
+    } else {
+        443
+    };
+    uri.port_u16().unwrap_or(default)
+}
+
+/// Whether two hosts belong to one owner as far as names can tell: the last two labels agree
+/// (`registry-1.docker.io`, `auth.docker.io`), or the last three below registries like `co.uk`. Never for IP addresses.
+pub(super) fn same_site(a: &str, b: &str) -> bool {
+    match (site(a), site(b)) {
+        (Some(a), Some(b)) => a == b,
+        _ => false,
+    }
+}
+
+fn site(host: &str) -> Option<String> {
+    if address(host).is_some() {
+        return None;
+    }
+    let host = host.trim_end_matches('.').to_ascii_lowercase();
+    let mut labels = host.rsplit('.');
+    let (top, second) = (labels.next()?, labels.next()?);
+    if top.is_empty() || second.is_empty() {
+        return None;
+    }
+    let shared = top.len() == 2
+        && matches!(
+            second,
+            "ac" | "co" | "com" | "edu" | "gov" | "ne" | "net" | "or" | "org"
+        );
+    if shared {
+        return Some(format!("{}.{second}.{top}", labels.next()?));
+    }
+    Some(format!("{second}.{top}"))
+}
+
+/// Whether a host as written names this machine.
+pub(super) fn is_loopback(host: &str) -> bool {
+    match address(host) {
+        Some(address) => address.to_canonical().is_loopback(),
+        None => host.eq_ignore_ascii_case("localhost") || host.to_ascii_lowercase().ends_with(".localhost"),
+    }
+}
+
+/// The address a host is written as, brackets or not.
+pub(super) fn address(host: &str) -> Option<IpAddr> {
+    host.trim_start_matches('[').trim_end_matches(']').parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests may fail loudly")]
+    use super::*;
+
+    #[test]
+    fn an_origin_is_scheme_authority_and_prefix() {
+        for (text, shown) in [
+            ("https://registry-1.docker.io", "https://registry-1.docker.io"),
+            ("https://registry-1.docker.io/", "https://registry-1.docker.io"),
+            ("http://127.0.0.1:5000", "http://127.0.0.1:5000"),
+            ("http://[::1]:5000/", "http://[::1]:5000"),
+            (
+                "https://art.example/api/docker/hub/",
+                "https://art.example/api/docker/hub",
+            ),
+        ] {
+            assert_eq!(text.parse::<Origin>().unwrap().to_string(), shown);
+        }
+        let origin: Origin = "https://art.example/hub".parse().unwrap();
+        assert_eq!(
+            origin.join("/v2/a/tags/list?n=1").unwrap(),
+            "https://art.example/hub/v2/a/tags/list?n=1"
+        );
+    }
+
+    #[test]
+    fn what_is_no_origin_says_why() {
+        for (text, error) in [
+            (
+                "registry-1.docker.io",
+                OriginError::Scheme("registry-1.docker.io".into()),
+            ),
+            ("ftp://a", OriginError::Scheme("ftp://a".into())),
+            ("https://user:secret@a", OriginError::Userinfo),
+            ("https://a?b", OriginError::Query("https://a?b".into())),
+            ("https://a#b", OriginError::Query("https://a#b".into())),
+            ("https:// a", OriginError::Malformed("https:// a".into())),
+            ("https://", OriginError::Malformed("https://".into())),
+        ] {
+            assert_eq!(text.parse::<Origin>(), Err(error), "{text}");
+        }
+    }
+
+    #[test]
+    fn an_origin_differs_in_scheme_host_or_port() {
+        let uri = |text: &'static str| Uri::from_static(text);
+        assert!(same_origin(&uri("https://a/x"), &uri("https://A:443/y")));
+        assert!(!same_origin(&uri("https://a/"), &uri("http://a/")));
+        assert!(!same_origin(&uri("https://a/"), &uri("https://a:8443/")));
+        assert!(!same_origin(&uri("https://a/"), &uri("https://b/")));
+    }
+
+    #[test]
+    fn a_site_is_the_registrable_part_of_a_name() {
+        assert!(same_site("registry-1.docker.io", "auth.docker.io"));
+        assert!(same_site("registry.gitlab.com", "GITLAB.com"));
+        assert!(!same_site("registry.a.co.uk", "evil.co.uk"));
+        assert!(!same_site("docker.io", "docker.io.evil.example"));
+        assert!(!same_site("10.0.0.1", "11.0.0.1"));
+        assert!(!same_site("localhost", "localhost"));
+    }
+
+    #[test]
+    fn loopback_is_known_by_name_and_address() {
+        for host in [
+            "localhost",
+            "a.localhost",
+            "127.0.0.1",
+            "127.9.9.9",
+            "[::1]",
+            "::1",
+            "[::ffff:127.0.0.1]",
+        ] {
+            assert!(is_loopback(host), "{host}");
+        }
+        for host in ["localhost.evil.example", "10.0.0.1", "[::2]", "example.com"] {
+            assert!(!is_loopback(host), "{host}");
+        }
+    }
+}

@@ -1,0 +1,228 @@
+//! Which way a connection leaves this machine: straight, or through a proxy of the operator's.
+//!
+//! The environment (`HTTP_PROXY`, `HTTPS_PROXY`, `ALL_PROXY`, `NO_PROXY`, in either case) is read here and nowhere else
+//! in this layer. Whatever it says, a connection to this very machine never goes through it: a `HTTPS_PROXY` that
+//! points at ifnewer itself is how some of its clients are set up.
+
+use http::{HeaderValue, Uri};
+use hyper_util::client::proxy::matcher::{Intercept, Matcher};
+
+use super::origin::is_loopback;
+
+/// Which proxy an upstream is reached through.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum ProxyChoice {
+    /// What the environment says, as curl reads it. The default.
+    #[default]
+    Environment,
+    /// None, whatever the environment says.
+    None,
+    /// This one: `http://`, `https://`, `socks5://` or `socks5h://`, with `user:password@` if it wants them.
+    Url(String),
+}
+
+/// A proxy URL that cannot be used. It may contain a password, so it is not repeated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the proxy must be an http://, https://, socks5:// or socks5h:// URL")]
+pub struct ProxyError;
+
+/// The rules of one upstream.
+#[derive(Debug)]
+pub(super) struct Routes {
+    matcher: Option<Matcher>,
+    /// The proxy was named for this upstream, so even a loopback address goes through it.
+    named: bool,
+}
+
+/// The way to one destination.
+#[derive(Clone, Debug)]
+pub(super) enum Route {
+    /// Straight to it.
+    Direct,
+    /// An HTTP proxy is asked for each plain request (absolute form, RFC 9112 §3.2.2).
+    Forward(Proxy),
+    /// An HTTP proxy is asked to `CONNECT`.
+    Tunnel(Proxy),
+    /// A SOCKS5 proxy; it resolves the name if `remote_dns`.
+    Socks {
+        proxy: Uri,
+        login: Option<(String, String)>,
+        remote_dns: bool,
+    },
+}
+
+/// An HTTP proxy and what it wants to see.
+#[derive(Clone, Debug)]
+pub(super) struct Proxy {
+    pub(super) uri: Uri,
+    pub(super) authorization: Option<HeaderValue>,
+}
+
+impl Routes {
+    pub(super) fn new(choice: &ProxyChoice) -> Result<Routes, ProxyError> {
+        match choice {
+            ProxyChoice::Environment => Ok(Routes {
+                matcher: Some(Matcher::from_env()),
+                named: false,
+            }),
+            ProxyChoice::None => Ok(Routes {
+                matcher: None,
+                named: false,
+            }),
+            ProxyChoice::Url(url) => {
+                let matcher = Matcher::builder().all(url.as_str()).build();
+                let understood = matcher.intercept(&Uri::from_static("https://registry.invalid/"));
+                let understood = understood
+                    .is_some_and(|found| !url.starts_with("socks4") && found.uri().host().is_some());
+                if !understood {
+                    return Err(ProxyError);
+                }
+                Ok(Routes {
+                    matcher: Some(matcher),
+                    named: true,
+                })
+            }
+        }
+    }
+
+    #[cfg(test)]
+    pub(super) fn of_environment(matcher: Matcher) -> Routes {
+        Routes {
+            matcher: Some(matcher),
+            named: false,
+        }
+    }
+
+    /// The way to `destination`.
+    pub(super) fn to(&self, destination: &Uri) -> Route {
+        let host = destination.host().unwrap_or_default();
+        if !self.named && is_loopback(host) {
+            return Route::Direct;
+        }
+        match self
+            .matcher
+            .as_ref()
+            .and_then(|matcher| matcher.intercept(destination))
+        {
+            Some(found) => through(&found, destination),
+            None => Route::Direct,
+        }
+    }
+}
+
+fn through(found: &Intercept, destination: &Uri) -> Route {
+    let scheme = found.uri().scheme_str().unwrap_or("http");
+    if scheme.starts_with("socks") {
+        let login = found
+            .raw_auth()
+            .map(|(user, password)| (user.to_owned(), password.to_owned()));
+        return Route::Socks {
+            proxy: found.uri().clone(),
+            login,
+            remote_dns: scheme == "socks5h",
+        };
+    }
+    let mut authorization = found.basic_auth().cloned();
+    if let Some(value) = &mut authorization {
+        value.set_sensitive(true);
+    }
+    let proxy = Proxy {
+        uri: found.uri().clone(),
+        authorization,
+    };
+    if destination.scheme_str() == Some("https") {
+        Route::Tunnel(proxy)
+    } else {
+        Route::Forward(proxy)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::panic, reason = "tests may fail loudly")]
+    use super::*;
+
+    fn environment() -> Routes {
+        Routes::of_environment(
+            Matcher::builder()
+                .all("http://proxy.example:3128")
+                .no("corp.example")
+                .build(),
+        )
+    }
+
+    #[test]
+    fn the_environment_never_takes_loopback() {
+        for text in [
+            "http://localhost:5000/",
+            "http://127.0.0.1/",
+            "https://[::1]/",
+            "http://a.localhost/",
+        ] {
+            assert!(
+                matches!(environment().to(&text.parse().unwrap()), Route::Direct),
+                "{text}"
+            );
+        }
+    }
+
+    #[test]
+    fn https_is_tunnelled_and_http_is_forwarded() {
+        let https = environment().to(&Uri::from_static("https://ghcr.io/"));
+        assert!(matches!(https, Route::Tunnel(proxy) if proxy.uri == "http://proxy.example:3128/"));
+        assert!(matches!(
+            environment().to(&Uri::from_static("http://reg.example/")),
+            Route::Forward(_)
+        ));
+    }
+
+    #[test]
+    fn no_proxy_is_kept() {
+        assert!(matches!(
+            environment().to(&Uri::from_static("https://reg.corp.example/")),
+            Route::Direct
+        ));
+    }
+
+    #[test]
+    fn a_proxy_named_for_the_upstream_takes_even_loopback() {
+        let routes = Routes::new(&ProxyChoice::Url("http://user:secret@127.0.0.1:3128".into())).unwrap();
+        let Route::Forward(proxy) = routes.to(&Uri::from_static("http://127.0.0.1:5000/")) else {
+            panic!("not forwarded")
+        };
+        assert_eq!(proxy.authorization.as_ref().unwrap(), "Basic dXNlcjpzZWNyZXQ=");
+        assert!(
+            !format!("{proxy:?}").contains("dXNlcjpzZWNyZXQ="),
+            "a credential is never shown"
+        );
+    }
+
+    #[test]
+    fn a_proxy_url_is_checked_when_it_is_read() {
+        for url in [
+            "http://proxy:3128",
+            "https://proxy",
+            "socks5://proxy:1080",
+            "socks5h://u:p@proxy:1080",
+            "proxy:3128",
+        ] {
+            assert!(Routes::new(&ProxyChoice::Url(url.into())).is_ok(), "{url}");
+        }
+        for url in ["", "ftp://proxy", "socks4://proxy", "http://", "not a url"] {
+            assert_eq!(
+                Routes::new(&ProxyChoice::Url(url.into())).err(),
+                Some(ProxyError),
+                "{url}"
+            );
+        }
+    }
+
+    #[test]
+    fn none_is_none() {
+        let routes = Routes::new(&ProxyChoice::None).unwrap();
+        assert!(matches!(
+            routes.to(&Uri::from_static("https://ghcr.io/")),
+            Route::Direct
+        ));
+    }
+}

@@ -1,0 +1,165 @@
+//! What an upstream is told from outside: its settings, and on whose behalf it is asked. Secrets in here are wiped when
+//! dropped and never shown.
+
+use std::fmt;
+use std::time::Duration;
+
+use http::HeaderValue;
+use zeroize::Zeroizing;
+
+use super::dial::TlsError;
+use super::origin::Origin;
+use super::route::{ProxyChoice, ProxyError};
+use super::token;
+
+/// What an upstream is, as configured.
+pub struct Settings {
+    /// Its name in references: `docker.io`.
+    pub name: String,
+    /// Its addresses, tried in order; at least one.
+    pub urls: Vec<Origin>,
+    /// CA certificates trusted besides the system's, DER.
+    pub roots: Vec<Vec<u8>>,
+    /// The proxy it is reached through.
+    pub proxy: ProxyChoice,
+    /// Our own account, used by callers with [`Credential::Own`].
+    pub credential: Option<OwnCredential>,
+    /// Hosts a token realm may be on besides the upstream's own host and site.
+    pub token_hosts: Vec<String>,
+    /// A public upstream may redirect into the private network (storage behind split DNS). Off by default.
+    pub private_redirects: bool,
+    /// How long to wait for what.
+    pub timeouts: Timeouts,
+    /// Longest manifest read, in bytes.
+    pub manifest_bytes_max: usize,
+}
+
+impl Settings {
+    /// An upstream with everything else at its default.
+    pub fn new(name: impl Into<String>, urls: Vec<Origin>) -> Settings {
+        Settings {
+            name: name.into(),
+            urls,
+            roots: Vec::new(),
+            proxy: ProxyChoice::default(),
+            credential: None,
+            token_hosts: Vec::new(),
+            private_redirects: false,
+            timeouts: Timeouts::default(),
+            manifest_bytes_max: crate::oci::manifest::MANIFEST_BYTES_MAX,
+        }
+    }
+}
+
+/// How long to wait for an upstream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Timeouts {
+    /// DNS, TCP, proxy and TLS together.
+    pub connect: Duration,
+    /// From a request to its answer's headers, redirects included. Also the longest wait for a free place.
+    pub headers: Duration,
+    /// Between two chunks of a body.
+    pub idle: Duration,
+    /// For a token.
+    pub token: Duration,
+}
+
+impl Default for Timeouts {
+    fn default() -> Self {
+        let seconds = Duration::from_secs;
+        Timeouts {
+            connect: seconds(3),
+            headers: seconds(25),
+            idle: seconds(30),
+            token: seconds(10),
+        }
+    }
+}
+
+/// A user name and password of our own. Wiped when dropped, never shown.
+pub struct OwnCredential {
+    username: String,
+    password: Zeroizing<String>,
+}
+
+impl OwnCredential {
+    /// `username` `<token>` means that the password is an identity (refresh) token, as docker's configuration has it.
+    pub fn new(username: impl Into<String>, password: impl Into<String>) -> OwnCredential {
+        OwnCredential {
+            username: username.into(),
+            password: Zeroizing::new(password.into()),
+        }
+    }
+
+    pub(super) fn username(&self) -> &str {
+        &self.username
+    }
+
+    pub(super) fn password(&self) -> &str {
+        &self.password
+    }
+
+    pub(super) fn is_identity_token(&self) -> bool {
+        self.username == "<token>"
+    }
+
+    pub(super) fn basic(&self) -> HeaderValue {
+        token::basic(&self.username, &self.password)
+    }
+}
+
+impl fmt::Debug for OwnCredential {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("OwnCredential")
+    }
+}
+
+/// On whose behalf the upstream is asked.
+#[derive(Clone)]
+pub struct Caller {
+    /// HMAC of the credential. Tokens and their fetches are never shared between two principals.
+    pub principal: [u8; 32],
+    /// What the upstream is shown.
+    pub credential: Credential,
+}
+
+impl fmt::Debug for Caller {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Caller({:?})", self.credential)
+    }
+}
+
+/// What the upstream is shown. An empty Basic credential (`Og==`) is [`Credential::Anonymous`]; callers see to that.
+#[derive(Clone)]
+pub enum Credential {
+    /// Nothing.
+    Anonymous,
+    /// The client's `Authorization`, as it came.
+    Client(HeaderValue),
+    /// [`Settings::credential`].
+    Own,
+}
+
+impl fmt::Debug for Credential {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Credential::Anonymous => "anonymous",
+            Credential::Client(_) => "client",
+            Credential::Own => "own",
+        })
+    }
+}
+
+/// Why an upstream cannot be set up. The operator's fault.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum SettingsError {
+    /// Nowhere to ask.
+    #[error("the upstream has no URL")]
+    NoUrl,
+    /// TLS cannot be set up with these certificates.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+    /// The proxy cannot be used.
+    #[error(transparent)]
+    Proxy(#[from] ProxyError),
+}

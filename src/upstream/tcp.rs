@@ -1,0 +1,128 @@
+//! The real network: names by the system's resolver, both address families (RFC 8305), TCP. No TLS, no proxy.
+
+use std::error::Error;
+use std::io;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use http::Uri;
+use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::client::legacy::connect::dns::{GaiResolver, Name};
+use tower_service::Service;
+
+use super::dial::{Dial, DialError, Dialled, Dialling, io_cause};
+use super::origin::address;
+use super::zone::Zone;
+use crate::oci::cause::Cause;
+
+/// TCP keepalive: a peer that vanished is noticed after about a minute.
+const KEEPALIVE: Duration = Duration::from_secs(30);
+/// Linux `TCP_USER_TIMEOUT`: bytes sent and not acknowledged for so long mean the peer is gone.
+const UNACKNOWLEDGED_MAX: Duration = Duration::from_secs(30);
+
+/// [`Dial`] by TCP.
+pub(super) struct Tcp;
+
+impl Dial for Tcp {
+    fn dial(&self, to: &Uri, nearest: Zone, patience: Duration) -> Dialling {
+        let to = to.clone();
+        Box::pin(async move {
+            // hyper's connector does not resolve what is an address already, so that is judged here.
+            if to
+                .host()
+                .and_then(address)
+                .is_some_and(|ip| Zone::of(ip) > nearest)
+            {
+                return Err(Cause::Redirects.into());
+            }
+            let mut tcp = HttpConnector::new_with_resolver(Resolver {
+                gai: GaiResolver::new(),
+                nearest,
+            });
+            tcp.enforce_http(false);
+            tcp.set_nodelay(true);
+            tcp.set_keepalive(Some(KEEPALIVE));
+            tcp.set_keepalive_interval(Some(KEEPALIVE / 3));
+            tcp.set_keepalive_retries(Some(3));
+            #[cfg(any(target_os = "android", target_os = "fuchsia", target_os = "linux"))]
+            tcp.set_tcp_user_timeout(Some(UNACKNOWLEDGED_MAX));
+            tcp.set_connect_timeout(Some(patience));
+            let stream = tcp.call(to).await.map_err(|error| {
+                let cause = connect_cause(&error);
+                DialError::new(cause, error)
+            })?;
+            let stream = stream.into_inner();
+            let peer = stream.peer_addr().ok().map(|peer| peer.ip());
+            Ok(Dialled {
+                stream: Box::new(stream),
+                peer,
+            })
+        })
+    }
+}
+
+fn connect_cause(error: &(dyn Error + 'static)) -> Cause {
+    let mut next = Some(error);
+    while let Some(one) = next {
+        if let Some(resolving) = one.downcast_ref::<ResolveError>() {
+            return match resolving {
+                ResolveError::Failed(_) => Cause::Dns,
+                ResolveError::TooNear => Cause::Redirects,
+            };
+        }
+        if let Some(io) = one.downcast_ref::<io::Error>() {
+            return if io.kind() == io::ErrorKind::TimedOut {
+                Cause::ConnectTimeout
+            } else {
+                io_cause(io)
+            };
+        }
+        next = one.source();
+    }
+    Cause::Unreachable
+}
+
+/// The system's resolver, minus the addresses that are too near. Judged at every look-up, so a name that changes its
+/// mind between two of them gains nothing.
+#[derive(Clone)]
+struct Resolver {
+    gai: GaiResolver,
+    nearest: Zone,
+}
+
+#[derive(Debug, thiserror::Error)]
+enum ResolveError {
+    #[error("the name has no address")]
+    Failed(#[source] io::Error),
+    #[error("the name leads to an address nearer than the registry")]
+    TooNear,
+}
+
+impl Service<Name> for Resolver {
+    type Response = std::vec::IntoIter<SocketAddr>;
+    type Error = ResolveError;
+    type Future = Pin<Box<dyn Future<Output = Result<Self::Response, ResolveError>> + Send>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), ResolveError>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, name: Name) -> Self::Future {
+        let resolving = self.gai.call(name);
+        let nearest = self.nearest;
+        Box::pin(async move {
+            let found: Vec<_> = resolving.await.map_err(ResolveError::Failed)?.collect();
+            let any = !found.is_empty();
+            let allowed: Vec<_> = found
+                .into_iter()
+                .filter(|one| Zone::of(one.ip()) <= nearest)
+                .collect();
+            if any && allowed.is_empty() {
+                return Err(ResolveError::TooNear);
+            }
+            Ok(allowed.into_iter())
+        })
+    }
+}

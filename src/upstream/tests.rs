@@ -1,0 +1,113 @@
+//! The upstream against a scripted registry, on loopback sockets or, where time matters, on in-memory pipes under a
+//! paused clock.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "tests may fail loudly"
+)]
+
+mod bodies;
+mod heads;
+mod redirects;
+pub(super) mod registry;
+mod silence;
+mod tokens;
+
+use http::{HeaderMap, HeaderValue, Method};
+
+use super::*;
+use crate::oci::digest::{Algorithm, Digest};
+use registry::Registry;
+
+/// An OCI manifest, small but real.
+pub(super) const MANIFEST: &str = r#"{"schemaVersion":2,"mediaType":"application/vnd.oci.image.manifest.v1+json",
+"config":{"mediaType":"application/vnd.oci.image.config.v1+json","digest":"sha256:aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa","size":2},"layers":[]}"#;
+
+pub(super) const OCI_MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
+
+pub(super) fn digest(bytes: impl AsRef<[u8]>) -> Digest {
+    Digest::of(Algorithm::Sha256, bytes.as_ref())
+}
+
+pub(super) fn settings(urls: &[&Registry]) -> Settings {
+    let urls = urls
+        .iter()
+        .map(|registry| registry.url().parse().unwrap())
+        .collect();
+    Settings {
+        proxy: ProxyChoice::None,
+        ..Settings::new("reg.example", urls)
+    }
+}
+
+/// An upstream of these registries, in this order, over sockets.
+pub(super) fn upstream(urls: &[&Registry]) -> Upstream {
+    Upstream::new(settings(urls), &Connector::system()).unwrap()
+}
+
+/// The same over pipes, for tests with a paused clock.
+pub(super) fn piped(registry: &Registry) -> Upstream {
+    Upstream::new(settings(&[registry]), &Connector::with_dial(registry.dial())).unwrap()
+}
+
+pub(super) fn anonymous() -> Caller {
+    Caller {
+        principal: [0; 32],
+        credential: Credential::Anonymous,
+    }
+}
+
+pub(super) fn client(authorization: &str) -> Caller {
+    let header = HeaderValue::from_str(authorization).unwrap();
+    let Digest::Sha256(principal) = digest(authorization) else {
+        panic!("sha256 is sha256")
+    };
+    Caller {
+        principal,
+        credential: Credential::Client(header),
+    }
+}
+
+pub(super) fn operation(path: &str) -> Operation {
+    Operation::parse(&Method::GET, path, None).unwrap()
+}
+
+pub(super) fn tag() -> Operation {
+    operation("/v2/library/a/manifests/latest")
+}
+
+pub(super) fn blob(bytes: &str) -> Operation {
+    operation(&format!("/v2/library/a/blobs/{}", digest(bytes)))
+}
+
+pub(super) fn accept() -> Accept {
+    let mut headers = HeaderMap::new();
+    headers.append(http::header::ACCEPT, HeaderValue::from_static(OCI_MANIFEST));
+    headers.append(
+        http::header::ACCEPT,
+        HeaderValue::from_static("application/vnd.oci.image.index.v1+json"),
+    );
+    Accept::read(&headers).unwrap()
+}
+
+#[test]
+fn nothing_that_is_shown_contains_a_credential() {
+    let settings = Settings {
+        credential: Some(OwnCredential::new("robot", "canary")),
+        ..Settings::new("a", vec!["https://a.example".parse().unwrap()])
+    };
+    let shown = format!("{:?} {:?}", settings.credential, client("Basic canary"));
+    let upstream = Upstream::new(settings, &Connector::system()).unwrap();
+    let shown = format!("{shown} {upstream:?} {:?}", upstream.state());
+    assert!(!shown.contains("canary") && !shown.contains("robot"), "{shown}");
+}
+
+#[test]
+fn an_upstream_without_a_url_is_refused() {
+    assert_eq!(
+        Upstream::new(Settings::new("a", Vec::new()), &Connector::system()).err(),
+        Some(SettingsError::NoUrl)
+    );
+}

@@ -1,0 +1,189 @@
+//! Bodies: whole, in part, cut, stuck, coded.
+
+use super::registry::{Registry, answer};
+use super::*;
+
+#[tokio::test]
+async fn a_body_arrives_whole() {
+    let registry = Registry::start(|_| {
+        answer(200)
+            .header("docker-content-digest", &digest("bytes").to_string())
+            .body("bytes")
+    })
+    .await;
+    let upstream = upstream(&[&registry]);
+    let fetched = upstream
+        .get(&anonymous(), &blob("bytes"), &accept(), None)
+        .await
+        .unwrap();
+    assert_eq!(
+        (fetched.start, fetched.length, fetched.total),
+        (0, Some(5), Some(5))
+    );
+    assert_eq!(fetched.digest, Some(digest("bytes")));
+    assert_eq!(upstream.state().in_flight, 1);
+    assert_eq!(fetched.collect(5).await.unwrap(), "bytes");
+    assert_eq!(upstream.state().in_flight, 0);
+}
+
+#[tokio::test]
+async fn a_transfer_is_resumed_where_it_stopped_if_the_registry_knows_how() {
+    for (play, start) in [(206, 2), (200, 0)] {
+        let registry = Registry::start(move |seen| {
+            assert_eq!(seen.header("range"), Some("bytes=2-"));
+            match play {
+                206 => answer(206).header("content-range", "bytes 2-4/5").body("tes"),
+                _ => answer(200).body("bytes"),
+            }
+        })
+        .await;
+        let fetched = upstream(&[&registry])
+            .get(&anonymous(), &blob("bytes"), &accept(), Some(2))
+            .await
+            .unwrap();
+        assert_eq!((fetched.start, fetched.total), (start, Some(5)));
+    }
+}
+
+#[tokio::test]
+async fn a_part_nobody_asked_for_is_refused() {
+    for (from, range) in [
+        (None, "bytes 2-4/5"),
+        (Some(1), "bytes 2-4/5"),
+        (Some(2), "bytes */5"),
+        (Some(2), "x"),
+    ] {
+        let registry = Registry::start(move |_| answer(206).header("content-range", range).body("tes")).await;
+        let refused = upstream(&[&registry])
+            .get(&anonymous(), &blob("bytes"), &accept(), from)
+            .await;
+        assert_eq!(
+            refused.unwrap_err().said,
+            Said::Silent(Cause::Malformed),
+            "{from:?} {range}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn a_range_beyond_the_end_is_passed_on() {
+    let registry = Registry::start(|_| answer(416).header("content-range", "bytes */5")).await;
+    let refused = upstream(&[&registry])
+        .get(&anonymous(), &blob("bytes"), &accept(), Some(9))
+        .await;
+    assert_eq!(
+        refused.unwrap_err().said,
+        Said::Other(http::StatusCode::RANGE_NOT_SATISFIABLE)
+    );
+}
+
+#[tokio::test]
+async fn a_short_body_is_an_error_and_never_an_end() {
+    for length in [Some("10"), None] {
+        let registry = Registry::start(move |_| {
+            let play = answer(200).body("bytes").cut();
+            length.map_or_else(
+                || answer(200).body("bytes").cut(),
+                |length| play.header("content-length", length),
+            )
+        })
+        .await;
+        let mut fetched = upstream(&[&registry])
+            .get(&anonymous(), &blob("bytes"), &accept(), None)
+            .await
+            .unwrap();
+        let (mut bytes, mut end) = (Vec::new(), None);
+        while let Some(chunk) = fetched.chunk().await {
+            match chunk {
+                Ok(chunk) => bytes.extend_from_slice(&chunk),
+                Err(cause) => end = Some(cause),
+            }
+        }
+        assert_eq!(end, Some(Cause::Reset), "{length:?}");
+        assert!(b"bytes".starts_with(&bytes));
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_body_that_stops_flowing_is_given_up() {
+    let registry =
+        Registry::start(|_| answer(200).header("content-length", "10").body("bytes").stall()).await;
+    let mut fetched = piped(&registry)
+        .get(&anonymous(), &blob("bytes"), &accept(), None)
+        .await
+        .unwrap();
+    assert_eq!(fetched.chunk().await, Some(Ok("bytes".into())));
+    let before = Instant::now();
+    assert_eq!(fetched.chunk().await, Some(Err(Cause::Timeout)));
+    assert_eq!(before.elapsed().as_secs(), Timeouts::default().idle.as_secs());
+    assert_eq!(fetched.chunk().await, None);
+}
+
+#[tokio::test]
+async fn a_coded_body_is_refused_and_identity_is_none() {
+    for (coding, good) in [
+        ("gzip", false),
+        ("zstd", false),
+        ("identity", true),
+        ("identity, gzip", false),
+    ] {
+        let registry =
+            Registry::start(move |_| answer(200).header("content-encoding", coding).body("bytes")).await;
+        let result = upstream(&[&registry])
+            .get(&anonymous(), &blob("bytes"), &accept(), None)
+            .await;
+        match result {
+            Ok(_) => assert!(good, "{coding}"),
+            Err(answer) => assert_eq!(
+                (answer.said, good),
+                (Said::Silent(Cause::Malformed), false),
+                "{coding}"
+            ),
+        }
+    }
+}
+
+#[tokio::test]
+async fn what_is_collected_is_limited() {
+    for promised in [true, false] {
+        let registry = Registry::start(move |_| {
+            if promised {
+                answer(200).body("bytes")
+            } else {
+                answer(200).body("bytes").stall()
+            }
+        })
+        .await;
+        let fetched = upstream(&[&registry])
+            .get(&anonymous(), &tag(), &accept(), None)
+            .await
+            .unwrap();
+        assert_eq!(fetched.collect(4).await, Err(Cause::TooLarge));
+    }
+}
+
+#[tokio::test]
+async fn a_manifest_too_large_to_hash_is_no_answer() {
+    let registry = Registry::start(|_| answer(200).body(MANIFEST)).await;
+    let settings = Settings {
+        manifest_bytes_max: 100,
+        ..settings(&[&registry])
+    };
+    let answer = Upstream::new(settings, &Connector::system())
+        .unwrap()
+        .head(&anonymous(), &tag(), &accept())
+        .await;
+    assert_eq!(answer.said, Said::Silent(Cause::TooLarge));
+}
+
+#[tokio::test]
+async fn headers_beyond_the_limit_are_refused() {
+    let registry = Registry::start(|_| {
+        (0..9).fold(answer(200), |play, n| {
+            play.header(&format!("x-{n}"), &"y".repeat(8_000))
+        })
+    })
+    .await;
+    let answer = upstream(&[&registry]).head(&anonymous(), &tag(), &accept()).await;
+    assert_eq!(answer.said, Said::Silent(Cause::Malformed));
+}

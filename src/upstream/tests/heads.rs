@@ -1,0 +1,295 @@
+//! HEAD, and what stands in for it.
+
+use super::registry::{Registry, answer, manifest};
+use super::*;
+
+#[tokio::test]
+async fn a_good_registry_is_asked_once_and_politely() {
+    let registry = Registry::start(|_| {
+        manifest()
+            .header("ratelimit-limit", "100;w=21600")
+            .header("ratelimit-remaining", "99;w=21600")
+    })
+    .await;
+    let upstream = upstream(&[&registry]);
+    let answer = upstream.head(&anonymous(), &tag(), &accept()).await;
+    assert_eq!(answer.said, Said::Is(digest(MANIFEST)));
+    assert_eq!(answer.length, Some(MANIFEST.len() as u64));
+    assert_eq!(
+        answer
+            .media_type
+            .as_ref()
+            .map(crate::oci::manifest::MediaType::as_str),
+        Some(OCI_MANIFEST)
+    );
+    assert_eq!(answer.rate_limit.remaining, Some(99));
+    assert_eq!(upstream.state().rate_limit.limit, Some(100));
+    assert!(answer.body.is_none());
+    let seen = &registry.seen()[0];
+    assert_eq!(
+        seen.headers.get_all("accept").iter().count(),
+        2,
+        "all lines are passed on"
+    );
+    assert_eq!(seen.header("accept-encoding"), Some("identity"));
+    assert!(seen.header("user-agent").unwrap().starts_with("ifnewer/"));
+    assert_eq!(seen.header("cookie"), None);
+}
+
+#[tokio::test]
+async fn a_refused_head_becomes_a_get_and_is_remembered() {
+    for status in [405, 501] {
+        let registry = Registry::start(move |seen| {
+            if seen.method == Method::HEAD {
+                answer(status)
+            } else {
+                manifest()
+            }
+        })
+        .await;
+        let upstream = upstream(&[&registry]);
+        for _ in 0..2 {
+            let answer = upstream.head(&anonymous(), &tag(), &accept()).await;
+            assert_eq!(answer.said, Said::Is(digest(MANIFEST)));
+            let (bytes, media_type) = answer.body.unwrap();
+            assert_eq!(
+                (bytes.as_ref(), media_type.as_str()),
+                (MANIFEST.as_bytes(), OCI_MANIFEST)
+            );
+        }
+        let methods: Vec<_> = registry.seen().iter().map(|seen| seen.method.clone()).collect();
+        assert_eq!(methods, [Method::HEAD, Method::GET, Method::GET]);
+        assert_eq!(upstream.state().quirks, [Quirk::HeadRefused]);
+    }
+}
+
+#[tokio::test]
+async fn without_a_usable_digest_the_body_is_hashed() {
+    for header in [
+        None,
+        Some("sha256:abc"),
+        Some("sha3:0000"),
+        Some("SHA256:"),
+        Some(""),
+    ] {
+        let registry = Registry::start(move |_| {
+            let play = answer(200).header("content-type", OCI_MANIFEST).body(MANIFEST);
+            header.map_or_else(
+                || answer(200).body(MANIFEST),
+                |header| play.header("docker-content-digest", header),
+            )
+        })
+        .await;
+        let upstream = upstream(&[&registry]);
+        let answer = upstream.head(&anonymous(), &tag(), &accept()).await;
+        assert_eq!(answer.said, Said::Is(digest(MANIFEST)), "{header:?}");
+        assert!(
+            answer.body.is_some(),
+            "the type is in the manifest if not in the header"
+        );
+        assert_eq!(upstream.state().quirks, [Quirk::NoDigest]);
+    }
+}
+
+#[tokio::test]
+async fn two_digests_that_differ_are_none() {
+    let registry =
+        Registry::start(|_| manifest().header("docker-content-digest", &digest("other").to_string())).await;
+    let answer = upstream(&[&registry]).head(&anonymous(), &tag(), &accept()).await;
+    assert_eq!(answer.said, Said::Is(digest(MANIFEST)));
+    assert_eq!(registry.seen().len(), 2, "the body was hashed");
+}
+
+#[tokio::test]
+async fn a_web_page_is_no_manifest_and_teaches_nothing() {
+    for (media_type, body) in [
+        ("text/html", "<html>log in</html>"),
+        (
+            "application/json",
+            r#"{"errors":[{"code":"UNKNOWN","message":"with status 200"}]}"#,
+        ),
+        ("application/json", "[]"),
+        (OCI_MANIFEST, "<html>log in</html>"),
+    ] {
+        let registry =
+            Registry::start(move |_| answer(200).header("content-type", media_type).body(body)).await;
+        let upstream = upstream(&[&registry]);
+        let answer = upstream.head(&anonymous(), &tag(), &accept()).await;
+        assert_eq!(answer.said, Said::Silent(Cause::Malformed), "{body}");
+        assert!(upstream.state().quirks.is_empty());
+    }
+}
+
+#[tokio::test]
+async fn a_manifest_sent_as_text_has_the_type_it_names_itself() {
+    let registry = Registry::start(|_| answer(200).header("content-type", "text/plain").body(MANIFEST)).await;
+    let answer = upstream(&[&registry]).head(&anonymous(), &tag(), &accept()).await;
+    assert_eq!(
+        answer
+            .media_type
+            .as_ref()
+            .map(crate::oci::manifest::MediaType::as_str),
+        Some(OCI_MANIFEST)
+    );
+}
+
+#[tokio::test]
+async fn a_manifest_by_digest_needs_no_header() {
+    let registry = Registry::start(|_| answer(200).body(MANIFEST)).await;
+    let by_digest = operation(&format!("/v2/library/a/manifests/{}", digest(MANIFEST)));
+    let answer = upstream(&[&registry])
+        .head(&anonymous(), &by_digest, &accept())
+        .await;
+    assert_eq!(answer.said, Said::Is(digest(MANIFEST)));
+    assert_eq!(registry.seen().len(), 1);
+}
+
+#[tokio::test]
+async fn a_manifest_by_digest_with_other_bytes_is_wrong() {
+    let registry = Registry::start(|seen| {
+        if seen.method == Method::HEAD {
+            answer(405)
+        } else {
+            manifest()
+        }
+    })
+    .await;
+    let by_digest = operation(&format!("/v2/library/a/manifests/{}", digest("other")));
+    let answer = upstream(&[&registry])
+        .head(&anonymous(), &by_digest, &accept())
+        .await;
+    assert_eq!(answer.said, Said::Silent(Cause::WrongDigest));
+}
+
+#[tokio::test]
+async fn the_bytes_are_believed_and_not_the_header() {
+    let registry = Registry::start(|seen| match seen.method {
+        Method::HEAD => answer(405),
+        _ => answer(200)
+            .header("content-type", OCI_MANIFEST)
+            .header("docker-content-digest", &digest("other").to_string())
+            .body(MANIFEST),
+    })
+    .await;
+    let answer = upstream(&[&registry]).head(&anonymous(), &tag(), &accept()).await;
+    assert_eq!(answer.said, Said::Is(digest(MANIFEST)));
+}
+
+#[tokio::test]
+async fn a_registrys_404_is_believed() {
+    let registry =
+        Registry::start(|_| answer(404).header("docker-distribution-api-version", "registry/2.0")).await;
+    let answer = upstream(&[&registry]).head(&anonymous(), &tag(), &accept()).await;
+    assert_eq!(answer.said, Said::Absent);
+    assert_eq!(registry.seen().len(), 1);
+}
+
+#[tokio::test]
+async fn an_odd_404_is_checked_once_per_repository() {
+    let registry = Registry::start(|_| answer(404)).await;
+    let upstream = upstream(&[&registry]);
+    for _ in 0..3 {
+        assert_eq!(
+            upstream.head(&anonymous(), &tag(), &accept()).await.said,
+            Said::Absent
+        );
+    }
+    let methods: Vec<_> = registry.seen().iter().map(|seen| seen.method.clone()).collect();
+    assert_eq!(methods, [Method::HEAD, Method::GET, Method::HEAD, Method::HEAD]);
+}
+
+#[tokio::test]
+async fn a_404_where_get_works_is_seen_through_from_then_on() {
+    let registry = Registry::start(|seen| {
+        if seen.method == Method::HEAD {
+            answer(404)
+        } else {
+            manifest()
+        }
+    })
+    .await;
+    let upstream = upstream(&[&registry]);
+    for _ in 0..2 {
+        assert_eq!(
+            upstream.head(&anonymous(), &tag(), &accept()).await.said,
+            Said::Is(digest(MANIFEST))
+        );
+    }
+    assert_eq!(upstream.state().quirks, [Quirk::HeadUntrue]);
+}
+
+#[tokio::test]
+async fn a_blob_whose_head_is_refused_is_proved_by_one_byte() {
+    for status in [401, 405] {
+        let registry = Registry::start(move |seen| match (&seen.method, seen.header("range")) {
+            (&Method::GET, Some("bytes=0-0")) => {
+                answer(206).header("content-range", "bytes 0-0/1234").body("x")
+            }
+            _ => answer(status),
+        })
+        .await;
+        let upstream = upstream(&[&registry]);
+        for _ in 0..2 {
+            let answer = upstream.head(&anonymous(), &blob("layer"), &accept()).await;
+            assert_eq!(
+                (answer.said, answer.length),
+                (Said::Is(digest("layer")), Some(1234))
+            );
+        }
+        assert_eq!(registry.seen().len(), 3);
+        assert_eq!(upstream.state().quirks, [Quirk::BlobHeadRefused]);
+    }
+}
+
+#[tokio::test]
+async fn a_blob_denied_is_denied() {
+    let registry = Registry::start(|_| answer(401).header("www-authenticate", "Basic realm=x")).await;
+    let upstream = upstream(&[&registry]);
+    for _ in 0..2 {
+        let answer = upstream.head(&anonymous(), &blob("layer"), &accept()).await;
+        assert_eq!((answer.said, answer.challenge.len()), (Said::Forbidden, 1));
+    }
+    assert_eq!(registry.seen().len(), 3, "checked by a GET once");
+}
+
+#[tokio::test]
+async fn every_status_has_its_meaning() {
+    for (status, said) in [
+        (400, Said::Other(http::StatusCode::BAD_REQUEST)),
+        (401, Said::Forbidden),
+        (403, Said::Forbidden),
+        (404, Said::Absent),
+        (407, Said::Silent(Cause::Status(407))),
+        (410, Said::Absent),
+        (429, Said::Silent(Cause::RateLimited)),
+        (451, Said::Other(http::StatusCode::UNAVAILABLE_FOR_LEGAL_REASONS)),
+        (500, Said::Silent(Cause::Status(500))),
+        (503, Said::Silent(Cause::Status(503))),
+        (304, Said::Silent(Cause::Malformed)),
+    ] {
+        let registry = Registry::start(move |_| {
+            answer(status)
+                .header("content-type", "application/json")
+                .header("retry-after", "1")
+        })
+        .await;
+        let answer = upstream(&[&registry]).head(&anonymous(), &tag(), &accept()).await;
+        assert_eq!(answer.said, said, "{status}");
+    }
+}
+
+#[tokio::test]
+async fn an_errors_text_is_kept() {
+    let registry = Registry::start(|_| {
+        answer(404).body(r#"{"errors":[{"code":"MANIFEST_UNKNOWN","message":"manifest unknown to us"}]}"#)
+    })
+    .await;
+    let refused = upstream(&[&registry])
+        .get(&anonymous(), &tag(), &accept(), None)
+        .await
+        .unwrap_err();
+    assert_eq!(
+        (refused.said, refused.message.as_deref()),
+        (Said::Absent, Some("manifest unknown to us"))
+    );
+}

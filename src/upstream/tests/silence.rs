@@ -1,0 +1,343 @@
+//! An upstream in trouble: retries, other addresses, rate limits, the breaker.
+
+use super::registry::{Registry, answer, hangup, manifest};
+use http::Uri;
+
+use super::*;
+
+#[tokio::test(start_paused = true)]
+async fn a_server_error_is_tried_once_more() {
+    for (errors, said) in [
+        (1, Said::Is(digest(MANIFEST))),
+        (9, Said::Silent(Cause::Status(502))),
+    ] {
+        let registry = Registry::start(move |seen| {
+            if seen.nth < errors {
+                answer(502)
+            } else {
+                manifest()
+            }
+        })
+        .await;
+        assert_eq!(
+            piped(&registry).head(&anonymous(), &tag(), &accept()).await.said,
+            said
+        );
+        assert_eq!(registry.seen().len(), 2);
+    }
+}
+
+#[tokio::test]
+async fn a_connection_that_dies_before_an_answer_is_replaced_once() {
+    let registry = Registry::start(|seen| if seen.nth == 1 { hangup() } else { manifest() }).await;
+    let upstream = upstream(&[&registry]);
+    for _ in 0..2 {
+        assert_eq!(
+            upstream.head(&anonymous(), &tag(), &accept()).await.said,
+            Said::Is(digest(MANIFEST))
+        );
+    }
+    assert_eq!(registry.seen().len(), 3);
+
+    let registry = Registry::start(|_| hangup()).await;
+    let answer = super::upstream(&[&registry])
+        .head(&anonymous(), &tag(), &accept())
+        .await;
+    assert_eq!(answer.said, Said::Silent(Cause::Reset));
+    assert_eq!(registry.seen().len(), 2);
+}
+
+#[tokio::test]
+async fn a_closed_port_refuses() {
+    let registry = Registry::start(|_| manifest()).await;
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    drop(listener);
+    let urls = vec![url.parse().unwrap(), registry.url().parse().unwrap()];
+    let closed = Settings {
+        proxy: ProxyChoice::None,
+        ..Settings::new("a", urls[..1].to_vec())
+    };
+    let upstream = Upstream::new(closed, &Connector::system()).unwrap();
+    assert_eq!(
+        upstream.head(&anonymous(), &tag(), &accept()).await.said,
+        Said::Silent(Cause::Refused)
+    );
+    assert!(matches!(upstream.state().last_silence, Some((Cause::Refused, _))));
+
+    let both = Settings {
+        proxy: ProxyChoice::None,
+        ..Settings::new("a", urls)
+    };
+    let upstream = Upstream::new(both, &Connector::system()).unwrap();
+    assert_eq!(
+        upstream.head(&anonymous(), &tag(), &accept()).await.said,
+        Said::Is(digest(MANIFEST))
+    );
+}
+
+#[tokio::test]
+async fn addresses_are_tried_in_order_until_one_answers() {
+    let silent = Registry::start(|_| answer(500).header("retry-after", "1")).await;
+    for (second, said) in [
+        (200, Said::Is(digest(MANIFEST))),
+        (404, Said::Absent),
+        (403, Said::Forbidden),
+    ] {
+        let answering = Registry::start(move |_| match second {
+            200 => manifest(),
+            status => answer(status).header("content-type", "application/json"),
+        })
+        .await;
+        let last = Registry::start(|_| manifest()).await;
+        let upstream = upstream(&[&silent, &answering, &last]);
+        assert_eq!(upstream.head(&anonymous(), &tag(), &accept()).await.said, said);
+        assert!(last.seen().is_empty(), "an answer ends it");
+        let got = upstream.get(&anonymous(), &tag(), &accept(), None).await;
+        assert_eq!(got.is_ok(), second == 200);
+        assert!(last.seen().is_empty());
+    }
+}
+
+#[tokio::test]
+async fn a_silence_is_reported_by_the_first_address() {
+    let (first, second) = (
+        Registry::start(|_| answer(503).header("retry-after", "1")).await,
+        Registry::start(|_| hangup()).await,
+    );
+    let answer = upstream(&[&first, &second])
+        .head(&anonymous(), &tag(), &accept())
+        .await;
+    assert_eq!(answer.said, Said::Silent(Cause::Status(503)));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_rate_limited_caller_waits_and_others_do_not() {
+    let registry = Registry::start(|seen| match seen.authorization() {
+        Some("Bearer fast") if seen.nth < 2 => answer(429).header("retry-after", "20"),
+        _ => manifest(),
+    })
+    .await;
+    let upstream = piped(&registry);
+    let (fast, slow) = (client("Bearer fast"), client("Bearer slow"));
+    let limited = Said::Silent(Cause::RateLimited);
+    let first = upstream.head(&fast, &tag(), &accept()).await;
+    assert_eq!(
+        (first.said, first.retry_after),
+        (limited, Some(HeaderValue::from_static("20")))
+    );
+    tokio::time::advance(Duration::from_secs(5)).await;
+    let again = upstream.head(&fast, &tag(), &accept()).await;
+    assert_eq!(
+        (again.said, again.retry_after),
+        (limited, Some(HeaderValue::from_static("15"))),
+        "what is left of it"
+    );
+    assert_eq!(registry.seen().len(), 1, "not asked within the window");
+    assert_eq!(
+        upstream.head(&slow, &tag(), &accept()).await.said,
+        Said::Is(digest(MANIFEST))
+    );
+    tokio::time::advance(Duration::from_secs(16)).await;
+    assert_eq!(
+        upstream.head(&fast, &tag(), &accept()).await.said,
+        Said::Is(digest(MANIFEST))
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn retry_after_may_be_a_date_and_is_measured_by_the_registrys_own_clock() {
+    let registry = Registry::start(|_| {
+        answer(429)
+            .header("date", "Sun, 06 Nov 1994 08:49:37 GMT")
+            .header("retry-after", "Sun, 06 Nov 1994 08:51:17 GMT")
+    })
+    .await;
+    let answer = piped(&registry).head(&anonymous(), &tag(), &accept()).await;
+    assert_eq!(answer.retry_after, Some(HeaderValue::from_static("100")));
+}
+
+#[tokio::test(start_paused = true)]
+async fn rate_limits_never_open_the_breaker() {
+    let registry = Registry::start(|_| answer(429)).await;
+    let upstream = piped(&registry);
+    for n in 0..10 {
+        upstream
+            .head(&client(&format!("Bearer {n}")), &tag(), &accept())
+            .await;
+    }
+    assert_eq!(upstream.silent_now(), None);
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_breaker_opens_after_three_silences_and_a_probe_closes_it() {
+    let registry = Registry::start(|_| manifest()).await;
+    registry.refuses(true);
+    let upstream = piped(&registry);
+    for _ in 0..3 {
+        assert_eq!(upstream.silent_now(), None);
+        assert_eq!(
+            upstream.head(&anonymous(), &tag(), &accept()).await.said,
+            Said::Silent(Cause::Refused)
+        );
+    }
+    assert_eq!(upstream.silent_now(), Some(Cause::BreakerOpen));
+    assert!(matches!(upstream.state().open, Some((_, Cause::Refused))));
+    tokio::time::sleep(Duration::from_secs(100)).await;
+    assert_eq!(
+        upstream.silent_now(),
+        Some(Cause::BreakerOpen),
+        "it is still away"
+    );
+    registry.refuses(false);
+    tokio::time::sleep(Duration::from_secs(31)).await;
+    assert_eq!(upstream.silent_now(), None, "noticed within half a minute");
+    assert_eq!(registry.asked(), ["GET /v2/"], "by one probe");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_caller_that_asks_all_the_same_closes_the_breaker_by_its_success() {
+    let registry = Registry::start(|_| manifest()).await;
+    registry.refuses(true);
+    let upstream = piped(&registry);
+    for _ in 0..3 {
+        upstream.head(&anonymous(), &tag(), &accept()).await;
+    }
+    registry.refuses(false);
+    assert_eq!(
+        upstream.head(&anonymous(), &tag(), &accept()).await.said,
+        Said::Is(digest(MANIFEST))
+    );
+    assert_eq!(upstream.silent_now(), None);
+    tokio::time::sleep(Duration::from_secs(100)).await;
+    assert_eq!(registry.seen().len(), 1, "nothing is left to probe");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_silent_token_service_is_probed_itself() {
+    let down = Arc::new(std::sync::atomic::AtomicBool::new(true));
+    let registry = Registry::start({
+        let down = Arc::clone(&down);
+        move |seen| match seen.path() {
+            "/token" if down.load(std::sync::atomic::Ordering::SeqCst) => answer(500),
+            "/token" => answer(400),
+            _ => seen.challenge(),
+        }
+    })
+    .await;
+    let upstream = piped(&registry);
+    for _ in 0..3 {
+        let answer = upstream.head(&anonymous(), &tag(), &accept()).await;
+        assert_eq!(answer.said, Said::Silent(Cause::TokenService));
+    }
+    tokio::time::sleep(Duration::from_secs(100)).await;
+    assert_eq!(
+        upstream.silent_now(),
+        Some(Cause::BreakerOpen),
+        "an answer to /v2/ is not enough"
+    );
+    down.store(false, std::sync::atomic::Ordering::SeqCst);
+    tokio::time::sleep(Duration::from_secs(31)).await;
+    assert_eq!(upstream.silent_now(), None);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_upstream_that_is_dropped_is_not_probed() {
+    let registry = Registry::start(|_| hangup()).await;
+    let upstream = piped(&registry);
+    for _ in 0..3 {
+        upstream.head(&anonymous(), &tag(), &accept()).await;
+    }
+    assert!(upstream.silent_now().is_some());
+    let before = registry.seen().len();
+    drop(upstream);
+    tokio::time::sleep(Duration::from_secs(100)).await;
+    assert_eq!(registry.seen().len(), before);
+}
+
+#[tokio::test(start_paused = true)]
+async fn no_answer_in_time_is_a_silence() {
+    // A stream nobody reads: connected, and then nothing.
+    struct Hole;
+    impl Dial for Hole {
+        fn dial(&self, _: &Uri, _: zone::Zone, _: Duration) -> Dialling {
+            Box::pin(async {
+                let (ours, theirs) = tokio::io::duplex(1024);
+                tokio::spawn(async move {
+                    let _theirs = theirs;
+                    std::future::pending::<()>().await;
+                });
+                Ok(Dialled {
+                    stream: Box::new(ours),
+                    peer: None,
+                })
+            })
+        }
+    }
+    let settings = Settings {
+        proxy: ProxyChoice::None,
+        ..Settings::new("a", vec!["http://a.example".parse().unwrap()])
+    };
+    let upstream = Upstream::new(settings, &Connector::with_dial(Arc::new(Hole))).unwrap();
+    let before = Instant::now();
+    assert_eq!(
+        upstream.head(&anonymous(), &tag(), &accept()).await.said,
+        Said::Silent(Cause::Timeout)
+    );
+    assert_eq!(before.elapsed().as_secs(), 25);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_dial_that_hangs_is_given_up_soon() {
+    struct Hang;
+    impl Dial for Hang {
+        fn dial(&self, _: &Uri, _: zone::Zone, _: Duration) -> Dialling {
+            Box::pin(std::future::pending())
+        }
+    }
+    let settings = Settings {
+        proxy: ProxyChoice::None,
+        ..Settings::new("a", vec!["http://a.example".parse().unwrap()])
+    };
+    let upstream = Upstream::new(settings, &Connector::with_dial(Arc::new(Hang))).unwrap();
+    let before = Instant::now();
+    let answer = upstream.head(&anonymous(), &tag(), &accept()).await;
+    assert_eq!(answer.said, Said::Silent(Cause::ConnectTimeout));
+    assert_eq!(before.elapsed().as_secs(), 3);
+}
+
+#[tokio::test(start_paused = true)]
+async fn transfers_wait_for_a_place_and_questions_are_not_kept_waiting() {
+    let registry = Registry::start(|seen| {
+        if seen.path().contains("/blobs/") {
+            answer(200).body("bytes").stall()
+        } else {
+            manifest()
+        }
+    })
+    .await;
+    let upstream = piped(&registry);
+    let mut held = Vec::new();
+    for _ in 0..TRANSFERS_MAX {
+        held.push(
+            upstream
+                .get(&anonymous(), &blob("bytes"), &accept(), None)
+                .await
+                .unwrap(),
+        );
+    }
+    assert_eq!(upstream.state().in_flight, TRANSFERS_MAX);
+    let busy = upstream.get(&anonymous(), &blob("bytes"), &accept(), None).await;
+    assert_eq!(busy.unwrap_err().said, Said::Silent(Cause::Busy));
+    assert_eq!(
+        upstream.head(&anonymous(), &tag(), &accept()).await.said,
+        Said::Is(digest(MANIFEST))
+    );
+    held.pop();
+    assert!(
+        upstream
+            .get(&anonymous(), &blob("bytes"), &accept(), None)
+            .await
+            .is_ok()
+    );
+}

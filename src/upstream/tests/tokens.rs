@@ -1,0 +1,408 @@
+//! The Bearer handshake as a registry and its token service see it.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use base64::Engine as _;
+use base64::prelude::BASE64_STANDARD;
+
+use super::super::token::{Holder, HolderKind, Key, Login, TokenFailure};
+use super::registry::{Play, Registry, Seen, answer, manifest, token};
+use super::*;
+
+/// A registry that wants `Bearer good` and gives it to whoever asks.
+fn bearer(seen: &Seen) -> Play {
+    match (seen.path(), seen.authorization()) {
+        ("/token", _) => token("good"),
+        (_, Some("Bearer good")) => manifest(),
+        _ => seen.challenge(),
+    }
+}
+
+#[tokio::test]
+async fn an_anonymous_caller_gets_a_token_and_keeps_it() {
+    let registry = Registry::start(bearer).await;
+    let upstream = upstream(&[&registry]);
+    for _ in 0..3 {
+        let answer = upstream.head(&anonymous(), &tag(), &accept()).await;
+        assert_eq!(answer.said, Said::Is(digest(MANIFEST)));
+    }
+    let manifest = "HEAD /v2/library/a/manifests/latest";
+    assert_eq!(
+        registry.asked(),
+        [manifest, "GET /token", manifest, manifest, manifest]
+    );
+    let asked = registry.seen();
+    assert_eq!(
+        asked[1].uri.query(),
+        Some("service=reg&scope=repository:library/a:pull")
+    );
+    assert_eq!(asked[1].authorization(), None);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_token_without_expires_in_lives_a_minute_and_is_replaced_before() {
+    let registry = Registry::start(bearer).await;
+    let upstream = piped(&registry);
+    upstream.head(&anonymous(), &tag(), &accept()).await;
+    tokio::time::advance(Duration::from_secs(49)).await;
+    upstream.head(&anonymous(), &tag(), &accept()).await;
+    assert_eq!(registry.count("/token"), 1);
+    tokio::time::advance(Duration::from_secs(2)).await;
+    assert_eq!(
+        upstream.head(&anonymous(), &tag(), &accept()).await.said,
+        Said::Is(digest(MANIFEST))
+    );
+    assert_eq!(registry.count("/token"), 2);
+    let unauthorised = registry
+        .seen()
+        .iter()
+        .filter(|seen| seen.path() != "/token" && seen.authorization().is_none())
+        .count();
+    assert_eq!(unauthorised, 1, "a new token needs no new challenge");
+}
+
+#[tokio::test]
+async fn a_second_401_is_the_registrys_word_and_the_first_challenge_is_passed_on() {
+    let registry = Registry::start(|seen| match (seen.path(), seen.authorization()) {
+        ("/token", _) => token("weak"),
+        (_, None) => seen.challenge().header("www-authenticate", r#"Basic realm="x""#),
+        _ => answer(401).header(
+            "www-authenticate",
+            r#"Bearer realm="http://x/",error="insufficient_scope""#,
+        ),
+    })
+    .await;
+    let answer = upstream(&[&registry]).head(&anonymous(), &tag(), &accept()).await;
+    assert_eq!(answer.said, Said::Forbidden);
+    assert_eq!(answer.status, Some(http::StatusCode::UNAUTHORIZED));
+    assert_eq!(answer.challenge.len(), 2);
+    assert!(
+        answer
+            .challenge
+            .iter()
+            .all(|line| !line.to_str().unwrap().contains("error=")),
+        "{answer:?}"
+    );
+    assert_eq!(registry.seen().len(), 3);
+}
+
+#[tokio::test]
+async fn a_token_that_was_revoked_is_replaced_once() {
+    let registry = Registry::start(|seen| match (seen.path(), seen.authorization()) {
+        ("/token", _) => token(&format!("t{}", seen.nth)),
+        (_, Some("Bearer t1")) if seen.nth == 2 => manifest(),
+        (_, Some("Bearer t4")) => manifest(),
+        _ => seen.challenge(),
+    })
+    .await;
+    let upstream = upstream(&[&registry]);
+    for _ in 0..3 {
+        assert_eq!(
+            upstream.head(&anonymous(), &tag(), &accept()).await.said,
+            Said::Is(digest(MANIFEST))
+        );
+    }
+    let shown: Vec<_> = registry
+        .seen()
+        .iter()
+        .map(|seen| seen.authorization().unwrap_or("none").to_owned())
+        .collect();
+    assert_eq!(
+        shown,
+        [
+            "none",
+            "none",
+            "Bearer t1",
+            "Bearer t1",
+            "none",
+            "Bearer t4",
+            "Bearer t4"
+        ]
+    );
+}
+
+#[tokio::test]
+async fn an_expired_looking_403_with_a_kept_token_is_tried_once_more() {
+    let registry = Registry::start(|seen| match (seen.path(), seen.authorization()) {
+        ("/token", _) => token(if seen.nth == 1 { "old" } else { "new" }),
+        (_, Some("Bearer old")) if seen.nth > 2 => answer(403)
+            .body(r#"{"errors":[{"code":"DENIED","message":"Your authorization token has expired."}]}"#),
+        (_, Some(_)) => manifest(),
+        _ => seen.challenge(),
+    })
+    .await;
+    let upstream = upstream(&[&registry]);
+    upstream.head(&anonymous(), &tag(), &accept()).await;
+    let fetched = upstream.get(&anonymous(), &tag(), &accept(), None).await.unwrap();
+    assert_eq!(fetched.digest, Some(digest(MANIFEST)));
+    assert_eq!(registry.count("/token"), 2);
+}
+
+#[tokio::test]
+async fn a_clients_bearer_goes_as_it_is_and_is_never_exchanged() {
+    let registry = Registry::start(bearer).await;
+    let upstream = upstream(&[&registry]);
+    assert_eq!(
+        upstream.head(&client("Bearer bad"), &tag(), &accept()).await.said,
+        Said::Forbidden
+    );
+    assert_eq!(
+        upstream
+            .head(&client("Bearer good"), &tag(), &accept())
+            .await
+            .said,
+        Said::Is(digest(MANIFEST))
+    );
+    assert_eq!(registry.count("/token"), 0);
+}
+
+#[tokio::test]
+async fn a_clients_basic_is_shown_to_the_registry_and_then_to_its_realm() {
+    let registry = Registry::start(bearer).await;
+    let answer = upstream(&[&registry])
+        .head(&client("Basic dTpw"), &tag(), &accept())
+        .await;
+    assert_eq!(answer.said, Said::Is(digest(MANIFEST)));
+    let shown: Vec<_> = registry
+        .seen()
+        .iter()
+        .map(|seen| seen.authorization().map(str::to_owned))
+        .collect();
+    assert_eq!(
+        shown,
+        [
+            Some("Basic dTpw".into()),
+            Some("Basic dTpw".into()),
+            Some("Bearer good".into())
+        ]
+    );
+}
+
+#[tokio::test]
+async fn our_own_account_is_used_only_for_callers_that_say_so() {
+    let registry = Registry::start(bearer).await;
+    let own = OwnCredential::new("robot", "secret");
+    let settings = Settings {
+        credential: Some(own),
+        ..settings(&[&registry])
+    };
+    let upstream = Upstream::new(settings, &Connector::system()).unwrap();
+    upstream.head(&anonymous(), &tag(), &accept()).await;
+    assert!(
+        registry
+            .seen()
+            .iter()
+            .all(|seen| seen.authorization().is_none_or(|sent| sent == "Bearer good"))
+    );
+    let caller = Caller {
+        principal: [0; 32],
+        credential: Credential::Own,
+    };
+    upstream.head(&caller, &tag(), &accept()).await;
+    let basic = format!("Basic {}", BASE64_STANDARD.encode("robot:secret"));
+    let shown: Vec<_> = registry
+        .seen()
+        .iter()
+        .skip(3)
+        .map(|seen| seen.authorization().map(str::to_owned))
+        .collect();
+    assert_eq!(
+        shown,
+        [Some(basic.clone()), Some(basic), Some("Bearer good".into())],
+        "same principal, other holder"
+    );
+}
+
+#[tokio::test]
+async fn our_own_account_is_posted_where_the_realm_has_no_get() {
+    let registry = Registry::start(|seen| match seen.path() {
+        "/token" if seen.method == Method::GET => answer(405),
+        _ => bearer(seen),
+    })
+    .await;
+    let own = OwnCredential::new("robot", "a&b");
+    let settings = Settings {
+        credential: Some(own),
+        ..settings(&[&registry])
+    };
+    let caller = Caller {
+        principal: [0; 32],
+        credential: Credential::Own,
+    };
+    let answer = Upstream::new(settings, &Connector::system())
+        .unwrap()
+        .head(&caller, &tag(), &accept())
+        .await;
+    assert_eq!(answer.said, Said::Is(digest(MANIFEST)));
+    let posted = registry
+        .seen()
+        .into_iter()
+        .find(|seen| seen.method == Method::POST)
+        .unwrap();
+    assert_eq!(
+        posted.body,
+        "client_id=ifnewer&scope=repository:library/a:pull&service=reg&grant_type=password&username=robot&password=a%26b"
+    );
+}
+
+#[tokio::test]
+async fn a_realm_elsewhere_is_never_asked() {
+    for realm in [
+        "http://evil.example/token",
+        "http://user@127.0.0.1/token",
+        "ftp://127.0.0.1/",
+        "/token",
+        "",
+    ] {
+        let challenge = format!(r#"Bearer realm="{realm}",service="x""#);
+        let registry = Registry::start({
+            let challenge = challenge.clone();
+            move |_| answer(401).header("www-authenticate", &challenge)
+        })
+        .await;
+        let answer = upstream(&[&registry])
+            .head(&client("Basic dTpw"), &tag(), &accept())
+            .await;
+        assert_eq!(answer.said, Said::Forbidden, "{realm}");
+        assert_eq!(answer.challenge, [challenge.as_str()], "passed on as it came");
+        assert_eq!(registry.seen().len(), 1, "{realm}");
+    }
+}
+
+#[tokio::test]
+async fn a_token_service_is_not_followed_elsewhere() {
+    let elsewhere = Registry::start(|_| token("stolen")).await;
+    let url = elsewhere.url();
+    let registry = Registry::start(move |seen| match seen.path() {
+        "/token" => answer(307).header("location", &url),
+        _ => seen.challenge(),
+    })
+    .await;
+    let answer = upstream(&[&registry])
+        .head(&client("Basic dTpw"), &tag(), &accept())
+        .await;
+    assert_eq!(answer.said, Said::Silent(Cause::TokenService));
+    assert!(elsewhere.seen().is_empty());
+}
+
+#[tokio::test]
+async fn what_the_token_service_says_decides() {
+    for (status, body, said) in [
+        (401, "", Said::Forbidden),
+        (403, "", Said::Forbidden),
+        (429, "", Said::Silent(Cause::RateLimited)),
+        (500, "", Said::Silent(Cause::TokenService)),
+        (404, "", Said::Silent(Cause::TokenService)),
+        (200, "{}", Said::Silent(Cause::TokenService)),
+        (200, "<html>", Said::Silent(Cause::TokenService)),
+        (200, "{\"token\":\"a\\nb\"}", Said::Silent(Cause::TokenService)),
+        (
+            200,
+            r#"{"access_token":"good","expires_in":"300"}"#,
+            Said::Is(digest(MANIFEST)),
+        ),
+    ] {
+        let registry = Registry::start(move |seen| match seen.path() {
+            "/token" => answer(status).body(body),
+            _ => bearer(seen),
+        })
+        .await;
+        let answer = upstream(&[&registry]).head(&anonymous(), &tag(), &accept()).await;
+        assert_eq!(answer.said, said, "{status} {body}");
+        if said == Said::Forbidden {
+            assert_eq!(answer.challenge.len(), 1, "the registry's own challenge");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_challenge_without_scope_gets_the_usual_one() {
+    let registry = Registry::start(|seen| match (seen.path(), seen.authorization()) {
+        (_, Some("Bearer good")) => manifest(),
+        ("/token", _) => token("good"),
+        _ => answer(401).header(
+            "www-authenticate",
+            &format!(
+                r#"Bearer realm="http://{}/token?a=b""#,
+                seen.header("host").unwrap()
+            ),
+        ),
+    })
+    .await;
+    upstream(&[&registry]).head(&anonymous(), &tag(), &accept()).await;
+    assert_eq!(
+        registry.seen()[1].uri.query(),
+        Some("a=b&scope=repository:library/a:pull")
+    );
+}
+
+#[tokio::test]
+async fn a_ping_shows_the_challenge_instead_of_answering_it() {
+    let registry = Registry::start(bearer).await;
+    let answer = upstream(&[&registry])
+        .head(&anonymous(), &Operation::Ping, &accept())
+        .await;
+    assert_eq!((answer.said, answer.challenge.len()), (Said::Forbidden, 1));
+    assert_eq!(registry.asked(), ["GET /v2/"]);
+}
+
+/// Askers at the same time share a token fetch, but never across principals: each sees its own token only, and the
+/// forbidden one nothing.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_fetch_for_many_askers_but_never_for_two_principals() {
+    for _ in 0..20 {
+        let registry = Registry::start(|seen| match (seen.path(), seen.authorization()) {
+            ("/token", Some("Basic Ym9iOmI=")) => token("bob"),
+            ("/token", Some("Basic ZXZlOmU=")) => token("eve"),
+            (_, Some("Bearer bob")) => manifest(),
+            (_, Some("Bearer eve")) => answer(403),
+            _ => seen.challenge(),
+        })
+        .await;
+        let upstream = Arc::new(upstream(&[&registry]));
+        let mut askers = tokio::task::JoinSet::new();
+        for asker in 0..16 {
+            let upstream = Arc::clone(&upstream);
+            askers.spawn(async move {
+                let (caller, said) = if asker % 2 == 0 {
+                    (client("Basic Ym9iOmI="), Said::Is(digest(MANIFEST)))
+                } else {
+                    (client("Basic ZXZlOmU="), Said::Forbidden)
+                };
+                assert_eq!(upstream.head(&caller, &tag(), &accept()).await.said, said);
+            });
+        }
+        while let Some(asked) = askers.join_next().await {
+            asked.unwrap();
+        }
+        assert_eq!(registry.count("/token"), 2);
+    }
+}
+
+#[tokio::test]
+async fn who_waited_for_a_token_that_failed_shares_the_failure() {
+    let registry = Registry::start(|_| answer(500)).await;
+    let upstream = upstream(&[&registry]);
+    let Exchange { http, tokens, .. } = &upstream.0.exchange;
+    let holder = Holder {
+        kind: HolderKind::Anonymous,
+        principal: [0; 32],
+    };
+    let realm = format!("{}/token", registry.url());
+    let key = Key::of(tokens, &upstream.0.urls[0], (&realm, None, &[]), None, holder).unwrap();
+    // All three are polled before the first answer can arrive: one fetches, two wait for it.
+    let get = || tokens.get(http, &key, Login::Anonymous, None);
+    let failed = tokio::join!(get(), get(), get());
+    assert_eq!(
+        failed,
+        (
+            Err(TokenFailure::Silent),
+            Err(TokenFailure::Silent),
+            Err(TokenFailure::Silent)
+        )
+    );
+    assert_eq!(registry.seen().len(), 1);
+    assert_eq!(get().await, Err(TokenFailure::Silent));
+    assert_eq!(registry.seen().len(), 2, "who comes later asks anew");
+}

@@ -1,0 +1,336 @@
+//! The Bearer handshake: from a challenge to a token, and the tokens kept. protocol: distribution-spec "token
+//! authentication", distribution's `docs/spec/auth/token.md`.
+//!
+//! A token belongs to one holder (kind of credential and principal) and is never given to another: the holder is part
+//! of every key, of the cache as of the single flight. A token proves nothing; only the registry's answer does.
+
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::header::{AUTHORIZATION, CONTENT_TYPE};
+use http::{HeaderMap, HeaderValue, Method, StatusCode, Uri};
+use quick_cache::sync::Cache;
+use tokio::time::Instant;
+
+use super::OwnCredential;
+use super::answer::wait_of;
+use super::client::{Follow, Http, Reply, Request};
+use super::origin::Origin;
+use crate::oci::cause::Cause;
+use crate::oci::name::Repository;
+
+mod wire;
+
+pub(super) use wire::basic;
+use wire::{encoded, parse, query, realm_allowed, with_query};
+
+/// Tokens kept, over all holders.
+const TOKENS_MAX: usize = 4096;
+/// Body of a token service's answer.
+const TOKEN_BODY_BYTES_MAX: usize = 64 * 1024;
+/// A token is replaced so long before it expires.
+const REFRESH_BEFORE: Duration = Duration::from_secs(10);
+
+/// Whose token it is. Own, anonymous and client credentials never share, whatever the principal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Holder {
+    pub(super) kind: HolderKind,
+    pub(super) principal: [u8; 32],
+}
+
+/// Which credential a token was fetched with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) enum HolderKind {
+    Anonymous,
+    Client,
+    Own,
+}
+
+/// What a token is for.
+#[derive(Clone, PartialEq, Eq, Hash)]
+pub(super) struct Key {
+    realm: Uri,
+    service: Option<String>,
+    /// Sorted, each once.
+    scopes: Vec<String>,
+    holder: Holder,
+}
+
+/// What is sent to the token service.
+pub(super) enum Login<'a> {
+    Anonymous,
+    /// A client's `Authorization: Basic`, as it came.
+    Basic(&'a HeaderValue),
+    Own(&'a OwnCredential),
+}
+
+/// Why there is no token.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum TokenFailure {
+    /// 401 or 403: the credential is wrong.
+    Denied(StatusCode),
+    /// 429, and how long to wait.
+    Limited(Duration),
+    /// No usable answer, for whatever reason.
+    Silent,
+}
+
+struct Token {
+    /// `Bearer …`, marked sensitive.
+    header: HeaderValue,
+    usable_until: Instant,
+}
+
+/// One key's token, and the flight that fetches it.
+struct Slot {
+    /// Counts fetches that ended, so that who waited for one knows that its failure is theirs too.
+    fetches: AtomicU64,
+    state: tokio::sync::Mutex<Result<Option<Token>, TokenFailure>>,
+}
+
+/// What worked for a repository the last time, so that the next request goes out authorised at once.
+#[derive(Clone)]
+pub(super) struct Remembered {
+    pub(super) key: Key,
+    /// The registry's challenge before any token was sent.
+    pub(super) challenge: Arc<[HeaderValue]>,
+}
+
+/// The tokens of one upstream.
+pub(super) struct Tokens {
+    slots: Cache<Key, Arc<Slot>>,
+    remembered: Cache<(Repository, Holder), Remembered>,
+    /// The realm that failed last, for the breaker's probe.
+    silent_realm: std::sync::Mutex<Option<Uri>>,
+    /// Configured hosts a realm may be on.
+    hosts: Vec<String>,
+    within: Duration,
+}
+
+impl Key {
+    /// The key of a challenge; `None` if the realm must not be asked (see [`realm_allowed`]). A challenge without a
+    /// scope gets the one every registry means (Artifact Registry gives no anonymous token without).
+    pub(super) fn of(
+        tokens: &Tokens,
+        origin: &Origin,
+        (realm, service, scopes): (&str, Option<&str>, &[String]),
+        repository: Option<&Repository>,
+        holder: Holder,
+    ) -> Option<Key> {
+        let realm = realm_allowed(origin, realm, &tokens.hosts)?;
+        let mut scopes: Vec<String> = scopes.iter().filter(|scope| !scope.is_empty()).cloned().collect();
+        if scopes.is_empty() {
+            scopes.extend(repository.map(|name| format!("repository:{}:pull", name.as_str())));
+        }
+        scopes.sort();
+        scopes.dedup();
+        Some(Key {
+            realm,
+            service: service.map(str::to_owned),
+            scopes,
+            holder,
+        })
+    }
+}
+
+impl Tokens {
+    pub(super) fn new(hosts: Vec<String>, within: Duration) -> Tokens {
+        Tokens {
+            slots: Cache::new(TOKENS_MAX),
+            remembered: Cache::new(TOKENS_MAX),
+            silent_realm: std::sync::Mutex::new(None),
+            hosts,
+            within,
+        }
+    }
+
+    /// A token for `key`: the one kept, unless it is about to expire or was just `rejected`; else a new one, fetched
+    /// once however many wait for it. Who waited for a fetch that failed shares its failure.
+    pub(super) async fn get(
+        &self,
+        http: &Http,
+        key: &Key,
+        login: Login<'_>,
+        rejected: Option<&HeaderValue>,
+    ) -> Result<HeaderValue, TokenFailure> {
+        let slot = self.slot(key);
+        let seen = slot.fetches.load(Ordering::Acquire);
+        let mut state = slot.state.lock().await;
+        match &*state {
+            Ok(Some(token)) if token.usable_until > Instant::now() && Some(&token.header) != rejected => {
+                return Ok(token.header.clone());
+            }
+            Err(failure) if slot.fetches.load(Ordering::Acquire) != seen => return Err(failure.clone()),
+            Ok(_) | Err(_) => {}
+        }
+        let fetched = self.fetch(http, key, login).await;
+        if let Ok(mut silent) = self.silent_realm.lock() {
+            *silent = matches!(fetched, Err(TokenFailure::Silent)).then(|| key.realm.clone());
+        }
+        let header = fetched
+            .as_ref()
+            .map(|token| token.header.clone())
+            .map_err(Clone::clone);
+        *state = fetched.map(Some);
+        slot.fetches.fetch_add(1, Ordering::Release);
+        header
+    }
+
+    fn slot(&self, key: &Key) -> Arc<Slot> {
+        let new = || {
+            Ok::<_, std::convert::Infallible>(Arc::new(Slot {
+                fetches: AtomicU64::new(0),
+                state: tokio::sync::Mutex::new(Ok(None)),
+            }))
+        };
+        match self.slots.get_or_insert_with(key, new) {
+            Ok(slot) => slot,
+            Err(never) => match never {},
+        }
+    }
+
+    /// What worked for this repository and holder.
+    pub(super) fn remembered(&self, repository: &Repository, holder: Holder) -> Option<Remembered> {
+        self.remembered.get(&(repository.clone(), holder))
+    }
+
+    /// A token of `key` was accepted for this repository.
+    pub(super) fn remember(&self, repository: &Repository, remembered: Remembered) {
+        self.remembered
+            .insert((repository.clone(), remembered.key.holder), remembered);
+    }
+
+    /// A token of `key` was not accepted, though it was new.
+    pub(super) fn forget(&self, repository: Option<&Repository>, key: &Key) {
+        self.slots.remove(key);
+        if let Some(repository) = repository {
+            self.remembered.remove(&(repository.clone(), key.holder));
+        }
+    }
+
+    /// The realm that gave no usable answer when it was asked last.
+    pub(super) fn silent_realm(&self) -> Option<Uri> {
+        self.silent_realm.lock().ok()?.clone()
+    }
+
+    async fn fetch(&self, http: &Http, key: &Key, login: Login<'_>) -> Result<Token, TokenFailure> {
+        let mut headers = HeaderMap::new();
+        match &login {
+            Login::Anonymous => {}
+            Login::Basic(header) => {
+                headers.insert(AUTHORIZATION, (*header).clone());
+            }
+            Login::Own(own) if own.is_identity_token() => return self.post(http, key, own).await,
+            Login::Own(own) => {
+                headers.insert(AUTHORIZATION, own.basic());
+            }
+        }
+        let uri = with_query(&key.realm, &query(key.service.as_deref(), &key.scopes))
+            .ok_or(TokenFailure::Silent)?;
+        let reply = self.send(http, Method::GET, uri, headers, Bytes::new()).await?;
+        match (reply.status, login) {
+            (StatusCode::NOT_FOUND | StatusCode::METHOD_NOT_ALLOWED, Login::Own(own)) => {
+                self.post(http, key, own).await
+            }
+            _ => self.read(reply).await,
+        }
+    }
+
+    /// The POST form of OAuth 2.0, for services that have no GET and for identity tokens.
+    async fn post(&self, http: &Http, key: &Key, own: &OwnCredential) -> Result<Token, TokenFailure> {
+        let mut form = vec![("client_id", "ifnewer"), ("scope", "")];
+        let scopes = key.scopes.join(" ");
+        if let Some((_, scope)) = form.last_mut() {
+            *scope = scopes.as_str();
+        }
+        form.extend(key.service.as_deref().map(|service| ("service", service)));
+        if own.is_identity_token() {
+            form.extend([("grant_type", "refresh_token"), ("refresh_token", own.password())]);
+        } else {
+            form.extend([
+                ("grant_type", "password"),
+                ("username", own.username()),
+                ("password", own.password()),
+            ]);
+        }
+        let mut headers = HeaderMap::new();
+        headers.insert(
+            CONTENT_TYPE,
+            HeaderValue::from_static("application/x-www-form-urlencoded"),
+        );
+        let reply = self
+            .send(
+                http,
+                Method::POST,
+                key.realm.clone(),
+                headers,
+                Bytes::from(encoded(&form)),
+            )
+            .await?;
+        self.read(reply).await
+    }
+
+    async fn send(
+        &self,
+        http: &Http,
+        method: Method,
+        uri: Uri,
+        headers: HeaderMap,
+        body: Bytes,
+    ) -> Result<Reply, TokenFailure> {
+        let request = Request {
+            method,
+            uri,
+            headers,
+            body,
+            follow: Follow::SameOrigin,
+            within: self.within,
+        };
+        http.send(request).await.map_err(|cause| {
+            tracing::debug!(%cause, "the token service gave no answer");
+            TokenFailure::Silent
+        })
+    }
+
+    async fn read(&self, reply: Reply) -> Result<Token, TokenFailure> {
+        match reply.status.as_u16() {
+            200..=299 => {}
+            401 | 403 => return Err(TokenFailure::Denied(reply.status)),
+            429 => return Err(TokenFailure::Limited(wait_of(&reply.headers))),
+            _ => return Err(TokenFailure::Silent),
+        }
+        let body = reply
+            .collect(TOKEN_BODY_BYTES_MAX, self.within)
+            .await
+            .map_err(|_| TokenFailure::Silent)?;
+        let (header, life) = parse(&body).ok_or(TokenFailure::Silent)?;
+        Ok(Token {
+            header,
+            usable_until: Instant::now() + life.saturating_sub(REFRESH_BEFORE),
+        })
+    }
+}
+
+impl fmt::Debug for Tokens {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Tokens")
+            .field("kept", &self.slots.len())
+            .finish_non_exhaustive()
+    }
+}
+
+/// The cause that goes with a failure to get a token.
+impl From<&TokenFailure> for Cause {
+    fn from(failure: &TokenFailure) -> Self {
+        match failure {
+            TokenFailure::Limited(_) => Cause::RateLimited,
+            TokenFailure::Denied(_) | TokenFailure::Silent => Cause::TokenService,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

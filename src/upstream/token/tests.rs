@@ -1,0 +1,101 @@
+#![allow(clippy::unwrap_used, reason = "tests may fail loudly")]
+use std::time::Duration;
+
+use super::wire::{basic, encoded, parse, realm_allowed, with_query};
+
+#[test]
+fn a_realm_must_belong_to_the_registry() {
+    let hosts = ["auth.corp.example".to_owned()];
+    for (origin, realm, allowed) in [
+        (
+            "https://registry-1.docker.io",
+            "https://auth.docker.io/token",
+            true,
+        ),
+        ("https://ghcr.io", "https://ghcr.io/token", true),
+        ("https://registry.gitlab.com", "https://gitlab.com/jwt/auth", true),
+        ("https://reg.example:5000", "https://reg.example:5001/token", true),
+        ("https://10.0.0.1", "https://10.0.0.1:8443/token", true),
+        ("https://10.0.0.1", "https://auth.corp.example/token", true),
+        ("http://127.0.0.1:5000", "http://localhost:5001/token", true),
+        ("http://reg.example", "http://reg.example/token", true),
+        ("https://ghcr.io", "http://ghcr.io/token", false),
+        ("https://ghcr.io", "https://ghcr.io.evil.example/token", false),
+        ("https://ghcr.io", "https://ghcr.io@evil.example/token", false),
+        ("https://ghcr.io", "https://user:x@ghcr.io/token", false),
+        ("https://ghcr.io", "https://127.0.0.1/token", false),
+        ("https://ghcr.io", "https://169.254.169.254/token", false),
+        ("https://10.0.0.1", "https://10.0.0.2/token", false),
+        ("https://ghcr.io", "/token", false),
+        ("https://ghcr.io", "ghcr.io", false),
+        ("https://ghcr.io", "", false),
+    ] {
+        let origin = origin.parse().unwrap();
+        assert_eq!(
+            realm_allowed(&origin, realm, &hosts).is_some(),
+            allowed,
+            "{origin} {realm}"
+        );
+    }
+}
+
+#[test]
+fn a_token_lives_between_a_minute_and_half_a_day() {
+    for (body, seconds) in [
+        (r#"{"token":"a"}"#, 60),
+        (r#"{"token":"a","expires_in":5}"#, 60),
+        (r#"{"token":"a","expires_in":-5}"#, 60),
+        (r#"{"token":"a","expires_in":null}"#, 60),
+        (
+            r#"{"access_token":"a","expires_in":300,"issued_at":"1990-01-01T00:00:00Z"}"#,
+            300,
+        ),
+        (r#"{"token":"","access_token":"a","expires_in":"900"}"#, 900),
+        (r#"{"token":"a","expires_in":1e300}"#, 60),
+        (r#"{"token":"a","expires_in":99999999}"#, 43200),
+    ] {
+        let (header, life) = parse(body.as_bytes()).unwrap();
+        assert_eq!(
+            (header.as_bytes(), life),
+            (&b"Bearer a"[..], Duration::from_secs(seconds)),
+            "{body}"
+        );
+        assert!(header.is_sensitive());
+    }
+    for body in [
+        "",
+        "[]",
+        "{}",
+        r#"{"token":1}"#,
+        "{\"token\":\"a\\r\\nb\"}",
+        "\"a\"",
+    ] {
+        assert!(parse(body.as_bytes()).is_none(), "{body}");
+    }
+    assert!(parse(format!(r#"{{"token":"{}"}}"#, "a".repeat(17_000)).as_bytes()).is_none());
+}
+
+#[test]
+fn queries_keep_what_the_realm_had() {
+    let query = encoded(&[("service", "a b&c"), ("scope", "repository:x/y:pull,push")]);
+    assert_eq!(query, "service=a%20b%26c&scope=repository:x/y:pull,push");
+    for (realm, whole) in [
+        ("https://a/token", "https://a/token?q=1"),
+        ("https://a/token?", "https://a/token?q=1"),
+        ("https://a/token?x=y", "https://a/token?x=y&q=1"),
+        ("https://a", "https://a/?q=1"),
+    ] {
+        assert_eq!(with_query(&realm.parse().unwrap(), "q=1").unwrap(), whole);
+    }
+    assert_eq!(
+        with_query(&"https://a/t".parse().unwrap(), "").unwrap(),
+        "https://a/t"
+    );
+}
+
+#[test]
+fn basic_is_what_rfc_7617_says_and_is_not_shown() {
+    let header = basic("Aladdin", "open sesame");
+    assert_eq!(header, "Basic QWxhZGRpbjpvcGVuIHNlc2FtZQ==");
+    assert!(!format!("{header:?}").contains("QWxh"));
+}

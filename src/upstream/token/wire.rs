@@ -1,0 +1,111 @@
+//! The texts of the token handshake: realm, query, form, answer. Pure.
+
+use std::time::Duration;
+
+use base64::Engine as _;
+use base64::prelude::BASE64_STANDARD;
+use http::{HeaderValue, Uri};
+
+use crate::upstream::origin::{Origin, is_loopback, same_host, same_site};
+
+/// One token; a header line has to hold it.
+const TOKEN_BYTES_MAX: usize = 16 * 1024;
+/// `expires_in` if it is missing, and the least it is taken for (token.md: "no less than 60 seconds").
+const LIFE_MIN: Duration = Duration::from_secs(60);
+/// The most `expires_in` is taken for.
+const LIFE_MAX: Duration = Duration::from_secs(12 * 3600);
+
+/// Whether a credential may be sent to `realm` by order of the registry at `origin`: https (or http to a registry
+/// that is http itself), no user name in it, on the same host, the same site, or a host the operator named.
+/// CVE-2020-15157 and its kin are what happens otherwise.
+pub(super) fn realm_allowed(origin: &Origin, realm: &str, hosts: &[String]) -> Option<Uri> {
+    let uri: Uri = realm.parse().ok()?;
+    let host = uri.host().filter(|host| !host.is_empty())?;
+    let plain = match uri.scheme_str()? {
+        "https" => false,
+        "http" => true,
+        _ => return None,
+    };
+    if (plain && !origin.is_plain()) || uri.authority()?.as_str().contains('@') {
+        return None;
+    }
+    let known = origin.join("/").is_some_and(|own| same_host(&own, &uri))
+        || same_site(origin.host(), host)
+        || (is_loopback(origin.host()) && is_loopback(host))
+        || hosts.iter().any(|named| named.eq_ignore_ascii_case(host));
+    known.then_some(uri)
+}
+
+/// The `Authorization` an answer gives, marked sensitive, and how long it lives. `token` and `access_token` mean the
+/// same; `issued_at` is not read, for life is counted from the answer's arrival and needs no clock in common.
+pub(super) fn parse(body: &[u8]) -> Option<(HeaderValue, Duration)> {
+    let json: serde_json::Value = serde_json::from_slice(body).ok()?;
+    let text = |name| {
+        json.get(name)
+            .and_then(serde_json::Value::as_str)
+            .filter(|text: &&str| !text.is_empty())
+    };
+    let token = text("token")
+        .or_else(|| text("access_token"))
+        .filter(|token| token.len() <= TOKEN_BYTES_MAX)?;
+    let mut header = HeaderValue::from_str(&format!("Bearer {token}")).ok()?;
+    header.set_sensitive(true);
+    // Some services write the number as a string or with a fraction; none of them means less than a minute.
+    let seconds = json
+        .get("expires_in")
+        .and_then(|value| value.as_f64().or_else(|| value.as_str()?.trim().parse().ok()));
+    let life = seconds.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
+    Some((header, life.unwrap_or(LIFE_MIN).clamp(LIFE_MIN, LIFE_MAX)))
+}
+
+/// Service and scopes as a query, each scope by itself.
+pub(super) fn query(service: Option<&str>, scopes: &[String]) -> String {
+    let service = service.map(|service| ("service", service));
+    let scopes = scopes.iter().map(|scope| ("scope", scope.as_str()));
+    encoded(&service.into_iter().chain(scopes).collect::<Vec<_>>())
+}
+
+/// Adds a query to the one a realm may have already.
+pub(super) fn with_query(realm: &Uri, query: &str) -> Option<Uri> {
+    let path = match realm.query() {
+        _ if query.is_empty() => realm.path_and_query()?.to_string(),
+        Some(own) if !own.is_empty() => format!("{}?{own}&{query}", realm.path()),
+        _ => format!("{}?{query}", realm.path()),
+    };
+    let mut parts = realm.clone().into_parts();
+    parts.path_and_query = Some(path.parse().ok()?);
+    Uri::from_parts(parts).ok()
+}
+
+/// `application/x-www-form-urlencoded`, with the reserved characters scopes are made of left readable.
+pub(super) fn encoded(pairs: &[(&str, &str)]) -> String {
+    let mut text = String::new();
+    let digit =
+        |nibble: u8| char::from_digit(nibble.into(), 16).map_or('0', |digit| digit.to_ascii_uppercase());
+    for (name, value) in pairs {
+        if !text.is_empty() {
+            text.push('&');
+        }
+        text.push_str(name);
+        text.push('=');
+        for byte in value.bytes() {
+            match byte {
+                b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' | b':' | b'/' | b',' => {
+                    text.push(char::from(byte));
+                }
+                byte => text.extend(['%', digit(byte >> 4), digit(byte & 15)]),
+            }
+        }
+    }
+    text
+}
+
+/// `Authorization: Basic …` of a user name and password (RFC 7617 §2), marked sensitive.
+pub(in crate::upstream) fn basic(username: &str, password: &str) -> HeaderValue {
+    let text = zeroize::Zeroizing::new(format!("{username}:{password}"));
+    let text = zeroize::Zeroizing::new(format!("Basic {}", BASE64_STANDARD.encode(text.as_bytes())));
+    // Base64 is always a legal header value.
+    let mut header = HeaderValue::from_str(&text).unwrap_or_else(|_| HeaderValue::from_static(""));
+    header.set_sensitive(true);
+    header
+}

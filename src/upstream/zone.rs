@@ -1,0 +1,124 @@
+//! How near an address is, so that a registry cannot send us where it could not reach itself.
+//!
+//! A redirect or a token realm is a URL chosen by somebody else and followed from inside the operator's network. The
+//! rule: it may lead no nearer than the registry that sent it. A registry on the public internet leads to public
+//! addresses; one in the private network may use private storage; one on this machine (tests, sidecars) anything.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+/// From far to near; the order is the rule.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Zone {
+    /// Routed on the internet.
+    Public,
+    /// RFC 1918, RFC 6598 (carrier-grade NAT), RFC 4193 and other networks that are not routed.
+    Private,
+    /// This machine.
+    Loopback,
+    /// Link-local, where clouds keep the metadata services that hand out credentials; multicast and broadcast too.
+    Link,
+}
+
+impl Zone {
+    /// The zone of an address. IPv4 inside IPv6 (mapped, NAT64) is seen through.
+    pub fn of(address: IpAddr) -> Zone {
+        match address.to_canonical() {
+            IpAddr::V4(v4) => of_v4(v4),
+            IpAddr::V6(v6) => of_v6(v6),
+        }
+    }
+}
+
+fn of_v4(address: Ipv4Addr) -> Zone {
+    let [a, b, c, _] = address.octets();
+    if address.is_link_local() || address.is_multicast() || a >= 240 {
+        Zone::Link
+    } else if address.is_loopback() || a == 0 {
+        // 0.0.0.0 connects to this machine on Linux.
+        Zone::Loopback
+    } else if address.is_private()
+        || (a == 100 && b & 0xc0 == 64)
+        || (a == 198 && b & 0xfe == 18)
+        || (a, b, c) == (192, 0, 0)
+    {
+        Zone::Private
+    } else {
+        Zone::Public
+    }
+}
+
+fn of_v6(address: Ipv6Addr) -> Zone {
+    match address.octets() {
+        _ if address.is_loopback() || address.is_unspecified() => Zone::Loopback,
+        // NAT64 (RFC 6052) and 6to4 (RFC 3056) carry an IPv4 destination.
+        [0, 0x64, 0xff, 0x9b, 0, 0, 0, 0, 0, 0, 0, 0, v4 @ ..] => of_v4(v4.into()),
+        [0x20, 0x02, a, b, c, d, ..] => of_v4([a, b, c, d].into()),
+        [0xff, ..] => Zone::Link,
+        [0xfe, next, ..] if next & 0xc0 == 0x80 => Zone::Link,
+        [0xfe, next, ..] if next & 0xc0 == 0xc0 => Zone::Private,
+        [first, ..] if first & 0xfe == 0xfc => Zone::Private,
+        _ => Zone::Public,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests may fail loudly")]
+    use super::*;
+
+    #[test]
+    fn every_address_has_its_zone() {
+        for (zone, addresses) in [
+            (
+                Zone::Public,
+                &[
+                    "1.1.1.1",
+                    "100.128.0.1",
+                    "172.32.0.1",
+                    "198.20.0.1",
+                    "2606:4700::1",
+                    "64:ff9b::101:101",
+                ][..],
+            ),
+            (
+                Zone::Private,
+                &[
+                    "10.0.0.1",
+                    "172.16.0.1",
+                    "192.168.1.1",
+                    "100.64.0.1",
+                    "198.18.0.1",
+                    "fd00::1",
+                    "::ffff:10.0.0.1",
+                ],
+            ),
+            (
+                Zone::Loopback,
+                &[
+                    "127.0.0.1",
+                    "127.9.9.9",
+                    "0.0.0.0",
+                    "::1",
+                    "::",
+                    "::ffff:127.0.0.1",
+                    "2002:7f00:1::",
+                ],
+            ),
+            (
+                Zone::Link,
+                &[
+                    "169.254.169.254",
+                    "224.0.0.1",
+                    "255.255.255.255",
+                    "fe80::1",
+                    "ff02::1",
+                    "64:ff9b::a9fe:a9fe",
+                ],
+            ),
+        ] {
+            for address in addresses {
+                assert_eq!(Zone::of(address.parse().unwrap()), zone, "{address}");
+            }
+        }
+    }
+}
