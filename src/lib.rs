@@ -1,1 +1,33 @@
 //! ifnewer: a pull-through cache for container images.
+//!
+//! **`always`, as cheap and outage-proof as `if-not-present`, and nobody reads what they may not.** For a tag the
+//! upstream is asked by `HEAD` which digest it names now; the held copy is served when that is unchanged or the
+//! upstream is silent, and fetched anew when it is not.
+//!
+//! The map, from the inside out; each layer may use those before it, and `tests/layers.rs` holds it to that:
+//!
+//! 1. [`oci`]: the protocol's values and grammar, and [`clock`]. Pure.
+//! 2. [`policy`] and [`access`]: what to do, and who may read. Pure, without a clock.
+//! 3. [`store`] (the disk), [`upstream`] (the network outwards), [`event`] (what is told), [`flight`] (one question
+//!    for many askers).
+//! 4. [`download`]: one transfer, many readers.
+//! 5. [`pull`]: the road of a request.
+//! 6. [`server`] and [`admin`] (the network inwards), [`config`], [`cli`], [`run`].
+//!
+//! Left out on purpose: pushing, a registry of its own, and any judgement that is not a pure function.
+
+pub mod access;
+pub mod admin;
+pub mod cli;
+pub mod clock;
+pub mod config;
+pub mod download;
+pub mod event;
+pub mod flight;
+pub mod oci;
+pub mod policy;
+pub mod pull;
+pub mod run;
+pub mod server;
+pub mod store;
+pub mod upstream;

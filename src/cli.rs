@@ -1,0 +1,204 @@
+//! The command line, and what of the environment belongs to it. Only arguments become values here; what a command does
+//! is elsewhere.
+
+#[cfg(test)]
+mod tests;
+
+use std::ffi::OsString;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::config::{Config, DATA_OF_ROOT, Fault, Faults, Flag, Place, Sources, TEXT_BYTES_MAX};
+
+/// Read when neither `--config` nor `IFNEWER_CONFIG` names a file; it need not exist.
+pub const CONFIG_OF_SYSTEM: &str = "/etc/ifnewer/ifnewer.toml";
+
+/// What the program was asked to do.
+#[derive(Clone, Debug, Parser, PartialEq, Eq)]
+#[command(name = "ifnewer", version, about, max_term_width = 100)]
+#[command(after_help = "Exit codes: 0 done, 1 failed, 2 wrong usage or configuration.")]
+pub struct Cli {
+    /// The command; without one, `serve`.
+    #[command(subcommand)]
+    command: Option<Command>,
+    /// What every command takes.
+    #[command(flatten)]
+    pub options: Options,
+}
+
+impl Cli {
+    /// The command given, or the default.
+    pub fn command(&self) -> Command {
+        self.command.unwrap_or(Command::Serve)
+    }
+}
+
+/// What to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Subcommand)]
+pub enum Command {
+    /// Run the cache (the default)
+    Serve,
+    /// Check the configuration and print what is in effect
+    Check,
+    /// Ask the running cache whether it is ready; exit 0 if it is
+    Healthcheck,
+}
+
+/// What every command takes. Each overrides the environment, which overrides the file.
+#[derive(Args, Clone, Debug, Default, PartialEq, Eq)]
+pub struct Options {
+    /// The configuration file [default: /etc/ifnewer/ifnewer.toml if it exists]
+    #[arg(
+        long,
+        global = true,
+        value_name = "FILE",
+        env = "IFNEWER_CONFIG",
+        hide_env_values = true
+    )]
+    pub config: Option<PathBuf>,
+    /// The cache's folder
+    #[arg(long, global = true, value_name = "FOLDER")]
+    pub data: Option<String>,
+    /// An address for clients; may be given several times
+    #[arg(long, global = true, value_name = "ADDRESS:PORT")]
+    pub listen: Vec<String>,
+    /// The address for health, metrics and the admin API; or "off", or a unix socket as `unix:/path`
+    #[arg(long, global = true, value_name = "ADDRESS:PORT")]
+    pub admin: Option<String>,
+    /// How much is told: error, warn, info, debug, trace, or a filter
+    #[arg(long, global = true, value_name = "LEVEL")]
+    pub log: Option<String>,
+}
+
+impl Options {
+    fn flags(&self) -> Vec<Flag> {
+        let flag = |name, key, value: &Option<String>| value.clone().map(|value| Flag { name, key, value });
+        let listen = (!self.listen.is_empty()).then(|| self.listen.join(","));
+        [
+            flag("--data", "data", &self.data),
+            flag("--listen", "listen.registry", &listen),
+            flag("--admin", "listen.admin", &self.admin),
+            flag("--log", "log.level", &self.log),
+        ]
+        .into_iter()
+        .flatten()
+        .collect()
+    }
+}
+
+/// Reads the file, the environment and the flags. Called again on SIGHUP.
+pub fn load(options: &Options) -> Result<Config, Faults> {
+    #[allow(
+        clippy::disallowed_methods,
+        reason = "the one place where the environment is read for the configuration"
+    )]
+    let environment = std::env::vars_os();
+    load_with(options, environment, rustix::process::geteuid().is_root())
+}
+
+/// The same with an environment of one's own.
+fn load_with(
+    options: &Options,
+    environment: impl Iterator<Item = (OsString, OsString)>,
+    is_root: bool,
+) -> Result<Config, Faults> {
+    let mut variables = Vec::new();
+    let mut surroundings = Surroundings {
+        is_root,
+        ..Surroundings::default()
+    };
+    for (name, value) in environment {
+        let Some(name) = name.to_str() else { continue };
+        match name {
+            "HOME" => surroundings.home = Some(PathBuf::from(value)),
+            "XDG_CACHE_HOME" => surroundings.cache = Some(PathBuf::from(value)),
+            name if name.starts_with("IFNEWER_") => match value.into_string() {
+                Ok(value) => variables.push((name.to_owned(), value)),
+                Err(_) => {
+                    return Err(fault(
+                        Place::Variable(name.to_owned()),
+                        name,
+                        "the value is not UTF-8",
+                        None,
+                    ));
+                }
+            },
+            _ => {}
+        }
+    }
+    variables.sort();
+    let (origin, text) = read_config(
+        options
+            .config
+            .as_deref()
+            .filter(|path| !path.as_os_str().is_empty()),
+    )?;
+    let data = surroundings.data();
+    let flags = options.flags();
+    Config::gather(&Sources {
+        data,
+        text: &text,
+        origin: &origin,
+        variables,
+        flags,
+    })
+}
+
+/// What decides where a cache is that nobody has placed.
+#[derive(Default)]
+struct Surroundings {
+    home: Option<PathBuf>,
+    cache: Option<PathBuf>,
+    is_root: bool,
+}
+
+impl Surroundings {
+    /// The user's cache folder by the XDG base directory specification, which says that relative paths are ignored.
+    fn data(&self) -> PathBuf {
+        let usable = |path: &Option<PathBuf>| path.clone().filter(|path| path.is_absolute());
+        let of_user = || usable(&self.cache).or_else(|| usable(&self.home).map(|home| home.join(".cache")));
+        match of_user() {
+            Some(cache) if !self.is_root => cache.join("ifnewer"),
+            _ => PathBuf::from(DATA_OF_ROOT),
+        }
+    }
+}
+
+/// The file's name and text; both empty without one.
+fn read_config(given: Option<&Path>) -> Result<(PathBuf, String), Faults> {
+    let path = given.unwrap_or(Path::new(CONFIG_OF_SYSTEM));
+    let mut bytes = Vec::new();
+    let read = std::fs::File::open(path)
+        .and_then(|file| file.take(TEXT_BYTES_MAX as u64 + 1).read_to_end(&mut bytes));
+    match read {
+        Ok(_) => {}
+        Err(error) if given.is_none() && error.kind() == std::io::ErrorKind::NotFound => {
+            return Ok((PathBuf::new(), String::new()));
+        }
+        Err(error) => {
+            let help = given
+                .map(|_| "`ifnewer` needs no file: without --config the built-in settings hold".to_owned());
+            return Err(fault(
+                Place::File(path.to_owned()),
+                "",
+                &format!("cannot be read: {error}"),
+                help,
+            ));
+        }
+    }
+    match String::from_utf8(bytes) {
+        Ok(text) => Ok((path.to_owned(), text)),
+        Err(_) => Err(fault(Place::File(path.to_owned()), "", "is not UTF-8 text", None)),
+    }
+}
+
+fn fault(place: Place, key: &str, message: &str, help: Option<String>) -> Faults {
+    Faults::one(Fault {
+        place,
+        key: key.to_owned(),
+        message: message.to_owned(),
+        help,
+    })
+}

@@ -1,0 +1,155 @@
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "tests may fail loudly"
+)]
+
+use super::*;
+use crate::config::Admin;
+
+type Variables = &'static [(&'static str, &'static str)];
+
+fn parse(words: &str) -> Cli {
+    Cli::try_parse_from(words.split(' ')).unwrap_or_else(|error| panic!("{error}"))
+}
+
+fn environment(variables: &[(&str, &str)]) -> impl Iterator<Item = (OsString, OsString)> {
+    let owned: Vec<_> = variables
+        .iter()
+        .map(|(name, value)| (name.into(), value.into()))
+        .collect();
+    owned.into_iter()
+}
+
+/// Options that do not depend on what the machine has under /etc.
+fn options_with_empty_file(folder: &tempfile::TempDir) -> Options {
+    let config = folder.path().join("ifnewer.toml");
+    std::fs::write(&config, "").unwrap();
+    Options {
+        config: Some(config),
+        ..Options::default()
+    }
+}
+
+#[test]
+fn the_command_line_is_well_formed() {
+    use clap::CommandFactory;
+    <Cli as CommandFactory>::command().debug_assert();
+}
+
+#[test]
+fn serve_is_the_default() {
+    assert_eq!(parse("ifnewer").command(), Command::Serve);
+    assert_eq!(parse("ifnewer serve").command(), Command::Serve);
+    assert_eq!(parse("ifnewer check").command(), Command::Check);
+    assert_eq!(parse("ifnewer healthcheck").command(), Command::Healthcheck);
+}
+
+#[test]
+fn options_may_stand_before_and_after_the_command() {
+    let before = parse("ifnewer --config c.toml --listen 127.0.0.1:1 --listen 127.0.0.1:2 --admin off serve");
+    let after = parse("ifnewer serve --config c.toml --listen 127.0.0.1:1 --listen 127.0.0.1:2 --admin off");
+    let without = parse("ifnewer --config c.toml --listen 127.0.0.1:1 --listen 127.0.0.1:2 --admin off");
+    assert_eq!(before.options, after.options);
+    assert_eq!(before.options, without.options);
+    assert_eq!(before.options.listen, ["127.0.0.1:1", "127.0.0.1:2"]);
+}
+
+#[test]
+fn wrong_usage_ends_with_2() {
+    for words in ["ifnewer sreve", "ifnewer --confg x", "ifnewer --data"] {
+        assert_eq!(
+            Cli::try_parse_from(words.split(' ')).unwrap_err().exit_code(),
+            2,
+            "{words}"
+        );
+    }
+}
+
+#[test]
+fn every_flag_sets_its_key() {
+    let folder = tempfile::tempdir().unwrap();
+    let cli = parse("ifnewer --data d --listen 127.0.0.1:1 --listen [::1]:2 --admin off --log trace");
+    let options = Options {
+        config: options_with_empty_file(&folder).config,
+        ..cli.options
+    };
+    let variables = [
+        ("IFNEWER_DATA", "x"),
+        ("IFNEWER_LOG", "error"),
+        ("IFNEWER_LISTEN_ADMIN", "x"),
+    ];
+    let config = load_with(&options, environment(&variables), false).unwrap();
+    assert_eq!(config.data, Path::new("d"));
+    assert_eq!(
+        config.listen.registry,
+        ["127.0.0.1:1".parse().unwrap(), "[::1]:2".parse().unwrap()]
+    );
+    assert_eq!(config.listen.admin, Admin::Off);
+    assert_eq!(config.log.level, "trace");
+    assert_eq!(config.tls.folder, folder.path().join("certs"));
+}
+
+#[test]
+fn a_file_that_was_named_must_exist() {
+    let options = parse("ifnewer --config /nowhere/ifnewer.toml").options;
+    let faults = load_with(&options, environment(&[]), false)
+        .unwrap_err()
+        .to_string();
+    assert!(
+        faults.starts_with("/nowhere/ifnewer.toml: cannot be read: "),
+        "{faults}"
+    );
+}
+
+#[test]
+fn the_cache_is_in_the_users_folder() {
+    let folder = tempfile::tempdir().unwrap();
+    let options = options_with_empty_file(&folder);
+    let table: [(Variables, bool, &str); 6] = [
+        (&[("HOME", "/home/ann")], false, "/home/ann/.cache/ifnewer"),
+        (
+            &[("HOME", "/home/ann"), ("XDG_CACHE_HOME", "/fast")],
+            false,
+            "/fast/ifnewer",
+        ),
+        (
+            &[("HOME", "/home/ann"), ("XDG_CACHE_HOME", "relative")],
+            false,
+            "/home/ann/.cache/ifnewer",
+        ),
+        (
+            &[("HOME", "/home/ann"), ("XDG_CACHE_HOME", "")],
+            false,
+            "/home/ann/.cache/ifnewer",
+        ),
+        (
+            &[("HOME", "/root"), ("XDG_CACHE_HOME", "/fast")],
+            true,
+            "/var/cache/ifnewer",
+        ),
+        (&[], false, "/var/cache/ifnewer"),
+    ];
+    for (variables, is_root, expected) in table {
+        let config = load_with(&options, environment(variables), is_root).unwrap();
+        assert_eq!(config.data, Path::new(expected), "{variables:?}");
+    }
+}
+
+#[test]
+fn what_is_not_text_is_told() {
+    use std::os::unix::ffi::OsStringExt;
+    let folder = tempfile::tempdir().unwrap();
+    let options = options_with_empty_file(&folder);
+    let variable = (OsString::from("IFNEWER_DATA"), OsString::from_vec(vec![0xff]));
+    let faults = load_with(&options, [variable].into_iter(), false).unwrap_err();
+    assert_eq!(faults.to_string(), "IFNEWER_DATA: the value is not UTF-8");
+
+    std::fs::write(options.config.as_ref().unwrap(), [0xff]).unwrap();
+    let faults = load_with(&options, environment(&[]), false)
+        .unwrap_err()
+        .to_string();
+    assert!(faults.ends_with("ifnewer.toml: is not UTF-8 text"), "{faults}");
+}

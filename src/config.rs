@@ -1,0 +1,243 @@
+//! The configuration: from text to plain typed data, or to everything that is wrong with it, at once.
+//!
+//! The text becomes tables of known keys, the variables and flags are laid over them, and each value is read once by the
+//! reader of its kind. Nothing here binds, connects or writes; it reads the files
+//! that the configuration names (a password, certificates), because a wrong name is the operator's mistake as well and
+//! should be told before any port is bound. The environment is not read here: [`Sources`] brings it.
+//!
+//! * `keys`: every key with its default and its meaning.
+//! * `document`, `table`: what is written where; `variable`: what is laid over it.
+//! * `value`, `address`: the readers of the values.
+//! * `build`: the sections, and what concerns several of them.
+//! * `upstream`: the well-known upstreams and what may be said about one; `names`: that each name means one.
+//! * `fault`: how a mistake is told; `summary`: what is in effect, in words.
+
+mod address;
+mod build;
+mod document;
+mod fault;
+mod keys;
+mod names;
+mod summary;
+mod table;
+#[cfg(test)]
+mod tests;
+mod upstream;
+mod value;
+mod variable;
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+pub use fault::{Fault, Faults, Place};
+pub use keys::{KEYS, Key, Section};
+pub use summary::Summary;
+pub use upstream::{Access, Credential, Proxy, UpstreamConfig, WELL_KNOWN};
+pub use variable::Flag;
+
+use crate::policy::rules::Rules;
+use document::Document;
+use fault::{At, Report};
+
+/// A configuration longer than this is something else.
+pub const TEXT_BYTES_MAX: usize = 1024 * 1024;
+
+/// Where the cache is when nobody says so. A user's own cache folder is for the command line to find.
+pub const DATA_OF_ROOT: &str = "/var/cache/ifnewer";
+
+/// Everything that can be configured, checked.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// The cache's folder.
+    pub data: PathBuf,
+    /// The name of the upstream that is meant by a client that names none; one of `upstreams`.
+    pub default_upstream: Arc<str>,
+    /// Where clients and operators reach us.
+    pub listen: Listen,
+    /// Our certificates.
+    pub tls: Tls,
+    /// How much is kept.
+    pub store: StoreSize,
+    /// The registries that exist. Their names and hosts are all different.
+    pub upstreams: Vec<UpstreamConfig>,
+    /// Which rule holds for an image.
+    pub rules: Rules,
+    /// What is told, and how.
+    pub log: Log,
+    /// The limits of the front and of the upstream side.
+    pub limits: Limits,
+}
+
+/// Where clients and operators reach us.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Listen {
+    /// The addresses of the registry; at least one, all different.
+    pub registry: Vec<SocketAddr>,
+    /// Who may speak without TLS.
+    pub plain: Plain,
+    /// Where the admin API is.
+    pub admin: Admin,
+}
+
+/// Who may speak without TLS.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Plain {
+    /// Clients on this machine.
+    Loopback,
+    /// Everyone.
+    Any,
+    /// No one.
+    Nobody,
+}
+
+/// Where the admin API is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Admin {
+    /// Nowhere.
+    Off,
+    /// On a TCP address.
+    Tcp(SocketAddr),
+    /// On a unix socket.
+    Unix(PathBuf),
+}
+
+/// Our certificates.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Tls {
+    /// The folder of the certificates that we make ourselves.
+    pub folder: PathBuf,
+    /// Further names on the server certificate.
+    pub names: Vec<String>,
+    /// The operator's own server certificate, used instead of ours.
+    pub own: Option<OwnCertificate>,
+}
+
+/// A server certificate brought by the operator. The files are read where the certificate is used.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct OwnCertificate {
+    /// The chain, PEM.
+    pub certificate: PathBuf,
+    /// The private key, PEM.
+    pub key: PathBuf,
+}
+
+/// How much is kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StoreSize {
+    /// How much the cache may hold.
+    pub bytes_max: u64,
+    /// How much is left free on the disk.
+    pub free_bytes_min: u64,
+}
+
+/// What is told, and how.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Log {
+    /// A level, or a filter of `tracing_subscriber::EnvFilter`; known to be readable.
+    pub level: String,
+    /// How it is written.
+    pub format: LogFormat,
+}
+
+/// How the log is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LogFormat {
+    /// For people.
+    Human,
+    /// One JSON object a line.
+    Json,
+}
+
+/// The limits of the front and of the upstream side. None of them is zero but `drain`, which may be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Connections at a time.
+    pub connections_max: usize,
+    /// Connections at a time from one address.
+    pub connections_per_peer_max: usize,
+    /// Requests at a time on one HTTP/2 connection.
+    pub streams_per_connection_max: u32,
+    /// Requests at a time to all upstreams together.
+    pub fetches_max: usize,
+    /// Requests at a time to one upstream.
+    pub fetches_per_upstream_max: usize,
+    /// For a TLS handshake.
+    pub handshake_timeout: Duration,
+    /// For a request's header.
+    pub header_timeout: Duration,
+    /// Without a request.
+    pub idle_timeout: Duration,
+    /// Without a byte of an answer being taken.
+    pub write_timeout: Duration,
+    /// For requests under way at the end.
+    pub drain: Duration,
+}
+
+/// All that a configuration is made of. What comes later here overrides what comes earlier.
+#[derive(Clone, Debug)]
+pub struct Sources<'a> {
+    /// Where the cache is when nobody says so.
+    pub data: PathBuf,
+    /// The text of the file; empty without one.
+    pub text: &'a str,
+    /// The file's name, for the faults and for relative paths; empty without one: then relative paths start at the
+    /// working directory.
+    pub origin: &'a Path,
+    /// The environment. Only what begins with `IFNEWER_` counts.
+    pub variables: Vec<(String, String)>,
+    /// The command line.
+    pub flags: Vec<Flag>,
+}
+
+impl Config {
+    /// Reads a text without environment and flags. `origin` names it in the faults; paths in it are relative to the
+    /// folder of `origin`.
+    pub fn read(text: &str, origin: &Path) -> Result<Self, Faults> {
+        let data = PathBuf::from(DATA_OF_ROOT);
+        Self::gather(&Sources {
+            data,
+            text,
+            origin,
+            variables: Vec::new(),
+            flags: Vec::new(),
+        })
+    }
+
+    /// Reads everything. All faults are told at once; only where the text is not TOML, or where values are wrong on
+    /// which others depend, may mending them bring up more.
+    pub fn gather(sources: &Sources<'_>) -> Result<Self, Faults> {
+        let mut report = Report::new(sources.text, sources.origin);
+        if sources.text.len() > TEXT_BYTES_MAX {
+            report.tell(
+                &At::Span(0..0),
+                "",
+                format!("longer than {TEXT_BYTES_MAX} bytes"),
+                None,
+            );
+            return Err(report.into_faults());
+        }
+        let mut document = Document::read(sources.text, &mut report);
+        if document.is_broken {
+            return Err(report.into_faults());
+        }
+        variable::overlay(&mut document, sources, &mut report);
+        match build::build(&document, sources, &mut report) {
+            Ok(config) if report.is_empty() => Ok(config),
+            _ => Err(report.into_faults()),
+        }
+    }
+
+    /// What is in effect, in words and without secrets.
+    pub fn summary(&self) -> Summary<'_> {
+        Summary(self)
+    }
+
+    /// The upstream of that name or host.
+    pub fn upstream(&self, name_or_host: &str) -> Option<&UpstreamConfig> {
+        self.upstreams
+            .iter()
+            .find(|upstream| upstream.is_called(name_or_host))
+    }
+}

@@ -1,0 +1,121 @@
+//! The grammar of addresses, URLs and host names, with the remedy for what people write instead.
+
+use std::net::SocketAddr;
+use std::str::FromStr;
+
+use http::uri::{Authority, Uri};
+
+use super::value::{Wrong, wrong};
+
+/// An IP address with its port.
+pub(super) fn address(text: &str) -> Result<SocketAddr, Wrong> {
+    if let Ok(address) = SocketAddr::from_str(text) {
+        return Ok(address);
+    }
+    let port = text.rsplit(':').next().unwrap_or(text);
+    let is_port = port.parse::<u16>().is_ok();
+    let help = match text.rsplit_once(':') {
+        Some(("" | "*", _)) if is_port => {
+            format!("for every address of this machine, write \"0.0.0.0:{port}\"")
+        }
+        Some(("localhost", _)) if is_port => format!("write \"127.0.0.1:{port}\""),
+        None if is_port => format!("write \"127.0.0.1:{port}\" for this machine alone"),
+        None if text.parse::<std::net::IpAddr>().is_ok() => format!("the port is missing: \"{text}:5000\""),
+        _ => r#"write an IP address and a port, as in "127.0.0.1:5000" or "[::1]:5000""#.to_owned(),
+    };
+    wrong(format!("`{text}` is not an address with a port"), help)
+}
+
+/// An absolute http(s) URL without trailing slash. What it says is not repeated in the fault: it may hold a password.
+pub(super) fn url(text: &str) -> Result<String, Wrong> {
+    let example = r#"write it as in "https://registry.example.org""#;
+    if !text.contains("://") {
+        return wrong("the URL has no scheme", example);
+    }
+    if text.contains('#') || text.contains('?') {
+        return wrong("an upstream's URL has no query and no fragment", example);
+    }
+    let Ok(uri) = Uri::from_str(text) else {
+        return wrong("not a URL", example);
+    };
+    if !matches!(uri.scheme_str(), Some("http" | "https")) {
+        return wrong("an upstream's URL begins with https:// or http://", example);
+    }
+    if uri
+        .authority()
+        .is_none_or(|authority| authority.as_str().contains('@'))
+    {
+        return wrong(
+            "a URL holds no user and no password here",
+            "use `username` and `password_file`, with access = \"shared\"",
+        );
+    }
+    if !uri.authority().is_some_and(is_host) {
+        return wrong("the URL's host or port is wrong", example);
+    }
+    let text = text.trim_end_matches('/');
+    if text.ends_with("/v2") {
+        return wrong("`/v2` is added by itself", "leave out `/v2`");
+    }
+    Ok(text.to_owned())
+}
+
+pub(super) fn proxy_url(text: &str) -> Result<String, Wrong> {
+    let example = r#"write it as in "http://proxy.example.org:3128""#;
+    let Ok(uri) = Uri::from_str(text) else {
+        return wrong("not a URL", example);
+    };
+    if !matches!(uri.scheme_str(), Some("http" | "https" | "socks5" | "socks5h")) {
+        return wrong(
+            "a proxy's URL begins with http://, https:// or socks5://",
+            example,
+        );
+    }
+    match uri.authority() {
+        Some(authority) if authority.as_str().contains('@') => wrong(
+            "a URL holds no user and no password here",
+            "set HTTPS_PROXY for the process, and proxy = \"environment\"",
+        ),
+        Some(authority) if is_host(authority) => Ok(text.trim_end_matches('/').to_owned()),
+        _ => wrong("the URL's host or port is wrong", example),
+    }
+}
+
+/// A host name, with a port where it is not the usual one, as it stands in an image's name.
+pub(super) fn host(text: &str) -> Result<String, Wrong> {
+    let example = r#"write it as in "registry.example.org" or "registry.example.org:5000""#;
+    if text.contains("://") || text.contains('/') {
+        return wrong(
+            format!("`{}` is not a host name", without_secret(text)),
+            "leave out the scheme and the path",
+        );
+    }
+    if text.chars().any(char::is_uppercase) {
+        return wrong(
+            format!("the host name `{text}` has capitals"),
+            format!("write \"{}\"", text.to_lowercase()),
+        );
+    }
+    match Authority::from_str(text) {
+        Ok(authority) if is_host(&authority) => Ok(text.to_owned()),
+        _ => wrong(format!("`{}` is not a host name", without_secret(text)), example),
+    }
+}
+
+fn is_host(authority: &Authority) -> bool {
+    let text = authority.as_str();
+    let port_is_right = match text.strip_prefix(authority.host()) {
+        Some("") => true,
+        Some(port) => port
+            .strip_prefix(':')
+            .is_some_and(|port| port.parse::<u16>().is_ok()),
+        None => false,
+    };
+    let host = authority.host().trim_start_matches('[').trim_end_matches(']');
+    let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | ':' | '_');
+    !host.is_empty() && port_is_right && host.chars().all(allowed)
+}
+
+fn without_secret(text: &str) -> &str {
+    text.rsplit('@').next().unwrap_or(text)
+}

@@ -1,0 +1,252 @@
+//! From text to tables of known keys: what is written where, nothing yet about what it means.
+
+use std::collections::BTreeMap;
+
+use toml::Spanned;
+use toml::de::{DeTable, DeValue};
+
+use super::fault::{At, Report};
+use super::keys::{KEYS, NOT_YET, Section};
+use super::table::{Entry, Table};
+use super::value::nearest;
+
+/// A whole configuration file.
+pub(super) struct Document {
+    /// The text is not TOML: nothing was read of it.
+    pub(super) is_broken: bool,
+    fixed: BTreeMap<Section, Table>,
+    /// In the order of the file.
+    pub(super) upstreams: Vec<Table>,
+    pub(super) rules: Vec<Table>,
+}
+
+impl Document {
+    /// Reads the text. A text that is not TOML gives the faults of its grammar alone: what can still be read of it
+    /// says little about what was meant.
+    pub(super) fn read(text: &str, report: &mut Report<'_>) -> Self {
+        let (root, errors) = DeTable::parse_recoverable(text);
+        tell_syntax(text, &errors, report);
+        let fixed = Section::FIXED
+            .into_iter()
+            .map(|section| (section, Table::new(section, "", At::Default)));
+        let is_broken = !errors.is_empty();
+        let mut document = Self {
+            is_broken,
+            fixed: fixed.collect(),
+            upstreams: Vec::new(),
+            rules: Vec::new(),
+        };
+        if !is_broken {
+            document.read_root(root.get_ref(), report);
+            document.upstreams.sort_by_key(|table| match &table.at {
+                At::Span(span) => span.start,
+                _ => 0,
+            });
+        }
+        document
+    }
+
+    /// A section that occurs once.
+    pub(super) fn fixed(&self, section: Section) -> Table {
+        self.fixed
+            .get(&section)
+            .cloned()
+            .unwrap_or_else(|| Table::new(section, "", At::Default))
+    }
+
+    /// Puts a value in the place of what the file says.
+    pub(super) fn replace(&mut self, section: Section, key: &'static str, entry: Entry) {
+        if let Some(table) = self.fixed.get_mut(&section) {
+            table.set(key, entry);
+        }
+    }
+
+    fn read_root(&mut self, root: &DeTable<'_>, report: &mut Report<'_>) {
+        for (key, value) in root {
+            let name = key.get_ref().as_ref();
+            let at = At::Span(key.span());
+            let section = Section::FIXED
+                .into_iter()
+                .find(|s| *s != Section::Top && s.name() == name);
+            match (section, name, value.get_ref()) {
+                (Some(section), _, DeValue::Table(keys)) => {
+                    let table = read_table(Table::new(section, "", at), keys, report);
+                    self.fixed.insert(section, table);
+                }
+                (_, "upstream", DeValue::Table(upstreams)) => self.read_upstreams(upstreams, report),
+                (_, "rule", DeValue::Array(rules)) => {
+                    for (index, rule) in rules.iter().enumerate() {
+                        self.read_rule(index, rule, report);
+                    }
+                }
+                (Some(section), ..) => {
+                    let message = format!("`{name}` is a section");
+                    report.tell(
+                        &at,
+                        name,
+                        message,
+                        Some(format!("write {} on a line of its own", section.header())),
+                    );
+                }
+                (_, "upstream" | "rule", _) => {
+                    let header = if name == "rule" {
+                        "`[[rule]]`"
+                    } else {
+                        "`[upstream.\"ghcr.io\"]`"
+                    };
+                    let message = format!("`{name}` is a list of sections");
+                    report.tell(&at, name, message, Some(format!("begin each one with {header}")));
+                }
+                (None, ..) => {
+                    if let Some(top) = self.fixed.get_mut(&Section::Top) {
+                        put(top, key.get_ref(), &at, value, report);
+                    }
+                }
+            }
+        }
+    }
+
+    fn read_upstreams(&mut self, upstreams: &DeTable<'_>, report: &mut Report<'_>) {
+        for (name, value) in upstreams {
+            let at = At::Span(name.span());
+            let path = format!("upstream.\"{}\"", name.get_ref());
+            match value.get_ref() {
+                DeValue::Table(keys) if is_dotted_name(keys) => {
+                    let full = format!("{}.{}", name.get_ref(), first_key(keys));
+                    let message = "an upstream's name with dots needs quotes";
+                    report.tell(&at, path, message, Some(format!("write [upstream.\"{full}\"]")));
+                }
+                DeValue::Table(keys) => {
+                    let table = Table::new(Section::Upstream, name.get_ref().as_ref(), at);
+                    let table = read_table(table, keys, report);
+                    self.upstreams.push(table);
+                }
+                _ => {
+                    let help = "begin the upstream with [upstream.\"ghcr.io\"]".to_owned();
+                    report.tell(&at, path, "an upstream is a section of its own", Some(help));
+                }
+            }
+        }
+    }
+
+    fn read_rule(&mut self, index: usize, rule: &Spanned<DeValue<'_>>, report: &mut Report<'_>) {
+        let name = (index + 1).to_string();
+        let at = At::Span(rule.span());
+        match rule.get_ref() {
+            DeValue::Table(keys) => {
+                let table = read_table(Table::new(Section::Rule, name, at), keys, report);
+                self.rules.push(table);
+            }
+            _ => {
+                report.tell(
+                    &at,
+                    "rule",
+                    "a rule is a section",
+                    Some("begin each one with [[rule]]".to_owned()),
+                );
+            }
+        }
+    }
+}
+
+/// One fault a line: what follows on the same line is mostly the parser's confusion about the first.
+fn tell_syntax(text: &str, errors: &[toml::de::Error], report: &mut Report<'_>) {
+    let mut lines_told = Vec::new();
+    for error in errors {
+        let span = error.span().unwrap_or(0..0);
+        let line = text
+            .get(..span.start)
+            .map_or(0, |before| before.matches('\n').count());
+        if lines_told.contains(&line) {
+            continue;
+        }
+        lines_told.push(line);
+        let unquoted = error.message().starts_with("string values must be quoted");
+        let (message, help) = match text.get(span.clone()) {
+            Some(word) if unquoted => ("a text needs quotes", Some(format!("write \"{word}\""))),
+            _ => (error.message(), None),
+        };
+        report.tell(&At::Span(span), "", message, help);
+    }
+}
+
+fn read_table(mut table: Table, keys: &DeTable<'_>, report: &mut Report<'_>) -> Table {
+    for (key, value) in keys {
+        put(&mut table, key.get_ref(), &At::Span(key.span()), value, report);
+    }
+    table
+}
+
+fn put(table: &mut Table, name: &str, at: &At, value: &Spanned<DeValue<'_>>, report: &mut Report<'_>) {
+    if let Some(key) = table.section.key(name) {
+        table.set(key.name, Entry::read(value));
+        return;
+    }
+    let path = table.path(name);
+    let not_yet = NOT_YET
+        .iter()
+        .find(|(section, key, _)| *section == table.section && *key == name);
+    let (message, help) = match not_yet {
+        Some((_, _, instead)) => (
+            format!("this version does not know `{name}` yet"),
+            (*instead).to_owned(),
+        ),
+        None => (format!("unknown key `{name}`"), suggestion(table.section, name)),
+    };
+    report.tell(at, path, message, Some(help));
+}
+
+/// What was probably meant by a key that this section does not have.
+fn suggestion(section: Section, name: &str) -> String {
+    if section == Section::Upstream && name == "password" {
+        return "a password does not belong here; put it into a file and name that as `password_file`"
+            .to_owned();
+    }
+    if let Some(key) = KEYS.iter().find(|key| key.name == name && key.section != section) {
+        return format!("`{name}` belongs to {}", key.section.header());
+    }
+    let own = section.keys().map(|key| key.name);
+    let sections = Section::FIXED
+        .into_iter()
+        .chain([Section::Upstream, Section::Rule])
+        .map(Section::name);
+    let near = if section == Section::Top {
+        nearest(name, own.clone().chain(sections.filter(|name| !name.is_empty())))
+    } else {
+        nearest(name, own.clone())
+    };
+    if let Some(near) = near {
+        return format!("did you mean `{near}`?");
+    }
+    let elsewhere = nearest(name, KEYS.iter().map(|key| key.name))
+        .and_then(|near| KEYS.iter().find(|key| key.name == near));
+    match elsewhere {
+        Some(key) => format!(
+            "did you mean `{}`? It belongs to {}",
+            key.name,
+            key.section.header()
+        ),
+        None => format!("the keys here are {}", own.collect::<Vec<_>>().join(", ")),
+    }
+}
+
+/// `[upstream.docker.io]`: a table whose only content is a table, by a name that is no key.
+fn is_dotted_name(keys: &DeTable<'_>) -> bool {
+    let mut values = keys.iter();
+    match (values.next(), values.next()) {
+        (Some((name, value)), None) => {
+            value.get_ref().is_table() && Section::Upstream.key(name.get_ref()).is_none()
+        }
+        _ => false,
+    }
+}
+
+fn first_key(keys: &DeTable<'_>) -> String {
+    let Some((name, value)) = keys.iter().next() else {
+        return String::new();
+    };
+    match value.get_ref() {
+        DeValue::Table(inner) if is_dotted_name(inner) => format!("{}.{}", name.get_ref(), first_key(inner)),
+        _ => name.get_ref().to_string(),
+    }
+}

@@ -1,0 +1,252 @@
+//! What is wrong with a configuration: where, what, and what to write instead.
+
+use std::fmt;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+/// Everything that is wrong, in the order of the file. Never empty.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Faults(Vec<Fault>);
+
+impl Faults {
+    /// One fault alone.
+    pub fn one(fault: Fault) -> Self {
+        Self(vec![fault])
+    }
+
+    /// The faults, in the order of the file.
+    pub fn iter(&self) -> std::slice::Iter<'_, Fault> {
+        self.0.iter()
+    }
+}
+
+impl<'a> IntoIterator for &'a Faults {
+    type Item = &'a Fault;
+    type IntoIter = std::slice::Iter<'a, Fault>;
+
+    fn into_iter(self) -> Self::IntoIter {
+        self.iter()
+    }
+}
+
+impl fmt::Display for Faults {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (index, fault) in self.0.iter().enumerate() {
+            if index > 0 {
+                f.write_str("\n\n")?;
+            }
+            fault.fmt(f)?;
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for Faults {}
+
+/// One thing that is wrong. Printed with its line, a caret, and the remedy.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Fault {
+    /// Where it stands.
+    pub place: Place,
+    /// The key concerned, as in `store.size`; empty where the file is not TOML.
+    pub key: String,
+    /// What is wrong.
+    pub message: String,
+    /// What to write instead.
+    pub help: Option<String>,
+}
+
+/// Where a setting was given.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// In the text of a configuration file.
+    Text {
+        /// The file, as it was named.
+        file: PathBuf,
+        /// Line, from 1.
+        line: usize,
+        /// Column in characters, from 1.
+        column: usize,
+        /// Bytes of the text.
+        span: Range<usize>,
+        /// The line as it may be printed: what looks like a secret is masked.
+        source: String,
+    },
+    /// A file as a whole.
+    File(PathBuf),
+    /// An environment variable.
+    Variable(String),
+    /// A flag of the command line.
+    Flag(String),
+    /// Not given anywhere: the built-in value.
+    Default,
+}
+
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.place {
+            Place::Text {
+                file, line, column, ..
+            } => write!(f, "{}:{line}:{column}: ", file.display())?,
+            Place::File(file) => write!(f, "{}: ", file.display())?,
+            Place::Variable(name) | Place::Flag(name) => write!(f, "{name}: ")?,
+            Place::Default => write!(f, "{}: ", self.key)?,
+        }
+        f.write_str(&self.message)?;
+        if let Place::Text {
+            line,
+            column,
+            span,
+            source,
+            ..
+        } = &self.place
+        {
+            let number = line.to_string();
+            let before = source.chars().take(column - 1);
+            // A tab stays a tab, or the caret would stand elsewhere than what it points to.
+            let margin: String = before.map(|c| if c == '\t' { '\t' } else { ' ' }).collect();
+            let carets = span
+                .len()
+                .min(source.chars().count().saturating_sub(column - 1))
+                .max(1);
+            write!(f, "\n{number} | {source}\n{:1$} | ", "", number.len())?;
+            write!(f, "{margin}{}", "^".repeat(carets))?;
+        }
+        if let Some(help) = &self.help {
+            write!(f, "\nhelp: {help}")?;
+        }
+        Ok(())
+    }
+}
+
+/// Where a value comes from, before anything is known to be wrong with it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum At {
+    Span(Range<usize>),
+    Variable(String),
+    Flag(&'static str),
+    Default,
+}
+
+/// The fault was told to the [`Report`]; the value is lost.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Told;
+
+/// Collects the faults of one reading.
+pub(super) struct Report<'a> {
+    text: &'a str,
+    origin: &'a Path,
+    faults: Vec<Fault>,
+}
+
+impl<'a> Report<'a> {
+    pub(super) fn new(text: &'a str, origin: &'a Path) -> Self {
+        Self {
+            text,
+            origin,
+            faults: Vec::new(),
+        }
+    }
+
+    /// Notes a fault.
+    pub(super) fn tell(
+        &mut self,
+        at: &At,
+        key: impl Into<String>,
+        message: impl Into<String>,
+        help: Option<String>,
+    ) -> Told {
+        let place = self.place(at);
+        self.faults.push(Fault {
+            place,
+            key: key.into(),
+            message: message.into(),
+            help,
+        });
+        Told
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.faults.is_empty()
+    }
+
+    /// All faults in the order of the text; those from elsewhere come last.
+    pub(super) fn into_faults(mut self) -> Faults {
+        self.faults.sort_by_key(|fault| match &fault.place {
+            Place::Text { span, .. } => span.start,
+            _ => usize::MAX,
+        });
+        Faults(self.faults)
+    }
+
+    /// A path as meant: relative to the file in which it stands, or to the working directory.
+    pub(super) fn resolve(&self, at: &At, path: PathBuf) -> PathBuf {
+        match at {
+            At::Span(_) | At::Default => self
+                .origin
+                .parent()
+                .map_or(path.clone(), |folder| folder.join(&path)),
+            At::Variable(_) | At::Flag(_) => path,
+        }
+    }
+
+    fn place(&self, at: &At) -> Place {
+        match at {
+            At::Span(span) => self.in_text(span),
+            At::Variable(name) => Place::Variable(name.clone()),
+            At::Flag(name) => Place::Flag((*name).to_owned()),
+            At::Default => Place::Default,
+        }
+    }
+
+    fn in_text(&self, span: &Range<usize>) -> Place {
+        let (before, after) = self.text.split_at_checked(span.start).unwrap_or((self.text, ""));
+        let line_start = before.rsplit('\n').next().unwrap_or("");
+        let line_end = after.split('\n').next().unwrap_or("");
+        Place::Text {
+            file: self.origin.to_owned(),
+            line: before.matches('\n').count() + 1,
+            column: line_start.chars().count() + 1,
+            span: span.clone(),
+            source: shown(&format!("{line_start}{line_end}")),
+        }
+    }
+}
+
+/// A line as it may be printed. Faults end up in logs, and logs in the wrong hands.
+fn shown(line: &str) -> String {
+    let line: String = line
+        .trim_end_matches('\r')
+        .chars()
+        .map(|c| {
+            if c.is_control() && c != '\t' {
+                '\u{fffd}'
+            } else {
+                c
+            }
+        })
+        .collect();
+    if let Some((key, _)) = line.split_once('=') {
+        let name = key.trim().trim_matches(['"', '\'']).to_lowercase();
+        let secret = ["password", "secret", "token"]
+            .iter()
+            .any(|word| name.contains(word));
+        if secret && !name.ends_with("_file") {
+            return format!("{key}= ***");
+        }
+    }
+    mask_userinfo(&line)
+}
+
+/// `https://user:secret@host` without what stands between `//` and `@`.
+fn mask_userinfo(line: &str) -> String {
+    let Some((scheme, rest)) = line.split_once("://") else {
+        return line.to_owned();
+    };
+    let end = rest.find(['"', '\'', ' ', ',']).unwrap_or(rest.len());
+    let (authority, tail) = rest.split_at_checked(end).unwrap_or((rest, ""));
+    match authority.rsplit_once('@') {
+        Some((_, host)) => format!("{scheme}://***@{host}{}", mask_userinfo(tail)),
+        None => format!("{scheme}://{authority}{}", mask_userinfo(tail)),
+    }
+}

@@ -1,0 +1,213 @@
+//! Every key of the configuration: its name, its default and its meaning, in one place.
+//!
+//! The defaults are read from here, unknown keys are compared with these, the variables are named after them, and a
+//! test holds `config/ifnewer.toml` against this table.
+
+/// A part of the configuration file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Section {
+    /// Before the first `[section]`.
+    Top,
+    /// `[listen]`
+    Listen,
+    /// `[tls]`
+    Tls,
+    /// `[store]`
+    Store,
+    /// `[default]`
+    Default,
+    /// `[upstream."name"]`
+    Upstream,
+    /// `[[rule]]`
+    Rule,
+    /// `[connect]`
+    Connect,
+    /// `[log]`
+    Log,
+    /// `[limits]`
+    Limits,
+}
+
+impl Section {
+    /// Those that occur once and whose keys are variables as well.
+    pub const FIXED: [Self; 8] = [
+        Self::Top,
+        Self::Listen,
+        Self::Tls,
+        Self::Store,
+        Self::Default,
+        Self::Connect,
+        Self::Log,
+        Self::Limits,
+    ];
+
+    /// The name of its table; empty for the top.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Top => "",
+            Self::Listen => "listen",
+            Self::Tls => "tls",
+            Self::Store => "store",
+            Self::Default => "default",
+            Self::Upstream => "upstream",
+            Self::Rule => "rule",
+            Self::Connect => "connect",
+            Self::Log => "log",
+            Self::Limits => "limits",
+        }
+    }
+
+    /// How its beginning is written in the file.
+    pub fn header(self) -> &'static str {
+        match self {
+            Self::Top => "the top, before the first `[section]`",
+            Self::Listen => "`[listen]`",
+            Self::Tls => "`[tls]`",
+            Self::Store => "`[store]`",
+            Self::Default => "`[default]`",
+            Self::Upstream => "`[upstream.\"name\"]`",
+            Self::Rule => "`[[rule]]`",
+            Self::Connect => "`[connect]`",
+            Self::Log => "`[log]`",
+            Self::Limits => "`[limits]`",
+        }
+    }
+
+    /// Its keys.
+    pub fn keys(self) -> impl Iterator<Item = &'static Key> + Clone {
+        KEYS.iter().filter(move |key| key.section == self)
+    }
+
+    /// The key of that name.
+    pub fn key(self, name: &str) -> Option<&'static Key> {
+        self.keys().find(|key| key.name == name)
+    }
+}
+
+/// A key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Key {
+    /// Where it stands.
+    pub section: Section,
+    /// Its name there.
+    pub name: &'static str,
+    /// Its default as it would be written in the file; `None`: unset, or taken from elsewhere as `doc` says.
+    pub default: Option<&'static str>,
+    /// What it does, in one sentence.
+    pub doc: &'static str,
+}
+
+impl Key {
+    /// The full name, as in `store.size`.
+    pub fn path(&self) -> String {
+        match self.section {
+            Top => self.name.to_owned(),
+            section => format!("{}.{}", section.name(), self.name),
+        }
+    }
+
+    /// The environment variable that overrides the file. Upstreams and rules have none.
+    pub fn variable(&self) -> Option<String> {
+        Section::FIXED
+            .contains(&self.section)
+            .then(|| format!("IFNEWER_{}", self.path().replace('.', "_").to_uppercase()))
+    }
+}
+
+const fn key(section: Section, name: &'static str, default: Option<&'static str>, doc: &'static str) -> Key {
+    Key {
+        section,
+        name,
+        default,
+        doc,
+    }
+}
+
+use Section::{Connect, Default, Limits, Listen, Log, Rule, Store, Tls, Top, Upstream};
+
+/// Every key.
+#[rustfmt::skip] // One key a line: the table is read by its columns.
+pub const KEYS: &[Key] = &[
+    key(Top, "data", None, "The cache's folder, for one process at a time; the default is the user's cache folder, or /var/cache/ifnewer for root."),
+    key(Top, "default_upstream", Some(r#""docker.io""#), "The upstream meant by a client that names none: dockerd with `registry-mirrors`."),
+
+    key(Listen, "registry", Some(r#"["127.0.0.1:5000"]"#), "The addresses for clients; each speaks TLS and plain HTTP."),
+    key(Listen, "plain", Some(r#""loopback""#), "Who may speak without TLS: \"loopback\", \"any\" or \"nobody\"."),
+    key(Listen, "admin", Some(r#""127.0.0.1:5001""#), "The address for health, metrics and the admin API: an address, \"unix:/path\" or \"off\"."),
+
+    key(Tls, "folder", Some(r#""certs""#), "The folder of ca.pem, ca.key, server.pem and server.key, made at the first start; relative to this file."),
+    key(Tls, "names", Some("[]"), "Further host names and addresses on the server certificate."),
+    key(Tls, "certificate", None, "A server certificate of your own, PEM with its chain; needs `key`."),
+    key(Tls, "key", None, "The private key of `certificate`, PEM."),
+
+    key(Store, "size", Some(r#""50 GiB""#), "How much the cache may hold; the least recently used goes first."),
+    key(Store, "free", Some(r#""5 GiB""#), "How much is left free on the disk."),
+
+    key(Default, "policy", Some(r#""if-newer""#), "The pull policy: \"always\", \"if-newer\", \"if-not-present\" or \"never\"."),
+    key(Default, "fresh", Some(r#""0s""#), "How long a tag is served without asking, once the upstream has confirmed it."),
+    key(Default, "stale", Some(r#""forever""#), "How old a copy may be that is served while the upstream is silent."),
+    key(Default, "budget", Some(r#""2s""#), "How long a client waits for the upstream's word when there is a copy to serve."),
+    key(Default, "absent", Some(r#""refuse""#), "What becomes of a held tag that was deleted upstream: \"refuse\" or \"serve\"."),
+    key(Default, "grant", Some(r#""5m""#), "How long the upstream's yes to a credential holds while the upstream answers."),
+    key(Default, "offline_grant", Some(r#""12h""#), "How long it holds while the upstream is silent."),
+
+    key(Upstream, "url", None, "Where the registry is, or a list tried in order; the default is https:// and its name."),
+    key(Upstream, "hosts", None, "Further host names that mean this upstream."),
+    key(Upstream, "enabled", Some("true"), "With false, the upstream does not exist; meant for the well-known ones."),
+    key(Upstream, "access", Some(r#""proven""#), "Whose right counts: \"proven\", each client's own; or \"shared\", whoever reaches the listener is entitled."),
+    key(Upstream, "username", None, "The user of the proxy's own credential there; needs `password_file` and access = \"shared\"."),
+    key(Upstream, "password_file", None, "The file with the password of `username`."),
+    key(Upstream, "ca_file", None, "PEM certificates to trust there, besides the system's."),
+    key(Upstream, "proxy", Some(r#""environment""#), "The proxy on the way there: \"environment\" (HTTPS_PROXY, NO_PROXY), \"none\" or a URL."),
+    key(Upstream, "connect_timeout", Some(r#""3s""#), "How long a connection may take to come about."),
+    key(Upstream, "policy", None, "As in [default], for this upstream."),
+    key(Upstream, "fresh", None, "As in [default], for this upstream."),
+    key(Upstream, "stale", None, "As in [default], for this upstream."),
+    key(Upstream, "budget", None, "As in [default], for this upstream."),
+    key(Upstream, "absent", None, "As in [default], for this upstream."),
+    key(Upstream, "grant", None, "As in [default], for this upstream."),
+    key(Upstream, "offline_grant", None, "As in [default], for this upstream."),
+
+    key(Rule, "images", None, "Globs over upstream/repository:tag; `*` also crosses `/`."),
+    key(Rule, "policy", None, "As in [default], for these images."),
+    key(Rule, "fresh", None, "As in [default], for these images."),
+    key(Rule, "stale", None, "As in [default], for these images."),
+    key(Rule, "budget", None, "As in [default], for these images."),
+    key(Rule, "absent", None, "As in [default], for these images."),
+
+    key(Connect, "tunnel", Some("[]"), "Hosts that CONNECT may tunnel to unread; this version tunnels nowhere, so it stays empty."),
+
+    key(Log, "level", Some(r#""info""#), "How much is told: \"error\", \"warn\", \"info\", \"debug\", \"trace\", or a filter as in \"info,ifnewer::upstream=debug\"."),
+    key(Log, "format", Some(r#""human""#), "How it is written: \"human\" or \"json\"."),
+
+    key(Limits, "connections_max", Some("4096"), "Connections at a time; further ones wait to be accepted."),
+    key(Limits, "connections_per_peer_max", Some("256"), "Connections at a time from one address; further ones are closed."),
+    key(Limits, "streams_per_connection_max", Some("100"), "Requests at a time on one HTTP/2 connection."),
+    key(Limits, "fetches_max", Some("512"), "Requests at a time to all upstreams together."),
+    key(Limits, "fetches_per_upstream_max", Some("32"), "Requests at a time to one upstream."),
+    key(Limits, "handshake_timeout", Some(r#""10s""#), "How long a TLS handshake may take."),
+    key(Limits, "header_timeout", Some(r#""10s""#), "How long a client may take to send a request's header."),
+    key(Limits, "idle_timeout", Some(r#""60s""#), "How long a connection may be without a request."),
+    key(Limits, "write_timeout", Some(r#""60s""#), "How long a client may go without taking a single byte of an answer."),
+    key(Limits, "drain", Some(r#""30s""#), "How long requests under way may take to end after SIGTERM."),
+];
+
+/// Keys that are planned but not built: named, so that whoever writes one learns that it is not a typing error.
+pub(super) const NOT_YET: &[(Section, &str, &str)] = &[
+    (Upstream, "docker_config", "use `username` and `password_file`"),
+    (
+        Upstream,
+        "credential_helper",
+        "use `username` and `password_file`",
+    ),
+];
+
+/// Short forms of variables, named like the flags.
+pub(super) const SHORT_VARIABLES: &[(&str, &str)] = &[
+    ("IFNEWER_LISTEN", "IFNEWER_LISTEN_REGISTRY"),
+    ("IFNEWER_ADMIN", "IFNEWER_LISTEN_ADMIN"),
+    ("IFNEWER_LOG", "IFNEWER_LOG_LEVEL"),
+];
+
+/// Variables that are not settings: they are read by the command line.
+pub(super) const OTHER_VARIABLES: &[&str] = &["IFNEWER_CONFIG"];

@@ -1,0 +1,97 @@
+//! What an upstream's name means: one upstream, which exists and is not ourselves.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use http::Uri;
+
+use super::fault::{At, Report};
+use super::upstream::Configured;
+use super::value::{Wrong, nearest};
+
+/// A name must mean one upstream, or a client's credential could be sent to the wrong one.
+pub(super) fn refuse_shared(configured: &[Configured], report: &mut Report<'_>) {
+    let mut seen: Vec<(&str, &str)> = Vec::new();
+    let existing = configured.iter().filter(|upstream| !upstream.is_disabled());
+    for upstream in existing.clone() {
+        seen.push((&upstream.name, &upstream.name));
+    }
+    for upstream in existing.clone() {
+        for (at, host) in &upstream.hosts {
+            if let Some((_, owner)) = seen.iter().find(|(name, _)| name == host) {
+                let other = existing.clone().find(|upstream| &*upstream.name == *owner);
+                let (at, message) = match (at, other) {
+                    // A host that comes with a well-known upstream: the mistake is at the other one.
+                    (At::Default, Some(other)) => (
+                        &other.table.at,
+                        format!("`{host}` is a host of the upstream `{}`", upstream.name),
+                    ),
+                    _ => (at, format!("`{host}` already means the upstream `{owner}`")),
+                };
+                let help = "a name means one upstream: leave it out in one of the two places".to_owned();
+                report.tell(at, upstream.table.path("hosts"), message, Some(help));
+            }
+            seen.push((host, &upstream.name));
+        }
+    }
+}
+
+/// An upstream at our own address would have every request come round and round.
+pub(super) fn refuse_loops(configured: &[Configured], listening: &[SocketAddr], report: &mut Report<'_>) {
+    for upstream in configured {
+        for (at, url) in &upstream.urls {
+            let address = url.parse::<Uri>().ok().and_then(|uri| {
+                let host = uri.host()?.trim_start_matches('[').trim_end_matches(']');
+                let host = if host == "localhost" { "127.0.0.1" } else { host };
+                let port = uri.port_u16().unwrap_or(if uri.scheme_str() == Some("https") {
+                    443
+                } else {
+                    80
+                });
+                Some(SocketAddr::new(host.parse().ok()?, port))
+            });
+            let is_ours = |address: SocketAddr| {
+                listening.iter().any(|own| {
+                    let covers =
+                        own.ip() == address.ip() || (own.ip().is_unspecified() && address.ip().is_loopback());
+                    covers && own.port() == address.port()
+                })
+            };
+            if address.is_some_and(is_ours) {
+                let message = format!("`{url}` is ifnewer's own address: it would ask itself");
+                report.tell(
+                    at,
+                    upstream.table.path("url"),
+                    message,
+                    Some("name the registry itself".to_owned()),
+                );
+            }
+        }
+    }
+}
+
+/// The upstream of exactly that name, or what is wrong with the name.
+pub(super) fn find(name: &str, configured: &[Configured]) -> Result<Arc<str>, Wrong> {
+    if let Some(found) = configured.iter().find(|upstream| &*upstream.name == name) {
+        return if found.is_disabled() {
+            let help = Some(format!("remove enabled = false from [upstream.\"{name}\"]"));
+            Err(Wrong {
+                message: format!("the upstream `{name}` is disabled"),
+                help,
+            })
+        } else {
+            Ok(Arc::clone(&found.name))
+        };
+    }
+    let existing = || configured.iter().filter(|upstream| !upstream.is_disabled());
+    let by_host = existing().find(|upstream| upstream.hosts.iter().any(|(_, host)| host == name));
+    let help = match (by_host, nearest(name, existing().map(|upstream| &*upstream.name))) {
+        (Some(upstream), _) => format!("its name is `{}`", upstream.name),
+        (None, Some(nearest)) => format!("did you mean `{nearest}`?"),
+        (None, None) => format!("add a section [upstream.\"{name}\"]"),
+    };
+    Err(Wrong {
+        message: format!("the upstream `{name}` is not configured"),
+        help: Some(help),
+    })
+}

@@ -1,0 +1,94 @@
+//! What is in effect, for `ifnewer check`: every fact in words that can be searched for in the configuration.
+
+use std::fmt::{self, Display, Formatter};
+use std::time::Duration;
+
+use bytesize::ByteSize;
+
+use super::{Access, Admin, Config, LogFormat, Plain, Proxy, UpstreamConfig};
+use crate::policy::rules::Rule;
+
+/// Prints the effective configuration, without secrets.
+pub struct Summary<'a>(pub(super) &'a Config);
+
+impl Display for Summary<'_> {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        let config = self.0;
+        let addresses: Vec<String> = config.listen.registry.iter().map(ToString::to_string).collect();
+        let plain = match config.listen.plain {
+            Plain::Loopback => "plain HTTP from loopback",
+            Plain::Any => "plain HTTP from anywhere",
+            Plain::Nobody => "TLS only",
+        };
+        writeln!(f, "data      {}", config.data.display())?;
+        writeln!(f, "registry  {} ({plain})", addresses.join(", "))?;
+        match &config.listen.admin {
+            Admin::Off => writeln!(f, "admin     off")?,
+            Admin::Tcp(address) => writeln!(f, "admin     {address}")?,
+            Admin::Unix(path) => writeln!(f, "admin     unix:{}", path.display())?,
+        }
+        match &config.tls.own {
+            Some(own) => writeln!(f, "tls       {}", own.certificate.display())?,
+            None => writeln!(
+                f,
+                "tls       made by ourselves in {}",
+                config.tls.folder.display()
+            )?,
+        }
+        let (size, free) = (
+            ByteSize(config.store.bytes_max),
+            ByteSize(config.store.free_bytes_min),
+        );
+        writeln!(f, "store     {size}, {free} left free")?;
+        let format = match config.log.format {
+            LogFormat::Human => "human",
+            LogFormat::Json => "json",
+        };
+        writeln!(f, "log       {}, {format}", config.log.level)?;
+        writeln!(
+            f,
+            "\nupstreams (a client that names none means {})",
+            config.default_upstream
+        )?;
+        for upstream in &config.upstreams {
+            write_upstream(f, upstream, config.rules.otherwise(&upstream.name))?;
+        }
+        let rules: Vec<_> = config.rules.names().collect();
+        if !rules.is_empty() {
+            writeln!(f, "\nrules (the first match wins)")?;
+        }
+        for rule in rules {
+            writeln!(f, "  {rule}")?;
+        }
+        Ok(())
+    }
+}
+
+fn write_upstream(f: &mut Formatter<'_>, upstream: &UpstreamConfig, rule: &Rule) -> fmt::Result {
+    write!(f, "  {}  {}", upstream.name, upstream.urls.join(", "))?;
+    match (upstream.access, &upstream.credential) {
+        (Access::Proven, _) => {}
+        (Access::Shared, None) => f.write_str(", shared")?,
+        (Access::Shared, Some(credential)) => write!(f, ", shared, as {}", credential.username)?,
+    }
+    match &upstream.proxy {
+        Proxy::Environment => {}
+        Proxy::None => f.write_str(", no proxy")?,
+        Proxy::Url(url) => write!(f, ", through {url}")?,
+    }
+    let stale = rule.stale.map_or_else(|| "forever".to_owned(), in_words);
+    writeln!(
+        f,
+        ": {}, fresh {}, stale {stale}, budget {}, absent {}, grant {}, offline_grant {}",
+        rule.policy,
+        in_words(rule.fresh),
+        in_words(rule.budget),
+        rule.absent.name(),
+        in_words(rule.grant),
+        in_words(rule.offline_grant),
+    )
+}
+
+fn in_words(duration: Duration) -> String {
+    humantime::format_duration(duration).to_string()
+}

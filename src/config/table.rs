@@ -1,0 +1,276 @@
+//! A section of the configuration: which values its keys have, and where each comes from.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+use toml::Spanned;
+use toml::de::DeValue;
+
+use super::fault::{At, Report, Told};
+use super::keys::Section;
+use super::value::Text;
+
+/// A section with the values given for its keys, or their defaults.
+#[derive(Clone)]
+pub(super) struct Table {
+    pub(super) section: Section,
+    /// The name of the upstream, or the number of the rule.
+    pub(super) name: String,
+    pub(super) at: At,
+    entries: BTreeMap<&'static str, Entry>,
+}
+
+/// A value and where it comes from.
+#[derive(Clone)]
+pub(super) struct Entry {
+    pub(super) at: At,
+    pub(super) value: Value,
+}
+
+/// A value before its meaning is known.
+#[derive(Clone)]
+pub(super) enum Value {
+    Text(String),
+    Number(i64),
+    Switch(bool),
+    List(Vec<Entry>),
+    /// Of a kind that no key has.
+    Other(&'static str),
+    /// From a variable or a flag, where everything is text.
+    Untyped(String),
+}
+
+impl Table {
+    /// A section in which nothing was written: the defaults.
+    pub(super) fn new(section: Section, name: impl Into<String>, at: At) -> Self {
+        let entries = section
+            .keys()
+            .filter_map(|key| {
+                let value = DeValue::parse(key.default?).ok()?;
+                Some((key.name, Entry::of_default(value.get_ref())))
+            })
+            .collect();
+        Self {
+            section,
+            name: name.into(),
+            at,
+            entries,
+        }
+    }
+
+    /// A key's full name, as the operator knows it.
+    pub(super) fn path(&self, key: &str) -> String {
+        match self.section {
+            Section::Top => key.to_owned(),
+            Section::Upstream => format!("upstream.\"{}\".{key}", self.name),
+            Section::Rule => format!("rule {}: {key}", self.name),
+            section => format!("{}.{key}", section.name()),
+        }
+    }
+
+    /// Where a key was given; where the section begins, if it was not.
+    pub(super) fn at(&self, key: &str) -> &At {
+        self.entries
+            .get(key)
+            .map(|entry| &entry.at)
+            .filter(|at| **at != At::Default)
+            .unwrap_or(&self.at)
+    }
+
+    /// Where a key's value comes from, be it the default.
+    pub(super) fn entry_at(&self, key: &str) -> &At {
+        self.entries.get(key).map_or(&At::Default, |entry| &entry.at)
+    }
+
+    /// Whether a key was given, and not only its default holds.
+    pub(super) fn is_given(&self, key: &str) -> bool {
+        self.entries.get(key).is_some_and(|entry| entry.at != At::Default)
+    }
+
+    pub(super) fn set(&mut self, key: &'static str, entry: Entry) {
+        self.entries.insert(key, entry);
+    }
+
+    /// A text-shaped value that is given or has a default.
+    pub(super) fn text<T>(&self, report: &mut Report<'_>, key: &str, kind: &Text<T>) -> Result<T, Told> {
+        self.text_if_set(report, key, kind)?
+            .ok_or_else(|| self.unset(report, key))
+    }
+
+    /// A text-shaped value that may be left out.
+    pub(super) fn text_if_set<T>(
+        &self,
+        report: &mut Report<'_>,
+        key: &str,
+        kind: &Text<T>,
+    ) -> Result<Option<T>, Told> {
+        let Some(entry) = self.entries.get(key) else {
+            return Ok(None);
+        };
+        one(report, &self.path(key), entry, kind).map(Some)
+    }
+
+    /// A list of text-shaped values, each with its place. One value alone counts as a list where `or_one` says so.
+    pub(super) fn list_if_set<T>(
+        &self,
+        report: &mut Report<'_>,
+        key: &str,
+        kind: &Text<T>,
+        or_one: bool,
+    ) -> Result<Option<Vec<(At, T)>>, Told> {
+        let Some(entry) = self.entries.get(key) else {
+            return Ok(None);
+        };
+        let path = self.path(key);
+        let read: Vec<_> = match &entry.value {
+            Value::List(entries) => entries
+                .iter()
+                .map(|entry| Ok((entry.at.clone(), one(report, &path, entry, kind)?)))
+                .collect(),
+            Value::Untyped(text) => text
+                .split(',')
+                .map(str::trim)
+                .filter(|text| !text.is_empty())
+                .map(|text| Entry {
+                    at: entry.at.clone(),
+                    value: Value::Untyped(text.to_owned()),
+                })
+                .map(|entry| Ok((entry.at.clone(), one(report, &path, &entry, kind)?)))
+                .collect(),
+            Value::Text(_) if or_one => {
+                vec![one(report, &path, entry, kind).map(|value| (entry.at.clone(), value))]
+            }
+            other => {
+                let message = format!("expected a list, found {}", other.kind());
+                vec![Err(report.tell(
+                    &entry.at,
+                    path,
+                    message,
+                    Some(format!("write [{}]", kind.example)),
+                ))]
+            }
+        };
+        read.into_iter().collect::<Result<Vec<_>, Told>>().map(Some)
+    }
+
+    /// A list that is given or has a default.
+    pub(super) fn list<T>(
+        &self,
+        report: &mut Report<'_>,
+        key: &str,
+        kind: &Text<T>,
+    ) -> Result<Vec<(At, T)>, Told> {
+        self.list_if_set(report, key, kind, false)?
+            .ok_or_else(|| self.unset(report, key))
+    }
+
+    /// A whole number within a range.
+    pub(super) fn number(
+        &self,
+        report: &mut Report<'_>,
+        key: &str,
+        range: Range<usize>,
+    ) -> Result<usize, Told> {
+        let Some(entry) = self.entries.get(key) else {
+            return Err(self.unset(report, key));
+        };
+        let number = match &entry.value {
+            Value::Number(number) => Some(*number),
+            Value::Untyped(text) => text.parse().ok(),
+            _ => None,
+        };
+        let Some(number) = number else {
+            let message = format!("expected a whole number, found {}", entry.value.kind());
+            return Err(report.tell(&entry.at, self.path(key), message, None));
+        };
+        usize::try_from(number)
+            .ok()
+            .filter(|number| range.contains(number))
+            .ok_or_else(|| {
+                let message = format!(
+                    "{number} is outside of {} to {}",
+                    range.start,
+                    range.end.saturating_sub(1)
+                );
+                report.tell(&entry.at, self.path(key), message, None)
+            })
+    }
+
+    /// `true` or `false`.
+    pub(super) fn switch(&self, report: &mut Report<'_>, key: &str) -> Result<bool, Told> {
+        let Some(entry) = self.entries.get(key) else {
+            return Err(self.unset(report, key));
+        };
+        match &entry.value {
+            Value::Switch(on) => Ok(*on),
+            other => {
+                let message = format!("expected true or false, found {}", other.kind());
+                Err(report.tell(
+                    &entry.at,
+                    self.path(key),
+                    message,
+                    Some("write true or false, without quotes".to_owned()),
+                ))
+            }
+        }
+    }
+
+    /// A key without default that must be given.
+    fn unset(&self, report: &mut Report<'_>, key: &str) -> Told {
+        report.tell(&self.at, self.path(key), format!("`{key}` is missing"), None)
+    }
+}
+
+fn one<T>(report: &mut Report<'_>, path: &str, entry: &Entry, kind: &Text<T>) -> Result<T, Told> {
+    match &entry.value {
+        Value::Text(text) | Value::Untyped(text) => {
+            (kind.parse)(text).map_err(|wrong| report.tell(&entry.at, path, wrong.message, wrong.help))
+        }
+        other => {
+            let message = format!("expected {}, found {}", kind.expected, other.kind());
+            Err(report.tell(
+                &entry.at,
+                path,
+                message,
+                Some(format!("write it in quotes, as in {}", kind.example)),
+            ))
+        }
+    }
+}
+
+impl Entry {
+    /// A value of the file.
+    pub(super) fn read(value: &Spanned<DeValue<'_>>) -> Self {
+        Self::with(value.get_ref(), At::Span(value.span()), &Self::read)
+    }
+
+    fn of_default(value: &DeValue<'_>) -> Self {
+        Self::with(value, At::Default, &|element| Self::of_default(element.get_ref()))
+    }
+
+    fn with(value: &DeValue<'_>, at: At, each: &dyn Fn(&Spanned<DeValue<'_>>) -> Self) -> Self {
+        let value = match value {
+            DeValue::String(text) => Value::Text(text.to_string()),
+            DeValue::Integer(number) => i64::from_str_radix(number.as_str(), number.radix())
+                .map_or(Value::Other("a number that is too large"), Value::Number),
+            DeValue::Boolean(on) => Value::Switch(*on),
+            DeValue::Array(entries) => Value::List(entries.iter().map(each).collect()),
+            DeValue::Float(_) => Value::Other("a fraction"),
+            DeValue::Datetime(_) => Value::Other("a date"),
+            DeValue::Table(_) => Value::Other("a table"),
+        };
+        Self { at, value }
+    }
+}
+
+impl Value {
+    fn kind(&self) -> &'static str {
+        match self {
+            Self::Text(_) | Self::Untyped(_) => "a text",
+            Self::Number(_) => "a number",
+            Self::Switch(_) => "true or false",
+            Self::List(_) => "a list",
+            Self::Other(kind) => kind,
+        }
+    }
+}

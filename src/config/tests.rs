@@ -1,0 +1,296 @@
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "tests may fail loudly"
+)]
+
+mod bad;
+mod files;
+mod overlay;
+mod printed;
+
+use std::fmt::Write as _;
+
+use super::*;
+use crate::policy::{Absence, Policy};
+
+const FIXTURE: &str = include_str!("../../config/ifnewer.toml");
+
+fn read(text: &str) -> Config {
+    Config::read(text, Path::new("/etc/ifnewer/ifnewer.toml")).unwrap_or_else(|faults| panic!("{faults}"))
+}
+
+/// A text with variables and flags, read at the working directory.
+fn gather(
+    text: &str,
+    variables: &[(&str, &str)],
+    flags: &[(&'static str, &'static str, &str)],
+) -> Result<Config, Faults> {
+    Config::gather(&Sources {
+        data: PathBuf::from("/home/user/.cache/ifnewer"),
+        text,
+        origin: Path::new(""),
+        variables: variables
+            .iter()
+            .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()))
+            .collect(),
+        flags: flags
+            .iter()
+            .map(|(name, key, value)| Flag {
+                name,
+                key,
+                value: (*value).to_owned(),
+            })
+            .collect(),
+    })
+}
+
+fn same(left: &Config, right: &Config) {
+    assert_eq!(format!("{left:#?}"), format!("{right:#?}"));
+}
+
+#[test]
+fn an_empty_file_works() {
+    let config = read("");
+    assert_eq!(config.data, Path::new("/var/cache/ifnewer"));
+    assert_eq!(&*config.default_upstream, "docker.io");
+    assert_eq!(config.listen.registry, ["127.0.0.1:5000".parse().unwrap()]);
+    assert_eq!(config.listen.plain, Plain::Loopback);
+    assert_eq!(config.listen.admin, Admin::Tcp("127.0.0.1:5001".parse().unwrap()));
+    assert_eq!(
+        config.tls,
+        Tls {
+            folder: PathBuf::from("/etc/ifnewer/certs"),
+            names: vec![],
+            own: None
+        }
+    );
+    assert_eq!(
+        config.store,
+        StoreSize {
+            bytes_max: 50 << 30,
+            free_bytes_min: 5 << 30
+        }
+    );
+    assert_eq!(
+        config.log,
+        Log {
+            level: "info".to_owned(),
+            format: LogFormat::Human
+        }
+    );
+    assert_eq!(config.limits.connections_max, 4096);
+    assert_eq!(config.limits.drain, Duration::from_secs(30));
+
+    let rule = config.rules.otherwise("docker.io");
+    assert_eq!(
+        (&*rule.name, rule.policy, rule.absent),
+        ("default", Policy::IfNewer, Absence::Refuse)
+    );
+    assert_eq!(
+        (rule.fresh, rule.stale, rule.budget),
+        (Duration::ZERO, None, Duration::from_secs(2))
+    );
+    assert_eq!(
+        (rule.grant.as_secs(), rule.offline_grant.as_secs()),
+        (300, 43_200)
+    );
+}
+
+#[test]
+fn the_well_known_upstreams_exist() {
+    let config = read("");
+    let names: Vec<&str> = config.upstreams.iter().map(|upstream| &*upstream.name).collect();
+    assert_eq!(
+        names,
+        WELL_KNOWN.iter().map(|known| known.name).collect::<Vec<_>>()
+    );
+    let hub = config.upstream("index.docker.io").unwrap();
+    assert_eq!(&*hub.name, "docker.io");
+    assert_eq!(hub.urls, ["https://registry-1.docker.io"]);
+    assert_eq!(hub.access, Access::Proven);
+    assert_eq!(hub.credential, None);
+    assert_eq!(config.upstream("quay.io").unwrap().urls, ["https://quay.io"]);
+    assert!(config.upstream("example.org").is_none());
+}
+
+#[test]
+fn the_fixture_is_the_default() {
+    same(&read(FIXTURE), &read(""));
+}
+
+#[test]
+fn the_fixture_with_every_comment_removed_is_the_default() {
+    let mut text = String::new();
+    let mut keys = 0;
+    for line in FIXTURE.lines() {
+        let setting = line
+            .strip_prefix('#')
+            .filter(|rest| rest.starts_with(|c: char| c.is_ascii_lowercase()));
+        keys += usize::from(setting.is_some());
+        writeln!(text, "{}", setting.unwrap_or(line)).unwrap();
+    }
+    assert!(keys > 30, "{keys}");
+    same(&read(&text), &read(""));
+}
+
+#[test]
+fn the_fixture_shows_every_key_with_its_default() {
+    for key in KEYS {
+        let line = key.default.map_or_else(
+            || key.name.to_owned(),
+            |default| format!("#{} = {default}", key.name),
+        );
+        assert!(FIXTURE.contains(&line), "config/ifnewer.toml lacks {line}");
+        assert!(key.doc.ends_with('.'), "{}", key.path());
+    }
+    for known in WELL_KNOWN {
+        assert!(FIXTURE.contains(known.name), "{}", known.name);
+    }
+}
+
+#[test]
+fn paths_in_the_file_start_at_its_folder() {
+    let config = read("data = \"d\"\n[tls]\nfolder = \"/t\"\ncertificate = \"c.pem\"\nkey = \"../k.pem\"");
+    assert_eq!(config.data, Path::new("/etc/ifnewer/d"));
+    assert_eq!(config.tls.folder, Path::new("/t"));
+    let own = config.tls.own.unwrap();
+    assert_eq!(
+        (own.certificate, own.key),
+        ("/etc/ifnewer/c.pem".into(), "/etc/ifnewer/../k.pem".into())
+    );
+}
+
+#[test]
+fn upstreams_are_added_changed_and_removed() {
+    let config = read(
+        r#"
+        default_upstream = "registry.example.org:5000"
+        [upstream."registry.example.org:5000"]
+        url = ["https://a.example.org/", "http://b.example.org:8080/registry/"]
+        hosts = ["r.example.org"]
+        access = "shared"
+        proxy = "http://proxy.example.org:3128/"
+        connect_timeout = "500ms"
+        policy = "always"
+        stale = "1h"
+        [upstream."plain.example.org"]
+        [upstream."docker.io"]
+        url = "https://mirror.example.org"
+        offline_grant = "24h"
+        [upstream."quay.io"]
+        enabled = false
+        "#,
+    );
+    let added = config.upstream("r.example.org").unwrap();
+    assert_eq!(
+        added.urls,
+        ["https://a.example.org", "http://b.example.org:8080/registry"]
+    );
+    assert_eq!(added.access, Access::Shared);
+    assert_eq!(
+        added.proxy,
+        Proxy::Url("http://proxy.example.org:3128".to_owned())
+    );
+    assert_eq!(added.connect_timeout, Duration::from_millis(500));
+    let rule = config.rules.otherwise(&added.name);
+    assert_eq!(
+        (&*rule.name, rule.policy),
+        ("upstream registry.example.org:5000", Policy::Always)
+    );
+    assert_eq!(rule.stale, Some(Duration::from_secs(3600)));
+
+    assert_eq!(
+        config.upstream("plain.example.org").unwrap().urls,
+        ["https://plain.example.org"]
+    );
+    let hub = config.upstream("registry-1.docker.io").unwrap();
+    assert_eq!(hub.urls, ["https://mirror.example.org"]);
+    assert_eq!(
+        config.rules.otherwise("docker.io").offline_grant,
+        Duration::from_secs(86_400)
+    );
+    assert!(config.upstream("quay.io").is_none());
+    assert_eq!(config.upstreams.len(), WELL_KNOWN.len() + 1);
+}
+
+#[test]
+fn rules_hold_in_their_order() {
+    let config = read(
+        r#"
+        [default]
+        fresh = "1m"
+        [upstream."ghcr.io"]
+        budget = "1s"
+        [[rule]]
+        images = ["ghcr.io/acme/*:nightly-*"]
+        policy = "always"
+        [[rule]]
+        images = ["docker.io/nginx", "ghcr.io/acme/*"]
+        absent = "serve"
+        stale = "forever"
+        "#,
+    );
+    let find = |upstream, repository: &str, tag: &str| {
+        config.rules.find(
+            upstream,
+            &repository.parse().unwrap(),
+            Some(&tag.parse().unwrap()),
+        )
+    };
+    let nightly = find("ghcr.io", "acme/web", "nightly-1");
+    assert_eq!(
+        (&*nightly.name, nightly.policy),
+        ("rule 1: ghcr.io/acme/*:nightly-*", Policy::Always)
+    );
+    assert_eq!((nightly.fresh.as_secs(), nightly.budget.as_secs()), (60, 1));
+    let stable = find("ghcr.io", "acme/web", "v1");
+    assert_eq!(
+        (&*stable.name, stable.absent),
+        ("rule 2: docker.io/nginx, ghcr.io/acme/*", Absence::Serve)
+    );
+    assert_eq!(
+        &*find("docker.io", "library/nginx", "v1").name,
+        "rule 2: docker.io/nginx, ghcr.io/acme/*"
+    );
+    assert_eq!(&*find("ghcr.io", "other/web", "v1").name, "upstream ghcr.io");
+}
+
+#[test]
+fn the_summary_says_what_is_in_effect() {
+    let text = "[[rule]]\nimages = [\"ghcr.io/acme/*\"]\npolicy = \"never\"\n[upstream.\"quay.io\"]\npolicy = \"always\"";
+    let summary = read(text).summary().to_string();
+    for line in [
+        "registry  127.0.0.1:5000 (plain HTTP from loopback)",
+        "admin     127.0.0.1:5001",
+        "store     50.0 GiB, 5.0 GiB left free",
+        "  quay.io  https://quay.io: always, fresh 0s, stale forever, budget 2s, absent refuse, grant 5m, offline_grant 12h",
+        "  rule 1: ghcr.io/acme/*",
+    ] {
+        assert!(summary.lines().any(|l| l == line), "{line}\n{summary}");
+    }
+}
+
+proptest::proptest! {
+    #[test]
+    fn no_text_makes_it_panic(text in "[\\[\\]a-z_.=\"\n 0-9:/*@,#{}]{0,200}") {
+        let _ = Config::read(&text, Path::new("f.toml")).map_err(|faults| faults.to_string());
+    }
+
+    #[test]
+    fn no_value_makes_it_panic(key in 0..KEYS.len(), value in "\\PC{0,40}") {
+        let key = &KEYS[key];
+        let header = match key.section {
+            Section::Top => String::new(),
+            Section::Upstream => "[upstream.\"example.org\"]".to_owned(),
+            Section::Rule => "[[rule]]".to_owned(),
+            section => format!("[{}]", section.name()),
+        };
+        for value in [value.clone(), format!("'{value}'"), format!("['{value}']")] {
+            let text = format!("{header}\n{} = {value}", key.name);
+            let _ = Config::read(&text, Path::new("f.toml")).map_err(|faults| faults.to_string());
+        }
+    }
+}

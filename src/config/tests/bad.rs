@@ -1,0 +1,195 @@
+//! What is refused, with the place and the sentence.
+
+use std::path::Path;
+
+use super::gather;
+use crate::config::{Config, Faults};
+
+fn faults(text: &str) -> Faults {
+    Config::read(text, Path::new("f.toml"))
+        .map(|config| panic!("accepted {text}: {config:?}"))
+        .unwrap_err()
+}
+
+/// The first line of each fault, without the file's name.
+fn told(faults: &Faults) -> Vec<String> {
+    let first = |fault: &crate::config::Fault| fault.to_string().lines().next().unwrap_or("").to_owned();
+    faults
+        .iter()
+        .map(first)
+        .map(|line| line.strip_prefix("f.toml:").unwrap_or(&line).to_owned())
+        .collect()
+}
+
+#[test]
+fn every_mistake_is_told_with_its_place() {
+    #[rustfmt::skip]
+    let table = [
+        // The grammar of TOML.
+        ("data = always", "1:8: a text needs quotes"),
+        ("[listen\nplain = \"any\"", "1:8: unclosed table, expected `]`"),
+        ("data = \"a\"\ndata = \"b\"", "2:1: duplicate key"),
+        ("[store]\nsize = \"1 GiB", "2:14: invalid basic string, expected `\"`"),
+        // Unknown keys and sections.
+        ("polcy = \"always\"", "1:1: unknown key `polcy`"),
+        ("\n[default]\n  polcy = \"always\"", "3:3: unknown key `polcy`"),
+        ("[defualt]\npolicy = \"always\"", "1:2: unknown key `defualt`"),
+        ("[listen]\ndefault_upstream = \"ghcr.io\"", "2:1: unknown key `default_upstream`"),
+        ("[upstream.\"ghcr.io\"]\ndocker_config = \"x\"", "2:1: this version does not know `docker_config` yet"),
+        ("[upstream.\"ghcr.io\"]\npassword = \"x\"", "2:1: unknown key `password`"),
+        ("[[rule]]\nimages = [\"*\"]\ngrant = \"5m\"", "3:1: unknown key `grant`"),
+        // Sections of the wrong shape.
+        ("listen = 5", "1:1: `listen` is a section"),
+        ("[rule]\nimages = []", "1:2: `rule` is a list of sections"),
+        ("rule = [1]", "1:9: a rule is a section"),
+        ("upstream = []", "1:1: `upstream` is a list of sections"),
+        ("[upstream]\n\"ghcr.io\" = 1", "2:1: an upstream is a section of its own"),
+        ("[upstream.ghcr.io]\npolicy = \"always\"", "1:11: an upstream's name with dots needs quotes"),
+        ("[upstream.registry.k8s.io]", "1:11: an upstream's name with dots needs quotes"),
+        // Kinds.
+        ("data = 5", "1:8: expected a path, found a number"),
+        ("[listen]\nregistry = \"127.0.0.1:5000\"", "2:12: expected a list, found a text"),
+        ("[default]\nbudget = 2", "2:10: expected a duration, found a number"),
+        ("[default]\nbudget = 2.5", "2:10: expected a duration, found a fraction"),
+        ("[limits]\nconnections_max = \"many\"", "2:19: expected a whole number, found a text"),
+        ("[limits]\nconnections_max = 0", "2:19: 0 is outside of 1 to 1000000"),
+        ("[limits]\nfetches_max = -5", "2:15: -5 is outside of 1 to 1000000"),
+        ("[limits]\nfetches_max = 99999999999999999999", "2:15: expected a whole number, found a number that is too large"),
+        ("[upstream.\"ghcr.io\"]\nenabled = \"no\"", "2:11: expected true or false, found a text"),
+        ("[tls]\nnames = [\"a.example.org\", 5]", "2:27: expected a host name or an address, found a number"),
+        // Durations and sizes.
+        ("[default]\nfresh = \"5\"", "2:9: the duration `5` has no unit"),
+        ("[default]\nfresh = \"5 parsecs\"", "2:9: `5 parsecs` is not a duration"),
+        ("[default]\nfresh = \"forever\"", "2:9: `forever` has no meaning here"),
+        ("[default]\nbudget = \"0s\"", "2:10: a time of zero would let nothing through"),
+        ("[store]\nsize = \"big\"", "2:8: `big` is not a size"),
+        ("[store]\nsize = \"50\"", "2:8: 50 B is too small to hold an image"),
+        // Choices.
+        ("[default]\npolicy = \"if-never\"", "2:10: `if-never` is none of \"always\", \"if-newer\", \"if-not-present\", \"never\""),
+        ("[default]\nabsent = \"keep\"", "2:10: `keep` is none of \"refuse\", \"serve\""),
+        ("[listen]\nplain = \"all\"", "2:9: `all` is none of \"loopback\", \"any\", \"nobody\""),
+        ("[log]\nlevel = \"verbose\"", "2:9: `verbose` is none of \"off\", \"error\", \"warn\", \"info\", \"debug\", \"trace\""),
+        ("[log]\nlevel = \"info,ifnewer=loud\"", "2:9: `info,ifnewer=loud` is not a filter"),
+        ("[log]\nformat = \"xml\"", "2:10: `xml` is none of \"human\", \"json\""),
+        // Addresses.
+        ("[listen]\nregistry = [\"127.0.0.1\"]", "2:13: `127.0.0.1` is not an address with a port"),
+        ("[listen]\nregistry = [\"127.0.0.1:1\", \":5000\"]", "2:28: `:5000` is not an address with a port"),
+        ("[listen]\nregistry = []", "2:12: without an address no client can reach the cache"),
+        ("[listen]\nregistry = [\"127.0.0.1:1\", \"127.0.0.1:1\"]", "2:28: `127.0.0.1:1` stands here twice"),
+        ("[listen]\nadmin = \"unix:admin.sock\"", "2:9: the path of a unix socket must be absolute"),
+        ("[listen]\nadmin = \"127.0.0.1:5000\"", "2:9: `127.0.0.1:5000` is an address of the registry already"),
+        ("data = \"\"", "1:8: an empty path"),
+        ("data = \"~/cache\"", "1:8: `~` is not expanded here"),
+        ("[tls]\ncertificate = \"c.pem\"", "2:15: `certificate` without `key`"),
+        ("[tls]\nnames = [\"https://cache\"]", "2:10: `https://cache` is not a name for a certificate"),
+        ("[connect]\ntunnel = [\"example.org\"]", "2:10: this version does not tunnel yet"),
+        // Upstreams.
+        ("default_upstream = \"dcker.io\"", "1:20: the upstream `dcker.io` is not configured"),
+        ("default_upstream = \"index.docker.io\"", "1:20: the upstream `index.docker.io` is not configured"),
+        ("default_upstream = \"quay.io\"\n[upstream.\"quay.io\"]\nenabled = false", "1:20: the upstream `quay.io` is disabled"),
+        ("[upstream.\"https://a.example.org\"]", "1:11: `https://a.example.org` is not a host name"),
+        ("[upstream.\"Example.org\"]", "1:11: the host name `Example.org` has capitals"),
+        ("[upstream.\"mirror\"]", "1:11: `mirror` cannot be told from a repository's name"),
+        ("[upstream.\"ghcr.io\"]\nurl = \"ghcr.io\"", "2:7: the URL has no scheme"),
+        ("[upstream.\"ghcr.io\"]\nurl = \"ftp://ghcr.io\"", "2:7: an upstream's URL begins with https:// or http://"),
+        ("[upstream.\"ghcr.io\"]\nurl = \"https://ghcr.io?x=y\"", "2:7: an upstream's URL has no query and no fragment"),
+        ("[upstream.\"ghcr.io\"]\nurl = \"https://ghcr.io#x\"", "2:7: an upstream's URL has no query and no fragment"),
+        ("[upstream.\"ghcr.io\"]\nurl = \"https://u:p@ghcr.io\"", "2:7: a URL holds no user and no password here"),
+        ("[upstream.\"ghcr.io\"]\nurl = \"https://ghcr.io:99999\"", "2:7: the URL's host or port is wrong"),
+        ("[upstream.\"ghcr.io\"]\nurl = \"https://\"", "2:7: not a URL"),
+        ("[upstream.\"ghcr.io\"]\nurl = \"https://ghcr.io/v2/\"", "2:7: `/v2` is added by itself"),
+        ("[upstream.\"ghcr.io\"]\nurl = []", "2:7: an empty list of URLs"),
+        ("[upstream.\"ghcr.io\"]\nurl = [\"https://a.io\", \"https://a.io/\"]", "2:24: `https://a.io` stands here twice"),
+        ("[upstream.\"ghcr.io\"]\nurl = \"http://localhost:5000\"", "2:7: `http://localhost:5000` is ifnewer's own address: it would ask itself"),
+        ("[upstream.\"ghcr.io\"]\nproxy = \"ftp://proxy\"", "2:9: a proxy's URL begins with http://, https:// or socks5://"),
+        ("[upstream.\"ghcr.io\"]\nproxy = \"http://u:p@proxy\"", "2:9: a URL holds no user and no password here"),
+        ("[upstream.\"ghcr.io\"]\nproxy = \"env\"", "2:9: `env` is none of \"environment\", \"none\""),
+        ("[upstream.\"ghcr.io\"]\nhosts = [\"quay.io\"]", "2:10: `quay.io` already means the upstream `quay.io`"),
+        ("[upstream.\"a.io\"]\nhosts = [\"x.io\"]\n[upstream.\"b.io\"]\nhosts = [\"x.io\"]", "4:10: `x.io` already means the upstream `a.io`"),
+        ("[upstream.\"index.docker.io\"]", "1:11: `index.docker.io` is a host of the upstream `docker.io`"),
+        ("[upstream.\"ghcr.io\"]\nusername = \"robot\"", "2:12: `username` without `password_file`"),
+        ("[upstream.\"ghcr.io\"]\npassword_file = \"p\"", "2:17: `password_file` without `username`"),
+        ("[upstream.\"ghcr.io\"]\nusername = \"a:b\"\npassword_file = \"p\"", "2:12: a user name has no `:` and no control characters"),
+        ("[upstream.\"ghcr.io\"]\nusername = \"robot\"\npassword_file = \"p\"",
+            "2:12: a credential of the proxy's own would open this upstream's private images to every client"),
+        ("[default]\ngrant = \"24h\"", "2:9: `grant` (1day) is longer than `offline_grant` (12h)"),
+        ("[upstream.\"ghcr.io\"]\noffline_grant = \"1m\"", "2:17: `grant` (5m) is longer than `offline_grant` (1m)"),
+        // Rules.
+        ("[[rule]]\npolicy = \"always\"", "1:1: a rule without images never holds"),
+        ("[[rule]]\nimages = []", "2:10: a rule without images never holds"),
+        ("[[rule]]\nimages = [\"ghcr.io/[\"]", "2:11: not a glob: unclosed character class; missing ']'"),
+        ("[[rule]]\nimages = [\"nginx:v1\"]", "2:11: the glob can match no image: an image is `upstream/repository`"),
+        ("[[rule]]\nimages = [\"ghcr.io/a@sha256:00\"]", "2:11: a rule cannot name a digest: what a digest names never changes"),
+        ("[[rule]]\nimages = [\"dcker.io/nginx\"]", "2:11: the upstream `dcker.io` is not configured"),
+        ("[[rule]]\nimages = [\"registry-1.docker.io/library/nginx\"]", "2:11: the upstream `registry-1.docker.io` is not configured"),
+        ("[[rule]]\nimages = [\"*:a\"]\n[[rule]]\nimages = [\"*:a\"]", "4:11: never reached: `*:a` stands already in rule 1"),
+    ];
+    for (text, expected) in table {
+        assert_eq!(told(&faults(text)), [expected], "{text}");
+    }
+}
+
+#[test]
+fn all_faults_are_told_at_once_in_the_order_of_the_file() {
+    let text = "
+polcy = 1
+[[rule]]
+images = [\"dcker.io/*\"]
+policy = \"if_newer\"
+[store]
+size = 5
+free = \"lots\"
+[upstream.\"ghcr.io\"]
+url = \"ghcr.io\"
+fresh = \"5\"
+";
+    let places: Vec<String> = told(&faults(text))
+        .iter()
+        .map(|line| line.split(": ").next().unwrap_or("").to_owned())
+        .collect();
+    assert_eq!(places, ["2:1", "4:11", "5:10", "7:8", "8:8", "10:7", "11:9"]);
+}
+
+#[test]
+fn a_wrong_variable_or_flag_is_told_by_its_name() {
+    let table = [
+        (
+            ("IFNEWER_STROE_SIZE", "1 GiB"),
+            "IFNEWER_STROE_SIZE: no setting has this name\nhelp: did you mean `IFNEWER_STORE_SIZE`?",
+        ),
+        (
+            ("IFNEWER_STORE_SIZE", "50"),
+            "IFNEWER_STORE_SIZE: 50 B is too small to hold an image\nhelp: did you mean \"50 GiB\"?",
+        ),
+        (
+            ("IFNEWER_LIMITS_CONNECTIONS_MAX", "x"),
+            "IFNEWER_LIMITS_CONNECTIONS_MAX: expected a whole number, found a text",
+        ),
+        (
+            ("IFNEWER_LOG", "loud"),
+            "IFNEWER_LOG: `loud` is none of \"off\", \"error\", \"warn\", \"info\", \"debug\", \"trace\"\nhelp: the choices are \"off\", \"error\", \"warn\", \"info\", \"debug\", \"trace\"",
+        ),
+        (
+            ("IFNEWER_LISTEN_REGISTRY", ","),
+            "IFNEWER_LISTEN_REGISTRY: without an address no client can reach the cache\nhelp: write [\"127.0.0.1:5000\"]",
+        ),
+        (
+            ("IFNEWER_UPSTREAM_URL", "x"),
+            "IFNEWER_UPSTREAM_URL: no setting has this name\nhelp: a variable is IFNEWER_SECTION_KEY, as in IFNEWER_STORE_SIZE",
+        ),
+    ];
+    for (variable, expected) in table {
+        assert_eq!(gather("", &[variable], &[]).unwrap_err().to_string(), expected);
+    }
+    let flag = ("--listen", "listen.registry", "localhost:5000");
+    assert_eq!(
+        gather("", &[], &[flag]).unwrap_err().to_string(),
+        "--listen: `localhost:5000` is not an address with a port\nhelp: write \"127.0.0.1:5000\""
+    );
+}
+
+#[test]
+fn a_text_beyond_all_measure_is_refused_unread() {
+    let text = "#".repeat(crate::config::TEXT_BYTES_MAX + 1);
+    assert_eq!(told(&faults(&text)), ["1:1: longer than 1048576 bytes"]);
+}

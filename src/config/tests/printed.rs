@@ -1,0 +1,98 @@
+//! How faults look to the one who must mend them.
+
+use std::path::Path;
+
+use crate::config::Config;
+
+fn printed(text: &str) -> String {
+    Config::read(text, Path::new("config/ifnewer.toml"))
+        .map(|_| "accepted")
+        .unwrap_err()
+        .to_string()
+}
+
+#[test]
+fn an_unknown_key_with_the_nearest_one() {
+    let text = "[store]\nsize = \"1 GiB\"\n\n[default]\n  polcy = \"always\" # for now\n";
+    let expected = r#"
+config/ifnewer.toml:5:3: unknown key `polcy`
+5 |   polcy = "always" # for now
+  |   ^^^^^
+help: did you mean `policy`?"#;
+    assert_eq!(printed(text), expected.trim_start());
+}
+
+#[test]
+fn a_key_in_the_wrong_section() {
+    let text = "[listen]\ndefault_upstream = \"ghcr.io\"\npolcy = \"never\"";
+    let expected = r#"
+config/ifnewer.toml:2:1: unknown key `default_upstream`
+2 | default_upstream = "ghcr.io"
+  | ^^^^^^^^^^^^^^^^
+help: `default_upstream` belongs to the top, before the first `[section]`
+
+config/ifnewer.toml:3:1: unknown key `polcy`
+3 | polcy = "never"
+  | ^^^^^
+help: did you mean `policy`? It belongs to `[default]`"#;
+    assert_eq!(printed(text), expected.trim_start());
+}
+
+#[test]
+fn the_caret_stands_under_the_value_after_tabs_and_wide_letters() {
+    let text = "\n".repeat(9) + "[upstream.\"ghcr.io\"]\n\t\"fresh\" = \"5 müde\"";
+    let expected = "
+config/ifnewer.toml:11:12: `5 müde` is not a duration
+11 | \t\"fresh\" = \"5 müde\"
+   | \t          ^^^^^^^^
+help: write a number and its unit: \"500ms\", \"30s\", \"5m\", \"12h\", \"7d\"";
+    assert_eq!(printed(&text), expected.trim_start());
+}
+
+#[test]
+fn secrets_are_masked() {
+    let text = "[upstream.\"ghcr.io\"]\npassword = \"hunter2\"\nurl = [\"https://robot:hunter2@ghcr.io\", \"http://a:hunter2@b\"]\n";
+    let expected = r#"
+config/ifnewer.toml:2:1: unknown key `password`
+2 | password = ***
+  | ^^^^^^^^
+help: a password does not belong here; put it into a file and name that as `password_file`
+
+config/ifnewer.toml:3:8: a URL holds no user and no password here
+3 | url = ["https://***@ghcr.io", "http://***@b"]
+  |        ^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^
+help: use `username` and `password_file`, with access = "shared""#;
+    let printed = printed(text);
+    assert!(printed.starts_with(expected.trim_start()), "{printed}");
+    assert!(!printed.contains("hunter2"), "{printed}");
+}
+
+#[test]
+fn a_credential_without_shared_access_is_refused_with_the_reason() {
+    let text = "[upstream.\"ghcr.io\"]\nusername = \"robot\"\npassword_file = \"/run/secrets/ghcr\"\n";
+    let expected = r#"
+config/ifnewer.toml:2:12: a credential of the proxy's own would open this upstream's private images to every client
+2 | username = "robot"
+  |            ^^^^^^^
+help: if everyone who reaches the listener may read them, add access = "shared"; else remove the credential, and clients use their own"#;
+    assert_eq!(printed(text), expected.trim_start());
+}
+
+#[test]
+fn a_choice_with_the_nearest_one() {
+    let expected = r#"
+config/ifnewer.toml:1:20: `if_newer` is none of "always", "if-newer", "if-not-present", "never"
+1 | default = { policy="if_newer" }
+  |                    ^^^^^^^^^^
+help: did you mean "if-newer"?"#;
+    assert_eq!(
+        printed("default = { policy=\"if_newer\" }"),
+        expected.trim_start()
+    );
+}
+
+#[test]
+fn control_characters_do_not_reach_the_terminal() {
+    let printed = printed("[default]\npolicy = \"a\u{9b}b\"\r\n# \u{85}");
+    assert!(printed.contains("policy = \"a\u{fffd}b\"\n"), "{printed:?}");
+}

@@ -1,0 +1,351 @@
+//! Upstreams: those everyone knows, those the operator adds, and what may be said about one.
+
+use std::fmt;
+use std::io::Read;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustls_pki_types::CertificateDer;
+use rustls_pki_types::pem::PemObject;
+use zeroize::Zeroizing;
+
+use super::document::Document;
+use super::fault::{At, Report, Told};
+use super::keys::Section;
+use super::table::Table;
+use super::{address, names, value};
+use crate::policy::rules::Changes;
+
+/// Longest file that is read whole: a password, a bundle of certificates.
+const FILE_BYTES_MAX: u64 = 4 * 1024 * 1024;
+
+/// An upstream that exists without being configured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WellKnown {
+    /// Its name in references.
+    pub name: &'static str,
+    /// Where it is.
+    pub url: &'static str,
+    /// Further names that mean it.
+    pub hosts: &'static [&'static str],
+}
+
+/// The upstreams that exist without being configured.
+#[rustfmt::skip] // One a line.
+pub const WELL_KNOWN: &[WellKnown] = &[
+    WellKnown { name: "docker.io", url: "https://registry-1.docker.io", hosts: &["index.docker.io", "registry-1.docker.io"] },
+    WellKnown { name: "ghcr.io", url: "https://ghcr.io", hosts: &[] },
+    WellKnown { name: "quay.io", url: "https://quay.io", hosts: &[] },
+    WellKnown { name: "registry.k8s.io", url: "https://registry.k8s.io", hosts: &[] },
+    WellKnown { name: "gcr.io", url: "https://gcr.io", hosts: &[] },
+    WellKnown { name: "public.ecr.aws", url: "https://public.ecr.aws", hosts: &[] },
+    WellKnown { name: "mcr.microsoft.com", url: "https://mcr.microsoft.com", hosts: &[] },
+    WellKnown { name: "registry.gitlab.com", url: "https://registry.gitlab.com", hosts: &[] },
+];
+
+/// A registry we fetch from.
+#[derive(Clone, Debug)]
+pub struct UpstreamConfig {
+    /// Its name in references: `docker.io`, `registry.example.org:5000`.
+    pub name: Arc<str>,
+    /// Where it is: absolute http(s) URLs without user, query, fragment and trailing slash; at least one, tried in order.
+    pub urls: Vec<String>,
+    /// Further host names that mean it.
+    pub hosts: Vec<String>,
+    /// Whose right counts there.
+    pub access: Access,
+    /// The proxy's own credential there. Only with [`Access::Shared`].
+    pub credential: Option<Credential>,
+    /// Certificates to trust besides the system's, DER.
+    pub roots: Vec<Vec<u8>>,
+    /// The way there.
+    pub proxy: Proxy,
+    /// How long a connection may take to come about.
+    pub connect_timeout: Duration,
+}
+
+impl UpstreamConfig {
+    /// Whether this is its name or one of its hosts.
+    pub fn is_called(&self, name_or_host: &str) -> bool {
+        &*self.name == name_or_host || self.hosts.iter().any(|host| host == name_or_host)
+    }
+}
+
+/// Whose right to read counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// Each client's own, shown by the upstream's yes to its credential.
+    Proven,
+    /// Whoever reaches the listener is entitled.
+    Shared,
+}
+
+/// The proxy's own credential. The password is overwritten in memory when it is dropped, and never printed.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Credential {
+    /// The user.
+    pub username: String,
+    /// Its password, or a token.
+    pub password: Zeroizing<String>,
+}
+
+impl fmt::Debug for Credential {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Credential")
+            .field("username", &self.username)
+            .finish_non_exhaustive()
+    }
+}
+
+/// The way to an upstream.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Proxy {
+    /// As `HTTPS_PROXY`, `HTTP_PROXY` and `NO_PROXY` say.
+    Environment,
+    /// Straight.
+    None,
+    /// Through this one: a URL without user and password.
+    Url(String),
+}
+
+/// An upstream as read, with where it stands, for the checks that need more than one section.
+pub(super) struct Configured {
+    pub(super) name: Arc<str>,
+    pub(super) table: Table,
+    pub(super) changes: Changes,
+    pub(super) hosts: Vec<(At, String)>,
+    pub(super) urls: Vec<(At, String)>,
+    /// `None`: it does not exist, or something is wrong with it, which was told.
+    state: State,
+}
+
+enum State {
+    Exists(UpstreamConfig),
+    Disabled,
+    Faulty,
+}
+
+impl Configured {
+    pub(super) fn into_config(self) -> Option<UpstreamConfig> {
+        match self.state {
+            State::Exists(config) => Some(config),
+            State::Disabled | State::Faulty => None,
+        }
+    }
+
+    pub(super) fn is_disabled(&self) -> bool {
+        matches!(self.state, State::Disabled)
+    }
+}
+
+/// The well-known upstreams as changed by the file, then the others in the order of the file.
+pub(super) fn read_all(document: &Document, report: &mut Report<'_>) -> Vec<Configured> {
+    let untouched = |known: &WellKnown| Table::new(Section::Upstream, known.name, At::Default);
+    let of_file = |known: &WellKnown| {
+        document
+            .upstreams
+            .iter()
+            .find(|table| table.name == known.name)
+            .cloned()
+    };
+    let known = WELL_KNOWN
+        .iter()
+        .map(|known| of_file(known).unwrap_or_else(|| untouched(known)));
+    let others = document
+        .upstreams
+        .iter()
+        .filter(|table| well_known(&table.name).is_none())
+        .cloned();
+    let configured: Vec<_> = known.chain(others).map(|table| read(table, report)).collect();
+    names::refuse_shared(&configured, report);
+    configured
+}
+
+fn well_known(name: &str) -> Option<&'static WellKnown> {
+    WELL_KNOWN.iter().find(|known| known.name == name)
+}
+
+fn read(table: Table, report: &mut Report<'_>) -> Configured {
+    let name: Arc<str> = Arc::from(table.name.as_str());
+    let is_named = check_name(&table, report);
+    let enabled = table.switch(report, "enabled");
+    let changes = super::build::changes(&table, report);
+    let urls = urls(&table, report);
+    let hosts = hosts(&table, report);
+    let access = table.text(report, "access", &value::ACCESS);
+    let credential = access.and_then(|access| credential(&table, access, report));
+    let roots = roots(&table, report);
+    let proxy = table.text(report, "proxy", &value::PROXY);
+    let connect_timeout = table.text(report, "connect_timeout", &value::TIMEOUT);
+
+    let found_urls = urls.as_ref().map_or_else(|_| Vec::new(), Clone::clone);
+    let found_hosts = hosts.as_ref().map_or_else(|_| Vec::new(), Clone::clone);
+    let config = || {
+        is_named?;
+        Ok(UpstreamConfig {
+            name: Arc::clone(&name),
+            urls: urls?.into_iter().map(|(_, url)| url).collect(),
+            hosts: hosts?.into_iter().map(|(_, host)| host).collect(),
+            access: access?,
+            credential: credential?,
+            roots: roots?,
+            proxy: proxy?,
+            connect_timeout: connect_timeout?,
+        })
+    };
+    let state = match (enabled, config()) {
+        (Ok(false), _) => State::Disabled,
+        (Ok(true), Ok::<_, Told>(config)) => State::Exists(config),
+        _ => State::Faulty,
+    };
+    let changes = changes.unwrap_or_default();
+    Configured {
+        name,
+        table,
+        changes,
+        hosts: found_hosts,
+        urls: found_urls,
+        state,
+    }
+}
+
+/// An image's first component is an upstream only if it looks like a host; else it is part of a repository's name.
+fn check_name(table: &Table, report: &mut Report<'_>) -> Result<(), Told> {
+    let name = table.name.as_str();
+    let path = format!("upstream.\"{name}\"");
+    match address::host(name) {
+        Ok(_) if name.contains(['.', ':']) || name == "localhost" => Ok(()),
+        Ok(_) => {
+            let message = format!("`{name}` cannot be told from a repository's name");
+            let help = "name the upstream as images do: a host name with a dot or a port".to_owned();
+            Err(report.tell(&table.at, path, message, Some(help)))
+        }
+        Err(wrong) => Err(report.tell(&table.at, path, wrong.message, wrong.help)),
+    }
+}
+
+fn urls(table: &Table, report: &mut Report<'_>) -> Result<Vec<(At, String)>, Told> {
+    let Some(urls) = table.list_if_set(report, "url", &value::URL, true)? else {
+        let url =
+            well_known(&table.name).map_or_else(|| format!("https://{}", table.name), |k| k.url.to_owned());
+        return Ok(vec![(At::Default, url)]);
+    };
+    if urls.is_empty() {
+        let help = "leave the key out for https:// and the upstream's name".to_owned();
+        return Err(report.tell(
+            table.at("url"),
+            table.path("url"),
+            "an empty list of URLs",
+            Some(help),
+        ));
+    }
+    for (index, (at, url)) in urls.iter().enumerate() {
+        if urls.iter().take(index).any(|(_, earlier)| earlier == url) {
+            report.tell(at, table.path("url"), format!("`{url}` stands here twice"), None);
+        }
+    }
+    Ok(urls)
+}
+
+fn hosts(table: &Table, report: &mut Report<'_>) -> Result<Vec<(At, String)>, Told> {
+    if let Some(hosts) = table.list_if_set(report, "hosts", &value::HOST, false)? {
+        return Ok(hosts);
+    }
+    let hosts = well_known(&table.name).map_or(&[][..], |known| known.hosts);
+    Ok(hosts
+        .iter()
+        .map(|host| (At::Default, (*host).to_owned()))
+        .collect())
+}
+
+fn credential(table: &Table, access: Access, report: &mut Report<'_>) -> Result<Option<Credential>, Told> {
+    let username = table.text_if_set(report, "username", &value::USERNAME);
+    let file = table.text_if_set(report, "password_file", &value::PATH);
+    let (username, file) = match (username?, file?) {
+        (None, None) => return Ok(None),
+        (Some(username), Some(file)) => (username, file),
+        (username, _) => {
+            let (given, missing) = if username.is_some() {
+                ("username", "password_file")
+            } else {
+                ("password_file", "username")
+            };
+            let message = format!("`{given}` without `{missing}`");
+            return Err(report.tell(
+                table.at(given),
+                table.path(given),
+                message,
+                Some(format!("add `{missing}`")),
+            ));
+        }
+    };
+    if access != Access::Shared {
+        let message =
+            "a credential of the proxy's own would open this upstream's private images to every client";
+        let help = "if everyone who reaches the listener may read them, add access = \"shared\"; else remove the \
+                    credential, and clients use their own";
+        return Err(report.tell(
+            table.at("username"),
+            table.path("username"),
+            message,
+            Some(help.to_owned()),
+        ));
+    }
+    let bytes = read_file(table, "password_file", &file, report)?;
+    let text = Zeroizing::new(bytes);
+    let password = std::str::from_utf8(&text).map(|text| text.trim_end_matches(['\r', '\n']));
+    match password {
+        Ok(password) if !password.is_empty() => Ok(Some(Credential {
+            username,
+            password: Zeroizing::new(password.to_owned()),
+        })),
+        Ok(_) => Err(report.tell(
+            table.at("password_file"),
+            table.path("password_file"),
+            "the file is empty",
+            None,
+        )),
+        Err(_) => Err(report.tell(
+            table.at("password_file"),
+            table.path("password_file"),
+            "the file is not text",
+            None,
+        )),
+    }
+}
+
+fn roots(table: &Table, report: &mut Report<'_>) -> Result<Vec<Vec<u8>>, Told> {
+    let Some(file) = table.text_if_set(report, "ca_file", &value::PATH)? else {
+        return Ok(Vec::new());
+    };
+    let pem = read_file(table, "ca_file", &file, report)?;
+    let certificates: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&pem)
+        .map(|der| der.map(|der| der.to_vec()))
+        .collect();
+    match certificates {
+        Ok(certificates) if !certificates.is_empty() => Ok(certificates),
+        Ok(_) => {
+            let help = "it should contain -----BEGIN CERTIFICATE-----".to_owned();
+            let message = "there is no certificate in the file";
+            Err(report.tell(table.at("ca_file"), table.path("ca_file"), message, Some(help)))
+        }
+        Err(error) => {
+            let message = format!("the file is not PEM: {error}");
+            Err(report.tell(table.at("ca_file"), table.path("ca_file"), message, None))
+        }
+    }
+}
+
+fn read_file(table: &Table, key: &str, path: &Path, report: &mut Report<'_>) -> Result<Vec<u8>, Told> {
+    let path = report.resolve(table.at(key), path.to_owned());
+    let mut bytes = Vec::new();
+    let read =
+        std::fs::File::open(&path).and_then(|file| file.take(FILE_BYTES_MAX + 1).read_to_end(&mut bytes));
+    let message = match read {
+        Ok(_) if bytes.len() as u64 <= FILE_BYTES_MAX => return Ok(bytes),
+        Ok(_) => format!("{} is longer than {FILE_BYTES_MAX} bytes", path.display()),
+        Err(error) => format!("cannot read {}: {error}", path.display()),
+    };
+    Err(report.tell(table.at(key), table.path(key), message, None))
+}

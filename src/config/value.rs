@@ -1,0 +1,300 @@
+//! From the text of one value to the value: what each kind of value is, and how it is read.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Duration;
+
+use bytesize::ByteSize;
+
+use super::address::{address, host, proxy_url, url};
+use super::{Access, Admin, LogFormat, Plain, Proxy};
+use crate::policy::rules::{Pattern, Staleness};
+use crate::policy::{Absence, Policy};
+
+/// A value that is written as text.
+pub(super) struct Text<T> {
+    /// What it is, with its article.
+    pub(super) expected: &'static str,
+    /// One, as it would be written.
+    pub(super) example: &'static str,
+    /// Reads it.
+    pub(super) parse: fn(&str) -> Result<T, Wrong>,
+}
+
+/// Why a text is not the value expected.
+#[derive(Debug)]
+pub(super) struct Wrong {
+    pub(super) message: String,
+    pub(super) help: Option<String>,
+}
+
+/// Shorthand: what is wrong, and what to write instead.
+pub(super) fn wrong<T>(message: impl Into<String>, help: impl Into<String>) -> Result<T, Wrong> {
+    Err(Wrong {
+        message: message.into(),
+        help: Some(help.into()),
+    })
+}
+
+pub(super) const DURATION: Text<Duration> = Text {
+    expected: "a duration",
+    example: r#""5m""#,
+    parse: duration,
+};
+
+pub(super) const STALENESS: Text<Staleness> = Text {
+    expected: "a duration or \"forever\"",
+    example: r#""7d""#,
+    parse: |text| match text {
+        "forever" => Ok(Staleness::Forever),
+        text => duration(text).map(Staleness::For),
+    },
+};
+
+/// A time that something may take: "0s" would mean never.
+pub(super) const TIMEOUT: Text<Duration> = Text {
+    expected: "a duration",
+    example: r#""10s""#,
+    parse: |text| match duration(text)? {
+        Duration::ZERO => wrong(
+            "a time of zero would let nothing through",
+            r#"write how long it may take, as in "10s""#,
+        ),
+        time => Ok(time),
+    },
+};
+
+pub(super) const SIZE: Text<u64> = Text {
+    expected: "a size",
+    example: r#""50 GiB""#,
+    parse: size,
+};
+
+/// A store smaller than this holds no image at all.
+const STORE_BYTES_MIN: u64 = 1024 * 1024;
+
+pub(super) const STORE_SIZE: Text<u64> = Text {
+    expected: "a size",
+    example: r#""50 GiB""#,
+    parse: |text| match size(text)? {
+        bytes if bytes < STORE_BYTES_MIN => {
+            let help = if text.bytes().all(|b| b.is_ascii_digit()) {
+                format!("did you mean \"{text} GiB\"?")
+            } else {
+                "a store holds at least \"1 MiB\"".to_owned()
+            };
+            wrong(format!("{} is too small to hold an image", ByteSize(bytes)), help)
+        }
+        bytes => Ok(bytes),
+    },
+};
+
+pub(super) const ADDRESS: Text<SocketAddr> = Text {
+    expected: "an address with its port",
+    example: r#""127.0.0.1:5000""#,
+    parse: address,
+};
+
+pub(super) const ADMIN: Text<Admin> = Text {
+    expected: "an address with its port, \"unix:/path\" or \"off\"",
+    example: r#""127.0.0.1:5001""#,
+    parse: |text| match (text, text.strip_prefix("unix:")) {
+        ("off", _) => Ok(Admin::Off),
+        (_, Some(path)) if path.starts_with('/') => Ok(Admin::Unix(PathBuf::from(path))),
+        (_, Some(_)) => wrong(
+            "the path of a unix socket must be absolute",
+            r#"as in "unix:/run/ifnewer/admin.sock""#,
+        ),
+        (text, None) => address(text).map(Admin::Tcp),
+    },
+};
+
+pub(super) const PLAIN: Text<Plain> = Text {
+    expected: "a choice",
+    example: r#""loopback""#,
+    parse: |text| {
+        let choices = [
+            ("loopback", Plain::Loopback),
+            ("any", Plain::Any),
+            ("nobody", Plain::Nobody),
+        ];
+        choice(text, &choices)
+    },
+};
+
+pub(super) const POLICY: Text<Policy> = Text {
+    expected: "a policy",
+    example: r#""if-newer""#,
+    parse: |text| choice(text, &Policy::ALL.map(|policy| (policy.name(), policy))),
+};
+
+pub(super) const ABSENT: Text<Absence> = Text {
+    expected: "a choice",
+    example: r#""refuse""#,
+    parse: |text| choice(text, &Absence::ALL.map(|absence| (absence.name(), absence))),
+};
+
+pub(super) const ACCESS: Text<Access> = Text {
+    expected: "a choice",
+    example: r#""proven""#,
+    parse: |text| choice(text, &[("proven", Access::Proven), ("shared", Access::Shared)]),
+};
+
+pub(super) const LOG_FORMAT: Text<LogFormat> = Text {
+    expected: "a choice",
+    example: r#""human""#,
+    parse: |text| choice(text, &[("human", LogFormat::Human), ("json", LogFormat::Json)]),
+};
+
+pub(super) const LOG_LEVEL: Text<String> = Text {
+    expected: "a level or a filter",
+    example: r#""info""#,
+    parse: log_level,
+};
+
+pub(super) const PATH: Text<PathBuf> = Text {
+    expected: "a path",
+    example: r#""/var/cache/ifnewer""#,
+    parse: |text| match text {
+        "" => wrong("an empty path", "leave the key out, or name a file or folder"),
+        text if text.contains('\0') => wrong("no path holds a NUL", "write it without"),
+        text if text.starts_with('~') => wrong("`~` is not expanded here", "write the path in full"),
+        text => Ok(PathBuf::from(text)),
+    },
+};
+
+pub(super) const URL: Text<String> = Text {
+    expected: "a URL",
+    example: r#""https://registry.example.org""#,
+    parse: url,
+};
+
+pub(super) const PROXY: Text<Proxy> = Text {
+    expected: "\"environment\", \"none\" or a URL",
+    example: r#""http://proxy.example.org:3128""#,
+    parse: |text| match text {
+        "environment" => Ok(Proxy::Environment),
+        "none" => Ok(Proxy::None),
+        text if text.contains("://") => proxy_url(text).map(Proxy::Url),
+        text => choice(
+            text,
+            &[("environment", Proxy::Environment), ("none", Proxy::None)],
+        ),
+    },
+};
+
+pub(super) const HOST: Text<String> = Text {
+    expected: "a host name",
+    example: r#""registry.example.org""#,
+    parse: host,
+};
+
+/// A name or an address on a certificate: without a port.
+pub(super) const CERTIFICATE_NAME: Text<String> = Text {
+    expected: "a host name or an address",
+    example: r#""cache.example.org""#,
+    parse: |text| match text.parse::<std::net::IpAddr>() {
+        Ok(_) => Ok(text.to_owned()),
+        Err(_) if text.contains(':') => wrong(
+            format!("`{text}` is not a name for a certificate"),
+            "leave out the scheme and the port",
+        ),
+        Err(_) => host(text.strip_prefix("*.").unwrap_or(text)).map(|_| text.to_owned()),
+    },
+};
+
+pub(super) const USERNAME: Text<String> = Text {
+    expected: "a user name",
+    example: r#""robot""#,
+    parse: |text| match text {
+        "" => wrong(
+            "an empty user name",
+            "leave the key out to go without a credential",
+        ),
+        text if text.contains(':') || text.chars().any(char::is_control) => wrong(
+            "a user name has no `:` and no control characters",
+            "the password goes into a file, named by `password_file`",
+        ),
+        text => Ok(text.to_owned()),
+    },
+};
+
+pub(super) const PATTERN: Text<Pattern> = Text {
+    expected: "a glob over images",
+    example: r#""ghcr.io/acme/*:nightly-*""#,
+    parse: |text| match Pattern::from_str(text) {
+        Ok(pattern) => Ok(pattern),
+        Err(error) => wrong(error.to_string(), r#"write it as in "ghcr.io/acme/*:nightly-*""#),
+    },
+};
+
+/// One of the choices, or the nearest and all of them.
+pub(super) fn choice<T: Clone>(text: &str, choices: &[(&'static str, T)]) -> Result<T, Wrong> {
+    if let Some((_, value)) = choices.iter().find(|(name, _)| *name == text) {
+        return Ok(value.clone());
+    }
+    let names = choices.iter().map(|(name, _)| *name);
+    let quoted: Vec<String> = names.clone().map(|name| format!("\"{name}\"")).collect();
+    let help = match nearest(&text.replace('_', "-"), names) {
+        Some(name) => format!("did you mean \"{name}\"?"),
+        None => format!("the choices are {}", quoted.join(", ")),
+    };
+    wrong(format!("`{text}` is none of {}", quoted.join(", ")), help)
+}
+
+/// The candidate that was probably meant. `None` rather than a far-fetched one.
+pub(super) fn nearest<'a>(text: &str, candidates: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
+    let text = text.to_lowercase();
+    candidates
+        .into_iter()
+        .map(|candidate| (strsim::damerau_levenshtein(&text, candidate), candidate))
+        .filter(|(distance, candidate)| *distance <= candidate.chars().count().max(3) / 3)
+        .min_by_key(|(distance, _)| *distance)
+        .map(|(_, candidate)| candidate)
+}
+
+fn duration(text: &str) -> Result<Duration, Wrong> {
+    let bare = !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
+    match humantime::parse_duration(text) {
+        Ok(duration) if !bare => Ok(duration),
+        _ if bare => wrong(
+            format!("the duration `{text}` has no unit"),
+            format!("did you mean \"{text}s\"?"),
+        ),
+        _ if text == "forever" => wrong("`forever` has no meaning here", "write a duration, as in \"30d\""),
+        _ => wrong(
+            format!("`{text}` is not a duration"),
+            r#"write a number and its unit: "500ms", "30s", "5m", "12h", "7d""#,
+        ),
+    }
+}
+
+fn size(text: &str) -> Result<u64, Wrong> {
+    match ByteSize::from_str(text) {
+        Ok(size) => Ok(size.as_u64()),
+        Err(_) => wrong(
+            format!("`{text}` is not a size"),
+            r#"write a number and its unit: "500 MiB", "50 GiB", "1 TB""#,
+        ),
+    }
+}
+
+fn log_level(text: &str) -> Result<String, Wrong> {
+    const LEVELS: [&str; 6] = ["off", "error", "warn", "info", "debug", "trace"];
+    let word = text.to_lowercase();
+    if LEVELS.contains(&word.as_str()) {
+        return Ok(word);
+    }
+    if !text.contains('=') && !text.contains(',') {
+        // Taken for a target by the filter's grammar, and then nothing at all would be logged.
+        return choice(text, &LEVELS.map(|level| (level, level.to_owned())));
+    }
+    match tracing_subscriber::EnvFilter::builder().parse(text) {
+        Ok(_) => Ok(text.to_owned()),
+        Err(_) => wrong(
+            format!("`{text}` is not a filter"),
+            r#"write it as in "info,ifnewer::upstream=debug""#,
+        ),
+    }
+}

@@ -1,0 +1,88 @@
+//! Settings from the environment and the command line: laid over what the file says.
+
+use super::Sources;
+use super::document::Document;
+use super::fault::{At, Report};
+use super::keys::{KEYS, Key, OTHER_VARIABLES, SHORT_VARIABLES};
+use super::table::{Entry, Value};
+use super::value::nearest;
+
+const PREFIX: &str = "IFNEWER_";
+
+/// A setting given on the command line.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Flag {
+    /// The flag, as in `--listen`.
+    pub name: &'static str,
+    /// The key it sets, as in `listen.registry`.
+    pub key: &'static str,
+    /// What it was given; several values are joined by commas.
+    pub value: String,
+}
+
+/// Lays the variables over the file, then the flags over both.
+pub(super) fn overlay(document: &mut Document, sources: &Sources<'_>, report: &mut Report<'_>) {
+    for (name, value) in &sources.variables {
+        if !name.starts_with(PREFIX) || OTHER_VARIABLES.contains(&name.as_str()) || is_service_link(name) {
+            continue;
+        }
+        match key_of(name) {
+            // What a composed environment leaves empty is meant as unset.
+            Some(_) if value.is_empty() => {}
+            Some(key) => replace(document, key, At::Variable(name.clone()), value),
+            None => {
+                let at = At::Variable(name.clone());
+                report.tell(
+                    &at,
+                    name.as_str(),
+                    "no setting has this name",
+                    Some(suggestion(name)),
+                );
+            }
+        }
+    }
+    for flag in &sources.flags {
+        if let Some(key) = KEYS.iter().find(|key| key.path() == flag.key) {
+            replace(document, key, At::Flag(flag.name), &flag.value);
+        }
+    }
+}
+
+fn replace(document: &mut Document, key: &Key, at: At, value: &str) {
+    let value = Value::Untyped(value.to_owned());
+    document.replace(key.section, key.name, Entry { at, value });
+}
+
+fn suggestion(variable: &str) -> String {
+    let known: Vec<String> = KEYS
+        .iter()
+        .filter_map(Key::variable)
+        .map(|name| name.to_lowercase())
+        .collect();
+    match nearest(variable, known.iter().map(String::as_str)) {
+        Some(name) => format!("did you mean `{}`?", name.to_uppercase()),
+        None => "a variable is IFNEWER_SECTION_KEY, as in IFNEWER_STORE_SIZE".to_owned(),
+    }
+}
+
+fn key_of(variable: &str) -> Option<&'static Key> {
+    let variable = SHORT_VARIABLES
+        .iter()
+        .find(|(short, _)| *short == variable)
+        .map_or(variable, |(_, full)| full);
+    KEYS.iter()
+        .find(|key| key.variable().as_deref() == Some(variable))
+}
+
+/// Kubernetes gives every pod variables about the services of its namespace. A service named `ifnewer` must not keep
+/// ifnewer from starting: `IFNEWER_SERVICE_HOST`, `IFNEWER_PORT`, `IFNEWER_PORT_5000_TCP_ADDR`, and the same for
+/// `ifnewer-…`.
+fn is_service_link(name: &str) -> bool {
+    let after = |word: &str| name.split_once(word).map(|(_, rest)| rest);
+    name.ends_with("_SERVICE_HOST")
+        || after("_SERVICE_PORT").is_some_and(|rest| rest.is_empty() || rest.starts_with('_'))
+        || after("_PORT").is_some_and(|rest| {
+            let number = rest.trim_start_matches('_');
+            rest.is_empty() || (rest.starts_with('_') && number.starts_with(|c: char| c.is_ascii_digit()))
+        })
+}

@@ -1,0 +1,280 @@
+//! What is worth telling: each answer becomes one log line and one count, from the same named reasons.
+//!
+//! Labels name the upstream, never a repository or a tag: their number would have no bound, and private names would
+//! leave by the metrics.
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::time::Duration;
+
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::encoding::text::encode;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::Histogram;
+use prometheus_client::metrics::info::Info;
+use prometheus_client::registry::{Registry, Unit};
+
+/// One answer to a client.
+#[derive(Debug)]
+pub struct Answered<'a> {
+    /// The upstream's name; `-` where none was reached.
+    pub upstream: &'a str,
+    /// What was asked for.
+    pub kind: Kind,
+    /// What the client asked for, as path. For the log only.
+    pub path: &'a str,
+    /// Whether bytes came from the store, the upstream, or neither.
+    pub result: Outcome,
+    /// The reason's name.
+    pub reason: &'static str,
+    /// The status sent.
+    pub status: u16,
+    /// From the request's head to the answer's head.
+    pub took: Duration,
+}
+
+/// What kind of thing was asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// `/v2/`
+    Ping,
+    /// A manifest by tag.
+    Tag,
+    /// A manifest by digest.
+    Manifest,
+    /// A blob.
+    Blob,
+    /// Tags or referrers.
+    Listing,
+    /// None of these.
+    Other,
+}
+
+impl Kind {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Ping => "ping",
+            Self::Tag => "tag",
+            Self::Manifest => "manifest",
+            Self::Blob => "blob",
+            Self::Listing => "listing",
+            Self::Other => "other",
+        }
+    }
+}
+
+/// How an answer came about, coarsely: what a hit ratio is made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// Served from the store.
+    Hit,
+    /// Served from the store while the upstream could not be asked.
+    Stale,
+    /// Fetched for this client.
+    Miss,
+    /// Fetched in a transfer that another client had begun.
+    Coalesced,
+    /// Answered without bytes of an image.
+    Local,
+    /// Refused.
+    Refused,
+}
+
+impl Outcome {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Hit => "hit",
+            Self::Stale => "stale",
+            Self::Miss => "miss",
+            Self::Coalesced => "coalesced",
+            Self::Local => "local",
+            Self::Refused => "refused",
+        }
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct RequestLabels {
+    registry: Arc<str>,
+    kind: &'static str,
+    result: &'static str,
+    reason: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct SourceLabels {
+    source: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct UpstreamLabels {
+    registry: Arc<str>,
+}
+
+/// Where response bytes come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BytesFrom {
+    /// The store.
+    Disk,
+    /// A download that may be shared.
+    Download,
+}
+
+/// What is known only when someone looks: read at each scrape.
+#[derive(Clone, Debug, Default)]
+pub struct Levels {
+    /// Bytes of blobs and manifests held.
+    pub store_bytes: u64,
+    /// Blobs and manifests held.
+    pub store_objects: u64,
+    /// Transfers under way.
+    pub transfers: u64,
+    /// Whether each upstream answers, as its breaker sees it, and what is left of its allowance.
+    pub upstreams: Vec<(Arc<str>, bool, Option<u64>)>,
+}
+
+/// Counts and tells.
+#[derive(Clone)]
+pub struct Events {
+    requests: Family<RequestLabels, Counter>,
+    seconds: Histogram,
+    disk_bytes: Counter,
+    download_bytes: Counter,
+    store_bytes: Gauge<u64, AtomicU64>,
+    store_objects: Gauge<u64, AtomicU64>,
+    transfers: Gauge<u64, AtomicU64>,
+    upstream_up: Family<UpstreamLabels, Gauge<u64, AtomicU64>>,
+    rate_limit_remaining: Family<UpstreamLabels, Gauge<u64, AtomicU64>>,
+    registry: Arc<Registry>,
+}
+
+impl Default for Events {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Events {
+    /// Nothing counted yet.
+    pub fn new() -> Self {
+        let bytes = Family::<SourceLabels, Counter>::default();
+        let mut events = Self {
+            requests: Family::default(),
+            seconds: Histogram::new([0.001, 0.005, 0.02, 0.1, 0.5, 2.0, 10.0, 30.0]),
+            disk_bytes: bytes.get_or_create_owned(&SourceLabels { source: "disk" }),
+            download_bytes: bytes.get_or_create_owned(&SourceLabels { source: "download" }),
+            store_bytes: Gauge::default(),
+            store_objects: Gauge::default(),
+            transfers: Gauge::default(),
+            upstream_up: Family::default(),
+            rate_limit_remaining: Family::default(),
+            registry: Arc::default(),
+        };
+        let mut registry = Registry::with_prefix("ifnewer");
+        let version = Info::new([("version", env!("CARGO_PKG_VERSION"))]);
+        registry.register("build", "The program that runs", version);
+        registry.register(
+            "requests",
+            "Answers to clients, by their reason",
+            events.requests.clone(),
+        );
+        registry.register_with_unit(
+            "response",
+            "Bytes of blobs sent to clients, by where they came from",
+            Unit::Bytes,
+            bytes,
+        );
+        registry.register_with_unit(
+            "request_duration",
+            "From a request's head to its answer's head",
+            Unit::Seconds,
+            events.seconds.clone(),
+        );
+        registry.register_with_unit(
+            "store",
+            "Bytes of blobs and manifests held",
+            Unit::Bytes,
+            events.store_bytes.clone(),
+        );
+        registry.register(
+            "store_objects",
+            "Blobs and manifests held",
+            events.store_objects.clone(),
+        );
+        registry.register(
+            "transfers_in_progress",
+            "Downloads under way",
+            events.transfers.clone(),
+        );
+        registry.register(
+            "upstream_up",
+            "1 while the upstream answers, 0 while its breaker is open",
+            events.upstream_up.clone(),
+        );
+        registry.register(
+            "upstream_ratelimit_remaining",
+            "Pulls left in the upstream's window, where it says so",
+            events.rate_limit_remaining.clone(),
+        );
+        events.registry = Arc::new(registry);
+        events
+    }
+
+    /// Tells of an answer. A pull by tag is where a decision was made, so it is told at `info`; the rest at `debug`.
+    pub fn answered(&self, answered: &Answered<'_>) {
+        let Answered {
+            upstream,
+            kind,
+            path,
+            result,
+            reason,
+            status,
+            took,
+        } = *answered;
+        let labels = RequestLabels {
+            registry: upstream.into(),
+            kind: kind.name(),
+            result: result.name(),
+            reason,
+        };
+        self.requests.get_or_create(&labels).inc();
+        self.seconds.observe(took.as_secs_f64());
+        let ms = took.as_secs_f64() * 1_000.0;
+        let result = result.name();
+        if kind == Kind::Tag || status >= 500 {
+            tracing::info!(upstream, path, status, result, reason, ms, "answered");
+        } else {
+            tracing::debug!(upstream, path, status, result, reason, ms, "answered");
+        }
+    }
+
+    /// Counts bytes of a blob sent.
+    pub fn sent(&self, from: BytesFrom, bytes: u64) {
+        match from {
+            BytesFrom::Disk => self.disk_bytes.inc_by(bytes),
+            BytesFrom::Download => self.download_bytes.inc_by(bytes),
+        };
+    }
+
+    /// The metrics as text, with the levels of this moment.
+    pub fn text(&self, levels: &Levels) -> String {
+        self.store_bytes.set(levels.store_bytes);
+        self.store_objects.set(levels.store_objects);
+        self.transfers.set(levels.transfers);
+        for (name, up, remaining) in &levels.upstreams {
+            let labels = UpstreamLabels {
+                registry: Arc::clone(name),
+            };
+            self.upstream_up.get_or_create(&labels).set(u64::from(*up));
+            if let Some(remaining) = remaining {
+                self.rate_limit_remaining.get_or_create(&labels).set(*remaining);
+            }
+        }
+        let mut text = String::new();
+        // Writing to a string cannot fail.
+        let _ = encode(&mut text, &self.registry);
+        text
+    }
+}

@@ -1,0 +1,275 @@
+//! The road of a request: collect the [`Situation`], let [`decide`] judge it, carry the verdict out.
+//!
+//! Everything here is about *one* repository of *one* upstream: which door the client came through was settled before,
+//! and how the outcome looks in HTTP is settled after. The road never weighs evidence itself; it only gathers it.
+//!
+//! * `asking`: the question put to the upstream, shared by those who may share it, and what follows from the answer.
+//! * `manifest`: by tag and by digest. * `blob`: held, joined or led. * `listing`: tags and referrers.
+
+mod asking;
+mod blob;
+mod listing;
+mod manifest;
+pub mod passing;
+mod site;
+
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use bytes::Bytes;
+use http::HeaderValue;
+
+pub use asking::Asked;
+pub use listing::Listing;
+pub use site::{Access, Site};
+
+use crate::access::Evidence;
+use crate::clock::Clock;
+use crate::download::{Downloads, Reader};
+use crate::flight::Flights;
+use crate::oci::{Accept, Digest, MediaType, Operation, Reference, Repository, Tag};
+use crate::policy::rules::{Rule, Rules};
+use crate::policy::{Refusal, Served, Situation, Verdict, Why, decide};
+use crate::store::Store;
+use crate::store::blobs::HeldBlob;
+use crate::store::manifests::HeldManifest;
+use crate::upstream::{Answer, Caller};
+
+/// What the road needs of the world. Shared by every connection.
+pub struct Pull {
+    store: Arc<Store>,
+    downloads: Downloads,
+    rules: Rules,
+    clock: Clock,
+    secret: Vec<u8>,
+    questions: Flights<asking::Key, Arc<Answer>>,
+    manifests: Flights<asking::Key, Result<Arc<HeldManifest>, Arc<Answer>>>,
+}
+
+/// A request, whichever door it came through.
+pub struct Request {
+    /// The upstream it is about.
+    pub site: Arc<Site>,
+    /// What is asked for.
+    pub operation: Operation,
+    /// Whether only the head of the answer is wanted.
+    pub head: bool,
+    /// The media types that the client takes.
+    pub accept: Accept,
+    /// The client's `Authorization`, if it sent one that is not empty.
+    pub authorization: Option<HeaderValue>,
+    /// When it arrived.
+    pub now: SystemTime,
+}
+
+/// What the client gets, before it is HTTP.
+pub enum Outcome {
+    /// `GET /v2/`: here is a registry.
+    Ping,
+    /// A manifest, whole.
+    Manifest(Arc<HeldManifest>, How),
+    /// The head of a manifest that is not held: as the upstream gave it.
+    ManifestHead {
+        /// Which manifest.
+        digest: Digest,
+        /// Its media type.
+        media_type: MediaType,
+        /// Its size in bytes.
+        size: u64,
+    },
+    /// A blob.
+    Blob {
+        /// Which blob.
+        digest: Digest,
+        /// Its size in bytes; unknown only while it is being fetched from an upstream that does not say it.
+        size: Option<u64>,
+        /// Where its bytes come from.
+        content: Content,
+        /// Why it is served.
+        how: How,
+    },
+    /// A list of tags or referrers.
+    Listing(Listing, How),
+    /// Bytes of a kind that is never stored: passed through as they come.
+    Passed(passing::Passed),
+    /// No.
+    Refused(Refused),
+}
+
+/// Where the bytes of a blob come from.
+pub enum Content {
+    /// Only its head was asked for.
+    Head,
+    /// From memory.
+    Memory(Bytes),
+    /// From its file.
+    File(HeldBlob),
+    /// From a download under way.
+    Download(Reader),
+    /// From the upstream, because the disk cannot take it.
+    Passing(Box<passing::Passing>),
+}
+
+/// Why a client gets bytes, and how old they are.
+#[derive(Clone, Copy, Debug)]
+pub struct How {
+    /// The reason.
+    pub reason: Reason,
+    /// When the upstream last confirmed the tag; `None` for what is asked by digest.
+    pub confirmed_at: Option<SystemTime>,
+}
+
+/// The reason, from the cache's point of view.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reason {
+    /// From the store.
+    Held(Served),
+    /// From the upstream, for this client.
+    Fetched(Why),
+    /// From the upstream, in a transfer that another client had begun.
+    Joined,
+    /// From the upstream, not to be stored.
+    Passed,
+}
+
+impl Reason {
+    /// The name in the log, the metrics and `Cache-Status`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Held(served) => served.name(),
+            Self::Fetched(why) => why.name(),
+            Self::Joined => "joined",
+            Self::Passed => "passed",
+        }
+    }
+}
+
+/// A refusal, with what the upstream said where it was asked.
+#[derive(Debug)]
+pub struct Refused {
+    /// Why.
+    pub refusal: Refusal,
+    /// What the upstream answered.
+    pub answer: Option<Arc<Answer>>,
+    /// Whether the credential refused was the proxy's own.
+    pub own_credential: bool,
+}
+
+impl Pull {
+    /// A road over `store`; `secret` keys the principals.
+    pub fn new(store: Arc<Store>, downloads: Downloads, rules: Rules, clock: Clock) -> Self {
+        let secret = store.install_secret().to_vec();
+        Self {
+            store,
+            downloads,
+            rules,
+            clock,
+            secret,
+            questions: Flights::default(),
+            manifests: Flights::default(),
+        }
+    }
+
+    /// Answers a request. Total: whatever fails becomes a refusal with its reason.
+    pub async fn answer(self: &Arc<Self>, request: Request) -> Outcome {
+        match request.operation.clone() {
+            Operation::Ping => Outcome::Ping,
+            Operation::Manifest {
+                repository,
+                reference,
+            } => self.manifest(&request, &repository, reference).await,
+            Operation::Blob { repository, digest } => self.blob(&request, &repository, digest).await,
+            Operation::Tags { repository, .. } | Operation::Referrers { repository, .. } => {
+                self.listing(&request, &repository).await
+            }
+        }
+    }
+
+    /// What would be decided for `image` now, before asking anyone: for the operator's question "why".
+    pub fn why(
+        &self,
+        site: &Site,
+        repository: &Repository,
+        reference: &Reference,
+        now: SystemTime,
+    ) -> (Situation, Verdict, Arc<str>) {
+        let tag = match reference {
+            Reference::Tag(tag) => Some(tag),
+            Reference::Digest(_) => None,
+        };
+        let rule = self.rule(site, repository, tag);
+        let context = self.context(site, repository, None);
+        let situation = match reference {
+            Reference::Tag(tag) => {
+                let held = self.held_variant(site, repository, tag, &Accept::any());
+                let held = held.map(|(variant, _)| manifest::held(&variant));
+                context.situation(rule, crate::policy::Subject::Tag, held, true, now)
+            }
+            Reference::Digest(digest) => self.digest_situation(&context, rule, digest, now),
+        };
+        (situation, decide(&situation), Arc::clone(&rule.name))
+    }
+
+    /// The store, for those who look rather than pull.
+    pub fn store(&self) -> &Arc<Store> {
+        &self.store
+    }
+
+    /// The transfers under way.
+    pub fn downloads(&self) -> &Downloads {
+        &self.downloads
+    }
+
+    fn rule(&self, site: &Site, repository: &Repository, tag: Option<&Tag>) -> &Rule {
+        self.rules.find(site.name(), repository, tag)
+    }
+
+    /// Who asks, and what is known of their right in this repository.
+    fn context(&self, site: &Site, repository: &Repository, authorization: Option<&HeaderValue>) -> Context {
+        let (principal, caller) = site.caller(&self.secret, authorization);
+        let evidence = Evidence {
+            shared: site.is_shared(),
+            granted_at: self.store.grant(site.name(), repository, principal.as_bytes()),
+            public_at: self.store.public_since(site.name(), repository),
+            seen: false,
+        };
+        Context { caller, evidence }
+    }
+}
+
+/// Who asks in which repository, and with what right.
+struct Context {
+    caller: Caller,
+    evidence: Evidence,
+}
+
+impl Context {
+    fn situation(
+        &self,
+        rule: &Rule,
+        subject: crate::policy::Subject,
+        held: Option<crate::policy::Held>,
+        seen: bool,
+        now: SystemTime,
+    ) -> Situation {
+        let lifetimes = crate::access::Lifetimes {
+            grant: rule.grant,
+            offline_grant: rule.offline_grant,
+        };
+        let evidence = Evidence {
+            seen,
+            ..self.evidence
+        };
+        Situation {
+            policy: rule.policy,
+            subject,
+            held,
+            standing: crate::access::standing(&evidence, &lifetimes, now),
+            heard: crate::policy::Heard::Nothing,
+            absent: rule.absent,
+            fresh: rule.fresh,
+            stale: rule.stale,
+            now,
+        }
+    }
+}

@@ -1,0 +1,266 @@
+//! The question put to the upstream, and what follows from its answer.
+
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use tokio::task::spawn_blocking;
+
+use super::{Context, Pull, Request, Site};
+use crate::oci::{Accept, AnyDigest, Cause, Digest, MediaType, Operation, Reference, Repository};
+use crate::policy::{Heard, Situation, Verdict, Whose, decide};
+use crate::store::refs::{TagKey, Variant};
+use crate::upstream::{Answer, Caller, Credential, Said};
+
+/// How much older than now a kept grant or public mark may be before it is written again: a busy tag must not mean a
+/// write per pull.
+const RENEW_AFTER: Duration = Duration::from_secs(60);
+
+/// Which askers may share one question: same thing, same media types, same principal.
+#[derive(Clone, PartialEq, Eq, Hash)]
+pub(super) struct Key {
+    upstream: Arc<str>,
+    path: String,
+    accept: u64,
+    principal: [u8; 32],
+}
+
+impl Key {
+    pub(super) fn new(site: &Site, operation: &Operation, accept: &Accept, caller: &Caller) -> Self {
+        Self {
+            upstream: site.name().into(),
+            path: operation.path_and_query(),
+            accept: accept.key(),
+            principal: caller.principal,
+        }
+    }
+}
+
+/// What came of asking.
+pub struct Asked {
+    /// In the decision's words.
+    pub heard: Heard,
+    /// In the upstream's own, if it said anything.
+    pub answer: Option<Arc<Answer>>,
+}
+
+impl Pull {
+    /// Asks the upstream, waiting no longer than `budget` where the situation could be served without an answer.
+    pub(super) async fn ask(
+        self: &Arc<Self>,
+        request: &Request,
+        repository: &Repository,
+        context: &Context,
+        situation: &Situation,
+        budget: Duration,
+    ) -> Asked {
+        let silence = situation.having_heard(Heard::Silent(Cause::Budget));
+        let can_do_without = matches!(decide(&silence), Verdict::Serve(_));
+        if can_do_without && let Some(cause) = request.site.upstream().silent_now() {
+            return Asked {
+                heard: Heard::Silent(cause),
+                answer: None,
+            };
+        }
+        let flight = self.question(request, repository, &context.caller);
+        let answer = if can_do_without {
+            match tokio::time::timeout(budget, flight.landed()).await {
+                Ok(answer) => answer,
+                Err(_) => {
+                    return Asked {
+                        heard: Heard::Silent(Cause::Budget),
+                        answer: None,
+                    };
+                }
+            }
+        } else {
+            flight.landed().await
+        };
+        match answer {
+            Some(answer) => Asked {
+                heard: self.heard(&request.site, repository, &answer),
+                answer: Some(answer),
+            },
+            None => Asked {
+                heard: Heard::Silent(Cause::Busy),
+                answer: None,
+            },
+        }
+    }
+
+    fn question(
+        self: &Arc<Self>,
+        request: &Request,
+        repository: &Repository,
+        caller: &Caller,
+    ) -> crate::flight::Flight<Arc<Answer>> {
+        let key = Key::new(&request.site, &request.operation, &request.accept, caller);
+        self.questions.share(key, || {
+            let pull = Arc::clone(self);
+            let site = Arc::clone(&request.site);
+            let (operation, accept, caller) =
+                (request.operation.clone(), request.accept.clone(), caller.clone());
+            let repository = repository.clone();
+            async move {
+                let answer = site.upstream().head(&caller, &operation, &accept).await;
+                pull.learn(&site, &repository, &caller, &answer).await;
+                if let (Operation::Manifest { reference, .. }, Said::Is(digest)) = (&operation, answer.said) {
+                    if pull.may_name(&site, &repository, reference, &accept, &digest) {
+                        let media_type = answer.media_type.as_ref();
+                        pull.learn_name(&site, &repository, reference, &accept, digest, media_type)
+                            .await;
+                    } else {
+                        pull.note_seen(&site, &repository, digest).await;
+                    }
+                }
+                Arc::new(answer)
+            }
+        })
+    }
+
+    /// In the decision's words, what `answer` means for this repository.
+    pub(super) fn heard(&self, site: &Site, repository: &Repository, answer: &Answer) -> Heard {
+        match answer.said {
+            Said::Is(digest) => Heard::Named {
+                digest,
+                held: self.holds(site, repository, &digest),
+            },
+            Said::Unnamed => Heard::Unnamed,
+            Said::Absent => Heard::Absent,
+            Said::Forbidden if site.has_own_credential() => Heard::Refused(Whose::Proxy),
+            Said::Forbidden => Heard::Refused(Whose::Client),
+            Said::Silent(cause) => Heard::Silent(cause),
+            Said::Other(status) => Heard::Silent(Cause::Status(status.as_u16())),
+        }
+    }
+
+    /// Whether the manifest is in the store and was seen in this repository.
+    fn holds(&self, site: &Site, repository: &Repository, digest: &Digest) -> bool {
+        self.store.has_seen(site.name(), repository, digest)
+            && matches!(self.store.manifest(digest), Ok(Some(_)))
+    }
+
+    /// Keeps what an answer shows of the caller's right: a yes is a grant, a no ends it, anything else says nothing.
+    pub(super) async fn learn(
+        &self,
+        site: &Arc<Site>,
+        repository: &Repository,
+        caller: &Caller,
+        answer: &Answer,
+    ) {
+        let anonymous = matches!(caller.credential, Credential::Anonymous);
+        match answer.said {
+            Said::Is(_) | Said::Unnamed => self.learn_yes(site, repository, caller, anonymous).await,
+            Said::Forbidden => {
+                self.store.drop_grant(site.name(), repository, &caller.principal);
+                if anonymous && self.store.public_since(site.name(), repository).is_some() {
+                    self.note_public(site, repository, None).await;
+                }
+            }
+            Said::Absent | Said::Silent(_) | Said::Other(_) => {}
+        }
+    }
+
+    /// The upstream said yes to this caller in this repository.
+    pub(super) async fn learn_yes(
+        &self,
+        site: &Arc<Site>,
+        repository: &Repository,
+        caller: &Caller,
+        anonymous: bool,
+    ) {
+        let now = self.clock.now();
+        let outdated = |at: Option<SystemTime>| {
+            at.is_none_or(|at| now.duration_since(at).is_ok_and(|age| age >= RENEW_AFTER))
+        };
+        if anonymous {
+            if outdated(self.store.public_since(site.name(), repository)) {
+                self.note_public(site, repository, Some(now)).await;
+            }
+        } else if outdated(self.store.grant(site.name(), repository, &caller.principal)) {
+            self.store
+                .note_grant(site.name(), repository, &caller.principal, now);
+        }
+    }
+
+    async fn note_public(&self, site: &Arc<Site>, repository: &Repository, since: Option<SystemTime>) {
+        let (store, site, repository) = (Arc::clone(&self.store), Arc::clone(site), repository.clone());
+        let noted = spawn_blocking(move || store.note_public(site.name(), &repository, since)).await;
+        report(noted, "keep whether a repository is public");
+    }
+
+    /// Whether a tag may be said to name `digest` from now on: not while that is only a promise and another copy is
+    /// held, for were the promise broken, the held copy could no longer be found by its tag.
+    fn may_name(
+        &self,
+        site: &Site,
+        repository: &Repository,
+        reference: &Reference,
+        accept: &Accept,
+        digest: &Digest,
+    ) -> bool {
+        let Reference::Tag(tag) = reference else {
+            return true;
+        };
+        let held = |digest: &Digest| matches!(self.store.manifest(digest), Ok(Some(_)));
+        held(digest) || self.held_variant(site, repository, tag, accept).is_none()
+    }
+
+    /// Keeps which digest a tag names now, and that the digest was seen in this repository.
+    pub(super) async fn learn_name(
+        &self,
+        site: &Arc<Site>,
+        repository: &Repository,
+        reference: &Reference,
+        accept: &Accept,
+        digest: Digest,
+        media_type: Option<&MediaType>,
+    ) {
+        self.note_seen(site, repository, digest).await;
+        let (Reference::Tag(tag), Some(media_type)) = (reference, media_type) else {
+            return;
+        };
+        let key = TagKey {
+            upstream: site.name().into(),
+            repository: repository.clone(),
+            tag: tag.clone(),
+        };
+        let now = self.clock.now();
+        let variant = Variant {
+            accept: accept.key(),
+            digest,
+            media_type: media_type.clone(),
+            confirmed_at: now,
+            first_held_at: now,
+        };
+        let store = Arc::clone(&self.store);
+        let kept = spawn_blocking(move || store.keep_tag(&key, variant)).await;
+        report(kept, "keep which digest a tag names");
+    }
+
+    /// Keeps the proof that the upstream has `digest` in this repository.
+    pub(super) async fn note_seen(&self, site: &Arc<Site>, repository: &Repository, digest: Digest) {
+        if self.store.has_seen(site.name(), repository, &digest) {
+            return;
+        }
+        let (store, site, repository) = (Arc::clone(&self.store), Arc::clone(site), repository.clone());
+        let noted = spawn_blocking(move || store.note_seen(site.name(), &repository, &digest)).await;
+        report(noted, "keep that a digest was seen in a repository");
+    }
+
+    /// Whether `digest` was seen in this repository; never for a digest that cannot be verified.
+    pub(super) fn seen(&self, site: &Site, repository: &Repository, digest: &AnyDigest) -> bool {
+        match digest {
+            AnyDigest::Known(digest) => self.store.has_seen(site.name(), repository, digest),
+            AnyDigest::Foreign(_) => false,
+        }
+    }
+}
+
+/// A cache that cannot remember is slower, not broken: tell it and go on.
+pub(super) fn report<T>(done: Result<Result<T, crate::store::Fault>, tokio::task::JoinError>, deed: &str) {
+    match done {
+        Ok(Ok(_)) => {}
+        Ok(Err(fault)) => tracing::warn!(%fault, "could not {deed}"),
+        Err(_) => tracing::error!("the task to {deed} ended without an answer"),
+    }
+}

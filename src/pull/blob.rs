@@ -1,0 +1,345 @@
+//! Blobs: held, joined, or led.
+
+use std::sync::Arc;
+
+use super::asking::Asked;
+use super::manifest::refused;
+use super::{Content, Context, How, Outcome, Pull, Reason, Request, Site, passing};
+use crate::download::{Failure, Joined, Reader, Source, Stream};
+use crate::oci::{Accept, AnyDigest, Cause, Digest, Operation, Repository};
+use crate::policy::rules::Rule;
+use crate::policy::{
+    Heard, Held, Refusal, Served, Situation, Standing, Subject, Verdict, Whose, Why, decide,
+};
+use crate::upstream::{Answer, Caller, Credential};
+
+/// How often one joins again after a leader failed on a right that was its own. Each time another leads.
+const JOINS_MAX: usize = 4;
+
+impl Pull {
+    pub(super) async fn blob(
+        self: &Arc<Self>,
+        request: &Request,
+        repository: &Repository,
+        digest: AnyDigest,
+    ) -> Outcome {
+        let context = self.context(&request.site, repository, request.authorization.as_ref());
+        let digest = match digest {
+            AnyDigest::Known(digest) => digest,
+            AnyDigest::Foreign(_) => {
+                return passing::unverifiable(request, &context.caller, u64::MAX).await;
+            }
+        };
+        let rule = self.rule(&request.site, repository, None);
+        let road = Road {
+            pull: self,
+            request,
+            repository,
+            context: &context,
+            rule,
+            digest,
+        };
+        let content = self.held_content(request, &digest);
+        let situation = road.situation(content.is_some());
+        match (decide(&situation), content) {
+            (Verdict::Serve(served), Some((content, size))) => road.serve(content, size, served),
+            (Verdict::Refuse(refusal), _) => refused(refusal, None, false),
+            (Verdict::Ask, content) => road.after_asking(situation, content).await,
+            (Verdict::Fetch(_) | Verdict::Serve(_), _) => road.fetch(situation).await,
+        }
+    }
+
+    fn held_content(&self, request: &Request, digest: &Digest) -> Option<(Content, u64)> {
+        if let Some(bytes) = self.store.small_blob(digest) {
+            let size = bytes.len() as u64;
+            return Some((Content::Memory(bytes), size));
+        }
+        let held = match self.store.blob(digest) {
+            Ok(held) => held?,
+            Err(fault) => {
+                tracing::warn!(%digest, %fault, "a blob could not be read; it will be fetched");
+                return None;
+            }
+        };
+        let size = held.size;
+        Some((
+            if request.head {
+                Content::Head
+            } else {
+                Content::File(held)
+            },
+            size,
+        ))
+    }
+}
+
+struct Road<'a> {
+    pull: &'a Arc<Pull>,
+    request: &'a Request,
+    repository: &'a Repository,
+    context: &'a Context,
+    rule: &'a Rule,
+    digest: Digest,
+}
+
+impl Road<'_> {
+    fn situation(&self, is_held: bool) -> Situation {
+        let held = is_held.then_some(Held {
+            digest: self.digest,
+            confirmed_at: self.request.now,
+        });
+        let seen = self.pull.seen(
+            &self.request.site,
+            self.repository,
+            &AnyDigest::Known(self.digest),
+        );
+        self.context
+            .situation(self.rule, Subject::Blob, held, seen, self.request.now)
+    }
+
+    async fn after_asking(&self, situation: Situation, content: Option<(Content, u64)>) -> Outcome {
+        let asked = self.ask(&situation).await;
+        match (decide(&situation.having_heard(asked.heard)), content) {
+            (Verdict::Serve(served), Some((content, size))) => self.serve(content, size, served),
+            (Verdict::Refuse(refusal), _) => refused(refusal, asked.answer, is_own(asked.heard)),
+            // The copy went away while the question was out.
+            _ => self.fetch(situation).await,
+        }
+    }
+
+    /// Asks whether this principal may read this blob here. A yes is the proof that the upstream has it here.
+    async fn ask(&self, situation: &Situation) -> Asked {
+        let asked = self
+            .pull
+            .ask(
+                self.request,
+                self.repository,
+                self.context,
+                situation,
+                self.rule.budget,
+            )
+            .await;
+        if matches!(asked.heard, Heard::Named { .. } | Heard::Unnamed) {
+            self.pull
+                .note_seen(&self.request.site, self.repository, self.digest)
+                .await;
+        }
+        asked
+    }
+
+    fn serve(&self, content: Content, size: u64, served: Served) -> Outcome {
+        self.outcome(content, Some(size), Reason::Held(served))
+    }
+
+    fn outcome(&self, content: Content, size: Option<u64>, reason: Reason) -> Outcome {
+        let content = if self.request.head { Content::Head } else { content };
+        Outcome::Blob {
+            digest: self.digest,
+            size,
+            content,
+            how: How {
+                reason,
+                confirmed_at: None,
+            },
+        }
+    }
+
+    async fn fetch(&self, situation: Situation) -> Outcome {
+        if self.request.head {
+            return self.head(situation).await;
+        }
+        let mut last = None;
+        for _ in 0..JOINS_MAX {
+            match self.join(situation).await {
+                Ok(outcome) => return outcome,
+                // The leader's right was not ours: join again, perhaps to lead.
+                Err(failure) => last = Some(failure),
+            }
+        }
+        let cause = match last.as_deref() {
+            Some(Failure::Refused(answer)) => answer.cause(),
+            _ => Cause::Busy,
+        };
+        refused(Refusal::Silent(cause), None, false)
+    }
+
+    async fn head(&self, situation: Situation) -> Outcome {
+        let asked = self.ask(&situation).await;
+        match (asked.heard, &asked.answer) {
+            (Heard::Named { .. } | Heard::Unnamed, Some(answer)) => {
+                self.outcome(Content::Head, answer.length, Reason::Fetched(Why::NotHeld))
+            }
+            (heard, _) => self.refuse_unheld(situation, heard, asked.answer),
+        }
+    }
+
+    async fn join(&self, situation: Situation) -> Result<Outcome, Arc<Failure>> {
+        match self.pull.downloads.join(self.digest) {
+            Joined::Leader(leader) => {
+                let source = Upstreamed::new(self);
+                let reader = leader.start(source);
+                self.read(reader, Reason::Fetched(Why::NotHeld), situation, true)
+                    .await
+            }
+            Joined::Follower(reader) => {
+                if let Some(refusal) = self.own_right(situation).await {
+                    return Ok(refusal);
+                }
+                self.read(reader, Reason::Joined, situation, false).await
+            }
+            Joined::Held(held) => {
+                if let Some(refusal) = self.own_right(situation).await {
+                    return Ok(refusal);
+                }
+                let size = held.size;
+                Ok(self.outcome(Content::File(held), Some(size), Reason::Joined))
+            }
+        }
+    }
+
+    /// Nobody follows on another's right: `None` if this principal has its own, else the refusal.
+    async fn own_right(&self, situation: Situation) -> Option<Outcome> {
+        if situation.standing == Standing::Vouched {
+            return None;
+        }
+        let asked = self.ask(&situation).await;
+        match asked.heard {
+            Heard::Named { .. } | Heard::Unnamed => None,
+            heard => Some(self.refuse_unheld(situation, heard, asked.answer)),
+        }
+    }
+
+    async fn read(
+        &self,
+        mut reader: Reader,
+        reason: Reason,
+        situation: Situation,
+        leads: bool,
+    ) -> Result<Outcome, Arc<Failure>> {
+        let failure = match reader.opened().await {
+            Ok(opened) => return Ok(self.outcome(Content::Download(reader), opened.size, reason)),
+            Err(failure) => failure,
+        };
+        match failure.as_ref() {
+            Failure::Refused(answer) if leads => {
+                let heard = self.pull.heard(&self.request.site, self.repository, answer);
+                let answer = Arc::new(answer.as_ref().clone());
+                Ok(self.refuse_unheld(situation, heard, Some(answer)))
+            }
+            Failure::Refused(_) | Failure::Abandoned => Err(failure),
+            Failure::Unstorable(fault) => {
+                tracing::warn!(digest = %self.digest, %fault, "passing a blob through without storing it");
+                Ok(self.pass_through(situation).await)
+            }
+            Failure::Broken(cause) => Ok(refused(Refusal::Silent(*cause), None, false)),
+            Failure::Wrong(_) => Ok(refused(Refusal::Silent(Cause::WrongDigest), None, false)),
+            Failure::Store(_) => Ok(self.pass_through(situation).await),
+        }
+    }
+
+    /// The cache never fails a pull because it cannot store it.
+    async fn pass_through(&self, situation: Situation) -> Outcome {
+        let Request {
+            site,
+            operation,
+            accept,
+            ..
+        } = self.request;
+        match site
+            .upstream()
+            .get(&self.context.caller, operation, accept, None)
+            .await
+        {
+            Ok(fetched) => {
+                let size = fetched.length;
+                let content = Content::Passing(Box::new(passing::Passing::new(self.digest, fetched)));
+                self.outcome(content, size, Reason::Passed)
+            }
+            Err(answer) => {
+                let heard = self.pull.heard(site, self.repository, &answer);
+                self.refuse_unheld(situation, heard, Some(Arc::new(answer)))
+            }
+        }
+    }
+
+    fn refuse_unheld(&self, situation: Situation, heard: Heard, answer: Option<Arc<Answer>>) -> Outcome {
+        let situation = Situation {
+            held: None,
+            ..situation
+        }
+        .having_heard(heard);
+        match decide(&situation) {
+            Verdict::Refuse(refusal) => refused(refusal, answer, is_own(heard)),
+            // A yes where a no was expected: the upstream contradicts itself.
+            _ => refused(Refusal::Silent(Cause::Malformed), answer, false),
+        }
+    }
+}
+
+fn is_own(heard: Heard) -> bool {
+    heard == Heard::Refused(Whose::Proxy)
+}
+
+/// The upstream as the source of a download: asked with the leader's own credential, whose yes is kept as its grant.
+struct Upstreamed {
+    pull: Arc<Pull>,
+    site: Arc<Site>,
+    repository: Repository,
+    operation: Operation,
+    accept: Accept,
+    caller: Caller,
+    digest: Digest,
+}
+
+impl Upstreamed {
+    fn new(road: &Road<'_>) -> Self {
+        Self {
+            pull: Arc::clone(road.pull),
+            site: Arc::clone(&road.request.site),
+            repository: road.repository.clone(),
+            operation: road.request.operation.clone(),
+            accept: road.request.accept.clone(),
+            caller: road.context.caller.clone(),
+            digest: road.digest,
+        }
+    }
+}
+
+impl Source for Upstreamed {
+    async fn open(&mut self, from: u64) -> Result<Stream, Answer> {
+        let resumed = (from > 0).then_some(from);
+        match self
+            .site
+            .upstream()
+            .get(&self.caller, &self.operation, &self.accept, resumed)
+            .await
+        {
+            Ok(fetched) => {
+                if from == 0 {
+                    let anonymous = matches!(self.caller.credential, Credential::Anonymous);
+                    self.pull
+                        .learn_yes(&self.site, &self.repository, &self.caller, anonymous)
+                        .await;
+                    self.pull
+                        .note_seen(&self.site, &self.repository, self.digest)
+                        .await;
+                }
+                let start = fetched.start;
+                let total = fetched.total.or(fetched.length.map(|length| start + length));
+                Ok(Stream {
+                    start,
+                    total,
+                    body: Box::new(fetched),
+                })
+            }
+            Err(answer) => {
+                if from == 0 {
+                    self.pull
+                        .learn(&self.site, &self.repository, &self.caller, &answer)
+                        .await;
+                }
+                Err(answer)
+            }
+        }
+    }
+}

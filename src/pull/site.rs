@@ -1,0 +1,92 @@
+//! An upstream as the road knows it: the client that reaches it, and whose credential is used there.
+
+use std::sync::Arc;
+
+use http::HeaderValue;
+
+use crate::access::Principal;
+use crate::oci::{NameError, Repository};
+use crate::upstream::{Caller, Credential, Upstream};
+
+/// Docker Hub, the one registry whose one-component names live under `library/`.
+const HUB: &str = "docker.io";
+
+/// A configured upstream.
+pub struct Site {
+    upstream: Arc<Upstream>,
+    access: Access,
+}
+
+/// Whose right counts at an upstream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// Each client's own: a hit is proven with its credential.
+    Proven,
+    /// Whoever reaches the listener is entitled. `own_credential`: the proxy has one of its own to show upstream.
+    Shared {
+        /// Whether the proxy has a credential of its own.
+        own_credential: bool,
+    },
+}
+
+impl Site {
+    /// An upstream and whose right counts there.
+    pub fn new(upstream: Arc<Upstream>, access: Access) -> Self {
+        Self { upstream, access }
+    }
+
+    /// The upstream's name, as in references: `docker.io`.
+    pub fn name(&self) -> &str {
+        self.upstream.name()
+    }
+
+    /// The client that reaches it.
+    pub fn upstream(&self) -> &Arc<Upstream> {
+        &self.upstream
+    }
+
+    /// Whether whoever reaches the listener is entitled.
+    pub fn is_shared(&self) -> bool {
+        matches!(self.access, Access::Shared { .. })
+    }
+
+    /// Whether the proxy shows a credential of its own, so that a refusal is the operator's to mend.
+    pub fn has_own_credential(&self) -> bool {
+        self.access == Access::Shared { own_credential: true }
+    }
+
+    /// The repository as the upstream knows it: Docker Hub's `demo` is `library/demo`.
+    pub fn full_name(&self, repository: Repository) -> Result<Repository, NameError> {
+        if self.name() == HUB && repository.is_one_component() {
+            repository.with_prefix("library")
+        } else {
+            Ok(repository)
+        }
+    }
+
+    /// Who asks upstream on behalf of a client that sent `authorization`.
+    pub(super) fn caller(&self, secret: &[u8], authorization: Option<&HeaderValue>) -> (Principal, Caller) {
+        let (principal, credential) = match (self.access, authorization) {
+            (Access::Shared { own_credential }, _) => {
+                let credential = if own_credential {
+                    Credential::Own
+                } else {
+                    Credential::Anonymous
+                };
+                (Principal::proxy(secret), credential)
+            }
+            (Access::Proven, None) => (Principal::anonymous(secret), Credential::Anonymous),
+            (Access::Proven, Some(value)) => (
+                Principal::of_credential(secret, value.as_bytes()),
+                Credential::Client(value.clone()),
+            ),
+        };
+        (
+            principal,
+            Caller {
+                principal: *principal.as_bytes(),
+                credential,
+            },
+        )
+    }
+}

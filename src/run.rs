@@ -1,0 +1,318 @@
+//! The life of the process: built from a configuration, announced, reloaded, drained.
+
+use std::io::Write;
+use std::net::SocketAddr;
+use std::os::unix::fs::PermissionsExt;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use arc_swap::ArcSwap;
+use tokio::net::{TcpListener, UnixListener};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use crate::admin::Admin;
+use crate::clock::Clock;
+use crate::config::{self, Access, Config, Faults, Proxy, UpstreamConfig};
+use crate::download::Downloads;
+use crate::event::Events;
+use crate::pull::{self, Pull, Site};
+use crate::server::accept::{Accepting, bind};
+use crate::server::tls::{ServerTls, TlsError};
+use crate::server::{Doors, Front, Registry};
+use crate::store::step::Buffers;
+use crate::store::volume::Directory;
+use crate::store::{OpenError, Settings as StoreSettings, Store};
+use crate::upstream::{
+    Connector, OriginError, OwnCredential, ProxyChoice, Settings, SettingsError, Upstream,
+};
+
+/// Why the process cannot run.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// The operating system refused something.
+    #[error("{0}")]
+    Io(#[from] std::io::Error),
+    /// The data folder cannot be used.
+    #[error("{0}")]
+    Store(#[from] OpenError),
+    /// The certificate cannot be used.
+    #[error("{0}")]
+    Tls(#[from] TlsError),
+    /// An upstream cannot be set up.
+    #[error("upstream {name}: {error}")]
+    Upstream {
+        /// Which.
+        name: Arc<str>,
+        /// Why.
+        error: SettingsError,
+    },
+    /// An address of an upstream cannot be used.
+    #[error("upstream {name}: {error}")]
+    Url {
+        /// Which.
+        name: Arc<str>,
+        /// Why.
+        error: OriginError,
+    },
+    /// An admin listener that others could reach.
+    #[error(
+        "listen.admin = \"{0}\" can be reached from other machines, and it names private repositories; \
+             use a loopback address or \"unix:/run/ifnewer/admin.sock\""
+    )]
+    AdminExposed(SocketAddr),
+    /// Nothing would be served.
+    #[error("no upstream is configured")]
+    NoUpstream,
+}
+
+/// Serves until a signal ends it. `reload` reads the configuration again, on SIGHUP.
+pub async fn serve(
+    config: Config,
+    reload: impl Fn() -> Result<Config, Faults>,
+    clock: Clock,
+) -> Result<(), RunError> {
+    if let config::Admin::Tcp(address) = config.listen.admin
+        && !address.ip().is_loopback()
+    {
+        return Err(RunError::AdminExposed(address));
+    }
+    let mut signals = Signals::new()?;
+    // The lock first: a second process must refuse before it disturbs anything of the first.
+    let volume = Arc::new(Directory::open(&config.data)?);
+    let store = Arc::new(Store::open(&StoreSettings::default(), volume, clock.now())?);
+    let buffers = Buffers::default();
+    let downloads = Downloads::new(Arc::clone(&store), buffers.clone());
+    let connector = Connector::system();
+    let build = |config: &Config| registry(config, &store, &downloads, &connector, clock);
+    let registry = Arc::new(ArcSwap::from_pointee(build(&config)?));
+
+    let events = Events::new();
+    let front = Front {
+        registry: Arc::clone(&registry),
+        events: events.clone(),
+        buffers,
+        clock,
+    };
+    let ending = CancellationToken::new();
+    let mut tasks = JoinSet::new();
+    let listeners = listeners(&config).await?;
+    let addresses: Vec<_> = listeners
+        .iter()
+        .filter_map(|listener| Some(listener.local_addr().ok()?.ip()))
+        .collect();
+    let tls = Arc::new(ArcSwap::from_pointee(ServerTls::prepare(
+        &config.tls,
+        &addresses,
+        clock.now(),
+    )?));
+    let accepting = Accepting::new(
+        front,
+        Arc::clone(&tls),
+        config.listen.plain,
+        config.limits.clone(),
+        ending.clone(),
+    );
+    for listener in listeners {
+        announce("registry", &listener.local_addr()?.to_string());
+        tasks.spawn(accepting.clone().run(listener));
+    }
+    let admin = Admin {
+        registry: Arc::clone(&registry),
+        events,
+        clock,
+    };
+    let _socket = operate(&config.listen.admin, admin, &ending, &mut tasks).await?;
+    tracing::info!(version = env!("CARGO_PKG_VERSION"), data = %config.data.display(), "serving");
+
+    loop {
+        match signals.next().await {
+            Wanted::Reload => match reload() {
+                Ok(new) => match (build(&new), ServerTls::prepare(&new.tls, &addresses, clock.now())) {
+                    (Ok(built), Ok(certificate)) => {
+                        registry.store(Arc::new(built));
+                        tls.store(Arc::new(certificate));
+                        warn_of_restart(&config, &new);
+                        tracing::info!("the configuration was read again and is in effect");
+                    }
+                    (Err(error), _) => {
+                        tracing::error!(%error, "the new configuration cannot be used; the old one stays")
+                    }
+                    (_, Err(error)) => {
+                        tracing::error!(%error, "the new certificate cannot be used; the old one stays")
+                    }
+                },
+                Err(faults) => {
+                    tracing::error!("the new configuration is wrong; the old one stays:\n{faults}")
+                }
+            },
+            Wanted::End => break,
+        }
+    }
+    tracing::info!("ending: finishing what is under way");
+    ending.cancel();
+    tokio::select! {
+        () = async { while tasks.join_next().await.is_some() {} } => {}
+        _ = signals.next() => tracing::warn!("a second signal: ending now"),
+    }
+    // Flushing the index is the last write; it blocks, and nothing else runs any more.
+    let _ = tokio::task::spawn_blocking(move || store.close()).await;
+    tracing::info!("ended");
+    Ok(())
+}
+
+/// What serves requests, from the configuration.
+fn registry(
+    config: &Config,
+    store: &Arc<Store>,
+    downloads: &Downloads,
+    connector: &Connector,
+    clock: Clock,
+) -> Result<Registry, RunError> {
+    let mut sites = Vec::new();
+    for upstream in &config.upstreams {
+        sites.push((Arc::new(site(upstream, connector)?), upstream.hosts.clone()));
+    }
+    let is_default = |site: &Arc<Site>| site.name() == &*config.default_upstream;
+    let default = sites
+        .iter()
+        .map(|(site, _)| site)
+        .find(|site| is_default(site))
+        .or(sites.first().map(|(s, _)| s));
+    let default = Arc::clone(default.ok_or(RunError::NoUpstream)?);
+    let pull = Pull::new(Arc::clone(store), downloads.clone(), config.rules.clone(), clock);
+    Ok(Registry {
+        doors: Doors::new(sites, default),
+        pull: Arc::new(pull),
+    })
+}
+
+fn site(config: &UpstreamConfig, connector: &Connector) -> Result<Site, RunError> {
+    let refused = |error| RunError::Upstream {
+        name: Arc::clone(&config.name),
+        error,
+    };
+    let urls = config
+        .urls
+        .iter()
+        .map(|url| url.parse())
+        .collect::<Result<Vec<_>, _>>();
+    let urls = urls.map_err(|error| RunError::Url {
+        name: Arc::clone(&config.name),
+        error,
+    })?;
+    let mut settings = Settings::new(&*config.name, urls);
+    settings.roots.clone_from(&config.roots);
+    settings.timeouts.connect = config.connect_timeout;
+    settings.proxy = match &config.proxy {
+        Proxy::Environment => ProxyChoice::Environment,
+        Proxy::None => ProxyChoice::None,
+        Proxy::Url(url) => ProxyChoice::Url(url.clone()),
+    };
+    settings.credential = config
+        .credential
+        .as_ref()
+        .map(|own| OwnCredential::new(own.username.clone(), own.password.as_str()));
+    let access = match config.access {
+        Access::Proven => pull::Access::Proven,
+        Access::Shared => pull::Access::Shared {
+            own_credential: config.credential.is_some(),
+        },
+    };
+    Ok(Site::new(
+        Arc::new(Upstream::new(settings, connector).map_err(refused)?),
+        access,
+    ))
+}
+
+async fn listeners(config: &Config) -> Result<Vec<TcpListener>, RunError> {
+    let mut listeners = Vec::new();
+    for address in &config.listen.registry {
+        listeners.push(bind(*address).await?);
+    }
+    Ok(listeners)
+}
+
+/// Removed when the process ends, so that the next one can make it again.
+struct Socket(PathBuf);
+
+impl Drop for Socket {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
+async fn operate(
+    listen: &config::Admin,
+    admin: Admin,
+    ending: &CancellationToken,
+    tasks: &mut JoinSet<()>,
+) -> Result<Option<Socket>, RunError> {
+    match listen {
+        config::Admin::Off => Ok(None),
+        config::Admin::Tcp(address) => {
+            let listener = bind(*address).await?;
+            announce("admin", &listener.local_addr()?.to_string());
+            tasks.spawn(admin.run(listener, ending.clone()));
+            Ok(None)
+        }
+        config::Admin::Unix(path) => {
+            // The data folder's lock is ours, so a socket found here is left over from a process that is gone.
+            let _ = std::fs::remove_file(path);
+            let listener = UnixListener::bind(path).map_err(|error| {
+                std::io::Error::new(
+                    error.kind(),
+                    format!("cannot listen on {}: {error}", path.display()),
+                )
+            })?;
+            std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
+            announce("admin", &format!("unix:{}", path.display()));
+            tasks.spawn(admin.run_unix(listener, ending.clone()));
+            Ok(Some(Socket(path.clone())))
+        }
+    }
+}
+
+/// On standard output, for people and for scripts that let the system choose the port.
+fn announce(what: &str, address: &str) {
+    let mut out = std::io::stdout().lock();
+    // A closed standard output is no reason not to serve.
+    let _ = writeln!(out, "{what} listening on {address}");
+    let _ = out.flush();
+}
+
+fn warn_of_restart(old: &Config, new: &Config) {
+    if old.data != new.data || old.listen != new.listen || old.limits != new.limits {
+        tracing::warn!("`data`, [listen] and [limits] take effect at the next start");
+    }
+}
+
+enum Wanted {
+    Reload,
+    End,
+}
+
+struct Signals {
+    hangup: Signal,
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    fn new() -> std::io::Result<Self> {
+        Ok(Self {
+            hangup: signal(SignalKind::hangup())?,
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+        })
+    }
+
+    async fn next(&mut self) -> Wanted {
+        tokio::select! {
+            _ = self.hangup.recv() => Wanted::Reload,
+            _ = self.terminate.recv() => Wanted::End,
+            _ = self.interrupt.recv() => Wanted::End,
+        }
+    }
+}

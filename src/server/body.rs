@@ -1,0 +1,245 @@
+//! Bytes on their way to a client. A body that cannot be finished breaks; it never ends cleanly short.
+
+use std::future::Future;
+use std::io;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+
+use bytes::Bytes;
+use http_body::{Frame, SizeHint};
+use tokio::task::{JoinHandle, spawn_blocking};
+
+use crate::download::{Failure, Reader};
+use crate::event::{BytesFrom, Events};
+use crate::oci::Cause;
+use crate::pull::passing::Passing;
+use crate::store::step::{Buffers, STEP_BYTES, read_cached, read_waiting};
+use crate::store::volume::VolumeFile;
+use crate::upstream::Fetched;
+
+/// The body of an answer.
+pub struct Body(Kind);
+
+enum Kind {
+    Whole(Option<Bytes>),
+    File(File),
+    Flow {
+        flow: Flow,
+        size: Option<u64>,
+        events: Events,
+    },
+}
+
+/// Why a body broke. The client sees a connection that ends before its length.
+#[derive(Debug, thiserror::Error)]
+pub enum Broken {
+    /// The file could not be read.
+    #[error("reading a held blob failed: {0}")]
+    File(#[from] io::Error),
+    /// The download it followed failed.
+    #[error("{0}")]
+    Download(Arc<Failure>),
+    /// The upstream broke off.
+    #[error("the upstream {0}")]
+    Upstream(Cause),
+}
+
+impl Body {
+    /// No bytes.
+    pub fn empty() -> Self {
+        Self(Kind::Whole(None))
+    }
+
+    /// These bytes.
+    pub fn whole(bytes: Bytes) -> Self {
+        Self(Kind::Whole(Some(bytes).filter(|bytes| !bytes.is_empty())))
+    }
+
+    /// The bytes of `file` from `start` up to, not including, `end`.
+    pub(super) fn file(
+        file: Arc<dyn VolumeFile>,
+        start: u64,
+        end: u64,
+        buffers: Buffers,
+        events: Events,
+    ) -> Self {
+        Self(Kind::File(File {
+            file,
+            position: start,
+            end,
+            buffers,
+            events,
+            waiting: None,
+        }))
+    }
+
+    /// What a download brings, of which `size` bytes are wanted.
+    pub(super) fn download(reader: Reader, size: Option<u64>, events: Events) -> Self {
+        let flow = flow(reader, |mut reader: Reader| async move {
+            let next = reader.next().await.map(|next| next.map_err(Broken::Download));
+            (reader, next)
+        });
+        Self(Kind::Flow { flow, size, events })
+    }
+
+    /// What passes through unstored but verified.
+    pub(super) fn passing(passing: Passing, size: Option<u64>, events: Events) -> Self {
+        let flow = flow(passing, |mut passing: Passing| async move {
+            let next = passing.next().await.map(|next| next.map_err(Broken::Upstream));
+            (passing, next)
+        });
+        Self(Kind::Flow { flow, size, events })
+    }
+
+    /// What passes through as it is.
+    pub(super) fn fetched(fetched: Fetched, size: Option<u64>, events: Events) -> Self {
+        let flow = flow(fetched, |mut fetched: Fetched| async move {
+            let next = fetched.chunk().await.map(|next| next.map_err(Broken::Upstream));
+            (fetched, next)
+        });
+        Self(Kind::Flow { flow, size, events })
+    }
+}
+
+type Next = Option<Result<Bytes, Broken>>;
+
+/// A source of bytes that is asked anew for each step, as one value to poll.
+type Flow = Pin<Box<dyn FlowState>>;
+
+trait FlowState: Send {
+    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Next>;
+}
+
+struct Steps<S, F, W> {
+    step: fn(S) -> F,
+    now: Option<Pin<Box<F>>>,
+    rest: Option<S>,
+    _next: std::marker::PhantomData<W>,
+}
+
+impl<S: Send + Unpin, F: Future<Output = (S, Next)> + Send> FlowState for Steps<S, F, ()> {
+    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Next> {
+        let this = self.get_mut();
+        if this.now.is_none()
+            && let Some(source) = this.rest.take()
+        {
+            this.now = Some(Box::pin((this.step)(source)));
+        }
+        let Some(step) = &mut this.now else {
+            return Poll::Ready(None);
+        };
+        let (source, next) = ready!(step.as_mut().poll(context));
+        this.now = None;
+        // After an end or an error there is nothing more to ask for.
+        this.rest = matches!(next, Some(Ok(_))).then_some(source);
+        Poll::Ready(next)
+    }
+}
+
+fn flow<S, F>(source: S, step: fn(S) -> F) -> Flow
+where
+    S: Send + Unpin + 'static,
+    F: Future<Output = (S, Next)> + Send + 'static,
+{
+    Box::pin(Steps {
+        step,
+        now: None,
+        rest: Some(source),
+        _next: std::marker::PhantomData::<()>,
+    })
+}
+
+struct File {
+    file: Arc<dyn VolumeFile>,
+    position: u64,
+    end: u64,
+    buffers: Buffers,
+    events: Events,
+    waiting: Option<JoinHandle<io::Result<Bytes>>>,
+}
+
+impl File {
+    /// Reads here while the kernel has the bytes; waits elsewhere when it does not.
+    fn poll(&mut self, context: &mut Context<'_>) -> Poll<Option<io::Result<Bytes>>> {
+        if self.position >= self.end {
+            return Poll::Ready(None);
+        }
+        let wanted = usize::try_from(self.end - self.position)
+            .unwrap_or(STEP_BYTES)
+            .min(STEP_BYTES);
+        let read = match &mut self.waiting {
+            Some(waiting) => {
+                let read = ready!(Pin::new(waiting).poll(context));
+                self.waiting = None;
+                read.unwrap_or_else(|_| Err(io::ErrorKind::Interrupted.into()))
+            }
+            None => read_cached(self.file.as_ref(), self.position, wanted, &self.buffers),
+        };
+        match read {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                let (file, buffers, position) = (Arc::clone(&self.file), self.buffers.clone(), self.position);
+                let read = move || read_waiting(file.as_ref(), position, wanted, &buffers);
+                let waiting = self.waiting.insert(spawn_blocking(read));
+                let read = ready!(Pin::new(waiting).poll(context));
+                self.waiting = None;
+                Poll::Ready(Some(
+                    self.advance(read.unwrap_or_else(|_| Err(io::ErrorKind::Interrupted.into()))),
+                ))
+            }
+            read => Poll::Ready(Some(self.advance(read))),
+        }
+    }
+
+    fn advance(&mut self, read: io::Result<Bytes>) -> io::Result<Bytes> {
+        let bytes = read?;
+        self.position += bytes.len() as u64;
+        self.events.sent(BytesFrom::Disk, bytes.len() as u64);
+        Ok(bytes)
+    }
+}
+
+impl http_body::Body for Body {
+    type Data = Bytes;
+    type Error = Broken;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Broken>>> {
+        let next = match &mut self.0 {
+            Kind::Whole(bytes) => bytes.take().map(Ok),
+            Kind::File(file) => ready!(file.poll(context)).map(|read| read.map_err(Broken::File)),
+            Kind::Flow { flow, size, events } => {
+                let next = ready!(flow.as_mut().poll(context));
+                if let Some(Ok(bytes)) = &next {
+                    let length = bytes.len() as u64;
+                    *size = size.map(|size| size.saturating_sub(length));
+                    events.sent(BytesFrom::Download, length);
+                }
+                next
+            }
+        };
+        if let Some(Err(broken)) = &next {
+            tracing::warn!(%broken, "an answer broke off; the client was told by the connection's end");
+        }
+        Poll::Ready(next.map(|next| next.map(Frame::data)))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match &self.0 {
+            Kind::Whole(bytes) => bytes.is_none(),
+            Kind::File(file) => file.position >= file.end,
+            Kind::Flow { .. } => false,
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match &self.0 {
+            Kind::Whole(bytes) => SizeHint::with_exact(bytes.as_ref().map_or(0, |bytes| bytes.len() as u64)),
+            Kind::File(file) => SizeHint::with_exact(file.end.saturating_sub(file.position)),
+            Kind::Flow { size: Some(size), .. } => SizeHint::with_exact(*size),
+            Kind::Flow { size: None, .. } => SizeHint::default(),
+        }
+    }
+}
