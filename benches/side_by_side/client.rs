@@ -1,0 +1,324 @@
+//! Clients that cost little: one thread per connection that reads and discards, and wrk for small replies.
+
+use crate::Outcome;
+use crate::content::{MANIFEST_TYPE, named};
+use crate::servers::Server;
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, IpAddr, ServerName};
+use rustls::{ClientConfig, ClientConnection, RootCertStore, StreamOwned};
+use sha2::{Digest, Sha256};
+use std::fmt;
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::path::Path;
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Barrier};
+use std::time::{Duration, Instant};
+
+const STEP_BYTES: usize = 256 * 1024;
+const HEAD_BYTES_MAX: usize = 16 * 1024;
+const SILENCE_MAX: Duration = Duration::from_secs(30);
+/// Left out of a window: connections ramp up.
+const RAMP: Duration = Duration::from_millis(300);
+
+#[derive(Clone, Copy)]
+pub(crate) enum Scheme {
+    Plain,
+    Tls,
+}
+
+impl fmt::Display for Scheme {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Scheme::Plain => "plain",
+            Scheme::Tls => "TLS 1.3",
+        })
+    }
+}
+
+/// Where a server listens, and whom to trust there.
+#[derive(Clone)]
+pub(crate) struct Door {
+    address: SocketAddr,
+    trust: Option<Arc<ClientConfig>>,
+}
+
+impl Door {
+    pub(crate) fn plain(address: SocketAddr) -> Self {
+        Door { address, trust: None }
+    }
+
+    pub(crate) fn tls(address: SocketAddr, trust: Arc<ClientConfig>) -> Self {
+        Door {
+            address,
+            trust: Some(trust),
+        }
+    }
+
+    fn connect(&self) -> Outcome<Connection> {
+        let tcp = TcpStream::connect(self.address)?;
+        tcp.set_nodelay(true)?;
+        tcp.set_read_timeout(Some(SILENCE_MAX))?;
+        let Some(trust) = &self.trust else {
+            return Ok(Connection {
+                stream: Box::new(tcp),
+            });
+        };
+        let name = ServerName::IpAddress(IpAddr::from(self.address.ip()));
+        let mut stream = StreamOwned::new(ClientConnection::new(Arc::clone(trust), name)?, tcp);
+        while stream.conn.is_handshaking() {
+            stream.conn.complete_io(&mut stream.sock)?;
+        }
+        Ok(Connection {
+            stream: Box::new(stream),
+        })
+    }
+}
+
+/// Trust in one authority, and TLS 1.3 only, so that both servers do the same work.
+pub(crate) fn trusting(authority: &Path) -> Outcome<Arc<ClientConfig>> {
+    let mut roots = RootCertStore::empty();
+    roots.add(CertificateDer::from_pem_file(authority)?)?;
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let config = ClientConfig::builder_with_provider(provider)
+        .with_protocol_versions(&[&rustls::version::TLS13])?
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    Ok(Arc::new(config))
+}
+
+/// What a window of streaming brought.
+pub(crate) struct Streamed {
+    pub(crate) gigabytes: f64,
+    pub(crate) seconds: f64,
+    pub(crate) cpu_seconds: f64,
+}
+
+/// `connections` clients that fetch `path` again and again; measured over `window`, after they got going.
+pub(crate) fn stream(
+    server: &Server,
+    scheme: Scheme,
+    path: &str,
+    connections: usize,
+    window: Duration,
+) -> Outcome<Streamed> {
+    let door = match scheme {
+        Scheme::Plain => &server.plain,
+        Scheme::Tls => &server.tls,
+    };
+    let (read, over, connected) = (
+        AtomicU64::new(0),
+        AtomicBool::new(false),
+        Barrier::new(connections + 1),
+    );
+    std::thread::scope(|scope| {
+        let clients: Vec<_> = (0..connections)
+            .map(|_| {
+                scope.spawn(|| -> Outcome<()> {
+                    let connection = door.connect();
+                    connected.wait();
+                    let (mut connection, mut buffer) = (connection?, vec![0; STEP_BYTES]);
+                    while !over.load(Ordering::Relaxed) {
+                        let mut left = connection.ask(path, &mut buffer, |part| count(&read, part))?.left;
+                        while left > 0 && !over.load(Ordering::Relaxed) {
+                            left -= count(&read, connection.read_some(left, &mut buffer)?);
+                        }
+                    }
+                    Ok(())
+                })
+            })
+            .collect();
+        connected.wait();
+        std::thread::sleep(RAMP);
+        let (began, bytes, cpu) = (Instant::now(), read.load(Ordering::Relaxed), server.cpu_seconds());
+        std::thread::sleep(window);
+        let (seconds, bytes, after) = (
+            began.elapsed().as_secs_f64(),
+            read.load(Ordering::Relaxed) - bytes,
+            server.cpu_seconds(),
+        );
+        over.store(true, Ordering::Relaxed);
+        for client in clients {
+            client.join().map_err(|_| "a client panicked")??;
+        }
+        Ok(Streamed {
+            gigabytes: bytes as f64 / 1e9,
+            seconds,
+            cpu_seconds: after? - cpu?,
+        })
+    })
+}
+
+fn count(total: &AtomicU64, part: &[u8]) -> u64 {
+    total.fetch_add(part.len() as u64, Ordering::Relaxed);
+    part.len() as u64
+}
+
+/// How one download went.
+pub(crate) struct Timed {
+    pub(crate) first_byte: Duration,
+    pub(crate) total: Duration,
+}
+
+/// One download on a connection of its own, its body discarded.
+pub(crate) fn one(door: &Door, path: &str) -> Outcome<Timed> {
+    let (mut connection, mut buffer) = (door.connect()?, vec![0; STEP_BYTES]);
+    let began = Instant::now();
+    let mut first_byte = None;
+    let mut left = connection
+        .ask(path, &mut buffer, |part| {
+            if !part.is_empty() {
+                first_byte = Some(began.elapsed());
+            }
+            part.len() as u64
+        })?
+        .left;
+    while left > 0 {
+        left -= connection.read_some(left, &mut buffer)?.len() as u64;
+        first_byte.get_or_insert_with(|| began.elapsed());
+    }
+    let total = began.elapsed();
+    Ok(Timed {
+        first_byte: first_byte.unwrap_or(total),
+        total,
+    })
+}
+
+/// Many at once, one download each.
+pub(crate) fn herd(door: &Door, path: &str, clients: usize) -> Outcome<()> {
+    std::thread::scope(|scope| {
+        let all: Vec<_> = (0..clients).map(|_| scope.spawn(|| one(door, path))).collect();
+        all.into_iter()
+            .try_for_each(|client| client.join().map_err(|_| "a client panicked")?.map(drop))
+    })
+}
+
+/// One download whose every byte is checked.
+pub(crate) fn expect_digest(door: &Door, path: &str, digest: &str) -> Outcome<()> {
+    let (mut connection, mut buffer) = (door.connect()?, vec![0; STEP_BYTES]);
+    let mut hash = Sha256::new();
+    let mut left = connection
+        .ask(path, &mut buffer, |part| {
+            hash.update(part);
+            part.len() as u64
+        })?
+        .left;
+    while left > 0 {
+        let part = connection.read_some(left, &mut buffer)?;
+        hash.update(part);
+        left -= part.len() as u64;
+    }
+    let got = named(&hash.finalize());
+    if got == digest {
+        Ok(())
+    } else {
+        Err(format!("{}{path}: wrong bytes: {got}", door.address).into())
+    }
+}
+
+struct Connection {
+    stream: Box<dyn Stream>,
+}
+
+trait Stream: Read + Write {}
+impl<T: Read + Write> Stream for T {}
+
+/// The head of a reply has been read; this much of its body has not.
+struct Asked {
+    left: u64,
+}
+
+impl Connection {
+    /// Sends a GET and reads the head. What of the body came with it is handed to `taken`, which says its length.
+    fn ask(&mut self, path: &str, buffer: &mut [u8], mut taken: impl FnMut(&[u8]) -> u64) -> Outcome<Asked> {
+        let request = format!("GET {path} HTTP/1.1\r\nHost: bench\r\nAccept: {MANIFEST_TYPE}\r\n\r\n");
+        self.stream.write_all(request.as_bytes())?;
+        self.stream.flush()?;
+        let mut filled = 0;
+        loop {
+            let room = buffer
+                .get_mut(filled..HEAD_BYTES_MAX)
+                .ok_or("a head that does not end")?;
+            let more = self.stream.read(room)?;
+            if more == 0 {
+                return Err(format!("{path}: closed before the head ended").into());
+            }
+            filled += more;
+            let got = buffer.get(..filled).unwrap_or_default();
+            if let Some(end) = got.windows(4).position(|four| four == b"\r\n\r\n") {
+                let (head, body) = got.split_at(end + 4);
+                let length = content_length(path, std::str::from_utf8(head)?)?;
+                return Ok(Asked {
+                    left: length - taken(body),
+                });
+            }
+        }
+    }
+
+    fn read_some<'b>(&mut self, left: u64, buffer: &'b mut [u8]) -> Outcome<&'b [u8]> {
+        let limit = usize::try_from(left).unwrap_or(usize::MAX).min(buffer.len());
+        let room = buffer.get_mut(..limit).unwrap_or_default();
+        let more = self.stream.read(room)?;
+        if more == 0 {
+            return Err(format!("a body ended {left} bytes short").into());
+        }
+        Ok(buffer.get(..more).unwrap_or_default())
+    }
+}
+
+fn content_length(path: &str, head: &str) -> Outcome<u64> {
+    if !head.starts_with("HTTP/1.1 200 ") {
+        return Err(format!("{path}: {}", head.lines().next().unwrap_or_default()).into());
+    }
+    let length = head
+        .lines()
+        .filter_map(|line| line.split_once(':'))
+        .find(|(name, _)| name.eq_ignore_ascii_case("content-length"))
+        .ok_or_else(|| format!("{path}: no Content-Length"))?;
+    Ok(length.1.trim().parse()?)
+}
+
+/// What wrk counted.
+pub(crate) struct Replied {
+    pub(crate) requests: f64,
+    pub(crate) seconds: f64,
+    pub(crate) cpu_seconds: f64,
+}
+
+/// Small replies over plain HTTP, by wrk with one thread.
+pub(crate) fn wrk(server: &Server, path: &str, connections: usize, window: Duration) -> Outcome<Replied> {
+    let before = server.cpu_seconds()?;
+    let output = Command::new("wrk")
+        .args(["--threads", "1", "--connections", &connections.to_string()])
+        .args(["--duration", &format!("{}s", window.as_secs())])
+        .args(["--header", &format!("Accept: {MANIFEST_TYPE}")])
+        .arg(format!("http://{}{path}", server.plain.address))
+        .output()
+        .map_err(|e| format!("wrk: {e}"))?;
+    let cpu_seconds = server.cpu_seconds()? - before;
+    let said = String::from_utf8_lossy(&output.stdout);
+    if !output.status.success() || said.contains("Non-2xx") || said.contains("Socket errors") {
+        return Err(format!("wrk on {path}: {said}").into());
+    }
+    // "  123456 requests in 2.00s, 98.76MB read" and "Requests/sec:  61728.00"
+    let requests: f64 = word_before(&said, " requests in ")?.parse()?;
+    let rate: f64 = said
+        .rsplit("Requests/sec:")
+        .next()
+        .and_then(|rest| rest.split_whitespace().next())
+        .ok_or("wrk said no rate")?
+        .parse()?;
+    Ok(Replied {
+        requests,
+        seconds: requests / rate,
+        cpu_seconds,
+    })
+}
+
+fn word_before<'s>(said: &'s str, mark: &str) -> Outcome<&'s str> {
+    let (before, _) = said
+        .split_once(mark)
+        .ok_or_else(|| format!("wrk did not say{mark}"))?;
+    Ok(before.rsplit(char::is_whitespace).next().unwrap_or_default())
+}

@@ -1,0 +1,189 @@
+//! Figures beside figures, with the target and whether it is met.
+
+use std::fmt::Write as _;
+
+/// Which way is good.
+#[derive(Clone, Copy)]
+pub(crate) enum Better {
+    Higher,
+    Lower,
+}
+
+/// What the other is measured against.
+#[derive(Clone, Copy)]
+enum Target {
+    None,
+    /// ifnewer ÷ other.
+    Ratio(f64),
+    /// ifnewer − other.
+    Difference(f64),
+    /// ifnewer alone.
+    AtMost(f64),
+}
+
+/// One measure: a pair of figures a round.
+pub(crate) struct Row {
+    what: String,
+    better: Better,
+    target: Target,
+    ours: Vec<f64>,
+    theirs: Vec<f64>,
+}
+
+/// All measures of a run.
+pub(crate) struct Table(Vec<Row>);
+
+impl Row {
+    pub(crate) fn new(what: String, better: Better) -> Self {
+        Row {
+            what,
+            better,
+            target: Target::None,
+            ours: Vec::new(),
+            theirs: Vec::new(),
+        }
+    }
+
+    pub(crate) fn target_ratio(self, ratio: f64) -> Self {
+        Row {
+            target: Target::Ratio(ratio),
+            ..self
+        }
+    }
+
+    pub(crate) fn target_difference(self, difference: f64) -> Self {
+        Row {
+            target: Target::Difference(difference),
+            ..self
+        }
+    }
+
+    pub(crate) fn target_at_most(self, limit: f64) -> Self {
+        Row {
+            target: Target::AtMost(limit),
+            ..self
+        }
+    }
+
+    pub(crate) fn round(&mut self, ours: f64, theirs: f64) {
+        self.ours.push(ours);
+        self.theirs.push(theirs);
+    }
+
+    pub(crate) fn alone(&mut self, ours: f64) {
+        self.ours.push(ours);
+    }
+
+    fn paired(&self, by: impl Fn(f64, f64) -> f64) -> f64 {
+        median(
+            self.ours
+                .iter()
+                .zip(&self.theirs)
+                .map(|(a, b)| by(*a, *b))
+                .collect(),
+        )
+    }
+
+    fn ratio(&self) -> f64 {
+        self.paired(|a, b| a / b)
+    }
+
+    fn met(&self) -> Option<bool> {
+        let within = |value: f64, limit: f64| match self.better {
+            Better::Higher => value >= limit,
+            Better::Lower => value <= limit,
+        };
+        match self.target {
+            Target::None => None,
+            Target::Ratio(limit) => Some(within(self.ratio(), limit)),
+            Target::Difference(limit) => Some(within(self.paired(|a, b| a - b), limit)),
+            Target::AtMost(limit) => Some(within(median(self.ours.clone()), limit)),
+        }
+    }
+
+    fn target(&self) -> String {
+        let sign = match self.better {
+            Better::Higher => '≥',
+            Better::Lower => '≤',
+        };
+        match self.target {
+            Target::None => String::from("-"),
+            Target::Ratio(limit) => format!("{sign} {limit} ×"),
+            Target::Difference(limit) => format!("{sign} +{limit}"),
+            Target::AtMost(limit) => format!("{sign} {limit}"),
+        }
+    }
+
+    fn line(&self) -> String {
+        let (theirs, ratio) = if self.theirs.is_empty() {
+            (String::from("-"), String::from("-"))
+        } else {
+            (
+                short(median(self.theirs.clone())),
+                format!("{:.2} ×", self.ratio()),
+            )
+        };
+        let verdict = match self.met() {
+            None => "",
+            Some(true) => "met",
+            Some(false) => "NOT MET",
+        };
+        let mut line = format!("{:<60}", self.what);
+        let ours = short(median(self.ours.clone()));
+        let _ = write!(
+            line,
+            " {ours:>9} {theirs:>9} {ratio:>8} {:>9}  {verdict}",
+            self.target()
+        );
+        line.trim_end().to_owned()
+    }
+}
+
+impl Table {
+    pub(crate) fn new() -> Self {
+        Table(Vec::new())
+    }
+
+    pub(crate) fn add(&mut self, row: Row) {
+        println!("measured: {}", row.line());
+        self.0.push(row);
+    }
+
+    pub(crate) fn print(&self) {
+        println!(
+            "\n{:<60} {:>9} {:>9} {:>8} {:>9}",
+            "", "ifnewer", "other", "ratio", "target"
+        );
+        for row in &self.0 {
+            println!("{}", row.line());
+        }
+        let targets: Vec<bool> = self.0.iter().filter_map(Row::met).collect();
+        println!(
+            "\ntargets: {} met, {} not met",
+            count(&targets, true),
+            count(&targets, false)
+        );
+    }
+
+    pub(crate) fn all_met(&self) -> bool {
+        self.0.iter().filter_map(Row::met).all(|met| met)
+    }
+}
+
+fn count(all: &[bool], wanted: bool) -> usize {
+    all.iter().filter(|one| **one == wanted).count()
+}
+
+fn median(mut figures: Vec<f64>) -> f64 {
+    figures.sort_by(f64::total_cmp);
+    figures.get(figures.len() / 2).copied().unwrap_or(f64::NAN)
+}
+
+/// Three digits that mean something.
+fn short(figure: f64) -> String {
+    match figure.abs() {
+        large if large >= 100.0 => format!("{figure:.0}"),
+        middle if middle >= 10.0 => format!("{figure:.1}"),
+        _ => format!("{figure:.2}"),
+    }
+}

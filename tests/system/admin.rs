@@ -1,0 +1,164 @@
+//! What an operator can see.
+
+use crate::proxy::{Ask, Proxy, Setup, raw};
+use crate::upstream::{Image, Upstream};
+
+#[tokio::test]
+async fn health_and_readiness_are_told() {
+    let upstream = Upstream::start().await;
+    let proxy = Proxy::over(&upstream).await;
+    assert_eq!(proxy.admin("/healthz").await.status, 200);
+    assert_eq!(proxy.admin("/readyz").await.status, 200);
+    upstream.refuses();
+    proxy.manifest("library/demo", "latest").await.is_unreachable();
+    assert_eq!(
+        proxy.admin("/readyz").await.status,
+        200,
+        "a silent upstream is no reason to be restarted"
+    );
+}
+
+#[tokio::test]
+async fn metrics_are_in_the_text_format_and_name_no_repository() {
+    let upstream = Upstream::start().await;
+    let image = upstream.push("acme/secret-project", "latest", Image::with_layers(&["one"]));
+    let proxy = Proxy::over(&upstream).await;
+    proxy.pull("acme/secret-project", "latest", &image).await;
+    proxy.pull("acme/secret-project", "latest", &image).await;
+
+    let reply = proxy.admin("/metrics").await;
+    assert_eq!(reply.status, 200);
+    let kind = reply.header("content-type").unwrap();
+    assert!(
+        kind.starts_with("application/openmetrics-text") || kind.starts_with("text/plain"),
+        "{kind}"
+    );
+    let text = String::from_utf8(reply.body.to_vec()).unwrap();
+    assert!(
+        text.lines()
+            .any(|line| line.starts_with("ifnewer_") && line.contains("docker.io")),
+        "{text}"
+    );
+    assert!(
+        text.contains("# TYPE ifnewer_") && text.contains("# HELP ifnewer_"),
+        "{text}"
+    );
+    assert!(!text.contains("secret-project"), "{text}");
+    for line in text
+        .lines()
+        .filter(|line| !line.starts_with('#') && !line.is_empty())
+    {
+        assert!(line.rsplit(' ').next().unwrap().parse::<f64>().is_ok(), "{line}");
+    }
+}
+
+#[tokio::test]
+async fn the_held_images_are_listed() {
+    let upstream = Upstream::start().await;
+    let image = upstream.push("library/demo", "latest", Image::with_layers(&["one"]));
+    let proxy = Proxy::over(&upstream).await;
+    proxy.pull("library/demo", "latest", &image).await;
+
+    let reply = proxy.admin("/api/v1/images").await;
+    assert_eq!(
+        (reply.status, reply.header("content-type")),
+        (200, Some("application/json")),
+        "{reply:#?}"
+    );
+    let text = reply.json().to_string();
+    for part in ["docker.io", "library/demo", "latest", &image.digest] {
+        assert!(text.contains(part), "{part} in {text}");
+    }
+}
+
+#[tokio::test]
+async fn it_can_be_asked_why() {
+    let upstream = Upstream::start().await;
+    let image = upstream.push("library/demo", "latest", Image::with_layers(&["one"]));
+    let rule = "[[rule]]\nimages = [\"docker.io/library/demo:*\"]\npolicy = \"if-not-present\"";
+    let proxy = Setup::over(&upstream).tail(rule).start().await;
+    proxy.pull("library/demo", "latest", &image).await;
+    upstream.clear_log();
+
+    let reply = proxy
+        .admin("/api/v1/why?image=docker.io/library/demo:latest")
+        .await;
+    assert_eq!(reply.status, 200, "{reply:#?}");
+    assert!(
+        reply.json().to_string().contains("if-not-present"),
+        "{}",
+        reply.json()
+    );
+    assert_eq!(upstream.requests().len(), 0, "asking why asks nobody");
+    assert_eq!(proxy.admin("/api/v1/why?image=").await.status, 400);
+    assert_eq!(proxy.admin("/api/v1/why").await.status, 400);
+}
+
+#[tokio::test]
+async fn nothing_of_it_is_on_the_registry_port() {
+    let upstream = Upstream::start().await;
+    let proxy = Proxy::over(&upstream).await;
+    for path in [
+        "/healthz",
+        "/readyz",
+        "/metrics",
+        "/api/v1/images",
+        "/api/v1/why?image=x",
+        "/",
+    ] {
+        assert_eq!(proxy.get(path).unchecked().await.status, 404, "{path}");
+    }
+}
+
+#[tokio::test]
+async fn a_page_of_another_site_cannot_reach_it() {
+    let upstream = Upstream::start().await;
+    let proxy = Proxy::over(&upstream).await;
+    let ask = Ask::new(proxy.admin_address(), "GET", "/api/v1/images")
+        .header("host", "evil.example")
+        .unchecked();
+    let reply = ask.await;
+    assert!(matches!(reply.status, 400 | 403 | 421), "{reply:#?}");
+    let reply = raw(
+        proxy.admin_address(),
+        b"GET /api/v1/images HTTP/1.1\r\nConnection: close\r\n\r\n",
+    )
+    .await;
+    assert!(!matches!(reply.status(), Some(200)), "{}", reply.text);
+}
+
+#[tokio::test]
+async fn healthcheck_asks_the_running_cache() {
+    let upstream = Upstream::start().await;
+    let proxy = Proxy::over(&upstream).await;
+    let admin = proxy.admin_address().to_string();
+    let config = proxy.setup().file("ifnewer.toml", &proxy.setup().toml());
+    let arguments = [
+        "healthcheck",
+        "--config",
+        config.to_str().unwrap(),
+        "--admin",
+        &admin,
+    ];
+    let mut program = proxy.setup().run(&arguments);
+    assert_eq!(program.exit().await, Some(0), "{}", program.stderr());
+    let setup = proxy.setup().clone();
+    drop(proxy);
+    let mut program = setup.run(&arguments);
+    assert_eq!(program.exit().await, Some(1), "{}", program.stderr());
+}
+
+#[tokio::test]
+async fn the_quota_that_upstream_tells_is_shown() {
+    let upstream = Upstream::start().await;
+    upstream.push("library/demo", "latest", Image::with_layers(&["one"]));
+    upstream.tells_rate_limit(100, 73);
+    let proxy = Proxy::over(&upstream).await;
+    proxy.manifest("library/demo", "latest").await;
+    let text = String::from_utf8(proxy.admin("/metrics").await.body.to_vec()).unwrap();
+    assert!(
+        text.lines()
+            .any(|line| line.contains("ratelimit") | line.contains("rate_limit") && line.ends_with(" 73")),
+        "{text}"
+    );
+}

@@ -1,0 +1,43 @@
+//! The whole program over loopback: the real binary, a scripted upstream, a plain client. One file per promise.
+//!
+//! Nothing here sleeps and nothing has a fixed port: tests wait for what happens (a request at the upstream, a gate, a
+//! line of the log). Every reply of the program passes one check (`proxy/check.rs`), whatever the test is about.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests may fail loudly")]
+#![allow(clippy::panic, clippy::indexing_slicing, reason = "tests may fail loudly")]
+#![allow(
+    clippy::print_stderr,
+    reason = "what the program said belongs beside the failure"
+)]
+#![allow(
+    clippy::unnecessary_debug_formatting,
+    reason = "a quoted path is a TOML string"
+)]
+#![allow(
+    unreachable_pub,
+    reason = "`pub` says what the other files of this test may use"
+)]
+
+mod proxy;
+mod upstream;
+
+mod absent;
+mod admin;
+mod config_exit;
+mod doors;
+mod drain;
+mod forbidden;
+mod lock;
+mod malformed;
+mod newer;
+mod policies;
+mod quirks;
+mod ranges;
+mod redirects;
+mod reload;
+mod stampede;
+mod tags_referrers;
+mod tokens;
+mod truncated;
+mod unchanged;
+mod unreachable;
+mod wire;

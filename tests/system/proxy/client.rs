@@ -1,0 +1,322 @@
+//! A small client: one request, one connection, every reply checked.
+
+use super::check;
+use super::reply::Reply;
+use crate::upstream::within;
+use base64::Engine as _;
+use base64::prelude::BASE64_STANDARD;
+use bytes::{Bytes, BytesMut};
+use http::{HeaderMap, Request, Response, Uri};
+use http_body_util::{BodyExt as _, Full};
+use hyper::body::Incoming;
+use hyper::client::conn::{http1, http2};
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use rustls::pki_types::pem::PemObject as _;
+use rustls::pki_types::{CertificateDer, ServerName};
+use std::future::{Future, IntoFuture};
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::Arc;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::TcpStream;
+
+type Fault = Box<dyn std::error::Error + Send + Sync>;
+
+/// A request in the making; await it.
+#[derive(Clone)]
+#[must_use = "a request does nothing until it is awaited"]
+pub struct Ask {
+    address: SocketAddr,
+    method: String,
+    path: String,
+    headers: Vec<(String, String)>,
+    body: Bytes,
+    tls: Option<(String, Vec<String>)>,
+    checked: bool,
+}
+
+impl Ask {
+    /// Any method, any path, as they are.
+    pub fn new(address: SocketAddr, method: &str, path: &str) -> Ask {
+        Ask {
+            address,
+            method: method.to_owned(),
+            path: path.to_owned(),
+            headers: Vec::new(),
+            body: Bytes::new(),
+            tls: None,
+            checked: true,
+        }
+    }
+
+    pub(super) fn with_usual_accept(self) -> Ask {
+        use crate::upstream::{DOCKER_LIST, DOCKER_MANIFEST, OCI_INDEX, OCI_MANIFEST};
+        if !self.path.contains("/manifests/") {
+            return self;
+        }
+        [OCI_INDEX, DOCKER_LIST, OCI_MANIFEST, DOCKER_MANIFEST]
+            .iter()
+            .fold(self, |ask, kind| ask.header("accept", kind))
+    }
+
+    /// One more header line.
+    pub fn header(mut self, name: &str, value: &str) -> Ask {
+        self.headers.push((name.to_owned(), value.to_owned()));
+        self
+    }
+
+    /// These `Accept` lines instead of the usual ones.
+    pub fn accept(mut self, lines: &[&str]) -> Ask {
+        self.headers.retain(|(name, _)| name != "accept");
+        lines.iter().fold(self, |ask, line| ask.header("accept", line))
+    }
+
+    /// With `Basic` credentials.
+    pub fn basic(self, user: &str, password: &str) -> Ask {
+        let pair = BASE64_STANDARD.encode(format!("{user}:{password}"));
+        self.header("authorization", &format!("Basic {pair}"))
+    }
+
+    /// With a token.
+    pub fn bearer(self, token: &str) -> Ask {
+        self.header("authorization", &format!("Bearer {token}"))
+    }
+
+    /// With a body.
+    pub fn body(mut self, body: &[u8]) -> Ask {
+        self.body = Bytes::copy_from_slice(body);
+        self
+    }
+
+    /// Over TLS, trusting this CA, offering these protocols.
+    pub fn tls(mut self, ca_pem: &str, protocols: &[&str]) -> Ask {
+        self.tls = Some((
+            ca_pem.to_owned(),
+            protocols.iter().map(|name| (*name).to_owned()).collect(),
+        ));
+        self
+    }
+
+    /// Not the registry port of the program: no check of the reply.
+    pub fn unchecked(mut self) -> Ask {
+        self.checked = false;
+        self
+    }
+
+    /// Sends it and reads all of the reply.
+    pub async fn into_reply(self) -> Reply {
+        let (method, path, checked) = (self.method.clone(), self.path.clone(), self.checked);
+        let what = format!("the reply to {method} {path}");
+        let mut flow = self.stream().await;
+        let body = within(&what, flow.rest()).await;
+        let (whole, body) = match body {
+            Ok(body) => (true, body),
+            Err(body) => (false, body),
+        };
+        let reply = Reply {
+            method,
+            path,
+            status: flow.status,
+            headers: flow.headers.clone(),
+            body,
+            whole,
+        };
+        if checked {
+            check::reply(&reply);
+        }
+        reply
+    }
+
+    /// Sends it and reads only the head of the reply. Dropping the flow closes the connection.
+    pub async fn stream(self) -> Flow {
+        let what = format!("{} {}", self.method, self.path);
+        let sent = within(&what, Box::pin(self.send())).await;
+        sent.unwrap_or_else(|fault| panic!("{what}: {fault}"))
+    }
+
+    /// There must be no reply at all.
+    pub async fn fails(self) {
+        let what = format!("{} {}", self.method, self.path);
+        if let Ok(flow) = within(&what, Box::pin(self.send())).await {
+            panic!("{what}: answered {} though it should have failed", flow.status);
+        }
+    }
+
+    async fn send(self) -> Result<Flow, Fault> {
+        let stream = TcpStream::connect(self.address).await?;
+        stream.set_nodelay(true)?;
+        let Some((ca_pem, protocols)) = &self.tls else {
+            return self.over_http1(stream, None).await;
+        };
+        let name = ServerName::try_from("localhost")?;
+        let stream = connector(ca_pem, protocols).connect(name, stream).await?;
+        if stream.get_ref().1.alpn_protocol() == Some(b"h2") {
+            self.over_http2(stream).await
+        } else {
+            self.over_http1(stream, None).await
+        }
+    }
+
+    async fn over_http1(
+        &self,
+        stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+        uri: Option<Uri>,
+    ) -> Result<Flow, Fault> {
+        let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
+        let task = tokio::spawn(connection);
+        let mut request = self.request(uri.map_or_else(|| self.path.parse::<Uri>(), Ok)?)?;
+        if !request.headers().contains_key("host") {
+            request
+                .headers_mut()
+                .insert("host", self.address.to_string().parse()?);
+        }
+        Ok(Flow::of(sender.send_request(request).await?, task.abort_handle()))
+    }
+
+    async fn over_http2(
+        &self,
+        stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    ) -> Result<Flow, Fault> {
+        let (mut sender, connection) = http2::handshake(TokioExecutor::new(), TokioIo::new(stream)).await?;
+        let task = tokio::spawn(connection);
+        let authority = self
+            .headers
+            .iter()
+            .find(|(name, _)| name == "host")
+            .map(|(_, value)| value.clone());
+        let authority = authority.unwrap_or_else(|| self.address.to_string());
+        let mut request = self.request(format!("https://{authority}{}", self.path).parse()?)?;
+        request.headers_mut().remove("host");
+        Ok(Flow::of(sender.send_request(request).await?, task.abort_handle()))
+    }
+
+    fn request(&self, uri: Uri) -> Result<Request<Full<Bytes>>, Fault> {
+        let mut request = Request::builder().method(self.method.as_str()).uri(uri);
+        for (name, value) in &self.headers {
+            request = request.header(name, value);
+        }
+        Ok(request.body(Full::new(self.body.clone()))?)
+    }
+}
+
+impl IntoFuture for Ask {
+    type Output = Reply;
+    type IntoFuture = Pin<Box<dyn Future<Output = Reply> + Send>>;
+
+    fn into_future(self) -> Self::IntoFuture {
+        Box::pin(self.into_reply())
+    }
+}
+
+fn connector(ca_pem: &str, protocols: &[String]) -> tokio_rustls::TlsConnector {
+    let mut roots = rustls::RootCertStore::empty();
+    roots
+        .add(CertificateDer::from_pem_slice(ca_pem.as_bytes()).unwrap())
+        .unwrap();
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let mut config = rustls::ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    config.alpn_protocols = protocols.iter().map(|name| name.as_bytes().to_vec()).collect();
+    Arc::new(config).into()
+}
+
+/// A reply whose body is still coming.
+pub struct Flow {
+    pub status: u16,
+    pub headers: HeaderMap,
+    body: Incoming,
+    ahead: BytesMut,
+    connection: tokio::task::AbortHandle,
+}
+
+impl Flow {
+    fn of(response: Response<Incoming>, connection: tokio::task::AbortHandle) -> Flow {
+        let (head, body) = response.into_parts();
+        Flow {
+            status: head.status.as_u16(),
+            headers: head.headers,
+            body,
+            ahead: BytesMut::new(),
+            connection,
+        }
+    }
+
+    /// Waits for exactly `count` further bytes.
+    pub async fn read(&mut self, count: usize) -> Bytes {
+        while self.ahead.len() < count {
+            let frame = within("further bytes of the body", self.body.frame()).await;
+            let frame = frame.expect("the body ended early").expect("the body broke");
+            self.ahead
+                .extend_from_slice(&frame.into_data().unwrap_or_default());
+        }
+        self.ahead.split_to(count).freeze()
+    }
+
+    /// All that is left; `Err` with what came if the body broke.
+    pub async fn rest(&mut self) -> Result<Bytes, Bytes> {
+        while let Some(frame) = within("the rest of the body", self.body.frame()).await {
+            match frame {
+                Ok(frame) => self
+                    .ahead
+                    .extend_from_slice(&frame.into_data().unwrap_or_default()),
+                Err(_) => return Err(self.ahead.split().freeze()),
+            }
+        }
+        Ok(self.ahead.split().freeze())
+    }
+}
+
+impl Drop for Flow {
+    fn drop(&mut self) {
+        self.connection.abort();
+    }
+}
+
+/// One connection, several requests: HTTP/1.1 keep-alive.
+pub struct Session {
+    sender: http1::SendRequest<Full<Bytes>>,
+    address: SocketAddr,
+}
+
+impl Session {
+    /// Opens the connection.
+    pub async fn open(address: SocketAddr) -> Session {
+        let stream = TcpStream::connect(address).await.unwrap();
+        let (sender, connection) = http1::handshake(TokioIo::new(stream)).await.unwrap();
+        tokio::spawn(connection);
+        Session { sender, address }
+    }
+
+    /// The next request on it.
+    pub async fn ask(&mut self, method: &str, path: &str) -> Reply {
+        within("the connection to stay open", self.sender.ready())
+            .await
+            .expect("the connection was closed");
+        let mut request = Ask::new(self.address, method, path)
+            .with_usual_accept()
+            .request(path.parse().unwrap())
+            .unwrap();
+        request
+            .headers_mut()
+            .insert("host", self.address.to_string().parse().unwrap());
+        let response = within("the reply", self.sender.send_request(request))
+            .await
+            .unwrap();
+        let (head, body) = response.into_parts();
+        let body = within("the body", body.collect()).await.unwrap().to_bytes();
+        let (method, path) = (method.to_owned(), path.to_owned());
+        let reply = Reply {
+            method,
+            path,
+            status: head.status.as_u16(),
+            headers: head.headers,
+            body,
+            whole: true,
+        };
+        check::reply(&reply);
+        reply
+    }
+}

@@ -1,0 +1,142 @@
+//! Redirects are followed here, without the client's credential, and never handed on.
+
+use crate::proxy::Proxy;
+use crate::upstream::{Image, Upstream, noise};
+
+#[tokio::test]
+async fn a_blob_on_another_host_is_fetched_without_the_credential() {
+    let upstream = Upstream::start().await;
+    let storage = Upstream::start().await;
+    upstream.requires_basic("alice", "a-secret");
+    let image = upstream.push("acme/app", "1", Image::with_layers(&["one", "two"]));
+    upstream.redirects_blobs_to(&storage);
+    let proxy = Proxy::over(&upstream).await;
+
+    proxy
+        .pull_with("acme/app", "1", &image, |ask| ask.basic("alice", "a-secret"))
+        .await;
+    assert_eq!(storage.requests().len(), image.blobs.len());
+    assert!(
+        storage.requests().iter().all(|seen| !seen.authorized()),
+        "{:#?}",
+        storage.requests()
+    );
+    assert!(
+        storage
+            .requests()
+            .iter()
+            .all(|seen| seen.query.as_deref() == Some("signature=s"))
+    );
+}
+
+#[tokio::test]
+async fn a_token_stays_with_the_registry_too() {
+    let upstream = Upstream::start().await;
+    let storage = Upstream::start().await;
+    upstream.requires_token();
+    upstream.makes_public("library/demo");
+    let image = upstream.push("library/demo", "1", Image::with_layers(&["one"]));
+    upstream.redirects_blobs_to(&storage);
+    let proxy = Proxy::over(&upstream).await;
+
+    proxy.pull("library/demo", "1", &image).await;
+    assert!(storage.requests().iter().all(|seen| !seen.authorized()));
+}
+
+#[tokio::test]
+async fn every_kind_of_redirect_is_followed_also_a_relative_one() {
+    for status in [301, 302, 303, 307, 308] {
+        let upstream = Upstream::start().await;
+        let image = upstream.push("library/demo", "1", Image::with_layers(&["one"]));
+        upstream.redirects_blobs_with(status, "/storage/{digest}");
+        let proxy = Proxy::over(&upstream).await;
+        proxy.pull("library/demo", "1", &image).await;
+        proxy
+            .head(&crate::proxy::blob_path("library/demo", &image.layer(0).digest))
+            .await
+            .is_blob(image.layer(0));
+    }
+}
+
+#[tokio::test]
+async fn a_redirect_in_a_circle_ends() {
+    let upstream = Upstream::start().await;
+    let image = upstream.push("library/demo", "1", Image::with_layers(&["one"]));
+    let proxy = Proxy::over(&upstream).await;
+    proxy.manifest("library/demo", "1").await;
+    upstream.redirects_blobs_with(307, "/v2/library/demo/blobs/{digest}");
+    upstream.clear_log();
+
+    proxy
+        .blob("library/demo", &image.layer(0).digest)
+        .await
+        .is_refused(502);
+    assert!(
+        upstream.requests().len() <= 40,
+        "{} requests",
+        upstream.requests().len()
+    );
+}
+
+#[tokio::test]
+async fn a_redirect_that_leads_nowhere_is_the_upstreams_fault() {
+    for location in [
+        "",
+        "http://",
+        "ftp://127.0.0.1/x",
+        "http://storage.invalid/x",
+        "http://127.0.0.1:1/x",
+    ] {
+        let upstream = Upstream::start().await;
+        let image = upstream.push("library/demo", "1", Image::with_layers(&["one"]));
+        let proxy = Proxy::over(&upstream).await;
+        proxy.manifest("library/demo", "1").await;
+        upstream.redirects_blobs_with(307, location);
+        proxy
+            .blob("library/demo", &image.layer(0).digest)
+            .await
+            .is_unreachable();
+    }
+}
+
+#[tokio::test]
+async fn a_transfer_that_breaks_in_the_storage_is_resumed_from_the_registry() {
+    let upstream = Upstream::start().await;
+    let storage = Upstream::start().await;
+    let image = upstream.push("library/demo", "1", Image::with_layers(&[noise(1, 500_000)]));
+    upstream.redirects_blobs_to(&storage);
+    let proxy = Proxy::over(&upstream).await;
+    proxy.manifest("library/demo", "1").await;
+    storage.truncates_blobs_at(200_000, 1);
+
+    proxy
+        .blob("library/demo", &image.layer(0).digest)
+        .await
+        .is_blob(image.layer(0));
+    assert_eq!(
+        upstream.blob_gets(&image.layer(0).digest),
+        2,
+        "a signed URL may have expired"
+    );
+    let ranges: Vec<_> = storage
+        .requests()
+        .iter()
+        .map(|seen| seen.header("range").map(str::to_owned))
+        .collect();
+    assert_eq!(ranges, [None, Some("bytes=200000-".to_owned())]);
+}
+
+#[tokio::test]
+async fn storage_that_is_down_is_not_a_missing_blob() {
+    let upstream = Upstream::start().await;
+    let storage = Upstream::start().await;
+    let image = upstream.push("library/demo", "1", Image::with_layers(&["one"]));
+    upstream.redirects_blobs_to(&storage);
+    storage.refuses();
+    let proxy = Proxy::over(&upstream).await;
+    proxy.manifest("library/demo", "1").await;
+    proxy
+        .blob("library/demo", &image.layer(0).digest)
+        .await
+        .is_unreachable();
+}

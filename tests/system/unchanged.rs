@@ -1,0 +1,227 @@
+//! A tag whose digest did not change costs one `HEAD` and is served from what is held.
+
+use crate::proxy::{Proxy, Setup, manifest_path};
+use crate::upstream::{DOCKER_LIST, DOCKER_MANIFEST, Image, OCI_INDEX, OCI_MANIFEST, Upstream};
+
+#[tokio::test]
+async fn the_first_pull_is_a_miss_and_says_so() {
+    let upstream = Upstream::start().await;
+    let image = upstream.push("library/demo", "latest", Image::with_layers(&["one", "two"]));
+    let proxy = Proxy::over(&upstream).await;
+
+    proxy.pull("library/demo", "latest", &image).await.is_fetched();
+    assert!(
+        proxy
+            .manifest("library/demo", "latest")
+            .await
+            .is_hit()
+            .cache_status()
+            .contains("unchanged")
+    );
+}
+
+#[tokio::test]
+async fn an_unchanged_tag_costs_one_head_and_no_byte() {
+    let upstream = Upstream::start().await;
+    let image = upstream.push("library/demo", "latest", Image::with_layers(&["one", "two"]));
+    let proxy = Proxy::over(&upstream).await;
+    proxy.pull("library/demo", "latest", &image).await;
+    upstream.clear_log();
+
+    proxy.pull("library/demo", "latest", &image).await.is_unchanged();
+    assert_eq!(upstream.heads("library/demo"), 1);
+    assert_eq!(
+        (upstream.manifest_gets("library/demo"), upstream.all_blob_gets()),
+        (0, 0)
+    );
+    assert_eq!(upstream.requests().len(), 1, "{:#?}", upstream.requests());
+    assert_eq!(upstream.bytes_sent(), 0);
+}
+
+#[tokio::test]
+async fn it_stays_so_after_a_restart() {
+    let upstream = Upstream::start().await;
+    let image = upstream.push("library/demo", "latest", Image::with_layers(&["one", "two"]));
+    let proxy = Proxy::over(&upstream).await;
+    proxy.pull("library/demo", "latest", &image).await;
+    let proxy = proxy.restart().await;
+    upstream.clear_log();
+
+    proxy.pull("library/demo", "latest", &image).await.is_unchanged();
+    assert_eq!((upstream.heads("library/demo"), upstream.bytes_sent()), (1, 0));
+}
+
+#[tokio::test]
+async fn it_stays_so_after_a_crash() {
+    let upstream = Upstream::start().await;
+    let image = upstream.push("library/demo", "latest", Image::with_layers(&["one", "two"]));
+    let proxy = Proxy::over(&upstream).await;
+    proxy.pull("library/demo", "latest", &image).await;
+    let proxy = proxy.crash().await;
+    upstream.clear_log();
+
+    proxy.pull("library/demo", "latest", &image).await.is_unchanged();
+    assert_eq!((upstream.heads("library/demo"), upstream.all_blob_gets()), (1, 0));
+}
+
+#[tokio::test]
+async fn while_fresh_a_tag_costs_nothing() {
+    let upstream = Upstream::start().await;
+    let image = upstream.push("library/demo", "latest", Image::with_layers(&["one"]));
+    let proxy = Setup::over(&upstream)
+        .default_keys("fresh = \"1h\"")
+        .start()
+        .await;
+    proxy.pull("library/demo", "latest", &image).await;
+    upstream.clear_log();
+
+    proxy
+        .pull("library/demo", "latest", &image)
+        .await
+        .is_hit()
+        .is_not_stale();
+    assert_eq!(upstream.requests().len(), 0, "{:#?}", upstream.requests());
+}
+
+#[tokio::test]
+async fn a_head_of_the_client_counts_as_the_question() {
+    let upstream = Upstream::start().await;
+    let image = upstream.push("library/demo", "latest", Image::with_layers(&["one"]));
+    let proxy = Proxy::over(&upstream).await;
+    proxy.pull("library/demo", "latest", &image).await;
+    upstream.clear_log();
+
+    proxy
+        .head(&manifest_path("library/demo", "latest"))
+        .await
+        .is_image(&image)
+        .is_unchanged();
+    assert_eq!(
+        (upstream.heads("library/demo"), upstream.requests().len()),
+        (1, 1)
+    );
+}
+
+#[tokio::test]
+async fn what_a_digest_names_is_never_asked_for_again() {
+    let upstream = Upstream::start().await;
+    let image = upstream.push("library/demo", "latest", Image::with_layers(&["one", "two"]));
+    let proxy = Proxy::over(&upstream).await;
+    proxy.pull("library/demo", "latest", &image).await;
+    upstream.clear_log();
+
+    proxy.pull("library/demo", &image.digest, &image).await.is_hit();
+    assert_eq!(upstream.requests().len(), 0, "{:#?}", upstream.requests());
+}
+
+#[tokio::test]
+async fn an_index_is_held_like_any_manifest() {
+    let upstream = Upstream::start().await;
+    let children = [Image::with_layers(&["amd"]), Image::with_layers(&["arm"])];
+    let index = upstream.push("library/multi", "1", Image::index(&children));
+    let proxy = Proxy::over(&upstream).await;
+    proxy.pull("library/multi", "1", &index).await;
+    proxy
+        .pull("library/multi", &children[1].digest, &children[1])
+        .await;
+    upstream.clear_log();
+
+    proxy.pull("library/multi", "1", &index).await.is_unchanged();
+    proxy
+        .pull("library/multi", &children[1].digest, &children[1])
+        .await
+        .is_hit();
+    assert_eq!(
+        (upstream.heads("library/multi"), upstream.requests().len()),
+        (1, 1)
+    );
+}
+
+#[tokio::test]
+async fn the_order_of_the_accepted_types_does_not_matter() {
+    let upstream = Upstream::start().await;
+    let image = upstream.push("library/demo", "latest", Image::with_layers(&["one"]));
+    let proxy = Proxy::over(&upstream).await;
+    let accept = [OCI_INDEX, OCI_MANIFEST, DOCKER_LIST, DOCKER_MANIFEST];
+    proxy
+        .manifest("library/demo", "latest")
+        .accept(&accept)
+        .await
+        .is_fetched();
+    assert_eq!(upstream.requests()[0].accept(), accept, "every line is passed on");
+    upstream.clear_log();
+
+    let line = format!("{DOCKER_MANIFEST}, {DOCKER_LIST},{OCI_MANIFEST} ,{OCI_INDEX}");
+    proxy
+        .manifest("library/demo", "latest")
+        .accept(&[&line])
+        .await
+        .is_image(&image)
+        .is_unchanged();
+    assert_eq!(upstream.manifest_gets("library/demo"), 0);
+}
+
+#[tokio::test]
+async fn clients_that_accept_other_types_get_their_own_answer() {
+    let upstream = Upstream::start().await;
+    let oci = upstream.push("library/demo", "latest", Image::with_layers(&["one"]));
+    let docker = upstream.push_also("library/demo", "latest", Image::docker_with_layers(&["one"]));
+    let proxy = Proxy::over(&upstream).await;
+
+    for _ in 0..2 {
+        proxy
+            .manifest("library/demo", "latest")
+            .accept(&[OCI_MANIFEST])
+            .await
+            .is_image(&oci);
+        proxy
+            .manifest("library/demo", "latest")
+            .accept(&[DOCKER_MANIFEST])
+            .await
+            .is_image(&docker);
+    }
+    assert_eq!(upstream.manifest_gets("library/demo"), 2);
+    upstream.refuses();
+    proxy
+        .manifest("library/demo", "latest")
+        .accept(&[DOCKER_MANIFEST])
+        .await
+        .is_image(&docker)
+        .is_stale();
+    proxy
+        .manifest("library/demo", "latest")
+        .accept(&[OCI_MANIFEST])
+        .await
+        .is_image(&oci)
+        .is_stale();
+}
+
+#[tokio::test]
+async fn one_component_names_are_the_library_of_docker_hub_only() {
+    let upstream = Upstream::start().await;
+    let other = Upstream::start().await;
+    let image = upstream.push("library/demo", "latest", Image::with_layers(&["hub"]));
+    let plain = other.push("demo", "latest", Image::with_layers(&["other"]));
+    let proxy = Setup::over(&upstream).also("ghcr.io", &other).start().await;
+
+    proxy.pull("demo", "latest", &image).await;
+    proxy.pull("library/demo", "latest", &image).await.is_unchanged();
+    proxy.pull("ghcr.io/demo", "latest", &plain).await;
+    proxy
+        .get("/v2/demo/manifests/latest?ns=ghcr.io")
+        .await
+        .is_image(&plain)
+        .is_unchanged();
+    proxy
+        .get("/v2/demo/manifests/latest?ns=docker.io")
+        .await
+        .is_image(&image);
+    assert!(
+        upstream
+            .requests()
+            .iter()
+            .chain(&other.requests())
+            .all(|seen| seen.query.is_none()),
+        "ns stays here"
+    );
+}

@@ -1,0 +1,288 @@
+//! The knobs: every way in which a registry, or the way to it, is known to fail.
+
+use super::gate::Gate;
+use super::{Seen, Upstream};
+use std::sync::Arc;
+
+/// What is wrong at this moment. All `None` and `false`: nothing.
+#[derive(Default)]
+#[allow(
+    clippy::struct_excessive_bools,
+    reason = "independent knobs, in any combination"
+)]
+pub(super) struct Faults {
+    /// At the moment of accepting a connection.
+    pub(super) connection: Option<BadConnection>,
+    /// Instead of an answer, for the requests it applies to; the last one set wins.
+    pub(super) instead: Vec<(Applies, Instead)>,
+    pub(super) head_not_allowed: bool,
+    pub(super) blob_head_refused: bool,
+    pub(super) digest: DigestHeader,
+    pub(super) rate_limit: Option<(u64, u64)>,
+    pub(super) gzips: bool,
+    pub(super) ignores_range: bool,
+    pub(super) unsized_bodies: bool,
+    pub(super) blob_cut_at: Option<usize>,
+    pub(super) blob_cuts_left: Option<usize>,
+    pub(super) blob_ends_at: Option<usize>,
+    pub(super) corrupts_blobs: bool,
+    pub(super) pace: Option<u64>,
+    pub(super) held_bodies: Vec<(Applies, usize, Gate)>,
+    pub(super) held_answers: Vec<(Applies, Gate)>,
+    pub(super) oversize_manifest: Option<usize>,
+    pub(super) redirect: Option<Redirect>,
+    pub(super) no_referrers: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum BadConnection {
+    Resets,
+    Mute,
+}
+
+#[derive(Clone)]
+pub(super) enum Instead {
+    Status(u16),
+    RateLimited(Option<String>),
+    Html,
+    Hang,
+    Drop,
+}
+
+#[derive(Default)]
+pub(super) enum DigestHeader {
+    #[default]
+    Right,
+    Omitted,
+    Lie(String),
+    LieInHeads(String),
+}
+
+#[derive(Clone)]
+pub(super) struct Redirect {
+    pub(super) status: u16,
+    /// `{digest}` is replaced.
+    pub(super) location: String,
+}
+
+/// Which requests a fault is for.
+pub(super) type Applies = Arc<dyn Fn(&Seen) -> bool + Send + Sync>;
+
+fn registry() -> Applies {
+    Arc::new(|seen| seen.path.starts_with("/v2"))
+}
+
+impl Upstream {
+    /// The listener is closed and every connection with it: connection refused.
+    pub fn refuses(&self) {
+        if let Some(listener) = self.listener.lock().unwrap().take() {
+            listener.abort();
+        }
+        self.shared.hang_up();
+    }
+
+    /// Every connection, open or new, is reset.
+    pub fn resets(&self) {
+        self.turn(|faults| faults.connection = Some(BadConnection::Resets));
+        self.shared.hang_up();
+    }
+
+    /// Connections open, and nothing is ever said on them.
+    pub fn is_mute(&self) {
+        self.turn(|faults| faults.connection = Some(BadConnection::Mute));
+        self.shared.hang_up();
+    }
+
+    /// Requests are read and logged, and answered only when it recovers.
+    pub fn hangs(&self) {
+        self.instead(registry(), Instead::Hang);
+    }
+
+    /// Requests are read and logged, and the connection is closed without an answer.
+    pub fn drops_requests(&self) {
+        self.instead(registry(), Instead::Drop);
+    }
+
+    /// Everything under `/v2/` is answered with this status.
+    pub fn answers_status(&self, status: u16) {
+        self.instead(registry(), Instead::Status(status));
+    }
+
+    /// Only `GET`s of manifests are answered with this status.
+    pub fn answers_manifest_gets_with(&self, status: u16) {
+        self.instead(
+            Arc::new(|seen| seen.method == "GET" && seen.path.contains("/manifests/")),
+            Instead::Status(status),
+        );
+    }
+
+    /// Only the token service is answered with this status.
+    pub fn answers_tokens_with(&self, status: u16) {
+        self.instead(Arc::new(|seen| seen.path == "/token"), Instead::Status(status));
+    }
+
+    /// Too many requests, with or without `Retry-After`.
+    pub fn rate_limits(&self, retry_after: Option<&str>) {
+        self.instead(registry(), Instead::RateLimited(retry_after.map(str::to_owned)));
+    }
+
+    /// Tells its quota on every answer, as Docker Hub does.
+    pub fn tells_rate_limit(&self, limit: u64, remaining: u64) {
+        self.turn(|faults| faults.rate_limit = Some((limit, remaining)));
+    }
+
+    /// A captive portal: 200 and a page, whatever was asked.
+    pub fn answers_html(&self) {
+        self.instead(registry(), Instead::Html);
+    }
+
+    /// `HEAD` of a manifest: 405.
+    pub fn head_not_allowed(&self) {
+        self.turn(|faults| faults.head_not_allowed = true);
+    }
+
+    /// `HEAD` of a blob: 401, though `GET` works.
+    pub fn refuses_blob_heads(&self) {
+        self.turn(|faults| faults.blob_head_refused = true);
+    }
+
+    /// No `Docker-Content-Digest` anywhere.
+    pub fn omits_digest(&self) {
+        self.turn(|faults| faults.digest = DigestHeader::Omitted);
+    }
+
+    /// `Docker-Content-Digest` is always this one.
+    pub fn lies_about_digest(&self, digest: &str) {
+        self.turn(|faults| faults.digest = DigestHeader::Lie(digest.to_owned()));
+    }
+
+    /// The same in answers to `HEAD` alone.
+    pub fn lies_about_digest_in_heads(&self, digest: &str) {
+        self.turn(|faults| faults.digest = DigestHeader::LieInHeads(digest.to_owned()));
+    }
+
+    /// Every answer with a blob breaks after `n` bytes of its body.
+    pub fn truncates_blob_at(&self, n: usize) {
+        self.turn(|faults| faults.blob_cut_at = Some(n));
+    }
+
+    /// The next `times` answers with a blob break after `n` bytes of their body.
+    pub fn truncates_blobs_at(&self, n: usize, times: usize) {
+        self.turn(|faults| {
+            faults.blob_cut_at = Some(n);
+            faults.blob_cuts_left = Some(times);
+        });
+    }
+
+    /// Blobs come without a length and end, cleanly, after `n` bytes.
+    pub fn ends_blob_early_at(&self, n: usize) {
+        self.turn(|faults| faults.blob_ends_at = Some(n));
+    }
+
+    /// Answers without `Content-Length`.
+    pub fn omits_length(&self) {
+        self.turn(|faults| faults.unsized_bodies = true);
+    }
+
+    /// Blobs have the right length and one wrong bit, near the end.
+    pub fn corrupts_blob(&self) {
+        self.turn(|faults| faults.corrupts_blobs = true);
+    }
+
+    /// `Range` is not understood: always 200 and everything.
+    pub fn ignores_range(&self) {
+        self.turn(|faults| faults.ignores_range = true);
+    }
+
+    /// Bodies of blobs come at this speed.
+    pub fn drips(&self, bytes_per_second: u64) {
+        self.turn(|faults| faults.pace = Some(bytes_per_second));
+    }
+
+    /// Manifests are padded to this many bytes.
+    pub fn oversize_manifest(&self, bytes: usize) {
+        self.turn(|faults| faults.oversize_manifest = Some(bytes));
+    }
+
+    /// Claims `Content-Encoding: gzip` on every body.
+    pub fn gzips(&self) {
+        self.turn(|faults| faults.gzips = true);
+    }
+
+    /// The referrers API does not exist.
+    pub fn has_no_referrers_api(&self) {
+        self.turn(|faults| faults.no_referrers = true);
+    }
+
+    /// Blobs are redirected (307) to a storage on another host, which refuses any `Authorization`.
+    pub fn redirects_blobs_to(&self, other: &Upstream) {
+        let held = self.state(|state| {
+            state
+                .repositories
+                .values()
+                .flat_map(|held| held.blobs.clone())
+                .collect::<Vec<_>>()
+        });
+        other.state(|state| state.storage.extend(held));
+        self.redirects_blobs_with(307, &format!("{}/storage/{{digest}}?signature=s", other.url()));
+    }
+
+    /// Blobs are redirected with this status to this `Location`, in which `{digest}` is replaced.
+    pub fn redirects_blobs_with(&self, status: u16, location: &str) {
+        self.state(|state| {
+            let held: Vec<_> = state
+                .repositories
+                .values()
+                .flat_map(|held| held.blobs.clone())
+                .collect();
+            state.storage.extend(held);
+        });
+        self.turn(|faults| {
+            let location = location.to_owned();
+            faults.redirect = Some(Redirect { status, location });
+        });
+    }
+
+    /// The body of this blob is held after `n` bytes.
+    pub fn holds_blob(&self, digest: &str, n: usize) -> Gate {
+        let gate = Gate::new();
+        let part = format!("/blobs/{digest}");
+        let applies: Applies = Arc::new(move |seen| seen.path.contains(&part));
+        self.turn(|faults| faults.held_bodies.push((applies, n, gate.clone())));
+        gate
+    }
+
+    /// The answers to these requests are held before their first byte.
+    pub fn holds_answers(&self, which: impl Fn(&Seen) -> bool + Send + Sync + 'static) -> Gate {
+        let gate = Gate::new();
+        self.turn(|faults| faults.held_answers.push((Arc::new(which), gate.clone())));
+        gate
+    }
+
+    /// Presents a certificate nobody trusts from the next connection on.
+    pub fn presents_foreign_certificate(&self) {
+        let foreign = super::tls::Authority::new().server_config();
+        self.state(|state| state.tls = Some(foreign));
+        self.shared.hang_up();
+    }
+
+    /// No fault any more. Answers that hung are given now. Rights and contents stay.
+    pub fn recovers(&self) {
+        self.turn(|faults| *faults = Faults::default());
+        if let Some(authority) = &self.authority {
+            self.state(|state| state.tls = Some(authority.server_config()));
+        }
+        if self.listener.lock().unwrap().is_none() {
+            self.listen();
+        }
+    }
+
+    fn instead(&self, applies: Applies, what: Instead) {
+        self.turn(|faults| faults.instead.push((applies, what)));
+    }
+
+    fn turn(&self, change: impl FnOnce(&mut Faults)) {
+        self.state(|state| change(&mut state.faults));
+        self.shared.turned.send_replace(());
+    }
+}
