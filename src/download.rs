@@ -167,6 +167,13 @@ impl Downloads {
         }
     }
 
+    /// Waits until no transfer runs, each one kept or failed.
+    pub async fn idle(&self) {
+        // Every place free is no transfer running; the semaphore is never closed.
+        let places = u32::try_from(TRANSFERS_MAX).unwrap_or(u32::MAX);
+        let _ = self.shared.places.acquire_many(places).await;
+    }
+
     /// How many transfers run.
     pub fn count(&self) -> usize {
         self.shared.running().len()
@@ -217,10 +224,6 @@ impl Place {
         self.shared.running().remove(&self.download.digest);
         self.download.progress.send_replace(last);
     }
-
-    fn is_over(&self) -> bool {
-        matches!(&*self.download.progress.borrow(), Progress::Failed(_))
-    }
 }
 
 impl Drop for Place {
@@ -237,7 +240,7 @@ impl Drop for Place {
             &*self.download.progress.borrow(),
             Progress::Opening | Progress::Readable(_)
         );
-        if unfinished && !self.is_over() {
+        if unfinished {
             self.download
                 .progress
                 .send_replace(Progress::Failed(Arc::new(Failure::Abandoned)));
@@ -292,6 +295,16 @@ impl Reader {
             if self.progress.changed().await.is_err() {
                 return Err(Arc::new(Failure::Abandoned));
             }
+        }
+    }
+
+    /// Waits until the blob is verified, or known not to be.
+    pub async fn settled(&mut self) -> Result<(), Arc<Failure>> {
+        let over = |progress: &Progress| matches!(progress, Progress::Complete(_) | Progress::Failed(_));
+        match self.progress.wait_for(over).await.as_deref() {
+            Ok(Progress::Failed(failure)) => Err(Arc::clone(failure)),
+            Ok(_) => Ok(()),
+            Err(_) => Err(Arc::new(Failure::Abandoned)),
         }
     }
 

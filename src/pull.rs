@@ -12,6 +12,7 @@ mod listing;
 mod manifest;
 pub mod passing;
 mod site;
+mod sizes;
 
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -42,6 +43,7 @@ pub struct Pull {
     rules: Rules,
     clock: Clock,
     secret: Vec<u8>,
+    sizes: sizes::Sizes,
     questions: Flights<asking::Key, Arc<Answer>>,
     manifests: Flights<asking::Key, Result<Arc<HeldManifest>, Arc<Answer>>>,
 }
@@ -165,6 +167,7 @@ impl Pull {
             rules,
             clock,
             secret,
+            sizes: sizes::Sizes::default(),
             questions: Flights::default(),
             manifests: Flights::default(),
         }

@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use tokio::net::{TcpListener, UnixListener};
@@ -27,6 +28,9 @@ use crate::store::{OpenError, Settings as StoreSettings, Store};
 use crate::upstream::{
     Connector, OriginError, OwnCredential, ProxyChoice, Settings, SettingsError, Upstream,
 };
+
+/// How long the end waits for downloads that no client waits for any more.
+const SETTLE: Duration = Duration::from_secs(5);
 
 /// Why the process cannot run.
 #[derive(Debug, thiserror::Error)]
@@ -155,6 +159,10 @@ pub async fn serve(
     tokio::select! {
         () = async { while tasks.join_next().await.is_some() {} } => {}
         _ = signals.next() => tracing::warn!("a second signal: ending now"),
+    }
+    // The last client has its last byte a moment before the blob has its name.
+    if tokio::time::timeout(SETTLE, downloads.idle()).await.is_err() {
+        tracing::info!("downloads that nobody waits for are given up");
     }
     // Flushing the index is the last write; it blocks, and nothing else runs any more.
     let _ = tokio::task::spawn_blocking(move || store.close()).await;

@@ -104,12 +104,15 @@ async fn receive<S: Source>(
     mut stream: Stream,
     queue: &mpsc::Sender<Piece>,
 ) -> Result<(), Stopped> {
+    let total = stream.total;
     let mut received = 0_u64;
     let mut fruitless = 0_u32;
     loop {
         let before = received;
         let broke = match drain(&mut stream, &mut received, queue).await? {
-            None => return Ok(()),
+            // A clean end before the known end is no end.
+            None if total.is_none_or(|total| received >= total) => return Ok(()),
+            None => Cause::Reset,
             Some(cause) => cause,
         };
         fruitless = if received > before { 1 } else { fruitless + 1 };

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::asking::Asked;
 use super::manifest::refused;
 use super::{Content, Context, How, Outcome, Pull, Reason, Request, Site, passing};
-use crate::download::{Failure, Joined, Reader, Source, Stream};
+use crate::download::{Failure, Joined, Reader, Source, Stream, WITHHELD_BYTES};
 use crate::oci::{Accept, AnyDigest, Cause, Digest, Operation, Repository};
 use crate::policy::rules::Rule;
 use crate::policy::{
@@ -216,9 +216,18 @@ impl Road<'_> {
         situation: Situation,
         leads: bool,
     ) -> Result<Outcome, Arc<Failure>> {
-        let failure = match reader.opened().await {
-            Ok(opened) => return Ok(self.outcome(Content::Download(reader), opened.size, reason)),
-            Err(failure) => failure,
+        let opened = reader.opened().await;
+        let size = opened.as_ref().ok().and_then(|opened| opened.size);
+        let failed = match opened {
+            // Nothing of a small blob can be sent before it is verified, so its answer can still be an honest error.
+            Ok(opened) if opened.size.is_some_and(|size| size <= WITHHELD_BYTES) => {
+                reader.settled().await.err()
+            }
+            Ok(_) => None,
+            Err(failure) => Some(failure),
+        };
+        let Some(failure) = failed else {
+            return Ok(self.outcome(Content::Download(reader), size, reason));
         };
         match failure.as_ref() {
             Failure::Refused(answer) if leads => {
@@ -325,7 +334,11 @@ impl Source for Upstreamed {
                         .await;
                 }
                 let start = fetched.start;
-                let total = fetched.total.or(fetched.length.map(|length| start + length));
+                let stated = || self.pull.sizes.of(&self.site, &self.repository, self.digest);
+                let total = fetched
+                    .total
+                    .or(fetched.length.map(|length| start + length))
+                    .or_else(stated);
                 Ok(Stream {
                     start,
                     total,

@@ -9,10 +9,12 @@ use super::asking::{Asked, Key};
 use super::{Context, How, Outcome, Pull, Reason, Refused, Request, Site, passing};
 use crate::oci::manifest::MANIFEST_BYTES_MAX;
 use crate::oci::{
-    Accept, Algorithm, AnyDigest, Cause, Digest, Manifest, MediaType, Reference, Repository, Tag,
+    Accept, Algorithm, AnyDigest, Cause, Digest, Manifest, MediaType, Operation, Reference, Repository, Tag,
 };
 use crate::policy::rules::Rule;
-use crate::policy::{Heard, Held, Served, Situation, Subject, Verdict, Whose, Why, decide};
+use crate::policy::{
+    Heard, Held, Refusal, Served, Situation, Standing, Subject, Verdict, Whose, Why, decide,
+};
 use crate::store::manifests::HeldManifest;
 use crate::store::refs::{TagKey, Variant};
 use crate::upstream::{Answer, Caller, Fetched, Said};
@@ -182,7 +184,7 @@ impl Pull {
         self: &Arc<Self>,
         site: &Arc<Site>,
         repository: &Repository,
-        operation: &crate::oci::Operation,
+        operation: &Operation,
         accept: &Accept,
         received: Result<HeldManifest, Cause>,
     ) -> Result<Arc<HeldManifest>, Arc<Answer>> {
@@ -194,6 +196,7 @@ impl Pull {
             Arc::new(Answer::silent(cause))
         })?;
         let manifest = Arc::new(manifest);
+        self.sizes.learn(site, repository, &manifest.manifest);
         let kept = {
             let (store, site, repository) = (Arc::clone(&self.store), Arc::clone(site), repository.clone());
             let manifest = Arc::clone(&manifest);
@@ -219,7 +222,7 @@ impl Pull {
             _ => manifest,
         };
         super::asking::report(kept, "keep a manifest");
-        if let crate::oci::Operation::Manifest { reference, .. } = operation {
+        if let Operation::Manifest { reference, .. } = operation {
             let media_type = Some(&served.media_type);
             self.learn_name(site, repository, reference, accept, served.digest, media_type)
                 .await;
@@ -265,14 +268,39 @@ impl Road<'_> {
             Verdict::Serve(Served::Moved) => self.serve_moved(situation, copy, asked),
             Verdict::Serve(served) => self.serve(served, copy, Some(asked.heard)),
             Verdict::Fetch(why) => self.fetch(why, situation, copy, deadline).await,
-            Verdict::Refuse(refusal) => refused(refusal, asked.answer, own_credential(asked.heard)),
+            Verdict::Refuse(refusal) => {
+                if refusal == Refusal::Absent {
+                    self.forget(&situation).await;
+                }
+                refused(refusal, asked.answer, own_credential(asked.heard))
+            }
             // A law of the decision: nothing is asked twice.
-            Verdict::Ask => refused(
-                crate::policy::Refusal::Silent(Cause::Malformed),
-                asked.answer,
-                false,
-            ),
+            Verdict::Ask => refused(Refusal::Silent(Cause::Malformed), asked.answer, false),
         }
+    }
+
+    /// A tag deleted upstream must not come back with the next outage. Only a principal that may read the repository
+    /// is believed: some registries say 404 to all others.
+    async fn forget(&self, situation: &Situation) {
+        let Operation::Manifest {
+            repository,
+            reference: Reference::Tag(tag),
+        } = &self.request.operation
+        else {
+            return;
+        };
+        if situation.standing == Standing::Unknown || situation.held.is_none() {
+            return;
+        }
+        let upstream = self.request.site.name().into();
+        let key = TagKey {
+            upstream,
+            repository: repository.clone(),
+            tag: tag.clone(),
+        };
+        let store = Arc::clone(&self.pull.store);
+        let forgotten = spawn_blocking(move || store.remove_tag(&key)).await;
+        super::asking::report(forgotten, "forget a tag that was deleted upstream");
     }
 
     async fn ask(&self, situation: &Situation) -> Asked {
@@ -370,11 +398,9 @@ impl Road<'_> {
             Verdict::Serve(served) => self.serve(served, copy, Some(heard)),
             Verdict::Refuse(refusal) => refused(refusal, Some(answer), own_credential(heard)),
             // Laws of the decision: no second question, no second fetch.
-            Verdict::Ask | Verdict::Fetch(_) => refused(
-                crate::policy::Refusal::Silent(Cause::Malformed),
-                Some(answer),
-                false,
-            ),
+            Verdict::Ask | Verdict::Fetch(_) => {
+                refused(Refusal::Silent(Cause::Malformed), Some(answer), false)
+            }
         }
     }
 
@@ -389,19 +415,19 @@ impl Road<'_> {
         // The upstream has just said yes to this principal, so its standing is as good as can be.
         let heard = Heard::Undelivered(cause);
         match decide(&Situation {
-            standing: crate::policy::Standing::Vouched,
+            standing: Standing::Vouched,
             heard,
             ..situation
         }) {
             Verdict::Serve(served) => self.serve(served, copy, Some(heard)),
-            _ => refused(crate::policy::Refusal::Silent(cause), answer, false),
+            _ => refused(Refusal::Silent(cause), answer, false),
         }
     }
 
     fn serve(&self, served: Served, copy: Option<Copy>, heard: Option<Heard>) -> Outcome {
         let Some((manifest, confirmed_at)) = copy else {
             // A law of the decision: nothing is served that is not held.
-            return refused(crate::policy::Refusal::NotHeld, None, false);
+            return refused(Refusal::NotHeld, None, false);
         };
         let confirmed_now = matches!(heard, Some(Heard::Named { .. })) && !served.may_be_outdated();
         let confirmed_at = if confirmed_now {
@@ -430,11 +456,7 @@ fn own_credential(heard: Heard) -> bool {
     heard == Heard::Refused(Whose::Proxy)
 }
 
-pub(super) fn refused(
-    refusal: crate::policy::Refusal,
-    answer: Option<Arc<Answer>>,
-    own_credential: bool,
-) -> Outcome {
+pub(super) fn refused(refusal: Refusal, answer: Option<Arc<Answer>>, own_credential: bool) -> Outcome {
     Outcome::Refused(Refused {
         refusal,
         answer,
@@ -447,11 +469,11 @@ pub(super) fn refused(
 /// The bytes are believed, never a header: by digest they must hash to it; by tag they must hash to what the same
 /// answer's `Docker-Content-Digest` says, where it says anything. And they must be a manifest: an HTML page with
 /// status 200 is not one.
-async fn receive(fetched: Fetched, operation: &crate::oci::Operation) -> Result<HeldManifest, Cause> {
+async fn receive(fetched: Fetched, operation: &Operation) -> Result<HeldManifest, Cause> {
     let (header, media_type) = (fetched.digest, fetched.media_type.clone());
     let bytes = fetched.collect(MANIFEST_BYTES_MAX).await?;
     let asked = match operation {
-        crate::oci::Operation::Manifest {
+        Operation::Manifest {
             reference: Reference::Digest(AnyDigest::Known(digest)),
             ..
         } => Some(*digest),

@@ -55,9 +55,14 @@ impl Site {
         self.access == Access::Shared { own_credential: true }
     }
 
+    /// Whether this is Docker Hub, whose names follow rules of their own.
+    pub fn is_hub(&self) -> bool {
+        self.name() == HUB
+    }
+
     /// The repository as the upstream knows it: Docker Hub's `demo` is `library/demo`.
     pub fn full_name(&self, repository: Repository) -> Result<Repository, NameError> {
-        if self.name() == HUB && repository.is_one_component() {
+        if self.is_hub() && repository.is_one_component() {
             repository.with_prefix("library")
         } else {
             Ok(repository)

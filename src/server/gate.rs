@@ -10,11 +10,12 @@ use std::time::SystemTime;
 use base64::Engine;
 use http::header::{AUTHORIZATION, CONTENT_LENGTH, HOST, TRANSFER_ENCODING};
 use http::request::Parts;
+use http::uri::Authority;
 use http::{HeaderMap, HeaderValue, Method, StatusCode, Version};
 
 use crate::oci::accept::AcceptError;
 use crate::oci::query::{Query, QueryError};
-use crate::oci::{Accept, ErrorCode, Malformed, Operation};
+use crate::oci::{Accept, ErrorCode, Malformed, Operation, Repository};
 use crate::pull::{Request, Site};
 
 /// The largest body of a request that needs none; more is not read but answered with 413.
@@ -68,6 +69,14 @@ impl Doors {
         &self.default
     }
 
+    /// Docker Hub has no namespace with a dot, so such a first component is the name of another registry.
+    fn is_foreign(&self, repository: &Repository) -> bool {
+        let first = repository.first_component();
+        self.default.is_hub()
+            && !repository.is_one_component()
+            && (first.contains('.') || first == "localhost")
+    }
+
     /// Through which door the client came: `?ns=`, a path that begins with an upstream's name, or the mirror.
     fn open(
         &self,
@@ -88,7 +97,13 @@ impl Doors {
                         .strip_prefix(repository.first_component())
                         .map(|rest| (site, rest))
                 });
-                prefixed.unwrap_or((&self.default, repository))
+                match prefixed {
+                    Some(prefixed) => prefixed,
+                    None if self.is_foreign(&repository) => {
+                        return Err(Turned::UnknownUpstream(repository.first_component().to_owned()));
+                    }
+                    None => (&self.default, repository),
+                }
             }
         };
         let repository = site
@@ -116,8 +131,10 @@ pub(super) enum Turned {
     /// The host asked for is not the host named.
     #[error("the request's target and its Host header name different hosts")]
     Misdirected,
-    /// RFC 9112 §6.1: two framings of one body are an attack.
-    #[error("a request with both Content-Length and Transfer-Encoding is not accepted")]
+    /// RFC 9112 §6.1: two framings of one body are an attack, and nothing that is read needs a chunked body.
+    #[error(
+        "a request with Transfer-Encoding is not accepted: nothing that is read here needs a chunked body"
+    )]
     Framing,
     /// A body where none is needed.
     #[error("the body of a {0} request may not exceed 64 KiB")]
@@ -199,7 +216,8 @@ pub(super) fn read(head: &Parts, peer: Peer, doors: &Doors, now: SystemTime) -> 
 
 fn framing(head: &Parts) -> Result<(), Turned> {
     let lengths = head.headers.get(CONTENT_LENGTH);
-    if lengths.is_some() && head.headers.contains_key(TRANSFER_ENCODING) {
+    // hyper has dropped a Content-Length beside it, so that the two together can no longer be told from one alone.
+    if head.headers.contains_key(TRANSFER_ENCODING) {
         return Err(Turned::Framing);
     }
     let length = lengths.and_then(|length| length.to_str().ok()?.parse::<u64>().ok());
@@ -223,13 +241,18 @@ fn host(head: &Parts) -> Result<(), Turned> {
                 Err(Turned::Misdirected)
             }
         }
-        (Some(_), None, None) => Ok(()),
+        (Some(host), None, None) if names_a_host(host) => Ok(()),
         // HTTP/2 names its host in `:authority`.
         (None, _, Some(_)) if head.version >= Version::HTTP_2 => Ok(()),
         // HTTP/1.0 knew no Host, and `ab` and health probes still speak it.
         (None, _, None) if head.version == Version::HTTP_10 => Ok(()),
         _ => Err(Turned::Host),
     }
+}
+
+fn names_a_host(host: &HeaderValue) -> bool {
+    host.to_str()
+        .is_ok_and(|host| !host.contains('@') && host.parse::<Authority>().is_ok())
 }
 
 /// The client's credential. podman sends an empty one (`Og==`, a lone colon) where it has none.

@@ -9,6 +9,8 @@ use http::header::{
 use http::request::Parts;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Response, StatusCode};
 
+use hyper::ext::ReasonPhrase;
+
 use super::gate::Turned;
 use super::{Body, Front};
 use crate::event;
@@ -381,11 +383,28 @@ fn refusal_answer(refused: &Refused, asked: &Asked) -> Response<Body> {
             (status, code, sentence)
         }
     };
-    let message = match answer.and_then(|answer| answer.message.as_deref()) {
+    // A refusal is told in our words alone: asked by HEAD or by GET, held or not, it must look the same.
+    let theirs = match refused.refusal {
+        Refusal::Silent(_) | Refusal::TooStale(_) => answer.and_then(|answer| answer.message.as_deref()),
+        Refusal::NotHeld | Refusal::NotVouched | Refusal::Forbidden | Refusal::Absent => None,
+    };
+    let message = match theirs {
         Some(theirs) => format!("{sentence} ({upstream}: {theirs})"),
         None => sentence,
     };
     let mut response = problem(status, &Problem::new(code, message), asked.head);
+    if let Refusal::Silent(cause) | Refusal::TooStale(cause) = refused.refusal
+        && status.is_server_error()
+    {
+        // Docker shows the status line of a 5xx, and never its body.
+        let phrase = format!(
+            "{} ({upstream} {cause})",
+            status.canonical_reason().unwrap_or_default()
+        );
+        if let Ok(phrase) = ReasonPhrase::try_from(phrase) {
+            response.extensions_mut().insert(phrase);
+        }
+    }
     let headers = response.headers_mut();
     if status == StatusCode::UNAUTHORIZED {
         for line in answer

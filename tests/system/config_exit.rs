@@ -146,7 +146,8 @@ async fn a_wrong_variable_is_named() {
 
 #[tokio::test]
 async fn an_unknown_flag_is_wrong_usage() {
-    let mut program = Setup::empty().run(&["serve", "--no-such-flag"]);
+    let setup = Setup::empty();
+    let mut program = setup.run(&["serve", "--no-such-flag"]);
     assert_eq!(program.exit().await, Some(2));
     assert!(program.stderr().contains("--no-such-flag"));
 }
@@ -154,11 +155,13 @@ async fn an_unknown_flag_is_wrong_usage() {
 #[tokio::test]
 async fn a_port_that_is_taken_is_named_and_the_program_fails() {
     let upstream = Upstream::start().await;
-    let taken = format!("registry = [\"{}\"]", upstream.address());
-    let mut program = Setup::over(&upstream).listen_keys(&taken).serve();
+    let other = Upstream::start().await;
+    let taken = format!("registry = [\"{}\"]", other.address());
+    let setup = Setup::over(&upstream).listen_keys(&taken);
+    let mut program = setup.serve();
     assert_eq!(program.exit().await, Some(1), "{}", program.stderr());
     assert!(
-        program.stderr().contains(&upstream.address().to_string()),
+        program.stderr().contains(&other.address().to_string()),
         "{}",
         program.stderr()
     );

@@ -318,11 +318,13 @@ async fn a_private_layer_is_not_readable_through_a_repository_that_merely_names_
 
 #[tokio::test]
 async fn nobody_joins_a_download_on_anothers_credential() {
-    let (upstream, image) = private().await;
+    let (upstream, _) = private().await;
+    // Larger than what is withheld: of a small blob nothing is sent before it is verified.
+    let image = upstream.push("acme/app", "2", Image::of_noise(1, 500_000));
     let proxy = Proxy::over(&upstream).await;
-    alice(proxy.manifest("acme/app", "1")).await;
+    alice(proxy.manifest("acme/app", "2")).await;
     let layer = image.layer(0);
-    let gate = upstream.holds_blob(&layer.digest, 4);
+    let gate = upstream.holds_blob(&layer.digest, 200_000);
     let mut hers = alice(proxy.blob("acme/app", &layer.digest)).stream().await;
     gate.reached().await;
 

@@ -92,10 +92,8 @@ async fn a_redirect_that_leads_nowhere_is_the_upstreams_fault() {
         let proxy = Proxy::over(&upstream).await;
         proxy.manifest("library/demo", "1").await;
         upstream.redirects_blobs_with(307, location);
-        proxy
-            .blob("library/demo", &image.layer(0).digest)
-            .await
-            .is_unreachable();
+        let reply = proxy.blob("library/demo", &image.layer(0).digest).await;
+        assert!(matches!(reply.status, 502..=504), "`{location}`: {reply:#?}");
     }
 }
 
