@@ -109,6 +109,10 @@ mod tests {
         SystemTime::UNIX_EPOCH + Duration::from_secs(10_000_000)
     }
 
+    #[expect(
+        clippy::unnecessary_wraps,
+        reason = "evidence is optional, and so reads the table"
+    )]
     fn ago(seconds: u64) -> Option<SystemTime> {
         Some(now() - Duration::from_secs(seconds))
     }

@@ -35,7 +35,7 @@ const IMAGES_MAX: usize = 1_000;
 
 const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// The metrics' type: OpenMetrics, which Prometheus and its kin ask for.
+/// The metrics' type: `OpenMetrics`, which Prometheus and its kin ask for.
 const OPENMETRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
 /// Answers the operator.
@@ -230,7 +230,7 @@ impl Admin {
             "fresh_seconds": situation.fresh.as_secs(),
             "stale_seconds": situation.stale.map(|stale| stale.as_secs()),
             "absent": situation.absent.name(),
-            "upstream_silent": site.upstream().silent_now().map(|cause| cause.name()),
+            "upstream_silent": site.upstream().silent_now().map(super::oci::cause::Cause::name),
             "verdict": verdict.name(),
             "explanation": format!("{verdict:?}, given {situation:?}"),
         }))

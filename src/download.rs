@@ -22,6 +22,7 @@ use std::collections::hash_map::Entry;
 use std::fmt;
 use std::future::Future;
 use std::io;
+use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use bytes::Bytes;
@@ -37,9 +38,6 @@ use crate::upstream::{Answer, Fetched};
 /// How much of a blob is kept from every reader until its digest is known to be right.
 pub const WITHHELD_BYTES: u64 = 64 * 1024;
 
-/// How many transfers run at once; further ones wait for a place.
-pub const TRANSFERS_MAX: usize = 256;
-
 /// The transfers now running. A value owned by the server, not a global.
 #[derive(Clone)]
 pub struct Downloads {
@@ -51,6 +49,7 @@ struct Shared {
     buffers: Buffers,
     running: Mutex<HashMap<Digest, Arc<Download>>>,
     places: Semaphore,
+    transfers_max: usize,
 }
 
 /// What one finds on joining.
@@ -79,14 +78,17 @@ pub struct Stream {
     pub body: Box<dyn Chunks>,
 }
 
+/// The next bytes, on their way.
+pub type Chunk<'a> = Pin<Box<dyn Future<Output = Option<Result<Bytes, Cause>>> + Send + 'a>>;
+
 /// Bytes as they arrive.
 pub trait Chunks: Send {
     /// The next bytes; `None` at the end; a body cut short is an error.
-    fn chunk(&mut self) -> std::pin::Pin<Box<dyn Future<Output = Option<Result<Bytes, Cause>>> + Send + '_>>;
+    fn chunk(&mut self) -> Chunk<'_>;
 }
 
 impl Chunks for Fetched {
-    fn chunk(&mut self) -> std::pin::Pin<Box<dyn Future<Output = Option<Result<Bytes, Cause>>> + Send + '_>> {
+    fn chunk(&mut self) -> Chunk<'_> {
         Box::pin(Fetched::chunk(self))
     }
 }
@@ -124,13 +126,14 @@ impl fmt::Display for Failure {
 impl std::error::Error for Failure {}
 
 impl Downloads {
-    /// No transfers yet; blobs go to `store`.
-    pub fn new(store: Arc<Store>, buffers: Buffers) -> Self {
+    /// No transfers yet; blobs go to `store`. Of more than `transfers_max` at once, the further ones wait for a place.
+    pub fn new(store: Arc<Store>, buffers: Buffers, transfers_max: usize) -> Self {
         let shared = Shared {
             store,
             buffers,
             running: Mutex::default(),
-            places: Semaphore::new(TRANSFERS_MAX),
+            places: Semaphore::new(transfers_max),
+            transfers_max,
         };
         Self {
             shared: Arc::new(shared),
@@ -170,7 +173,7 @@ impl Downloads {
     /// Waits until no transfer runs, each one kept or failed.
     pub async fn idle(&self) {
         // Every place free is no transfer running; the semaphore is never closed.
-        let places = u32::try_from(TRANSFERS_MAX).unwrap_or(u32::MAX);
+        let places = u32::try_from(self.shared.transfers_max).unwrap_or(u32::MAX);
         let _ = self.shared.places.acquire_many(places).await;
     }
 

@@ -87,7 +87,7 @@ pub async fn serve(
     let volume = Arc::new(Directory::open(&config.data)?);
     let store = Arc::new(Store::open(&StoreSettings::default(), volume, clock.now())?);
     let buffers = Buffers::default();
-    let downloads = Downloads::new(Arc::clone(&store), buffers.clone());
+    let downloads = Downloads::new(Arc::clone(&store), buffers.clone(), config.limits.fetches_max);
     let connector = Connector::system();
     let build = |config: &Config| registry(config, &store, &downloads, &connector, clock);
     let registry = Arc::new(ArcSwap::from_pointee(build(&config)?));
@@ -115,7 +115,7 @@ pub async fn serve(
         front,
         Arc::clone(&tls),
         config.listen.plain,
-        config.limits.clone(),
+        config.limits,
         ending.clone(),
     );
     for listener in listeners {
@@ -130,28 +130,27 @@ pub async fn serve(
     let _socket = operate(&config.listen.admin, admin, &ending, &mut tasks).await?;
     tracing::info!(version = env!("CARGO_PKG_VERSION"), data = %config.data.display(), "serving");
 
-    loop {
-        match signals.next().await {
-            Wanted::Reload => match reload() {
-                Ok(new) => match (build(&new), ServerTls::prepare(&new.tls, &addresses, clock.now())) {
-                    (Ok(built), Ok(certificate)) => {
-                        registry.store(Arc::new(built));
-                        tls.store(Arc::new(certificate));
-                        warn_of_restart(&config, &new);
-                        tracing::info!("the configuration was read again and is in effect");
-                    }
-                    (Err(error), _) => {
-                        tracing::error!(%error, "the new configuration cannot be used; the old one stays")
-                    }
-                    (_, Err(error)) => {
-                        tracing::error!(%error, "the new certificate cannot be used; the old one stays")
-                    }
-                },
-                Err(faults) => {
-                    tracing::error!("the new configuration is wrong; the old one stays:\n{faults}")
-                }
-            },
-            Wanted::End => break,
+    while matches!(signals.next().await, Wanted::Reload) {
+        let new = match reload() {
+            Ok(new) => new,
+            Err(faults) => {
+                tracing::error!("the new configuration is wrong; the old one stays:\n{faults}");
+                continue;
+            }
+        };
+        match (build(&new), ServerTls::prepare(&new.tls, &addresses, clock.now())) {
+            (Ok(serving), Ok(certificate)) => {
+                registry.store(Arc::new(serving));
+                tls.store(Arc::new(certificate));
+                warn_of_restart(&config, &new);
+                tracing::info!("the configuration was read again and is in effect");
+            }
+            (Err(error), _) => {
+                tracing::error!(%error, "the new configuration cannot be used; the old one stays");
+            }
+            (_, Err(error)) => {
+                tracing::error!(%error, "the new certificate cannot be used; the old one stays");
+            }
         }
     }
     tracing::info!("ending: finishing what is under way");
@@ -180,7 +179,11 @@ fn registry(
 ) -> Result<Registry, RunError> {
     let mut sites = Vec::new();
     for upstream in &config.upstreams {
-        sites.push((Arc::new(site(upstream, connector)?), upstream.hosts.clone()));
+        let fetches_max = config.limits.fetches_per_upstream_max;
+        sites.push((
+            Arc::new(site(upstream, fetches_max, connector)?),
+            upstream.hosts.clone(),
+        ));
     }
     let is_default = |site: &Arc<Site>| site.name() == &*config.default_upstream;
     let default = sites
@@ -196,7 +199,7 @@ fn registry(
     })
 }
 
-fn site(config: &UpstreamConfig, connector: &Connector) -> Result<Site, RunError> {
+fn site(config: &UpstreamConfig, fetches_max: usize, connector: &Connector) -> Result<Site, RunError> {
     let refused = |error| RunError::Upstream {
         name: Arc::clone(&config.name),
         error,
@@ -211,6 +214,7 @@ fn site(config: &UpstreamConfig, connector: &Connector) -> Result<Site, RunError
         error,
     })?;
     let mut settings = Settings::new(&*config.name, urls);
+    settings.fetches_max = fetches_max;
     settings.roots.clone_from(&config.roots);
     settings.timeouts.connect = config.connect_timeout;
     settings.proxy = match &config.proxy {

@@ -49,7 +49,7 @@ pub use fetched::Fetched;
 pub use origin::{Origin, OriginError};
 pub use quirk::Quirk;
 pub use route::{ProxyChoice, ProxyError};
-pub use settings::{Caller, Credential, OwnCredential, Settings, SettingsError, Timeouts};
+pub use settings::{Caller, Credential, FETCHES_MAX, OwnCredential, Settings, SettingsError, Timeouts};
 
 use breaker::Breaker;
 use client::{Follow, Http, Request};
@@ -61,11 +61,6 @@ use quirk::Quirks;
 use route::Routes;
 use token::Tokens;
 
-/// Questions (HEAD, manifests, lists) under way at once, per upstream.
-const QUESTIONS_MAX: usize = 32;
-/// Blob transfers under way at once, per upstream. Apart from the questions, so that 32 slow layers never keep a tag
-/// from being asked about.
-const TRANSFERS_MAX: usize = 32;
 /// Callers whose rate limit is remembered, per upstream.
 const LIMITED_MAX: usize = 4096;
 
@@ -95,6 +90,7 @@ struct Inner {
     quirks: Quirks,
     timeouts: Timeouts,
     manifest_bytes_max: usize,
+    fetches_max: usize,
     questions: Arc<Semaphore>,
     transfers: Arc<Semaphore>,
     /// Until when an address (by position) has asked a principal to wait.
@@ -155,8 +151,10 @@ impl Upstream {
             quirks: Quirks::new(),
             timeouts: settings.timeouts,
             manifest_bytes_max: settings.manifest_bytes_max,
-            questions: Arc::new(Semaphore::new(QUESTIONS_MAX)),
-            transfers: Arc::new(Semaphore::new(TRANSFERS_MAX)),
+            // Apart from each other, so that slow layers never keep a tag from being asked about.
+            fetches_max: settings.fetches_max,
+            questions: Arc::new(Semaphore::new(settings.fetches_max)),
+            transfers: Arc::new(Semaphore::new(settings.fetches_max)),
             limited: Cache::new(LIMITED_MAX),
             health: Mutex::default(),
         })))
@@ -256,7 +254,7 @@ impl Upstream {
                 .map(|(cause, at)| (cause, now.saturating_duration_since(at))),
             rate_limit: health.rate_limit.clone(),
             quirks: self.0.quirks.known(now),
-            in_flight: (QUESTIONS_MAX + TRANSFERS_MAX).saturating_sub(free),
+            in_flight: (2 * self.0.fetches_max).saturating_sub(free),
         }
     }
 

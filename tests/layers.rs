@@ -394,7 +394,8 @@ fn names_crate(code: &str, name: &str) -> bool {
     code.match_indices(name).any(|(at, _)| {
         let (before, after) = (&code[..at], &code[at + name.len()..]);
         let before = before.strip_suffix("::").unwrap_or(before);
-        let is_head = !before.ends_with(|letter: char| is_word(letter) || letter == '>');
+        // Without its blanks, `use ::name` is `use::name`.
+        let is_head = before.ends_with("use") || !before.ends_with(is_word);
         let imported = before.trim_end().ends_with("use") && after.starts_with([';', ' ']);
         is_head && after.starts_with("::") || imported
     })

@@ -108,16 +108,27 @@ fn check_bytes(sites: &Sites, content: &Content) -> Outcome<()> {
     Ok(())
 }
 
-/// A blob that is held, to few and to many connections.
+/// A blob that is held, to few and to many connections. On plain connections nginx is asked twice: as it is usually
+/// tuned, and in the steps that were found to suit it best.
 fn warm_blob(plan: &Plan, sites: &Sites, content: &Content, table: &mut Table) -> Outcome<()> {
-    for (scheme, target) in [(Scheme::Plain, 0.8), (Scheme::Tls, 1.5)] {
-        for connections in [8, CLIENTS] {
-            let what = format!("warm 300 MiB, {scheme}, {connections} connections");
+    let peers = [
+        (Scheme::Plain, "nginx", &sites.nginx, 0.8),
+        (
+            Scheme::Plain,
+            "nginx, 512k steps",
+            &sites.nginx_in_small_steps,
+            0.8,
+        ),
+        (Scheme::Tls, "nginx", &sites.nginx, 1.5),
+    ];
+    for connections in [8, CLIENTS] {
+        for (scheme, name, peer, target) in peers {
+            let what = format!("warm 300 MiB, {scheme}, {connections} conn., {name}");
             let mut speed = Row::new(format!("{what}: GB/s"), Better::Higher);
             let mut economy = Row::new(format!("{what}: GB per CPU s"), Better::Higher).target_ratio(target);
             let mut cost = Row::new(format!("{what}: CPU s per GB"), Better::Lower);
             for _ in 0..plan.rounds {
-                let [a, b] = [&sites.ifnewer, &sites.nginx].map(|server| {
+                let [a, b] = [&sites.ifnewer, peer].map(|server| {
                     client::stream(server, scheme, &blob(&content.warm), connections, plan.window)
                 });
                 let (a, b) = (a?, b?);

@@ -8,6 +8,7 @@ use std::fs::File;
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// The kernel's unit of CPU time in `/proc` (`USER_HZ`), 100 on every Linux we run on.
@@ -22,6 +23,8 @@ pub(crate) struct Sites {
     pub(crate) ifnewer_slow: Server,
     /// Serves the same files from disk.
     pub(crate) nginx: Server,
+    /// The same nginx with `sendfile_max_chunk 512k`: the fastest it was found to serve large files.
+    pub(crate) nginx_in_small_steps: Server,
     /// 50 MB/s a connection.
     pub(crate) upstream_slow: Door,
     upstream_log: PathBuf,
@@ -32,7 +35,7 @@ pub(crate) struct Sites {
 pub(crate) struct Server {
     pub(crate) plain: Door,
     pub(crate) tls: Door,
-    running: Running,
+    running: Arc<Running>,
 }
 
 /// A child that is asked to end when it is dropped: nginx takes its workers with it only if it is asked.
@@ -57,18 +60,31 @@ impl Sites {
         let ifnewer_slow = start_ifnewer(&scratch.join("ifnewer-slow"), slow)?;
 
         let certs = scratch.join("ifnewer").join("certs");
-        let (plain, tls) = (free_address()?, free_address()?);
+        let (plain, tls, small_steps) = (free_address()?, free_address()?, free_address()?);
         let listen = format!(
             "listen {plain}; listen {tls} ssl; ssl_certificate {0}/server.pem; ssl_certificate_key {0}/server.key; ssl_protocols TLSv1.2 TLSv1.3;",
             certs.display()
         );
-        let running = start_nginx(
+        let running = Arc::new(start_nginx(
             &scratch.join("nginx"),
             content,
-            &format!("access_log off; {}", site(content, &listen, "")),
+            &format!(
+                "access_log off; {} {}",
+                site(content, &listen, ""),
+                site(
+                    content,
+                    &format!("listen {small_steps};"),
+                    "sendfile_max_chunk 512k;"
+                )
+            ),
             plain,
-        )?;
+        )?);
         let trust = trusting(&certs.join("ca.pem"))?;
+        let nginx_in_small_steps = Server {
+            plain: Door::plain(small_steps),
+            tls: Door::tls(tls, Arc::clone(&trust)),
+            running: Arc::clone(&running),
+        };
         let nginx = Server {
             plain: Door::plain(plain),
             tls: Door::tls(tls, trust),
@@ -78,6 +94,7 @@ impl Sites {
             ifnewer,
             ifnewer_slow,
             nginx,
+            nginx_in_small_steps,
             upstream_slow: Door::plain(slow),
             upstream_log: log,
             _upstream: upstream,
@@ -216,7 +233,7 @@ fn start_ifnewer(folder: &Path, upstream: SocketAddr) -> Outcome<Server> {
     Ok(Server {
         plain: Door::plain(address),
         tls: Door::tls(address, trust),
-        running,
+        running: Arc::new(running),
     })
 }
 

@@ -128,7 +128,7 @@ impl Row {
             Some(true) => "met",
             Some(false) => "NOT MET",
         };
-        let mut line = format!("{:<60}", self.what);
+        let mut line = format!("{:<66}", self.what);
         let ours = short(median(self.ours.clone()));
         let _ = write!(
             line,
@@ -151,7 +151,7 @@ impl Table {
 
     pub(crate) fn print(&self) {
         println!(
-            "\n{:<60} {:>9} {:>9} {:>8} {:>9}",
+            "\n{:<66} {:>9} {:>9} {:>8} {:>9}",
             "", "ifnewer", "other", "ratio", "target"
         );
         for row in &self.0 {

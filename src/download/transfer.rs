@@ -198,7 +198,7 @@ impl Writer {
             file.write_at(&chunk, self.written).map_err(|error| {
                 Failure::Store(Fault::io(
                     "write a blob",
-                    &self.download.digest.to_string(),
+                    self.download.digest.to_string(),
                     &error,
                 ))
             })?;

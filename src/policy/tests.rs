@@ -228,11 +228,9 @@ fn nothing_is_asked_twice() {
 
 #[test]
 fn a_failed_fetch_is_not_followed_by_another() {
-    law(
-        "no second fetch",
-        |s| no_answer(s),
-        |_, v| !matches!(v, Verdict::Fetch(_)),
-    );
+    law("no second fetch", no_answer, |_, v| {
+        !matches!(v, Verdict::Fetch(_))
+    });
 }
 
 #[test]

@@ -39,12 +39,12 @@ impl Pull {
             rule,
             digest,
         };
-        let content = self.held_content(request, &digest);
-        let situation = road.situation(content.is_some());
-        match (decide(&situation), content) {
-            (Verdict::Serve(served), Some((content, size))) => road.serve(content, size, served),
+        let copy = self.held_content(request, &digest);
+        let situation = road.situation(copy.is_some());
+        match (decide(&situation), copy) {
+            (Verdict::Serve(served), Some((bytes, size))) => road.serve(bytes, size, served),
             (Verdict::Refuse(refusal), _) => refused(refusal, None, false),
-            (Verdict::Ask, content) => road.after_asking(situation, content).await,
+            (Verdict::Ask, copy) => road.after_asking(situation, copy).await,
             (Verdict::Fetch(_) | Verdict::Serve(_), _) => road.fetch(situation).await,
         }
     }
@@ -169,7 +169,7 @@ impl Road<'_> {
             (Heard::Named { .. } | Heard::Unnamed, Some(answer)) => {
                 self.outcome(Content::Head, answer.length, Reason::Fetched(Why::NotHeld))
             }
-            (heard, _) => self.refuse_unheld(situation, heard, asked.answer),
+            (heard, _) => refuse_unheld(situation, heard, asked.answer),
         }
     }
 
@@ -205,7 +205,7 @@ impl Road<'_> {
         let asked = self.ask(&situation).await;
         match asked.heard {
             Heard::Named { .. } | Heard::Unnamed => None,
-            heard => Some(self.refuse_unheld(situation, heard, asked.answer)),
+            heard => Some(refuse_unheld(situation, heard, asked.answer)),
         }
     }
 
@@ -233,7 +233,7 @@ impl Road<'_> {
             Failure::Refused(answer) if leads => {
                 let heard = self.pull.heard(&self.request.site, self.repository, answer);
                 let answer = Arc::new(answer.as_ref().clone());
-                Ok(self.refuse_unheld(situation, heard, Some(answer)))
+                Ok(refuse_unheld(situation, heard, Some(answer)))
             }
             Failure::Refused(_) | Failure::Abandoned => Err(failure),
             Failure::Unstorable(fault) => {
@@ -266,22 +266,22 @@ impl Road<'_> {
             }
             Err(answer) => {
                 let heard = self.pull.heard(site, self.repository, &answer);
-                self.refuse_unheld(situation, heard, Some(Arc::new(answer)))
+                refuse_unheld(situation, heard, Some(Arc::new(answer)))
             }
         }
     }
+}
 
-    fn refuse_unheld(&self, situation: Situation, heard: Heard, answer: Option<Arc<Answer>>) -> Outcome {
-        let situation = Situation {
-            held: None,
-            ..situation
-        }
-        .having_heard(heard);
-        match decide(&situation) {
-            Verdict::Refuse(refusal) => refused(refusal, answer, is_own(heard)),
-            // A yes where a no was expected: the upstream contradicts itself.
-            _ => refused(Refusal::Silent(Cause::Malformed), answer, false),
-        }
+fn refuse_unheld(situation: Situation, heard: Heard, answer: Option<Arc<Answer>>) -> Outcome {
+    let situation = Situation {
+        held: None,
+        ..situation
+    }
+    .having_heard(heard);
+    match decide(&situation) {
+        Verdict::Refuse(refusal) => refused(refusal, answer, is_own(heard)),
+        // A yes where a no was expected: the upstream contradicts itself.
+        _ => refused(Refusal::Silent(Cause::Malformed), answer, false),
     }
 }
 

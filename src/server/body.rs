@@ -65,7 +65,7 @@ impl Body {
         events: Events,
     ) -> Self {
         Self(Kind::File(File {
-            file,
+            from: file,
             position: start,
             end,
             buffers,
@@ -151,7 +151,7 @@ where
 }
 
 struct File {
-    file: Arc<dyn VolumeFile>,
+    from: Arc<dyn VolumeFile>,
     position: u64,
     end: u64,
     buffers: Buffers,
@@ -174,11 +174,11 @@ impl File {
                 self.waiting = None;
                 read.unwrap_or_else(|_| Err(io::ErrorKind::Interrupted.into()))
             }
-            None => read_cached(self.file.as_ref(), self.position, wanted, &self.buffers),
+            None => read_cached(self.from.as_ref(), self.position, wanted, &self.buffers),
         };
         match read {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                let (file, buffers, position) = (Arc::clone(&self.file), self.buffers.clone(), self.position);
+                let (file, buffers, position) = (Arc::clone(&self.from), self.buffers.clone(), self.position);
                 let read = move || read_waiting(file.as_ref(), position, wanted, &buffers);
                 let waiting = self.waiting.insert(spawn_blocking(read));
                 let read = ready!(Pin::new(waiting).poll(context));

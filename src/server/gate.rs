@@ -86,24 +86,23 @@ impl Doors {
         let Some(repository) = operation.repository().cloned() else {
             return Ok((Arc::clone(&self.default), operation));
         };
-        let (site, repository) = match namespace {
-            Some(name) => match self.named(&name) {
+        let (site, repository) = if let Some(name) = namespace {
+            match self.named(&name) {
                 Some(site) => (site, repository),
                 None => return Err(Turned::UnknownUpstream(name)),
-            },
-            None => {
-                let prefixed = self.named(repository.first_component()).and_then(|site| {
-                    repository
-                        .strip_prefix(repository.first_component())
-                        .map(|rest| (site, rest))
-                });
-                match prefixed {
-                    Some(prefixed) => prefixed,
-                    None if self.is_foreign(&repository) => {
-                        return Err(Turned::UnknownUpstream(repository.first_component().to_owned()));
-                    }
-                    None => (&self.default, repository),
+            }
+        } else {
+            let prefixed = self.named(repository.first_component()).and_then(|site| {
+                repository
+                    .strip_prefix(repository.first_component())
+                    .map(|rest| (site, rest))
+            });
+            match prefixed {
+                Some(prefixed) => prefixed,
+                None if self.is_foreign(&repository) => {
+                    return Err(Turned::UnknownUpstream(repository.first_component().to_owned()));
                 }
+                None => (&self.default, repository),
             }
         };
         let repository = site

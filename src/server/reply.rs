@@ -318,71 +318,9 @@ fn passed_answer(passed: Passed, front: &Front) -> Response<Body> {
     response
 }
 
-/// Each refusal's status, code and sentence. Exhaustive: a new refusal does not compile until it has its own.
 fn refusal_answer(refused: &Refused, asked: &Asked) -> Response<Body> {
-    let unknown = match asked.what {
-        What::Blob => ErrorCode::BlobUnknown,
-        What::Manifest => ErrorCode::ManifestUnknown,
-        What::Name => ErrorCode::NameUnknown,
-    };
-    let Asked { upstream, image, .. } = asked;
-    let answer = refused.answer.as_deref();
-    let (status, code, sentence) = match refused.refusal {
-        // The same words for what is absent and what is not for this client: a stranger learns nothing.
-        Refusal::NotHeld | Refusal::NotVouched => (
-            StatusCode::NOT_FOUND,
-            unknown,
-            format!(
-                "{upstream}/{image} is not held for you here, and the policy `never` forbids asking {upstream}"
-            ),
-        ),
-        Refusal::Absent => (
-            StatusCode::NOT_FOUND,
-            unknown,
-            format!("{upstream} says that {image} does not exist"),
-        ),
-        Refusal::Forbidden if refused.own_credential => (
-            StatusCode::FORBIDDEN,
-            ErrorCode::Denied,
-            format!(
-                "{upstream} refuses the credential that ifnewer is configured with; check [upstream.\"{upstream}\"]"
-            ),
-        ),
-        Refusal::Forbidden => match answer.and_then(|answer| answer.status) {
-            Some(StatusCode::FORBIDDEN) => (
-                StatusCode::FORBIDDEN,
-                ErrorCode::Denied,
-                format!("{upstream} denies access to {image}"),
-            ),
-            _ => (
-                StatusCode::UNAUTHORIZED,
-                ErrorCode::Unauthorized,
-                format!("{upstream} wants a credential that may read {image}"),
-            ),
-        },
-        Refusal::Silent(cause) => match answer.map(|answer| answer.said) {
-            Some(Said::Other(status)) => (
-                status,
-                ErrorCode::Unknown,
-                format!("{upstream} answered {status} for {image}"),
-            ),
-            _ => {
-                let (status, code) = silence(cause);
-                (
-                    status,
-                    code,
-                    format!("{upstream} {cause}, and no copy of {image} is held that may be served instead"),
-                )
-            }
-        },
-        Refusal::TooStale(cause) => {
-            let (status, code) = silence(cause);
-            let sentence = format!(
-                "{upstream} {cause}, and the held copy of {image} was confirmed longer ago than `stale` allows"
-            );
-            (status, code, sentence)
-        }
-    };
+    let (status, code, sentence) = refusal(refused, asked);
+    let (upstream, answer) = (&asked.upstream, refused.answer.as_deref());
     // A refusal is told in our words alone: asked by HEAD or by GET, held or not, it must look the same.
     let theirs = match refused.refusal {
         Refusal::Silent(_) | Refusal::TooStale(_) => answer.and_then(|answer| answer.message.as_deref()),
@@ -425,6 +363,74 @@ fn refusal_answer(refused: &Refused, asked: &Asked) -> Response<Body> {
         &format!("ifnewer; fwd=miss; detail={}", refused.refusal.name()),
     );
     response
+}
+
+/// Each refusal's status, code and sentence. Exhaustive: a new refusal does not compile until it has its own.
+fn refusal(refused: &Refused, asked: &Asked) -> (StatusCode, ErrorCode, String) {
+    let unknown = match asked.what {
+        What::Blob => ErrorCode::BlobUnknown,
+        What::Manifest => ErrorCode::ManifestUnknown,
+        What::Name => ErrorCode::NameUnknown,
+    };
+    let Asked { upstream, image, .. } = asked;
+    let answer = refused.answer.as_deref();
+    match refused.refusal {
+        // The same words for what is absent and what is not for this client: a stranger learns nothing.
+        Refusal::NotHeld | Refusal::NotVouched => (
+            StatusCode::NOT_FOUND,
+            unknown,
+            format!(
+                "{upstream}/{image} is not held for you here, and the policy `never` forbids asking {upstream}"
+            ),
+        ),
+        Refusal::Absent => (
+            StatusCode::NOT_FOUND,
+            unknown,
+            format!("{upstream} says that {image} does not exist"),
+        ),
+        Refusal::Forbidden if refused.own_credential => (
+            StatusCode::FORBIDDEN,
+            ErrorCode::Denied,
+            format!(
+                "{upstream} refuses the credential that ifnewer is configured with; check [upstream.\"{upstream}\"]"
+            ),
+        ),
+        Refusal::Forbidden => match answer.and_then(|answer| answer.status) {
+            Some(StatusCode::FORBIDDEN) => (
+                StatusCode::FORBIDDEN,
+                ErrorCode::Denied,
+                format!("{upstream} denies access to {image}"),
+            ),
+            _ => (
+                StatusCode::UNAUTHORIZED,
+                ErrorCode::Unauthorized,
+                format!("{upstream} wants a credential that may read {image}"),
+            ),
+        },
+        Refusal::Silent(cause) => {
+            if let Some(Said::Other(status)) = answer.map(|answer| answer.said) {
+                (
+                    status,
+                    ErrorCode::Unknown,
+                    format!("{upstream} answered {status} for {image}"),
+                )
+            } else {
+                let (status, code) = silence(cause);
+                (
+                    status,
+                    code,
+                    format!("{upstream} {cause}, and no copy of {image} is held that may be served instead"),
+                )
+            }
+        }
+        Refusal::TooStale(cause) => {
+            let (status, code) = silence(cause);
+            let sentence = format!(
+                "{upstream} {cause}, and the held copy of {image} was confirmed longer ago than `stale` allows"
+            );
+            (status, code, sentence)
+        }
+    }
 }
 
 fn silence(cause: Cause) -> (StatusCode, ErrorCode) {

@@ -275,7 +275,8 @@ fn check_mode(path: &Path) -> Result<(), TlsError> {
         error,
     })?;
     let mode = metadata.permissions().mode() & 0o777;
-    if mode & 0o077 == 0 {
+    let others = mode & 0o077;
+    if others == 0 {
         Ok(())
     } else {
         Err(TlsError::Exposed {

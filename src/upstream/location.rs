@@ -4,7 +4,11 @@ use http::Uri;
 
 /// RFC 3986 §5.2 for what a `Location` may be. `None`: not a URL we would ever follow.
 pub(super) fn resolve(base: &Uri, location: &str) -> Option<Uri> {
-    let location = location.split('#').next()?;
+    // An empty one would lead to where it came from.
+    let location = location
+        .split('#')
+        .next()
+        .filter(|location| !location.is_empty())?;
     let (scheme, authority) = (base.scheme_str()?, base.authority()?);
     let absolute = |text: &str| {
         text.split_once("://")

@@ -32,6 +32,8 @@ pub struct Settings {
     pub timeouts: Timeouts,
     /// Longest manifest read, in bytes.
     pub manifest_bytes_max: usize,
+    /// Questions (HEAD, manifests, lists) under way at once, and as many blob transfers.
+    pub fetches_max: usize,
 }
 
 impl Settings {
@@ -47,9 +49,13 @@ impl Settings {
             private_redirects: false,
             timeouts: Timeouts::default(),
             manifest_bytes_max: crate::oci::manifest::MANIFEST_BYTES_MAX,
+            fetches_max: FETCHES_MAX,
         }
     }
 }
+
+/// Questions under way at once, and as many transfers, unless the operator says otherwise.
+pub const FETCHES_MAX: usize = 32;
 
 /// How long to wait for an upstream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -103,3 +103,20 @@ async fn a_deleted_tag_does_not_come_back_with_an_outage() {
     let reply = proxy.manifest("library/demo", "latest").await;
     assert!(matches!(reply.status, 404 | 502..=504), "{reply:#?}");
 }
+
+#[tokio::test]
+async fn a_blob_that_is_gone_upstream_is_had_only_by_who_has_it() {
+    let upstream = Upstream::start().await;
+    let held = upstream.push("library/demo", "held", Image::with_layers(&["one"]));
+    let missing = upstream.push("library/demo", "missing", Image::with_layers(&["two"]));
+    let proxy = Proxy::over(&upstream).await;
+    proxy.pull("library/demo", "held", &held).await;
+    proxy.manifest("library/demo", "missing").await;
+    upstream.deletes_blob("library/demo", &held.layer(0).digest);
+    upstream.deletes_blob("library/demo", &missing.layer(0).digest);
+
+    let reply = proxy.blob("library/demo", &held.layer(0).digest).await;
+    reply.is_blob(held.layer(0)).is_hit();
+    let reply = proxy.blob("library/demo", &missing.layer(0).digest).await;
+    assert_eq!(reply.is_refused(404).code(), "BLOB_UNKNOWN");
+}

@@ -26,6 +26,7 @@ mod config_exit;
 mod doors;
 mod drain;
 mod forbidden;
+mod incomplete;
 mod lock;
 mod malformed;
 mod newer;

@@ -318,7 +318,7 @@ async fn transfers_wait_for_a_place_and_questions_are_not_kept_waiting() {
     .await;
     let upstream = piped(&registry);
     let mut held = Vec::new();
-    for _ in 0..TRANSFERS_MAX {
+    for _ in 0..FETCHES_MAX {
         held.push(
             upstream
                 .get(&anonymous(), &blob("bytes"), &accept(), None)
@@ -326,7 +326,7 @@ async fn transfers_wait_for_a_place_and_questions_are_not_kept_waiting() {
                 .unwrap(),
         );
     }
-    assert_eq!(upstream.state().in_flight, TRANSFERS_MAX);
+    assert_eq!(upstream.state().in_flight, FETCHES_MAX);
     let busy = upstream.get(&anonymous(), &blob("bytes"), &accept(), None).await;
     assert_eq!(busy.unwrap_err().said, Said::Silent(Cause::Busy));
     assert_eq!(

@@ -105,11 +105,31 @@ impl Ask {
 
     /// Sends it and reads all of the reply.
     pub async fn into_reply(self) -> Reply {
+        let what = format!("{} {}", self.method, self.path);
+        self.attempt()
+            .await
+            .unwrap_or_else(|fault| panic!("{what}: {fault}"))
+    }
+
+    /// The transfer fails, and the client sees it: no reply, a body that broke, or an error. Never 2xx and a clean end.
+    pub async fn visibly_fails(self) {
+        let Ok(reply) = self.attempt().await else { return };
+        let broke = matches!(reply.status, 200 | 206) && !reply.whole;
+        let Reply {
+            status, whole, body, ..
+        } = &reply;
+        assert!(
+            broke || matches!(status, 502..=504),
+            "status {status}, whole: {whole}, {} bytes",
+            body.len()
+        );
+    }
+
+    async fn attempt(self) -> Result<Reply, Fault> {
         let (method, path, checked) = (self.method.clone(), self.path.clone(), self.checked);
         let what = format!("the reply to {method} {path}");
-        let mut flow = self.stream().await;
-        let body = within(&what, flow.rest()).await;
-        let (whole, body) = match body {
+        let mut flow = within(&what, Box::pin(self.send())).await?;
+        let (whole, body) = match within(&what, flow.rest()).await {
             Ok(body) => (true, body),
             Err(body) => (false, body),
         };
@@ -124,7 +144,7 @@ impl Ask {
         if checked {
             check::reply(&reply);
         }
-        reply
+        Ok(reply)
     }
 
     /// Sends it and reads only the head of the reply. Dropping the flow closes the connection.

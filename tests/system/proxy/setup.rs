@@ -75,6 +75,12 @@ impl Setup {
         self
     }
 
+    /// Without what was said in `[default]` so far.
+    pub fn without_defaults(mut self) -> Setup {
+        self.default.clear();
+        self
+    }
+
     /// Keys of `[listen]`.
     pub fn listen_keys(mut self, keys: &str) -> Setup {
         writeln!(self.listen, "{keys}").unwrap();

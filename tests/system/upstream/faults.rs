@@ -126,6 +126,12 @@ impl Upstream {
         self.instead(registry(), Instead::RateLimited(retry_after.map(str::to_owned)));
     }
 
+    /// The same for manifests alone, as at Docker Hub.
+    pub fn rate_limits_manifests(&self, retry_after: Option<&str>) {
+        let applies = Arc::new(|seen: &Seen| seen.path.contains("/manifests/"));
+        self.instead(applies, Instead::RateLimited(retry_after.map(str::to_owned)));
+    }
+
     /// Tells its quota on every answer, as Docker Hub does.
     pub fn tells_rate_limit(&self, limit: u64, remaining: u64) {
         self.turn(|faults| faults.rate_limit = Some((limit, remaining)));

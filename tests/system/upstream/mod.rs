@@ -340,6 +340,26 @@ impl Shared {
 }
 
 impl Repository {
+    /// Digest, type and bytes of what a reference names to somebody who accepts these types.
+    fn manifest(&self, reference: &str, accept: &[String]) -> Option<(String, String, Bytes)> {
+        let one = [reference.to_owned()];
+        let digests = self.tags.get(reference).map_or(one.as_slice(), Vec::as_slice);
+        let of = |digest: &String| {
+            self.manifests
+                .get(digest)
+                .map(|(kind, bytes)| (digest.clone(), kind.clone(), bytes.clone()))
+        };
+        let accepted = |kind: &str| {
+            accept
+                .iter()
+                .any(|line| line.contains(kind) || line.contains("*/*"))
+        };
+        match digests {
+            [only] => of(only),
+            several => several.iter().filter_map(of).find(|(_, kind, _)| accepted(kind)),
+        }
+    }
+
     fn keep(&mut self, image: &Image) {
         self.manifests.insert(
             image.digest.clone(),

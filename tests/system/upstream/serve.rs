@@ -2,7 +2,7 @@
 
 use super::body::{Piped, Plan};
 use super::faults::{BadConnection, DigestHeader, Instead, Redirect};
-use super::{Repository, Seen, Shared, State, lists};
+use super::{Seen, Shared, State, lists};
 use bytes::Bytes;
 use http::header::{ACCEPT_RANGES, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, LOCATION, RETRY_AFTER};
 use http::{HeaderValue, Method, Request, Response, StatusCode};
@@ -283,28 +283,6 @@ impl State {
             .find(|(applies, ..)| applies(seen));
         held.filter(|_| seen.method == "GET")
             .map(|(_, at, gate)| (*at, gate.clone()))
-    }
-}
-
-impl Repository {
-    /// Digest, type and bytes of what a reference names to somebody who accepts these types.
-    fn manifest(&self, reference: &str, accept: &[String]) -> Option<(String, String, Bytes)> {
-        let one = [reference.to_owned()];
-        let digests = self.tags.get(reference).map_or(one.as_slice(), Vec::as_slice);
-        let of = |digest: &String| {
-            self.manifests
-                .get(digest)
-                .map(|(kind, bytes)| (digest.clone(), kind.clone(), bytes.clone()))
-        };
-        let accepted = |kind: &str| {
-            accept
-                .iter()
-                .any(|line| line.contains(kind) || line.contains("*/*"))
-        };
-        match digests {
-            [only] => of(only),
-            several => several.iter().filter_map(of).find(|(_, kind, _)| accepted(kind)),
-        }
     }
 }
 

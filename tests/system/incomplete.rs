@@ -1,0 +1,84 @@
+//! An image of which the manifest is held and the blobs are not.
+
+use crate::proxy::{Proxy, Setup, blob_path};
+use crate::upstream::{Image, Upstream};
+
+/// Only the manifest was asked for.
+async fn manifest_alone(policy: &str) -> (Upstream, Proxy, Image) {
+    let upstream = Upstream::start().await;
+    let image = upstream.push("library/demo", "latest", Image::with_layers(&["one", "two"]));
+    let proxy = Setup::over(&upstream)
+        .default_keys(&format!("policy = \"{policy}\""))
+        .start()
+        .await;
+    proxy.manifest("library/demo", "latest").await.is_image(&image);
+    upstream.clear_log();
+    (upstream, proxy, image)
+}
+
+#[tokio::test]
+async fn an_unchanged_manifest_is_served_and_its_blobs_are_fetched_when_asked_for() {
+    let (upstream, proxy, image) = manifest_alone("if-newer").await;
+    proxy.pull("library/demo", "latest", &image).await.is_unchanged();
+    assert_eq!(
+        (upstream.manifest_gets("library/demo"), upstream.all_blob_gets()),
+        (0, image.blobs.len())
+    );
+}
+
+#[tokio::test]
+async fn under_if_not_present_only_the_blobs_are_asked_for() {
+    let (upstream, proxy, image) = manifest_alone("if-not-present").await;
+    proxy.pull("library/demo", "latest", &image).await.is_hit();
+    assert_eq!(
+        upstream.heads("library/demo") + upstream.manifest_gets("library/demo"),
+        0
+    );
+    assert_eq!(upstream.all_blob_gets(), image.blobs.len());
+}
+
+#[tokio::test]
+async fn under_never_its_blobs_are_not_found_and_nobody_is_asked() {
+    let (upstream, proxy, image) = manifest_alone("if-newer").await;
+    let never = proxy
+        .setup()
+        .clone()
+        .without_defaults()
+        .default_keys("policy = \"never\"");
+    let proxy = proxy.restart_as(never).await;
+    proxy
+        .blob("library/demo", &image.layer(0).digest)
+        .await
+        .is_refused(404);
+    assert_eq!(upstream.requests().len(), 0);
+}
+
+#[tokio::test]
+async fn an_index_is_complete_when_one_of_its_images_is() {
+    let upstream = Upstream::start().await;
+    let children = [Image::with_layers(&["amd"]), Image::with_layers(&["arm"])];
+    let index = upstream.push("library/multi", "1", Image::index(&children));
+    let proxy = Proxy::over(&upstream).await;
+    proxy.pull("library/multi", "1", &index).await;
+    proxy
+        .pull("library/multi", &children[0].digest, &children[0])
+        .await;
+    upstream.refuses();
+
+    proxy.pull("library/multi", "1", &index).await.is_stale();
+    proxy
+        .pull("library/multi", &children[0].digest, &children[0])
+        .await
+        .is_hit();
+    proxy
+        .head(&blob_path("library/multi", &children[1].layer(0).digest))
+        .await
+        .is_unreachable();
+}
+
+#[tokio::test]
+async fn a_quota_on_manifests_does_not_keep_the_blobs_away() {
+    let (upstream, proxy, image) = manifest_alone("if-newer").await;
+    upstream.rate_limits_manifests(Some("60"));
+    proxy.pull("library/demo", "latest", &image).await.is_stale();
+}
