@@ -21,7 +21,7 @@ use crate::event::Events;
 use crate::pull::{self, Pull, Site};
 use crate::server::accept::{Accepting, bind};
 use crate::server::tls::{ServerTls, TlsError};
-use crate::server::{Doors, Front, Registry};
+use crate::server::{Doors, Front, Registry, Sound};
 use crate::store::step::Buffers;
 use crate::store::volume::Directory;
 use crate::store::{OpenError, Settings as StoreSettings, Store};
@@ -97,6 +97,7 @@ pub async fn serve(
         registry: Arc::clone(&registry),
         events: events.clone(),
         buffers,
+        sound: Sound::default(),
         clock,
     };
     let ending = CancellationToken::new();

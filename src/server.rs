@@ -17,7 +17,7 @@ use arc_swap::ArcSwap;
 use http::{Request, Response};
 use hyper::body::Incoming;
 
-pub use body::Body;
+pub use body::{Body, Sound};
 pub use gate::Doors;
 
 use crate::clock::Clock;
@@ -43,6 +43,8 @@ pub struct Front {
     pub events: Events,
     /// Buffers for reading blobs.
     pub buffers: Buffers,
+    /// The held blobs found right since the start.
+    pub sound: Sound,
     /// The time of day.
     pub clock: Clock,
 }
@@ -73,7 +75,7 @@ impl Front {
         let asked = reply::Asked::new(&head, &wanted);
         let outcome = registry.pull.answer(wanted).await;
         let (result, reason) = reply::told(&outcome);
-        let response = reply::answer(outcome, &asked, self);
+        let response = reply::answer(outcome, &asked, self, registry.pull.store());
         self.tell(site.name(), kind, &head, result, reason, &response, began);
         response
     }

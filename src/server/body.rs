@@ -8,12 +8,14 @@ use std::task::{Context, Poll, ready};
 
 use bytes::Bytes;
 use http_body::{Frame, SizeHint};
+use quick_cache::sync::Cache;
 use tokio::task::{JoinHandle, spawn_blocking};
 
 use crate::download::{Failure, Reader};
 use crate::event::{BytesFrom, Events};
-use crate::oci::Cause;
+use crate::oci::{Cause, Digest, Hasher};
 use crate::pull::passing::Passing;
+use crate::store::Store;
 use crate::store::step::{Buffers, STEP_BYTES, read_cached, read_waiting};
 use crate::store::volume::VolumeFile;
 use crate::upstream::Fetched;
@@ -24,6 +26,7 @@ pub struct Body(Kind);
 enum Kind {
     Whole(Option<Bytes>),
     File(File),
+    Checked(Box<Checked>),
     Flow {
         flow: Flow,
         size: Option<u64>,
@@ -34,6 +37,9 @@ enum Kind {
 /// Why a body broke. The client sees a connection that ends before its length.
 #[derive(Debug, thiserror::Error)]
 pub enum Broken {
+    /// The file no longer holds what was written: the disk changed it. It was set aside, to be fetched again.
+    #[error("the held bytes of {0} are not what was written; they are set aside and will be fetched again")]
+    Rotten(Digest),
     /// The file could not be read.
     #[error("reading a held blob failed: {0}")]
     File(#[from] io::Error),
@@ -72,6 +78,35 @@ impl Body {
             events,
             waiting: None,
         }))
+    }
+
+    /// A whole blob that this process has not read before: hashed on the way, its end withheld until it is right.
+    pub(super) fn checked(
+        digest: Digest,
+        file: Arc<dyn VolumeFile>,
+        size: u64,
+        buffers: Buffers,
+        events: Events,
+        sound: Sound,
+        store: Arc<Store>,
+    ) -> Self {
+        let file = File {
+            from: file,
+            position: 0,
+            end: size,
+            buffers,
+            events,
+            waiting: None,
+        };
+        let hasher = Some(Hasher::new(digest.algorithm()));
+        Self(Kind::Checked(Box::new(Checked {
+            digest,
+            file,
+            hasher,
+            last: None,
+            sound,
+            store,
+        })))
     }
 
     /// What a download brings, of which `size` bytes are wanted.
@@ -150,6 +185,70 @@ where
     })
 }
 
+/// The blobs whose files this process has read whole and found right. What is not here is hashed on its way out, so that
+/// what rotted while nobody looked reaches no client whole.
+#[derive(Clone)]
+pub struct Sound(Arc<Cache<Digest, ()>>);
+
+/// Blobs remembered as sound; a forgotten one is hashed once more.
+const SOUND_MAX: usize = 65_536;
+
+impl Default for Sound {
+    fn default() -> Self {
+        Self(Arc::new(Cache::new(SOUND_MAX)))
+    }
+}
+
+impl Sound {
+    pub(super) fn knows(&self, digest: &Digest) -> bool {
+        self.0.get(digest).is_some()
+    }
+}
+
+struct Checked {
+    digest: Digest,
+    file: File,
+    hasher: Option<Hasher>,
+    last: Option<Bytes>,
+    sound: Sound,
+    store: Arc<Store>,
+}
+
+impl Checked {
+    fn poll(&mut self, context: &mut Context<'_>) -> Poll<Next> {
+        loop {
+            let Some(hasher) = &mut self.hasher else {
+                return Poll::Ready(None);
+            };
+            match ready!(self.file.poll(context)) {
+                Some(Ok(bytes)) => {
+                    hasher.update(&bytes);
+                    if let Some(before) = self.last.replace(bytes) {
+                        return Poll::Ready(Some(Ok(before)));
+                    }
+                }
+                Some(Err(error)) => {
+                    self.hasher = None;
+                    return Poll::Ready(Some(Err(error.into())));
+                }
+                None => return Poll::Ready(self.end()),
+            }
+        }
+    }
+
+    fn end(&mut self) -> Next {
+        let hasher = self.hasher.take()?;
+        if hasher.finish() == self.digest {
+            self.sound.0.insert(self.digest, ());
+            return self.last.take().map(Ok);
+        }
+        tracing::error!(digest = %self.digest, "a held blob rotted on the disk; it is set aside");
+        let (store, digest) = (Arc::clone(&self.store), self.digest);
+        spawn_blocking(move || store.quarantine_blob(&digest));
+        Some(Err(Broken::Rotten(self.digest)))
+    }
+}
+
 struct File {
     from: Arc<dyn VolumeFile>,
     position: u64,
@@ -210,6 +309,7 @@ impl http_body::Body for Body {
         let next = match &mut self.0 {
             Kind::Whole(bytes) => bytes.take().map(Ok),
             Kind::File(file) => ready!(file.poll(context)).map(|read| read.map_err(Broken::File)),
+            Kind::Checked(checked) => ready!(checked.poll(context)),
             Kind::Flow { flow, size, events } => {
                 let next = ready!(flow.as_mut().poll(context));
                 if let Some(Ok(bytes)) = &next {
@@ -230,6 +330,7 @@ impl http_body::Body for Body {
         match &self.0 {
             Kind::Whole(bytes) => bytes.is_none(),
             Kind::File(file) => file.position >= file.end,
+            Kind::Checked(checked) => checked.hasher.is_none(),
             Kind::Flow { .. } => false,
         }
     }
@@ -238,6 +339,10 @@ impl http_body::Body for Body {
         match &self.0 {
             Kind::Whole(bytes) => SizeHint::with_exact(bytes.as_ref().map_or(0, |bytes| bytes.len() as u64)),
             Kind::File(file) => SizeHint::with_exact(file.end.saturating_sub(file.position)),
+            Kind::Checked(checked) => {
+                let withheld = checked.last.as_ref().map_or(0, |last| last.len() as u64);
+                SizeHint::with_exact(checked.file.end.saturating_sub(checked.file.position) + withheld)
+            }
             Kind::Flow { size: Some(size), .. } => SizeHint::with_exact(*size),
             Kind::Flow { size: None, .. } => SizeHint::default(),
         }

@@ -1,5 +1,6 @@
 //! An outcome becomes an HTTP response. Nothing else builds one, and each reason has exactly one form here.
 
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use http::header::{
@@ -22,6 +23,7 @@ use crate::oci::{Cause, Digest, ErrorCode, Operation, Problem, RangeRequest};
 use crate::policy::{Refusal, Served, Why};
 use crate::pull::passing::Passed;
 use crate::pull::{Content, How, Listing, Outcome, Reason, Refused, Request};
+use crate::store::Store;
 use crate::store::manifests::HeldManifest;
 use crate::upstream::Said;
 
@@ -114,7 +116,7 @@ pub(super) fn told(outcome: &Outcome) -> (event::Outcome, &'static str) {
 }
 
 /// The response to a request that was understood.
-pub(super) fn answer(outcome: Outcome, asked: &Asked, front: &Front) -> Response<Body> {
+pub(super) fn answer(outcome: Outcome, asked: &Asked, front: &Front, store: &Arc<Store>) -> Response<Body> {
     match outcome {
         Outcome::Ping => {
             let mut response = respond(StatusCode::OK, Body::whole("{}".into()));
@@ -141,7 +143,7 @@ pub(super) fn answer(outcome: Outcome, asked: &Asked, front: &Front) -> Response
             size,
             content,
             how,
-        } => blob_answer(&digest, size, content, how, asked, front),
+        } => blob_answer(&digest, size, content, how, asked, (front, store)),
         Outcome::Listing(listing, how) => listing_answer(listing, how, asked),
         Outcome::Passed(passed) => passed_answer(passed, front),
         Outcome::Refused(refused) => refusal_answer(&refused, asked),
@@ -192,7 +194,7 @@ fn blob_answer(
     content: Content,
     how: How,
     asked: &Asked,
-    front: &Front,
+    (front, store): (&Front, &Arc<Store>),
 ) -> Response<Body> {
     let etag = etag(digest);
     if asked.has_already(&etag) {
@@ -218,6 +220,18 @@ fn blob_answer(
         _ if asked.head => Body::empty(),
         Content::Head => Body::empty(),
         Content::Memory(bytes) => Body::whole(part(&bytes, start, end)),
+        Content::File(held) if span.is_none() && !front.sound.knows(digest) => {
+            let (buffers, sound) = (front.buffers.clone(), front.sound.clone());
+            Body::checked(
+                *digest,
+                held.file,
+                held.size,
+                buffers,
+                events,
+                sound,
+                Arc::clone(store),
+            )
+        }
         Content::File(held) => Body::file(
             held.file,
             start,

@@ -183,6 +183,20 @@ async fn a_blob_that_lost_its_end_on_the_disk_is_fetched_again() {
 }
 
 #[tokio::test]
+async fn a_blob_that_rotted_on_the_disk_is_never_served_whole() {
+    let (_upstream, proxy, blob) = with_a_layer(11).await;
+    proxy.blob("library/demo", &blob.digest).await.is_blob(&blob);
+    let file = proxy.until_kept(&blob.digest).await;
+    let setup = stopped(proxy).await;
+    overwrite(&file, |bytes| {
+        bytes[SIZE / 2] ^= 1;
+    });
+
+    let proxy = setup.start().await;
+    heals(&proxy, &blob).await;
+}
+
+#[tokio::test]
 async fn a_manifest_that_rotted_on_the_disk_is_fetched_again() {
     let upstream = Upstream::start().await;
     let image = upstream.push("library/demo", "latest", Image::with_layers(&["one"]));
