@@ -241,7 +241,8 @@ impl Events {
         };
         self.requests.get_or_create(&labels).inc();
         self.seconds.observe(took.as_secs_f64());
-        let ms = took.as_secs_f64() * 1_000.0;
+        // Three digits behind the point: a log is read by people.
+        let ms = (took.as_secs_f64() * 1e6).round() / 1e3;
         let result = result.name();
         if kind == Kind::Tag || status >= 500 {
             tracing::info!(upstream, path, status, result, reason, ms, "answered");

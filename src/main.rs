@@ -1,7 +1,7 @@
 //! The `ifnewer` program: arguments, configuration, run, exit code. 0: done, 1: failed, 2: wrong usage or configuration.
 
 use std::fmt::Display;
-use std::io::Write;
+use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -67,6 +67,7 @@ fn log(log: &Log) {
     let filter = EnvFilter::try_new(&log.level).unwrap_or_else(|_| EnvFilter::new("info"));
     let subscriber = tracing_subscriber::fmt()
         .with_env_filter(filter)
+        .with_ansi(std::io::stderr().is_terminal())
         .with_writer(std::io::stderr);
     match log.format {
         LogFormat::Human => subscriber.with_target(false).init(),

@@ -42,7 +42,7 @@ pub struct Pull {
     downloads: Downloads,
     rules: Rules,
     clock: Clock,
-    secret: Vec<u8>,
+    principals: site::Principals,
     sizes: sizes::Sizes,
     questions: Flights<asking::Key, Arc<Answer>>,
     manifests: Flights<asking::Key, Result<Arc<HeldManifest>, Arc<Answer>>>,
@@ -158,15 +158,15 @@ pub struct Refused {
 }
 
 impl Pull {
-    /// A road over `store`; `secret` keys the principals.
+    /// A road over `store`, whose install secret keys the principals.
     pub fn new(store: Arc<Store>, downloads: Downloads, rules: Rules, clock: Clock) -> Self {
-        let secret = store.install_secret().to_vec();
+        let principals = site::Principals::new(*store.install_secret());
         Self {
             store,
             downloads,
             rules,
             clock,
-            secret,
+            principals,
             sizes: sizes::Sizes::default(),
             questions: Flights::default(),
             manifests: Flights::default(),
@@ -229,10 +229,10 @@ impl Pull {
 
     /// Who asks, and what is known of their right in this repository.
     fn context(&self, site: &Site, repository: &Repository, authorization: Option<&HeaderValue>) -> Context {
-        let (principal, caller) = site.caller(&self.secret, authorization);
+        let caller = site.caller(&self.principals, authorization);
         let evidence = Evidence {
             shared: site.is_shared(),
-            granted_at: self.store.grant(site.name(), repository, principal.as_bytes()),
+            granted_at: self.store.grant(site.name(), repository, &caller.principal),
             public_at: self.store.public_since(site.name(), repository),
             seen: false,
         };

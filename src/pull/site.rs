@@ -17,6 +17,23 @@ pub struct Site {
     access: Access,
 }
 
+/// Who there can be: those without a credential of their own, worked out once, and the secret that keys all others.
+pub(super) struct Principals {
+    anonymous: Principal,
+    proxy: Principal,
+    secret: [u8; 32],
+}
+
+impl Principals {
+    pub(super) fn new(secret: [u8; 32]) -> Self {
+        Self {
+            anonymous: Principal::anonymous(&secret),
+            proxy: Principal::proxy(&secret),
+            secret,
+        }
+    }
+}
+
 /// Whose right counts at an upstream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Access {
@@ -70,7 +87,7 @@ impl Site {
     }
 
     /// Who asks upstream on behalf of a client that sent `authorization`.
-    pub(super) fn caller(&self, secret: &[u8], authorization: Option<&HeaderValue>) -> (Principal, Caller) {
+    pub(super) fn caller(&self, principals: &Principals, authorization: Option<&HeaderValue>) -> Caller {
         let (principal, credential) = match (self.access, authorization) {
             (Access::Shared { own_credential }, _) => {
                 let credential = if own_credential {
@@ -78,20 +95,17 @@ impl Site {
                 } else {
                     Credential::Anonymous
                 };
-                (Principal::proxy(secret), credential)
+                (principals.proxy, credential)
             }
-            (Access::Proven, None) => (Principal::anonymous(secret), Credential::Anonymous),
+            (Access::Proven, None) => (principals.anonymous, Credential::Anonymous),
             (Access::Proven, Some(value)) => (
-                Principal::of_credential(secret, value.as_bytes()),
+                Principal::of_credential(&principals.secret, value.as_bytes()),
                 Credential::Client(value.clone()),
             ),
         };
-        (
-            principal,
-            Caller {
-                principal: *principal.as_bytes(),
-                credential,
-            },
-        )
+        Caller {
+            principal: *principal.as_bytes(),
+            credential,
+        }
     }
 }

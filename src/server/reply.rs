@@ -19,10 +19,10 @@ use crate::oci::header::{
     CACHE_STATUS, DOCKER_CONTENT_DIGEST, DOCKER_DISTRIBUTION_API_VERSION, OCI_FILTERS_APPLIED,
 };
 use crate::oci::range::{Span, content_range, unsatisfied};
-use crate::oci::{Cause, Digest, ErrorCode, Operation, Problem, RangeRequest};
+use crate::oci::{Cause, Digest, ErrorCode, Operation, Problem, RangeRequest, Reference};
 use crate::policy::{Refusal, Served, Why};
 use crate::pull::passing::Passed;
-use crate::pull::{Content, How, Listing, Outcome, Reason, Refused, Request};
+use crate::pull::{Content, How, Listing, Outcome, Reason, Refused, Request, Site};
 use crate::store::Store;
 use crate::store::manifests::HeldManifest;
 use crate::upstream::Said;
@@ -32,9 +32,8 @@ const JSON: HeaderValue = HeaderValue::from_static("application/json");
 
 /// What of a request shapes its answer.
 pub(super) struct Asked {
-    upstream: String,
-    image: String,
-    what: What,
+    site: Arc<Site>,
+    operation: Operation,
     head: bool,
     if_none_match: Option<HeaderValue>,
     if_range: Option<HeaderValue>,
@@ -42,35 +41,48 @@ pub(super) struct Asked {
     now: SystemTime,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum What {
-    Blob,
-    Manifest,
-    Name,
-}
-
 impl Asked {
     pub(super) fn new(head: &Parts, request: &Request) -> Self {
-        let (image, what) = match &request.operation {
-            Operation::Ping => (String::new(), What::Name),
-            Operation::Manifest {
-                repository,
-                reference,
-            } => (format!("{repository}@{reference}"), What::Manifest),
-            Operation::Blob { repository, digest } => (format!("{repository}@{digest}"), What::Blob),
-            Operation::Tags { repository, .. } | Operation::Referrers { repository, .. } => {
-                (repository.to_string(), What::Name)
-            }
-        };
         Self {
-            upstream: request.site.name().to_owned(),
-            image,
-            what,
+            site: Arc::clone(&request.site),
+            operation: request.operation.clone(),
             head: request.head,
             if_none_match: head.headers.get(IF_NONE_MATCH).cloned(),
             if_range: head.headers.get(IF_RANGE).cloned(),
             range: RangeRequest::read(head.headers.get(RANGE)),
             now: request.now,
+        }
+    }
+
+    fn upstream(&self) -> &str {
+        self.site.name()
+    }
+
+    /// What was asked for, in words: written only for those who are told no.
+    fn image(&self) -> String {
+        match &self.operation {
+            Operation::Ping => String::new(),
+            Operation::Manifest {
+                repository,
+                reference: Reference::Tag(tag),
+            } => format!("{repository}:{tag}"),
+            Operation::Manifest {
+                repository,
+                reference: Reference::Digest(digest),
+            }
+            | Operation::Blob { repository, digest } => format!("{repository}@{digest}"),
+            Operation::Tags { repository, .. } | Operation::Referrers { repository, .. } => {
+                repository.to_string()
+            }
+        }
+    }
+
+    /// The code for "there is no such thing".
+    fn unknown(&self) -> ErrorCode {
+        match &self.operation {
+            Operation::Blob { .. } => ErrorCode::BlobUnknown,
+            Operation::Manifest { .. } => ErrorCode::ManifestUnknown,
+            Operation::Ping | Operation::Tags { .. } | Operation::Referrers { .. } => ErrorCode::NameUnknown,
         }
     }
 
@@ -277,7 +289,8 @@ fn part(bytes: &bytes::Bytes, start: u64, end: Option<u64>) -> bytes::Bytes {
 fn unsatisfiable(size: u64, asked: &Asked) -> Response<Body> {
     let message = format!(
         "{}/{} has {size} bytes; none of the bytes asked for exist",
-        asked.upstream, asked.image
+        asked.upstream(),
+        asked.image()
     );
     let mut response = problem(
         StatusCode::RANGE_NOT_SATISFIABLE,
@@ -334,7 +347,7 @@ fn passed_answer(passed: Passed, front: &Front) -> Response<Body> {
 
 fn refusal_answer(refused: &Refused, asked: &Asked) -> Response<Body> {
     let (status, code, sentence) = refusal(refused, asked);
-    let (upstream, answer) = (&asked.upstream, refused.answer.as_deref());
+    let (upstream, answer) = (asked.upstream(), refused.answer.as_deref());
     // A refusal is told in our words alone: asked by HEAD or by GET, held or not, it must look the same.
     let theirs = match refused.refusal {
         Refusal::Silent(_) | Refusal::TooStale(_) => answer.and_then(|answer| answer.message.as_deref()),
@@ -381,12 +394,8 @@ fn refusal_answer(refused: &Refused, asked: &Asked) -> Response<Body> {
 
 /// Each refusal's status, code and sentence. Exhaustive: a new refusal does not compile until it has its own.
 fn refusal(refused: &Refused, asked: &Asked) -> (StatusCode, ErrorCode, String) {
-    let unknown = match asked.what {
-        What::Blob => ErrorCode::BlobUnknown,
-        What::Manifest => ErrorCode::ManifestUnknown,
-        What::Name => ErrorCode::NameUnknown,
-    };
-    let Asked { upstream, image, .. } = asked;
+    let unknown = asked.unknown();
+    let (upstream, image) = (asked.upstream(), asked.image());
     let answer = refused.answer.as_deref();
     match refused.refusal {
         // The same words for what is absent and what is not for this client: a stranger learns nothing.
@@ -518,7 +527,7 @@ fn tell_how(headers: &mut HeaderMap, how: How, asked: &Asked) {
     if let Reason::Held(served) = how.reason {
         headers.insert(AGE, age.as_secs().into());
         if served.may_be_outdated() {
-            put(headers, WARNING, &warning(served, &asked.upstream, age));
+            put(headers, WARNING, &warning(served, asked.upstream(), age));
         }
     }
 }
