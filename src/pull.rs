@@ -208,7 +208,7 @@ impl Pull {
                 let held = held.map(|(variant, _)| manifest::held(&variant));
                 context.situation(rule, crate::policy::Subject::Tag, held, true, now)
             }
-            Reference::Digest(digest) => self.digest_situation(&context, rule, digest, now),
+            Reference::Digest(digest) => self.digest_situation(site, &context, rule, repository, digest, now),
         };
         (situation, decide(&situation), Arc::clone(&rule.name))
     }

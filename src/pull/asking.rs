@@ -126,10 +126,10 @@ impl Pull {
             },
             Said::Unnamed => Heard::Unnamed,
             Said::Absent => Heard::Absent,
-            Said::Forbidden if site.has_own_credential() => Heard::Refused(Whose::Proxy),
-            Said::Forbidden => Heard::Refused(Whose::Client),
+            // Any other 4xx (451, 423, …) is a no of some kind too, and a held copy must never hide a no.
+            Said::Forbidden | Said::Other(_) if site.has_own_credential() => Heard::Refused(Whose::Proxy),
+            Said::Forbidden | Said::Other(_) => Heard::Refused(Whose::Client),
             Said::Silent(cause) => Heard::Silent(cause),
-            Said::Other(status) => Heard::Silent(Cause::Status(status.as_u16())),
         }
     }
 

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::SystemTime;
 
+use bytes::Bytes;
 use tokio::task::spawn_blocking;
 
 use super::asking::{Asked, Key};
@@ -127,8 +128,10 @@ impl Pull {
 
     pub(super) fn digest_situation(
         &self,
+        site: &Site,
         context: &Context,
         rule: &Rule,
+        repository: &Repository,
         digest: &AnyDigest,
         now: SystemTime,
     ) -> Situation {
@@ -142,7 +145,8 @@ impl Pull {
             }
             AnyDigest::Foreign(_) => None,
         };
-        context.situation(rule, Subject::Manifest, held, context.evidence.seen, now)
+        let seen = self.seen(site, repository, digest);
+        context.situation(rule, Subject::Manifest, held, seen, now)
     }
 
     /// Fetches a manifest, keeps it and what it shows; one fetch for all who may share it.
@@ -267,7 +271,10 @@ impl Road<'_> {
         match decide(&situation) {
             Verdict::Serve(Served::Moved) => self.serve_moved(situation, copy, asked),
             Verdict::Serve(served) => self.serve(served, copy, Some(asked.heard)),
-            Verdict::Fetch(why) => self.fetch(why, situation, copy, deadline).await,
+            Verdict::Fetch(why) => match self.brought(asked.answer.as_deref()).await {
+                Some(manifest) => self.fetched(manifest, why),
+                None => self.fetch(why, situation, copy, deadline).await,
+            },
             Verdict::Refuse(refusal) => {
                 if refusal == Refusal::Absent {
                     self.forget(&situation).await;
@@ -371,18 +378,48 @@ impl Road<'_> {
             fetching.await
         };
         match fetched {
-            Ok(manifest) => {
-                let confirmed_at = (situation.subject == Subject::Tag).then_some(situation.now);
-                Outcome::Manifest(
-                    manifest,
-                    How {
-                        reason: Reason::Fetched(why),
-                        confirmed_at,
-                    },
-                )
-            }
+            Ok(manifest) => self.fetched(manifest, why),
             Err(answer) => self.after_failed_fetch(situation, copy, answer),
         }
+    }
+
+    /// The manifest that came with the answer, where a GET had to stand in for the HEAD: it is not fetched twice.
+    async fn brought(&self, answer: Option<&Answer>) -> Option<Arc<HeldManifest>> {
+        let answer = answer?;
+        let (bytes, media_type) = answer.body.clone()?;
+        let named = match answer.said {
+            Said::Is(digest) => Some(digest),
+            _ => None,
+        };
+        let Request {
+            site,
+            operation,
+            accept,
+            ..
+        } = self.request;
+        let received = verify(bytes, named, Some(media_type), operation);
+        self.pull
+            .keep(site, self.repository, operation, accept, received)
+            .await
+            .ok()
+    }
+
+    fn fetched(&self, manifest: Arc<HeldManifest>, why: Why) -> Outcome {
+        let by_tag = matches!(
+            &self.request.operation,
+            Operation::Manifest {
+                reference: Reference::Tag(_),
+                ..
+            }
+        );
+        let confirmed_at = by_tag.then_some(self.request.now);
+        Outcome::Manifest(
+            manifest,
+            How {
+                reason: Reason::Fetched(why),
+                confirmed_at,
+            },
+        )
     }
 
     /// A refusal of the fetch is a refusal; anything else leaves what is held.
@@ -472,6 +509,15 @@ pub(super) fn refused(refusal: Refusal, answer: Option<Arc<Answer>>, own_credent
 async fn receive(fetched: Fetched, operation: &Operation) -> Result<HeldManifest, Cause> {
     let (header, media_type) = (fetched.digest, fetched.media_type.clone());
     let bytes = fetched.collect(MANIFEST_BYTES_MAX).await?;
+    verify(bytes, header, media_type, operation)
+}
+
+fn verify(
+    bytes: Bytes,
+    header: Option<Digest>,
+    media_type: Option<MediaType>,
+    operation: &Operation,
+) -> Result<HeldManifest, Cause> {
     let asked = match operation {
         Operation::Manifest {
             reference: Reference::Digest(AnyDigest::Known(digest)),

@@ -424,6 +424,11 @@ fn refusal(refused: &Refused, asked: &Asked) -> (StatusCode, ErrorCode, String) 
                 ErrorCode::Denied,
                 format!("{upstream} denies access to {image}"),
             ),
+            Some(status) if status.is_client_error() && status != StatusCode::UNAUTHORIZED => (
+                status,
+                ErrorCode::Denied,
+                format!("{upstream} answered {status} for {image}"),
+            ),
             _ => (
                 StatusCode::UNAUTHORIZED,
                 ErrorCode::Unauthorized,

@@ -89,6 +89,13 @@ async fn it_can_be_asked_why() {
         "{}",
         reply.json()
     );
+    let by_digest = format!("/api/v1/why?image=docker.io/library/demo@{}", image.digest);
+    let reply = proxy.admin(&by_digest).await;
+    assert!(
+        reply.json().to_string().contains("\"immutable\""),
+        "{}",
+        reply.json()
+    );
     assert_eq!(upstream.requests().len(), 0, "asking why asks nobody");
     assert_eq!(proxy.admin("/api/v1/why?image=").await.status, 400);
     assert_eq!(proxy.admin("/api/v1/why").await.status, 400);

@@ -383,3 +383,15 @@ async fn nothing_in_the_log_or_on_the_disk_shows_a_credential() {
         }
     }
 }
+
+#[tokio::test]
+async fn any_other_refusal_is_passed_on_and_never_hidden_by_a_copy() {
+    let upstream = Upstream::start().await;
+    let image = upstream.push("library/demo", "latest", Image::with_layers(&["x"]));
+    let proxy = Proxy::over(&upstream).await;
+    proxy.pull("library/demo", "latest", &image).await;
+    for status in [423, 451] {
+        upstream.answers_status(status);
+        proxy.manifest("library/demo", "latest").await.is_refused(status);
+    }
+}

@@ -38,7 +38,13 @@ async fn an_upstream_that_names_no_digest_is_hashed() {
     proxy.pull("library/demo", "latest", &image).await.is_hit();
     assert_eq!(upstream.all_blob_gets(), 0);
     let new = upstream.moves("library/demo", "latest", Image::with_layers(&["two"]));
-    proxy.pull("library/demo", "latest", &new).await;
+    upstream.clear_log();
+    proxy.manifest("library/demo", "latest").await.is_image(&new);
+    assert_eq!(
+        upstream.manifest_gets("library/demo"),
+        1,
+        "the GET that asked has brought it"
+    );
 }
 
 #[tokio::test]
