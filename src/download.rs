@@ -177,6 +177,19 @@ impl Downloads {
         let _ = self.shared.places.acquire_many(places).await;
     }
 
+    /// Whether the upstream has begun to send this blob.
+    pub fn is_arriving(&self, digest: &Digest) -> bool {
+        let running = self.shared.running();
+        running
+            .get(digest)
+            .is_some_and(|download| download.opened.get().is_some())
+    }
+
+    /// Whether at least half of the places are free, so that what nobody waits for may be begun.
+    pub fn has_room(&self) -> bool {
+        2 * self.shared.places.available_permits() >= self.shared.transfers_max
+    }
+
     /// How many transfers run.
     pub fn count(&self) -> usize {
         self.shared.running().len()

@@ -3,13 +3,15 @@
 //! [`decide`] is called at most three times for one request. Before asking, it may say [`Verdict::Ask`]; the road then
 //! sends one `HEAD` **with the client's own credential** and calls it again with what was [`Heard`]. That `HEAD` is
 //! both the freshness check and the authorisation check, which is how a held copy never becomes a way around a private
-//! registry's authentication. Should a fetch that followed fail, it is called once more with [`Heard::Undelivered`].
+//! registry's authentication. Should what followed fail, a fetch or a [`Verdict::Check`], it is called once more with
+//! [`Heard::Undelivered`].
 //!
 //! There is no clock, no I/O and no handle here: a [`Situation`] can be printed, kept in a failing test, or shown by
 //! the admin API, and always yields the same [`Verdict`]. `policy/tests.rs` enumerates every situation against laws of
 //! safety (what may never be served) and of economy (what may never be asked or fetched).
 
 pub mod rules;
+mod verdict;
 
 #[cfg(test)]
 mod tests;
@@ -18,6 +20,8 @@ use std::fmt;
 use std::str::FromStr;
 use std::time::{Duration, SystemTime};
 
+pub use verdict::{Refusal, Served, Verdict, Why};
+
 use crate::oci::{Cause, Digest};
 
 /// Decides what to do. Total: every situation has a verdict.
@@ -25,7 +29,7 @@ pub fn decide(situation: &Situation) -> Verdict {
     let s = situation;
     match s.heard {
         Heard::Nothing => before_asking(s),
-        Heard::Named { digest, held } => named(s, digest, held),
+        Heard::Named { digest, holding } => named(s, digest, holding),
         Heard::Unnamed => unnamed(s),
         Heard::Absent => absent(s),
         Heard::Refused(Whose::Client) => Verdict::Refuse(Refusal::Forbidden),
@@ -66,10 +70,8 @@ impl Situation {
     }
 
     /// A confirmation in the future (the clock stepped back) says nothing about age, so it counts as old.
-    fn confirmed_within(&self, held: Held, limit: Duration) -> bool {
-        self.now
-            .duration_since(held.confirmed_at)
-            .is_ok_and(|age| age < limit)
+    fn confirmed_within(&self, confirmed_at: SystemTime, limit: Duration) -> bool {
+        self.now.duration_since(confirmed_at).is_ok_and(|age| age < limit)
     }
 }
 
@@ -176,6 +178,31 @@ pub struct Held {
     pub digest: Digest,
     /// When the upstream last said that the tag names this digest. Without meaning for what is asked by digest.
     pub confirmed_at: SystemTime,
+    /// What the manifest points to. A blob points to nothing.
+    pub rest: Rest,
+}
+
+impl Held {
+    /// Whether there is a whole image to serve, should this digest's own image turn out not to be had.
+    fn has_other_whole(&self, digest: Digest) -> bool {
+        match self.rest {
+            Rest::Held => self.digest != digest,
+            Rest::Missing { earlier } => earlier.is_some(),
+        }
+    }
+}
+
+/// The rest of a held manifest's image: config, layers, manifests.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rest {
+    /// Held, or arriving now: the image can be pulled whole without another word of the upstream.
+    Held,
+    /// Some of it must still be fetched. A client given such a manifest while the upstream is silent fails halfway,
+    /// with no way back for most (`docs` of podman, kaniko): better no manifest than half an image.
+    Missing {
+        /// When the upstream last confirmed the newest whole image that the tag named before, if one is held.
+        earlier: Option<SystemTime>,
+    },
 }
 
 /// A principal's right to read, as far as the upstream has shown it.
@@ -194,13 +221,12 @@ pub enum Standing {
 pub enum Heard {
     /// Nothing was asked yet.
     Nothing,
-    /// 2xx, and the digest that the reference names now. `held`: the store has this manifest, and the upstream was
-    /// seen to have it in this repository.
+    /// 2xx, and the digest that the reference names now.
     Named {
         /// The digest named.
         digest: Digest,
-        /// Whether a fetch can be spared.
-        held: bool,
+        /// How much of it is in the store.
+        holding: Holding,
     },
     /// 2xx, but without a digest that can be verified.
     Unnamed,
@@ -214,6 +240,17 @@ pub enum Heard {
     Undelivered(Cause),
 }
 
+/// How much of an image is in the store, the upstream having been seen to have it in this repository.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Holding {
+    /// Not even the manifest.
+    Nothing,
+    /// The manifest.
+    Manifest,
+    /// The manifest and all that it points to, or that much of it arriving.
+    Whole,
+}
+
 /// Whose credential the upstream refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Whose {
@@ -221,149 +258,6 @@ pub enum Whose {
     Client,
     /// The proxy's own: the operator has something to mend, the client has done nothing wrong.
     Proxy,
-}
-
-/// What to do, and why.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Verdict {
-    /// Ask the upstream which digest the reference names now, then decide again.
-    Ask,
-    /// Serve the held copy.
-    Serve(Served),
-    /// Fetch it from the upstream.
-    Fetch(Why),
-    /// Say no.
-    Refuse(Refusal),
-}
-
-impl Verdict {
-    /// The reason's name, as it stands in the log, the metrics, `Cache-Status` and the admin API.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Ask => "ask",
-            Self::Serve(served) => served.name(),
-            Self::Fetch(why) => why.name(),
-            Self::Refuse(refusal) => refusal.name(),
-        }
-    }
-}
-
-/// Why a held copy may be served.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Served {
-    /// Confirmed less than `fresh` ago.
-    Fresh,
-    /// The upstream confirmed just now that the tag still names it.
-    Unchanged,
-    /// The tag names another digest now, which is held as well.
-    Moved,
-    /// Asked for by digest: it cannot change.
-    Immutable,
-    /// The policy says not to ask for a newer one.
-    Unasked,
-    /// The upstream is silent; the tag may have moved since.
-    Stale(Cause),
-    /// The upstream is silent; asked for by digest, on a right shown before.
-    PastGrant(Cause),
-    /// There is a newer one, but it could not be had.
-    NewUnavailable(Cause),
-    /// Gone upstream, and the rule says to keep serving it.
-    KeptAbsent,
-    /// The upstream refuses the proxy's own credential.
-    CredentialRefused,
-}
-
-impl Served {
-    /// The name in logs, metrics and `Cache-Status`.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Fresh => "fresh",
-            Self::Unchanged => "unchanged",
-            Self::Moved => "moved",
-            Self::Immutable => "immutable",
-            Self::Unasked => "unasked",
-            Self::Stale(_) => "stale",
-            Self::PastGrant(_) => "past-grant",
-            Self::NewUnavailable(_) => "new-unavailable",
-            Self::KeptAbsent => "kept-absent",
-            Self::CredentialRefused => "credential-refused",
-        }
-    }
-
-    /// Whether what is served may no longer be what the upstream has: the client is told so (`Warning: 299`).
-    pub fn may_be_outdated(self) -> bool {
-        match self {
-            Self::Stale(_) | Self::NewUnavailable(_) | Self::KeptAbsent | Self::CredentialRefused => true,
-            Self::Fresh
-            | Self::Unchanged
-            | Self::Moved
-            | Self::Immutable
-            | Self::Unasked
-            | Self::PastGrant(_) => false,
-        }
-    }
-
-    /// Why the upstream gave no usable answer, where that is the reason.
-    pub fn cause(self) -> Option<Cause> {
-        match self {
-            Self::Stale(cause) | Self::PastGrant(cause) | Self::NewUnavailable(cause) => Some(cause),
-            _ => None,
-        }
-    }
-}
-
-/// Why something is fetched.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Why {
-    /// It is not held.
-    NotHeld,
-    /// The upstream names another digest than the one held.
-    Newer,
-    /// The upstream does not say which digest it is, so the bytes must.
-    Unnamed,
-}
-
-impl Why {
-    /// The name in logs, metrics and `Cache-Status`.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::NotHeld => "not-held",
-            Self::Newer => "newer",
-            Self::Unnamed => "unnamed",
-        }
-    }
-}
-
-/// Why the client is told no.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Refusal {
-    /// Policy `never`, and it is not held.
-    NotHeld,
-    /// It is held, but this principal was never shown to have the right, and the policy forbids asking.
-    /// Outwardly the same as [`Refusal::NotHeld`]: a stranger learns nothing.
-    NotVouched,
-    /// The upstream refused this credential.
-    Forbidden,
-    /// The upstream says that there is no such thing.
-    Absent,
-    /// The upstream is silent, and there is nothing that may be served instead.
-    Silent(Cause),
-    /// The upstream is silent, and the held copy was confirmed longer ago than `stale` allows.
-    TooStale(Cause),
-}
-
-impl Refusal {
-    /// The name in logs and metrics.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::NotHeld => "not-held",
-            Self::NotVouched => "not-vouched",
-            Self::Forbidden => "forbidden",
-            Self::Absent => "absent",
-            Self::Silent(_) => "silent",
-            Self::TooStale(_) => "too-stale",
-        }
-    }
 }
 
 #[expect(
@@ -379,11 +273,19 @@ fn before_asking(s: &Situation) -> Verdict {
     };
     match (s.policy, s.standing, s.subject) {
         (Policy::Never, Standing::Unknown, _) => Verdict::Refuse(Refusal::NotVouched),
-        (Policy::Never, _, _) => Verdict::Serve(Served::Unasked),
+        (Policy::Never, _, _) => match held.rest {
+            Rest::Held => Verdict::Serve(Served::Unasked),
+            Rest::Missing { earlier: Some(_) } => Verdict::Serve(Served::LastComplete(None)),
+            Rest::Missing { earlier: None } => Verdict::Refuse(Refusal::NotHeld),
+        },
         (_, Standing::Unknown | Standing::Lapsed, _) => Verdict::Ask,
+        // Of use only if the upstream has the rest, so it must be there to be asked.
+        (_, Standing::Vouched, _) if held.rest != Rest::Held => Verdict::Ask,
         (_, Standing::Vouched, Subject::Manifest | Subject::Blob) => Verdict::Serve(Served::Immutable),
         (Policy::IfNotPresent, Standing::Vouched, Subject::Tag) => Verdict::Serve(Served::Unasked),
-        (Policy::IfNewer, Standing::Vouched, Subject::Tag) if s.confirmed_within(held, s.fresh) => {
+        (Policy::IfNewer, Standing::Vouched, Subject::Tag)
+            if s.confirmed_within(held.confirmed_at, s.fresh) =>
+        {
             Verdict::Serve(Served::Fresh)
         }
         (Policy::Always | Policy::IfNewer, Standing::Vouched, Subject::Tag) => Verdict::Ask,
@@ -391,33 +293,55 @@ fn before_asking(s: &Situation) -> Verdict {
 }
 
 /// A 2xx with a digest: this principal may read, so standing plays no part any more.
-fn named(s: &Situation, digest: Digest, named_is_held: bool) -> Verdict {
+fn named(s: &Situation, digest: Digest, holding: Holding) -> Verdict {
     match (s.subject, s.held) {
         (Subject::Manifest | Subject::Blob, Some(_)) => Verdict::Serve(Served::Immutable),
-        (Subject::Tag, Some(held)) if held.digest == digest => Verdict::Serve(Served::Unchanged),
-        // It was asked for the right to read, not for something newer.
-        (Subject::Tag, Some(_)) if s.policy == Policy::IfNotPresent => Verdict::Serve(Served::Unasked),
-        (Subject::Tag, _) if named_is_held => Verdict::Serve(Served::Moved),
-        (Subject::Tag, Some(_)) => Verdict::Fetch(Why::Newer),
+        (Subject::Tag, Some(held)) if held.digest == digest => {
+            serve_or_check(held, digest, Served::Unchanged)
+        }
+        // It was asked for the right to read, or for the rest, not for something newer.
+        (Subject::Tag, Some(held)) if s.policy == Policy::IfNotPresent => {
+            serve_or_check(held, held.digest, Served::Unasked)
+        }
+        (Subject::Tag, Some(held)) => match holding {
+            Holding::Whole => Verdict::Serve(Served::Moved),
+            Holding::Manifest => serve_or_check(held, digest, Served::Moved),
+            Holding::Nothing => Verdict::Fetch(Why::Newer),
+        },
+        (Subject::Tag, None) if holding != Holding::Nothing => Verdict::Serve(Served::Moved),
         (_, None) => Verdict::Fetch(Why::NotHeld),
+    }
+}
+
+/// A manifest without its rest is checked where something better could be served instead; where not, the upstream that
+/// has just answered is taken to have the rest.
+fn serve_or_check(held: Held, digest: Digest, served: Served) -> Verdict {
+    if held.has_other_whole(digest) {
+        Verdict::Check(served)
+    } else {
+        Verdict::Serve(served)
     }
 }
 
 fn unnamed(s: &Situation) -> Verdict {
     match (s.subject, s.held) {
         (Subject::Manifest | Subject::Blob, Some(_)) => Verdict::Serve(Served::Immutable),
-        (Subject::Tag, Some(_)) if s.policy == Policy::IfNotPresent => Verdict::Serve(Served::Unasked),
+        (Subject::Tag, Some(held)) if s.policy == Policy::IfNotPresent => {
+            serve_or_check(held, held.digest, Served::Unasked)
+        }
         (_, _) => Verdict::Fetch(Why::Unnamed),
     }
 }
 
 /// Some registries answer 404 where they mean 403, so a 404 never helps a principal that was not vouched for before.
 fn absent(s: &Situation) -> Verdict {
-    let keep = s.absent == Absence::Serve && s.held.is_some() && s.standing != Standing::Unknown;
-    if keep && s.policy != Policy::Always {
-        Verdict::Serve(Served::KeptAbsent)
-    } else {
-        Verdict::Refuse(Refusal::Absent)
+    let keep = s.absent == Absence::Serve && s.standing != Standing::Unknown && s.policy != Policy::Always;
+    match s.held {
+        Some(held) if keep => Verdict::Serve(match held.rest {
+            Rest::Missing { earlier: Some(_) } => Served::LastComplete(None),
+            Rest::Held | Rest::Missing { earlier: None } => Served::KeptAbsent,
+        }),
+        _ => Verdict::Refuse(Refusal::Absent),
     }
 }
 
@@ -437,10 +361,19 @@ fn silent(s: &Situation, cause: Cause, served: Served) -> Verdict {
     if s.policy == Policy::Always || s.standing == Standing::Unknown {
         return Verdict::Refuse(Refusal::Silent(cause));
     }
+    let (confirmed_at, served) = match held.rest {
+        Rest::Held => (held.confirmed_at, served),
+        Rest::Missing { earlier: Some(at) } => (at, Served::LastComplete(Some(cause))),
+        // Who limits the rate of questions still gives the bytes: the Hub counts manifests alone.
+        Rest::Missing { earlier: None } if cause == Cause::RateLimited => (held.confirmed_at, served),
+        Rest::Missing { earlier: None } => return Verdict::Refuse(Refusal::Incomplete(cause)),
+    };
     match s.subject {
         Subject::Manifest | Subject::Blob => Verdict::Serve(Served::PastGrant(cause)),
         Subject::Tag => match s.stale {
-            Some(limit) if !s.confirmed_within(held, limit) => Verdict::Refuse(Refusal::TooStale(cause)),
+            Some(limit) if !s.confirmed_within(confirmed_at, limit) => {
+                Verdict::Refuse(Refusal::TooStale(cause))
+            }
             _ => Verdict::Serve(served),
         },
     }

@@ -4,13 +4,18 @@
 //! and how the outcome looks in HTTP is settled after. The road never weighs evidence itself; it only gathers it.
 //!
 //! * `asking`: the question put to the upstream, shared by those who may share it, and what follows from the answer.
-//! * `manifest`: by tag and by digest. * `blob`: held, joined or led. * `listing`: tags and referrers.
+//! * `manifest`: by tag and by digest; `copies` of it that are held, `fetching` it, the `check` of what it points to.
+//! * `blob`: held, joined or led; `prefetch` begins before anybody asks. * `listing`: tags and referrers.
 
 mod asking;
 mod blob;
+mod check;
+mod copies;
+mod fetching;
 mod listing;
 mod manifest;
 pub mod passing;
+mod prefetch;
 mod site;
 mod sizes;
 
@@ -44,6 +49,8 @@ pub struct Pull {
     clock: Clock,
     principals: site::Principals,
     sizes: sizes::Sizes,
+    found: check::Found,
+    prefetching: prefetch::Prefetching,
     questions: Flights<asking::Key, Arc<Answer>>,
     manifests: Flights<asking::Key, Result<Arc<HeldManifest>, Arc<Answer>>>,
 }
@@ -168,6 +175,8 @@ impl Pull {
             clock,
             principals,
             sizes: sizes::Sizes::default(),
+            found: check::Found::default(),
+            prefetching: prefetch::Prefetching::default(),
             questions: Flights::default(),
             manifests: Flights::default(),
         }
@@ -204,8 +213,8 @@ impl Pull {
         let context = self.context(site, repository, None);
         let situation = match reference {
             Reference::Tag(tag) => {
-                let held = self.held_variant(site, repository, tag, &Accept::any());
-                let held = held.map(|(variant, _)| manifest::held(&variant));
+                let copies = self.copies_of_tag(site, repository, tag, &Accept::any());
+                let held = copies.as_ref().map(copies::Copies::held);
                 context.situation(rule, crate::policy::Subject::Tag, held, true, now)
             }
             Reference::Digest(digest) => self.digest_situation(site, &context, rule, repository, digest, now),

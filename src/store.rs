@@ -41,6 +41,7 @@ pub mod seen;
 pub mod step;
 pub mod usage;
 pub mod volume;
+pub mod whole;
 
 #[cfg(test)]
 mod tests;
@@ -202,6 +203,7 @@ pub struct Store {
     seen: seen::SeenFiles,
     listings: listings::Listings,
     grants: grants::Grants,
+    wholes: whole::Wholes,
     usage: Arc<Counters>,
     secret: [u8; 32],
     stop: Arc<AtomicBool>,
@@ -254,6 +256,7 @@ impl Store {
             listings: listings::Listings::new(&volume),
             refs,
             grants,
+            wholes: whole::Wholes::new(&usage),
             usage,
             secret,
             stop,

@@ -202,6 +202,7 @@ fn default_rule(table: &Table, report: &mut Report<'_>) -> Result<Rule, Told> {
     let absent = table.text(report, "absent", &value::ABSENT);
     let grant = table.text(report, "grant", &value::DURATION);
     let offline_grant = table.text(report, "offline_grant", &value::DURATION);
+    let prefetch = table.switch(report, "prefetch");
     let rule = Rule {
         name: Arc::from("default"),
         policy: policy?,
@@ -211,6 +212,7 @@ fn default_rule(table: &Table, report: &mut Report<'_>) -> Result<Rule, Told> {
         absent: absent?,
         grant: grant?,
         offline_grant: offline_grant?,
+        prefetch: prefetch?,
     };
     refuse_longer_grant(table, &rule, report);
     Ok(rule)
@@ -225,6 +227,7 @@ pub(super) fn changes(table: &Table, report: &mut Report<'_>) -> Result<Changes,
     let absent = table.text_if_set(report, "absent", &value::ABSENT);
     let grant = table.text_if_set(report, "grant", &value::DURATION);
     let offline_grant = table.text_if_set(report, "offline_grant", &value::DURATION);
+    let prefetch = table.switch_if_set(report, "prefetch");
     Ok(Changes {
         policy: policy?,
         fresh: fresh?,
@@ -233,6 +236,7 @@ pub(super) fn changes(table: &Table, report: &mut Report<'_>) -> Result<Changes,
         absent: absent?,
         grant: grant?,
         offline_grant: offline_grant?,
+        prefetch: prefetch?,
     })
 }
 

@@ -150,6 +150,7 @@ pub const KEYS: &[Key] = &[
     key(Default, "absent", Some(r#""refuse""#), "What becomes of a held tag that was deleted upstream: \"refuse\" or \"serve\"."),
     key(Default, "grant", Some(r#""5m""#), "How long the upstream's yes to a credential holds while the upstream answers."),
     key(Default, "offline_grant", Some(r#""12h""#), "How long it holds while the upstream is silent."),
+    key(Default, "prefetch", Some("true"), "Whether an image's config and layers are begun as soon as its manifest was fetched."),
 
     key(Upstream, "url", None, "Where the registry is, or a list tried in order; the default is https:// and its name."),
     key(Upstream, "hosts", None, "Further host names that mean this upstream."),
@@ -167,6 +168,7 @@ pub const KEYS: &[Key] = &[
     key(Upstream, "absent", None, "As in [default], for this upstream."),
     key(Upstream, "grant", None, "As in [default], for this upstream."),
     key(Upstream, "offline_grant", None, "As in [default], for this upstream."),
+    key(Upstream, "prefetch", None, "As in [default], for this upstream."),
 
     key(Rule, "images", None, "Globs over upstream/repository:tag; `*` also crosses `/`."),
     key(Rule, "policy", None, "As in [default], for these images."),
@@ -174,6 +176,7 @@ pub const KEYS: &[Key] = &[
     key(Rule, "stale", None, "As in [default], for these images."),
     key(Rule, "budget", None, "As in [default], for these images."),
     key(Rule, "absent", None, "As in [default], for these images."),
+    key(Rule, "prefetch", None, "As in [default], for these images."),
 
     key(Connect, "tunnel", Some("[]"), "Hosts that CONNECT may tunnel to unread; this version tunnels nowhere, so it stays empty."),
 

@@ -198,11 +198,19 @@ impl Table {
 
     /// `true` or `false`.
     pub(super) fn switch(&self, report: &mut Report<'_>, key: &str) -> Result<bool, Told> {
+        self.switch_if_set(report, key)?
+            .ok_or_else(|| self.unset(report, key))
+    }
+
+    /// `true` or `false`, or neither.
+    pub(super) fn switch_if_set(&self, report: &mut Report<'_>, key: &str) -> Result<Option<bool>, Told> {
         let Some(entry) = self.entries.get(key) else {
-            return Err(self.unset(report, key));
+            return Ok(None);
         };
         match &entry.value {
-            Value::Switch(on) => Ok(*on),
+            Value::Switch(on) => Ok(Some(*on)),
+            Value::Untyped(text) if text == "true" => Ok(Some(true)),
+            Value::Untyped(text) if text == "false" => Ok(Some(false)),
             other => {
                 let message = format!("expected true or false, found {}", other.kind());
                 Err(report.tell(

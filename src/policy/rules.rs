@@ -52,6 +52,8 @@ pub struct Rule {
     pub grant: Duration,
     /// How long it is good while the upstream is silent.
     pub offline_grant: Duration,
+    /// Whether the blobs of a manifest fetched are begun before they are asked for.
+    pub prefetch: bool,
 }
 
 /// What a `[[rule]]` or an upstream's own settings change; what is `None` stays as it was.
@@ -71,6 +73,8 @@ pub struct Changes {
     pub grant: Option<Duration>,
     /// See [`Rule::offline_grant`].
     pub offline_grant: Option<Duration>,
+    /// See [`Rule::prefetch`].
+    pub prefetch: Option<bool>,
 }
 
 /// How old a copy may be that is served while the upstream is silent.
@@ -105,6 +109,7 @@ impl Rule {
             absent: changes.absent.unwrap_or(self.absent),
             grant: changes.grant.unwrap_or(self.grant),
             offline_grant: changes.offline_grant.unwrap_or(self.offline_grant),
+            prefetch: changes.prefetch.unwrap_or(self.prefetch),
         }
     }
 }

@@ -22,6 +22,22 @@ fn new_digest() -> Digest {
 
 const CAUSE: Cause = Cause::Refused;
 
+/// What can be missing of an image, and which earlier one may stand in.
+fn rests() -> [Rest; 4] {
+    let missing = |earlier| Rest::Missing { earlier };
+    let (recently, long_ago) = (now() - Duration::from_secs(1), now() - 10 * STALE);
+    [
+        Rest::Held,
+        missing(None),
+        missing(Some(recently)),
+        missing(Some(long_ago)),
+    ]
+}
+
+fn names(digest: Digest, holding: Holding) -> Heard {
+    Heard::Named { digest, holding }
+}
+
 /// The whole input space: each field takes every value that the decision can tell apart.
 fn every_situation() -> Vec<Situation> {
     let ages = [
@@ -31,43 +47,37 @@ fn every_situation() -> Vec<Situation> {
         now() - 10 * STALE,
         now() + Duration::from_secs(1),
     ];
-    let helds: Vec<Option<Held>> = std::iter::once(None)
-        .chain(ages.map(|confirmed_at| {
+    let copy = |confirmed_at| {
+        move |rest| {
             Some(Held {
                 digest: old_digest(),
                 confirmed_at,
+                rest,
             })
-        }))
+        }
+    };
+    let helds: Vec<Option<Held>> = std::iter::once(None)
+        .chain(ages.into_iter().flat_map(|at| rests().map(copy(at))))
         .collect();
     let hearings = [
         Heard::Nothing,
-        Heard::Named {
-            digest: old_digest(),
-            held: true,
-        },
-        Heard::Named {
-            digest: old_digest(),
-            held: false,
-        },
-        Heard::Named {
-            digest: new_digest(),
-            held: true,
-        },
-        Heard::Named {
-            digest: new_digest(),
-            held: false,
-        },
+        names(old_digest(), Holding::Whole),
+        names(old_digest(), Holding::Manifest),
+        names(new_digest(), Holding::Whole),
+        names(new_digest(), Holding::Manifest),
+        names(new_digest(), Holding::Nothing),
         Heard::Unnamed,
         Heard::Absent,
         Heard::Refused(Whose::Client),
         Heard::Refused(Whose::Proxy),
         Heard::Silent(CAUSE),
+        Heard::Silent(Cause::RateLimited),
         Heard::Undelivered(CAUSE),
     ];
     let mut all = Vec::new();
     for policy in Policy::ALL {
         for subject in [Subject::Tag, Subject::Manifest, Subject::Blob] {
-            for &held in &helds {
+            for &held in helds.iter().filter(|held| can_be(subject, **held)) {
                 for standing in [Standing::Unknown, Standing::Lapsed, Standing::Vouched] {
                     for heard in hearings {
                         for absent in Absence::ALL {
@@ -93,6 +103,24 @@ fn every_situation() -> Vec<Situation> {
         }
     }
     all
+}
+
+/// Only a tag has an earlier image, and a blob points to nothing.
+fn can_be(subject: Subject, held: Option<Held>) -> bool {
+    match (subject, held.map(|held| held.rest)) {
+        (Subject::Tag, _) | (_, None | Some(Rest::Held)) => true,
+        (Subject::Manifest, Some(Rest::Missing { earlier })) => earlier.is_none(),
+        (Subject::Blob, Some(Rest::Missing { .. })) => false,
+    }
+}
+
+fn is_whole(s: &Situation) -> bool {
+    s.held.is_some_and(|held| held.rest == Rest::Held)
+}
+
+fn has_whole(s: &Situation) -> bool {
+    s.held
+        .is_some_and(|held| held.rest != Rest::Missing { earlier: None })
 }
 
 /// Checks `law` in every situation where `applies` holds, and that there is at least one such situation.
@@ -123,7 +151,11 @@ fn no_answer(s: &Situation) -> bool {
 
 #[test]
 fn the_space_is_enumerated_whole() {
-    assert_eq!(every_situation().len(), 4 * 3 * 6 * 3 * 11 * 2 * 2 * 2);
+    let copies_of_a_tag_a_manifest_and_a_blob = (1 + 5 * 4) + (1 + 5 * 2) + (1 + 5);
+    assert_eq!(
+        every_situation().len(),
+        4 * copies_of_a_tag_a_manifest_and_a_blob * 3 * 13 * 2 * 2 * 2
+    );
 }
 
 // --- safety: what may never happen -----------------------------------------------------------------------------
@@ -133,7 +165,10 @@ fn nothing_is_served_that_is_not_held() {
     law(
         "serve needs a copy",
         |s| s.held.is_none(),
-        |s, v| !serves(v) || matches!(s.heard, Heard::Named { held: true, .. }) && s.subject == Subject::Tag,
+        |s, v| {
+            let named = matches!(s.heard, Heard::Named { holding, .. } if holding != Holding::Nothing);
+            !serves(v) || named && s.subject == Subject::Tag
+        },
     );
 }
 
@@ -187,9 +222,11 @@ fn a_tag_older_than_stale_is_not_served_on_silence() {
     law(
         "stale is a limit",
         |s| {
-            let old = s
-                .held
-                .is_some_and(|h| h.confirmed_at <= now() - STALE || h.confirmed_at > now());
+            let too_old = |at| at <= now() - STALE || at > now();
+            let old = s.held.is_some_and(|held| match held.rest {
+                Rest::Missing { earlier: Some(at) } => too_old(at),
+                _ => too_old(held.confirmed_at),
+            });
             s.stale.is_some() && old && no_answer(s) && s.subject == Subject::Tag
         },
         |_, v| !serves(v),
@@ -213,7 +250,12 @@ fn an_absence_and_a_silence_are_never_taken_for_each_other() {
     law(
         "absence is not silence",
         |s| s.heard == Heard::Absent,
-        |_, v| !matches!(v, Verdict::Refuse(Refusal::Silent(_) | Refusal::TooStale(_))),
+        |_, v| {
+            !matches!(
+                v,
+                Verdict::Refuse(Refusal::Silent(_) | Refusal::TooStale(_) | Refusal::Incomplete(_))
+            )
+        },
     );
 }
 
@@ -242,7 +284,63 @@ fn a_moved_tag_is_not_answered_with_the_old_copy() {
                 && s.subject == Subject::Tag
                 && matches!(s.policy, Policy::Always | Policy::IfNewer)
         },
-        |_, v| !matches!(v, Verdict::Serve(served) if served != Served::Moved),
+        |_, v| !matches!(v, Verdict::Serve(served) | Verdict::Check(served) if served != Served::Moved),
+    );
+}
+
+#[test]
+fn half_an_image_is_served_only_on_the_upstreams_word() {
+    law(
+        "what is not whole is not served on silence",
+        |s| no_answer(s) && s.heard != Heard::Silent(Cause::RateLimited) && s.held.is_some() && !has_whole(s),
+        |_, v| matches!(v, Verdict::Refuse(_)),
+    );
+    law(
+        "nor before asking",
+        |s| s.heard == Heard::Nothing && !is_whole(s),
+        |_, v| !matches!(v, Verdict::Serve(served) if served != Served::LastComplete(None)),
+    );
+}
+
+#[test]
+fn half_an_image_is_not_served_where_a_whole_one_is_held() {
+    law(
+        "checked, or the whole one",
+        |s| has_whole(s) && !is_whole(s),
+        |s, v| {
+            let moved_to_whole = matches!(
+                s.heard,
+                Heard::Named {
+                    holding: Holding::Whole,
+                    ..
+                }
+            );
+            moved_to_whole
+                || !matches!(v, Verdict::Serve(served) if !matches!(served, Served::LastComplete(_)))
+        },
+    );
+    law(
+        "a new one is not believed whole",
+        |s| has_whole(s) && s.heard == names(new_digest(), Holding::Manifest) && s.subject == Subject::Tag,
+        |s, v| matches!(v, Verdict::Check(_)) || s.policy == Policy::IfNotPresent && is_whole(s),
+    );
+}
+
+#[test]
+fn a_whole_image_is_never_checked_again() {
+    law(
+        "no check of what is whole",
+        |s| {
+            is_whole(s)
+                && !matches!(
+                    s.heard,
+                    Heard::Named {
+                        holding: Holding::Manifest,
+                        ..
+                    }
+                )
+        },
+        |_, v| !matches!(v, Verdict::Check(_)),
     );
 }
 
@@ -267,6 +365,7 @@ fn a_fresh_tag_is_not_asked_about() {
                 && s.standing == Standing::Vouched
                 && s.fresh == FRESH
                 && s.heard == Heard::Nothing
+                && is_whole(s)
                 && s.held
                     .is_some_and(|h| h.confirmed_at == now() - Duration::from_secs(1))
         },
@@ -289,7 +388,7 @@ fn content_by_digest_is_not_asked_about_for_the_vouched() {
         "immutable",
         |s| {
             s.subject != Subject::Tag
-                && s.held.is_some()
+                && is_whole(s)
                 && s.standing == Standing::Vouched
                 && s.heard == Heard::Nothing
                 && s.policy != Policy::Never
@@ -303,12 +402,15 @@ fn what_is_held_is_not_fetched() {
     law(
         "an unchanged digest is served",
         |s| matches!(s.heard, Heard::Named { digest, .. } if digest == old_digest()) && s.held.is_some(),
-        |_, v| serves(v),
+        |_, v| serves(v) || matches!(v, Verdict::Check(_)),
     );
     law(
         "a digest held under another name is served",
-        |s| matches!(s.heard, Heard::Named { held: true, .. }) && s.subject == Subject::Tag,
-        |_, v| serves(v),
+        |s| {
+            matches!(s.heard, Heard::Named { holding, .. } if holding != Holding::Nothing)
+                && s.subject == Subject::Tag
+        },
+        |_, v| serves(v) || matches!(v, Verdict::Check(_)),
     );
 }
 
@@ -336,7 +438,7 @@ fn the_entitled_are_served_through_an_outage() {
         "silence serves the entitled",
         |s| {
             matches!(s.heard, Heard::Silent(_))
-                && s.held.is_some()
+                && has_whole(s)
                 && s.standing != Standing::Unknown
                 && s.policy != Policy::Always
                 && s.stale.is_none()
@@ -351,7 +453,7 @@ fn our_own_refused_credential_does_not_stop_the_entitled() {
         "the operator's mistake",
         |s| {
             s.heard == Heard::Refused(Whose::Proxy)
-                && s.held.is_some()
+                && has_whole(s)
                 && s.standing != Standing::Unknown
                 && s.policy != Policy::Always
                 && s.stale.is_none()
@@ -395,6 +497,7 @@ fn the_rule_as_it_was_asked_for() {
         held: Some(Held {
             digest: old_digest(),
             confirmed_at: now() - STALE,
+            rest: Rest::Held,
         }),
         standing: Standing::Vouched,
         heard: Heard::Nothing,
@@ -407,14 +510,8 @@ fn the_rule_as_it_was_asked_for() {
         held: None,
         ..situation
     };
-    let same = Heard::Named {
-        digest: old_digest(),
-        held: true,
-    };
-    let other = Heard::Named {
-        digest: new_digest(),
-        held: false,
-    };
+    let same = names(old_digest(), Holding::Whole);
+    let other = names(new_digest(), Holding::Nothing);
     let table = [
         ("1. not held: pull", not_held, Verdict::Fetch(Why::NotHeld)),
         (

@@ -5,6 +5,7 @@ use std::time::{Duration, SystemTime};
 
 use tokio::task::spawn_blocking;
 
+use super::fetching::Wanted;
 use super::{Context, Pull, Request, Site};
 use crate::oci::{Accept, AnyDigest, Cause, Digest, MediaType, Operation, Reference, Repository};
 use crate::policy::{Heard, Situation, Verdict, Whose, decide};
@@ -61,7 +62,7 @@ impl Pull {
                 answer: None,
             };
         }
-        let flight = self.question(request, repository, &context.caller);
+        let flight = self.question(&Wanted::of(request, repository, &context.caller));
         let answer = if can_do_without {
             match tokio::time::timeout(budget, flight.landed()).await {
                 Ok(answer) => answer,
@@ -87,30 +88,40 @@ impl Pull {
         }
     }
 
-    fn question(
-        self: &Arc<Self>,
-        request: &Request,
-        repository: &Repository,
-        caller: &Caller,
-    ) -> crate::flight::Flight<Arc<Answer>> {
-        let key = Key::new(&request.site, &request.operation, &request.accept, caller);
+    /// One question for all who may share it, and what is learnt from its answer, late as it may come.
+    pub(super) fn question(self: &Arc<Self>, wanted: &Wanted) -> crate::flight::Flight<Arc<Answer>> {
+        let key = Key::new(&wanted.site, &wanted.operation, &wanted.accept, &wanted.caller);
         self.questions.share(key, || {
-            let pull = Arc::clone(self);
-            let site = Arc::clone(&request.site);
-            let (operation, accept, caller) =
-                (request.operation.clone(), request.accept.clone(), caller.clone());
-            let repository = repository.clone();
+            let (pull, wanted) = (Arc::clone(self), wanted.clone());
             async move {
-                let answer = site.upstream().head(&caller, &operation, &accept).await;
-                pull.learn(&site, &repository, &caller, &answer).await;
-                if let (Operation::Manifest { reference, .. }, Said::Is(digest)) = (&operation, answer.said) {
-                    if pull.may_name(&site, &repository, reference, &accept, &digest) {
-                        let media_type = answer.media_type.as_ref();
-                        pull.learn_name(&site, &repository, reference, &accept, digest, media_type)
-                            .await;
-                    } else {
-                        pull.note_seen(&site, &repository, digest).await;
+                let Wanted {
+                    site,
+                    repository,
+                    operation,
+                    accept,
+                    caller,
+                } = &wanted;
+                let answer = site.upstream().head(caller, operation, accept).await;
+                pull.learn(site, repository, caller, &answer).await;
+                match (operation, answer.said) {
+                    (Operation::Manifest { reference, .. }, Said::Is(digest)) => {
+                        if pull.may_name(site, repository, reference, accept, &digest) {
+                            let media_type = answer.media_type.as_ref();
+                            pull.learn_name(site, repository, reference, accept, digest, media_type)
+                                .await;
+                        } else {
+                            pull.note_seen(site, repository, digest).await;
+                        }
                     }
+                    // The proof that the upstream has this blob here.
+                    (
+                        Operation::Blob {
+                            digest: AnyDigest::Known(digest),
+                            ..
+                        },
+                        Said::Is(_) | Said::Unnamed,
+                    ) => pull.note_seen(site, repository, *digest).await,
+                    _ => {}
                 }
                 Arc::new(answer)
             }
@@ -122,7 +133,7 @@ impl Pull {
         match answer.said {
             Said::Is(digest) => Heard::Named {
                 digest,
-                held: self.holds(site, repository, &digest),
+                holding: self.holding(site, repository, &digest),
             },
             Said::Unnamed => Heard::Unnamed,
             Said::Absent => Heard::Absent,
@@ -131,12 +142,6 @@ impl Pull {
             Said::Forbidden | Said::Other(_) => Heard::Refused(Whose::Client),
             Said::Silent(cause) => Heard::Silent(cause),
         }
-    }
-
-    /// Whether the manifest is in the store and was seen in this repository.
-    fn holds(&self, site: &Site, repository: &Repository, digest: &Digest) -> bool {
-        self.store.has_seen(site.name(), repository, digest)
-            && matches!(self.store.manifest(digest), Ok(Some(_)))
     }
 
     /// Keeps what an answer shows of the caller's right: a yes is a grant, a no ends it, anything else says nothing.
@@ -202,7 +207,7 @@ impl Pull {
             return true;
         };
         let held = |digest: &Digest| matches!(self.store.manifest(digest), Ok(Some(_)));
-        held(digest) || self.held_variant(site, repository, tag, accept).is_none()
+        held(digest) || self.copies_of_tag(site, repository, tag, accept).is_none()
     }
 
     /// Keeps which digest a tag names now, and that the digest was seen in this repository.
@@ -231,6 +236,7 @@ impl Pull {
             media_type: media_type.clone(),
             confirmed_at: now,
             first_held_at: now,
+            earlier: None,
         };
         let store = Arc::clone(&self.store);
         let kept = spawn_blocking(move || store.keep_tag(&key, variant)).await;

@@ -3,15 +3,16 @@
 use std::sync::Arc;
 
 use super::asking::Asked;
+use super::fetching::Wanted;
 use super::manifest::refused;
-use super::{Content, Context, How, Outcome, Pull, Reason, Request, Site, passing};
+use super::{Content, Context, How, Outcome, Pull, Reason, Request, passing};
 use crate::download::{Failure, Joined, Reader, Source, Stream, WITHHELD_BYTES};
-use crate::oci::{Accept, AnyDigest, Cause, Digest, Operation, Repository};
+use crate::oci::{AnyDigest, Cause, Digest, Repository};
 use crate::policy::rules::Rule;
 use crate::policy::{
-    Heard, Held, Refusal, Served, Situation, Standing, Subject, Verdict, Whose, Why, decide,
+    Heard, Held, Refusal, Rest, Served, Situation, Standing, Subject, Verdict, Whose, Why, decide,
 };
-use crate::upstream::{Answer, Caller, Credential};
+use crate::upstream::{Answer, Credential};
 
 /// How often one joins again after a leader failed on a right that was its own. Each time another leads.
 const JOINS_MAX: usize = 4;
@@ -45,7 +46,7 @@ impl Pull {
             (Verdict::Serve(served), Some((bytes, size))) => road.serve(bytes, size, served),
             (Verdict::Refuse(refusal), _) => refused(refusal, None, false),
             (Verdict::Ask, copy) => road.after_asking(situation, copy).await,
-            (Verdict::Fetch(_) | Verdict::Serve(_), _) => road.fetch(situation).await,
+            (Verdict::Fetch(_) | Verdict::Serve(_) | Verdict::Check(_), _) => road.fetch(situation).await,
         }
     }
 
@@ -87,6 +88,7 @@ impl Road<'_> {
         let held = is_held.then_some(Held {
             digest: self.digest,
             confirmed_at: self.request.now,
+            rest: Rest::Held,
         });
         let seen = self.pull.seen(
             &self.request.site,
@@ -109,8 +111,7 @@ impl Road<'_> {
 
     /// Asks whether this principal may read this blob here. A yes is the proof that the upstream has it here.
     async fn ask(&self, situation: &Situation) -> Asked {
-        let asked = self
-            .pull
+        self.pull
             .ask(
                 self.request,
                 self.repository,
@@ -118,13 +119,7 @@ impl Road<'_> {
                 situation,
                 self.rule.budget,
             )
-            .await;
-        if matches!(asked.heard, Heard::Named { .. } | Heard::Unnamed) {
-            self.pull
-                .note_seen(&self.request.site, self.repository, self.digest)
-                .await;
-        }
-        asked
+            .await
     }
 
     fn serve(&self, content: Content, size: u64, served: Served) -> Outcome {
@@ -176,7 +171,8 @@ impl Road<'_> {
     async fn join(&self, situation: Situation) -> Result<Outcome, Arc<Failure>> {
         match self.pull.downloads.join(self.digest) {
             Joined::Leader(leader) => {
-                let source = Upstreamed::new(self);
+                let of = Wanted::of(self.request, self.repository, &self.context.caller);
+                let source = Upstreamed::new(self.pull, of, self.digest);
                 let reader = leader.start(source);
                 self.read(reader, Reason::Fetched(Why::NotHeld), situation, true)
                     .await
@@ -290,51 +286,41 @@ fn is_own(heard: Heard) -> bool {
 }
 
 /// The upstream as the source of a download: asked with the leader's own credential, whose yes is kept as its grant.
-struct Upstreamed {
+pub(super) struct Upstreamed {
     pull: Arc<Pull>,
-    site: Arc<Site>,
-    repository: Repository,
-    operation: Operation,
-    accept: Accept,
-    caller: Caller,
+    of: Wanted,
     digest: Digest,
 }
 
 impl Upstreamed {
-    fn new(road: &Road<'_>) -> Self {
+    pub(super) fn new(pull: &Arc<Pull>, of: Wanted, digest: Digest) -> Self {
         Self {
-            pull: Arc::clone(road.pull),
-            site: Arc::clone(&road.request.site),
-            repository: road.repository.clone(),
-            operation: road.request.operation.clone(),
-            accept: road.request.accept.clone(),
-            caller: road.context.caller.clone(),
-            digest: road.digest,
+            pull: Arc::clone(pull),
+            of,
+            digest,
         }
     }
 }
 
 impl Source for Upstreamed {
     async fn open(&mut self, from: u64) -> Result<Stream, Answer> {
+        let Wanted {
+            site,
+            repository,
+            operation,
+            accept,
+            caller,
+        } = &self.of;
         let resumed = (from > 0).then_some(from);
-        match self
-            .site
-            .upstream()
-            .get(&self.caller, &self.operation, &self.accept, resumed)
-            .await
-        {
+        match site.upstream().get(caller, operation, accept, resumed).await {
             Ok(fetched) => {
                 if from == 0 {
-                    let anonymous = matches!(self.caller.credential, Credential::Anonymous);
-                    self.pull
-                        .learn_yes(&self.site, &self.repository, &self.caller, anonymous)
-                        .await;
-                    self.pull
-                        .note_seen(&self.site, &self.repository, self.digest)
-                        .await;
+                    let anonymous = matches!(caller.credential, Credential::Anonymous);
+                    self.pull.learn_yes(site, repository, caller, anonymous).await;
+                    self.pull.note_seen(site, repository, self.digest).await;
                 }
                 let start = fetched.start;
-                let stated = || self.pull.sizes.of(&self.site, &self.repository, self.digest);
+                let stated = || self.pull.sizes.of(site, repository, self.digest);
                 let total = fetched
                     .total
                     .or(fetched.length.map(|length| start + length))
@@ -347,9 +333,7 @@ impl Source for Upstreamed {
             }
             Err(answer) => {
                 if from == 0 {
-                    self.pull
-                        .learn(&self.site, &self.repository, &self.caller, &answer)
-                        .await;
+                    self.pull.learn(site, repository, caller, &answer).await;
                 }
                 Err(answer)
             }

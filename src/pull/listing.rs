@@ -9,7 +9,7 @@ use super::manifest::refused;
 use super::{Context, How, Outcome, Pull, Reason, Request};
 use crate::oci::header::next_link;
 use crate::oci::{Cause, MediaType, Operation, Repository};
-use crate::policy::{Heard, Held, Subject, Verdict, decide};
+use crate::policy::{Heard, Held, Rest, Subject, Verdict, decide};
 use crate::store::listings::{KeptListing, ListingKey};
 use crate::upstream::{Answer, Credential, Fetched};
 
@@ -43,6 +43,7 @@ impl Pull {
         let digest = |kept: &KeptListing| Held {
             digest: kept.digest,
             confirmed_at: kept.listed_at,
+            rest: Rest::Held,
         };
         let situation = context.situation(rule, Subject::Tag, kept.as_deref().map(digest), true, request.now);
         let heard = match decide(&situation) {
@@ -71,7 +72,7 @@ impl Pull {
             Err((heard, answer)) => match decide(&situation.having_heard(heard)) {
                 Verdict::Serve(served) => serve(kept, Reason::Held(served)),
                 Verdict::Refuse(refusal) => refused(refusal, answer, false),
-                Verdict::Ask | Verdict::Fetch(_) => {
+                Verdict::Ask | Verdict::Fetch(_) | Verdict::Check(_) => {
                     refused(crate::policy::Refusal::Silent(Cause::Malformed), answer, false)
                 }
             },

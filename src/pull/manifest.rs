@@ -1,24 +1,21 @@
 //! Manifests: by tag, where the decision lives, and by digest, where nothing can change.
 
 use std::sync::Arc;
-use std::time::SystemTime;
 
-use bytes::Bytes;
 use tokio::task::spawn_blocking;
+use tokio::time::{Instant, timeout_at};
 
-use super::asking::{Asked, Key};
-use super::{Context, How, Outcome, Pull, Reason, Refused, Request, Site, passing};
+use super::asking::Asked;
+use super::copies::{Copies, Copy};
+use super::fetching::Wanted;
+use super::{Context, How, Outcome, Pull, Reason, Refused, Request, passing};
 use crate::oci::manifest::MANIFEST_BYTES_MAX;
-use crate::oci::{
-    Accept, Algorithm, AnyDigest, Cause, Digest, Manifest, MediaType, Operation, Reference, Repository, Tag,
-};
+use crate::oci::{AnyDigest, Cause, Digest, Reference, Repository, Tag};
 use crate::policy::rules::Rule;
-use crate::policy::{
-    Heard, Held, Refusal, Served, Situation, Standing, Subject, Verdict, Whose, Why, decide,
-};
+use crate::policy::{Heard, Refusal, Served, Situation, Standing, Subject, Verdict, Whose, Why, decide};
 use crate::store::manifests::HeldManifest;
-use crate::store::refs::{TagKey, Variant};
-use crate::upstream::{Answer, Caller, Fetched, Said};
+use crate::store::refs::TagKey;
+use crate::upstream::{Answer, Said};
 
 impl Pull {
     pub(super) async fn manifest(
@@ -47,28 +44,11 @@ impl Pull {
         tag: &Tag,
     ) -> Outcome {
         let rule = self.rule(&request.site, repository, Some(tag));
-        let copy = self.held_variant(&request.site, repository, tag, &request.accept);
-        let situation = context.situation(
-            rule,
-            Subject::Tag,
-            copy.as_ref().map(|(variant, _)| held(variant)),
-            true,
-            request.now,
-        );
-        let road = Road {
-            pull: self,
-            request,
-            repository,
-            context,
-            rule,
-        };
-        match copy {
-            Some((variant, manifest)) => {
-                road.carry_out(situation, Some((manifest, variant.confirmed_at)))
-                    .await
-            }
-            None => road.carry_out(situation, None).await,
-        }
+        let copies = self.copies_of_tag(&request.site, repository, tag, &request.accept);
+        let held = copies.as_ref().map(Copies::held);
+        let situation = context.situation(rule, Subject::Tag, held, true, request.now);
+        let road = Road::new(self, request, repository, context, rule);
+        road.carry_out(situation, copies).await
     }
 
     async fn by_digest(
@@ -79,159 +59,12 @@ impl Pull {
         digest: Digest,
     ) -> Outcome {
         let rule = self.rule(&request.site, repository, None);
-        let manifest = self.store.manifest(&digest).ok().flatten();
         let seen = self.store.has_seen(request.site.name(), repository, &digest);
-        let copy = manifest.map(|manifest| (manifest, request.now));
-        let held = copy.as_ref().map(|_| Held {
-            digest,
-            confirmed_at: request.now,
-        });
+        let copies = self.copy_of_digest(&request.site, repository, &digest, request.now);
+        let held = copies.as_ref().map(Copies::held);
         let situation = context.situation(rule, Subject::Manifest, held, seen, request.now);
-        let road = Road {
-            pull: self,
-            request,
-            repository,
-            context,
-            rule,
-        };
-        road.carry_out(situation, copy).await
-    }
-
-    /// The copy of a tag that this client could be given: of the variants it accepts, the one confirmed for exactly
-    /// its media types, else the newest; and only one whose manifest is in the store.
-    pub(super) fn held_variant(
-        &self,
-        site: &Site,
-        repository: &Repository,
-        tag: &Tag,
-        accept: &Accept,
-    ) -> Option<(Variant, Arc<HeldManifest>)> {
-        let key = TagKey {
-            upstream: site.name().into(),
-            repository: repository.clone(),
-            tag: tag.clone(),
-        };
-        let record = self.store.tag(&key).ok().flatten()?;
-        let exact = record
-            .variants
-            .iter()
-            .filter(|variant| variant.accept == accept.key());
-        let others = record
-            .variants
-            .iter()
-            .filter(|variant| variant.accept != accept.key() && accept.admits(&variant.media_type));
-        exact.chain(others).find_map(|variant| {
-            let manifest = self.store.manifest(&variant.digest).ok().flatten()?;
-            Some((variant.clone(), manifest))
-        })
-    }
-
-    pub(super) fn digest_situation(
-        &self,
-        site: &Site,
-        context: &Context,
-        rule: &Rule,
-        repository: &Repository,
-        digest: &AnyDigest,
-        now: SystemTime,
-    ) -> Situation {
-        let held = match digest {
-            AnyDigest::Known(digest) => {
-                let manifest = self.store.manifest(digest).ok().flatten();
-                manifest.map(|manifest| Held {
-                    digest: manifest.digest,
-                    confirmed_at: now,
-                })
-            }
-            AnyDigest::Foreign(_) => None,
-        };
-        let seen = self.seen(site, repository, digest);
-        context.situation(rule, Subject::Manifest, held, seen, now)
-    }
-
-    /// Fetches a manifest, keeps it and what it shows; one fetch for all who may share it.
-    async fn fetch_manifest(
-        self: &Arc<Self>,
-        request: &Request,
-        repository: &Repository,
-        caller: &Caller,
-    ) -> Result<Arc<HeldManifest>, Arc<Answer>> {
-        let key = Key::new(&request.site, &request.operation, &request.accept, caller);
-        let flight = self.manifests.share(key, || {
-            let (pull, site, repository) = (Arc::clone(self), Arc::clone(&request.site), repository.clone());
-            let (operation, accept, caller) =
-                (request.operation.clone(), request.accept.clone(), caller.clone());
-            async move {
-                match site.upstream().get(&caller, &operation, &accept, None).await {
-                    Ok(fetched) => {
-                        let anonymous = matches!(caller.credential, crate::upstream::Credential::Anonymous);
-                        pull.learn_yes(&site, &repository, &caller, anonymous).await;
-                        let received = receive(fetched, &operation).await;
-                        pull.keep(&site, &repository, &operation, &accept, received).await
-                    }
-                    Err(answer) => {
-                        pull.learn(&site, &repository, &caller, &answer).await;
-                        Err(Arc::new(answer))
-                    }
-                }
-            }
-        });
-        flight
-            .landed()
-            .await
-            .unwrap_or_else(|| Err(Arc::new(Answer::silent(Cause::Busy))))
-    }
-
-    /// Keeps a verified manifest: its bytes, that it was seen here, and the tag that named it. What the disk cannot
-    /// take is served all the same.
-    async fn keep(
-        self: &Arc<Self>,
-        site: &Arc<Site>,
-        repository: &Repository,
-        operation: &Operation,
-        accept: &Accept,
-        received: Result<HeldManifest, Cause>,
-    ) -> Result<Arc<HeldManifest>, Arc<Answer>> {
-        let manifest = received.map_err(|cause| {
-            if cause == Cause::WrongDigest {
-                tracing::error!(upstream = site.name(), %repository, path = %operation.path_and_query(),
-                    "the upstream sent a manifest whose digest is not the one it named; nothing was stored");
-            }
-            Arc::new(Answer::silent(cause))
-        })?;
-        let manifest = Arc::new(manifest);
-        self.sizes.learn(site, repository, &manifest.manifest);
-        let kept = {
-            let (store, site, repository) = (Arc::clone(&self.store), Arc::clone(site), repository.clone());
-            let manifest = Arc::clone(&manifest);
-            spawn_blocking(move || {
-                let HeldManifest {
-                    digest,
-                    bytes,
-                    media_type,
-                    ..
-                } = manifest.as_ref();
-                store.keep_manifest(
-                    bytes.clone(),
-                    media_type.clone(),
-                    *digest,
-                    site.name(),
-                    &repository,
-                )
-            })
-            .await
-        };
-        let served = match &kept {
-            Ok(Ok(kept)) => Arc::clone(kept),
-            _ => manifest,
-        };
-        super::asking::report(kept, "keep a manifest");
-        if let Operation::Manifest { reference, .. } = operation {
-            let media_type = Some(&served.media_type);
-            self.learn_name(site, repository, reference, accept, served.digest, media_type)
-                .await;
-        }
-        Ok(served)
+        let road = Road::new(self, request, repository, context, rule);
+        road.carry_out(situation, copies).await
     }
 }
 
@@ -242,38 +75,55 @@ struct Road<'a> {
     repository: &'a Repository,
     context: &'a Context,
     rule: &'a Rule,
+    /// Until when a client waits that could be given a copy.
+    deadline: Instant,
 }
 
-type Copy = (Arc<HeldManifest>, SystemTime);
+impl<'a> Road<'a> {
+    fn new(
+        pull: &'a Arc<Pull>,
+        request: &'a Request,
+        repository: &'a Repository,
+        context: &'a Context,
+        rule: &'a Rule,
+    ) -> Self {
+        Self {
+            pull,
+            request,
+            repository,
+            context,
+            rule,
+            deadline: Instant::now() + rule.budget,
+        }
+    }
 
-impl Road<'_> {
-    /// Decide, ask if need be, decide again, fetch if need be, and decide once more if the fetch failed.
-    async fn carry_out(&self, situation: Situation, copy: Option<Copy>) -> Outcome {
-        let deadline = tokio::time::Instant::now() + self.rule.budget;
+    fn wanted(&self) -> Wanted {
+        Wanted::of(self.request, self.repository, &self.context.caller)
+    }
+
+    /// Decide, ask if need be, decide again, fetch or check if need be, and decide once more if that failed.
+    async fn carry_out(&self, situation: Situation, copies: Option<Copies>) -> Outcome {
         match decide(&situation) {
-            Verdict::Ask => self.after_asking(situation, copy, deadline).await,
+            Verdict::Ask => self.after_asking(situation, copies).await,
             // A head alone is asked for by those who only compare; a GET would count as a pull at Docker Hub.
-            Verdict::Fetch(_) if self.request.head => self.head_of_unheld(situation, deadline).await,
-            Verdict::Fetch(why) => self.fetch(why, situation, copy, deadline).await,
-            Verdict::Serve(served) => self.serve(served, copy, None),
+            Verdict::Fetch(_) if self.request.head => self.head_of_unheld(situation).await,
+            Verdict::Fetch(why) => self.fetch(why, situation, copies).await,
+            Verdict::Serve(served) => self.serve(served, copies, None),
+            Verdict::Check(served) => self.check(served, situation, copies, None).await,
             Verdict::Refuse(refusal) => refused(refusal, None, false),
         }
     }
 
-    async fn after_asking(
-        &self,
-        situation: Situation,
-        copy: Option<Copy>,
-        deadline: tokio::time::Instant,
-    ) -> Outcome {
+    async fn after_asking(&self, situation: Situation, copies: Option<Copies>) -> Outcome {
         let asked = self.ask(&situation).await;
         let situation = situation.having_heard(asked.heard);
         match decide(&situation) {
-            Verdict::Serve(Served::Moved) => self.serve_moved(situation, copy, asked),
-            Verdict::Serve(served) => self.serve(served, copy, Some(asked.heard)),
+            Verdict::Serve(Served::Moved) => self.serve_moved(situation, copies, asked).await,
+            Verdict::Serve(served) => self.serve(served, copies, Some(asked.heard)),
+            Verdict::Check(served) => self.check(served, situation, copies, asked.answer).await,
             Verdict::Fetch(why) => match self.brought(asked.answer.as_deref()).await {
-                Some(manifest) => self.fetched(manifest, why),
-                None => self.fetch(why, situation, copy, deadline).await,
+                Some(manifest) => self.fetched(manifest, why, situation, copies).await,
+                None => self.fetch(why, situation, copies).await,
             },
             Verdict::Refuse(refusal) => {
                 if refusal == Refusal::Absent {
@@ -284,30 +134,6 @@ impl Road<'_> {
             // A law of the decision: nothing is asked twice.
             Verdict::Ask => refused(Refusal::Silent(Cause::Malformed), asked.answer, false),
         }
-    }
-
-    /// A tag deleted upstream must not come back with the next outage. Only a principal that may read the repository
-    /// is believed: some registries say 404 to all others.
-    async fn forget(&self, situation: &Situation) {
-        let Operation::Manifest {
-            repository,
-            reference: Reference::Tag(tag),
-        } = &self.request.operation
-        else {
-            return;
-        };
-        if situation.standing == Standing::Unknown || situation.held.is_none() {
-            return;
-        }
-        let upstream = self.request.site.name().into();
-        let key = TagKey {
-            upstream,
-            repository: repository.clone(),
-            tag: tag.clone(),
-        };
-        let store = Arc::clone(&self.pull.store);
-        let forgotten = spawn_blocking(move || store.remove_tag(&key)).await;
-        super::asking::report(forgotten, "forget a tag that was deleted upstream");
     }
 
     async fn ask(&self, situation: &Situation) -> Asked {
@@ -322,21 +148,33 @@ impl Road<'_> {
             .await
     }
 
-    /// The digest that the tag names now is held: look it up once more, for it may just have been evicted.
-    fn serve_moved(&self, situation: Situation, copy: Option<Copy>, asked: Asked) -> Outcome {
-        let named = match asked.heard {
-            Heard::Named { digest, .. } => self.pull.store.manifest(&digest).ok().flatten(),
-            _ => None,
-        };
-        match named {
-            Some(manifest) => self.serve(Served::Moved, Some((manifest, situation.now)), Some(asked.heard)),
-            None => self.instead(situation, copy, Cause::Busy, asked.answer),
+    async fn brought(&self, answer: Option<&Answer>) -> Option<Arc<HeldManifest>> {
+        self.pull.brought(&self.wanted(), answer?).await
+    }
+
+    /// A tag deleted upstream must not come back with the next outage. Only a principal that may read the repository
+    /// is believed: some registries say 404 to all others.
+    async fn forget(&self, situation: &Situation) {
+        let Some(tag) = self.request.tag() else { return };
+        if situation.standing == Standing::Unknown || situation.held.is_none() {
+            return;
         }
+        let key = TagKey {
+            upstream: self.request.site.name().into(),
+            repository: self.repository.clone(),
+            tag: tag.clone(),
+        };
+        let store = Arc::clone(&self.pull.store);
+        let forgotten = spawn_blocking(move || store.remove_tag(&key)).await;
+        super::asking::report(forgotten, "forget a tag that was deleted upstream");
     }
 
     /// The head of something not held, as the upstream gives it; fetched whole where the head does not say enough.
-    async fn head_of_unheld(&self, situation: Situation, deadline: tokio::time::Instant) -> Outcome {
+    async fn head_of_unheld(&self, situation: Situation) -> Outcome {
         let asked = self.ask(&situation).await;
+        if let Some(manifest) = self.brought(asked.answer.as_deref()).await {
+            return self.manifest(manifest, Reason::Fetched(Why::Unnamed));
+        }
         if let Some(answer) = &asked.answer
             && let (Said::Is(digest), Some(media_type), Some(size)) =
                 (answer.said, &answer.media_type, answer.length)
@@ -350,102 +188,149 @@ impl Road<'_> {
         let situation = situation.having_heard(asked.heard);
         match decide(&situation) {
             Verdict::Refuse(refusal) => refused(refusal, asked.answer, own_credential(asked.heard)),
-            _ => self.fetch(Why::Unnamed, situation, None, deadline).await,
+            _ => self.fetch(Why::Unnamed, situation, None).await,
         }
     }
 
-    async fn fetch(
+    /// The manifest that the tag names now is held: look it up once more, for it may just have been evicted.
+    async fn serve_moved(&self, situation: Situation, copies: Option<Copies>, asked: Asked) -> Outcome {
+        match self.named(asked.heard) {
+            Some(manifest) => {
+                self.prefetch(&manifest);
+                self.manifest(manifest, Reason::Held(Served::Moved))
+            }
+            None => self.fetch(Why::Newer, situation, copies).await,
+        }
+    }
+
+    /// The manifest of the digest that was named just now.
+    fn named(&self, heard: Heard) -> Option<Arc<HeldManifest>> {
+        match heard {
+            Heard::Named { digest, .. } => self.pull.store.manifest(&digest).ok().flatten(),
+            _ => None,
+        }
+    }
+
+    /// Serves a manifest of which not all is held, if the upstream has the rest.
+    async fn check(
         &self,
-        why: Why,
+        served: Served,
         situation: Situation,
-        copy: Option<Copy>,
-        deadline: tokio::time::Instant,
+        copies: Option<Copies>,
+        answer: Option<Arc<Answer>>,
     ) -> Outcome {
-        let fetching = self
+        let newest = copies.as_ref().map(|copies| Arc::clone(&copies.newest.manifest));
+        let manifest = match served {
+            Served::Moved => self.named(situation.heard),
+            _ => newest,
+        };
+        let Some(manifest) = manifest else {
+            return self.fetch(Why::Newer, situation, copies).await;
+        };
+        match self.rest_of(&manifest, copies.as_ref()).await {
+            Ok(()) => {
+                self.prefetch(&manifest);
+                self.manifest(manifest, Reason::Held(served))
+            }
+            Err(cause) => self.instead(situation, copies, cause, answer),
+        }
+    }
+
+    /// Whether the upstream has what of `manifest` is not held; asked only where there is something else to serve.
+    async fn rest_of(&self, manifest: &Arc<HeldManifest>, copies: Option<&Copies>) -> Result<(), Cause> {
+        let Some(instead) = copies.and_then(Copies::whole) else {
+            return Ok(());
+        };
+        if instead.manifest.digest == manifest.digest {
+            return Ok(());
+        }
+        let caller = &self.context.caller;
+        let checking = self
             .pull
-            .fetch_manifest(self.request, self.repository, &self.context.caller);
+            .check(self.request, self.repository, caller, manifest, &instead.manifest);
+        // What was asked goes on being asked; the next who comes finds the answers.
+        let checked = timeout_at(self.deadline, checking).await;
+        checked.unwrap_or(Err(Cause::Budget))
+    }
+
+    async fn fetch(&self, why: Why, situation: Situation, copies: Option<Copies>) -> Outcome {
+        let fetching = self.pull.fetch_manifest(self.wanted());
         let can_do_without = matches!(
             decide(&situation.having_heard(Heard::Undelivered(Cause::Budget))),
             Verdict::Serve(_)
         );
         let fetched = if can_do_without {
-            match tokio::time::timeout_at(deadline, fetching).await {
+            match timeout_at(self.deadline, fetching).await {
                 Ok(fetched) => fetched,
                 // The fetch goes on; the next asker finds its result.
-                Err(_) => return self.instead(situation, copy, Cause::Budget, None),
+                Err(_) => return self.instead(situation, copies, Cause::Budget, None),
             }
         } else {
             fetching.await
         };
         match fetched {
-            Ok(manifest) => self.fetched(manifest, why),
-            Err(answer) => self.after_failed_fetch(situation, copy, answer),
+            Ok(manifest) => self.fetched(manifest, why, situation, copies).await,
+            Err(answer) => self.after_failed_fetch(situation, copies, answer),
         }
     }
 
-    /// The manifest that came with the answer, where a GET had to stand in for the HEAD: it is not fetched twice.
-    async fn brought(&self, answer: Option<&Answer>) -> Option<Arc<HeldManifest>> {
-        let answer = answer?;
-        let (bytes, media_type) = answer.body.clone()?;
-        let named = match answer.said {
-            Said::Is(digest) => Some(digest),
-            _ => None,
-        };
-        let Request {
-            site,
-            operation,
-            accept,
-            ..
-        } = self.request;
-        let received = verify(bytes, named, Some(media_type), operation);
-        self.pull
-            .keep(site, self.repository, operation, accept, received)
-            .await
-            .ok()
+    async fn fetched(
+        &self,
+        manifest: Arc<HeldManifest>,
+        why: Why,
+        situation: Situation,
+        copies: Option<Copies>,
+    ) -> Outcome {
+        match self.rest_of(&manifest, copies.as_ref()).await {
+            Ok(()) => {
+                self.prefetch(&manifest);
+                self.manifest(manifest, Reason::Fetched(why))
+            }
+            Err(cause) => self.instead(situation, copies, cause, None),
+        }
     }
 
-    fn fetched(&self, manifest: Arc<HeldManifest>, why: Why) -> Outcome {
-        let by_tag = matches!(
-            &self.request.operation,
-            Operation::Manifest {
-                reference: Reference::Tag(_),
-                ..
-            }
-        );
-        let confirmed_at = by_tag.then_some(self.request.now);
-        Outcome::Manifest(
-            manifest,
-            How {
-                reason: Reason::Fetched(why),
-                confirmed_at,
-            },
-        )
+    fn prefetch(&self, manifest: &Arc<HeldManifest>) {
+        if self.rule.prefetch {
+            self.pull.prefetch(self.wanted(), manifest);
+        }
+    }
+
+    /// What the upstream has just confirmed or given.
+    fn manifest(&self, manifest: Arc<HeldManifest>, reason: Reason) -> Outcome {
+        let confirmed_at = self.request.tag().map(|_| self.request.now);
+        Outcome::Manifest(manifest, How { reason, confirmed_at })
     }
 
     /// A refusal of the fetch is a refusal; anything else leaves what is held.
-    fn after_failed_fetch(&self, situation: Situation, copy: Option<Copy>, answer: Arc<Answer>) -> Outcome {
+    fn after_failed_fetch(
+        &self,
+        situation: Situation,
+        copies: Option<Copies>,
+        answer: Arc<Answer>,
+    ) -> Outcome {
         let heard = match self.pull.heard(&self.request.site, self.repository, &answer) {
             // Named by the HEAD, absent a moment later: the new one cannot be had.
-            Heard::Absent if copy.is_some() => Heard::Undelivered(Cause::Status(404)),
-            Heard::Silent(cause) if copy.is_some() => Heard::Undelivered(cause),
+            Heard::Absent if copies.is_some() => Heard::Undelivered(Cause::Status(404)),
+            Heard::Silent(cause) if copies.is_some() => Heard::Undelivered(cause),
             Heard::Named { .. } | Heard::Unnamed | Heard::Nothing => Heard::Undelivered(Cause::Malformed),
             heard => heard,
         };
         match decide(&situation.having_heard(heard)) {
-            Verdict::Serve(served) => self.serve(served, copy, Some(heard)),
+            Verdict::Serve(served) => self.serve(served, copies, Some(heard)),
             Verdict::Refuse(refusal) => refused(refusal, Some(answer), own_credential(heard)),
             // Laws of the decision: no second question, no second fetch.
-            Verdict::Ask | Verdict::Fetch(_) => {
+            Verdict::Ask | Verdict::Fetch(_) | Verdict::Check(_) => {
                 refused(Refusal::Silent(Cause::Malformed), Some(answer), false)
             }
         }
     }
 
-    /// What is held, in place of something newer that could not be had.
+    /// What is held whole, in place of something newer that could not be had.
     fn instead(
         &self,
         situation: Situation,
-        copy: Option<Copy>,
+        copies: Option<Copies>,
         cause: Cause,
         answer: Option<Arc<Answer>>,
     ) -> Outcome {
@@ -456,13 +341,26 @@ impl Road<'_> {
             heard,
             ..situation
         }) {
-            Verdict::Serve(served) => self.serve(served, copy, Some(heard)),
-            _ => refused(Refusal::Silent(cause), answer, false),
+            Verdict::Serve(served) => self.serve(served, copies, Some(heard)),
+            Verdict::Refuse(refusal) => refused(refusal, answer, false),
+            // Laws of the decision: no second question, no second fetch.
+            Verdict::Ask | Verdict::Fetch(_) | Verdict::Check(_) => {
+                refused(Refusal::Silent(cause), answer, false)
+            }
         }
     }
 
-    fn serve(&self, served: Served, copy: Option<Copy>, heard: Option<Heard>) -> Outcome {
-        let Some((manifest, confirmed_at)) = copy else {
+    fn serve(&self, served: Served, copies: Option<Copies>, heard: Option<Heard>) -> Outcome {
+        let copy = match (served, copies) {
+            (Served::LastComplete(_), Some(copies)) => copies.earlier,
+            (_, Some(copies)) => Some(copies.newest),
+            (_, None) => None,
+        };
+        let Some(Copy {
+            manifest,
+            confirmed_at,
+        }) = copy
+        else {
             // A law of the decision: nothing is served that is not held.
             return refused(Refusal::NotHeld, None, false);
         };
@@ -482,13 +380,6 @@ impl Road<'_> {
     }
 }
 
-pub(super) fn held(variant: &Variant) -> Held {
-    Held {
-        digest: variant.digest,
-        confirmed_at: variant.confirmed_at,
-    }
-}
-
 fn own_credential(heard: Heard) -> bool {
     heard == Heard::Refused(Whose::Proxy)
 }
@@ -499,53 +390,4 @@ pub(super) fn refused(refusal: Refusal, answer: Option<Arc<Answer>>, own_credent
         answer,
         own_credential,
     })
-}
-
-/// Reads a manifest and holds it against everything that was said of it.
-///
-/// The bytes are believed, never a header: by digest they must hash to it; by tag they must hash to what the same
-/// answer's `Docker-Content-Digest` says, where it says anything. And they must be a manifest: an HTML page with
-/// status 200 is not one.
-async fn receive(fetched: Fetched, operation: &Operation) -> Result<HeldManifest, Cause> {
-    let (header, media_type) = (fetched.digest, fetched.media_type.clone());
-    let bytes = fetched.collect(MANIFEST_BYTES_MAX).await?;
-    verify(bytes, header, media_type, operation)
-}
-
-fn verify(
-    bytes: Bytes,
-    header: Option<Digest>,
-    media_type: Option<MediaType>,
-    operation: &Operation,
-) -> Result<HeldManifest, Cause> {
-    let asked = match operation {
-        Operation::Manifest {
-            reference: Reference::Digest(AnyDigest::Known(digest)),
-            ..
-        } => Some(*digest),
-        _ => None,
-    };
-    let expected = asked.or(header);
-    let algorithm = expected.map_or(Algorithm::Sha256, |digest| digest.algorithm());
-    let digest = Digest::of(algorithm, &bytes);
-    if expected.is_some_and(|expected| expected != digest) {
-        return Err(Cause::WrongDigest);
-    }
-    let manifest = Manifest::read(&bytes).map_err(|_| Cause::Malformed)?;
-    let media_type = manifest_type(media_type, &manifest).ok_or(Cause::Malformed)?;
-    Ok(HeldManifest {
-        digest,
-        bytes,
-        media_type,
-        manifest,
-    })
-}
-
-/// The media type of the answer, exactly as sent; where a registry sends none, or one that no manifest has, the type
-/// that the manifest states of itself.
-fn manifest_type(sent: Option<MediaType>, manifest: &Manifest) -> Option<MediaType> {
-    match sent {
-        Some(sent) if sent.is_manifest() || manifest.media_type.as_ref() == Some(&sent) => Some(sent),
-        _ => manifest.media_type.clone().filter(MediaType::is_manifest),
-    }
 }

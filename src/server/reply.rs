@@ -350,7 +350,9 @@ fn refusal_answer(refused: &Refused, asked: &Asked) -> Response<Body> {
     let (upstream, answer) = (asked.upstream(), refused.answer.as_deref());
     // A refusal is told in our words alone: asked by HEAD or by GET, held or not, it must look the same.
     let theirs = match refused.refusal {
-        Refusal::Silent(_) | Refusal::TooStale(_) => answer.and_then(|answer| answer.message.as_deref()),
+        Refusal::Silent(_) | Refusal::TooStale(_) | Refusal::Incomplete(_) => {
+            answer.and_then(|answer| answer.message.as_deref())
+        }
         Refusal::NotHeld | Refusal::NotVouched | Refusal::Forbidden | Refusal::Absent => None,
     };
     let message = match theirs {
@@ -358,7 +360,7 @@ fn refusal_answer(refused: &Refused, asked: &Asked) -> Response<Body> {
         None => sentence,
     };
     let mut response = problem(status, &Problem::new(code, message), asked.head);
-    if let Refusal::Silent(cause) | Refusal::TooStale(cause) = refused.refusal
+    if let Refusal::Silent(cause) | Refusal::TooStale(cause) | Refusal::Incomplete(cause) = refused.refusal
         && status.is_server_error()
     {
         // Docker shows the status line of a 5xx, and never its body.
@@ -458,6 +460,13 @@ fn refusal(refused: &Refused, asked: &Asked) -> (StatusCode, ErrorCode, String) 
             );
             (status, code, sentence)
         }
+        Refusal::Incomplete(cause) => {
+            let (status, code) = silence(cause);
+            let sentence = format!(
+                "{upstream} {cause}, and of {image} only a part is held: no client could pull it whole"
+            );
+            (status, code, sentence)
+        }
     }
 }
 
@@ -543,6 +552,12 @@ fn warning(served: Served, upstream: &str, age: Duration) -> String {
     let why = match served {
         Served::NewUnavailable(cause) => {
             format!("{upstream} has a newer image that could not be had: it {cause}")
+        }
+        Served::LastComplete(cause) => {
+            let cause = cause.map_or_else(|| "is not asked".to_owned(), |cause| cause.to_string());
+            format!(
+                "the newest image is not held whole and {upstream} {cause}; this is the last complete one"
+            )
         }
         Served::KeptAbsent => format!("{upstream} no longer has this tag"),
         Served::CredentialRefused => format!("{upstream} refuses the credential of the cache"),

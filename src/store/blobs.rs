@@ -195,6 +195,12 @@ impl Blobs {
         Ok(Some(held))
     }
 
+    /// Whether the blob is here; not opened for good, so that a look at many pushes nothing out of the open ones.
+    pub(super) fn has(&self, digest: &Digest) -> bool {
+        self.open.peek(digest).is_some()
+            || size_of(self.volume.as_ref(), &content_path(TREE, digest)).is_some()
+    }
+
     fn find_small(&self, digest: &Digest) -> Option<Bytes> {
         if let Some(bytes) = self.small.get(digest) {
             return Some(bytes);

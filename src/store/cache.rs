@@ -6,7 +6,7 @@ use std::sync::Arc;
 use quick_cache::sync::Cache;
 use quick_cache::{DefaultHashBuilder, Equivalent, OptionsBuilder, UnitWeighter, Weighter};
 
-use crate::oci::Repository;
+use crate::oci::{Digest, Repository};
 
 /// Few enough that a shard has room for the largest entries, enough that readers seldom meet.
 const SHARDS: usize = 16;
@@ -93,6 +93,41 @@ impl Hash for GrantKey {
 
 impl Equivalent<GrantKey> for GrantRef<'_> {
     fn equivalent(&self, key: &GrantKey) -> bool {
+        *self == key.borrowed()
+    }
+}
+
+/// A digest in a repository.
+#[derive(Clone, PartialEq, Eq)]
+pub(super) struct ImageKey {
+    pub(super) place: Place,
+    pub(super) digest: Digest,
+}
+
+/// [`ImageKey`], borrowed.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) struct ImageRef<'a> {
+    pub(super) place: PlaceRef<'a>,
+    pub(super) digest: &'a Digest,
+}
+
+impl ImageKey {
+    fn borrowed(&self) -> ImageRef<'_> {
+        ImageRef {
+            place: self.place.borrowed(),
+            digest: &self.digest,
+        }
+    }
+}
+
+impl Hash for ImageKey {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.borrowed().hash(state);
+    }
+}
+
+impl Equivalent<ImageKey> for ImageRef<'_> {
+    fn equivalent(&self, key: &ImageKey) -> bool {
         *self == key.borrowed()
     }
 }

@@ -18,9 +18,10 @@ use super::record::{RECORD_BYTES_MAX, checksum};
 use super::usage::{Counters, Kind};
 use super::volume::Volume;
 use super::{Fault, Store, remove_file};
+use crate::oci::Digest;
 
+pub use self::tag::{Earlier, TagKey, TagRecord, VARIANTS_MAX, Variant};
 use self::tag::{KEY_PREFIX, TREE};
-pub use self::tag::{TagKey, TagRecord, VARIANTS_MAX, Variant};
 
 /// Tags kept ready in memory.
 const READY_MAX: usize = 16_384;
@@ -35,7 +36,11 @@ impl Store {
 
     /// Keeps what a tag names now. Known to readers at once, even where the disk then fails.
     pub fn keep_tag(&self, key: &TagKey, variant: Variant) -> Result<(), Fault> {
-        self.refs.keep(key, variant)
+        let is_whole = |digest: &Digest| {
+            let manifest = self.manifest(digest).ok().flatten();
+            manifest.is_some_and(|held| self.is_whole(&key.upstream, &key.repository, &held, &|_| false))
+        };
+        self.refs.keep(key, variant, &is_whole)
     }
 
     /// Forgets a tag; says whether it was known.
@@ -124,7 +129,12 @@ impl Refs {
         }
     }
 
-    fn keep(&self, key: &TagKey, mut variant: Variant) -> Result<(), Fault> {
+    fn keep(
+        &self,
+        key: &TagKey,
+        mut variant: Variant,
+        is_whole: &dyn Fn(&Digest) -> bool,
+    ) -> Result<(), Fault> {
         let path = key.path();
         let _writing = self.writing(&path);
         let loaded = match self.ready.get(key) {
@@ -139,13 +149,12 @@ impl Refs {
         let before = loaded
             .as_ref()
             .map_or(&[][..], |loaded| loaded.record.variants.as_slice());
-        let same = before
-            .iter()
-            .find(|old| old.accept == variant.accept && old.names_the_same(&variant));
-        let is_news = same.is_none() || loaded.as_ref().is_some_and(|loaded| !loaded.has_file);
-        if let Some(same) = same {
-            variant.first_held_at = same.first_held_at;
+        let old = before.iter().find(|old| old.accept == variant.accept);
+        if let Some(old) = old {
+            variant = variant.replacing(old, is_whole);
         }
+        let same = |old: &Variant| old.names_the_same(&variant) && old.earlier == variant.earlier;
+        let is_news = !old.is_some_and(same) || loaded.as_ref().is_some_and(|loaded| !loaded.has_file);
         let others = before.iter().filter(|old| old.accept != variant.accept).cloned();
         let others: Vec<Variant> = others.take(VARIANTS_MAX - 1).collect();
         let record = Arc::new(TagRecord {

@@ -10,6 +10,7 @@
 
 mod blobs;
 mod folder;
+mod images;
 mod manifests;
 mod names;
 mod power_cut;
@@ -134,6 +135,7 @@ pub(super) fn variant(accept: u64, content: &[u8], seconds: u64) -> Variant {
         media_type: image(),
         confirmed_at: at(seconds),
         first_held_at: at(seconds),
+        earlier: None,
     }
 }
 

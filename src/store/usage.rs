@@ -57,6 +57,8 @@ pub(super) struct Counters {
     blobs: Tally,
     manifests: Tally,
     tags: Tally,
+    /// How often something was taken away.
+    removals: AtomicU64,
     /// How many folders have been counted; `u32::MAX` at the end.
     counted: RwLock<u32>,
 }
@@ -74,6 +76,11 @@ impl Counters {
             tags: read(&self.tags.count),
             is_complete: *counted == u32::MAX,
         }
+    }
+
+    /// How often content was taken away, by whichever way. What was seen before the last time may be gone.
+    pub(super) fn removals(&self) -> u64 {
+        self.removals.load(Ordering::Acquire)
     }
 
     /// Does `deed`, which gives the file `path` of `bytes` its name; counts it if `deed` says that it is new.
@@ -102,6 +109,7 @@ impl Counters {
     ) -> Result<bool, E> {
         let counted = self.counted.read().unwrap_or_else(PoisonError::into_inner);
         let Some(bytes) = deed()? else { return Ok(false) };
+        self.removals.fetch_add(1, Ordering::Release);
         if position(kind, path) < *counted {
             let tally = self.tally(kind);
             // A file that was changed behind our back is as long as it is, not as long as it was counted.

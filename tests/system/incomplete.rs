@@ -27,14 +27,21 @@ async fn an_unchanged_manifest_is_served_and_its_blobs_are_fetched_when_asked_fo
 }
 
 #[tokio::test]
-async fn under_if_not_present_only_the_blobs_are_asked_for() {
+async fn under_if_not_present_its_blobs_are_fetched_and_after_that_nobody_is_asked() {
     let (upstream, proxy, image) = manifest_alone("if-not-present").await;
     proxy.pull("library/demo", "latest", &image).await.is_hit();
+    // Of use only if the upstream is there to give the rest: so it was asked.
     assert_eq!(
-        upstream.heads("library/demo") + upstream.manifest_gets("library/demo"),
-        0
+        (
+            upstream.heads("library/demo"),
+            upstream.manifest_gets("library/demo"),
+            upstream.all_blob_gets()
+        ),
+        (1, 0, image.blobs.len())
     );
-    assert_eq!(upstream.all_blob_gets(), image.blobs.len());
+    upstream.clear_log();
+    proxy.pull("library/demo", "latest", &image).await.is_hit();
+    assert_eq!(upstream.requests().len(), 0);
 }
 
 #[tokio::test]

@@ -31,6 +31,8 @@ mod lock;
 mod malformed;
 mod newer;
 mod policies;
+mod prefetch;
+mod promise;
 mod quirks;
 mod ranges;
 mod redirects;

@@ -117,13 +117,9 @@ async fn a_manifest_of_four_mebibytes_is_held() {
     let image = upstream.push("library/demo", "large", manifest_of(4 * 1024 * 1024));
     let proxy = Proxy::over(&upstream).await;
 
-    proxy.manifest("library/demo", "large").await.is_image(&image);
+    proxy.pull("library/demo", "large", &image).await;
     upstream.refuses();
-    proxy
-        .manifest("library/demo", "large")
-        .await
-        .is_image(&image)
-        .is_stale();
+    proxy.pull("library/demo", "large", &image).await.is_stale();
 }
 
 #[tokio::test]

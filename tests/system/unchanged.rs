@@ -181,6 +181,10 @@ async fn clients_that_accept_other_types_get_their_own_answer() {
             .is_image(&docker);
     }
     assert_eq!(upstream.manifest_gets("library/demo"), 2);
+    for blob in oci.blobs.iter().chain(&docker.blobs) {
+        proxy.blob("library/demo", &blob.digest).await.is_blob(blob);
+        proxy.until_kept(&blob.digest).await;
+    }
     upstream.refuses();
     proxy
         .manifest("library/demo", "latest")

@@ -20,6 +20,7 @@ fn default() -> Rule {
         absent: Absence::Refuse,
         grant: 5 * MINUTE,
         offline_grant: 720 * MINUTE,
+        prefetch: true,
     }
 }
 

@@ -41,6 +41,19 @@ pub struct Variant {
     pub confirmed_at: SystemTime,
     /// When it first said so.
     pub first_held_at: SystemTime,
+    /// The last image that the tag named before and that was whole; kept until this one is whole too.
+    pub earlier: Option<Earlier>,
+}
+
+/// What a tag named before.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Earlier {
+    /// Which image.
+    pub digest: Digest,
+    /// As the upstream named it.
+    pub media_type: MediaType,
+    /// When the upstream last said so.
+    pub confirmed_at: SystemTime,
 }
 
 /// What is known of a tag.
@@ -53,6 +66,26 @@ pub struct TagRecord {
 impl Variant {
     pub(super) fn names_the_same(&self, other: &Self) -> bool {
         self.digest == other.digest && self.media_type == other.media_type
+    }
+
+    /// This variant in place of `before`. Of the two it keeps a whole image in reach for as long as itself `is_whole` not.
+    pub(super) fn replacing(mut self, before: &Self, is_whole: &dyn Fn(&Digest) -> bool) -> Self {
+        if self.names_the_same(before) {
+            self.first_held_at = before.first_held_at;
+        }
+        self.earlier = if is_whole(&self.digest) {
+            None
+        } else if before.digest != self.digest && is_whole(&before.digest) {
+            Some(Earlier {
+                digest: before.digest,
+                media_type: before.media_type.clone(),
+                confirmed_at: before.confirmed_at,
+            })
+        } else {
+            let other = |earlier: &Earlier| earlier.digest != self.digest;
+            before.earlier.clone().filter(other)
+        };
+        self
     }
 
     /// Whether this variant, of the index, is at least as new as that of the file.
@@ -103,6 +136,15 @@ struct VariantRecord {
     media_type: String,
     confirmed_at_ms: u64,
     first_held_at_ms: u64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    earlier: Option<EarlierRecord>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct EarlierRecord {
+    digest: String,
+    media_type: String,
+    confirmed_at_ms: u64,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -190,6 +232,16 @@ impl TagRecord {
     }
 }
 
+impl Earlier {
+    fn of_record(record: &EarlierRecord) -> Option<Self> {
+        Some(Self {
+            digest: record.digest.parse().ok()?,
+            media_type: record.media_type.parse().ok()?,
+            confirmed_at: from_millis(record.confirmed_at_ms),
+        })
+    }
+}
+
 impl Variant {
     fn to_record(&self) -> VariantRecord {
         VariantRecord {
@@ -198,6 +250,11 @@ impl Variant {
             media_type: self.media_type.as_str().to_owned(),
             confirmed_at_ms: to_millis(self.confirmed_at),
             first_held_at_ms: to_millis(self.first_held_at),
+            earlier: self.earlier.as_ref().map(|earlier| EarlierRecord {
+                digest: earlier.digest.to_string(),
+                media_type: earlier.media_type.as_str().to_owned(),
+                confirmed_at_ms: to_millis(earlier.confirmed_at),
+            }),
         }
     }
 
@@ -208,6 +265,7 @@ impl Variant {
             media_type: record.media_type.parse().ok()?,
             confirmed_at: from_millis(record.confirmed_at_ms),
             first_held_at: from_millis(record.first_held_at_ms),
+            earlier: record.earlier.as_ref().and_then(Earlier::of_record),
         })
     }
 }

@@ -14,6 +14,7 @@ pub struct Setup {
     top: String,
     listen: String,
     default: String,
+    prefetch: bool,
     upstreams: Vec<(String, String)>,
     tail: String,
     environment: Vec<(String, String)>,
@@ -32,6 +33,7 @@ impl Setup {
             top: String::new(),
             listen: String::new(),
             default: String::new(),
+            prefetch: false,
             upstreams: Vec::new(),
             tail: String::new(),
             environment: Vec::new(),
@@ -78,6 +80,12 @@ impl Setup {
     /// Without what was said in `[default]` so far.
     pub fn without_defaults(mut self) -> Setup {
         self.default.clear();
+        self
+    }
+
+    /// With the blobs of a fetched manifest begun ahead. Without, so that a test sees just what it asks for.
+    pub fn prefetching(mut self) -> Setup {
+        self.prefetch = true;
         self
     }
 
@@ -140,8 +148,9 @@ impl Setup {
         }
         writeln!(
             text,
-            "[tls]\nfolder = {:?}\n[default]\n{}",
+            "[tls]\nfolder = {:?}\n[default]\nprefetch = {}\n{}",
             folder.join("certs"),
+            self.prefetch,
             self.default
         )
         .unwrap();

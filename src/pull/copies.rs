@@ -1,0 +1,199 @@
+//! The copies of a manifest that this client could be given.
+
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use super::{Context, Pull, Request, Site};
+use crate::oci::{Accept, AnyDigest, Digest, Repository, Tag};
+use crate::policy::rules::Rule;
+use crate::policy::{Held, Holding, Rest, Situation, Subject};
+use crate::store::manifests::HeldManifest;
+use crate::store::refs::{TagKey, TagRecord, Variant};
+
+/// A manifest in the store, and when the upstream last confirmed that the tag names it.
+#[derive(Clone)]
+pub(super) struct Copy {
+    pub(super) manifest: Arc<HeldManifest>,
+    pub(super) confirmed_at: SystemTime,
+}
+
+/// What could be served: the newest copy, and where that is not whole, the last one that is.
+pub(super) struct Copies {
+    pub(super) newest: Copy,
+    pub(super) rest: Rest,
+    pub(super) earlier: Option<Copy>,
+}
+
+impl Copies {
+    /// As the decision sees it.
+    pub(super) fn held(&self) -> Held {
+        Held {
+            digest: self.newest.manifest.digest,
+            confirmed_at: self.newest.confirmed_at,
+            rest: self.rest,
+        }
+    }
+
+    /// The copy that is whole, if there is one: the image that would be served instead of one that cannot be had.
+    pub(super) fn whole(&self) -> Option<&Copy> {
+        match self.rest {
+            Rest::Held => Some(&self.newest),
+            Rest::Missing { .. } => self.earlier.as_ref(),
+        }
+    }
+}
+
+impl Pull {
+    /// The copies of a tag: of the variants that the client accepts, the one confirmed for exactly its media types, else
+    /// the newest; and only one whose manifest is in the store.
+    pub(super) fn copies_of_tag(
+        &self,
+        site: &Site,
+        repository: &Repository,
+        tag: &Tag,
+        accept: &Accept,
+    ) -> Option<Copies> {
+        let key = TagKey {
+            upstream: site.name().into(),
+            repository: repository.clone(),
+            tag: tag.clone(),
+        };
+        let record = self.store.tag(&key).ok().flatten()?;
+        let newest = acceptable(&record, accept).find_map(|variant| {
+            let manifest = self.store.manifest(&variant.digest).ok().flatten()?;
+            let confirmed_at = variant.confirmed_at;
+            Some(Copy {
+                manifest,
+                confirmed_at,
+            })
+        })?;
+        if self.is_whole(site, repository, &newest.manifest) {
+            return Some(Copies {
+                newest,
+                rest: Rest::Held,
+                earlier: None,
+            });
+        }
+        let earlier = self.last_whole(site, repository, &record, accept, &newest.manifest.digest);
+        Some(Copies {
+            newest,
+            rest: Rest::Missing {
+                earlier: earlier.as_ref().map(|copy| copy.confirmed_at),
+            },
+            earlier,
+        })
+    }
+
+    /// The copy of a manifest asked for by digest.
+    pub(super) fn copy_of_digest(
+        &self,
+        site: &Site,
+        repository: &Repository,
+        digest: &Digest,
+        now: SystemTime,
+    ) -> Option<Copies> {
+        let manifest = self.store.manifest(digest).ok().flatten()?;
+        let rest = if self.is_whole(site, repository, &manifest) {
+            Rest::Held
+        } else {
+            Rest::Missing { earlier: None }
+        };
+        let newest = Copy {
+            manifest,
+            confirmed_at: now,
+        };
+        Some(Copies {
+            newest,
+            rest,
+            earlier: None,
+        })
+    }
+
+    pub(super) fn digest_situation(
+        &self,
+        site: &Site,
+        context: &Context,
+        rule: &Rule,
+        repository: &Repository,
+        digest: &AnyDigest,
+        now: SystemTime,
+    ) -> Situation {
+        let copies = match digest {
+            AnyDigest::Known(digest) => self.copy_of_digest(site, repository, digest, now),
+            AnyDigest::Foreign(_) => None,
+        };
+        let seen = self.seen(site, repository, digest);
+        let held = copies.as_ref().map(Copies::held);
+        context.situation(rule, Subject::Manifest, held, seen, now)
+    }
+
+    /// How much is held of what an upstream named.
+    pub(super) fn holding(&self, site: &Site, repository: &Repository, digest: &Digest) -> Holding {
+        if !self.store.has_seen(site.name(), repository, digest) {
+            return Holding::Nothing;
+        }
+        match self.store.manifest(digest) {
+            Ok(Some(manifest)) if self.is_whole(site, repository, &manifest) => Holding::Whole,
+            Ok(Some(_)) => Holding::Manifest,
+            Ok(None) | Err(_) => Holding::Nothing,
+        }
+    }
+
+    /// Whether the image can be pulled whole without another word of the upstream.
+    pub(super) fn is_whole(&self, site: &Site, repository: &Repository, manifest: &HeldManifest) -> bool {
+        let arriving = |digest: &Digest| self.downloads.is_arriving(digest);
+        self.store.is_whole(site.name(), repository, manifest, &arriving)
+    }
+
+    fn last_whole(
+        &self,
+        site: &Site,
+        repository: &Repository,
+        record: &TagRecord,
+        accept: &Accept,
+        newest: &Digest,
+    ) -> Option<Copy> {
+        let now_named = acceptable(record, accept).map(|variant| (&variant.digest, variant.confirmed_at));
+        let named_before = record.variants.iter().filter_map(|variant| {
+            let earlier = variant.earlier.as_ref()?;
+            let admitted = variant.accept == accept.key() || accept.admits(&earlier.media_type);
+            admitted.then_some((&earlier.digest, earlier.confirmed_at))
+        });
+        now_named
+            .chain(named_before)
+            .filter(|(digest, _)| *digest != newest)
+            .filter_map(|(digest, confirmed_at)| {
+                let manifest = self.store.manifest(digest).ok().flatten()?;
+                let copy = Copy {
+                    manifest,
+                    confirmed_at,
+                };
+                self.is_whole(site, repository, &copy.manifest).then_some(copy)
+            })
+            .max_by_key(|copy| copy.confirmed_at)
+    }
+}
+
+fn acceptable<'a>(record: &'a TagRecord, accept: &'a Accept) -> impl Iterator<Item = &'a Variant> {
+    let is_exact = |variant: &&Variant| variant.accept == accept.key();
+    let exact = record.variants.iter().filter(is_exact);
+    let others = record
+        .variants
+        .iter()
+        .filter(move |variant| !is_exact(variant) && accept.admits(&variant.media_type));
+    exact.chain(others)
+}
+
+impl Request {
+    /// The tag asked for, if it is one.
+    pub(super) fn tag(&self) -> Option<&Tag> {
+        use crate::oci::{Operation, Reference};
+        match &self.operation {
+            Operation::Manifest {
+                reference: Reference::Tag(tag),
+                ..
+            } => Some(tag),
+            _ => None,
+        }
+    }
+}

@@ -1,0 +1,191 @@
+//! A manifest from the upstream: fetched once for all who may share it, verified, kept.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use tokio::task::spawn_blocking;
+
+use super::asking::Key;
+use super::{Pull, Request, Site};
+use crate::oci::manifest::MANIFEST_BYTES_MAX;
+use crate::oci::{
+    Accept, Algorithm, AnyDigest, Cause, Digest, Manifest, MediaType, Operation, Reference, Repository,
+};
+use crate::store::manifests::HeldManifest;
+use crate::upstream::{Answer, Caller, Credential, Fetched, Said};
+
+/// A manifest asked for.
+#[derive(Clone)]
+pub(super) struct Wanted {
+    pub(super) site: Arc<Site>,
+    pub(super) repository: Repository,
+    pub(super) operation: Operation,
+    pub(super) accept: Accept,
+    pub(super) caller: Caller,
+}
+
+impl Wanted {
+    pub(super) fn of(request: &Request, repository: &Repository, caller: &Caller) -> Self {
+        Self {
+            site: Arc::clone(&request.site),
+            repository: repository.clone(),
+            operation: request.operation.clone(),
+            accept: request.accept.clone(),
+            caller: caller.clone(),
+        }
+    }
+}
+
+impl Pull {
+    /// Fetches a manifest, keeps it and what it shows; one fetch for all who may share it.
+    pub(super) async fn fetch_manifest(
+        self: &Arc<Self>,
+        wanted: Wanted,
+    ) -> Result<Arc<HeldManifest>, Arc<Answer>> {
+        let key = Key::new(&wanted.site, &wanted.operation, &wanted.accept, &wanted.caller);
+        let flight = self.manifests.share(key, || {
+            let pull = Arc::clone(self);
+            async move {
+                let Wanted {
+                    site,
+                    repository,
+                    operation,
+                    accept,
+                    caller,
+                } = &wanted;
+                match site.upstream().get(caller, operation, accept, None).await {
+                    Ok(fetched) => {
+                        let anonymous = matches!(caller.credential, Credential::Anonymous);
+                        pull.learn_yes(site, repository, caller, anonymous).await;
+                        let received = receive(fetched, operation).await;
+                        pull.keep(&wanted, received).await
+                    }
+                    Err(answer) => {
+                        pull.learn(site, repository, caller, &answer).await;
+                        Err(Arc::new(answer))
+                    }
+                }
+            }
+        });
+        flight
+            .landed()
+            .await
+            .unwrap_or_else(|| Err(Arc::new(Answer::silent(Cause::Busy))))
+    }
+
+    /// The manifest that came with the answer, where a GET had to stand in for the HEAD: it is not fetched twice.
+    pub(super) async fn brought(&self, wanted: &Wanted, answer: &Answer) -> Option<Arc<HeldManifest>> {
+        let (bytes, media_type) = answer.body.clone()?;
+        let named = match answer.said {
+            Said::Is(digest) => Some(digest),
+            _ => None,
+        };
+        let received = verify(bytes, named, Some(media_type), &wanted.operation);
+        self.keep(wanted, received).await.ok()
+    }
+
+    /// Keeps a verified manifest: its bytes, that it was seen here, and the tag that named it. What the disk cannot
+    /// take is served all the same.
+    async fn keep(
+        &self,
+        wanted: &Wanted,
+        received: Result<HeldManifest, Cause>,
+    ) -> Result<Arc<HeldManifest>, Arc<Answer>> {
+        let Wanted {
+            site,
+            repository,
+            operation,
+            accept,
+            ..
+        } = wanted;
+        let manifest = received.map_err(|cause| {
+            if cause == Cause::WrongDigest {
+                tracing::error!(upstream = site.name(), %repository, path = %operation.path_and_query(),
+                    "the upstream sent a manifest whose digest is not the one it named; nothing was stored");
+            }
+            Arc::new(Answer::silent(cause))
+        })?;
+        let manifest = Arc::new(manifest);
+        self.sizes.learn(site, repository, &manifest.manifest);
+        let kept = {
+            let (store, site, repository) = (Arc::clone(&self.store), Arc::clone(site), repository.clone());
+            let manifest = Arc::clone(&manifest);
+            spawn_blocking(move || {
+                let HeldManifest {
+                    digest,
+                    bytes,
+                    media_type,
+                    ..
+                } = manifest.as_ref();
+                store.keep_manifest(
+                    bytes.clone(),
+                    media_type.clone(),
+                    *digest,
+                    site.name(),
+                    &repository,
+                )
+            })
+            .await
+        };
+        let served = match &kept {
+            Ok(Ok(kept)) => Arc::clone(kept),
+            _ => manifest,
+        };
+        super::asking::report(kept, "keep a manifest");
+        if let Operation::Manifest { reference, .. } = operation {
+            let media_type = Some(&served.media_type);
+            self.learn_name(site, repository, reference, accept, served.digest, media_type)
+                .await;
+        }
+        Ok(served)
+    }
+}
+
+/// Reads a manifest and holds it against everything that was said of it.
+///
+/// The bytes are believed, never a header: by digest they must hash to it; by tag they must hash to what the same
+/// answer's `Docker-Content-Digest` says, where it says anything. And they must be a manifest: an HTML page with
+/// status 200 is not one.
+async fn receive(fetched: Fetched, operation: &Operation) -> Result<HeldManifest, Cause> {
+    let (header, media_type) = (fetched.digest, fetched.media_type.clone());
+    let bytes = fetched.collect(MANIFEST_BYTES_MAX).await?;
+    verify(bytes, header, media_type, operation)
+}
+
+fn verify(
+    bytes: Bytes,
+    header: Option<Digest>,
+    media_type: Option<MediaType>,
+    operation: &Operation,
+) -> Result<HeldManifest, Cause> {
+    let asked = match operation {
+        Operation::Manifest {
+            reference: Reference::Digest(AnyDigest::Known(digest)),
+            ..
+        } => Some(*digest),
+        _ => None,
+    };
+    let expected = asked.or(header);
+    let algorithm = expected.map_or(Algorithm::Sha256, |digest| digest.algorithm());
+    let digest = Digest::of(algorithm, &bytes);
+    if expected.is_some_and(|expected| expected != digest) {
+        return Err(Cause::WrongDigest);
+    }
+    let manifest = Manifest::read(&bytes).map_err(|_| Cause::Malformed)?;
+    let media_type = manifest_type(media_type, &manifest).ok_or(Cause::Malformed)?;
+    Ok(HeldManifest {
+        digest,
+        bytes,
+        media_type,
+        manifest,
+    })
+}
+
+/// The media type of the answer, exactly as sent; where a registry sends none, or one that no manifest has, the type
+/// that the manifest states of itself.
+fn manifest_type(sent: Option<MediaType>, manifest: &Manifest) -> Option<MediaType> {
+    match sent {
+        Some(sent) if sent.is_manifest() || manifest.media_type.as_ref() == Some(&sent) => Some(sent),
+        _ => manifest.media_type.clone().filter(MediaType::is_manifest),
+    }
+}

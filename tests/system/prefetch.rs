@@ -1,0 +1,87 @@
+//! Whoever was given a manifest wants its blobs next, so they are begun before they are asked for.
+
+use crate::proxy::{Proxy, Setup};
+use crate::upstream::{Image, Upstream};
+
+const DEMO: &str = "library/demo";
+
+#[tokio::test]
+async fn the_config_and_the_layers_of_a_fetched_manifest_come_before_they_are_asked_for() {
+    let upstream = Upstream::start().await;
+    let image = upstream.push(
+        DEMO,
+        "latest",
+        Image::with_layers(&["one", "two", "three", "four"]),
+    );
+    let proxy = Setup::over(&upstream).prefetching().start().await;
+
+    proxy.manifest(DEMO, "latest").await.is_image(&image);
+    for blob in &image.blobs {
+        proxy.until_kept(&blob.digest).await;
+    }
+    upstream.refuses();
+    proxy.pull(DEMO, "latest", &image).await.is_stale();
+    assert_eq!(upstream.all_blob_gets(), image.blobs.len());
+}
+
+#[tokio::test]
+async fn a_client_joins_what_was_begun_ahead() {
+    const LAYER: usize = 1024 * 1024;
+    let upstream = Upstream::start().await;
+    let image = upstream.push(DEMO, "latest", Image::of_noise(1, LAYER));
+    let gate = upstream.holds_blob(&image.layer(0).digest, LAYER / 2);
+    let proxy = Setup::over(&upstream).prefetching().start().await;
+
+    proxy.manifest(DEMO, "latest").await.is_image(&image);
+    gate.reached().await;
+    let mut layer = proxy.blob(DEMO, &image.layer(0).digest).stream().await;
+    layer.read(LAYER / 4).await;
+    gate.release();
+    layer.rest().await.expect("the rest of the layer");
+    assert_eq!(upstream.blob_gets(&image.layer(0).digest), 1);
+}
+
+#[tokio::test]
+async fn of_an_index_the_platform_asked_for_comes_ahead_and_no_other() {
+    let upstream = Upstream::start().await;
+    let children = [Image::with_layers(&["amd"]), Image::with_layers(&["arm"])];
+    let index = upstream.push(DEMO, "latest", Image::index(&children));
+    let proxy = Setup::over(&upstream).prefetching().start().await;
+
+    proxy.manifest(DEMO, "latest").await.is_image(&index);
+    proxy
+        .manifest(DEMO, &children[1].digest)
+        .await
+        .is_image(&children[1]);
+    for blob in &children[1].blobs {
+        proxy.until_kept(&blob.digest).await;
+    }
+    assert_eq!(upstream.blob_gets(&children[0].layer(0).digest), 0);
+}
+
+#[tokio::test]
+async fn what_is_held_is_not_fetched_ahead_again() {
+    let upstream = Upstream::start().await;
+    let old = upstream.push(DEMO, "latest", Image::with_layers(&["base", "one"]));
+    let proxy = Setup::over(&upstream).prefetching().start().await;
+    proxy.pull(DEMO, "latest", &old).await;
+    let new = upstream.moves(DEMO, "latest", Image::with_layers(&["base", "two"]));
+    upstream.clear_log();
+
+    proxy.pull(DEMO, "latest", &new).await;
+    assert_eq!(upstream.blob_gets(&new.layer(0).digest), 0);
+    assert_eq!(upstream.blob_gets(&new.layer(1).digest), 1);
+}
+
+#[tokio::test]
+async fn a_rule_can_switch_it_off() {
+    let upstream = Upstream::start().await;
+    let image = upstream.push(DEMO, "latest", Image::with_layers(&["one"]));
+    let rule = "[[rule]]\nimages = [\"docker.io/library/*\"]\nprefetch = false";
+    let proxy: Proxy = Setup::over(&upstream).prefetching().tail(rule).start().await;
+
+    // A whole pull later, each blob has been fetched once, by its client: nothing ran ahead of it.
+    proxy.manifest(DEMO, "latest").await.is_image(&image);
+    proxy.has_turned(16).await;
+    assert_eq!(upstream.all_blob_gets(), 0);
+}
