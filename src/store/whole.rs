@@ -8,6 +8,7 @@
 //! What was found whole stays so until something is removed, which is counted ([`Counters::removals`]); so a hot tag
 //! costs one look-up.
 
+use std::cell::Cell;
 use std::sync::Arc;
 
 use quick_cache::sync::Cache;
@@ -53,17 +54,22 @@ impl Store {
         }
         // Read first: a removal during the look makes what was found outdated, not wrong.
         let removals = self.usage.removals();
-        let look = |arriving| Look {
+        let lacks_some = Cell::new(false);
+        let look = Look {
             upstream,
             repository,
-            arriving,
+            arriving: &|digest| {
+                lacks_some.set(true);
+                arriving(digest)
+            },
         };
-        if self.is_whole_to(look(&|_| false), manifest, INDEX_DEPTH_MAX) {
-            self.wholes
-                .note(Place::of(upstream, repository), manifest.digest, removals);
-            return true;
+        let is_whole = self.is_whole_to(look, manifest, INDEX_DEPTH_MAX);
+        // What is only arriving may yet fail.
+        if is_whole && !lacks_some.get() {
+            let place = Place::of(upstream, repository);
+            self.wholes.note(place, manifest.digest, removals);
         }
-        self.is_whole_to(look(arriving), manifest, INDEX_DEPTH_MAX)
+        is_whole
     }
 
     /// The blobs that `manifest` points to and that are missing here, in its order: the config first.
