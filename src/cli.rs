@@ -10,7 +10,9 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, Parser, Subcommand};
 
+use crate::ca::Store;
 use crate::config::{Config, DATA_OF_ROOT, Fault, Faults, Flag, Place, Sources, TEXT_BYTES_MAX};
+use crate::setup::Client;
 
 /// Read when neither `--config` nor `IFNEWER_CONFIG` names a file; it need not exist.
 pub const CONFIG_OF_SYSTEM: &str = "/etc/ifnewer/ifnewer.toml";
@@ -31,12 +33,12 @@ pub struct Cli {
 impl Cli {
     /// The command given, or the default.
     pub fn command(&self) -> Command {
-        self.command.unwrap_or(Command::Serve)
+        self.command.clone().unwrap_or(Command::Serve)
     }
 }
 
 /// What to do.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Subcommand)]
+#[derive(Clone, Debug, PartialEq, Eq, Subcommand)]
 pub enum Command {
     /// Run the cache (the default)
     Serve,
@@ -44,6 +46,91 @@ pub enum Command {
     Check,
     /// Ask the running cache whether it is ready; exit 0 if it is
     Healthcheck,
+    /// Make a container client on this host use the cache: print what to write, write it, or take it back
+    Setup(Setup),
+    /// The cache's certificate authority: hand it out, let this host trust it, replace it
+    #[command(subcommand)]
+    Ca(Ca),
+}
+
+/// `ifnewer setup`.
+#[derive(Args, Clone, Debug, PartialEq, Eq)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a flag of the command line")]
+pub struct Setup {
+    /// The client
+    #[arg(value_enum)]
+    pub client: Client,
+    /// Write it, keeping what was there
+    #[arg(long, conflicts_with = "undo")]
+    pub apply: bool,
+    /// Put back what was there before, byte for byte
+    #[arg(long)]
+    pub undo: bool,
+    /// Where the client reaches the cache, if not as the configuration says
+    #[arg(long, value_name = "HOST:PORT|URL")]
+    pub address: Option<String>,
+    /// The certificate authority to trust (PEM), if not this cache's own
+    #[arg(long, value_name = "FILE")]
+    pub ca: Option<PathBuf>,
+    /// By `HTTPS_PROXY` instead of mirrors: every registry, also private ones, and no way around it
+    #[arg(long)]
+    pub proxy: bool,
+    /// Go before mirrors that are already there; undo although a file was changed since
+    #[arg(long)]
+    pub force: bool,
+    /// A folder in the place of `/`, as for an image
+    #[arg(long, value_name = "FOLDER", default_value = "/")]
+    pub root: PathBuf,
+}
+
+impl Setup {
+    /// What to set up, and how.
+    pub fn options(&self) -> crate::setup::Options {
+        crate::setup::Options {
+            client: self.client,
+            address: self.address.clone(),
+            ca: self.ca.clone(),
+            by_proxy: self.proxy,
+            force: self.force,
+        }
+    }
+}
+
+/// `ifnewer ca`.
+#[derive(Clone, Debug, PartialEq, Eq, Subcommand)]
+pub enum Ca {
+    /// Print the certificate (PEM), never the key
+    Export {
+        /// Write it there instead
+        #[arg(long, value_name = "FILE")]
+        out: Option<PathBuf>,
+    },
+    /// Let this host trust the cache's certificates
+    Install(Trust),
+    /// Take that back
+    Uninstall(Trust),
+    /// Make a new certificate authority and server certificate, keeping the old ones beside them
+    Rotate,
+}
+
+/// Who is to trust the certificate authority, and where.
+#[derive(Args, Clone, Debug, PartialEq, Eq)]
+pub struct Trust {
+    /// Whose trust store
+    #[arg(long, value_enum, default_value = "system")]
+    pub into: Store,
+    /// Where docker or containerd reaches the cache, if not as the configuration says
+    #[arg(long, value_name = "HOST:PORT|URL")]
+    pub address: Option<String>,
+    /// The certificate authority (PEM), if not this cache's own
+    #[arg(long, value_name = "FILE")]
+    pub ca: Option<PathBuf>,
+    /// Go over objections: a file that was changed since
+    #[arg(long)]
+    pub force: bool,
+    /// A folder in the place of `/`, as for an image
+    #[arg(long, value_name = "FOLDER", default_value = "/")]
+    pub root: PathBuf,
 }
 
 /// What every command takes. Each overrides the environment, which overrides the file.

@@ -12,12 +12,13 @@
 //!    for many askers).
 //! 4. [`download`]: one transfer, many readers.
 //! 5. [`pull`]: the road of a request.
-//! 6. [`server`] and [`admin`] (the network inwards), [`config`], [`cli`], [`run`].
+//! 6. [`server`] and [`admin`] (the network inwards), [`config`], [`cli`], [`run`]; [`setup`] (clients' files), [`ca`] (their trust).
 //!
 //! Left out on purpose: pushing, a registry of its own, and any judgement that is not a pure function.
 
 pub mod access;
 pub mod admin;
+pub mod ca;
 pub mod cli;
 pub mod clock;
 pub mod config;
@@ -29,5 +30,6 @@ pub mod policy;
 pub mod pull;
 pub mod run;
 pub mod server;
+pub mod setup;
 pub mod store;
 pub mod upstream;

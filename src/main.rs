@@ -9,7 +9,8 @@ use ifnewer::cli::{Cli, Command, load};
 use ifnewer::clock::Clock;
 use ifnewer::config::{Config, Log, LogFormat};
 use ifnewer::run::{RunError, serve};
-use ifnewer::{admin, cli};
+use ifnewer::setup::{Done, Refused, Root};
+use ifnewer::{admin, ca, cli, setup};
 use tracing_subscriber::EnvFilter;
 
 const FAILED: u8 = 1;
@@ -33,6 +34,8 @@ fn main() -> ExitCode {
                 Err(error) => fail(FAILED, &format!("ifnewer is not ready: {error}")),
             }
         }),
+        Command::Setup(words) => set_up(&config, &words),
+        Command::Ca(words) => authority(&config, words),
         Command::Serve => {
             log(&config.log);
             run(serve_until_ended(cli.options, config))
@@ -47,6 +50,72 @@ async fn serve_until_ended(options: cli::Options, config: Config) -> ExitCode {
             fail(MISTAKEN, &error)
         }
         Err(error) => fail(FAILED, &error),
+    }
+}
+
+fn set_up(config: &Config, words: &cli::Setup) -> ExitCode {
+    let root = match Root::at(&words.root) {
+        Ok(root) => root,
+        Err(refused) => return fail(MISTAKEN, &refused),
+    };
+    let options = words.options();
+    if words.undo {
+        return tell(setup::undo(words.client, words.force, &root));
+    }
+    if words.apply {
+        return tell(setup::apply(config, &options, &root));
+    }
+    let (text, objection) = setup::show(config, &options, &root);
+    let _ = write!(std::io::stdout(), "{text}");
+    match objection {
+        None => ExitCode::SUCCESS,
+        Some(refused) => fail(FAILED, &refused),
+    }
+}
+
+fn authority(config: &Config, words: cli::Ca) -> ExitCode {
+    match words {
+        cli::Ca::Export { out } => match (ca::export(config), out) {
+            (Ok(authority), None) => {
+                let _ = write!(std::io::stdout(), "{}", authority.pem());
+                ExitCode::SUCCESS
+            }
+            (Ok(authority), Some(path)) => match std::fs::write(&path, authority.pem()) {
+                Ok(()) => ExitCode::SUCCESS,
+                Err(error) => fail(FAILED, &format!("cannot write {}: {error}", path.display())),
+            },
+            (Err(refused), _) => fail(FAILED, &refused),
+        },
+        cli::Ca::Install(words) => tell(Root::at(&words.root).and_then(|root| {
+            let cli::Trust {
+                into,
+                address,
+                ca,
+                force,
+                ..
+            } = words;
+            ca::install(config, into, &ca::Trust { address, ca, force }, &root)
+        })),
+        cli::Ca::Uninstall(words) => {
+            tell(Root::at(&words.root).and_then(|root| ca::uninstall(words.into, words.force, &root)))
+        }
+        cli::Ca::Rotate => match ca::rotate(config, Clock::system().now()) {
+            Ok(old) => {
+                let _ = write!(std::io::stdout(), "{}", ca::Rotated { old: &old });
+                ExitCode::SUCCESS
+            }
+            Err(error) => fail(FAILED, &error),
+        },
+    }
+}
+
+fn tell(done: Result<Done, Refused>) -> ExitCode {
+    match done {
+        Ok(done) => {
+            let _ = write!(std::io::stdout(), "{done}");
+            ExitCode::SUCCESS
+        }
+        Err(refused) => fail(FAILED, &refused),
     }
 }
 

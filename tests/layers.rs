@@ -55,11 +55,33 @@ const MODULES: &[Module] = &[
     module("pull", 5, &[], &[]),
     // The edge.
     module("config", 6, &[], &["store", "download", "pull", "clock"]),
-    module("cli", 6, &["config"], &["store", "download", "pull", "clock"]),
+    module(
+        "setup",
+        6,
+        &["config"],
+        &["store", "upstream", "download", "pull", "clock"],
+    ),
+    module(
+        "ca",
+        6,
+        &["config", "server", "setup"],
+        &["store", "upstream", "download", "pull", "clock"],
+    ),
+    module(
+        "cli",
+        6,
+        &["config", "setup", "ca"],
+        &["store", "download", "pull", "clock"],
+    ),
     module("server", 6, &["config"], &[]),
     module("admin", 6, &["config", "server"], &[]),
     module("run", 6, &["config", "server", "admin"], &[]),
-    module("main", 6, &["config", "cli", "server", "admin", "run"], &[]),
+    module(
+        "main",
+        6,
+        &["config", "cli", "server", "admin", "run", "setup", "ca"],
+        &[],
+    ),
 ];
 
 /// A crate of others, and the only files that may name it. A path that ends in `/` is a folder.

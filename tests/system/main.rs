@@ -22,6 +22,8 @@ mod upstream;
 
 mod absent;
 mod admin;
+mod ca;
+mod client_setup;
 mod config_exit;
 mod doors;
 mod drain;

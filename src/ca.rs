@@ -1,0 +1,338 @@
+//! `ifnewer ca`: our certificate authority handed out, trusted and replaced.
+//!
+//! The key never leaves its folder: what is handed out is read as certificates and written as such. Trust stores are
+//! changed as `setup` changes clients' files, so that it can be taken back.
+
+use std::fmt::{self, Display, Formatter};
+use std::fs;
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::SystemTime;
+
+use crate::config::{Config, Tls};
+use crate::server::tls::{ServerTls, TlsError};
+use crate::setup::{Authority, Client, Done, Files, Job, Options, Plan, Refused, Root, Wanted, Way};
+
+/// Who is to trust us.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Store {
+    /// Everything on this host that uses the system's list: Debian's and Alpine's, or RHEL's.
+    System,
+    /// dockerd, for our address alone: `/etc/docker/certs.d`.
+    Docker,
+    /// containerd, for our address alone: `/etc/containerd/certs.d`.
+    Containerd,
+}
+
+/// Why a new authority was not made.
+#[derive(Debug, thiserror::Error)]
+pub enum RotateError {
+    /// The certificate is not ours.
+    #[error(
+        "[tls] certificate names a certificate of your own ({}): its authority is not ours to replace", .0.display()
+    )]
+    NotOurs(PathBuf),
+    /// There is none yet.
+    #[error("{}: there is no certificate authority yet; it is made when `ifnewer` first starts", .0.display())]
+    None(PathBuf),
+    /// The new one could not be made. The old one is in place.
+    #[error("nothing was changed: {0}")]
+    Making(#[from] TlsError),
+    /// A file could not be kept or put into its place.
+    #[error("cannot {deed} {}: {error}; run `ifnewer ca rotate` again, which begins anew", path.display())]
+    File {
+        /// What was tried.
+        deed: &'static str,
+        /// With which file.
+        path: PathBuf,
+        /// Why it failed.
+        error: std::io::Error,
+    },
+}
+
+/// In the order in which new ones take their places. The certificate that clients trust is last: as long as it is
+/// the old one, doing it again begins anew and loses nothing.
+const FILES: [&str; 4] = ["server.key", "server.pem", "ca.key", "ca.pem"];
+
+/// The certificate authority in use, as PEM.
+pub fn export(config: &Config) -> Result<Authority, Refused> {
+    match &config.tls.own {
+        Some(own) => Err(Refused::Authority(format!(
+            "[tls] certificate names a certificate of your own ({}): hand out the authority that signed it",
+            own.certificate.display()
+        ))),
+        None => Authority::read(&config.tls.folder.join("ca.pem")),
+    }
+}
+
+/// Lets `store` trust us.
+pub fn install(config: &Config, store: Store, options: &Trust, root: &Root) -> Result<Done, Refused> {
+    let authority = match &options.ca {
+        Some(path) => Authority::read(path)?,
+        None => export(config)?,
+    };
+    let path = match store {
+        Store::System => system(root)?.folder().join("ifnewer.crt"),
+        Store::Docker | Store::Containerd => {
+            let client = if store == Store::Docker {
+                Client::Docker
+            } else {
+                Client::Containerd
+            };
+            let way = Way::find(
+                config,
+                &Options {
+                    client,
+                    address: options.address.clone(),
+                    ca: options.ca.clone(),
+                    by_proxy: false,
+                    force: options.force,
+                },
+            )?;
+            Path::new("/etc")
+                .join(client.name())
+                .join("certs.d")
+                .join(way.place())
+                .join("ca.crt")
+        }
+    };
+    let mut done = job(store).apply(root, options.force, &|files: &dyn Files| {
+        let differs = files
+            .read(&path)?
+            .is_some_and(|held| held != authority.pem().as_bytes());
+        if differs && !options.force {
+            return Err(Refused::Conflict {
+                path: root.place(&path),
+                what: "another certificate is there".to_owned(),
+                remedy: "With --force it is replaced; `ifnewer ca uninstall` brings it back.".to_owned(),
+            });
+        }
+        let bytes = authority.pem().as_bytes().to_vec();
+        let files = vec![Wanted {
+            path: path.clone(),
+            bytes,
+        }];
+        Ok(Plan {
+            files,
+            ..Plan::default()
+        })
+    })?;
+    if store == Store::System && !done.changed.is_empty() {
+        refresh(root, false, &mut done);
+        done.by_hand.push(
+            "restart what should trust it now: a running program keeps the list it read at its start \
+             (systemctl restart docker)"
+                .to_owned(),
+        );
+    }
+    Ok(done)
+}
+
+/// Takes that back.
+pub fn uninstall(store: Store, force: bool, root: &Root) -> Result<Done, Refused> {
+    let mut done = job(store).undo(root, force)?;
+    done.by_hand.clear();
+    if store == Store::System {
+        refresh(root, true, &mut done);
+    }
+    Ok(done)
+}
+
+/// Whom to trust, and how.
+#[derive(Clone, Debug, Default)]
+pub struct Trust {
+    /// Where the client reaches us, if not as the configuration says.
+    pub address: Option<String>,
+    /// The certificate authority, if not our own.
+    pub ca: Option<PathBuf>,
+    /// Goes over objections.
+    pub force: bool,
+}
+
+/// Makes a new authority and a new server certificate. Returns the folder where the old ones are kept.
+pub fn rotate(config: &Config, now: SystemTime) -> Result<PathBuf, RotateError> {
+    if let Some(own) = &config.tls.own {
+        return Err(RotateError::NotOurs(own.certificate.clone()));
+    }
+    let folder = &config.tls.folder;
+    if !folder.join("ca.key").exists() {
+        return Err(RotateError::None(folder.join("ca.pem")));
+    }
+    let new = folder.join("new");
+    clear(&new)?;
+    let addresses: Vec<IpAddr> = config
+        .listen
+        .registry
+        .iter()
+        .map(std::net::SocketAddr::ip)
+        .collect();
+    let tls = Tls {
+        folder: new.clone(),
+        names: config.tls.names.clone(),
+        own: None,
+    };
+    ServerTls::prepare(&tls, &addresses, now)?;
+    let old = folder.join(format!("old-{}", stamp(now)));
+    make(&old)?;
+    for name in FILES {
+        let (from, to) = (folder.join(name), old.join(name));
+        // A link keeps mode and owner, and needs no room.
+        if from.exists() && !to.exists() {
+            fs::hard_link(&from, &to)
+                .or_else(|_| fs::copy(&from, &to).map(drop))
+                .map_err(|error| RotateError::File {
+                    deed: "keep",
+                    path: from,
+                    error,
+                })?;
+        }
+    }
+    for name in FILES {
+        let (from, to) = (new.join(name), folder.join(name));
+        fs::rename(&from, &to).map_err(|error| RotateError::File {
+            deed: "put in its place",
+            path: to,
+            error,
+        })?;
+    }
+    clear(&new)?;
+    Ok(old)
+}
+
+/// What an operator has to know after `rotate`.
+#[derive(Debug)]
+pub struct Rotated<'a> {
+    /// Where the old files are.
+    pub old: &'a Path,
+}
+
+impl Display for Rotated<'_> {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        writeln!(
+            f,
+            "made a new certificate authority and server certificate; the old ones: {}",
+            self.old.display()
+        )?;
+        writeln!(
+            f,
+            "now by hand: reload the running ifnewer: kill -HUP, or systemctl reload ifnewer"
+        )?;
+        writeln!(
+            f,
+            "now by hand: on each host whose clients verify TLS with it, again what was done there: `ifnewer ca install` \
+             or `ifnewer setup <client> --apply`. Until then they refuse our certificate and go past the cache"
+        )?;
+        writeln!(
+            f,
+            "note: to go back, copy the old files over the new ones and reload"
+        )
+    }
+}
+
+/// `20261121T075100Z`
+fn stamp(now: SystemTime) -> String {
+    let text = humantime::format_rfc3339_seconds(now).to_string();
+    text.chars().filter(char::is_ascii_alphanumeric).collect()
+}
+
+fn make(folder: &Path) -> Result<(), RotateError> {
+    use std::os::unix::fs::DirBuilderExt as _;
+    let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(folder);
+    made.map_err(|error| RotateError::File {
+        deed: "make",
+        path: folder.to_owned(),
+        error,
+    })
+}
+
+fn clear(folder: &Path) -> Result<(), RotateError> {
+    match fs::remove_dir_all(folder) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(RotateError::File {
+            deed: "clear",
+            path: folder.to_owned(),
+            error,
+        }),
+        _ => Ok(()),
+    }
+}
+
+fn job(store: Store) -> Job {
+    match store {
+        Store::System => Job::named("ca-system", "ca install"),
+        Store::Docker => Job::named("ca-docker", "ca install --into docker"),
+        Store::Containerd => Job::named("ca-containerd", "ca install --into containerd"),
+    }
+}
+
+/// A system's list of trusted authorities.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum System {
+    /// Debian, Ubuntu, Alpine.
+    Debian,
+    /// RHEL, Fedora and their kin.
+    RedHat,
+}
+
+impl System {
+    fn folder(self) -> &'static Path {
+        Path::new(match self {
+            Self::Debian => "/usr/local/share/ca-certificates",
+            Self::RedHat => "/etc/pki/ca-trust/source/anchors",
+        })
+    }
+
+    /// What makes the list anew; without `--fresh`, Debian's leaves what was removed.
+    fn command(self, removed: bool) -> &'static [&'static str] {
+        match (self, removed) {
+            (Self::Debian, false) => &["update-ca-certificates"],
+            (Self::Debian, true) => &["update-ca-certificates", "--fresh"],
+            (Self::RedHat, _) => &["update-ca-trust", "extract"],
+        }
+    }
+}
+
+fn system(root: &Root) -> Result<System, Refused> {
+    let has = |path: &str| root.place(Path::new(path)).exists();
+    let debian = has("/usr/sbin/update-ca-certificates");
+    let red_hat = has("/usr/bin/update-ca-trust") || has("/etc/pki/ca-trust/source/anchors");
+    match (debian, red_hat) {
+        (true, false) => Ok(System::Debian),
+        (false, true) => Ok(System::RedHat),
+        (true, true) => Err(Refused::Impossible(
+            "this system has both update-ca-certificates and update-ca-trust; use the right one by hand, with the \
+             output of `ifnewer ca export`"
+                .to_owned(),
+        )),
+        (false, false) => Err(Refused::Impossible(
+            "no trust store is known here: neither update-ca-certificates (install ca-certificates) nor \
+             update-ca-trust"
+                .to_owned(),
+        )),
+    }
+}
+
+fn refresh(root: &Root, removed: bool, done: &mut Done) {
+    let Ok(system) = system(root) else { return };
+    let words = system.command(removed);
+    let line = words.join(" ");
+    if !root.is_real() {
+        done.by_hand.push(format!("{line}, inside the image"));
+        return;
+    }
+    let ran = words
+        .split_first()
+        .map(|(program, arguments)| Command::new(program).args(arguments).output());
+    match ran {
+        Some(Ok(output)) if output.status.success() => done.told.push(format!("ran {line}")),
+        Some(Ok(output)) => {
+            let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+            done.by_hand
+                .push(format!("{line} (it failed: {}; {said})", output.status));
+        }
+        Some(Err(error)) => done
+            .by_hand
+            .push(format!("{line} (it could not be run: {error})")),
+        None => {}
+    }
+}

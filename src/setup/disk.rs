@@ -1,0 +1,191 @@
+//! The files below a root: read, written so that a stop in the middle leaves the old or the new, and put back.
+
+use std::fs::{self, File, OpenOptions, Permissions};
+use std::io::{self, Write};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, chown};
+use std::path::{Component, Path, PathBuf};
+
+use super::Refused;
+use super::plan::Files;
+
+/// A configuration longer than this is something else.
+const FILE_BYTES_MAX: u64 = 16 * 1024 * 1024;
+
+/// The folder in the place of `/`, for images and tests.
+#[derive(Clone, Debug)]
+pub struct Root(PathBuf);
+
+/// Whose a file is, and who may read it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub(super) struct Owner {
+    pub(super) mode: u32,
+    pub(super) uid: u32,
+    pub(super) gid: u32,
+}
+
+impl Root {
+    /// The folder at `path`, which has to exist.
+    pub fn at(path: &Path) -> Result<Self, Refused> {
+        match fs::canonicalize(path) {
+            Ok(path) => Ok(Self(path)),
+            Err(error) => Err(Refused::file("cannot use as --root", path, error)),
+        }
+    }
+
+    /// Whether this is the machine's own root: only there commands can be run and processes told.
+    pub fn is_real(&self) -> bool {
+        self.0 == Path::new("/")
+    }
+
+    /// Where `path`, absolute as the client sees it, is.
+    pub fn place(&self, path: &Path) -> PathBuf {
+        let below = path
+            .components()
+            .filter(|part| matches!(part, Component::Normal(_)));
+        self.0.join(below.collect::<PathBuf>())
+    }
+
+    /// The file that is meant by `path`, through links: a link stays one, its target is what is read and written.
+    pub(super) fn target(&self, path: &Path) -> Result<PathBuf, Refused> {
+        let place = self.place(path);
+        let outside = || Refused::Outside { path: place.clone() };
+        // The deepest part that is there decides; what is missing below it is made.
+        let mut held = place.as_path();
+        let mut missing = Vec::new();
+        loop {
+            match fs::symlink_metadata(held) {
+                Ok(_) => break,
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(Refused::file("cannot read", held, error)),
+            }
+            let (Some(parent), Some(name)) = (held.parent(), held.file_name()) else {
+                return Err(outside());
+            };
+            missing.push(name);
+            held = parent;
+        }
+        let mut target = fs::canonicalize(held).map_err(|_| outside())?;
+        if !target.starts_with(&self.0) {
+            return Err(outside());
+        }
+        target.extend(missing.iter().rev());
+        Ok(target)
+    }
+
+    /// Who owns a file that is there.
+    pub(super) fn owner(&self, path: &Path) -> Result<Option<Owner>, Refused> {
+        let target = self.target(path)?;
+        match fs::metadata(&target) {
+            Ok(metadata) => Ok(Some(Owner {
+                mode: metadata.permissions().mode() & 0o7777,
+                uid: metadata.uid(),
+                gid: metadata.gid(),
+            })),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(Refused::file("cannot read", &target, error)),
+        }
+    }
+
+    /// Writes a whole file: under another name, synced, then renamed. Folders are made.
+    pub(super) fn write(&self, path: &Path, bytes: &[u8], owner: Option<Owner>) -> Result<(), Refused> {
+        let target = self.target(path)?;
+        let folder = target.parent().unwrap_or(&self.0);
+        fs::create_dir_all(folder).map_err(|error| Refused::file("cannot make the folder", folder, error))?;
+        let mut name = target.file_name().unwrap_or_default().to_owned();
+        name.push(".ifnewer-new");
+        let temporary = target.with_file_name(name);
+        let written = write_new(&temporary, bytes, owner).and_then(|()| fs::rename(&temporary, &target));
+        if let Err(error) = written {
+            let _ = fs::remove_file(&temporary);
+            return Err(Refused::file("cannot write", &target, error));
+        }
+        sync(folder)
+    }
+
+    /// Removes a file, if it is there.
+    pub(super) fn remove(&self, path: &Path) -> Result<(), Refused> {
+        let target = self.target(path)?;
+        match fs::remove_file(&target) {
+            Ok(()) => sync(target.parent().unwrap_or(&self.0)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            Err(error) => Err(Refused::file("cannot remove", &target, error)),
+        }
+    }
+
+    /// The folders on the way to `path` that are not there, the outermost first.
+    pub(super) fn missing_folders(&self, path: &Path) -> Vec<PathBuf> {
+        let mut missing: Vec<PathBuf> = path
+            .ancestors()
+            .skip(1)
+            .take_while(|folder| !self.place(folder).exists())
+            .map(Path::to_owned)
+            .collect();
+        missing.reverse();
+        missing
+    }
+
+    /// Removes a folder that is empty; one that is not stays.
+    pub(super) fn remove_folder(&self, folder: &Path) {
+        let _ = fs::remove_dir(self.place(folder));
+    }
+}
+
+impl Files for Root {
+    fn read(&self, path: &Path) -> Result<Option<Vec<u8>>, Refused> {
+        let target = self.target(path)?;
+        let read = fs::metadata(&target).and_then(|metadata| {
+            if metadata.len() > FILE_BYTES_MAX {
+                return Err(io::Error::other("it is far too long for a configuration"));
+            }
+            fs::read(&target)
+        });
+        match read {
+            Ok(bytes) => Ok(Some(bytes)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(Refused::file("cannot read", &target, error)),
+        }
+    }
+
+    fn list(&self, folder: &Path) -> Result<Vec<PathBuf>, Refused> {
+        let place = self.place(folder);
+        let entries = match fs::read_dir(&place) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) => return Err(Refused::file("cannot read", &place, error)),
+        };
+        let mut found = Vec::new();
+        for entry in entries {
+            let entry = entry.map_err(|error| Refused::file("cannot read", &place, error))?;
+            if entry.path().is_file() {
+                found.push(folder.join(entry.file_name()));
+            }
+        }
+        found.sort();
+        Ok(found)
+    }
+}
+
+fn write_new(path: &Path, bytes: &[u8], owner: Option<Owner>) -> io::Result<()> {
+    // Nobody else reads it before its mode is right: what is edited may hold credentials.
+    let mut file = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(path)?;
+    file.write_all(bytes)?;
+    if let Some(owner) = owner {
+        let held = file.metadata()?;
+        if (held.uid(), held.gid()) != (owner.uid, owner.gid) {
+            chown(path, Some(owner.uid), Some(owner.gid))?;
+        }
+    }
+    file.set_permissions(Permissions::from_mode(owner.map_or(0o644, |owner| owner.mode)))?;
+    file.sync_all()
+}
+
+fn sync(folder: &Path) -> Result<(), Refused> {
+    File::open(folder)
+        .and_then(|folder| folder.sync_all())
+        .map_err(|error| Refused::file("cannot sync", folder, error))
+}

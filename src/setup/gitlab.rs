@@ -1,0 +1,131 @@
+//! GitLab Runner's docker executor. Its jobs' images are pulled by the daemon of the host (`setup docker`); its
+//! docker:dind services run daemons of their own, into which a `daemon.json` is mounted by `volumes` in `config.toml`.
+
+use std::path::Path;
+
+use toml::de::{DeTable, DeValue};
+use toml::{Table, Value};
+
+use super::Refused;
+use super::docker;
+use super::plan::{Files, Plan};
+use super::text::Text;
+use super::toml_text;
+use super::way::Way;
+
+const CONFIG: &str = "/etc/gitlab-runner/config.toml";
+
+pub(super) fn plan(way: &Way, files: &dyn Files) -> Result<Plan, Refused> {
+    let mut plan = docker::inside(way, files)?;
+    let mounts = docker::mounts(way);
+    let path = Path::new(CONFIG);
+    match files.read(path)? {
+        None => {
+            let list: Vec<String> = mounts.iter().map(|mount| format!("{mount:?}")).collect();
+            plan.by_hand(format!(
+                "{CONFIG} is not here; where the runner is, write into each [runners.docker]: volumes = [\"/cache\", {}]",
+                list.join(", ")
+            ));
+        }
+        Some(bytes) => {
+            let text = Text::read(path, Some(bytes))?;
+            plan.file(path, with_mounts(path, &text, &mounts)?.into_bytes());
+            plan.note("GitLab Runner reads its config.toml again by itself");
+        }
+    }
+    plan.note("the images of the jobs themselves are pulled by this host's daemon: ifnewer setup docker");
+    Ok(plan)
+}
+
+fn with_mounts(path: &Path, text: &Text, mounts: &[String]) -> Result<Text, Refused> {
+    let by_hand = |detail: &str| Refused::Conflict {
+        path: path.to_owned(),
+        what: detail.to_owned(),
+        remedy: format!("Add by hand to `volumes` in [runners.docker]: {mounts:?}"),
+    };
+    let root = toml_text::read(path, text)?;
+    let runners = root
+        .get("runners")
+        .and_then(Value::as_array)
+        .map(Vec::as_slice)
+        .unwrap_or_default();
+    let mut edited = text.clone();
+    let mut is_docker = false;
+    for (position, runner) in runners.iter().enumerate() {
+        let executor = runner.get("executor").and_then(Value::as_str).unwrap_or_default();
+        if !executor.starts_with("docker") || !runner.get("docker").is_some_and(Value::is_table) {
+            continue;
+        }
+        is_docker = true;
+        edited = with_volumes(&edited, position, mounts)
+            .ok_or_else(|| by_hand("it is written in a way that cannot be added to by machine"))?;
+    }
+    if is_docker {
+        Ok(edited)
+    } else {
+        Err(by_hand("it has no [[runners]] with a docker executor"))
+    }
+}
+
+/// The mounts in the `volumes` of one runner.
+fn with_volumes(text: &Text, runner: usize, mounts: &[String]) -> Option<Text> {
+    let root: Table = toml::from_str(&text.body).ok()?;
+    let docker = root.get("runners")?.get(runner)?.get("docker")?.as_table()?;
+    let held: Vec<Value> = match docker.get("volumes") {
+        Some(volumes) => volumes.as_array()?.clone(),
+        None => Vec::new(),
+    };
+    let missing = mounts.iter().map(|mount| Value::String(mount.clone()));
+    let missing: Vec<Value> = missing.filter(|mount| !held.contains(mount)).collect();
+    if missing.is_empty() {
+        return Some(text.clone());
+    }
+    let mut meant = root.clone();
+    let table = meant
+        .get_mut("runners")?
+        .get_mut(runner)?
+        .get_mut("docker")?
+        .as_table_mut()?;
+    let all = held.into_iter().chain(missing.iter().cloned()).collect();
+    table.insert("volumes".to_owned(), Value::Array(all));
+
+    let list: Vec<String> = missing.iter().map(ToString::to_string).collect();
+    let list = list.join(", ");
+    let candidates = match end_of_volumes(&text.body, runner) {
+        Some((end, is_open)) => {
+            let (until, rest) = text.body.split_at_checked(end)?;
+            let comma = if is_open { ", " } else { "" };
+            vec![text.with(format!(
+                "{}{comma}{list}{rest}",
+                until.trim_end_matches([' ', '\t'])
+            ))]
+        }
+        None => toml_text::after_headers(text, &["runners", "docker"], &format!("volumes = [{list}]\n")),
+    };
+    candidates
+        .into_iter()
+        .find(|edited| toml::from_str::<Table>(&edited.body).is_ok_and(|got| got == meant))
+}
+
+/// Where something can be added to a runner's `volumes`: the end of its last element, and whether a comma is needed
+/// before what is added.
+fn end_of_volumes(body: &str, runner: usize) -> Option<(usize, bool)> {
+    let root = DeTable::parse(body).ok()?;
+    let DeValue::Array(runners) = root.get_ref().get("runners")?.get_ref() else {
+        return None;
+    };
+    let DeValue::Table(runner) = runners.get(runner)?.get_ref() else {
+        return None;
+    };
+    let DeValue::Table(docker) = runner.get("docker")?.get_ref() else {
+        return None;
+    };
+    let volumes = docker.get("volumes")?;
+    let DeValue::Array(items) = volumes.get_ref() else {
+        return None;
+    };
+    match items.last() {
+        Some(last) => Some((last.span().end, true)),
+        None => Some((volumes.span().start + 1, false)),
+    }
+}

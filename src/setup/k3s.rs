@@ -1,0 +1,54 @@
+//! k3s: `registries.yaml`, from which it makes containerd's files. There is no folder for further files, and YAML is not
+//! edited by machine here: one that says something else is left alone.
+
+use std::fmt::Write as _;
+use std::path::Path;
+
+use super::Refused;
+use super::plan::{Files, Plan};
+use super::text::Text;
+use super::way::Way;
+
+const REGISTRIES: &str = "/etc/rancher/k3s/registries.yaml";
+const AUTHORITY: &str = "/etc/rancher/k3s/ifnewer-ca.crt";
+
+pub(super) fn plan(way: &Way, files: &dyn Files) -> Result<Plan, Refused> {
+    let mut plan = Plan::default();
+    let path = Path::new(REGISTRIES);
+    let text = Text::read(path, files.read(path)?)?;
+    let wanted = registries(way);
+    if !text.is_blank() && text.body.replace("\r\n", "\n").trim() != wanted.trim() {
+        return Err(Refused::Conflict {
+            path: path.to_owned(),
+            what: "it is there and says something else; YAML is not merged by machine".to_owned(),
+            remedy: format!("Merge by hand:\n{wanted}"),
+        });
+    }
+    let bytes = if text.is_blank() { text.with(wanted) } else { text };
+    plan.file(path, bytes.into_bytes());
+    if let Some(authority) = &way.authority {
+        plan.file(AUTHORITY, authority.pem());
+    }
+    plan.by_hand("restart k3s on this node: systemctl restart k3s, or k3s-agent; running pods go on");
+    plan.notes.extend(way.warnings.iter().cloned());
+    Ok(plan)
+}
+
+fn registries(way: &Way) -> String {
+    let mut text = String::from("mirrors:\n");
+    for upstream in &way.upstreams {
+        let _ = write!(
+            text,
+            "  \"{upstream}\":\n    endpoint:\n      - \"{}\"\n",
+            way.url()
+        );
+    }
+    if way.authority.is_some() {
+        let _ = write!(
+            text,
+            "configs:\n  \"{}\":\n    tls:\n      ca_file: \"{AUTHORITY}\"\n",
+            way.place()
+        );
+    }
+    text
+}

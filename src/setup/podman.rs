@@ -1,0 +1,105 @@
+//! podman, CRI-O, skopeo and buildah: a file of our own in `registries.conf.d`, which names us as mirror of each registry.
+//!
+//! They say nothing about which registry they mean when they ask a mirror, so each mirror's location ends in the
+//! registry's name.
+
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+
+use toml::{Table, Value};
+
+use super::Refused;
+use super::plan::{Files, Plan};
+use super::text::Text;
+use super::toml_text;
+use super::way::{Scheme, Way};
+
+const MAIN: &str = "/etc/containers/registries.conf";
+const FURTHER: &str = "/etc/containers/registries.conf.d";
+const OURS: &str = "/etc/containers/registries.conf.d/50-ifnewer.conf";
+
+pub(super) fn plan(way: &Way, force: bool, files: &dyn Files) -> Result<Plan, Refused> {
+    let mut others: Vec<PathBuf> = files.list(Path::new(FURTHER))?;
+    others.retain(|path| {
+        path.extension().is_some_and(|extension| extension == "conf") && path != Path::new(OURS)
+    });
+    others.insert(0, PathBuf::from(MAIN));
+    for path in others {
+        if let Some(bytes) = files.read(&path)? {
+            let text = Text::read(&path, Some(bytes))?;
+            objections(&path, &toml_text::read(&path, &text)?, way, force)?;
+        }
+    }
+    let mut plan = Plan::default();
+    let ours = Path::new(OURS);
+    let wanted = registries(way);
+    match files.read(ours)? {
+        Some(held) if held != wanted.as_bytes() && !force => {
+            return Err(Refused::Conflict {
+                path: ours.to_owned(),
+                what: "it is there and says something else".to_owned(),
+                remedy: "With --force it is replaced; --undo brings it back.".to_owned(),
+            });
+        }
+        _ => plan.file(ours, wanted),
+    }
+    if let Some(authority) = &way.authority {
+        plan.file(
+            format!("/etc/containers/certs.d/{}/ca.crt", way.place()),
+            authority.pem(),
+        );
+    }
+    plan.note(
+        "podman, skopeo and buildah read it at every start; a running CRI-O after: systemctl reload crio",
+    );
+    plan.notes.extend(way.warnings.iter().cloned());
+    Ok(plan)
+}
+
+/// Of two sections for one prefix, the file read last wins whole; and version 1 of the format tolerates no other.
+fn objections(path: &Path, root: &Table, way: &Way, force: bool) -> Result<(), Refused> {
+    if root.contains_key("registries") {
+        return Err(Refused::Conflict {
+            path: path.to_owned(),
+            what: "it is in version 1 of the format ([registries.…]), beside which no other file is accepted"
+                .to_owned(),
+            remedy: "Rewrite it in version 2 first: man containers-registries.conf".to_owned(),
+        });
+    }
+    let registries = root.get("registry").and_then(Value::as_array);
+    for registry in registries.into_iter().flatten() {
+        let text = |key: &str| registry.get(key).and_then(Value::as_str);
+        let prefix = text("prefix").or_else(|| text("location")).unwrap_or_default();
+        if !force && way.upstreams.iter().any(|upstream| **upstream == *prefix) {
+            return Err(Refused::Conflict {
+                path: path.to_owned(),
+                what: format!(
+                    "it has a [[registry]] for {prefix} already; of two, the file read last wins whole"
+                ),
+                remedy: format!(
+                    "Put our [[registry.mirror]] there (location = \"{}/{prefix}\") and disable the others, or \
+                     use --force to write {OURS} nevertheless.",
+                    way.place()
+                ),
+            });
+        }
+    }
+    Ok(())
+}
+
+fn registries(way: &Way) -> String {
+    let mut text =
+        String::from("# Written by `ifnewer setup podman`; `ifnewer setup podman --undo` takes it back.\n");
+    for upstream in &way.upstreams {
+        let _ = write!(
+            text,
+            "\n[[registry]]\nprefix = \"{upstream}\"\nlocation = \"{upstream}\"\n\n[[registry.mirror]]\n\
+             location = \"{}/{upstream}\"\n",
+            way.place()
+        );
+        if way.scheme == Scheme::Http {
+            text.push_str("insecure = true\n");
+        }
+    }
+    text
+}

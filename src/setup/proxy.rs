@@ -1,0 +1,116 @@
+//! Interception by `HTTPS_PROXY`: a drop-in for the service's systemd unit. Unlike mirrors it holds for every registry,
+//! and the client cannot fall back past it.
+
+use std::path::{Path, PathBuf};
+
+use super::json::Object;
+use super::plan::{Files, Plan};
+use super::text::Text;
+use super::way::{Scheme, Way};
+use super::{Client, Refused};
+
+/// Where units are extended, ours last but for what the operator calls later.
+const UNITS: &str = "/etc/systemd/system";
+const NAME: &str = "90-ifnewer.conf";
+
+pub(super) fn plan(client: Client, way: &Way, force: bool, files: &dyn Files) -> Result<Plan, Refused> {
+    let unit = match client {
+        Client::Docker => "docker",
+        Client::Containerd => "containerd",
+        Client::K3s => "k3s",
+        Client::Buildkit => "buildkit",
+        Client::Podman | Client::GitlabRunner | Client::Dind => {
+            return Err(Refused::Impossible(format!(
+                "--proxy writes a systemd unit's drop-in, and {} is no such service; set HTTPS_PROXY={} in its \
+                 environment",
+                client.name(),
+                url(way)
+            )));
+        }
+    };
+    let folder = PathBuf::from(format!("{UNITS}/{unit}.service.d"));
+    let ours = folder.join(NAME);
+    if !force {
+        objections(&folder, &ours, files)?;
+        if client == Client::Docker {
+            objection_of_daemon(files)?;
+        }
+    }
+    let mut plan = Plan::default();
+    plan.file(ours, drop_in(way));
+    plan.by_hand("trust the certificate authority on this host, for the service speaks TLS with it in the place of each \
+                  registry: ifnewer ca install");
+    plan.by_hand(format!(
+        "restart the service, which alone reads its environment again: systemctl daemon-reload && systemctl restart \
+         {unit}"
+    ));
+    plan.notes.extend(way.warnings.iter().cloned());
+    Ok(plan)
+}
+
+/// CONNECT is asked for without TLS where that is allowed, which every client can.
+fn url(way: &Way) -> String {
+    match way.scheme {
+        Scheme::Http => format!("http://{}", way.place()),
+        Scheme::Https => format!("https://{}", way.place()),
+    }
+}
+
+fn drop_in(way: &Way) -> String {
+    let url = url(way);
+    format!(
+        "# Written by `ifnewer setup --proxy`; --undo takes it back.\n[Service]\nEnvironment=\"HTTPS_PROXY={url}\"\n\
+         Environment=\"NO_PROXY=localhost,127.0.0.0/8,::1\"\n"
+    )
+}
+
+/// Another proxy for the same unit: of two, one would be lost, and with it perhaps the only way out.
+fn objections(folder: &Path, ours: &Path, files: &dyn Files) -> Result<(), Refused> {
+    for path in files.list(folder)? {
+        if path == ours {
+            continue;
+        }
+        let Some(bytes) = files.read(&path)? else { continue };
+        let text = Text::read(&path, Some(bytes))?;
+        for line in text.body.lines().map(str::trim) {
+            let sets = line.starts_with("Environment") && line.to_ascii_uppercase().contains("HTTPS_PROXY=");
+            if sets || line.starts_with("EnvironmentFile") {
+                return Err(another(&path, &format!("it says {}", without_password(line))));
+            }
+        }
+    }
+    Ok(())
+}
+
+fn objection_of_daemon(files: &dyn Files) -> Result<(), Refused> {
+    let path = Path::new("/etc/docker/daemon.json");
+    let text = Text::read(path, files.read(path)?)?;
+    match Object::read(path, &text)?.get("proxies") {
+        Some(_) => Err(another(
+            path,
+            "it has \"proxies\", which outweighs the environment",
+        )),
+        None => Ok(()),
+    }
+}
+
+fn another(path: &Path, what: &str) -> Refused {
+    Refused::Conflict {
+        path: path.to_owned(),
+        what: what.to_owned(),
+        remedy: "If that is the way out of this network, give it to ifnewer (`proxy` of the upstreams) and take it away \
+                 here; --force writes ours beside it."
+            .to_owned(),
+    }
+}
+
+/// `user:password@` of a proxy's URL is not repeated.
+fn without_password(line: &str) -> String {
+    match (line.find("://"), line.rfind('@')) {
+        (Some(scheme), Some(at)) if scheme < at => {
+            let (head, tail) = (line.get(..scheme + 3), line.get(at..));
+            format!("{}…{}", head.unwrap_or_default(), tail.unwrap_or_default())
+        }
+        _ => line.to_owned(),
+    }
+}

@@ -1,0 +1,216 @@
+//! What was written and what was there before: a small JSON file, and the bytes beside it under their digest.
+
+use std::fs::{self, File, OpenOptions};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{FlockOperation, flock};
+use serde::{Deserialize, Serialize};
+
+use super::Refused;
+use super::disk::{Owner, Root};
+use super::plan::Files;
+use crate::oci::digest::{Algorithm, Digest};
+
+/// Where records are kept. Not in the cache's data folder, which may be deleted at any time.
+const FOLDER: &str = "/var/lib/ifnewer/setup";
+
+/// The records of one job are for the eyes of who did it: what was there before may hold credentials.
+const ONLY_OWNER: u32 = 0o600;
+
+/// What one job has written.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Record {
+    version: u32,
+    pub(super) files: Vec<Written>,
+    /// Made on the way, the outermost first.
+    pub(super) folders: Vec<PathBuf>,
+}
+
+/// One file that was written.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Written {
+    pub(super) path: PathBuf,
+    /// What was there; nothing if the file is ours alone.
+    pub(super) before: Option<Former>,
+    /// The digest of what was written.
+    pub(super) after: String,
+}
+
+/// A file as it was before.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Former {
+    pub(super) digest: String,
+    pub(super) owner: Owner,
+}
+
+/// How a file stands to what was written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum State {
+    /// As it was written.
+    AsWritten,
+    /// As it was before: someone took it back by hand.
+    AsBefore,
+    /// Something else.
+    Changed,
+}
+
+impl Record {
+    pub(super) fn new(files: Vec<Written>, folders: Vec<PathBuf>) -> Self {
+        Self {
+            version: 1,
+            files,
+            folders,
+        }
+    }
+
+    pub(super) fn find(&self, path: &Path) -> Option<&Written> {
+        self.files.iter().find(|written| written.path == path)
+    }
+
+    /// Every digest that undoing or explaining needs.
+    fn digests(&self) -> impl Iterator<Item = &str> {
+        self.files.iter().flat_map(|written| {
+            let before = written.before.as_ref().map(|former| former.digest.as_str());
+            before.into_iter().chain(Some(written.after.as_str()))
+        })
+    }
+}
+
+impl Written {
+    /// How what is there now stands to this.
+    pub(super) fn state(&self, now: Option<&[u8]>) -> State {
+        let digest = now.map(digest);
+        if digest.as_ref() == Some(&self.after) {
+            State::AsWritten
+        } else if digest.as_ref() == self.before.as_ref().map(|former| &former.digest) {
+            State::AsBefore
+        } else {
+            State::Changed
+        }
+    }
+}
+
+/// The digest under which bytes are kept.
+pub(super) fn digest(bytes: &[u8]) -> String {
+    Digest::of(Algorithm::Sha256, bytes).hex()
+}
+
+/// The folder of one job's record.
+pub(super) struct Shelf<'a> {
+    root: &'a Root,
+    folder: PathBuf,
+}
+
+impl<'a> Shelf<'a> {
+    pub(super) fn of(job: &str, root: &'a Root) -> Self {
+        Self {
+            root,
+            folder: Path::new(FOLDER).join(job),
+        }
+    }
+
+    fn record(&self) -> PathBuf {
+        self.folder.join("record.json")
+    }
+
+    /// Keeps others out until dropped.
+    pub(super) fn lock(&self) -> Result<File, Refused> {
+        let folder = self.root.place(Path::new(FOLDER));
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&folder)
+            .map_err(|error| Refused::file("cannot make the folder", &folder, error))?;
+        let path = folder.join("LOCK");
+        let file = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(ONLY_OWNER)
+            .open(&path)
+            .map_err(|error| Refused::file("cannot open", &path, error))?;
+        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => Ok(file),
+            Err(rustix::io::Errno::WOULDBLOCK) => Err(Refused::Busy { path }),
+            Err(errno) => Err(Refused::file("cannot lock", &path, errno.into())),
+        }
+    }
+
+    /// What the job has written, if it has.
+    pub(super) fn load(&self) -> Result<Option<Record>, Refused> {
+        let Some(bytes) = self.root.read(&self.record())? else {
+            return Ok(None);
+        };
+        let wrong = |detail: String| Refused::Record {
+            path: self.root.place(&self.record()),
+            detail,
+        };
+        let record: Record = serde_json::from_slice(&bytes).map_err(|error| wrong(error.to_string()))?;
+        match record.version {
+            1 => Ok(Some(record)),
+            other => Err(wrong(format!("version {other} is not known to this ifnewer"))),
+        }
+    }
+
+    /// Keeps bytes that a record will name.
+    pub(super) fn keep(&self, bytes: &[u8]) -> Result<String, Refused> {
+        let name = digest(bytes);
+        let path = self.folder.join(&name);
+        if self.root.read(&path)?.as_deref() != Some(bytes) {
+            self.root.write(&path, bytes, Some(private()))?;
+        }
+        Ok(name)
+    }
+
+    /// Bytes that were kept.
+    pub(super) fn kept(&self, name: &str) -> Result<Vec<u8>, Refused> {
+        let wrong = |detail: &str| Refused::Record {
+            path: self.root.place(&self.record()),
+            detail: format!("{name} {detail}"),
+        };
+        let bytes = self
+            .root
+            .read(&self.folder.join(name))?
+            .ok_or_else(|| wrong("is missing"))?;
+        if digest(&bytes) == name {
+            Ok(bytes)
+        } else {
+            Err(wrong("is damaged"))
+        }
+    }
+
+    /// Writes the record, after all that it names; then drops what no record names any more.
+    pub(super) fn save(&self, record: &Record) -> Result<(), Refused> {
+        let text = serde_json::to_vec_pretty(record).unwrap_or_default();
+        self.root.write(&self.record(), &text, Some(private()))?;
+        for path in self.root.list(&self.folder)? {
+            let name = path
+                .file_name()
+                .and_then(|name| name.to_str())
+                .unwrap_or_default();
+            if name != "record.json" && !record.digests().any(|digest| digest == name) {
+                self.root.remove(&path)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Forgets the job. The record goes first: what is left without it is litter, not a half record.
+    pub(super) fn clear(&self) -> Result<(), Refused> {
+        self.root.remove(&self.record())?;
+        for path in self.root.list(&self.folder)? {
+            self.root.remove(&path)?;
+        }
+        self.root.remove_folder(&self.folder);
+        Ok(())
+    }
+}
+
+fn private() -> Owner {
+    Owner {
+        mode: ONLY_OWNER,
+        uid: rustix::process::geteuid().as_raw(),
+        gid: rustix::process::getegid().as_raw(),
+    }
+}

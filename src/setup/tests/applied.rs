@@ -1,0 +1,292 @@
+//! Written, written again, and taken back: byte for byte, whatever was there.
+
+use std::fs;
+use std::os::unix::fs::{PermissionsExt, symlink};
+
+use tempfile::TempDir;
+
+use super::*;
+
+const DAEMON: &str = "/etc/docker/daemon.json";
+
+/// A root in a folder that is deleted at the end.
+struct Host {
+    folder: TempDir,
+    root: Root,
+}
+
+impl Host {
+    fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let root = Root::at(folder.path()).unwrap();
+        Self { folder, root }
+    }
+
+    fn place(&self, path: &str) -> PathBuf {
+        self.root.place(Path::new(path))
+    }
+
+    fn put(&self, path: &str, bytes: &[u8]) {
+        let place = self.place(path);
+        fs::create_dir_all(place.parent().unwrap()).unwrap();
+        fs::write(place, bytes).unwrap();
+    }
+
+    fn text(&self, path: &str) -> String {
+        fs::read_to_string(self.place(path)).unwrap()
+    }
+
+    fn apply(&self, way: &Way, force: bool) -> Result<Done, Refused> {
+        let options = Options {
+            force,
+            ..options(Client::Docker)
+        };
+        Job::setup(Client::Docker).apply(&self.root, force, &|files| plan_for(way, &options, files))
+    }
+
+    fn undo(&self, force: bool) -> Result<Done, Refused> {
+        undo(Client::Docker, force, &self.root)
+    }
+
+    /// Every file and folder but the lock, which stays.
+    fn all(&self) -> BTreeMap<PathBuf, Option<Vec<u8>>> {
+        let mut found = BTreeMap::new();
+        let mut folders = vec![self.folder.path().to_owned()];
+        while let Some(folder) = folders.pop() {
+            for entry in fs::read_dir(folder).unwrap() {
+                let path = entry.unwrap().path();
+                if path.starts_with(self.place("/var/lib/ifnewer")) || path == self.place("/var/lib") {
+                    continue;
+                }
+                let is_folder = path.is_dir();
+                found.insert(
+                    path.clone(),
+                    (!is_folder).then(|| fs::read(&path).unwrap_or_default()),
+                );
+                if is_folder {
+                    folders.push(path);
+                }
+            }
+        }
+        found.remove(&self.place("/var"));
+        found
+    }
+}
+
+#[test]
+fn undoing_leaves_files_as_they_were_byte_for_byte() {
+    let before: [Option<&[u8]>; 7] = [
+        None,
+        Some(b""),
+        Some(b"{}"),
+        Some(b"\xef\xbb\xbf{ }\r\n"),
+        Some(b"{\"a\":1}"),
+        Some(b"{\r\n \"a\" : 1\r\n}\r\n\r\n"),
+        Some(b"{\n\t\"registry-mirrors\": [],\n\t\"b\": 2}"),
+    ];
+    for bytes in before {
+        let host = Host::new();
+        if let Some(bytes) = bytes {
+            host.put(DAEMON, bytes);
+        }
+        let all = host.all();
+        let done = host.apply(&remote(), false).unwrap();
+        assert_eq!(done.changed.len(), 2, "{done}");
+        assert!(host.text(DAEMON).contains("https://cache.example.org:5000"));
+        host.undo(false).unwrap();
+        assert_eq!(host.all(), all, "{bytes:?}");
+    }
+}
+
+#[test]
+fn the_second_time_changes_nothing_and_says_so() {
+    let host = Host::new();
+    host.put(DAEMON, b"{\"a\":1}");
+    host.apply(&local(), false).unwrap();
+    let modified = fs::metadata(host.place(DAEMON)).unwrap().modified().unwrap();
+    let done = host.apply(&local(), false).unwrap();
+    assert!(done.changed.is_empty());
+    assert!(done.to_string().starts_with("nothing to do"), "{done}");
+    assert_eq!(
+        fs::metadata(host.place(DAEMON)).unwrap().modified().unwrap(),
+        modified
+    );
+    host.undo(false).unwrap();
+    assert_eq!(host.text(DAEMON), "{\"a\":1}");
+}
+
+#[test]
+fn another_address_takes_the_place_of_the_first_and_undoing_leads_to_the_beginning() {
+    let host = Host::new();
+    host.put(DAEMON, b"{\"a\":1}");
+    let all = host.all();
+    host.apply(&remote(), false).unwrap();
+    host.apply(&local(), false).unwrap();
+    assert!(
+        !host.text(DAEMON).contains("cache.example.org"),
+        "{}",
+        host.text(DAEMON)
+    );
+    assert!(
+        !host
+            .place("/etc/docker/certs.d/cache.example.org:5000/ca.crt")
+            .exists()
+    );
+    host.undo(false).unwrap();
+    assert_eq!(host.all(), all);
+}
+
+#[test]
+fn mode_owner_and_link_stay() {
+    let host = Host::new();
+    host.put("/srv/daemon.json", b"{\"a\":1}");
+    fs::set_permissions(host.place("/srv/daemon.json"), fs::Permissions::from_mode(0o640)).unwrap();
+    fs::create_dir_all(host.place("/etc/docker")).unwrap();
+    symlink("../../srv/daemon.json", host.place(DAEMON)).unwrap();
+    host.apply(&local(), false).unwrap();
+    assert!(host.place(DAEMON).is_symlink());
+    assert!(host.text("/srv/daemon.json").contains("registry-mirrors"));
+    let mode = |path: &str| fs::metadata(host.place(path)).unwrap().permissions().mode() & 0o777;
+    assert_eq!(mode("/srv/daemon.json"), 0o640);
+    host.undo(false).unwrap();
+    assert!(host.place(DAEMON).is_symlink());
+    assert_eq!(host.text("/srv/daemon.json"), "{\"a\":1}");
+    assert_eq!(mode("/srv/daemon.json"), 0o640);
+}
+
+#[test]
+fn a_link_out_of_the_root_or_to_nowhere_is_not_followed() {
+    let outside = tempfile::tempdir().unwrap();
+    fs::write(outside.path().join("daemon.json"), "{}").unwrap();
+    for target in [outside.path().join("daemon.json"), outside.path().join("absent")] {
+        let host = Host::new();
+        fs::create_dir_all(host.place("/etc/docker")).unwrap();
+        symlink(&target, host.place(DAEMON)).unwrap();
+        let refused = host.apply(&local(), false).unwrap_err();
+        assert!(matches!(refused, Refused::Outside { .. }), "{refused}");
+        assert!(
+            !host.place("/var").exists(),
+            "nothing was written, not even a folder"
+        );
+    }
+    assert_eq!(
+        fs::read_to_string(outside.path().join("daemon.json")).unwrap(),
+        "{}"
+    );
+}
+
+#[test]
+fn an_objection_leaves_nothing_behind() {
+    for wrong in ["{", "[]", r#"{"registry-mirrors":["https://m"]}"#] {
+        let host = Host::new();
+        host.put(DAEMON, wrong.as_bytes());
+        let all = host.all();
+        host.apply(&local(), false).unwrap_err();
+        assert_eq!(host.all(), all);
+        assert!(!host.place("/var").exists());
+    }
+}
+
+#[test]
+fn what_was_changed_since_is_not_lost() {
+    let host = Host::new();
+    host.put(DAEMON, b"{\"a\":1}\n");
+    host.apply(&local(), false).unwrap();
+    let changed = host.text(DAEMON).replace("\"a\":1", "\"a\":1,\"b\":2");
+    host.put(DAEMON, changed.as_bytes());
+    for refused in [
+        host.undo(false).unwrap_err(),
+        host.apply(&remote(), false).unwrap_err(),
+    ] {
+        let told = refused.to_string();
+        assert!(matches!(refused, Refused::Changed { .. }), "{told}");
+        assert!(
+            told.contains("\n+{") && told.contains("\"b\":2"),
+            "the difference is shown: {told}"
+        );
+        assert_eq!(host.text(DAEMON), changed);
+    }
+    let done = host.apply(&local(), false).unwrap();
+    assert!(done.changed.is_empty(), "our part is still there: {done}");
+    host.undo(true).unwrap();
+    assert_eq!(host.text(DAEMON), "{\"a\":1}\n");
+}
+
+#[test]
+fn what_was_taken_back_by_hand_is_no_change() {
+    let host = Host::new();
+    host.put(DAEMON, b"{\"a\":1}");
+    host.apply(&local(), false).unwrap();
+    host.put(DAEMON, b"{\"a\":1}");
+    let states = Job::setup(Client::Docker).states(&host.root).unwrap().unwrap();
+    assert_eq!(states, [(PathBuf::from(DAEMON), State::AsBefore)]);
+    host.undo(false).unwrap();
+    assert!(matches!(host.undo(false), Err(Refused::NothingDone(_))));
+}
+
+#[test]
+fn a_stop_after_the_record_and_before_the_files_can_be_undone() {
+    let host = Host::new();
+    host.put(DAEMON, b"{\"a\":1}");
+    let all = host.all();
+    host.apply(&remote(), false).unwrap();
+    // As if it had been stopped after the first of its two files.
+    host.put(DAEMON, b"{\"a\":1}");
+    host.undo(false).unwrap();
+    assert_eq!(host.all(), all);
+}
+
+#[test]
+fn a_failure_in_the_middle_leaves_what_was_there() {
+    let host = Host::new();
+    host.put(DAEMON, b"{\"a\":1}");
+    // The second file's folder is a file, so that it cannot be written.
+    host.put("/etc/docker/certs.d", b"");
+    let all = host.all();
+    host.apply(&remote(), false).unwrap_err();
+    assert_eq!(host.all(), all);
+    assert!(matches!(host.undo(false), Err(Refused::NothingDone(_))));
+}
+
+#[test]
+fn two_at_once_do_not_mix() {
+    let host = Host::new();
+    let shelf = record::Shelf::of("docker", &host.root);
+    let lock = shelf.lock().unwrap();
+    assert!(matches!(host.apply(&local(), false), Err(Refused::Busy { .. })));
+    drop(lock);
+    host.apply(&local(), false).unwrap();
+}
+
+#[test]
+fn what_was_there_before_is_readable_by_its_owner_alone() {
+    let host = Host::new();
+    host.put(DAEMON, b"{\"token\":1}");
+    host.apply(&local(), false).unwrap();
+    for entry in fs::read_dir(host.place("/var/lib/ifnewer/setup/docker")).unwrap() {
+        let path = entry.unwrap().path();
+        assert_eq!(
+            fs::metadata(&path).unwrap().permissions().mode() & 0o077,
+            0,
+            "{}",
+            path.display()
+        );
+    }
+}
+
+#[test]
+fn a_damaged_record_is_not_believed() {
+    let host = Host::new();
+    host.put(DAEMON, b"{\"a\":1}");
+    host.apply(&local(), false).unwrap();
+    let kept = host
+        .place("/var/lib/ifnewer/setup/docker")
+        .join(record::digest(b"{\"a\":1}"));
+    fs::write(kept, "{\"a\":2}").unwrap();
+    let told = host.undo(false).unwrap_err().to_string();
+    assert!(told.contains("damaged"), "{told}");
+    assert!(
+        host.text(DAEMON).contains("registry-mirrors"),
+        "nothing was half undone"
+    );
+}
