@@ -2,6 +2,8 @@
 # Sourced by ./run: makes real images with umoci and pushes them with skopeo. Needs $scratch and `upstream_address`.
 
 layout=$scratch/layout
+big_bytes=$((300 * 1024 * 1024))
+broken_bytes=$((8 * 1024 * 1024))
 
 make_images() {
   mkdir -p "$scratch/rootfs" "$scratch/layers"
@@ -16,6 +18,8 @@ make_images() {
   make_image multi-arm64 "multi on arm64" arm64
   make_image big "three hundred mebibytes" amd64
   add_incompressible big "$big_bytes"
+  make_image broken "broken off again and again" amd64
+  add_incompressible broken "$broken_bytes"
 }
 
 # make_image NAME VERSION ARCHITECTURE: /hello prints VERSION, which is a layer of its own as in a real release.
@@ -45,11 +49,24 @@ add_incompressible() {
   rm "$scratch/layers/noise"
 }
 
+# layers_of IMAGE: the digests of its layers, as they were pushed.
+layers_of() {
+  local manifest
+  manifest=$(jq -r --arg name "$1" \
+    '.manifests[] | select(.annotations["org.opencontainers.image.ref.name"] == $name) | .digest' "$layout/index.json")
+  jq -r '.layers[].digest' "$layout/blobs/sha256/${manifest#sha256:}"
+}
+
+layer_bytes() {
+  stat -c %s "$layout/blobs/sha256/${1#sha256:}"
+}
+
 push_all_images() {
   push demo library/demo:latest
   push other library/other:latest
   push many library/many:latest
   push big library/big:latest
+  push broken library/broken:latest
   push multi-amd64 library/multi:amd64
   push multi-arm64 library/multi:arm64
   push_index library/multi latest amd64 arm64

@@ -1,5 +1,6 @@
 # shellcheck shell=bash
-# Sourced by ./run: the three programs of a scenario (upstream, ifnewer, a private dockerd), each on a free port.
+# Sourced by ./run: what every client's scenarios share: processes, the upstream, the one that breaks off, and ifnewer,
+# each on a free port.
 # A scenario runs in a subshell, so everything worth remembering is a file under $scratch/state.
 
 state=$scratch/state
@@ -39,7 +40,11 @@ stop_everything() {
   for file in "$state"/*.pid; do
     [[ -e $file ]] && stop "$(basename "$file" .pid)"
   done
-  awk -v under="$scratch/" 'index($2, under) == 1 { print $2 }' /proc/mounts | sort -r | xargs -r -n1 umount -l
+  unmount_below "$scratch"
+}
+
+unmount_below() {
+  awk -v under="$1/" 'index($2, under) == 1 { print $2 }' /proc/mounts | sort -r | xargs -r -n1 umount -l
 }
 
 # wait_for NAME SECONDS CONDITION…: until the condition holds; says why not when the process is gone or slow.
@@ -51,6 +56,18 @@ wait_for() {
     ((tries-- > 0)) || fail "$name is not ready in time"
     sleep 0.05
   done
+}
+
+# be_cut_off: fills $cut_off, to be put before a client's command. Every registry but those on loopback is then behind a
+# dead proxy, so that a pull that the mirror failed can only fail, on any machine. With $door tls the client trusts
+# ifnewer's authority.
+be_cut_off() {
+  local ca
+  ca=$(trusted)
+  echo '{}' >"$scratch/no-auth.json"
+  cut_off=(env -u http_proxy -u https_proxy -u all_proxy -u ALL_PROXY -u no_proxy
+    HTTP_PROXY=http://127.0.0.1:1 HTTPS_PROXY=http://127.0.0.1:1 NO_PROXY=127.0.0.1,::1,localhost
+    HOME="$scratch" REGISTRY_AUTH_FILE="$scratch/no-auth.json" ${ca:+"SSL_CERT_FILE=$ca"})
 }
 
 # --- upstream --------------------------------------------------------------------------------------------------
@@ -95,6 +112,33 @@ since_counting() {
   tail -n "+$(($(<"$state/counted") + 1))" "$logs/upstream.out"
 }
 
+# Blobs that the upstream was asked for more than once since start_counting.
+fetched_twice() {
+  since_counting | grep -oE '"GET [^ ]*/blobs/[^ ]*' | sort | uniq -d
+}
+
+# --- the upstream that breaks off --------------------------------------------------------------------------------
+
+# Every reply with a blob ends after so many bytes. ifnewer knows this registry as cut.example.
+cut_bytes=$((1024 * 1024))
+
+start_cutting() {
+  rustc --edition 2024 -O -o "$scratch/cutting-upstream" "$here/cutting.rs"
+  start cutting "$scratch/cutting-upstream" "$(upstream_address)" "$cut_bytes"
+  wait_for cutting 20 grep -q 'listening on ' "$logs/cutting.out"
+  sed -n 's/^listening on //p' "$logs/cutting.out" >"$state/cutting.address"
+}
+
+# cuts REPOSITORY: how many of its replies were cut off.
+cuts() {
+  grep -c "^cut after [0-9]* of GET /v2/$1/blobs/" "$logs/cutting.out" || true
+}
+
+# bytes_through_the_cuts REPOSITORY DIGEST: how many bytes of this blob came through, all replies taken together.
+bytes_through_the_cuts() {
+  sed -nE "s|^(passed\|cut after) ([0-9]+) of GET /v2/$1/blobs/$2 .*|\2|p" "$logs/cutting.out" | awk '{ s += $1 } END { print s + 0 }'
+}
+
 # --- ifnewer ---------------------------------------------------------------------------------------------------
 
 start_ifnewer() {
@@ -116,6 +160,9 @@ folder = "$scratch/ifnewer/certs"
 
 [upstream."docker.io"]
 url = "http://$(upstream_address)"
+
+[upstream."cut.example"]
+url = "http://$(<"$state/cutting.address")"
 EOF
   : >"$logs/ifnewer.out"
   : >"$logs/ifnewer.err"
@@ -143,61 +190,4 @@ announced() {
         split(substr($0, at + length(words)), rest, /[ ,"]/)
         if (index(rest[1], start) == 1) { print rest[1]; exit }
       }'
-}
-
-# --- dockerd ---------------------------------------------------------------------------------------------------
-
-# start_dockerd MIRROR [CA]: a daemon of our own (data, state, socket, configuration, containerd), never the machine's.
-# The Hub is put behind a dead proxy, so that a pull that the mirror failed can only fail, on any machine.
-start_dockerd() {
-  local ca=${2:-}
-  mkdir -p "$scratch/dockerd" "$scratch/docker-cli"
-  jq -n --arg mirror "$1" '{"registry-mirrors": [$mirror]}' >"$scratch/dockerd/daemon.json"
-  rm -f "$scratch/dockerd/pid"
-  : >"$logs/dockerd.err"
-  start dockerd env -u http_proxy -u https_proxy -u all_proxy -u ALL_PROXY \
-    HTTP_PROXY=http://127.0.0.1:1 HTTPS_PROXY=http://127.0.0.1:1 NO_PROXY=127.0.0.1,::1,localhost \
-    ${ca:+"SSL_CERT_FILE=$ca"} \
-    dockerd --config-file "$scratch/dockerd/daemon.json" --host "unix://$scratch/dockerd/sock" \
-    --data-root "$scratch/dockerd/data" --exec-root "$scratch/dockerd/exec" --pidfile "$scratch/dockerd/pid" \
-    --containerd-namespace "ifnewer-$$" --containerd-plugins-namespace "ifnewer-plugins-$$" \
-    --storage-driver vfs --bridge none --iptables=false --ip6tables=false
-  wait_for dockerd 60 docker_ version
-}
-
-stop_dockerd() {
-  stop dockerd
-}
-
-docker_() {
-  DOCKER_HOST=unix://$scratch/dockerd/sock DOCKER_CONFIG=$scratch/docker-cli timeout 300 docker "$@"
-}
-
-forget_images() {
-  docker_ images -q --no-trunc | sort -u | xargs -r env DOCKER_HOST="unix://$scratch/dockerd/sock" \
-    DOCKER_CONFIG="$scratch/docker-cli" docker rmi -f >/dev/null
-}
-
-prints() {
-  expect "what $1 prints" "$2" "$(docker_ run --rm --network none "$1" 2>&1)"
-}
-
-# --- skopeo ----------------------------------------------------------------------------------------------------
-
-# skopeo_through MIRROR INSECURE IMAGE [CA]: copies docker.io/IMAGE by way of the mirror, the Hub cut off as above.
-skopeo_through() {
-  cat >"$scratch/registries.conf" <<EOF
-[[registry]]
-prefix = "docker.io"
-location = "docker.io"
-[[registry.mirror]]
-location = "$1"
-insecure = $2
-EOF
-  rm -rf "$scratch/copied"
-  env -u http_proxy -u https_proxy -u all_proxy -u ALL_PROXY \
-    HTTP_PROXY=http://127.0.0.1:1 HTTPS_PROXY=http://127.0.0.1:1 NO_PROXY=127.0.0.1,::1,localhost \
-    ${4:+"SSL_CERT_FILE=$4"} HOME="$scratch" REGISTRY_AUTH_FILE="$scratch/no-auth.json" \
-    timeout 120 skopeo --registries-conf "$scratch/registries.conf" --insecure-policy \
-    copy -q "docker://docker.io/$3" "dir:$scratch/copied"
 }

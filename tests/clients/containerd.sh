@@ -1,0 +1,124 @@
+# shellcheck shell=bash
+# Sourced by ./run: a private containerd with hosts.toml, driven by `ctr` (client ctr) and by the call that the kubelet
+# makes (client cri).
+
+# --- ctr: resolves and fetches in its own process --------------------------------------------------------------------
+
+ctr_starts() { start_containerd; }
+ctr_stops() { stop containerd KILL; }
+ctr_can_choose() { :; }
+
+# ctr_pulls REF [ARCH]
+ctr_pulls() {
+  be_cut_off
+  ctr_said "${cut_off[@]}" timeout 120 ctr --address "$scratch/containerd/sock" \
+    images pull --hosts-dir "$scratch/containerd/hosts" --snapshotter native --platform "linux/${2:-amd64}" "$1"
+}
+
+ctr_digest() { ctr_ images ls "name==$1" | awk 'NR == 2 { print $3 }'; }
+ctr_says() { runs_in_containerd default "$1"; }
+ctr_has() { has_architecture default "$1"; }
+ctr_forgets() { forget_namespace default; }
+ctr_was_told() { cat "$scratch/ctr-said"; }
+
+ctr_said() {
+  "$@" >"$scratch/ctr-said" 2>&1 || { cat "$scratch/ctr-said"; return 1; }
+}
+
+# --- CRI: the daemon resolves and fetches ----------------------------------------------------------------------------
+
+cri_starts() { start_containerd; }
+cri_stops() { stop containerd KILL; }
+cri_can_choose() { false; }
+
+# What the kubelet calls, without the kubelet: gRPC is one HTTP/2 request, its reply's trailer says how it went. The
+# message is PullImageRequest{image: ImageSpec{image: REF}}, three nested lengths under 128, hence one byte each.
+cri_pulls() {
+  local ref=$1 name
+  : >"$logs/containerd.err"
+  name=$(printf '\\x%02x' $((${#ref} + 4)) 10 $((${#ref} + 2)) 10 ${#ref})
+  printf '%b' "\\x00\\x00\\x00\\x00$name$ref" |
+    curl -sS --max-time 120 --http2-prior-knowledge --unix-socket "$scratch/containerd/sock" \
+      -H 'content-type: application/grpc' -H 'te: trailers' --data-binary @- \
+      -D "$scratch/cri-said" -o /dev/null http://localhost/runtime.v1.ImageService/PullImage
+  cat "$scratch/cri-said"
+  grep -q $'^grpc-status: 0\r*$' "$scratch/cri-said"
+}
+
+cri_digest() { ctr_ --namespace k8s.io images ls "name==$1" | awk 'NR == 2 { print $3 }'; }
+cri_says() { runs_in_containerd k8s.io "$1"; }
+cri_has() { has_architecture k8s.io "$1"; }
+cri_forgets() { forget_namespace k8s.io; }
+
+# The reply tells of the last place tried; what the mirror said before that is in the daemon's log.
+cri_was_told() { cat "$scratch/cri-said" "$logs/containerd.err"; }
+
+# --- both ------------------------------------------------------------------------------------------------------------
+
+ctr_() {
+  timeout 120 ctr --address "$scratch/containerd/sock" "$@"
+}
+
+runs_in_containerd() {
+  ctr_ --namespace "$1" run --rm --snapshotter native "$2" "says-$RANDOM" 2>&1
+}
+
+# The index names both: that the other machine's configuration is held shows which one was pulled.
+has_architecture() {
+  local config
+  config=$(ctr_ --namespace "$1" content get "$(digest_at_upstream library/multi "$2")" | jq -r .config.digest)
+  expect "architecture" "$2" "$(ctr_ --namespace "$1" content get "$config" | jq -r .architecture)"
+}
+
+forget_namespace() {
+  ctr_ --namespace "$1" images ls -q | xargs -r timeout 60 ctr --address "$scratch/containerd/sock" --namespace "$1" \
+    images rm --sync >/dev/null
+}
+
+# A daemon of our own: data, state, sockets and configuration are all below the scratch folder.
+start_containerd() {
+  local at=$scratch/containerd
+  stop containerd KILL
+  unmount_below "$at"
+  rm -rf "$at"
+  mkdir -p "$at"
+  write_hosts "$at/hosts"
+  cat >"$at/config.toml" <<EOF
+version = 2
+root = "$at/root"
+state = "$at/state"
+[grpc]
+  address = "$at/sock"
+[plugins."io.containerd.internal.v1.opt"]
+  path = "$at/opt"
+[plugins."io.containerd.grpc.v1.cri"]
+  stream_server_address = "127.0.0.1"
+  stream_server_port = "0"
+[plugins."io.containerd.grpc.v1.cri".cni]
+  bin_dir = "$at/cni"
+  conf_dir = "$at/cni"
+[plugins."io.containerd.grpc.v1.cri".containerd]
+  snapshotter = "native"
+[plugins."io.containerd.grpc.v1.cri".registry]
+  config_path = "$at/hosts"
+EOF
+  : >"$logs/containerd.err"
+  be_cut_off
+  start containerd "${cut_off[@]}" containerd --config "$at/config.toml"
+  wait_for containerd 60 ctr_ version
+  wait_for containerd 60 grep -q 'containerd successfully booted' "$logs/containerd.err"
+}
+
+# docker.io by a folder of its own; every other registry by the default one, where `?ns=` says which is meant.
+write_hosts() {
+  local ca registry
+  ca=$(trusted)
+  for registry in docker.io _default; do
+    mkdir -p "$1/$registry"
+    {
+      [[ $registry == _default ]] || echo 'server = "https://127.0.0.1:1"'
+      printf '[host."%s"]\n  capabilities = ["pull", "resolve"]\n' "$(mirror)"
+      [[ -z $ca ]] || printf '  ca = "%s"\n' "$ca"
+    } >"$1/$registry/hosts.toml"
+  done
+}
