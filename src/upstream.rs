@@ -45,7 +45,7 @@ pub mod zone;
 
 pub use answer::{Answer, Said};
 pub use dial::{Connector, Dial, DialError, Dialled, Dialling, TlsError};
-pub use fetched::Fetched;
+pub use fetched::{Address, Fetched, Part};
 pub use origin::{Origin, OriginError};
 pub use quirk::Quirk;
 pub use route::{ProxyChoice, ProxyError};
@@ -188,50 +188,6 @@ impl Upstream {
             silent.get_or_insert(answer);
         }
         self.was_silent(silent)
-    }
-
-    /// Fetches `operation`, from byte `from` on if given (`Range: bytes=N-`; an upstream that ignores it answers from
-    /// the start, see [`Fetched::start`]). `Err` is whatever is not a 200 or 206.
-    pub async fn get(
-        &self,
-        caller: &Caller,
-        operation: &Operation,
-        accept: &Accept,
-        from: Option<u64>,
-    ) -> Result<Fetched, Answer> {
-        let lane = if matches!(operation, Operation::Blob { .. }) {
-            &self.0.transfers
-        } else {
-            &self.0.questions
-        };
-        let Some(permit) = self.permit(lane).await else {
-            return Err(Answer::silent(Cause::Busy));
-        };
-        let mut silent = None;
-        for (position, origin) in self.0.urls.iter().enumerate() {
-            let idle = self.0.timeouts.idle;
-            match self
-                .question(origin, caller, operation, accept)
-                .get(from, idle)
-                .await
-            {
-                Ok(mut fetched) => {
-                    self.0.note_limit(&fetched.rate_limit);
-                    self.answered();
-                    fetched.permit = Some(permit);
-                    return Ok(fetched);
-                }
-                Err(answer) => {
-                    self.0.note(position, caller, &answer);
-                    if answer.silence().is_none() {
-                        self.answered();
-                        return Err(*answer);
-                    }
-                    silent.get_or_insert(*answer);
-                }
-            }
-        }
-        Err(self.was_silent(silent))
     }
 
     /// [`Cause::BreakerOpen`] while the upstream is known to be silent: who holds a copy need not ask.

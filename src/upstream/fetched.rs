@@ -1,4 +1,4 @@
-//! A 2xx answer to a GET, and its body as it arrives.
+//! GET: which part, from which address, and its 2xx answer with a body that arrives.
 
 use std::fmt;
 
@@ -6,11 +6,42 @@ use bytes::Bytes;
 use http::{HeaderMap, StatusCode};
 use tokio::sync::OwnedSemaphorePermit;
 
+use super::Upstream;
+use super::answer::Answer;
 use super::client::Body;
+use super::settings::Caller;
+use crate::oci::accept::Accept;
 use crate::oci::cause::Cause;
 use crate::oci::digest::Digest;
 use crate::oci::header::RateLimit;
 use crate::oci::manifest::MediaType;
+use crate::oci::operation::Operation;
+
+/// One of an upstream's addresses, by its position.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Address(pub(super) usize);
+
+/// Which bytes are asked for, and where not to begin.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Part {
+    /// The first byte.
+    pub from: u64,
+    /// The byte after the last; `None`: to the end.
+    pub until: Option<u64>,
+    /// The address that broke off last time: the next ones are asked before it.
+    pub after: Option<Address>,
+}
+
+impl Part {
+    /// The `Range` header, unless everything is asked for.
+    pub(super) fn range(&self) -> Option<String> {
+        match (self.from, self.until) {
+            (0, None) => None,
+            (from, None) => Some(format!("bytes={from}-")),
+            (from, Some(until)) => Some(format!("bytes={from}-{}", until.saturating_sub(1))),
+        }
+    }
+}
 
 /// What a GET brought. Dropping it ends the transfer. Nothing in it is verified: digest and length are promises.
 pub struct Fetched {
@@ -28,11 +59,86 @@ pub struct Fetched {
     pub total: Option<u64>,
     /// What the upstream says is left of the caller's allowance.
     pub rate_limit: RateLimit,
+    /// Which of the upstream's addresses it came from.
+    pub address: Address,
     /// All headers of the answer. Only named ones may be passed on (`Link`, `OCI-Filters-Applied`).
     pub headers: HeaderMap,
     pub(super) body: Body,
     /// Held until the transfer ends.
     pub(super) permit: Option<OwnedSemaphorePermit>,
+}
+
+impl Upstream {
+    /// Fetches `operation`, from byte `from` on if given (`Range: bytes=N-`; an upstream that ignores it answers from
+    /// the start, see [`Fetched::start`]). `Err` is whatever is not a 200 or 206.
+    pub async fn get(
+        &self,
+        caller: &Caller,
+        operation: &Operation,
+        accept: &Accept,
+        from: Option<u64>,
+    ) -> Result<Fetched, Answer> {
+        let part = Part {
+            from: from.unwrap_or(0),
+            ..Part::default()
+        };
+        self.get_part(caller, operation, accept, part).await
+    }
+
+    /// Fetches a part of `operation`, not first from where it broke off. Among several addresses a no is then not the last
+    /// word: the one that began it has said yes, and a mirror may lack what another has.
+    pub async fn get_part(
+        &self,
+        caller: &Caller,
+        operation: &Operation,
+        accept: &Accept,
+        part: Part,
+    ) -> Result<Fetched, Answer> {
+        let lane = if matches!(operation, Operation::Blob { .. }) {
+            &self.0.transfers
+        } else {
+            &self.0.questions
+        };
+        let Some(permit) = self.permit(lane).await else {
+            return Err(Answer::silent(Cause::Busy));
+        };
+        let (mut silent, mut no) = (None, None);
+        let count = self.0.urls.len();
+        let first = part.after.map_or(0, |Address(last)| last + 1);
+        for step in 0..count {
+            let position = (first + step) % count;
+            let Some(origin) = self.0.urls.get(position) else {
+                continue;
+            };
+            let question = self.question(origin, caller, operation, accept);
+            match question.get(part, Address(position), self.0.timeouts.idle).await {
+                Ok(mut fetched) => {
+                    self.0.note_limit(&fetched.rate_limit);
+                    self.answered();
+                    fetched.permit = Some(permit);
+                    return Ok(fetched);
+                }
+                Err(answer) => {
+                    self.0.note(position, caller, &answer);
+                    if answer.silence().is_some() {
+                        silent.get_or_insert(*answer);
+                        continue;
+                    }
+                    self.answered();
+                    if part.after.is_none() {
+                        return Err(*answer);
+                    }
+                    no.get_or_insert(*answer);
+                }
+            }
+        }
+        // Of those that answer, one that is silent may yet say yes.
+        match (silent, no) {
+            (None, Some(no)) => Err(no),
+            (Some(silent), Some(_)) => Err(silent),
+            (silent, None) => Err(self.was_silent(silent)),
+        }
+    }
 }
 
 impl Fetched {

@@ -9,7 +9,7 @@ use super::Caller;
 use super::answer::{Answer, Said, header_digest};
 use super::client::{Body, Reply, content_length};
 use super::exchange::{Ask, Exchange, Refusal};
-use super::fetched::Fetched;
+use super::fetched::{Address, Fetched, Part};
 use super::origin::Origin;
 use super::quirk::{Quirk, Quirks};
 use crate::oci::accept::Accept;
@@ -213,23 +213,25 @@ impl Question<'_> {
         Answer::read(self.operation, reply.status, &reply.headers)
     }
 
-    /// The bytes, from `from` on if the registry knows how.
+    /// The bytes; only those of `part` if the registry knows how.
     pub(super) async fn get(
         &self,
-        from: Option<u64>,
+        part: Part,
+        address: Address,
         idle: std::time::Duration,
     ) -> Result<Fetched, Box<Answer>> {
-        let range = from.map(|from| HeaderValue::try_from(format!("bytes={from}-")));
+        let range = part.range().map(HeaderValue::try_from);
         let range = range.transpose().map_err(|_| Answer::silent(Cause::Malformed))?;
+        let ranged = range.is_some();
         let reply = self
             .ask(Method::GET, range)
             .await
             .map_err(|refusal| refusal.answer)?;
         let length = content_length(&reply.headers);
-        let (start, total) = match (reply.status, from) {
+        let (start, total) = match (reply.status, ranged) {
             (StatusCode::OK, _) => (0, length),
-            (StatusCode::PARTIAL_CONTENT, Some(from)) => match content_range(&reply.headers) {
-                Some((start, total)) if start == from => (start, total),
+            (StatusCode::PARTIAL_CONTENT, true) => match content_range(&reply.headers) {
+                Some((start, total)) if start == part.from => (start, total),
                 _ => return Err(Answer::silent(Cause::Malformed).into()),
             },
             _ => return Err(Answer::silent(Cause::Malformed).into()),
@@ -243,6 +245,7 @@ impl Question<'_> {
             start,
             total,
             rate_limit: RateLimit::read(&reply.headers),
+            address,
             body: Body::new(reply.body, length, idle),
             headers: reply.headers,
             permit: None,

@@ -187,3 +187,67 @@ async fn headers_beyond_the_limit_are_refused() {
     let answer = upstream(&[&registry]).head(&anonymous(), &tag(), &accept()).await;
     assert_eq!(answer.said, Said::Silent(Cause::Malformed));
 }
+
+#[tokio::test]
+async fn a_part_is_asked_for_and_no_more() {
+    let registry = Registry::start(move |seen| {
+        assert_eq!(seen.header("range"), Some("bytes=1-2"));
+        answer(206).header("content-range", "bytes 1-2/5").body("yt")
+    })
+    .await;
+    let part = Part {
+        from: 1,
+        until: Some(3),
+        after: None,
+    };
+    let fetched = upstream(&[&registry])
+        .get_part(&anonymous(), &blob("bytes"), &accept(), part)
+        .await
+        .unwrap();
+    assert_eq!(
+        (fetched.start, fetched.length, fetched.total),
+        (1, Some(2), Some(5))
+    );
+}
+
+#[tokio::test]
+async fn after_a_break_the_next_address_is_asked_first() {
+    let play = |_: &registry::Seen| answer(206).header("content-range", "bytes 2-4/5").body("tes");
+    let (one, two) = (Registry::start(play).await, Registry::start(play).await);
+    let upstream = upstream(&[&one, &two]);
+    let mut part = Part {
+        from: 2,
+        ..Part::default()
+    };
+    for asked in [(1, 0), (1, 1), (2, 1)] {
+        let fetched = upstream
+            .get_part(&anonymous(), &blob("bytes"), &accept(), part)
+            .await
+            .unwrap();
+        part.after = Some(fetched.address);
+        assert_eq!((one.seen().len(), two.seen().len()), asked);
+    }
+}
+
+#[tokio::test]
+async fn after_a_break_a_no_is_not_the_last_word_while_there_is_another_address() {
+    let good = Registry::start(|_| answer(206).header("content-range", "bytes 2-4/5").body("tes")).await;
+    let lacking = Registry::start(|_| answer(404)).await;
+    let resumed = Part {
+        from: 2,
+        until: None,
+        after: Some(Address(0)),
+    };
+    let get = async |upstream: Upstream, part| {
+        upstream
+            .get_part(&anonymous(), &blob("bytes"), &accept(), part)
+            .await
+            .map(|fetched| fetched.address)
+            .map_err(|answer| answer.said)
+    };
+    assert_eq!(get(upstream(&[&good, &lacking]), resumed).await, Ok(Address(0)));
+    assert_eq!(get(upstream(&[&lacking]), resumed).await, Err(Said::Absent));
+    // The first question is another matter: the addresses hold the same, so a no is a no.
+    let first = Part::default();
+    assert_eq!(get(upstream(&[&lacking, &good]), first).await, Err(Said::Absent));
+}
