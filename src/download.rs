@@ -7,12 +7,26 @@
 //! transfer then runs apart from every client, in a task of its own. It writes the bytes to an ingest file and
 //! publishes how far readers may go. A [`Reader`] reads that growing file at any offset, waits where it has caught up,
 //! and costs one buffer. The last [`WITHHELD_BYTES`] are published only when the digest is right, so no reader ever
-//! holds a whole wrong blob; a failure is an error to every reader, never a clean end. A transfer that breaks is resumed from
-//! where it stopped. The blob is fsynced and named after the readers have their bytes, not before.
+//! holds a whole wrong blob; a failure is an error to every reader, never a clean end. The blob is fsynced and named after
+//! the readers have their bytes, not before.
+//!
+//! A transfer that breaks, drips or is answered with an error midway is resumed from where it stopped, at the next address if
+//! the upstream has several, while its readers wait. One that ends all the same, or with the process, leaves what it wrote to
+//! the next asker of that blob, who gets those bytes at once: they are read again and agree with the marks that
+//! were made as they arrived, so they are exactly as good as when they did. If what was put together from several
+//! answers is wrong in the end, it is fetched once more from the start; readers that were given some of the
+//! wrong bytes break, the others never notice.
 //!
 //! Scope: who may join is not decided here. The road lets nobody follow on another's right.
+//!
+//! * `progress`: a transfer as its readers see it. * `reader`: also the parts that lie far ahead. * `transfer`: from the first
+//!   answer to the name. * `receive`: from the upstream, again and again. * `writer`: into the file.
 
+mod progress;
+mod reader;
+mod receive;
 mod transfer;
+mod writer;
 
 #[cfg(test)]
 mod tests;
@@ -21,22 +35,28 @@ use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::fmt;
 use std::future::Future;
-use std::io;
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
 use tokio::sync::{Semaphore, watch};
 
+use crate::oci::range::Span;
 use crate::oci::{Cause, Digest};
 use crate::store::blobs::{HeldBlob, Mismatch};
-use crate::store::step::{Buffers, STEP_BYTES, read_step};
-use crate::store::volume::VolumeFile;
+use crate::store::step::Buffers;
 use crate::store::{Fault, Store};
 use crate::upstream::{Answer, Fetched};
 
+pub use self::progress::Opened;
+use self::progress::{Download, Place, Progress};
+pub use self::reader::{AHEAD_BYTES_MAX, FAR_AHEAD_BYTES, Reader};
+
 /// How much of a blob is kept from every reader until its digest is known to be right.
 pub const WITHHELD_BYTES: u64 = 64 * 1024;
+
+/// Parts far ahead that are asked for at once; the others wait for the fill.
+const AHEAD_PARTS_MAX: usize = 16;
 
 /// The transfers now running. A value owned by the server, not a global.
 #[derive(Clone)]
@@ -50,6 +70,7 @@ struct Shared {
     running: Mutex<HashMap<Digest, Arc<Download>>>,
     places: Semaphore,
     transfers_max: usize,
+    ahead_places: Arc<Semaphore>,
 }
 
 /// What one finds on joining.
@@ -64,9 +85,19 @@ pub enum Joined {
 
 /// How the bytes are reached. Opened again, from where the transfer stopped, each time the upstream breaks.
 pub trait Source: Send + 'static {
-    /// Opens the blob from byte `from` on. A stream that starts earlier is accepted; the surplus is skipped.
+    /// Opens the blob from byte `from` on. A stream that starts earlier is accepted; the surplus is skipped. Called again after
+    /// a stream broke, it should turn to another address if it has one.
     fn open(&mut self, from: u64) -> impl Future<Output = Result<Stream, Answer>> + Send;
 }
+
+/// How a part far ahead of the fill is reached, with the right of the one who wants it.
+pub trait Ahead: Send + 'static {
+    /// Asks for exactly these bytes; `None` if they cannot be had alone.
+    fn open(&mut self, span: Span) -> Part<'_>;
+}
+
+/// A part that is being asked for.
+pub type Part<'a> = Pin<Box<dyn Future<Output = Option<Box<dyn Chunks>>> + Send + 'a>>;
 
 /// An opened transfer.
 pub struct Stream {
@@ -134,6 +165,7 @@ impl Downloads {
             running: Mutex::default(),
             places: Semaphore::new(transfers_max),
             transfers_max,
+            ahead_places: Arc::new(Semaphore::new(AHEAD_PARTS_MAX)),
         };
         Self {
             shared: Arc::new(shared),
@@ -147,18 +179,14 @@ impl Downloads {
     pub fn join(&self, digest: Digest) -> Joined {
         let mut running = self.shared.running();
         match running.entry(digest) {
-            Entry::Occupied(download) => Joined::Follower(Reader::new(download.get(), &self.shared.buffers)),
+            Entry::Occupied(download) => Joined::Follower(Reader::new(download.get(), &self.shared)),
             Entry::Vacant(place) => {
                 // A fault here is a miss; the transfer itself will meet it again and say so.
                 if let Ok(Some(held)) = self.shared.store.blob(&digest) {
                     return Joined::Held(held);
                 }
                 let (progress, _) = watch::channel(Progress::Opening);
-                let download = Arc::new(Download {
-                    digest,
-                    opened: OnceLock::new(),
-                    progress,
-                });
+                let download = Arc::new(Download { digest, progress });
                 place.insert(Arc::clone(&download));
                 Joined::Leader(Leader {
                     place: Place {
@@ -180,9 +208,7 @@ impl Downloads {
     /// Whether the upstream has begun to send this blob.
     pub fn is_arriving(&self, digest: &Digest) -> bool {
         let running = self.shared.running();
-        running
-            .get(digest)
-            .is_some_and(|download| download.opened.get().is_some())
+        running.get(digest).is_some_and(|download| download.is_open())
     }
 
     /// Whether at least half of the places are free, so that what nobody waits for may be begun.
@@ -203,67 +229,6 @@ impl Shared {
     }
 }
 
-/// One transfer, as its readers see it.
-struct Download {
-    digest: Digest,
-    opened: OnceLock<Opened>,
-    progress: watch::Sender<Progress>,
-}
-
-/// What is known once the upstream has begun to answer.
-#[derive(Clone)]
-pub struct Opened {
-    /// The size of the whole blob, where the upstream said it.
-    pub size: Option<u64>,
-    file: Arc<dyn VolumeFile>,
-}
-
-#[derive(Clone)]
-enum Progress {
-    Opening,
-    /// Bytes before this offset may be read.
-    Readable(u64),
-    /// Verified; this is its size.
-    Complete(u64),
-    Failed(Arc<Failure>),
-}
-
-/// A transfer's place in the map: leaving it, however that comes about, lets the next asker lead.
-struct Place {
-    shared: Arc<Shared>,
-    download: Arc<Download>,
-}
-
-impl Place {
-    /// Leaves first and tells the readers after, so that one who joins again on a failure never finds the failed one.
-    fn leave(&self, last: Progress) {
-        self.shared.running().remove(&self.download.digest);
-        self.download.progress.send_replace(last);
-    }
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        let mut running = self.shared.running();
-        if running
-            .get(&self.download.digest)
-            .is_some_and(|found| Arc::ptr_eq(found, &self.download))
-        {
-            running.remove(&self.download.digest);
-        }
-        drop(running);
-        let unfinished = matches!(
-            &*self.download.progress.borrow(),
-            Progress::Opening | Progress::Readable(_)
-        );
-        if unfinished {
-            self.download
-                .progress
-                .send_replace(Progress::Failed(Arc::new(Failure::Abandoned)));
-        }
-    }
-}
-
 /// The duty to bring the bytes. Dropped unused, it fails its followers, who then join again.
 #[must_use = "followers wait for the leader to start"]
 pub struct Leader {
@@ -273,103 +238,8 @@ pub struct Leader {
 impl Leader {
     /// Starts the transfer in a task of its own, which no client's leaving ends.
     pub fn start<S: Source>(self, source: S) -> Reader {
-        let reader = Reader::new(&self.place.download, &self.place.shared.buffers);
+        let reader = Reader::new(&self.place.download, &self.place.shared);
         tokio::spawn(transfer::run(self.place, source));
         reader
     }
-}
-
-/// Reads a blob while it arrives.
-pub struct Reader {
-    download: Arc<Download>,
-    progress: watch::Receiver<Progress>,
-    buffers: Buffers,
-    position: u64,
-    end: Option<u64>,
-}
-
-impl Reader {
-    fn new(download: &Arc<Download>, buffers: &Buffers) -> Self {
-        Self {
-            progress: download.progress.subscribe(),
-            download: Arc::clone(download),
-            buffers: buffers.clone(),
-            position: 0,
-            end: None,
-        }
-    }
-
-    /// Waits until the upstream has begun to answer.
-    pub async fn opened(&mut self) -> Result<Opened, Arc<Failure>> {
-        loop {
-            if let Progress::Failed(failure) = &*self.progress.borrow_and_update() {
-                return Err(Arc::clone(failure));
-            }
-            if let Some(opened) = self.download.opened.get() {
-                return Ok(opened.clone());
-            }
-            if self.progress.changed().await.is_err() {
-                return Err(Arc::new(Failure::Abandoned));
-            }
-        }
-    }
-
-    /// Waits until the blob is verified, or known not to be.
-    pub async fn settled(&mut self) -> Result<(), Arc<Failure>> {
-        let over = |progress: &Progress| matches!(progress, Progress::Complete(_) | Progress::Failed(_));
-        match self.progress.wait_for(over).await.as_deref() {
-            Ok(Progress::Failed(failure)) => Err(Arc::clone(failure)),
-            Ok(_) => Ok(()),
-            Err(_) => Err(Arc::new(Failure::Abandoned)),
-        }
-    }
-
-    /// Limits the reader to the bytes from `start` up to, not including, `end`.
-    #[must_use]
-    pub fn within(mut self, start: u64, end: u64) -> Self {
-        self.position = start;
-        self.end = Some(end);
-        self
-    }
-
-    /// The next bytes, as soon as there are any; `None` at the end. After an error there is nothing more.
-    pub async fn next(&mut self) -> Option<Result<Bytes, Arc<Failure>>> {
-        let opened = match self.opened().await {
-            Ok(opened) => opened,
-            Err(failure) => return Some(Err(failure)),
-        };
-        loop {
-            let (readable, complete) = match &*self.progress.borrow_and_update() {
-                Progress::Failed(failure) => return Some(Err(Arc::clone(failure))),
-                Progress::Opening => (0, false),
-                Progress::Readable(readable) => (*readable, false),
-                Progress::Complete(size) => (*size, true),
-            };
-            let readable = self.end.map_or(readable, |end| readable.min(end));
-            if readable > self.position {
-                return Some(self.read(&opened.file, readable).await);
-            }
-            if complete || self.end.is_some_and(|end| self.position >= end) {
-                return None;
-            }
-            if self.progress.changed().await.is_err() {
-                return Some(Err(Arc::new(Failure::Abandoned)));
-            }
-        }
-    }
-
-    async fn read(&mut self, file: &Arc<dyn VolumeFile>, until: u64) -> Result<Bytes, Arc<Failure>> {
-        let wanted = usize::try_from(until - self.position)
-            .unwrap_or(STEP_BYTES)
-            .min(STEP_BYTES);
-        let bytes = read_step(file, self.position, wanted, &self.buffers)
-            .await
-            .map_err(|error| Arc::new(Failure::Store(unreadable(&error))))?;
-        self.position += bytes.len() as u64;
-        Ok(bytes)
-    }
-}
-
-fn unreadable(error: &io::Error) -> Fault {
-    Fault::io("read the ingest of a download", "ingest", error)
 }

@@ -123,7 +123,7 @@ fn run(program: impl Future<Output = ExitCode>) -> ExitCode {
     match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => {
             let code = runtime.block_on(program);
-            // Downloads that nobody waits for any more are given up; what they wrote is cleared at the next start.
+            // Downloads that nobody waits for any more are given up; what they wrote is gone on with after the next start.
             runtime.shutdown_background();
             code
         }

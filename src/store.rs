@@ -12,7 +12,7 @@
 //! refs/ab/<hash>              upstream, repository, tag → digest, per set of accepted media types
 //! seen/ab/<hash>              which digests the upstream was seen to have in a repository; whether it is public
 //! listings/<slot>             the last list of tags or referrers, for an outage
-//! ingest/<n>                  what is being written; emptied at start
+//! ingest/<n>                  what is being written; ingest/<digest>: what an interrupted download left
 //! quarantine/                 what failed verification
 //! index/                      sled: a projection, may be lost
 //! ```
@@ -31,6 +31,8 @@ pub mod blobs;
 mod cache;
 mod grants;
 mod index;
+pub mod ingest;
+pub mod leftover;
 pub mod listings;
 mod lock;
 pub mod manifests;
@@ -60,7 +62,7 @@ use self::index::thread::{Home, IndexHandle};
 use self::lock::Lock;
 use self::record::to_millis;
 use self::usage::{Counters, Usage};
-use self::volume::{UNNAMED_FOLDER, Volume};
+use self::volume::Volume;
 
 const QUARANTINE_FOLDER: &str = "quarantine";
 
@@ -218,7 +220,7 @@ impl Store {
     pub fn open(settings: &Settings, volume: Arc<dyn Volume>, now: SystemTime) -> Result<Self, OpenError> {
         let lock = volume.folder().map(Lock::take).transpose()?;
         let secret = secret::read_or_make(volume.as_ref())?;
-        remove_leftovers(volume.as_ref());
+        let leftovers = leftover::Leftovers::find(volume.as_ref(), now);
         let home = volume.folder().map_or(Home::Memory, |folder| Home::Folder {
             volume: Arc::clone(&volume),
             index: folder.join("index"),
@@ -250,7 +252,7 @@ impl Store {
         };
         let scan = scan.map_err(|error| Fault::io("start the thread to count", "blobs", &error))?;
         Ok(Self {
-            blobs: Arc::new(blobs::Blobs::new(settings, &volume, &index, &usage)),
+            blobs: Arc::new(blobs::Blobs::new(settings, &volume, &index, &usage, leftovers)),
             manifests: manifests::Manifests::new(settings, &volume, &usage),
             seen: seen::SeenFiles::new(&volume),
             listings: listings::Listings::new(&volume),
@@ -315,13 +317,6 @@ impl std::fmt::Debug for Store {
         f.debug_struct("Store")
             .field("folder", &self.volume.folder())
             .finish_non_exhaustive()
-    }
-}
-
-/// What an earlier process was writing. A transfer could be resumed from it; for now it is begun again.
-fn remove_leftovers(volume: &dyn Volume) {
-    if let Err(error) = volume.remove_folder_all(Path::new(UNNAMED_FOLDER)) {
-        tracing::warn!(%error, "could not remove what was left in {UNNAMED_FOLDER}");
     }
 }
 

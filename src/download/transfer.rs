@@ -1,237 +1,203 @@
-//! The transfer itself: upstream → file, hashed on the way, resumed when it breaks.
+//! The transfer itself: begun anew or with what an interrupted one left, and verified; wrong bytes that were put
+//! together from several answers are fetched once more from the start.
 
 use std::sync::Arc;
-use std::time::Duration;
 
-use bytes::Bytes;
 use tokio::sync::mpsc;
 use tokio::task::spawn_blocking;
 
-use super::{Download, Failure, Opened, Place, Progress, Source, Stream, WITHHELD_BYTES};
+use super::progress::{Attempt, Opened, Place};
+use super::receive::{QUEUE_CHUNKS_MAX, Receiving, Stopped};
+use super::writer::Writer;
+use super::{Failure, Source, Stream};
 use crate::oci::{Cause, Hasher};
-use crate::store::Fault;
-use crate::store::blobs::{Ingest, Verified};
-
-/// Chunks on their way from the network to the disk; a full queue slows the upstream, not the memory.
-const QUEUE_CHUNKS_MAX: usize = 16;
-
-/// Resumptions in a row that brought no byte.
-const FRUITLESS_RESUMES_MAX: u32 = 5;
-
-const RESUME_PAUSE: Duration = Duration::from_millis(100);
+use crate::store::blobs::Verified;
+use crate::store::ingest::Ingest;
+use crate::store::leftover::{Leftover, Resumed};
+use crate::upstream::{Answer, Said};
 
 /// Runs one transfer to its end and leaves the map.
 pub(super) async fn run<S: Source>(place: Place, source: S) {
-    match fill(&place, source).await {
-        Ok(()) => {}
-        Err(failure) => {
-            tracing::debug!(digest = %place.download.digest, %failure, "download failed");
-            place.leave(Progress::Failed(Arc::new(failure)));
-        }
+    if let Err(failure) = fill(&place, source).await {
+        tracing::debug!(digest = %place.download.digest, %failure, "download failed");
+        place.fail(failure);
     }
 }
 
 async fn fill<S: Source>(place: &Place, mut source: S) -> Result<(), Failure> {
     // The semaphore is never closed; were it, running without a limit would be the lesser harm.
     let _permit = place.shared.places.acquire().await.ok();
-    let stream = source
-        .open(0)
-        .await
-        .map_err(|answer| Failure::Refused(Box::new(answer)))?;
-    let total = stream.total;
-    let ingest = begin(place, total).await?;
-    let opened = Opened {
-        size: total,
-        file: ingest.file(),
-    };
-    place.download.opened.get_or_init(|| opened);
-    place.download.progress.send_replace(Progress::Readable(0));
-
-    let (queue, chunks) = mpsc::channel(QUEUE_CHUNKS_MAX);
-    let download = Arc::clone(&place.download);
-    let writer = spawn_blocking(move || Writer::new(ingest, total, download).run(chunks));
-    let received = receive(&mut source, stream, &queue).await;
-    if received.is_ok() {
-        // Fails only if the writer has failed, which its own result tells.
-        let _ = queue.send(Piece::End).await;
-    }
-    drop(queue);
-    let written = writer.await.unwrap_or(Err(Failure::Abandoned));
-    match (received, written) {
-        (Err(Stopped::Upstream(cause)), _) => Err(Failure::Broken(cause)),
-        (_, Err(failure)) => Err(failure),
-        (Err(Stopped::Writer), Ok(_)) => Err(Failure::Abandoned),
-        (Ok(()), Ok(verified)) => {
-            keep(place, verified).await;
-            Ok(())
+    let begun = begin(place, &mut source).await?;
+    let total = begun.total;
+    let (ended, mended) = transfer(place, &mut source, begun).await;
+    let (ingest, verified) = match ended {
+        Err(Failure::Wrong(mismatch)) if mended => {
+            tracing::warn!(digest = %place.download.digest, %mismatch, "bytes put together from several answers are wrong; fetching once more from the start");
+            // If that fails as well, the first failure is the one to tell.
+            let Ok(begun) = begin_again(place, &mut source, total).await else {
+                return Err(Failure::Wrong(mismatch));
+            };
+            transfer(place, &mut source, begun).await.0?
         }
-    }
+        ended => ended?,
+    };
+    keep(place, ingest, verified).await;
+    Ok(())
 }
 
-async fn begin(place: &Place, total: Option<u64>) -> Result<Ingest, Failure> {
-    let store = Arc::clone(&place.shared.store);
-    let digest = place.download.digest;
-    match spawn_blocking(move || store.begin(&digest, total)).await {
-        Ok(begun) => begun.map_err(Failure::Unstorable),
-        Err(_) => Err(Failure::Abandoned),
+/// A transfer whose first answer is there.
+struct Begun {
+    stream: Stream,
+    total: Option<u64>,
+    resumed: Resumed,
+}
+
+async fn begin<S: Source>(place: &Place, source: &mut S) -> Result<Begun, Failure> {
+    let (store, digest) = (Arc::clone(&place.shared.store), place.download.digest);
+    let leftover = spawn_blocking(move || store.leftover(&digest)).await;
+    if let Ok(Some(leftover)) = leftover
+        && let Some(begun) = go_on(place, source, leftover).await?
+    {
+        return Ok(begun);
     }
+    let stream = source.open(0).await.map_err(refused)?;
+    start(place, stream, Attempt::First).await
+}
+
+/// Asks for the rest of what an interrupted transfer left. Only the upstream's yes opens what is there already; a no leaves
+/// it where it is. `None`: it is of no use.
+async fn go_on<S: Source>(
+    place: &Place,
+    source: &mut S,
+    leftover: Leftover,
+) -> Result<Option<Begun>, Failure> {
+    let stream = match source.open(leftover.bytes()).await {
+        Ok(stream) => stream,
+        // It is the range that it does not like.
+        Err(answer) if dislikes_ranges(&answer) => {
+            leftover.discard();
+            return Ok(None);
+        }
+        Err(answer) => return Err(refused(answer)),
+    };
+    let same = |(one, other): (u64, u64)| one == other;
+    if !stream.total.zip(leftover.size()).is_none_or(same) {
+        leftover.discard();
+        return Ok(None);
+    }
+    let total = stream.total.or(leftover.size());
+    place.download.begin(Opened {
+        size: total,
+        file: leftover.file(),
+        attempt: Attempt::First,
+    });
+    // Readers get what is proven at once, while the upstream's bytes wait in the connection.
+    let download = Arc::clone(&place.download);
+    let read = spawn_blocking(move || leftover.read_again(|bytes| download.publish(bytes)));
+    let Ok(Some(resumed)) = read.await else {
+        return Err(Failure::Abandoned);
+    };
+    tracing::info!(digest = %place.download.digest, bytes = resumed.written, "going on with what an interrupted download left");
+    Ok(Some(Begun {
+        stream,
+        total,
+        resumed,
+    }))
+}
+
+async fn begin_again<S: Source>(place: &Place, source: &mut S, total: Option<u64>) -> Result<Begun, Failure> {
+    let stream = source.open(0).await.map_err(refused)?;
+    if stream.total != total {
+        // Clients were told another size.
+        return Err(Failure::Broken(Cause::Malformed));
+    }
+    start(place, stream, Attempt::Again).await
+}
+
+async fn start(place: &Place, stream: Stream, attempt: Attempt) -> Result<Begun, Failure> {
+    let (store, digest, total) = (
+        Arc::clone(&place.shared.store),
+        place.download.digest,
+        stream.total,
+    );
+    let ingest = match spawn_blocking(move || store.begin(&digest, total)).await {
+        Ok(begun) => begun.map_err(Failure::Unstorable)?,
+        Err(_) => return Err(Failure::Abandoned),
+    };
+    place.download.begin(Opened {
+        size: total,
+        file: ingest.file(),
+        attempt,
+    });
+    let hasher = Hasher::new(digest.algorithm());
+    let resumed = Resumed {
+        ingest,
+        hasher,
+        written: 0,
+    };
+    Ok(Begun {
+        stream,
+        total,
+        resumed,
+    })
+}
+
+/// Says also whether the bytes came from more than one answer.
+async fn transfer<S: Source>(
+    place: &Place,
+    source: &mut S,
+    begun: Begun,
+) -> (Result<(Ingest, Verified), Failure>, bool) {
+    let Begun {
+        stream,
+        total,
+        resumed,
+    } = begun;
+    let (queue, chunks) = mpsc::channel(QUEUE_CHUNKS_MAX);
+    let mut receiving = Receiving {
+        source,
+        queue,
+        total,
+        received: resumed.written,
+        resumed: resumed.written > 0,
+        fruitless: 0,
+    };
+    let writer = Writer {
+        ingest: resumed.ingest,
+        hasher: resumed.hasher,
+        written: resumed.written,
+        download: Arc::clone(&place.download),
+    };
+    let writing = spawn_blocking(move || writer.run(chunks, total));
+    let received = receiving.run(stream).await;
+    let mended = receiving.resumed;
+    // Ends the writer's queue.
+    drop(receiving);
+    let written = writing.await.unwrap_or(Err(Failure::Abandoned));
+    let ended = match received {
+        Err(Stopped::Upstream(cause)) => Err(Failure::Broken(cause)),
+        Err(Stopped::Writer) | Ok(()) => written,
+    };
+    (ended, mended)
 }
 
 /// Makes it durable and gives it its name. The readers have all their bytes already, so a disk that fails now costs a
 /// later download and nothing else.
-async fn keep(place: &Place, (ingest, verified): (Ingest, Verified)) {
-    let size = verified.size();
+async fn keep(place: &Place, ingest: Ingest, verified: Verified) {
     let kept = spawn_blocking(move || ingest.commit(verified)).await;
     if let Ok(Err(fault)) = kept {
         tracing::error!(digest = %place.download.digest, %fault, "a verified blob could not be kept; it will be fetched again");
     }
-    place.leave(Progress::Complete(size));
+    place.leave();
 }
 
-enum Stopped {
-    Upstream(Cause),
-    Writer,
+fn refused(answer: Answer) -> Failure {
+    Failure::Refused(Box::new(answer))
 }
 
-enum Piece {
-    Chunk(Bytes),
-    End,
-}
-
-/// Passes the bytes on to the writer, opening the source again where it breaks.
-async fn receive<S: Source>(
-    source: &mut S,
-    mut stream: Stream,
-    queue: &mpsc::Sender<Piece>,
-) -> Result<(), Stopped> {
-    let total = stream.total;
-    let mut received = 0_u64;
-    let mut fruitless = 0_u32;
-    loop {
-        let before = received;
-        let broke = match drain(&mut stream, &mut received, queue).await? {
-            // A clean end before the known end is no end.
-            None if total.is_none_or(|total| received >= total) => return Ok(()),
-            None => Cause::Reset,
-            Some(cause) => cause,
-        };
-        fruitless = if received > before { 1 } else { fruitless + 1 };
-        if fruitless > FRUITLESS_RESUMES_MAX {
-            return Err(Stopped::Upstream(broke));
-        }
-        tracing::debug!(received, cause = %broke, "download broke; resuming");
-        stream = reopen(source, received, &mut fruitless).await?;
-    }
-}
-
-async fn reopen<S: Source>(source: &mut S, from: u64, fruitless: &mut u32) -> Result<Stream, Stopped> {
-    loop {
-        tokio::time::sleep(RESUME_PAUSE * 2_u32.saturating_pow(*fruitless)).await;
-        let cause = match source.open(from).await {
-            Ok(stream) if stream.start <= from => return Ok(stream),
-            Ok(_) => Cause::Malformed,
-            Err(answer) => answer.cause(),
-        };
-        *fruitless += 1;
-        if *fruitless > FRUITLESS_RESUMES_MAX {
-            return Err(Stopped::Upstream(cause));
-        }
-    }
-}
-
-/// Reads `stream` until it ends (`None`) or breaks (`Some`). Bytes before `received` were had already.
-async fn drain(
-    stream: &mut Stream,
-    received: &mut u64,
-    queue: &mpsc::Sender<Piece>,
-) -> Result<Option<Cause>, Stopped> {
-    let mut position = stream.start;
-    loop {
-        let chunk = match stream.body.chunk().await {
-            None => return Ok(None),
-            Some(Err(cause)) => return Ok(Some(cause)),
-            Some(Ok(chunk)) => chunk,
-        };
-        let surplus = received.saturating_sub(position).min(chunk.len() as u64);
-        position += chunk.len() as u64;
-        let fresh = chunk.slice(usize::try_from(surplus).unwrap_or(chunk.len())..);
-        if fresh.is_empty() {
-            continue;
-        }
-        *received += fresh.len() as u64;
-        queue
-            .send(Piece::Chunk(fresh))
-            .await
-            .map_err(|_| Stopped::Writer)?;
-    }
-}
-
-/// Writes and hashes, on a thread of the blocking pool. Publishes each chunk before it is hashed: readers need not
-/// wait for the hash, only the end of the blob does.
-struct Writer {
-    ingest: Ingest,
-    hasher: Hasher,
-    total: Option<u64>,
-    written: u64,
-    download: Arc<Download>,
-}
-
-impl Writer {
-    fn new(ingest: Ingest, total: Option<u64>, download: Arc<Download>) -> Self {
-        let hasher = Hasher::new(download.digest.algorithm());
-        Self {
-            ingest,
-            hasher,
-            total,
-            written: 0,
-            download,
-        }
-    }
-
-    fn run(mut self, mut chunks: mpsc::Receiver<Piece>) -> Result<(Ingest, Verified), Failure> {
-        let file = self.ingest.file();
-        while let Some(piece) = chunks.blocking_recv() {
-            let chunk = match piece {
-                Piece::Chunk(chunk) => chunk,
-                Piece::End => return self.verify(),
-            };
-            file.write_at(&chunk, self.written).map_err(|error| {
-                Failure::Store(Fault::io(
-                    "write a blob",
-                    self.download.digest.to_string(),
-                    &error,
-                ))
-            })?;
-            self.written += chunk.len() as u64;
-            self.publish();
-            self.hasher.update(&chunk);
-        }
-        // The transfer stopped without an end; the receiving side says why.
-        Err(Failure::Abandoned)
-    }
-
-    fn publish(&self) {
-        let safe = match self.total {
-            Some(total) => self.written.min(total.saturating_sub(WITHHELD_BYTES)),
-            None => self.written.saturating_sub(WITHHELD_BYTES),
-        };
-        self.download
-            .progress
-            .send_if_modified(|progress| match progress {
-                Progress::Readable(readable) if *readable < safe => {
-                    *readable = safe;
-                    true
-                }
-                _ => false,
-            });
-    }
-
-    fn verify(self) -> Result<(Ingest, Verified), Failure> {
-        let verified = Verified::check(self.hasher, &self.download.digest, self.written, self.total)
-            .map_err(Failure::Wrong)?;
-        self.download
-            .progress
-            .send_replace(Progress::Complete(self.written));
-        Ok((self.ingest, verified))
-    }
+fn dislikes_ranges(answer: &Answer) -> bool {
+    matches!(
+        answer.said,
+        Said::Other(_) | Said::Silent(Cause::Malformed | Cause::Status(501))
+    )
 }

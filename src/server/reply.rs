@@ -18,7 +18,7 @@ use crate::event;
 use crate::oci::header::{
     CACHE_STATUS, DOCKER_CONTENT_DIGEST, DOCKER_DISTRIBUTION_API_VERSION, OCI_FILTERS_APPLIED,
 };
-use crate::oci::range::{Span, content_range, unsatisfied};
+use crate::oci::range::{ByteRange, Span, content_range, unsatisfied};
 use crate::oci::{Cause, Digest, ErrorCode, Operation, Problem, RangeRequest, Reference};
 use crate::policy::{Refusal, Served, Why};
 use crate::pull::passing::Passed;
@@ -256,6 +256,10 @@ fn blob_answer(
                 reader.within(start, end.unwrap_or(u64::MAX))
             } else {
                 reader
+            };
+            let reader = match asked.range {
+                RangeRequest::Single(ByteRange::From(_)) => reader.patient(),
+                _ => reader,
             };
             Body::download(reader, length, events)
         }

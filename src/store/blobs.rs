@@ -2,29 +2,25 @@
 
 use std::fmt;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
 use quick_cache::Weighter;
 use quick_cache::sync::Cache;
-use serde::Serialize;
 
 use super::cache::{counted, weighted};
 use super::index::thread::IndexHandle;
-use super::record::sealed;
+use super::leftover::Leftovers;
 use super::usage::{Counters, Kind};
-use super::volume::{Volume, VolumeFile, read_all, unnamed_path};
+use super::volume::{Volume, VolumeFile, read_all};
 use super::{Fault, Settings, Store, content_path, remove_file, size_of};
 use crate::oci::{Algorithm, Digest, Hasher};
 
 /// A blob of at most this size is kept in memory as a whole. Image configurations are a few KiB.
 pub const SMALL_BLOB_BYTES_MAX: u64 = 64 * 1024;
 
-const TREE: &str = "blobs";
-
-/// How many names are tried for an ingest; see [`unnamed_path`].
-const INGEST_TRIES_MAX: u32 = 64;
+pub(super) const TREE: &str = "blobs";
 
 /// A blob that can be read. Stays readable while it is used, even when it is removed meanwhile.
 #[derive(Clone)]
@@ -123,11 +119,6 @@ impl Store {
         self.blobs.find_small(digest)
     }
 
-    /// Begins to write a blob. `size`, where it is known, is reserved at once: a full disk shows before the first byte.
-    pub fn begin(&self, digest: &Digest, size: Option<u64>) -> Result<Ingest, Fault> {
-        Ingest::begin(&self.blobs, digest, size)
-    }
-
     /// Removes a blob; says whether it was there. Whoever reads it now reads it to its end.
     pub fn remove_blob(&self, digest: &Digest) -> Result<bool, Fault> {
         self.blobs.remove(digest)
@@ -149,7 +140,8 @@ impl Weighter<Digest, Bytes> for ByLength {
 }
 
 pub(super) struct Blobs {
-    volume: Arc<dyn Volume>,
+    pub(super) volume: Arc<dyn Volume>,
+    pub(super) leftovers: Leftovers,
     index: Arc<IndexHandle>,
     usage: Arc<Counters>,
     open: Cache<Digest, HeldBlob>,
@@ -164,9 +156,11 @@ impl Blobs {
         volume: &Arc<dyn Volume>,
         index: &Arc<IndexHandle>,
         usage: &Arc<Counters>,
+        leftovers: Leftovers,
     ) -> Self {
         Self {
             volume: Arc::clone(volume),
+            leftovers,
             index: Arc::clone(index),
             usage: Arc::clone(usage),
             open: counted(settings.open_blobs_max),
@@ -252,6 +246,44 @@ impl Blobs {
         })
     }
 
+    /// Makes the verified file at `from` durable and gives it the blob's name. After an error nothing is held.
+    pub(super) fn admit(
+        &self,
+        from: &Path,
+        file: &Arc<dyn VolumeFile>,
+        proof: Verified,
+    ) -> Result<HeldBlob, Fault> {
+        let digest = proof.digest;
+        let path = content_path(TREE, &digest);
+        if let Some(held) = self.find(&digest)? {
+            return Ok(held);
+        }
+        let written = file.size().map_err(|error| Fault::io("measure", &path, &error))?;
+        if written != proof.size {
+            return Err(Fault::Corrupt {
+                path: from.to_owned(),
+            });
+        }
+        file.sync()
+            .map_err(|error| Fault::io("make durable", &path, &error))?;
+        file.seal().map_err(|error| Fault::io("seal", &path, &error))?;
+        self.index
+            .put(size_key(&digest), proof.size.to_be_bytes().to_vec());
+        self.name(from, &path, proof.size)?;
+        let folder = path.parent().unwrap_or(Path::new(TREE));
+        if let Err(error) = self.volume.sync_folder(folder) {
+            // The fault to tell is the first one; what could not be removed is found and verified later.
+            let _ = self.remove(&digest);
+            return Err(Fault::io("make durable the name of", &path, &error));
+        }
+        let held = HeldBlob {
+            size: proof.size,
+            file: Arc::clone(file),
+        };
+        self.open.insert(digest, held.clone());
+        Ok(held)
+    }
+
     fn forget(&self, digest: &Digest) {
         self.open.remove(digest);
         self.small.remove(digest);
@@ -267,125 +299,4 @@ fn size_key(digest: &Digest) -> Vec<u8> {
     let mut key = vec![b'b', algorithm];
     key.extend_from_slice(digest.as_bytes());
     key
-}
-
-/// What an ingest is, for whoever finds it after a stop.
-#[derive(Serialize)]
-struct Meta {
-    digest: String,
-    size: Option<u64>,
-}
-
-/// A blob being written: followed by readers, visible to nobody else. Dropped, it leaves nothing.
-pub struct Ingest {
-    blobs: Arc<Blobs>,
-    digest: Digest,
-    folder: PathBuf,
-    file: Arc<dyn VolumeFile>,
-}
-
-impl fmt::Debug for Ingest {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Ingest")
-            .field("digest", &self.digest)
-            .finish_non_exhaustive()
-    }
-}
-
-impl Ingest {
-    fn begin(blobs: &Arc<Blobs>, digest: &Digest, size: Option<u64>) -> Result<Self, Fault> {
-        let (folder, file) = create(blobs.volume.as_ref())?;
-        let ingest = Self {
-            blobs: Arc::clone(blobs),
-            digest: *digest,
-            folder,
-            file,
-        };
-        if let Some(size) = size {
-            let reserved = ingest.file.reserve(size);
-            reserved.map_err(|error| Fault::io("reserve room for", &ingest.folder, &error))?;
-        }
-        let meta = sealed(&Meta {
-            digest: digest.to_string(),
-            size,
-        });
-        let path = ingest.folder.join("meta");
-        let noted = blobs
-            .volume
-            .create(&path)
-            .and_then(|file| file.write_at(&meta, 0));
-        noted.map_err(|error| Fault::io("write", &path, &error))?;
-        Ok(ingest)
-    }
-
-    /// The file being written, for the writer and for readers.
-    pub fn file(&self) -> Arc<dyn VolumeFile> {
-        Arc::clone(&self.file)
-    }
-
-    /// Makes the blob durable and gives it its name. After an error nothing is held: the first failed fsync is final.
-    pub fn commit(self, proof: Verified) -> Result<HeldBlob, Fault> {
-        let path = content_path(TREE, &self.digest);
-        if proof.digest != self.digest {
-            let (expected, found) = (self.digest, proof.digest);
-            return Err(Box::new(WrongDigest { expected, found }).into());
-        }
-        if let Some(held) = self.blobs.find(&self.digest)? {
-            return Ok(held);
-        }
-        let volume = self.blobs.volume.as_ref();
-        let written = self
-            .file
-            .size()
-            .map_err(|error| Fault::io("measure", &path, &error))?;
-        if written != proof.size {
-            return Err(Fault::Corrupt {
-                path: self.folder.join("data"),
-            });
-        }
-        self.file
-            .sync()
-            .map_err(|error| Fault::io("make durable", &path, &error))?;
-        self.file
-            .seal()
-            .map_err(|error| Fault::io("seal", &path, &error))?;
-        self.blobs
-            .index
-            .put(size_key(&self.digest), proof.size.to_be_bytes().to_vec());
-        self.blobs.name(&self.folder.join("data"), &path, proof.size)?;
-        let folder = path.parent().unwrap_or(Path::new(TREE));
-        if let Err(error) = volume.sync_folder(folder) {
-            // The fault to tell is the first one; what could not be removed is found and verified later.
-            let _ = self.blobs.remove(&self.digest);
-            return Err(Fault::io("make durable the name of", &path, &error));
-        }
-        let held = HeldBlob {
-            size: proof.size,
-            file: Arc::clone(&self.file),
-        };
-        self.blobs.open.insert(self.digest, held.clone());
-        Ok(held)
-    }
-}
-
-impl Drop for Ingest {
-    fn drop(&mut self) {
-        // What stays is removed when the store is next opened.
-        let _ = self.blobs.volume.remove_folder_all(&self.folder);
-    }
-}
-
-fn create(volume: &dyn Volume) -> Result<(PathBuf, Arc<dyn VolumeFile>), Fault> {
-    let mut tries = 0;
-    loop {
-        let folder = unnamed_path();
-        let path = folder.join("data");
-        match volume.create(&path) {
-            Ok(file) => return Ok((folder, file)),
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists && tries < INGEST_TRIES_MAX => {
-                tries += 1;
-            }
-            Err(error) => return Err(Fault::io("create", path, &error)),
-        }
-    }
 }

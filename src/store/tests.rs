@@ -11,6 +11,7 @@
 mod blobs;
 mod folder;
 mod images;
+mod leftovers;
 mod manifests;
 mod names;
 mod power_cut;

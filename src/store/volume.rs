@@ -10,11 +10,13 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::SystemTime;
 
 pub use directory::Directory;
 pub use memory::Memory;
 
-/// Where files are written before they get their name; emptied when the store is opened.
+/// Where files are written before they get their name. What is there when the store is opened is removed, but for
+/// ingests that can be continued.
 pub const UNNAMED_FOLDER: &str = "ingest";
 
 /// How many names are tried for a file that has none yet. Only leftovers that could not be removed are in the way.
@@ -41,6 +43,16 @@ pub trait Volume: Send + Sync + 'static {
 
     /// Opens a file for reading.
     fn open(&self, path: &Path) -> io::Result<Arc<dyn VolumeFile>>;
+
+    /// Opens a file for reading and writing. (Unless said otherwise, every opened file takes writes.)
+    fn open_for_writing(&self, path: &Path) -> io::Result<Arc<dyn VolumeFile>> {
+        self.open(path)
+    }
+
+    /// When a file was last written, where the volume keeps that.
+    fn modified(&self, _path: &Path) -> io::Result<Option<SystemTime>> {
+        Ok(None)
+    }
 
     /// Appends `bytes` in one write and makes them durable; the file is made when it is missing.
     fn append(&self, path: &Path, bytes: &[u8]) -> io::Result<()>;

@@ -5,6 +5,7 @@ use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use super::{Entry, Volume, VolumeFile};
 
@@ -82,6 +83,15 @@ impl Volume for Directory {
 
     fn open(&self, path: &Path) -> io::Result<Arc<dyn VolumeFile>> {
         Ok(Arc::new(DirectoryFile(File::open(self.at(path))?)))
+    }
+
+    fn open_for_writing(&self, path: &Path) -> io::Result<Arc<dyn VolumeFile>> {
+        let file = OpenOptions::new().read(true).write(true).open(self.at(path))?;
+        Ok(Arc::new(DirectoryFile(file)))
+    }
+
+    fn modified(&self, path: &Path) -> io::Result<Option<SystemTime>> {
+        fs::metadata(self.at(path))?.modified().map(Some)
     }
 
     fn append(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {

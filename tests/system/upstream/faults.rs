@@ -26,12 +26,22 @@ pub(super) struct Faults {
     pub(super) blob_cuts_left: Option<usize>,
     pub(super) blob_ends_at: Option<usize>,
     pub(super) corrupts_blobs: bool,
+    pub(super) range_failures: Option<(u16, usize)>,
     pub(super) pace: Option<u64>,
     pub(super) held_bodies: Vec<(Applies, usize, Gate)>,
     pub(super) held_answers: Vec<(Applies, Gate)>,
     pub(super) oversize_manifest: Option<usize>,
     pub(super) redirect: Option<Redirect>,
     pub(super) no_referrers: bool,
+}
+
+impl Faults {
+    /// The status for one more request for a part, while there are failures left.
+    pub(super) fn range_failure(&mut self) -> Option<u16> {
+        let (status, left) = self.range_failures.as_mut().filter(|(_, left)| *left > 0)?;
+        *left -= 1;
+        Some(*status)
+    }
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -198,6 +208,11 @@ impl Upstream {
     /// `Range` is not understood: always 200 and everything.
     pub fn ignores_range(&self) {
         self.turn(|faults| faults.ignores_range = true);
+    }
+
+    /// The next `times` requests for a part of a blob are answered with this status.
+    pub fn fails_ranges(&self, status: u16, times: usize) {
+        self.turn(|faults| faults.range_failures = Some((status, times)));
     }
 
     /// Bodies of blobs come at this speed.

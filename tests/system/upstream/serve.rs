@@ -223,6 +223,11 @@ fn storage(shared: &Arc<Shared>, seen: &Seen, digest: &str) -> Response<Piped> {
 }
 
 fn content(shared: &Arc<Shared>, seen: &Seen, digest: &str, bytes: Bytes) -> Response<Piped> {
+    if seen.header("range").is_some()
+        && let Some(status) = shared.state(|state| state.faults.range_failure())
+    {
+        return failed(shared, seen, status, "UNKNOWN");
+    }
     let whole = bytes.len();
     let (span, plan) = shared.state(|state| {
         let faults = &mut state.faults;

@@ -1,0 +1,224 @@
+//! Reading a blob while it arrives.
+//!
+//! A reader waits for the fill where it has caught up with it. One whose part lies far ahead does not: it asks the upstream
+//! for that part alone, with its own asker's right (see [`Ahead`]). Those bytes go to this reader only; they are neither
+//! stored nor verified, as no part can be verified by itself. Nor are the parts that are read from the file before it is
+//! whole: whoever asks for a part puts the whole together and verifies that, or has a digest of the part (as lazy
+//! pullers do, from a table that they verified). A whole blob is never served this way.
+
+use std::io;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+
+use super::progress::{Attempt, Download, Opened, Progress};
+use super::{Ahead, Chunks, Failure, Shared};
+use crate::oci::Cause;
+use crate::oci::range::Span;
+use crate::store::Fault;
+use crate::store::step::{Buffers, STEP_BYTES, read_step};
+use crate::store::volume::VolumeFile;
+
+/// A part that begins so far from what has arrived is far ahead.
+pub const FAR_AHEAD_BYTES: u64 = 8 * 1024 * 1024;
+
+/// A longer part waits for the fill, wherever it begins: its bytes would cost the upstream too much twice.
+pub const AHEAD_BYTES_MAX: u64 = 16 * 1024 * 1024;
+
+/// Reads a blob while it arrives.
+pub struct Reader {
+    pub(super) progress: watch::Receiver<Progress>,
+    buffers: Buffers,
+    position: u64,
+    end: Option<u64>,
+    given: Option<Attempt>,
+    ahead: Option<Box<dyn Ahead>>,
+    ahead_places: Arc<Semaphore>,
+    part: Option<Part>,
+}
+
+/// A part on its way from the upstream to this reader alone.
+struct Part {
+    body: Box<dyn Chunks>,
+    until: u64,
+    _place: OwnedSemaphorePermit,
+}
+
+enum Look {
+    Readable(Arc<dyn VolumeFile>, u64),
+    Wait { readable: u64 },
+    End,
+    Failed(Arc<Failure>),
+}
+
+impl Reader {
+    pub(super) fn new(download: &Download, shared: &Shared) -> Self {
+        Self {
+            progress: download.progress.subscribe(),
+            buffers: shared.buffers.clone(),
+            position: 0,
+            end: None,
+            given: None,
+            ahead: None,
+            ahead_places: Arc::clone(&shared.ahead_places),
+            part: None,
+        }
+    }
+
+    /// Waits until the upstream has begun to answer.
+    pub async fn opened(&mut self) -> Result<Opened, Arc<Failure>> {
+        let begun = |progress: &Progress| !matches!(progress, Progress::Opening);
+        match self.progress.wait_for(begun).await.as_deref() {
+            Ok(Progress::Filling(opened, _) | Progress::Complete(opened, _)) => Ok(opened.clone()),
+            Ok(Progress::Failed(failure)) => Err(Arc::clone(failure)),
+            Ok(Progress::Opening) | Err(_) => Err(Arc::new(Failure::Abandoned)),
+        }
+    }
+
+    /// Waits until the blob is verified, or known not to be.
+    pub async fn settled(&mut self) -> Result<(), Arc<Failure>> {
+        let over = |progress: &Progress| matches!(progress, Progress::Complete(..) | Progress::Failed(_));
+        match self.progress.wait_for(over).await.as_deref() {
+            Ok(Progress::Failed(failure)) => Err(Arc::clone(failure)),
+            Ok(_) => Ok(()),
+            Err(_) => Err(Arc::new(Failure::Abandoned)),
+        }
+    }
+
+    /// Limits the reader to the bytes from `start` up to, not including, `end`.
+    #[must_use]
+    pub fn within(mut self, start: u64, end: u64) -> Self {
+        self.position = start;
+        self.end = Some(end);
+        self
+    }
+
+    /// A part that lies far ahead is asked for through `ahead`.
+    #[must_use]
+    pub fn with_ahead(mut self, ahead: impl Ahead) -> Self {
+        self.ahead = Some(Box::new(ahead));
+        self
+    }
+
+    /// A part that lies far ahead is waited for. For ranges without an end: most clients that send one read a little of
+    /// it and close.
+    #[must_use]
+    pub fn patient(mut self) -> Self {
+        self.ahead = None;
+        self
+    }
+
+    /// The next bytes, as soon as there are any; `None` at the end. After an error there is nothing more.
+    pub async fn next(&mut self) -> Option<Result<Bytes, Arc<Failure>>> {
+        loop {
+            if let Some(bytes) = self.next_of_part().await {
+                return Some(Ok(bytes));
+            }
+            let readable = match self.look() {
+                Look::Readable(file, until) => return Some(self.read(&file, until).await),
+                Look::Failed(failure) => return Some(Err(failure)),
+                Look::End => return None,
+                Look::Wait { readable } => readable,
+            };
+            if self.is_far_ahead(readable) && self.open_part().await {
+                continue;
+            }
+            if self.progress.changed().await.is_err() {
+                return Some(Err(Arc::new(Failure::Abandoned)));
+            }
+        }
+    }
+
+    fn look(&mut self) -> Look {
+        let (opened, readable, complete) = match &*self.progress.borrow_and_update() {
+            Progress::Failed(failure) => return Look::Failed(Arc::clone(failure)),
+            Progress::Opening => return Look::Wait { readable: 0 },
+            Progress::Filling(opened, readable) => (opened.clone(), *readable, false),
+            Progress::Complete(opened, size) => (opened.clone(), *size, true),
+        };
+        if self.given.is_some_and(|attempt| attempt != opened.attempt) {
+            // What it was given belongs to a file that turned out wrong.
+            return Look::Failed(Arc::new(Failure::Broken(Cause::WrongDigest)));
+        }
+        let until = self.end.map_or(readable, |end| readable.min(end));
+        if until > self.position {
+            self.given = Some(opened.attempt);
+            return Look::Readable(opened.file, until);
+        }
+        if complete || self.end.is_some_and(|end| self.position >= end) {
+            return Look::End;
+        }
+        Look::Wait { readable }
+    }
+
+    async fn read(&mut self, file: &Arc<dyn VolumeFile>, until: u64) -> Result<Bytes, Arc<Failure>> {
+        let wanted = usize::try_from(until - self.position)
+            .unwrap_or(STEP_BYTES)
+            .min(STEP_BYTES);
+        let bytes = read_step(file, self.position, wanted, &self.buffers)
+            .await
+            .map_err(|error| Arc::new(Failure::Store(unreadable(&error))))?;
+        self.position += bytes.len() as u64;
+        Ok(bytes)
+    }
+
+    fn is_far_ahead(&self, readable: u64) -> bool {
+        let opening = matches!(&*self.progress.borrow(), Progress::Opening);
+        let short = self
+            .end
+            .is_some_and(|end| end.saturating_sub(self.position) <= AHEAD_BYTES_MAX);
+        !opening && short && self.ahead.is_some() && self.position.saturating_sub(readable) > FAR_AHEAD_BYTES
+    }
+
+    /// Asks for the part, unless the fill comes first. Says whether anything was done, so that it is worth another look.
+    async fn open_part(&mut self) -> bool {
+        let (position, Some(until)) = (self.position, self.end) else {
+            return false;
+        };
+        // With all places taken it waits for the fill, and tries again when that has come nearer.
+        let Ok(place) = Arc::clone(&self.ahead_places).try_acquire_owned() else {
+            return false;
+        };
+        let (Some(mut ahead), Some(span)) = (self.ahead.take(), Span::new(position, until)) else {
+            return false;
+        };
+        let overtaken = |progress: &Progress| match progress {
+            Progress::Opening => false,
+            Progress::Filling(_, readable) => *readable > position,
+            Progress::Complete(..) | Progress::Failed(_) => true,
+        };
+        // Asked once: what the upstream refuses or breaks off is waited for.
+        tokio::select! {
+            body = ahead.open(span) => {
+                self.part = body.map(|body| Part { body, until, _place: place });
+            }
+            () = async { drop(self.progress.wait_for(overtaken).await) } => {}
+        }
+        true
+    }
+
+    /// The next bytes of the part, if one is on its way. At its end, or where it breaks, the fill takes over.
+    async fn next_of_part(&mut self) -> Option<Bytes> {
+        let part = self.part.as_mut()?;
+        let left = part.until.saturating_sub(self.position);
+        match part.body.chunk().await {
+            Some(Ok(mut bytes)) if left > 0 => {
+                bytes.truncate(usize::try_from(left).unwrap_or(bytes.len()));
+                self.position += bytes.len() as u64;
+                if self.position >= part.until {
+                    self.part = None;
+                }
+                Some(bytes)
+            }
+            _ => {
+                self.part = None;
+                None
+            }
+        }
+    }
+}
+
+fn unreadable(error: &io::Error) -> Fault {
+    Fault::io("read the ingest of a download", "ingest", error)
+}

@@ -1,0 +1,220 @@
+//! The receiving side of a transfer: bytes from the upstream, asked for again where they stop coming.
+//!
+//! What is asked for again is asked from the last byte on (`Range`), and each time of the registry itself, never of the storage
+//! that it had redirected to: signed addresses expire. An upstream that answers with the whole (200) is read from its
+//! start, and what was had already is skipped. The skipped bytes are not looked at: what counts is what was written, and the
+//! digest is that of the file. For the same reason a changed `ETag` says nothing here; another size does, and
+//! such an answer is not used.
+
+use std::pin::pin;
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::sync::mpsc;
+use tokio::time::{Instant, sleep, timeout};
+
+use super::{Source, Stream};
+use crate::oci::Cause;
+use crate::upstream::{Answer, Said};
+
+/// Chunks on their way from the network to the disk; a full queue slows the upstream, not the memory.
+pub(super) const QUEUE_CHUNKS_MAX: usize = 16;
+
+/// Resumptions in a row that brought no byte.
+const FRUITLESS_RESUMES_MAX: u32 = 7;
+
+/// Before the first resumption; doubled for each fruitless one, up to …
+const RESUME_PAUSE: Duration = Duration::from_millis(100);
+/// … this. All of them together are some 20 s: a registry that restarts breaks no pull.
+const RESUME_PAUSE_MAX: Duration = Duration::from_secs(5);
+
+/// How long an upstream may ask us to wait (`Retry-After`) while clients wait for the rest.
+const RETRY_AFTER_MAX: Duration = Duration::from_secs(120);
+
+/// Over this much waiting for bytes …
+const RATE_WINDOW: Duration = Duration::from_secs(30);
+/// … at least 1 KiB a second must come, or the transfer counts as broken. Time in which it was our disk that was slow does
+/// not count.
+const RATE_WINDOW_BYTES_MIN: u64 = 30 * 1024;
+
+/// Why receiving ended early.
+pub(super) enum Stopped {
+    /// Asking again did not help.
+    Upstream(Cause),
+    /// Nobody takes the bytes any more: the writer knows why.
+    Writer,
+}
+
+/// What the writer gets.
+pub(super) enum Piece {
+    /// The next bytes.
+    Chunk(Bytes),
+    /// That was all.
+    End,
+}
+
+/// Passes the bytes on to the writer, opening the source again where it breaks.
+pub(super) struct Receiving<'a, S> {
+    pub(super) source: &'a mut S,
+    pub(super) queue: mpsc::Sender<Piece>,
+    /// The size of the whole, where it is known.
+    pub(super) total: Option<u64>,
+    /// How much there is already.
+    pub(super) received: u64,
+    /// Whether the source was opened again.
+    pub(super) resumed: bool,
+    pub(super) fruitless: u32,
+}
+
+impl<S: Source> Receiving<'_, S> {
+    /// Receives everything from `stream` and what follows it.
+    pub(super) async fn run(&mut self, mut stream: Stream) -> Result<(), Stopped> {
+        if stream.start > self.received {
+            // A leftover held less than it promised.
+            stream = self.reopen().await?;
+        }
+        loop {
+            let before = self.received;
+            let broke = self.drain(&mut stream).await?;
+            let is_whole = self.total.is_some_and(|total| self.received >= total);
+            let broke = match broke {
+                _ if is_whole => None,
+                // A clean end before the known end is no end.
+                None if self.total.is_some() => Some(Broke::off(Cause::Reset)),
+                broke => broke,
+            };
+            let Some(Broke { cause, dripped }) = broke else {
+                // Fails only if the writer has failed, which its own result tells.
+                let _ = self.queue.send(Piece::End).await;
+                return Ok(());
+            };
+            let fruitful = self.received > before && !dripped;
+            self.fruitless = if fruitful { 1 } else { self.fruitless + 1 };
+            if self.fruitless > FRUITLESS_RESUMES_MAX {
+                return Err(Stopped::Upstream(cause));
+            }
+            tracing::debug!(received = self.received, %cause, "download broke; resuming");
+            // The connection is not kept open while another is asked for.
+            drop(stream);
+            stream = self.reopen().await?;
+        }
+    }
+
+    async fn reopen(&mut self) -> Result<Stream, Stopped> {
+        self.resumed = true;
+        let mut wait = Duration::ZERO;
+        loop {
+            let pause = RESUME_PAUSE * 2_u32.saturating_pow(self.fruitless);
+            sleep(pause.min(RESUME_PAUSE_MAX).max(wait)).await;
+            let (cause, tries) = match self.source.open(self.received).await {
+                Ok(stream) if stream.start <= self.received && self.fits(stream.total) => {
+                    self.total = self.total.or(stream.total);
+                    return Ok(stream);
+                }
+                Ok(_) => (Cause::Malformed, 1),
+                Err(answer) => {
+                    wait = asked_to_wait(&answer);
+                    // A no is believed sooner than a silence.
+                    let tries = if answer.silence().is_some() { 1 } else { 3 };
+                    (answer.cause(), tries)
+                }
+            };
+            self.fruitless += tries;
+            if self.fruitless > FRUITLESS_RESUMES_MAX || wait > RETRY_AFTER_MAX {
+                return Err(Stopped::Upstream(cause));
+            }
+        }
+    }
+
+    fn fits(&self, total: Option<u64>) -> bool {
+        total.is_none() || self.total.is_none() || total == self.total
+    }
+
+    /// Reads `stream` until it ends (`None`) or breaks. Bytes that were had already are skipped.
+    async fn drain(&mut self, stream: &mut Stream) -> Result<Option<Broke>, Stopped> {
+        let mut position = stream.start;
+        let mut pace = Pace::default();
+        loop {
+            let chunk = match pace.next(stream).await {
+                None => return Ok(None),
+                Some(Err(broke)) => return Ok(Some(broke)),
+                Some(Ok(chunk)) => chunk,
+            };
+            let surplus = self.received.saturating_sub(position).min(chunk.len() as u64);
+            position += chunk.len() as u64;
+            let fresh = chunk.slice(usize::try_from(surplus).unwrap_or(chunk.len())..);
+            if fresh.is_empty() {
+                continue;
+            }
+            self.received += fresh.len() as u64;
+            self.queue
+                .send(Piece::Chunk(fresh))
+                .await
+                .map_err(|_| Stopped::Writer)?;
+            if self.total.is_some_and(|total| self.received > total) {
+                // Wrong already; the rest of it could be endless.
+                return Ok(None);
+            }
+        }
+    }
+}
+
+/// How long the upstream asks us to wait.
+fn asked_to_wait(answer: &Answer) -> Duration {
+    let silent = matches!(answer.said, Said::Silent(_));
+    let seconds = answer
+        .retry_after
+        .as_ref()
+        .filter(|_| silent)
+        .and_then(|value| value.to_str().ok()?.trim().parse().ok());
+    Duration::from_secs(seconds.unwrap_or(0))
+}
+
+struct Broke {
+    cause: Cause,
+    /// Bytes came, but too slowly to go on like that.
+    dripped: bool,
+}
+
+impl Broke {
+    fn off(cause: Cause) -> Self {
+        Self {
+            cause,
+            dripped: false,
+        }
+    }
+}
+
+/// How fast the bytes come, counted in windows of waiting.
+#[derive(Default)]
+struct Pace {
+    waited: Duration,
+    came: u64,
+}
+
+impl Pace {
+    async fn next(&mut self, stream: &mut Stream) -> Option<Result<Bytes, Broke>> {
+        let mut next = pin!(stream.body.chunk());
+        loop {
+            let began = Instant::now();
+            let left = RATE_WINDOW.saturating_sub(self.waited);
+            let next = timeout(left, &mut next).await;
+            self.waited += began.elapsed();
+            let Ok(next) = next else {
+                if self.came < RATE_WINDOW_BYTES_MIN {
+                    return Some(Err(Broke {
+                        cause: Cause::Timeout,
+                        dripped: true,
+                    }));
+                }
+                *self = Self::default();
+                continue;
+            };
+            let next = next?.map_err(Broke::off);
+            if let Ok(chunk) = &next {
+                self.came += chunk.len() as u64;
+            }
+            return Some(next);
+        }
+    }
+}

@@ -1,0 +1,198 @@
+//! What an interrupted transfer leaves, and who goes on with it.
+
+use std::path::{Path, PathBuf};
+
+use super::*;
+
+const WHOLE: usize = 5 * MIB / 2;
+
+/// A transfer that ends for good after `length` bytes.
+async fn interrupted(downloads: &Downloads, blob: &[u8], length: usize) {
+    interrupted_by(downloads, digest(blob), &blob[..length], blob.len()).await;
+}
+
+async fn interrupted_by(downloads: &Downloads, digest: Digest, bytes: &[u8], total: usize) {
+    let script = Script::default();
+    script.breaking(0, total, bytes);
+    for _ in 0..10 {
+        script.answer(Answer {
+            said: Said::Absent,
+            ..Answer::silent(Cause::Malformed)
+        });
+    }
+    let reader = leader(downloads, digest).start(script);
+    let failed = stepped(failure(reader)).await;
+    assert!(matches!(*failed, Failure::Broken(_)), "{failed}");
+}
+
+fn left(disk: &Memory) -> Vec<PathBuf> {
+    let ingest = Path::new("ingest");
+    let folders = disk.list(ingest).unwrap().into_iter();
+    folders.map(|entry| ingest.join(entry.name)).collect()
+}
+
+/// Turns the byte at `offset` of what is left.
+fn damage(disk: &Memory, offset: u64) {
+    let file = disk.open(&left(disk)[0].join("data")).unwrap();
+    let mut byte = [0];
+    file.read_at(&mut byte, offset).unwrap();
+    file.write_at(&[byte[0] ^ 1], offset).unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_next_asker_goes_on_in_this_process_and_in_the_next() {
+    for restarted in [false, true] {
+        let (disk, blob) = (Arc::new(Memory::new()), content(WHOLE));
+        let mut downloads = downloads_on(&disk);
+        interrupted(&downloads, &blob, 2 * MIB + 5).await;
+        if restarted {
+            downloads = downloads_on(&disk);
+        }
+        let script = Script::default();
+        script.ending(2 * MIB + 5, Some(WHOLE), &blob[2 * MIB + 5..]);
+        let reader = leader(&downloads, digest(&blob)).start(script.clone());
+        assert_eq!(whole(reader).await, blob);
+        assert_eq!(script.asked(), [2 * MIB as u64 + 5]);
+        downloads.idle().await;
+        assert_eq!(held(&downloads, digest(&blob)).unwrap(), blob);
+        assert_eq!(left(&disk), [] as [PathBuf; 0]);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn after_a_kill_it_goes_on_from_the_last_mark() {
+    let (disk, blob) = (Arc::new(Memory::new()), content(WHOLE));
+    let (killed, script) = (downloads_on(&disk), Script::default());
+    let wire = script.stream(0, Some(WHOLE));
+    let mut reader = leader(&killed, digest(&blob)).start(script);
+    send(&wire, &blob[..2 * MIB + 100_000]);
+    take(&mut reader, 2 * MIB + 100_000).await;
+    // Nothing more is written by that process: the next one finds the folder as it is now.
+    let (downloads, script) = (downloads_on(&disk), Script::default());
+    let rest = script.stream(2 * MIB, Some(WHOLE));
+    let mut reader = leader(&downloads, digest(&blob)).start(script.clone());
+    script.has_asked(1).await;
+    let mark = usize::try_from(script.asked()[0]).unwrap();
+    assert!((2 * MIB..2 * MIB + 100_000).contains(&mark), "{mark}");
+    assert_eq!(
+        take(&mut reader, mark).await,
+        blob[..mark],
+        "while nothing came from upstream"
+    );
+    send(&rest, &blob[2 * MIB..]);
+    drop(rest);
+    assert_eq!(whole(reader).await, blob[mark..]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_is_refused_gets_nothing_of_it_and_the_next_one_does() {
+    let (disk, blob) = (Arc::new(Memory::new()), content(WHOLE));
+    let downloads = downloads_on(&disk);
+    interrupted(&downloads, &blob, 2 * MIB).await;
+    let script = Script::default();
+    script.answer(Answer {
+        said: Said::Forbidden,
+        ..Answer::silent(Cause::Malformed)
+    });
+    let reader = leader(&downloads, digest(&blob)).start(script);
+    let (bytes, end) = drain(reader).await;
+    assert_eq!(bytes, b"");
+    assert!(matches!(&*end.unwrap_err(), Failure::Refused(answer) if answer.said == Said::Forbidden));
+    let script = Script::default();
+    script.ending(2 * MIB, Some(WHOLE), &blob[2 * MIB..]);
+    let reader = leader(&downloads, digest(&blob)).start(script.clone());
+    assert_eq!(whole(reader).await, blob);
+    assert_eq!(script.asked(), [2 * MIB as u64]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_the_disk_changed_is_fetched_again_and_reaches_nobody() {
+    for damaged in [0, MIB - 1, MIB + 10_000] {
+        let (disk, blob) = (Arc::new(Memory::new()), content(WHOLE));
+        interrupted(&downloads_on(&disk), &blob, 2 * MIB).await;
+        damage(&disk, damaged as u64);
+        let (downloads, script) = (downloads_on(&disk), Script::default());
+        script.ending(2 * MIB, Some(WHOLE), &blob[2 * MIB..]);
+        script.ending(0, Some(WHOLE), &blob);
+        let reader = leader(&downloads, digest(&blob)).start(script.clone());
+        assert_eq!(stepped(whole(reader)).await, blob);
+        let asked = script.asked();
+        assert_eq!((asked.len(), asked[0]), (2, 2 * MIB as u64));
+        assert!(asked[1] <= damaged as u64, "{asked:?}");
+        assert_eq!(asked[1] > 0, damaged > MIB, "{asked:?}: what agrees is kept");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_upstream_without_ranges_is_read_past_what_is_there() {
+    let (disk, blob) = (Arc::new(Memory::new()), content(WHOLE));
+    let downloads = downloads_on(&disk);
+    interrupted(&downloads, &blob, 2 * MIB).await;
+    let script = Script::default();
+    script.ending(0, Some(WHOLE), &blob);
+    let reader = leader(&downloads, digest(&blob)).start(script.clone());
+    assert_eq!(whole(reader).await, blob);
+    assert_eq!(script.asked(), [2 * MIB as u64]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_upstream_that_dislikes_ranges_is_asked_for_everything() {
+    let (disk, blob) = (Arc::new(Memory::new()), content(WHOLE));
+    let downloads = downloads_on(&disk);
+    interrupted(&downloads, &blob, 2 * MIB).await;
+    let script = Script::default();
+    script.silence(Cause::Status(501));
+    script.ending(0, Some(WHOLE), &blob);
+    let reader = leader(&downloads, digest(&blob)).start(script.clone());
+    assert_eq!(whole(reader).await, blob);
+    assert_eq!(script.asked(), [2 * MIB as u64, 0]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_was_announced_with_another_size_is_of_no_use() {
+    let (disk, blob) = (Arc::new(Memory::new()), content(WHOLE));
+    let downloads = downloads_on(&disk);
+    interrupted_by(&downloads, digest(&blob), &blob[..2 * MIB], WHOLE + 1).await;
+    let script = Script::default();
+    script.ending(2 * MIB, Some(WHOLE), &blob[2 * MIB..]);
+    script.ending(0, Some(WHOLE), &blob);
+    let reader = leader(&downloads, digest(&blob)).start(script.clone());
+    assert_eq!(whole(reader).await, blob);
+    assert_eq!(script.asked(), [2 * MIB as u64, 0]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_was_received_wrong_is_fetched_once_from_the_start() {
+    let (disk, blob) = (Arc::new(Memory::new()), content(WHOLE));
+    let downloads = downloads_on(&disk);
+    let mut wrong = blob.clone();
+    wrong[7] ^= 1;
+    interrupted_by(&downloads, digest(&blob), &wrong[..2 * MIB], WHOLE).await;
+    let script = Script::default();
+    let rest = script.stream(2 * MIB, Some(WHOLE));
+    script.ending(0, Some(WHOLE), &blob);
+    let leader = leader(&downloads, digest(&blob));
+    let waiting = follower(&downloads, digest(&blob));
+    let mut first = leader.start(script.clone());
+    take(&mut first, 1).await;
+    send(&rest, &blob[2 * MIB..]);
+    drop(rest);
+    begun_again(&waiting).await;
+    assert_eq!(whole(waiting).await, blob);
+    assert!(drain(first).await.1.is_err(), "it had some of the wrong bytes");
+    downloads.idle().await;
+    assert_eq!(held(&downloads, digest(&blob)).unwrap(), blob);
+    assert_eq!(left(&disk), [] as [PathBuf; 0]);
+}
+
+#[tokio::test]
+async fn wrong_bytes_leave_nothing() {
+    let (disk, mut blob) = (Arc::new(Memory::new()), content(WHOLE));
+    let (downloads, script, wanted) = (downloads_on(&disk), Script::default(), digest(&blob));
+    blob[7] ^= 1;
+    script.ending(0, Some(WHOLE), &blob);
+    let reader = leader(&downloads, wanted).start(script);
+    failure(reader).await;
+    downloads.idle().await;
+    assert_eq!(left(&disk), [] as [PathBuf; 0]);
+}

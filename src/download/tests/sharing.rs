@@ -1,0 +1,202 @@
+//! One transfer, many readers: before, during, after; verified before its end leaves; gone when it failed.
+
+use super::*;
+
+#[tokio::test]
+async fn one_transfer_serves_those_before_during_and_after() {
+    let (downloads, script, blob) = (downloads(), Script::default(), content(MIB));
+    let wire = script.stream(0, Some(MIB));
+    let leader = leader(&downloads, digest(&blob));
+    let before = follower(&downloads, digest(&blob));
+    let mut first = leader.start(script.clone());
+    send(&wire, &blob[..MIB / 2]);
+    let beginning = take(&mut first, MIB / 2).await;
+    let during = follower(&downloads, digest(&blob));
+    assert_eq!(downloads.count(), 1);
+    send(&wire, &blob[MIB / 2..]);
+    drop(wire);
+    assert_eq!([beginning, whole(first).await].concat(), blob);
+    assert_eq!(whole(before).await, blob);
+    assert_eq!(whole(during).await, blob);
+    downloads.idle().await;
+    assert!(matches!(downloads.join(digest(&blob)), Joined::Held(held) if held.size == MIB as u64));
+    assert_eq!((script.asked(), downloads.count()), (vec![0], 0));
+}
+
+#[tokio::test]
+async fn a_miss_overtaken_by_a_whole_download_finds_it_held() {
+    let (downloads, blob) = (downloads(), content(1000));
+    assert_eq!(held(&downloads, digest(&blob)), None, "the first look");
+    let ingest = downloads.shared.store.begin(&digest(&blob), None).unwrap();
+    ingest.file().write_at(&blob, 0).unwrap();
+    let mut hasher = Hasher::new(Algorithm::Sha256);
+    hasher.update(&blob);
+    ingest
+        .commit(Verified::check(hasher, &digest(&blob), 1000, None).unwrap())
+        .unwrap();
+    assert!(matches!(downloads.join(digest(&blob)), Joined::Held(_)));
+    assert_eq!(downloads.count(), 0);
+}
+
+#[tokio::test]
+async fn a_leader_that_goes_away_fails_its_followers_and_the_next_one_leads() {
+    let (downloads, script, blob) = (downloads(), Script::default(), content(1000));
+    let leaving = leader(&downloads, digest(&blob));
+    let waiting = follower(&downloads, digest(&blob));
+    drop(leaving);
+    assert!(matches!(*failure(waiting).await, Failure::Abandoned));
+    script.ending(0, Some(1000), &blob);
+    let reader = leader(&downloads, digest(&blob)).start(script);
+    assert_eq!(whole(reader).await, blob);
+}
+
+#[tokio::test]
+async fn a_failed_transfer_is_gone_before_its_readers_hear_of_it() {
+    let (downloads, script, blob) = (downloads(), Script::default(), content(1000));
+    script.silence(Cause::Refused);
+    let leader = leader(&downloads, digest(&blob));
+    let mut waiting = follower(&downloads, digest(&blob));
+    let _first = leader.start(script);
+    // Looked at inside the notice itself: nothing runs between it and the look.
+    let count = downloads.clone();
+    let seen = waiting
+        .progress
+        .wait_for(|progress| matches!(progress, Progress::Failed(_)) && count.count() == 0)
+        .await;
+    assert!(matches!(&*seen.unwrap(), Progress::Failed(failure) if matches!(**failure, Failure::Refused(_))));
+    assert!(matches!(downloads.join(digest(&blob)), Joined::Leader(_)));
+}
+
+#[tokio::test]
+async fn leaving_comes_before_telling() {
+    let (downloads, blob) = (downloads(), content(1000));
+    let leader = leader(&downloads, digest(&blob));
+    let reader = follower(&downloads, digest(&blob));
+    // While the map is locked nobody can leave it, so nobody may be told.
+    let running = downloads.shared.running();
+    let leaving = std::thread::spawn(move || {
+        leader.place.fail(Failure::Broken(Cause::Reset));
+    });
+    for _ in 0..1000 {
+        std::thread::yield_now();
+        assert!(matches!(&*reader.progress.borrow(), Progress::Opening));
+    }
+    drop(running);
+    leaving.join().unwrap();
+    assert_eq!(downloads.count(), 0);
+    assert!(matches!(&*reader.progress.borrow(), Progress::Failed(_)));
+}
+
+#[tokio::test]
+async fn a_refusal_is_told_with_the_upstreams_answer() {
+    let (downloads, script) = (downloads(), Script::default());
+    script.silence(Cause::RateLimited);
+    let reader = leader(&downloads, digest(b"x")).start(script.clone());
+    match &*failure(reader).await {
+        Failure::Refused(answer) => assert_eq!(answer.said, Said::Silent(Cause::RateLimited)),
+        other => panic!("{other}"),
+    }
+    assert_eq!(
+        script.asked(),
+        [0],
+        "a refusal before the first byte is not asked again"
+    );
+}
+
+#[tokio::test]
+async fn the_last_bytes_are_withheld_until_the_digest_is_right() {
+    for total in [Some(MIB), None] {
+        let (downloads, script, blob) = (downloads(), Script::default(), content(MIB));
+        let wire = script.stream(0, total);
+        let mut reader = leader(&downloads, digest(&blob)).start(script);
+        send(&wire, &blob);
+        let open = MIB - usize::try_from(WITHHELD_BYTES).unwrap();
+        let beginning = take(&mut reader, open).await;
+        assert_eq!(
+            beginning.len(),
+            open,
+            "all but the last of a whole, unverified blob"
+        );
+        assert!(
+            matches!(&*reader.progress.borrow(), Progress::Filling(_, readable) if *readable == open as u64)
+        );
+        drop(wire);
+        assert_eq!([beginning, whole(reader).await].concat(), blob);
+    }
+}
+
+#[tokio::test]
+async fn wrong_bytes_reach_nobody_whole_and_are_not_kept() {
+    for length in [1000, MIB] {
+        for total in [Some(length), None] {
+            let (downloads, script, mut wrong) = (downloads(), Script::default(), content(length));
+            let wanted = digest(&wrong);
+            wrong[length - 1] ^= 1;
+            script.ending(0, total, &wrong);
+            let leader = leader(&downloads, wanted);
+            let joined = follower(&downloads, wanted);
+            let first = leader.start(script.clone());
+            for reader in [first, joined] {
+                let (bytes, end) = drain(reader).await;
+                assert!(bytes.len() <= length.saturating_sub(usize::try_from(WITHHELD_BYTES).unwrap()));
+                assert!(matches!(*end.unwrap_err(), Failure::Wrong(Mismatch::Digest(_))));
+            }
+            downloads.idle().await;
+            assert_eq!((held(&downloads, wanted), script.asked()), (None, vec![0]));
+        }
+    }
+}
+
+#[tokio::test]
+async fn more_bytes_than_announced_are_wrong() {
+    let (downloads, script, blob) = (downloads(), Script::default(), content(2000));
+    script.ending(0, Some(1000), &blob);
+    let reader = leader(&downloads, digest(&blob)).start(script);
+    assert!(matches!(
+        *failure(reader).await,
+        Failure::Wrong(Mismatch::Size { .. })
+    ));
+}
+
+#[tokio::test]
+async fn a_reader_within_a_range_does_not_wait_for_the_rest() {
+    let (downloads, script, blob) = (downloads(), Script::default(), content(MIB));
+    let wire = script.stream(0, Some(MIB));
+    let leader = leader(&downloads, digest(&blob));
+    let part = follower(&downloads, digest(&blob)).within(100_000, 300_000);
+    let nothing = follower(&downloads, digest(&blob)).within(7, 7);
+    let _first = leader.start(script);
+    send(&wire, &blob[..400_000]);
+    assert_eq!(whole(part).await, blob[100_000..300_000]);
+    assert_eq!(whole(nothing).await, b"");
+    assert_eq!(downloads.count(), 1, "the rest has not even arrived");
+    drop(wire);
+}
+
+#[tokio::test]
+async fn it_is_kept_though_all_its_readers_left() {
+    let (downloads, script, blob) = (downloads(), Script::default(), content(MIB));
+    let wire = script.stream(0, Some(MIB));
+    let mut first = leader(&downloads, digest(&blob)).start(script);
+    let second = follower(&downloads, digest(&blob));
+    send(&wire, &blob[..MIB / 2]);
+    take(&mut first, 1).await;
+    drop((first, second));
+    send(&wire, &blob[MIB / 2..]);
+    drop(wire);
+    downloads.idle().await;
+    assert_eq!(held(&downloads, digest(&blob)).unwrap(), blob);
+}
+
+#[tokio::test]
+async fn a_blob_of_no_bytes_is_a_blob() {
+    for total in [Some(0), None] {
+        let (downloads, script) = (downloads(), Script::default());
+        script.ending(0, total, b"");
+        let mut reader = leader(&downloads, digest(b"")).start(script);
+        reader.settled().await.unwrap();
+        assert_eq!(whole(reader).await, b"");
+        downloads.idle().await;
+        assert_eq!(held(&downloads, digest(b"")).unwrap(), b"");
+    }
+}

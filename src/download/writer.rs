@@ -1,0 +1,59 @@
+//! The writing side of a transfer: into the file, hashed on the way.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use tokio::sync::mpsc;
+
+use super::Failure;
+use super::progress::Download;
+use super::receive::Piece;
+use crate::oci::Hasher;
+use crate::store::Fault;
+use crate::store::blobs::Verified;
+use crate::store::ingest::Ingest;
+
+/// Writes and hashes, on a thread of the blocking pool. Publishes each chunk before it is hashed: readers need not
+/// wait for the hash, only the end of the blob does.
+pub(super) struct Writer {
+    pub(super) ingest: Ingest,
+    /// Has taken the first `written` bytes.
+    pub(super) hasher: Hasher,
+    pub(super) written: u64,
+    pub(super) download: Arc<Download>,
+}
+
+impl Writer {
+    /// Until the transfer ends or stops. `total` is what was announced.
+    pub(super) fn run(
+        mut self,
+        mut chunks: mpsc::Receiver<Piece>,
+        total: Option<u64>,
+    ) -> Result<(Ingest, Verified), Failure> {
+        let file = self.ingest.file();
+        while let Some(piece) = chunks.blocking_recv() {
+            let chunk: Bytes = match piece {
+                Piece::Chunk(chunk) => chunk,
+                Piece::End => return self.verify(total),
+            };
+            file.write_at(&chunk, self.written).map_err(|error| {
+                let digest = self.download.digest.to_string();
+                Failure::Store(Fault::io("write a blob", digest, &error))
+            })?;
+            self.written += chunk.len() as u64;
+            self.download.publish(self.written);
+            self.hasher.update(&chunk);
+            self.ingest.wrote(self.written, &self.hasher);
+        }
+        // The transfer stopped without an end; the receiving side says why. What came so far is for the next one.
+        self.ingest.leave(self.written, &self.hasher);
+        Err(Failure::Abandoned)
+    }
+
+    fn verify(self, total: Option<u64>) -> Result<(Ingest, Verified), Failure> {
+        let verified = Verified::check(self.hasher, &self.download.digest, self.written, total)
+            .map_err(Failure::Wrong)?;
+        self.download.complete(self.written);
+        Ok((self.ingest, verified))
+    }
+}

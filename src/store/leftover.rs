@@ -1,0 +1,341 @@
+//! What an interrupted download leaves, and how it is gone on with.
+//!
+//! A leftover is kept for whoever asks for its blob next, in this process or a later one. It is read again before it is
+//! believed: only what agrees with a mark counts as received. Whether the whole is right, the digest says in the end, as
+//! always. How many leftovers there are, how large they are together, and at a start how old, is limited; a disk that is
+//! full takes them first.
+
+use std::fmt;
+use std::fmt::Write as _;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use super::blobs::{Blobs, TREE};
+use super::ingest::{Ingest, Marks, Meta};
+use super::record::{RECORD_BYTES_MAX, opened};
+use super::step::STEP_BYTES;
+use super::volume::{UNNAMED_FOLDER, Volume, VolumeFile, read_all};
+use super::{Store, content_path};
+use crate::oci::{Digest, Hasher};
+
+/// Leftovers kept at a time; the oldest goes first.
+const LEFTOVERS_MAX: usize = 32;
+
+/// Their bytes together.
+const LEFTOVER_BYTES_MAX: u64 = 16 * 1024 * 1024 * 1024;
+
+/// One that was written to longer ago than this is not continued after a start.
+const LEFTOVER_AGE_MAX: Duration = Duration::from_secs(24 * 60 * 60);
+
+/// The marks of a blob of 128 GiB and more; a longer list is not read.
+const MARKS_BYTES_MAX: u64 = 16 * 1024 * 1024;
+
+impl Store {
+    /// Takes what an interrupted download of `digest` left, if anything usable: nobody else gets it meanwhile.
+    pub fn leftover(&self, digest: &Digest) -> Option<Leftover> {
+        Leftover::take(&self.blobs, digest)
+    }
+
+    /// Removes all leftovers; says how many bytes they had.
+    pub fn remove_leftovers(&self) -> u64 {
+        let leftovers = std::mem::take(&mut *self.blobs.leftovers.kept());
+        let volume = self.blobs.volume.as_ref();
+        leftovers.iter().map(|kept| kept.remove(volume)).sum()
+    }
+}
+
+/// What an interrupted download left. Dropped unused, it is there for the next one.
+pub struct Leftover {
+    blobs: Arc<Blobs>,
+    kept: Option<Kept>,
+    size: Option<u64>,
+    file: Arc<dyn VolumeFile>,
+    list: Marks,
+    marks: Vec<Mark>,
+}
+
+/// So many bytes have this digest.
+struct Mark {
+    bytes: u64,
+    digest: Digest,
+}
+
+/// What became of a leftover.
+pub struct Resumed {
+    /// To be written on, from `written`.
+    pub ingest: Ingest,
+    /// Has taken the first `written` bytes.
+    pub hasher: Hasher,
+    /// So many bytes are what was once received.
+    pub written: u64,
+}
+
+impl fmt::Debug for Leftover {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Leftover")
+            .field("bytes", &self.bytes())
+            .finish_non_exhaustive()
+    }
+}
+
+impl fmt::Debug for Resumed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Resumed")
+            .field("written", &self.written)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Leftover {
+    fn take(blobs: &Arc<Blobs>, digest: &Digest) -> Option<Self> {
+        let kept = blobs.leftovers.take(digest)?;
+        let read = || {
+            let (volume, folder) = (blobs.volume.as_ref(), kept.folder());
+            let meta: Meta = opened(&volume.read_whole(&folder.join("meta"), RECORD_BYTES_MAX).ok()?)?;
+            let file = volume.open_for_writing(&folder.join("data")).ok()?;
+            let list = volume.open_for_writing(&folder.join("marks")).ok()?;
+            let text = read_all(list.as_ref(), MARKS_BYTES_MAX).ok()?;
+            let below = meta
+                .size
+                .unwrap_or(u64::MAX)
+                .min(file.size().ok()?.saturating_add(1));
+            let (marks, length) = read_marks(&text, below);
+            let list = Marks {
+                file: Some(list),
+                length,
+                last: marks.last()?.bytes,
+            };
+            Some((meta.size, file, list, marks))
+        };
+        let Some((size, file, list, marks)) = read() else {
+            kept.remove(blobs.volume.as_ref());
+            return None;
+        };
+        Some(Self {
+            blobs: Arc::clone(blobs),
+            kept: Some(kept),
+            size,
+            file,
+            list,
+            marks,
+        })
+    }
+
+    /// How many bytes there are, if they are what was written. Less than the whole: there is always something to ask for.
+    pub fn bytes(&self) -> u64 {
+        self.list.last
+    }
+
+    /// The size of the whole, if it was announced.
+    pub fn size(&self) -> Option<u64> {
+        self.size
+    }
+
+    /// The file, for readers of what is proven by [`Self::read_again`].
+    pub fn file(&self) -> Arc<dyn VolumeFile> {
+        Arc::clone(&self.file)
+    }
+
+    /// Removes it: it is of no use.
+    pub fn discard(mut self) {
+        if let Some(kept) = self.kept.take() {
+            kept.remove(self.blobs.volume.as_ref());
+        }
+    }
+
+    /// Reads it from the start, as far as it agrees with its marks; `proven` hears of each mark that does. Blocks for as
+    /// long as the disk and the hash take. `None` if it was discarded.
+    pub fn read_again(mut self, mut proven: impl FnMut(u64)) -> Option<Resumed> {
+        let kept = self.kept.take()?;
+        let mut hasher = Hasher::new(kept.digest.algorithm());
+        let (mut good, mut written) = (hasher.clone(), 0);
+        let mut buffer = vec![0; STEP_BYTES];
+        for mark in &self.marks {
+            let read = read_span(
+                self.file.as_ref(),
+                (written, mark.bytes),
+                &mut buffer,
+                &mut hasher,
+            );
+            if read.is_err() || hasher.clone().finish() != mark.digest {
+                tracing::warn!(digest = %kept.digest, from = written, "what an interrupted download left is damaged; it is fetched again from there");
+                break;
+            }
+            (good, written) = (hasher.clone(), mark.bytes);
+            proven(written);
+        }
+        let ingest = Ingest {
+            blobs: Arc::clone(&self.blobs),
+            digest: kept.digest,
+            folder: kept.folder(),
+            file: Arc::clone(&self.file),
+            marks: Marks {
+                last: written,
+                ..self.list.clone()
+            },
+            is_left: false,
+        };
+        Some(Resumed {
+            ingest,
+            hasher: good,
+            written,
+        })
+    }
+}
+
+impl Drop for Leftover {
+    fn drop(&mut self) {
+        if let Some(kept) = self.kept.take() {
+            self.blobs.leftovers.put(self.blobs.volume.as_ref(), kept);
+        }
+    }
+}
+
+/// Hashes the bytes of a span.
+fn read_span(
+    file: &dyn VolumeFile,
+    (mut at, until): (u64, u64),
+    buffer: &mut [u8],
+    hasher: &mut Hasher,
+) -> io::Result<()> {
+    while at < until {
+        let wanted = usize::try_from(until - at)
+            .unwrap_or(STEP_BYTES)
+            .min(buffer.len());
+        let space = buffer.get_mut(..wanted).unwrap_or_default();
+        let read = match file.read_at(space, at) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            read => read?,
+        };
+        if read == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        hasher.update(space.get(..read).unwrap_or_default());
+        at += read as u64;
+    }
+    Ok(())
+}
+
+/// The marks below `size`, and the length of the text that they are in. A later one takes back those that are not before
+/// it; behind a line that is none, nothing counts.
+fn read_marks(text: &[u8], size: u64) -> (Vec<Mark>, u64) {
+    let (mut marks, mut length) = (Vec::<Mark>::new(), 0);
+    for line in text.split_inclusive(|byte| *byte == b'\n') {
+        let mark = line.strip_suffix(b"\n").and_then(|line| {
+            let (bytes, digest) = std::str::from_utf8(line).ok()?.split_once(' ')?;
+            Some(Mark {
+                bytes: bytes.parse().ok()?,
+                digest: digest.parse().ok()?,
+            })
+        });
+        let Some(mark) = mark else { break };
+        length += line.len() as u64;
+        while marks.last().is_some_and(|before| before.bytes >= mark.bytes) {
+            marks.pop();
+        }
+        if mark.bytes < size {
+            marks.push(mark);
+        }
+    }
+    (marks, length)
+}
+
+/// The leftovers nobody has taken, the oldest first.
+#[derive(Default)]
+pub(super) struct Leftovers(Mutex<Vec<Kept>>);
+
+pub(super) struct Kept {
+    pub(super) digest: Digest,
+    pub(super) bytes: u64,
+}
+
+impl Kept {
+    pub(super) fn folder(&self) -> PathBuf {
+        let mut name = self.digest.algorithm().to_string();
+        let _ = write!(name, "-{}", self.digest.hex());
+        Path::new(UNNAMED_FOLDER).join(name)
+    }
+
+    /// Says how many bytes it had.
+    fn remove(&self, volume: &dyn Volume) -> u64 {
+        // What stays is found again at the next start.
+        let _ = volume.remove_folder_all(&self.folder());
+        self.bytes
+    }
+}
+
+impl Leftovers {
+    /// Looks through what an earlier process was writing: what can be continued is kept, the rest is removed.
+    pub(super) fn find(volume: &dyn Volume, now: SystemTime) -> Self {
+        let entries = volume.list(Path::new(UNNAMED_FOLDER)).unwrap_or_default();
+        let mut found = Vec::new();
+        for entry in entries {
+            let path = Path::new(UNNAMED_FOLDER).join(&entry.name);
+            match identify(volume, &path, now).filter(|_| entry.is_folder) {
+                Some((kept, written_at)) => found.push((written_at, path, kept)),
+                None => remove(volume, &path, entry.is_folder),
+            }
+        }
+        found.sort_by_key(|(written_at, ..)| *written_at);
+        let leftovers = Self::default();
+        for (_, path, kept) in found {
+            let folder = kept.folder();
+            if path == folder
+                || (volume.list(&folder).is_ok_and(|there| there.is_empty())
+                    && volume.rename(&path, &folder).is_ok())
+            {
+                leftovers.put(volume, kept);
+            } else {
+                remove(volume, &path, true);
+            }
+        }
+        leftovers
+    }
+
+    pub(super) fn put(&self, volume: &dyn Volume, kept: Kept) {
+        let mut all = self.kept();
+        all.retain(|other| other.digest != kept.digest);
+        all.push(kept);
+        let bytes = |all: &Vec<Kept>| all.iter().map(|kept| kept.bytes).sum::<u64>();
+        while all.len() > LEFTOVERS_MAX || (bytes(&all) > LEFTOVER_BYTES_MAX && all.len() > 1) {
+            all.remove(0).remove(volume);
+        }
+    }
+
+    fn take(&self, digest: &Digest) -> Option<Kept> {
+        let mut all = self.kept();
+        let place = all.iter().position(|kept| kept.digest == *digest)?;
+        Some(all.remove(place))
+    }
+
+    /// The list is whole between any two statements under its lock, so a poisoned lock is as good as another.
+    fn kept(&self) -> MutexGuard<'_, Vec<Kept>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Which blob the ingest in `folder` is of, and when it was written; `None` for one that is of no use.
+fn identify(volume: &dyn Volume, folder: &Path, now: SystemTime) -> Option<(Kept, Option<SystemTime>)> {
+    let meta: Meta = opened(&volume.read_whole(&folder.join("meta"), RECORD_BYTES_MAX).ok()?)?;
+    let digest: Digest = meta.digest.parse().ok()?;
+    let data = folder.join("data");
+    let bytes = volume.open(&data).and_then(|file| file.size()).ok()?;
+    let written_at = volume.modified(&data).ok()?;
+    let is_old = written_at.is_some_and(|at| now.duration_since(at).is_ok_and(|age| age > LEFTOVER_AGE_MAX));
+    let is_held = volume.open(&content_path(TREE, &digest)).is_ok();
+    let has_marks = volume.open(&folder.join("marks")).is_ok();
+    (has_marks && !is_old && !is_held).then_some((Kept { digest, bytes }, written_at))
+}
+
+fn remove(volume: &dyn Volume, path: &Path, is_folder: bool) {
+    let removed = if is_folder {
+        volume.remove_folder_all(path)
+    } else {
+        volume.remove(path)
+    };
+    if let Err(error) = removed {
+        tracing::warn!(%error, path = %path.display(), "could not remove what an earlier process was writing");
+    }
+}
