@@ -5,7 +5,7 @@
 //!
 //! * `asking`: the question put to the upstream, shared by those who may share it, and what follows from the answer.
 //! * `manifest`: by tag and by digest; `copies` of it that are held, `fetching` it, the `check` of what it points to.
-//! * `blob`: held, joined or led; `prefetch` begins before anybody asks. * `listing`: tags and referrers.
+//! * `blob`: held, joined or led; `source`: how a download reaches the upstream; `prefetch` begins before anybody asks. * `listing`: tags and referrers.
 
 mod asking;
 mod blob;
@@ -18,6 +18,7 @@ pub mod passing;
 mod prefetch;
 mod site;
 mod sizes;
+mod source;
 
 use std::sync::Arc;
 use std::time::SystemTime;

@@ -2,20 +2,18 @@
 
 use std::sync::Arc;
 
-use http::StatusCode;
-
 use super::asking::Asked;
 use super::fetching::Wanted;
 use super::manifest::refused;
+use super::source::Upstreamed;
 use super::{Content, Context, How, Outcome, Pull, Reason, Request, passing};
-use crate::download::{self, Ahead, Chunks, Failure, Joined, Reader, Source, Stream, WITHHELD_BYTES};
-use crate::oci::range::Span;
+use crate::download::{Failure, Joined, Reader, WITHHELD_BYTES};
 use crate::oci::{AnyDigest, Cause, Digest, Repository};
 use crate::policy::rules::Rule;
 use crate::policy::{
     Heard, Held, Refusal, Rest, Served, Situation, Standing, Subject, Verdict, Whose, Why, decide,
 };
-use crate::upstream::{Address, Answer, Credential, Fetched, Part};
+use crate::upstream::Answer;
 
 /// How often one joins again after a leader failed on a right that was its own. Each time another leads.
 const JOINS_MAX: usize = 4;
@@ -288,99 +286,4 @@ fn refuse_unheld(situation: Situation, heard: Heard, answer: Option<Arc<Answer>>
 
 fn is_own(heard: Heard) -> bool {
     heard == Heard::Refused(Whose::Proxy)
-}
-
-/// The upstream as the source of a download: asked with the leader's own credential, whose yes is kept as its grant.
-pub(super) struct Upstreamed {
-    pull: Arc<Pull>,
-    of: Wanted,
-    digest: Digest,
-    /// Whether it was asked before: what follows from the answer is learned once.
-    begun: bool,
-    /// Where the bytes came from last.
-    last: Option<Address>,
-}
-
-impl Upstreamed {
-    pub(super) fn new(pull: &Arc<Pull>, of: Wanted, digest: Digest) -> Self {
-        Self {
-            pull: Arc::clone(pull),
-            of,
-            digest,
-            begun: false,
-            last: None,
-        }
-    }
-
-    async fn get(&self, part: Part) -> Result<Fetched, Answer> {
-        let Wanted {
-            site,
-            operation,
-            accept,
-            caller,
-            ..
-        } = &self.of;
-        site.upstream().get_part(caller, operation, accept, part).await
-    }
-}
-
-impl Source for Upstreamed {
-    async fn open(&mut self, from: u64) -> Result<Stream, Answer> {
-        let part = Part {
-            from,
-            until: None,
-            after: self.last,
-        };
-        let first = !std::mem::replace(&mut self.begun, true);
-        let answer = self.get(part).await;
-        let Wanted {
-            site,
-            repository,
-            caller,
-            ..
-        } = &self.of;
-        match answer {
-            Ok(fetched) => {
-                self.last = Some(fetched.address);
-                if first {
-                    let anonymous = matches!(caller.credential, Credential::Anonymous);
-                    self.pull.learn_yes(site, repository, caller, anonymous).await;
-                    self.pull.note_seen(site, repository, self.digest).await;
-                }
-                let start = fetched.start;
-                let stated = || self.pull.sizes.of(site, repository, self.digest);
-                let total = fetched
-                    .total
-                    .or(fetched.length.map(|length| start + length))
-                    .or_else(stated);
-                Ok(Stream {
-                    start,
-                    total,
-                    body: Box::new(fetched),
-                })
-            }
-            Err(answer) => {
-                if first {
-                    self.pull.learn(site, repository, caller, &answer).await;
-                }
-                Err(answer)
-            }
-        }
-    }
-}
-
-impl Ahead for Upstreamed {
-    /// A whole answer (200) is no part: reading it up to the part would take as long as the fill.
-    fn open(&mut self, span: Span) -> download::Part<'_> {
-        Box::pin(async move {
-            let part = Part {
-                from: span.start,
-                until: Some(span.end_exclusive),
-                after: None,
-            };
-            let fetched = self.get(part).await.ok()?;
-            let is_part = fetched.status == StatusCode::PARTIAL_CONTENT;
-            is_part.then(|| Box::new(fetched) as Box<dyn Chunks>)
-        })
-    }
 }

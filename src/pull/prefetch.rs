@@ -9,8 +9,8 @@ use std::sync::Arc;
 use tokio::sync::Semaphore;
 
 use super::Pull;
-use super::blob::Upstreamed;
 use super::fetching::Wanted;
+use super::source::Upstreamed;
 use crate::download::Joined;
 use crate::oci::{AnyDigest, Digest, Operation};
 use crate::store::manifests::HeldManifest;

@@ -122,3 +122,22 @@ async fn everybody_in_the_transfer_is_carried_over_a_break() {
     assert_eq!(part.rest().await.unwrap(), blob.bytes[SIZE - 100..]);
     assert_eq!(ranges(&upstream), [None, Some(from(SIZE / 2))]);
 }
+
+#[tokio::test]
+async fn a_clients_token_that_expired_meanwhile_breaks_no_public_pull() {
+    let upstream = Upstream::start().await;
+    upstream.requires_token();
+    upstream.makes_public("library/demo");
+    upstream.lets("alice", "a-secret", "library/demo");
+    let image = upstream.push("library/demo", "1", Image::of_noise(7, SIZE));
+    let proxy = Proxy::over(&upstream).await;
+    let layer = image.layer(0);
+    upstream.truncates_blobs_at(SIZE / 2, 1);
+    let gate = upstream.holds_blob(&layer.digest, SIZE / 4);
+    let pull = proxy.blob("library/demo", &layer.digest);
+    let mut pull = pull.bearer(&upstream.token_for("alice")).stream().await;
+    gate.reached().await;
+    upstream.expires_tokens();
+    gate.release();
+    assert!(pull.rest().await.expect("a whole body") == layer.bytes);
+}

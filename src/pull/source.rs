@@ -1,0 +1,123 @@
+//! The upstream as the source of a download, and of parts that lie far ahead of one.
+
+use std::sync::Arc;
+
+use http::StatusCode;
+
+use super::Pull;
+use super::fetching::Wanted;
+use crate::download::{self, Ahead, Chunks, Source, Stream};
+use crate::oci::Digest;
+use crate::oci::range::Span;
+use crate::upstream::{Address, Answer, Credential, Fetched, Part, Said};
+
+/// Asked with the leader's own credential, whose yes is kept as its grant.
+pub(super) struct Upstreamed {
+    pull: Arc<Pull>,
+    of: Wanted,
+    digest: Digest,
+    /// Whether it was asked before: what follows from the answer is learned once.
+    begun: bool,
+    /// Where the bytes came from last.
+    last: Option<Address>,
+}
+
+impl Upstreamed {
+    pub(super) fn new(pull: &Arc<Pull>, of: Wanted, digest: Digest) -> Self {
+        Self {
+            pull: Arc::clone(pull),
+            of,
+            digest,
+            begun: false,
+            last: None,
+        }
+    }
+
+    /// A client's token may be too old by the time a transfer has to be resumed. It opened the transfer, so its right is not in
+    /// question; the rest may yet be had as anyone may have it. Says whether there was a credential.
+    fn forgo_credential(&mut self) -> bool {
+        let had_one = matches!(self.of.caller.credential, Credential::Client(_));
+        if had_one {
+            self.of.caller = self.of.site.caller(&self.pull.principals, None);
+        }
+        had_one
+    }
+
+    async fn get(&self, part: Part) -> Result<Fetched, Answer> {
+        let Wanted {
+            site,
+            operation,
+            accept,
+            caller,
+            ..
+        } = &self.of;
+        site.upstream().get_part(caller, operation, accept, part).await
+    }
+}
+
+impl Source for Upstreamed {
+    async fn open(&mut self, from: u64) -> Result<Stream, Answer> {
+        let part = Part {
+            from,
+            until: None,
+            after: self.last,
+        };
+        let first = !std::mem::replace(&mut self.begun, true);
+        let mut answer = self.get(part).await;
+        if !first
+            && matches!(&answer, Err(answer) if answer.said == Said::Forbidden)
+            && self.forgo_credential()
+        {
+            answer = self.get(part).await;
+        }
+        let Wanted {
+            site,
+            repository,
+            caller,
+            ..
+        } = &self.of;
+        match answer {
+            Ok(fetched) => {
+                self.last = Some(fetched.address);
+                if first {
+                    let anonymous = matches!(caller.credential, Credential::Anonymous);
+                    self.pull.learn_yes(site, repository, caller, anonymous).await;
+                    self.pull.note_seen(site, repository, self.digest).await;
+                }
+                let start = fetched.start;
+                let stated = || self.pull.sizes.of(site, repository, self.digest);
+                let total = fetched
+                    .total
+                    .or(fetched.length.map(|length| start + length))
+                    .or_else(stated);
+                Ok(Stream {
+                    start,
+                    total,
+                    body: Box::new(fetched),
+                })
+            }
+            Err(answer) => {
+                if first {
+                    self.pull.learn(site, repository, caller, &answer).await;
+                }
+                Err(answer)
+            }
+        }
+    }
+}
+
+impl Ahead for Upstreamed {
+    /// A whole answer (200) is no part: reading it up to the part would take as long as the fill.
+    fn open(&mut self, span: Span) -> download::Part<'_> {
+        Box::pin(async move {
+            let part = Part {
+                from: span.start,
+                until: Some(span.end_exclusive),
+                after: None,
+            };
+            let fetched = self.get(part).await.ok()?;
+            let is_part = fetched.status == StatusCode::PARTIAL_CONTENT;
+            is_part.then(|| Box::new(fetched) as Box<dyn Chunks>)
+        })
+    }
+}
