@@ -1,8 +1,9 @@
 //! Clients that cost little: one thread per connection that reads and discards, and wrk for small replies.
 
 use crate::Outcome;
-use crate::content::{MANIFEST_TYPE, named};
+use crate::content::{Image, MANIFEST_TYPE, blob, manifest_by_tag, named};
 use crate::servers::Server;
+use rustix::net::{RecvFlags, recv};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, IpAddr, ServerName};
 use rustls::{ClientConfig, ClientConnection, RootCertStore, StreamOwned};
@@ -62,6 +63,7 @@ impl Door {
         tcp.set_read_timeout(Some(SILENCE_MAX))?;
         let Some(trust) = &self.trust else {
             return Ok(Connection {
+                bare: Some(tcp.try_clone()?),
                 stream: Box::new(tcp),
             });
         };
@@ -71,6 +73,7 @@ impl Door {
             stream.conn.complete_io(&mut stream.sock)?;
         }
         Ok(Connection {
+            bare: None,
             stream: Box::new(stream),
         })
     }
@@ -194,6 +197,59 @@ pub(crate) fn herd(door: &Door, path: &str, clients: usize) -> Outcome<()> {
     })
 }
 
+/// One client of a crowd: connects, waits for the others, and pulls an image as a client does: manifest, configuration,
+/// layer. Says when it was done, and in `first_byte` when the layer began, in microseconds, both counted from the start.
+/// The layer's length is checked; with `hashed`, its bytes too. Otherwise they are not even looked at: a crowd shares
+/// the machine with the server.
+pub(crate) fn pull(
+    door: &Door,
+    image: &Image,
+    ready: &Barrier,
+    hashed: bool,
+    first_byte: &AtomicU64,
+) -> Outcome<Duration> {
+    let connection = door.connect();
+    ready.wait();
+    let (mut connection, mut buffer) = (connection?, vec![0; STEP_BYTES]);
+    let began = Instant::now();
+    for path in [manifest_by_tag(image.tag), blob(&image.config)] {
+        let mut left = connection.ask(&path, &mut buffer, |part| part.len() as u64)?.left;
+        while left > 0 {
+            left -= connection.read_some(left, &mut buffer)?.len() as u64;
+        }
+    }
+    let (mut hash, mut received) = (Sha256::new(), 0);
+    let mut seen = |part: &[u8]| {
+        if received == 0 && !part.is_empty() {
+            first_byte.store(
+                u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX),
+                Ordering::Relaxed,
+            );
+        }
+        if hashed {
+            hash.update(part);
+        }
+        received += part.len() as u64;
+        part.len() as u64
+    };
+    let mut left = connection.ask(&blob(&image.layer), &mut buffer, &mut seen)?.left;
+    while left > 0 {
+        left -= if hashed {
+            seen(connection.read_some(left, &mut buffer)?)
+        } else {
+            seen(connection.discard_some(left, &mut buffer)?)
+        };
+    }
+    let took = began.elapsed();
+    if received != image.layer_bytes {
+        return Err(format!("a layer of {received} bytes instead of {}", image.layer_bytes).into());
+    }
+    if hashed && named(&hash.finalize()) != image.layer {
+        return Err("wrong bytes".into());
+    }
+    Ok(took)
+}
+
 /// One download whose every byte is checked.
 pub(crate) fn expect_digest(door: &Door, path: &str, digest: &str) -> Outcome<()> {
     let (mut connection, mut buffer) = (door.connect()?, vec![0; STEP_BYTES]);
@@ -219,6 +275,8 @@ pub(crate) fn expect_digest(door: &Door, path: &str, digest: &str) -> Outcome<()
 
 struct Connection {
     stream: Box<dyn Stream>,
+    /// The same connection, where nothing lies between it and the bytes.
+    bare: Option<TcpStream>,
 }
 
 trait Stream: Read + Write {}
@@ -260,6 +318,20 @@ impl Connection {
         let limit = usize::try_from(left).unwrap_or(usize::MAX).min(buffer.len());
         let room = buffer.get_mut(..limit).unwrap_or_default();
         let more = self.stream.read(room)?;
+        if more == 0 {
+            return Err(format!("a body ended {left} bytes short").into());
+        }
+        Ok(buffer.get(..more).unwrap_or_default())
+    }
+
+    /// Like `read_some`, but the bytes stay in the kernel: only the length of what is returned means anything.
+    fn discard_some<'b>(&mut self, left: u64, buffer: &'b mut [u8]) -> Outcome<&'b [u8]> {
+        let Some(bare) = &self.bare else {
+            return self.read_some(left, buffer);
+        };
+        let limit = usize::try_from(left).unwrap_or(usize::MAX).min(buffer.len());
+        let room = buffer.get_mut(..limit).unwrap_or_default();
+        let (_, more) = recv(bare, room, RecvFlags::TRUNC)?;
         if more == 0 {
             return Err(format!("a body ended {left} bytes short").into());
         }

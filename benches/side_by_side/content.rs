@@ -14,60 +14,77 @@ pub(crate) const MANIFEST_TYPE: &str = "application/vnd.oci.image.manifest.v1+js
 pub(crate) struct Content {
     /// nginx's document root.
     pub(crate) root: PathBuf,
-    /// The manifest, tagged `latest`, with every blob as a layer.
-    pub(crate) manifest: String,
-    /// Asked for again and again.
-    pub(crate) warm: String,
-    /// Asked for by many at once, the first time.
-    pub(crate) herd: String,
-    /// Asked for once each.
+    /// The image of the blob that is asked for again and again.
+    pub(crate) image: Image,
+    /// The image that many ask for at once, the first time.
+    pub(crate) herd_image: Image,
+    /// Asked for once each; in no image, so that nobody fetches them before they are asked for.
     pub(crate) cold: Vec<String>,
+}
+
+/// A tag, its manifest, its configuration and its one layer.
+pub(crate) struct Image {
+    pub(crate) tag: &'static str,
+    pub(crate) manifest: String,
+    pub(crate) config: String,
+    pub(crate) layer: String,
+    pub(crate) layer_bytes: u64,
 }
 
 impl Content {
     /// Writes the repository below `scratch`. Every blob is incompressible and of its own bytes.
     pub(crate) fn make(scratch: &Path, blob_bytes: u64, cold: usize) -> Outcome<Self> {
         let root = scratch.join("www");
-        let blobs = root.join("v2").join(REPOSITORY).join("blobs");
-        let manifests = root.join("v2").join(REPOSITORY).join("manifests");
+        let repository = root.join("v2").join(REPOSITORY);
+        let blobs = repository.join("blobs");
         std::fs::create_dir_all(&blobs)?;
-        std::fs::create_dir_all(&manifests)?;
-
-        let config = br#"{"architecture":"amd64","os":"linux","rootfs":{"type":"layers","diff_ids":[]}}"#;
-        let config_digest = digest_of(config);
-        std::fs::write(blobs.join(&config_digest), config)?;
-        let mut layers = Vec::new();
-        for seed in 1..=(cold as u64 + 2) {
-            layers.push(write_noise(&blobs, seed, blob_bytes)?);
-        }
-
-        let listed: Vec<String> = layers
-            .iter()
-            .map(|digest| format!(r#"{{"mediaType":"application/vnd.oci.image.layer.v1.tar","digest":"{digest}","size":{blob_bytes}}}"#))
-            .collect();
-        let manifest = format!(
-            r#"{{"schemaVersion":2,"mediaType":"{MANIFEST_TYPE}","config":{{"mediaType":"application/vnd.oci.image.config.v1+json","digest":"{config_digest}","size":{}}},"layers":[{}]}}"#,
-            config.len(),
-            listed.join(",")
-        );
-        let digest = digest_of(manifest.as_bytes());
-        std::fs::write(manifests.join("latest"), &manifest)?;
-        std::fs::write(manifests.join(&digest), &manifest)?;
-
-        let (warm, herd) = (layers.remove(0), layers.remove(0));
+        std::fs::create_dir_all(repository.join("manifests"))?;
+        let image = |tag, seed| {
+            Image::make(
+                &repository,
+                tag,
+                write_noise(&blobs, seed, blob_bytes)?,
+                blob_bytes,
+            )
+        };
+        let (image, herd_image) = (image("latest", 1)?, image("herd", 2)?);
+        let cold = (0..cold as u64)
+            .map(|n| write_noise(&blobs, n + 3, blob_bytes))
+            .collect::<Outcome<_>>()?;
         Ok(Content {
             root,
-            manifest: digest,
-            warm,
-            herd,
-            cold: layers,
+            image,
+            herd_image,
+            cold,
         })
     }
 }
 
-/// The path of the manifest by its tag.
-pub(crate) fn manifest_by_tag() -> String {
-    format!("/v2/{REPOSITORY}/manifests/latest")
+impl Image {
+    fn make(repository: &Path, tag: &'static str, layer: String, layer_bytes: u64) -> Outcome<Self> {
+        let config = br#"{"architecture":"amd64","os":"linux","rootfs":{"type":"layers","diff_ids":[]}}"#;
+        let config_digest = digest_of(config);
+        std::fs::write(repository.join("blobs").join(&config_digest), config)?;
+        let manifest = format!(
+            r#"{{"schemaVersion":2,"mediaType":"{MANIFEST_TYPE}","config":{{"mediaType":"application/vnd.oci.image.config.v1+json","digest":"{config_digest}","size":{}}},"layers":[{{"mediaType":"application/vnd.oci.image.layer.v1.tar","digest":"{layer}","size":{layer_bytes}}}]}}"#,
+            config.len(),
+        );
+        let digest = digest_of(manifest.as_bytes());
+        std::fs::write(repository.join("manifests").join(tag), &manifest)?;
+        std::fs::write(repository.join("manifests").join(&digest), &manifest)?;
+        Ok(Image {
+            tag,
+            manifest: digest,
+            config: config_digest,
+            layer,
+            layer_bytes,
+        })
+    }
+}
+
+/// The path of a manifest by its tag.
+pub(crate) fn manifest_by_tag(tag: &str) -> String {
+    format!("/v2/{REPOSITORY}/manifests/{tag}")
 }
 
 /// The path of a manifest by its digest.

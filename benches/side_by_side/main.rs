@@ -1,20 +1,25 @@
-//! ifnewer beside nginx, in one run on one machine: the only way a figure of speed means anything.
+//! ifnewer beside nginx and docker-registry, in one run on one machine: the only way a figure of speed means anything.
 //!
 //! nginx serves the very files that ifnewer holds; a third nginx is the upstream. The client discards what it reads.
+//! For the stampedes, where nobody holds anything, nginx and docker-registry are caches like ifnewer.
 //! What counts is the server's own CPU time from `/proc`, so that a client on the same cores does not blur it. Rounds
 //! alternate between the two; a figure is the median of its rounds and a ratio is the median of the rounds' ratios.
 //! Deliberately not here: absolute targets. They would measure the machine.
 //!
-//! Run it by `benches/run`, which brings nginx and wrk. `--quick`: shorter windows; `--rounds N`; `--strict`: exit 1
-//! when a target is missed. Wrong bytes always exit 1.
+//! Run it by `benches/run`, which brings the others and wrk. `--quick`: shorter windows; `--rounds N`; `--stampede`:
+//! nothing but the stampedes; `--strict`: exit 1 when a target is missed. Wrong bytes always exit 1.
 
 #![allow(clippy::print_stdout, reason = "the table is the product")]
 #![allow(clippy::disallowed_methods, reason = "a benchmark reads the clock")]
 #![allow(clippy::cast_precision_loss, reason = "figures are rounded to three digits")]
 
+mod bottleneck;
 mod client;
 mod content;
+mod peers;
+mod program;
 mod servers;
+mod stampede;
 mod table;
 
 use client::{Door, Scheme};
@@ -35,11 +40,18 @@ struct Plan {
     window: Duration,
     rounds: usize,
     cold_rounds: usize,
+    stampede_rounds: usize,
+    /// How long docker-registry may take for a stampede before it is stopped.
+    patience: Duration,
     strict: bool,
+    /// Nothing but the stampedes.
+    stampede_only: bool,
 }
 
 fn main() -> Outcome<()> {
     let plan = Plan::from_arguments()?;
+    // Whoever else uses the machine blurs every figure: a run that began or ended under load says so itself.
+    println!("load average before: {}", load()?);
     let scratch = tempfile::tempdir()?;
     println!(
         "making {} blobs of {} MiB",
@@ -51,16 +63,24 @@ fn main() -> Outcome<()> {
     check_bytes(&sites, &content)?;
 
     let mut table = Table::new();
-    warm_blob(&plan, &sites, &content, &mut table)?;
-    small_replies(&plan, &sites, &content, &mut table)?;
-    cold_blob(&sites, &content, &mut table)?;
-    memory(&plan, &sites, &content, &mut table)?;
+    if !plan.stampede_only {
+        warm_blob(&plan, &sites, &content, &mut table)?;
+        small_replies(&plan, &sites, &content, &mut table)?;
+        cold_blob(&sites, &content, &mut table)?;
+        memory(&plan, &sites, &content, &mut table)?;
+    }
+    stampede::stampede(&plan, scratch.path(), &sites, &content, &mut table)?;
     table.print();
+    println!("load average after: {}", load()?);
     if plan.strict && !table.all_met() {
         Err("a target is missed".into())
     } else {
         Ok(())
     }
+}
+
+fn load() -> Outcome<String> {
+    Ok(std::fs::read_to_string("/proc/loadavg")?.trim().to_owned())
 }
 
 impl Plan {
@@ -69,7 +89,10 @@ impl Plan {
             window: Duration::from_secs(4),
             rounds: 3,
             cold_rounds: 3,
+            stampede_rounds: 3,
+            patience: Duration::from_secs(60),
             strict: false,
+            stampede_only: false,
         };
         let mut arguments = std::env::args().skip(1);
         while let Some(argument) = arguments.next() {
@@ -79,13 +102,17 @@ impl Plan {
                         window: Duration::from_secs(2),
                         rounds: 3,
                         cold_rounds: 1,
+                        stampede_rounds: 1,
+                        patience: Duration::from_secs(12),
                         ..plan
                     }
                 }
                 "--rounds" => {
                     plan.rounds = arguments.next().ok_or("--rounds needs a number")?.parse()?;
                     plan.cold_rounds = plan.rounds;
+                    plan.stampede_rounds = plan.rounds;
                 }
+                "--stampede" => plan.stampede_only = true,
                 "--strict" => plan.strict = true,
                 "--bench" => {} // cargo bench says so to every harness
                 other => return Err(format!("unknown argument {other}").into()),
@@ -100,9 +127,13 @@ fn check_bytes(sites: &Sites, content: &Content) -> Outcome<()> {
     for server in [&sites.ifnewer, &sites.nginx] {
         for scheme in [Scheme::Plain, Scheme::Tls] {
             let door = server.door(scheme);
-            client::expect_digest(door, &manifest_by_tag(), &content.manifest)?;
-            client::expect_digest(door, &manifest_by_digest(&content.manifest), &content.manifest)?;
-            client::expect_digest(door, &blob(&content.warm), &content.warm)?;
+            client::expect_digest(door, &manifest_by_tag(content.image.tag), &content.image.manifest)?;
+            client::expect_digest(
+                door,
+                &manifest_by_digest(&content.image.manifest),
+                &content.image.manifest,
+            )?;
+            client::expect_digest(door, &blob(&content.image.layer), &content.image.layer)?;
         }
     }
     Ok(())
@@ -129,7 +160,13 @@ fn warm_blob(plan: &Plan, sites: &Sites, content: &Content, table: &mut Table) -
             let mut cost = Row::new(format!("{what}: CPU s per GB"), Better::Lower);
             for _ in 0..plan.rounds {
                 let [a, b] = [&sites.ifnewer, peer].map(|server| {
-                    client::stream(server, scheme, &blob(&content.warm), connections, plan.window)
+                    client::stream(
+                        server,
+                        scheme,
+                        &blob(&content.image.layer),
+                        connections,
+                        plan.window,
+                    )
                 });
                 let (a, b) = (a?, b?);
                 speed.round(a.gigabytes / a.seconds, b.gigabytes / b.seconds);
@@ -147,8 +184,8 @@ fn warm_blob(plan: &Plan, sites: &Sites, content: &Content, table: &mut Table) -
 /// A manifest, by digest (never asks upstream) and by tag (asks by HEAD; nginx does not check, and serves as a bound).
 fn small_replies(plan: &Plan, sites: &Sites, content: &Content, table: &mut Table) -> Outcome<()> {
     let kinds = [
-        ("digest", manifest_by_digest(&content.manifest), Some(1.0)),
-        ("tag", manifest_by_tag(), None),
+        ("digest", manifest_by_digest(&content.image.manifest), Some(1.0)),
+        ("tag", manifest_by_tag(content.image.tag), None),
     ];
     for (by, path, target) in kinds {
         let what = format!("manifest by {by}, {CLIENTS} connections");
@@ -181,8 +218,8 @@ fn cold_blob(sites: &Sites, content: &Content, table: &mut Table) -> Outcome<()>
     // The manifest once, as every client does: what is timed is the blob.
     client::expect_digest(
         sites.ifnewer_slow.door(Scheme::Plain),
-        &manifest_by_tag(),
-        &content.manifest,
+        &manifest_by_tag(content.image.tag),
+        &content.image.manifest,
     )?;
     for digest in &content.cold {
         let a = client::one(sites.ifnewer_slow.door(Scheme::Plain), &blob(digest))?;
@@ -198,7 +235,7 @@ fn cold_blob(sites: &Sites, content: &Content, table: &mut Table) -> Outcome<()>
 
 /// Peak resident memory with 64 clients on one blob: held, held over TLS, and arriving while all of them wait for it.
 fn memory(plan: &Plan, sites: &Sites, content: &Content, table: &mut Table) -> Outcome<()> {
-    let held = blob(&content.warm);
+    let held = blob(&content.image.layer);
     for scheme in [Scheme::Plain, Scheme::Tls] {
         let mut peak = Row::new(
             format!("peak memory, {CLIENTS} clients, {scheme}: MiB"),
@@ -219,8 +256,12 @@ fn memory(plan: &Plan, sites: &Sites, content: &Content, table: &mut Table) -> O
     )
     .target_at_most(64.0);
     sites.ifnewer.reset_peak_memory()?;
-    let before = sites.upstream_requests_for(&content.herd)?;
-    client::herd(sites.ifnewer.door(Scheme::Plain), &blob(&content.herd), CLIENTS)?;
+    let before = sites.upstream_requests_for(&content.herd_image.layer)?;
+    client::herd(
+        sites.ifnewer.door(Scheme::Plain),
+        &blob(&content.herd_image.layer),
+        CLIENTS,
+    )?;
     peak.alone(sites.ifnewer.peak_memory_mib()?);
     table.add(peak);
     let mut transfers = Row::new(
@@ -228,12 +269,12 @@ fn memory(plan: &Plan, sites: &Sites, content: &Content, table: &mut Table) -> O
         Better::Lower,
     )
     .target_at_most(1.0);
-    transfers.alone((sites.upstream_requests_for(&content.herd)? - before) as f64);
+    transfers.alone((sites.upstream_requests_for(&content.herd_image.layer)? - before) as f64);
     table.add(transfers);
     client::expect_digest(
         sites.ifnewer.door(Scheme::Plain),
-        &blob(&content.herd),
-        &content.herd,
+        &blob(&content.herd_image.layer),
+        &content.herd_image.layer,
     )
 }
 

@@ -1,19 +1,14 @@
-//! The programs that are compared: started on free ports, measured through `/proc`, ended with the run.
+//! The programs that are compared from first to last: the upstream, ifnewer twice, and nginx with the same files.
 
 use crate::Outcome;
 use crate::client::{Door, trusting};
-use crate::content::{Content, MANIFEST_TYPE};
-use rustix::process::{Pid, Signal, kill_process};
-use std::fs::File;
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use crate::content::{Content, MANIFEST_TYPE, manifest_by_digest, manifest_by_tag};
+use crate::program::{Running, free_address, said};
+use std::fmt::Write as _;
+use std::net::{SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
-
-/// The kernel's unit of CPU time in `/proc` (`USER_HZ`), 100 on every Linux we run on.
-const TICKS_PER_SECOND: f64 = 100.0;
-const START_MAX: Duration = Duration::from_secs(20);
 
 /// Everything one run needs.
 pub(crate) struct Sites {
@@ -21,12 +16,14 @@ pub(crate) struct Sites {
     pub(crate) ifnewer: Server,
     /// In front of the slow one.
     pub(crate) ifnewer_slow: Server,
-    /// Serves the same files from disk.
+    /// Serves the same files from the disk.
     pub(crate) nginx: Server,
     /// The same nginx with `sendfile_max_chunk 512k`: the fastest it was found to serve large files.
     pub(crate) nginx_in_small_steps: Server,
     /// 50 MB/s a connection.
     pub(crate) upstream_slow: Door,
+    /// As fast as the machine; where others in front of it are started.
+    pub(crate) upstream: SocketAddr,
     upstream_log: PathBuf,
     _upstream: Running,
 }
@@ -38,16 +35,12 @@ pub(crate) struct Server {
     running: Arc<Running>,
 }
 
-/// A child that is asked to end when it is dropped: nginx takes its workers with it only if it is asked.
-struct Running(Child);
-
 impl Sites {
     pub(crate) fn start(scratch: &Path, content: &Content) -> Outcome<Self> {
         let (fast, slow) = (free_address()?, free_address()?);
         let log = scratch.join("upstream.log");
         let upstream = start_nginx(
             &scratch.join("upstream"),
-            content,
             &format!(
                 "access_log {} combined; {} {}",
                 log.display(),
@@ -67,7 +60,6 @@ impl Sites {
         );
         let running = Arc::new(start_nginx(
             &scratch.join("nginx"),
-            content,
             &format!(
                 "access_log off; {} {}",
                 site(content, &listen, ""),
@@ -96,6 +88,7 @@ impl Sites {
             nginx,
             nginx_in_small_steps,
             upstream_slow: Door::plain(slow),
+            upstream: fast,
             upstream_log: log,
             _upstream: upstream,
         })
@@ -103,81 +96,68 @@ impl Sites {
 
     /// How many GETs for a blob the upstream answered so far.
     pub(crate) fn upstream_requests_for(&self, digest: &str) -> Outcome<usize> {
+        Ok(self.upstream_answers_for(digest)?.len())
+    }
+
+    /// How many bytes of a blob the upstream sent so far.
+    pub(crate) fn upstream_bytes_for(&self, digest: &str) -> Outcome<u64> {
+        Ok(self.upstream_answers_for(digest)?.iter().sum())
+    }
+
+    /// The bytes of each answer, from `… "GET /v2/… HTTP/1.1" STATUS BYTES …`.
+    fn upstream_answers_for(&self, digest: &str) -> Outcome<Vec<u64>> {
         let log = std::fs::read_to_string(&self.upstream_log)?;
-        Ok(log
-            .lines()
+        log.lines()
             .filter(|line| line.contains("\"GET ") && line.contains(digest))
-            .count())
+            .map(|line| -> Outcome<u64> {
+                let bytes = line.split("\" ").nth(1).and_then(|after| after.split(' ').nth(1));
+                Ok(bytes.ok_or("an access log of another form")?.parse()?)
+            })
+            .collect()
     }
 }
 
 impl Server {
-    /// User and system time so far, of the program and its workers.
+    /// User and system time so far.
     pub(crate) fn cpu_seconds(&self) -> Outcome<f64> {
-        let mut ticks = 0.0;
-        for pid in self.processes()? {
-            let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
-            // Fields are counted after the name, which may hold anything, blanks included.
-            let (_, fields) = stat.rsplit_once(") ").ok_or("/proc/…/stat without a name")?;
-            let times: Vec<f64> = fields
-                .split(' ')
-                .skip(11)
-                .take(2)
-                .map(str::parse)
-                .collect::<Result<_, _>>()?;
-            ticks += times.iter().sum::<f64>();
-        }
-        Ok(ticks / TICKS_PER_SECOND)
+        self.running.cpu_seconds()
     }
 
-    /// Makes the present memory the peak (`/proc/…/clear_refs`, 5).
+    /// Makes the present memory the peak.
     pub(crate) fn reset_peak_memory(&self) -> Outcome<()> {
-        for pid in self.processes()? {
-            std::fs::write(format!("/proc/{pid}/clear_refs"), "5")?;
-        }
-        Ok(())
+        self.running.reset_peak_memory()
     }
 
-    /// The sum of the processes' `VmHWM`.
+    /// The most memory at once since then.
     pub(crate) fn peak_memory_mib(&self) -> Outcome<f64> {
-        let mut kib = 0.0;
-        for pid in self.processes()? {
-            let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
-            let line = status
-                .lines()
-                .find_map(|line| line.strip_prefix("VmHWM:"))
-                .ok_or("no VmHWM")?;
-            kib += line.trim().trim_end_matches(" kB").parse::<f64>()?;
-        }
-        Ok(kib / 1024.0)
-    }
-
-    fn processes(&self) -> Outcome<Vec<u32>> {
-        let pid = self.running.0.id();
-        let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"))?;
-        let workers = children
-            .split_whitespace()
-            .map(str::parse)
-            .collect::<Result<Vec<u32>, _>>()?;
-        Ok([vec![pid], workers].concat())
+        self.running.peak_memory_mib()
     }
 }
 
 /// nginx as a registry of one repository: static files with the right headers.
 fn site(content: &Content, listen: &str, blob_options: &str) -> String {
+    let mut manifests = String::new();
+    for image in [&content.image, &content.herd_image] {
+        for path in [manifest_by_tag(image.tag), manifest_by_digest(&image.manifest)] {
+            let _ = write!(
+                manifests,
+                "location = {path} {{ default_type {MANIFEST_TYPE}; add_header Docker-Content-Digest {}; }}",
+                image.manifest
+            );
+        }
+    }
     format!(
         "server {{ {listen} root {root}; types {{ }}
            location = /v2/ {{ default_type application/json; return 200 '{{}}'; }}
-           location /v2/library/bench/manifests/ {{ default_type {MANIFEST_TYPE}; add_header Docker-Content-Digest {manifest}; }}
+           {manifests}
            location /v2/library/bench/blobs/ {{ default_type application/octet-stream; {blob_options} }}
          }}",
         root = content.root.display(),
-        manifest = content.manifest,
     )
 }
 
 /// Tuned: sendfile, full packets, kept-open files and connections, and large steps where sendfile cannot be (TLS).
-fn start_nginx(folder: &Path, content: &Content, sites: &str, address: SocketAddr) -> Outcome<Running> {
+pub(crate) fn start_nginx(folder: &Path, sites: &str, address: SocketAddr) -> Outcome<Running> {
     std::fs::create_dir_all(folder)?;
     let user = if rustix::process::getuid().is_root() {
         "user root;"
@@ -207,12 +187,22 @@ fn start_nginx(folder: &Path, content: &Content, sites: &str, address: SocketAdd
         .arg("-e")
         .arg(folder.join("error.log"));
     let mut running = Running::start(&mut command, folder)?;
-    debug_assert!(content.root.exists());
     running.wait_until(folder, || TcpStream::connect(address).ok())?;
     Ok(running)
 }
 
 fn start_ifnewer(folder: &Path, upstream: SocketAddr) -> Outcome<Server> {
+    let (running, address) = run_ifnewer(folder, upstream)?;
+    let trust = trusting(&folder.join("certs").join("ca.pem"))?;
+    Ok(Server {
+        plain: Door::plain(address),
+        tls: Door::tls(address, trust),
+        running: Arc::new(running),
+    })
+}
+
+/// ifnewer with nothing but its upstream configured, and where it listens.
+pub(crate) fn run_ifnewer(folder: &Path, upstream: SocketAddr) -> Outcome<(Running, SocketAddr)> {
     std::fs::create_dir_all(folder)?;
     let file = folder.join("ifnewer.toml");
     std::fs::write(
@@ -229,12 +219,7 @@ fn start_ifnewer(folder: &Path, upstream: SocketAddr) -> Outcome<Server> {
     command.arg("serve").arg("--config").arg(&file);
     let mut running = Running::start(&mut command, folder)?;
     let address = running.wait_until(folder, || announced(folder))?;
-    let trust = trusting(&folder.join("certs").join("ca.pem"))?;
-    Ok(Server {
-        plain: Door::plain(address),
-        tls: Door::tls(address, trust),
-        running: Arc::new(running),
-    })
+    Ok((running, address))
 }
 
 /// The address in `registry listening on ADDRESS`.
@@ -246,64 +231,4 @@ fn announced(folder: &Path) -> Option<SocketAddr> {
         .next()?
         .parse()
         .ok()
-}
-
-fn said(folder: &Path) -> String {
-    let read = |name| std::fs::read_to_string(folder.join(name)).unwrap_or_default();
-    [read("out.log"), read("err.log")].concat()
-}
-
-impl Running {
-    fn start(command: &mut Command, folder: &Path) -> Outcome<Self> {
-        let child = command
-            .stdin(Stdio::null())
-            .stdout(File::create(folder.join("out.log"))?)
-            .stderr(File::create(folder.join("err.log"))?)
-            .spawn()
-            .map_err(|e| format!("{}: {e}", command.get_program().display()))?;
-        Ok(Running(child))
-    }
-
-    fn wait_until<T>(&mut self, folder: &Path, ready: impl Fn() -> Option<T>) -> Outcome<T> {
-        let began = Instant::now();
-        loop {
-            if let Some(answer) = ready() {
-                return Ok(answer);
-            }
-            if let Some(status) = self.0.try_wait()? {
-                return Err(format!(
-                    "{} ended at start with {status}: {}",
-                    folder.display(),
-                    said(folder)
-                )
-                .into());
-            }
-            if began.elapsed() > START_MAX {
-                return Err(format!("{} is not ready in time: {}", folder.display(), said(folder)).into());
-            }
-            std::thread::sleep(Duration::from_millis(20));
-        }
-    }
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        if let Some(pid) = i32::try_from(self.0.id()).ok().and_then(Pid::from_raw) {
-            let _ = kill_process(pid, Signal::TERM);
-        }
-        let began = Instant::now();
-        while began.elapsed() < Duration::from_secs(5) {
-            if matches!(self.0.try_wait(), Ok(Some(_))) {
-                return;
-            }
-            std::thread::sleep(Duration::from_millis(20));
-        }
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-/// nginx cannot be told "any port" and asked which; nobody else takes ports here between the two lines.
-fn free_address() -> Outcome<SocketAddr> {
-    Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?)
 }

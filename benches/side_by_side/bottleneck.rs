@@ -1,0 +1,94 @@
+//! One line for all: passes connections on to an upstream, and lets what comes back through at a rate that all of them
+//! share. nginx's `limit_rate` is for each connection, so whoever opens a hundred would get a hundred times as much.
+
+use crate::Outcome;
+use std::io::{self, Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+const STEP_BYTES: usize = 64 * 1024;
+/// What was not used may be made up for, this much of it.
+const CATCH_UP_MAX: Duration = Duration::from_millis(20);
+
+/// A listener that runs until the process ends.
+pub(crate) struct Bottleneck {
+    pub(crate) address: SocketAddr,
+    passed: Arc<AtomicU64>,
+}
+
+struct Line {
+    upstream: SocketAddr,
+    bytes_per_second: f64,
+    /// When the next byte may go.
+    next: Mutex<Instant>,
+    passed: Arc<AtomicU64>,
+}
+
+impl Bottleneck {
+    pub(crate) fn before(upstream: SocketAddr, bytes_per_second: f64) -> Outcome<Self> {
+        let listener = TcpListener::bind("127.0.0.1:0")?;
+        let address = listener.local_addr()?;
+        let passed = Arc::new(AtomicU64::new(0));
+        let line = Arc::new(Line {
+            upstream,
+            bytes_per_second,
+            next: Mutex::new(Instant::now()),
+            passed: Arc::clone(&passed),
+        });
+        std::thread::spawn(move || {
+            for client in listener.incoming().flatten() {
+                let line = Arc::clone(&line);
+                std::thread::spawn(move || line.pass_on(&client));
+            }
+        });
+        Ok(Bottleneck { address, passed })
+    }
+
+    /// Bytes that came back so far, heads and all.
+    pub(crate) fn passed(&self) -> u64 {
+        self.passed.load(Ordering::Relaxed)
+    }
+}
+
+impl Line {
+    /// Either end may close at any time; that ends the other.
+    fn pass_on(&self, client: &TcpStream) -> io::Result<()> {
+        let upstream = TcpStream::connect(self.upstream)?;
+        client.set_nodelay(true)?;
+        upstream.set_nodelay(true)?;
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let _ = io::copy(&mut &*client, &mut &upstream);
+                let _ = upstream.shutdown(Shutdown::Both);
+            });
+            let _ = self.pass_back(&upstream, client);
+            client.shutdown(Shutdown::Both)
+        })
+    }
+
+    fn pass_back(&self, mut from: &TcpStream, mut to: &TcpStream) -> io::Result<()> {
+        let mut buffer = vec![0; STEP_BYTES];
+        loop {
+            let count = from.read(&mut buffer)?;
+            if count == 0 {
+                return Ok(());
+            }
+            self.wait_for_turn(count);
+            to.write_all(buffer.get(..count).unwrap_or_default())?;
+            self.passed.fetch_add(count as u64, Ordering::Relaxed);
+        }
+    }
+
+    fn wait_for_turn(&self, count: usize) {
+        let now = Instant::now();
+        let turn = {
+            let mut next = self.next.lock().unwrap_or_else(PoisonError::into_inner);
+            let turn = (*next).max(now.checked_sub(CATCH_UP_MAX).unwrap_or(now));
+            *next = turn + Duration::from_secs_f64(count as f64 / self.bytes_per_second);
+            turn
+        };
+        std::thread::sleep(turn.saturating_duration_since(now));
+    }
+}

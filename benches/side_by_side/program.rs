@@ -1,0 +1,129 @@
+//! A program under measurement: started, waited for, measured through `/proc`, and ended when it is dropped.
+
+use crate::Outcome;
+use rustix::process::{Pid, Signal, kill_process};
+use std::fs::File;
+use std::net::{SocketAddr, TcpListener};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+/// The kernel's unit of CPU time in `/proc` (`USER_HZ`), 100 on every Linux we run on.
+const TICKS_PER_SECOND: f64 = 100.0;
+const START_MAX: Duration = Duration::from_secs(20);
+
+/// A child that is asked to end when it is dropped: nginx takes its workers with it only if it is asked.
+pub(crate) struct Running(Child);
+
+impl Running {
+    /// Starts it with its output in `folder`.
+    pub(crate) fn start(command: &mut Command, folder: &Path) -> Outcome<Self> {
+        let child = command
+            .stdin(Stdio::null())
+            .stdout(File::create(folder.join("out.log"))?)
+            .stderr(File::create(folder.join("err.log"))?)
+            .spawn()
+            .map_err(|e| format!("{}: {e}", command.get_program().display()))?;
+        Ok(Running(child))
+    }
+
+    /// Asks again and again until there is an answer.
+    pub(crate) fn wait_until<T>(&mut self, folder: &Path, ready: impl Fn() -> Option<T>) -> Outcome<T> {
+        let began = Instant::now();
+        loop {
+            if let Some(answer) = ready() {
+                return Ok(answer);
+            }
+            if let Some(status) = self.0.try_wait()? {
+                return Err(format!(
+                    "{} ended at start with {status}: {}",
+                    folder.display(),
+                    said(folder)
+                )
+                .into());
+            }
+            if began.elapsed() > START_MAX {
+                return Err(format!("{} is not ready in time: {}", folder.display(), said(folder)).into());
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// User and system time so far, of the program and its workers.
+    pub(crate) fn cpu_seconds(&self) -> Outcome<f64> {
+        let mut ticks = 0.0;
+        for pid in self.processes()? {
+            let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
+            // Fields are counted after the name, which may hold anything, blanks included.
+            let (_, fields) = stat.rsplit_once(") ").ok_or("/proc/…/stat without a name")?;
+            let times: Vec<f64> = fields
+                .split(' ')
+                .skip(11)
+                .take(2)
+                .map(str::parse)
+                .collect::<Result<_, _>>()?;
+            ticks += times.iter().sum::<f64>();
+        }
+        Ok(ticks / TICKS_PER_SECOND)
+    }
+
+    /// Makes the present memory the peak (`/proc/…/clear_refs`, 5).
+    pub(crate) fn reset_peak_memory(&self) -> Outcome<()> {
+        for pid in self.processes()? {
+            std::fs::write(format!("/proc/{pid}/clear_refs"), "5")?;
+        }
+        Ok(())
+    }
+
+    /// The sum of the processes' `VmHWM`.
+    pub(crate) fn peak_memory_mib(&self) -> Outcome<f64> {
+        let mut kib = 0.0;
+        for pid in self.processes()? {
+            let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
+            let line = status
+                .lines()
+                .find_map(|line| line.strip_prefix("VmHWM:"))
+                .ok_or("no VmHWM")?;
+            kib += line.trim().trim_end_matches(" kB").parse::<f64>()?;
+        }
+        Ok(kib / 1024.0)
+    }
+
+    fn processes(&self) -> Outcome<Vec<u32>> {
+        let pid = self.0.id();
+        let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"))?;
+        let workers = children
+            .split_whitespace()
+            .map(str::parse)
+            .collect::<Result<Vec<u32>, _>>()?;
+        Ok([vec![pid], workers].concat())
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if let Some(pid) = i32::try_from(self.0.id()).ok().and_then(Pid::from_raw) {
+            let _ = kill_process(pid, Signal::TERM);
+        }
+        let began = Instant::now();
+        while began.elapsed() < Duration::from_secs(5) {
+            if matches!(self.0.try_wait(), Ok(Some(_))) {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// nginx cannot be told "any port" and asked which; nobody else takes ports here between the two lines.
+pub(crate) fn free_address() -> Outcome<SocketAddr> {
+    Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?)
+}
+
+/// Everything the program of a folder wrote.
+pub(crate) fn said(folder: &Path) -> String {
+    let read = |name| std::fs::read_to_string(folder.join(name)).unwrap_or_default();
+    [read("out.log"), read("err.log")].concat()
+}

@@ -1,0 +1,197 @@
+//! A hundred clients pull one image that nobody holds, all at once: what the upstream sends, when the last one is done,
+//! how long each waits for its first byte, and how much memory the cache takes. Over a line of 40 MB/s for everybody,
+//! where the upstream is the limit, and over none, where the cache is.
+//!
+//! docker-registry would need many minutes, since it fetches for each client. It is stopped after a while; its figures
+//! are then what it had reached, which flatters it.
+
+use crate::bottleneck::Bottleneck;
+use crate::client;
+use crate::content::Content;
+use crate::peers::Kind;
+use crate::servers::Sites;
+use crate::table::{Better, Row, Table};
+use crate::{Outcome, Plan};
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Barrier, mpsc};
+use std::time::{Duration, Instant};
+
+const CLIENTS: usize = 100;
+const LINE_BYTES_PER_SECOND: f64 = 40e6;
+const PATIENCE: Duration = Duration::from_secs(120);
+/// No first byte yet.
+const NEVER: u64 = u64::MAX;
+
+/// Where the bytes come from, and who counts them.
+enum Line<'s> {
+    Limited(Bottleneck),
+    Unlimited(&'s Sites),
+}
+
+/// What one stampede showed.
+struct Shown {
+    /// Every client had the whole image.
+    done: bool,
+    last_seconds: f64,
+    /// The image's bytes sent by the upstream, in images.
+    upstream: f64,
+    /// From the first client's first byte of the layer to the last client's.
+    first_bytes_ms: f64,
+    peak_mib: f64,
+    /// The cache's own.
+    cpu_seconds: f64,
+}
+
+pub(crate) fn stampede(
+    plan: &Plan,
+    scratch: &Path,
+    sites: &Sites,
+    content: &Content,
+    table: &mut Table,
+) -> Outcome<()> {
+    let limited = Line::Limited(Bottleneck::before(sites.upstream, LINE_BYTES_PER_SECOND)?);
+    for line in [limited, Line::Unlimited(sites)] {
+        let run = |kind, clients, patience| line.run(kind, clients, patience, scratch, content);
+        let (mut alone, mut ours, mut nginx, mut registry) = (vec![], vec![], vec![], vec![]);
+        for _ in 0..plan.stampede_rounds {
+            alone.push(run(Kind::Ifnewer, 1, PATIENCE)?.finished()?);
+            ours.push(run(Kind::Ifnewer, CLIENTS, PATIENCE)?.finished()?);
+            nginx.push(run(Kind::Nginx, CLIENTS, PATIENCE)?.finished()?);
+            registry.push(run(Kind::DockerRegistry, CLIENTS, plan.patience)?);
+        }
+        let what = format!("{CLIENTS} cold, {}", line.name());
+        let mut last = Row::new(format!("{what}, one alone: last done, s"), Better::Lower);
+        if let Line::Limited(_) = line {
+            last = last.target_ratio(1.05);
+        }
+        for (ours, alone) in ours.iter().zip(&alone) {
+            last.round(ours.last_seconds, alone.last_seconds);
+        }
+        table.add(last);
+        compare(&what, Kind::Nginx, &line, &ours, &nginx, table);
+        compare(&what, Kind::DockerRegistry, &line, &ours, &registry, table);
+    }
+    Ok(())
+}
+
+impl Shown {
+    fn finished(self) -> Outcome<Self> {
+        if self.done {
+            Ok(self)
+        } else {
+            Err("a stampede was not over in time".into())
+        }
+    }
+}
+
+/// One row for each thing that was shown. The targets stand beside nginx, once.
+fn compare(what: &str, kind: Kind, line: &Line<'_>, ours: &[Shown], theirs: &[Shown], table: &mut Table) {
+    let stopped = if theirs.iter().all(|one| one.done) {
+        ""
+    } else {
+        ", stopped"
+    };
+    let row = |name: &str| Row::new(format!("{what}, {kind}{stopped}: {name}"), Better::Lower);
+    let (mut last, mut upstream, mut first, mut peak, mut cpu) = (
+        row("last done, s"),
+        row("upstream bytes, images"),
+        row("first bytes within, ms"),
+        row("peak memory, MiB"),
+        row("CPU, s"),
+    );
+    if let Kind::Nginx = kind {
+        // The line's count has the heads and the manifest in it.
+        upstream = upstream.target_at_most(1.001);
+        first = first.target_at_most(50.0);
+        peak = peak.target_at_most(64.0);
+        if let Line::Unlimited(_) = line {
+            last = last.target_ratio(0.8);
+        }
+    }
+    for (a, b) in ours.iter().zip(theirs) {
+        last.round(a.last_seconds, b.last_seconds);
+        upstream.round(a.upstream, b.upstream);
+        first.round(a.first_bytes_ms, b.first_bytes_ms);
+        peak.round(a.peak_mib, b.peak_mib);
+        cpu.round(a.cpu_seconds, b.cpu_seconds);
+    }
+    for row in [last, upstream, first, peak, cpu] {
+        table.add(row);
+    }
+}
+
+impl Line<'_> {
+    fn name(&self) -> String {
+        match self {
+            Line::Limited(_) => format!("{} MB/s", LINE_BYTES_PER_SECOND / 1e6),
+            Line::Unlimited(_) => String::from("no limit"),
+        }
+    }
+
+    fn upstream(&self) -> SocketAddr {
+        match self {
+            Line::Limited(bottleneck) => bottleneck.address,
+            Line::Unlimited(sites) => sites.upstream,
+        }
+    }
+
+    fn sent(&self, layer: &str) -> Outcome<u64> {
+        match self {
+            Line::Limited(bottleneck) => Ok(bottleneck.passed()),
+            Line::Unlimited(sites) => sites.upstream_bytes_for(layer),
+        }
+    }
+
+    fn run(
+        &self,
+        kind: Kind,
+        clients: usize,
+        patience: Duration,
+        scratch: &Path,
+        content: &Content,
+    ) -> Outcome<Shown> {
+        let image = &content.herd_image;
+        let cache = kind.start(scratch, self.upstream())?;
+        let door = cache.door.clone();
+        let before = self.sent(&image.layer)?;
+        let (ready, (tell, told)) = (Barrier::new(clients + 1), mpsc::channel());
+        let first_bytes: Vec<AtomicU64> = (0..clients).map(|_| AtomicU64::new(NEVER)).collect();
+        let mut pulls = Vec::new();
+        let (peak_mib, cpu_seconds, waited) = std::thread::scope(|scope| -> Outcome<_> {
+            for (number, first_byte) in first_bytes.iter().enumerate() {
+                let (door, ready, tell) = (&door, &ready, tell.clone());
+                scope.spawn(move || tell.send(client::pull(door, image, ready, number == 0, first_byte)));
+            }
+            drop(tell);
+            ready.wait();
+            let began = Instant::now();
+            while let Ok(pull) = told.recv_timeout(patience.saturating_sub(began.elapsed())) {
+                pulls.push(pull.map_err(|e| format!("{kind}: {e}"))?);
+            }
+            let (waited, running) = (began.elapsed(), &cache.running);
+            let (peak, cpu) = (running.peak_memory_mib()?, running.cpu_seconds()?);
+            // Ends the clients that are still reading, and lets the upstream write down what it sent them.
+            drop(cache);
+            Ok((peak, cpu, waited))
+        })?;
+        std::thread::sleep(Duration::from_millis(200));
+        let done = pulls.len() == clients;
+        let last = pulls.into_iter().max().filter(|_| done);
+        let waited_micros = u64::try_from(waited.as_micros())?;
+        let first = |first_byte: &AtomicU64| first_byte.load(Ordering::Relaxed).min(waited_micros);
+        let (earliest, latest) = (
+            first_bytes.iter().map(first).min(),
+            first_bytes.iter().map(first).max(),
+        );
+        Ok(Shown {
+            done,
+            last_seconds: last.unwrap_or(waited).as_secs_f64(),
+            upstream: (self.sent(&image.layer)? - before) as f64 / image.layer_bytes as f64,
+            first_bytes_ms: (latest.unwrap_or(0) - earliest.unwrap_or(0)) as f64 / 1e3,
+            peak_mib,
+            cpu_seconds,
+        })
+    }
+}
