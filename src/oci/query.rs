@@ -5,8 +5,8 @@
 
 use std::fmt;
 
-/// Longest query taken, in bytes as sent.
-pub const QUERY_BYTES_MAX: usize = 2048;
+/// Longest query taken, in bytes as sent. Links to next pages hold tokens of some length.
+pub const QUERY_BYTES_MAX: usize = 4096;
 /// Most parameters taken, `ns` not counted.
 pub const QUERY_PAIRS_MAX: usize = 8;
 /// Most tags a page may be asked to hold; more is lowered to this.
@@ -66,6 +66,16 @@ impl Query {
             encode(key, &mut text);
             text.push('=');
             encode(value, &mut text);
+        }
+        text
+    }
+
+    /// As a further parameter, what says which upstream is meant: `&ns=ghcr.io`, or nothing.
+    pub fn of_namespace(namespace: Option<&str>) -> String {
+        let mut text = String::new();
+        if let Some(namespace) = namespace {
+            text.push_str("&ns=");
+            encode(namespace, &mut text);
         }
         text
     }

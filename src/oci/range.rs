@@ -4,8 +4,9 @@ use std::fmt;
 
 use http::HeaderValue;
 
-/// Most ranges in one request; a request with more is answered as if it had none.
-pub const RANGES_MAX: usize = 16;
+/// Most ranges in one request; a request with more is answered as if it had none. podman asks for up to 1024 at a time
+/// when it pulls only what changed (zstd:chunked), and gives up on a registry that takes fewer than 64.
+pub const RANGES_MAX: usize = 1024;
 
 /// What a `Range` header asks for.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -27,6 +28,55 @@ impl RangeRequest {
             .and_then(read_ranges)
             .unwrap_or_default()
     }
+
+    /// What is to be sent of a body of `size` bytes.
+    pub fn resolve(&self, size: u64) -> Sent {
+        match self {
+            Self::None => Sent::Whole,
+            Self::Single(range) => range.resolve(size).map_or(Sent::Nothing, Sent::Part),
+            Self::Multi(ranges) => {
+                let spans: Vec<Span> = ranges.iter().filter_map(|range| range.resolve(size)).collect();
+                if spans.is_empty() {
+                    Sent::Nothing
+                } else {
+                    Sent::Parts(apart(spans))
+                }
+            }
+        }
+    }
+}
+
+/// What a [`RangeRequest`] comes to for a body of a known size.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Sent {
+    /// All of it (200).
+    Whole,
+    /// One part (206).
+    Part(Span),
+    /// Parts in a `multipart/byteranges` (206): in the order asked for, no byte twice. It may be one only; who asks for
+    /// several ranges understands that (RFC 9110 §15.3.7.2).
+    Parts(Vec<Span>),
+    /// None of the bytes asked for exist (416).
+    Nothing,
+}
+
+/// The same bytes, each once: spans that overlap become one, so that no request brings more than the whole body. Those that
+/// merely touch stay as asked, because podman counts the parts (§14.2, §15.3.7.2).
+fn apart(spans: Vec<Span>) -> Vec<Span> {
+    let mut ordered: Vec<(usize, Span)> = spans.into_iter().enumerate().collect();
+    ordered.sort_by_key(|(_, span)| span.start);
+    let mut apart: Vec<(usize, Span)> = Vec::with_capacity(ordered.len());
+    for (place, span) in ordered {
+        match apart.last_mut() {
+            Some((first_place, last)) if span.start < last.end_exclusive => {
+                last.end_exclusive = last.end_exclusive.max(span.end_exclusive);
+                *first_place = place.min(*first_place);
+            }
+            _ => apart.push((place, span)),
+        }
+    }
+    apart.sort_by_key(|(place, _)| *place);
+    apart.into_iter().map(|(_, span)| span).collect()
 }
 
 /// One part of a body, as asked for: it may lie beyond the end.

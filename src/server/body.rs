@@ -1,5 +1,7 @@
 //! Bytes on their way to a client. A body that cannot be finished breaks; it never ends cleanly short.
 
+mod parts;
+
 use std::future::Future;
 use std::io;
 use std::pin::Pin;
@@ -20,6 +22,10 @@ use crate::store::step::{Buffers, STEP_BYTES, read_cached, read_waiting};
 use crate::store::volume::VolumeFile;
 use crate::upstream::Fetched;
 
+pub(super) use parts::{From as PartsFrom, Plan};
+
+use parts::Parts;
+
 /// The body of an answer.
 pub struct Body(Kind);
 
@@ -27,6 +33,7 @@ enum Kind {
     Whole(Option<Bytes>),
     File(File),
     Checked(Box<Checked>),
+    Parts(Box<Parts>),
     Flow {
         flow: Flow,
         size: Option<u64>,
@@ -107,6 +114,11 @@ impl Body {
             sound,
             store,
         })))
+    }
+
+    /// Several parts of a held blob.
+    pub(super) fn parts(plan: Plan, from: PartsFrom) -> Self {
+        Self(Kind::Parts(Box::new(Parts::new(plan, from))))
     }
 
     /// What a download brings, of which `size` bytes are wanted.
@@ -310,6 +322,7 @@ impl http_body::Body for Body {
             Kind::Whole(bytes) => bytes.take().map(Ok),
             Kind::File(file) => ready!(file.poll(context)).map(|read| read.map_err(Broken::File)),
             Kind::Checked(checked) => ready!(checked.poll(context)),
+            Kind::Parts(parts) => ready!(parts.poll(context)).map(|read| read.map_err(Broken::File)),
             Kind::Flow { flow, size, events } => {
                 let next = ready!(flow.as_mut().poll(context));
                 if let Some(Ok(bytes)) = &next {
@@ -331,6 +344,7 @@ impl http_body::Body for Body {
             Kind::Whole(bytes) => bytes.is_none(),
             Kind::File(file) => file.position >= file.end,
             Kind::Checked(checked) => checked.hasher.is_none(),
+            Kind::Parts(parts) => parts.left() == 0,
             Kind::Flow { .. } => false,
         }
     }
@@ -343,6 +357,7 @@ impl http_body::Body for Body {
                 let withheld = checked.last.as_ref().map_or(0, |last| last.len() as u64);
                 SizeHint::with_exact(checked.file.end.saturating_sub(checked.file.position) + withheld)
             }
+            Kind::Parts(parts) => SizeHint::with_exact(parts.left()),
             Kind::Flow { size: Some(size), .. } => SizeHint::with_exact(*size),
             Kind::Flow { size: None, .. } => SizeHint::default(),
         }

@@ -34,6 +34,8 @@ pub struct Answer {
     pub length: Option<u64>,
     /// What the upstream says is left of the caller's allowance.
     pub rate_limit: RateLimit,
+    /// The upstream's own error code, cleaned: of what was asked by GET and refused.
+    pub code: Option<String>,
     /// The upstream's own error text, cleaned.
     pub message: Option<String>,
     /// The whole manifest, where a GET had to stand in for the HEAD: it need not be fetched again.
@@ -75,6 +77,7 @@ impl Answer {
             media_type: None,
             length: None,
             rate_limit: RateLimit::default(),
+            code: None,
             message: None,
             body: None,
         }
@@ -125,6 +128,7 @@ impl Answer {
                 None
             },
             rate_limit: RateLimit::read(headers),
+            code: None,
             message: None,
             body: None,
         }

@@ -310,7 +310,7 @@ async fn refusal(ask: &Ask<'_>, reply: Reply) -> Box<Refusal> {
     if ask.method == Method::GET
         && let Ok(body) = reply.collect(ERROR_BODY_BYTES_MAX, ERROR_BODY_WITHIN).await
     {
-        answer.message = Problem::read(&body).map(|(_, message)| message);
+        (answer.code, answer.message) = Problem::read(&body).unzip();
         expired |= status == StatusCode::FORBIDDEN
             && body.windows(7).any(|part| part.eq_ignore_ascii_case(b"expired"));
     }

@@ -1,6 +1,6 @@
 //! Lists of tags and of what is attached to an image.
 
-use crate::proxy::Proxy;
+use crate::proxy::{Proxy, Setup};
 use crate::upstream::{Image, OCI_INDEX, Upstream};
 use serde_json::json;
 
@@ -72,13 +72,93 @@ async fn the_query_of_a_tag_list_reaches_the_upstream() {
 }
 
 #[tokio::test]
-async fn the_prefix_and_the_short_name_are_kept_in_links() {
-    let (_upstream, proxy) = tagged().await;
-    let page = proxy.get("/v2/docker.io/library/demo/tags/list?n=2").await;
-    assert_eq!(page.status, 200, "{page:#?}");
-    let link = page.header("link").unwrap();
-    let next = link.strip_prefix('<').unwrap().split_once('>').unwrap().0;
-    assert_eq!(proxy.get(next).await.json()["tags"], json!(["c", "d"]), "{link}");
+async fn a_link_leads_back_through_the_door_the_client_came_by() {
+    let (hub, other) = (Upstream::start().await, Upstream::start().await);
+    for tag in ["a", "b", "c", "d", "e"] {
+        hub.push("library/demo", tag, Image::with_layers(&[tag]));
+        other.push("team/demo", tag, Image::with_layers(&[tag]));
+    }
+    let proxy = Setup::over(&hub).also("ghcr.io", &other).start().await;
+    for first in [
+        "/v2/library/demo/tags/list?n=2",
+        "/v2/demo/tags/list?n=2",
+        "/v2/docker.io/library/demo/tags/list?n=2",
+        "/v2/ghcr.io/team/demo/tags/list?n=2",
+        "/v2/team/demo/tags/list?n=2&ns=ghcr.io",
+        "/v2/team/demo/tags/list?ns=ghcr.io&n=2",
+    ] {
+        let (pages, links) = pages(&proxy, first).await;
+        let tags: Vec<_> = pages
+            .iter()
+            .flat_map(|page| page["tags"].as_array().unwrap().clone())
+            .collect();
+        assert_eq!(tags, ["a", "b", "c", "d", "e"], "{first}: {links:?}");
+        let path = first.split('?').next().unwrap();
+        assert!(
+            links.iter().all(|link| link.starts_with(path)),
+            "{first}: {links:?}"
+        );
+    }
+}
+
+/// The pages of a list and the links between them.
+async fn pages(proxy: &Proxy, first: &str) -> (Vec<serde_json::Value>, Vec<String>) {
+    let (mut pages, mut links) = (Vec::new(), Vec::new());
+    let mut path = first.to_owned();
+    loop {
+        let page = proxy.get(&path).await;
+        assert_eq!(page.status, 200, "{path}: {page:#?}");
+        pages.push(page.json());
+        let Some(link) = page.header("link") else {
+            return (pages, links);
+        };
+        assert!(pages.len() < 10, "a circle: {links:?}");
+        let (target, relation) = link.strip_prefix('<').unwrap().split_once('>').unwrap();
+        assert_eq!(relation, "; rel=\"next\"");
+        target.clone_into(&mut path);
+        links.push(path.clone());
+    }
+}
+
+#[tokio::test]
+async fn referrers_come_page_by_page_through_any_door() {
+    let (hub, other) = (Upstream::start().await, Upstream::start().await);
+    let image = other.push("team/demo", "latest", Image::with_layers(&["one"]));
+    for n in 0..5 {
+        let kind = if n == 4 { "text/other" } else { "text/spdx" };
+        other.push_untagged(
+            "team/demo",
+            Image::attached_to(&image, kind, format!("sbom {n}").as_bytes()),
+        );
+    }
+    other.pages_referrers_by(2);
+    let proxy = Setup::over(&hub).also("ghcr.io", &other).start().await;
+    for (name, query, expected) in [
+        ("ghcr.io/team/demo", "", 5),
+        ("team/demo", "?ns=ghcr.io", 5),
+        ("team/demo", "?ns=ghcr.io&artifactType=text/spdx", 4),
+        ("ghcr.io/team/demo", "?artifactType=text/spdx", 4),
+    ] {
+        let (pages, links) = pages(&proxy, &format!("/v2/{name}/referrers/{}{query}", image.digest)).await;
+        let found: usize = pages
+            .iter()
+            .map(|page| page["manifests"].as_array().unwrap().len())
+            .sum();
+        assert_eq!(found, expected, "{name}{query}: {links:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_referrers_api_that_is_missing_and_a_repository_that_is_missing_are_told_apart() {
+    let upstream = Upstream::start().await;
+    let image = upstream.push("library/demo", "latest", Image::with_layers(&["one"]));
+    let proxy = Proxy::over(&upstream).await;
+    let unknown = format!("/v2/library/other/referrers/{}", image.digest);
+    assert_eq!(proxy.get(&unknown).await.is_refused(404).code(), "NAME_UNKNOWN");
+    upstream.has_no_referrers_api();
+    // oras takes NAME_UNKNOWN for an error, and any other 404 for the sign to look for a tag instead.
+    let known = format!("/v2/library/demo/referrers/{}", image.digest);
+    assert_eq!(proxy.get(&known).await.is_refused(404).code(), "UNSUPPORTED");
 }
 
 #[tokio::test]

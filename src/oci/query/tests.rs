@@ -58,8 +58,8 @@ fn a_wrong_query_is_refused_with_its_reason() {
     }
     assert!(Query::parse(Some("1&2&3&4&5&6&7&8&ns=a")).is_ok());
     assert_eq!(
-        Query::parse(Some(&"a".repeat(2049))),
-        Err(QueryError::TooLong { found: 2049 })
+        Query::parse(Some(&"a".repeat(4097))),
+        Err(QueryError::TooLong { found: 4097 })
     );
 }
 

@@ -50,11 +50,11 @@ fn ranges_of_the_grammar_are_read_and_others_ignored() {
     }
     assert_eq!(RangeRequest::read(None), RangeRequest::None);
     assert!(matches!(
-        read(&format!("bytes={}", ["0-0"; 16].join(","))),
+        read(&format!("bytes={}", vec!["0-0"; RANGES_MAX].join(","))),
         RangeRequest::Multi(_)
     ));
     assert_eq!(
-        read(&format!("bytes={}", ["0-0"; 17].join(","))),
+        read(&format!("bytes={}", vec!["0-0"; RANGES_MAX + 1].join(","))),
         RangeRequest::None
     );
 }
@@ -155,5 +155,66 @@ proptest! {
     #[test]
     fn no_header_panics(text in "[ -~]{0,40}|bytes=[0-9, -]{0,40}") {
         let _any = (read(&text), parse_content_range(&text));
+    }
+}
+
+fn sent(text: &str, size: u64) -> Sent {
+    read(text).resolve(size)
+}
+
+fn parts(spans: &[(u64, u64)]) -> Sent {
+    let spans = spans.iter().map(|(start, end)| Span::new(*start, *end).unwrap());
+    Sent::Parts(spans.collect())
+}
+
+#[test]
+fn what_cannot_be_satisfied_is_left_out_and_416_only_when_nothing_is_left() {
+    for (text, expected) in [
+        ("bytes=0-0", Sent::Part(Span::new(0, 1).unwrap())),
+        ("bytes=10-", Sent::Nothing),
+        ("bytes=0-1,4-5", parts(&[(0, 2), (4, 6)])),
+        ("bytes=4-5,0-1", parts(&[(4, 6), (0, 2)])),
+        ("bytes=0-1,10-20", parts(&[(0, 2)])),
+        ("bytes=0-1,8-20,-1", parts(&[(0, 2), (8, 10)])),
+        ("bytes=10-,20-30,-0", Sent::Nothing),
+        ("lines=0-1,2-3", Sent::Whole),
+    ] {
+        assert_eq!(sent(text, 10), expected, "{text}");
+    }
+}
+
+#[test]
+fn ranges_that_overlap_become_one_and_those_that_touch_stay_two() {
+    for (text, expected) in [
+        ("bytes=0-4,2-6", parts(&[(0, 7)])),
+        ("bytes=8-9,0-4,2-6", parts(&[(8, 10), (0, 7)])),
+        ("bytes=0-,0-,0-,-1", parts(&[(0, 10)])),
+        ("bytes=0-1,2-3", parts(&[(0, 2), (2, 4)])),
+        ("bytes=6-9,0-3,2-7", parts(&[(0, 10)])),
+    ] {
+        assert_eq!(sent(text, 10), expected, "{text}");
+    }
+}
+
+proptest! {
+    #[test]
+    fn several_ranges_never_bring_a_byte_twice_nor_one_nobody_asked_for(
+        asked in prop::collection::vec((0_u64..60, 0_u64..60), 2..20),
+        size in 1_u64..50,
+    ) {
+        let text: Vec<String> = asked.iter().map(|(a, b)| format!("{}-{}", a.min(b), a.max(b))).collect();
+        let wanted: std::collections::BTreeSet<u64> = asked
+            .iter()
+            .flat_map(|(a, b)| *a.min(b)..=*a.max(b))
+            .filter(|byte| *byte < size)
+            .collect();
+        let brought: Vec<u64> = match sent(&format!("bytes={}", text.join(",")), size) {
+            Sent::Parts(spans) => spans.iter().flat_map(|span| span.start..span.end_exclusive).collect(),
+            Sent::Nothing => Vec::new(),
+            other => panic!("{other:?}"),
+        };
+        let once: std::collections::BTreeSet<u64> = brought.iter().copied().collect();
+        prop_assert_eq!(brought.len(), once.len());
+        prop_assert_eq!(once, wanted);
     }
 }

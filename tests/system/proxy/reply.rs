@@ -84,6 +84,48 @@ impl Reply {
         self
     }
 
+    /// The parts of a `multipart/byteranges`, read by its own rules: `Content-Range` and bytes of each.
+    pub fn parts(&self) -> Vec<(String, Bytes)> {
+        let kind = self.header("content-type").unwrap();
+        let boundary = kind
+            .strip_prefix("multipart/byteranges; boundary=")
+            .unwrap_or_else(|| panic!("{kind}"));
+        assert!(
+            boundary.len() <= 70
+                && boundary
+                    .bytes()
+                    .all(|byte| byte.is_ascii_alphanumeric() || byte == b'-')
+        );
+        let find = |bytes: &Bytes, what: &str| {
+            bytes
+                .windows(what.len())
+                .position(|found| found == what.as_bytes())
+        };
+        let mut rest = self.body.clone();
+        let mut parts = Vec::new();
+        let opening = format!("--{boundary}\r\n");
+        assert!(rest.starts_with(opening.as_bytes()), "no boundary at the start");
+        let _ = rest.split_to(opening.len());
+        loop {
+            let head = rest.split_to(find(&rest, "\r\n\r\n").expect("a part has a head"));
+            let _ = rest.split_to(4);
+            let head = String::from_utf8(head.to_vec()).unwrap();
+            assert!(head.contains("Content-Type: application/octet-stream"), "{head}");
+            let range = head
+                .lines()
+                .find_map(|line| line.strip_prefix("Content-Range: "))
+                .unwrap();
+            let delimiter = format!("\r\n--{boundary}");
+            let bytes = rest.split_to(find(&rest, &delimiter).expect("a part has an end"));
+            parts.push((range.to_owned(), bytes));
+            let _ = rest.split_to(delimiter.len());
+            if rest == "--\r\n" {
+                return parts;
+            }
+            assert_eq!(rest.split_to(2), "\r\n");
+        }
+    }
+
     /// Served from the cache, and upstream was asked and agreed.
     pub fn is_unchanged(&self) -> &Reply {
         assert_eq!(self.status, 200, "{self:#?}");

@@ -33,6 +33,7 @@ pub(super) struct Faults {
     pub(super) oversize_manifest: Option<usize>,
     pub(super) redirect: Option<Redirect>,
     pub(super) no_referrers: bool,
+    pub(super) referrers_page: Option<usize>,
 }
 
 impl Faults {
@@ -233,6 +234,11 @@ impl Upstream {
     /// The referrers API does not exist.
     pub fn has_no_referrers_api(&self) {
         self.turn(|faults| faults.no_referrers = true);
+    }
+
+    /// Lists of referrers have at most so many entries a page.
+    pub fn pages_referrers_by(&self, entries: usize) {
+        self.turn(|faults| faults.referrers_page = Some(entries));
     }
 
     /// Blobs are redirected (307) to a storage on another host, which refuses any `Authorization`.

@@ -45,12 +45,14 @@ pub(super) fn tags(shared: &Arc<Shared>, seen: &Seen, name: &str) -> Response<Pi
 }
 
 pub(super) fn referrers(shared: &Arc<Shared>, seen: &Seen, name: &str, subject: &str) -> Response<Piped> {
+    if shared.state(|state| state.faults.no_referrers) {
+        // A registry from before the API: its router knows no such path.
+        let response = Response::builder().status(404).header(CONTENT_TYPE, "text/plain");
+        return sent(shared, seen, response, text("404 page not found\n".to_owned()));
+    }
     let kind = parameter(seen, "artifactType");
     let found = shared.state(|state| {
-        let held = state
-            .repositories
-            .get(name)
-            .filter(|_| !state.faults.no_referrers)?;
+        let held = state.repositories.get(name)?;
         let attached = held
             .attached
             .iter()
@@ -61,10 +63,21 @@ pub(super) fn referrers(shared: &Arc<Shared>, seen: &Seen, name: &str, subject: 
         });
         Some(descriptors.collect::<Vec<_>>())
     });
-    let Some(manifests) = found else {
+    let Some(mut manifests) = found else {
         return failed(shared, seen, 404, "NAME_UNKNOWN");
     };
     let mut response = Response::builder().header(CONTENT_TYPE, super::OCI_INDEX);
+    if let Some(page) = shared.state(|state| state.faults.referrers_page) {
+        let from: usize = parameter(seen, "from").map_or(0, |from| from.parse().unwrap());
+        if manifests.len() > from + page {
+            // Relative to the request, as some registries write it.
+            let filter = kind
+                .as_ref()
+                .map_or_else(String::new, |kind| format!("&artifactType={kind}"));
+            response = response.header("link", format!("<?from={}{filter}>; rel=\"next\"", from + page));
+        }
+        manifests = manifests.into_iter().skip(from).take(page).collect();
+    }
     if kind.is_some() {
         response = response.header("oci-filters-applied", "artifactType");
     }

@@ -1,0 +1,136 @@
+//! What of a request shapes its answer, and what its conditions come to.
+
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use http::HeaderValue;
+use http::header::{IF_NONE_MATCH, IF_RANGE, RANGE};
+use http::request::Parts;
+
+use crate::oci::query::Query;
+use crate::oci::range::{ByteRange, Sent};
+use crate::oci::{ErrorCode, Operation, RangeRequest, Reference};
+use crate::pull::{Request, Site};
+use crate::upstream::Answer;
+
+/// What of a request shapes its answer.
+pub(in crate::server) struct Asked {
+    site: Arc<Site>,
+    /// As the client wrote it, so that links lead back through the door it came by.
+    path: String,
+    /// The `ns` of the client's query, if it sent one.
+    namespace: Option<String>,
+    pub(super) operation: Operation,
+    pub(super) head: bool,
+    if_none_match: Option<HeaderValue>,
+    if_range: Option<HeaderValue>,
+    range: RangeRequest,
+    pub(super) now: SystemTime,
+}
+
+impl Asked {
+    pub(in crate::server) fn new(head: &Parts, request: &Request) -> Self {
+        let (path, namespace) = match request.operation {
+            Operation::Tags { .. } | Operation::Referrers { .. } => {
+                let query = Query::parse(head.uri.query());
+                let namespace = query.ok().and_then(|(_, namespace)| namespace);
+                (head.uri.path().to_owned(), namespace)
+            }
+            _ => (String::new(), None),
+        };
+        Self {
+            site: Arc::clone(&request.site),
+            path,
+            namespace,
+            operation: request.operation.clone(),
+            head: request.head,
+            if_none_match: head.headers.get(IF_NONE_MATCH).cloned(),
+            if_range: head.headers.get(IF_RANGE).cloned(),
+            range: RangeRequest::read(head.headers.get(RANGE)),
+            now: request.now,
+        }
+    }
+
+    pub(super) fn upstream(&self) -> &str {
+        self.site.name()
+    }
+
+    /// Where the next page of a list is for this client, of which the upstream said `next`: the same path it came by, with
+    /// the upstream's parameters and its own `ns`. `None` where the upstream named no other page.
+    pub(super) fn next_page(&self, next: &str) -> Option<String> {
+        let (_, query) = next.split_once('?')?;
+        let (query, _) = Query::parse(Some(query)).ok()?;
+        if query.is_empty() {
+            return None;
+        }
+        let namespace = Query::of_namespace(self.namespace.as_deref());
+        Some(format!("{}{}{namespace}", self.path, query))
+    }
+
+    /// What was asked for, in words: written only for those who are told no.
+    pub(super) fn image(&self) -> String {
+        match &self.operation {
+            Operation::Ping => String::new(),
+            Operation::Manifest {
+                repository,
+                reference: Reference::Tag(tag),
+            } => format!("{repository}:{tag}"),
+            Operation::Manifest {
+                repository,
+                reference: Reference::Digest(digest),
+            }
+            | Operation::Blob { repository, digest } => format!("{repository}@{digest}"),
+            Operation::Tags { repository, .. } | Operation::Referrers { repository, .. } => {
+                repository.to_string()
+            }
+        }
+    }
+
+    /// The code for "there is no such thing".
+    ///
+    /// For referrers, `NAME_UNKNOWN` says that the repository does not exist, any other code that this registry has no
+    /// such lists, and then clients look for a tag instead: so it is passed on where the upstream said it, and else not
+    /// used.
+    pub(super) fn unknown(&self, answer: Option<&Answer>) -> ErrorCode {
+        let names_repository = || {
+            let code = answer.and_then(|answer| answer.code.as_deref());
+            code == Some(ErrorCode::NameUnknown.as_str())
+        };
+        match &self.operation {
+            Operation::Blob { .. } => ErrorCode::BlobUnknown,
+            Operation::Manifest { .. } => ErrorCode::ManifestUnknown,
+            Operation::Referrers { .. } if !names_repository() => ErrorCode::Unsupported,
+            Operation::Ping | Operation::Tags { .. } | Operation::Referrers { .. } => ErrorCode::NameUnknown,
+        }
+    }
+
+    /// Whether one range without an end is asked for: most clients that send one read a little of it and close.
+    pub(super) fn is_open_ended(&self) -> bool {
+        matches!(self.range, RangeRequest::Single(ByteRange::From(_)))
+    }
+
+    /// What is to be sent of a blob of `size` bytes. A `Range` counts for GET alone (RFC 9110 §14.2), and an `If-Range`
+    /// that names another content, weakly or by a date, means the whole (§13.1.5). So do several ranges of what is not
+    /// held yet.
+    pub(super) fn sent(&self, size: u64, etag: &str, is_held: bool) -> Sent {
+        let unchanged = self
+            .if_range
+            .as_ref()
+            .is_none_or(|tag| tag.as_bytes() == etag.as_bytes());
+        let is_answered = is_held || !matches!(self.range, RangeRequest::Multi(_));
+        if unchanged && is_answered && !self.head {
+            self.range.resolve(size)
+        } else {
+            Sent::Whole
+        }
+    }
+
+    pub(super) fn has_already(&self, etag: &str) -> bool {
+        let tags = self.if_none_match.as_ref().and_then(|tags| tags.to_str().ok());
+        tags.is_some_and(|tags| {
+            tags.split(',')
+                .map(str::trim)
+                .any(|tag| tag == "*" || tag.strip_prefix("W/").unwrap_or(tag) == etag)
+        })
+    }
+}

@@ -1,0 +1,154 @@
+//! Blobs: whole, one part, several parts.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use http::header::{ACCEPT_RANGES, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE};
+use http::{HeaderValue, Response, StatusCode};
+
+use super::{Asked, OCTETS, etag, how, named, problem, put, respond};
+use crate::oci::range::{Sent, Span, content_range, unsatisfied};
+use crate::oci::{Digest, ErrorCode, Problem};
+use crate::pull::{Content, How};
+use crate::server::body::{PartsFrom, Plan};
+use crate::server::{Body, Front};
+use crate::store::Store;
+
+/// A blob to be sent.
+pub(super) struct Answered<'a> {
+    pub(super) digest: Digest,
+    /// In bytes; unknown only while it comes from an upstream that does not say it.
+    pub(super) size: Option<u64>,
+    pub(super) how: How,
+    pub(super) asked: &'a Asked,
+    pub(super) front: &'a Front,
+    pub(super) store: &'a Arc<Store>,
+}
+
+impl Answered<'_> {
+    /// The answer with this content.
+    pub(super) fn with(&self, content: Content) -> Response<Body> {
+        let etag = etag(&self.digest);
+        if self.asked.has_already(&etag) {
+            let mut response = respond(StatusCode::NOT_MODIFIED, Body::empty());
+            named(response.headers_mut(), &self.digest, &etag);
+            how::tell(response.headers_mut(), self.how, self.asked);
+            return response;
+        }
+        let is_held = !matches!(content, Content::Download(_));
+        let sent = match self.size {
+            // What passes through is verified as a whole, so it is sent as a whole.
+            Some(size) if !matches!(content, Content::Passing(_)) => self.asked.sent(size, &etag, is_held),
+            _ => Sent::Whole,
+        };
+        let mut response = match (sent, content) {
+            (Sent::Nothing, _) => return self.unsatisfiable(),
+            (Sent::Parts(spans), Content::Memory(bytes)) => self.parts(spans, PartsFrom::Memory(bytes)),
+            (Sent::Parts(spans), Content::File(held)) => {
+                let (buffers, events) = (self.front.buffers.clone(), self.front.events.clone());
+                self.parts(spans, PartsFrom::File(held.file, buffers, events))
+            }
+            (Sent::Part(span), content) => self.part(span, content),
+            (_, content) => self.whole(content),
+        };
+        let headers = response.headers_mut();
+        named(headers, &self.digest, &etag);
+        headers.insert(ACCEPT_RANGES, HeaderValue::from_static("bytes"));
+        how::tell(headers, self.how, self.asked);
+        response
+    }
+
+    fn whole(&self, content: Content) -> Response<Body> {
+        let events = self.front.events.clone();
+        let body = match content {
+            _ if self.asked.head => Body::empty(),
+            Content::Head => Body::empty(),
+            Content::Memory(bytes) => Body::whole(bytes),
+            Content::File(held) if self.front.sound.knows(&self.digest) => {
+                Body::file(held.file, 0, held.size, self.front.buffers.clone(), events)
+            }
+            Content::File(held) => Body::checked(
+                self.digest,
+                held.file,
+                held.size,
+                self.front.buffers.clone(),
+                events,
+                self.front.sound.clone(),
+                Arc::clone(self.store),
+            ),
+            Content::Download(reader) => Body::download(reader, self.size, events),
+            Content::Passing(passing) => Body::passing(*passing, self.size, events),
+        };
+        let mut response = respond(StatusCode::OK, body);
+        response.headers_mut().insert(CONTENT_TYPE, OCTETS);
+        if let Some(size) = self.size {
+            response.headers_mut().insert(CONTENT_LENGTH, size.into());
+        }
+        response
+    }
+
+    fn part(&self, span: Span, content: Content) -> Response<Body> {
+        let Span { start, end_exclusive } = span;
+        let events = self.front.events.clone();
+        let body = match content {
+            Content::Memory(bytes) => Body::whole(within(&bytes, span)),
+            Content::File(held) => {
+                let buffers = self.front.buffers.clone();
+                Body::file(held.file, start, end_exclusive, buffers, events)
+            }
+            Content::Download(reader) => {
+                let reader = reader.within(start, end_exclusive);
+                let reader = if self.asked.is_open_ended() {
+                    reader.patient()
+                } else {
+                    reader
+                };
+                Body::download(reader, Some(span.len()), events)
+            }
+            // Neither has parts: `Head` answers no GET, and `Passing` is whole or nothing.
+            Content::Head | Content::Passing(_) => Body::empty(),
+        };
+        let mut response = respond(StatusCode::PARTIAL_CONTENT, body);
+        let headers = response.headers_mut();
+        headers.insert(CONTENT_TYPE, OCTETS);
+        put(
+            headers,
+            CONTENT_RANGE,
+            &content_range(span, self.size.unwrap_or_default()),
+        );
+        headers.insert(CONTENT_LENGTH, span.len().into());
+        response
+    }
+
+    fn parts(&self, spans: Vec<Span>, from: PartsFrom) -> Response<Body> {
+        let plan = Plan::new(&self.digest, self.size.unwrap_or_default(), spans);
+        let (content_type, length) = (plan.content_type(), plan.length());
+        let mut response = respond(StatusCode::PARTIAL_CONTENT, Body::parts(plan, from));
+        let headers = response.headers_mut();
+        put(headers, CONTENT_TYPE, &content_type);
+        headers.insert(CONTENT_LENGTH, length.into());
+        response
+    }
+
+    fn unsatisfiable(&self) -> Response<Body> {
+        let size = self.size.unwrap_or_default();
+        let message = format!(
+            "{}/{} has {size} bytes; none of the bytes asked for exist",
+            self.asked.upstream(),
+            self.asked.image()
+        );
+        let mut response = problem(
+            StatusCode::RANGE_NOT_SATISFIABLE,
+            &Problem::new(ErrorCode::SizeInvalid, message),
+            self.asked.head,
+        );
+        put(response.headers_mut(), CONTENT_RANGE, &unsatisfied(size));
+        response
+    }
+}
+
+/// The bytes of a span, as far as there are any.
+pub(in crate::server) fn within(bytes: &Bytes, span: Span) -> Bytes {
+    let at = |offset: u64| usize::try_from(offset).map_or(bytes.len(), |offset| offset.min(bytes.len()));
+    bytes.slice(at(span.start)..at(span.end_exclusive))
+}

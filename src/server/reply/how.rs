@@ -1,0 +1,62 @@
+//! Why a client gets what it gets, and how old that is, in headers.
+
+use std::time::Duration;
+
+use http::HeaderMap;
+use http::header::{AGE, WARNING};
+
+use super::{Asked, put};
+use crate::oci::header::CACHE_STATUS;
+use crate::policy::{Served, Why};
+use crate::pull::{How, Reason};
+
+/// RFC 9211 `Cache-Status`, `Age`, and `Warning` where the client may get something outdated.
+pub(super) fn tell(headers: &mut HeaderMap, how: How, asked: &Asked) {
+    let status = match how.reason {
+        Reason::Held(served) => match served.cause() {
+            Some(cause) => format!("ifnewer; hit; detail={}-{}", served.name(), cause.name()),
+            None => format!("ifnewer; hit; detail={}", served.name()),
+        },
+        Reason::Fetched(Why::Newer) => "ifnewer; fwd=stale; detail=newer".to_owned(),
+        Reason::Fetched(why) => format!("ifnewer; fwd=miss; detail={}", why.name()),
+        Reason::Joined => "ifnewer; fwd=miss; collapsed; detail=joined".to_owned(),
+        Reason::Passed => "ifnewer; fwd=bypass; detail=passed".to_owned(),
+    };
+    put(headers, CACHE_STATUS, &status);
+    let Some(age) = how
+        .confirmed_at
+        .map(|at| asked.now.duration_since(at).unwrap_or_default())
+    else {
+        return;
+    };
+    if let Reason::Held(served) = how.reason {
+        headers.insert(AGE, age.as_secs().into());
+        if served.may_be_outdated() {
+            put(headers, WARNING, &warning(served, asked.upstream(), age));
+        }
+    }
+}
+
+/// RFC 7234 §5.5.7's 299, which podman and containerd show to the user.
+fn warning(served: Served, upstream: &str, age: Duration) -> String {
+    let age = humantime::format_duration(Duration::from_secs(age.as_secs()));
+    let why = match served {
+        Served::NewUnavailable(cause) => {
+            format!("{upstream} has a newer image that could not be had: it {cause}")
+        }
+        Served::LastComplete(cause) => {
+            let cause = cause.map_or_else(|| "is not asked".to_owned(), |cause| cause.to_string());
+            format!(
+                "the newest image is not held whole and {upstream} {cause}; this is the last complete one"
+            )
+        }
+        Served::KeptAbsent => format!("{upstream} no longer has this tag"),
+        Served::CredentialRefused => format!("{upstream} refuses the credential of the cache"),
+        other => match other.cause() {
+            Some(cause) => format!("{upstream} {cause}"),
+            None => format!("{upstream} was not asked"),
+        },
+    };
+    let text: String = why.chars().filter(|c| !matches!(c, '"' | '\\')).collect();
+    format!("299 ifnewer \"served from the cache, confirmed {age} ago: {text}\"")
+}

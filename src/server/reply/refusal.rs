@@ -1,0 +1,156 @@
+//! A refusal becomes a status, a code and a sentence. The user often sees nothing else: it names the upstream and the
+//! cause.
+
+use http::header::{RETRY_AFTER, WWW_AUTHENTICATE};
+use http::{HeaderValue, Response, StatusCode};
+use hyper::ext::ReasonPhrase;
+
+use super::{Asked, Body, problem, put};
+use crate::oci::header::CACHE_STATUS;
+use crate::oci::{Cause, ErrorCode, Problem};
+use crate::policy::Refusal;
+use crate::pull::Refused;
+use crate::upstream::Said;
+
+pub(super) fn answer(refused: &Refused, asked: &Asked) -> Response<Body> {
+    let (status, code, sentence) = refusal(refused, asked);
+    let (upstream, answer) = (asked.upstream(), refused.answer.as_deref());
+    // A refusal is told in our words alone: asked by HEAD or by GET, held or not, it must look the same.
+    let theirs = match refused.refusal {
+        Refusal::Silent(_) | Refusal::TooStale(_) | Refusal::Incomplete(_) => {
+            answer.and_then(|answer| answer.message.as_deref())
+        }
+        Refusal::NotHeld | Refusal::NotVouched | Refusal::Forbidden | Refusal::Absent => None,
+    };
+    let message = match theirs {
+        Some(theirs) => format!("{sentence} ({upstream}: {theirs})"),
+        None => sentence,
+    };
+    let mut response = problem(status, &Problem::new(code, message), asked.head);
+    if let Refusal::Silent(cause) | Refusal::TooStale(cause) | Refusal::Incomplete(cause) = refused.refusal
+        && status.is_server_error()
+    {
+        // Docker shows the status line of a 5xx, and never its body.
+        let phrase = format!(
+            "{} ({upstream} {cause})",
+            status.canonical_reason().unwrap_or_default()
+        );
+        if let Ok(phrase) = ReasonPhrase::try_from(phrase) {
+            response.extensions_mut().insert(phrase);
+        }
+    }
+    let headers = response.headers_mut();
+    if status == StatusCode::UNAUTHORIZED {
+        for line in answer
+            .map(|answer| answer.challenge.as_slice())
+            .unwrap_or_default()
+        {
+            headers.append(WWW_AUTHENTICATE, line.clone());
+        }
+    }
+    if let Some(after) = answer.and_then(|answer| answer.retry_after.clone()) {
+        headers.insert(RETRY_AFTER, after);
+    } else if status == StatusCode::TOO_MANY_REQUESTS {
+        headers.insert(RETRY_AFTER, HeaderValue::from_static("30"));
+    }
+    put(
+        headers,
+        CACHE_STATUS,
+        &format!("ifnewer; fwd=miss; detail={}", refused.refusal.name()),
+    );
+    response
+}
+
+/// Each refusal's status, code and sentence. Exhaustive: a new refusal does not compile until it has its own.
+fn refusal(refused: &Refused, asked: &Asked) -> (StatusCode, ErrorCode, String) {
+    let answer = refused.answer.as_deref();
+    let unknown = asked.unknown(answer);
+    let (upstream, image) = (asked.upstream(), asked.image());
+    match refused.refusal {
+        // The same words for what is absent and what is not for this client: a stranger learns nothing.
+        Refusal::NotHeld | Refusal::NotVouched => (
+            StatusCode::NOT_FOUND,
+            unknown,
+            format!(
+                "{upstream}/{image} is not held for you here, and the policy `never` forbids asking {upstream}"
+            ),
+        ),
+        Refusal::Absent if unknown == ErrorCode::Unsupported => (
+            StatusCode::NOT_FOUND,
+            unknown,
+            format!("{upstream} has no list of what refers to a manifest of {image}"),
+        ),
+        Refusal::Absent => (
+            StatusCode::NOT_FOUND,
+            unknown,
+            format!("{upstream} says that {image} does not exist"),
+        ),
+        Refusal::Forbidden if refused.own_credential => (
+            StatusCode::FORBIDDEN,
+            ErrorCode::Denied,
+            format!(
+                "{upstream} refuses the credential that ifnewer is configured with; check [upstream.\"{upstream}\"]"
+            ),
+        ),
+        Refusal::Forbidden => match answer.and_then(|answer| answer.status) {
+            Some(StatusCode::FORBIDDEN) => (
+                StatusCode::FORBIDDEN,
+                ErrorCode::Denied,
+                format!("{upstream} denies access to {image}"),
+            ),
+            Some(status) if status.is_client_error() && status != StatusCode::UNAUTHORIZED => (
+                status,
+                ErrorCode::Denied,
+                format!("{upstream} answered {status} for {image}"),
+            ),
+            _ => (
+                StatusCode::UNAUTHORIZED,
+                ErrorCode::Unauthorized,
+                format!("{upstream} wants a credential that may read {image}"),
+            ),
+        },
+        Refusal::Silent(cause) => {
+            if let Some(Said::Other(status)) = answer.map(|answer| answer.said) {
+                (
+                    status,
+                    ErrorCode::Unknown,
+                    format!("{upstream} answered {status} for {image}"),
+                )
+            } else {
+                let (status, code) = silence(cause);
+                (
+                    status,
+                    code,
+                    format!("{upstream} {cause}, and no copy of {image} is held that may be served instead"),
+                )
+            }
+        }
+        Refusal::TooStale(cause) => {
+            let (status, code) = silence(cause);
+            let sentence = format!(
+                "{upstream} {cause}, and the held copy of {image} was confirmed longer ago than `stale` allows"
+            );
+            (status, code, sentence)
+        }
+        Refusal::Incomplete(cause) => {
+            let (status, code) = silence(cause);
+            let sentence = format!(
+                "{upstream} {cause}, and of {image} only a part is held: no client could pull it whole"
+            );
+            (status, code, sentence)
+        }
+    }
+}
+
+fn silence(cause: Cause) -> (StatusCode, ErrorCode) {
+    match cause {
+        Cause::RateLimited => (StatusCode::TOO_MANY_REQUESTS, ErrorCode::TooManyRequests),
+        Cause::Timeout | Cause::ConnectTimeout | Cause::Budget => {
+            (StatusCode::GATEWAY_TIMEOUT, ErrorCode::Unavailable)
+        }
+        Cause::BreakerOpen | Cause::Busy | Cause::Offline | Cause::Status(503) => {
+            (StatusCode::SERVICE_UNAVAILABLE, ErrorCode::Unavailable)
+        }
+        _ => (StatusCode::BAD_GATEWAY, ErrorCode::Unavailable),
+    }
+}
