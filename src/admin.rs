@@ -4,6 +4,7 @@
 //! on this machine shows must not reach it either (DNS rebinding), so the host asked for is checked.
 
 pub mod probe;
+mod upstreams;
 
 use std::convert::Infallible;
 use std::sync::Arc;
@@ -108,6 +109,7 @@ impl Admin {
             "/readyz" => self.ready(),
             "/metrics" => text(StatusCode::OK, OPENMETRICS, self.events.text(&self.levels())),
             "/api/v1/images" => self.images(request.uri().query()),
+            "/api/v1/upstreams" => answer(&upstreams::listed(&self.registry.load())),
             "/api/v1/why" => self.why(request.uri().query()),
             path => problem(StatusCode::NOT_FOUND, &format!("there is no {path} here")),
         }
@@ -137,18 +139,15 @@ impl Admin {
         let registry = self.registry.load();
         let usage = registry.pull.store().usage();
         let upstreams = registry.doors.all().iter().map(|site| {
-            let state = site.upstream().state();
-            (
-                site.name().into(),
-                state.open.is_none(),
-                state.rate_limit.remaining,
-            )
+            let is_up = site.upstream().silent_now().is_none();
+            (site.name().into(), is_up)
         });
         Levels {
             store_bytes: usage.blob_bytes + usage.manifest_bytes,
             store_objects: usage.blobs + usage.manifests,
             transfers: registry.pull.downloads().count() as u64,
             upstreams: upstreams.collect(),
+            allowances: upstreams::allowances(&registry),
         }
     }
 

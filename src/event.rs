@@ -113,6 +113,12 @@ struct UpstreamLabels {
     registry: Arc<str>,
 }
 
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct AllowanceLabels {
+    registry: Arc<str>,
+    credential: &'static str,
+}
+
 /// Where response bytes come from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BytesFrom {
@@ -131,8 +137,23 @@ pub struct Levels {
     pub store_objects: u64,
     /// Transfers under way.
     pub transfers: u64,
-    /// Whether each upstream answers, as its breaker sees it, and what is left of its allowance.
-    pub upstreams: Vec<(Arc<str>, bool, Option<u64>)>,
+    /// Whether each upstream answers, as its breaker sees it.
+    pub upstreams: Vec<(Arc<str>, bool)>,
+    /// What is left of whose allowance.
+    pub allowances: Vec<AllowanceLevel>,
+}
+
+/// What an upstream last said of an allowance.
+#[derive(Clone, Debug)]
+pub struct AllowanceLevel {
+    /// The upstream's name.
+    pub upstream: Arc<str>,
+    /// Whose it is: `anonymous`, `own`, or `client` for all clients with a credential of their own.
+    pub credential: &'static str,
+    /// Pulls allowed in a window.
+    pub limit: Option<u64>,
+    /// Pulls left in it.
+    pub remaining: Option<u64>,
 }
 
 /// Counts and tells.
@@ -146,7 +167,8 @@ pub struct Events {
     store_objects: Gauge<u64, AtomicU64>,
     transfers: Gauge<u64, AtomicU64>,
     upstream_up: Family<UpstreamLabels, Gauge<u64, AtomicU64>>,
-    rate_limit_remaining: Family<UpstreamLabels, Gauge<u64, AtomicU64>>,
+    rate_limit: Family<AllowanceLabels, Gauge<u64, AtomicU64>>,
+    rate_limit_remaining: Family<AllowanceLabels, Gauge<u64, AtomicU64>>,
     registry: Arc<Registry>,
 }
 
@@ -169,6 +191,7 @@ impl Events {
             store_objects: Gauge::default(),
             transfers: Gauge::default(),
             upstream_up: Family::default(),
+            rate_limit: Family::default(),
             rate_limit_remaining: Family::default(),
             registry: Arc::default(),
         };
@@ -214,8 +237,13 @@ impl Events {
             events.upstream_up.clone(),
         );
         registry.register(
+            "upstream_ratelimit_limit",
+            "Pulls allowed in the upstream's window, where it says so, by whose they are",
+            events.rate_limit.clone(),
+        );
+        registry.register(
             "upstream_ratelimit_remaining",
-            "Pulls left in the upstream's window, where it says so",
+            "Pulls left in the upstream's window, where it says so; of several clients, the fewest",
             events.rate_limit_remaining.clone(),
         );
         events.registry = Arc::new(registry);
@@ -264,13 +292,22 @@ impl Events {
         self.store_bytes.set(levels.store_bytes);
         self.store_objects.set(levels.store_objects);
         self.transfers.set(levels.transfers);
-        for (name, up, remaining) in &levels.upstreams {
+        for (name, up) in &levels.upstreams {
             let labels = UpstreamLabels {
                 registry: Arc::clone(name),
             };
             self.upstream_up.get_or_create(&labels).set(u64::from(*up));
-            if let Some(remaining) = remaining {
-                self.rate_limit_remaining.get_or_create(&labels).set(*remaining);
+        }
+        for level in &levels.allowances {
+            let labels = AllowanceLabels {
+                registry: Arc::clone(&level.upstream),
+                credential: level.credential,
+            };
+            if let Some(limit) = level.limit {
+                self.rate_limit.get_or_create(&labels).set(limit);
+            }
+            if let Some(remaining) = level.remaining {
+                self.rate_limit_remaining.get_or_create(&labels).set(remaining);
             }
         }
         let mut text = String::new();

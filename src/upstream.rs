@@ -8,22 +8,21 @@
 //! (`download`). Bodies are not verified; whoever keeps them hashes them.
 //!
 //! Reading order: `answer` (what can be said) → `question` (HEAD and its substitutes) → `exchange` (credential,
-//! challenge, token) → `token` → `client` (one request) → `line` (one connection) → `dial`, `tcp`; `breaker`, `quirk`, `route`, `location`,
-//! `origin` and `zone` are small and stand alone.
+//! challenge, token) → `token` → `client` (one request) → `line` (one connection) → `dial`, `tcp`; `breaker`, `limits`, `quirk`, `route`,
+//! `location`, `origin` and `zone` are small and stand alone.
 
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use http::{HeaderMap, Method};
-use quick_cache::sync::Cache;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::AbortHandle;
 use tokio::time::{Instant, timeout};
 
 use crate::oci::accept::Accept;
 use crate::oci::cause::Cause;
-use crate::oci::header::RateLimit;
+use crate::oci::name::Reference;
 use crate::oci::operation::Operation;
 
 pub mod answer;
@@ -32,6 +31,7 @@ mod client;
 pub mod dial;
 mod exchange;
 mod fetched;
+mod limits;
 mod line;
 mod location;
 pub mod origin;
@@ -46,6 +46,7 @@ pub mod zone;
 pub use answer::{Answer, Said};
 pub use dial::{Connector, Dial, DialError, Dialled, Dialling, TlsError};
 pub use fetched::{Address, Fetched, Part};
+pub use limits::{Allowance, Who};
 pub use origin::{Origin, OriginError};
 pub use quirk::Quirk;
 pub use route::{ProxyChoice, ProxyError};
@@ -55,14 +56,12 @@ use breaker::Breaker;
 use client::{Follow, Http, Request};
 
 use exchange::Exchange;
+use limits::{Lane, Limits};
 use line::{Line, LineSettings};
 use question::Question;
 use quirk::Quirks;
 use route::Routes;
 use token::Tokens;
-
-/// Callers whose rate limit is remembered, per upstream.
-const LIMITED_MAX: usize = 4096;
 
 /// How an upstream is doing, for the operator.
 #[derive(Clone, Debug)]
@@ -71,8 +70,8 @@ pub struct State {
     pub open: Option<(Duration, Cause)>,
     /// The last silence, and how long ago it was.
     pub last_silence: Option<(Cause, Duration)>,
-    /// The rate limit as last seen, of whichever caller.
-    pub rate_limit: RateLimit,
+    /// What it last said of its callers' allowances.
+    pub allowances: Vec<Allowance>,
     /// What the registry does its own way.
     pub quirks: Vec<Quirk>,
     /// Questions and transfers under way.
@@ -93,8 +92,7 @@ struct Inner {
     fetches_max: usize,
     questions: Arc<Semaphore>,
     transfers: Arc<Semaphore>,
-    /// Until when an address (by position) has asked a principal to wait.
-    limited: Cache<(usize, [u8; 32]), Instant>,
+    limits: Limits,
     health: Mutex<Health>,
 }
 
@@ -102,7 +100,6 @@ struct Inner {
 struct Health {
     breaker: Breaker,
     last_silence: Option<(Cause, Instant)>,
-    rate_limit: RateLimit,
     probe: Option<AbortHandle>,
 }
 
@@ -155,7 +152,7 @@ impl Upstream {
             fetches_max: settings.fetches_max,
             questions: Arc::new(Semaphore::new(settings.fetches_max)),
             transfers: Arc::new(Semaphore::new(settings.fetches_max)),
-            limited: Cache::new(LIMITED_MAX),
+            limits: Limits::new(),
             health: Mutex::default(),
         })))
     }
@@ -173,11 +170,12 @@ impl Upstream {
         };
         let mut silent = None;
         for (position, origin) in self.0.urls.iter().enumerate() {
-            let answer = if let Some(left) = self.0.limited_for(position, caller, Instant::now()) {
+            let lane = Lane::of(operation, self.0.answers_no_heads(operation));
+            let answer = if let Some(left) = self.0.limits.waiting(position, lane, caller, Instant::now()) {
                 Answer::rate_limited(left)
             } else {
                 let answer = self.question(origin, caller, operation, accept).head().await;
-                self.0.note(position, caller, &answer);
+                self.0.note((position, lane), caller, &answer);
                 answer
             };
             if answer.silence().is_none() {
@@ -208,7 +206,7 @@ impl Upstream {
             last_silence: health
                 .last_silence
                 .map(|(cause, at)| (cause, now.saturating_duration_since(at))),
-            rate_limit: health.rate_limit.clone(),
+            allowances: self.0.limits.allowances(now),
             quirks: self.0.quirks.known(now),
             in_flight: (2 * self.0.fetches_max).saturating_sub(free),
         }
@@ -269,31 +267,26 @@ impl Inner {
         self.health.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// How long `caller` still has to leave this address alone.
-    fn limited_for(&self, position: usize, caller: &Caller, now: Instant) -> Option<Duration> {
-        let left = self
-            .limited
-            .get(&(position, caller.principal))?
-            .saturating_duration_since(now);
-        (!left.is_zero()).then_some(left)
+    /// Whether a HEAD of this would be answered by a GET, as this upstream is known to need.
+    fn answers_no_heads(&self, operation: &Operation) -> bool {
+        let Operation::Manifest { reference, .. } = operation else {
+            return false;
+        };
+        let (now, by_tag) = (Instant::now(), matches!(reference, Reference::Tag(_)));
+        self.quirks.has(Quirk::HeadRefused, now) || (by_tag && self.quirks.has(Quirk::NoDigest, now))
     }
 
-    /// Keeps what an answer says about allowances.
-    fn note(&self, position: usize, caller: &Caller, answer: &Answer) {
-        self.note_limit(&answer.rate_limit);
+    /// Keeps what an answer says about limits.
+    fn note(&self, (position, lane): (usize, Lane), caller: &Caller, answer: &Answer) {
+        let now = Instant::now();
+        self.limits.note(caller, &answer.rate_limit, now);
         if answer.silence() == Some(Cause::RateLimited) {
             let seconds = answer
                 .retry_after
                 .as_ref()
                 .and_then(|value| value.to_str().ok()?.parse().ok());
-            let until = Instant::now() + Duration::from_secs(seconds.unwrap_or(1));
-            self.limited.insert((position, caller.principal), until);
-        }
-    }
-
-    fn note_limit(&self, seen: &RateLimit) {
-        if !seen.is_unknown() {
-            self.health().rate_limit.clone_from(seen);
+            let until = now + Duration::from_secs(seconds.unwrap_or(1));
+            self.limits.wait(position, lane, caller, until);
         }
     }
 

@@ -5,10 +5,12 @@ use std::fmt;
 use bytes::Bytes;
 use http::{HeaderMap, StatusCode};
 use tokio::sync::OwnedSemaphorePermit;
+use tokio::time::Instant;
 
 use super::Upstream;
 use super::answer::Answer;
 use super::client::Body;
+use super::limits::Lane;
 use super::settings::Caller;
 use crate::oci::accept::Accept;
 use crate::oci::cause::Cause;
@@ -94,32 +96,36 @@ impl Upstream {
         accept: &Accept,
         part: Part,
     ) -> Result<Fetched, Answer> {
-        let lane = if matches!(operation, Operation::Blob { .. }) {
+        let places = if matches!(operation, Operation::Blob { .. }) {
             &self.0.transfers
         } else {
             &self.0.questions
         };
-        let Some(permit) = self.permit(lane).await else {
+        let Some(permit) = self.permit(places).await else {
             return Err(Answer::silent(Cause::Busy));
         };
         let (mut silent, mut no) = (None, None);
-        let count = self.0.urls.len();
+        let (count, lane) = (self.0.urls.len(), Lane::of(operation, true));
         let first = part.after.map_or(0, |Address(last)| last + 1);
         for step in 0..count {
             let position = (first + step) % count;
             let Some(origin) = self.0.urls.get(position) else {
                 continue;
             };
+            if let Some(left) = self.0.limits.waiting(position, lane, caller, Instant::now()) {
+                silent.get_or_insert(Answer::rate_limited(left));
+                continue;
+            }
             let question = self.question(origin, caller, operation, accept);
             match question.get(part, Address(position), self.0.timeouts.idle).await {
                 Ok(mut fetched) => {
-                    self.0.note_limit(&fetched.rate_limit);
+                    self.0.limits.note(caller, &fetched.rate_limit, Instant::now());
                     self.answered();
                     fetched.permit = Some(permit);
                     return Ok(fetched);
                 }
                 Err(answer) => {
-                    self.0.note(position, caller, &answer);
+                    self.0.note((position, lane), caller, &answer);
                     if answer.silence().is_some() {
                         silent.get_or_insert(*answer);
                         continue;

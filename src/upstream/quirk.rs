@@ -27,6 +27,18 @@ pub enum Quirk {
     BlobHeadRefused,
 }
 
+impl Quirk {
+    /// The name for the operator.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Quirk::HeadRefused => "head-refused",
+            Quirk::NoDigest => "no-digest",
+            Quirk::HeadUntrue => "head-untrue",
+            Quirk::BlobHeadRefused => "blob-head-refused",
+        }
+    }
+}
+
 /// What is known of one upstream.
 #[derive(Debug)]
 pub(super) struct Quirks {

@@ -2,6 +2,7 @@
 
 use crate::proxy::{Ask, Proxy, Setup, raw};
 use crate::upstream::{Image, Upstream};
+use serde_json::json;
 
 #[tokio::test]
 async fn health_and_readiness_are_told() {
@@ -156,16 +157,42 @@ async fn healthcheck_asks_the_running_cache() {
 }
 
 #[tokio::test]
-async fn the_quota_that_upstream_tells_is_shown() {
+async fn the_quota_that_upstream_tells_is_shown_by_whose_it_is_and_without_the_credential() {
     let upstream = Upstream::start().await;
     upstream.push("library/demo", "latest", Image::with_layers(&["one"]));
     upstream.tells_rate_limit(100, 73);
     let proxy = Proxy::over(&upstream).await;
     proxy.manifest("library/demo", "latest").await;
+    upstream.tells_rate_limit(200, 9);
+    proxy.manifest("library/demo", "latest").bearer("canary").await;
+
     let text = String::from_utf8(proxy.admin("/metrics").await.body.to_vec()).unwrap();
-    assert!(
-        text.lines()
-            .any(|line| line.contains("ratelimit") | line.contains("rate_limit") && line.ends_with(" 73")),
-        "{text}"
+    for line in [
+        "ifnewer_upstream_ratelimit_remaining{registry=\"docker.io\",credential=\"anonymous\"} 73",
+        "ifnewer_upstream_ratelimit_limit{registry=\"docker.io\",credential=\"anonymous\"} 100",
+        "ifnewer_upstream_ratelimit_remaining{registry=\"docker.io\",credential=\"client\"} 9",
+    ] {
+        assert!(text.lines().any(|shown| shown == line), "{line}: {text}");
+    }
+    let shown = proxy.admin("/api/v1/upstreams").await;
+    let hub = shown.json()["upstreams"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .find(|one| one["name"] == "docker.io")
+        .unwrap()
+        .clone();
+    let limits = hub["rate_limits"].as_array().unwrap();
+    assert_eq!(limits.len(), 2, "{hub}");
+    assert_eq!(limits[0]["credential"], "anonymous");
+    assert_eq!(
+        (&limits[0]["remaining"], &limits[0]["window_seconds"]),
+        (&json!(73), &json!(21_600))
     );
+    assert_eq!(limits[0]["source"], "192.0.2.7", "{hub}");
+    assert!(
+        limits[1]["credential"].as_str().unwrap().starts_with("client-"),
+        "{hub}"
+    );
+    assert!(!text.contains("canary") && !shown.body.windows(6).any(|part| part == b"canary"));
 }

@@ -251,6 +251,108 @@ async fn within_retry_after_upstream_is_left_alone() {
 }
 
 #[tokio::test]
+async fn within_retry_after_no_get_goes_out_either() {
+    let upstream = Upstream::start().await;
+    let image = upstream.push("library/demo", "latest", Image::with_layers(&["one"]));
+    upstream.rate_limits(Some("3600"));
+    let proxy = Proxy::over(&upstream).await;
+    let layer = &image.layer(0).digest;
+    for round in 0..3 {
+        for ask in [
+            proxy.manifest("library/demo", "latest"),
+            proxy.blob("library/demo", layer),
+            proxy.get("/v2/library/demo/tags/list"),
+        ] {
+            let reply = ask.await;
+            assert_eq!(reply.is_refused(429).code(), "TOOMANYREQUESTS");
+            let left: u64 = reply.header("retry-after").unwrap().parse().unwrap();
+            assert!((3000..=3600).contains(&left), "{left}");
+        }
+        assert_eq!(
+            upstream.requests().len(),
+            3,
+            "round {round}: {:#?}",
+            upstream.requests()
+        );
+    }
+}
+
+#[tokio::test]
+async fn a_used_up_quota_of_pulls_does_not_stop_the_question_whether_a_tag_moved() {
+    let upstream = Upstream::start().await;
+    let old = upstream.push("library/demo", "latest", Image::with_layers(&["one"]));
+    let proxy = Proxy::over(&upstream).await;
+    proxy.pull("library/demo", "latest", &old).await;
+    let new = upstream.moves("library/demo", "latest", Image::with_layers(&["two"]));
+    upstream.rate_limits_pulls(Some("3600"));
+    upstream.clear_log();
+
+    for _ in 0..3 {
+        let reply = proxy.manifest("library/demo", "latest").await;
+        let status = reply.is_image(&old).is_hit().cache_status();
+        assert!(status.ends_with("new-unavailable-rate-limited"), "{status}");
+        assert!(
+            reply.header("warning").unwrap().contains("docker.io"),
+            "{reply:#?}"
+        );
+    }
+    assert_eq!(upstream.heads("library/demo"), 3, "a HEAD is no pull");
+    assert_eq!(upstream.manifest_gets("library/demo"), 1, "one 429 is enough");
+    // What was never pulled is refused, with the time to come back; blobs are counted apart.
+    proxy.manifest("library/demo", &new.digest).await.is_refused(429);
+    proxy
+        .blob("library/demo", &new.layer(0).digest)
+        .await
+        .is_blob(new.layer(0));
+    let moved_back = upstream.moves("library/demo", "latest", old);
+    proxy
+        .manifest("library/demo", "latest")
+        .await
+        .is_image(&moved_back)
+        .is_unchanged();
+}
+
+#[tokio::test]
+async fn a_limit_on_blobs_leaves_the_manifests_alone() {
+    let upstream = Upstream::start().await;
+    let image = upstream.push("library/demo", "latest", Image::with_layers(&["one"]));
+    upstream.rate_limits_blobs(Some("3600"));
+    let proxy = Proxy::over(&upstream).await;
+    proxy
+        .blob("library/demo", &image.layer(0).digest)
+        .await
+        .is_refused(429);
+    proxy.manifest("library/demo", "latest").await.is_image(&image);
+}
+
+#[tokio::test]
+async fn one_clients_quota_is_not_anothers() {
+    let upstream = Upstream::start().await;
+    let image = upstream.push("library/demo", "latest", Image::with_layers(&["one"]));
+    upstream.rate_limits(Some("3600"));
+    let proxy = Proxy::over(&upstream).await;
+    proxy
+        .manifest("library/demo", "latest")
+        .bearer("a")
+        .await
+        .is_refused(429);
+    upstream.recovers();
+    upstream.clear_log();
+    proxy
+        .manifest("library/demo", "latest")
+        .bearer("a")
+        .await
+        .is_refused(429);
+    assert_eq!(upstream.requests().len(), 0);
+    proxy
+        .manifest("library/demo", "latest")
+        .bearer("b")
+        .await
+        .is_image(&image);
+    proxy.manifest("library/demo", "latest").await.is_image(&image);
+}
+
+#[tokio::test]
 async fn a_server_error_is_tried_once_more_and_no_further() {
     let upstream = Upstream::start().await;
     let image = upstream.push("library/demo", "latest", Image::with_layers(&["one"]));

@@ -23,7 +23,7 @@ async fn a_good_registry_is_asked_once_and_politely() {
         Some(OCI_MANIFEST)
     );
     assert_eq!(answer.rate_limit.remaining, Some(99));
-    assert_eq!(upstream.state().rate_limit.limit, Some(100));
+    assert_eq!(upstream.state().allowances[0].limit.limit, Some(100));
     assert!(answer.body.is_none());
     let seen = &registry.seen()[0];
     assert_eq!(

@@ -143,6 +143,18 @@ impl Upstream {
         self.instead(applies, Instead::RateLimited(retry_after.map(str::to_owned)));
     }
 
+    /// The same for `GET`s of manifests alone: a quota of pulls, which Docker Hub counts by them.
+    pub fn rate_limits_pulls(&self, retry_after: Option<&str>) {
+        let applies = Arc::new(|seen: &Seen| seen.method == "GET" && seen.path.contains("/manifests/"));
+        self.instead(applies, Instead::RateLimited(retry_after.map(str::to_owned)));
+    }
+
+    /// The same for blobs alone.
+    pub fn rate_limits_blobs(&self, retry_after: Option<&str>) {
+        let applies = Arc::new(|seen: &Seen| seen.path.contains("/blobs/"));
+        self.instead(applies, Instead::RateLimited(retry_after.map(str::to_owned)));
+    }
+
     /// Tells its quota on every answer, as Docker Hub does.
     pub fn tells_rate_limit(&self, limit: u64, remaining: u64) {
         self.turn(|faults| faults.rate_limit = Some((limit, remaining)));

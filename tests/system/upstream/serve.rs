@@ -351,6 +351,7 @@ pub(super) fn sent(
         headers.insert("content-encoding", HeaderValue::from_static("gzip"));
     }
     if let Some((limit, remaining)) = rate_limit {
+        headers.insert("docker-ratelimit-source", HeaderValue::from_static("192.0.2.7"));
         headers.insert("ratelimit-limit", format!("{limit};w=21600").parse().unwrap());
         headers.insert(
             "ratelimit-remaining",
