@@ -76,13 +76,13 @@ impl Reader {
         }
     }
 
-    /// Waits until the blob is verified, or known not to be.
-    pub async fn settled(&mut self) -> Result<(), Arc<Failure>> {
+    /// Waits until the blob is verified, or known not to be; its size.
+    pub async fn settled(&mut self) -> Result<u64, Arc<Failure>> {
         let over = |progress: &Progress| matches!(progress, Progress::Complete(..) | Progress::Failed(_));
         match self.progress.wait_for(over).await.as_deref() {
             Ok(Progress::Failed(failure)) => Err(Arc::clone(failure)),
-            Ok(_) => Ok(()),
-            Err(_) => Err(Arc::new(Failure::Abandoned)),
+            Ok(Progress::Complete(_, size)) => Ok(*size),
+            Ok(Progress::Opening | Progress::Filling(..)) | Err(_) => Err(Arc::new(Failure::Abandoned)),
         }
     }
 

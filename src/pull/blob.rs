@@ -1,6 +1,7 @@
 //! Blobs: held, joined, or led.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::asking::Asked;
 use super::fetching::Wanted;
@@ -17,6 +18,10 @@ use crate::upstream::Answer;
 
 /// How often one joins again after a leader failed on a right that was its own. Each time another leads.
 const JOINS_MAX: usize = 4;
+
+/// How long the answer with a blob of unknown size is kept back, in the hope to learn it. Clients give up on an answer
+/// after 30 s.
+const UNSIZED_WITHIN: Duration = Duration::from_secs(5);
 
 impl Pull {
     pub(super) async fn blob(
@@ -163,7 +168,13 @@ impl Road<'_> {
         let asked = self.ask(&situation).await;
         match (asked.heard, &asked.answer) {
             (Heard::Named { .. } | Heard::Unnamed, Some(answer)) => {
-                self.outcome(Content::Head, answer.length, Reason::Fetched(Why::NotHeld))
+                let stated = || {
+                    self.pull
+                        .sizes
+                        .of(&self.request.site, self.repository, self.digest)
+                };
+                let size = answer.length.or_else(stated);
+                self.outcome(Content::Head, size, Reason::Fetched(Why::NotHeld))
             }
             (heard, _) => refuse_unheld(situation, heard, asked.answer),
         }
@@ -213,20 +224,13 @@ impl Road<'_> {
         situation: Situation,
         leads: bool,
     ) -> Result<Outcome, Arc<Failure>> {
-        let opened = reader.opened().await;
-        let size = opened.as_ref().ok().and_then(|opened| opened.size);
-        let failed = match opened {
-            // Nothing of a small blob can be sent before it is verified, so its answer can still be an honest error.
-            Ok(opened) if opened.size.is_some_and(|size| size <= WITHHELD_BYTES) => {
-                reader.settled().await.err()
+        let failure = match opened_with_size(&mut reader).await {
+            Ok(size) => {
+                let of = Wanted::of(self.request, self.repository, &self.context.caller);
+                let reader = reader.with_ahead(Upstreamed::new(self.pull, of, self.digest));
+                return Ok(self.outcome(Content::Download(reader), size, reason));
             }
-            Ok(_) => None,
-            Err(failure) => Some(failure),
-        };
-        let Some(failure) = failed else {
-            let of = Wanted::of(self.request, self.repository, &self.context.caller);
-            let reader = reader.with_ahead(Upstreamed::new(self.pull, of, self.digest));
-            return Ok(self.outcome(Content::Download(reader), size, reason));
+            Err(failure) => failure,
         };
         match failure.as_ref() {
             Failure::Refused(answer) if leads => {
@@ -268,6 +272,20 @@ impl Road<'_> {
                 refuse_unheld(situation, heard, Some(Arc::new(answer)))
             }
         }
+    }
+}
+
+/// Waits until the blob's answer can begin: its size, where it is known by then.
+async fn opened_with_size(reader: &mut Reader) -> Result<Option<u64>, Arc<Failure>> {
+    match reader.opened().await?.size {
+        // Nothing of a small blob can be sent before it is verified, so its answer can still be an honest error.
+        Some(size) if size <= WITHHELD_BYTES => reader.settled().await.map(Some),
+        Some(size) => Ok(Some(size)),
+        // Many clients want a length, and neither the upstream nor a manifest has said it: if the transfer ends soon, it is known.
+        None => match tokio::time::timeout(UNSIZED_WITHIN, reader.settled()).await {
+            Ok(settled) => settled.map(Some),
+            Err(_) => Ok(None),
+        },
     }
 }
 

@@ -145,26 +145,40 @@ impl Question<'_> {
         }
     }
 
+    /// A yes should say how long the blob is, so one that does not is asked for by a GET of one byte as well.
     async fn head_blob(&self, repository: &Repository) -> Answer {
         if self.quirks.has(Quirk::BlobHeadRefused, Instant::now()) {
             return self.probe_blob().await;
         }
-        let refusal = match self.ask(Method::HEAD, None).await {
-            Ok(reply) => return self.read(&reply),
-            Err(refusal) => *refusal,
-        };
-        match refusal.answer.status {
-            _ if refusal.abroad => self.vouched(refusal),
-            Some(StatusCode::METHOD_NOT_ALLOWED | StatusCode::NOT_IMPLEMENTED) => self.probe_blob().await,
-            Some(StatusCode::UNAUTHORIZED) if self.quirks.first_check(repository, Quirk::BlobHeadRefused) => {
-                let probed = self.probe_blob().await;
-                if matches!(probed.said, Said::Is(_) | Said::Unnamed) {
-                    probed
-                } else {
-                    refusal.answer
-                }
+        let (answer, is_doubtful) = match self.ask(Method::HEAD, None).await {
+            Ok(reply) => {
+                let answer = self.read(&reply);
+                let has_length = answer.length.is_some();
+                (answer, !has_length)
             }
-            _ => refusal.answer,
+            Err(refusal) if refusal.abroad => {
+                let answer = self.vouched(*refusal);
+                let is_yes = answer.said.is_yes();
+                (answer, is_yes)
+            }
+            Err(refusal) => {
+                let is_doubtful = match refusal.answer.status {
+                    Some(StatusCode::METHOD_NOT_ALLOWED | StatusCode::NOT_IMPLEMENTED) => true,
+                    Some(StatusCode::UNAUTHORIZED) => {
+                        self.quirks.first_check(repository, Quirk::BlobHeadRefused)
+                    }
+                    _ => false,
+                };
+                (refusal.answer, is_doubtful)
+            }
+        };
+        if !is_doubtful {
+            return answer;
+        }
+        let probed = self.probe_blob().await;
+        match (answer.status, probed.said.is_yes()) {
+            (Some(StatusCode::METHOD_NOT_ALLOWED | StatusCode::NOT_IMPLEMENTED), _) | (_, true) => probed,
+            _ => answer,
         }
     }
 
