@@ -51,6 +51,12 @@ impl Challenge {
 }
 
 fn read_one(text: &str) -> Option<Challenge> {
+    // RFC 9110 §11.6.1 allows any number of spaces after the scheme, the parser one.
+    if let Some((scheme, rest)) = text.split_once([' ', '\t'])
+        && rest.starts_with([' ', '\t'])
+    {
+        return read_one(&format!("{scheme} {}", rest.trim_start()));
+    }
     match ChallengeParser::new(text).next() {
         Some(Ok(challenge)) => understand(&challenge),
         // `Negotiate <token68>`: legal, and unknown to the parser.

@@ -94,6 +94,21 @@ fn all_challenges_of_all_lines_are_read() {
 }
 
 #[test]
+fn any_number_of_spaces_may_follow_the_scheme() {
+    for line in [
+        "Bearer  realm=\"a\"",
+        "Bearer \t  realm=\"a\"",
+        "bearer   REALM=a",
+    ] {
+        assert_eq!(read(&[line]), [bearer("a", None, &[], None)], "{line}");
+    }
+    assert_eq!(
+        read(&["Foo, Bearer  realm=\"a\""]),
+        [other("foo"), bearer("a", None, &[], None)]
+    );
+}
+
+#[test]
 fn a_broken_challenge_does_not_spoil_its_neighbours() {
     for line in [
         r#"Bearer realm=https://a/t, Basic realm="b""#,
