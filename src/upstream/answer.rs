@@ -28,7 +28,7 @@ pub struct Answer {
     pub challenge: Vec<HeaderValue>,
     /// `Retry-After` as it came, or what is left of it.
     pub retry_after: Option<HeaderValue>,
-    /// `Content-Type` of the manifest or blob.
+    /// `Content-Type` of the manifest or blob, without parameters.
     pub media_type: Option<MediaType>,
     /// Length in bytes of the manifest or blob asked about, not of the answer.
     pub length: Option<u64>,
@@ -115,7 +115,8 @@ impl Answer {
         };
         let media_type = headers
             .get(CONTENT_TYPE)
-            .and_then(|value| value.to_str().ok()?.parse().ok());
+            .and_then(|value| value.to_str().ok()?.parse().ok())
+            .map(MediaType::without_parameters);
         Answer {
             said,
             status: Some(status),

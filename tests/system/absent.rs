@@ -1,7 +1,7 @@
 //! What upstream says it does not have is not had, unless a rule keeps it.
 
 use crate::proxy::{Proxy, Setup, manifest_path};
-use crate::upstream::{Image, Upstream, sha256};
+use crate::upstream::{Image, Upstream};
 
 #[tokio::test]
 async fn a_deleted_tag_is_gone_here_too() {
@@ -34,60 +34,6 @@ async fn a_rule_may_keep_what_was_deleted() {
     let reply = proxy.pull("library/demo", "latest", &image).await;
     assert!(reply.is_hit().cache_status().contains("absent"), "{reply:#?}");
     proxy.manifest("library/demo", "never-was").await.is_refused(404);
-}
-
-#[tokio::test]
-async fn what_never_was_is_404_in_the_words_of_the_specification() {
-    let upstream = Upstream::start().await;
-    upstream.push("library/demo", "latest", Image::with_layers(&["one"]));
-    let proxy = Proxy::over(&upstream).await;
-    let unknown = sha256(b"unknown");
-
-    assert_eq!(
-        proxy
-            .manifest("library/demo", "no-such-tag")
-            .await
-            .is_refused(404)
-            .code(),
-        "MANIFEST_UNKNOWN"
-    );
-    assert_eq!(
-        proxy
-            .manifest("library/demo", &unknown)
-            .await
-            .is_refused(404)
-            .code(),
-        "MANIFEST_UNKNOWN"
-    );
-    assert_eq!(
-        proxy.blob("library/demo", &unknown).await.is_refused(404).code(),
-        "BLOB_UNKNOWN"
-    );
-    proxy
-        .manifest("library/no-such-repository", "latest")
-        .await
-        .is_refused(404);
-}
-
-#[tokio::test]
-async fn a_tag_that_appears_is_found() {
-    let upstream = Upstream::start().await;
-    let proxy = Proxy::over(&upstream).await;
-    proxy
-        .manifest("library/demo", "sha256-aa.sig")
-        .await
-        .is_refused(404);
-
-    let image = upstream.push(
-        "library/demo",
-        "sha256-aa.sig",
-        Image::with_layers(&["signature"]),
-    );
-    let ask = |proxy: &Proxy| proxy.manifest("library/demo", "sha256-aa.sig");
-    proxy
-        .until("the tag to be found", ask, |reply| reply.status == 200)
-        .await
-        .is_image(&image);
 }
 
 #[tokio::test]

@@ -180,20 +180,6 @@ async fn a_public_repository_is_for_everybody_also_offline() {
 }
 
 #[tokio::test]
-async fn an_empty_basic_credential_is_nobody() {
-    let upstream = Upstream::start().await;
-    upstream.requires_token();
-    upstream.makes_public("library/demo");
-    let image = upstream.push("library/demo", "latest", Image::with_layers(&["open"]));
-    let proxy = Proxy::over(&upstream).await;
-
-    proxy
-        .pull_with("library/demo", "latest", &image, |ask| ask.basic("", ""))
-        .await;
-    proxy.pull("library/demo", "latest", &image).await.is_unchanged();
-}
-
-#[tokio::test]
 async fn a_client_that_brings_its_own_token_is_judged_by_it() {
     let (upstream, image) = private().await;
     let (hers, his) = (upstream.token_for("alice"), upstream.token_for("bob"));

@@ -93,7 +93,7 @@ async fn a_range_of_a_cold_blob_is_answered_and_the_blob_is_held_afterwards() {
 }
 
 /// `bytes=…`, and the parts that must come for it, of 10,000 bytes.
-const SEVERAL: &[(&str, &[(usize, usize)])] = &[
+pub const SEVERAL: &[(&str, &[(usize, usize)])] = &[
     ("bytes=0-9,100-109", &[(0, 10), (100, 110)]),
     ("bytes=100-109, 0-9", &[(100, 110), (0, 10)]),
     ("bytes=0-0,-1", &[(0, 1), (9999, 10_000)]),
@@ -105,35 +105,6 @@ const SEVERAL: &[(&str, &[(usize, usize)])] = &[
     ("bytes=0-99,50-149,500-509", &[(0, 150), (500, 510)]),
     ("bytes=0-,0-,0-,0-", &[(0, 10_000)]),
 ];
-
-#[tokio::test]
-async fn several_ranges_of_a_held_blob_come_as_parts_of_an_exact_length() {
-    let (_upstream, proxy, image) = warm().await;
-    let ca = proxy.ca_pem();
-    let layer = image.layer(0);
-    for (range, expected) in SEVERAL {
-        for protocols in [None, Some(&["http/1.1"][..]), Some(&["h2"])] {
-            let ask = proxy.blob("library/demo", &layer.digest).header("range", range);
-            let ask = match protocols {
-                Some(protocols) => ask.tls(&ca, protocols),
-                None => ask,
-            };
-            let reply = ask.await;
-            assert_eq!(reply.status, 206, "{range}: {reply:#?}");
-            assert_eq!(reply.header("content-range"), None, "it stands in each part");
-            let parts = reply.parts();
-            assert_eq!(parts.len(), expected.len(), "{range}: {parts:?}");
-            for ((content_range, bytes), (start, end)) in parts.iter().zip(*expected) {
-                assert_eq!(
-                    content_range,
-                    &format!("bytes {start}-{}/10000", end - 1),
-                    "{range}"
-                );
-                assert_eq!(bytes, &layer.bytes[*start..*end], "{range}");
-            }
-        }
-    }
-}
 
 #[tokio::test]
 async fn several_ranges_of_a_large_held_blob_come_from_its_file() {
@@ -161,17 +132,6 @@ async fn several_ranges_of_a_large_held_blob_come_from_its_file() {
     for ((_, bytes), (start, end)) in parts.iter().zip(&spans) {
         assert_eq!(bytes, &layer.bytes[*start..*end]);
     }
-}
-
-#[tokio::test]
-async fn several_ranges_of_a_cold_blob_are_answered_with_the_whole() {
-    let upstream = Upstream::start().await;
-    let image = upstream.push("library/demo", "latest", Image::with_layers(&[noise(1, 100_000)]));
-    let proxy = Proxy::over(&upstream).await;
-    proxy.manifest("library/demo", "latest").await;
-    let layer = image.layer(0);
-    let ask = proxy.blob("library/demo", &layer.digest);
-    ask.header("range", "bytes=0-9,100-109").await.is_blob(layer);
 }
 
 #[tokio::test]

@@ -198,38 +198,6 @@ async fn ranges_and_heads_are_answered_during_the_download() {
 }
 
 #[tokio::test]
-async fn parallel_open_ended_ranges_on_a_cold_blob_are_one_transfer() {
-    let upstream = Upstream::start().await;
-    let image = upstream.push("library/demo", "latest", Image::of_noise(7, LAYER));
-    let proxy = Proxy::over(&upstream).await;
-    proxy.manifest("library/demo", "latest").await;
-    let layer = image.layer(0);
-    let gate = upstream.holds_blob(&layer.digest, 0);
-
-    let mut clients = JoinSet::new();
-    for part in 0..8 {
-        let from = part * LAYER / 8;
-        let ask = proxy
-            .blob("library/demo", &layer.digest)
-            .header("range", &format!("bytes={from}-"));
-        clients.spawn(async move { (from, ask.await) });
-    }
-    gate.reached().await;
-    gate.release();
-    for (from, reply) in clients.join_all().await {
-        let expected = &layer.bytes[from..];
-        assert!(matches!(reply.status, 200 | 206), "{}", reply.status);
-        let came = if reply.status == 206 {
-            &reply.body[..]
-        } else {
-            &reply.body[from..]
-        };
-        assert!(reply.whole && came == expected, "from {from}");
-    }
-    assert_eq!(upstream.blob_gets(&layer.digest), 1);
-}
-
-#[tokio::test]
 async fn two_tags_are_not_one_question() {
     let upstream = Upstream::start().await;
     let one = upstream.push("library/demo", "one", Image::with_layers(&[noise(1, 10)]));

@@ -102,7 +102,7 @@ async fn a_link_leads_back_through_the_door_the_client_came_by() {
 }
 
 /// The pages of a list and the links between them.
-async fn pages(proxy: &Proxy, first: &str) -> (Vec<serde_json::Value>, Vec<String>) {
+pub async fn pages(proxy: &Proxy, first: &str) -> (Vec<serde_json::Value>, Vec<String>) {
     let (mut pages, mut links) = (Vec::new(), Vec::new());
     let mut path = first.to_owned();
     loop {

@@ -1,7 +1,7 @@
 //! A tag whose digest did not change costs one `HEAD` and is served from what is held.
 
 use crate::proxy::{Proxy, Setup, manifest_path};
-use crate::upstream::{DOCKER_LIST, DOCKER_MANIFEST, Image, OCI_INDEX, OCI_MANIFEST, Upstream};
+use crate::upstream::{DOCKER_MANIFEST, Image, OCI_MANIFEST, Upstream};
 
 #[tokio::test]
 async fn the_first_pull_is_a_miss_and_says_so() {
@@ -138,30 +138,6 @@ async fn an_index_is_held_like_any_manifest() {
 }
 
 #[tokio::test]
-async fn the_order_of_the_accepted_types_does_not_matter() {
-    let upstream = Upstream::start().await;
-    let image = upstream.push("library/demo", "latest", Image::with_layers(&["one"]));
-    let proxy = Proxy::over(&upstream).await;
-    let accept = [OCI_INDEX, OCI_MANIFEST, DOCKER_LIST, DOCKER_MANIFEST];
-    proxy
-        .manifest("library/demo", "latest")
-        .accept(&accept)
-        .await
-        .is_fetched();
-    assert_eq!(upstream.requests()[0].accept(), accept, "every line is passed on");
-    upstream.clear_log();
-
-    let line = format!("{DOCKER_MANIFEST}, {DOCKER_LIST},{OCI_MANIFEST} ,{OCI_INDEX}");
-    proxy
-        .manifest("library/demo", "latest")
-        .accept(&[&line])
-        .await
-        .is_image(&image)
-        .is_unchanged();
-    assert_eq!(upstream.manifest_gets("library/demo"), 0);
-}
-
-#[tokio::test]
 async fn clients_that_accept_other_types_get_their_own_answer() {
     let upstream = Upstream::start().await;
     let oci = upstream.push("library/demo", "latest", Image::with_layers(&["one"]));
@@ -198,34 +174,4 @@ async fn clients_that_accept_other_types_get_their_own_answer() {
         .await
         .is_image(&oci)
         .is_stale();
-}
-
-#[tokio::test]
-async fn one_component_names_are_the_library_of_docker_hub_only() {
-    let upstream = Upstream::start().await;
-    let other = Upstream::start().await;
-    let image = upstream.push("library/demo", "latest", Image::with_layers(&["hub"]));
-    let plain = other.push("demo", "latest", Image::with_layers(&["other"]));
-    let proxy = Setup::over(&upstream).also("ghcr.io", &other).start().await;
-
-    proxy.pull("demo", "latest", &image).await;
-    proxy.pull("library/demo", "latest", &image).await.is_unchanged();
-    proxy.pull("ghcr.io/demo", "latest", &plain).await;
-    proxy
-        .get("/v2/demo/manifests/latest?ns=ghcr.io")
-        .await
-        .is_image(&plain)
-        .is_unchanged();
-    proxy
-        .get("/v2/demo/manifests/latest?ns=docker.io")
-        .await
-        .is_image(&image);
-    assert!(
-        upstream
-            .requests()
-            .iter()
-            .chain(&other.requests())
-            .all(|seen| seen.query.is_none()),
-        "ns stays here"
-    );
 }

@@ -1,7 +1,7 @@
 //! HTTP as clients rely on it: heads, ranges, conditions, connections, protocols.
 
 use crate::proxy::{Proxy, Reply, Session, Setup, blob_path, manifest_path, raw};
-use crate::upstream::{Blob, Image, Upstream, noise, sha512};
+use crate::upstream::{Image, Upstream, noise, sha512};
 
 /// Everything is pulled already; the layer has 10,000 bytes.
 pub async fn warm() -> (Upstream, Proxy, Image) {
@@ -53,44 +53,6 @@ async fn a_head_of_what_is_not_held_is_complete_too() {
 }
 
 #[tokio::test]
-async fn the_ping_is_answered_at_once_whatever_upstream_does() {
-    let upstream = Upstream::start().await;
-    upstream.hangs();
-    let proxy = Proxy::over(&upstream).await;
-    for (method, path) in [("GET", "/v2/"), ("HEAD", "/v2/"), ("GET", "/v2")] {
-        assert_eq!(proxy.ask(method, path).await.status, 200, "{method} {path}");
-    }
-    assert_eq!(upstream.requests().len(), 0, "nobody was asked");
-}
-
-#[tokio::test]
-async fn an_etag_that_still_holds_is_304() {
-    let (_upstream, proxy, image) = warm().await;
-    let paths = [
-        (manifest_path("library/demo", "latest"), &image.digest),
-        (manifest_path("library/demo", &image.digest), &image.digest),
-        (
-            blob_path("library/demo", &image.layer(0).digest),
-            &image.layer(0).digest,
-        ),
-    ];
-    for (path, digest) in paths {
-        for condition in [
-            format!("\"{digest}\""),
-            format!("W/\"{digest}\""),
-            format!("\"other\", \"{digest}\""),
-            "*".to_owned(),
-        ] {
-            let reply = proxy.get(&path).header("if-none-match", &condition).await;
-            assert_eq!(reply.status, 304, "{path} {condition}: {reply:#?}");
-            assert_eq!(reply.header("etag"), Some(format!("\"{digest}\"").as_str()));
-        }
-        let reply = proxy.get(&path).header("if-none-match", "\"sha256:other\"").await;
-        assert_eq!(reply.status, 200, "{path}");
-    }
-}
-
-#[tokio::test]
 async fn one_connection_carries_many_requests_of_every_kind() {
     let (_upstream, proxy, image) = warm().await;
     let mut session = Session::open(proxy.registry_address()).await;
@@ -137,28 +99,6 @@ async fn requests_sent_ahead_are_answered_in_order() {
 }
 
 #[tokio::test]
-async fn plain_and_tls_and_both_protocols_share_one_port() {
-    let (_upstream, proxy, image) = warm().await;
-    let ca = proxy.ca_pem();
-    for protocols in [&["h2"][..], &["http/1.1"], &["h2", "http/1.1"], &[]] {
-        let dress = |ask: crate::proxy::Ask| ask.tls(&ca, protocols);
-        proxy
-            .pull_with("library/demo", "latest", &image, dress)
-            .await
-            .is_unchanged();
-        assert_eq!(dress(proxy.get("/v2/")).await.status, 200);
-        dress(proxy.manifest("library/demo", "no-such-tag"))
-            .await
-            .is_refused(404);
-        let part = dress(proxy.blob("library/demo", &image.layer(0).digest))
-            .header("range", "bytes=1-2")
-            .await;
-        assert_eq!(part.status, 206);
-    }
-    proxy.pull("library/demo", "latest", &image).await.is_unchanged();
-}
-
-#[tokio::test]
 async fn a_broken_transfer_is_broken_over_tls_too() {
     let upstream = Upstream::start().await;
     let image = upstream.push("library/demo", "latest", Image::of_noise(1, 1_000_000));
@@ -201,26 +141,6 @@ async fn who_is_not_trusted_with_plain_http_is_turned_away() {
 }
 
 #[tokio::test]
-async fn a_write_through_a_mirror_is_unsupported() {
-    let upstream = Upstream::start().await;
-    let proxy = Proxy::over(&upstream).await;
-    let digest = crate::upstream::sha256(b"x");
-    let writes = [
-        ("POST", "/v2/library/demo/blobs/uploads/".to_owned()),
-        ("PATCH", "/v2/library/demo/blobs/uploads/1".to_owned()),
-        ("PUT", "/v2/library/demo/blobs/uploads/1?digest=x".to_owned()),
-        ("PUT", manifest_path("library/demo", "latest")),
-        ("DELETE", manifest_path("library/demo", "latest")),
-        ("DELETE", blob_path("library/demo", &digest)),
-    ];
-    for (method, path) in writes {
-        let reply = proxy.ask(method, &path).body(b"body").await;
-        assert_eq!(reply.is_refused(405).code(), "UNSUPPORTED", "{method} {path}");
-    }
-    assert_eq!(upstream.requests().len(), 0);
-}
-
-#[tokio::test]
 async fn a_blob_of_no_bytes_is_a_blob() {
     let upstream = Upstream::start().await;
     let empty = upstream.push_blob("library/demo", b"");
@@ -239,23 +159,6 @@ async fn a_blob_of_no_bytes_is_a_blob() {
         .await
         .is_blob(&empty)
         .is_hit();
-}
-
-#[tokio::test]
-async fn an_answer_begins_before_upstream_has_ended() {
-    let upstream = Upstream::start().await;
-    let image = upstream.push("library/demo", "latest", Image::of_noise(2, 2_000_000));
-    let proxy = Proxy::over(&upstream).await;
-    proxy.manifest("library/demo", "latest").await;
-    let layer: &Blob = image.layer(0);
-    let gate = upstream.holds_blob(&layer.digest, 1_000_000);
-
-    let mut stream = proxy.blob("library/demo", &layer.digest).stream().await;
-    assert_eq!(stream.status, 200);
-    assert_eq!(stream.headers["content-length"], "2000000");
-    assert_eq!(stream.read(500_000).await, layer.bytes[..500_000]);
-    gate.release();
-    assert_eq!(stream.rest().await.unwrap(), layer.bytes[500_000..]);
 }
 
 #[tokio::test]

@@ -36,6 +36,15 @@ impl MediaType {
             .map_or(&*self.0, |(essence, _)| essence.trim_end())
     }
 
+    /// The same type without parameters. A manifest has none (spec, "Pulling manifests"), and ggcr compares the text.
+    #[must_use]
+    pub fn without_parameters(self) -> Self {
+        match self.0.split_once(';') {
+            Some((essence, _)) => Self(essence.trim_end().into()),
+            None => self,
+        }
+    }
+
     /// Whether it is a list of manifests.
     pub fn is_index(&self) -> bool {
         self.is_one_of(&[OCI_INDEX, DOCKER_INDEX])

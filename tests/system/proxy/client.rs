@@ -125,6 +125,11 @@ impl Ask {
         );
     }
 
+    /// The reply, also one whose body broke; `None` if the connection ended without any.
+    pub async fn broken_or_reply(self) -> Option<Reply> {
+        self.attempt().await.ok()
+    }
+
     async fn attempt(self) -> Result<Reply, Fault> {
         let (method, path, checked) = (self.method.clone(), self.path.clone(), self.checked);
         let what = format!("the reply to {method} {path}");

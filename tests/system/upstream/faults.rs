@@ -33,6 +33,9 @@ pub(super) struct Faults {
     pub(super) oversize_manifest: Option<usize>,
     pub(super) redirect: Option<Redirect>,
     pub(super) no_referrers: bool,
+    pub(super) manifest_type: Option<String>,
+    pub(super) blob_type: Option<String>,
+    pub(super) empty_blobs: bool,
     pub(super) referrers_page: Option<usize>,
 }
 
@@ -54,6 +57,7 @@ pub(super) enum BadConnection {
 #[derive(Clone)]
 pub(super) enum Instead {
     Status(u16),
+    Text(u16),
     RateLimited(Option<String>),
     Html,
     Hang,
@@ -117,6 +121,31 @@ impl Upstream {
     /// Everything under `/v2/` is answered with this status.
     pub fn answers_status(&self, status: u16) {
         self.instead(registry(), Instead::Status(status));
+    }
+
+    /// These requests are answered with this status.
+    pub fn answers(&self, which: fn(&Seen) -> bool, status: u16) {
+        self.instead(Arc::new(which), Instead::Status(status));
+    }
+
+    /// These requests are answered with this status, and a text that no registry wrote.
+    pub fn answers_text(&self, which: fn(&Seen) -> bool, status: u16) {
+        self.instead(Arc::new(which), Instead::Text(status));
+    }
+
+    /// Manifests come as this type; as none, if it is empty.
+    pub fn types_manifests(&self, kind: &str) {
+        self.turn(|faults| faults.manifest_type = Some(kind.to_owned()));
+    }
+
+    /// Blobs come as this type.
+    pub fn types_blobs(&self, kind: &str) {
+        self.turn(|faults| faults.blob_type = Some(kind.to_owned()));
+    }
+
+    /// Blobs have no bytes, and say so.
+    pub fn empties_blobs(&self) {
+        self.turn(|faults| faults.empty_blobs = true);
     }
 
     /// Only `GET`s of manifests are answered with this status.

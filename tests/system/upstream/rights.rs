@@ -35,12 +35,16 @@ struct TokenStyle {
     without_expiry: bool,
     as_access_token: bool,
     realm: Option<String>,
+    /// Whole `WWW-Authenticate` lines, in which `{realm}` and `{scope}` are replaced.
+    lines: Vec<String>,
+    /// The answer to a token that is no longer accepted, without a challenge.
+    expired: Option<u16>,
 }
 
 /// Why a request is not served.
 pub(super) struct Denial {
     pub(super) status: StatusCode,
-    pub(super) challenge: Option<String>,
+    pub(super) challenges: Vec<String>,
     pub(super) code: &'static str,
 }
 
@@ -96,6 +100,16 @@ impl Upstream {
         self.state(|state| state.rights.style.realm = Some(realm.to_owned()));
     }
 
+    /// Challenges are exactly these lines, in which `{realm}` and `{scope}` are replaced.
+    pub fn challenges_with(&self, lines: &[&str]) {
+        self.state(|state| state.rights.style.lines = lines.iter().map(|line| (*line).to_owned()).collect());
+    }
+
+    /// A token that is no longer accepted gets this status and no challenge: 400 at public.ecr.aws, 403 at ECR.
+    pub fn answers_expired_tokens_with(&self, status: u16) {
+        self.state(|state| state.rights.style.expired = Some(status));
+    }
+
     /// Tokens given so far are no longer accepted.
     pub fn expires_tokens(&self) {
         self.state(|state| state.rights.tokens.clear());
@@ -113,7 +127,7 @@ impl Rights {
         if repository.is_some_and(|name| self.forbidden.contains(name)) {
             return Err(Denial {
                 status: StatusCode::FORBIDDEN,
-                challenge: None,
+                challenges: Vec::new(),
                 code: "DENIED",
             });
         }
@@ -122,12 +136,12 @@ impl Rights {
             Login::Open => Ok(()),
             Login::Basic => {
                 let Some(user) = authorization.and_then(basic).filter(|pair| self.knows(pair)) else {
-                    return Err(unauthorized("Basic realm=\"scripted upstream\"".to_owned()));
+                    return Err(unauthorized(vec!["Basic realm=\"scripted upstream\"".to_owned()]));
                 };
                 match repository {
                     Some(name) if !self.may(Some(&user.0), name) => Err(Denial {
                         status: StatusCode::FORBIDDEN,
-                        challenge: None,
+                        challenges: Vec::new(),
                         code: "DENIED",
                     }),
                     _ => Ok(()),
@@ -138,6 +152,11 @@ impl Rights {
                 let holder = token.and_then(|token| self.tokens.get(token));
                 match (token, holder, repository) {
                     (None, ..) => Err(unauthorized(self.challenge(base, repository, None))),
+                    (_, None, _) if self.style.expired.is_some() => Err(Denial {
+                        status: StatusCode::from_u16(self.style.expired.unwrap()).unwrap(),
+                        challenges: Vec::new(),
+                        code: "Your authorization token has expired",
+                    }),
                     (_, None, _) => Err(unauthorized(self.challenge(
                         base,
                         repository,
@@ -185,7 +204,7 @@ impl Rights {
         token
     }
 
-    fn challenge(&self, base: &str, repository: Option<&str>, error: Option<&str>) -> String {
+    fn challenge(&self, base: &str, repository: Option<&str>, error: Option<&str>) -> Vec<String> {
         let realm = self
             .style
             .realm
@@ -194,10 +213,17 @@ impl Rights {
         let scope = repository
             .map(|name| format!(",scope=\"repository:{name}:pull\""))
             .unwrap_or_default();
+        if !self.style.lines.is_empty() {
+            let scope = format!("repository:{}:pull", repository.unwrap_or_default());
+            let fill = |line: &String| line.replace("{realm}", &realm).replace("{scope}", &scope);
+            return self.style.lines.iter().map(fill).collect();
+        }
         let error = error
             .map(|error| format!(",error=\"{error}\""))
             .unwrap_or_default();
-        format!("Bearer realm=\"{realm}\",service=\"scripted\"{scope}{error}")
+        vec![format!(
+            "Bearer realm=\"{realm}\",service=\"scripted\"{scope}{error}"
+        )]
     }
 
     fn knows(&self, (user, password): &(String, String)) -> bool {
@@ -213,10 +239,10 @@ impl Rights {
     }
 }
 
-fn unauthorized(challenge: String) -> Denial {
+fn unauthorized(challenges: Vec<String>) -> Denial {
     Denial {
         status: StatusCode::UNAUTHORIZED,
-        challenge: Some(challenge),
+        challenges,
         code: "UNAUTHORIZED",
     }
 }

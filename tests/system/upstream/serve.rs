@@ -74,6 +74,20 @@ async fn answer(shared: Arc<Shared>, request: Request<Incoming>) -> Result<Respo
             Some(Instead::Hang) => turned.changed().await.map_err(io::Error::other)?,
             Some(Instead::Drop) => return Err(io::ErrorKind::ConnectionReset.into()),
             Some(Instead::Status(status)) => return Ok(failed(&shared, &seen, status, "UNKNOWN")),
+            // What stands in front of a registry knows nothing of its headers.
+            Some(Instead::Text(status)) => {
+                let response = Response::builder()
+                    .status(status)
+                    .header(CONTENT_TYPE, "text/plain");
+                let mut response = sent(
+                    &shared,
+                    &seen,
+                    response,
+                    text("a text of something in front\n".to_owned()),
+                );
+                response.headers_mut().remove("docker-distribution-api-version");
+                return Ok(response);
+            }
             Some(Instead::RateLimited(retry_after)) => {
                 let mut response = failed(&shared, &seen, 429, "TOOMANYREQUESTS");
                 if let Some(value) = retry_after {
@@ -129,10 +143,10 @@ fn route(shared: &Arc<Shared>, seen: &Seen) -> Response<Piped> {
     let name = repository(path);
     if let Err(denial) = shared.state(|state| state.rights.check(&shared.base, seen, name)) {
         let mut response = failed(shared, seen, denial.status.as_u16(), denial.code);
-        if let Some(challenge) = denial.challenge {
+        for challenge in denial.challenges {
             response
                 .headers_mut()
-                .insert("www-authenticate", challenge.parse().unwrap());
+                .append("www-authenticate", challenge.parse().unwrap());
         }
         return response;
     }
@@ -180,9 +194,15 @@ fn manifest(shared: &Arc<Shared>, seen: &Seen, name: &str, reference: &str) -> R
         padded.resize(size, b' ');
         bytes = padded.into();
     }
-    let response = Response::builder()
-        .header(CONTENT_TYPE, media_type)
-        .header("etag", format!("\"{digest}\""));
+    let media_type = shared
+        .state(|state| state.faults.manifest_type.clone())
+        .unwrap_or(media_type);
+    let response = Response::builder().header("etag", format!("\"{digest}\""));
+    let response = if media_type.is_empty() {
+        response
+    } else {
+        response.header(CONTENT_TYPE, media_type)
+    };
     let plan = shared.state(|state| Plan {
         held_at: state.held_at(seen),
         unsized_body: state.faults.unsized_bodies,
@@ -228,6 +248,12 @@ fn content(shared: &Arc<Shared>, seen: &Seen, digest: &str, bytes: Bytes) -> Res
     {
         return failed(shared, seen, status, "UNKNOWN");
     }
+    let bytes = if shared.state(|state| state.faults.empty_blobs) {
+        Bytes::new()
+    } else {
+        bytes
+    };
+    let kind = shared.state(|state| state.faults.blob_type.clone());
     let whole = bytes.len();
     let (span, plan) = shared.state(|state| {
         let faults = &mut state.faults;
@@ -257,7 +283,10 @@ fn content(shared: &Arc<Shared>, seen: &Seen, digest: &str, bytes: Bytes) -> Res
         (span, plan)
     });
     let response = Response::builder()
-        .header(CONTENT_TYPE, "application/octet-stream")
+        .header(
+            CONTENT_TYPE,
+            kind.as_deref().unwrap_or("application/octet-stream"),
+        )
         .header(ACCEPT_RANGES, "bytes");
     let response = match span {
         Some((start, end)) => response.status(StatusCode::PARTIAL_CONTENT).header(
