@@ -41,6 +41,7 @@ async fn row_01_manifests_come_byte_for_byte_and_wrong_ones_are_neither_kept_nor
             .is_image(&child);
         proxy.manifest("library/demo", &lie.digest).await.is_refused(502);
     }
+    proxy.pull("library/demo", &child.digest, &child).await;
     let proxy = proxy.restart().await;
     upstream.refuses();
     proxy
@@ -75,6 +76,7 @@ async fn row_02_the_media_type_has_no_parameters_and_is_never_a_guess() {
             .manifest("library/demo", &image.digest)
             .await
             .is_image(&image);
+        proxy.pull("library/demo", "latest", &image).await;
         upstream.refuses();
         let proxy = proxy.restart().await;
         proxy
@@ -144,6 +146,7 @@ async fn row_24_a_manifest_asked_for_by_sha512_is_named_and_verified_by_sha512()
             .await
             .is_refused(502);
     }
+    proxy.pull("library/demo", "latest", &image).await;
     upstream.refuses();
     let proxy = proxy.restart().await;
     proxy
