@@ -17,15 +17,21 @@
 //! answers is wrong in the end, it is fetched once more from the start; readers that were given some of the
 //! wrong bytes break, the others never notice.
 //!
+//! A disk that takes no more in the middle ends the transfer, but not its readers: each reads what is there and asks the
+//! upstream for the rest itself, unstored and verified.
+//!
 //! Scope: who may join is not decided here. The road lets nobody follow on another's right.
 //!
 //! * `progress`: a transfer as its readers see it. * `reader`: also the parts that lie far ahead. * `transfer`: from the first
 //!   answer to the name. * `receive`: from the upstream, again and again. * `writer`: into the file.
+//! * `stranded`: readers without a disk. * `verifying`: bytes that pass by.
 
 mod progress;
 mod reader;
 mod receive;
+mod stranded;
 mod transfer;
+mod verifying;
 mod writer;
 
 #[cfg(test)]
@@ -51,6 +57,8 @@ use crate::upstream::{Answer, Fetched};
 pub use self::progress::Opened;
 use self::progress::{Download, Place, Progress};
 pub use self::reader::{AHEAD_BYTES_MAX, FAR_AHEAD_BYTES, Reader};
+pub use self::stranded::Stranded;
+pub use self::verifying::Verifying;
 
 /// How much of a blob is kept from every reader until its digest is known to be right.
 pub const WITHHELD_BYTES: u64 = 64 * 1024;
@@ -136,8 +144,10 @@ pub enum Failure {
     Wrong(Mismatch),
     /// The disk could not take it before the first byte: it can still be passed through.
     Unstorable(Fault),
-    /// The disk failed in the middle.
+    /// The file could not be read.
     Store(Fault),
+    /// The disk failed in the middle: its readers go on without it.
+    Stranded(Box<Stranded>),
     /// Whoever was to lead went away before it began.
     Abandoned,
 }
@@ -149,6 +159,7 @@ impl fmt::Display for Failure {
             Self::Broken(cause) => write!(f, "the upstream {cause}"),
             Self::Wrong(mismatch) => write!(f, "the upstream sent wrong bytes: {mismatch}"),
             Self::Unstorable(fault) | Self::Store(fault) => write!(f, "{fault}"),
+            Self::Stranded(stranded) => write!(f, "{stranded}"),
             Self::Abandoned => f.write_str("abandoned before it began"),
         }
     }

@@ -13,6 +13,7 @@ use bytes::Bytes;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
 use super::progress::{Attempt, Download, Opened, Progress};
+use super::stranded::{Alone, Rest};
 use super::{Ahead, Chunks, Failure, Shared};
 use crate::oci::Cause;
 use crate::oci::range::Span;
@@ -30,19 +31,33 @@ pub const AHEAD_BYTES_MAX: u64 = 16 * 1024 * 1024;
 pub struct Reader {
     pub(super) progress: watch::Receiver<Progress>,
     buffers: Buffers,
-    position: u64,
-    end: Option<u64>,
-    given: Option<Attempt>,
-    ahead: Option<Box<dyn Ahead>>,
-    ahead_places: Arc<Semaphore>,
-    part: Option<Part>,
+    pub(super) position: u64,
+    pub(super) end: Option<u64>,
+    /// Whose bytes it was given.
+    pub(super) given: Option<Attempt>,
+    pub(super) ahead: Option<Box<dyn Ahead>>,
+    pub(super) ahead_places: Arc<Semaphore>,
+    pub(super) part: Option<Part>,
+    pub(super) rest: Option<Box<Rest>>,
+    /// Asks for no part that lies far ahead, or has asked.
+    is_patient: bool,
 }
 
 /// A part on its way from the upstream to this reader alone.
-struct Part {
+pub(super) struct Part {
     body: Box<dyn Chunks>,
     until: u64,
     _place: OwnedSemaphorePermit,
+}
+
+impl Part {
+    pub(super) fn new(body: Box<dyn Chunks>, until: u64, place: OwnedSemaphorePermit) -> Self {
+        Self {
+            body,
+            until,
+            _place: place,
+        }
+    }
 }
 
 enum Look {
@@ -63,6 +78,8 @@ impl Reader {
             ahead: None,
             ahead_places: Arc::clone(&shared.ahead_places),
             part: None,
+            rest: None,
+            is_patient: false,
         }
     }
 
@@ -105,19 +122,28 @@ impl Reader {
     /// it and close.
     #[must_use]
     pub fn patient(mut self) -> Self {
-        self.ahead = None;
+        self.is_patient = true;
         self
     }
 
     /// The next bytes, as soon as there are any; `None` at the end. After an error there is nothing more.
     pub async fn next(&mut self) -> Option<Result<Bytes, Arc<Failure>>> {
         loop {
+            if let Some(rest) = &mut self.rest {
+                let next = rest.verifying.next().await;
+                return next.map(|next| next.map_err(|cause| Arc::new(Failure::Broken(cause))));
+            }
             if let Some(bytes) = self.next_of_part().await {
                 return Some(Ok(bytes));
             }
             let readable = match self.look() {
                 Look::Readable(file, until) => return Some(self.read(&file, until).await),
-                Look::Failed(failure) => return Some(Err(failure)),
+                Look::Failed(failure) => match self.go_on_alone(&failure).await {
+                    Ok(Alone::Asked) => continue,
+                    Ok(Alone::Read(bytes)) => return Some(Ok(bytes)),
+                    Ok(Alone::End) => return None,
+                    Err(failure) => return Some(Err(failure)),
+                },
                 Look::End => return None,
                 Look::Wait { readable } => readable,
             };
@@ -152,7 +178,11 @@ impl Reader {
         Look::Wait { readable }
     }
 
-    async fn read(&mut self, file: &Arc<dyn VolumeFile>, until: u64) -> Result<Bytes, Arc<Failure>> {
+    pub(super) async fn read(
+        &mut self,
+        file: &Arc<dyn VolumeFile>,
+        until: u64,
+    ) -> Result<Bytes, Arc<Failure>> {
         let wanted = usize::try_from(until - self.position)
             .unwrap_or(STEP_BYTES)
             .min(STEP_BYTES);
@@ -168,7 +198,11 @@ impl Reader {
         let short = self
             .end
             .is_some_and(|end| end.saturating_sub(self.position) <= AHEAD_BYTES_MAX);
-        !opening && short && self.ahead.is_some() && self.position.saturating_sub(readable) > FAR_AHEAD_BYTES
+        !opening
+            && short
+            && !self.is_patient
+            && self.ahead.is_some()
+            && self.position.saturating_sub(readable) > FAR_AHEAD_BYTES
     }
 
     /// Asks for the part, unless the fill comes first. Says whether anything was done, so that it is worth another look.
@@ -180,9 +214,10 @@ impl Reader {
         let Ok(place) = Arc::clone(&self.ahead_places).try_acquire_owned() else {
             return false;
         };
-        let (Some(mut ahead), Some(span)) = (self.ahead.take(), Span::new(position, until)) else {
+        let (Some(ahead), Some(span)) = (&mut self.ahead, Span::new(position, until)) else {
             return false;
         };
+        self.is_patient = true;
         let overtaken = |progress: &Progress| match progress {
             Progress::Opening => false,
             Progress::Filling(_, readable) => *readable > position,
@@ -191,7 +226,7 @@ impl Reader {
         // Asked once: what the upstream refuses or breaks off is waited for.
         tokio::select! {
             body = ahead.open(span) => {
-                self.part = body.map(|body| Part { body, until, _place: place });
+                self.part = body.map(|body| Part::new(body, until, place));
             }
             () = async { drop(self.progress.wait_for(overtaken).await) } => {}
         }

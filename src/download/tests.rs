@@ -11,6 +11,7 @@ mod ahead;
 mod leftover;
 mod resume;
 mod sharing;
+mod stranded;
 
 use std::collections::VecDeque;
 use std::pin::Pin;
@@ -104,10 +105,20 @@ fn send(wire: &Wire, bytes: &[u8]) {
     }
 }
 
-/// Bytes of which no two stretches are alike.
+/// Bytes of which no two stretches of some length are alike.
 fn content(length: usize) -> Vec<u8> {
-    let numbers = (0_u32..).flat_map(|number| number.wrapping_mul(2_654_435_761).to_be_bytes());
-    numbers.take(length).collect()
+    let numbers = (0_u32..16_384).flat_map(|number| number.wrapping_mul(2_654_435_761).to_be_bytes());
+    let block: Vec<u8> = numbers.collect();
+    let mut bytes = Vec::with_capacity(length + block.len());
+    for number in 0_u64.. {
+        if bytes.len() >= length {
+            break;
+        }
+        bytes.extend_from_slice(&number.to_be_bytes());
+        bytes.extend_from_slice(&block);
+    }
+    bytes.truncate(length);
+    bytes
 }
 
 fn digest(bytes: &[u8]) -> Digest {

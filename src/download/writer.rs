@@ -1,13 +1,14 @@
 //! The writing side of a transfer: into the file, hashed on the way.
 
+use std::io;
 use std::sync::Arc;
 
 use bytes::Bytes;
 use tokio::sync::mpsc;
 
-use super::Failure;
 use super::progress::Download;
 use super::receive::Piece;
+use super::{Failure, Stranded};
 use crate::oci::Hasher;
 use crate::store::Fault;
 use crate::store::blobs::Verified;
@@ -36,10 +37,9 @@ impl Writer {
                 Piece::Chunk(chunk) => chunk,
                 Piece::End => return self.verify(total),
             };
-            file.write_at(&chunk, self.written).map_err(|error| {
-                let digest = self.download.digest.to_string();
-                Failure::Store(Fault::io("write a blob", digest, &error))
-            })?;
+            if let Err(error) = file.write_at(&chunk, self.written) {
+                return Err(self.stranded(&error));
+            }
             self.written += chunk.len() as u64;
             self.download.publish(self.written);
             self.hasher.update(&chunk);
@@ -48,6 +48,12 @@ impl Writer {
         // The transfer stopped without an end; the receiving side says why. What came so far is for the next one.
         self.ingest.leave(self.written, &self.hasher);
         Err(Failure::Abandoned)
+    }
+
+    fn stranded(self, error: &io::Error) -> Failure {
+        let fault = Fault::io("write a blob", self.download.digest.to_string(), error);
+        let stranded = Stranded::new(fault, &self.download, self.written, self.hasher);
+        Failure::Stranded(Box::new(stranded))
     }
 
     fn verify(self, total: Option<u64>) -> Result<(Ingest, Verified), Failure> {

@@ -245,7 +245,7 @@ impl Road<'_> {
             }
             Failure::Broken(cause) => Ok(refused(Refusal::Silent(*cause), None, false)),
             Failure::Wrong(_) => Ok(refused(Refusal::Silent(Cause::WrongDigest), None, false)),
-            Failure::Store(_) => Ok(self.pass_through(situation).await),
+            Failure::Store(_) | Failure::Stranded(_) => Ok(self.pass_through(situation).await),
         }
     }
 

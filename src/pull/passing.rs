@@ -2,12 +2,10 @@
 
 use std::sync::Arc;
 
-use bytes::{Bytes, BytesMut};
-
 use super::manifest::refused;
 use super::{Outcome, Request};
-use crate::download::WITHHELD_BYTES;
-use crate::oci::{Cause, Digest, Hasher, MediaType, Operation};
+pub use crate::download::Verifying as Passing;
+use crate::oci::{Cause, MediaType, Operation};
 use crate::policy::Refusal;
 use crate::upstream::{Answer, Caller, Fetched, Said};
 
@@ -71,64 +69,4 @@ fn not_passed(answer: Answer) -> Outcome {
         _ => Refusal::Silent(answer.cause()),
     };
     refused(refusal, Some(Arc::new(answer)), false)
-}
-
-/// A blob passed through unstored, but not unverified: its end is withheld until its digest is right.
-pub struct Passing {
-    digest: Digest,
-    hasher: Option<Hasher>,
-    fetched: Fetched,
-    withheld: BytesMut,
-}
-
-impl Passing {
-    /// Passes on what `fetched` brings, which should be the blob `digest`.
-    pub fn new(digest: Digest, fetched: Fetched) -> Self {
-        let hasher = Some(Hasher::new(digest.algorithm()));
-        Self {
-            digest,
-            hasher,
-            fetched,
-            withheld: BytesMut::new(),
-        }
-    }
-
-    /// The next bytes; `None` at the verified end. After an error there is nothing more.
-    pub async fn next(&mut self) -> Option<Result<Bytes, Cause>> {
-        while let Some(hasher) = &mut self.hasher {
-            match self.fetched.chunk().await {
-                Some(Ok(chunk)) => {
-                    hasher.update(&chunk);
-                    self.withheld.extend_from_slice(&chunk);
-                    let withheld_max = usize::try_from(WITHHELD_BYTES).unwrap_or(usize::MAX);
-                    if self.withheld.len() > withheld_max {
-                        return Some(Ok(self
-                            .withheld
-                            .split_to(self.withheld.len() - withheld_max)
-                            .freeze()));
-                    }
-                }
-                Some(Err(cause)) => {
-                    self.hasher = None;
-                    self.withheld.clear();
-                    return Some(Err(cause));
-                }
-                None => return self.verified(),
-            }
-        }
-        None
-    }
-
-    fn verified(&mut self) -> Option<Result<Bytes, Cause>> {
-        let right = self
-            .hasher
-            .take()
-            .is_some_and(|hasher| hasher.finish() == self.digest);
-        let last = std::mem::take(&mut self.withheld).freeze();
-        match (right, last.is_empty()) {
-            (false, _) => Some(Err(Cause::WrongDigest)),
-            (true, true) => None,
-            (true, false) => Some(Ok(last)),
-        }
-    }
 }

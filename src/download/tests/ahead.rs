@@ -8,7 +8,7 @@ const FAR: usize = 9 * MIB;
 
 /// Answers each part with the next of its script; after the last one it refuses.
 #[derive(Clone, Default)]
-struct Parts {
+pub(super) struct Parts {
     answers: Arc<Mutex<VecDeque<Arriving>>>,
     asked: Arc<Mutex<Vec<(u64, u64)>>>,
     /// Never answers at all.
@@ -31,13 +31,13 @@ impl Ahead for Parts {
 }
 
 impl Parts {
-    fn part(&self) -> Wire {
+    pub(super) fn part(&self) -> Wire {
         let (wire, arriving) = unbounded_channel();
         self.answers.lock().unwrap().push_back(Arriving(arriving));
         wire
     }
 
-    fn asked(&self) -> Vec<(u64, u64)> {
+    pub(super) fn asked(&self) -> Vec<(u64, u64)> {
         self.asked.lock().unwrap().clone()
     }
 }

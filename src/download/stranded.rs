@@ -1,0 +1,140 @@
+//! Readers whose transfer lost its disk in the middle: a pull never fails because it cannot be stored.
+//!
+//! Each reads what is in the file and asks the upstream for the rest itself, with its own asker's right. A whole blob is
+//! verified all the same: the writer's hash of what it wrote is carried on over the rest, whose end is withheld until
+//! it is right. That costs the upstream one transfer per reader, a few at a time; it is for the rare case that
+//! the room could not be reserved before the first byte.
+
+use std::fmt;
+use std::sync::Arc;
+
+use bytes::{Bytes, BytesMut};
+use tokio::sync::OwnedSemaphorePermit;
+
+use super::progress::{Download, Opened, Progress};
+use super::reader::{Part, Reader};
+use super::{Failure, Verifying, WITHHELD_BYTES};
+use crate::oci::range::Span;
+use crate::oci::{Digest, Hasher};
+use crate::store::Fault;
+
+/// What the writer had when its disk failed.
+pub struct Stranded {
+    fault: Fault,
+    digest: Digest,
+    opened: Option<Opened>,
+    written: u64,
+    hasher: Hasher,
+}
+
+impl fmt::Debug for Stranded {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Stranded")
+            .field("fault", &self.fault)
+            .field("written", &self.written)
+            .finish_non_exhaustive()
+    }
+}
+
+impl fmt::Display for Stranded {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.fault)
+    }
+}
+
+impl Stranded {
+    /// `written` bytes are in the file, and `hasher` has taken them.
+    pub(super) fn new(fault: Fault, download: &Download, written: u64, hasher: Hasher) -> Self {
+        let opened = match &*download.progress.borrow() {
+            Progress::Filling(opened, _) => Some(opened.clone()),
+            _ => None,
+        };
+        Self {
+            fault,
+            digest: download.digest,
+            opened,
+            written,
+            hasher,
+        }
+    }
+}
+
+/// The rest of a blob, on its way to one reader.
+pub(super) struct Rest {
+    pub(super) verifying: Verifying,
+    _place: OwnedSemaphorePermit,
+}
+
+/// What a reader without a transfer does next.
+pub(super) enum Alone {
+    /// It had this much in the file.
+    Read(Bytes),
+    /// What it lacks is on its way.
+    Asked,
+    /// It has everything.
+    End,
+}
+
+impl Reader {
+    /// Goes on without the transfer that failed, if that is possible.
+    pub(super) async fn go_on_alone(&mut self, failure: &Arc<Failure>) -> Result<Alone, Arc<Failure>> {
+        let step = match failure.as_ref() {
+            Failure::Stranded(stranded) => self.step_alone(stranded).await?,
+            _ => None,
+        };
+        step.ok_or_else(|| Arc::clone(failure))
+    }
+
+    async fn step_alone(&mut self, stranded: &Stranded) -> Result<Option<Alone>, Arc<Failure>> {
+        let Some((opened, size)) = stranded
+            .opened
+            .as_ref()
+            .and_then(|opened| Some((opened, opened.size?)))
+        else {
+            return Ok(None);
+        };
+        if self.given.is_some_and(|attempt| attempt != opened.attempt) {
+            return Ok(None);
+        }
+        let end = self.end.unwrap_or(size);
+        if self.position >= end {
+            return Ok(Some(Alone::End));
+        }
+        let safe = stranded.written.min(size.saturating_sub(WITHHELD_BYTES)).min(end);
+        if self.position < safe {
+            self.given = Some(opened.attempt);
+            return Ok(Some(Alone::Read(self.read(&opened.file, safe).await?)));
+        }
+        let Some(mut ahead) = self.ahead.take() else {
+            return Ok(None);
+        };
+        let Ok(place) = Arc::clone(&self.ahead_places).acquire_owned().await else {
+            return Ok(None);
+        };
+        if self.end.is_some() {
+            // A part cannot be verified by itself.
+            let Some(span) = Span::new(self.position, end) else {
+                return Ok(None);
+            };
+            let body = ahead.open(span).await;
+            self.part = body.map(|body| Part::new(body, end, place));
+            return Ok(self.part.is_some().then_some(Alone::Asked));
+        }
+        let mut withheld = BytesMut::new();
+        while self.position < stranded.written {
+            withheld.extend_from_slice(&self.read(&opened.file, stranded.written).await?);
+        }
+        let Some(span) = Span::new(stranded.written, size) else {
+            return Ok(None);
+        };
+        let body = ahead.open(span).await;
+        let digest = stranded.digest;
+        self.rest = body.map(|body| {
+            Box::new(Rest {
+                verifying: Verifying::rest(digest, stranded.hasher.clone(), withheld, body),
+                _place: place,
+            })
+        });
+        Ok(self.rest.is_some().then_some(Alone::Asked))
+    }
+}

@@ -1,0 +1,162 @@
+//! A disk that takes no more in the middle.
+
+use std::io;
+use std::path::Path;
+
+use super::ahead::Parts;
+use super::*;
+use crate::store::volume::{Entry, VolumeFile};
+
+/// Takes so many bytes of each file and no more, and cannot reserve room.
+struct Small {
+    disk: Memory,
+    bytes_max: u64,
+}
+
+struct SmallFile {
+    file: Arc<dyn VolumeFile>,
+    bytes_max: u64,
+}
+
+impl Volume for Small {
+    fn folder(&self) -> Option<&Path> {
+        None
+    }
+    fn create(&self, path: &Path) -> io::Result<Arc<dyn VolumeFile>> {
+        Ok(Arc::new(SmallFile {
+            file: self.disk.create(path)?,
+            bytes_max: self.bytes_max,
+        }))
+    }
+    fn open(&self, path: &Path) -> io::Result<Arc<dyn VolumeFile>> {
+        self.disk.open(path)
+    }
+    fn append(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {
+        self.disk.append(path, bytes)
+    }
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        self.disk.rename(from, to)
+    }
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        self.disk.remove(path)
+    }
+    fn remove_folder_all(&self, path: &Path) -> io::Result<()> {
+        self.disk.remove_folder_all(path)
+    }
+    fn sync_folder(&self, path: &Path) -> io::Result<()> {
+        self.disk.sync_folder(path)
+    }
+    fn list(&self, path: &Path) -> io::Result<Vec<Entry>> {
+        self.disk.list(path)
+    }
+    fn mode(&self, path: &Path) -> io::Result<Option<u32>> {
+        self.disk.mode(path)
+    }
+    fn free_bytes(&self) -> io::Result<u64> {
+        self.disk.free_bytes()
+    }
+}
+
+impl VolumeFile for SmallFile {
+    fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        if offset + bytes.len() as u64 > self.bytes_max {
+            return Err(io::ErrorKind::StorageFull.into());
+        }
+        self.file.write_at(bytes, offset)
+    }
+    fn read_at(&self, into: &mut [u8], offset: u64) -> io::Result<usize> {
+        self.file.read_at(into, offset)
+    }
+    fn read_at_cached(&self, into: &mut [u8], offset: u64) -> io::Result<usize> {
+        self.file.read_at_cached(into, offset)
+    }
+    fn size(&self) -> io::Result<u64> {
+        self.file.size()
+    }
+    fn sync(&self) -> io::Result<()> {
+        self.file.sync()
+    }
+    fn reserve(&self, bytes: u64) -> io::Result<()> {
+        self.file.reserve(bytes)
+    }
+    fn seal(&self) -> io::Result<()> {
+        self.file.seal()
+    }
+}
+
+fn downloads_on_a_small_disk(bytes_max: usize) -> Downloads {
+    let disk = Arc::new(Small {
+        disk: Memory::new(),
+        bytes_max: bytes_max as u64,
+    });
+    let store = Store::open(&Settings::default(), disk, SystemTime::UNIX_EPOCH).unwrap();
+    Downloads::new(Arc::new(store), Buffers::default(), 16)
+}
+
+/// A transfer whose disk takes `room` bytes, its leader, and a follower that has read nothing yet.
+fn stranded(blob: &[u8], room: usize, parts: &Parts) -> (Downloads, Reader, Reader) {
+    let (downloads, script) = (downloads_on_a_small_disk(room), Script::default());
+    script.ending(0, Some(blob.len()), blob);
+    let leader = leader(&downloads, digest(blob));
+    let waiting = follower(&downloads, digest(blob)).with_ahead(parts.clone());
+    let first = leader.start(script).with_ahead(parts.clone());
+    (downloads, first, waiting)
+}
+
+#[tokio::test]
+async fn its_readers_get_the_rest_from_upstream_and_verified() {
+    // Somewhere in the middle; within what is withheld; after the first bytes.
+    for room in [600_000, 1_030_000, 10_000] {
+        let (blob, parts) = (content(MIB), Parts::default());
+        for _ in 0..2 {
+            send(&parts.part(), &blob[room..]);
+        }
+        let (downloads, first, waiting) = stranded(&blob, room, &parts);
+        assert_eq!(whole(first).await, blob, "{room}");
+        assert_eq!(whole(waiting).await, blob, "{room}");
+        assert_eq!(parts.asked(), [(room as u64, MIB as u64); 2]);
+        assert_eq!((downloads.count(), held(&downloads, digest(&blob))), (0, None));
+    }
+}
+
+#[tokio::test]
+async fn a_wrong_rest_reaches_nobody_whole() {
+    let (blob, parts) = (content(MIB), Parts::default());
+    let mut wrong = blob.clone();
+    wrong[MIB - 1] ^= 1;
+    send(&parts.part(), &wrong[600_000..]);
+    let (_downloads, first, _) = stranded(&blob, 600_000, &parts);
+    let (bytes, end) = drain(first).await;
+    assert!(matches!(*end.unwrap_err(), Failure::Broken(Cause::WrongDigest)));
+    assert!(bytes.len() <= MIB - usize::try_from(WITHHELD_BYTES).unwrap());
+}
+
+#[tokio::test]
+async fn a_short_rest_and_a_refused_one_break_the_reader() {
+    for answered in [true, false] {
+        let (blob, parts) = (content(MIB), Parts::default());
+        if answered {
+            send(&parts.part(), &blob[600_000..700_000]);
+        }
+        let (_downloads, first, _) = stranded(&blob, 600_000, &parts);
+        let failed = failure(first).await;
+        assert!(
+            matches!(*failed, Failure::Broken(_) | Failure::Stranded(_)),
+            "{failed}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn a_part_is_read_as_far_as_it_is_there_and_asked_for_beyond() {
+    let (blob, parts) = (content(MIB), Parts::default());
+    send(&parts.part(), &blob[600_000..700_000]);
+    let (downloads, first, waiting) = stranded(&blob, 600_000, &parts);
+    assert_eq!(
+        whole(waiting.within(500_000, 700_000)).await,
+        blob[500_000..700_000]
+    );
+    assert_eq!(whole(first.within(7, 77)).await, blob[7..77]);
+    assert_eq!(parts.asked(), [(600_000, 700_000)]);
+    drop(downloads);
+}

@@ -1,0 +1,67 @@
+//! Bytes that pass by without being stored, but not unverified: their end is withheld until the digest is right.
+
+use bytes::{Bytes, BytesMut};
+
+use super::{Chunks, WITHHELD_BYTES};
+use crate::oci::{Cause, Digest, Hasher};
+
+/// A blob, or the rest of one, that passes by.
+pub struct Verifying {
+    digest: Digest,
+    /// `None` after the end.
+    hasher: Option<Hasher>,
+    body: Box<dyn Chunks>,
+    withheld: BytesMut,
+}
+
+impl Verifying {
+    /// A whole blob, which should be `digest`.
+    pub fn new(digest: Digest, body: impl Chunks + 'static) -> Self {
+        let hasher = Hasher::new(digest.algorithm());
+        Self::rest(digest, hasher, BytesMut::new(), Box::new(body))
+    }
+
+    /// The rest of one: `hasher` has taken everything before `body`, of which `withheld` was not given to anyone yet.
+    pub(super) fn rest(digest: Digest, hasher: Hasher, withheld: BytesMut, body: Box<dyn Chunks>) -> Self {
+        Self {
+            digest,
+            hasher: Some(hasher),
+            body,
+            withheld,
+        }
+    }
+
+    /// The next bytes; `None` at the verified end. After an error there is nothing more.
+    pub async fn next(&mut self) -> Option<Result<Bytes, Cause>> {
+        while let Some(hasher) = &mut self.hasher {
+            match self.body.chunk().await {
+                Some(Ok(chunk)) => {
+                    hasher.update(&chunk);
+                    self.withheld.extend_from_slice(&chunk);
+                    let withheld_max = usize::try_from(WITHHELD_BYTES).unwrap_or(usize::MAX);
+                    if self.withheld.len() > withheld_max {
+                        let free = self.withheld.len() - withheld_max;
+                        return Some(Ok(self.withheld.split_to(free).freeze()));
+                    }
+                }
+                Some(Err(cause)) => {
+                    self.hasher = None;
+                    self.withheld.clear();
+                    return Some(Err(cause));
+                }
+                None => return self.verified(),
+            }
+        }
+        None
+    }
+
+    fn verified(&mut self) -> Option<Result<Bytes, Cause>> {
+        let hasher = self.hasher.take()?;
+        let last = std::mem::take(&mut self.withheld).freeze();
+        match (hasher.finish() == self.digest, last.is_empty()) {
+            (false, _) => Some(Err(Cause::WrongDigest)),
+            (true, true) => None,
+            (true, false) => Some(Ok(last)),
+        }
+    }
+}
