@@ -7,13 +7,14 @@ use super::ahead::Parts;
 use super::*;
 use crate::store::volume::{Entry, VolumeFile};
 
-/// Takes so many bytes of each file and no more, and cannot reserve room.
+/// Takes so many bytes of each file and no more; has room for another only where nothing was left.
 struct Small {
-    disk: Memory,
+    disk: Arc<Memory>,
     bytes_max: u64,
 }
 
 struct SmallFile {
+    disk: Arc<Memory>,
     file: Arc<dyn VolumeFile>,
     bytes_max: u64,
 }
@@ -24,6 +25,7 @@ impl Volume for Small {
     }
     fn create(&self, path: &Path) -> io::Result<Arc<dyn VolumeFile>> {
         Ok(Arc::new(SmallFile {
+            disk: Arc::clone(&self.disk),
             file: self.disk.create(path)?,
             bytes_max: self.bytes_max,
         }))
@@ -77,6 +79,10 @@ impl VolumeFile for SmallFile {
         self.file.sync()
     }
     fn reserve(&self, bytes: u64) -> io::Result<()> {
+        let ingests = self.disk.list(Path::new("ingest"))?;
+        if ingests.iter().any(|entry| entry.name.starts_with("sha256-")) {
+            return Err(io::ErrorKind::StorageFull.into());
+        }
         self.file.reserve(bytes)
     }
     fn seal(&self) -> io::Result<()> {
@@ -86,11 +92,29 @@ impl VolumeFile for SmallFile {
 
 fn downloads_on_a_small_disk(bytes_max: usize) -> Downloads {
     let disk = Arc::new(Small {
-        disk: Memory::new(),
+        disk: Arc::new(Memory::new()),
         bytes_max: bytes_max as u64,
     });
     let store = Store::open(&Settings::default(), disk, SystemTime::UNIX_EPOCH).unwrap();
     Downloads::new(Arc::new(store), Buffers::default(), 16)
+}
+
+#[tokio::test]
+async fn a_full_disk_gives_up_what_was_left_first() {
+    let (downloads, left, blob) = (downloads_on_a_small_disk(MIB), content(1000), content(MIB / 2));
+    let store = &downloads.shared.store;
+    let ingest = store.begin(&digest(&left), None).unwrap();
+    ingest.file().write_at(&left[..500], 0).unwrap();
+    let mut hasher = Hasher::new(Algorithm::Sha256);
+    hasher.update(&left[..500]);
+    ingest.leave(500, &hasher);
+    let script = Script::default();
+    script.ending(0, Some(blob.len()), &blob);
+    let reader = leader(&downloads, digest(&blob)).start(script);
+    assert_eq!(whole(reader).await, blob);
+    downloads.idle().await;
+    assert_eq!(held(&downloads, digest(&blob)).unwrap(), blob);
+    assert!(store.leftover(&digest(&left)).is_none());
 }
 
 /// A transfer whose disk takes `room` bytes, its leader, and a follower that has read nothing yet.
