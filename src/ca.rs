@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::SystemTime;
 
+use crate::clock::Clock;
 use crate::config::{Config, Tls};
 use crate::server::tls::{ServerTls, TlsError};
 use crate::setup::{Authority, Client, Done, Files, Job, Options, Plan, Refused, Root, Wanted, Way};
@@ -151,7 +152,7 @@ pub struct Trust {
 }
 
 /// Makes a new authority and a new server certificate. Returns the folder where the old ones are kept.
-pub fn rotate(config: &Config, now: SystemTime) -> Result<PathBuf, RotateError> {
+pub fn rotate(config: &Config, clock: Clock) -> Result<PathBuf, RotateError> {
     if let Some(own) = &config.tls.own {
         return Err(RotateError::NotOurs(own.certificate.clone()));
     }
@@ -170,10 +171,11 @@ pub fn rotate(config: &Config, now: SystemTime) -> Result<PathBuf, RotateError> 
     let tls = Tls {
         folder: new.clone(),
         names: config.tls.names.clone(),
+        constrained: config.tls.constrained,
         own: None,
     };
-    ServerTls::prepare(&tls, &addresses, now)?;
-    let old = folder.join(format!("old-{}", stamp(now)));
+    ServerTls::prepare(&tls, &addresses, config.hosts(), clock)?;
+    let old = folder.join(format!("old-{}", stamp(clock.now())));
     make(&old)?;
     for name in FILES {
         let (from, to) = (folder.join(name), old.join(name));

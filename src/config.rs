@@ -18,6 +18,7 @@ mod document;
 mod fault;
 mod keys;
 mod names;
+mod network;
 mod summary;
 mod table;
 #[cfg(test)]
@@ -26,13 +27,16 @@ mod upstream;
 mod value;
 mod variable;
 
+use std::collections::HashSet;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+pub use address::host_part;
 pub use fault::{Fault, Faults, Place};
 pub use keys::{KEYS, Key, Section};
+pub use network::{Network, Tunnel};
 pub use summary::Summary;
 pub use upstream::{Access, Credential, Proxy, UpstreamConfig, WELL_KNOWN};
 pub use variable::Flag;
@@ -58,6 +62,8 @@ pub struct Config {
     pub listen: Listen,
     /// Our certificates.
     pub tls: Tls,
+    /// Where `CONNECT` may lead besides the upstreams.
+    pub tunnels: Vec<Tunnel>,
     /// How much is kept.
     pub store: StoreSize,
     /// The registries that exist. Their names and hosts are all different.
@@ -73,8 +79,12 @@ pub struct Config {
 /// Where clients and operators reach us.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Listen {
-    /// The addresses of the registry; at least one, all different.
+    /// The addresses of the registry, all different; at least one of these and `sockets` together.
     pub registry: Vec<SocketAddr>,
+    /// The unix sockets of the registry, all different.
+    pub sockets: Vec<PathBuf>,
+    /// From where a connection begins with a PROXY protocol header, which is believed.
+    pub proxy_protocol_from: Vec<Network>,
     /// Who may speak without TLS.
     pub plain: Plain,
     /// Where the admin API is.
@@ -110,6 +120,8 @@ pub struct Tls {
     pub folder: PathBuf,
     /// Further names on the server certificate.
     pub names: Vec<String>,
+    /// Whether a CA that is made may vouch only for the upstreams' hosts and our own names.
+    pub constrained: bool,
     /// The operator's own server certificate, used instead of ours.
     pub own: Option<OwnCertificate>,
 }
@@ -159,6 +171,8 @@ pub struct Limits {
     pub connections_per_peer_max: usize,
     /// Requests at a time on one HTTP/2 connection.
     pub streams_per_connection_max: u32,
+    /// Tunnels at a time.
+    pub tunnels_max: usize,
     /// Requests at a time to all upstreams together.
     pub fetches_max: usize,
     /// Requests at a time to one upstream.
@@ -232,6 +246,15 @@ impl Config {
     /// What is in effect, in words and without secrets.
     pub fn summary(&self) -> Summary<'_> {
         Summary(self)
+    }
+
+    /// The hosts of the upstreams, without ports: what certificates are made for.
+    pub fn hosts(&self) -> HashSet<String> {
+        let names = self
+            .upstreams
+            .iter()
+            .flat_map(|upstream| upstream.hosts.iter().map(String::as_str).chain([&*upstream.name]));
+        names.map(|name| host_part(name).to_owned()).collect()
     }
 
     /// The upstream of that name or host.

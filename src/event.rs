@@ -21,6 +21,8 @@ use prometheus_client::registry::{Registry, Unit};
 pub struct Answered<'a> {
     /// The upstream's name; `-` where none was reached.
     pub upstream: &'a str,
+    /// Through which door the client came; `-` where it was turned away before.
+    pub door: &'static str,
     /// What was asked for.
     pub kind: Kind,
     /// What the client asked for, as path. For the log only.
@@ -48,6 +50,10 @@ pub enum Kind {
     Blob,
     /// Tags or referrers.
     Listing,
+    /// A push, a deletion, or a part of one.
+    Write,
+    /// `CONNECT`
+    Connect,
     /// None of these.
     Other,
 }
@@ -60,6 +66,8 @@ impl Kind {
             Self::Manifest => "manifest",
             Self::Blob => "blob",
             Self::Listing => "listing",
+            Self::Write => "write",
+            Self::Connect => "connect",
             Self::Other => "other",
         }
     }
@@ -78,6 +86,8 @@ pub enum Outcome {
     Coalesced,
     /// Answered without bytes of an image.
     Local,
+    /// Handed on to the upstream.
+    Passed,
     /// Refused.
     Refused,
 }
@@ -90,6 +100,7 @@ impl Outcome {
             Self::Miss => "miss",
             Self::Coalesced => "coalesced",
             Self::Local => "local",
+            Self::Passed => "passed",
             Self::Refused => "refused",
         }
     }
@@ -98,6 +109,7 @@ impl Outcome {
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct RequestLabels {
     registry: Arc<str>,
+    door: &'static str,
     kind: &'static str,
     result: &'static str,
     reason: &'static str,
@@ -106,6 +118,11 @@ struct RequestLabels {
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct SourceLabels {
     source: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct DirectionLabels {
+    direction: &'static str,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -126,6 +143,8 @@ pub enum BytesFrom {
     Disk,
     /// A download that may be shared.
     Download,
+    /// An answer that was handed back.
+    Passed,
 }
 
 /// What is known only when someone looks: read at each scrape.
@@ -163,6 +182,9 @@ pub struct Events {
     seconds: Histogram,
     disk_bytes: Counter,
     download_bytes: Counter,
+    passed_bytes: Counter,
+    tunnel_bytes: Family<DirectionLabels, Counter>,
+    tunnels: Gauge<u64, AtomicU64>,
     store_bytes: Gauge<u64, AtomicU64>,
     store_objects: Gauge<u64, AtomicU64>,
     transfers: Gauge<u64, AtomicU64>,
@@ -170,6 +192,31 @@ pub struct Events {
     rate_limit: Family<AllowanceLabels, Gauge<u64, AtomicU64>>,
     rate_limit_remaining: Family<AllowanceLabels, Gauge<u64, AtomicU64>>,
     registry: Arc<Registry>,
+}
+
+/// Counts what a tunnel carries.
+pub struct Tunnel {
+    sent: Counter,
+    received: Counter,
+    open: Gauge<u64, AtomicU64>,
+}
+
+impl Tunnel {
+    /// Counts bytes carried to the host.
+    pub fn to_host(&self, bytes: u64) {
+        self.sent.inc_by(bytes);
+    }
+
+    /// Counts bytes carried to the client.
+    pub fn to_client(&self, bytes: u64) {
+        self.received.inc_by(bytes);
+    }
+}
+
+impl Drop for Tunnel {
+    fn drop(&mut self) {
+        self.open.dec();
+    }
 }
 
 impl Default for Events {
@@ -187,6 +234,9 @@ impl Events {
             seconds: Histogram::new([0.001, 0.005, 0.02, 0.1, 0.5, 2.0, 10.0, 30.0]),
             disk_bytes: bytes.get_or_create_owned(&SourceLabels { source: "disk" }),
             download_bytes: bytes.get_or_create_owned(&SourceLabels { source: "download" }),
+            passed_bytes: bytes.get_or_create_owned(&SourceLabels { source: "passed" }),
+            tunnel_bytes: Family::default(),
+            tunnels: Gauge::default(),
             store_bytes: Gauge::default(),
             store_objects: Gauge::default(),
             transfers: Gauge::default(),
@@ -209,6 +259,13 @@ impl Events {
             Unit::Bytes,
             bytes,
         );
+        registry.register_with_unit(
+            "tunnel",
+            "Bytes carried unread by CONNECT, by their direction",
+            Unit::Bytes,
+            events.tunnel_bytes.clone(),
+        );
+        registry.register("tunnels", "Tunnels open now", events.tunnels.clone());
         registry.register_with_unit(
             "request_duration",
             "From a request's head to its answer's head",
@@ -254,6 +311,7 @@ impl Events {
     pub fn answered(&self, answered: &Answered<'_>) {
         let Answered {
             upstream,
+            door,
             kind,
             path,
             result,
@@ -263,6 +321,7 @@ impl Events {
         } = *answered;
         let labels = RequestLabels {
             registry: upstream.into(),
+            door,
             kind: kind.name(),
             result: result.name(),
             reason,
@@ -272,10 +331,10 @@ impl Events {
         // Three digits behind the point: a log is read by people.
         let ms = (took.as_secs_f64() * 1e6).round() / 1e3;
         let result = result.name();
-        if kind == Kind::Tag || status >= 500 {
-            tracing::info!(upstream, path, status, result, reason, ms, "answered");
+        if matches!(kind, Kind::Tag | Kind::Write | Kind::Connect) || status >= 500 {
+            tracing::info!(upstream, door, path, status, result, reason, ms, "answered");
         } else {
-            tracing::debug!(upstream, path, status, result, reason, ms, "answered");
+            tracing::debug!(upstream, door, path, status, result, reason, ms, "answered");
         }
     }
 
@@ -284,7 +343,22 @@ impl Events {
         match from {
             BytesFrom::Disk => self.disk_bytes.inc_by(bytes),
             BytesFrom::Download => self.download_bytes.inc_by(bytes),
+            BytesFrom::Passed => self.passed_bytes.inc_by(bytes),
         };
+    }
+
+    /// A tunnel is open until what is given is dropped.
+    pub fn tunnel(&self) -> Tunnel {
+        self.tunnels.inc();
+        let counter = |direction| {
+            self.tunnel_bytes
+                .get_or_create_owned(&DirectionLabels { direction })
+        };
+        Tunnel {
+            sent: counter("to-host"),
+            received: counter("to-client"),
+            open: self.tunnels.clone(),
+        }
     }
 
     /// The metrics as text, with the levels of this moment.

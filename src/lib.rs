@@ -14,7 +14,8 @@
 //! 5. [`pull`]: the road of a request.
 //! 6. [`server`] and [`admin`] (the network inwards), [`config`], [`cli`], [`run`]; [`setup`] (clients' files), [`ca`] (their trust).
 //!
-//! Left out on purpose: pushing, a registry of its own, and any judgement that is not a pure function.
+//! Left out on purpose: a registry of its own (a push passes through, and is not understood), and any judgement that is not a
+//! pure function.
 
 pub mod access;
 pub mod admin;

@@ -9,8 +9,10 @@ use ifnewer::cli::{Cli, Command, load};
 use ifnewer::clock::Clock;
 use ifnewer::config::{Config, Log, LogFormat};
 use ifnewer::run::{RunError, serve};
+use ifnewer::server::listen::Passed;
 use ifnewer::setup::{Done, Refused, Root};
 use ifnewer::{admin, ca, cli, setup};
+use listenfd::ListenFd;
 use tracing_subscriber::EnvFilter;
 
 const FAILED: u8 = 1;
@@ -38,13 +40,15 @@ fn main() -> ExitCode {
         Command::Ca(words) => authority(&config, words),
         Command::Serve => {
             log(&config.log);
-            run(serve_until_ended(cli.options, config))
+            // Before any thread runs: it reads and clears variables.
+            let passed = passed();
+            run(serve_until_ended(cli.options, config, passed))
         }
     }
 }
 
-async fn serve_until_ended(options: cli::Options, config: Config) -> ExitCode {
-    match serve(config, || load(&options), Clock::system()).await {
+async fn serve_until_ended(options: cli::Options, config: Config, passed: Passed) -> ExitCode {
+    match serve(config, passed, || load(&options), Clock::system()).await {
         Ok(()) => ExitCode::SUCCESS,
         Err(error @ (RunError::AdminExposed(_) | RunError::Tls(_) | RunError::Upstream { .. })) => {
             fail(MISTAKEN, &error)
@@ -99,7 +103,7 @@ fn authority(config: &Config, words: cli::Ca) -> ExitCode {
         cli::Ca::Uninstall(words) => {
             tell(Root::at(&words.root).and_then(|root| ca::uninstall(words.into, words.force, &root)))
         }
-        cli::Ca::Rotate => match ca::rotate(config, Clock::system().now()) {
+        cli::Ca::Rotate => match ca::rotate(config, Clock::system()) {
             Ok(old) => {
                 let _ = write!(std::io::stdout(), "{}", ca::Rotated { old: &old });
                 ExitCode::SUCCESS
@@ -117,6 +121,20 @@ fn tell(done: Result<Done, Refused>) -> ExitCode {
         }
         Err(refused) => fail(FAILED, &refused),
     }
+}
+
+/// The sockets that the service manager opened for us. Those of other kinds are left alone.
+fn passed() -> Passed {
+    let mut given = ListenFd::from_env();
+    let mut passed = Passed::default();
+    for index in 0..given.len() {
+        if let Ok(Some(listener)) = given.take_tcp_listener(index) {
+            passed.tcp.push(listener);
+        } else if let Ok(Some(listener)) = given.take_unix_listener(index) {
+            passed.unix.push(listener);
+        }
+    }
+    passed
 }
 
 fn run(program: impl Future<Output = ExitCode>) -> ExitCode {

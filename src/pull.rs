@@ -6,9 +6,11 @@
 //! * `asking`: the question put to the upstream, shared by those who may share it, and what follows from the answer.
 //! * `manifest`: by tag and by digest; `copies` of it that are held, `fetching` it, the `check` of what it points to.
 //! * `blob`: held, joined or led; `source`: how a download reaches the upstream; `prefetch` begins before anybody asks. * `listing`: tags and referrers.
+//! * `challenge`: how the registry itself answers `/v2/`. * `writing`: what follows from a write that passed.
 
 mod asking;
 mod blob;
+mod challenge;
 mod check;
 mod copies;
 mod fetching;
@@ -19,6 +21,7 @@ mod prefetch;
 mod site;
 mod sizes;
 mod source;
+pub mod writing;
 
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -39,6 +42,7 @@ use crate::policy::rules::{Rule, Rules};
 use crate::policy::{Refusal, Served, Situation, Verdict, Why, decide};
 use crate::store::Store;
 use crate::store::blobs::HeldBlob;
+use crate::store::challenges::KeptChallenge;
 use crate::store::manifests::HeldManifest;
 use crate::upstream::{Answer, Caller};
 
@@ -53,6 +57,7 @@ pub struct Pull {
     found: check::Found,
     prefetching: prefetch::Prefetching,
     questions: Flights<asking::Key, Arc<Answer>>,
+    challenges: Flights<Arc<str>, Result<Arc<KeptChallenge>, Arc<Answer>>>,
     manifests: Flights<asking::Key, Result<Arc<HeldManifest>, Arc<Answer>>>,
 }
 
@@ -70,12 +75,16 @@ pub struct Request {
     pub authorization: Option<HeaderValue>,
     /// When it arrived.
     pub now: SystemTime,
+    /// How often something was written in the repository by then ([`Site::writes`]).
+    pub writes: u64,
 }
 
 /// What the client gets, before it is HTTP.
 pub enum Outcome {
     /// `GET /v2/`: here is a registry.
     Ping,
+    /// `GET /v2/`: the registry wants a credential, and says how in these lines of `WWW-Authenticate`.
+    Challenged(Vec<HeaderValue>),
     /// A manifest, whole.
     Manifest(Arc<HeldManifest>, How),
     /// The head of a manifest that is not held: as the upstream gave it.
@@ -179,6 +188,7 @@ impl Pull {
             found: check::Found::default(),
             prefetching: prefetch::Prefetching::default(),
             questions: Flights::default(),
+            challenges: Flights::default(),
             manifests: Flights::default(),
         }
     }

@@ -2,13 +2,10 @@
 
 use std::io::Write;
 use std::net::SocketAddr;
-use std::os::unix::fs::PermissionsExt;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
-use tokio::net::{TcpListener, UnixListener};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -19,12 +16,14 @@ use crate::config::{self, Access, Config, Faults, Proxy, UpstreamConfig};
 use crate::download::Downloads;
 use crate::event::Events;
 use crate::pull::{self, Pull, Site};
-use crate::server::accept::{Accepting, bind};
+use crate::server::accept::Accepting;
+use crate::server::listen::{Listener, Passed, SocketFile, bind, bind_unix, listeners};
 use crate::server::tls::{ServerTls, TlsError};
-use crate::server::{Doors, Front, Registry, Sound};
+use crate::server::{Doors, Front, Registry, Sound, Tunnels};
 use crate::store::step::Buffers;
 use crate::store::volume::Directory;
 use crate::store::{OpenError, Settings as StoreSettings, Store};
+use crate::upstream::tunnel::Way;
 use crate::upstream::{
     Connector, OriginError, OwnCredential, ProxyChoice, Settings, SettingsError, Upstream,
 };
@@ -71,9 +70,11 @@ pub enum RunError {
     NoUpstream,
 }
 
-/// Serves until a signal ends it. `reload` reads the configuration again, on SIGHUP.
+/// Serves until a signal ends it, on the sockets that were `passed` to the process, if any. `reload` reads the configuration
+/// again, on SIGHUP.
 pub async fn serve(
     config: Config,
+    passed: Passed,
     reload: impl Fn() -> Result<Config, Faults>,
     clock: Clock,
 ) -> Result<(), RunError> {
@@ -102,16 +103,10 @@ pub async fn serve(
     };
     let ending = CancellationToken::new();
     let mut tasks = JoinSet::new();
-    let listeners = listeners(&config).await?;
-    let addresses: Vec<_> = listeners
-        .iter()
-        .filter_map(|listener| Some(listener.local_addr().ok()?.ip()))
-        .collect();
-    let tls = Arc::new(ArcSwap::from_pointee(ServerTls::prepare(
-        &config.tls,
-        &addresses,
-        clock.now(),
-    )?));
+    let listeners = listeners(&config.listen, passed)?;
+    let addresses: Vec<_> = listeners.iter().filter_map(Listener::ip).collect();
+    let certificates = |config: &Config| ServerTls::prepare(&config.tls, &addresses, config.hosts(), clock);
+    let tls = Arc::new(ArcSwap::from_pointee(certificates(&config)?));
     let accepting = Accepting::new(
         front,
         Arc::clone(&tls),
@@ -120,7 +115,7 @@ pub async fn serve(
         ending.clone(),
     );
     for listener in listeners {
-        announce("registry", &listener.local_addr()?.to_string());
+        announce("registry", &listener.name());
         tasks.spawn(accepting.clone().run(listener));
     }
     let admin = Admin {
@@ -128,7 +123,7 @@ pub async fn serve(
         events,
         clock,
     };
-    let _socket = operate(&config.listen.admin, admin, &ending, &mut tasks).await?;
+    let _socket = operate(&config.listen.admin, admin, &ending, &mut tasks)?;
     tracing::info!(version = env!("CARGO_PKG_VERSION"), data = %config.data.display(), "serving");
 
     while matches!(signals.next().await, Wanted::Reload) {
@@ -139,7 +134,7 @@ pub async fn serve(
                 continue;
             }
         };
-        match (build(&new), ServerTls::prepare(&new.tls, &addresses, clock.now())) {
+        match (build(&new), certificates(&new)) {
             (Ok(serving), Ok(certificate)) => {
                 registry.store(Arc::new(serving));
                 tls.store(Arc::new(certificate));
@@ -193,10 +188,15 @@ fn registry(
         .find(|site| is_default(site))
         .or(sites.first().map(|(s, _)| s));
     let default = Arc::clone(default.ok_or(RunError::NoUpstream)?);
+    let way = Way::new(connector).map_err(|error| RunError::Upstream {
+        name: Arc::from("[connect]"),
+        error,
+    })?;
     let pull = Pull::new(Arc::clone(store), downloads.clone(), config.rules.clone(), clock);
     Ok(Registry {
         doors: Doors::new(sites, default),
         pull: Arc::new(pull),
+        tunnels: Tunnels::new(config.tunnels.clone(), way),
     })
 }
 
@@ -239,50 +239,25 @@ fn site(config: &UpstreamConfig, fetches_max: usize, connector: &Connector) -> R
     ))
 }
 
-async fn listeners(config: &Config) -> Result<Vec<TcpListener>, RunError> {
-    let mut listeners = Vec::new();
-    for address in &config.listen.registry {
-        listeners.push(bind(*address).await?);
-    }
-    Ok(listeners)
-}
-
-/// Removed when the process ends, so that the next one can make it again.
-struct Socket(PathBuf);
-
-impl Drop for Socket {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.0);
-    }
-}
-
-async fn operate(
+fn operate(
     listen: &config::Admin,
     admin: Admin,
     ending: &CancellationToken,
     tasks: &mut JoinSet<()>,
-) -> Result<Option<Socket>, RunError> {
+) -> Result<Option<SocketFile>, RunError> {
     match listen {
         config::Admin::Off => Ok(None),
         config::Admin::Tcp(address) => {
-            let listener = bind(*address).await?;
+            let listener = bind(*address, false)?;
             announce("admin", &listener.local_addr()?.to_string());
             tasks.spawn(admin.run(listener, ending.clone()));
             Ok(None)
         }
         config::Admin::Unix(path) => {
-            // The data folder's lock is ours, so a socket found here is left over from a process that is gone.
-            let _ = std::fs::remove_file(path);
-            let listener = UnixListener::bind(path).map_err(|error| {
-                std::io::Error::new(
-                    error.kind(),
-                    format!("cannot listen on {}: {error}", path.display()),
-                )
-            })?;
-            std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
+            let (listener, file) = bind_unix(path, 0o600)?;
             announce("admin", &format!("unix:{}", path.display()));
             tasks.spawn(admin.run_unix(listener, ending.clone()));
-            Ok(Some(Socket(path.clone())))
+            Ok(Some(file))
         }
     }
 }

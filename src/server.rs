@@ -1,24 +1,38 @@
 //! The network inwards: connections, TLS, and the one place where requests come in and answers go out.
 //!
-//! * `accept`: listeners, limits, drain. * `tls`: the CA and the certificate. * `gate`: an HTTP request becomes a
-//!   [`crate::pull::Request`], or is turned away before anything else runs. * `reply`: an outcome becomes an HTTP
-//!   response; nothing else builds one. * `body`: bytes on their way out. * `idle`: connections that make no progress.
+//! * `listen`, `forwarded`: listeners, and who is at the other end. * `accept`: connections, limits, drain. * `tls`, `mint`:
+//!   the CA, our certificate, and those for upstreams' own hosts.
+//! * `gate`, `door`: an HTTP request becomes a [`crate::pull::Request`], or one to be handed on, or is turned away before
+//!   anything else runs. * `connect`: what comes by `CONNECT`. * `pass`: what is handed on.
+//! * `reply`: an outcome becomes an HTTP response; nothing else builds one but what is handed back. * `body`: bytes on
+//!   their way out. * `idle`: connections that make no progress.
 
 pub mod accept;
 mod body;
+mod connect;
+mod door;
+mod forwarded;
 mod gate;
 mod idle;
+pub mod listen;
+mod mint;
+mod pass;
 mod reply;
 pub mod tls;
 
 use std::sync::Arc;
 
 use arc_swap::ArcSwap;
-use http::{Request, Response};
+use http::header::CONNECTION;
+use http::request::Parts;
+use http::{HeaderValue, Method, Request, Response};
 use hyper::body::Incoming;
 
 pub use body::{Body, Sound};
-pub use gate::Doors;
+pub use connect::Tunnels;
+pub use door::{Door, Doors, Peer};
+use gate::{Passage, Wanted};
+pub use idle::Pardon;
 
 use crate::clock::Clock;
 use crate::event::{Answered, Events, Kind, Outcome};
@@ -32,6 +46,8 @@ pub struct Registry {
     pub doors: Doors,
     /// The road that answers.
     pub pull: Arc<Pull>,
+    /// Where `CONNECT` may lead besides.
+    pub tunnels: Tunnels,
 }
 
 /// What every connection shares.
@@ -51,32 +67,74 @@ pub struct Front {
 
 impl Front {
     /// Answers one request. Total.
-    pub async fn answer(&self, request: Request<Incoming>, peer: gate::Peer) -> Response<Body> {
+    pub async fn answer(&self, request: Request<Incoming>, peer: &Peer) -> Response<Body> {
         let began = tokio::time::Instant::now();
         let registry = self.registry.load_full();
-        let (head, _) = request.into_parts();
-        let wanted = match gate::read(&head, peer, &registry.doors, self.clock.now()) {
-            Ok(wanted) => wanted,
-            Err(turned) => {
-                let response = reply::turned(&turned, &head.method);
+        let (head, body) = request.into_parts();
+        let mut response;
+        match gate::read(&head, peer, &registry.doors, self.clock.now()) {
+            Ok(Wanted::Read(wanted, door)) => {
+                let (site, kind) = (Arc::clone(&wanted.site), kind(&wanted.operation));
+                let asked = reply::Asked::new(&head, &wanted);
+                let outcome = registry.pull.answer(wanted).await;
+                let (result, reason) = reply::told(&outcome);
+                response = reply::answer(outcome, &asked, self, registry.pull.store());
                 self.tell(
-                    "-",
-                    Kind::Other,
+                    (site.name(), door.name()),
+                    kind,
                     &head,
-                    Outcome::Refused,
-                    turned.name(),
+                    result,
+                    reason,
                     &response,
                     began,
                 );
-                return response;
             }
-        };
-        let (site, kind) = (Arc::clone(&wanted.site), kind(&wanted.operation));
-        let asked = reply::Asked::new(&head, &wanted);
-        let outcome = registry.pull.answer(wanted).await;
-        let (result, reason) = reply::told(&outcome);
-        let response = reply::answer(outcome, &asked, self, registry.pull.store());
-        self.tell(site.name(), kind, &head, result, reason, &response, began);
+            Ok(Wanted::Knock(wanted, door)) => {
+                let site = Arc::clone(&wanted.site);
+                let asked = reply::Asked::new(&head, &wanted);
+                let outcome = registry.pull.knock(&wanted).await;
+                let (result, reason) = reply::told(&outcome);
+                response = reply::answer(outcome, &asked, self, registry.pull.store());
+                let place = (site.name(), door.name());
+                self.tell(place, Kind::Ping, &head, result, reason, &response, began);
+            }
+            Ok(Wanted::Pass(passage)) => {
+                let (site, door) = (Arc::clone(&passage.site), passage.door);
+                let kind = passed_kind(&passage, &head);
+                let (result, reason);
+                (response, result, reason) = match self
+                    .pass(&registry.pull, passage, &head, body, &peer.pardon)
+                    .await
+                {
+                    Ok(response) => (response, Outcome::Passed, "passed"),
+                    Err(cause) => {
+                        let is_head = head.method == Method::HEAD;
+                        let response = reply::not_passed(site.name(), cause, is_head);
+                        (response, Outcome::Refused, cause.name())
+                    }
+                };
+                self.tell(
+                    (site.name(), door.name()),
+                    kind,
+                    &head,
+                    result,
+                    reason,
+                    &response,
+                    began,
+                );
+            }
+            Err(turned) => {
+                response = reply::turned(&turned, &head.method);
+                let reason = turned.name();
+                let refused = Outcome::Refused;
+                self.tell(("-", "-"), Kind::Other, &head, refused, reason, &response, began);
+            }
+        }
+        if gate::ends_connection(&head) {
+            response
+                .headers_mut()
+                .insert(CONNECTION, HeaderValue::from_static("close"));
+        }
         response
     }
 
@@ -86,9 +144,9 @@ impl Front {
     )]
     fn tell(
         &self,
-        upstream: &str,
+        (upstream, door): (&str, &'static str),
         kind: Kind,
-        head: &http::request::Parts,
+        head: &Parts,
         result: Outcome,
         reason: &'static str,
         response: &Response<Body>,
@@ -98,6 +156,7 @@ impl Front {
         let (path, took) = (head.uri.path(), began.elapsed());
         self.events.answered(&Answered {
             upstream,
+            door,
             kind,
             path,
             result,
@@ -105,6 +164,17 @@ impl Front {
             status,
             took,
         });
+    }
+}
+
+fn passed_kind(passage: &Passage, head: &Parts) -> Kind {
+    let path = head.uri.path();
+    if passage.change.is_some() || path.contains("/blobs/uploads") {
+        Kind::Write
+    } else if matches!(path, "/v2" | "/v2/") {
+        Kind::Ping
+    } else {
+        Kind::Other
     }
 }
 

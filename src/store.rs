@@ -29,6 +29,7 @@
 
 pub mod blobs;
 mod cache;
+pub mod challenges;
 mod grants;
 mod index;
 pub mod ingest;
@@ -204,6 +205,7 @@ pub struct Store {
     refs: Arc<refs::Refs>,
     seen: seen::SeenFiles,
     listings: listings::Listings,
+    challenges: challenges::Challenges,
     grants: grants::Grants,
     wholes: whole::Wholes,
     usage: Arc<Counters>,
@@ -256,6 +258,7 @@ impl Store {
             manifests: manifests::Manifests::new(settings, &volume, &usage),
             seen: seen::SeenFiles::new(&volume),
             listings: listings::Listings::new(&volume),
+            challenges: challenges::Challenges::new(&volume),
             refs,
             grants,
             wholes: whole::Wholes::new(&usage),

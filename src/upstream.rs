@@ -9,7 +9,8 @@
 //!
 //! Reading order: `answer` (what can be said) → `question` (HEAD and its substitutes) → `exchange` (credential,
 //! challenge, token) → `token` → `client` (one request) → `line` (one connection) → `dial`, `tcp`; `breaker`, `limits`, `quirk`, `route`,
-//! `location`, `origin` and `zone` are small and stand alone.
+//! `location`, `origin` and `zone` are small and stand alone. Beside all that: `pass` (what is not asked by us but handed on)
+//! and `tunnel` (what is not even read).
 
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -35,16 +36,18 @@ mod limits;
 mod line;
 mod location;
 pub mod origin;
+pub mod pass;
 mod question;
 mod quirk;
 mod route;
 mod settings;
 mod tcp;
 mod token;
+pub mod tunnel;
 pub mod zone;
 
 pub use answer::{Answer, Said};
-pub use dial::{Connector, Dial, DialError, Dialled, Dialling, TlsError};
+pub use dial::{Connector, Dial, DialError, Dialled, Dialling, Stream, TlsError};
 pub use fetched::{Address, Fetched, Part};
 pub use limits::{Allowance, Who};
 pub use origin::{Origin, OriginError};
@@ -86,6 +89,7 @@ struct Inner {
     name: String,
     urls: Vec<Origin>,
     exchange: Exchange,
+    passing: pass::Client,
     quirks: Quirks,
     timeouts: Timeouts,
     manifest_bytes_max: usize,
@@ -141,7 +145,9 @@ impl Upstream {
             own: settings.credential,
             headers_within: settings.timeouts.headers,
         };
+        let passing = pass::client(exchange.http.line());
         Ok(Upstream(Arc::new(Inner {
+            passing,
             name: settings.name,
             urls: settings.urls,
             exchange,
@@ -186,6 +192,11 @@ impl Upstream {
             silent.get_or_insert(answer);
         }
         self.was_silent(silent)
+    }
+
+    /// The nearest zone that the upstream turned out to be in: where it leads may be no nearer.
+    pub fn nearest(&self) -> zone::Zone {
+        self.0.exchange.http.line().nearest()
     }
 
     /// [`Cause::BreakerOpen`] while the upstream is known to be silent: who holds a copy need not ask.

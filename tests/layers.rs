@@ -65,7 +65,7 @@ const MODULES: &[Module] = &[
         "ca",
         6,
         &["config", "server", "setup"],
-        &["store", "upstream", "download", "pull", "clock"],
+        &["store", "upstream", "download", "pull"],
     ),
     module(
         "cli",
@@ -87,16 +87,16 @@ const MODULES: &[Module] = &[
 /// A crate of others, and the only files that may name it. A path that ends in `/` is a folder.
 const VENDORS: &[(&str, &[&str])] = &[
     ("sled", &["store/index.rs", "store/index/"]),
-    ("rustls", &["server/tls.rs", "upstream/dial.rs"]),
+    ("rustls", &["server/tls.rs", "server/mint.rs", "upstream/dial.rs"]),
     ("tokio_rustls", &["server/tls.rs", "upstream/dial.rs"]),
     ("hyper", HTTP),
     ("hyper_util", HTTP),
     ("sha2", &["oci/digest.rs"]),
     ("hmac", &["oci/digest.rs"]),
-    ("rcgen", &["server/tls.rs"]),
+    ("rcgen", &["server/tls.rs", "server/mint.rs"]),
 ];
 
-/// Outwards it takes four: the client, the connector it is given (`line`), the resolver beneath it (`tcp`), and the
+/// Outwards it takes five: the client and what it hands on (`pass`), the connector it is given (`line`), the resolver beneath it (`tcp`), and the
 /// rules for proxies (`route`), which hyper-util reads from the environment as every other program does.
 const HTTP: &[&str] = &[
     "server.rs",
@@ -105,6 +105,7 @@ const HTTP: &[&str] = &[
     "admin/",
     "upstream/client.rs",
     "upstream/line.rs",
+    "upstream/pass.rs",
     "upstream/tcp.rs",
     "upstream/route.rs",
 ];

@@ -102,6 +102,14 @@ pub(super) fn host(text: &str) -> Result<String, Wrong> {
     }
 }
 
+/// A name without its port, an IPv6 address without its brackets.
+pub fn host_part(name: &str) -> &str {
+    if let Some(address) = name.strip_prefix('[') {
+        return address.split(']').next().unwrap_or(address);
+    }
+    name.split_once(':').map_or(name, |(host, _)| host)
+}
+
 fn is_host(authority: &Authority) -> bool {
     let text = authority.as_str();
     let port_is_right = match text.strip_prefix(authority.host()) {

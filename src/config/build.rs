@@ -1,6 +1,7 @@
 //! From tables of known keys to the configuration: one reader per section, and the checks that need several.
 
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::document::Document;
@@ -31,7 +32,9 @@ pub(super) fn build(
     let store = store(&document.fixed(Section::Store), report);
     let log = log(&document.fixed(Section::Log), report);
     let limits = limits(&document.fixed(Section::Limits), report);
-    tunnel_nowhere(&document.fixed(Section::Connect), report);
+    let tunnels = document
+        .fixed(Section::Connect)
+        .list(report, "tunnel", &value::TUNNEL);
 
     let default = default_rule(&document.fixed(Section::Default), report);
     let configured = upstream::read_all(document, report);
@@ -49,6 +52,7 @@ pub(super) fn build(
         default_upstream: default_upstream?,
         listen: listen?,
         tls: tls?,
+        tunnels: tunnels?.into_iter().map(|(_, tunnel)| tunnel).collect(),
         store: store?,
         upstreams,
         rules: rules?,
@@ -59,6 +63,7 @@ pub(super) fn build(
 
 fn listen(table: &Table, report: &mut Report<'_>) -> Result<Listen, Told> {
     let registry = table.list(report, "registry", &value::ADDRESS);
+    let trusted = table.list(report, "proxy_protocol_from", &value::NETWORK);
     let plain = table.text(report, "plain", &value::PLAIN);
     let admin = table.text(report, "admin", &value::ADMIN);
     let registry = registry?;
@@ -71,18 +76,27 @@ fn listen(table: &Table, report: &mut Report<'_>) -> Result<Listen, Told> {
             Some(r#"write ["127.0.0.1:5000"]"#.to_owned()),
         );
     }
-    let mut seen: Vec<SocketAddr> = Vec::new();
-    for (at, address) in &registry {
-        // Port 0 is another port each time.
-        if address.port() != 0 && seen.contains(address) {
-            report.tell(
-                at,
-                table.path("registry"),
-                format!("`{address}` stands here twice"),
-                None,
-            );
+    let (mut seen, mut sockets): (Vec<SocketAddr>, Vec<PathBuf>) = (Vec::new(), Vec::new());
+    for (at, address) in registry {
+        let twice = match address {
+            value::Address::Tcp(address) => {
+                // Port 0 is another port each time.
+                let twice = address.port() != 0 && seen.contains(&address);
+                seen.push(address);
+                twice.then(|| address.to_string())
+            }
+            value::Address::Unix(path) => {
+                let twice = sockets
+                    .contains(&path)
+                    .then(|| format!("unix:{}", path.display()));
+                sockets.push(path);
+                twice
+            }
+        };
+        if let Some(twice) = twice {
+            let message = format!("`{twice}` stands here twice");
+            report.tell(&at, table.path("registry"), message, None);
         }
-        seen.push(*address);
     }
     let admin = admin?;
     if let Admin::Tcp(address) = admin
@@ -95,6 +109,8 @@ fn listen(table: &Table, report: &mut Report<'_>) -> Result<Listen, Told> {
     }
     Ok(Listen {
         registry: seen,
+        sockets,
+        proxy_protocol_from: trusted?.into_iter().map(|(_, network)| network).collect(),
         plain: plain?,
         admin,
     })
@@ -109,6 +125,7 @@ fn tls(table: &Table, report: &mut Report<'_>) -> Result<Tls, Told> {
     let certificate = path("certificate", report);
     let key = path("key", report);
     let names = table.list(report, "names", &value::CERTIFICATE_NAME);
+    let constrained = table.switch(report, "constrained");
     let own = match (certificate?, key?) {
         (Some(certificate), Some(key)) => Some(OwnCertificate { certificate, key }),
         (None, None) => None,
@@ -131,6 +148,7 @@ fn tls(table: &Table, report: &mut Report<'_>) -> Result<Tls, Told> {
     Ok(Tls {
         folder,
         names: names?.into_iter().map(|(_, name)| name).collect(),
+        constrained: constrained?,
         own,
     })
 }
@@ -158,6 +176,7 @@ fn limits(table: &Table, report: &mut Report<'_>) -> Result<Limits, Told> {
     let connections_max = table.number(report, "connections_max", 1..MANY);
     let connections_per_peer_max = table.number(report, "connections_per_peer_max", 1..MANY);
     let streams = table.number(report, "streams_per_connection_max", 1..MANY);
+    let tunnels_max = table.number(report, "tunnels_max", 1..MANY);
     let fetches_max = table.number(report, "fetches_max", 1..MANY);
     let fetches_per_upstream_max = table.number(report, "fetches_per_upstream_max", 1..MANY);
     let handshake_timeout = table.text(report, "handshake_timeout", &value::TIMEOUT);
@@ -169,6 +188,7 @@ fn limits(table: &Table, report: &mut Report<'_>) -> Result<Limits, Told> {
         connections_max: connections_max?,
         connections_per_peer_max: connections_per_peer_max?,
         streams_per_connection_max: streams.and_then(|number| u32::try_from(number).map_err(|_| Told))?,
+        tunnels_max: tunnels_max?,
         fetches_max: fetches_max?,
         fetches_per_upstream_max: fetches_per_upstream_max?,
         handshake_timeout: handshake_timeout?,
@@ -177,21 +197,6 @@ fn limits(table: &Table, report: &mut Report<'_>) -> Result<Limits, Told> {
         write_timeout: write_timeout?,
         drain: drain?,
     })
-}
-
-/// Better refused than silently not done.
-fn tunnel_nowhere(table: &Table, report: &mut Report<'_>) {
-    if let Ok(hosts) = table.list(report, "tunnel", &value::HOST)
-        && !hosts.is_empty()
-    {
-        let message = "this version does not tunnel yet";
-        report.tell(
-            table.at("tunnel"),
-            table.path("tunnel"),
-            message,
-            Some("leave `tunnel` empty".to_owned()),
-        );
-    }
 }
 
 fn default_rule(table: &Table, report: &mut Report<'_>) -> Result<Rule, Told> {

@@ -131,12 +131,14 @@ pub const KEYS: &[Key] = &[
     key(Top, "data", None, "The cache's folder, for one process at a time; the default is the user's cache folder, or /var/cache/ifnewer for root."),
     key(Top, "default_upstream", Some(r#""docker.io""#), "The upstream meant by a client that names none: dockerd with `registry-mirrors`."),
 
-    key(Listen, "registry", Some(r#"["127.0.0.1:5000"]"#), "The addresses for clients; each speaks TLS and plain HTTP."),
+    key(Listen, "registry", Some(r#"["127.0.0.1:5000"]"#), "The addresses for clients, or \"unix:/path\"; each speaks TLS and plain HTTP. Sockets of the service manager (LISTEN_FDS) take their place."),
     key(Listen, "plain", Some(r#""loopback""#), "Who may speak without TLS: \"loopback\", \"any\" or \"nobody\"."),
+    key(Listen, "proxy_protocol_from", Some("[]"), "Networks of load balancers whose PROXY protocol header (version 1 or 2) says who the client is; from there it must come."),
     key(Listen, "admin", Some(r#""127.0.0.1:5001""#), "The address for health, metrics and the admin API: an address, \"unix:/path\" or \"off\"."),
 
     key(Tls, "folder", Some(r#""certs""#), "The folder of ca.pem, ca.key, server.pem and server.key, made at the first start; relative to this file."),
     key(Tls, "names", Some("[]"), "Further host names and addresses on the server certificate."),
+    key(Tls, "constrained", Some("true"), "Whether the CA, when it is made, may vouch only for the cache's names and the hosts of upstreams configured then."),
     key(Tls, "certificate", None, "A server certificate of your own, PEM with its chain; needs `key`."),
     key(Tls, "key", None, "The private key of `certificate`, PEM."),
 
@@ -178,7 +180,7 @@ pub const KEYS: &[Key] = &[
     key(Rule, "absent", None, "As in [default], for these images."),
     key(Rule, "prefetch", None, "As in [default], for these images."),
 
-    key(Connect, "tunnel", Some("[]"), "Hosts that CONNECT may tunnel to unread; this version tunnels nowhere, so it stays empty."),
+    key(Connect, "tunnel", Some("[]"), "Hosts, or globs over hosts, that CONNECT may tunnel to unread; at port 443 unless another is written."),
 
     key(Log, "level", Some(r#""info""#), "How much is told: \"error\", \"warn\", \"info\", \"debug\", \"trace\", or a filter as in \"info,ifnewer::upstream=debug\"."),
     key(Log, "format", Some(r#""human""#), "How it is written: \"human\" or \"json\"."),
@@ -186,6 +188,7 @@ pub const KEYS: &[Key] = &[
     key(Limits, "connections_max", Some("4096"), "Connections at a time; further ones wait to be accepted."),
     key(Limits, "connections_per_peer_max", Some("256"), "Connections at a time from one address; further ones are closed."),
     key(Limits, "streams_per_connection_max", Some("100"), "Requests at a time on one HTTP/2 connection."),
+    key(Limits, "tunnels_max", Some("256"), "Tunnels of CONNECT at a time; further ones are answered with 503."),
     key(Limits, "fetches_max", Some("256"), "Blob transfers at a time from all upstreams together."),
     key(Limits, "fetches_per_upstream_max", Some("32"), "Questions at a time to one upstream, and as many blob transfers."),
     key(Limits, "handshake_timeout", Some(r#""10s""#), "How long a TLS handshake may take."),

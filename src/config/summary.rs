@@ -14,7 +14,15 @@ pub struct Summary<'a>(pub(super) &'a Config);
 impl Display for Summary<'_> {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
         let config = self.0;
-        let addresses: Vec<String> = config.listen.registry.iter().map(ToString::to_string).collect();
+        let sockets = config.listen.sockets.iter();
+        let sockets = sockets.map(|path| format!("unix:{}", path.display()));
+        let addresses: Vec<String> = config
+            .listen
+            .registry
+            .iter()
+            .map(ToString::to_string)
+            .chain(sockets)
+            .collect();
         let plain = match config.listen.plain {
             Plain::Loopback => "plain HTTP from loopback",
             Plain::Any => "plain HTTP from anywhere",
@@ -26,6 +34,10 @@ impl Display for Summary<'_> {
             Admin::Off => writeln!(f, "admin     off")?,
             Admin::Tcp(address) => writeln!(f, "admin     {address}")?,
             Admin::Unix(path) => writeln!(f, "admin     unix:{}", path.display())?,
+        }
+        if !config.tunnels.is_empty() {
+            let tunnels: Vec<String> = config.tunnels.iter().map(ToString::to_string).collect();
+            writeln!(f, "tunnels   {}", tunnels.join(", "))?;
         }
         match &config.tls.own {
             Some(own) => writeln!(f, "tls       {}", own.certificate.display())?,

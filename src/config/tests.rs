@@ -64,6 +64,7 @@ fn an_empty_file_works() {
         Tls {
             folder: PathBuf::from("/etc/ifnewer/certs"),
             names: vec![],
+            constrained: true,
             own: None
         }
     );

@@ -8,6 +8,7 @@ use std::time::Duration;
 use bytesize::ByteSize;
 
 use super::address::{address, host, proxy_url, url};
+use super::network::{Network, Tunnel, network, tunnel};
 use super::{Access, Admin, LogFormat, Plain, Proxy};
 use crate::policy::rules::{Pattern, Staleness};
 use crate::policy::{Absence, Policy};
@@ -90,10 +91,41 @@ pub(super) const STORE_SIZE: Text<u64> = Text {
     },
 };
 
-pub(super) const ADDRESS: Text<SocketAddr> = Text {
-    expected: "an address with its port",
+/// Where the registry listens.
+pub(super) enum Address {
+    Tcp(SocketAddr),
+    Unix(PathBuf),
+}
+
+pub(super) const ADDRESS: Text<Address> = Text {
+    expected: "an address with its port, or \"unix:/path\"",
     example: r#""127.0.0.1:5000""#,
-    parse: address,
+    parse: |text| match text.strip_prefix("unix:") {
+        Some(path) => unix(path).map(Address::Unix),
+        None => address(text).map(Address::Tcp),
+    },
+};
+
+fn unix(path: &str) -> Result<PathBuf, Wrong> {
+    if path.starts_with('/') {
+        return Ok(PathBuf::from(path));
+    }
+    wrong(
+        "the path of a unix socket must be absolute",
+        r#"as in "unix:/run/ifnewer/registry.sock""#,
+    )
+}
+
+pub(super) const NETWORK: Text<Network> = Text {
+    expected: "a network",
+    example: r#""10.0.0.0/8""#,
+    parse: network,
+};
+
+pub(super) const TUNNEL: Text<Tunnel> = Text {
+    expected: "a host or a glob over hosts",
+    example: r#""auth.example.org""#,
+    parse: tunnel,
 };
 
 pub(super) const ADMIN: Text<Admin> = Text {

@@ -23,15 +23,18 @@ pub(super) struct Key {
     path: String,
     accept: u64,
     principal: [u8; 32],
+    /// Who asks after a write does not wait for an answer from before it.
+    writes: u64,
 }
 
 impl Key {
-    pub(super) fn new(site: &Site, operation: &Operation, accept: &Accept, caller: &Caller) -> Self {
+    pub(super) fn new(wanted: &Wanted) -> Self {
         Self {
-            upstream: site.name().into(),
-            path: operation.path_and_query(),
-            accept: accept.key(),
-            principal: caller.principal,
+            upstream: wanted.site.name().into(),
+            path: wanted.operation.path_and_query(),
+            accept: wanted.accept.key(),
+            principal: wanted.caller.principal,
+            writes: wanted.writes,
         }
     }
 }
@@ -90,7 +93,7 @@ impl Pull {
 
     /// One question for all who may share it, and what is learnt from its answer, late as it may come.
     pub(super) fn question(self: &Arc<Self>, wanted: &Wanted) -> crate::flight::Flight<Arc<Answer>> {
-        let key = Key::new(&wanted.site, &wanted.operation, &wanted.accept, &wanted.caller);
+        let key = Key::new(wanted);
         self.questions.share(key, || {
             let (pull, wanted) = (Arc::clone(self), wanted.clone());
             async move {
@@ -100,6 +103,7 @@ impl Pull {
                     operation,
                     accept,
                     caller,
+                    ..
                 } = &wanted;
                 let answer = site.upstream().head(caller, operation, accept).await;
                 pull.learn(site, repository, caller, &answer).await;
@@ -107,7 +111,7 @@ impl Pull {
                     (Operation::Manifest { reference, .. }, Said::Is(digest)) => {
                         if pull.may_name(site, repository, reference, accept, &digest) {
                             let media_type = answer.media_type.as_ref();
-                            pull.learn_name(site, repository, reference, accept, digest, media_type)
+                            pull.learn_name_unless_written(&wanted, reference, digest, media_type)
                                 .await;
                         } else {
                             pull.note_seen(site, repository, digest).await;

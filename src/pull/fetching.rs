@@ -22,6 +22,8 @@ pub(super) struct Wanted {
     pub(super) operation: Operation,
     pub(super) accept: Accept,
     pub(super) caller: Caller,
+    /// As in the [`Request`] that it is for.
+    pub(super) writes: u64,
 }
 
 impl Wanted {
@@ -32,6 +34,7 @@ impl Wanted {
             operation: request.operation.clone(),
             accept: request.accept.clone(),
             caller: caller.clone(),
+            writes: request.writes,
         }
     }
 }
@@ -42,7 +45,7 @@ impl Pull {
         self: &Arc<Self>,
         wanted: Wanted,
     ) -> Result<Arc<HeldManifest>, Arc<Answer>> {
-        let key = Key::new(&wanted.site, &wanted.operation, &wanted.accept, &wanted.caller);
+        let key = Key::new(&wanted);
         let flight = self.manifests.share(key, || {
             let pull = Arc::clone(self);
             async move {
@@ -52,6 +55,7 @@ impl Pull {
                     operation,
                     accept,
                     caller,
+                    ..
                 } = &wanted;
                 match site.upstream().get(caller, operation, accept, None).await {
                     Ok(fetched) => {
@@ -95,7 +99,6 @@ impl Pull {
             site,
             repository,
             operation,
-            accept,
             ..
         } = wanted;
         let manifest = received.map_err(|cause| {
@@ -134,7 +137,7 @@ impl Pull {
         super::asking::report(kept, "keep a manifest");
         if let Operation::Manifest { reference, .. } = operation {
             let media_type = Some(&served.media_type);
-            self.learn_name(site, repository, reference, accept, served.digest, media_type)
+            self.learn_name_unless_written(wanted, reference, served.digest, media_type)
                 .await;
         }
         Ok(served)

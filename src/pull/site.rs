@@ -1,9 +1,11 @@
 //! An upstream as the road knows it: the client that reaches it, and whose credential is used there.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use http::HeaderValue;
 
+use super::writing::Writings;
 use crate::access::Principal;
 use crate::oci::{NameError, Repository};
 use crate::upstream::{Caller, Credential, Upstream};
@@ -15,6 +17,9 @@ const HUB: &str = "docker.io";
 pub struct Site {
     upstream: Arc<Upstream>,
     access: Access,
+    /// Whether a client came that believes to speak with it.
+    visited: AtomicBool,
+    writings: Writings,
 }
 
 /// Who there can be: those without a credential of their own, worked out once, and the secret that keys all others.
@@ -30,6 +35,14 @@ impl Principals {
             anonymous: Principal::anonymous(&secret),
             proxy: Principal::proxy(&secret),
             secret,
+        }
+    }
+
+    /// Who asks upstream without a credential, and on nobody's behalf.
+    pub(super) fn stranger(&self) -> Caller {
+        Caller {
+            principal: *self.anonymous.as_bytes(),
+            credential: Credential::Anonymous,
         }
     }
 }
@@ -49,7 +62,32 @@ pub enum Access {
 impl Site {
     /// An upstream and whose right counts there.
     pub fn new(upstream: Arc<Upstream>, access: Access) -> Self {
-        Self { upstream, access }
+        Self {
+            upstream,
+            access,
+            visited: AtomicBool::new(false),
+            writings: Writings::default(),
+        }
+    }
+
+    /// How often something was written in this repository: compared with a later value, whether something was written in
+    /// between.
+    pub fn writes(&self, repository: &Repository) -> u64 {
+        self.writings.count(repository)
+    }
+
+    pub(super) fn note_write(&self, repository: &Repository) {
+        self.writings.note(repository);
+    }
+
+    /// A client believes to speak with it, and will follow its challenge.
+    pub(super) fn visit(&self) {
+        self.visited.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether such a client came.
+    pub(super) fn is_visited(&self) -> bool {
+        self.visited.load(Ordering::Relaxed)
     }
 
     /// The upstream's name, as in references: `docker.io`.

@@ -1,31 +1,31 @@
-//! Listeners: who may connect, in which protocol, and for how long.
+//! Connections: who may come, in which protocol, and for how long.
 
 use std::collections::HashMap;
 use std::convert::Infallible;
-use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::error::Error;
+use std::net::IpAddr;
+use std::pin::pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
+use http::{Method, Request, Response};
+use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
-use hyper_util::server::graceful::GracefulShutdown;
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
-use super::Front;
-use super::gate::Peer;
-use super::idle::Watched;
-use super::tls::ServerTls;
+use super::door::Peer;
+use super::idle::{Pardon, Watched};
+use super::listen::{Listener, Wire};
+use super::tls::{ServerTls, Shaken};
+use super::{Body, Front};
 use crate::config::{Limits, Plain};
-
-/// The first byte of a TLS record that opens a handshake; no HTTP method begins with it.
-const TLS_HANDSHAKE: u8 = 0x16;
 
 /// A failed `accept` (out of descriptors, mostly) is tried again after this.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
@@ -36,25 +36,27 @@ const H2_HEADER_LIST_BYTES_MAX: u32 = 16 * 1024;
 /// A peer is sent this much of one answer at a time over h2 before it must make room.
 const H2_SEND_BYTES_MAX: usize = 1024 * 1024;
 
+pub(super) type Ended = Result<(), Box<dyn Error + Send + Sync>>;
+
 /// What a listener needs.
 #[derive(Clone)]
-pub struct Accepting {
-    /// Who answers.
-    pub front: Front,
+pub struct Accepting(Arc<Inner>);
+
+struct Inner {
+    front: Front,
     /// The certificate now in effect.
-    pub tls: Arc<ArcSwap<ServerTls>>,
-    /// Who may speak without TLS.
-    pub plain: Plain,
-    /// The limits.
-    pub limits: Limits,
+    tls: Arc<ArcSwap<ServerTls>>,
+    plain: Plain,
+    limits: Limits,
     /// Set when the process is to end.
-    pub ending: CancellationToken,
+    ending: CancellationToken,
     places: Arc<Semaphore>,
+    tunnels: Arc<Semaphore>,
     peers: Peers,
 }
 
 impl Accepting {
-    /// Nobody connected yet.
+    /// Nobody connected yet. `plain`: who may speak without TLS; `ending`: set when the process is to end.
     pub fn new(
         front: Front,
         tls: Arc<ArcSwap<ServerTls>>,
@@ -62,67 +64,52 @@ impl Accepting {
         limits: Limits,
         ending: CancellationToken,
     ) -> Self {
-        let places = Arc::new(Semaphore::new(limits.connections_max));
-        Self {
+        Self(Arc::new(Inner {
             front,
             tls,
             plain,
             limits,
             ending,
-            places,
+            places: Arc::new(Semaphore::new(limits.connections_max)),
+            tunnels: Arc::new(Semaphore::new(limits.tunnels_max)),
             peers: Peers::default(),
-        }
+        }))
     }
 
     /// Accepts until the process ends, then waits for what is under way.
-    pub async fn run(self, listener: TcpListener) {
-        let graceful = Arc::new(GracefulShutdown::new());
-        loop {
-            let Some((stream, address, place)) = self.next(&listener).await else {
-                break;
-            };
-            let Some(peer) = self
-                .peers
-                .enter(address.ip(), self.limits.connections_per_peer_max)
-            else {
-                tracing::debug!(%address, "too many connections from one peer");
-                continue;
-            };
-            let watcher = graceful.watcher();
+    pub async fn run(self, listener: Listener) {
+        let connections = TaskTracker::new();
+        while let Some((wire, place)) = self.next(&listener).await {
             let accepting = self.clone();
-            tokio::spawn(async move {
-                // Held until the connection ends.
-                let _place = (place, peer);
-                if let Err(error) = accepting.serve(stream, address, watcher).await {
-                    tracing::debug!(%address, %error, "a connection ended badly");
+            let tasks = connections.clone();
+            connections.spawn(async move {
+                let peer = wire.peer();
+                if let Err(error) = accepting.serve(wire, place, tasks).await {
+                    tracing::debug!(%peer, %error, "a connection ended badly");
                 }
             });
         }
         drop(listener);
-        let Some(graceful) = Arc::into_inner(graceful) else {
-            return;
-        };
-        if timeout(self.limits.drain, graceful.shutdown()).await.is_err() {
-            tracing::warn!(
-                "connections were still busy after {:?}; they are cut",
-                self.limits.drain
-            );
+        connections.close();
+        let drain = self.0.limits.drain;
+        if timeout(drain, connections.wait()).await.is_err() {
+            tracing::warn!("connections were still busy after {drain:?}; they are cut");
         }
     }
 
     /// The next connection, once there is a place for it; `None` when the process is to end.
-    async fn next(&self, listener: &TcpListener) -> Option<(TcpStream, SocketAddr, OwnedSemaphorePermit)> {
+    async fn next(&self, listener: &Listener) -> Option<(Wire, OwnedSemaphorePermit)> {
         loop {
             let place = tokio::select! {
-                () = self.ending.cancelled() => return None,
-                place = Arc::clone(&self.places).acquire_owned() => place.ok()?,
+                () = self.0.ending.cancelled() => return None,
+                place = Arc::clone(&self.0.places).acquire_owned() => place.ok()?,
             };
             let accepted = tokio::select! {
-                () = self.ending.cancelled() => return None,
+                () = self.0.ending.cancelled() => return None,
                 accepted = listener.accept() => accepted,
             };
             match accepted {
-                Ok((stream, address)) => return Some((stream, address, place)),
+                Ok(wire) => return Some((wire, place)),
                 Err(error) => {
                     tracing::warn!(%error, "a connection could not be accepted");
                     tokio::time::sleep(ACCEPT_PAUSE).await;
@@ -131,70 +118,151 @@ impl Accepting {
         }
     }
 
-    async fn serve(
-        &self,
-        stream: TcpStream,
-        address: SocketAddr,
-        watcher: hyper_util::server::graceful::Watcher,
-    ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
-        stream.set_nodelay(true)?;
-        let mut first = [0];
-        let read = timeout(self.limits.header_timeout, stream.peek(&mut first)).await??;
-        if read == 0 {
+    async fn serve(&self, wire: Wire, place: OwnedSemaphorePermit, tasks: TaskTracker) -> Ended {
+        let limits = self.0.limits;
+        let (wire, is_tls) = tokio::select! {
+            () = self.0.ending.cancelled() => return Ok(()),
+            begun = timeout(limits.header_timeout, wire.begin()) => match begun?? {
+                Some(begun) => begun,
+                None => return Ok(()),
+            }
+        };
+        let peer = wire.peer();
+        let Some(entered) = self.0.peers.enter(peer.ip(), limits.connections_per_peer_max) else {
+            tracing::debug!(%peer, "too many connections from one peer");
             return Ok(());
-        }
-        let patience = self.limits.write_timeout.max(self.limits.idle_timeout);
-        if first == [TLS_HANDSHAKE] {
-            let tls = self.tls.load_full();
-            let stream = timeout(self.limits.handshake_timeout, tls.accept(stream)).await??;
-            self.speak(Watched::new(stream, patience), Peer { may_speak: true }, watcher)
-                .await
+        };
+        let held = Held {
+            _place: place,
+            _entered: entered,
+        };
+        let (patience, pardon) = (limits.write_timeout.max(limits.idle_timeout), Pardon::default());
+        if is_tls {
+            let tls = self.tls();
+            let Shaken { stream, server_name } =
+                timeout(limits.handshake_timeout, tls.accept(wire)).await??;
+            let peer = Peer {
+                may_speak: true,
+                secure: true,
+                server_name,
+                connect: None,
+                pardon: pardon.clone(),
+            };
+            let connection = self.connection(peer, held, tasks);
+            connection.speak(Watched::new(stream, patience, pardon)).await
         } else {
-            let may_speak = match self.plain {
-                Plain::Loopback => address.ip().to_canonical().is_loopback(),
+            let may_speak = match self.0.plain {
+                Plain::Loopback => peer.is_local(),
                 Plain::Any => true,
                 Plain::Nobody => false,
             };
-            self.speak(Watched::new(stream, patience), Peer { may_speak }, watcher)
-                .await
+            let peer = Peer {
+                may_speak,
+                secure: false,
+                server_name: None,
+                connect: None,
+                pardon: pardon.clone(),
+            };
+            let connection = self.connection(peer, held, tasks);
+            connection.speak(Watched::new(wire, patience, pardon)).await
         }
     }
 
-    async fn speak<S>(
-        &self,
-        stream: S,
-        peer: Peer,
-        watcher: hyper_util::server::graceful::Watcher,
-    ) -> Result<(), Box<dyn std::error::Error + Send + Sync>>
-    where
-        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
-    {
-        let front = self.front.clone();
-        let service = service_fn(move |request| {
-            let front = front.clone();
-            async move { Ok::<_, Infallible>(front.answer(request, peer).await) }
-        });
-        let builder = self.protocol();
-        let connection = builder.serve_connection(TokioIo::new(stream), service);
-        watcher.watch(connection).await
+    fn connection(&self, peer: Peer, held: Held, tasks: TaskTracker) -> Arc<Connection> {
+        Arc::new(Connection {
+            accepting: self.clone(),
+            peer,
+            held: Arc::new(held),
+            tasks,
+        })
+    }
+
+    /// The certificate now in effect.
+    pub(super) fn tls(&self) -> Arc<ServerTls> {
+        self.0.tls.load_full()
+    }
+
+    /// Who answers.
+    pub(super) fn front(&self) -> &Front {
+        &self.0.front
+    }
+
+    /// The limits.
+    pub(super) fn limits(&self) -> &Limits {
+        &self.0.limits
+    }
+
+    /// Set when the process is to end.
+    pub(super) fn ending(&self) -> &CancellationToken {
+        &self.0.ending
+    }
+
+    /// The places for tunnels.
+    pub(super) fn tunnels(&self) -> &Arc<Semaphore> {
+        &self.0.tunnels
     }
 
     fn protocol(&self) -> Builder<TokioExecutor> {
+        let limits = &self.0.limits;
         let mut builder = Builder::new(TokioExecutor::new());
         builder
             .http1()
             .timer(TokioTimer::new())
-            .header_read_timeout(self.limits.header_timeout)
+            .header_read_timeout(limits.header_timeout)
             .max_buf_size(HEADER_BYTES_MAX);
         builder
             .http2()
             .timer(TokioTimer::new())
-            .max_concurrent_streams(self.limits.streams_per_connection_max)
+            .max_concurrent_streams(limits.streams_per_connection_max)
             .max_header_list_size(H2_HEADER_LIST_BYTES_MAX)
             .max_send_buf_size(H2_SEND_BYTES_MAX)
-            .keep_alive_interval(self.limits.idle_timeout / 2)
-            .keep_alive_timeout(self.limits.idle_timeout / 2);
+            .keep_alive_interval(limits.idle_timeout / 2)
+            .keep_alive_timeout(limits.idle_timeout / 2);
         builder
+    }
+}
+
+/// What is held until a connection ends, and with it all that came to be within it.
+pub(super) struct Held {
+    _place: OwnedSemaphorePermit,
+    _entered: Entered,
+}
+
+/// A connection, or what a client speaks within its tunnel.
+pub(super) struct Connection {
+    pub(super) accepting: Accepting,
+    pub(super) peer: Peer,
+    pub(super) held: Arc<Held>,
+    /// Waited for when the process ends.
+    pub(super) tasks: TaskTracker,
+}
+
+impl Connection {
+    /// Answers its requests until it ends.
+    pub(super) async fn speak<S>(self: Arc<Self>, stream: S) -> Ended
+    where
+        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
+        let builder = self.accepting.protocol();
+        let ending = self.accepting.ending().clone();
+        let service = service_fn(move |request| {
+            let connection = Arc::clone(&self);
+            async move { Ok::<_, Infallible>(connection.answer(request).await) }
+        });
+        let mut serving = pin!(builder.serve_connection_with_upgrades(TokioIo::new(stream), service));
+        tokio::select! {
+            ended = serving.as_mut() => return ended,
+            () = ending.cancelled() => serving.as_mut().graceful_shutdown(),
+        }
+        serving.await
+    }
+
+    async fn answer(self: Arc<Self>, request: Request<Incoming>) -> Response<Body> {
+        if *request.method() == Method::CONNECT {
+            self.connect(request).await
+        } else {
+            self.accepting.0.front.answer(request, &self.peer).await
+        }
     }
 }
 
@@ -203,13 +271,16 @@ impl Accepting {
 struct Peers(Arc<Mutex<HashMap<IpAddr, usize>>>);
 
 impl Peers {
-    fn enter(&self, peer: IpAddr, connections_max: usize) -> Option<Entered> {
-        let mut counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let count = counts.entry(peer).or_default();
-        if *count >= connections_max {
-            return None;
+    /// `None` if it has as many as it may. Those without an address come by a socket file, whose mode says who may.
+    fn enter(&self, peer: Option<IpAddr>, connections_max: usize) -> Option<Entered> {
+        if let Some(peer) = peer {
+            let mut counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            let count = counts.entry(peer).or_default();
+            if *count >= connections_max {
+                return None;
+            }
+            *count += 1;
         }
-        *count += 1;
         Some(Entered {
             peers: self.clone(),
             peer,
@@ -219,27 +290,18 @@ impl Peers {
 
 struct Entered {
     peers: Peers,
-    peer: IpAddr,
+    peer: Option<IpAddr>,
 }
 
 impl Drop for Entered {
     fn drop(&mut self) {
+        let Some(peer) = self.peer else { return };
         let mut counts = self.peers.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(count) = counts.get_mut(&self.peer) {
+        if let Some(count) = counts.get_mut(&peer) {
             *count -= 1;
             if *count == 0 {
-                counts.remove(&self.peer);
+                counts.remove(&peer);
             }
         }
     }
-}
-
-/// Binds an address, saying which one could not be had.
-pub async fn bind(address: SocketAddr) -> io::Result<TcpListener> {
-    TcpListener::bind(address).await.map_err(|error| {
-        io::Error::new(
-            error.kind(),
-            format!("cannot listen on {address}: {error}; is another process there?"),
-        )
-    })
 }

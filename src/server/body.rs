@@ -21,6 +21,7 @@ use crate::store::Store;
 use crate::store::step::{Buffers, STEP_BYTES, read_cached, read_waiting};
 use crate::store::volume::VolumeFile;
 use crate::upstream::Fetched;
+use crate::upstream::pass::PassedOn;
 
 pub(super) use parts::{From as PartsFrom, Plan};
 
@@ -38,6 +39,10 @@ enum Kind {
         flow: Flow,
         size: Option<u64>,
         events: Events,
+    },
+    Passed {
+        flow: Flow,
+        size: Option<u64>,
     },
 }
 
@@ -119,6 +124,21 @@ impl Body {
     /// Several parts of a held blob.
     pub(super) fn parts(plan: Plan, from: PartsFrom) -> Self {
         Self(Kind::Parts(Box::new(Parts::new(plan, from))))
+    }
+
+    /// What is handed back, of `size` bytes if that was said.
+    pub(super) fn passed(passed: PassedOn, size: Option<u64>, events: &Events) -> Self {
+        let flow = flow(
+            (passed, events.clone()),
+            |(mut passed, events): (PassedOn, Events)| async move {
+                let next = passed.chunk().await.map(|next| next.map_err(Broken::Upstream));
+                if let Some(Ok(bytes)) = &next {
+                    events.sent(BytesFrom::Passed, bytes.len() as u64);
+                }
+                ((passed, events), next)
+            },
+        );
+        Self(Kind::Passed { flow, size })
     }
 
     /// What a download brings, of which `size` bytes are wanted.
@@ -332,6 +352,13 @@ impl http_body::Body for Body {
                 }
                 next
             }
+            Kind::Passed { flow, size } => {
+                let next = ready!(flow.as_mut().poll(context));
+                if let Some(Ok(bytes)) = &next {
+                    *size = size.map(|size| size.saturating_sub(bytes.len() as u64));
+                }
+                next
+            }
         };
         if let Some(Err(broken)) = &next {
             tracing::warn!(%broken, "an answer broke off; the client was told by the connection's end");
@@ -345,7 +372,7 @@ impl http_body::Body for Body {
             Kind::File(file) => file.position >= file.end,
             Kind::Checked(checked) => checked.hasher.is_none(),
             Kind::Parts(parts) => parts.left() == 0,
-            Kind::Flow { .. } => false,
+            Kind::Flow { .. } | Kind::Passed { .. } => false,
         }
     }
 
@@ -358,8 +385,10 @@ impl http_body::Body for Body {
                 SizeHint::with_exact(checked.file.end.saturating_sub(checked.file.position) + withheld)
             }
             Kind::Parts(parts) => SizeHint::with_exact(parts.left()),
-            Kind::Flow { size: Some(size), .. } => SizeHint::with_exact(*size),
-            Kind::Flow { size: None, .. } => SizeHint::default(),
+            Kind::Flow { size: Some(size), .. } | Kind::Passed { size: Some(size), .. } => {
+                SizeHint::with_exact(*size)
+            }
+            Kind::Flow { size: None, .. } | Kind::Passed { size: None, .. } => SizeHint::default(),
         }
     }
 }

@@ -3,7 +3,6 @@
 //! hyper reads HTTP; what it lets through and a cache may not (two framings of one body, two hosts, a host that is not
 //! the one asked for) ends here, because the parts that follow take every request to mean one thing.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::SystemTime;
 
@@ -13,104 +12,15 @@ use http::request::Parts;
 use http::uri::Authority;
 use http::{HeaderMap, HeaderValue, Method, StatusCode, Version};
 
+use super::door::{Door, Doors, Peer, in_full, is_absolute};
 use crate::oci::accept::AcceptError;
 use crate::oci::query::{Query, QueryError};
-use crate::oci::{Accept, ErrorCode, Malformed, Operation, Repository};
+use crate::oci::{Accept, Cause, ErrorCode, Malformed, Operation};
+use crate::pull::writing::Change;
 use crate::pull::{Request, Site};
 
 /// The largest body of a request that needs none; more is not read but answered with 413.
 const IDLE_BODY_BYTES_MAX: u64 = 64 * 1024;
-
-/// Where a connection comes from, as far as it matters to the gate.
-#[derive(Clone, Copy, Debug)]
-pub struct Peer {
-    /// Whether this peer may speak on this connection as it is: over TLS, or plain from where that is allowed.
-    pub may_speak: bool,
-}
-
-/// The upstreams there are, and how a client names them.
-pub struct Doors {
-    by_name: HashMap<String, Arc<Site>>,
-    all: Vec<Arc<Site>>,
-    default: Arc<Site>,
-}
-
-impl Doors {
-    /// `sites` with the further names each is known by; `default` is meant where a client names none.
-    pub fn new(sites: Vec<(Arc<Site>, Vec<String>)>, default: Arc<Site>) -> Self {
-        let mut by_name = HashMap::new();
-        let mut all = Vec::new();
-        for (site, names) in sites {
-            by_name.insert(site.name().to_owned(), Arc::clone(&site));
-            for name in names {
-                by_name.insert(name, Arc::clone(&site));
-            }
-            all.push(site);
-        }
-        Self {
-            by_name,
-            all,
-            default,
-        }
-    }
-
-    /// The upstream of this name.
-    pub fn named(&self, name: &str) -> Option<&Arc<Site>> {
-        self.by_name.get(name)
-    }
-
-    /// Every upstream.
-    pub fn all(&self) -> &[Arc<Site>] {
-        &self.all
-    }
-
-    /// The upstream meant by a client that names none.
-    pub fn default_site(&self) -> &Arc<Site> {
-        &self.default
-    }
-
-    /// Docker Hub has no namespace with a dot, so such a first component is the name of another registry.
-    fn is_foreign(&self, repository: &Repository) -> bool {
-        let first = repository.first_component();
-        self.default.is_hub()
-            && !repository.is_one_component()
-            && (first.contains('.') || first == "localhost")
-    }
-
-    /// Through which door the client came: `?ns=`, a path that begins with an upstream's name, or the mirror.
-    fn open(
-        &self,
-        operation: Operation,
-        namespace: Option<String>,
-    ) -> Result<(Arc<Site>, Operation), Turned> {
-        let Some(repository) = operation.repository().cloned() else {
-            return Ok((Arc::clone(&self.default), operation));
-        };
-        let (site, repository) = if let Some(name) = namespace {
-            match self.named(&name) {
-                Some(site) => (site, repository),
-                None => return Err(Turned::UnknownUpstream(name)),
-            }
-        } else {
-            let prefixed = self.named(repository.first_component()).and_then(|site| {
-                repository
-                    .strip_prefix(repository.first_component())
-                    .map(|rest| (site, rest))
-            });
-            match prefixed {
-                Some(prefixed) => prefixed,
-                None if self.is_foreign(&repository) => {
-                    return Err(Turned::UnknownUpstream(repository.first_component().to_owned()));
-                }
-                None => (&self.default, repository),
-            }
-        };
-        let repository = site
-            .full_name(repository)
-            .map_err(|error| Turned::Malformed(Malformed::Repository(error)))?;
-        Ok((Arc::clone(site), operation.with_repository(repository)))
-    }
-}
 
 /// Why a request was turned away.
 #[derive(Debug, thiserror::Error)]
@@ -127,8 +37,8 @@ pub(super) enum Turned {
     /// RFC 9112 §3.2: exactly one `Host`.
     #[error("a request needs exactly one Host header")]
     Host,
-    /// The host asked for is not the host named.
-    #[error("the request's target and its Host header name different hosts")]
+    /// The hosts named by the connection (`CONNECT`, the server name in TLS) and by the request are not one.
+    #[error("the connection, the request's target and its Host header name different hosts")]
     Misdirected,
     /// RFC 9112 §6.1: two framings of one body are an attack, and nothing that is read needs a chunked body.
     #[error(
@@ -141,6 +51,20 @@ pub(super) enum Turned {
     /// Plain HTTP from where it is not accepted.
     #[error("plain HTTP is accepted from loopback only; use https://, or set listen.plain = \"any\"")]
     Plain,
+    /// Nothing but TLS to an upstream, or to a host that is allowed, passes by `CONNECT`.
+    #[error(
+        "CONNECT to {0} is not allowed: it is no configured upstream; name it in [connect] tunnel if clients need it"
+    )]
+    NoTunnel(String),
+    /// As many tunnels as there may be.
+    #[error("as many tunnels are open as `tunnels_max` allows")]
+    TunnelsBusy,
+    /// The host cannot be reached, or not there.
+    #[error("no tunnel to {0}: the host {1}")]
+    TunnelFailed(String, Cause),
+    /// An upstream's own name cannot be served.
+    #[error("{0}")]
+    NoCertificate(String),
     /// `?ns=` names no configured upstream. No connection is made: otherwise this would be an open proxy.
     #[error("`{0}` is not a configured upstream")]
     UnknownUpstream(String),
@@ -154,7 +78,13 @@ impl Turned {
             Self::Query(_) | Self::Accept(_) | Self::Host | Self::Framing => StatusCode::BAD_REQUEST,
             Self::Misdirected => StatusCode::MISDIRECTED_REQUEST,
             Self::Body(_) => StatusCode::PAYLOAD_TOO_LARGE,
-            Self::Plain => StatusCode::FORBIDDEN,
+            Self::Plain
+            | Self::NoTunnel(_)
+            | Self::NoCertificate(_)
+            | Self::TunnelFailed(_, Cause::Redirects) => StatusCode::FORBIDDEN,
+            Self::TunnelsBusy => StatusCode::SERVICE_UNAVAILABLE,
+            Self::TunnelFailed(_, Cause::Timeout | Cause::ConnectTimeout) => StatusCode::GATEWAY_TIMEOUT,
+            Self::TunnelFailed(..) => StatusCode::BAD_GATEWAY,
             Self::UnknownUpstream(_) => StatusCode::NOT_FOUND,
         }
     }
@@ -163,7 +93,11 @@ impl Turned {
     pub(super) fn code(&self) -> ErrorCode {
         match self {
             Self::Malformed(malformed) => malformed.code(),
-            Self::Plain => ErrorCode::Denied,
+            Self::Plain
+            | Self::NoTunnel(_)
+            | Self::NoCertificate(_)
+            | Self::TunnelFailed(_, Cause::Redirects) => ErrorCode::Denied,
+            Self::TunnelsBusy | Self::TunnelFailed(..) => ErrorCode::Unavailable,
             Self::UnknownUpstream(_) => ErrorCode::NameUnknown,
             Self::Query(_)
             | Self::Accept(_)
@@ -179,10 +113,15 @@ impl Turned {
         match self {
             Self::Malformed(Malformed::Write { .. }) => "write",
             Self::Malformed(_) | Self::Query(_) | Self::Accept(_) => "malformed",
-            Self::Host | Self::Misdirected => "host",
+            Self::Host => "host",
+            Self::Misdirected => "misdirected",
             Self::Framing => "framing",
             Self::Body(_) => "body",
             Self::Plain => "plain",
+            Self::NoTunnel(_) => "no-tunnel",
+            Self::TunnelsBusy => "tunnels-busy",
+            Self::TunnelFailed(..) => "tunnel-failed",
+            Self::NoCertificate(_) => "no-certificate",
             Self::UnknownUpstream(_) => "unknown-upstream",
         }
     }
@@ -193,16 +132,65 @@ impl Turned {
     }
 }
 
+/// What a request is for.
+pub(super) enum Wanted {
+    /// Reading, through the cache.
+    Read(Request, Door),
+    /// Whether the registry itself is there and how it authenticates: it is its challenge that is asked for.
+    Knock(Request, Door),
+    /// Something for the registry alone, by a client that believes to speak with it.
+    Pass(Passage),
+}
+
+/// A request that is handed on to the registry.
+pub(super) struct Passage {
+    pub(super) site: Arc<Site>,
+    pub(super) door: Door,
+    /// Where the client thinks it is.
+    pub(super) base: String,
+    /// What will be different at the registry.
+    pub(super) change: Option<Change>,
+}
+
 /// Reads a request's head.
-pub(super) fn read(head: &Parts, peer: Peer, doors: &Doors, now: SystemTime) -> Result<Request, Turned> {
-    framing(head)?;
-    host(head)?;
+pub(super) fn read(head: &Parts, peer: &Peer, doors: &Doors, now: SystemTime) -> Result<Wanted, Turned> {
+    let host = host(head)?;
+    let intercepted = doors.intercepted(host.as_ref(), is_absolute(head), peer)?;
+    let passes = intercepted.is_some() && is_write(&head.method);
+    framing(head, passes)?;
     if !peer.may_speak {
         return Err(Turned::Plain);
     }
-    let operation = Operation::parse(&head.method, head.uri.path(), head.uri.query())?;
-    let (_, namespace) = Query::parse(head.uri.query())?;
-    let (site, operation) = doors.open(operation, namespace)?;
+    let parsed = Operation::parse(&head.method, head.uri.path(), head.uri.query());
+    let Some((site, door)) = intercepted else {
+        let (_, namespace) = Query::parse(head.uri.query())?;
+        let (site, operation, door) = doors.open(parsed?, namespace)?;
+        return Ok(Wanted::Read(request(head, site, operation, now)?, door));
+    };
+    // Who asks the registry itself has named it, so `ns` and a prefix are the registry's own business.
+    let site = Arc::clone(site);
+    let operation = match parsed {
+        Ok(operation) => operation,
+        Err(Malformed::Path | Malformed::Write { .. }) => {
+            return pass(head, site, door, host.as_ref(), peer).map(Wanted::Pass);
+        }
+        Err(malformed) => return Err(malformed.into()),
+    };
+    let Some(repository) = operation.repository().cloned() else {
+        // A login asks whether its credential is right, which only the registry knows.
+        if head.headers.contains_key(AUTHORIZATION) {
+            return pass(head, site, door, host.as_ref(), peer).map(Wanted::Pass);
+        }
+        return Ok(Wanted::Knock(request(head, site, operation, now)?, door));
+    };
+    let operation = in_full(&site, operation, repository)?;
+    Ok(Wanted::Read(request(head, site, operation, now)?, door))
+}
+
+fn request(head: &Parts, site: Arc<Site>, operation: Operation, now: SystemTime) -> Result<Request, Turned> {
+    let writes = operation
+        .repository()
+        .map_or(0, |repository| site.writes(repository));
     Ok(Request {
         site,
         operation,
@@ -210,24 +198,68 @@ pub(super) fn read(head: &Parts, peer: Peer, doors: &Doors, now: SystemTime) -> 
         accept: Accept::read(&head.headers)?,
         authorization: authorization(&head.headers),
         now,
+        writes,
     })
 }
 
-fn framing(head: &Parts) -> Result<(), Turned> {
-    let lengths = head.headers.get(CONTENT_LENGTH);
-    // hyper has dropped a Content-Length beside it, so that the two together can no longer be told from one alone.
-    if head.headers.contains_key(TRANSFER_ENCODING) {
-        return Err(Turned::Framing);
+fn pass(
+    head: &Parts,
+    site: Arc<Site>,
+    door: Door,
+    host: Option<&Authority>,
+    peer: &Peer,
+) -> Result<Passage, Turned> {
+    let is_known = is_write(&head.method) || matches!(head.method, Method::GET | Method::HEAD);
+    if !is_known {
+        return Err(Malformed::Method.into());
     }
-    let length = lengths.and_then(|length| length.to_str().ok()?.parse::<u64>().ok());
-    if length.is_some_and(|length| length > IDLE_BODY_BYTES_MAX) {
+    let path = head.uri.path();
+    // A path that climbs could leave the part of its host that is this registry.
+    if path.split('/').any(|part| matches!(part, "." | "..")) || path.to_ascii_lowercase().contains("%2e") {
+        return Err(Malformed::Path.into());
+    }
+    let scheme = if peer.secure { "https" } else { "http" };
+    Ok(Passage {
+        site,
+        door,
+        base: format!("{scheme}://{}", host.map_or("", Authority::as_str)),
+        change: Change::of(&head.method, path),
+    })
+}
+
+fn is_write(method: &Method) -> bool {
+    matches!(
+        *method,
+        Method::POST | Method::PUT | Method::PATCH | Method::DELETE
+    )
+}
+
+/// RFC 9112 §6: one framing of the body, and where nothing needs one, none to speak of.
+fn framing(head: &Parts, passes: bool) -> Result<(), Turned> {
+    let mut codings = head.headers.get_all(TRANSFER_ENCODING).iter();
+    match (codings.next(), codings.next()) {
+        (None, _) => {}
+        // hyper has dropped a Content-Length beside it, so that the two together can no longer be told from one alone;
+        // what is handed on is framed anew, and the connection ends with the answer (§6.3), so that nothing is hidden
+        // behind the body.
+        (Some(coding), None) if passes && coding.as_bytes().eq_ignore_ascii_case(b"chunked") => {}
+        _ => return Err(Turned::Framing),
+    }
+    let length = head.headers.get(CONTENT_LENGTH);
+    let length = length.and_then(|length| length.to_str().ok()?.parse::<u64>().ok());
+    if !passes && length.is_some_and(|length| length > IDLE_BODY_BYTES_MAX) {
         return Err(Turned::Body(head.method.clone()));
     }
     Ok(())
 }
 
-/// Exactly one host, however the request names it.
-fn host(head: &Parts) -> Result<(), Turned> {
+/// Whether the connection must end with the answer to this request, because where its body ends is a matter of opinion.
+pub(super) fn ends_connection(head: &Parts) -> bool {
+    head.version < Version::HTTP_2 && head.headers.contains_key(TRANSFER_ENCODING)
+}
+
+/// Exactly one host, however the request names it; none only in HTTP/1.0.
+fn host(head: &Parts) -> Result<Option<Authority>, Turned> {
     let mut lines = head.headers.get_all(HOST).iter();
     match (lines.next(), lines.next(), head.uri.authority()) {
         (Some(host), None, Some(authority)) => {
@@ -235,23 +267,33 @@ fn host(head: &Parts) -> Result<(), Turned> {
                 .as_bytes()
                 .eq_ignore_ascii_case(authority.as_str().as_bytes())
             {
-                Ok(())
+                Ok(Some(authority.clone()))
             } else {
                 Err(Turned::Misdirected)
             }
         }
-        (Some(host), None, None) if names_a_host(host) => Ok(()),
+        (Some(host), None, None) => named_by(host).map(Some).ok_or(Turned::Host),
         // HTTP/2 names its host in `:authority`.
-        (None, _, Some(_)) if head.version >= Version::HTTP_2 => Ok(()),
+        (None, _, Some(authority)) if head.version >= Version::HTTP_2 => Ok(Some(authority.clone())),
         // HTTP/1.0 knew no Host, and `ab` and health probes still speak it.
-        (None, _, None) if head.version == Version::HTTP_10 => Ok(()),
+        (None, _, None) if head.version == Version::HTTP_10 => Ok(None),
         _ => Err(Turned::Host),
     }
 }
 
-fn names_a_host(host: &HeaderValue) -> bool {
-    host.to_str()
-        .is_ok_and(|host| !host.contains('@') && host.parse::<Authority>().is_ok())
+/// The `Host` of a `CONNECT`, whose target is an authority in another place.
+pub(super) fn host_line(head: &Parts) -> Result<Option<Authority>, Turned> {
+    let mut lines = head.headers.get_all(HOST).iter();
+    match (lines.next(), lines.next()) {
+        (None, _) => Ok(None),
+        (Some(host), None) => named_by(host).map(Some).ok_or(Turned::Host),
+        _ => Err(Turned::Host),
+    }
+}
+
+fn named_by(host: &HeaderValue) -> Option<Authority> {
+    let host = host.to_str().ok().filter(|host| !host.contains('@'))?;
+    host.parse().ok()
 }
 
 /// The client's credential. podman sends an empty one (`Og==`, a lone colon) where it has none.

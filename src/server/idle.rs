@@ -3,25 +3,55 @@
 use std::future::Future;
 use std::io;
 use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::{Instant, Sleep, sleep};
 
-/// A stream that fails with [`io::ErrorKind::TimedOut`] when nothing moved on it, in either direction, for `patience`.
+/// Quiet that is not the client's doing: while a pardon is held, nothing needs to move on its connection.
+#[derive(Clone, Debug, Default)]
+pub struct Pardon(Arc<AtomicUsize>);
+
+impl Pardon {
+    /// Holds until what is given is dropped.
+    pub(super) fn hold(&self) -> Pardoned {
+        self.0.fetch_add(1, Ordering::Relaxed);
+        Pardoned(Arc::clone(&self.0))
+    }
+
+    fn is_held(&self) -> bool {
+        self.0.load(Ordering::Relaxed) > 0
+    }
+}
+
+/// See [`Pardon::hold`].
+pub(super) struct Pardoned(Arc<AtomicUsize>);
+
+impl Drop for Pardoned {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// A stream that fails with [`io::ErrorKind::TimedOut`] when nothing moved on it, in either direction, for `patience`, and
+/// no pardon is held.
 pub(super) struct Watched<T> {
     stream: T,
     patience: Duration,
+    pardon: Pardon,
     moved: Instant,
     alarm: Pin<Box<Sleep>>,
 }
 
 impl<T> Watched<T> {
-    pub(super) fn new(stream: T, patience: Duration) -> Self {
+    pub(super) fn new(stream: T, patience: Duration, pardon: Pardon) -> Self {
         Self {
             stream,
             patience,
+            pardon,
             moved: Instant::now(),
             alarm: Box::pin(sleep(patience)),
         }
@@ -35,6 +65,9 @@ impl<T> Watched<T> {
         // The alarm is set anew only when it rings, not for each byte.
         loop {
             ready!(self.alarm.as_mut().poll(context));
+            if self.pardon.is_held() {
+                self.moved = Instant::now();
+            }
             let quiet_until = self.moved + self.patience;
             if quiet_until <= Instant::now() {
                 return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
@@ -104,16 +137,33 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_peer_that_stops_reading_is_given_up() {
         let (ours, theirs) = duplex(16);
-        let mut ours = Watched::new(ours, PATIENCE);
+        let mut ours = Watched::new(ours, PATIENCE, Pardon::default());
         let error = ours.write_all(&[0; 64]).await.unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::TimedOut);
         drop(theirs);
     }
 
     #[tokio::test(start_paused = true)]
+    async fn who_waits_for_somebody_else_is_not_while_that_lasts() {
+        let (ours, theirs) = duplex(16);
+        let pardon = Pardon::default();
+        let mut ours = Watched::new(ours, PATIENCE, pardon.clone());
+        let held = pardon.hold();
+        let reading = tokio::spawn(async move { ours.read_u8().await });
+        sleep(PATIENCE * 10).await;
+        assert!(!reading.is_finished());
+        drop(held);
+        assert_eq!(
+            reading.await.unwrap().unwrap_err().kind(),
+            io::ErrorKind::TimedOut
+        );
+        drop(theirs);
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn a_slow_peer_is_not() {
         let (ours, mut theirs) = duplex(16);
-        let mut ours = Watched::new(ours, PATIENCE);
+        let mut ours = Watched::new(ours, PATIENCE, Pardon::default());
         let writing = tokio::spawn(async move { ours.write_all(&[7; 64]).await });
         for _ in 0..64 {
             sleep(PATIENCE / 2).await;

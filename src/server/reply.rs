@@ -27,6 +27,7 @@ use crate::store::manifests::HeldManifest;
 
 pub(super) use asked::Asked;
 pub(super) use blob::within;
+pub(super) use refusal::not_passed;
 
 const OCTETS: HeaderValue = HeaderValue::from_static("application/octet-stream");
 const JSON: HeaderValue = HeaderValue::from_static("application/json");
@@ -35,6 +36,7 @@ const JSON: HeaderValue = HeaderValue::from_static("application/json");
 pub(super) fn told(outcome: &Outcome) -> (event::Outcome, &'static str) {
     let how = match outcome {
         Outcome::Ping => return (event::Outcome::Local, "ping"),
+        Outcome::Challenged(_) => return (event::Outcome::Local, "challenge"),
         Outcome::ManifestHead { .. } => return (event::Outcome::Miss, "head"),
         Outcome::Passed(_) => return (event::Outcome::Miss, Reason::Passed.name()),
         Outcome::Refused(refused) => return (event::Outcome::Refused, refused.refusal.name()),
@@ -58,6 +60,7 @@ pub(super) fn answer(outcome: Outcome, asked: &Asked, front: &Front, store: &Arc
             sized(&mut response, 2, asked.head);
             response
         }
+        Outcome::Challenged(lines) => refusal::challenged(lines, asked),
         Outcome::Manifest(manifest, how) => manifest_answer(&manifest, how, asked),
         Outcome::ManifestHead {
             digest,

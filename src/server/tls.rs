@@ -3,6 +3,7 @@
 //! Keys are files of mode 0600; a wider one stops the start, because a CA key that others can read lets them be any
 //! registry to every host that trusts it.
 
+use std::collections::HashSet;
 use std::io;
 use std::net::IpAddr;
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
@@ -11,20 +12,24 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use rcgen::{
-    BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
-    KeyUsagePurpose,
+    BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, GeneralSubtree, IsCa, Issuer,
+    KeyPair, KeyUsagePurpose, NameConstraints,
 };
 use rustls::ServerConfig;
 use rustls::client::WebPkiServerVerifier;
 use rustls::client::danger::ServerCertVerifier;
 use rustls::crypto::CryptoProvider;
+use rustls::server::{Acceptor, ResolvesServerCert};
+use rustls::sign::CertifiedKey;
 use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
-use tokio::net::TcpStream;
-use tokio_rustls::TlsAcceptor;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_rustls::server::TlsStream;
+use tokio_rustls::{LazyConfigAcceptor, TlsAcceptor};
 
-use crate::config::{OwnCertificate, Tls};
+use super::mint::{Authority, ByName, Mint, MintError, Only};
+use crate::clock::Clock;
+use crate::config::Tls;
 
 const CA_DAYS: u64 = 3_650;
 const SERVER_DAYS: u64 = 825;
@@ -77,31 +82,104 @@ pub enum TlsError {
 /// Speaks TLS with clients.
 pub struct ServerTls {
     acceptor: TlsAcceptor,
+    mint: Option<Arc<Mint>>,
+}
+
+/// What a client showed of itself in the handshake.
+pub(super) struct Shaken<S> {
+    pub(super) stream: TlsStream<S>,
+    /// The name it asked for, in lower case.
+    pub(super) server_name: Option<Arc<str>>,
 }
 
 impl ServerTls {
-    /// Makes what is missing and loads the rest. `addresses` are those listened on, for the certificate's names.
-    pub fn prepare(tls: &Tls, addresses: &[IpAddr], now: SystemTime) -> Result<Self, TlsError> {
-        let (chain, key) = match &tls.own {
-            Some(OwnCertificate { certificate, key }) => (read_chain(certificate)?, read_key(key)?),
-            None => Folder { path: &tls.folder }.server(&names(tls, addresses), now)?,
+    /// Makes what is missing and loads the rest. `addresses` are those listened on, for the certificate's names; `hosts`
+    /// those of the upstreams, without ports, for which certificates are made when they are asked for.
+    pub fn prepare(
+        tls: &Tls,
+        addresses: &[IpAddr],
+        hosts: HashSet<String>,
+        clock: Clock,
+    ) -> Result<Self, TlsError> {
+        let now = clock.now();
+        let folder = Folder {
+            path: &tls.folder,
+            constrained: tls.constrained,
         };
-        let mut config = ServerConfig::builder_with_provider(provider())
-            .with_safe_default_protocol_versions()?
-            .with_no_client_auth()
-            .with_single_cert(chain, key)?;
-        config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
+        let own_names = names(tls, addresses);
+        let authority = folder.authority(&own_names, &hosts, now);
+        let (chain, key, authority) = match (&tls.own, authority) {
+            (Some(own), authority) => {
+                let authority = match authority {
+                    // Brought certificates serve a cache whose folder cannot be written to; only a CA is missing then.
+                    Err(error @ TlsError::File { .. }) => {
+                        tracing::warn!(%error, "there is no CA, so no registry's own name can be served");
+                        None
+                    }
+                    authority => Some(authority?),
+                };
+                (read_chain(&own.certificate)?, read_key(&own.key)?, authority)
+            }
+            (None, authority) => {
+                let authority = authority?;
+                let (chain, key) = folder.server(&authority, &own_names, now)?;
+                (chain, key, Some(authority))
+            }
+        };
+        let own = Arc::new(CertifiedKey::from_der(chain, key, &provider())?);
+        let mint = authority.map(|authority| Arc::new(Mint::new(authority, provider(), clock)));
+        let by_name = ByName::new(own, mint.clone(), hosts);
         Ok(Self {
-            acceptor: TlsAcceptor::from(Arc::new(config)),
+            acceptor: TlsAcceptor::from(Arc::new(server_config(Arc::new(by_name))?)),
+            mint,
         })
     }
 
     /// Shakes hands.
-    pub(super) async fn accept(&self, stream: TcpStream) -> io::Result<TlsStream<TcpStream>> {
-        let mut stream = self.acceptor.accept(stream).await?;
-        stream.get_mut().1.set_buffer_limit(Some(WRITE_BUFFER_BYTES_MAX));
-        Ok(stream)
+    pub(super) async fn accept<S: AsyncRead + AsyncWrite + Unpin>(&self, stream: S) -> io::Result<Shaken<S>> {
+        Ok(shaken(self.acceptor.accept(stream).await?))
     }
+
+    /// Shakes hands with a client that asked for `host` by `CONNECT`, whether or not its TLS names it again.
+    pub(super) async fn accept_as<S: AsyncRead + AsyncWrite + Unpin>(
+        &self,
+        host: &str,
+        stream: S,
+    ) -> io::Result<Shaken<S>> {
+        let start = LazyConfigAcceptor::new(Acceptor::default(), stream).await?;
+        let config = if start.client_hello().server_name().is_some() {
+            Arc::clone(self.acceptor.config())
+        } else {
+            let leaf = self.leaf(host).map_err(io::Error::other)?;
+            Arc::new(server_config(Arc::new(Only(leaf))).map_err(io::Error::other)?)
+        };
+        Ok(shaken(start.into_stream(config).await?))
+    }
+
+    /// The certificate for a host of an upstream, or why there is none.
+    pub(super) fn leaf(&self, host: &str) -> Result<Arc<CertifiedKey>, MintError> {
+        match &self.mint {
+            Some(mint) => mint.leaf(host),
+            None => Err(MintError::Failed(host.into(), "there is no CA".to_owned())),
+        }
+    }
+}
+
+/// TLS 1.2 and 1.3 with the provider's suites, all of them with forward secrecy and authenticated encryption.
+fn server_config(certificates: Arc<dyn ResolvesServerCert>) -> Result<ServerConfig, rustls::Error> {
+    let mut config = ServerConfig::builder_with_provider(provider())
+        .with_safe_default_protocol_versions()?
+        .with_no_client_auth()
+        .with_cert_resolver(certificates);
+    config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
+    Ok(config)
+}
+
+fn shaken<S>(mut stream: TlsStream<S>) -> Shaken<S> {
+    let session = stream.get_mut().1;
+    session.set_buffer_limit(Some(WRITE_BUFFER_BYTES_MAX));
+    let server_name = session.server_name().map(|name| name.to_ascii_lowercase().into());
+    Shaken { stream, server_name }
 }
 
 fn provider() -> Arc<CryptoProvider> {
@@ -134,42 +212,77 @@ fn names(tls: &Tls, addresses: &[IpAddr]) -> Vec<String> {
 /// `certs/`: `ca.pem`, `ca.key`, `server.pem`, `server.key`.
 struct Folder<'a> {
     path: &'a Path,
+    /// Whether a CA that is made may vouch only for the names known now.
+    constrained: bool,
 }
 
 type ChainAndKey = (Vec<CertificateDer<'static>>, PrivateKeyDer<'static>);
 
 impl Folder<'_> {
-    fn server(&self, names: &[String], now: SystemTime) -> Result<ChainAndKey, TlsError> {
-        std::fs::create_dir_all(self.path).map_err(|error| TlsError::File {
-            deed: "cannot make the folder",
-            path: self.path.into(),
-            error,
-        })?;
+    fn server(
+        &self,
+        authority: &Authority,
+        names: &[String],
+        now: SystemTime,
+    ) -> Result<ChainAndKey, TlsError> {
         let (certificate, key) = (self.path.join("server.pem"), self.path.join("server.key"));
-        let ca = self.authority(now)?;
-        let ca_certificate = read_chain(&self.path.join("ca.pem"))?;
+        let names = &self.vouched(authority, names, now)?;
         if certificate.exists() && key.exists() {
             let chain = read_chain(&certificate)?;
-            if good_until(&ca_certificate, &chain, names, now + RENEW_BEFORE) {
+            if good_until(&authority.certificate, &chain, names, now + RENEW_BEFORE) {
                 return Ok((chain, read_key(&key)?));
             }
             tracing::info!("the server certificate lacks a name or ends soon; it is made anew");
         }
-        let mut params = CertificateParams::new(names.to_vec())?;
-        params.distinguished_name.push(DnType::CommonName, "ifnewer");
-        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
-        params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
-        params.use_authority_key_identifier_extension = true;
-        lasting(&mut params, now, SERVER_DAYS);
         let server_key = KeyPair::generate()?;
-        let server = params.signed_by(&server_key, &ca)?;
+        let server = server_params(names, now)?.signed_by(&server_key, &authority.issuer)?;
         write(&key, &server_key.serialize_pem(), 0o600)?;
         write(&certificate, &server.pem(), 0o644)?;
         Ok((read_chain(&certificate)?, read_key(&key)?))
     }
 
+    /// Those of `names` for which the CA may vouch. With one that it may not, a client would take none of them.
+    fn vouched(
+        &self,
+        authority: &Authority,
+        names: &[String],
+        now: SystemTime,
+    ) -> Result<Vec<String>, TlsError> {
+        let key = KeyPair::generate()?;
+        let mut vouched = Vec::new();
+        for name in names {
+            let one = std::slice::from_ref(name);
+            let chain = vec![
+                server_params(one, now)?
+                    .signed_by(&key, &authority.issuer)?
+                    .der()
+                    .clone(),
+            ];
+            if good_until(&authority.certificate, &chain, one, now) {
+                vouched.push(name.clone());
+            } else {
+                tracing::warn!(
+                    name, ca = %self.path.join("ca.pem").display(),
+                    "the CA was made before this name was known and may not vouch for it; run `ifnewer ca rotate`, reload, and \
+                     have clients trust the new one"
+                );
+            }
+        }
+        Ok(vouched)
+    }
+
     /// The CA: made once, then always the same, because hosts have been told to trust it.
-    fn authority(&self, now: SystemTime) -> Result<Issuer<'static, KeyPair>, TlsError> {
+    fn authority(
+        &self,
+        names: &[String],
+        hosts: &HashSet<String>,
+        now: SystemTime,
+    ) -> Result<Authority, TlsError> {
+        std::fs::create_dir_all(self.path).map_err(|error| TlsError::File {
+            deed: "cannot make the folder",
+            path: self.path.into(),
+            error,
+        })?;
         let (certificate, key) = (self.path.join("ca.pem"), self.path.join("ca.key"));
         let mut params = CertificateParams::default();
         params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
@@ -178,31 +291,67 @@ impl Folder<'_> {
             .distinguished_name
             .push(DnType::CommonName, "ifnewer local CA");
         params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
-        if key.exists() {
+        let pair = if key.exists() {
             check_mode(&key)?;
             let text = std::fs::read_to_string(&key).map_err(|error| TlsError::File {
                 deed: "cannot read",
                 path: key.clone(),
                 error,
             })?;
-            let pair = KeyPair::from_pem(&text).map_err(|error| malformed(&key, "a private key", &error))?;
-            return Ok(Issuer::new(params, pair));
-        }
-        lasting(&mut params, now, CA_DAYS);
-        let pair = KeyPair::generate()?;
-        let ca = params.self_signed(&pair)?;
-        write(&key, &pair.serialize_pem(), 0o600)?;
-        write(&certificate, &ca.pem(), 0o644)?;
-        tracing::info!(
-            "made a CA: {} (clients that verify TLS must trust it)",
-            certificate.display()
-        );
-        Ok(Issuer::new(params, pair))
+            KeyPair::from_pem(&text).map_err(|error| malformed(&key, "a private key", &error))?
+        } else {
+            lasting(&mut params, now, CA_DAYS);
+            params.name_constraints = self.constrained.then(|| constraints(names, hosts));
+            let pair = KeyPair::generate()?;
+            let ca = params.self_signed(&pair)?;
+            write(&key, &pair.serialize_pem(), 0o600)?;
+            write(&certificate, &ca.pem(), 0o644)?;
+            tracing::info!(
+                "made a CA: {} (clients that verify TLS must trust it)",
+                certificate.display()
+            );
+            pair
+        };
+        Ok(Authority {
+            issuer: Issuer::new(params, pair),
+            certificate: read_chain(&certificate)?,
+        })
     }
 }
 
+/// RFC 5280 §4.2.1.10: with these, whoever steals the CA's key can be the cache and its upstreams, but not a bank.
+/// Addresses are left free, because those of a machine change.
+fn constraints(names: &[String], hosts: &HashSet<String>) -> NameConstraints {
+    let is_name = |name: &&String| name.parse::<IpAddr>().is_err();
+    let mut permitted: Vec<_> = names
+        .iter()
+        .map(|name| {
+            name.strip_prefix("*.")
+                .map_or_else(|| name.clone(), str::to_owned)
+        })
+        .chain(hosts.iter().cloned())
+        .collect();
+    permitted.retain(|name| is_name(&name));
+    permitted.sort();
+    permitted.dedup();
+    NameConstraints {
+        permitted_subtrees: permitted.into_iter().map(GeneralSubtree::DnsName).collect(),
+        excluded_subtrees: Vec::new(),
+    }
+}
+
+fn server_params(names: &[String], now: SystemTime) -> Result<CertificateParams, TlsError> {
+    let mut params = CertificateParams::new(names.to_vec())?;
+    params.distinguished_name.push(DnType::CommonName, "ifnewer");
+    params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
+    params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+    params.use_authority_key_identifier_extension = true;
+    lasting(&mut params, now, SERVER_DAYS);
+    Ok(params)
+}
+
 /// From a day ago, for clients whose clock is behind.
-fn lasting(params: &mut CertificateParams, now: SystemTime, days: u64) {
+pub(super) fn lasting(params: &mut CertificateParams, now: SystemTime, days: u64) {
     let day = Duration::from_secs(86_400);
     let date = |at: SystemTime| {
         let text = humantime::format_rfc3339_seconds(at).to_string();
@@ -221,7 +370,7 @@ fn lasting(params: &mut CertificateParams, now: SystemTime, days: u64) {
     params.not_after = date(now + day * u32::try_from(days).unwrap_or(u32::MAX));
 }
 
-fn good_until(
+pub(super) fn good_until(
     ca: &[CertificateDer<'static>],
     chain: &[CertificateDer<'static>],
     names: &[String],

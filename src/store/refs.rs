@@ -87,7 +87,12 @@ impl Refs {
         if let Some(record) = self.ready.get(key) {
             return Ok(Some(record));
         }
-        let Some(loaded) = self.load(key)? else {
+        let loaded = {
+            // Not while it is being removed: what was read before would be known again after.
+            let _reading = self.writing(&key.path());
+            self.load(key)?
+        };
+        let Some(loaded) = loaded else {
             return Ok(None);
         };
         if !loaded.has_file || !loaded.is_indexed {
@@ -178,6 +183,7 @@ impl Refs {
 
     fn remove(&self, key: &TagKey) -> Result<bool, Fault> {
         let path = key.path();
+        let _writing = self.writing(&path);
         let was_ready = self.ready.remove(key).is_some();
         self.index.remove(key.to_index());
         let had_file = self.usage.removing(Kind::Tag, &path, || {

@@ -5,6 +5,7 @@
 //! ```text
 //! repository <upstream> <repository> <checksum>
 //! <digest> <checksum>
+//! gone <digest> <checksum>
 //! public <seconds since 1970> <checksum>
 //! private <checksum>
 //! ```
@@ -60,6 +61,11 @@ impl Store {
     /// Keeps the proof that the upstream has `digest` in this repository. Written once for each.
     pub fn note_seen(&self, upstream: &str, repository: &Repository, digest: &Digest) -> Result<(), Fault> {
         self.seen.note(upstream, repository, digest)
+    }
+
+    /// The upstream no longer has `digest` in this repository: it was deleted there.
+    pub fn note_gone(&self, upstream: &str, repository: &Repository, digest: &Digest) -> Result<(), Fault> {
+        self.seen.note_gone(upstream, repository, digest)
     }
 
     /// When the repository was last proven readable by anyone, if that still holds.
@@ -194,6 +200,14 @@ impl SeenFiles {
         self.append(&place, &seen, &digest.to_string())
     }
 
+    fn note_gone(&self, upstream: &str, repository: &Repository, digest: &Digest) -> Result<(), Fault> {
+        let seen = self.known_or_loaded(upstream, repository)?;
+        if !seen.write(|seen| seen.digests.remove(digest)) {
+            return Ok(());
+        }
+        self.append(&Place::of(upstream, repository), &seen, &format!("gone {digest}"))
+    }
+
     fn note_public(
         &self,
         upstream: &str,
@@ -260,6 +274,11 @@ impl Seen {
                     .parse()
                     .ok()
                     .map(|seconds: u64| from_millis(seconds.saturating_mul(1000)));
+            }
+            Some(("gone", digest)) => {
+                if let Ok(digest) = digest.parse() {
+                    self.digests.remove(&digest);
+                }
             }
             None if content == "private" => self.public = None,
             None => {

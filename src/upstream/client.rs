@@ -35,7 +35,7 @@ const READ_BYTES_MAX: usize = 256 * 1024;
 /// How long a connection waits for its next request.
 const POOL_IDLE: Duration = Duration::from_secs(60);
 /// Connections kept waiting per host.
-const POOL_IDLE_MAX: usize = 32;
+pub(super) const POOL_IDLE_MAX: usize = 32;
 /// h2 flow control windows: one stream fills a 1 Gbit/s line at 30 ms.
 const STREAM_WINDOW_BYTES: u32 = 4 * 1024 * 1024;
 const CONNECTION_WINDOW_BYTES: u32 = 16 * 1024 * 1024;
@@ -88,6 +88,11 @@ impl Http {
             fresh: client(line.clone(), 0),
             line,
         }
+    }
+
+    /// The way out that its connections take.
+    pub(super) fn line(&self) -> &Line {
+        &self.line
     }
 
     /// Sends a request and follows redirects until something else is answered.
@@ -169,7 +174,12 @@ impl Http {
     }
 }
 
-fn client(line: Line, idle_max: usize) -> Client<Line, Full<Bytes>> {
+/// A client over `line` that keeps at most `idle_max` unused connections for each host.
+pub(super) fn client<B>(line: Line, idle_max: usize) -> Client<Line, B>
+where
+    B: http_body::Body + Send,
+    B::Data: Send,
+{
     Client::builder(TokioExecutor::new())
         .timer(TokioTimer::new())
         .pool_timer(TokioTimer::new())
@@ -220,7 +230,7 @@ fn redirect(request: &Request, status: StatusCode, headers: &HeaderMap) -> Resul
 }
 
 /// The reason behind an error of hyper's, however deep it lies.
-fn cause_of(error: &(dyn Error + 'static)) -> Cause {
+pub(super) fn cause_of(error: &(dyn Error + 'static)) -> Cause {
     let mut next = Some(error);
     let mut cause = Cause::Reset;
     while let Some(one) = next {

@@ -79,6 +79,19 @@ impl Line {
         })))
     }
 
+    /// The bare bytes to the host and port of `to`, which no limit of this line's own upstream concerns; no nearer than
+    /// `nearest`.
+    pub(super) async fn raw(&self, to: &Uri, nearest: Zone) -> Result<Box<dyn Stream>, DialError> {
+        let reached = tokio::time::timeout(self.0.patience, self.0.reach(to, nearest)).await;
+        let (stream, _) = reached.unwrap_or_else(|_| Err(Cause::ConnectTimeout.into()))?;
+        Ok(stream)
+    }
+
+    /// The nearest zone that this line's own upstream turned out to be in.
+    pub(super) fn nearest(&self) -> Zone {
+        self.0.nearest()
+    }
+
     /// What an HTTP proxy wants to see on a plain request to `destination` that it forwards.
     pub(super) fn proxy_authorization(&self, destination: &Uri) -> Option<HeaderValue> {
         match self.0.routes.to(destination) {
@@ -95,6 +108,10 @@ impl Inner {
         if self.is_own(to) || to.host().is_some_and(named) {
             return Zone::Link;
         }
+        self.nearest()
+    }
+
+    fn nearest(&self) -> Zone {
         let nearest = self.nearest.load(Ordering::Relaxed);
         [Zone::Public, Zone::Private, Zone::Loopback, Zone::Link]
             .into_iter()
@@ -118,17 +135,17 @@ impl Inner {
         Ok(stream)
     }
 
-    async fn connect(self: Arc<Self>, to: Uri) -> Result<Wire, DialError> {
-        let limit = self.limit(&to);
-        let route = self.routes.to(&to);
+    /// The stream to `to`, before TLS, and whether it is an HTTP proxy's that wants the absolute form.
+    async fn reach(self: &Arc<Self>, to: &Uri, limit: Zone) -> Result<(Box<dyn Stream>, bool), DialError> {
+        let route = self.routes.to(to);
         if !matches!(route, Route::Direct)
             && to.host().and_then(address).is_some_and(|ip| Zone::of(ip) > limit)
         {
             return Err(Cause::Redirects.into());
         }
-        let leg = Leg(Arc::clone(&self));
-        let (stream, forwarded) = match route {
-            Route::Direct => (self.dial(&to, limit).await?, false),
+        let leg = Leg(Arc::clone(self));
+        Ok(match route {
+            Route::Direct => (self.dial(to, limit).await?, false),
             Route::Forward(proxy) => (leg.clone().call(proxy.uri).await?.into_inner(), true),
             Route::Tunnel(proxy) => {
                 let mut tunnel = Tunnel::new(proxy.uri, leg);
@@ -154,7 +171,11 @@ impl Inner {
                     false,
                 )
             }
-        };
+        })
+    }
+
+    async fn connect(self: Arc<Self>, to: Uri) -> Result<Wire, DialError> {
+        let (stream, forwarded) = self.reach(&to, self.limit(&to)).await?;
         if to.scheme_str() != Some("https") {
             return Ok(Wire {
                 io: TokioIo::new(stream),

@@ -89,6 +89,22 @@ impl Origin {
             .ok()
     }
 
+    /// The URI of `path_and_query` at this origin, beside the prefix: for what is not the registry's API.
+    pub(super) fn join_root(&self, path_and_query: &str) -> Option<Uri> {
+        let root = Origin {
+            prefix: String::new(),
+            ..self.clone()
+        };
+        root.join(path_and_query)
+    }
+
+    /// The path and query of `uri` as a client of ours would write them, if `uri` is of this origin.
+    pub(super) fn strip<'a>(&self, uri: &'a Uri) -> Option<&'a str> {
+        let own = self.join("/")?;
+        let path = uri.path_and_query()?.as_str();
+        same_origin(&own, uri).then_some(path.strip_prefix(self.prefix.as_str()).unwrap_or(path))
+    }
+
     /// Whether the connection is in plain text.
     pub fn is_plain(&self) -> bool {
         self.scheme == Scheme::HTTP

@@ -82,7 +82,7 @@ fn every_mistake_is_told_with_its_place() {
         ("data = \"~/cache\"", "1:8: `~` is not expanded here"),
         ("[tls]\ncertificate = \"c.pem\"", "2:15: `certificate` without `key`"),
         ("[tls]\nnames = [\"https://cache\"]", "2:10: `https://cache` is not a name for a certificate"),
-        ("[connect]\ntunnel = [\"example.org\"]", "2:10: this version does not tunnel yet"),
+        ("[connect]\ntunnel = [\"https://example.org\"]", "2:11: `https://example.org` is not a host name"),
         // Upstreams.
         ("default_upstream = \"dcker.io\"", "1:20: the upstream `dcker.io` is not configured"),
         ("default_upstream = \"index.docker.io\"", "1:20: the upstream `index.docker.io` is not configured"),

@@ -61,6 +61,24 @@ pub(super) fn answer(refused: &Refused, asked: &Asked) -> Response<Body> {
     response
 }
 
+/// The registry's own challenge, as it would give it.
+pub(super) fn challenged(lines: Vec<HeaderValue>, asked: &Asked) -> Response<Body> {
+    let message = format!("{} wants a credential", asked.upstream());
+    let said = Problem::new(ErrorCode::Unauthorized, message);
+    let mut response = problem(StatusCode::UNAUTHORIZED, &said, asked.head);
+    for line in lines {
+        response.headers_mut().append(WWW_AUTHENTICATE, line);
+    }
+    response
+}
+
+/// The response to a request that the registry was to answer, and did not.
+pub(in crate::server) fn not_passed(upstream: &str, cause: Cause, head: bool) -> Response<Body> {
+    let (status, code) = silence(cause);
+    let message = format!("{upstream} {cause}, and only it can answer this");
+    problem(status, &Problem::new(code, message), head)
+}
+
 /// Each refusal's status, code and sentence. Exhaustive: a new refusal does not compile until it has its own.
 fn refusal(refused: &Refused, asked: &Asked) -> (StatusCode, ErrorCode, String) {
     let answer = refused.answer.as_deref();

@@ -7,6 +7,7 @@ use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
 use bytes::{Bytes, BytesMut};
 use http::{HeaderMap, Request, Response, Uri};
+use http_body::{Frame, SizeHint};
 use http_body_util::{BodyExt as _, Full};
 use hyper::body::Incoming;
 use hyper::client::conn::{http1, http2};
@@ -17,7 +18,8 @@ use std::future::{Future, IntoFuture};
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
-use tokio::io::{AsyncRead, AsyncWrite};
+use std::task::{Context, Poll};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
 type Fault = Box<dyn std::error::Error + Send + Sync>;
@@ -31,7 +33,13 @@ pub struct Ask {
     path: String,
     headers: Vec<(String, String)>,
     body: Bytes,
+    /// The body has no length: chunked, in pieces.
+    chunked: bool,
     tls: Option<(String, Vec<String>)>,
+    server_name: String,
+    connect: Option<String>,
+    /// The CONNECT itself goes over TLS.
+    with_tls_to_proxy: bool,
     checked: bool,
 }
 
@@ -44,7 +52,11 @@ impl Ask {
             path: path.to_owned(),
             headers: Vec::new(),
             body: Bytes::new(),
+            chunked: false,
             tls: None,
+            server_name: "localhost".to_owned(),
+            connect: None,
+            with_tls_to_proxy: false,
             checked: true,
         }
     }
@@ -88,6 +100,12 @@ impl Ask {
         self
     }
 
+    /// With a body of which no length is said.
+    pub fn chunked_body(mut self, body: &[u8]) -> Ask {
+        self.chunked = true;
+        self.body(body)
+    }
+
     /// Over TLS, trusting this CA, offering these protocols.
     pub fn tls(mut self, ca_pem: &str, protocols: &[&str]) -> Ask {
         self.tls = Some((
@@ -95,6 +113,33 @@ impl Ask {
             protocols.iter().map(|name| (*name).to_owned()).collect(),
         ));
         self
+    }
+
+    /// This name in the TLS handshake, and in `Host` unless that is set otherwise.
+    pub fn server_name(mut self, name: &str) -> Ask {
+        name.clone_into(&mut self.server_name);
+        self.named_host(name)
+    }
+
+    /// Within a `CONNECT` to this host and port, over TLS.
+    pub fn through_connect(mut self, target: &str) -> Ask {
+        self.connect = Some(target.to_owned());
+        let host = target.rsplit_once(':').unwrap().0;
+        host.clone_into(&mut self.server_name);
+        self.named_host(target.strip_suffix(":443").unwrap_or(target))
+    }
+
+    /// The `CONNECT` itself is sent over TLS, as to a proxy with an https URL.
+    pub fn with_tls_to_proxy(mut self) -> Ask {
+        self.with_tls_to_proxy = true;
+        self
+    }
+
+    fn named_host(self, host: &str) -> Ask {
+        if self.headers.iter().any(|(name, _)| name == "host") {
+            return self;
+        }
+        self.header("host", host)
     }
 
     /// Not the registry port of the program: no check of the reply.
@@ -173,8 +218,17 @@ impl Ask {
         let Some((ca_pem, protocols)) = &self.tls else {
             return self.over_http1(stream, None).await;
         };
-        let name = ServerName::try_from("localhost")?;
-        let stream = connector(ca_pem, protocols).connect(name, stream).await?;
+        let connector = connector(ca_pem, protocols);
+        let name = ServerName::try_from(self.server_name.clone())?;
+        let mut stream: Box<dyn Stream> = Box::new(stream);
+        if let Some(target) = &self.connect {
+            if self.with_tls_to_proxy {
+                let proxy = connector_with(ca_pem, &[]);
+                stream = Box::new(proxy.connect(ServerName::try_from("localhost")?, stream).await?);
+            }
+            connect(&mut stream, target).await?;
+        }
+        let stream = connector.connect(name, stream).await?;
         if stream.get_ref().1.alpn_protocol() == Some(b"h2") {
             self.over_http2(stream).await
         } else {
@@ -215,12 +269,56 @@ impl Ask {
         Ok(Flow::of(sender.send_request(request).await?, task.abort_handle()))
     }
 
-    fn request(&self, uri: Uri) -> Result<Request<Full<Bytes>>, Fault> {
+    fn request(&self, uri: Uri) -> Result<Request<Sent>, Fault> {
         let mut request = Request::builder().method(self.method.as_str()).uri(uri);
         for (name, value) in &self.headers {
             request = request.header(name, value);
         }
-        Ok(request.body(Full::new(self.body.clone()))?)
+        let body = if self.chunked {
+            Sent::Pieces(self.body.clone())
+        } else {
+            Sent::Whole(Full::new(self.body.clone()))
+        };
+        Ok(request.body(body)?)
+    }
+}
+
+/// The body of a request.
+enum Sent {
+    Whole(Full<Bytes>),
+    Pieces(Bytes),
+}
+
+impl http_body::Body for Sent {
+    type Data = Bytes;
+    type Error = std::convert::Infallible;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
+        match self.get_mut() {
+            Sent::Whole(whole) => Pin::new(whole).poll_frame(context),
+            Sent::Pieces(rest) if rest.is_empty() => Poll::Ready(None),
+            Sent::Pieces(rest) => {
+                let piece = rest.split_to(rest.len().min(64 * 1024));
+                Poll::Ready(Some(Ok(Frame::data(piece))))
+            }
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match self {
+            Sent::Whole(whole) => whole.is_end_stream(),
+            Sent::Pieces(_) => false,
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match self {
+            Sent::Whole(whole) => whole.size_hint(),
+            Sent::Pieces(_) => SizeHint::default(),
+        }
     }
 }
 
@@ -231,6 +329,30 @@ impl IntoFuture for Ask {
     fn into_future(self) -> Self::IntoFuture {
         Box::pin(self.into_reply())
     }
+}
+
+trait Stream: AsyncRead + AsyncWrite + Unpin + Send {}
+impl<T: AsyncRead + AsyncWrite + Unpin + Send> Stream for T {}
+
+/// Asks for a tunnel; the fault is the reply where it is not given.
+async fn connect(stream: &mut (impl AsyncRead + AsyncWrite + Unpin), target: &str) -> Result<(), Fault> {
+    let request = format!("CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n\r\n");
+    stream.write_all(request.as_bytes()).await?;
+    let mut reply = Vec::new();
+    while !reply.ends_with(b"\r\n\r\n") {
+        reply.push(stream.read_u8().await?);
+    }
+    let reply = String::from_utf8(reply)?;
+    if reply.starts_with("HTTP/1.1 200 ") {
+        Ok(())
+    } else {
+        Err(reply.into())
+    }
+}
+
+fn connector_with(ca_pem: &str, protocols: &[&str]) -> tokio_rustls::TlsConnector {
+    let protocols: Vec<String> = protocols.iter().map(|name| (*name).to_owned()).collect();
+    connector(ca_pem, &protocols)
 }
 
 fn connector(ca_pem: &str, protocols: &[String]) -> tokio_rustls::TlsConnector {
@@ -302,7 +424,7 @@ impl Drop for Flow {
 
 /// One connection, several requests: HTTP/1.1 keep-alive.
 pub struct Session {
-    sender: http1::SendRequest<Full<Bytes>>,
+    sender: http1::SendRequest<Sent>,
     address: SocketAddr,
 }
 
@@ -310,6 +432,16 @@ impl Session {
     /// Opens the connection.
     pub async fn open(address: SocketAddr) -> Session {
         let stream = TcpStream::connect(address).await.unwrap();
+        let (sender, connection) = http1::handshake(TokioIo::new(stream)).await.unwrap();
+        tokio::spawn(connection);
+        Session { sender, address }
+    }
+
+    /// Opens the connection over TLS, trusting this CA.
+    pub async fn open_tls(address: SocketAddr, ca_pem: &str) -> Session {
+        let stream = TcpStream::connect(address).await.unwrap();
+        let name = ServerName::try_from("localhost").unwrap();
+        let stream = connector(ca_pem, &[]).connect(name, stream).await.unwrap();
         let (sender, connection) = http1::handshake(TokioIo::new(stream)).await.unwrap();
         tokio::spawn(connection);
         Session { sender, address }

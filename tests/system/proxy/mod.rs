@@ -12,7 +12,7 @@ mod setup;
 
 pub use client::{Ask, Session};
 pub use program::Program;
-pub use raw::raw;
+pub use raw::{RawReply, raw};
 pub use reply::Reply;
 pub use setup::{Setup, files_below};
 

@@ -18,15 +18,33 @@ pub struct Program {
 impl Program {
     /// Starts the binary with an environment of nothing but `HOME`, `PATH` and what is given.
     pub fn start(arguments: &[&str], home: &Path, environment: &[(String, String)]) -> Program {
-        let mut child = Command::new(env!("CARGO_BIN_EXE_ifnewer"))
+        let mut command = Command::new(env!("CARGO_BIN_EXE_ifnewer"));
+        command
             .args(arguments)
+            .envs(environment.iter().map(|(name, value)| (name, value)));
+        Program::spawn(command, home)
+    }
+
+    /// Starts what becomes the binary after some preparation.
+    pub fn start_with(starter: &str, arguments: &[&str], home: &Path) -> Program {
+        let mut command = Command::new(starter);
+        command.args(arguments);
+        Program::spawn(command, home)
+    }
+
+    fn spawn(mut command: Command, home: &Path) -> Program {
+        let given: Vec<_> = command
+            .get_envs()
+            .filter_map(|(name, value)| Some((name.to_owned(), value?.to_owned())))
+            .collect();
+        let mut child = command
             .current_dir(home)
             .env_clear()
             .env("HOME", home)
             .env("PATH", "/usr/bin:/bin")
             .env("IFNEWER_LOG", "info,ifnewer=debug")
             .env("RUST_BACKTRACE", "1")
-            .envs(environment.iter().map(|(name, value)| (name, value)))
+            .envs(given)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
@@ -52,6 +70,12 @@ impl Program {
             Some(line) => line[prefix.len()..].trim().parse().unwrap(),
             None => panic!("it ended before `{prefix}`"),
         }
+    }
+
+    /// Waits until it says so on standard output.
+    pub async fn prints(&self, part: &str) -> String {
+        let line = self.stdout.find(part, |line| line.contains(part)).await;
+        line.unwrap_or_else(|| panic!("it ended before it printed `{part}`"))
     }
 
     /// Waits until it says so on standard error.

@@ -320,6 +320,13 @@ impl Upstream {
         gate
     }
 
+    /// The bodies of these answers are held before their first byte; what they say is settled by then.
+    pub fn holds_bodies(&self, which: impl Fn(&Seen) -> bool + Send + Sync + 'static) -> Gate {
+        let gate = Gate::new();
+        self.turn(|faults| faults.held_bodies.push((Arc::new(which), 0, gate.clone())));
+        gate
+    }
+
     /// The answers to these requests are held before their first byte.
     pub fn holds_answers(&self, which: impl Fn(&Seen) -> bool + Send + Sync + 'static) -> Gate {
         let gate = Gate::new();

@@ -13,6 +13,7 @@ mod rights;
 mod selftest;
 mod serve;
 mod tls;
+mod writes;
 
 pub use gate::Gate;
 pub use image::{Blob, DOCKER_LIST, DOCKER_MANIFEST, Image, OCI_INDEX, OCI_MANIFEST, noise, sha256, sha512};
@@ -102,6 +103,7 @@ struct State {
     rights: Rights,
     connections: Vec<AbortHandle>,
     connections_seen: usize,
+    uploads: writes::Uploads,
     bytes_sent: u64,
     tls: Option<Arc<rustls::ServerConfig>>,
 }

@@ -2,7 +2,7 @@
 
 use super::body::{Piped, Plan};
 use super::faults::{BadConnection, DigestHeader, Instead, Redirect};
-use super::{Seen, Shared, State, lists};
+use super::{Seen, Shared, State, lists, writes};
 use bytes::Bytes;
 use http::header::{ACCEPT_RANGES, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, LOCATION, RETRY_AFTER};
 use http::{HeaderValue, Method, Request, Response, StatusCode};
@@ -121,7 +121,17 @@ async fn answer(shared: Arc<Shared>, request: Request<Incoming>) -> Result<Respo
     if let Some(gate) = gate {
         gate.pass().await;
     }
-    Ok(route(&shared, &seen))
+    let is_write = !matches!(seen.method.as_str(), "GET" | "HEAD") || seen.path.contains("/blobs/uploads/");
+    match repository(&seen.path).filter(|_| is_write) {
+        None => Ok(route(&shared, &seen)),
+        Some(name) => {
+            if let Some(response) = denied(&shared, &seen, Some(name)) {
+                return Ok(response);
+            }
+            let rest = &seen.path["/v2/".len() + name.len()..];
+            Ok(writes::write(&shared, &seen, name, rest, request.into_body()).await)
+        }
+    }
 }
 
 fn route(shared: &Arc<Shared>, seen: &Seen) -> Response<Piped> {
@@ -141,13 +151,7 @@ fn route(shared: &Arc<Shared>, seen: &Seen) -> Response<Piped> {
         return storage(shared, seen, digest);
     }
     let name = repository(path);
-    if let Err(denial) = shared.state(|state| state.rights.check(&shared.base, seen, name)) {
-        let mut response = failed(shared, seen, denial.status.as_u16(), denial.code);
-        for challenge in denial.challenges {
-            response
-                .headers_mut()
-                .append("www-authenticate", challenge.parse().unwrap());
-        }
+    if let Some(response) = denied(shared, seen, name) {
         return response;
     }
     let Some(name) = name else {
@@ -164,12 +168,6 @@ fn route(shared: &Arc<Shared>, seen: &Seen) -> Response<Piped> {
         };
     };
     let rest = &path["/v2/".len() + name.len()..];
-    if !matches!(seen.method.as_str(), "GET" | "HEAD") {
-        return Response::builder()
-            .status(StatusCode::ACCEPTED)
-            .body(Piped::empty())
-            .unwrap();
-    }
     if let Some(reference) = rest.strip_prefix("/manifests/") {
         manifest(shared, seen, name, reference)
     } else if let Some(digest) = rest.strip_prefix("/blobs/") {
@@ -179,6 +177,20 @@ fn route(shared: &Arc<Shared>, seen: &Seen) -> Response<Piped> {
     } else {
         lists::tags(shared, seen, name)
     }
+}
+
+/// The refusal of a request without the right it needs.
+fn denied(shared: &Arc<Shared>, seen: &Seen, name: Option<&str>) -> Option<Response<Piped>> {
+    let denial = shared
+        .state(|state| state.rights.check(&shared.base, seen, name))
+        .err()?;
+    let mut response = failed(shared, seen, denial.status.as_u16(), denial.code);
+    for challenge in denial.challenges {
+        response
+            .headers_mut()
+            .append("www-authenticate", challenge.parse().unwrap());
+    }
+    Some(response)
 }
 
 fn manifest(shared: &Arc<Shared>, seen: &Seen, name: &str, reference: &str) -> Response<Piped> {

@@ -1,0 +1,146 @@
+//! How the registry itself answers `/v2/`: with its own challenge, byte for byte, also while it is silent.
+//!
+//! For clients that believe to speak with the registry. Docker, podman and crane learn only there how to authenticate, and
+//! what they learn is the registry's: they get their tokens where it says, and bring us those.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use http::{HeaderMap, HeaderValue, Uri, header};
+use tokio::task::spawn_blocking;
+
+use super::manifest::refused;
+use super::{Outcome, Pull, Request, Site};
+use crate::oci::challenge::Challenge;
+use crate::oci::{Accept, Operation};
+use crate::policy::Refusal;
+use crate::store::challenges::KeptChallenge;
+use crate::upstream::Answer;
+
+/// A challenge this old is asked for again. Registries change theirs once in years.
+const RENEW_AFTER: Duration = Duration::from_secs(600);
+
+/// How long the registry is waited for where an older challenge will do.
+const BUDGET: Duration = Duration::from_secs(2);
+
+/// The port of a realm that names none.
+const HTTPS: u16 = 443;
+
+impl Pull {
+    /// What the registry answers to who has no credential.
+    pub async fn knock(self: &Arc<Self>, request: &Request) -> Outcome {
+        if request.site.is_shared() {
+            // Whoever reaches us is entitled, and must not be sent for a credential.
+            return Outcome::Ping;
+        }
+        match self.challenge(&request.site).await {
+            Ok(kept) if kept.lines.is_empty() => Outcome::Ping,
+            Ok(kept) => {
+                let lines = kept
+                    .lines
+                    .iter()
+                    .filter_map(|line| HeaderValue::from_str(line).ok());
+                Outcome::Challenged(lines.collect())
+            }
+            Err(answer) => refused(Refusal::Silent(answer.cause()), Some(answer), false),
+        }
+    }
+
+    /// Whether the registry sends clients to this host and port for a token. It is asked only if a client of its own is
+    /// here, or anyone could have us ask it.
+    pub async fn is_realm(self: &Arc<Self>, site: &Arc<Site>, host: &str, port: u16) -> bool {
+        let realms = match self.store.challenge(site.name()) {
+            Some(kept) => realms(&kept),
+            None if site.is_visited() => {
+                let challenge = self.challenge(site).await;
+                challenge.map_or_else(|_| Vec::new(), |kept| realms(&kept))
+            }
+            None => Vec::new(),
+        };
+        realms.iter().any(|realm| realm.0 == host && realm.1 == port)
+    }
+
+    /// Sees to it that the challenge is known soon, for a client that does not ask for it but will follow one.
+    pub fn expect_challenge(self: &Arc<Self>, site: &Arc<Site>) {
+        site.visit();
+        if self.store.challenge(site.name()).is_none() {
+            let (pull, site) = (Arc::clone(self), Arc::clone(site));
+            tokio::spawn(async move { pull.challenge(&site).await.is_ok() });
+        }
+    }
+
+    async fn challenge(self: &Arc<Self>, site: &Arc<Site>) -> Result<Arc<KeptChallenge>, Arc<Answer>> {
+        let kept = self.store.challenge(site.name());
+        let now = self.clock.now();
+        let is_fresh = |kept: &Arc<KeptChallenge>| {
+            now.duration_since(kept.given_at)
+                .is_ok_and(|age| age < RENEW_AFTER)
+        };
+        let is_silent = site.upstream().silent_now().is_some();
+        if let Some(kept) = kept.as_ref().filter(|kept| is_fresh(kept) || is_silent) {
+            return Ok(Arc::clone(kept));
+        }
+        let flight = self.challenges.share(site.name().into(), || {
+            let (pull, site) = (Arc::clone(self), Arc::clone(site));
+            async move { pull.ask_for_challenge(&site).await }
+        });
+        let answer = match &kept {
+            Some(_) => tokio::time::timeout(BUDGET, flight.landed()).await.ok().flatten(),
+            None => flight.landed().await,
+        };
+        match (answer, kept) {
+            (Some(Ok(new)), _) => Ok(new),
+            (_, Some(kept)) => Ok(kept),
+            (Some(Err(answer)), None) => Err(answer),
+            (None, None) => Err(Arc::new(Answer::silent(crate::oci::Cause::Busy))),
+        }
+    }
+
+    async fn ask_for_challenge(&self, site: &Arc<Site>) -> Result<Arc<KeptChallenge>, Arc<Answer>> {
+        let caller = self.principals.stranger();
+        let asked = site
+            .upstream()
+            .get(&caller, &Operation::Ping, &Accept::any(), None)
+            .await;
+        let lines = match asked {
+            Ok(_) => Vec::new(),
+            Err(answer) if !answer.challenge.is_empty() => answer
+                .challenge
+                .iter()
+                .filter_map(|line| line.to_str().ok().map(str::to_owned))
+                .collect(),
+            Err(answer) => return Err(Arc::new(answer)),
+        };
+        let kept = KeptChallenge {
+            lines,
+            given_at: self.clock.now(),
+        };
+        let (store, site, challenge) = (Arc::clone(&self.store), Arc::clone(site), kept.clone());
+        let done = spawn_blocking(move || store.keep_challenge(site.name(), challenge)).await;
+        super::asking::report(done, "keep a registry's challenge");
+        Ok(Arc::new(kept))
+    }
+}
+
+/// Where a challenge sends clients: hosts in lower case, without brackets, and ports. Only by https.
+fn realms(kept: &KeptChallenge) -> Vec<(String, u16)> {
+    let mut headers = HeaderMap::new();
+    for line in &kept.lines {
+        if let Ok(value) = HeaderValue::from_str(line) {
+            headers.append(header::WWW_AUTHENTICATE, value);
+        }
+    }
+    let realm = |challenge: &Challenge| {
+        let Challenge::Bearer { realm, .. } = challenge else {
+            return None;
+        };
+        let uri: Uri = realm.parse().ok()?;
+        let host = uri.host().filter(|_| uri.scheme_str() == Some("https"))?;
+        let host = host
+            .trim_start_matches('[')
+            .trim_end_matches(']')
+            .to_ascii_lowercase();
+        Some((host, uri.port_u16().unwrap_or(HTTPS)))
+    };
+    Challenge::read(&headers).iter().filter_map(realm).collect()
+}

@@ -1,0 +1,266 @@
+//! `CONNECT`: what a client with `HTTPS_PROXY` sends before it speaks TLS with a registry.
+//!
+//! A configured upstream is intercepted: the client speaks TLS with us, under a certificate that our CA made for the
+//! upstream's host, and what it asks is answered as through any other door. Other hosts are reached by a tunnel, unread,
+//! if the operator names them, or if an upstream sends its clients there for a token. Everything else is refused, or this
+//! would be an open proxy.
+
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use http::uri::Authority;
+use http::{Request, Response};
+use hyper::body::Incoming;
+use hyper::upgrade::{OnUpgrade, Upgraded};
+use hyper_util::rt::TokioIo;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::sync::OwnedSemaphorePermit;
+use tokio::time::timeout;
+
+use super::accept::Connection;
+use super::door::{Door, Peer, name_of};
+use super::gate::{self, Turned};
+use super::tls::Shaken;
+use super::{Body, Registry, reply};
+use crate::config::{Tunnel, host_part};
+use crate::event::{self, Answered, Kind, Outcome};
+use crate::upstream::Stream;
+use crate::upstream::tunnel::Way;
+use crate::upstream::zone::Zone;
+
+/// How much of each direction of a tunnel is in memory.
+const STEP_BYTES: usize = 16 * 1024;
+
+/// A tunnel is not what is waited for when the process ends: what it carries goes on elsewhere.
+const LAST_BYTES_WITHIN: Duration = Duration::from_secs(1);
+
+/// Where tunnels may lead besides the upstreams' own token services, and how.
+pub struct Tunnels {
+    allowed: Vec<Tunnel>,
+    way: Way,
+}
+
+impl Tunnels {
+    /// To those of `allowed`, by `way`.
+    pub fn new(allowed: Vec<Tunnel>, way: Way) -> Self {
+        Self { allowed, way }
+    }
+
+    /// How near the operator lets a tunnel to this host lead; `None` if nowhere. Who names a host means it, wherever it
+    /// is; who names many does not mean this machine.
+    fn nearest(&self, host: &str, port: u16) -> Option<Zone> {
+        let rules = self.allowed.iter().filter(|rule| rule.allows(host, port));
+        rules
+            .map(|rule| {
+                if rule.is_exact() {
+                    Zone::Link
+                } else {
+                    Zone::Private
+                }
+            })
+            .max()
+    }
+}
+
+/// What becomes of a `CONNECT`.
+enum Passage {
+    /// The client speaks with us; the upstream's host, as upstreams are named.
+    Intercept(Arc<str>, Arc<crate::pull::Site>),
+    /// Bytes go to and fro.
+    Tunnel(Box<dyn Stream>, OwnedSemaphorePermit),
+}
+
+impl Connection {
+    /// Answers a `CONNECT`, and sees to what comes after.
+    pub(super) async fn connect(self: Arc<Self>, mut request: Request<Incoming>) -> Response<Body> {
+        let began = tokio::time::Instant::now();
+        let upgrade = hyper::upgrade::on(&mut request);
+        let (head, _) = request.into_parts();
+        let target = head.uri.authority().map_or("", Authority::as_str).to_owned();
+        let registry = self.accepting.front().registry.load_full();
+        let way = self.way(&head, &registry).await;
+        let (response, upstream, result, reason) = match way {
+            Ok(Passage::Intercept(name, site)) => {
+                let upstream = site.name().to_owned();
+                registry.pull.expect_challenge(&site);
+                self.tasks.spawn(Arc::clone(&self).intercepted(name, upgrade));
+                (
+                    Response::new(Body::empty()),
+                    upstream,
+                    Outcome::Local,
+                    "intercepted",
+                )
+            }
+            Ok(Passage::Tunnel(stream, place)) => {
+                self.tasks
+                    .spawn(Arc::clone(&self).tunnelled(stream, place, upgrade));
+                (
+                    Response::new(Body::empty()),
+                    "-".to_owned(),
+                    Outcome::Passed,
+                    "tunnelled",
+                )
+            }
+            Err(turned) => {
+                let response = reply::turned(&turned, &head.method);
+                (response, "-".to_owned(), Outcome::Refused, turned.name())
+            }
+        };
+        self.accepting.front().events.answered(&Answered {
+            upstream: &upstream,
+            door: Door::Connect.name(),
+            kind: Kind::Connect,
+            path: &target,
+            result,
+            reason,
+            status: response.status().as_u16(),
+            took: began.elapsed(),
+        });
+        response
+    }
+
+    async fn way(&self, head: &http::request::Parts, registry: &Arc<Registry>) -> Result<Passage, Turned> {
+        if !self.peer.may_speak {
+            return Err(Turned::Plain);
+        }
+        // RFC 9110 §9.3.6: a host and a port, and nothing else.
+        let target = head.uri.authority().cloned().ok_or(Turned::Host)?;
+        let name = name_of(&target, true).into_owned();
+        let port = target.port_u16().ok_or(Turned::Host)?;
+        if let Some(host) = gate::host_line(head)?
+            && name_of(&host, true) != name
+        {
+            return Err(Turned::Misdirected);
+        }
+        if self.peer.connect.is_some() || target.as_str().contains('@') {
+            return Err(Turned::NoTunnel(name));
+        }
+        if let Some(site) = registry.doors.named(&name) {
+            let leaf = self.accepting.tls().leaf(host_part(&name));
+            leaf.map_err(|error| Turned::NoCertificate(error.to_string()))?;
+            return Ok(Passage::Intercept(name.into(), Arc::clone(site)));
+        }
+        let host = host_part(&name);
+        let nearest = match registry.tunnels.nearest(host, port) {
+            Some(nearest) => nearest,
+            None => token_service(registry, host, port)
+                .await
+                .ok_or_else(|| Turned::NoTunnel(target.to_string()))?,
+        };
+        let place = Arc::clone(self.accepting.tunnels()).try_acquire_owned();
+        let place = place.map_err(|_| Turned::TunnelsBusy)?;
+        let stream = registry.tunnels.way.open(host, port, nearest).await;
+        let stream = stream.map_err(|cause| Turned::TunnelFailed(target.to_string(), cause))?;
+        Ok(Passage::Tunnel(stream, place))
+    }
+
+    /// Boxed, because what is spoken within may in its turn ask for such a future.
+    fn intercepted(
+        self: Arc<Self>,
+        name: Arc<str>,
+        upgrade: OnUpgrade,
+    ) -> Pin<Box<dyn Future<Output = ()> + Send>> {
+        Box::pin(async move {
+            let Ok(upgraded) = upgrade.await else { return };
+            let (tls, limit) = (self.accepting.tls(), self.accepting.limits().handshake_timeout);
+            let shaking = tls.accept_as(host_part(&name), TokioIo::new(upgraded));
+            let Shaken { stream, server_name } = match timeout(limit, shaking).await {
+                Ok(Ok(shaken)) => shaken,
+                Ok(Err(error)) => {
+                    tracing::info!(host = &*name, %error,
+                        "a client asked for an upstream by CONNECT and then broke off; does it trust ca.pem?");
+                    return;
+                }
+                Err(_) => return,
+            };
+            let inner = Arc::new(Self {
+                accepting: self.accepting.clone(),
+                peer: Peer {
+                    may_speak: true,
+                    secure: true,
+                    server_name,
+                    connect: Some(name),
+                    pardon: self.peer.pardon.clone(),
+                },
+                held: Arc::clone(&self.held),
+                tasks: self.tasks.clone(),
+            });
+            if let Err(error) = inner.speak(stream).await {
+                tracing::debug!(%error, "a connection within a CONNECT ended badly");
+            }
+        })
+    }
+
+    async fn tunnelled(
+        self: Arc<Self>,
+        stream: Box<dyn Stream>,
+        place: OwnedSemaphorePermit,
+        upgrade: OnUpgrade,
+    ) {
+        let _place = place;
+        let Ok(upgraded) = upgrade.await else { return };
+        let counted = self.accepting.front().events.tunnel();
+        let quiet_max = self.accepting.limits().idle_timeout;
+        let carried = carry(TokioIo::new(upgraded), stream, &counted, quiet_max);
+        let ending = self.accepting.ending();
+        let ended = async {
+            ending.cancelled().await;
+            tokio::time::sleep(LAST_BYTES_WITHIN).await;
+        };
+        tokio::select! {
+            () = carried => {}
+            () = ended => {}
+        }
+    }
+}
+
+/// How near a tunnel may lead to the host where an upstream sends clients for a token: no nearer than it is itself.
+async fn token_service(registry: &Arc<Registry>, host: &str, port: u16) -> Option<Zone> {
+    for site in registry.doors.all() {
+        if registry.pull.is_realm(site, host, port).await {
+            return Some(site.upstream().nearest());
+        }
+    }
+    None
+}
+
+/// Carries bytes both ways until both ends are through, or nothing moves for `quiet_max`.
+async fn carry(
+    client: TokioIo<Upgraded>,
+    host: Box<dyn Stream>,
+    counted: &event::Tunnel,
+    quiet_max: Duration,
+) {
+    let (from_client, to_client) = tokio::io::split(client);
+    let (from_host, to_host) = tokio::io::split(host);
+    let moved = tokio::sync::Notify::new();
+    let out = one_way(from_client, to_host, &moved, |bytes| counted.to_host(bytes));
+    let back = one_way(from_host, to_client, &moved, |bytes| counted.to_client(bytes));
+    let both = async { tokio::join!(out, back) };
+    let quiet = async { while timeout(quiet_max, moved.notified()).await.is_ok() {} };
+    tokio::select! {
+        _ = both => {}
+        () = quiet => {}
+    }
+}
+
+async fn one_way(
+    mut from: impl AsyncRead + Unpin,
+    mut to: impl AsyncWrite + Unpin,
+    moved: &tokio::sync::Notify,
+    count: impl Fn(u64),
+) -> std::io::Result<()> {
+    let mut buffer = vec![0; STEP_BYTES];
+    loop {
+        let read = from.read(&mut buffer).await?;
+        moved.notify_one();
+        if read == 0 {
+            return to.shutdown().await;
+        }
+        to.write_all(buffer.get(..read).unwrap_or_default()).await?;
+        to.flush().await?;
+        count(read as u64);
+    }
+}

@@ -1,0 +1,220 @@
+//! The doors: how a client says which upstream it means, and how its answer to that becomes one upstream.
+//!
+//! A connection may name a host before any request (`CONNECT`, the server name of its TLS), and each request names one
+//! (`Host`, `:authority`, an absolute target). All that are there must agree, or a request could be judged as one
+//! upstream's and answered as another's. Behind the door nothing knows which one it was.
+
+use std::borrow::Cow;
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use http::Version;
+use http::uri::Authority;
+
+use super::gate::Turned;
+use super::idle::Pardon;
+use crate::config::host_part;
+use crate::oci::{Malformed, Operation, Repository};
+use crate::pull::Site;
+
+/// A way in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Door {
+    /// Nothing is named: the default upstream.
+    Mirror,
+    /// `?ns=`
+    Namespace,
+    /// The first component of the path.
+    Prefix,
+    /// The host asked for is an upstream's: its name leads here, and the client believes to speak with it.
+    Host,
+    /// The same within a `CONNECT`.
+    Connect,
+}
+
+impl Door {
+    /// The name in the log and the metrics.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Mirror => "mirror",
+            Self::Namespace => "ns",
+            Self::Prefix => "prefix",
+            Self::Host => "host",
+            Self::Connect => "connect",
+        }
+    }
+}
+
+/// What is known of a connection before any request on it.
+#[derive(Clone, Debug)]
+pub struct Peer {
+    /// Whether this peer may speak on this connection as it is: over TLS, or plain from where that is allowed.
+    pub may_speak: bool,
+    /// Whether it speaks TLS.
+    pub secure: bool,
+    /// The server name in its TLS handshake, in lower case.
+    pub server_name: Option<Arc<str>>,
+    /// The upstream's host that its `CONNECT` named, as [`Doors::named`] knows it.
+    pub connect: Option<Arc<str>>,
+    /// Held while the client waits for an upstream, and so is quiet without being stalled.
+    pub pardon: Pardon,
+}
+
+/// The upstreams there are, and how a client names them.
+pub struct Doors {
+    by_name: HashMap<String, Arc<Site>>,
+    all: Vec<Arc<Site>>,
+    default: Arc<Site>,
+}
+
+impl Doors {
+    /// `sites` with the further names each is known by; `default` is meant where a client names none.
+    pub fn new(sites: Vec<(Arc<Site>, Vec<String>)>, default: Arc<Site>) -> Self {
+        let mut by_name = HashMap::new();
+        let mut all = Vec::new();
+        for (site, names) in sites {
+            by_name.insert(site.name().to_owned(), Arc::clone(&site));
+            for name in names {
+                by_name.insert(name, Arc::clone(&site));
+            }
+            all.push(site);
+        }
+        Self {
+            by_name,
+            all,
+            default,
+        }
+    }
+
+    /// The upstream of this name.
+    pub fn named(&self, name: &str) -> Option<&Arc<Site>> {
+        self.by_name.get(name)
+    }
+
+    /// Every upstream.
+    pub fn all(&self) -> &[Arc<Site>] {
+        &self.all
+    }
+
+    /// The upstream meant by a client that names none.
+    pub fn default_site(&self) -> &Arc<Site> {
+        &self.default
+    }
+
+    /// The upstream that the host of a request means, if the request was meant for that host itself (`host`, `connect`);
+    /// `None` if it was meant for the cache.
+    pub(super) fn intercepted(
+        &self,
+        host: Option<&Authority>,
+        absolute: bool,
+        peer: &Peer,
+    ) -> Result<Option<(&Arc<Site>, Door)>, Turned> {
+        let Some(host) = host else {
+            // HTTP/1.0 without a Host can only mean the cache, so the connection must not say otherwise.
+            let named =
+                peer.connect.is_some() || peer.server_name.as_deref().is_some_and(|name| self.is_host(name));
+            return if named { Err(Turned::Host) } else { Ok(None) };
+        };
+        let name = name_of(host, peer.secure);
+        let site = self.named(&name);
+        if let Some(connect) = &peer.connect {
+            let server = peer.server_name.as_deref();
+            if **connect != *name || server.is_some_and(|server| server != host_part(connect)) {
+                return Err(Turned::Misdirected);
+            }
+            return site
+                .map(|site| Some((site, Door::Connect)))
+                .ok_or_else(|| Turned::UnknownUpstream(name.into_owned()));
+        }
+        if let Some(server) = peer.server_name.as_deref()
+            && server != host_part(&name)
+            && (site.is_some() || self.is_host(server))
+        {
+            return Err(Turned::Misdirected);
+        }
+        let meant_elsewhere = absolute
+            || peer
+                .server_name
+                .as_deref()
+                .is_some_and(|server| self.is_host(server));
+        match site {
+            Some(site) => Ok(Some((site, Door::Host))),
+            None if meant_elsewhere => Err(Turned::UnknownUpstream(name.into_owned())),
+            None => Ok(None),
+        }
+    }
+
+    /// Through which of the cache's own doors the client came: `?ns=`, a path that begins with an upstream's name, or
+    /// the mirror.
+    pub(super) fn open(
+        &self,
+        operation: Operation,
+        namespace: Option<String>,
+    ) -> Result<(Arc<Site>, Operation, Door), Turned> {
+        let Some(repository) = operation.repository().cloned() else {
+            return Ok((Arc::clone(&self.default), operation, Door::Mirror));
+        };
+        let (site, repository, door) = if let Some(name) = namespace {
+            match self.named(&name) {
+                Some(site) => (site, repository, Door::Namespace),
+                None => return Err(Turned::UnknownUpstream(name)),
+            }
+        } else {
+            let prefixed = self.named(repository.first_component()).and_then(|site| {
+                repository
+                    .strip_prefix(repository.first_component())
+                    .map(|rest| (site, rest, Door::Prefix))
+            });
+            match prefixed {
+                Some(prefixed) => prefixed,
+                None if self.is_foreign(&repository) => {
+                    return Err(Turned::UnknownUpstream(repository.first_component().to_owned()));
+                }
+                None => (&self.default, repository, Door::Mirror),
+            }
+        };
+        Ok((Arc::clone(site), in_full(site, operation, repository)?, door))
+    }
+
+    /// Docker Hub has no namespace with a dot, so such a first component is the name of another registry.
+    fn is_foreign(&self, repository: &Repository) -> bool {
+        let first = repository.first_component();
+        self.default.is_hub()
+            && !repository.is_one_component()
+            && (first.contains('.') || first == "localhost")
+    }
+
+    /// Whether an upstream is on this host, at whatever port: a server name in TLS has none.
+    fn is_host(&self, server_name: &str) -> bool {
+        self.named(server_name).is_some() || self.by_name.keys().any(|name| host_part(name) == server_name)
+    }
+}
+
+/// The operation with the repository's name as the upstream knows it.
+pub(super) fn in_full(
+    site: &Site,
+    operation: Operation,
+    repository: Repository,
+) -> Result<Operation, Turned> {
+    let repository = site
+        .full_name(repository)
+        .map_err(|error| Turned::Malformed(Malformed::Repository(error)))?;
+    Ok(operation.with_repository(repository))
+}
+
+/// Whether the target of a request has the form that is sent to a proxy. HTTP/2 has no other.
+pub(super) fn is_absolute(head: &http::request::Parts) -> bool {
+    head.version < Version::HTTP_2 && head.uri.authority().is_some()
+}
+
+/// A host as upstreams are named: lower case, without the port where it is the usual one.
+pub(super) fn name_of(host: &Authority, secure: bool) -> Cow<'_, str> {
+    let usual = if secure { ":443" } else { ":80" };
+    let text = host.as_str();
+    let text = text.strip_suffix(usual).unwrap_or(text);
+    if text.bytes().any(|byte| byte.is_ascii_uppercase()) {
+        Cow::Owned(text.to_ascii_lowercase())
+    } else {
+        Cow::Borrowed(text)
+    }
+}

@@ -1,0 +1,61 @@
+//! Requests for the registry alone: handed on, and their answers handed back, neither body ever whole in memory.
+
+use http::request::Parts;
+use http::{HeaderName, Response, StatusCode};
+use http_body_util::BodyExt as _;
+use hyper::body::Incoming;
+
+use super::gate::Passage;
+use super::idle::Pardon;
+use super::{Body, Front};
+use crate::oci::Cause;
+use crate::pull::Pull;
+use crate::upstream::pass::{PassedOn, Passing};
+
+impl Front {
+    /// Hands a request on. `Err` if the registry gave no answer.
+    pub(super) async fn pass(
+        &self,
+        pull: &Pull,
+        passage: Passage,
+        head: &Parts,
+        body: Incoming,
+        pardon: &Pardon,
+    ) -> Result<Response<Body>, Cause> {
+        let path = head.uri.path_and_query().map_or("/", |path| path.as_str());
+        let passing = Passing {
+            method: head.method.clone(),
+            path_and_query: path.to_owned(),
+            headers: head.headers.clone(),
+            body: body.map_err(Into::into).boxed_unsync(),
+            base: passage.base,
+        };
+        // A registry may take minutes to put a large layer together; a body that rests is noticed where it is handed on.
+        let pardoned = pardon.hold();
+        let passed = passage.site.upstream().pass(passing).await;
+        drop(pardoned);
+        // A no changes nothing. Whatever else came, or did not come, may have been done.
+        let may_be_done = passed
+            .as_ref()
+            .map_or(true, |passed| !passed.status.is_client_error());
+        if let Some(change) = passage.change.filter(|_| may_be_done) {
+            pull.written(&passage.site, change).await;
+        }
+        passed.map(|passed| self.handed_back(passed))
+    }
+
+    fn handed_back(&self, passed: PassedOn) -> Response<Body> {
+        let (status, length) = (passed.status, passed.length);
+        let mut response = Response::new(Body::empty());
+        *response.status_mut() = status;
+        response.headers_mut().clone_from(&passed.headers);
+        let has_body =
+            !matches!(status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED) && length != Some(0);
+        if has_body {
+            *response.body_mut() = Body::passed(passed, length, &self.events);
+        }
+        // Ours to say, and said by hyper.
+        response.headers_mut().remove(HeaderName::from_static("alt-svc"));
+        response
+    }
+}

@@ -1,0 +1,115 @@
+//! How each upstream last answered `/v2/` to someone without a credential.
+//!
+//! Docker, podman and crane learn there how to log in, and can do nothing while it cannot be had; so it is kept, also
+//! across restarts. One small file for each upstream; a lost one costs one question.
+
+use std::collections::HashMap;
+use std::io;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::SystemTime;
+
+use serde::{Deserialize, Serialize};
+
+use super::record::{RECORD_BYTES_MAX, from_millis, opened, sealed, to_millis};
+use super::volume::Volume;
+use super::{Fault, Store, named_path};
+
+/// Longer challenges are not kept.
+pub const CHALLENGE_KEPT_BYTES_MAX: usize = 64 * 1024;
+
+const TREE: &str = "challenges";
+
+/// What an upstream says to who has no credential.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KeptChallenge {
+    /// The lines of `WWW-Authenticate`, byte for byte; none where it wants no credential.
+    pub lines: Vec<String>,
+    /// When it said so.
+    pub given_at: SystemTime,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Record {
+    upstream: String,
+    lines: Vec<String>,
+    given_at_ms: u64,
+}
+
+impl Store {
+    /// What the upstream last said, as far as that is kept.
+    pub fn challenge(&self, upstream: &str) -> Option<Arc<KeptChallenge>> {
+        self.challenges.find(upstream)
+    }
+
+    /// Keeps what it says now. Known at once, even where the disk then fails.
+    pub fn keep_challenge(&self, upstream: &str, challenge: KeptChallenge) -> Result<(), Fault> {
+        self.challenges.keep(upstream, challenge)
+    }
+}
+
+pub(super) struct Challenges {
+    volume: Arc<dyn Volume>,
+    /// As many as there are upstreams. `None`: looked for, and not there.
+    ready: Mutex<HashMap<String, Option<Arc<KeptChallenge>>>>,
+}
+
+impl Challenges {
+    pub(super) fn new(volume: &Arc<dyn Volume>) -> Self {
+        Self {
+            volume: Arc::clone(volume),
+            ready: Mutex::default(),
+        }
+    }
+
+    fn find(&self, upstream: &str) -> Option<Arc<KeptChallenge>> {
+        let mut ready = self.ready.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(known) = ready.get(upstream) {
+            return known.clone();
+        }
+        let found = match self.volume.read_whole(&path(upstream), RECORD_BYTES_MAX) {
+            Ok(bytes) => read(upstream, &bytes).map(Arc::new),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+            // Perhaps it can be read later.
+            Err(_) => return None,
+        };
+        ready.insert(upstream.to_owned(), found.clone());
+        found
+    }
+
+    fn keep(&self, upstream: &str, challenge: KeptChallenge) -> Result<(), Fault> {
+        if challenge.lines.iter().map(String::len).sum::<usize>() > CHALLENGE_KEPT_BYTES_MAX {
+            return Ok(());
+        }
+        let before = self.find(upstream);
+        let is_news = before.is_none_or(|before| before.lines != challenge.lines);
+        let file = sealed(&Record {
+            upstream: upstream.to_owned(),
+            lines: challenge.lines.clone(),
+            given_at_ms: to_millis(challenge.given_at),
+        });
+        self.ready
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .insert(upstream.to_owned(), Some(Arc::new(challenge)));
+        if !is_news {
+            return Ok(());
+        }
+        let path = path(upstream);
+        self.volume
+            .write_whole(&path, &file)
+            .map_err(|error| Fault::io("write", path, &error))
+    }
+}
+
+fn read(upstream: &str, file: &[u8]) -> Option<KeptChallenge> {
+    let record: Record = opened(file)?;
+    (record.upstream == upstream).then(|| KeptChallenge {
+        lines: record.lines,
+        given_at: from_millis(record.given_at_ms),
+    })
+}
+
+fn path(upstream: &str) -> PathBuf {
+    named_path(TREE, &[upstream])
+}
