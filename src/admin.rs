@@ -3,6 +3,7 @@
 //! It names private repositories, so it is reachable from this machine only; and a page of another site that a browser
 //! on this machine shows must not reach it either (DNS rebinding), so the host asked for is checked.
 
+mod decisions;
 pub mod probe;
 mod upstreams;
 
@@ -110,6 +111,7 @@ impl Admin {
             "/metrics" => text(StatusCode::OK, OPENMETRICS, self.events.text(&self.levels())),
             "/api/v1/images" => self.images(request.uri().query()),
             "/api/v1/upstreams" => answer(&upstreams::listed(&self.registry.load())),
+            "/api/v1/events" => decisions::list(&self.events, request.uri().query()),
             "/api/v1/why" => self.why(request.uri().query()),
             path => problem(StatusCode::NOT_FOUND, &format!("there is no {path} here")),
         }

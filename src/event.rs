@@ -3,6 +3,8 @@
 //! Labels name the upstream, never a repository or a tag: their number would have no bound, and private names would
 //! leave by the metrics.
 
+mod decisions;
+
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::time::Duration;
@@ -15,6 +17,10 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::{Registry, Unit};
+
+pub use decisions::{DECISIONS_MAX, Decision};
+
+use decisions::Decisions;
 
 /// One answer to a client.
 #[derive(Debug)]
@@ -93,7 +99,8 @@ pub enum Outcome {
 }
 
 impl Outcome {
-    fn name(self) -> &'static str {
+    /// The name in the log, the metrics and the API.
+    pub fn name(self) -> &'static str {
         match self {
             Self::Hit => "hit",
             Self::Stale => "stale",
@@ -191,6 +198,7 @@ pub struct Events {
     upstream_up: Family<UpstreamLabels, Gauge<u64, AtomicU64>>,
     rate_limit: Family<AllowanceLabels, Gauge<u64, AtomicU64>>,
     rate_limit_remaining: Family<AllowanceLabels, Gauge<u64, AtomicU64>>,
+    decisions: Decisions,
     registry: Arc<Registry>,
 }
 
@@ -243,6 +251,7 @@ impl Events {
             upstream_up: Family::default(),
             rate_limit: Family::default(),
             rate_limit_remaining: Family::default(),
+            decisions: Decisions::default(),
             registry: Arc::default(),
         };
         let mut registry = Registry::with_prefix("ifnewer");
@@ -336,6 +345,16 @@ impl Events {
         } else {
             tracing::debug!(upstream, door, path, status, result, reason, ms, "answered");
         }
+    }
+
+    /// Keeps a decision for those who ask later. Its number is given here.
+    pub fn decided(&self, decision: Decision) {
+        self.decisions.keep(decision);
+    }
+
+    /// The decisions after `number`, the newest first, at most `limit`.
+    pub fn decisions(&self, number: u64, limit: usize) -> Vec<Arc<Decision>> {
+        self.decisions.after(number, limit)
     }
 
     /// Counts bytes of a blob sent.

@@ -23,7 +23,7 @@ pub mod tls;
 use std::sync::Arc;
 
 use arc_swap::ArcSwap;
-use http::header::CONNECTION;
+use http::header::{CONNECTION, USER_AGENT};
 use http::request::Parts;
 use http::{HeaderValue, Method, Request, Response};
 use hyper::body::Incoming;
@@ -35,7 +35,7 @@ use gate::{Passage, Wanted};
 pub use idle::Pardon;
 
 use crate::clock::Clock;
-use crate::event::{Answered, Events, Kind, Outcome};
+use crate::event::{Answered, Decision, Events, Kind, Outcome};
 use crate::oci::{Operation, Reference};
 use crate::pull::Pull;
 use crate::store::step::Buffers;
@@ -76,9 +76,19 @@ impl Front {
             Ok(Wanted::Read(wanted, door)) => {
                 let (site, kind) = (Arc::clone(&wanted.site), kind(&wanted.operation));
                 let asked = reply::Asked::new(&head, &wanted);
+                let decision = decision(&head, &wanted, peer, door);
                 let outcome = registry.pull.answer(wanted).await;
                 let (result, reason) = reply::told(&outcome);
                 response = reply::answer(outcome, &asked, self, registry.pull.store());
+                if let Some(decision) = decision {
+                    self.events.decided(Decision {
+                        outcome: result,
+                        reason,
+                        status: response.status().as_u16(),
+                        took: began.elapsed(),
+                        ..decision
+                    });
+                }
                 self.tell(
                     (site.name(), door.name()),
                     kind,
@@ -176,6 +186,32 @@ fn passed_kind(passage: &Passage, head: &Parts) -> Kind {
     } else {
         Kind::Other
     }
+}
+
+/// What a pull asks for, to be kept with what comes of it.
+fn decision(head: &Parts, wanted: &crate::pull::Request, peer: &Peer, door: Door) -> Option<Decision> {
+    let Operation::Manifest {
+        repository,
+        reference,
+    } = &wanted.operation
+    else {
+        return None;
+    };
+    let user_agent = head.headers.get(USER_AGENT).and_then(|value| value.to_str().ok());
+    Some(Decision {
+        number: 0,
+        at: wanted.now,
+        client: peer.address,
+        user_agent: Decision::shortened(user_agent.unwrap_or_default()),
+        door: door.name(),
+        upstream: wanted.site.name().to_owned(),
+        repository: repository.to_string(),
+        reference: reference.to_string(),
+        outcome: Outcome::Refused,
+        reason: "",
+        status: 0,
+        took: std::time::Duration::ZERO,
+    })
 }
 
 fn kind(operation: &Operation) -> Kind {

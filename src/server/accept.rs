@@ -142,6 +142,7 @@ impl Accepting {
             let Shaken { stream, server_name } =
                 timeout(limits.handshake_timeout, tls.accept(wire)).await??;
             let peer = Peer {
+                address: peer.ip(),
                 may_speak: true,
                 secure: true,
                 server_name,
@@ -157,6 +158,7 @@ impl Accepting {
                 Plain::Nobody => false,
             };
             let peer = Peer {
+                address: peer.ip(),
                 may_speak,
                 secure: false,
                 server_name: None,

@@ -178,6 +178,7 @@ impl Connection {
             let inner = Arc::new(Self {
                 accepting: self.accepting.clone(),
                 peer: Peer {
+                    address: self.peer.address,
                     may_speak: true,
                     secure: true,
                     server_name,

@@ -48,6 +48,8 @@ impl Door {
 /// What is known of a connection before any request on it.
 #[derive(Clone, Debug)]
 pub struct Peer {
+    /// Where it is; `None` for one that comes through a unix socket.
+    pub address: Option<std::net::IpAddr>,
     /// Whether this peer may speak on this connection as it is: over TLS, or plain from where that is allowed.
     pub may_speak: bool,
     /// Whether it speaks TLS.

@@ -196,3 +196,52 @@ async fn the_quota_that_upstream_tells_is_shown_by_whose_it_is_and_without_the_c
     );
     assert!(!text.contains("canary") && !shown.body.windows(6).any(|part| part == b"canary"));
 }
+
+#[tokio::test]
+async fn the_last_pulls_are_told_newest_first() {
+    let upstream = Upstream::start().await;
+    let image = upstream.push("library/demo", "latest", Image::with_layers(&["one"]));
+    let proxy = Proxy::over(&upstream).await;
+    assert_eq!(
+        proxy.admin("/api/v1/events").await.json()["events"]
+            .as_array()
+            .unwrap()
+            .len(),
+        0
+    );
+
+    proxy.pull("library/demo", "latest", &image).await;
+    proxy.pull("docker.io/library/demo", "latest", &image).await;
+    let absent = proxy
+        .head("/v2/library/demo/manifests/absent?ns=docker.io")
+        .header("user-agent", "docker/29");
+    assert_eq!(absent.await.status, 404);
+
+    let told = proxy.admin("/api/v1/events").await.json();
+    let told = told["events"].as_array().unwrap();
+    let field = |name: &str| told.iter().map(|event| event[name].clone()).collect::<Vec<_>>();
+    assert_eq!(field("number"), [3, 2, 1]);
+    assert_eq!(field("door"), ["ns", "prefix", "mirror"]);
+    assert_eq!(field("reference"), ["absent", "latest", "latest"]);
+    assert_eq!(field("outcome"), ["refused", "hit", "miss"]);
+    assert_eq!(field("status"), [404, 200, 200]);
+    for event in told {
+        assert_eq!(
+            (&event["upstream"], &event["repository"]),
+            (&"docker.io".into(), &"library/demo".into())
+        );
+        assert_eq!(event["client"], "127.0.0.1");
+        assert!(!event["reason"].as_str().unwrap().is_empty(), "{event}");
+    }
+    assert_eq!(told[0]["user_agent"], "docker/29");
+
+    let some = |query: &str| proxy.admin(&format!("/api/v1/events?{query}"));
+    assert_eq!(some("limit=1").await.json()["events"][0]["number"], 3);
+    assert_eq!(
+        some("after=2").await.json()["events"].as_array().unwrap().len(),
+        1
+    );
+    for wrong in ["limit=x", "after=-1"] {
+        assert_eq!(some(wrong).await.status, 400, "{wrong}");
+    }
+}
