@@ -51,6 +51,48 @@ pub enum Command {
     /// The cache's certificate authority: hand it out, let this host trust it, replace it
     #[command(subcommand)]
     Ca(Ca),
+    /// Check whether the cache is really used: configuration, trust, disk, upstreams, and a pull through Docker that must
+    /// appear in the cache's own log; exits with the number of failed checks
+    Doctor(Doctor),
+}
+
+/// `ifnewer doctor`.
+#[derive(Args, Clone, Debug, PartialEq, Eq)]
+pub struct Doctor {
+    /// The image to pull through Docker; removed again if it was not there
+    #[arg(
+        long,
+        value_name = "IMAGE",
+        default_value = "docker.io/library/hello-world:latest"
+    )]
+    pub canary: String,
+    /// One JSON object instead of lines
+    #[arg(long)]
+    pub json: bool,
+    /// Where clients reach the cache, if not as the configuration says
+    #[arg(long, value_name = "HOST:PORT|URL")]
+    pub address: Option<String>,
+    /// The certificate authority (PEM), if not this cache's own
+    #[arg(long, value_name = "FILE")]
+    pub ca: Option<PathBuf>,
+    /// Docker's socket
+    #[arg(long, value_name = "FILE", default_value = "/var/run/docker.sock")]
+    pub docker: PathBuf,
+    /// A folder in the place of `/`
+    #[arg(long, value_name = "FOLDER", default_value = "/")]
+    pub root: PathBuf,
+}
+
+impl Doctor {
+    /// What to look at.
+    pub fn options(&self) -> crate::doctor::Options {
+        crate::doctor::Options {
+            address: self.address.clone(),
+            ca: self.ca.clone(),
+            canary: self.canary.clone(),
+            docker: self.docker.clone(),
+        }
+    }
 }
 
 /// `ifnewer setup`.

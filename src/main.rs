@@ -11,7 +11,7 @@ use ifnewer::config::{Config, Log, LogFormat};
 use ifnewer::run::{RunError, serve};
 use ifnewer::server::listen::Passed;
 use ifnewer::setup::{Done, Refused, Root};
-use ifnewer::{admin, ca, cli, setup};
+use ifnewer::{admin, ca, cli, doctor, setup};
 use listenfd::ListenFd;
 use tracing_subscriber::EnvFilter;
 
@@ -38,8 +38,13 @@ fn main() -> ExitCode {
         }),
         Command::Setup(words) => set_up(&config, &words),
         Command::Ca(words) => authority(&config, words),
+        Command::Doctor(words) => match Root::at(&words.root) {
+            Ok(root) => run(examine(&config, &words, &root)),
+            Err(refused) => fail(MISTAKEN, &refused),
+        },
         Command::Serve => {
             log(&config.log);
+            take_descriptors();
             // Before any thread runs: it reads and clears variables.
             let passed = passed();
             run(serve_until_ended(cli.options, config, passed))
@@ -55,6 +60,16 @@ async fn serve_until_ended(options: cli::Options, config: Config, passed: Passed
         }
         Err(error) => fail(FAILED, &error),
     }
+}
+
+async fn examine(config: &Config, words: &cli::Doctor, root: &Root) -> ExitCode {
+    let report = doctor::examine(config, &words.options(), root, Clock::system().now()).await;
+    let _ = if words.json {
+        writeln!(std::io::stdout(), "{:#}", report.json())
+    } else {
+        write!(std::io::stdout(), "{report}")
+    };
+    ExitCode::from(report.exit_code())
 }
 
 fn set_up(config: &Config, words: &cli::Setup) -> ExitCode {
@@ -135,6 +150,15 @@ fn passed() -> Passed {
         }
     }
     passed
+}
+
+/// As many files as the system lets us have: the limit that shells start programs with is meant for `select`.
+fn take_descriptors() {
+    use rustix::process::{Resource, getrlimit, setrlimit};
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    // Fewer will do until there are many clients; `doctor` tells.
+    let _ = setrlimit(Resource::Nofile, limit);
 }
 
 fn run(program: impl Future<Output = ExitCode>) -> ExitCode {

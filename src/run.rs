@@ -201,6 +201,24 @@ fn registry(
 }
 
 fn site(config: &UpstreamConfig, fetches_max: usize, connector: &Connector) -> Result<Site, RunError> {
+    let access = match config.access {
+        Access::Proven => pull::Access::Proven,
+        Access::Shared => pull::Access::Shared {
+            own_credential: config.credential.is_some(),
+        },
+    };
+    Ok(Site::new(
+        Arc::new(upstream(config, fetches_max, connector)?),
+        access,
+    ))
+}
+
+/// The client side of one upstream, as its section says.
+pub fn upstream(
+    config: &UpstreamConfig,
+    fetches_max: usize,
+    connector: &Connector,
+) -> Result<Upstream, RunError> {
     let refused = |error| RunError::Upstream {
         name: Arc::clone(&config.name),
         error,
@@ -227,16 +245,7 @@ fn site(config: &UpstreamConfig, fetches_max: usize, connector: &Connector) -> R
         .credential
         .as_ref()
         .map(|own| OwnCredential::new(own.username.clone(), own.password.as_str()));
-    let access = match config.access {
-        Access::Proven => pull::Access::Proven,
-        Access::Shared => pull::Access::Shared {
-            own_credential: config.credential.is_some(),
-        },
-    };
-    Ok(Site::new(
-        Arc::new(Upstream::new(settings, connector).map_err(refused)?),
-        access,
-    ))
+    Upstream::new(settings, connector).map_err(refused)
 }
 
 fn operate(

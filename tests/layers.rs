@@ -68,9 +68,15 @@ const MODULES: &[Module] = &[
         &["store", "upstream", "download", "pull"],
     ),
     module(
+        "doctor",
+        6,
+        &["config", "setup", "run"],
+        &["store", "download", "pull", "clock"],
+    ),
+    module(
         "cli",
         6,
-        &["config", "setup", "ca"],
+        &["config", "setup", "ca", "doctor"],
         &["store", "download", "pull", "clock"],
     ),
     module("server", 6, &["config"], &[]),
@@ -79,7 +85,7 @@ const MODULES: &[Module] = &[
     module(
         "main",
         6,
-        &["config", "cli", "server", "admin", "run", "setup", "ca"],
+        &["config", "cli", "server", "admin", "run", "setup", "ca", "doctor"],
         &[],
     ),
 ];
@@ -87,13 +93,24 @@ const MODULES: &[Module] = &[
 /// A crate of others, and the only files that may name it. A path that ends in `/` is a folder.
 const VENDORS: &[(&str, &[&str])] = &[
     ("sled", &["store/index.rs", "store/index/"]),
-    ("rustls", &["server/tls.rs", "server/mint.rs", "upstream/dial.rs"]),
-    ("tokio_rustls", &["server/tls.rs", "upstream/dial.rs"]),
+    ("rustls", TLS),
+    (
+        "tokio_rustls",
+        &["server/tls.rs", "upstream/dial.rs", "doctor/wire.rs"],
+    ),
     ("hyper", HTTP),
     ("hyper_util", HTTP),
     ("sha2", &["oci/digest.rs"]),
     ("hmac", &["oci/digest.rs"]),
     ("rcgen", &["server/tls.rs", "server/mint.rs"]),
+];
+
+/// The doctor speaks for itself: what it asks must not go by the ways that it looks at.
+const TLS: &[&str] = &[
+    "server/tls.rs",
+    "server/mint.rs",
+    "upstream/dial.rs",
+    "doctor/wire.rs",
 ];
 
 /// Outwards it takes five: the client and what it hands on (`pass`), the connector it is given (`line`), the resolver beneath it (`tcp`), and the
@@ -108,6 +125,7 @@ const HTTP: &[&str] = &[
     "upstream/pass.rs",
     "upstream/tcp.rs",
     "upstream/route.rs",
+    "doctor/wire.rs",
 ];
 
 /// The only file that reads the time of day.

@@ -153,3 +153,32 @@ fn what_is_not_text_is_told() {
         .to_string();
     assert!(faults.ends_with("ifnewer.toml: is not UTF-8 text"), "{faults}");
 }
+
+#[test]
+fn setup_is_shown_unless_it_is_to_be_applied_or_undone() {
+    let Command::Setup(words) = parse("ifnewer setup gitlab-runner --address cache:1 --proxy").command()
+    else {
+        panic!("not setup");
+    };
+    assert!(!words.apply && !words.undo && !words.force);
+    assert_eq!(words.root, Path::new("/"));
+    let options = words.options();
+    assert_eq!(options.client, Client::GitlabRunner);
+    assert_eq!(
+        (options.address.as_deref(), options.by_proxy),
+        (Some("cache:1"), true)
+    );
+    for wrong in [
+        "ifnewer setup",
+        "ifnewer setup docker podman",
+        "ifnewer setup docker --apply --undo",
+        "ifnewer ca",
+        "ifnewer ca install --into windows",
+    ] {
+        assert_eq!(
+            Cli::try_parse_from(wrong.split(' ')).unwrap_err().exit_code(),
+            2,
+            "{wrong}"
+        );
+    }
+}

@@ -152,6 +152,13 @@ impl Job {
         held.clear()?;
         if record.find(Path::new(DAEMON)).is_some() {
             done.reload_dockerd(root);
+            if !done.told.is_empty() && !names_mirrors(root)? {
+                done.by_hand.push(
+                    "dockerd forgets a mirror that its file no longer names only when it is restarted: systemctl \
+                     restart docker"
+                        .to_owned(),
+                );
+            }
         }
         if self.shelf != Client::Docker.name() {
             done.by_hand
@@ -180,6 +187,13 @@ impl Done {
                 .push("no dockerd runs here; it reads the file when it starts".to_owned()),
         }
     }
+}
+
+/// Whether `daemon.json` says anything about mirrors: what it says nothing about stays as it is on SIGHUP.
+fn names_mirrors(root: &Root) -> Result<bool, Refused> {
+    let bytes = root.read(Path::new(DAEMON))?.unwrap_or_default();
+    let object: Option<serde_json::Map<String, serde_json::Value>> = serde_json::from_slice(&bytes).ok();
+    Ok(object.is_some_and(|object| object.contains_key("registry-mirrors")))
 }
 
 /// The daemon that its pid file names, if the process is one.

@@ -12,8 +12,9 @@ use super::disk::{Owner, Root};
 use super::plan::Files;
 use crate::oci::digest::{Algorithm, Digest};
 
-/// Where records are kept. Not in the cache's data folder, which may be deleted at any time.
-const FOLDER: &str = "/var/lib/ifnewer/setup";
+/// Where records are kept. Not in the cache's folders: what is put back as root must not lie where the cache's user
+/// could change it.
+const FOLDER: &str = "/var/lib/ifnewer-setup";
 
 /// The records of one job are for the eyes of who did it: what was there before may hold credentials.
 const ONLY_OWNER: u32 = 0o600;

@@ -47,8 +47,9 @@ impl Authority {
         let unusable = |detail: String| Refused::Authority(format!("{}: {detail}", path.display()));
         let bytes = std::fs::read(path).map_err(|error| match error.kind() {
             std::io::ErrorKind::NotFound => unusable(
-                "there is no certificate authority yet. It is made when `ifnewer` first starts; for one on another \
-                 host, take the output of `ifnewer ca export` there and name it by --ca"
+                "there is no certificate authority yet. It is made when `ifnewer` first starts. If its service has \
+                 settings in its unit (IFNEWER_TLS_FOLDER), give this command the same; for a cache on another host, \
+                 take the output of `ifnewer ca export` there and name it by --ca"
                     .to_owned(),
             ),
             _ => Refused::file("cannot read", path, error),
@@ -111,8 +112,9 @@ impl Way {
             Plain::Nobody => false,
         };
         let scheme = scheme.unwrap_or(if plain { Scheme::Http } else { Scheme::Https });
-        // dockerd does not verify certificates of 127.0.0.0/8; a CA there would be of no use to it.
-        let verifies = scheme == Scheme::Https && !(loopback && options.client == Client::Docker);
+        // dockerd does not verify certificates of 127.0.0.0/8, where a CA would be of no use to it. Of ::1 it does.
+        let is_trusted = loopback && !host.starts_with('[') && options.client == Client::Docker;
+        let verifies = scheme == Scheme::Https && !is_trusted;
         let authority = match (&options.ca, &config.tls.own) {
             (Some(path), _) => Some(Authority::read(path)?),
             (None, None) if verifies => Some(Authority::read(&config.tls.folder.join("ca.pem"))?),

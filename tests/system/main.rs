@@ -27,6 +27,7 @@ mod challenge;
 mod client_setup;
 mod config_exit;
 mod connect;
+mod doctor;
 mod doors;
 mod drain;
 mod far_ahead;

@@ -55,7 +55,7 @@ impl Host {
         while let Some(folder) = folders.pop() {
             for entry in fs::read_dir(folder).unwrap() {
                 let path = entry.unwrap().path();
-                if path.starts_with(self.place("/var/lib/ifnewer")) || path == self.place("/var/lib") {
+                if path.starts_with(self.place("/var/lib/ifnewer-setup")) || path == self.place("/var/lib") {
                     continue;
                 }
                 let is_folder = path.is_dir();
@@ -263,7 +263,7 @@ fn what_was_there_before_is_readable_by_its_owner_alone() {
     let host = Host::new();
     host.put(DAEMON, b"{\"token\":1}");
     host.apply(&local(), false).unwrap();
-    for entry in fs::read_dir(host.place("/var/lib/ifnewer/setup/docker")).unwrap() {
+    for entry in fs::read_dir(host.place("/var/lib/ifnewer-setup/docker")).unwrap() {
         let path = entry.unwrap().path();
         assert_eq!(
             fs::metadata(&path).unwrap().permissions().mode() & 0o077,
@@ -280,7 +280,7 @@ fn a_damaged_record_is_not_believed() {
     host.put(DAEMON, b"{\"a\":1}");
     host.apply(&local(), false).unwrap();
     let kept = host
-        .place("/var/lib/ifnewer/setup/docker")
+        .place("/var/lib/ifnewer-setup/docker")
         .join(record::digest(b"{\"a\":1}"));
     fs::write(kept, "{\"a\":2}").unwrap();
     let told = host.undo(false).unwrap_err().to_string();

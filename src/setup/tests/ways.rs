@@ -120,6 +120,21 @@ fn another_host_needs_its_authority() {
 }
 
 #[test]
+fn docker_on_loopback_needs_an_authority_only_over_ipv6() {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("ca.pem"), CA).unwrap();
+    let tls = format!("[tls]\nfolder = {:?}", folder.path().to_str().unwrap());
+    for (address, needs) in [
+        ("https://127.0.0.1:1", false),
+        ("https://[::1]:1", true),
+        ("http://[::1]:1", false),
+    ] {
+        let found = way(&tls, &at(Client::Docker, address)).unwrap();
+        assert_eq!(found.authority.is_some(), needs, "{address}");
+    }
+}
+
+#[test]
 fn a_name_that_is_not_on_the_certificate_is_warned_of() {
     let folder = tempfile::tempdir().unwrap();
     std::fs::write(folder.path().join("ca.pem"), CA).unwrap();

@@ -1,0 +1,251 @@
+//! Ourselves: is the port answered, is the certificate right, are the upstreams there.
+
+use std::sync::Arc;
+
+use rustls_pki_types::CertificateDer;
+use rustls_pki_types::pem::PemObject;
+use serde_json::Value;
+use tokio::task::JoinSet;
+
+use super::wire::{self, Place};
+use super::{Check, Patient, State};
+use crate::config::{Plain, UpstreamConfig};
+use crate::oci::{Accept, Operation, Reference, Repository, Tag};
+use crate::run;
+use crate::upstream::{Caller, Connector, Credential, Upstream};
+
+/// A name that nobody has: whatever the registry answers, it answers.
+const NOBODYS: &str = "ifnewer/doctor";
+
+/// Where clients of this host reach us: plainly where that is allowed, and by TLS with our authority.
+pub(super) async fn listeners(patient: &Patient<'_>) -> Vec<Check> {
+    const NAME: &str = "listener";
+    let way = match &patient.way {
+        Ok(way) => way,
+        Err(refused) => return vec![Check::failed(NAME, refused.to_string(), "")],
+    };
+    let place = way.place();
+    let mut checks = Vec::new();
+    let speaks_plain = match patient.config.listen.plain {
+        Plain::Any => true,
+        Plain::Loopback => way.is_loopback(),
+        Plain::Nobody => false,
+    };
+    if speaks_plain {
+        checks.push(match wire::get(Place::Plain(&way.host, way.port), "/v2/").await {
+            Ok(reply) if reply.status == 200 => Check::ok(NAME, format!("http://{place} answers")),
+            Ok(reply) => Check::failed(
+                NAME,
+                format!("http://{place}/v2/ answers {}", reply.status),
+                "is something else listening there? see `ifnewer check` and listen.registry",
+            ),
+            Err(error) => Check::failed(
+                NAME,
+                format!("http://{place}: {error}"),
+                "start ifnewer, or give the address by --address",
+            ),
+        });
+    }
+    checks.push(tls(patient, &way.host, way.port).await);
+    checks
+}
+
+async fn tls(patient: &Patient<'_>, host: &str, port: u16) -> Check {
+    const NAME: &str = "listener-tls";
+    let config = patient.config;
+    let path = match (&patient.options.ca, &config.tls.own) {
+        (Some(path), _) => path.clone(),
+        (None, Some(_)) => {
+            return Check::skipped(
+                NAME,
+                "the certificate is your own: name its authority by --ca to check it",
+            );
+        }
+        (None, None) => config.tls.folder.join("ca.pem"),
+    };
+    let roots = CertificateDer::pem_file_iter(&path).and_then(Iterator::collect::<Result<Vec<_>, _>>);
+    let roots = match roots {
+        Ok(roots) => roots,
+        Err(error) => {
+            return Check::failed(
+                NAME,
+                format!("{}: {error}", path.display()),
+                "it is made at the first start; if the service has settings of its own (IFNEWER_TLS_FOLDER in its \
+                 unit), give this command the same",
+            );
+        }
+    };
+    match wire::get(Place::Tls(host, port, &roots), "/v2/").await {
+        Ok(reply) if reply.status == 200 => Check::ok(
+            NAME,
+            format!("https://{host}:{port} answers, verified with {}", path.display()),
+        ),
+        Ok(reply) => Check::failed(
+            NAME,
+            format!("https://{host}:{port}/v2/ answers {}", reply.status),
+            "",
+        ),
+        Err(error) => Check::failed(
+            NAME,
+            format!("https://{host}:{port}, verified with {}: {error}", path.display()),
+            "reload ifnewer (kill -HUP) if the authority is new; write a missing name into `names` of [tls]",
+        ),
+    }
+}
+
+/// What we say of ourselves.
+pub(super) async fn ready(patient: &Patient<'_>) -> Check {
+    const NAME: &str = "ready";
+    let mut host = String::new();
+    let Some(place) = Place::admin(&patient.config.listen.admin, &mut host) else {
+        return Check::skipped(NAME, "listen.admin is off");
+    };
+    match wire::get(place, "/readyz").await {
+        Ok(reply) if reply.status == 200 => {
+            let text = reply.text();
+            let lines: Vec<&str> = text.lines().collect();
+            match lines.iter().find(|line| line.starts_with("degraded")) {
+                Some(line) => Check::failed(NAME, *line, "see the log"),
+                None => Check::ok(NAME, lines.join(", ")),
+            }
+        }
+        Ok(reply) => Check::failed(
+            NAME,
+            format!("/readyz answers {}: {}", reply.status, reply.text()),
+            "see the log",
+        ),
+        Err(error) => Check::failed(
+            NAME,
+            format!("the admin listener: {error}"),
+            "start ifnewer; is listen.admin the running one's?",
+        ),
+    }
+}
+
+/// Each upstream, asked from here with the configuration's proxy and roots; and what it says is left of its allowance.
+pub(super) async fn upstreams(patient: &Patient<'_>) -> Vec<Check> {
+    let connector = Connector::system();
+    let mut asked = JoinSet::new();
+    for (position, upstream) in patient.config.upstreams.iter().enumerate() {
+        let name = format!("upstream {}", upstream.name);
+        match run::upstream(upstream, 4, &connector) {
+            Ok(client) => {
+                let operation = operation(upstream, &patient.options.canary);
+                asked.spawn(async move { (position, self::upstream(name, &client, operation).await) });
+            }
+            Err(error) => {
+                let check = Check::failed(name, error.to_string(), "mend its section in the configuration");
+                asked.spawn(async move { (position, check) });
+            }
+        }
+    }
+    let mut checks = asked.join_all().await;
+    checks.sort_by_key(|(position, _)| *position);
+    let seen = as_seen_by_the_cache(patient).await;
+    let names = patient.config.upstreams.iter().map(|upstream| &*upstream.name);
+    let checks = checks.into_iter().map(|(_, check)| check).zip(names);
+    checks
+        .map(|(check, name)| together(check, name, seen.as_ref()))
+        .collect()
+}
+
+/// What the running cache says about its upstreams, if it can be asked.
+async fn as_seen_by_the_cache(patient: &Patient<'_>) -> Option<Value> {
+    let mut host = String::new();
+    let place = Place::admin(&patient.config.listen.admin, &mut host)?;
+    wire::get(place, "/api/v1/upstreams").await.ok()?.json()
+}
+
+/// What we found, and what the running cache finds: it may go out another way, and under another credential.
+pub(super) fn together(mut check: Check, name: &str, seen: Option<&Value>) -> Check {
+    let all = seen.and_then(|seen| seen.get("upstreams")?.as_array());
+    let seen = all
+        .into_iter()
+        .flatten()
+        .find(|upstream| upstream["name"] == *name);
+    let (Some(seen), State::Ok) = (seen, check.state) else {
+        return check;
+    };
+    if let Some(text) = seen.pointer("/silent/text").and_then(Value::as_str) {
+        return Check::failed(
+            check.name,
+            format!("it answers this command, and is silent to the running cache: {text}"),
+            "do both go by the same proxy and DNS?",
+        );
+    }
+    let limits = seen
+        .get("rate_limits")
+        .and_then(Value::as_array)
+        .into_iter()
+        .flatten();
+    let left = limits.filter_map(|limit| Some((limit.get("remaining")?.as_u64()?, limit)));
+    match left.min_by_key(|(left, _)| *left) {
+        Some((0, limit)) => Check::failed(
+            check.name,
+            format!(
+                "none of the pulls of {} are left ({})",
+                limit["credential"], limit["limit"]
+            ),
+            "wait, or let clients log in: held images are served meanwhile",
+        ),
+        Some((left, limit)) => {
+            check.found = format!(
+                "answers; {left} of {} pulls left for {}",
+                limit["limit"], limit["credential"]
+            );
+            check
+        }
+        None => check,
+    }
+}
+
+/// The canary where it is this upstream's, which is what a registry counts pulls by.
+fn operation(upstream: &UpstreamConfig, canary: &str) -> Option<Operation> {
+    let image = super::canary::Image::read(canary);
+    let (repository, tag) = match image {
+        Some(image) if upstream.is_called(&image.registry) && !image.reference.contains(':') => {
+            (image.repository, image.reference)
+        }
+        _ => (NOBODYS.to_owned(), "latest".to_owned()),
+    };
+    let repository: Repository = repository.parse().ok()?;
+    let tag: Tag = tag.parse().ok()?;
+    Some(Operation::Manifest {
+        repository,
+        reference: Reference::Tag(tag),
+    })
+}
+
+async fn upstream(name: String, upstream: &Upstream, operation: Option<Operation>) -> Check {
+    let Some(operation) = operation else {
+        return Check::skipped(name, "the canary has no tag to ask for");
+    };
+    let anonymous = Caller {
+        principal: [0; 32],
+        credential: Credential::Anonymous,
+    };
+    let answer = upstream.head(&anonymous, &operation, &Accept::any()).await;
+    if let Some(cause) = answer.silence() {
+        let registry: Arc<str> = upstream.name().into();
+        return Check::failed(
+            name,
+            format!("{registry} {cause}"),
+            format!(
+                "check DNS, firewall and `proxy`; if it is not used here: [upstream.\"{registry}\"] enabled = false"
+            ),
+        );
+    }
+    let allowances = upstream.state().allowances;
+    let limit = allowances
+        .iter()
+        .find_map(|allowance| Some((allowance.limit.remaining?, allowance.limit.limit?)));
+    match limit {
+        Some((0, limit)) => Check::failed(
+            name,
+            format!("it answers, and none of the {limit} anonymous pulls of this address are left"),
+            "wait, or let clients log in: held images are served meanwhile",
+        ),
+        Some((left, limit)) => Check::ok(name, format!("answers; {left} of {limit} anonymous pulls left")),
+        None => Check::ok(name, "answers"),
+    }
+}

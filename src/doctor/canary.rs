@@ -1,0 +1,222 @@
+//! The canary: an image pulled through the daemon, and looked for in our own log. The only proof that the cache is used.
+
+use std::io;
+use std::path::Path;
+use std::time::Duration;
+
+use http::Method;
+use serde_json::Value;
+
+use super::wire::{self, Place};
+use super::{Check, Patient};
+
+/// Patience for a pull, of a small image.
+const PULL: Duration = Duration::from_secs(180);
+
+/// An image as people write it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Image {
+    pub(super) registry: String,
+    /// With `library/` where the Hub means it.
+    pub(super) repository: String,
+    pub(super) reference: String,
+}
+
+impl Image {
+    /// By Docker's rules: without a registry it is the Hub's, without a tag `latest`.
+    pub(super) fn read(text: &str) -> Option<Self> {
+        let (name, reference) = match (text.split_once('@'), text.rsplit_once(':')) {
+            (Some((name, digest)), _) => (name, digest),
+            (None, Some((name, tag))) if !tag.contains('/') => (name, tag),
+            _ => (text, "latest"),
+        };
+        let (registry, rest) = match name.split_once('/') {
+            Some((first, rest)) if first.contains(['.', ':']) || first == "localhost" => (first, rest),
+            _ => ("docker.io", name),
+        };
+        let registry = match registry {
+            "index.docker.io" | "registry-1.docker.io" => "docker.io",
+            other => other,
+        };
+        let repository = if registry == "docker.io" && !rest.contains('/') {
+            format!("library/{rest}")
+        } else {
+            rest.to_owned()
+        };
+        let plain = |text: &str| {
+            text.chars()
+                .all(|c| c.is_ascii_alphanumeric() || "._-/:@".contains(c))
+        };
+        let image = Self {
+            registry: registry.to_owned(),
+            repository,
+            reference: reference.to_owned(),
+        };
+        let is_whole = !rest.is_empty() && !reference.is_empty() && plain(text);
+        is_whole.then_some(image)
+    }
+
+    fn name(&self) -> String {
+        format!("{}/{}", self.registry, self.repository)
+    }
+
+    fn whole(&self) -> String {
+        let mark = if self.reference.contains(':') { '@' } else { ':' };
+        format!("{}{mark}{}", self.name(), self.reference)
+    }
+}
+
+/// No canary, said loudly.
+pub(super) fn unproven(why: &str) -> Check {
+    Check::skipped(
+        "canary",
+        format!("{why}: whether the cache is used was NOT proven"),
+    )
+}
+
+/// Pulls an image through the daemon and looks for that in our own log.
+pub(super) async fn fly(patient: &Patient<'_>, socket: &Path) -> Check {
+    const NAME: &str = "canary";
+    let Some(image) = Image::read(&patient.options.canary) else {
+        return Check::failed(
+            NAME,
+            format!("`{}` is no image", patient.options.canary),
+            "name one by --canary",
+        );
+    };
+    let before = match last_event(patient).await {
+        Ok(Some(number)) => number,
+        Ok(None) => return unproven("listen.admin is off, so that our own log cannot be asked"),
+        Err(error) => return unproven(&format!("the admin listener: {error}")),
+    };
+    let whole = image.whole();
+    let held = wire::get(Place::Unix(socket), &format!("/images/{whole}/json")).await;
+    let held = held.is_ok_and(|reply| reply.status == 200);
+    let pulled = pull(socket, &image).await;
+    let events = events_after(patient, before).await.unwrap_or_default();
+    if !held && pulled.is_ok() {
+        // It was not there before; a failure leaves an image, no harm.
+        let _ = wire::ask(
+            Place::Unix(socket),
+            Method::DELETE,
+            &format!("/images/{whole}"),
+            PULL,
+        )
+        .await;
+    }
+    verdict(&image, &pulled, &events)
+}
+
+/// What the pull and our log say together.
+pub(super) fn verdict(image: &Image, pulled: &Result<(), String>, events: &[Value]) -> Check {
+    const NAME: &str = "canary";
+    let whole = image.whole();
+    let field = |event: &Value, name: &str| {
+        event
+            .get(name)
+            .and_then(Value::as_str)
+            .unwrap_or_default()
+            .to_owned()
+    };
+    // Events are newest first; the tag is asked for before what it names.
+    let seen = events.iter().rev().find(|event| {
+        let reference = field(event, "reference");
+        field(event, "repository") == image.repository
+            && (reference == image.reference || reference.contains(':'))
+    });
+    let told = |event: &Value| {
+        format!(
+            "{} ({}, door {})",
+            field(event, "outcome"),
+            field(event, "reason"),
+            field(event, "door")
+        )
+    };
+    match (pulled, seen) {
+        (Ok(()), Some(event)) if field(event, "outcome") == "refused" => Check::failed(
+            NAME,
+            format!(
+                "{whole} was asked of this cache, refused ({}), and pulled past it",
+                field(event, "reason")
+            ),
+            "see /api/v1/why for the image",
+        ),
+        (Ok(()), Some(event)) => Check::ok(
+            NAME,
+            format!("{whole} was pulled through this cache: {}", told(event)),
+        ),
+        (Ok(()), None) => Check::failed(
+            NAME,
+            format!("{whole} was pulled, and NOT through this cache"),
+            if image.registry == "docker.io" {
+                "see the checks above: the daemon does not use it"
+            } else {
+                "Docker mirrors docker.io only: ifnewer setup docker --proxy, or choose another --canary"
+            },
+        ),
+        (Err(error), Some(event)) => Check::failed(
+            NAME,
+            format!(
+                "{whole} was asked of this cache: {}; the pull failed: {error}",
+                told(event)
+            ),
+            "see the log for the reason; choose an image that exists by --canary",
+        ),
+        (Err(error), None) => Check::failed(
+            NAME,
+            format!("{whole} could not be pulled, and this cache was not asked: {error}"),
+            "see the checks above; without a network, choose an image that is held by --canary",
+        ),
+    }
+}
+
+async fn pull(socket: &Path, image: &Image) -> Result<(), String> {
+    let tag = image.reference.replace(':', "%3A");
+    let path = format!(
+        "/images/create?fromImage={}&tag={tag}",
+        image.name().replace(':', "%3A")
+    );
+    let reply = wire::ask(Place::Unix(socket), Method::POST, &path, PULL)
+        .await
+        .map_err(|error| error.to_string())?;
+    let text = reply.text();
+    // One JSON object a line; a failure after the status is one of them.
+    let lines = text
+        .lines()
+        .filter_map(|line| serde_json::from_str::<Value>(line).ok());
+    let fault = lines
+        .filter_map(|line| {
+            line.get("error")
+                .or(line.get("message"))?
+                .as_str()
+                .map(str::to_owned)
+        })
+        .next_back();
+    match fault {
+        Some(fault) => Err(fault),
+        None if reply.status == 200 => Ok(()),
+        None => Err(format!("the daemon answered {}", reply.status)),
+    }
+}
+
+/// The number of our last decision; `None` without an admin listener.
+async fn last_event(patient: &Patient<'_>) -> io::Result<Option<u64>> {
+    let mut host = String::new();
+    let Some(place) = Place::admin(&patient.config.listen.admin, &mut host) else {
+        return Ok(None);
+    };
+    let reply = wire::get(place, "/api/v1/events?limit=1").await?;
+    let told = reply.json().filter(|_| reply.status == 200);
+    let told = told.ok_or_else(|| io::Error::other(format!("/api/v1/events answers {}", reply.status)))?;
+    let number = told.pointer("/events/0/number").and_then(Value::as_u64);
+    Ok(Some(number.unwrap_or(0)))
+}
+
+async fn events_after(patient: &Patient<'_>, number: u64) -> Option<Vec<Value>> {
+    let mut host = String::new();
+    let place = Place::admin(&patient.config.listen.admin, &mut host)?;
+    let reply = wire::get(place, &format!("/api/v1/events?limit=1000&after={number}"))
+        .await
+        .ok()?;
+    reply.json()?.get("events")?.as_array().cloned()
+}

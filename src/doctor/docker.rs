@@ -1,0 +1,318 @@
+//! dockerd: what its file says, what is in effect, whom it trusts.
+
+use std::io;
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+
+use rustls_pki_types::CertificateDer;
+use rustls_pki_types::pem::PemObject;
+use serde_json::Value;
+
+use super::host::without_password;
+use super::wire::{self, Place};
+use super::{Check, Patient, canary};
+use crate::setup::Files;
+
+/// Where the system keeps the list of authorities that Go programs read: Debian, RHEL, Alpine.
+const BUNDLES: [&str; 3] = [
+    "/etc/ssl/certs/ca-certificates.crt",
+    "/etc/pki/tls/certs/ca-bundle.crt",
+    "/etc/ssl/cert.pem",
+];
+
+impl Patient<'_> {
+    /// Whether a URL is one of our addresses. Where we listen on every address, any address with our port may be.
+    pub(super) fn is_ours(&self, url: &str) -> bool {
+        let place = url.split_once("://").map_or(url, |(_, rest)| rest);
+        let place = place.split('/').next().unwrap_or_default();
+        let Ok(place) = place.parse::<http::uri::Authority>() else {
+            return false;
+        };
+        if self.way.as_ref().is_ok_and(|way| place.as_str() == way.place()) {
+            return true;
+        }
+        let host = place.host().trim_start_matches('[').trim_end_matches(']');
+        let port = place
+            .port_u16()
+            .unwrap_or(if url.starts_with("https") { 443 } else { 80 });
+        let is_named = self.config.tls.names.iter().any(|name| name == host);
+        let ip = host.parse::<IpAddr>().ok();
+        let is_loopback = host == "localhost" || ip.is_some_and(|ip| ip.is_loopback());
+        self.config.listen.registry.iter().any(|held| {
+            let reaches = match held.ip() {
+                every if every.is_unspecified() => is_loopback || ip.is_some(),
+                one => ip == Some(one) || is_loopback && one.is_loopback(),
+            };
+            held.port() == port && (is_named || reaches)
+        })
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.root.place(&self.options.docker)
+    }
+}
+
+pub(super) async fn examine(patient: &Patient<'_>) -> Vec<Check> {
+    let socket = patient.socket();
+    let info = wire::get(Place::Unix(&socket), "/info").await;
+    let info = match info {
+        Ok(reply) => reply
+            .json()
+            .ok_or_else(|| io::Error::other(format!("/info answers {}", reply.status))),
+        Err(error) => Err(error),
+    };
+    let absent = info
+        .as_ref()
+        .is_err_and(|error| error.kind() == io::ErrorKind::NotFound);
+    let mut checks = Vec::new();
+    if absent && !patient.root.place(Path::new("/etc/docker/daemon.json")).exists() {
+        checks.push(Check::skipped(
+            "docker",
+            format!("no Docker daemon here ({})", socket.display()),
+        ));
+        checks.push(canary::unproven("there is no Docker daemon to pull with"));
+        return checks;
+    }
+    checks.push(file(patient, info.as_ref().ok()));
+    let info = match info {
+        Ok(info) => info,
+        Err(error) => {
+            let remedy = match error.kind() {
+                io::ErrorKind::PermissionDenied => "run this as root",
+                _ => "start it: systemctl start docker",
+            };
+            checks.push(Check::failed(
+                "docker",
+                format!("the daemon at {}: {error}", socket.display()),
+                remedy,
+            ));
+            checks.push(canary::unproven("the Docker daemon does not answer"));
+            return checks;
+        }
+    };
+    let uses = Uses::read(patient, &info);
+    checks.push(uses.check(&info));
+    checks.push(trust(patient, &uses).await);
+    checks.push(detour(patient, &info, &uses));
+    checks.push(canary::fly(patient, &socket).await);
+    checks
+}
+
+/// What `daemon.json` says. Not having one is no fault where the daemon is told on its command line or by a proxy.
+fn file(patient: &Patient<'_>, info: Option<&Value>) -> Check {
+    const NAME: &str = "docker-file";
+    let path = Path::new("/etc/docker/daemon.json");
+    let bytes = match patient.root.read(path) {
+        Ok(Some(bytes)) => bytes,
+        Ok(None) => return Check::skipped(NAME, format!("{} is not there", path.display())),
+        Err(refused) => return Check::failed(NAME, refused.to_string(), ""),
+    };
+    let value: Value = match serde_json::from_slice(&bytes) {
+        Ok(value) => value,
+        Err(error) => {
+            return Check::failed(
+                NAME,
+                format!("{}: {error}", path.display()),
+                "dockerd does not start with it; mend it",
+            );
+        }
+    };
+    let mirrors = texts(value.get("registry-mirrors"));
+    let in_effect = info
+        .map(|info| texts(info.pointer("/RegistryConfig/Mirrors")))
+        .unwrap_or_default();
+    match mirrors.iter().find(|mirror| patient.is_ours(mirror)) {
+        Some(mirror) if info.is_some() && !in_effect.iter().any(|held| same(held, mirror)) => Check::failed(
+            NAME,
+            format!(
+                "{} names {mirror}, and the daemon does not use it",
+                path.display()
+            ),
+            "kill -HUP $(cat /run/docker.pid); if that does not help, it is started with another --config-file",
+        ),
+        Some(mirror) => Check::ok(NAME, format!("{} names {mirror}", path.display())),
+        None if in_effect.iter().any(|mirror| patient.is_ours(mirror)) => Check::skipped(
+            NAME,
+            format!(
+                "{} does not name this cache, though the daemon uses it: told on its command line, or until its next start",
+                path.display()
+            ),
+        ),
+        None => Check::skipped(
+            NAME,
+            format!("{} names no mirror that is this cache", path.display()),
+        ),
+    }
+}
+
+/// How the daemon comes to us.
+#[derive(Debug, PartialEq, Eq)]
+enum Uses {
+    Mirror { url: String, position: usize },
+    Proxy(String),
+    Nothing,
+}
+
+impl Uses {
+    fn read(patient: &Patient<'_>, info: &Value) -> Self {
+        let proxy = info.get("HttpsProxy").and_then(Value::as_str).unwrap_or_default();
+        if patient.is_ours(proxy) {
+            return Self::Proxy(proxy.to_owned());
+        }
+        let mirrors = texts(info.pointer("/RegistryConfig/Mirrors"));
+        let position = mirrors.iter().position(|mirror| patient.is_ours(mirror));
+        match position.and_then(|position| Some((position, mirrors.into_iter().nth(position)?))) {
+            Some((position, url)) => Self::Mirror { url, position },
+            None => Self::Nothing,
+        }
+    }
+
+    fn check(&self, info: &Value) -> Check {
+        const NAME: &str = "docker";
+        let version = info.get("ServerVersion").and_then(Value::as_str).unwrap_or("?");
+        match self {
+            Self::Mirror { url, position: 0 } => {
+                Check::ok(NAME, format!("dockerd {version} uses the mirror {url}"))
+            }
+            Self::Mirror { url, position } => Check::failed(
+                NAME,
+                format!("dockerd {version} asks {position} other mirrors before {url}"),
+                "put it first in registry-mirrors",
+            ),
+            Self::Proxy(url) => Check::ok(NAME, format!("dockerd {version} goes by the proxy {url}")),
+            Self::Nothing => Check::failed(
+                NAME,
+                format!(
+                    "dockerd {version} does not use this cache (its mirrors: {})",
+                    match texts(info.pointer("/RegistryConfig/Mirrors")).join(", ") {
+                        none if none.is_empty() => "none".to_owned(),
+                        some => some,
+                    }
+                ),
+                "ifnewer setup docker --apply",
+            ),
+        }
+    }
+}
+
+/// The authority as the daemon sees it: its folder for our address, and the system's list.
+async fn trust(patient: &Patient<'_>, uses: &Uses) -> Check {
+    const NAME: &str = "docker-trust";
+    let (place, by_proxy) = match uses {
+        Uses::Mirror { url, .. } => match url.trim_end_matches('/').split_once("://") {
+            Some(("https", place)) => (place, false),
+            _ => return Check::ok(NAME, format!("{url} needs no certificate")),
+        },
+        Uses::Proxy(_) => ("", true),
+        Uses::Nothing => return Check::skipped(NAME, "the daemon does not use this cache"),
+    };
+    let mut roots = Vec::new();
+    for bundle in BUNDLES {
+        roots.extend(certificates(patient, Path::new(bundle)));
+    }
+    if by_proxy {
+        let ours = CertificateDer::pem_file_iter(patient.config.tls.folder.join("ca.pem"))
+            .and_then(Iterator::collect::<Result<Vec<_>, _>>)
+            .unwrap_or_default();
+        return match ours.first() {
+            Some(ours) if roots.contains(ours) => Check::ok(
+                NAME,
+                "the system's list has our authority; dockerd read it at its start",
+            ),
+            _ => Check::failed(
+                NAME,
+                "the system's list does not have our authority, with which the proxy speaks for each registry",
+                "ifnewer ca install, then systemctl restart docker",
+            ),
+        };
+    }
+    let folder = Path::new("/etc/docker/certs.d").join(place);
+    for path in patient.root.list(&folder).unwrap_or_default() {
+        if path.extension().is_some_and(|extension| extension == "crt") {
+            roots.extend(certificates(patient, &path));
+        }
+    }
+    let Ok(authority) = place.parse::<http::uri::Authority>() else {
+        return Check::failed(
+            NAME,
+            format!("https://{place} is no address"),
+            "ifnewer setup docker --apply",
+        );
+    };
+    let port = authority.port_u16().unwrap_or(443);
+    let loopback = authority.host().starts_with("127.") || authority.host() == "localhost";
+    match wire::get(Place::Tls(authority.host(), port, &roots), "/v2/").await {
+        Ok(_) => Check::ok(NAME, format!("what dockerd trusts verifies https://{place}")),
+        Err(_) if loopback => Check::ok(
+            NAME,
+            format!("dockerd does not verify https://{place}, which is loopback"),
+        ),
+        Err(error) => Check::failed(
+            NAME,
+            format!("https://{place}, with what dockerd trusts: {error}"),
+            "ifnewer setup docker --apply, or ifnewer ca install --into docker",
+        ),
+    }
+}
+
+fn certificates(patient: &Patient<'_>, path: &Path) -> Vec<CertificateDer<'static>> {
+    let bytes = patient.root.read(path).ok().flatten().unwrap_or_default();
+    CertificateDer::pem_slice_iter(&bytes)
+        .filter_map(Result::ok)
+        .collect()
+}
+
+/// A proxy of the daemon's stands between it and a mirror that is not loopback, unless `NO_PROXY` says otherwise.
+fn detour(patient: &Patient<'_>, info: &Value, uses: &Uses) -> Check {
+    const NAME: &str = "docker-proxy";
+    let text = |name: &str| info.get(name).and_then(Value::as_str).unwrap_or_default();
+    let Uses::Mirror { url, .. } = uses else {
+        return Check::skipped(NAME, "no mirror is used");
+    };
+    let proxy = if url.starts_with("https") {
+        text("HttpsProxy")
+    } else {
+        text("HttpProxy")
+    };
+    let place = url
+        .split_once("://")
+        .map_or("", |(_, rest)| rest.trim_end_matches('/'));
+    let authority = place.parse::<http::uri::Authority>().ok();
+    let host = authority.as_ref().map_or("", |authority| authority.host());
+    let loopback = patient.way.as_ref().is_ok_and(crate::setup::Way::is_loopback) || host.starts_with("127.");
+    let exempt = text("NoProxy").split(',').map(str::trim).any(|rule| {
+        let suffix = rule.trim_start_matches('.');
+        rule == "*"
+            || !suffix.is_empty()
+                && (host == suffix || host.ends_with(&format!(".{suffix}")) || place == rule)
+    });
+    if proxy.is_empty() {
+        Check::ok(NAME, "dockerd has no proxy between it and the mirror")
+    } else if loopback || exempt {
+        Check::ok(
+            NAME,
+            format!(
+                "dockerd's proxy {} is not asked for {place}",
+                without_password(proxy)
+            ),
+        )
+    } else {
+        Check::failed(
+            NAME,
+            format!("dockerd asks its proxy {} for {place}", without_password(proxy)),
+            format!("add {host} to its NO_PROXY and restart it"),
+        )
+    }
+}
+
+fn texts(list: Option<&Value>) -> Vec<String> {
+    let items = list.and_then(Value::as_array).into_iter().flatten();
+    items
+        .filter_map(|item| item.as_str().map(str::to_owned))
+        .collect()
+}
+
+/// dockerd adds a slash to its mirrors.
+fn same(one: &str, other: &str) -> bool {
+    one.trim_end_matches('/') == other.trim_end_matches('/')
+}

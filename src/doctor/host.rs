@@ -1,0 +1,247 @@
+//! The machine: disk, descriptors, clock, the variables of the running process, and the files that `setup` wrote.
+
+use std::fs;
+use std::path::Path;
+use std::time::Duration;
+
+use bytesize::ByteSize;
+use rustls_pki_types::CertificateDer;
+
+use super::wire::{self, Place};
+use super::{Check, Patient};
+use crate::setup::{Client, Job, State};
+
+/// A clock that is further off than this breaks certificates and tokens.
+const SKEW_MAX: Duration = Duration::from_secs(300);
+
+/// Besides connections and transfers: the index, listeners, the log.
+const DESCRIPTORS_BESIDES: u64 = 128;
+
+pub(super) fn disk(patient: &Patient<'_>) -> Check {
+    const NAME: &str = "disk";
+    let data = &patient.config.data;
+    let wanted = patient.config.store.free_bytes_min;
+    let stats = match rustix::fs::statvfs(data) {
+        Ok(stats) => stats,
+        Err(error) => {
+            return Check::failed(
+                NAME,
+                format!("{}: {error}", data.display()),
+                "start ifnewer once; if the service has settings of its own (IFNEWER_DATA in its unit), give this \
+                 command the same",
+            );
+        }
+    };
+    let free = stats.f_bavail.saturating_mul(stats.f_frsize);
+    if stats.f_flag.contains(rustix::fs::StatVfsMountFlags::RDONLY) {
+        return Check::failed(
+            NAME,
+            format!("{} is read-only", data.display()),
+            "nothing new is kept until it is mended",
+        );
+    }
+    if free < wanted {
+        return Check::failed(
+            NAME,
+            format!(
+                "{} has {} free, less than store.free ({})",
+                data.display(),
+                ByteSize(free),
+                ByteSize(wanted)
+            ),
+            "make room, or nothing new is kept: pulls pass through",
+        );
+    }
+    // File systems that count no inodes say 0 of 0.
+    if stats.f_files > 0 && stats.f_favail < 10_000 {
+        return Check::failed(
+            NAME,
+            format!("{} has {} inodes left", data.display(), stats.f_favail),
+            "remove small files there: each blob is a file",
+        );
+    }
+    Check::ok(NAME, format!("{} has {} free", data.display(), ByteSize(free)))
+}
+
+/// The process that has the data folder.
+fn process(patient: &Patient<'_>) -> Option<u32> {
+    let text = fs::read_to_string(patient.config.data.join("LOCK")).ok()?;
+    let pid: u32 = text.trim().parse().ok()?;
+    let name = fs::read_to_string(format!("/proc/{pid}/comm")).ok()?;
+    (name.trim() == "ifnewer").then_some(pid)
+}
+
+pub(super) fn descriptors(patient: &Patient<'_>) -> Check {
+    const NAME: &str = "descriptors";
+    let Some(pid) = process(patient) else {
+        return Check::skipped(
+            NAME,
+            format!(
+                "no running ifnewer is named in {}/LOCK",
+                patient.config.data.display()
+            ),
+        );
+    };
+    let limits = fs::read_to_string(format!("/proc/{pid}/limits")).unwrap_or_default();
+    let line = limits
+        .lines()
+        .find_map(|line| line.strip_prefix("Max open files"));
+    let Some(limit) = line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok()) else {
+        return Check::skipped(NAME, format!("/proc/{pid}/limits cannot be read"));
+    };
+    let limits = &patient.config.limits;
+    let needed = limits.connections_max as u64 + limits.fetches_max as u64 + DESCRIPTORS_BESIDES;
+    if limit < needed {
+        return Check::failed(
+            NAME,
+            format!(
+                "process {pid} may open {limit} files, and {needed} connections and transfers are allowed"
+            ),
+            format!(
+                "raise LimitNOFILE= of its unit to {}, or lower limits.connections_max",
+                needed.next_power_of_two()
+            ),
+        );
+    }
+    let open = fs::read_dir(format!("/proc/{pid}/fd")).map(Iterator::count).ok();
+    let open = open.map(|open| format!(", {open} open")).unwrap_or_default();
+    Check::ok(NAME, format!("process {pid} may open {limit} files{open}"))
+}
+
+/// A proxy for our own way out that is ourselves is a loop.
+pub(super) fn variables(patient: &Patient<'_>) -> Check {
+    const NAME: &str = "proxy-variables";
+    let environment = process(patient).and_then(|pid| fs::read(format!("/proc/{pid}/environ")).ok());
+    let Some(environment) = environment else {
+        return Check::skipped(
+            NAME,
+            "the running ifnewer's environment cannot be read; run this as its user or as root",
+        );
+    };
+    let text = String::from_utf8_lossy(&environment);
+    let proxies: Vec<(&str, &str)> = text
+        .split('\0')
+        .filter_map(|pair| pair.split_once('='))
+        .filter(|(name, _)| {
+            let name = name.to_ascii_uppercase();
+            matches!(name.as_str(), "HTTPS_PROXY" | "HTTP_PROXY" | "ALL_PROXY")
+        })
+        .filter(|(_, value)| !value.is_empty())
+        .collect();
+    for (name, value) in &proxies {
+        if patient.is_ours(value) {
+            return Check::failed(
+                NAME,
+                format!("the running ifnewer has {name}={value}, which is itself"),
+                "take it away there: it is for clients",
+            );
+        }
+    }
+    if proxies.is_empty() {
+        return Check::ok(
+            NAME,
+            "the running ifnewer goes to the upstreams without a proxy of the environment",
+        );
+    }
+    let told: Vec<String> = proxies
+        .iter()
+        .map(|(name, value)| format!("{name}={}", without_password(value)))
+        .collect();
+    Check::ok(
+        NAME,
+        format!("the running ifnewer goes out by {}", told.join(", ")),
+    )
+}
+
+pub(super) fn without_password(url: &str) -> String {
+    match (url.split_once("://"), url.rsplit_once('@')) {
+        (Some((scheme, _)), Some((_, host))) => format!("{scheme}://…@{host}"),
+        (None, Some((_, host))) => format!("…@{host}"),
+        _ => url.to_owned(),
+    }
+}
+
+/// Against what the default upstream says is the time.
+pub(super) async fn clock(patient: &Patient<'_>) -> Check {
+    const NAME: &str = "clock";
+    let upstream = patient.config.upstream(&patient.config.default_upstream);
+    let url = upstream
+        .and_then(|upstream| upstream.urls.first())
+        .and_then(|url| url.parse::<http::Uri>().ok());
+    let Some((url, host)) = url.as_ref().and_then(|url| Some((url, url.host()?))) else {
+        return Check::skipped(NAME, "there is no upstream to ask");
+    };
+    let roots: Vec<CertificateDer<'static>> = rustls_native_certs::load_native_certs().certs;
+    let reply = if url.scheme_str() == Some("http") {
+        wire::get(Place::Plain(host, url.port_u16().unwrap_or(80)), "/v2/").await
+    } else {
+        wire::get(Place::Tls(host, url.port_u16().unwrap_or(443), &roots), "/v2/").await
+    };
+    let date = match &reply {
+        Ok(reply) => reply.headers.get(http::header::DATE),
+        Err(error) => return Check::skipped(NAME, format!("{host} could not be asked directly: {error}")),
+    };
+    let Some(theirs) = date.and_then(|date| httpdate::parse_http_date(date.to_str().ok()?).ok()) else {
+        return Check::skipped(NAME, format!("{host} does not say what time it is"));
+    };
+    let skew = match patient.now.duration_since(theirs) {
+        Ok(ahead) => ahead,
+        Err(error) => error.duration(),
+    };
+    if skew > SKEW_MAX {
+        return Check::failed(
+            NAME,
+            format!("{} s away from the clock of {host}", skew.as_secs()),
+            "set the clock (timedatectl): certificates and tokens depend on it",
+        );
+    }
+    Check::ok(
+        NAME,
+        format!("{} s away from the clock of {host}", skew.as_secs()),
+    )
+}
+
+/// Whether what `setup` wrote is still there.
+pub(super) fn setups(patient: &Patient<'_>) -> Vec<Check> {
+    let mut checks = Vec::new();
+    for client in Client::ALL {
+        let name = format!("setup {}", client.name());
+        let states = match Job::setup(client).states(patient.root) {
+            Ok(Some(states)) => states,
+            Ok(None) => continue,
+            Err(refused) => {
+                checks.push(Check::failed(name, refused.to_string(), ""));
+                continue;
+            }
+        };
+        let changed: Vec<String> = states
+            .iter()
+            .filter(|(_, state)| *state != State::AsWritten)
+            .map(|(path, state)| told(path, *state))
+            .collect();
+        let paths: Vec<String> = states
+            .iter()
+            .map(|(path, _)| path.display().to_string())
+            .collect();
+        checks.push(if changed.is_empty() {
+            Check::ok(name, format!("as written: {}", paths.join(", ")))
+        } else {
+            Check::failed(
+                name,
+                changed.join(", "),
+                format!(
+                    "write it again, or take the rest back: ifnewer setup {} --apply, --undo",
+                    client.name()
+                ),
+            )
+        });
+    }
+    checks
+}
+
+fn told(path: &Path, state: State) -> String {
+    match state {
+        State::AsBefore => format!("{} is as it was before", path.display()),
+        State::AsWritten | State::Changed => format!("{} was changed since", path.display()),
+    }
+}
