@@ -126,7 +126,9 @@ impl Root {
 
     /// Removes a folder that is empty; one that is not stays.
     pub(super) fn remove_folder(&self, folder: &Path) {
-        let _ = fs::remove_dir(self.place(folder));
+        if let Ok(target) = self.target(folder) {
+            let _ = fs::remove_dir(target);
+        }
     }
 }
 

@@ -117,7 +117,7 @@ impl<'a> Shelf<'a> {
 
     /// Keeps others out until dropped.
     pub(super) fn lock(&self) -> Result<File, Refused> {
-        let folder = self.root.place(Path::new(FOLDER));
+        let folder = self.root.target(Path::new(FOLDER))?;
         fs::DirBuilder::new()
             .recursive(true)
             .mode(0o700)

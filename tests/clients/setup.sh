@@ -1,35 +1,26 @@
 # shellcheck shell=bash
 # Sourced by ./run, after servers.sh and images.sh: `setup` and `doctor` with a real dockerd, which is as fresh as one
 # from a package: its own data, its own configuration, and a root of its own in which its files lie.
-#
-#   . "$here/setup.sh"; setup_scenarios        the one line for ./run, at the end of its main
 
 setup_root=$scratch/host
 
-setup_scenarios() {
+all_of_setup() {
+  [[ -z ${DIRECT:-} ]] || return 0
   scenario "setup: docker by setup, doctor green, then undone byte for byte" setup_then_doctor
   scenario "setup: the same over verified TLS" setup_then_doctor_tls
   scenario "setup: doctor finds out a daemon that pulls past the cache" doctor_finds_out
-  if command -v ctr >/dev/null; then
-    scenario "setup: containerd pulls by what setup wrote" setup_containerd
-  elif [[ ${CI:-} == true ]]; then
-    scenario "setup: containerd pulls by what setup wrote" fail "ctr is not here"
-  else
-    echo "SKIPPED: ctr is not here" >&2
-  fi
+  scenario "setup: containerd pulls by what setup wrote" setup_containerd
   scenario "setup: skopeo pulls by what setup wrote for podman" setup_podman
 }
 
 # A host with a configuration that someone has written by hand: tabs, CRLF, no newline at the end.
 fresh_host() {
-  stop_dockerd
-  stop_ifnewer
-  rm -rf "$setup_root" "$scratch/ifnewer" "$scratch/dockerd" "$state"/ifnewer.*
+  stop dockerd
+  rm -rf "$setup_root" "$scratch/dockerd"
+  fresh_mirror
   mkdir -p "$setup_root/etc/docker" "$setup_root/run" "$setup_root/var/run"
   printf '{\r\n\t"log-level": "info" ,\n\t"debug": false}' >"$setup_root/etc/docker/daemon.json"
-  if ! { [[ -e $state/upstream.pid ]] && runs "$(<"$state/upstream.pid")"; }; then start_upstream; fi
   push demo library/demo:latest
-  start_ifnewer
 }
 
 # What ifnewer announced, as its operator would have configured it; the Hub's place is taken by our registry.
@@ -161,19 +152,22 @@ setup_containerd() {
   # No dockerd runs here, which doctor rightly minds.
   ifnewer_ doctor >"$scratch/said" || true
   grep -q '^ok *containerd ' "$scratch/said" || fail "doctor does not find the files right"
-  start_containerd "$setup_root/etc/containerd/config.toml"
+  start_host_containerd "$setup_root/etc/containerd/config.toml"
   env HTTPS_PROXY=http://127.0.0.1:1 NO_PROXY=127.0.0.1 timeout 120 ctr -a "$scratch/containerd/sock" image pull \
     --hosts-dir "$setup_root/etc/containerd/certs.d" --snapshotter native docker.io/library/demo:latest
   curl -sSf "http://$(<"$state/ifnewer.admin")/api/v1/events?limit=100" |
     jq -e '[.events[] | select(.door == "ns" and .reference == "latest")] | length > 0' >/dev/null ||
     fail "the pull did not come with ?ns="
-  stop containerd
+  stop containerd KILL
   ifnewer_ setup containerd --undo
   [[ ! -e $setup_root/etc/containerd ]] || fail "undone, but something was left"
 }
 
 # With the file that setup wrote, which a containerd that cannot read it would not start with.
-start_containerd() {
+start_host_containerd() {
+  stop containerd KILL
+  unmount_below "$scratch/containerd"
+  rm -rf "$scratch/containerd"
   mkdir -p "$scratch/containerd"
   {
     printf 'root = "%s/containerd/root"\nstate = "%s/containerd/state"\n' "$scratch" "$scratch"

@@ -176,6 +176,19 @@ fn a_link_out_of_the_root_or_to_nowhere_is_not_followed() {
 }
 
 #[test]
+fn records_are_not_kept_outside_the_root_either() {
+    let outside = tempfile::tempdir().unwrap();
+    let host = Host::new();
+    fs::create_dir_all(host.place("/var")).unwrap();
+    symlink(outside.path(), host.place("/var/lib")).unwrap();
+    assert!(matches!(
+        host.apply(&local(), false),
+        Err(Refused::Outside { .. })
+    ));
+    assert_eq!(fs::read_dir(outside.path()).unwrap().count(), 0);
+}
+
+#[test]
 fn an_objection_leaves_nothing_behind() {
     for wrong in ["{", "[]", r#"{"registry-mirrors":["https://m"]}"#] {
         let host = Host::new();
