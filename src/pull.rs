@@ -4,6 +4,7 @@
 //! and how the outcome looks in HTTP is settled after. The road never weighs evidence itself; it only gathers it.
 //!
 //! * `asking`: the question put to the upstream, shared by those who may share it, and what follows from the answer.
+//! * `rights`: what its answers show of who may read. `recalled`: how it asks for a credential, for when it is silent.
 //! * `manifest`: by tag and by digest; `copies` of it that are held, `fetching` it, the `check` of what it points to.
 //! * `blob`: held, joined or led; `source`: how a download reaches the upstream; `prefetch` begins before anybody asks. * `listing`: tags and referrers.
 //! * `challenge`: how the registry itself answers `/v2/`. * `writing`: what follows from a write that passed.
@@ -18,6 +19,8 @@ mod listing;
 mod manifest;
 pub mod passing;
 mod prefetch;
+mod recalled;
+mod rights;
 mod site;
 mod sizes;
 mod source;
@@ -56,6 +59,7 @@ pub struct Pull {
     sizes: sizes::Sizes,
     found: check::Found,
     prefetching: prefetch::Prefetching,
+    refused: rights::Refused,
     questions: Flights<asking::Key, Arc<Answer>>,
     challenges: Flights<Arc<str>, Result<Arc<KeptChallenge>, Arc<Answer>>>,
     manifests: Flights<asking::Key, Result<Arc<HeldManifest>, Arc<Answer>>>,
@@ -187,6 +191,7 @@ impl Pull {
             sizes: sizes::Sizes::default(),
             found: check::Found::default(),
             prefetching: prefetch::Prefetching::default(),
+            refused: rights::Refused::default(),
             questions: Flights::default(),
             challenges: Flights::default(),
             manifests: Flights::default(),
@@ -195,7 +200,7 @@ impl Pull {
 
     /// Answers a request. Total: whatever fails becomes a refusal with its reason.
     pub async fn answer(self: &Arc<Self>, request: Request) -> Outcome {
-        match request.operation.clone() {
+        let outcome = match request.operation.clone() {
             Operation::Ping => Outcome::Ping,
             Operation::Manifest {
                 repository,
@@ -205,7 +210,8 @@ impl Pull {
             Operation::Tags { repository, .. } | Operation::Referrers { repository, .. } => {
                 self.listing(&request, &repository).await
             }
-        }
+        };
+        self.or_challenge(&request, outcome)
     }
 
     /// What would be decided for `image` now, before asking anyone: for the operator's question "why".

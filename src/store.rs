@@ -13,6 +13,7 @@
 //! seen/ab/<hash>              which digests the upstream was seen to have in a repository; whether it is public
 //! listings/<slot>             the last list of tags or referrers, for an outage
 //! ingest/<n>                  what is being written; ingest/<digest>: what an interrupted download left
+//! challenges/ab/<hash>        how an upstream asks for a credential, for an outage
 //! quarantine/                 what failed verification
 //! index/                      sled: a projection, may be lost
 //! ```

@@ -134,6 +134,9 @@ pub enum Refusal {
     NotVouched,
     /// The upstream refused this credential.
     Forbidden,
+    /// There is no credential, and the upstream is silent that could say whether one is needed: the client is asked for
+    /// one, be there a copy or not, for those who had the right before are served with theirs.
+    Challenged,
     /// The upstream says that there is no such thing.
     Absent,
     /// The upstream is silent, and there is nothing that may be served instead.
@@ -151,6 +154,7 @@ impl Refusal {
             Self::NotHeld => "not-held",
             Self::NotVouched => "not-vouched",
             Self::Forbidden => "forbidden",
+            Self::Challenged => "challenged",
             Self::Absent => "absent",
             Self::Silent(_) => "silent",
             Self::TooStale(_) => "too-stale",

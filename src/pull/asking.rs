@@ -1,20 +1,17 @@
 //! The question put to the upstream, and what follows from its answer.
 
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use tokio::task::spawn_blocking;
+use tokio::time::Instant;
 
 use super::fetching::Wanted;
 use super::{Context, Pull, Request, Site};
 use crate::oci::{Accept, AnyDigest, Cause, Digest, MediaType, Operation, Reference, Repository};
 use crate::policy::{Heard, Situation, Verdict, Whose, decide};
 use crate::store::refs::{TagKey, Variant};
-use crate::upstream::{Answer, Caller, Credential, Said};
-
-/// How much older than now a kept grant or public mark may be before it is written again: a busy tag must not mean a
-/// write per pull.
-const RENEW_AFTER: Duration = Duration::from_secs(60);
+use crate::upstream::{Answer, Said};
 
 /// Which askers may share one question: same thing, same media types, same principal.
 #[derive(Clone, PartialEq, Eq, Hash)]
@@ -105,8 +102,9 @@ impl Pull {
                     caller,
                     ..
                 } = &wanted;
+                let asked_at = Instant::now();
                 let answer = site.upstream().head(caller, operation, accept).await;
-                pull.learn(site, repository, caller, &answer).await;
+                pull.learn(&wanted, &answer, asked_at).await;
                 match (operation, answer.said) {
                     (Operation::Manifest { reference, .. }, Said::Is(digest)) => {
                         if pull.may_name(site, repository, reference, accept, &digest) {
@@ -146,55 +144,6 @@ impl Pull {
             Said::Forbidden | Said::Other(_) => Heard::Refused(Whose::Client),
             Said::Silent(cause) => Heard::Silent(cause),
         }
-    }
-
-    /// Keeps what an answer shows of the caller's right: a yes is a grant, a no ends it, anything else says nothing.
-    pub(super) async fn learn(
-        &self,
-        site: &Arc<Site>,
-        repository: &Repository,
-        caller: &Caller,
-        answer: &Answer,
-    ) {
-        let anonymous = matches!(caller.credential, Credential::Anonymous);
-        match answer.said {
-            Said::Is(_) | Said::Unnamed => self.learn_yes(site, repository, caller, anonymous).await,
-            Said::Forbidden => {
-                self.store.drop_grant(site.name(), repository, &caller.principal);
-                if anonymous && self.store.public_since(site.name(), repository).is_some() {
-                    self.note_public(site, repository, None).await;
-                }
-            }
-            Said::Absent | Said::Silent(_) | Said::Other(_) => {}
-        }
-    }
-
-    /// The upstream said yes to this caller in this repository.
-    pub(super) async fn learn_yes(
-        &self,
-        site: &Arc<Site>,
-        repository: &Repository,
-        caller: &Caller,
-        anonymous: bool,
-    ) {
-        let now = self.clock.now();
-        let outdated = |at: Option<SystemTime>| {
-            at.is_none_or(|at| now.duration_since(at).is_ok_and(|age| age >= RENEW_AFTER))
-        };
-        if anonymous {
-            if outdated(self.store.public_since(site.name(), repository)) {
-                self.note_public(site, repository, Some(now)).await;
-            }
-        } else if outdated(self.store.grant(site.name(), repository, &caller.principal)) {
-            self.store
-                .note_grant(site.name(), repository, &caller.principal, now);
-        }
-    }
-
-    async fn note_public(&self, site: &Arc<Site>, repository: &Repository, since: Option<SystemTime>) {
-        let (store, site, repository) = (Arc::clone(&self.store), Arc::clone(site), repository.clone());
-        let noted = spawn_blocking(move || store.note_public(site.name(), &repository, since)).await;
-        report(noted, "keep whether a repository is public");
     }
 
     /// Whether a tag may be said to name `digest` from now on: not while that is only a promise and another copy is

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use tokio::task::spawn_blocking;
+use tokio::time::Instant;
 
 use super::asking::Key;
 use super::{Pull, Request, Site};
@@ -12,7 +13,7 @@ use crate::oci::{
     Accept, Algorithm, AnyDigest, Cause, Digest, Manifest, MediaType, Operation, Reference, Repository,
 };
 use crate::store::manifests::HeldManifest;
-use crate::upstream::{Answer, Caller, Credential, Fetched, Said};
+use crate::upstream::{Answer, Caller, Fetched, Said};
 
 /// A manifest asked for.
 #[derive(Clone)]
@@ -51,21 +52,20 @@ impl Pull {
             async move {
                 let Wanted {
                     site,
-                    repository,
                     operation,
                     accept,
                     caller,
                     ..
                 } = &wanted;
+                let asked_at = Instant::now();
                 match site.upstream().get(caller, operation, accept, None).await {
                     Ok(fetched) => {
-                        let anonymous = matches!(caller.credential, Credential::Anonymous);
-                        pull.learn_yes(site, repository, caller, anonymous).await;
+                        pull.learn_yes(&wanted, asked_at).await;
                         let received = receive(fetched, operation).await;
                         pull.keep(&wanted, received).await
                     }
                     Err(answer) => {
-                        pull.learn(site, repository, caller, &answer).await;
+                        pull.learn(&wanted, &answer, asked_at).await;
                         Err(Arc::new(answer))
                     }
                 }

@@ -4,14 +4,16 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use tokio::task::spawn_blocking;
+use tokio::time::Instant;
 
+use super::fetching::Wanted;
 use super::manifest::refused;
 use super::{Context, How, Outcome, Pull, Reason, Request};
 use crate::oci::header::next_link;
 use crate::oci::{Cause, MediaType, Operation, Repository};
 use crate::policy::{Heard, Held, Rest, Subject, Verdict, decide};
 use crate::store::listings::{KeptListing, ListingKey};
-use crate::upstream::{Answer, Credential, Fetched};
+use crate::upstream::{Answer, Fetched};
 
 /// The largest list kept or passed on. Docker Hub's longest pages are far below it.
 const LISTING_BYTES_MAX: usize = 4 * 1024 * 1024;
@@ -92,6 +94,7 @@ impl Pull {
             accept,
             ..
         } = request;
+        let asked_at = Instant::now();
         let fetched = match site
             .upstream()
             .get(&context.caller, operation, accept, None)
@@ -99,12 +102,11 @@ impl Pull {
         {
             Ok(fetched) => fetched,
             Err(answer) => {
-                self.learn(site, repository, &context.caller, &answer).await;
+                let wanted = Wanted::of(request, repository, &context.caller);
+                self.learn(&wanted, &answer, asked_at).await;
                 return Err((self.heard(site, repository, &answer), Some(Arc::new(answer))));
             }
         };
-        let anonymous = matches!(context.caller.credential, Credential::Anonymous);
-        self.learn_yes(site, repository, &context.caller, anonymous).await;
         let listing = receive(fetched, operation)
             .await
             .map_err(|cause| (Heard::Silent(cause), None))?;

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use http::StatusCode;
+use tokio::time::Instant;
 
 use super::Pull;
 use super::fetching::Wanted;
@@ -63,6 +64,7 @@ impl Source for Upstreamed {
             after: self.last,
         };
         let first = !std::mem::replace(&mut self.begun, true);
+        let asked_at = Instant::now();
         let mut answer = self.get(part).await;
         if !first
             && matches!(&answer, Err(answer) if answer.said == Said::Forbidden)
@@ -70,18 +72,12 @@ impl Source for Upstreamed {
         {
             answer = self.get(part).await;
         }
-        let Wanted {
-            site,
-            repository,
-            caller,
-            ..
-        } = &self.of;
+        let Wanted { site, repository, .. } = &self.of;
         match answer {
             Ok(fetched) => {
                 self.last = Some(fetched.address);
                 if first {
-                    let anonymous = matches!(caller.credential, Credential::Anonymous);
-                    self.pull.learn_yes(site, repository, caller, anonymous).await;
+                    self.pull.learn_yes(&self.of, asked_at).await;
                     self.pull.note_seen(site, repository, self.digest).await;
                 }
                 let start = fetched.start;
@@ -98,7 +94,7 @@ impl Source for Upstreamed {
             }
             Err(answer) => {
                 if first {
-                    self.pull.learn(site, repository, caller, &answer).await;
+                    self.pull.learn(&self.of, &answer, asked_at).await;
                 }
                 Err(answer)
             }

@@ -57,6 +57,15 @@ pub(super) struct Refusal {
     challenges: Vec<Challenge>,
 }
 
+impl Refusal {
+    /// RFC 6750 §3.1: the token is expired or revoked, which says nothing about the right to read.
+    fn says_token_is_invalid(&self) -> bool {
+        self.challenges.iter().any(
+            |challenge| matches!(challenge, Challenge::Bearer { error: Some(error), .. } if error == "invalid_token"),
+        )
+    }
+}
+
 impl From<Answer> for Refusal {
     fn from(answer: Answer) -> Self {
         Refusal {
@@ -160,6 +169,10 @@ impl Exchange {
         {
             Ok(fresh) => fresh,
             Err(TokenFailure::Denied(_)) => return Err(denied(refusal, &challenge)),
+            // The token had not run out, and the registry had an answer to it.
+            Err(_) if token.is_some() && unauthorised && !refusal.says_token_is_invalid() => {
+                return Err(denied(refusal, &challenge));
+            }
             Err(failure) => return Err(no_token(&failure)),
         };
         let second = self.resolved(&uri, ask, Some(&fresh)).await;

@@ -217,6 +217,73 @@ async fn the_challenge_of_the_upstream_reaches_the_client_as_it_is() {
 }
 
 #[tokio::test]
+async fn who_shows_no_credential_is_asked_for_one_also_while_upstream_is_down() {
+    let (upstream, image) = private().await;
+    let proxy = Proxy::over(&upstream).await;
+    // Most clients show a credential only when they are asked for it.
+    let asked = proxy.manifest("acme/app", "1").await;
+    proxy.pull_with("acme/app", "1", &image, alice).await;
+    upstream.refuses();
+
+    let proxy = proxy.restart().await;
+    let held = proxy.manifest("acme/app", "1").await;
+    held.is_refused(401);
+    assert_eq!(held.header("www-authenticate"), asked.header("www-authenticate"));
+    assert!(held.cache_status().contains("challenged"), "{held:#?}");
+    // The same for what nobody holds, each with a scope of its own.
+    for (repository, tag) in [("acme/app", "missing"), ("acme/other", "1")] {
+        let other = proxy.manifest(repository, tag).await;
+        other.is_refused(401);
+        let same = |reply: &Reply| {
+            let challenge = reply.header("www-authenticate").unwrap().to_owned();
+            let body = String::from_utf8_lossy(&reply.body).into_owned();
+            [challenge, body].map(|text| {
+                text.replace(&format!("{repository}:{tag}"), "acme/app:1")
+                    .replace(repository, "acme/app")
+            })
+        };
+        assert_eq!(same(&other), same(&held));
+    }
+    let layer = proxy.blob("acme/app", &image.layer(0).digest).await;
+    layer.is_refused(401);
+    // Who then shows one is served with it, or told the truth.
+    proxy.pull_with("acme/app", "1", &image, alice).await.is_stale();
+    bob(proxy.manifest("acme/app", "1")).await.is_unreachable();
+}
+
+#[tokio::test]
+async fn under_never_a_client_is_asked_for_its_credential_all_the_same() {
+    let (upstream, image) = private().await;
+    let proxy = Proxy::over(&upstream).await;
+    proxy.manifest("acme/app", "1").await.is_refused(401);
+    proxy.pull_with("acme/app", "1", &image, alice).await;
+    let setup = proxy.setup().clone().default_keys("policy = \"never\"");
+    let proxy = proxy.restart_as(setup).await;
+    upstream.clear_log();
+
+    proxy.manifest("acme/app", "1").await.is_refused(401);
+    proxy.manifest("acme/app", "missing").await.is_refused(401);
+    proxy.pull_with("acme/app", "1", &image, alice).await;
+    bob(proxy.manifest("acme/app", "1")).await.is_refused(404);
+    assert_eq!(upstream.requests().len(), 0);
+}
+
+#[tokio::test]
+async fn what_is_public_is_not_asked_a_credential_for_in_an_outage() {
+    let upstream = Upstream::start().await;
+    upstream.requires_token();
+    upstream.makes_public("library/demo");
+    let image = upstream.push("library/demo", "1", Image::with_layers(&["open"]));
+    let proxy = Proxy::over(&upstream).await;
+    proxy.manifest("acme/app", "1").await.is_refused(401);
+    proxy.pull("library/demo", "1", &image).await;
+    upstream.refuses();
+
+    proxy.pull("library/demo", "1", &image).await.is_stale();
+    proxy.manifest("library/demo", "missing").await.is_unreachable();
+}
+
+#[tokio::test]
 async fn a_basic_upstream_asks_for_basic() {
     let upstream = Upstream::start().await;
     upstream.requires_basic("alice", "a-secret");

@@ -35,6 +35,7 @@ mod fault_matrix;
 mod forbidden;
 mod host_door;
 mod incomplete;
+mod leaks;
 mod leftovers;
 mod listening;
 mod lock;

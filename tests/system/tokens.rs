@@ -147,6 +147,7 @@ async fn a_realm_elsewhere_gets_no_credential() {
     for realm in [
         "http://169.254.169.254/token",
         "https://tokens.elsewhere.invalid/token",
+        "http://127.0.0.1:1@tokens.elsewhere.invalid/token",
         "file:///etc/passwd",
         "",
         "/token",

@@ -20,7 +20,11 @@ pub(super) fn answer(refused: &Refused, asked: &Asked) -> Response<Body> {
         Refusal::Silent(_) | Refusal::TooStale(_) | Refusal::Incomplete(_) => {
             answer.and_then(|answer| answer.message.as_deref())
         }
-        Refusal::NotHeld | Refusal::NotVouched | Refusal::Forbidden | Refusal::Absent => None,
+        Refusal::NotHeld
+        | Refusal::NotVouched
+        | Refusal::Forbidden
+        | Refusal::Challenged
+        | Refusal::Absent => None,
     };
     let message = match theirs {
         Some(theirs) => format!("{sentence} ({upstream}: {theirs})"),
@@ -91,6 +95,14 @@ fn refusal(refused: &Refused, asked: &Asked) -> (StatusCode, ErrorCode, String) 
             unknown,
             format!(
                 "{upstream}/{image} is not held for you here, and the policy `never` forbids asking {upstream}"
+            ),
+        ),
+        Refusal::Challenged => (
+            StatusCode::UNAUTHORIZED,
+            ErrorCode::Unauthorized,
+            format!(
+                "{upstream} cannot be asked now whether anyone may read {image}; a credential that it has let read it \
+                 before may be enough"
             ),
         ),
         Refusal::Absent if unknown == ErrorCode::Unsupported => (

@@ -1,0 +1,93 @@
+//! How an upstream asks for a credential, from memory, for when it is silent.
+//!
+//! Most clients show a credential only to who asks for one. In an outage nobody but us can ask, so without this the very
+//! clients that had the right before would be told of the outage instead. The answer is the same for every repository
+//! that is not known to be public, held or not: a stranger learns nothing from it.
+
+use std::sync::Arc;
+
+use http::HeaderValue;
+use tokio::task::spawn_blocking;
+
+use super::{Outcome, Pull, Refused, Request, Site};
+use crate::oci::{Cause, Repository};
+use crate::policy::Refusal;
+use crate::store::challenges::KeptChallenge;
+use crate::upstream::{Answer, Said};
+
+/// Stands for the repository in a kept challenge. No repository's name has such a character.
+const BLANK: &str = "{}";
+
+impl Pull {
+    /// Keeps how this upstream asks for a credential in a repository, for all its repositories.
+    pub(super) async fn keep_challenge(&self, site: &Arc<Site>, repository: &Repository, answer: &Answer) {
+        let named = scope(repository.as_str());
+        let lines: Vec<String> = answer
+            .challenge
+            .iter()
+            .filter_map(|line| line.to_str().ok())
+            .map(|line| line.replace(&named, &scope(BLANK)))
+            .collect();
+        let known = self.store.challenge(&key(site));
+        if lines.is_empty() || known.is_some_and(|known| known.lines == lines) {
+            return;
+        }
+        let kept = KeptChallenge {
+            lines,
+            given_at: self.clock.now(),
+        };
+        let (store, key) = (Arc::clone(&self.store), key(site));
+        let done = spawn_blocking(move || store.keep_challenge(&key, kept)).await;
+        super::asking::report(done, "keep how an upstream asks for a credential");
+    }
+
+    /// `outcome`, or the upstream's challenge in its place where the upstream was silent and there is no credential.
+    pub(super) fn or_challenge(&self, request: &Request, outcome: Outcome) -> Outcome {
+        let Outcome::Refused(Refused { refusal, answer, .. }) = &outcome else {
+            return outcome;
+        };
+        let answered = answer.as_ref().is_some_and(|answer| answer.silence().is_none());
+        let unasked = match refusal {
+            Refusal::Silent(_) | Refusal::TooStale(_) | Refusal::Incomplete(_) => !answered,
+            Refusal::NotHeld | Refusal::NotVouched => true,
+            Refusal::Forbidden | Refusal::Challenged | Refusal::Absent => false,
+        };
+        let Some(repository) = request.operation.repository().filter(|_| unasked) else {
+            return outcome;
+        };
+        let is_public = self.store.public_since(request.site.name(), repository).is_some();
+        if request.authorization.is_some() || request.site.is_shared() || is_public {
+            return outcome;
+        }
+        let Some(kept) = self.store.challenge(&key(&request.site)) else {
+            return outcome;
+        };
+        let lines = kept
+            .lines
+            .iter()
+            .map(|line| line.replace(&scope(BLANK), &scope(repository.as_str())));
+        let answer = Answer {
+            said: Said::Forbidden,
+            challenge: lines
+                .filter_map(|line| HeaderValue::try_from(line).ok())
+                .collect(),
+            ..Answer::silent(Cause::Offline)
+        };
+        Outcome::Refused(Refused {
+            refusal: Refusal::Challenged,
+            answer: Some(Arc::new(answer)),
+            own_credential: false,
+        })
+    }
+}
+
+/// Beside the challenge of the upstream as a whole, which is kept under its name: this one names a scope. No upstream's
+/// name has a slash.
+fn key(site: &Site) -> String {
+    format!("{}/", site.name())
+}
+
+/// As in `scope="repository:library/alpine:pull"`.
+fn scope(repository: &str) -> String {
+    format!("repository:{repository}:")
+}

@@ -1,0 +1,162 @@
+//! What the upstream's answers show of who may read: a yes is a grant, a no ends it, anything else says nothing.
+//!
+//! Only a yes to a manifest or a blob counts. Many registries show their lists to those who may not pull, and answer
+//! a question about referrers with an empty list whoever asks.
+//!
+//! Answers overtake each other. A yes to a question that was put before a no was heard is the older word, however late
+//! it comes, and brings no right back.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use quick_cache::sync::Cache;
+use tokio::task::spawn_blocking;
+use tokio::time::Instant;
+
+use super::fetching::Wanted;
+use super::{Pull, Site};
+use crate::oci::{Operation, Repository};
+use crate::upstream::{Answer, Credential, Said};
+
+/// How much older than now a kept grant or public mark may be before it is written again: a busy tag must not mean a
+/// write per pull.
+const RENEW_AFTER: Duration = Duration::from_secs(60);
+
+/// How often at most a public repository is doubted because somebody with a credential was refused there. A wrong
+/// password is refused too.
+const DOUBT_AFTER: Duration = Duration::from_secs(60);
+
+/// Refusals remembered, for answers that were overtaken.
+const REFUSED_MAX: usize = 16_384;
+
+type Right = (Arc<str>, Repository, [u8; 32]);
+
+/// Whom the upstream refused where, and when it was heard.
+pub(super) struct Refused {
+    last: Cache<Right, Instant>,
+    doubted: Cache<(Arc<str>, Repository), Instant>,
+    /// A look at `last` and the note that follows from it are one step.
+    grants: Mutex<()>,
+    /// The same for public marks, which are written to a file.
+    publics: tokio::sync::Mutex<()>,
+}
+
+impl Default for Refused {
+    fn default() -> Self {
+        Self {
+            last: Cache::new(REFUSED_MAX),
+            doubted: Cache::new(REFUSED_MAX),
+            grants: Mutex::default(),
+            publics: tokio::sync::Mutex::default(),
+        }
+    }
+}
+
+impl Pull {
+    /// Keeps what an answer shows of the caller's right. `asked_at` is when the question was put.
+    pub(super) async fn learn(self: &Arc<Self>, wanted: &Wanted, answer: &Answer, asked_at: Instant) {
+        match answer.said {
+            Said::Is(_) | Said::Unnamed => self.learn_yes(wanted, asked_at).await,
+            Said::Forbidden => self.learn_no(wanted, answer).await,
+            Said::Absent | Said::Silent(_) | Said::Other(_) => {}
+        }
+    }
+
+    /// The upstream said yes to this caller in this repository.
+    pub(super) async fn learn_yes(self: &Arc<Self>, wanted: &Wanted, asked_at: Instant) {
+        if !matches!(
+            wanted.operation,
+            Operation::Manifest { .. } | Operation::Blob { .. }
+        ) {
+            return;
+        }
+        let Wanted {
+            site,
+            repository,
+            caller,
+            ..
+        } = wanted;
+        let now = self.clock.now();
+        // A moment in the future (the clock stepped back) proves nothing until it has come, so it is written anew.
+        let outdated = |at: Option<SystemTime>| {
+            at.is_none_or(|at| now.duration_since(at).map_or(true, |age| age >= RENEW_AFTER))
+        };
+        let right: Right = (site.name().into(), repository.clone(), caller.principal);
+        let overtaken = || {
+            self.refused
+                .last
+                .get(&right)
+                .is_some_and(|heard| heard >= asked_at)
+        };
+        if is_anonymous(wanted) {
+            if outdated(self.store.public_since(site.name(), repository)) {
+                let _order = self.refused.publics.lock().await;
+                if !overtaken() {
+                    self.note_public(site, repository, Some(now)).await;
+                }
+            }
+        } else if outdated(self.store.grant(site.name(), repository, &caller.principal)) {
+            let _order = self.refused.grants.lock().unwrap_or_else(PoisonError::into_inner);
+            if !overtaken() {
+                self.store
+                    .note_grant(site.name(), repository, &caller.principal, now);
+            }
+        }
+    }
+
+    async fn learn_no(self: &Arc<Self>, wanted: &Wanted, answer: &Answer) {
+        let Wanted {
+            site,
+            repository,
+            caller,
+            ..
+        } = wanted;
+        let right: Right = (site.name().into(), repository.clone(), caller.principal);
+        let is_public = || self.store.public_since(site.name(), repository).is_some();
+        if is_anonymous(wanted) {
+            self.keep_challenge(site, repository, answer).await;
+            let _order = self.refused.publics.lock().await;
+            self.refused.last.insert(right, Instant::now());
+            if is_public() {
+                self.note_public(site, repository, None).await;
+            }
+            return;
+        }
+        {
+            let _order = self.refused.grants.lock().unwrap_or_else(PoisonError::into_inner);
+            self.refused.last.insert(right, Instant::now());
+            self.store.drop_grant(site.name(), repository, &caller.principal);
+        }
+        if !site.is_shared() && is_public() {
+            self.doubt_public(wanted);
+        }
+    }
+
+    /// Asks the same without a credential, in the background: a repository that was closed refuses those with one first,
+    /// and what everyone could read there must not stay readable because nobody asks as everyone.
+    fn doubt_public(self: &Arc<Self>, refused: &Wanted) {
+        let place = (Arc::from(refused.site.name()), refused.repository.clone());
+        let now = Instant::now();
+        let lately = |at: Instant| now.saturating_duration_since(at) < DOUBT_AFTER;
+        if self.refused.doubted.get(&place).is_some_and(lately) {
+            return;
+        }
+        self.refused.doubted.insert(place, now);
+        let caller = self.principals.stranger();
+        // The question goes on by itself, and its answer is learnt from.
+        drop(self.question(&Wanted {
+            caller,
+            ..refused.clone()
+        }));
+    }
+
+    async fn note_public(&self, site: &Arc<Site>, repository: &Repository, since: Option<SystemTime>) {
+        let (store, site, repository) = (Arc::clone(&self.store), Arc::clone(site), repository.clone());
+        let noted = spawn_blocking(move || store.note_public(site.name(), &repository, since)).await;
+        super::asking::report(noted, "keep whether a repository is public");
+    }
+}
+
+fn is_anonymous(wanted: &Wanted) -> bool {
+    matches!(wanted.caller.credential, Credential::Anonymous)
+}

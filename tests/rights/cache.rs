@@ -1,0 +1,190 @@
+//! The program under test: store and road in this process. What a client gets is read to its last byte.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use bytes::{Bytes, BytesMut};
+use http::{HeaderMap, HeaderValue, Method, header};
+use ifnewer::download::Downloads;
+use ifnewer::oci::{Accept, Digest, Operation};
+use ifnewer::policy::rules::Rules;
+use ifnewer::pull::{Access, Content, Outcome, Pull, Request, Site};
+use ifnewer::store::step::Buffers;
+use ifnewer::store::volume::{Directory, Memory, Volume};
+use ifnewer::store::{Settings as StoreSettings, Store};
+use ifnewer::upstream::{Connector, OwnCredential, ProxyChoice, Settings, Upstream};
+
+use super::registry::{OCI_MANIFEST, Registry, clock, now};
+
+/// The site where each client needs a right of its own.
+pub const PROVEN: &str = "registry.test";
+/// The site where whoever reaches us is entitled.
+pub const SHARED: &str = "shared.test";
+
+pub struct Cache {
+    pub pull: Arc<Pull>,
+    pub proven: Arc<Site>,
+    pub shared: Arc<Site>,
+    store: Arc<Store>,
+    parts: Parts,
+}
+
+#[derive(Clone)]
+struct Parts {
+    registry: Registry,
+    rules: Rules,
+    disk: Disk,
+}
+
+#[derive(Clone)]
+enum Disk {
+    Memory(Arc<Memory>),
+    Folder(Arc<tempfile::TempDir>),
+}
+
+/// What a client got.
+#[derive(Debug)]
+pub enum Got {
+    /// Content of this digest; of a HEAD without bytes.
+    Content(Digest, Option<Bytes>),
+    List,
+    No(&'static str),
+}
+
+/// What a client asks for.
+#[derive(Clone, Debug)]
+pub struct Wish {
+    pub site: &'static str,
+    pub path: String,
+    pub head: bool,
+    /// The `Authorization` it shows; empty for none.
+    pub shows: String,
+}
+
+impl Cache {
+    pub fn new(registry: &Registry, rules: Rules) -> Cache {
+        Cache::start(Parts {
+            registry: registry.clone(),
+            rules,
+            disk: Disk::Memory(Arc::new(Memory::new())),
+        })
+    }
+
+    /// On a real folder, where grants outlive a restart.
+    pub fn on_disk(registry: &Registry, rules: Rules) -> Cache {
+        Cache::start(Parts {
+            registry: registry.clone(),
+            rules,
+            disk: Disk::Folder(Arc::new(tempfile::tempdir().unwrap())),
+        })
+    }
+
+    fn start(parts: Parts) -> Cache {
+        let volume: Arc<dyn Volume> = match &parts.disk {
+            Disk::Memory(memory) => Arc::clone(memory) as Arc<dyn Volume>,
+            Disk::Folder(folder) => Arc::new(Directory::open(folder_path(folder)).unwrap()),
+        };
+        let store = Arc::new(Store::open(&StoreSettings::default(), volume, now()).unwrap());
+        let downloads = Downloads::new(Arc::clone(&store), Buffers::default(), 64);
+        let pull = Pull::new(Arc::clone(&store), downloads, parts.rules.clone(), clock());
+        let upstream = |name: &str, own: Option<OwnCredential>| {
+            let mut settings = Settings::new(name, vec![format!("http://{name}").parse().unwrap()]);
+            settings.proxy = ProxyChoice::None;
+            settings.credential = own;
+            let connector = Connector::with_dial(parts.registry.dial());
+            Arc::new(Upstream::new(settings, &connector).unwrap())
+        };
+        let own = OwnCredential::new("service", "service-secret");
+        Cache {
+            pull: Arc::new(pull),
+            proven: Arc::new(Site::new(upstream(PROVEN, None), Access::Proven)),
+            shared: Arc::new(Site::new(
+                upstream(SHARED, Some(own)),
+                Access::Shared { own_credential: true },
+            )),
+            store,
+            parts,
+        }
+    }
+
+    /// Ends, and starts again on the same disk.
+    pub async fn restart(self, rules: Rules) -> Cache {
+        let Cache {
+            pull, store, parts, ..
+        } = self;
+        pull.downloads().idle().await;
+        drop(pull);
+        store.close();
+        // Tasks that still hold it end with their turn.
+        let mut store = Some(store);
+        while Arc::strong_count(store.as_ref().unwrap()) > 1 {
+            tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+        }
+        drop(store.take());
+        Cache::start(Parts { rules, ..parts })
+    }
+
+    pub async fn get(&self, wish: &Wish) -> Got {
+        let method = if wish.head { Method::HEAD } else { Method::GET };
+        let mut headers = HeaderMap::new();
+        headers.append(header::ACCEPT, HeaderValue::from_static(OCI_MANIFEST));
+        let site = if wish.site == SHARED {
+            &self.shared
+        } else {
+            &self.proven
+        };
+        let authorization = (!wish.shows.is_empty()).then(|| HeaderValue::from_str(&wish.shows).unwrap());
+        let request = Request {
+            site: Arc::clone(site),
+            operation: Operation::parse(&method, &wish.path, None).unwrap(),
+            head: wish.head,
+            accept: Accept::read(&headers).unwrap(),
+            authorization,
+            now: now(),
+            writes: 0,
+        };
+        match self.pull.answer(request).await {
+            Outcome::Manifest(manifest, _) => {
+                Got::Content(manifest.digest, (!wish.head).then(|| manifest.bytes.clone()))
+            }
+            Outcome::ManifestHead { digest, .. } => Got::Content(digest, None),
+            Outcome::Blob { digest, content, .. } => match whole(content).await {
+                Ok(bytes) => Got::Content(digest, bytes),
+                Err(why) => Got::No(why),
+            },
+            Outcome::Listing(..) => Got::List,
+            Outcome::Refused(refused) => Got::No(refused.refusal.name()),
+            _ => panic!("an outcome of another kind"),
+        }
+    }
+}
+
+async fn whole(content: Content) -> Result<Option<Bytes>, &'static str> {
+    let mut bytes = BytesMut::new();
+    match content {
+        Content::Head => return Ok(None),
+        Content::Memory(held) => return Ok(Some(held)),
+        Content::File(held) => {
+            bytes.resize(usize::try_from(held.size).unwrap(), 0);
+            let mut at = 0;
+            while at < bytes.len() {
+                at += held.file.read_at(&mut bytes[at..], at as u64).unwrap();
+            }
+        }
+        Content::Download(mut reader) => {
+            while let Some(chunk) = reader.next().await {
+                bytes.extend_from_slice(&chunk.map_err(|_| "broken")?);
+            }
+        }
+        Content::Passing(mut passing) => {
+            while let Some(chunk) = passing.next().await {
+                bytes.extend_from_slice(&chunk.map_err(|_| "broken")?);
+            }
+        }
+    }
+    Ok(Some(bytes.freeze()))
+}
+
+fn folder_path(folder: &tempfile::TempDir) -> &Path {
+    folder.path()
+}

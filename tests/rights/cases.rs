@@ -1,0 +1,233 @@
+//! The interleavings found dangerous, one by one.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::cache::{Cache, Got, PROVEN, SHARED, Wish};
+use super::registry::{Mood, No, Registry, jump};
+use super::walk::{basic, rules};
+
+fn alice() -> String {
+    basic("alice", "alice-secret")
+}
+
+fn bob() -> String {
+    basic("bob", "bob-secret")
+}
+
+/// Alice may read `acme/app`, bob may not; `pub/one` is everybody's.
+fn stocked() -> (Registry, Arc<Cache>) {
+    let registry = Registry::new();
+    for user in ["alice", "bob", "service"] {
+        registry.user(user, &format!("{user}-secret"));
+    }
+    registry.lets("alice", "acme/app");
+    registry.lets("service", "acme/app");
+    registry.state().public.insert("pub/one".to_owned());
+    for repository in ["acme/app", "pub/one"] {
+        registry.push(repository, "1", "one", &[40]);
+        registry.push(repository, "2", "two", &[40]);
+    }
+    let cache = Arc::new(Cache::new(&registry, rules(false)));
+    (registry, cache)
+}
+
+fn tag(repository: &str, tag: &str, shows: String) -> Wish {
+    Wish {
+        site: PROVEN,
+        path: format!("/v2/{repository}/manifests/{tag}"),
+        head: false,
+        shows,
+    }
+}
+
+/// The first layer of what the tag names.
+fn layer(registry: &Registry, repository: &str, shows: String) -> Wish {
+    let digest = registry.state().shelves[repository]
+        .blobs
+        .keys()
+        .next()
+        .copied()
+        .unwrap();
+    Wish {
+        path: format!("/v2/{repository}/blobs/{digest}"),
+        ..tag(repository, "", shows)
+    }
+}
+
+async fn pulls(cache: &Cache, registry: &Registry, repository: &str, shows: &str) {
+    gets(cache, tag(repository, "1", shows.to_owned())).await;
+    let blobs: Vec<_> = registry.state().shelves[repository]
+        .blobs
+        .keys()
+        .copied()
+        .collect();
+    for blob in blobs {
+        let path = format!("/v2/{repository}/blobs/{blob}");
+        gets(
+            cache,
+            Wish {
+                path,
+                ..tag(repository, "", shows.to_owned())
+            },
+        )
+        .await;
+    }
+    settle().await;
+}
+
+async fn gets(cache: &Cache, wish: Wish) {
+    let got = cache.get(&wish).await;
+    assert!(!matches!(got, Got::No(_)), "{wish:?}: {got:?}");
+}
+
+async fn gets_nothing(cache: &Cache, wish: Wish) {
+    let got = cache.get(&wish).await;
+    assert!(matches!(got, Got::No(_)), "{wish:?}: {got:?}");
+}
+
+/// What goes on in the background ends.
+async fn settle() {
+    tokio::time::sleep(Duration::from_millis(200)).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_yes_that_a_no_has_overtaken_brings_no_right_back() {
+    let (registry, cache) = stocked();
+    pulls(&cache, &registry, "acme/app", &alice()).await;
+    jump(3600);
+    // Decided while she might, and on its way until after she was refused.
+    registry.mood(Mood::Stalls);
+    let late = tokio::spawn({
+        let cache = Arc::clone(&cache);
+        async move { cache.get(&tag("acme/app", "2", alice())).await }
+    });
+    settle().await;
+    registry.state().mood = Mood::Well;
+    registry.revokes("alice", "acme/app");
+    gets_nothing(&cache, tag("acme/app", "1", alice())).await;
+    registry.mood(Mood::Well);
+    late.await.unwrap();
+
+    registry.mood(Mood::Gone);
+    gets_nothing(&cache, tag("acme/app", "1", alice())).await;
+    gets_nothing(&cache, layer(&registry, "acme/app", alice())).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_list_that_was_shown_is_no_right_to_pull() {
+    let (registry, cache) = stocked();
+    pulls(&cache, &registry, "acme/app", &alice()).await;
+    registry
+        .state()
+        .lists
+        .insert(("bob".to_owned(), "acme/app".to_owned()));
+    let list = Wish {
+        path: "/v2/acme/app/tags/list".to_owned(),
+        ..tag("acme/app", "", bob())
+    };
+    gets(&cache, list.clone()).await;
+    gets_nothing(&cache, layer(&registry, "acme/app", bob())).await;
+    gets(&cache, list).await;
+
+    registry.mood(Mood::Gone);
+    gets_nothing(&cache, tag("acme/app", "1", bob())).await;
+    gets_nothing(&cache, layer(&registry, "acme/app", bob())).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_repository_that_was_closed_is_closed_to_everybody_though_only_one_was_told() {
+    let (registry, cache) = stocked();
+    pulls(&cache, &registry, "pub/one", "").await;
+    registry.state().public.remove("pub/one");
+    gets_nothing(&cache, tag("pub/one", "1", bob())).await;
+    settle().await;
+
+    gets_nothing(&cache, layer(&registry, "pub/one", String::new())).await;
+    registry.mood(Mood::Gone);
+    for shows in [String::new(), alice(), bob()] {
+        gets_nothing(&cache, tag("pub/one", "1", shows.clone())).await;
+        gets_nothing(&cache, layer(&registry, "pub/one", shows)).await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_wrong_password_closes_no_public_repository() {
+    let (registry, cache) = stocked();
+    pulls(&cache, &registry, "pub/one", "").await;
+    gets_nothing(&cache, tag("pub/one", "1", basic("bob", "guess"))).await;
+    settle().await;
+
+    registry.mood(Mood::Gone);
+    gets(&cache, tag("pub/one", "1", String::new())).await;
+    gets(&cache, layer(&registry, "pub/one", String::new())).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_404_gives_no_right() {
+    let (registry, cache) = stocked();
+    registry.state().no = No::Masked;
+    pulls(&cache, &registry, "acme/app", &alice()).await;
+    gets_nothing(&cache, tag("acme/app", "1", bob())).await;
+    gets_nothing(&cache, layer(&registry, "acme/app", bob())).await;
+
+    registry.mood(Mood::Gone);
+    gets_nothing(&cache, tag("acme/app", "1", bob())).await;
+    gets_nothing(&cache, layer(&registry, "acme/app", bob())).await;
+    gets(&cache, tag("acme/app", "1", alice())).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_token_service_that_is_down_hides_no_refusal_of_the_registry() {
+    let (registry, cache) = stocked();
+    pulls(&cache, &registry, "acme/app", &alice()).await;
+    registry.revokes("alice", "acme/app");
+    registry.mood(Mood::NoTokens);
+    // Her token has not run out, and the registry says no to it. That no new one can be had changes nothing.
+    gets_nothing(&cache, tag("acme/app", "1", alice())).await;
+    registry.mood(Mood::Gone);
+    gets_nothing(&cache, tag("acme/app", "1", alice())).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_token_service_that_is_down_takes_no_right_away() {
+    let (registry, cache) = stocked();
+    pulls(&cache, &registry, "acme/app", &alice()).await;
+    registry.mood(Mood::NoTokens);
+    tokio::time::sleep(Duration::from_secs(400)).await;
+    jump(400);
+    gets(&cache, tag("acme/app", "1", alice())).await;
+    gets_nothing(&cache, tag("acme/app", "1", bob())).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_clock_that_was_set_back_costs_nobody_the_right_shown_since() {
+    let (registry, cache) = stocked();
+    pulls(&cache, &registry, "acme/app", &alice()).await;
+    pulls(&cache, &registry, "pub/one", "").await;
+    jump(-3600);
+    gets(&cache, tag("acme/app", "1", alice())).await;
+    gets(&cache, tag("pub/one", "1", String::new())).await;
+
+    registry.mood(Mood::Gone);
+    gets(&cache, tag("acme/app", "1", alice())).await;
+    gets(&cache, layer(&registry, "acme/app", alice())).await;
+    gets(&cache, tag("pub/one", "1", String::new())).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_a_shared_upstream_brought_is_nobodys_at_a_proven_one() {
+    let (registry, cache) = stocked();
+    let shared = |wish: Wish| Wish { site: SHARED, ..wish };
+    gets(&cache, shared(tag("acme/app", "1", String::new()))).await;
+    gets(&cache, shared(layer(&registry, "acme/app", String::new()))).await;
+
+    for mood in [Mood::Well, Mood::Gone] {
+        registry.mood(mood);
+        for shows in [String::new(), bob()] {
+            gets_nothing(&cache, tag("acme/app", "1", shows.clone())).await;
+            gets_nothing(&cache, layer(&registry, "acme/app", shows)).await;
+        }
+        gets(&cache, shared(layer(&registry, "acme/app", bob()))).await;
+    }
+}

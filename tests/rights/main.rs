@@ -1,0 +1,22 @@
+//! Who may read what, held against a model: the whole road in this process, over a registry in memory, under a paused
+//! clock, with a time of day that jumps.
+//!
+//! * `registry`: the upstream, which remembers every word it said, and to whom. * `model`: what those words entitle a
+//!   client to; it shares no code with the program. * `cache`: the program under test, from request to bytes.
+//! * `walk`: random steps, each answer held against the model. * `cases`: the interleavings found dangerous, one by one.
+//!
+//! `IFNEWER_MODEL_STEPS` and `IFNEWER_MODEL_SEED` make the walk longer, or another one.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests may fail loudly")]
+#![allow(clippy::panic, clippy::indexing_slicing, reason = "tests may fail loudly")]
+#![allow(clippy::print_stderr, reason = "what a walk covered is worth knowing")]
+#![allow(clippy::disallowed_methods, reason = "how long to walk is said from outside")]
+#![allow(
+    unreachable_pub,
+    reason = "`pub` says what the other files of this test may use"
+)]
+
+mod cache;
+mod cases;
+mod model;
+mod registry;
+mod walk;

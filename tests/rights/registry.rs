@@ -1,0 +1,460 @@
+//! A registry in memory, reached over pipes: a token service, rights by user and repository, outages of every kind. It
+//! remembers what it said, and to whom: that is all the model knows.
+
+use std::cell::Cell;
+use std::collections::{BTreeMap, BTreeSet};
+use std::convert::Infallible;
+use std::fmt;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, SystemTime};
+
+use base64::Engine as _;
+use base64::prelude::BASE64_STANDARD;
+use bytes::Bytes;
+use http::header::{AUTHORIZATION, CONTENT_TYPE, HOST, RETRY_AFTER, WWW_AUTHENTICATE};
+use http::{Request, Response, StatusCode, Uri};
+use http_body_util::Full;
+use hyper::body::Incoming;
+use hyper::service::service_fn;
+use hyper_util::rt::TokioIo;
+use ifnewer::clock::Clock;
+use ifnewer::oci::{Algorithm, Cause, Digest};
+use ifnewer::upstream::zone::Zone;
+use ifnewer::upstream::{Dial, DialError, Dialled, Dialling};
+
+pub const OCI_MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
+const OCI_INDEX: &str = "application/vnd.oci.image.index.v1+json";
+
+thread_local! {
+    /// The time of day, in seconds. Of this thread, so that walks beside each other have a clock each.
+    static NOW: Cell<u64> = const { Cell::new(1_800_000_000) };
+}
+
+/// The time of day of this thread.
+pub fn now() -> SystemTime {
+    SystemTime::UNIX_EPOCH + Duration::from_secs(NOW.get())
+}
+
+/// Sets the clock by so many seconds.
+pub fn jump(seconds: i64) {
+    NOW.set(NOW.get().saturating_add_signed(seconds));
+}
+
+pub fn clock() -> Clock {
+    Clock::from_fn(now)
+}
+
+/// What goes wrong, for everybody.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mood {
+    Well,
+    /// Nobody listens.
+    Gone,
+    /// Requests are taken and answered only when the mood changes, with what was true when they came.
+    Stalls,
+    Status(u16),
+    /// Only the token service is down.
+    NoTokens,
+}
+
+/// How a registry says no.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum No {
+    Unauthorized,
+    Denied,
+    /// As if there were no such repository.
+    Masked,
+}
+
+/// One word of the registry.
+#[derive(Clone)]
+pub struct Word {
+    /// The credential it was said to, as the client wrote it; empty for none.
+    pub to: String,
+    /// The host that was asked.
+    pub site: String,
+    pub repository: String,
+    /// The digest it was about, where it named one.
+    pub digest: Option<Digest>,
+    /// About a manifest or a blob, and not about a list.
+    pub is_content: bool,
+    pub yes: bool,
+    /// When it was decided, among all words. Words stand in the order in which they were delivered.
+    pub decided: usize,
+    pub at: SystemTime,
+}
+
+/// On one line, for walks are long.
+impl fmt::Debug for Word {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let said = if self.yes { "yes" } else { "no" };
+        let kind = if self.is_content { "content" } else { "list" };
+        let at = self
+            .at
+            .duration_since(SystemTime::UNIX_EPOCH)
+            .unwrap_or_default()
+            .as_secs();
+        let digest = self
+            .digest
+            .map(|digest| digest.hex()[..8].to_owned())
+            .unwrap_or_default();
+        write!(
+            f,
+            "{at} {said} to `{}` for {kind} {digest} in {}/{}",
+            self.to, self.site, self.repository
+        )
+    }
+}
+
+#[derive(Default)]
+pub struct Shelf {
+    pub tags: BTreeMap<String, Digest>,
+    pub manifests: BTreeMap<Digest, Bytes>,
+    pub blobs: BTreeMap<Digest, Bytes>,
+}
+
+pub struct State {
+    pub mood: Mood,
+    pub no: No,
+    pub shelves: BTreeMap<String, Shelf>,
+    pub public: BTreeSet<String>,
+    /// user, repository
+    pub rights: BTreeSet<(String, String)>,
+    /// May see lists, and nothing else.
+    pub lists: BTreeSet<(String, String)>,
+    pub words: Vec<Word>,
+    decided: usize,
+    passwords: BTreeMap<String, String>,
+    /// token → user, and the credential the client shows
+    tokens: BTreeMap<String, (String, String)>,
+    tokens_made: usize,
+}
+
+#[derive(Clone)]
+pub struct Registry {
+    state: Arc<Mutex<State>>,
+    changed: Arc<tokio::sync::watch::Sender<()>>,
+}
+
+impl Registry {
+    pub fn new() -> Registry {
+        let state = State {
+            mood: Mood::Well,
+            no: No::Unauthorized,
+            shelves: BTreeMap::new(),
+            public: BTreeSet::new(),
+            rights: BTreeSet::new(),
+            lists: BTreeSet::new(),
+            words: Vec::new(),
+            decided: 0,
+            passwords: BTreeMap::new(),
+            tokens: BTreeMap::new(),
+            tokens_made: 0,
+        };
+        Registry {
+            state: Arc::new(Mutex::new(state)),
+            changed: Arc::new(tokio::sync::watch::Sender::new(())),
+        }
+    }
+
+    pub fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap()
+    }
+
+    pub fn mood(&self, mood: Mood) {
+        self.state().mood = mood;
+        self.changed.send_replace(());
+    }
+
+    pub fn user(&self, name: &str, password: &str) {
+        self.state()
+            .passwords
+            .insert(name.to_owned(), password.to_owned());
+    }
+
+    /// A token as the user's own client gets it: what that client then shows.
+    pub fn bearer(&self, user: &str) -> String {
+        let (token, shown) = (format!("direct-{user}"), format!("Bearer direct-{user}"));
+        self.state()
+            .tokens
+            .insert(token, (user.to_owned(), shown.clone()));
+        shown
+    }
+
+    pub fn lets(&self, user: &str, repository: &str) {
+        self.state()
+            .rights
+            .insert((user.to_owned(), repository.to_owned()));
+    }
+
+    pub fn revokes(&self, user: &str, repository: &str) {
+        self.state()
+            .rights
+            .remove(&(user.to_owned(), repository.to_owned()));
+    }
+
+    /// A new image under this tag, its layers of the given sizes; what distinguishes its bytes is `mark`.
+    pub fn push(&self, repository: &str, tag: &str, mark: &str, sizes: &[usize]) -> Digest {
+        let blobs: Vec<Bytes> = sizes
+            .iter()
+            .enumerate()
+            .map(|(nth, size)| {
+                let line = format!("{repository} {mark} layer {nth};");
+                Bytes::from(
+                    line.as_bytes()
+                        .iter()
+                        .copied()
+                        .cycle()
+                        .take((*size).max(line.len()))
+                        .collect::<Vec<_>>(),
+                )
+            })
+            .collect();
+        let config = Bytes::from(format!(r#"{{"config":"{repository} {mark}"}}"#));
+        let manifest = manifest(&config, &blobs);
+        let digest = of(&manifest);
+        let mut state = self.state();
+        let place = state.shelves.entry(repository.to_owned()).or_default();
+        for blob in blobs.into_iter().chain([config]) {
+            place.blobs.insert(of(&blob), blob);
+        }
+        place.manifests.insert(digest, manifest);
+        place.tags.insert(tag.to_owned(), digest);
+        digest
+    }
+
+    /// The manifest of another repository's image, without any of the image's blobs: it merely names them.
+    pub fn names_what_is_in(&self, repository: &str, tag: &str, other: &str, digest: Digest) {
+        let mut state = self.state();
+        let manifest = state.shelves[other].manifests[&digest].clone();
+        let place = state.shelves.entry(repository.to_owned()).or_default();
+        place.manifests.insert(digest, manifest);
+        place.tags.insert(tag.to_owned(), digest);
+    }
+
+    pub fn dial(&self) -> Arc<dyn Dial> {
+        Arc::new(Pipes(self.clone()))
+    }
+
+    async fn act(self, request: Request<Incoming>) -> Result<Response<Full<Bytes>>, Infallible> {
+        let mut changed = self.changed.subscribe();
+        changed.mark_unchanged();
+        let ((answer, word), waits) = {
+            let mut state = self.state();
+            let waits = state.mood == Mood::Stalls;
+            (state.answer(&request), waits)
+        };
+        if waits {
+            let _ = changed.changed().await;
+        }
+        // Others have their turn meanwhile.
+        tokio::time::sleep(Duration::from_millis(1)).await;
+        // Who waits no longer has hung up, and this is never reached.
+        self.state()
+            .words
+            .extend(word.map(|word| Word { at: now(), ..word }));
+        Ok(answer)
+    }
+}
+
+impl State {
+    fn answer(&mut self, request: &Request<Incoming>) -> (Response<Full<Bytes>>, Option<Word>) {
+        let path = request.uri().path().to_owned();
+        let site = request.headers()[HOST].to_str().unwrap().to_owned();
+        let shown = request
+            .headers()
+            .get(AUTHORIZATION)
+            .map(|value| value.to_str().unwrap().to_owned())
+            .unwrap_or_default();
+        if let Mood::Status(status) = self.mood {
+            let builder = Response::builder().status(status);
+            return (
+                builder.header(RETRY_AFTER, "1").body(Full::default()).unwrap(),
+                None,
+            );
+        }
+        if path == "/token" {
+            return (self.token(&shown), None);
+        }
+        if path == "/v2/" {
+            return (challenge(&site, None, None), None);
+        }
+        let Some((repository, kind, reference)) = split(&path) else {
+            return (status(StatusCode::NOT_FOUND), None);
+        };
+        let token = shown
+            .strip_prefix("Bearer ")
+            .and_then(|token| self.tokens.get(token).cloned());
+        let Some((user, to)) = token else {
+            return (challenge(&site, Some(repository), None), None);
+        };
+        let is_content = matches!(kind, "manifests" | "blobs");
+        let right = (user, repository.to_owned());
+        let may = self.public.contains(repository)
+            || self.rights.contains(&right)
+            || (!is_content && self.lists.contains(&right));
+        let mut word = Word {
+            to,
+            site: site.clone(),
+            repository: repository.to_owned(),
+            digest: None,
+            is_content,
+            yes: false,
+            decided: self.decided,
+            at: now(),
+        };
+        self.decided += 1;
+        if !may {
+            let answer = match self.no {
+                No::Unauthorized => challenge(&site, Some(repository), Some("insufficient_scope")),
+                No::Denied => status(StatusCode::FORBIDDEN),
+                No::Masked => return (status(StatusCode::NOT_FOUND), None),
+            };
+            return (answer, Some(word));
+        }
+        let Some((digest, body)) = self.find(repository, kind, reference) else {
+            return (status(StatusCode::NOT_FOUND), None);
+        };
+        word.yes = true;
+        word.digest = digest;
+        let mut builder = Response::builder().header(
+            CONTENT_TYPE,
+            match kind {
+                "manifests" => OCI_MANIFEST,
+                "referrers" => OCI_INDEX,
+                "tags" => "application/json",
+                _ => "application/octet-stream",
+            },
+        );
+        if let Some(digest) = digest {
+            builder = builder.header("docker-content-digest", digest.to_string());
+        }
+        (builder.body(Full::new(body)).unwrap(), Some(word))
+    }
+
+    fn find(&self, repository: &str, kind: &str, reference: &str) -> Option<(Option<Digest>, Bytes)> {
+        let place = self.shelves.get(repository)?;
+        let digest = place
+            .tags
+            .get(reference)
+            .copied()
+            .or_else(|| reference.parse().ok());
+        match kind {
+            "manifests" => Some((digest, place.manifests.get(&digest?)?.clone())),
+            "blobs" => Some((digest, place.blobs.get(&digest?)?.clone())),
+            "tags" => {
+                let tags: Vec<_> = place.tags.keys().collect();
+                let list = serde_json::json!({"name": repository, "tags": tags});
+                Some((None, Bytes::from(list.to_string())))
+            }
+            _ => {
+                let list = serde_json::json!({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": []});
+                Some((None, Bytes::from(list.to_string())))
+            }
+        }
+    }
+
+    fn token(&mut self, shown: &str) -> Response<Full<Bytes>> {
+        if self.mood == Mood::NoTokens {
+            return status(StatusCode::BAD_GATEWAY);
+        }
+        let user = if shown.is_empty() {
+            String::new()
+        } else {
+            let pair = BASE64_STANDARD
+                .decode(shown.trim_start_matches("Basic "))
+                .unwrap_or_default();
+            let pair = String::from_utf8(pair).unwrap();
+            let (user, password) = pair.split_once(':').unwrap_or_default();
+            if self.passwords.get(user).is_none_or(|right| right != password) {
+                return status(StatusCode::UNAUTHORIZED);
+            }
+            user.to_owned()
+        };
+        self.tokens_made += 1;
+        let token = format!("made-{}", self.tokens_made);
+        self.tokens.insert(token.clone(), (user, shown.to_owned()));
+        let body = serde_json::json!({"token": token, "expires_in": 300}).to_string();
+        Response::new(Full::new(Bytes::from(body)))
+    }
+}
+
+fn split(path: &str) -> Option<(&str, &str, &str)> {
+    let (rest, reference) = path.strip_prefix("/v2/")?.rsplit_once('/')?;
+    let (repository, kind) = rest.rsplit_once('/')?;
+    Some((repository, kind, reference))
+}
+
+fn status(status: StatusCode) -> Response<Full<Bytes>> {
+    let builder = Response::builder().status(status);
+    builder
+        .header("docker-distribution-api-version", "registry/2.0")
+        .body(Full::default())
+        .unwrap()
+}
+
+fn challenge(site: &str, repository: Option<&str>, error: Option<&str>) -> Response<Full<Bytes>> {
+    let scope = repository
+        .map(|name| format!(",scope=\"repository:{name}:pull\""))
+        .unwrap_or_default();
+    let error = error
+        .map(|error| format!(",error=\"{error}\""))
+        .unwrap_or_default();
+    let line = format!("Bearer realm=\"http://{site}/token\",service=\"test\"{scope}{error}");
+    let mut response = status(StatusCode::UNAUTHORIZED);
+    response
+        .headers_mut()
+        .insert(WWW_AUTHENTICATE, line.try_into().unwrap());
+    response
+}
+
+pub fn of(bytes: &[u8]) -> Digest {
+    Digest::of(Algorithm::Sha256, bytes)
+}
+
+fn manifest(config: &[u8], layers: &[Bytes]) -> Bytes {
+    let descriptor = |kind: &str, bytes: &[u8]| serde_json::json!({"mediaType": kind, "digest": of(bytes).to_string(), "size": bytes.len()});
+    let layers: Vec<_> = layers
+        .iter()
+        .map(|layer| descriptor("application/vnd.oci.image.layer.v1.tar+gzip", layer))
+        .collect();
+    let manifest = serde_json::json!({"schemaVersion": 2, "mediaType": OCI_MANIFEST,
+        "config": descriptor("application/vnd.oci.image.config.v1+json", config), "layers": layers});
+    Bytes::from(manifest.to_string())
+}
+
+struct Pipes(Registry);
+
+impl Dial for Pipes {
+    fn dial(&self, _: &Uri, _: Zone, _: Duration) -> Dialling {
+        let registry = self.0.clone();
+        Box::pin(async move {
+            if registry.state().mood == Mood::Gone {
+                return Err(DialError {
+                    cause: Cause::Refused,
+                    source: None,
+                });
+            }
+            let (ours, theirs) = tokio::io::duplex(64 * 1024);
+            tokio::spawn(async move {
+                let service = service_fn(move |request| {
+                    let registry = registry.clone();
+                    // A connection from before the outage breaks with it.
+                    async move {
+                        if registry.state().mood == Mood::Gone {
+                            return Err(std::io::Error::from(std::io::ErrorKind::ConnectionReset));
+                        }
+                        Ok(registry.act(request).await.unwrap_or_else(|never| match never {}))
+                    }
+                });
+                let _ = hyper::server::conn::http1::Builder::new()
+                    .serve_connection(TokioIo::new(theirs), service)
+                    .await;
+            });
+            Ok(Dialled {
+                stream: Box::new(ours),
+                peer: None,
+            })
+        })
+    }
+}

@@ -1,0 +1,511 @@
+//! Random steps. After each, whatever a client got is held against what the registry's words entitle it to.
+
+use std::collections::BTreeMap;
+
+use ifnewer::oci::Digest;
+use ifnewer::policy::rules::{Changes, Rule, Rules};
+use ifnewer::policy::{Absence, Policy};
+use tokio::task::JoinSet;
+
+use super::cache::{Cache, Got, PROVEN, SHARED, Wish};
+use super::model::{Claim, GRANT, OFFLINE_GRANT, entitles};
+use super::registry::{Mood, No, Registry, Word, jump, now};
+use std::sync::Arc;
+use std::time::Duration;
+
+const USERS: [&str; 3] = ["alice", "bob", "eve"];
+const REPOSITORIES: [&str; 7] = [
+    "pub/one",
+    "acme/app",
+    "acme/kept",
+    "acme/never",
+    "acme/present",
+    "acme/fresh",
+    "evil/app",
+];
+const TAGS: [&str; 3] = ["1", "2", "gone"];
+
+/// 10,000 steps in memory and a shorter walk on a disk; more if asked for.
+fn steps(usual: usize) -> usize {
+    let wanted = std::env::var("IFNEWER_MODEL_STEPS")
+        .ok()
+        .and_then(|steps| steps.parse().ok());
+    wanted.map_or(usual, |wanted: usize| wanted.max(usual))
+}
+
+fn seed() -> u64 {
+    std::env::var("IFNEWER_MODEL_SEED")
+        .ok()
+        .and_then(|seed| seed.parse().ok())
+        .unwrap_or(7)
+}
+
+#[tokio::test(start_paused = true)]
+async fn no_client_ever_receives_what_the_registry_did_not_let_it_read() {
+    let registry = stocked();
+    let mut walk = Walk::new(&registry, Cache::new(&registry, rules(false)), seed());
+    walk.run(steps(10_000)).await;
+    walk.covered();
+}
+
+#[tokio::test(start_paused = true)]
+async fn nor_where_rights_outlive_a_restart() {
+    let registry = stocked();
+    let mut walk = Walk::new(&registry, Cache::on_disk(&registry, rules(false)), seed() + 1);
+    walk.run(steps(1_500)).await;
+}
+
+/// `sealed`: the repository `acme/never` is never asked about; else it is filled like any other.
+pub fn rules(sealed: bool) -> Rules {
+    let default = Rule {
+        name: Arc::from("default"),
+        policy: Policy::IfNewer,
+        fresh: Duration::ZERO,
+        stale: None,
+        budget: Duration::from_secs(2),
+        absent: Absence::Refuse,
+        grant: GRANT,
+        offline_grant: OFFLINE_GRANT,
+        prefetch: false,
+    };
+    let of = |images: &str, changes: Changes| (vec![images.parse().unwrap()], changes);
+    let with_policy = |policy| Changes {
+        policy: Some(policy),
+        ..Changes::default()
+    };
+    let rules = vec![
+        of(
+            "registry.test/acme/never",
+            with_policy(if sealed { Policy::Never } else { Policy::IfNewer }),
+        ),
+        of("registry.test/acme/present", with_policy(Policy::IfNotPresent)),
+        of(
+            "registry.test/acme/fresh",
+            Changes {
+                fresh: Some(Duration::from_secs(60)),
+                prefetch: Some(true),
+                ..Changes::default()
+            },
+        ),
+        of(
+            "registry.test/acme/kept",
+            Changes {
+                absent: Some(Absence::Serve),
+                ..Changes::default()
+            },
+        ),
+    ];
+    let upstreams = [PROVEN, SHARED].map(|name| (Arc::from(name), Changes::default()));
+    Rules::new(default, upstreams, rules).unwrap()
+}
+
+fn stocked() -> Registry {
+    let registry = Registry::new();
+    registry.user("service", "service-secret");
+    for user in USERS {
+        registry.user(user, &format!("{user}-secret"));
+        registry.bearer(user);
+    }
+    for repository in REPOSITORIES {
+        registry.lets("service", repository);
+        for tag in TAGS {
+            registry.push(repository, tag, &format!("first {tag}"), &[40, 90_000]);
+        }
+        if repository.starts_with("acme/") {
+            registry.lets("alice", repository);
+        }
+    }
+    registry.state().public.insert("pub/one".to_owned());
+    registry.state().public.insert("evil/app".to_owned());
+    let private = registry.state().shelves["acme/app"].tags["1"];
+    registry.names_what_is_in("evil/app", "1", "acme/app", private);
+    for user in USERS {
+        registry
+            .state()
+            .lists
+            .insert((user.to_owned(), "acme/app".to_owned()));
+    }
+    registry
+}
+
+/// xorshift64*: the same walk from the same seed, everywhere.
+struct Dice(u64);
+
+impl Dice {
+    fn roll(&mut self, sides: usize) -> usize {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        usize::try_from(self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 33).unwrap() % sides
+    }
+
+    fn pick<'a, T>(&mut self, of: &'a [T]) -> &'a T {
+        &of[self.roll(of.len())]
+    }
+}
+
+struct Walk {
+    registry: Registry,
+    cache: Arc<Cache>,
+    dice: Dice,
+    pushes: usize,
+    /// Every digest there ever was, and its bytes.
+    bytes: BTreeMap<Digest, bytes::Bytes>,
+    /// How often what came of a step.
+    counts: BTreeMap<String, usize>,
+    done: usize,
+}
+
+struct Step {
+    wish: Wish,
+    repository: &'static str,
+    before: usize,
+    silent: bool,
+    /// The registry would say yes, and nothing stands in the way of its saying so.
+    must: bool,
+}
+
+impl Walk {
+    fn new(registry: &Registry, cache: Cache, seed: u64) -> Walk {
+        let mut walk = Walk {
+            registry: registry.clone(),
+            cache: Arc::new(cache),
+            dice: Dice(seed.max(1)),
+            pushes: 0,
+            bytes: BTreeMap::new(),
+            counts: BTreeMap::new(),
+            done: 0,
+        };
+        walk.note_bytes();
+        walk
+    }
+
+    async fn run(&mut self, steps: usize) {
+        while self.done < steps {
+            match self.dice.roll(20) {
+                0 => self.change_rights(),
+                1 => self.change_content(),
+                2 => self.change_clock(),
+                3 => self.change_mood().await,
+                4 if self.dice.roll(6) == 0 => self.restart().await,
+                _ => self.pulls().await,
+            }
+        }
+    }
+
+    fn change_rights(&mut self) {
+        let (user, repository) = (*self.dice.pick(&USERS[..2]), *self.dice.pick(&REPOSITORIES));
+        match self.dice.roll(6) {
+            0..=2 => self.registry.lets(user, repository),
+            3 => self.registry.revokes(user, repository),
+            4 => {
+                let mut state = self.registry.state();
+                if !state.public.remove(repository) {
+                    // The secret repository of the hostile one stays secret.
+                    if repository == "pub/one" || repository == "evil/app" || repository == "acme/fresh" {
+                        state.public.insert(repository.to_owned());
+                    }
+                }
+            }
+            _ => {
+                let no = *self
+                    .dice
+                    .pick(&[No::Unauthorized, No::Unauthorized, No::Denied, No::Masked]);
+                self.registry.state().no = no;
+            }
+        }
+        self.done += 1;
+    }
+
+    fn change_content(&mut self) {
+        let (repository, tag) = (*self.dice.pick(&REPOSITORIES), *self.dice.pick(&TAGS));
+        self.pushes += 1;
+        if self.dice.roll(5) == 0 {
+            let mut state = self.registry.state();
+            let place = state.shelves.get_mut(repository).unwrap();
+            place.tags.remove(tag);
+        } else {
+            self.registry.push(
+                repository,
+                tag,
+                &format!("push {}", self.pushes),
+                &[50, 90_000, 100_000],
+            );
+        }
+        self.note_bytes();
+        self.done += 1;
+    }
+
+    fn change_clock(&mut self) {
+        jump(
+            *self
+                .dice
+                .pick(&[1, 20, 100, 250, 320, 3_700, 13 * 3_600, -30, -400]),
+        );
+        self.done += 1;
+    }
+
+    async fn change_mood(&mut self) {
+        let moods = [
+            Mood::Gone,
+            Mood::Stalls,
+            Mood::Status(503),
+            Mood::Status(429),
+            Mood::NoTokens,
+        ];
+        let is_well = self.registry.state().mood == Mood::Well;
+        let mood = if is_well && self.dice.roll(3) == 0 {
+            *self.dice.pick(&moods)
+        } else {
+            Mood::Well
+        };
+        self.registry.mood(mood);
+        if mood == Mood::Well && !is_well {
+            self.until_heard_again().await;
+        }
+        self.done += 1;
+    }
+
+    /// Until no one is told to wait any more and the breaker is closed.
+    async fn until_heard_again(&self) {
+        tokio::time::sleep(Duration::from_secs(40)).await;
+        while self.is_silent() {
+            tokio::time::sleep(Duration::from_secs(1)).await;
+        }
+    }
+
+    fn is_silent(&self) -> bool {
+        let sites = [&self.cache.proven, &self.cache.shared];
+        sites.iter().any(|site| site.upstream().silent_now().is_some())
+    }
+
+    async fn restart(&mut self) {
+        let cache = Arc::into_inner(std::mem::replace(
+            &mut self.cache,
+            Arc::new(Cache::new(&self.registry, rules(false))),
+        ));
+        self.cache = Arc::new(cache.unwrap().restart(rules(self.dice.roll(2) == 0)).await);
+        *self.counts.entry("restart".to_owned()).or_default() += 1;
+        self.done += 1;
+    }
+
+    /// Some clients at once, half of the time with a change of rights among them.
+    async fn pulls(&mut self) {
+        let mut pulls = JoinSet::new();
+        let changes = self.dice.roll(4) == 0;
+        // Often all want the same thing at once, and often one that nobody has had before.
+        let same = (self.dice.roll(3) == 0).then(|| {
+            let repository = *self.dice.pick(&REPOSITORIES);
+            (repository, self.path(repository))
+        });
+        for nth in 0..=self.dice.roll(5) {
+            if changes && nth == 2 {
+                // The earlier ones are on their way, at different points of it.
+                tokio::time::sleep(Duration::from_millis(self.dice.roll(4) as u64)).await;
+                self.change_rights();
+            }
+            let step = self.step(changes, same.clone());
+            let cache = Arc::clone(&self.cache);
+            pulls.spawn(async move {
+                let got = cache.get(&step.wish).await;
+                (step, got, now())
+            });
+        }
+        while let Some(pull) = pulls.join_next().await {
+            let (step, got, now) = pull.unwrap();
+            self.judge(&step, &got, now);
+            self.done += 1;
+        }
+        // What goes on in the background ends before something else begins.
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+
+    fn step(&mut self, changes: bool, same: Option<(&'static str, String)>) -> Step {
+        let (repository, path) = same.unwrap_or_else(|| {
+            let repository = *self.dice.pick(&REPOSITORIES);
+            (repository, self.path(repository))
+        });
+        let site = if self.dice.roll(12) == 0 { SHARED } else { PROVEN };
+        let user = *self.dice.pick(&USERS);
+        let shows = match self.dice.roll(6) {
+            0 | 1 => String::new(),
+            2 | 3 => basic(user, &format!("{user}-secret")),
+            4 => format!("Bearer direct-{user}"),
+            _ => basic(user, "guessed"),
+        };
+        let state = self.registry.state();
+        let is_silent = state.mood != Mood::Well || self.is_silent();
+        let knows = !shows.ends_with(&basic_of("guessed", user)) || state.public.contains(repository);
+        let must = !changes && !is_silent && repository != "acme/never" && knows && {
+            let (kind, reference) = path
+                .rsplit_once('/')
+                .map(|(rest, last)| (rest.rsplit('/').next().unwrap(), last))
+                .unwrap();
+            let place = &state.shelves[repository];
+            let there = match kind {
+                "manifests" => {
+                    place.tags.contains_key(reference)
+                        || reference
+                            .parse()
+                            .is_ok_and(|digest| place.manifests.contains_key(&digest))
+                }
+                "blobs" => reference
+                    .parse()
+                    .is_ok_and(|digest| place.blobs.contains_key(&digest)),
+                _ => false,
+            };
+            let may = site == SHARED || state.rights.contains(&(user.to_owned(), repository.to_owned()));
+            there
+                && (may && !shows.is_empty() && !shows.ends_with(&basic_of("guessed", user))
+                    || site == SHARED
+                    || state.public.contains(repository) && (shows.is_empty() || shows.starts_with("Bearer")))
+        };
+        Step {
+            wish: Wish {
+                site,
+                path,
+                head: self.dice.roll(4) == 0,
+                shows,
+            },
+            repository,
+            before: state.words.len(),
+            silent: is_silent,
+            must,
+        }
+    }
+
+    fn path(&mut self, repository: &str) -> String {
+        // Mostly what is there, and often what is elsewhere.
+        let from = if self.dice.roll(3) == 0 {
+            *self.dice.pick(&REPOSITORIES)
+        } else {
+            repository
+        };
+        let state = self.registry.state();
+        let place = &state.shelves[from];
+        let manifests: Vec<_> = place.manifests.keys().copied().collect();
+        let blobs: Vec<_> = place.blobs.keys().copied().collect();
+        drop(state);
+        match self.dice.roll(10) {
+            0..=3 => format!("/v2/{repository}/manifests/{}", self.dice.pick(&TAGS)),
+            4 | 5 => format!("/v2/{repository}/manifests/{}", self.some(&manifests)),
+            6..=8 => format!("/v2/{repository}/blobs/{}", self.some(&blobs)),
+            _ if self.dice.roll(2) == 0 => format!("/v2/{repository}/tags/list"),
+            _ => format!("/v2/{repository}/referrers/{}", self.some(&manifests)),
+        }
+    }
+
+    /// Mostly one of a few, so that the same is asked for again and again.
+    fn some(&mut self, digests: &[Digest]) -> Digest {
+        let few = if self.dice.roll(3) == 0 {
+            digests.len()
+        } else {
+            digests.len().min(6)
+        };
+        *self.dice.pick(&digests[..few])
+    }
+
+    fn judge(&mut self, step: &Step, got: &Got, now: std::time::SystemTime) {
+        let state = self.registry.state();
+        // With `absent = "serve"` a 404 to a tag is taken as a silence: for those who had the right before.
+        let is_archive = step.repository == "acme/kept" && step.wish.path.contains("/manifests/");
+        let silent = step.silent || state.mood != Mood::Well || is_archive;
+        let digest = match got {
+            Got::Content(digest, bytes) => {
+                if let Some(bytes) = bytes {
+                    assert_eq!(
+                        self.bytes.get(digest),
+                        Some(bytes),
+                        "other bytes: {:?}",
+                        step.wish
+                    );
+                }
+                Some(*digest)
+            }
+            Got::List => None,
+            Got::No(reason) => {
+                let words: &[Word] = &state.words;
+                assert!(
+                    !step.must,
+                    "refused ({reason}) what the registry allows: {:?}\n{:#?}",
+                    step.wish,
+                    &words[words.len().saturating_sub(6)..]
+                );
+                drop(state);
+                self.count("refused", silent);
+                return;
+            }
+        };
+        let claim = Claim {
+            shows: &step.wish.shows,
+            site: step.wish.site,
+            repository: step.repository,
+            digest,
+            before: step.before,
+            silent,
+            now,
+        };
+        let entitled = step.wish.site == SHARED || entitles(&state.words, &claim);
+        let own = |word: &&Word| {
+            word.repository == step.repository && (word.to.is_empty() || word.to == step.wish.shows)
+        };
+        let said: Vec<_> = state.words.iter().filter(own).collect();
+        assert!(
+            entitled,
+            "step {}: {:?} was given what no word of the registry allows: {claim:#?}\n{:#?}",
+            self.done,
+            step.wish,
+            &said[said.len().saturating_sub(12)..]
+        );
+        drop(state);
+        let whose = if step.wish.shows.is_empty() {
+            "to nobody"
+        } else {
+            "to somebody"
+        };
+        self.count(&format!("served {whose}"), silent);
+    }
+
+    fn count(&mut self, what: &str, silent: bool) {
+        let when = if silent { "in an outage" } else { "else" };
+        *self.counts.entry(format!("{what} {when}")).or_default() += 1;
+    }
+
+    /// A walk that refused nobody, or served nobody, shows nothing.
+    fn covered(&self) {
+        eprintln!(
+            "{} steps, {} words of the registry: {:#?}",
+            self.done,
+            self.registry.state().words.len(),
+            self.counts
+        );
+        for what in ["refused", "served to nobody", "served to somebody"] {
+            for when in ["in an outage", "else"] {
+                let count = self
+                    .counts
+                    .get(&format!("{what} {when}"))
+                    .copied()
+                    .unwrap_or_default();
+                assert!(count > 50, "{what} {when}: only {count} times");
+            }
+        }
+    }
+
+    fn note_bytes(&mut self) {
+        let state = self.registry.state();
+        for place in state.shelves.values() {
+            for (digest, bytes) in place.manifests.iter().chain(&place.blobs) {
+                self.bytes.entry(*digest).or_insert_with(|| bytes.clone());
+            }
+        }
+    }
+}
+
+pub fn basic(user: &str, password: &str) -> String {
+    format!("Basic {}", basic_of(password, user))
+}
+
+fn basic_of(password: &str, user: &str) -> String {
+    use base64::Engine as _;
+    base64::prelude::BASE64_STANDARD.encode(format!("{user}:{password}"))
+}
