@@ -29,7 +29,6 @@ use crate::clock::Clock;
 use crate::event::{Events, Levels};
 use crate::oci::{Query, Reference, Repository};
 use crate::server::Registry;
-use crate::store::IndexState;
 use crate::store::refs::TagKey;
 
 /// Images on one page of the list.
@@ -109,6 +108,7 @@ impl Admin {
             "/healthz" => text(StatusCode::OK, "text/plain", "ok\n".to_owned()),
             "/readyz" => self.ready(),
             "/metrics" => text(StatusCode::OK, OPENMETRICS, self.events.text(&self.levels())),
+            "/api/v1/status" => self.status(),
             "/api/v1/images" => self.images(request.uri().query()),
             "/api/v1/upstreams" => answer(&upstreams::listed(&self.registry.load())),
             "/api/v1/events" => decisions::list(&self.events, request.uri().query()),
@@ -121,8 +121,8 @@ impl Admin {
     fn ready(&self) -> Response<Full<Bytes>> {
         let registry = self.registry.load();
         let mut lines = vec!["ready".to_owned()];
-        if registry.pull.store().index_state() != IndexState::Ready {
-            lines.push("degraded: the index is down; serving from the files".to_owned());
+        for trouble in registry.pull.store().troubles() {
+            lines.push(format!("degraded: {trouble}"));
         }
         for site in registry.doors.all() {
             if let Some((since, cause)) = site.upstream().state().open {
@@ -139,7 +139,8 @@ impl Admin {
 
     fn levels(&self) -> Levels {
         let registry = self.registry.load();
-        let usage = registry.pull.store().usage();
+        let store = registry.pull.store();
+        let (usage, evicted) = (store.usage(), store.evictions());
         let upstreams = registry.doors.all().iter().map(|site| {
             let is_up = site.upstream().silent_now().is_none();
             (site.name().into(), is_up)
@@ -147,10 +148,47 @@ impl Admin {
         Levels {
             store_bytes: usage.blob_bytes + usage.manifest_bytes,
             store_objects: usage.blobs + usage.manifests,
+            store_bytes_max: store.limits().bytes_max,
+            evicted: vec![("size", evicted.for_size), ("free", evicted.for_free)],
+            evicted_bytes: evicted.bytes,
+            without_room: evicted.refused,
+            is_store_degraded: !store.troubles().is_empty(),
             transfers: registry.pull.downloads().count() as u64,
             upstreams: upstreams.collect(),
             allowances: upstreams::allowances(&registry),
         }
+    }
+
+    /// The store in numbers: what is held, what may be, what went, and what is wrong.
+    fn status(&self) -> Response<Full<Bytes>> {
+        let registry = self.registry.load();
+        let store = registry.pull.store();
+        let (usage, limits, evicted) = (store.usage(), store.limits(), store.evictions());
+        let troubles: Vec<String> = store.troubles().iter().map(ToString::to_string).collect();
+        answer(&json!({
+            "version": env!("CARGO_PKG_VERSION"),
+            "store": {
+                "troubles": troubles,
+                "blobs": usage.blobs,
+                "blob_bytes": usage.blob_bytes,
+                "manifests": usage.manifests,
+                "manifest_bytes": usage.manifest_bytes,
+                "tags": usage.tags,
+                "is_counted": usage.is_complete,
+                "size": limits.bytes_max,
+                "free": limits.free_bytes_min,
+                "disk_free_bytes": store.free_bytes().ok(),
+                "pins": store.pins().len(),
+                "evicted": {
+                    "for_size": evicted.for_size,
+                    "for_free": evicted.for_free,
+                    "tags": evicted.tags,
+                    "bytes": evicted.bytes,
+                    "without_room": evicted.refused,
+                },
+            },
+            "transfers": registry.pull.downloads().count(),
+        }))
     }
 
     /// `?after=` names the last image of the page before, as the page itself says in `next`.

@@ -6,7 +6,7 @@
 mod decisions;
 
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use prometheus_client::encoding::EncodeLabelSet;
@@ -133,6 +133,11 @@ struct DirectionLabels {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct LimitLabels {
+    limit: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct UpstreamLabels {
     registry: Arc<str>,
 }
@@ -161,6 +166,16 @@ pub struct Levels {
     pub store_bytes: u64,
     /// Blobs and manifests held.
     pub store_objects: u64,
+    /// How much the store may hold, in bytes.
+    pub store_bytes_max: u64,
+    /// Blobs and manifests evicted since the start, by the limit that asked for it.
+    pub evicted: Vec<(&'static str, u64)>,
+    /// Their bytes.
+    pub evicted_bytes: u64,
+    /// Blobs passed through since the start because the limits left no room for them.
+    pub without_room: u64,
+    /// Whether something keeps the store from storing.
+    pub is_store_degraded: bool,
     /// Transfers under way.
     pub transfers: u64,
     /// Whether each upstream answers, as its breaker sees it.
@@ -194,6 +209,11 @@ pub struct Events {
     tunnels: Gauge<u64, AtomicU64>,
     store_bytes: Gauge<u64, AtomicU64>,
     store_objects: Gauge<u64, AtomicU64>,
+    store_bytes_max: Gauge<u64, AtomicU64>,
+    store_degraded: Gauge<u64, AtomicU64>,
+    evicted: Family<LimitLabels, Counter>,
+    evicted_bytes: Counter,
+    without_room: Counter,
     transfers: Gauge<u64, AtomicU64>,
     upstream_up: Family<UpstreamLabels, Gauge<u64, AtomicU64>>,
     rate_limit: Family<AllowanceLabels, Gauge<u64, AtomicU64>>,
@@ -247,6 +267,11 @@ impl Events {
             tunnels: Gauge::default(),
             store_bytes: Gauge::default(),
             store_objects: Gauge::default(),
+            store_bytes_max: Gauge::default(),
+            store_degraded: Gauge::default(),
+            evicted: Family::default(),
+            evicted_bytes: Counter::default(),
+            without_room: Counter::default(),
             transfers: Gauge::default(),
             upstream_up: Family::default(),
             rate_limit: Family::default(),
@@ -281,17 +306,7 @@ impl Events {
             Unit::Seconds,
             events.seconds.clone(),
         );
-        registry.register_with_unit(
-            "store",
-            "Bytes of blobs and manifests held",
-            Unit::Bytes,
-            events.store_bytes.clone(),
-        );
-        registry.register(
-            "store_objects",
-            "Blobs and manifests held",
-            events.store_objects.clone(),
-        );
+        events.register_store(&mut registry);
         registry.register(
             "transfers_in_progress",
             "Downloads under way",
@@ -314,6 +329,47 @@ impl Events {
         );
         events.registry = Arc::new(registry);
         events
+    }
+
+    fn register_store(&self, registry: &mut Registry) {
+        registry.register_with_unit(
+            "store",
+            "Bytes of blobs and manifests held",
+            Unit::Bytes,
+            self.store_bytes.clone(),
+        );
+        registry.register(
+            "store_objects",
+            "Blobs and manifests held",
+            self.store_objects.clone(),
+        );
+        registry.register_with_unit(
+            "store_limit",
+            "How much the store may hold",
+            Unit::Bytes,
+            self.store_bytes_max.clone(),
+        );
+        registry.register(
+            "store_degraded",
+            "1 while something keeps the store from storing; /readyz says what",
+            self.store_degraded.clone(),
+        );
+        registry.register(
+            "store_evicted",
+            "Blobs and manifests evicted, by the limit that asked for it",
+            self.evicted.clone(),
+        );
+        registry.register_with_unit(
+            "store_evicted",
+            "Bytes of what was evicted",
+            Unit::Bytes,
+            self.evicted_bytes.clone(),
+        );
+        registry.register(
+            "store_without_room",
+            "Blobs passed through because the limits left no room for them",
+            self.without_room.clone(),
+        );
     }
 
     /// Tells of an answer. A pull by tag is where a decision was made, so it is told at `info`; the rest at `debug`.
@@ -384,6 +440,15 @@ impl Events {
     pub fn text(&self, levels: &Levels) -> String {
         self.store_bytes.set(levels.store_bytes);
         self.store_objects.set(levels.store_objects);
+        self.store_bytes_max.set(levels.store_bytes_max);
+        self.store_degraded.set(u64::from(levels.is_store_degraded));
+        for (limit, count) in &levels.evicted {
+            let evicted = self.evicted.get_or_create(&LimitLabels { limit });
+            evicted.inner().store(*count, Ordering::Relaxed);
+        }
+        let counted = |counter: &Counter, count| counter.inner().store(count, Ordering::Relaxed);
+        counted(&self.evicted_bytes, levels.evicted_bytes);
+        counted(&self.without_room, levels.without_room);
         self.transfers.set(levels.transfers);
         for (name, up) in &levels.upstreams {
             let labels = UpstreamLabels {

@@ -47,6 +47,7 @@ use crate::store::Store;
 use crate::store::blobs::HeldBlob;
 use crate::store::challenges::KeptChallenge;
 use crate::store::manifests::HeldManifest;
+use crate::store::uses::Used;
 use crate::upstream::{Answer, Caller};
 
 /// What the road needs of the world. Shared by every connection.
@@ -200,18 +201,28 @@ impl Pull {
 
     /// Answers a request. Total: whatever fails becomes a refusal with its reason.
     pub async fn answer(self: &Arc<Self>, request: Request) -> Outcome {
-        let outcome = match request.operation.clone() {
+        let now = request.now;
+        let outcome = self.outcome(&request).await;
+        match &outcome {
+            Outcome::Manifest(manifest, _) => self.store.note_use(Used::Manifest(manifest.digest), now),
+            Outcome::Blob { digest, .. } => self.store.note_use(Used::Blob(*digest), now),
+            _ => {}
+        }
+        self.or_challenge(&request, outcome)
+    }
+
+    async fn outcome(self: &Arc<Self>, request: &Request) -> Outcome {
+        match request.operation.clone() {
             Operation::Ping => Outcome::Ping,
             Operation::Manifest {
                 repository,
                 reference,
-            } => self.manifest(&request, &repository, reference).await,
-            Operation::Blob { repository, digest } => self.blob(&request, &repository, digest).await,
+            } => self.manifest(request, &repository, reference).await,
+            Operation::Blob { repository, digest } => self.blob(request, &repository, digest).await,
             Operation::Tags { repository, .. } | Operation::Referrers { repository, .. } => {
-                self.listing(&request, &repository).await
+                self.listing(request, &repository).await
             }
-        };
-        self.or_challenge(&request, outcome)
+        }
     }
 
     /// What would be decided for `image` now, before asking anyone: for the operator's question "why".

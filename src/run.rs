@@ -22,7 +22,7 @@ use crate::server::tls::{ServerTls, TlsError};
 use crate::server::{Doors, Front, Registry, Sound, Tunnels};
 use crate::store::step::Buffers;
 use crate::store::volume::Directory;
-use crate::store::{OpenError, Settings as StoreSettings, Store};
+use crate::store::{Limits as StoreLimits, OpenError, Settings as StoreSettings, Store};
 use crate::upstream::tunnel::Way;
 use crate::upstream::{
     Connector, OriginError, OwnCredential, ProxyChoice, Settings, SettingsError, Upstream,
@@ -30,6 +30,10 @@ use crate::upstream::{
 
 /// How long the end waits for downloads that no client waits for any more.
 const SETTLE: Duration = Duration::from_secs(5);
+
+/// How often the store is told the time and looks after itself, and how many times rarer it tidies up.
+const TEND_EVERY: Duration = Duration::from_secs(5);
+const TIDY_EVERY_TENDS: u32 = 60;
 
 /// Why the process cannot run.
 #[derive(Debug, thiserror::Error)]
@@ -86,7 +90,11 @@ pub async fn serve(
     let mut signals = Signals::new()?;
     // The lock first: a second process must refuse before it disturbs anything of the first.
     let volume = Arc::new(Directory::open(&config.data)?);
-    let store = Arc::new(Store::open(&StoreSettings::default(), volume, clock.now())?);
+    let settings = StoreSettings {
+        limits: store_limits(&config),
+        ..StoreSettings::default()
+    };
+    let store = Arc::new(Store::open(&settings, volume, clock.now())?);
     let buffers = Buffers::default();
     let downloads = Downloads::new(Arc::clone(&store), buffers.clone(), config.limits.fetches_max);
     let connector = Connector::system();
@@ -123,6 +131,7 @@ pub async fn serve(
         events,
         clock,
     };
+    tasks.spawn(tend(Arc::clone(&store), clock, ending.clone()));
     let _socket = operate(&config.listen.admin, admin, &ending, &mut tasks)?;
     tracing::info!(version = env!("CARGO_PKG_VERSION"), data = %config.data.display(), "serving");
 
@@ -138,6 +147,7 @@ pub async fn serve(
             (Ok(serving), Ok(certificate)) => {
                 registry.store(Arc::new(serving));
                 tls.store(Arc::new(certificate));
+                store.set_limits(store_limits(&new));
                 warn_of_restart(&config, &new);
                 tracing::info!("the configuration was read again and is in effect");
             }
@@ -163,6 +173,35 @@ pub async fn serve(
     let _ = tokio::task::spawn_blocking(move || store.close()).await;
     tracing::info!("ended");
     Ok(())
+}
+
+fn store_limits(config: &Config) -> StoreLimits {
+    StoreLimits {
+        bytes_max: config.store.bytes_max,
+        free_bytes_min: config.store.free_bytes_min,
+    }
+}
+
+/// Lets the store look after itself until the end.
+async fn tend(store: Arc<Store>, clock: Clock, ending: CancellationToken) {
+    let mut tends = 0_u32;
+    while ending
+        .run_until_cancelled(tokio::time::sleep(TEND_EVERY))
+        .await
+        .is_some()
+    {
+        tends = tends.wrapping_add(1);
+        let (store, now) = (Arc::clone(&store), clock.now());
+        let tended = tokio::task::spawn_blocking(move || {
+            store.tend(now);
+            if tends.is_multiple_of(TIDY_EVERY_TENDS) {
+                store.tidy();
+            }
+        });
+        if tended.await.is_err() {
+            tracing::error!("looking after the store ended in a panic; it is tried again");
+        }
+    }
 }
 
 /// What serves requests, from the configuration.

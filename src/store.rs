@@ -14,6 +14,7 @@
 //! listings/<slot>             the last list of tags or referrers, for an outage
 //! ingest/<n>                  what is being written; ingest/<digest>: what an interrupted download left
 //! challenges/ab/<hash>        how an upstream asks for a credential, for an outage
+//! pins/ab/<hash>              what is never evicted
 //! quarantine/                 what failed verification
 //! index/                      sled: a projection, may be lost
 //! ```
@@ -26,11 +27,15 @@
 //! Hot reads come from memory: open handles, manifests, tags, proofs and grants are kept in bounded caches that are
 //! looked up by borrowed keys. Everything that may touch the disk blocks; call it on a thread that may.
 //!
-//! Not here: what to evict, and whether a caller may read.
+//! When content was last used is told by the time of its file. The least recently used images make room for others
+//! ([`plan`], [`evict`]).
+//!
+//! Not here: whether a caller may read.
 
 pub mod blobs;
 mod cache;
 pub mod challenges;
+mod evict;
 mod grants;
 mod index;
 pub mod ingest;
@@ -38,12 +43,16 @@ pub mod leftover;
 pub mod listings;
 mod lock;
 pub mod manifests;
+pub mod pins;
+mod plan;
 mod record;
 pub mod refs;
+mod room;
 mod secret;
 pub mod seen;
 pub mod step;
 pub mod usage;
+pub mod uses;
 pub mod volume;
 pub mod whole;
 
@@ -59,11 +68,17 @@ use std::time::SystemTime;
 
 use crate::oci::Digest;
 
+use self::evict::Evictor;
+pub use self::evict::{Evictions, YOUNG};
 pub use self::index::thread::IndexState;
 use self::index::thread::{Home, IndexHandle};
 use self::lock::Lock;
+use self::pins::Pins;
 use self::record::to_millis;
+pub use self::room::Limits;
+use self::room::Room;
 use self::usage::{Counters, Usage};
+use self::uses::Uses;
 use self::volume::Volume;
 
 const QUARANTINE_FOLDER: &str = "quarantine";
@@ -77,6 +92,8 @@ pub struct Settings {
     pub small_blob_cache_bytes_max: u64,
     /// Blob files kept open.
     pub open_blobs_max: usize,
+    /// How much the store may take.
+    pub limits: Limits,
 }
 
 impl Default for Settings {
@@ -85,6 +102,7 @@ impl Default for Settings {
             manifest_cache_bytes_max: 32 * 1024 * 1024,
             small_blob_cache_bytes_max: 16 * 1024 * 1024,
             open_blobs_max: 512,
+            limits: Limits::default(),
         }
     }
 }
@@ -168,6 +186,17 @@ pub enum Fault {
         /// The file.
         path: PathBuf,
     },
+    /// The limits leave no room for a blob, and nothing else may go for it.
+    #[error(
+        "no room for {bytes} bytes within `store.{limit}`: what is held is pinned, in use or younger than an hour; {}",
+        if *limit == "size" { "raise `store.size`" } else { "free some of the disk or lower `store.free`" }
+    )]
+    NoRoom {
+        /// How large it is, as far as is known.
+        bytes: u64,
+        /// The setting that is in the way.
+        limit: &'static str,
+    },
     /// The bytes to be kept are not those of the digest they were to be kept under. Nothing was kept.
     #[error(transparent)]
     WrongBytes(#[from] Box<blobs::WrongDigest>),
@@ -198,11 +227,32 @@ impl Fault {
     }
 }
 
+/// What keeps the store from doing its work. For the operator.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Trouble {
+    /// Times and grants are not kept.
+    #[error("the index is down; serving from the files ({reason})")]
+    Index {
+        /// Why.
+        reason: String,
+    },
+    /// The limits are reached, and nothing else may go.
+    #[error(
+        "no room: `store.size` ({} bytes) or `store.free` ({} bytes) is reached, and what is held is pinned, in use or \
+         younger than an hour; pulls pass through unstored until that changes",
+        .limits.bytes_max, .limits.free_bytes_min
+    )]
+    NoRoom {
+        /// As set.
+        limits: Limits,
+    },
+}
+
 /// Everything held. One per data folder.
 pub struct Store {
     volume: Arc<dyn Volume>,
     blobs: Arc<blobs::Blobs>,
-    manifests: manifests::Manifests,
+    manifests: Arc<manifests::Manifests>,
     refs: Arc<refs::Refs>,
     seen: seen::SeenFiles,
     listings: listings::Listings,
@@ -210,9 +260,13 @@ pub struct Store {
     grants: grants::Grants,
     wholes: whole::Wholes,
     usage: Arc<Counters>,
+    uses: Arc<Uses>,
+    pins: Arc<Pins>,
+    room: Arc<Room>,
+    evictor: Arc<Evictor>,
     secret: [u8; 32],
     stop: Arc<AtomicBool>,
-    scan: Option<JoinHandle<()>>,
+    threads: Vec<JoinHandle<()>>,
     // Last but for the lock, so that the database is closed while the folder is still ours.
     index: Arc<IndexHandle>,
     _lock: Option<Lock>,
@@ -254,9 +308,25 @@ impl Store {
                 })
         };
         let scan = scan.map_err(|error| Fault::io("start the thread to count", "blobs", &error))?;
+        let uses = Arc::new(Uses::new(now));
+        let pins = Arc::new(Pins::read(&volume, &uses));
+        let room = Arc::new(Room::new(settings.limits, &volume, &usage));
+        let blobs = Arc::new(blobs::Blobs::new(
+            settings, &volume, &index, &usage, leftovers, &uses,
+        ));
+        let manifests = Arc::new(manifests::Manifests::new(settings, &volume, &usage, &uses));
+        let evictor = Evictor::new(&volume, &blobs, &manifests, &refs, &pins, &uses, &room, &stop);
+        let evictor = Arc::new(evictor);
+        let evicting = {
+            let evictor = Arc::clone(&evictor);
+            std::thread::Builder::new()
+                .name("store-evict".to_owned())
+                .spawn(move || evictor.run())
+        };
+        let evicting = evicting.map_err(|error| Fault::io("start the thread to evict", "blobs", &error))?;
         Ok(Self {
-            blobs: Arc::new(blobs::Blobs::new(settings, &volume, &index, &usage, leftovers)),
-            manifests: manifests::Manifests::new(settings, &volume, &usage),
+            blobs,
+            manifests,
             seen: seen::SeenFiles::new(&volume),
             listings: listings::Listings::new(&volume),
             challenges: challenges::Challenges::new(&volume),
@@ -264,9 +334,13 @@ impl Store {
             grants,
             wholes: whole::Wholes::new(&usage),
             usage,
+            uses,
+            pins,
+            room,
+            evictor,
             secret,
             stop,
-            scan: Some(scan),
+            threads: vec![scan, evicting],
             volume,
             index,
             _lock: lock,
@@ -276,7 +350,50 @@ impl Store {
     /// Makes what is kept in the index durable. To be called before the program ends.
     pub fn close(&self) {
         self.stop.store(true, Ordering::Relaxed);
+        self.evictor.wake();
+        self.uses.write(self.volume.as_ref());
         self.index.flush();
+    }
+
+    /// What is to be done from time to time; to be called every few seconds. Blocks.
+    pub fn tend(&self, now: SystemTime) {
+        self.uses.tell(now);
+        self.evictor.wake_if_needed();
+    }
+
+    /// Writes down what is kept in memory until now, and clears away what nobody needs. To be called every few minutes.
+    pub fn tidy(&self) {
+        self.evictor.tidy();
+    }
+
+    /// Changes how much may be held; what is too much then goes.
+    pub fn set_limits(&self, limits: Limits) {
+        self.room.set_limits(limits);
+        self.evictor.wake_if_needed();
+    }
+
+    /// How much may be held.
+    pub fn limits(&self) -> Limits {
+        self.room.limits()
+    }
+
+    /// What keeps the store from doing its work, if anything does. It serves what it can all the same.
+    pub fn troubles(&self) -> Vec<Trouble> {
+        let mut troubles = Vec::new();
+        if let IndexState::Degraded { reason } = self.index.state() {
+            troubles.push(Trouble::Index { reason });
+        }
+        if self.evictor.is_short() {
+            troubles.push(Trouble::NoRoom {
+                limits: self.room.limits(),
+            });
+        }
+        troubles
+    }
+
+    /// What was evicted since the start.
+    pub fn evictions(&self) -> Evictions {
+        self.evictor.totals()
     }
 
     /// The secret under which principals are hashed. Never leaves this machine.
@@ -296,22 +413,17 @@ impl Store {
 
     /// How many bytes the disk still takes.
     pub fn free_bytes(&self) -> Result<u64, Fault> {
-        self.volume.free_bytes().map_err(|error| {
-            Fault::io(
-                "measure the free space of",
-                self.volume.folder().unwrap_or(Path::new("")),
-                &error,
-            )
-        })
+        self.room.free_bytes()
     }
 }
 
 impl Drop for Store {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
-        if let Some(scan) = self.scan.take() {
+        self.evictor.wake();
+        for thread in self.threads.drain(..) {
             // A panic there has been told by the panic hook.
-            let _ = scan.join();
+            let _ = thread.join();
         }
     }
 }

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::io;
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
@@ -13,6 +14,7 @@ use super::cache::{counted, weighted};
 use super::index::thread::IndexHandle;
 use super::leftover::Leftovers;
 use super::usage::{Counters, Kind};
+use super::uses::{Used, Uses};
 use super::volume::{Volume, VolumeFile, read_all};
 use super::{Fault, Settings, Store, content_path, remove_file, size_of};
 use crate::oci::{Algorithm, Digest, Hasher};
@@ -144,10 +146,13 @@ pub(super) struct Blobs {
     pub(super) leftovers: Leftovers,
     index: Arc<IndexHandle>,
     usage: Arc<Counters>,
+    uses: Arc<Uses>,
     open: Cache<Digest, HeldBlob>,
     small: Cache<Digest, Bytes, ByLength>,
     /// Held while a name is looked for and given.
     naming: Mutex<()>,
+    /// How many names were taken away: whoever opened a file in between looks once more.
+    removals: AtomicU64,
 }
 
 impl Blobs {
@@ -157,15 +162,18 @@ impl Blobs {
         index: &Arc<IndexHandle>,
         usage: &Arc<Counters>,
         leftovers: Leftovers,
+        uses: &Arc<Uses>,
     ) -> Self {
         Self {
             volume: Arc::clone(volume),
             leftovers,
             index: Arc::clone(index),
             usage: Arc::clone(usage),
+            uses: Arc::clone(uses),
             open: counted(settings.open_blobs_max),
             small: weighted(settings.small_blob_cache_bytes_max, 4096, ByLength),
             naming: Mutex::default(),
+            removals: AtomicU64::new(0),
         }
     }
 
@@ -174,6 +182,7 @@ impl Blobs {
             return Ok(Some(held));
         }
         let path = content_path(TREE, digest);
+        let removals = self.removals.load(Ordering::SeqCst);
         let file = match self.volume.open(&path) {
             Ok(file) => file,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -186,6 +195,11 @@ impl Blobs {
         }
         let held = HeldBlob { size, file };
         self.open.insert(*digest, held.clone());
+        if self.removals.load(Ordering::SeqCst) != removals && size_of(self.volume.as_ref(), &path).is_none()
+        {
+            // It can be read to its end, but it is not held: kept open, it would take its place for nothing.
+            self.open.remove(digest);
+        }
         Ok(Some(held))
     }
 
@@ -221,15 +235,38 @@ impl Blobs {
 
     fn remove(&self, digest: &Digest) -> Result<bool, Fault> {
         let path = content_path(TREE, digest);
+        let removed = self
+            .usage
+            .removing(Kind::Blob, &path, || remove_file(self.volume.as_ref(), &path));
         self.forget(digest);
-        self.usage
-            .removing(Kind::Blob, &path, || remove_file(self.volume.as_ref(), &path))
+        removed
+    }
+
+    /// Removes a blob if it `is_free` to go, and says how long it was; `None` where it is not.
+    pub(super) fn evict(
+        &self,
+        digest: &Digest,
+        is_free: impl FnOnce() -> bool,
+    ) -> Result<Option<u64>, Fault> {
+        let _naming = self.naming.lock().unwrap_or_else(PoisonError::into_inner);
+        if !is_free() || self.is_in_use(digest) {
+            return Ok(None);
+        }
+        let size = size_of(self.volume.as_ref(), &content_path(TREE, digest)).unwrap_or(0);
+        self.remove(digest).map(|_| Some(size))
+    }
+
+    /// Whether someone reads it now.
+    pub(super) fn is_in_use(&self, digest: &Digest) -> bool {
+        // Besides the reader's: the cache's own, and the one just handed out.
+        let held = self.open.get(digest);
+        held.is_some_and(|held| Arc::strong_count(&held.file) > 2)
     }
 
     fn quarantine(&self, digest: &Digest, why: &str) {
-        self.forget(digest);
         self.usage
             .quarantining(Kind::Blob, self.volume.as_ref(), &content_path(TREE, digest), why);
+        self.forget(digest);
     }
 
     /// Gives a verified file the blob's name, unless another was quicker.
@@ -255,6 +292,7 @@ impl Blobs {
     ) -> Result<HeldBlob, Fault> {
         let digest = proof.digest;
         let path = content_path(TREE, &digest);
+        self.uses.note_arrival(Used::Blob(digest));
         if let Some(held) = self.find(&digest)? {
             return Ok(held);
         }
@@ -285,6 +323,7 @@ impl Blobs {
     }
 
     fn forget(&self, digest: &Digest) {
+        self.removals.fetch_add(1, Ordering::SeqCst);
         self.open.remove(digest);
         self.small.remove(digest);
         self.index.remove(size_key(digest));

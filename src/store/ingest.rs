@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 use super::blobs::{Blobs, HeldBlob, Verified, WrongDigest};
 use super::leftover::Kept;
 use super::record::sealed;
+use super::room::Reservation;
 use super::volume::{Volume, VolumeFile, unnamed_path};
 use super::{Fault, Store};
 use crate::oci::{Digest, Hasher};
@@ -27,10 +28,19 @@ const INGEST_TRIES_MAX: u32 = 64;
 
 impl Store {
     /// Begins to write a blob. `size`, where it is known, is reserved at once: a full disk shows before the first byte.
+    /// What interrupted downloads left and what is used least make room for it, which may take a while.
     pub fn begin(&self, digest: &Digest, size: Option<u64>) -> Result<Ingest, Fault> {
-        match Ingest::begin(&self.blobs, digest, size) {
-            Err(Fault::Full { .. }) if self.remove_leftovers() > 0 => {
-                Ingest::begin(&self.blobs, digest, size)
+        let wanted = size.unwrap_or(0);
+        let room = match self.evictor.reserve(wanted) {
+            Err(Fault::NoRoom { .. }) if self.remove_leftovers() > 0 => self.evictor.reserve(wanted)?,
+            reserved => reserved?,
+        };
+        match Ingest::begin(&self.blobs, digest, size, room) {
+            // Others fill the disk as well: once more, with what can be spared given to them.
+            Err(Fault::Full { .. })
+                if self.remove_leftovers() > 0 || self.evictor.relieve_full_disk(wanted) =>
+            {
+                Ingest::begin(&self.blobs, digest, size, self.evictor.reserve(wanted)?)
             }
             begun => begun,
         }
@@ -52,6 +62,8 @@ pub struct Ingest {
     pub(super) file: Arc<dyn VolumeFile>,
     pub(super) marks: Marks,
     pub(super) is_left: bool,
+    /// Counted as taken until the blob itself is.
+    pub(super) _room: Reservation,
 }
 
 /// The list of marks, as it is written.
@@ -74,7 +86,12 @@ impl fmt::Debug for Ingest {
 }
 
 impl Ingest {
-    fn begin(blobs: &Arc<Blobs>, digest: &Digest, size: Option<u64>) -> Result<Self, Fault> {
+    fn begin(
+        blobs: &Arc<Blobs>,
+        digest: &Digest,
+        size: Option<u64>,
+        room: Reservation,
+    ) -> Result<Self, Fault> {
         let (folder, file) = create(blobs.volume.as_ref())?;
         let ingest = Self {
             blobs: Arc::clone(blobs),
@@ -83,6 +100,7 @@ impl Ingest {
             file,
             marks: Marks::default(),
             is_left: false,
+            _room: room,
         };
         if let Some(size) = size {
             let reserved = ingest.file.reserve(size);

@@ -15,6 +15,7 @@ use std::time::{Duration, SystemTime};
 use super::blobs::{Blobs, TREE};
 use super::ingest::{Ingest, Marks, Meta};
 use super::record::{RECORD_BYTES_MAX, opened};
+use super::room::Reservation;
 use super::step::STEP_BYTES;
 use super::volume::{UNNAMED_FOLDER, Volume, VolumeFile, read_all};
 use super::{Store, content_path};
@@ -35,7 +36,11 @@ const MARKS_BYTES_MAX: u64 = 16 * 1024 * 1024;
 impl Store {
     /// Takes what an interrupted download of `digest` left, if anything usable: nobody else gets it meanwhile.
     pub fn leftover(&self, digest: &Digest) -> Option<Leftover> {
-        Leftover::take(&self.blobs, digest)
+        let mut leftover = Leftover::take(&self.blobs, digest)?;
+        let bytes = leftover.size.unwrap_or(leftover.bytes());
+        // Without room for the whole it waits for the next one.
+        leftover.room = Some(self.evictor.reserve(bytes).ok()?);
+        Some(leftover)
     }
 
     /// Removes all leftovers; says how many bytes they had.
@@ -54,6 +59,8 @@ pub struct Leftover {
     file: Arc<dyn VolumeFile>,
     list: Marks,
     marks: Vec<Mark>,
+    /// For the whole.
+    room: Option<Reservation>,
 }
 
 /// So many bytes have this digest.
@@ -120,6 +127,7 @@ impl Leftover {
             file,
             list,
             marks,
+            room: None,
         })
     }
 
@@ -148,7 +156,7 @@ impl Leftover {
     /// Reads it from the start, as far as it agrees with its marks; `proven` hears of each mark that does. Blocks for as
     /// long as the disk and the hash take. `None` if it was discarded.
     pub fn read_again(mut self, mut proven: impl FnMut(u64)) -> Option<Resumed> {
-        let kept = self.kept.take()?;
+        let (room, kept) = (self.room.take()?, self.kept.take()?);
         let mut hasher = Hasher::new(kept.digest.algorithm());
         let (mut good, mut written) = (hasher.clone(), 0);
         let mut buffer = vec![0; STEP_BYTES];
@@ -176,6 +184,7 @@ impl Leftover {
                 ..self.list.clone()
             },
             is_left: false,
+            _room: room,
         };
         Some(Resumed {
             ingest,

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
 use quick_cache::Weighter;
@@ -13,15 +13,16 @@ use super::blobs::WrongDigest;
 use super::cache::weighted;
 use super::record::{RECORD_BYTES_MAX, opened, sealed};
 use super::usage::{Counters, Kind};
+use super::uses::{Used, Uses};
 use super::volume::Volume;
-use super::{Fault, Settings, Store, content_path, remove_file};
+use super::{Fault, Settings, Store, content_path, remove_file, size_of};
 use crate::oci::manifest::{Kind as ManifestKind, MANIFEST_BYTES_MAX};
-use crate::oci::{Digest, Manifest, MediaType, Repository};
+use crate::oci::{AnyDigest, Digest, Manifest, MediaType, Repository};
 
 /// How many repositories a manifest's record names; the oldest go first.
 pub const SEEN_IN_MAX: usize = 256;
 
-const TREE: &str = "manifests";
+pub(super) const TREE: &str = "manifests";
 
 /// Writers of records that share a lock do so by the digest's first byte.
 const STRIPES: usize = 16;
@@ -122,15 +123,22 @@ impl Weighter<Digest, Arc<HeldManifest>> for ByLength {
 pub(super) struct Manifests {
     volume: Arc<dyn Volume>,
     usage: Arc<Counters>,
+    uses: Arc<Uses>,
     ready: Cache<Digest, Arc<HeldManifest>, ByLength>,
     records: [Mutex<()>; STRIPES],
 }
 
 impl Manifests {
-    pub(super) fn new(settings: &Settings, volume: &Arc<dyn Volume>, usage: &Arc<Counters>) -> Self {
+    pub(super) fn new(
+        settings: &Settings,
+        volume: &Arc<dyn Volume>,
+        usage: &Arc<Counters>,
+        uses: &Arc<Uses>,
+    ) -> Self {
         Self {
             volume: Arc::clone(volume),
             usage: Arc::clone(usage),
+            uses: Arc::clone(uses),
             ready: weighted(settings.manifest_cache_bytes_max, 4096, ByLength),
             records: std::array::from_fn(|_| Mutex::default()),
         }
@@ -191,14 +199,21 @@ impl Manifests {
 
     fn keep(&self, checked: HeldManifest, seen_in: SeenIn) -> Result<Arc<HeldManifest>, Fault> {
         let digest = checked.digest;
-        let stripe = digest.as_bytes().first().copied().unwrap_or_default();
-        let stripe = self.records.get(usize::from(stripe) % STRIPES);
-        let _writing = stripe.map(|stripe| stripe.lock().unwrap_or_else(PoisonError::into_inner));
-        if let Some(held) = self.find(&digest)? {
+        let children = checked.manifest.children.iter();
+        let children = children.filter_map(|child| match &child.digest {
+            AnyDigest::Known(child) => Some(*child),
+            AnyDigest::Foreign(_) => None,
+        });
+        self.uses.note_arrival(Used::Manifest(digest));
+        self.uses.needed(children);
+        let _writing = self.writing(&digest);
+        let path = content_path(TREE, &digest);
+        // In memory it may outlive its file by a moment.
+        let is_filed = size_of(self.volume.as_ref(), &path).is_some();
+        if let Some(held) = self.find(&digest)?.filter(|_| is_filed) {
             self.extend_record(&held, seen_in)?;
             return Ok(held);
         }
-        let path = content_path(TREE, &digest);
         let size = checked.bytes.len() as u64;
         let written = self.usage.adding(Kind::Manifest, &path, size, || {
             self.volume.place(&path, &checked.bytes).map(|()| true)
@@ -238,11 +253,38 @@ impl Manifests {
     }
 
     fn remove(&self, digest: &Digest) -> Result<bool, Fault> {
+        let _writing = self.writing(digest);
+        self.remove_alone(digest)
+    }
+
+    /// Removes a manifest if it `is_free` to go, and says how long it was; `None` where it is not.
+    pub(super) fn evict(
+        &self,
+        digest: &Digest,
+        is_free: impl FnOnce() -> bool,
+    ) -> Result<Option<u64>, Fault> {
+        let _writing = self.writing(digest);
+        if !is_free() {
+            return Ok(None);
+        }
+        let size = size_of(self.volume.as_ref(), &content_path(TREE, digest)).unwrap_or(0);
+        self.remove_alone(digest).map(|_| Some(size))
+    }
+
+    /// Writers of one manifest and its record come one after the other.
+    fn writing(&self, digest: &Digest) -> Option<MutexGuard<'_, ()>> {
+        let stripe = digest.as_bytes().first().copied().unwrap_or_default();
+        let stripe = self.records.get(usize::from(stripe) % STRIPES)?;
+        Some(stripe.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn remove_alone(&self, digest: &Digest) -> Result<bool, Fault> {
         let path = content_path(TREE, digest);
-        self.ready.remove(digest);
         let was_there = self
             .usage
             .removing(Kind::Manifest, &path, || remove_file(self.volume.as_ref(), &path))?;
+        // After the file, so that nobody reads it into memory in between; who was quicker is told by `keep`.
+        self.ready.remove(digest);
         // Without its manifest the record says nothing.
         let _ = self.volume.remove(&record_path(digest));
         Ok(was_there)

@@ -7,8 +7,9 @@ mod tag;
 
 use std::io;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::SystemTime;
 
 use quick_cache::sync::Cache;
 
@@ -36,6 +37,7 @@ impl Store {
 
     /// Keeps what a tag names now. Known to readers at once, even where the disk then fails.
     pub fn keep_tag(&self, key: &TagKey, variant: Variant) -> Result<(), Fault> {
+        self.uses.needed([variant.digest]);
         let is_whole = |digest: &Digest| {
             let manifest = self.manifest(digest).ok().flatten();
             manifest.is_some_and(|held| self.is_whole(&key.upstream, &key.repository, &held, &|_| false))
@@ -70,6 +72,8 @@ pub(super) struct Refs {
     usage: Arc<Counters>,
     ready: Cache<TagKey, Arc<TagRecord>>,
     writers: [Mutex<()>; STRIPES],
+    /// How many tags were taken away: whoever read one in between looks again.
+    removals: AtomicU64,
 }
 
 impl Refs {
@@ -80,6 +84,7 @@ impl Refs {
             usage: Arc::clone(usage),
             ready: counted(READY_MAX),
             writers: std::array::from_fn(|_| Mutex::default()),
+            removals: AtomicU64::new(0),
         }
     }
 
@@ -87,14 +92,19 @@ impl Refs {
         if let Some(record) = self.ready.get(key) {
             return Ok(Some(record));
         }
-        let loaded = {
-            // Not while it is being removed: what was read before would be known again after.
-            let _reading = self.writing(&key.path());
-            self.load(key)?
-        };
-        let Some(loaded) = loaded else {
+        let removals = self.removals.load(Ordering::SeqCst);
+        let Some(mut loaded) = self.load(key)? else {
             return Ok(None);
         };
+        if self.removals.load(Ordering::SeqCst) != removals {
+            // Perhaps this one, after it was read and before it was put into memory: in turn with its writers, then.
+            let _writing = self.writing(&key.path());
+            self.ready.remove(key);
+            match self.load(key)? {
+                Some(again) => loaded = again,
+                None => return Ok(None),
+            }
+        }
         if !loaded.has_file || !loaded.is_indexed {
             self.complete(key, &loaded);
         }
@@ -184,12 +194,44 @@ impl Refs {
     fn remove(&self, key: &TagKey) -> Result<bool, Fault> {
         let path = key.path();
         let _writing = self.writing(&path);
-        let was_ready = self.ready.remove(key).is_some();
+        self.remove_alone(key, &path)
+    }
+
+    /// Forgets a tag that names just `names`, if it `is_free` to go; `None` where not, or where it names something else.
+    pub(super) fn evict(
+        &self,
+        key: &TagKey,
+        names: &[Digest],
+        is_free: impl FnOnce() -> bool,
+    ) -> Result<Option<u64>, Fault> {
+        let path = key.path();
+        let _writing = self.writing(&path);
+        let filed = self.read_file(key)?;
+        let known = filed.map(|filed| self.named(key, &filed));
+        if !is_free() || known.is_some_and(|known| known != names) {
+            return Ok(None);
+        }
+        self.remove_alone(key, &path).map(|_| Some(0))
+    }
+
+    /// What a tag names, by its file or, where more is known, by memory; in order.
+    pub(super) fn named(&self, key: &TagKey, filed: &TagRecord) -> Vec<Digest> {
+        let ready = self.ready.get(key);
+        let mut named = ready.as_deref().unwrap_or(filed).digests();
+        named.sort_unstable();
+        named.dedup();
+        named
+    }
+
+    /// The file first, and memory last: who read the file just before is made to look again.
+    fn remove_alone(&self, key: &TagKey, path: &Path) -> Result<bool, Fault> {
+        let had_file = self.usage.removing(Kind::Tag, path, || {
+            remove_file(self.volume.as_ref(), path).map(|size| size.map(|_| 0))
+        });
         self.index.remove(key.to_index());
-        let had_file = self.usage.removing(Kind::Tag, &path, || {
-            remove_file(self.volume.as_ref(), &path).map(|size| size.map(|_| 0))
-        })?;
-        Ok(was_ready || had_file)
+        self.removals.fetch_add(1, Ordering::SeqCst);
+        let was_ready = self.ready.remove(key).is_some();
+        Ok(had_file? || was_ready)
     }
 
     fn read_file(&self, key: &TagKey) -> Result<Option<TagRecord>, Fault> {
@@ -294,6 +336,15 @@ impl Refs {
     }
 
     fn walk(&self, stop: &AtomicBool, mut each: impl FnMut(TagKey, TagRecord)) -> bool {
+        self.walk_with_times(stop, |key, record, _| each(key, record))
+    }
+
+    /// Every tag that has a file, with the time of the file. Says whether it came to the end.
+    pub(super) fn walk_with_times(
+        &self,
+        stop: &AtomicBool,
+        mut each: impl FnMut(TagKey, TagRecord, Option<SystemTime>),
+    ) -> bool {
         for folder in self.volume.list(Path::new(TREE)).unwrap_or_default() {
             let folder = Path::new(TREE).join(folder.name);
             for file in self.volume.list(&folder).unwrap_or_default() {
@@ -303,7 +354,7 @@ impl Refs {
                 // What is damaged or gone is found so by whoever asks for that tag.
                 let bytes = self.volume.read_whole(&folder.join(file.name), RECORD_BYTES_MAX);
                 if let Some((key, record)) = bytes.ok().and_then(|bytes| TagRecord::of_file(&bytes)) {
-                    each(key, record);
+                    each(key, record, file.modified);
                 }
             }
         }

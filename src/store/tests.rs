@@ -8,7 +8,9 @@
     reason = "tests may fail loudly"
 )]
 
+mod any_order;
 mod blobs;
+mod eviction;
 mod folder;
 mod images;
 mod leftovers;
@@ -50,7 +52,7 @@ impl Ground {
         }
     }
 
-    fn memory() -> Self {
+    pub(super) fn memory() -> Self {
         Self {
             volume: Arc::new(Memory::new()),
             folder: None,
@@ -59,6 +61,21 @@ impl Ground {
 
     pub(super) fn open(&self) -> Store {
         Store::open(&Settings::default(), Arc::clone(&self.volume), at(0)).unwrap()
+    }
+
+    /// With room for so many bytes, and everything there counted.
+    pub(super) fn open_with_room(&self, bytes_max: u64, now: SystemTime) -> Store {
+        let limits = Limits {
+            bytes_max,
+            free_bytes_min: 0,
+        };
+        let settings = Settings {
+            limits,
+            ..Settings::default()
+        };
+        let store = Store::open(&settings, Arc::clone(&self.volume), now).unwrap();
+        counted_usage(&store);
+        store
     }
 
     /// The files below `folder`, however deep.

@@ -31,6 +31,8 @@ pub struct Entry {
     pub is_folder: bool,
     /// Its size in bytes; 0 for a folder.
     pub size: u64,
+    /// When it was last written, or said to have been used ([`Volume::set_modified`]), where the volume knows.
+    pub modified: Option<SystemTime>,
 }
 
 /// A place for files. All paths are relative to it.
@@ -71,6 +73,11 @@ pub trait Volume: Send + Sync + 'static {
 
     /// What is in a folder, ordered by name; nothing in one that is missing.
     fn list(&self, path: &Path) -> io::Result<Vec<Entry>>;
+
+    /// Sets the time that [`Entry::modified`] tells. Nobody relies on it: where a volume has no such times, nothing happens.
+    fn set_modified(&self, _path: &Path, _at: SystemTime) -> io::Result<()> {
+        Ok(())
+    }
 
     /// The permission bits of a file, where the volume has such.
     fn mode(&self, path: &Path) -> io::Result<Option<u32>>;

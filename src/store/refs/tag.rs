@@ -119,6 +119,13 @@ impl TagRecord {
         Some(Self { variants })
     }
 
+    /// Every digest that it names, whose content eviction keeps with the tag.
+    pub(in crate::store) fn digests(&self) -> Vec<Digest> {
+        let earlier = |variant: &Variant| variant.earlier.as_ref().map(|earlier| earlier.digest);
+        let named = |variant: &Variant| [Some(variant.digest), earlier(variant)];
+        self.variants.iter().flat_map(named).flatten().collect()
+    }
+
     /// Whether this record, of the index, misses nothing that the file says.
     pub(super) fn covers(&self, file: &Self) -> bool {
         file.variants.iter().all(|filed| {

@@ -31,20 +31,20 @@ impl Power {
 type Names = BTreeMap<PathBuf, Arc<CutFile>>;
 
 /// A disk that remembers which names and which bytes were made durable.
-struct CutVolume {
+pub(super) struct CutVolume {
     power: Arc<Power>,
     names: Mutex<Names>,
     durable: Mutex<Names>,
 }
 
-struct CutFile {
+pub(super) struct CutFile {
     power: Arc<Power>,
     bytes: Mutex<Vec<u8>>,
     durable: Mutex<Vec<u8>>,
 }
 
 impl CutVolume {
-    fn new(last: usize) -> Self {
+    pub(super) fn new(last: usize) -> Self {
         let power = Arc::new(Power {
             calls: AtomicUsize::new(0),
             last,
@@ -54,6 +54,36 @@ impl CutVolume {
             names: Mutex::default(),
             durable: Mutex::default(),
         }
+    }
+
+    /// The disk as it is found when the power is back, to lose it again. Of the names given and taken that were not
+    /// made durable, a disk may have any: `chance` says which.
+    pub(super) fn after_by_chance(&self, chance: u64) -> Self {
+        let found = Self::new(usize::MAX);
+        let (names, durable) = (self.names.lock().unwrap(), self.durable.lock().unwrap());
+        let files: Names = durable
+            .iter()
+            .chain(names.iter())
+            .map(|(path, file)| (path.clone(), Arc::clone(file)))
+            .collect();
+        for (path, file) in &files {
+            let is_certain = names.contains_key(path) && durable.contains_key(path);
+            let text = format!("{chance}{}", path.display());
+            if !is_certain && digest(text.as_bytes()).as_bytes()[0].is_multiple_of(2) {
+                continue;
+            }
+            let kept = found.new_file();
+            let bytes = file.durable.lock().unwrap();
+            kept.bytes.lock().unwrap().clone_from(&bytes);
+            kept.durable.lock().unwrap().clone_from(&bytes);
+            found
+                .names
+                .lock()
+                .unwrap()
+                .insert(path.clone(), Arc::clone(&kept));
+            found.durable.lock().unwrap().insert(path.clone(), kept);
+        }
+        found
     }
 
     /// The disk as it is found when the power is back.
@@ -98,11 +128,11 @@ impl Volume for CutVolume {
         }
         let file = self.new_file();
         names.insert(path.to_owned(), Arc::clone(&file));
-        Ok(file)
+        Ok(Arc::new(Handle(file)))
     }
 
     fn open(&self, path: &Path) -> io::Result<Arc<dyn VolumeFile>> {
-        Ok(self.find(path)?)
+        Ok(Arc::new(Handle(self.find(path)?)))
     }
 
     fn append(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {
@@ -168,13 +198,28 @@ impl Volume for CutVolume {
 
     fn list(&self, path: &Path) -> io::Result<Vec<Entry>> {
         let names = self.names.lock().unwrap();
-        let here = names.iter().filter(|(file, _)| file.parent() == Some(path));
-        let entry = |(path, file): (&PathBuf, &Arc<CutFile>)| Entry {
-            name: path.file_name().unwrap().to_str().unwrap().to_owned(),
-            is_folder: false,
-            size: file.bytes.lock().unwrap().len() as u64,
-        };
-        Ok(here.map(entry).collect())
+        let mut found: Vec<Entry> = Vec::new();
+        for (file, content) in names.iter() {
+            let Ok(rest) = file.strip_prefix(path) else {
+                continue;
+            };
+            let mut parts = rest.components();
+            let name = parts.next().unwrap().as_os_str().to_str().unwrap().to_owned();
+            let is_folder = parts.next().is_some();
+            if found.last().is_none_or(|last| last.name != name) {
+                found.push(Entry {
+                    name,
+                    is_folder,
+                    size: if is_folder {
+                        0
+                    } else {
+                        content.bytes.lock().unwrap().len() as u64
+                    },
+                    modified: None,
+                });
+            }
+        }
+        Ok(found)
     }
 
     fn mode(&self, _: &Path) -> io::Result<Option<u32>> {
@@ -186,11 +231,14 @@ impl Volume for CutVolume {
     }
 }
 
-impl VolumeFile for CutFile {
+/// An open file.
+struct Handle(Arc<CutFile>);
+
+impl VolumeFile for Handle {
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
-        let cut = self.power.is_cut();
+        let cut = self.0.power.is_cut();
         let written = if cut { &bytes[..bytes.len() / 2] } else { bytes };
-        let mut content = self.bytes.lock().unwrap();
+        let mut content = self.0.bytes.lock().unwrap();
         content.truncate(usize::try_from(offset).unwrap());
         content.extend_from_slice(written);
         if cut {
@@ -201,7 +249,7 @@ impl VolumeFile for CutFile {
     }
 
     fn read_at(&self, into: &mut [u8], offset: u64) -> io::Result<usize> {
-        let content = self.bytes.lock().unwrap();
+        let content = self.0.bytes.lock().unwrap();
         let rest = &content[usize::try_from(offset).unwrap().min(content.len())..];
         let length = rest.len().min(into.len());
         into[..length].copy_from_slice(&rest[..length]);
@@ -213,24 +261,22 @@ impl VolumeFile for CutFile {
     }
 
     fn size(&self) -> io::Result<u64> {
-        Ok(self.bytes.lock().unwrap().len() as u64)
+        Ok(self.0.bytes.lock().unwrap().len() as u64)
     }
 
     fn sync(&self) -> io::Result<()> {
-        self.power.spend()?;
-        self.durable
-            .lock()
-            .unwrap()
-            .clone_from(&self.bytes.lock().unwrap());
+        self.0.power.spend()?;
+        let bytes = &self.0.bytes;
+        self.0.durable.lock().unwrap().clone_from(&bytes.lock().unwrap());
         Ok(())
     }
 
     fn reserve(&self, _: u64) -> io::Result<()> {
-        self.power.spend()
+        self.0.power.spend()
     }
 
     fn seal(&self) -> io::Result<()> {
-        self.power.spend()
+        self.0.power.spend()
     }
 }
 

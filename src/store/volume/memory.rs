@@ -3,8 +3,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::time::SystemTime;
 
 use super::{Entry, Volume, VolumeFile};
 
@@ -12,12 +13,54 @@ use super::{Entry, Volume, VolumeFile};
 #[derive(Default)]
 pub struct Memory {
     files: Mutex<BTreeMap<PathBuf, Arc<MemoryFile>>>,
+    extent: Arc<Extent>,
+}
+
+/// How much fits, and how much is taken: also by files that were removed and are still open.
+struct Extent {
+    bytes_max: AtomicU64,
+    bytes: AtomicU64,
+}
+
+impl Default for Extent {
+    fn default() -> Self {
+        Self {
+            bytes_max: AtomicU64::new(u64::MAX),
+            bytes: AtomicU64::new(0),
+        }
+    }
+}
+
+impl Extent {
+    fn take(&self, bytes: u64) -> io::Result<()> {
+        let bytes_max = self.bytes_max.load(Ordering::SeqCst);
+        let taken = self
+            .bytes
+            .fetch_update(Ordering::SeqCst, Ordering::SeqCst, |taken| {
+                taken.checked_add(bytes).filter(|all| *all <= bytes_max)
+            });
+        taken.map(drop).map_err(|_| io::ErrorKind::StorageFull.into())
+    }
 }
 
 impl Memory {
     /// An empty volume.
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// Limits how much fits from now on.
+    pub fn set_bytes_max(&self, bytes_max: u64) {
+        self.extent.bytes_max.store(bytes_max, Ordering::SeqCst);
+    }
+
+    fn new_file(&self) -> Arc<MemoryFile> {
+        Arc::new(MemoryFile {
+            extent: Arc::clone(&self.extent),
+            bytes: RwLock::default(),
+            sealed: AtomicBool::new(false),
+            modified: Mutex::default(),
+        })
     }
 
     fn files(&self) -> MutexGuard<'_, BTreeMap<PathBuf, Arc<MemoryFile>>> {
@@ -42,17 +85,22 @@ impl Volume for Memory {
         if files.contains_key(path) {
             return Err(io::ErrorKind::AlreadyExists.into());
         }
-        let file = Arc::new(MemoryFile::default());
+        let file = self.new_file();
         files.insert(path.to_owned(), Arc::clone(&file));
-        Ok(file)
+        Ok(Arc::new(Handle(file)))
     }
 
     fn open(&self, path: &Path) -> io::Result<Arc<dyn VolumeFile>> {
-        Ok(self.find(path)?)
+        Ok(Arc::new(Handle(self.find(path)?)))
     }
 
     fn append(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {
-        let file = Arc::clone(self.files().entry(path.to_owned()).or_default());
+        self.extent.take(bytes.len() as u64)?;
+        let file = Arc::clone(
+            self.files()
+                .entry(path.to_owned())
+                .or_insert_with(|| self.new_file()),
+        );
         let mut content = file.bytes.write().unwrap_or_else(PoisonError::into_inner);
         content.extend_from_slice(bytes);
         Ok(())
@@ -113,13 +161,15 @@ impl Volume for Memory {
                 (Some(name), None) => found.push(Entry {
                     name,
                     is_folder: false,
-                    size: content.size()?,
+                    size: content.size(),
+                    modified: *content.modified.lock().unwrap_or_else(PoisonError::into_inner),
                 }),
                 (Some(name), Some(_)) if folders.insert(name.clone()) => {
                     found.push(Entry {
                         name,
                         is_folder: true,
                         size: 0,
+                        modified: None,
                     });
                 }
                 _ => {}
@@ -129,32 +179,57 @@ impl Volume for Memory {
         Ok(found)
     }
 
+    fn set_modified(&self, path: &Path, at: SystemTime) -> io::Result<()> {
+        let file = self.find(path)?;
+        *file.modified.lock().unwrap_or_else(PoisonError::into_inner) = Some(at);
+        Ok(())
+    }
+
     fn mode(&self, _: &Path) -> io::Result<Option<u32>> {
         Ok(None)
     }
 
     fn free_bytes(&self) -> io::Result<u64> {
-        Ok(u64::MAX)
+        let bytes_max = self.extent.bytes_max.load(Ordering::SeqCst);
+        Ok(bytes_max.saturating_sub(self.extent.bytes.load(Ordering::SeqCst)))
     }
 }
 
-#[derive(Default)]
 struct MemoryFile {
+    extent: Arc<Extent>,
     bytes: RwLock<Vec<u8>>,
     sealed: AtomicBool,
+    modified: Mutex<Option<SystemTime>>,
 }
 
-impl VolumeFile for MemoryFile {
+impl MemoryFile {
+    fn size(&self) -> u64 {
+        self.bytes.read().unwrap_or_else(PoisonError::into_inner).len() as u64
+    }
+}
+
+impl Drop for MemoryFile {
+    fn drop(&mut self) {
+        let bytes = self.bytes.get_mut().unwrap_or_else(PoisonError::into_inner);
+        self.extent.bytes.fetch_sub(bytes.len() as u64, Ordering::SeqCst);
+    }
+}
+
+/// An open file: as on a disk, whoever has it open is not who has it listed.
+struct Handle(Arc<MemoryFile>);
+
+impl VolumeFile for Handle {
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
-        if self.sealed.load(Ordering::Relaxed) {
+        if self.0.sealed.load(Ordering::Relaxed) {
             return Err(io::ErrorKind::PermissionDenied.into());
         }
         let start = usize::try_from(offset).map_err(|_| io::ErrorKind::FileTooLarge)?;
         let end = start
             .checked_add(bytes.len())
             .ok_or(io::ErrorKind::FileTooLarge)?;
-        let mut content = self.bytes.write().unwrap_or_else(PoisonError::into_inner);
+        let mut content = self.0.bytes.write().unwrap_or_else(PoisonError::into_inner);
         if content.len() < end {
+            self.0.extent.take((end - content.len()) as u64)?;
             content.resize(end, 0);
         }
         if let Some(place) = content.get_mut(start..end) {
@@ -164,7 +239,7 @@ impl VolumeFile for MemoryFile {
     }
 
     fn read_at(&self, into: &mut [u8], offset: u64) -> io::Result<usize> {
-        let content = self.bytes.read().unwrap_or_else(PoisonError::into_inner);
+        let content = self.0.bytes.read().unwrap_or_else(PoisonError::into_inner);
         let start = usize::try_from(offset).unwrap_or(usize::MAX);
         let rest = content.get(start..).unwrap_or_default();
         let length = rest.len().min(into.len());
@@ -179,19 +254,27 @@ impl VolumeFile for MemoryFile {
     }
 
     fn size(&self) -> io::Result<u64> {
-        Ok(self.bytes.read().unwrap_or_else(PoisonError::into_inner).len() as u64)
+        Ok(self.0.bytes.read().unwrap_or_else(PoisonError::into_inner).len() as u64)
     }
 
     fn sync(&self) -> io::Result<()> {
         Ok(())
     }
 
-    fn reserve(&self, _: u64) -> io::Result<()> {
+    fn reserve(&self, bytes: u64) -> io::Result<()> {
+        let (bytes_max, taken) = (&self.0.extent.bytes_max, &self.0.extent.bytes);
+        if bytes
+            > bytes_max
+                .load(Ordering::SeqCst)
+                .saturating_sub(taken.load(Ordering::SeqCst))
+        {
+            return Err(io::ErrorKind::StorageFull.into());
+        }
         Ok(())
     }
 
     fn seal(&self) -> io::Result<()> {
-        self.sealed.store(true, Ordering::Relaxed);
+        self.0.sealed.store(true, Ordering::Relaxed);
         Ok(())
     }
 }

@@ -1,0 +1,436 @@
+//! Makes room: looks at what is held, lets [`plan`] say what may go, and removes that, in an order that leaves nothing
+//! half there.
+//!
+//! Of each image the tag goes first and is gone for good before its manifests go, and those before its blobs: a stop or
+//! a power cut in between leaves content that nothing names, which goes in its turn, and never an image without its
+//! content. Whatever is needed anew between the look and the removal ends the round; another look is taken.
+//!
+//! A round runs on a thread of its own before the store is full, and on the thread of a pull that finds no room.
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use super::blobs::Blobs;
+use super::manifests::Manifests;
+use super::pins::{Pin, Pins};
+use super::plan::{Content, Image, Listed, Plan, Snapshot, Step, plan};
+use super::refs::Refs;
+use super::room::{Need, Pressure, Reservation, Room};
+use super::uses::{Used, Uses};
+use super::volume::{Entry, Volume};
+use super::{Fault, QUARANTINE_FOLDER, blobs, manifests};
+use crate::oci::manifest::MANIFEST_BYTES_MAX;
+use crate::oci::{Algorithm, AnyDigest, Digest, Manifest};
+
+/// Nothing is evicted that arrived or was used this recently.
+pub const YOUNG: Duration = Duration::from_secs(3600);
+
+/// How often a round is begun again because something planned to go was needed meanwhile.
+const ROUNDS_MAX: u32 = 4;
+
+/// Where nothing could be evicted, no other look is taken so soon.
+const FUTILE_FOR: Duration = Duration::from_secs(10);
+
+/// What was set aside as damaged is kept this long for whoever wants to look into it, if there is room.
+const QUARANTINED_FOR: Duration = Duration::from_secs(7 * 24 * 3600);
+
+/// What eviction did since the start.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Evictions {
+    /// Blobs and manifests removed because the store was at its size.
+    pub for_size: u64,
+    /// Blobs and manifests removed because the disk had too little free space.
+    pub for_free: u64,
+    /// Tags forgotten with them.
+    pub tags: u64,
+    /// Bytes of blobs and manifests removed.
+    pub bytes: u64,
+    /// Blobs that found no room, and were passed through.
+    pub refused: u64,
+}
+
+#[derive(Default)]
+struct Totals {
+    for_size: AtomicU64,
+    for_free: AtomicU64,
+    tags: AtomicU64,
+    bytes: AtomicU64,
+    refused: AtomicU64,
+}
+
+pub(super) struct Evictor {
+    pub(super) volume: Arc<dyn Volume>,
+    pub(super) blobs: Arc<Blobs>,
+    pub(super) manifests: Arc<Manifests>,
+    pub(super) refs: Arc<Refs>,
+    pub(super) pins: Arc<Pins>,
+    pub(super) uses: Arc<Uses>,
+    pub(super) room: Arc<Room>,
+    pub(super) stop: Arc<AtomicBool>,
+    state: State,
+}
+
+#[derive(Default)]
+struct State {
+    totals: Totals,
+    /// One round at a time; holds until when looking again is futile, and for how little.
+    round: Mutex<Option<Futile>>,
+    /// The last round freed too little.
+    is_short: AtomicBool,
+    is_wanted: Mutex<bool>,
+    wanted: Condvar,
+}
+
+#[derive(Clone, Copy)]
+struct Futile {
+    until: SystemTime,
+    /// So many bytes could be freed, no more.
+    bytes: u64,
+}
+
+/// How a round ended.
+enum Round {
+    Freed,
+    /// Only so many bytes may go, now or once more.
+    TooLittle(u64),
+    /// Something was needed meanwhile.
+    Disturbed,
+}
+
+impl Evictor {
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "it removes from all of them; called once"
+    )]
+    pub(super) fn new(
+        volume: &Arc<dyn Volume>,
+        blobs: &Arc<Blobs>,
+        manifests: &Arc<Manifests>,
+        refs: &Arc<Refs>,
+        pins: &Arc<Pins>,
+        uses: &Arc<Uses>,
+        room: &Arc<Room>,
+        stop: &Arc<AtomicBool>,
+    ) -> Self {
+        Self {
+            volume: Arc::clone(volume),
+            blobs: Arc::clone(blobs),
+            manifests: Arc::clone(manifests),
+            refs: Arc::clone(refs),
+            pins: Arc::clone(pins),
+            uses: Arc::clone(uses),
+            room: Arc::clone(room),
+            stop: Arc::clone(stop),
+            state: State::default(),
+        }
+    }
+
+    /// Sets room aside for a blob, evicting for it if need be.
+    pub(super) fn reserve(&self, bytes: u64) -> Result<Reservation, Fault> {
+        let need = match self.room.reserve(bytes) {
+            Ok(reservation) => {
+                self.wake_if_needed();
+                return Ok(reservation);
+            }
+            Err(need) => need,
+        };
+        if self.room.could_hold(bytes) {
+            self.make_room(need, true);
+        }
+        self.room.reserve(bytes).map_err(|need| {
+            self.state.totals.refused.fetch_add(1, Ordering::Relaxed);
+            Fault::NoRoom {
+                bytes,
+                limit: need.pressure.name(),
+            }
+        })
+    }
+
+    /// Frees as much as a full disk lacks for `bytes` more; says whether it freed anything.
+    pub(super) fn relieve_full_disk(&self, bytes: u64) -> bool {
+        let before = self.totals().bytes;
+        let need = Need {
+            pressure: Pressure::Free,
+            bytes_min: 1,
+            bytes_wanted: bytes.max(1),
+        };
+        self.make_room(need, false);
+        self.totals().bytes > before
+    }
+
+    pub(super) fn totals(&self) -> Evictions {
+        let read = |count: &AtomicU64| count.load(Ordering::Relaxed);
+        let totals = &self.state.totals;
+        Evictions {
+            for_size: read(&totals.for_size),
+            for_free: read(&totals.for_free),
+            tags: read(&totals.tags),
+            bytes: read(&totals.bytes),
+            refused: read(&totals.refused),
+        }
+    }
+
+    /// Whether too little may be evicted for what is wanted.
+    pub(super) fn is_short(&self) -> bool {
+        self.state.is_short.load(Ordering::Relaxed)
+    }
+
+    /// Wakes the thread if there is something to do for it.
+    pub(super) fn wake_if_needed(&self) {
+        match self.room.need_in_background() {
+            Some(_) => self.wake(),
+            None => self.state.is_short.store(false, Ordering::Relaxed),
+        }
+    }
+
+    pub(super) fn wake(&self) {
+        *self
+            .state
+            .is_wanted
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner) = true;
+        self.state.wanted.notify_one();
+    }
+
+    /// The thread's work, until told to stop.
+    pub(super) fn run(&self) {
+        loop {
+            let wanted = self
+                .state
+                .is_wanted
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner);
+            let mut wanted = self
+                .state
+                .wanted
+                .wait_while(wanted, |wanted| !*wanted)
+                .unwrap_or_else(PoisonError::into_inner);
+            *wanted = false;
+            drop(wanted);
+            if self.stop.load(Ordering::Relaxed) {
+                return;
+            }
+            if let Some(need) = self.room.need_in_background() {
+                self.make_room(need, false);
+            }
+        }
+    }
+
+    /// Evicts for `need`. `is_all_or_nothing`: nothing is gained by freeing less than the least.
+    fn make_room(&self, need: Need, is_all_or_nothing: bool) {
+        let mut futile = self.state.round.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = self.uses.now();
+        if futile.is_some_and(|futile| now < futile.until && futile.bytes < need.bytes_min) {
+            return;
+        }
+        *futile = None;
+        for _ in 0..ROUNDS_MAX {
+            let least = if is_all_or_nothing { need.bytes_min } else { 0 };
+            match self.round(need, least) {
+                Ok(Round::Freed) => {
+                    self.state.is_short.store(false, Ordering::Relaxed);
+                    return;
+                }
+                Ok(Round::Disturbed) => {}
+                Ok(Round::TooLittle(bytes)) => {
+                    if !self.state.is_short.swap(true, Ordering::Relaxed) {
+                        tracing::warn!(
+                            limit = need.pressure.name(),
+                            "too little may be evicted: the rest is pinned, in use or younger than an hour"
+                        );
+                    }
+                    *futile = Some(Futile {
+                        until: now + FUTILE_FOR,
+                        bytes,
+                    });
+                    return;
+                }
+                Err(fault) => {
+                    tracing::warn!(%fault, "evicting stopped");
+                    return;
+                }
+            }
+        }
+    }
+
+    fn round(&self, need: Need, least: u64) -> Result<Round, Fault> {
+        self.uses.watch();
+        let done = self.watched_round(need, least);
+        self.uses.stop_watching();
+        done
+    }
+
+    fn watched_round(&self, need: Need, least: u64) -> Result<Round, Fault> {
+        if need.pressure == Pressure::Free {
+            self.prune_quarantine(YOUNG);
+        }
+        let now = self.uses.now();
+        let spared_since = now.checked_sub(YOUNG).unwrap_or(SystemTime::UNIX_EPOCH);
+        let plan = plan(&self.look(), need.bytes_wanted, spared_since);
+        if plan.bytes < least {
+            return Ok(Round::TooLittle(plan.bytes));
+        }
+        let enough = plan.bytes >= need.bytes_min;
+        let whole = self.carry_out(plan, need.pressure)?;
+        Ok(match (whole, enough) {
+            (false, _) => Round::Disturbed,
+            (true, true) => Round::Freed,
+            // All that was allowed is gone now.
+            (true, false) => Round::TooLittle(0),
+        })
+    }
+
+    /// Removes what the plan says, in its order. `false` where something was needed meanwhile: the rest stays.
+    fn carry_out(&self, plan: Plan, pressure: Pressure) -> Result<bool, Fault> {
+        let totals = &self.state.totals;
+        let objects = match pressure {
+            Pressure::Size => &totals.for_size,
+            Pressure::Free => &totals.for_free,
+        };
+        let (mut tags, mut contents, mut bytes) = (0_u64, 0_u64, 0_u64);
+        let mut is_whole = true;
+        let mut unsynced: Option<PathBuf> = None;
+        for step in plan.steps {
+            if self.stop.load(Ordering::Relaxed) {
+                break;
+            }
+            let gone = match &step {
+                Step::Tag(key, names) => {
+                    let is_free = || {
+                        !self.pins.has(&Pin::Tag(key.clone()))
+                            && !names.iter().any(|name| self.uses.was_needed(name))
+                    };
+                    let gone = self.refs.evict(key, names, is_free)?;
+                    unsynced = gone.map(|_| key.path());
+                    gone
+                }
+                Step::Manifest(digest) | Step::Blob(digest) => {
+                    // The tag must not come back, after a power cut, to an image that is half gone.
+                    if let Some(folder) = unsynced.take().as_deref().and_then(Path::parent) {
+                        self.volume
+                            .sync_folder(folder)
+                            .map_err(|error| Fault::io("make durable", folder, &error))?;
+                    }
+                    let is_free = || !self.uses.was_needed(digest) && !self.pins.has(&Pin::Digest(*digest));
+                    match step {
+                        Step::Manifest(_) => self.manifests.evict(digest, is_free)?,
+                        _ => self.blobs.evict(digest, is_free)?,
+                    }
+                }
+            };
+            let Some(freed) = gone else {
+                is_whole = false;
+                break;
+            };
+            if matches!(step, Step::Tag(..)) {
+                tags += 1;
+                totals.tags.fetch_add(1, Ordering::Relaxed);
+            } else {
+                contents += 1;
+                bytes += freed;
+                objects.fetch_add(1, Ordering::Relaxed);
+                totals.bytes.fetch_add(freed, Ordering::Relaxed);
+            }
+        }
+        if tags + contents > 0 {
+            tracing::info!(limit = pressure.name(), tags, contents, bytes, "evicted");
+        }
+        Ok(is_whole)
+    }
+
+    /// What is held, and when it was used. What comes after the look is [`Uses::needed`].
+    fn look(&self) -> Snapshot {
+        let mut images = Vec::new();
+        self.refs.walk_with_times(&self.stop, |key, record, modified| {
+            let is_pinned = self.pins.has(&Pin::Tag(key.clone()));
+            images.push(Image {
+                names: self.refs.named(&key, &record),
+                // Written when what it names changed; its uses are those of its manifests.
+                used_at: self.uses.believed(modified),
+                is_pinned,
+                key,
+            });
+        });
+        let mut listed = Vec::new();
+        self.walk(manifests::TREE, |path, entry, digest| {
+            let content = self.content(Used::Manifest(digest), entry, false);
+            let bytes = self.volume.read_whole(path, MANIFEST_BYTES_MAX as u64).ok();
+            // A damaged one leads nowhere; it is found damaged by whoever asks for it.
+            let manifest = bytes.and_then(|bytes| Manifest::read(&bytes).ok());
+            let (children, subject) = manifest.map_or_else(Default::default, |manifest| {
+                let known = manifest.children.iter().filter_map(|child| match &child.digest {
+                    AnyDigest::Known(digest) => Some(*digest),
+                    AnyDigest::Foreign(_) => None,
+                });
+                (known.collect(), manifest.subject)
+            });
+            listed.push(Listed {
+                content,
+                children,
+                subject,
+            });
+        });
+        let mut blobs = Vec::new();
+        self.walk(blobs::TREE, |_, entry, digest| {
+            let is_in_use = self.blobs.is_in_use(&digest);
+            blobs.push(self.content(Used::Blob(digest), entry, is_in_use));
+        });
+        Snapshot {
+            images,
+            manifests: listed,
+            blobs,
+        }
+    }
+
+    fn content(&self, used: Used, entry: &Entry, is_in_use: bool) -> Content {
+        let (Used::Blob(digest) | Used::Manifest(digest)) = used;
+        Content {
+            digest,
+            bytes: entry.size,
+            used_at: self.uses.last(used, entry.modified),
+            is_kept: is_in_use || self.pins.has(&Pin::Digest(digest)),
+        }
+    }
+
+    fn walk(&self, tree: &str, mut each: impl FnMut(&Path, &Entry, Digest)) {
+        for algorithm in [Algorithm::Sha256, Algorithm::Sha512] {
+            let tree = Path::new(tree).join(algorithm.to_string());
+            for folder in self.volume.list(&tree).unwrap_or_default() {
+                let folder = tree.join(folder.name);
+                for entry in self.volume.list(&folder).unwrap_or_default() {
+                    if self.stop.load(Ordering::Relaxed) {
+                        return;
+                    }
+                    // Not a record beside a manifest, nor anything that is not ours.
+                    if let Ok(digest) = format!("{algorithm}:{}", entry.name).parse() {
+                        each(&folder.join(&entry.name), &entry, digest);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Removes what was set aside as damaged, if it is older than `age`.
+    fn prune_quarantine(&self, age: Duration) {
+        let folder = Path::new(QUARANTINE_FOLDER);
+        let now = self.uses.now();
+        for entry in self.volume.list(folder).unwrap_or_default() {
+            let old = entry.modified.and_then(|at| now.duration_since(at).ok());
+            if !entry.is_folder && old.is_some_and(|old| old > age) {
+                // What cannot be removed now is tried again the next time.
+                let _ = self.volume.remove(&folder.join(&entry.name));
+            }
+        }
+    }
+
+    /// What is to be done now and then, whether or not room is needed.
+    pub(super) fn tidy(&self) {
+        self.uses.write(self.volume.as_ref());
+        self.prune_quarantine(QUARANTINED_FOR);
+    }
+}
+
+#[cfg(test)]
+mod tests;

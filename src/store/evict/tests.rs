@@ -1,0 +1,103 @@
+#![allow(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    reason = "tests may fail loudly"
+)]
+use super::super::tests::{Ground, UPSTREAM, at, digest, keep_blob, keep_manifest, key, manifest, variant};
+use super::*;
+use crate::store::Store;
+
+/// An image that is old enough to go, and what a round would do about it.
+fn about_to_go(store: &Store) -> Plan {
+    keep_blob(store, &1_u32.to_be_bytes()).unwrap();
+    keep_manifest(store, &manifest(1), "library/alpine").unwrap();
+    store.keep_tag(&key("1"), variant(1, &manifest(1), 0)).unwrap();
+    store.tend(at(7200));
+    store.evictor.uses.watch();
+    let plan = plan(&store.evictor.look(), u64::MAX, at(3600));
+    assert_eq!(plan.steps.len(), 3, "a tag, a manifest and a blob");
+    plan
+}
+
+fn carries_out(store: &Store, plan: Plan) -> bool {
+    store.evictor.carry_out(plan, Pressure::Size).unwrap()
+}
+
+fn is_whole(store: &Store) -> bool {
+    store.tag(&key("1")).unwrap().is_some()
+        && store.manifest(&digest(&manifest(1))).unwrap().is_some()
+        && store.blob(&digest(&1_u32.to_be_bytes())).unwrap().is_some()
+}
+
+/// Whatever makes it needed between the look and the removal leaves it whole.
+fn stays_whole_if(what: &str, happens: impl Fn(&Store)) {
+    for ground in [Ground::directory(), Ground::memory()] {
+        let store = ground.open();
+        let plan = about_to_go(&store);
+        happens(&store);
+        assert!(!carries_out(&store, plan), "{what}");
+        assert!(is_whole(&store), "{what}");
+    }
+}
+
+#[test]
+fn an_image_used_between_the_look_and_the_removal_stays() {
+    stays_whole_if("used", |store| {
+        store.note_use(Used::Manifest(digest(&manifest(1))), at(7200));
+    });
+}
+
+#[test]
+fn an_image_fetched_again_between_the_look_and_the_removal_stays() {
+    stays_whole_if("kept again", |store| {
+        keep_manifest(store, &manifest(1), "library/alpine").unwrap();
+    });
+}
+
+#[test]
+fn a_tag_that_moves_or_is_pinned_between_the_look_and_the_removal_stays() {
+    stays_whole_if("moved", |store| {
+        store.keep_tag(&key("1"), variant(1, b"another", 7200)).unwrap();
+    });
+    stays_whole_if("pinned", |store| {
+        store.pin(&Pin::Tag(key("1"))).unwrap();
+    });
+    stays_whole_if("pinned by its digest", |store| {
+        store.pin(&Pin::Digest(digest(&manifest(1)))).unwrap();
+    });
+}
+
+#[test]
+fn a_layer_that_a_new_manifest_needs_stays_though_its_old_image_goes() {
+    let ground = Ground::directory();
+    let store = ground.open();
+    let plan = about_to_go(&store);
+    let layer = digest(&1_u32.to_be_bytes());
+    let newer = format!(r#"{{"schemaVersion":2,"layers":[{{"digest":"{layer}","size":4}}]}}"#);
+    keep_manifest(&store, &newer.into_bytes().into(), "library/alpine").unwrap();
+    assert!(!carries_out(&store, plan));
+    assert!(store.blob(&layer).unwrap().is_some());
+    assert!(store.tag(&key("1")).unwrap().is_none());
+}
+
+#[test]
+fn undisturbed_it_goes_whole() {
+    for ground in [Ground::directory(), Ground::memory()] {
+        let store = ground.open();
+        let plan = about_to_go(&store);
+        assert!(carries_out(&store, plan));
+        assert!(store.tag(&key("1")).unwrap().is_none());
+        assert_eq!(
+            ground.files("blobs").len() + ground.files("manifests").len() + ground.files("refs").len(),
+            0
+        );
+        assert!(
+            store
+                .tags(None, 10)
+                .iter()
+                .all(|(key, _)| *key.upstream != *UPSTREAM)
+        );
+        assert_eq!(store.evictions().tags, 1);
+        assert_eq!(store.evictions().for_size, 2);
+    }
+}

@@ -1,0 +1,175 @@
+//! What must not be evicted, whatever else has to go: a tag with all that it names at any time, or a digest.
+//!
+//! Each pin is a small file that explains itself. All of them are in memory: an operator sets them by hand.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, PoisonError, RwLock};
+
+use serde::{Deserialize, Serialize};
+
+use super::record::{RECORD_BYTES_MAX, opened, sealed};
+use super::refs::TagKey;
+use super::uses::Uses;
+use super::volume::Volume;
+use super::{Fault, Store, named_path, quarantine, remove_file};
+use crate::oci::Digest;
+
+const TREE: &str = "pins";
+
+/// What is kept.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Pin {
+    /// A tag, with what it names now and later.
+    Tag(TagKey),
+    /// A manifest with all that it leads to, or a blob. It need not be held yet.
+    Digest(Digest),
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(untagged)]
+enum Record {
+    Tag {
+        upstream: String,
+        repository: String,
+        tag: String,
+    },
+    Digest {
+        digest: String,
+    },
+}
+
+impl Store {
+    /// Keeps this from eviction; says whether it was news. Durable when it returns.
+    pub fn pin(&self, pin: &Pin) -> Result<bool, Fault> {
+        self.pins.add(pin)
+    }
+
+    /// Ends a pin; says whether there was one.
+    pub fn unpin(&self, pin: &Pin) -> Result<bool, Fault> {
+        self.pins.remove(pin)
+    }
+
+    /// Everything pinned, in order.
+    pub fn pins(&self) -> Vec<Pin> {
+        self.pins.all()
+    }
+}
+
+pub(super) struct Pins {
+    volume: Arc<dyn Volume>,
+    uses: Arc<Uses>,
+    /// With the file of each.
+    known: RwLock<BTreeMap<Pin, PathBuf>>,
+}
+
+impl Pins {
+    /// Reads the pins. One that cannot be read is told, and set aside.
+    pub(super) fn read(volume: &Arc<dyn Volume>, uses: &Arc<Uses>) -> Self {
+        let mut known = BTreeMap::new();
+        for folder in volume.list(Path::new(TREE)).unwrap_or_default() {
+            let folder = Path::new(TREE).join(folder.name);
+            for file in volume.list(&folder).unwrap_or_default() {
+                let path = folder.join(file.name);
+                let Ok(bytes) = volume.read_whole(&path, RECORD_BYTES_MAX) else {
+                    tracing::error!(path = %path.display(), "a pin cannot be read; what it kept may be evicted");
+                    continue;
+                };
+                match opened(&bytes).and_then(|record: Record| record.pin()) {
+                    Some(pin) => {
+                        known.insert(pin, path);
+                    }
+                    None => {
+                        quarantine(
+                            volume.as_ref(),
+                            &path,
+                            "a pin is damaged, and what it kept may be evicted",
+                        );
+                    }
+                }
+            }
+        }
+        Self {
+            volume: Arc::clone(volume),
+            uses: Arc::clone(uses),
+            known: RwLock::new(known),
+        }
+    }
+
+    pub(super) fn has(&self, pin: &Pin) -> bool {
+        self.known
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .contains_key(pin)
+    }
+
+    fn all(&self) -> Vec<Pin> {
+        let known = self.known.read().unwrap_or_else(PoisonError::into_inner);
+        known.keys().cloned().collect()
+    }
+
+    fn add(&self, pin: &Pin) -> Result<bool, Fault> {
+        let mut known = self.known.write().unwrap_or_else(PoisonError::into_inner);
+        if known.contains_key(pin) {
+            return Ok(false);
+        }
+        if let Pin::Digest(digest) = pin {
+            self.uses.needed([*digest]);
+        }
+        let path = pin.path();
+        self.volume
+            .write_whole(&path, &sealed(&Record::of(pin)))
+            .map_err(|error| Fault::io("write", &path, &error))?;
+        known.insert(pin.clone(), path);
+        Ok(true)
+    }
+
+    fn remove(&self, pin: &Pin) -> Result<bool, Fault> {
+        let mut known = self.known.write().unwrap_or_else(PoisonError::into_inner);
+        let Some(path) = known.get(pin) else {
+            return Ok(false);
+        };
+        remove_file(self.volume.as_ref(), path)?;
+        known.remove(pin);
+        Ok(true)
+    }
+}
+
+impl Pin {
+    fn path(&self) -> PathBuf {
+        match self {
+            Self::Tag(key) => named_path(TREE, &[&key.upstream, key.repository.as_str(), key.tag.as_str()]),
+            Self::Digest(digest) => named_path(TREE, &[&digest.to_string()]),
+        }
+    }
+}
+
+impl Record {
+    fn of(pin: &Pin) -> Self {
+        match pin {
+            Pin::Tag(key) => Self::Tag {
+                upstream: key.upstream.to_string(),
+                repository: key.repository.as_str().to_owned(),
+                tag: key.tag.as_str().to_owned(),
+            },
+            Pin::Digest(digest) => Self::Digest {
+                digest: digest.to_string(),
+            },
+        }
+    }
+
+    fn pin(&self) -> Option<Pin> {
+        Some(match self {
+            Self::Tag {
+                upstream,
+                repository,
+                tag,
+            } => Pin::Tag(TagKey {
+                upstream: upstream.as_str().into(),
+                repository: repository.parse().ok()?,
+                tag: tag.parse().ok()?,
+            }),
+            Self::Digest { digest } => Pin::Digest(digest.parse().ok()?),
+        })
+    }
+}

@@ -1,0 +1,451 @@
+#![allow(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    reason = "tests may fail loudly"
+)]
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::oci::Algorithm;
+
+fn at(seconds: u64) -> SystemTime {
+    SystemTime::UNIX_EPOCH + Duration::from_secs(seconds)
+}
+
+/// What was used later is spared.
+const SPARED_SINCE: u64 = 80;
+
+fn digest(name: &str) -> Digest {
+    Digest::of(Algorithm::Sha256, name.as_bytes())
+}
+
+fn key(tag: &str) -> TagKey {
+    TagKey {
+        upstream: "docker.io".into(),
+        repository: "library/alpine".parse().unwrap(),
+        tag: tag.parse().unwrap(),
+    }
+}
+
+fn content(name: &str, bytes: u64, used: u64) -> Content {
+    Content {
+        digest: digest(name),
+        bytes,
+        used_at: at(used),
+        is_kept: false,
+    }
+}
+
+fn listed(name: &str, used: u64, children: &[&str]) -> Listed {
+    Listed {
+        content: content(name, 1, used),
+        children: children.iter().map(|name| digest(name)).collect(),
+        subject: None,
+    }
+}
+
+fn image(tag: &str, names: &[&str]) -> Image {
+    Image {
+        key: key(tag),
+        names: names.iter().map(|name| digest(name)).collect(),
+        used_at: at(0),
+        is_pinned: false,
+    }
+}
+
+fn steps(snapshot: &Snapshot, bytes: u64) -> Vec<Step> {
+    plan(snapshot, bytes, at(SPARED_SINCE)).steps
+}
+
+fn tag(tag: &str, names: &[&str]) -> Step {
+    let Image { key, names, .. } = image(tag, names);
+    Step::Tag(key, names)
+}
+
+fn manifest(name: &str) -> Step {
+    Step::Manifest(digest(name))
+}
+
+fn blob(name: &str) -> Step {
+    Step::Blob(digest(name))
+}
+
+/// Two images over one base layer.
+fn two_images() -> Snapshot {
+    Snapshot {
+        images: vec![image("new", &["m-new"]), image("old", &["m-old"])],
+        manifests: vec![
+            listed("m-old", 10, &["base", "only-old"]),
+            listed("m-new", 20, &["base", "only-new"]),
+        ],
+        blobs: vec![
+            content("base", 100, 1),
+            content("only-old", 10, 1),
+            content("only-new", 10, 1),
+        ],
+    }
+}
+
+#[test]
+fn the_least_recently_used_image_goes_first_and_what_others_need_stays() {
+    let oldest = [tag("old", &["m-old"]), manifest("m-old"), blob("only-old")];
+    assert_eq!(steps(&two_images(), 1), oldest);
+    assert_eq!(plan(&two_images(), 1, at(SPARED_SINCE)).bytes, 11);
+}
+
+#[test]
+fn a_shared_layer_goes_with_the_last_image_that_needs_it() {
+    let all = plan(&two_images(), u64::MAX, at(SPARED_SINCE));
+    assert_eq!(all.bytes, 122);
+    assert_eq!(
+        all.steps[3..],
+        [
+            tag("new", &["m-new"]),
+            manifest("m-new"),
+            blob("base"),
+            blob("only-new")
+        ]
+    );
+}
+
+#[test]
+fn what_was_used_lately_is_pinned_or_is_in_use_stays_with_all_it_needs() {
+    let mut snapshot = two_images();
+    snapshot.manifests[0].content.used_at = at(SPARED_SINCE + 1);
+    snapshot.images[0].is_pinned = true;
+    assert_eq!(steps(&snapshot, u64::MAX), []);
+    snapshot.images[0].is_pinned = false;
+    snapshot.manifests[1].content.is_kept = true;
+    assert_eq!(
+        steps(&snapshot, u64::MAX),
+        [],
+        "a tag is not forgotten for nothing"
+    );
+    snapshot.manifests[1].content.is_kept = false;
+    snapshot.blobs[2].is_kept = true;
+    assert_eq!(
+        steps(&snapshot, u64::MAX),
+        [tag("new", &["m-new"]), manifest("m-new")]
+    );
+}
+
+#[test]
+fn a_tag_whose_image_another_tag_needs_too_is_kept_for_it_costs_nothing() {
+    let mut snapshot = two_images();
+    snapshot.images.push(image("0-alias", &["m-new"]));
+    snapshot.manifests[1].content.used_at = at(5);
+    snapshot.manifests[0].content.used_at = at(20);
+    snapshot.images[0].used_at = at(90);
+    assert_eq!(
+        steps(&snapshot, 1),
+        [tag("old", &["m-old"]), manifest("m-old"), blob("only-old")]
+    );
+}
+
+#[test]
+fn pulling_one_platform_uses_the_index_that_leads_to_it() {
+    let snapshot = Snapshot {
+        images: vec![image("multi", &["index"]), image("single", &["m-single"])],
+        manifests: vec![
+            listed("index", 1, &["m-amd64", "m-absent"]),
+            listed("m-amd64", 30, &["layer"]),
+            listed("m-single", 20, &["other"]),
+        ],
+        blobs: vec![content("layer", 10, 1), content("other", 10, 1)],
+    };
+    assert_eq!(
+        steps(&snapshot, 1),
+        [tag("single", &["m-single"]), manifest("m-single"), blob("other")]
+    );
+    assert_eq!(
+        steps(&snapshot, u64::MAX)[3..],
+        [
+            tag("multi", &["index"]),
+            manifest("index"),
+            manifest("m-amd64"),
+            blob("layer")
+        ]
+    );
+}
+
+#[test]
+fn what_was_pulled_by_digest_alone_goes_in_its_turn() {
+    let mut snapshot = two_images();
+    snapshot
+        .manifests
+        .push(listed("untagged", 15, &["base", "its-own"]));
+    snapshot
+        .blobs
+        .extend([content("its-own", 5, 1), content("stray", 7, 12)]);
+    let steps = steps(&snapshot, 24);
+    assert_eq!(steps[3..], [blob("stray"), manifest("untagged"), blob("its-own")]);
+}
+
+#[test]
+fn a_signature_stays_while_its_subject_is_used_and_goes_right_after_it() {
+    let mut snapshot = two_images();
+    let mut signature = listed("signature", 2, &["payload"]);
+    signature.subject = Some(digest("m-new"));
+    snapshot.manifests.push(signature);
+    snapshot.blobs.push(content("payload", 3, 2));
+    let steps = steps(&snapshot, u64::MAX);
+    assert_eq!(steps[0], tag("old", &["m-old"]));
+    assert_eq!(steps[7..], [manifest("signature"), blob("payload")]);
+}
+
+#[test]
+fn a_tag_that_names_nothing_held_is_forgotten_on_the_way() {
+    let mut snapshot = two_images();
+    snapshot.images.push(image("dangling", &["gone"]));
+    assert_eq!(steps(&snapshot, 1)[0], tag("dangling", &["gone"]));
+    assert_eq!(steps(&snapshot, 0), []);
+}
+
+/// Manifests lead to manifests that come after them, as hashes force them to, and to any blob.
+fn any_snapshot() -> impl Strategy<Value = Snapshot> {
+    let manifest = (
+        0_u64..100,
+        any::<prop::sample::Selector>(),
+        0_usize..4,
+        0_usize..3,
+        prop::option::weighted(0.2, any::<prop::sample::Index>()),
+        prop::bool::weighted(0.05),
+    );
+    let manifests = prop::collection::vec(manifest, 1..14);
+    let blobs = prop::collection::vec((0_u64..100, 0_u64..1000, prop::bool::weighted(0.05)), 1..20);
+    let images = prop::collection::vec(
+        (
+            prop::collection::vec(any::<prop::sample::Index>(), 0..3),
+            0_u64..100,
+            prop::bool::weighted(0.1),
+        ),
+        0..10,
+    );
+    (manifests, blobs, images, any::<prop::sample::Selector>()).prop_map(
+        |(manifests, blobs, images, picks)| {
+            let count = manifests.len();
+            let name = |at: usize| format!("m{at}");
+            let listed = manifests
+                .into_iter()
+                .enumerate()
+                .map(|(at, (used, pick, few_blobs, few_manifests, subject, is_kept))| {
+                    let mut children = Vec::new();
+                    for _ in 0..few_blobs {
+                        children.push(digest(&format!("b{}", picks.select(0..blobs.len() + 2))));
+                    }
+                    if at + 1 < count {
+                        for _ in 0..few_manifests {
+                            children.push(digest(&name(pick.select(at + 1..=count))));
+                        }
+                    }
+                    Listed {
+                        content: Content {
+                            is_kept,
+                            ..content(&name(at), 1, used)
+                        },
+                        children,
+                        subject: subject.map(|subject| digest(&name(subject.index(count)))),
+                    }
+                })
+                .collect();
+            let blobs = blobs
+                .into_iter()
+                .enumerate()
+                .map(|(at, (used, bytes, is_kept))| Content {
+                    is_kept,
+                    ..content(&format!("b{at}"), bytes, used)
+                });
+            let images = images
+                .into_iter()
+                .enumerate()
+                .map(|(at, (names, used, is_pinned))| Image {
+                    key: key(&format!("t{at}")),
+                    names: names
+                        .iter()
+                        .map(|index| digest(&name(index.index(count + 1))))
+                        .collect(),
+                    used_at: at_time(used),
+                    is_pinned,
+                })
+                .collect();
+            Snapshot {
+                images,
+                manifests: listed,
+                blobs: blobs.collect(),
+            }
+        },
+    )
+}
+
+fn at_time(seconds: u64) -> SystemTime {
+    at(seconds)
+}
+
+/// The snapshot again, said another way: by name, without places and counts.
+struct Model<'a> {
+    snapshot: &'a Snapshot,
+    manifests: BTreeMap<Digest, &'a Listed>,
+    blobs: BTreeMap<Digest, &'a Content>,
+}
+
+impl<'a> Model<'a> {
+    fn of(snapshot: &'a Snapshot) -> Self {
+        let manifests = snapshot.manifests.iter();
+        Self {
+            snapshot,
+            manifests: manifests.map(|listed| (listed.content.digest, listed)).collect(),
+            blobs: snapshot.blobs.iter().map(|blob| (blob.digest, blob)).collect(),
+        }
+    }
+
+    fn contents(&self) -> impl Iterator<Item = &Content> {
+        let manifests = self.manifests.values().map(|listed| &listed.content);
+        manifests.chain(self.blobs.values().copied())
+    }
+
+    /// What is held of all that these lead to.
+    fn closure(&self, from: impl IntoIterator<Item = Digest>) -> BTreeSet<Digest> {
+        let mut found = BTreeSet::new();
+        let mut open: Vec<Digest> = from.into_iter().collect();
+        while let Some(digest) = open.pop() {
+            let is_held = self.manifests.contains_key(&digest) || self.blobs.contains_key(&digest);
+            if is_held
+                && found.insert(digest)
+                && let Some(listed) = self.manifests.get(&digest)
+            {
+                open.extend(&listed.children);
+            }
+        }
+        found
+    }
+
+    fn used(&self, from: impl IntoIterator<Item = Digest>) -> Option<SystemTime> {
+        let closure = self.closure(from);
+        let manifests = closure.iter().filter_map(|digest| self.manifests.get(digest));
+        manifests.map(|listed| listed.content.used_at).max()
+    }
+
+    fn image_used(&self, image: &Image) -> SystemTime {
+        let newest = self.used(
+            image
+                .names
+                .iter()
+                .copied()
+                .filter(|name| self.manifests.contains_key(name)),
+        );
+        newest.map_or(image.used_at, |newest| newest.max(image.used_at))
+    }
+
+    fn is_spared(&self, image: &Image) -> bool {
+        image.is_pinned || self.image_used(image) > at(SPARED_SINCE)
+    }
+
+    /// All that must stay, however much is asked for.
+    fn untouchable(&self) -> BTreeSet<Digest> {
+        let images = self.snapshot.images.iter().filter(|image| self.is_spared(image));
+        let named = images.flat_map(|image| image.names.iter().copied());
+        let named = named.filter(|name| self.manifests.contains_key(name));
+        let kept = self
+            .contents()
+            .filter(|content| content.is_kept || content.used_at > at(SPARED_SINCE));
+        self.closure(
+            named
+                .chain(kept.map(|content| content.digest))
+                .collect::<Vec<_>>(),
+        )
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(512))]
+    #[test]
+    fn no_plan_breaks_a_listed_image_or_spares_too_much(snapshot in any_snapshot(), wanted in 0_u64..6000) {
+        let model = Model::of(&snapshot);
+        let plan = plan(&snapshot, wanted, at(SPARED_SINCE));
+        let mut removed = BTreeSet::new();
+        let mut forgotten = BTreeSet::new();
+        for step in &plan.steps {
+            match step {
+                Step::Tag(key, _) => prop_assert!(forgotten.insert(key.clone())),
+                Step::Manifest(digest) => {
+                    let parents = model.manifests.values().filter(|listed| listed.children.contains(digest));
+                    for parent in parents {
+                        prop_assert!(removed.contains(&parent.content.digest), "a parent goes before its child");
+                    }
+                    prop_assert!(removed.insert(*digest));
+                }
+                Step::Blob(digest) => prop_assert!(removed.insert(*digest)),
+            }
+        }
+        // Each counts once.
+        let bytes: u64 = model.contents().filter(|content| removed.contains(&content.digest)).map(|content| content.bytes).sum();
+        prop_assert_eq!(bytes, plan.bytes);
+        // What stays is as whole as it was.
+        let staying: Vec<&Image> = snapshot.images.iter().filter(|image| !forgotten.contains(&image.key)).collect();
+        for image in &staying {
+            let names = image.names.iter().copied().filter(|name| model.manifests.contains_key(name));
+            prop_assert!(model.closure(names).is_disjoint(&removed), "{} is broken", image.key.tag);
+        }
+        for listed in model.manifests.values().filter(|listed| !removed.contains(&listed.content.digest)) {
+            prop_assert!(model.closure(listed.children.iter().copied()).is_disjoint(&removed));
+        }
+        for image in snapshot.images.iter().filter(|image| model.is_spared(image)) {
+            prop_assert!(!forgotten.contains(&image.key));
+        }
+        let untouchable = model.untouchable();
+        prop_assert!(untouchable.is_disjoint(&removed));
+        // Enough, or everything allowed; a referrer stays as long as what it is about.
+        let leads_to_what_was_used = |content: &Content| {
+            model.manifests.contains_key(&content.digest) && model.used([content.digest]) > Some(at(SPARED_SINCE))
+        };
+        let about_what_stays = |content: &Content| {
+            if leads_to_what_was_used(content) { return true; }
+            let mut at = model.manifests.get(&content.digest).and_then(|listed| listed.subject);
+            for _ in 0..snapshot.manifests.len() {
+                let Some(subject) = at.filter(|subject| model.manifests.contains_key(subject)) else { return false };
+                if !removed.contains(&subject) { return true; }
+                at = model.manifests[&subject].subject;
+            }
+            true
+        };
+        if plan.bytes < wanted {
+            let referrers = model.contents().filter(|content| about_what_stays(content)).map(|content| content.digest);
+            let may_stay = model.closure(referrers.chain(untouchable.iter().copied()).collect::<Vec<_>>());
+            for content in model.contents() {
+                prop_assert!(removed.contains(&content.digest) || may_stay.contains(&content.digest));
+            }
+        }
+        // The least recently used first: an older one stays only where nothing is won by letting it go.
+        let newest = snapshot.images.iter().filter(|image| forgotten.contains(&image.key)).map(|image| model.image_used(image)).max();
+        for older in staying.iter().filter(|image| !image.is_pinned && newest.is_some_and(|newest| model.image_used(image) < newest)) {
+            let others = staying.iter().filter(|image| image.key != older.key).flat_map(|image| image.names.iter().copied());
+            let manifests = model.manifests.values().filter(|listed| !removed.contains(&listed.content.digest));
+            let others: Vec<_> = others.chain(untouchable.iter().copied())
+                .chain(manifests.filter(|listed| !older.names.contains(&listed.content.digest)).map(|listed| listed.content.digest)).collect();
+            let needed = model.closure(others);
+            let names = older.names.iter().copied().filter(|name| model.manifests.contains_key(name));
+            let own = model.closure(names);
+            let own: Vec<_> = own.difference(&needed).collect();
+            prop_assert!(own.is_empty(), "{} is older and has {own:?} of its own", older.key.tag);
+        }
+    }
+
+    #[test]
+    fn the_order_in_which_the_disk_lists_things_changes_nothing(snapshot in any_snapshot(), wanted in 0_u64..3000) {
+        let mut turned = snapshot.clone();
+        turned.images.reverse();
+        turned.manifests.reverse();
+        turned.blobs.reverse();
+        let (one, other) = (plan(&snapshot, wanted, at(SPARED_SINCE)), plan(&turned, wanted, at(SPARED_SINCE)));
+        prop_assert_eq!(one.bytes, other.bytes);
+        let sorted = |plan: &Plan| {
+            let mut names: Vec<String> = plan.steps.iter().map(|step| format!("{step:?}")).collect();
+            names.sort();
+            names
+        };
+        prop_assert_eq!(sorted(&one), sorted(&other));
+    }
+}
