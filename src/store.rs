@@ -54,6 +54,7 @@ pub mod step;
 pub mod usage;
 pub mod uses;
 pub mod volume;
+mod watched;
 pub mod whole;
 
 #[cfg(test)]
@@ -80,6 +81,7 @@ use self::room::Room;
 use self::usage::{Counters, Usage};
 use self::uses::Uses;
 use self::volume::Volume;
+use self::watched::{Refusal, Watched};
 
 const QUARANTINE_FOLDER: &str = "quarantine";
 
@@ -236,6 +238,9 @@ pub enum Trouble {
         /// Why.
         reason: String,
     },
+    /// The disk refuses to be written.
+    #[error("{0}; what is held is served, the rest passes through unstored; tried again every few seconds")]
+    Disk(Fault),
     /// The limits are reached, and nothing else may go.
     #[error(
         "no room: `store.size` ({} bytes) or `store.free` ({} bytes) is reached, and what is held is pinned, in use or \
@@ -250,7 +255,8 @@ pub enum Trouble {
 
 /// Everything held. One per data folder.
 pub struct Store {
-    volume: Arc<dyn Volume>,
+    volume: Arc<Watched>,
+    refusal: Refusal,
     blobs: Arc<blobs::Blobs>,
     manifests: Arc<manifests::Manifests>,
     refs: Arc<refs::Refs>,
@@ -276,6 +282,9 @@ impl Store {
     /// Opens the store on `volume`, taking its folder for this process. Waits neither for the index nor for the counts.
     pub fn open(settings: &Settings, volume: Arc<dyn Volume>, now: SystemTime) -> Result<Self, OpenError> {
         let lock = volume.folder().map(Lock::take).transpose()?;
+        let refusal = Refusal::default();
+        let watched = Arc::new(Watched::new(volume, &refusal));
+        let volume: Arc<dyn Volume> = Arc::clone(&watched) as _;
         let secret = secret::read_or_make(volume.as_ref())?;
         let leftovers = leftover::Leftovers::find(volume.as_ref(), now);
         let home = volume.folder().map_or(Home::Memory, |folder| Home::Folder {
@@ -341,7 +350,8 @@ impl Store {
             secret,
             stop,
             threads: vec![scan, evicting],
-            volume,
+            volume: watched,
+            refusal,
             index,
             _lock: lock,
         })
@@ -358,6 +368,7 @@ impl Store {
     /// What is to be done from time to time; to be called every few seconds. Blocks.
     pub fn tend(&self, now: SystemTime) {
         self.uses.tell(now);
+        self.volume.probe();
         self.evictor.wake_if_needed();
     }
 
@@ -379,7 +390,7 @@ impl Store {
 
     /// What keeps the store from doing its work, if anything does. It serves what it can all the same.
     pub fn troubles(&self) -> Vec<Trouble> {
-        let mut troubles = Vec::new();
+        let mut troubles: Vec<_> = self.refusal.now().map(Trouble::Disk).into_iter().collect();
         if let IndexState::Degraded { reason } = self.index.state() {
             troubles.push(Trouble::Index { reason });
         }

@@ -18,6 +18,7 @@ mod manifests;
 mod names;
 mod power_cut;
 mod proofs;
+mod trouble;
 mod whole;
 
 use std::path::Path;

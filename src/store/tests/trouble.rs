@@ -1,0 +1,43 @@
+//! A disk that refuses is told of, and used again as soon as it takes bytes.
+
+use super::*;
+
+#[test]
+fn a_full_disk_is_told_of_and_used_again_when_there_is_room() {
+    let memory = Arc::new(Memory::new());
+    let store = Store::open(
+        &Settings::default(),
+        Arc::clone(&memory) as Arc<dyn Volume>,
+        at(0),
+    )
+    .unwrap();
+    keep_blob(&store, b"before").unwrap();
+    assert_eq!(store.troubles(), []);
+    memory.set_bytes_max(0);
+    let fault = keep_manifest(&store, &manifest(1), "library/alpine").unwrap_err();
+    assert!(matches!(fault, Fault::Full { .. }), "{fault}");
+    assert!(keep_blob(&store, b"meanwhile").is_err());
+    let troubles = store.troubles();
+    assert!(
+        matches!(troubles[0], Trouble::Disk(Fault::Full { .. })),
+        "{troubles:?}"
+    );
+    assert_eq!(read_blob(&store, &digest(b"before")).unwrap(), b"before");
+    store.tend(at(5));
+    assert!(!store.troubles().is_empty(), "it is still full");
+
+    memory.set_bytes_max(u64::MAX);
+    store.tend(at(10));
+    assert_eq!(store.troubles(), []);
+    keep_blob(&store, b"meanwhile").unwrap();
+    keep_manifest(&store, &manifest(1), "library/alpine").unwrap();
+    assert_eq!(
+        memory
+            .list(Path::new(""))
+            .unwrap()
+            .iter()
+            .filter(|entry| entry.name == "probe")
+            .count(),
+        0
+    );
+}

@@ -1,0 +1,210 @@
+//! A volume that is watched: notices when the disk refuses to be written, and finds out when it takes bytes again.
+//!
+//! Nothing is done differently meanwhile. Each write is still tried, and who tries is told; this is for the operator, who
+//! should hear of it once and not for each pull.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::SystemTime;
+
+use rustix::io::Errno;
+
+use super::Fault;
+use super::volume::{Entry, Volume, VolumeFile};
+
+/// Written to find out whether the disk takes bytes again; never left there.
+const PROBE: &str = "probe";
+const PROBE_BYTES: [u8; 4096] = [0; 4096];
+
+/// What the disk last refused.
+#[derive(Clone, Default)]
+pub(super) struct Refusal(Arc<Mutex<Option<Fault>>>);
+
+impl Refusal {
+    fn of(&self) -> MutexGuard<'_, Option<Fault>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What the disk refuses, if it does.
+    pub(super) fn now(&self) -> Option<Fault> {
+        self.of().clone()
+    }
+
+    fn note(&self, what: &'static str, path: &Path, error: &io::Error) {
+        if !is_the_disks(error) {
+            return;
+        }
+        let fault = Fault::io(what, path, error);
+        let before = self.of().replace(fault.clone());
+        if before.is_none() {
+            tracing::error!(%fault, "the disk cannot be written; what is held is served, the rest passes through unstored");
+        }
+    }
+
+    fn end(&self) {
+        if self.of().take().is_some() {
+            tracing::info!("the disk can be written again");
+        }
+    }
+}
+
+/// Not the fault of a single file: full, read-only, failing, or out of handles.
+fn is_the_disks(error: &io::Error) -> bool {
+    let numbers = [Errno::IO, Errno::MFILE, Errno::NFILE, Errno::NODEV, Errno::STALE];
+    let numbers = numbers.map(Errno::raw_os_error);
+    matches!(
+        error.kind(),
+        io::ErrorKind::StorageFull
+            | io::ErrorKind::QuotaExceeded
+            | io::ErrorKind::ReadOnlyFilesystem
+            | io::ErrorKind::PermissionDenied
+            | io::ErrorKind::OutOfMemory
+    ) || error
+        .raw_os_error()
+        .is_some_and(|number| numbers.contains(&number))
+}
+
+/// A volume whose refusals to write are noted.
+pub(super) struct Watched {
+    inner: Arc<dyn Volume>,
+    refusal: Refusal,
+}
+
+impl Watched {
+    pub(super) fn new(inner: Arc<dyn Volume>, refusal: &Refusal) -> Self {
+        Self {
+            inner,
+            refusal: refusal.clone(),
+        }
+    }
+
+    /// Where the disk refused: tries whether it still does.
+    pub(super) fn probe(&self) {
+        if self.refusal.now().is_none() {
+            return;
+        }
+        let path = Path::new(PROBE);
+        // Through the watch: a new refusal takes the place of the old one.
+        let written = self.place(path, &PROBE_BYTES);
+        let removed = self.remove(path);
+        if written.is_ok() && removed.is_ok() {
+            self.refusal.end();
+        }
+    }
+
+    fn watch(&self, path: &Path, inner: Arc<dyn VolumeFile>) -> Arc<dyn VolumeFile> {
+        Arc::new(WatchedFile {
+            inner,
+            path: path.to_owned(),
+            refusal: self.refusal.clone(),
+        })
+    }
+
+    fn noting<T>(&self, what: &'static str, path: &Path, done: io::Result<T>) -> io::Result<T> {
+        done.inspect_err(|error| self.refusal.note(what, path, error))
+    }
+}
+
+impl Volume for Watched {
+    fn folder(&self) -> Option<&Path> {
+        self.inner.folder()
+    }
+
+    fn create(&self, path: &Path) -> io::Result<Arc<dyn VolumeFile>> {
+        let inner = self.noting("create", path, self.inner.create(path))?;
+        Ok(self.watch(path, inner))
+    }
+
+    fn open_for_writing(&self, path: &Path) -> io::Result<Arc<dyn VolumeFile>> {
+        let inner = self.noting("open", path, self.inner.open_for_writing(path))?;
+        Ok(self.watch(path, inner))
+    }
+
+    fn modified(&self, path: &Path) -> io::Result<Option<SystemTime>> {
+        self.inner.modified(path)
+    }
+
+    fn open(&self, path: &Path) -> io::Result<Arc<dyn VolumeFile>> {
+        self.inner.open(path)
+    }
+
+    fn append(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {
+        self.noting("append to", path, self.inner.append(path, bytes))
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        self.noting("name", to, self.inner.rename(from, to))
+    }
+
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        self.noting("remove", path, self.inner.remove(path))
+    }
+
+    fn remove_folder_all(&self, path: &Path) -> io::Result<()> {
+        self.noting("remove", path, self.inner.remove_folder_all(path))
+    }
+
+    fn sync_folder(&self, path: &Path) -> io::Result<()> {
+        self.noting("make durable", path, self.inner.sync_folder(path))
+    }
+
+    fn list(&self, path: &Path) -> io::Result<Vec<Entry>> {
+        self.inner.list(path)
+    }
+
+    fn set_modified(&self, path: &Path, at: SystemTime) -> io::Result<()> {
+        self.inner.set_modified(path, at)
+    }
+
+    fn mode(&self, path: &Path) -> io::Result<Option<u32>> {
+        self.inner.mode(path)
+    }
+
+    fn free_bytes(&self) -> io::Result<u64> {
+        self.inner.free_bytes()
+    }
+}
+
+/// A file made on a watched volume.
+struct WatchedFile {
+    inner: Arc<dyn VolumeFile>,
+    path: PathBuf,
+    refusal: Refusal,
+}
+
+impl WatchedFile {
+    fn noting<T>(&self, what: &'static str, done: io::Result<T>) -> io::Result<T> {
+        done.inspect_err(|error| self.refusal.note(what, &self.path, error))
+    }
+}
+
+impl VolumeFile for WatchedFile {
+    fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        self.noting("write", self.inner.write_at(bytes, offset))
+    }
+
+    fn read_at(&self, into: &mut [u8], offset: u64) -> io::Result<usize> {
+        self.inner.read_at(into, offset)
+    }
+
+    fn read_at_cached(&self, into: &mut [u8], offset: u64) -> io::Result<usize> {
+        self.inner.read_at_cached(into, offset)
+    }
+
+    fn size(&self) -> io::Result<u64> {
+        self.inner.size()
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.noting("make durable", self.inner.sync())
+    }
+
+    fn reserve(&self, bytes: u64) -> io::Result<()> {
+        self.noting("reserve room for", self.inner.reserve(bytes))
+    }
+
+    fn seal(&self) -> io::Result<()> {
+        self.noting("seal", self.inner.seal())
+    }
+}
