@@ -321,7 +321,7 @@ impl Store {
         let pins = Arc::new(Pins::read(&volume, &uses));
         let room = Arc::new(Room::new(settings.limits, &volume, &usage));
         let blobs = Arc::new(blobs::Blobs::new(
-            settings, &volume, &index, &usage, leftovers, &uses,
+            settings, &volume, &index, &usage, leftovers, &uses, &refusal,
         ));
         let manifests = Arc::new(manifests::Manifests::new(settings, &volume, &usage, &uses));
         let evictor = Evictor::new(&volume, &blobs, &manifests, &refs, &pins, &uses, &room, &stop);

@@ -16,6 +16,7 @@ use super::leftover::Leftovers;
 use super::usage::{Counters, Kind};
 use super::uses::{Used, Uses};
 use super::volume::{Volume, VolumeFile, read_all};
+use super::watched::Refusal;
 use super::{Fault, Settings, Store, content_path, remove_file, size_of};
 use crate::oci::{Algorithm, Digest, Hasher};
 
@@ -147,6 +148,7 @@ pub(super) struct Blobs {
     index: Arc<IndexHandle>,
     usage: Arc<Counters>,
     uses: Arc<Uses>,
+    refusal: Refusal,
     open: Cache<Digest, HeldBlob>,
     small: Cache<Digest, Bytes, ByLength>,
     /// Held while a name is looked for and given.
@@ -163,6 +165,7 @@ impl Blobs {
         usage: &Arc<Counters>,
         leftovers: Leftovers,
         uses: &Arc<Uses>,
+        refusal: &Refusal,
     ) -> Self {
         Self {
             volume: Arc::clone(volume),
@@ -170,6 +173,7 @@ impl Blobs {
             index: Arc::clone(index),
             usage: Arc::clone(usage),
             uses: Arc::clone(uses),
+            refusal: refusal.clone(),
             open: counted(settings.open_blobs_max),
             small: weighted(settings.small_blob_cache_bytes_max, 4096, ByLength),
             naming: Mutex::default(),
@@ -178,10 +182,18 @@ impl Blobs {
     }
 
     fn find(&self, digest: &Digest) -> Result<Option<HeldBlob>, Fault> {
+        let path = content_path(TREE, digest);
         if let Some(held) = self.open.get(digest) {
+            // On a failing disk an open file may be past reading: better known before it is promised to anyone.
+            if self.refusal.is_any()
+                && held.size > 0
+                && let Err(error) = held.file.read_at(&mut [0], 0)
+            {
+                self.open.remove(digest);
+                return Err(Fault::io("read", path, &error));
+            }
             return Ok(Some(held));
         }
-        let path = content_path(TREE, digest);
         let removals = self.removals.load(Ordering::SeqCst);
         let file = match self.volume.open(&path) {
             Ok(file) => file,

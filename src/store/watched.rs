@@ -5,6 +5,7 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
@@ -19,11 +20,22 @@ const PROBE_BYTES: [u8; 4096] = [0; 4096];
 
 /// What the disk last refused.
 #[derive(Clone, Default)]
-pub(super) struct Refusal(Arc<Mutex<Option<Fault>>>);
+pub(super) struct Refusal(Arc<Noted>);
+
+#[derive(Default)]
+struct Noted {
+    last: Mutex<Option<Fault>>,
+    is_any: AtomicBool,
+}
 
 impl Refusal {
     fn of(&self) -> MutexGuard<'_, Option<Fault>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.last.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether the disk refuses; cheap enough to ask at each read.
+    pub(super) fn is_any(&self) -> bool {
+        self.0.is_any.load(Ordering::Relaxed)
     }
 
     /// What the disk refuses, if it does.
@@ -37,12 +49,14 @@ impl Refusal {
         }
         let fault = Fault::io(what, path, error);
         let before = self.of().replace(fault.clone());
+        self.0.is_any.store(true, Ordering::Relaxed);
         if before.is_none() {
             tracing::error!(%fault, "the disk cannot be written; what is held is served, the rest passes through unstored");
         }
     }
 
     fn end(&self) {
+        self.0.is_any.store(false, Ordering::Relaxed);
         if self.of().take().is_some() {
             tracing::info!("the disk can be written again");
         }

@@ -156,6 +156,12 @@ impl Ask {
             .unwrap_or_else(|fault| panic!("{what}: {fault}"))
     }
 
+    /// The reply, checked, if one came; for a process that may be gone at any moment.
+    #[allow(dead_code, reason = "tests/crash uses it")]
+    pub async fn tried(self) -> Option<Reply> {
+        self.attempt().await.ok()
+    }
+
     /// The transfer fails, and the client sees it: no reply, a body that broke, or an error. Never 2xx and a clean end.
     pub async fn visibly_fails(self) {
         let Ok(reply) = self.attempt().await else { return };

@@ -133,6 +133,12 @@ impl Proxy {
         self.setup.clone().start().await
     }
 
+    /// kill -9.
+    #[allow(dead_code, reason = "tests/crash uses it")]
+    pub fn kill(&mut self) {
+        self.program.kill();
+    }
+
     /// Asks for the process to end.
     pub fn terminate(&self) {
         self.program.terminate();

@@ -1,0 +1,85 @@
+//! Many large pulls in little memory.
+
+use std::path::PathBuf;
+
+use tokio::task::JoinSet;
+
+use crate::proxy::Setup;
+use crate::upstream::{Upstream, noise};
+
+const LIMIT_BYTES: u64 = 160 * 1024 * 1024;
+
+/// Blobs that the pulls share; each is larger than the limit lets through at once.
+const BLOBS: u64 = 4;
+const BLOB_BYTES: usize = 75 * 1024 * 1024;
+
+/// A memory cgroup of our own, of either version.
+struct Group {
+    at: PathBuf,
+}
+
+impl Group {
+    fn new() -> Result<Group, String> {
+        let name = format!("ifnewer-crash-{}", std::process::id());
+        let (at, limit) = if PathBuf::from("/sys/fs/cgroup/memory").is_dir() {
+            (
+                PathBuf::from("/sys/fs/cgroup/memory").join(name),
+                "memory.limit_in_bytes",
+            )
+        } else {
+            (PathBuf::from("/sys/fs/cgroup").join(name), "memory.max")
+        };
+        std::fs::create_dir(&at)
+            .map_err(|error| format!("no memory cgroup can be made at {}: {error}", at.display()))?;
+        let group = Group { at };
+        std::fs::write(group.at.join(limit), LIMIT_BYTES.to_string())
+            .map_err(|error| format!("the memory cgroup takes no limit: {error}"))?;
+        Ok(group)
+    }
+
+    fn take(&self, process: u32) {
+        std::fs::write(self.at.join("cgroup.procs"), process.to_string()).unwrap();
+    }
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir(&self.at);
+    }
+}
+
+pub async fn campaign(pulls: u32) -> Result<String, String> {
+    let group = Group::new()?;
+    let upstream = Upstream::start().await;
+    let blobs: Vec<_> = (0..BLOBS)
+        .map(|seed| upstream.push_blob("library/demo", &noise(seed, BLOB_BYTES)))
+        .collect();
+    let proxy = Setup::over(&upstream)
+        .tail("[store]\nfree = \"0 B\"")
+        .start()
+        .await;
+    group.take(proxy.program().id());
+    let mut under_way = JoinSet::new();
+    for pull in 0..pulls {
+        let blob = &blobs[pull as usize % blobs.len()];
+        let ask = proxy.blob("library/demo", &blob.digest);
+        let bytes = blob.bytes.clone();
+        under_way.spawn(async move {
+            let mut flow = ask.stream().await;
+            assert_eq!(flow.status, 200);
+            for expected in bytes.chunks(1024 * 1024) {
+                assert!(flow.read(expected.len()).await == expected, "wrong bytes");
+            }
+        });
+    }
+    while let Some(pulled) = under_way.join_next().await {
+        pulled.unwrap();
+    }
+    assert_eq!(proxy.get("/v2/").await.status, 200, "it was killed");
+    drop(proxy);
+    Ok(format!(
+        "{pulls} pulls of {} MiB at once within {} MiB, not killed",
+        BLOB_BYTES / 1024 / 1024,
+        LIMIT_BYTES / 1024 / 1024
+    ))
+}
