@@ -87,21 +87,21 @@ impl From {
     fn part(&self, span: Span) -> Part {
         match self {
             Self::Memory(bytes) => Part::Memory(within(bytes, span)),
-            Self::File(file, buffers, events) => Part::File(File {
+            Self::File(file, buffers, events) => Part::File(Box::new(File {
                 from: Arc::clone(file),
                 position: span.start,
                 end: span.end_exclusive,
                 buffers: buffers.clone(),
                 events: events.clone(),
                 waiting: None,
-            }),
+            })),
         }
     }
 }
 
 enum Part {
     Memory(Bytes),
-    File(File),
+    File(Box<File>),
 }
 
 /// A [`Plan`] being carried out.
