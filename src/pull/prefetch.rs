@@ -80,20 +80,34 @@ impl Pull {
     }
 
     async fn prefetch_blob(self: &Arc<Self>, of: Wanted, digest: Digest) {
-        if !self.downloads.has_room() {
+        let is_held = matches!(self.store.blob(&digest), Ok(Some(_)));
+        if !is_held && !self.downloads.has_room() {
             return;
         }
-        // Held under another repository, or begun by a client meanwhile: theirs to go on with.
-        let Joined::Leader(leader) = self.downloads.join(digest) else {
-            return;
-        };
         let operation = Operation::Blob {
             repository: of.repository.clone(),
             digest: AnyDigest::Known(digest),
         };
-        let source = Upstreamed::new(self, Wanted { operation, ..of }, digest);
-        if let Err(failure) = leader.start(source).settled().await {
+        let wanted = Wanted { operation, ..of };
+        let settled = match self.downloads.join(digest) {
+            Joined::Leader(leader) => {
+                let source = Upstreamed::new(self, wanted.clone(), digest);
+                leader.start(source).settled().await.map(drop)
+            }
+            Joined::Follower(mut reader) => reader.settled().await.map(drop),
+            Joined::Held(_) => Ok(()),
+        };
+        if let Err(failure) = settled {
             tracing::debug!(%digest, %failure, "a blob could not be prefetched; it will be fetched when asked for");
+            return;
+        }
+        // It came here under another repository. Its client may have it from there as well and never ask: a base layer
+        // that many images share. Without the upstream's word that this repository has it too, the image is not whole.
+        if !self
+            .store
+            .has_seen(wanted.site.name(), &wanted.repository, &digest)
+        {
+            self.question(&wanted).landed().await;
         }
     }
 }

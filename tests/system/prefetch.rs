@@ -73,6 +73,41 @@ async fn what_is_held_is_not_fetched_ahead_again() {
     assert_eq!(upstream.blob_gets(&new.layer(1).digest), 1);
 }
 
+/// A client that has the base layer from another image never asks for it here, so nobody else would bring the proof.
+#[tokio::test]
+async fn a_layer_that_came_with_another_image_makes_this_one_whole_too() {
+    const OTHER: &str = "library/other";
+    let upstream = Upstream::start().await;
+    let demo = upstream.push(DEMO, "latest", Image::with_layers(&["base", "one"]));
+    let other = upstream.push(OTHER, "latest", Image::with_layers(&["base", "two"]));
+    let base = other.layer(0);
+    let proxy = Setup::over(&upstream).prefetching().start().await;
+    proxy.pull(DEMO, "latest", &demo).await;
+    proxy.until_kept(&base.digest).await;
+
+    proxy.manifest(OTHER, "latest").await.is_image(&other);
+    let of_base = format!("/v2/{OTHER}/blobs/{}", base.digest);
+    upstream
+        .until("the base layer to be asked about", |seen| {
+            seen.iter()
+                .any(|seen| seen.method == "HEAD" && seen.path == of_base)
+        })
+        .await;
+    proxy.until_kept(&other.layer(1).digest).await;
+    upstream.answers(|seen| seen.path.contains("/manifests/"), 503);
+    proxy
+        .until(
+            "the image to be whole",
+            |proxy| proxy.manifest(OTHER, "latest"),
+            |reply| reply.status == 200,
+        )
+        .await
+        .is_stale();
+    upstream.refuses();
+    proxy.blob(OTHER, &base.digest).await.is_blob(base);
+    assert_eq!(upstream.blob_gets(&base.digest), 1);
+}
+
 #[tokio::test]
 async fn a_rule_can_switch_it_off() {
     let upstream = Upstream::start().await;
