@@ -82,6 +82,8 @@ pub struct Request {
     pub now: SystemTime,
     /// How often something was written in the repository by then ([`Site::writes`]).
     pub writes: u64,
+    /// Whether a yes may lead the client to leave something out of a push, so that it must be the registry's.
+    pub for_push: bool,
 }
 
 /// What the client gets, before it is HTTP.

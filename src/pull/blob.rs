@@ -3,6 +3,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::task::spawn_blocking;
+
 use super::asking::Asked;
 use super::fetching::Wanted;
 use super::manifest::refused;
@@ -49,6 +51,9 @@ impl Pull {
         let copy = self.held_content(request, &digest);
         let situation = road.situation(copy.is_some());
         match (decide(&situation), copy) {
+            (Verdict::Serve(served), Some((_, size))) if request.for_push => {
+                road.for_push(&situation, size, served).await
+            }
             (Verdict::Serve(served), Some((bytes, size))) => road.serve(bytes, size, served),
             (Verdict::Refuse(refusal), _) => refused(refusal, None, false),
             (Verdict::Ask, copy) => road.after_asking(situation, copy).await,
@@ -112,6 +117,23 @@ impl Road<'_> {
             (Verdict::Refuse(refusal), _) => refused(refusal, asked.answer, is_own(asked.heard)),
             // The copy went away while the question was out.
             _ => self.fetch(situation).await,
+        }
+    }
+
+    /// A held blob may have been collected by the registry, and a push that leaves it out would fail there. While the
+    /// registry is silent there is no push to spoil.
+    async fn for_push(&self, situation: &Situation, size: u64, served: Served) -> Outcome {
+        let asked = self.ask(situation).await;
+        match asked.heard {
+            Heard::Absent => {
+                let (store, own) = (Arc::clone(&self.pull.store), Arc::clone(&self.request.site));
+                let (repository, digest) = (self.repository.clone(), self.digest);
+                let gone = spawn_blocking(move || store.note_gone(own.name(), &repository, &digest)).await;
+                super::asking::report(gone, "forget a blob that the registry no longer has");
+                refused(Refusal::Absent, asked.answer, false)
+            }
+            Heard::Refused(_) => refused(Refusal::Forbidden, asked.answer, is_own(asked.heard)),
+            _ => self.serve(Content::Head, size, served),
         }
     }
 

@@ -184,7 +184,10 @@ pub(super) fn read(head: &Parts, peer: &Peer, doors: &Doors, now: SystemTime) ->
         return Ok(Wanted::Knock(request(head, site, operation, now)?, door));
     };
     let operation = in_full(&site, operation, repository)?;
-    Ok(Wanted::Read(request(head, site, operation, now)?, door))
+    let mut request = request(head, site, operation, now)?;
+    // Who pushes asks so which layers the registry has already; who pulls has no need to.
+    request.for_push = request.head && matches!(request.operation, Operation::Blob { .. });
+    Ok(Wanted::Read(request, door))
 }
 
 fn request(head: &Parts, site: Arc<Site>, operation: Operation, now: SystemTime) -> Result<Request, Turned> {
@@ -199,6 +202,7 @@ fn request(head: &Parts, site: Arc<Site>, operation: Operation, now: SystemTime)
         authorization: authorization(&head.headers),
         now,
         writes,
+        for_push: false,
     })
 }
 

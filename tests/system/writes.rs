@@ -164,6 +164,30 @@ async fn who_asks_after_a_push_does_not_share_a_question_from_before_it() {
 }
 
 #[tokio::test]
+async fn a_push_does_not_leave_out_what_the_registry_has_collected() {
+    let (_hub, other, proxy) = two_upstreams().await;
+    let image = other.push("team/demo", "1", Image::with_layers(&["one"]));
+    proxy.pull("ghcr.io/team/demo", "1", &image).await;
+    let layer = blob_path("team/demo", &image.layer(0).digest);
+    let has = || ask(&proxy, "HEAD", &layer);
+    assert_eq!(has().await.status, 200);
+    other.refuses();
+    assert_eq!(
+        has().await.status,
+        200,
+        "while it is silent there is no push to spoil"
+    );
+    other.recovers();
+    other.deletes_blob("team/demo", &image.layer(0).digest);
+    // Whoever reads by a mirror door is served what is held; whoever may be pushing is told the registry's word.
+    let mirrored = blob_path("ghcr.io/team/demo", &image.layer(0).digest);
+    proxy.head(&mirrored).await.is_blob(image.layer(0));
+    assert_eq!(has().await.status, 404);
+    push(&proxy, "1", &image).await;
+    assert_eq!(has().await.status, 200);
+}
+
+#[tokio::test]
 async fn a_write_that_was_refused_changes_nothing() {
     let (_hub, other, proxy) = two_upstreams().await;
     let image = other.push("team/demo", "1", Image::with_layers(&["one"]));
