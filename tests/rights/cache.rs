@@ -142,6 +142,7 @@ impl Cache {
             authorization,
             now: now(),
             writes: 0,
+            for_push: false,
         };
         match self.pull.answer(request).await {
             Outcome::Manifest(manifest, _) => {
