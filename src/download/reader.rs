@@ -93,6 +93,20 @@ impl Reader {
         }
     }
 
+    /// Waits until there is something to read, or it is known that there will be nothing.
+    pub async fn begun(&mut self) -> Result<(), Arc<Failure>> {
+        let some = |progress: &Progress| match progress {
+            Progress::Opening => false,
+            Progress::Filling(_, readable) => *readable > 0,
+            Progress::Complete(..) | Progress::Failed(_) => true,
+        };
+        match self.progress.wait_for(some).await.as_deref() {
+            Ok(Progress::Failed(failure)) => Err(Arc::clone(failure)),
+            Ok(_) => Ok(()),
+            Err(_) => Err(Arc::new(Failure::Abandoned)),
+        }
+    }
+
     /// Waits until the blob is verified, or known not to be; its size.
     pub async fn settled(&mut self) -> Result<u64, Arc<Failure>> {
         let over = |progress: &Progress| matches!(progress, Progress::Complete(..) | Progress::Failed(_));

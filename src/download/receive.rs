@@ -23,6 +23,11 @@ pub(super) const QUEUE_CHUNKS_MAX: usize = 16;
 /// Resumptions in a row that brought no byte.
 const FRUITLESS_RESUMES_MAX: u32 = 7;
 
+/// Resumptions that every transfer may have; one that breaks more often must get further each time, by …
+const RESUMES_MIN: u64 = 64;
+/// … this much on average. Else an upstream that gives a few bytes at a time could keep a transfer for ever.
+const RESUME_BYTES_MIN: u64 = 16 * 1024;
+
 /// Before the first resumption; doubled for each fruitless one, up to …
 const RESUME_PAUSE: Duration = Duration::from_millis(100);
 /// … this. All of them together are some 20 s: a registry that restarts breaks no pull.
@@ -64,6 +69,8 @@ pub(super) struct Receiving<'a, S> {
     /// Whether the source was opened again.
     pub(super) resumed: bool,
     pub(super) fruitless: u32,
+    /// How often the source was opened again.
+    pub(super) resumes: u64,
 }
 
 impl<S: Source> Receiving<'_, S> {
@@ -90,7 +97,9 @@ impl<S: Source> Receiving<'_, S> {
             };
             let fruitful = self.received > before && !dripped;
             self.fruitless = if fruitful { 1 } else { self.fruitless + 1 };
-            if self.fruitless > FRUITLESS_RESUMES_MAX {
+            self.resumes += 1;
+            let is_worth_it = self.resumes <= RESUMES_MIN + self.received / RESUME_BYTES_MIN;
+            if self.fruitless > FRUITLESS_RESUMES_MAX || !is_worth_it {
                 return Err(Stopped::Upstream(cause));
             }
             tracing::debug!(received = self.received, %cause, "download broke; resuming");

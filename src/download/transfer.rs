@@ -161,6 +161,7 @@ async fn transfer<S: Source>(
         received: resumed.written,
         resumed: resumed.written > 0,
         fruitless: 0,
+        resumes: 0,
     };
     let writer = Writer {
         ingest: resumed.ingest,

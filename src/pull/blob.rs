@@ -21,6 +21,9 @@ use crate::upstream::Answer;
 /// How often one joins again after a leader failed on a right that was its own. Each time another leads.
 const JOINS_MAX: usize = 4;
 
+/// How long the answer with a blob waits for its first byte. Clients give up on an answer after 30 s.
+const BEGINS_WITHIN: Duration = Duration::from_secs(20);
+
 /// How long the answer with a blob of unknown size is kept back, in the hope to learn it. Clients give up on an answer
 /// after 30 s.
 const UNSIZED_WITHIN: Duration = Duration::from_secs(5);
@@ -302,7 +305,11 @@ async fn opened_with_size(reader: &mut Reader) -> Result<Option<u64>, Arc<Failur
     match reader.opened().await?.size {
         // Nothing of a small blob can be sent before it is verified, so its answer can still be an honest error.
         Some(size) if size <= WITHHELD_BYTES => reader.settled().await.map(Some),
-        Some(size) => Ok(Some(size)),
+        // As long as there is not a byte, an upstream that breaks off is still an honest error, and no 200 that cannot be kept.
+        Some(size) => match tokio::time::timeout(BEGINS_WITHIN, reader.begun()).await {
+            Ok(begun) => begun.map(|()| Some(size)),
+            Err(_) => Ok(Some(size)),
+        },
         // Many clients want a length, and neither the upstream nor a manifest has said it: if the transfer ends soon, it is known.
         None => match tokio::time::timeout(UNSIZED_WITHIN, reader.settled()).await {
             Ok(settled) => settled.map(Some),

@@ -9,13 +9,15 @@ use super::asking::Asked;
 use super::copies::{Copies, Copy};
 use super::fetching::Wanted;
 use super::{Context, How, Outcome, Pull, Reason, Refused, Request, passing};
-use crate::oci::manifest::MANIFEST_BYTES_MAX;
 use crate::oci::{AnyDigest, Cause, Digest, Reference, Repository, Tag};
 use crate::policy::rules::Rule;
 use crate::policy::{Heard, Refusal, Served, Situation, Standing, Subject, Verdict, Whose, Why, decide};
 use crate::store::manifests::HeldManifest;
 use crate::store::refs::TagKey;
 use crate::upstream::{Answer, Said};
+
+/// A manifest that is too large to be kept is passed on as it comes, up to this size. Larger ones, no client takes.
+const PASSED_MANIFEST_BYTES_MAX: u64 = 16 * 1024 * 1024;
 
 impl Pull {
     pub(super) async fn manifest(
@@ -31,7 +33,7 @@ impl Pull {
                 self.by_digest(request, repository, &context, digest).await
             }
             Reference::Digest(AnyDigest::Foreign(_)) => {
-                passing::unverifiable(request, &context.caller, MANIFEST_BYTES_MAX as u64).await
+                passing::unverifiable(request, &context.caller, PASSED_MANIFEST_BYTES_MAX).await
             }
         }
     }
@@ -270,6 +272,9 @@ impl<'a> Road<'a> {
         };
         match fetched {
             Ok(manifest) => self.fetched(manifest, why, situation, copies).await,
+            Err(answer) if answer.cause() == Cause::TooLarge && copies.is_none() => {
+                passing::unverifiable(self.request, &self.context.caller, PASSED_MANIFEST_BYTES_MAX).await
+            }
             Err(answer) => self.after_failed_fetch(situation, copies, answer),
         }
     }

@@ -5,11 +5,11 @@ use std::sync::Arc;
 use super::manifest::refused;
 use super::{Outcome, Request};
 pub use crate::download::Verifying as Passing;
-use crate::oci::{Cause, MediaType, Operation};
+use crate::oci::{Cause, MediaType, Operation, Reference};
 use crate::policy::Refusal;
 use crate::upstream::{Answer, Caller, Fetched, Said};
 
-/// An answer passed on as it comes, its digest being of an algorithm that cannot be verified here.
+/// An answer passed on as it comes: its digest is of an algorithm that cannot be verified here, or it is too large to be kept.
 pub struct Passed {
     /// The digest asked for, as written.
     pub digest: Option<String>,
@@ -30,7 +30,10 @@ pub(super) async fn unverifiable(request: &Request, caller: &Caller, size_max: u
         ..
     } = request;
     let digest = match operation {
-        Operation::Manifest { reference, .. } => Some(reference.to_string()),
+        Operation::Manifest {
+            reference: Reference::Digest(digest),
+            ..
+        } => Some(digest.to_string()),
         Operation::Blob { digest, .. } => Some(digest.to_string()),
         _ => None,
     };
@@ -53,7 +56,7 @@ pub(super) async fn unverifiable(request: &Request, caller: &Caller, size_max: u
             refused(Refusal::Silent(Cause::TooLarge), None, false)
         }
         Ok(fetched) => Outcome::Passed(Passed {
-            digest,
+            digest: digest.or(fetched.digest.map(|digest| digest.to_string())),
             media_type: fetched.media_type.clone(),
             size: fetched.length,
             body: Some(Box::new(fetched)),

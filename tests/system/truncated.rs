@@ -204,3 +204,16 @@ pub async fn heals(proxy: &Proxy, blob: &Blob) {
         .await
         .is_blob(blob);
 }
+
+#[tokio::test]
+async fn a_large_blob_that_breaks_before_its_first_byte_is_an_error_and_not_a_broken_answer() {
+    let upstream = Upstream::start().await;
+    let image = upstream.push("library/demo", "latest", Image::of_noise(9, 1024 * 1024));
+    let proxy = Proxy::over(&upstream).await;
+    proxy.manifest("library/demo", "latest").await;
+    upstream.truncates_blob_at(0);
+
+    let reply = proxy.blob("library/demo", &image.layer(0).digest).await;
+    reply.is_refused(502);
+    assert!(reply.message().contains("docker.io"), "{}", reply.message());
+}

@@ -247,3 +247,17 @@ async fn wrong_bytes_are_fetched_once_more_and_not_for_ever() {
     assert!(matches!(*failed, Failure::Wrong(Mismatch::Digest(_))), "{failed}");
     assert_eq!(script.asked(), [0, 300, 0]);
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_source_that_gives_a_few_bytes_at_a_time_is_left_in_the_end() {
+    let (downloads, script, blob) = (downloads(), Script::default(), content(MIB));
+    for from in (0..2000).step_by(10) {
+        script.breaking(from, MIB, &blob[from..from + 10]);
+    }
+    let reader = leader(&downloads, digest(&blob)).start(script.clone());
+    assert!(matches!(
+        &*stepped(failure(reader)).await,
+        Failure::Broken(Cause::Reset)
+    ));
+    assert_eq!(script.asked().len(), 65);
+}

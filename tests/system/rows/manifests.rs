@@ -304,3 +304,27 @@ async fn row_35_a_manifest_of_four_mebibytes_is_held() {
     upstream.refuses();
     proxy.pull("library/demo", "large", &image).await.is_stale();
 }
+
+#[tokio::test]
+async fn row_35_a_larger_manifest_passes_through_and_is_not_kept() {
+    let upstream = Upstream::start().await;
+    let image = upstream.push("library/demo", "larger", manifest_of(5 * 1024 * 1024));
+    let proxy = Proxy::over(&upstream).await;
+
+    for reference in ["larger", image.digest.as_str()] {
+        for _ in 0..2 {
+            let reply = proxy.manifest("library/demo", reference).await;
+            assert_eq!((reply.status, reply.whole), (200, true), "{reference}");
+            assert!(reply.body == image.manifest, "{reference}: other bytes");
+            assert_eq!(reply.header("content-type"), Some(image.media_type.as_str()));
+            assert_eq!(reply.header("docker-content-digest"), Some(image.digest.as_str()));
+            assert!(
+                reply.cache_status().contains("passed"),
+                "{}",
+                reply.cache_status()
+            );
+        }
+    }
+    upstream.refuses();
+    proxy.manifest("library/demo", "larger").await.is_unreachable();
+}
