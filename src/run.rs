@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::admin::Admin;
 use crate::clock::Clock;
-use crate::config::{self, Access, Config, Faults, Proxy, UpstreamConfig};
+use crate::config::{self, Access, Config, Credential, Faults, Proxy, UpstreamConfig};
 use crate::download::Downloads;
 use crate::event::Events;
 use crate::pull::{self, Pull, Site};
@@ -25,7 +25,7 @@ use crate::store::volume::Directory;
 use crate::store::{Limits as StoreLimits, OpenError, Settings as StoreSettings, Store};
 use crate::upstream::tunnel::Way;
 use crate::upstream::{
-    Connector, OriginError, OwnCredential, ProxyChoice, Settings, SettingsError, Upstream,
+    Connector, CredentialSource, OriginError, ProxyChoice, Settings, SettingsError, Upstream,
 };
 
 /// How long the end waits for downloads that no client waits for any more.
@@ -280,10 +280,12 @@ pub fn upstream(
         Proxy::None => ProxyChoice::None,
         Proxy::Url(url) => ProxyChoice::Url(url.clone()),
     };
-    settings.credential = config
-        .credential
-        .as_ref()
-        .map(|own| OwnCredential::new(own.username.clone(), own.password.as_str()));
+    settings.credential = config.credential.as_ref().map(|own| match own.clone() {
+        Credential::Password { username, file } => CredentialSource::PasswordFile { username, path: file },
+        Credential::DockerConfig(path) => CredentialSource::DockerConfig { path },
+        Credential::Helper(name) => CredentialSource::Helper(name),
+    });
+    settings.hosts.clone_from(&config.hosts);
     Upstream::new(settings, connector).map_err(refused)
 }
 

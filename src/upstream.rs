@@ -36,6 +36,7 @@ mod limits;
 mod line;
 mod location;
 pub mod origin;
+mod own;
 pub mod pass;
 mod question;
 mod quirk;
@@ -51,9 +52,12 @@ pub use dial::{Connector, Dial, DialError, Dialled, Dialling, Stream, TlsError};
 pub use fetched::{Address, Fetched, Part};
 pub use limits::{Allowance, Who};
 pub use origin::{Origin, OriginError};
+pub use own::{
+    CredentialSource, DockerConfig, DockerConfigError, HelperName, HelperNameError, OwnCredential,
+};
 pub use quirk::Quirk;
 pub use route::{ProxyChoice, ProxyError};
-pub use settings::{Caller, Credential, FETCHES_MAX, OwnCredential, Settings, SettingsError, Timeouts};
+pub use settings::{Caller, Credential, FETCHES_MAX, Settings, SettingsError, Timeouts};
 
 use breaker::Breaker;
 use client::{Follow, Http, Request};
@@ -61,6 +65,7 @@ use client::{Follow, Http, Request};
 use exchange::Exchange;
 use limits::{Lane, Limits};
 use line::{Line, LineSettings};
+use own::Own;
 use question::Question;
 use quirk::Quirks;
 use route::Routes;
@@ -139,10 +144,16 @@ impl Upstream {
             private_redirects: settings.private_redirects,
             patience: settings.timeouts.connect,
         };
+        let address = settings.urls.first().map(|url| url.authority().to_string());
+        let names = [settings.name.clone()]
+            .into_iter()
+            .chain(settings.hosts)
+            .chain(address)
+            .collect();
         let exchange = Exchange {
             http: Http::new(Line::new(connector, line)?),
             tokens: Tokens::new(settings.token_hosts, settings.timeouts.token),
-            own: settings.credential,
+            own: settings.credential.map(|source| Own::new(source, names)),
             headers_within: settings.timeouts.headers,
         };
         let passing = pass::client(exchange.http.line());

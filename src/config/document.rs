@@ -6,7 +6,7 @@ use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
 use super::fault::{At, Report};
-use super::keys::{KEYS, NOT_YET, Section};
+use super::keys::{KEYS, Section};
 use super::table::{Entry, Table};
 use super::value::nearest;
 
@@ -183,16 +183,8 @@ fn put(table: &mut Table, name: &str, at: &At, value: &Spanned<DeValue<'_>>, rep
         return;
     }
     let path = table.path(name);
-    let not_yet = NOT_YET
-        .iter()
-        .find(|(section, key, _)| *section == table.section && *key == name);
-    let (message, help) = match not_yet {
-        Some((_, _, instead)) => (
-            format!("this version does not know `{name}` yet"),
-            (*instead).to_owned(),
-        ),
-        None => (format!("unknown key `{name}`"), suggestion(table.section, name)),
-    };
+    let message = format!("unknown key `{name}`");
+    let help = suggestion(table.section, name);
     report.tell(at, path, message, Some(help));
 }
 

@@ -160,6 +160,8 @@ pub const KEYS: &[Key] = &[
     key(Upstream, "access", Some(r#""proven""#), "Whose right counts: \"proven\", each client's own; or \"shared\", whoever reaches the listener is entitled."),
     key(Upstream, "username", None, "The user of the proxy's own credential there; needs `password_file` and access = \"shared\"."),
     key(Upstream, "password_file", None, "The file with the password of `username`."),
+    key(Upstream, "docker_config", None, "Docker's config.json with the proxy's own credentials, by host and path, and credential helpers; needs access = \"shared\"."),
+    key(Upstream, "credential_helper", None, "The helper that gives the proxy's own credential: \"ecr-login\" for docker-credential-ecr-login; needs access = \"shared\"."),
     key(Upstream, "ca_file", None, "PEM certificates to trust there, besides the system's."),
     key(Upstream, "proxy", Some(r#""environment""#), "The proxy on the way there: \"environment\" (HTTPS_PROXY, NO_PROXY), \"none\" or a URL."),
     key(Upstream, "connect_timeout", Some(r#""3s""#), "How long a connection may take to come about."),
@@ -196,16 +198,6 @@ pub const KEYS: &[Key] = &[
     key(Limits, "idle_timeout", Some(r#""60s""#), "How long a connection may be without a request."),
     key(Limits, "write_timeout", Some(r#""60s""#), "How long a client may go without taking a single byte of an answer."),
     key(Limits, "drain", Some(r#""30s""#), "How long requests under way may take to end after SIGTERM."),
-];
-
-/// Keys that are planned but not built: named, so that whoever writes one learns that it is not a typing error.
-pub(super) const NOT_YET: &[(Section, &str, &str)] = &[
-    (Upstream, "docker_config", "use `username` and `password_file`"),
-    (
-        Upstream,
-        "credential_helper",
-        "use `username` and `password_file`",
-    ),
 ];
 
 /// Short forms of variables, named like the flags.

@@ -81,7 +81,7 @@ fn write_upstream(f: &mut Formatter<'_>, upstream: &UpstreamConfig, rule: &Rule)
     match (upstream.access, &upstream.credential) {
         (Access::Proven, _) => {}
         (Access::Shared, None) => f.write_str(", shared")?,
-        (Access::Shared, Some(credential)) => write!(f, ", shared, as {}", credential.username)?,
+        (Access::Shared, Some(credential)) => write!(f, ", shared, as {credential}")?,
     }
     match &upstream.proxy {
         Proxy::Environment => {}

@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::io::Read;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,6 +16,7 @@ use super::keys::Section;
 use super::table::Table;
 use super::{address, names, value};
 use crate::policy::rules::Changes;
+use crate::upstream::{DockerConfig, HelperName};
 
 /// Longest file that is read whole: a password, a bundle of certificates.
 const FILE_BYTES_MAX: u64 = 4 * 1024 * 1024;
@@ -81,20 +82,30 @@ pub enum Access {
     Shared,
 }
 
-/// The proxy's own credential. The password is overwritten in memory when it is dropped, and never printed.
-#[derive(Clone, PartialEq, Eq)]
-pub struct Credential {
-    /// The user.
-    pub username: String,
-    /// Its password, or a token.
-    pub password: Zeroizing<String>,
+/// Where the proxy's own credential comes from. What is secret about it is read where it is used, again and again.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Credential {
+    /// A user, and the file with its password or token.
+    Password {
+        /// The user.
+        username: String,
+        /// The file.
+        file: PathBuf,
+    },
+    /// Docker's `config.json`: credentials by host and path, and credential helpers.
+    DockerConfig(PathBuf),
+    /// A credential helper.
+    Helper(HelperName),
 }
 
-impl fmt::Debug for Credential {
+/// As `ifnewer check` shows it.
+impl fmt::Display for Credential {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Credential")
-            .field("username", &self.username)
-            .finish_non_exhaustive()
+        match self {
+            Self::Password { username, .. } => f.write_str(username),
+            Self::DockerConfig(path) => write!(f, "{} says", path.display()),
+            Self::Helper(name) => write!(f, "{name} says"),
+        }
     }
 }
 
@@ -259,60 +270,83 @@ fn hosts(table: &Table, report: &mut Report<'_>) -> Result<Vec<(At, String)>, To
         .collect())
 }
 
+/// The three ways to give one; at most one of them.
+const CREDENTIAL_KEYS: [&str; 4] = ["username", "password_file", "docker_config", "credential_helper"];
+
 fn credential(table: &Table, access: Access, report: &mut Report<'_>) -> Result<Option<Credential>, Told> {
     let username = table.text_if_set(report, "username", &value::USERNAME);
     let file = table.text_if_set(report, "password_file", &value::PATH);
-    let (username, file) = match (username?, file?) {
-        (None, None) => return Ok(None),
-        (Some(username), Some(file)) => (username, file),
-        (username, _) => {
+    let docker = table.text_if_set(report, "docker_config", &value::PATH);
+    let helper = table.text_if_set(report, "credential_helper", &value::HELPER);
+    let given = |key: &&str| table.is_given(key);
+    match (username?, file?, docker?, helper?) {
+        (None, None, None, None) => Ok(None),
+        (Some(username), Some(file), None, None) => {
+            refuse_unshared(table, access, "username", report)?;
+            let file = password_file(table, file, report)?;
+            Ok(Some(Credential::Password { username, file }))
+        }
+        (None, None, Some(file), None) => {
+            refuse_unshared(table, access, "docker_config", report)?;
+            docker_config(table, file, report).map(|file| Some(Credential::DockerConfig(file)))
+        }
+        (None, None, None, Some(helper)) => {
+            refuse_unshared(table, access, "credential_helper", report)?;
+            Ok(Some(Credential::Helper(helper)))
+        }
+        (username, file, None, None) if username.is_some() != file.is_some() => {
             let (given, missing) = if username.is_some() {
                 ("username", "password_file")
             } else {
                 ("password_file", "username")
             };
             let message = format!("`{given}` without `{missing}`");
-            return Err(report.tell(
-                table.at(given),
-                table.path(given),
-                message,
-                Some(format!("add `{missing}`")),
-            ));
+            let help = Some(format!("add `{missing}`"));
+            Err(report.tell(table.at(given), table.path(given), message, help))
         }
+        _ => {
+            let keys: Vec<_> = CREDENTIAL_KEYS.into_iter().filter(given).collect();
+            let last = keys.last().copied().unwrap_or_default();
+            let message = format!("several credentials for one upstream: {}", keys.join(", "));
+            let help = "keep one of: `username` with `password_file`, `docker_config`, `credential_helper`"
+                .to_owned();
+            Err(report.tell(table.at(last), table.path(last), message, Some(help)))
+        }
+    }
+}
+
+fn refuse_unshared(table: &Table, access: Access, key: &str, report: &mut Report<'_>) -> Result<(), Told> {
+    if access == Access::Shared {
+        return Ok(());
+    }
+    let message = "a credential of the proxy's own would open this upstream's private images to every client";
+    let help = "if everyone who reaches the listener may read them, add access = \"shared\"; else remove the \
+                credential, and clients use their own";
+    Err(report.tell(table.at(key), table.path(key), message, Some(help.to_owned())))
+}
+
+fn password_file(table: &Table, file: PathBuf, report: &mut Report<'_>) -> Result<PathBuf, Told> {
+    const KEY: &str = "password_file";
+    let text = Zeroizing::new(read_file(table, KEY, &file, report)?);
+    let message = match std::str::from_utf8(&text).map(|text| text.trim_end_matches(['\r', '\n'])) {
+        Ok("") => "the file is empty",
+        Ok(_) => return Ok(report.resolve(table.at(KEY), file)),
+        Err(_) => "the file is not text",
     };
-    if access != Access::Shared {
-        let message =
-            "a credential of the proxy's own would open this upstream's private images to every client";
-        let help = "if everyone who reaches the listener may read them, add access = \"shared\"; else remove the \
-                    credential, and clients use their own";
-        return Err(report.tell(
-            table.at("username"),
-            table.path("username"),
-            message,
-            Some(help.to_owned()),
-        ));
-    }
-    let bytes = read_file(table, "password_file", &file, report)?;
-    let text = Zeroizing::new(bytes);
-    let password = std::str::from_utf8(&text).map(|text| text.trim_end_matches(['\r', '\n']));
-    match password {
-        Ok(password) if !password.is_empty() => Ok(Some(Credential {
-            username,
-            password: Zeroizing::new(password.to_owned()),
-        })),
-        Ok(_) => Err(report.tell(
-            table.at("password_file"),
-            table.path("password_file"),
-            "the file is empty",
-            None,
-        )),
-        Err(_) => Err(report.tell(
-            table.at("password_file"),
-            table.path("password_file"),
-            "the file is not text",
-            None,
-        )),
-    }
+    Err(report.tell(table.at(KEY), table.path(KEY), message, None))
+}
+
+fn docker_config(table: &Table, file: PathBuf, report: &mut Report<'_>) -> Result<PathBuf, Told> {
+    const KEY: &str = "docker_config";
+    let text = Zeroizing::new(read_file(table, KEY, &file, report)?);
+    let message = match std::str::from_utf8(&text).map(DockerConfig::read) {
+        Ok(Ok(_)) => return Ok(report.resolve(table.at(KEY), file)),
+        Ok(Err(error)) => error.to_string(),
+        Err(_) => "the file is not text".to_owned(),
+    };
+    let help =
+        "it should be what `docker login` writes: {\"auths\": {\"host\": {\"auth\": \"…\"}}}".to_owned();
+    Err(report.tell(table.at(KEY), table.path(KEY), message, Some(help)))
 }
 
 fn roots(table: &Table, report: &mut Report<'_>) -> Result<Vec<Vec<u8>>, Told> {

@@ -12,6 +12,7 @@ use super::network::{Network, Tunnel, network, tunnel};
 use super::{Access, Admin, LogFormat, Plain, Proxy};
 use crate::policy::rules::{Pattern, Staleness};
 use crate::policy::{Absence, Policy};
+use crate::upstream::{HelperName, HelperNameError};
 
 /// A value that is written as text.
 pub(super) struct Text<T> {
@@ -249,6 +250,16 @@ pub(super) const USERNAME: Text<String> = Text {
             "the password goes into a file, named by `password_file`",
         ),
         text => Ok(text.to_owned()),
+    },
+};
+
+pub(super) const HELPER: Text<HelperName> = Text {
+    expected: "the name of a credential helper",
+    example: r#""ecr-login""#,
+    parse: |text| {
+        let help = r#"write what follows `docker-credential-` in the program's name, as in "ecr-login""#;
+        text.parse()
+            .or_else(|error: HelperNameError| wrong(error.to_string(), help))
     },
 };
 

@@ -32,6 +32,8 @@ pub enum Cause {
     Status(u16),
     /// Its token service gave no token.
     TokenService,
+    /// The cache's own credential for it could not be had.
+    OwnCredential,
     /// Its answer cannot be understood.
     Malformed,
     /// Its answer is larger than the limit.
@@ -62,6 +64,7 @@ impl Cause {
             Self::RateLimited => "rate-limited",
             Self::Status(_) => "status",
             Self::TokenService => "token-service",
+            Self::OwnCredential => "own-credential",
             Self::Malformed => "malformed",
             Self::TooLarge => "too-large",
             Self::Redirects => "redirects",
@@ -88,6 +91,7 @@ impl fmt::Display for Cause {
             Self::RateLimited => "limits the rate of requests (429)",
             Self::Status(status) => return write!(f, "answered {status}"),
             Self::TokenService => "has a token service that gave no token",
+            Self::OwnCredential => "could not be asked, for the cache's own credential could not be had",
             Self::Malformed => "gave an answer that makes no sense",
             Self::TooLarge => "gave an answer larger than the limit",
             Self::Redirects => "redirected too often or to a forbidden place",

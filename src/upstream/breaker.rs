@@ -101,6 +101,7 @@ fn counts(cause: Cause) -> bool {
         | Cause::Redirects
         | Cause::WrongDigest
         | Cause::Offline
+        | Cause::OwnCredential
         | Cause::Busy => false,
     }
 }

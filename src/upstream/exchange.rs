@@ -13,8 +13,9 @@ use http::{HeaderMap, HeaderValue, Method, StatusCode, Uri};
 use super::answer::{Answer, Said};
 use super::client::{Follow, Http, Reply, Request};
 use super::origin::Origin;
+use super::own::{Own, OwnCredential};
 use super::token::{Holder, HolderKind, Key, Login, Remembered, TokenFailure, Tokens};
-use super::{Caller, Credential, OwnCredential};
+use super::{Caller, Credential};
 use crate::oci::accept::Accept;
 use crate::oci::cause::Cause;
 use crate::oci::challenge::Challenge;
@@ -32,7 +33,7 @@ const ERROR_BODY_WITHIN: Duration = Duration::from_secs(5);
 pub(super) struct Exchange {
     pub(super) http: Http,
     pub(super) tokens: Tokens,
-    pub(super) own: Option<OwnCredential>,
+    pub(super) own: Option<Own>,
     /// From a request to its answer's headers, redirects included.
     pub(super) headers_within: Duration,
 }
@@ -104,18 +105,42 @@ impl<'a> LoginKind<'a> {
 }
 
 impl Exchange {
-    /// Asks, and once more after a short wait if the registry stumbled (5xx without a `Retry-After`).
+    /// Asks. If the proxy's own credential is refused and there is a newer one by now, asks once more with that.
     pub(super) async fn ask(
         &self,
         origin: &Origin,
         caller: &Caller,
         ask: &Ask<'_>,
     ) -> Result<Reply, Box<Refusal>> {
-        let first = self.authorised(origin, caller, ask).await;
+        let (Credential::Own, Some(own)) = (&caller.credential, &self.own) else {
+            return self.ask_as(origin, caller, None, ask).await;
+        };
+        let repository = ask.operation.repository();
+        let unavailable = |_| silent(Cause::OwnCredential);
+        let credential = own.current(repository).await.map_err(unavailable)?;
+        let first = self.ask_as(origin, caller, credential.as_deref(), ask).await;
+        if let (Err(refusal), Some(used)) = (&first, &credential)
+            && refusal.answer.said == Said::Forbidden
+            && let Some(renewed) = own.renewed(repository, used).await
+        {
+            return self.ask_as(origin, caller, Some(&renewed), ask).await;
+        }
+        first
+    }
+
+    /// Asks, and once more after a short wait if the registry stumbled (5xx without a `Retry-After`).
+    async fn ask_as(
+        &self,
+        origin: &Origin,
+        caller: &Caller,
+        own: Option<&OwnCredential>,
+        ask: &Ask<'_>,
+    ) -> Result<Reply, Box<Refusal>> {
+        let first = self.authorised(origin, caller, own, ask).await;
         match &first {
             Err(refusal) if stumbled(&refusal.answer) => {
                 tokio::time::sleep(jitter()).await;
-                self.authorised(origin, caller, ask).await
+                self.authorised(origin, caller, own, ask).await
             }
             Ok(_) | Err(_) => first,
         }
@@ -125,12 +150,13 @@ impl Exchange {
         &self,
         origin: &Origin,
         caller: &Caller,
+        own: Option<&OwnCredential>,
         ask: &Ask<'_>,
     ) -> Result<Reply, Box<Refusal>> {
         let uri = origin
             .join(&ask.operation.path_and_query())
             .ok_or_else(|| silent(Cause::Malformed))?;
-        let standing = self.standing(caller);
+        let standing = standing(caller, own);
         let Some((holder, login)) = standing.exchange else {
             return self.resolved(&uri, ask, standing.header.as_ref()).await;
         };
@@ -207,35 +233,6 @@ impl Exchange {
         }
     }
 
-    fn standing<'a>(&'a self, caller: &'a Caller) -> Standing<'a> {
-        let holder = |kind| Holder {
-            kind,
-            principal: caller.principal,
-        };
-        match (&caller.credential, &self.own) {
-            (Credential::Own, Some(own)) => Standing {
-                header: (!own.is_identity_token()).then(|| own.basic()),
-                exchange: Some((holder(HolderKind::Own), LoginKind::Own(own))),
-            },
-            (Credential::Anonymous, _) | (Credential::Own, None) => Standing {
-                header: None,
-                exchange: Some((holder(HolderKind::Anonymous), LoginKind::Anonymous)),
-            },
-            (Credential::Client(header), _) => {
-                let basic = header
-                    .as_bytes()
-                    .get(..6)
-                    .is_some_and(|scheme| scheme.eq_ignore_ascii_case(b"basic "));
-                let mut sent = header.clone();
-                sent.set_sensitive(true);
-                Standing {
-                    header: Some(sent),
-                    exchange: basic.then(|| (holder(HolderKind::Client), LoginKind::Basic(header))),
-                }
-            }
-        }
-    }
-
     fn key(&self, origin: &Origin, refusal: &Refusal, ask: &Ask<'_>, holder: Holder) -> Option<Key> {
         refusal.challenges.iter().find_map(|challenge| {
             let Challenge::Bearer { realm, service, scopes, .. } = challenge else { return None };
@@ -297,6 +294,42 @@ impl Exchange {
             return Ok(reply);
         }
         Err(refusal(ask, reply).await)
+    }
+}
+
+/// `own`: the proxy's own credential for what is asked, where there is one.
+fn standing<'a>(caller: &'a Caller, own: Option<&'a OwnCredential>) -> Standing<'a> {
+    let holder = |kind| Holder {
+        kind,
+        principal: caller.principal,
+    };
+    match (&caller.credential, own) {
+        (Credential::Own, Some(own)) => Standing {
+            header: (!own.is_identity_token()).then(|| own.basic()),
+            exchange: Some((
+                Holder {
+                    kind: HolderKind::Own,
+                    principal: own.holder(),
+                },
+                LoginKind::Own(own),
+            )),
+        },
+        (Credential::Anonymous, _) | (Credential::Own, None) => Standing {
+            header: None,
+            exchange: Some((holder(HolderKind::Anonymous), LoginKind::Anonymous)),
+        },
+        (Credential::Client(header), _) => {
+            let basic = header
+                .as_bytes()
+                .get(..6)
+                .is_some_and(|scheme| scheme.eq_ignore_ascii_case(b"basic "));
+            let mut sent = header.clone();
+            sent.set_sensitive(true);
+            Standing {
+                header: Some(sent),
+                exchange: basic.then(|| (holder(HolderKind::Client), LoginKind::Basic(header))),
+            }
+        }
     }
 }
 

@@ -1,16 +1,15 @@
-//! What an upstream is told from outside: its settings, and on whose behalf it is asked. Secrets in here are wiped when
-//! dropped and never shown.
+//! What an upstream is told from outside: its settings, and on whose behalf it is asked. Secrets in here are never
+//! shown.
 
 use std::fmt;
 use std::time::Duration;
 
 use http::HeaderValue;
-use zeroize::Zeroizing;
 
 use super::dial::TlsError;
 use super::origin::Origin;
+use super::own::CredentialSource;
 use super::route::{ProxyChoice, ProxyError};
-use super::token;
 
 /// What an upstream is, as configured.
 pub struct Settings {
@@ -22,8 +21,10 @@ pub struct Settings {
     pub roots: Vec<Vec<u8>>,
     /// The proxy it is reached through.
     pub proxy: ProxyChoice,
-    /// Our own account, used by callers with [`Credential::Own`].
-    pub credential: Option<OwnCredential>,
+    /// Where our own credential comes from, used for callers with [`Credential::Own`].
+    pub credential: Option<CredentialSource>,
+    /// Further host names that mean this upstream, by which a credential may be found.
+    pub hosts: Vec<String>,
     /// Hosts a token realm may be on besides the upstream's own host and site.
     pub token_hosts: Vec<String>,
     /// A public upstream may redirect into the private network (storage behind split DNS). Off by default.
@@ -45,6 +46,7 @@ impl Settings {
             roots: Vec::new(),
             proxy: ProxyChoice::default(),
             credential: None,
+            hosts: Vec::new(),
             token_hosts: Vec::new(),
             private_redirects: false,
             timeouts: Timeouts::default(),
@@ -79,44 +81,6 @@ impl Default for Timeouts {
             idle: seconds(30),
             token: seconds(10),
         }
-    }
-}
-
-/// A user name and password of our own. Wiped when dropped, never shown.
-pub struct OwnCredential {
-    username: String,
-    password: Zeroizing<String>,
-}
-
-impl OwnCredential {
-    /// `username` `<token>` means that the password is an identity (refresh) token, as docker's configuration has it.
-    pub fn new(username: impl Into<String>, password: impl Into<String>) -> OwnCredential {
-        OwnCredential {
-            username: username.into(),
-            password: Zeroizing::new(password.into()),
-        }
-    }
-
-    pub(super) fn username(&self) -> &str {
-        &self.username
-    }
-
-    pub(super) fn password(&self) -> &str {
-        &self.password
-    }
-
-    pub(super) fn is_identity_token(&self) -> bool {
-        self.username == "<token>"
-    }
-
-    pub(super) fn basic(&self) -> HeaderValue {
-        token::basic(&self.username, &self.password)
-    }
-}
-
-impl fmt::Debug for OwnCredential {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("OwnCredential")
     }
 }
 

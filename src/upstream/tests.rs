@@ -95,7 +95,7 @@ pub(super) fn accept() -> Accept {
 #[test]
 fn nothing_that_is_shown_contains_a_credential() {
     let settings = Settings {
-        credential: Some(OwnCredential::new("robot", "canary")),
+        credential: Some(OwnCredential::new("robot", "canary").into()),
         ..Settings::new("a", vec!["https://a.example".parse().unwrap()])
     };
     let shown = format!("{:?} {:?}", settings.credential, client("Basic canary"));

@@ -14,11 +14,12 @@ use http::header::{AUTHORIZATION, CONTENT_TYPE};
 use http::{HeaderMap, HeaderValue, Method, StatusCode, Uri};
 use quick_cache::sync::Cache;
 use tokio::time::Instant;
+use zeroize::Zeroizing;
 
-use super::OwnCredential;
 use super::answer::wait_of;
 use super::client::{Follow, Http, Reply, Request};
 use super::origin::Origin;
+use super::own::OwnCredential;
 use crate::oci::cause::Cause;
 use crate::oci::name::Repository;
 
@@ -79,9 +80,23 @@ pub(super) enum TokenFailure {
 }
 
 struct Token {
-    /// `Bearer …`, marked sensitive.
-    header: HeaderValue,
+    /// `Bearer …`. Wiped when dropped; the header made of it for a request is not ours for long.
+    text: Zeroizing<String>,
     usable_until: Instant,
+}
+
+impl Token {
+    /// Marked sensitive.
+    fn header(&self) -> HeaderValue {
+        // It was a legal header value when it was read.
+        let mut header = HeaderValue::from_str(&self.text).unwrap_or_else(|_| HeaderValue::from_static(""));
+        header.set_sensitive(true);
+        header
+    }
+
+    fn is(&self, header: Option<&HeaderValue>) -> bool {
+        header.is_some_and(|header| header.as_bytes() == self.text.as_bytes())
+    }
 }
 
 /// One key's token, and the flight that fetches it.
@@ -160,8 +175,8 @@ impl Tokens {
         let seen = slot.fetches.load(Ordering::Acquire);
         let mut state = slot.state.lock().await;
         match &*state {
-            Ok(Some(token)) if token.usable_until > Instant::now() && Some(&token.header) != rejected => {
-                return Ok(token.header.clone());
+            Ok(Some(token)) if token.usable_until > Instant::now() && !token.is(rejected) => {
+                return Ok(token.header());
             }
             Err(failure) if slot.fetches.load(Ordering::Acquire) != seen => return Err(failure.clone()),
             Ok(_) | Err(_) => {}
@@ -170,10 +185,7 @@ impl Tokens {
         if let Ok(mut silent) = self.silent_realm.lock() {
             *silent = matches!(fetched, Err(TokenFailure::Silent)).then(|| key.realm.clone());
         }
-        let header = fetched
-            .as_ref()
-            .map(|token| token.header.clone())
-            .map_err(Clone::clone);
+        let header = fetched.as_ref().map(Token::header).map_err(Clone::clone);
         *state = fetched.map(Some);
         slot.fetches.fetch_add(1, Ordering::Release);
         header
@@ -306,9 +318,9 @@ impl Tokens {
             .collect(TOKEN_BODY_BYTES_MAX, self.within)
             .await
             .map_err(|_| TokenFailure::Silent)?;
-        let (header, life) = parse(&body).ok_or(TokenFailure::Silent)?;
+        let (text, life) = parse(&body).ok_or(TokenFailure::Silent)?;
         Ok(Token {
-            header,
+            text,
             usable_until: Instant::now() + life.saturating_sub(REFRESH_BEFORE),
         })
     }

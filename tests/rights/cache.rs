@@ -90,7 +90,7 @@ impl Cache {
         let upstream = |name: &str, own: Option<OwnCredential>| {
             let mut settings = Settings::new(name, vec![format!("http://{name}").parse().unwrap()]);
             settings.proxy = ProxyChoice::None;
-            settings.credential = own;
+            settings.credential = own.map(Into::into);
             let connector = Connector::with_dial(parts.registry.dial());
             Arc::new(Upstream::new(settings, &connector).unwrap())
         };

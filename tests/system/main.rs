@@ -42,6 +42,7 @@ mod listening;
 mod lock;
 mod malformed;
 mod newer;
+mod own_credentials;
 mod policies;
 mod prefetch;
 mod promise;

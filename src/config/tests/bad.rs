@@ -35,7 +35,10 @@ fn every_mistake_is_told_with_its_place() {
         ("\n[default]\n  polcy = \"always\"", "3:3: unknown key `polcy`"),
         ("[defualt]\npolicy = \"always\"", "1:2: unknown key `defualt`"),
         ("[listen]\ndefault_upstream = \"ghcr.io\"", "2:1: unknown key `default_upstream`"),
-        ("[upstream.\"ghcr.io\"]\ndocker_config = \"x\"", "2:1: this version does not know `docker_config` yet"),
+        ("[upstream.\"ghcr.io\"]\ncredential_helper = \"ecr-login\"", "2:21: a credential of the proxy's own would open this upstream's private images to every client"),
+        ("[upstream.\"ghcr.io\"]\naccess = \"shared\"\ncredential_helper = \"../evil\"", "3:21: the name of a credential helper has letters, digits, `-`, `_` and `.` only"),
+        ("[upstream.\"ghcr.io\"]\naccess = \"shared\"\ncredential_helper = \"a\"\ndocker_config = \"b\"", "3:21: several credentials for one upstream: docker_config, credential_helper"),
+        ("[upstream.\"ghcr.io\"]\ndocker_config = \"x\"", "2:17: a credential of the proxy's own would open this upstream's private images to every client"),
         ("[upstream.\"ghcr.io\"]\npassword = \"x\"", "2:1: unknown key `password`"),
         ("[[rule]]\nimages = [\"*\"]\ngrant = \"5m\"", "3:1: unknown key `grant`"),
         // Sections of the wrong shape.

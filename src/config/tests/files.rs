@@ -1,6 +1,6 @@
 //! The files that a configuration names.
 
-use crate::config::Config;
+use crate::config::{Config, Credential};
 
 #[test]
 fn a_credential_is_read_from_its_file_and_never_printed() {
@@ -10,13 +10,51 @@ fn a_credential_is_read_from_its_file_and_never_printed() {
         "[upstream.\"ghcr.io\"]\naccess = \"shared\"\nusername = \"robot\"\npassword_file = \"password\"";
     let config = Config::read(text, &folder.path().join("ifnewer.toml")).unwrap();
     let credential = config.upstream("ghcr.io").unwrap().credential.as_ref().unwrap();
-    assert_eq!(
-        (credential.username.as_str(), credential.password.as_str()),
-        ("robot", "s3cret")
-    );
+    let file = folder.path().join("password");
+    let username = "robot".to_owned();
+    assert_eq!(*credential, Credential::Password { username, file });
     assert!(!format!("{config:?}").contains("s3cret"));
     assert!(config.summary().to_string().contains("shared, as robot"));
     assert!(!config.summary().to_string().contains("s3cret"));
+}
+
+#[test]
+fn what_is_wrong_with_dockers_configuration_is_told_and_none_of_it_shown() {
+    let folder = tempfile::tempdir().unwrap();
+    let text = "[upstream.\"ghcr.io\"]\naccess = \"shared\"\ndocker_config = \"config.json\"";
+    let told = |content: &str| {
+        std::fs::write(folder.path().join("config.json"), content).unwrap();
+        let read = Config::read(text, &folder.path().join("ifnewer.toml"));
+        read.map(|config| config.summary().to_string())
+            .map_err(|faults| faults.to_string())
+    };
+    assert!(
+        told(r#"{"auths":{"ghcr.io":{"auth":"cm9ib3Q6czNjcmV0"}}}"#)
+            .unwrap()
+            .contains("config.json says")
+    );
+    for (content, why) in [
+        (
+            "{\"auths\":{\"ghcr.io\":{\"auth\":\"s3cret",
+            "line 1 is not what docker writes",
+        ),
+        (
+            r#"{"auths":{"ghcr.io":{"auth":"czNjcmV0"}}}"#,
+            "`auth` of `ghcr.io` is not the base64",
+        ),
+        (
+            r#"{"credHelpers":{"ghcr.io":"/bin/s3cret x"}}"#,
+            "cannot be the name of a credential helper",
+        ),
+    ] {
+        let faults = told(content).unwrap_err();
+        assert!(faults.contains(why), "{faults}");
+    }
+    assert!(
+        !told(r#"{"auths":{"ghcr.io":{"auth":"czNjcmV0"}}}"#)
+            .unwrap_err()
+            .contains("czNjcmV0")
+    );
 }
 
 #[test]

@@ -184,7 +184,7 @@ async fn our_own_account_is_used_only_for_callers_that_say_so() {
     let registry = Registry::start(bearer).await;
     let own = OwnCredential::new("robot", "secret");
     let settings = Settings {
-        credential: Some(own),
+        credential: Some(own.into()),
         ..settings(&[&registry])
     };
     let upstream = Upstream::new(settings, &Connector::system()).unwrap();
@@ -223,7 +223,7 @@ async fn our_own_account_is_posted_where_the_realm_has_no_get() {
     .await;
     let own = OwnCredential::new("robot", "a&b");
     let settings = Settings {
-        credential: Some(own),
+        credential: Some(own.into()),
         ..settings(&[&registry])
     };
     let caller = Caller {

@@ -56,11 +56,10 @@ fn a_token_lives_between_a_minute_and_half_a_day() {
     ] {
         let (header, life) = parse(body.as_bytes()).unwrap();
         assert_eq!(
-            (header.as_bytes(), life),
-            (&b"Bearer a"[..], Duration::from_secs(seconds)),
+            (header.as_str(), life),
+            ("Bearer a", Duration::from_secs(seconds)),
             "{body}"
         );
-        assert!(header.is_sensitive());
     }
     for body in [
         "",

@@ -5,6 +5,7 @@ use std::time::Duration;
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
 use http::{HeaderValue, Uri};
+use zeroize::Zeroizing;
 
 use crate::upstream::origin::{Origin, is_loopback, same_host, same_site};
 
@@ -36,9 +37,9 @@ pub(super) fn realm_allowed(origin: &Origin, realm: &str, hosts: &[String]) -> O
     known.then_some(uri)
 }
 
-/// The `Authorization` an answer gives, marked sensitive, and how long it lives. `token` and `access_token` mean the
+/// The `Authorization` an answer gives, and how long it lives. `token` and `access_token` mean the
 /// same; `issued_at` is not read, for life is counted from the answer's arrival and needs no clock in common.
-pub(super) fn parse(body: &[u8]) -> Option<(HeaderValue, Duration)> {
+pub(super) fn parse(body: &[u8]) -> Option<(Zeroizing<String>, Duration)> {
     let json: serde_json::Value = serde_json::from_slice(body).ok()?;
     let text = |name| {
         json.get(name)
@@ -48,8 +49,8 @@ pub(super) fn parse(body: &[u8]) -> Option<(HeaderValue, Duration)> {
     let token = text("token")
         .or_else(|| text("access_token"))
         .filter(|token| token.len() <= TOKEN_BYTES_MAX)?;
-    let mut header = HeaderValue::from_str(&format!("Bearer {token}")).ok()?;
-    header.set_sensitive(true);
+    let header = Zeroizing::new(format!("Bearer {token}"));
+    HeaderValue::from_str(&header).ok()?;
     // Some services write the number as a string or with a fraction; none of them means less than a minute.
     let seconds = json
         .get("expires_in")
@@ -102,8 +103,8 @@ pub(super) fn encoded(pairs: &[(&str, &str)]) -> String {
 
 /// `Authorization: Basic …` of a user name and password (RFC 7617 §2), marked sensitive.
 pub(in crate::upstream) fn basic(username: &str, password: &str) -> HeaderValue {
-    let text = zeroize::Zeroizing::new(format!("{username}:{password}"));
-    let text = zeroize::Zeroizing::new(format!("Basic {}", BASE64_STANDARD.encode(text.as_bytes())));
+    let text = Zeroizing::new(format!("{username}:{password}"));
+    let text = Zeroizing::new(format!("Basic {}", BASE64_STANDARD.encode(text.as_bytes())));
     // Base64 is always a legal header value.
     let mut header = HeaderValue::from_str(&text).unwrap_or_else(|_| HeaderValue::from_static(""));
     header.set_sensitive(true);

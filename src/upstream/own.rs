@@ -1,0 +1,203 @@
+//! The proxy's own credentials: where they come from, and which of them is for which repository.
+//!
+//! A file is read again soon after it changed. A helper is asked again long before what it gave can have run out, and at
+//! once when the registry refuses that. What was had before stays in use while nothing newer can be had.
+//!
+//! * `docker_config`: the file that `docker login` writes. * `helper`: the programs named `docker-credential-…`.
+
+mod docker_config;
+mod file;
+mod helper;
+#[cfg(test)]
+mod tests;
+
+use std::fmt;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use http::HeaderValue;
+use zeroize::Zeroizing;
+
+pub use docker_config::{DockerConfig, DockerConfigError};
+pub use helper::{HelperName, HelperNameError};
+
+use super::token;
+use crate::oci::name::Repository;
+use docker_config::Found;
+use file::Watched;
+use helper::Helpers;
+
+/// The name that means an identity (refresh) token, as docker's configuration has it.
+const IDENTITY_TOKEN: &str = "<token>";
+
+/// A user name and password of our own. Wiped when dropped, never shown.
+pub struct OwnCredential {
+    username: String,
+    password: Zeroizing<String>,
+    /// Tells it from every other, also from one read later: no token got with one is used for another.
+    serial: u64,
+}
+
+impl OwnCredential {
+    /// `username` `<token>` means that the password is an identity (refresh) token, as docker's configuration has it.
+    pub fn new(username: impl Into<String>, password: impl Into<String>) -> OwnCredential {
+        static MADE: AtomicU64 = AtomicU64::new(1);
+        OwnCredential {
+            username: username.into(),
+            password: Zeroizing::new(password.into()),
+            serial: MADE.fetch_add(1, Ordering::Relaxed),
+        }
+    }
+
+    pub(super) fn username(&self) -> &str {
+        &self.username
+    }
+
+    pub(super) fn password(&self) -> &str {
+        &self.password
+    }
+
+    pub(super) fn is_identity_token(&self) -> bool {
+        self.username == IDENTITY_TOKEN
+    }
+
+    pub(super) fn basic(&self) -> HeaderValue {
+        token::basic(&self.username, &self.password)
+    }
+
+    /// In the place of a principal: whose tokens are kept under it.
+    pub(super) fn holder(&self) -> [u8; 32] {
+        let mut holder = [0; 32];
+        for (to, from) in holder.iter_mut().zip(self.serial.to_be_bytes()) {
+            *to = from;
+        }
+        holder
+    }
+
+    fn says_the_same_as(&self, other: &OwnCredential) -> bool {
+        self.username == other.username && self.password == other.password
+    }
+}
+
+impl fmt::Debug for OwnCredential {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("OwnCredential")
+    }
+}
+
+/// Where the proxy's own credentials for an upstream come from.
+#[derive(Debug)]
+pub enum CredentialSource {
+    /// Always this one.
+    Fixed(OwnCredential),
+    /// A user, and the file with its password.
+    PasswordFile {
+        /// The user.
+        username: String,
+        /// The file.
+        path: PathBuf,
+    },
+    /// The file that `docker login` writes, with all that it names: credentials for hosts and for what lies below a
+    /// path, credential helpers.
+    DockerConfig {
+        /// The file.
+        path: PathBuf,
+    },
+    /// A program that gives the credential.
+    Helper(HelperName),
+}
+
+impl From<OwnCredential> for CredentialSource {
+    fn from(credential: OwnCredential) -> Self {
+        Self::Fixed(credential)
+    }
+}
+
+/// The proxy's own credential cannot be had; told in the log when it happened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Unavailable;
+
+/// The proxy's own credentials for one upstream.
+pub(super) struct Own {
+    source: Source,
+    /// What the upstream is called, the name in images first.
+    names: Vec<String>,
+}
+
+enum Source {
+    Fixed(Arc<OwnCredential>),
+    Password(Watched<OwnCredential>),
+    Docker(Watched<DockerConfig>, Helpers),
+    Helper(HelperName, Helpers),
+}
+
+impl Own {
+    /// `names`: what the upstream is called; the first is its name in images, the last the host of its address.
+    pub(super) fn new(source: CredentialSource, names: Vec<String>) -> Own {
+        let source = match source {
+            CredentialSource::Fixed(credential) => Source::Fixed(Arc::new(credential)),
+            CredentialSource::PasswordFile { username, path } => {
+                let read = move |text: &str| {
+                    let password = text.trim_end_matches(['\r', '\n']);
+                    let credential = OwnCredential::new(username.clone(), password);
+                    (!password.is_empty())
+                        .then_some(credential)
+                        .ok_or_else(|| "it is empty".to_owned())
+                };
+                Source::Password(Watched::new(path, Box::new(read)))
+            }
+            CredentialSource::DockerConfig { path } => {
+                let read = |text: &str| DockerConfig::read(text).map_err(|error| error.to_string());
+                Source::Docker(Watched::new(path, Box::new(read)), Helpers::default())
+            }
+            CredentialSource::Helper(name) => Source::Helper(name, Helpers::default()),
+        };
+        Own { source, names }
+    }
+
+    /// The credential for a repository, or for none in particular; `None`: none is needed there.
+    pub(super) async fn current(
+        &self,
+        repository: Option<&Repository>,
+    ) -> Result<Option<Arc<OwnCredential>>, Unavailable> {
+        match &self.source {
+            Source::Fixed(credential) => Ok(Some(Arc::clone(credential))),
+            Source::Password(file) => file.get().await.map(Some),
+            Source::Docker(file, helpers) => match file.get().await?.find(&self.names, repository) {
+                Found::Credential(credential) => Ok(Some(credential)),
+                Found::Helper { helper, server } => helpers.get(&helper, &server).await,
+                Found::Nothing => Ok(None),
+            },
+            Source::Helper(name, helpers) => helpers.get(name, &self.server()).await,
+        }
+    }
+
+    /// The registry has refused `used`: another one, if there is another by now.
+    pub(super) async fn renewed(
+        &self,
+        repository: Option<&Repository>,
+        used: &OwnCredential,
+    ) -> Option<Arc<OwnCredential>> {
+        match &self.source {
+            Source::Fixed(_) => return None,
+            Source::Password(file) => file.look_again(),
+            Source::Docker(file, helpers) => {
+                file.look_again();
+                helpers.look_again(used);
+            }
+            Source::Helper(_, helpers) => helpers.look_again(used),
+        }
+        let renewed = self.current(repository).await.ok()??;
+        (!renewed.says_the_same_as(used)).then_some(renewed)
+    }
+
+    /// What a helper calls this registry: Docker Hub by its old URL, all others by the host of their address.
+    fn server(&self) -> String {
+        if self.names.first().is_some_and(|name| docker_config::is_hub(name)) {
+            docker_config::HUB_SERVER.to_owned()
+        } else {
+            self.names.last().cloned().unwrap_or_default()
+        }
+    }
+}

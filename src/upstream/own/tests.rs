@@ -1,0 +1,244 @@
+//! Files and helpers that are there, change, and fail.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "tests may fail loudly")]
+
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::sync::Mutex;
+use std::time::Duration;
+
+use super::*;
+
+fn names(names: &[&str]) -> Vec<String> {
+    names.iter().map(|&name| name.to_owned()).collect()
+}
+
+fn repository(name: &str) -> Repository {
+    name.parse().unwrap()
+}
+
+/// `user` for a credential, `program < server` for a helper, or `nothing`.
+fn found(config: &str, of: &[&str], name: &str) -> String {
+    match DockerConfig::read(config)
+        .unwrap()
+        .find(&names(of), Some(&repository(name)))
+    {
+        Found::Credential(credential) => credential.username().to_owned(),
+        Found::Helper { helper, server } => format!("{helper} < {server}"),
+        Found::Nothing => "nothing".to_owned(),
+    }
+}
+
+#[test]
+fn the_longest_key_of_dockers_configuration_wins() {
+    // host: h, host/team: t, host/team/app: a; and Docker Hub as docker writes it.
+    let config = r#"{"auths": {
+        "registry.example.com": {"auth": "aDpw"},
+        "registry.example.com/team": {"auth": "dDpw"},
+        "registry.example.com/team/app": {"auth": "YTpw"},
+        "https://index.docker.io/v1/": {"auth": "aHViOnA="},
+        "https://Other.example.com:5000/v2/": {"username": "o", "password": "p"},
+        "empty.example.com": {}, "colon.example.com": {"auth": "Og=="}
+    }, "credHelpers": {"registry.example.com/aws": "ecr-login"}}"#;
+    for (host, name, expected) in [
+        ("registry.example.com", "team/app", "a"),
+        ("registry.example.com", "team/app/deep", "a"),
+        ("registry.example.com", "team/application", "t"),
+        ("registry.example.com", "team", "t"),
+        ("registry.example.com", "teams/app", "h"),
+        (
+            "registry.example.com",
+            "aws/app",
+            "docker-credential-ecr-login < registry.example.com/aws",
+        ),
+        ("docker.io", "library/alpine", "hub"),
+        ("other.example.com:5000", "x", "o"),
+        ("empty.example.com", "x", "nothing"),
+        ("colon.example.com", "x", "nothing"),
+        ("unknown.example.com", "x", "nothing"),
+    ] {
+        assert_eq!(found(config, &[host], name), expected, "{host}/{name}");
+    }
+    // By whatever name the upstream has, the one in images first.
+    assert_eq!(found(config, &["mirror", "registry.example.com"], "x"), "h");
+}
+
+#[test]
+fn a_store_for_all_is_asked_where_nothing_else_fits() {
+    let config = r#"{"auths": {"https://known.example.com": {}, "own.example.com": {"auth": "aDpw"}},
+        "credsStore": "pass", "credHelpers": {"gcr.io": "gcloud"}}"#;
+    for (host, expected) in [
+        ("own.example.com", "h"),
+        ("gcr.io", "docker-credential-gcloud < gcr.io"),
+        (
+            "known.example.com",
+            "docker-credential-pass < https://known.example.com",
+        ),
+        ("new.example.com", "docker-credential-pass < new.example.com"),
+        (
+            "docker.io",
+            "docker-credential-pass < https://index.docker.io/v1/",
+        ),
+    ] {
+        assert_eq!(found(config, &[host], "a/b"), expected, "{host}");
+    }
+}
+
+#[test]
+fn an_identity_token_is_known_as_one() {
+    let config = r#"{"auths": {"a.example.com": {"auth": "PHRva2VuPjo=", "identitytoken": "refresh"}}}"#;
+    let config = DockerConfig::read(config).unwrap();
+    let Found::Credential(credential) = config.find(&names(&["a.example.com"]), None) else {
+        panic!("there is one")
+    };
+    assert!(credential.is_identity_token());
+    assert_eq!(credential.password(), "refresh");
+}
+
+/// A program of this content.
+fn program(folder: &Path, script: &str) -> String {
+    let path = folder.join("docker-credential-test");
+    std::fs::write(&path, format!("#!/bin/sh\n{script}\n")).unwrap();
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+    path.to_str().unwrap().to_owned()
+}
+
+#[tokio::test]
+async fn a_helper_is_told_the_registry_on_its_input_and_believed_within_limits() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = |script: &str| helper::run(program(folder.path(), script), "reg.example.com".to_owned());
+    let given = run(
+        r#"read server; test "$1" = get && printf '{"ServerURL":"x","Username":"AWS","Secret":"%s"}' "$server""#,
+    );
+    let credential = given.await.unwrap().unwrap();
+    assert_eq!(
+        (credential.username(), credential.password()),
+        ("AWS", "reg.example.com")
+    );
+
+    let nothing = run("echo credentials not found in native keychain; exit 1")
+        .await
+        .unwrap();
+    assert!(nothing.is_none());
+    for (script, why) in [
+        ("echo no session; exit 1", "no session"),
+        (r#"echo '{"Secret":"canary"}'; exit 1"#, "it failed"),
+        ("echo canary", "its answer is not a credential"),
+        (
+            "head -c 100000 /dev/zero",
+            "its answer is longer than 65536 bytes",
+        ),
+        ("exit 3", "it failed"),
+    ] {
+        let error = run(script).await.unwrap_err();
+        assert_eq!(error, why, "{script}");
+    }
+    let missing = helper::run("docker-credential-that-is-not-there".to_owned(), String::new()).await;
+    assert!(missing.unwrap_err().starts_with("cannot run it"));
+}
+
+/// Helpers that answer from a list, the last one again and again, and how often they were asked.
+fn scripted(answers: &[Result<&'static str, &'static str>]) -> (Helpers, Arc<Mutex<usize>>) {
+    let (asked, answers) = (Arc::new(Mutex::new(0)), answers.to_vec());
+    let count = Arc::clone(&asked);
+    let ask = move |_, _| {
+        let mut count = count.lock().unwrap();
+        let answer = answers.get(*count).or(answers.last()).copied().unwrap();
+        *count += 1;
+        let answer = match answer {
+            Ok("") => Ok(None),
+            Ok(secret) => Ok(Some(OwnCredential::new("robot", secret))),
+            Err(error) => Err(error.to_owned()),
+        };
+        Box::pin(async move { answer }) as helper::Asking
+    };
+    (Helpers::asking(Box::new(ask)), asked)
+}
+
+async fn get(helpers: &Helpers) -> Result<String, Unavailable> {
+    let credential = helpers.get(&"test".parse().unwrap(), "reg").await?;
+    Ok(credential.map_or_else(String::new, |credential| credential.password().to_owned()))
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_helper_is_asked_again_long_before_its_answer_runs_out() {
+    let (helpers, asked) = scripted(&[Ok("one"), Ok("two"), Err("no session"), Ok("three")]);
+    for _ in 0..3 {
+        assert_eq!(get(&helpers).await.unwrap(), "one");
+    }
+    tokio::time::advance(Duration::from_secs(1801)).await;
+    assert_eq!(get(&helpers).await.unwrap(), "two");
+    // What it gave stays while it fails, and it is not asked at every turn.
+    tokio::time::advance(Duration::from_secs(1801)).await;
+    for _ in 0..3 {
+        assert_eq!(get(&helpers).await.unwrap(), "two");
+    }
+    assert_eq!(*asked.lock().unwrap(), 3);
+    tokio::time::advance(Duration::from_secs(31)).await;
+    assert_eq!(get(&helpers).await.unwrap(), "three");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_refused_answer_is_asked_for_once_more_and_then_left_alone() {
+    let (helpers, asked) = scripted(&[Ok("one"), Ok("two"), Ok("two")]);
+    let refused = helpers
+        .get(&"test".parse().unwrap(), "reg")
+        .await
+        .unwrap()
+        .unwrap();
+    helpers.look_again(&refused);
+    assert_eq!(get(&helpers).await.unwrap(), "two");
+    let refused = helpers
+        .get(&"test".parse().unwrap(), "reg")
+        .await
+        .unwrap()
+        .unwrap();
+    helpers.look_again(&refused);
+    for _ in 0..3 {
+        assert_eq!(get(&helpers).await.unwrap(), "two");
+    }
+    assert_eq!(*asked.lock().unwrap(), 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_helper_that_never_gave_anything_is_a_failure_and_one_that_has_nothing_is_none() {
+    let (failing, _) = scripted(&[Err("no session")]);
+    assert_eq!(get(&failing).await, Err(Unavailable));
+    let (empty, _) = scripted(&[Ok("")]);
+    assert_eq!(get(&empty).await.unwrap(), "");
+}
+
+#[tokio::test]
+async fn a_password_file_is_read_again_when_it_changed_and_kept_while_it_is_gone() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("password");
+    std::fs::write(&path, "one\n").unwrap();
+    let source = CredentialSource::PasswordFile {
+        username: "robot".to_owned(),
+        path: path.clone(),
+    };
+    let own = Own::new(source, names(&["reg.example.com"]));
+    let one = own.current(None).await.unwrap().unwrap();
+    assert_eq!(one.password(), "one");
+    assert!(own.renewed(None, &one).await.is_none(), "nothing changed");
+    std::fs::write(&path, "another").unwrap();
+    let two = own.renewed(None, &one).await.unwrap();
+    assert_eq!(two.password(), "another");
+    assert_ne!(
+        one.holder(),
+        two.holder(),
+        "no token of one is used for the other"
+    );
+    std::fs::remove_file(&path).unwrap();
+    assert!(own.renewed(None, &two).await.is_none());
+    assert_eq!(own.current(None).await.unwrap().unwrap().password(), "another");
+}
+
+#[test]
+fn a_helpers_name_is_no_path_and_no_option() {
+    for name in ["ecr-login", "docker-credential-ecr-login", "gcr", "a.b_c"] {
+        assert!(name.parse::<HelperName>().is_ok(), "{name}");
+    }
+    for name in ["", "../x", "/bin/x", "a b", "a;b", "docker-credential-"] {
+        assert!(name.parse::<HelperName>().is_err(), "{name}");
+    }
+}
