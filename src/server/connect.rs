@@ -260,8 +260,9 @@ async fn one_way(
         if read == 0 {
             return to.shutdown().await;
         }
+        // Before they leave: who has its answer finds it counted.
+        count(read as u64);
         to.write_all(buffer.get(..read).unwrap_or_default()).await?;
         to.flush().await?;
-        count(read as u64);
     }
 }

@@ -109,7 +109,14 @@ async fn a_named_host_is_tunnelled_to_unread_and_counted() {
     assert_eq!(elsewhere.requests().len(), 1);
 
     let stream = open(&proxy, &target).await;
-    assert!(metrics(&proxy).await.contains("ifnewer_tunnels 1"));
+    // The first one has ended by then.
+    proxy
+        .until(
+            "one tunnel",
+            |proxy| proxy.admin("/metrics"),
+            |reply| String::from_utf8_lossy(&reply.body).contains("ifnewer_tunnels 1\n"),
+        )
+        .await;
     drop(stream);
     let counted = |direction: &'static str| {
         let name = format!("ifnewer_tunnel_bytes_total{{direction=\"{direction}\"}} ");
