@@ -171,6 +171,12 @@ async fn there_are_only_so_many_tunnels() {
         .start()
         .await;
     let (first, _second) = (open(&proxy, &target).await, open(&proxy, &target).await);
+    within("both to be accepted", async {
+        while elsewhere.connections() < 2 {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await;
     let reply = connect(&proxy, &target).await;
     assert_eq!(reply.status(), Some(503), "{}", reply.text);
     assert_eq!(

@@ -23,6 +23,7 @@ async fn row_25_referrers_are_the_upstreams_filtered_paged_pinged_and_kept_for_a
     }
     upstream.pages_referrers_by(2);
     let proxy = Proxy::over(&upstream).await;
+    proxy.manifest("library/demo", "latest").await.is_image(&image);
     let path = format!("/v2/library/demo/referrers/{}", image.digest);
     let filtered = format!("{path}?artifactType=text/spdx");
 
@@ -97,6 +98,8 @@ async fn row_26_lists_of_tags_are_paged_as_asked_and_links_stay_with_us() {
         upstream.push("library/demo", tag, Image::with_layers(&[tag]));
     }
     let proxy = Setup::over(&upstream).start().await;
+    // Who was let read here, not only list, is given what is kept.
+    proxy.manifest("library/demo", "a").await;
     let tags = |query: &str| proxy.get(&format!("/v2/library/demo/tags/list{query}"));
     for (query, expected, link) in [
         ("", json!(["a", "b", "c", "d", "e"]), None),
