@@ -6,6 +6,7 @@
 use std::fmt::{self, Display, Formatter};
 use std::fs;
 use std::net::IpAddr;
+use std::os::unix::fs::{MetadataExt, chown};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::SystemTime;
@@ -29,11 +30,6 @@ pub enum Store {
 /// Why a new authority was not made.
 #[derive(Debug, thiserror::Error)]
 pub enum RotateError {
-    /// The certificate is not ours.
-    #[error(
-        "[tls] certificate names a certificate of your own ({}): its authority is not ours to replace", .0.display()
-    )]
-    NotOurs(PathBuf),
     /// There is none yet.
     #[error("{}: there is no certificate authority yet; it is made when `ifnewer` first starts", .0.display())]
     None(PathBuf),
@@ -56,15 +52,10 @@ pub enum RotateError {
 /// the old one, doing it again begins anew and loses nothing.
 const FILES: [&str; 4] = ["server.key", "server.pem", "ca.key", "ca.pem"];
 
-/// The certificate authority in use, as PEM.
+/// The certificate authority in use, as PEM. With a certificate of the operator's own, it still vouches for the
+/// registries' names that clients come by.
 pub fn export(config: &Config) -> Result<Authority, Refused> {
-    match &config.tls.own {
-        Some(own) => Err(Refused::Authority(format!(
-            "[tls] certificate names a certificate of your own ({}): hand out the authority that signed it",
-            own.certificate.display()
-        ))),
-        None => Authority::read(&config.tls.folder.join("ca.pem")),
-    }
+    Authority::read(&config.tls.folder.join("ca.pem"))
 }
 
 /// Lets `store` trust us.
@@ -153,9 +144,6 @@ pub struct Trust {
 
 /// Makes a new authority and a new server certificate. Returns the folder where the old ones are kept.
 pub fn rotate(config: &Config, clock: Clock) -> Result<PathBuf, RotateError> {
-    if let Some(own) = &config.tls.own {
-        return Err(RotateError::NotOurs(own.certificate.clone()));
-    }
     let folder = &config.tls.folder;
     if !folder.join("ca.key").exists() {
         return Err(RotateError::None(folder.join("ca.pem")));
@@ -192,14 +180,28 @@ pub fn rotate(config: &Config, clock: Clock) -> Result<PathBuf, RotateError> {
     }
     for name in FILES {
         let (from, to) = (new.join(name), folder.join(name));
-        fs::rename(&from, &to).map_err(|error| RotateError::File {
-            deed: "put in its place",
-            path: to,
-            error,
-        })?;
+        keep_owner(&to, &from)
+            .and_then(|()| fs::rename(&from, &to))
+            .map_err(|error| RotateError::File {
+                deed: "put in its place",
+                path: to,
+                error,
+            })?;
     }
     clear(&new)?;
     Ok(old)
+}
+
+/// The cache seldom runs as who rotates, and has to read its key.
+fn keep_owner(held: &Path, new: &Path) -> std::io::Result<()> {
+    let ours = fs::metadata(new)?;
+    let Ok(held) = fs::metadata(held) else {
+        return Ok(());
+    };
+    if (held.uid(), held.gid()) == (ours.uid(), ours.gid()) {
+        return Ok(());
+    }
+    chown(new, Some(held.uid()), Some(held.gid()))
 }
 
 /// What an operator has to know after `rotate`.
