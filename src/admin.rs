@@ -152,6 +152,7 @@ impl Admin {
             evicted: vec![("size", evicted.for_size), ("free", evicted.for_free)],
             evicted_bytes: evicted.bytes,
             without_room: evicted.refused,
+            scrub_damaged: store.scrubbed().damaged,
             is_store_degraded: !store.troubles().is_empty(),
             transfers: registry.pull.downloads().count() as u64,
             upstreams: upstreams.collect(),
@@ -164,6 +165,7 @@ impl Admin {
         let registry = self.registry.load();
         let store = registry.pull.store();
         let (usage, limits, evicted) = (store.usage(), store.limits(), store.evictions());
+        let scrubbed = store.scrubbed();
         let troubles: Vec<String> = store.troubles().iter().map(ToString::to_string).collect();
         answer(&json!({
             "version": env!("CARGO_PKG_VERSION"),
@@ -179,6 +181,11 @@ impl Admin {
                 "free": limits.free_bytes_min,
                 "disk_free_bytes": store.free_bytes().ok(),
                 "pins": store.pins().len(),
+                "scrubbed": {
+                    "objects": scrubbed.objects,
+                    "bytes": scrubbed.bytes,
+                    "damaged": scrubbed.damaged,
+                },
                 "evicted": {
                     "for_size": evicted.for_size,
                     "for_free": evicted.for_free,

@@ -142,6 +142,8 @@ pub struct StoreSize {
     pub bytes_max: u64,
     /// How much is left free on the disk.
     pub free_bytes_min: u64,
+    /// Bytes in a second that are read again in the background; 0 is none.
+    pub scrub_rate: u64,
 }
 
 /// What is told, and how.

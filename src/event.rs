@@ -174,6 +174,8 @@ pub struct Levels {
     pub evicted_bytes: u64,
     /// Blobs passed through since the start because the limits left no room for them.
     pub without_room: u64,
+    /// Blobs and manifests that the scrub found damaged since the start.
+    pub scrub_damaged: u64,
     /// Whether something keeps the store from storing.
     pub is_store_degraded: bool,
     /// Transfers under way.
@@ -214,6 +216,7 @@ pub struct Events {
     evicted: Family<LimitLabels, Counter>,
     evicted_bytes: Counter,
     without_room: Counter,
+    scrub_damaged: Counter,
     transfers: Gauge<u64, AtomicU64>,
     upstream_up: Family<UpstreamLabels, Gauge<u64, AtomicU64>>,
     rate_limit: Family<AllowanceLabels, Gauge<u64, AtomicU64>>,
@@ -272,6 +275,7 @@ impl Events {
             evicted: Family::default(),
             evicted_bytes: Counter::default(),
             without_room: Counter::default(),
+            scrub_damaged: Counter::default(),
             transfers: Gauge::default(),
             upstream_up: Family::default(),
             rate_limit: Family::default(),
@@ -370,6 +374,11 @@ impl Events {
             "Blobs passed through because the limits left no room for them",
             self.without_room.clone(),
         );
+        registry.register(
+            "store_scrub_damaged",
+            "Blobs and manifests that the disk had changed, found by reading them again",
+            self.scrub_damaged.clone(),
+        );
     }
 
     /// Tells of an answer. A pull by tag is where a decision was made, so it is told at `info`; the rest at `debug`.
@@ -449,6 +458,7 @@ impl Events {
         let counted = |counter: &Counter, count| counter.inner().store(count, Ordering::Relaxed);
         counted(&self.evicted_bytes, levels.evicted_bytes);
         counted(&self.without_room, levels.without_room);
+        counted(&self.scrub_damaged, levels.scrub_damaged);
         self.transfers.set(levels.transfers);
         for (name, up) in &levels.upstreams {
             let labels = UpstreamLabels {

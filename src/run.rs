@@ -92,6 +92,7 @@ pub async fn serve(
     let volume = Arc::new(Directory::open(&config.data)?);
     let settings = StoreSettings {
         limits: store_limits(&config),
+        scrub_rate: config.store.scrub_rate,
         ..StoreSettings::default()
     };
     let store = Arc::new(Store::open(&settings, volume, clock.now())?);
@@ -148,6 +149,7 @@ pub async fn serve(
                 registry.store(Arc::new(serving));
                 tls.store(Arc::new(certificate));
                 store.set_limits(store_limits(&new));
+                store.set_scrub_rate(new.store.scrub_rate);
                 warn_of_restart(&config, &new);
                 tracing::info!("the configuration was read again and is in effect");
             }

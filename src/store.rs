@@ -14,6 +14,7 @@
 //! listings/<slot>             the last list of tags or referrers, for an outage
 //! ingest/<n>                  what is being written; ingest/<digest>: what an interrupted download left
 //! challenges/ab/<hash>        how an upstream asks for a credential, for an outage
+//! scrub                       how far the last reading of everything came
 //! pins/ab/<hash>              what is never evicted
 //! quarantine/                 what failed verification
 //! index/                      sled: a projection, may be lost
@@ -48,6 +49,7 @@ mod plan;
 mod record;
 pub mod refs;
 mod room;
+mod scrub;
 mod secret;
 pub mod seen;
 pub mod step;
@@ -78,6 +80,7 @@ use self::pins::Pins;
 use self::record::to_millis;
 pub use self::room::Limits;
 use self::room::Room;
+pub use self::scrub::Scrubbed;
 use self::usage::{Counters, Usage};
 use self::uses::Uses;
 use self::volume::Volume;
@@ -96,6 +99,8 @@ pub struct Settings {
     pub open_blobs_max: usize,
     /// How much the store may take.
     pub limits: Limits,
+    /// Bytes in a second that are read again in the background; 0 is none.
+    pub scrub_rate: u64,
 }
 
 impl Default for Settings {
@@ -105,6 +110,7 @@ impl Default for Settings {
             small_blob_cache_bytes_max: 16 * 1024 * 1024,
             open_blobs_max: 512,
             limits: Limits::default(),
+            scrub_rate: 0,
         }
     }
 }
@@ -270,6 +276,7 @@ pub struct Store {
     pins: Arc<Pins>,
     room: Arc<Room>,
     evictor: Arc<Evictor>,
+    scrub: Arc<scrub::Scrub>,
     secret: [u8; 32],
     stop: Arc<AtomicBool>,
     threads: Vec<JoinHandle<()>>,
@@ -333,6 +340,16 @@ impl Store {
                 .spawn(move || evictor.run())
         };
         let evicting = evicting.map_err(|error| Fault::io("start the thread to evict", "blobs", &error))?;
+        let scrub = scrub::Scrub::new(settings.scrub_rate, &volume, &blobs, &manifests, &uses, &stop);
+        let scrub = Arc::new(scrub);
+        let scrubbing = {
+            let scrub = Arc::clone(&scrub);
+            std::thread::Builder::new()
+                .name("store-scrub".to_owned())
+                .spawn(move || scrub.run())
+        };
+        let scrubbing =
+            scrubbing.map_err(|error| Fault::io("start the thread to read again", "blobs", &error))?;
         Ok(Self {
             blobs,
             manifests,
@@ -347,9 +364,10 @@ impl Store {
             pins,
             room,
             evictor,
+            scrub,
             secret,
             stop,
-            threads: vec![scan, evicting],
+            threads: vec![scan, evicting, scrubbing],
             volume: watched,
             refusal,
             index,
@@ -402,6 +420,16 @@ impl Store {
         troubles
     }
 
+    /// Changes how many bytes in a second are read again in the background; 0 is none.
+    pub fn set_scrub_rate(&self, rate: u64) {
+        self.scrub.set_rate(rate);
+    }
+
+    /// What was read again since the start.
+    pub fn scrubbed(&self) -> Scrubbed {
+        self.scrub.scrubbed()
+    }
+
     /// What was evicted since the start.
     pub fn evictions(&self) -> Evictions {
         self.evictor.totals()
@@ -432,6 +460,7 @@ impl Drop for Store {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
         self.evictor.wake();
+        self.scrub.wake();
         for thread in self.threads.drain(..) {
             // A panic there has been told by the panic hook.
             let _ = thread.join();

@@ -156,9 +156,11 @@ fn tls(table: &Table, report: &mut Report<'_>) -> Result<Tls, Told> {
 fn store(table: &Table, report: &mut Report<'_>) -> Result<StoreSize, Told> {
     let bytes_max = table.text(report, "size", &value::STORE_SIZE);
     let free_bytes_min = table.text(report, "free", &value::SIZE);
+    let scrub_rate = table.text(report, "scrub", &value::RATE);
     Ok(StoreSize {
         bytes_max: bytes_max?,
         free_bytes_min: free_bytes_min?,
+        scrub_rate: scrub_rate?,
     })
 }
 

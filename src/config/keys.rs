@@ -144,6 +144,7 @@ pub const KEYS: &[Key] = &[
 
     key(Store, "size", Some(r#""50 GiB""#), "How much the cache may hold; the least recently used goes first."),
     key(Store, "free", Some(r#""5 GiB""#), "How much is left free on the disk."),
+    key(Store, "scrub", Some(r#""20 MiB/s""#), "How fast everything held is read again once a week, to find what the disk changed; or \"off\"."),
 
     key(Default, "policy", Some(r#""if-newer""#), "The pull policy: \"always\", \"if-newer\", \"if-not-present\" or \"never\"."),
     key(Default, "fresh", Some(r#""0s""#), "How long a tag is served without asking, once the upstream has confirmed it."),

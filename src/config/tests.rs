@@ -72,7 +72,8 @@ fn an_empty_file_works() {
         config.store,
         StoreSize {
             bytes_max: 50 << 30,
-            free_bytes_min: 5 << 30
+            free_bytes_min: 5 << 30,
+            scrub_rate: 20 << 20
         }
     );
     assert_eq!(

@@ -73,6 +73,23 @@ pub(super) const SIZE: Text<u64> = Text {
     parse: size,
 };
 
+/// Bytes in a second; 0 for "off".
+pub(super) const RATE: Text<u64> = Text {
+    expected: "a rate or \"off\"",
+    example: r#""20 MiB/s""#,
+    parse: |text| match (text, text.strip_suffix("/s")) {
+        ("off", _) => Ok(0),
+        (_, Some(bytes)) => match size(bytes.trim_end())? {
+            0 => wrong("a rate of zero reads nothing", r#"write "off""#),
+            bytes => Ok(bytes),
+        },
+        (text, None) => wrong(
+            format!("`{text}` is not a rate"),
+            r#"write bytes in a second, as in "20 MiB/s", or "off""#,
+        ),
+    },
+};
+
 /// A store smaller than this holds no image at all.
 const STORE_BYTES_MIN: u64 = 1024 * 1024;
 

@@ -275,7 +275,7 @@ impl Blobs {
         held.is_some_and(|held| Arc::strong_count(&held.file) > 2)
     }
 
-    fn quarantine(&self, digest: &Digest, why: &str) {
+    pub(super) fn quarantine(&self, digest: &Digest, why: &str) {
         self.usage
             .quarantining(Kind::Blob, self.volume.as_ref(), &content_path(TREE, digest), why);
         self.forget(digest);

@@ -290,7 +290,7 @@ impl Manifests {
         Ok(was_there)
     }
 
-    fn quarantine(&self, digest: &Digest, why: &str) {
+    pub(super) fn quarantine(&self, digest: &Digest, why: &str) {
         self.ready.remove(digest);
         self.usage.quarantining(
             Kind::Manifest,

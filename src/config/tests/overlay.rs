@@ -45,7 +45,8 @@ fn a_flag_beats_a_variable_beats_the_file() {
         config.store,
         StoreSize {
             bytes_max: 2 << 30,
-            free_bytes_min: 1 << 20
+            free_bytes_min: 1 << 20,
+            scrub_rate: 20 << 20
         }
     );
 

@@ -1,0 +1,263 @@
+//! Reads everything held, over and over and slowly, and sets aside what the disk has changed, before anyone asks for it.
+//!
+//! How far it came is kept in a small file, so that a restart does not begin anew. The rate is kept by pausing after
+//! each step for as long as the step may take; nothing is measured, so a slow disk makes it slower still.
+
+use std::io;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use super::blobs::{self, Blobs};
+use super::record::{RECORD_BYTES_MAX, from_millis, opened, sealed, to_millis};
+use super::uses::Uses;
+use super::volume::Volume;
+use super::{content_path, manifests};
+use crate::oci::{Algorithm, Digest, Hasher};
+
+/// Read at a time, and then paused for.
+const STEP_BYTES: usize = 256 * 1024;
+
+/// What was read through is left alone for so long.
+const AGAIN_AFTER: Duration = Duration::from_secs(7 * 24 * 3600);
+
+/// Between two looks whether there is something to do.
+const IDLE: Duration = Duration::from_secs(60);
+
+const PROGRESS: &str = "scrub";
+
+/// How often the progress is written, in files read.
+const NOTE_EVERY_FILES: u64 = 256;
+
+/// How far it came.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+struct Progress {
+    /// The last digest that was read; empty at the beginning of a round.
+    after: String,
+    /// When the last round ended.
+    ended_at_ms: Option<u64>,
+}
+
+/// What the scrub did since the start.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Scrubbed {
+    /// Blobs and manifests read.
+    pub objects: u64,
+    /// Their bytes.
+    pub bytes: u64,
+    /// Those that were not what their names say.
+    pub damaged: u64,
+}
+
+pub(super) struct Scrub {
+    volume: Arc<dyn Volume>,
+    blobs: Arc<Blobs>,
+    manifests: Arc<manifests::Manifests>,
+    uses: Arc<Uses>,
+    stop: Arc<AtomicBool>,
+    /// Bytes in a second; 0 is off.
+    rate: AtomicU64,
+    totals: Totals,
+    wake: (Mutex<()>, Condvar),
+}
+
+#[derive(Default)]
+struct Totals {
+    objects: AtomicU64,
+    bytes: AtomicU64,
+    damaged: AtomicU64,
+}
+
+impl Scrub {
+    pub(super) fn new(
+        rate: u64,
+        volume: &Arc<dyn Volume>,
+        blobs: &Arc<Blobs>,
+        manifests: &Arc<manifests::Manifests>,
+        uses: &Arc<Uses>,
+        stop: &Arc<AtomicBool>,
+    ) -> Self {
+        Self {
+            volume: Arc::clone(volume),
+            blobs: Arc::clone(blobs),
+            manifests: Arc::clone(manifests),
+            uses: Arc::clone(uses),
+            stop: Arc::clone(stop),
+            rate: AtomicU64::new(rate),
+            totals: Totals::default(),
+            wake: Default::default(),
+        }
+    }
+
+    pub(super) fn set_rate(&self, rate: u64) {
+        self.rate.store(rate, Ordering::Relaxed);
+        self.wake();
+    }
+
+    pub(super) fn scrubbed(&self) -> Scrubbed {
+        let read = |count: &AtomicU64| count.load(Ordering::Relaxed);
+        Scrubbed {
+            objects: read(&self.totals.objects),
+            bytes: read(&self.totals.bytes),
+            damaged: read(&self.totals.damaged),
+        }
+    }
+
+    /// The thread's work, until told to stop.
+    pub(super) fn run(&self) {
+        // Whoever asks first after a start is not to wait for the disk.
+        self.pause(IDLE);
+        while !self.is_stopped() {
+            if self.rate.load(Ordering::Relaxed) > 0 && self.is_due() {
+                self.round();
+            }
+            self.pause(IDLE);
+        }
+    }
+
+    fn is_due(&self) -> bool {
+        let ended_at = self.progress().ended_at_ms.map(from_millis);
+        let age = ended_at.map(|ended_at| self.uses.now().duration_since(ended_at));
+        // One that ended in the future was noted by another clock.
+        age.is_none_or(|age| age.is_ok_and(|age| age >= AGAIN_AFTER) || !self.progress().after.is_empty())
+    }
+
+    /// Reads everything that comes after what was last read.
+    pub(super) fn round(&self) {
+        let mut progress = self.progress();
+        let mut files = 0;
+        for (tree, algorithm, shard) in shards() {
+            let place = |name: &str| format!("{tree}/{algorithm}:{name}");
+            if place(&format!("{shard}g")) < progress.after {
+                continue;
+            }
+            let folder = Path::new(tree).join(algorithm.to_string()).join(&shard);
+            for entry in self.volume.list(&folder).unwrap_or_default() {
+                if self.is_stopped() || self.rate.load(Ordering::Relaxed) == 0 {
+                    self.note(&progress);
+                    return;
+                }
+                let here = place(&entry.name);
+                let Ok(digest) = format!("{algorithm}:{}", entry.name).parse() else {
+                    continue;
+                };
+                if here <= progress.after {
+                    continue;
+                }
+                self.read(tree, &digest);
+                progress.after = here;
+                files += 1;
+                if files % NOTE_EVERY_FILES == 0 {
+                    self.note(&progress);
+                }
+            }
+        }
+        let ended_at_ms = Some(to_millis(self.uses.now()));
+        self.note(&Progress {
+            after: String::new(),
+            ended_at_ms,
+        });
+        let Scrubbed {
+            objects,
+            bytes,
+            damaged,
+        } = self.scrubbed();
+        tracing::info!(
+            objects,
+            bytes,
+            damaged,
+            "everything held was read again; counts since the start"
+        );
+    }
+
+    fn read(&self, tree: &str, digest: &Digest) {
+        let path = content_path(tree, digest);
+        match self.hash(&path, digest.algorithm()) {
+            Ok(Some(found)) if found == *digest => {}
+            Ok(Some(_)) => {
+                self.totals.damaged.fetch_add(1, Ordering::Relaxed);
+                if tree == blobs::TREE {
+                    self.blobs.quarantine(digest, "a blob is not what its name says");
+                } else {
+                    self.manifests
+                        .quarantine(digest, "a manifest is not what its name says");
+                }
+            }
+            // Stopped in the middle.
+            Ok(None) => return,
+            // Evicted meanwhile.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return,
+            Err(error) => {
+                tracing::warn!(%error, path = %path.display(), "what is held could not be read");
+            }
+        }
+        self.totals.objects.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// `None` where it was stopped.
+    fn hash(&self, path: &Path, algorithm: Algorithm) -> io::Result<Option<Digest>> {
+        let file = self.volume.open(path)?;
+        let mut hasher = Hasher::new(algorithm);
+        let mut buffer = vec![0; STEP_BYTES];
+        let mut at = 0;
+        loop {
+            let read = match file.read_at(&mut buffer, at) {
+                Ok(0) => return Ok(Some(hasher.finish())),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                read => read?,
+            };
+            hasher.update(buffer.get(..read).unwrap_or_default());
+            at += read as u64;
+            self.totals.bytes.fetch_add(read as u64, Ordering::Relaxed);
+            let rate = self.rate.load(Ordering::Relaxed).max(1);
+            let micros = (read as u64).saturating_mul(1_000_000) / rate;
+            self.pause(Duration::from_micros(micros));
+            if self.is_stopped() {
+                return Ok(None);
+            }
+        }
+    }
+
+    /// Stops and new rates end a pause.
+    fn pause(&self, time: Duration) {
+        let (lock, wake) = &self.wake;
+        let guard = lock.lock().unwrap_or_else(PoisonError::into_inner);
+        if !self.is_stopped() {
+            let _ = wake.wait_timeout(guard, time);
+        }
+    }
+
+    pub(super) fn wake(&self) {
+        let _guard = self.wake.0.lock().unwrap_or_else(PoisonError::into_inner);
+        self.wake.1.notify_all();
+    }
+
+    fn is_stopped(&self) -> bool {
+        self.stop.load(Ordering::Relaxed)
+    }
+
+    fn progress(&self) -> Progress {
+        let record = self.volume.read_whole(Path::new(PROGRESS), RECORD_BYTES_MAX);
+        record.ok().and_then(|record| opened(&record)).unwrap_or_default()
+    }
+
+    /// What cannot be noted is read again.
+    fn note(&self, progress: &Progress) {
+        let _ = self.volume.place(Path::new(PROGRESS), &sealed(progress));
+    }
+}
+
+/// The folders of content, in the order of what is noted.
+fn shards() -> impl Iterator<Item = (&'static str, Algorithm, String)> {
+    let trees = [blobs::TREE, manifests::TREE].into_iter();
+    let trees = trees.flat_map(|tree| [(tree, Algorithm::Sha256), (tree, Algorithm::Sha512)]);
+    trees.flat_map(|(tree, algorithm)| {
+        (0..=255_u32).map(move |shard| (tree, algorithm, format!("{shard:02x}")))
+    })
+}
+
+#[cfg(test)]
+mod tests;
