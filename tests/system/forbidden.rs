@@ -59,7 +59,7 @@ fn gives_nothing_away(reply: &Reply, allowed: &[u16]) {
 }
 
 #[tokio::test]
-async fn another_client_without_the_right_gets_nothing_while_upstream_is_up() {
+async fn row_18_another_client_without_the_right_gets_nothing_while_upstream_is_up() {
     let (upstream, image) = private().await;
     let proxy = Proxy::over(&upstream).await;
     proxy.pull_with("acme/app", "1", &image, alice).await;
@@ -76,7 +76,7 @@ async fn another_client_without_the_right_gets_nothing_while_upstream_is_up() {
 }
 
 #[tokio::test]
-async fn another_client_without_the_right_gets_nothing_while_upstream_is_down() {
+async fn row_18_another_client_without_the_right_gets_nothing_while_upstream_is_down() {
     let (upstream, image) = private().await;
     let proxy = Proxy::over(&upstream).await;
     proxy.pull_with("acme/app", "1", &image, alice).await;
@@ -198,7 +198,7 @@ async fn a_client_that_brings_its_own_token_is_judged_by_it() {
 }
 
 #[tokio::test]
-async fn the_challenge_of_the_upstream_reaches_the_client_as_it_is() {
+async fn row_06_the_challenge_of_the_upstream_reaches_the_client_as_it_is() {
     let (upstream, _) = private().await;
     let proxy = Proxy::over(&upstream).await;
 
@@ -335,7 +335,7 @@ async fn held_and_unknown_look_the_same_to_who_has_no_right() {
 }
 
 #[tokio::test]
-async fn a_private_layer_is_not_readable_through_a_repository_that_merely_names_it() {
+async fn row_19_a_private_layer_is_not_readable_through_a_repository_that_merely_names_it() {
     let (upstream, secret) = private().await;
     upstream.makes_public("evil/app");
     // A manifest may name what its repository does not have.

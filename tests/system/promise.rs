@@ -29,7 +29,7 @@ async fn serves(proxy: &Proxy, image: &Image, detail: &str) {
 }
 
 #[tokio::test]
-async fn a_manifest_alone_is_no_image_while_the_upstream_is_dead() {
+async fn row_14_a_manifest_alone_is_no_image_while_the_upstream_is_dead() {
     let upstream = Upstream::start().await;
     let image = upstream.push(DEMO, "latest", Image::with_layers(&["one"]));
     let proxy = Proxy::over(&upstream).await;

@@ -47,7 +47,7 @@ async fn push(proxy: &Proxy, tag: &str, image: &Image) {
 }
 
 #[tokio::test]
-async fn a_push_reaches_the_registry_and_the_next_pull_sees_it() {
+async fn row_34_a_push_reaches_the_registry_and_the_next_pull_sees_it() {
     let (hub, other) = (Upstream::start().await, Upstream::start().await);
     // Fresh for an hour: only the write itself can make it ask again.
     let setup = Setup::over(&hub)
@@ -79,7 +79,7 @@ async fn a_pushed_tag_is_not_answered_with_the_old_image_even_in_an_outage() {
 }
 
 #[tokio::test]
-async fn a_deleted_tag_is_absent_at_once() {
+async fn row_34_a_deleted_tag_is_absent_at_once() {
     let (hub, other) = (Upstream::start().await, Upstream::start().await);
     let setup = Setup::over(&hub)
         .also("ghcr.io", &other)
