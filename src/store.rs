@@ -29,7 +29,7 @@
 //! looked up by borrowed keys. Everything that may touch the disk blocks; call it on a thread that may.
 //!
 //! When content was last used is told by the time of its file. The least recently used images make room for others
-//! ([`plan`], [`evict`]).
+//! (`plan`, `evict`).
 //!
 //! Not here: whether a caller may read.
 
