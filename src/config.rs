@@ -10,11 +10,13 @@
 //! * `value`, `address`: the readers of the values.
 //! * `build`: the sections, and what concerns several of them.
 //! * `upstream`: the well-known upstreams and what may be said about one; `names`: that each name means one.
+//! * `entry`: who may come in at all.
 //! * `fault`: how a mistake is told; `summary`: what is in effect, in words.
 
 mod address;
 mod build;
 mod document;
+mod entry;
 mod fault;
 mod keys;
 mod names;
@@ -34,6 +36,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 pub use address::host_part;
+pub use entry::{Allow, Entry, User};
 pub use fault::{Fault, Faults, Place};
 pub use keys::{KEYS, Key, Section};
 pub use network::{Network, Tunnel};
@@ -62,6 +65,8 @@ pub struct Config {
     pub listen: Listen,
     /// Our certificates.
     pub tls: Tls,
+    /// Who may come in at all; `None`: whoever reaches the listener.
+    pub entry: Option<Entry>,
     /// Where `CONNECT` may lead besides the upstreams.
     pub tunnels: Vec<Tunnel>,
     /// How much is kept.

@@ -19,7 +19,7 @@ use crate::pull::{self, Pull, Site};
 use crate::server::accept::Accepting;
 use crate::server::listen::{Listener, Passed, SocketFile, bind, bind_unix, listeners};
 use crate::server::tls::{ServerTls, TlsError};
-use crate::server::{Doors, Front, Registry, Sound, Tunnels};
+use crate::server::{Doors, Entry, Front, Registry, Sound, Tunnels};
 use crate::store::step::Buffers;
 use crate::store::volume::Directory;
 use crate::store::{Limits as StoreLimits, OpenError, Settings as StoreSettings, Store};
@@ -238,6 +238,10 @@ fn registry(
         doors: Doors::new(sites, default),
         pull: Arc::new(pull),
         tunnels: Tunnels::new(config.tunnels.clone(), way),
+        entry: config
+            .entry
+            .as_ref()
+            .map(|entry| Entry::new(entry, *store.install_secret())),
     })
 }
 

@@ -1,6 +1,6 @@
 //! The network inwards: connections, TLS, and the one place where requests come in and answers go out.
 //!
-//! * `listen`, `forwarded`: listeners, and who is at the other end. * `accept`: connections, limits, drain. * `tls`, `mint`:
+//! * `entry`: who may come in at all. * `listen`, `forwarded`: listeners, and who is at the other end. * `accept`: connections, limits, drain. * `tls`, `mint`:
 //!   the CA, our certificate, and those for upstreams' own hosts.
 //! * `gate`, `door`: an HTTP request becomes a [`crate::pull::Request`], or one to be handed on, or is turned away before
 //!   anything else runs. * `connect`: what comes by `CONNECT`. * `pass`: what is handed on.
@@ -11,6 +11,7 @@ pub mod accept;
 mod body;
 mod connect;
 mod door;
+mod entry;
 mod forwarded;
 mod gate;
 mod idle;
@@ -31,7 +32,8 @@ use hyper::body::Incoming;
 pub use body::{Body, Sound};
 pub use connect::Tunnels;
 pub use door::{Door, Doors, Peer};
-use gate::{Passage, Wanted};
+pub use entry::Entry;
+use gate::{Passage, Turned, Wanted};
 pub use idle::Pardon;
 
 use crate::clock::Clock;
@@ -48,6 +50,8 @@ pub struct Registry {
     pub pull: Arc<Pull>,
     /// Where `CONNECT` may lead besides.
     pub tunnels: Tunnels,
+    /// Who may come in; `None`: whoever reaches us.
+    pub entry: Option<Entry>,
 }
 
 /// What every connection shares.
@@ -72,7 +76,12 @@ impl Front {
         let registry = self.registry.load_full();
         let (head, body) = request.into_parts();
         let mut response;
-        match gate::read(&head, peer, &registry.doors, self.clock.now()) {
+        let read = gate::read(&head, peer, &registry.doors, self.clock.now());
+        let read = match (&registry.entry, read) {
+            (Some(entry), Ok(wanted)) => admitted(entry, &head, wanted).await,
+            (_, read) => read,
+        };
+        match read {
             Ok(Wanted::Read(wanted, door)) => {
                 let (site, kind) = (Arc::clone(&wanted.site), kind(&wanted.operation));
                 let asked = reply::Asked::new(&head, &wanted);
@@ -175,6 +184,24 @@ impl Front {
             took,
         });
     }
+}
+
+/// What is wanted, if its user may have it. The credential was ours, and goes no further.
+async fn admitted(entry: &Entry, head: &Parts, wanted: Wanted) -> Result<Wanted, Turned> {
+    let Wanted::Read(mut wanted, door) = wanted else {
+        return Err(Turned::NotByThisDoor);
+    };
+    let user = entry.who(head).await?;
+    if let Some(repository) = wanted.operation.repository()
+        && !entry.allows(&user, wanted.site.name(), repository)
+    {
+        return Err(Turned::NotAllowed(format!("{}/{repository}", wanted.site.name())));
+    }
+    wanted.authorization = None;
+    if let Door::Host | Door::Connect = door {
+        return Err(Turned::NotByThisDoor);
+    }
+    Ok(Wanted::Read(wanted, door))
 }
 
 fn passed_kind(passage: &Passage, head: &Parts) -> Kind {

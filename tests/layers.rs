@@ -102,6 +102,7 @@ const VENDORS: &[(&str, &[&str])] = &[
     ("hyper_util", HTTP),
     ("sha2", &["oci/digest.rs"]),
     ("hmac", &["oci/digest.rs"]),
+    ("bcrypt", &["server/entry.rs"]),
     ("rcgen", &["server/tls.rs", "server/mint.rs"]),
 ];
 

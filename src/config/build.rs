@@ -41,6 +41,8 @@ pub(super) fn build(
     if let Ok(listen) = &listen {
         names::refuse_loops(&configured, &listen.registry, report);
     }
+    let plain = listen.as_ref().ok().map(|listen| listen.plain);
+    let entry = super::entry::read(document, plain, &configured, report);
     let default_upstream = default_upstream(&top, &configured, report);
     let rules = rules(document, default, &configured, report);
     let upstreams = configured
@@ -51,6 +53,7 @@ pub(super) fn build(
         data: data?,
         default_upstream: default_upstream?,
         listen: listen?,
+        entry: entry?,
         tls: tls?,
         tunnels: tunnels?.into_iter().map(|(_, tunnel)| tunnel).collect(),
         store: store?,

@@ -18,6 +18,7 @@ pub(super) struct Document {
     /// In the order of the file.
     pub(super) upstreams: Vec<Table>,
     pub(super) rules: Vec<Table>,
+    pub(super) allows: Vec<Table>,
 }
 
 impl Document {
@@ -35,6 +36,7 @@ impl Document {
             fixed: fixed.collect(),
             upstreams: Vec::new(),
             rules: Vec::new(),
+            allows: Vec::new(),
         };
         if !is_broken {
             document.read_root(root.get_ref(), report);
@@ -75,9 +77,10 @@ impl Document {
                 }
                 (_, "upstream", DeValue::Table(upstreams)) => self.read_upstreams(upstreams, report),
                 (_, "rule", DeValue::Array(rules)) => {
-                    for (index, rule) in rules.iter().enumerate() {
-                        self.read_rule(index, rule, report);
-                    }
+                    self.rules = read_numbered(Section::Rule, rules, report);
+                }
+                (_, "allow", DeValue::Array(allows)) => {
+                    self.allows = read_numbered(Section::Allow, allows, report);
                 }
                 (Some(section), ..) => {
                     let message = format!("`{name}` is a section");
@@ -88,11 +91,11 @@ impl Document {
                         Some(format!("write {} on a line of its own", section.header())),
                     );
                 }
-                (_, "upstream" | "rule", _) => {
-                    let header = if name == "rule" {
-                        "`[[rule]]`"
-                    } else {
-                        "`[upstream.\"ghcr.io\"]`"
+                (_, "upstream" | "rule" | "allow", _) => {
+                    let header = match name {
+                        "rule" => "`[[rule]]`",
+                        "allow" => "`[[allow]]`",
+                        _ => "`[upstream.\"ghcr.io\"]`",
                     };
                     let message = format!("`{name}` is a list of sections");
                     report.tell(&at, name, message, Some(format!("begin each one with {header}")));
@@ -128,25 +131,28 @@ impl Document {
             }
         }
     }
+}
 
-    fn read_rule(&mut self, index: usize, rule: &Spanned<DeValue<'_>>, report: &mut Report<'_>) {
-        let name = (index + 1).to_string();
-        let at = At::Span(rule.span());
-        match rule.get_ref() {
-            DeValue::Table(keys) => {
-                let table = read_table(Table::new(Section::Rule, name, at), keys, report);
-                self.rules.push(table);
-            }
-            _ => {
-                report.tell(
-                    &at,
-                    "rule",
-                    "a rule is a section",
-                    Some("begin each one with [[rule]]".to_owned()),
-                );
-            }
+/// Sections that may occur again and again, in their order. Operators count from one.
+fn read_numbered(section: Section, tables: &[Spanned<DeValue<'_>>], report: &mut Report<'_>) -> Vec<Table> {
+    let mut read = Vec::new();
+    for (index, table) in tables.iter().enumerate() {
+        let at = At::Span(table.span());
+        if let DeValue::Table(keys) = table.get_ref() {
+            let number = (index + 1).to_string();
+            read.push(read_table(Table::new(section, number, at), keys, report));
+        } else {
+            let name = section.name();
+            let message = if section == Section::Rule {
+                "a rule is a section"
+            } else {
+                "a list of what is allowed is a section"
+            };
+            let header = section.header().trim_matches('`');
+            report.tell(&at, name, message, Some(format!("begin each one with {header}")));
         }
     }
+    read
 }
 
 /// One fault a line: what follows on the same line is mostly the parser's confusion about the first.
@@ -200,7 +206,7 @@ fn suggestion(section: Section, name: &str) -> String {
     let own = section.keys().map(|key| key.name);
     let sections = Section::FIXED
         .into_iter()
-        .chain([Section::Upstream, Section::Rule])
+        .chain([Section::Upstream, Section::Rule, Section::Allow])
         .map(Section::name);
     let near = if section == Section::Top {
         nearest(name, own.clone().chain(sections.filter(|name| !name.is_empty())))

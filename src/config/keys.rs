@@ -20,6 +20,10 @@ pub enum Section {
     Upstream,
     /// `[[rule]]`
     Rule,
+    /// `[access]`
+    Access,
+    /// `[[allow]]`
+    Allow,
     /// `[connect]`
     Connect,
     /// `[log]`
@@ -30,12 +34,13 @@ pub enum Section {
 
 impl Section {
     /// Those that occur once and whose keys are variables as well.
-    pub const FIXED: [Self; 8] = [
+    pub const FIXED: [Self; 9] = [
         Self::Top,
         Self::Listen,
         Self::Tls,
         Self::Store,
         Self::Default,
+        Self::Access,
         Self::Connect,
         Self::Log,
         Self::Limits,
@@ -51,6 +56,8 @@ impl Section {
             Self::Default => "default",
             Self::Upstream => "upstream",
             Self::Rule => "rule",
+            Self::Access => "access",
+            Self::Allow => "allow",
             Self::Connect => "connect",
             Self::Log => "log",
             Self::Limits => "limits",
@@ -67,6 +74,8 @@ impl Section {
             Self::Default => "`[default]`",
             Self::Upstream => "`[upstream.\"name\"]`",
             Self::Rule => "`[[rule]]`",
+            Self::Access => "`[access]`",
+            Self::Allow => "`[[allow]]`",
             Self::Connect => "`[connect]`",
             Self::Log => "`[log]`",
             Self::Limits => "`[limits]`",
@@ -123,7 +132,7 @@ const fn key(section: Section, name: &'static str, default: Option<&'static str>
     }
 }
 
-use Section::{Connect, Default, Limits, Listen, Log, Rule, Store, Tls, Top, Upstream};
+use Section::{Access, Allow, Connect, Default, Limits, Listen, Log, Rule, Store, Tls, Top, Upstream};
 
 /// Every key.
 #[rustfmt::skip] // One key a line: the table is read by its columns.
@@ -182,6 +191,11 @@ pub const KEYS: &[Key] = &[
     key(Rule, "budget", None, "As in [default], for these images."),
     key(Rule, "absent", None, "As in [default], for these images."),
     key(Rule, "prefetch", None, "As in [default], for these images."),
+
+    key(Access, "htpasswd", None, "The file with the users of the cache itself and their passwords, hashed by bcrypt; unset, whoever reaches the listener may ask."),
+
+    key(Allow, "who", None, "Users of `access.htpasswd`; a name that ends in `*` stands for all that begin so."),
+    key(Allow, "images", None, "Globs over upstream/repository that they may pull; `*` also crosses `/`. With any [[allow]], what none allows is refused."),
 
     key(Connect, "tunnel", Some("[]"), "Hosts, or globs over hosts, that CONNECT may tunnel to unread; at port 443 unless another is written."),
 

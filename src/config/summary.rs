@@ -39,6 +39,14 @@ impl Display for Summary<'_> {
             let tunnels: Vec<String> = config.tunnels.iter().map(ToString::to_string).collect();
             writeln!(f, "tunnels   {}", tunnels.join(", "))?;
         }
+        if let Some(entry) = &config.entry {
+            let lists = match entry.allows.len() {
+                0 => "each may pull everything".to_owned(),
+                1 => "1 list of what they may pull".to_owned(),
+                lists => format!("{lists} lists of what they may pull"),
+            };
+            writeln!(f, "access    {} users, {lists}", entry.users.len())?;
+        }
         match &config.tls.own {
             Some(own) => writeln!(f, "tls       {}", own.certificate.display())?,
             None => writeln!(

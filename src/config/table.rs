@@ -64,6 +64,7 @@ impl Table {
             Section::Top => key.to_owned(),
             Section::Upstream => format!("upstream.\"{}\".{key}", self.name),
             Section::Rule => format!("rule {}: {key}", self.name),
+            Section::Allow => format!("allow {}: {key}", self.name),
             section => format!("{}.{key}", section.name()),
         }
     }

@@ -371,7 +371,12 @@ fn roots(table: &Table, report: &mut Report<'_>) -> Result<Vec<Vec<u8>>, Told> {
     }
 }
 
-fn read_file(table: &Table, key: &str, path: &Path, report: &mut Report<'_>) -> Result<Vec<u8>, Told> {
+pub(super) fn read_file(
+    table: &Table,
+    key: &str,
+    path: &Path,
+    report: &mut Report<'_>,
+) -> Result<Vec<u8>, Told> {
     let path = report.resolve(table.at(key), path.to_owned());
     let mut bytes = Vec::new();
     let read =

@@ -270,6 +270,22 @@ pub(super) const USERNAME: Text<String> = Text {
     },
 };
 
+/// A user of ours, or with `*` at its end all whose names begin so.
+pub(super) const WHO: Text<String> = Text {
+    expected: "a user of `access.htpasswd`",
+    example: r#""ci-*""#,
+    parse: |text| {
+        let name = text.strip_suffix('*').unwrap_or(text);
+        if text.is_empty() || name.contains(['*', ':']) || name.chars().any(char::is_control) {
+            return wrong(
+                format!("`{text}` is no user"),
+                "write a name, or its beginning and a `*` as in \"ci-*\"",
+            );
+        }
+        Ok(text.to_owned())
+    },
+};
+
 pub(super) const HELPER: Text<HelperName> = Text {
     expected: "the name of a credential helper",
     example: r#""ecr-login""#,

@@ -134,6 +134,11 @@ impl Pattern {
         (!upstream.contains(['*', '?', '[', ']', '{', '}', '\\'])).then_some(upstream)
     }
 
+    /// Whether it holds for some tags only.
+    pub fn has_tag(&self) -> bool {
+        self.tag.is_some()
+    }
+
     fn admits(&self, tag: Option<&Tag>) -> bool {
         match (&self.tag, tag) {
             (None, _) => true,
@@ -197,6 +202,31 @@ fn compile(glob: &str) -> Result<Glob, PatternError> {
         .literal_separator(false)
         .build()
         .map_err(|error| PatternError::Glob(error.kind().to_string()))
+}
+
+/// Images by their names, whatever the tag: `docker.io/library/*`.
+#[derive(Clone, Debug)]
+pub struct Images(GlobSet);
+
+impl Images {
+    /// Those whose name one of the globs matches. What a glob says about tags does not count.
+    pub fn new(globs: &[Pattern]) -> Result<Self, PatternError> {
+        let mut names = GlobSetBuilder::new();
+        for glob in globs {
+            names.add(glob.name.clone());
+        }
+        let names = names.build();
+        names
+            .map(Self)
+            .map_err(|error| PatternError::Together(error.kind().to_string()))
+    }
+
+    /// Whether this repository is among them. Docker Hub's one-component images answer to both names.
+    pub fn contain(&self, upstream: &str, repository: &Repository) -> bool {
+        let has = |name: &str| self.0.is_match(format!("{upstream}/{name}"));
+        let short = repository.as_str().strip_prefix(HUB_LIBRARY);
+        has(repository.as_str()) || (upstream == HUB && short.is_some_and(has))
+    }
 }
 
 /// Why a text is not a glob over images. The operator's mistake.

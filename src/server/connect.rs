@@ -125,6 +125,9 @@ impl Connection {
         if !self.peer.may_speak {
             return Err(Turned::Plain);
         }
+        if registry.entry.is_some() {
+            return Err(Turned::NotByThisDoor);
+        }
         // RFC 9110 §9.3.6: a host and a port, and nothing else.
         let target = head.uri.authority().cloned().ok_or(Turned::Host)?;
         let name = name_of(&target, true).into_owned();

@@ -65,6 +65,21 @@ pub(super) enum Turned {
     /// An upstream's own name cannot be served.
     #[error("{0}")]
     NoCertificate(String),
+    /// No user of ours.
+    #[error("this cache wants a user name and a password of its own; log in with: docker login")]
+    Unauthenticated,
+    /// Too many passwords wait to be checked.
+    #[error("too many passwords wait to be checked; try again")]
+    EntryBusy,
+    /// A user who may not pull this.
+    #[error("you may not pull {0} through this cache")]
+    NotAllowed(String),
+    /// By an upstream's own name, where the credential would be the upstream's.
+    #[error(
+        "this cache has users of its own, who cannot show themselves here: `Authorization` is the registry's; name the \
+         registry by the cache's own address (a mirror, ?ns= or a path prefix)"
+    )]
+    NotByThisDoor,
     /// `?ns=` names no configured upstream. No connection is made: otherwise this would be an open proxy.
     #[error("`{0}` is not a configured upstream")]
     UnknownUpstream(String),
@@ -78,11 +93,14 @@ impl Turned {
             Self::Query(_) | Self::Accept(_) | Self::Host | Self::Framing => StatusCode::BAD_REQUEST,
             Self::Misdirected => StatusCode::MISDIRECTED_REQUEST,
             Self::Body(_) => StatusCode::PAYLOAD_TOO_LARGE,
+            Self::Unauthenticated => StatusCode::UNAUTHORIZED,
             Self::Plain
+            | Self::NotAllowed(_)
+            | Self::NotByThisDoor
             | Self::NoTunnel(_)
             | Self::NoCertificate(_)
             | Self::TunnelFailed(_, Cause::Redirects) => StatusCode::FORBIDDEN,
-            Self::TunnelsBusy => StatusCode::SERVICE_UNAVAILABLE,
+            Self::TunnelsBusy | Self::EntryBusy => StatusCode::SERVICE_UNAVAILABLE,
             Self::TunnelFailed(_, Cause::Timeout | Cause::ConnectTimeout) => StatusCode::GATEWAY_TIMEOUT,
             Self::TunnelFailed(..) => StatusCode::BAD_GATEWAY,
             Self::UnknownUpstream(_) => StatusCode::NOT_FOUND,
@@ -93,11 +111,14 @@ impl Turned {
     pub(super) fn code(&self) -> ErrorCode {
         match self {
             Self::Malformed(malformed) => malformed.code(),
+            Self::Unauthenticated => ErrorCode::Unauthorized,
             Self::Plain
+            | Self::NotAllowed(_)
+            | Self::NotByThisDoor
             | Self::NoTunnel(_)
             | Self::NoCertificate(_)
             | Self::TunnelFailed(_, Cause::Redirects) => ErrorCode::Denied,
-            Self::TunnelsBusy | Self::TunnelFailed(..) => ErrorCode::Unavailable,
+            Self::TunnelsBusy | Self::EntryBusy | Self::TunnelFailed(..) => ErrorCode::Unavailable,
             Self::UnknownUpstream(_) => ErrorCode::NameUnknown,
             Self::Query(_)
             | Self::Accept(_)
@@ -122,6 +143,10 @@ impl Turned {
             Self::TunnelsBusy => "tunnels-busy",
             Self::TunnelFailed(..) => "tunnel-failed",
             Self::NoCertificate(_) => "no-certificate",
+            Self::Unauthenticated => "unauthenticated",
+            Self::EntryBusy => "entry-busy",
+            Self::NotAllowed(_) => "not-allowed",
+            Self::NotByThisDoor => "not-by-this-door",
             Self::UnknownUpstream(_) => "unknown-upstream",
         }
     }

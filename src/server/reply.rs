@@ -10,7 +10,7 @@ mod refusal;
 
 use std::sync::Arc;
 
-use http::header::{ALLOW, CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, ETAG, LINK};
+use http::header::{ALLOW, CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, ETAG, LINK, WWW_AUTHENTICATE};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Response, StatusCode};
 
 use super::gate::Turned;
@@ -115,6 +115,12 @@ pub(super) fn turned(turned: &Turned, method: &Method) -> Response<Body> {
         response
             .headers_mut()
             .insert(ALLOW, HeaderValue::from_static("GET, HEAD"));
+    }
+    if turned.status() == StatusCode::UNAUTHORIZED {
+        response.headers_mut().insert(
+            WWW_AUTHENTICATE,
+            HeaderValue::from_static("Basic realm=\"ifnewer\""),
+        );
     }
     if turned.closes() {
         response

@@ -30,6 +30,7 @@ mod connect;
 mod doctor;
 mod doors;
 mod drain;
+mod entry;
 mod eviction;
 mod far_ahead;
 mod fault_matrix;

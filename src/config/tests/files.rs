@@ -58,6 +58,74 @@ fn what_is_wrong_with_dockers_configuration_is_told_and_none_of_it_shown() {
 }
 
 #[test]
+fn users_are_read_or_what_is_wrong_with_them_is_told() {
+    let folder = tempfile::tempdir().unwrap();
+    let hash = "$2y$10$CCCCCCCCCCCCCCCCCCCCC.E5YPO9kmyuRGyh0XouQYb4YMJKvyOeW";
+    let told = |users: &str, more: &str| {
+        std::fs::write(folder.path().join("users"), users).unwrap();
+        let text = format!("[access]\nhtpasswd = \"users\"\n{more}");
+        let read = Config::read(&text, &folder.path().join("ifnewer.toml"));
+        read.map_err(|faults| faults.to_string())
+    };
+    let list = "[[allow]]\nwho = [\"alice\", \"ci-*\"]\nimages = [\"docker.io/*\"]";
+    let config = told(&format!("# ours\nalice:{hash}\n\nci-7:{hash}\n"), list).unwrap();
+    assert!(!format!("{config:?}").contains("CCCC"));
+    let allow = &config.entry.as_ref().unwrap().allows[0];
+    assert!(allow.is_for("alice") && allow.is_for("ci-7") && !allow.is_for("alice2") && !allow.is_for("ci"));
+    assert!(config.summary().to_string().contains("2 users, 1 list"));
+
+    let weak = hash.replace("$10$", "$04$");
+    for (users, more, why) in [
+        ("\n".to_owned(), "", "there is no user in the file"),
+        (format!("a:{hash}\na:{hash}"), "", "line 2: `a` stands here twice"),
+        (
+            "a:{SHA}canary".to_owned(),
+            "",
+            "line 1: the hash of `a` is not one of bcrypt",
+        ),
+        (
+            "canary".to_owned(),
+            "",
+            "line 1 is not a name, a colon and a hash",
+        ),
+        (
+            format!("a:{weak}"),
+            "",
+            "line 1: the hash of `a` has cost 4, outside of 5 to 14",
+        ),
+        (
+            format!("a:{hash}"),
+            "[listen]\nplain = \"any\"",
+            "passwords would cross the network in plain text",
+        ),
+        (
+            format!("a:{hash}"),
+            "[[allow]]\nwho = [\"a\"]",
+            "a list without `images` allows nothing",
+        ),
+        (
+            format!("a:{hash}"),
+            "[[allow]]\nwho = [\"a\"]\nimages = [\"docker.io/x:1\"]",
+            "a right is to a repository",
+        ),
+        (
+            format!("a:{hash}"),
+            "[[allow]]\nwho = [\"a\"]\nimages = [\"docker.oi/x\"]",
+            "docker.oi",
+        ),
+    ] {
+        let faults = told(&users, more).unwrap_err();
+        assert!(faults.contains(why), "{faults}");
+        assert!(!faults.contains("canary") && !faults.contains("CCCC"), "{faults}");
+    }
+    let alone = Config::read(
+        "[[allow]]\nwho = [\"a\"]\nimages = [\"docker.io/*\"]",
+        &folder.path().join("f"),
+    );
+    assert!(alone.unwrap_err().to_string().contains("[[allow]] without users"));
+}
+
+#[test]
 fn a_bundle_of_certificates_is_read() {
     let folder = tempfile::tempdir().unwrap();
     let make = || {
