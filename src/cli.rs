@@ -8,10 +8,12 @@ use std::ffi::OsString;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory as _, Parser, Subcommand};
+pub use clap_complete::Shell;
 
 use crate::ca::Store;
 use crate::config::{Config, DATA_OF_ROOT, Fault, Faults, Flag, Place, Sources, TEXT_BYTES_MAX};
+use crate::operate;
 use crate::setup::Client;
 
 /// Read when neither `--config` nor `IFNEWER_CONFIG` names a file; it need not exist.
@@ -32,8 +34,25 @@ pub struct Cli {
 
 impl Cli {
     /// The command given, or the default.
-    pub fn command(&self) -> Command {
+    pub fn wanted(&self) -> Command {
         self.command.clone().unwrap_or(Command::Serve)
+    }
+}
+
+/// Writes completions for a shell.
+pub fn completions(shell: Shell, out: &mut dyn std::io::Write) {
+    let mut command = Cli::command();
+    clap_complete::generate(shell, &mut command, "ifnewer", &mut { out });
+}
+
+/// Writes the manual page to `out`, or all pages into a folder.
+pub fn manual(folder: Option<&Path>, out: &mut dyn std::io::Write) -> std::io::Result<()> {
+    match folder {
+        Some(folder) => {
+            std::fs::create_dir_all(folder)?;
+            clap_mangen::generate_to(Cli::command(), folder)
+        }
+        None => clap_mangen::Man::new(Cli::command()).render(&mut { out }),
     }
 }
 
@@ -54,6 +73,27 @@ pub enum Command {
     /// Check whether the cache is really used: configuration, trust, disk, upstreams, and a pull through Docker that must
     /// appear in the cache's own log; exits with the number of failed checks
     Doctor(Doctor),
+    /// What a running cache is asked and told
+    #[command(flatten)]
+    Operate(operate::Command),
+    /// Play the whole story on this machine alone: a registry, a cache, an outage; exit 1 if a line is wrong
+    Demo {
+        /// Leave the page up at the end, until Ctrl-C
+        #[arg(long)]
+        stay: bool,
+    },
+    /// Print completions for a shell
+    Completions {
+        /// Which shell
+        #[arg(value_enum)]
+        shell: Shell,
+    },
+    /// Print the manual page, or write one for each command
+    Man {
+        /// Write `ifnewer.1` and one page for each command into this folder
+        #[arg(long, value_name = "FOLDER")]
+        out: Option<PathBuf>,
+    },
 }
 
 /// `ifnewer doctor`.
@@ -215,6 +255,13 @@ impl Options {
         .flatten()
         .collect()
     }
+}
+
+/// Whether a terminal may be given colours, by <https://no-color.org>.
+pub fn wants_colour() -> bool {
+    #[expect(clippy::disallowed_methods, reason = "the one variable besides our own")]
+    let refused = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
+    !refused
 }
 
 /// Reads the file, the environment and the flags. Called again on SIGHUP.

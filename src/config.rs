@@ -94,6 +94,8 @@ pub struct Listen {
     pub plain: Plain,
     /// Where the admin API is.
     pub admin: Admin,
+    /// The file with the token that it asks for. Read where it is used.
+    pub admin_token_file: Option<PathBuf>,
 }
 
 /// Who may speak without TLS.

@@ -32,6 +32,7 @@ mod receive;
 mod stranded;
 mod transfer;
 mod verifying;
+mod view;
 mod writer;
 
 #[cfg(test)]
@@ -46,6 +47,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
 use tokio::sync::{Semaphore, watch};
+
+pub use view::Transfer;
 
 use crate::oci::range::Span;
 use crate::oci::{Cause, Digest};
@@ -79,6 +82,7 @@ struct Shared {
     places: Semaphore,
     transfers_max: usize,
     ahead_places: Arc<Semaphore>,
+    counts: Arc<view::Counts>,
 }
 
 /// What one finds on joining.
@@ -177,6 +181,7 @@ impl Downloads {
             places: Semaphore::new(transfers_max),
             transfers_max,
             ahead_places: Arc::new(Semaphore::new(AHEAD_PARTS_MAX)),
+            counts: Arc::default(),
         };
         Self {
             shared: Arc::new(shared),
@@ -197,7 +202,12 @@ impl Downloads {
                     return Joined::Held(held);
                 }
                 let (progress, _) = watch::channel(Progress::Opening);
-                let download = Arc::new(Download { digest, progress });
+                let download = Arc::new(Download {
+                    digest,
+                    progress,
+                    began: tokio::time::Instant::now(),
+                    counts: Arc::clone(&self.shared.counts),
+                });
                 place.insert(Arc::clone(&download));
                 Joined::Leader(Leader {
                     place: Place {

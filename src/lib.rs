@@ -12,7 +12,8 @@
 //!    for many askers).
 //! 4. [`download`]: one transfer, many readers.
 //! 5. [`pull`]: the road of a request.
-//! 6. [`server`] and [`admin`] (the network inwards), [`config`], [`cli`], [`run`]; [`setup`] (clients' files), [`ca`] (their trust),
+//! 6. [`server`] and [`admin`] (the network inwards), [`config`], [`cli`], [`operate`] (a running cache, asked
+//!    from the command line), [`demo`], [`run`]; [`setup`] (clients' files), [`ca`] (their trust),
 //!    [`doctor`] (whether they use us).
 //!
 //! Left out on purpose: a registry of its own (a push passes through, and is not understood), and any judgement that is not a
@@ -24,11 +25,13 @@ pub mod ca;
 pub mod cli;
 pub mod clock;
 pub mod config;
+pub mod demo;
 pub mod doctor;
 pub mod download;
 pub mod event;
 pub mod flight;
 pub mod oci;
+pub mod operate;
 pub mod policy;
 pub mod pull;
 pub mod run;

@@ -11,7 +11,7 @@ use ifnewer::config::{Config, Log, LogFormat};
 use ifnewer::run::{RunError, serve};
 use ifnewer::server::listen::Passed;
 use ifnewer::setup::{Done, Refused, Root};
-use ifnewer::{admin, ca, cli, doctor, setup};
+use ifnewer::{admin, ca, cli, demo, doctor, operate, setup};
 use listenfd::ListenFd;
 use tracing_subscriber::EnvFilter;
 
@@ -25,7 +25,7 @@ fn main() -> ExitCode {
         Ok(config) => config,
         Err(faults) => return fail(MISTAKEN, &faults),
     };
-    match cli.command() {
+    match cli.wanted() {
         Command::Check => {
             let _ = write!(std::io::stdout(), "{}", config.summary());
             ExitCode::SUCCESS
@@ -42,6 +42,16 @@ fn main() -> ExitCode {
             Ok(root) => run(examine(&config, &words, &root)),
             Err(refused) => fail(MISTAKEN, &refused),
         },
+        Command::Demo { stay } => run(play(stay)),
+        Command::Completions { shell } => {
+            cli::completions(shell, &mut std::io::stdout());
+            ExitCode::SUCCESS
+        }
+        Command::Man { out } => match cli::manual(out.as_deref(), &mut std::io::stdout()) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => fail(FAILED, &format!("cannot write the manual: {error}")),
+        },
+        Command::Operate(command) => run(operate(&config, command)),
         Command::Serve => {
             log(&config.log);
             take_descriptors();
@@ -55,9 +65,12 @@ fn main() -> ExitCode {
 async fn serve_until_ended(options: cli::Options, config: Config, passed: Passed) -> ExitCode {
     match serve(config, passed, || load(&options), Clock::system()).await {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error @ (RunError::AdminExposed(_) | RunError::Tls(_) | RunError::Upstream { .. })) => {
-            fail(MISTAKEN, &error)
-        }
+        Err(
+            error @ (RunError::AdminExposed(_)
+            | RunError::AdminToken(_)
+            | RunError::Tls(_)
+            | RunError::Upstream { .. }),
+        ) => fail(MISTAKEN, &error),
         Err(error) => fail(FAILED, &error),
     }
 }
@@ -159,6 +172,51 @@ fn take_descriptors() {
     limit.current = limit.maximum;
     // Fewer will do until there are many clients; `doctor` tells.
     let _ = setrlimit(Resource::Nofile, limit);
+}
+
+async fn play(stay: bool) -> ExitCode {
+    let program = match std::env::current_exe() {
+        Ok(program) => program,
+        Err(error) => return fail(FAILED, &format!("this program cannot find itself: {error}")),
+    };
+    let folder = std::env::temp_dir().join(format!("ifnewer-demo-{}", std::process::id()));
+    let stay = stay.then(|| {
+        let (end, ended) = tokio::sync::oneshot::channel();
+        tokio::spawn(async move {
+            // Nobody left to tell is an end too.
+            let _ = tokio::signal::ctrl_c().await;
+            let _ = end.send(());
+        });
+        ended
+    });
+    let colour = std::io::stdout().is_terminal() && cli::wants_colour();
+    match demo::play(program, folder, colour, &mut std::io::stdout(), stay).await {
+        Ok(played) if played.wrong == 0 => ExitCode::SUCCESS,
+        Ok(_) => ExitCode::from(FAILED),
+        Err(error) => fail(FAILED, &error),
+    }
+}
+
+async fn operate(config: &Config, command: operate::Command) -> ExitCode {
+    let token = match admin::token(&config.listen) {
+        Ok(token) => token,
+        Err(error) => return fail(MISTAKEN, &error),
+    };
+    let client = admin::client::Client::new(config.listen.admin.clone(), token);
+    let (mut out, is_terminal) = (std::io::stdout(), std::io::stdout().is_terminal());
+    let mut output = operate::Output {
+        colour: is_terminal && cli::wants_colour(),
+        progress: is_terminal && std::io::stderr().is_terminal(),
+        out: &mut out,
+    };
+    match operate::run(&client, &command, &mut output).await {
+        Ok(()) => ExitCode::SUCCESS,
+        // Whoever read our output has enough: `ifnewer ls | head`.
+        Err(operate::Failed::Output(error)) if error.kind() == std::io::ErrorKind::BrokenPipe => {
+            ExitCode::SUCCESS
+        }
+        Err(error) => fail(FAILED, &error),
+    }
 }
 
 fn run(program: impl Future<Output = ExitCode>) -> ExitCode {

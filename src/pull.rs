@@ -20,6 +20,7 @@ mod manifest;
 pub mod passing;
 mod prefetch;
 mod recalled;
+mod refresh;
 mod rights;
 mod site;
 mod sizes;
@@ -34,6 +35,7 @@ use http::HeaderValue;
 
 pub use asking::Asked;
 pub use listing::Listing;
+pub use refresh::Refreshed;
 pub use site::{Access, Site};
 
 use crate::access::Evidence;
@@ -227,12 +229,14 @@ impl Pull {
         }
     }
 
-    /// What would be decided for `image` now, before asking anyone: for the operator's question "why".
+    /// What would be decided now for a client with this `Authorization`, before asking anyone: for the operator's
+    /// question "why".
     pub fn why(
         &self,
         site: &Site,
         repository: &Repository,
         reference: &Reference,
+        authorization: Option<&HeaderValue>,
         now: SystemTime,
     ) -> (Situation, Verdict, Arc<str>) {
         let tag = match reference {
@@ -240,7 +244,7 @@ impl Pull {
             Reference::Digest(_) => None,
         };
         let rule = self.rule(site, repository, tag);
-        let context = self.context(site, repository, None);
+        let context = self.context(site, repository, authorization);
         let situation = match reference {
             Reference::Tag(tag) => {
                 let copies = self.copies_of_tag(site, repository, tag, &Accept::any());
@@ -250,6 +254,11 @@ impl Pull {
             Reference::Digest(digest) => self.digest_situation(site, &context, rule, repository, digest, now),
         };
         (situation, decide(&situation), Arc::clone(&rule.name))
+    }
+
+    /// The rule that holds for an image; without a tag, for what is asked by digest.
+    pub fn rule_of(&self, site: &Site, repository: &Repository, tag: Option<&Tag>) -> &Rule {
+        self.rule(site, repository, tag)
     }
 
     /// The store, for those who look rather than pull.

@@ -1,5 +1,7 @@
 //! The life of the process: built from a configuration, announced, reloaded, drained.
 
+mod service;
+
 use std::io::Write;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -9,12 +11,14 @@ use arc_swap::ArcSwap;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
+use zeroize::Zeroizing;
 
-use crate::admin::Admin;
+use crate::admin::{self, Admin, Guard, Surroundings, TokenError};
 use crate::clock::Clock;
 use crate::config::{self, Access, Config, Credential, Faults, Proxy, UpstreamConfig};
 use crate::download::Downloads;
 use crate::event::Events;
+use crate::oci::digest::keyed;
 use crate::pull::{self, Pull, Site};
 use crate::server::accept::Accepting;
 use crate::server::listen::{Listener, Passed, SocketFile, bind, bind_unix, listeners};
@@ -25,7 +29,8 @@ use crate::store::volume::Directory;
 use crate::store::{Limits as StoreLimits, OpenError, Settings as StoreSettings, Store};
 use crate::upstream::tunnel::Way;
 use crate::upstream::{
-    Connector, CredentialSource, OriginError, ProxyChoice, Settings, SettingsError, Upstream,
+    Connector, CredentialSource, Observer, Offline, OriginError, ProxyChoice, Settings, SettingsError,
+    Upstream,
 };
 
 /// How long the end waits for downloads that no client waits for any more.
@@ -66,9 +71,12 @@ pub enum RunError {
     /// An admin listener that others could reach.
     #[error(
         "listen.admin = \"{0}\" can be reached from other machines, and it names private repositories; \
-             use a loopback address or \"unix:/run/ifnewer/admin.sock\""
+             use a loopback address or \"unix:/run/ifnewer/admin.sock\", or name a token with listen.admin_token_file"
     )]
     AdminExposed(SocketAddr),
+    /// The admin token cannot be used.
+    #[error("{0}")]
+    AdminToken(#[from] TokenError),
     /// Nothing would be served.
     #[error("no upstream is configured")]
     NoUpstream,
@@ -82,11 +90,7 @@ pub async fn serve(
     reload: impl Fn() -> Result<Config, Faults>,
     clock: Clock,
 ) -> Result<(), RunError> {
-    if let config::Admin::Tcp(address) = config.listen.admin
-        && !address.ip().is_loopback()
-    {
-        return Err(RunError::AdminExposed(address));
-    }
+    let token = admin_token(&config)?;
     let mut signals = Signals::new()?;
     // The lock first: a second process must refuse before it disturbs anything of the first.
     let volume = Arc::new(Directory::open(&config.data)?);
@@ -99,13 +103,12 @@ pub async fn serve(
     let buffers = Buffers::default();
     let downloads = Downloads::new(Arc::clone(&store), buffers.clone(), config.limits.fetches_max);
     let connector = Connector::system();
-    let build = |config: &Config| registry(config, &store, &downloads, &connector, clock);
+    let told = Told::default();
+    let build = |config: &Config| registry(config, &store, &downloads, &connector, &told, clock);
     let registry = Arc::new(ArcSwap::from_pointee(build(&config)?));
-
-    let events = Events::new();
     let front = Front {
         registry: Arc::clone(&registry),
-        events: events.clone(),
+        events: told.events.clone(),
         buffers,
         sound: Sound::default(),
         clock,
@@ -123,20 +126,30 @@ pub async fn serve(
         config.limits,
         ending.clone(),
     );
+    let registry_addresses = listeners.iter().filter_map(Listener::address).collect();
     for listener in listeners {
         announce("registry", &listener.name());
         tasks.spawn(accepting.clone().run(listener));
     }
-    let admin = Admin {
+    let admin = Admin::new(Surroundings {
         registry: Arc::clone(&registry),
-        events,
+        events: told.events.clone(),
         clock,
-    };
+        offline: told.offline.clone(),
+        guard: Guard::new(token, config.tls.names.clone(), process_secret(&store, clock)),
+        ca: config.tls.own.is_none().then(|| config.tls.folder.join("ca.pem")),
+        registry_addresses,
+        ending: ending.clone(),
+    });
+    tasks.spawn(admin.clone().sample());
     tasks.spawn(tend(Arc::clone(&store), clock, ending.clone()));
-    let _socket = operate(&config.listen.admin, admin, &ending, &mut tasks)?;
+    let _socket = operate(&config.listen.admin, admin, &mut tasks)?;
     tracing::info!(version = env!("CARGO_PKG_VERSION"), data = %config.data.display(), "serving");
+    let watchdog = tokio::spawn(service::watchdog());
+    service::ready();
 
     while matches!(signals.next().await, Wanted::Reload) {
+        let _reloading = service::Reloading::begin();
         let new = match reload() {
             Ok(new) => new,
             Err(faults) => {
@@ -162,6 +175,8 @@ pub async fn serve(
         }
     }
     tracing::info!("ending: finishing what is under way");
+    service::stopping();
+    watchdog.abort();
     ending.cancel();
     tokio::select! {
         () = async { while tasks.join_next().await.is_some() {} } => {}
@@ -206,19 +221,46 @@ async fn tend(store: Arc<Store>, clock: Clock, ending: CancellationToken) {
     }
 }
 
+/// The token that the admin listener asks for; one that others can reach must have one.
+fn admin_token(config: &Config) -> Result<Option<Zeroizing<String>>, RunError> {
+    let token = admin::token(&config.listen)?;
+    match config.listen.admin {
+        config::Admin::Tcp(address) if !address.ip().is_loopback() && token.is_none() => {
+            Err(RunError::AdminExposed(address))
+        }
+        _ => Ok(token),
+    }
+}
+
+/// What every upstream shares, over all configurations of this process.
+#[derive(Default)]
+pub struct Told {
+    events: Events,
+    offline: Offline,
+}
+
+/// New with each process, and as secret as the store's own.
+fn process_secret(store: &Store, clock: Clock) -> [u8; 32] {
+    keyed(
+        store.install_secret(),
+        format!("admin since {:?}", clock.now()).as_bytes(),
+    )
+}
+
 /// What serves requests, from the configuration.
 fn registry(
     config: &Config,
     store: &Arc<Store>,
     downloads: &Downloads,
     connector: &Connector,
+    told: &Told,
     clock: Clock,
 ) -> Result<Registry, RunError> {
     let mut sites = Vec::new();
     for upstream in &config.upstreams {
         let fetches_max = config.limits.fetches_per_upstream_max;
         sites.push((
-            Arc::new(site(upstream, fetches_max, connector)?),
+            Arc::new(site(upstream, fetches_max, connector, told)?),
             upstream.hosts.clone(),
         ));
     }
@@ -245,7 +287,12 @@ fn registry(
     })
 }
 
-fn site(config: &UpstreamConfig, fetches_max: usize, connector: &Connector) -> Result<Site, RunError> {
+fn site(
+    config: &UpstreamConfig,
+    fetches_max: usize,
+    connector: &Connector,
+    told: &Told,
+) -> Result<Site, RunError> {
     let access = match config.access {
         Access::Proven => pull::Access::Proven,
         Access::Shared => pull::Access::Shared {
@@ -253,7 +300,7 @@ fn site(config: &UpstreamConfig, fetches_max: usize, connector: &Connector) -> R
         },
     };
     Ok(Site::new(
-        Arc::new(upstream(config, fetches_max, connector)?),
+        Arc::new(upstream(config, fetches_max, connector, told)?),
         access,
     ))
 }
@@ -263,6 +310,7 @@ pub fn upstream(
     config: &UpstreamConfig,
     fetches_max: usize,
     connector: &Connector,
+    told: &Told,
 ) -> Result<Upstream, RunError> {
     let refused = |error| RunError::Upstream {
         name: Arc::clone(&config.name),
@@ -279,6 +327,16 @@ pub fn upstream(
     })?;
     let mut settings = Settings::new(&*config.name, urls);
     settings.fetches_max = fetches_max;
+    settings.offline = told.offline.clone();
+    let events = told.events.clone();
+    settings.observer = Observer::new(move |exchanged| {
+        events.exchanged(
+            exchanged.upstream,
+            exchanged.operation,
+            exchanged.code,
+            exchanged.took,
+        );
+    });
     settings.roots.clone_from(&config.roots);
     settings.timeouts.connect = config.connect_timeout;
     settings.proxy = match &config.proxy {
@@ -298,7 +356,6 @@ pub fn upstream(
 fn operate(
     listen: &config::Admin,
     admin: Admin,
-    ending: &CancellationToken,
     tasks: &mut JoinSet<()>,
 ) -> Result<Option<SocketFile>, RunError> {
     match listen {
@@ -306,13 +363,13 @@ fn operate(
         config::Admin::Tcp(address) => {
             let listener = bind(*address, false)?;
             announce("admin", &listener.local_addr()?.to_string());
-            tasks.spawn(admin.run(listener, ending.clone()));
+            tasks.spawn(admin.run(listener));
             Ok(None)
         }
         config::Admin::Unix(path) => {
             let (listener, file) = bind_unix(path, 0o600)?;
             announce("admin", &format!("unix:{}", path.display()));
-            tasks.spawn(admin.run_unix(listener, ending.clone()));
+            tasks.spawn(admin.run_unix(listener));
             Ok(Some(file))
         }
     }

@@ -5,7 +5,7 @@
 //! * `gate`, `door`: an HTTP request becomes a [`crate::pull::Request`], or one to be handed on, or is turned away before
 //!   anything else runs. * `connect`: what comes by `CONNECT`. * `pass`: what is handed on.
 //! * `reply`: an outcome becomes an HTTP response; nothing else builds one but what is handed back. * `body`: bytes on
-//!   their way out. * `idle`: connections that make no progress.
+//!   their way out. * `told`: what is told of it all. * `idle`: connections that make no progress.
 
 pub mod accept;
 mod body;
@@ -20,13 +20,15 @@ mod mint;
 mod pass;
 mod reply;
 pub mod tls;
+mod told;
 
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use arc_swap::ArcSwap;
 use http::header::{CONNECTION, USER_AGENT};
 use http::request::Parts;
-use http::{HeaderValue, Method, Request, Response};
+use http::{HeaderValue, Method, Request, Response, StatusCode};
 use hyper::body::Incoming;
 
 pub use body::{Body, Sound};
@@ -37,10 +39,10 @@ use gate::{Passage, Turned, Wanted};
 pub use idle::Pardon;
 
 use crate::clock::Clock;
-use crate::event::{Answered, Decision, Events, Kind, Outcome};
-use crate::oci::{Operation, Reference};
+use crate::event::{Answered, Events, Kind, Trace, agent};
 use crate::pull::Pull;
 use crate::store::step::Buffers;
+use told::Told;
 
 /// What serves requests. Exchanged whole when the configuration is read again.
 pub struct Registry {
@@ -75,78 +77,77 @@ impl Front {
         let began = tokio::time::Instant::now();
         let registry = self.registry.load_full();
         let (head, body) = request.into_parts();
+        let at = self.clock.now();
+        let place = Place {
+            head: &head,
+            peer,
+            at,
+            began,
+        };
         let mut response;
-        let read = gate::read(&head, peer, &registry.doors, self.clock.now());
+        let read = gate::read(&head, peer, &registry.doors, at);
         let read = match (&registry.entry, read) {
             (Some(entry), Ok(wanted)) => admitted(entry, &head, wanted).await,
             (_, read) => read,
         };
         match read {
             Ok(Wanted::Read(wanted, door)) => {
-                let (site, kind) = (Arc::clone(&wanted.site), kind(&wanted.operation));
+                let (site, subject) = (Arc::clone(&wanted.site), told::subject(&wanted.operation));
                 let asked = reply::Asked::new(&head, &wanted);
-                let decision = decision(&head, &wanted, peer, door);
                 let outcome = registry.pull.answer(wanted).await;
-                let (result, reason) = reply::told(&outcome);
+                let told = Told::of(&outcome);
                 response = reply::answer(outcome, &asked, self, registry.pull.store());
-                if let Some(decision) = decision {
-                    self.events.decided(Decision {
-                        outcome: result,
-                        reason,
-                        status: response.status().as_u16(),
-                        took: began.elapsed(),
-                        ..decision
-                    });
-                }
                 self.tell(
+                    &place,
                     (site.name(), door.name()),
-                    kind,
-                    &head,
-                    result,
-                    reason,
-                    &response,
-                    began,
+                    subject,
+                    &told,
+                    response.status(),
                 );
             }
             Ok(Wanted::Knock(wanted, door)) => {
                 let site = Arc::clone(&wanted.site);
                 let asked = reply::Asked::new(&head, &wanted);
                 let outcome = registry.pull.knock(&wanted).await;
-                let (result, reason) = reply::told(&outcome);
+                let told = Told::of(&outcome);
                 response = reply::answer(outcome, &asked, self, registry.pull.store());
-                let place = (site.name(), door.name());
-                self.tell(place, Kind::Ping, &head, result, reason, &response, began);
+                let subject = (Kind::Ping, head.uri.path().to_owned());
+                self.tell(
+                    &place,
+                    (site.name(), door.name()),
+                    subject,
+                    &told,
+                    response.status(),
+                );
             }
             Ok(Wanted::Pass(passage)) => {
                 let (site, door) = (Arc::clone(&passage.site), passage.door);
-                let kind = passed_kind(&passage, &head);
-                let (result, reason);
-                (response, result, reason) = match self
+                let subject = (passed_kind(&passage, &head), head.uri.path().to_owned());
+                let told;
+                (response, told) = match self
                     .pass(&registry.pull, passage, &head, body, &peer.pardon)
                     .await
                 {
-                    Ok(response) => (response, Outcome::Passed, "passed"),
+                    Ok(response) => (response, Told::passed()),
                     Err(cause) => {
                         let is_head = head.method == Method::HEAD;
                         let response = reply::not_passed(site.name(), cause, is_head);
-                        (response, Outcome::Refused, cause.name())
+                        (response, Told::not_passed(cause))
                     }
                 };
                 self.tell(
+                    &place,
                     (site.name(), door.name()),
-                    kind,
-                    &head,
-                    result,
-                    reason,
-                    &response,
-                    began,
+                    subject,
+                    &told,
+                    response.status(),
                 );
             }
             Err(turned) => {
                 response = reply::turned(&turned, &head.method);
-                let reason = turned.name();
-                let refused = Outcome::Refused;
-                self.tell(("-", "-"), Kind::Other, &head, refused, reason, &response, began);
+                let subject = (Kind::Other, head.uri.path().to_owned());
+                let told = Told::turned(turned.name());
+                self.tell(&place, ("-", "-"), subject, &told, response.status());
             }
         }
         if gate::ends_connection(&head) {
@@ -157,31 +158,32 @@ impl Front {
         response
     }
 
-    #[expect(
-        clippy::too_many_arguments,
-        reason = "the facts of one log line, all of them different"
-    )]
     fn tell(
         &self,
+        place: &Place<'_>,
         (upstream, door): (&str, &'static str),
-        kind: Kind,
-        head: &Parts,
-        result: Outcome,
-        reason: &'static str,
-        response: &Response<Body>,
-        began: tokio::time::Instant,
+        (kind, image): (Kind, String),
+        told: &Told,
+        status: StatusCode,
     ) {
-        let status = response.status().as_u16();
-        let (path, took) = (head.uri.path(), began.elapsed());
+        let headers = &place.head.headers;
+        let age = told.confirmed_at.and_then(|at| place.at.duration_since(at).ok());
         self.events.answered(&Answered {
+            at: place.at,
             upstream,
             door,
             kind,
-            path,
-            result,
-            reason,
-            status,
-            took,
+            image: &image,
+            result: told.result,
+            reason: told.reason,
+            cause: told.cause,
+            digest: told.digest,
+            age,
+            status: status.as_u16(),
+            took: place.began.elapsed(),
+            client: place.peer.address,
+            agent: &agent(headers.get(USER_AGENT)),
+            trace: Trace::of_request(headers),
         });
     }
 }
@@ -204,6 +206,14 @@ async fn admitted(entry: &Entry, head: &Parts, wanted: Wanted) -> Result<Wanted,
     Ok(Wanted::Read(wanted, door))
 }
 
+/// Where and when a request came in.
+struct Place<'a> {
+    head: &'a Parts,
+    peer: &'a Peer,
+    at: SystemTime,
+    began: tokio::time::Instant,
+}
+
 fn passed_kind(passage: &Passage, head: &Parts) -> Kind {
     let path = head.uri.path();
     if passage.change.is_some() || path.contains("/blobs/uploads") {
@@ -212,47 +222,5 @@ fn passed_kind(passage: &Passage, head: &Parts) -> Kind {
         Kind::Ping
     } else {
         Kind::Other
-    }
-}
-
-/// What a pull asks for, to be kept with what comes of it.
-fn decision(head: &Parts, wanted: &crate::pull::Request, peer: &Peer, door: Door) -> Option<Decision> {
-    let Operation::Manifest {
-        repository,
-        reference,
-    } = &wanted.operation
-    else {
-        return None;
-    };
-    let user_agent = head.headers.get(USER_AGENT).and_then(|value| value.to_str().ok());
-    Some(Decision {
-        number: 0,
-        at: wanted.now,
-        client: peer.address,
-        user_agent: Decision::shortened(user_agent.unwrap_or_default()),
-        door: door.name(),
-        upstream: wanted.site.name().to_owned(),
-        repository: repository.to_string(),
-        reference: reference.to_string(),
-        outcome: Outcome::Refused,
-        reason: "",
-        status: 0,
-        took: std::time::Duration::ZERO,
-    })
-}
-
-fn kind(operation: &Operation) -> Kind {
-    match operation {
-        Operation::Ping => Kind::Ping,
-        Operation::Manifest {
-            reference: Reference::Tag(_),
-            ..
-        } => Kind::Tag,
-        Operation::Manifest {
-            reference: Reference::Digest(_),
-            ..
-        } => Kind::Manifest,
-        Operation::Blob { .. } => Kind::Blob,
-        Operation::Tags { .. } | Operation::Referrers { .. } => Kind::Listing,
     }
 }

@@ -40,6 +40,7 @@ mod evict;
 mod grants;
 mod index;
 pub mod ingest;
+pub mod inventory;
 pub mod leftover;
 pub mod listings;
 mod lock;

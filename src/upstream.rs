@@ -42,6 +42,7 @@ mod question;
 mod quirk;
 mod route;
 mod settings;
+mod switch;
 mod tcp;
 mod token;
 pub mod tunnel;
@@ -58,6 +59,7 @@ pub use own::{
 pub use quirk::Quirk;
 pub use route::{ProxyChoice, ProxyError};
 pub use settings::{Caller, Credential, FETCHES_MAX, Settings, SettingsError, Timeouts};
+pub use switch::{Exchanged, Observer, Offline};
 
 use breaker::Breaker;
 use client::{Follow, Http, Request};
@@ -102,6 +104,8 @@ struct Inner {
     questions: Arc<Semaphore>,
     transfers: Arc<Semaphore>,
     limits: Limits,
+    offline: Offline,
+    observer: Observer,
     health: Mutex<Health>,
 }
 
@@ -170,6 +174,8 @@ impl Upstream {
             questions: Arc::new(Semaphore::new(settings.fetches_max)),
             transfers: Arc::new(Semaphore::new(settings.fetches_max)),
             limits: Limits::new(),
+            offline: settings.offline,
+            observer: settings.observer,
             health: Mutex::default(),
         })))
     }
@@ -182,6 +188,9 @@ impl Upstream {
     /// What the upstream says about `operation` without sending it: which digest a tag names, whether a blob may be
     /// read. Asks also while the breaker is open; who holds a copy looks at [`Upstream::silent_now`] first.
     pub async fn head(&self, caller: &Caller, operation: &Operation, accept: &Accept) -> Answer {
+        if let Some(cause) = self.0.offline.cause() {
+            return Answer::silent(cause);
+        }
         let Some(_permit) = self.permit(&self.0.questions).await else {
             return Answer::silent(Cause::Busy);
         };
@@ -191,7 +200,9 @@ impl Upstream {
             let answer = if let Some(left) = self.0.limits.waiting(position, lane, caller, Instant::now()) {
                 Answer::rate_limited(left)
             } else {
+                let began = Instant::now();
                 let answer = self.question(origin, caller, operation, accept).head().await;
+                self.0.tell(operation, true, Some(&answer), began);
                 self.0.note((position, lane), caller, &answer);
                 answer
             };
@@ -210,8 +221,12 @@ impl Upstream {
         self.0.exchange.http.line().nearest()
     }
 
-    /// [`Cause::BreakerOpen`] while the upstream is known to be silent: who holds a copy need not ask.
+    /// Why the upstream is known to be silent, while it is: who holds a copy need not ask. [`Cause::BreakerOpen`] or
+    /// [`Cause::Offline`].
     pub fn silent_now(&self) -> Option<Cause> {
+        if let Some(cause) = self.0.offline.cause() {
+            return Some(cause);
+        }
         self.0.health().breaker.open().map(|_| Cause::BreakerOpen)
     }
 
@@ -289,6 +304,11 @@ impl Inner {
         self.health.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn tell(&self, operation: &Operation, is_head: bool, answer: Option<&Answer>, began: Instant) {
+        self.observer
+            .tell(&self.name, operation, is_head, answer, began.elapsed());
+    }
+
     /// Whether a HEAD of this would be answered by a GET, as this upstream is known to need.
     fn answers_no_heads(&self, operation: &Operation) -> bool {
         let Operation::Manifest { reference, .. } = operation else {
@@ -348,7 +368,8 @@ async fn probe(upstream: std::sync::Weak<Inner>, opening: u64) {
         let Some(open) = open.filter(|_| inner.health().breaker.awaits(opening)) else {
             return;
         };
-        if inner.is_back(open.cause).await {
+        // Switched off by the operator: not even a probe goes out.
+        if !inner.offline.is_on() && inner.is_back(open.cause).await {
             inner.health().breaker.answer();
             tracing::info!(upstream = inner.name, "answers again");
             return;

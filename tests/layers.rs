@@ -76,7 +76,19 @@ const MODULES: &[Module] = &[
     module(
         "cli",
         6,
-        &["config", "setup", "ca", "doctor"],
+        &["config", "setup", "ca", "doctor", "operate"],
+        &["store", "download", "pull", "clock"],
+    ),
+    module(
+        "operate",
+        6,
+        &["admin"],
+        &["store", "upstream", "download", "pull", "clock"],
+    ),
+    module(
+        "demo",
+        6,
+        &["admin", "config"],
         &["store", "download", "pull", "clock"],
     ),
     module("server", 6, &["config"], &[]),
@@ -85,7 +97,9 @@ const MODULES: &[Module] = &[
     module(
         "main",
         6,
-        &["config", "cli", "server", "admin", "run", "setup", "ca", "doctor"],
+        &[
+            "config", "cli", "server", "admin", "run", "setup", "ca", "doctor", "operate", "demo",
+        ],
         &[],
     ),
 ];
@@ -121,6 +135,7 @@ const HTTP: &[&str] = &[
     "server/",
     "admin.rs",
     "admin/",
+    "demo/registry.rs",
     "upstream/client.rs",
     "upstream/line.rs",
     "upstream/pass.rs",

@@ -41,10 +41,10 @@ fn the_command_line_is_well_formed() {
 
 #[test]
 fn serve_is_the_default() {
-    assert_eq!(parse("ifnewer").command(), Command::Serve);
-    assert_eq!(parse("ifnewer serve").command(), Command::Serve);
-    assert_eq!(parse("ifnewer check").command(), Command::Check);
-    assert_eq!(parse("ifnewer healthcheck").command(), Command::Healthcheck);
+    assert_eq!(parse("ifnewer").wanted(), Command::Serve);
+    assert_eq!(parse("ifnewer serve").wanted(), Command::Serve);
+    assert_eq!(parse("ifnewer check").wanted(), Command::Check);
+    assert_eq!(parse("ifnewer healthcheck").wanted(), Command::Healthcheck);
 }
 
 #[test]
@@ -156,7 +156,7 @@ fn what_is_not_text_is_told() {
 
 #[test]
 fn setup_is_shown_unless_it_is_to_be_applied_or_undone() {
-    let Command::Setup(words) = parse("ifnewer setup gitlab-runner --address cache:1 --proxy").command()
+    let Command::Setup(words) = parse("ifnewer setup gitlab-runner --address cache:1 --proxy").wanted()
     else {
         panic!("not setup");
     };

@@ -69,6 +69,9 @@ fn listen(table: &Table, report: &mut Report<'_>) -> Result<Listen, Told> {
     let trusted = table.list(report, "proxy_protocol_from", &value::NETWORK);
     let plain = table.text(report, "plain", &value::PLAIN);
     let admin = table.text(report, "admin", &value::ADMIN);
+    let token = table.text_if_set(report, "admin_token_file", &value::PATH);
+    let admin_token_file =
+        token.map(|path| path.map(|path| report.resolve(table.entry_at("admin_token_file"), path)));
     let registry = registry?;
     if registry.is_empty() {
         let message = "without an address no client can reach the cache";
@@ -116,6 +119,7 @@ fn listen(table: &Table, report: &mut Report<'_>) -> Result<Listen, Told> {
         proxy_protocol_from: trusted?.into_iter().map(|(_, network)| network).collect(),
         plain: plain?,
         admin,
+        admin_token_file: admin_token_file?,
     })
 }
 

@@ -144,6 +144,7 @@ pub const KEYS: &[Key] = &[
     key(Listen, "plain", Some(r#""loopback""#), "Who may speak without TLS: \"loopback\", \"any\" or \"nobody\"."),
     key(Listen, "proxy_protocol_from", Some("[]"), "Networks of load balancers whose PROXY protocol header (version 1 or 2) says who the client is; from there it must come."),
     key(Listen, "admin", Some(r#""127.0.0.1:5001""#), "The address for health, metrics and the admin API: an address, \"unix:/path\" or \"off\"."),
+    key(Listen, "admin_token_file", None, "The file with the token that the admin API asks for; an admin address that others can reach needs one."),
 
     key(Tls, "folder", Some(r#""certs""#), "The folder of ca.pem, ca.key, server.pem and server.key, made at the first start; relative to this file."),
     key(Tls, "names", Some("[]"), "Further host names and addresses on the server certificate."),

@@ -128,7 +128,7 @@ pub(super) async fn upstreams(patient: &Patient<'_>) -> Vec<Check> {
     let mut asked = JoinSet::new();
     for (position, upstream) in patient.config.upstreams.iter().enumerate() {
         let name = format!("upstream {}", upstream.name);
-        match run::upstream(upstream, 4, &connector) {
+        match run::upstream(upstream, 4, &connector, &run::Told::default()) {
             Ok(client) => {
                 let operation = operation(upstream, &patient.options.canary);
                 asked.spawn(async move { (position, self::upstream(name, &client, operation).await) });

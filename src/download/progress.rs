@@ -12,6 +12,9 @@ use crate::store::volume::VolumeFile;
 pub(super) struct Download {
     pub(super) digest: Digest,
     pub(super) progress: watch::Sender<Progress>,
+    /// For those who look.
+    pub(super) began: tokio::time::Instant,
+    pub(super) counts: Arc<super::view::Counts>,
 }
 
 /// What is known once the upstream has begun to answer.

@@ -20,6 +20,7 @@ use crate::upstream::{Answer, Said};
 pub(super) async fn run<S: Source>(place: Place, source: S) {
     if let Err(failure) = fill(&place, source).await {
         tracing::debug!(digest = %place.download.digest, %failure, "download failed");
+        place.download.counts.failed(&failure);
         place.fail(failure);
     }
 }

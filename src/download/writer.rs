@@ -42,6 +42,7 @@ impl Writer {
             }
             self.written += chunk.len() as u64;
             self.download.publish(self.written);
+            self.download.counts.fetched(chunk.len() as u64);
             self.hasher.update(&chunk);
             self.ingest.wrote(self.written, &self.hasher);
         }

@@ -33,8 +33,8 @@ pub(super) async fn unverifiable(request: &Request, caller: &Caller, size_max: u
         Operation::Manifest {
             reference: Reference::Digest(digest),
             ..
-        } => Some(digest.to_string()),
-        Operation::Blob { digest, .. } => Some(digest.to_string()),
+        }
+        | Operation::Blob { digest, .. } => Some(digest.to_string()),
         _ => None,
     };
     if request.head {

@@ -10,6 +10,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use http::header::USER_AGENT;
 use http::uri::Authority;
 use http::{Request, Response};
 use hyper::body::Incoming;
@@ -109,14 +110,21 @@ impl Connection {
             }
         };
         self.accepting.front().events.answered(&Answered {
+            at: self.accepting.front().clock.now(),
             upstream: &upstream,
             door: Door::Connect.name(),
             kind: Kind::Connect,
-            path: &target,
+            image: &target,
             result,
             reason,
+            cause: None,
+            digest: None,
+            age: None,
             status: response.status().as_u16(),
             took: began.elapsed(),
+            client: self.peer.address,
+            agent: &event::agent(head.headers.get(USER_AGENT)),
+            trace: event::Trace::of_request(&head.headers),
         });
         response
     }

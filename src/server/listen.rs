@@ -191,8 +191,13 @@ impl Listener {
 
     /// The address, if it has one.
     pub fn ip(&self) -> Option<IpAddr> {
+        self.address().map(|address| address.ip())
+    }
+
+    /// Its address and port, if it has one.
+    pub fn address(&self) -> Option<SocketAddr> {
         match &self.socket {
-            Socket::Tcp(listener) => listener.local_addr().ok().map(|address| address.ip()),
+            Socket::Tcp(listener) => listener.local_addr().ok(),
             Socket::Unix(..) => None,
         }
     }

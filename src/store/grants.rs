@@ -34,6 +34,20 @@ impl Store {
         self.grants.find(upstream, repository, principal)
     }
 
+    /// How many principals the upstream has said yes to in this repository, as far as is remembered.
+    pub fn grants_count(&self, upstream: &str, repository: &Repository) -> usize {
+        let prefix = [
+            &[KEY_PREFIX],
+            upstream.as_bytes(),
+            b"\0",
+            repository.as_str().as_bytes(),
+            b"\0",
+        ]
+        .concat();
+        let found = self.grants.index.scan(prefix, Vec::new(), GRANTS_MAX);
+        found.map_or(0, |found| found.len())
+    }
+
     /// Keeps that the upstream said yes at `at`.
     pub fn note_grant(&self, upstream: &str, repository: &Repository, principal: &[u8; 32], at: SystemTime) {
         self.grants.note(upstream, repository, principal, at);

@@ -50,6 +50,11 @@ impl Store {
         self.pins.remove(pin)
     }
 
+    /// Whether just this is pinned.
+    pub fn is_pinned(&self, pin: &Pin) -> bool {
+        self.pins.has(pin)
+    }
+
     /// Everything pinned, in order.
     pub fn pins(&self) -> Vec<Pin> {
         self.pins.all()

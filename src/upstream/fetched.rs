@@ -96,6 +96,9 @@ impl Upstream {
         accept: &Accept,
         part: Part,
     ) -> Result<Fetched, Answer> {
+        if let Some(cause) = self.0.offline.cause() {
+            return Err(Answer::silent(cause));
+        }
         let places = if matches!(operation, Operation::Blob { .. }) {
             &self.0.transfers
         } else {
@@ -117,7 +120,11 @@ impl Upstream {
                 continue;
             }
             let question = self.question(origin, caller, operation, accept);
-            match question.get(part, Address(position), self.0.timeouts.idle).await {
+            let began = Instant::now();
+            let got = question.get(part, Address(position), self.0.timeouts.idle).await;
+            self.0
+                .tell(operation, false, got.as_ref().err().map(Box::as_ref), began);
+            match got {
                 Ok(mut fetched) => {
                     self.0.limits.note(caller, &fetched.rate_limit, Instant::now());
                     self.answered();

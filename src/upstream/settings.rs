@@ -10,6 +10,7 @@ use super::dial::TlsError;
 use super::origin::Origin;
 use super::own::CredentialSource;
 use super::route::{ProxyChoice, ProxyError};
+use super::switch::{Observer, Offline};
 
 /// What an upstream is, as configured.
 pub struct Settings {
@@ -35,6 +36,10 @@ pub struct Settings {
     pub manifest_bytes_max: usize,
     /// Questions (HEAD, manifests, lists) under way at once, and as many blob transfers.
     pub fetches_max: usize,
+    /// The operator's switch.
+    pub offline: Offline,
+    /// Hears of each exchange.
+    pub observer: Observer,
 }
 
 impl Settings {
@@ -52,6 +57,8 @@ impl Settings {
             timeouts: Timeouts::default(),
             manifest_bytes_max: crate::oci::manifest::MANIFEST_BYTES_MAX,
             fetches_max: FETCHES_MAX,
+            offline: Offline::default(),
+            observer: Observer::default(),
         }
     }
 }

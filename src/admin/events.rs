@@ -1,0 +1,267 @@
+//! The last decisions, and new ones as they are made; and who was seen.
+
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use bytes::Bytes;
+use http::StatusCode;
+use serde::Serialize;
+use tokio::sync::broadcast::error::RecvError;
+use tokio::sync::{OwnedSemaphorePermit, mpsc};
+
+use super::Admin;
+use super::reply::{Problem, Reply, live};
+use super::words::{decision, rfc3339};
+use crate::event::{Client, Decision, Kind};
+use crate::oci::{Cause, Query};
+
+/// Decisions in one answer, unless `limit` says fewer.
+const EVENTS_MAX: usize = 1_000;
+
+/// Lines on their way to a watcher.
+const LINES_MAX: usize = 64;
+
+/// So that a connection that is gone is noticed, and one that is not is kept by what is in between.
+const HEARTBEAT: Duration = Duration::from_secs(15);
+
+/// One decision.
+#[derive(Serialize)]
+pub(super) struct Event {
+    pub(super) number: u64,
+    pub(super) time: String,
+    pub(super) upstream: String,
+    pub(super) door: &'static str,
+    pub(super) image: String,
+    pub(super) repository: String,
+    /// The tag or digest; empty where neither was understood.
+    pub(super) reference: String,
+    pub(super) kind: &'static str,
+    pub(super) outcome: &'static str,
+    pub(super) reason: &'static str,
+    pub(super) cause: Option<&'static str>,
+    /// What happened, in words.
+    pub(super) sentence: String,
+    pub(super) digest: Option<String>,
+    pub(super) status: u16,
+    pub(super) ms: f64,
+    pub(super) client: Option<String>,
+    pub(super) user_agent: String,
+    pub(super) trace_id: String,
+}
+
+impl Event {
+    pub(super) fn of(told: &Decision) -> Self {
+        let parts = told.image.split_once('@').or_else(|| told.image.rsplit_once(':'));
+        let (repository, reference) = match told.kind {
+            Kind::Tag | Kind::Manifest | Kind::Blob => parts.unwrap_or((&told.image, "")),
+            _ => (&*told.image, ""),
+        };
+        Self {
+            number: told.id,
+            time: humantime::format_rfc3339_millis(told.at).to_string(),
+            repository: repository.to_owned(),
+            reference: reference.to_owned(),
+            upstream: told.upstream.to_string(),
+            door: told.door,
+            image: told.image.to_string(),
+            kind: told.kind.name(),
+            outcome: told.result.name(),
+            reason: told.reason,
+            cause: told.cause.map(Cause::name),
+            sentence: decision(told),
+            digest: told.digest.map(|digest| digest.to_string()),
+            status: told.status,
+            ms: told.ms,
+            client: told.client.map(|client| client.to_string()),
+            user_agent: told.agent.to_string(),
+            trace_id: told.trace.id(),
+        }
+    }
+}
+
+/// Which decisions are wanted.
+#[derive(Clone, Default)]
+pub(super) struct Filter {
+    image: String,
+    upstream: Option<String>,
+    result: Option<String>,
+    reason: Option<String>,
+    client: Option<String>,
+    trace: Option<String>,
+    since: u64,
+    limit: usize,
+    /// Leaves out what was asked for by digest and came: it follows from a pull by tag.
+    only_pulls: bool,
+}
+
+impl Filter {
+    pub(super) fn read(query: &Query) -> Result<Self, Problem> {
+        let text = |name: &str| query.get(name).filter(|text| !text.is_empty()).map(str::to_owned);
+        let number = |name: &str| match query.get(name) {
+            None | Some("") => Ok(None),
+            Some(text) => text
+                .parse::<u64>()
+                .map(Some)
+                .map_err(|_| Problem::bad(format!("`{name}` is a number, not `{text}`"))),
+        };
+        let limit = number("limit")?.and_then(|limit| usize::try_from(limit).ok());
+        Ok(Self {
+            image: text("image").unwrap_or_default().to_lowercase(),
+            upstream: text("upstream"),
+            result: text("outcome"),
+            reason: text("reason"),
+            client: text("client"),
+            trace: text("trace_id"),
+            since: number("after")?.unwrap_or_default(),
+            limit: limit.unwrap_or(100).clamp(1, EVENTS_MAX),
+            only_pulls: false,
+        })
+    }
+
+    /// The newest pulls by tag, and what was refused.
+    pub(super) fn newest(limit: usize, image: &str) -> Self {
+        Self {
+            limit,
+            image: image.to_lowercase(),
+            only_pulls: true,
+            ..Self::default()
+        }
+    }
+
+    fn admits(&self, told: &Decision) -> bool {
+        let is =
+            |wanted: &Option<String>, found: &str| wanted.as_deref().is_none_or(|wanted| wanted == found);
+        let image = || {
+            format!("{}/{}", told.upstream, told.image)
+                .to_lowercase()
+                .contains(&self.image)
+        };
+        told.id > self.since
+            && (!self.only_pulls || told.kind == Kind::Tag || told.status >= 400)
+            && (self.image.is_empty() || image())
+            && is(&self.upstream, &told.upstream)
+            && is(&self.result, told.result.name())
+            && is(&self.reason, told.reason)
+            && is(
+                &self.client,
+                &told.client.map(|client| client.to_string()).unwrap_or_default(),
+            )
+            && is(&self.trace, &told.trace.id())
+    }
+}
+
+impl Admin {
+    /// The decisions wanted, the newest first.
+    pub(super) fn told(&self, filter: &Filter) -> Vec<Event> {
+        let decisions = self.events.decisions();
+        let wanted = decisions.iter().filter(|told| filter.admits(told));
+        wanted.take(filter.limit).map(|told| Event::of(told)).collect()
+    }
+
+    /// Sends decisions as they are made, as server-sent events: those after `after` first.
+    pub(super) fn watch(&self, filter: Filter) -> Result<Reply, Problem> {
+        let Ok(place) = Arc::clone(&self.watchers).try_acquire_owned() else {
+            return Err(Problem::new(
+                StatusCode::SERVICE_UNAVAILABLE,
+                "too many are watching already; close a page, or ask for /api/v1/events now and then",
+            ));
+        };
+        let (lines, replies) = mpsc::channel(LINES_MAX);
+        // Before the look at what is kept, so that nothing falls in between.
+        let news = self.events.watch();
+        let missed = match filter.since {
+            0 => Vec::new(),
+            _ => self.told(&Filter {
+                limit: EVENTS_MAX,
+                ..filter.clone()
+            }),
+        };
+        tokio::spawn(send(place, lines, news, missed, filter, self.ending.clone()));
+        Ok(live(replies))
+    }
+
+    /// Who was seen, the last first.
+    pub(super) fn clients_seen(&self, now: SystemTime) -> Vec<Seen> {
+        self.events
+            .clients()
+            .iter()
+            .map(|client| Seen::of(client, now))
+            .collect()
+    }
+}
+
+async fn send(
+    place: OwnedSemaphorePermit,
+    lines: mpsc::Sender<Bytes>,
+    mut news: tokio::sync::broadcast::Receiver<Arc<Decision>>,
+    missed: Vec<Event>,
+    filter: Filter,
+    ending: tokio_util::sync::CancellationToken,
+) {
+    let _place = place;
+    let mut last = filter.since;
+    for event in missed.iter().rev() {
+        last = last.max(event.number);
+        if lines.send(line(event)).await.is_err() {
+            return;
+        }
+    }
+    if lines.send(Bytes::from_static(b": watching\n\n")).await.is_err() {
+        return;
+    }
+    loop {
+        let told = tokio::select! {
+            () = ending.cancelled() => return,
+            () = lines.closed() => return,
+            told = tokio::time::timeout(HEARTBEAT, news.recv()) => told,
+        };
+        let sent = match told {
+            Ok(Ok(told)) if told.id > last && filter.admits(&told) => {
+                lines.send(line(&Event::of(&told))).await
+            }
+            Ok(Ok(_)) => Ok(()),
+            // The numbers show the gap, and /api/v1/events?after= fills it.
+            Ok(Err(RecvError::Lagged(_))) => {
+                lines.send(Bytes::from_static(b"event: gap\ndata: {}\n\n")).await
+            }
+            Ok(Err(RecvError::Closed)) => return,
+            Err(_) => lines.send(Bytes::from_static(b": still here\n\n")).await,
+        };
+        if sent.is_err() {
+            return;
+        }
+    }
+}
+
+fn line(event: &Event) -> Bytes {
+    let data = serde_json::to_string(event).unwrap_or_default();
+    format!("id: {}\nevent: decision\ndata: {data}\n\n", event.number).into()
+}
+
+/// A client program on a machine.
+#[derive(Serialize)]
+pub(super) struct Seen {
+    pub(super) address: String,
+    pub(super) kind: &'static str,
+    pub(super) agent: String,
+    pub(super) requests: u64,
+    pub(super) pulls: u64,
+    pub(super) last_at: String,
+    pub(super) seconds_ago: u64,
+    pub(super) last_image: Option<String>,
+}
+
+impl Seen {
+    fn of(client: &Client, now: SystemTime) -> Self {
+        Self {
+            address: client.address.to_string(),
+            kind: client.kind,
+            agent: client.agent.to_string(),
+            requests: client.requests,
+            pulls: client.pulls,
+            last_at: rfc3339(client.last_at),
+            seconds_ago: now.duration_since(client.last_at).unwrap_or_default().as_secs(),
+            last_image: client.last_image.as_deref().map(str::to_owned),
+        }
+    }
+}

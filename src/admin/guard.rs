@@ -1,0 +1,341 @@
+//! Who may do what here.
+//!
+//! The listener names private repositories, and it can change things. Three ways lead to it: from this machine, through
+//! a unix socket, and from elsewhere if the operator says so and names a token. Besides people there are browsers, which
+//! send requests that a page of another site made up. Hence:
+//!
+//! * The host asked for must be this one, or an address: else a name that resolves to us (DNS rebinding) would make us
+//!   the same site as the attacker's page.
+//! * Where a token is configured it is asked for on TCP, for everything but health and metrics.
+//! * A change must come from our own page (its form carries a secret of this process) or from a program: JSON and
+//!   `DELETE` are what no page of another site can send without asking first, and nobody is told yes.
+
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use http::header::{AUTHORIZATION, CONTENT_TYPE, HOST, ORIGIN};
+use http::request::Parts;
+use http::uri::Authority;
+use http::{HeaderMap, Method, StatusCode};
+use zeroize::Zeroizing;
+
+use super::reply::Problem;
+use crate::config::Listen;
+use crate::oci::digest::keyed;
+
+/// How a connection reached the listener.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Way {
+    /// Over a TCP address of this machine alone.
+    Loopback,
+    /// Over a TCP address that others may reach.
+    Network,
+    /// Through a unix socket, whose permissions say who may.
+    Socket,
+}
+
+/// Shorter than this is guessed.
+const TOKEN_BYTES_MIN: usize = 16;
+
+/// The admin token cannot be used. The operator's to mend.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("listen.admin_token_file = \"{}\": {reason}", .path.display())]
+pub struct TokenError {
+    /// The file.
+    pub path: PathBuf,
+    /// Why not.
+    pub reason: String,
+}
+
+/// The token that is asked for, if one is configured; without the line feed that editors add.
+pub fn token(listen: &Listen) -> Result<Option<Zeroizing<String>>, TokenError> {
+    let Some(path) = &listen.admin_token_file else {
+        return Ok(None);
+    };
+    let refused = |reason: String| TokenError {
+        path: path.clone(),
+        reason,
+    };
+    let text = std::fs::read_to_string(path).map(Zeroizing::new);
+    let text = text.map_err(|error| refused(error.to_string()))?;
+    let token = text.trim();
+    if token.len() < TOKEN_BYTES_MIN {
+        return Err(refused(format!(
+            "a token has at least {TOKEN_BYTES_MIN} characters; make one with: openssl rand -hex 32"
+        )));
+    }
+    Ok(Some(Zeroizing::new(token.to_owned())))
+}
+
+/// What is asked of those who come.
+pub struct Guard {
+    token: Option<Zeroizing<String>>,
+    /// Host names that are ours, besides addresses.
+    names: Vec<String>,
+    /// Keys the comparison of tokens, and the secret in forms. New with each process.
+    secret: [u8; 32],
+}
+
+impl Guard {
+    /// Asks for `token`, if there is one. `names` are ours besides addresses; `secret` is new with each process.
+    pub fn new(token: Option<Zeroizing<String>>, names: Vec<String>, secret: [u8; 32]) -> Arc<Self> {
+        Arc::new(Self { token, names, secret })
+    }
+
+    /// Lets a request in, or says why not. The form of a page is looked at apart, by [`Self::admits_form`].
+    pub(super) fn admit(&self, head: &Parts, way: Way) -> Result<(), Problem> {
+        if way != Way::Socket {
+            self.host(head, way)?;
+        }
+        let path = head.uri.path();
+        let is_open = matches!(path, "/healthz" | "/readyz" | "/metrics");
+        if !is_open && way != Way::Socket {
+            self.token(&head.headers)?;
+        }
+        if head.method == Method::GET || head.method == Method::HEAD {
+            return Ok(());
+        }
+        same_origin(head)?;
+        let kind = head
+            .headers
+            .get(CONTENT_TYPE)
+            .and_then(|kind| kind.to_str().ok())
+            .unwrap_or_default();
+        let kind = kind.split(';').next().unwrap_or_default().trim();
+        let is_form = kind.eq_ignore_ascii_case("application/x-www-form-urlencoded");
+        if path.starts_with("/api/")
+            && head.method != Method::DELETE
+            && !kind.eq_ignore_ascii_case("application/json")
+        {
+            return Err(Problem::new(
+                StatusCode::UNSUPPORTED_MEDIA_TYPE,
+                "send JSON: Content-Type: application/json",
+            ));
+        }
+        if !path.starts_with("/api/") && !is_form {
+            return Err(Problem::new(
+                StatusCode::METHOD_NOT_ALLOWED,
+                format!("nothing can be changed at {path}; the API is under /api/v1/"),
+            ));
+        }
+        Ok(())
+    }
+
+    /// The secret that our own page puts into its forms.
+    pub(super) fn form_secret(&self) -> String {
+        let sum = keyed(&self.secret, b"form");
+        base64::engine::general_purpose::URL_SAFE_NO_PAD.encode(sum)
+    }
+
+    /// Whether a form came from our own page.
+    pub(super) fn admits_form(&self, secret: &str) -> Result<(), Problem> {
+        if self.is_same(secret, &self.form_secret()) {
+            return Ok(());
+        }
+        Err(Problem::new(
+            StatusCode::FORBIDDEN,
+            "this form is not of this page, or of an earlier run of ifnewer; load the page again",
+        ))
+    }
+
+    fn host(&self, head: &Parts, way: Way) -> Result<(), Problem> {
+        let mut hosts = head.headers.get_all(HOST).iter();
+        let host = hosts.next().and_then(|host| host.to_str().ok());
+        let authority = host.and_then(|host| host.parse::<Authority>().ok());
+        let name = authority.as_ref().map_or("", Authority::host);
+        let name = name.trim_start_matches('[').trim_end_matches(']');
+        let is_ours = match (way, name.parse::<IpAddr>()) {
+            (Way::Network | Way::Socket, Ok(_)) => true,
+            (Way::Loopback, Ok(address)) => address.is_loopback(),
+            (_, Err(_)) => {
+                let named = |own: &String| own.eq_ignore_ascii_case(name);
+                name.eq_ignore_ascii_case("localhost") || self.names.iter().any(named)
+            }
+        };
+        if is_ours && hosts.next().is_none() {
+            return Ok(());
+        }
+        Err(Problem::new(
+            StatusCode::MISDIRECTED_REQUEST,
+            "the Host header must name this machine: use its address or localhost, or add the name to tls.names",
+        ))
+    }
+
+    /// `Bearer <token>`, or the password of `Basic`, which browsers can ask for.
+    fn token(&self, headers: &HeaderMap) -> Result<(), Problem> {
+        let Some(token) = &self.token else { return Ok(()) };
+        let sent = headers.get(AUTHORIZATION).and_then(|value| value.to_str().ok());
+        let sent = sent.and_then(|value| value.split_once(' '));
+        let is_right = match sent {
+            Some((scheme, sent)) if scheme.eq_ignore_ascii_case("bearer") => self.is_same(sent.trim(), token),
+            Some((scheme, sent)) if scheme.eq_ignore_ascii_case("basic") => {
+                let plain = STANDARD
+                    .decode(sent.trim())
+                    .map(Zeroizing::new)
+                    .unwrap_or_default();
+                let plain = std::str::from_utf8(&plain).unwrap_or_default();
+                plain
+                    .split_once(':')
+                    .is_some_and(|(_, password)| self.is_same(password, token))
+            }
+            _ => false,
+        };
+        if is_right {
+            return Ok(());
+        }
+        Err(Problem::new(
+            StatusCode::UNAUTHORIZED,
+            "the admin token is needed: Authorization: Bearer <content of listen.admin_token_file>",
+        ))
+    }
+
+    /// Compared by their keyed hashes: how long that takes says nothing about where the two differ.
+    fn is_same(&self, one: &str, other: &str) -> bool {
+        keyed(&self.secret, one.as_bytes()) == keyed(&self.secret, other.as_bytes())
+    }
+}
+
+/// A browser says which site's page sent a change. Programs say nothing.
+fn same_origin(head: &Parts) -> Result<(), Problem> {
+    let text = |name: &str| head.headers.get(name).and_then(|value| value.to_str().ok());
+    let from_elsewhere = matches!(text("sec-fetch-site"), Some("cross-site" | "same-site"));
+    let origin = text(ORIGIN.as_str()).and_then(|origin| origin.split_once("://"));
+    let host = text(HOST.as_str()).unwrap_or_default();
+    let is_other = match (text(ORIGIN.as_str()), origin) {
+        (None, _) => false,
+        (Some(_), Some((_, origin))) => !origin.eq_ignore_ascii_case(host),
+        (Some(_), None) => true,
+    };
+    if from_elsewhere || is_other {
+        return Err(Problem::new(
+            StatusCode::FORBIDDEN,
+            "a page of another site may change nothing here",
+        ));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests may fail loudly")]
+    use super::*;
+    use http::Request;
+
+    /// Method, path, headers, and the status of a refusal.
+    type Case<'a> = (&'a str, &'a str, &'a [(&'a str, &'a str)], Option<u16>);
+
+    fn guard(token: Option<&str>) -> Arc<Guard> {
+        let token = token.map(|token| Zeroizing::new(token.to_owned()));
+        Guard::new(token, vec!["cache.example.org".to_owned()], [7; 32])
+    }
+
+    fn status(guard: &Guard, way: Way, method: &str, path: &str, headers: &[(&str, &str)]) -> Option<u16> {
+        let mut request = Request::builder().method(method).uri(path);
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        let (head, ()) = request.body(()).unwrap().into_parts();
+        guard
+            .admit(&head, way)
+            .err()
+            .map(|problem| problem.status.as_u16())
+    }
+
+    #[test]
+    fn a_name_that_is_not_ours_is_misdirected() {
+        let guard = guard(None);
+        for (way, host, expected) in [
+            (Way::Loopback, "127.0.0.1:5001", None),
+            (Way::Loopback, "[::1]:5001", None),
+            (Way::Loopback, "localhost:5001", None),
+            (Way::Loopback, "cache.example.org", None),
+            (Way::Loopback, "evil.example", Some(421)),
+            (Way::Loopback, "192.0.2.7:5001", Some(421)),
+            (Way::Network, "192.0.2.7:5001", None),
+            (Way::Network, "evil.example", Some(421)),
+            (Way::Socket, "anything", None),
+        ] {
+            assert_eq!(
+                status(&guard, way, "GET", "/api/v1/status", &[("host", host)]),
+                expected,
+                "{host}"
+            );
+        }
+        assert_eq!(
+            status(&guard, Way::Loopback, "GET", "/", &[]),
+            Some(421),
+            "no host at all"
+        );
+    }
+
+    #[test]
+    fn the_token_is_asked_for_on_tcp_but_for_health_and_metrics() {
+        let guard = guard(Some("canary"));
+        let host = ("host", "127.0.0.1");
+        let basic = format!("Basic {}", STANDARD.encode("anyone:canary"));
+        for (path, authorization, expected) in [
+            ("/healthz", "", None),
+            ("/metrics", "", None),
+            ("/api/v1/images", "", Some(401)),
+            ("/", "", Some(401)),
+            ("/api/v1/images", "Bearer canary", None),
+            ("/api/v1/images", "bearer canary", None),
+            ("/api/v1/images", &basic, None),
+            ("/api/v1/images", "Bearer canar", Some(401)),
+            ("/api/v1/images", "Bearer canaryy", Some(401)),
+            ("/api/v1/images", "Basic canary", Some(401)),
+        ] {
+            let headers = [host, ("authorization", authorization)];
+            assert_eq!(
+                status(&guard, Way::Loopback, "GET", path, &headers),
+                expected,
+                "{path} {authorization}"
+            );
+        }
+        assert_eq!(status(&guard, Way::Socket, "GET", "/api/v1/images", &[]), None);
+    }
+
+    #[test]
+    fn a_page_of_another_site_changes_nothing() {
+        let guard = guard(None);
+        let (host, json) = (("host", "127.0.0.1:5001"), ("content-type", "application/json"));
+        let form = ("content-type", "application/x-www-form-urlencoded");
+        let cases: [Case<'_>; 8] = [
+            ("POST", "/api/v1/offline", &[host, json], None),
+            ("POST", "/api/v1/offline", &[host, form], Some(415)),
+            ("POST", "/api/v1/offline", &[host], Some(415)),
+            ("POST", "/act", &[host, form], None),
+            ("POST", "/act", &[host, json], Some(405)),
+            (
+                "POST",
+                "/act",
+                &[host, form, ("origin", "http://127.0.0.1:5001")],
+                None,
+            ),
+            (
+                "POST",
+                "/act",
+                &[host, form, ("origin", "http://evil.example")],
+                Some(403),
+            ),
+            (
+                "DELETE",
+                "/api/v1/image",
+                &[host, ("sec-fetch-site", "cross-site")],
+                Some(403),
+            ),
+        ];
+        for (method, path, headers, expected) in cases {
+            assert_eq!(
+                status(&guard, Way::Loopback, method, path, headers),
+                expected,
+                "{method} {headers:?}"
+            );
+        }
+        assert!(guard.admits_form(&guard.form_secret()).is_ok());
+        assert!(guard.admits_form("").is_err());
+    }
+}

@@ -1,0 +1,433 @@
+//! The images held: all of them, and one in full; and letting go of them.
+
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use http::StatusCode;
+use serde::Serialize;
+use serde_json::json;
+
+use super::named::{Named, name_of, nearest};
+use super::reply::{Problem, Reply, answer};
+use super::words::rfc3339;
+use crate::oci::manifest::{Kind, Role};
+use crate::oci::{AnyDigest, Query, Reference};
+use crate::server::Registry;
+use crate::store::inventory::{Inventory, Stocked};
+use crate::store::manifests::HeldManifest;
+use crate::store::pins::Pin;
+use crate::store::refs::{TagKey, Variant};
+
+/// Images on one page of the list, unless `limit` says fewer.
+pub(super) const IMAGES_MAX: usize = 1_000;
+
+/// One line of the list.
+#[derive(Clone, Serialize)]
+pub(super) struct Image {
+    #[serde(rename = "image")]
+    pub(super) name: String,
+    pub(super) upstream: String,
+    pub(super) repository: String,
+    pub(super) tag: String,
+    /// What the tag names, as last confirmed.
+    pub(super) digest: String,
+    pub(super) media_type: String,
+    /// Those that can be pulled from here alone.
+    pub(super) platforms: Vec<String>,
+    /// Whether it can be pulled from here alone.
+    pub(super) whole: bool,
+    pub(super) bytes: u64,
+    /// What no other image needs.
+    pub(super) unique_bytes: u64,
+    pub(super) confirmed_at: String,
+    pub(super) confirmed_seconds_ago: u64,
+    /// Until when it is served without asking.
+    pub(super) fresh_until: Option<String>,
+    pub(super) rule: String,
+    pub(super) policy: &'static str,
+    /// Kept from eviction.
+    pub(super) pinned: bool,
+}
+
+/// One image in full.
+#[derive(Serialize)]
+pub(super) struct ImageInFull {
+    #[serde(flatten)]
+    pub(super) image: Image,
+    /// For each set of media types that clients asked with.
+    pub(super) variants: Vec<Variation>,
+    /// What the images of its platforms are made of.
+    pub(super) parts: Vec<Part>,
+    pub(super) grants: usize,
+    /// When anyone was last proven to be able to read it.
+    pub(super) public_since: Option<String>,
+}
+
+#[derive(Serialize)]
+pub(super) struct Variation {
+    pub(super) digest: String,
+    pub(super) media_type: String,
+    pub(super) held: bool,
+    pub(super) whole: bool,
+    pub(super) confirmed_at: String,
+    pub(super) first_seen_at: String,
+    /// The last whole image that the tag named before.
+    pub(super) earlier: Option<EarlierImage>,
+}
+
+#[derive(Serialize)]
+pub(super) struct EarlierImage {
+    pub(super) digest: String,
+    pub(super) confirmed_at: String,
+}
+
+#[derive(Serialize)]
+pub(super) struct Part {
+    pub(super) digest: String,
+    /// `manifest`, `config` or `layer`.
+    pub(super) role: &'static str,
+    pub(super) platform: Option<String>,
+    pub(super) bytes: Option<u64>,
+    pub(super) held: bool,
+    /// How many other images need it.
+    pub(super) shared_with: usize,
+}
+
+/// How the list is wanted.
+pub(super) struct Wanted {
+    filter: String,
+    upstream: Option<String>,
+    by: Sort,
+    pub(super) offset: usize,
+    pub(super) limit: usize,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Sort {
+    Name,
+    Size,
+    Confirmed,
+}
+
+impl Default for Wanted {
+    fn default() -> Self {
+        Self {
+            filter: String::new(),
+            upstream: None,
+            by: Sort::Name,
+            offset: 0,
+            limit: IMAGES_MAX,
+        }
+    }
+}
+
+impl Wanted {
+    /// By name, so many from `offset` on.
+    pub(super) fn shown(filter: &str, offset: usize, limit: usize) -> Self {
+        Self {
+            filter: filter.to_lowercase(),
+            offset,
+            limit,
+            ..Self::default()
+        }
+    }
+
+    pub(super) fn read(query: &Query) -> Result<Self, Problem> {
+        let number = |name: &str, otherwise: usize| match query.get(name) {
+            None | Some("") => Ok(otherwise),
+            Some(text) => text
+                .parse::<usize>()
+                .map_err(|_| Problem::bad(format!("`{name}` is a number, not `{text}`"))),
+        };
+        let by = match query.get("sort").unwrap_or("name") {
+            "name" => Sort::Name,
+            "size" => Sort::Size,
+            "confirmed" => Sort::Confirmed,
+            other => {
+                return Err(Problem::bad(format!(
+                    "`sort` is name, size or confirmed, not `{other}`"
+                )));
+            }
+        };
+        Ok(Self {
+            filter: query.get("filter").unwrap_or_default().to_lowercase(),
+            upstream: query
+                .get("upstream")
+                .filter(|name| !name.is_empty())
+                .map(str::to_owned),
+            by,
+            offset: number("offset", 0)?,
+            limit: number("limit", IMAGES_MAX)?.clamp(1, IMAGES_MAX),
+        })
+    }
+}
+
+/// The images wanted, and how many there are in all. Blocks.
+pub(super) fn list(registry: &Registry, wanted: &Wanted, now: SystemTime) -> (Vec<Image>, usize) {
+    let inventory = registry.pull.store().inventory();
+    let mut found: Vec<&Stocked> = inventory
+        .images
+        .iter()
+        .filter(|image| {
+            wanted
+                .upstream
+                .as_deref()
+                .is_none_or(|name| name == &*image.key.upstream)
+        })
+        .filter(|image| {
+            wanted.filter.is_empty() || name_of(&image.key).to_lowercase().contains(&wanted.filter)
+        })
+        .collect();
+    match wanted.by {
+        Sort::Name => {}
+        Sort::Size => found.sort_by_key(|image| std::cmp::Reverse(inventory.sizes(image).0)),
+        Sort::Confirmed => {
+            found.sort_by_key(|image| std::cmp::Reverse(newest(image).map(|variant| variant.confirmed_at)));
+        }
+    }
+    let total = found.len();
+    let page = found.into_iter().skip(wanted.offset).take(wanted.limit);
+    let images = page
+        .filter_map(|image| line(registry, &inventory, image, now))
+        .collect();
+    (images, total)
+}
+
+/// The list, as JSON.
+pub(super) fn listed(registry: &Registry, wanted: &Wanted, now: SystemTime) -> Reply {
+    let (images, total) = list(registry, wanted, now);
+    let end = wanted.offset + images.len();
+    let next = (!images.is_empty() && end < total).then_some(end);
+    answer(&json!({ "images": images, "total": total, "next": next }))
+}
+
+/// One image, in full.
+pub(super) fn in_full(registry: &Registry, named: &Named, now: SystemTime) -> Result<ImageInFull, Problem> {
+    let Some(key) = named.key() else {
+        return Err(Problem::bad("name a tag: what is asked by digest has no history"));
+    };
+    let store = registry.pull.store();
+    let inventory = store.inventory();
+    let Some(stocked) = inventory.images.iter().find(|image| image.key == key) else {
+        return Err(not_held(&key, &inventory));
+    };
+    let image = line(registry, &inventory, stocked, now).ok_or_else(|| not_held(&key, &inventory))?;
+    let held = |variant: &Variant| store.manifest(&variant.digest).ok().flatten();
+    let whole =
+        |manifest: &HeldManifest| store.is_whole(&key.upstream, &key.repository, manifest, &|_| false);
+    let variants = stocked.record.variants.iter().map(|variant| {
+        let manifest = held(variant);
+        Variation {
+            digest: variant.digest.to_string(),
+            media_type: variant.media_type.as_str().to_owned(),
+            held: manifest.is_some(),
+            whole: manifest.is_some_and(|manifest| whole(&manifest)),
+            confirmed_at: rfc3339(variant.confirmed_at),
+            first_seen_at: rfc3339(variant.first_held_at),
+            earlier: variant.earlier.as_ref().map(|earlier| EarlierImage {
+                digest: earlier.digest.to_string(),
+                confirmed_at: rfc3339(earlier.confirmed_at),
+            }),
+        }
+    });
+    let mut parts = Vec::new();
+    if let Some(manifest) = newest(stocked).and_then(held) {
+        gather(registry, &inventory, stocked, &manifest, None, &mut parts);
+    }
+    Ok(ImageInFull {
+        image,
+        variants: variants.collect(),
+        parts,
+        grants: store.grants_count(&key.upstream, &key.repository),
+        public_since: store.public_since(&key.upstream, &key.repository).map(rfc3339),
+    })
+}
+
+/// Lets go of a tag, or of all tags of a repository; with `is_trial`, only says what that would free.
+pub(super) fn remove(
+    registry: &Registry,
+    named: &Named,
+    all_tags: bool,
+    is_trial: bool,
+) -> Result<Reply, Problem> {
+    let store = registry.pull.store();
+    let inventory = store.inventory();
+    let (upstream, repository) = (named.site.name(), &named.repository);
+    let of_repository = inventory.images.iter().map(|image| &image.key);
+    let of_repository =
+        of_repository.filter(|key| &*key.upstream == upstream && key.repository == *repository);
+    let keys: Vec<TagKey> = match (all_tags, &named.reference) {
+        (true, _) => of_repository.cloned().collect(),
+        (false, Reference::Tag(tag)) => of_repository.filter(|key| key.tag == *tag).cloned().collect(),
+        (false, Reference::Digest(_)) => {
+            return Err(Problem::bad("name a tag, or a repository with all_tags=true"));
+        }
+    };
+    if keys.is_empty() {
+        return Err(match named.key() {
+            Some(key) => not_held(&key, &inventory),
+            None => Problem::absent(format!("no tag of {upstream}/{repository} is held")),
+        });
+    }
+    let pinned = keys.iter().find(|key| store.is_pinned(&Pin::Tag((*key).clone())));
+    if let (Some(key), false) = (pinned, is_trial) {
+        return Err(Problem::new(
+            StatusCode::CONFLICT,
+            format!("{} is pinned; unpin it first", name_of(key)),
+        ));
+    }
+    let freed = store.let_go(&keys, is_trial)?;
+    if !is_trial {
+        tracing::info!(image = %named, tags = freed.tags, bytes = freed.bytes, "let go of at the operator's wish");
+    }
+    Ok(answer(&json!({
+        "dry_run": is_trial,
+        "images": keys.iter().map(name_of).collect::<Vec<_>>(),
+        "tags": freed.tags,
+        "manifests": freed.manifests,
+        "blobs": freed.blobs,
+        "bytes_freed": freed.bytes,
+    })))
+}
+
+/// Everything pinned, as it is named.
+pub(super) fn pins(registry: &Registry) -> Vec<String> {
+    let pins = registry.pull.store().pins();
+    let name = |pin: &Pin| match pin {
+        Pin::Tag(key) => name_of(key),
+        Pin::Digest(digest) => digest.to_string(),
+    };
+    pins.iter().map(name).collect()
+}
+
+/// Keeps a tag, with what it names now and later, or a digest, from eviction; or ends that. Says how it was. It need not
+/// be held yet.
+pub(super) fn pin(registry: &Registry, named: &Named, pinned: bool) -> Result<bool, Problem> {
+    let pin = match (named.key(), &named.reference) {
+        (Some(key), _) => Pin::Tag(key),
+        (None, Reference::Digest(AnyDigest::Known(digest))) => Pin::Digest(*digest),
+        (None, _) => {
+            return Err(Problem::bad(
+                "such a digest cannot be verified, so it is never held",
+            ));
+        }
+    };
+    let store = registry.pull.store();
+    let was_news = if pinned {
+        store.pin(&pin)?
+    } else {
+        store.unpin(&pin)?
+    };
+    Ok(was_news != pinned)
+}
+
+fn not_held(key: &TagKey, inventory: &Inventory) -> Problem {
+    let name = name_of(key);
+    let known: Vec<String> = inventory.images.iter().map(|image| name_of(&image.key)).collect();
+    Problem {
+        nearest: nearest(&name, known.iter().map(String::as_str)),
+        ..Problem::new(StatusCode::NOT_FOUND, format!("{name} is not held"))
+    }
+}
+
+fn newest(image: &Stocked) -> Option<&Variant> {
+    image
+        .record
+        .variants
+        .iter()
+        .max_by_key(|variant| variant.confirmed_at)
+}
+
+fn line(registry: &Registry, inventory: &Inventory, image: &Stocked, now: SystemTime) -> Option<Image> {
+    let (key, variant) = (&image.key, newest(image)?);
+    let store = registry.pull.store();
+    let site = registry.doors.named(&key.upstream);
+    let rule = site.map(|site| registry.pull.rule_of(site, &key.repository, Some(&key.tag)));
+    let fresh = rule.map_or(Duration::ZERO, |rule| rule.fresh);
+    let fresh_until = variant
+        .confirmed_at
+        .checked_add(fresh)
+        .filter(|until| *until > now);
+    let manifest = store.manifest(&variant.digest).ok().flatten();
+    let whole = manifest
+        .as_ref()
+        .is_some_and(|manifest| store.is_whole(&key.upstream, &key.repository, manifest, &|_| false));
+    let (bytes, unique_bytes) = inventory.sizes(image);
+    Some(Image {
+        name: name_of(key),
+        upstream: key.upstream.to_string(),
+        repository: key.repository.to_string(),
+        tag: key.tag.to_string(),
+        digest: variant.digest.to_string(),
+        media_type: variant.media_type.as_str().to_owned(),
+        platforms: manifest
+            .map(|manifest| platforms(registry, key, &manifest))
+            .unwrap_or_default(),
+        whole,
+        bytes,
+        unique_bytes,
+        confirmed_at: rfc3339(variant.confirmed_at),
+        confirmed_seconds_ago: now
+            .duration_since(variant.confirmed_at)
+            .unwrap_or_default()
+            .as_secs(),
+        fresh_until: fresh_until.map(rfc3339),
+        rule: rule.map_or_else(
+            || "its upstream is not configured any more".to_owned(),
+            |rule| rule.name.to_string(),
+        ),
+        policy: rule.map_or("never", |rule| rule.policy.name()),
+        pinned: store.is_pinned(&Pin::Tag(key.clone())),
+    })
+}
+
+/// Of an index, the platforms that can be pulled from here alone.
+fn platforms(registry: &Registry, key: &TagKey, manifest: &Arc<HeldManifest>) -> Vec<String> {
+    if manifest.manifest.kind != Kind::Index {
+        return Vec::new();
+    }
+    let store = registry.pull.store();
+    let whole = store.whole_children(&key.upstream, &key.repository, manifest);
+    let named = whole.filter_map(|child| child.platform.as_ref().map(ToString::to_string));
+    named.collect()
+}
+
+/// What a manifest is made of; of an index, the manifests, and of those held what they are made of.
+fn gather(
+    registry: &Registry,
+    inventory: &Inventory,
+    image: &Stocked,
+    manifest: &HeldManifest,
+    platform: Option<&str>,
+    parts: &mut Vec<Part>,
+) {
+    for child in &manifest.manifest.children {
+        let known = match &child.digest {
+            AnyDigest::Known(digest) => Some(*digest),
+            AnyDigest::Foreign(_) => None,
+        };
+        let content = known.and_then(|digest| image.content.get(&digest));
+        let own_platform = child.platform.as_ref().map(ToString::to_string);
+        let platform = own_platform.as_deref().or(platform);
+        parts.push(Part {
+            digest: child.digest.to_string(),
+            role: match child.role {
+                Role::Manifest => "manifest",
+                Role::Config => "config",
+                Role::Layer => "layer",
+            },
+            platform: platform.map(str::to_owned),
+            bytes: content.map(|content| content.bytes).or(child.size),
+            held: content.is_some(),
+            shared_with: known.map_or(0, |digest| inventory.holders(&digest).saturating_sub(1)),
+        });
+        // Two levels are an index and its images; nothing deeper is shown.
+        let is_index = manifest.manifest.kind == Kind::Index;
+        if let (true, Role::Manifest, Some(digest)) = (is_index, child.role, known)
+            && let Ok(Some(held)) = registry.pull.store().manifest(&digest)
+            && held.manifest.kind != Kind::Index
+        {
+            gather(registry, inventory, image, &held, platform, parts);
+        }
+    }
+}

@@ -1,0 +1,222 @@
+//! The page: everything the API says, for people. Made here whole, so that it works without scripts; with them it keeps
+//! itself current by fetching itself and exchanging the parts that changed.
+//!
+//! One glance answers: is it well, what does it save, is my daemon using it, why did I get that image. Below it, what can
+//! be done. A form carries the secret of our own pages; what deletes shows first what it would free.
+
+mod plot;
+mod sections;
+mod snippets;
+
+use http::StatusCode;
+use http::header::HOST;
+use http::request::Parts;
+use maud::{DOCTYPE, Markup, html};
+
+use super::events::Filter;
+use super::images::{self, Wanted};
+use super::named::Named;
+use super::reply::{Problem, Reply, see_other, whole};
+use super::routes::blocking;
+use super::words::{bytes, duration};
+use super::work::Platforms;
+use super::{Admin, status, transfers, upstreams};
+use crate::oci::Query;
+use crate::pull::Refreshed;
+
+pub(super) const STYLE: &str = include_str!("page/style.css");
+pub(super) const SCRIPT: &str = include_str!("page/live.js");
+pub(super) const ICON: &str = include_str!("page/icon.svg");
+
+/// Images on the page; the rest is a search away.
+const IMAGES_SHOWN: usize = 50;
+
+/// Decisions on the page.
+const DECISIONS_SHOWN: usize = 15;
+
+/// The page at `/`.
+pub(super) async fn page(admin: &Admin, query: &Query, head: &Parts) -> Result<Reply, Problem> {
+    let now = admin.clock.now();
+    let registry = admin.registry.load_full();
+    let shown = Shown::read(query)?;
+    let listed = {
+        let (registry, wanted) = (
+            registry.clone(),
+            Wanted::shown(&shown.images, shown.from, IMAGES_SHOWN),
+        );
+        blocking(move || Ok(images::list(&registry, &wanted, now))).await?
+    };
+    let confirm = match &shown.remove {
+        Some(image) => Some(trial(admin, image).await?),
+        None => None,
+    };
+    let secret = admin.guard.form_secret();
+    let status = admin.status(now);
+    let host = head
+        .headers
+        .get(HOST)
+        .and_then(|host| host.to_str().ok())
+        .unwrap_or_default();
+    let markup = html! {
+        (DOCTYPE)
+        html lang="en" {
+            head {
+                meta charset="utf-8";
+                meta name="viewport" content="width=device-width, initial-scale=1";
+                meta name="color-scheme" content="light dark";
+                title { "ifnewer" }
+                link rel="icon" href="/icon.svg" type="image/svg+xml";
+                link rel="stylesheet" href="/style.css";
+                script src="/live.js" defer {}
+            }
+            body {
+                a.skip href="#main" { "Skip to the content" }
+                (sections::header(&status, &secret))
+                main #main {
+                    @if let Some(text) = admin.notices.find(shown.notice) { p.notice role="status" { (text) } }
+                    @if let Some(trial) = &confirm { (sections::confirm(trial, &secret)) }
+                    (sections::numbers(&status))
+                    (plot::section(&admin.series(status::HOUR, now), &admin.series(status::DAY, now)))
+                    (sections::transfers(&transfers::list(&registry), &admin.works.list(registry.pull.downloads())))
+                    (sections::decisions(&admin.told(&Filter::newest(DECISIONS_SHOWN, &shown.decisions)), &shown))
+                    (sections::images(&listed, &shown, IMAGES_SHOWN, &secret))
+                    div.pair {
+                        (sections::upstreams(&upstreams::listed(&registry)))
+                        (sections::clients(&admin.clients_seen(now)))
+                    }
+                    (snippets::section(&snippets::address(admin, host), admin.ca.is_some()))
+                }
+                (sections::footer(&status))
+            }
+        }
+    };
+    Ok(whole(
+        StatusCode::OK,
+        "text/html; charset=utf-8",
+        markup.into_string(),
+    ))
+}
+
+/// What the address bar says is to be shown.
+pub(super) struct Shown {
+    images: String,
+    from: usize,
+    decisions: String,
+    remove: Option<String>,
+    notice: u64,
+}
+
+impl Shown {
+    fn read(query: &Query) -> Result<Self, Problem> {
+        let text = |name: &str| query.get(name).unwrap_or_default().to_owned();
+        let number = |name: &str| match query.get(name).unwrap_or_default() {
+            "" => Ok(0),
+            text => text
+                .parse::<u64>()
+                .map_err(|_| Problem::bad(format!("`{name}` is a number, not `{text}`"))),
+        };
+        Ok(Self {
+            images: text("images"),
+            from: usize::try_from(number("from")?).unwrap_or(usize::MAX),
+            decisions: text("decisions"),
+            remove: query
+                .get("remove")
+                .filter(|image| !image.is_empty())
+                .map(str::to_owned),
+            notice: number("notice")?,
+        })
+    }
+}
+
+/// What removing an image would free.
+struct Trial {
+    image: String,
+    tags: u64,
+    blobs: u64,
+    bytes: u64,
+}
+
+async fn trial(admin: &Admin, image: &str) -> Result<Trial, Problem> {
+    let registry = admin.registry.load_full();
+    let named = Named::read(image, &registry)?;
+    let Some(key) = named.key() else {
+        return Err(Problem::bad("name a tag"));
+    };
+    let freed = blocking(move || Ok(registry.pull.store().let_go(&[key], true)?)).await?;
+    Ok(Trial {
+        image: named.to_string(),
+        tags: freed.tags,
+        blobs: freed.blobs,
+        bytes: freed.bytes,
+    })
+}
+
+/// Does what a form of the page asks for, and sends the browser back to the page.
+pub(super) async fn act(admin: &Admin, body: &[u8]) -> Result<Reply, Problem> {
+    let body = std::str::from_utf8(body).map_err(|_| Problem::bad("the form is not UTF-8"))?;
+    // A form writes a blank as `+`, which a query of the registry's API never is.
+    let (form, _) =
+        Query::parse(Some(&body.replace('+', "%20"))).map_err(|error| Problem::bad(error.to_string()))?;
+    admin.guard.admits_form(form.get("secret").unwrap_or_default())?;
+    let image = form.get("image").unwrap_or_default();
+    let said = match form.get("deed").unwrap_or_default() {
+        "pull" => {
+            admin.begin_pull(image, Platforms::own(), None)?;
+            format!("Pulling {image}.")
+        }
+        "refresh" => {
+            let (named, refreshed) = admin.refresh(image, None).await?;
+            format!("{named}: {}.", self::refreshed(refreshed, named.site.name()))
+        }
+        "remove" => {
+            let registry = admin.registry.load_full();
+            let named = Named::read(image, &registry)?;
+            let Some(key) = named.key() else {
+                return Err(Problem::bad("name a tag"));
+            };
+            let freed = blocking(move || Ok(registry.pull.store().let_go(&[key], false)?)).await?;
+            format!("Removed {named}; {} freed.", bytes(freed.bytes))
+        }
+        deed @ ("pin" | "unpin") => {
+            let (name, _) = admin.pin(image, deed == "pin").await?;
+            match deed {
+                "pin" => format!("{name} is pinned: it stays, whatever else has to go."),
+                _ => format!("{name} is not pinned any more."),
+            }
+        }
+        "offline" => {
+            admin.switch_offline(true);
+            "Offline: no upstream is asked until this is switched off.".to_owned()
+        }
+        "online" => {
+            admin.switch_offline(false);
+            "Online again.".to_owned()
+        }
+        other => return Err(Problem::bad(format!("there is no deed `{other}`"))),
+    };
+    let notice = admin.notices.keep(said);
+    Ok(see_other(&format!("/?notice={notice}")))
+}
+
+/// What came of asking about a tag, in words.
+pub(super) fn refreshed(refreshed: Refreshed, upstream: &str) -> String {
+    match refreshed {
+        Refreshed::Unchanged(_) => format!("unchanged at {upstream}"),
+        Refreshed::Newer(_) => format!("{upstream} has a newer image, which is held now"),
+        Refreshed::Absent => format!("gone at {upstream}; kept here until a client is told so"),
+        Refreshed::Refused => format!("{upstream} does not let this credential read it"),
+        Refreshed::Silent(cause) => format!("{upstream} {cause}; what is held stays"),
+        Refreshed::Undelivered(cause) => {
+            format!("there is something newer that could not be had: {upstream} {cause}")
+        }
+    }
+}
+
+/// A time ago, in words.
+fn ago(seconds: u64) -> Markup {
+    let words = match seconds {
+        0 => "now".to_owned(),
+        seconds => format!("{} ago", duration(std::time::Duration::from_secs(seconds))),
+    };
+    html! { (words) }
+}

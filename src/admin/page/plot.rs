@@ -1,0 +1,71 @@
+//! Plots of the last hour and day: what clients got, and how much of it came from upstreams.
+
+use maud::{Markup, html};
+
+use super::super::status::Point;
+use super::super::words::bytes;
+
+const WIDTH: u64 = 720;
+const HEIGHT: u64 = 96;
+
+pub(super) fn section(hour: &[Point], day: &[Point]) -> Markup {
+    html! {
+        section #plots data-live.pair aria-label="The last hour and day" {
+            (figure("Last hour", hour))
+            (figure("Last day", day))
+        }
+    }
+}
+
+fn figure(name: &str, points: &[Point]) -> Markup {
+    let sent: u64 = points.iter().map(|point| point.counted.sent_bytes).sum();
+    let fetched: u64 = points.iter().map(|point| point.counted.fetched_bytes).sum();
+    let pulls: u64 = points.iter().map(|point| point.counted.pulls).sum();
+    let stale: u64 = points.iter().map(|point| point.counted.served_while_silent).sum();
+    let words = format!(
+        "{name}: {pulls} pulls, {} sent to clients, {} fetched from upstreams, {stale} served while silent",
+        bytes(sent),
+        bytes(fetched)
+    );
+    html! {
+        figure {
+            figcaption {
+                strong { (name) }
+                span.dim { (pulls) " pulls · " (bytes(sent)) " sent · " (bytes(fetched)) " fetched" @if stale > 0 { " · " (stale) " while silent" } }
+            }
+            (drawing(points, &words))
+            p.legend aria-hidden="true" { span.key.cache { "from the cache" } span.key.fetch { "from upstreams" } span.key.silent { "pulls while silent" } }
+        }
+    }
+}
+
+/// A bar for each span: below, what upstreams had to send; above it, what the cache gave; a dot where it stood in.
+fn drawing(points: &[Point], words: &str) -> Markup {
+    let tallest = points
+        .iter()
+        .map(|point| point.counted.sent_bytes.max(point.counted.fetched_bytes))
+        .max()
+        .unwrap_or(0)
+        .max(1);
+    let count = u64::try_from(points.len()).unwrap_or(1).max(1);
+    let step = WIDTH / count;
+    let tall = |value: u64| {
+        // What is there is seen.
+        let height =
+            u64::try_from(u128::from(value) * u128::from(HEIGHT) / u128::from(tallest)).unwrap_or(HEIGHT);
+        if value > 0 { height.max(2) } else { 0 }
+    };
+    html! {
+        svg viewBox=(format!("0 0 {} {}", step * count, HEIGHT + 10)) role="img" aria-label=(words) preserveAspectRatio="none" {
+            line.axis x1="0" y1=(HEIGHT + 9) x2=(step * count) y2=(HEIGHT + 9) {}
+            @for (place, point) in (0_u64..).zip(points) {
+                @let fetched = tall(point.counted.fetched_bytes);
+                @let sent = tall(point.counted.sent_bytes).max(fetched);
+                @let x = place * step;
+                @if sent > fetched { rect.cache x=(x) y=(HEIGHT + 8 - sent) width=(step - 1) height=(sent - fetched) rx="1" {} }
+                @if fetched > 0 { rect.fetch x=(x) y=(HEIGHT + 8 - fetched) width=(step - 1) height=(fetched) rx="1" {} }
+                @if point.counted.served_while_silent > 0 { rect.silent x=(x) y="0" width=(step - 1) height="5" rx="1" {} }
+            }
+        }
+    }
+}

@@ -1,0 +1,441 @@
+//! The parts of the page. What changes by itself is marked `data-live` and has an id.
+
+use maud::{Markup, html};
+use serde_json::Value;
+
+use super::super::events::{Event, Seen};
+use super::super::images::Image;
+use super::super::status::{Counted, Quota, Status};
+use super::super::transfers::Transfer;
+use super::super::words::{bytes, duration, short};
+use super::super::work::{LayerState, PullView, State};
+use super::{Shown, Trial, ago};
+use std::time::Duration;
+
+pub(super) fn header(status: &Status, secret: &str) -> Markup {
+    let mood = if status.healthy { "well" } else { "strained" };
+    html! {
+        header {
+            div.bar {
+                h1 { a href="/" { img src="/icon.svg" alt="" width="28" height="28"; "ifnewer" } }
+                nav aria-label="On this page" {
+                    a href="#decisions" { "Decisions" }
+                    a href="#images" { "Images" }
+                    a href="#upstreams" { "Upstreams" }
+                    a href="#clients" { "Clients" }
+                    a href="#setup" { "Set up" }
+                }
+                form.switch method="post" action="/act" {
+                    input type="hidden" name="secret" value=(secret);
+                    @if status.offline {
+                        button.warm name="deed" value="online" { "Go online" }
+                    } @else {
+                        button.quiet name="deed" value="offline" title="Ask no upstream; serve what is held" { "Go offline" }
+                    }
+                }
+            }
+            div #verdict data-live class=(format!("verdict {mood}")) role="status" {
+                span.dot aria-hidden="true" {}
+                p { strong { (status.verdict) } }
+                @if status.problems.len() > 1 {
+                    ul { @for problem in &status.problems { li { (problem) } } }
+                }
+            }
+        }
+    }
+}
+
+pub(super) fn numbers(status: &Status) -> Markup {
+    let Counted {
+        saved_bytes,
+        served_while_silent,
+        pulls,
+        sent_bytes,
+        ..
+    } = &status.since_start;
+    html! {
+        section #numbers data-live aria-label="In numbers" {
+            dl.numbers {
+                div {
+                    dt { "Byte hit ratio, 24 h" }
+                    dd {
+                        @match status.last_day.byte_hit_ratio {
+                            Some(ratio) => { (format!("{:.0}", ratio * 100.0)) span.unit { " %" } }
+                            None => { "–" }
+                        }
+                    }
+                    dd.note { (bytes(status.last_day.sent_bytes)) " sent, " (bytes(status.last_day.fetched_bytes)) " fetched" }
+                }
+                div {
+                    dt { "Bytes saved" }
+                    dd { (sized(*saved_bytes)) }
+                    dd.note { "of " (bytes(*sent_bytes)) " sent since the start" }
+                }
+                div {
+                    dt { "Served while silent" }
+                    dd { (served_while_silent) }
+                    dd.note { "of " (pulls) " pulls since the start" }
+                }
+                div { (quota(status.quota.as_ref())) }
+            }
+            p.store {
+                "Holding " strong { (bytes(status.store.bytes)) } " of " (bytes(status.store.size)) " in "
+                (status.store.tags) " tags, " (status.store.manifests) " manifests and " (status.store.blobs) " blobs."
+                " " meter min="0" max=(status.store.size) value=(status.store.bytes) aria-label="Store used" {}
+            }
+        }
+    }
+}
+
+fn quota(quota: Option<&Quota>) -> Markup {
+    html! {
+        dt { "Quota left" }
+        @match quota {
+            Some(quota) => {
+                dd {
+                    (quota.remaining)
+                    @if let Some(limit) = quota.limit { span.unit { " of " (limit) } }
+                }
+                dd.note {
+                    (quota.upstream) ", " (quota.credential)
+                    @if let Some(window) = quota.window_seconds { ", per " (duration(Duration::from_secs(window))) }
+                    ", " (ago(quota.seconds_ago))
+                }
+            }
+            None => { dd { "–" } dd.note { "no upstream has told of one" } }
+        }
+    }
+}
+
+/// A size whose unit is small.
+fn sized(size: u64) -> Markup {
+    let words = bytes(size);
+    let (number, unit) = words.split_once(' ').unwrap_or((&words, ""));
+    html! { (number) span.unit { " " (unit) } }
+}
+
+pub(super) fn transfers(transfers: &[Transfer], pulls: &[PullView]) -> Markup {
+    let pulls: Vec<&PullView> = pulls.iter().take(5).collect();
+    let is_busy = !transfers.is_empty()
+        || pulls
+            .iter()
+            .any(|pull| matches!(pull.state, State::Waiting | State::Fetching));
+    html! {
+        section #transfers data-live data-busy[is_busy] aria-label="Transfers" {
+            @if is_busy || !pulls.is_empty() {
+                h2 { "Transfers" }
+            }
+            @for pull in pulls {
+                div.transfer {
+                    (pulled(pull))
+                }
+            }
+            @for transfer in transfers {
+                div.transfer {
+                    span.name { code { (short(&transfer.digest)) } }
+                    @match transfer.size {
+                        Some(size) => { progress max=(size) value=(transfer.received) aria-label="Received" {} }
+                        None => { progress aria-label="Received" {} }
+                    }
+                    span.fact {
+                        (bytes(transfer.received))
+                        @if let Some(size) = transfer.size { " of " (bytes(size)) }
+                        " · " (bytes(transfer.bytes_per_second)) "/s · "
+                        (transfer.readers) @if transfer.readers == 1 { " client" } @else { " clients" }
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn pulled(pull: &PullView) -> Markup {
+    let all: u64 = pull.layers.iter().filter_map(|layer| layer.size).sum();
+    let received: u64 = pull.layers.iter().map(|layer| layer.received).sum();
+    let held = pull
+        .layers
+        .iter()
+        .filter(|layer| layer.state == LayerState::Held)
+        .count();
+    html! {
+        span.name { (pull.image) }
+        @match pull.state {
+            State::Waiting => { progress aria-label="Pulled" {} span.fact { "waiting for its turn" } }
+            State::Fetching => {
+                @if all > 0 { progress max=(all) value=(received) aria-label="Pulled" {} } @else { progress aria-label="Pulled" {} }
+                span.fact { (bytes(received)) " of " (bytes(all)) }
+            }
+            State::Done => { span.good { "pulled" } span.fact { (pull.layers.len()) " layers, " (held) " already cached" } }
+            State::Failed => { span.bad { "failed" } span.fact { (pull.error.as_deref().unwrap_or("the log says why")) } }
+        }
+    }
+}
+
+pub(super) fn decisions(events: &[Event], shown: &Shown) -> Markup {
+    html! {
+        section #decisions aria-labelledby="decisions-title" {
+            div.title {
+                h2 #decisions-title { "Decisions" }
+                form.search method="get" action="/#decisions" role="search" aria-label="Decisions" {
+                    @if !shown.images.is_empty() { input type="hidden" name="images" value=(shown.images); }
+                    input type="search" name="decisions" value=(shown.decisions) placeholder="image" aria-label="Decisions about an image";
+                    button.quiet { "Find" }
+                }
+            }
+            div #decisions-list data-live {
+                @if events.is_empty() {
+                    p.empty { "Nothing has been pulled yet. " a href="#setup" { "Tell your client about this cache" } "." }
+                } @else {
+                    table {
+                        thead { tr { th scope="col" { "When" } th scope="col" { "Image" } th scope="col" { "What, and why" } th.wide scope="col" { "Client" } th.end scope="col" { "Time" } } }
+                        tbody {
+                            @for event in events {
+                                tr {
+                                    td.when data-label="When" { time datetime=(event.time) title=(event.time) { (clock(&event.time)) } }
+                                    td data-label="Image" { (image_name(&event.upstream, &event.image)) }
+                                    td data-label="What, and why" {
+                                        span class=(format!("mark {}", event.outcome)) { (event.outcome) } " "
+                                        (event.sentence)
+                                    }
+                                    td.wide.dim data-label="Client" { (event.client.as_deref().unwrap_or("–")) " " (program(&event.user_agent)) }
+                                    td.end.dim data-label="Time" { (format!("{:.0} ms", event.ms)) }
+                                }
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// The time of day of an RFC 3339 time.
+fn clock(at: &str) -> &str {
+    at.get(11..19).unwrap_or(at)
+}
+
+/// What a client calls itself, without what it says of the rest.
+fn program(agent: &str) -> &str {
+    agent.split(' ').next().unwrap_or(agent)
+}
+
+/// A digest shortened, for it is never read in full.
+fn image_name(upstream: &str, image: &str) -> Markup {
+    let (name, digest) = match image.split_once('@') {
+        Some((name, digest)) => (name, Some(short(digest))),
+        None => (image, None),
+    };
+    html! {
+        span.upstream { (upstream) "/" } (name)
+        @if let Some(digest) = digest { span.dim { "@" (digest) } }
+    }
+}
+
+pub(super) fn images(
+    (images, total): &(Vec<Image>, usize),
+    shown: &Shown,
+    limit: usize,
+    secret: &str,
+) -> Markup {
+    html! {
+        section #images aria-labelledby="images-title" {
+            div.title {
+                h2 #images-title { "Images " span.count { (total) } }
+                form.search method="get" action="/#images" role="search" aria-label="Images" {
+                    @if !shown.decisions.is_empty() { input type="hidden" name="decisions" value=(shown.decisions); }
+                    input type="search" name="images" value=(shown.images) placeholder="name" aria-label="Images by name";
+                    button.quiet { "Find" }
+                }
+            }
+            form.act method="post" action="/act" {
+                input type="hidden" name="secret" value=(secret);
+                label { "Pull ahead" input type="text" name="image" placeholder="docker.io/library/alpine:3.20" required; }
+                button name="deed" value="pull" { "Pull" }
+            }
+            div #images-list data-live {
+                @if images.is_empty() {
+                    p.empty { @if shown.images.is_empty() { "No image is held yet." } @else { "No held image is called so." } }
+                } @else {
+                    table {
+                        thead { tr { th scope="col" { "Image" } th scope="col" { "State" } th.end scope="col" { "Size" } th.wide scope="col" { "Confirmed" } th.wide scope="col" { "Policy" } th scope="col" { span.hidden { "Actions" } } } }
+                        tbody { @for image in images { (row(image, secret)) } }
+                    }
+                    (pages(shown, limit, *total))
+                }
+            }
+        }
+    }
+}
+
+fn row(image: &Image, secret: &str) -> Markup {
+    html! {
+        tr {
+            td data-label="Image" {
+                span.upstream { (image.upstream) "/" } (image.repository) ":" strong { (image.tag) }
+                div.dim {
+                    code title=(image.digest) { (short(&image.digest)) }
+                    @for platform in &image.platforms { " · " (platform) }
+                }
+            }
+            td data-label="State" {
+                @if image.whole { span.mark.hit { "whole" } } @else { span.mark.stale title="Some of it must still be fetched" { "part" } }
+                @if image.fresh_until.is_some() { " " span.mark.local { "fresh" } }
+                @if image.pinned { " " span.mark.local { "pinned" } }
+            }
+            td.end data-label="Size" { (bytes(image.bytes)) div.dim { (bytes(image.unique_bytes)) " its own" } }
+            td.wide data-label="Confirmed" { time datetime=(image.confirmed_at) title=(image.confirmed_at) { (ago(image.confirmed_seconds_ago)) } }
+            td.wide data-label="Policy" { (image.policy) div.dim { (image.rule) } }
+            td.deeds {
+                form method="post" action="/act" {
+                    input type="hidden" name="secret" value=(secret);
+                    input type="hidden" name="image" value=(image.name);
+                    button.quiet name="deed" value="refresh" aria-label=(format!("Refresh {}", image.name)) { "Refresh" }
+                    " "
+                    @if image.pinned {
+                        button.quiet name="deed" value="unpin" aria-label=(format!("Unpin {}", image.name)) { "Unpin" }
+                    } @else {
+                        button.quiet name="deed" value="pin" aria-label=(format!("Pin {}", image.name)) { "Pin" }
+                    }
+                }
+                form method="get" action="/" {
+                    button.quiet name="remove" value=(image.name) aria-label=(format!("Remove {}", image.name)) { "Remove" }
+                }
+            }
+        }
+    }
+}
+
+fn pages(shown: &Shown, limit: usize, total: usize) -> Markup {
+    let page = |from: usize, words: &str| {
+        let mut query = vec![format!("from={from}")];
+        if !shown.images.is_empty() {
+            query.push(format!("images={}", escaped(&shown.images)));
+        }
+        html! { a href=(format!("/?{}#images", query.join("&"))) { (words) } }
+    };
+    html! {
+        @if total > limit {
+            p.pages {
+                @if shown.from > 0 { (page(shown.from.saturating_sub(limit), "Before")) " " }
+                (shown.from + 1) "–" ((shown.from + limit).min(total)) " of " (total) " "
+                @if shown.from + limit < total { (page(shown.from + limit, "Further")) }
+            }
+        }
+    }
+}
+
+/// For a query.
+fn escaped(text: &str) -> String {
+    let plain = |c: u8| c.is_ascii_alphanumeric() || matches!(c, b'-' | b'.' | b'_' | b'/' | b':');
+    text.bytes()
+        .map(|c| {
+            if plain(c) {
+                char::from(c).to_string()
+            } else {
+                format!("%{c:02X}")
+            }
+        })
+        .collect()
+}
+
+pub(super) fn confirm(trial: &Trial, secret: &str) -> Markup {
+    html! {
+        section.confirm role="alertdialog" aria-labelledby="confirm-title" aria-describedby="confirm-text" {
+            h2 #confirm-title { "Remove " (trial.image) "?" }
+            p #confirm-text {
+                @if trial.tags == 0 { "It is not held." } @else {
+                    "This frees " strong { (bytes(trial.bytes)) } " in " (trial.blobs) " blobs that nothing else needs. "
+                    "The next pull fetches it again."
+                }
+            }
+            form method="post" action="/act" {
+                input type="hidden" name="secret" value=(secret);
+                input type="hidden" name="image" value=(trial.image);
+                @if trial.tags > 0 { button.warm name="deed" value="remove" autofocus { "Remove" } }
+                a.button.quiet href="/#images" { "Keep it" }
+            }
+        }
+    }
+}
+
+pub(super) fn upstreams(listed: &Value) -> Markup {
+    let upstreams = listed.get("upstreams").and_then(Value::as_array);
+    let text = |value: &Value, name: &str| {
+        value
+            .get(name)
+            .and_then(Value::as_str)
+            .unwrap_or_default()
+            .to_owned()
+    };
+    let seconds = |value: &Value| value.get("seconds").and_then(Value::as_u64).unwrap_or_default();
+    html! {
+        section #upstreams aria-labelledby="upstreams-title" {
+            h2 #upstreams-title { "Upstreams" }
+            ul.rows #upstreams-list data-live {
+                @for upstream in upstreams.into_iter().flatten() {
+                    @let silent = upstream.get("silent").filter(|silent| !silent.is_null());
+                    @let last = upstream.get("last_silence").filter(|last| !last.is_null());
+                    li {
+                        div {
+                            strong { (text(upstream, "name")) }
+                            @for limit in upstream.get("rate_limits").and_then(Value::as_array).into_iter().flatten() {
+                                @if let Some(left) = limit.get("remaining").and_then(Value::as_u64) {
+                                    div.dim { (text(limit, "credential")) ": " (left) " pulls left" }
+                                }
+                            }
+                            @for quirk in upstream.get("quirks").and_then(Value::as_array).into_iter().flatten() {
+                                @if let Some(quirk) = quirk.as_str() { div.dim { "its own way: " (quirk) } }
+                            }
+                        }
+                        div.end {
+                            @match (silent, last) {
+                                (Some(silent), _) => {
+                                    span.mark.stale { "silent" }
+                                    div.dim { (text(silent, "cause")) ", for " (duration(Duration::from_secs(seconds(silent)))) }
+                                }
+                                (None, Some(last)) => {
+                                    span.mark.hit { "answers" }
+                                    div.dim { "last silent " (ago(seconds(last))) ": " (text(last, "cause")) }
+                                }
+                                (None, None) => { span.mark.local { "no trouble" } }
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+pub(super) fn clients(seen: &[Seen]) -> Markup {
+    html! {
+        section #clients aria-labelledby="clients-title" {
+            h2 #clients-title { "Clients seen" }
+            div #clients-list data-live {
+                @if seen.is_empty() { p.empty { "None yet. " a href="#setup" { "Set one up" } "." } }
+                ul.rows {
+                    @for client in seen.iter().take(20) {
+                        li {
+                            div {
+                                strong { (client.kind) } " on " (client.address)
+                                div.dim title=(client.agent) { (program(&client.agent)) @if let Some(image) = &client.last_image { ", last " (image) } }
+                            }
+                            div.end { (ago(client.seconds_ago)) div.dim { (client.pulls) " pulls" } }
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+pub(super) fn footer(status: &Status) -> Markup {
+    html! {
+        footer {
+            p {
+                "ifnewer " (status.version) ", up " (duration(Duration::from_secs(status.uptime_seconds))) ". "
+                a href="/api/openapi.json" { "API" } " · " a href="/metrics" { "Metrics" } " · " a href="/readyz" { "Readiness" }
+            }
+        }
+    }
+}

@@ -1,0 +1,77 @@
+//! What to tell each client so that it uses this cache, filled in with its address.
+
+use std::net::IpAddr;
+
+use maud::{Markup, html};
+
+use super::super::Admin;
+
+/// Where a client that sees this page under `host` reaches the registry.
+pub(super) fn address(admin: &Admin, host: &str) -> String {
+    let first = admin.registry_addresses.first();
+    let Some(first) = first else {
+        return "127.0.0.1:5000".to_owned();
+    };
+    if !first.ip().is_unspecified() {
+        return first.to_string();
+    }
+    // Every address: then also the one by which this page was found.
+    let name = host.rsplit_once(':').map_or(host, |(name, port)| {
+        if port.bytes().all(|c| c.is_ascii_digit()) {
+            name
+        } else {
+            host
+        }
+    });
+    format!("{name}:{}", first.port())
+}
+
+pub(super) fn section(address: &str, has_own_ca: bool) -> Markup {
+    let host = address.rsplit_once(':').map_or(address, |(host, _)| host);
+    let is_loopback = host
+        .trim_start_matches('[')
+        .trim_end_matches(']')
+        .parse::<IpAddr>()
+        .is_ok_and(|ip| ip.is_loopback());
+    let url = if is_loopback {
+        format!("http://{address}")
+    } else {
+        format!("https://{address}")
+    };
+    let ca = if is_loopback {
+        ""
+    } else {
+        "\n  ca = \"/etc/ifnewer/ca.pem\""
+    };
+    let insecure = if is_loopback { "\ninsecure = true" } else { "" };
+    html! {
+        section #setup aria-labelledby="setup-title" {
+            h2 #setup-title { "Set up a client" }
+            p.dim {
+                "On this machine, " code { "ifnewer setup docker --apply" } " does it (also containerd, podman, buildkit, gitlab-runner, dind), and "
+                code { "ifnewer doctor" } " proves that it is used. By hand:"
+            }
+            (snippet("Docker", "/etc/docker/daemon.json, then: systemctl reload docker. Docker mirrors Docker Hub only.", &format!("{{ \"registry-mirrors\": [\"{url}\"] }}"), true))
+            (snippet("containerd, Kubernetes", "/etc/containerd/certs.d/_default/hosts.toml; every registry, no restart.", &format!("[host.\"{url}\"]\n  capabilities = [\"pull\", \"resolve\"]{ca}"), false))
+            (snippet("Podman, CRI-O, Skopeo", "/etc/containers/registries.conf.d/ifnewer.conf; one such block for each registry.", &format!("[[registry]]\nprefix = \"docker.io\"\nlocation = \"docker.io\"\n[[registry.mirror]]\nlocation = \"{address}\"{insecure}"), false))
+            (snippet("GitLab Runner with Docker in Docker", "in config.toml of the runner: the nested daemon does not inherit the mirror of its host.", &format!("[[runners.docker.services]]\n  name = \"docker:dind\"\n  command = [\"--registry-mirror\", \"{url}\"]"), false))
+            (snippet("Anything else", "the first component names the registry.", &format!("docker pull {address}/ghcr.io/org/image:tag"), false))
+            @if has_own_ca {
+                p {
+                    "For TLS without a warning: " a.button.quiet href="/ca.pem" download { "Download the CA" }
+                    " and trust it: " code { "ifnewer ca install" } ", or put it into /usr/local/share/ca-certificates and run update-ca-certificates."
+                }
+            }
+        }
+    }
+}
+
+fn snippet(name: &str, place: &str, text: &str, is_open: bool) -> Markup {
+    html! {
+        details open[is_open] {
+            summary { (name) }
+            p.dim { (place) }
+            pre tabindex="0" { code { (text) } }
+        }
+    }
+}

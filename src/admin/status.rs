@@ -1,0 +1,267 @@
+//! How the cache is doing, in one look.
+
+use std::time::{Duration, SystemTime};
+
+use serde::Serialize;
+
+use super::Admin;
+use super::words::{duration, rfc3339};
+use crate::event::Totals;
+use crate::store::Store;
+
+/// How the cache is doing.
+#[derive(Serialize)]
+pub(super) struct Status {
+    pub(super) version: &'static str,
+    pub(super) now: String,
+    pub(super) started_at: String,
+    pub(super) uptime_seconds: u64,
+    /// Whether nothing needs anybody's attention.
+    pub(super) healthy: bool,
+    /// One sentence.
+    pub(super) verdict: String,
+    /// What is wrong, one sentence each.
+    pub(super) problems: Vec<String>,
+    pub(super) offline: bool,
+    pub(super) store: StoreLevel,
+    pub(super) since_start: Counted,
+    pub(super) last_day: Counted,
+    /// The allowance that is nearest to its end.
+    pub(super) quota: Option<Quota>,
+    pub(super) transfers: usize,
+}
+
+#[derive(Serialize)]
+pub(super) struct StoreLevel {
+    /// What keeps it from its work.
+    pub(super) troubles: Vec<String>,
+    pub(super) bytes: u64,
+    pub(super) blobs: u64,
+    pub(super) blob_bytes: u64,
+    pub(super) manifests: u64,
+    pub(super) manifest_bytes: u64,
+    pub(super) tags: u64,
+    /// Whether what an earlier process left has been counted in full.
+    pub(super) is_counted: bool,
+    /// `store.size`.
+    pub(super) size: u64,
+    /// `store.free`.
+    pub(super) free: u64,
+    pub(super) disk_free_bytes: Option<u64>,
+    pub(super) pins: usize,
+    /// Since the start.
+    pub(super) scrubbed: Scrubbed,
+    pub(super) evicted: Evicted,
+}
+
+/// What was read again, to find what the disk changed.
+#[derive(Serialize)]
+pub(super) struct Scrubbed {
+    pub(super) objects: u64,
+    pub(super) bytes: u64,
+    pub(super) damaged: u64,
+}
+
+#[derive(Serialize)]
+pub(super) struct Evicted {
+    pub(super) for_size: u64,
+    pub(super) for_free: u64,
+    pub(super) tags: u64,
+    pub(super) bytes: u64,
+    /// Blobs that found no room, and were passed through.
+    pub(super) without_room: u64,
+}
+
+impl StoreLevel {
+    fn of(store: &Store) -> Self {
+        let (usage, limits, evicted) = (store.usage(), store.limits(), store.evictions());
+        let scrubbed = store.scrubbed();
+        Self {
+            troubles: store.troubles().iter().map(ToString::to_string).collect(),
+            bytes: usage.blob_bytes + usage.manifest_bytes,
+            blobs: usage.blobs,
+            blob_bytes: usage.blob_bytes,
+            manifests: usage.manifests,
+            manifest_bytes: usage.manifest_bytes,
+            tags: usage.tags,
+            is_counted: usage.is_complete,
+            size: limits.bytes_max,
+            free: limits.free_bytes_min,
+            disk_free_bytes: store.free_bytes().ok(),
+            pins: store.pins().len(),
+            scrubbed: Scrubbed {
+                objects: scrubbed.objects,
+                bytes: scrubbed.bytes,
+                damaged: scrubbed.damaged,
+            },
+            evicted: Evicted {
+                for_size: evicted.for_size,
+                for_free: evicted.for_free,
+                tags: evicted.tags,
+                bytes: evicted.bytes,
+                without_room: evicted.refused,
+            },
+        }
+    }
+}
+
+#[derive(Serialize)]
+pub(super) struct Counted {
+    pub(super) pulls: u64,
+    pub(super) hits: u64,
+    pub(super) served_while_silent: u64,
+    pub(super) refused: u64,
+    pub(super) sent_bytes: u64,
+    pub(super) fetched_bytes: u64,
+    pub(super) saved_bytes: u64,
+    pub(super) byte_hit_ratio: Option<f64>,
+}
+
+#[derive(Serialize)]
+pub(super) struct Quota {
+    pub(super) upstream: String,
+    pub(super) credential: String,
+    pub(super) remaining: u64,
+    pub(super) limit: Option<u64>,
+    pub(super) window_seconds: Option<u64>,
+    pub(super) seconds_ago: u64,
+}
+
+impl Counted {
+    pub(super) fn of(totals: &Totals) -> Self {
+        Self {
+            pulls: totals.pulls,
+            hits: totals.hits,
+            served_while_silent: totals.stale,
+            refused: totals.refused,
+            sent_bytes: totals.sent_bytes,
+            fetched_bytes: totals.fetched_bytes,
+            saved_bytes: totals.saved_bytes(),
+            byte_hit_ratio: totals.byte_hit_ratio(),
+        }
+    }
+}
+
+impl Admin {
+    pub(super) fn status(&self, now: SystemTime) -> Status {
+        let registry = self.registry.load();
+        let store = registry.pull.store();
+        let fetched = registry.pull.downloads().fetched_bytes();
+        let day = self.events.spans(now, 1, 24 * 60, fetched);
+        let problems = self.problems();
+        let offline = self.offline.is_on();
+        let uptime = now.duration_since(self.started_at).unwrap_or_default();
+        Status {
+            version: env!("CARGO_PKG_VERSION"),
+            now: rfc3339(now),
+            started_at: rfc3339(self.started_at),
+            uptime_seconds: uptime.as_secs(),
+            healthy: problems.is_empty(),
+            verdict: verdict(offline, &problems),
+            problems,
+            offline,
+            store: StoreLevel::of(store),
+            since_start: Counted::of(&self.events.totals(fetched)),
+            last_day: Counted::of(&day.first().copied().unwrap_or_default()),
+            quota: self.quota(),
+            transfers: registry.pull.downloads().count(),
+        }
+    }
+
+    /// What an operator should know, the worst first.
+    pub(super) fn problems(&self) -> Vec<String> {
+        let registry = self.registry.load();
+        let mut problems = Vec::new();
+        if self.offline.is_on() {
+            problems.push("Offline mode is on: no upstream is asked".to_owned());
+        }
+        for site in registry.doors.all() {
+            if let Some((since, cause)) = site.upstream().state().open {
+                let words = duration(since);
+                problems.push(format!(
+                    "{} {cause}, for {words}; what is held is served",
+                    site.name()
+                ));
+            }
+        }
+        for trouble in registry.pull.store().troubles() {
+            problems.push(format!("degraded: {trouble}"));
+        }
+        if let Some(quota) = self.quota().filter(|quota| quota.remaining == 0) {
+            problems.push(format!(
+                "{} allows {} no further pulls for now",
+                quota.upstream, quota.credential
+            ));
+        }
+        problems
+    }
+
+    fn quota(&self) -> Option<Quota> {
+        let registry = self.registry.load();
+        let sites = registry.doors.all().iter();
+        let told = sites.flat_map(|site| {
+            let upstream = site.name().to_owned();
+            let allowances = site.upstream().state().allowances;
+            allowances.into_iter().filter_map(move |allowance| {
+                Some(Quota {
+                    upstream: upstream.clone(),
+                    credential: allowance.who.to_string(),
+                    remaining: allowance.limit.remaining?,
+                    limit: allowance.limit.limit,
+                    window_seconds: allowance.limit.window_s,
+                    seconds_ago: allowance.ago.as_secs(),
+                })
+            })
+        });
+        // One whose window is over says nothing about now.
+        let counts = |quota: &Quota| {
+            quota
+                .window_seconds
+                .is_none_or(|window| quota.seconds_ago < window)
+        };
+        told.filter(counts).min_by_key(|quota| quota.remaining)
+    }
+}
+
+fn verdict(offline: bool, problems: &[String]) -> String {
+    match (offline, problems.first()) {
+        (_, None) => "Healthy: every upstream that was asked answers".to_owned(),
+        (true, Some(_)) => "Offline: serving what is held, asking nobody".to_owned(),
+        (false, Some(only)) if problems.len() == 1 => only.clone(),
+        (false, Some(_)) => format!("{} things to know; what is held is served", problems.len()),
+    }
+}
+
+/// Spans of the plots: how many, of so many minutes each.
+pub(super) const HOUR: (u64, u64) = (60, 1);
+/// As [`HOUR`], for a day.
+pub(super) const DAY: (u64, u64) = (96, 15);
+
+/// One span of a plot.
+#[derive(Serialize)]
+pub(super) struct Point {
+    pub(super) until: String,
+    #[serde(flatten)]
+    pub(super) counted: Counted,
+}
+
+impl Admin {
+    /// What was counted, span by span, the oldest first.
+    pub(super) fn series(&self, (count, minutes): (u64, u64), now: SystemTime) -> Vec<Point> {
+        let registry = self.registry.load();
+        let fetched = registry.pull.downloads().fetched_bytes();
+        let spans = self.events.spans(now, count, minutes, fetched);
+        let length = Duration::from_secs(60 * minutes);
+        let last = u32::try_from(spans.len()).unwrap_or(u32::MAX).saturating_sub(1);
+        let ends = (0..=last)
+            .rev()
+            .map(|back| now.checked_sub(length * back).unwrap_or(now));
+        let points = ends.zip(&spans);
+        points
+            .map(|(until, totals)| Point {
+                until: rfc3339(until),
+                counted: Counted::of(totals),
+            })
+            .collect()
+    }
+}

@@ -1,0 +1,195 @@
+//! Why a client would get what it would get now: the situation and the verdict, in words.
+
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use http::HeaderValue;
+use serde::Serialize;
+
+use super::named::Named;
+use super::words::{duration, fetched, refused, rfc3339, served, short};
+use crate::oci::{Algorithm, Cause, Digest};
+use crate::policy::{
+    Absence, Heard, Held, Holding, Policy, Rest, Situation, Standing, Verdict, Whose, decide,
+};
+use crate::server::Registry;
+
+/// The answer to "why".
+#[derive(Serialize)]
+pub(super) struct Why {
+    pub(super) image: String,
+    pub(super) rule: String,
+    pub(super) policy: &'static str,
+    pub(super) held: Option<HeldCopy>,
+    /// `unknown`, `lapsed` or `vouched`: what the upstream has shown about this principal's right.
+    pub(super) standing: &'static str,
+    pub(super) fresh_seconds: u64,
+    pub(super) stale_seconds: Option<u64>,
+    pub(super) absent: &'static str,
+    pub(super) upstream_silent: Option<&'static str>,
+    /// The reason's name.
+    pub(super) verdict: &'static str,
+    /// What would be done now.
+    pub(super) sentence: String,
+    /// From what that follows.
+    pub(super) because: Vec<String>,
+    /// What would follow from each thing the upstream may say.
+    pub(super) then: Vec<Case>,
+    /// The situation and the verdict as the code has them.
+    pub(super) explanation: String,
+}
+
+#[derive(Serialize)]
+pub(super) struct HeldCopy {
+    pub(super) digest: String,
+    pub(super) confirmed_at: String,
+    pub(super) whole: bool,
+}
+
+#[derive(Serialize)]
+pub(super) struct Case {
+    pub(super) upstream_says: &'static str,
+    pub(super) client_gets: String,
+}
+
+/// What would be decided now for a client with this `Authorization`. Asks nobody. Blocks.
+pub(super) fn why(
+    registry: &Registry,
+    named: &Named,
+    authorization: Option<&HeaderValue>,
+    now: SystemTime,
+) -> Why {
+    let site = &named.site;
+    let (situation, verdict, rule) =
+        registry
+            .pull
+            .why(site, &named.repository, &named.reference, authorization, now);
+    let silent = site.upstream().silent_now();
+    // A silence that is known already is heard before anybody is asked.
+    let told = match (verdict, silent) {
+        (Verdict::Ask, Some(cause)) => decide(&situation.having_heard(Heard::Silent(cause))),
+        _ => verdict,
+    };
+    Why {
+        image: named.to_string(),
+        rule: rule.to_string(),
+        policy: situation.policy.name(),
+        held: situation.held.map(|held| HeldCopy {
+            digest: held.digest.to_string(),
+            confirmed_at: rfc3339(held.confirmed_at),
+            whole: held.rest == Rest::Held,
+        }),
+        standing: standing(situation.standing),
+        fresh_seconds: situation.fresh.as_secs(),
+        stale_seconds: situation.stale.map(|stale| stale.as_secs()),
+        absent: situation.absent.name(),
+        upstream_silent: silent.map(Cause::name),
+        verdict: told.name(),
+        sentence: sentence(told, site.name()),
+        because: because(&situation, site.name(), &rule, authorization.is_some(), silent),
+        then: match told {
+            Verdict::Ask | Verdict::Check(_) => cases(&situation, site.name()),
+            Verdict::Serve(_) | Verdict::Fetch(_) | Verdict::Refuse(_) => Vec::new(),
+        },
+        explanation: format!("{verdict:?}, given {situation:?}"),
+    }
+}
+
+fn sentence(verdict: Verdict, upstream: &str) -> String {
+    match verdict {
+        Verdict::Ask => {
+            format!("ask {upstream} by HEAD which digest it names now, with the client's own credential")
+        }
+        Verdict::Serve(how) => served(how, upstream),
+        Verdict::Check(how) => format!("{}, if {upstream} has the rest of it", served(how, upstream)),
+        Verdict::Fetch(why) => fetched(why, upstream),
+        Verdict::Refuse(refusal) => refused(refusal, upstream),
+    }
+}
+
+fn because(
+    situation: &Situation,
+    upstream: &str,
+    rule: &Arc<str>,
+    has_credential: bool,
+    silent: Option<Cause>,
+) -> Vec<String> {
+    let mut lines = vec![format!("policy {}, by {rule}", situation.policy)];
+    lines.push(match situation.held {
+        None => "no copy is held that this client could be given".to_owned(),
+        Some(held) => copy(&held, situation),
+    });
+    let who = if has_credential {
+        "this credential"
+    } else {
+        "a client without a credential"
+    };
+    lines.push(match situation.standing {
+        Standing::Vouched => format!("{upstream} has lately let {who} read this repository"),
+        Standing::Lapsed => {
+            format!("{upstream} let {who} read this repository, too long ago to count while it answers")
+        }
+        Standing::Unknown => format!("{upstream} never let {who} read this repository"),
+    });
+    if let Some(cause) = silent {
+        lines.push(format!("{upstream} {cause}"));
+    }
+    if situation.absent == Absence::Serve {
+        lines.push(format!("what is gone at {upstream} is kept, as the rule says"));
+    }
+    lines
+}
+
+fn copy(held: &Held, situation: &Situation) -> String {
+    let digest = short(&held.digest.to_string());
+    let whole = match held.rest {
+        Rest::Held => "held whole",
+        Rest::Missing { earlier: Some(_) } => "held in part, and an earlier image whole",
+        Rest::Missing { earlier: None } => "held in part",
+    };
+    let age = situation
+        .now
+        .duration_since(held.confirmed_at)
+        .unwrap_or_default();
+    match situation.subject {
+        crate::policy::Subject::Tag => format!("{digest} is {whole}, confirmed {} ago", duration(age)),
+        crate::policy::Subject::Manifest | crate::policy::Subject::Blob => format!("{digest} is {whole}"),
+    }
+}
+
+/// Each thing the upstream may say, judged.
+fn cases(situation: &Situation, upstream: &str) -> Vec<Case> {
+    let same = situation
+        .held
+        .map_or_else(|| Digest::of(Algorithm::Sha256, b""), |held| held.digest);
+    let other = Digest::of(Algorithm::Sha256, b"another image");
+    let named = |digest, holding| Heard::Named { digest, holding };
+    let mut heard = Vec::new();
+    if situation.held.is_some() {
+        heard.push(("the same digest", named(same, Holding::Whole)));
+    }
+    heard.extend([
+        ("another digest", named(other, Holding::Nothing)),
+        ("401 or 403", Heard::Refused(Whose::Client)),
+        ("404", Heard::Absent),
+        ("nothing usable", Heard::Silent(Cause::Timeout)),
+    ]);
+    if situation.policy == Policy::Never {
+        heard.clear();
+    }
+    heard
+        .into_iter()
+        .map(|(upstream_says, heard)| Case {
+            upstream_says,
+            client_gets: sentence(decide(&situation.having_heard(heard)), upstream),
+        })
+        .collect()
+}
+
+fn standing(standing: Standing) -> &'static str {
+    match standing {
+        Standing::Unknown => "unknown",
+        Standing::Lapsed => "lapsed",
+        Standing::Vouched => "vouched",
+    }
+}

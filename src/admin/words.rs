@@ -1,0 +1,179 @@
+//! Times, sizes and decisions in words, the same for the page, the API and the command line.
+
+use std::time::{Duration, SystemTime};
+
+use crate::event::{Decision, Outcome};
+use crate::oci::Cause;
+use crate::policy::{Refusal, Served, Why};
+
+/// RFC 3339, in seconds.
+pub(super) fn rfc3339(at: SystemTime) -> String {
+    humantime::format_rfc3339_seconds(at).to_string()
+}
+
+/// `1.5 GiB`.
+pub fn bytes(bytes: u64) -> String {
+    bytesize::ByteSize(bytes).display().iec().to_string()
+}
+
+/// The two largest units: `3h 20m`, `5d 2h`, `12s`.
+pub fn duration(duration: Duration) -> String {
+    let seconds = duration.as_secs();
+    let units = [(86_400, "d"), (3_600, "h"), (60, "m"), (1, "s")];
+    let mut left = seconds;
+    let mut words = Vec::new();
+    for (length, unit) in units {
+        let count = left / length;
+        left %= length;
+        if count > 0 {
+            words.push(format!("{count}{unit}"));
+        } else if !words.is_empty() {
+            break;
+        }
+        if words.len() == 2 {
+            break;
+        }
+    }
+    if words.is_empty() {
+        words.push("0s".to_owned());
+    }
+    words.join(" ")
+}
+
+/// A digest as people compare it: the algorithm and the first twelve digits.
+pub fn short(digest: &str) -> String {
+    match digest.split_once(':') {
+        Some((algorithm, hex)) => format!("{algorithm}:{}", hex.get(..12).unwrap_or(hex)),
+        None => digest.to_owned(),
+    }
+}
+
+/// Why a client got what it got, as the end of a story about `upstream`.
+pub(super) fn decision(decision: &Decision) -> String {
+    let upstream = &*decision.upstream;
+    let silent = |what: &str| match decision.cause {
+        Some(cause) => format!("{upstream} {cause}: {what}"),
+        None => what.to_owned(),
+    };
+    match (decision.result, decision.reason) {
+        (_, "unchanged") => format!("unchanged at {upstream}"),
+        (_, "fresh") => "confirmed a moment ago, so not asked again".to_owned(),
+        (_, "immutable") => "asked for by digest, which cannot change".to_owned(),
+        (_, "unasked") => "held, and the policy says not to ask".to_owned(),
+        (_, "moved") => format!("{upstream} names another digest now, which is held as well"),
+        (Outcome::Stale, "stale") => silent("served the held copy"),
+        (_, "past-grant") => silent("served by digest, on a right shown before"),
+        (_, "new-unavailable") => silent("there is a newer image that could not be had; served the held one"),
+        (_, "last-complete") => silent("the newest image is not held whole; served the last one that is"),
+        (_, "kept-absent") => format!("gone at {upstream}, kept as the rule says"),
+        (_, "credential-refused") => {
+            format!("{upstream} refuses the credential of the cache; served the held copy")
+        }
+        (Outcome::Miss, "not-held") => format!("not held yet: fetched from {upstream}"),
+        (Outcome::Miss, "newer") => format!("newer at {upstream}: fetched"),
+        (Outcome::Miss, "unnamed") => format!("{upstream} does not say which digest it is: fetched"),
+        (Outcome::Miss, "head") => format!("asked {upstream} for the head alone"),
+        (_, "joined") => "joined a download under way".to_owned(),
+        (_, "passed") => "passed through, not stored".to_owned(),
+        (Outcome::Refused, "forbidden") => {
+            format!("refused: {upstream} does not let this credential read it")
+        }
+        (Outcome::Refused, "challenged") => format!("{upstream} wants a credential first"),
+        (Outcome::Refused, "absent") => format!("refused: {upstream} says there is no such image"),
+        (Outcome::Refused, "silent") => silent("nothing is held that may be served instead"),
+        (Outcome::Refused, "too-stale") => silent("the held copy is older than `stale` allows"),
+        (Outcome::Refused, "incomplete") => silent("only a part of the image is held"),
+        (Outcome::Refused, "not-held" | "not-vouched") => {
+            "refused: the policy `never` forbids asking".to_owned()
+        }
+        (Outcome::Refused, reason) => format!("refused: {reason}"),
+        (_, reason) => reason.to_owned(),
+    }
+}
+
+/// What a verdict to serve means.
+pub(super) fn served(served: Served, upstream: &str) -> String {
+    let after =
+        |cause: Option<Cause>| cause.map_or(String::new(), |cause| format!(", because {upstream} {cause}"));
+    match served {
+        Served::Fresh => {
+            "serve the held copy without asking: it was confirmed less than `fresh` ago".to_owned()
+        }
+        Served::Unchanged => "serve the held copy: the tag still names it".to_owned(),
+        Served::Moved => "serve the image that the tag names now, which is held too".to_owned(),
+        Served::Immutable => "serve it without asking: what is asked by digest cannot change".to_owned(),
+        Served::Unasked => {
+            "serve the held copy without asking for a newer one, as the policy says".to_owned()
+        }
+        Served::Stale(cause) => format!("serve the held copy with a warning{}", after(Some(cause))),
+        Served::PastGrant(cause) => format!("serve it on a right shown before{}", after(Some(cause))),
+        Served::NewUnavailable(cause) => format!(
+            "serve the held copy with a warning, not the newer one{}",
+            after(Some(cause))
+        ),
+        Served::LastComplete(cause) => format!(
+            "serve the last image that is held whole, with a warning{}",
+            after(cause)
+        ),
+        Served::KeptAbsent => {
+            "serve the held copy with a warning: the rule says to keep what is gone".to_owned()
+        }
+        Served::CredentialRefused => {
+            "serve the held copy with a warning: the cache's own credential is refused".to_owned()
+        }
+    }
+}
+
+/// Why something would be fetched.
+pub(super) fn fetched(why: Why, upstream: &str) -> String {
+    match why {
+        Why::NotHeld => format!("fetch it from {upstream}: it is not held"),
+        Why::Newer => format!("fetch the newer one from {upstream}"),
+        Why::Unnamed => format!("fetch it from {upstream}, which does not say which digest it is"),
+    }
+}
+
+/// Why it would be refused.
+pub(super) fn refused(refusal: Refusal, upstream: &str) -> String {
+    match refusal {
+        Refusal::NotHeld => "refuse: it is not held, and the policy `never` forbids asking".to_owned(),
+        Refusal::NotVouched => format!(
+            "refuse: {upstream} never said yes to this principal, and the policy `never` forbids asking"
+        ),
+        Refusal::Forbidden => format!("refuse: {upstream} does not let this credential read it"),
+        Refusal::Challenged => format!("refuse: {upstream} wants a credential first"),
+        Refusal::Absent => format!("refuse: {upstream} says there is no such image"),
+        Refusal::Silent(cause) => format!("refuse: {upstream} {cause}, and nothing may be served instead"),
+        Refusal::TooStale(cause) => {
+            format!("refuse: {upstream} {cause}, and the held copy is older than `stale` allows")
+        }
+        Refusal::Incomplete(cause) => {
+            format!("refuse: {upstream} {cause}, and only a part of the image is held")
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations_are_told_in_their_two_largest_units() {
+        for (seconds, words) in [
+            (0, "0s"),
+            (59, "59s"),
+            (60, "1m"),
+            (3_661, "1h 1m"),
+            (90_061, "1d 1h"),
+            (3_605, "1h"),
+        ] {
+            assert_eq!(duration(Duration::from_secs(seconds)), words);
+        }
+    }
+
+    #[test]
+    fn sizes_and_digests_are_short() {
+        assert_eq!(bytes(1_610_612_736), "1.5 GiB");
+        assert_eq!(short("sha256:0123456789abcdef"), "sha256:0123456789ab");
+    }
+}

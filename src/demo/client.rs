@@ -1,0 +1,146 @@
+//! Pulls as a client does: the manifest by tag, then everything it names, verified.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use http::HeaderValue;
+use rustls_pki_types::CertificateDer;
+use rustls_pki_types::pem::PemObject as _;
+use tokio::time::Instant;
+
+use super::DemoError;
+use crate::oci::header::CACHE_STATUS;
+use crate::oci::{Accept, Algorithm, AnyDigest, Digest, Manifest, Operation, Reference, Repository};
+use crate::upstream::{Answer, Caller, Connector, Credential, ProxyChoice, Settings, Upstream};
+
+/// The largest thing the demo has.
+const BYTES_MAX: usize = 64 * 1024 * 1024;
+
+/// A user of the cache, over TLS.
+pub(super) struct Client {
+    cache: Upstream,
+    caller: Caller,
+}
+
+/// What a pull brought.
+pub(super) struct Got {
+    /// The image, if it came whole and right.
+    pub(super) digest: Option<Digest>,
+    /// Config and layers.
+    pub(super) blobs: usize,
+    pub(super) bytes: u64,
+    pub(super) status: u16,
+    /// The manifest's `Cache-Status`.
+    pub(super) cache_status: String,
+    /// What was said instead.
+    pub(super) message: String,
+    pub(super) took: Duration,
+}
+
+impl Client {
+    /// A user who trusts the cache's own CA, and shows this credential.
+    pub(super) fn new(
+        address: SocketAddr,
+        ca: &[u8],
+        authorization: Option<&HeaderValue>,
+    ) -> Result<Self, DemoError> {
+        let wrong = |error: &dyn std::fmt::Display| DemoError::Client(error.to_string());
+        let ca = CertificateDer::from_pem_slice(ca).map_err(|error| wrong(&error))?;
+        let url = format!("https://{address}")
+            .parse()
+            .map_err(|error| wrong(&error))?;
+        let mut settings = Settings::new("the cache", vec![url]);
+        settings.roots = vec![ca.to_vec()];
+        settings.proxy = ProxyChoice::None;
+        let cache = Upstream::new(settings, &Connector::system()).map_err(|error| wrong(&error))?;
+        let credential =
+            authorization.map_or(Credential::Anonymous, |value| Credential::Client(value.clone()));
+        Ok(Self {
+            cache,
+            caller: Caller {
+                principal: [u8::from(authorization.is_some()); 32],
+                credential,
+            },
+        })
+    }
+
+    pub(super) async fn pull(&self, repository: &Repository, tag: &Reference) -> Got {
+        let began = Instant::now();
+        let mut got = Got {
+            digest: None,
+            blobs: 0,
+            bytes: 0,
+            status: 0,
+            cache_status: String::new(),
+            message: String::new(),
+            took: Duration::ZERO,
+        };
+        if let Err(answer) = self.bring(repository, tag, &mut got).await {
+            got.digest = None;
+            got.status = answer.status.map_or(0, |status| status.as_u16());
+            got.message = answer
+                .message
+                .clone()
+                .unwrap_or_else(|| format!("{:?}", answer.said));
+        }
+        got.took = began.elapsed();
+        got
+    }
+
+    async fn bring(
+        &self,
+        repository: &Repository,
+        tag: &Reference,
+        got: &mut Got,
+    ) -> Result<(), Box<Answer>> {
+        let operation = Operation::Manifest {
+            repository: repository.clone(),
+            reference: tag.clone(),
+        };
+        let accept = Accept::manifests();
+        let fetched = self
+            .cache
+            .get(&self.caller, &operation, &accept, None)
+            .await
+            .map_err(Box::new)?;
+        got.status = fetched.status.as_u16();
+        let status = fetched
+            .headers
+            .get(CACHE_STATUS)
+            .and_then(|value| value.to_str().ok());
+        status.unwrap_or_default().clone_into(&mut got.cache_status);
+        let broken = |cause| Box::new(Answer::silent(cause));
+        let wrong = || broken(crate::oci::Cause::WrongDigest);
+        let promised = fetched.digest;
+        let bytes = fetched.collect(BYTES_MAX).await.map_err(broken)?;
+        let digest = Digest::of(Algorithm::Sha256, &bytes);
+        if promised != Some(digest) {
+            return Err(wrong());
+        }
+        got.bytes += bytes.len() as u64;
+        let manifest = Manifest::read(&bytes).map_err(|_| broken(crate::oci::Cause::Malformed))?;
+        for child in &manifest.children {
+            let AnyDigest::Known(wanted) = child.digest else {
+                continue;
+            };
+            let operation = Operation::Blob {
+                repository: repository.clone(),
+                digest: child.digest.clone(),
+            };
+            let any = Accept::any();
+            let fetched = self
+                .cache
+                .get(&self.caller, &operation, &any, None)
+                .await
+                .map_err(Box::new)?;
+            let bytes = fetched.collect(BYTES_MAX).await.map_err(broken)?;
+            if Digest::of(wanted.algorithm(), &bytes) != wanted {
+                return Err(wrong());
+            }
+            got.blobs += 1;
+            got.bytes += bytes.len() as u64;
+        }
+        got.digest = Some(digest);
+        Ok(())
+    }
+}

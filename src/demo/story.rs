@@ -1,0 +1,305 @@
+//! The lines of the story, each with what it must be.
+
+use std::io::Write;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use http::HeaderValue;
+use serde_json::Value;
+
+use super::client::{Client, Got};
+use super::registry::{Image, RETRY_AFTER, Registry};
+use super::{DemoError, Played};
+use crate::admin::client::Client as AdminClient;
+use crate::admin::words::{bytes, short};
+use crate::oci::{Reference, Repository};
+
+/// The upstream's name in images.
+pub(super) const UPSTREAM: &str = "registry.demo";
+
+const BASE: (&str, usize) = ("base", 3_000_000);
+
+/// What a line must be.
+struct Expected {
+    /// The image that must have come, whole; none if the client must be refused.
+    image: Option<Image>,
+    /// The reason in the log, the metrics and `Cache-Status`.
+    reason: &'static str,
+    cause: Option<&'static str>,
+    /// Requests that reach the upstream; where it is dead, none can.
+    requests: u64,
+    /// The largest number of bytes it may have to send.
+    bytes_max: u64,
+    status: u16,
+}
+
+impl Expected {
+    fn image(image: &Image, reason: &'static str) -> Self {
+        Self {
+            image: Some(image.clone()),
+            reason,
+            cause: None,
+            requests: 0,
+            bytes_max: 0,
+            status: 200,
+        }
+    }
+
+    fn refused(reason: &'static str, status: u16) -> Self {
+        Self {
+            image: None,
+            reason,
+            cause: None,
+            requests: 0,
+            bytes_max: 0,
+            status,
+        }
+    }
+
+    fn because(self, cause: &'static str) -> Self {
+        Self {
+            cause: Some(cause),
+            ..self
+        }
+    }
+
+    fn costs(self, requests: u64, bytes_max: u64) -> Self {
+        Self {
+            requests,
+            bytes_max,
+            ..self
+        }
+    }
+}
+
+/// Plays all of it.
+pub(super) async fn play(
+    registry: &Registry,
+    cache: SocketAddr,
+    ca: &[u8],
+    admin: &AdminClient,
+    colour: bool,
+    out: &mut dyn Write,
+) -> Result<Played, DemoError> {
+    let (alice, bob) = (
+        HeaderValue::from_static("Basic YWxpY2U6MQ=="),
+        HeaderValue::from_static("Basic Ym9iOjI="),
+    );
+    let anyone = Client::new(cache, ca, None)?;
+    let (as_alice, as_bob) = (
+        Client::new(cache, ca, Some(&alice))?,
+        Client::new(cache, ca, Some(&bob))?,
+    );
+    let mut stage = Stage {
+        registry,
+        admin,
+        colour,
+        out,
+        played: Played { lines: 0, wrong: 0 },
+    };
+    stage.begin(cache)?;
+
+    let first = registry.push("library/app", "latest", &[BASE, ("code 1", 400_000)]);
+    let (app, secret) = ("library/app:latest", "acme/secret:1");
+    let cold = Expected::image(&first, "not-held").costs(4, 3_500_000);
+    stage.line("cold pull", &anyone, app, cold).await?;
+    stage
+        .line(
+            "unchanged",
+            &anyone,
+            app,
+            Expected::image(&first, "unchanged").costs(1, 0),
+        )
+        .await?;
+    let second = registry.push("library/app", "latest", &[BASE, ("code 2", 400_000)]);
+    // Asked, fetched, and of the layers only the one that changed.
+    let newer = Expected::image(&second, "newer").costs(4, 450_000);
+    stage.line("the tag moved", &anyone, app, newer).await?;
+    let private = registry.push("acme/secret", "1", &[("secret code", 500_000)]);
+    registry.keeps_private("acme/secret", &alice);
+    let cold = Expected::image(&private, "not-held").costs(3, 550_000);
+    stage.line("private, for alice", &as_alice, secret, cold).await?;
+    stage
+        .line(
+            "private, for bob",
+            &as_bob,
+            secret,
+            Expected::refused("forbidden", 401).costs(1, 0),
+        )
+        .await?;
+    registry.limits(true);
+    let held = |image: &Image, cause| Expected::image(image, "stale").because(cause);
+    stage
+        .line(
+            "rate limited (429)",
+            &anyone,
+            app,
+            held(&second, "rate-limited").costs(1, 0),
+        )
+        .await?;
+    registry.limits(false);
+    registry.dies();
+    // Until then the limit, not the death, is why nobody asks.
+    tokio::time::sleep(RETRY_AFTER + Duration::from_millis(200)).await;
+    stage
+        .line("registry dead", &anyone, app, held(&second, "refused"))
+        .await?;
+    stage
+        .line("dead, for alice", &as_alice, secret, held(&private, "refused"))
+        .await?;
+    stage
+        .line(
+            "dead, for bob",
+            &as_bob,
+            secret,
+            Expected::refused("silent", 502).because("refused"),
+        )
+        .await?;
+    let unseen = Expected::refused("silent", 502).because("refused");
+    stage
+        .line("dead, never seen", &anyone, "library/unseen:latest", unseen)
+        .await?;
+    stage.end()
+}
+
+struct Stage<'a> {
+    registry: &'a Registry,
+    admin: &'a AdminClient,
+    colour: bool,
+    out: &'a mut dyn Write,
+    played: Played,
+}
+
+impl Stage<'_> {
+    fn begin(&mut self, cache: SocketAddr) -> Result<(), DemoError> {
+        writeln!(
+            self.out,
+            "a registry on loopback, and ifnewer with TLS in front of it at {cache}\n"
+        )?;
+        let heads = (
+            "",
+            "what happens",
+            "the client gets",
+            "upstream",
+            "time",
+            "because",
+        );
+        writeln!(
+            self.out,
+            "{:<2} {:<20} {:<40} {:<23} {:>7}  {}",
+            heads.0, heads.1, heads.2, heads.3, heads.4, heads.5
+        )?;
+        Ok(())
+    }
+
+    async fn line(
+        &mut self,
+        name: &str,
+        client: &Client,
+        image: &str,
+        expected: Expected,
+    ) -> Result<(), DemoError> {
+        let wrong = || DemoError::Client(format!("`{image}` is no image"));
+        let (repository, tag) = image.rsplit_once(':').ok_or_else(wrong)?;
+        let repository: Repository = repository.parse().map_err(|_| wrong())?;
+        let tag: Reference = tag.parse().map_err(|_| wrong())?;
+        let before = self.registry.sent();
+        let got = client.pull(&repository, &tag).await;
+        let after = self.registry.sent();
+        let (requests, sent) = (after.0 - before.0, after.1 - before.1);
+        let told = self
+            .admin
+            .get(&format!("/api/v1/events?limit=1&image={image}"))
+            .await?;
+        let event = told.pointer("/events/0").cloned().unwrap_or_default();
+        let faults = faults(&got, &event, (requests, sent), &expected);
+        self.played.lines += 1;
+        self.played.wrong += usize::from(!faults.is_empty());
+        let what = match got.digest {
+            Some(digest) => format!(
+                "{}, {} blobs, {}",
+                short(&digest.to_string()),
+                got.blobs,
+                bytes(got.bytes)
+            ),
+            None => format!("{} {}", got.status, first(&got.message)),
+        };
+        let cost = match requests {
+            0 => "nothing".to_owned(),
+            1 => format!("1 request, {}", bytes(sent)),
+            more => format!("{more} requests, {}", bytes(sent)),
+        };
+        let (mark, code) = if faults.is_empty() {
+            ("ok", "32")
+        } else {
+            ("!!", "31")
+        };
+        let mark = if self.colour {
+            format!("\x1b[{code}m{mark}\x1b[0m")
+        } else {
+            mark.to_owned()
+        };
+        let sentence = event.get("sentence").and_then(Value::as_str).unwrap_or_default();
+        let ms = format!("{} ms", got.took.as_millis());
+        writeln!(
+            self.out,
+            "{mark} {name:<20} {what:<40} {cost:<23} {ms:>7}  {sentence}"
+        )?;
+        for fault in faults {
+            writeln!(self.out, "   wrong: {fault}")?;
+        }
+        Ok(())
+    }
+
+    fn end(self) -> Result<Played, DemoError> {
+        let Played { lines, wrong } = self.played;
+        let words = match wrong {
+            0 => format!("all {lines} lines are as they should be"),
+            wrong => format!("{wrong} of {lines} lines are WRONG"),
+        };
+        writeln!(self.out, "\n{words}")?;
+        Ok(self.played)
+    }
+}
+
+fn faults(got: &Got, event: &Value, (requests, sent): (u64, u64), expected: &Expected) -> Vec<String> {
+    let mut faults = Vec::new();
+    let wanted = expected.image.as_ref().map(|image| image.digest);
+    if got.digest != wanted {
+        faults.push(format!("the client got {:?} instead of {wanted:?}", got.digest));
+    }
+    if got.status != expected.status {
+        faults.push(format!(
+            "the status is {} instead of {}",
+            got.status, expected.status
+        ));
+    }
+    let told = |name: &str| event.get(name).and_then(Value::as_str);
+    if told("reason") != Some(expected.reason) || told("cause") != expected.cause {
+        faults.push(format!(
+            "the reason is {:?} ({:?}) instead of {}",
+            told("reason"),
+            told("cause"),
+            expected.reason
+        ));
+    }
+    if got.digest.is_some() && !got.cache_status.contains(expected.reason) {
+        faults.push(format!("Cache-Status is `{}`", got.cache_status));
+    }
+    if requests != expected.requests || sent > expected.bytes_max {
+        faults.push(format!(
+            "upstream had {requests} requests and sent {sent} bytes instead of {} and at most {}",
+            expected.requests, expected.bytes_max
+        ));
+    }
+    faults
+}
+
+/// As much of an error as fits into a line.
+fn first(text: &str) -> String {
+    const CHARS_MAX: usize = 32;
+    if text.chars().count() <= CHARS_MAX {
+        return text.to_owned();
+    }
+    text.chars().take(CHARS_MAX).chain(['…']).collect()
+}

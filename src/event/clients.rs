@@ -1,0 +1,148 @@
+//! Who came lately, and with what: the answer to "is my mirror used at all?".
+
+use std::collections::HashMap;
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::SystemTime;
+
+/// Clients remembered; the one seen longest ago goes first.
+const CLIENTS_MAX: usize = 512;
+
+/// How much of a client's name for itself is kept.
+const AGENT_BYTES_MAX: usize = 96;
+
+/// A client program on a machine.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Client {
+    /// Where it is.
+    pub address: IpAddr,
+    /// What kind of program it is: `docker`, `containerd`, …
+    pub kind: &'static str,
+    /// As it calls itself.
+    pub agent: Box<str>,
+    /// Requests since it was first seen.
+    pub requests: u64,
+    /// Of them, pulls by tag.
+    pub pulls: u64,
+    /// When it was last seen.
+    pub last_at: SystemTime,
+    /// The image that it last asked for.
+    pub last_image: Option<Box<str>>,
+}
+
+/// Who was seen.
+#[derive(Clone, Default)]
+pub(super) struct Clients(Arc<Mutex<HashMap<(IpAddr, &'static str), Client>>>);
+
+impl Clients {
+    pub(super) fn saw(&self, address: IpAddr, agent: &str, at: SystemTime, pulled: Option<&str>) {
+        let kind = kind_of(agent);
+        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if known.len() >= CLIENTS_MAX && !known.contains_key(&(address, kind)) {
+            let oldest = known.iter().min_by_key(|(_, client)| client.last_at);
+            if let Some(oldest) = oldest.map(|(key, _)| *key) {
+                known.remove(&oldest);
+            }
+        }
+        let client = known.entry((address, kind)).or_insert_with(|| Client {
+            address,
+            kind,
+            agent: "".into(),
+            requests: 0,
+            pulls: 0,
+            last_at: at,
+            last_image: None,
+        });
+        if *client.agent != *agent {
+            client.agent = agent.into();
+        }
+        client.requests += 1;
+        client.last_at = client.last_at.max(at);
+        if let Some(image) = pulled {
+            client.pulls += 1;
+            client.last_image = Some(image.into());
+        }
+    }
+
+    /// The last seen first.
+    pub(super) fn seen(&self) -> Vec<Client> {
+        let known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut seen: Vec<Client> = known.values().cloned().collect();
+        seen.sort_by(|a, b| (b.last_at, a.address, a.kind).cmp(&(a.last_at, b.address, b.kind)));
+        seen
+    }
+}
+
+/// What may be kept and shown of a `User-Agent`: printable, and at most 96 characters long.
+pub fn agent(header: Option<&http::HeaderValue>) -> Box<str> {
+    let text = header.and_then(|value| value.to_str().ok()).unwrap_or_default();
+    let printable = text.chars().filter(|c| c.is_ascii_graphic() || *c == ' ');
+    printable.take(AGENT_BYTES_MAX).collect::<String>().into()
+}
+
+/// By the product it names first; of docker also when its client is named further on.
+fn kind_of(agent: &str) -> &'static str {
+    const KINDS: [(&str, &str); 17] = [
+        ("docker/", "docker"),
+        ("moby/", "docker"),
+        ("containerd/", "containerd"),
+        ("containers/", "podman"),
+        ("libpod/", "podman"),
+        ("buildah/", "buildah"),
+        ("cri-o/", "cri-o"),
+        ("skopeo/", "skopeo"),
+        ("buildkit/", "buildkit"),
+        ("go-containerregistry/", "crane"),
+        ("crane/", "crane"),
+        ("kaniko/", "kaniko"),
+        ("cosign/", "cosign"),
+        ("helm/", "helm"),
+        ("oras", "oras"),
+        ("ifnewer/", "ifnewer"),
+        ("curl/", "curl"),
+    ];
+    let agent = agent.to_ascii_lowercase();
+    let known = KINDS.iter().find(|(prefix, _)| agent.starts_with(prefix));
+    known.map_or("other", |(_, kind)| kind)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(
+        clippy::unwrap_used,
+        clippy::indexing_slicing,
+        reason = "tests may fail loudly"
+    )]
+    use super::*;
+    use std::net::Ipv4Addr;
+    use std::time::Duration;
+
+    fn at(second: u64) -> SystemTime {
+        SystemTime::UNIX_EPOCH + Duration::from_secs(second)
+    }
+
+    #[test]
+    fn a_client_is_known_by_its_program_and_machine() {
+        let (clients, here) = (Clients::default(), IpAddr::V4(Ipv4Addr::LOCALHOST));
+        let docker = "docker/20.10.24+dfsg1 go/go1.19.8 UpstreamClient(Docker-Client/28.2.2)";
+        clients.saw(here, docker, at(1), Some("library/alpine:3"));
+        clients.saw(here, docker, at(2), None);
+        clients.saw(here, "containerd/1.6.20~ds1", at(3), None);
+        let seen = clients.seen();
+        assert_eq!(seen.len(), 2);
+        assert_eq!((seen[0].kind, seen[1].kind), ("containerd", "docker"));
+        assert_eq!((seen[1].requests, seen[1].pulls), (2, 1));
+        assert_eq!(seen[1].last_image.as_deref(), Some("library/alpine:3"));
+    }
+
+    #[test]
+    fn strangers_cannot_make_it_grow() {
+        let clients = Clients::default();
+        for number in 0..u32::try_from(CLIENTS_MAX).unwrap() + 9 {
+            clients.saw(IpAddr::V4(number.into()), "x", at(u64::from(number)), None);
+        }
+        assert_eq!(clients.seen().len(), CLIENTS_MAX);
+        let long = http::HeaderValue::from_str(&"a".repeat(500)).unwrap();
+        assert_eq!(agent(Some(&long)).len(), AGENT_BYTES_MAX);
+    }
+}

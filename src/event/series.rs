@@ -1,0 +1,159 @@
+//! What was counted, minute by minute for a day: for the plots on the page. Not a replacement for Prometheus.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, SystemTime};
+
+/// A day of minutes, and the one before it, from which the first is counted.
+const MINUTES_MAX: usize = 24 * 60 + 1;
+
+const MINUTE: Duration = Duration::from_secs(60);
+
+/// Counts since the start of the process.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Totals {
+    /// Images asked for by tag.
+    pub pulls: u64,
+    /// Of them, served from the store.
+    pub hits: u64,
+    /// Of them, served from the store while the upstream was silent.
+    pub stale: u64,
+    /// Of them, refused.
+    pub refused: u64,
+    /// Bytes of blobs sent to clients.
+    pub sent_bytes: u64,
+    /// Bytes of blobs fetched from upstreams.
+    pub fetched_bytes: u64,
+}
+
+impl Totals {
+    /// What came since `before`.
+    #[must_use]
+    pub fn since(&self, before: &Self) -> Self {
+        Self {
+            pulls: self.pulls.saturating_sub(before.pulls),
+            hits: self.hits.saturating_sub(before.hits),
+            stale: self.stale.saturating_sub(before.stale),
+            refused: self.refused.saturating_sub(before.refused),
+            sent_bytes: self.sent_bytes.saturating_sub(before.sent_bytes),
+            fetched_bytes: self.fetched_bytes.saturating_sub(before.fetched_bytes),
+        }
+    }
+
+    /// Bytes that clients got and no upstream had to send.
+    pub fn saved_bytes(&self) -> u64 {
+        self.sent_bytes.saturating_sub(self.fetched_bytes)
+    }
+
+    /// Of the bytes sent to clients, the part that no upstream had to send; `None` where none were sent.
+    pub fn byte_hit_ratio(&self) -> Option<f64> {
+        #[expect(clippy::cast_precision_loss, reason = "a ratio for the eye")]
+        let ratio = |saved: u64, sent: u64| saved as f64 / sent as f64;
+        (self.sent_bytes > 0).then(|| ratio(self.saved_bytes(), self.sent_bytes))
+    }
+}
+
+/// The totals at the end of a minute.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Minute {
+    /// Minutes since 1970.
+    number: u64,
+    totals: Totals,
+}
+
+/// The last day.
+#[derive(Clone, Default)]
+pub(super) struct Series(Arc<Mutex<VecDeque<Minute>>>);
+
+impl Series {
+    /// Notes the totals of this moment. To be called a few times a minute.
+    pub(super) fn note(&self, now: SystemTime, totals: Totals) {
+        let number = minute_of(now);
+        let mut minutes = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        match minutes.back_mut() {
+            Some(last) if last.number >= number => last.totals = totals,
+            _ => {
+                if minutes.len() >= MINUTES_MAX {
+                    minutes.pop_front();
+                }
+                minutes.push_back(Minute { number, totals });
+            }
+        }
+    }
+
+    /// What came in each of the last `count` spans of `minutes` each, the oldest first; the last one ends now.
+    pub(super) fn spans(&self, now: SystemTime, count: u64, minutes: u64, totals: Totals) -> Vec<Totals> {
+        let known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        // What happened between two notes belongs to the minute of the later one.
+        let upto = |number: u64| {
+            let before = known.iter().rev().find(|minute| minute.number <= number);
+            before.map(|minute| minute.totals).unwrap_or_default()
+        };
+        let last = minute_of(now);
+        let mut spans = Vec::new();
+        for back in (0..count).rev() {
+            let end = last.saturating_sub(back * minutes);
+            let until = if back == 0 { totals } else { upto(end) };
+            spans.push(until.since(&upto(end.saturating_sub(minutes))));
+        }
+        spans
+    }
+}
+
+fn minute_of(at: SystemTime) -> u64 {
+    let since = at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    since.as_secs() / MINUTE.as_secs()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn totals(pulls: u64) -> Totals {
+        Totals {
+            pulls,
+            ..Totals::default()
+        }
+    }
+
+    #[test]
+    fn each_span_has_what_came_in_it() {
+        let (series, minute) = (Series::default(), |n: u64| {
+            SystemTime::UNIX_EPOCH + MINUTE * u32::try_from(n).unwrap_or(0)
+        });
+        for (at, count) in [(100, 5), (101, 5), (102, 9)] {
+            series.note(minute(at), totals(count));
+        }
+        let spans = |count, minutes| {
+            let spans = series.spans(minute(102), count, minutes, totals(10));
+            spans.iter().map(|span| span.pulls).collect::<Vec<_>>()
+        };
+        assert_eq!(spans(4, 1), [0, 5, 0, 5]);
+        assert_eq!(spans(2, 2), [5, 5]);
+    }
+
+    #[test]
+    fn a_day_is_all_that_is_kept_and_a_clock_set_back_spoils_nothing() {
+        let series = Series::default();
+        for number in 0..3_000 {
+            series.note(SystemTime::UNIX_EPOCH + MINUTE * number, totals(1));
+        }
+        series.note(SystemTime::UNIX_EPOCH, totals(2));
+        let kept = series
+            .0
+            .lock()
+            .map(|kept| (kept.len(), kept.back().map(|last| last.number)));
+        assert_eq!(kept.ok(), Some((MINUTES_MAX, Some(2_999))));
+    }
+
+    #[test]
+    fn a_prefetch_that_nobody_used_saves_nothing() {
+        let wasted = Totals {
+            sent_bytes: 10,
+            fetched_bytes: 30,
+            ..Totals::default()
+        };
+        assert_eq!((wasted.saved_bytes(), wasted.byte_hit_ratio()), (0, Some(0.0)));
+        assert_eq!(Totals::default().byte_hit_ratio(), None);
+    }
+}

@@ -1,0 +1,200 @@
+//! `ifnewer pull`: one bar for each image and each of its layers on a terminal, plain lines elsewhere.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+use serde_json::{Value, json};
+
+use super::{Failed, Output, Pull, Tone, list, number, text};
+use crate::admin::client::{AskError, Client};
+use crate::admin::words::{bytes, short};
+
+/// How often progress is asked for.
+const LOOK_EVERY: Duration = Duration::from_millis(150);
+
+pub(super) async fn pull(client: &Client, words: &Pull, output: &mut Output<'_>) -> Result<(), Failed> {
+    let (mut begun, mut failed) = (Vec::new(), 0);
+    for image in &words.images {
+        let mut body = json!({ "image": image });
+        words.login.add_to(&mut body)?;
+        if let (false, Some(fields)) = (words.platform.is_empty(), body.as_object_mut()) {
+            fields.insert("platforms".to_owned(), json!(words.platform));
+        }
+        match client.post("/api/v1/pulls", &body).await {
+            Ok(pull) => begun.push(number(&pull, "id")),
+            Err(AskError::Refused { detail, .. }) => {
+                failed += 1;
+                output.line(&format!("{image}: {}", output.paint(Tone::Bad, &detail)))?;
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+    let mut bars = (output.progress && !words.json).then(Bars::default);
+    let mut lines = Lines::default();
+    while let Some(id) = begun.first().copied() {
+        // All of them, so that each bar moves; the first that is not done is waited for.
+        for id in &begun {
+            let pull = client.get(&format!("/api/v1/pulls/{id}")).await?;
+            match &mut bars {
+                Some(bars) => bars.show(&pull),
+                None if !words.json => lines.show(&pull, output)?,
+                None => {}
+            }
+        }
+        let pull = client.get(&format!("/api/v1/pulls/{id}")).await?;
+        if !matches!(text(&pull, "state"), "done" | "failed") {
+            tokio::time::sleep(LOOK_EVERY).await;
+            continue;
+        }
+        begun.remove(0);
+        failed += usize::from(text(&pull, "state") == "failed");
+        match &mut bars {
+            Some(bars) => bars.end(&pull, output),
+            None if words.json => output.json_line(&pull)?,
+            None => lines.end(&pull, output)?,
+        }
+    }
+    if failed > 0 {
+        return Err(Failed::Undone(format!(
+            "{failed} of {} could not be pulled",
+            words.images.len()
+        )));
+    }
+    Ok(())
+}
+
+/// What became of a pull, in one line.
+fn outcome(pull: &Value, output: &Output<'_>) -> String {
+    if text(pull, "state") == "failed" {
+        return format!(
+            "{}: {}",
+            text(pull, "image"),
+            output.paint(Tone::Bad, text(pull, "error"))
+        );
+    }
+    let layers = list(pull, "layers");
+    let is_held = |layer: &&Value| text(layer, "state") == "held";
+    let held = layers.iter().filter(is_held).count();
+    let fetched: u64 = layers
+        .iter()
+        .filter(|layer| !is_held(layer))
+        .map(|layer| number(layer, "size"))
+        .sum();
+    let digest = short(text(pull, "digest"));
+    let what = if held == layers.len() {
+        "already cached".to_owned()
+    } else {
+        format!(
+            "{} fetched, {held} of {} layers already cached",
+            bytes(fetched),
+            layers.len()
+        )
+    };
+    format!(
+        "{} {digest}: {}",
+        text(pull, "image"),
+        output.paint(Tone::Good, &what)
+    )
+}
+
+#[derive(Default)]
+struct Bars {
+    all: MultiProgress,
+    images: HashMap<u64, ProgressBar>,
+    layers: HashMap<(u64, String), ProgressBar>,
+}
+
+impl Bars {
+    fn show(&mut self, pull: &Value) {
+        let id = number(pull, "id");
+        let all = &self.all;
+        let image = self.images.entry(id).or_insert_with(|| {
+            let bar = all.add(ProgressBar::new(0));
+            bar.set_style(style(
+                "{msg:48!} {wide_bar:.cyan/dim} {binary_bytes:>11} {binary_bytes_per_sec:>13}",
+            ));
+            bar
+        });
+        image.set_message(text(pull, "image").to_owned());
+        let layers = list(pull, "layers");
+        image.set_length(layers.iter().map(|layer| number(layer, "size")).sum());
+        image.set_position(layers.iter().map(|layer| number(layer, "received")).sum());
+        for layer in layers {
+            let digest = text(layer, "digest").to_owned();
+            let last = image.clone();
+            let bar = self.layers.entry((id, digest.clone())).or_insert_with(|| {
+                let bar = all.insert_after(&last, ProgressBar::new(number(layer, "size")));
+                bar.set_style(style(
+                    "  {msg:46!} {wide_bar:.dim} {binary_bytes:>11} of {binary_total_bytes:<10}",
+                ));
+                bar
+            });
+            bar.set_position(number(layer, "received"));
+            let state = match text(layer, "state") {
+                "held" => "already cached",
+                "fetched" => "fetched",
+                "failed" => "failed",
+                "waiting" => "waiting",
+                _ => "fetching",
+            };
+            bar.set_message(format!("{} {state}", short(&digest)));
+        }
+    }
+
+    fn end(&mut self, pull: &Value, output: &Output<'_>) {
+        let id = number(pull, "id");
+        self.layers.retain(|(of, _), bar| {
+            if *of == id {
+                bar.finish_and_clear();
+            }
+            *of != id
+        });
+        if let Some(bar) = self.images.remove(&id) {
+            bar.finish_and_clear();
+        }
+        // A terminal that is gone shows nothing; the exit code says the same.
+        let _ = self.all.println(outcome(pull, output));
+    }
+}
+
+/// A template of ours cannot be wrong, and if it were, a plain bar would do.
+fn style(template: &str) -> ProgressStyle {
+    ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar())
+}
+
+/// Tells each change once.
+#[derive(Default)]
+struct Lines {
+    told: HashMap<(u64, String), String>,
+}
+
+impl Lines {
+    fn show(&mut self, pull: &Value, output: &mut Output<'_>) -> Result<(), Failed> {
+        let id = number(pull, "id");
+        for layer in list(pull, "layers") {
+            let (digest, state) = (text(layer, "digest"), text(layer, "state"));
+            if matches!(state, "waiting" | "fetching") {
+                continue;
+            }
+            let told = self.told.entry((id, digest.to_owned())).or_default();
+            if told != state {
+                state.clone_into(told);
+                let words = if state == "held" { "already cached" } else { state };
+                let size = bytes(number(layer, "size"));
+                output.line(&format!(
+                    "{} {} {words}, {size}",
+                    text(pull, "image"),
+                    short(digest)
+                ))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn end(&mut self, pull: &Value, output: &mut Output<'_>) -> Result<(), Failed> {
+        self.show(pull, output)?;
+        let line = outcome(pull, output);
+        output.line(&line)
+    }
+}

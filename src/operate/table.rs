@@ -1,0 +1,70 @@
+//! Columns for people: as wide as they need to be, numbers to the right.
+
+/// A table in the making.
+pub(super) struct Table {
+    heads: Vec<&'static str>,
+    rows: Vec<Vec<String>>,
+}
+
+impl Table {
+    /// Columns of these names; one whose name begins with `>` is set to the right.
+    pub(super) fn new(heads: &[&'static str]) -> Self {
+        Self {
+            heads: heads.to_vec(),
+            rows: Vec::new(),
+        }
+    }
+
+    pub(super) fn row(&mut self, cells: Vec<String>) {
+        self.rows.push(cells);
+    }
+
+    /// Its lines, the heads first, without blanks at their ends.
+    pub(super) fn lines(&self) -> Vec<String> {
+        let names: Vec<String> = self
+            .heads
+            .iter()
+            .map(|head| head.trim_start_matches('>').to_uppercase())
+            .collect();
+        let all = || std::iter::once(&names).chain(&self.rows);
+        let wide = |column: usize| {
+            all()
+                .filter_map(|cells| cells.get(column))
+                .map(|cell| cell.chars().count())
+                .max()
+                .unwrap_or(0)
+        };
+        let widths: Vec<usize> = (0..self.heads.len()).map(wide).collect();
+        let line = |cells: &Vec<String>| {
+            let cells = cells.iter().zip(&self.heads).zip(&widths);
+            let cells: Vec<String> = cells
+                .map(|((cell, head), width)| {
+                    let blanks = " ".repeat(width.saturating_sub(cell.chars().count()));
+                    if head.starts_with('>') {
+                        format!("{blanks}{cell}")
+                    } else {
+                        format!("{cell}{blanks}")
+                    }
+                })
+                .collect();
+            cells.join("  ").trim_end().to_owned()
+        };
+        all().map(line).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn columns_are_as_wide_as_they_need_to_be() {
+        let mut table = Table::new(&["image", ">size"]);
+        table.row(vec!["alpine".to_owned(), "7 MiB".to_owned()]);
+        table.row(vec!["é".to_owned(), "900 KiB".to_owned()]);
+        assert_eq!(
+            table.lines(),
+            ["IMAGE      SIZE", "alpine    7 MiB", "é       900 KiB"]
+        );
+    }
+}

@@ -1,0 +1,103 @@
+//! What is told of an answer: the facts of a log line, of a count and of the journal, taken from the outcome before it
+//! becomes a response.
+
+use std::time::SystemTime;
+
+use crate::event;
+use crate::oci::{Cause, Digest, Operation, Reference};
+use crate::policy::Refusal;
+use crate::pull::{Outcome, Reason};
+
+use super::reply;
+
+/// What is told of an outcome.
+pub(super) struct Told {
+    pub(super) result: event::Outcome,
+    pub(super) reason: &'static str,
+    pub(super) cause: Option<Cause>,
+    pub(super) digest: Option<Digest>,
+    /// When the upstream last confirmed the tag that was served.
+    pub(super) confirmed_at: Option<SystemTime>,
+}
+
+impl Told {
+    pub(super) fn of(outcome: &Outcome) -> Self {
+        let (result, reason) = reply::told(outcome);
+        let how = match outcome {
+            Outcome::Manifest(_, how) | Outcome::Blob { how, .. } | Outcome::Listing(_, how) => Some(how),
+            _ => None,
+        };
+        let cause = match outcome {
+            Outcome::Refused(refused) => match refused.refusal {
+                Refusal::Silent(cause) | Refusal::TooStale(cause) | Refusal::Incomplete(cause) => Some(cause),
+                Refusal::NotHeld
+                | Refusal::NotVouched
+                | Refusal::Forbidden
+                | Refusal::Challenged
+                | Refusal::Absent => None,
+            },
+            _ => how.and_then(|how| match how.reason {
+                Reason::Held(served) => served.cause(),
+                _ => None,
+            }),
+        };
+        let digest = match outcome {
+            Outcome::Manifest(manifest, _) => Some(manifest.digest),
+            Outcome::ManifestHead { digest, .. } | Outcome::Blob { digest, .. } => Some(*digest),
+            _ => None,
+        };
+        Self {
+            result,
+            reason,
+            cause,
+            digest,
+            confirmed_at: how.and_then(|how| how.confirmed_at),
+        }
+    }
+
+    /// Of a request that was handed on.
+    pub(super) fn passed() -> Self {
+        Self {
+            result: event::Outcome::Passed,
+            ..Self::turned("passed")
+        }
+    }
+
+    /// Of a request that could not be handed on.
+    pub(super) fn not_passed(cause: Cause) -> Self {
+        Self {
+            cause: Some(cause),
+            ..Self::turned(cause.name())
+        }
+    }
+
+    /// Of a request that was turned away, and why.
+    pub(super) fn turned(reason: &'static str) -> Self {
+        Self {
+            result: event::Outcome::Refused,
+            reason,
+            cause: None,
+            digest: None,
+            confirmed_at: None,
+        }
+    }
+}
+
+/// What kind of thing was asked for, and its name: `repository:tag`, `repository@digest`.
+pub(super) fn subject(operation: &Operation) -> (event::Kind, String) {
+    match operation {
+        Operation::Ping => (event::Kind::Ping, "/v2/".to_owned()),
+        Operation::Manifest {
+            repository,
+            reference: Reference::Tag(tag),
+        } => (event::Kind::Tag, format!("{repository}:{tag}")),
+        Operation::Manifest {
+            repository,
+            reference: Reference::Digest(digest),
+        } => (event::Kind::Manifest, format!("{repository}@{digest}")),
+        Operation::Blob { repository, digest } => (event::Kind::Blob, format!("{repository}@{digest}")),
+        Operation::Tags { repository, .. } | Operation::Referrers { repository, .. } => {
+            (event::Kind::Listing, repository.to_string())
+        }
+    }
+}
