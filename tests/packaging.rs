@@ -1,0 +1,171 @@
+//! What is shipped beside the program agrees with it: each metric in the dashboard and the alert rules exists, each
+//! setting in the examples is one, and the checkers of the respective systems have nothing to say.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::print_stderr,
+    clippy::disallowed_methods,
+    clippy::indexing_slicing,
+    reason = "tests may fail loudly"
+)]
+
+use std::collections::BTreeSet;
+use std::net::Ipv4Addr;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, SystemTime};
+
+use ifnewer::config::{Config, KEYS};
+use ifnewer::event::{AllowanceLevel, Answered, Events, Kind, Levels, Outcome, Trace};
+
+fn packaging(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("packaging").join(name)
+}
+
+fn text(name: &str) -> String {
+    std::fs::read_to_string(packaging(name)).unwrap()
+}
+
+/// What is told of a cache in which everything has happened once, for a metric without samples is not told.
+fn scrape() -> String {
+    let events = Events::new();
+    events.answered(&Answered {
+        at: SystemTime::UNIX_EPOCH,
+        upstream: "docker.io",
+        door: "mirror",
+        kind: Kind::Tag,
+        image: "library/demo:latest",
+        result: Outcome::Stale,
+        reason: "stale",
+        cause: None,
+        digest: None,
+        age: Some(Duration::from_secs(60)),
+        status: 200,
+        took: Duration::from_millis(1),
+        client: Some(Ipv4Addr::LOCALHOST.into()),
+        agent: "docker/27.3.1",
+        trace: Trace::of_request(&http::HeaderMap::new()),
+    });
+    events.exchanged("docker.io", "manifest-head", "200", Duration::from_millis(1));
+    drop(events.tunnel());
+    events.text(&Levels {
+        upstreams: vec![("docker.io".into(), true)],
+        allowances: vec![AllowanceLevel {
+            upstream: "docker.io".into(),
+            credential: "anonymous",
+            limit: Some(200),
+            remaining: Some(143),
+        }],
+        evicted: vec![("size", 1)],
+        ..Levels::default()
+    })
+}
+
+/// The names of the samples that ifnewer tells.
+fn metrics() -> BTreeSet<String> {
+    let text = scrape();
+    let types = text.lines().filter_map(|line| line.strip_prefix("# TYPE "));
+    types
+        .flat_map(|line| {
+            let (name, kind) = line.split_once(' ').unwrap();
+            let endings: &[&str] = match kind {
+                "counter" => &["_total"],
+                "histogram" => &["_bucket", "_sum", "_count"],
+                "info" => &["_info"],
+                _ => &[""],
+            };
+            endings.iter().map(move |ending| format!("{name}{ending}"))
+        })
+        .collect()
+}
+
+/// The names in a query that are meant to be ours.
+fn named(text: &str) -> BTreeSet<String> {
+    let is_word = |c: char| c.is_ascii_alphanumeric() || c == '_' || c == ':';
+    text.split(|c: char| !is_word(c))
+        .filter(|word| word.starts_with("ifnewer_"))
+        .map(str::to_owned)
+        .collect()
+}
+
+#[test]
+fn each_metric_of_the_dashboard_and_the_rules_exists() {
+    let known = metrics();
+    for file in ["grafana/ifnewer.json", "prometheus/rules.yml"] {
+        let used = named(&text(file));
+        assert!(used.len() > 5, "{file} names hardly any metric: {used:?}");
+        let unknown: Vec<_> = used.difference(&known).collect();
+        assert!(unknown.is_empty(), "{file}: {unknown:?} is none of {known:?}");
+    }
+}
+
+#[test]
+fn the_dashboard_is_json_and_each_panel_asks_something() {
+    let dashboard: serde_json::Value = serde_json::from_str(&text("grafana/ifnewer.json")).unwrap();
+    for panel in dashboard["panels"].as_array().unwrap() {
+        for target in panel["targets"].as_array().unwrap() {
+            assert!(!named(target["expr"].as_str().unwrap()).is_empty(), "{panel}");
+        }
+    }
+}
+
+#[test]
+fn promtool_has_nothing_to_say_about_the_rules() {
+    let rules = packaging("prometheus/rules.yml");
+    passes("promtool", &["check", "rules", rules.to_str().unwrap()], None);
+}
+
+#[test]
+fn the_unit_is_one_that_systemd_takes() {
+    let unit = text("ifnewer.service");
+    // It need not be installed to be right.
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("ifnewer.service");
+    std::fs::write(&file, unit.replace("/usr/bin/ifnewer", "/bin/true")).unwrap();
+    passes(
+        "systemd-analyze",
+        &["verify", "--man=no", file.to_str().unwrap()],
+        Some("ifnewer.service"),
+    );
+}
+
+#[test]
+fn every_setting_in_the_examples_is_one() {
+    let variables: Vec<String> = KEYS.iter().filter_map(ifnewer::config::Key::variable).collect();
+    for file in ["docker-compose.team.yml", "ifnewer.service", "Dockerfile"] {
+        let text = text(file);
+        let words = text.split(|c: char| !(c.is_ascii_uppercase() || c == '_'));
+        for word in words.filter(|word| word.starts_with("IFNEWER_") && *word != "IFNEWER_CONFIG") {
+            assert!(
+                variables.iter().any(|known| known == word),
+                "{file}: {word} is no setting"
+            );
+        }
+    }
+    let manifest = text("kubernetes/ifnewer.yaml");
+    let (_, config) = manifest.split_once("ifnewer.toml: |\n").unwrap();
+    let (config, _) = config.split_once("  # For every registry").unwrap();
+    let config: String = config
+        .lines()
+        .fold(String::new(), |all, line| all + line.trim_start() + "\n");
+    Config::read(&config, Path::new("ifnewer.toml")).unwrap_or_else(|faults| panic!("{faults}"));
+}
+
+/// Runs a checker; loudly not, where it is absent. With `about`, only what it says of that counts.
+fn passes(program: &str, words: &[&str], about: Option<&str>) {
+    let Ok(output) = Command::new(program).args(words).output() else {
+        assert!(std::env::var_os("CI").is_none(), "{program} is not here");
+        eprintln!("SKIPPED: {program} is not here");
+        return;
+    };
+    let said = [output.stdout, output.stderr].concat();
+    let said = String::from_utf8_lossy(&said);
+    match about {
+        None => assert!(output.status.success(), "{program}: {said}"),
+        Some(about) => assert!(
+            !said.lines().any(|line| line.contains(about)),
+            "{program}: {said}"
+        ),
+    }
+}
