@@ -110,8 +110,11 @@ EOF
 }
 
 # docker.io by a folder of its own; every other registry by the default one, where `?ns=` says which is meant.
+# Through the proxy a registry is asked by its own name.
 write_hosts() {
   local ca registry
+  mkdir -p "$1"
+  [[ $door != proxy ]] || return 0
   ca=$(trusted)
   for registry in docker.io _default; do
     mkdir -p "$1/$registry"

@@ -200,12 +200,12 @@ daemon_said() {
 # --- the daemon --------------------------------------------------------------------------------------------------
 
 # start_dockerd MIRROR [VARIABLE=VALUE…]: a daemon of our own (data, state, socket, configuration, containerd), never the
-# machine's.
+# machine's. Without a mirror if that is empty.
 start_dockerd() {
   local mirror=$1
   shift
   mkdir -p "$scratch/dockerd" "$scratch/docker-cli"
-  jq -n --arg mirror "$mirror" '{"registry-mirrors": [$mirror]}' >"$scratch/dockerd/daemon.json"
+  jq -n --arg mirror "$mirror" '{"registry-mirrors": [$mirror | select(. != "")]}' >"$scratch/dockerd/daemon.json"
   rm -f "$scratch/dockerd/pid"
   : >"$logs/dockerd.err"
   be_cut_off
@@ -221,8 +221,9 @@ stop_dockerd() {
   stop dockerd
 }
 
+# As whoever logged in with $login, a folder; else as nobody.
 docker_() {
-  DOCKER_HOST=unix://$scratch/dockerd/sock DOCKER_CONFIG=$scratch/docker-cli timeout 300 docker "$@"
+  DOCKER_HOST=unix://$scratch/dockerd/sock DOCKER_CONFIG=${login:-$scratch/docker-cli} timeout 300 docker "$@"
 }
 
 forget_images() {

@@ -96,6 +96,7 @@ push_index() {
 }
 
 manifest_type=application/vnd.oci.image.manifest.v1+json
+docker_type=application/vnd.docker.distribution.manifest.v2+json
 index_type=application/vnd.oci.image.index.v1+json
 
 header_of() {

@@ -59,15 +59,16 @@ wait_for() {
 }
 
 # be_cut_off: fills $cut_off, to be put before a client's command. Every registry but those on loopback is then behind a
-# dead proxy, so that a pull that the mirror failed can only fail, on any machine. With $door tls the client trusts
-# ifnewer's authority.
+# dead proxy, so that a pull that the mirror failed can only fail, on any machine; with $door proxy, behind ifnewer. With
+# $door tls or proxy the client trusts ifnewer's authority. Podman and skopeo log in with the file $auth.
 be_cut_off() {
-  local ca
+  local ca proxy=http://127.0.0.1:1
   ca=$(trusted)
+  [[ $door != proxy ]] || proxy=http://$(address)
   echo '{}' >"$scratch/no-auth.json"
   cut_off=(env -u http_proxy -u https_proxy -u all_proxy -u ALL_PROXY -u no_proxy
-    HTTP_PROXY=http://127.0.0.1:1 HTTPS_PROXY=http://127.0.0.1:1 NO_PROXY=127.0.0.1,::1,localhost
-    HOME="$scratch" REGISTRY_AUTH_FILE="$scratch/no-auth.json" ${ca:+"SSL_CERT_FILE=$ca"})
+    HTTP_PROXY=http://127.0.0.1:1 HTTPS_PROXY="$proxy" NO_PROXY=127.0.0.1,::1,localhost
+    HOME="$scratch" REGISTRY_AUTH_FILE="${auth:-$scratch/no-auth.json}" ${ca:+"SSL_CERT_FILE=$ca"})
 }
 
 # --- upstream --------------------------------------------------------------------------------------------------
@@ -79,10 +80,15 @@ version: 0.1
 storage: {filesystem: {rootdirectory: $scratch/upstream}}
 http: {addr: "$(cat "$state/upstream.address" 2>/dev/null || echo 127.0.0.1:0)"}
 EOF
-  : >"$logs/upstream.err"
-  OTEL_TRACES_EXPORTER=none start upstream docker-registry serve "$scratch/upstream.yml"
-  wait_for upstream 20 grep -q 'listening on ' "$logs/upstream.err"
-  grep -o 'listening on [0-9.:]*' "$logs/upstream.err" | cut -d' ' -f3 >"$state/upstream.address"
+  start_docker_registry upstream "$scratch/upstream.yml"
+}
+
+# start_docker_registry NAME CONFIGURATION: its address is remembered under the name.
+start_docker_registry() {
+  : >"$logs/$1.err"
+  OTEL_TRACES_EXPORTER=none start "$1" docker-registry serve "$2"
+  wait_for "$1" 20 grep -q 'listening on ' "$logs/$1.err"
+  grep -o 'listening on [0-9.:]*' "$logs/$1.err" | cut -d' ' -f3 >"$state/$1.address"
 }
 
 kill_upstream() {
@@ -93,9 +99,10 @@ upstream_address() {
   cat "$state/upstream.address"
 }
 
-# From here on `asked` counts.
+# start_counting [SERVER]: from here on `asked` counts what this server, or the upstream, is asked.
 start_counting() {
-  wc -l <"$logs/upstream.out" >"$state/counted"
+  echo "$logs/${1:-upstream}.out" >"$state/counting"
+  wc -l <"$(<"$state/counting")" >"$state/counted"
 }
 
 # asked REGEX: how many requests "METHOD /path" the upstream got since start_counting.
@@ -109,7 +116,7 @@ blob_bytes_sent() {
 }
 
 since_counting() {
-  tail -n "+$(($(<"$state/counted") + 1))" "$logs/upstream.out"
+  tail -n "+$(($(<"$state/counted") + 1))" "$(<"$state/counting")"
 }
 
 # Blobs that the upstream was asked for more than once since start_counting.
@@ -163,6 +170,8 @@ url = "http://$(upstream_address)"
 
 [upstream."cut.example"]
 url = "http://$(<"$state/cutting.address")"
+
+$(cat "$state/upstreams.toml" 2>/dev/null || true)
 EOF
   : >"$logs/ifnewer.out"
   : >"$logs/ifnewer.err"

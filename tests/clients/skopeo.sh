@@ -46,8 +46,11 @@ skopeo_was_told() { mirrors_also_failed "$scratch/skopeo-said"; }
 # --- skopeo and podman -----------------------------------------------------------------------------------------------
 
 # docker.io by the cache's default upstream; the other registry by its name in front of the path.
+# Through the proxy a registry is asked by its own name.
 write_registries() {
   local registry at
+  : >"$scratch/registries.conf"
+  [[ $door != proxy ]] || return 0
   for registry in docker.io cut.example; do
     at=$(address)
     [[ $registry == docker.io ]] || at=$at/$registry
@@ -64,5 +67,6 @@ EOF
 
 # What the mirror said, of everything that was said: the registry's own failure is not ours.
 mirrors_also_failed() {
+  if [[ $door == proxy ]]; then cat "$1"; return; fi
   grep -o 'Mirrors also failed: .*])' "$1" | tail -n 1
 }

@@ -1,0 +1,297 @@
+# shellcheck shell=bash
+# Sourced by ./run: who may read what in a company's registry, asked by real clients under the registry's own name.
+
+all_of_private() {
+  [[ -z ${DIRECT:-} ]] || return 0
+  door=proxy
+  scenario "private: the company's registry, a fresh cache and a fresh daemon start" private_is_fresh
+  scenario "private: who has not logged in is refused" nobody_is_refused
+  scenario "private: docker login as bob, pull, and it runs" bob_pulls
+  scenario "private: bob's unchanged pull is one HEAD and no bytes" bob_pulls_again
+  scenario "private: eve's login is refused, her daemon and her curl get nothing by any door" eve_gets_nothing
+  scenario "private: containerd as bob by ?ns= and by the name in front" bob_by_mirror
+  scenario "private: podman and skopeo log in as bob and pull through the proxy" bob_by_podman
+  scenario "private: docker push through the proxy, seen at once by every door" pushed
+  scenario "private: skopeo copy through the proxy, seen at once" copied
+  scenario "private: skopeo delete through the proxy, gone at once" deleted
+  scenario "private: registry killed: bob pulls, eve and a stranger do not" bob_pulls_alone
+  scenario "private: the cache restarted without the registry: the same" bob_pulls_alone_after_restart
+  scenario "private: registry back, bob's right revoked: denied at the first answer" bob_is_revoked
+  scenario "private: registry killed again: bob stays denied" bob_stays_denied
+  stop registry
+  stop_dockerd
+  rm -f "$state/upstreams.toml"
+}
+
+private_is_fresh() {
+  stop_dockerd
+  stop registry
+  rm -rf "$scratch/dockerd" "$company" "$scratch"/login-*
+  make_company
+  start_registry
+  configure_company
+  set_version demo "demo one for bob"
+  push_to_company demo private/demo:latest
+  push_to_company other private/other:latest
+  fresh_mirror
+  start_dockerd ""
+  # Eve's login never succeeds; she shows her password all the same.
+  mkdir -p "$scratch/login-eve"
+  jq -n --arg auth "$(printf 'eve:eves-password' | base64)" '{auths: {"registry.test": {auth: $auth}}}' \
+    >"$scratch/login-eve/config.json"
+}
+
+private=registry.test/private/demo
+
+# How docker words a refusal; while the registry cannot be asked about a credential, the cause is told instead.
+denied='unauthorized|no basic auth|denied'
+
+nobody_is_refused() {
+  refused_as "$scratch/docker-cli" "$private" "$denied"
+  # What sends a client for a login is the registry's own word.
+  diff <(challenge_of -x "http://$(address)" --cacert "$scratch/ifnewer/certs/ca.pem" https://registry.test/v2/) \
+    <(challenge_of --cacert "$company/ca.pem" "https://localhost:$(port_of registry)/v2/") ||
+    fail "the challenge is not the registry's"
+}
+
+challenge_of() {
+  curl -sSi "$@" | tr -d '\r' | grep -i '^www-authenticate:' || echo none
+}
+
+bob_pulls() {
+  login=$scratch/login-bob
+  echo bobs-password | docker_ login -u bob --password-stdin registry.test
+  start_counting registry
+  docker_ pull -q "$private"
+  prints "$private" "demo one for bob"
+  expect "manifest GETs" 1 "$(asked 'GET /v2/private/demo/manifests/')"
+  expect "blobs fetched twice" "" "$(fetched_twice)"
+}
+
+bob_pulls_again() {
+  login=$scratch/login-bob
+  forget_images
+  start_counting registry
+  docker_ pull -q "$private"
+  expect "questions about the image" 1 "$(asked '[A-Z]* /v2/private/demo/')"
+  expect "HEADs of the tag" 1 "$(asked 'HEAD /v2/private/demo/manifests/latest ')"
+}
+
+eve_gets_nothing() {
+  login=$scratch/login-eve-tries
+  if echo eves-password | docker_ login -u eve --password-stdin registry.test; then fail "eve logged in"; fi
+  digest_in_company private/demo latest >"$state/private.digest"
+  forget_images
+  refused_as "$scratch/login-eve" "$private" "$denied"
+  refused_as "$scratch/login-eve" "$private@$(<"$state/private.digest")" "$denied"
+  nothing_for eve:eves-password
+  nothing_for :
+}
+
+# nothing_for USER:PASSWORD: 401 or 403 for the tag, the manifest and a layer, by every door; while the registry is down
+# also 502, as for what never was.
+nothing_for() {
+  local path refusal='401|403'
+  [[ -e $state/registry.pid ]] || refusal='401|403|502'
+  for path in manifests/latest "manifests/$(<"$state/private.digest")" "blobs/$(layers_of demo | head -n 1)"; do
+    by_every_door "$1" "private/demo/$path" >"$scratch/statuses"
+    grep -qvE " ($refusal)$" "$scratch/statuses" || continue
+    cat "$scratch/statuses"
+    fail "$1 was not refused $path"
+  done
+  expect "statuses of what is not there" "$(by_every_door "$1" private/demo/manifests/latest)" \
+    "$(by_every_door "$1" private/never-there/manifests/latest)"
+}
+
+# by_every_door USER:PASSWORD PATH: a line "DOOR STATUS", for each.
+by_every_door() {
+  local user=(-u "$1") plain
+  plain=http://$(address)/v2
+  [[ $1 != : ]] || user=()
+  echo "proxy $(status_of "${user[@]}" -x "http://$(address)" --cacert "$scratch/ifnewer/certs/ca.pem" \
+    "https://registry.test/v2/$2")"
+  echo "ns $(status_of "${user[@]}" "$plain/$2?ns=registry.test")"
+  echo "prefix $(status_of "${user[@]}" "$plain/registry.test/$2")"
+}
+
+status_of() {
+  curl -sS -o /dev/null -w '%{http_code}' -H "Accept: $manifest_type" -H "Accept: $index_type" \
+    -H "Accept: $docker_type" "$@"
+}
+
+# digest_in_company REPOSITORY TAG: past the cache.
+digest_in_company() {
+  header_of "$(curl -sSfI -u bob:bobs-password --cacert "$company/ca.pem" -H "Accept: $manifest_type" \
+    -H "Accept: $docker_type" "https://localhost:$(port_of registry)/v2/$1/manifests/$2" | tr -d '\r')" docker-content-digest
+}
+
+# refused_as LOGIN IMAGE REGEX
+refused_as() {
+  login=$1
+  if docker_ pull "$2" >"$scratch/said" 2>&1; then fail "docker pulled $2"; fi
+  cat "$scratch/said"
+  grep -qiE "$3" "$scratch/said" || fail "what docker said does not match: $3"
+}
+
+# containerd brings its login where it is asked for one, so bob needs no proxy. Docker and podman do not: for them a
+# registry is what answers /v2/, and ours there asks for nothing.
+bob_by_mirror() {
+  local at
+  door=plain
+  start_containerd
+  ctr_pulls_as eve:eves-password "$private:latest" && fail "containerd pulled for eve"
+  ctr_pulls_as bob:bobs-password "$private:latest"
+  expect "digest" "$(digest_in_company private/demo latest)" "$(ctr_digest "$private:latest")"
+  at=$(address)/$private:latest
+  ctr_pulls_as eve:eves-password "$at" --plain-http && fail "containerd pulled for eve by the name in front"
+  ctr_pulls_as bob:bobs-password "$at" --plain-http
+  expect "digest" "$(digest_in_company private/demo latest)" "$(ctr_digest "$at")"
+  ctr_stops
+}
+
+# ctr_pulls_as USER:PASSWORD REF [OPTION…]
+ctr_pulls_as() {
+  local user=$1 ref=$2
+  shift 2
+  be_cut_off
+  ctr_forgets
+  ctr_said "${cut_off[@]}" timeout 120 ctr --address "$scratch/containerd/sock" images pull --user "$user" \
+    --hosts-dir "$scratch/containerd/hosts" --snapshotter native --platform linux/amd64 "$@" "$ref"
+}
+
+bob_by_podman() {
+  auth=$scratch/auth-bob.json
+  rm -f "$auth"
+  podman_starts
+  if podman_pulls "$private:latest"; then fail "podman pulled without a login"; fi
+  if podman_ login -u eve -p eves-password registry.test; then fail "eve logged in"; fi
+  podman_ login -u bob -p bobs-password registry.test
+  podman_pulls "$private:latest"
+  expect "what $private says" "demo one for bob" "$(podman_says "$private:latest")"
+  podman_stops
+  skopeo_pulls "$private:latest"
+  expect "digest by skopeo" "$(digest_in_company private/demo latest)" "$(skopeo_digest "$private:latest")"
+  skopeo_forgets
+}
+
+skopeo_as_bob() {
+  auth=$scratch/auth-bob.json
+  be_cut_off
+  "${cut_off[@]}" timeout 120 skopeo --insecure-policy "$@"
+}
+
+# In these repositories tags are served for an hour without asking: only what passed through the cache is seen at once.
+pushed() {
+  login=$scratch/login-bob
+  pushed=registry.test/private/pushed:latest
+  docker_ pull -q "$private"
+  docker_ pull -q registry.test/private/other
+  docker_ tag "$private" "$pushed"
+  docker_ push -q "$pushed"
+  every_door_has pushed/manifests/latest "$(digest_in_company private/pushed latest)"
+  docker_ pull -q "$pushed"
+  start_counting registry
+  every_door_has pushed/manifests/latest "$(digest_in_cache private/pushed latest)"
+  expect "questions while the tag is fresh" 0 "$(asked '[A-Z]* /v2/private/pushed/')"
+  docker_ tag registry.test/private/other "$pushed"
+  docker_ push -q "$pushed"
+  every_door_has pushed/manifests/latest "$(digest_in_company private/pushed latest)"
+  forget_images
+  docker_ pull -q "$pushed"
+  prints "$pushed" "other one"
+}
+
+copied() {
+  skopeo_as_bob copy "oci:$layout:demo" docker://registry.test/private/pushed:copied
+  every_door_has pushed/manifests/copied "$(digest_in_company private/pushed copied)"
+  skopeo_as_bob copy "oci:$layout:many" docker://registry.test/private/pushed:copied
+  every_door_has pushed/manifests/copied "$(digest_in_company private/pushed copied)"
+}
+
+deleted() {
+  local path digest
+  digest=$(digest_in_company private/pushed copied)
+  skopeo_as_bob delete docker://registry.test/private/pushed:copied
+  for path in copied "$digest"; do
+    by_every_door bob:bobs-password "private/pushed/manifests/$path" >"$scratch/statuses"
+    expect "statuses of $path" "proxy 404 ns 404 prefix 404" "$(xargs <"$scratch/statuses")"
+  done
+}
+
+# every_door_has PATH DIGEST: below private/, for bob.
+every_door_has() {
+  local plain
+  plain=http://$(address)/v2
+  expect "digest by the proxy" "$2" "$(digest_for_bob -x "http://$(address)" \
+    --cacert "$scratch/ifnewer/certs/ca.pem" "https://registry.test/v2/private/$1")"
+  expect "digest by ?ns=" "$2" "$(digest_for_bob "$plain/private/$1?ns=registry.test")"
+  expect "digest by the name in front" "$2" "$(digest_for_bob "$plain/registry.test/private/$1")"
+}
+
+digest_for_bob() {
+  header_of "$(curl -sSfI -u bob:bobs-password -H "Accept: $manifest_type" -H "Accept: $docker_type" "$@" | tr -d '\r')" \
+    docker-content-digest
+}
+
+digest_in_cache() {
+  digest_for_bob "http://$(address)/v2/registry.test/$1/manifests/$2"
+}
+
+# --- outage and revocation -------------------------------------------------------------------------------------------
+
+bob_pulls_alone() {
+  stop registry KILL
+  forget_images
+  bob_pulls_what_he_saw
+  refused_as "$scratch/login-eve" "$private" "$denied|$upstream_cause"
+  refused_as "$scratch/docker-cli" "$private" "$denied|$upstream_cause"
+  nothing_for eve:eves-password
+  nothing_for :
+}
+
+bob_pulls_alone_after_restart() {
+  stop_ifnewer
+  start_ifnewer
+  forget_images
+  bob_pulls_what_he_saw
+  refused_as "$scratch/login-eve" "$private" "$denied|$upstream_cause"
+  nothing_for eve:eves-password
+  nothing_for :
+}
+
+bob_pulls_what_he_saw() {
+  login=$scratch/login-bob
+  docker_ pull -q "$private"
+  prints "$private" "demo one for bob"
+  forget_images
+  docker_ pull -q "$private@$(<"$state/private.digest")"
+  forget_images
+}
+
+bob_is_revoked() {
+  local tries=0
+  nobody_may_read
+  start_registry
+  # Who is always refused finds out when the cache has seen that the registry is back.
+  until is_heard; do
+    ((tries++ < 120)) || fail "the registry's return was not noticed within a minute"
+    by_every_door eve:eves-password private/demo/manifests/latest >/dev/null
+    sleep 0.5
+  done
+  start_counting registry
+  refused_as "$scratch/login-bob" "$private" "$denied"
+  expect "answers other than 401 to bob" 0 "$(since_counting | grep -vc '" 401 ' || true)"
+  refused_as "$scratch/login-bob" "$private@$(<"$state/private.digest")" "$denied"
+  nothing_for bob:bobs-password
+}
+
+is_heard() {
+  curl -sSf "http://$(<"$state/ifnewer.admin")/api/v1/upstreams" |
+    jq -e '.upstreams[] | select(.name == "registry.test") | .silent == null' >/dev/null
+}
+
+bob_stays_denied() {
+  stop registry KILL
+  refused_as "$scratch/login-bob" "$private" "$denied|$upstream_cause"
+  nothing_for bob:bobs-password
+}
