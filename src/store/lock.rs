@@ -17,7 +17,7 @@ const NAME: &str = "LOCK";
 /// Holds the folder until dropped.
 #[derive(Debug)]
 pub(super) struct Lock {
-    _file: File,
+    file: File,
 }
 
 impl Lock {
@@ -57,7 +57,16 @@ impl Lock {
             // The pid is for the eye only; a full disk must not keep the program from starting.
             let _ = write_pid(&mut file);
         }
-        Ok(Self { _file: file })
+        Ok(Self { file })
+    }
+}
+
+impl Drop for Lock {
+    /// By name, not by closing the file: a process that is just being started (a credential helper) has it open too until it
+    /// runs its own program, and would hold the folder as long.
+    fn drop(&mut self) {
+        // What cannot be unlocked is unlocked by the end of the process.
+        let _ = flock(&self.file, FlockOperation::Unlock);
     }
 }
 
