@@ -70,7 +70,13 @@ enum Passage {
     /// The client speaks with us; the upstream's host, as upstreams are named.
     Intercept(Arc<str>, Arc<crate::pull::Site>),
     /// Bytes go to and fro.
-    Tunnel(Box<dyn Stream>, OwnedSemaphorePermit),
+    Tunnel(Box<dyn Stream>, Place),
+}
+
+/// One of the places for tunnels. Free before it is counted as free: who sees one, finds one.
+struct Place {
+    _permit: OwnedSemaphorePermit,
+    counted: event::Tunnel,
 }
 
 impl Connection {
@@ -161,7 +167,10 @@ impl Connection {
                 .ok_or_else(|| Turned::NoTunnel(target.to_string()))?,
         };
         let place = Arc::clone(self.accepting.tunnels()).try_acquire_owned();
-        let place = place.map_err(|_| Turned::TunnelsBusy)?;
+        let place = Place {
+            _permit: place.map_err(|_| Turned::TunnelsBusy)?,
+            counted: self.accepting.front().events.tunnel(),
+        };
         let stream = registry.tunnels.way.open(host, port, nearest).await;
         let stream = stream.map_err(|cause| Turned::TunnelFailed(target.to_string(), cause))?;
         Ok(Passage::Tunnel(stream, place))
@@ -205,17 +214,10 @@ impl Connection {
         })
     }
 
-    async fn tunnelled(
-        self: Arc<Self>,
-        stream: Box<dyn Stream>,
-        place: OwnedSemaphorePermit,
-        upgrade: OnUpgrade,
-    ) {
-        let _place = place;
+    async fn tunnelled(self: Arc<Self>, stream: Box<dyn Stream>, place: Place, upgrade: OnUpgrade) {
         let Ok(upgraded) = upgrade.await else { return };
-        let counted = self.accepting.front().events.tunnel();
         let quiet_max = self.accepting.limits().idle_timeout;
-        let carried = carry(TokioIo::new(upgraded), stream, &counted, quiet_max);
+        let carried = carry(TokioIo::new(upgraded), stream, &place.counted, quiet_max);
         let ending = self.accepting.ending();
         let ended = async {
             ending.cancelled().await;
