@@ -331,6 +331,7 @@ impl Refs {
         });
         if walked && self.index.state() == super::IndexState::Ready {
             self.index.set_complete(losses);
+            tracing::info!("every tag is in the index");
         }
         walked
     }

@@ -33,6 +33,7 @@ mod full;
 mod kill;
 mod memory;
 mod power;
+mod start;
 mod world;
 
 /// Each campaign, and how often it does its deed when nobody says so.
@@ -45,6 +46,7 @@ const CAMPAIGNS: &[(&str, u32)] = &[
     ("read-only", 50),
     ("failing", 50),
     ("memory", 64),
+    ("start", 100_000),
 ];
 
 fn main() {
@@ -79,7 +81,8 @@ fn main() {
                 "full" => full::full(count).await,
                 "read-only" => full::read_only(count).await,
                 "failing" => full::failing(count).await,
-                _ => memory::campaign(count).await,
+                "memory" => memory::campaign(count).await,
+                _ => start::campaign(count).await,
             }
         });
         match told {

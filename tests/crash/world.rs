@@ -171,3 +171,9 @@ pub async fn until_kept(proxy: &Proxy) {
 pub async fn store_status(proxy: &Proxy) -> serde_json::Value {
     proxy.admin("/api/v1/status").await.json()["store"].clone()
 }
+
+/// So long ago.
+#[expect(clippy::disallowed_methods, reason = "files are given times of the past")]
+pub fn past(age: Duration) -> std::time::SystemTime {
+    std::time::SystemTime::now() - age
+}
