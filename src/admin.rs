@@ -20,6 +20,7 @@ mod reply;
 mod routes;
 mod status;
 mod transfers;
+mod upkeep;
 mod upstreams;
 mod why;
 pub mod words;

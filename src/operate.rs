@@ -3,11 +3,12 @@
 //!
 //! Each command that reads prints a table for people or, with `--json`, the API's own answer. Colours are for terminals.
 //!
-//! * `table`: columns. * `pull`: progress. * `show`: the rest.
+//! * `table`: columns. * `pull`: progress. * `upkeep`: what the store is to do. * `show`: the rest.
 
 mod pull;
 mod show;
 mod table;
+mod upkeep;
 
 use std::io::{Read as _, Write};
 use std::path::PathBuf;
@@ -42,6 +43,10 @@ pub enum Command {
     Unpin(Pin),
     /// Ask no upstream at all, serve what is held; or end that
     Offline(Offline),
+    /// Read everything held, and set aside what is not what its name says
+    Verify(Verify),
+    /// Let go of what no tag leads to and nobody uses, and say what that frees
+    Gc(Gc),
 }
 
 /// `ifnewer ls`.
@@ -182,6 +187,31 @@ pub struct Offline {
     pub json: bool,
 }
 
+/// `ifnewer verify`.
+#[derive(Args, Clone, Debug, PartialEq, Eq)]
+pub struct Verify {
+    /// Make the index anew from the files too; who pulled private images is asked for at the registry again
+    #[arg(long)]
+    pub rebuild_index: bool,
+    /// Print the API's answer
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `ifnewer gc`.
+#[derive(Args, Clone, Debug, PartialEq, Eq)]
+pub struct Gc {
+    /// What was used within this time stays
+    #[arg(long, value_name = "TIME", default_value = "7d")]
+    pub unused_for: String,
+    /// Do it; without this, only say what it would free
+    #[arg(short, long)]
+    pub yes: bool,
+    /// Print the API's answer
+    #[arg(long)]
+    pub json: bool,
+}
+
 /// A switch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum OnOff {
@@ -314,6 +344,8 @@ pub async fn run(client: &Client, command: &Command, output: &mut Output<'_>) ->
         Command::Pin(words) => show::pin(client, words, true, output).await,
         Command::Unpin(words) => show::pin(client, words, false, output).await,
         Command::Offline(words) => show::offline(client, words, output).await,
+        Command::Verify(words) => upkeep::verify(client, words, output).await,
+        Command::Gc(words) => upkeep::gc(client, words, output).await,
     }
 }
 

@@ -56,6 +56,7 @@ pub mod seen;
 pub mod step;
 pub mod usage;
 pub mod uses;
+pub mod verify;
 pub mod volume;
 mod watched;
 pub mod whole;
@@ -65,8 +66,8 @@ mod tests;
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::SystemTime;
 
@@ -281,6 +282,9 @@ pub struct Store {
     secret: [u8; 32],
     stop: Arc<AtomicBool>,
     threads: Vec<JoinHandle<()>>,
+    /// Fills an index that lost something.
+    healing: Mutex<Option<JoinHandle<()>>>,
+    verifying: verify::Verifying,
     // Last but for the lock, so that the database is closed while the folder is still ours.
     index: Arc<IndexHandle>,
     _lock: Option<Lock>,
@@ -369,6 +373,8 @@ impl Store {
             secret,
             stop,
             threads: vec![scan, evicting, scrubbing],
+            healing: Mutex::default(),
+            verifying: verify::Verifying::default(),
             volume: watched,
             refusal,
             index,
@@ -389,6 +395,22 @@ impl Store {
         self.uses.tell(now);
         self.volume.probe();
         self.evictor.wake_if_needed();
+        self.heal();
+    }
+
+    /// Fills the index from the files where it has lost something since the start.
+    fn heal(&self) {
+        let is_lacking = self.usage.read().is_complete
+            && self.index.state() == IndexState::Ready
+            && !self.index.is_complete();
+        let mut healing = self.healing.lock().unwrap_or_else(PoisonError::into_inner);
+        if !is_lacking || healing.as_ref().is_some_and(|thread| !thread.is_finished()) {
+            return;
+        }
+        let (refs, stop) = (Arc::clone(&self.refs), Arc::clone(&self.stop));
+        let thread = std::thread::Builder::new().name("store-heal".to_owned());
+        // Where there is no thread to be had, the next call tries again.
+        *healing = thread.spawn(move || _ = refs.heal_index(&stop)).ok();
     }
 
     /// Writes down what is kept in memory until now, and clears away what nobody needs. To be called every few minutes.
@@ -462,7 +484,9 @@ impl Drop for Store {
         self.stop.store(true, Ordering::Relaxed);
         self.evictor.wake();
         self.scrub.wake();
-        for thread in self.threads.drain(..) {
+        let healing = self.healing.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let others = [healing.take(), self.verifying.take()].into_iter().flatten();
+        for thread in self.threads.drain(..).chain(others) {
             // A panic there has been told by the panic hook.
             let _ = thread.join();
         }

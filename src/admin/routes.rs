@@ -38,6 +38,8 @@ const METHODS: &[(&str, &str)] = &[
     ("/api/v1/pins", "GET, HEAD, POST"),
     ("/api/v1/refresh", "POST"),
     ("/api/v1/offline", "GET, HEAD, POST"),
+    ("/api/v1/gc", "POST"),
+    ("/api/v1/verify", "GET, HEAD, POST"),
     ("/api/v1/why", "GET, HEAD, POST"),
 ];
 
@@ -70,6 +72,8 @@ impl Admin {
                     "/api/v1/pulls" => self.pull_posted(&body),
                     "/api/v1/refresh" => self.refresh_posted(&body).await,
                     "/api/v1/offline" => self.offline_posted(&body),
+                    "/api/v1/gc" => self.gc_posted(&body).await,
+                    "/api/v1/verify" => self.verify_posted(&body).await,
                     "/api/v1/pins" => self.pin_posted(&body).await,
                     "/act" => page::act(self, &body).await,
                     _ => Err(Self::no_such(path, &head.method)),
@@ -123,6 +127,7 @@ impl Admin {
             "/api/v1/clients" => answer(&json!({ "clients": self.clients_seen(now) })),
             "/api/v1/pulls" => answer(&json!({ "pulls": self.works.list(registry.pull.downloads()) })),
             "/api/v1/pins" => answer(&json!({ "pins": images::pins(&registry) })),
+            "/api/v1/verify" => self.verification(),
             "/api/v1/offline" => answer(&json!({ "offline": self.offline.is_on() })),
             _ => return Err(Self::no_such(path, &Method::GET)),
         })
@@ -434,7 +439,7 @@ async fn collect(body: Incoming) -> Result<Bytes, Problem> {
     }
 }
 
-fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, Problem> {
+pub(super) fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, Problem> {
     serde_json::from_slice(body)
         .map_err(|error| Problem::bad(format!("the body is not what is expected: {error}")))
 }

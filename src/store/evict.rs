@@ -5,7 +5,12 @@
 //! a power cut in between leaves content that nothing names, which goes in its turn, and never an image without its
 //! content. Whatever is needed anew between the look and the removal ends the round; another look is taken.
 //!
+//! What nobody needs any more goes in the same way when the operator wants it ([`collect`]).
+//!
 //! A round runs on a thread of its own before the store is full, and on the thread of a pull that finds no room.
+
+mod collect;
+mod look;
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -13,16 +18,15 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use super::blobs::Blobs;
+use super::inventory::Freed;
 use super::manifests::Manifests;
 use super::pins::{Pin, Pins};
-use super::plan::{Content, Image, Listed, Plan, Snapshot, Step, plan};
+use super::plan::{Plan, Step, plan};
 use super::refs::Refs;
 use super::room::{Need, Pressure, Reservation, Room};
-use super::uses::{Used, Uses};
-use super::volume::{Entry, Volume};
-use super::{Fault, QUARANTINE_FOLDER, blobs, manifests};
-use crate::oci::manifest::MANIFEST_BYTES_MAX;
-use crate::oci::{Algorithm, AnyDigest, Digest, Manifest};
+use super::uses::Uses;
+use super::volume::Volume;
+use super::{Fault, QUARANTINE_FOLDER};
 
 /// Nothing is evicted that arrived or was used this recently.
 pub const YOUNG: Duration = Duration::from_secs(3600);
@@ -43,6 +47,8 @@ pub struct Evictions {
     pub for_size: u64,
     /// Blobs and manifests removed because the disk had too little free space.
     pub for_free: u64,
+    /// Blobs and manifests removed because the operator wanted what is unused to go.
+    pub collected: u64,
     /// Tags forgotten with them.
     pub tags: u64,
     /// Bytes of blobs and manifests removed.
@@ -55,6 +61,7 @@ pub struct Evictions {
 struct Totals {
     for_size: AtomicU64,
     for_free: AtomicU64,
+    collected: AtomicU64,
     tags: AtomicU64,
     bytes: AtomicU64,
     refused: AtomicU64,
@@ -97,6 +104,23 @@ enum Round {
     TooLittle(u64),
     /// Something was needed meanwhile.
     Disturbed,
+}
+
+/// What came of a plan.
+struct Done {
+    freed: Freed,
+    is_whole: bool,
+}
+
+impl Freed {
+    fn count(&mut self, step: &Step, bytes: u64) {
+        self.bytes += bytes;
+        match step {
+            Step::Tag(..) => self.tags += 1,
+            Step::Manifest(_) => self.manifests += 1,
+            Step::Blob(_) => self.blobs += 1,
+        }
+    }
 }
 
 impl Evictor {
@@ -166,6 +190,7 @@ impl Evictor {
         Evictions {
             for_size: read(&totals.for_size),
             for_free: read(&totals.for_free),
+            collected: read(&totals.collected),
             tags: read(&totals.tags),
             bytes: read(&totals.bytes),
             refused: read(&totals.refused),
@@ -273,8 +298,8 @@ impl Evictor {
             return Ok(Round::TooLittle(plan.bytes));
         }
         let enough = plan.bytes >= need.bytes_min;
-        let whole = self.carry_out(plan, need.pressure)?;
-        Ok(match (whole, enough) {
+        let done = self.carry_out(plan, Some(need.pressure))?;
+        Ok(match (done.is_whole, enough) {
             (false, _) => Round::Disturbed,
             (true, true) => Round::Freed,
             // All that was allowed is gone now.
@@ -282,15 +307,19 @@ impl Evictor {
         })
     }
 
-    /// Removes what the plan says, in its order. `false` where something was needed meanwhile: the rest stays.
-    fn carry_out(&self, plan: Plan, pressure: Pressure) -> Result<bool, Fault> {
+    /// Removes what the plan says, in its order. Not whole where something was needed meanwhile: the rest stays.
+    fn carry_out(&self, plan: Plan, pressure: Option<Pressure>) -> Result<Done, Fault> {
         let totals = &self.state.totals;
         let objects = match pressure {
-            Pressure::Size => &totals.for_size,
-            Pressure::Free => &totals.for_free,
+            None => &totals.collected,
+            Some(Pressure::Size) => &totals.for_size,
+            Some(Pressure::Free) => &totals.for_free,
         };
-        let (mut tags, mut contents, mut bytes) = (0_u64, 0_u64, 0_u64);
-        let mut is_whole = true;
+        let why = pressure.map_or("unused", Pressure::name);
+        let mut done = Done {
+            freed: Freed::default(),
+            is_whole: true,
+        };
         let mut unsynced: Option<PathBuf> = None;
         for step in plan.steps {
             if self.stop.load(Ordering::Relaxed) {
@@ -321,95 +350,27 @@ impl Evictor {
                 }
             };
             let Some(freed) = gone else {
-                is_whole = false;
+                done.is_whole = false;
                 break;
             };
             if matches!(step, Step::Tag(..)) {
-                tags += 1;
                 totals.tags.fetch_add(1, Ordering::Relaxed);
             } else {
-                contents += 1;
-                bytes += freed;
                 objects.fetch_add(1, Ordering::Relaxed);
                 totals.bytes.fetch_add(freed, Ordering::Relaxed);
             }
+            done.freed.count(&step, freed);
         }
-        if tags + contents > 0 {
-            tracing::info!(limit = pressure.name(), tags, contents, bytes, "evicted");
-        }
-        Ok(is_whole)
-    }
-
-    /// What is held, and when it was used. What comes after the look is [`Uses::needed`].
-    fn look(&self) -> Snapshot {
-        let mut images = Vec::new();
-        self.refs.walk_with_times(&self.stop, |key, record, modified| {
-            let is_pinned = self.pins.has(&Pin::Tag(key.clone()));
-            images.push(Image {
-                names: self.refs.named(&key, &record),
-                // Written when what it names changed; its uses are those of its manifests.
-                used_at: self.uses.believed(modified),
-                is_pinned,
-                key,
-            });
-        });
-        let mut listed = Vec::new();
-        self.walk(manifests::TREE, |path, entry, digest| {
-            let content = self.content(Used::Manifest(digest), entry, false);
-            let bytes = self.volume.read_whole(path, MANIFEST_BYTES_MAX as u64).ok();
-            // A damaged one leads nowhere; it is found damaged by whoever asks for it.
-            let manifest = bytes.and_then(|bytes| Manifest::read(&bytes).ok());
-            let (children, subject) = manifest.map_or_else(Default::default, |manifest| {
-                let known = manifest.children.iter().filter_map(|child| match &child.digest {
-                    AnyDigest::Known(digest) => Some(*digest),
-                    AnyDigest::Foreign(_) => None,
-                });
-                (known.collect(), manifest.subject)
-            });
-            listed.push(Listed {
-                content,
-                children,
-                subject,
-            });
-        });
-        let mut blobs = Vec::new();
-        self.walk(blobs::TREE, |_, entry, digest| {
-            let is_in_use = self.blobs.is_in_use(&digest);
-            blobs.push(self.content(Used::Blob(digest), entry, is_in_use));
-        });
-        Snapshot {
-            images,
-            manifests: listed,
+        let Freed {
+            tags,
+            manifests,
             blobs,
+            bytes,
+        } = done.freed;
+        if tags + manifests + blobs > 0 {
+            tracing::info!(why, tags, manifests, blobs, bytes, "evicted");
         }
-    }
-
-    fn content(&self, used: Used, entry: &Entry, is_in_use: bool) -> Content {
-        let (Used::Blob(digest) | Used::Manifest(digest)) = used;
-        Content {
-            digest,
-            bytes: entry.size,
-            used_at: self.uses.last(used, entry.modified),
-            is_kept: is_in_use || self.pins.has(&Pin::Digest(digest)),
-        }
-    }
-
-    fn walk(&self, tree: &str, mut each: impl FnMut(&Path, &Entry, Digest)) {
-        for algorithm in [Algorithm::Sha256, Algorithm::Sha512] {
-            let tree = Path::new(tree).join(algorithm.to_string());
-            for folder in self.volume.list(&tree).unwrap_or_default() {
-                let folder = tree.join(folder.name);
-                for entry in self.volume.list(&folder).unwrap_or_default() {
-                    if self.stop.load(Ordering::Relaxed) {
-                        return;
-                    }
-                    // Not a record beside a manifest, nor anything that is not ours.
-                    if let Ok(digest) = format!("{algorithm}:{}", entry.name).parse() {
-                        each(&folder.join(&entry.name), &entry, digest);
-                    }
-                }
-            }
-        }
+        Ok(done)
     }
 
     /// Removes what was set aside as damaged, if it is older than `age`.

@@ -11,6 +11,9 @@
 //!
 //! Not here: anything that must not be lost. That is in the blobs, manifests, refs and seen files.
 
+mod compaction;
+mod identity;
+mod interim;
 mod keeper;
 pub(super) mod thread;
 
@@ -47,6 +50,10 @@ pub(super) trait Index: Send {
     fn scan(&self, prefix: &[u8], after: &[u8], limit: usize) -> Result<Vec<Pair>, IndexFault>;
     /// Makes everything put so far durable.
     fn sync(&mut self) -> Result<(), IndexFault>;
+    /// How long its file is; 0 for one without.
+    fn file_bytes(&self) -> u64 {
+        0
+    }
     /// Ends its use after a fault; says whether its files may be opened again in this process.
     fn abandon(self: Box<Self>, fault: &IndexFault) -> bool;
 }
@@ -300,6 +307,10 @@ impl Index for SledIndex {
     fn sync(&mut self) -> Result<(), IndexFault> {
         self.db()?.flush().map_err(sled_fault)?;
         self.log.sync_all().map_err(disk)
+    }
+
+    fn file_bytes(&self) -> u64 {
+        self.log.metadata().map_or(0, |metadata| metadata.len())
     }
 
     fn abandon(mut self: Box<Self>, fault: &IndexFault) -> bool {

@@ -64,6 +64,13 @@ pub(super) struct Scrub {
     wake: (Mutex<()>, Condvar),
 }
 
+/// How fast it is read.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Pace {
+    Set,
+    Full,
+}
+
 #[derive(Default)]
 struct Totals {
     objects: AtomicU64,
@@ -147,7 +154,7 @@ impl Scrub {
                 if here <= progress.after {
                     continue;
                 }
-                self.read(tree, &digest);
+                self.read(tree, &digest, Pace::Set);
                 progress.after = here;
                 files += 1;
                 if files % NOTE_EVERY_FILES == 0 {
@@ -173,11 +180,35 @@ impl Scrub {
         );
     }
 
-    fn read(&self, tree: &str, digest: &Digest) {
+    /// Reads everything once, as fast as the disk can, and tells of each how long it is and whether it is right. `false`
+    /// where it was stopped.
+    pub(super) fn read_all(&self, mut read: impl FnMut(&Digest, u64, bool)) -> bool {
+        for (tree, algorithm, shard) in shards() {
+            let folder = Path::new(tree).join(algorithm.to_string()).join(&shard);
+            for entry in self.volume.list(&folder).unwrap_or_default() {
+                if self.is_stopped() {
+                    return false;
+                }
+                let Ok(digest) = format!("{algorithm}:{}", entry.name).parse() else {
+                    continue;
+                };
+                if let Some(is_right) = self.read(tree, &digest, Pace::Full) {
+                    read(&digest, entry.size, is_right);
+                }
+            }
+        }
+        true
+    }
+
+    /// Whether it is right; `None` where that cannot be said.
+    fn read(&self, tree: &str, digest: &Digest, pace: Pace) -> Option<bool> {
         let path = content_path(tree, digest);
-        match self.hash(&path, digest.algorithm()) {
-            Ok(Some(found)) if found == *digest => {}
-            Ok(Some(_)) => {
+        match self.hash(&path, digest.algorithm(), pace) {
+            Ok(Some(found)) => {
+                self.totals.objects.fetch_add(1, Ordering::Relaxed);
+                if found == *digest {
+                    return Some(true);
+                }
                 self.totals.damaged.fetch_add(1, Ordering::Relaxed);
                 if tree == blobs::TREE {
                     self.blobs.quarantine(digest, "a blob is not what its name says");
@@ -185,20 +216,21 @@ impl Scrub {
                     self.manifests
                         .quarantine(digest, "a manifest is not what its name says");
                 }
+                Some(false)
             }
             // Stopped in the middle.
-            Ok(None) => return,
+            Ok(None) => None,
             // Evicted meanwhile.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
             Err(error) => {
                 tracing::warn!(%error, path = %path.display(), "what is held could not be read");
+                None
             }
         }
-        self.totals.objects.fetch_add(1, Ordering::Relaxed);
     }
 
     /// `None` where it was stopped.
-    fn hash(&self, path: &Path, algorithm: Algorithm) -> io::Result<Option<Digest>> {
+    fn hash(&self, path: &Path, algorithm: Algorithm, pace: Pace) -> io::Result<Option<Digest>> {
         let file = self.volume.open(path)?;
         let mut hasher = Hasher::new(algorithm);
         let mut buffer = vec![0; STEP_BYTES];
@@ -212,9 +244,11 @@ impl Scrub {
             hasher.update(buffer.get(..read).unwrap_or_default());
             at += read as u64;
             self.totals.bytes.fetch_add(read as u64, Ordering::Relaxed);
-            let rate = self.rate.load(Ordering::Relaxed).max(1);
-            let micros = (read as u64).saturating_mul(1_000_000) / rate;
-            self.pause(Duration::from_micros(micros));
+            if pace == Pace::Set {
+                let rate = self.rate.load(Ordering::Relaxed).max(1);
+                let micros = (read as u64).saturating_mul(1_000_000) / rate;
+                self.pause(Duration::from_micros(micros));
+            }
             if self.is_stopped() {
                 return Ok(None);
             }

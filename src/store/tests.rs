@@ -19,6 +19,7 @@ mod names;
 mod power_cut;
 mod proofs;
 mod trouble;
+mod upkeep;
 mod whole;
 
 use std::path::Path;

@@ -72,6 +72,7 @@ async fn every_documented_path_answers_as_documented() {
         ("/api/v1/clients", ""),
         ("/api/v1/pulls", ""),
         ("/api/v1/offline", ""),
+        ("/api/v1/verify", ""),
         ("/api/v1/pins", ""),
         ("/api/openapi.json", ""),
         ("/healthz", ""),
@@ -100,6 +101,8 @@ async fn every_documented_path_answers_as_documented() {
         ("/api/v1/pulls", json!({ "image": demo }), 202),
         ("/api/v1/refresh", json!({ "image": demo }), 200),
         ("/api/v1/offline", json!({ "offline": false }), 200),
+        ("/api/v1/gc", json!({ "dry_run": true }), 200),
+        ("/api/v1/verify", json!({ "rebuild_index": true }), 202),
         ("/api/v1/pins", json!({ "image": demo, "pinned": false }), 200),
     ] {
         let reply = post(&proxy, path, &body).await;
@@ -156,6 +159,15 @@ async fn every_fault_of_an_asker_is_told_as_a_problem() {
         ("/api/v1/image", get("/api/v1/image"), 400),
         ("/api/v1/images", get("/api/v1/images?sort=colour"), 400),
         ("/api/v1/series", get("/api/v1/series?span=year"), 400),
+        (
+            "/api/v1/gc",
+            post(
+                &proxy,
+                "/api/v1/gc",
+                &json!({ "dry_run": true, "unused_for": "long" }),
+            ),
+            400,
+        ),
         ("/api/v1/events", get("/api/v1/events?after=x"), 400),
         ("/api/v1/pulls/{id}", get("/api/v1/pulls/99"), 404),
         (

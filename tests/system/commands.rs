@@ -214,3 +214,26 @@ async fn the_demo_plays_and_every_line_is_right() {
     }
     assert!(told.contains("all 10 lines are as they should be"), "{told}");
 }
+
+#[tokio::test]
+async fn verify_reads_everything_and_names_what_is_damaged() {
+    let (_upstream, proxy, image) = holding().await;
+    let out = done(&proxy, &["verify", "--rebuild-index"]).await;
+    assert!(out.contains("; 0 damaged"), "{out}");
+    let blob = &image.blobs[0];
+    let path = proxy.until_kept(&blob.digest).await;
+    std::fs::remove_file(&path).unwrap();
+    std::fs::write(&path, vec![0; blob.bytes.len()]).unwrap();
+    let (code, out, err) = run(&proxy, &["verify"]).await;
+    assert_eq!(code, Some(1), "{out}{err}");
+    assert!(out.contains(&blob.digest), "{out}");
+}
+
+#[tokio::test]
+async fn gc_says_what_it_would_free_and_removes_nothing_young() {
+    let (_upstream, proxy, _image) = holding().await;
+    let out = done(&proxy, &["gc"]).await;
+    assert!(out.contains("would free 0 B") && out.contains("--yes"), "{out}");
+    let out = done(&proxy, &["gc", "--yes", "--unused-for", "1h"]).await;
+    assert!(out.starts_with("freed 0 B"), "{out}");
+}

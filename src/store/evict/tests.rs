@@ -4,6 +4,7 @@
     reason = "tests may fail loudly"
 )]
 use super::super::tests::{Ground, UPSTREAM, at, digest, keep_blob, keep_manifest, key, manifest, variant};
+use super::super::uses::Used;
 use super::*;
 use crate::store::Store;
 
@@ -20,7 +21,11 @@ fn about_to_go(store: &Store) -> Plan {
 }
 
 fn carries_out(store: &Store, plan: Plan) -> bool {
-    store.evictor.carry_out(plan, Pressure::Size).unwrap()
+    store
+        .evictor
+        .carry_out(plan, Some(Pressure::Size))
+        .unwrap()
+        .is_whole
 }
 
 fn is_whole(store: &Store) -> bool {

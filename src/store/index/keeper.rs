@@ -1,27 +1,34 @@
 //! The one thread that touches the index.
 //!
 //! What was written is made durable when nothing has been asked for a moment, or after so many writes. A fault ends the
-//! index's use: it is closed or, damaged, set aside, and opened again after a pause; until then every read is
-//! [`NoAnswer`] and every write is dropped.
+//! index's use: it is closed or, damaged, set aside, and opened again after a pause. Until then what is written is
+//! remembered ([`super::interim`]), and what was not written meanwhile is [`NoAnswer`]. When nobody asks for anything,
+//! a file that has grown too large is made small again ([`super::compaction`]).
 
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender};
 use std::time::Duration;
 
-use serde::{Deserialize, Serialize};
-
+use super::compaction::{Compaction, FILE_BYTES_MIN, Next, recover};
+use super::identity::identify;
+use super::interim::Interim;
 use super::thread::{Home, IndexState, Message, NoAnswer, Shared};
-use super::{Index, IndexFault, MemoryIndex, Opened, SledIndex, disk, guarded, set_aside};
-use crate::store::record::{RECORD_BYTES_MAX, checksum, hex, opened, sealed};
-use crate::store::secret::random;
-use crate::store::volume::Volume;
+use super::{Index, IndexFault, MemoryIndex, Opened, SledIndex, guarded, set_aside};
+use crate::store::record::checksum;
 
 /// Nothing asked for this long: time to make durable what was written.
 const SYNC_AFTER_IDLE: Duration = Duration::from_millis(100);
 
 const SYNC_AFTER_WRITES: u32 = 256;
+
+/// How often the size of the file is looked at, if nobody asks for anything; and the pause between two steps then.
+const LOOK_AFTER_IDLE: Duration = Duration::from_millis(if cfg!(test) { 100 } else { 600_000 });
+const STEP_AFTER_IDLE: Duration = Duration::from_millis(5);
+
+/// A swapped index is opened again this often before it counts as busy, and with what pause.
+const SWAP_TRIES: u32 = 50;
+const SWAP_PAUSE: Duration = Duration::from_millis(20);
 
 const REOPEN_FIRST: Duration = Duration::from_millis(if cfg!(test) { 10 } else { 1000 });
 const REOPEN_LAST: Duration = Duration::from_secs(30);
@@ -29,16 +36,7 @@ const REOPEN_LAST: Duration = Duration::from_secs(30);
 /// Another handle of this process may need a moment to let go; one that never does was leaked.
 const BUSY_MAX: u32 = 10;
 
-const STORE_ID: &str = "store-id";
-const IDENTITY_KEY: &[u8] = b"m\0store-id";
 const CHECKSUM_BYTES: usize = 8;
-
-/// What both the index and the file beside it know, so that a lost or foreign index is noticed.
-#[derive(Clone, Serialize, Deserialize)]
-struct Identity {
-    id: String,
-    generation: u64,
-}
 
 /// The thread's own state.
 pub(super) struct Keeper {
@@ -50,6 +48,8 @@ pub(super) struct Keeper {
     set_aside: u32,
     busy: u32,
     unsynced: u32,
+    interim: Interim,
+    compaction: Option<Compaction>,
 }
 
 impl Keeper {
@@ -63,6 +63,8 @@ impl Keeper {
             set_aside: 0,
             busy: 0,
             unsynced: 0,
+            interim: Interim::default(),
+            compaction: None,
         }
     }
 
@@ -70,17 +72,18 @@ impl Keeper {
     pub(super) fn run(mut self, receiver: &Receiver<Message>) {
         self.open();
         loop {
-            let message = if self.unsynced == 0 {
-                receiver.recv().ok()
-            } else {
-                match receiver.recv_timeout(SYNC_AFTER_IDLE) {
-                    Ok(message) => Some(message),
-                    Err(RecvTimeoutError::Timeout) => {
-                        self.sync();
-                        continue;
-                    }
-                    Err(RecvTimeoutError::Disconnected) => None,
+            let pause = match (self.unsynced, &self.compaction) {
+                (1.., _) => SYNC_AFTER_IDLE,
+                (0, Some(_)) => STEP_AFTER_IDLE,
+                (0, None) => LOOK_AFTER_IDLE,
+            };
+            let message = match receiver.recv_timeout(pause) {
+                Ok(message) => Some(message),
+                Err(RecvTimeoutError::Timeout) => {
+                    self.use_idleness();
+                    continue;
                 }
+                Err(RecvTimeoutError::Disconnected) => None,
             };
             match message {
                 None | Some(Message::Close) => break,
@@ -99,13 +102,14 @@ impl Keeper {
         match message {
             Message::Get { key, reply } => {
                 let found = self.with(|index| index.get(&key));
+                let found = found.or_else(|| self.interim.get(&key).cloned());
                 let _ = reply.send(found.map(|value| self.unsealed(&key, value?)).ok_or(NoAnswer));
             }
             Message::Put { key, mut value } => {
                 value.extend_from_slice(&record_checksum(&key, &value));
-                self.write(|index| index.put(&key, &value));
+                self.write(key, Some(value));
             }
-            Message::Remove { key } => self.write(|index| index.remove(&key)),
+            Message::Remove { key } => self.write(key, None),
             Message::Scan {
                 prefix,
                 after,
@@ -126,6 +130,15 @@ impl Keeper {
                 let _ = reply.send(());
             }
             Message::Reopen if self.index.is_none() => self.open(),
+            Message::Rebuild => {
+                if let Some(index) = self.index.take() {
+                    index.abandon(&IndexFault::Busy);
+                }
+                self.end_compaction(&IndexFault::Busy);
+                self.put_aside(&IndexFault::Foreign("is to be made anew"));
+                self.shared.note_loss();
+                self.open();
+            }
             Message::Reopen | Message::Close => {}
         }
     }
@@ -134,15 +147,85 @@ impl Keeper {
         let value = unsealed(key, value);
         if value.is_none() {
             tracing::warn!("a record of the index is damaged; it is read from its file");
-            self.write(|index| index.remove(key));
+            self.write(key.to_vec(), None);
         }
         value
     }
 
-    fn write(&mut self, deed: impl FnOnce(&mut Box<dyn Index>) -> Result<(), IndexFault>) {
-        if self.with(deed).is_some() {
-            self.unsynced += 1;
+    /// Puts, or removes where there is no value.
+    fn write(&mut self, key: Vec<u8>, value: Option<Vec<u8>>) {
+        let written = self.with(|index| match &value {
+            Some(value) => index.put(&key, value),
+            None => index.remove(&key),
+        });
+        if written.is_none() {
+            self.interim.write(key, value);
+            return;
         }
+        self.unsynced += 1;
+        if let Some(compaction) = &mut self.compaction
+            && let Err(fault) = guarded(|| compaction.write(&key, value.as_deref()))
+        {
+            self.end_compaction(&fault);
+        }
+    }
+
+    /// Nobody asks for anything: makes durable what was written, else sees to the size.
+    fn use_idleness(&mut self) {
+        if self.unsynced > 0 {
+            self.sync();
+            return;
+        }
+        let (Some(index), Home::Folder { index: folder, .. }) = (&self.index, &self.home) else {
+            return;
+        };
+        let Some(compaction) = &mut self.compaction else {
+            if index.file_bytes() >= FILE_BYTES_MIN {
+                self.compaction = Some(Compaction::new(folder));
+            }
+            return;
+        };
+        match guarded(|| compaction.step(index.as_ref())) {
+            Ok(Next::Step) => {}
+            Ok(Next::Nothing) => self.compaction = None,
+            Ok(Next::Swap) => self.swap(),
+            Err(fault) => self.end_compaction(&fault),
+        }
+    }
+
+    fn end_compaction(&mut self, fault: &IndexFault) {
+        if let Some(compaction) = self.compaction.take() {
+            tracing::warn!(%fault, "the index could not be made smaller; it is tried again later");
+            compaction.abandon(fault);
+        }
+    }
+
+    /// Puts the compacted index in the place of the other. Whoever asks meanwhile waits for it.
+    fn swap(&mut self) {
+        let Some(compaction) = self.compaction.take() else {
+            return;
+        };
+        let before = self.index.as_ref().map_or(0, |index| index.file_bytes());
+        self.sync();
+        if let Some(index) = self.index.take() {
+            index.abandon(&IndexFault::Busy);
+        }
+        if let Err(fault) = guarded(|| compaction.swap()) {
+            tracing::warn!(%fault, "the index could not be swapped for a smaller one");
+        }
+        for _ in 0..SWAP_TRIES {
+            match self.try_open() {
+                Err(IndexFault::Busy) => std::thread::sleep(SWAP_PAUSE),
+                Ok(index) => {
+                    let after = index.file_bytes();
+                    tracing::info!(before, after, "the index was made smaller");
+                    self.index = Some(index);
+                    return;
+                }
+                Err(_) => break,
+            }
+        }
+        self.open();
     }
 
     fn sync(&mut self) {
@@ -163,6 +246,7 @@ impl Keeper {
     }
 
     fn fail(&mut self, fault: &IndexFault) {
+        self.end_compaction(fault);
         let may_reopen = self.index.take().is_none_or(|index| index.abandon(fault));
         // Files that a leaked handle still locks cannot be opened again: they are as good as damaged.
         if !may_reopen || fault.is_lasting() {
@@ -206,6 +290,9 @@ impl Keeper {
 
     /// Opens the index; a damaged one is set aside and a fresh one opened in its place, once.
     fn open(&mut self) {
+        if self.interim.is_over() {
+            self.put_aside(&IndexFault::Foreign("has missed too much"));
+        }
         let opened = match self.try_open() {
             Err(fault) if fault.is_lasting() => {
                 self.put_aside(&fault);
@@ -220,6 +307,7 @@ impl Keeper {
         match opened {
             Ok(index) => {
                 self.index = Some(index);
+                self.interim = Interim::default();
                 self.back_off = REOPEN_FIRST;
                 self.busy = 0;
                 *self.shared.state() = IndexState::Ready;
@@ -236,13 +324,18 @@ impl Keeper {
             Home::Memory => return Ok(Box::new(MemoryIndex::default())),
             Home::Folder { volume, index, .. } => (Arc::clone(volume), index.clone()),
         };
+        recover(&folder)?;
         let Opened { index, is_emptied } = SledIndex::open(&folder)?;
         if is_emptied {
             tracing::warn!("the index had files but is empty; it fills again from the files of the store");
             self.shared.note_loss();
         }
         let mut index: Box<dyn Index> = Box::new(index);
-        match guarded(|| identify(volume.as_ref(), index.as_mut())) {
+        let readied = guarded(|| {
+            identify(volume.as_ref(), index.as_mut())?;
+            self.interim.replay(index.as_mut())
+        });
+        match readied {
             Ok(()) => Ok(index),
             Err(fault) => {
                 index.abandon(&fault);
@@ -250,44 +343,6 @@ impl Keeper {
             }
         }
     }
-}
-
-/// Compares the identities inside and beside the index, and steps both to the next generation: the inner one first, so
-/// that a stop in between is no loss.
-fn identify(volume: &dyn Volume, index: &mut dyn Index) -> Result<(), IndexFault> {
-    let path = Path::new(STORE_ID);
-    let beside: Option<Identity> = volume
-        .read_whole(path, RECORD_BYTES_MAX)
-        .ok()
-        .and_then(|record| opened(&record));
-    let inside: Option<Identity> = index.get(IDENTITY_KEY)?.and_then(|record| opened(&record));
-    match (&beside, &inside) {
-        (Some(beside), Some(inside)) if beside.id != inside.id => {
-            return Err(IndexFault::Foreign("belongs to another store"));
-        }
-        (Some(beside), Some(inside)) if beside.generation > inside.generation => {
-            return Err(IndexFault::Foreign("is older than its store"));
-        }
-        _ => {}
-    }
-    let generation = beside
-        .iter()
-        .chain(&inside)
-        .map(|identity| identity.generation)
-        .max()
-        .unwrap_or(0)
-        + 1;
-    let id = match beside.or(inside) {
-        Some(identity) => identity.id,
-        None => hex(&random::<16>().map_err(disk)?),
-    };
-    let record = sealed(&Identity { id, generation });
-    index.put(IDENTITY_KEY, &record)?;
-    index.sync()?;
-    if let Err(error) = volume.write_whole(path, &record) {
-        tracing::warn!(%error, "could not write {STORE_ID}; a loss of the index might go unnoticed");
-    }
-    Ok(())
 }
 
 fn record_checksum(key: &[u8], value: &[u8]) -> [u8; CHECKSUM_BYTES] {

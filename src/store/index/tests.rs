@@ -1,6 +1,8 @@
 #![allow(clippy::unwrap_used, reason = "tests may fail loudly")]
 use proptest::prelude::*;
 
+use super::compaction::{Compaction, FILE_BYTES_MIN, Next, recover};
+use super::interim::Interim;
 use super::*;
 
 #[derive(Clone, Debug)]
@@ -83,4 +85,136 @@ fn the_newest_two_of_those_set_aside_are_kept() {
         names,
         ["index.broken-001700000000-0003", "index.broken-001700000000-0004"]
     );
+}
+
+/// An index whose file is far larger than what lives in it.
+fn grown(folder: &Path) -> SledIndex {
+    let mut index = SledIndex::open(folder).unwrap().index;
+    for key in 0_u16..2000 {
+        index.put(&key.to_be_bytes(), &[29; 4000]).unwrap();
+    }
+    index.sync().unwrap();
+    for key in 100_u16..2000 {
+        index.remove(&key.to_be_bytes()).unwrap();
+    }
+    index.sync().unwrap();
+    assert!(index.file_bytes() > FILE_BYTES_MIN, "{}", index.file_bytes());
+    index
+}
+
+fn compacted(index: &dyn Index, compaction: &mut Compaction) {
+    while let Next::Step = compaction.step(index).unwrap() {}
+}
+
+#[test]
+fn a_compacted_index_is_small_and_has_everything_that_was_written_meanwhile() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("index");
+    let mut index = grown(&path);
+    let before = index.file_bytes();
+    let mut compaction = Compaction::new(&path);
+    // The measuring, the first page of the copy.
+    compaction.step(&index).unwrap();
+    compaction.step(&index).unwrap();
+    let mut both = |key: u16, value: Option<&[u8]>| {
+        match value {
+            Some(value) => index.put(&key.to_be_bytes(), value).unwrap(),
+            None => index.remove(&key.to_be_bytes()).unwrap(),
+        }
+        compaction.write(&key.to_be_bytes(), value).unwrap();
+    };
+    both(3, None);
+    both(4, Some(b"newer"));
+    both(3000, Some(b"added"));
+    compacted(&index, &mut compaction);
+    drop(index);
+    compaction.swap().unwrap();
+    let index = SledIndex::open(&path).unwrap().index;
+    assert!(
+        index.file_bytes() * 2 < before,
+        "{} of {before}",
+        index.file_bytes()
+    );
+    assert_eq!(index.scan(b"", b"", 1000).unwrap().len(), 100);
+    assert_eq!(index.get(&3_u16.to_be_bytes()).unwrap(), None);
+    assert_eq!(index.get(&4_u16.to_be_bytes()).unwrap().unwrap(), b"newer");
+    assert_eq!(index.get(&5_u16.to_be_bytes()).unwrap().unwrap(), [29; 4000]);
+    let entries = fs::read_dir(folder.path()).unwrap().count();
+    assert_eq!(entries, 1, "nothing of the old one is left");
+}
+
+#[test]
+fn what_is_not_grown_is_left_as_it_is() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("index");
+    let mut index = SledIndex::open(&path).unwrap().index;
+    for key in 0_u16..600 {
+        index.put(&key.to_be_bytes(), &[1; 4000]).unwrap();
+    }
+    index.sync().unwrap();
+    let mut compaction = Compaction::new(&path);
+    let last = loop {
+        match compaction.step(&index).unwrap() {
+            Next::Step => {}
+            last => break last,
+        }
+    };
+    assert!(matches!(last, Next::Nothing));
+}
+
+#[test]
+fn a_swap_that_was_stopped_leaves_the_old_index_or_the_new_one() {
+    let folder = tempfile::tempdir().unwrap();
+    let (path, old, new) = (
+        folder.path().join("index"),
+        folder.path().join("index.old"),
+        folder.path().join("index.new"),
+    );
+    let mark = |path: &Path| {
+        fs::create_dir(path).unwrap();
+        fs::write(path.join("which"), path.as_os_str().as_encoded_bytes()).unwrap();
+    };
+    let which = || fs::read(path.join("which")).unwrap();
+    // While it was copied.
+    mark(&path);
+    mark(&new);
+    recover(&path).unwrap();
+    assert_eq!(which(), path.as_os_str().as_encoded_bytes());
+    assert!(!new.exists());
+    // Between the two names.
+    fs::remove_dir_all(&path).unwrap();
+    mark(&old);
+    mark(&new);
+    recover(&path).unwrap();
+    assert_eq!(which(), old.as_os_str().as_encoded_bytes());
+    assert!(!new.exists() && !old.exists());
+    // Before the old one was removed.
+    mark(&old);
+    recover(&path).unwrap();
+    assert!(path.exists() && !old.exists());
+}
+
+#[test]
+fn what_was_written_while_the_index_was_down_is_put_into_it_also_removals() {
+    let mut index = MemoryIndex::default();
+    index.put(b"grant", b"yes").unwrap();
+    let mut interim = Interim::default();
+    interim.write(b"grant".to_vec(), None);
+    interim.write(b"tag".to_vec(), Some(b"3".to_vec()));
+    assert_eq!(interim.get(b"grant"), Some(&None));
+    assert_eq!(interim.get(b"other"), None, "the index may know it");
+    interim.replay(&mut index).unwrap();
+    assert_eq!(index.get(b"grant").unwrap(), None);
+    assert_eq!(index.get(b"tag").unwrap().unwrap(), b"3");
+    assert!(!interim.is_over());
+}
+
+#[test]
+fn an_index_that_missed_more_than_is_remembered_is_not_believed() {
+    let mut interim = Interim::default();
+    for key in 0_u32..5000 {
+        interim.write(key.to_be_bytes().to_vec(), Some(vec![0; 4000]));
+    }
+    assert!(interim.is_over());
+    assert_eq!(interim.get(&0_u32.to_be_bytes()), None, "and takes no memory");
 }

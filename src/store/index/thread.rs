@@ -76,6 +76,8 @@ pub(super) enum Message {
         reply: SyncSender<()>,
     },
     Reopen,
+    /// Begins a new one.
+    Rebuild,
     Close,
 }
 
@@ -187,6 +189,12 @@ impl IndexHandle {
             limit,
             reply,
         })
+    }
+
+    /// Sets the index aside; a new one fills from the files.
+    pub(in crate::store) fn rebuild(&self) {
+        self.shared.note_loss();
+        self.tell(Message::Rebuild);
     }
 
     fn ask<T>(&self, question: impl FnOnce(Reply<T>) -> Message) -> Result<T, NoAnswer> {

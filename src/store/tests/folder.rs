@@ -302,3 +302,68 @@ fn a_held_file_is_read_from_the_page_cache_or_says_that_it_is_not_there() {
     }
     assert_eq!(held.file.read_at(&mut bytes, 5).unwrap(), 0, "the end");
 }
+
+#[test]
+fn a_grant_taken_back_while_the_index_is_down_does_not_return_with_it() {
+    let ground = Ground::directory();
+    filled(&ground);
+    let (index, away) = (data(&ground).join("index"), data(&ground).join("away"));
+    fs::rename(&index, &away).unwrap();
+    fs::write(&index, b"a file where a folder should be").unwrap();
+    let store = ground.open();
+    let degraded = || matches!(store.index_state(), IndexState::Degraded { .. });
+    wait_until("degraded", degraded);
+    store.drop_grant(UPSTREAM, &repository("acme/secret"), &[1; 32]);
+    store.note_grant(UPSTREAM, &repository("acme/new"), &[2; 32], at(9));
+    store.index.flush();
+    fs::remove_file(&index).unwrap();
+    fs::rename(&away, &index).unwrap();
+    wait_until("ready", || store.index_state() == IndexState::Ready);
+    drop(store);
+    let store = ground.open();
+    assert_eq!(store.grant(UPSTREAM, &repository("acme/secret"), &[1; 32]), None);
+    assert_eq!(
+        store.grant(UPSTREAM, &repository("acme/new"), &[2; 32]),
+        Some(at(9))
+    );
+}
+
+#[test]
+fn an_index_that_has_grown_is_made_small_while_it_is_used() {
+    let ground = Ground::directory();
+    let store = ground.open();
+    store.keep_tag(&key("3"), variant(1, b"image", 1)).unwrap();
+    let name = |number: u16| [b"x".as_slice(), &number.to_be_bytes()].concat();
+    for number in 0..2000 {
+        store.index.put(name(number), vec![29; 4000]);
+    }
+    store.index.flush();
+    for number in 100..2000 {
+        store.index.remove(name(number));
+    }
+    store.index.flush();
+    let length = || fs::metadata(data(&ground).join("index/db")).map_or(u64::MAX, |file| file.len());
+    let before = length();
+    assert!(before > 4 << 20, "{before}");
+    wait_until("small", || length() * 2 < before);
+    wait_until("ready", || store.index_state() == IndexState::Ready);
+    assert_eq!(store.index.get(name(99)), Ok(Some(vec![29; 4000])));
+    drop(store);
+    assert_eq!(ground.open().tags(None, 10).len(), 1);
+}
+
+#[test]
+fn an_index_that_lost_something_is_filled_again_without_anybody_asking() {
+    let ground = Ground::directory();
+    filled(&ground);
+    fs::remove_dir_all(data(&ground).join("index")).unwrap();
+    fs::write(data(&ground).join("index"), b"a file where a folder should be").unwrap();
+    let store = ground.open();
+    counted_usage(&store);
+    fs::remove_file(data(&ground).join("index")).unwrap();
+    wait_until("ready", || store.index_state() == IndexState::Ready);
+    wait_until("complete", || {
+        store.tend(at(5));
+        store.index.is_complete()
+    });
+}

@@ -1,0 +1,87 @@
+//! The look at everything held that a plan is made from.
+
+use std::path::Path;
+use std::sync::atomic::Ordering;
+
+use super::super::pins::Pin;
+use super::super::plan::{Content, Image, Listed, Snapshot};
+use super::super::uses::Used;
+use super::super::volume::Entry;
+use super::super::{blobs, manifests};
+use super::Evictor;
+use crate::oci::manifest::MANIFEST_BYTES_MAX;
+use crate::oci::{Algorithm, AnyDigest, Digest, Manifest};
+
+impl Evictor {
+    /// What is held, and when it was used. What comes after the look is [`Uses::needed`].
+    pub(super) fn look(&self) -> Snapshot {
+        let mut images = Vec::new();
+        self.refs.walk_with_times(&self.stop, |key, record, modified| {
+            let is_pinned = self.pins.has(&Pin::Tag(key.clone()));
+            images.push(Image {
+                names: self.refs.named(&key, &record),
+                // Written when what it names changed; its uses are those of its manifests.
+                used_at: self.uses.believed(modified),
+                is_pinned,
+                key,
+            });
+        });
+        let mut listed = Vec::new();
+        self.walk(manifests::TREE, |path, entry, digest| {
+            let content = self.content(Used::Manifest(digest), entry, false);
+            let bytes = self.volume.read_whole(path, MANIFEST_BYTES_MAX as u64).ok();
+            // A damaged one leads nowhere; it is found damaged by whoever asks for it.
+            let manifest = bytes.and_then(|bytes| Manifest::read(&bytes).ok());
+            let (children, subject) = manifest.map_or_else(Default::default, |manifest| {
+                let known = manifest.children.iter().filter_map(|child| match &child.digest {
+                    AnyDigest::Known(digest) => Some(*digest),
+                    AnyDigest::Foreign(_) => None,
+                });
+                (known.collect(), manifest.subject)
+            });
+            listed.push(Listed {
+                content,
+                children,
+                subject,
+            });
+        });
+        let mut blobs = Vec::new();
+        self.walk(blobs::TREE, |_, entry, digest| {
+            let is_in_use = self.blobs.is_in_use(&digest);
+            blobs.push(self.content(Used::Blob(digest), entry, is_in_use));
+        });
+        Snapshot {
+            images,
+            manifests: listed,
+            blobs,
+        }
+    }
+
+    fn content(&self, used: Used, entry: &Entry, is_in_use: bool) -> Content {
+        let (Used::Blob(digest) | Used::Manifest(digest)) = used;
+        Content {
+            digest,
+            bytes: entry.size,
+            used_at: self.uses.last(used, entry.modified),
+            is_kept: is_in_use || self.pins.has(&Pin::Digest(digest)),
+        }
+    }
+
+    fn walk(&self, tree: &str, mut each: impl FnMut(&Path, &Entry, Digest)) {
+        for algorithm in [Algorithm::Sha256, Algorithm::Sha512] {
+            let tree = Path::new(tree).join(algorithm.to_string());
+            for folder in self.volume.list(&tree).unwrap_or_default() {
+                let folder = tree.join(folder.name);
+                for entry in self.volume.list(&folder).unwrap_or_default() {
+                    if self.stop.load(Ordering::Relaxed) {
+                        return;
+                    }
+                    // Not a record beside a manifest, nor anything that is not ours.
+                    if let Ok(digest) = format!("{algorithm}:{}", entry.name).parse() {
+                        each(&folder.join(&entry.name), &entry, digest);
+                    }
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,123 @@
+//! Makes the index small again: sled's file only grows. What lives is copied, a page at a time and only while nobody
+//! asks for anything, into a new index beside the old one; then the two are swapped.
+//!
+//! Meanwhile each write goes to both. A stop at any moment leaves the old index in its place, or beside it, where
+//! [`recover`] finds it.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use super::{Index, IndexFault, SledIndex, disk, sync_paths};
+
+/// A smaller file is left as it is.
+pub(super) const FILE_BYTES_MIN: u64 = if cfg!(test) { 4 << 20 } else { 64 << 20 };
+
+/// The file may be so many times as large as what lives in it; sled needs twice from the start.
+const GROWTH_MAX: u64 = 4;
+
+const PAGE: usize = 256;
+
+pub(super) struct Compaction {
+    folder: PathBuf,
+    /// The last key looked at.
+    after: Vec<u8>,
+    live_bytes: u64,
+    copy: Option<SledIndex>,
+}
+
+/// What comes after a step.
+pub(super) enum Next {
+    Step,
+    /// Everything is copied: [`swap`].
+    Swap,
+    /// Not worth it.
+    Nothing,
+}
+
+impl Compaction {
+    pub(super) fn new(folder: &Path) -> Self {
+        Self {
+            folder: folder.to_owned(),
+            after: Vec::new(),
+            live_bytes: 0,
+            copy: None,
+        }
+    }
+
+    /// Looks at one page of `index`: first at all of it to measure, then once more to copy.
+    pub(super) fn step(&mut self, index: &dyn Index) -> Result<Next, IndexFault> {
+        let page = index.scan(b"", &self.after, PAGE)?;
+        let is_last = page.len() < PAGE;
+        for (key, value) in page {
+            match &mut self.copy {
+                Some(copy) => copy.put(&key, &value)?,
+                None => self.live_bytes += (key.len() + value.len()) as u64,
+            }
+            self.after = key;
+        }
+        match &mut self.copy {
+            _ if !is_last => Ok(Next::Step),
+            Some(copy) => copy.sync().map(|()| Next::Swap),
+            None if index.file_bytes() / GROWTH_MAX <= self.live_bytes => Ok(Next::Nothing),
+            None => {
+                let aside = aside(&self.folder, "new");
+                remove(&aside)?;
+                self.copy = Some(SledIndex::open(&aside)?.index);
+                self.after.clear();
+                Ok(Next::Step)
+            }
+        }
+    }
+
+    /// What is written to the index meanwhile; `None` removes.
+    pub(super) fn write(&mut self, key: &[u8], value: Option<&[u8]>) -> Result<(), IndexFault> {
+        match (&mut self.copy, value) {
+            (None, _) => Ok(()),
+            (Some(copy), Some(value)) => copy.put(key, value),
+            (Some(copy), None) => copy.remove(key),
+        }
+    }
+
+    /// Closes the copy; whatever is left of it goes when the index is next opened.
+    pub(super) fn abandon(self, fault: &IndexFault) {
+        if let Some(copy) = self.copy {
+            Box::new(copy).abandon(fault);
+        }
+    }
+
+    /// Puts the copy in the place of the index, which is closed.
+    pub(super) fn swap(mut self) -> Result<(), IndexFault> {
+        drop(self.copy.take());
+        let (old, new) = (aside(&self.folder, "old"), aside(&self.folder, "new"));
+        fs::rename(&self.folder, &old).map_err(disk)?;
+        fs::rename(&new, &self.folder).map_err(disk)?;
+        // The new names before the old content goes.
+        sync_paths(&self.folder)?;
+        remove(&old)
+    }
+}
+
+/// Ends what a stop interrupted; to be called before the index in `folder` is opened.
+pub(super) fn recover(folder: &Path) -> Result<(), IndexFault> {
+    let old = aside(folder, "old");
+    if fs::symlink_metadata(folder).is_err() && fs::symlink_metadata(&old).is_ok() {
+        fs::rename(&old, folder).map_err(disk)?;
+    }
+    remove(&old)?;
+    remove(&aside(folder, "new"))
+}
+
+fn remove(folder: &Path) -> Result<(), IndexFault> {
+    match fs::remove_dir_all(folder) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(disk(error)),
+        _ => Ok(()),
+    }
+}
+
+fn aside(folder: &Path, kind: &str) -> PathBuf {
+    let mut aside = folder.as_os_str().to_owned();
+    aside.push(".");
+    aside.push(kind);
+    aside.into()
+}

@@ -1,0 +1,58 @@
+//! Whether an index is the one that belongs here: what it and a file beside it both know.
+
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use super::{Index, IndexFault, disk};
+use crate::store::record::{RECORD_BYTES_MAX, hex, opened, sealed};
+use crate::store::secret::random;
+use crate::store::volume::Volume;
+
+const STORE_ID: &str = "store-id";
+const IDENTITY_KEY: &[u8] = b"m\0store-id";
+
+/// What both the index and the file beside it know, so that a lost or foreign index is noticed.
+#[derive(Clone, Serialize, Deserialize)]
+struct Identity {
+    id: String,
+    generation: u64,
+}
+
+/// Compares the identities inside and beside the index, and steps both to the next generation: the inner one first, so
+/// that a stop in between is no loss.
+pub(super) fn identify(volume: &dyn Volume, index: &mut dyn Index) -> Result<(), IndexFault> {
+    let path = Path::new(STORE_ID);
+    let beside: Option<Identity> = volume
+        .read_whole(path, RECORD_BYTES_MAX)
+        .ok()
+        .and_then(|record| opened(&record));
+    let inside: Option<Identity> = index.get(IDENTITY_KEY)?.and_then(|record| opened(&record));
+    match (&beside, &inside) {
+        (Some(beside), Some(inside)) if beside.id != inside.id => {
+            return Err(IndexFault::Foreign("belongs to another store"));
+        }
+        (Some(beside), Some(inside)) if beside.generation > inside.generation => {
+            return Err(IndexFault::Foreign("is older than its store"));
+        }
+        _ => {}
+    }
+    let generation = beside
+        .iter()
+        .chain(&inside)
+        .map(|identity| identity.generation)
+        .max()
+        .unwrap_or(0)
+        + 1;
+    let id = match beside.or(inside) {
+        Some(identity) => identity.id,
+        None => hex(&random::<16>().map_err(disk)?),
+    };
+    let record = sealed(&Identity { id, generation });
+    index.put(IDENTITY_KEY, &record)?;
+    index.sync()?;
+    if let Err(error) = volume.write_whole(path, &record) {
+        tracing::warn!(%error, "could not write {STORE_ID}; a loss of the index might go unnoticed");
+    }
+    Ok(())
+}
