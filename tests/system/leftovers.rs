@@ -1,7 +1,7 @@
 //! What a stop, a crash or an outage interrupted is gone on with, and costs the upstream the rest alone.
 
-use crate::proxy::{Proxy, Setup};
-use crate::upstream::{Blob, Gate, Image, Upstream};
+use crate::proxy::{Proxy, Setup, files_below};
+use crate::upstream::{Blob, Gate, Image, Upstream, within};
 
 const MIB: usize = 1024 * 1024;
 const SIZE: usize = 4 * MIB;
@@ -24,12 +24,36 @@ async fn halfway(seed: u64, tail: &str) -> Stage {
     let gate = upstream.holds_blob(&blob.digest, HELD_AT);
     let mut pull = proxy.blob("library/demo", &blob.digest).stream().await;
     pull.read(HELD_AT - MIB / 8).await;
+    until_marked(&proxy, 2 * MIB).await;
     Stage {
         upstream,
         proxy,
         blob,
         gate,
     }
+}
+
+/// Waits until so much of the one download under way is marked on the disk: its client has the bytes a little earlier.
+async fn until_marked(proxy: &Proxy, bytes: usize) {
+    let marked = || {
+        let files = files_below(&proxy.setup().data().join("ingest"));
+        let marks = files.iter().find(|file| file.ends_with("marks"))?;
+        let text = std::fs::read_to_string(marks).ok()?;
+        let (whole_lines, _) = text.rsplit_once('\n')?;
+        whole_lines
+            .lines()
+            .last()?
+            .split(' ')
+            .next()?
+            .parse::<usize>()
+            .ok()
+    };
+    within("the download to be marked", async {
+        while marked().is_none_or(|marked| marked < bytes) {
+            tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+        }
+    })
+    .await;
 }
 
 /// Pulled again, whole and right; no more than what was not there came from upstream.
@@ -72,6 +96,7 @@ async fn after_two_kills_too() {
     let mut pull = proxy.blob("library/demo", &stage.blob.digest).stream().await;
     pull.read(3 * MIB + MIB / 4).await;
     gate.reached().await;
+    until_marked(&proxy, 3 * MIB).await;
     let proxy = proxy.crash().await;
     stage.upstream.recovers();
     stage.upstream.clear_log();
