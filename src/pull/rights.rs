@@ -26,15 +26,20 @@ const RENEW_AFTER: Duration = Duration::from_secs(60);
 /// password is refused too.
 const DOUBT_AFTER: Duration = Duration::from_secs(60);
 
+/// How often at most a repository that is read by tokens is asked for as by everybody.
+const TRY_AFTER: Duration = Duration::from_secs(3600);
+
 /// Refusals remembered, for answers that were overtaken.
 const REFUSED_MAX: usize = 16_384;
 
+type Place = (Arc<str>, Repository);
 type Right = (Arc<str>, Repository, [u8; 32]);
 
 /// Whom the upstream refused where, and when it was heard.
 pub(super) struct Refused {
     last: Cache<Right, Instant>,
-    doubted: Cache<(Arc<str>, Repository), Instant>,
+    doubted: Cache<Place, Instant>,
+    tried: Cache<Place, Instant>,
     /// A look at `last` and the note that follows from it are one step.
     grants: Mutex<()>,
     /// The same for public marks, which are written to a file.
@@ -46,6 +51,7 @@ impl Default for Refused {
         Self {
             last: Cache::new(REFUSED_MAX),
             doubted: Cache::new(REFUSED_MAX),
+            tried: Cache::new(REFUSED_MAX),
             grants: Mutex::default(),
             publics: tokio::sync::Mutex::default(),
         }
@@ -102,6 +108,10 @@ impl Pull {
                     .note_grant(site.name(), repository, &caller.principal, now);
             }
         }
+        if is_token(wanted) && !site.is_shared() && self.store.public_since(site.name(), repository).is_none()
+        {
+            self.ask_as_everybody(wanted, &self.refused.tried, TRY_AFTER);
+        }
     }
 
     async fn learn_no(self: &Arc<Self>, wanted: &Wanted, answer: &Answer) {
@@ -128,25 +138,28 @@ impl Pull {
             self.store.drop_grant(site.name(), repository, &caller.principal);
         }
         if !site.is_shared() && is_public() {
-            self.doubt_public(wanted);
+            self.ask_as_everybody(wanted, &self.refused.doubted, DOUBT_AFTER);
         }
     }
 
-    /// Asks the same without a credential, in the background: a repository that was closed refuses those with one first,
-    /// and what everyone could read there must not stay readable because nobody asks as everyone.
-    fn doubt_public(self: &Arc<Self>, refused: &Wanted) {
-        let place = (Arc::from(refused.site.name()), refused.repository.clone());
+    /// Asks the same without a credential, in the background, unless it was done since `after`.
+    ///
+    /// After a refusal: a repository that was closed refuses those with a credential first, and what everyone could read
+    /// there must not stay readable because nobody asks as everyone. After a yes to a token: clients get a new one for
+    /// every pull, also those without a login, so no grant of theirs outlasts it; what is public must be known to be.
+    fn ask_as_everybody(self: &Arc<Self>, wanted: &Wanted, asked: &Cache<Place, Instant>, after: Duration) {
+        let place = (Arc::from(wanted.site.name()), wanted.repository.clone());
         let now = Instant::now();
-        let lately = |at: Instant| now.saturating_duration_since(at) < DOUBT_AFTER;
-        if self.refused.doubted.get(&place).is_some_and(lately) {
+        let lately = |at: Instant| now.saturating_duration_since(at) < after;
+        if asked.get(&place).is_some_and(lately) {
             return;
         }
-        self.refused.doubted.insert(place, now);
+        asked.insert(place, now);
         let caller = self.principals.stranger();
         // The question goes on by itself, and its answer is learnt from.
         drop(self.question(&Wanted {
             caller,
-            ..refused.clone()
+            ..wanted.clone()
         }));
     }
 
@@ -155,6 +168,15 @@ impl Pull {
         let noted = spawn_blocking(move || store.note_public(site.name(), &repository, since)).await;
         super::asking::report(noted, "keep whether a repository is public");
     }
+}
+
+/// RFC 6750: what a token service gives, for minutes. Other credentials are the same at the next pull.
+fn is_token(wanted: &Wanted) -> bool {
+    let Credential::Client(shown) = &wanted.caller.credential else {
+        return false;
+    };
+    let scheme = shown.as_bytes().split(|byte| *byte == b' ').next();
+    scheme.is_some_and(|scheme| scheme.eq_ignore_ascii_case(b"Bearer"))
 }
 
 fn is_anonymous(wanted: &Wanted) -> bool {

@@ -19,8 +19,7 @@ all_of_private() {
   scenario "private: registry back, bob's right revoked: denied at the first answer" bob_is_revoked
   scenario "private: registry killed again: bob stays denied" bob_stays_denied
   stop registry
-  stop_dockerd
-  rm -f "$state/upstreams.toml"
+  all_of_tokens
 }
 
 private_is_fresh() {
@@ -103,15 +102,21 @@ nothing_for() {
     "$(by_every_door "$1" private/never-there/manifests/latest)"
 }
 
-# by_every_door USER:PASSWORD PATH: a line "DOOR STATUS", for each.
+# by_every_door USER:PASSWORD PATH: a line "DOOR STATUS" for each, in the company's registry; ":" is nobody.
 by_every_door() {
-  local user=(-u "$1") plain
-  plain=http://$(address)/v2
+  local user=(-u "$1")
   [[ $1 != : ]] || user=()
-  echo "proxy $(status_of "${user[@]}" -x "http://$(address)" --cacert "$scratch/ifnewer/certs/ca.pem" \
-    "https://registry.test/v2/$2")"
-  echo "ns $(status_of "${user[@]}" "$plain/$2?ns=registry.test")"
-  echo "prefix $(status_of "${user[@]}" "$plain/registry.test/$2")"
+  by_every_door_shown "$2" registry.test "${user[@]}"
+}
+
+# by_every_door_shown PATH REGISTRY [CURL'S OPTIONS…]
+by_every_door_shown() {
+  local path=$1 registry=$2 plain
+  plain=http://$(address)/v2
+  shift 2
+  echo "proxy $(status_of "$@" -x "http://$(address)" --cacert "$scratch/ifnewer/certs/ca.pem" "https://$registry/v2/$path")"
+  echo "ns $(status_of "$@" "$plain/$path?ns=$registry")"
+  echo "prefix $(status_of "$@" "$plain/$registry/$path")"
 }
 
 status_of() {
@@ -269,15 +274,9 @@ bob_pulls_what_he_saw() {
 }
 
 bob_is_revoked() {
-  local tries=0
   nobody_may_read
   start_registry
-  # Who is always refused finds out when the cache has seen that the registry is back.
-  until is_heard; do
-    ((tries++ < 120)) || fail "the registry's return was not noticed within a minute"
-    by_every_door eve:eves-password private/demo/manifests/latest >/dev/null
-    sleep 0.5
-  done
+  is_heard_soon registry.test
   start_counting registry
   refused_as "$scratch/login-bob" "$private" "$denied"
   expect "answers other than 401 to bob" 0 "$(since_counting | grep -vc '" 401 ' || true)"
@@ -285,9 +284,19 @@ bob_is_revoked() {
   nothing_for bob:bobs-password
 }
 
+# is_heard_soon REGISTRY: until the cache has seen that it is back, which a stranger's question finds out as well.
+is_heard_soon() {
+  local tries=0
+  until is_heard "$1"; do
+    ((tries++ < 120)) || fail "the registry's return was not noticed within a minute"
+    by_every_door_shown private/demo/manifests/latest "$1" >/dev/null
+    sleep 0.5
+  done
+}
+
 is_heard() {
   curl -sSf "http://$(<"$state/ifnewer.admin")/api/v1/upstreams" |
-    jq -e '.upstreams[] | select(.name == "registry.test") | .silent == null' >/dev/null
+    jq -e --arg name "$1" '.upstreams[] | select(.name == $name) | .silent == null' >/dev/null
 }
 
 bob_stays_denied() {

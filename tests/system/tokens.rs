@@ -1,6 +1,6 @@
 //! Registries with a token service of their own.
 
-use crate::proxy::Proxy;
+use crate::proxy::{Proxy, Setup};
 use crate::upstream::{Image, Upstream};
 use tokio::task::JoinSet;
 
@@ -156,4 +156,68 @@ async fn a_realm_elsewhere_gets_no_credential() {
         let reply = proxy.manifest("acme/app", "1").basic("alice", "a-secret").await;
         assert!(matches!(reply.status, 401 | 502..=504), "{realm}: {reply:#?}");
     }
+}
+
+#[tokio::test]
+async fn what_is_public_is_known_to_be_though_everyone_comes_with_a_new_token() {
+    let (upstream, image) = public().await;
+    upstream.lets("alice", "a-secret", "acme/app");
+    let proxy = Setup::over(&upstream)
+        .default_keys("fresh = \"1h\"")
+        .start()
+        .await;
+    let first = upstream.token_for("alice");
+    proxy
+        .pull_with("library/demo", "latest", &image, |ask| ask.bearer(&first))
+        .await;
+    // Who has a grant, or reads what is public, is not asked about while the tag is fresh.
+    let asked_by_a_new_client = |proxy: &Proxy| {
+        proxy
+            .manifest("library/demo", "latest")
+            .bearer(&upstream.token_for("alice"))
+    };
+    proxy
+        .until("the repository is public", asked_by_a_new_client, |reply| {
+            reply.cache_status().contains("fresh")
+        })
+        .await;
+
+    upstream.refuses();
+    let token = upstream.token_for("bob");
+    proxy
+        .pull_with("library/demo", "latest", &image, |ask| ask.bearer(&token))
+        .await;
+}
+
+#[tokio::test]
+async fn what_is_private_is_asked_for_as_everybody_once_and_stays_private() {
+    let (upstream, _) = public().await;
+    upstream.lets("alice", "a-secret", "acme/app");
+    let image = upstream.push("acme/app", "1", Image::with_layers(&["private bytes"]));
+    let proxy = Proxy::over(&upstream).await;
+    for _ in 0..3 {
+        let token = upstream.token_for("alice");
+        proxy
+            .pull_with("acme/app", "1", &image, |ask| ask.bearer(&token))
+            .await;
+    }
+    upstream
+        .until("a question without a credential", |seen| {
+            seen.iter().any(|seen| seen.path == "/token")
+        })
+        .await;
+    assert_eq!(
+        upstream.token_requests().len(),
+        1,
+        "{:#?}",
+        upstream.token_requests()
+    );
+
+    upstream.refuses();
+    let strangers = upstream.token_for("bob");
+    proxy
+        .manifest("acme/app", "1")
+        .bearer(&strangers)
+        .await
+        .is_unreachable();
 }
