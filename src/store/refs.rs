@@ -314,19 +314,19 @@ impl Refs {
     fn heal_walking(&self, stop: &AtomicBool, mut each: impl FnMut(TagKey, TagRecord)) -> bool {
         let losses = self.index.losses();
         let walked = self.walk(stop, |key, filed| {
+            let path = key.path();
+            // In turn with its writers: what they write meanwhile must not be written over.
+            let writing = self.writing(&path);
             let indexed = self.read_index(&key);
             let is_indexed = indexed.as_ref().is_some_and(|indexed| indexed.covers(&filed));
-            let whole = TagRecord::of_both(Some(filed), indexed).unwrap_or_default();
-            if !is_indexed {
-                let path = key.path();
-                let _writing = self.writing(&path);
-                // Once more, now that no other writer is in between.
-                if let (Ok(Some(filed)), indexed) = (self.read_file(&key), self.read_index(&key))
-                    && let Some(whole) = TagRecord::of_both(Some(filed), indexed)
-                {
-                    self.write_index(&key, &whole);
-                }
+            if !is_indexed
+                && let Ok(Some(filed)) = self.read_file(&key)
+                && let Some(whole) = TagRecord::of_both(Some(filed), indexed.clone())
+            {
+                self.write_index(&key, &whole);
             }
+            drop(writing);
+            let whole = TagRecord::of_both(Some(filed), indexed).unwrap_or_default();
             each(key, whole);
         });
         if walked && self.index.state() == super::IndexState::Ready {

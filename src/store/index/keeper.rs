@@ -20,7 +20,8 @@ use crate::store::record::checksum;
 /// Nothing asked for this long: time to make durable what was written.
 const SYNC_AFTER_IDLE: Duration = Duration::from_millis(100);
 
-const SYNC_AFTER_WRITES: u32 = 256;
+/// So many at most are lost in a power cut, each of which costs a question; filling a new index must not wait for more.
+const SYNC_AFTER_WRITES: u32 = 2048;
 
 /// How often the size of the file is looked at, if nobody asks for anything; and the pause between two steps then.
 const LOOK_AFTER_IDLE: Duration = Duration::from_millis(if cfg!(test) { 100 } else { 600_000 });
