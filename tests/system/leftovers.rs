@@ -161,7 +161,7 @@ async fn what_rotted_meanwhile_reaches_nobody() {
     proxy.terminate();
     proxy.exit().await;
     let ingest = setup.data().join("ingest");
-    let data = crate::proxy::files_below(&ingest)
+    let data = files_below(&ingest)
         .into_iter()
         .find(|path| path.ends_with("data"))
         .unwrap();
