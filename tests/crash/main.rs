@@ -46,8 +46,11 @@ const CAMPAIGNS: &[(&str, u32)] = &[
     ("read-only", 50),
     ("failing", 50),
     ("memory", 64),
-    ("start", 100_000),
+    (START, 100_000),
 ];
+
+/// Holds times against goals, which is no matter for a machine that has other things to do: run only by its name.
+const START: &str = "start";
 
 fn main() {
     let wanted: Vec<String> = std::env::args()
@@ -65,6 +68,7 @@ fn main() {
     }
     if chosen.is_empty() {
         chosen = CAMPAIGNS.to_vec();
+        chosen.retain(|(name, _)| *name != START);
     }
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
