@@ -29,7 +29,7 @@ pub(super) struct Compaction {
 /// What comes after a step.
 pub(super) enum Next {
     Step,
-    /// Everything is copied: [`swap`].
+    /// Everything is copied: [`Compaction::swap`].
     Swap,
     /// Not worth it.
     Nothing,
