@@ -6,10 +6,11 @@
 //! Answers overtake each other. A yes to a question that was put before a no was heard is the older word, however late
 //! it comes, and brings no right back.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use quick_cache::sync::Cache;
+use tokio::sync::Mutex;
 use tokio::task::spawn_blocking;
 use tokio::time::Instant;
 
@@ -40,10 +41,11 @@ pub(super) struct Refused {
     last: Cache<Right, Instant>,
     doubted: Cache<Place, Instant>,
     tried: Cache<Place, Instant>,
-    /// A look at `last` and the note that follows from it are one step.
+    /// A look at `last` and the note that follows from it are one step. Whoever is refused after another waits here until
+    /// that the right ended is on the disk.
     grants: Mutex<()>,
-    /// The same for public marks, which are written to a file.
-    publics: tokio::sync::Mutex<()>,
+    /// The same for public marks.
+    publics: Mutex<()>,
 }
 
 impl Default for Refused {
@@ -53,7 +55,7 @@ impl Default for Refused {
             doubted: Cache::new(REFUSED_MAX),
             tried: Cache::new(REFUSED_MAX),
             grants: Mutex::default(),
-            publics: tokio::sync::Mutex::default(),
+            publics: Mutex::default(),
         }
     }
 }
@@ -102,7 +104,7 @@ impl Pull {
                 }
             }
         } else if outdated(self.store.grant(site.name(), repository, &caller.principal)) {
-            let _order = self.refused.grants.lock().unwrap_or_else(PoisonError::into_inner);
+            let _order = self.refused.grants.lock().await;
             if !overtaken() {
                 self.store
                     .note_grant(site.name(), repository, &caller.principal, now);
@@ -133,9 +135,9 @@ impl Pull {
             return;
         }
         {
-            let _order = self.refused.grants.lock().unwrap_or_else(PoisonError::into_inner);
+            let _order = self.refused.grants.lock().await;
             self.refused.last.insert(right, Instant::now());
-            self.store.drop_grant(site.name(), repository, &caller.principal);
+            self.drop_grant(site, repository, caller.principal).await;
         }
         if !site.is_shared() && is_public() {
             self.ask_as_everybody(wanted, &self.refused.doubted, DOUBT_AFTER);
@@ -161,6 +163,15 @@ impl Pull {
             caller,
             ..wanted.clone()
         }));
+    }
+
+    /// On the disk before the client hears of its refusal.
+    async fn drop_grant(&self, site: &Arc<Site>, repository: &Repository, principal: [u8; 32]) {
+        let (store, site, repository) = (Arc::clone(&self.store), Arc::clone(site), repository.clone());
+        let dropped = spawn_blocking(move || store.drop_grant(site.name(), &repository, &principal)).await;
+        if !matches!(dropped, Ok(true)) {
+            tracing::error!("a right was taken back, and a crash soon after might bring it back");
+        }
     }
 
     async fn note_public(&self, site: &Arc<Site>, repository: &Repository, since: Option<SystemTime>) {

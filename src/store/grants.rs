@@ -1,5 +1,5 @@
 //! Grants: when an upstream last said yes to a principal in a repository. In memory and in the index only: a lost one
-//! costs one question.
+//! costs one question. One that was taken back must not be found again, so that is made durable at once.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -53,9 +53,10 @@ impl Store {
         self.grants.note(upstream, repository, principal, at);
     }
 
-    /// Forgets the upstream's yes.
-    pub fn drop_grant(&self, upstream: &str, repository: &Repository, principal: &[u8; 32]) {
-        self.grants.forget(upstream, repository, principal);
+    /// Forgets the upstream's yes, so that no crash brings it back; `false` if that is not sure. Blocks, unless it is known
+    /// that there is none.
+    pub fn drop_grant(&self, upstream: &str, repository: &Repository, principal: &[u8; 32]) -> bool {
+        self.grants.forget(upstream, repository, principal)
     }
 }
 
@@ -109,13 +110,17 @@ impl Grants {
         }
     }
 
-    fn forget(&self, upstream: &str, repository: &Repository, principal: &[u8; 32]) {
+    fn forget(&self, upstream: &str, repository: &Repository, principal: &[u8; 32]) -> bool {
         let key = GrantKey {
             place: Place::of(upstream, repository),
             principal: *principal,
         };
-        self.index.remove(index_key(key.place.borrowed(), principal));
+        if self.ready.get(&key) == Some(None) {
+            return true;
+        }
+        let removed = index_key(key.place.borrowed(), principal);
         self.ready.insert(key, None);
+        self.index.expunge(removed)
     }
 
     /// Removes from the index what is too old, and what is too many, the oldest first.

@@ -140,6 +140,24 @@ async fn a_right_that_was_revoked_ends_with_the_next_question() {
 }
 
 #[tokio::test]
+async fn a_right_that_was_revoked_does_not_come_back_with_a_crash() {
+    let (upstream, image) = private().await;
+    let proxy = Proxy::over(&upstream).await;
+    proxy.pull_with("acme/app", "1", &image, alice).await;
+    // Orderly, so that her right is on the disk.
+    let proxy = proxy.restart().await;
+    upstream.revokes("alice");
+    gives_nothing_away(&alice(proxy.manifest("acme/app", "1")).await, &[401, 403]);
+
+    let killed = proxy.crash();
+    upstream.refuses();
+    let proxy = killed.await;
+    for ask in every_way(&proxy, &image) {
+        gives_nothing_away(&alice(ask).await, &[401, 403, 502, 503, 504]);
+    }
+}
+
+#[tokio::test]
 async fn a_repository_that_was_closed_is_closed_here_too() {
     let upstream = Upstream::start().await;
     let image = upstream.push("acme/app", "1", Image::with_layers(&["private bytes", "x"]));

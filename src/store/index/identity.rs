@@ -56,3 +56,10 @@ pub(super) fn identify(volume: &dyn Volume, index: &mut dyn Index) -> Result<(),
     }
     Ok(())
 }
+
+/// Sees to it that the index as it is on the disk belongs to another store when it is opened again.
+pub(super) fn disown(volume: &dyn Volume) -> Result<(), IndexFault> {
+    let id = hex(&random::<16>().map_err(disk)?);
+    let record = sealed(&Identity { id, generation: 0 });
+    volume.write_whole(Path::new(STORE_ID), &record).map_err(disk)
+}

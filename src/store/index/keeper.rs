@@ -11,7 +11,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender};
 use std::time::Duration;
 
 use super::compaction::{Compaction, FILE_BYTES_MIN, Next, recover};
-use super::identity::identify;
+use super::identity::{disown, identify};
 use super::interim::Interim;
 use super::thread::{Home, IndexState, Message, NoAnswer, Shared};
 use super::{Index, IndexFault, MemoryIndex, Opened, SledIndex, guarded, set_aside};
@@ -111,6 +111,9 @@ impl Keeper {
                 self.write(key, Some(value));
             }
             Message::Remove { key } => self.write(key, None),
+            Message::Expunge { key, reply } => {
+                let _ = reply.send(self.expunge(key));
+            }
             Message::Scan {
                 prefix,
                 after,
@@ -171,6 +174,24 @@ impl Keeper {
         }
     }
 
+    /// Removes durably. Where the index cannot do that, it is not used again as it is on the disk: grants are lost by that,
+    /// but one that was taken back does not return.
+    fn expunge(&mut self, key: Vec<u8>) -> bool {
+        self.write(key.clone(), None);
+        if self.sync() {
+            return true;
+        }
+        self.interim.write(key, None);
+        let Home::Folder { volume, .. } = &self.home else {
+            return true;
+        };
+        let disowned = disown(volume.as_ref());
+        if let Err(fault) = &disowned {
+            tracing::error!(%fault, "that a right was taken back cannot be written down: a crash now would bring it back");
+        }
+        disowned.is_ok()
+    }
+
     /// Nobody asks for anything: makes durable what was written, else sees to the size.
     fn use_idleness(&mut self) {
         if self.unsynced > 0 {
@@ -229,9 +250,10 @@ impl Keeper {
         self.open();
     }
 
-    fn sync(&mut self) {
+    /// Whether everything written is durable now.
+    fn sync(&mut self) -> bool {
         self.unsynced = 0;
-        self.with(|index| index.sync());
+        self.with(|index| index.sync()).is_some()
     }
 
     /// Does `deed` with the index, if there is one; a fault ends its use for now.

@@ -21,9 +21,9 @@ pub(in crate::store) const VALUE_BYTES_MAX: usize = 4000;
 
 const REPLY_WITHIN: Duration = Duration::from_secs(2);
 
-/// How often a full queue is tried, and how long in between, when the program ends.
-const FLUSH_TRIES: u32 = 100;
-const FLUSH_PAUSE: Duration = Duration::from_millis(20);
+/// How often a full queue is tried, and how long in between, for what may not be dropped.
+const INSIST_TRIES: u32 = 100;
+const INSIST_PAUSE: Duration = Duration::from_millis(20);
 
 /// How the index is.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -65,6 +65,11 @@ pub(super) enum Message {
     },
     Remove {
         key: Vec<u8>,
+    },
+    /// Removes so that no crash brings it back; the reply says whether that worked out.
+    Expunge {
+        key: Vec<u8>,
+        reply: SyncSender<bool>,
     },
     Scan {
         prefix: Vec<u8>,
@@ -176,6 +181,12 @@ impl IndexHandle {
         self.tell(Message::Remove { key });
     }
 
+    /// Removes, and waits, not for ever, until no crash and no power cut can bring it back. `false` if that is not sure.
+    pub(in crate::store) fn expunge(&self, key: Vec<u8>) -> bool {
+        let (reply, answer) = sync_channel(1);
+        self.insist(Message::Expunge { key, reply }) && answer.recv_timeout(REPLY_WITHIN).unwrap_or(false)
+    }
+
     /// At most `limit` pairs in order of their keys, from the first after `after` on.
     pub(in crate::store) fn scan(
         &self,
@@ -212,18 +223,22 @@ impl IndexHandle {
     /// Waits until everything written is durable; not for ever.
     pub(in crate::store) fn flush(&self) {
         let (reply, answer) = sync_channel(1);
-        let mut message = Message::Flush { reply };
-        for _ in 0..FLUSH_TRIES {
+        if self.insist(Message::Flush { reply }) {
+            let _ = answer.recv_timeout(REPLY_WITHIN * 5);
+        }
+    }
+
+    /// Tells what may not be dropped because the queue is full.
+    fn insist(&self, mut message: Message) -> bool {
+        for _ in 0..INSIST_TRIES {
             match self.sender.try_send(message) {
-                Ok(()) => {
-                    let _ = answer.recv_timeout(REPLY_WITHIN * 5);
-                    return;
-                }
-                Err(TrySendError::Disconnected(_)) => return,
+                Ok(()) => return true,
+                Err(TrySendError::Disconnected(_)) => return false,
                 Err(TrySendError::Full(back)) => message = back,
             }
-            std::thread::sleep(FLUSH_PAUSE);
+            std::thread::sleep(INSIST_PAUSE);
         }
+        false
     }
 
     /// A full queue means a disk that does not keep up: what is written here may be lost, and waiting for it may not.

@@ -328,6 +328,64 @@ fn a_grant_taken_back_while_the_index_is_down_does_not_return_with_it() {
     );
 }
 
+/// The folder as `kill -9` would leave it now: what was written is there, what was only in memory is not.
+fn as_killed(ground: &Ground) -> Ground {
+    let left = Ground::directory();
+    let mut folders = vec![PathBuf::new()];
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(data(ground).join(&folder)).unwrap() {
+            let name = folder.join(entry.unwrap().file_name());
+            let (from, to) = (data(ground).join(&name), data(&left).join(&name));
+            if from.is_dir() {
+                fs::create_dir_all(&to).unwrap();
+                folders.push(name);
+            } else {
+                fs::copy(&from, &to).unwrap();
+            }
+        }
+    }
+    left
+}
+
+#[test]
+fn a_grant_taken_back_does_not_return_though_the_process_is_killed_at_once() {
+    let ground = Ground::directory();
+    filled(&ground);
+    let store = ground.open();
+    let (secret, principal) = (repository("acme/secret"), [1; 32]);
+    assert_eq!(
+        as_killed(&ground).open().grant(UPSTREAM, &secret, &principal),
+        Some(at(7))
+    );
+    assert!(store.drop_grant(UPSTREAM, &secret, &principal));
+    assert_eq!(
+        as_killed(&ground).open().grant(UPSTREAM, &secret, &principal),
+        None
+    );
+}
+
+#[test]
+fn nor_if_the_index_was_down_when_it_was_taken_back() {
+    let ground = Ground::directory();
+    filled(&ground);
+    let (index, away) = (data(&ground).join("index"), data(&ground).join("away"));
+    fs::rename(&index, &away).unwrap();
+    fs::write(&index, b"a file where a folder should be").unwrap();
+    let store = ground.open();
+    wait_until("degraded", || {
+        matches!(store.index_state(), IndexState::Degraded { .. })
+    });
+    let (secret, principal) = (repository("acme/secret"), [1; 32]);
+    assert!(store.drop_grant(UPSTREAM, &secret, &principal));
+    // The disk is well again, and the old index is back, before this process has noticed.
+    let left = as_killed(&ground);
+    fs::remove_file(data(&left).join("index")).unwrap();
+    fs::rename(data(&left).join("away"), data(&left).join("index")).unwrap();
+    let store = left.open();
+    assert_eq!(store.grant(UPSTREAM, &secret, &principal), None);
+    assert_found_again(&store);
+}
+
 #[test]
 fn an_index_that_has_grown_is_made_small_while_it_is_used() {
     let ground = Ground::directory();
