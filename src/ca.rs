@@ -162,7 +162,7 @@ pub fn rotate(config: &Config, clock: Clock) -> Result<PathBuf, RotateError> {
         constrained: config.tls.constrained,
         own: None,
     };
-    ServerTls::prepare(&tls, &addresses, config.hosts(), clock)?;
+    ServerTls::prepare(&tls, &addresses, config.hosts(), &[], clock)?;
     let old = folder.join(format!("old-{}", stamp(clock.now())));
     make(&old)?;
     for name in FILES {

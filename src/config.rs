@@ -266,6 +266,13 @@ impl Config {
         names.map(|name| host_part(name).to_owned()).collect()
     }
 
+    /// The CAs of client certificates, DER.
+    pub fn client_roots(&self) -> &[Vec<u8>] {
+        self.entry
+            .as_ref()
+            .map_or(&[], |entry| entry.client_roots.as_slice())
+    }
+
     /// The upstream of that name or host.
     pub fn upstream(&self, name_or_host: &str) -> Option<&UpstreamConfig> {
         self.upstreams

@@ -3,7 +3,7 @@
 mod service;
 
 use std::io::Write;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -117,7 +117,7 @@ pub async fn serve(
     let mut tasks = JoinSet::new();
     let listeners = listeners(&config.listen, passed)?;
     let addresses: Vec<_> = listeners.iter().filter_map(Listener::ip).collect();
-    let certificates = |config: &Config| ServerTls::prepare(&config.tls, &addresses, config.hosts(), clock);
+    let certificates = |config: &Config| certificates(config, &addresses, clock);
     let tls = Arc::new(ArcSwap::from_pointee(certificates(&config)?));
     let accepting = Accepting::new(
         front,
@@ -190,6 +190,16 @@ pub async fn serve(
     let _ = tokio::task::spawn_blocking(move || store.close()).await;
     tracing::info!("ended");
     Ok(())
+}
+
+fn certificates(config: &Config, addresses: &[IpAddr], clock: Clock) -> Result<ServerTls, TlsError> {
+    ServerTls::prepare(
+        &config.tls,
+        addresses,
+        config.hosts(),
+        config.client_roots(),
+        clock,
+    )
 }
 
 fn store_limits(config: &Config) -> StoreLimits {
@@ -275,15 +285,14 @@ fn registry(
         name: Arc::from("[connect]"),
         error,
     })?;
+    let entry = config.entry.as_ref();
+    let entry = entry.map(|entry| Entry::new(entry, *store.install_secret()));
     let pull = Pull::new(Arc::clone(store), downloads.clone(), config.rules.clone(), clock);
     Ok(Registry {
         doors: Doors::new(sites, default),
         pull: Arc::new(pull),
         tunnels: Tunnels::new(config.tunnels.clone(), way),
-        entry: config
-            .entry
-            .as_ref()
-            .map(|entry| Entry::new(entry, *store.install_secret())),
+        entry: entry.transpose()?,
     })
 }
 

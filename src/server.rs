@@ -1,7 +1,7 @@
 //! The network inwards: connections, TLS, and the one place where requests come in and answers go out.
 //!
-//! * `entry`: who may come in at all. * `listen`, `forwarded`: listeners, and who is at the other end. * `accept`: connections, limits, drain. * `tls`, `mint`:
-//!   the CA, our certificate, and those for upstreams' own hosts.
+//! * `entry`, `certificate`: who may come in at all. * `listen`, `forwarded`: listeners, and who is at the other end.
+//! * `accept`: connections, limits, drain. * `tls`, `mint`: the CA, our certificate, and those for upstreams' own hosts.
 //! * `gate`, `door`: an HTTP request becomes a [`crate::pull::Request`], or one to be handed on, or is turned away before
 //!   anything else runs. * `connect`: what comes by `CONNECT`. * `pass`: what is handed on.
 //! * `reply`: an outcome becomes an HTTP response; nothing else builds one but what is handed back. * `body`: bytes on
@@ -9,6 +9,7 @@
 
 pub mod accept;
 mod body;
+mod certificate;
 mod connect;
 mod door;
 mod entry;
@@ -35,6 +36,7 @@ pub use body::{Body, Sound};
 pub use connect::Tunnels;
 pub use door::{Door, Doors, Peer};
 pub use entry::Entry;
+use entry::Way;
 use gate::{Passage, Turned, Wanted};
 pub use idle::Pardon;
 
@@ -87,7 +89,7 @@ impl Front {
         let mut response;
         let read = gate::read(&head, peer, &registry.doors, at);
         let read = match (&registry.entry, read) {
-            (Some(entry), Ok(wanted)) => admitted(entry, &head, wanted).await,
+            (Some(entry), Ok(wanted)) => admitted(entry, &place, wanted).await,
             (_, read) => read,
         };
         match read {
@@ -188,22 +190,25 @@ impl Front {
     }
 }
 
-/// What is wanted, if its user may have it. The credential was ours, and goes no further.
-async fn admitted(entry: &Entry, head: &Parts, wanted: Wanted) -> Result<Wanted, Turned> {
-    let Wanted::Read(mut wanted, door) = wanted else {
-        return Err(Turned::NotByThisDoor);
+/// What is wanted, if whoever asks may have it. A password of ours goes no further.
+async fn admitted(entry: &Entry, place: &Place<'_>, mut wanted: Wanted) -> Result<Wanted, Turned> {
+    let (site, repository, door) = wanted.subject();
+    let way = match door {
+        Door::Mirror | Door::Namespace | Door::Prefix => Way::Own,
+        Door::Host | Door::Connect => Way::Named,
     };
-    let user = entry.who(head).await?;
-    if let Some(repository) = wanted.operation.repository()
-        && !entry.allows(&user, wanted.site.name(), repository)
+    let who = entry.who(place.head, place.peer, way, place.at).await?;
+    if let Some(repository) = repository
+        && !entry.allows(who.name(), site.name(), repository)
     {
-        return Err(Turned::NotAllowed(format!("{}/{repository}", wanted.site.name())));
+        return Err(Turned::NotAllowed(format!("{}/{repository}", site.name())));
     }
-    wanted.authorization = None;
-    if let Door::Host | Door::Connect = door {
-        return Err(Turned::NotByThisDoor);
+    if let (Wanted::Read(request, _), Way::Own) = (&mut wanted, way)
+        && entry.takes_passwords()
+    {
+        request.authorization = None;
     }
-    Ok(Wanted::Read(wanted, door))
+    Ok(wanted)
 }
 
 /// Where and when a request came in.

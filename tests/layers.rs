@@ -118,12 +118,14 @@ const VENDORS: &[(&str, &[&str])] = &[
     ("hmac", &["oci/digest.rs"]),
     ("bcrypt", &["server/entry.rs"]),
     ("rcgen", &["server/tls.rs", "server/mint.rs"]),
+    ("x509_parser", &["server/certificate.rs"]),
 ];
 
 /// The doctor speaks for itself: what it asks must not go by the ways that it looks at.
 const TLS: &[&str] = &[
     "server/tls.rs",
     "server/mint.rs",
+    "server/certificate.rs",
     "upstream/dial.rs",
     "doctor/wire.rs",
 ];

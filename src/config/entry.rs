@@ -1,4 +1,4 @@
-//! Who may come in at all: users of the cache's own, and what each may pull.
+//! Who may come in at all: by a password or a certificate of the cache's own, and what each may pull.
 
 use std::fmt;
 
@@ -7,7 +7,7 @@ use super::document::Document;
 use super::fault::{Report, Told};
 use super::keys::Section;
 use super::table::Table;
-use super::upstream::{Configured, read_file};
+use super::upstream::{Configured, read_file, roots};
 use super::{names, value};
 use crate::policy::rules::Images;
 
@@ -20,8 +20,10 @@ const COST_MAX: u32 = 14;
 /// Who may come in.
 #[derive(Clone, Debug)]
 pub struct Entry {
-    /// The users, no two of the same name.
+    /// Who may come in by a password; no two of the same name.
     pub users: Vec<User>,
+    /// The CAs whose certificates open as well, DER. At least one of these and `users` together.
+    pub client_roots: Vec<Vec<u8>>,
     /// What they may pull; none: everything. What no list allows is refused.
     pub allows: Vec<Allow>,
 }
@@ -70,37 +72,53 @@ pub(super) fn read(
     report: &mut Report<'_>,
 ) -> Result<Option<Entry>, Told> {
     let table = document.fixed(Section::Access);
-    let file = table.text_if_set(report, "htpasswd", &value::PATH)?;
+    let users = users_of(&table, plain, report);
+    let client_roots = roots(&table, "client_ca", report);
     let allows: Vec<_> = document
         .allows
         .iter()
         .map(|table| allow(table, configured, report))
         .collect();
-    let Some(file) = file else {
+    let (users, client_roots) = (users?, client_roots?);
+    if users.is_empty() && client_roots.is_empty() {
         if let Some(first) = document.allows.first() {
-            let help = "name the file with the users as `htpasswd` in [access]".to_owned();
-            return Err(report.tell(&first.at, "allow", "[[allow]] without users", Some(help)));
+            let help = "name the file with the users as `htpasswd` in [access], or that with their certificates' CAs as \
+                        `client_ca`";
+            return Err(report.tell(
+                &first.at,
+                "allow",
+                "[[allow]] without users",
+                Some(help.to_owned()),
+            ));
         }
         return Ok(None);
+    }
+    Ok(Some(Entry {
+        users,
+        client_roots,
+        allows: allows.into_iter().collect::<Result<_, Told>>()?,
+    }))
+}
+
+/// The users of `htpasswd`; none if it is not set.
+fn users_of(table: &Table, plain: Option<Plain>, report: &mut Report<'_>) -> Result<Vec<User>, Told> {
+    let Some(file) = table.text_if_set(report, "htpasswd", &value::PATH)? else {
+        return Ok(Vec::new());
     };
     if plain == Some(Plain::Any) {
         let message = "with listen.plain = \"any\", passwords would cross the network in plain text";
         let help = "set listen.plain to \"loopback\" or \"nobody\"".to_owned();
         return Err(report.tell(table.at("htpasswd"), table.path("htpasswd"), message, Some(help)));
     }
-    let bytes = read_file(&table, "htpasswd", &file, report)?;
-    let users = users(&bytes).map_err(|(message, help)| {
+    let bytes = read_file(table, "htpasswd", &file, report)?;
+    users(&bytes).map_err(|(message, help)| {
         report.tell(
             table.at("htpasswd"),
             table.path("htpasswd"),
             message,
             Some(help.to_owned()),
         )
-    })?;
-    Ok(Some(Entry {
-        users,
-        allows: allows.into_iter().collect::<Result<_, Told>>()?,
-    }))
+    })
 }
 
 fn allow(table: &Table, configured: &[Configured], report: &mut Report<'_>) -> Result<Allow, Told> {

@@ -193,9 +193,10 @@ pub const KEYS: &[Key] = &[
     key(Rule, "absent", None, "As in [default], for these images."),
     key(Rule, "prefetch", None, "As in [default], for these images."),
 
-    key(Access, "htpasswd", None, "The file with the users of the cache itself and their passwords, hashed by bcrypt; unset, whoever reaches the listener may ask."),
+    key(Access, "htpasswd", None, "The file with the users of the cache itself and their passwords, hashed by bcrypt."),
+    key(Access, "client_ca", None, "PEM certificates of the CAs whose client certificates open as well. Without this and `htpasswd`, whoever reaches the listener may ask."),
 
-    key(Allow, "who", None, "Users of `access.htpasswd`; a name that ends in `*` stands for all that begin so."),
+    key(Allow, "who", None, "Users of `access.htpasswd`, or names in client certificates; a name that ends in `*` stands for all that begin so."),
     key(Allow, "images", None, "Globs over upstream/repository that they may pull; `*` also crosses `/`. With any [[allow]], what none allows is refused."),
 
     key(Connect, "tunnel", Some("[]"), "Hosts, or globs over hosts, that CONNECT may tunnel to unread; at port 443 unless another is written."),

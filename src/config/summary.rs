@@ -45,7 +45,11 @@ impl Display for Summary<'_> {
                 1 => "1 list of what they may pull".to_owned(),
                 lists => format!("{lists} lists of what they may pull"),
             };
-            writeln!(f, "access    {} users, {lists}", entry.users.len())?;
+            let cas = match entry.client_roots.len() {
+                0 => String::new(),
+                cas => format!("certificates of {cas} CAs, "),
+            };
+            writeln!(f, "access    {} users, {cas}{lists}", entry.users.len())?;
         }
         match &config.tls.own {
             Some(own) => writeln!(f, "tls       {}", own.certificate.display())?,

@@ -132,7 +132,7 @@ pub(super) struct Configured {
 }
 
 enum State {
-    Exists(UpstreamConfig),
+    Exists(Box<UpstreamConfig>),
     Disabled,
     Faulty,
 }
@@ -140,7 +140,7 @@ enum State {
 impl Configured {
     pub(super) fn into_config(self) -> Option<UpstreamConfig> {
         match self.state {
-            State::Exists(config) => Some(config),
+            State::Exists(config) => Some(*config),
             State::Disabled | State::Faulty => None,
         }
     }
@@ -186,7 +186,7 @@ fn read(table: Table, report: &mut Report<'_>) -> Configured {
     let hosts = hosts(&table, report);
     let access = table.text(report, "access", &value::ACCESS);
     let credential = access.and_then(|access| credential(&table, access, report));
-    let roots = roots(&table, report);
+    let roots = roots(&table, "ca_file", report);
     let proxy = table.text(report, "proxy", &value::PROXY);
     let connect_timeout = table.text(report, "connect_timeout", &value::TIMEOUT);
 
@@ -207,7 +207,7 @@ fn read(table: Table, report: &mut Report<'_>) -> Configured {
     };
     let state = match (enabled, config()) {
         (Ok(false), _) => State::Disabled,
-        (Ok(true), Ok::<_, Told>(config)) => State::Exists(config),
+        (Ok(true), Ok::<_, Told>(config)) => State::Exists(Box::new(config)),
         _ => State::Faulty,
     };
     let changes = changes.unwrap_or_default();
@@ -349,11 +349,12 @@ fn docker_config(table: &Table, file: PathBuf, report: &mut Report<'_>) -> Resul
     Err(report.tell(table.at(KEY), table.path(KEY), message, Some(help)))
 }
 
-fn roots(table: &Table, report: &mut Report<'_>) -> Result<Vec<Vec<u8>>, Told> {
-    let Some(file) = table.text_if_set(report, "ca_file", &value::PATH)? else {
+/// The certificates in the file that `key` names, DER; none if it is not set.
+pub(super) fn roots(table: &Table, key: &str, report: &mut Report<'_>) -> Result<Vec<Vec<u8>>, Told> {
+    let Some(file) = table.text_if_set(report, key, &value::PATH)? else {
         return Ok(Vec::new());
     };
-    let pem = read_file(table, "ca_file", &file, report)?;
+    let pem = read_file(table, key, &file, report)?;
     let certificates: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&pem)
         .map(|der| der.map(|der| der.to_vec()))
         .collect();
@@ -362,11 +363,11 @@ fn roots(table: &Table, report: &mut Report<'_>) -> Result<Vec<Vec<u8>>, Told> {
         Ok(_) => {
             let help = "it should contain -----BEGIN CERTIFICATE-----".to_owned();
             let message = "there is no certificate in the file";
-            Err(report.tell(table.at("ca_file"), table.path("ca_file"), message, Some(help)))
+            Err(report.tell(table.at(key), table.path(key), message, Some(help)))
         }
         Err(error) => {
             let message = format!("the file is not PEM: {error}");
-            Err(report.tell(table.at("ca_file"), table.path("ca_file"), message, None))
+            Err(report.tell(table.at(key), table.path(key), message, None))
         }
     }
 }

@@ -270,13 +270,13 @@ pub(super) const USERNAME: Text<String> = Text {
     },
 };
 
-/// A user of ours, or with `*` at its end all whose names begin so.
+/// A user of ours (by certificate perhaps a URI), or with `*` at its end all whose names begin so.
 pub(super) const WHO: Text<String> = Text {
-    expected: "a user of `access.htpasswd`",
+    expected: "a user's name",
     example: r#""ci-*""#,
     parse: |text| {
         let name = text.strip_suffix('*').unwrap_or(text);
-        if text.is_empty() || name.contains(['*', ':']) || name.chars().any(char::is_control) {
+        if text.is_empty() || name.contains('*') || name.chars().any(char::is_control) {
             return wrong(
                 format!("`{text}` is no user"),
                 "write a name, or its beginning and a `*` as in \"ci-*\"",

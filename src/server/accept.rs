@@ -20,7 +20,9 @@ use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use super::certificate;
 use super::door::Peer;
+use super::entry::Shown;
 use super::idle::{Pardon, Watched};
 use super::listen::{Listener, Wire};
 use super::tls::{ServerTls, Shaken};
@@ -139,14 +141,25 @@ impl Accepting {
         let (patience, pardon) = (limits.write_timeout.max(limits.idle_timeout), Pardon::default());
         if is_tls {
             let tls = self.tls();
-            let Shaken { stream, server_name } =
-                timeout(limits.handshake_timeout, tls.accept(wire)).await??;
+            let shaken = timeout(limits.handshake_timeout, tls.accept(wire)).await?;
+            if let Some(why) = shaken.as_ref().err().and_then(certificate::refused) {
+                tracing::warn!(%peer, why, "a client certificate was refused");
+            }
+            let Shaken {
+                stream,
+                server_name,
+                certificate,
+            } = shaken?;
             let peer = Peer {
                 address: peer.ip(),
                 may_speak: true,
                 secure: true,
                 server_name,
                 connect: None,
+                shown: Shown {
+                    certificate,
+                    user: None,
+                },
                 pardon: pardon.clone(),
             };
             let connection = self.connection(peer, held, tasks);
@@ -163,6 +176,7 @@ impl Accepting {
                 secure: false,
                 server_name: None,
                 connect: None,
+                shown: Shown::default(),
                 pardon: pardon.clone(),
             };
             let connection = self.connection(peer, held, tasks);

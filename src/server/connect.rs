@@ -21,14 +21,16 @@ use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::timeout;
 
 use super::accept::Connection;
+use super::certificate;
 use super::door::{Door, Peer, name_of};
+use super::entry::{Shown, Way};
 use super::gate::{self, Turned};
 use super::tls::Shaken;
 use super::{Body, Registry, reply};
 use crate::config::{Tunnel, host_part};
 use crate::event::{self, Answered, Kind, Outcome};
 use crate::upstream::Stream;
-use crate::upstream::tunnel::Way;
+use crate::upstream::tunnel;
 use crate::upstream::zone::Zone;
 
 /// How much of each direction of a tunnel is in memory.
@@ -40,12 +42,12 @@ const LAST_BYTES_WITHIN: Duration = Duration::from_secs(1);
 /// Where tunnels may lead besides the upstreams' own token services, and how.
 pub struct Tunnels {
     allowed: Vec<Tunnel>,
-    way: Way,
+    way: tunnel::Way,
 }
 
 impl Tunnels {
     /// To those of `allowed`, by `way`.
-    pub fn new(allowed: Vec<Tunnel>, way: Way) -> Self {
+    pub fn new(allowed: Vec<Tunnel>, way: tunnel::Way) -> Self {
         Self { allowed, way }
     }
 
@@ -67,8 +69,8 @@ impl Tunnels {
 
 /// What becomes of a `CONNECT`.
 enum Passage {
-    /// The client speaks with us; the upstream's host, as upstreams are named.
-    Intercept(Arc<str>, Arc<crate::pull::Site>),
+    /// The client speaks with us; the upstream's host, as upstreams are named, and what the client has shown.
+    Intercept(Arc<str>, Arc<crate::pull::Site>, Shown),
     /// Bytes go to and fro.
     Tunnel(Box<dyn Stream>, Place),
 }
@@ -89,10 +91,11 @@ impl Connection {
         let registry = self.accepting.front().registry.load_full();
         let way = self.way(&head, &registry).await;
         let (response, upstream, result, reason) = match way {
-            Ok(Passage::Intercept(name, site)) => {
+            Ok(Passage::Intercept(name, site, shown)) => {
                 let upstream = site.name().to_owned();
                 registry.pull.expect_challenge(&site);
-                self.tasks.spawn(Arc::clone(&self).intercepted(name, upgrade));
+                let intercepted = Arc::clone(&self).intercepted(name, shown, upgrade);
+                self.tasks.spawn(intercepted);
                 (
                     Response::new(Body::empty()),
                     upstream,
@@ -139,8 +142,11 @@ impl Connection {
         if !self.peer.may_speak {
             return Err(Turned::Plain);
         }
-        if registry.entry.is_some() {
-            return Err(Turned::NotByThisDoor);
+        let mut shown = self.peer.shown.clone();
+        if let Some(entry) = &registry.entry {
+            let now = self.accepting.front().clock.now();
+            let who = entry.who(head, &self.peer, Way::Connect, now).await?;
+            shown.user = who.user();
         }
         // RFC 9110 §9.3.6: a host and a port, and nothing else.
         let target = head.uri.authority().cloned().ok_or(Turned::Host)?;
@@ -157,7 +163,7 @@ impl Connection {
         if let Some(site) = registry.doors.named(&name) {
             let leaf = self.accepting.tls().leaf(host_part(&name));
             leaf.map_err(|error| Turned::NoCertificate(error.to_string()))?;
-            return Ok(Passage::Intercept(name.into(), Arc::clone(site)));
+            return Ok(Passage::Intercept(name.into(), Arc::clone(site), shown));
         }
         let host = host_part(&name);
         let nearest = match registry.tunnels.nearest(host, port) {
@@ -180,15 +186,24 @@ impl Connection {
     fn intercepted(
         self: Arc<Self>,
         name: Arc<str>,
+        shown: Shown,
         upgrade: OnUpgrade,
     ) -> Pin<Box<dyn Future<Output = ()> + Send>> {
         Box::pin(async move {
             let Ok(upgraded) = upgrade.await else { return };
             let (tls, limit) = (self.accepting.tls(), self.accepting.limits().handshake_timeout);
             let shaking = tls.accept_as(host_part(&name), TokioIo::new(upgraded));
-            let Shaken { stream, server_name } = match timeout(limit, shaking).await {
+            let Shaken {
+                stream,
+                server_name,
+                certificate,
+            } = match timeout(limit, shaking).await {
                 Ok(Ok(shaken)) => shaken,
                 Ok(Err(error)) => {
+                    if let Some(why) = certificate::refused(&error) {
+                        tracing::warn!(host = &*name, why, "a client certificate was refused");
+                        return;
+                    }
                     tracing::info!(host = &*name, %error,
                         "a client asked for an upstream by CONNECT and then broke off; does it trust ca.pem?");
                     return;
@@ -203,6 +218,10 @@ impl Connection {
                     secure: true,
                     server_name,
                     connect: Some(name),
+                    shown: Shown {
+                        certificate: certificate.or(shown.certificate),
+                        user: shown.user,
+                    },
                     pardon: self.peer.pardon.clone(),
                 },
                 held: Arc::clone(&self.held),

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use http::Version;
 use http::uri::Authority;
 
+use super::entry::Shown;
 use super::gate::Turned;
 use super::idle::Pardon;
 use crate::config::host_part;
@@ -58,6 +59,8 @@ pub struct Peer {
     pub server_name: Option<Arc<str>>,
     /// The upstream's host that its `CONNECT` named, as [`Doors::named`] knows it.
     pub connect: Option<Arc<str>>,
+    /// What it has shown of who is at its other end.
+    pub(super) shown: Shown,
     /// Held while the client waits for an upstream, and so is quiet without being stalled.
     pub pardon: Pardon,
 }

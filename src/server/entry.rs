@@ -1,16 +1,19 @@
-//! Who may come in at all: the cache's own users, before anything else is looked at.
+//! Who may come in at all, before anything else is looked at: by a certificate of a CA that the operator named, or by a
+//! password of the cache's own. Either opens.
 //!
-//! Where this is on, `Authorization` is ours and goes no further: an upstream is then asked with the cache's own
-//! credential (`access = "shared"`) or as everybody would. For the same reason nobody comes in by an upstream's own name:
-//! there the header is the upstream's.
+//! A certificate takes no header, so `Authorization` stays the upstream's, at every door. Where there are passwords, that
+//! header is ours at the cache's own address and goes no further, whoever sends it: an upstream is then asked with the
+//! cache's own credential (`access = "shared"`) or as everybody would. By an upstream's own name the header is the
+//! upstream's, so a password is shown before, to the proxy: in the `Proxy-Authorization` of a `CONNECT`.
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
-use http::header::AUTHORIZATION;
+use http::HeaderName;
+use http::header::{AUTHORIZATION, PROXY_AUTHORIZATION};
 use http::request::Parts;
 use quick_cache::sync::Cache;
 use tokio::sync::Semaphore;
@@ -18,8 +21,11 @@ use tokio::task::spawn_blocking;
 use tokio::time::timeout;
 use zeroize::Zeroizing;
 
+use super::certificate::{Authorities, Certificate};
+use super::door::Peer;
 use super::gate::Turned;
-use crate::config::{Allow, Entry as Settings};
+use super::tls::TlsError;
+use crate::config::{Allow, Entry as Settings, User};
 use crate::oci::Repository;
 use crate::oci::digest::keyed;
 
@@ -37,61 +43,152 @@ const NOBODY: &str = "CCCCCCCCCCCCCCCCCCCCC.E5YPO9kmyuRGyh0XouQYb4YMJKvyOeW";
 
 /// Keeps the door.
 pub struct Entry {
-    users: HashMap<String, String>,
+    authorities: Option<Authorities>,
+    users: HashMap<String, Arc<User>>,
     /// A hash that costs as much to check as that of a user.
     nobody: String,
     allows: Vec<Allow>,
     secret: [u8; 32],
     /// By the keyed hash of the credential.
-    known: Cache<[u8; 32], Arc<str>>,
+    known: Cache<[u8; 32], Arc<User>>,
     checks: Arc<Semaphore>,
 }
 
+/// What a connection has shown of who is at its other end, before any request.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Shown {
+    pub(super) certificate: Option<Arc<Certificate>>,
+    /// Whose password came with the `CONNECT`, and what it was checked against.
+    pub(super) user: Option<Arc<User>>,
+}
+
+/// How a request came, and so where a password of ours may stand in it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Way {
+    /// By the cache's own address: in `Authorization`.
+    Own,
+    /// By an upstream's name: nowhere.
+    Named,
+    /// By `CONNECT`: in `Proxy-Authorization` (RFC 9110 §11.7.2).
+    Connect,
+}
+
+/// Who came in.
+#[derive(Debug)]
+pub(super) enum Who {
+    /// The holder of a certificate.
+    Holder(Arc<str>),
+    /// One who knows a password.
+    User(Arc<User>),
+}
+
+impl Who {
+    pub(super) fn name(&self) -> &str {
+        match self {
+            Self::Holder(name) => name,
+            Self::User(user) => &user.name,
+        }
+    }
+
+    pub(super) fn user(self) -> Option<Arc<User>> {
+        match self {
+            Self::Holder(_) => None,
+            Self::User(user) => Some(user),
+        }
+    }
+}
+
 impl Entry {
-    /// For these users. `secret` keys what is remembered of their passwords.
-    pub fn new(settings: &Settings, secret: [u8; 32]) -> Self {
+    /// For these users and holders of certificates. `secret` keys what is remembered of passwords.
+    pub fn new(settings: &Settings, secret: [u8; 32]) -> Result<Self, TlsError> {
         let users = settings
             .users
             .iter()
-            .map(|user| (user.name.clone(), user.hash.clone()));
+            .map(|user| (user.name.clone(), Arc::new(user.clone())));
         let cost = settings.users.iter().filter_map(|user| user.hash.get(4..6)).max();
-        Self {
+        let roots = &settings.client_roots;
+        let authorities = (!roots.is_empty()).then(|| Authorities::new(roots));
+        Ok(Self {
+            authorities: authorities.transpose()?,
             users: users.collect(),
             nobody: format!("$2b${}${NOBODY}", cost.unwrap_or("10")),
             allows: settings.allows.clone(),
             secret,
             known: Cache::new(KNOWN_MAX),
             checks: Arc::new(Semaphore::new(CHECKS_MAX)),
+        })
+    }
+
+    /// Whether `Authorization` at the cache's own address is ours.
+    pub(super) fn takes_passwords(&self) -> bool {
+        !self.users.is_empty()
+    }
+
+    /// Who sent this request.
+    pub(super) async fn who(
+        &self,
+        head: &Parts,
+        peer: &Peer,
+        way: Way,
+        now: SystemTime,
+    ) -> Result<Who, Turned> {
+        let mut refused = Turned::NoClientCertificate;
+        if let (Some(authorities), Some(certificate)) = (&self.authorities, &peer.shown.certificate) {
+            match authorities.holder(certificate, now) {
+                Ok(name) => return Ok(Who::Holder(name)),
+                Err(why) => refused = Turned::ClientCertificate(why),
+            }
+        }
+        if !self.takes_passwords() {
+            return Err(refused);
+        }
+        // Right for as long as the user has the hash that it was checked against.
+        if let Some(user) = &peer.shown.user
+            && self.users.get(&user.name) == Some(user)
+        {
+            return Ok(Who::User(Arc::clone(user)));
+        }
+        let (header, unauthenticated) = match way {
+            Way::Own => (AUTHORIZATION, Turned::Unauthenticated),
+            Way::Connect => (PROXY_AUTHORIZATION, Turned::ProxyUnauthenticated),
+            Way::Named => return Err(Turned::NotByThisDoor),
+        };
+        match self.by_password(head, &header).await? {
+            Some(user) => Ok(Who::User(user)),
+            None => Err(unauthenticated),
         }
     }
 
-    /// Which user sent this request.
-    pub(super) async fn who(&self, head: &Parts) -> Result<Arc<str>, Turned> {
-        let mut lines = head.headers.get_all(AUTHORIZATION).iter();
+    /// The user whose name and password stand in this header.
+    async fn by_password(&self, head: &Parts, header: &HeaderName) -> Result<Option<Arc<User>>, Turned> {
+        let mut lines = head.headers.get_all(header).iter();
         let (Some(line), None) = (lines.next(), lines.next()) else {
-            return Err(Turned::Unauthenticated);
+            return Ok(None);
         };
         let key = keyed(&self.secret, &[b"entry\0", line.as_bytes()].concat());
         if let Some(user) = self.known.get(&key) {
-            return Ok(user);
+            return Ok(Some(user));
         }
-        let (name, password) = credential(line.as_bytes()).ok_or(Turned::Unauthenticated)?;
+        let Some((name, password)) = credential(line.as_bytes()) else {
+            return Ok(None);
+        };
         let turn = timeout(CHECK_WITHIN, Arc::clone(&self.checks).acquire_owned()).await;
         let Ok(Ok(turn)) = turn else {
             return Err(Turned::EntryBusy);
         };
-        let hash = self.users.get(&name).cloned();
-        let is_user = hash.is_some();
-        let hash = hash.unwrap_or_else(|| self.nobody.clone());
+        let user = self.users.get(&name).cloned();
+        let hash = user
+            .as_ref()
+            .map_or_else(|| self.nobody.clone(), |user| user.hash.clone());
         let checked = spawn_blocking(move || {
             let _turn = turn;
             bcrypt::verify(password.as_bytes(), &hash).unwrap_or(false)
         });
-        if !(checked.await.unwrap_or(false) && is_user) {
-            return Err(Turned::Unauthenticated);
+        let is_right = checked.await.unwrap_or(false);
+        let user = user.filter(|_| is_right);
+        if let Some(user) = &user {
+            self.known.insert(key, Arc::clone(user));
         }
-        let user: Arc<str> = name.into();
-        self.known.insert(key, Arc::clone(&user));
         Ok(user)
     }
 
@@ -117,76 +214,4 @@ fn credential(line: &[u8]) -> Option<(String, Zeroizing<String>)> {
 }
 
 #[cfg(test)]
-mod tests {
-    #![allow(clippy::unwrap_used, reason = "tests may fail loudly")]
-    use super::*;
-    use crate::config::User;
-
-    fn entry() -> Entry {
-        let user = User {
-            name: "alice".to_owned(),
-            hash: bcrypt::hash("secret", 5).unwrap(),
-        };
-        let settings = Settings {
-            users: vec![user],
-            allows: Vec::new(),
-        };
-        Entry::new(&settings, [7; 32])
-    }
-
-    fn head(authorization: &[&str]) -> Parts {
-        let request = authorization
-            .iter()
-            .fold(http::Request::builder(), |request, line| {
-                request.header(AUTHORIZATION, *line)
-            });
-        request.body(()).unwrap().into_parts().0
-    }
-
-    fn basic(pair: &str) -> String {
-        format!("Basic {}", BASE64_STANDARD.encode(pair))
-    }
-
-    #[tokio::test]
-    async fn the_right_password_and_nothing_else_opens() {
-        let entry = entry();
-        for _ in 0..2 {
-            assert_eq!(
-                &*entry.who(&head(&[&basic("alice:secret")])).await.unwrap(),
-                "alice"
-            );
-        }
-        let (right, bearer) = (basic("alice:secret"), "Bearer secret".to_owned());
-        for lines in [
-            &[] as &[&str],
-            &[&basic("alice:wrong")],
-            &[&basic("alice:")],
-            &[&basic("bob:secret")],
-            &[&basic(":")],
-            &["Basic !"],
-            &[&bearer],
-            &[&right, &right],
-        ] {
-            let refused = entry.who(&head(lines)).await;
-            assert!(matches!(refused, Err(Turned::Unauthenticated)), "{lines:?}");
-        }
-    }
-
-    #[tokio::test]
-    async fn a_password_found_right_is_not_hashed_again() {
-        let entry = entry();
-        entry.who(&head(&[&basic("alice:secret")])).await.unwrap();
-        entry.checks.close();
-        entry.who(&head(&[&basic("alice:secret")])).await.unwrap();
-        assert!(matches!(
-            entry.who(&head(&[&basic("alice:wrong")])).await,
-            Err(Turned::EntryBusy)
-        ));
-    }
-
-    #[test]
-    fn nobodys_hash_is_one_that_is_checked_in_full() {
-        assert!(!bcrypt::verify("x", &entry().nobody).unwrap());
-        assert!(entry().nobody.starts_with("$2b$05$"), "as dear as the users' own");
-    }
-}
+mod tests;

@@ -15,7 +15,7 @@ use http::{HeaderMap, HeaderValue, Method, StatusCode, Version};
 use super::door::{Door, Doors, Peer, in_full, is_absolute};
 use crate::oci::accept::AcceptError;
 use crate::oci::query::{Query, QueryError};
-use crate::oci::{Accept, Cause, ErrorCode, Malformed, Operation};
+use crate::oci::{Accept, Cause, ErrorCode, Malformed, Operation, Repository};
 use crate::pull::writing::Change;
 use crate::pull::{Request, Site};
 
@@ -68,6 +68,21 @@ pub(super) enum Turned {
     /// No user of ours.
     #[error("this cache wants a user name and a password of its own; log in with: docker login")]
     Unauthenticated,
+    /// The same, asked for by `CONNECT`.
+    #[error(
+        "this cache wants a user name and a password of its own before it is a proxy, as in \
+         HTTPS_PROXY=https://user:password@cache:5000"
+    )]
+    ProxyUnauthenticated,
+    /// Only certificates open, and there is none.
+    #[error(
+        "this cache wants a client certificate, and so https://, of a CA that is named in its [access] client_ca; there \
+         is none on this connection"
+    )]
+    NoClientCertificate,
+    /// The certificate of this connection does not open any more.
+    #[error("the client certificate of this connection is refused: {0}")]
+    ClientCertificate(String),
     /// Too many passwords wait to be checked.
     #[error("too many passwords wait to be checked; try again")]
     EntryBusy,
@@ -76,8 +91,9 @@ pub(super) enum Turned {
     NotAllowed(String),
     /// By an upstream's own name, where the credential would be the upstream's.
     #[error(
-        "this cache has users of its own, who cannot show themselves here: `Authorization` is the registry's; name the \
-         registry by the cache's own address (a mirror, ?ns= or a path prefix)"
+        "this cache has users of its own, and a password cannot be shown here: `Authorization` is the registry's. Name the \
+         registry by the cache's own address (a mirror, ?ns= or a path prefix), come by HTTPS_PROXY with user and password, \
+         or with a client certificate, where it takes them"
     )]
     NotByThisDoor,
     /// `?ns=` names no configured upstream. No connection is made: otherwise this would be an open proxy.
@@ -94,7 +110,10 @@ impl Turned {
             Self::Misdirected => StatusCode::MISDIRECTED_REQUEST,
             Self::Body(_) => StatusCode::PAYLOAD_TOO_LARGE,
             Self::Unauthenticated => StatusCode::UNAUTHORIZED,
+            Self::ProxyUnauthenticated => StatusCode::PROXY_AUTHENTICATION_REQUIRED,
             Self::Plain
+            | Self::NoClientCertificate
+            | Self::ClientCertificate(_)
             | Self::NotAllowed(_)
             | Self::NotByThisDoor
             | Self::NoTunnel(_)
@@ -111,8 +130,10 @@ impl Turned {
     pub(super) fn code(&self) -> ErrorCode {
         match self {
             Self::Malformed(malformed) => malformed.code(),
-            Self::Unauthenticated => ErrorCode::Unauthorized,
+            Self::Unauthenticated | Self::ProxyUnauthenticated => ErrorCode::Unauthorized,
             Self::Plain
+            | Self::NoClientCertificate
+            | Self::ClientCertificate(_)
             | Self::NotAllowed(_)
             | Self::NotByThisDoor
             | Self::NoTunnel(_)
@@ -144,6 +165,9 @@ impl Turned {
             Self::TunnelFailed(..) => "tunnel-failed",
             Self::NoCertificate(_) => "no-certificate",
             Self::Unauthenticated => "unauthenticated",
+            Self::ProxyUnauthenticated => "proxy-unauthenticated",
+            Self::NoClientCertificate => "no-client-certificate",
+            Self::ClientCertificate(_) => "client-certificate",
             Self::EntryBusy => "entry-busy",
             Self::NotAllowed(_) => "not-allowed",
             Self::NotByThisDoor => "not-by-this-door",
@@ -167,10 +191,24 @@ pub(super) enum Wanted {
     Pass(Passage),
 }
 
+impl Wanted {
+    /// Of which upstream, about which repository, and by which door.
+    pub(super) fn subject(&self) -> (&Arc<Site>, Option<&Repository>, Door) {
+        match self {
+            Self::Read(request, door) | Self::Knock(request, door) => {
+                (&request.site, request.operation.repository(), *door)
+            }
+            Self::Pass(passage) => (&passage.site, passage.repository.as_ref(), passage.door),
+        }
+    }
+}
+
 /// A request that is handed on to the registry.
 pub(super) struct Passage {
     pub(super) site: Arc<Site>,
     pub(super) door: Door,
+    /// Where its path names one.
+    pub(super) repository: Option<Repository>,
     /// Where the client thinks it is.
     pub(super) base: String,
     /// What will be different at the registry.
@@ -249,11 +287,23 @@ fn pass(
     }
     let scheme = if peer.secure { "https" } else { "http" };
     Ok(Passage {
+        repository: repository_in(path).and_then(|named| site.full_name(named).ok()),
         site,
         door,
         base: format!("{scheme}://{}", host.map_or("", Authority::as_str)),
         change: Change::of(&head.method, path),
     })
+}
+
+/// The repository that a path of the distribution specification is about, of whatever endpoint.
+fn repository_in(path: &str) -> Option<Repository> {
+    const ENDPOINTS: [&str; 4] = ["/blobs/", "/manifests/", "/tags/", "/referrers/"];
+    let path = path.strip_prefix("/v2/")?;
+    let end = ENDPOINTS
+        .iter()
+        .filter_map(|endpoint| path.rfind(endpoint))
+        .max()?;
+    path.get(..end)?.parse().ok()
 }
 
 fn is_write(method: &Method) -> bool {

@@ -10,7 +10,9 @@ mod refusal;
 
 use std::sync::Arc;
 
-use http::header::{ALLOW, CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, ETAG, LINK, WWW_AUTHENTICATE};
+use http::header::{
+    ALLOW, CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, ETAG, LINK, PROXY_AUTHENTICATE, WWW_AUTHENTICATE,
+};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Response, StatusCode};
 
 use super::gate::Turned;
@@ -116,11 +118,14 @@ pub(super) fn turned(turned: &Turned, method: &Method) -> Response<Body> {
             .headers_mut()
             .insert(ALLOW, HeaderValue::from_static("GET, HEAD"));
     }
-    if turned.status() == StatusCode::UNAUTHORIZED {
-        response.headers_mut().insert(
-            WWW_AUTHENTICATE,
-            HeaderValue::from_static("Basic realm=\"ifnewer\""),
-        );
+    let challenge = match turned.status() {
+        StatusCode::UNAUTHORIZED => Some(WWW_AUTHENTICATE),
+        StatusCode::PROXY_AUTHENTICATION_REQUIRED => Some(PROXY_AUTHENTICATE),
+        _ => None,
+    };
+    if let Some(name) = challenge {
+        let basic = HeaderValue::from_static("Basic realm=\"ifnewer\"");
+        response.headers_mut().insert(name, basic);
     }
     if turned.closes() {
         response

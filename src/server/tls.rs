@@ -19,7 +19,8 @@ use rustls::ServerConfig;
 use rustls::client::WebPkiServerVerifier;
 use rustls::client::danger::ServerCertVerifier;
 use rustls::crypto::CryptoProvider;
-use rustls::server::{Acceptor, ResolvesServerCert};
+use rustls::server::danger::ClientCertVerifier;
+use rustls::server::{Acceptor, NoClientAuth, ResolvesServerCert};
 use rustls::sign::CertifiedKey;
 use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
@@ -27,6 +28,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_rustls::server::TlsStream;
 use tokio_rustls::{LazyConfigAcceptor, TlsAcceptor};
 
+use super::certificate::{self, Certificate};
 use super::mint::{Authority, ByName, Mint, MintError, Only};
 use crate::clock::Clock;
 use crate::config::Tls;
@@ -74,6 +76,9 @@ pub enum TlsError {
     /// A certificate could not be made.
     #[error("cannot make a certificate: {0}")]
     Minting(#[from] rcgen::Error),
+    /// The CAs of client certificates cannot be used.
+    #[error("access.client_ca: {0}")]
+    ClientCa(String),
     /// Certificate and key do not go together, or the like.
     #[error("the certificate cannot be used: {0}")]
     Unusable(#[from] rustls::Error),
@@ -83,6 +88,7 @@ pub enum TlsError {
 pub struct ServerTls {
     acceptor: TlsAcceptor,
     mint: Option<Arc<Mint>>,
+    clients: Arc<dyn ClientCertVerifier>,
 }
 
 /// What a client showed of itself in the handshake.
@@ -90,15 +96,19 @@ pub(super) struct Shaken<S> {
     pub(super) stream: TlsStream<S>,
     /// The name it asked for, in lower case.
     pub(super) server_name: Option<Arc<str>>,
+    /// Of a CA that was named when the handshake's settings were made.
+    pub(super) certificate: Option<Arc<Certificate>>,
 }
 
 impl ServerTls {
     /// Makes what is missing and loads the rest. `addresses` are those listened on, for the certificate's names; `hosts`
-    /// those of the upstreams, without ports, for which certificates are made when they are asked for.
+    /// those of the upstreams, without ports, for which certificates are made when they are asked for; `client_roots` the
+    /// CAs, DER, of which clients are asked for a certificate; if there are none, they are not asked.
     pub fn prepare(
         tls: &Tls,
         addresses: &[IpAddr],
         hosts: HashSet<String>,
+        client_roots: &[Vec<u8>],
         clock: Clock,
     ) -> Result<Self, TlsError> {
         let now = clock.now();
@@ -129,9 +139,16 @@ impl ServerTls {
         let own = Arc::new(CertifiedKey::from_der(chain, key, &provider())?);
         let mint = authority.map(|authority| Arc::new(Mint::new(authority, provider(), clock)));
         let by_name = ByName::new(own, mint.clone(), hosts);
+        let clients = if client_roots.is_empty() {
+            Arc::new(NoClientAuth)
+        } else {
+            certificate::verifier(client_roots)?
+        };
+        let config = server_config(Arc::new(by_name), Arc::clone(&clients))?;
         Ok(Self {
-            acceptor: TlsAcceptor::from(Arc::new(server_config(Arc::new(by_name))?)),
+            acceptor: TlsAcceptor::from(Arc::new(config)),
             mint,
+            clients,
         })
     }
 
@@ -151,7 +168,8 @@ impl ServerTls {
             Arc::clone(self.acceptor.config())
         } else {
             let leaf = self.leaf(host).map_err(io::Error::other)?;
-            Arc::new(server_config(Arc::new(Only(leaf))).map_err(io::Error::other)?)
+            let config = server_config(Arc::new(Only(leaf)), Arc::clone(&self.clients));
+            Arc::new(config.map_err(io::Error::other)?)
         };
         Ok(shaken(start.into_stream(config).await?))
     }
@@ -166,10 +184,13 @@ impl ServerTls {
 }
 
 /// TLS 1.2 and 1.3 with the provider's suites, all of them with forward secrecy and authenticated encryption.
-fn server_config(certificates: Arc<dyn ResolvesServerCert>) -> Result<ServerConfig, rustls::Error> {
+fn server_config(
+    certificates: Arc<dyn ResolvesServerCert>,
+    clients: Arc<dyn ClientCertVerifier>,
+) -> Result<ServerConfig, rustls::Error> {
     let mut config = ServerConfig::builder_with_provider(provider())
         .with_safe_default_protocol_versions()?
-        .with_no_client_auth()
+        .with_client_cert_verifier(clients)
         .with_cert_resolver(certificates);
     config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
     Ok(config)
@@ -179,10 +200,17 @@ fn shaken<S>(mut stream: TlsStream<S>) -> Shaken<S> {
     let session = stream.get_mut().1;
     session.set_buffer_limit(Some(WRITE_BUFFER_BYTES_MAX));
     let server_name = session.server_name().map(|name| name.to_ascii_lowercase().into());
-    Shaken { stream, server_name }
+    let certificate = session
+        .peer_certificates()
+        .map(|chain| Arc::new(Certificate::new(chain)));
+    Shaken {
+        stream,
+        server_name,
+        certificate,
+    }
 }
 
-fn provider() -> Arc<CryptoProvider> {
+pub(super) fn provider() -> Arc<CryptoProvider> {
     Arc::new(rustls::crypto::aws_lc_rs::default_provider())
 }
 

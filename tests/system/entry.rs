@@ -1,10 +1,10 @@
 //! Users of the cache's own, in front of everything.
 
-use crate::proxy::{Proxy, Setup, blob_path};
+use crate::proxy::{Ask, Proxy, Setup, blob_path, manifest_path, raw};
 use crate::upstream::{Image, Upstream};
 
-/// bcrypt of `a-secret` and of `b-secret`.
-const USERS: &str = "alice:$2b$06$abcdefghijklmnopqrstuuzx4/bUczer6TArCP6.5xzNhL3yJOkfi
+/// Of alice and ci-1: bcrypt of `a-secret` and of `b-secret`.
+pub const USERS: &str = "alice:$2b$06$abcdefghijklmnopqrstuuzx4/bUczer6TArCP6.5xzNhL3yJOkfi
 ci-1:$2b$06$abcdefghijklmnopqrstuubh0fPesfgl8pv0ZIX4.BfC.zsViz85u
 ";
 
@@ -84,4 +84,85 @@ async fn a_user_pulls_what_its_list_allows_and_its_password_goes_no_further() {
         .unchecked()
         .await
         .is_refused(403);
+}
+
+/// Through `HTTPS_PROXY`, as this user of the cache and as that one of the registry.
+fn through(ask: Ask, proxy: &Proxy, (user, password): (&str, &str)) -> Ask {
+    ask.tls(&proxy.ca_pem(), &["h2"])
+        .through_connect("docker.io:443")
+        .proxy_basic(user, password)
+}
+
+#[tokio::test]
+async fn by_connect_a_password_is_shown_to_the_proxy_and_authorization_is_the_registrys() {
+    let upstream = Upstream::start().await;
+    upstream.requires_token();
+    upstream.lets("robot", "up-secret", "*");
+    let image = upstream.push("open/app", "1", Image::with_layers(&["private bytes"]));
+    upstream.push("acme/app", "1", image.clone());
+    let setup = Setup::over(&upstream);
+    let users = setup.file("users", USERS);
+    let proxy = setup
+        .tail(&format!(
+            "[access]\nhtpasswd = {users:?}\n[[allow]]\nwho = \"ci-*\"\nimages = \"docker.io/open/*\"\n[log]\nlevel = \"trace\""
+        ))
+        .start()
+        .await;
+    let as_ci = |ask: Ask| through(ask, &proxy, ("ci-1", "b-secret"));
+    let dressed = |ask: Ask| as_ci(ask).basic("robot", "up-secret");
+    proxy.pull_with("open/app", "1", &image, dressed).await;
+    // No right at the registry comes with it, and the registry's own challenge does.
+    let stranger = as_ci(proxy.manifest("open/app", "1")).await;
+    assert!(
+        stranger
+            .header("www-authenticate")
+            .unwrap()
+            .starts_with("Bearer ")
+    );
+    // What may be pulled is said for every door; a push is no way around it.
+    let ask = dressed(proxy.manifest("acme/app", "1")).await;
+    assert_eq!((ask.status, ask.code().as_str()), (403, "DENIED"));
+    let push = proxy.ask("PUT", &manifest_path("acme/app", "2")).body(b"{}");
+    dressed(push).await.is_refused(403);
+    // A login is handed on, with all that is the registry's and nothing that is ours.
+    let login = dressed(proxy.get("/v2/")).header("proxy-authorization", "Basic bm9uZTpvdXJz");
+    login.unchecked().await;
+
+    for seen in upstream.requests() {
+        assert_eq!(seen.header("proxy-authorization"), None, "{seen:#?}");
+    }
+    let log = proxy.program().stderr();
+    for secret in ["b-secret", "Y2ktMTpiLXNlY3JldA", "up-secret"] {
+        assert!(!log.contains(secret), "{secret} is in the log");
+    }
+}
+
+#[tokio::test]
+async fn connect_asks_for_a_user_before_anything_else() {
+    let (upstream, _, proxy) = guarded().await;
+    // ci-1 and alice with a wrong password, and a right one where the registry's belongs.
+    for line in [
+        "",
+        "Proxy-Authorization: Basic Y2ktMTp3cm9uZw==\r\n",
+        "Proxy-Authorization: Bearer b-secret\r\n",
+        "Authorization: Basic Y2ktMTpiLXNlY3JldA==\r\n",
+    ] {
+        for target in ["docker.io:443", "evil.example:443", "127.0.0.1:22"] {
+            let head =
+                format!("CONNECT {target} HTTP/1.1\r\nHost: {target}\r\nConnection: close\r\n{line}\r\n");
+            let reply = raw(proxy.registry_address(), head.as_bytes()).await;
+            assert_eq!(reply.status(), Some(407), "{line}: {}", reply.text);
+            let text = reply.text.to_lowercase();
+            assert!(
+                text.contains("proxy-authenticate: basic realm=\"ifnewer\""),
+                "{text}"
+            );
+            assert!(!text.contains("www-authenticate"), "{text}");
+        }
+    }
+    let known = "CONNECT evil.example:443 HTTP/1.1\r\nHost: evil.example:443\r\nConnection: close\r\n\
+                 Proxy-Authorization: Basic Y2ktMTpiLXNlY3JldA==\r\n\r\n";
+    let reply = raw(proxy.registry_address(), known.as_bytes()).await;
+    assert_eq!(reply.status(), Some(403), "{}", reply.text);
+    assert_eq!(upstream.connections(), 0);
 }

@@ -24,6 +24,7 @@ mod absent;
 mod admin;
 mod admin_api;
 mod ca;
+mod certificates;
 mod challenge;
 mod client_setup;
 mod commands;

@@ -126,6 +126,40 @@ fn users_are_read_or_what_is_wrong_with_them_is_told() {
 }
 
 #[test]
+fn cas_of_clients_open_alone_or_beside_users() {
+    let folder = tempfile::tempdir().unwrap();
+    let make = || {
+        let made = rcgen::generate_simple_self_signed(["ca".to_owned()]).unwrap();
+        made.cert.pem()
+    };
+    let told = |pem: &str, more: &str| {
+        std::fs::write(folder.path().join("clients.pem"), pem).unwrap();
+        let text = format!("[access]\nclient_ca = \"clients.pem\"\n{more}");
+        let read = Config::read(&text, &folder.path().join("ifnewer.toml"));
+        read.map_err(|faults| faults.to_string())
+    };
+    // No password crosses the network where there is none.
+    let list = "[[allow]]\nwho = [\"spiffe://example.org/*\"]\nimages = [\"docker.io/*\"]\n[listen]\nplain = \"any\"";
+    let config = told(&(make() + &make()), list).unwrap();
+    let entry = config.entry.as_ref().unwrap();
+    assert_eq!((entry.users.len(), entry.client_roots.len()), (0, 2));
+    assert!(entry.allows[0].is_for("spiffe://example.org/ci") && !entry.allows[0].is_for("ci"));
+    assert!(
+        config
+            .summary()
+            .to_string()
+            .contains("0 users, certificates of 2 CAs, 1 list")
+    );
+    for (pem, why) in [
+        ("", "there is no certificate in the file"),
+        ("-----BEGIN CERTIFICATE-----\n?", "the file is not PEM"),
+    ] {
+        let faults = told(pem, "").unwrap_err();
+        assert!(faults.contains(why) && faults.contains("client_ca"), "{faults}");
+    }
+}
+
+#[test]
 fn a_bundle_of_certificates_is_read() {
     let folder = tempfile::tempdir().unwrap();
     let make = || {

@@ -21,6 +21,7 @@ const HEADERS: &[&str] = &[
     "link",
     "oci-filters-applied",
     "oci-namespace",
+    "proxy-authenticate",
     "retry-after",
     "transfer-encoding",
     "vary",

@@ -1,6 +1,7 @@
 //! A small client: one request, one connection, every reply checked.
 
 use super::check;
+use super::identity::Identity;
 use super::reply::Reply;
 use crate::upstream::within;
 use base64::Engine as _;
@@ -37,7 +38,10 @@ pub struct Ask {
     chunked: bool,
     tls: Option<(String, Vec<String>)>,
     server_name: String,
+    identity: Option<Identity>,
     connect: Option<String>,
+    /// Sent with the CONNECT.
+    proxy_authorization: Option<String>,
     /// The CONNECT itself goes over TLS.
     with_tls_to_proxy: bool,
     checked: bool,
@@ -55,7 +59,9 @@ impl Ask {
             chunked: false,
             tls: None,
             server_name: "localhost".to_owned(),
+            identity: None,
             connect: None,
+            proxy_authorization: None,
             with_tls_to_proxy: false,
             checked: true,
         }
@@ -127,6 +133,20 @@ impl Ask {
         let host = target.rsplit_once(':').unwrap().0;
         host.clone_into(&mut self.server_name);
         self.named_host(target.strip_suffix(":443").unwrap_or(target))
+    }
+
+    /// With this client certificate in each handshake with the program; within a `CONNECT` that came over TLS, in the
+    /// outer one only.
+    pub fn identity(mut self, identity: &Identity) -> Ask {
+        self.identity = Some(identity.clone());
+        self
+    }
+
+    /// The `CONNECT` carries `Basic` credentials for the proxy.
+    pub fn proxy_basic(mut self, user: &str, password: &str) -> Ask {
+        let pair = BASE64_STANDARD.encode(format!("{user}:{password}"));
+        self.proxy_authorization = Some(format!("Basic {pair}"));
+        self
     }
 
     /// The `CONNECT` itself is sent over TLS, as to a proxy with an https URL.
@@ -203,6 +223,27 @@ impl Ask {
         Ok(reply)
     }
 
+    /// Sends it over TLS with what this client keeps from one connection to the next; also whether that was a session
+    /// resumed.
+    pub async fn by(self, client: &tokio_rustls::TlsConnector) -> (Reply, bool) {
+        let stream = TcpStream::connect(self.address).await.unwrap();
+        let name = ServerName::try_from(self.server_name.clone()).unwrap();
+        let stream = client.connect(name, stream).await.unwrap();
+        let resumed = stream.get_ref().1.handshake_kind() == Some(rustls::HandshakeKind::Resumed);
+        let mut flow = within("the reply", self.over_http1(stream, None)).await.unwrap();
+        let body = flow.rest().await.unwrap();
+        let reply = Reply {
+            method: self.method,
+            path: self.path,
+            status: flow.status,
+            headers: flow.headers.clone(),
+            body,
+            whole: true,
+        };
+        check::reply(&reply);
+        (reply, resumed)
+    }
+
     /// Sends it and reads only the head of the reply. Dropping the flow closes the connection.
     pub async fn stream(self) -> Flow {
         let what = format!("{} {}", self.method, self.path);
@@ -224,17 +265,19 @@ impl Ask {
         let Some((ca_pem, protocols)) = &self.tls else {
             return self.over_http1(stream, None).await;
         };
-        let connector = connector(ca_pem, protocols);
+        let mut identity = self.identity.as_ref();
         let name = ServerName::try_from(self.server_name.clone())?;
         let mut stream: Box<dyn Stream> = Box::new(stream);
         if let Some(target) = &self.connect {
             if self.with_tls_to_proxy {
-                let proxy = connector_with(ca_pem, &[]);
+                let proxy = connector(ca_pem, &[], identity.take());
                 stream = Box::new(proxy.connect(ServerName::try_from("localhost")?, stream).await?);
             }
-            connect(&mut stream, target).await?;
+            connect(&mut stream, target, self.proxy_authorization.as_deref()).await?;
         }
-        let stream = connector.connect(name, stream).await?;
+        let stream = connector(ca_pem, protocols, identity)
+            .connect(name, stream)
+            .await?;
         if stream.get_ref().1.alpn_protocol() == Some(b"h2") {
             self.over_http2(stream).await
         } else {
@@ -341,8 +384,13 @@ trait Stream: AsyncRead + AsyncWrite + Unpin + Send {}
 impl<T: AsyncRead + AsyncWrite + Unpin + Send> Stream for T {}
 
 /// Asks for a tunnel; the fault is the reply where it is not given.
-async fn connect(stream: &mut (impl AsyncRead + AsyncWrite + Unpin), target: &str) -> Result<(), Fault> {
-    let request = format!("CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n\r\n");
+async fn connect(
+    stream: &mut (impl AsyncRead + AsyncWrite + Unpin),
+    target: &str,
+    authorization: Option<&str>,
+) -> Result<(), Fault> {
+    let line = authorization.map_or_else(String::new, |basic| format!("Proxy-Authorization: {basic}\r\n"));
+    let request = format!("CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n{line}\r\n");
     stream.write_all(request.as_bytes()).await?;
     let mut reply = Vec::new();
     while !reply.ends_with(b"\r\n\r\n") {
@@ -356,22 +404,27 @@ async fn connect(stream: &mut (impl AsyncRead + AsyncWrite + Unpin), target: &st
     }
 }
 
-fn connector_with(ca_pem: &str, protocols: &[&str]) -> tokio_rustls::TlsConnector {
-    let protocols: Vec<String> = protocols.iter().map(|name| (*name).to_owned()).collect();
-    connector(ca_pem, &protocols)
-}
-
-fn connector(ca_pem: &str, protocols: &[String]) -> tokio_rustls::TlsConnector {
+/// What speaks TLS with a server of this CA.
+pub(super) fn connector(
+    ca_pem: &str,
+    protocols: &[String],
+    identity: Option<&Identity>,
+) -> tokio_rustls::TlsConnector {
     let mut roots = rustls::RootCertStore::empty();
     roots
         .add(CertificateDer::from_pem_slice(ca_pem.as_bytes()).unwrap())
         .unwrap();
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-    let mut config = rustls::ClientConfig::builder_with_provider(provider)
+    let config = rustls::ClientConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()
         .unwrap()
-        .with_root_certificates(roots)
-        .with_no_client_auth();
+        .with_root_certificates(roots);
+    let mut config = match identity {
+        Some(identity) => config
+            .with_client_auth_cert(identity.chain(), identity.key())
+            .unwrap(),
+        None => config.with_no_client_auth(),
+    };
     config.alpn_protocols = protocols.iter().map(|name| name.as_bytes().to_vec()).collect();
     Arc::new(config).into()
 }
@@ -445,9 +498,18 @@ impl Session {
 
     /// Opens the connection over TLS, trusting this CA.
     pub async fn open_tls(address: SocketAddr, ca_pem: &str) -> Session {
+        Session::over(address, connector(ca_pem, &[], None)).await
+    }
+
+    /// Opens the connection over TLS with this client certificate.
+    pub async fn open_as(address: SocketAddr, ca_pem: &str, identity: &Identity) -> Session {
+        Session::over(address, connector(ca_pem, &[], Some(identity))).await
+    }
+
+    async fn over(address: SocketAddr, connector: tokio_rustls::TlsConnector) -> Session {
         let stream = TcpStream::connect(address).await.unwrap();
         let name = ServerName::try_from("localhost").unwrap();
-        let stream = connector(ca_pem, &[]).connect(name, stream).await.unwrap();
+        let stream = connector.connect(name, stream).await.unwrap();
         let (sender, connection) = http1::handshake(TokioIo::new(stream)).await.unwrap();
         tokio::spawn(connection);
         Session { sender, address }
@@ -455,6 +517,13 @@ impl Session {
 
     /// The next request on it.
     pub async fn ask(&mut self, method: &str, path: &str) -> Reply {
+        let reply = self.ask_unchecked(method, path).await;
+        check::reply(&reply);
+        reply
+    }
+
+    /// `ask`, with no check of the reply.
+    pub async fn ask_unchecked(&mut self, method: &str, path: &str) -> Reply {
         within("the connection to stay open", self.sender.ready())
             .await
             .expect("the connection was closed");
@@ -471,15 +540,13 @@ impl Session {
         let (head, body) = response.into_parts();
         let body = within("the body", body.collect()).await.unwrap().to_bytes();
         let (method, path) = (method.to_owned(), path.to_owned());
-        let reply = Reply {
+        Reply {
             method,
             path,
             status: head.status.as_u16(),
             headers: head.headers,
             body,
             whole: true,
-        };
-        check::reply(&reply);
-        reply
+        }
     }
 }

@@ -5,12 +5,14 @@
 
 mod check;
 mod client;
+mod identity;
 mod program;
 mod raw;
 mod reply;
 mod setup;
 
 pub use client::{Ask, Session};
+pub use identity::{Authority, Identity};
 pub use program::Program;
 pub use raw::{RawReply, raw};
 pub use reply::Reply;

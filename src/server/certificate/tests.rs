@@ -1,0 +1,103 @@
+#![allow(clippy::unwrap_used, reason = "tests may fail loudly")]
+use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair, SanType};
+
+use super::*;
+use crate::server::tls::lasting;
+
+const NOW: Duration = Duration::from_secs(1_700_000_000);
+const DAY: Duration = Duration::from_secs(86_400);
+
+/// A CA, DER, and what it signs: a certificate that ends ten days after [`NOW`].
+struct Signing(Vec<u8>, Issuer<'static, KeyPair>);
+
+fn signing() -> Signing {
+    let key = KeyPair::generate().unwrap();
+    let mut params = CertificateParams::new(Vec::new()).unwrap();
+    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    let der = params.self_signed(&key).unwrap().der().to_vec();
+    Signing(der, Issuer::new(params, key))
+}
+
+impl Signing {
+    fn client(&self, change: impl FnOnce(&mut CertificateParams)) -> Certificate {
+        let mut params = CertificateParams::new(Vec::new()).unwrap();
+        params.distinguished_name = rcgen::DistinguishedName::new();
+        lasting(&mut params, SystemTime::UNIX_EPOCH + NOW, 10);
+        change(&mut params);
+        let signed = params.signed_by(&KeyPair::generate().unwrap(), &self.1).unwrap();
+        Certificate::new(&[signed.der().clone()])
+    }
+
+    fn holder(&self, shown: &Certificate, after: Duration) -> Result<Arc<str>, String> {
+        let authorities = Authorities::new(std::slice::from_ref(&self.0)).unwrap();
+        authorities.holder(shown, SystemTime::UNIX_EPOCH + NOW + after)
+    }
+}
+
+fn common(params: &mut CertificateParams, name: &str) {
+    params.distinguished_name.push(DnType::CommonName, name);
+}
+
+#[test]
+fn a_common_name_is_the_name_and_without_one_the_first_alternative() {
+    let ca = signing();
+    let dns = |name: &str| SanType::DnsName(name.try_into().unwrap());
+    let uri = || SanType::URI("spiffe://example.org/ci".try_into().unwrap());
+    let mail = || SanType::Rfc822Name("ci@example.org".try_into().unwrap());
+    let address = || SanType::IpAddress([192, 0, 2, 1].into());
+    let named = |change: &dyn Fn(&mut CertificateParams)| {
+        let shown = ca.client(|params| change(params));
+        ca.holder(&shown, Duration::ZERO)
+            .map(|name| name.to_string())
+            .map_err(|why| why.contains("it names nobody"))
+    };
+    let with = |names: Vec<SanType>| named(&|params| params.subject_alt_names.clone_from(&names));
+    assert_eq!(named(&|params| common(params, "node-7")), Ok("node-7".to_owned()));
+    let both = named(&|params| {
+        common(params, "node-7");
+        params.subject_alt_names = vec![uri()];
+    });
+    assert_eq!(both, Ok("node-7".to_owned()));
+    assert_eq!(with(vec![uri()]), Ok("spiffe://example.org/ci".to_owned()));
+    assert_eq!(
+        with(vec![address(), dns("ci.example.org"), uri()]),
+        Ok("ci.example.org".to_owned())
+    );
+    assert_eq!(with(vec![mail()]), Ok("ci@example.org".to_owned()));
+    for nobody in [
+        named(&|_| {}),
+        named(&|params| common(params, "")),
+        named(&|params| common(params, "node-7\nadmin")),
+        named(&|params| common(params, "node-7\0.evil")),
+        with(vec![address()]),
+    ] {
+        assert_eq!(nobody, Err(true));
+    }
+}
+
+#[test]
+fn a_certificate_found_right_ends_when_it_ends() {
+    let ca = signing();
+    let authorities = Authorities::new(std::slice::from_ref(&ca.0)).unwrap();
+    let shown = ca.client(|params| common(params, "node-7"));
+    let at = |after| authorities.holder(&shown, SystemTime::UNIX_EPOCH + NOW + after);
+    assert_eq!(&*at(Duration::ZERO).unwrap(), "node-7");
+    assert_eq!(&*at(9 * DAY).unwrap(), "node-7");
+    assert_eq!(at(12 * DAY).unwrap_err(), "it has expired");
+    assert_eq!(
+        &*at(Duration::ZERO).unwrap(),
+        "node-7",
+        "a clock set back says so again"
+    );
+}
+
+#[test]
+fn another_ca_vouches_for_nobody_here() {
+    let (ca, other) = (signing(), signing());
+    let shown = other.client(|params| common(params, "node-7"));
+    assert_eq!(
+        ca.holder(&shown, Duration::ZERO).unwrap_err(),
+        "no CA of `access.client_ca` has signed it"
+    );
+    assert!(Authorities::new(&[b"no certificate".to_vec()]).is_err());
+}

@@ -1,0 +1,118 @@
+#![allow(clippy::unwrap_used, reason = "tests may fail loudly")]
+use super::*;
+
+fn entry() -> Entry {
+    let user = User {
+        name: "alice".to_owned(),
+        hash: bcrypt::hash("secret", 5).unwrap(),
+    };
+    let settings = Settings {
+        users: vec![user],
+        client_roots: Vec::new(),
+        allows: Vec::new(),
+    };
+    Entry::new(&settings, [7; 32]).unwrap()
+}
+
+/// Somebody of whom nothing is known.
+fn stranger() -> Peer {
+    Peer {
+        address: None,
+        may_speak: true,
+        secure: true,
+        server_name: None,
+        connect: None,
+        shown: Shown::default(),
+        pardon: crate::server::Pardon::default(),
+    }
+}
+
+async fn who(entry: &Entry, head: &Parts) -> Result<Who, Turned> {
+    entry
+        .who(head, &stranger(), Way::Own, SystemTime::UNIX_EPOCH)
+        .await
+}
+
+fn head(authorization: &[&str]) -> Parts {
+    let request = authorization
+        .iter()
+        .fold(http::Request::builder(), |request, line| {
+            request.header(AUTHORIZATION, *line)
+        });
+    request.body(()).unwrap().into_parts().0
+}
+
+fn basic(pair: &str) -> String {
+    format!("Basic {}", BASE64_STANDARD.encode(pair))
+}
+
+#[tokio::test]
+async fn the_right_password_and_nothing_else_opens() {
+    let entry = entry();
+    for _ in 0..2 {
+        assert_eq!(
+            who(&entry, &head(&[&basic("alice:secret")]))
+                .await
+                .unwrap()
+                .name(),
+            "alice"
+        );
+    }
+    let (right, bearer) = (basic("alice:secret"), "Bearer secret".to_owned());
+    for lines in [
+        &[] as &[&str],
+        &[&basic("alice:wrong")],
+        &[&basic("alice:")],
+        &[&basic("bob:secret")],
+        &[&basic(":")],
+        &["Basic !"],
+        &[&bearer],
+        &[&right, &right],
+    ] {
+        let refused = who(&entry, &head(lines)).await;
+        assert!(matches!(refused, Err(Turned::Unauthenticated)), "{lines:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_password_found_right_is_not_hashed_again() {
+    let entry = entry();
+    who(&entry, &head(&[&basic("alice:secret")])).await.unwrap();
+    entry.checks.close();
+    who(&entry, &head(&[&basic("alice:secret")])).await.unwrap();
+    assert!(matches!(
+        who(&entry, &head(&[&basic("alice:wrong")])).await,
+        Err(Turned::EntryBusy)
+    ));
+}
+
+#[test]
+fn nobodys_hash_is_one_that_is_checked_in_full() {
+    assert!(!bcrypt::verify("x", &entry().nobody).unwrap());
+    assert!(entry().nobody.starts_with("$2b$05$"), "as dear as the users' own");
+}
+
+#[tokio::test]
+async fn what_was_shown_to_the_proxy_holds_until_the_password_changes() {
+    let entry = entry();
+    let mut connect = head(&[]);
+    let line = basic("alice:secret").parse().unwrap();
+    connect.headers.insert(PROXY_AUTHORIZATION, line);
+    let mut peer = stranger();
+    let shown = entry
+        .who(&connect, &peer, Way::Connect, SystemTime::UNIX_EPOCH)
+        .await
+        .unwrap();
+    peer.shown.user = shown.user();
+    let within = |entry: Entry, peer: Peer| async move {
+        let head = head(&[&basic("robot:the-registrys")]);
+        let who = entry.who(&head, &peer, Way::Named, SystemTime::UNIX_EPOCH).await;
+        who.map(|who| who.name().to_owned())
+    };
+    assert_eq!(within(entry, peer.clone()).await.unwrap(), "alice");
+    // Another hash of the same password may be that of another password.
+    let changed = self::entry();
+    assert!(matches!(within(changed, peer).await, Err(Turned::NotByThisDoor)));
+    let nobody = within(self::entry(), stranger()).await;
+    assert!(matches!(nobody, Err(Turned::NotByThisDoor)));
+}
