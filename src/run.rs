@@ -359,6 +359,7 @@ pub fn upstream(
         Credential::Helper(name) => CredentialSource::Helper(name),
     });
     settings.hosts.clone_from(&config.hosts);
+    settings.token_hosts.clone_from(&config.token_hosts);
     Upstream::new(settings, connector).map_err(refused)
 }
 

@@ -58,6 +58,9 @@ pub struct UpstreamConfig {
     pub access: Access,
     /// The proxy's own credential there. Only with [`Access::Shared`].
     pub credential: Option<Credential>,
+    /// Hosts that credentials may be shown to for a token, besides its own host and site; with a port where it is not the
+    /// usual one.
+    pub token_hosts: Vec<String>,
     /// Certificates to trust besides the system's, DER.
     pub roots: Vec<Vec<u8>>,
     /// The way there.
@@ -186,6 +189,7 @@ fn read(table: Table, report: &mut Report<'_>) -> Configured {
     let hosts = hosts(&table, report);
     let access = table.text(report, "access", &value::ACCESS);
     let credential = access.and_then(|access| credential(&table, access, report));
+    let token_hosts = table.list(report, "token_hosts", &value::HOST);
     let roots = roots(&table, "ca_file", report);
     let proxy = table.text(report, "proxy", &value::PROXY);
     let connect_timeout = table.text(report, "connect_timeout", &value::TIMEOUT);
@@ -200,6 +204,7 @@ fn read(table: Table, report: &mut Report<'_>) -> Configured {
             hosts: hosts?.into_iter().map(|(_, host)| host).collect(),
             access: access?,
             credential: credential?,
+            token_hosts: token_hosts?.into_iter().map(|(_, host)| host).collect(),
             roots: roots?,
             proxy: proxy?,
             connect_timeout: connect_timeout?,

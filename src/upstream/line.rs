@@ -18,7 +18,7 @@ use hyper_util::rt::TokioIo;
 use tower_service::Service;
 
 use super::dial::{Connector, Dial, DialError, Dialled, Stream, Tls, TlsError, io_cause};
-use super::origin::{Origin, address, port_of, same_host};
+use super::origin::{Origin, address, is_one_of, port_of, same_host};
 use super::route::{Route, Routes};
 use super::zone::Zone;
 use crate::oci::cause::Cause;
@@ -104,8 +104,7 @@ impl Line {
 impl Inner {
     /// How near a connection to `to` may lead: anywhere for addresses and hosts the operator named, no nearer than those for all others.
     fn limit(&self, to: &Uri) -> Zone {
-        let named = |host: &str| self.hosts.iter().any(|named| named.eq_ignore_ascii_case(host));
-        if self.is_own(to) || to.host().is_some_and(named) {
+        if self.is_own(to) || is_one_of(&self.hosts, to) {
             return Zone::Link;
         }
         self.nearest()

@@ -135,6 +135,16 @@ pub(super) fn same_host(a: &Uri, b: &Uri) -> bool {
     }
 }
 
+/// Whether `uri` leads to one of these hosts, at the scheme's own port unless another is written beside the host.
+pub(super) fn is_one_of(hosts: &[String], uri: &Uri) -> bool {
+    hosts.iter().any(|named| {
+        let Ok(named) = format!("{}://{named}/", uri.scheme_str().unwrap_or("https")).parse() else {
+            return false;
+        };
+        same_host(&named, uri) && port_of(&named) == port_of(uri)
+    })
+}
+
 /// The port written, or the scheme's own.
 pub(super) fn port_of(uri: &Uri) -> u16 {
     let default = if uri.scheme() == Some(&Scheme::HTTP) {

@@ -26,7 +26,7 @@ pub struct Settings {
     pub credential: Option<CredentialSource>,
     /// Further host names that mean this upstream, by which a credential may be found.
     pub hosts: Vec<String>,
-    /// Hosts a token realm may be on besides the upstream's own host and site.
+    /// Hosts a token realm may be on besides the upstream's own host and site; with a port where it is not the usual one.
     pub token_hosts: Vec<String>,
     /// A public upstream may redirect into the private network (storage behind split DNS). Off by default.
     pub private_redirects: bool,

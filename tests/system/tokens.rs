@@ -159,6 +159,34 @@ async fn a_realm_elsewhere_gets_no_credential() {
 }
 
 #[tokio::test]
+async fn a_realm_elsewhere_is_used_where_the_operator_names_it() {
+    let (upstream, _) = public().await;
+    upstream.lets("alice", "a-secret", "acme/app");
+    let image = upstream.push("acme/app", "1", Image::with_layers(&["x"]));
+    // Another host as far as names tell, and nearer than a registry may send anybody.
+    let port = upstream.address().port();
+    upstream.names_realm(&format!("http://0.0.0.0:{port}/token"));
+    let ask = |proxy: &Proxy| proxy.manifest("acme/app", "1").basic("alice", "a-secret");
+    for (hosts, is_trusted) in [
+        ("[]".to_owned(), false),
+        ("[\"0.0.0.0\"]".to_owned(), false),
+        (format!("[\"0.0.0.0:{port}\"]"), true),
+    ] {
+        upstream.clear_log();
+        let setup = Setup::over(&upstream).upstream_keys("docker.io", &format!("token_hosts = {hosts}"));
+        let proxy = setup.start().await;
+        if is_trusted {
+            ask(&proxy).await.is_image(&image);
+            assert!(upstream.token_requests()[0].authorized());
+        } else {
+            ask(&proxy).await.is_refused(401);
+            assert_eq!(upstream.token_requests().len(), 0);
+            proxy.program().says("name it in `token_hosts`").await;
+        }
+    }
+}
+
+#[tokio::test]
 async fn what_is_public_is_known_to_be_though_everyone_comes_with_a_new_token() {
     let (upstream, image) = public().await;
     upstream.lets("alice", "a-secret", "acme/app");

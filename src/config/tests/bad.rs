@@ -107,6 +107,8 @@ fn every_mistake_is_told_with_its_place() {
         ("[upstream.\"ghcr.io\"]\nproxy = \"ftp://proxy\"", "2:9: a proxy's URL begins with http://, https:// or socks5://"),
         ("[upstream.\"ghcr.io\"]\nproxy = \"http://u:p@proxy\"", "2:9: a URL holds no user and no password here"),
         ("[upstream.\"ghcr.io\"]\nproxy = \"env\"", "2:9: `env` is none of \"environment\", \"none\""),
+        ("[upstream.\"ghcr.io\"]\ntoken_hosts = [\"https://auth.example.org/token\"]", "2:16: `https://auth.example.org/token` is not a host name"),
+        ("[upstream.\"ghcr.io\"]\ntoken_hosts = [\"auth.example.org\", \"*.example.org\"]", "2:36: `*.example.org` is not a host name"),
         ("[upstream.\"ghcr.io\"]\nhosts = [\"quay.io\"]", "2:10: `quay.io` already means the upstream `quay.io`"),
         ("[upstream.\"a.io\"]\nhosts = [\"x.io\"]\n[upstream.\"b.io\"]\nhosts = [\"x.io\"]", "4:10: `x.io` already means the upstream `a.io`"),
         ("[upstream.\"index.docker.io\"]", "1:11: `index.docker.io` is a host of the upstream `docker.io`"),

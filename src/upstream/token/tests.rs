@@ -5,7 +5,7 @@ use super::wire::{basic, encoded, parse, realm_allowed, with_query};
 
 #[test]
 fn a_realm_must_belong_to_the_registry() {
-    let hosts = ["auth.corp.example".to_owned()];
+    let hosts = ["auth.corp.example", "tokens.corp.example:8443", "[fd00::7]"].map(str::to_owned);
     for (origin, realm, allowed) in [
         (
             "https://registry-1.docker.io",
@@ -17,6 +17,19 @@ fn a_realm_must_belong_to_the_registry() {
         ("https://reg.example:5000", "https://reg.example:5001/token", true),
         ("https://10.0.0.1", "https://10.0.0.1:8443/token", true),
         ("https://10.0.0.1", "https://auth.corp.example/token", true),
+        ("https://10.0.0.1", "https://AUTH.corp.example:443/token", true),
+        ("https://10.0.0.1", "https://tokens.corp.example:8443/token", true),
+        ("https://10.0.0.1", "https://[fd00::7]/token", true),
+        ("http://10.0.0.1", "http://auth.corp.example/token", true),
+        ("https://10.0.0.1", "http://auth.corp.example/token", false),
+        ("https://10.0.0.1", "https://auth.corp.example:8443/token", false),
+        ("https://10.0.0.1", "https://tokens.corp.example/token", false),
+        ("https://10.0.0.1", "https://x.auth.corp.example/token", false),
+        (
+            "https://10.0.0.1",
+            "https://auth.corp.example@evil.example/token",
+            false,
+        ),
         ("http://127.0.0.1:5000", "http://localhost:5001/token", true),
         ("http://reg.example", "http://reg.example/token", true),
         ("https://ghcr.io", "http://ghcr.io/token", false),

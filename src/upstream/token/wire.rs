@@ -7,7 +7,7 @@ use base64::prelude::BASE64_STANDARD;
 use http::{HeaderValue, Uri};
 use zeroize::Zeroizing;
 
-use crate::upstream::origin::{Origin, is_loopback, same_host, same_site};
+use crate::upstream::origin::{Origin, is_loopback, is_one_of, same_host, same_site};
 
 /// One token; a header line has to hold it.
 const TOKEN_BYTES_MAX: usize = 16 * 1024;
@@ -33,7 +33,7 @@ pub(super) fn realm_allowed(origin: &Origin, realm: &str, hosts: &[String]) -> O
     let known = origin.join("/").is_some_and(|own| same_host(&own, &uri))
         || same_site(origin.host(), host)
         || (is_loopback(origin.host()) && is_loopback(host))
-        || hosts.iter().any(|named| named.eq_ignore_ascii_case(host));
+        || is_one_of(hosts, &uri);
     known.then_some(uri)
 }
 
