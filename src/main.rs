@@ -55,6 +55,7 @@ fn main() -> ExitCode {
         Command::Serve => {
             log(&config.log);
             take_descriptors();
+            write_no_core();
             // Before any thread runs: it reads and clears variables.
             let passed = passed();
             run(serve_until_ended(cli.options, config, passed))
@@ -172,6 +173,16 @@ fn take_descriptors() {
     limit.current = limit.maximum;
     // Fewer will do until there are many clients; `doctor` tells.
     let _ = setrlimit(Resource::Nofile, limit);
+}
+
+/// A core would hold the credentials that are in memory at that moment.
+fn write_no_core() {
+    use rustix::process::{Resource, Rlimit, setrlimit};
+    let none = Rlimit {
+        current: Some(0),
+        maximum: Some(0),
+    };
+    let _ = setrlimit(Resource::Core, none);
 }
 
 async fn play(stay: bool) -> ExitCode {

@@ -113,7 +113,7 @@ impl Front {
                 let outcome = registry.pull.knock(&wanted).await;
                 let told = Told::of(&outcome);
                 response = reply::answer(outcome, &asked, self, registry.pull.store());
-                let subject = (Kind::Ping, head.uri.path().to_owned());
+                let subject = (Kind::Ping, told::path(&head.uri));
                 self.tell(
                     &place,
                     (site.name(), door.name()),
@@ -124,7 +124,7 @@ impl Front {
             }
             Ok(Wanted::Pass(passage)) => {
                 let (site, door) = (Arc::clone(&passage.site), passage.door);
-                let subject = (passed_kind(&passage, &head), head.uri.path().to_owned());
+                let subject = (passed_kind(&passage, &head), told::path(&head.uri));
                 let told;
                 (response, told) = match self
                     .pass(&registry.pull, passage, &head, body, &peer.pardon)
@@ -147,7 +147,7 @@ impl Front {
             }
             Err(turned) => {
                 response = reply::turned(&turned, &head.method);
-                let subject = (Kind::Other, head.uri.path().to_owned());
+                let subject = (Kind::Other, told::path(&head.uri));
                 let told = Told::turned(turned.name());
                 self.tell(&place, ("-", "-"), subject, &told, response.status());
             }

@@ -1,7 +1,10 @@
 //! What is told of an answer: the facts of a log line, of a count and of the journal, taken from the outcome before it
 //! becomes a response.
 
+use std::fmt::Write as _;
 use std::time::SystemTime;
+
+use http::Uri;
 
 use crate::event;
 use crate::oci::{Cause, Digest, Operation, Reference};
@@ -100,4 +103,21 @@ pub(super) fn subject(operation: &Operation) -> (event::Kind, String) {
             (event::Kind::Listing, repository.to_string())
         }
     }
+}
+
+/// How much of a path is told.
+const PATH_BYTES_MAX: usize = 512;
+
+/// The path of a request that names no image, or none that is understood. What is not printable ASCII is written as
+/// RFC 3986 §2.1 has it, so that it steers no terminal on which the log is read.
+pub(super) fn path(uri: &Uri) -> String {
+    let bytes = uri.path().bytes().take(PATH_BYTES_MAX);
+    bytes.fold(String::new(), |mut text, byte| {
+        if byte.is_ascii_graphic() {
+            text.push(char::from(byte));
+        } else {
+            let _ = write!(text, "%{byte:02X}");
+        }
+        text
+    })
 }

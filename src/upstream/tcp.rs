@@ -38,7 +38,7 @@ impl Dial for Tcp {
                 return Err(Cause::Redirects.into());
             }
             let mut tcp = HttpConnector::new_with_resolver(Resolver {
-                gai: GaiResolver::new(),
+                system: GaiResolver::new(),
                 nearest,
             });
             tcp.enforce_http(false);
@@ -87,8 +87,8 @@ fn connect_cause(error: &(dyn Error + 'static)) -> Cause {
 /// The system's resolver, minus the addresses that are too near. Judged at every look-up, so a name that changes its
 /// mind between two of them gains nothing.
 #[derive(Clone)]
-struct Resolver {
-    gai: GaiResolver,
+struct Resolver<S> {
+    system: S,
     nearest: Zone,
 }
 
@@ -100,7 +100,12 @@ enum ResolveError {
     TooNear,
 }
 
-impl Service<Name> for Resolver {
+impl<S> Service<Name> for Resolver<S>
+where
+    S: Service<Name, Error = io::Error>,
+    S::Response: Iterator<Item = SocketAddr>,
+    S::Future: Send + 'static,
+{
     type Response = std::vec::IntoIter<SocketAddr>;
     type Error = ResolveError;
     type Future = Pin<Box<dyn Future<Output = Result<Self::Response, ResolveError>> + Send>>;
@@ -110,7 +115,7 @@ impl Service<Name> for Resolver {
     }
 
     fn call(&mut self, name: Name) -> Self::Future {
-        let resolving = self.gai.call(name);
+        let resolving = self.system.call(name);
         let nearest = self.nearest;
         Box::pin(async move {
             let found: Vec<_> = resolving.await.map_err(ResolveError::Failed)?.collect();
@@ -124,5 +129,50 @@ impl Service<Name> for Resolver {
             }
             Ok(allowed.into_iter())
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests may fail loudly")]
+    use super::*;
+
+    /// A name server that says another thing each time, the last one for ever.
+    #[derive(Clone)]
+    struct Fickle(Vec<Vec<SocketAddr>>);
+
+    impl Service<Name> for Fickle {
+        type Response = std::vec::IntoIter<SocketAddr>;
+        type Error = io::Error;
+        type Future = std::future::Ready<Result<Self::Response, io::Error>>;
+
+        fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+
+        fn call(&mut self, _: Name) -> Self::Future {
+            std::future::ready(Ok(self.0.remove(0).into_iter()))
+        }
+    }
+
+    #[tokio::test]
+    async fn a_name_that_changes_its_mind_is_judged_at_every_look_up() {
+        let addresses =
+            |list: &[&str]| -> Vec<SocketAddr> { list.iter().map(|one| one.parse().unwrap()).collect() };
+        let mut resolver = Resolver {
+            system: Fickle(vec![
+                addresses(&["8.8.8.8:443"]),
+                addresses(&["127.0.0.1:443"]),
+                addresses(&["169.254.169.254:443", "8.8.8.8:443", "[::ffff:10.0.0.1]:443"]),
+            ]),
+            nearest: Zone::Public,
+        };
+        let mut look_up = async || {
+            let found = resolver.call("rebinding.example".parse().unwrap()).await;
+            found.map(Iterator::collect::<Vec<_>>)
+        };
+        assert_eq!(look_up().await.unwrap(), addresses(&["8.8.8.8:443"]));
+        assert!(matches!(look_up().await, Err(ResolveError::TooNear)));
+        assert_eq!(look_up().await.unwrap(), addresses(&["8.8.8.8:443"]));
     }
 }

@@ -60,6 +60,7 @@ mod rows;
 mod sharing;
 mod stampede;
 mod tags_referrers;
+mod threats;
 mod tokens;
 mod truncated;
 mod unchanged;

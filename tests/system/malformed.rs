@@ -25,6 +25,11 @@ fn paths() -> Vec<(String, &'static [u16])> {
         ("/v2/library/../demo/manifests/latest", BAD),
         ("/v2/%2e%2e/manifests/latest", BAD),
         ("/v2/demo%2Fapp/manifests/latest", BAD),
+        ("/v2/demo%00/manifests/latest", BAD),
+        ("/v2/_catalog/manifests/latest", BAD),
+        ("/v2/\u{2024}\u{2024}/manifests/latest", BAD),
+        ("/v2/library\u{ff0f}demo/manifests/latest", BAD),
+        ("/v2/library/demo/blobs/sha256:..%2f..%2fetc%2fpasswd", BAD),
         ("/v2/library/demo/manifests/la%74est", BAD),
         ("/v2/library/demo/manifests/-latest", BAD),
         ("/v2/library/demo/manifests/.latest", BAD),
@@ -49,6 +54,7 @@ fn paths() -> Vec<(String, &'static [u16])> {
     .map(|(path, statuses)| (path.to_owned(), statuses))
     .chain([
         (format!("/v2/{long}/manifests/latest"), BAD),
+        (format!("/v2/{}/manifests/latest", "a".repeat(10 * 1024)), BAD),
         (format!("/v2/library/demo/manifests/{}", "t".repeat(129)), BAD),
         (
             format!("/v2/library/demo/blobs/sha256:{}", HEX.to_uppercase()),
@@ -187,6 +193,9 @@ async fn an_unknown_upstream_does_not_exist_and_nobody_is_asked() {
         "evil.example",
         &elsewhere.to_string(),
         "127.0.0.1",
+        "127.0.0.1:22",
+        "169.254.169.254",
+        "[::1]:22",
         "localhost",
         "docker.io.evil.example",
     ] {
@@ -196,11 +205,16 @@ async fn an_unknown_upstream_does_not_exist_and_nobody_is_asked() {
             .await;
         assert!(matches!(reply.status, 400 | 404), "ns={ns}: {reply:#?}");
     }
-    let reply = proxy
-        .get(&format!("/v2/{elsewhere}/demo/manifests/latest"))
-        .unchecked()
-        .await;
-    assert!(matches!(reply.status, 400 | 404), "{reply:#?}");
+    for prefix in [
+        elsewhere.to_string().as_str(),
+        "169.254.169.254",
+        "127.0.0.1:22",
+        "localhost",
+    ] {
+        let path = format!("/v2/{prefix}/x/manifests/y");
+        let reply = proxy.get(&path).unchecked().await;
+        assert!(matches!(reply.status, 400 | 404), "{path}: {reply:#?}");
+    }
     assert_eq!((upstream.requests().len(), upstream.connections()), (0, 0));
 }
 

@@ -272,18 +272,24 @@ async fn a_realm_elsewhere_is_never_asked() {
 
 #[tokio::test]
 async fn a_token_service_is_not_followed_elsewhere() {
-    let elsewhere = Registry::start(|_| token("stolen")).await;
-    let url = elsewhere.url();
-    let registry = Registry::start(move |seen| match seen.path() {
-        "/token" => answer(307).header("location", &url),
-        _ => seen.challenge(),
-    })
-    .await;
-    let answer = upstream(&[&registry])
-        .head(&client("Basic dTpw"), &tag(), &accept())
+    // At once, and after two hops at home.
+    for last in ["/token", "/token/3"] {
+        let elsewhere = Registry::start(|_| token("stolen")).await;
+        let url = elsewhere.url();
+        let registry = Registry::start(move |seen| match seen.path() {
+            path if path == last => answer(307).header("location", &url),
+            "/token" => answer(302).header("location", "/token/2"),
+            "/token/2" => answer(308).header("location", "/token/3"),
+            _ => seen.challenge(),
+        })
         .await;
-    assert_eq!(answer.said, Said::Silent(Cause::TokenService));
-    assert!(elsewhere.seen().is_empty());
+        let answer = upstream(&[&registry])
+            .head(&client("Basic dTpw"), &tag(), &accept())
+            .await;
+        assert_eq!(answer.said, Said::Silent(Cause::TokenService));
+        assert_eq!(registry.count(last), 1, "{last}");
+        assert!(elsewhere.seen().is_empty());
+    }
 }
 
 #[tokio::test]

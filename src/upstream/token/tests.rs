@@ -53,6 +53,12 @@ fn a_realm_must_belong_to_the_registry() {
 }
 
 #[test]
+fn an_answer_nested_without_end_is_no_token() {
+    let deep = format!(r#"{{"token":"a","x":{}"#, "[".repeat(60_000));
+    assert!(parse(deep.as_bytes()).is_none());
+}
+
+#[test]
 fn a_token_lives_between_a_minute_and_half_a_day() {
     for (body, seconds) in [
         (r#"{"token":"a"}"#, 60),

@@ -33,6 +33,7 @@ pub(super) struct Faults {
     pub(super) oversize_manifest: Option<usize>,
     pub(super) redirect: Option<Redirect>,
     pub(super) no_referrers: bool,
+    pub(super) lists_lead_to_themselves: bool,
     pub(super) manifest_type: Option<String>,
     pub(super) blob_type: Option<String>,
     pub(super) empty_blobs: bool,
@@ -275,6 +276,11 @@ impl Upstream {
     /// The referrers API does not exist.
     pub fn has_no_referrers_api(&self) {
         self.turn(|faults| faults.no_referrers = true);
+    }
+
+    /// A page of tags names itself as the next one.
+    pub fn links_lists_to_themselves(&self) {
+        self.turn(|faults| faults.lists_lead_to_themselves = true);
     }
 
     /// Lists of referrers have at most so many entries a page.

@@ -36,6 +36,10 @@ pub(super) fn tags(shared: &Arc<Shared>, seen: &Seen, name: &str) -> Response<Pi
         }
         page.truncate(n);
     }
+    if shared.state(|state| state.faults.lists_lead_to_themselves) {
+        let query = seen.query.as_deref().unwrap_or_default();
+        response = response.header("link", format!("<{}?{query}>; rel=\"next\"", seen.path));
+    }
     sent(
         shared,
         seen,
