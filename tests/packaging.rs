@@ -131,9 +131,43 @@ fn the_unit_is_one_that_systemd_takes() {
 }
 
 #[test]
+fn the_unit_leaves_little_exposed() {
+    let unit = packaging("ifnewer.service");
+    // In tenths of systemd's own measure, where 100 is a service without any hardening.
+    let words = ["security", "--offline=true", "--threshold=15", "--no-pager"];
+    passes(
+        "systemd-analyze",
+        &[&words[..], &[unit.to_str().unwrap()]].concat(),
+        None,
+    );
+}
+
+/// What the unit gives it to write to is what the installed configuration names, so that commands in a shell agree.
+#[test]
+fn the_installed_configuration_names_the_folders_of_the_unit() {
+    let config = Config::read(&text("ifnewer.toml"), Path::new("/etc/ifnewer/ifnewer.toml"))
+        .unwrap_or_else(|faults| panic!("{faults}"));
+    let unit = text("ifnewer.service");
+    let folder = |key: &str, parent: &str| {
+        let name = unit.lines().find_map(|line| line.strip_prefix(key)).unwrap();
+        Path::new(parent).join(name)
+    };
+    assert_eq!(config.data, folder("CacheDirectory=", "/var/cache"));
+    assert!(
+        config
+            .tls
+            .folder
+            .starts_with(folder("StateDirectory=", "/var/lib"))
+    );
+    for apart in ["\nEnvironment=", "\nEnvironmentFile=", "IFNEWER_"] {
+        assert!(!unit.contains(apart), "the unit has settings of its own: {apart}");
+    }
+}
+
+#[test]
 fn every_setting_in_the_examples_is_one() {
     let variables: Vec<String> = KEYS.iter().filter_map(ifnewer::config::Key::variable).collect();
-    for file in ["docker-compose.team.yml", "ifnewer.service", "Dockerfile"] {
+    for file in ["docker-compose.team.yml", "Dockerfile"] {
         let text = text(file);
         let words = text.split(|c: char| !(c.is_ascii_uppercase() || c == '_'));
         for word in words.filter(|word| word.starts_with("IFNEWER_") && *word != "IFNEWER_CONFIG") {

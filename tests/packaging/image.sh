@@ -1,0 +1,156 @@
+# shellcheck shell=bash
+# Sourced by ./run: the image from its Dockerfile, by the compose files, under a dockerd of our own that has never seen a
+# registry on the network.
+
+tree=$scratch/tree
+# An address of the host that a container reaches by its default route, whatever its network.
+host_address=10.99.0.1
+
+all_of_image() {
+  scenario "a daemon starts" docker_starts
+  scenario "docker-compose.yml: the image is built, with nothing but the program inside" sidecar_is_built
+  scenario "docker-compose.yml: it becomes healthy, without rights and without a writable root" sidecar_is_healthy
+  scenario "docker-compose.yml: the daemon beside it pulls through it" sidecar_is_pulled_through
+  scenario "docker-compose.yml: a new container has what the old one held, and needs no registry" volume_is_kept
+  scenario "docker-compose.yml: asked to stop, it ends by itself" sidecar_ends
+  scenario "docker-compose.team.yml: it becomes healthy" team_is_healthy
+  scenario "docker-compose.team.yml: a daemon pulls by name over TLS" team_is_pulled_through
+  scenario "docker-compose.team.yml: nothing of it is told without the token, nor served without TLS" team_asks_for_its_token
+  stop_dockerd
+}
+
+docker_starts() {
+  ip address add "$host_address/32" dev lo
+  # Trust in a mirror has its place in the machine's files: these are ours alone.
+  mount -t tmpfs etc-docker /etc/docker 2>/dev/null || { mkdir -p /etc/docker && mount -t tmpfs etc-docker /etc/docker; }
+  start_dockerd http://127.0.0.1:5000 NO_PROXY=127.0.0.1,cache.example.org
+  copy_tree
+}
+
+# What a checkout with a built program looks like to the builder.
+copy_tree() {
+  mkdir -p "$tree/target/$static_target/release" "$tree/config"
+  cp -r "$root"/{docker-compose.yml,.dockerignore,LICENSE-MIT,LICENSE-APACHE,packaging} "$tree/"
+  cp "$static" "$tree/target/$static_target/release/ifnewer"
+  {
+    printf 'default_upstream = "docker.io"\n'
+    # By name, which a program without libraries has to look up by itself.
+    hub_at hub.example
+  } >"$tree/config/test.toml"
+  cat >"$tree/test.yml" <<EOF
+version: "3"
+services:
+  ifnewer:
+    build: {args: {TARGET: $static_target}}
+    extra_hosts: ["hub.example:$host_address"]
+    volumes: ["$tree/config/test.toml:/etc/ifnewer/ifnewer.toml:ro"]
+EOF
+}
+
+# compose FILE WORDS…
+compose() {
+  local file=$1
+  shift
+  DOCKER_HOST=unix://$scratch/dockerd/sock DOCKER_CONFIG=$scratch/docker-cli \
+    docker-compose --ansi never -p ifnewer -f "$tree/$file" -f "$tree/test.yml" "$@"
+}
+
+container() {
+  docker_ ps -aq --no-trunc --filter name=ifnewer_ifnewer
+}
+
+inspected() {
+  docker_ inspect -f "$1" "$(container)"
+}
+
+becomes_healthy() {
+  local tries
+  for ((tries = 0; tries < 300; tries++)); do
+    [[ $(inspected '{{.State.Health.Status}}') == healthy ]] && return 0
+    sleep 0.1
+  done
+  docker_ logs "$(container)"
+  fail "it is not healthy: $(inspected '{{json .State}}')"
+}
+
+sidecar_is_built() {
+  compose docker-compose.yml build
+  docker_ create --name look ifnewer
+  docker_ export look | tar -t | sort >"$scratch/files"
+  docker_ rm look
+  cat "$scratch/files"
+  # What the daemon itself puts into every container is not of the image.
+  expect "files" "LICENSE-APACHE LICENSE-MIT ifnewer var/cache/ifnewer/CACHEDIR.TAG" \
+    "$(grep -vE '/$|^(dev|etc|proc|sys)/|^.dockerenv' "$scratch/files" | xargs)"
+  expect "its user" 65532:65532 "$(docker_ image inspect -f '{{.Config.User}}' ifnewer)"
+}
+
+sidecar_is_healthy() {
+  compose docker-compose.yml up -d
+  becomes_healthy
+  expect "user, root and rights" "65532:65532 true [ALL]" \
+    "$(inspected '{{.Config.User}} {{.HostConfig.ReadonlyRootfs}} {{.HostConfig.CapDrop}}')"
+  expect "who it is on the host" 65532 "$(docker_ top "$(container)" -o pid,uid | awk 'END { print $2 }')"
+}
+
+sidecar_is_pulled_through() {
+  from_here
+  docker_ pull -q demo
+  expect "manifests fetched" 1 "$(asked_registry 'GET /v2/library/demo/manifests/')"
+  docker_ rmi demo
+  docker_ pull -q demo
+  expect "manifests fetched in two pulls" 1 "$(asked_registry 'GET /v2/library/demo/manifests/')"
+}
+
+volume_is_kept() {
+  local before
+  before=$(container)
+  compose docker-compose.yml down
+  stop registry KILL
+  compose docker-compose.yml up -d
+  becomes_healthy
+  [[ $(container) != "$before" ]] || fail "it is the same container"
+  docker_ rmi demo
+  docker_ pull -q demo
+  [[ $(reason_of_pull http://127.0.0.1:5000) == *stale* ]] || fail "it is not served as stale"
+  start_registry
+}
+
+sidecar_ends() {
+  compose docker-compose.yml stop
+  expect "its exit code" 0 "$(inspected '{{.State.ExitCode}}')"
+  compose docker-compose.yml down --volumes
+}
+
+team_is_healthy() {
+  openssl rand -hex 32 >"$tree/config/admin.token"
+  chmod 644 "$tree/config/admin.token"
+  compose packaging/docker-compose.team.yml up -d --build
+  becomes_healthy
+}
+
+by_token() {
+  curl -sSf -H "Authorization: Bearer $(<"$tree/config/admin.token")" "http://127.0.0.1:5001$1"
+}
+
+team_is_pulled_through() {
+  local trust=/etc/docker/certs.d/cache.example.org:5000
+  printf '127.0.0.1 localhost cache.example.org\n' >"$scratch/hosts"
+  mount --bind "$scratch/hosts" /etc/hosts
+  mkdir -p "$trust"
+  by_token /ca.pem >"$trust/ca.crt"
+  jq -n '{"registry-mirrors": ["https://cache.example.org:5000"]}' >"$scratch/dockerd/daemon.json"
+  kill -HUP "$(<"$scratch/dockerd/pid")"
+  docker_ rmi demo
+  from_here
+  docker_ pull -q demo
+  # The daemon keeps manifests of images that it has let go of.
+  expect "blobs fetched" 2 "$(asked_registry 'GET /v2/library/demo/blobs/')"
+}
+
+team_asks_for_its_token() {
+  by_token /api/v1/status | jq -e .
+  expect "without a token" 401 "$(curl -s -o "$scratch/said" -w '%{http_code}' http://127.0.0.1:5001/api/v1/status)"
+  [[ $(curl -s -o "$scratch/said" -w '%{http_code}' http://127.0.0.1:5000/v2/) != 200 ]] || fail "it serves without TLS"
+  compose packaging/docker-compose.team.yml down --volumes
+}

@@ -1,0 +1,69 @@
+# shellcheck shell=bash
+# Sourced by ./run: the Kubernetes manifest. There is no cluster here: its words are held against the API's own schema, its
+# configuration and its hosts.toml are used as they stand.
+
+manifest=$root/packaging/kubernetes/ifnewer.yaml
+kubernetes_version=1.31
+
+# The checker brings the API's schema, and PyYAML.
+bring_kubernetes_checker() {
+  python3 -m venv "$1"
+  "$1/bin/pip" install --quiet --disable-pip-version-check kubernetes-validate==1.31.0
+}
+
+all_of_kubernetes() {
+  scenario "kubernetes: the manifest is one by the API's schema" manifest_is_valid
+  scenario "kubernetes: its configuration serves" its_configuration_serves
+  scenario "kubernetes: containerd pulls by its hosts.toml" containerd_pulls_by_its_hosts
+  scenario "kubernetes: its probe tells a cache that serves from one that is gone" its_probe_tells
+  stop containerd KILL
+}
+
+manifest_is_valid() {
+  "$KUBERNETES_CHECKER/bin/kubernetes-validate" --strict -k "$kubernetes_version" "$manifest"
+  # A checker that finds nothing wrong with what is wrong has found nothing.
+  sed 's/hostNetwork:/hostNetworks:/' "$manifest" >"$scratch/wrong.yaml"
+  ! "$KUBERNETES_CHECKER/bin/kubernetes-validate" --strict -k "$kubernetes_version" "$scratch/wrong.yaml" || fail "anything goes"
+}
+
+# from_the_manifest FILE: what its ConfigMap says under this name.
+from_the_manifest() {
+  "$KUBERNETES_CHECKER/bin/python" - "$manifest" "$1" <<'PYTHON'
+import sys, yaml
+for part in yaml.safe_load_all(open(sys.argv[1])):
+    if part["kind"] == "ConfigMap":
+        print(part["data"][sys.argv[2]], end="")
+PYTHON
+}
+
+# The paths of the pod, in a folder that stands for its root.
+its_configuration_serves() {
+  local pod=$scratch/pod
+  mkdir -p "$pod"
+  openssl rand -hex 32 >"$pod/token"
+  { from_the_manifest ifnewer.toml && hub_at 127.0.0.1; } | sed "s|/run/secrets/ifnewer/token|$pod/token|" >"$pod/ifnewer.toml"
+  start ifnewer env IFNEWER_DATA="$pod/data" "$ifnewer" serve --config "$pod/ifnewer.toml"
+  wait_for ifnewer 20 its_probe
+}
+
+its_probe() {
+  "$ifnewer" healthcheck --config "$scratch/pod/ifnewer.toml"
+}
+
+containerd_pulls_by_its_hosts() {
+  start_containerd
+  rm -rf "$scratch/containerd/hosts"
+  mkdir -p "$scratch/containerd/hosts/_default"
+  from_the_manifest hosts.toml >"$scratch/containerd/hosts/_default/hosts.toml"
+  from_here
+  cri_pulls docker.io/library/demo:latest
+  expect "manifests fetched" 1 "$(asked_registry 'GET /v2/library/demo/manifests/')"
+  ctr_pulls docker.io/library/demo:latest
+  expect "manifests fetched by both" 1 "$(asked_registry 'GET /v2/library/demo/manifests/')"
+}
+
+its_probe_tells() {
+  its_probe
+  stop ifnewer
+  ! its_probe || fail "it finds a cache that is gone"
+}
