@@ -50,7 +50,6 @@ use tokio::sync::{Semaphore, watch};
 
 pub use view::Transfer;
 
-use crate::oci::range::Span;
 use crate::oci::{Cause, Digest};
 use crate::store::blobs::{HeldBlob, Mismatch};
 use crate::store::step::Buffers;
@@ -102,10 +101,11 @@ pub trait Source: Send + 'static {
     fn open(&mut self, from: u64) -> impl Future<Output = Result<Stream, Answer>> + Send;
 }
 
-/// How a part far ahead of the fill is reached, with the right of the one who wants it.
+/// How a part far ahead of the fill is reached, or the rest of one that failed, with the right of the one who wants it.
 pub trait Ahead: Send + 'static {
-    /// Asks for exactly these bytes; `None` if they cannot be had alone.
-    fn open(&mut self, span: Span) -> Part<'_>;
+    /// Asks for exactly the bytes from `from` up to, not including, `until`, or to the end; `None` if they cannot be had
+    /// alone.
+    fn open(&mut self, from: u64, until: Option<u64>) -> Part<'_>;
 }
 
 /// A part that is being asked for.

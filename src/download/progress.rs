@@ -26,6 +26,16 @@ pub struct Opened {
     pub(super) attempt: Attempt,
 }
 
+impl Opened {
+    /// How many of so many bytes `written` may be read before the whole is verified.
+    pub(super) fn safe(&self, written: u64) -> u64 {
+        match self.size {
+            Some(size) => written.min(size.saturating_sub(WITHHELD_BYTES)),
+            None => written.saturating_sub(WITHHELD_BYTES),
+        }
+    }
+}
+
 /// Which file it is being written to: whoever was given bytes of an earlier one, which turned out wrong, must be told.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Attempt {
@@ -63,10 +73,7 @@ impl Download {
             let Progress::Filling(opened, readable) = progress else {
                 return false;
             };
-            let safe = match opened.size {
-                Some(size) => written.min(size.saturating_sub(WITHHELD_BYTES)),
-                None => written.saturating_sub(WITHHELD_BYTES),
-            };
+            let safe = opened.safe(written);
             let more = safe > *readable;
             if more {
                 *readable = safe;

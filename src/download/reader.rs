@@ -16,7 +16,6 @@ use super::progress::{Attempt, Download, Opened, Progress};
 use super::stranded::{Alone, Rest};
 use super::{Ahead, Chunks, Failure, Shared};
 use crate::oci::Cause;
-use crate::oci::range::Span;
 use crate::store::Fault;
 use crate::store::step::{Buffers, STEP_BYTES, read_step};
 use crate::store::volume::VolumeFile;
@@ -228,7 +227,7 @@ impl Reader {
         let Ok(place) = Arc::clone(&self.ahead_places).try_acquire_owned() else {
             return false;
         };
-        let (Some(ahead), Some(span)) = (&mut self.ahead, Span::new(position, until)) else {
+        let Some(ahead) = &mut self.ahead else {
             return false;
         };
         self.is_patient = true;
@@ -239,7 +238,7 @@ impl Reader {
         };
         // Asked once: what the upstream refuses or breaks off is waited for.
         tokio::select! {
-            body = ahead.open(span) => {
+            body = ahead.open(position, Some(until)) => {
                 self.part = body.map(|body| Part::new(body, until, place));
             }
             () = async { drop(self.progress.wait_for(overtaken).await) } => {}

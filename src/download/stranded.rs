@@ -13,8 +13,7 @@ use tokio::sync::OwnedSemaphorePermit;
 
 use super::progress::{Download, Opened, Progress};
 use super::reader::{Part, Reader};
-use super::{Failure, Verifying, WITHHELD_BYTES};
-use crate::oci::range::Span;
+use super::{Failure, Verifying};
 use crate::oci::{Digest, Hasher};
 use crate::store::Fault;
 
@@ -86,21 +85,17 @@ impl Reader {
     }
 
     async fn step_alone(&mut self, stranded: &Stranded) -> Result<Option<Alone>, Arc<Failure>> {
-        let Some((opened, size)) = stranded
-            .opened
-            .as_ref()
-            .and_then(|opened| Some((opened, opened.size?)))
-        else {
+        let Some(opened) = &stranded.opened else {
             return Ok(None);
         };
         if self.given.is_some_and(|attempt| attempt != opened.attempt) {
             return Ok(None);
         }
-        let end = self.end.unwrap_or(size);
-        if self.position >= end {
+        let end = self.end.or(opened.size);
+        if end.is_some_and(|end| self.position >= end) {
             return Ok(Some(Alone::End));
         }
-        let safe = stranded.written.min(size.saturating_sub(WITHHELD_BYTES)).min(end);
+        let safe = opened.safe(stranded.written).min(end.unwrap_or(u64::MAX));
         if self.position < safe {
             self.given = Some(opened.attempt);
             return Ok(Some(Alone::Read(self.read(&opened.file, safe).await?)));
@@ -111,12 +106,9 @@ impl Reader {
         let Ok(place) = Arc::clone(&self.ahead_places).acquire_owned().await else {
             return Ok(None);
         };
-        if self.end.is_some() {
+        if let Some(end) = self.end {
             // A part cannot be verified by itself.
-            let Some(span) = Span::new(self.position, end) else {
-                return Ok(None);
-            };
-            let body = ahead.open(span).await;
+            let body = ahead.open(self.position, Some(end)).await;
             self.part = body.map(|body| Part::new(body, end, place));
             return Ok(self.part.is_some().then_some(Alone::Asked));
         }
@@ -124,10 +116,7 @@ impl Reader {
         while self.position < stranded.written {
             withheld.extend_from_slice(&self.read(&opened.file, stranded.written).await?);
         }
-        let Some(span) = Span::new(stranded.written, size) else {
-            return Ok(None);
-        };
-        let body = ahead.open(span).await;
+        let body = ahead.open(stranded.written, opened.size).await;
         let digest = stranded.digest;
         self.rest = body.map(|body| {
             Box::new(Rest {

@@ -1,6 +1,5 @@
 //! The writing side of a transfer: into the file, hashed on the way.
 
-use std::io;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -37,10 +36,15 @@ impl Writer {
                 Piece::Chunk(chunk) => chunk,
                 Piece::End => return self.verify(total),
             };
-            if let Err(error) = file.write_at(&chunk, self.written) {
-                return Err(self.stranded(&error));
+            let until = self.written + chunk.len() as u64;
+            let written = self.ingest.make_room(until).and_then(|()| {
+                let written = file.write_at(&chunk, self.written);
+                written.map_err(|error| Fault::io("write a blob", self.download.digest.to_string(), &error))
+            });
+            if let Err(fault) = written {
+                return Err(self.stranded(fault));
             }
-            self.written += chunk.len() as u64;
+            self.written = until;
             self.download.publish(self.written);
             self.download.counts.fetched(chunk.len() as u64);
             self.hasher.update(&chunk);
@@ -51,8 +55,7 @@ impl Writer {
         Err(Failure::Abandoned)
     }
 
-    fn stranded(self, error: &io::Error) -> Failure {
-        let fault = Fault::io("write a blob", self.download.digest.to_string(), error);
+    fn stranded(self, fault: Fault) -> Failure {
         let stranded = Stranded::new(fault, &self.download, self.written, self.hasher);
         Failure::Stranded(Box::new(stranded))
     }

@@ -9,7 +9,6 @@ use super::Pull;
 use super::fetching::Wanted;
 use crate::download::{self, Ahead, Chunks, Source, Stream};
 use crate::oci::Digest;
-use crate::oci::range::Span;
 use crate::upstream::{Address, Answer, Credential, Fetched, Part, Said};
 
 /// Asked with the leader's own credential, whose yes is kept as its grant.
@@ -104,15 +103,16 @@ impl Source for Upstreamed {
 
 impl Ahead for Upstreamed {
     /// A whole answer (200) is no part: reading it up to the part would take as long as the fill.
-    fn open(&mut self, span: Span) -> download::Part<'_> {
+    fn open(&mut self, from: u64, until: Option<u64>) -> download::Part<'_> {
         Box::pin(async move {
+            let is_whole = from == 0 && until.is_none();
             let part = Part {
-                from: span.start,
-                until: Some(span.end_exclusive),
+                from,
+                until,
                 after: None,
             };
             let fetched = self.get(part).await.ok()?;
-            let is_part = fetched.status == StatusCode::PARTIAL_CONTENT;
+            let is_part = is_whole || fetched.status == StatusCode::PARTIAL_CONTENT;
             is_part.then(|| Box::new(fetched) as Box<dyn Chunks>)
         })
     }

@@ -13,6 +13,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use super::blobs::{Blobs, HeldBlob, Verified, WrongDigest};
+use super::evict::Evictor;
 use super::leftover::Kept;
 use super::record::sealed;
 use super::room::Reservation;
@@ -23,6 +24,9 @@ use crate::oci::{Digest, Hasher};
 /// How far two marks are apart: so much of a download, at most, is lost with the process.
 pub const MARK_BYTES: u64 = 1024 * 1024;
 
+/// Room for a blob of unknown size is set aside in steps of this many bytes, where there is so much; else as it comes.
+const ROOM_STEP_BYTES: u64 = 8 * 1024 * 1024;
+
 /// How many names are tried for an ingest; see [`unnamed_path`].
 const INGEST_TRIES_MAX: u32 = 64;
 
@@ -31,8 +35,8 @@ impl Store {
     /// What interrupted downloads left and what is used least make room for it, which may take a while.
     pub fn begin(&self, digest: &Digest, size: Option<u64>) -> Result<Ingest, Fault> {
         let wanted = size.unwrap_or(0);
-        let room = match self.evictor.reserve(wanted) {
-            Err(Fault::NoRoom { .. }) if self.remove_leftovers() > 0 => self.evictor.reserve(wanted)?,
+        let room = match Space::of(&self.evictor, wanted) {
+            Err(Fault::NoRoom { .. }) if self.remove_leftovers() > 0 => Space::of(&self.evictor, wanted)?,
             reserved => reserved?,
         };
         match Ingest::begin(&self.blobs, digest, size, room) {
@@ -40,7 +44,7 @@ impl Store {
             Err(Fault::Full { .. })
                 if self.remove_leftovers() > 0 || self.evictor.relieve_full_disk(wanted) =>
             {
-                Ingest::begin(&self.blobs, digest, size, self.evictor.reserve(wanted)?)
+                Ingest::begin(&self.blobs, digest, size, Space::of(&self.evictor, wanted)?)
             }
             begun => begun,
         }
@@ -62,8 +66,36 @@ pub struct Ingest {
     pub(super) file: Arc<dyn VolumeFile>,
     pub(super) marks: Marks,
     pub(super) is_left: bool,
-    /// Counted as taken until the blob itself is.
-    pub(super) _room: Reservation,
+    pub(super) room: Space,
+}
+
+/// The room of one blob: counted as taken until the blob itself is.
+pub(super) struct Space {
+    evictor: Arc<Evictor>,
+    reserved: Reservation,
+}
+
+impl Space {
+    pub(super) fn of(evictor: &Arc<Evictor>, bytes: u64) -> Result<Self, Fault> {
+        Ok(Self {
+            evictor: Arc::clone(evictor),
+            reserved: evictor.reserve(bytes)?,
+        })
+    }
+
+    fn grow(&mut self, bytes: u64) -> Result<(), Fault> {
+        let lacking = bytes.saturating_sub(self.reserved.bytes());
+        if lacking == 0 {
+            return Ok(());
+        }
+        // Nothing is evicted for what may never come.
+        let step = self.evictor.room.reserve(lacking.max(ROOM_STEP_BYTES));
+        self.reserved.absorb(match step {
+            Ok(step) => step,
+            Err(_) => self.evictor.reserve(lacking)?,
+        });
+        Ok(())
+    }
 }
 
 /// The list of marks, as it is written.
@@ -86,12 +118,7 @@ impl fmt::Debug for Ingest {
 }
 
 impl Ingest {
-    fn begin(
-        blobs: &Arc<Blobs>,
-        digest: &Digest,
-        size: Option<u64>,
-        room: Reservation,
-    ) -> Result<Self, Fault> {
+    fn begin(blobs: &Arc<Blobs>, digest: &Digest, size: Option<u64>, room: Space) -> Result<Self, Fault> {
         let (folder, file) = create(blobs.volume.as_ref())?;
         let ingest = Self {
             blobs: Arc::clone(blobs),
@@ -100,7 +127,7 @@ impl Ingest {
             file,
             marks: Marks::default(),
             is_left: false,
-            _room: room,
+            room,
         };
         if let Some(size) = size {
             let reserved = ingest.file.reserve(size);
@@ -122,6 +149,12 @@ impl Ingest {
     /// The file being written, for the writer and for readers.
     pub fn file(&self) -> Arc<dyn VolumeFile> {
         Arc::clone(&self.file)
+    }
+
+    /// Sees to it that there is room for the first `bytes`: by the size that was announced there is, without one it is
+    /// looked for as the bytes come. To be asked before they are written.
+    pub fn make_room(&mut self, bytes: u64) -> Result<(), Fault> {
+        self.room.grow(bytes)
     }
 
     /// The first `written` bytes are in the file, and `hasher` has taken them: noted every [`MARK_BYTES`].

@@ -13,9 +13,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use super::blobs::{Blobs, TREE};
-use super::ingest::{Ingest, Marks, Meta};
+use super::ingest::{Ingest, Marks, Meta, Space};
 use super::record::{RECORD_BYTES_MAX, opened};
-use super::room::Reservation;
 use super::step::STEP_BYTES;
 use super::volume::{UNNAMED_FOLDER, Volume, VolumeFile, read_all};
 use super::{Store, content_path};
@@ -39,7 +38,7 @@ impl Store {
         let mut leftover = Leftover::take(&self.blobs, digest)?;
         let bytes = leftover.size.unwrap_or(leftover.bytes());
         // Without room for the whole it waits for the next one.
-        leftover.room = Some(self.evictor.reserve(bytes).ok()?);
+        leftover.room = Some(Space::of(&self.evictor, bytes).ok()?);
         Some(leftover)
     }
 
@@ -60,7 +59,7 @@ pub struct Leftover {
     list: Marks,
     marks: Vec<Mark>,
     /// For the whole.
-    room: Option<Reservation>,
+    room: Option<Space>,
 }
 
 /// So many bytes have this digest.
@@ -184,7 +183,7 @@ impl Leftover {
                 ..self.list.clone()
             },
             is_left: false,
-            _room: room,
+            room,
         };
         Some(Resumed {
             ingest,

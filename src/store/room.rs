@@ -74,6 +74,17 @@ pub(super) struct Reservation {
     bytes: u64,
 }
 
+impl Reservation {
+    pub(super) fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// Takes over what another one set aside.
+    pub(super) fn absorb(&mut self, mut other: Self) {
+        self.bytes += std::mem::take(&mut other.bytes);
+    }
+}
+
 impl Drop for Reservation {
     fn drop(&mut self) {
         self.room.reserved.fetch_sub(self.bytes, Ordering::SeqCst);

@@ -16,8 +16,8 @@ pub(super) struct Parts {
 }
 
 impl Ahead for Parts {
-    fn open(&mut self, span: Span) -> Part<'_> {
-        let asked = (span.start, span.end_exclusive);
+    fn open(&mut self, from: u64, until: Option<u64>) -> Part<'_> {
+        let asked = (from, until.unwrap_or(u64::MAX));
         self.asked.lock().unwrap().push(asked);
         let answer = self.answers.lock().unwrap().pop_front();
         let hangs = self.hangs;

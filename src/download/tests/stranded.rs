@@ -184,3 +184,35 @@ async fn a_part_is_read_as_far_as_it_is_there_and_asked_for_beyond() {
     assert_eq!(parts.asked(), [(600_000, 700_000)]);
     drop(downloads);
 }
+
+#[tokio::test]
+async fn a_blob_of_unknown_size_that_finds_no_room_is_read_to_its_end_and_not_kept() {
+    let limits = crate::store::Limits {
+        bytes_max: 1_000_000,
+        free_bytes_min: 0,
+    };
+    let settings = Settings {
+        limits,
+        ..Settings::default()
+    };
+    let disk = Arc::new(Memory::new());
+    let store = Store::open(
+        &settings,
+        Arc::clone(&disk) as Arc<dyn Volume>,
+        SystemTime::UNIX_EPOCH,
+    )
+    .unwrap();
+    while !store.usage().is_complete {
+        tokio::task::yield_now().await;
+    }
+    let downloads = Downloads::new(Arc::new(store), Buffers::default(), 16);
+    let (bytes, script) = (content(3 * MIB), Script::default());
+    script.ending(0, None, &bytes);
+    let reader = leader(&downloads, digest(&bytes)).start(script.clone());
+    let parts = Parts::default();
+    send(&parts.part(), &bytes[1_000_000..]);
+    let reader = reader.with_ahead(parts);
+    assert_eq!(whole(reader).await, bytes);
+    assert_eq!(held(&downloads, digest(&bytes)), None);
+    assert!(disk.list(Path::new("ingest")).unwrap().is_empty());
+}

@@ -276,3 +276,63 @@ fn a_manifest_evicted_and_kept_again_is_on_the_disk_again() {
         assert!(ground.open().manifest(&digest(&bytes)).unwrap().is_some());
     });
 }
+
+#[test]
+fn a_blob_of_unknown_size_takes_only_the_room_there_is() {
+    const MIB: u64 = 1024 * 1024;
+    let ground = Ground::memory();
+    let store = ground.open_with_room(20 * MIB, at(0));
+    let digest = digest(b"whatever comes");
+    let mut one = store.begin(&digest, None).unwrap();
+    one.make_room(MIB).unwrap();
+    let mut other = store.begin(&digest, None).unwrap();
+    other.make_room(9 * MIB).unwrap();
+    // Both were given more than they asked for, and yet never more than there is.
+    one.make_room(11 * MIB).unwrap();
+    let refused = other.make_room(10 * MIB).unwrap_err();
+    assert!(
+        matches!(refused, Fault::NoRoom { limit: "size", .. }),
+        "{refused}"
+    );
+    assert!(
+        store.begin(&digest, Some(MIB)).is_err(),
+        "what is set aside is taken"
+    );
+    drop(one);
+    other.make_room(20 * MIB).unwrap();
+    let refused = other.make_room(20 * MIB + 1).unwrap_err();
+    assert!(matches!(refused, Fault::NoRoom { .. }), "{refused}");
+    drop(other);
+    store.begin(&digest, Some(20 * MIB)).unwrap();
+}
+
+#[test]
+fn a_blob_of_unknown_size_leaves_free_what_is_to_be_left() {
+    let disk = Arc::new(Memory::new());
+    let limits = Limits {
+        bytes_max: u64::MAX,
+        free_bytes_min: 40_000,
+    };
+    let settings = Settings {
+        limits,
+        ..Settings::default()
+    };
+    let store = Store::open(&settings, Arc::clone(&disk) as Arc<dyn Volume>, at(0)).unwrap();
+    let before = disk.free_bytes().unwrap();
+    disk.set_bytes_max(u64::MAX - before + 100_000);
+    let mut ingest = store.begin(&digest(b"whatever comes"), None).unwrap();
+    let mut written = 0;
+    let refused = loop {
+        match ingest.make_room(written + 1000) {
+            Ok(()) => ingest.file().write_at(&[1; 1000], written).unwrap(),
+            Err(refused) => break refused,
+        }
+        written += 1000;
+    };
+    assert!(
+        matches!(refused, Fault::NoRoom { limit: "free", .. }),
+        "{refused}"
+    );
+    assert!(disk.free_bytes().unwrap() >= 40_000, "{written}");
+    assert!(written > 30_000, "{written}");
+}
