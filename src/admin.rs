@@ -2,12 +2,13 @@
 //! On a listener of its own.
 //!
 //! * `guard`: who may come, and who may change something. * `routes`: which path is what. * `reply`: how it is answered.
-//! * `status`, `images`, `why`, `upstreams`, `transfers`, `events`, `work`: one kind of thing each; `words`: the same
+//! * `status`, `images`, `why`, `upstreams`, `transfers`, `events`, `work`, `archive`: one kind of thing each; `words`: the same
 //!   words everywhere. * `page`: all of it for people. * `probe`, `client`: asking a running cache from the command line.
 //!
 //! The page and the command line know nothing that the API does not say. `openapi.json` describes it, and the tests hold
 //! every answer against that.
 
+mod archive;
 pub mod client;
 mod events;
 mod guard;
@@ -15,6 +16,7 @@ mod images;
 mod named;
 mod notices;
 mod page;
+mod piped;
 pub mod probe;
 mod reply;
 mod routes;
@@ -96,6 +98,7 @@ pub struct Inner {
     notices: Notices,
     watchers: Arc<Semaphore>,
     connections: Arc<Semaphore>,
+    archives: Arc<Semaphore>,
 }
 
 impl std::ops::Deref for Admin {
@@ -125,6 +128,7 @@ impl Admin {
             notices: Notices::default(),
             watchers: Arc::new(Semaphore::new(WATCHERS_MAX)),
             connections: Arc::new(Semaphore::new(CONNECTIONS_MAX)),
+            archives: Arc::new(Semaphore::new(archive::ARCHIVES_MAX)),
         }))
     }
 

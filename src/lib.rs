@@ -10,7 +10,7 @@
 //! 2. [`policy`] and [`access`]: what to do, and who may read. Pure, without a clock.
 //! 3. [`store`] (the disk), [`upstream`] (the network outwards), [`event`] (what is told), [`flight`] (one question
 //!    for many askers).
-//! 4. [`download`]: one transfer, many readers.
+//! 4. [`download`]: one transfer, many readers; [`archive`]: images as files, out of the store and into it.
 //! 5. [`pull`]: the road of a request.
 //! 6. [`server`] and [`admin`] (the network inwards), [`config`], [`cli`], [`operate`] (a running cache, asked
 //!    from the command line), [`demo`], [`run`]; [`setup`] (clients' files), [`ca`] (their trust),
@@ -21,6 +21,7 @@
 
 pub mod access;
 pub mod admin;
+pub mod archive;
 pub mod ca;
 pub mod cli;
 pub mod clock;

@@ -3,8 +3,9 @@
 //!
 //! Each command that reads prints a table for people or, with `--json`, the API's own answer. Colours are for terminals.
 //!
-//! * `table`: columns. * `pull`: progress. * `upkeep`: what the store is to do. * `show`: the rest.
+//! * `table`: columns. * `pull`: progress. * `upkeep`: what the store is to do. * `archive`: images in files. * `show`: the rest.
 
+mod archive;
 mod pull;
 mod show;
 mod table;
@@ -45,6 +46,10 @@ pub enum Command {
     Offline(Offline),
     /// Read everything held, and set aside what is not what its name says
     Verify(Verify),
+    /// Write images into an archive (an OCI image layout), for a cache that no registry reaches
+    Export(Export),
+    /// Read images out of such an archive, from another cache or by skopeo
+    Import(Import),
     /// Let go of what no tag leads to and nobody uses, and say what that frees
     Gc(Gc),
 }
@@ -212,6 +217,38 @@ pub struct Gc {
     pub json: bool,
 }
 
+/// `ifnewer export`.
+#[derive(Args, Clone, Debug, PartialEq, Eq)]
+pub struct Export {
+    /// The images
+    #[arg(required = true)]
+    pub images: Vec<String>,
+    /// Where to: a file that ends in .tar, a folder, or `-` for the standard output
+    #[arg(short, long, value_name = "FILE.tar|FOLDER|-", default_value = "-")]
+    pub output: PathBuf,
+    /// A platform, as in linux/arm64; may be given several times [default: all that are held whole]
+    #[arg(long)]
+    pub platform: Vec<String>,
+}
+
+/// `ifnewer import`.
+#[derive(Args, Clone, Debug, PartialEq, Eq)]
+pub struct Import {
+    /// The archive: a tar file, a folder, or `-` for the standard input
+    #[arg(value_name = "FILE.tar|FOLDER|-")]
+    pub archive: PathBuf,
+    /// What the only image in it is called here, as in docker.io/library/alpine:3.20
+    #[arg(long = "as", value_name = "IMAGE")]
+    pub name: Option<String>,
+    /// Everybody may read the repositories, until their registry says otherwise. Without this, only those to whom the
+    /// registry says yes
+    #[arg(long)]
+    pub public: bool,
+    /// Print the API's answer
+    #[arg(long)]
+    pub json: bool,
+}
+
 /// A switch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum OnOff {
@@ -269,6 +306,14 @@ pub enum Failed {
     /// The password cannot be read.
     #[error("the password in {}: {error}", .path.display())]
     Password {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        error: std::io::Error,
+    },
+    /// A file of the operator's cannot be read or written.
+    #[error("{}: {error}", .path.display())]
+    File {
         /// The file.
         path: PathBuf,
         /// Why.
@@ -346,6 +391,8 @@ pub async fn run(client: &Client, command: &Command, output: &mut Output<'_>) ->
         Command::Offline(words) => show::offline(client, words, output).await,
         Command::Verify(words) => upkeep::verify(client, words, output).await,
         Command::Gc(words) => upkeep::gc(client, words, output).await,
+        Command::Export(words) => archive::export(client, words, output).await,
+        Command::Import(words) => archive::import(client, words, output).await,
     }
 }
 

@@ -51,6 +51,7 @@ const MODULES: &[Module] = &[
     module("flight", 3, &[], &["oci", "clock", "policy", "access"]),
     // Joint work. It takes the upstream's answers and no decision.
     module("download", 4, &[], &["policy", "access", "clock"]),
+    module("archive", 4, &[], &["policy", "access", "clock", "upstream"]),
     // The road.
     module("pull", 5, &[], &[]),
     // The edge.
@@ -115,6 +116,7 @@ const VENDORS: &[(&str, &[&str])] = &[
     ("hyper", HTTP),
     ("hyper_util", HTTP),
     ("sha2", &["oci/digest.rs"]),
+    ("tar", &["archive/", "operate/archive.rs"]),
     ("hmac", &["oci/digest.rs"]),
     ("bcrypt", &["server/entry.rs"]),
     ("rcgen", &["server/tls.rs", "server/mint.rs"]),

@@ -3,16 +3,23 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::header::{AUTHORIZATION, CONTENT_TYPE, HOST};
-use http::{Method, Request, StatusCode};
+use http::header::{AUTHORIZATION, CONTENT_LENGTH, CONTENT_TYPE, HOST};
+use http::{Method, Request, Response, StatusCode, request};
+use http_body::Body;
 use http_body_util::{BodyExt as _, Full, Limited};
+use hyper::body::Incoming;
 use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
 use serde_json::Value;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpStream, UnixStream};
+use tokio::sync::mpsc;
+use tokio::time::error::Elapsed;
 use zeroize::Zeroizing;
 
+use super::archive::TAR;
+use super::piped::Piped;
+use crate::archive::pipe::Piece;
 use crate::config;
 
 /// The longest answer read.
@@ -44,6 +51,12 @@ pub enum AskError {
         detail: String,
         /// What may have been meant.
         nearest: Vec<String>,
+    },
+    /// It stopped in the middle of an archive.
+    #[error("the archive from {place} broke off; the cache's log says why")]
+    BrokenOff {
+        /// From where.
+        place: String,
     },
     /// It answered what cannot be read.
     #[error("the answer from {place} cannot be read: {reason}")]
@@ -90,48 +103,132 @@ impl Client {
         self.ask(Method::DELETE, path, None).await
     }
 
+    /// `GET` of an archive: its length, if that is said, and the archive.
+    pub async fn download(&self, path: &str) -> Result<Download, AskError> {
+        let request = self.request(Method::GET, path, None)?;
+        let answered = tokio::time::timeout(PATIENCE, self.send(request.body(Full::<Bytes>::default())));
+        let response = self.in_time(answered.await)?;
+        if response.status() != StatusCode::OK {
+            let refused = self.collected(response).await?;
+            return Err(AskError::Unreadable {
+                place: self.place(),
+                reason: format!("an archive was expected, not {refused}"),
+            });
+        }
+        let length = response.headers().get(CONTENT_LENGTH);
+        Ok(Download {
+            bytes: length.and_then(|length| length.to_str().ok()?.parse().ok()),
+            place: self.place(),
+            body: response.into_body(),
+        })
+    }
+
+    /// `POST` of an archive, as it comes out of `pieces`. Takes as long as that.
+    pub async fn upload(&self, path: &str, pieces: mpsc::Receiver<Piece>) -> Result<Value, AskError> {
+        let request = self.request(Method::POST, path, Some(TAR))?;
+        let response = self.send(request.body(Piped::new(pieces, None))).await?;
+        self.collected(response).await
+    }
+
     async fn ask(&self, method: Method, path: &str, body: Option<&Value>) -> Result<Value, AskError> {
-        let (place, host) = match &self.admin {
-            config::Admin::Off => return Err(AskError::Off),
-            config::Admin::Tcp(address) => (address.to_string(), address.to_string()),
-            config::Admin::Unix(path) => (format!("unix:{}", path.display()), "localhost".to_owned()),
+        let kind = body.map(|_| "application/json");
+        let body = body.map(|body| Bytes::from(body.to_string()));
+        let request = self.request(method, path, kind)?;
+        let asked = async {
+            let response = self
+                .send(request.body(Full::new(body.unwrap_or_default())))
+                .await?;
+            self.collected(response).await
         };
-        let unreachable = |reason: String| AskError::Unreachable {
-            place: place.clone(),
-            reason,
+        self.in_time(tokio::time::timeout(PATIENCE, asked).await)
+    }
+
+    fn request(&self, method: Method, path: &str, kind: Option<&str>) -> Result<request::Builder, AskError> {
+        let host = match &self.admin {
+            config::Admin::Off => return Err(AskError::Off),
+            config::Admin::Tcp(address) => address.to_string(),
+            config::Admin::Unix(_) => "localhost".to_owned(),
         };
         let mut request = Request::builder().method(method).uri(path).header(HOST, host);
         if let Some(token) = &self.token {
             request = request.header(AUTHORIZATION, format!("Bearer {}", token.as_str()));
         }
-        let body = body.map(|body| Bytes::from(body.to_string()));
-        if body.is_some() {
-            request = request.header(CONTENT_TYPE, "application/json");
-        }
-        let request = request
-            .body(Full::new(body.unwrap_or_default()))
-            .map_err(|error| unreachable(error.to_string()))?;
-        let exchanged = async {
-            match &self.admin {
-                config::Admin::Unix(path) => {
-                    let stream = UnixStream::connect(path)
-                        .await
-                        .map_err(|error| unreachable(error.to_string()))?;
-                    exchange(stream, request).await.map_err(unreachable)
-                }
-                config::Admin::Tcp(address) => {
-                    let stream = TcpStream::connect(address)
-                        .await
-                        .map_err(|error| unreachable(error.to_string()))?;
-                    exchange(stream, request).await.map_err(unreachable)
-                }
-                config::Admin::Off => Err(AskError::Off),
+        Ok(match kind {
+            Some(kind) => request.header(CONTENT_TYPE, kind),
+            None => request,
+        })
+    }
+
+    async fn send<B>(&self, request: http::Result<Request<B>>) -> Result<Response<Incoming>, AskError>
+    where
+        B: Body<Data = Bytes> + Send + 'static,
+        B::Error: std::error::Error + Send + Sync,
+    {
+        let unreachable = |reason: String| self.unreachable(reason);
+        let request = request.map_err(|error| unreachable(error.to_string()))?;
+        match &self.admin {
+            config::Admin::Off => Err(AskError::Off),
+            config::Admin::Unix(path) => {
+                let stream = UnixStream::connect(path).await;
+                let stream = stream.map_err(|error| unreachable(error.to_string()))?;
+                exchange(stream, request).await.map_err(unreachable)
             }
-        };
-        let timed = tokio::time::timeout(PATIENCE, exchanged).await;
-        let (status, bytes) =
-            timed.unwrap_or_else(|_| Err(unreachable(format!("no answer in {PATIENCE:?}"))))?;
-        read(status, &bytes, &place)
+            config::Admin::Tcp(address) => {
+                let stream = TcpStream::connect(address).await;
+                let stream = stream.map_err(|error| unreachable(error.to_string()))?;
+                exchange(stream, request).await.map_err(unreachable)
+            }
+        }
+    }
+
+    async fn collected(&self, response: Response<Incoming>) -> Result<Value, AskError> {
+        let status = response.status();
+        let body = Limited::new(response.into_body(), ANSWER_BYTES_MAX);
+        let body = body.collect().await;
+        let body = body.map_err(|error| self.unreachable(error.to_string()))?;
+        read(status, &body.to_bytes(), &self.place())
+    }
+
+    fn in_time<T>(&self, answered: Result<Result<T, AskError>, Elapsed>) -> Result<T, AskError> {
+        answered.unwrap_or_else(|_| Err(self.unreachable(format!("no answer in {PATIENCE:?}"))))
+    }
+
+    fn place(&self) -> String {
+        match &self.admin {
+            config::Admin::Off => String::new(),
+            config::Admin::Tcp(address) => address.to_string(),
+            config::Admin::Unix(path) => format!("unix:{}", path.display()),
+        }
+    }
+
+    fn unreachable(&self, reason: String) -> AskError {
+        AskError::Unreachable {
+            place: self.place(),
+            reason,
+        }
+    }
+}
+
+/// An archive that comes.
+pub struct Download {
+    /// How long it is, if that was said.
+    pub bytes: Option<u64>,
+    place: String,
+    body: Incoming,
+}
+
+impl Download {
+    /// The next piece; `None` at the end of a whole archive.
+    pub async fn next(&mut self) -> Result<Option<Bytes>, AskError> {
+        while let Some(frame) = self.body.frame().await {
+            let frame = frame.map_err(|_| AskError::BrokenOff {
+                place: self.place.clone(),
+            })?;
+            if let Ok(bytes) = frame.into_data() {
+                return Ok(Some(bytes));
+            }
+        }
+        Ok(None)
     }
 }
 
@@ -162,18 +259,14 @@ fn read(status: StatusCode, bytes: &[u8], place: &str) -> Result<Value, AskError
     })
 }
 
-async fn exchange<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
-    stream: S,
-    request: Request<Full<Bytes>>,
-) -> Result<(StatusCode, Bytes), String> {
+async fn exchange<S, B>(stream: S, request: Request<B>) -> Result<Response<Incoming>, String>
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    B: Body<Data = Bytes> + Send + 'static,
+    B::Error: std::error::Error + Send + Sync,
+{
     let words = |error: hyper::Error| error.to_string();
     let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(words)?;
     tokio::spawn(connection);
-    let response = sender.send_request(request).await.map_err(words)?;
-    let status = response.status();
-    let body = Limited::new(response.into_body(), ANSWER_BYTES_MAX)
-        .collect()
-        .await;
-    body.map(|body| (status, body.to_bytes()))
-        .map_err(|error| error.to_string())
+    sender.send_request(request).await.map_err(words)
 }

@@ -22,6 +22,7 @@ use http::uri::Authority;
 use http::{HeaderMap, Method, StatusCode};
 use zeroize::Zeroizing;
 
+use super::archive::TAR;
 use super::reply::Problem;
 use crate::config::Listen;
 use crate::oci::digest::keyed;
@@ -106,13 +107,17 @@ impl Guard {
             .unwrap_or_default();
         let kind = kind.split(';').next().unwrap_or_default().trim();
         let is_form = kind.eq_ignore_ascii_case("application/x-www-form-urlencoded");
-        if path.starts_with("/api/")
-            && head.method != Method::DELETE
-            && !kind.eq_ignore_ascii_case("application/json")
+        // Neither is what a form of another site's page can send.
+        let expected = if path == "/api/v1/import" {
+            TAR
+        } else {
+            "application/json"
+        };
+        if path.starts_with("/api/") && head.method != Method::DELETE && !kind.eq_ignore_ascii_case(expected)
         {
             return Err(Problem::new(
                 StatusCode::UNSUPPORTED_MEDIA_TYPE,
-                "send JSON: Content-Type: application/json",
+                format!("Content-Type: {expected} is what is taken here"),
             ));
         }
         if !path.starts_with("/api/") && !is_form {

@@ -9,14 +9,14 @@ use serde_json::json;
 
 use super::named::{Named, name_of, nearest};
 use super::reply::{Problem, Reply, answer};
-use super::words::rfc3339;
+use super::words::{confirmed, rfc3339};
 use crate::oci::manifest::{Kind, Role};
 use crate::oci::{AnyDigest, Query, Reference};
 use crate::server::Registry;
 use crate::store::inventory::{Inventory, Stocked};
 use crate::store::manifests::HeldManifest;
 use crate::store::pins::Pin;
-use crate::store::refs::{TagKey, Variant};
+use crate::store::refs::{NEVER_CONFIRMED, TagKey, Variant};
 
 /// Images on one page of the list, unless `limit` says fewer.
 pub(super) const IMAGES_MAX: usize = 1_000;
@@ -39,8 +39,8 @@ pub(super) struct Image {
     pub(super) bytes: u64,
     /// What no other image needs.
     pub(super) unique_bytes: u64,
-    pub(super) confirmed_at: String,
-    pub(super) confirmed_seconds_ago: u64,
+    pub(super) confirmed_at: Option<String>,
+    pub(super) confirmed_seconds_ago: Option<u64>,
     /// Until when it is served without asking.
     pub(super) fresh_until: Option<String>,
     pub(super) rule: String,
@@ -69,7 +69,7 @@ pub(super) struct Variation {
     pub(super) media_type: String,
     pub(super) held: bool,
     pub(super) whole: bool,
-    pub(super) confirmed_at: String,
+    pub(super) confirmed_at: Option<String>,
     pub(super) first_seen_at: String,
     /// The last whole image that the tag named before.
     pub(super) earlier: Option<EarlierImage>,
@@ -78,7 +78,7 @@ pub(super) struct Variation {
 #[derive(Serialize)]
 pub(super) struct EarlierImage {
     pub(super) digest: String,
-    pub(super) confirmed_at: String,
+    pub(super) confirmed_at: Option<String>,
 }
 
 #[derive(Serialize)]
@@ -222,11 +222,11 @@ pub(super) fn in_full(registry: &Registry, named: &Named, now: SystemTime) -> Re
             media_type: variant.media_type.as_str().to_owned(),
             held: manifest.is_some(),
             whole: manifest.is_some_and(|manifest| whole(&manifest)),
-            confirmed_at: rfc3339(variant.confirmed_at),
+            confirmed_at: confirmed(variant.confirmed_at),
             first_seen_at: rfc3339(variant.first_held_at),
             earlier: variant.earlier.as_ref().map(|earlier| EarlierImage {
                 digest: earlier.digest.to_string(),
-                confirmed_at: rfc3339(earlier.confirmed_at),
+                confirmed_at: confirmed(earlier.confirmed_at),
             }),
         }
     });
@@ -366,11 +366,11 @@ fn line(registry: &Registry, inventory: &Inventory, image: &Stocked, now: System
         whole,
         bytes,
         unique_bytes,
-        confirmed_at: rfc3339(variant.confirmed_at),
-        confirmed_seconds_ago: now
-            .duration_since(variant.confirmed_at)
-            .unwrap_or_default()
-            .as_secs(),
+        confirmed_at: confirmed(variant.confirmed_at),
+        confirmed_seconds_ago: (variant.confirmed_at != NEVER_CONFIRMED).then(|| {
+            let age = now.duration_since(variant.confirmed_at);
+            age.unwrap_or_default().as_secs()
+        }),
         fresh_until: fresh_until.map(rfc3339),
         rule: rule.map_or_else(
             || "its upstream is not configured any more".to_owned(),

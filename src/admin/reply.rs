@@ -1,6 +1,6 @@
 //! Answers of the admin listener, and the bodies they have.
 
-use std::convert::Infallible;
+use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 
@@ -13,6 +13,9 @@ use http::{HeaderName, HeaderValue, Response, StatusCode};
 use http_body::{Frame, SizeHint};
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
+
+use super::piped::Piped;
+use crate::archive::pipe::Piece;
 
 /// An answer.
 pub(super) type Reply = Response<Body>;
@@ -29,21 +32,24 @@ pub(super) enum Body {
     Whole(Option<Bytes>),
     /// As it comes, until its sender is gone.
     Live(mpsc::Receiver<Bytes>),
+    /// An archive.
+    Piped(Piped),
 }
 
 impl http_body::Body for Body {
     type Data = Bytes;
-    type Error = Infallible;
+    type Error = io::Error;
 
     fn poll_frame(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+    ) -> Poll<Option<Result<Frame<Bytes>, io::Error>>> {
         match &mut *self {
             Self::Whole(bytes) => Poll::Ready(bytes.take().map(|bytes| Ok(Frame::data(bytes)))),
             Self::Live(lines) => lines
                 .poll_recv(context)
                 .map(|line| line.map(|line| Ok(Frame::data(line)))),
+            Self::Piped(piped) => Pin::new(piped).poll_frame(context),
         }
     }
 
@@ -55,6 +61,7 @@ impl http_body::Body for Body {
         match self {
             Self::Whole(bytes) => SizeHint::with_exact(bytes.as_ref().map_or(0, |bytes| bytes.len() as u64)),
             Self::Live(_) => SizeHint::default(),
+            Self::Piped(piped) => piped.size_hint(),
         }
     }
 }
@@ -130,6 +137,11 @@ pub(super) fn whole(status: StatusCode, kind: &'static str, body: impl Into<Byte
 /// Events as they come (server-sent events).
 pub(super) fn live(lines: mpsc::Receiver<Bytes>) -> Reply {
     bare(StatusCode::OK, "text/event-stream", Body::Live(lines))
+}
+
+/// An archive of so many bytes, as it is written.
+pub(super) fn piped(kind: &'static str, pieces: mpsc::Receiver<Piece>, bytes: u64) -> Reply {
+    bare(StatusCode::OK, kind, Body::Piped(Piped::new(pieces, Some(bytes))))
 }
 
 /// Sends a browser on, after a form was done.

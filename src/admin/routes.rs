@@ -40,6 +40,7 @@ const METHODS: &[(&str, &str)] = &[
     ("/api/v1/offline", "GET, HEAD, POST"),
     ("/api/v1/gc", "POST"),
     ("/api/v1/verify", "GET, HEAD, POST"),
+    ("/api/v1/import", "POST"),
     ("/api/v1/why", "GET, HEAD, POST"),
 ];
 
@@ -65,6 +66,7 @@ impl Admin {
         match head.method.as_str() {
             "GET" | "HEAD" => self.read(path, &query, head).await,
             "DELETE" if path == "/api/v1/images" => self.remove(&query).await,
+            "POST" if path == "/api/v1/import" => self.import(&query, body).await,
             "POST" => {
                 let body = collect(body).await?;
                 match path {
@@ -128,6 +130,7 @@ impl Admin {
             "/api/v1/pulls" => answer(&json!({ "pulls": self.works.list(registry.pull.downloads()) })),
             "/api/v1/pins" => answer(&json!({ "pins": images::pins(&registry) })),
             "/api/v1/verify" => self.verification(),
+            "/api/v1/export" => self.export(query).await?,
             "/api/v1/offline" => answer(&json!({ "offline": self.offline.is_on() })),
             _ => return Err(Self::no_such(path, &Method::GET)),
         })
@@ -416,15 +419,19 @@ impl Admin {
     }
 
     async fn remove(&self, query: &Query) -> Result<Reply, Problem> {
-        let flag = |name: &str| match query.get(name) {
-            None | Some("" | "false") => Ok(false),
-            Some("true") => Ok(true),
-            Some(other) => Err(Problem::bad(format!("`{name}` is true or false, not `{other}`"))),
-        };
-        let (all_tags, is_trial) = (flag("all_tags")?, flag("dry_run")?);
+        let (all_tags, is_trial) = (flag(query, "all_tags")?, flag(query, "dry_run")?);
         let registry = self.registry.load_full();
         let named = Named::of_query(query, &registry)?;
         blocking(move || images::remove(&registry, &named, all_tags, is_trial)).await
+    }
+}
+
+/// A parameter that is said or not.
+pub(super) fn flag(query: &Query, name: &str) -> Result<bool, Problem> {
+    match query.get(name) {
+        None | Some("" | "false") => Ok(false),
+        Some("true") => Ok(true),
+        Some(other) => Err(Problem::bad(format!("`{name}` is true or false, not `{other}`"))),
     }
 }
 

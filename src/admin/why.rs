@@ -7,12 +7,13 @@ use http::HeaderValue;
 use serde::Serialize;
 
 use super::named::Named;
-use super::words::{duration, fetched, refused, rfc3339, served, short};
+use super::words::{confirmed, duration, fetched, refused, served, short};
 use crate::oci::{Algorithm, Cause, Digest};
 use crate::policy::{
     Absence, Heard, Held, Holding, Policy, Rest, Situation, Standing, Verdict, Whose, decide,
 };
 use crate::server::Registry;
+use crate::store::refs::NEVER_CONFIRMED;
 
 /// The answer to "why".
 #[derive(Serialize)]
@@ -42,7 +43,7 @@ pub(super) struct Why {
 #[derive(Serialize)]
 pub(super) struct HeldCopy {
     pub(super) digest: String,
-    pub(super) confirmed_at: String,
+    pub(super) confirmed_at: Option<String>,
     pub(super) whole: bool,
 }
 
@@ -76,7 +77,7 @@ pub(super) fn why(
         policy: situation.policy.name(),
         held: situation.held.map(|held| HeldCopy {
             digest: held.digest.to_string(),
-            confirmed_at: rfc3339(held.confirmed_at),
+            confirmed_at: confirmed(held.confirmed_at),
             whole: held.rest == Rest::Held,
         }),
         standing: standing(situation.standing),
@@ -152,6 +153,9 @@ fn copy(held: &Held, situation: &Situation) -> String {
         .duration_since(held.confirmed_at)
         .unwrap_or_default();
     match situation.subject {
+        crate::policy::Subject::Tag if held.confirmed_at == NEVER_CONFIRMED => {
+            format!("{digest} is {whole}, imported and never confirmed")
+        }
         crate::policy::Subject::Tag => format!("{digest} is {whole}, confirmed {} ago", duration(age)),
         crate::policy::Subject::Manifest | crate::policy::Subject::Blob => format!("{digest} is {whole}"),
     }

@@ -5,10 +5,16 @@ use std::time::{Duration, SystemTime};
 use crate::event::{Decision, Outcome};
 use crate::oci::Cause;
 use crate::policy::{Refusal, Served, Why};
+use crate::store::refs::NEVER_CONFIRMED;
 
 /// RFC 3339, in seconds.
 pub(super) fn rfc3339(at: SystemTime) -> String {
     humantime::format_rfc3339_seconds(at).to_string()
+}
+
+/// When an upstream last confirmed something; `None` if none ever did.
+pub(super) fn confirmed(at: SystemTime) -> Option<String> {
+    (at != NEVER_CONFIRMED).then(|| rfc3339(at))
 }
 
 /// `1.5 GiB`.

@@ -145,7 +145,7 @@ impl Platforms {
         Self::These(vec![format!("linux/{architecture}")])
     }
 
-    fn want(&self, platform: &str) -> bool {
+    pub(super) fn want(&self, platform: &str) -> bool {
         match self {
             Self::All => true,
             Self::These(wanted) => wanted.iter().any(|wanted| {

@@ -53,7 +53,7 @@ pub(super) async fn ls(client: &Client, words: &Ls, output: &mut Output<'_>) -> 
             state(is_whole, image).to_owned(),
             bytes(number(image, "bytes")),
             bytes(number(image, "unique_bytes")),
-            ago(number(image, "confirmed_seconds_ago")),
+            confirmed(image),
             text(image, "policy").to_owned(),
         ]);
     }
@@ -78,11 +78,10 @@ pub(super) async fn show(client: &Client, words: &Show, output: &mut Output<'_>)
     } else {
         output.paint(Tone::Warm, "in part: the rest must still be fetched")
     };
-    let confirmed = format!(
-        "{} ({})",
-        text(&image, "confirmed_at"),
-        ago(number(&image, "confirmed_seconds_ago"))
-    );
+    let confirmed = match text(&image, "confirmed_at") {
+        "" => confirmed(&image),
+        at => format!("{at} ({})", confirmed(&image)),
+    };
     let fresh = match text(&image, "fresh_until") {
         "" => "no: it is asked about at the next pull".to_owned(),
         until => format!("until {until}"),
@@ -115,7 +114,11 @@ pub(super) async fn show(client: &Client, words: &Show, output: &mut Output<'_>)
         .filter_map(|variant| variant.get("earlier"))
         .find(|one| one.is_object());
     if let Some(earlier) = earlier {
-        let (digest, at) = (text(earlier, "digest"), text(earlier, "confirmed_at"));
+        let at = earlier
+            .get("confirmed_at")
+            .and_then(Value::as_str)
+            .unwrap_or("never");
+        let digest = text(earlier, "digest");
         output.line(&format!(
             "  {:<10} {} (the last whole one, confirmed {at})",
             "before",
@@ -434,6 +437,11 @@ fn state(is_whole: bool, image: &Value) -> &'static str {
         (false, false) => "part",
         (false, true) => "part, pinned",
     }
+}
+
+fn confirmed(image: &Value) -> String {
+    let seconds = image.get("confirmed_seconds_ago").and_then(Value::as_u64);
+    seconds.map_or_else(|| "never (imported)".to_owned(), ago)
 }
 
 fn ago(seconds: u64) -> String {

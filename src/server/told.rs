@@ -10,6 +10,7 @@ use crate::event;
 use crate::oci::{Cause, Digest, Operation, Reference};
 use crate::policy::Refusal;
 use crate::pull::{Outcome, Reason};
+use crate::store::refs::NEVER_CONFIRMED;
 
 use super::reply;
 
@@ -54,7 +55,9 @@ impl Told {
             reason,
             cause,
             digest,
-            confirmed_at: how.and_then(|how| how.confirmed_at),
+            confirmed_at: how
+                .and_then(|how| how.confirmed_at)
+                .filter(|at| *at != NEVER_CONFIRMED),
         }
     }
 

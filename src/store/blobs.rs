@@ -34,6 +34,13 @@ pub struct HeldBlob {
     pub file: Arc<dyn VolumeFile>,
 }
 
+impl HeldBlob {
+    /// All of it, if it has at most `bytes_max`.
+    pub fn read_whole(&self, bytes_max: u64) -> io::Result<Vec<u8>> {
+        read_all(self.file.as_ref(), bytes_max)
+    }
+}
+
 impl fmt::Debug for HeldBlob {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("HeldBlob")
@@ -230,7 +237,7 @@ impl Blobs {
         if held.size > SMALL_BLOB_BYTES_MAX {
             return None;
         }
-        let bytes = Bytes::from(read_all(held.file.as_ref(), SMALL_BLOB_BYTES_MAX).ok()?);
+        let bytes = Bytes::from(held.read_whole(SMALL_BLOB_BYTES_MAX).ok()?);
         if Digest::of(digest.algorithm(), &bytes) != *digest {
             self.quarantine(digest, "a blob is not what its name says");
             return None;

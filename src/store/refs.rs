@@ -21,7 +21,7 @@ use super::volume::Volume;
 use super::{Fault, Store, remove_file};
 use crate::oci::Digest;
 
-pub use self::tag::{Earlier, TagKey, TagRecord, VARIANTS_MAX, Variant};
+pub use self::tag::{Earlier, NEVER_CONFIRMED, TagKey, TagRecord, VARIANTS_MAX, Variant};
 use self::tag::{KEY_PREFIX, TREE};
 
 /// Tags kept ready in memory.
@@ -170,7 +170,10 @@ impl Refs {
         }
         let same = |old: &Variant| old.names_the_same(&variant) && old.earlier == variant.earlier;
         let is_news = !old.is_some_and(same) || loaded.as_ref().is_some_and(|loaded| !loaded.has_file);
-        let others = before.iter().filter(|old| old.accept != variant.accept).cloned();
+        // An operator's word is about the tag, whatever media types are accepted.
+        let is_of_operator = variant.confirmed_at == NEVER_CONFIRMED;
+        let stays = |old: &&Variant| !is_of_operator && old.accept != variant.accept;
+        let others = before.iter().filter(stays).cloned();
         let others: Vec<Variant> = others.take(VARIANTS_MAX - 1).collect();
         let record = Arc::new(TagRecord {
             variants: [vec![variant], others].concat(),

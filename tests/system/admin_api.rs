@@ -25,6 +25,13 @@ fn post(proxy: &Proxy, path: &str, body: &Value) -> Ask {
         .unchecked()
 }
 
+fn import(proxy: &Proxy, query: &str, archive: &[u8]) -> Ask {
+    Ask::new(proxy.admin_address(), "POST", &format!("/api/v1/import{query}"))
+        .header("content-type", "application/x-tar")
+        .body(archive)
+        .unchecked()
+}
+
 fn delete(proxy: &Proxy, path: &str) -> Ask {
     Ask::new(proxy.admin_address(), "DELETE", path).unchecked()
 }
@@ -73,6 +80,7 @@ async fn every_documented_path_answers_as_documented() {
         ("/api/v1/pulls", ""),
         ("/api/v1/offline", ""),
         ("/api/v1/verify", ""),
+        ("/api/v1/export", "?image=demo,docker.io/library/demo:latest"),
         ("/api/v1/pins", ""),
         ("/api/openapi.json", ""),
         ("/healthz", ""),
@@ -110,6 +118,18 @@ async fn every_documented_path_answers_as_documented() {
         valid(&document, path, &reply);
         called.push(format!("post {path}"));
     }
+    let archive = proxy.admin("/api/v1/export?image=demo").await.body;
+    let reply = import(&proxy, "", &archive).await;
+    let imported = valid(
+        &document,
+        "/api/v1/import",
+        &Reply {
+            path: "/api/v1/import".to_owned(),
+            ..reply
+        },
+    );
+    assert_eq!(imported["images"][0]["already_held"], true);
+    called.push("post /api/v1/import".to_owned());
     let reply = proxy.admin("/api/v1/pulls/1").await;
     let pulls = valid(
         &document,
@@ -141,7 +161,10 @@ async fn every_documented_path_answers_as_documented() {
 
 #[tokio::test]
 async fn every_fault_of_an_asker_is_told_as_a_problem() {
-    let (_upstream, proxy, _image) = busy().await;
+    let (upstream, proxy, _image) = busy().await;
+    let index = Image::index(&[Image::with_layers(&["three"])]);
+    upstream.push("library/multi", "latest", index);
+    proxy.manifest("library/multi", "latest").await;
     let document = document(&proxy).await;
     let get = |path: &str| proxy.admin(path);
     let demo = json!({ "image": "demo" });
@@ -202,6 +225,12 @@ async fn every_fault_of_an_asker_is_told_as_a_problem() {
             delete(&proxy, "/api/v1/images?image=absent"),
             404,
         ),
+        ("/api/v1/export", get("/api/v1/export?image=absent"), 404),
+        ("/api/v1/export", get("/api/v1/export?image=demo,"), 400),
+        ("/api/v1/export", get("/api/v1/export?image=multi"), 409),
+        ("/api/v1/import", import(&proxy, "?public=perhaps", b""), 400),
+        ("/api/v1/import", import(&proxy, "", b"no archive"), 422),
+        ("/api/v1/import", post(&proxy, "/api/v1/import", &demo), 415),
     ];
     for (path, ask, status) in cases {
         let reply = ask.await;

@@ -23,6 +23,7 @@ mod upstream;
 mod absent;
 mod admin;
 mod admin_api;
+mod archives;
 mod ca;
 mod certificates;
 mod challenge;

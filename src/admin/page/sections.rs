@@ -283,7 +283,12 @@ fn row(image: &Image, secret: &str) -> Markup {
                 @if image.pinned { " " span.mark.local { "pinned" } }
             }
             td.end data-label="Size" { (bytes(image.bytes)) div.dim { (bytes(image.unique_bytes)) " its own" } }
-            td.wide data-label="Confirmed" { time datetime=(image.confirmed_at) title=(image.confirmed_at) { (ago(image.confirmed_seconds_ago)) } }
+            td.wide data-label="Confirmed" {
+                @match (&image.confirmed_at, image.confirmed_seconds_ago) {
+                    (Some(at), Some(seconds)) => time datetime=(at) title=(at) { (ago(seconds)) },
+                    _ => "never (imported)",
+                }
+            }
             td.wide data-label="Policy" { (image.policy) div.dim { (image.rule) } }
             td.deeds {
                 form method="post" action="/act" {

@@ -9,6 +9,7 @@ use super::{Asked, put};
 use crate::oci::header::CACHE_STATUS;
 use crate::policy::{Served, Why};
 use crate::pull::{How, Reason};
+use crate::store::refs::NEVER_CONFIRMED;
 
 /// RFC 9211 `Cache-Status`, `Age`, and `Warning` where the client may get something outdated.
 pub(super) fn tell(headers: &mut HeaderMap, how: How, asked: &Asked) {
@@ -23,14 +24,15 @@ pub(super) fn tell(headers: &mut HeaderMap, how: How, asked: &Asked) {
         Reason::Passed => "ifnewer; fwd=bypass; detail=passed".to_owned(),
     };
     put(headers, CACHE_STATUS, &status);
-    let Some(age) = how
-        .confirmed_at
-        .map(|at| asked.now.duration_since(at).unwrap_or_default())
-    else {
+    let Some(confirmed_at) = how.confirmed_at else {
         return;
     };
+    let age =
+        (confirmed_at != NEVER_CONFIRMED).then(|| asked.now.duration_since(confirmed_at).unwrap_or_default());
     if let Reason::Held(served) = how.reason {
-        headers.insert(AGE, age.as_secs().into());
+        if let Some(age) = age {
+            headers.insert(AGE, age.as_secs().into());
+        }
         if served.may_be_outdated() {
             put(headers, WARNING, &warning(served, asked.upstream(), age));
         }
@@ -38,8 +40,14 @@ pub(super) fn tell(headers: &mut HeaderMap, how: How, asked: &Asked) {
 }
 
 /// RFC 7234 §5.5.7's 299, which podman and containerd show to the user.
-fn warning(served: Served, upstream: &str, age: Duration) -> String {
-    let age = humantime::format_duration(Duration::from_secs(age.as_secs()));
+fn warning(served: Served, upstream: &str, age: Option<Duration>) -> String {
+    let confirmed = match age {
+        Some(age) => {
+            let age = humantime::format_duration(Duration::from_secs(age.as_secs()));
+            format!("confirmed {age} ago")
+        }
+        None => "imported and never confirmed".to_owned(),
+    };
     let why = match served {
         Served::NewUnavailable(cause) => {
             format!("{upstream} has a newer image that could not be had: it {cause}")
@@ -58,5 +66,5 @@ fn warning(served: Served, upstream: &str, age: Duration) -> String {
         },
     };
     let text: String = why.chars().filter(|c| !matches!(c, '"' | '\\')).collect();
-    format!("299 ifnewer \"served from the cache, confirmed {age} ago: {text}\"")
+    format!("299 ifnewer \"served from the cache, {confirmed}: {text}\"")
 }

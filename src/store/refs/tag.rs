@@ -17,6 +17,10 @@ pub const VARIANTS_MAX: usize = 8;
 pub(super) const TREE: &str = "refs";
 pub(super) const KEY_PREFIX: u8 = b't';
 
+/// When a tag was confirmed that no upstream ever confirmed: an operator said what it names. It is fresh for nobody, and
+/// older than any `stale` but `forever` allows.
+pub const NEVER_CONFIRMED: SystemTime = SystemTime::UNIX_EPOCH;
+
 /// A tag of a repository of an upstream.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct TagKey {
@@ -37,7 +41,7 @@ pub struct Variant {
     pub digest: Digest,
     /// As the upstream named it.
     pub media_type: MediaType,
-    /// When the upstream last said so.
+    /// When the upstream last said so; [`NEVER_CONFIRMED`] if it was someone else.
     pub confirmed_at: SystemTime,
     /// When it first said so.
     pub first_held_at: SystemTime,

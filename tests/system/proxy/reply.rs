@@ -161,6 +161,18 @@ impl Reply {
         self
     }
 
+    /// Served from the cache because upstream was silent, on the word of whoever imported it: it has no age.
+    pub fn is_imported(&self) -> &Reply {
+        assert_eq!(self.status, 200, "{self:#?}");
+        assert!(self.is_hit().cache_status().contains("stale"), "{self:#?}");
+        let warning = self
+            .header("warning")
+            .unwrap_or_else(|| panic!("no Warning: {self:#?}"));
+        assert!(warning.contains("imported and never confirmed"), "{warning}");
+        assert_eq!(self.header("age"), None, "{self:#?}");
+        self
+    }
+
     /// Nothing is said of being stale.
     pub fn is_not_stale(&self) -> &Reply {
         assert_eq!(self.header("warning"), None, "{self:#?}");

@@ -1,0 +1,189 @@
+//! Images as archives: `GET /api/v1/export` and `POST /api/v1/import`.
+
+use std::time::Duration;
+
+use http::StatusCode;
+use http::header::{CONTENT_DISPOSITION, CONTENT_LENGTH, HeaderValue};
+use http_body_util::BodyExt as _;
+use hyper::body::Incoming;
+use serde_json::json;
+use tokio::sync::OwnedSemaphorePermit;
+use tokio::task::spawn_blocking;
+
+use super::Admin;
+use super::named::Named;
+use super::reply::{Problem, Reply, answer, piped};
+use super::routes::{blocking, flag};
+use super::work::Platforms;
+use crate::archive::Image;
+use crate::archive::export::{self, Plan};
+use crate::archive::import::{self, Imported, Wish};
+use crate::archive::pipe::{Sink, Spring, pipe};
+use crate::oci::Query;
+use crate::server::Registry;
+use crate::store::Fault;
+
+/// The type of an archive.
+pub(super) const TAR: &str = "application/x-tar";
+
+/// Archives on their way at a time, in both directions together.
+pub(super) const ARCHIVES_MAX: usize = 2;
+
+/// Who is refused in the middle of an upload may not have read the refusal yet: what still comes is taken for so long.
+const DRAIN_MAX: Duration = Duration::from_secs(10);
+
+impl Admin {
+    /// `GET /api/v1/export`.
+    pub(super) async fn export(&self, query: &Query) -> Result<Reply, Problem> {
+        let registry = self.registry.load_full();
+        let images = query.get("image").unwrap_or_default().split(',');
+        let images = images.map(|image| Ok(image_of(Named::read(image, &registry)?)));
+        let images = images.collect::<Result<Vec<Image>, Problem>>()?;
+        let platforms = query.get("platform").filter(|platforms| !platforms.is_empty());
+        let platforms =
+            platforms.map(|these| Platforms::These(these.split(',').map(str::to_owned).collect()));
+        let place = self.archive_place()?;
+        let now = self.clock.now();
+        let (registry, plan) = blocking(move || {
+            let want = |platform: &str| platforms.as_ref().is_some_and(|these| these.want(platform));
+            let wanted = match &platforms {
+                Some(_) => export::Platforms::These(&want),
+                None => export::Platforms::Held,
+            };
+            let plan = Plan::new(registry.pull.store(), &images, wanted, now)?;
+            Ok((registry, plan))
+        })
+        .await?;
+        let (pieces, body) = pipe();
+        let bytes = plan.bytes();
+        let mut sink = Sink::new(pieces);
+        spawn_blocking(move || {
+            let _place = place;
+            let written = plan.write(registry.pull.store(), &mut sink);
+            if let Err(error) = &written {
+                tracing::warn!(%error, "an export broke off");
+            }
+            sink.end(written);
+        });
+        let mut reply = piped(TAR, body, bytes);
+        let name = HeaderValue::from_static("attachment; filename=\"images.tar\"");
+        reply.headers_mut().insert(CONTENT_DISPOSITION, name);
+        reply.headers_mut().insert(CONTENT_LENGTH, bytes.into());
+        Ok(reply)
+    }
+
+    /// `POST /api/v1/import`.
+    pub(super) async fn import(&self, query: &Query, body: Incoming) -> Result<Reply, Problem> {
+        let is_public = flag(query, "public")?;
+        let name = query
+            .get("image")
+            .filter(|name| !name.is_empty())
+            .map(str::to_owned);
+        let place = self.archive_place()?;
+        let (registry, now) = (self.registry.load_full(), self.clock.now());
+        let (pieces, archive) = pipe();
+        tokio::spawn(feed(body, pieces));
+        let mut archive = Spring::new(archive);
+        let imported = blocking(move || {
+            let _place = place;
+            let wish = Wish {
+                resolve: &|name| resolve(name, &registry),
+                name,
+                is_public,
+                now,
+            };
+            Ok(import::import(registry.pull.store(), &mut archive, &wish)?)
+        })
+        .await?;
+        for image in &imported.images {
+            tracing::info!(image = image.name, digest = %image.digest, is_public, "imported at the operator's wish");
+        }
+        Ok(told(&imported, is_public))
+    }
+
+    fn archive_place(&self) -> Result<OwnedSemaphorePermit, Problem> {
+        self.archives.clone().try_acquire_owned().map_err(|_| {
+            Problem::new(
+                StatusCode::SERVICE_UNAVAILABLE,
+                format!("{ARCHIVES_MAX} archives are on their way already; try again when one has ended"),
+            )
+        })
+    }
+}
+
+fn image_of(named: Named) -> Image {
+    Image {
+        name: named.to_string(),
+        upstream: named.site.name().into(),
+        repository: named.repository,
+        reference: named.reference,
+    }
+}
+
+fn resolve(name: &str, registry: &Registry) -> Result<Image, String> {
+    let named = Named::read(name, registry);
+    named.map(image_of).map_err(|problem| problem.detail)
+}
+
+/// Hands a request's body on to the thread that reads it. When that has had enough, the rest is taken and thrown away for
+/// a while: a connection that is closed on a sender takes the answer away from it.
+async fn feed(mut body: Incoming, pieces: tokio::sync::mpsc::Sender<crate::archive::pipe::Piece>) {
+    while let Some(frame) = body.frame().await {
+        let piece = match frame {
+            Ok(frame) => match frame.into_data() {
+                Ok(bytes) => Ok(bytes),
+                Err(_) => continue,
+            },
+            Err(error) => Err(std::io::Error::other(error)),
+        };
+        if pieces.send(piece).await.is_err() {
+            break;
+        }
+    }
+    let drain = async { while let Some(Ok(_)) = body.frame().await {} };
+    // Whoever still sends then is cut off.
+    let _ = tokio::time::timeout(DRAIN_MAX, drain).await;
+}
+
+fn told(imported: &Imported, is_public: bool) -> Reply {
+    let images = imported.images.iter().map(|image| {
+        json!({
+            "image": image.name,
+            "digest": image.digest.to_string(),
+            "platforms": image.platforms,
+            "already_held": image.was_held,
+        })
+    });
+    answer(&json!({
+        "images": images.collect::<Vec<_>>(),
+        "objects": imported.objects,
+        "new_objects": imported.new_objects,
+        "new_bytes": imported.new_bytes,
+        "public": is_public,
+    }))
+}
+
+impl From<export::Refused> for Problem {
+    fn from(refused: export::Refused) -> Self {
+        match refused {
+            export::Refused::NotHeld(_) => Self::absent(refused.to_string()),
+            export::Refused::NoPlatform(_) | export::Refused::Incomplete { .. } => {
+                Self::new(StatusCode::CONFLICT, refused.to_string())
+            }
+            export::Refused::Store(fault) => fault.into(),
+        }
+    }
+}
+
+impl From<import::Refused> for Problem {
+    fn from(refused: import::Refused) -> Self {
+        match &refused {
+            import::Refused::Unnamed { .. } | import::Refused::Unknown(_) => Self::bad(refused.to_string()),
+            import::Refused::Store(Fault::NoRoom { .. } | Fault::Full { .. }) => {
+                Self::new(StatusCode::INSUFFICIENT_STORAGE, refused.to_string())
+            }
+            import::Refused::Store(_) => Self::new(StatusCode::INTERNAL_SERVER_ERROR, refused.to_string()),
+            _ => Self::new(StatusCode::UNPROCESSABLE_ENTITY, refused.to_string()),
+        }
+    }
+}

@@ -1,0 +1,192 @@
+//! The look at an image: what belongs to it, and whether all of that is held and proven in its repository.
+
+use std::sync::Arc;
+
+use super::{Part, Platforms, Refused};
+use crate::archive::layout::{self, Entry};
+use crate::archive::{DEPTH_MAX, Image};
+use crate::oci::manifest::{Descriptor, Kind, Role};
+use crate::oci::{Accept, AnyDigest, Digest, Operation, Query, Reference};
+use crate::store::listings::ListingKey;
+use crate::store::manifests::HeldManifest;
+use crate::store::refs::TagKey;
+use crate::store::{Fault, Store};
+
+/// The look at one image.
+pub(super) struct Look<'a> {
+    pub(super) store: &'a Store,
+    pub(super) image: &'a Image,
+    pub(super) platforms: Platforms<'a>,
+    pub(super) parts: Vec<Part>,
+}
+
+impl Look<'_> {
+    /// What the image's name stands for: of a tag's variants the one for clients of today, else the last confirmed.
+    pub(super) fn root(&self) -> Result<Arc<HeldManifest>, Refused> {
+        let not_held = || Refused::NotHeld(self.image.name.clone());
+        let tag = match &self.image.reference {
+            Reference::Digest(AnyDigest::Known(digest)) => {
+                return self.manifest(digest)?.ok_or_else(not_held);
+            }
+            Reference::Digest(AnyDigest::Foreign(_)) => return Err(not_held()),
+            Reference::Tag(tag) => tag.clone(),
+        };
+        let key = TagKey {
+            upstream: Arc::clone(&self.image.upstream),
+            repository: self.image.repository.clone(),
+            tag,
+        };
+        let record = self.store.tag(&key)?.ok_or_else(not_held)?;
+        let today = Accept::manifests().key();
+        let mut variants: Vec<_> = record.variants.iter().collect();
+        variants.sort_by_key(|variant| std::cmp::Reverse((variant.accept == today, variant.confirmed_at)));
+        for variant in variants {
+            if let Some(held) = self.manifest(&variant.digest)? {
+                return Ok(held);
+            }
+        }
+        Err(not_held())
+    }
+
+    fn manifest(&self, digest: &Digest) -> Result<Option<Arc<HeldManifest>>, Fault> {
+        if !self.is_seen(digest) {
+            return Ok(None);
+        }
+        self.store.manifest(digest)
+    }
+
+    fn is_seen(&self, digest: &Digest) -> bool {
+        self.store
+            .has_seen(&self.image.upstream, &self.image.repository, digest)
+    }
+
+    /// Adds a manifest and everything it needs.
+    pub(super) fn add(&mut self, held: &Arc<HeldManifest>, depth: u32) -> Result<(), Refused> {
+        self.parts.push(Part::Manifest(Arc::clone(held)));
+        let children = &held.manifest.children;
+        let mut missing = Vec::new();
+        for child in children.iter().filter(|child| child.role != Role::Manifest) {
+            match self.blob(child)? {
+                Some(part) => self.parts.push(part),
+                None if child.foreign => {}
+                None => missing.push(child.digest.to_string()),
+            }
+        }
+        if !missing.is_empty() {
+            return Err(self.incomplete(missing));
+        }
+        let manifests: Vec<_> = children
+            .iter()
+            .filter(|child| child.role == Role::Manifest)
+            .collect();
+        let mut is_empty = held.manifest.kind == Kind::Index && !manifests.is_empty();
+        for child in manifests {
+            is_empty &= !self.add_child(child, depth)?;
+        }
+        if is_empty {
+            return Err(Refused::NoPlatform(self.image.name.clone()));
+        }
+        Ok(())
+    }
+
+    /// Says whether it is an image that was added.
+    fn add_child(&mut self, child: &Descriptor, depth: u32) -> Result<bool, Refused> {
+        let platform = child.platform.as_ref().map(ToString::to_string);
+        // Attestations are listed beside the images as of an unknown platform: they come along where they are held.
+        let is_image = child
+            .platform
+            .as_ref()
+            .is_none_or(|platform| platform.os != "unknown");
+        let is_asked_for = match (self.platforms, &platform) {
+            (Platforms::These(want), Some(platform)) if is_image => {
+                if !want(platform) {
+                    return Ok(false);
+                }
+                true
+            }
+            _ => false,
+        };
+        let Some(depth) = depth.checked_sub(1) else {
+            return Ok(false);
+        };
+        let held = match &child.digest {
+            AnyDigest::Known(digest) => self.manifest(digest)?,
+            AnyDigest::Foreign(_) => None,
+        };
+        let before = self.parts.len();
+        let added = match held {
+            Some(held) => self.add(&held, depth),
+            None => Err(self.incomplete(vec![child.digest.to_string()])),
+        };
+        match added {
+            Ok(()) => Ok(is_image),
+            Err(Refused::Incomplete { .. } | Refused::NoPlatform(_)) if !is_asked_for => {
+                self.parts.truncate(before);
+                Ok(false)
+            }
+            Err(refused) => Err(refused),
+        }
+    }
+
+    fn blob(&self, child: &Descriptor) -> Result<Option<Part>, Fault> {
+        let AnyDigest::Known(digest) = child.digest else {
+            return Ok(None);
+        };
+        if !self.is_seen(&digest) {
+            return Ok(None);
+        }
+        let held = self.store.blob(&digest)?;
+        Ok(held.map(|held| Part::Blob {
+            digest,
+            size: held.size,
+        }))
+    }
+
+    fn incomplete(&self, missing: Vec<String>) -> Refused {
+        Refused::Incomplete {
+            image: self.image.name.clone(),
+            missing,
+        }
+    }
+
+    /// The referrers of what was added, as the registry last listed them and as far as they are held whole.
+    pub(super) fn referrers(&mut self) -> Vec<Entry> {
+        let subjects: Vec<Digest> = self
+            .parts
+            .iter()
+            .filter_map(|part| match part {
+                Part::Manifest(held) => Some(held.digest),
+                Part::Blob { .. } => None,
+            })
+            .collect();
+        let mut entries = Vec::new();
+        for subject in subjects {
+            let key = referrers_of(self.image, subject);
+            let listing = self.store.listing(&key).ok().flatten();
+            let listed = listing.and_then(|listing| layout::read_index(&listing.bytes).ok());
+            for entry in listed.unwrap_or_default() {
+                let before = self.parts.len();
+                let held = self.manifest(&entry.digest).ok().flatten();
+                if held.is_some_and(|held| self.add(&held, DEPTH_MAX).is_ok()) {
+                    entries.push(entry.without_name());
+                } else {
+                    self.parts.truncate(before);
+                }
+            }
+        }
+        entries
+    }
+}
+
+/// The question about all that refers to `subject` in an image's repository.
+pub(in crate::archive) fn referrers_of(image: &Image, subject: Digest) -> ListingKey {
+    let operation = Operation::Referrers {
+        repository: image.repository.clone(),
+        digest: AnyDigest::Known(subject),
+        query: Query::default(),
+    };
+    ListingKey {
+        upstream: Arc::clone(&image.upstream),
+        path: operation.path_and_query(),
+    }
+}

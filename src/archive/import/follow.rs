@@ -1,0 +1,354 @@
+//! What `index.json` leads to: followed whole before anything is said about it.
+
+use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use bytes::Bytes;
+
+use super::{Brought, IMAGES_MAX, ImportedImage, Refused, Wish};
+use crate::archive::export::referrers_of;
+use crate::archive::layout::{self, Entry};
+use crate::archive::{DEPTH_MAX, Image};
+use crate::oci::manifest::{Kind, MANIFEST_BYTES_MAX, Role};
+use crate::oci::{Accept, AnyDigest, Digest, MediaType, Reference};
+use crate::store::listings::KeptListing;
+use crate::store::manifests::HeldManifest;
+use crate::store::refs::{NEVER_CONFIRMED, TagKey, Variant};
+use crate::store::{Fault, Store};
+
+/// What `index.json` leads to.
+pub(super) struct Found {
+    pub(super) images: Vec<FoundImage>,
+}
+
+pub(super) struct FoundImage {
+    image: Image,
+    root: Digest,
+    /// Children before those that name them.
+    manifests: Vec<(Digest, MediaType)>,
+    /// The same digests, for look-ups.
+    followed: HashSet<Digest>,
+    blobs: BTreeSet<Digest>,
+    platforms: Vec<String>,
+    was_held: bool,
+    /// What refers to each of its manifests, as a list of referrers says it.
+    referrers: BTreeMap<Digest, Vec<Entry>>,
+}
+
+impl FoundImage {
+    pub(super) fn told(&self) -> ImportedImage {
+        ImportedImage {
+            name: self.image.name.clone(),
+            digest: self.root,
+            platforms: self.platforms.clone(),
+            was_held: self.was_held,
+        }
+    }
+
+    fn key(&self) -> Option<TagKey> {
+        match &self.image.reference {
+            Reference::Digest(_) => None,
+            Reference::Tag(tag) => Some(TagKey {
+                upstream: Arc::clone(&self.image.upstream),
+                repository: self.image.repository.clone(),
+                tag: tag.clone(),
+            }),
+        }
+    }
+}
+
+impl Found {
+    pub(super) fn of(
+        store: &Store,
+        brought: &Brought<'_>,
+        index: &[u8],
+        wish: &Wish<'_>,
+    ) -> Result<Self, Refused> {
+        let wrong = |reason: String| Refused::Document {
+            file: layout::INDEX_FILE,
+            reason,
+        };
+        let entries = layout::read_index(index).map_err(wrong)?;
+        if entries.len() > IMAGES_MAX {
+            return Err(Refused::TooMuch("images", IMAGES_MAX as u64));
+        }
+        let look = Look { store, brought };
+        // What has a subject and no name is a referrer; whatever else is there has to have a name.
+        let (mut images, mut referrers) = (Vec::new(), Vec::new());
+        for entry in entries {
+            let held = look.manifest(&entry.digest, &entry.media_type)?;
+            match held.manifest.subject {
+                Some(subject) if entry.name.is_none() => referrers.push((entry, subject)),
+                _ => images.push(entry),
+            }
+        }
+        if images.is_empty() {
+            return Err(wrong("it names no image".to_owned()));
+        }
+        let is_only = images.len() == 1;
+        let mut found = Vec::new();
+        for entry in images {
+            let image = image_of(&entry, is_only, wish)?;
+            found.push(look.follow(image, &entry)?);
+        }
+        for (entry, subject) in referrers {
+            look.attach(&entry, subject, &mut found)?;
+        }
+        Ok(Self { images: found })
+    }
+
+    /// Every digest that is needed, once, and whether it is a manifest.
+    pub(super) fn needed(&self) -> BTreeMap<Digest, bool> {
+        let manifests = self.images.iter().flat_map(|image| &image.manifests);
+        let blobs = self.images.iter().flat_map(|image| &image.blobs);
+        let blobs = blobs.map(|digest| (*digest, false));
+        // Should something be both, it stays as a blob too.
+        manifests
+            .map(|(digest, _)| (*digest, true))
+            .chain(blobs)
+            .collect()
+    }
+
+    /// Says what is here, but for the names.
+    pub(super) fn keep_content(&self, store: &Store, wish: &Wish<'_>) -> Result<(), Refused> {
+        for found in &self.images {
+            let (upstream, repository) = (&found.image.upstream, &found.image.repository);
+            for digest in &found.blobs {
+                store.note_seen(upstream, repository, digest)?;
+            }
+            for (digest, media_type) in &found.manifests {
+                let held = read_manifest(store, digest, media_type)?;
+                store.keep_manifest(held.bytes, held.media_type, *digest, upstream, repository)?;
+                store.note_seen(upstream, repository, digest)?;
+            }
+            for (subject, entries) in &found.referrers {
+                let key = referrers_of(&found.image, *subject);
+                // The upstream's own list says more.
+                if store.listing(&key)?.is_none()
+                    && let Ok(media_type) = "application/vnd.oci.image.index.v1+json".parse()
+                {
+                    let bytes = Bytes::from(layout::index_document(entries.iter()));
+                    let listing = KeptListing::new(bytes, media_type, None, None, NEVER_CONFIRMED);
+                    store.keep_listing(&key, listing)?;
+                }
+            }
+            if wish.is_public && store.public_since(upstream, repository).is_none() {
+                // Long ago: it opens the repository in an outage, and is asked about while the upstream answers.
+                store.note_public(upstream, repository, Some(NEVER_CONFIRMED))?;
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn keep_tags(&self, store: &Store, now: SystemTime) -> Result<(), Refused> {
+        self.images
+            .iter()
+            .try_for_each(|found| found.keep_tag(store, now))
+    }
+}
+
+impl FoundImage {
+    /// A tag that names this already was perhaps confirmed, which the archive knows nothing of.
+    fn keep_tag(&self, store: &Store, now: SystemTime) -> Result<(), Refused> {
+        let Some(key) = self.key() else { return Ok(()) };
+        let record = store.tag(&key)?;
+        let names_it = |variant: &Variant| variant.digest == self.root;
+        if record.is_some_and(|record| record.variants.iter().any(names_it)) {
+            return Ok(());
+        }
+        let Some((_, media_type)) = self.manifests.iter().find(|(digest, _)| *digest == self.root) else {
+            return Ok(());
+        };
+        let variant = Variant {
+            accept: Accept::manifests().key(),
+            digest: self.root,
+            media_type: media_type.clone(),
+            confirmed_at: NEVER_CONFIRMED,
+            first_held_at: now,
+            earlier: None,
+        };
+        Ok(store.keep_tag(&key, variant)?)
+    }
+}
+
+/// The manifest, from the bytes that were received, or where it was held before.
+fn read_manifest(store: &Store, digest: &Digest, media_type: &MediaType) -> Result<HeldManifest, Refused> {
+    let wrong = |reason: String| Refused::Manifest {
+        digest: *digest,
+        reason,
+    };
+    if !media_type.is_manifest() {
+        return Err(wrong(format!("`{media_type}` is no known type of manifest")));
+    }
+    let bytes = if let Some(held) = store.manifest(digest)? {
+        held.bytes.clone()
+    } else {
+        let held = store.blob(digest)?;
+        let held = held.ok_or_else(|| wrong("it has gone meanwhile".to_owned()))?;
+        let bytes = held.read_whole(MANIFEST_BYTES_MAX as u64);
+        Bytes::from(bytes.map_err(|error| wrong(error.to_string()))?)
+    };
+    let held = HeldManifest::check(bytes, media_type.clone(), *digest);
+    let held = held.map_err(|fault| wrong(fault.to_string()))?;
+    match &held.manifest.media_type {
+        Some(own) if own != media_type => Err(wrong(format!(
+            "it says that it is `{own}`, and the archive says `{media_type}`"
+        ))),
+        _ => Ok(held),
+    }
+}
+
+/// What an entry is here.
+fn image_of(entry: &Entry, is_only: bool, wish: &Wish<'_>) -> Result<Image, Refused> {
+    let unnamed = || Refused::Unnamed {
+        digest: entry.digest,
+        name: entry.name.clone(),
+    };
+    let name = match (&wish.name, &entry.name) {
+        (Some(name), _) if is_only => name,
+        (Some(_), _) => {
+            return Err(Refused::Unknown(
+                "one name was given, but the archive has several images".to_owned(),
+            ));
+        }
+        // A mere tag, which is what skopeo and BuildKit may write, says nothing about where it is from.
+        (None, Some(name)) if name.contains('/') => name,
+        (None, _) => return Err(unnamed()),
+    };
+    let image = (wish.resolve)(name).map_err(Refused::Unknown)?;
+    match &image.reference {
+        Reference::Digest(digest) if *digest != AnyDigest::Known(entry.digest) => Err(Refused::Unknown(
+            format!("{name} is another digest than {}", entry.digest),
+        )),
+        _ => Ok(image),
+    }
+}
+
+struct Look<'a> {
+    store: &'a Store,
+    brought: &'a Brought<'a>,
+}
+
+impl Look<'_> {
+    fn manifest(&self, digest: &Digest, media_type: &MediaType) -> Result<HeldManifest, Refused> {
+        if !self.brought.objects.contains_key(digest) {
+            return Err(Refused::Manifest {
+                digest: *digest,
+                reason: "it is not in the archive".to_owned(),
+            });
+        }
+        read_manifest(self.store, digest, media_type)
+    }
+
+    fn follow(&self, image: Image, entry: &Entry) -> Result<FoundImage, Refused> {
+        let mut found = FoundImage {
+            image,
+            root: entry.digest,
+            manifests: Vec::new(),
+            followed: HashSet::new(),
+            blobs: BTreeSet::new(),
+            platforms: Vec::new(),
+            was_held: false,
+            referrers: BTreeMap::new(),
+        };
+        self.add(&mut found, entry.digest, &entry.media_type, DEPTH_MAX)?;
+        found.was_held = self.was_held(&found)?;
+        Ok(found)
+    }
+
+    /// Whether an import changes nothing.
+    fn was_held(&self, found: &FoundImage) -> Result<bool, Fault> {
+        let Some(key) = found.key() else { return Ok(false) };
+        let record = self.store.tag(&key)?;
+        let names_it = |variant: &Variant| variant.digest == found.root;
+        let manifests = found.manifests.iter().map(|(digest, _)| digest);
+        let was_here = |digest: &Digest| {
+            let is_new = self
+                .brought
+                .objects
+                .get(digest)
+                .is_some_and(|object| object.is_new);
+            !is_new && self.store.has_seen(&key.upstream, &key.repository, digest)
+        };
+        Ok(record.is_some_and(|record| record.variants.iter().any(names_it))
+            && manifests.chain(&found.blobs).all(was_here))
+    }
+
+    /// Adds a manifest with all that it needs.
+    fn add(
+        &self,
+        found: &mut FoundImage,
+        digest: Digest,
+        media_type: &MediaType,
+        depth: u32,
+    ) -> Result<(), Refused> {
+        if found.followed.contains(&digest) {
+            return Ok(());
+        }
+        let held = self.manifest(&digest, media_type)?;
+        let mut missing = Vec::new();
+        let (mut children, mut is_empty) = (0, held.manifest.kind == Kind::Index);
+        for child in &held.manifest.children {
+            let known = child
+                .digest
+                .known()
+                .filter(|digest| self.brought.objects.contains_key(*digest));
+            match (child.role, known) {
+                (Role::Manifest, known) => {
+                    children += 1;
+                    // Of an index one image is enough; which of them are here is told.
+                    let (Some(child_digest), Some(depth)) = (known, depth.checked_sub(1)) else {
+                        continue;
+                    };
+                    let media_type = child.media_type.clone().ok_or_else(|| Refused::Manifest {
+                        digest: *child_digest,
+                        reason: "the index does not say its type".to_owned(),
+                    })?;
+                    self.add(found, *child_digest, &media_type, depth)?;
+                    let platform = child
+                        .platform
+                        .as_ref()
+                        .filter(|platform| platform.os != "unknown");
+                    found.platforms.extend(platform.map(ToString::to_string));
+                    is_empty &= child.platform.is_some() && platform.is_none();
+                }
+                (_, Some(digest)) => _ = found.blobs.insert(*digest),
+                (_, None) if child.foreign => {}
+                (_, None) => missing.push(child.digest.to_string()),
+            }
+        }
+        if is_empty && children > 0 {
+            missing.push("every image of the index".to_owned());
+        }
+        if !missing.is_empty() {
+            return Err(Refused::Incomplete {
+                image: found.image.name.clone(),
+                missing,
+            });
+        }
+        if found.followed.insert(digest) {
+            found.manifests.push((digest, media_type.clone()));
+        }
+        Ok(())
+    }
+
+    /// Adds a referrer to the images that it refers to.
+    fn attach(&self, entry: &Entry, subject: Digest, images: &mut [FoundImage]) -> Result<(), Refused> {
+        let mut is_wanted = false;
+        for image in images {
+            if image.followed.contains(&subject) {
+                self.add(image, entry.digest, &entry.media_type, DEPTH_MAX)?;
+                image.referrers.entry(subject).or_default().push(entry.clone());
+                is_wanted = true;
+            }
+        }
+        if is_wanted {
+            return Ok(());
+        }
+        Err(Refused::Unnamed {
+            digest: entry.digest,
+            name: None,
+        })
+    }
+}

@@ -1,0 +1,330 @@
+//! Archives made by someone who means harm, and archives that are only broken: nothing of them is kept.
+
+use std::io::Read;
+
+use super::*;
+use crate::archive::import::Refused;
+
+/// An archive in the making.
+#[derive(Default)]
+struct Archive(Vec<(tar::EntryType, String, Vec<u8>)>);
+
+impl Archive {
+    /// A layout that names `manifest`, of one layer.
+    fn of(manifest: &[u8], blobs: &[&[u8]]) -> Self {
+        let mut archive = Self::default();
+        archive.file("oci-layout", &layout::layout_document());
+        archive.file("index.json", &index(IMAGE, manifest, NAME));
+        for blob in blobs.iter().chain([&manifest]) {
+            archive.blob(blob);
+        }
+        archive
+    }
+
+    fn whole() -> Self {
+        Self::of(&manifest(b"config", b"layer"), &[b"config", b"layer"])
+    }
+
+    fn file(&mut self, name: &str, bytes: &[u8]) {
+        self.0
+            .push((tar::EntryType::Regular, name.to_owned(), bytes.to_vec()));
+    }
+
+    fn blob(&mut self, bytes: &[u8]) {
+        self.file(&layout::blob_name(&digest(bytes)), bytes);
+    }
+
+    fn special(&mut self, kind: tar::EntryType, name: &str) {
+        self.0.push((kind, name.to_owned(), Vec::new()));
+    }
+
+    /// Without the checks that the tar crate makes of its own user.
+    fn bytes(&self) -> Vec<u8> {
+        let mut archive = Vec::new();
+        for (kind, name, bytes) in &self.0 {
+            archive.extend(head(*kind, name, bytes.len() as u64));
+            archive.extend(bytes);
+            archive.resize(archive.len().div_ceil(512) * 512, 0);
+        }
+        archive.resize(archive.len() + 1024, 0);
+        archive
+    }
+}
+
+fn head(kind: tar::EntryType, name: &str, size: u64) -> [u8; 512] {
+    let mut header = tar::Header::new_gnu();
+    header.set_entry_type(kind);
+    header.set_size(size);
+    header.set_mode(0o644);
+    header.as_old_mut().name[..name.len()].copy_from_slice(name.as_bytes());
+    header.set_cksum();
+    *header.as_bytes()
+}
+
+fn index(media_type: &str, manifest: &[u8], name: &str) -> Vec<u8> {
+    let mut entry = descriptor(media_type, manifest);
+    entry["annotations"] = json!({ "org.opencontainers.image.ref.name": name });
+    json!({ "schemaVersion": 2, "manifests": [entry] })
+        .to_string()
+        .into_bytes()
+}
+
+/// The archive is refused, and leaves neither a name nor a byte.
+fn refused(archive: impl Read) -> Refused {
+    let ground = Ground::new();
+    let wish = Wish {
+        resolve: &named,
+        name: None,
+        is_public: true,
+        now: now(),
+    };
+    let refused = import::import(&ground.store, archive, &wish).unwrap_err();
+    assert!(ground.tagged(NAME).is_none(), "{refused}");
+    for blob in [&b"config"[..], b"layer", &manifest(b"config", b"layer")] {
+        assert!(ground.blob(blob).is_none(), "{refused}");
+        assert!(!ground.has_seen(NAME, blob), "{refused}");
+    }
+    let image = named(NAME).unwrap();
+    assert_eq!(
+        ground.store.public_since(&image.upstream, &image.repository),
+        None,
+        "{refused}"
+    );
+    refused
+}
+
+fn refused_with(change: impl FnOnce(&mut Archive)) -> Refused {
+    let mut archive = Archive::whole();
+    change(&mut archive);
+    refused(&archive.bytes()[..])
+}
+
+#[test]
+fn the_archive_that_the_others_are_made_from_is_taken() {
+    let ground = Ground::new();
+    ground.import(&Archive::whole().bytes()).unwrap();
+    assert!(ground.is_whole(NAME, &manifest(b"config", b"layer")));
+}
+
+#[test]
+fn names_that_climb_and_files_that_are_none_have_no_place() {
+    for name in [
+        "../../etc/passwd",
+        "/etc/passwd",
+        "blobs/sha256/../../x",
+        "blobs/sha256/short",
+        "layer.tar",
+    ] {
+        let refused = refused_with(|archive| archive.file(name, b"x"));
+        assert!(matches!(&refused, Refused::NoPlace { .. }), "{name}: {refused}");
+    }
+    for kind in [
+        tar::EntryType::Symlink,
+        tar::EntryType::Link,
+        tar::EntryType::Char,
+        tar::EntryType::Block,
+        tar::EntryType::Fifo,
+        tar::EntryType::GNUSparse,
+        tar::EntryType::Continuous,
+        tar::EntryType::XGlobalHeader,
+    ] {
+        let name = layout::blob_name(&digest(b"other"));
+        let refused = refused_with(|archive| archive.special(kind, &name));
+        assert!(
+            matches!(&refused, Refused::NoPlace { .. } | Refused::Unreadable(_)),
+            "{kind:?}: {refused}"
+        );
+    }
+    let refused = refused_with(|archive| archive.special(tar::EntryType::Directory, "blobs/sha256/deeper"));
+    assert!(matches!(refused, Refused::NoPlace { .. }), "{refused}");
+}
+
+#[test]
+fn bytes_of_another_digest_are_not_kept() {
+    let refused = refused_with(|archive| {
+        let name = layout::blob_name(&digest(b"one thing"));
+        archive.file(&name, b"another");
+    });
+    assert!(matches!(refused, Refused::WrongBytes(_)), "{refused}");
+}
+
+#[test]
+fn the_same_file_twice_is_refused() {
+    for twice in [
+        refused_with(|archive| archive.blob(b"layer")),
+        refused_with(|archive| archive.file("index.json", b"{}")),
+        refused_with(|archive| archive.file("./oci-layout", b"{}")),
+    ] {
+        assert!(matches!(twice, Refused::Twice(_)), "{twice}");
+    }
+}
+
+#[test]
+fn a_size_that_nobody_has_room_for_is_refused_at_once() {
+    let mut archive = Archive::whole().bytes();
+    archive.truncate(archive.len() - 1024);
+    let name = layout::blob_name(&digest(b"huge"));
+    archive.extend(head(tar::EntryType::Regular, &name, 1 << 62));
+    let ground = Ground::new();
+    ground.volume.set_bytes_max(1 << 20);
+    let refused = ground.import(&archive).unwrap_err();
+    assert!(matches!(refused, Refused::Store(_)), "{refused}");
+    assert!(
+        ground.blob(b"layer").is_none(),
+        "what came before it is gone again"
+    );
+}
+
+#[test]
+fn a_store_that_is_full_takes_nothing_and_is_as_it_was() {
+    let ground = Ground::new();
+    let layer = vec![7; 1 << 20];
+    let image = manifest(b"config", &layer);
+    let archive = Archive::of(&image, &[b"config", &layer]).bytes();
+    ground.volume.set_bytes_max(1 << 19);
+    let refused = ground.import(&archive).unwrap_err();
+    assert!(matches!(refused, Refused::Store(_)), "{refused}");
+    assert!(ground.blob(b"config").is_none() && ground.tagged(NAME).is_none());
+    ground.volume.set_bytes_max(u64::MAX);
+    ground.import(&archive).unwrap();
+    assert!(ground.is_whole(NAME, &image));
+}
+
+#[test]
+fn what_has_no_end_is_given_up() {
+    // A long name that goes on for ever is more than may stand before a file.
+    let long_name = head(tar::EntryType::GNULongName, "././@LongLink", 1 << 40);
+    let refused_name = refused((&long_name[..]).chain(std::io::repeat(b'a')));
+    assert!(matches!(refused_name, Refused::Unreadable(_)), "{refused_name}");
+    // So are files without number: each is counted.
+    let folder = head(tar::EntryType::Directory, "blobs/", 0);
+    let folders = folder.repeat(import::ENTRIES_MAX + 1);
+    assert!(matches!(refused(&folders[..]), Refused::TooMuch(..)));
+    let document = head(tar::EntryType::Regular, "manifest.json", 1 << 40);
+    let refused_document = refused((&document[..]).chain(std::io::repeat(b'a')));
+    assert!(
+        matches!(refused_document, Refused::TooMuch(..)),
+        "{refused_document}"
+    );
+}
+
+#[test]
+fn what_breaks_off_is_no_archive() {
+    let whole = Archive::whole().bytes();
+    for length in (0..whole.len() - 1024).step_by(97) {
+        refused(&whole[..length]);
+    }
+    let broken = (&whole[..whole.len() - 1024]).chain(Broken);
+    assert!(matches!(refused(broken), Refused::Unreadable(_)));
+}
+
+struct Broken;
+
+impl Read for Broken {
+    fn read(&mut self, _: &mut [u8]) -> std::io::Result<usize> {
+        Err(std::io::ErrorKind::ConnectionReset.into())
+    }
+}
+
+#[test]
+fn an_image_that_is_not_all_there_is_refused() {
+    let image = manifest(b"config", b"layer");
+    let refused_layer = refused(&Archive::of(&image, &[b"config"]).bytes()[..]);
+    assert!(
+        refused_layer.to_string().contains(&digest(b"layer").to_string()),
+        "{refused_layer}"
+    );
+    let refused_index = refused_with(|archive| archive.0.retain(|(_, name, _)| name != "index.json"));
+    assert!(
+        matches!(refused_index, Refused::Document { .. }),
+        "{refused_index}"
+    );
+    let refused_layout = refused_with(|archive| archive.0.retain(|(_, name, _)| name != "oci-layout"));
+    assert!(
+        matches!(refused_layout, Refused::Document { .. }),
+        "{refused_layout}"
+    );
+}
+
+#[test]
+fn types_that_are_unknown_or_contradict_each_other_are_refused() {
+    for media_type in ["application/json", "text/html", INDEX] {
+        let refused = refused_with(|archive| {
+            archive.0[1].2 = index(media_type, &manifest(b"config", b"layer"), NAME);
+        });
+        assert!(
+            matches!(refused, Refused::Manifest { .. }),
+            "{media_type}: {refused}"
+        );
+    }
+    let both = br#"{"schemaVersion":2,"manifests":[],"layers":[],"config":{}}"#;
+    let refused_both = refused(&Archive::of(both, &[]).bytes()[..]);
+    assert!(matches!(refused_both, Refused::Manifest { .. }), "{refused_both}");
+}
+
+#[test]
+fn a_name_that_says_too_little_has_to_be_said() {
+    let short = |name: &str| {
+        let mut archive = Archive::whole();
+        archive.0[1].2 = index(IMAGE, &manifest(b"config", b"layer"), name);
+        archive.bytes()
+    };
+    assert!(matches!(refused(&short("1")[..]), Refused::Unnamed { .. }));
+    assert!(matches!(
+        refused(&short("elsewhere.example/a/b:1")[..]),
+        Refused::Unknown(_)
+    ));
+    let ground = Ground::new();
+    ground.import_as(&short("1"), Some(NAME), false).unwrap();
+    assert!(ground.tagged(NAME).is_some());
+}
+
+#[test]
+fn what_an_archive_only_names_is_not_opened_by_it() {
+    let ground = Ground::new();
+    ground.has("docker.io/acme/secret:1", b"layer");
+    let archive = Archive::of(&manifest(b"config", b"layer"), &[b"config"]).bytes();
+    let refused = ground.import_as(&archive, None, true).unwrap_err();
+    assert!(matches!(refused, Refused::Incomplete { .. }), "{refused}");
+    assert!(!ground.has_seen(NAME, b"layer"));
+    assert_eq!(ground.blob(b"layer").unwrap(), b"layer", "what was held stays");
+    // With its bytes it proves nothing new: whoever made the archive had them.
+    ground.import_as(&Archive::whole().bytes(), None, true).unwrap();
+    assert!(ground.has_seen(NAME, b"layer"));
+    // And an archive that claims to have them has to have them.
+    let mut liar = Archive::of(&manifest(b"config", b"layer"), &[b"config"]);
+    liar.file(&layout::blob_name(&digest(b"layer")), b"loyer");
+    let other = Ground::new();
+    other.has("docker.io/acme/secret:1", b"layer");
+    let refused = other.import(&liar.bytes()).unwrap_err();
+    assert!(matches!(refused, Refused::WrongBytes(_)), "{refused}");
+}
+
+#[test]
+fn what_no_image_needs_does_not_stay() {
+    let mut archive = Archive::whole();
+    archive.blob(b"stowaway");
+    let ground = Ground::new();
+    let imported = ground.import(&archive.bytes()).unwrap();
+    assert_eq!(imported.objects, 3);
+    assert!(ground.blob(b"stowaway").is_none());
+}
+
+#[test]
+fn indexes_that_name_each_other_many_times_are_followed_once() {
+    let leaf = manifest(b"config", b"layer");
+    let child = |number: usize, inner: &[u8]| {
+        let list: Vec<Value> = (0..500)
+            .map(|_| descriptor(if inner == leaf { IMAGE } else { INDEX }, inner))
+            .collect();
+        json!({ "schemaVersion": 2, "mediaType": INDEX, "n": number, "manifests": list })
+            .to_string()
+            .into_bytes()
+    };
+    let inner = child(0, &leaf);
+    let outer = child(1, &inner);
+    let mut archive = Archive::of(&outer, &[b"config", b"layer", &leaf, &inner]);
+    archive.0[1].2 = index(INDEX, &outer, NAME);
+    let ground = Ground::new();
+    assert_eq!(ground.import(&archive.bytes()).unwrap().objects, 5);
+}
