@@ -295,6 +295,15 @@ struct Context {
 }
 
 impl Context {
+    /// Whether this caller has shown no right in the repository, not even one that has lapsed. What such a one asks for by
+    /// digest is looked up only after the upstream's yes, and asked about in one way whatever is held: neither how long a
+    /// no takes nor what the upstream sees of it tells what is held.
+    fn is_stranger(&self, rule: &Rule, now: SystemTime) -> bool {
+        let subject = crate::policy::Subject::Manifest;
+        let situation = self.situation(rule, subject, None, true, now);
+        situation.standing == crate::policy::Standing::Unknown
+    }
+
     fn situation(
         &self,
         rule: &Rule,

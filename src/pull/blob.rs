@@ -51,6 +51,9 @@ impl Pull {
             rule,
             digest,
         };
+        if context.is_stranger(rule, request.now) {
+            return road.introduced().await;
+        }
         let copy = self.held_content(request, &digest);
         let situation = road.situation(copy.is_some());
         match (decide(&situation), copy) {
@@ -111,6 +114,28 @@ impl Road<'_> {
         );
         self.context
             .situation(self.rule, Subject::Blob, held, seen, self.request.now)
+    }
+
+    /// For one who has shown no right here: see [`Context::is_stranger`].
+    async fn introduced(&self) -> Outcome {
+        let now = self.request.now;
+        let unseen = self.context.situation(self.rule, Subject::Blob, None, false, now);
+        if let Verdict::Refuse(refusal) = decide(&unseen) {
+            return refused(refusal, None, false);
+        }
+        let asked = self.ask(&unseen).await;
+        if !matches!(asked.heard, Heard::Named { .. } | Heard::Unnamed) {
+            return refuse_unheld(unseen, asked.heard, asked.answer);
+        }
+        match self.pull.held_content(self.request, &self.digest) {
+            Some((_, size)) if self.request.for_push => self.serve(Content::Head, size, Served::Immutable),
+            Some((content, size)) => self.serve(content, size, Served::Immutable),
+            None if self.request.head => self.head_said(unseen, asked),
+            None => {
+                let standing = Standing::Vouched;
+                self.fetch(Situation { standing, ..unseen }).await
+            }
+        }
     }
 
     async fn after_asking(&self, situation: Situation, content: Option<(Content, u64)>) -> Outcome {
@@ -191,6 +216,10 @@ impl Road<'_> {
 
     async fn head(&self, situation: Situation) -> Outcome {
         let asked = self.ask(&situation).await;
+        self.head_said(situation, asked)
+    }
+
+    fn head_said(&self, situation: Situation, asked: Asked) -> Outcome {
         match (asked.heard, &asked.answer) {
             (Heard::Named { .. } | Heard::Unnamed, Some(answer)) => {
                 let stated = || {

@@ -61,6 +61,10 @@ impl Pull {
         digest: Digest,
     ) -> Outcome {
         let rule = self.rule(&request.site, repository, None);
+        if context.is_stranger(rule, request.now) {
+            let road = Road::new(self, request, repository, context, rule);
+            return road.introduced(digest).await;
+        }
         let seen = self.store.has_seen(request.site.name(), repository, &digest);
         let copies = self.copy_of_digest(&request.site, repository, &digest, request.now);
         let held = copies.as_ref().map(Copies::held);
@@ -116,8 +120,36 @@ impl<'a> Road<'a> {
         }
     }
 
+    /// For one who has shown no right here and asks by digest: see [`Context::is_stranger`].
+    async fn introduced(&self, digest: Digest) -> Outcome {
+        let (site, repository, now) = (&self.request.site, self.repository, self.request.now);
+        let unseen = self
+            .context
+            .situation(self.rule, Subject::Manifest, None, false, now);
+        if let Verdict::Refuse(refusal) = decide(&unseen) {
+            return refused(refusal, None, false);
+        }
+        let asked = self.ask(&unseen).await;
+        if !matches!(asked.heard, Heard::Named { .. } | Heard::Unnamed) {
+            return self.after_answer(unseen, None, asked).await;
+        }
+        let copies = self.pull.copy_of_digest(site, repository, &digest, now);
+        if copies.is_none() && self.request.head {
+            return self.head_said(unseen, asked).await;
+        }
+        let held = copies.as_ref().map(Copies::held);
+        let situation = self
+            .context
+            .situation(self.rule, Subject::Manifest, held, true, now);
+        self.after_answer(situation, copies, asked).await
+    }
+
     async fn after_asking(&self, situation: Situation, copies: Option<Copies>) -> Outcome {
         let asked = self.ask(&situation).await;
+        self.after_answer(situation, copies, asked).await
+    }
+
+    async fn after_answer(&self, situation: Situation, copies: Option<Copies>, asked: Asked) -> Outcome {
         let situation = situation.having_heard(asked.heard);
         match decide(&situation) {
             Verdict::Serve(Served::Moved) => self.serve_moved(situation, copies, asked).await,
@@ -174,6 +206,10 @@ impl<'a> Road<'a> {
     /// The head of something not held, as the upstream gives it; fetched whole where the head does not say enough.
     async fn head_of_unheld(&self, situation: Situation) -> Outcome {
         let asked = self.ask(&situation).await;
+        self.head_said(situation, asked).await
+    }
+
+    async fn head_said(&self, situation: Situation, asked: Asked) -> Outcome {
         if let Some(manifest) = self.brought(asked.answer.as_deref()).await {
             return self.manifest(manifest, Reason::Fetched(Why::Unnamed));
         }

@@ -14,6 +14,7 @@ use ifnewer::store::volume::{Directory, Memory, Volume};
 use ifnewer::store::{Settings as StoreSettings, Store};
 use ifnewer::upstream::{Connector, OwnCredential, ProxyChoice, Settings, Upstream};
 
+use super::looks::Counted;
 use super::registry::{OCI_MANIFEST, Registry, clock, now};
 
 /// The site where each client needs a right of its own.
@@ -39,6 +40,7 @@ struct Parts {
 #[derive(Clone)]
 enum Disk {
     Memory(Arc<Memory>),
+    Counted(Arc<Counted>),
     Folder(Arc<tempfile::TempDir>),
 }
 
@@ -70,6 +72,15 @@ impl Cache {
         })
     }
 
+    /// On a disk that counts how often it is looked at.
+    pub fn counted(registry: &Registry, rules: Rules, disk: &Arc<Counted>) -> Cache {
+        Cache::start(Parts {
+            registry: registry.clone(),
+            rules,
+            disk: Disk::Counted(Arc::clone(disk)),
+        })
+    }
+
     /// On a real folder, where grants outlive a restart.
     pub fn on_disk(registry: &Registry, rules: Rules) -> Cache {
         Cache::start(Parts {
@@ -82,6 +93,7 @@ impl Cache {
     fn start(parts: Parts) -> Cache {
         let volume: Arc<dyn Volume> = match &parts.disk {
             Disk::Memory(memory) => Arc::clone(memory) as Arc<dyn Volume>,
+            Disk::Counted(counted) => Arc::clone(counted) as Arc<dyn Volume>,
             Disk::Folder(folder) => Arc::new(Directory::open(folder_path(folder)).unwrap()),
         };
         let store = Arc::new(Store::open(&StoreSettings::default(), volume, now()).unwrap());

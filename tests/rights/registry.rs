@@ -123,6 +123,8 @@ pub struct State {
     /// May see lists, and nothing else.
     pub lists: BTreeSet<(String, String)>,
     pub words: Vec<Word>,
+    /// Method and path of each request.
+    pub asked: Vec<String>,
     decided: usize,
     passwords: BTreeMap<String, String>,
     /// token → user, and the credential the client shows
@@ -146,6 +148,7 @@ impl Registry {
             rights: BTreeSet::new(),
             lists: BTreeSet::new(),
             words: Vec::new(),
+            asked: Vec::new(),
             decided: 0,
             passwords: BTreeMap::new(),
             tokens: BTreeMap::new(),
@@ -155,6 +158,10 @@ impl Registry {
             state: Arc::new(Mutex::new(state)),
             changed: Arc::new(tokio::sync::watch::Sender::new(())),
         }
+    }
+
+    pub fn asked(&self) -> Vec<String> {
+        self.state().asked.clone()
     }
 
     pub fn state(&self) -> MutexGuard<'_, State> {
@@ -260,6 +267,7 @@ impl Registry {
 impl State {
     fn answer(&mut self, request: &Request<Incoming>) -> (Response<Full<Bytes>>, Option<Word>) {
         let path = request.uri().path().to_owned();
+        self.asked.push(format!("{} {path}", request.method()));
         let site = request.headers()[HOST].to_str().unwrap().to_owned();
         let shown = request
             .headers()

@@ -1,0 +1,77 @@
+//! A disk that counts how often it is looked at.
+
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::SystemTime;
+
+use ifnewer::store::volume::{Entry, Memory, Volume, VolumeFile};
+
+#[derive(Default)]
+pub struct Counted {
+    disk: Memory,
+    looks: AtomicUsize,
+}
+
+impl Counted {
+    /// How often so far.
+    pub fn looks(&self) -> usize {
+        self.looks.load(Ordering::Relaxed)
+    }
+
+    fn look(&self) -> &Memory {
+        self.looks.fetch_add(1, Ordering::Relaxed);
+        &self.disk
+    }
+}
+
+impl Volume for Counted {
+    fn folder(&self) -> Option<&Path> {
+        self.disk.folder()
+    }
+
+    fn create(&self, path: &Path) -> io::Result<Arc<dyn VolumeFile>> {
+        self.look().create(path)
+    }
+
+    fn open(&self, path: &Path) -> io::Result<Arc<dyn VolumeFile>> {
+        self.look().open(path)
+    }
+
+    fn modified(&self, path: &Path) -> io::Result<Option<SystemTime>> {
+        self.look().modified(path)
+    }
+
+    fn append(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {
+        self.look().append(path, bytes)
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        self.look().rename(from, to)
+    }
+
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        self.look().remove(path)
+    }
+
+    fn remove_folder_all(&self, path: &Path) -> io::Result<()> {
+        self.look().remove_folder_all(path)
+    }
+
+    fn sync_folder(&self, path: &Path) -> io::Result<()> {
+        self.disk.sync_folder(path)
+    }
+
+    fn list(&self, path: &Path) -> io::Result<Vec<Entry>> {
+        self.look().list(path)
+    }
+
+    fn mode(&self, path: &Path) -> io::Result<Option<u32>> {
+        self.look().mode(path)
+    }
+
+    fn free_bytes(&self) -> io::Result<u64> {
+        self.disk.free_bytes()
+    }
+}

@@ -1,0 +1,214 @@
+//! Whether how long a no takes tells what is held: who has no right asks for a digest that is held and for one that
+//! nobody has, and neither what is done for it nor how long that takes may tell the two apart.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use super::cache::{Cache, Got, PROVEN, Wish};
+use super::looks::Counted;
+use super::registry::{Mood, Registry, of};
+use super::walk::rules;
+
+const PAIRS: usize = 10_000;
+/// Below this, two samples are taken to differ.
+const P_MIN: f64 = 0.01;
+/// Where nothing differs, one round in a hundred says that something does, and a busy machine makes more of them say so.
+/// A difference that is there shows in every round.
+const ROUNDS: usize = 5;
+const DIGESTS: usize = 32;
+
+type Path = fn(&str) -> String;
+
+const BLOB: Path = |digest| format!("/v2/acme/app/blobs/{digest}");
+const MANIFEST: Path = |digest| format!("/v2/acme/app/manifests/{digest}");
+
+struct Stage {
+    registry: Registry,
+    disk: Arc<Counted>,
+    cache: Cache,
+    /// Of manifests.
+    held_manifests: Vec<String>,
+    /// Large enough for a file.
+    held_blobs: Vec<String>,
+    absent: Vec<String>,
+    /// What bob's client shows.
+    bob: String,
+}
+
+/// Alice has pulled all of `acme/app`, in which bob may read nothing.
+async fn stage() -> Stage {
+    let registry = Registry::new();
+    registry.user("alice", "alice-secret");
+    registry.user("bob", "bob-secret");
+    registry.lets("alice", "acme/app");
+    let disk = Arc::new(Counted::default());
+    let cache = Cache::counted(&registry, rules(false), &disk);
+    let alice = registry.bearer("alice");
+    let held_manifests: Vec<_> = (0..DIGESTS)
+        .map(|n| {
+            let digest = registry.push("acme/app", &format!("t{n}"), &format!("mark {n}"), &[100_000 + n]);
+            digest.to_string()
+        })
+        .collect();
+    let held_blobs: Vec<_> = registry.state().shelves["acme/app"]
+        .blobs
+        .iter()
+        .filter(|(_, bytes)| bytes.len() >= 100_000)
+        .map(|(digest, _)| digest.to_string())
+        .collect();
+    assert_eq!(held_blobs.len(), DIGESTS);
+    let paths = held_manifests
+        .iter()
+        .map(|digest| MANIFEST(digest))
+        .chain(held_blobs.iter().map(|digest| BLOB(digest)));
+    for path in paths {
+        let got = cache.get(&wish(path, &alice)).await;
+        assert!(matches!(got, Got::Content(_, Some(_))), "{got:?}");
+    }
+    cache.pull.downloads().idle().await;
+    let absent = (0..DIGESTS).map(|n| of(format!("nobody has {n}").as_bytes()).to_string());
+    Stage {
+        bob: registry.bearer("bob"),
+        absent: absent.collect(),
+        registry,
+        disk,
+        cache,
+        held_manifests,
+        held_blobs,
+    }
+}
+
+fn wish(path: String, shows: &str) -> Wish {
+    Wish {
+        site: PROVEN,
+        path,
+        head: false,
+        shows: shows.to_owned(),
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_same_is_done_for_what_is_held_and_for_what_nobody_has() {
+    let stage = stage().await;
+    for mood in [Mood::Well, Mood::Gone] {
+        stage.registry.mood(mood);
+        for (path, held) in [(BLOB, &stage.held_blobs), (MANIFEST, &stage.held_manifests)] {
+            for head in [false, true] {
+                let mut done = Vec::new();
+                // The first question of all also finds out what the registry is like.
+                for digest in [&stage.absent[1], &held[0], &stage.absent[0], &held[1]] {
+                    let asked = stage.registry.asked().len();
+                    let looks = stage.disk.looks();
+                    let wish = Wish {
+                        head,
+                        ..wish(path(digest), &stage.bob)
+                    };
+                    let Got::No(why) = stage.cache.get(&wish).await else {
+                        panic!("bob was served")
+                    };
+                    let asked = stage.registry.asked()[asked..].join(", ");
+                    done.push((
+                        why,
+                        asked.replace(digest.as_str(), "…"),
+                        stage.disk.looks() - looks,
+                    ));
+                }
+                assert_eq!(done[1], done[2], "{mood:?}");
+                assert_eq!(done[2], done[3], "{mood:?}");
+                assert!(
+                    done.iter().all(|(_, _, looks)| *looks == 0),
+                    "{mood:?}: nothing is looked up before the yes"
+                );
+            }
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn how_long_a_no_takes_does_not_tell_what_is_held() {
+    let stage = stage().await;
+    for mood in [Mood::Well, Mood::Gone] {
+        stage.registry.mood(mood);
+        let mut told = Vec::new();
+        for round in 0..ROUNDS {
+            let p = kolmogorov_smirnov(pairs(&stage, round).await);
+            told.push(p);
+            if p > P_MIN {
+                break;
+            }
+        }
+        eprintln!("{mood:?}: p = {told:.3?}");
+        assert!(
+            told.last().is_some_and(|p| *p > P_MIN),
+            "{mood:?}: what is held is told by the time in each of {ROUNDS} rounds: p = {told:?}"
+        );
+    }
+}
+
+/// The checker is able to find a difference: one of a fifth, as a look at the disk would make.
+#[test]
+fn a_difference_is_found() {
+    let noise = |n: u64| (n.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 40) as f64;
+    let sample = |from: u64| {
+        (0..PAIRS as u64)
+            .map(move |n| noise(n + from))
+            .collect::<Vec<_>>()
+    };
+    assert!(kolmogorov_smirnov((sample(0), sample(1 << 30))) > P_MIN);
+    let slower = sample(1 << 30).into_iter().map(|time| time * 1.2).collect();
+    assert!(kolmogorov_smirnov((sample(0), slower)) < P_MIN);
+}
+
+/// How long each took, in nanoseconds: held, and absent. Interleaved, in an order that changes, so that whatever else
+/// the machine does meets both alike.
+async fn pairs(stage: &Stage, round: usize) -> (Vec<f64>, Vec<f64>) {
+    let (mut held, mut absent) = (Vec::with_capacity(PAIRS), Vec::with_capacity(PAIRS));
+    for n in 0..PAIRS {
+        let first_held = (n ^ (n >> 3) ^ (n >> 7) ^ round).is_multiple_of(2);
+        for is_held in [first_held, !first_held] {
+            let digests = if is_held { &stage.held_blobs } else { &stage.absent };
+            let wish = wish(BLOB(&digests[n % DIGESTS]), &stage.bob);
+            let began = Instant::now();
+            let got = stage.cache.get(&wish).await;
+            let took = began.elapsed().as_nanos() as f64;
+            assert!(matches!(got, Got::No(_)), "{got:?}");
+            if is_held {
+                held.push(took);
+            } else {
+                absent.push(took);
+            }
+        }
+        stage.registry.state().words.clear();
+        stage.registry.state().asked.clear();
+    }
+    (held, absent)
+}
+
+/// The probability that two samples of one size come from one distribution and differ as much as these
+/// (Press et al., Numerical Recipes, §14.3.3).
+fn kolmogorov_smirnov((mut one, mut other): (Vec<f64>, Vec<f64>)) -> f64 {
+    one.sort_by(f64::total_cmp);
+    other.sort_by(f64::total_cmp);
+    let size = one.len() as f64;
+    let (mut i, mut k, mut largest) = (0, 0, 0.0_f64);
+    while i < one.len() && k < other.len() {
+        let least = one[i].min(other[k]);
+        while i < one.len() && one[i] <= least {
+            i += 1;
+        }
+        while k < other.len() && other[k] <= least {
+            k += 1;
+        }
+        largest = largest.max((i as f64 - k as f64).abs() / size);
+    }
+    let effective = (size / 2.0).sqrt();
+    let lambda = (effective + 0.12 + 0.11 / effective) * largest;
+    if lambda < 0.2 {
+        return 1.0;
+    }
+    let terms = (1..=100).map(|j| {
+        let sign = if j % 2 == 1 { 2.0 } else { -2.0 };
+        sign * (-2.0 * f64::from(j * j) * lambda * lambda).exp()
+    });
+    terms.sum::<f64>().clamp(0.0, 1.0)
+}
