@@ -358,13 +358,20 @@ pub(crate) struct Replied {
     pub(crate) cpu_seconds: f64,
 }
 
-/// Small replies over plain HTTP, by wrk with one thread.
-pub(crate) fn wrk(server: &Server, path: &str, connections: usize, window: Duration) -> Outcome<Replied> {
+/// Small replies over plain HTTP, by wrk with one thread, which sends these header lines as well.
+pub(crate) fn wrk(
+    server: &Server,
+    path: &str,
+    lines: &[&str],
+    connections: usize,
+    window: Duration,
+) -> Outcome<Replied> {
     let before = server.cpu_seconds()?;
     let output = Command::new("wrk")
         .args(["--threads", "1", "--connections", &connections.to_string()])
         .args(["--duration", &format!("{}s", window.as_secs())])
         .args(["--header", &format!("Accept: {MANIFEST_TYPE}")])
+        .args(lines.iter().flat_map(|line| ["--header", line]))
         .arg(format!("http://{}{path}", server.plain.address))
         .output()
         .map_err(|e| format!("wrk: {e}"))?;

@@ -6,13 +6,14 @@
 //! alternate between the two; a figure is the median of its rounds and a ratio is the median of the rounds' ratios.
 //! Deliberately not here: absolute targets. They would measure the machine.
 //!
-//! Run it by `benches/run`, which brings the others and wrk. `--quick`: shorter windows; `--rounds N`; `--stampede`:
-//! nothing but the stampedes; `--strict`: exit 1 when a target is missed. Wrong bytes always exit 1.
+//! Run it by `benches/run`, which brings the others and wrk. `--quick`: shorter windows; `--rounds N`; `--stampede`,
+//! `--access`: nothing but that part; `--strict`: exit 1 when a target is missed. Wrong bytes always exit 1.
 
 #![allow(clippy::print_stdout, reason = "the table is the product")]
 #![allow(clippy::disallowed_methods, reason = "a benchmark reads the clock")]
 #![allow(clippy::cast_precision_loss, reason = "figures are rounded to three digits")]
 
+mod access;
 mod bottleneck;
 mod client;
 mod content;
@@ -44,8 +45,15 @@ struct Plan {
     /// How long docker-registry may take for a stampede before it is stopped.
     patience: Duration,
     strict: bool,
-    /// Nothing but the stampedes.
-    stampede_only: bool,
+    /// Nothing but this part.
+    only: Option<Part>,
+}
+
+/// A part that can be run alone.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Part {
+    Access,
+    Stampede,
 }
 
 fn main() -> Outcome<()> {
@@ -63,13 +71,18 @@ fn main() -> Outcome<()> {
     check_bytes(&sites, &content)?;
 
     let mut table = Table::new();
-    if !plan.stampede_only {
+    if plan.only.is_none() {
         warm_blob(&plan, &sites, &content, &mut table)?;
         small_replies(&plan, &sites, &content, &mut table)?;
         cold_blob(&sites, &content, &mut table)?;
         memory(&plan, &sites, &content, &mut table)?;
     }
-    stampede::stampede(&plan, scratch.path(), &sites, &content, &mut table)?;
+    if plan.only != Some(Part::Stampede) {
+        access::access(&plan, &sites, &content, &mut table)?;
+    }
+    if plan.only != Some(Part::Access) {
+        stampede::stampede(&plan, scratch.path(), &sites, &content, &mut table)?;
+    }
     table.print();
     println!("load average after: {}", load()?);
     if plan.strict && !table.all_met() {
@@ -92,7 +105,7 @@ impl Plan {
             stampede_rounds: 3,
             patience: Duration::from_secs(60),
             strict: false,
-            stampede_only: false,
+            only: None,
         };
         let mut arguments = std::env::args().skip(1);
         while let Some(argument) = arguments.next() {
@@ -112,7 +125,8 @@ impl Plan {
                     plan.cold_rounds = plan.rounds;
                     plan.stampede_rounds = plan.rounds;
                 }
-                "--stampede" => plan.stampede_only = true,
+                "--stampede" => plan.only = Some(Part::Stampede),
+                "--access" => plan.only = Some(Part::Access),
                 "--strict" => plan.strict = true,
                 "--bench" => {} // cargo bench says so to every harness
                 other => return Err(format!("unknown argument {other}").into()),
@@ -195,8 +209,8 @@ fn small_replies(plan: &Plan, sites: &Sites, content: &Content, table: &mut Tabl
             cost = cost.target_ratio(ratio);
         }
         for _ in 0..plan.rounds {
-            let a = client::wrk(&sites.ifnewer, &path, CLIENTS, plan.window)?;
-            let b = client::wrk(&sites.nginx, &path, CLIENTS, plan.window)?;
+            let a = client::wrk(&sites.ifnewer, &path, &[], CLIENTS, plan.window)?;
+            let b = client::wrk(&sites.nginx, &path, &[], CLIENTS, plan.window)?;
             rate.round(a.requests / a.seconds, b.requests / b.seconds);
             cost.round(a.cpu_seconds * 1e6 / a.requests, b.cpu_seconds * 1e6 / b.requests);
         }

@@ -201,6 +201,9 @@ fn start_ifnewer(folder: &Path, upstream: SocketAddr) -> Outcome<Server> {
     })
 }
 
+/// The same upstream once more, where whoever reaches the cache is entitled.
+pub(crate) const SHARED: &str = "shared.test";
+
 /// ifnewer with nothing but its upstream configured, and where it listens.
 pub(crate) fn run_ifnewer(folder: &Path, upstream: SocketAddr) -> Outcome<(Running, SocketAddr)> {
     std::fs::create_dir_all(folder)?;
@@ -211,7 +214,8 @@ pub(crate) fn run_ifnewer(folder: &Path, upstream: SocketAddr) -> Outcome<(Runni
             "data = \"{folder}/data\"\ndefault_upstream = \"docker.io\"\n\
              [listen]\nregistry = [\"127.0.0.1:0\"]\nadmin = \"127.0.0.1:0\"\n\
              [tls]\nfolder = \"{folder}/certs\"\n\
-             [upstream.\"docker.io\"]\nurl = \"http://{upstream}\"\n",
+             [upstream.\"docker.io\"]\nurl = \"http://{upstream}\"\n\
+             [upstream.\"{SHARED}\"]\nurl = \"http://{upstream}\"\naccess = \"shared\"\n",
             folder = folder.display()
         ),
     )?;

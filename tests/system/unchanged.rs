@@ -1,6 +1,6 @@
 //! A tag whose digest did not change costs one `HEAD` and is served from what is held.
 
-use crate::proxy::{Proxy, Setup, manifest_path};
+use crate::proxy::{Ask, Proxy, Setup, manifest_path};
 use crate::upstream::{DOCKER_MANIFEST, Image, OCI_MANIFEST, Upstream};
 
 #[tokio::test]
@@ -36,6 +36,72 @@ async fn an_unchanged_tag_costs_one_head_and_no_byte() {
     );
     assert_eq!(upstream.requests().len(), 1, "{:#?}", upstream.requests());
     assert_eq!(upstream.bytes_sent(), 0);
+}
+
+#[tokio::test]
+async fn what_is_private_costs_one_head_too_and_what_is_public_and_fresh_nothing() {
+    type Dress = fn(&Upstream, Ask) -> Ask;
+    const OWN_TOKEN: &str = "a token of its own, a new one for each pull";
+    let by_password: Dress = |_, ask| ask.basic("alice", "a-secret");
+    let by_token: Dress = |upstream, ask| ask.bearer(&upstream.token_for("alice"));
+    let tokens: fn(&Upstream) = |upstream| {
+        upstream.requires_token();
+        upstream.lets("alice", "a-secret", "acme/app");
+    };
+    let passwords: fn(&Upstream) = |upstream| upstream.requires_basic("alice", "a-secret");
+    for (kind, requires, dress) in [
+        ("a password, for a token", tokens, by_password),
+        (OWN_TOKEN, tokens, by_token),
+        ("a password", passwords, by_password),
+    ] {
+        let upstream = Upstream::start().await;
+        requires(&upstream);
+        let image = upstream.push("acme/app", "1", Image::with_layers(&["one", "two"]));
+        let proxy = Proxy::over(&upstream).await;
+        proxy
+            .pull_with("acme/app", "1", &image, |ask| dress(&upstream, ask))
+            .await;
+        // To a token: is that everybody's right? Asked once.
+        if kind == OWN_TOKEN {
+            upstream
+                .until("the question without a credential", |seen| {
+                    seen.iter()
+                        .any(|seen| seen.path.contains("/manifests/") && !seen.authorized())
+                })
+                .await;
+        }
+        let client = dress(&upstream, proxy.manifest("acme/app", "1"));
+        client.await.is_unchanged();
+        upstream.clear_log();
+
+        // One client: one token for the whole pull.
+        let token = upstream.token_for("alice");
+        let dressed = |ask: Ask| match kind {
+            OWN_TOKEN => ask.bearer(&token),
+            _ => dress(&upstream, ask),
+        };
+        proxy
+            .pull_with("acme/app", "1", &image, dressed)
+            .await
+            .is_unchanged();
+        let asked: Vec<_> = upstream.requests();
+        assert_eq!(asked.len(), 1, "{kind}: {asked:#?}");
+        assert_eq!(
+            (asked[0].method.as_str(), upstream.bytes_sent()),
+            ("HEAD", 0),
+            "{kind}"
+        );
+    }
+    let upstream = Upstream::start().await;
+    let image = upstream.push("library/demo", "latest", Image::with_layers(&["one", "two"]));
+    let proxy = Setup::over(&upstream)
+        .default_keys("fresh = \"1h\"")
+        .start()
+        .await;
+    proxy.pull("library/demo", "latest", &image).await;
+    upstream.clear_log();
+    proxy.pull("library/demo", "latest", &image).await.is_hit();
+    assert_eq!(upstream.requests().len(), 0);
 }
 
 #[tokio::test]
