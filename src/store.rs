@@ -268,7 +268,7 @@ pub struct Store {
     blobs: Arc<blobs::Blobs>,
     manifests: Arc<manifests::Manifests>,
     refs: Arc<refs::Refs>,
-    seen: seen::SeenFiles,
+    seen: Arc<seen::SeenFiles>,
     listings: listings::Listings,
     challenges: challenges::Challenges,
     grants: grants::Grants,
@@ -311,11 +311,13 @@ impl Store {
         let refs = Arc::new(refs::Refs::new(&volume, &index, &usage));
         let stop = Arc::new(AtomicBool::new(false));
         let grants = grants::Grants::new(&index);
+        let seen = Arc::new(seen::SeenFiles::new(&volume));
         let scan = {
-            let (volume, usage, refs, stop) = (
+            let (volume, usage, refs, seen, stop) = (
                 Arc::clone(&volume),
                 Arc::clone(&usage),
                 Arc::clone(&refs),
+                Arc::clone(&seen),
                 Arc::clone(&stop),
             );
             let prune = grants.pruner(now);
@@ -326,6 +328,7 @@ impl Store {
                     if refs.heal_index(&stop) {
                         prune();
                     }
+                    seen.count(&stop);
                 })
         };
         let scan = scan.map_err(|error| Fault::io("start the thread to count", "blobs", &error))?;
@@ -358,7 +361,7 @@ impl Store {
         Ok(Self {
             blobs,
             manifests,
-            seen: seen::SeenFiles::new(&volume),
+            seen,
             listings: listings::Listings::new(&volume),
             challenges: challenges::Challenges::new(&volume),
             refs,
@@ -416,6 +419,8 @@ impl Store {
     /// Writes down what is kept in memory until now, and clears away what nobody needs. To be called every few minutes.
     pub fn tidy(&self) {
         self.evictor.tidy();
+        let is_held = |digest: &Digest| self.blobs.has(digest) || self.manifests.has(digest);
+        self.seen.prune(self.uses.now(), &is_held, &self.stop);
     }
 
     /// Changes how much may be held; what is too much then goes.

@@ -173,6 +173,12 @@ impl Manifests {
         Ok(Some(held))
     }
 
+    /// Whether the manifest is here.
+    pub(super) fn has(&self, digest: &Digest) -> bool {
+        self.ready.peek(digest).is_some()
+            || size_of(self.volume.as_ref(), &content_path(TREE, digest)).is_some()
+    }
+
     /// From its record; where that is lost, what the manifest says of itself or looks like.
     fn media_type(&self, digest: &Digest, manifest: &Manifest) -> Option<MediaType> {
         let recorded = self

@@ -12,11 +12,14 @@
 //!
 //! Each checksum is over the line *and* the names, so that a line proves nothing in another repository's file. Lines
 //! that are torn, wrong or unknown are ignored: a lost proof costs one question. Each append begins with a line feed,
-//! so that a torn line before it spoils nothing after it.
+//! so that a torn line before it spoils nothing after it. How much the files may take together has a limit ([`limit`]).
+
+mod limit;
 
 use std::collections::HashSet;
 use std::io;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, SystemTime};
 
@@ -128,13 +131,25 @@ impl Weighter<Place, Ready> for ByDigests {
 pub(super) struct SeenFiles {
     volume: Arc<dyn Volume>,
     ready: Cache<Place, Ready, ByDigests>,
+    /// About how much the files take.
+    bytes: AtomicU64,
+    bytes_max: u64,
+    /// Whoever writes down something holds it to read, whoever removes a file to write.
+    order: RwLock<()>,
 }
 
 impl SeenFiles {
     pub(super) fn new(volume: &Arc<dyn Volume>) -> Self {
+        Self::with_room(volume, limit::SEEN_BYTES_MAX)
+    }
+
+    fn with_room(volume: &Arc<dyn Volume>, bytes_max: u64) -> Self {
         Self {
             volume: Arc::clone(volume),
             ready: weighted(READY_DIGESTS_MAX, 2 * PLACE_WEIGHT, ByDigests),
+            bytes: AtomicU64::new(0),
+            bytes_max,
+            order: RwLock::default(),
         }
     }
 
@@ -176,6 +191,7 @@ impl SeenFiles {
     }
 
     fn note(&self, upstream: &str, repository: &Repository, digest: &Digest) -> Result<(), Fault> {
+        let _order = self.order.read().unwrap_or_else(PoisonError::into_inner);
         let seen = self.known_or_loaded(upstream, repository)?;
         if seen.read(|seen| seen.digests.contains(digest)) {
             return Ok(());
@@ -197,10 +213,14 @@ impl SeenFiles {
             tracing::warn!(upstream, %repository, "too many digests were seen here to keep the proof of one more");
             return Ok(());
         }
+        if !self.has_room() {
+            return Ok(());
+        }
         self.append(&place, &seen, &digest.to_string())
     }
 
     fn note_gone(&self, upstream: &str, repository: &Repository, digest: &Digest) -> Result<(), Fault> {
+        let _order = self.order.read().unwrap_or_else(PoisonError::into_inner);
         let seen = self.known_or_loaded(upstream, repository)?;
         if !seen.write(|seen| seen.digests.remove(digest)) {
             return Ok(());
@@ -214,6 +234,7 @@ impl SeenFiles {
         repository: &Repository,
         since: Option<SystemTime>,
     ) -> Result<(), Fault> {
+        let _order = self.order.read().unwrap_or_else(PoisonError::into_inner);
         let seen = self.known_or_loaded(upstream, repository)?;
         let is_news = seen.write(|seen| {
             seen.public = since;
@@ -230,7 +251,7 @@ impl SeenFiles {
             }
             is_news
         });
-        if is_news {
+        if is_news && (since.is_none() || self.has_room()) {
             self.append(&Place::of(upstream, repository), &seen, &public_line(since))
         } else {
             Ok(())
@@ -245,6 +266,9 @@ impl SeenFiles {
             push_line(&mut lines, place, &head_line(place));
         }
         push_line(&mut lines, place, content);
+        let block = if is_headed { 0 } else { limit::BLOCK_BYTES };
+        self.bytes
+            .fetch_add(lines.len() as u64 + block, Ordering::Relaxed);
         self.volume
             .append(&path, lines.as_bytes())
             .map_err(|error| Fault::io("append to", path, &error))
