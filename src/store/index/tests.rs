@@ -1,9 +1,13 @@
-#![allow(clippy::unwrap_used, reason = "tests may fail loudly")]
+#![allow(clippy::unwrap_used, clippy::panic, reason = "tests may fail loudly")]
+use std::sync::Arc;
+
 use proptest::prelude::*;
 
 use super::compaction::{Compaction, FILE_BYTES_MIN, Next, recover};
 use super::interim::Interim;
+use super::thread::{Home, IndexHandle, VALUE_BYTES_MAX};
 use super::*;
+use crate::store::volume::Directory;
 
 #[derive(Clone, Debug)]
 enum Step {
@@ -217,4 +221,66 @@ fn an_index_that_missed_more_than_is_remembered_is_not_believed() {
     }
     assert!(interim.is_over());
     assert_eq!(interim.get(&0_u32.to_be_bytes()), None, "and takes no memory");
+}
+
+/// Opened as soon as another handle of this process has let go.
+fn opened(path: &Path) -> SledIndex {
+    loop {
+        match SledIndex::open(path) {
+            Ok(opened) => return opened.index,
+            Err(IndexFault::Busy) => std::thread::yield_now(),
+            Err(fault) => panic!("{fault}"),
+        }
+    }
+}
+
+fn handle(folder: &Path) -> IndexHandle {
+    let home = Home::Folder {
+        volume: Arc::new(Directory::open(folder.to_owned()).unwrap()),
+        index: folder.join("index"),
+        opened_at: 0,
+    };
+    IndexHandle::start(home).unwrap()
+}
+
+#[test]
+fn a_record_that_changed_is_a_miss_and_goes() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("index");
+    let mut index = opened(&path);
+    index.put(b"key", b"a value, and no checksum of it").unwrap();
+    index.sync().unwrap();
+    drop(index);
+    let handle = handle(folder.path());
+    assert_eq!(handle.scan(b"k".to_vec(), Vec::new(), 9), Ok(Vec::new()));
+    assert_eq!(handle.get(b"key".to_vec()), Ok(None));
+    handle.flush();
+    drop(handle);
+    assert_eq!(opened(&path).get(b"key").unwrap(), None);
+}
+
+#[test]
+fn no_value_is_so_long_that_sled_makes_a_file_of_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let handle = handle(folder.path());
+    let key = |number: u8| vec![number; 600];
+    for number in 0..50 {
+        handle.put(key(number), vec![number; VALUE_BYTES_MAX]);
+    }
+    handle.put(key(50), vec![50; VALUE_BYTES_MAX + 1]);
+    handle.flush();
+    assert_eq!(handle.get(key(49)), Ok(Some(vec![49; VALUE_BYTES_MAX])));
+    assert_eq!(handle.get(key(50)), Ok(None), "it is in its file alone");
+    let files = fs::read_dir(folder.path().join("index/blobs")).unwrap();
+    assert_eq!(files.count(), 0);
+}
+
+#[test]
+fn an_index_that_takes_too_long_to_open_is_damaged_and_lets_go_of_its_files() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("index");
+    let fault = open_within(path.clone(), Duration::ZERO).err();
+    let why = "it did not open within 0 s".to_owned();
+    assert_eq!(fault, Some(IndexFault::Damaged(why)));
+    opened(&path);
 }
