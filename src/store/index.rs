@@ -268,9 +268,19 @@ fn sled_fault(error: sled::Error) -> IndexFault {
     match error {
         // sled gives this refusal no kind of its own.
         sled::Error::Io(error) if error.to_string().contains("could not acquire lock") => IndexFault::Busy,
-        sled::Error::Io(error) if error.raw_os_error().is_some() => disk(error),
+        sled::Error::Io(error) => match error.raw_os_error().or_else(|| told_code(&error)) {
+            Some(code) => disk(io::Error::from_raw_os_error(code)),
+            None => IndexFault::Damaged(error.to_string()),
+        },
         other => IndexFault::Damaged(other.to_string()),
     }
+}
+
+/// sled hands out an error of the system a second time as its text alone.
+fn told_code(error: &io::Error) -> Option<i32> {
+    let text = error.to_string();
+    let (_, rest) = text.split_once("Os { code: ")?;
+    rest.split_once(',')?.0.parse().ok()
 }
 
 impl Index for SledIndex {

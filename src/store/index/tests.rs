@@ -284,3 +284,18 @@ fn an_index_that_takes_too_long_to_open_is_damaged_and_lets_go_of_its_files() {
     assert_eq!(fault, Some(IndexFault::Damaged(why)));
     opened(&path);
 }
+
+#[test]
+fn an_error_of_the_system_that_sled_hands_out_as_text_is_the_disks_and_no_damage() {
+    let told = sled::Error::Io(io::Error::from_raw_os_error(122)).clone();
+    let quota = IndexFault::Disk {
+        reason: io::Error::from_raw_os_error(122).to_string(),
+        is_failing: false,
+    };
+    assert_eq!(sled_fault(told), quota);
+    let told = sled::Error::Io(io::Error::from_raw_os_error(5)).clone();
+    assert!(matches!(
+        sled_fault(told),
+        IndexFault::Disk { is_failing: true, .. }
+    ));
+}
