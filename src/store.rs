@@ -162,13 +162,18 @@ pub enum OpenError {
 /// What went wrong on our side of a pull.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Fault {
-    /// No room.
-    #[error("the disk is full: could not {what} {}; free some space or lower `store.size`", .path.display())]
+    /// No room: no bytes, no inodes, or no quota.
+    #[error(
+        "the disk is full: could not {what} {}: {reason}; free some space (`df`, and `df -i`) or lower `store.size`",
+        .path.display()
+    )]
     Full {
         /// What was tried.
         what: &'static str,
         /// With which file.
         path: PathBuf,
+        /// As the system says it.
+        reason: String,
     },
     /// The file system takes no writes.
     #[error("the disk is read-only: could not {what} {}; look into the kernel's log", .path.display())]
@@ -225,7 +230,11 @@ impl Fault {
     pub fn io(what: &'static str, path: impl AsRef<Path>, error: &io::Error) -> Self {
         let path = path.as_ref().to_owned();
         match error.kind() {
-            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Self::Full { what, path },
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Self::Full {
+                what,
+                path,
+                reason: error.to_string(),
+            },
             io::ErrorKind::ReadOnlyFilesystem => Self::ReadOnly { what, path },
             kind => Self::Io {
                 what,
