@@ -38,6 +38,7 @@ mod cache;
 pub mod challenges;
 mod evict;
 mod grants;
+mod held;
 mod index;
 pub mod ingest;
 pub mod inventory;

@@ -1,6 +1,5 @@
 //! Blobs: visible only once verified, then immutable.
 
-use std::fmt;
 use std::io;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -11,11 +10,12 @@ use quick_cache::Weighter;
 use quick_cache::sync::Cache;
 
 use super::cache::{counted, weighted};
+pub use super::held::HeldBlob;
 use super::index::thread::IndexHandle;
 use super::leftover::Leftovers;
 use super::usage::{Counters, Kind};
 use super::uses::{Used, Uses};
-use super::volume::{Volume, VolumeFile, read_all};
+use super::volume::{Volume, VolumeFile};
 use super::watched::Refusal;
 use super::{Fault, Settings, Store, content_path, remove_file, size_of};
 use crate::oci::{Algorithm, Digest, Hasher};
@@ -24,30 +24,6 @@ use crate::oci::{Algorithm, Digest, Hasher};
 pub const SMALL_BLOB_BYTES_MAX: u64 = 64 * 1024;
 
 pub(super) const TREE: &str = "blobs";
-
-/// A blob that can be read. Stays readable while it is used, even when it is removed meanwhile.
-#[derive(Clone)]
-pub struct HeldBlob {
-    /// In bytes.
-    pub size: u64,
-    /// Its bytes.
-    pub file: Arc<dyn VolumeFile>,
-}
-
-impl HeldBlob {
-    /// All of it, if it has at most `bytes_max`.
-    pub fn read_whole(&self, bytes_max: u64) -> io::Result<Vec<u8>> {
-        read_all(self.file.as_ref(), bytes_max)
-    }
-}
-
-impl fmt::Debug for HeldBlob {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("HeldBlob")
-            .field("size", &self.size)
-            .finish_non_exhaustive()
-    }
-}
 
 /// Proof that bytes were hashed and are those of a digest. [`Verified::check`] is the only way to one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -191,6 +167,10 @@ impl Blobs {
     fn find(&self, digest: &Digest) -> Result<Option<HeldBlob>, Fault> {
         let path = content_path(TREE, digest);
         if let Some(held) = self.open.get(digest) {
+            if held.is_unreadable() {
+                self.quarantine(digest, "the disk cannot read a blob");
+                return Ok(None);
+            }
             // On a failing disk an open file may be past reading: better known before it is promised to anyone.
             if self.refusal.is_any()
                 && held.size > 0
@@ -212,7 +192,7 @@ impl Blobs {
             self.quarantine(digest, "a blob has another size than when it was verified");
             return Ok(None);
         }
-        let held = HeldBlob { size, file };
+        let held = HeldBlob::new(size, file);
         self.open.insert(*digest, held.clone());
         if self.removals.load(Ordering::SeqCst) != removals && size_of(self.volume.as_ref(), &path).is_none()
         {
@@ -333,10 +313,7 @@ impl Blobs {
             let _ = self.remove(&digest);
             return Err(Fault::io("make durable the name of", &path, &error));
         }
-        let held = HeldBlob {
-            size: proof.size,
-            file: Arc::clone(file),
-        };
+        let held = HeldBlob::new(proof.size, Arc::clone(file));
         self.open.insert(digest, held.clone());
         Ok(held)
     }

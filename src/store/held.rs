@@ -1,0 +1,148 @@
+//! A blob that is held, and whether the disk can still read it.
+
+use std::fmt;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use rustix::io::Errno;
+
+use super::volume::{VolumeFile, read_all};
+
+/// A blob that can be read. Stays readable while it is used, even when it is removed meanwhile.
+#[derive(Clone)]
+pub struct HeldBlob {
+    /// In bytes.
+    pub size: u64,
+    /// Its bytes.
+    pub file: Arc<dyn VolumeFile>,
+    is_unreadable: Arc<AtomicBool>,
+}
+
+impl HeldBlob {
+    pub(super) fn new(size: u64, file: Arc<dyn VolumeFile>) -> Self {
+        let is_unreadable = Arc::new(AtomicBool::new(false));
+        let file = Arc::new(BlobFile {
+            file,
+            is_unreadable: Arc::clone(&is_unreadable),
+        });
+        Self {
+            size,
+            file,
+            is_unreadable,
+        }
+    }
+
+    /// All of it, if it has at most `bytes_max`.
+    pub fn read_whole(&self, bytes_max: u64) -> io::Result<Vec<u8>> {
+        read_all(self.file.as_ref(), bytes_max)
+    }
+
+    /// Whether the disk failed to read it: asked for again, it would fail again.
+    pub(super) fn is_unreadable(&self) -> bool {
+        self.is_unreadable.load(Ordering::Relaxed)
+    }
+}
+
+/// Notes that the disk could not read it, for whoever asks for the blob next.
+struct BlobFile {
+    file: Arc<dyn VolumeFile>,
+    is_unreadable: Arc<AtomicBool>,
+}
+
+impl BlobFile {
+    fn noting<T>(&self, read: io::Result<T>) -> io::Result<T> {
+        read.inspect_err(|error| {
+            if error.raw_os_error() == Some(Errno::IO.raw_os_error()) {
+                self.is_unreadable.store(true, Ordering::Relaxed);
+            }
+        })
+    }
+}
+
+impl VolumeFile for BlobFile {
+    fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        self.file.write_at(bytes, offset)
+    }
+
+    fn read_at(&self, into: &mut [u8], offset: u64) -> io::Result<usize> {
+        self.noting(self.file.read_at(into, offset))
+    }
+
+    fn read_at_cached(&self, into: &mut [u8], offset: u64) -> io::Result<usize> {
+        self.noting(self.file.read_at_cached(into, offset))
+    }
+
+    fn size(&self) -> io::Result<u64> {
+        self.file.size()
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.file.sync()
+    }
+
+    fn reserve(&self, bytes: u64) -> io::Result<()> {
+        self.file.reserve(bytes)
+    }
+
+    fn seal(&self) -> io::Result<()> {
+        self.file.seal()
+    }
+}
+
+impl fmt::Debug for HeldBlob {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("HeldBlob")
+            .field("size", &self.size)
+            .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::volume::{Memory, Volume};
+    use std::path::Path;
+
+    /// Of its bytes, the disk has lost all from the fifth on.
+    struct Bad(Arc<dyn VolumeFile>);
+
+    impl VolumeFile for Bad {
+        fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+            self.0.write_at(bytes, offset)
+        }
+        fn read_at(&self, into: &mut [u8], offset: u64) -> io::Result<usize> {
+            match offset {
+                0..5 => self.0.read_at(into, offset),
+                _ => Err(Errno::IO.into()),
+            }
+        }
+        fn read_at_cached(&self, _: &mut [u8], _: u64) -> io::Result<usize> {
+            Err(io::ErrorKind::WouldBlock.into())
+        }
+        fn size(&self) -> io::Result<u64> {
+            self.0.size()
+        }
+        fn sync(&self) -> io::Result<()> {
+            self.0.sync()
+        }
+        fn reserve(&self, bytes: u64) -> io::Result<()> {
+            self.0.reserve(bytes)
+        }
+        fn seal(&self) -> io::Result<()> {
+            self.0.seal()
+        }
+    }
+
+    #[test]
+    fn only_an_error_of_the_disk_makes_it_unreadable() {
+        let file = Memory::new().create(Path::new("file")).unwrap();
+        file.write_at(b"0123456789", 0).unwrap();
+        let held = HeldBlob::new(10, Arc::new(Bad(file)));
+        assert!(held.file.read_at_cached(&mut [0], 7).is_err());
+        assert!(held.file.read_at(&mut [0], 0).is_ok());
+        assert!(!held.is_unreadable());
+        assert!(held.file.read_at(&mut [0], 7).is_err());
+        assert!(held.is_unreadable());
+    }
+}
