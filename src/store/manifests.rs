@@ -159,10 +159,17 @@ impl Manifests {
             self.quarantine(digest, "a manifest is not what its name says");
             return Ok(None);
         };
-        let Some(media_type) = self.media_type(digest, &manifest) else {
+        let recorded = self
+            .record(digest)
+            .and_then(|record| record.media_type.parse().ok());
+        let is_recorded = recorded.is_some();
+        let Some(media_type) = recorded.or_else(|| media_type(&manifest)) else {
             self.quarantine(digest, "the media type of a manifest is lost");
             return Ok(None);
         };
+        if !is_recorded {
+            self.mend_record(digest, &media_type);
+        }
         let held = Arc::new(HeldManifest {
             digest: *digest,
             bytes,
@@ -179,19 +186,21 @@ impl Manifests {
             || size_of(self.volume.as_ref(), &content_path(TREE, digest)).is_some()
     }
 
-    /// From its record; where that is lost, what the manifest says of itself or looks like.
-    fn media_type(&self, digest: &Digest, manifest: &Manifest) -> Option<MediaType> {
-        let recorded = self
-            .record(digest)
-            .and_then(|record| record.media_type.parse().ok());
-        recorded.or_else(|| manifest.media_type.clone()).or_else(|| {
-            let like = match manifest.kind {
-                ManifestKind::Index => "application/vnd.oci.image.index.v1+json",
-                ManifestKind::Image => "application/vnd.oci.image.manifest.v1+json",
-                ManifestKind::Other => return None,
+    /// Writes a record anew that was lost or damaged. Where a writer is at it, or the disk refuses, that is left for later.
+    fn mend_record(&self, digest: &Digest, media_type: &MediaType) {
+        let Some(Ok(_writing)) = self.stripe(digest).map(Mutex::try_lock) else {
+            return;
+        };
+        // Not beside a manifest that was removed meanwhile.
+        if size_of(self.volume.as_ref(), &content_path(TREE, digest)).is_some() {
+            tracing::warn!(%digest, "the record beside a manifest was lost or damaged; it is written anew");
+            let media_type = media_type.as_str().to_owned();
+            let record = Meta {
+                media_type,
+                seen_in: Vec::new(),
             };
-            like.parse().ok()
-        })
+            let _ = self.write_record(digest, &record);
+        }
     }
 
     fn record(&self, digest: &Digest) -> Option<Meta> {
@@ -279,9 +288,13 @@ impl Manifests {
 
     /// Writers of one manifest and its record come one after the other.
     fn writing(&self, digest: &Digest) -> Option<MutexGuard<'_, ()>> {
-        let stripe = digest.as_bytes().first().copied().unwrap_or_default();
-        let stripe = self.records.get(usize::from(stripe) % STRIPES)?;
+        let stripe = self.stripe(digest)?;
         Some(stripe.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn stripe(&self, digest: &Digest) -> Option<&Mutex<()>> {
+        let stripe = digest.as_bytes().first().copied().unwrap_or_default();
+        self.records.get(usize::from(stripe) % STRIPES)
     }
 
     fn remove_alone(&self, digest: &Digest) -> Result<bool, Fault> {
@@ -305,6 +318,18 @@ impl Manifests {
             why,
         );
     }
+}
+
+/// Where its record is lost: what a manifest says of itself or looks like.
+fn media_type(manifest: &Manifest) -> Option<MediaType> {
+    manifest.media_type.clone().or_else(|| {
+        let like = match manifest.kind {
+            ManifestKind::Index => "application/vnd.oci.image.index.v1+json",
+            ManifestKind::Image => "application/vnd.oci.image.manifest.v1+json",
+            ManifestKind::Other => return None,
+        };
+        like.parse().ok()
+    })
 }
 
 fn record_path(digest: &Digest) -> PathBuf {

@@ -76,6 +76,22 @@ fn a_manifest_without_its_record_keeps_the_type_it_states_of_itself() {
 }
 
 #[test]
+fn the_record_of_a_manifest_that_was_damaged_is_written_anew() {
+    let ground = Ground::directory();
+    let bytes = manifest(1);
+    drop(keep_manifest(&ground.open(), &bytes, "library/alpine").unwrap());
+    let record = || {
+        let mut files = ground.files("manifests").into_iter();
+        files.find(|path| path.extension().is_some()).unwrap()
+    };
+    ground.overwrite(&record(), b"damaged");
+    let held = ground.open().manifest(&digest(&bytes)).unwrap().unwrap();
+    assert_eq!(held.media_type, image());
+    let after = ground.volume.read_whole(&record(), 4096).unwrap();
+    assert!(record::opened::<serde_json::Value>(&after).is_some(), "no record");
+}
+
+#[test]
 fn the_record_of_a_manifest_names_each_repository_once() {
     everywhere(|ground| {
         let (bytes, store) = (manifest(1), ground.open());
