@@ -3,6 +3,8 @@
 //! The file of a tag is written only when a digest changes; the time of each confirmation goes to the index, where
 //! losing it costs one question. What is in memory is the newest of both.
 
+mod heal;
+mod packed;
 mod tag;
 
 use std::io;
@@ -74,6 +76,8 @@ pub(super) struct Refs {
     writers: [Mutex<()>; STRIPES],
     /// How many tags were taken away: whoever read one in between looks again.
     removals: AtomicU64,
+    /// Held while the index is filled from the files.
+    healing: Mutex<()>,
 }
 
 impl Refs {
@@ -85,6 +89,7 @@ impl Refs {
             ready: counted(READY_MAX),
             writers: std::array::from_fn(|_| Mutex::default()),
             removals: AtomicU64::new(0),
+            healing: Mutex::default(),
         }
     }
 
@@ -294,9 +299,11 @@ impl Refs {
             }
         }
         let mut all = Vec::new();
-        self.heal_walking(&AtomicBool::new(false), |key, record| {
+        self.walk_with_times(&AtomicBool::new(false), |key, filed, _| {
             if after.is_none_or(|after| key > *after) {
-                all.push((key, record));
+                let indexed = self.read_index(&key);
+                let whole = TagRecord::of_both(Some(filed), indexed).unwrap_or_default();
+                all.push((key, whole));
             }
         });
         all.sort_by(|(a, _), (b, _)| a.cmp(b));
@@ -307,40 +314,6 @@ impl Refs {
             }
         }
         all
-    }
-
-    /// Puts into the index whatever the files know and it does not. Says whether it came to the end.
-    pub(super) fn heal_index(&self, stop: &AtomicBool) -> bool {
-        self.heal_walking(stop, |_, _| {})
-    }
-
-    fn heal_walking(&self, stop: &AtomicBool, mut each: impl FnMut(TagKey, TagRecord)) -> bool {
-        let losses = self.index.losses();
-        let walked = self.walk(stop, |key, filed| {
-            let path = key.path();
-            // In turn with its writers: what they write meanwhile must not be written over.
-            let writing = self.writing(&path);
-            let indexed = self.read_index(&key);
-            let is_indexed = indexed.as_ref().is_some_and(|indexed| indexed.covers(&filed));
-            if !is_indexed
-                && let Ok(Some(filed)) = self.read_file(&key)
-                && let Some(whole) = TagRecord::of_both(Some(filed), indexed.clone())
-            {
-                self.write_index(&key, &whole);
-            }
-            drop(writing);
-            let whole = TagRecord::of_both(Some(filed), indexed).unwrap_or_default();
-            each(key, whole);
-        });
-        if walked && self.index.state() == super::IndexState::Ready {
-            self.index.set_complete(losses);
-            tracing::info!("every tag is in the index");
-        }
-        walked
-    }
-
-    fn walk(&self, stop: &AtomicBool, mut each: impl FnMut(TagKey, TagRecord)) -> bool {
-        self.walk_with_times(stop, |key, record, _| each(key, record))
     }
 
     /// Every tag that has a file, with the time of the file. Says whether it came to the end.

@@ -106,9 +106,13 @@ impl Keeper {
                 let found = found.or_else(|| self.interim.get(&key).cloned());
                 let _ = reply.send(found.map(|value| self.unsealed(&key, value?)).ok_or(NoAnswer));
             }
-            Message::Put { key, mut value } => {
-                value.extend_from_slice(&record_checksum(&key, &value));
-                self.write(key, Some(value));
+            Message::Put { key, value } => self.put(key, value),
+            Message::PutIfAbsent { key, value } => {
+                let found = self.with(|index| index.get(&key));
+                let found = found.or_else(|| self.interim.get(&key).cloned()).flatten();
+                if found.is_none() {
+                    self.put(key, value);
+                }
             }
             Message::Remove { key } => self.write(key, None),
             Message::Expunge { key, reply } => {
@@ -154,6 +158,11 @@ impl Keeper {
             self.write(key.to_vec(), None);
         }
         value
+    }
+
+    fn put(&mut self, key: Vec<u8>, mut value: Vec<u8>) {
+        value.extend_from_slice(&record_checksum(&key, &value));
+        self.write(key, Some(value));
     }
 
     /// Puts, or removes where there is no value.
@@ -337,6 +346,10 @@ impl Keeper {
             }
             Err(fault) => {
                 self.busy += u32::from(fault == IndexFault::Busy);
+                if fault.is_lasting() {
+                    // The fresh one too.
+                    self.put_aside(&fault);
+                }
                 self.degrade(&fault);
             }
         }
@@ -361,7 +374,10 @@ impl Keeper {
         match readied {
             Ok(()) => Ok(index),
             Err(fault) => {
-                index.abandon(&fault);
+                // As in `fail`; what is lasting is set aside by whoever opened it.
+                if !index.abandon(&fault) && !fault.is_lasting() {
+                    self.put_aside(&fault);
+                }
                 Err(fault)
             }
         }

@@ -63,6 +63,10 @@ pub(super) enum Message {
         key: Vec<u8>,
         value: Vec<u8>,
     },
+    PutIfAbsent {
+        key: Vec<u8>,
+        value: Vec<u8>,
+    },
     Remove {
         key: Vec<u8>,
     },
@@ -174,6 +178,12 @@ impl IndexHandle {
         if value.len() <= VALUE_BYTES_MAX {
             self.tell(Message::Put { key, value });
         }
+    }
+
+    /// [`Self::put`], unless it has something of `key`. `false` where it does not keep up: to be tried again.
+    pub(in crate::store) fn put_if_absent(&self, key: Vec<u8>, value: Vec<u8>) -> bool {
+        let put = self.sender.try_send(Message::PutIfAbsent { key, value });
+        !matches!(put, Err(TrySendError::Full(_)))
     }
 
     /// Removes sooner or later.

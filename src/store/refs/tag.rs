@@ -1,4 +1,4 @@
-//! What is known of a tag, and how it is written: into its file, which explains itself, and into the index, which is short.
+//! What is known of a tag, and how it is written into its file, which explains itself.
 
 use std::cmp::Reverse;
 use std::path::PathBuf;
@@ -176,7 +176,7 @@ impl TagKey {
     }
 
     /// Its key in the index, in the order of upstream, repository, tag.
-    pub(super) fn to_index(&self) -> Vec<u8> {
+    pub(in crate::store) fn to_index(&self) -> Vec<u8> {
         let names = [&self.upstream, self.repository.as_str(), self.tag.as_str()].join("\0");
         [&[KEY_PREFIX], names.as_bytes()].concat()
     }
@@ -211,21 +211,6 @@ impl TagRecord {
             tag: record.tag.parse().ok()?,
         };
         Some((key, Self::of_records(&record.variants)))
-    }
-
-    /// As many variants, the newest first, as fit into `bytes_max`.
-    pub(super) fn to_index(&self, bytes_max: usize) -> Vec<u8> {
-        let mut records = self.to_records();
-        let mut value = serde_json::to_vec(&records).unwrap_or_default();
-        while value.len() > bytes_max && records.pop().is_some() {
-            value = serde_json::to_vec(&records).unwrap_or_default();
-        }
-        value
-    }
-
-    pub(super) fn of_index(value: &[u8]) -> Option<Self> {
-        let records: Vec<VariantRecord> = serde_json::from_slice(value).ok()?;
-        Some(Self::of_records(&records))
     }
 
     fn of_records(records: &[VariantRecord]) -> Self {

@@ -268,7 +268,8 @@ fn an_index_that_cannot_be_made_leaves_the_store_working_and_is_made_once_it_can
         "it has missed what was kept meanwhile"
     );
     assert_eq!(store.tags(None, 10).len(), 2);
-    assert!(store.index.is_complete(), "it was filled from the files");
+    store.tend(at(2));
+    wait_until("filled from the files", || store.index.is_complete());
     assert_eq!(store.tags(None, 10).len(), 2);
 }
 
@@ -424,4 +425,45 @@ fn an_index_that_lost_something_is_filled_again_without_anybody_asking() {
         store.tend(at(5));
         store.index.is_complete()
     });
+}
+
+#[test]
+fn what_the_index_knows_worse_than_the_files_is_put_right_and_the_rest_is_not_touched() {
+    let ground = Ground::directory();
+    let store = ground.open();
+    for tag in ["old", "unknown", "newer", "strange"] {
+        store.keep_tag(&key(tag), variant(1, b"now", 100)).unwrap();
+    }
+    wait_until("complete", || {
+        store.tend(at(2));
+        store.index.is_complete()
+    });
+    let indexed = |tag: &str| {
+        store
+            .tags(None, 10)
+            .into_iter()
+            .find(|(known, _)| *known == key(tag))
+    };
+    let put = |tag: &str, content: &[u8], seconds| {
+        let variants = vec![variant(1, content, seconds)];
+        let packed = refs::TagRecord { variants }.to_index(4000);
+        store.index.put(key(tag).to_index(), packed);
+    };
+    put("old", b"before", 50);
+    put("newer", b"after", 5_000_000_000);
+    store.index.remove(key("unknown").to_index());
+    store
+        .index
+        .put(key("strange").to_index(), b"[of another version".to_vec());
+    store.index.set_complete(u64::MAX / 2);
+    assert!(store.refs.heal_index(&AtomicBool::new(false)));
+    for (tag, content) in [
+        ("old", b"now".as_slice()),
+        ("unknown", b"now"),
+        ("strange", b"now"),
+        ("newer", b"after"),
+    ] {
+        let (_, record) = indexed(tag).unwrap();
+        assert_eq!(record.variants[0].digest, digest(content), "{tag}");
+    }
 }

@@ -1,0 +1,200 @@
+//! What the index keeps of a tag: as little as it can be. sled holds many more of its pages in memory than it is allowed,
+//! so that with the text of the file in each record a large store took twice the memory.
+//!
+//! One variant after the other, the newest first: the key of what was accepted (8 bytes), what the tag named, when that
+//! was last and when first said (8 each), and the image before it, or none. Digest and media type begin with a byte that
+//! says which they are. Numbers have their highest byte first.
+
+use super::tag::{Earlier, TagRecord, VARIANTS_MAX, Variant};
+use crate::oci::{Digest, MediaType};
+use crate::store::record::{from_millis, to_millis};
+
+/// The media types with a number of their own, in an order that stays as it is. 0 is any other.
+const KNOWN_TYPES: [&str; 4] = [
+    "application/vnd.oci.image.index.v1+json",
+    "application/vnd.oci.image.manifest.v1+json",
+    "application/vnd.docker.distribution.manifest.list.v2+json",
+    "application/vnd.docker.distribution.manifest.v2+json",
+];
+
+impl TagRecord {
+    /// As many variants, the newest first, as fit into `bytes_max`.
+    pub(in crate::store) fn to_index(&self, bytes_max: usize) -> Vec<u8> {
+        let mut packed = Vec::new();
+        for variant in &self.variants {
+            let before = packed.len();
+            pack(variant, &mut packed);
+            if packed.len() > bytes_max {
+                packed.truncate(before);
+                break;
+            }
+        }
+        packed
+    }
+
+    pub(super) fn of_index(mut packed: &[u8]) -> Option<Self> {
+        let mut variants = Vec::new();
+        while !packed.is_empty() {
+            variants.push(unpack(&mut packed)?);
+        }
+        variants.truncate(VARIANTS_MAX);
+        Some(Self { variants })
+    }
+}
+
+fn pack(variant: &Variant, packed: &mut Vec<u8>) {
+    packed.extend_from_slice(&variant.accept.to_be_bytes());
+    pack_name(&variant.digest, &variant.media_type, packed);
+    packed.extend_from_slice(&to_millis(variant.confirmed_at).to_be_bytes());
+    packed.extend_from_slice(&to_millis(variant.first_held_at).to_be_bytes());
+    packed.push(u8::from(variant.earlier.is_some()));
+    if let Some(earlier) = &variant.earlier {
+        pack_name(&earlier.digest, &earlier.media_type, packed);
+        packed.extend_from_slice(&to_millis(earlier.confirmed_at).to_be_bytes());
+    }
+}
+
+fn pack_name(digest: &Digest, media_type: &MediaType, packed: &mut Vec<u8>) {
+    packed.push(match digest {
+        Digest::Sha256(_) => 2,
+        Digest::Sha512(_) => 5,
+    });
+    packed.extend_from_slice(digest.as_bytes());
+    let text = media_type.as_str();
+    if let Some(known) = (1..)
+        .zip(KNOWN_TYPES)
+        .find_map(|(number, known)| (known == text).then_some(number))
+    {
+        packed.push(known);
+        return;
+    }
+    packed.push(0);
+    // Parsed, it is at most so long.
+    packed.push(u8::try_from(text.len()).unwrap_or(u8::MAX));
+    packed.extend_from_slice(text.as_bytes());
+}
+
+fn unpack(packed: &mut &[u8]) -> Option<Variant> {
+    let accept = number(packed)?;
+    let (digest, media_type) = unpack_name(packed)?;
+    let (confirmed_at, first_held_at) = (from_millis(number(packed)?), from_millis(number(packed)?));
+    let has_earlier = *take(packed)? != [0];
+    let earlier = if has_earlier {
+        let (digest, media_type) = unpack_name(packed)?;
+        Some(Earlier {
+            digest,
+            media_type,
+            confirmed_at: from_millis(number(packed)?),
+        })
+    } else {
+        None
+    };
+    Some(Variant {
+        accept,
+        digest,
+        media_type,
+        confirmed_at,
+        first_held_at,
+        earlier,
+    })
+}
+
+fn unpack_name(packed: &mut &[u8]) -> Option<(Digest, MediaType)> {
+    let digest = match take::<1>(packed)? {
+        [2] => Digest::Sha256(*take(packed)?),
+        [5] => Digest::Sha512(*take(packed)?),
+        _ => return None,
+    };
+    let media_type = match take::<1>(packed)? {
+        [0] => {
+            let [length] = *take(packed)?;
+            let (text, rest) = packed.split_at_checked(usize::from(length))?;
+            *packed = rest;
+            std::str::from_utf8(text).ok()?
+        }
+        [known] => KNOWN_TYPES.get(usize::from(*known) - 1)?,
+    };
+    Some((digest, media_type.parse().ok()?))
+}
+
+fn number(packed: &mut &[u8]) -> Option<u64> {
+    take(packed).map(|bytes| u64::from_be_bytes(*bytes))
+}
+
+fn take<'a, const N: usize>(packed: &mut &'a [u8]) -> Option<&'a [u8; N]> {
+    let (first, rest) = packed.split_first_chunk()?;
+    *packed = rest;
+    Some(first)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::oci::Algorithm;
+    use std::time::{Duration, SystemTime};
+
+    fn at(seconds: u64) -> SystemTime {
+        SystemTime::UNIX_EPOCH + Duration::from_secs(seconds)
+    }
+
+    fn record() -> TagRecord {
+        let variant = |accept: u64, algorithm, media_type: &str| Variant {
+            accept,
+            digest: Digest::of(algorithm, &accept.to_be_bytes()),
+            media_type: media_type.parse().unwrap(),
+            confirmed_at: at(2_000_000_000),
+            first_held_at: at(1),
+            earlier: None,
+        };
+        let mut variants = vec![
+            variant(1, Algorithm::Sha256, KNOWN_TYPES[1]),
+            variant(u64::MAX >> 1, Algorithm::Sha512, "application/x.of-our-own+json"),
+        ];
+        variants[0].earlier = Some(Earlier {
+            digest: Digest::of(Algorithm::Sha512, b"before"),
+            media_type: KNOWN_TYPES[3].parse().unwrap(),
+            confirmed_at: at(7),
+        });
+        TagRecord { variants }
+    }
+
+    #[test]
+    fn a_record_comes_back_as_it_went() {
+        let record = record();
+        assert_eq!(TagRecord::of_index(&record.to_index(4000)), Some(record));
+    }
+
+    #[test]
+    fn one_that_is_too_long_loses_its_oldest_variants() {
+        let mut record = record();
+        let packed = record.to_index(4000);
+        record.variants.truncate(1);
+        assert_eq!(
+            TagRecord::of_index(&record.to_index(packed.len() - 1)),
+            Some(record)
+        );
+    }
+
+    #[test]
+    fn one_that_is_cut_is_none_and_panics_nowhere() {
+        let record = record();
+        let packed = record.to_index(4000);
+        let whole = record.to_index(4000).len();
+        let first = TagRecord {
+            variants: record.variants[..1].to_vec(),
+        }
+        .to_index(4000)
+        .len();
+        for length in (1..whole).filter(|length| *length != first) {
+            assert_eq!(TagRecord::of_index(&packed[..length]), None, "{length}");
+        }
+    }
+
+    #[test]
+    fn a_usual_tag_takes_less_than_eighty_bytes() {
+        let mut record = record();
+        record.variants.truncate(1);
+        record.variants[0].earlier = None;
+        assert!(record.to_index(4000).len() < 80);
+    }
+}
