@@ -198,6 +198,20 @@ pub struct Limits {
     pub drain: Duration,
 }
 
+impl Limits {
+    /// These limits, or lower ones where the process may open only so many files: so that whoever is let in finds the
+    /// five that a pull takes at most (its own connection, that to the upstream, and the files of what is written), and a
+    /// connection more than that waits to be accepted instead of failing another's pull.
+    #[must_use]
+    pub fn within(self, descriptors: usize) -> Self {
+        Self {
+            connections_max: self.connections_max.min(descriptors / 5).max(1),
+            fetches_max: self.fetches_max.min(descriptors / 10).max(1),
+            ..self
+        }
+    }
+}
+
 /// All that a configuration is made of. What comes later here overrides what comes earlier.
 #[derive(Clone, Debug)]
 pub struct Sources<'a> {

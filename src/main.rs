@@ -54,17 +54,22 @@ fn main() -> ExitCode {
         Command::Operate(command) => run(operate(&config, command)),
         Command::Serve => {
             log(&config.log);
-            take_descriptors();
+            let descriptors = take_descriptors();
             write_no_core();
             // Before any thread runs: it reads and clears variables.
             let passed = passed();
-            run(serve_until_ended(cli.options, config, passed))
+            run(serve_until_ended(cli.options, config, passed, descriptors))
         }
     }
 }
 
-async fn serve_until_ended(options: cli::Options, config: Config, passed: Passed) -> ExitCode {
-    match serve(config, passed, || load(&options), Clock::system()).await {
+async fn serve_until_ended(
+    options: cli::Options,
+    config: Config,
+    passed: Passed,
+    descriptors: usize,
+) -> ExitCode {
+    match serve(config, passed, descriptors, || load(&options), Clock::system()).await {
         Ok(()) => ExitCode::SUCCESS,
         Err(
             error @ (RunError::AdminExposed(_)
@@ -166,13 +171,18 @@ fn passed() -> Passed {
     passed
 }
 
-/// As many files as the system lets us have: the limit that shells start programs with is meant for `select`.
-fn take_descriptors() {
+/// As many files as the system lets us have: the limit that shells start programs with is meant for `select`. Says how
+/// many.
+fn take_descriptors() -> usize {
     use rustix::process::{Resource, getrlimit, setrlimit};
     let mut limit = getrlimit(Resource::Nofile);
     limit.current = limit.maximum;
     // Fewer will do until there are many clients; `doctor` tells.
     let _ = setrlimit(Resource::Nofile, limit);
+    let current = getrlimit(Resource::Nofile).current;
+    current.map_or(usize::MAX, |current| {
+        usize::try_from(current).unwrap_or(usize::MAX)
+    })
 }
 
 /// A core would hold the credentials that are in memory at that moment.

@@ -15,7 +15,7 @@ use zeroize::Zeroizing;
 
 use crate::admin::{self, Admin, Guard, Surroundings, TokenError};
 use crate::clock::Clock;
-use crate::config::{self, Access, Config, Credential, Faults, Proxy, UpstreamConfig};
+use crate::config::{self, Access, Config, Credential, Faults, Limits, Proxy, UpstreamConfig};
 use crate::download::Downloads;
 use crate::event::Events;
 use crate::oci::digest::keyed;
@@ -82,26 +82,24 @@ pub enum RunError {
     NoUpstream,
 }
 
-/// Serves until a signal ends it, on the sockets that were `passed` to the process, if any. `reload` reads the configuration
-/// again, on SIGHUP.
+/// Serves until a signal ends it, on the sockets that were `passed` to the process, if any. It may have so many
+/// `descriptors` open. `reload` reads the configuration again, on SIGHUP.
 pub async fn serve(
     config: Config,
     passed: Passed,
+    descriptors: usize,
     reload: impl Fn() -> Result<Config, Faults>,
     clock: Clock,
 ) -> Result<(), RunError> {
     let token = admin_token(&config)?;
     let mut signals = Signals::new()?;
+    let limits = affordable(&config, descriptors);
     // The lock first: a second process must refuse before it disturbs anything of the first.
     let volume = Arc::new(Directory::open(&config.data)?);
-    let settings = StoreSettings {
-        limits: store_limits(&config),
-        scrub_rate: config.store.scrub_rate,
-        ..StoreSettings::default()
-    };
+    let settings = store_settings(&config, descriptors);
     let store = Arc::new(Store::open(&settings, volume, clock.now())?);
     let buffers = Buffers::default();
-    let downloads = Downloads::new(Arc::clone(&store), buffers.clone(), config.limits.fetches_max);
+    let downloads = Downloads::new(Arc::clone(&store), buffers.clone(), limits.fetches_max);
     let connector = Connector::system();
     let told = Told::default();
     let build = |config: &Config| registry(config, &store, &downloads, &connector, &told, clock);
@@ -123,7 +121,7 @@ pub async fn serve(
         front,
         Arc::clone(&tls),
         config.listen.plain,
-        config.limits,
+        limits,
         ending.clone(),
     );
     let registry_addresses = listeners.iter().filter_map(Listener::address).collect();
@@ -200,6 +198,30 @@ fn certificates(config: &Config, addresses: &[IpAddr], clock: Clock) -> Result<S
         config.client_roots(),
         clock,
     )
+}
+
+/// The limits that a process with so few descriptors can keep.
+fn affordable(config: &Config, descriptors: usize) -> Limits {
+    let limits = config.limits.within(descriptors);
+    if limits != config.limits {
+        tracing::warn!(
+            descriptors,
+            connections = limits.connections_max,
+            fetches = limits.fetches_max,
+            "the process may open few files, which lowers [limits]; raise LimitNOFILE= of its unit"
+        );
+    }
+    limits
+}
+
+fn store_settings(config: &Config, descriptors: usize) -> StoreSettings {
+    let usual = StoreSettings::default();
+    StoreSettings {
+        limits: store_limits(config),
+        scrub_rate: config.store.scrub_rate,
+        open_blobs_max: usual.open_blobs_max.min(descriptors / 8),
+        ..usual
+    }
 }
 
 fn store_limits(config: &Config) -> StoreLimits {

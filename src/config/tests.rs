@@ -296,3 +296,16 @@ proptest::proptest! {
         }
     }
 }
+
+#[test]
+fn a_process_that_may_open_few_files_has_lower_limits() {
+    let limits = Limits {
+        connections_max: 4096,
+        fetches_max: 512,
+        ..read("").limits
+    };
+    assert_eq!(limits.within(1 << 20), limits);
+    let few = limits.within(1024);
+    assert_eq!((few.connections_max, few.fetches_max), (204, 102));
+    assert_eq!(limits.within(0).connections_max, 1, "someone is always let in");
+}
