@@ -10,11 +10,15 @@ pub struct Disk {
 }
 
 impl Disk {
-    /// A file system of this kind in the file `image`, mounted at `at`.
+    /// A file system of this kind in the file `image`, mounted at `at`. Options of its making may follow the kind.
     pub fn in_file(kind: &str, image: PathBuf, at: &Path, bytes: u64) -> Result<Disk, String> {
         std::fs::File::create(&image).unwrap().set_len(bytes).unwrap();
+        let (kind, options) = kind.split_once(' ').unwrap_or((kind, ""));
         let force = if kind == "xfs" { "-f" } else { "-F" };
-        run(&format!("mkfs.{kind}"), &["-q", force, image.to_str().unwrap()])?;
+        let mut arguments = vec!["-q", force];
+        arguments.extend(options.split_whitespace());
+        arguments.push(image.to_str().unwrap());
+        run(&format!("mkfs.{kind}"), &arguments)?;
         let disk = Disk {
             at: at.to_owned(),
             image: Some(image),

@@ -28,23 +28,29 @@ mod proxy;
 mod upstream;
 
 mod damage;
+mod descriptors;
 mod disk;
 mod full;
 mod kill;
 mod memory;
 mod power;
+mod refusal;
 mod start;
 mod world;
 
 /// Each campaign, and how often it does its deed when nobody says so.
 const CAMPAIGNS: &[(&str, u32)] = &[
-    ("kill", 30),
+    ("kill", 100),
     ("power-ext4", 30),
     ("power-xfs", 30),
     ("damage", 300),
     ("full", 200),
+    ("inodes", 50),
+    ("quota", 50),
     ("read-only", 50),
     ("failing", 50),
+    ("bad-sectors", 50),
+    ("descriptors", 64),
     ("memory", 64),
     (START, 100_000),
 ];
@@ -83,8 +89,12 @@ fn main() {
                 "power-xfs" => power::campaign("xfs", count).await,
                 "damage" => damage::campaign(count).await,
                 "full" => full::full(count).await,
+                "inodes" => full::inodes(count).await,
+                "quota" => full::quota(count).await,
                 "read-only" => full::read_only(count).await,
                 "failing" => full::failing(count).await,
+                "bad-sectors" => full::bad_sectors(count).await,
+                "descriptors" => descriptors::campaign(count).await,
                 "memory" => memory::campaign(count).await,
                 _ => start::campaign(count).await,
             }

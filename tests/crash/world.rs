@@ -7,9 +7,12 @@ use std::time::Duration;
 use tokio::task::JoinSet;
 
 use crate::proxy::{Ask, Proxy, Setup};
-use crate::upstream::{Image, Upstream, noise, within};
+use crate::upstream::{Image, Upstream, noise, sha256, within};
 
 pub const REPOSITORY: &str = "library/demo";
+
+/// So many of the last images are looked for, and so many of those before: those of some rounds.
+const VERIFIED: usize = 10;
 
 /// Numbers that look like chance and are the same in every run.
 pub struct Chance(u64);
@@ -105,9 +108,9 @@ impl World {
     /// With the upstream gone, everything acknowledged must come, whole and right: all of the last, and some of the rest.
     pub async fn verify(&mut self, proxy: &Proxy) {
         self.upstream.resets();
-        let last = self.acknowledged.len().saturating_sub(20);
+        let last = self.acknowledged.len().saturating_sub(VERIFIED);
         let mut numbers = self.acknowledged[last..].to_vec();
-        for _ in 0..20.min(last) {
+        for _ in 0..VERIFIED.min(last) {
             numbers.push(self.acknowledged[self.chance.below(last)]);
         }
         for number in numbers {
@@ -170,6 +173,25 @@ pub async fn until_kept(proxy: &Proxy) {
 /// What `/api/v1/status` says of the store.
 pub async fn store_status(proxy: &Proxy) -> serde_json::Value {
     proxy.admin("/api/v1/status").await.json()["store"].clone()
+}
+
+/// A record with its checksum, as the store writes it.
+pub fn sealed(record: &serde_json::Value) -> Vec<u8> {
+    let mut record = record.clone();
+    record.as_object_mut().unwrap().remove("checksum");
+    let text = record.to_string();
+    let text = text.strip_suffix('}').unwrap();
+    let sum = &sha256(text.as_bytes())[7..23];
+    format!("{text},\"checksum\":\"{sum}\"}}\n").into_bytes()
+}
+
+/// Whether these bytes are a record with the right checksum.
+pub fn is_sealed(bytes: &[u8]) -> bool {
+    let text = String::from_utf8_lossy(bytes);
+    let Some((text, sum)) = text.rsplit_once(",\"checksum\":\"") else {
+        return false;
+    };
+    sum.trim_end() == format!("{}\"}}", &sha256(text.as_bytes())[7..23])
 }
 
 /// So long ago.

@@ -18,9 +18,23 @@ pub struct Program {
 impl Program {
     /// Starts the binary with an environment of nothing but `HOME`, `PATH` and what is given.
     pub fn start(arguments: &[&str], home: &Path, environment: &[(String, String)]) -> Program {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_ifnewer"));
+        Program::start_by(&[], arguments, home, environment)
+    }
+
+    /// `start`, by a command to which the binary and its arguments are appended.
+    pub fn start_by(
+        starter: &[&str],
+        arguments: &[&str],
+        home: &Path,
+        environment: &[(String, String)],
+    ) -> Program {
+        let mut words = starter
+            .iter()
+            .chain(&[env!("CARGO_BIN_EXE_ifnewer")])
+            .chain(arguments);
+        let mut command = Command::new(words.next().unwrap());
         command
-            .args(arguments)
+            .args(words)
             .envs(environment.iter().map(|(name, value)| (name, value)));
         Program::spawn(command, home)
     }

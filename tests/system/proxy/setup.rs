@@ -18,6 +18,7 @@ pub struct Setup {
     upstreams: Vec<(String, String)>,
     tail: String,
     environment: Vec<(String, String)>,
+    starter: Vec<String>,
 }
 
 impl Setup {
@@ -37,6 +38,7 @@ impl Setup {
             upstreams: Vec::new(),
             tail: String::new(),
             environment: Vec::new(),
+            starter: Vec::new(),
         }
     }
 
@@ -104,6 +106,13 @@ impl Setup {
     /// An environment variable.
     pub fn environment(mut self, name: &str, value: &str) -> Setup {
         self.environment.push((name.to_owned(), value.to_owned()));
+        self
+    }
+
+    /// `serve` is started by this command, to which its own is appended.
+    #[allow(dead_code, reason = "tests/crash uses it")]
+    pub fn through(mut self, starter: &[&str]) -> Setup {
+        self.starter = starter.iter().map(|word| (*word).to_owned()).collect();
         self
     }
 
@@ -176,7 +185,9 @@ impl Setup {
     /// Starts `serve` and does not wait.
     pub fn serve(&self) -> Program {
         let config = self.file("ifnewer.toml", &self.toml());
-        Program::start(
+        let starter: Vec<&str> = self.starter.iter().map(String::as_str).collect();
+        Program::start_by(
+            &starter,
             &["serve", "--config", config.to_str().unwrap()],
             self.folder.path(),
             &self.environment,
