@@ -22,6 +22,11 @@ impl Principal {
         Self::of(secret, b"credential", authorization)
     }
 
+    /// Who shows this at a token service, whatever token is given for it (see [`crate::oci::LoginRequest::secret`]).
+    pub fn of_account(secret: &[u8], login: &[u8]) -> Self {
+        Self::of(secret, b"account", login)
+    }
+
     /// Whoever asks without a credential. What the upstream shows to it, it shows to everyone.
     pub fn anonymous(secret: &[u8]) -> Self {
         Self::of(secret, b"anonymous", b"")
@@ -58,6 +63,11 @@ pub struct Evidence {
     pub shared: bool,
     /// When the upstream last said yes to this principal in this repository.
     pub granted_at: Option<SystemTime>,
+    /// When the token service last gave a token for the credential that this principal's token was given for; only
+    /// where that is kept (`local_tokens`).
+    pub taken_at: Option<SystemTime>,
+    /// When the upstream last said yes to any token of that credential in this repository.
+    pub account_at: Option<SystemTime>,
     /// When the upstream last said yes to the anonymous principal in this repository.
     pub public_at: Option<SystemTime>,
     /// Whether what is asked for was seen in this repository. Always true for a tag, which is a name *of* the repository.
@@ -84,8 +94,11 @@ pub fn standing(evidence: &Evidence, lifetimes: &Lifetimes, now: SystemTime) -> 
     if within(evidence.granted_at, lifetimes.grant, now) {
         return Standing::Vouched;
     }
+    // Another token of the same credential may do: only while this one cannot be asked about.
+    let account = within(evidence.taken_at, lifetimes.offline_grant, now)
+        && within(evidence.account_at, lifetimes.offline_grant, now);
     // What everyone could read once is no secret in an outage, however long ago that was.
-    if evidence.public_at.is_some() || within(evidence.granted_at, lifetimes.offline_grant, now) {
+    if evidence.public_at.is_some() || account || within(evidence.granted_at, lifetimes.offline_grant, now) {
         return Standing::Lapsed;
     }
     Standing::Unknown
@@ -206,12 +219,33 @@ mod tests {
     }
 
     #[test]
+    fn another_token_of_the_same_credential_is_good_in_an_outage_alone_and_only_while_that_is_taken() {
+        let table = [
+            ("still taken", ago(43_199), ago(0), Standing::Lapsed),
+            ("refused since", None, ago(0), Standing::Unknown),
+            ("taken before any outage", ago(43_200), ago(0), Standing::Unknown),
+            ("read before any outage", ago(0), ago(43_200), Standing::Unknown),
+            ("never read here", ago(0), None, Standing::Unknown),
+        ];
+        for (name, taken_at, account_at, expected) in table {
+            let evidence = Evidence {
+                seen: true,
+                taken_at,
+                account_at,
+                ..Evidence::default()
+            };
+            assert_eq!(standing(&evidence, &LIFETIMES, now()), expected, "{name}");
+        }
+    }
+
+    #[test]
     fn principals_differ_by_credential_class_and_installation() {
         let all = [
             Principal::anonymous(b"one"),
             Principal::proxy(b"one"),
             Principal::of_credential(b"one", b""),
             Principal::of_credential(b"one", b"Basic YTpi"),
+            Principal::of_account(b"one", b"Basic YTpi"),
             Principal::of_credential(b"one", b"Bearer YTpi"),
             Principal::of_credential(b"two", b"Basic YTpi"),
         ];

@@ -271,12 +271,12 @@ impl Config {
         Summary(self)
     }
 
-    /// The hosts of the upstreams, without ports: what certificates are made for.
+    /// The hosts of the upstreams, and of token services in whose place tokens are given, without ports: what certificates are made for.
     pub fn hosts(&self) -> HashSet<String> {
-        let names = self
-            .upstreams
-            .iter()
-            .flat_map(|upstream| upstream.hosts.iter().map(String::as_str).chain([&*upstream.name]));
+        let names = self.upstreams.iter().flat_map(|upstream| {
+            let hosts = upstream.hosts.iter().map(String::as_str);
+            hosts.chain([&*upstream.name]).chain(upstream.token_host())
+        });
         names.map(|name| host_part(name).to_owned()).collect()
     }
 

@@ -4,7 +4,7 @@
 //! and how the outcome looks in HTTP is settled after. The road never weighs evidence itself; it only gathers it.
 //!
 //! * `asking`: the question put to the upstream, shared by those who may share it, and what follows from the answer.
-//! * `rights`: what its answers show of who may read. `recalled`: how it asks for a credential, for when it is silent.
+//! * `rights`: what its answers show of who may read. `logins`: whose a token is, and tokens of ours. `recalled`: how it asks for a credential, for when it is silent.
 //! * `manifest`: by tag and by digest; `copies` of it that are held, `fetching` it, the `check` of what it points to.
 //! * `blob`: held, joined or led; `source`: how a download reaches the upstream; `prefetch` begins before anybody asks. * `listing`: tags and referrers.
 //! * `challenge`: how the registry itself answers `/v2/`. * `writing`: what follows from a write that passed.
@@ -16,6 +16,7 @@ mod check;
 mod copies;
 mod fetching;
 mod listing;
+mod logins;
 mod manifest;
 pub mod passing;
 mod prefetch;
@@ -35,6 +36,7 @@ use http::HeaderValue;
 
 pub use asking::Asked;
 pub use listing::Listing;
+pub use logins::{LoggedIn, is_local_token};
 pub use refresh::Refreshed;
 pub use site::{Access, Site};
 
@@ -63,6 +65,7 @@ pub struct Pull {
     found: check::Found,
     prefetching: prefetch::Prefetching,
     refused: rights::Refused,
+    logins: logins::Logins,
     questions: Flights<asking::Key, Arc<Answer>>,
     challenges: Flights<Arc<str>, Result<Arc<KeptChallenge>, Arc<Answer>>>,
     manifests: Flights<asking::Key, Result<Arc<HeldManifest>, Arc<Answer>>>,
@@ -197,6 +200,7 @@ impl Pull {
             found: check::Found::default(),
             prefetching: prefetch::Prefetching::default(),
             refused: rights::Refused::default(),
+            logins: logins::Logins::default(),
             questions: Flights::default(),
             challenges: Flights::default(),
             manifests: Flights::default(),
@@ -204,8 +208,11 @@ impl Pull {
     }
 
     /// Answers a request. Total: whatever fails becomes a refusal with its reason.
-    pub async fn answer(self: &Arc<Self>, request: Request) -> Outcome {
+    pub async fn answer(self: &Arc<Self>, mut request: Request) -> Outcome {
         let now = request.now;
+        request
+            .authorization
+            .take_if(|shown| self.is_spent(&request.site, shown));
         let outcome = self.outcome(&request).await;
         match &outcome {
             Outcome::Manifest(manifest, _) => self.store.note_use(Used::Manifest(manifest.digest), now),
@@ -278,9 +285,12 @@ impl Pull {
     /// Who asks, and what is known of their right in this repository.
     fn context(&self, site: &Site, repository: &Repository, authorization: Option<&HeaderValue>) -> Context {
         let caller = site.caller(&self.principals, authorization);
+        let account = self.account(site, repository, authorization);
         let evidence = Evidence {
             shared: site.is_shared(),
             granted_at: self.store.grant(site.name(), repository, &caller.principal),
+            taken_at: account.and_then(|account| self.store.login(site.name(), &account)),
+            account_at: account.and_then(|account| self.store.grant(site.name(), repository, &account)),
             public_at: self.store.public_since(site.name(), repository),
             seen: false,
         };

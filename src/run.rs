@@ -330,10 +330,15 @@ fn site(
             own_credential: config.credential.is_some(),
         },
     };
-    Ok(Site::new(
-        Arc::new(upstream(config, fetches_max, connector, told)?),
-        access,
-    ))
+    let site = Site::new(Arc::new(upstream(config, fetches_max, connector, told)?), access);
+    let Some(realm) = &config.local_tokens else {
+        return Ok(site);
+    };
+    let realm = realm.parse().map_err(|error| RunError::Url {
+        name: Arc::clone(&config.name),
+        error,
+    })?;
+    Ok(site.with_local_tokens(realm))
 }
 
 /// The client side of one upstream, as its section says.
@@ -382,6 +387,10 @@ pub fn upstream(
     });
     settings.hosts.clone_from(&config.hosts);
     settings.token_hosts.clone_from(&config.token_hosts);
+    // Who names it trusts it.
+    settings
+        .token_hosts
+        .extend(config.token_host().map(str::to_owned));
     Upstream::new(settings, connector).map_err(refused)
 }
 

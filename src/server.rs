@@ -3,7 +3,7 @@
 //! * `entry`, `certificate`: who may come in at all. * `listen`, `forwarded`: listeners, and who is at the other end.
 //! * `accept`: connections, limits, drain. * `tls`, `mint`: the CA, our certificate, and those for upstreams' own hosts.
 //! * `gate`, `door`: an HTTP request becomes a [`crate::pull::Request`], or one to be handed on, or is turned away before
-//!   anything else runs. * `connect`: what comes by `CONNECT`. * `pass`: what is handed on.
+//!   anything else runs. * `connect`: what comes by `CONNECT`. * `pass`: what is handed on. `login`: questions to a token service.
 //! * `reply`: an outcome becomes an HTTP response; nothing else builds one but what is handed back. * `body`: bytes on
 //!   their way out. * `told`: what is told of it all. * `idle`: connections that make no progress.
 
@@ -17,6 +17,7 @@ mod forwarded;
 mod gate;
 mod idle;
 pub mod listen;
+mod login;
 mod mint;
 mod pass;
 mod reply;
@@ -137,6 +138,19 @@ impl Front {
                         (response, Told::not_passed(cause))
                     }
                 };
+                self.tell(
+                    &place,
+                    (site.name(), door.name()),
+                    subject,
+                    &told,
+                    response.status(),
+                );
+            }
+            Ok(Wanted::Login(passage, realm)) => {
+                let (site, door) = (Arc::clone(&passage.site), passage.door);
+                let subject = (Kind::Other, told::path(&head.uri));
+                let told;
+                (response, told) = self.log_in(&registry.pull, passage, &realm, &head, body).await;
                 self.tell(
                     &place,
                     (site.name(), door.name()),

@@ -9,8 +9,8 @@
 //!
 //! Reading order: `answer` (what can be said) → `question` (HEAD and its substitutes) → `exchange` (credential,
 //! challenge, token) → `token` → `client` (one request) → `line` (one connection) → `dial`, `tcp`; `breaker`, `limits`, `quirk`, `route`,
-//! `location`, `origin` and `zone` are small and stand alone. Beside all that: `pass` (what is not asked by us but handed on)
-//! and `tunnel` (what is not even read).
+//! `location`, `origin` and `zone` are small and stand alone. Beside all that: `pass` (what is not asked by us but handed on),
+//! `realm` (the same at a token service) and `tunnel` (what is not even read).
 
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -40,6 +40,7 @@ mod own;
 pub mod pass;
 mod question;
 mod quirk;
+mod realm;
 mod route;
 mod settings;
 mod switch;
@@ -57,6 +58,7 @@ pub use own::{
     CredentialSource, DockerConfig, DockerConfigError, HelperName, HelperNameError, OwnCredential,
 };
 pub use quirk::Quirk;
+pub use realm::{Issued, TokenReply};
 pub use route::{ProxyChoice, ProxyError};
 pub use settings::{Caller, Credential, FETCHES_MAX, Settings, SettingsError, Timeouts};
 pub use switch::{Exchanged, Observer, Offline};

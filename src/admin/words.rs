@@ -81,6 +81,7 @@ pub(super) fn decision(decision: &Decision) -> String {
         (Outcome::Miss, "head") => format!("asked {upstream} for the head alone"),
         (_, "joined") => "joined a download under way".to_owned(),
         (_, "passed") => "passed through, not stored".to_owned(),
+        (_, "local-token") => silent("gave a token of ours"),
         (Outcome::Refused, "forbidden") => {
             format!("refused: {upstream} does not let this credential read it")
         }

@@ -34,6 +34,39 @@ pub(super) fn refuse_shared(configured: &[Configured], report: &mut Report<'_>) 
             seen.push((host, &upstream.name));
         }
     }
+    refuse_shared_token_services(existing, &seen, report);
+}
+
+/// The same holds for the hosts of token services that are ours too; one may be its own upstream's host.
+fn refuse_shared_token_services<'a>(
+    existing: impl Iterator<Item = &'a Configured>,
+    taken: &[(&str, &str)],
+    report: &mut Report<'_>,
+) {
+    const KEY: &str = "local_tokens";
+    let mut seen: Vec<(&str, &str)> = Vec::new();
+    for upstream in existing {
+        let Some(host) = upstream.token_host() else {
+            continue;
+        };
+        let others = |(_, owner): &&(&str, &str)| *owner != &*upstream.name;
+        if let Some((_, owner)) = taken
+            .iter()
+            .chain(&seen)
+            .filter(others)
+            .find(|(name, _)| *name == host)
+        {
+            let message = format!("`{host}` already means the upstream `{owner}`");
+            let help = "name a token service that is this upstream's alone, or leave the key out".to_owned();
+            report.tell(
+                upstream.table.at(KEY),
+                upstream.table.path(KEY),
+                message,
+                Some(help),
+            );
+        }
+        seen.push((host, &upstream.name));
+    }
 }
 
 /// An upstream at our own address would have every request come round and round.

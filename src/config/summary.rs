@@ -95,6 +95,9 @@ fn write_upstream(f: &mut Formatter<'_>, upstream: &UpstreamConfig, rule: &Rule)
         (Access::Shared, None) => f.write_str(", shared")?,
         (Access::Shared, Some(credential)) => write!(f, ", shared, as {credential}")?,
     }
+    if let Some(realm) = &upstream.local_tokens {
+        write!(f, ", local tokens for {realm}")?;
+    }
     match &upstream.proxy {
         Proxy::Environment => {}
         Proxy::None => f.write_str(", no proxy")?,

@@ -56,6 +56,9 @@ pub struct UpstreamConfig {
     pub hosts: Vec<String>,
     /// Whose right counts there.
     pub access: Access,
+    /// Where its token service is, if tokens are given in its place: an https URL with a path. Only with
+    /// [`Access::Proven`].
+    pub local_tokens: Option<String>,
     /// The proxy's own credential there. Only with [`Access::Shared`].
     pub credential: Option<Credential>,
     /// Hosts that credentials may be shown to for a token, besides its own host and site; with a port where it is not the
@@ -70,6 +73,13 @@ pub struct UpstreamConfig {
 }
 
 impl UpstreamConfig {
+    /// The host of its token service, with the port if it is not the usual one, if tokens are given in its place.
+    pub fn token_host(&self) -> Option<&str> {
+        let rest = self.local_tokens.as_deref()?.strip_prefix("https://")?;
+        let host = rest.split('/').next()?;
+        Some(host.strip_suffix(":443").unwrap_or(host))
+    }
+
     /// Whether this is its name or one of its hosts.
     pub fn is_called(&self, name_or_host: &str) -> bool {
         &*self.name == name_or_host || self.hosts.iter().any(|host| host == name_or_host)
@@ -148,6 +158,13 @@ impl Configured {
         }
     }
 
+    pub(super) fn token_host(&self) -> Option<&str> {
+        match &self.state {
+            State::Exists(config) => config.token_host(),
+            State::Disabled | State::Faulty => None,
+        }
+    }
+
     pub(super) fn is_disabled(&self) -> bool {
         matches!(self.state, State::Disabled)
     }
@@ -189,6 +206,7 @@ fn read(table: Table, report: &mut Report<'_>) -> Configured {
     let hosts = hosts(&table, report);
     let access = table.text(report, "access", &value::ACCESS);
     let credential = access.and_then(|access| credential(&table, access, report));
+    let local_tokens = access.and_then(|access| local_tokens(&table, access, report));
     let token_hosts = table.list(report, "token_hosts", &value::HOST);
     let roots = roots(&table, "ca_file", report);
     let proxy = table.text(report, "proxy", &value::PROXY);
@@ -203,6 +221,7 @@ fn read(table: Table, report: &mut Report<'_>) -> Configured {
             urls: urls?.into_iter().map(|(_, url)| url).collect(),
             hosts: hosts?.into_iter().map(|(_, host)| host).collect(),
             access: access?,
+            local_tokens: local_tokens?,
             credential: credential?,
             token_hosts: token_hosts?.into_iter().map(|(_, host)| host).collect(),
             roots: roots?,
@@ -352,6 +371,17 @@ fn docker_config(table: &Table, file: PathBuf, report: &mut Report<'_>) -> Resul
     let help =
         "it should be what `docker login` writes: {\"auths\": {\"host\": {\"auth\": \"…\"}}}".to_owned();
     Err(report.tell(table.at(KEY), table.path(KEY), message, Some(help)))
+}
+
+fn local_tokens(table: &Table, access: Access, report: &mut Report<'_>) -> Result<Option<String>, Told> {
+    const KEY: &str = "local_tokens";
+    let realm = table.text_if_set(report, KEY, &value::REALM)?;
+    if realm.is_some() && access == Access::Shared {
+        let message = "with access = \"shared\" no client needs a token";
+        let help = Some("leave one of the two out".to_owned());
+        return Err(report.tell(table.at(KEY), table.path(KEY), message, help));
+    }
+    Ok(realm)
 }
 
 /// The certificates in the file that `key` names, DER; none if it is not set.

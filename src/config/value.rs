@@ -220,6 +220,24 @@ pub(super) const URL: Text<String> = Text {
     parse: url,
 };
 
+/// Where a token service is: what clients will be told of it in a challenge, so with its path.
+pub(super) const REALM: Text<String> = Text {
+    expected: "the URL of a token service",
+    example: r#""https://auth.example.org/token""#,
+    parse: |text| {
+        let text = url(text)?;
+        let rest = text.strip_prefix("https://");
+        let has_path = rest.and_then(|rest| rest.split_once('/')).is_some();
+        if has_path {
+            return Ok(text);
+        }
+        wrong(
+            "a token service is named as in the upstream's challenges: https, and a path",
+            r#"write the realm in full, as in "https://auth.example.org/token""#,
+        )
+    },
+};
+
 pub(super) const PROXY: Text<Proxy> = Text {
     expected: "\"environment\", \"none\" or a URL",
     example: r#""http://proxy.example.org:3128""#,

@@ -128,7 +128,7 @@ pub enum QueryError {
 }
 
 /// Decodes as forms do (`+` is a space), because that is how registries read it.
-fn decode(text: &str) -> Result<String, QueryError> {
+pub(super) fn decode(text: &str) -> Result<String, QueryError> {
     let mut bytes = Vec::with_capacity(text.len());
     let mut rest = text.bytes();
     while let Some(byte) = rest.next() {

@@ -7,6 +7,7 @@ use tokio::task::spawn_blocking;
 use tokio::time::Instant;
 
 use super::fetching::Wanted;
+use super::logins::is_local_token;
 use super::{Context, Pull, Request, Site};
 use crate::oci::{Accept, AnyDigest, Cause, Digest, MediaType, Operation, Reference, Repository};
 use crate::policy::{Heard, Situation, Verdict, Whose, decide};
@@ -77,10 +78,25 @@ impl Pull {
             flight.landed().await
         };
         match answer {
-            Some(answer) => Asked {
-                heard: self.heard(&request.site, repository, &answer),
-                answer: Some(answer),
-            },
+            Some(answer) => {
+                let heard = self.heard(&request.site, repository, &answer);
+                // A no to the stranger who asked in the place of a token of ours: it sends the client for a better one,
+                // if there is one to be had.
+                let is_local = request.authorization.as_ref().is_some_and(is_local_token);
+                if is_local
+                    && matches!(heard, Heard::Refused(_))
+                    && request.site.upstream().has_silent_realm()
+                {
+                    return Asked {
+                        heard: Heard::Silent(Cause::TokenService),
+                        answer: None,
+                    };
+                }
+                Asked {
+                    heard,
+                    answer: Some(answer),
+                }
+            }
             None => Asked {
                 heard: Heard::Silent(Cause::Busy),
                 answer: None,

@@ -9,6 +9,7 @@
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use http::HeaderValue;
 use quick_cache::sync::Cache;
 use tokio::sync::Mutex;
 use tokio::task::spawn_blocking;
@@ -34,7 +35,8 @@ const TRY_AFTER: Duration = Duration::from_secs(3600);
 const REFUSED_MAX: usize = 16_384;
 
 type Place = (Arc<str>, Repository);
-type Right = (Arc<str>, Repository, [u8; 32]);
+/// Without a repository: to get a token.
+type Right = (Arc<str>, Option<Repository>, [u8; 32]);
 
 /// Whom the upstream refused where, and when it was heard.
 pub(super) struct Refused {
@@ -85,29 +87,22 @@ impl Pull {
             ..
         } = wanted;
         let now = self.clock.now();
-        // A moment in the future (the clock stepped back) proves nothing until it has come, so it is written anew.
-        let outdated = |at: Option<SystemTime>| {
-            at.is_none_or(|at| now.duration_since(at).map_or(true, |age| age >= RENEW_AFTER))
-        };
-        let right: Right = (site.name().into(), repository.clone(), caller.principal);
-        let overtaken = || {
-            self.refused
-                .last
-                .get(&right)
-                .is_some_and(|heard| heard >= asked_at)
-        };
         if is_anonymous(wanted) {
-            if outdated(self.store.public_since(site.name(), repository)) {
+            if outdated(self.store.public_since(site.name(), repository), now) {
                 let _order = self.refused.publics.lock().await;
-                if !overtaken() {
+                if !self.overtaken(&right(site, Some(repository), caller.principal), asked_at) {
                     self.note_public(site, repository, Some(now)).await;
                 }
             }
-        } else if outdated(self.store.grant(site.name(), repository, &caller.principal)) {
-            let _order = self.refused.grants.lock().await;
-            if !overtaken() {
-                self.store
-                    .note_grant(site.name(), repository, &caller.principal, now);
+        } else {
+            let account = self.account(site, repository, shown(wanted));
+            for principal in [Some(caller.principal), account].into_iter().flatten() {
+                if outdated(self.store.grant(site.name(), repository, &principal), now) {
+                    let _order = self.refused.grants.lock().await;
+                    if !self.overtaken(&right(site, Some(repository), principal), asked_at) {
+                        self.store.note_grant(site.name(), repository, &principal, now);
+                    }
+                }
             }
         }
         if is_token(wanted) && !site.is_shared() && self.store.public_since(site.name(), repository).is_none()
@@ -123,21 +118,20 @@ impl Pull {
             caller,
             ..
         } = wanted;
-        let right: Right = (site.name().into(), repository.clone(), caller.principal);
         let is_public = || self.store.public_since(site.name(), repository).is_some();
         if is_anonymous(wanted) {
             self.keep_challenge(site, repository, answer).await;
             let _order = self.refused.publics.lock().await;
+            let right = right(site, Some(repository), caller.principal);
             self.refused.last.insert(right, Instant::now());
             if is_public() {
                 self.note_public(site, repository, None).await;
             }
             return;
         }
-        {
-            let _order = self.refused.grants.lock().await;
-            self.refused.last.insert(right, Instant::now());
-            self.drop_grant(site, repository, caller.principal).await;
+        let account = self.account(site, repository, shown(wanted));
+        for principal in [Some(caller.principal), account].into_iter().flatten() {
+            self.drop_right(site, Some(repository), principal).await;
         }
         if !site.is_shared() && is_public() {
             self.ask_as_everybody(wanted, &self.refused.doubted, DOUBT_AFTER);
@@ -165,13 +159,42 @@ impl Pull {
         }));
     }
 
+    /// The token service gave this account a token.
+    pub(super) async fn learn_yes_login(&self, site: &Arc<Site>, account: [u8; 32], asked_at: Instant) {
+        let now = self.clock.now();
+        if outdated(self.store.login(site.name(), &account), now) {
+            let _order = self.refused.grants.lock().await;
+            if !self.overtaken(&right(site, None, account), asked_at) {
+                self.store.note_login(site.name(), &account, now);
+            }
+        }
+    }
+
+    /// The token service refused this account. Its grants are worth nothing without it.
+    pub(super) async fn learn_no_login(&self, site: &Arc<Site>, account: [u8; 32]) {
+        self.drop_right(site, None, account).await;
+    }
+
     /// On the disk before the client hears of its refusal.
-    async fn drop_grant(&self, site: &Arc<Site>, repository: &Repository, principal: [u8; 32]) {
-        let (store, site, repository) = (Arc::clone(&self.store), Arc::clone(site), repository.clone());
-        let dropped = spawn_blocking(move || store.drop_grant(site.name(), &repository, &principal)).await;
-        if !matches!(dropped, Ok(true)) {
+    async fn drop_right(&self, site: &Arc<Site>, repository: Option<&Repository>, principal: [u8; 32]) {
+        let _order = self.refused.grants.lock().await;
+        self.refused
+            .last
+            .insert(right(site, repository, principal), Instant::now());
+        let (store, site, repository) = (Arc::clone(&self.store), Arc::clone(site), repository.cloned());
+        let dropped = spawn_blocking(move || match &repository {
+            Some(repository) => store.drop_grant(site.name(), repository, &principal),
+            None => store.drop_login(site.name(), &principal),
+        });
+        if !matches!(dropped.await, Ok(true)) {
             tracing::error!("a right was taken back, and a crash soon after might bring it back");
         }
+    }
+
+    /// Whether a no was heard since the question was put.
+    fn overtaken(&self, right: &Right, asked_at: Instant) -> bool {
+        let last = self.refused.last.get(right);
+        last.is_some_and(|heard| heard >= asked_at)
     }
 
     async fn note_public(&self, site: &Arc<Site>, repository: &Repository, since: Option<SystemTime>) {
@@ -181,12 +204,26 @@ impl Pull {
     }
 }
 
+fn right(site: &Site, repository: Option<&Repository>, principal: [u8; 32]) -> Right {
+    (site.name().into(), repository.cloned(), principal)
+}
+
+/// A moment in the future (the clock stepped back) proves nothing until it has come, so it is written anew.
+fn outdated(at: Option<SystemTime>, now: SystemTime) -> bool {
+    at.is_none_or(|at| now.duration_since(at).map_or(true, |age| age >= RENEW_AFTER))
+}
+
+/// The client's credential, as it was sent on.
+fn shown(wanted: &Wanted) -> Option<&HeaderValue> {
+    match &wanted.caller.credential {
+        Credential::Client(shown) => Some(shown),
+        Credential::Anonymous | Credential::Own => None,
+    }
+}
+
 /// RFC 6750: what a token service gives, for minutes. Other credentials are the same at the next pull.
 fn is_token(wanted: &Wanted) -> bool {
-    let Credential::Client(shown) = &wanted.caller.credential else {
-        return false;
-    };
-    let scheme = shown.as_bytes().split(|byte| *byte == b' ').next();
+    let scheme = shown(wanted).and_then(|shown| shown.as_bytes().split(|byte| *byte == b' ').next());
     scheme.is_some_and(|scheme| scheme.eq_ignore_ascii_case(b"Bearer"))
 }
 

@@ -5,9 +5,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use http::HeaderValue;
 
+use super::logins::is_local_token;
 use super::writing::Writings;
 use crate::access::Principal;
+use crate::oci::digest::keyed;
 use crate::oci::{NameError, Repository};
+use crate::upstream::origin::Origin;
 use crate::upstream::{Caller, Credential, Upstream};
 
 /// Docker Hub, the one registry whose one-component names live under `library/`.
@@ -17,6 +20,7 @@ const HUB: &str = "docker.io";
 pub struct Site {
     upstream: Arc<Upstream>,
     access: Access,
+    realm: Option<Origin>,
     /// Whether a client came that believes to speak with it.
     visited: AtomicBool,
     writings: Writings,
@@ -36,6 +40,21 @@ impl Principals {
             proxy: Principal::proxy(&secret),
             secret,
         }
+    }
+
+    /// Who shows this `Authorization`.
+    pub(super) fn credential(&self, shown: &HeaderValue) -> Principal {
+        Principal::of_credential(&self.secret, shown.as_bytes())
+    }
+
+    /// Who shows this at a token service.
+    pub(super) fn account(&self, login: &[u8]) -> Principal {
+        Principal::of_account(&self.secret, login)
+    }
+
+    /// What nobody without the secret can work out.
+    pub(super) fn keyed(&self, message: &[u8]) -> [u8; 32] {
+        keyed(&self.secret, message)
     }
 
     /// Who asks upstream without a credential, and on nobody's behalf.
@@ -65,9 +84,24 @@ impl Site {
         Self {
             upstream,
             access,
+            realm: None,
             visited: AtomicBool::new(false),
             writings: Writings::default(),
         }
+    }
+
+    /// The same, with tokens of ours while the token service at `realm` is silent.
+    #[must_use]
+    pub fn with_local_tokens(self, realm: Origin) -> Self {
+        Self {
+            realm: Some(realm),
+            ..self
+        }
+    }
+
+    /// The token service in whose place tokens are given.
+    pub fn realm(&self) -> Option<&Origin> {
+        self.realm.as_ref()
     }
 
     /// How often something was written in this repository: compared with a later value, whether something was written in
@@ -135,11 +169,10 @@ impl Site {
                 };
                 (principals.proxy, credential)
             }
-            (Access::Proven, None) => (principals.anonymous, Credential::Anonymous),
-            (Access::Proven, Some(value)) => (
-                Principal::of_credential(&principals.secret, value.as_bytes()),
-                Credential::Client(value.clone()),
-            ),
+            (Access::Proven, Some(value)) if !is_local_token(value) => {
+                (principals.credential(value), Credential::Client(value.clone()))
+            }
+            (Access::Proven, _) => (principals.anonymous, Credential::Anonymous),
         };
         Caller {
             principal: *principal.as_bytes(),

@@ -160,10 +160,15 @@ impl Connection {
         if self.peer.connect.is_some() || target.as_str().contains('@') {
             return Err(Turned::NoTunnel(name));
         }
-        if let Some(site) = registry.doors.named(&name) {
-            let leaf = self.accepting.tls().leaf(host_part(&name));
-            leaf.map_err(|error| Turned::NoCertificate(error.to_string()))?;
-            return Ok(Passage::Intercept(name.into(), Arc::clone(site), shown));
+        if let Some(site) = registry.doors.reached(&name) {
+            match self.accepting.tls().leaf(host_part(&name)) {
+                Ok(_) => return Ok(Passage::Intercept(name.into(), Arc::clone(site), shown)),
+                Err(error) if registry.doors.named(&name).is_some() => {
+                    return Err(Turned::NoCertificate(error.to_string()));
+                }
+                // A token service that the CA does not vouch for is tunnelled to, as without `local_tokens`.
+                Err(_) => {}
+            }
         }
         let host = host_part(&name);
         let nearest = match registry.tunnels.nearest(host, port) {

@@ -17,6 +17,7 @@ use super::idle::Pardon;
 use crate::config::host_part;
 use crate::oci::{Malformed, Operation, Repository};
 use crate::pull::Site;
+use crate::upstream::origin::Origin;
 
 /// A way in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,6 +69,8 @@ pub struct Peer {
 /// The upstreams there are, and how a client names them.
 pub struct Doors {
     by_name: HashMap<String, Arc<Site>>,
+    /// By the hosts of their token services, where those are ours too.
+    by_realm: HashMap<String, Arc<Site>>,
     all: Vec<Arc<Site>>,
     default: Arc<Site>,
 }
@@ -75,10 +78,14 @@ pub struct Doors {
 impl Doors {
     /// `sites` with the further names each is known by; `default` is meant where a client names none.
     pub fn new(sites: Vec<(Arc<Site>, Vec<String>)>, default: Arc<Site>) -> Self {
-        let mut by_name = HashMap::new();
+        let (mut by_name, mut by_realm) = (HashMap::new(), HashMap::new());
         let mut all = Vec::new();
         for (site, names) in sites {
             by_name.insert(site.name().to_owned(), Arc::clone(&site));
+            if let Some(realm) = site.realm() {
+                let host = name_of(realm.authority(), true).into_owned();
+                by_realm.insert(host, Arc::clone(&site));
+            }
             for name in names {
                 by_name.insert(name, Arc::clone(&site));
             }
@@ -86,6 +93,7 @@ impl Doors {
         }
         Self {
             by_name,
+            by_realm,
             all,
             default,
         }
@@ -94,6 +102,20 @@ impl Doors {
     /// The upstream of this name.
     pub fn named(&self, name: &str) -> Option<&Arc<Site>> {
         self.by_name.get(name)
+    }
+
+    /// The upstream of this name, or whose token service is there.
+    pub(super) fn reached(&self, host: &str) -> Option<&Arc<Site>> {
+        self.named(host).or_else(|| self.by_realm.get(host))
+    }
+
+    /// The token service of `site`, if it is on this host.
+    pub(super) fn realm_at<'a>(&self, host: &str, site: &'a Arc<Site>) -> Option<&'a Origin> {
+        let here = self
+            .by_realm
+            .get(host)
+            .is_some_and(|found| Arc::ptr_eq(found, site));
+        site.realm().filter(|_| here)
     }
 
     /// Every upstream.
@@ -121,7 +143,7 @@ impl Doors {
             return if named { Err(Turned::Host) } else { Ok(None) };
         };
         let name = name_of(host, peer.secure);
-        let site = self.named(&name);
+        let site = self.reached(&name);
         if let Some(connect) = &peer.connect {
             let server = peer.server_name.as_deref();
             if **connect != *name || server.is_some_and(|server| server != host_part(connect)) {
@@ -191,7 +213,8 @@ impl Doors {
 
     /// Whether an upstream is on this host, at whatever port: a server name in TLS has none.
     fn is_host(&self, server_name: &str) -> bool {
-        self.named(server_name).is_some() || self.by_name.keys().any(|name| host_part(name) == server_name)
+        let mut names = self.by_name.keys().chain(self.by_realm.keys());
+        self.reached(server_name).is_some() || names.any(|name| host_part(name) == server_name)
     }
 }
 

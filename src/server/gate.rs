@@ -12,12 +12,13 @@ use http::request::Parts;
 use http::uri::Authority;
 use http::{HeaderMap, HeaderValue, Method, StatusCode, Version};
 
-use super::door::{Door, Doors, Peer, in_full, is_absolute};
+use super::door::{Door, Doors, Peer, in_full, is_absolute, name_of};
 use crate::oci::accept::AcceptError;
 use crate::oci::query::{Query, QueryError};
 use crate::oci::{Accept, Cause, ErrorCode, Malformed, Operation, Repository};
 use crate::pull::writing::Change;
-use crate::pull::{Request, Site};
+use crate::pull::{Request, Site, is_local_token};
+use crate::upstream::origin::Origin;
 
 /// The largest body of a request that needs none; more is not read but answered with 413.
 const IDLE_BODY_BYTES_MAX: u64 = 64 * 1024;
@@ -189,6 +190,8 @@ pub(super) enum Wanted {
     Knock(Request, Door),
     /// Something for the registry alone, by a client that believes to speak with it.
     Pass(Passage),
+    /// A token, from the service at this address.
+    Login(Passage, Origin),
 }
 
 impl Wanted {
@@ -198,7 +201,9 @@ impl Wanted {
             Self::Read(request, door) | Self::Knock(request, door) => {
                 (&request.site, request.operation.repository(), *door)
             }
-            Self::Pass(passage) => (&passage.site, passage.repository.as_ref(), passage.door),
+            Self::Pass(passage) | Self::Login(passage, _) => {
+                (&passage.site, passage.repository.as_ref(), passage.door)
+            }
         }
     }
 }
@@ -209,6 +214,8 @@ pub(super) struct Passage {
     pub(super) door: Door,
     /// Where its path names one.
     pub(super) repository: Option<Repository>,
+    /// The token service, if it is for that one's host.
+    pub(super) beside: Option<Origin>,
     /// Where the client thinks it is.
     pub(super) base: String,
     /// What will be different at the registry.
@@ -232,6 +239,25 @@ pub(super) fn read(head: &Parts, peer: &Peer, doors: &Doors, now: SystemTime) ->
     };
     // Who asks the registry itself has named it, so `ns` and a prefix are the registry's own business.
     let site = Arc::clone(site);
+    let name = host
+        .as_ref()
+        .map(|host| name_of(host, peer.secure))
+        .unwrap_or_default();
+    if let Some(realm) = doors.realm_at(&name, &site).cloned() {
+        let asks = matches!(head.method, Method::GET | Method::POST) && head.uri.path() == realm.path();
+        if asks || doors.named(&name).is_none() {
+            let passage = pass(head, site, door, host.as_ref(), peer)?;
+            return Ok(if asks {
+                Wanted::Login(passage, realm)
+            } else {
+                Wanted::Pass(Passage {
+                    beside: Some(realm),
+                    change: None,
+                    ..passage
+                })
+            });
+        }
+    }
     let operation = match parsed {
         Ok(operation) => operation,
         Err(Malformed::Path | Malformed::Write { .. }) => {
@@ -241,7 +267,8 @@ pub(super) fn read(head: &Parts, peer: &Peer, doors: &Doors, now: SystemTime) ->
     };
     let Some(repository) = operation.repository().cloned() else {
         // A login asks whether its credential is right, which only the registry knows.
-        if head.headers.contains_key(AUTHORIZATION) {
+        let shown = head.headers.get(AUTHORIZATION);
+        if shown.is_some_and(|shown| !is_local_token(shown)) {
             return pass(head, site, door, host.as_ref(), peer).map(Wanted::Pass);
         }
         return Ok(Wanted::Knock(request(head, site, operation, now)?, door));
@@ -290,6 +317,7 @@ fn pass(
         repository: repository_in(path).and_then(|named| site.full_name(named).ok()),
         site,
         door,
+        beside: None,
         base: format!("{scheme}://{}", host.map_or("", Authority::as_str)),
         change: Change::of(&head.method, path),
     })

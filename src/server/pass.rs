@@ -1,5 +1,6 @@
 //! Requests for the registry alone: handed on, and their answers handed back, neither body ever whole in memory.
 
+use http::header::AUTHORIZATION;
 use http::request::Parts;
 use http::{HeaderName, Response, StatusCode};
 use http_body_util::BodyExt as _;
@@ -9,7 +10,7 @@ use super::gate::Passage;
 use super::idle::Pardon;
 use super::{Body, Front};
 use crate::oci::Cause;
-use crate::pull::Pull;
+use crate::pull::{Pull, is_local_token};
 use crate::upstream::pass::{PassedOn, Passing};
 
 impl Front {
@@ -23,16 +24,25 @@ impl Front {
         pardon: &Pardon,
     ) -> Result<Response<Body>, Cause> {
         let path = head.uri.path_and_query().map_or("/", |path| path.as_str());
+        let mut headers = head.headers.clone();
+        // A token of ours means nothing to a registry; without it, the registry says where to get one that does.
+        if headers.get_all(AUTHORIZATION).iter().any(is_local_token) {
+            headers.remove(AUTHORIZATION);
+        }
         let passing = Passing {
             method: head.method.clone(),
             path_and_query: path.to_owned(),
-            headers: head.headers.clone(),
+            headers,
             body: body.map_err(Into::into).boxed_unsync(),
             base: passage.base,
         };
         // A registry may take minutes to put a large layer together; a body that rests is noticed where it is handed on.
         let pardoned = pardon.hold();
-        let passed = passage.site.upstream().pass(passing).await;
+        let upstream = passage.site.upstream();
+        let passed = match &passage.beside {
+            Some(realm) => upstream.pass_beside(realm, passing).await,
+            None => upstream.pass(passing).await,
+        };
         drop(pardoned);
         // A no changes nothing. Whatever else came, or did not come, may have been done.
         let may_be_done = passed

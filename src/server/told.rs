@@ -69,6 +69,15 @@ impl Told {
         }
     }
 
+    /// Of a token of ours, where the token service was silent for this reason.
+    pub(super) fn local_token(cause: Cause) -> Self {
+        Self {
+            result: event::Outcome::Local,
+            cause: Some(cause),
+            ..Self::turned("local-token")
+        }
+    }
+
     /// Of a request that could not be handed on.
     pub(super) fn not_passed(cause: Cause) -> Self {
         Self {

@@ -62,14 +62,15 @@ impl Equivalent<Place> for PlaceRef<'_> {
     }
 }
 
-/// A principal in a repository.
+/// A principal in a repository, or at an upstream's token service.
 #[derive(Clone, PartialEq, Eq)]
 pub(super) struct GrantKey {
-    pub(super) place: Place,
+    pub(super) upstream: Arc<str>,
+    pub(super) repository: Option<Repository>,
     pub(super) principal: [u8; 32],
 }
 
-/// [`GrantKey`], borrowed.
+/// [`GrantKey`], borrowed; the token service is the empty repository.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct GrantRef<'a> {
     pub(super) place: PlaceRef<'a>,
@@ -77,10 +78,23 @@ pub(super) struct GrantRef<'a> {
 }
 
 impl GrantKey {
-    fn borrowed(&self) -> GrantRef<'_> {
+    pub(super) fn borrowed(&self) -> GrantRef<'_> {
         GrantRef {
-            place: self.place.borrowed(),
+            place: PlaceRef {
+                upstream: &self.upstream,
+                repository: self.repository.as_ref().map_or("", Repository::as_str),
+            },
             principal: &self.principal,
+        }
+    }
+}
+
+impl GrantRef<'_> {
+    pub(super) fn owned(&self, repository: Option<&Repository>) -> GrantKey {
+        GrantKey {
+            upstream: self.place.upstream.into(),
+            repository: repository.cloned(),
+            principal: *self.principal,
         }
     }
 }

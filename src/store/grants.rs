@@ -1,4 +1,4 @@
-//! Grants: when an upstream last said yes to a principal in a repository. In memory and in the index only: a lost one
+//! Grants: when an upstream last said yes to a principal in a repository, or gave it a token. In memory and in the index only: a lost one
 //! costs one question. One that was taken back must not be found again, so that is made durable at once.
 
 use std::sync::Arc;
@@ -8,7 +8,7 @@ use std::time::{Duration, SystemTime};
 use quick_cache::sync::Cache;
 
 use super::Store;
-use super::cache::{GrantKey, GrantRef, Place, PlaceRef, counted};
+use super::cache::{GrantKey, GrantRef, PlaceRef, counted};
 use super::index::thread::IndexHandle;
 use super::record::{from_millis, to_millis};
 use crate::oci::Repository;
@@ -31,7 +31,7 @@ const SCAN_PAGE: usize = 1000;
 impl Store {
     /// When the upstream last said yes to `principal` in this repository.
     pub fn grant(&self, upstream: &str, repository: &Repository, principal: &[u8; 32]) -> Option<SystemTime> {
-        self.grants.find(upstream, repository, principal)
+        self.grants.find(upstream, Some(repository), principal)
     }
 
     /// How many principals the upstream has said yes to in this repository, as far as is remembered.
@@ -50,13 +50,28 @@ impl Store {
 
     /// Keeps that the upstream said yes at `at`.
     pub fn note_grant(&self, upstream: &str, repository: &Repository, principal: &[u8; 32], at: SystemTime) {
-        self.grants.note(upstream, repository, principal, at);
+        self.grants.note(upstream, Some(repository), principal, at);
     }
 
     /// Forgets the upstream's yes, so that no crash brings it back; `false` if that is not sure. Blocks, unless it is known
     /// that there is none.
     pub fn drop_grant(&self, upstream: &str, repository: &Repository, principal: &[u8; 32]) -> bool {
-        self.grants.forget(upstream, repository, principal)
+        self.grants.forget(upstream, Some(repository), principal)
+    }
+
+    /// When the upstream's token service last gave `principal` a token.
+    pub fn login(&self, upstream: &str, principal: &[u8; 32]) -> Option<SystemTime> {
+        self.grants.find(upstream, None, principal)
+    }
+
+    /// Keeps that the token service gave one at `at`.
+    pub fn note_login(&self, upstream: &str, principal: &[u8; 32], at: SystemTime) {
+        self.grants.note(upstream, None, principal, at);
+    }
+
+    /// As [`Self::drop_grant`], of the token service's yes.
+    pub fn drop_login(&self, upstream: &str, principal: &[u8; 32]) -> bool {
+        self.grants.forget(upstream, None, principal)
     }
 }
 
@@ -76,31 +91,29 @@ impl Grants {
         }
     }
 
-    fn find(&self, upstream: &str, repository: &Repository, principal: &[u8; 32]) -> Option<SystemTime> {
-        let place = PlaceRef::new(upstream, repository);
-        if let Some(known) = self.ready.get(&GrantRef { place, principal }) {
+    fn find(
+        &self,
+        upstream: &str,
+        repository: Option<&Repository>,
+        principal: &[u8; 32],
+    ) -> Option<SystemTime> {
+        let key = key(upstream, repository, principal);
+        if let Some(known) = self.ready.get(&key) {
             return known;
         }
-        let value = self.index.get(index_key(place, principal)).ok()?;
+        let value = self.index.get(index_key(key)).ok()?;
         let at = value.and_then(|value| Some(from_millis(u64::from_be_bytes(value.try_into().ok()?))));
-        let key = GrantKey {
-            place: Place::of(upstream, repository),
-            principal: *principal,
-        };
         // Not over what was noted meanwhile.
         self.ready
-            .get_or_insert_with(&key, || Ok::<_, std::convert::Infallible>(at))
+            .get_or_insert_with(&key.owned(repository), || Ok::<_, std::convert::Infallible>(at))
             .unwrap_or(at)
     }
 
-    fn note(&self, upstream: &str, repository: &Repository, principal: &[u8; 32], at: SystemTime) {
-        let key = GrantKey {
-            place: Place::of(upstream, repository),
-            principal: *principal,
-        };
+    fn note(&self, upstream: &str, repository: Option<&Repository>, principal: &[u8; 32], at: SystemTime) {
+        let key = key(upstream, repository, principal);
         let value = to_millis(at).to_be_bytes().to_vec();
-        self.index.put(index_key(key.place.borrowed(), principal), value);
-        self.ready.insert(key, Some(at));
+        self.index.put(index_key(key), value);
+        self.ready.insert(key.owned(repository), Some(at));
         if self.noted.fetch_add(1, Ordering::Relaxed) % PRUNE_EVERY == PRUNE_EVERY - 1 {
             let pruning = std::thread::Builder::new()
                 .name("grants-prune".to_owned())
@@ -110,17 +123,13 @@ impl Grants {
         }
     }
 
-    fn forget(&self, upstream: &str, repository: &Repository, principal: &[u8; 32]) -> bool {
-        let key = GrantKey {
-            place: Place::of(upstream, repository),
-            principal: *principal,
-        };
+    fn forget(&self, upstream: &str, repository: Option<&Repository>, principal: &[u8; 32]) -> bool {
+        let key = key(upstream, repository, principal);
         if self.ready.get(&key) == Some(None) {
             return true;
         }
-        let removed = index_key(key.place.borrowed(), principal);
-        self.ready.insert(key, None);
-        self.index.expunge(removed)
+        self.ready.insert(key.owned(repository), None);
+        self.index.expunge(index_key(key))
     }
 
     /// Removes from the index what is too old, and what is too many, the oldest first.
@@ -152,14 +161,22 @@ impl Grants {
     }
 }
 
-fn index_key(place: PlaceRef<'_>, principal: &[u8; 32]) -> Vec<u8> {
+fn key<'a>(upstream: &'a str, repository: Option<&'a Repository>, principal: &'a [u8; 32]) -> GrantRef<'a> {
+    let repository = repository.map_or("", Repository::as_str);
+    GrantRef {
+        place: PlaceRef { upstream, repository },
+        principal,
+    }
+}
+
+fn index_key(key: GrantRef<'_>) -> Vec<u8> {
     [
         &[KEY_PREFIX],
-        place.upstream.as_bytes(),
+        key.place.upstream.as_bytes(),
         b"\0",
-        place.repository.as_bytes(),
+        key.place.repository.as_bytes(),
         b"\0",
-        principal,
+        key.principal,
     ]
     .concat()
 }

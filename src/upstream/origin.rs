@@ -91,11 +91,15 @@ impl Origin {
 
     /// The URI of `path_and_query` at this origin, beside the prefix: for what is not the registry's API.
     pub(super) fn join_root(&self, path_and_query: &str) -> Option<Uri> {
-        let root = Origin {
+        self.root().join(path_and_query)
+    }
+
+    /// The same without its path.
+    pub(super) fn root(&self) -> Origin {
+        Origin {
             prefix: String::new(),
             ..self.clone()
-        };
-        root.join(path_and_query)
+        }
     }
 
     /// The path and query of `uri` as a client of ours would write them, if `uri` is of this origin.
@@ -113,6 +117,11 @@ impl Origin {
     /// Host, with brackets if it is an IPv6 address.
     pub fn host(&self) -> &str {
         self.authority.host()
+    }
+
+    /// The path that it is below; empty for the root.
+    pub fn path(&self) -> &str {
+        &self.prefix
     }
 
     /// Host and port as written.

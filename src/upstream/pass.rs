@@ -77,6 +77,16 @@ pub(super) fn client(line: &Line) -> Client {
 impl Upstream {
     /// Hands a request on to the upstream's first address, and its answer back.
     pub async fn pass(&self, passing: Passing) -> Result<PassedOn, Cause> {
+        let origin = self.0.urls.first().ok_or(Cause::Unreachable)?;
+        self.pass_to(origin, passing).await
+    }
+
+    /// The same to the host of the upstream's token service.
+    pub async fn pass_beside(&self, realm: &Origin, passing: Passing) -> Result<PassedOn, Cause> {
+        self.pass_to(&realm.root(), passing).await
+    }
+
+    async fn pass_to(&self, origin: &Origin, passing: Passing) -> Result<PassedOn, Cause> {
         let Passing {
             method,
             path_and_query,
@@ -84,7 +94,6 @@ impl Upstream {
             body,
             base,
         } = passing;
-        let origin = self.0.urls.first().ok_or(Cause::Unreachable)?;
         let is_api = path_and_query == "/v2" || path_and_query.starts_with("/v2/");
         let uri = if is_api {
             origin.join(&path_and_query)

@@ -25,13 +25,13 @@ use crate::oci::name::Repository;
 
 mod wire;
 
-pub(super) use wire::basic;
-use wire::{encoded, parse, query, realm_allowed, with_query};
+pub(super) use wire::{basic, parse};
+use wire::{encoded, query, realm_allowed, with_query};
 
 /// Tokens kept, over all holders.
 const TOKENS_MAX: usize = 4096;
 /// Body of a token service's answer.
-const TOKEN_BODY_BYTES_MAX: usize = 64 * 1024;
+pub(super) const TOKEN_BODY_BYTES_MAX: usize = 64 * 1024;
 /// A token is replaced so long before it expires.
 const REFRESH_BEFORE: Duration = Duration::from_secs(10);
 
@@ -182,9 +182,10 @@ impl Tokens {
             Ok(_) | Err(_) => {}
         }
         let fetched = self.fetch(http, key, login).await;
-        if let Ok(mut silent) = self.silent_realm.lock() {
-            *silent = matches!(fetched, Err(TokenFailure::Silent)).then(|| key.realm.clone());
-        }
+        self.note_realm(
+            Some(key.realm.clone()),
+            matches!(fetched, Err(TokenFailure::Silent)),
+        );
         let header = fetched.as_ref().map(Token::header).map_err(Clone::clone);
         *state = fetched.map(Some);
         slot.fetches.fetch_add(1, Ordering::Release);
@@ -220,6 +221,13 @@ impl Tokens {
         self.slots.remove(key);
         if let Some(repository) = repository {
             self.remembered.remove(&(repository.clone(), key.holder));
+        }
+    }
+
+    /// A realm was asked, and gave no usable answer or one.
+    pub(super) fn note_realm(&self, realm: Option<Uri>, is_silent: bool) {
+        if let Ok(mut silent) = self.silent_realm.lock() {
+            *silent = realm.filter(|_| is_silent);
         }
     }
 

@@ -10,7 +10,8 @@ make_company() {
     -keyout "$company/ca.key" -out "$company/ca.pem" 2>/dev/null
   openssl req -newkey rsa:2048 -nodes -subj "/CN=localhost" -keyout "$company/server.key" \
     -out "$company/server.csr" 2>/dev/null
-  printf 'subjectAltName = DNS:localhost, IP:127.0.0.1, IP:%s\n' "$(address_of_this_machine)" >"$company/names"
+  printf 'subjectAltName = DNS:localhost, DNS:auth.docker.io, IP:127.0.0.1, IP:%s, IP:%s\n' \
+    "$(address_of_this_machine)" "$address_of_hubs_tokens" >"$company/names"
   openssl x509 -req -days 2 -in "$company/server.csr" -CA "$company/ca.pem" -CAkey "$company/ca.key" \
     -CAcreateserial -extfile "$company/names" -out "$company/server.pem" 2>/dev/null
   mkdir -p "$company/trust"

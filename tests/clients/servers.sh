@@ -148,6 +148,9 @@ bytes_through_the_cuts() {
 
 # --- ifnewer ---------------------------------------------------------------------------------------------------
 
+# What it is started by, where its world has to differ from this machine's.
+ifnewer_in=()
+
 start_ifnewer() {
   # Free ports the first time; after a restart the same ones, because the clients' configuration names them.
   local plain tls
@@ -166,7 +169,7 @@ admin = "127.0.0.1:0"
 folder = "$scratch/ifnewer/certs"
 
 [upstream."docker.io"]
-url = "http://$(upstream_address)"
+$(cat "$state/hub.toml" 2>/dev/null || echo "url = \"http://$(upstream_address)\"")
 
 [upstream."cut.example"]
 url = "http://$(<"$state/cutting.address")"
@@ -175,7 +178,7 @@ $(cat "$state/upstreams.toml" 2>/dev/null || true)
 EOF
   : >"$logs/ifnewer.out"
   : >"$logs/ifnewer.err"
-  start ifnewer "$ifnewer" serve --config "$scratch/ifnewer/ifnewer.toml"
+  start ifnewer "${ifnewer_in[@]}" "$ifnewer" serve --config "$scratch/ifnewer/ifnewer.toml"
   wait_for ifnewer 20 has_announced_all
   announced 'registry listening on' 127. >"$state/ifnewer.plain"
   announced 'registry listening on' '[::1]' >"$state/ifnewer.tls"

@@ -5,17 +5,19 @@ use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
 use http::{HeaderMap, HeaderValue, Method, header};
+use http_body_util::{BodyExt as _, Empty};
 use ifnewer::download::Downloads;
-use ifnewer::oci::{Accept, Digest, Operation};
+use ifnewer::oci::{Accept, Digest, LoginRequest, Operation};
 use ifnewer::policy::rules::Rules;
-use ifnewer::pull::{Access, Content, Outcome, Pull, Request, Site};
+use ifnewer::pull::{Access, Content, LoggedIn, Outcome, Pull, Request, Site};
 use ifnewer::store::step::Buffers;
 use ifnewer::store::volume::{Directory, Memory, Volume};
 use ifnewer::store::{Settings as StoreSettings, Store};
+use ifnewer::upstream::pass::Passing;
 use ifnewer::upstream::{Connector, OwnCredential, ProxyChoice, Settings, Upstream};
 
 use super::looks::Counted;
-use super::registry::{OCI_MANIFEST, Registry, clock, now};
+use super::registry::{CLIENT, OCI_MANIFEST, Registry, clock, now};
 
 /// The site where each client needs a right of its own.
 pub const PROVEN: &str = "registry.test";
@@ -35,6 +37,7 @@ struct Parts {
     registry: Registry,
     rules: Rules,
     disk: Disk,
+    gives_tokens: bool,
 }
 
 #[derive(Clone)]
@@ -69,6 +72,7 @@ impl Cache {
             registry: registry.clone(),
             rules,
             disk: Disk::Memory(Arc::new(Memory::new())),
+            gives_tokens: false,
         })
     }
 
@@ -78,6 +82,7 @@ impl Cache {
             registry: registry.clone(),
             rules,
             disk: Disk::Counted(Arc::clone(disk)),
+            gives_tokens: false,
         })
     }
 
@@ -87,6 +92,17 @@ impl Cache {
             registry: registry.clone(),
             rules,
             disk: Disk::Folder(Arc::new(tempfile::tempdir().unwrap())),
+            gives_tokens: false,
+        })
+    }
+
+    /// On a real folder, with tokens of ours while the token service is silent.
+    pub fn giving_tokens(registry: &Registry, rules: Rules) -> Cache {
+        Cache::start(Parts {
+            registry: registry.clone(),
+            rules,
+            disk: Disk::Folder(Arc::new(tempfile::tempdir().unwrap())),
+            gives_tokens: true,
         })
     }
 
@@ -107,9 +123,13 @@ impl Cache {
             Arc::new(Upstream::new(settings, &connector).unwrap())
         };
         let own = OwnCredential::new("service", "service-secret");
+        let mut proven = Site::new(upstream(PROVEN, None), Access::Proven);
+        if parts.gives_tokens {
+            proven = proven.with_local_tokens(format!("http://{PROVEN}/token").parse().unwrap());
+        }
         Cache {
             pull: Arc::new(pull),
-            proven: Arc::new(Site::new(upstream(PROVEN, None), Access::Proven)),
+            proven: Arc::new(proven),
             shared: Arc::new(Site::new(
                 upstream(SHARED, Some(own)),
                 Access::Shared { own_credential: true },
@@ -134,6 +154,38 @@ impl Cache {
         }
         drop(store.take());
         Cache::start(Parts { rules, ..parts })
+    }
+
+    /// What a client that fetched a token with this `Authorization` (empty for none) for a repository shows then. `None`
+    /// if it is refused.
+    pub async fn log_in(&self, account: &str, repository: &str) -> Option<String> {
+        let realm = self.proven.realm().unwrap();
+        let query = format!("scope=repository:{repository}:pull");
+        let mut headers = HeaderMap::new();
+        headers.insert(CLIENT, HeaderValue::from_static("1"));
+        if !account.is_empty() {
+            headers.insert(header::AUTHORIZATION, HeaderValue::from_str(account).unwrap());
+        }
+        let asked = LoginRequest::read(headers.get(header::AUTHORIZATION), Some(&query), b"");
+        let passing = Passing {
+            method: Method::GET,
+            path_and_query: format!("/token?{query}"),
+            headers,
+            body: Empty::new().map_err(|never| match never {}).boxed_unsync(),
+            base: String::new(),
+        };
+        match self
+            .pull
+            .log_in(&self.proven, realm, asked, passing)
+            .await
+            .unwrap()
+        {
+            LoggedIn::Answered(reply) => reply.issued.map(|issued| issued.authorization.to_string()),
+            LoggedIn::Local(_, json) => {
+                let json: serde_json::Value = serde_json::from_slice(&json).unwrap();
+                Some(format!("Bearer {}", json["token"].as_str().unwrap()))
+            }
+        }
     }
 
     pub async fn get(&self, wish: &Wish) -> Got {

@@ -23,6 +23,8 @@ use ifnewer::upstream::zone::Zone;
 use ifnewer::upstream::{Dial, DialError, Dialled, Dialling};
 
 pub const OCI_MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
+/// What a client's own question to the token service carries, and ours does not.
+pub const CLIENT: &str = "x-client";
 const OCI_INDEX: &str = "application/vnd.oci.image.index.v1+json";
 
 thread_local! {
@@ -71,8 +73,11 @@ pub enum No {
 pub struct Word {
     /// The credential it was said to, as the client wrote it; empty for none.
     pub to: String,
+    /// The credential for which the one shown was given by the token service, where that is known here.
+    pub account: String,
     /// The host that was asked.
     pub site: String,
+    /// Empty at the token service.
     pub repository: String,
     /// The digest it was about, where it named one.
     pub digest: Option<Digest>,
@@ -127,9 +132,17 @@ pub struct State {
     pub asked: Vec<String>,
     decided: usize,
     passwords: BTreeMap<String, String>,
-    /// token → user, and the credential the client shows
-    tokens: BTreeMap<String, (String, String)>,
+    tokens: BTreeMap<String, Token>,
     tokens_made: usize,
+}
+
+#[derive(Clone)]
+struct Token {
+    user: String,
+    /// The credential that the client shows.
+    shown: String,
+    /// The credential that it was given for, where the client fetched it.
+    account: String,
 }
 
 #[derive(Clone)]
@@ -182,10 +195,18 @@ impl Registry {
     /// A token as the user's own client gets it: what that client then shows.
     pub fn bearer(&self, user: &str) -> String {
         let (token, shown) = (format!("direct-{user}"), format!("Bearer direct-{user}"));
-        self.state()
-            .tokens
-            .insert(token, (user.to_owned(), shown.clone()));
+        let given = Token {
+            user: user.to_owned(),
+            shown: shown.clone(),
+            account: String::new(),
+        };
+        self.state().tokens.insert(token, given);
         shown
+    }
+
+    /// The token service refuses the user's password from now on.
+    pub fn forgets(&self, user: &str) {
+        self.state().passwords.remove(user);
     }
 
     pub fn lets(&self, user: &str, repository: &str) {
@@ -282,7 +303,22 @@ impl State {
             );
         }
         if path == "/token" {
-            return (self.token(&shown), None);
+            let fetched = request.headers().contains_key(CLIENT);
+            let answer = self.token(&shown, fetched);
+            let decided = answer.status() == StatusCode::OK || answer.status() == StatusCode::UNAUTHORIZED;
+            let word = (fetched && decided).then(|| Word {
+                to: shown,
+                account: String::new(),
+                site,
+                repository: String::new(),
+                digest: None,
+                is_content: false,
+                yes: answer.status() == StatusCode::OK,
+                decided: self.decided,
+                at: now(),
+            });
+            self.decided += 1;
+            return (answer, word);
         }
         if path == "/v2/" {
             return (challenge(&site, None, None), None);
@@ -293,7 +329,7 @@ impl State {
         let token = shown
             .strip_prefix("Bearer ")
             .and_then(|token| self.tokens.get(token).cloned());
-        let Some((user, to)) = token else {
+        let Some(Token { user, shown, account }) = token else {
             return (challenge(&site, Some(repository), None), None);
         };
         let is_content = matches!(kind, "manifests" | "blobs");
@@ -302,7 +338,8 @@ impl State {
             || self.rights.contains(&right)
             || (!is_content && self.lists.contains(&right));
         let mut word = Word {
-            to,
+            to: shown,
+            account,
             site: site.clone(),
             repository: repository.to_owned(),
             digest: None,
@@ -362,7 +399,8 @@ impl State {
         }
     }
 
-    fn token(&mut self, shown: &str) -> Response<Full<Bytes>> {
+    /// `fetched`: by the client itself.
+    fn token(&mut self, shown: &str, fetched: bool) -> Response<Full<Bytes>> {
         if self.mood == Mood::NoTokens {
             return status(StatusCode::BAD_GATEWAY);
         }
@@ -381,7 +419,16 @@ impl State {
         };
         self.tokens_made += 1;
         let token = format!("made-{}", self.tokens_made);
-        self.tokens.insert(token.clone(), (user, shown.to_owned()));
+        let given = Token {
+            user,
+            shown: if fetched {
+                format!("Bearer {token}")
+            } else {
+                shown.to_owned()
+            },
+            account: if fetched { shown.to_owned() } else { String::new() },
+        };
+        self.tokens.insert(token.clone(), given);
         let body = serde_json::json!({"token": token, "expires_in": 300}).to_string();
         Response::new(Full::new(Bytes::from(body)))
     }

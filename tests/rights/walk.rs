@@ -55,6 +55,22 @@ async fn nor_where_rights_outlive_a_restart() {
     walk.run(steps(1_500)).await;
 }
 
+#[tokio::test(start_paused = true)]
+async fn nor_by_a_token_that_is_new_for_each_pull_nor_by_one_of_ours_in_an_outage() {
+    let registry = stocked();
+    let mut walk = Walk::new(
+        &registry,
+        Cache::giving_tokens(&registry, rules(false)),
+        seed() + 2,
+    );
+    walk.gives_tokens = true;
+    walk.run(steps(6_000)).await;
+    let served = walk.counts.get("served for its account alone in an outage");
+    assert!(served.is_some_and(|times| *times > 25), "{:#?}", walk.counts);
+    let refused = walk.counts.get("refused a token of ours in an outage");
+    assert!(refused.is_some_and(|times| *times > 50), "{:#?}", walk.counts);
+}
+
 /// `sealed`: the repository `acme/never` is never asked about; else it is filled like any other.
 pub fn rules(sealed: bool) -> Rules {
     let default = Rule {
@@ -151,6 +167,10 @@ struct Walk {
     pushes: usize,
     /// Every digest there ever was, and its bytes.
     bytes: BTreeMap<Digest, bytes::Bytes>,
+    /// Half of the clients fetch a token for each pull.
+    gives_tokens: bool,
+    /// As [`rules`] has it.
+    is_sealed: bool,
     /// How often what came of a step.
     counts: BTreeMap<String, usize>,
     done: usize,
@@ -158,6 +178,8 @@ struct Walk {
 
 struct Step {
     wish: Wish,
+    /// What the client fetches a token with first, if it does; empty for nothing.
+    logs_in: Option<String>,
     repository: &'static str,
     before: usize,
     silent: bool,
@@ -173,6 +195,8 @@ impl Walk {
             dice: Dice(seed.max(1)),
             pushes: 0,
             bytes: BTreeMap::new(),
+            gives_tokens: false,
+            is_sealed: false,
             counts: BTreeMap::new(),
             done: 0,
         };
@@ -195,6 +219,14 @@ impl Walk {
 
     fn change_rights(&mut self) {
         let (user, repository) = (*self.dice.pick(&USERS[..2]), *self.dice.pick(&REPOSITORIES));
+        if self.gives_tokens && self.dice.roll(6) == 0 {
+            // A password that is changed, and changed back.
+            if self.dice.roll(4) == 0 {
+                self.registry.forgets(user);
+            } else {
+                self.registry.user(user, &format!("{user}-secret"));
+            }
+        }
         match self.dice.roll(6) {
             0..=2 => self.registry.lets(user, repository),
             3 => self.registry.revokes(user, repository),
@@ -284,7 +316,8 @@ impl Walk {
             &mut self.cache,
             Arc::new(Cache::new(&self.registry, rules(false))),
         ));
-        self.cache = Arc::new(cache.unwrap().restart(rules(self.dice.roll(2) == 0)).await);
+        self.is_sealed = self.dice.roll(2) == 0;
+        self.cache = Arc::new(cache.unwrap().restart(rules(self.is_sealed)).await);
         *self.counts.entry("restart".to_owned()).or_default() += 1;
         self.done += 1;
     }
@@ -304,9 +337,16 @@ impl Walk {
                 tokio::time::sleep(Duration::from_millis(self.dice.roll(4) as u64)).await;
                 self.change_rights();
             }
-            let step = self.step(changes, same.clone());
-            let cache = Arc::clone(&self.cache);
+            let mut step = self.step(changes, same.clone());
+            let (cache, registry) = (Arc::clone(&self.cache), self.registry.clone());
             pulls.spawn(async move {
+                if let Some(account) = &step.logs_in {
+                    let Some(shows) = cache.log_in(account, step.repository).await else {
+                        return (step, Got::No("no token"), now());
+                    };
+                    step.wish.shows = shows;
+                    step.before = registry.state().words.len();
+                }
                 let got = cache.get(&step.wish).await;
                 (step, got, now())
             });
@@ -327,6 +367,15 @@ impl Walk {
         });
         let site = if self.dice.roll(12) == 0 { SHARED } else { PROVEN };
         let user = *self.dice.pick(&USERS);
+        let logs_in = (self.gives_tokens && site == PROVEN && self.dice.roll(4) != 0).then(|| {
+            // Mostly by one, so that it comes again where it was before.
+            let user = if self.dice.roll(3) == 0 { user } else { "alice" };
+            match self.dice.roll(8) {
+                0 => String::new(),
+                1 => basic(user, "guessed"),
+                _ => basic(user, &format!("{user}-secret")),
+            }
+        });
         let shows = match self.dice.roll(6) {
             0 | 1 => String::new(),
             2 | 3 => basic(user, &format!("{user}-secret")),
@@ -336,30 +385,37 @@ impl Walk {
         let state = self.registry.state();
         let is_silent = state.mood != Mood::Well || self.is_silent();
         let knows = !shows.ends_with(&basic_of("guessed", user)) || state.public.contains(repository);
-        let must = !changes && !is_silent && repository != "acme/never" && knows && {
-            let (kind, reference) = path
-                .rsplit_once('/')
-                .map(|(rest, last)| (rest.rsplit('/').next().unwrap(), last))
-                .unwrap();
-            let place = &state.shelves[repository];
-            let there = match kind {
-                "manifests" => {
-                    place.tags.contains_key(reference)
-                        || reference
-                            .parse()
-                            .is_ok_and(|digest| place.manifests.contains_key(&digest))
-                }
-                "blobs" => reference
-                    .parse()
-                    .is_ok_and(|digest| place.blobs.contains_key(&digest)),
-                _ => false,
+        let must = logs_in.is_none()
+            && !self.gives_tokens
+            && !changes
+            && !is_silent
+            && repository != "acme/never"
+            && knows
+            && {
+                let (kind, reference) = path
+                    .rsplit_once('/')
+                    .map(|(rest, last)| (rest.rsplit('/').next().unwrap(), last))
+                    .unwrap();
+                let place = &state.shelves[repository];
+                let there = match kind {
+                    "manifests" => {
+                        place.tags.contains_key(reference)
+                            || reference
+                                .parse()
+                                .is_ok_and(|digest| place.manifests.contains_key(&digest))
+                    }
+                    "blobs" => reference
+                        .parse()
+                        .is_ok_and(|digest| place.blobs.contains_key(&digest)),
+                    _ => false,
+                };
+                let may = site == SHARED || state.rights.contains(&(user.to_owned(), repository.to_owned()));
+                there
+                    && (may && !shows.is_empty() && !shows.ends_with(&basic_of("guessed", user))
+                        || site == SHARED
+                        || state.public.contains(repository)
+                            && (shows.is_empty() || shows.starts_with("Bearer")))
             };
-            let may = site == SHARED || state.rights.contains(&(user.to_owned(), repository.to_owned()));
-            there
-                && (may && !shows.is_empty() && !shows.ends_with(&basic_of("guessed", user))
-                    || site == SHARED
-                    || state.public.contains(repository) && (shows.is_empty() || shows.starts_with("Bearer")))
-        };
         Step {
             wish: Wish {
                 site,
@@ -367,6 +423,7 @@ impl Walk {
                 head: self.dice.roll(4) == 0,
                 shows,
             },
+            logs_in,
             repository,
             before: state.words.len(),
             silent: is_silent,
@@ -409,7 +466,9 @@ impl Walk {
         let state = self.registry.state();
         // With `absent = "serve"` a 404 to a tag is taken as a silence: for those who had the right before.
         let is_archive = step.repository == "acme/kept" && step.wish.path.contains("/manifests/");
-        let silent = step.silent || state.mood != Mood::Well || is_archive;
+        // Nobody is asked there, so whoever had the right keeps it as in an outage.
+        let is_sealed = self.is_sealed && step.repository == "acme/never";
+        let silent = step.silent || state.mood != Mood::Well || is_archive || is_sealed;
         let digest = match got {
             Got::Content(digest, bytes) => {
                 if let Some(bytes) = bytes {
@@ -433,11 +492,15 @@ impl Walk {
                 );
                 drop(state);
                 self.count("refused", silent);
+                if is_ours(&step.wish.shows) {
+                    self.count("refused a token of ours", silent);
+                }
                 return;
             }
         };
         let claim = Claim {
             shows: &step.wish.shows,
+            account: step.logs_in.as_deref().unwrap_or_default(),
             site: step.wish.site,
             repository: step.repository,
             digest,
@@ -446,6 +509,8 @@ impl Walk {
             now,
         };
         let entitled = step.wish.site == SHARED || entitles(&state.words, &claim);
+        let nobodys = Claim { account: "", ..claim };
+        let by_account = is_ours(&step.wish.shows) && !entitles(&state.words, &nobodys);
         let own = |word: &&Word| {
             word.repository == step.repository && (word.to.is_empty() || word.to == step.wish.shows)
         };
@@ -464,6 +529,9 @@ impl Walk {
             "to somebody"
         };
         self.count(&format!("served {whose}"), silent);
+        if by_account {
+            self.count("served for its account alone", silent);
+        }
     }
 
     fn count(&mut self, what: &str, silent: bool) {
@@ -499,6 +567,10 @@ impl Walk {
             }
         }
     }
+}
+
+fn is_ours(shows: &str) -> bool {
+    shows.starts_with("Bearer ifnewer-local-")
 }
 
 pub fn basic(user: &str, password: &str) -> String {

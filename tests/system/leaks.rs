@@ -134,7 +134,9 @@ async fn no_credential_shows_in_any_log_at_any_level_nor_in_metrics_answers_or_f
     upstream.lets("service", "canary-of-service", "acme/app");
     let image = upstream.push("acme/app", "1", Image::with_layers(&["x"]));
     let direct = upstream.token_for("alice");
+    let local_tokens = format!("local_tokens = \"{}/token\"", upstream.url());
     let setup = Setup::over(&upstream)
+        .upstream_keys("docker.io", &local_tokens)
         .also("shared.test", &upstream)
         .tail("[log]\nlevel = \"trace,ifnewer=trace\"");
     let password = setup.file("password", "canary-of-service\n");
@@ -142,6 +144,21 @@ async fn no_credential_shows_in_any_log_at_any_level_nor_in_metrics_answers_or_f
     let mut proxy = setup.upstream_keys("shared.test", &keys).start().await;
 
     let alice = |ask: Ask| ask.basic("alice", "canary-of-alice");
+    let host = upstream.address().to_string();
+    let token_for_alice = || {
+        let path = "/token?scope=repository:acme/app:pull";
+        alice(proxy.get(path)).header("host", &host).unchecked()
+    };
+    let by_us = token_for_alice().await.json()["token"]
+        .as_str()
+        .unwrap()
+        .to_owned();
+    let form = "grant_type=refresh_token&refresh_token=canary-of-a-form";
+    let posted = proxy
+        .ask("POST", "/token")
+        .header("host", &host)
+        .body(form.as_bytes());
+    posted.unchecked().await;
     let mut told = Vec::new();
     // TLS, so that HTTP/2 with its talkative crate is spoken.
     proxy.pull_with("acme/app", "1", &image, alice).await;
@@ -164,6 +181,12 @@ async fn no_credential_shows_in_any_log_at_any_level_nor_in_metrics_answers_or_f
     upstream.refuses();
     let reply = alice(proxy.manifest("acme/app", "2")).unchecked().await;
     told.push(format!("{reply:?}"));
+    let local = token_for_alice().await.json()["token"]
+        .as_str()
+        .unwrap()
+        .to_owned();
+    let reply = proxy.manifest("acme/app", "1").bearer(&local).await;
+    told.push(format!("{reply:?}"));
     for path in [
         "/metrics",
         "/readyz",
@@ -181,7 +204,8 @@ async fn no_credential_shows_in_any_log_at_any_level_nor_in_metrics_answers_or_f
     let told = told.join("\n");
     let log = proxy.program().stdout() + &proxy.program().stderr();
     assert!(log.contains("DEBUG"), "the log was to be as talkative as can be");
-    let mut secrets: Vec<String> = vec![direct, "token-alice".to_owned(), "token-service".to_owned()];
+    let mut secrets: Vec<String> = vec![direct, by_us, local];
+    secrets.extend(["token-alice", "token-service", "canary-of-a-form"].map(str::to_owned));
     for (user, password) in [
         ("alice", "canary-of-alice"),
         ("service", "canary-of-service"),

@@ -44,6 +44,7 @@ mod incomplete;
 mod leaks;
 mod leftovers;
 mod listening;
+mod local_tokens;
 mod lock;
 mod malformed;
 mod newer;

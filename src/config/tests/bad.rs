@@ -135,6 +135,24 @@ fn every_mistake_is_told_with_its_place() {
 }
 
 #[test]
+fn a_token_service_is_named_in_full_and_is_one_upstreams_alone() {
+    #[rustfmt::skip]
+    let table = [
+        ("[upstream.\"ghcr.io\"]\nlocal_tokens = \"http://ghcr.io/token\"",
+            "2:16: a token service is named as in the upstream's challenges: https, and a path"),
+        ("[upstream.\"ghcr.io\"]\nlocal_tokens = \"https://ghcr.io\"",
+            "2:16: a token service is named as in the upstream's challenges: https, and a path"),
+        ("[upstream.\"ghcr.io\"]\nlocal_tokens = \"https://quay.io/v2/auth\"", "2:16: `quay.io` already means the upstream `quay.io`"),
+        ("[upstream.\"a.io\"]\nlocal_tokens = \"https://x.io/t\"\n[upstream.\"b.io\"]\nlocal_tokens = \"https://x.io/t\"",
+            "4:16: `x.io` already means the upstream `a.io`"),
+        ("[upstream.\"ghcr.io\"]\naccess = \"shared\"\nlocal_tokens = \"https://ghcr.io/token\"", "3:16: with access = \"shared\" no client needs a token"),
+    ];
+    for (text, expected) in table {
+        assert_eq!(told(&faults(text)), [expected], "{text}");
+    }
+}
+
+#[test]
 fn all_faults_are_told_at_once_in_the_order_of_the_file() {
     let text = "
 polcy = 1

@@ -39,7 +39,7 @@ pub(super) fn realm_allowed(origin: &Origin, realm: &str, hosts: &[String]) -> O
 
 /// The `Authorization` an answer gives, and how long it lives. `token` and `access_token` mean the
 /// same; `issued_at` is not read, for life is counted from the answer's arrival and needs no clock in common.
-pub(super) fn parse(body: &[u8]) -> Option<(Zeroizing<String>, Duration)> {
+pub(in crate::upstream) fn parse(body: &[u8]) -> Option<(Zeroizing<String>, Duration)> {
     let json: serde_json::Value = serde_json::from_slice(body).ok()?;
     let text = |name| {
         json.get(name)

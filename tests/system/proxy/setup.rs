@@ -60,6 +60,12 @@ impl Setup {
         self
     }
 
+    /// The same folder, with the upstreams of another.
+    pub fn with_upstreams_of(mut self, other: &Setup) -> Setup {
+        self.upstreams.clone_from(&other.upstreams);
+        self
+    }
+
     /// Without the upstream of this name.
     pub fn without(mut self, name: &str) -> Setup {
         self.upstreams.retain(|(held, _)| held != name);

@@ -1,0 +1,186 @@
+//! What a client shows and asks for at a token service: distribution's `docs/spec/auth/token.md` and `oauth.md`.
+//!
+//! Only read, for the one who has to know whose a token will be; whether it is given is the service's matter.
+
+use base64::Engine as _;
+use base64::prelude::BASE64_STANDARD;
+use http::HeaderValue;
+use zeroize::Zeroizing;
+
+use super::Repository;
+use super::query::decode;
+
+/// Repositories of one question that are noted. Docker asks for one, a push across repositories for two.
+pub const SCOPES_MAX: usize = 16;
+
+/// A question to a token service.
+#[derive(Default)]
+pub struct LoginRequest {
+    /// What identifies who asks: the same for a password in `Authorization: Basic` and in a form, another for a
+    /// refresh token. `None` without a credential, or with one of a kind that is not known.
+    pub secret: Option<Zeroizing<Vec<u8>>>,
+    /// In which repositories something is to be pulled.
+    pub repositories: Vec<Repository>,
+}
+
+impl LoginRequest {
+    /// Reads it from where clients put it. What cannot be read counts as not there.
+    pub fn read(authorization: Option<&HeaderValue>, query: Option<&str>, form: &[u8]) -> Self {
+        let query = Pairs::read(query.unwrap_or_default());
+        let form = Pairs::read(std::str::from_utf8(form).unwrap_or_default());
+        let secret = match authorization {
+            Some(shown) => basic(shown),
+            None => form.secret(),
+        };
+        let mut repositories: Vec<Repository> = Vec::new();
+        let scopes = query.all("scope").chain(form.all("scope"));
+        for repository in scopes.flat_map(|line| line.split(' ')).filter_map(pulled) {
+            if repositories.len() < SCOPES_MAX && !repositories.contains(&repository) {
+                repositories.push(repository);
+            }
+        }
+        Self { secret, repositories }
+    }
+}
+
+/// `application/x-www-form-urlencoded`, wiped when dropped.
+struct Pairs(Vec<(String, Zeroizing<String>)>);
+
+impl Pairs {
+    fn read(text: &str) -> Self {
+        let pair = |part: &str| {
+            let (key, value) = part.split_once('=')?;
+            Some((decode(key).ok()?, Zeroizing::new(decode(value).ok()?)))
+        };
+        Self(text.split('&').filter_map(pair).collect())
+    }
+
+    fn all<'a>(&'a self, name: &'a str) -> impl Iterator<Item = &'a str> {
+        let named = self.0.iter().filter(move |(key, _)| key == name);
+        named.map(|(_, value)| value.as_str())
+    }
+
+    fn secret(&self) -> Option<Zeroizing<Vec<u8>>> {
+        match self.all("grant_type").next()? {
+            "password" => {
+                let (user, password) = (self.all("username").next()?, self.all("password").next()?);
+                Some(secret(b"password", &[user.as_bytes(), b":", password.as_bytes()]))
+            }
+            "refresh_token" => Some(secret(
+                b"refresh",
+                &[self.all("refresh_token").next()?.as_bytes()],
+            )),
+            _ => None,
+        }
+    }
+}
+
+/// RFC 7617. An empty one (`Og==`), which podman sends where it has none, is none.
+fn basic(shown: &HeaderValue) -> Option<Zeroizing<Vec<u8>>> {
+    let (scheme, encoded) = shown.to_str().ok()?.split_once(' ')?;
+    let plain = Zeroizing::new(BASE64_STANDARD.decode(encoded.trim()).ok()?);
+    (scheme.eq_ignore_ascii_case("basic") && *plain != b":").then(|| secret(b"password", &[&plain]))
+}
+
+/// The kind is part of it, so that a password is never taken for a refresh token.
+fn secret(kind: &[u8], parts: &[&[u8]]) -> Zeroizing<Vec<u8>> {
+    let mut bytes = Zeroizing::new(Vec::with_capacity(
+        kind.len() + 1 + parts.iter().map(|part| part.len()).sum::<usize>(),
+    ));
+    for part in [kind, b"\0"].iter().chain(parts) {
+        bytes.extend_from_slice(part);
+    }
+    bytes
+}
+
+/// The repository of a scope that is for pulling: `repository:NAME:ACTIONS`, where NAME may hold a port, so that the
+/// actions come after the last colon.
+fn pulled(scope: &str) -> Option<Repository> {
+    let (kind, rest) = scope.split_once(':')?;
+    let (name, actions) = rest.rsplit_once(':')?;
+    let pulls = actions.split(',').any(|action| matches!(action, "pull" | "*"));
+    let is_repository = kind == "repository" || kind.starts_with("repository(");
+    name.parse().ok().filter(|_| is_repository && pulls)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests may fail loudly")]
+    use super::*;
+
+    fn shown(text: &str) -> HeaderValue {
+        HeaderValue::from_str(text).unwrap()
+    }
+
+    #[test]
+    fn one_password_is_one_secret_however_it_is_shown() {
+        let by_header = LoginRequest::read(Some(&shown("Basic Ym9iOnB3IDE=")), None, b"");
+        let by_form = LoginRequest::read(
+            None,
+            None,
+            b"grant_type=password&username=bob&password=pw+1&scope=",
+        );
+        assert!(by_header.secret.is_some());
+        assert_eq!(by_header.secret, by_form.secret);
+        let by_token = LoginRequest::read(None, None, b"grant_type=refresh_token&refresh_token=bob:pw%201");
+        assert!(by_token.secret.is_some());
+        assert_ne!(by_token.secret, by_form.secret);
+    }
+
+    #[test]
+    fn what_is_no_credential_is_nobodys() {
+        for header in ["Basic Og==", "Basic", "Basic ???", "Bearer Ym9iOnB3"] {
+            assert_eq!(
+                LoginRequest::read(Some(&shown(header)), None, b"").secret,
+                None,
+                "{header}"
+            );
+        }
+        for form in [
+            &b""[..],
+            b"grant_type=password&username=bob",
+            b"\xff\xfe",
+            b"username=bob&password=x",
+        ] {
+            assert_eq!(LoginRequest::read(None, None, form).secret, None);
+        }
+    }
+
+    #[test]
+    fn repositories_are_read_from_scopes_that_pull() {
+        let read = |query: &str, form: &[u8]| {
+            let asked = LoginRequest::read(None, Some(query), form);
+            asked
+                .repositories
+                .iter()
+                .map(ToString::to_string)
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(
+            read(
+                "service=x&scope=repository%3Aacme%2Fapp%3Apull%2Cpush&scope=repository:b/c:*",
+                b""
+            ),
+            ["acme/app", "b/c"]
+        );
+        assert_eq!(
+            read(
+                "",
+                b"scope=repository%3Aacme%2Fapp%3Apull+repository(plugin):b/c:pull"
+            ),
+            ["acme/app", "b/c"]
+        );
+        let none: [&str; 0] = [];
+        assert_eq!(
+            read(
+                "scope=repository:a/b:push&scope=registry:catalog:*&scope=x&scope=repository:A//b:pull",
+                b""
+            ),
+            none
+        );
+        let many: Vec<_> = (0..40)
+            .map(|nth| format!("scope=repository:a/r{nth}:pull"))
+            .collect();
+        assert_eq!(read(&many.join("&"), b"").len(), SCOPES_MAX);
+    }
+}
