@@ -47,6 +47,7 @@ mod listening;
 mod local_tokens;
 mod lock;
 mod malformed;
+mod memory;
 mod newer;
 mod own_credentials;
 mod page;
