@@ -1,6 +1,6 @@
 //! Users of the cache's own, in front of everything.
 
-use crate::proxy::{Ask, Proxy, Setup, blob_path, manifest_path, raw};
+use crate::proxy::{Ask, Authority, Proxy, Setup, blob_path, manifest_path, raw};
 use crate::upstream::{Image, Upstream};
 
 /// Of alice and ci-1: bcrypt of `a-secret` and of `b-secret`.
@@ -84,6 +84,33 @@ async fn a_user_pulls_what_its_list_allows_and_its_password_goes_no_further() {
         .unchecked()
         .await
         .is_refused(403);
+}
+
+#[tokio::test]
+async fn where_each_needs_a_right_of_its_own_a_user_of_ours_is_nobody() {
+    let upstream = Upstream::start().await;
+    upstream.requires_token();
+    upstream.makes_public("open/app");
+    // Somebody else of that name and password.
+    upstream.lets("alice", "a-secret", "acme/app");
+    let image = upstream.push("open/app", "1", Image::with_layers(&["public bytes"]));
+    upstream.push("acme/app", "1", Image::with_layers(&["private bytes"]));
+    let setup = Setup::over(&upstream);
+    let (users, authority) = (setup.file("users", USERS), Authority::new("clients"));
+    let ca = setup.file("clients.pem", authority.pem());
+    let access = format!("[access]\nhtpasswd = {users:?}\nclient_ca = {ca:?}");
+    let proxy = setup.tail(&access).start().await;
+    let (ca, identity) = (proxy.ca_pem(), authority.client("node-7"));
+    let user = |ask: Ask| ask.basic("alice", "a-secret");
+    let holder = |ask: Ask| user(ask.tls(&ca, &[]).identity(&identity));
+    for dress in [&user as &dyn Fn(Ask) -> Ask, &holder] {
+        proxy.pull_with("open/app", "1", &image, dress).await;
+        dress(proxy.manifest("acme/app", "1")).await.is_refused(401);
+    }
+    let seen = upstream.requests();
+    assert!(!seen.is_empty());
+    let basic = |seen: &crate::upstream::Seen| seen.header("authorization")?.strip_prefix("Basic ").map(drop);
+    assert!(seen.iter().all(|seen| basic(seen).is_none()), "{seen:#?}");
 }
 
 /// Through `HTTPS_PROXY`, as this user of the cache and as that one of the registry.
