@@ -119,13 +119,14 @@ const VENDORS: &[(&str, &[&str])] = &[
     ("tar", &["archive/", "operate/archive.rs"]),
     ("hmac", &["oci/digest.rs"]),
     ("bcrypt", &["server/entry.rs"]),
-    ("rcgen", &["server/tls.rs", "server/mint.rs"]),
+    ("rcgen", &["server/tls.rs", "server/tls/", "server/mint.rs"]),
     ("x509_parser", &["server/certificate.rs"]),
 ];
 
 /// The doctor speaks for itself: what it asks must not go by the ways that it looks at.
 const TLS: &[&str] = &[
     "server/tls.rs",
+    "server/tls/",
     "server/mint.rs",
     "server/certificate.rs",
     "upstream/dial.rs",
