@@ -37,6 +37,7 @@ pub mod blobs;
 mod cache;
 pub mod challenges;
 mod evict;
+mod fault;
 mod grants;
 mod held;
 mod index;
@@ -76,6 +77,7 @@ use crate::oci::Digest;
 
 use self::evict::Evictor;
 pub use self::evict::{Evictions, YOUNG};
+pub use self::fault::{Fault, OpenError, Trouble};
 pub use self::index::thread::IndexState;
 use self::index::thread::{Home, IndexHandle};
 use self::lock::Lock;
@@ -116,159 +118,6 @@ impl Default for Settings {
             scrub_rate: 0,
         }
     }
-}
-
-/// Why the store cannot be opened. The operator's to mend.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum OpenError {
-    /// Another process has the folder.
-    #[error(
-        "{} is in use by {}; stop it or choose another folder with `data`",
-        .folder.display(),
-        .pid.map_or_else(|| "another process".to_owned(), |pid| format!("process {pid}"))
-    )]
-    Locked {
-        /// The data folder.
-        folder: PathBuf,
-        /// The process that has it, where its number could be read.
-        pid: Option<u32>,
-    },
-    /// The folder cannot be used.
-    #[error("{}: {kind}; check that it exists and that this user may write to it", .folder.display())]
-    Folder {
-        /// The data folder.
-        folder: PathBuf,
-        /// What the system says.
-        kind: io::ErrorKind,
-    },
-    /// Others may read the install secret.
-    #[error("{} has mode {mode:04o}, so others may read it; run `chmod 600 {}`", .path.display(), .path.display())]
-    SecretReadable {
-        /// Its path.
-        path: PathBuf,
-        /// Its permission bits.
-        mode: u32,
-    },
-    /// The install secret is not 32 bytes.
-    #[error("{} is damaged; remove it and a new one is made (clients will have to be vouched for again)", .path.display())]
-    SecretDamaged {
-        /// Its path.
-        path: PathBuf,
-    },
-    /// Something below the folder cannot be used.
-    #[error(transparent)]
-    Fault(#[from] Fault),
-}
-
-/// What went wrong on our side of a pull.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Fault {
-    /// No room: no bytes, no inodes, or no quota.
-    #[error(
-        "the disk is full: could not {what} {}: {reason}; free some space (`df`, and `df -i`) or lower `store.size`",
-        .path.display()
-    )]
-    Full {
-        /// What was tried.
-        what: &'static str,
-        /// With which file.
-        path: PathBuf,
-        /// As the system says it.
-        reason: String,
-    },
-    /// The file system takes no writes.
-    #[error("the disk is read-only: could not {what} {}; look into the kernel's log", .path.display())]
-    ReadOnly {
-        /// What was tried.
-        what: &'static str,
-        /// With which file.
-        path: PathBuf,
-    },
-    /// Anything else that the system refuses.
-    #[error("could not {what} {}: {reason}", .path.display())]
-    Io {
-        /// What was tried.
-        what: &'static str,
-        /// With which file.
-        path: PathBuf,
-        /// The kind of error.
-        kind: io::ErrorKind,
-        /// As the system says it.
-        reason: String,
-    },
-    /// A file is not what it was; it is fetched again.
-    #[error("{} is damaged", .path.display())]
-    Corrupt {
-        /// The file.
-        path: PathBuf,
-    },
-    /// The limits leave no room for a blob, and nothing else may go for it.
-    #[error(
-        "no room for {bytes} bytes within `store.{limit}`: what is held is pinned, in use or younger than an hour; {}",
-        if *limit == "size" { "raise `store.size`" } else { "free some of the disk or lower `store.free`" }
-    )]
-    NoRoom {
-        /// How large it is, as far as is known.
-        bytes: u64,
-        /// The setting that is in the way.
-        limit: &'static str,
-    },
-    /// The bytes to be kept are not those of the digest they were to be kept under. Nothing was kept.
-    #[error(transparent)]
-    WrongBytes(#[from] Box<blobs::WrongDigest>),
-    /// The bytes to be kept as a manifest are none. Nothing was kept.
-    #[error("{digest} is not a manifest: {reason}")]
-    NotAManifest {
-        /// Their digest.
-        digest: Digest,
-        /// Why not.
-        reason: String,
-    },
-}
-
-impl Fault {
-    /// The fault behind `error`, met when trying to do `what` (a verb, such as "write") with the file `path`.
-    pub fn io(what: &'static str, path: impl AsRef<Path>, error: &io::Error) -> Self {
-        let path = path.as_ref().to_owned();
-        match error.kind() {
-            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Self::Full {
-                what,
-                path,
-                reason: error.to_string(),
-            },
-            io::ErrorKind::ReadOnlyFilesystem => Self::ReadOnly { what, path },
-            kind => Self::Io {
-                what,
-                path,
-                kind,
-                reason: error.to_string(),
-            },
-        }
-    }
-}
-
-/// What keeps the store from doing its work. For the operator.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Trouble {
-    /// Times and grants are not kept.
-    #[error("the index is down; serving from the files ({reason})")]
-    Index {
-        /// Why.
-        reason: String,
-    },
-    /// The disk refuses to be written.
-    #[error("{0}; what is held is served, the rest passes through unstored; tried again every few seconds")]
-    Disk(Fault),
-    /// The limits are reached, and nothing else may go.
-    #[error(
-        "no room: `store.size` ({} bytes) or `store.free` ({} bytes) is reached, and what is held is pinned, in use or \
-         younger than an hour; pulls pass through unstored until that changes",
-        .limits.bytes_max, .limits.free_bytes_min
-    )]
-    NoRoom {
-        /// As set.
-        limits: Limits,
-    },
 }
 
 /// Everything held. One per data folder.
@@ -331,17 +180,14 @@ impl Store {
                 Arc::clone(&stop),
             );
             let prune = grants.pruner(now);
-            std::thread::Builder::new()
-                .name("store-scan".to_owned())
-                .spawn(move || {
-                    usage::count_existing(volume.as_ref(), &usage, &stop);
-                    if refs.heal_index(&stop) {
-                        prune();
-                    }
-                    seen.count(&stop);
-                })
+            begin("store-scan", move || {
+                usage::count_existing(volume.as_ref(), &usage, &stop);
+                if refs.heal_index(&stop) {
+                    prune();
+                }
+                seen.count(&stop);
+            })?
         };
-        let scan = scan.map_err(|error| Fault::io("start the thread to count", "blobs", &error))?;
         let uses = Arc::new(Uses::new(now));
         let pins = Arc::new(Pins::read(&volume, &uses));
         let room = Arc::new(Room::new(settings.limits, &volume, &usage));
@@ -353,21 +199,14 @@ impl Store {
         let evictor = Arc::new(evictor);
         let evicting = {
             let evictor = Arc::clone(&evictor);
-            std::thread::Builder::new()
-                .name("store-evict".to_owned())
-                .spawn(move || evictor.run())
+            begin("store-evict", move || evictor.run())?
         };
-        let evicting = evicting.map_err(|error| Fault::io("start the thread to evict", "blobs", &error))?;
         let scrub = scrub::Scrub::new(settings.scrub_rate, &volume, &blobs, &manifests, &uses, &stop);
         let scrub = Arc::new(scrub);
         let scrubbing = {
             let scrub = Arc::clone(&scrub);
-            std::thread::Builder::new()
-                .name("store-scrub".to_owned())
-                .spawn(move || scrub.run())
+            begin("store-scrub", move || scrub.run())?
         };
-        let scrubbing =
-            scrubbing.map_err(|error| Fault::io("start the thread to read again", "blobs", &error))?;
         Ok(Self {
             blobs,
             manifests,
@@ -514,6 +353,13 @@ impl std::fmt::Debug for Store {
             .field("folder", &self.volume.folder())
             .finish_non_exhaustive()
     }
+}
+
+/// Begins what is done in the background.
+fn begin(name: &str, work: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, Fault> {
+    let thread = std::thread::Builder::new().name(name.to_owned());
+    let begun = thread.spawn(work);
+    begun.map_err(|error| Fault::io("start a thread", name, &error))
 }
 
 /// Moves a damaged file out of the way, for whoever wants to look into it; it is a miss from now on. Says whether it was

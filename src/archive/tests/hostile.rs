@@ -192,10 +192,18 @@ fn a_store_that_is_full_takes_nothing_and_is_as_it_was() {
 
 #[test]
 fn what_has_no_end_is_given_up() {
-    // A long name that goes on for ever is more than may stand before a file.
-    let long_name = head(tar::EntryType::GNULongName, "././@LongLink", 1 << 40);
-    let refused_name = refused((&long_name[..]).chain(std::io::repeat(b'a')));
-    assert!(matches!(refused_name, Refused::Unreadable(_)), "{refused_name}");
+    // A long name that goes on for ever is more than may stand before a file, at the beginning and later.
+    let mut whole = Archive::whole().bytes();
+    whole.truncate(whole.len() - 1024);
+    for before in [&[][..], &whole] {
+        let long_name = head(tar::EntryType::GNULongName, "././@LongLink", 1 << 40);
+        let endless = std::io::repeat(b'a').take(1 << 20);
+        let refused = refused(before.chain(&long_name[..]).chain(endless));
+        assert!(
+            refused.to_string().contains("too much stands before a file"),
+            "{refused}"
+        );
+    }
     // So are files without number: each is counted.
     let folder = head(tar::EntryType::Directory, "blobs/", 0);
     let folders = folder.repeat(import::ENTRIES_MAX + 1);
