@@ -1,7 +1,8 @@
 //! What an operator sees and steers: health, metrics, the API under `/api/v1/`, and the page at `/` that is made from it.
 //! On a listener of its own.
 //!
-//! * `guard`: who may come, and who may change something. * `routes`: which path is what. * `reply`: how it is answered.
+//! * `guard`: who may come, and who may change something. * `routes`: which path is what, `metrics` one of them. * `reply`:
+//!   how it is answered.
 //! * `status`, `images`, `why`, `upstreams`, `transfers`, `events`, `work`, `archive`: one kind of thing each; `words`: the same
 //!   words everywhere. * `page`: all of it for people. * `probe`, `client`: asking a running cache from the command line.
 //!
@@ -13,6 +14,7 @@ pub mod client;
 mod events;
 mod guard;
 mod images;
+mod metrics;
 mod named;
 mod notices;
 mod page;
@@ -50,6 +52,7 @@ pub use guard::{Guard, TokenError, token};
 use crate::clock::Clock;
 use crate::event::Events;
 use crate::server::Registry;
+use crate::server::tls::ServerTls;
 use crate::upstream::Offline;
 use guard::Way;
 use notices::Notices;
@@ -82,6 +85,8 @@ pub struct Surroundings {
     pub offline: Offline,
     /// Who may come.
     pub guard: Arc<Guard>,
+    /// The certificates now in effect.
+    pub tls: Arc<ArcSwap<ServerTls>>,
     /// The certificate that clients may have to trust, PEM; none where the operator brought one.
     pub ca: Option<PathBuf>,
     /// Where clients reach the registry.

@@ -12,7 +12,7 @@ use clap::{Args, CommandFactory as _, Parser, Subcommand};
 pub use clap_complete::Shell;
 
 use crate::ca::Store;
-use crate::config::{Config, DATA_OF_ROOT, Fault, Faults, Flag, Place, Sources, TEXT_BYTES_MAX};
+use crate::config::{self, Config, DATA_OF_ROOT, Fault, Faults, Flag, Place, Sources, TEXT_BYTES_MAX};
 use crate::operate;
 use crate::setup::Client;
 
@@ -63,6 +63,9 @@ pub enum Command {
     Serve,
     /// Check the configuration and print what is in effect
     Check,
+    /// Every setting: what it is now and where it comes from, or what there is to set
+    #[command(subcommand)]
+    Config(Settings),
     /// Ask the running cache whether it is ready; exit 0 if it is
     Healthcheck,
     /// Make a container client on this host use the cache: print what to write, write it, or take it back
@@ -94,6 +97,19 @@ pub enum Command {
         #[arg(long, value_name = "FOLDER")]
         out: Option<PathBuf>,
     },
+}
+
+/// `ifnewer config`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Subcommand)]
+pub enum Settings {
+    /// Print the settings in effect, as a configuration file
+    Show {
+        /// Say for each where it comes from: a flag, a variable, a line of the file, or the default
+        #[arg(long)]
+        origin: bool,
+    },
+    /// Print the reference of all settings (Markdown)
+    Reference,
 }
 
 /// `ifnewer doctor`.
@@ -264,22 +280,51 @@ pub fn wants_colour() -> bool {
     !refused
 }
 
+/// Where traces are sent, and as which service, by the variables that every program with OpenTelemetry reads. `None`: nowhere.
+pub fn collector() -> Option<(String, String)> {
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "named by OpenTelemetry's specification, for whoever sets them for all programs of a host"
+    )]
+    let variable = |name| std::env::var(name).ok().filter(|value| !value.is_empty());
+    let is_off = variable("OTEL_SDK_DISABLED").is_some_and(|value| value.eq_ignore_ascii_case("true"))
+        || variable("OTEL_TRACES_EXPORTER").is_some_and(|value| value == "none");
+    if is_off {
+        return None;
+    }
+    let of_all = || variable("OTEL_EXPORTER_OTLP_ENDPOINT");
+    let url = variable("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+        .or_else(|| Some(format!("{}/v1/traces", of_all()?.trim_end_matches('/'))))?;
+    let service = variable("OTEL_SERVICE_NAME").unwrap_or_else(|| "ifnewer".to_owned());
+    Some((url, service))
+}
+
 /// Reads the file, the environment and the flags. Called again on SIGHUP.
 pub fn load(options: &Options) -> Result<Config, Faults> {
+    gathered(options, Config::gather)
+}
+
+/// The settings in effect, from the same sources.
+pub fn settings(options: &Options) -> Result<config::Settings, Faults> {
+    gathered(options, config::Settings::read)
+}
+
+fn gathered<T>(options: &Options, read: impl FnOnce(&Sources<'_>) -> Result<T, Faults>) -> Result<T, Faults> {
     #[allow(
         clippy::disallowed_methods,
         reason = "the one place where the environment is read for the configuration"
     )]
     let environment = std::env::vars_os();
-    load_with(options, environment, rustix::process::geteuid().is_root())
+    gathered_from(options, environment, rustix::process::geteuid().is_root(), read)
 }
 
 /// The same with an environment of one's own.
-fn load_with(
+fn gathered_from<T>(
     options: &Options,
     environment: impl Iterator<Item = (OsString, OsString)>,
     is_root: bool,
-) -> Result<Config, Faults> {
+    read: impl FnOnce(&Sources<'_>) -> Result<T, Faults>,
+) -> Result<T, Faults> {
     let mut variables = Vec::new();
     let mut surroundings = Surroundings {
         is_root,
@@ -313,7 +358,7 @@ fn load_with(
     )?;
     let data = surroundings.data();
     let flags = options.flags();
-    Config::gather(&Sources {
+    read(&Sources {
         data,
         text: &text,
         origin: &origin,

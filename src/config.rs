@@ -11,11 +11,12 @@
 //! * `build`: the sections, and what concerns several of them.
 //! * `upstream`: the well-known upstreams and what may be said about one; `names`: that each name means one.
 //! * `entry`: who may come in at all.
-//! * `fault`: how a mistake is told; `summary`: what is in effect, in words.
+//! * `fault`: how a mistake is told; `summary`: what is in effect, in words; `effective`: key by key, and from where.
 
 mod address;
 mod build;
 mod document;
+mod effective;
 mod entry;
 mod fault;
 mod keys;
@@ -36,6 +37,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 pub use address::host_part;
+pub use effective::{Settings, reference};
 pub use entry::{Allow, Entry, User};
 pub use fault::{Fault, Faults, Place};
 pub use keys::{KEYS, Key, Section};

@@ -99,6 +99,9 @@ pub trait Source: Send + 'static {
     /// Opens the blob from byte `from` on. A stream that starts earlier is accepted; the surplus is skipped. Called again after
     /// a stream broke, it should turn to another address if it has one.
     fn open(&mut self, from: u64) -> impl Future<Output = Result<Stream, Answer>> + Send;
+
+    /// The transfer is over, well or not.
+    fn ended(&self, _failure: Option<&Failure>) {}
 }
 
 /// How a part far ahead of the fill is reached, or the rest of one that failed, with the right of the one who wants it.

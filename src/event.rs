@@ -5,28 +5,33 @@
 //! leave by the metrics. The journal and the clients seen name both; they are for the operator alone, in memory, and
 //! bounded.
 //!
-//! * `metrics`: the counts. * `journal`: the last decisions. * `clients`: who came lately. * `series`: the last day.
-//! * `trace`: which trace a request belongs to.
+//! * `spans`: parts of traces, for whoever records them.
+//! * `metrics`: the counts. * `levels`: what is read with them. * `exposition`: their older format. * `journal`: the last decisions. * `clients`: who came lately. * `series`: the last day.
 
 mod clients;
+mod exposition;
 mod journal;
+mod levels;
 mod metrics;
 mod series;
-mod trace;
+mod spans;
 
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use tokio::sync::broadcast;
+use http::HeaderMap;
+use tokio::sync::{broadcast, mpsc};
 
 pub use clients::{Client, agent};
 pub use journal::Decision;
-pub use metrics::{AllowanceLevel, Levels, Tunnel};
+pub use levels::{AllowanceLevel, Levels};
+pub use metrics::Tunnel;
 pub use series::Totals;
-pub use trace::{TRACEPARENT, Trace};
+pub use spans::{SPANS_WAITING_MAX, Span, SpanKind};
 
 use crate::oci::{Cause, Digest};
+use crate::trace::Trace;
 use metrics::Metrics;
 
 /// One answer to a client.
@@ -62,7 +67,24 @@ pub struct Answered<'a> {
     /// With which program, cleaned by [`agent`].
     pub agent: &'a str,
     /// Which trace the request belongs to.
-    pub trace: Trace,
+    pub trace: &'a Trace,
+}
+
+/// One exchange with an upstream, after it.
+#[derive(Clone, Debug)]
+pub struct Exchange<'a> {
+    /// The upstream's name.
+    pub upstream: &'a str,
+    /// What was asked.
+    pub operation: &'static str,
+    /// The status, or the kind of silence.
+    pub code: &'a str,
+    /// When the answer's head was there, or the silence was certain.
+    pub ended: SystemTime,
+    /// From asking until then.
+    pub took: Duration,
+    /// Its part of the trace.
+    pub trace: &'a Trace,
 }
 
 /// What kind of thing was asked for.
@@ -154,6 +176,7 @@ pub struct Events {
     journal: journal::Journal,
     clients: clients::Clients,
     series: series::Series,
+    spans: spans::Spans,
 }
 
 impl Events {
@@ -166,6 +189,7 @@ impl Events {
     /// what went wrong; the rest is told at `debug`.
     pub fn answered(&self, answered: &Answered<'_>) {
         self.metrics.answered(answered);
+        self.span(answered.trace, || Span::of_answer(answered));
         let Answered {
             upstream,
             door,
@@ -182,7 +206,7 @@ impl Events {
         // Three digits behind the point: a log is read by people.
         let ms = (answered.took.as_secs_f64() * 1e6).round() / 1e3;
         let (result, reason) = (answered.result.name(), answered.reason);
-        let (cause, trace_id) = (answered.cause.map(Cause::name), answered.trace);
+        let (cause, trace_id) = (answered.cause.map(Cause::name), answered.trace.id());
         if matches!(kind, Kind::Tag | Kind::Write | Kind::Connect) || status >= 500 {
             tracing::info!(upstream, door, image, status, result, reason, cause, ms, %trace_id, "answered");
         } else {
@@ -204,9 +228,32 @@ impl Events {
                 ms,
                 client: answered.client,
                 agent: answered.agent.into(),
-                trace: answered.trace,
+                trace: trace_id,
             });
         }
+    }
+
+    /// Which trace a request belongs to. One that begins here is recorded where someone records.
+    pub fn trace(&self, headers: &HeaderMap) -> Trace {
+        Trace::of_request(headers, self.spans.is_recorded())
+    }
+
+    /// From now on, whoever holds the other end of `queue` records what is told with [`Events::span`]. Never waited for:
+    /// what does not fit is counted and dropped.
+    pub fn record(&self, queue: mpsc::Sender<Span>) {
+        self.spans.record(queue);
+    }
+
+    /// Tells of a part of a trace, if it is recorded. `span` is made only then.
+    pub fn span(&self, trace: &Trace, span: impl FnOnce() -> Span) {
+        if trace.is_recorded() && !self.spans.tell(span) {
+            self.metrics.span_dropped(1);
+        }
+    }
+
+    /// Counts parts of traces that could not be handed to whoever records them.
+    pub fn spans_dropped(&self, count: u64) {
+        self.metrics.span_dropped(count);
     }
 
     /// Counts bytes of a blob sent.
@@ -219,14 +266,20 @@ impl Events {
         self.metrics.tunnel()
     }
 
-    /// Counts an exchange with an upstream: what was done there, how it ended, how long its head took.
-    pub fn exchanged(&self, upstream: &str, operation: &'static str, code: &str, took: Duration) {
-        self.metrics.exchanged(upstream, operation, code, took);
+    /// Tells of an exchange with an upstream.
+    pub fn exchanged(&self, exchange: &Exchange<'_>) {
+        self.metrics.exchanged(exchange);
+        self.span(exchange.trace, || Span::of_exchange(exchange));
     }
 
-    /// The metrics as text, with the levels of this moment.
+    /// The metrics as text in the `OpenMetrics` format, with the levels of this moment.
     pub fn text(&self, levels: &Levels) -> String {
         self.metrics.text(levels, &self.clients.seen())
+    }
+
+    /// The same in the format that is older than `OpenMetrics`, for those who do not ask for that.
+    pub fn plain_text(&self, levels: &Levels) -> String {
+        exposition::plain(&self.text(levels))
     }
 
     /// The decisions remembered, the newest first.

@@ -6,7 +6,7 @@
 //!
 //! The map, from the inside out; each layer may use those before it, and `tests/layers.rs` holds it to that:
 //!
-//! 1. [`oci`]: the protocol's values and grammar, and [`clock`]. Pure.
+//! 1. [`oci`]: the protocol's values and grammar, [`trace`] (which request belongs to which) and [`clock`]. Pure.
 //! 2. [`policy`] and [`access`]: what to do, and who may read. Pure, without a clock.
 //! 3. [`store`] (the disk), [`upstream`] (the network outwards), [`event`] (what is told), [`flight`] (one question
 //!    for many askers).
@@ -33,10 +33,13 @@ pub mod event;
 pub mod flight;
 pub mod oci;
 pub mod operate;
+#[cfg(feature = "otlp")]
+pub mod otlp;
 pub mod policy;
 pub mod pull;
 pub mod run;
 pub mod server;
 pub mod setup;
 pub mod store;
+pub mod trace;
 pub mod upstream;

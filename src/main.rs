@@ -8,6 +8,9 @@ use clap::Parser;
 use ifnewer::cli::{Cli, Command, load};
 use ifnewer::clock::Clock;
 use ifnewer::config::{Config, Log, LogFormat};
+use ifnewer::event::Events;
+#[cfg(feature = "otlp")]
+use ifnewer::otlp;
 use ifnewer::run::{RunError, serve};
 use ifnewer::server::listen::Passed;
 use ifnewer::setup::{Done, Refused, Root};
@@ -28,6 +31,18 @@ fn main() -> ExitCode {
     match cli.wanted() {
         Command::Check => {
             let _ = write!(std::io::stdout(), "{}", config.summary());
+            ExitCode::SUCCESS
+        }
+        Command::Config(cli::Settings::Show { origin }) => match cli::settings(&cli.options) {
+            Ok(mut settings) => {
+                settings.with_origin = origin;
+                let _ = write!(std::io::stdout(), "{settings}");
+                ExitCode::SUCCESS
+            }
+            Err(faults) => fail(MISTAKEN, &faults),
+        },
+        Command::Config(cli::Settings::Reference) => {
+            let _ = write!(std::io::stdout(), "{}", ifnewer::config::reference());
             ExitCode::SUCCESS
         }
         Command::Healthcheck => run(async {
@@ -69,7 +84,35 @@ async fn serve_until_ended(
     passed: Passed,
     descriptors: usize,
 ) -> ExitCode {
-    match serve(config, passed, descriptors, || load(&options), Clock::system()).await {
+    let events = Events::new();
+    #[cfg(feature = "otlp")]
+    let recording = match cli::collector() {
+        Some(collector) => match otlp::record(&collector, &events) {
+            Ok(recording) => Some(recording),
+            Err(error) => return fail(MISTAKEN, &error),
+        },
+        None => None,
+    };
+    #[cfg(not(feature = "otlp"))]
+    if cli::collector().is_some() {
+        tracing::warn!(
+            "OTEL_EXPORTER_OTLP_ENDPOINT is set, and this program was built without the feature `otlp`: no traces are recorded"
+        );
+    }
+    let served = serve(
+        config,
+        passed,
+        descriptors,
+        || load(&options),
+        Clock::system(),
+        events,
+    )
+    .await;
+    #[cfg(feature = "otlp")]
+    if let Some(recording) = recording {
+        recording.finish().await;
+    }
+    match served {
         Ok(()) => ExitCode::SUCCESS,
         Err(
             error @ (RunError::AdminExposed(_)

@@ -43,6 +43,7 @@ pub use site::{Access, Site};
 use crate::access::Evidence;
 use crate::clock::Clock;
 use crate::download::{Downloads, Reader};
+use crate::event::Events;
 use crate::flight::Flights;
 use crate::oci::{Accept, Digest, MediaType, Operation, Reference, Repository, Tag};
 use crate::policy::rules::{Rule, Rules};
@@ -52,6 +53,7 @@ use crate::store::blobs::HeldBlob;
 use crate::store::challenges::KeptChallenge;
 use crate::store::manifests::HeldManifest;
 use crate::store::uses::Used;
+use crate::trace::Trace;
 use crate::upstream::{Answer, Caller};
 
 /// What the road needs of the world. Shared by every connection.
@@ -60,6 +62,7 @@ pub struct Pull {
     downloads: Downloads,
     rules: Rules,
     clock: Clock,
+    events: Events,
     principals: site::Principals,
     sizes: sizes::Sizes,
     found: check::Found,
@@ -89,6 +92,8 @@ pub struct Request {
     pub writes: u64,
     /// Whether a yes may lead the client to leave something out of a push, so that it must be the registry's.
     pub for_push: bool,
+    /// Which trace it belongs to.
+    pub trace: Trace,
 }
 
 /// What the client gets, before it is HTTP.
@@ -188,13 +193,19 @@ pub struct Refused {
 
 impl Pull {
     /// A road over `store`, whose install secret keys the principals.
-    pub fn new(store: Arc<Store>, downloads: Downloads, rules: Rules, clock: Clock) -> Self {
+    pub fn new(
+        store: Arc<Store>,
+        downloads: Downloads,
+        rules: Rules,
+        (clock, events): (Clock, Events),
+    ) -> Self {
         let principals = site::Principals::new(*store.install_secret());
         Self {
             store,
             downloads,
             rules,
             clock,
+            events,
             principals,
             sizes: sizes::Sizes::default(),
             found: check::Found::default(),
@@ -251,7 +262,7 @@ impl Pull {
             Reference::Digest(_) => None,
         };
         let rule = self.rule(site, repository, tag);
-        let context = self.context(site, repository, authorization);
+        let context = self.context_of(site, repository, authorization, &Trace::begun());
         let situation = match reference {
             Reference::Tag(tag) => {
                 let copies = self.copies_of_tag(site, repository, tag, &Accept::any());
@@ -283,8 +294,23 @@ impl Pull {
     }
 
     /// Who asks, and what is known of their right in this repository.
-    fn context(&self, site: &Site, repository: &Repository, authorization: Option<&HeaderValue>) -> Context {
-        let caller = site.caller(&self.principals, authorization);
+    fn context(&self, request: &Request, repository: &Repository) -> Context {
+        self.context_of(
+            &request.site,
+            repository,
+            request.authorization.as_ref(),
+            &request.trace,
+        )
+    }
+
+    fn context_of(
+        &self,
+        site: &Site,
+        repository: &Repository,
+        authorization: Option<&HeaderValue>,
+        trace: &Trace,
+    ) -> Context {
+        let caller = site.caller(&self.principals, authorization, trace);
         let account = self.account(site, repository, authorization);
         let evidence = Evidence {
             shared: site.is_shared(),

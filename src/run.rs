@@ -17,7 +17,7 @@ use crate::admin::{self, Admin, Guard, Surroundings, TokenError};
 use crate::clock::Clock;
 use crate::config::{self, Access, Config, Credential, Faults, Limits, Proxy, UpstreamConfig};
 use crate::download::Downloads;
-use crate::event::Events;
+use crate::event::{Events, Exchange};
 use crate::oci::digest::keyed;
 use crate::pull::{self, Pull, Site};
 use crate::server::accept::Accepting;
@@ -83,13 +83,15 @@ pub enum RunError {
 }
 
 /// Serves until a signal ends it, on the sockets that were `passed` to the process, if any. It may have so many
-/// `descriptors` open. `reload` reads the configuration again, on SIGHUP.
+/// `descriptors` open. `reload` reads the configuration again, on SIGHUP. What happens is told to
+/// `events`.
 pub async fn serve(
     config: Config,
     passed: Passed,
     descriptors: usize,
     reload: impl Fn() -> Result<Config, Faults>,
     clock: Clock,
+    events: Events,
 ) -> Result<(), RunError> {
     let token = admin_token(&config)?;
     let mut signals = Signals::new()?;
@@ -98,10 +100,14 @@ pub async fn serve(
     let volume = Arc::new(Directory::open(&config.data)?);
     let settings = store_settings(&config, descriptors);
     let store = Arc::new(Store::open(&settings, volume, clock.now())?);
+    let told = Told {
+        events,
+        offline: as_left(&store),
+        clock,
+    };
     let buffers = Buffers::default();
     let downloads = Downloads::new(Arc::clone(&store), buffers.clone(), limits.fetches_max);
     let connector = Connector::system();
-    let told = Told::default();
     let build = |config: &Config| registry(config, &store, &downloads, &connector, &told, clock);
     let registry = Arc::new(ArcSwap::from_pointee(build(&config)?));
     let front = Front {
@@ -135,6 +141,7 @@ pub async fn serve(
         clock,
         offline: told.offline.clone(),
         guard: Guard::new(token, config.tls.names.clone(), process_secret(&store, clock)),
+        tls: Arc::clone(&tls),
         ca: config.tls.own.is_none().then(|| config.tls.folder.join("ca.pem")),
         registry_addresses,
         ending: ending.clone(),
@@ -148,13 +155,7 @@ pub async fn serve(
 
     while matches!(signals.next().await, Wanted::Reload) {
         let _reloading = service::Reloading::begin();
-        let new = match reload() {
-            Ok(new) => new,
-            Err(faults) => {
-                tracing::error!("the new configuration is wrong; the old one stays:\n{faults}");
-                continue;
-            }
-        };
+        let Some(new) = right(reload()) else { continue };
         match (build(&new), certificates(&new)) {
             (Ok(serving), Ok(certificate)) => {
                 registry.store(Arc::new(serving));
@@ -178,7 +179,7 @@ pub async fn serve(
     ending.cancel();
     tokio::select! {
         () = async { while tasks.join_next().await.is_some() {} } => {}
-        _ = signals.next() => tracing::warn!("a second signal: ending now"),
+        () = signals.end() => tracing::warn!("a second signal: ending now"),
     }
     // The last client has its last byte a moment before the blob has its name.
     if tokio::time::timeout(SETTLE, downloads.idle()).await.is_err() {
@@ -224,6 +225,26 @@ fn store_settings(config: &Config, descriptors: usize) -> StoreSettings {
     }
 }
 
+/// An operator who switched offline mode on before an upgrade must not find upstreams asked after it.
+fn as_left(store: &Store) -> Offline {
+    let offline = Offline::default();
+    if store.is_offline_kept() {
+        tracing::warn!(
+            "offline mode is on, as it was left: no upstream is asked until `ifnewer offline off`"
+        );
+        offline.set(true);
+    }
+    offline
+}
+
+fn right(reread: Result<Config, Faults>) -> Option<Config> {
+    reread
+        .inspect_err(|faults| {
+            tracing::error!("the new configuration is wrong; the old one stays:\n{faults}");
+        })
+        .ok()
+}
+
 fn store_limits(config: &Config) -> StoreLimits {
     StoreLimits {
         bytes_max: config.store.bytes_max,
@@ -265,10 +286,27 @@ fn admin_token(config: &Config) -> Result<Option<Zeroizing<String>>, RunError> {
 }
 
 /// What every upstream shares, over all configurations of this process.
-#[derive(Default)]
-pub struct Told {
+struct Told {
     events: Events,
     offline: Offline,
+    clock: Clock,
+}
+
+impl Told {
+    /// Tells of exchanges with an upstream.
+    fn observer(&self) -> Observer {
+        let (events, clock) = (self.events.clone(), self.clock);
+        Observer::new(move |exchanged| {
+            events.exchanged(&Exchange {
+                upstream: exchanged.upstream,
+                operation: exchanged.operation,
+                code: exchanged.code,
+                ended: clock.now(),
+                took: exchanged.took,
+                trace: exchanged.trace,
+            });
+        })
+    }
 }
 
 /// New with each process, and as secret as the store's own.
@@ -309,7 +347,12 @@ fn registry(
     })?;
     let entry = config.entry.as_ref();
     let entry = entry.map(|entry| Entry::new(entry, *store.install_secret()));
-    let pull = Pull::new(Arc::clone(store), downloads.clone(), config.rules.clone(), clock);
+    let pull = Pull::new(
+        Arc::clone(store),
+        downloads.clone(),
+        config.rules.clone(),
+        (clock, told.events.clone()),
+    );
     Ok(Registry {
         doors: Doors::new(sites, default),
         pull: Arc::new(pull),
@@ -330,7 +373,13 @@ fn site(
             own_credential: config.credential.is_some(),
         },
     };
-    let site = Site::new(Arc::new(upstream(config, fetches_max, connector, told)?), access);
+    let upstream = upstream(
+        config,
+        fetches_max,
+        connector,
+        (told.offline.clone(), told.observer()),
+    )?;
+    let site = Site::new(Arc::new(upstream), access);
     let Some(realm) = &config.local_tokens else {
         return Ok(site);
     };
@@ -346,7 +395,7 @@ pub fn upstream(
     config: &UpstreamConfig,
     fetches_max: usize,
     connector: &Connector,
-    told: &Told,
+    (offline, observer): (Offline, Observer),
 ) -> Result<Upstream, RunError> {
     let refused = |error| RunError::Upstream {
         name: Arc::clone(&config.name),
@@ -363,16 +412,8 @@ pub fn upstream(
     })?;
     let mut settings = Settings::new(&*config.name, urls);
     settings.fetches_max = fetches_max;
-    settings.offline = told.offline.clone();
-    let events = told.events.clone();
-    settings.observer = Observer::new(move |exchanged| {
-        events.exchanged(
-            exchanged.upstream,
-            exchanged.operation,
-            exchanged.code,
-            exchanged.took,
-        );
-    });
+    settings.offline = offline;
+    settings.observer = observer;
     settings.roots.clone_from(&config.roots);
     settings.timeouts.connect = config.connect_timeout;
     settings.proxy = match &config.proxy {
@@ -448,6 +489,13 @@ impl Signals {
             terminate: signal(SignalKind::terminate())?,
             interrupt: signal(SignalKind::interrupt())?,
         })
+    }
+
+    /// Waits for one that ends the process. There is nothing left to be read again for.
+    async fn end(&mut self) {
+        while matches!(self.next().await, Wanted::Reload) {
+            tracing::info!("ending already: the configuration is not read again");
+        }
     }
 
     async fn next(&mut self) -> Wanted {

@@ -42,9 +42,10 @@ use gate::{Passage, Turned, Wanted};
 pub use idle::Pardon;
 
 use crate::clock::Clock;
-use crate::event::{Answered, Events, Kind, Trace, agent};
-use crate::pull::Pull;
+use crate::event::{Answered, Events, Kind, agent};
+use crate::pull::{Pull, Site};
 use crate::store::step::Buffers;
+use crate::trace::Trace;
 use told::Told;
 
 /// What serves requests. Exchanged whole when the configuration is read again.
@@ -81,91 +82,16 @@ impl Front {
         let registry = self.registry.load_full();
         let (head, body) = request.into_parts();
         let at = self.clock.now();
+        let trace = self.events.trace(&head.headers);
         let place = Place {
             head: &head,
             peer,
             at,
             began,
+            trace: &trace,
         };
-        let mut response;
-        let read = gate::read(&head, peer, &registry.doors, at);
-        let read = match (&registry.entry, read) {
-            (Some(entry), Ok(wanted)) => admitted(entry, &place, wanted).await,
-            (_, read) => read,
-        };
-        match read {
-            Ok(Wanted::Read(wanted, door)) => {
-                let (site, subject) = (Arc::clone(&wanted.site), told::subject(&wanted.operation));
-                let asked = reply::Asked::new(&head, &wanted);
-                let outcome = registry.pull.answer(wanted).await;
-                let told = Told::of(&outcome);
-                response = reply::answer(outcome, &asked, self, registry.pull.store());
-                self.tell(
-                    &place,
-                    (site.name(), door.name()),
-                    subject,
-                    &told,
-                    response.status(),
-                );
-            }
-            Ok(Wanted::Knock(wanted, door)) => {
-                let site = Arc::clone(&wanted.site);
-                let asked = reply::Asked::new(&head, &wanted);
-                let outcome = registry.pull.knock(&wanted).await;
-                let told = Told::of(&outcome);
-                response = reply::answer(outcome, &asked, self, registry.pull.store());
-                let subject = (Kind::Ping, told::path(&head.uri));
-                self.tell(
-                    &place,
-                    (site.name(), door.name()),
-                    subject,
-                    &told,
-                    response.status(),
-                );
-            }
-            Ok(Wanted::Pass(passage)) => {
-                let (site, door) = (Arc::clone(&passage.site), passage.door);
-                let subject = (passed_kind(&passage, &head), told::path(&head.uri));
-                let told;
-                (response, told) = match self
-                    .pass(&registry.pull, passage, &head, body, &peer.pardon)
-                    .await
-                {
-                    Ok(response) => (response, Told::passed()),
-                    Err(cause) => {
-                        let is_head = head.method == Method::HEAD;
-                        let response = reply::not_passed(site.name(), cause, is_head);
-                        (response, Told::not_passed(cause))
-                    }
-                };
-                self.tell(
-                    &place,
-                    (site.name(), door.name()),
-                    subject,
-                    &told,
-                    response.status(),
-                );
-            }
-            Ok(Wanted::Login(passage, realm)) => {
-                let (site, door) = (Arc::clone(&passage.site), passage.door);
-                let subject = (Kind::Other, told::path(&head.uri));
-                let told;
-                (response, told) = self.log_in(&registry.pull, passage, &realm, &head, body).await;
-                self.tell(
-                    &place,
-                    (site.name(), door.name()),
-                    subject,
-                    &told,
-                    response.status(),
-                );
-            }
-            Err(turned) => {
-                response = reply::turned(&turned, &head.method);
-                let subject = (Kind::Other, told::path(&head.uri));
-                let told = Told::turned(turned.name());
-                self.tell(&place, ("-", "-"), subject, &told, response.status());
-            }
-        }
+        let (mut response, about) = self.respond(&registry, &place, body).await;
+        self.tell(&place, &about, response.status());
         if gate::ends_connection(&head) {
             response
                 .headers_mut()
@@ -174,22 +100,90 @@ impl Front {
         response
     }
 
-    fn tell(
+    async fn respond(
         &self,
+        registry: &Registry,
         place: &Place<'_>,
-        (upstream, door): (&str, &'static str),
-        (kind, image): (Kind, String),
-        told: &Told,
-        status: StatusCode,
-    ) {
+        body: Incoming,
+    ) -> (Response<Body>, About) {
+        let head = place.head;
+        let pull = &registry.pull;
+        let read = gate::read(head, place.peer, &registry.doors, (place.at, place.trace));
+        let read = match (&registry.entry, read) {
+            (Some(entry), Ok(wanted)) => admitted(entry, place, wanted).await,
+            (_, read) => read,
+        };
+        let wanted = match read {
+            Ok(wanted) => wanted,
+            Err(turned) => {
+                let about = About {
+                    whither: None,
+                    subject: (Kind::Other, told::path(&head.uri)),
+                    told: Told::turned(turned.name()),
+                };
+                return (reply::turned(&turned, &head.method), about);
+            }
+        };
+        let (site, _, door) = wanted.subject();
+        let whither = Some((Arc::clone(site), door));
+        let by_path = |kind| (kind, told::path(&head.uri));
+        let (response, subject, told) = match wanted {
+            Wanted::Read(request, _) => {
+                let subject = told::subject(&request.operation);
+                let asked = reply::Asked::new(head, &request);
+                let outcome = pull.answer(request).await;
+                let told = Told::of(&outcome);
+                (reply::answer(outcome, &asked, self, pull.store()), subject, told)
+            }
+            Wanted::Knock(request, _) => {
+                let asked = reply::Asked::new(head, &request);
+                let outcome = pull.knock(&request).await;
+                let told = Told::of(&outcome);
+                let response = reply::answer(outcome, &asked, self, pull.store());
+                (response, by_path(Kind::Ping), told)
+            }
+            Wanted::Pass(passage) => {
+                let subject = by_path(passed_kind(&passage, head));
+                let site = Arc::clone(&passage.site);
+                match self.pass(pull, passage, place, body).await {
+                    Ok(response) => (response, subject, Told::passed()),
+                    Err(cause) => {
+                        let is_head = head.method == Method::HEAD;
+                        let response = reply::not_passed(site.name(), cause, is_head);
+                        (response, subject, Told::not_passed(cause))
+                    }
+                }
+            }
+            Wanted::Login(passage, realm) => {
+                let (response, told) = self.log_in(pull, passage, &realm, place, body).await;
+                (response, by_path(Kind::Other), told)
+            }
+        };
+        let about = About {
+            whither,
+            subject,
+            told,
+        };
+        (response, about)
+    }
+
+    fn tell(&self, place: &Place<'_>, about: &About, status: StatusCode) {
         let headers = &place.head.headers;
+        let About {
+            whither,
+            subject: (kind, image),
+            told,
+        } = about;
+        let (upstream, door) = whither
+            .as_ref()
+            .map_or(("-", "-"), |(site, door)| (site.name(), door.name()));
         let age = told.confirmed_at.and_then(|at| place.at.duration_since(at).ok());
         self.events.answered(&Answered {
             at: place.at,
             upstream,
             door,
-            kind,
-            image: &image,
+            kind: *kind,
+            image,
             result: told.result,
             reason: told.reason,
             cause: told.cause,
@@ -199,9 +193,17 @@ impl Front {
             took: place.began.elapsed(),
             client: place.peer.address,
             agent: &agent(headers.get(USER_AGENT)),
-            trace: Trace::of_request(headers),
+            trace: place.trace,
         });
     }
+}
+
+/// What is told of a request and its answer.
+struct About {
+    /// To which upstream, by which door; `None` where it was turned away before.
+    whither: Option<(Arc<Site>, Door)>,
+    subject: (Kind, String),
+    told: Told,
 }
 
 /// What is wanted, if whoever asks may have it. A password of ours goes no further.
@@ -231,6 +233,7 @@ struct Place<'a> {
     peer: &'a Peer,
     at: SystemTime,
     began: tokio::time::Instant,
+    trace: &'a Trace,
 }
 
 fn passed_kind(passage: &Passage, head: &Parts) -> Kind {

@@ -47,6 +47,7 @@ pub mod leftover;
 pub mod listings;
 mod lock;
 pub mod manifests;
+mod offline;
 pub mod pins;
 mod plan;
 mod record;

@@ -25,6 +25,7 @@ use crate::oci::accept::Accept;
 use crate::oci::cause::Cause;
 use crate::oci::name::Reference;
 use crate::oci::operation::Operation;
+use crate::trace::Trace;
 
 pub mod answer;
 mod breaker;
@@ -82,6 +83,8 @@ pub struct State {
     pub open: Option<(Duration, Cause)>,
     /// The last silence, and how long ago it was.
     pub last_silence: Option<(Cause, Duration)>,
+    /// The last question that it answered without sending anything: how long that took, and how long ago it was.
+    pub last_head: Option<(Duration, Duration)>,
     /// What it last said of its callers' allowances.
     pub allowances: Vec<Allowance>,
     /// What the registry does its own way.
@@ -115,6 +118,7 @@ struct Inner {
 struct Health {
     breaker: Breaker,
     last_silence: Option<(Cause, Instant)>,
+    last_head: Option<(Duration, Instant)>,
     probe: Option<AbortHandle>,
 }
 
@@ -202,10 +206,14 @@ impl Upstream {
             let answer = if let Some(left) = self.0.limits.waiting(position, lane, caller, Instant::now()) {
                 Answer::rate_limited(left)
             } else {
-                let began = Instant::now();
-                let answer = self.question(origin, caller, operation, accept).head().await;
-                self.0.tell(operation, true, Some(&answer), began);
+                let (began, trace) = (Instant::now(), caller.trace.within());
+                let question = self.question(origin, caller, (operation, accept), &trace);
+                let answer = question.head().await;
+                self.0.tell((operation, true), Some(&answer), began, &trace);
                 self.0.note((position, lane), caller, &answer);
+                if answer.silence().is_none() {
+                    self.0.health().last_head = Some((began.elapsed(), Instant::now()));
+                }
                 answer
             };
             if answer.silence().is_none() {
@@ -245,6 +253,9 @@ impl Upstream {
             last_silence: health
                 .last_silence
                 .map(|(cause, at)| (cause, now.saturating_duration_since(at))),
+            last_head: health
+                .last_head
+                .map(|(took, at)| (took, now.saturating_duration_since(at))),
             allowances: self.0.limits.allowances(now),
             quirks: self.0.quirks.known(now),
             in_flight: (2 * self.0.fetches_max).saturating_sub(free),
@@ -255,8 +266,8 @@ impl Upstream {
         &'a self,
         origin: &'a Origin,
         caller: &'a Caller,
-        operation: &'a Operation,
-        accept: &'a Accept,
+        (operation, accept): (&'a Operation, &'a Accept),
+        trace: &'a Trace,
     ) -> Question<'a> {
         Question {
             exchange: &self.0.exchange,
@@ -266,6 +277,7 @@ impl Upstream {
             operation,
             accept,
             manifest_bytes_max: self.0.manifest_bytes_max,
+            trace,
         }
     }
 
@@ -306,9 +318,9 @@ impl Inner {
         self.health.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn tell(&self, operation: &Operation, is_head: bool, answer: Option<&Answer>, began: Instant) {
+    fn tell(&self, asked: (&Operation, bool), answer: Option<&Answer>, began: Instant, trace: &Trace) {
         self.observer
-            .tell(&self.name, operation, is_head, answer, began.elapsed());
+            .tell(&self.name, asked, answer, began.elapsed(), trace);
     }
 
     /// Whether a HEAD of this would be answered by a GET, as this upstream is known to need.
@@ -344,10 +356,12 @@ impl Inner {
             .filter(|_| cause == Cause::TokenService);
         let own = self.urls.iter().filter_map(|origin| origin.join("/v2/"));
         for uri in realm.map_or_else(|| own.collect(), |realm| vec![realm]) {
+            let mut headers = HeaderMap::new();
+            Trace::begun().write(&mut headers);
             let request = Request {
                 method: Method::GET,
                 uri,
-                headers: HeaderMap::new(),
+                headers,
                 body: bytes::Bytes::new(),
                 follow: Follow::SameOrigin,
                 within: self.timeouts.token,

@@ -41,6 +41,7 @@ const MODULES: &[Module] = &[
     // Values.
     module("oci", 1, &[], &[]),
     module("clock", 1, &[], &[]),
+    module("trace", 1, &[], &[]),
     // Judgement. Time is an argument. `access` answers in the decision's own word, `Standing`: one type, no translation.
     module("policy", 2, &[], &["clock"]),
     module("access", 2, &["policy"], &["clock"]),
@@ -94,12 +95,13 @@ const MODULES: &[Module] = &[
     ),
     module("server", 6, &["config"], &[]),
     module("admin", 6, &["config", "server"], &[]),
+    module("otlp", 6, &["config"], &["store", "download", "pull", "clock"]),
     module("run", 6, &["config", "server", "admin"], &[]),
     module(
         "main",
         6,
         &[
-            "config", "cli", "server", "admin", "run", "setup", "ca", "doctor", "operate", "demo",
+            "config", "cli", "server", "admin", "run", "setup", "ca", "doctor", "operate", "demo", "otlp",
         ],
         &[],
     ),
@@ -121,6 +123,9 @@ const VENDORS: &[(&str, &[&str])] = &[
     ("bcrypt", &["server/entry.rs"]),
     ("rcgen", &["server/tls.rs", "server/tls/", "server/mint.rs"]),
     ("x509_parser", &["server/certificate.rs"]),
+    ("opentelemetry", &["otlp.rs"]),
+    ("opentelemetry_otlp", &["otlp.rs"]),
+    ("opentelemetry_sdk", &["otlp.rs"]),
 ];
 
 /// The doctor speaks for itself: what it asks must not go by the ways that it looks at.

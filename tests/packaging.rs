@@ -17,7 +17,8 @@ use std::process::Command;
 use std::time::{Duration, SystemTime};
 
 use ifnewer::config::{Config, KEYS};
-use ifnewer::event::{AllowanceLevel, Answered, Events, Kind, Levels, Outcome, Trace};
+use ifnewer::event::{AllowanceLevel, Answered, Events, Exchange, Kind, Levels, Outcome};
+use ifnewer::trace::Trace;
 
 fn packaging(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("packaging").join(name)
@@ -45,9 +46,16 @@ fn scrape() -> String {
         took: Duration::from_millis(1),
         client: Some(Ipv4Addr::LOCALHOST.into()),
         agent: "docker/27.3.1",
-        trace: Trace::of_request(&http::HeaderMap::new()),
+        trace: &Trace::begun(),
     });
-    events.exchanged("docker.io", "manifest-head", "200", Duration::from_millis(1));
+    events.exchanged(&Exchange {
+        upstream: "docker.io",
+        operation: "manifest-head",
+        code: "200",
+        ended: SystemTime::UNIX_EPOCH,
+        took: Duration::from_millis(1),
+        trace: &Trace::begun(),
+    });
     drop(events.tunnel());
     events.text(&Levels {
         upstreams: vec![("docker.io".into(), true)],
@@ -56,8 +64,11 @@ fn scrape() -> String {
             credential: "anonymous",
             limit: Some(200),
             remaining: Some(143),
+            resets_at: Some(SystemTime::UNIX_EPOCH),
         }],
         evicted: vec![("size", 1)],
+        longest_idle: Some(Duration::from_secs(60)),
+        certificates: vec![("server", SystemTime::UNIX_EPOCH)],
         ..Levels::default()
     })
 }
@@ -108,6 +119,16 @@ fn the_dashboard_is_json_and_each_panel_asks_something() {
             assert!(!named(target["expr"].as_str().unwrap()).is_empty(), "{panel}");
         }
     }
+}
+
+#[test]
+fn the_reference_of_settings_is_that_of_the_program() {
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/configuration.md");
+    let written = std::fs::read_to_string(file).unwrap_or_default();
+    assert!(
+        written == ifnewer::config::reference(),
+        "make it anew: cargo run -- config reference > docs/configuration.md"
+    );
 }
 
 #[test]

@@ -74,7 +74,7 @@ impl Event {
             ms: told.ms,
             client: told.client.map(|client| client.to_string()),
             user_agent: told.agent.to_string(),
-            trace_id: told.trace.id(),
+            trace_id: told.trace.to_string(),
         }
     }
 }
@@ -146,7 +146,7 @@ impl Filter {
                 &self.client,
                 &told.client.map(|client| client.to_string()).unwrap_or_default(),
             )
-            && is(&self.trace, &told.trace.id())
+            && is(&self.trace, &told.trace.to_string())
     }
 }
 

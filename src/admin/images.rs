@@ -1,5 +1,6 @@
 //! The images held: all of them, and one in full; and letting go of them.
 
+use std::cmp::Reverse;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -16,7 +17,8 @@ use crate::server::Registry;
 use crate::store::inventory::{Inventory, Stocked};
 use crate::store::manifests::HeldManifest;
 use crate::store::pins::Pin;
-use crate::store::refs::{NEVER_CONFIRMED, TagKey, Variant};
+use crate::store::refs::{NEVER_CONFIRMED, Past, TagKey, TagRecord, Variant};
+use crate::store::uses::Used;
 
 /// Images on one page of the list, unless `limit` says fewer.
 pub(super) const IMAGES_MAX: usize = 1_000;
@@ -43,6 +45,8 @@ pub(super) struct Image {
     pub(super) confirmed_seconds_ago: Option<u64>,
     /// Until when it is served without asking.
     pub(super) fresh_until: Option<String>,
+    /// When a client was last given its manifest, or the cache got it.
+    pub(super) last_pulled_at: Option<String>,
     pub(super) rule: String,
     pub(super) policy: &'static str,
     /// Kept from eviction.
@@ -58,6 +62,8 @@ pub(super) struct ImageInFull {
     pub(super) variants: Vec<Variation>,
     /// What the images of its platforms are made of.
     pub(super) parts: Vec<Part>,
+    /// What the tag named before, the last first.
+    pub(super) history: Vec<PastImage>,
     pub(super) grants: usize,
     /// When anyone was last proven to be able to read it.
     pub(super) public_since: Option<String>,
@@ -75,6 +81,14 @@ pub(super) struct Variation {
     pub(super) earlier: Option<EarlierImage>,
 }
 
+#[derive(Serialize)]
+pub(super) struct PastImage {
+    pub(super) digest: String,
+    pub(super) first_seen_at: String,
+    pub(super) confirmed_at: String,
+}
+
+/// The last one that was whole.
 #[derive(Serialize)]
 pub(super) struct EarlierImage {
     pub(super) digest: String,
@@ -180,9 +194,9 @@ pub(super) fn list(registry: &Registry, wanted: &Wanted, now: SystemTime) -> (Ve
         .collect();
     match wanted.by {
         Sort::Name => {}
-        Sort::Size => found.sort_by_key(|image| std::cmp::Reverse(inventory.sizes(image).0)),
+        Sort::Size => found.sort_by_key(|image| Reverse(inventory.sizes(image).0)),
         Sort::Confirmed => {
-            found.sort_by_key(|image| std::cmp::Reverse(newest(image).map(|variant| variant.confirmed_at)));
+            found.sort_by_key(|image| Reverse(newest(image).map(|variant| variant.confirmed_at)));
         }
     }
     let total = found.len();
@@ -238,6 +252,11 @@ pub(super) fn in_full(registry: &Registry, named: &Named, now: SystemTime) -> Re
         image,
         variants: variants.collect(),
         parts,
+        history: store
+            .tag(&key)
+            .ok()
+            .flatten()
+            .map_or_else(Vec::new, |record| history(&record)),
         grants: store.grants_count(&key.upstream, &key.repository),
         public_since: store.public_since(&key.upstream, &key.repository).map(rfc3339),
     })
@@ -330,6 +349,22 @@ fn not_held(key: &TagKey, inventory: &Inventory) -> Problem {
     }
 }
 
+/// Of all variants together, the last first.
+fn history(record: &TagRecord) -> Vec<PastImage> {
+    let mut all: Vec<&Past> = record
+        .variants
+        .iter()
+        .flat_map(|variant| &variant.history)
+        .collect();
+    all.sort_by_key(|past| Reverse(past.confirmed_at));
+    let told = all.iter().map(|past| PastImage {
+        digest: past.digest.to_string(),
+        first_seen_at: rfc3339(past.first_held_at),
+        confirmed_at: rfc3339(past.confirmed_at),
+    });
+    told.collect()
+}
+
 fn newest(image: &Stocked) -> Option<&Variant> {
     image
         .record
@@ -372,6 +407,7 @@ fn line(registry: &Registry, inventory: &Inventory, image: &Stocked, now: System
             age.unwrap_or_default().as_secs()
         }),
         fresh_until: fresh_until.map(rfc3339),
+        last_pulled_at: store.last_use(Used::Manifest(variant.digest)).map(rfc3339),
         rule: rule.map_or_else(
             || "its upstream is not configured any more".to_owned(),
             |rule| rule.name.to_string(),

@@ -7,6 +7,7 @@
 mod plot;
 mod sections;
 mod snippets;
+mod upstreams;
 
 use http::StatusCode;
 use http::header::HOST;
@@ -20,7 +21,7 @@ use super::reply::{Problem, Reply, see_other, whole};
 use super::routes::blocking;
 use super::words::{bytes, duration};
 use super::work::Platforms;
-use super::{Admin, status, transfers, upstreams};
+use super::{Admin, status, transfers};
 use crate::oci::Query;
 use crate::pull::Refreshed;
 
@@ -81,7 +82,7 @@ pub(super) async fn page(admin: &Admin, query: &Query, head: &Parts) -> Result<R
                     (sections::decisions(&admin.told(&Filter::newest(DECISIONS_SHOWN, &shown.decisions)), &shown))
                     (sections::images(&listed, &shown, IMAGES_SHOWN, &secret))
                     div.pair {
-                        (sections::upstreams(&upstreams::listed(&registry)))
+                        (upstreams::section(&super::upstreams::listed(&registry, now)))
                         (sections::clients(&admin.clients_seen(now)))
                     }
                     (snippets::section(&snippets::address(admin, host), admin.ca.is_some()))
@@ -185,11 +186,11 @@ pub(super) async fn act(admin: &Admin, body: &[u8]) -> Result<Reply, Problem> {
             }
         }
         "offline" => {
-            admin.switch_offline(true);
+            admin.switch_offline(true).await?;
             "Offline: no upstream is asked until this is switched off.".to_owned()
         }
         "online" => {
-            admin.switch_offline(false);
+            admin.switch_offline(false).await?;
             "Online again.".to_owned()
         }
         other => return Err(Problem::bad(format!("there is no deed `{other}`"))),

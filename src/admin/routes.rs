@@ -18,12 +18,8 @@ use super::named::Named;
 use super::reply::{Body, Problem, Reply, answer, whole, with_status};
 use super::work::{Platforms, Wish, request};
 use super::{Admin, page, status, transfers, upstreams, why};
-use crate::event::Levels;
 use crate::oci::{Operation, Query, Reference};
 use crate::pull::Refreshed;
-
-/// The metrics' type: `OpenMetrics`, which Prometheus and its kin ask for.
-const OPENMETRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
 /// The largest body of a request.
 const BODY_BYTES_MAX: usize = 64 * 1024;
@@ -73,7 +69,7 @@ impl Admin {
                     "/api/v1/why" => self.why_posted(&body).await,
                     "/api/v1/pulls" => self.pull_posted(&body),
                     "/api/v1/refresh" => self.refresh_posted(&body).await,
-                    "/api/v1/offline" => self.offline_posted(&body),
+                    "/api/v1/offline" => self.offline_posted(&body).await,
                     "/api/v1/gc" => self.gc_posted(&body).await,
                     "/api/v1/verify" => self.verify_posted(&body).await,
                     "/api/v1/pins" => self.pin_posted(&body).await,
@@ -99,7 +95,7 @@ impl Admin {
             "/ca.pem" => self.ca().await?,
             "/healthz" => whole(StatusCode::OK, "text/plain; charset=utf-8", "ok\n"),
             "/readyz" => self.ready(),
-            "/metrics" => whole(StatusCode::OK, OPENMETRICS, self.events.text(&self.levels())),
+            "/metrics" => self.metrics(head, now),
             "/api/openapi.json" => whole(StatusCode::OK, "application/json", OPENAPI),
             "/api/v1/status" => json_of(&self.status(now))?,
             "/api/v1/series" => {
@@ -122,7 +118,7 @@ impl Admin {
                 let named = Named::of_query(query, &registry)?;
                 blocking(move || json_of(&why::why(&registry, &named, None, now))).await?
             }
-            "/api/v1/upstreams" => answer(&upstreams::listed(&registry)),
+            "/api/v1/upstreams" => answer(&upstreams::listed(&registry, now)),
             "/api/v1/transfers" => answer(&json!({ "transfers": transfers::list(&registry) })),
             "/api/v1/events" => answer(&json!({ "events": self.told(&Filter::read(query)?) })),
             "/api/v1/events/stream" => self.watch(Filter::read(query)?)?,
@@ -197,39 +193,6 @@ impl Admin {
         let name = HeaderValue::from_static("attachment; filename=\"ifnewer-ca.pem\"");
         reply.headers_mut().insert(CONTENT_DISPOSITION, name);
         Ok(reply)
-    }
-
-    fn levels(&self) -> Levels {
-        let registry = self.registry.load();
-        let (store, downloads) = (registry.pull.store(), registry.pull.downloads());
-        let (usage, evicted) = (store.usage(), store.evictions());
-        let upstreams = registry.doors.all().iter().map(|site| {
-            let is_up = site.upstream().silent_now().is_none();
-            (site.name().into(), is_up)
-        });
-        let waiters = downloads
-            .transfers()
-            .iter()
-            .map(|transfer| transfer.readers.saturating_sub(1) as u64)
-            .sum();
-        Levels {
-            store_bytes: usage.blob_bytes + usage.manifest_bytes,
-            store_bytes_max: store.limits().bytes_max,
-            evicted: vec![("size", evicted.for_size), ("free", evicted.for_free)],
-            evicted_bytes: evicted.bytes,
-            without_room: evicted.refused,
-            scrub_damaged: store.scrubbed().damaged,
-            is_store_degraded: !store.troubles().is_empty(),
-            store_objects: usage.blobs + usage.manifests,
-            store_tags: usage.tags,
-            transfers: downloads.count() as u64,
-            waiters,
-            fetched_bytes: downloads.fetched_bytes(),
-            digest_mismatches: downloads.digest_mismatches(),
-            offline: self.offline.is_on(),
-            upstreams: upstreams.collect(),
-            allowances: upstreams::allowances(&registry),
-        }
     }
 }
 
@@ -398,24 +361,28 @@ impl Admin {
         Ok((name, was))
     }
 
-    fn offline_posted(&self, body: &[u8]) -> Result<Reply, Problem> {
+    async fn offline_posted(&self, body: &[u8]) -> Result<Reply, Problem> {
         #[derive(Deserialize)]
         #[serde(deny_unknown_fields)]
         struct Wanted {
             offline: bool,
         }
         let wanted: Wanted = parse(body)?;
-        let was = self.switch_offline(wanted.offline);
+        let was = self.switch_offline(wanted.offline).await?;
         Ok(answer(&json!({ "offline": wanted.offline, "was": was })))
     }
 
-    /// Turns asking off or on; says how it was.
-    pub(super) fn switch_offline(&self, on: bool) -> bool {
+    /// Turns asking off or on, also for after a restart; says how it was.
+    pub(super) async fn switch_offline(&self, on: bool) -> Result<bool, Problem> {
         let was = self.offline.set(on);
+        let registry = self.registry.load_full();
+        if let Err(fault) = blocking(move || Ok(registry.pull.store().keep_offline(on))).await? {
+            tracing::error!(%fault, offline = on, "switched, and after a restart it will be as it was");
+        }
         if was != on {
             tracing::warn!(offline = on, "switched by the operator");
         }
-        was
+        Ok(was)
     }
 
     async fn remove(&self, query: &Query) -> Result<Reply, Problem> {

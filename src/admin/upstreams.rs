@@ -1,25 +1,25 @@
 //! The upstreams as an operator sees them: how each is doing, and what is left of whose allowance there.
 
 use std::collections::BTreeMap;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use serde_json::{Value, json};
 
+use super::words::rfc3339;
 use crate::event::AllowanceLevel;
 use crate::oci::Cause;
+use crate::pull::Site;
 use crate::server::Registry;
-use crate::upstream::State;
 
 /// All upstreams, as JSON. Credentials are told by kind, a client's by an id that means nothing elsewhere.
-pub(super) fn listed(registry: &Registry) -> Value {
+pub(super) fn listed(registry: &Registry, now: SystemTime) -> Value {
     let sites = registry.doors.all().iter();
-    let upstreams: Vec<Value> = sites
-        .map(|site| described(site.name(), &site.upstream().state()))
-        .collect();
+    let upstreams: Vec<Value> = sites.map(|site| described(site, now)).collect();
     json!({ "upstreams": upstreams })
 }
 
-fn described(name: &str, state: &State) -> Value {
+fn described(site: &Site, now: SystemTime) -> Value {
+    let (name, state) = (site.name(), site.upstream().state());
     let silence = |(cause, ago): (Cause, Duration)| json!({ "cause": cause.name(), "text": format!("{name} {cause}"), "seconds": ago.as_secs() });
     let allowances: Vec<Value> = state
         .allowances
@@ -30,6 +30,7 @@ fn described(name: &str, state: &State) -> Value {
                 "limit": allowance.limit.limit,
                 "remaining": allowance.limit.remaining,
                 "window_seconds": allowance.limit.window_s,
+                "resets_at": allowance.resets_at(now).map(rfc3339),
                 "source": allowance.limit.source,
                 "seconds_ago": allowance.ago.as_secs(),
             })
@@ -39,6 +40,8 @@ fn described(name: &str, state: &State) -> Value {
         "name": name,
         "silent": state.open.map(|(since, cause)| silence((cause, since))),
         "last_silence": state.last_silence.map(silence),
+        "last_head": state.last_head.map(|(took, ago)| json!({ "ms": took.as_millis(), "seconds_ago": ago.as_secs() })),
+        "identity": site.identity(),
         "in_flight": state.in_flight,
         "quirks": state.quirks.iter().map(|quirk| quirk.name()).collect::<Vec<_>>(),
         "rate_limits": allowances,
@@ -46,7 +49,7 @@ fn described(name: &str, state: &State) -> Value {
 }
 
 /// What is left of whose allowance: of several clients, of the one with the fewest pulls left.
-pub(super) fn allowances(registry: &Registry) -> Vec<AllowanceLevel> {
+pub(super) fn allowances(registry: &Registry, now: SystemTime) -> Vec<AllowanceLevel> {
     let mut levels = Vec::new();
     for site in registry.doors.all() {
         let mut fewest = BTreeMap::new();
@@ -56,6 +59,7 @@ pub(super) fn allowances(registry: &Registry) -> Vec<AllowanceLevel> {
                 credential: allowance.who.name(),
                 limit: allowance.limit.limit,
                 remaining: allowance.limit.remaining,
+                resets_at: allowance.resets_at(now),
             };
             let kept = fewest.entry(level.credential).or_insert_with(|| level.clone());
             let is_fewer = |left| kept.remaining.is_none_or(|kept| left < kept);

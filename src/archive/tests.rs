@@ -130,6 +130,7 @@ impl Ground {
             confirmed_at,
             first_held_at: now(),
             earlier: None,
+            history: Vec::new(),
         };
         self.store.keep_tag(&key(name), variant).unwrap();
     }

@@ -81,7 +81,7 @@ fn every_flag_sets_its_key() {
         ("IFNEWER_LOG", "error"),
         ("IFNEWER_LISTEN_ADMIN", "x"),
     ];
-    let config = load_with(&options, environment(&variables), false).unwrap();
+    let config = gathered_from(&options, environment(&variables), false, Config::gather).unwrap();
     assert_eq!(config.data, Path::new("d"));
     assert_eq!(
         config.listen.registry,
@@ -95,7 +95,7 @@ fn every_flag_sets_its_key() {
 #[test]
 fn a_file_that_was_named_must_exist() {
     let options = parse("ifnewer --config /nowhere/ifnewer.toml").options;
-    let faults = load_with(&options, environment(&[]), false)
+    let faults = gathered_from(&options, environment(&[]), false, Config::gather)
         .unwrap_err()
         .to_string();
     assert!(
@@ -133,7 +133,7 @@ fn the_cache_is_in_the_users_folder() {
         (&[], false, "/var/cache/ifnewer"),
     ];
     for (variables, is_root, expected) in table {
-        let config = load_with(&options, environment(variables), is_root).unwrap();
+        let config = gathered_from(&options, environment(variables), is_root, Config::gather).unwrap();
         assert_eq!(config.data, Path::new(expected), "{variables:?}");
     }
 }
@@ -144,11 +144,11 @@ fn what_is_not_text_is_told() {
     let folder = tempfile::tempdir().unwrap();
     let options = options_with_empty_file(&folder);
     let variable = (OsString::from("IFNEWER_DATA"), OsString::from_vec(vec![0xff]));
-    let faults = load_with(&options, [variable].into_iter(), false).unwrap_err();
+    let faults = gathered_from(&options, [variable].into_iter(), false, Config::gather).unwrap_err();
     assert_eq!(faults.to_string(), "IFNEWER_DATA: the value is not UTF-8");
 
     std::fs::write(options.config.as_ref().unwrap(), [0xff]).unwrap();
-    let faults = load_with(&options, environment(&[]), false)
+    let faults = gathered_from(&options, environment(&[]), false, Config::gather)
         .unwrap_err()
         .to_string();
     assert!(faults.ends_with("ifnewer.toml: is not UTF-8 text"), "{faults}");

@@ -190,7 +190,8 @@ impl<'a> Report<'a> {
         }
     }
 
-    fn place(&self, at: &At) -> Place {
+    /// Where that is, for people.
+    pub(super) fn place(&self, at: &At) -> Place {
         match at {
             At::Span(span) => self.in_text(span),
             At::Variable(name) => Place::Variable(name.clone()),

@@ -83,6 +83,11 @@ impl Table {
         self.entries.get(key).map_or(&At::Default, |entry| &entry.at)
     }
 
+    /// What a key has, be it the default.
+    pub(super) fn value(&self, key: &str) -> Option<&Value> {
+        self.entries.get(key).map(|entry| &entry.value)
+    }
+
     /// Whether a key was given, and not only its default holds.
     pub(super) fn is_given(&self, key: &str) -> bool {
         self.entries.get(key).is_some_and(|entry| entry.at != At::Default)

@@ -11,6 +11,7 @@ use tokio::time::Instant;
 use super::DemoError;
 use crate::oci::header::CACHE_STATUS;
 use crate::oci::{Accept, Algorithm, AnyDigest, Digest, Manifest, Operation, Reference, Repository};
+use crate::trace::Trace;
 use crate::upstream::{Answer, Caller, Connector, Credential, ProxyChoice, Settings, Upstream};
 
 /// The largest thing the demo has.
@@ -60,6 +61,7 @@ impl Client {
             caller: Caller {
                 principal: [u8::from(authorization.is_some()); 32],
                 credential,
+                trace: Trace::begun(),
             },
         })
     }

@@ -12,6 +12,7 @@ use super::{Check, Patient, State};
 use crate::config::{Plain, UpstreamConfig};
 use crate::oci::{Accept, Operation, Reference, Repository, Tag};
 use crate::run;
+use crate::trace::Trace;
 use crate::upstream::{Caller, Connector, Credential, Upstream};
 
 /// A name that nobody has: whatever the registry answers, it answers.
@@ -128,7 +129,7 @@ pub(super) async fn upstreams(patient: &Patient<'_>) -> Vec<Check> {
     let mut asked = JoinSet::new();
     for (position, upstream) in patient.config.upstreams.iter().enumerate() {
         let name = format!("upstream {}", upstream.name);
-        match run::upstream(upstream, 4, &connector, &run::Told::default()) {
+        match run::upstream(upstream, 4, &connector, Default::default()) {
             Ok(client) => {
                 let operation = operation(upstream, &patient.options.canary);
                 asked.spawn(async move { (position, self::upstream(name, &client, operation).await) });
@@ -223,6 +224,7 @@ async fn upstream(name: String, upstream: &Upstream, operation: Option<Operation
     let anonymous = Caller {
         principal: [0; 32],
         credential: Credential::Anonymous,
+        trace: Trace::begun(),
     };
     let answer = upstream.head(&anonymous, &operation, &Accept::any()).await;
     if let Some(cause) = answer.silence() {

@@ -17,28 +17,30 @@ use crate::store::leftover::{Leftover, Resumed};
 use crate::upstream::{Answer, Said};
 
 /// Runs one transfer to its end and leaves the map.
-pub(super) async fn run<S: Source>(place: Place, source: S) {
-    if let Err(failure) = fill(&place, source).await {
+pub(super) async fn run<S: Source>(place: Place, mut source: S) {
+    let filled = fill(&place, &mut source).await;
+    source.ended(filled.as_ref().err());
+    if let Err(failure) = filled {
         tracing::debug!(digest = %place.download.digest, %failure, "download failed");
         place.download.counts.failed(&failure);
         place.fail(failure);
     }
 }
 
-async fn fill<S: Source>(place: &Place, mut source: S) -> Result<(), Failure> {
+async fn fill<S: Source>(place: &Place, source: &mut S) -> Result<(), Failure> {
     // The semaphore is never closed; were it, running without a limit would be the lesser harm.
     let _permit = place.shared.places.acquire().await.ok();
-    let begun = begin(place, &mut source).await?;
+    let begun = begin(place, source).await?;
     let total = begun.total;
-    let (ended, mended) = transfer(place, &mut source, begun).await;
+    let (ended, mended) = transfer(place, source, begun).await;
     let (ingest, verified) = match ended {
         Err(Failure::Wrong(mismatch)) if mended => {
             tracing::warn!(digest = %place.download.digest, %mismatch, "bytes put together from several answers are wrong; fetching once more from the start");
             // If that fails as well, the first failure is the one to tell.
-            let Ok(begun) = begin_again(place, &mut source, total).await else {
+            let Ok(begun) = begin_again(place, source, total).await else {
                 return Err(Failure::Wrong(mismatch));
             };
-            transfer(place, &mut source, begun).await.0?
+            transfer(place, source, begun).await.0?
         }
         ended => ended?,
     };

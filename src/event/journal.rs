@@ -7,8 +7,9 @@ use std::time::SystemTime;
 
 use tokio::sync::broadcast;
 
-use super::{Kind, Outcome, Trace};
+use super::{Kind, Outcome};
 use crate::oci::{Cause, Digest};
+use crate::trace::TraceId;
 
 /// Decisions remembered; the oldest go first.
 const DECISIONS_MAX: usize = 2_000;
@@ -48,7 +49,7 @@ pub struct Decision {
     /// With which program, as it calls itself.
     pub agent: Box<str>,
     /// Names the request across programs.
-    pub trace: Trace,
+    pub trace: TraceId,
 }
 
 /// The last decisions, and a way to hear of new ones.
@@ -124,7 +125,7 @@ mod tests {
             ms: 1.0,
             client: None,
             agent: "".into(),
-            trace: Trace::of_number(7),
+            trace: TraceId::of_number(7),
         }
     }
 

@@ -1,8 +1,10 @@
-//! The counts, in the conventions of Prometheus: base units, `_total`, one unit to a name.
+//! The counts, in the conventions of Prometheus: base units, `_total`, one unit to a name. `names` has those.
+
+mod names;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::encoding::text::encode;
@@ -10,10 +12,9 @@ use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
-use prometheus_client::metrics::info::Info;
-use prometheus_client::registry::{Registry, Unit};
+use prometheus_client::registry::Registry;
 
-use super::{Answered, BytesFrom, Client, Kind, Outcome, Totals};
+use super::{Answered, BytesFrom, Client, Exchange, Kind, Levels, Outcome, Totals};
 
 type Level = Gauge<u64, AtomicU64>;
 
@@ -60,58 +61,13 @@ struct AllowanceLabels {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct CertificateLabels {
+    certificate: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct ClientLabels {
     client: &'static str,
-}
-
-/// What is known only when someone looks: read at each scrape.
-#[derive(Clone, Debug, Default)]
-pub struct Levels {
-    /// Bytes of blobs and manifests held.
-    pub store_bytes: u64,
-    /// Bytes that may be held.
-    pub store_bytes_max: u64,
-    /// Blobs and manifests evicted since the start, by the limit that asked for it.
-    pub evicted: Vec<(&'static str, u64)>,
-    /// Bytes of what was evicted.
-    pub evicted_bytes: u64,
-    /// Blobs passed through because the limits left no room for them.
-    pub without_room: u64,
-    /// Blobs and manifests that the scrub found damaged since the start.
-    pub scrub_damaged: u64,
-    /// Whether something keeps the store from storing.
-    pub is_store_degraded: bool,
-    /// Blobs and manifests held.
-    pub store_objects: u64,
-    /// Tags known.
-    pub store_tags: u64,
-    /// Transfers under way.
-    pub transfers: u64,
-    /// Clients that read from a transfer under way which another one began.
-    pub waiters: u64,
-    /// Bytes of blobs fetched from upstreams since the start.
-    pub fetched_bytes: u64,
-    /// Transfers whose bytes were not those of their digest, since the start.
-    pub digest_mismatches: u64,
-    /// Whether asking is switched off.
-    pub offline: bool,
-    /// Whether each upstream answers, as its breaker sees it.
-    pub upstreams: Vec<(Arc<str>, bool)>,
-    /// What is left of whose allowance.
-    pub allowances: Vec<AllowanceLevel>,
-}
-
-/// What an upstream last said of an allowance.
-#[derive(Clone, Debug)]
-pub struct AllowanceLevel {
-    /// The upstream's name.
-    pub upstream: Arc<str>,
-    /// Whose it is: `anonymous`, `own`, or `client` for all clients with a credential of their own.
-    pub credential: &'static str,
-    /// Pulls allowed in a window.
-    pub limit: Option<u64>,
-    /// Pulls left in it.
-    pub remaining: Option<u64>,
 }
 
 /// Counts what a tunnel carries.
@@ -168,7 +124,11 @@ pub(super) struct Metrics {
     upstream_up: Family<UpstreamLabels, Level>,
     rate_limit: Family<AllowanceLabels, Level>,
     rate_limit_remaining: Family<AllowanceLabels, Level>,
+    rate_limit_reset: Family<AllowanceLabels, Level>,
     client_seen: Family<ClientLabels, Level>,
+    spans_dropped: Counter,
+    longest_idle: Gauge<f64, AtomicU64>,
+    certificates: Family<CertificateLabels, Level>,
     totals: Counts,
     registry: Registry,
 }
@@ -214,7 +174,11 @@ impl Default for Metrics {
             upstream_up: Family::default(),
             rate_limit: Family::default(),
             rate_limit_remaining: Family::default(),
+            rate_limit_reset: Family::default(),
             client_seen: Family::default(),
+            spans_dropped: Counter::default(),
+            longest_idle: Gauge::default(),
+            certificates: Family::default(),
             totals: Counts::default(),
             registry: Registry::with_prefix("ifnewer"),
         };
@@ -226,152 +190,6 @@ impl Default for Metrics {
 }
 
 impl Metrics {
-    fn register_front(&mut self, bytes: Family<SourceLabels, Counter>) {
-        let registry = &mut self.registry;
-        let version = Info::new([("version", env!("CARGO_PKG_VERSION"))]);
-        registry.register("build", "The program that runs", version);
-        registry.register(
-            "requests",
-            "Answers to clients, by their reason",
-            self.requests.clone(),
-        );
-        registry.register_with_unit(
-            "response",
-            "Bytes of blobs sent to clients, by where they came from",
-            Unit::Bytes,
-            bytes,
-        );
-        registry.register_with_unit(
-            "tunnel",
-            "Bytes carried unread by CONNECT, by their direction",
-            Unit::Bytes,
-            self.tunnel_bytes.clone(),
-        );
-        registry.register("tunnels", "Tunnels open now", self.tunnels.clone());
-        registry.register_with_unit(
-            "request_duration",
-            "From a request's head to its answer's head",
-            Unit::Seconds,
-            self.seconds.clone(),
-        );
-        registry.register_with_unit(
-            "stale_age",
-            "How long ago the upstream confirmed what was served while it was silent",
-            Unit::Seconds,
-            self.stale_age_seconds.clone(),
-        );
-        registry.register_with_unit(
-            "client_last_request_timestamp",
-            "When a client of this kind was last seen, in seconds since 1970",
-            Unit::Seconds,
-            self.client_seen.clone(),
-        );
-    }
-
-    fn register_upstreams(&mut self) {
-        let registry = &mut self.registry;
-        registry.register(
-            "upstream_requests",
-            "Exchanges with upstreams: what was asked, and the status or the kind of silence that came of it",
-            self.exchanges.clone(),
-        );
-        registry.register_with_unit(
-            "upstream_request_duration",
-            "From asking an upstream to its answer's head, tokens and redirects included",
-            Unit::Seconds,
-            self.exchange_seconds.clone(),
-        );
-        registry.register_with_unit(
-            "fetched",
-            "Bytes of blobs fetched from upstreams",
-            Unit::Bytes,
-            self.fetched_bytes.clone(),
-        );
-        registry.register(
-            "digest_mismatch",
-            "Transfers whose bytes were not those of their digest",
-            self.digest_mismatches.clone(),
-        );
-        registry.register(
-            "upstream_up",
-            "1 while the upstream answers, 0 while its breaker is open",
-            self.upstream_up.clone(),
-        );
-        registry.register(
-            "offline",
-            "1 while the operator has switched asking off",
-            self.offline.clone(),
-        );
-        registry.register(
-            "upstream_ratelimit_limit",
-            "Pulls allowed in the upstream's window, where it says so, by whose they are",
-            self.rate_limit.clone(),
-        );
-        registry.register(
-            "upstream_ratelimit_remaining",
-            "Pulls left in the upstream's window, where it says so; of several clients, the fewest",
-            self.rate_limit_remaining.clone(),
-        );
-    }
-
-    fn register_store(&mut self) {
-        let registry = &mut self.registry;
-        registry.register_with_unit(
-            "store",
-            "Bytes of blobs and manifests held",
-            Unit::Bytes,
-            self.store_bytes.clone(),
-        );
-        registry.register_with_unit(
-            "store_limit",
-            "Bytes that may be held",
-            Unit::Bytes,
-            self.store_bytes_max.clone(),
-        );
-        registry.register(
-            "store_objects",
-            "Blobs and manifests held",
-            self.store_objects.clone(),
-        );
-        registry.register("store_tags", "Tags known", self.store_tags.clone());
-        registry.register(
-            "store_degraded",
-            "1 while something keeps the store from storing; /readyz says what",
-            self.store_degraded.clone(),
-        );
-        registry.register(
-            "store_evicted",
-            "Blobs and manifests evicted, by the limit that asked for it",
-            self.evicted.clone(),
-        );
-        registry.register_with_unit(
-            "store_evicted",
-            "Bytes of what was evicted",
-            Unit::Bytes,
-            self.evicted_bytes.clone(),
-        );
-        registry.register(
-            "store_without_room",
-            "Blobs passed through because the limits left no room for them",
-            self.without_room.clone(),
-        );
-        registry.register(
-            "store_scrub_damaged",
-            "Blobs and manifests that the disk had changed, found by reading them again",
-            self.scrub_damaged.clone(),
-        );
-        registry.register(
-            "transfers_in_progress",
-            "Downloads under way",
-            self.transfers.clone(),
-        );
-        registry.register(
-            "coalesced_waiters",
-            "Clients that read from a download under way which another one began",
-            self.waiters.clone(),
-        );
-    }
-
     pub(super) fn answered(&self, answered: &Answered<'_>) {
         let labels = RequestLabels {
             registry: answered.upstream.into(),
@@ -405,6 +223,10 @@ impl Metrics {
         };
     }
 
+    pub(super) fn span_dropped(&self, count: u64) {
+        self.spans_dropped.inc_by(count);
+    }
+
     pub(super) fn tunnel(&self) -> Tunnel {
         self.tunnels.inc();
         let counter = |direction| {
@@ -418,16 +240,16 @@ impl Metrics {
         }
     }
 
-    pub(super) fn exchanged(&self, upstream: &str, op: &'static str, code: &str, took: Duration) {
-        let registry: Arc<str> = upstream.into();
+    pub(super) fn exchanged(&self, exchange: &Exchange<'_>) {
+        let registry: Arc<str> = exchange.upstream.into();
         let labels = ExchangeLabels {
             registry: Arc::clone(&registry),
-            op,
-            code: code.into(),
+            op: exchange.operation,
+            code: exchange.code.into(),
         };
         self.exchanges.get_or_create(&labels).inc();
         let seconds = self.exchange_seconds.get_or_create(&UpstreamLabels { registry });
-        seconds.observe(took.as_secs_f64());
+        seconds.observe(exchange.took.as_secs_f64());
     }
 
     /// All but the bytes fetched, which are counted elsewhere.
@@ -477,21 +299,35 @@ impl Metrics {
             if let Some(remaining) = level.remaining {
                 self.rate_limit_remaining.get_or_create(&labels).set(remaining);
             }
+            if let Some(at) = level.resets_at {
+                self.rate_limit_reset.get_or_create(&labels).set(unix_seconds(at));
+            }
         }
         // The last seen come first, so the first of a kind is its last.
         for client in clients.iter().rev() {
-            let at = client
-                .last_at
-                .duration_since(SystemTime::UNIX_EPOCH)
-                .unwrap_or_default();
             let labels = ClientLabels { client: client.kind };
-            self.client_seen.get_or_create(&labels).set(at.as_secs());
+            let seen = self.client_seen.get_or_create(&labels);
+            seen.set(unix_seconds(client.last_at));
+        }
+        // No number is how an unknown one is written.
+        let idle = levels.longest_idle.map_or(f64::NAN, |idle| idle.as_secs_f64());
+        self.longest_idle.set(idle);
+        for (certificate, good_until) in &levels.certificates {
+            let labels = CertificateLabels { certificate };
+            let level = self.certificates.get_or_create(&labels);
+            level.set(unix_seconds(*good_until));
         }
         let mut text = String::new();
         // Writing to a string cannot fail.
         let _ = encode(&mut text, &self.registry);
         text
     }
+}
+
+fn unix_seconds(at: SystemTime) -> u64 {
+    at.duration_since(SystemTime::UNIX_EPOCH)
+        .unwrap_or_default()
+        .as_secs()
 }
 
 /// A counter that is kept elsewhere: it never goes back.

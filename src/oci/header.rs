@@ -20,6 +20,8 @@ pub const CACHE_STATUS: HeaderName = HeaderName::from_static("cache-status");
 pub const RATELIMIT_LIMIT: HeaderName = HeaderName::from_static("ratelimit-limit");
 /// Docker Hub: pulls left in it.
 pub const RATELIMIT_REMAINING: HeaderName = HeaderName::from_static("ratelimit-remaining");
+/// When a window ends, in seconds from now (draft-ietf-httpapi-ratelimit-headers-05).
+pub const RATELIMIT_RESET: HeaderName = HeaderName::from_static("ratelimit-reset");
 /// Docker Hub: whom they are counted for, an address or an account.
 pub const DOCKER_RATELIMIT_SOURCE: HeaderName = HeaderName::from_static("docker-ratelimit-source");
 
@@ -37,6 +39,8 @@ pub struct RateLimit {
     pub remaining: Option<u64>,
     /// The length of the window, in seconds.
     pub window_s: Option<u64>,
+    /// Until the window ends, in seconds, where that is said.
+    pub reset_s: Option<u64>,
     /// Whom the pulls are counted for.
     pub source: Option<String>,
 }
@@ -52,10 +56,16 @@ impl RateLimit {
             limit,
             remaining,
             window_s: limit_window.or(remaining_window),
+            reset_s: text(&RATELIMIT_RESET).and_then(|text| text.trim().parse().ok()),
             source: source
                 .filter(|source| !source.is_empty() && source.len() <= RATE_SOURCE_BYTES_MAX)
                 .map(str::to_owned),
         }
+    }
+
+    /// In how many seconds all pulls are allowed again at the latest, as far as was said.
+    pub fn full_after_s(&self) -> Option<u64> {
+        self.reset_s.or(self.window_s)
     }
 
     /// Whether the answer said nothing about a limit.

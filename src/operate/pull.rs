@@ -111,9 +111,8 @@ impl Bars {
         let all = &self.all;
         let image = self.images.entry(id).or_insert_with(|| {
             let bar = all.add(ProgressBar::new(0));
-            bar.set_style(style(
-                "{msg:48!} {wide_bar:.cyan/dim} {binary_bytes:>11} {binary_bytes_per_sec:>13}",
-            ));
+            // What is long is cut, so that a line stays one line on a narrow terminal.
+            bar.set_style(style("{wide_msg} {bar:12.cyan/dim} {binary_bytes:>10}"));
             bar
         });
         image.set_message(text(pull, "image").to_owned());
@@ -125,9 +124,7 @@ impl Bars {
             let last = image.clone();
             let bar = self.layers.entry((id, digest.clone())).or_insert_with(|| {
                 let bar = all.insert_after(&last, ProgressBar::new(number(layer, "size")));
-                bar.set_style(style(
-                    "  {msg:46!} {wide_bar:.dim} {binary_bytes:>11} of {binary_total_bytes:<10}",
-                ));
+                bar.set_style(style("  {wide_msg} {bar:12.dim} {binary_total_bytes:>10}"));
                 bar
             });
             bar.set_position(number(layer, "received"));

@@ -86,6 +86,10 @@ pub(super) async fn show(client: &Client, words: &Show, output: &mut Output<'_>)
         "" => "no: it is asked about at the next pull".to_owned(),
         until => format!("until {until}"),
     };
+    let pulled = match text(&image, "last_pulled_at") {
+        "" => "-",
+        at => at,
+    };
     let size = format!(
         "{}, {} its own",
         bytes(number(&image, "bytes")),
@@ -101,6 +105,7 @@ pub(super) async fn show(client: &Client, words: &Show, output: &mut Output<'_>)
         ("size", size),
         ("confirmed", confirmed),
         ("fresh", fresh),
+        ("pulled", pulled.to_owned()),
         (
             "policy",
             format!("{}, by {}", text(&image, "policy"), text(&image, "rule")),
@@ -123,6 +128,15 @@ pub(super) async fn show(client: &Client, words: &Show, output: &mut Output<'_>)
             "  {:<10} {} (the last whole one, confirmed {at})",
             "before",
             short(digest)
+        ))?;
+    }
+    for past in list(&image, "history") {
+        output.line(&format!(
+            "  {:<10} {} from {} to {}",
+            "named",
+            short(text(past, "digest")),
+            text(past, "first_seen_at"),
+            text(past, "confirmed_at"),
         ))?;
     }
     output.line("")?;
@@ -249,7 +263,14 @@ pub(super) async fn stats(client: &Client, words: &Stats, output: &mut Output<'_
 }
 
 fn upstream_table(upstreams: &Value) -> Table {
-    let mut table = Table::new(&["upstream", "state", "last trouble", "quota left"]);
+    let mut table = Table::new(&[
+        "upstream",
+        "state",
+        "last asked",
+        "as",
+        "last trouble",
+        "quota left",
+    ]);
     for upstream in list(upstreams, "upstreams") {
         let silence = |name: &str| upstream.get(name).filter(|one| one.is_object());
         let state = match silence("silent") {
@@ -267,7 +288,9 @@ fn upstream_table(upstreams: &Value) -> Table {
             .iter()
             .filter_map(|limit| {
                 let left = limit.get("remaining").and_then(Value::as_u64)?;
-                Some(format!("{}: {left}", text(limit, "credential")))
+                let reset = text(limit, "resets_at").get(11..16);
+                let until = reset.map_or_else(String::new, |hour| format!(", all by {hour} UTC"));
+                Some(format!("{}: {left}{until}", text(limit, "credential")))
             })
             .collect();
         let quotas = if quotas.is_empty() {
@@ -275,7 +298,18 @@ fn upstream_table(upstreams: &Value) -> Table {
         } else {
             quotas.join(", ")
         };
-        table.row(vec![text(upstream, "name").to_owned(), state, trouble, quotas]);
+        let asked = silence("last_head").map_or_else(
+            || "-".to_owned(),
+            |head| format!("{}, {} ms", ago(number(head, "seconds_ago")), number(head, "ms")),
+        );
+        table.row(vec![
+            text(upstream, "name").to_owned(),
+            state,
+            asked,
+            text(upstream, "identity").to_owned(),
+            trouble,
+            quotas,
+        ]);
     }
     table
 }

@@ -206,6 +206,7 @@ impl Pull {
             confirmed_at: now,
             first_held_at: now,
             earlier: None,
+            history: Vec::new(),
         };
         let store = Arc::clone(&self.store);
         let kept = spawn_blocking(move || store.keep_tag(&key, variant)).await;

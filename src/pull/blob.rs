@@ -35,7 +35,7 @@ impl Pull {
         repository: &Repository,
         digest: AnyDigest,
     ) -> Outcome {
-        let context = self.context(&request.site, repository, request.authorization.as_ref());
+        let context = self.context(request, repository);
         let digest = match digest {
             AnyDigest::Known(digest) => digest,
             AnyDigest::Foreign(_) => {

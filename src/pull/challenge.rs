@@ -15,6 +15,7 @@ use crate::oci::challenge::Challenge;
 use crate::oci::{Accept, Operation};
 use crate::policy::Refusal;
 use crate::store::challenges::KeptChallenge;
+use crate::trace::Trace;
 use crate::upstream::Answer;
 
 /// A challenge this old is asked for again. Registries change theirs once in years.
@@ -97,7 +98,7 @@ impl Pull {
     }
 
     async fn ask_for_challenge(&self, site: &Arc<Site>) -> Result<Arc<KeptChallenge>, Arc<Answer>> {
-        let caller = self.principals.stranger();
+        let caller = self.principals.stranger(&Trace::begun());
         let asked = site
             .upstream()
             .get(&caller, &Operation::Ping, &Accept::any(), None)

@@ -33,7 +33,7 @@ pub struct Listing {
 
 impl Pull {
     pub(super) async fn listing(self: &Arc<Self>, request: &Request, repository: &Repository) -> Outcome {
-        let context = self.context(&request.site, repository, request.authorization.as_ref());
+        let context = self.context(request, repository);
         let rule = self.rule(&request.site, repository, None);
         let key = ListingKey {
             upstream: request.site.name().into(),

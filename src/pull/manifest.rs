@@ -26,7 +26,7 @@ impl Pull {
         repository: &Repository,
         reference: Reference,
     ) -> Outcome {
-        let context = self.context(&request.site, repository, request.authorization.as_ref());
+        let context = self.context(request, repository);
         match reference {
             Reference::Tag(tag) => self.by_tag(request, repository, &context, &tag).await,
             Reference::Digest(AnyDigest::Known(digest)) => {

@@ -33,7 +33,7 @@ impl Pull {
         let (Some(tag), Operation::Manifest { repository, .. }) = (request.tag(), &request.operation) else {
             return Refreshed::Silent(Cause::Malformed);
         };
-        let context = self.context(&request.site, repository, request.authorization.as_ref());
+        let context = self.context(request, repository);
         let copies = self.copies_of_tag(&request.site, repository, tag, &request.accept);
         let held = copies.as_ref().map(Copies::held);
         let wanted = Wanted::of(request, repository, &context.caller);

@@ -151,7 +151,7 @@ impl Pull {
             return;
         }
         asked.insert(place, now);
-        let caller = self.principals.stranger();
+        let caller = self.principals.stranger(&wanted.caller.trace);
         // The question goes on by itself, and its answer is learnt from.
         drop(self.question(&Wanted {
             caller,

@@ -10,6 +10,7 @@ use super::writing::Writings;
 use crate::access::Principal;
 use crate::oci::digest::keyed;
 use crate::oci::{NameError, Repository};
+use crate::trace::Trace;
 use crate::upstream::origin::Origin;
 use crate::upstream::{Caller, Credential, Upstream};
 
@@ -58,10 +59,11 @@ impl Principals {
     }
 
     /// Who asks upstream without a credential, and on nobody's behalf.
-    pub(super) fn stranger(&self) -> Caller {
+    pub(super) fn stranger(&self, trace: &Trace) -> Caller {
         Caller {
             principal: *self.anonymous.as_bytes(),
             credential: Credential::Anonymous,
+            trace: trace.clone(),
         }
     }
 }
@@ -144,6 +146,17 @@ impl Site {
         self.access == Access::Shared { own_credential: true }
     }
 
+    /// Who is shown to it: `client` (each its own credential), `own` (the proxy's), `anonymous`.
+    pub fn identity(&self) -> &'static str {
+        match self.access {
+            Access::Proven => "client",
+            Access::Shared { own_credential: true } => "own",
+            Access::Shared {
+                own_credential: false,
+            } => "anonymous",
+        }
+    }
+
     /// Whether this is Docker Hub, whose names follow rules of their own.
     pub fn is_hub(&self) -> bool {
         self.name() == HUB
@@ -159,7 +172,12 @@ impl Site {
     }
 
     /// Who asks upstream on behalf of a client that sent `authorization`.
-    pub(super) fn caller(&self, principals: &Principals, authorization: Option<&HeaderValue>) -> Caller {
+    pub(super) fn caller(
+        &self,
+        principals: &Principals,
+        authorization: Option<&HeaderValue>,
+        trace: &Trace,
+    ) -> Caller {
         let (principal, credential) = match (self.access, authorization) {
             (Access::Shared { own_credential }, _) => {
                 let credential = if own_credential {
@@ -177,6 +195,7 @@ impl Site {
         Caller {
             principal: *principal.as_bytes(),
             credential,
+            trace: trace.clone(),
         }
     }
 }

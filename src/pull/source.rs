@@ -7,7 +7,8 @@ use tokio::time::Instant;
 
 use super::Pull;
 use super::fetching::Wanted;
-use crate::download::{self, Ahead, Chunks, Source, Stream};
+use crate::download::{self, Ahead, Chunks, Failure, Source, Stream};
+use crate::event::{self, SpanKind};
 use crate::oci::Digest;
 use crate::upstream::{Address, Answer, Credential, Fetched, Part, Said};
 
@@ -20,16 +21,19 @@ pub(super) struct Upstreamed {
     begun: bool,
     /// Where the bytes came from last.
     last: Option<Address>,
+    began: Instant,
 }
 
 impl Upstreamed {
-    pub(super) fn new(pull: &Arc<Pull>, of: Wanted, digest: Digest) -> Self {
+    pub(super) fn new(pull: &Arc<Pull>, mut of: Wanted, digest: Digest) -> Self {
+        of.caller.trace = of.caller.trace.within();
         Self {
             pull: Arc::clone(pull),
             of,
             digest,
             begun: false,
             last: None,
+            began: Instant::now(),
         }
     }
 
@@ -38,7 +42,10 @@ impl Upstreamed {
     fn forgo_credential(&mut self) -> bool {
         let had_one = matches!(self.of.caller.credential, Credential::Client(_));
         if had_one {
-            self.of.caller = self.of.site.caller(&self.pull.principals, None);
+            self.of.caller = self
+                .of
+                .site
+                .caller(&self.pull.principals, None, &self.of.caller.trace);
         }
         had_one
     }
@@ -98,6 +105,27 @@ impl Source for Upstreamed {
                 Err(answer)
             }
         }
+    }
+
+    fn ended(&self, failure: Option<&Failure>) {
+        let Wanted {
+            site,
+            repository,
+            caller,
+            ..
+        } = &self.of;
+        self.pull.events.span(&caller.trace, || event::Span {
+            trace: caller.trace.clone(),
+            name: "download",
+            kind: SpanKind::Internal,
+            ended: self.pull.clock.now(),
+            took: self.began.elapsed(),
+            facts: vec![
+                ("ifnewer.upstream", site.name().to_owned()),
+                ("ifnewer.image", format!("{repository}@{}", self.digest)),
+            ],
+            fault: failure.map(ToString::to_string),
+        });
     }
 }
 

@@ -133,7 +133,7 @@ impl Connection {
             took: began.elapsed(),
             client: self.peer.address,
             agent: &event::agent(head.headers.get(USER_AGENT)),
-            trace: event::Trace::of_request(&head.headers),
+            trace: &self.accepting.front().events.trace(&head.headers),
         });
         response
     }

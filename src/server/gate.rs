@@ -17,6 +17,7 @@ use crate::oci::query::{Query, QueryError};
 use crate::oci::{Accept, Cause, ErrorCode, Malformed, Operation, Repository};
 use crate::pull::writing::Change;
 use crate::pull::{Request, Site, is_local_token};
+use crate::trace::Trace;
 use crate::upstream::origin::Origin;
 
 /// The largest body of a request that needs none; more is not read but answered with 413.
@@ -225,7 +226,12 @@ pub(super) struct Passage {
 }
 
 /// Reads a request's head.
-pub(super) fn read(head: &Parts, peer: &Peer, doors: &Doors, now: SystemTime) -> Result<Wanted, Turned> {
+pub(super) fn read(
+    head: &Parts,
+    peer: &Peer,
+    doors: &Doors,
+    (now, trace): (SystemTime, &Trace),
+) -> Result<Wanted, Turned> {
     let host = host(head)?;
     let intercepted = doors.intercepted(host.as_ref(), is_absolute(head), peer)?;
     let passes = intercepted.is_some() && is_write(&head.method);
@@ -237,7 +243,7 @@ pub(super) fn read(head: &Parts, peer: &Peer, doors: &Doors, now: SystemTime) ->
     let Some((site, door)) = intercepted else {
         let (_, namespace) = Query::parse(head.uri.query())?;
         let (site, operation, door) = doors.open(parsed?, namespace)?;
-        return Ok(Wanted::Read(request(head, site, operation, now)?, door));
+        return Ok(Wanted::Read(request(head, site, operation, (now, trace))?, door));
     };
     // Who asks the registry itself has named it, so `ns` and a prefix are the registry's own business.
     let site = Arc::clone(site);
@@ -273,16 +279,21 @@ pub(super) fn read(head: &Parts, peer: &Peer, doors: &Doors, now: SystemTime) ->
         if shown.is_some_and(|shown| !is_local_token(shown)) {
             return pass(head, site, door, host.as_ref(), peer).map(Wanted::Pass);
         }
-        return Ok(Wanted::Knock(request(head, site, operation, now)?, door));
+        return Ok(Wanted::Knock(request(head, site, operation, (now, trace))?, door));
     };
     let operation = in_full(&site, operation, repository)?;
-    let mut request = request(head, site, operation, now)?;
+    let mut request = request(head, site, operation, (now, trace))?;
     // Who pushes asks so which layers the registry has already; who pulls has no need to.
     request.for_push = request.head && matches!(request.operation, Operation::Blob { .. });
     Ok(Wanted::Read(request, door))
 }
 
-fn request(head: &Parts, site: Arc<Site>, operation: Operation, now: SystemTime) -> Result<Request, Turned> {
+fn request(
+    head: &Parts,
+    site: Arc<Site>,
+    operation: Operation,
+    (now, trace): (SystemTime, &Trace),
+) -> Result<Request, Turned> {
     let writes = operation
         .repository()
         .map_or(0, |repository| site.writes(repository));
@@ -295,6 +306,7 @@ fn request(head: &Parts, site: Arc<Site>, operation: Operation, now: SystemTime)
         now,
         writes,
         for_push: false,
+        trace: trace.clone(),
     })
 }
 

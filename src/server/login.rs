@@ -5,7 +5,6 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use http::header::{AUTHORIZATION, CONTENT_TYPE};
-use http::request::Parts;
 use http::{HeaderValue, Response};
 use http_body_util::{BodyExt as _, Full};
 use hyper::body::Incoming;
@@ -13,7 +12,7 @@ use zeroize::Zeroizing;
 
 use super::gate::{Passage, Turned};
 use super::told::Told;
-use super::{Body, Front, reply};
+use super::{Body, Front, Place, reply};
 use crate::oci::LoginRequest;
 use crate::pull::{LoggedIn, Pull};
 use crate::upstream::origin::Origin;
@@ -30,19 +29,22 @@ impl Front {
         pull: &Arc<Pull>,
         passage: Passage,
         realm: &Origin,
-        head: &Parts,
+        place: &Place<'_>,
         body: Incoming,
     ) -> (Response<Body>, Told) {
+        let head = place.head;
         let Ok(Some(form)) = tokio::time::timeout(FORM_WITHIN, whole(body)).await else {
             let turned = Turned::Body(head.method.clone());
             return (reply::turned(&turned, &head.method), Told::turned(turned.name()));
         };
         let asked = LoginRequest::read(head.headers.get(AUTHORIZATION), head.uri.query(), &form);
         let path = head.uri.path_and_query().map_or("/", |path| path.as_str());
+        let mut headers = head.headers.clone();
+        place.trace.write(&mut headers);
         let passing = Passing {
             method: head.method.clone(),
             path_and_query: path.to_owned(),
-            headers: head.headers.clone(),
+            headers,
             body: Full::new(form).map_err(|never| match never {}).boxed_unsync(),
             base: passage.base,
         };

@@ -1,14 +1,12 @@
 //! Requests for the registry alone: handed on, and their answers handed back, neither body ever whole in memory.
 
 use http::header::AUTHORIZATION;
-use http::request::Parts;
 use http::{HeaderName, Response, StatusCode};
 use http_body_util::BodyExt as _;
 use hyper::body::Incoming;
 
 use super::gate::Passage;
-use super::idle::Pardon;
-use super::{Body, Front};
+use super::{Body, Front, Place};
 use crate::oci::Cause;
 use crate::pull::{Pull, is_local_token};
 use crate::upstream::pass::{PassedOn, Passing};
@@ -19,16 +17,17 @@ impl Front {
         &self,
         pull: &Pull,
         passage: Passage,
-        head: &Parts,
+        place: &Place<'_>,
         body: Incoming,
-        pardon: &Pardon,
     ) -> Result<Response<Body>, Cause> {
+        let head = place.head;
         let path = head.uri.path_and_query().map_or("/", |path| path.as_str());
         let mut headers = head.headers.clone();
         // A token of ours means nothing to a registry; without it, the registry says where to get one that does.
         if headers.get_all(AUTHORIZATION).iter().any(is_local_token) {
             headers.remove(AUTHORIZATION);
         }
+        place.trace.write(&mut headers);
         let passing = Passing {
             method: head.method.clone(),
             path_and_query: path.to_owned(),
@@ -37,7 +36,7 @@ impl Front {
             base: passage.base,
         };
         // A registry may take minutes to put a large layer together; a body that rests is noticed where it is handed on.
-        let pardoned = pardon.hold();
+        let pardoned = place.peer.pardon.hold();
         let upstream = passage.site.upstream();
         let passed = match &passage.beside {
             Some(realm) => upstream.pass_beside(realm, passing).await,

@@ -10,13 +10,14 @@ use std::io;
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use rustls::ServerConfig;
 use rustls::crypto::CryptoProvider;
 use rustls::server::danger::ClientCertVerifier;
 use rustls::server::{Acceptor, NoClientAuth, ResolvesServerCert};
 use rustls::sign::CertifiedKey;
-use rustls_pki_types::ServerName;
+use rustls_pki_types::{CertificateDer, ServerName};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_rustls::server::TlsStream;
 use tokio_rustls::{LazyConfigAcceptor, TlsAcceptor};
@@ -76,6 +77,7 @@ pub enum TlsError {
 /// Speaks TLS with clients.
 pub struct ServerTls {
     acceptor: TlsAcceptor,
+    good_until: Vec<(&'static str, SystemTime)>,
     mint: Option<Arc<Mint>>,
     clients: Arc<dyn ClientCertVerifier>,
 }
@@ -125,6 +127,9 @@ impl ServerTls {
                 (chain, key, Some(authority))
             }
         };
+        let ends = |chain: &[CertificateDer<'_>]| chain.iter().filter_map(certificate::end).min();
+        let ca = authority.as_ref().and_then(|ca| ends(&ca.certificate));
+        let good_until = [("server", ends(&chain)), ("ca", ca)];
         let own = Arc::new(CertifiedKey::from_der(chain, key, &provider())?);
         let mint = authority.map(|authority| Arc::new(Mint::new(authority, provider(), clock)));
         let by_name = ByName::new(own, mint.clone(), hosts);
@@ -136,9 +141,18 @@ impl ServerTls {
         let config = server_config(Arc::new(by_name), Arc::clone(&clients))?;
         Ok(Self {
             acceptor: TlsAcceptor::from(Arc::new(config)),
+            good_until: good_until
+                .into_iter()
+                .filter_map(|(name, at)| Some((name, at?)))
+                .collect(),
             mint,
             clients,
         })
+    }
+
+    /// Until when the certificates are good, `server` and `ca`, as they say themselves.
+    pub fn good_until(&self) -> Vec<(&'static str, SystemTime)> {
+        self.good_until.clone()
     }
 
     /// Shakes hands.

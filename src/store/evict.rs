@@ -55,6 +55,8 @@ pub struct Evictions {
     pub bytes: u64,
     /// Blobs that found no room, and were passed through.
     pub refused: u64,
+    /// How long the image that goes next had not been used when room was made last.
+    pub longest_idle: Option<Duration>,
 }
 
 #[derive(Default)]
@@ -65,6 +67,7 @@ struct Totals {
     tags: AtomicU64,
     bytes: AtomicU64,
     refused: AtomicU64,
+    longest_idle: Mutex<Option<Duration>>,
 }
 
 pub(super) struct Evictor {
@@ -194,6 +197,7 @@ impl Evictor {
             tags: read(&totals.tags),
             bytes: read(&totals.bytes),
             refused: read(&totals.refused),
+            longest_idle: *totals.longest_idle.lock().unwrap_or_else(PoisonError::into_inner),
         }
     }
 
@@ -293,7 +297,18 @@ impl Evictor {
         }
         let now = self.uses.now();
         let spared_since = now.checked_sub(YOUNG).unwrap_or(SystemTime::UNIX_EPOCH);
-        let plan = plan(&self.look(), need.bytes_wanted, spared_since);
+        let snapshot = self.look();
+        let unpinned = snapshot.images.iter().filter(|image| !image.is_pinned);
+        let longest_idle = unpinned
+            .map(|image| now.duration_since(image.used_at).unwrap_or_default())
+            .max();
+        *self
+            .state
+            .totals
+            .longest_idle
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner) = longest_idle;
+        let plan = plan(&snapshot, need.bytes_wanted, spared_since);
         if plan.bytes < least {
             return Ok(Round::TooLittle(plan.bytes));
         }

@@ -23,7 +23,7 @@ use super::volume::Volume;
 use super::{Fault, Store, remove_file};
 use crate::oci::Digest;
 
-pub use self::tag::{Earlier, NEVER_CONFIRMED, TagKey, TagRecord, VARIANTS_MAX, Variant};
+pub use self::tag::{Earlier, HISTORY_MAX, NEVER_CONFIRMED, Past, TagKey, TagRecord, VARIANTS_MAX, Variant};
 use self::tag::{KEY_PREFIX, TREE};
 
 /// Tags kept ready in memory.

@@ -156,6 +156,7 @@ pub(super) fn variant(accept: u64, content: &[u8], seconds: u64) -> Variant {
         confirmed_at: at(seconds),
         first_held_at: at(seconds),
         earlier: None,
+        history: Vec::new(),
     }
 }
 

@@ -44,6 +44,12 @@ impl Used {
 }
 
 impl Store {
+    /// When this was last given to a client, or arrived; `None` where it is not held.
+    pub fn last_use(&self, used: Used) -> Option<SystemTime> {
+        let modified = self.volume.modified(&used.path()).ok()?;
+        Some(self.uses.last(used, modified))
+    }
+
     /// Notes that a client was given this at `now`: it is kept longer than what was not asked for since.
     pub fn note_use(&self, used: Used, now: SystemTime) {
         self.uses.note(used, now);

@@ -25,6 +25,7 @@ use super::line::Line;
 use super::location::resolve;
 use super::origin::same_origin;
 use crate::oci::cause::Cause;
+use crate::trace::{TRACEPARENT, TRACESTATE};
 
 /// Hops followed after the first request.
 const REDIRECTS_MAX: usize = 10;
@@ -66,7 +67,7 @@ pub(super) struct Request {
 /// Where redirects may lead.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Follow {
-    /// To any origin, without the `Authorization` once the first one is left.
+    /// To any origin, without the `Authorization` and the trace once the first one is left.
     Anywhere,
     /// Nowhere else: a token service has no business sending us on.
     SameOrigin,
@@ -128,7 +129,9 @@ impl Http {
                     return Err(Cause::Redirects);
                 }
                 abroad = true;
-                request.headers.remove(AUTHORIZATION);
+                for ours in [AUTHORIZATION, TRACEPARENT, TRACESTATE] {
+                    request.headers.remove(ours);
+                }
             }
             request.uri = target;
         }

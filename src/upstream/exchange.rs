@@ -21,8 +21,8 @@ use crate::oci::cause::Cause;
 use crate::oci::challenge::Challenge;
 use crate::oci::error::Problem;
 use crate::oci::header::DOCKER_DISTRIBUTION_API_VERSION;
-use crate::oci::name::Repository;
 use crate::oci::operation::Operation;
+use crate::trace::Trace;
 
 /// Body of an error answer that is read for its text.
 const ERROR_BODY_BYTES_MAX: usize = 64 * 1024;
@@ -44,6 +44,7 @@ pub(super) struct Ask<'a> {
     pub(super) operation: &'a Operation,
     pub(super) accept: &'a Accept,
     pub(super) range: Option<HeaderValue>,
+    pub(super) trace: &'a Trace,
 }
 
 /// Anything but a 2xx.
@@ -163,7 +164,7 @@ impl Exchange {
         let repository = ask.operation.repository();
         let remembered = repository.and_then(|name| self.tokens.remembered(name, holder));
         let (remembered, token) = match remembered {
-            Some(known) => self.renewed(repository, known, login).await?,
+            Some(known) => self.renewed(known, login, ask).await?,
             None => (None, None),
         };
         let refusal = match self
@@ -190,7 +191,7 @@ impl Exchange {
         };
         let fresh = match self
             .tokens
-            .get(&self.http, &key, login.login(), token.as_ref())
+            .get(&self.http, &key, login.login(), (token.as_ref(), ask.trace))
             .await
         {
             Ok(fresh) => fresh,
@@ -219,14 +220,18 @@ impl Exchange {
     /// The token that worked last time, or its successor.
     async fn renewed(
         &self,
-        repository: Option<&Repository>,
         known: Remembered,
         login: LoginKind<'_>,
+        ask: &Ask<'_>,
     ) -> Result<(Option<Remembered>, Option<HeaderValue>), Box<Refusal>> {
-        match self.tokens.get(&self.http, &known.key, login.login(), None).await {
+        let got = self
+            .tokens
+            .get(&self.http, &known.key, login.login(), (None, ask.trace))
+            .await;
+        match got {
             Ok(header) => Ok((Some(known), Some(header))),
             Err(TokenFailure::Denied(_)) => {
-                self.tokens.forget(repository, &known.key);
+                self.tokens.forget(ask.operation.repository(), &known.key);
                 Ok((None, None))
             }
             Err(failure) => Err(no_token(&failure)),
@@ -281,6 +286,7 @@ impl Exchange {
         }
         headers.extend(ask.range.clone().map(|range| (RANGE, range)));
         headers.extend(authorization.cloned().map(|value| (AUTHORIZATION, value)));
+        ask.trace.write(&mut headers);
         let request = Request {
             method: ask.method.clone(),
             uri: uri.clone(),

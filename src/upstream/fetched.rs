@@ -119,11 +119,11 @@ impl Upstream {
                 silent.get_or_insert(Answer::rate_limited(left));
                 continue;
             }
-            let question = self.question(origin, caller, operation, accept);
-            let began = Instant::now();
+            let (began, trace) = (Instant::now(), caller.trace.within());
+            let question = self.question(origin, caller, (operation, accept), &trace);
             let got = question.get(part, Address(position), self.0.timeouts.idle).await;
-            self.0
-                .tell(operation, false, got.as_ref().err().map(Box::as_ref), began);
+            let told = got.as_ref().err().map(Box::as_ref);
+            self.0.tell((operation, false), told, began, &trace);
             match got {
                 Ok(mut fetched) => {
                     self.0.limits.note(caller, &fetched.rate_limit, Instant::now());

@@ -7,7 +7,7 @@
 
 use std::fmt;
 use std::sync::{Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use quick_cache::sync::Cache;
 use tokio::time::Instant;
@@ -98,6 +98,14 @@ pub struct Allowance {
     pub limit: RateLimit,
     /// How long ago.
     pub ago: Duration,
+}
+
+impl Allowance {
+    /// When all pulls are allowed again at the latest, as far as was said.
+    pub fn resets_at(&self, now: SystemTime) -> Option<SystemTime> {
+        let full = Duration::from_secs(self.limit.full_after_s()?);
+        now.checked_add(full)?.checked_sub(self.ago)
+    }
 }
 
 /// What is known of one upstream's limits.
@@ -192,12 +200,14 @@ impl Limits {
 mod tests {
     #![allow(clippy::unwrap_used, reason = "tests may fail loudly")]
     use super::*;
+    use crate::trace::Trace;
     use http::HeaderValue;
 
     fn client(id: u8) -> Caller {
         Caller {
             principal: [id; 32],
             credential: Credential::Client(HeaderValue::from_static("Bearer canary")),
+            trace: Trace::begun(),
         }
     }
 
@@ -240,6 +250,7 @@ mod tests {
         let anonymous = Caller {
             principal: [0; 32],
             credential: Credential::Anonymous,
+            trace: Trace::begun(),
         };
         limits.note(&anonymous, &remaining(99), now);
         limits.note(&anonymous, &remaining(98), now);

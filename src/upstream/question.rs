@@ -20,6 +20,7 @@ use crate::oci::manifest::{Kind, Manifest, MediaType};
 use crate::oci::name::{Reference, Repository};
 use crate::oci::operation::Operation;
 use crate::oci::range::parse_content_range;
+use crate::trace::Trace;
 
 /// One question, with everything it needs.
 pub(super) struct Question<'a> {
@@ -30,6 +31,7 @@ pub(super) struct Question<'a> {
     pub(super) operation: &'a Operation,
     pub(super) accept: &'a Accept,
     pub(super) manifest_bytes_max: usize,
+    pub(super) trace: &'a Trace,
 }
 
 impl Question<'_> {
@@ -272,6 +274,7 @@ impl Question<'_> {
             operation: self.operation,
             accept: self.accept,
             range,
+            trace: self.trace,
         };
         self.exchange.ask(self.origin, self.caller, &ask).await
     }

@@ -11,6 +11,7 @@ use super::origin::Origin;
 use super::own::CredentialSource;
 use super::route::{ProxyChoice, ProxyError};
 use super::switch::{Observer, Offline};
+use crate::trace::Trace;
 
 /// What an upstream is, as configured.
 pub struct Settings {
@@ -98,6 +99,8 @@ pub struct Caller {
     pub principal: [u8; 32],
     /// What the upstream is shown.
     pub credential: Credential,
+    /// Which trace its reason belongs to.
+    pub trace: Trace,
 }
 
 impl fmt::Debug for Caller {

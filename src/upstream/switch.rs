@@ -8,6 +8,7 @@ use std::time::Duration;
 use super::answer::Answer;
 use crate::oci::Cause;
 use crate::oci::operation::Operation;
+use crate::trace::Trace;
 
 /// While it is on, no upstream is asked anything: each is silent, because of [`Cause::Offline`]. Transfers under way go
 /// on until they break. Clones are the same switch.
@@ -41,6 +42,8 @@ pub struct Exchanged<'a> {
     pub code: &'a str,
     /// From asking to the answer's head.
     pub took: Duration,
+    /// Its part of the trace.
+    pub trace: &'a Trace,
 }
 
 /// Hears of each exchange; nobody does by default.
@@ -59,10 +62,10 @@ impl Observer {
     pub(super) fn tell(
         &self,
         upstream: &str,
-        operation: &Operation,
-        is_head: bool,
+        (operation, is_head): (&Operation, bool),
         answer: Option<&Answer>,
         took: Duration,
+        trace: &Trace,
     ) {
         let Some(hear) = &self.0 else { return };
         let status = answer.and_then(|answer| answer.status);
@@ -77,6 +80,7 @@ impl Observer {
             operation: name(operation, is_head),
             code: &code,
             took,
+            trace,
         });
     }
 }

@@ -56,6 +56,7 @@ pub(super) fn anonymous() -> Caller {
     Caller {
         principal: [0; 32],
         credential: Credential::Anonymous,
+        trace: Trace::begun(),
     }
 }
 
@@ -67,6 +68,7 @@ pub(super) fn client(authorization: &str) -> Caller {
     Caller {
         principal,
         credential: Credential::Client(header),
+        trace: Trace::begun(),
     }
 }
 

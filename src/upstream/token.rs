@@ -22,6 +22,7 @@ use super::origin::Origin;
 use super::own::OwnCredential;
 use crate::oci::cause::Cause;
 use crate::oci::name::Repository;
+use crate::trace::Trace;
 
 mod wire;
 
@@ -169,7 +170,7 @@ impl Tokens {
         http: &Http,
         key: &Key,
         login: Login<'_>,
-        rejected: Option<&HeaderValue>,
+        (rejected, trace): (Option<&HeaderValue>, &Trace),
     ) -> Result<HeaderValue, TokenFailure> {
         let slot = self.slot(key);
         let seen = slot.fetches.load(Ordering::Acquire);
@@ -181,7 +182,7 @@ impl Tokens {
             Err(failure) if slot.fetches.load(Ordering::Acquire) != seen => return Err(failure.clone()),
             Ok(_) | Err(_) => {}
         }
-        let fetched = self.fetch(http, key, login).await;
+        let fetched = self.fetch(http, key, login, trace).await;
         self.note_realm(
             Some(key.realm.clone()),
             matches!(fetched, Err(TokenFailure::Silent)),
@@ -236,14 +237,21 @@ impl Tokens {
         self.silent_realm.lock().ok()?.clone()
     }
 
-    async fn fetch(&self, http: &Http, key: &Key, login: Login<'_>) -> Result<Token, TokenFailure> {
+    async fn fetch(
+        &self,
+        http: &Http,
+        key: &Key,
+        login: Login<'_>,
+        trace: &Trace,
+    ) -> Result<Token, TokenFailure> {
         let mut headers = HeaderMap::new();
+        trace.write(&mut headers);
         match &login {
             Login::Anonymous => {}
             Login::Basic(header) => {
                 headers.insert(AUTHORIZATION, (*header).clone());
             }
-            Login::Own(own) if own.is_identity_token() => return self.post(http, key, own).await,
+            Login::Own(own) if own.is_identity_token() => return self.post(http, key, own, trace).await,
             Login::Own(own) => {
                 headers.insert(AUTHORIZATION, own.basic());
             }
@@ -253,14 +261,20 @@ impl Tokens {
         let reply = self.send(http, Method::GET, uri, headers, Bytes::new()).await?;
         match (reply.status, login) {
             (StatusCode::NOT_FOUND | StatusCode::METHOD_NOT_ALLOWED, Login::Own(own)) => {
-                self.post(http, key, own).await
+                self.post(http, key, own, trace).await
             }
             _ => self.read(reply).await,
         }
     }
 
     /// The POST form of OAuth 2.0, for services that have no GET and for identity tokens.
-    async fn post(&self, http: &Http, key: &Key, own: &OwnCredential) -> Result<Token, TokenFailure> {
+    async fn post(
+        &self,
+        http: &Http,
+        key: &Key,
+        own: &OwnCredential,
+        trace: &Trace,
+    ) -> Result<Token, TokenFailure> {
         let mut form = vec![("client_id", "ifnewer"), ("scope", "")];
         let scopes = key.scopes.join(" ");
         if let Some((_, scope)) = form.last_mut() {
@@ -277,6 +291,7 @@ impl Tokens {
             ]);
         }
         let mut headers = HeaderMap::new();
+        trace.write(&mut headers);
         headers.insert(
             CONTENT_TYPE,
             HeaderValue::from_static("application/x-www-form-urlencoded"),

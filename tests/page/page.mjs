@@ -108,6 +108,9 @@ try {
     await tab.goto(page);
     await tab.getByRole("button", { name: "Refresh docker.io/library/python:3.12" }).click();
     await tab.getByText("docker.io/library/python:3.12: unchanged at docker.io.").waitFor();
+    await tab.getByRole("button", { name: "Pin docker.io/library/python:3.12" }).click();
+    await tab.getByText("docker.io/library/python:3.12 is pinned").waitFor();
+    await tab.getByRole("button", { name: "Unpin docker.io/library/python:3.12" }).click();
     await tab.getByRole("button", { name: "Go offline" }).click();
     await tab.getByText("Offline: serving what is held, asking nobody").waitFor();
     await tab.getByRole("button", { name: "Go online" }).click();
@@ -116,6 +119,15 @@ try {
     await tab.getByRole("button", { name: "Remove", exact: true }).click();
     await tab.getByText("Removed docker.io/acme/web:main;").waitFor();
     assert.equal(await tab.locator("#images-list").getByText("acme/web").count(), 0);
+  });
+  await test("it has four numbers, two plots, how each upstream does, and the CA to download", {}, async (tab) => {
+    await tab.goto(page);
+    for (const number of ["Byte hit ratio", "Bytes saved", "Served while silent", "Quota left"])
+      assert.equal(await tab.locator("dt").getByText(number, { exact: false }).count() > 0, true, number);
+    assert.equal(await tab.locator("svg[role=img]").count() >= 2, true, "two plots");
+    await tab.locator("#upstreams").getByText("last asked").first().waitFor();
+    const ca = await tab.request.get(new URL(await tab.locator("a[href='/ca.pem']").first().getAttribute("href"), page).href);
+    assert.match(await ca.text(), /BEGIN CERTIFICATE/);
   });
   await pull("library/alpine", "3.20");
   for (const [name, width, colorScheme] of [["wide", 1280, "light"], ["wide", 1280, "dark"], ["phone", 390, "light"], ["phone", 390, "dark"]]) {

@@ -7,12 +7,14 @@ use bytes::{Bytes, BytesMut};
 use http::{HeaderMap, HeaderValue, Method, header};
 use http_body_util::{BodyExt as _, Empty};
 use ifnewer::download::Downloads;
+use ifnewer::event::Events;
 use ifnewer::oci::{Accept, Digest, LoginRequest, Operation};
 use ifnewer::policy::rules::Rules;
 use ifnewer::pull::{Access, Content, LoggedIn, Outcome, Pull, Request, Site};
 use ifnewer::store::step::Buffers;
 use ifnewer::store::volume::{Directory, Memory, Volume};
 use ifnewer::store::{Settings as StoreSettings, Store};
+use ifnewer::trace::Trace;
 use ifnewer::upstream::pass::Passing;
 use ifnewer::upstream::{Connector, OwnCredential, ProxyChoice, Settings, Upstream};
 
@@ -114,7 +116,12 @@ impl Cache {
         };
         let store = Arc::new(Store::open(&StoreSettings::default(), volume, now()).unwrap());
         let downloads = Downloads::new(Arc::clone(&store), Buffers::default(), 64);
-        let pull = Pull::new(Arc::clone(&store), downloads, parts.rules.clone(), clock());
+        let pull = Pull::new(
+            Arc::clone(&store),
+            downloads,
+            parts.rules.clone(),
+            (clock(), Events::new()),
+        );
         let upstream = |name: &str, own: Option<OwnCredential>| {
             let mut settings = Settings::new(name, vec![format!("http://{name}").parse().unwrap()]);
             settings.proxy = ProxyChoice::None;
@@ -207,6 +214,7 @@ impl Cache {
             now: now(),
             writes: 0,
             for_push: false,
+            trace: Trace::begun(),
         };
         match self.pull.answer(request).await {
             Outcome::Manifest(manifest, _) => {

@@ -4,7 +4,7 @@
 mod schema;
 
 use crate::proxy::{Ask, Proxy, Reply, Setup};
-use crate::upstream::{Image, Upstream, within};
+use crate::upstream::{Image, Upstream, noise, within};
 use serde_json::{Value, json};
 
 /// A cache that holds something and has something to tell.
@@ -575,4 +575,247 @@ async fn an_address_that_others_reach_needs_a_token_and_asks_for_it() {
         proxy.admin("/").basic("anyone", "0123456789abcdef").await.status,
         200
     );
+}
+
+#[tokio::test]
+async fn offline_stays_on_over_a_restart_and_off_again() {
+    let (upstream, proxy, image) = busy().await;
+    post(&proxy, "/api/v1/offline", &json!({ "offline": true })).await;
+    let proxy = proxy.restart().await;
+    proxy.program().says("offline mode is on, as it was left").await;
+    upstream.clear_log();
+    proxy.pull("library/demo", "latest", &image).await.is_stale();
+    assert_eq!(upstream.requests().len(), 0);
+    assert_eq!(proxy.admin("/api/v1/offline").await.json()["offline"], true);
+    post(&proxy, "/api/v1/offline", &json!({ "offline": false })).await;
+    let proxy = proxy.crash().await;
+    assert_eq!(proxy.admin("/api/v1/offline").await.json()["offline"], false);
+    proxy.pull("library/demo", "latest", &image).await.is_unchanged();
+}
+
+#[tokio::test]
+async fn what_a_tag_named_before_is_told_also_after_a_restart() {
+    let (upstream, mut proxy, first) = busy().await;
+    let second = upstream.moves("library/demo", "latest", Image::with_layers(&["newer"]));
+    proxy.pull("library/demo", "latest", &second).await;
+    let third = upstream.moves("library/demo", "latest", Image::with_layers(&["newest"]));
+    proxy.pull("library/demo", "latest", &third).await;
+    for _ in 0..2 {
+        let reply = proxy.admin("/api/v1/image?image=demo").await;
+        let shown = valid(&document(&proxy).await, "/api/v1/image", &reply);
+        let past: Vec<_> = shown["history"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|past| &past["digest"])
+            .collect();
+        assert_eq!(past, [&json!(second.digest), &json!(first.digest)], "{shown}");
+        assert_eq!(shown["digest"], json!(third.digest));
+        assert!(shown["last_pulled_at"].is_string(), "{shown}");
+        proxy = proxy.restart().await;
+    }
+}
+
+#[tokio::test]
+async fn an_image_that_is_removed_while_it_is_pulled_reaches_its_client_whole() {
+    let upstream = Upstream::start().await;
+    let image = upstream.push("library/demo", "latest", Image::of_noise(1, 400_000));
+    let proxy = Proxy::over(&upstream).await;
+    proxy.manifest("library/demo", "latest").await.is_image(&image);
+    let layer = image.layer(0);
+    let gate = upstream.holds_blob(&layer.digest, 100_000);
+    let pulling = tokio::spawn(proxy.blob("library/demo", &layer.digest).into_reply());
+    gate.reached().await;
+    let gone = delete(&proxy, "/api/v1/images?image=demo").await;
+    assert_eq!(gone.status, 200, "{gone:#?}");
+    assert_eq!(proxy.admin("/api/v1/images").await.json()["total"], 0);
+    gate.release();
+    within("the pull", pulling).await.unwrap().is_blob(layer);
+
+    proxy.pull("library/demo", "latest", &image).await;
+    upstream.refuses();
+    proxy.pull("library/demo", "latest", &image).await.is_stale();
+}
+
+#[tokio::test]
+async fn a_tag_that_is_removed_while_its_upstream_is_asked_is_held_again_whole() {
+    let (upstream, proxy, _old) = busy().await;
+    let new = upstream.moves("library/demo", "latest", Image::with_layers(&["newer"]));
+    let gate = upstream.holds_answers(|seen| seen.method == "HEAD");
+    let asking = tokio::spawn(proxy.manifest("library/demo", "latest").into_reply());
+    gate.reached().await;
+    assert_eq!(delete(&proxy, "/api/v1/images?image=demo").await.status, 200);
+    gate.release();
+    within("the answer", asking).await.unwrap().is_image(&new);
+    proxy.pull("library/demo", "latest", &new).await;
+    upstream.refuses();
+    proxy.pull("library/demo", "latest", &new).await.is_stale();
+}
+
+#[tokio::test]
+async fn pulls_and_collections_at_once_lose_nothing() {
+    let upstream = Upstream::start().await;
+    let images: Vec<Image> = (0..12)
+        .map(|seed| {
+            let image = Image::with_layers(&[noise(7, 100_000), noise(100 + seed, 50_000)]);
+            upstream.push("library/demo", &seed.to_string(), image)
+        })
+        .collect();
+    let proxy = std::sync::Arc::new(Proxy::over(&upstream).await);
+    let collecting = {
+        let proxy = std::sync::Arc::clone(&proxy);
+        tokio::spawn(async move {
+            let all = json!({ "dry_run": false, "unused_for": "0s" });
+            loop {
+                let reply = post(&proxy, "/api/v1/gc", &all).await;
+                assert_eq!(reply.status, 200, "{reply:#?}");
+                tokio::task::yield_now().await;
+            }
+        })
+    };
+    for (seed, image) in images.iter().enumerate() {
+        proxy
+            .manifest("library/demo", &seed.to_string())
+            .await
+            .is_image(image);
+        for blob in &image.blobs {
+            proxy.blob("library/demo", &blob.digest).await.is_blob(blob);
+        }
+    }
+    assert!(!collecting.is_finished(), "a collection failed");
+    collecting.abort();
+    for (seed, image) in images.iter().enumerate() {
+        proxy.pull("library/demo", &seed.to_string(), image).await;
+    }
+    upstream.refuses();
+    for (seed, image) in images.iter().enumerate() {
+        proxy
+            .pull("library/demo", &seed.to_string(), image)
+            .await
+            .is_stale();
+    }
+}
+
+/// What is left to the tests of the archive: they know what a broken one is.
+const ELSEWHERE: &[&str] = &[
+    "get /api/v1/export 409",
+    "get /api/v1/export 503",
+    "post /api/v1/import 400",
+    "post /api/v1/import 422",
+    "post /api/v1/import 500",
+    "post /api/v1/import 503",
+    "post /api/v1/import 507",
+];
+
+const TOKEN: &str = "0123456789abcdef";
+
+/// A cache that asks its operator for a token, brought its own certificate, and holds a pinned image.
+async fn guarded() -> (Upstream, Proxy) {
+    let upstream = Upstream::start().await;
+    let image = upstream.push("library/demo", "latest", Image::with_layers(&["one"]));
+    let setup = Setup::over(&upstream);
+    let token = setup.file("admin.token", &format!("{TOKEN}\n"));
+    let setup = setup.listen_keys(&format!("admin_token_file = {token:?}"));
+    // What it makes for itself the first time serves as a brought one the second time.
+    let proxy = setup.clone().start().await;
+    let certs = setup.folder().join("certs");
+    let brought = format!(
+        "[tls]\nfolder = {certs:?}\ncertificate = {:?}\nkey = {:?}",
+        certs.join("server.pem"),
+        certs.join("server.key")
+    );
+    proxy.pull("library/demo", "latest", &image).await;
+    let proxy = proxy.restart_as(setup.tls(&brought)).await;
+    let pinned = json!({ "image": "demo", "pinned": true });
+    assert_eq!(
+        post(&proxy, "/api/v1/pins", &pinned).bearer(TOKEN).await.status,
+        200
+    );
+    (upstream, proxy)
+}
+
+#[tokio::test]
+async fn every_documented_error_can_be_provoked_and_is_a_problem() {
+    let (upstream, proxy) = guarded().await;
+    let document = proxy.admin("/api/openapi.json").bearer(TOKEN).await.json();
+    let mut open = Vec::new();
+    let mut unprovoked = Vec::new();
+    for (path, methods) in document["paths"].as_object().unwrap() {
+        for (method, operation) in methods.as_object().unwrap() {
+            for status in operation["responses"].as_object().unwrap().keys() {
+                let name = format!("{method} {path} {status}");
+                let status: u16 = status.parse().unwrap();
+                if status < 400 || ELSEWHERE.contains(&name.as_str()) {
+                    continue;
+                }
+                let Some(ask) = provocation(&proxy, &upstream, (method, path, status), &mut open).await
+                else {
+                    unprovoked.push(name);
+                    continue;
+                };
+                let reply = ask.await;
+                assert_eq!(reply.status, status, "{name}: {reply:#?}");
+                assert_eq!(
+                    reply.header("content-type"),
+                    Some("application/problem+json"),
+                    "{name}"
+                );
+                let reply = Reply {
+                    path: path.clone(),
+                    ..reply
+                };
+                valid(&document, path, &reply);
+            }
+        }
+    }
+    assert!(
+        unprovoked.is_empty(),
+        "documented, and nobody knows how to provoke it: {unprovoked:#?}"
+    );
+}
+
+/// What must be answered with this error; `open` keeps what must not end before that.
+async fn provocation(
+    proxy: &Proxy,
+    upstream: &Upstream,
+    (method, path, status): (&str, &str, u16),
+    open: &mut Vec<crate::proxy::Flow>,
+) -> Option<Ask> {
+    let real = path.replace("{id}", "999999");
+    let plain = |path: &str| Ask::new(proxy.admin_address(), &method.to_uppercase(), path).unchecked();
+    let kind = if path.ends_with("import") {
+        "application/x-tar"
+    } else {
+        "application/json"
+    };
+    let ask = |path: &str| plain(path).bearer(TOKEN).header("content-type", kind);
+    Some(match (status, method, path) {
+        (401, ..) => plain(&real).header("content-type", kind),
+        (421, ..) => ask(&real).header("host", "evil.example"),
+        (403, ..) => ask(&real).header("origin", "http://evil.example"),
+        (415, ..) => plain(&real).bearer(TOKEN),
+        (413, ..) => ask(&real).body(&vec![b' '; 70_000]),
+        (400, "post", _) => ask(&real).body(b"{\"nonsense\":1}"),
+        (400, _, "/api/v1/series") => ask("/api/v1/series?span=year"),
+        (400, "get", "/api/v1/images") => ask("/api/v1/images?sort=colour"),
+        (400, _, "/api/v1/events" | "/api/v1/events/stream") => ask(&format!("{path}?after=x")),
+        (400, ..) | (404, _, "/api/v1/pulls/{id}" | "/ca.pem") => ask(&real),
+        (404, ..) => ask(&format!("{path}?image=library/absent")),
+        (409, "delete", "/api/v1/images") => ask("/api/v1/images?image=demo"),
+        (503, _, "/api/v1/events/stream") => {
+            for _ in 0..64 {
+                open.push(ask(path).stream().await);
+            }
+            ask(path)
+        }
+        (503, "post", "/api/v1/pulls") => {
+            upstream.hangs();
+            for number in 0..100 {
+                let image = json!({ "image": format!("library/never-{number}") });
+                assert_eq!(post(proxy, path, &image).bearer(TOKEN).await.status, 202);
+            }
+            ask(path).body(b"{\"image\":\"library/one-more\"}")
+        }
+        _ => return None,
+    })
 }

@@ -65,6 +65,101 @@ async fn what_is_held_is_listed_shown_and_explained() {
     }
 }
 
+/// What is printed, with `…` for what is another time's: moments, ages, how long something took. Columns are two blanks
+/// apart, however wide.
+fn timeless(printed: &str) -> String {
+    let is_moment = |word: &str| {
+        let figures = word.bytes().filter(u8::is_ascii_digit).count();
+        let is_clock = figures == 4 && word.len() == 5 && word.contains(':');
+        is_clock || (figures >= 6 && word.contains([':', '-']) && !word.contains("sha256"))
+    };
+    let is_age = |word: &str| {
+        let word = word.trim_end_matches(',');
+        let number = word.trim_end_matches(['s', 'm', 'h']);
+        word == "now" || (number.len() < word.len() && number.parse::<u64>().is_ok())
+    };
+    let mut text = String::new();
+    for line in printed.lines() {
+        let indent = line.len() - line.trim_start().len();
+        let columns = line.trim_start().split("  ").map(str::trim);
+        let columns = columns.filter(|column| !column.is_empty()).map(|column| {
+            let column = column.replace(['(', ')'], "");
+            let words: Vec<&str> = column.split(' ').collect();
+            let shown = words.iter().enumerate().map(|(place, word)| {
+                let is_measure = words.get(place + 1) == Some(&"ms");
+                if is_moment(word) || is_age(word) || is_measure {
+                    "…"
+                } else {
+                    word
+                }
+            });
+            shown.collect::<Vec<_>>().join(" ").replace("… ago", "…")
+        });
+        let columns: Vec<_> = columns.collect();
+        text.push_str(&" ".repeat(indent));
+        text.push_str(&columns.join("  "));
+        text.push('\n');
+    }
+    text
+}
+
+/// Each command's output as it is in `tests/system/printed`; `PRINTED=write` puts it there anew.
+#[tokio::test]
+#[expect(
+    clippy::disallowed_methods,
+    reason = "who changes the output says so by a variable"
+)]
+async fn every_table_looks_as_it_did() {
+    let (upstream, proxy, image) = holding().await;
+    upstream.tells_rate_limit(100, 73);
+    proxy.pull("library/demo", "latest", &image).await;
+    done(&proxy, &["pin", "demo"]).await;
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/system/printed");
+    for (name, words) in [
+        ("ls", &["ls"][..]),
+        ("show", &["show", "demo"]),
+        ("why", &["why", "demo"]),
+        ("stats", &["stats"]),
+        ("log", &["log", "demo"]),
+        ("pull", &["pull", "demo"]),
+        ("refresh", &["refresh", "demo"]),
+        ("rm", &["rm", "demo"]),
+        ("gc", &["gc"]),
+        ("offline", &["offline"]),
+    ] {
+        let (_, out, err) = run(&proxy, words).await;
+        let printed = timeless(&(out + &err));
+        let file = folder.join(format!("{name}.txt"));
+        if std::env::var_os("PRINTED").is_some_and(|wanted| wanted == "write") {
+            std::fs::create_dir_all(&folder).unwrap();
+            std::fs::write(&file, &printed).unwrap();
+        }
+        let expected = std::fs::read_to_string(&file).unwrap_or_default();
+        assert_eq!(printed, expected, "{name}: PRINTED=write keeps it so");
+    }
+}
+
+#[tokio::test]
+async fn settings_are_shown_with_where_they_come_from() {
+    let setup = Setup::empty().environment("IFNEWER_STORE_SIZE", "9 GiB");
+    let file = setup.file("ifnewer.toml", "[log]\nformat = \"json\"\n");
+    let mut program = setup.run(&["config", "show", "--origin", "--config", file.to_str().unwrap()]);
+    assert_eq!(program.exit().await, Some(0), "{}", program.stderr());
+    let shown = program.stdout();
+    for part in [
+        "# IFNEWER_STORE_SIZE",
+        "ifnewer.toml:2",
+        "# default",
+        "# not set",
+        "# IFNEWER_LOG",
+    ] {
+        assert!(shown.contains(part), "{part}: {shown}");
+    }
+    setup.file("ifnewer.toml", "polcy = 1");
+    let mut program = setup.run(&["config", "show", "--config", file.to_str().unwrap()]);
+    assert_eq!(program.exit().await, Some(2));
+}
+
 #[tokio::test]
 async fn each_that_reads_prints_json_too() {
     let (_upstream, proxy, _image) = holding().await;

@@ -84,3 +84,23 @@ async fn a_second_signal_ends_it_now() {
     proxy.exit().await;
     assert!(cold.rest().await.is_err());
 }
+
+#[tokio::test]
+async fn a_reload_while_it_drains_does_not_cut_a_pull() {
+    let upstream = Upstream::start().await;
+    let image = upstream.push("library/demo", "latest", Image::of_noise(4, 2_000_000));
+    let mut proxy = Proxy::over(&upstream).await;
+    proxy.manifest("library/demo", "latest").await;
+    let layer = image.layer(0);
+    let gate = upstream.holds_blob(&layer.digest, 1_000_000);
+    let mut cold = proxy.blob("library/demo", &layer.digest).stream().await;
+    gate.reached().await;
+
+    proxy.terminate();
+    proxy.until_closed().await;
+    proxy.program().reload();
+    proxy.program().says("the configuration is not read again").await;
+    gate.release();
+    assert!(cold.rest().await.expect("a whole body") == layer.bytes);
+    assert_eq!(proxy.exit().await, Some(0), "{}", proxy.program().stderr());
+}

@@ -1,7 +1,6 @@
 //! The parts of the page. What changes by itself is marked `data-live` and has an id.
 
 use maud::{Markup, html};
-use serde_json::Value;
 
 use super::super::events::{Event, Seen};
 use super::super::images::Image;
@@ -358,55 +357,6 @@ pub(super) fn confirm(trial: &Trial, secret: &str) -> Markup {
                 input type="hidden" name="image" value=(trial.image);
                 @if trial.tags > 0 { button.warm name="deed" value="remove" autofocus { "Remove" } }
                 a.button.quiet href="/#images" { "Keep it" }
-            }
-        }
-    }
-}
-
-pub(super) fn upstreams(listed: &Value) -> Markup {
-    let upstreams = listed.get("upstreams").and_then(Value::as_array);
-    let text = |value: &Value, name: &str| {
-        value
-            .get(name)
-            .and_then(Value::as_str)
-            .unwrap_or_default()
-            .to_owned()
-    };
-    let seconds = |value: &Value| value.get("seconds").and_then(Value::as_u64).unwrap_or_default();
-    html! {
-        section #upstreams aria-labelledby="upstreams-title" {
-            h2 #upstreams-title { "Upstreams" }
-            ul.rows #upstreams-list data-live {
-                @for upstream in upstreams.into_iter().flatten() {
-                    @let silent = upstream.get("silent").filter(|silent| !silent.is_null());
-                    @let last = upstream.get("last_silence").filter(|last| !last.is_null());
-                    li {
-                        div {
-                            strong { (text(upstream, "name")) }
-                            @for limit in upstream.get("rate_limits").and_then(Value::as_array).into_iter().flatten() {
-                                @if let Some(left) = limit.get("remaining").and_then(Value::as_u64) {
-                                    div.dim { (text(limit, "credential")) ": " (left) " pulls left" }
-                                }
-                            }
-                            @for quirk in upstream.get("quirks").and_then(Value::as_array).into_iter().flatten() {
-                                @if let Some(quirk) = quirk.as_str() { div.dim { "its own way: " (quirk) } }
-                            }
-                        }
-                        div.end {
-                            @match (silent, last) {
-                                (Some(silent), _) => {
-                                    span.mark.stale { "silent" }
-                                    div.dim { (text(silent, "cause")) ", for " (duration(Duration::from_secs(seconds(silent)))) }
-                                }
-                                (None, Some(last)) => {
-                                    span.mark.hit { "answers" }
-                                    div.dim { "last silent " (ago(seconds(last))) ": " (text(last, "cause")) }
-                                }
-                                (None, None) => { span.mark.local { "no trouble" } }
-                            }
-                        }
-                    }
-                }
             }
         }
     }

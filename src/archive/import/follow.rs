@@ -167,6 +167,7 @@ impl FoundImage {
             confirmed_at: NEVER_CONFIRMED,
             first_held_at: now,
             earlier: None,
+            history: Vec::new(),
         };
         Ok(store.keep_tag(&key, variant)?)
     }

@@ -35,6 +35,7 @@ fn docker_hub_s_rate_limit_is_read() {
         limit: Some(100),
         remaining: Some(76),
         window_s: Some(21_600),
+        reset_s: None,
         source: Some("192.0.2.1".into()),
     };
     assert_eq!(RateLimit::read(&said), limit);
@@ -45,6 +46,7 @@ fn docker_hub_s_rate_limit_is_read() {
         RateLimit {
             remaining: Some(5),
             window_s: Some(60),
+            reset_s: None,
             ..RateLimit::default()
         }
     );

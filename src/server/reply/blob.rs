@@ -7,6 +7,7 @@ use http::header::{ACCEPT_RANGES, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE};
 use http::{HeaderValue, Response, StatusCode};
 
 use super::{Asked, OCTETS, etag, how, named, problem, put, respond};
+use crate::event::BytesFrom;
 use crate::oci::range::{Sent, Span, content_range, unsatisfied};
 use crate::oci::{Digest, ErrorCode, Problem};
 use crate::pull::{Content, How};
@@ -63,7 +64,7 @@ impl Answered<'_> {
         let body = match content {
             _ if self.asked.head => Body::empty(),
             Content::Head => Body::empty(),
-            Content::Memory(bytes) => Body::whole(bytes),
+            Content::Memory(bytes) => self.memory(bytes),
             Content::File(held) if self.front.sound.knows(&self.digest) => {
                 Body::file(held.file, 0, held.size, self.front.buffers.clone(), events)
             }
@@ -87,11 +88,16 @@ impl Answered<'_> {
         response
     }
 
+    fn memory(&self, bytes: Bytes) -> Body {
+        self.front.events.sent(BytesFrom::Disk, bytes.len() as u64);
+        Body::whole(bytes)
+    }
+
     fn part(&self, span: Span, content: Content) -> Response<Body> {
         let Span { start, end_exclusive } = span;
         let events = self.front.events.clone();
         let body = match content {
-            Content::Memory(bytes) => Body::whole(within(&bytes, span)),
+            Content::Memory(bytes) => self.memory(within(&bytes, span)),
             Content::File(held) => {
                 let buffers = self.front.buffers.clone();
                 Body::file(held.file, start, end_exclusive, buffers, events)

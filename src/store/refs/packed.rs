@@ -96,6 +96,8 @@ fn unpack(packed: &mut &[u8]) -> Option<Variant> {
         confirmed_at,
         first_held_at,
         earlier,
+        // Only the file has it.
+        history: Vec::new(),
     })
 }
 
@@ -145,6 +147,7 @@ mod tests {
             confirmed_at: at(2_000_000_000),
             first_held_at: at(1),
             earlier: None,
+            history: Vec::new(),
         };
         let mut variants = vec![
             variant(1, Algorithm::Sha256, KNOWN_TYPES[1]),

@@ -14,6 +14,9 @@ use crate::store::record::{from_millis, opened, sealed, to_millis};
 /// How many sets of accepted media types a tag is remembered for. Clients in use send fewer.
 pub const VARIANTS_MAX: usize = 8;
 
+/// How many earlier digests a tag is remembered by.
+pub const HISTORY_MAX: usize = 10;
+
 pub(super) const TREE: &str = "refs";
 pub(super) const KEY_PREFIX: u8 = b't';
 
@@ -47,6 +50,19 @@ pub struct Variant {
     pub first_held_at: SystemTime,
     /// The last image that the tag named before and that was whole; kept until this one is whole too.
     pub earlier: Option<Earlier>,
+    /// What it named before, the last first, at most [`HISTORY_MAX`]; for people to read. Nothing of it is kept for that.
+    pub history: Vec<Past>,
+}
+
+/// What a tag named once, and from when until when the upstream said so.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Past {
+    /// Which image.
+    pub digest: Digest,
+    /// When the upstream first said so.
+    pub first_held_at: SystemTime,
+    /// When it last said so.
+    pub confirmed_at: SystemTime,
 }
 
 /// What a tag named before.
@@ -76,6 +92,16 @@ impl Variant {
     pub(super) fn replacing(mut self, before: &Self, is_whole: &dyn Fn(&Digest) -> bool) -> Self {
         if self.names_the_same(before) {
             self.first_held_at = before.first_held_at;
+        }
+        self.history.clone_from(&before.history);
+        if self.digest != before.digest {
+            let past = Past {
+                digest: before.digest,
+                first_held_at: before.first_held_at,
+                confirmed_at: before.confirmed_at,
+            };
+            self.history.insert(0, past);
+            self.history.truncate(HISTORY_MAX);
         }
         self.earlier = if is_whole(&self.digest) {
             None
@@ -114,7 +140,11 @@ impl TagRecord {
                 .find(|variant| variant.accept == indexed.accept)
             {
                 None => variants.push(indexed),
-                Some(filed) if indexed.supersedes(filed) => *filed = indexed,
+                Some(filed) if indexed.supersedes(filed) => {
+                    // Only the file has it.
+                    let history = std::mem::take(&mut filed.history);
+                    *filed = Variant { history, ..indexed };
+                }
                 Some(_) => {}
             }
         }
@@ -149,6 +179,15 @@ struct VariantRecord {
     first_held_at_ms: u64,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     earlier: Option<EarlierRecord>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    history: Vec<PastRecord>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct PastRecord {
+    digest: String,
+    first_held_at_ms: u64,
+    confirmed_at_ms: u64,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -228,6 +267,24 @@ impl TagRecord {
     }
 }
 
+impl Past {
+    fn to_record(&self) -> PastRecord {
+        PastRecord {
+            digest: self.digest.to_string(),
+            first_held_at_ms: to_millis(self.first_held_at),
+            confirmed_at_ms: to_millis(self.confirmed_at),
+        }
+    }
+
+    fn of_record(record: &PastRecord) -> Option<Self> {
+        Some(Self {
+            digest: record.digest.parse().ok()?,
+            first_held_at: from_millis(record.first_held_at_ms),
+            confirmed_at: from_millis(record.confirmed_at_ms),
+        })
+    }
+}
+
 impl Earlier {
     fn of_record(record: &EarlierRecord) -> Option<Self> {
         Some(Self {
@@ -251,6 +308,7 @@ impl Variant {
                 media_type: earlier.media_type.as_str().to_owned(),
                 confirmed_at_ms: to_millis(earlier.confirmed_at),
             }),
+            history: self.history.iter().map(Past::to_record).collect(),
         }
     }
 
@@ -262,6 +320,12 @@ impl Variant {
             confirmed_at: from_millis(record.confirmed_at_ms),
             first_held_at: from_millis(record.first_held_at_ms),
             earlier: record.earlier.as_ref().and_then(Earlier::of_record),
+            history: record
+                .history
+                .iter()
+                .filter_map(Past::of_record)
+                .take(HISTORY_MAX)
+                .collect(),
         })
     }
 }

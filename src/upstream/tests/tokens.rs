@@ -198,6 +198,7 @@ async fn our_own_account_is_used_only_for_callers_that_say_so() {
     let caller = Caller {
         principal: [0; 32],
         credential: Credential::Own,
+        trace: Trace::begun(),
     };
     upstream.head(&caller, &tag(), &accept()).await;
     let basic = format!("Basic {}", BASE64_STANDARD.encode("robot:secret"));
@@ -229,6 +230,7 @@ async fn our_own_account_is_posted_where_the_realm_has_no_get() {
     let caller = Caller {
         principal: [0; 32],
         credential: Credential::Own,
+        trace: Trace::begun(),
     };
     let answer = Upstream::new(settings, &Connector::system())
         .unwrap()
@@ -398,7 +400,8 @@ async fn who_waited_for_a_token_that_failed_shares_the_failure() {
     let realm = format!("{}/token", registry.url());
     let key = Key::of(tokens, &upstream.0.urls[0], (&realm, None, &[]), None, holder).unwrap();
     // All three are polled before the first answer can arrive: one fetches, two wait for it.
-    let get = || tokens.get(http, &key, Login::Anonymous, None);
+    let trace = Trace::begun();
+    let get = || tokens.get(http, &key, Login::Anonymous, (None, &trace));
     let failed = tokio::join!(get(), get(), get());
     assert_eq!(
         failed,

@@ -11,7 +11,7 @@ mod raw;
 mod reply;
 mod setup;
 
-pub use client::{Ask, Session};
+pub use client::{Ask, Flow, Session};
 pub use identity::{Authority, Identity};
 pub use program::Program;
 pub use raw::{RawReply, raw};

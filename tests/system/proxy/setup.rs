@@ -14,6 +14,7 @@ pub struct Setup {
     top: String,
     listen: String,
     default: String,
+    tls: String,
     prefetch: bool,
     upstreams: Vec<(String, String)>,
     tail: String,
@@ -34,6 +35,7 @@ impl Setup {
             top: String::new(),
             listen: String::new(),
             default: String::new(),
+            tls: String::new(),
             prefetch: false,
             upstreams: Vec::new(),
             tail: String::new(),
@@ -103,6 +105,12 @@ impl Setup {
         self
     }
 
+    /// This `[tls]` section instead of the usual one.
+    pub fn tls(mut self, section: &str) -> Setup {
+        section.clone_into(&mut self.tls);
+        self
+    }
+
     /// Whatever stands after the rest: `[[rule]]`, `[connect]`.
     pub fn tail(mut self, text: &str) -> Setup {
         writeln!(self.tail, "{text}").unwrap();
@@ -161,12 +169,15 @@ impl Setup {
                 writeln!(text, "{key}").unwrap();
             }
         }
+        let tls = if self.tls.is_empty() {
+            format!("[tls]\nfolder = {:?}", folder.join("certs"))
+        } else {
+            self.tls.clone()
+        };
         writeln!(
             text,
-            "[tls]\nfolder = {:?}\n[default]\nprefetch = {}\n{}",
-            folder.join("certs"),
-            self.prefetch,
-            self.default
+            "{tls}\n[default]\nprefetch = {}\n{}",
+            self.prefetch, self.default
         )
         .unwrap();
         for (name, keys) in &self.upstreams {

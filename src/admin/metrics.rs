@@ -1,0 +1,67 @@
+//! `/metrics`: what was counted, with the levels of this moment.
+
+use std::time::SystemTime;
+
+use http::StatusCode;
+use http::header::ACCEPT;
+use http::request::Parts;
+
+use super::reply::{Reply, whole};
+use super::{Admin, upstreams};
+use crate::event::Levels;
+
+/// The type of what everybody else gets.
+const PLAIN_METRICS: &str = "text/plain; version=0.0.4; charset=utf-8";
+
+/// The metrics' type: `OpenMetrics`, which Prometheus and its kin ask for.
+const OPENMETRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+impl Admin {
+    pub(super) fn metrics(&self, head: &Parts, now: SystemTime) -> Reply {
+        let levels = self.levels(now);
+        let accepted = head.headers.get_all(ACCEPT).iter();
+        let asked = accepted
+            .filter_map(|line| line.to_str().ok())
+            .any(|line| line.contains("application/openmetrics-text"));
+        if asked {
+            whole(StatusCode::OK, OPENMETRICS, self.events.text(&levels))
+        } else {
+            whole(StatusCode::OK, PLAIN_METRICS, self.events.plain_text(&levels))
+        }
+    }
+
+    fn levels(&self, now: SystemTime) -> Levels {
+        let registry = self.registry.load();
+        let (store, downloads) = (registry.pull.store(), registry.pull.downloads());
+        let (usage, evicted) = (store.usage(), store.evictions());
+        let upstreams = registry.doors.all().iter().map(|site| {
+            let is_up = site.upstream().silent_now().is_none();
+            (site.name().into(), is_up)
+        });
+        let waiters = downloads
+            .transfers()
+            .iter()
+            .map(|transfer| transfer.readers.saturating_sub(1) as u64)
+            .sum();
+        Levels {
+            store_bytes: usage.blob_bytes + usage.manifest_bytes,
+            store_bytes_max: store.limits().bytes_max,
+            evicted: vec![("size", evicted.for_size), ("free", evicted.for_free)],
+            evicted_bytes: evicted.bytes,
+            longest_idle: evicted.longest_idle,
+            without_room: evicted.refused,
+            scrub_damaged: store.scrubbed().damaged,
+            is_store_degraded: !store.troubles().is_empty(),
+            store_objects: usage.blobs + usage.manifests,
+            store_tags: usage.tags,
+            transfers: downloads.count() as u64,
+            waiters,
+            fetched_bytes: downloads.fetched_bytes(),
+            digest_mismatches: downloads.digest_mismatches(),
+            offline: self.offline.is_on(),
+            upstreams: upstreams.collect(),
+            allowances: upstreams::allowances(&registry, now),
+            certificates: self.tls.load().good_until(),
+        }
+    }
+}

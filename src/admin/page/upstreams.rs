@@ -1,0 +1,67 @@
+//! The upstreams on the page.
+
+use std::time::Duration;
+
+use maud::{Markup, html};
+use serde_json::Value;
+
+use super::super::words::duration;
+use super::ago;
+
+/// How each upstream is doing.
+pub(super) fn section(listed: &Value) -> Markup {
+    let upstreams = listed.get("upstreams").and_then(Value::as_array);
+    let text = |value: &Value, name: &str| {
+        value
+            .get(name)
+            .and_then(Value::as_str)
+            .unwrap_or_default()
+            .to_owned()
+    };
+    let number = |value: &Value, name: &str| value.get(name).and_then(Value::as_u64).unwrap_or_default();
+    let seconds = |value: &Value| number(value, "seconds");
+    let until = |at: &str| {
+        let hour = at.get(11..16).map(|hour| format!(", reset by {hour} UTC"));
+        hour.unwrap_or_default()
+    };
+    html! {
+        section #upstreams aria-labelledby="upstreams-title" {
+            h2 #upstreams-title { "Upstreams" }
+            ul.rows #upstreams-list data-live {
+                @for upstream in upstreams.into_iter().flatten() {
+                    @let silent = upstream.get("silent").filter(|silent| !silent.is_null());
+                    @let last = upstream.get("last_silence").filter(|last| !last.is_null());
+                    li {
+                        div {
+                            strong { (text(upstream, "name")) }
+                            @if let Some(head) = upstream.get("last_head").filter(|head| head.is_object()) {
+                                div.dim { "last asked " (ago(number(head, "seconds_ago"))) ": " (number(head, "ms")) " ms, as " (text(upstream, "identity")) }
+                            }
+                            @for limit in upstream.get("rate_limits").and_then(Value::as_array).into_iter().flatten() {
+                                @if let Some(left) = limit.get("remaining").and_then(Value::as_u64) {
+                                    div.dim { (text(limit, "credential")) ": " (left) " pulls left" (until(&text(limit, "resets_at"))) }
+                                }
+                            }
+                            @for quirk in upstream.get("quirks").and_then(Value::as_array).into_iter().flatten() {
+                                @if let Some(quirk) = quirk.as_str() { div.dim { "its own way: " (quirk) } }
+                            }
+                        }
+                        div.end {
+                            @match (silent, last) {
+                                (Some(silent), _) => {
+                                    span.mark.stale { "silent" }
+                                    div.dim { (text(silent, "cause")) ", for " (duration(Duration::from_secs(seconds(silent)))) }
+                                }
+                                (None, Some(last)) => {
+                                    span.mark.hit { "answers" }
+                                    div.dim { "last silent " (ago(seconds(last))) ": " (text(last, "cause")) }
+                                }
+                                (None, None) => { span.mark.local { "no trouble" } }
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,61 @@
+//! What is known only when someone looks, and so is read when the metrics are.
+
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+/// What is known only when someone looks: read at each scrape.
+#[derive(Clone, Debug, Default)]
+pub struct Levels {
+    /// Bytes of blobs and manifests held.
+    pub store_bytes: u64,
+    /// Bytes that may be held.
+    pub store_bytes_max: u64,
+    /// Blobs and manifests evicted since the start, by the limit that asked for it.
+    pub evicted: Vec<(&'static str, u64)>,
+    /// Bytes of what was evicted.
+    pub evicted_bytes: u64,
+    /// How long the image that would go next had not been used at the last eviction: a short time says that the store is
+    /// too small.
+    pub longest_idle: Option<Duration>,
+    /// Blobs passed through because the limits left no room for them.
+    pub without_room: u64,
+    /// Blobs and manifests that the scrub found damaged since the start.
+    pub scrub_damaged: u64,
+    /// Whether something keeps the store from storing.
+    pub is_store_degraded: bool,
+    /// Blobs and manifests held.
+    pub store_objects: u64,
+    /// Tags known.
+    pub store_tags: u64,
+    /// Transfers under way.
+    pub transfers: u64,
+    /// Clients that read from a transfer under way which another one began.
+    pub waiters: u64,
+    /// Bytes of blobs fetched from upstreams since the start.
+    pub fetched_bytes: u64,
+    /// Transfers whose bytes were not those of their digest, since the start.
+    pub digest_mismatches: u64,
+    /// Whether asking is switched off.
+    pub offline: bool,
+    /// Whether each upstream answers, as its breaker sees it.
+    pub upstreams: Vec<(Arc<str>, bool)>,
+    /// Until when each certificate shown to clients is good: the end of its chain that ends first.
+    pub certificates: Vec<(&'static str, SystemTime)>,
+    /// What is left of whose allowance.
+    pub allowances: Vec<AllowanceLevel>,
+}
+
+/// What an upstream last said of an allowance.
+#[derive(Clone, Debug)]
+pub struct AllowanceLevel {
+    /// The upstream's name.
+    pub upstream: Arc<str>,
+    /// Whose it is: `anonymous`, `own`, or `client` for all clients with a credential of their own.
+    pub credential: &'static str,
+    /// Pulls allowed in a window.
+    pub limit: Option<u64>,
+    /// Pulls left in it.
+    pub remaining: Option<u64>,
+    /// When all of them are allowed again, at the latest.
+    pub resets_at: Option<SystemTime>,
+}

@@ -1,0 +1,35 @@
+//! Whether the operator wants no upstream to be asked: kept over restarts, for an upgrade in the middle of an outage must
+//! not begin to ask.
+//!
+//! A file that is there says yes. It explains itself to whoever finds it, and can be removed by hand.
+
+use std::path::Path;
+
+use super::volume::Volume as _;
+use super::{Fault, Store, remove_file};
+
+const FILE: &str = "offline";
+
+const TEXT: &[u8] = b"While this file is here, ifnewer asks no upstream. `ifnewer offline off` removes it.\n";
+
+impl Store {
+    /// What the operator wanted last.
+    pub fn is_offline_kept(&self) -> bool {
+        self.volume.open(Path::new(FILE)).is_ok()
+    }
+
+    /// Keeps what the operator wants. Durable when it returns.
+    pub fn keep_offline(&self, on: bool) -> Result<(), Fault> {
+        let path = Path::new(FILE);
+        if on {
+            return self
+                .volume
+                .write_whole(path, TEXT)
+                .map_err(|error| Fault::io("write", path, &error));
+        }
+        remove_file(&*self.volume, path)?;
+        self.volume
+            .sync_folder(Path::new(""))
+            .map_err(|error| Fault::io("sync the folder of", path, &error))
+    }
+}
