@@ -2,6 +2,9 @@
 
 use std::io::Read;
 
+use proptest::prelude::*;
+use proptest::sample::Index;
+
 use super::*;
 use crate::archive::import::Refused;
 
@@ -335,4 +338,37 @@ fn indexes_that_name_each_other_many_times_are_followed_once() {
     archive.0[1].2 = index(INDEX, &outer, NAME);
     let ground = Ground::new();
     assert_eq!(ground.import(&archive.bytes()).unwrap().objects, 5);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(400))]
+
+    #[test]
+    fn an_archive_with_anything_changed_is_taken_whole_or_not_at_all(
+        place in any::<Index>(), other in any::<Index>(), change in 1_u8.., kind in 0_u8..4
+    ) {
+        let image = manifest(b"config", b"layer");
+        let mut archive = Archive::whole().bytes();
+        let (place, other) = (place.index(archive.len()), other.index(archive.len()));
+        match kind {
+            0 => archive[place] ^= change,
+            1 => archive.truncate(place),
+            2 => drop(archive.drain(place.min(other)..place.max(other))),
+            _ => {
+                let length = archive.len();
+                archive.copy_within(place..length.min(place + 512), other.min(length - 512));
+            }
+        }
+        let ground = Ground::new();
+        ground.volume.set_bytes_max(1 << 24);
+        if let Ok(imported) = ground.import(&archive) {
+            // Its name may be another one now; its content is not.
+            let taken = &imported.images[0];
+            prop_assert_eq!(taken.digest, digest(&image));
+            prop_assert!(ground.is_whole(&taken.name, &image));
+        } else {
+            prop_assert!(ground.tagged(NAME).is_none());
+            prop_assert!(ground.blob(b"layer").is_none() && ground.blob(b"config").is_none());
+        }
+    }
 }
