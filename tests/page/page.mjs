@@ -143,6 +143,20 @@ try {
     await tab.keyboard.press("Tab");
     assert.equal(await tab.evaluate(() => document.activeElement.textContent), "Skip to the content");
   });
+  // The README's picture: a while of pulls, and then the registry is gone.
+  for (let times = 0; times < 8; times++) {
+    await pull("library/python", "3.12");
+    await pull("library/alpine", "3.20");
+  }
+  registry.end();
+  await pull("library/alpine", "3.20");
+  for (const colorScheme of ["light", "dark"]) {
+    await test(`an outage is told, ${colorScheme}`, { viewport: { width: 1280, height: 1080 }, colorScheme }, async (tab) => {
+      await tab.goto(page);
+      await tab.locator("#decisions").getByText("stale").first().waitFor();
+      await tab.screenshot({ path: join(shots, `readme-${colorScheme}.png`) });
+    });
+  }
 } finally {
   await browser.close();
   program.kill("SIGTERM");

@@ -1,0 +1,89 @@
+//! The documentation agrees with the program: its tables of decisions are the decision's own, every configuration in it is
+//! one, every command is one, every link leads somewhere.
+//!
+//! `UPDATE_DOCS=1 cargo test --test docs` writes the tables anew.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::disallowed_methods,
+    clippy::indexing_slicing,
+    reason = "tests may fail loudly"
+)]
+
+#[path = "docs/commands.rs"]
+mod commands;
+#[path = "docs/decisions.rs"]
+mod decisions;
+#[path = "docs/text.rs"]
+mod text;
+
+use std::path::Path;
+
+use ifnewer::config::{Config, KEYS};
+use text::{blocks, documents, links};
+
+/// The sections of clients' files that the documentation shows.
+const OF_CLIENTS: [&str; 7] = [
+    "capabilities",
+    "host",
+    "plugins",
+    "registry",
+    "runners",
+    "server",
+    "version",
+];
+
+#[test]
+fn every_toml_is_a_configuration_of_ours_or_of_a_client() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut ours = 0;
+    for block in blocks(&["toml"]) {
+        let at = block.place();
+        let table: toml::Table = block.text.parse().unwrap_or_else(|error| panic!("{at}: {error}"));
+        let is_ours = |key: &String| {
+            KEYS.iter()
+                .any(|known| known.path().split('.').next() == Some(key))
+        };
+        if table.keys().all(is_ours) {
+            ours += 1;
+            let text = with_its_files(&block.text, folder.path());
+            Config::read(&text, Path::new(&at)).unwrap_or_else(|faults| panic!("{faults}"));
+        } else {
+            let stranger = table.keys().find(|key| !OF_CLIENTS.contains(&key.as_str()));
+            assert_eq!(stranger, None, "{at}: a key of nobody");
+        }
+    }
+    assert!(ours > 6, "hardly any configuration of ours was found: {ours}");
+}
+
+/// The files that a configuration names are read with it.
+fn with_its_files(text: &str, folder: &Path) -> String {
+    let text = text.replace("/etc/ifnewer/", &format!("{}/", folder.display()));
+    for path in text.split('"').filter(|word| Path::new(word).starts_with(folder)) {
+        std::fs::write(path, "a".repeat(64)).unwrap();
+    }
+    text
+}
+
+#[test]
+fn every_json_is_json() {
+    for block in blocks(&["json"]) {
+        serde_json::from_str::<serde_json::Value>(&block.text)
+            .unwrap_or_else(|error| panic!("{}: {error}", block.place()));
+    }
+}
+
+#[test]
+fn every_link_leads_somewhere() {
+    for document in documents() {
+        let folder = document.parent().unwrap();
+        for link in links(&document) {
+            assert!(
+                folder.join(&link).exists(),
+                "{}: {link} is not there",
+                document.display()
+            );
+        }
+    }
+}

@@ -1,0 +1,89 @@
+//! Every command in the documentation is one that the program takes, and every shell script one that the shell reads.
+
+use std::process::Command;
+
+use clap::Parser as _;
+use ifnewer::cli::Cli;
+
+use crate::text::{blocks, documents, read};
+
+#[test]
+fn every_command_of_ours_is_one_with_these_flags() {
+    let mut checked = 0;
+    for block in blocks(&["sh", "text", "yaml"]) {
+        for line in block.text.lines() {
+            checked += check_line(&block.place(), line);
+        }
+    }
+    for document in documents() {
+        for span in read(&document).split('`').skip(1).step_by(2) {
+            checked += check_line(&document.display().to_string(), span);
+        }
+    }
+    assert!(checked > 50, "hardly any command was found: {checked}");
+}
+
+/// Checks the commands in a line; how many there were.
+fn check_line(place: &str, line: &str) -> usize {
+    let line = line.trim().trim_start_matches("$ ");
+    let line = line.split(" #").next().unwrap_or_default();
+    let mut checked = 0;
+    for command in line.split(['|', ';', '>', '(']).flat_map(|part| part.split("&&")) {
+        let words: Vec<_> = command
+            .split_whitespace()
+            .map(|word| word.trim_matches(['\'', '"', ')', ',']))
+            .take_while(|word| !["…", "<", "*"].contains(word))
+            .map(meant)
+            .collect();
+        // A name alone is talk of the program.
+        if words.first() != Some(&"ifnewer") || words.len() < 2 {
+            continue;
+        }
+        let parsed = Cli::try_parse_from(&words);
+        if let Err(error) = parsed
+            && error.use_stderr()
+            && !is_unfinished(command, &error)
+        {
+            panic!("{place}: `{}`: {error}", words.join(" "));
+        }
+        checked += 1;
+    }
+    checked
+}
+
+/// What stands for something, as something.
+fn meant(word: &str) -> &str {
+    match word {
+        "CLIENT" => "docker",
+        other => other,
+    }
+}
+
+/// `ifnewer ca` in a sentence, or with dots for what comes: the rest is not said, so it cannot be wrong.
+fn is_unfinished(command: &str, error: &clap::Error) -> bool {
+    use clap::error::ErrorKind::{
+        DisplayHelpOnMissingArgumentOrSubcommand, MissingRequiredArgument, MissingSubcommand,
+    };
+    let missing = [
+        DisplayHelpOnMissingArgumentOrSubcommand,
+        MissingRequiredArgument,
+        MissingSubcommand,
+    ];
+    missing.contains(&error.kind()) && (command.contains('…') || command.split_whitespace().count() == 2)
+}
+
+#[test]
+fn every_script_is_one_that_the_shell_reads() {
+    for block in blocks(&["sh"]) {
+        let read = Command::new("bash")
+            .args(["-n", "-c", &block.text])
+            .output()
+            .unwrap();
+        assert!(
+            read.status.success(),
+            "{}: {}",
+            block.place(),
+            String::from_utf8_lossy(&read.stderr)
+        );
+    }
+}

@@ -1,0 +1,191 @@
+//! The tables of `docs/policies.md`: each cell is what `policy::decide` says, asked as the road of a request asks it.
+
+use std::fmt::Write as _;
+use std::time::{Duration, SystemTime};
+
+use ifnewer::oci::{Algorithm, Cause, Digest};
+use ifnewer::policy::{
+    Absence, Heard, Held, Holding, Policy, Rest, Situation, Standing, Subject, Verdict, Whose, decide,
+};
+
+use crate::text::{read, root};
+
+const BEGIN: &str = "<!-- decisions -->\n";
+const END: &str = "<!-- /decisions -->";
+const STALE: Duration = Duration::from_secs(3_600);
+
+#[test]
+fn the_tables_of_policies_are_the_programs_own_decisions() {
+    let path = root().join("docs/policies.md");
+    let document = read(&path);
+    let (before, rest) = document.split_once(BEGIN).unwrap();
+    let (found, after) = rest.split_once(END).unwrap();
+    let made = tables();
+    if std::env::var_os("UPDATE_DOCS").is_some() {
+        std::fs::write(&path, format!("{before}{BEGIN}{made}{END}{after}")).unwrap();
+    } else {
+        assert_eq!(
+            found, made,
+            "write them anew: UPDATE_DOCS=1 cargo test --test docs"
+        );
+    }
+}
+
+fn tables() -> String {
+    let whole = Some(held(old(), now() - Duration::from_secs(60)));
+    let mut out = String::new();
+    table(
+        &mut out,
+        "The image is held, and the registry has lately shown that this client may read it",
+        &rows(),
+        |row| Situation {
+            standing: Standing::Vouched,
+            ..situation(row, whole)
+        },
+    );
+    table(
+        &mut out,
+        "The image is held, and nothing is known of this client",
+        &rows(),
+        |row| situation(row, whole),
+    );
+    let possible: Vec<_> = rows().into_iter().filter(|row| row.also_without_a_copy).collect();
+    table(&mut out, "The image is not held", &possible, |row| {
+        situation(row, None)
+    });
+    out.push('\n');
+    out
+}
+
+/// What the registry says, and what else tells the case apart.
+struct Row {
+    words: &'static str,
+    heard: Heard,
+    absent: Absence,
+    confirmed_long_ago: bool,
+    also_without_a_copy: bool,
+}
+
+fn rows() -> Vec<Row> {
+    let row = |words, heard| Row {
+        words,
+        heard,
+        absent: Absence::Refuse,
+        confirmed_long_ago: false,
+        also_without_a_copy: false,
+    };
+    let also = |words, heard| Row {
+        also_without_a_copy: true,
+        ..row(words, heard)
+    };
+    let holding = Holding::Nothing;
+    vec![
+        row(
+            "the same digest",
+            Heard::Named {
+                digest: old(),
+                holding: Holding::Whole,
+            },
+        ),
+        also(
+            "another digest",
+            Heard::Named {
+                digest: Digest::of(Algorithm::Sha256, b"new"),
+                holding,
+            },
+        ),
+        row(
+            "another digest, but the new image cannot be had",
+            Heard::Undelivered(Cause::Reset),
+        ),
+        also("401 or 403", Heard::Refused(Whose::Client)),
+        row(
+            "401 or 403 to the cache's own credential",
+            Heard::Refused(Whose::Proxy),
+        ),
+        also("404", Heard::Absent),
+        Row {
+            absent: Absence::Serve,
+            ..row("404, with `absent = \"serve\"`", Heard::Absent)
+        },
+        also("silence", Heard::Silent(Cause::Timeout)),
+        Row {
+            confirmed_long_ago: true,
+            ..row("silence, and `stale` is over", Heard::Silent(Cause::Timeout))
+        },
+    ]
+}
+
+fn table(out: &mut String, title: &str, rows: &[Row], situation: impl Fn(&Row) -> Situation) {
+    writeln!(out, "\n{title}:\n").unwrap();
+    let policies = Policy::ALL.map(|policy| format!("`{policy}`")).join(" | ");
+    writeln!(out, "| the registry says | {policies} |\n|---|---|---|---|---|").unwrap();
+    for row in rows {
+        let cells = Policy::ALL.map(|policy| {
+            cell(Situation {
+                policy,
+                ..situation(row)
+            })
+        });
+        writeln!(out, "| {} | {} |", row.words, cells.join(" | ")).unwrap();
+    }
+}
+
+/// The end of it: the registry is asked if the decision wants that, as the road of a request does.
+fn cell(s: Situation) -> String {
+    let first = decide(&Situation {
+        heard: Heard::Nothing,
+        ..s
+    });
+    let (asked, verdict) = match first {
+        // What is not held is fetched, which asks: what comes of it is decided again.
+        Verdict::Ask | Verdict::Fetch(_) => (true, decide(&s)),
+        other => (false, other),
+    };
+    let name = verdict.name();
+    match verdict {
+        Verdict::Serve(_) if asked => format!("held copy, `{name}`"),
+        Verdict::Serve(_) => format!("held copy, `{name}`; nobody is asked"),
+        Verdict::Fetch(_) => format!("new copy, `{name}`"),
+        Verdict::Refuse(_) if asked => format!("no, `{name}`"),
+        Verdict::Refuse(_) => format!("no, `{name}`; nobody is asked"),
+        Verdict::Ask | Verdict::Check(_) => panic!("no end: {verdict:?}"),
+    }
+}
+
+fn situation(row: &Row, copy: Option<Held>) -> Situation {
+    Situation {
+        policy: Policy::IfNewer,
+        subject: Subject::Tag,
+        held: copy.map(|copy| Held {
+            confirmed_at: if row.confirmed_long_ago {
+                now() - 2 * STALE
+            } else {
+                copy.confirmed_at
+            },
+            ..copy
+        }),
+        standing: Standing::Unknown,
+        heard: row.heard,
+        absent: row.absent,
+        fresh: Duration::ZERO,
+        stale: Some(STALE),
+        now: now(),
+    }
+}
+
+fn held(digest: Digest, confirmed_at: SystemTime) -> Held {
+    Held {
+        digest,
+        confirmed_at,
+        rest: Rest::Held,
+    }
+}
+
+fn old() -> Digest {
+    Digest::of(Algorithm::Sha256, b"old")
+}
+
+fn now() -> SystemTime {
+    SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000)
+}
