@@ -13,6 +13,7 @@ bring_kubernetes_checker() {
 
 all_of_kubernetes() {
   scenario "kubernetes: the manifest is one by the API's schema" manifest_is_valid
+  scenario "every YAML in the documentation is YAML" documented_yaml_is_yaml
   scenario "kubernetes: its configuration serves" its_configuration_serves
   scenario "kubernetes: containerd pulls by its hosts.toml" containerd_pulls_by_its_hosts
   scenario "kubernetes: its probe tells a cache that serves from one that is gone" its_probe_tells
@@ -24,6 +25,18 @@ manifest_is_valid() {
   # A checker that finds nothing wrong with what is wrong has found nothing.
   sed 's/hostNetwork:/hostNetworks:/' "$manifest" >"$scratch/wrong.yaml"
   ! "$KUBERNETES_CHECKER/bin/kubernetes-validate" --strict -k "$kubernetes_version" "$scratch/wrong.yaml" || fail "anything goes"
+}
+
+documented_yaml_is_yaml() {
+  "$KUBERNETES_CHECKER/bin/python" - "$root"/docs/*.md "$root/README.md" <<'PYTHON'
+import re, sys, yaml
+found = 0
+for document in sys.argv[1:]:
+    for block in re.findall(r"^```yaml\n(.*?)^```$", open(document).read(), re.S | re.M):
+        list(yaml.safe_load_all(block))
+        found += 1
+assert found > 2, found
+PYTHON
 }
 
 # from_the_manifest FILE: what its ConfigMap says under this name.
