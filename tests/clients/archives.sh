@@ -12,28 +12,28 @@ archives_start() {
   fresh_mirror
 }
 
-asked() { "$ifnewer" "$@" --admin "$(<"$state/ifnewer.admin")"; }
+operated() { "$ifnewer" "$@" --admin "$(<"$state/ifnewer.admin")"; }
 
 skopeo_reads_an_export() {
   local archive=$scratch/exported.tar
   archives_start
-  asked pull --platform all multi:latest
-  asked export multi:latest -o "$archive"
+  operated pull --platform all multi:latest
+  operated export multi:latest -o "$archive"
   expect "the digest that skopeo sees" "$(registry_digest)" \
     "sha256:$(skopeo inspect --raw "oci-archive:$archive" | sha256sum | cut -d' ' -f1)"
   # All of it is there and right: skopeo verifies what it copies.
   skopeo --insecure-policy copy -q --all "oci-archive:$archive" "dir:$scratch/exported"
   # As a folder too.
-  asked export multi:latest -o "$scratch/exported-layout"
+  operated export multi:latest -o "$scratch/exported-layout"
   skopeo --insecure-policy copy -q --all "oci:$scratch/exported-layout" "dir:$scratch/exported-again"
   diff -r "$scratch/exported" "$scratch/exported-again"
   # Compressed, or in docker's old format, it says what to do.
   gzip -kf "$archive"
-  if asked import "$archive.gz" 2>"$scratch/said"; then fail "a compressed archive was taken"; fi
+  if operated import "$archive.gz" 2>"$scratch/said"; then fail "a compressed archive was taken"; fi
   grep -q 'an uncompressed tar is expected' "$scratch/said"
   skopeo --insecure-policy copy -q --override-os linux --override-arch amd64 "oci-archive:$archive" \
     "docker-archive:$scratch/old.tar:multi:latest"
-  if asked import "$scratch/old.tar" 2>"$scratch/said"; then fail "an old archive was taken"; fi
+  if operated import "$scratch/old.tar" 2>"$scratch/said"; then fail "an old archive was taken"; fi
   grep -q 'docker-archive:FILE oci-archive:OUT' "$scratch/said"
 }
 
@@ -45,13 +45,13 @@ an_import_from_skopeo_is_served() {
     "oci-archive:$archive:multi:latest"
   stop upstream
   # Its name there says nothing of where it is from.
-  if asked import "$archive" 2>"$scratch/said"; then fail "a name without a registry was taken"; fi
+  if operated import "$archive" 2>"$scratch/said"; then fail "a name without a registry was taken"; fi
   grep -q -- '--as' "$scratch/said"
-  asked import --public --as multi:latest "$archive"
+  operated import --public --as multi:latest "$archive"
   rm -rf "$copied"
   skopeo --insecure-policy copy -q --all --src-tls-verify=false "docker://$(address)/library/multi:latest" "dir:$copied"
   expect "the digest served" "$digest" "sha256:$(sha256sum "$copied/manifest.json" | cut -d' ' -f1)"
-  asked import --public --as multi:latest "$archive" | grep -q 'already cached'
+  operated import --public --as multi:latest "$archive" | grep -q 'already cached'
 }
 
 registry_digest() {
