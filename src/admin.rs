@@ -3,7 +3,7 @@
 //!
 //! * `guard`: who may come, and who may change something. * `routes`: which path is what, `metrics` one of them. * `reply`:
 //!   how it is answered.
-//! * `status`, `images`, `why`, `upstreams`, `transfers`, `events`, `work`, `archive`: one kind of thing each; `words`: the same
+//! * `status`, `images`, `keeping`, `why`, `upstreams`, `transfers`, `events`, `work`, `archive`: one kind of thing each; `words`: the same
 //!   words everywhere. * `page`: all of it for people. * `probe`, `client`: asking a running cache from the command line.
 //!
 //! The page and the command line know nothing that the API does not say. `openapi.json` describes it, and the tests hold
@@ -14,6 +14,7 @@ pub mod client;
 mod events;
 mod guard;
 mod images;
+mod keeping;
 mod metrics;
 mod named;
 mod notices;

@@ -8,6 +8,8 @@
 mod archive;
 mod pull;
 mod show;
+mod stats;
+mod steer;
 mod table;
 mod upkeep;
 
@@ -381,14 +383,14 @@ pub async fn run(client: &Client, command: &Command, output: &mut Output<'_>) ->
         Command::Ls(words) => show::ls(client, words, output).await,
         Command::Show(words) => show::show(client, words, output).await,
         Command::Why(words) => show::why(client, words, output).await,
-        Command::Stats(words) => show::stats(client, words, output).await,
+        Command::Stats(words) => stats::stats(client, words, output).await,
         Command::Log(words) => show::log(client, words, output).await,
         Command::Pull(words) => pull::pull(client, words, output).await,
-        Command::Refresh(words) => show::refresh(client, words, output).await,
-        Command::Rm(words) => show::rm(client, words, output).await,
-        Command::Pin(words) => show::pin(client, words, true, output).await,
-        Command::Unpin(words) => show::pin(client, words, false, output).await,
-        Command::Offline(words) => show::offline(client, words, output).await,
+        Command::Refresh(words) => steer::refresh(client, words, output).await,
+        Command::Rm(words) => steer::rm(client, words, output).await,
+        Command::Pin(words) => steer::pin(client, words, true, output).await,
+        Command::Unpin(words) => steer::pin(client, words, false, output).await,
+        Command::Offline(words) => steer::offline(client, words, output).await,
         Command::Verify(words) => upkeep::verify(client, words, output).await,
         Command::Gc(words) => upkeep::gc(client, words, output).await,
         Command::Export(words) => archive::export(client, words, output).await,

@@ -1,6 +1,7 @@
 //! The life of the process: built from a configuration, announced, reloaded, drained.
 
 mod service;
+mod signals;
 
 use std::io::Write;
 use std::net::{IpAddr, SocketAddr};
@@ -8,7 +9,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
-use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use zeroize::Zeroizing;
@@ -32,6 +32,7 @@ use crate::upstream::{
     Connector, CredentialSource, Observer, Offline, OriginError, ProxyChoice, Settings, SettingsError,
     Upstream,
 };
+use signals::{Signals, Wanted};
 
 /// How long the end waits for downloads that no client waits for any more.
 const SETTLE: Duration = Duration::from_secs(5);
@@ -468,41 +469,5 @@ fn announce(what: &str, address: &str) {
 fn warn_of_restart(old: &Config, new: &Config) {
     if old.data != new.data || old.listen != new.listen || old.limits != new.limits {
         tracing::warn!("`data`, [listen] and [limits] take effect at the next start");
-    }
-}
-
-enum Wanted {
-    Reload,
-    End,
-}
-
-struct Signals {
-    hangup: Signal,
-    terminate: Signal,
-    interrupt: Signal,
-}
-
-impl Signals {
-    fn new() -> std::io::Result<Self> {
-        Ok(Self {
-            hangup: signal(SignalKind::hangup())?,
-            terminate: signal(SignalKind::terminate())?,
-            interrupt: signal(SignalKind::interrupt())?,
-        })
-    }
-
-    /// Waits for one that ends the process. There is nothing left to be read again for.
-    async fn end(&mut self) {
-        while matches!(self.next().await, Wanted::Reload) {
-            tracing::info!("ending already: the configuration is not read again");
-        }
-    }
-
-    async fn next(&mut self) -> Wanted {
-        tokio::select! {
-            _ = self.hangup.recv() => Wanted::Reload,
-            _ = self.terminate.recv() => Wanted::End,
-            _ = self.interrupt.recv() => Wanted::End,
-        }
     }
 }

@@ -12,7 +12,7 @@ use super::named::{Named, name_of, nearest};
 use super::reply::{Problem, Reply, answer};
 use super::words::{confirmed, rfc3339};
 use crate::oci::manifest::{Kind, Role};
-use crate::oci::{AnyDigest, Query, Reference};
+use crate::oci::{AnyDigest, Query};
 use crate::server::Registry;
 use crate::store::inventory::{Inventory, Stocked};
 use crate::store::manifests::HeldManifest;
@@ -262,85 +262,7 @@ pub(super) fn in_full(registry: &Registry, named: &Named, now: SystemTime) -> Re
     })
 }
 
-/// Lets go of a tag, or of all tags of a repository; with `is_trial`, only says what that would free.
-pub(super) fn remove(
-    registry: &Registry,
-    named: &Named,
-    all_tags: bool,
-    is_trial: bool,
-) -> Result<Reply, Problem> {
-    let store = registry.pull.store();
-    let inventory = store.inventory();
-    let (upstream, repository) = (named.site.name(), &named.repository);
-    let of_repository = inventory.images.iter().map(|image| &image.key);
-    let of_repository =
-        of_repository.filter(|key| &*key.upstream == upstream && key.repository == *repository);
-    let keys: Vec<TagKey> = match (all_tags, &named.reference) {
-        (true, _) => of_repository.cloned().collect(),
-        (false, Reference::Tag(tag)) => of_repository.filter(|key| key.tag == *tag).cloned().collect(),
-        (false, Reference::Digest(_)) => {
-            return Err(Problem::bad("name a tag, or a repository with all_tags=true"));
-        }
-    };
-    if keys.is_empty() {
-        return Err(match named.key() {
-            Some(key) => not_held(&key, &inventory),
-            None => Problem::absent(format!("no tag of {upstream}/{repository} is held")),
-        });
-    }
-    let pinned = keys.iter().find(|key| store.is_pinned(&Pin::Tag((*key).clone())));
-    if let (Some(key), false) = (pinned, is_trial) {
-        return Err(Problem::new(
-            StatusCode::CONFLICT,
-            format!("{} is pinned; unpin it first", name_of(key)),
-        ));
-    }
-    let freed = store.let_go(&keys, is_trial)?;
-    if !is_trial {
-        tracing::info!(image = %named, tags = freed.tags, bytes = freed.bytes, "let go of at the operator's wish");
-    }
-    Ok(answer(&json!({
-        "dry_run": is_trial,
-        "images": keys.iter().map(name_of).collect::<Vec<_>>(),
-        "tags": freed.tags,
-        "manifests": freed.manifests,
-        "blobs": freed.blobs,
-        "bytes_freed": freed.bytes,
-    })))
-}
-
-/// Everything pinned, as it is named.
-pub(super) fn pins(registry: &Registry) -> Vec<String> {
-    let pins = registry.pull.store().pins();
-    let name = |pin: &Pin| match pin {
-        Pin::Tag(key) => name_of(key),
-        Pin::Digest(digest) => digest.to_string(),
-    };
-    pins.iter().map(name).collect()
-}
-
-/// Keeps a tag, with what it names now and later, or a digest, from eviction; or ends that. Says how it was. It need not
-/// be held yet.
-pub(super) fn pin(registry: &Registry, named: &Named, pinned: bool) -> Result<bool, Problem> {
-    let pin = match (named.key(), &named.reference) {
-        (Some(key), _) => Pin::Tag(key),
-        (None, Reference::Digest(AnyDigest::Known(digest))) => Pin::Digest(*digest),
-        (None, _) => {
-            return Err(Problem::bad(
-                "such a digest cannot be verified, so it is never held",
-            ));
-        }
-    };
-    let store = registry.pull.store();
-    let was_news = if pinned {
-        store.pin(&pin)?
-    } else {
-        store.unpin(&pin)?
-    };
-    Ok(was_news != pinned)
-}
-
-fn not_held(key: &TagKey, inventory: &Inventory) -> Problem {
+pub(super) fn not_held(key: &TagKey, inventory: &Inventory) -> Problem {
     let name = name_of(key);
     let known: Vec<String> = inventory.images.iter().map(|image| name_of(&image.key)).collect();
     Problem {

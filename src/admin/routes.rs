@@ -17,7 +17,7 @@ use super::images::{self, Wanted};
 use super::named::Named;
 use super::reply::{Body, Problem, Reply, answer, whole, with_status};
 use super::work::{Platforms, Wish, request};
-use super::{Admin, page, status, transfers, upstreams, why};
+use super::{Admin, keeping, page, status, transfers, upstreams, why};
 use crate::oci::{Operation, Query, Reference};
 use crate::pull::Refreshed;
 
@@ -124,7 +124,7 @@ impl Admin {
             "/api/v1/events/stream" => self.watch(Filter::read(query)?)?,
             "/api/v1/clients" => answer(&json!({ "clients": self.clients_seen(now) })),
             "/api/v1/pulls" => answer(&json!({ "pulls": self.works.list(registry.pull.downloads()) })),
-            "/api/v1/pins" => answer(&json!({ "pins": images::pins(&registry) })),
+            "/api/v1/pins" => answer(&json!({ "pins": keeping::pins(&registry) })),
             "/api/v1/verify" => self.verification(),
             "/api/v1/export" => self.export(query).await?,
             "/api/v1/offline" => answer(&json!({ "offline": self.offline.is_on() })),
@@ -356,7 +356,7 @@ impl Admin {
         let registry = self.registry.load_full();
         let named = Named::read(image, &registry)?;
         let name = named.to_string();
-        let was = blocking(move || images::pin(&registry, &named, pinned)).await?;
+        let was = blocking(move || keeping::pin(&registry, &named, pinned)).await?;
         tracing::info!(image = name, pinned, "pinned or unpinned at the operator's wish");
         Ok((name, was))
     }
@@ -389,7 +389,7 @@ impl Admin {
         let (all_tags, is_trial) = (flag(query, "all_tags")?, flag(query, "dry_run")?);
         let registry = self.registry.load_full();
         let named = Named::of_query(query, &registry)?;
-        blocking(move || images::remove(&registry, &named, all_tags, is_trial)).await
+        blocking(move || keeping::remove(&registry, &named, all_tags, is_trial)).await
     }
 }
 

@@ -124,7 +124,7 @@ impl Bars {
             let last = image.clone();
             let bar = self.layers.entry((id, digest.clone())).or_insert_with(|| {
                 let bar = all.insert_after(&last, ProgressBar::new(number(layer, "size")));
-                bar.set_style(style("  {wide_msg} {bar:12.dim} {binary_total_bytes:>10}"));
+                bar.set_style(style("  {wide_msg} {bar:8.dim} {binary_total_bytes:>10}"));
                 bar
             });
             bar.set_position(number(layer, "received"));
@@ -135,7 +135,10 @@ impl Bars {
                 "waiting" => "waiting",
                 _ => "fetching",
             };
-            bar.set_message(format!("{} {state}", short(&digest)));
+            // The state first: what is cut off on a narrow terminal is the digest.
+            let digest = short(&digest);
+            let digest = digest.rsplit_once(':').map_or(digest.as_str(), |(_, hex)| hex);
+            bar.set_message(format!("{state} {digest}"));
         }
     }
 

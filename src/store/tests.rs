@@ -186,6 +186,15 @@ pub(super) fn read_blob(store: &Store, of: &Digest) -> Option<Vec<u8>> {
     Some(bytes)
 }
 
+/// What a tag named once, told once.
+pub(super) fn past(content: &[u8], seconds: u64) -> refs::Past {
+    refs::Past {
+        digest: digest(content),
+        first_held_at: at(seconds),
+        confirmed_at: at(seconds),
+    }
+}
+
 pub(super) fn only_variant(store: &Store, tag: &str) -> Variant {
     let record = store.tag(&key(tag)).unwrap().unwrap();
     assert_eq!(record.variants.len(), 1);

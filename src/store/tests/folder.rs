@@ -192,11 +192,12 @@ fn a_damaged_index_is_set_aside_and_everything_found_again_from_the_files() {
             store.keep_tag(&key("3"), variant(1, b"newer", 99)).unwrap();
             drop(store);
             let store = ground.open();
-            assert_eq!(
-                only_variant(&store, "3"),
-                variant(1, b"newer", 99),
-                "{name} {file}"
-            );
+            let found = Variant {
+                // Until when the tag named what it did before, only the lost index knew.
+                history: Vec::new(),
+                ..only_variant(&store, "3")
+            };
+            assert_eq!(found, variant(1, b"newer", 99), "{name} {file}");
         }
     }
 }

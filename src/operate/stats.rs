@@ -1,0 +1,141 @@
+//! `ifnewer stats`: is it well, what does it save, how does each upstream do, who was here.
+
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use super::show::{ago, print};
+use super::table::Table;
+use super::{Failed, Output, Stats, Tone, list, number, text};
+use crate::admin::client::Client;
+use crate::admin::words::{bytes, duration};
+
+pub(super) async fn stats(client: &Client, words: &Stats, output: &mut Output<'_>) -> Result<(), Failed> {
+    let status = client.get("/api/v1/status").await?;
+    let upstreams = client.get("/api/v1/upstreams").await?;
+    let clients = client.get("/api/v1/clients").await?;
+    if words.json {
+        return output.json(&json!({
+            "status": status,
+            "upstreams": upstreams.get("upstreams"),
+            "clients": clients.get("clients"),
+        }));
+    }
+    let is_healthy = status.get("healthy").and_then(Value::as_bool).unwrap_or_default();
+    let tone = if is_healthy { Tone::Good } else { Tone::Warm };
+    output.line(&output.paint(tone, text(&status, "verdict")))?;
+    for problem in list(&status, "problems")
+        .iter()
+        .filter(|_| list(&status, "problems").len() > 1)
+        .filter_map(Value::as_str)
+    {
+        output.line(&output.paint(Tone::Warm, problem))?;
+    }
+    let part = |name: &str| status.get(name).cloned().unwrap_or_default();
+    let (start, day, store) = (part("since_start"), part("last_day"), part("store"));
+    let ratio = |counted: &Value| match counted.get("byte_hit_ratio").and_then(Value::as_f64) {
+        Some(ratio) => format!("{:.0} %", ratio * 100.0),
+        None => "-".to_owned(),
+    };
+    output.line("")?;
+    let mut table = Table::new(&["", ">last day", ">since the start"]);
+    for (name, field) in [
+        ("pulls", "pulls"),
+        ("served while silent", "served_while_silent"),
+        ("refused", "refused"),
+    ] {
+        table.row(vec![
+            name.to_owned(),
+            number(&day, field).to_string(),
+            number(&start, field).to_string(),
+        ]);
+    }
+    for (name, field) in [
+        ("bytes sent", "sent_bytes"),
+        ("bytes fetched", "fetched_bytes"),
+        ("bytes saved", "saved_bytes"),
+    ] {
+        table.row(vec![
+            name.to_owned(),
+            bytes(number(&day, field)),
+            bytes(number(&start, field)),
+        ]);
+    }
+    table.row(vec!["byte hit ratio".to_owned(), ratio(&day), ratio(&start)]);
+    print(&table, output)?;
+    output.line("")?;
+    output.line(&format!(
+        "holding {} of {} in {} tags, {} blobs; up {}",
+        bytes(number(&store, "bytes")),
+        bytes(number(&store, "size")),
+        number(&store, "tags"),
+        number(&store, "blobs"),
+        duration(Duration::from_secs(number(&status, "uptime_seconds"))),
+    ))?;
+    output.line("")?;
+    print(&upstream_table(&upstreams), output)?;
+    output.line("")?;
+    let mut table = Table::new(&["client", "where", "last seen", ">pulls", "last image"]);
+    for client in list(&clients, "clients") {
+        table.row(vec![
+            text(client, "kind").to_owned(),
+            text(client, "address").to_owned(),
+            ago(number(client, "seconds_ago")),
+            number(client, "pulls").to_string(),
+            text(client, "last_image").to_owned(),
+        ]);
+    }
+    print(&table, output)
+}
+
+fn upstream_table(upstreams: &Value) -> Table {
+    let mut table = Table::new(&[
+        "upstream",
+        "state",
+        "last asked",
+        "as",
+        "last trouble",
+        "quota left",
+    ]);
+    for upstream in list(upstreams, "upstreams") {
+        let silence = |name: &str| upstream.get(name).filter(|one| one.is_object());
+        let state = match silence("silent") {
+            Some(silent) => format!(
+                "silent for {}",
+                duration(Duration::from_secs(number(silent, "seconds")))
+            ),
+            None => "ok".to_owned(),
+        };
+        let trouble = silence("last_silence").map_or_else(
+            || "-".to_owned(),
+            |last| format!("{}, {}", text(last, "cause"), ago(number(last, "seconds"))),
+        );
+        let quotas: Vec<String> = list(upstream, "rate_limits")
+            .iter()
+            .filter_map(|limit| {
+                let left = limit.get("remaining").and_then(Value::as_u64)?;
+                let reset = text(limit, "resets_at").get(11..16);
+                let until = reset.map_or_else(String::new, |hour| format!(", all by {hour} UTC"));
+                Some(format!("{}: {left}{until}", text(limit, "credential")))
+            })
+            .collect();
+        let quotas = if quotas.is_empty() {
+            "-".to_owned()
+        } else {
+            quotas.join(", ")
+        };
+        let asked = silence("last_head").map_or_else(
+            || "-".to_owned(),
+            |head| format!("{}, {} ms", ago(number(head, "seconds_ago")), number(head, "ms")),
+        );
+        table.row(vec![
+            text(upstream, "name").to_owned(),
+            state,
+            asked,
+            text(upstream, "identity").to_owned(),
+            trouble,
+            quotas,
+        ]);
+    }
+    table
+}
