@@ -12,7 +12,7 @@
 //!
 //! Each checksum is over the line *and* the names, so that a line proves nothing in another repository's file. Lines
 //! that are torn, wrong or unknown are ignored: a lost proof costs one question. Each append begins with a line feed,
-//! so that a torn line before it spoils nothing after it. How much the files may take together has a limit ([`limit`]).
+//! so that a torn line before it spoils nothing after it. How much the files may take together has a limit (`limit`).
 
 mod limit;
 
