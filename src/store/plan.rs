@@ -10,10 +10,12 @@
 //!
 //! Not here: looking at the disk and removing anything from it. That is [`super::evict`].
 
+mod places;
+
 use std::cmp::Reverse;
-use std::collections::HashMap;
 use std::time::SystemTime;
 
+use self::places::{ByDigest, Lists};
 use super::refs::TagKey;
 use crate::oci::Digest;
 
@@ -101,17 +103,17 @@ type At = usize;
 struct Graph<'a> {
     snapshot: &'a Snapshot,
     nodes: Vec<&'a Content>,
-    manifests: HashMap<Digest, At>,
+    manifests: ByDigest,
     /// What each manifest needs.
-    children: Vec<Vec<At>>,
+    children: Lists,
     /// Which manifests need it.
-    parents: Vec<Vec<At>>,
+    parents: Lists,
     /// Which manifests are about it.
-    referrers: Vec<Vec<At>>,
+    referrers: Lists,
     /// How many images and manifests need it.
-    holders: Vec<usize>,
+    holders: Vec<u32>,
     /// What each image names.
-    named: Vec<Vec<At>>,
+    named: Lists,
 }
 
 /// What is let go as one.
@@ -127,51 +129,45 @@ impl<'a> Graph<'a> {
     fn of(snapshot: &'a Snapshot) -> Self {
         let listed = snapshot.manifests.iter().map(|listed| &listed.content);
         let nodes: Vec<&Content> = listed.chain(&snapshot.blobs).collect();
-        let first_blob = snapshot.manifests.len();
-        let places = |from: usize, to: usize| -> HashMap<Digest, At> {
-            let here = nodes.iter().enumerate().take(to).skip(from);
-            here.map(|(at, content)| (content.digest, at)).collect()
-        };
-        let (manifests, blobs) = (places(0, first_blob), places(first_blob, nodes.len()));
-        let count = nodes.len();
-        let mut graph = Self {
+        let (count, first_blob) = (nodes.len(), snapshot.manifests.len());
+        let manifests = ByDigest::of(&nodes, 0..first_blob);
+        let blobs = ByDigest::of(&nodes, first_blob..count);
+        let listed = || snapshot.manifests.iter().enumerate();
+        let manifest = |digest: &Digest| manifests.find(&nodes, digest);
+        // One digest may be held both ways: some clients fetch a manifest as a blob.
+        let held = |digest: &Digest| [manifest(digest), blobs.find(&nodes, digest)];
+        let needs = listed().flat_map(|(at, listed)| {
+            let children = listed.children.iter().flat_map(held).flatten();
+            children
+                .filter(move |child| *child != at)
+                .map(move |child| (at, child))
+        });
+        let children = Lists::of(first_blob, needs);
+        let parents = Lists::of(count, children.pairs().map(|(parent, child)| (child, parent)));
+        let about = listed().filter_map(|(at, listed)| Some((manifest(&listed.subject?)?, at)));
+        let referrers = Lists::of(first_blob, about);
+        let images = snapshot.images.iter().enumerate();
+        let leads = images.flat_map(|(place, image)| {
+            let manifests = image.names.iter().filter_map(manifest);
+            manifests.map(move |at| (place, at))
+        });
+        let named = Lists::of(snapshot.images.len(), leads);
+        let mut holders = vec![0_u32; count];
+        for (_, at) in children.pairs().chain(named.pairs()) {
+            if let Some(holders) = holders.get_mut(at) {
+                *holders = holders.saturating_add(1);
+            }
+        }
+        Self {
             snapshot,
             nodes,
             manifests,
-            children: vec![Vec::new(); count],
-            parents: vec![Vec::new(); count],
-            referrers: vec![Vec::new(); count],
-            holders: vec![0; count],
-            named: Vec::new(),
-        };
-        for (at, listed) in snapshot.manifests.iter().enumerate() {
-            // One digest may be held both ways: some clients fetch a manifest as a blob.
-            let held = |digest: &Digest| [graph.manifests.get(digest), blobs.get(digest)];
-            let children = listed.children.iter().flat_map(held).flatten().copied();
-            let children = distinct(children.filter(|child| *child != at).collect());
-            for child in &children {
-                add(&mut graph.holders, *child);
-                push(&mut graph.parents, *child, at);
-            }
-            if let Some(slot) = graph.children.get_mut(at) {
-                *slot = children;
-            }
-            if let Some(subject) = listed.subject.and_then(|subject| graph.manifests.get(&subject)) {
-                push(&mut graph.referrers, *subject, at);
-            }
+            children,
+            parents,
+            referrers,
+            holders,
+            named,
         }
-        for image in &snapshot.images {
-            let named = image
-                .names
-                .iter()
-                .filter_map(|digest| graph.manifests.get(digest));
-            let named = distinct(named.copied().collect());
-            for at in &named {
-                add(&mut graph.holders, *at);
-            }
-            graph.named.push(named);
-        }
-        graph
     }
 
     /// What may be let go, the least recently used first.
@@ -189,9 +185,9 @@ impl<'a> Graph<'a> {
                 };
                 *seen = Some(*used_at);
                 // One that something else needs too stays and goes with that.
-                let alone = list(&self.referrers, at).iter();
-                let alone = alone.filter(|referrer| self.holders.get(**referrer) == Some(&0));
-                reached.extend(list(&self.children, at).iter().chain(alone));
+                let alone = self.referrers.at(at);
+                let alone = alone.filter(|referrer| self.holders.get(*referrer) == Some(&0));
+                reached.extend(self.children.at(at).chain(alone));
             }
         }
         let mut ordered: Vec<_> = units
@@ -210,17 +206,17 @@ impl<'a> Graph<'a> {
     }
 
     fn all_units(&self, used: &[SystemTime]) -> Vec<(Unit, SystemTime)> {
-        let used_at = |at: &At| used.get(*at).copied();
-        let images = self.snapshot.images.iter().zip(&self.named).enumerate();
-        let images = images.map(|(place, (image, named))| {
-            let newest = named.iter().filter_map(used_at).max();
+        let used_at = |at: At| used.get(at).copied();
+        let images = self.snapshot.images.iter().enumerate();
+        let images = images.map(|(place, image)| {
+            let newest = self.named.at(place).filter_map(used_at).max();
             (
                 Unit::Image(place),
                 newest.map_or(image.used_at, |newest| newest.max(image.used_at)),
             )
         });
         let alone = (0..self.nodes.len()).filter(|at| self.holders.get(*at) == Some(&0));
-        let alone = alone.filter_map(|at| Some((Unit::Alone(at), used_at(&at)?)));
+        let alone = alone.filter_map(|at| Some((Unit::Alone(at), used_at(at)?)));
         images.chain(alone).collect()
     }
 
@@ -243,7 +239,7 @@ impl<'a> Graph<'a> {
                     }
                     _ => continue,
                 }
-                reached.extend(list(&self.parents, at));
+                reached.extend(self.parents.at(at));
             }
         }
         used
@@ -256,7 +252,7 @@ impl<'a> Graph<'a> {
 
     fn roots(&self, unit: Unit) -> Vec<At> {
         match unit {
-            Unit::Image(place) => list(&self.named, place).to_vec(),
+            Unit::Image(place) => self.named.at(place).collect(),
             Unit::Alone(at) => vec![at],
         }
     }
@@ -275,7 +271,7 @@ impl<'a> Graph<'a> {
     fn is_referrer(&self, unit: Unit) -> bool {
         let Unit::Alone(at) = unit else { return false };
         let subject = self.snapshot.manifests.get(at).and_then(|listed| listed.subject);
-        subject.is_some_and(|subject| self.manifests.contains_key(&subject))
+        subject.is_some_and(|subject| self.manifests.find(&self.nodes, &subject).is_some())
     }
 
     /// Orders what was used at the same moment, the same way each time.
@@ -302,7 +298,7 @@ impl<'a> Graph<'a> {
 struct LettingGo {
     is_spared: Vec<bool>,
     is_gone: Vec<bool>,
-    holders: Vec<usize>,
+    holders: Vec<u32>,
     plan: Plan,
 }
 
@@ -317,8 +313,8 @@ impl LettingGo {
                 self.plan
                     .steps
                     .push(Step::Tag(image.key.clone(), image.names.clone()));
-                for at in list(&graph.named, *place) {
-                    self.release(*at, &mut free);
+                for at in graph.named.at(*place) {
+                    self.release(at, &mut free);
                 }
             }
             Unit::Alone(at) => free.push(*at),
@@ -335,8 +331,8 @@ impl LettingGo {
                 continue;
             }
             self.remove(graph, at);
-            for child in list(&graph.children, at) {
-                self.release(*child, &mut free);
+            for child in graph.children.at(at) {
+                self.release(child, &mut free);
             }
         }
         for blob in blobs {
@@ -371,12 +367,14 @@ impl LettingGo {
     fn without_idle_tags(mut self, graph: &Graph<'_>, idle: &[(usize, &Unit)]) -> Plan {
         let mut taken_back = Vec::new();
         for (step, unit) in idle {
-            let Unit::Image(place) = unit else { continue };
-            let mut reached = list(&graph.named, *place).to_vec();
+            if !matches!(unit, Unit::Image(_)) {
+                continue;
+            }
+            let mut reached = graph.roots(**unit);
             let mut is_whole = !reached.is_empty();
             while let (true, Some(at)) = (is_whole, reached.pop()) {
                 is_whole = self.is_gone.get(at) == Some(&false);
-                reached.extend(list(&graph.children, at));
+                reached.extend(graph.children.at(at));
             }
             if is_whole {
                 taken_back.push(*step);
@@ -389,28 +387,6 @@ impl LettingGo {
         });
         self.plan
     }
-}
-
-fn list(lists: &[Vec<At>], at: usize) -> &[At] {
-    lists.get(at).map(Vec::as_slice).unwrap_or_default()
-}
-
-fn push(lists: &mut [Vec<At>], at: At, value: At) {
-    if let Some(list) = lists.get_mut(at) {
-        list.push(value);
-    }
-}
-
-fn add(counts: &mut [usize], at: At) {
-    if let Some(count) = counts.get_mut(at) {
-        *count += 1;
-    }
-}
-
-fn distinct(mut places: Vec<At>) -> Vec<At> {
-    places.sort_unstable();
-    places.dedup();
-    places
 }
 
 #[cfg(test)]
