@@ -35,9 +35,11 @@ impl Terminal {
                 .open(name.to_str().unwrap())
                 .unwrap()
         };
-        // A session of its own, whose terminal this is: else Ctrl-C would reach nobody.
-        let child = Command::new("setsid")
-            .args(["--ctty", "--wait", env!("CARGO_BIN_EXE_ifnewer")])
+        // A session of its own, whose terminal this is: else Ctrl-C would reach nobody. What runs in the background, as these
+        // tests may, has its children ignore it.
+        let child = Command::new("env")
+            .args(["--default-signal=INT", "setsid", "--ctty", "--wait"])
+            .arg(env!("CARGO_BIN_EXE_ifnewer"))
             .args(words)
             .args(["--admin", &proxy.admin_address().to_string()])
             .env_clear()
