@@ -19,7 +19,7 @@ impl Evictor {
         self.refs.walk_with_times(&self.stop, |key, record, modified| {
             let is_pinned = self.pins.has(&Pin::Tag(key.clone()));
             images.push(Image {
-                names: self.refs.named(&key, &record),
+                names: exactly(self.refs.named(&key, &record)),
                 // Written when what it names changed; its uses are those of its manifests.
                 used_at: self.uses.believed(modified),
                 is_pinned,
@@ -37,7 +37,7 @@ impl Evictor {
                     AnyDigest::Known(digest) => Some(*digest),
                     AnyDigest::Foreign(_) => None,
                 });
-                (known.collect(), manifest.subject)
+                (exactly(known.collect()), manifest.subject)
             });
             listed.push(Listed {
                 content,
@@ -84,4 +84,10 @@ impl Evictor {
             }
         }
     }
+}
+
+/// There may be hundreds of thousands of them, most with fewer than a vector makes room for.
+fn exactly(mut digests: Vec<Digest>) -> Vec<Digest> {
+    digests.shrink_to_fit();
+    digests
 }
