@@ -5,8 +5,9 @@
 manifest=$root/packaging/kubernetes/ifnewer.yaml
 kubernetes_version=1.31
 
-# The checker brings the API's schema, and PyYAML.
+# The checker brings the API's schema, and PyYAML. Debian has what a virtual environment is made with in a package of its own.
 bring_kubernetes_checker() {
+  python3 -c 'import ensurepip' 2>/dev/null || install_packages python3-venv
   python3 -m venv "$1"
   "$1/bin/pip" install --quiet --disable-pip-version-check kubernetes-validate==1.31.0
 }
