@@ -123,8 +123,8 @@ sidecar_ends() {
 }
 
 team_is_healthy() {
-  openssl rand -hex 32 >"$tree/config/admin.token"
-  chmod 644 "$tree/config/admin.token"
+  (umask 077; openssl rand -hex 32 >"$tree/config/admin.token")
+  chown 65532 "$tree/config/admin.token"
   compose packaging/docker-compose.team.yml up -d --build
   becomes_healthy
 }
