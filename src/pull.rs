@@ -7,10 +7,11 @@
 //! * `rights`: what its answers show of who may read. `logins`: whose a token is, and tokens of ours. `recalled`: how it asks for a credential, for when it is silent.
 //! * `manifest`: by tag and by digest; `copies` of it that are held, `fetching` it, the `check` of what it points to.
 //! * `blob`: held, joined or led; `source`: how a download reaches the upstream; `prefetch` begins before anybody asks. * `listing`: tags and referrers.
-//! * `challenge`: how the registry itself answers `/v2/`. * `writing`: what follows from a write that passed.
+//! * `cached`: what the store holds of it, or an error of the disk, logged. * `challenge`: how the registry itself answers `/v2/`. * `writing`: what follows from a write that passed.
 
 mod asking;
 mod blob;
+mod cached;
 mod challenge;
 mod check;
 mod copies;
@@ -48,11 +49,11 @@ use crate::flight::Flights;
 use crate::oci::{Accept, Digest, MediaType, Operation, Reference, Repository, Tag};
 use crate::policy::rules::{Rule, Rules};
 use crate::policy::{Refusal, Served, Situation, Verdict, Why, decide};
-use crate::store::Store;
 use crate::store::blobs::HeldBlob;
 use crate::store::challenges::KeptChallenge;
 use crate::store::manifests::HeldManifest;
 use crate::store::uses::Used;
+use crate::store::{LogLimit, Store};
 use crate::trace::Trace;
 use crate::upstream::{Answer, Caller};
 
@@ -70,6 +71,7 @@ pub struct Pull {
     refused: rights::Refused,
     logins: logins::Logins,
     questions: Flights<asking::Key, Arc<Answer>>,
+    unreadable: LogLimit,
     challenges: Flights<Arc<str>, Result<Arc<KeptChallenge>, Arc<Answer>>>,
     manifests: Flights<asking::Key, Result<Arc<HeldManifest>, Arc<Answer>>>,
 }
@@ -213,6 +215,7 @@ impl Pull {
             refused: rights::Refused::default(),
             logins: logins::Logins::default(),
             questions: Flights::default(),
+            unreadable: LogLimit::default(),
             challenges: Flights::default(),
             manifests: Flights::default(),
         }

@@ -36,6 +36,7 @@
 pub mod blobs;
 mod cache;
 pub mod challenges;
+mod errors;
 mod evict;
 mod fault;
 mod grants;
@@ -76,6 +77,7 @@ use std::time::SystemTime;
 
 use crate::oci::Digest;
 
+pub use self::errors::LogLimit;
 use self::evict::Evictor;
 pub use self::evict::{Evictions, YOUNG};
 pub use self::fault::{Fault, OpenError, Trouble};
@@ -296,6 +298,11 @@ impl Store {
             });
         }
         troubles
+    }
+
+    /// Errors of the disk since the start, by operation.
+    pub fn errors(&self) -> Vec<(&'static str, u64)> {
+        self.volume.errors()
     }
 
     /// Changes how many bytes in a second are read again in the background; 0 is none.

@@ -67,6 +67,7 @@ fn scrape() -> String {
             resets_at: Some(SystemTime::UNIX_EPOCH),
         }],
         evicted: vec![("size", 1)],
+        store_errors: vec![("read", 1)],
         longest_idle: Some(Duration::from_secs(60)),
         certificates: vec![("server", SystemTime::UNIX_EPOCH)],
         ..Levels::default()

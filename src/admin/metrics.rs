@@ -51,6 +51,7 @@ impl Admin {
             longest_idle: evicted.longest_idle,
             without_room: evicted.refused,
             scrub_damaged: store.scrubbed().damaged,
+            store_errors: store.errors(),
             is_store_degraded: !store.troubles().is_empty(),
             store_objects: usage.blobs + usage.manifests,
             store_tags: usage.tags,

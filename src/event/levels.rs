@@ -21,6 +21,8 @@ pub struct Levels {
     pub without_room: u64,
     /// Blobs and manifests that the scrub found damaged since the start.
     pub scrub_damaged: u64,
+    /// Errors of the store's disk since the start, by operation.
+    pub store_errors: Vec<(&'static str, u64)>,
     /// Whether something keeps the store from storing.
     pub is_store_degraded: bool,
     /// Blobs and manifests held.

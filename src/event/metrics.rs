@@ -43,6 +43,11 @@ struct LimitLabels {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct OperationLabels {
+    op: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct UpstreamLabels {
     registry: Arc<str>,
 }
@@ -112,6 +117,7 @@ pub(super) struct Metrics {
     store_bytes: Level,
     store_bytes_max: Level,
     store_degraded: Level,
+    store_errors: Family<OperationLabels, Counter>,
     evicted: Family<LimitLabels, Counter>,
     evicted_bytes: Counter,
     without_room: Counter,
@@ -162,6 +168,7 @@ impl Default for Metrics {
             store_bytes: Level::default(),
             store_bytes_max: Level::default(),
             store_degraded: Level::default(),
+            store_errors: Family::default(),
             evicted: Family::default(),
             evicted_bytes: Counter::default(),
             without_room: Counter::default(),
@@ -269,6 +276,9 @@ impl Metrics {
         self.store_bytes.set(levels.store_bytes);
         self.store_bytes_max.set(levels.store_bytes_max);
         self.store_degraded.set(u64::from(levels.is_store_degraded));
+        for (op, count) in &levels.store_errors {
+            raise(&self.store_errors.get_or_create(&OperationLabels { op }), *count);
+        }
         for (limit, count) in &levels.evicted {
             raise(&self.evicted.get_or_create(&LimitLabels { limit }), *count);
         }

@@ -54,7 +54,7 @@ impl Pull {
         if context.is_stranger(rule, request.now) {
             return road.introduced().await;
         }
-        let copy = self.held_content(request, &digest);
+        let copy = self.held_content(request, repository, &digest);
         let situation = road.situation(copy.is_some());
         match (decide(&situation), copy) {
             (Verdict::Serve(served), Some((_, size))) if request.for_push => {
@@ -67,18 +67,18 @@ impl Pull {
         }
     }
 
-    fn held_content(&self, request: &Request, digest: &Digest) -> Option<(Content, u64)> {
+    fn held_content(
+        &self,
+        request: &Request,
+        repository: &Repository,
+        digest: &Digest,
+    ) -> Option<(Content, u64)> {
         if let Some(bytes) = self.store.small_blob(digest) {
             let size = bytes.len() as u64;
             return Some((Content::Memory(bytes), size));
         }
-        let held = match self.store.blob(digest) {
-            Ok(held) => held?,
-            Err(fault) => {
-                tracing::warn!(%digest, %fault, "a blob could not be read; it will be fetched");
-                return None;
-            }
-        };
+        let image = format_args!("{repository}@{digest}");
+        let held = self.cached(&request.site, &image, self.store.blob(digest))?;
         let size = held.size;
         Some((
             if request.head {
@@ -127,7 +127,10 @@ impl Road<'_> {
         if !matches!(asked.heard, Heard::Named { .. } | Heard::Unnamed) {
             return refuse_unheld(unseen, asked.heard, asked.answer);
         }
-        match self.pull.held_content(self.request, &self.digest) {
+        match self
+            .pull
+            .held_content(self.request, self.repository, &self.digest)
+        {
             Some((_, size)) if self.request.for_push => self.serve(Content::Head, size, Served::Immutable),
             Some((content, size)) => self.serve(content, size, Served::Immutable),
             None if self.request.head => self.head_said(unseen, asked),

@@ -58,9 +58,9 @@ impl Pull {
             repository: repository.clone(),
             tag: tag.clone(),
         };
-        let record = self.store.tag(&key).ok().flatten()?;
+        let record = self.cached(site, &format_args!("{repository}:{tag}"), self.store.tag(&key))?;
         let newest = acceptable(&record, accept).find_map(|variant| {
-            let manifest = self.store.manifest(&variant.digest).ok().flatten()?;
+            let manifest = self.cached_manifest(site, repository, &variant.digest)?;
             let confirmed_at = variant.confirmed_at;
             Some(Copy {
                 manifest,
@@ -92,7 +92,7 @@ impl Pull {
         digest: &Digest,
         now: SystemTime,
     ) -> Option<Copies> {
-        let manifest = self.store.manifest(digest).ok().flatten()?;
+        let manifest = self.cached_manifest(site, repository, digest)?;
         let rest = if self.is_whole(site, repository, &manifest) {
             Rest::Held
         } else {
@@ -132,10 +132,10 @@ impl Pull {
         if !self.store.has_seen(site.name(), repository, digest) {
             return Holding::Nothing;
         }
-        match self.store.manifest(digest) {
-            Ok(Some(manifest)) if self.is_whole(site, repository, &manifest) => Holding::Whole,
-            Ok(Some(_)) => Holding::Manifest,
-            Ok(None) | Err(_) => Holding::Nothing,
+        match self.cached_manifest(site, repository, digest) {
+            Some(manifest) if self.is_whole(site, repository, &manifest) => Holding::Whole,
+            Some(_) => Holding::Manifest,
+            None => Holding::Nothing,
         }
     }
 
@@ -163,7 +163,7 @@ impl Pull {
             .chain(named_before)
             .filter(|(digest, _)| *digest != newest)
             .filter_map(|(digest, confirmed_at)| {
-                let manifest = self.store.manifest(digest).ok().flatten()?;
+                let manifest = self.cached_manifest(site, repository, digest)?;
                 let copy = Copy {
                     manifest,
                     confirmed_at,

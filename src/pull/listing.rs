@@ -41,7 +41,7 @@ impl Pull {
         };
         // A list is like a tag: a name of the repository whose content changes. It has no digest of its own that could
         // be compared, so it is always fetched, and what was kept serves only while the upstream is silent.
-        let kept = self.store.listing(&key).ok().flatten();
+        let kept = self.cached(&request.site, repository, self.store.listing(&key));
         let digest = |kept: &KeptListing| Held {
             digest: kept.digest,
             confirmed_at: kept.listed_at,

@@ -244,7 +244,10 @@ impl<'a> Road<'a> {
     /// The manifest of the digest that was named just now.
     fn named(&self, heard: Heard) -> Option<Arc<HeldManifest>> {
         match heard {
-            Heard::Named { digest, .. } => self.pull.store.manifest(&digest).ok().flatten(),
+            Heard::Named { digest, .. } => {
+                self.pull
+                    .cached_manifest(&self.request.site, self.repository, &digest)
+            }
             _ => None,
         }
     }

@@ -1,4 +1,5 @@
-//! A volume that is watched: notices when the disk refuses to be written, and finds out when it takes bytes again.
+//! A volume that is watched: notices when the disk refuses to be written, and finds out when it takes bytes again. Errors
+//! of every kind are counted.
 //!
 //! Nothing is done differently meanwhile. Each write is still tried, and who tries is told; this is for the operator, who
 //! should hear of it once and not for each pull.
@@ -12,6 +13,7 @@ use std::time::SystemTime;
 use rustix::io::Errno;
 
 use super::Fault;
+use super::errors::{Errors, Operation};
 use super::volume::{Entry, Volume, VolumeFile};
 
 /// Written to find out whether the disk takes bytes again; never left there.
@@ -83,6 +85,7 @@ fn is_the_disks(error: &io::Error) -> bool {
 pub(super) struct Watched {
     inner: Arc<dyn Volume>,
     refusal: Refusal,
+    errors: Errors,
 }
 
 impl Watched {
@@ -90,7 +93,13 @@ impl Watched {
         Self {
             inner,
             refusal: refusal.clone(),
+            errors: Errors::default(),
         }
+    }
+
+    /// Errors since the start, by operation.
+    pub(super) fn errors(&self) -> Vec<(&'static str, u64)> {
+        self.errors.totals()
     }
 
     /// Where the disk refused: tries whether it still does.
@@ -112,11 +121,24 @@ impl Watched {
             inner,
             path: path.to_owned(),
             refusal: self.refusal.clone(),
+            errors: self.errors.clone(),
         })
     }
 
-    fn noting<T>(&self, what: &'static str, path: &Path, done: io::Result<T>) -> io::Result<T> {
-        done.inspect_err(|error| self.refusal.note(what, path, error))
+    fn noting<T>(
+        &self,
+        (operation, what): (Operation, &'static str),
+        path: &Path,
+        done: io::Result<T>,
+    ) -> io::Result<T> {
+        done.inspect_err(|error| {
+            self.errors.note(operation, path, error);
+            self.refusal.note(what, path, error);
+        })
+    }
+
+    fn counting<T>(&self, operation: Operation, path: &Path, done: io::Result<T>) -> io::Result<T> {
+        done.inspect_err(|error| self.errors.note(operation, path, error))
     }
 }
 
@@ -126,12 +148,12 @@ impl Volume for Watched {
     }
 
     fn create(&self, path: &Path) -> io::Result<Arc<dyn VolumeFile>> {
-        let inner = self.noting("create", path, self.inner.create(path))?;
+        let inner = self.noting((Operation::Write, "create"), path, self.inner.create(path))?;
         Ok(self.watch(path, inner))
     }
 
     fn open_for_writing(&self, path: &Path) -> io::Result<Arc<dyn VolumeFile>> {
-        let inner = self.noting("open", path, self.inner.open_for_writing(path))?;
+        let inner = self.noting((Operation::Open, "open"), path, self.inner.open_for_writing(path))?;
         Ok(self.watch(path, inner))
     }
 
@@ -140,31 +162,44 @@ impl Volume for Watched {
     }
 
     fn open(&self, path: &Path) -> io::Result<Arc<dyn VolumeFile>> {
-        self.inner.open(path)
+        let inner = self.counting(Operation::Open, path, self.inner.open(path))?;
+        Ok(self.watch(path, inner))
     }
 
     fn append(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {
-        self.noting("append to", path, self.inner.append(path, bytes))
+        self.noting(
+            (Operation::Write, "append to"),
+            path,
+            self.inner.append(path, bytes),
+        )
     }
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
-        self.noting("name", to, self.inner.rename(from, to))
+        self.noting((Operation::Rename, "name"), to, self.inner.rename(from, to))
     }
 
     fn remove(&self, path: &Path) -> io::Result<()> {
-        self.noting("remove", path, self.inner.remove(path))
+        self.noting((Operation::Remove, "remove"), path, self.inner.remove(path))
     }
 
     fn remove_folder_all(&self, path: &Path) -> io::Result<()> {
-        self.noting("remove", path, self.inner.remove_folder_all(path))
+        self.noting(
+            (Operation::Remove, "remove"),
+            path,
+            self.inner.remove_folder_all(path),
+        )
     }
 
     fn sync_folder(&self, path: &Path) -> io::Result<()> {
-        self.noting("make durable", path, self.inner.sync_folder(path))
+        self.noting(
+            (Operation::Sync, "make durable"),
+            path,
+            self.inner.sync_folder(path),
+        )
     }
 
     fn list(&self, path: &Path) -> io::Result<Vec<Entry>> {
-        self.inner.list(path)
+        self.counting(Operation::List, path, self.inner.list(path))
     }
 
     fn set_modified(&self, path: &Path, at: SystemTime) -> io::Result<()> {
@@ -180,45 +215,53 @@ impl Volume for Watched {
     }
 }
 
-/// A file made on a watched volume.
+/// A file of a watched volume.
 struct WatchedFile {
     inner: Arc<dyn VolumeFile>,
     path: PathBuf,
     refusal: Refusal,
+    errors: Errors,
 }
 
 impl WatchedFile {
-    fn noting<T>(&self, what: &'static str, done: io::Result<T>) -> io::Result<T> {
-        done.inspect_err(|error| self.refusal.note(what, &self.path, error))
+    fn noting<T>(&self, (operation, what): (Operation, &'static str), done: io::Result<T>) -> io::Result<T> {
+        done.inspect_err(|error| {
+            self.errors.note(operation, &self.path, error);
+            self.refusal.note(what, &self.path, error);
+        })
+    }
+
+    fn reading<T>(&self, done: io::Result<T>) -> io::Result<T> {
+        done.inspect_err(|error| self.errors.note(Operation::Read, &self.path, error))
     }
 }
 
 impl VolumeFile for WatchedFile {
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
-        self.noting("write", self.inner.write_at(bytes, offset))
+        self.noting((Operation::Write, "write"), self.inner.write_at(bytes, offset))
     }
 
     fn read_at(&self, into: &mut [u8], offset: u64) -> io::Result<usize> {
-        self.inner.read_at(into, offset)
+        self.reading(self.inner.read_at(into, offset))
     }
 
     fn read_at_cached(&self, into: &mut [u8], offset: u64) -> io::Result<usize> {
-        self.inner.read_at_cached(into, offset)
+        self.reading(self.inner.read_at_cached(into, offset))
     }
 
     fn size(&self) -> io::Result<u64> {
-        self.inner.size()
+        self.reading(self.inner.size())
     }
 
     fn sync(&self) -> io::Result<()> {
-        self.noting("make durable", self.inner.sync())
+        self.noting((Operation::Sync, "make durable"), self.inner.sync())
     }
 
     fn reserve(&self, bytes: u64) -> io::Result<()> {
-        self.noting("reserve room for", self.inner.reserve(bytes))
+        self.noting((Operation::Write, "reserve room for"), self.inner.reserve(bytes))
     }
 
     fn seal(&self) -> io::Result<()> {
-        self.noting("seal", self.inner.seal())
+        self.noting((Operation::Write, "seal"), self.inner.seal())
     }
 }

@@ -65,6 +65,7 @@ mod resume;
 mod rows;
 mod sharing;
 mod stampede;
+mod store_errors;
 mod tags_referrers;
 mod terminal;
 mod threats;

@@ -139,6 +139,11 @@ impl Metrics {
             self.store_degraded.clone(),
         );
         registry.register(
+            "store_errors",
+            "Operations that the store's disk failed; a missing file is none",
+            self.store_errors.clone(),
+        );
+        registry.register(
             "store_evicted",
             "Blobs and manifests evicted, by the limit that asked for it",
             self.evicted.clone(),
