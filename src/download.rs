@@ -20,7 +20,8 @@
 //! A disk that takes no more in the middle ends the transfer, but not its readers: each reads what is there and asks the
 //! upstream for the rest itself, unstored and verified.
 //!
-//! Scope: who may join is not decided here. The road lets nobody follow on another's right.
+//! Scope: who may join is not decided here. The road lets nobody follow on another's right; a transfer only remembers its
+//! [`Requester`].
 //!
 //! * `progress`: a transfer as its readers see it. * `reader`: also the parts that lie far ahead. * `transfer`: from the first
 //!   answer to the name. * `receive`: from the upstream, again and again. * `writer`: into the file.
@@ -50,7 +51,7 @@ use tokio::sync::{Semaphore, watch};
 
 pub use view::Transfer;
 
-use crate::oci::{Cause, Digest};
+use crate::oci::{Cause, Digest, Repository};
 use crate::store::blobs::{HeldBlob, Mismatch};
 use crate::store::step::Buffers;
 use crate::store::{Fault, Store};
@@ -91,7 +92,24 @@ pub enum Joined {
     /// Nobody is fetching it: this caller must.
     Leader(Leader),
     /// It is being fetched.
-    Follower(Reader),
+    Follower {
+        /// Reads what arrives.
+        reader: Reader,
+        /// When this very requester began it; `None` if another did.
+        began_by_same: Option<tokio::time::Instant>,
+    },
+}
+
+/// On whose right a transfer is fetched: a principal in a repository of an upstream. Equal requesters may read what each
+/// of them fetched.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Requester {
+    /// The name of the upstream.
+    pub upstream: Arc<str>,
+    /// The repository asked for it.
+    pub repository: Repository,
+    /// The hash of the credential.
+    pub principal: [u8; 32],
 }
 
 /// How the bytes are reached. Opened again, from where the transfer stopped, each time the upstream breaks.
@@ -195,10 +213,17 @@ impl Downloads {
     ///
     /// Looks into the store a second time, under the same lock under which a transfer is entered and removed: between
     /// a caller's first look and this one a whole transfer can have come and gone, and it must not lead another.
-    pub fn join(&self, digest: Digest) -> Joined {
+    pub fn join(&self, digest: Digest, requester: Requester) -> Joined {
         let mut running = self.shared.running();
         match running.entry(digest) {
-            Entry::Occupied(download) => Joined::Follower(Reader::new(download.get(), &self.shared)),
+            Entry::Occupied(entry) => {
+                let download = entry.get();
+                let is_same = download.requester == requester;
+                Joined::Follower {
+                    reader: Reader::new(download, &self.shared),
+                    began_by_same: is_same.then_some(download.began),
+                }
+            }
             Entry::Vacant(place) => {
                 // A fault here is a miss; the transfer itself will meet it again and say so.
                 if let Ok(Some(held)) = self.shared.store.blob(&digest) {
@@ -207,6 +232,7 @@ impl Downloads {
                 let (progress, _) = watch::channel(Progress::Opening);
                 let download = Arc::new(Download {
                     digest,
+                    requester,
                     progress,
                     began: tokio::time::Instant::now(),
                     counts: Arc::clone(&self.shared.counts),

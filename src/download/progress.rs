@@ -4,13 +4,14 @@ use std::sync::Arc;
 
 use tokio::sync::watch;
 
-use super::{Failure, Shared, WITHHELD_BYTES};
+use super::{Failure, Requester, Shared, WITHHELD_BYTES};
 use crate::oci::Digest;
 use crate::store::volume::VolumeFile;
 
 /// One transfer.
 pub(super) struct Download {
     pub(super) digest: Digest,
+    pub(super) requester: Requester,
     pub(super) progress: watch::Sender<Progress>,
     /// For those who look.
     pub(super) began: tokio::time::Instant,

@@ -105,6 +105,14 @@ fn send(wire: &Wire, bytes: &[u8]) {
     }
 }
 
+fn requester() -> Requester {
+    Requester {
+        upstream: "docker.io".into(),
+        repository: "library/demo".parse().unwrap(),
+        principal: [0; 32],
+    }
+}
+
 /// Bytes of which no two stretches of some length are alike.
 fn content(length: usize) -> Vec<u8> {
     let numbers = (0_u32..16_384).flat_map(|number| number.wrapping_mul(2_654_435_761).to_be_bytes());
@@ -137,16 +145,16 @@ fn downloads_on(disk: &Arc<Memory>) -> Downloads {
 }
 
 fn leader(downloads: &Downloads, digest: Digest) -> Leader {
-    match downloads.join(digest) {
+    match downloads.join(digest, requester()) {
         Joined::Leader(leader) => leader,
         Joined::Held(_) => panic!("held already"),
-        Joined::Follower(_) => panic!("someone leads already"),
+        Joined::Follower { .. } => panic!("someone leads already"),
     }
 }
 
 fn follower(downloads: &Downloads, digest: Digest) -> Reader {
-    match downloads.join(digest) {
-        Joined::Follower(reader) => reader,
+    match downloads.join(digest, requester()) {
+        Joined::Follower { reader, .. } => reader,
         Joined::Held(_) => panic!("held already"),
         Joined::Leader(_) => panic!("nobody leads"),
     }

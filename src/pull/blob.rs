@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::task::spawn_blocking;
+use tokio::time::Instant;
 
 use super::asking::Asked;
 use super::fetching::Wanted;
@@ -238,15 +239,18 @@ impl Road<'_> {
     }
 
     async fn join(&self, situation: Situation) -> Result<Outcome, Arc<Failure>> {
-        match self.pull.downloads.join(self.digest) {
+        let of = Wanted::of(self.request, self.repository, &self.context.caller);
+        match self.pull.downloads.join(self.digest, of.requester()) {
             Joined::Leader(leader) => {
-                let of = Wanted::of(self.request, self.repository, &self.context.caller);
-                let source = Upstreamed::new(self.pull, of, self.digest);
-                let reader = leader.start(source);
+                let reader = leader.start(Upstreamed::new(self.pull, of, self.digest));
                 self.read(reader, Reason::Fetched(Why::NotHeld), situation, true)
                     .await
             }
-            Joined::Follower(reader) => {
+            Joined::Follower {
+                reader,
+                began_by_same: Some(began),
+            } if self.still_holds(&of, began) => self.read(reader, Reason::Joined, situation, true).await,
+            Joined::Follower { reader, .. } => {
                 if let Some(refusal) = self.own_right(situation).await {
                     return Ok(refusal);
                 }
@@ -260,6 +264,12 @@ impl Road<'_> {
                 Ok(self.outcome(Content::File(held), Some(size), Reason::Joined))
             }
         }
+    }
+
+    /// Whether a transfer that this principal began here is still its own to read: the `GET` of the transfer is the
+    /// question about its right, unless the upstream has refused it since or a grant would have lapsed by now.
+    fn still_holds(&self, of: &Wanted, began: Instant) -> bool {
+        began.elapsed() < self.rule.grant && !self.pull.refused_since(of, began)
     }
 
     /// Nobody follows on another's right: `None` if this principal has its own, else the refusal.

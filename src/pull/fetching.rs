@@ -8,6 +8,7 @@ use tokio::time::Instant;
 
 use super::asking::Key;
 use super::{Pull, Request, Site};
+use crate::download::Requester;
 use crate::oci::manifest::MANIFEST_BYTES_MAX;
 use crate::oci::{
     Accept, Algorithm, AnyDigest, Cause, Digest, Manifest, MediaType, Operation, Reference, Repository,
@@ -36,6 +37,15 @@ impl Wanted {
             accept: request.accept.clone(),
             caller: caller.clone(),
             writes: request.writes,
+        }
+    }
+
+    /// On whose right a blob is downloaded.
+    pub(super) fn requester(&self) -> Requester {
+        Requester {
+            upstream: self.site.name().into(),
+            repository: self.repository.clone(),
+            principal: self.caller.principal,
         }
     }
 }

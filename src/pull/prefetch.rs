@@ -89,12 +89,12 @@ impl Pull {
             digest: AnyDigest::Known(digest),
         };
         let wanted = Wanted { operation, ..of };
-        let settled = match self.downloads.join(digest) {
+        let settled = match self.downloads.join(digest, wanted.requester()) {
             Joined::Leader(leader) => {
                 let source = Upstreamed::new(self, wanted.clone(), digest);
                 leader.start(source).settled().await.map(drop)
             }
-            Joined::Follower(mut reader) => reader.settled().await.map(drop),
+            Joined::Follower { mut reader, .. } => reader.settled().await.map(drop),
             Joined::Held(_) => Ok(()),
         };
         if let Err(failure) = settled {

@@ -191,6 +191,12 @@ impl Pull {
         }
     }
 
+    /// Whether the upstream has refused this caller in this repository since `at`.
+    pub(super) fn refused_since(&self, wanted: &Wanted, at: Instant) -> bool {
+        let right = right(&wanted.site, Some(&wanted.repository), wanted.caller.principal);
+        self.overtaken(&right, at)
+    }
+
     /// Whether a no was heard since the question was put.
     fn overtaken(&self, right: &Right, asked_at: Instant) -> bool {
         let last = self.refused.last.get(right);

@@ -28,6 +28,7 @@ mod ca;
 mod certificates;
 mod challenge;
 mod client_setup;
+mod clients_2026;
 mod commands;
 mod config_exit;
 mod connect;
