@@ -1,5 +1,6 @@
 //! The life of the process: built from a configuration, announced, reloaded, drained.
 
+mod proofs;
 mod service;
 mod signals;
 
@@ -29,9 +30,10 @@ use crate::store::volume::Directory;
 use crate::store::{Limits as StoreLimits, OpenError, Settings as StoreSettings, Store};
 use crate::upstream::tunnel::Way;
 use crate::upstream::{
-    Connector, CredentialSource, Observer, Offline, OriginError, ProxyChoice, Settings, SettingsError,
-    Upstream,
+    Connector, CredentialSource, Memory, Observer, Offline, OriginError, ProxyChoice, Settings,
+    SettingsError, Upstream,
 };
+use proofs::Proofs;
 use signals::{Signals, Wanted};
 
 /// How long the end waits for downloads that no client waits for any more.
@@ -104,6 +106,7 @@ pub async fn serve(
     let told = Told {
         events,
         offline: as_left(&store),
+        served: Arc::new(Proofs(Arc::clone(&store))),
         clock,
     };
     let buffers = Buffers::default();
@@ -290,6 +293,7 @@ fn admin_token(config: &Config) -> Result<Option<Zeroizing<String>>, RunError> {
 struct Told {
     events: Events,
     offline: Offline,
+    served: Arc<dyn Memory>,
     clock: Clock,
 }
 
@@ -378,7 +382,11 @@ fn site(
         config,
         fetches_max,
         connector,
-        (told.offline.clone(), told.observer()),
+        (
+            told.offline.clone(),
+            told.observer(),
+            Some(Arc::clone(&told.served)),
+        ),
     )?;
     let site = Site::new(Arc::new(upstream), access);
     let Some(realm) = &config.local_tokens else {
@@ -396,7 +404,7 @@ pub fn upstream(
     config: &UpstreamConfig,
     fetches_max: usize,
     connector: &Connector,
-    (offline, observer): (Offline, Observer),
+    (offline, observer, served): (Offline, Observer, Option<Arc<dyn Memory>>),
 ) -> Result<Upstream, RunError> {
     let refused = |error| RunError::Upstream {
         name: Arc::clone(&config.name),
@@ -415,6 +423,7 @@ pub fn upstream(
     settings.fetches_max = fetches_max;
     settings.offline = offline;
     settings.observer = observer;
+    settings.served = served;
     settings.roots.clone_from(&config.roots);
     settings.timeouts.connect = config.connect_timeout;
     settings.proxy = match &config.proxy {

@@ -48,6 +48,7 @@ mod switch;
 mod tcp;
 mod token;
 pub mod tunnel;
+mod urls;
 pub mod zone;
 
 pub use answer::{Answer, Said};
@@ -63,6 +64,7 @@ pub use realm::{Issued, TokenReply};
 pub use route::{ProxyChoice, ProxyError};
 pub use settings::{Caller, Credential, FETCHES_MAX, Settings, SettingsError, Timeouts};
 pub use switch::{Exchanged, Observer, Offline};
+pub use urls::Memory;
 
 use breaker::Breaker;
 use client::{Follow, Http, Request};
@@ -75,6 +77,7 @@ use question::Question;
 use quirk::Quirks;
 use route::Routes;
 use token::Tokens;
+use urls::{Outcome, Reported, Round, Served};
 
 /// How an upstream is doing, for the operator.
 #[derive(Clone, Debug)]
@@ -109,6 +112,7 @@ struct Inner {
     questions: Arc<Semaphore>,
     transfers: Arc<Semaphore>,
     limits: Limits,
+    served: Served,
     offline: Offline,
     observer: Observer,
     health: Mutex<Health>,
@@ -120,6 +124,8 @@ struct Health {
     last_silence: Option<(Cause, Instant)>,
     last_head: Option<(Duration, Instant)>,
     probe: Option<AbortHandle>,
+    /// The URLs that were unavailable when the upstream was so last.
+    unavailable: Vec<Origin>,
 }
 
 impl Drop for Inner {
@@ -180,6 +186,7 @@ impl Upstream {
             questions: Arc::new(Semaphore::new(settings.fetches_max)),
             transfers: Arc::new(Semaphore::new(settings.fetches_max)),
             limits: Limits::new(),
+            served: Served::new(settings.served),
             offline: settings.offline,
             observer: settings.observer,
             health: Mutex::default(),
@@ -200,7 +207,7 @@ impl Upstream {
         let Some(_permit) = self.permit(&self.0.questions).await else {
             return Answer::silent(Cause::Busy);
         };
-        let mut silent = None;
+        let mut round = Round::new(urls::Request::First);
         for (position, origin) in self.0.urls.iter().enumerate() {
             let lane = Lane::of(operation, self.0.answers_no_heads(operation));
             let answer = if let Some(left) = self.0.limits.waiting(position, lane, caller, Instant::now()) {
@@ -216,14 +223,13 @@ impl Upstream {
                 }
                 answer
             };
-            if answer.silence().is_none() {
-                self.answered();
-                return answer;
+            match self.outcome(origin, operation, &answer).await {
+                Outcome::Yes => return self.served(origin, operation, answer).await,
+                outcome if round.take(origin, outcome, answer) => break,
+                _ => {}
             }
-            // The first address is the one the operator means; its trouble is the one to report.
-            silent.get_or_insert(answer);
         }
-        self.was_silent(silent)
+        self.ended(round)
     }
 
     /// The nearest zone that the upstream turned out to be in: where it leads may be no nearer.
@@ -288,19 +294,39 @@ impl Upstream {
             .ok()
     }
 
-    fn answered(&self) {
-        self.0.health().breaker.answer();
+    /// What the answer of one URL comes down to.
+    async fn outcome(&self, origin: &Origin, operation: &Operation, answer: &Answer) -> Outcome {
+        let named = (self.0.name.as_str(), origin);
+        self.0.served.outcome(named, operation, answer).await
     }
 
-    /// All addresses were silent. Opens the breaker if that was once too often.
-    fn was_silent(&self, answer: Option<Answer>) -> Answer {
-        let answer = answer.unwrap_or_else(|| Answer::silent(Cause::Unreachable));
+    /// A URL said yes: what follows for the others, and for the upstream as a whole.
+    async fn served<T>(&self, origin: &Origin, operation: &Operation, yes: T) -> T {
+        if self.0.urls.len() > 1 {
+            self.0.served.note(&self.0.name, origin, operation).await;
+        }
+        self.0.health().breaker.answer();
+        yes
+    }
+
+    /// No URL said yes. Opens the breaker if the upstream was unavailable once too often.
+    fn ended(&self, round: Round) -> Answer {
+        let Reported {
+            answer,
+            is_unavailable,
+            unavailable,
+        } = round.end();
         let Some(cause) = answer.silence() else {
+            self.0.health().breaker.answer();
             return answer;
         };
+        if !is_unavailable {
+            return answer;
+        }
         let mut health = self.0.health();
         let now = Instant::now();
         health.last_silence = Some((cause, now));
+        health.unavailable = unavailable;
         if let Some(opening) = health.breaker.silence(now, cause) {
             tracing::warn!(upstream = self.0.name, %cause, "silent again and again; asked by a probe only from now on");
             let probe = tokio::spawn(probe(Arc::downgrade(&self.0), opening));
@@ -346,15 +372,16 @@ impl Inner {
         }
     }
 
-    /// One look whether the upstream is back: any HTTP answer below 500 from any address will do. If it was the token
-    /// service that was silent, it is asked instead, without a credential.
+    /// One look whether the upstream is back: an HTTP answer below 500 from any URL that was unavailable will do. If it
+    /// was the token service that was silent, it is asked instead, without a credential.
     async fn is_back(&self, cause: Cause) -> bool {
         let realm = self
             .exchange
             .tokens
             .silent_realm()
             .filter(|_| cause == Cause::TokenService);
-        let own = self.urls.iter().filter_map(|origin| origin.join("/v2/"));
+        let unavailable = self.health().unavailable.clone();
+        let own = unavailable.iter().filter_map(|origin| origin.join("/v2/"));
         for uri in realm.map_or_else(|| own.collect(), |realm| vec![realm]) {
             let mut headers = HeaderMap::new();
             Trace::begun().write(&mut headers);

@@ -8,6 +8,7 @@
 //! gone <digest> <checksum>
 //! public <seconds since 1970> <checksum>
 //! private <checksum>
+//! served <url> <checksum>
 //! ```
 //!
 //! Each checksum is over the line *and* the names, so that a line proves nothing in another repository's file. Lines
@@ -43,6 +44,9 @@ const READY_DIGESTS_MAX: u64 = 262_144;
 
 /// What a repository without digests counts for.
 const PLACE_WEIGHT: u64 = 8;
+
+/// URLs of one upstream that have served one repository. More are not kept: their noes then count as noes of a stranger.
+const SERVED_URLS_MAX: usize = 32;
 
 /// A repository that stays public is written down anew this often, not each time someone proves it.
 const PUBLIC_AGAIN_AFTER: Duration = Duration::from_secs(3600);
@@ -85,6 +89,23 @@ impl Store {
     ) -> Result<(), Fault> {
         self.seen.note_public(upstream, repository, since)
     }
+
+    /// Whether this URL of the upstream has served the repository. Also true where nothing is known of any URL, and the
+    /// repository has been served: that was before URLs were noted.
+    pub fn has_served(&self, upstream: &str, url: &str, repository: &Repository) -> bool {
+        let Some(seen) = self.seen.of(upstream, repository) else {
+            return true;
+        };
+        seen.read(|seen| {
+            let is_older = seen.served.is_empty() && (!seen.digests.is_empty() || seen.public.is_some());
+            is_older || seen.served.iter().any(|served| served == url)
+        })
+    }
+
+    /// Keeps that this URL of the upstream has served the repository. Written once for each.
+    pub fn note_served(&self, upstream: &str, url: &str, repository: &Repository) -> Result<(), Fault> {
+        self.seen.note_served(upstream, url, repository)
+    }
 }
 
 /// One repository's proofs.
@@ -94,6 +115,8 @@ struct Seen {
     public: Option<SystemTime>,
     /// What the file says of it.
     written_public: Option<SystemTime>,
+    /// The URLs that have served it, of an upstream with several.
+    served: Vec<String>,
     /// Whether the file has its first line.
     is_headed: bool,
 }
@@ -258,6 +281,17 @@ impl SeenFiles {
         }
     }
 
+    fn note_served(&self, upstream: &str, url: &str, repository: &Repository) -> Result<(), Fault> {
+        let _order = self.order.read().unwrap_or_else(PoisonError::into_inner);
+        let seen = self.known_or_loaded(upstream, repository)?;
+        let is_news = seen.write(|seen| seen.take_in_served(url));
+        if is_news && self.has_room() {
+            self.append(&Place::of(upstream, repository), &seen, &served_line(url))
+        } else {
+            Ok(())
+        }
+    }
+
     fn append(&self, place: &Place, seen: &SharedSeen, content: &str) -> Result<(), Fault> {
         let path = path(place);
         let is_headed = seen.write(|seen| std::mem::replace(&mut seen.is_headed, true));
@@ -299,6 +333,9 @@ impl Seen {
                     .ok()
                     .map(|seconds: u64| from_millis(seconds.saturating_mul(1000)));
             }
+            Some(("served", url)) => {
+                self.take_in_served(url);
+            }
             Some(("gone", digest)) => {
                 if let Ok(digest) = digest.parse() {
                     self.digests.remove(&digest);
@@ -314,10 +351,22 @@ impl Seen {
         }
     }
 
+    /// Whether that is news.
+    fn take_in_served(&mut self, url: &str) -> bool {
+        let is_news = self.served.len() < SERVED_URLS_MAX && !self.served.iter().any(|served| served == url);
+        if is_news {
+            self.served.push(url.to_owned());
+        }
+        is_news
+    }
+
     fn to_lines(&self, place: &Place) -> Vec<u8> {
         let mut lines = String::new();
         push_line(&mut lines, place, &head_line(place));
         push_line(&mut lines, place, &public_line(self.public));
+        for url in &self.served {
+            push_line(&mut lines, place, &served_line(url));
+        }
         for digest in &self.digests {
             push_line(&mut lines, place, &digest.to_string());
         }
@@ -342,6 +391,10 @@ fn public_line(since: Option<SystemTime>) -> String {
         || "private".to_owned(),
         |since| format!("public {}", to_millis(since) / 1000),
     )
+}
+
+fn served_line(url: &str) -> String {
+    format!("served {url}")
 }
 
 fn push_line(lines: &mut String, place: &Place, content: &str) {

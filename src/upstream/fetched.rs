@@ -12,6 +12,7 @@ use super::answer::Answer;
 use super::client::Body;
 use super::limits::Lane;
 use super::settings::Caller;
+use super::urls::{self, Round};
 use crate::oci::accept::Accept;
 use crate::oci::cause::Cause;
 use crate::oci::digest::Digest;
@@ -87,8 +88,8 @@ impl Upstream {
         self.get_part(caller, operation, accept, part).await
     }
 
-    /// Fetches a part of `operation`, not first from where it broke off. Among several addresses a no is then not the last
-    /// word: the one that began it has said yes, and a mirror may lack what another has.
+    /// Fetches a part of `operation`, not first from where it broke off. Among several URLs a no is then not final: the
+    /// one that began it has said yes, and a mirror may lack what another has.
     pub async fn get_part(
         &self,
         caller: &Caller,
@@ -107,50 +108,44 @@ impl Upstream {
         let Some(permit) = self.permit(places).await else {
             return Err(Answer::silent(Cause::Busy));
         };
-        let (mut silent, mut no) = (None, None);
+        let resumed = part.after.map(|Address(last)| last + 1);
+        let request = resumed.map_or(urls::Request::First, |_| urls::Request::Resumed);
         let (count, lane) = (self.0.urls.len(), Lane::of(operation, true));
-        let first = part.after.map_or(0, |Address(last)| last + 1);
+        let mut round = Round::new(request);
         for step in 0..count {
-            let position = (first + step) % count;
+            let position = (resumed.unwrap_or(0) + step) % count;
             let Some(origin) = self.0.urls.get(position) else {
                 continue;
             };
-            if let Some(left) = self.0.limits.waiting(position, lane, caller, Instant::now()) {
-                silent.get_or_insert(Answer::rate_limited(left));
-                continue;
-            }
-            let (began, trace) = (Instant::now(), caller.trace.within());
-            let question = self.question(origin, caller, (operation, accept), &trace);
-            let got = question.get(part, Address(position), self.0.timeouts.idle).await;
-            let told = got.as_ref().err().map(Box::as_ref);
-            self.0.tell((operation, false), told, began, &trace);
+            let waiting = self.0.limits.waiting(position, lane, caller, Instant::now());
+            let got = if let Some(left) = waiting {
+                Err(Answer::rate_limited(left).into())
+            } else {
+                let (began, trace) = (Instant::now(), caller.trace.within());
+                let question = self.question(origin, caller, (operation, accept), &trace);
+                let got = question.get(part, Address(position), self.0.timeouts.idle).await;
+                let told = got.as_ref().err().map(Box::as_ref);
+                self.0.tell((operation, false), told, began, &trace);
+                match &got {
+                    Ok(fetched) => self.0.limits.note(caller, &fetched.rate_limit, Instant::now()),
+                    Err(answer) => self.0.note((position, lane), caller, answer),
+                }
+                got
+            };
             match got {
                 Ok(mut fetched) => {
-                    self.0.limits.note(caller, &fetched.rate_limit, Instant::now());
-                    self.answered();
                     fetched.permit = Some(permit);
-                    return Ok(fetched);
+                    return Ok(self.served(origin, operation, fetched).await);
                 }
                 Err(answer) => {
-                    self.0.note((position, lane), caller, &answer);
-                    if answer.silence().is_some() {
-                        silent.get_or_insert(*answer);
-                        continue;
+                    let outcome = self.outcome(origin, operation, &answer).await;
+                    if round.take(origin, outcome, *answer) {
+                        break;
                     }
-                    self.answered();
-                    if part.after.is_none() {
-                        return Err(*answer);
-                    }
-                    no.get_or_insert(*answer);
                 }
             }
         }
-        // Of those that answer, one that is silent may yet say yes.
-        match (silent, no) {
-            (None, Some(no)) => Err(no),
-            (Some(silent), Some(_)) => Err(silent),
-            (silent, None) => Err(self.was_silent(silent)),
-        }
+        Err(self.ended(round))
     }
 }
 

@@ -2,6 +2,7 @@
 //! shown.
 
 use std::fmt;
+use std::sync::Arc;
 use std::time::Duration;
 
 use http::HeaderValue;
@@ -11,6 +12,7 @@ use super::origin::Origin;
 use super::own::CredentialSource;
 use super::route::{ProxyChoice, ProxyError};
 use super::switch::{Observer, Offline};
+use super::urls::Memory;
 use crate::trace::Trace;
 
 /// What an upstream is, as configured.
@@ -41,6 +43,8 @@ pub struct Settings {
     pub offline: Offline,
     /// Hears of each exchange.
     pub observer: Observer,
+    /// Keeps which of several URLs have served which repositories.
+    pub served: Option<Arc<dyn Memory>>,
 }
 
 impl Settings {
@@ -60,6 +64,7 @@ impl Settings {
             fetches_max: FETCHES_MAX,
             offline: Offline::default(),
             observer: Observer::default(),
+            served: None,
         }
     }
 }

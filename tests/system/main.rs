@@ -64,6 +64,7 @@ mod redirects;
 mod reload;
 mod resume;
 mod rows;
+mod several_urls;
 mod sharing;
 mod stampede;
 mod store_errors;

@@ -149,3 +149,30 @@ fn a_grant_is_one_principals_in_one_repository_until_dropped() {
         assert_eq!(store.grant(UPSTREAM, &alpine, &[1; 32]), None);
     });
 }
+
+#[test]
+fn r06_which_url_has_served_a_repository_outlives_a_restart() {
+    everywhere(|ground| {
+        let (app, older) = (repository("team/app"), repository("team/older"));
+        let (mirror, origin) = ("http://mirror", "http://origin");
+        let store = ground.open();
+        assert!(
+            !store.has_served(UPSTREAM, origin, &app),
+            "nothing is known of it"
+        );
+        store.note_served(UPSTREAM, origin, &app).unwrap();
+        store.note_served(UPSTREAM, origin, &app).unwrap();
+        store.note_seen(UPSTREAM, &app, &digest(b"layer")).unwrap();
+        store.note_seen(UPSTREAM, &older, &digest(b"layer")).unwrap();
+        drop(store);
+        let store = ground.open();
+        let served = |url, repository| store.has_served(UPSTREAM, url, repository);
+        assert!(served(origin, &app));
+        assert!(!served(mirror, &app));
+        assert!(!store.has_served("ghcr.io", origin, &app));
+        assert!(
+            served(mirror, &older),
+            "served before URLs were noted: any may have been it"
+        );
+    });
+}
