@@ -39,10 +39,11 @@ use std::path::{Path, PathBuf};
 use crate::config::Config;
 
 pub use apply::{Done, Job};
+pub(crate) use containerd::{REFERRERS_SINCE, Release};
 pub use disk::Root;
 pub use plan::{Files, Plan, Wanted};
 pub use record::State;
-pub use way::{Authority, Scheme, Way};
+pub use way::{Authority, Registry, Scheme, Way};
 
 /// A client that can be set up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use toml::{Table, Value};
 
 use super::{Check, Patient};
-use crate::setup::Files;
+use crate::setup::{Files, REFERRERS_SINCE, Release};
 
 const CONFIG: &str = "/etc/containerd/config.toml";
 const HOSTS: &str = "/etc/containerd/certs.d";
@@ -28,22 +28,24 @@ pub(super) fn examine(patient: &Patient<'_>) -> Vec<Check> {
         };
         return vec![Check::skipped(NAME, why)];
     }
-    let folder = match config_path(&config) {
-        Ok(folder) => folder,
-        Err((found, remedy)) => return vec![Check::failed(NAME, found, remedy)],
-    };
-    vec![hosts(patient, &folder)]
+    let checked = parse(&config).and_then(|config| {
+        let knows_referrers = Release::find(root, &config).map(|release| release >= REFERRERS_SINCE);
+        Ok(hosts(patient, &config_path(&config)?, knows_referrers))
+    });
+    vec![checked.unwrap_or_else(|(found, remedy)| Check::failed(NAME, found, remedy))]
 }
 
-/// The folder of `hosts.toml` files. Without `config_path` the kubelet reads none; nerdctl reads the usual one.
-fn config_path(config: &[u8]) -> Result<PathBuf, (String, &'static str)> {
-    let text = String::from_utf8_lossy(config);
-    let root: Table = toml::from_str(&text).map_err(|error| {
+fn parse(config: &[u8]) -> Result<Table, (String, &'static str)> {
+    toml::from_str(&String::from_utf8_lossy(config)).map_err(|error: toml::de::Error| {
         (
             format!("{CONFIG}: {}", error.message()),
             "containerd does not start with it; mend it",
         )
-    })?;
+    })
+}
+
+/// The folder of `hosts.toml` files. Without `config_path` the kubelet reads none; nerdctl reads the usual one.
+fn config_path(root: &Table) -> Result<PathBuf, (String, &'static str)> {
     let plugins = root.get("plugins").and_then(Value::as_table);
     let registry = plugins
         .into_iter()
@@ -53,9 +55,9 @@ fn config_path(config: &[u8]) -> Result<PathBuf, (String, &'static str)> {
     match paths.find(|path| !path.is_empty()) {
         Some(path) if path.contains(':') => Err((
             format!(
-                "{CONFIG}: config_path names several folders ({path}), of which containerd 2.2 reads none"
+                "{CONFIG}: config_path names several folders ({path}), of which containerd 2.2.0 reads none"
             ),
-            "leave one of them",
+            "leave one of them; where they are containerd's default, ifnewer setup containerd --apply does",
         )),
         Some(path) => Ok(PathBuf::from(path)),
         None => Err((
@@ -65,8 +67,9 @@ fn config_path(config: &[u8]) -> Result<PathBuf, (String, &'static str)> {
     }
 }
 
-/// How many registries name us, and whether a file would be passed by.
-fn hosts(patient: &Patient<'_>, folder: &Path) -> Check {
+/// How many registries name us, and whether a file would be passed by. `knows_referrers`: whether this containerd knows
+/// the capability of that name, where its release could be found out.
+fn hosts(patient: &Patient<'_>, folder: &Path, knows_referrers: Option<bool>) -> Check {
     const NAME: &str = "containerd";
     let names = patient
         .config
@@ -92,19 +95,38 @@ fn hosts(patient: &Patient<'_>, folder: &Path) -> Check {
             }
         };
         let hosts = table.get("host").and_then(Value::as_table);
-        let hosts: Vec<&str> = hosts
-            .into_iter()
-            .flat_map(Table::keys)
-            .map(String::as_str)
-            .collect();
-        if let Some(host) = hosts.iter().find(|host| host.contains('[')) {
+        let hosts: Vec<(&String, &Value)> = hosts.into_iter().flatten().collect();
+        if let Some((host, _)) = hosts.iter().find(|(host, _)| host.contains('[')) {
             return Check::failed(
                 NAME,
                 format!("{}: containerd 1.6 cannot read the key {host}", path.display()),
                 "name the cache by a name or an IPv4 address",
             );
         }
-        ours += usize::from(hosts.iter().any(|host| patient.is_ours(host)));
+        let Some((_, host)) = hosts.iter().find(|(host, _)| patient.is_ours(host)) else {
+            continue;
+        };
+        ours += 1;
+        let referrers = host
+            .get("capabilities")
+            .and_then(Value::as_array)
+            .map(|list| list.iter().any(|name| name.as_str() == Some("referrers")));
+        let objection = match (knows_referrers, referrers) {
+            (Some(true), Some(false)) => {
+                "does not name the capability referrers: questions about signatures go past \
+                                          the cache"
+            }
+            (Some(false), Some(true)) => {
+                "names the capability referrers, which containerd before 2.2 does not know: \
+                                          it passes the file by"
+            }
+            _ => continue,
+        };
+        return Check::failed(
+            NAME,
+            format!("{} {objection}", path.display()),
+            "ifnewer setup containerd --apply",
+        );
     }
     if ours == 0 {
         return Check::failed(

@@ -37,6 +37,10 @@ impl Files for Before<'_> {
         }
         Ok(kept)
     }
+
+    fn version_of(&self, program: &str) -> Option<String> {
+        self.root.version_of(program)
+    }
 }
 
 /// One file of a plan.

@@ -20,7 +20,10 @@ pub(super) fn plan(way: &Way, files: &dyn Files) -> Result<Plan, Refused> {
     toml_text::read(path, &text)?;
     let mirrors = Value::Array(vec![Value::String(way.place())]);
     for upstream in &way.upstreams {
-        text = with(path, &text, upstream, ("mirrors", &mirrors))?;
+        text = with(path, &text, &upstream.name, ("mirrors", &mirrors))?;
+        if upstream.plain_http {
+            text = with(path, &text, &upstream.name, ("http", &Value::Boolean(true)))?;
+        }
     }
     let authority = Value::Array(vec![Value::String(AUTHORITY.to_owned())]);
     match (way.scheme, &way.authority) {

@@ -8,38 +8,91 @@ use super::Refused;
 use super::plan::{Files, Plan};
 use super::text::Text;
 use super::toml_text;
-use super::way::Way;
+use super::way::{Registry, Way};
 
 const CONFIG: &str = "/etc/containerd/config.toml";
 const HOSTS: &str = "/etc/containerd/certs.d";
 const AUTHORITY: &str = "/etc/containerd/ifnewer-ca.crt";
 
+/// What `containerd config default` writes since 2.2.0, which then reads neither folder.
+const HOSTS_BY_DEFAULT: &str = "/etc/containerd/certs.d:/etc/docker/certs.d";
+
 /// Where the registries of the CRI plugin are configured, by the version of the file.
 const REGISTRY_OF_2: &[&str] = &["plugins", "io.containerd.grpc.v1.cri", "registry"];
 const REGISTRY_OF_3: &[&str] = &["plugins", "io.containerd.cri.v1.images", "registry"];
+
+/// A release of containerd, as far as its configuration depends on it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Release(u32, u32);
+
+/// The first release that knows the capability `referrers`. Earlier ones pass over a whole hosts.toml that names it.
+pub(crate) const REFERRERS_SINCE: Release = Release(2, 2);
+
+impl Release {
+    /// From what `containerd --version` prints: `containerd github.com/containerd/containerd/v2 v2.3.0 1c4457e`.
+    pub(crate) fn read(printed: &str) -> Option<Self> {
+        printed.split_whitespace().find_map(|word| {
+            let mut numbers = word.trim_start_matches('v').split('.');
+            let major = numbers.next()?.parse().ok()?;
+            Some(Self(major, numbers.next()?.parse().ok()?))
+        })
+    }
+
+    /// The first release that wrote a configuration of this version.
+    fn of_configuration(version: i64) -> Option<Self> {
+        match version {
+            3 => Some(Self(2, 0)),
+            4 => Some(Self(2, 3)),
+            _ => None,
+        }
+    }
+
+    /// The release here: as the program says, or at least as new as its configuration shows.
+    pub(crate) fn find(files: &dyn Files, config: &Table) -> Option<Self> {
+        let printed = files.version_of("containerd");
+        let configured = config.get("version").and_then(Value::as_integer);
+        printed
+            .and_then(|printed| Self::read(&printed))
+            .max(configured.and_then(Self::of_configuration))
+    }
+}
 
 pub(super) fn plan(way: &Way, force: bool, files: &dyn Files) -> Result<Plan, Refused> {
     let mut plan = Plan::default();
     let config = Path::new(CONFIG);
     let text = Text::read(config, files.read(config)?)?;
+    let release = Release::find(files, &toml_text::read(config, &text)?);
     let (edited, hosts) = config_path(config, &text)?;
     if edited != text {
         plan.by_hand(
             "restart containerd once, for `config_path`: systemctl restart containerd. Later changes of \
                       hosts.toml need none",
         );
+        if text.body.contains(HOSTS_BY_DEFAULT) {
+            plan.note(
+                "config_path named two folders, of which containerd 2.2.0 reads neither; certificates in \
+                 /etc/docker/certs.d are not read any more",
+            );
+        }
     }
     plan.file(config, edited.into_bytes());
     if let Some(authority) = &way.authority {
         plan.file(AUTHORITY, authority.pem());
     }
     for upstream in &way.upstreams {
-        let path = hosts.join(&**upstream).join("hosts.toml");
+        let path = hosts.join(&*upstream.name).join("hosts.toml");
         let text = Text::read(&path, files.read(&path)?)?;
-        let edited = host(&path, &text, upstream, way, force)?;
+        let host = Host::new(way, release);
+        let edited = host.in_file(&path, &text, upstream, force)?;
         plan.file(path, edited.into_bytes());
     }
     plan.note("ctr does not read config_path: give it --hosts-dir. nerdctl and the kubelet do");
+    if release.is_none() {
+        plan.note(
+            "which containerd this is could not be found out; where it is 2.2 or newer, \
+             add \"referrers\" to `capabilities`, or questions about signatures go past the cache",
+        );
+    }
     plan.notes.extend(way.warnings.iter().cloned());
     Ok(plan)
 }
@@ -61,125 +114,169 @@ fn config_path(path: &Path, text: &Text) -> Result<(Text, PathBuf), Refused> {
     let root = toml_text::read(path, text)?;
     let section = match root.get("version").and_then(Value::as_integer) {
         Some(2) => REGISTRY_OF_2,
-        Some(3) => REGISTRY_OF_3,
+        // The names of the plugins did not change with version 4.
+        Some(3 | 4) => REGISTRY_OF_3,
         other => {
             let version = other.map_or("no version, which means 1".to_owned(), |version| {
                 format!("version {version}")
             });
             return Err(conflict(
-                format!("it has {version}; hosts.toml is known in versions 2 and 3"),
+                format!("it has {version}; hosts.toml is known in versions 2, 3 and 4"),
                 "Bring it up to date first: containerd config migrate",
             ));
         }
     };
     let registry = toml_text::table(&root, section);
-    match registry
+    // `containerd config default` of 1.x writes both as empty sections, which hinder nothing.
+    let is_used = |name: &str| {
+        let section = registry.and_then(|registry| registry.get(name)?.as_table());
+        section.is_some_and(|section| !section.is_empty())
+    };
+    if is_used("mirrors") || is_used("configs") {
+        return Err(conflict(
+            "it has registry.mirrors or registry.configs, beside which containerd refuses config_path"
+                .to_owned(),
+            "Move them into hosts.toml files first; containerd's docs/hosts.md says how.",
+        ));
+    }
+    let hosts = Value::String(HOSTS.to_owned());
+    let edited = match registry
         .and_then(|registry| registry.get("config_path"))
         .map(Value::as_str)
     {
-        Some(Some(folders)) if folders.contains(':') => Err(conflict(
-            format!("config_path names several folders ({folders}), of which containerd 2.2 reads none"),
-            "Leave one of them, an absolute path.",
-        )),
-        Some(Some(folder)) if folder.starts_with('/') => Ok((text.clone(), PathBuf::from(folder))),
-        Some(Some("")) => Err(conflict(
-            "config_path is empty, so that no hosts.toml is read".to_owned(),
-            "Delete that line, or write config_path = \"/etc/containerd/certs.d\" in its place.",
-        )),
-        Some(other) => Err(conflict(
-            format!("config_path is {}", other.unwrap_or("no text")),
-            "Make it one absolute path.",
-        )),
-        None if registry
-            .is_some_and(|registry| registry.contains_key("mirrors") || registry.contains_key("configs")) =>
-        {
-            Err(conflict(
-                "it has registry.mirrors or registry.configs, beside which containerd refuses config_path"
-                    .to_owned(),
-                "Move them into hosts.toml files first; containerd's docs/hosts.md says how.",
-            ))
-        }
-        None => match toml_text::set(text, section, "config_path", &Value::String(HOSTS.to_owned())) {
-            Some(edited) => Ok((edited, PathBuf::from(HOSTS))),
-            None => Err(conflict(
-                "it is written in a way that cannot be added to by machine".to_owned(),
-                &format!(
-                    "Add by hand: {}  config_path = \"{HOSTS}\"",
-                    toml_text::header(section)
-                ),
-            )),
-        },
-    }
-}
-
-/// The `hosts.toml` of one registry with us as its first host.
-fn host(path: &Path, text: &Text, upstream: &str, way: &Way, force: bool) -> Result<Text, Refused> {
-    let url = way.url();
-    let mut ours = Table::new();
-    let capabilities = ["pull", "resolve"].map(|name| Value::String(name.to_owned()));
-    ours.insert("capabilities".to_owned(), Value::Array(capabilities.to_vec()));
-    if way.authority.is_some() {
-        ours.insert("ca".to_owned(), Value::String(AUTHORITY.to_owned()));
-    }
-    if text.is_blank() {
-        let section = toml_text::header(&["host", &url]);
-        return Ok(text.with(format!("server = \"{}\"\n\n{section}\n{ours}", server(upstream))));
-    }
-    let root = toml_text::read(path, text)?;
-    let conflict = |what: String, remedy: String| Refused::Conflict {
-        path: path.to_owned(),
-        what,
-        remedy,
-    };
-    let hosts = match root.get("host") {
-        None => None,
-        Some(Value::Table(hosts)) => Some(hosts),
-        Some(_) => {
+        Some(Some("" | HOSTS_BY_DEFAULT)) => toml_text::replace(text, section, "config_path", &hosts),
+        Some(Some(folders)) if folders.contains(':') => {
             return Err(conflict(
-                "`host` is not a section".to_owned(),
-                "Mend it first.".to_owned(),
+                format!(
+                    "config_path names several folders ({folders}), of which containerd 2.2.0 reads none"
+                ),
+                "Leave one of them, an absolute path.",
             ));
         }
+        Some(Some(folder)) if folder.starts_with('/') => return Ok((text.clone(), PathBuf::from(folder))),
+        Some(other) => {
+            return Err(conflict(
+                format!("config_path is {}", other.unwrap_or("no text")),
+                "Make it one absolute path.",
+            ));
+        }
+        None => toml_text::set(text, section, "config_path", &hosts),
     };
-    if let Some(held) = hosts.and_then(|hosts| hosts.get(&url)) {
-        return if held.as_table() == Some(&ours) {
-            Ok(text.clone())
-        } else {
-            Err(conflict(
-                format!("[host.\"{url}\"] is there with other settings"),
-                format!(
-                    "It should say: {}",
-                    ours.to_string().trim_end().replace('\n', ", ")
-                ),
-            ))
-        };
-    }
-    let others: Vec<&str> = hosts
-        .into_iter()
-        .flat_map(Table::keys)
-        .map(String::as_str)
-        .collect();
-    if !others.is_empty() && !force {
-        return Err(conflict(
-            format!("it already names {}", others.join(", ")),
-            format!("With --force, {url} goes before it and it stays as the next one to be tried."),
-        ));
-    }
-    toml_text::add(text, &["host", &url], &ours, Some("host")).ok_or_else(|| {
+    let edited = edited.ok_or_else(|| {
         conflict(
-            "it is written in a way that cannot be added to by machine".to_owned(),
-            format!(
-                "Add by hand: [host.\"{url}\"] with {}",
-                ours.to_string().trim_end().replace('\n', ", ")
+            "it is written in a way that cannot be edited by machine".to_owned(),
+            &format!(
+                "Write by hand: {}  config_path = \"{HOSTS}\"",
+                toml_text::header(section)
             ),
         )
-    })
+    })?;
+    Ok((edited, PathBuf::from(HOSTS)))
+}
+
+/// This cache as a host in a `hosts.toml`.
+struct Host {
+    url: String,
+    settings: Table,
+}
+
+impl Host {
+    /// What the section says for this release of containerd; for an unknown one, what every release reads.
+    fn new(way: &Way, release: Option<Release>) -> Self {
+        let knows_referrers = release >= Some(REFERRERS_SINCE);
+        let capabilities = ["pull", "resolve"]
+            .into_iter()
+            .chain(knows_referrers.then_some("referrers"));
+        let capabilities = capabilities.map(|name| Value::String(name.to_owned())).collect();
+        let mut settings = Table::new();
+        settings.insert("capabilities".to_owned(), Value::Array(capabilities));
+        if way.authority.is_some() {
+            settings.insert("ca".to_owned(), Value::String(AUTHORITY.to_owned()));
+        }
+        Self {
+            url: way.url(),
+            settings,
+        }
+    }
+
+    /// Whether a section differs only by capabilities that the cache has for some release.
+    fn differs_by_release(&self, section: &Table) -> bool {
+        let mut same = section.clone();
+        let capabilities = same.insert("capabilities".to_owned(), Value::Array(Vec::new()));
+        let mut ours = self.settings.clone();
+        ours.insert("capabilities".to_owned(), Value::Array(Vec::new()));
+        let is_ours = |name: &Value| matches!(name.as_str(), Some("pull" | "resolve" | "referrers"));
+        let all_ours =
+            capabilities.is_some_and(|list| list.as_array().is_some_and(|list| list.iter().all(is_ours)));
+        all_ours && same == ours
+    }
+
+    /// The `hosts.toml` of one registry with the cache as its first host.
+    fn in_file(&self, path: &Path, text: &Text, upstream: &Registry, force: bool) -> Result<Text, Refused> {
+        let section = ["host", self.url.as_str()];
+        let header = toml_text::header(&section);
+        if text.is_blank() {
+            return Ok(text.with(format!(
+                "server = \"{}\"\n\n{header}\n{}",
+                server(upstream),
+                self.settings
+            )));
+        }
+        let root = toml_text::read(path, text)?;
+        let conflict = |what: &str, remedy: String| Refused::Conflict {
+            path: path.to_owned(),
+            what: what.to_owned(),
+            remedy,
+        };
+        let by_hand = || {
+            let settings = self.settings.to_string().trim_end().replace('\n', ", ");
+            format!("It should say: {header} with {settings}")
+        };
+        let hosts = match root.get("host") {
+            None => None,
+            Some(Value::Table(hosts)) => Some(hosts),
+            Some(_) => return Err(conflict("`host` is not a section", "Mend it first.".to_owned())),
+        };
+        let unedited = || {
+            conflict(
+                "it is written in a way that cannot be edited by machine",
+                by_hand(),
+            )
+        };
+        match hosts.and_then(|hosts| hosts.get(&self.url)).map(Value::as_table) {
+            None => {}
+            Some(Some(held)) if *held == self.settings => return Ok(text.clone()),
+            Some(Some(held)) if self.differs_by_release(held) => {
+                let capabilities = self.settings.get("capabilities").ok_or_else(unedited)?;
+                return toml_text::replace(text, &section, "capabilities", capabilities).ok_or_else(unedited);
+            }
+            Some(_) => {
+                return Err(conflict(
+                    &format!("{header} is there with other settings"),
+                    by_hand(),
+                ));
+            }
+        }
+        let others = hosts.into_iter().flat_map(Table::keys);
+        let others: Vec<&str> = others.map(String::as_str).collect();
+        if !others.is_empty() && !force {
+            return Err(conflict(
+                &format!("it already names {}", others.join(", ")),
+                format!(
+                    "With --force, {} goes before it and it stays as the next one to be tried.",
+                    self.url
+                ),
+            ));
+        }
+        toml_text::add(text, &section, &self.settings, Some("host")).ok_or_else(unedited)
+    }
 }
 
 /// Where the registry itself is, for what we cannot answer.
-fn server(upstream: &str) -> String {
-    match upstream {
+fn server(upstream: &Registry) -> String {
+    match &*upstream.name {
         "docker.io" => "https://registry-1.docker.io".to_owned(),
-        other => format!("https://{other}"),
+        name if upstream.plain_http => format!("http://{name}"),
+        name => format!("https://{name}"),
     }
 }

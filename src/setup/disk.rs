@@ -4,6 +4,7 @@ use std::fs::{self, File, OpenOptions, Permissions};
 use std::io::{self, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, chown};
 use std::path::{Component, Path, PathBuf};
+use std::process::Command;
 
 use super::Refused;
 use super::plan::Files;
@@ -164,6 +165,14 @@ impl Files for Root {
         }
         found.sort();
         Ok(found)
+    }
+
+    fn version_of(&self, program: &str) -> Option<String> {
+        if !self.is_real() {
+            return None;
+        }
+        let output = Command::new(program).arg("--version").output().ok()?;
+        String::from_utf8(output.stdout).ok()
     }
 }
 

@@ -7,7 +7,7 @@ use std::path::Path;
 use super::Refused;
 use super::plan::{Files, Plan};
 use super::text::Text;
-use super::way::Way;
+use super::way::{Registry, Way};
 
 const REGISTRIES: &str = "/etc/rancher/k3s/registries.yaml";
 const AUTHORITY: &str = "/etc/rancher/k3s/ifnewer-ca.crt";
@@ -36,12 +36,12 @@ pub(super) fn plan(way: &Way, files: &dyn Files) -> Result<Plan, Refused> {
 
 fn registries(way: &Way) -> String {
     let mut text = String::from("mirrors:\n");
-    for upstream in &way.upstreams {
-        let _ = write!(
-            text,
-            "  \"{upstream}\":\n    endpoint:\n      - \"{}\"\n",
-            way.url()
-        );
+    for Registry { name, plain_http } in &way.upstreams {
+        let _ = write!(text, "  \"{name}\":\n    endpoint:\n      - \"{}\"\n", way.url());
+        // k3s adds the registry itself as the last endpoint, by HTTPS.
+        if *plain_http {
+            let _ = writeln!(text, "      - \"http://{name}\"");
+        }
     }
     if way.authority.is_some() {
         let _ = write!(

@@ -11,6 +11,11 @@ pub trait Files {
 
     /// The files of a folder, sorted by name; none if there is no folder.
     fn list(&self, folder: &Path) -> Result<Vec<PathBuf>, Refused>;
+
+    /// What `PROGRAM --version` prints; `None` where the program is absent or belongs to another root.
+    fn version_of(&self, _program: &str) -> Option<String> {
+        None
+    }
 }
 
 /// A host on which nothing is configured.

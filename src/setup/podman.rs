@@ -12,7 +12,7 @@ use super::Refused;
 use super::plan::{Files, Plan};
 use super::text::Text;
 use super::toml_text;
-use super::way::{Scheme, Way};
+use super::way::{Registry, Scheme, Way};
 
 const MAIN: &str = "/etc/containers/registries.conf";
 const FURTHER: &str = "/etc/containers/registries.conf.d";
@@ -70,7 +70,7 @@ fn objections(path: &Path, root: &Table, way: &Way, force: bool) -> Result<(), R
     for registry in registries.into_iter().flatten() {
         let text = |key: &str| registry.get(key).and_then(Value::as_str);
         let prefix = text("prefix").or_else(|| text("location")).unwrap_or_default();
-        if !force && way.upstreams.iter().any(|upstream| **upstream == *prefix) {
+        if !force && way.upstreams.iter().any(|upstream| *upstream.name == *prefix) {
             return Err(Refused::Conflict {
                 path: path.to_owned(),
                 what: format!(
@@ -90,11 +90,12 @@ fn objections(path: &Path, root: &Table, way: &Way, force: bool) -> Result<(), R
 fn registries(way: &Way) -> String {
     let mut text =
         String::from("# Written by `ifnewer setup podman`; `ifnewer setup podman --undo` takes it back.\n");
-    for upstream in &way.upstreams {
+    for Registry { name, plain_http } in &way.upstreams {
+        let insecure = if *plain_http { "insecure = true\n" } else { "" };
         let _ = write!(
             text,
-            "\n[[registry]]\nprefix = \"{upstream}\"\nlocation = \"{upstream}\"\n\n[[registry.mirror]]\n\
-             location = \"{}/{upstream}\"\n",
+            "\n[[registry]]\nprefix = \"{name}\"\nlocation = \"{name}\"\n{insecure}\n[[registry.mirror]]\n\
+             location = \"{}/{name}\"\n",
             way.place()
         );
         if way.scheme == Scheme::Http {

@@ -21,7 +21,11 @@ const CA: &str = "-----BEGIN CERTIFICATE-----\nAAEC\n-----END CERTIFICATE-----\n
 
 /// A disk in memory.
 #[derive(Default)]
-struct Held(BTreeMap<PathBuf, Vec<u8>>);
+struct Held {
+    files: BTreeMap<PathBuf, Vec<u8>>,
+    /// What the client's program prints as its version.
+    version: Option<&'static str>,
+}
 
 impl Held {
     fn with(path: &str, text: &str) -> Self {
@@ -29,19 +33,23 @@ impl Held {
     }
 
     fn and(mut self, path: &str, text: &str) -> Self {
-        self.0.insert(PathBuf::from(path), text.as_bytes().to_vec());
+        self.files.insert(PathBuf::from(path), text.as_bytes().to_vec());
         self
     }
 }
 
 impl Files for Held {
     fn read(&self, path: &Path) -> Result<Option<Vec<u8>>, Refused> {
-        Ok(self.0.get(path).cloned())
+        Ok(self.files.get(path).cloned())
     }
 
     fn list(&self, folder: &Path) -> Result<Vec<PathBuf>, Refused> {
-        let held = self.0.keys().filter(|path| path.parent() == Some(folder));
+        let held = self.files.keys().filter(|path| path.parent() == Some(folder));
         Ok(held.cloned().collect())
+    }
+
+    fn version_of(&self, _program: &str) -> Option<String> {
+        self.version.map(str::to_owned)
     }
 }
 
@@ -62,6 +70,13 @@ fn forced(client: Client) -> Options {
     }
 }
 
+fn https(name: &str) -> Registry {
+    Registry {
+        name: name.into(),
+        plain_http: false,
+    }
+}
+
 /// Plain, on loopback, with two upstreams.
 fn local() -> Way {
     Way {
@@ -69,7 +84,7 @@ fn local() -> Way {
         host: "127.0.0.1".to_owned(),
         port: 5000,
         authority: None,
-        upstreams: vec!["docker.io".into(), "ghcr.io".into()],
+        upstreams: ["docker.io", "ghcr.io"].map(https).to_vec(),
         warnings: Vec::new(),
     }
 }
@@ -92,9 +107,12 @@ fn text<'a>(plan: &'a Plan, path: &str) -> &'a str {
 
 /// What a plan makes of the files, to plan on again.
 fn carried_out(held: &Held, plan: &Plan) -> Held {
-    let mut after = Held(held.0.clone());
+    let mut after = Held {
+        files: held.files.clone(),
+        version: held.version,
+    };
     for wanted in &plan.files {
-        after.0.insert(wanted.path.clone(), wanted.bytes.clone());
+        after.files.insert(wanted.path.clone(), wanted.bytes.clone());
     }
     after
 }

@@ -3,6 +3,7 @@
 
 use std::path::Path;
 
+use toml::de::{DeTable, DeValue};
 use toml::{Table, Value};
 
 use super::Refused;
@@ -47,6 +48,29 @@ pub(super) fn set(text: &Text, section: &[&str], key: &str, value: &Value) -> Op
         .into_iter()
         .chain(Some(appended))
         .find(|edited| toml::from_str::<Table>(&edited.body).is_ok_and(|got| got == meant))
+}
+
+/// The value of `key` in the section at `section` made `value`, its notation and all else kept. `None` where there is
+/// no such value, or nothing but a rewrite would do it.
+pub(super) fn replace(text: &Text, section: &[&str], key: &str, value: &Value) -> Option<Text> {
+    let mut meant: Table = toml::from_str(&text.body).ok()?;
+    let table = section
+        .iter()
+        .try_fold(&mut meant, |table, name| table.get_mut(*name)?.as_table_mut())?;
+    *table.get_mut(key)? = value.clone();
+    let root = DeTable::parse(&text.body).ok()?;
+    let table = section
+        .iter()
+        .try_fold(root.get_ref(), |table, name| match table.get(*name)?.get_ref() {
+            DeValue::Table(inner) => Some(inner),
+            _ => None,
+        })?;
+    let span = table.get(key)?.span();
+    let (before, after) = (text.body.get(..span.start)?, text.body.get(span.end..)?);
+    let edited = text.with(format!("{before}{value}{after}"));
+    toml::from_str::<Table>(&edited.body)
+        .is_ok_and(|got| got == meant)
+        .then_some(edited)
 }
 
 /// The text with `line` after a header of `section`, for each line that may be one.
@@ -184,6 +208,20 @@ mod tests {
                 "{before:?}"
             );
         }
+    }
+
+    #[test]
+    fn a_value_is_replaced_where_it_stands() {
+        let before = text("[a.'b.c'] # mine\n  k = '' # none\n  l = [1,\n 2]\n");
+        let edited = replace(&before, &["a", "b.c"], "k", &string("v")).unwrap();
+        assert_eq!(
+            edited.body,
+            "[a.'b.c'] # mine\n  k = \"v\" # none\n  l = [1,\n 2]\n"
+        );
+        let edited = replace(&before, &["a", "b.c"], "l", &Value::Array(vec![string("v")])).unwrap();
+        assert_eq!(edited.body, "[a.'b.c'] # mine\n  k = '' # none\n  l = [\"v\"]\n");
+        assert_eq!(replace(&before, &["a"], "k", &string("v")), None);
+        assert_eq!(replace(&before, &["a", "b.c"], "m", &string("v")), None);
     }
 
     #[test]

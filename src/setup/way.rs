@@ -9,7 +9,7 @@ use rustls_pki_types::CertificateDer;
 use rustls_pki_types::pem::PemObject;
 
 use super::{Client, Options, Refused};
-use crate::config::{Config, Plain};
+use crate::config::{Config, Plain, UpstreamConfig};
 
 /// Whether the client speaks TLS with us.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,10 +31,29 @@ pub struct Way {
     pub port: u16,
     /// What the client has to trust; `None` where TLS is not spoken, or its certificate is the operator's own.
     pub authority: Option<Authority>,
-    /// The names of the upstreams, which are the registries that clients may ask us for.
-    pub upstreams: Vec<Arc<str>>,
+    /// The registries that clients may ask us for.
+    pub upstreams: Vec<Registry>,
     /// What the client should be warned of.
     pub warnings: Vec<String>,
+}
+
+/// A registry as clients know it without a mirror.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Registry {
+    /// The upstream's name, with a port where it has one.
+    pub name: Arc<str>,
+    /// Whether the registry of that name speaks plain HTTP, so that a client may fall back to it only so.
+    pub plain_http: bool,
+}
+
+impl Registry {
+    /// The registry that an upstream stands for.
+    fn of(upstream: &UpstreamConfig) -> Self {
+        let name = Arc::clone(&upstream.name);
+        let own = format!("http://{name}");
+        let plain_http = upstream.urls.iter().any(|url| url.trim_end_matches('/') == own);
+        Self { name, plain_http }
+    }
 }
 
 /// Certificates to trust, as PEM and nothing but certificates.
@@ -125,11 +144,7 @@ impl Way {
             host,
             port,
             authority,
-            upstreams: config
-                .upstreams
-                .iter()
-                .map(|upstream| Arc::clone(&upstream.name))
-                .collect(),
+            upstreams: config.upstreams.iter().map(Registry::of).collect(),
             warnings: Vec::new(),
         };
         way.warn(config, options);

@@ -203,6 +203,66 @@ async fn without_a_daemon_it_says_that_nothing_was_proven() {
     );
 }
 
+/// containerd 2.3 with the hosts.toml of an earlier release: `setup`, as advised, ends the finding.
+#[tokio::test]
+async fn m05_doctor_and_setup_agree_on_referrers() {
+    let upstream = Upstream::start().await;
+    let host = Host::over(&upstream).await;
+    let containerd = host.root.join("etc/containerd");
+    let address = host.proxy.registry_address().to_string();
+    let folder = containerd.join("certs.d/docker.io");
+    fs::create_dir_all(&folder).unwrap();
+    fs::write(containerd.join("config.toml"), "version = 4\n").unwrap();
+    let hosts = format!("[host.\"http://{address}\"]\ncapabilities = [\"pull\", \"resolve\"]\n");
+    fs::write(folder.join("hosts.toml"), hosts).unwrap();
+    let found = |told: &Value| check(told, "containerd")["found"].as_str().unwrap().to_owned();
+
+    let (_, told) = host.doctor(&[]).await;
+    assert!(found(&told).contains("config_path"), "{told:#}");
+    let root = host.root.to_str().unwrap();
+    let config = host.proxy.setup().folder().join("ifnewer.toml");
+    let config = config.to_str().unwrap();
+    let words = [
+        "setup",
+        "containerd",
+        "--address",
+        &address,
+        "--root",
+        root,
+        "--config",
+        config,
+    ];
+    let setup = |last: &'static str| [&words[..], &[last]].concat();
+    assert_eq!(host.proxy.setup().run(&setup("--apply")).exit().await, Some(0));
+    let (_, told) = host.doctor(&[]).await;
+    assert_eq!(state(&told, "containerd"), "ok", "{told:#}");
+
+    let written = fs::read_to_string(folder.join("hosts.toml")).unwrap();
+    let earlier = written.replace(", \"referrers\"", "");
+    assert_ne!(written, earlier);
+    fs::write(folder.join("hosts.toml"), &earlier).unwrap();
+    let (_, told) = host.doctor(&[]).await;
+    assert!(
+        found(&told).contains("does not name the capability referrers"),
+        "{told:#}"
+    );
+    fs::write(containerd.join("config.toml"), written_by_2(&containerd)).unwrap();
+    fs::write(folder.join("hosts.toml"), &written).unwrap();
+    let (_, told) = host.doctor(&[]).await;
+    assert_eq!(
+        state(&told, "containerd"),
+        "ok",
+        "the release is unknown: {told:#}"
+    );
+}
+
+/// The configuration as an older release reads it.
+fn written_by_2(containerd: &std::path::Path) -> String {
+    fs::read_to_string(containerd.join("config.toml"))
+        .unwrap()
+        .replace("version = 4", "version = 2")
+}
+
 #[tokio::test]
 async fn each_thing_that_is_wrong_is_counted() {
     let upstream = Upstream::start().await;

@@ -26,7 +26,12 @@ fn what_is_already_so_stays_so() {
             let first = planned(client, &way, held);
             let after = carried_out(held, &first);
             let second = planned(client, &way, &after);
-            assert_eq!(carried_out(&after, &second).0, after.0, "{}", client.name());
+            assert_eq!(
+                carried_out(&after, &second).files,
+                after.files,
+                "{}",
+                client.name()
+            );
         }
     }
 }
@@ -151,6 +156,137 @@ fn containerds_own_folder_is_used() {
     assert!(text(&plan, "/opt/hosts/docker.io/hosts.toml").contains("127.0.0.1:5000"));
 }
 
+/// What `containerd config default` writes: 1.6, 2.1, 2.3.
+#[test]
+fn m04_each_default_configuration_gets_its_config_path() {
+    let of_1 = "version = 2\n[plugins]\n  [plugins.\"io.containerd.grpc.v1.cri\".registry]\n    config_path = \"\"\n\n    \
+                [plugins.\"io.containerd.grpc.v1.cri\".registry.configs]\n\n    \
+                [plugins.\"io.containerd.grpc.v1.cri\".registry.mirrors]\n";
+    let of_2 = |version: u8, value: &str| {
+        format!(
+            "version = {version}\n[plugins]\n  [plugins.'io.containerd.cri.v1.images'.registry]\n    config_path = '{value}'\n"
+        )
+    };
+    let usual = "/etc/containerd/certs.d";
+    for config in [
+        of_1.to_owned(),
+        of_2(3, ""),
+        of_2(4, ""),
+        of_2(4, "/etc/containerd/certs.d:/etc/docker/certs.d"),
+        "version = 4\n".to_owned(),
+    ] {
+        let held = Held::with("/etc/containerd/config.toml", &config);
+        let plan = planned(Client::Containerd, &local(), &held);
+        let edited = text(&plan, "/etc/containerd/config.toml");
+        assert_eq!(edited.matches(usual).count(), 1, "{edited}");
+        assert!(edited.contains(&format!("config_path = \"{usual}\"")), "{edited}");
+        assert!(!edited.contains(':'), "{edited}");
+        let again = planned(Client::Containerd, &local(), &carried_out(&held, &plan));
+        assert_eq!(text(&again, "/etc/containerd/config.toml"), edited);
+    }
+}
+
+/// containerd 1.6 to 2.1 pass over a whole hosts.toml with a capability that they do not know.
+#[test]
+fn m05_referrers_are_named_where_containerd_knows_them() {
+    let config = |version: u8| format!("version = {version}\n");
+    let both = "capabilities = [\"pull\", \"resolve\"]\n";
+    let three = "capabilities = [\"pull\", \"resolve\", \"referrers\"]\n";
+    for (printed, version, capabilities) in [
+        (None, 2, both),
+        (None, 3, both),
+        (None, 4, three),
+        (
+            Some("containerd github.com/containerd/containerd 1.6.20~ds1 1.6.20~ds1-1+b1"),
+            2,
+            both,
+        ),
+        (Some("containerd containerd.io v1.7.27 05044ec0"), 2, both),
+        (
+            Some("containerd github.com/containerd/containerd/v2 v2.1.5 fcd43222d6b"),
+            3,
+            both,
+        ),
+        (
+            Some("containerd github.com/containerd/containerd/v2 2.2.0 1c4457e00fac"),
+            2,
+            three,
+        ),
+        (
+            Some("containerd github.com/containerd/containerd/v2 v2.10.1 1c4457e00fac"),
+            3,
+            three,
+        ),
+        (Some("no version at all"), 4, three),
+    ] {
+        let mut held = Held::with("/etc/containerd/config.toml", &config(version));
+        held.version = printed;
+        let plan = planned(Client::Containerd, &local(), &held);
+        let path = "/etc/containerd/certs.d/ghcr.io/hosts.toml";
+        assert!(
+            text(&plan, path).ends_with(capabilities),
+            "{printed:?}: {}",
+            text(&plan, path)
+        );
+        let unknown = plan.notes.iter().any(|note| note.contains("referrers"));
+        assert_eq!(unknown, printed.is_none() && version == 2, "{printed:?}");
+
+        // What an earlier release was given is brought up to date, and the other way round.
+        for former in [both, three] {
+            let hosts =
+                format!("server = \"s\"\n\n[host.\"http://127.0.0.1:5000\"] # the cache\n{former}# end\n");
+            let mut held = Held::with("/etc/containerd/config.toml", &config(version)).and(path, &hosts);
+            held.version = printed;
+            let plan = planned(Client::Containerd, &local(), &held);
+            assert_eq!(text(&plan, path), hosts.replace(former, capabilities));
+        }
+    }
+}
+
+#[test]
+fn k7_a_registry_with_a_port_keeps_its_name_and_scheme() {
+    let mut way = local();
+    way.upstreams = vec![
+        https("tls.example:5000"),
+        Registry {
+            name: "plain.example:5000".into(),
+            plain_http: true,
+        },
+    ];
+    let all = |client| {
+        let plan = plan_for(&way, &options(client), &Held::default()).unwrap();
+        let files = plan.files.iter().map(|file| {
+            let text = String::from_utf8(file.bytes.clone()).unwrap();
+            format!("# {}\n{text}", file.path.display())
+        });
+        files.collect::<String>()
+    };
+    let containerd = all(Client::Containerd);
+    for part in [
+        "certs.d/tls.example:5000/hosts.toml\nserver = \"https://tls.example:5000\"",
+        "certs.d/plain.example:5000/hosts.toml\nserver = \"http://plain.example:5000\"",
+    ] {
+        assert!(containerd.contains(part), "{containerd}");
+    }
+    let podman = all(Client::Podman);
+    for part in [
+        "location = \"tls.example:5000\"\n\n[[registry.mirror]]\nlocation = \"127.0.0.1:5000/tls.example:5000\"",
+        "location = \"plain.example:5000\"\ninsecure = true\n\n[[registry.mirror]]",
+    ] {
+        assert!(podman.contains(part), "{podman}");
+    }
+    let buildkit: toml::Table = toml::from_str(&all(Client::Buildkit)).unwrap();
+    let http = |name: &str| buildkit["registry"][name].get("http").cloned();
+    assert_eq!(http("tls.example:5000"), None);
+    assert_eq!(http("plain.example:5000"), Some(toml::Value::Boolean(true)));
+    let k3s = all(Client::K3s);
+    assert!(
+        k3s.contains("- \"http://127.0.0.1:5000\"\n      - \"http://plain.example:5000\""),
+        "{k3s}"
+    );
+    assert!(!k3s.contains("- \"http://tls"), "{k3s}");
+}
+
 #[test]
 fn containerd_that_says_something_else_is_left_alone() {
     let registry = "version = 2\n[plugins.\"io.containerd.grpc.v1.cri\".registry]\n";
@@ -158,7 +294,6 @@ fn containerd_that_says_something_else_is_left_alone() {
         ("root = \"/r\"\n".to_owned(), "version"),
         ("version = 1\n".to_owned(), "version"),
         (format!("{registry}config_path = \"/a:/b\"\n"), "several folders"),
-        (format!("{registry}config_path = \"\"\n"), "empty"),
         (format!("{registry}config_path = \"a\"\n"), "config_path is a"),
         (
             format!(
@@ -166,6 +301,7 @@ fn containerd_that_says_something_else_is_left_alone() {
             ),
             "registry.mirrors",
         ),
+        ("version = 5\n".to_owned(), "versions 2, 3 and 4"),
         ("version = 2\nplugins = { x = { } }\n".to_owned(), "by machine"),
     ] {
         let held = Held::with("/etc/containerd/config.toml", &config);
