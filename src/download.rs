@@ -180,7 +180,7 @@ pub enum Failure {
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Refused(answer) => write!(f, "the upstream did not begin: {:?}", answer.said),
+            Self::Refused(answer) => write!(f, "the upstream did not begin: {}", answer.said),
             Self::Broken(cause) => write!(f, "the upstream {cause}"),
             Self::Wrong(mismatch) => write!(f, "the upstream sent wrong bytes: {mismatch}"),
             Self::Unstorable(fault) | Self::Store(fault) => write!(f, "{fault}"),
@@ -191,6 +191,13 @@ impl fmt::Display for Failure {
 }
 
 impl std::error::Error for Failure {}
+
+impl Failure {
+    /// Whether it is the disk that failed.
+    pub fn is_of_disk(&self) -> bool {
+        matches!(self, Self::Unstorable(_) | Self::Store(_) | Self::Stranded(_))
+    }
+}
 
 impl Downloads {
     /// No transfers yet; blobs go to `store`. Of more than `transfers_max` at once, the further ones wait for a place.

@@ -1,5 +1,5 @@
 //! What is worth telling: each answer becomes one log line, one count and, where something was decided, one line of
-//! the journal, all from the same named reasons.
+//! the journal, all from the same named reasons, and all when the answer has ended.
 //!
 //! Labels name the upstream, never a repository or a tag: their number would have no bound, and private names would
 //! leave by the metrics. The journal and the clients seen name both; they are for the operator alone, in memory, and
@@ -34,7 +34,7 @@ use crate::oci::{Cause, Digest};
 use crate::trace::Trace;
 use metrics::Metrics;
 
-/// One answer to a client.
+/// The access record of one answer to a client, after its last byte.
 #[derive(Debug)]
 pub struct Answered<'a> {
     /// When the request arrived.
@@ -48,7 +48,7 @@ pub struct Answered<'a> {
     /// What the client asked for: `repository:tag`, `repository@digest`, or the path where neither was understood.
     /// Never in a label.
     pub image: &'a str,
-    /// Whether bytes came from the store, the upstream, or neither.
+    /// Whether bytes came from the store, the upstream, or neither: as decided, however the answer then ended.
     pub result: Outcome,
     /// The reason's name.
     pub reason: &'static str,
@@ -61,13 +61,74 @@ pub struct Answered<'a> {
     /// The status sent.
     pub status: u16,
     /// From the request's head to the answer's head.
+    pub first_byte: Duration,
+    /// From the request's head to the end of the answer.
     pub took: Duration,
+    /// How the answer ended.
+    pub ended: Ended,
+    /// Bytes of the body that were handed to the connection.
+    pub bytes: u64,
+    /// What broke it, in words.
+    pub error: Option<&'a str>,
     /// Who asked.
     pub client: Option<IpAddr>,
     /// With which program, cleaned by [`agent`].
     pub agent: &'a str,
     /// Which trace the request belongs to.
     pub trace: &'a Trace,
+}
+
+impl Answered<'_> {
+    /// The result as it is counted: what did not reach its client whole is no hit.
+    fn result(&self) -> Outcome {
+        match self.ended {
+            Ended::Complete => self.result,
+            Ended::Aborted => Outcome::Aborted,
+            Ended::Upstream | Ended::Disk | Ended::Damage => Outcome::Failed,
+        }
+    }
+}
+
+/// How the body of an answer ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ended {
+    /// Its last byte was handed to the connection.
+    Complete,
+    /// The connection or the stream ended before it.
+    Aborted,
+    /// The upstream broke off or sent wrong bytes.
+    Upstream,
+    /// The disk could not be read or written.
+    Disk,
+    /// The cached bytes were no longer those of their digest.
+    Damage,
+}
+
+impl Ended {
+    /// All of them.
+    const ALL: [Self; 5] = [
+        Self::Complete,
+        Self::Aborted,
+        Self::Upstream,
+        Self::Disk,
+        Self::Damage,
+    ];
+
+    /// The name in the log, the metrics and the admin API.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Complete => "complete",
+            Self::Aborted => "aborted",
+            Self::Upstream => "upstream-failed",
+            Self::Disk => "disk-failed",
+            Self::Damage => "damaged",
+        }
+    }
+
+    /// Whether it broke here or upstream, and not at the client.
+    pub fn is_failure(self) -> bool {
+        matches!(self, Self::Upstream | Self::Disk | Self::Damage)
+    }
 }
 
 /// One exchange with an upstream, after it.
@@ -141,6 +202,10 @@ pub enum Outcome {
     Passed,
     /// Refused.
     Refused,
+    /// Not received whole: the client left.
+    Aborted,
+    /// Not sent whole: the upstream, the disk or the cached bytes failed.
+    Failed,
 }
 
 impl Outcome {
@@ -154,6 +219,8 @@ impl Outcome {
             Self::Local => "local",
             Self::Passed => "passed",
             Self::Refused => "refused",
+            Self::Aborted => "aborted",
+            Self::Failed => "failed",
         }
     }
 }
@@ -185,51 +252,20 @@ impl Events {
         Self::default()
     }
 
-    /// Tells of an answer. A pull is where a decision was made, so it is told at `info` and kept in the journal; so is
-    /// what went wrong; the rest is told at `debug`.
+    /// Notes a client, as soon as its request is there.
+    pub fn saw(&self, client: IpAddr, agent: &str, at: SystemTime, pulled: Option<&str>) {
+        self.clients.saw(client, agent, at, pulled);
+    }
+
+    /// Tells of an answer that has ended. A pull is where a decision was made, so it is told at `info` and kept in the
+    /// journal; so is what went wrong; the rest is told at `debug`.
     pub fn answered(&self, answered: &Answered<'_>) {
         self.metrics.answered(answered);
         self.span(answered.trace, || Span::of_answer(answered));
-        let Answered {
-            upstream,
-            door,
-            kind,
-            image,
-            status,
-            ..
-        } = *answered;
-        let is_decision = matches!(kind, Kind::Tag | Kind::Manifest | Kind::Write) || status >= 400;
-        if let Some(address) = answered.client {
-            let pulled = (kind == Kind::Tag).then_some(image);
-            self.clients.saw(address, answered.agent, answered.at, pulled);
-        }
-        // Three digits behind the point: a log is read by people.
-        let ms = (answered.took.as_secs_f64() * 1e6).round() / 1e3;
-        let (result, reason) = (answered.result.name(), answered.reason);
-        let (cause, trace_id) = (answered.cause.map(Cause::name), answered.trace.id());
-        if matches!(kind, Kind::Tag | Kind::Write | Kind::Connect) || status >= 500 {
-            tracing::info!(upstream, door, image, status, result, reason, cause, ms, %trace_id, "answered");
-        } else {
-            tracing::debug!(upstream, door, image, status, result, reason, cause, ms, %trace_id, "answered");
-        }
-        if is_decision {
-            self.journal.keep(Decision {
-                id: 0,
-                at: answered.at,
-                upstream: upstream.into(),
-                door,
-                image: image.into(),
-                kind,
-                result: answered.result,
-                reason,
-                cause: answered.cause,
-                digest: answered.digest,
-                status,
-                ms,
-                client: answered.client,
-                agent: answered.agent.into(),
-                trace: trace_id,
-            });
+        log(answered);
+        let is_decision = matches!(answered.kind, Kind::Tag | Kind::Manifest | Kind::Write);
+        if is_decision || answered.status >= 400 || answered.ended != Ended::Complete {
+            self.journal.keep(Decision::of(answered));
         }
     }
 
@@ -314,4 +350,38 @@ impl Events {
     pub fn spans(&self, now: SystemTime, count: u64, minutes: u64, fetched_bytes: u64) -> Vec<Totals> {
         self.series.spans(now, count, minutes, self.totals(fetched_bytes))
     }
+}
+
+/// The line of the access log.
+fn log(answered: &Answered<'_>) {
+    let Answered {
+        upstream,
+        door,
+        image,
+        status,
+        reason,
+        bytes,
+        error,
+        ..
+    } = *answered;
+    let (result, ended) = (answered.result().name(), answered.ended.name());
+    let (cause, trace_id) = (answered.cause.map(Cause::name), answered.trace.id());
+    let client = answered.client.map(tracing::field::display);
+    let (ms, first_byte_ms) = (milliseconds(answered.took), milliseconds(answered.first_byte));
+    let is_pull = matches!(answered.kind, Kind::Tag | Kind::Write | Kind::Connect);
+    if answered.ended.is_failure() {
+        tracing::warn!(upstream, door, image, status, result, reason, cause, ended, bytes, ms, first_byte_ms, client,
+            error, %trace_id, "an answer broke off; the client was told by the connection's end");
+    } else if is_pull || status >= 500 || answered.ended == Ended::Aborted {
+        tracing::info!(upstream, door, image, status, result, reason, cause, ended, bytes, ms, first_byte_ms, client,
+            %trace_id, "answered");
+    } else {
+        tracing::debug!(upstream, door, image, status, result, reason, cause, ended, bytes, ms, first_byte_ms, client,
+            %trace_id, "answered");
+    }
+}
+
+/// Three digits behind the point: a log is read by people.
+fn milliseconds(duration: Duration) -> f64 {
+    (duration.as_secs_f64() * 1e6).round() / 1e3
 }

@@ -20,6 +20,7 @@ pub mod listen;
 mod login;
 mod mint;
 mod pass;
+mod record;
 mod reply;
 pub mod tls;
 mod told;
@@ -28,9 +29,9 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use arc_swap::ArcSwap;
-use http::header::{CONNECTION, USER_AGENT};
+use http::header::CONNECTION;
 use http::request::Parts;
-use http::{HeaderValue, Method, Request, Response, StatusCode};
+use http::{HeaderValue, Method, Request, Response};
 use hyper::body::Incoming;
 
 pub use body::{Body, Sound};
@@ -42,8 +43,8 @@ use gate::{Passage, Turned, Wanted};
 pub use idle::Pardon;
 
 use crate::clock::Clock;
-use crate::event::{Answered, Events, Kind, agent};
-use crate::pull::{Pull, Site};
+use crate::event::{Events, Kind};
+use crate::pull::Pull;
 use crate::store::step::Buffers;
 use crate::trace::Trace;
 use told::Told;
@@ -87,11 +88,11 @@ impl Front {
             head: &head,
             peer,
             at,
-            began,
             trace: &trace,
         };
-        let (mut response, about) = self.respond(&registry, &place, body).await;
-        self.tell(&place, &about, response.status());
+        let mut record = record::Open::new(&self.events, &head, peer, (at, began, &trace));
+        let (response, told) = self.respond(&registry, &place, body, &mut record).await;
+        let mut response = record.answered(told, &head.method, response);
         if gate::ends_connection(&head) {
             response
                 .headers_mut()
@@ -105,7 +106,8 @@ impl Front {
         registry: &Registry,
         place: &Place<'_>,
         body: Incoming,
-    ) -> (Response<Body>, About) {
+        record: &mut record::Open,
+    ) -> (Response<Body>, Told) {
         let head = place.head;
         let pull = &registry.pull;
         let read = gate::read(head, place.peer, &registry.doors, (place.at, place.trace));
@@ -116,94 +118,43 @@ impl Front {
         let wanted = match read {
             Ok(wanted) => wanted,
             Err(turned) => {
-                let about = About {
-                    whither: None,
-                    subject: (Kind::Other, told::path(&head.uri)),
-                    told: Told::turned(turned.name()),
-                };
-                return (reply::turned(&turned, &head.method), about);
+                let told = Told::turned(turned.name());
+                return (reply::turned(&turned, &head.method), told);
             }
         };
         let (site, _, door) = wanted.subject();
-        let whither = Some((Arc::clone(site), door));
+        record.leads_to(Some(site), door);
         let by_path = |kind| (kind, told::path(&head.uri));
-        let (response, subject, told) = match wanted {
+        match wanted {
             Wanted::Read(request, _) => {
-                let subject = told::subject(&request.operation);
+                record.asks_for(told::subject(&request.operation));
                 let asked = reply::Asked::new(head, &request);
                 let outcome = pull.answer(request).await;
                 let told = Told::of(&outcome);
-                (reply::answer(outcome, &asked, self, pull.store()), subject, told)
+                (reply::answer(outcome, &asked, self, pull.store()), told)
             }
             Wanted::Knock(request, _) => {
+                record.asks_for(by_path(Kind::Ping));
                 let asked = reply::Asked::new(head, &request);
                 let outcome = pull.knock(&request).await;
                 let told = Told::of(&outcome);
-                let response = reply::answer(outcome, &asked, self, pull.store());
-                (response, by_path(Kind::Ping), told)
+                (reply::answer(outcome, &asked, self, pull.store()), told)
             }
             Wanted::Pass(passage) => {
-                let subject = by_path(passed_kind(&passage, head));
+                record.asks_for(by_path(passed_kind(&passage, head)));
                 let site = Arc::clone(&passage.site);
                 match self.pass(pull, passage, place, body).await {
-                    Ok(response) => (response, subject, Told::passed()),
+                    Ok(response) => (response, Told::passed()),
                     Err(cause) => {
                         let is_head = head.method == Method::HEAD;
                         let response = reply::not_passed(site.name(), cause, is_head);
-                        (response, subject, Told::not_passed(cause))
+                        (response, Told::not_passed(cause))
                     }
                 }
             }
-            Wanted::Login(passage, realm) => {
-                let (response, told) = self.log_in(pull, passage, &realm, place, body).await;
-                (response, by_path(Kind::Other), told)
-            }
-        };
-        let about = About {
-            whither,
-            subject,
-            told,
-        };
-        (response, about)
+            Wanted::Login(passage, realm) => self.log_in(pull, passage, &realm, place, body).await,
+        }
     }
-
-    fn tell(&self, place: &Place<'_>, about: &About, status: StatusCode) {
-        let headers = &place.head.headers;
-        let About {
-            whither,
-            subject: (kind, image),
-            told,
-        } = about;
-        let (upstream, door) = whither
-            .as_ref()
-            .map_or(("-", "-"), |(site, door)| (site.name(), door.name()));
-        let age = told.confirmed_at.and_then(|at| place.at.duration_since(at).ok());
-        self.events.answered(&Answered {
-            at: place.at,
-            upstream,
-            door,
-            kind: *kind,
-            image,
-            result: told.result,
-            reason: told.reason,
-            cause: told.cause,
-            digest: told.digest,
-            age,
-            status: status.as_u16(),
-            took: place.began.elapsed(),
-            client: place.peer.address,
-            agent: &agent(headers.get(USER_AGENT)),
-            trace: place.trace,
-        });
-    }
-}
-
-/// What is told of a request and its answer.
-struct About {
-    /// To which upstream, by which door; `None` where it was turned away before.
-    whither: Option<(Arc<Site>, Door)>,
-    subject: (Kind, String),
-    told: Told,
 }
 
 /// What is wanted, if whoever asks may have it. A password of ours goes no further.
@@ -232,7 +183,6 @@ struct Place<'a> {
     head: &'a Parts,
     peer: &'a Peer,
     at: SystemTime,
-    began: tokio::time::Instant,
     trace: &'a Trace,
 }
 

@@ -17,7 +17,7 @@ use std::process::Command;
 use std::time::{Duration, SystemTime};
 
 use ifnewer::config::{Config, KEYS};
-use ifnewer::event::{AllowanceLevel, Answered, Events, Exchange, Kind, Levels, Outcome};
+use ifnewer::event::{AllowanceLevel, Answered, Ended, Events, Exchange, Kind, Levels, Outcome};
 use ifnewer::trace::Trace;
 
 fn packaging(name: &str) -> PathBuf {
@@ -43,11 +43,21 @@ fn scrape() -> String {
         digest: None,
         age: Some(Duration::from_secs(60)),
         status: 200,
+        first_byte: Duration::from_millis(1),
         took: Duration::from_millis(1),
+        ended: Ended::Complete,
+        bytes: 1,
+        error: None,
         client: Some(Ipv4Addr::LOCALHOST.into()),
         agent: "docker/27.3.1",
         trace: &Trace::begun(),
     });
+    events.saw(
+        Ipv4Addr::LOCALHOST.into(),
+        "docker/27.3.1",
+        SystemTime::UNIX_EPOCH,
+        None,
+    );
     events.exchanged(&Exchange {
         upstream: "docker.io",
         operation: "manifest-head",

@@ -44,6 +44,9 @@ pub(super) struct Event {
     pub(super) digest: Option<String>,
     pub(super) status: u16,
     pub(super) ms: f64,
+    pub(super) first_byte_ms: f64,
+    pub(super) ended: &'static str,
+    pub(super) bytes: u64,
     pub(super) client: Option<String>,
     pub(super) user_agent: String,
     pub(super) trace_id: String,
@@ -72,6 +75,9 @@ impl Event {
             digest: told.digest.map(|digest| digest.to_string()),
             status: told.status,
             ms: told.ms,
+            first_byte_ms: told.first_byte_ms,
+            ended: told.ended.name(),
+            bytes: told.bytes,
             client: told.client.map(|client| client.to_string()),
             user_agent: told.agent.to_string(),
             trace_id: told.trace.to_string(),
@@ -118,7 +124,7 @@ impl Filter {
         })
     }
 
-    /// The newest pulls by tag, and what was refused.
+    /// The newest pulls by tag, and what was refused or failed.
     pub(super) fn newest(limit: usize, image: &str) -> Self {
         Self {
             limit,
@@ -137,7 +143,7 @@ impl Filter {
                 .contains(&self.image)
         };
         told.id > self.since
-            && (!self.only_pulls || told.kind == Kind::Tag || told.status >= 400)
+            && (!self.only_pulls || told.kind == Kind::Tag || told.status >= 400 || told.ended.is_failure())
             && (self.image.is_empty() || image())
             && is(&self.upstream, &told.upstream)
             && is(&self.result, told.result.name())

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, SystemTime};
 
-use crate::event::{Decision, Outcome};
+use crate::event::{Decision, Ended, Outcome};
 use crate::oci::Cause;
 use crate::policy::{Refusal, Served, Why};
 use crate::store::refs::NEVER_CONFIRMED;
@@ -54,8 +54,27 @@ pub fn short(digest: &str) -> String {
     }
 }
 
-/// Why a client got what it got, as the end of a story about `upstream`.
+/// Why a client got what it got, or did not get it whole, as the end of a story about `upstream`.
 pub(super) fn decision(decision: &Decision) -> String {
+    let so_far = bytes(decision.bytes);
+    let upstream = &*decision.upstream;
+    match decision.ended {
+        Ended::Complete => decided(decision),
+        Ended::Aborted if decision.reason == "client-left" => {
+            "the client left before it was answered".to_owned()
+        }
+        Ended::Aborted => format!("the client left after {so_far}"),
+        Ended::Upstream => format!("{upstream} broke off after {so_far}; the client has a part only"),
+        Ended::Disk => format!("the disk failed after {so_far}; the client has a part only"),
+        Ended::Damage => {
+            format!(
+                "the cached bytes were damaged; the client has {so_far} of them, and the next one gets new ones"
+            )
+        }
+    }
+}
+
+fn decided(decision: &Decision) -> String {
     let upstream = &*decision.upstream;
     let silent = |what: &str| match decision.cause {
         Some(cause) => format!("{upstream} {cause}: {what}"),

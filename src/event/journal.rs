@@ -7,7 +7,7 @@ use std::time::SystemTime;
 
 use tokio::sync::broadcast;
 
-use super::{Kind, Outcome};
+use super::{Answered, Ended, Kind, Outcome, milliseconds};
 use crate::oci::{Cause, Digest};
 use crate::trace::TraceId;
 
@@ -32,7 +32,7 @@ pub struct Decision {
     pub image: Box<str>,
     /// What kind of thing was asked for.
     pub kind: Kind,
-    /// How the answer came about.
+    /// How the answer came about, or that it was not received whole.
     pub result: Outcome,
     /// The reason's name.
     pub reason: &'static str,
@@ -42,14 +42,45 @@ pub struct Decision {
     pub digest: Option<Digest>,
     /// The status sent.
     pub status: u16,
-    /// Milliseconds from the request's head to the answer's head.
+    /// Milliseconds from the request's head to the end of the answer.
     pub ms: f64,
+    /// Milliseconds from the request's head to the answer's head.
+    pub first_byte_ms: f64,
+    /// How the answer ended.
+    pub ended: Ended,
+    /// Bytes of the body that were handed to the connection.
+    pub bytes: u64,
     /// Who asked.
     pub client: Option<IpAddr>,
     /// With which program, as it calls itself.
     pub agent: Box<str>,
     /// Names the request across programs.
     pub trace: TraceId,
+}
+
+impl Decision {
+    pub(super) fn of(answered: &Answered<'_>) -> Self {
+        Self {
+            id: 0,
+            at: answered.at,
+            upstream: answered.upstream.into(),
+            door: answered.door,
+            image: answered.image.into(),
+            kind: answered.kind,
+            result: answered.result(),
+            reason: answered.reason,
+            cause: answered.cause,
+            digest: answered.digest,
+            status: answered.status,
+            ms: milliseconds(answered.took),
+            first_byte_ms: milliseconds(answered.first_byte),
+            ended: answered.ended,
+            bytes: answered.bytes,
+            client: answered.client,
+            agent: answered.agent.into(),
+            trace: answered.trace.id(),
+        }
+    }
 }
 
 /// The last decisions, and a way to hear of new ones.
@@ -123,6 +154,9 @@ mod tests {
             digest: None,
             status: 200,
             ms: 1.0,
+            first_byte_ms: 1.0,
+            ended: Ended::Complete,
+            bytes: 0,
             client: None,
             agent: "".into(),
             trace: TraceId::of_number(7),

@@ -14,7 +14,7 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
 
-use super::{Answered, BytesFrom, Client, Exchange, Kind, Levels, Outcome, Totals};
+use super::{Answered, BytesFrom, Client, Ended, Exchange, Kind, Levels, Outcome, Totals};
 
 type Level = Gauge<u64, AtomicU64>;
 
@@ -25,6 +25,11 @@ struct RequestLabels {
     kind: &'static str,
     result: &'static str,
     reason: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct EndedLabels {
+    ended: &'static str,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -80,17 +85,28 @@ pub struct Tunnel {
     sent: Counter,
     received: Counter,
     open: Level,
+    carried: [AtomicU64; 2],
 }
 
 impl Tunnel {
     /// Counts bytes carried to the host.
     pub fn to_host(&self, bytes: u64) {
         self.sent.inc_by(bytes);
+        let [to_host, _] = &self.carried;
+        to_host.fetch_add(bytes, Ordering::Relaxed);
     }
 
     /// Counts bytes carried to the client.
     pub fn to_client(&self, bytes: u64) {
         self.received.inc_by(bytes);
+        let [_, to_client] = &self.carried;
+        to_client.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// Bytes carried so far: to the host, and to the client.
+    pub fn carried(&self) -> (u64, u64) {
+        let [to_host, to_client] = &self.carried;
+        (to_host.load(Ordering::Relaxed), to_client.load(Ordering::Relaxed))
     }
 }
 
@@ -104,6 +120,8 @@ impl Drop for Tunnel {
 pub(super) struct Metrics {
     requests: Family<RequestLabels, Counter>,
     seconds: Histogram,
+    response_seconds: Histogram,
+    incomplete: Family<EndedLabels, Counter>,
     stale_age_seconds: Histogram,
     disk_bytes: Counter,
     download_bytes: Counter,
@@ -155,6 +173,8 @@ impl Default for Metrics {
         let mut metrics = Self {
             requests: Family::default(),
             seconds: latency(),
+            response_seconds: Histogram::new([0.005, 0.05, 0.5, 2.0, 10.0, 60.0, 300.0, 1_800.0]),
+            incomplete: Family::default(),
             stale_age_seconds: Histogram::new([60.0, 600.0, 3_600.0, 21_600.0, 86_400.0, 604_800.0]),
             disk_bytes: bytes.get_or_create_owned(&SourceLabels { source: "disk" }),
             download_bytes: bytes.get_or_create_owned(&SourceLabels { source: "download" }),
@@ -189,6 +209,9 @@ impl Default for Metrics {
             totals: Counts::default(),
             registry: Registry::with_prefix("ifnewer"),
         };
+        for ended in Ended::ALL.into_iter().filter(|ended| *ended != Ended::Complete) {
+            let _at_zero = metrics.incomplete_of(ended);
+        }
         metrics.register_front(bytes);
         metrics.register_upstreams();
         metrics.register_store();
@@ -202,24 +225,38 @@ impl Metrics {
             registry: answered.upstream.into(),
             door: answered.door,
             kind: answered.kind.name(),
-            result: answered.result.name(),
+            result: answered.result().name(),
             reason: answered.reason,
         };
         self.requests.get_or_create(&labels).inc();
-        self.seconds.observe(answered.took.as_secs_f64());
+        self.seconds.observe(answered.first_byte.as_secs_f64());
+        self.response_seconds.observe(answered.took.as_secs_f64());
+        if answered.ended != Ended::Complete {
+            self.incomplete_of(answered.ended).inc();
+        }
         if let (Outcome::Stale, Some(age)) = (answered.result, answered.age) {
             self.stale_age_seconds.observe(age.as_secs_f64());
         }
         if answered.kind == Kind::Tag {
             let one = |count: &AtomicU64| count.fetch_add(1, Ordering::Relaxed);
             one(&self.totals.pulls);
-            match answered.result {
+            match answered.result() {
                 Outcome::Hit => one(&self.totals.hits),
                 Outcome::Stale => one(&self.totals.stale),
                 Outcome::Refused => one(&self.totals.refused),
-                Outcome::Miss | Outcome::Coalesced | Outcome::Local | Outcome::Passed => 0,
+                Outcome::Miss
+                | Outcome::Coalesced
+                | Outcome::Local
+                | Outcome::Passed
+                | Outcome::Aborted
+                | Outcome::Failed => 0,
             };
         }
+    }
+
+    fn incomplete_of(&self, ended: Ended) -> Counter {
+        let labels = EndedLabels { ended: ended.name() };
+        self.incomplete.get_or_create_owned(&labels)
     }
 
     pub(super) fn sent(&self, from: BytesFrom, bytes: u64) {
@@ -244,6 +281,7 @@ impl Metrics {
             sent: counter("to-host"),
             received: counter("to-client"),
             open: self.tunnels.clone(),
+            carried: Default::default(),
         }
     }
 

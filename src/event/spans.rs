@@ -42,15 +42,17 @@ pub enum SpanKind {
 }
 
 impl Span {
-    /// An answer, up to its head: a body takes as long as its client does.
+    /// An answer, up to the end of its body.
     pub(super) fn of_answer(answered: &Answered<'_>) -> Self {
         let mut facts = vec![
             ("http.response.status_code", answered.status.to_string()),
             ("ifnewer.upstream", answered.upstream.to_owned()),
             ("ifnewer.door", answered.door.to_owned()),
             ("ifnewer.image", answered.image.to_owned()),
-            ("ifnewer.result", answered.result.name().to_owned()),
+            ("ifnewer.result", answered.result().name().to_owned()),
             ("ifnewer.reason", answered.reason.to_owned()),
+            ("ifnewer.ended", answered.ended.name().to_owned()),
+            ("http.response.body.size", answered.bytes.to_string()),
         ];
         facts.extend(
             answered
@@ -69,7 +71,7 @@ impl Span {
             ended: answered.at + answered.took,
             took: answered.took,
             facts,
-            fault: (answered.status >= 500).then(|| answered.reason.to_owned()),
+            fault: fault(answered),
         }
     }
 
@@ -93,6 +95,13 @@ impl Span {
             fault: (!is_answer || exchange.code.starts_with('5')).then(|| exchange.code.to_owned()),
         }
     }
+}
+
+fn fault(answered: &Answered<'_>) -> Option<String> {
+    if answered.ended.is_failure() {
+        return Some(answered.ended.name().to_owned());
+    }
+    (answered.status >= 500).then(|| answered.reason.to_owned())
 }
 
 /// The way to whoever records. Clones share it.

@@ -14,7 +14,7 @@ use quick_cache::sync::Cache;
 use tokio::task::{JoinHandle, spawn_blocking};
 
 use crate::download::{Failure, Reader};
-use crate::event::{BytesFrom, Events};
+use crate::event::{BytesFrom, Ended, Events};
 use crate::oci::{Cause, Digest, Hasher};
 use crate::pull::passing::Passing;
 use crate::store::Store;
@@ -23,12 +23,18 @@ use crate::store::volume::VolumeFile;
 use crate::upstream::Fetched;
 use crate::upstream::pass::PassedOn;
 
+use super::record::Open;
+
 pub(super) use parts::{From as PartsFrom, Plan};
 
 use parts::Parts;
 
 /// The body of an answer.
-pub struct Body(Kind);
+pub struct Body {
+    kind: Kind,
+    /// The access record, written when the body has ended.
+    record: Option<Open>,
+}
 
 enum Kind {
     Whole(Option<Bytes>),
@@ -63,15 +69,35 @@ pub enum Broken {
     Upstream(Cause),
 }
 
+impl Broken {
+    fn ended(&self) -> Ended {
+        match self {
+            Self::Rotten(_) => Ended::Damage,
+            Self::File(_) => Ended::Disk,
+            Self::Download(failure) if failure.is_of_disk() => Ended::Disk,
+            Self::Download(_) | Self::Upstream(_) => Ended::Upstream,
+        }
+    }
+}
+
 impl Body {
+    fn of(kind: Kind) -> Self {
+        Self { kind, record: None }
+    }
+
+    /// From now on, `record` goes with this body, and is written when it ends.
+    pub(super) fn record(&mut self, record: Open) {
+        self.record = Some(record);
+    }
+
     /// No bytes.
     pub fn empty() -> Self {
-        Self(Kind::Whole(None))
+        Self::of(Kind::Whole(None))
     }
 
     /// These bytes.
     pub fn whole(bytes: Bytes) -> Self {
-        Self(Kind::Whole(Some(bytes).filter(|bytes| !bytes.is_empty())))
+        Self::of(Kind::Whole(Some(bytes).filter(|bytes| !bytes.is_empty())))
     }
 
     /// The bytes of `file` from `start` up to, not including, `end`.
@@ -82,7 +108,7 @@ impl Body {
         buffers: Buffers,
         events: Events,
     ) -> Self {
-        Self(Kind::File(File {
+        Self::of(Kind::File(File {
             from: file,
             position: start,
             end,
@@ -111,7 +137,7 @@ impl Body {
             waiting: None,
         };
         let hasher = Some(Hasher::new(digest.algorithm()));
-        Self(Kind::Checked(Box::new(Checked {
+        Self::of(Kind::Checked(Box::new(Checked {
             digest,
             file,
             hasher,
@@ -123,7 +149,7 @@ impl Body {
 
     /// Several parts of a held blob.
     pub(super) fn parts(plan: Plan, from: PartsFrom) -> Self {
-        Self(Kind::Parts(Box::new(Parts::new(plan, from))))
+        Self::of(Kind::Parts(Box::new(Parts::new(plan, from))))
     }
 
     /// What is handed back, of `size` bytes if that was said.
@@ -138,7 +164,7 @@ impl Body {
                 ((passed, events), next)
             },
         );
-        Self(Kind::Passed { flow, size })
+        Self::of(Kind::Passed { flow, size })
     }
 
     /// What a download brings, of which `size` bytes are wanted.
@@ -147,7 +173,7 @@ impl Body {
             let next = reader.next().await.map(|next| next.map_err(Broken::Download));
             (reader, next)
         });
-        Self(Kind::Flow { flow, size, events })
+        Self::of(Kind::Flow { flow, size, events })
     }
 
     /// What passes through unstored but verified.
@@ -156,7 +182,7 @@ impl Body {
             let next = passing.next().await.map(|next| next.map_err(Broken::Upstream));
             (passing, next)
         });
-        Self(Kind::Flow { flow, size, events })
+        Self::of(Kind::Flow { flow, size, events })
     }
 
     /// What passes through as it is.
@@ -165,7 +191,7 @@ impl Body {
             let next = fetched.chunk().await.map(|next| next.map_err(Broken::Upstream));
             (fetched, next)
         });
-        Self(Kind::Flow { flow, size, events })
+        Self::of(Kind::Flow { flow, size, events })
     }
 }
 
@@ -330,20 +356,14 @@ impl File {
     }
 }
 
-impl http_body::Body for Body {
-    type Data = Bytes;
-    type Error = Broken;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, Broken>>> {
-        let next = match &mut self.0 {
-            Kind::Whole(bytes) => bytes.take().map(Ok),
-            Kind::File(file) => ready!(file.poll(context)).map(|read| read.map_err(Broken::File)),
-            Kind::Checked(checked) => ready!(checked.poll(context)),
-            Kind::Parts(parts) => ready!(parts.poll(context)).map(|read| read.map_err(Broken::File)),
-            Kind::Flow { flow, size, events } => {
+impl Kind {
+    fn poll(&mut self, context: &mut Context<'_>) -> Poll<Next> {
+        let next = match self {
+            Self::Whole(bytes) => bytes.take().map(Ok),
+            Self::File(file) => ready!(file.poll(context)).map(|read| read.map_err(Broken::File)),
+            Self::Checked(checked) => ready!(checked.poll(context)),
+            Self::Parts(parts) => ready!(parts.poll(context)).map(|read| read.map_err(Broken::File)),
+            Self::Flow { flow, size, events } => {
                 let next = ready!(flow.as_mut().poll(context));
                 if let Some(Ok(bytes)) = &next {
                     let length = bytes.len() as u64;
@@ -352,7 +372,7 @@ impl http_body::Body for Body {
                 }
                 next
             }
-            Kind::Passed { flow, size } => {
+            Self::Passed { flow, size } => {
                 let next = ready!(flow.as_mut().poll(context));
                 if let Some(Ok(bytes)) = &next {
                     *size = size.map(|size| size.saturating_sub(bytes.len() as u64));
@@ -360,24 +380,60 @@ impl http_body::Body for Body {
                 next
             }
         };
-        if let Some(Err(broken)) = &next {
-            tracing::warn!(%broken, "an answer broke off; the client was told by the connection's end");
+        Poll::Ready(next)
+    }
+
+    fn is_at_end(&self) -> bool {
+        match self {
+            Self::Whole(bytes) => bytes.is_none(),
+            Self::File(file) => file.position >= file.end,
+            Self::Checked(checked) => checked.hasher.is_none(),
+            Self::Parts(parts) => parts.left() == 0,
+            Self::Flow { .. } | Self::Passed { .. } => false,
+        }
+    }
+
+    /// Whether every byte of a length that was stated has been given: the connection then asks for no further one.
+    fn is_spent(&self) -> bool {
+        match self {
+            Self::Flow { size, .. } | Self::Passed { size, .. } => *size == Some(0),
+            _ => self.is_at_end(),
+        }
+    }
+}
+
+impl http_body::Body for Body {
+    type Data = Bytes;
+    type Error = Broken;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Broken>>> {
+        let Self { kind, record } = &mut *self;
+        let next = ready!(kind.poll(context));
+        if let Some(record) = record {
+            match &next {
+                Some(Ok(bytes)) => {
+                    record.sent(bytes.len());
+                    // Written before the last bytes leave: whoever has them finds the record.
+                    if kind.is_spent() {
+                        record.end(Ended::Complete, None);
+                    }
+                }
+                Some(Err(broken)) => record.end(broken.ended(), Some(broken)),
+                None => record.end(Ended::Complete, None),
+            }
         }
         Poll::Ready(next.map(|next| next.map(Frame::data)))
     }
 
     fn is_end_stream(&self) -> bool {
-        match &self.0 {
-            Kind::Whole(bytes) => bytes.is_none(),
-            Kind::File(file) => file.position >= file.end,
-            Kind::Checked(checked) => checked.hasher.is_none(),
-            Kind::Parts(parts) => parts.left() == 0,
-            Kind::Flow { .. } | Kind::Passed { .. } => false,
-        }
+        self.kind.is_at_end()
     }
 
     fn size_hint(&self) -> SizeHint {
-        match &self.0 {
+        match &self.kind {
             Kind::Whole(bytes) => SizeHint::with_exact(bytes.as_ref().map_or(0, |bytes| bytes.len() as u64)),
             Kind::File(file) => SizeHint::with_exact(file.end.saturating_sub(file.position)),
             Kind::Checked(checked) => {

@@ -6,11 +6,11 @@
 //! would be an open proxy.
 
 use std::future::Future;
+use std::net::IpAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use http::header::USER_AGENT;
 use http::uri::Authority;
 use http::{Request, Response};
 use hyper::body::Incoming;
@@ -25,10 +25,13 @@ use super::certificate;
 use super::door::{Door, Peer, name_of};
 use super::entry::{Shown, Way};
 use super::gate::{self, Turned};
+use super::record::Open;
 use super::tls::Shaken;
+use super::told::Told;
 use super::{Body, Registry, reply};
 use crate::config::{Tunnel, host_part};
-use crate::event::{self, Answered, Kind, Outcome};
+use crate::event::{self, Kind, Outcome};
+use crate::trace::TraceId;
 use crate::upstream::Stream;
 use crate::upstream::tunnel;
 use crate::upstream::zone::Zone;
@@ -88,54 +91,44 @@ impl Connection {
         let upgrade = hyper::upgrade::on(&mut request);
         let (head, _) = request.into_parts();
         let target = head.uri.authority().map_or("", Authority::as_str).to_owned();
-        let registry = self.accepting.front().registry.load_full();
+        let front = self.accepting.front();
+        let trace = front.events.trace(&head.headers);
+        let mut record = Open::new(
+            &front.events,
+            &head,
+            &self.peer,
+            (front.clock.now(), began, &trace),
+        );
+        record.leads_to(None, Door::Connect);
+        record.asks_for((Kind::Connect, target.clone()));
+        let registry = front.registry.load_full();
         let way = self.way(&head, &registry).await;
-        let (response, upstream, result, reason) = match way {
+        let (response, told) = match way {
             Ok(Passage::Intercept(name, site, shown)) => {
-                let upstream = site.name().to_owned();
+                record.leads_to(Some(&site), Door::Connect);
                 registry.pull.expect_challenge(&site);
                 let intercepted = Arc::clone(&self).intercepted(name, shown, upgrade);
                 self.tasks.spawn(intercepted);
-                (
-                    Response::new(Body::empty()),
-                    upstream,
-                    Outcome::Local,
-                    "intercepted",
-                )
+                let told = Told::connected(Outcome::Local, "intercepted");
+                (Response::new(Body::empty()), told)
             }
             Ok(Passage::Tunnel(stream, place)) => {
-                self.tasks
-                    .spawn(Arc::clone(&self).tunnelled(stream, place, upgrade));
-                (
-                    Response::new(Body::empty()),
-                    "-".to_owned(),
-                    Outcome::Passed,
-                    "tunnelled",
-                )
+                let carried = Carried {
+                    target,
+                    began,
+                    trace_id: trace.id(),
+                };
+                let tunnelled = Arc::clone(&self).tunnelled(stream, place, upgrade, carried);
+                self.tasks.spawn(tunnelled);
+                let told = Told::connected(Outcome::Passed, "tunnelled");
+                (Response::new(Body::empty()), told)
             }
             Err(turned) => {
-                let response = reply::turned(&turned, &head.method);
-                (response, "-".to_owned(), Outcome::Refused, turned.name())
+                let told = Told::turned(turned.name());
+                (reply::turned(&turned, &head.method), told)
             }
         };
-        self.accepting.front().events.answered(&Answered {
-            at: self.accepting.front().clock.now(),
-            upstream: &upstream,
-            door: Door::Connect.name(),
-            kind: Kind::Connect,
-            image: &target,
-            result,
-            reason,
-            cause: None,
-            digest: None,
-            age: None,
-            status: response.status().as_u16(),
-            took: began.elapsed(),
-            client: self.peer.address,
-            agent: &event::agent(head.headers.get(USER_AGENT)),
-            trace: &self.accepting.front().events.trace(&head.headers),
-        });
-        response
+        record.answered(told, &head.method, response)
     }
 
     async fn way(&self, head: &http::request::Parts, registry: &Arc<Registry>) -> Result<Passage, Turned> {
@@ -238,7 +231,13 @@ impl Connection {
         })
     }
 
-    async fn tunnelled(self: Arc<Self>, stream: Box<dyn Stream>, place: Place, upgrade: OnUpgrade) {
+    async fn tunnelled(
+        self: Arc<Self>,
+        stream: Box<dyn Stream>,
+        place: Place,
+        upgrade: OnUpgrade,
+        tunnel: Carried,
+    ) {
         let Ok(upgraded) = upgrade.await else { return };
         let quiet_max = self.accepting.limits().idle_timeout;
         let carried = carry(TokioIo::new(upgraded), stream, &place.counted, quiet_max);
@@ -247,10 +246,11 @@ impl Connection {
             ending.cancelled().await;
             tokio::time::sleep(LAST_BYTES_WITHIN).await;
         };
-        tokio::select! {
-            () = carried => {}
-            () = ended => {}
-        }
+        let ended = tokio::select! {
+            ended = carried => ended,
+            () = ended => "shutdown",
+        };
+        tunnel.log(self.peer.address, &place.counted, ended);
     }
 }
 
@@ -264,13 +264,32 @@ async fn token_service(registry: &Arc<Registry>, host: &str, port: u16) -> Optio
     None
 }
 
-/// Carries bytes both ways until both ends are through, or nothing moves for `quiet_max`.
+/// What is logged of a tunnel when it has ended.
+struct Carried {
+    target: String,
+    began: tokio::time::Instant,
+    trace_id: TraceId,
+}
+
+impl Carried {
+    fn log(&self, client: Option<IpAddr>, counted: &event::Tunnel, ended: &'static str) {
+        let (to_host, to_client) = counted.carried();
+        let (client, ms) = (
+            client.map(tracing::field::display),
+            self.began.elapsed().as_millis(),
+        );
+        tracing::info!(host = self.target, client, to_host, to_client, ms, ended, trace_id = %self.trace_id,
+            "a tunnel has ended");
+    }
+}
+
+/// Carries bytes both ways until both ends are through, or nothing moves for `quiet_max`. Says which it was.
 async fn carry(
     client: TokioIo<Upgraded>,
     host: Box<dyn Stream>,
     counted: &event::Tunnel,
     quiet_max: Duration,
-) {
+) -> &'static str {
     let (from_client, to_client) = tokio::io::split(client);
     let (from_host, to_host) = tokio::io::split(host);
     let moved = tokio::sync::Notify::new();
@@ -279,8 +298,8 @@ async fn carry(
     let both = async { tokio::join!(out, back) };
     let quiet = async { while timeout(quiet_max, moved.notified()).await.is_ok() {} };
     tokio::select! {
-        _ = both => {}
-        () = quiet => {}
+        _ = both => "complete",
+        () = quiet => "idle",
     }
 }
 

@@ -69,6 +69,14 @@ impl Told {
         }
     }
 
+    /// Of a `CONNECT` that was granted.
+    pub(super) fn connected(result: event::Outcome, reason: &'static str) -> Self {
+        Self {
+            result,
+            ..Self::turned(reason)
+        }
+    }
+
     /// Of a token of ours, where the token service was silent for this reason.
     pub(super) fn local_token(cause: Cause) -> Self {
         Self {

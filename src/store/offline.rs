@@ -3,6 +3,7 @@
 //!
 //! A file that is there says yes. It explains itself to whoever finds it, and can be removed by hand.
 
+use std::io;
 use std::path::Path;
 
 use super::volume::Volume as _;
@@ -15,7 +16,9 @@ const TEXT: &[u8] = b"While this file is here, ifnewer asks no upstream. `ifnewe
 impl Store {
     /// What the operator wanted last.
     pub fn is_offline_kept(&self) -> bool {
-        self.volume.open(Path::new(FILE)).is_ok()
+        // A file that is there and cannot be opened still says yes.
+        let opened = self.volume.open(Path::new(FILE));
+        !matches!(opened, Err(error) if error.kind() == io::ErrorKind::NotFound)
     }
 
     /// Keeps what the operator wants. Durable when it returns.

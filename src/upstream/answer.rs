@@ -59,6 +59,19 @@ pub enum Said {
     Other(StatusCode),
 }
 
+impl fmt::Display for Said {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Is(digest) => write!(f, "it names {digest}"),
+            Self::Unnamed => f.write_str("it names no digest"),
+            Self::Absent => f.write_str("it says that there is no such thing"),
+            Self::Forbidden => f.write_str("it does not let this client read it"),
+            Self::Silent(cause) => write!(f, "it {cause}"),
+            Self::Other(status) => write!(f, "it answered {status}"),
+        }
+    }
+}
+
 impl Said {
     /// Whether it is a yes.
     pub fn is_yes(self) -> bool {

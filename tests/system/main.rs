@@ -21,6 +21,7 @@ mod proxy;
 mod upstream;
 
 mod absent;
+mod access_log;
 mod admin;
 mod admin_api;
 mod archives;

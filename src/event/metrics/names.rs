@@ -14,7 +14,7 @@ impl Metrics {
         registry.register("build", "The program that runs", version);
         registry.register(
             "requests",
-            "Answers to clients, by their reason",
+            "Answers to clients that have ended, by their reason; one that broke off is no hit",
             self.requests.clone(),
         );
         registry.register_with_unit(
@@ -35,6 +35,17 @@ impl Metrics {
             "From a request's head to its answer's head",
             Unit::Seconds,
             self.seconds.clone(),
+        );
+        registry.register_with_unit(
+            "response_duration",
+            "From a request's head to the end of its answer's body",
+            Unit::Seconds,
+            self.response_seconds.clone(),
+        );
+        registry.register(
+            "response_incomplete",
+            "Answers whose body did not reach its end, by what ended it",
+            self.incomplete.clone(),
         );
         registry.register_with_unit(
             "stale_age",

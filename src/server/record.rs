@@ -1,0 +1,171 @@
+//! Access records: of each request one, written when its answer has ended.
+//!
+//! A record that is open belongs to the request, and from the answer's head on to the answer's body. It is written
+//! exactly once: at the body's last byte, at its error, or where it is dropped before, because the client left.
+
+use std::fmt::Display;
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use http::header::USER_AGENT;
+use http::request::Parts;
+use http::{Method, Response, StatusCode};
+use tokio::time::Instant;
+
+use super::door::{Door, Peer};
+use super::told::Told;
+use super::{Body, told};
+use crate::event::{Answered, Ended, Events, Kind, agent};
+use crate::pull::Site;
+use crate::trace::Trace;
+
+/// What is recorded for a client that left before its answer had a head, as nginx does.
+const CLIENT_LEFT: u16 = 499;
+
+/// The record of one request, not yet written.
+pub(super) struct Open(Option<Box<Record>>);
+
+struct Record {
+    events: Events,
+    at: SystemTime,
+    began: Instant,
+    first_byte: Option<Duration>,
+    /// To which upstream, by which door; `None` where the request was turned away before.
+    site: Option<Arc<Site>>,
+    door: Option<Door>,
+    kind: Kind,
+    image: String,
+    told: Told,
+    status: u16,
+    bytes: u64,
+    client: Option<IpAddr>,
+    agent: Box<str>,
+    trace: Trace,
+}
+
+impl Open {
+    /// The record of a request that has just come in, and of which its path is known.
+    pub(super) fn new(
+        events: &Events,
+        head: &Parts,
+        peer: &Peer,
+        (at, began, trace): (SystemTime, Instant, &Trace),
+    ) -> Self {
+        Self(Some(Box::new(Record {
+            events: events.clone(),
+            at,
+            began,
+            first_byte: None,
+            site: None,
+            door: None,
+            kind: Kind::Other,
+            image: told::path(&head.uri),
+            told: Told::turned("client-left"),
+            status: CLIENT_LEFT,
+            bytes: 0,
+            client: peer.address,
+            agent: agent(head.headers.get(USER_AGENT)),
+            trace: trace.clone(),
+        })))
+    }
+
+    /// To which upstream the request leads, if to any, and by which door.
+    pub(super) fn leads_to(&mut self, site: Option<&Arc<Site>>, door: Door) {
+        if let Some(record) = &mut self.0 {
+            (record.site, record.door) = (site.cloned(), Some(door));
+        }
+    }
+
+    /// What is asked for.
+    pub(super) fn asks_for(&mut self, (kind, image): (Kind, String)) {
+        if let Some(record) = &mut self.0 {
+            (record.kind, record.image) = (kind, image);
+        }
+    }
+
+    /// The answer's head is there: from now on the record goes with its body. One without a body has ended.
+    pub(super) fn answered(
+        mut self,
+        told: Told,
+        method: &Method,
+        mut response: Response<Body>,
+    ) -> Response<Body> {
+        let Some(record) = &mut self.0 else {
+            return response;
+        };
+        record.first_byte = Some(record.began.elapsed());
+        record.told = told;
+        record.status = response.status().as_u16();
+        record.saw();
+        let has_none = *method == Method::HEAD
+            || matches!(
+                response.status(),
+                StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED
+            )
+            || http_body::Body::is_end_stream(response.body());
+        if has_none {
+            self.end(Ended::Complete, None);
+        } else {
+            response.body_mut().record(self);
+        }
+        response
+    }
+
+    /// So many bytes of the body go to the connection.
+    pub(super) fn sent(&mut self, bytes: usize) {
+        if let Some(record) = &mut self.0 {
+            record.bytes += bytes as u64;
+        }
+    }
+
+    /// Writes the record, unless it was written before.
+    pub(super) fn end(&mut self, ended: Ended, error: Option<&dyn Display>) {
+        if let Some(record) = self.0.take() {
+            record.write(ended, error);
+        }
+    }
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.end(Ended::Aborted, None);
+    }
+}
+
+impl Record {
+    /// Notes the client: it is seen when its answer begins, though the answer may take long.
+    fn saw(&self) {
+        if let Some(client) = self.client {
+            let pulled = (self.kind == Kind::Tag).then_some(&*self.image);
+            self.events.saw(client, &self.agent, self.at, pulled);
+        }
+    }
+
+    fn write(&self, ended: Ended, error: Option<&dyn Display>) {
+        let took = self.began.elapsed();
+        let confirmed_at = self.told.confirmed_at;
+        let error = error.map(ToString::to_string);
+        self.events.answered(&Answered {
+            at: self.at,
+            upstream: self.site.as_ref().map_or("-", |site| site.name()),
+            door: self.door.map_or("-", Door::name),
+            kind: self.kind,
+            image: &self.image,
+            result: self.told.result,
+            reason: self.told.reason,
+            cause: self.told.cause,
+            digest: self.told.digest,
+            age: confirmed_at.and_then(|at| self.at.duration_since(at).ok()),
+            status: self.status,
+            first_byte: self.first_byte.unwrap_or(took),
+            took,
+            ended,
+            bytes: self.bytes,
+            error: error.as_deref(),
+            client: self.client,
+            agent: &self.agent,
+            trace: &self.trace,
+        });
+    }
+}
