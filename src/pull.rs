@@ -39,15 +39,15 @@ pub use asking::Asked;
 pub use listing::Listing;
 pub use logins::{LoggedIn, is_local_token};
 pub use refresh::Refreshed;
-pub use site::{Access, Site};
+pub use site::{Access, Site, SiteState, SiteStates};
 
 use crate::access::Evidence;
 use crate::clock::Clock;
 use crate::download::{Downloads, Reader};
 use crate::event::Events;
 use crate::flight::Flights;
-use crate::oci::{Accept, Digest, MediaType, Operation, Reference, Repository, Tag};
-use crate::policy::rules::{Rule, Rules};
+use crate::oci::{Accept, Digest, MediaType, Operation, Reference, Repository};
+use crate::policy::rules::Rule;
 use crate::policy::{Refusal, Served, Situation, Verdict, Why, decide};
 use crate::store::blobs::HeldBlob;
 use crate::store::challenges::KeptChallenge;
@@ -57,11 +57,11 @@ use crate::store::{LogLimit, Store};
 use crate::trace::Trace;
 use crate::upstream::{Answer, Caller};
 
-/// What the road needs of the world. Shared by every connection.
+/// What the road needs of the world, and what it has under way. One for the process: settings are the [`Site`]'s, and a
+/// reload exchanges those alone.
 pub struct Pull {
     store: Arc<Store>,
     downloads: Downloads,
-    rules: Rules,
     clock: Clock,
     events: Events,
     principals: site::Principals,
@@ -72,7 +72,7 @@ pub struct Pull {
     logins: logins::Logins,
     questions: Flights<asking::Key, Arc<Answer>>,
     unreadable: LogLimit,
-    challenges: Flights<Arc<str>, Result<Arc<KeptChallenge>, Arc<Answer>>>,
+    challenges: Flights<(Arc<str>, (u64, u64)), Result<Arc<KeptChallenge>, Arc<Answer>>>,
     manifests: Flights<asking::Key, Result<Arc<HeldManifest>, Arc<Answer>>>,
 }
 
@@ -195,17 +195,11 @@ pub struct Refused {
 
 impl Pull {
     /// A road over `store`, whose install secret keys the principals.
-    pub fn new(
-        store: Arc<Store>,
-        downloads: Downloads,
-        rules: Rules,
-        (clock, events): (Clock, Events),
-    ) -> Self {
+    pub fn new(store: Arc<Store>, downloads: Downloads, (clock, events): (Clock, Events)) -> Self {
         let principals = site::Principals::new(*store.install_secret());
         Self {
             store,
             downloads,
-            rules,
             clock,
             events,
             principals,
@@ -264,7 +258,7 @@ impl Pull {
             Reference::Tag(tag) => Some(tag),
             Reference::Digest(_) => None,
         };
-        let rule = self.rule(site, repository, tag);
+        let rule = site.rule(repository, tag);
         let context = self.context_of(site, repository, authorization, &Trace::begun());
         let situation = match reference {
             Reference::Tag(tag) => {
@@ -277,11 +271,6 @@ impl Pull {
         (situation, decide(&situation), Arc::clone(&rule.name))
     }
 
-    /// The rule that holds for an image; without a tag, for what is asked by digest.
-    pub fn rule_of(&self, site: &Site, repository: &Repository, tag: Option<&Tag>) -> &Rule {
-        self.rule(site, repository, tag)
-    }
-
     /// The store, for those who look rather than pull.
     pub fn store(&self) -> &Arc<Store> {
         &self.store
@@ -290,10 +279,6 @@ impl Pull {
     /// The transfers under way.
     pub fn downloads(&self) -> &Downloads {
         &self.downloads
-    }
-
-    fn rule(&self, site: &Site, repository: &Repository, tag: Option<&Tag>) -> &Rule {
-        self.rules.find(site.name(), repository, tag)
     }
 
     /// Who asks, and what is known of their right in this repository.

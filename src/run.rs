@@ -20,17 +20,18 @@ use crate::config::{self, Access, Config, Credential, Faults, Limits, Proxy, Ups
 use crate::download::Downloads;
 use crate::event::{Events, Exchange};
 use crate::oci::digest::keyed;
-use crate::pull::{self, Pull, Site};
+use crate::policy::rules::Rules;
+use crate::pull::{self, Pull, Site, SiteStates};
 use crate::server::accept::Accepting;
 use crate::server::listen::{Listener, Passed, SocketFile, bind, bind_unix, listeners};
 use crate::server::tls::{ServerTls, TlsError};
-use crate::server::{Doors, Entry, Front, Registry, Sound, Tunnels};
+use crate::server::{Doors, Entry, Front, Passwords, Registry, Sound, Tunnels};
 use crate::store::step::Buffers;
 use crate::store::volume::Directory;
 use crate::store::{Limits as StoreLimits, OpenError, Settings as StoreSettings, Store};
 use crate::upstream::tunnel::Way;
 use crate::upstream::{
-    Connector, CredentialSource, Memory, Observer, Offline, OriginError, ProxyChoice, Settings,
+    Connector, CredentialSource, LearnedState, Memory, Observer, Offline, OriginError, ProxyChoice, Settings,
     SettingsError, Upstream,
 };
 use proofs::Proofs;
@@ -111,9 +112,20 @@ pub async fn serve(
     };
     let buffers = Buffers::default();
     let downloads = Downloads::new(Arc::clone(&store), buffers.clone(), limits.fetches_max);
-    let connector = Connector::system();
-    let build = |config: &Config| registry(config, &store, &downloads, &connector, &told, clock);
-    let registry = Arc::new(ArcSwap::from_pointee(build(&config)?));
+    let lasting = Lasting {
+        pull: Arc::new(Pull::new(
+            Arc::clone(&store),
+            downloads.clone(),
+            (clock, told.events.clone()),
+        )),
+        sites: SiteStates::default(),
+        passwords: Arc::default(),
+        connector: Connector::system(),
+    };
+    let build = |config: &Config| registry(config, &lasting, &told);
+    let registry = build(&config)?;
+    registry.activate();
+    let registry = Arc::new(ArcSwap::from_pointee(registry));
     let front = Front {
         registry: Arc::clone(&registry),
         events: told.events.clone(),
@@ -162,6 +174,7 @@ pub async fn serve(
         let Some(new) = right(reload()) else { continue };
         match (build(&new), certificates(&new)) {
             (Ok(serving), Ok(certificate)) => {
+                serving.activate();
                 registry.store(Arc::new(serving));
                 tls.store(Arc::new(certificate));
                 store.set_limits(store_limits(&new));
@@ -314,6 +327,14 @@ impl Told {
     }
 }
 
+/// What is learned and under way, over all configurations of this process: a reload exchanges settings alone.
+struct Lasting {
+    pull: Arc<Pull>,
+    sites: SiteStates,
+    passwords: Arc<Passwords>,
+    connector: Connector,
+}
+
 /// New with each process, and as secret as the store's own.
 fn process_secret(store: &Store, clock: Clock) -> [u8; 32] {
     keyed(
@@ -323,19 +344,13 @@ fn process_secret(store: &Store, clock: Clock) -> [u8; 32] {
 }
 
 /// What serves requests, from the configuration.
-fn registry(
-    config: &Config,
-    store: &Arc<Store>,
-    downloads: &Downloads,
-    connector: &Connector,
-    told: &Told,
-    clock: Clock,
-) -> Result<Registry, RunError> {
+fn registry(config: &Config, lasting: &Lasting, told: &Told) -> Result<Registry, RunError> {
+    let rules = Arc::new(config.rules.clone());
     let mut sites = Vec::new();
     for upstream in &config.upstreams {
         let fetches_max = config.limits.fetches_per_upstream_max;
         sites.push((
-            Arc::new(site(upstream, fetches_max, connector, told)?),
+            Arc::new(site(upstream, fetches_max, &rules, (lasting, told))?),
             upstream.hosts.clone(),
         ));
     }
@@ -346,21 +361,16 @@ fn registry(
         .find(|site| is_default(site))
         .or(sites.first().map(|(s, _)| s));
     let default = Arc::clone(default.ok_or(RunError::NoUpstream)?);
-    let way = Way::new(connector).map_err(|error| RunError::Upstream {
+    let way = Way::new(&lasting.connector).map_err(|error| RunError::Upstream {
         name: Arc::from("[connect]"),
         error,
     })?;
     let entry = config.entry.as_ref();
-    let entry = entry.map(|entry| Entry::new(entry, *store.install_secret()));
-    let pull = Pull::new(
-        Arc::clone(store),
-        downloads.clone(),
-        config.rules.clone(),
-        (clock, told.events.clone()),
-    );
+    let secret = *lasting.pull.store().install_secret();
+    let entry = entry.map(|entry| Entry::new(entry, secret, Arc::clone(&lasting.passwords)));
     Ok(Registry {
         doors: Doors::new(sites, default),
-        pull: Arc::new(pull),
+        pull: Arc::clone(&lasting.pull),
         tunnels: Tunnels::new(config.tunnels.clone(), way),
         entry: entry.transpose()?,
     })
@@ -369,9 +379,10 @@ fn registry(
 fn site(
     config: &UpstreamConfig,
     fetches_max: usize,
-    connector: &Connector,
-    told: &Told,
+    rules: &Arc<Rules>,
+    (lasting, told): (&Lasting, &Told),
 ) -> Result<Site, RunError> {
+    let state = lasting.sites.of(&config.name);
     let access = match config.access {
         Access::Proven => pull::Access::Proven,
         Access::Shared => pull::Access::Shared {
@@ -381,14 +392,14 @@ fn site(
     let upstream = upstream(
         config,
         fetches_max,
-        connector,
+        (&lasting.connector, state.upstream()),
         (
             told.offline.clone(),
             told.observer(),
             Some(Arc::clone(&told.served)),
         ),
     )?;
-    let site = Site::new(Arc::new(upstream), access);
+    let site = Site::new(Arc::new(upstream), access, Arc::clone(rules), state);
     let Some(realm) = &config.local_tokens else {
         return Ok(site);
     };
@@ -399,11 +410,11 @@ fn site(
     Ok(site.with_local_tokens(realm))
 }
 
-/// The client side of one upstream, as its section says.
+/// The client side of one upstream, as its section says, over what is known of it.
 pub fn upstream(
     config: &UpstreamConfig,
     fetches_max: usize,
-    connector: &Connector,
+    (connector, state): (&Connector, &LearnedState),
     (offline, observer, served): (Offline, Observer, Option<Arc<dyn Memory>>),
 ) -> Result<Upstream, RunError> {
     let refused = |error| RunError::Upstream {
@@ -442,7 +453,7 @@ pub fn upstream(
     settings
         .token_hosts
         .extend(config.token_host().map(str::to_owned));
-    Upstream::new(settings, connector).map_err(refused)
+    Upstream::over(state, settings, connector).map_err(refused)
 }
 
 fn operate(

@@ -37,8 +37,8 @@ use hyper::body::Incoming;
 pub use body::{Body, Sound};
 pub use connect::Tunnels;
 pub use door::{Door, Doors, Peer};
-pub use entry::Entry;
 use entry::Way;
+pub use entry::{Entry, Passwords};
 use gate::{Passage, Turned, Wanted};
 pub use idle::Pardon;
 
@@ -59,6 +59,15 @@ pub struct Registry {
     pub tunnels: Tunnels,
     /// Who may come in; `None`: whoever reaches us.
     pub entry: Option<Entry>,
+}
+
+impl Registry {
+    /// Puts the settings of its upstreams into effect.
+    pub fn activate(&self) {
+        for site in self.doors.all() {
+            site.upstream().activate();
+        }
+    }
 }
 
 /// What every connection shares.

@@ -8,18 +8,16 @@
 //! (`download`). Bodies are not verified; whoever keeps them hashes them.
 //!
 //! Reading order: `answer` (what can be said) → `question` (HEAD and its substitutes) → `exchange` (credential,
-//! challenge, token) → `token` → `client` (one request) → `line` (one connection) → `dial`, `tcp`; `breaker`, `limits`, `quirk`, `route`,
+//! challenge, token) → `token` → `client` (one request) → `line` (one connection) → `dial`, `tcp`; `breaker`, `limits`, `quirk`, `places`, `state` (what outlives reloads), `route`,
 //! `location`, `origin` and `zone` are small and stand alone. Beside all that: `pass` (what is not asked by us but handed on),
 //! `realm` (the same at a token service) and `tunnel` (what is not even read).
 
 use std::fmt;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use http::{HeaderMap, Method};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tokio::task::AbortHandle;
-use tokio::time::{Instant, timeout};
+use tokio::time::Instant;
 
 use crate::oci::accept::Accept;
 use crate::oci::cause::Cause;
@@ -39,11 +37,13 @@ mod location;
 pub mod origin;
 mod own;
 pub mod pass;
+mod places;
 mod question;
 mod quirk;
 mod realm;
 mod route;
 mod settings;
+mod state;
 mod switch;
 mod tcp;
 mod token;
@@ -63,19 +63,19 @@ pub use quirk::Quirk;
 pub use realm::{Issued, TokenReply};
 pub use route::{ProxyChoice, ProxyError};
 pub use settings::{Caller, Credential, FETCHES_MAX, Settings, SettingsError, Timeouts};
+pub use state::LearnedState;
 pub use switch::{Exchanged, Observer, Offline};
 pub use urls::Memory;
 
-use breaker::Breaker;
 use client::{Follow, Http, Request};
 
 use exchange::Exchange;
-use limits::{Lane, Limits};
+use limits::Lane;
 use line::{Line, LineSettings};
-use own::Own;
+use places::{Place, Places};
 use question::Question;
-use quirk::Quirks;
 use route::Routes;
+use state::{Connection, Learned};
 use token::Tokens;
 use urls::{Outcome, Reported, Round, Served};
 
@@ -96,7 +96,7 @@ pub struct State {
     pub in_flight: usize,
 }
 
-/// One registry. Cheap to clone; the last clone dropped ends its probe.
+/// One registry. Cheap to clone.
 #[derive(Clone)]
 pub struct Upstream(Arc<Inner>);
 
@@ -105,36 +105,14 @@ struct Inner {
     urls: Vec<Origin>,
     exchange: Exchange,
     passing: pass::Client,
-    quirks: Quirks,
     timeouts: Timeouts,
     manifest_bytes_max: usize,
     fetches_max: usize,
-    questions: Arc<Semaphore>,
-    transfers: Arc<Semaphore>,
-    limits: Limits,
     served: Served,
     offline: Offline,
     observer: Observer,
-    health: Mutex<Health>,
-}
-
-#[derive(Default)]
-struct Health {
-    breaker: Breaker,
-    last_silence: Option<(Cause, Instant)>,
-    last_head: Option<(Duration, Instant)>,
-    probe: Option<AbortHandle>,
-    /// The URLs that were unavailable when the upstream was so last.
-    unavailable: Vec<Origin>,
-}
-
-impl Drop for Inner {
-    fn drop(&mut self) {
-        let health = self.health.get_mut().unwrap_or_else(PoisonError::into_inner);
-        if let Some(probe) = health.probe.take() {
-            probe.abort();
-        }
-    }
+    connection: Arc<Connection>,
+    learned: Arc<Learned>,
 }
 
 impl fmt::Debug for Upstream {
@@ -147,8 +125,20 @@ impl fmt::Debug for Upstream {
 }
 
 impl Upstream {
-    /// Sets an upstream up. Makes no connection.
+    /// Sets an upstream up of which nothing is known yet, and puts it into effect. Makes no connection.
     pub fn new(settings: Settings, connector: &Connector) -> Result<Upstream, SettingsError> {
+        Self::over(&LearnedState::default(), settings, connector)
+    }
+
+    /// Sets an upstream up over what is known of it. Where other settings are in effect, [`Upstream::activate`] exchanges
+    /// them for these.
+    pub fn over(
+        state: &LearnedState,
+        settings: Settings,
+        connector: &Connector,
+    ) -> Result<Upstream, SettingsError> {
+        let learned = Arc::clone(&state.0);
+        let connection = learned.connection(&settings);
         if settings.urls.is_empty() {
             return Err(SettingsError::NoUrl);
         }
@@ -168,34 +158,46 @@ impl Upstream {
             .collect();
         let exchange = Exchange {
             http: Http::new(Line::new(connector, line)?),
-            tokens: Tokens::new(settings.token_hosts, settings.timeouts.token),
-            own: settings.credential.map(|source| Own::new(source, names)),
+            tokens: Tokens::new(
+                Arc::clone(&learned.tokens),
+                settings.token_hosts,
+                settings.timeouts.token,
+            ),
+            own: learned.own(settings.credential, names),
             headers_within: settings.timeouts.headers,
         };
         let passing = pass::client(exchange.http.line());
-        Ok(Upstream(Arc::new(Inner {
+        let is_first = !learned.is_in_use();
+        let upstream = Upstream(Arc::new(Inner {
             passing,
             name: settings.name,
             urls: settings.urls,
             exchange,
-            quirks: Quirks::new(),
             timeouts: settings.timeouts,
             manifest_bytes_max: settings.manifest_bytes_max,
-            // Apart from each other, so that slow layers never keep a tag from being asked about.
             fetches_max: settings.fetches_max,
-            questions: Arc::new(Semaphore::new(settings.fetches_max)),
-            transfers: Arc::new(Semaphore::new(settings.fetches_max)),
-            limits: Limits::new(),
             served: Served::new(settings.served),
             offline: settings.offline,
             observer: settings.observer,
-            health: Mutex::default(),
-        })))
+            connection,
+            learned,
+        }));
+        if is_first {
+            upstream.activate();
+        }
+        Ok(upstream)
     }
 
     /// The name in references.
     pub fn name(&self) -> &str {
         &self.0.name
+    }
+
+    /// Tells the settings that decide what an answer means from any others: whoever asks under other ones does not wait
+    /// for an answer to these.
+    pub fn settings_id(&self) -> (u64, u64) {
+        let own = self.0.exchange.own.as_ref().map_or(0, |own| own.serial());
+        (self.0.connection.id, own)
     }
 
     /// What the upstream says about `operation` without sending it: which digest a tag names, whether a blob may be
@@ -204,22 +206,29 @@ impl Upstream {
         if let Some(cause) = self.0.offline.cause() {
             return Answer::silent(cause);
         }
-        let Some(_permit) = self.permit(&self.0.questions).await else {
+        let Some(_permit) = self.permit(&self.0.learned.questions).await else {
             return Answer::silent(Cause::Busy);
         };
         let mut round = Round::new(urls::Request::First);
-        for (position, origin) in self.0.urls.iter().enumerate() {
-            let lane = Lane::of(operation, self.0.answers_no_heads(operation));
-            let answer = if let Some(left) = self.0.limits.waiting(position, lane, caller, Instant::now()) {
+        for origin in &self.0.urls {
+            let lane = Lane::of(operation, self.0.answers_no_heads(origin, operation));
+            let answer = if let Some(left) =
+                self.0
+                    .learned
+                    .limits
+                    .waiting(origin, lane, caller, Instant::now())
+            {
                 Answer::rate_limited(left)
             } else {
                 let (began, trace) = (Instant::now(), caller.trace.within());
                 let question = self.question(origin, caller, (operation, accept), &trace);
                 let answer = question.head().await;
                 self.0.tell((operation, true), Some(&answer), began, &trace);
-                self.0.note((position, lane), caller, &answer);
-                if answer.silence().is_none() {
-                    self.0.health().last_head = Some((began.elapsed(), Instant::now()));
+                self.0.note((origin, lane), caller, &answer);
+                if answer.silence().is_none()
+                    && let Some(mut health) = self.0.health()
+                {
+                    health.last_head = Some((began.elapsed(), Instant::now()));
                 }
                 answer
             };
@@ -243,28 +252,37 @@ impl Upstream {
         if let Some(cause) = self.0.offline.cause() {
             return Some(cause);
         }
-        self.0.health().breaker.open().map(|_| Cause::BreakerOpen)
+        self.0.health()?.breaker.open().map(|_| Cause::BreakerOpen)
     }
 
     /// How the upstream is doing.
     pub fn state(&self) -> State {
         let now = Instant::now();
         let health = self.0.health();
-        let free = self.0.questions.available_permits() + self.0.transfers.available_permits();
+        let health = health.as_deref();
+        let ago = |at| now.saturating_duration_since(at);
+        let learned = &self.0.learned;
+        let mut quirks: Vec<_> = self
+            .0
+            .urls
+            .iter()
+            .flat_map(|origin| learned.quirks.at(origin).known(now))
+            .collect();
+        quirks.sort_unstable();
+        quirks.dedup();
         State {
             open: health
-                .breaker
-                .open()
-                .map(|open| (now.saturating_duration_since(open.since), open.cause)),
+                .and_then(|health| health.breaker.open())
+                .map(|open| (ago(open.since), open.cause)),
             last_silence: health
-                .last_silence
-                .map(|(cause, at)| (cause, now.saturating_duration_since(at))),
+                .and_then(|health| health.last_silence)
+                .map(|(cause, at)| (cause, ago(at))),
             last_head: health
-                .last_head
-                .map(|(took, at)| (took, now.saturating_duration_since(at))),
-            allowances: self.0.limits.allowances(now),
-            quirks: self.0.quirks.known(now),
-            in_flight: (2 * self.0.fetches_max).saturating_sub(free),
+                .and_then(|health| health.last_head)
+                .map(|(took, at)| (took, ago(at))),
+            allowances: learned.limits.allowances(now),
+            quirks,
+            in_flight: learned.questions.in_use() + learned.transfers.in_use(),
         }
     }
 
@@ -277,7 +295,7 @@ impl Upstream {
     ) -> Question<'a> {
         Question {
             exchange: &self.0.exchange,
-            quirks: &self.0.quirks,
+            quirks: self.0.learned.quirks.at(origin),
             origin,
             caller,
             operation,
@@ -287,11 +305,8 @@ impl Upstream {
         }
     }
 
-    async fn permit(&self, lane: &Arc<Semaphore>) -> Option<OwnedSemaphorePermit> {
-        timeout(self.0.timeouts.headers, Arc::clone(lane).acquire_owned())
-            .await
-            .ok()?
-            .ok()
+    async fn permit(&self, places: &Arc<Places>) -> Option<Place> {
+        places.take(self.0.timeouts.headers).await
     }
 
     /// What the answer of one URL comes down to.
@@ -305,7 +320,7 @@ impl Upstream {
         if self.0.urls.len() > 1 {
             self.0.served.note(&self.0.name, origin, operation).await;
         }
-        self.0.health().breaker.answer();
+        self.0.answered();
         yes
     }
 
@@ -317,31 +332,37 @@ impl Upstream {
             unavailable,
         } = round.end();
         let Some(cause) = answer.silence() else {
-            self.0.health().breaker.answer();
+            self.0.answered();
             return answer;
         };
         if !is_unavailable {
             return answer;
         }
-        let mut health = self.0.health();
+        // Other connections are in effect by now, of which this says nothing.
+        let Some(mut health) = self.0.health() else {
+            return answer;
+        };
         let now = Instant::now();
         health.last_silence = Some((cause, now));
         health.unavailable = unavailable;
         if let Some(opening) = health.breaker.silence(now, cause) {
             tracing::warn!(upstream = self.0.name, %cause, "silent again and again; asked by a probe only from now on");
-            let probe = tokio::spawn(probe(Arc::downgrade(&self.0), opening));
-            if let Some(earlier) = health.probe.replace(probe.abort_handle()) {
-                earlier.abort();
-            }
+            self.0.learned.start_probe(&mut health, opening);
         }
         answer
     }
 }
 
 impl Inner {
-    fn health(&self) -> std::sync::MutexGuard<'_, Health> {
-        // Every change under this lock is complete in one statement; a panic elsewhere leaves nothing half done.
-        self.health.lock().unwrap_or_else(PoisonError::into_inner)
+    /// `None` where other connection settings are in effect by now.
+    fn health(&self) -> Option<std::sync::MutexGuard<'_, state::Health>> {
+        self.learned.health(&self.connection)
+    }
+
+    fn answered(&self) {
+        if let Some(mut health) = self.health() {
+            health.breaker.answer();
+        }
     }
 
     fn tell(&self, asked: (&Operation, bool), answer: Option<&Answer>, began: Instant, trace: &Trace) {
@@ -350,25 +371,26 @@ impl Inner {
     }
 
     /// Whether a HEAD of this would be answered by a GET, as this upstream is known to need.
-    fn answers_no_heads(&self, operation: &Operation) -> bool {
+    fn answers_no_heads(&self, origin: &Origin, operation: &Operation) -> bool {
         let Operation::Manifest { reference, .. } = operation else {
             return false;
         };
         let (now, by_tag) = (Instant::now(), matches!(reference, Reference::Tag(_)));
-        self.quirks.has(Quirk::HeadRefused, now) || (by_tag && self.quirks.has(Quirk::NoDigest, now))
+        let quirks = self.learned.quirks.at(origin);
+        quirks.has(Quirk::HeadRefused, now) || (by_tag && quirks.has(Quirk::NoDigest, now))
     }
 
     /// Keeps what an answer says about limits.
-    fn note(&self, (position, lane): (usize, Lane), caller: &Caller, answer: &Answer) {
+    fn note(&self, (origin, lane): (&Origin, Lane), caller: &Caller, answer: &Answer) {
         let now = Instant::now();
-        self.limits.note(caller, &answer.rate_limit, now);
+        self.learned.limits.note(caller, &answer.rate_limit, now);
         if answer.silence() == Some(Cause::RateLimited) {
             let seconds = answer
                 .retry_after
                 .as_ref()
                 .and_then(|value| value.to_str().ok()?.parse().ok());
             let until = now + Duration::from_secs(seconds.unwrap_or(1));
-            self.limits.wait(position, lane, caller, until);
+            self.learned.limits.wait(origin, lane, caller, until);
         }
     }
 
@@ -380,7 +402,8 @@ impl Inner {
             .tokens
             .silent_realm()
             .filter(|_| cause == Cause::TokenService);
-        let unavailable = self.health().unavailable.clone();
+        let unavailable = self.health().map(|health| health.unavailable.clone());
+        let unavailable = unavailable.unwrap_or_default();
         let own = unavailable.iter().filter_map(|origin| origin.join("/v2/"));
         for uri in realm.map_or_else(|| own.collect(), |realm| vec![realm]) {
             let mut headers = HeaderMap::new();
@@ -399,24 +422,6 @@ impl Inner {
             }
         }
         false
-    }
-}
-
-/// Asks ever more rarely until the upstream is back, by this or by a caller's success, or gone.
-async fn probe(upstream: std::sync::Weak<Inner>, opening: u64) {
-    for failed in 0_u32.. {
-        tokio::time::sleep(breaker::backoff(failed)).await;
-        let Some(inner) = upstream.upgrade() else { return };
-        let open = inner.health().breaker.open();
-        let Some(open) = open.filter(|_| inner.health().breaker.awaits(opening)) else {
-            return;
-        };
-        // Switched off by the operator: not even a probe goes out.
-        if !inner.offline.is_on() && inner.is_back(open.cause).await {
-            inner.health().breaker.answer();
-            tracing::info!(upstream = inner.name, "answers again");
-            return;
-        }
     }
 }
 

@@ -299,7 +299,7 @@ fn line(registry: &Registry, inventory: &Inventory, image: &Stocked, now: System
     let (key, variant) = (&image.key, newest(image)?);
     let store = registry.pull.store();
     let site = registry.doors.named(&key.upstream);
-    let rule = site.map(|site| registry.pull.rule_of(site, &key.repository, Some(&key.tag)));
+    let rule = site.map(|site| site.rule(&key.repository, Some(&key.tag)));
     let fresh = rule.map_or(Duration::ZERO, |rule| rule.fresh);
     let fresh_until = variant
         .confirmed_at

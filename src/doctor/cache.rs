@@ -13,7 +13,7 @@ use crate::config::{Plain, UpstreamConfig};
 use crate::oci::{Accept, Operation, Reference, Repository, Tag};
 use crate::run;
 use crate::trace::Trace;
-use crate::upstream::{Caller, Connector, Credential, Upstream};
+use crate::upstream::{Caller, Connector, Credential, LearnedState, Upstream};
 
 /// A name that nobody has: whatever the registry answers, it answers.
 const NOBODYS: &str = "ifnewer/doctor";
@@ -129,7 +129,12 @@ pub(super) async fn upstreams(patient: &Patient<'_>) -> Vec<Check> {
     let mut asked = JoinSet::new();
     for (position, upstream) in patient.config.upstreams.iter().enumerate() {
         let name = format!("upstream {}", upstream.name);
-        match run::upstream(upstream, 4, &connector, Default::default()) {
+        match run::upstream(
+            upstream,
+            4,
+            (&connector, &LearnedState::default()),
+            Default::default(),
+        ) {
             Ok(client) => {
                 let operation = operation(upstream, &patient.options.canary);
                 asked.spawn(async move { (position, self::upstream(name, &client, operation).await) });

@@ -23,6 +23,8 @@ pub(super) struct Key {
     principal: [u8; 32],
     /// Who asks after a write does not wait for an answer from before it.
     writes: u64,
+    /// Nor, after a reload, for one to other settings.
+    settings: (u64, u64),
 }
 
 impl Key {
@@ -33,6 +35,7 @@ impl Key {
             accept: wanted.accept.key(),
             principal: wanted.caller.principal,
             writes: wanted.writes,
+            settings: wanted.site.upstream().settings_id(),
         }
     }
 }

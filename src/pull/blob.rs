@@ -43,7 +43,7 @@ impl Pull {
                 return passing::unverifiable(request, &context.caller, u64::MAX).await;
             }
         };
-        let rule = self.rule(&request.site, repository, None);
+        let rule = request.site.rule(repository, None);
         let road = Road {
             pull: self,
             request,

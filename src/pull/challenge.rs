@@ -81,10 +81,12 @@ impl Pull {
         if let Some(kept) = kept.as_ref().filter(|kept| is_fresh(kept) || is_silent) {
             return Ok(Arc::clone(kept));
         }
-        let flight = self.challenges.share(site.name().into(), || {
-            let (pull, site) = (Arc::clone(self), Arc::clone(site));
-            async move { pull.ask_for_challenge(&site).await }
-        });
+        let flight = self
+            .challenges
+            .share((site.name().into(), site.upstream().settings_id()), || {
+                let (pull, site) = (Arc::clone(self), Arc::clone(site));
+                async move { pull.ask_for_challenge(&site).await }
+            });
         let answer = match &kept {
             Some(_) => tokio::time::timeout(BUDGET, flight.landed()).await.ok().flatten(),
             None => flight.landed().await,

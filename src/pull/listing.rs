@@ -34,7 +34,7 @@ pub struct Listing {
 impl Pull {
     pub(super) async fn listing(self: &Arc<Self>, request: &Request, repository: &Repository) -> Outcome {
         let context = self.context(request, repository);
-        let rule = self.rule(&request.site, repository, None);
+        let rule = request.site.rule(repository, None);
         let key = ListingKey {
             upstream: request.site.name().into(),
             path: request.operation.path_and_query(),

@@ -65,6 +65,8 @@ pub(super) struct Logins {
 type Token = (Arc<str>, [u8; 32]);
 
 struct Given {
+    /// The token service that gave it, or in whose place we did. Another one has other accounts.
+    realm: Origin,
     /// `None` for nobody's.
     account: Option<[u8; 32]>,
     /// What it was asked for. Whether it is good for that is the registry's word.
@@ -84,7 +86,7 @@ impl Default for Logins {
 impl Logins {
     fn given(&self, site: &Site, token: &Principal) -> Option<Arc<Given>> {
         let given = self.known.get(&(site.name().into(), *token.as_bytes()))?;
-        (site.realm().is_some() && given.until > Instant::now()).then_some(given)
+        (site.realm() == Some(&given.realm) && given.until > Instant::now()).then_some(given)
     }
 
     fn note(&self, site: &Site, token: &Principal, given: Given) {
@@ -113,12 +115,14 @@ impl Pull {
             match site.upstream().ask_realm(&realm, passing).await {
                 Ok(reply) => {
                     if let Some(account) = account {
-                        pull.learn_login(&site, account, asked.repositories, &reply, asked_at)
+                        pull.learn_login(&site, &realm, (account, asked.repositories), &reply, asked_at)
                             .await;
                     }
                     LoggedIn::Answered(reply)
                 }
-                Err(cause) => LoggedIn::Local(cause, pull.local_token(&site, account, asked.repositories)),
+                Err(cause) => {
+                    LoggedIn::Local(cause, pull.local_token(&site, realm, account, asked.repositories))
+                }
             }
         });
         answered.await.map_err(|_| Cause::Busy)
@@ -148,8 +152,8 @@ impl Pull {
     async fn learn_login(
         &self,
         site: &Arc<Site>,
-        account: [u8; 32],
-        repositories: Vec<Repository>,
+        realm: &Origin,
+        (account, repositories): ([u8; 32], Vec<Repository>),
         reply: &TokenReply,
         asked_at: Instant,
     ) {
@@ -162,6 +166,7 @@ impl Pull {
         };
         self.learn_yes_login(site, account, asked_at).await;
         let given = Given {
+            realm: realm.clone(),
             account: Some(account),
             repositories,
             until: Instant::now() + issued.life,
@@ -169,7 +174,13 @@ impl Pull {
         self.logins.note(site, &self.principals.credential(&shown), given);
     }
 
-    fn local_token(&self, site: &Site, account: Option<[u8; 32]>, repositories: Vec<Repository>) -> Bytes {
+    fn local_token(
+        &self,
+        site: &Site,
+        realm: Origin,
+        account: Option<[u8; 32]>,
+        repositories: Vec<Repository>,
+    ) -> Bytes {
         let now = self.clock.now();
         let nth = self.logins.made.fetch_add(1, Ordering::Relaxed);
         let unguessable = self
@@ -177,6 +188,7 @@ impl Pull {
             .keyed(format!("local token {nth} at {now:?}").as_bytes());
         let token = Zeroizing::new(format!("{PREFIX}{}", BASE64_URL_SAFE_NO_PAD.encode(unguessable)));
         let given = Given {
+            realm,
             account,
             repositories,
             until: Instant::now() + LIFE,

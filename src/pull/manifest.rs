@@ -45,7 +45,7 @@ impl Pull {
         context: &Context,
         tag: &Tag,
     ) -> Outcome {
-        let rule = self.rule(&request.site, repository, Some(tag));
+        let rule = request.site.rule(repository, Some(tag));
         let copies = self.copies_of_tag(&request.site, repository, tag, &request.accept);
         let held = copies.as_ref().map(Copies::held);
         let situation = context.situation(rule, Subject::Tag, held, true, request.now);
@@ -60,7 +60,7 @@ impl Pull {
         context: &Context,
         digest: Digest,
     ) -> Outcome {
-        let rule = self.rule(&request.site, repository, None);
+        let rule = request.site.rule(repository, None);
         if context.is_stranger(rule, request.now) {
             let road = Road::new(self, request, repository, context, rule);
             return road.introduced(digest).await;

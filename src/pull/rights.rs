@@ -90,7 +90,7 @@ impl Pull {
         if is_anonymous(wanted) {
             if outdated(self.store.public_since(site.name(), repository), now) {
                 let _order = self.refused.publics.lock().await;
-                if !self.overtaken(&right(site, Some(repository), caller.principal), asked_at) {
+                if !self.overtaken(&self.right_of_all(site, repository), asked_at) {
                     self.note_public(site, repository, Some(now)).await;
                 }
             }
@@ -122,7 +122,7 @@ impl Pull {
         if is_anonymous(wanted) {
             self.keep_challenge(site, repository, answer).await;
             let _order = self.refused.publics.lock().await;
-            let right = right(site, Some(repository), caller.principal);
+            let right = self.right_of_all(site, repository);
             self.refused.last.insert(right, Instant::now());
             if is_public() {
                 self.note_public(site, repository, None).await;
@@ -193,8 +193,19 @@ impl Pull {
 
     /// Whether the upstream has refused this caller in this repository since `at`.
     pub(super) fn refused_since(&self, wanted: &Wanted, at: Instant) -> bool {
-        let right = right(&wanted.site, Some(&wanted.repository), wanted.caller.principal);
+        let (site, repository) = (&wanted.site, &wanted.repository);
+        let right = if is_anonymous(wanted) {
+            self.right_of_all(site, repository)
+        } else {
+            right(site, Some(repository), wanted.caller.principal)
+        };
         self.overtaken(&right, at)
+    }
+
+    /// The right of whoever has no credential. The cache asks without one also in its own name (`shared`), and a reload
+    /// may come between that and a client's question.
+    fn right_of_all(&self, site: &Site, repository: &Repository) -> Right {
+        right(site, Some(repository), self.principals.anonymous())
     }
 
     /// Whether a no was heard since the question was put.

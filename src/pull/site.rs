@@ -1,7 +1,8 @@
-//! An upstream as the road knows it: the client that reaches it, and whose credential is used there.
+//! An upstream as the road knows it: its settings, and the state that outlives them.
 
-use std::sync::Arc;
+use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use http::HeaderValue;
 
@@ -9,22 +10,51 @@ use super::logins::is_local_token;
 use super::writing::Writings;
 use crate::access::Principal;
 use crate::oci::digest::keyed;
-use crate::oci::{NameError, Repository};
+use crate::oci::{NameError, Repository, Tag};
+use crate::policy::rules::{Rule, Rules};
 use crate::trace::Trace;
 use crate::upstream::origin::Origin;
-use crate::upstream::{Caller, Credential, Upstream};
+use crate::upstream::{Caller, Credential, LearnedState, Upstream};
 
 /// Docker Hub, the one registry whose one-component names live under `library/`.
 const HUB: &str = "docker.io";
 
-/// A configured upstream.
+/// A configured upstream: its settings, which a reload exchanges, over the state that belongs to its name.
 pub struct Site {
     upstream: Arc<Upstream>,
     access: Access,
     realm: Option<Origin>,
+    rules: Arc<Rules>,
+    state: Arc<SiteState>,
+}
+
+/// State of an upstream, learned, that outlives reloads.
+#[derive(Default)]
+pub struct SiteState {
+    upstream: LearnedState,
     /// Whether a client came that believes to speak with it.
     visited: AtomicBool,
     writings: Writings,
+}
+
+impl SiteState {
+    /// The part of it that the client side has.
+    pub fn upstream(&self) -> &LearnedState {
+        &self.upstream
+    }
+}
+
+/// The states of all upstreams of this process, by name. Names come from the operator's configuration alone, which
+/// bounds their number; the state of an upstream that was removed waits for its return.
+#[derive(Default)]
+pub struct SiteStates(Mutex<HashMap<String, Arc<SiteState>>>);
+
+impl SiteStates {
+    /// The state of the upstream of this name.
+    pub fn of(&self, name: &str) -> Arc<SiteState> {
+        let mut states = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        Arc::clone(states.entry(name.to_owned()).or_default())
+    }
 }
 
 /// Who there can be: those without a credential of their own, worked out once, and the secret that keys all others.
@@ -41,6 +71,11 @@ impl Principals {
             proxy: Principal::proxy(&secret),
             secret,
         }
+    }
+
+    /// Whoever shows no credential.
+    pub(super) fn anonymous(&self) -> [u8; 32] {
+        *self.anonymous.as_bytes()
     }
 
     /// Who shows this `Authorization`.
@@ -81,15 +116,20 @@ pub enum Access {
 }
 
 impl Site {
-    /// An upstream and whose right counts there.
-    pub fn new(upstream: Arc<Upstream>, access: Access) -> Self {
+    /// An upstream over its state, whose right counts there, and the rules for its images.
+    pub fn new(upstream: Arc<Upstream>, access: Access, rules: Arc<Rules>, state: Arc<SiteState>) -> Self {
         Self {
             upstream,
             access,
             realm: None,
-            visited: AtomicBool::new(false),
-            writings: Writings::default(),
+            rules,
+            state,
         }
+    }
+
+    /// The rule that holds for an image; without a tag, for what is asked by digest.
+    pub fn rule(&self, repository: &Repository, tag: Option<&Tag>) -> &Rule {
+        self.rules.find(self.name(), repository, tag)
     }
 
     /// The same, with tokens of ours while the token service at `realm` is silent.
@@ -109,21 +149,21 @@ impl Site {
     /// How often something was written in this repository: compared with a later value, whether something was written in
     /// between.
     pub fn writes(&self, repository: &Repository) -> u64 {
-        self.writings.count(repository)
+        self.state.writings.count(repository)
     }
 
     pub(super) fn note_write(&self, repository: &Repository) {
-        self.writings.note(repository);
+        self.state.writings.note(repository);
     }
 
     /// A client believes to speak with it, and will follow its challenge.
     pub(super) fn visit(&self) {
-        self.visited.store(true, Ordering::Relaxed);
+        self.state.visited.store(true, Ordering::Relaxed);
     }
 
     /// Whether such a client came.
     pub(super) fn is_visited(&self) -> bool {
-        self.visited.load(Ordering::Relaxed)
+        self.state.visited.load(Ordering::Relaxed)
     }
 
     /// The upstream's name, as in references: `docker.io`.

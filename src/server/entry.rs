@@ -49,9 +49,23 @@ pub struct Entry {
     nobody: String,
     allows: Vec<Allow>,
     secret: [u8; 32],
-    /// By the keyed hash of the credential.
+    passwords: Arc<Passwords>,
+}
+
+/// Passwords verified, and being verified: state that outlives reloads.
+pub struct Passwords {
+    /// By the keyed hash of the credential: the user as it was configured then. Another hash makes another user.
     known: Cache<[u8; 32], Arc<User>>,
     checks: Arc<Semaphore>,
+}
+
+impl Default for Passwords {
+    fn default() -> Self {
+        Self {
+            known: Cache::new(KNOWN_MAX),
+            checks: Arc::new(Semaphore::new(CHECKS_MAX)),
+        }
+    }
 }
 
 /// What a connection has shown of who is at its other end, before any request.
@@ -100,7 +114,7 @@ impl Who {
 
 impl Entry {
     /// For these users and holders of certificates. `secret` keys what is remembered of passwords.
-    pub fn new(settings: &Settings, secret: [u8; 32]) -> Result<Self, TlsError> {
+    pub fn new(settings: &Settings, secret: [u8; 32], passwords: Arc<Passwords>) -> Result<Self, TlsError> {
         let users = settings
             .users
             .iter()
@@ -114,8 +128,7 @@ impl Entry {
             nobody: format!("$2b${}${NOBODY}", cost.unwrap_or("10")),
             allows: settings.allows.clone(),
             secret,
-            known: Cache::new(KNOWN_MAX),
-            checks: Arc::new(Semaphore::new(CHECKS_MAX)),
+            passwords,
         })
     }
 
@@ -166,13 +179,14 @@ impl Entry {
             return Ok(None);
         };
         let key = keyed(&self.secret, &[b"entry\0", line.as_bytes()].concat());
-        if let Some(user) = self.known.get(&key) {
+        let is_user = |user: &Arc<User>| self.users.get(&user.name) == Some(user);
+        if let Some(user) = self.passwords.known.get(&key).filter(is_user) {
             return Ok(Some(user));
         }
         let Some((name, password)) = credential(line.as_bytes()) else {
             return Ok(None);
         };
-        let turn = timeout(CHECK_WITHIN, Arc::clone(&self.checks).acquire_owned()).await;
+        let turn = timeout(CHECK_WITHIN, Arc::clone(&self.passwords.checks).acquire_owned()).await;
         let Ok(Ok(turn)) = turn else {
             return Err(Turned::EntryBusy);
         };
@@ -187,7 +201,7 @@ impl Entry {
         let is_right = checked.await.unwrap_or(false);
         let user = user.filter(|_| is_right);
         if let Some(user) = &user {
-            self.known.insert(key, Arc::clone(user));
+            self.passwords.known.insert(key, Arc::clone(user));
         }
         Ok(user)
     }

@@ -66,6 +66,11 @@ impl Breaker {
         self.open
     }
 
+    /// Which opening it is, while it is open.
+    pub(super) fn opening(&self) -> Option<u64> {
+        self.open.map(|_| self.openings)
+    }
+
     /// Whether the probe of this opening is still wanted.
     pub(super) fn awaits(&self, opening: u64) -> bool {
         self.open.is_some() && self.openings == opening

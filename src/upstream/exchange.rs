@@ -5,6 +5,7 @@
 //! token is sent as it is and never exchanged.
 
 use std::hash::{BuildHasher as _, RandomState};
+use std::sync::Arc;
 use std::time::Duration;
 
 use http::header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, RANGE};
@@ -33,7 +34,7 @@ const ERROR_BODY_WITHIN: Duration = Duration::from_secs(5);
 pub(super) struct Exchange {
     pub(super) http: Http,
     pub(super) tokens: Tokens,
-    pub(super) own: Option<Own>,
+    pub(super) own: Option<Arc<Own>>,
     /// From a request to its answer's headers, redirects included.
     pub(super) headers_within: Duration,
 }
@@ -162,9 +163,9 @@ impl Exchange {
             return self.resolved(&uri, ask, standing.header.as_ref()).await;
         };
         let repository = ask.operation.repository();
-        let remembered = repository.and_then(|name| self.tokens.remembered(name, holder));
+        let remembered = repository.and_then(|name| self.tokens.remembered(origin, name, holder));
         let (remembered, token) = match remembered {
-            Some(known) => self.renewed(known, login, ask).await?,
+            Some(known) => self.renewed(origin, known, login, ask).await?,
             None => (None, None),
         };
         let refusal = match self
@@ -205,12 +206,13 @@ impl Exchange {
         let second = self.resolved(&uri, ask, Some(&fresh)).await;
         match second {
             Err(refusal) if refusal.answer.status == Some(StatusCode::UNAUTHORIZED) && !refusal.abroad => {
-                self.tokens.forget(repository, &key);
+                self.tokens.forget(origin, repository, &key);
                 Err(denied(refusal, &challenge))
             }
             accepted => {
                 if let Some(repository) = repository {
-                    self.tokens.remember(repository, Remembered { key, challenge });
+                    self.tokens
+                        .remember(origin, repository, Remembered { key, challenge });
                 }
                 accepted
             }
@@ -220,6 +222,7 @@ impl Exchange {
     /// The token that worked last time, or its successor.
     async fn renewed(
         &self,
+        origin: &Origin,
         known: Remembered,
         login: LoginKind<'_>,
         ask: &Ask<'_>,
@@ -231,7 +234,7 @@ impl Exchange {
         match got {
             Ok(header) => Ok((Some(known), Some(header))),
             Err(TokenFailure::Denied(_)) => {
-                self.tokens.forget(ask.operation.repository(), &known.key);
+                self.tokens.forget(origin, ask.operation.repository(), &known.key);
                 Ok((None, None))
             }
             Err(failure) => Err(no_token(&failure)),

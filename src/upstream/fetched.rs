@@ -4,13 +4,13 @@ use std::fmt;
 
 use bytes::Bytes;
 use http::{HeaderMap, StatusCode};
-use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::Instant;
 
 use super::Upstream;
 use super::answer::Answer;
 use super::client::Body;
 use super::limits::Lane;
+use super::places::Place;
 use super::settings::Caller;
 use super::urls::{self, Round};
 use crate::oci::accept::Accept;
@@ -68,7 +68,7 @@ pub struct Fetched {
     pub headers: HeaderMap,
     pub(super) body: Body,
     /// Held until the transfer ends.
-    pub(super) permit: Option<OwnedSemaphorePermit>,
+    pub(super) permit: Option<Place>,
 }
 
 impl Upstream {
@@ -101,9 +101,9 @@ impl Upstream {
             return Err(Answer::silent(cause));
         }
         let places = if matches!(operation, Operation::Blob { .. }) {
-            &self.0.transfers
+            &self.0.learned.transfers
         } else {
-            &self.0.questions
+            &self.0.learned.questions
         };
         let Some(permit) = self.permit(places).await else {
             return Err(Answer::silent(Cause::Busy));
@@ -117,7 +117,11 @@ impl Upstream {
             let Some(origin) = self.0.urls.get(position) else {
                 continue;
             };
-            let waiting = self.0.limits.waiting(position, lane, caller, Instant::now());
+            let waiting = self
+                .0
+                .learned
+                .limits
+                .waiting(origin, lane, caller, Instant::now());
             let got = if let Some(left) = waiting {
                 Err(Answer::rate_limited(left).into())
             } else {
@@ -127,8 +131,12 @@ impl Upstream {
                 let told = got.as_ref().err().map(Box::as_ref);
                 self.0.tell((operation, false), told, began, &trace);
                 match &got {
-                    Ok(fetched) => self.0.limits.note(caller, &fetched.rate_limit, Instant::now()),
-                    Err(answer) => self.0.note((position, lane), caller, answer),
+                    Ok(fetched) => self
+                        .0
+                        .learned
+                        .limits
+                        .note(caller, &fetched.rate_limit, Instant::now()),
+                    Err(answer) => self.0.note((origin, lane), caller, answer),
                 }
                 got
             };

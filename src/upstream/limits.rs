@@ -6,12 +6,14 @@
 //! 429. One exception: a HEAD that is limited meets a limit on everything, which a GET would meet too.
 
 use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use quick_cache::sync::Cache;
 use tokio::time::Instant;
 
+use super::origin::Origin;
 use super::settings::{Caller, Credential};
 use crate::oci::header::RateLimit;
 use crate::oci::operation::Operation;
@@ -110,8 +112,10 @@ impl Allowance {
 
 /// What is known of one upstream's limits.
 pub(super) struct Limits {
-    /// Until when an address (by position) is left alone with such questions of a principal.
-    windows: Cache<(usize, Lane, [u8; 32]), Instant>,
+    /// Until when an address is left alone with such questions of a principal.
+    windows: Cache<(Origin, Lane, [u8; 32]), Instant>,
+    /// The own credential that a window is for, so that another one does not wait for it.
+    own: AtomicU64,
     allowances: Mutex<Vec<Said>>,
 }
 
@@ -122,29 +126,48 @@ struct Said {
     at: Instant,
 }
 
-impl Limits {
-    pub(super) fn new() -> Limits {
+impl Default for Limits {
+    fn default() -> Limits {
         Limits {
             windows: Cache::new(WINDOWS_MAX),
+            own: AtomicU64::new(0),
             allowances: Mutex::default(),
         }
     }
+}
+
+impl Limits {
+    /// Callers with [`Credential::Own`] show the credential of this serial from now on.
+    pub(super) fn set_own(&self, serial: u64) {
+        self.own.store(serial, Ordering::Relaxed);
+    }
+
+    fn key(&self, origin: &Origin, lane: Lane, caller: &Caller) -> (Origin, Lane, [u8; 32]) {
+        let mut principal = caller.principal;
+        if matches!(caller.credential, Credential::Own) {
+            let serial = self.own.load(Ordering::Relaxed).to_be_bytes();
+            for (to, from) in principal.iter_mut().zip(serial) {
+                *to ^= from;
+            }
+        }
+        (origin.clone(), lane, principal)
+    }
 
     /// A 429: the address is left alone with such questions of this caller until then.
-    pub(super) fn wait(&self, position: usize, lane: Lane, caller: &Caller, until: Instant) {
-        self.windows.insert((position, lane, caller.principal), until);
+    pub(super) fn wait(&self, origin: &Origin, lane: Lane, caller: &Caller, until: Instant) {
+        self.windows.insert(self.key(origin, lane, caller), until);
     }
 
     /// How long `caller` still has to leave this address alone with such a question.
     pub(super) fn waiting(
         &self,
-        position: usize,
+        origin: &Origin,
         lane: Lane,
         caller: &Caller,
         now: Instant,
     ) -> Option<Duration> {
         let left = |lane| {
-            let until = self.windows.get(&(position, lane, caller.principal));
+            let until = self.windows.get(&self.key(origin, lane, caller));
             until.map_or(Duration::ZERO, |until| until.saturating_duration_since(now))
         };
         let left = if lane == Lane::Manifests {
@@ -221,6 +244,10 @@ mod tests {
     #[test]
     fn each_kind_of_question_waits_for_its_own_limit_and_a_limit_on_heads_holds_manifests_too() {
         let (now, minute) = (Instant::now(), Duration::from_secs(60));
+        let (here, there) = (
+            "https://a.example".parse().unwrap(),
+            "https://b.example".parse().unwrap(),
+        );
         let all = [Lane::Heads, Lane::Manifests, Lane::Blobs, Lane::Lists];
         for (limited, stopped) in [
             (Lane::Heads, &[Lane::Heads, Lane::Manifests][..]),
@@ -228,25 +255,33 @@ mod tests {
             (Lane::Blobs, &[Lane::Blobs]),
             (Lane::Lists, &[Lane::Lists]),
         ] {
-            let limits = Limits::new();
-            limits.wait(0, limited, &client(1), now + minute);
+            let limits = Limits::default();
+            limits.wait(&here, limited, &client(1), now + minute);
             for lane in all {
                 let waiting = stopped.contains(&lane).then_some(minute);
                 assert_eq!(
-                    limits.waiting(0, lane, &client(1), now),
+                    limits.waiting(&here, lane, &client(1), now),
                     waiting,
                     "{limited:?} {lane:?}"
                 );
-                assert_eq!(limits.waiting(0, lane, &client(1), now + minute), None);
-                assert_eq!(limits.waiting(0, lane, &client(2), now), None, "another caller");
-                assert_eq!(limits.waiting(1, lane, &client(1), now), None, "another address");
+                assert_eq!(limits.waiting(&here, lane, &client(1), now + minute), None);
+                assert_eq!(
+                    limits.waiting(&here, lane, &client(2), now),
+                    None,
+                    "another caller"
+                );
+                assert_eq!(
+                    limits.waiting(&there, lane, &client(1), now),
+                    None,
+                    "another address"
+                );
             }
         }
     }
 
     #[test]
     fn allowances_are_kept_by_caller_told_without_the_credential_and_bounded() {
-        let (limits, now) = (Limits::new(), Instant::now());
+        let (limits, now) = (Limits::default(), Instant::now());
         let anonymous = Caller {
             principal: [0; 32],
             credential: Credential::Anonymous,

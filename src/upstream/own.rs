@@ -123,11 +123,15 @@ pub(super) struct Own {
     source: Source,
     /// What the upstream is called, the name in images first.
     names: Vec<String>,
+    serial: u64,
 }
 
 enum Source {
     Fixed(Arc<OwnCredential>),
-    Password(Watched<OwnCredential>),
+    Password {
+        username: String,
+        file: Watched<OwnCredential>,
+    },
     Docker(Watched<DockerConfig>, Helpers),
     Helper(HelperName, Helpers),
 }
@@ -138,6 +142,7 @@ impl Own {
         let source = match source {
             CredentialSource::Fixed(credential) => Source::Fixed(Arc::new(credential)),
             CredentialSource::PasswordFile { username, path } => {
+                let known_as = username.clone();
                 let read = move |text: &str| {
                     let password = text.trim_end_matches(['\r', '\n']);
                     let credential = OwnCredential::new(username.clone(), password);
@@ -145,7 +150,10 @@ impl Own {
                         .then_some(credential)
                         .ok_or_else(|| "it is empty".to_owned())
                 };
-                Source::Password(Watched::new(path, Box::new(read)))
+                Source::Password {
+                    username: known_as,
+                    file: Watched::new(path, Box::new(read)),
+                }
             }
             CredentialSource::DockerConfig { path } => {
                 let read = |text: &str| DockerConfig::read(text).map_err(|error| error.to_string());
@@ -153,7 +161,44 @@ impl Own {
             }
             CredentialSource::Helper(name) => Source::Helper(name, Helpers::default()),
         };
-        Own { source, names }
+        static MADE: AtomicU64 = AtomicU64::new(1);
+        Own {
+            source,
+            names,
+            serial: MADE.fetch_add(1, Ordering::Relaxed),
+        }
+    }
+
+    /// Tells it from every other of this process.
+    pub(super) fn serial(&self) -> u64 {
+        self.serial
+    }
+
+    /// Whether these settings mean just this.
+    pub(super) fn is_from(&self, source: &CredentialSource, names: &[String]) -> bool {
+        let is_same = match (&self.source, source) {
+            (Source::Fixed(known), CredentialSource::Fixed(given)) => known.says_the_same_as(given),
+            (
+                Source::Password { username, file },
+                CredentialSource::PasswordFile {
+                    username: given,
+                    path,
+                },
+            ) => username == given && file.path() == path,
+            (Source::Docker(file, _), CredentialSource::DockerConfig { path }) => file.path() == path,
+            (Source::Helper(known, _), CredentialSource::Helper(given)) => known == given,
+            _ => false,
+        };
+        is_same && self.names == names
+    }
+
+    /// The next one who asks looks at the file, if there is one.
+    pub(super) fn look_again(&self) {
+        match &self.source {
+            Source::Password { file, .. } => file.look_again(),
+            Source::Docker(file, _) => file.look_again(),
+            Source::Fixed(_) | Source::Helper(..) => {}
+        }
     }
 
     /// The credential for a repository, or for none in particular; `None`: none is needed there.
@@ -163,7 +208,7 @@ impl Own {
     ) -> Result<Option<Arc<OwnCredential>>, Unavailable> {
         match &self.source {
             Source::Fixed(credential) => Ok(Some(Arc::clone(credential))),
-            Source::Password(file) => file.get().await.map(Some),
+            Source::Password { file, .. } => file.get().await.map(Some),
             Source::Docker(file, helpers) => match file.get().await?.find(&self.names, repository) {
                 Found::Credential(credential) => Ok(Some(credential)),
                 Found::Helper { helper, server } => helpers.get(&helper, &server).await,
@@ -181,7 +226,7 @@ impl Own {
     ) -> Option<Arc<OwnCredential>> {
         match &self.source {
             Source::Fixed(_) => return None,
-            Source::Password(file) => file.look_again(),
+            Source::Password { file, .. } => file.look_again(),
             Source::Docker(file, helpers) => {
                 file.look_again();
                 helpers.look_again(used);

@@ -11,7 +11,7 @@ use super::client::{Body, Reply, content_length};
 use super::exchange::{Ask, Exchange, Refusal};
 use super::fetched::{Address, Fetched, Part};
 use super::origin::Origin;
-use super::quirk::{Quirk, Quirks};
+use super::quirk::{Quirk, QuirksAt};
 use crate::oci::accept::Accept;
 use crate::oci::cause::Cause;
 use crate::oci::digest::{Algorithm, AnyDigest, Digest};
@@ -25,7 +25,7 @@ use crate::trace::Trace;
 /// One question, with everything it needs.
 pub(super) struct Question<'a> {
     pub(super) exchange: &'a Exchange,
-    pub(super) quirks: &'a Quirks,
+    pub(super) quirks: QuirksAt<'a>,
     pub(super) origin: &'a Origin,
     pub(super) caller: &'a Caller,
     pub(super) operation: &'a Operation,

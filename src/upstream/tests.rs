@@ -12,6 +12,7 @@ mod bodies;
 mod heads;
 mod redirects;
 pub(super) mod registry;
+mod reload;
 mod silence;
 mod tokens;
 

@@ -115,12 +115,37 @@ pub(super) struct Remembered {
     pub(super) challenge: Arc<[HeaderValue]>,
 }
 
-/// The tokens of one upstream.
-pub(super) struct Tokens {
+/// The tokens kept for one upstream. A token goes only to the address for which it was got: another one may be another
+/// registry by now.
+pub(super) struct TokenCache {
     slots: Cache<Key, Arc<Slot>>,
-    remembered: Cache<(Repository, Holder), Remembered>,
+    remembered: Cache<(Origin, Repository, Holder), Remembered>,
     /// The realm that failed last, for the breaker's probe.
     silent_realm: std::sync::Mutex<Option<Uri>>,
+}
+
+impl Default for TokenCache {
+    fn default() -> TokenCache {
+        TokenCache {
+            slots: Cache::new(TOKENS_MAX),
+            remembered: Cache::new(TOKENS_MAX),
+            silent_realm: std::sync::Mutex::new(None),
+        }
+    }
+}
+
+impl TokenCache {
+    /// A realm was asked, and gave no usable answer or one.
+    pub(super) fn note_realm(&self, realm: Option<Uri>, is_silent: bool) {
+        if let Ok(mut silent) = self.silent_realm.lock() {
+            *silent = realm.filter(|_| is_silent);
+        }
+    }
+}
+
+/// The tokens of one upstream, as its settings let them be got.
+pub(super) struct Tokens {
+    kept: Arc<TokenCache>,
     /// Configured hosts a realm may be on.
     hosts: Vec<String>,
     within: Duration,
@@ -153,14 +178,8 @@ impl Key {
 }
 
 impl Tokens {
-    pub(super) fn new(hosts: Vec<String>, within: Duration) -> Tokens {
-        Tokens {
-            slots: Cache::new(TOKENS_MAX),
-            remembered: Cache::new(TOKENS_MAX),
-            silent_realm: std::sync::Mutex::new(None),
-            hosts,
-            within,
-        }
+    pub(super) fn new(kept: Arc<TokenCache>, hosts: Vec<String>, within: Duration) -> Tokens {
+        Tokens { kept, hosts, within }
     }
 
     /// A token for `key`: the one kept, unless it is about to expire or was just `rejected`; else a new one, fetched
@@ -200,41 +219,48 @@ impl Tokens {
                 state: tokio::sync::Mutex::new(Ok(None)),
             }))
         };
-        match self.slots.get_or_insert_with(key, new) {
+        match self.kept.slots.get_or_insert_with(key, new) {
             Ok(slot) => slot,
             Err(never) => match never {},
         }
     }
 
-    /// What worked for this repository and holder.
-    pub(super) fn remembered(&self, repository: &Repository, holder: Holder) -> Option<Remembered> {
-        self.remembered.get(&(repository.clone(), holder))
+    /// What worked for this repository and holder at this address, if its realm may still be asked.
+    pub(super) fn remembered(
+        &self,
+        origin: &Origin,
+        repository: &Repository,
+        holder: Holder,
+    ) -> Option<Remembered> {
+        let key = (origin.clone(), repository.clone(), holder);
+        let known = self.kept.remembered.get(&key)?;
+        realm_allowed(origin, &known.key.realm.to_string(), &self.hosts)?;
+        Some(known)
     }
 
     /// A token of `key` was accepted for this repository.
-    pub(super) fn remember(&self, repository: &Repository, remembered: Remembered) {
-        self.remembered
-            .insert((repository.clone(), remembered.key.holder), remembered);
+    pub(super) fn remember(&self, origin: &Origin, repository: &Repository, remembered: Remembered) {
+        let key = (origin.clone(), repository.clone(), remembered.key.holder);
+        self.kept.remembered.insert(key, remembered);
     }
 
     /// A token of `key` was not accepted, though it was new.
-    pub(super) fn forget(&self, repository: Option<&Repository>, key: &Key) {
-        self.slots.remove(key);
+    pub(super) fn forget(&self, origin: &Origin, repository: Option<&Repository>, key: &Key) {
+        self.kept.slots.remove(key);
         if let Some(repository) = repository {
-            self.remembered.remove(&(repository.clone(), key.holder));
+            let key = (origin.clone(), repository.clone(), key.holder);
+            self.kept.remembered.remove(&key);
         }
     }
 
     /// A realm was asked, and gave no usable answer or one.
     pub(super) fn note_realm(&self, realm: Option<Uri>, is_silent: bool) {
-        if let Ok(mut silent) = self.silent_realm.lock() {
-            *silent = realm.filter(|_| is_silent);
-        }
+        self.kept.note_realm(realm, is_silent);
     }
 
     /// The realm that gave no usable answer when it was asked last.
     pub(super) fn silent_realm(&self) -> Option<Uri> {
-        self.silent_realm.lock().ok()?.clone()
+        self.kept.silent_realm.lock().ok()?.clone()
     }
 
     async fn fetch(
@@ -352,7 +378,7 @@ impl Tokens {
 impl fmt::Debug for Tokens {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Tokens")
-            .field("kept", &self.slots.len())
+            .field("kept", &self.kept.slots.len())
             .finish_non_exhaustive()
     }
 }

@@ -116,12 +116,8 @@ impl Cache {
         };
         let store = Arc::new(Store::open(&StoreSettings::default(), volume, now()).unwrap());
         let downloads = Downloads::new(Arc::clone(&store), Buffers::default(), 64);
-        let pull = Pull::new(
-            Arc::clone(&store),
-            downloads,
-            parts.rules.clone(),
-            (clock(), Events::new()),
-        );
+        let pull = Pull::new(Arc::clone(&store), downloads, (clock(), Events::new()));
+        let rules = Arc::new(parts.rules.clone());
         let upstream = |name: &str, own: Option<OwnCredential>| {
             let mut settings = Settings::new(name, vec![format!("http://{name}").parse().unwrap()]);
             settings.proxy = ProxyChoice::None;
@@ -130,7 +126,12 @@ impl Cache {
             Arc::new(Upstream::new(settings, &connector).unwrap())
         };
         let own = OwnCredential::new("service", "service-secret");
-        let mut proven = Site::new(upstream(PROVEN, None), Access::Proven);
+        let mut proven = Site::new(
+            upstream(PROVEN, None),
+            Access::Proven,
+            Arc::clone(&rules),
+            Arc::default(),
+        );
         if parts.gives_tokens {
             proven = proven.with_local_tokens(format!("http://{PROVEN}/token").parse().unwrap());
         }
@@ -140,6 +141,8 @@ impl Cache {
             shared: Arc::new(Site::new(
                 upstream(SHARED, Some(own)),
                 Access::Shared { own_credential: true },
+                rules,
+                Arc::default(),
             )),
             store,
             parts,

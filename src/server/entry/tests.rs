@@ -2,16 +2,20 @@
 use super::*;
 
 fn entry() -> Entry {
+    entry_of(bcrypt::hash("secret", 5).unwrap(), Arc::default())
+}
+
+fn entry_of(hash: String, passwords: Arc<Passwords>) -> Entry {
     let user = User {
         name: "alice".to_owned(),
-        hash: bcrypt::hash("secret", 5).unwrap(),
+        hash,
     };
     let settings = Settings {
         users: vec![user],
         client_roots: Vec::new(),
         allows: Vec::new(),
     };
-    Entry::new(&settings, [7; 32]).unwrap()
+    Entry::new(&settings, [7; 32], passwords).unwrap()
 }
 
 /// Somebody of whom nothing is known.
@@ -78,12 +82,25 @@ async fn the_right_password_and_nothing_else_opens() {
 async fn a_password_found_right_is_not_hashed_again() {
     let entry = entry();
     who(&entry, &head(&[&basic("alice:secret")])).await.unwrap();
-    entry.checks.close();
+    entry.passwords.checks.close();
     who(&entry, &head(&[&basic("alice:secret")])).await.unwrap();
     assert!(matches!(
         who(&entry, &head(&[&basic("alice:wrong")])).await,
         Err(Turned::EntryBusy)
     ));
+}
+
+#[tokio::test]
+async fn o03_a_reload_keeps_a_verified_password_while_its_hash_stays() {
+    let (hash, passwords) = (bcrypt::hash("secret", 5).unwrap(), Arc::<Passwords>::default());
+    let before = entry_of(hash.clone(), Arc::clone(&passwords));
+    who(&before, &head(&[&basic("alice:secret")])).await.unwrap();
+    passwords.checks.close();
+    let same = entry_of(hash, Arc::clone(&passwords));
+    who(&same, &head(&[&basic("alice:secret")])).await.unwrap();
+    let changed = entry_of(bcrypt::hash("other", 5).unwrap(), passwords);
+    let refused = who(&changed, &head(&[&basic("alice:secret")])).await;
+    assert!(matches!(refused, Err(Turned::EntryBusy)), "it is verified again");
 }
 
 #[test]

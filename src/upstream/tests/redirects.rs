@@ -4,6 +4,8 @@ use super::super::zone::Zone;
 use super::registry::{Registry, answer, manifest};
 use http::Uri;
 
+use std::sync::Mutex;
+
 use super::*;
 
 #[tokio::test]

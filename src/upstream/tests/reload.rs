@@ -1,0 +1,236 @@
+//! What is learned of an upstream, over a reload: the same state, other settings.
+
+use super::registry::{Registry, answer, manifest, token};
+use super::*;
+
+/// As a reload makes it, with pipes to `registry`.
+fn reloaded(state: &LearnedState, settings: Settings, registry: &Registry) -> Upstream {
+    let upstream = Upstream::over(state, settings, &Connector::with_dial(registry.dial())).unwrap();
+    upstream.activate();
+    upstream
+}
+
+fn at(urls: &[&str]) -> Settings {
+    let urls = urls.iter().map(|url| url.parse().unwrap()).collect();
+    Settings {
+        proxy: ProxyChoice::None,
+        ..Settings::new("reg.example", urls)
+    }
+}
+
+fn own(password: &str) -> Settings {
+    Settings {
+        credential: Some(OwnCredential::new("robot", password).into()),
+        ..at(&["http://a.example"])
+    }
+}
+
+fn as_own() -> Caller {
+    Caller {
+        credential: Credential::Own,
+        ..anonymous()
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn o03_retry_after_outlives_a_reload_by_address_not_by_position() {
+    let registry = Registry::start(|_| answer(429).header("retry-after", "300")).await;
+    let state = LearnedState::default();
+    let before = reloaded(&state, at(&["http://a.example"]), &registry);
+    before.head(&anonymous(), &tag(), &accept()).await;
+    assert_eq!(registry.seen().len(), 1);
+
+    let same = reloaded(&state, at(&["http://a.example"]), &registry);
+    let limited = same.head(&anonymous(), &tag(), &accept()).await;
+    assert_eq!(limited.said, Said::Silent(Cause::RateLimited));
+    assert_eq!(registry.seen().len(), 1, "it asked to be left alone");
+
+    let both = reloaded(&state, at(&["http://b.example", "http://a.example"]), &registry);
+    both.head(&anonymous(), &tag(), &accept()).await;
+    let hosts: Vec<_> = registry
+        .seen()
+        .iter()
+        .map(|seen| seen.headers["host"].to_str().unwrap().to_owned())
+        .collect();
+    assert_eq!(hosts, ["a.example", "b.example"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn o03_another_own_credential_waits_for_no_earlier_limit() {
+    let registry = Registry::start(|_| answer(429).header("retry-after", "300")).await;
+    let state = LearnedState::default();
+    reloaded(&state, own("first"), &registry)
+        .head(&as_own(), &tag(), &accept())
+        .await;
+    for (password, asked) in [("first", 1), ("second", 2), ("second", 2)] {
+        reloaded(&state, own(password), &registry)
+            .head(&as_own(), &tag(), &accept())
+            .await;
+        assert_eq!(registry.seen().len(), asked, "{password}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn o03_open_breaker_outlives_a_reload_and_its_probe_finds_the_upstream() {
+    let registry = Registry::start(|_| manifest()).await;
+    let state = LearnedState::default();
+    let before = reloaded(&state, at(&["http://a.example"]), &registry);
+    registry.refuses(true);
+    for _ in 0..3 {
+        before.head(&anonymous(), &tag(), &accept()).await;
+    }
+    assert_eq!(before.silent_now(), Some(Cause::BreakerOpen));
+
+    let after = reloaded(&state, at(&["http://a.example"]), &registry);
+    drop(before);
+    assert_eq!(after.silent_now(), Some(Cause::BreakerOpen));
+    assert!(after.state().last_silence.is_some());
+    registry.refuses(false);
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    assert_eq!(after.silent_now(), None, "the probe goes on");
+}
+
+#[tokio::test(start_paused = true)]
+async fn o03_upstream_removed_and_added_again_is_probed_again() {
+    let registry = Registry::start(|_| manifest()).await;
+    let state = LearnedState::default();
+    let before = reloaded(&state, at(&["http://a.example"]), &registry);
+    registry.refuses(true);
+    for _ in 0..3 {
+        before.head(&anonymous(), &tag(), &accept()).await;
+    }
+    drop(before);
+    tokio::time::sleep(Duration::from_secs(100)).await;
+    let after = reloaded(&state, at(&["http://a.example"]), &registry);
+    assert_eq!(after.silent_now(), Some(Cause::BreakerOpen));
+    registry.refuses(false);
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    assert_eq!(after.silent_now(), None);
+}
+
+#[tokio::test(start_paused = true)]
+async fn o03_breaker_of_another_address_is_closed_and_late_silences_do_not_count() {
+    let registry = Registry::start(|_| manifest()).await;
+    let state = LearnedState::default();
+    let before = reloaded(&state, at(&["http://a.example"]), &registry);
+    registry.refuses(true);
+    for _ in 0..3 {
+        before.head(&anonymous(), &tag(), &accept()).await;
+    }
+    let after = reloaded(&state, at(&["http://b.example"]), &registry);
+    assert_eq!(after.silent_now(), None);
+    for _ in 0..5 {
+        before.head(&anonymous(), &tag(), &accept()).await;
+    }
+    assert_eq!(
+        after.silent_now(),
+        None,
+        "the old address says nothing of the new one"
+    );
+    assert!(after.state().last_silence.is_none());
+}
+
+#[tokio::test(start_paused = true)]
+async fn o03_quirks_outlive_a_reload_by_address() {
+    let registry = Registry::start(|seen| {
+        if seen.method == Method::HEAD {
+            answer(405)
+        } else {
+            manifest()
+        }
+    })
+    .await;
+    let state = LearnedState::default();
+    for (url, asked) in [
+        ("http://a.example", &["HEAD", "GET"][..]),
+        ("http://a.example", &["GET"]),
+        ("http://b.example", &["HEAD", "GET"]),
+    ] {
+        let before = registry.seen().len();
+        reloaded(&state, at(&[url]), &registry)
+            .head(&anonymous(), &tag(), &accept())
+            .await;
+        let seen: Vec<_> = registry.seen()[before..]
+            .iter()
+            .map(|seen| seen.method.to_string())
+            .collect();
+        assert_eq!(seen, asked, "{url}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn o03_tokens_outlive_a_reload_unless_the_own_credential_changed() {
+    let registry = Registry::start(|seen| match (seen.path(), seen.authorization()) {
+        ("/token", Some(own)) if own.starts_with("Basic ") => token(&format!("of-{}", &own[6..])),
+        ("/token", _) => token("of-nobody"),
+        (_, Some(sent)) if sent.starts_with("Bearer ") => manifest(),
+        _ => answer(401).header(
+            "www-authenticate",
+            r#"Bearer realm="http://a.example/token",service="s""#,
+        ),
+    })
+    .await;
+    let state = LearnedState::default();
+    for (password, tokens) in [
+        ("first", 1),
+        ("first", 1),
+        ("second", 2),
+        ("second", 2),
+        ("first", 3),
+    ] {
+        let said = reloaded(&state, own(password), &registry)
+            .head(&as_own(), &tag(), &accept())
+            .await
+            .said;
+        assert_eq!(said, Said::Is(digest(MANIFEST)));
+        assert_eq!(registry.count("/token"), tokens, "{password}");
+        let shown = registry
+            .seen()
+            .last()
+            .unwrap()
+            .authorization()
+            .unwrap()
+            .to_owned();
+        let basic = token::basic("robot", password);
+        assert_eq!(shown, format!("Bearer of-{}", &basic.to_str().unwrap()[6..]));
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn o03_a_token_is_shown_to_no_other_address_and_no_realm_that_lost_trust() {
+    let registry = Registry::start(|seen| match (seen.path(), seen.authorization()) {
+        ("/token", _) => token("t"),
+        (_, Some("Bearer t")) => manifest(),
+        _ => answer(401).header(
+            "www-authenticate",
+            r#"Bearer realm="http://tokens.test/token",service="s""#,
+        ),
+    })
+    .await;
+    let trusting = |url: &str, hosts: &[&str]| Settings {
+        token_hosts: hosts.iter().map(|host| (*host).to_owned()).collect(),
+        ..at(&[url])
+    };
+    let state = LearnedState::default();
+    let heads = |settings: Settings| {
+        let upstream = reloaded(&state, settings, &registry);
+        async move { upstream.head(&anonymous(), &tag(), &accept()).await.said }
+    };
+    let here = || trusting("http://a.example", &["tokens.test"]);
+    for _ in 0..2 {
+        assert_eq!(heads(here()).await, Said::Is(digest(MANIFEST)));
+    }
+    assert_eq!((registry.seen().len(), registry.count("/token")), (4, 1));
+
+    heads(trusting("http://b.example", &["tokens.test"])).await;
+    assert_eq!(
+        registry.seen()[4].authorization(),
+        None,
+        "first as if nothing were known"
+    );
+
+    let asked = registry.count("/token");
+    assert_eq!(heads(trusting("http://a.example", &[])).await, Said::Forbidden);
+    assert_eq!(registry.count("/token"), asked);
+    assert_eq!(registry.seen().last().unwrap().authorization(), None);
+}
