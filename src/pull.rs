@@ -6,7 +6,7 @@
 //! * `asking`: the question put to the upstream, shared by those who may share it, and what follows from the answer.
 //! * `rights`: what its answers show of who may read. `logins`: whose a token is, and tokens of ours. `recalled`: how it asks for a credential, for when it is silent.
 //! * `manifest`: by tag and by digest; `copies` of it that are held, `fetching` it, the `check` of what it points to.
-//! * `blob`: held, joined or led; `source`: how a download reaches the upstream; `prefetch` begins before anybody asks. * `listing`: tags and referrers.
+//! * `blob`: held, joined or led; `source`: how a download reaches the upstream; `prefetch` begins before anybody asks. * `listing`: tags. * `referrers`: by their API and by their fallback tag.
 //! * `cached`: what the store holds of it, or an error of the disk, logged. * `challenge`: how the registry itself answers `/v2/`. * `writing`: what follows from a write that passed.
 
 mod asking;
@@ -22,6 +22,7 @@ mod manifest;
 pub mod passing;
 mod prefetch;
 mod recalled;
+mod referrers;
 mod refresh;
 mod rights;
 mod site;
@@ -68,9 +69,11 @@ pub struct Pull {
     sizes: sizes::Sizes,
     found: check::Found,
     prefetching: prefetch::Prefetching,
+    referrers_confirmed: referrers::Confirmed,
     refused: rights::Refused,
     logins: logins::Logins,
     questions: Flights<asking::Key, Arc<Answer>>,
+    lists: Flights<asking::Key, listing::Listed>,
     unreadable: LogLimit,
     challenges: Flights<(Arc<str>, (u64, u64)), Result<Arc<KeptChallenge>, Arc<Answer>>>,
     manifests: Flights<asking::Key, Result<Arc<HeldManifest>, Arc<Answer>>>,
@@ -206,9 +209,11 @@ impl Pull {
             sizes: sizes::Sizes::default(),
             found: check::Found::default(),
             prefetching: prefetch::Prefetching::default(),
+            referrers_confirmed: referrers::Confirmed::default(),
             refused: rights::Refused::default(),
             logins: logins::Logins::default(),
             questions: Flights::default(),
+            lists: Flights::default(),
             unreadable: LogLimit::default(),
             challenges: Flights::default(),
             manifests: Flights::default(),
@@ -238,9 +243,12 @@ impl Pull {
                 reference,
             } => self.manifest(request, &repository, reference).await,
             Operation::Blob { repository, digest } => self.blob(request, &repository, digest).await,
-            Operation::Tags { repository, .. } | Operation::Referrers { repository, .. } => {
-                self.listing(request, &repository).await
-            }
+            Operation::Tags { repository, .. } => self.listing(request, &repository).await,
+            Operation::Referrers {
+                repository,
+                digest,
+                query,
+            } => self.referrers(request, &repository, &digest, &query).await,
         }
     }
 

@@ -69,6 +69,26 @@ impl Tag {
     pub fn as_str(&self) -> &str {
         &self.0
     }
+
+    /// Whether it has the form of a referrers tag: the list of what refers to a manifest, at registries without the
+    /// referrers API (spec, "Referrers Tag Schema"). Tools that sign append `.sig` and the like; those are ordinary tags.
+    pub fn is_referrers_tag(&self) -> bool {
+        let encoded = self
+            .0
+            .strip_prefix("sha256-")
+            .or_else(|| self.0.strip_prefix("sha512-"));
+        let is_hex = |byte: u8| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte);
+        encoded.is_some_and(|encoded| encoded.len() == 64 && encoded.bytes().all(is_hex))
+    }
+
+    /// The manifest that a referrers tag is about; none where the tag cuts its digest short, as for sha512.
+    pub fn subject(&self) -> Option<Digest> {
+        let encoded = self
+            .0
+            .strip_prefix("sha256-")
+            .filter(|_| self.is_referrers_tag())?;
+        format!("sha256:{encoded}").parse().ok()
+    }
 }
 
 impl FromStr for Tag {

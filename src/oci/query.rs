@@ -51,6 +51,11 @@ impl Query {
             .map(|(_, value)| value.as_str())
     }
 
+    /// Whether no parameter but `key` is given.
+    pub fn has_only(&self, key: &str) -> bool {
+        self.0.iter().all(|(known, _)| known == key)
+    }
+
     /// Whether there is no parameter.
     pub const fn is_empty(&self) -> bool {
         self.0.is_empty()

@@ -34,6 +34,15 @@ impl Copies {
         }
     }
 
+    /// The same of an index that only lists manifests: each is asked for by itself, by those who want it.
+    pub(super) fn of_list(self) -> Self {
+        Self {
+            rest: Rest::Held,
+            earlier: None,
+            ..self
+        }
+    }
+
     /// The copy that is whole, if there is one: the image that would be served instead of one that cannot be had.
     pub(super) fn whole(&self) -> Option<&Copy> {
         match self.rest {

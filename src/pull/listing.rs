@@ -1,4 +1,4 @@
-//! Lists of tags and of referrers: asked of the upstream each time, the last answer kept for an outage.
+//! Lists of tags: asked of the upstream each time, the last page kept for an outage. Those of referrers: see `referrers`.
 
 use std::sync::Arc;
 
@@ -8,7 +8,7 @@ use tokio::time::Instant;
 
 use super::fetching::Wanted;
 use super::manifest::refused;
-use super::{Context, How, Outcome, Pull, Reason, Request};
+use super::{How, Outcome, Pull, Reason, Request};
 use crate::oci::header::next_link;
 use crate::oci::{Cause, MediaType, Operation, Repository};
 use crate::policy::{Heard, Held, Rest, Subject, Verdict, decide};
@@ -31,6 +31,9 @@ pub struct Listing {
     pub filters: Option<String>,
 }
 
+/// A page, or what the upstream said instead.
+pub(super) type Listed = Result<Listing, (Heard, Option<Arc<Answer>>)>;
+
 impl Pull {
     pub(super) async fn listing(self: &Arc<Self>, request: &Request, repository: &Repository) -> Outcome {
         let context = self.context(request, repository);
@@ -48,6 +51,7 @@ impl Pull {
             rest: Rest::Held,
         };
         let situation = context.situation(rule, Subject::Tag, kept.as_deref().map(digest), true, request.now);
+        let wanted = Wanted::of(request, repository, &context.caller);
         let heard = match decide(&situation) {
             Verdict::Refuse(refusal) => return refused(refusal, None, false),
             Verdict::Serve(served)
@@ -57,7 +61,7 @@ impl Pull {
             }
             _ => match request.site.upstream().silent_now().filter(|_| kept.is_some()) {
                 Some(cause) => Err((Heard::Silent(cause), None)),
-                None => self.list(request, repository, &context, key).await,
+                None => self.list(&wanted, key).await,
             },
         };
         match heard {
@@ -81,29 +85,21 @@ impl Pull {
         }
     }
 
-    async fn list(
-        self: &Arc<Self>,
-        request: &Request,
-        repository: &Repository,
-        context: &Context,
-        key: ListingKey,
-    ) -> Result<Listing, (Heard, Option<Arc<Answer>>)> {
-        let Request {
+    /// Fetches a page of a list and keeps it.
+    pub(super) async fn list(self: &Arc<Self>, wanted: &Wanted, key: ListingKey) -> Listed {
+        let Wanted {
             site,
+            repository,
             operation,
             accept,
+            caller,
             ..
-        } = request;
+        } = wanted;
         let asked_at = Instant::now();
-        let fetched = match site
-            .upstream()
-            .get(&context.caller, operation, accept, None)
-            .await
-        {
+        let fetched = match site.upstream().get(caller, operation, accept, None).await {
             Ok(fetched) => fetched,
             Err(answer) => {
-                let wanted = Wanted::of(request, repository, &context.caller);
-                self.learn(&wanted, &answer, asked_at).await;
+                self.learn(wanted, &answer, asked_at).await;
                 return Err((self.heard(site, repository, &answer), Some(Arc::new(answer))));
             }
         };
@@ -127,9 +123,14 @@ impl Pull {
 }
 
 fn serve(kept: Option<Arc<KeptListing>>, reason: Reason) -> Outcome {
-    let Some(kept) = kept else {
-        return refused(crate::policy::Refusal::NotHeld, None, false);
-    };
+    match kept {
+        Some(kept) => given(&kept, reason),
+        None => refused(crate::policy::Refusal::NotHeld, None, false),
+    }
+}
+
+/// A page that was kept.
+pub(super) fn given(kept: &KeptListing, reason: Reason) -> Outcome {
     let listing = Listing {
         bytes: kept.bytes.clone(),
         media_type: kept.media_type.clone(),

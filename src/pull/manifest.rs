@@ -45,10 +45,27 @@ impl Pull {
         context: &Context,
         tag: &Tag,
     ) -> Outcome {
+        if tag.is_referrers_tag() {
+            // On the heap: few requests are for such a tag, and the state of all others stays as small as it is.
+            return Box::pin(self.referrers_tag(request, repository, context, tag)).await;
+        }
         let rule = request.site.rule(repository, Some(tag));
         let copies = self.copies_of_tag(&request.site, repository, tag, &request.accept);
         let held = copies.as_ref().map(Copies::held);
         let situation = context.situation(rule, Subject::Tag, held, true, request.now);
+        self.judged(request, repository, context, situation, copies).await
+    }
+
+    /// Carries out what is decided about a tag.
+    pub(super) async fn judged(
+        self: &Arc<Self>,
+        request: &Request,
+        repository: &Repository,
+        context: &Context,
+        situation: Situation,
+        copies: Option<Copies>,
+    ) -> Outcome {
+        let rule = request.site.rule(repository, request.tag());
         let road = Road::new(self, request, repository, context, rule);
         road.carry_out(situation, copies).await
     }

@@ -33,6 +33,8 @@ pub enum Change {
     Tag(Repository, Tag),
     /// A manifest or a blob is gone, and with a manifest all tags that named it.
     Gone(Repository, Digest),
+    /// A manifest was pushed by digest. It may refer to another, so a list of referrers may have grown.
+    Pushed(Repository),
 }
 
 impl Change {
@@ -55,13 +57,14 @@ impl Change {
                 repository,
                 digest: AnyDigest::Known(digest),
             } if deletes => Some(Self::Gone(repository, digest)),
+            Operation::Manifest { repository, .. } if !deletes => Some(Self::Pushed(repository)),
             _ => None,
         }
     }
 
     fn repository(&self) -> &Repository {
         match self {
-            Self::Tag(repository, _) | Self::Gone(repository, _) => repository,
+            Self::Tag(repository, _) | Self::Gone(repository, _) | Self::Pushed(repository) => repository,
         }
     }
 }
@@ -137,6 +140,8 @@ impl Pull {
 fn forget(store: &Store, site: &Site, change: Change) -> Result<(), crate::store::Fault> {
     let upstream: Arc<str> = site.name().into();
     match change {
+        // What is known of referrers is good only for as long as nothing was written.
+        Change::Pushed(_) => Ok(()),
         Change::Tag(repository, tag) => {
             let key = TagKey {
                 upstream,
@@ -188,7 +193,11 @@ mod tests {
                 gone.clone(),
             ),
             (Method::DELETE, format!("/v2/team/demo/blobs/{digest}"), gone),
-            (Method::PUT, format!("/v2/team/demo/manifests/{digest}"), None),
+            (
+                Method::PUT,
+                format!("/v2/team/demo/manifests/{digest}"),
+                Some(Change::Pushed("team/demo".parse().unwrap())),
+            ),
             (Method::PUT, "/v2/team/demo/blobs/uploads/7".to_owned(), None),
             (Method::DELETE, "/v2/team/demo/blobs/uploads/7".to_owned(), None),
             (Method::POST, "/v2/team/demo/blobs/uploads/".to_owned(), None),

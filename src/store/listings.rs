@@ -1,4 +1,4 @@
-//! The last lists of tags and of referrers, for an outage.
+//! The last answers to questions for lists of tags and of referrers, for an outage: a page of a list, or a 404.
 //!
 //! A list is no content with a name of its own: it can be had again, and a lost one is a miss. So there is a fixed number
 //! of places for them, chosen by the hash of the question; a newer list takes the place of an older one.
@@ -80,42 +80,103 @@ impl KeptListing {
     }
 }
 
+/// The upstream said that there is no such list (404).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KeptAbsence {
+    /// The registry's error code, where it gave one.
+    pub code: Option<String>,
+    /// When the upstream said so.
+    pub answered_at: SystemTime,
+}
+
+/// What the upstream last answered to a question for a list.
+#[derive(Clone, Debug)]
+pub enum KeptAnswer {
+    /// A page of a list.
+    List(Arc<KeptListing>),
+    /// 404.
+    Absent(KeptAbsence),
+}
+
+impl KeptAnswer {
+    /// When the upstream gave it.
+    pub fn answered_at(&self) -> SystemTime {
+        match self {
+            Self::List(listing) => listing.listed_at,
+            Self::Absent(absence) => absence.answered_at,
+        }
+    }
+
+    fn bytes(&self) -> &[u8] {
+        match self {
+            Self::List(listing) => &listing.bytes,
+            Self::Absent(_) => &[],
+        }
+    }
+
+    /// Whether it is the same answer, whenever it was given.
+    fn is_same(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::List(one), Self::List(other)) => one.digest == other.digest,
+            (Self::Absent(one), Self::Absent(other)) => one.code == other.code,
+            (Self::List(_), Self::Absent(_)) | (Self::Absent(_), Self::List(_)) => false,
+        }
+    }
+}
+
 /// The first line of a file.
 #[derive(Serialize, Deserialize)]
 struct Record {
     upstream: String,
     path: String,
     digest: String,
+    /// Empty for a 404.
     media_type: String,
     next: Option<String>,
     filters: Option<String>,
     listed_at_ms: u64,
+    /// There is no such list; the registry's error code, or nothing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    absent: Option<String>,
 }
 
 impl Store {
-    /// The last list given to this question, if it is still kept.
+    /// The last list given to this question, if it is still kept and no 404 came since.
     pub fn listing(&self, key: &ListingKey) -> Result<Option<Arc<KeptListing>>, Fault> {
+        Ok(match self.listings.find(key)? {
+            Some(KeptAnswer::List(listing)) => Some(listing),
+            Some(KeptAnswer::Absent(_)) | None => None,
+        })
+    }
+
+    /// The last answer to this question, if it is still kept.
+    pub fn listing_answer(&self, key: &ListingKey) -> Result<Option<KeptAnswer>, Fault> {
         self.listings.find(key)
     }
 
-    /// Keeps a list in place of the last one. One longer than [`LISTING_KEPT_BYTES_MAX`] is not kept.
+    /// Keeps a list in place of the last answer. One longer than [`LISTING_KEPT_BYTES_MAX`] is not kept.
     pub fn keep_listing(&self, key: &ListingKey, listing: KeptListing) -> Result<(), Fault> {
-        self.listings.keep(key, listing)
+        self.listings.keep(key, KeptAnswer::List(Arc::new(listing)))
+    }
+
+    /// Keeps in place of the last answer that there is no such list.
+    pub fn keep_listing_absent(&self, key: &ListingKey, absence: KeptAbsence) -> Result<(), Fault> {
+        self.listings.keep(key, KeptAnswer::Absent(absence))
     }
 }
 
 #[derive(Clone)]
 struct ByLength;
 
-impl Weighter<ListingKey, Arc<KeptListing>> for ByLength {
-    fn weight(&self, key: &ListingKey, listing: &Arc<KeptListing>) -> u64 {
-        (listing.bytes.len() + key.path.len()) as u64 + 512
+impl Weighter<ListingKey, KeptAnswer> for ByLength {
+    fn weight(&self, key: &ListingKey, answer: &KeptAnswer) -> u64 {
+        (answer.bytes().len() + key.path.len()) as u64 + 512
     }
 }
 
 pub(super) struct Listings {
     volume: Arc<dyn Volume>,
-    ready: Cache<ListingKey, Arc<KeptListing>, ByLength>,
+    ready: Cache<ListingKey, KeptAnswer, ByLength>,
 }
 
 impl Listings {
@@ -126,9 +187,9 @@ impl Listings {
         }
     }
 
-    fn find(&self, key: &ListingKey) -> Result<Option<Arc<KeptListing>>, Fault> {
-        if let Some(listing) = self.ready.get(key) {
-            return Ok(Some(listing));
+    fn find(&self, key: &ListingKey) -> Result<Option<KeptAnswer>, Fault> {
+        if let Some(answer) = self.ready.get(key) {
+            return Ok(Some(answer));
         }
         let path = path(key);
         let bytes = match self
@@ -139,32 +200,23 @@ impl Listings {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(Fault::io("read", path, &error)),
         };
-        let Some(listing) = read(key, &bytes) else {
+        let Some(answer) = read(key, &bytes) else {
             return Ok(None);
         };
-        let listing = Arc::new(listing);
         // Not over what was kept meanwhile.
-        self.ready.get_or_insert_with(key, || Ok(listing)).map(Some)
+        self.ready.get_or_insert_with(key, || Ok(answer)).map(Some)
     }
 
-    fn keep(&self, key: &ListingKey, listing: KeptListing) -> Result<(), Fault> {
-        if listing.bytes.len() > LISTING_KEPT_BYTES_MAX {
+    fn keep(&self, key: &ListingKey, answer: KeptAnswer) -> Result<(), Fault> {
+        if answer.bytes().len() > LISTING_KEPT_BYTES_MAX {
             return Ok(());
         }
         let before = self.ready.get(key);
-        let mut file = sealed(&Record {
-            upstream: key.upstream.to_string(),
-            path: key.path.clone(),
-            digest: listing.digest.to_string(),
-            media_type: listing.media_type.as_str().to_owned(),
-            next: listing.next.clone(),
-            filters: listing.filters.clone(),
-            listed_at_ms: to_millis(listing.listed_at),
-        });
+        let mut file = sealed(&record(key, &answer));
+        file.extend_from_slice(answer.bytes());
         let is_news =
-            before.is_none_or(|before| before.digest != listing.digest || is_hours_older(&before, &listing));
-        file.extend_from_slice(&listing.bytes);
-        self.ready.insert(key.clone(), Arc::new(listing));
+            before.is_none_or(|before| !before.is_same(&answer) || is_hours_older(&before, &answer));
+        self.ready.insert(key.clone(), answer);
         if !is_news {
             return Ok(());
         }
@@ -175,29 +227,50 @@ impl Listings {
     }
 }
 
-/// The same list again is written again only to keep its time from falling far behind.
-fn is_hours_older(before: &KeptListing, now: &KeptListing) -> bool {
-    let age = now.listed_at.duration_since(before.listed_at);
+/// The same answer again is written again only to keep its time from falling far behind.
+fn is_hours_older(before: &KeptAnswer, now: &KeptAnswer) -> bool {
+    let age = now.answered_at().duration_since(before.answered_at());
     age.map_or(true, |age| age.as_secs() >= 3600)
 }
 
+fn record(key: &ListingKey, answer: &KeptAnswer) -> Record {
+    let (listing, absent) = match answer {
+        KeptAnswer::List(listing) => (Some(listing), None),
+        KeptAnswer::Absent(absence) => (None, Some(absence.code.clone().unwrap_or_default())),
+    };
+    Record {
+        upstream: key.upstream.to_string(),
+        path: key.path.clone(),
+        digest: listing.map_or_else(String::new, |listing| listing.digest.to_string()),
+        media_type: listing.map_or_else(String::new, |listing| listing.media_type.as_str().to_owned()),
+        next: listing.and_then(|listing| listing.next.clone()),
+        filters: listing.and_then(|listing| listing.filters.clone()),
+        listed_at_ms: to_millis(answer.answered_at()),
+        absent,
+    }
+}
+
 /// `None` for a damaged file, and for the answer to another question in the same place.
-fn read(key: &ListingKey, file: &Bytes) -> Option<KeptListing> {
+fn read(key: &ListingKey, file: &Bytes) -> Option<KeptAnswer> {
     let end = file.iter().position(|byte| *byte == b'\n')? + 1;
     let record: Record = opened(file.get(..end)?)?;
     if record.path != key.path || *record.upstream != *key.upstream {
         return None;
     }
-    let listed_at = from_millis(record.listed_at_ms);
+    let answered_at = from_millis(record.listed_at_ms);
+    if let Some(code) = record.absent {
+        let code = Some(code).filter(|code| !code.is_empty());
+        return Some(KeptAnswer::Absent(KeptAbsence { code, answered_at }));
+    }
     let media_type = record.media_type.parse().ok()?;
     let listing = KeptListing::new(
         file.slice(end..),
         media_type,
         record.next,
         record.filters,
-        listed_at,
+        answered_at,
     );
-    (listing.digest.to_string() == record.digest).then_some(listing)
+    (listing.digest.to_string() == record.digest).then(|| KeptAnswer::List(Arc::new(listing)))
 }
 
 fn path(key: &ListingKey) -> PathBuf {

@@ -136,3 +136,25 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn referrers_tags_are_those_of_the_spec_and_no_signature_tag() {
+    let hex = "0123456789abcdef".repeat(4);
+    let digest = format!("sha256:{hex}");
+    for (text, is_one, subject) in [
+        (format!("sha256-{hex}"), true, Some(digest.parse().unwrap())),
+        // Cut short: which manifest it is about cannot be told.
+        (format!("sha512-{hex}"), true, None),
+        (format!("sha256-{hex}.sig"), false, None),
+        (format!("sha256-{}", hex.to_uppercase()), false, None),
+        ("sha256-0123".to_owned(), false, None),
+        ("latest".to_owned(), false, None),
+    ] {
+        let tag: Tag = text.parse().unwrap();
+        assert_eq!(
+            (tag.is_referrers_tag(), tag.subject()),
+            (is_one, subject),
+            "{text}"
+        );
+    }
+}

@@ -1,7 +1,7 @@
 //! Tags and lists: what a name meant last.
 
 use super::*;
-use crate::store::listings::{KeptListing, ListingKey};
+use crate::store::listings::{KeptAbsence, KeptAnswer, KeptListing, ListingKey};
 use crate::store::refs::{TagRecord, VARIANTS_MAX};
 
 #[test]
@@ -132,6 +132,39 @@ fn a_removed_tag_is_unknown_for_good() {
         assert!(store.tag(&key("3")).unwrap().is_none());
         drop(store);
         assert!(ground.open().tag(&key("3")).unwrap().is_none());
+    });
+}
+
+#[test]
+fn that_there_is_no_list_is_kept_like_one() {
+    everywhere(|ground| {
+        let key = ListingKey {
+            upstream: UPSTREAM.into(),
+            path: format!("/v2/library/alpine/referrers/sha256:{}", "0".repeat(64)),
+        };
+        let list = KeptListing::new(Bytes::from_static(b"{}"), image(), None, None, at(1));
+        for code in [None, Some("NAME_UNKNOWN".to_owned())] {
+            let store = ground.open();
+            store.keep_listing(&key, list.clone()).unwrap();
+            let absence = KeptAbsence {
+                code,
+                answered_at: at(2),
+            };
+            store.keep_listing_absent(&key, absence.clone()).unwrap();
+            drop(store);
+            let store = ground.open();
+            assert_eq!(store.listing(&key), Ok(None));
+            let found = store.listing_answer(&key).unwrap();
+            assert!(
+                matches!(&found, Some(KeptAnswer::Absent(found)) if *found == absence),
+                "{found:?}"
+            );
+            drop(store);
+        }
+        let store = ground.open();
+        store.keep_listing(&key, list.clone()).unwrap();
+        drop(store);
+        assert_eq!(*ground.open().listing(&key).unwrap().unwrap(), list);
     });
 }
 

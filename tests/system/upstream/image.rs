@@ -131,6 +131,37 @@ impl Image {
         }
     }
 
+    /// An index as buildx makes it: beside each image an attestation of it, of an unknown platform.
+    pub fn attested(images: &[Image]) -> Image {
+        let attestations: Vec<_> = images.iter().map(Image::attestation_of).collect();
+        let plain: Value = serde_json::from_slice(&Image::index(images).manifest).unwrap();
+        let mut manifests = plain["manifests"].as_array().unwrap().clone();
+        manifests.extend(images.iter().zip(&attestations).map(|(image, attestation)| {
+            json!({"mediaType": OCI_MANIFEST, "digest": attestation.digest, "size": attestation.manifest.len(),
+                "annotations": {"vnd.docker.reference.digest": image.digest,
+                    "vnd.docker.reference.type": "attestation-manifest"},
+                "platform": {"os": "unknown", "architecture": "unknown"}})
+        }));
+        let manifest =
+            json!({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": manifests}).to_string();
+        Image {
+            children: [images, &attestations].concat(),
+            ..Image::raw(OCI_INDEX, manifest.as_bytes())
+        }
+    }
+
+    /// Provenance as a layer.
+    fn attestation_of(image: &Image) -> Image {
+        let statement = json!({"_type": "https://in-toto.io/Statement/v0.1",
+            "subject": [{"digest": {"sha256": &image.digest["sha256:".len()..]}}]});
+        let layer = Blob::of(statement.to_string().as_bytes());
+        Image::built(OCI_MANIFEST, vec![layer], |config, layers| {
+            json!({"schemaVersion": 2, "mediaType": OCI_MANIFEST,
+                "config": config.descriptor("application/vnd.oci.image.config.v1+json"),
+                "layers": [layers[0].descriptor("application/vnd.in-toto+json")]})
+        })
+    }
+
     /// An artifact of `kind` attached to `subject`: a signature, an SBOM.
     pub fn attached_to(subject: &Image, kind: &str, content: &[u8]) -> Image {
         let config = Blob::of(b"{}");

@@ -129,6 +129,12 @@ fn name_manifest(
     shared.state(|state| {
         let held = state.repositories.entry(name.to_owned()).or_default();
         held.manifests.insert(digest.clone(), (kind, bytes.clone()));
+        let manifest: serde_json::Value = serde_json::from_slice(bytes).unwrap_or_default();
+        if let Some(subject) = manifest["subject"]["digest"].as_str() {
+            let kind = manifest["artifactType"].as_str().unwrap_or_default();
+            held.attached
+                .push((subject.to_owned(), kind.to_owned(), digest.clone()));
+        }
         if !reference.contains(':') {
             held.tags.insert(reference.to_owned(), vec![digest.clone()]);
         }

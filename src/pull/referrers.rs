@@ -1,0 +1,387 @@
+//! Referrers of a manifest: by the referrers API, and by the referrers tag (`sha256-<hex>`) of registries without it.
+//!
+//! Clients of today ask for them with every pull of an attested image, and a response other than 200 or 404 fails that
+//! pull. So the last answer is kept, a 404 too, and repeated while the upstream is unavailable; where none is kept and
+//! the subject is cached, the answer is 404 as well: a client that insists on a signature then refuses by itself.
+//! Whoever is given either has shown a right to the repository, as for everything that is cached.
+//!
+//! The subject is immutable and the same pull asks again and again, so an answer is good for as long as a grant; a write
+//! that passed through here ends that at once. Afterwards the list is fetched again, and the tag revalidated by `HEAD`.
+
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use http::StatusCode;
+use quick_cache::sync::Cache;
+use tokio::task::spawn_blocking;
+use tokio::time::timeout;
+
+use super::asking::Key;
+use super::copies::Copies;
+use super::fetching::Wanted;
+use super::listing::given;
+use super::manifest::refused;
+use super::{Context, How, Outcome, Pull, Reason, Request, Site};
+use crate::oci::{Algorithm, AnyDigest, Cause, Digest, Operation, Query, Repository, Tag};
+use crate::policy::rules::Rule;
+use crate::policy::{
+    Heard, Held, Policy, Refusal, Rest, Served, Situation, Standing, Subject, Verdict, Whose, Why, decide,
+};
+use crate::store::listings::{KeptAbsence, KeptAnswer, ListingKey};
+use crate::upstream::{Answer, Said};
+
+/// The one parameter that only leaves something out of a list. Whoever sends it filters the answer all the same.
+const FILTER: &str = "artifactType";
+
+/// Questions of which it is known when they were last answered.
+const CONFIRMED_MAX: usize = 16_384;
+
+/// An error code that is longer is not kept. Those of the spec have 23 bytes at most.
+const CODE_BYTES_MAX: usize = 64;
+
+/// When the upstream last answered a question about referrers, and how often something had been written in the
+/// repository by then. In memory alone: after a restart the first question goes out.
+pub(super) struct Confirmed(Cache<ListingKey, (SystemTime, u64)>);
+
+impl Default for Confirmed {
+    fn default() -> Self {
+        Self(Cache::new(CONFIRMED_MAX))
+    }
+}
+
+/// What can be answered without the upstream.
+enum StandIn {
+    /// What it last answered.
+    Kept(KeptAnswer),
+    /// Nothing is kept, and the subject is cached.
+    Assumed,
+}
+
+/// What is known before the upstream is asked.
+enum Before {
+    /// The answer.
+    Answered(Box<Outcome>),
+    /// The upstream is known to be unavailable, and there is something else to answer.
+    Unavailable(Cause),
+    /// Nothing that is enough.
+    Ask,
+}
+
+/// One question about referrers.
+struct Lookup<'a> {
+    pull: &'a Arc<Pull>,
+    request: &'a Request,
+    repository: &'a Repository,
+    rule: &'a Rule,
+    key: ListingKey,
+    stand_in: Option<StandIn>,
+    /// Before anything was asked.
+    situation: Situation,
+    /// Whether the upstream answered so lately that it is not asked again.
+    is_fresh: bool,
+}
+
+impl Pull {
+    /// `GET /v2/<name>/referrers/<digest>`.
+    pub(super) async fn referrers(
+        self: &Arc<Self>,
+        request: &Request,
+        repository: &Repository,
+        subject: &AnyDigest,
+        query: &Query,
+    ) -> Outcome {
+        let context = self.context(request, repository);
+        let rule = request.site.rule(repository, None);
+        let subject = match subject {
+            AnyDigest::Known(digest) => Some(*digest),
+            AnyDigest::Foreign(_) => None,
+        };
+        let lookup = Lookup::new(self, request, repository, (&context, rule), subject, query);
+        let heard = match lookup.before_asking() {
+            Before::Answered(outcome) => return *outcome,
+            Before::Unavailable(cause) => Err((Heard::Silent(cause), None)),
+            Before::Ask => lookup.list(&context).await,
+        };
+        match heard {
+            Ok(listing) => {
+                lookup.confirm();
+                let how = How {
+                    reason: Reason::Fetched(Why::Unnamed),
+                    confirmed_at: Some(request.now),
+                };
+                Outcome::Listing(listing, how)
+            }
+            Err((heard, answer)) => lookup.conclude(heard, answer).await,
+        }
+    }
+
+    /// A manifest by a referrers tag.
+    pub(super) async fn referrers_tag(
+        self: &Arc<Self>,
+        request: &Request,
+        repository: &Repository,
+        context: &Context,
+        tag: &Tag,
+    ) -> Outcome {
+        let rule = request.site.rule(repository, Some(tag));
+        let subject = tag.subject();
+        let is_cached = |subject: &Digest| self.is_subject_cached(&request.site, repository, subject);
+        let copies = self.copies_of_tag(&request.site, repository, tag, &request.accept);
+        if let Some(copies) = copies.map(Copies::of_list) {
+            let held = Some(copies.held());
+            let mut situation = context.situation(rule, Subject::Tag, held, true, request.now);
+            if subject.as_ref().is_some_and(is_cached) {
+                situation.fresh = situation.fresh.max(rule.grant);
+            }
+            return self
+                .judged(request, repository, context, situation, Some(copies))
+                .await;
+        }
+        let lookup = Lookup::new(
+            self,
+            request,
+            repository,
+            (context, rule),
+            subject,
+            &Query::default(),
+        );
+        match lookup.before_asking() {
+            Before::Answered(outcome) => return *outcome,
+            Before::Unavailable(cause) => return lookup.conclude(Heard::Silent(cause), None).await,
+            Before::Ask => {}
+        }
+        // A 404 was had by GET before, so a HEAD is enough to hear that it still holds.
+        if let Some(StandIn::Kept(_)) = lookup.stand_in {
+            let asked = self
+                .ask(request, repository, context, &lookup.situation, rule.budget)
+                .await;
+            if !matches!(asked.heard, Heard::Named { .. } | Heard::Unnamed) {
+                return lookup.conclude(asked.heard, asked.answer).await;
+            }
+        }
+        let unheld = context.situation(rule, Subject::Tag, None, true, request.now);
+        let fetching = self.judged(request, repository, context, unheld, None);
+        let outcome = if lookup.can_do_without() {
+            match timeout(rule.budget, fetching).await {
+                Ok(outcome) => outcome,
+                Err(_) => return lookup.conclude(Heard::Silent(Cause::Budget), None).await,
+            }
+        } else {
+            fetching.await
+        };
+        match outcome {
+            Outcome::Refused(refused) => match refused.refusal {
+                Refusal::Absent => lookup.conclude(Heard::Absent, refused.answer).await,
+                Refusal::Silent(cause) if lookup.can_do_without() => {
+                    lookup.conclude(Heard::Silent(cause), refused.answer).await
+                }
+                _ => Outcome::Refused(refused),
+            },
+            outcome => outcome,
+        }
+    }
+
+    /// Whether this manifest is cached, and was seen in this repository.
+    fn is_subject_cached(&self, site: &Site, repository: &Repository, subject: &Digest) -> bool {
+        self.store.has_seen(site.name(), repository, subject)
+            && matches!(self.store.manifest(subject), Ok(Some(_)))
+    }
+}
+
+impl<'a> Lookup<'a> {
+    fn new(
+        pull: &'a Arc<Pull>,
+        request: &'a Request,
+        repository: &'a Repository,
+        (context, rule): (&'a Context, &'a Rule),
+        subject: Option<Digest>,
+        query: &Query,
+    ) -> Self {
+        let site = &request.site;
+        let key = ListingKey {
+            upstream: site.name().into(),
+            path: request.operation.path_and_query(),
+        };
+        let is_cached = subject.is_some_and(|subject| pull.is_subject_cached(site, repository, &subject));
+        let kept = |key: &ListingKey| pull.store.listing_answer(key).ok().flatten();
+        let confirmed = |key: &ListingKey| {
+            let (at, writes) = pull.referrers_confirmed.0.get(key)?;
+            let is_fresh = is_cached
+                && writes == request.writes
+                && request.now.duration_since(at).is_ok_and(|age| age < rule.grant);
+            is_fresh.then_some(at)
+        };
+        // The whole list holds what a filter leaves of it.
+        let whole = || {
+            let operation = Operation::Referrers {
+                repository: repository.clone(),
+                digest: AnyDigest::Known(subject?),
+                query: Query::default(),
+            };
+            let key = ListingKey {
+                upstream: site.name().into(),
+                path: operation.path_and_query(),
+            };
+            (!query.is_empty() && query.has_only(FILTER)).then_some(key)
+        };
+        let found = kept(&key).map(|answer| (answer, confirmed(&key)));
+        // But it is longer, so as long as the upstream can filter it, it is asked to.
+        let found = found.or_else(|| {
+            let key = whole()?;
+            let answer = kept(&key)?;
+            let is_absent = matches!(answer, KeptAnswer::Absent(_));
+            Some((answer, confirmed(&key).filter(|_| is_absent)))
+        });
+        let (stand_in, fresh_since) = match found {
+            Some((answer, fresh_since)) => (Some(StandIn::Kept(answer)), fresh_since),
+            None if is_cached => (Some(StandIn::Assumed), None),
+            None => (None, None),
+        };
+        let held = stand_in
+            .as_ref()
+            .map(|stand_in| stand_in.held(fresh_since, request.now));
+        let mut situation = context.situation(rule, Subject::Tag, held, true, request.now);
+        situation.fresh = fresh_since.map_or(Duration::ZERO, |_| rule.grant);
+        // Its subject is served by digest for however long the upstream is unavailable.
+        situation.stale = None;
+        Self {
+            pull,
+            request,
+            repository,
+            rule,
+            key,
+            stand_in,
+            situation,
+            is_fresh: fresh_since.is_some(),
+        }
+    }
+
+    fn before_asking(&self) -> Before {
+        match decide(&self.situation) {
+            Verdict::Refuse(refusal) => return Before::Answered(Box::new(refused(refusal, None, false))),
+            Verdict::Serve(served) if self.is_fresh || self.rule.policy == Policy::Never => {
+                return Before::Answered(Box::new(self.answer(served)));
+            }
+            _ => {}
+        }
+        let unavailable = self.request.site.upstream().silent_now();
+        match unavailable.filter(|_| self.can_do_without()) {
+            Some(cause) => Before::Unavailable(cause),
+            None => Before::Ask,
+        }
+    }
+
+    fn can_do_without(&self) -> bool {
+        let unavailable = self.situation.having_heard(Heard::Silent(Cause::Budget));
+        matches!(decide(&unavailable), Verdict::Serve(_))
+    }
+
+    /// Fetches the list, waiting no longer than the budget where there is something else to answer. The fetch goes on.
+    async fn list(&self, context: &Context) -> super::listing::Listed {
+        let wanted = Wanted::of(self.request, self.repository, &context.caller);
+        let flight = self.pull.lists.share(Key::new(&wanted), || {
+            let (pull, key) = (Arc::clone(self.pull), self.key.clone());
+            async move { pull.list(&wanted, key).await }
+        });
+        let unavailable = |cause| Err((Heard::Silent(cause), None));
+        if !self.can_do_without() {
+            return flight.landed().await.unwrap_or_else(|| unavailable(Cause::Busy));
+        }
+        match timeout(self.rule.budget, flight.landed()).await {
+            Ok(listed) => listed.unwrap_or_else(|| unavailable(Cause::Busy)),
+            Err(_) => unavailable(Cause::Budget),
+        }
+    }
+
+    /// What is answered after the upstream gave no list.
+    async fn conclude(&self, heard: Heard, answer: Option<Arc<Answer>>) -> Outcome {
+        let is_absent = heard == Heard::Absent;
+        match decide(&self.situation.having_heard(heard)) {
+            Verdict::Serve(served) => {
+                if is_absent && !matches!(self.stand_in, Some(StandIn::Kept(KeptAnswer::List(_)))) {
+                    self.keep_absent(answer.as_deref()).await;
+                }
+                self.answer(served)
+            }
+            Verdict::Refuse(refusal) => {
+                if is_absent {
+                    self.keep_absent(answer.as_deref()).await;
+                }
+                refused(refusal, answer, heard == Heard::Refused(Whose::Proxy))
+            }
+            // Laws of the decision: no second question, no fetch.
+            Verdict::Ask | Verdict::Fetch(_) | Verdict::Check(_) => {
+                refused(Refusal::Silent(Cause::Malformed), answer, false)
+            }
+        }
+    }
+
+    fn answer(&self, served: Served) -> Outcome {
+        match &self.stand_in {
+            Some(StandIn::Kept(KeptAnswer::List(kept))) => given(kept, Reason::Held(served)),
+            Some(StandIn::Kept(KeptAnswer::Absent(absence))) => absent(absence.code.clone()),
+            Some(StandIn::Assumed) => absent(None),
+            // A law of the decision: nothing is served that is not held.
+            None => refused(Refusal::NotHeld, None, false),
+        }
+    }
+
+    /// Keeps a 404. Only a principal that may read the repository is believed: some registries say 404 to all others.
+    async fn keep_absent(&self, answer: Option<&Answer>) {
+        if self.situation.standing == Standing::Unknown || !self.is_unwritten() {
+            return;
+        }
+        let code = answer.and_then(|answer| answer.code.clone());
+        let absence = KeptAbsence {
+            code: code.filter(|code| code.len() <= CODE_BYTES_MAX),
+            answered_at: self.pull.clock.now(),
+        };
+        let (store, key) = (Arc::clone(&self.pull.store), self.key.clone());
+        let kept = spawn_blocking(move || store.keep_listing_absent(&key, absence)).await;
+        super::asking::report(kept, "keep that there is no such list");
+        self.confirm();
+    }
+
+    fn confirm(&self) {
+        if self.is_unwritten() {
+            let confirmed = (self.request.now, self.request.writes);
+            self.pull
+                .referrers_confirmed
+                .0
+                .insert(self.key.clone(), confirmed);
+        }
+    }
+
+    fn is_unwritten(&self) -> bool {
+        self.request.site.writes(self.repository) == self.request.writes
+    }
+}
+
+impl StandIn {
+    /// As the decision sees it.
+    fn held(&self, fresh_since: Option<SystemTime>, now: SystemTime) -> Held {
+        let (digest, answered_at) = match self {
+            Self::Kept(KeptAnswer::List(kept)) => (kept.digest, kept.listed_at),
+            Self::Kept(KeptAnswer::Absent(absence)) => {
+                (Digest::of(Algorithm::Sha256, &[]), absence.answered_at)
+            }
+            Self::Assumed => (Digest::of(Algorithm::Sha256, &[]), now),
+        };
+        Held {
+            digest,
+            confirmed_at: fresh_since.unwrap_or(answered_at),
+            rest: Rest::Held,
+        }
+    }
+}
+
+/// 404, as the registry gave it.
+fn absent(code: Option<String>) -> Outcome {
+    let answer = Answer {
+        said: Said::Absent,
+        status: Some(StatusCode::NOT_FOUND),
+        code,
+        ..Answer::silent(Cause::Malformed)
+    };
+    refused(Refusal::Absent, Some(Arc::new(answer)), false)
+}
