@@ -31,10 +31,11 @@ mod source;
 pub mod writing;
 
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use http::HeaderValue;
+use tokio::time::Instant;
 
 pub use asking::Asked;
 pub use listing::Listing;
@@ -57,6 +58,10 @@ use crate::store::uses::Used;
 use crate::store::{LogLimit, Store};
 use crate::trace::Trace;
 use crate::upstream::{Answer, Caller};
+
+/// How long a rate limit is waited out for a client that cannot be served from the cache. Dockerd and containerd give
+/// up on a response after 30 s, of which the request that follows the pause needs some.
+const LIMIT_WITHIN: Duration = Duration::from_secs(20);
 
 /// What the road needs of the world, and what it has under way. One for the process: settings are the [`Site`]'s, and a
 /// reload exchanges those alone.
@@ -306,7 +311,8 @@ impl Pull {
         authorization: Option<&HeaderValue>,
         trace: &Trace,
     ) -> Context {
-        let caller = site.caller(&self.principals, authorization, trace);
+        let mut caller = site.caller(&self.principals, authorization, trace);
+        caller.waits_until = Some(Instant::now() + LIMIT_WITHIN);
         let account = self.account(site, repository, authorization);
         let evidence = Evidence {
             shared: site.is_shared(),

@@ -41,6 +41,7 @@ mod places;
 mod question;
 mod quirk;
 mod realm;
+mod retry_after;
 mod route;
 mod settings;
 mod state;
@@ -54,7 +55,7 @@ pub mod zone;
 pub use answer::{Answer, Said};
 pub use dial::{Connector, Dial, DialError, Dialled, Dialling, Stream, TlsError};
 pub use fetched::{Address, Fetched, Part};
-pub use limits::{Allowance, Who};
+pub use limits::{Allowance, Pause, Who};
 pub use origin::{Origin, OriginError};
 pub use own::{
     CredentialSource, DockerConfig, DockerConfigError, HelperName, HelperNameError, OwnCredential,
@@ -70,7 +71,7 @@ pub use urls::Memory;
 use client::{Follow, Http, Request};
 
 use exchange::Exchange;
-use limits::Lane;
+use limits::{Lane, Turn};
 use line::{Line, LineSettings};
 use places::{Place, Places};
 use question::Question;
@@ -202,7 +203,17 @@ impl Upstream {
 
     /// What the upstream says about `operation` without sending it: which digest a tag names, whether a blob may be
     /// read. Asks also while the breaker is open; who holds a copy looks at [`Upstream::silent_now`] first.
+    /// A rate limit is waited out as long as the caller waits.
     pub async fn head(&self, caller: &Caller, operation: &Operation, accept: &Accept) -> Answer {
+        loop {
+            let answer = self.head_now(caller, operation, accept).await;
+            if !passes(&answer, caller).await {
+                return answer;
+            }
+        }
+    }
+
+    async fn head_now(&self, caller: &Caller, operation: &Operation, accept: &Accept) -> Answer {
         if let Some(cause) = self.0.offline.cause() {
             return Answer::silent(cause);
         }
@@ -212,25 +223,22 @@ impl Upstream {
         let mut round = Round::new(urls::Request::First);
         for origin in &self.0.urls {
             let lane = Lane::of(operation, self.0.answers_no_heads(origin, operation));
-            let answer = if let Some(left) =
-                self.0
-                    .learned
-                    .limits
-                    .waiting(origin, lane, caller, Instant::now())
-            {
-                Answer::rate_limited(left)
-            } else {
-                let (began, trace) = (Instant::now(), caller.trace.within());
-                let question = self.question(origin, caller, (operation, accept), &trace);
-                let answer = question.head().await;
-                self.0.tell((operation, true), Some(&answer), began, &trace);
-                self.0.note((origin, lane), caller, &answer);
-                if answer.silence().is_none()
-                    && let Some(mut health) = self.0.health()
-                {
-                    health.last_head = Some((began.elapsed(), Instant::now()));
+            let limits = &self.0.learned.limits;
+            let answer = match limits.admit(origin, lane, caller, Instant::now()) {
+                Err(pause) => Answer::paused(pause),
+                Ok(turn) => {
+                    let (began, trace) = (Instant::now(), caller.trace.within());
+                    let question = self.question(origin, caller, (operation, accept), &trace);
+                    let answer = question.head().await;
+                    self.0.tell((operation, true), Some(&answer), began, &trace);
+                    let answer = self.0.note((origin, lane), caller, turn, answer);
+                    if answer.silence().is_none()
+                        && let Some(mut health) = self.0.health()
+                    {
+                        health.last_head = Some((began.elapsed(), Instant::now()));
+                    }
+                    answer
                 }
-                answer
             };
             match self.outcome(origin, operation, &answer).await {
                 Outcome::Yes => return self.served(origin, operation, answer).await,
@@ -330,12 +338,13 @@ impl Upstream {
             answer,
             is_unavailable,
             unavailable,
+            asked,
         } = round.end();
         let Some(cause) = answer.silence() else {
             self.0.answered();
             return answer;
         };
-        if !is_unavailable {
+        if !is_unavailable || !asked {
             return answer;
         }
         // Other connections are in effect by now, of which this says nothing.
@@ -380,17 +389,24 @@ impl Inner {
         quirks.has(Quirk::HeadRefused, now) || (by_tag && quirks.has(Quirk::NoDigest, now))
     }
 
-    /// Keeps what an answer says about limits.
-    fn note(&self, (origin, lane): (&Origin, Lane), caller: &Caller, answer: &Answer) {
-        let now = Instant::now();
-        self.learned.limits.note(caller, &answer.rate_limit, now);
-        if answer.silence() == Some(Cause::RateLimited) {
-            let seconds = answer
-                .retry_after
-                .as_ref()
-                .and_then(|value| value.to_str().ok()?.parse().ok());
-            let until = now + Duration::from_secs(seconds.unwrap_or(1));
-            self.learned.limits.wait(origin, lane, caller, until);
+    /// Keeps what an answer says about limits, and passes it on with the pause that follows.
+    fn note(&self, (origin, lane): (&Origin, Lane), caller: &Caller, turn: Turn, answer: Answer) -> Answer {
+        self.learned
+            .limits
+            .note(caller, &answer.rate_limit, Instant::now());
+        // A pause that is there already is that of the token service.
+        match answer.asks_to_wait().filter(|_| answer.pause.is_none()) {
+            Some(cause) => {
+                let told = (cause, answer.stated_wait);
+                let pause = self.learned.limits.limited((origin, lane), caller, turn, told);
+                answer.within(pause)
+            }
+            None => {
+                if answer.silence().is_none() {
+                    turn.passed();
+                }
+                answer
+            }
         }
     }
 
@@ -422,6 +438,14 @@ impl Inner {
             }
         }
         false
+    }
+}
+
+/// Whether the pause within which this is the answer passes while the caller waits; returns when it has.
+async fn passes(answer: &Answer, caller: &Caller) -> bool {
+    match (&answer.pause, caller.waits_until) {
+        (Some(pause), Some(until)) => pause.passes(until).await,
+        _ => false,
     }
 }
 

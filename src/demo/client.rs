@@ -62,6 +62,7 @@ impl Client {
                 principal: [u8::from(authorization.is_some()); 32],
                 credential,
                 trace: Trace::begun(),
+                waits_until: None,
             },
         })
     }

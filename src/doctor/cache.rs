@@ -230,6 +230,7 @@ async fn upstream(name: String, upstream: &Upstream, operation: Option<Operation
         principal: [0; 32],
         credential: Credential::Anonymous,
         trace: Trace::begun(),
+        waits_until: None,
     };
     let answer = upstream.head(&anonymous, &operation, &Accept::any()).await;
     if let Some(cause) = answer.silence() {

@@ -26,7 +26,7 @@ pub enum Cause {
     Budget,
     /// It failed so often that it is left alone for a while.
     BreakerOpen,
-    /// It answered 429, or did so and asked to wait.
+    /// It limits the rate of requests: by 429 or otherwise, or it did so and the wait is not over.
     RateLimited,
     /// It answered with a status that says nothing about the image, a 5xx for the most part.
     Status(u16),
@@ -88,7 +88,7 @@ impl fmt::Display for Cause {
             Self::Timeout => "did not answer in time",
             Self::Budget => "did not answer within the budget",
             Self::BreakerOpen => "failed repeatedly and is being left alone for a while",
-            Self::RateLimited => "limits the rate of requests (429)",
+            Self::RateLimited => "limits the rate of requests",
             Self::Status(status) => return write!(f, "answered {status}"),
             Self::TokenService => "has a token service that gave no token",
             Self::OwnCredential => "could not be asked, for the cache's own credential could not be had",

@@ -66,7 +66,12 @@ impl Pull {
                 answer: None,
             };
         }
-        let flight = self.question(&Wanted::of(request, repository, &context.caller));
+        let mut wanted = Wanted::of(request, repository, &context.caller);
+        if can_do_without {
+            // The cached copy is the answer to a rate limit.
+            wanted.caller.waits_until = None;
+        }
+        let flight = self.question(&wanted);
         let answer = if can_do_without {
             match tokio::time::timeout(budget, flight.landed()).await {
                 Ok(answer) => answer,

@@ -14,7 +14,7 @@ use crate::policy::rules::Rule;
 use crate::policy::{Heard, Refusal, Served, Situation, Standing, Subject, Verdict, Whose, Why, decide};
 use crate::store::manifests::HeldManifest;
 use crate::store::refs::TagKey;
-use crate::upstream::{Answer, Said};
+use crate::upstream::{Answer, Caller, Said};
 
 /// A manifest that is too large to be kept is passed on as it comes, up to this size. Larger ones, no client takes.
 const PASSED_MANIFEST_BYTES_MAX: u64 = 16 * 1024 * 1024;
@@ -302,21 +302,32 @@ impl<'a> Road<'a> {
         if instead.manifest.digest == manifest.digest {
             return Ok(());
         }
-        let caller = &self.context.caller;
-        let checking = self
-            .pull
-            .check(self.request, self.repository, caller, manifest, &instead.manifest);
+        let caller = Caller {
+            waits_until: Some(self.deadline),
+            ..self.context.caller.clone()
+        };
+        let checking = self.pull.check(
+            self.request,
+            self.repository,
+            &caller,
+            manifest,
+            &instead.manifest,
+        );
         // What was asked goes on being asked; the next who comes finds the answers.
         let checked = timeout_at(self.deadline, checking).await;
         checked.unwrap_or(Err(Cause::Budget))
     }
 
     async fn fetch(&self, why: Why, situation: Situation, copies: Option<Copies>) -> Outcome {
-        let fetching = self.pull.fetch_manifest(self.wanted());
         let can_do_without = matches!(
             decide(&situation.having_heard(Heard::Undelivered(Cause::Budget))),
             Verdict::Serve(_)
         );
+        let mut wanted = self.wanted();
+        if can_do_without {
+            wanted.caller.waits_until = Some(self.deadline);
+        }
+        let fetching = self.pull.fetch_manifest(wanted);
         let fetched = if can_do_without {
             match timeout_at(self.deadline, fetching).await {
                 Ok(fetched) => fetched,

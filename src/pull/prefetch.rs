@@ -7,10 +7,11 @@
 use std::sync::Arc;
 
 use tokio::sync::Semaphore;
+use tokio::time::Instant;
 
-use super::Pull;
 use super::fetching::Wanted;
 use super::source::Upstreamed;
+use super::{LIMIT_WITHIN, Pull};
 use crate::download::Joined;
 use crate::oci::{AnyDigest, Digest, Operation};
 use crate::store::manifests::HeldManifest;
@@ -88,7 +89,8 @@ impl Pull {
             repository: of.repository.clone(),
             digest: AnyDigest::Known(digest),
         };
-        let wanted = Wanted { operation, ..of };
+        let mut wanted = Wanted { operation, ..of };
+        wanted.caller.waits_until = Some(Instant::now() + LIMIT_WITHIN);
         let settled = match self.downloads.join(digest, wanted.requester()) {
             Joined::Leader(leader) => {
                 let source = Upstreamed::new(self, wanted.clone(), digest);

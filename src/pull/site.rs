@@ -99,6 +99,7 @@ impl Principals {
             principal: *self.anonymous.as_bytes(),
             credential: Credential::Anonymous,
             trace: trace.clone(),
+            waits_until: None,
         }
     }
 }
@@ -236,6 +237,7 @@ impl Site {
             principal: *principal.as_bytes(),
             credential,
             trace: trace.clone(),
+            waits_until: None,
         }
     }
 }

@@ -1,6 +1,7 @@
 //! The upstream as the source of a download, and of parts that lie far ahead of one.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use http::StatusCode;
 use tokio::time::Instant;
@@ -11,6 +12,10 @@ use crate::download::{self, Ahead, Chunks, Failure, Source, Stream};
 use crate::event::{self, SpanKind};
 use crate::oci::Digest;
 use crate::upstream::{Address, Answer, Credential, Fetched, Part, Said};
+
+/// How long a rate limit is waited out in the middle of a transfer. Clients that have had bytes wait longer than for a
+/// response.
+const RESUME_LIMIT_WITHIN: Duration = Duration::from_secs(120);
 
 /// Asked with the leader's own credential, whose yes is kept as its grant.
 pub(super) struct Upstreamed {
@@ -71,6 +76,9 @@ impl Source for Upstreamed {
         };
         let first = !std::mem::replace(&mut self.begun, true);
         let asked_at = Instant::now();
+        if !first {
+            self.of.caller.waits_until = Some(asked_at + RESUME_LIMIT_WITHIN);
+        }
         let mut answer = self.get(part).await;
         if !first
             && matches!(&answer, Err(answer) if answer.said == Said::Forbidden)

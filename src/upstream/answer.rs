@@ -6,6 +6,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use http::header::{CONTENT_TYPE, RETRY_AFTER, WWW_AUTHENTICATE};
 use http::{HeaderMap, HeaderValue, StatusCode};
+use tokio::time::Instant;
 
 use crate::oci::cause::Cause;
 use crate::oci::digest::{AnyDigest, Digest};
@@ -15,6 +16,8 @@ use crate::oci::name::Reference;
 use crate::oci::operation::Operation;
 
 use super::client::content_length;
+use super::limits::Pause;
+use super::retry_after::is_limit;
 
 /// The answer to one question.
 #[derive(Clone)]
@@ -40,6 +43,10 @@ pub struct Answer {
     pub message: Option<String>,
     /// The whole manifest, where a GET had to stand in for the HEAD: it need not be fetched again.
     pub body: Option<(Bytes, MediaType)>,
+    /// The pause that the upstream asked for, or within which it was not asked at all.
+    pub pause: Option<Pause>,
+    /// How long the upstream says to wait: of a limit, and of a 503.
+    pub stated_wait: Option<Duration>,
 }
 
 /// What an answer comes down to. A denial, an absence and a silence can never be confused.
@@ -93,6 +100,8 @@ impl Answer {
             code: None,
             message: None,
             body: None,
+            pause: None,
+            stated_wait: None,
         }
     }
 
@@ -105,12 +114,28 @@ impl Answer {
         }
     }
 
-    /// Asked for less than `left` ago and told to wait.
-    pub(super) fn rate_limited(left: Duration) -> Answer {
+    /// Not asked, for the upstream said to wait.
+    pub(super) fn paused(pause: Pause) -> Answer {
+        Answer::silent(pause.cause()).within(pause)
+    }
+
+    /// The same, with what is left of the pause to be passed on.
+    pub(super) fn within(self, pause: Pause) -> Answer {
+        let left = pause.left(Instant::now());
+        let seconds = left.as_secs() + u64::from(left.subsec_nanos() > 0);
         Answer {
-            status: Some(StatusCode::TOO_MANY_REQUESTS),
-            retry_after: Some(HeaderValue::from(left.as_secs().max(1))),
-            ..Answer::silent(Cause::RateLimited)
+            retry_after: Some(HeaderValue::from(seconds)),
+            pause: Some(pause),
+            ..self
+        }
+    }
+
+    /// What is to be waited for: a limit, or a 503 that says how long.
+    pub(super) fn asks_to_wait(&self) -> Option<Cause> {
+        match self.said {
+            Said::Silent(Cause::RateLimited) => Some(Cause::RateLimited),
+            Said::Silent(cause @ Cause::Status(503)) if self.stated_wait.is_some() => Some(cause),
+            _ => None,
         }
     }
 
@@ -118,9 +143,9 @@ impl Answer {
     pub(super) fn read(operation: &Operation, status: StatusCode, headers: &HeaderMap) -> Answer {
         let said = match status.as_u16() {
             200..=299 => named(operation, headers),
+            _ if is_limit(status, headers) => Said::Silent(Cause::RateLimited),
             401 | 403 => Said::Forbidden,
             404 | 410 => Said::Absent,
-            429 => Said::Silent(Cause::RateLimited),
             // 407 and 408 are a proxy's word, and a redirect that leads nowhere is nobody's.
             407 | 408 | 500..=599 => Said::Silent(Cause::Status(status.as_u16())),
             400..=499 => Said::Other(status),
@@ -134,7 +159,11 @@ impl Answer {
             said,
             status: Some(status),
             challenge: headers.get_all(WWW_AUTHENTICATE).iter().cloned().collect(),
-            retry_after: headers.get(RETRY_AFTER).cloned(),
+            // With an answer it means nothing.
+            retry_after: headers
+                .get(RETRY_AFTER)
+                .filter(|_| matches!(said, Said::Silent(_)))
+                .cloned(),
             media_type: if status.is_success() { media_type } else { None },
             length: if status == StatusCode::OK {
                 content_length(headers)
@@ -145,6 +174,8 @@ impl Answer {
             code: None,
             message: None,
             body: None,
+            pause: None,
+            stated_wait: None,
         }
     }
 
@@ -201,33 +232,4 @@ pub(super) fn header_digest(headers: &HeaderMap) -> Option<Digest> {
         return None;
     }
     first.to_str().ok()?.parse().ok()
-}
-
-/// How long to wait after a 429: `Retry-After` in seconds, or as a date measured against the answer's own `Date`, so
-/// that no clock of ours is needed. At least a second, at most an hour; half a minute if nothing is said.
-pub(super) fn wait_of(headers: &HeaderMap) -> Duration {
-    const UNSAID: Duration = Duration::from_secs(30);
-    const MAX: Duration = Duration::from_secs(3600);
-    let text = |name| {
-        headers
-            .get(name)
-            .and_then(|value| value.to_str().ok())
-            .map(str::trim)
-    };
-    let Some(after) = text(RETRY_AFTER) else {
-        return UNSAID;
-    };
-    let wait = if let Ok(seconds) = after.parse::<u64>() {
-        Duration::from_secs(seconds)
-    } else {
-        let dates = (
-            httpdate::parse_http_date(after),
-            text(http::header::DATE).map(httpdate::parse_http_date),
-        );
-        match dates {
-            (Ok(then), Some(Ok(now))) => then.duration_since(now).unwrap_or_default(),
-            _ => UNSAID,
-        }
-    };
-    wait.clamp(Duration::from_secs(1), MAX)
 }

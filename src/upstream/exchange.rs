@@ -15,6 +15,7 @@ use super::answer::{Answer, Said};
 use super::client::{Follow, Http, Reply, Request};
 use super::origin::Origin;
 use super::own::{Own, OwnCredential};
+use super::retry_after::{is_limit_by_body, stated_wait};
 use super::token::{Holder, HolderKind, Key, Login, Remembered, TokenFailure, Tokens};
 use super::{Caller, Credential};
 use crate::oci::accept::Accept;
@@ -346,11 +347,6 @@ fn standing<'a>(caller: &'a Caller, own: Option<&'a OwnCredential>) -> Standing<
 async fn refusal(ask: &Ask<'_>, reply: Reply) -> Box<Refusal> {
     let (status, abroad) = (reply.status, reply.abroad);
     let mut answer = Answer::read(ask.operation, status, &reply.headers);
-    if answer.said == Said::Silent(Cause::RateLimited) {
-        answer.retry_after = Some(HeaderValue::from(
-            super::answer::wait_of(&reply.headers).as_secs(),
-        ));
-    }
     let challenges = if status == StatusCode::UNAUTHORIZED {
         Challenge::read(&reply.headers)
     } else {
@@ -362,10 +358,14 @@ async fn refusal(ask: &Ask<'_>, reply: Reply) -> Box<Refusal> {
         .is_some_and(|value| value.as_bytes().windows(4).any(|part| part == b"json"));
     let of_registry = json || reply.headers.contains_key(DOCKER_DISTRIBUTION_API_VERSION);
     let mut expired = status == StatusCode::BAD_REQUEST;
+    let headers = reply.headers.clone();
+    answer.stated_wait = stated_wait(&headers, b"");
     if ask.method == Method::GET
         && let Ok(body) = reply.collect(ERROR_BODY_BYTES_MAX, ERROR_BODY_WITHIN).await
     {
         (answer.code, answer.message) = Problem::read(&body).unzip();
+        answer.stated_wait = stated_wait(&headers, &body);
+        answer.said = said(answer.said, &headers, &answer);
         expired |= status == StatusCode::FORBIDDEN
             && body.windows(7).any(|part| part.eq_ignore_ascii_case(b"expired"));
     }
@@ -373,7 +373,8 @@ async fn refusal(ask: &Ask<'_>, reply: Reply) -> Box<Refusal> {
     let storage = abroad
         && matches!(ask.operation, Operation::Blob { .. })
         && status.is_client_error()
-        && !matches!(status.as_u16(), 416 | 429);
+        && status != StatusCode::RANGE_NOT_SATISFIABLE
+        && answer.said != Said::Silent(Cause::RateLimited);
     if storage {
         answer.said = Said::Silent(Cause::Status(status.as_u16()));
         answer.challenge = Vec::new();
@@ -388,13 +389,27 @@ async fn refusal(ask: &Ask<'_>, reply: Reply) -> Box<Refusal> {
     })
 }
 
+/// What the response comes down to now that its error code is known: a limit, or a denial after all.
+fn said(by_headers: Said, headers: &HeaderMap, answer: &Answer) -> Said {
+    let (code, message) = (answer.code.as_deref(), answer.message.as_deref());
+    let Some(status) = answer.status else {
+        return by_headers;
+    };
+    let limited = is_limit_by_body(status, headers, code, message);
+    match by_headers {
+        _ if limited => Said::Silent(Cause::RateLimited),
+        Said::Silent(Cause::RateLimited) => Said::Forbidden,
+        other => other,
+    }
+}
+
 fn silent(cause: Cause) -> Box<Refusal> {
     Box::new(Answer::silent(cause).into())
 }
 
 fn no_token(failure: &TokenFailure) -> Box<Refusal> {
     Box::new(Refusal::from(match failure {
-        TokenFailure::Limited(wait) => Answer::rate_limited(*wait),
+        TokenFailure::Limited(pause) => Answer::paused(pause.clone()),
         TokenFailure::Denied(_) | TokenFailure::Silent => Answer::silent(failure.into()),
     }))
 }
@@ -402,6 +417,9 @@ fn no_token(failure: &TokenFailure) -> Box<Refusal> {
 /// A denial with the challenge as it was before any token was sent. One with `error="…"` in it makes containerd give
 /// up without trying the credentials it has.
 fn denied(mut refusal: Box<Refusal>, challenge: &[HeaderValue]) -> Box<Refusal> {
+    if refusal.answer.said == Said::Silent(Cause::RateLimited) {
+        return refusal;
+    }
     refusal.answer.said = Said::Forbidden;
     if !challenge.is_empty() {
         refusal.answer.challenge = challenge.to_vec();

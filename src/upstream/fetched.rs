@@ -6,13 +6,13 @@ use bytes::Bytes;
 use http::{HeaderMap, StatusCode};
 use tokio::time::Instant;
 
-use super::Upstream;
 use super::answer::Answer;
 use super::client::Body;
 use super::limits::Lane;
 use super::places::Place;
 use super::settings::Caller;
 use super::urls::{self, Round};
+use super::{Upstream, passes};
 use crate::oci::accept::Accept;
 use crate::oci::cause::Cause;
 use crate::oci::digest::Digest;
@@ -89,8 +89,24 @@ impl Upstream {
     }
 
     /// Fetches a part of `operation`, not first from where it broke off. Among several URLs a no is then not final: the
-    /// one that began it has said yes, and a mirror may lack what another has.
+    /// one that began it has said yes, and a mirror may lack what another has. A rate limit is waited out as long as the
+    /// caller waits.
     pub async fn get_part(
+        &self,
+        caller: &Caller,
+        operation: &Operation,
+        accept: &Accept,
+        part: Part,
+    ) -> Result<Fetched, Answer> {
+        loop {
+            match self.get_now(caller, operation, accept, part).await {
+                Err(answer) if passes(&answer, caller).await => {}
+                got => return got,
+            }
+        }
+    }
+
+    async fn get_now(
         &self,
         caller: &Caller,
         operation: &Operation,
@@ -117,28 +133,24 @@ impl Upstream {
             let Some(origin) = self.0.urls.get(position) else {
                 continue;
             };
-            let waiting = self
-                .0
-                .learned
-                .limits
-                .waiting(origin, lane, caller, Instant::now());
-            let got = if let Some(left) = waiting {
-                Err(Answer::rate_limited(left).into())
-            } else {
-                let (began, trace) = (Instant::now(), caller.trace.within());
-                let question = self.question(origin, caller, (operation, accept), &trace);
-                let got = question.get(part, Address(position), self.0.timeouts.idle).await;
-                let told = got.as_ref().err().map(Box::as_ref);
-                self.0.tell((operation, false), told, began, &trace);
-                match &got {
-                    Ok(fetched) => self
-                        .0
-                        .learned
-                        .limits
-                        .note(caller, &fetched.rate_limit, Instant::now()),
-                    Err(answer) => self.0.note((origin, lane), caller, answer),
+            let limits = &self.0.learned.limits;
+            let got = match limits.admit(origin, lane, caller, Instant::now()) {
+                Err(pause) => Err(Answer::paused(pause).into()),
+                Ok(turn) => {
+                    let (began, trace) = (Instant::now(), caller.trace.within());
+                    let question = self.question(origin, caller, (operation, accept), &trace);
+                    let got = question.get(part, Address(position), self.0.timeouts.idle).await;
+                    let told = got.as_ref().err().map(Box::as_ref);
+                    self.0.tell((operation, false), told, began, &trace);
+                    match got {
+                        Ok(fetched) => {
+                            limits.note(caller, &fetched.rate_limit, Instant::now());
+                            turn.passed();
+                            Ok(fetched)
+                        }
+                        Err(answer) => Err(Box::new(self.0.note((origin, lane), caller, turn, *answer))),
+                    }
                 }
-                got
             };
             match got {
                 Ok(mut fetched) => {

@@ -1,13 +1,15 @@
-//! How often an upstream may be asked, as far as it said so: how long to leave it alone after a 429, and what is left of
-//! each caller's allowance.
+//! How often an upstream may be asked, as far as it said so: how long to leave it alone after a limited request, and what
+//! is left of each caller's allowance. `window`: the pause, and how requests go on after it.
 //!
 //! Docker Hub counts GETs of manifests as pulls and nothing else, so a quota that is used up says nothing about HEADs,
 //! which still tell whether a tag moved and who may read it, nor about blobs. Each kind of question waits for its own
 //! 429. One exception: a HEAD that is limited meets a limit on everything, which a GET would meet too.
 
+use std::convert::Infallible;
 use std::fmt;
+use std::hash::Hash;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use quick_cache::sync::Cache;
@@ -15,8 +17,15 @@ use tokio::time::Instant;
 
 use super::origin::Origin;
 use super::settings::{Caller, Credential};
+use crate::oci::cause::Cause;
 use crate::oci::header::RateLimit;
 use crate::oci::operation::Operation;
+
+mod window;
+
+pub use window::Pause;
+pub(super) use window::Turn;
+use window::Window;
 
 /// Windows remembered, per upstream.
 const WINDOWS_MAX: usize = 4096;
@@ -110,10 +119,42 @@ impl Allowance {
     }
 }
 
+/// Windows by what is limited together. One that was never limited is open.
+pub(super) struct Windows<K>(Cache<K, Arc<Window>>);
+
+impl<K: Eq + Hash + Clone> Default for Windows<K> {
+    fn default() -> Self {
+        Self(Cache::new(WINDOWS_MAX))
+    }
+}
+
+impl<K: Eq + Hash + Clone> Windows<K> {
+    /// Lets a request through, or says until when not.
+    pub(super) fn admit(&self, key: &K, now: Instant) -> Result<Turn, Pause> {
+        self.0
+            .get(key)
+            .map_or_else(|| Ok(Turn::free()), |window| window.admit(now))
+    }
+
+    /// The request of this turn was limited, or answered by a 503 that states a wait.
+    pub(super) fn limited(&self, key: &K, turn: Turn, cause: Cause, stated: Option<Duration>) -> Pause {
+        let new = || Ok::<_, Infallible>(Arc::new(Window::new(Instant::now())));
+        match self.0.get_or_insert_with(key, new) {
+            Ok(window) => turn.limited(&window, cause, stated),
+            Err(never) => match never {},
+        }
+    }
+
+    fn closed(&self, key: &K, now: Instant) -> Option<Pause> {
+        self.0.get(key)?.closed(now)
+    }
+}
+
 /// What is known of one upstream's limits.
+#[derive(Default)]
 pub(super) struct Limits {
-    /// Until when an address is left alone with such questions of a principal.
-    windows: Cache<(Origin, Lane, [u8; 32]), Instant>,
+    /// By address, kind of request and principal.
+    windows: Windows<(Origin, Lane, [u8; 32])>,
     /// The own credential that a window is for, so that another one does not wait for it.
     own: AtomicU64,
     allowances: Mutex<Vec<Said>>,
@@ -124,16 +165,6 @@ struct Said {
     who: Who,
     limit: RateLimit,
     at: Instant,
-}
-
-impl Default for Limits {
-    fn default() -> Limits {
-        Limits {
-            windows: Cache::new(WINDOWS_MAX),
-            own: AtomicU64::new(0),
-            allowances: Mutex::default(),
-        }
-    }
 }
 
 impl Limits {
@@ -153,29 +184,33 @@ impl Limits {
         (origin.clone(), lane, principal)
     }
 
-    /// A 429: the address is left alone with such questions of this caller until then.
-    pub(super) fn wait(&self, origin: &Origin, lane: Lane, caller: &Caller, until: Instant) {
-        self.windows.insert(self.key(origin, lane, caller), until);
-    }
-
-    /// How long `caller` still has to leave this address alone with such a question.
-    pub(super) fn waiting(
+    /// Lets `caller` put such a question to this address now, or says how long not.
+    pub(super) fn admit(
         &self,
         origin: &Origin,
         lane: Lane,
         caller: &Caller,
         now: Instant,
-    ) -> Option<Duration> {
-        let left = |lane| {
-            let until = self.windows.get(&self.key(origin, lane, caller));
-            until.map_or(Duration::ZERO, |until| until.saturating_duration_since(now))
-        };
-        let left = if lane == Lane::Manifests {
-            left(lane).max(left(Lane::Heads))
-        } else {
-            left(lane)
-        };
-        (!left.is_zero()).then_some(left)
+    ) -> Result<Turn, Pause> {
+        let key = |lane| self.key(origin, lane, caller);
+        if lane == Lane::Manifests
+            && let Some(pause) = self.windows.closed(&key(Lane::Heads), now)
+        {
+            return Err(pause);
+        }
+        self.windows.admit(&key(lane), now)
+    }
+
+    /// The question of this turn was limited: the address is left alone with such questions of this caller.
+    pub(super) fn limited(
+        &self,
+        (origin, lane): (&Origin, Lane),
+        caller: &Caller,
+        turn: Turn,
+        (cause, stated): (Cause, Option<Duration>),
+    ) -> Pause {
+        self.windows
+            .limited(&self.key(origin, lane, caller), turn, cause, stated)
     }
 
     /// Keeps what an answer says of the caller's allowance, if anything.
@@ -231,6 +266,7 @@ mod tests {
             principal: [id; 32],
             credential: Credential::Client(HeaderValue::from_static("Bearer canary")),
             trace: Trace::begun(),
+            waits_until: None,
         }
     }
 
@@ -244,10 +280,8 @@ mod tests {
     #[test]
     fn each_kind_of_question_waits_for_its_own_limit_and_a_limit_on_heads_holds_manifests_too() {
         let (now, minute) = (Instant::now(), Duration::from_secs(60));
-        let (here, there) = (
-            "https://a.example".parse().unwrap(),
-            "https://b.example".parse().unwrap(),
-        );
+        let address = |text: &str| text.parse::<Origin>().unwrap();
+        let (here, there) = (address("https://a.example"), address("https://b.example"));
         let all = [Lane::Heads, Lane::Manifests, Lane::Blobs, Lane::Lists];
         for (limited, stopped) in [
             (Lane::Heads, &[Lane::Heads, Lane::Manifests][..]),
@@ -256,25 +290,20 @@ mod tests {
             (Lane::Lists, &[Lane::Lists]),
         ] {
             let limits = Limits::default();
-            limits.wait(&here, limited, &client(1), now + minute);
+            let turn = limits.admit(&here, limited, &client(1), now).unwrap();
+            let told = (Cause::RateLimited, Some(minute));
+            limits.limited((&here, limited), &client(1), turn, told);
             for lane in all {
-                let waiting = stopped.contains(&lane).then_some(minute);
+                let waits = |origin, id, now| limits.admit(origin, lane, &client(id), now).is_err();
+                let later = Instant::now() + minute;
                 assert_eq!(
-                    limits.waiting(&here, lane, &client(1), now),
-                    waiting,
+                    waits(&here, 1, now),
+                    stopped.contains(&lane),
                     "{limited:?} {lane:?}"
                 );
-                assert_eq!(limits.waiting(&here, lane, &client(1), now + minute), None);
-                assert_eq!(
-                    limits.waiting(&here, lane, &client(2), now),
-                    None,
-                    "another caller"
-                );
-                assert_eq!(
-                    limits.waiting(&there, lane, &client(1), now),
-                    None,
-                    "another address"
-                );
+                assert!(!waits(&here, 1, later), "{limited:?} {lane:?}");
+                assert!(!waits(&here, 2, now), "another caller");
+                assert!(!waits(&there, 1, now), "another address");
             }
         }
     }
@@ -286,6 +315,7 @@ mod tests {
             principal: [0; 32],
             credential: Credential::Anonymous,
             trace: Trace::begun(),
+            waits_until: None,
         };
         limits.note(&anonymous, &remaining(99), now);
         limits.note(&anonymous, &remaining(98), now);

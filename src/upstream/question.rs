@@ -78,10 +78,21 @@ impl Question<'_> {
                     || (!refusal.of_registry && self.quirks.first_check(repository, Quirk::HeadUntrue)) =>
             {
                 let checked = self.get_manifest(reference, Some(Quirk::HeadUntrue)).await;
-                if matches!(checked.said, Said::Is(_)) {
+                if matches!(checked.said, Said::Is(_)) || checked.asks_to_wait().is_some() {
                     checked
                 } else {
                     refusal.answer
+                }
+            }
+            // The body says whether it is a limit, and a HEAD has none.
+            Some(status)
+                if refusal.of_registry
+                    && status != StatusCode::UNAUTHORIZED
+                    && matches!(refusal.answer.said, Said::Forbidden | Said::Other(_)) =>
+            {
+                match self.ask(Method::GET, None).await {
+                    Err(by_get) if by_get.answer.asks_to_wait().is_some() => by_get.answer,
+                    Ok(_) | Err(_) => refusal.answer,
                 }
             }
             _ => refusal.answer,

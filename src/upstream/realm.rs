@@ -13,8 +13,10 @@ use zeroize::Zeroizing;
 use super::Upstream;
 use super::origin::Origin;
 use super::pass::Passing;
+use super::retry_after::{is_limit, is_limit_by_body};
 use super::token::{TOKEN_BODY_BYTES_MAX, parse};
 use crate::oci::cause::Cause;
+use crate::oci::error::Problem;
 
 /// What the token service answered.
 pub struct TokenReply {
@@ -57,7 +59,7 @@ impl Upstream {
     async fn reply_of(&self, realm: &Origin, passing: Passing) -> Result<TokenReply, Cause> {
         let mut passed = self.pass_beside(realm, passing).await?;
         match passed.status.as_u16() {
-            429 => return Err(Cause::RateLimited),
+            _ if is_limit(passed.status, &passed.headers) => return Err(Cause::RateLimited),
             status @ 500.. => return Err(Cause::Status(status)),
             _ => {}
         }
@@ -69,6 +71,13 @@ impl Upstream {
                 return Err(Cause::TooLarge);
             }
             body.extend_from_slice(&chunk);
+        }
+        if !passed.status.is_success() {
+            let (code, message) = Problem::read(&body).unzip();
+            let (code, message) = (code.as_deref(), message.as_deref());
+            if is_limit_by_body(passed.status, &passed.headers, code, message) {
+                return Err(Cause::RateLimited);
+            }
         }
         let issued = parse(&body).filter(|_| passed.status.is_success());
         passed.headers.remove(CONTENT_LENGTH);

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use http::HeaderValue;
+use tokio::time::Instant;
 
 use super::dial::TlsError;
 use super::origin::Origin;
@@ -106,6 +107,8 @@ pub struct Caller {
     pub credential: Credential,
     /// Which trace its reason belongs to.
     pub trace: Trace,
+    /// Until when a rate limit of the upstream may be waited out for it; `None`: not at all.
+    pub waits_until: Option<Instant>,
 }
 
 impl fmt::Debug for Caller {

@@ -58,6 +58,7 @@ pub(super) fn anonymous() -> Caller {
         principal: [0; 32],
         credential: Credential::Anonymous,
         trace: Trace::begun(),
+        waits_until: None,
     }
 }
 
@@ -70,6 +71,7 @@ pub(super) fn client(authorization: &str) -> Caller {
         principal,
         credential: Credential::Client(header),
         trace: Trace::begun(),
+        waits_until: None,
     }
 }
 

@@ -11,16 +11,19 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use http::header::{AUTHORIZATION, CONTENT_TYPE};
+use http::uri::Authority;
 use http::{HeaderMap, HeaderValue, Method, StatusCode, Uri};
 use quick_cache::sync::Cache;
 use tokio::time::Instant;
 use zeroize::Zeroizing;
 
-use super::answer::wait_of;
 use super::client::{Follow, Http, Reply, Request};
+use super::limits::{Pause, Windows};
 use super::origin::Origin;
 use super::own::OwnCredential;
+use super::retry_after::{is_limit_by_body, stated_wait};
 use crate::oci::cause::Cause;
+use crate::oci::error::Problem;
 use crate::oci::name::Repository;
 use crate::trace::Trace;
 
@@ -74,9 +77,17 @@ pub(super) enum Login<'a> {
 pub(super) enum TokenFailure {
     /// 401 or 403: the credential is wrong.
     Denied(StatusCode),
-    /// 429, and how long to wait.
-    Limited(Duration),
+    /// It limits the rate of requests.
+    Limited(Pause),
     /// No usable answer, for whatever reason.
+    Silent,
+}
+
+/// What a token service answered instead of a token.
+enum NoToken {
+    Denied(StatusCode),
+    /// And how long it says to wait.
+    Limited(Option<Duration>),
     Silent,
 }
 
@@ -122,6 +133,8 @@ pub(super) struct TokenCache {
     remembered: Cache<(Origin, Repository, Holder), Remembered>,
     /// The realm that failed last, for the breaker's probe.
     silent_realm: std::sync::Mutex<Option<Uri>>,
+    /// The pauses of token services, by host and holder.
+    windows: Windows<(Option<Authority>, Holder)>,
 }
 
 impl Default for TokenCache {
@@ -130,6 +143,7 @@ impl Default for TokenCache {
             slots: Cache::new(TOKENS_MAX),
             remembered: Cache::new(TOKENS_MAX),
             silent_realm: std::sync::Mutex::new(None),
+            windows: Windows::default(),
         }
     }
 }
@@ -201,7 +215,30 @@ impl Tokens {
             Err(failure) if slot.fetches.load(Ordering::Acquire) != seen => return Err(failure.clone()),
             Ok(_) | Err(_) => {}
         }
-        let fetched = self.fetch(http, key, login, trace).await;
+        let place = (key.realm.authority().cloned(), key.holder);
+        let turn = self
+            .kept
+            .windows
+            .admit(&place, Instant::now())
+            .map_err(TokenFailure::Limited)?;
+        let fetched = match self.fetch(http, key, login, trace).await {
+            Ok(token) => {
+                turn.passed();
+                Ok(token)
+            }
+            Err(NoToken::Denied(status)) => {
+                turn.passed();
+                Err(TokenFailure::Denied(status))
+            }
+            Err(NoToken::Limited(stated)) => {
+                let pause = self
+                    .kept
+                    .windows
+                    .limited(&place, turn, Cause::RateLimited, stated);
+                Err(TokenFailure::Limited(pause))
+            }
+            Err(NoToken::Silent) => Err(TokenFailure::Silent),
+        };
         self.note_realm(
             Some(key.realm.clone()),
             matches!(fetched, Err(TokenFailure::Silent)),
@@ -263,13 +300,7 @@ impl Tokens {
         self.kept.silent_realm.lock().ok()?.clone()
     }
 
-    async fn fetch(
-        &self,
-        http: &Http,
-        key: &Key,
-        login: Login<'_>,
-        trace: &Trace,
-    ) -> Result<Token, TokenFailure> {
+    async fn fetch(&self, http: &Http, key: &Key, login: Login<'_>, trace: &Trace) -> Result<Token, NoToken> {
         let mut headers = HeaderMap::new();
         trace.write(&mut headers);
         match &login {
@@ -282,8 +313,8 @@ impl Tokens {
                 headers.insert(AUTHORIZATION, own.basic());
             }
         }
-        let uri = with_query(&key.realm, &query(key.service.as_deref(), &key.scopes))
-            .ok_or(TokenFailure::Silent)?;
+        let uri =
+            with_query(&key.realm, &query(key.service.as_deref(), &key.scopes)).ok_or(NoToken::Silent)?;
         let reply = self.send(http, Method::GET, uri, headers, Bytes::new()).await?;
         match (reply.status, login) {
             (StatusCode::NOT_FOUND | StatusCode::METHOD_NOT_ALLOWED, Login::Own(own)) => {
@@ -300,7 +331,7 @@ impl Tokens {
         key: &Key,
         own: &OwnCredential,
         trace: &Trace,
-    ) -> Result<Token, TokenFailure> {
+    ) -> Result<Token, NoToken> {
         let mut form = vec![("client_id", "ifnewer"), ("scope", "")];
         let scopes = key.scopes.join(" ");
         if let Some((_, scope)) = form.last_mut() {
@@ -341,7 +372,7 @@ impl Tokens {
         uri: Uri,
         headers: HeaderMap,
         body: Bytes,
-    ) -> Result<Reply, TokenFailure> {
+    ) -> Result<Reply, NoToken> {
         let request = Request {
             method,
             uri,
@@ -352,22 +383,25 @@ impl Tokens {
         };
         http.send(request).await.map_err(|cause| {
             tracing::debug!(%cause, "the token service gave no answer");
-            TokenFailure::Silent
+            NoToken::Silent
         })
     }
 
-    async fn read(&self, reply: Reply) -> Result<Token, TokenFailure> {
-        match reply.status.as_u16() {
-            200..=299 => {}
-            401 | 403 => return Err(TokenFailure::Denied(reply.status)),
-            429 => return Err(TokenFailure::Limited(wait_of(&reply.headers))),
-            _ => return Err(TokenFailure::Silent),
+    async fn read(&self, reply: Reply) -> Result<Token, NoToken> {
+        let (status, headers) = (reply.status, reply.headers.clone());
+        let body = reply.collect(TOKEN_BODY_BYTES_MAX, self.within).await;
+        if !status.is_success() {
+            let body = body.unwrap_or_default();
+            let (code, message) = Problem::read(&body).unzip();
+            return Err(match status.as_u16() {
+                _ if is_limit_by_body(status, &headers, code.as_deref(), message.as_deref()) => {
+                    NoToken::Limited(stated_wait(&headers, &body))
+                }
+                401 | 403 => NoToken::Denied(status),
+                _ => NoToken::Silent,
+            });
         }
-        let body = reply
-            .collect(TOKEN_BODY_BYTES_MAX, self.within)
-            .await
-            .map_err(|_| TokenFailure::Silent)?;
-        let (text, life) = parse(&body).ok_or(TokenFailure::Silent)?;
+        let (text, life) = body.ok().and_then(|body| parse(&body)).ok_or(NoToken::Silent)?;
         Ok(Token {
             text,
             usable_until: Instant::now() + life.saturating_sub(REFRESH_BEFORE),

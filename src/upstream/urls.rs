@@ -9,8 +9,10 @@ use std::sync::Arc;
 use http::StatusCode;
 use quick_cache::sync::Cache;
 use tokio::task::spawn_blocking;
+use tokio::time::Instant;
 
 use super::answer::{Answer, Said};
+use super::limits::Pause;
 use super::origin::Origin;
 use crate::oci::cause::Cause;
 use crate::oci::name::Repository;
@@ -75,6 +77,8 @@ pub(super) struct Round {
     request: Request,
     responses: Vec<(Outcome, Answer)>,
     unavailable: Vec<Origin>,
+    /// The rate-limit pause that is over first.
+    pause: Option<Pause>,
 }
 
 /// The upstream's response, where no URL said yes.
@@ -84,6 +88,8 @@ pub(super) struct Reported {
     pub(super) is_unavailable: bool,
     /// The URLs that gave none.
     pub(super) unavailable: Vec<Origin>,
+    /// A request was sent; not so within a rate-limit pause.
+    pub(super) asked: bool,
 }
 
 impl Round {
@@ -92,6 +98,7 @@ impl Round {
             request,
             responses: Vec::new(),
             unavailable: Vec::new(),
+            pause: None,
         }
     }
 
@@ -100,6 +107,9 @@ impl Round {
         if outcome == Outcome::Unavailable {
             self.unavailable.push(origin.clone());
         }
+        let now = Instant::now();
+        let pauses = self.pause.take().into_iter().chain(answer.pause.clone());
+        self.pause = pauses.min_by_key(|pause| pause.left(now));
         self.responses.push((outcome, answer));
         ends(outcome, self.request)
     }
@@ -107,14 +117,19 @@ impl Round {
     pub(super) fn end(mut self) -> Reported {
         let outcomes: Vec<_> = self.responses.iter().map(|(outcome, _)| *outcome).collect();
         let answered = outcomes.iter().any(|one| *one != Outcome::Unavailable);
-        let answer = chosen(&outcomes, self.request).map_or_else(
+        let mut answer = chosen(&outcomes, self.request).map_or_else(
             || Answer::silent(Cause::Unreachable),
             |position| self.responses.swap_remove(position).1,
         );
+        let asked = answer.pause.is_none() || answer.status.is_some();
+        if answer.silence().is_some() {
+            answer.pause = self.pause;
+        }
         Reported {
             is_unavailable: answer.silence().is_some() && !(answered && self.request == Request::Resumed),
             answer,
             unavailable: self.unavailable,
+            asked,
         }
     }
 }

@@ -61,6 +61,7 @@ mod prefetch;
 mod promise;
 mod quirks;
 mod ranges;
+mod rate_limits;
 mod redirects;
 mod reload;
 mod resume;

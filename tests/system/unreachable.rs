@@ -224,13 +224,13 @@ async fn what_was_never_seen_gets_a_clear_error_and_never_404() {
 async fn a_quota_without_a_copy_is_passed_on_with_its_retry_after() {
     let upstream = Upstream::start().await;
     upstream.push("library/demo", "latest", Image::with_layers(&["one"]));
-    upstream.rate_limits(Some("17"));
+    upstream.rate_limits(Some("45"));
     let proxy = Proxy::over(&upstream).await;
 
     let reply = proxy.manifest("library/demo", "latest").await;
     assert_eq!(
         (reply.status, reply.header("retry-after")),
-        (429, Some("17")),
+        (429, Some("45")),
         "{reply:#?}"
     );
     assert_eq!(reply.code(), "TOOMANYREQUESTS");

@@ -199,6 +199,7 @@ async fn our_own_account_is_used_only_for_callers_that_say_so() {
         principal: [0; 32],
         credential: Credential::Own,
         trace: Trace::begun(),
+        waits_until: None,
     };
     upstream.head(&caller, &tag(), &accept()).await;
     let basic = format!("Basic {}", BASE64_STANDARD.encode("robot:secret"));
@@ -231,6 +232,7 @@ async fn our_own_account_is_posted_where_the_realm_has_no_get() {
         principal: [0; 32],
         credential: Credential::Own,
         trace: Trace::begun(),
+        waits_until: None,
     };
     let answer = Upstream::new(settings, &Connector::system())
         .unwrap()

@@ -187,7 +187,11 @@ async fn row_28_an_error_names_the_upstream_and_the_cause() {
         (|upstream| upstream.answers_status(403), 403, "denies access"),
         (|upstream| upstream.answers_status(401), 401, "wants a credential"),
         (|upstream| upstream.answers_status(404), 404, "does not exist"),
-        (|upstream| upstream.rate_limits(None), 429, "limits the rate"),
+        (
+            |upstream| upstream.rate_limits(Some("60")),
+            429,
+            "limits the rate",
+        ),
     ] {
         let upstream = Upstream::start().await;
         let image = upstream.push("library/demo", "latest", Image::with_layers(&["one"]));

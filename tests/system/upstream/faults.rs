@@ -63,6 +63,7 @@ pub(super) enum Instead {
     Html,
     Hang,
     Drop,
+    Scripted(super::Scripted),
 }
 
 #[derive(Default)]
@@ -358,7 +359,7 @@ impl Upstream {
         }
     }
 
-    fn instead(&self, applies: Applies, what: Instead) {
+    pub(super) fn instead(&self, applies: Applies, what: Instead) {
         self.turn(|faults| faults.instead.push((applies, what)));
     }
 

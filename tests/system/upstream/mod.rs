@@ -8,6 +8,7 @@ mod body;
 mod faults;
 mod gate;
 mod image;
+mod limits;
 mod lists;
 mod rights;
 mod selftest;
@@ -17,6 +18,8 @@ mod writes;
 
 pub use gate::Gate;
 pub use image::{Blob, DOCKER_LIST, DOCKER_MANIFEST, Image, OCI_INDEX, OCI_MANIFEST, noise, sha256, sha512};
+
+pub use limits::Scripted;
 
 use bytes::Bytes;
 use faults::Faults;

@@ -95,6 +95,13 @@ async fn answer(shared: Arc<Shared>, request: Request<Incoming>) -> Result<Respo
                 }
                 return Ok(response);
             }
+            Some(Instead::Scripted(scripted)) => {
+                let mut response = Response::builder().status(scripted.status);
+                for (name, value) in &scripted.headers {
+                    response = response.header(name, value);
+                }
+                return Ok(sent(&shared, &seen, response, text(scripted.body)));
+            }
             Some(Instead::Html) => {
                 let page = Plan {
                     bytes: Bytes::from_static(b"<html>Please log in</html>"),

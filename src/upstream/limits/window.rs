@@ -1,0 +1,364 @@
+//! Rate-limit windows: a pause after a limited request, then a slow start.
+//!
+//! While a window is closed no request goes out. Once it is over one request goes first. Each response that is no limit
+//! lets one more go at a time, so many queued requests do not all run into the same limit again. A limited response
+//! among them closes the window anew. Of a burst of limited responses only the first counts: the others were sent
+//! before the pause.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::Notify;
+use tokio::time::{Instant, timeout_at};
+
+use crate::oci::cause::Cause;
+
+/// The first pause where the upstream states none; doubled while limited responses go on …
+const PAUSE_MIN: Duration = Duration::from_secs(1);
+/// … up to this.
+const PAUSE_MAX: Duration = Duration::from_secs(30);
+/// The shortest pause that an upstream can ask for …
+const STATED_MIN: Duration = Duration::from_millis(100);
+/// … and the longest.
+const STATED_MAX: Duration = Duration::from_secs(3600);
+/// The longest for a 503, whose `Retry-After` is a guess when the service will be back.
+const UNAVAILABLE_MAX: Duration = Duration::from_secs(60);
+/// Requests at a time at which a slow start is over.
+const SLOW_START_MAX: u32 = 16;
+/// How often a waiting request looks again, should a notification have gone to a request that was then cancelled.
+const RECHECK: Duration = Duration::from_secs(1);
+
+/// The window of one kind of request.
+#[derive(Debug)]
+pub(super) struct Window {
+    state: Mutex<State>,
+    freed: Notify,
+}
+
+#[derive(Debug)]
+struct State {
+    closed_until: Instant,
+    /// Why: a limit, or a 503.
+    cause: Cause,
+    /// Counts the pauses, so that a response to a request from before the last one is known.
+    round: u64,
+    /// Pauses in a row without a response that was no limit.
+    limited: u32,
+    /// How many requests may be out at a time; `None`: any number.
+    slots: Option<u32>,
+    /// How many of this round are.
+    out: u32,
+}
+
+/// A window that lets no request through now.
+#[derive(Clone, Debug)]
+pub struct Pause {
+    window: Arc<Window>,
+    cause: Cause,
+    until: Instant,
+}
+
+/// The permission to send one request. Dropped without a word, it says nothing of the limit.
+#[derive(Debug)]
+pub(in crate::upstream) struct Turn {
+    window: Option<Arc<Window>>,
+    round: u64,
+}
+
+impl PartialEq for Pause {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.window, &other.window) && self.until == other.until
+    }
+}
+
+impl Eq for Pause {}
+
+impl Pause {
+    /// What closed it.
+    pub(in crate::upstream) fn cause(&self) -> Cause {
+        self.cause
+    }
+
+    /// How long it still lasts; a moment at least, for a slow start has no end that is known.
+    pub(in crate::upstream) fn left(&self, now: Instant) -> Duration {
+        self.until.saturating_duration_since(now).max(STATED_MIN)
+    }
+
+    /// Waits until a request may be tried again; `false` if that is not before `deadline`.
+    pub(in crate::upstream) async fn passes(&self, deadline: Instant) -> bool {
+        loop {
+            let freed = self.window.freed.notified();
+            tokio::pin!(freed);
+            // In the queue before the look, so that nothing is missed in between.
+            freed.as_mut().enable();
+            let now = Instant::now();
+            let again = match self.window.state().is_open(now) {
+                Ok(()) => return true,
+                Err(until) if until > deadline => return false,
+                Err(until) if until > now => until,
+                Err(_) => now + RECHECK,
+            };
+            if now >= deadline {
+                return false;
+            }
+            // Its end and a notification mean the same: look again.
+            let _ = timeout_at(again.min(deadline), freed).await;
+        }
+    }
+}
+
+impl Turn {
+    /// For requests of which no window is known.
+    pub(super) fn free() -> Turn {
+        Turn {
+            window: None,
+            round: 0,
+        }
+    }
+
+    /// The response was no limit.
+    pub(in crate::upstream) fn passed(mut self) {
+        if let Some(window) = self.window.take() {
+            window.state().end(self.round, true);
+            // The slot of this one, and one more.
+            window.freed.notify_one();
+            window.freed.notify_one();
+        }
+    }
+
+    /// The response was a limit, or a 503 that states a wait. `window` is that of the same key as this turn.
+    pub(super) fn limited(mut self, window: &Arc<Window>, cause: Cause, stated: Option<Duration>) -> Pause {
+        self.window = None;
+        let now = Instant::now();
+        let mut state = window.state();
+        state.close(self.round, cause, stated, now);
+        Pause {
+            window: Arc::clone(window),
+            cause: state.cause,
+            until: state.closed_until,
+        }
+    }
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        if let Some(window) = self.window.take() {
+            window.state().end(self.round, false);
+            window.freed.notify_one();
+        }
+    }
+}
+
+impl Window {
+    pub(super) fn new(now: Instant) -> Window {
+        let state = State {
+            closed_until: now,
+            cause: Cause::RateLimited,
+            round: 0,
+            limited: 0,
+            slots: None,
+            out: 0,
+        };
+        Window {
+            state: Mutex::new(state),
+            freed: Notify::new(),
+        }
+    }
+
+    /// Lets a request through, or says until when not.
+    pub(super) fn admit(self: &Arc<Self>, now: Instant) -> Result<Turn, Pause> {
+        let mut state = self.state();
+        match state.is_open(now) {
+            Ok(()) => {
+                state.out = state.out.saturating_add(1);
+                Ok(Turn {
+                    window: Some(Arc::clone(self)),
+                    round: state.round,
+                })
+            }
+            Err(until) => Err(Pause {
+                window: Arc::clone(self),
+                cause: state.cause,
+                until,
+            }),
+        }
+    }
+
+    /// The pause, if it is closed; not during a slow start.
+    pub(super) fn closed(self: &Arc<Self>, now: Instant) -> Option<Pause> {
+        let state = self.state();
+        (state.closed_until > now).then(|| Pause {
+            window: Arc::clone(self),
+            cause: state.cause,
+            until: state.closed_until,
+        })
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        // Every change under this lock is whole when it is let go.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    /// `Err`: until when not; the moment itself if all slots are taken.
+    fn is_open(&self, now: Instant) -> Result<(), Instant> {
+        if self.closed_until > now {
+            return Err(self.closed_until);
+        }
+        if self.slots.is_some_and(|slots| self.out >= slots) {
+            return Err(now);
+        }
+        Ok(())
+    }
+
+    fn end(&mut self, round: u64, passed: bool) {
+        if round != self.round {
+            return;
+        }
+        self.out = self.out.saturating_sub(1);
+        if passed {
+            self.limited = 0;
+            self.slots = self
+                .slots
+                .map(|slots| slots + 1)
+                .filter(|slots| *slots <= SLOW_START_MAX);
+        }
+    }
+
+    fn close(&mut self, round: u64, cause: Cause, stated: Option<Duration>, now: Instant) {
+        if round == self.round {
+            self.round += 1;
+            self.limited = self.limited.saturating_add(1);
+            (self.slots, self.out) = (Some(1), 0);
+            self.cause = cause;
+            self.closed_until = now + pause(cause, stated, self.limited);
+        } else if stated.is_some() {
+            self.closed_until = self.closed_until.max(now + pause(cause, stated, 1));
+        }
+    }
+}
+
+/// How long the `nth` pause in a row is. An upstream that states a wait which proves too short is left alone longer.
+fn pause(cause: Cause, stated: Option<Duration>, nth: u32) -> Duration {
+    let doubled = |times: u32| {
+        PAUSE_MIN
+            .saturating_mul(2_u32.saturating_pow(times.min(16)))
+            .min(PAUSE_MAX)
+    };
+    let stated_max = if cause == Cause::RateLimited {
+        STATED_MAX
+    } else {
+        UNAVAILABLE_MAX
+    };
+    match (stated, nth) {
+        (None, nth) => doubled(nth.saturating_sub(1)),
+        (Some(stated), 0 | 1) => stated.clamp(STATED_MIN, stated_max),
+        (Some(stated), nth) => stated
+            .clamp(STATED_MIN, stated_max)
+            .max(doubled(nth.saturating_sub(2))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests may fail loudly")]
+    use super::*;
+
+    fn limited(window: &Arc<Window>, turn: Turn, stated: Option<Duration>) -> Duration {
+        let pause = turn.limited(window, Cause::RateLimited, stated);
+        pause.left(Instant::now())
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn r02_pauses_double_only_while_limits_go_on_and_are_capped() {
+        let window = Arc::new(Window::new(Instant::now()));
+        for seconds in [1, 2, 4, 8, 16, 30, 30] {
+            let turn = window.admit(Instant::now()).unwrap();
+            assert_eq!(limited(&window, turn, None), Duration::from_secs(seconds));
+            assert!(window.admit(Instant::now()).is_err());
+            tokio::time::advance(Duration::from_secs(seconds)).await;
+        }
+        window.admit(Instant::now()).unwrap().passed();
+        let turn = window.admit(Instant::now()).unwrap();
+        assert_eq!(limited(&window, turn, None), Duration::from_secs(1), "begun anew");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn r02_a_burst_of_limits_is_one_pause() {
+        let window = Arc::new(Window::new(Instant::now()));
+        let turns: Vec<_> = (0..20).map(|_| window.admit(Instant::now()).unwrap()).collect();
+        for turn in turns {
+            assert_eq!(limited(&window, turn, None), Duration::from_secs(1));
+        }
+    }
+
+    #[test]
+    fn r02_stated_waits_are_clamped_and_a_liar_is_left_alone_longer() {
+        let (ms, limit) = (Duration::from_millis, Cause::RateLimited);
+        for (cause, stated, nth, wait) in [
+            (limit, ms(0), 1, ms(100)),
+            (limit, ms(500), 1, ms(500)),
+            (limit, Duration::MAX, 1, ms(3_600_000)),
+            (limit, Duration::from_secs(315_360_000), 1, ms(3_600_000)),
+            (limit, ms(0), 2, ms(1000)),
+            (limit, ms(0), 3, ms(2000)),
+            (limit, ms(0), 60, ms(30_000)),
+            (limit, ms(90_000), 3, ms(90_000)),
+            (Cause::Status(503), ms(5000), 1, ms(5000)),
+            (Cause::Status(503), Duration::MAX, 1, ms(60_000)),
+        ] {
+            assert_eq!(
+                pause(cause, Some(stated), nth),
+                wait,
+                "{cause:?} {stated:?} {nth}"
+            );
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn r02_after_a_pause_one_request_goes_first_then_ever_more() {
+        let window = Arc::new(Window::new(Instant::now()));
+        let turn = window.admit(Instant::now()).unwrap();
+        limited(&window, turn, None);
+        tokio::time::advance(Duration::from_secs(1)).await;
+        let free = || std::iter::from_fn(|| window.admit(Instant::now()).ok()).collect::<Vec<_>>();
+        for expected in [1, 2, 4, 8, 16] {
+            let turns = free();
+            assert_eq!(turns.len(), expected);
+            turns.into_iter().for_each(Turn::passed);
+        }
+        let open: Vec<_> = (0..100).map(|_| window.admit(Instant::now())).collect();
+        assert!(open.iter().all(Result::is_ok), "the slow start is over");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn r02_a_request_that_is_cancelled_leaves_its_place() {
+        let window = Arc::new(Window::new(Instant::now()));
+        let turn = window.admit(Instant::now()).unwrap();
+        limited(&window, turn, None);
+        let waiting = |window: &Arc<Window>| window.admit(Instant::now()).unwrap_err();
+        assert!(
+            !waiting(&window).passes(Instant::now()).await,
+            "no patience at all"
+        );
+        let deadline = Instant::now() + Duration::from_secs(20);
+        assert!(waiting(&window).passes(deadline).await);
+        let first = window.admit(Instant::now()).unwrap();
+        let second = waiting(&window);
+        let second = tokio::spawn(async move { second.passes(deadline).await });
+        tokio::task::yield_now().await;
+        drop(first);
+        assert!(second.await.unwrap());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn r02_a_pause_beyond_the_deadline_is_not_waited_for() {
+        let window = Arc::new(Window::new(Instant::now()));
+        let turn = window.admit(Instant::now()).unwrap();
+        let pause = turn.limited(&window, Cause::RateLimited, Some(Duration::from_secs(30)));
+        let began = Instant::now();
+        assert!(!pause.passes(began + Duration::from_secs(20)).await);
+        assert_eq!(began.elapsed(), Duration::ZERO);
+    }
+}
