@@ -8,7 +8,7 @@
 //! (`download`). Bodies are not verified; whoever keeps them hashes them.
 //!
 //! Reading order: `answer` (what can be said) → `question` (HEAD and its substitutes) → `exchange` (credential,
-//! challenge, token) → `token` → `client` (one request) → `line` (one connection) → `dial`, `tcp`; `breaker`, `limits`, `quirk`, `places`, `state` (what outlives reloads), `route`,
+//! challenge, token) → `token` → `client` (one request) → `line` (one connection) → `dial`, `tcp`; `breaker`, `limits`, `retry_after`, `quirk`, `places`, `state` (what outlives reloads), `route`,
 //! `location`, `origin` and `zone` are small and stand alone. Beside all that: `pass` (what is not asked by us but handed on),
 //! `realm` (the same at a token service) and `tunnel` (what is not even read).
 
