@@ -26,7 +26,7 @@ use crate::oci::{Cause, Digest};
 
 /// Decides what to do. Total: every situation has a verdict.
 pub fn decide(situation: &Situation) -> Verdict {
-    let s = situation;
+    let s = &situation.heeding_doubt();
     match s.heard {
         Heard::Nothing => before_asking(s),
         Heard::Named { digest, holding } => named(s, digest, holding),
@@ -67,6 +67,27 @@ impl Situation {
     #[must_use]
     pub fn having_heard(self, heard: Heard) -> Self {
         Self { heard, ..self }
+    }
+
+    /// A tag that a write may have changed is judged as under `if-newer`, and is fresh for nobody. Only `never`, which asks
+    /// nobody, stays what it is.
+    fn heeding_doubt(self) -> Self {
+        if self.subject != Subject::Tag || !self.is_in_doubt() {
+            return self;
+        }
+        let policy = match self.policy {
+            Policy::IfNotPresent => Policy::IfNewer,
+            policy @ (Policy::Always | Policy::IfNewer | Policy::Never) => policy,
+        };
+        Self {
+            policy,
+            fresh: Duration::ZERO,
+            ..self
+        }
+    }
+
+    fn is_in_doubt(&self) -> bool {
+        self.held.is_some_and(|held| held.is_in_doubt)
     }
 
     /// A confirmation in the future (the clock stepped back) says nothing about age, so it counts as old.
@@ -180,6 +201,8 @@ pub struct Held {
     pub confirmed_at: SystemTime,
     /// What the manifest points to. A blob points to nothing.
     pub rest: Rest,
+    /// Whether a write that was handed on may have changed it upstream, and the upstream has not been asked since.
+    pub is_in_doubt: bool,
 }
 
 impl Held {
@@ -281,6 +304,7 @@ fn before_asking(s: &Situation) -> Verdict {
         (_, Standing::Unknown | Standing::Lapsed, _) => Verdict::Ask,
         // Of use only if the upstream has the rest, so it must be there to be asked.
         (_, Standing::Vouched, _) if held.rest != Rest::Held => Verdict::Ask,
+        (_, Standing::Vouched, Subject::Manifest | Subject::Blob) if held.is_in_doubt => Verdict::Ask,
         (_, Standing::Vouched, Subject::Manifest | Subject::Blob) => Verdict::Serve(Served::Immutable),
         (Policy::IfNotPresent, Standing::Vouched, Subject::Tag) => Verdict::Serve(Served::Unasked),
         (Policy::IfNewer, Standing::Vouched, Subject::Tag)

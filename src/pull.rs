@@ -98,8 +98,8 @@ pub struct Request {
     pub authorization: Option<HeaderValue>,
     /// When it arrived.
     pub now: SystemTime,
-    /// How often something was written in the repository by then ([`Site::writes`]).
-    pub writes: u64,
+    /// Which writes there were in the repository by then ([`Site::writes`]).
+    pub writes: writing::Writes,
     /// Whether a yes may lead the client to leave something out of a push, so that it must be the registry's.
     pub for_push: bool,
     /// Which trace it belongs to.

@@ -13,6 +13,7 @@
 //! seen/ab/<hash>              which digests the upstream was seen to have in a repository; whether it is public
 //! listings/<slot>             the last list of tags or referrers, for an outage
 //! ingest/<n>                  what is being written; ingest/<digest>: what an interrupted download left
+//! doubts/ab/<hash>            which tag or digest a write may have changed
 //! challenges/ab/<hash>        how an upstream asks for a credential, for an outage
 //! scrub                       how far the last reading of everything came
 //! pins/ab/<hash>              what is never evicted
@@ -36,6 +37,7 @@
 pub mod blobs;
 mod cache;
 pub mod challenges;
+pub mod doubts;
 mod errors;
 mod evict;
 mod fault;
@@ -133,6 +135,7 @@ pub struct Store {
     seen: Arc<seen::SeenFiles>,
     listings: listings::Listings,
     challenges: challenges::Challenges,
+    doubts: doubts::Doubts,
     grants: grants::Grants,
     wholes: whole::Wholes,
     usage: Arc<Counters>,
@@ -210,12 +213,13 @@ impl Store {
             let scrub = Arc::clone(&scrub);
             begin("store-scrub", move || scrub.run())?
         };
-        Ok(Self {
+        let store = Self {
             blobs,
             manifests,
             seen,
             listings: listings::Listings::new(&volume),
             challenges: challenges::Challenges::new(&volume),
+            doubts: doubts::Doubts::new(&volume),
             refs,
             grants,
             wholes: whole::Wholes::new(&usage),
@@ -234,7 +238,9 @@ impl Store {
             refusal,
             index,
             _lock: lock,
-        })
+        };
+        store.load_doubts();
+        Ok(store)
     }
 
     /// Makes what is kept in the index durable. To be called before the program ends.

@@ -47,17 +47,23 @@ fn every_situation() -> Vec<Situation> {
         now() - 10 * STALE,
         now() + Duration::from_secs(1),
     ];
-    let copy = |confirmed_at| {
+    let copy = |confirmed_at, is_in_doubt| {
         move |rest| {
             Some(Held {
                 digest: old_digest(),
                 confirmed_at,
                 rest,
+                is_in_doubt,
             })
         }
     };
+    let copies = |is_in_doubt| {
+        ages.into_iter()
+            .flat_map(move |at| rests().map(copy(at, is_in_doubt)))
+    };
     let helds: Vec<Option<Held>> = std::iter::once(None)
-        .chain(ages.into_iter().flat_map(|at| rests().map(copy(at))))
+        .chain(copies(false))
+        .chain(copies(true))
         .collect();
     let hearings = [
         Heard::Nothing,
@@ -137,6 +143,10 @@ fn law(name: &str, applies: impl Fn(&Situation) -> bool, law: impl Fn(&Situation
     assert!(checked > 0, "{name}: applies to no situation");
 }
 
+fn in_doubt(s: &Situation) -> bool {
+    s.held.is_some_and(|held| held.is_in_doubt)
+}
+
 fn serves(verdict: Verdict) -> bool {
     matches!(verdict, Verdict::Serve(_))
 }
@@ -151,7 +161,7 @@ fn no_answer(s: &Situation) -> bool {
 
 #[test]
 fn the_space_is_enumerated_whole() {
-    let copies_of_a_tag_a_manifest_and_a_blob = (1 + 5 * 4) + (1 + 5 * 2) + (1 + 5);
+    let copies_of_a_tag_a_manifest_and_a_blob = (1 + 2 * 5 * 4) + (1 + 2 * 5 * 2) + (1 + 2 * 5);
     assert_eq!(
         every_situation().len(),
         4 * copies_of_a_tag_a_manifest_and_a_blob * 3 * 13 * 2 * 2 * 2
@@ -215,6 +225,48 @@ fn policy_never_contacts_nobody() {
         |s| s.policy == Policy::Never && s.heard == Heard::Nothing,
         |_, v| !matches!(v, Verdict::Ask | Verdict::Fetch(_)),
     );
+}
+
+#[test]
+fn t16_what_is_in_doubt_is_served_unasked_under_no_policy_but_never() {
+    law(
+        "in doubt, the upstream is asked",
+        |s| in_doubt(s) && s.heard == Heard::Nothing && s.policy != Policy::Never,
+        |_, v| v == Verdict::Ask,
+    );
+}
+
+#[test]
+fn t16_a_tag_in_doubt_is_not_answered_with_the_old_copy_once_it_moved() {
+    law(
+        "in doubt, the newest word counts",
+        |s| {
+            in_doubt(s)
+                && s.subject == Subject::Tag
+                && matches!(s.heard, Heard::Named { digest, .. } if digest == new_digest())
+        },
+        |_, v| {
+            matches!(
+                v,
+                Verdict::Fetch(_) | Verdict::Serve(Served::Moved) | Verdict::Check(Served::Moved)
+            )
+        },
+    );
+}
+
+#[test]
+fn t16_a_doubt_takes_nothing_away_in_an_outage() {
+    for situation in every_situation()
+        .into_iter()
+        .filter(|s| in_doubt(s) && no_answer(s))
+    {
+        let held = situation.held.map(|held| Held {
+            is_in_doubt: false,
+            ..held
+        });
+        let without = Situation { held, ..situation };
+        assert_eq!(decide(&situation), decide(&without), "{situation:#?}");
+    }
 }
 
 #[test]
@@ -367,7 +419,7 @@ fn a_fresh_tag_is_not_asked_about() {
                 && s.heard == Heard::Nothing
                 && is_whole(s)
                 && s.held
-                    .is_some_and(|h| h.confirmed_at == now() - Duration::from_secs(1))
+                    .is_some_and(|h| h.confirmed_at == now() - Duration::from_secs(1) && !h.is_in_doubt)
         },
         |_, v| v == Verdict::Serve(Served::Fresh),
     );
@@ -392,6 +444,7 @@ fn content_by_digest_is_not_asked_about_for_the_vouched() {
                 && s.standing == Standing::Vouched
                 && s.heard == Heard::Nothing
                 && s.policy != Policy::Never
+                && !in_doubt(s)
         },
         |_, v| v == Verdict::Serve(Served::Immutable),
     );
@@ -427,7 +480,7 @@ fn what_is_not_held_is_not_asked_about_first() {
 fn if_not_present_never_fetches_what_is_present() {
     law(
         "present is enough",
-        |s| s.policy == Policy::IfNotPresent && s.held.is_some(),
+        |s| s.policy == Policy::IfNotPresent && s.held.is_some() && !in_doubt(s),
         |_, v| !matches!(v, Verdict::Fetch(_)),
     );
 }
@@ -498,6 +551,7 @@ fn the_rule_as_it_was_asked_for() {
             digest: old_digest(),
             confirmed_at: now() - STALE,
             rest: Rest::Held,
+            is_in_doubt: false,
         }),
         standing: Standing::Vouched,
         heard: Heard::Nothing,

@@ -8,6 +8,7 @@ use tokio::time::Instant;
 
 use super::fetching::Wanted;
 use super::logins::is_local_token;
+use super::writing::Writes;
 use super::{Context, Pull, Request, Site};
 use crate::oci::{Accept, AnyDigest, Cause, Digest, MediaType, Operation, Reference, Repository};
 use crate::policy::{Heard, Situation, Verdict, Whose, decide};
@@ -22,7 +23,7 @@ pub(super) struct Key {
     accept: u64,
     principal: [u8; 32],
     /// Who asks after a write does not wait for an answer from before it.
-    writes: u64,
+    writes: Writes,
     /// Nor, after a reload, for one to other settings.
     settings: (u64, u64),
 }
@@ -146,7 +147,10 @@ impl Pull {
                             ..
                         },
                         Said::Is(_) | Said::Unnamed,
-                    ) => pull.note_seen(site, repository, *digest).await,
+                    ) => {
+                        pull.note_seen(site, repository, *digest).await;
+                        pull.confirmed(&wanted, (*digest).into()).await;
+                    }
                     _ => {}
                 }
                 Arc::new(answer)

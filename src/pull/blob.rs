@@ -107,6 +107,9 @@ impl Road<'_> {
             digest: self.digest,
             confirmed_at: self.request.now,
             rest: Rest::Held,
+            is_in_doubt: self
+                .pull
+                .is_in_doubt(&self.request.site, self.repository, self.digest.into()),
         });
         let seen = self.pull.seen(
             &self.request.site,

@@ -22,6 +22,8 @@ pub(super) struct Copies {
     pub(super) newest: Copy,
     pub(super) rest: Rest,
     pub(super) earlier: Option<Copy>,
+    /// Whether a write may have changed upstream what the newest is named by.
+    pub(super) is_in_doubt: bool,
 }
 
 impl Copies {
@@ -31,6 +33,7 @@ impl Copies {
             digest: self.newest.manifest.digest,
             confirmed_at: self.newest.confirmed_at,
             rest: self.rest,
+            is_in_doubt: self.is_in_doubt,
         }
     }
 
@@ -76,11 +79,14 @@ impl Pull {
                 confirmed_at,
             })
         })?;
+        let is_in_doubt = self.is_in_doubt(site, repository, tag.clone().into())
+            || self.is_in_doubt(site, repository, newest.manifest.digest.into());
         if self.is_whole(site, repository, &newest.manifest) {
             return Some(Copies {
                 newest,
                 rest: Rest::Held,
                 earlier: None,
+                is_in_doubt,
             });
         }
         let earlier = self.last_whole(site, repository, &record, accept, &newest.manifest.digest);
@@ -90,6 +96,7 @@ impl Pull {
                 earlier: earlier.as_ref().map(|copy| copy.confirmed_at),
             },
             earlier,
+            is_in_doubt,
         })
     }
 
@@ -115,6 +122,7 @@ impl Pull {
             newest,
             rest,
             earlier: None,
+            is_in_doubt: self.is_in_doubt(site, repository, (*digest).into()),
         })
     }
 

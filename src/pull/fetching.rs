@@ -7,6 +7,7 @@ use tokio::task::spawn_blocking;
 use tokio::time::Instant;
 
 use super::asking::Key;
+use super::writing::Writes;
 use super::{Pull, Request, Site};
 use crate::download::Requester;
 use crate::oci::manifest::MANIFEST_BYTES_MAX;
@@ -25,7 +26,7 @@ pub(super) struct Wanted {
     pub(super) accept: Accept,
     pub(super) caller: Caller,
     /// As in the [`Request`] that it is for.
-    pub(super) writes: u64,
+    pub(super) writes: Writes,
 }
 
 impl Wanted {

@@ -49,6 +49,7 @@ impl Pull {
             digest: kept.digest,
             confirmed_at: kept.listed_at,
             rest: Rest::Held,
+            is_in_doubt: false,
         };
         let situation = context.situation(rule, Subject::Tag, kept.as_deref().map(digest), true, request.now);
         let wanted = Wanted::of(request, repository, &context.caller);

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use http::HeaderValue;
 
 use super::logins::is_local_token;
-use super::writing::Writings;
+use super::writing::{Writes, Writings};
 use crate::access::Principal;
 use crate::oci::digest::keyed;
 use crate::oci::{NameError, Repository, Tag};
@@ -147,14 +147,13 @@ impl Site {
         self.realm.as_ref()
     }
 
-    /// How often something was written in this repository: compared with a later value, whether something was written in
-    /// between.
-    pub fn writes(&self, repository: &Repository) -> u64 {
-        self.state.writings.count(repository)
+    /// Which writes there were in this repository: compared with a later value, whether there was one in between.
+    pub fn writes(&self, repository: &Repository) -> Writes {
+        self.state.writings.now(repository)
     }
 
-    pub(super) fn note_write(&self, repository: &Repository) {
-        self.state.writings.note(repository);
+    pub(super) fn writings(&self) -> &Writings {
+        &self.state.writings
     }
 
     /// A client believes to speak with it, and will follow its challenge.

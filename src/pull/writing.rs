@@ -1,14 +1,19 @@
-//! What a write changes: a push or a deletion passed through us, and what is held of it is no longer what the upstream
-//! says.
+//! What a write changes: a push or a deletion passes through us, and what is cached of it is no longer what the upstream
+//! has.
 //!
-//! The write itself is handed on and not understood; here is only what follows from it. A tag that was pushed or deleted
-//! is forgotten, so that the next asker hears of it at once, and so is that a deleted digest was ever seen. An answer
-//! that the upstream gave before the write must not bring back what the write ended: who asked in a repository in which
-//! something was written meanwhile does not learn from the answer.
+//! The write itself is handed on and not understood; here is only what follows from it. Before it is handed on, what it may
+//! change is put in doubt, durably ([`crate::store::doubts`]): it is revalidated before it is served, and served while the
+//! upstream is unavailable. A response then says what became of the write. An acknowledged one makes the cache forget the
+//! tag, and that a deleted digest was ever seen. A refused one changes nothing, so that nobody evicts a tag by a push without
+//! the right to it. Anything else leaves the doubt.
+//!
+//! A response that the upstream gave before the write must not bring back what the write ended: who asked in a repository
+//! in which something was written meanwhile does not learn from the response.
 
 use std::hash::{BuildHasher, BuildHasherDefault, DefaultHasher};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, SystemTime};
 
 use http::Method;
 use tokio::task::spawn_blocking;
@@ -18,6 +23,7 @@ use super::fetching::Wanted;
 use super::{Pull, Site};
 use crate::oci::{AnyDigest, Digest, MediaType, Operation, Reference, Repository, Tag};
 use crate::store::Store;
+use crate::store::doubts::DoubtKey;
 use crate::store::refs::TagKey;
 
 /// Repositories that share a counter only learn a little less than they could.
@@ -25,6 +31,9 @@ const COUNTERS: usize = 256;
 
 /// Tags looked through at a time.
 const TAGS_PAGE: usize = 1024;
+
+/// How old a doubt is before a revalidation settles it. A registry may still commit a write whose connection is gone.
+const SETTLED_AFTER: Duration = Duration::from_secs(60);
 
 /// What a write changes of what may be held.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -69,42 +78,244 @@ impl Change {
     }
 }
 
-/// How often something was written at an upstream, by repository.
-pub(super) struct Writings([AtomicU64; COUNTERS]);
+impl Change {
+    fn key(&self, site: &Site) -> DoubtKey {
+        let (repository, reference) = match self {
+            Self::Tag(repository, tag) => (repository, tag.clone().into()),
+            Self::Gone(repository, digest) => (repository, (*digest).into()),
+        };
+        DoubtKey {
+            upstream: site.name().into(),
+            repository: repository.clone(),
+            reference,
+        }
+    }
+}
+
+/// Which writes there were in a repository when a request came: compared with a later value, whether there was one in
+/// between.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Writes {
+    /// How many may have been done.
+    ended: u64,
+    /// How many were begun; `None` while one is under way.
+    begun: Option<u64>,
+}
+
+/// Counts the writes at an upstream, by repository.
+pub(super) struct Writings([Counter; COUNTERS]);
+
+#[derive(Default)]
+struct Counter {
+    ended: AtomicU64,
+    begun: AtomicU64,
+    under_way: AtomicU64,
+}
 
 impl Default for Writings {
     fn default() -> Self {
-        Self(std::array::from_fn(|_| AtomicU64::new(0)))
+        Self(std::array::from_fn(|_| Counter::default()))
     }
 }
 
 impl Writings {
-    pub(super) fn count(&self, repository: &Repository) -> u64 {
+    /// How many were begun.
+    fn begun(&self, repository: &Repository) -> u64 {
         self.counter(repository)
-            .map_or(0, |counter| counter.load(Ordering::Acquire))
+            .map_or(0, |counter| counter.begun.load(Ordering::SeqCst))
     }
 
-    pub(super) fn note(&self, repository: &Repository) {
-        if let Some(counter) = self.counter(repository) {
-            counter.fetch_add(1, Ordering::AcqRel);
+    pub(super) fn now(&self, repository: &Repository) -> Writes {
+        let Some(counter) = self.counter(repository) else {
+            return Writes::default();
+        };
+        let ended = counter.ended.load(Ordering::SeqCst);
+        let begun = counter.begun.load(Ordering::SeqCst);
+        let is_quiet = counter.under_way.load(Ordering::SeqCst) == 0;
+        Writes {
+            ended,
+            begun: is_quiet.then_some(begun),
         }
     }
 
-    fn counter(&self, repository: &Repository) -> Option<&AtomicU64> {
+    fn counter(&self, repository: &Repository) -> Option<&Counter> {
         let hasher = BuildHasherDefault::<DefaultHasher>::default();
         let hash = hasher.hash_one(repository.as_str());
         self.0.get(usize::try_from(hash % COUNTERS as u64).ok()?)
     }
+
+    /// A write begins. Says how many were begun by then.
+    fn begin(&self, repository: &Repository) -> u64 {
+        let Some(counter) = self.counter(repository) else {
+            return 0;
+        };
+        counter.under_way.fetch_add(1, Ordering::SeqCst);
+        counter.begun.fetch_add(1, Ordering::SeqCst) + 1
+    }
+
+    /// It may have been done: responses from before are not learned from.
+    fn note(&self, repository: &Repository) {
+        if let Some(counter) = self.counter(repository) {
+            counter.ended.fetch_add(1, Ordering::SeqCst);
+        }
+    }
+
+    fn leave(&self, repository: &Repository) {
+        if let Some(counter) = self.counter(repository) {
+            counter.under_way.fetch_sub(1, Ordering::SeqCst);
+        }
+    }
+}
+
+/// What became of a write.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Written {
+    /// The registry took it.
+    Done,
+    /// The registry refused it, or never saw it.
+    Refused,
+    /// It may have been done.
+    Perhaps,
+}
+
+/// A write that is handed on. Dropped without a word of what became of it, as when its client leaves, it may have been
+/// done.
+pub struct Handed {
+    site: Arc<Site>,
+    change: Change,
+    /// Which write it is, in the count of those begun.
+    nth: u64,
+    /// Whether the doubt is of this write alone.
+    is_first: bool,
+    is_refused: bool,
+}
+
+impl Drop for Handed {
+    fn drop(&mut self) {
+        let (writings, repository) = (self.site.writings(), self.change.repository());
+        if !self.is_refused {
+            writings.note(repository);
+        }
+        writings.leave(repository);
+    }
 }
 
 impl Pull {
-    /// Something was written upstream, or may have been. When this returns, no asker is told what was true before.
-    pub async fn written(&self, site: &Arc<Site>, change: Change) {
-        // First, so that an answer on its way is not learned from; whoever learned before that is undone below.
-        site.note_write(change.repository());
-        let (store, site) = (Arc::clone(&self.store), Arc::clone(site));
-        let forgotten = spawn_blocking(move || forget(&store, &site, change)).await;
-        report(forgotten, "forget what was written upstream");
+    /// A write is about to be handed on. When this returns, what it may change is in doubt, and stays so over a crash.
+    pub async fn hands_on(&self, site: &Arc<Site>, change: Change) -> Handed {
+        let mut handed = Handed {
+            nth: site.writings().begin(change.repository()),
+            site: Arc::clone(site),
+            is_first: false,
+            is_refused: false,
+            change,
+        };
+        let (store, key, now) = (Arc::clone(&self.store), handed.change.key(site), self.clock.now());
+        let doubted = spawn_blocking(move || match store.has_cached(&key) {
+            true => store.doubt(&key, now),
+            false => Ok(false),
+        })
+        .await;
+        handed.is_first = matches!(doubted, Ok(Ok(true)));
+        report(doubted, "keep that a write may change what is cached");
+        handed
+    }
+
+    /// What became of a write. When this returns, no asker is told what was true before one that was done.
+    pub async fn written(&self, mut handed: Handed, written: Written) {
+        let site = Arc::clone(&handed.site);
+        match written {
+            Written::Perhaps => {}
+            Written::Refused => {
+                handed.is_refused = true;
+                if handed.is_first {
+                    let is_alone = Self::is_alone(&handed);
+                    self.settle(handed.change.key(&site), is_alone).await;
+                }
+            }
+            Written::Done => {
+                // First, so that an answer on its way is not learned from; whoever learned before that is undone below.
+                site.writings().note(handed.change.repository());
+                let (store, change) = (Arc::clone(&self.store), handed.change.clone());
+                let forgotten = spawn_blocking(move || forget(&store, &site, change)).await;
+                report(forgotten, "forget what was written upstream");
+            }
+        }
+    }
+
+    /// Whether no write was begun after this one.
+    fn is_alone(handed: &Handed) -> impl FnOnce(SystemTime) -> bool + Send + 'static {
+        let (site, repository, nth) = (
+            Arc::clone(&handed.site),
+            handed.change.repository().clone(),
+            handed.nth,
+        );
+        move |_| site.writings().begun(&repository) == nth
+    }
+
+    async fn settle(&self, key: DoubtKey, is_settled: impl FnOnce(SystemTime) -> bool + Send + 'static) {
+        if self.store.doubted_since(&key).is_none() {
+            return;
+        }
+        let store = Arc::clone(&self.store);
+        let settled = spawn_blocking(move || store.settle_doubt(&key, is_settled)).await;
+        report(settled, "settle a doubt");
+    }
+
+    /// Whether a write may have changed this upstream since it was asked for last.
+    pub(super) fn is_in_doubt(&self, site: &Site, repository: &Repository, reference: Reference) -> bool {
+        self.store.has_doubts() && {
+            let key = DoubtKey {
+                upstream: site.name().into(),
+                repository: repository.clone(),
+                reference,
+            };
+            self.store.doubted_since(&key).is_some()
+        }
+    }
+
+    /// The upstream has confirmed `reference`: a doubt from before the question is settled.
+    pub(super) async fn confirmed(&self, wanted: &Wanted, reference: Reference) {
+        if !self.store.has_doubts() {
+            return;
+        }
+        let Some(begun) = wanted.writes.begun else { return };
+        let key = DoubtKey {
+            upstream: wanted.site.name().into(),
+            repository: wanted.repository.clone(),
+            reference,
+        };
+        let (site, repository, now) = (
+            Arc::clone(&wanted.site),
+            wanted.repository.clone(),
+            self.clock.now(),
+        );
+        self.settle(key, move |since| {
+            let is_old = now.duration_since(since).is_ok_and(|age| age >= SETTLED_AFTER);
+            is_old && site.writings().begun(&repository) == begun
+        })
+        .await;
+    }
+
+    /// Whether a write was under way at any time since the request came.
+    fn is_overlapped(wanted: &Wanted) -> bool {
+        let begun = wanted.site.writings().begun(&wanted.repository);
+        wanted.writes.begun != Some(begun)
+    }
+
+    /// Puts a tag in doubt of which something was learned beside a write.
+    async fn doubt_beside_write(&self, wanted: &Wanted, reference: &Reference) {
+        if !Self::is_overlapped(wanted) || !matches!(reference, Reference::Tag(_)) {
+            return;
+        }
+        let key = DoubtKey {
+            upstream: wanted.site.name().into(),
+            repository: wanted.repository.clone(),
+            reference: reference.clone(),
+        };
+        let (store, now) = (Arc::clone(&self.store), self.clock.now());
+        let doubted = spawn_blocking(move || store.doubt(&key, now)).await;
+        report(doubted, "keep that a write may change what is cached");
     }
 
     /// Keeps which digest a tag names now, unless something was written in the repository since it was asked for.
@@ -121,10 +332,14 @@ impl Pull {
             accept,
             ..
         } = wanted;
-        let is_same = || site.writes(repository) == wanted.writes;
+        let is_same = || site.writes(repository).ended == wanted.writes.ended;
         if is_same() {
+            self.doubt_beside_write(wanted, reference).await;
             self.learn_name(site, repository, reference, accept, digest, media_type)
                 .await;
+            self.doubt_beside_write(wanted, reference).await;
+            self.confirmed(wanted, reference.clone()).await;
+            self.confirmed(wanted, digest.into()).await;
         }
         // The write may have come between the look and the learning. Bytes were kept with the proof of where they are
         // from, so that is taken back too; what is still there costs one question to be known again.
@@ -152,6 +367,12 @@ fn forget(store: &Store, site: &Site, change: Change) -> Result<(), crate::store
         }
         Change::Gone(repository, digest) => {
             store.note_gone(&upstream, &repository, &digest)?;
+            let key = DoubtKey {
+                upstream: Arc::clone(&upstream),
+                repository: repository.clone(),
+                reference: digest.into(),
+            };
+            store.settle_doubt(&key, |_| true)?;
             let mut after = None;
             loop {
                 let page = store.tags(after.as_ref(), TAGS_PAGE);

@@ -15,7 +15,7 @@ use super::door::{Door, Doors, Peer, in_full, is_absolute, name_of};
 use crate::oci::accept::AcceptError;
 use crate::oci::query::{Query, QueryError};
 use crate::oci::{Accept, Cause, ErrorCode, Malformed, Operation, Repository};
-use crate::pull::writing::Change;
+use crate::pull::writing::{Change, Writes};
 use crate::pull::{Request, Site, is_local_token};
 use crate::trace::Trace;
 use crate::upstream::origin::Origin;
@@ -296,7 +296,7 @@ fn request(
 ) -> Result<Request, Turned> {
     let writes = operation
         .repository()
-        .map_or(0, |repository| site.writes(repository));
+        .map_or_else(Writes::default, |repository| site.writes(repository));
     Ok(Request {
         site,
         operation,

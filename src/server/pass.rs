@@ -8,6 +8,7 @@ use hyper::body::Incoming;
 use super::gate::Passage;
 use super::{Body, Front, Place};
 use crate::oci::Cause;
+use crate::pull::writing::Written;
 use crate::pull::{Pull, is_local_token};
 use crate::upstream::pass::{PassedOn, Passing};
 
@@ -35,6 +36,10 @@ impl Front {
             body: body.map_err(Into::into).boxed_unsync(),
             base: passage.base,
         };
+        let handed = match passage.change {
+            Some(change) => Some(pull.hands_on(&passage.site, change).await),
+            None => None,
+        };
         // A registry may take minutes to put a large layer together; a body that rests is noticed where it is handed on.
         let pardoned = place.peer.pardon.hold();
         let upstream = passage.site.upstream();
@@ -43,12 +48,8 @@ impl Front {
             None => upstream.pass(passing).await,
         };
         drop(pardoned);
-        // A no changes nothing. Whatever else came, or did not come, may have been done.
-        let may_be_done = passed
-            .as_ref()
-            .map_or(true, |passed| !passed.status.is_client_error());
-        if let Some(change) = passage.change.filter(|_| may_be_done) {
-            pull.written(&passage.site, change).await;
+        if let Some(handed) = handed {
+            pull.written(handed, outcome(passed.as_ref())).await;
         }
         passed.map(|passed| self.handed_back(passed))
     }
@@ -66,5 +67,16 @@ impl Front {
         // Ours to say, and said by hyper.
         response.headers_mut().remove(HeaderName::from_static("alt-svc"));
         response
+    }
+}
+
+/// What became of a write that was handed on.
+fn outcome(passed: Result<&PassedOn, &Cause>) -> Written {
+    match passed {
+        Ok(passed) if passed.status.is_client_error() => Written::Refused,
+        Ok(passed) if passed.status.is_success() => Written::Done,
+        // There was no connection, so nothing was sent.
+        Err(Cause::Refused | Cause::Unreachable | Cause::Dns | Cause::ConnectTimeout) => Written::Refused,
+        Ok(_) | Err(_) => Written::Perhaps,
     }
 }

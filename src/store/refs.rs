@@ -47,9 +47,11 @@ impl Store {
         self.refs.keep(key, variant, &is_whole)
     }
 
-    /// Forgets a tag; says whether it was known.
+    /// Forgets a tag, and a doubt about it; says whether it was known.
     pub fn remove_tag(&self, key: &TagKey) -> Result<bool, Fault> {
-        self.refs.remove(key)
+        let was_known = self.refs.remove(key)?;
+        self.settle_doubt(&key.into(), |_| true)?;
+        Ok(was_known)
     }
 
     /// At most `limit` tags in order, from the first after `after` on. From the index, or while that is not whole, from

@@ -179,6 +179,7 @@ fn held(digest: Digest, confirmed_at: SystemTime) -> Held {
         digest,
         confirmed_at,
         rest: Rest::Held,
+        is_in_doubt: false,
     }
 }
 

@@ -208,14 +208,18 @@ impl Cache {
             &self.proven
         };
         let authorization = (!wish.shows.is_empty()).then(|| HeaderValue::from_str(&wish.shows).unwrap());
+        let operation = Operation::parse(&method, &wish.path, None).unwrap();
         let request = Request {
+            writes: operation
+                .repository()
+                .map(|repository| site.writes(repository))
+                .unwrap_or_default(),
             site: Arc::clone(site),
-            operation: Operation::parse(&method, &wish.path, None).unwrap(),
+            operation,
             head: wish.head,
             accept: Accept::read(&headers).unwrap(),
             authorization,
             now: now(),
-            writes: 0,
             for_push: false,
             trace: Trace::begun(),
         };

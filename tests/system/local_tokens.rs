@@ -107,6 +107,24 @@ async fn who_read_before_reads_in_an_outage_by_a_token_of_ours_and_nobody_else()
 }
 
 #[tokio::test]
+async fn o03_a_token_of_ours_is_good_over_a_reload_in_an_outage() {
+    let (upstream, image, proxy) = private().await;
+    pulls(&proxy, &upstream, &image, alice).await;
+    upstream.refuses();
+    let (hers, his) = (
+        token(&proxy, &upstream, "acme/app", alice).await,
+        token(&proxy, &upstream, "acme/app", bob).await,
+    );
+    proxy.program().reload();
+    proxy.program().says("the configuration was read again").await;
+    proxy
+        .pull_with("acme/app", "1", &image, |ask| ask.bearer(&hers))
+        .await
+        .is_stale();
+    gets_nothing(&proxy, &image, &his).await;
+}
+
+#[tokio::test]
 async fn what_is_public_is_for_every_token_of_ours() {
     let (upstream, _, proxy) = private().await;
     let open = upstream.push("open/app", "2", Image::with_layers(&["for all"]));

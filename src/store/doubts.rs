@@ -1,0 +1,229 @@
+//! Doubts: cached tags and digests which a write that was handed on may have changed.
+//!
+//! A doubt is durable before its write is handed on, so that neither a crash nor a lost response makes the cache serve for
+//! good what was pushed over or deleted. It is settled by the response to the write, or by a revalidation asked later.
+//!
+//! One small file for each, and all of them in memory. Only what is cached can be in doubt, which bounds their number,
+//! and so does [`DOUBTS_MAX`].
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::SystemTime;
+
+use serde::{Deserialize, Serialize};
+
+use super::record::{RECORD_BYTES_MAX, checksum, from_millis, opened, sealed, to_millis};
+use super::refs::TagKey;
+use super::volume::Volume;
+use super::{Fault, Store, named_path, remove_file};
+use crate::oci::{AnyDigest, Reference, Repository};
+
+/// Doubts kept. A further write is handed on without one.
+const DOUBTS_MAX: usize = 65_536;
+
+const STRIPES: usize = 64;
+
+const TREE: &str = "doubts";
+
+/// What is in doubt.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct DoubtKey {
+    /// The name of the upstream.
+    pub upstream: Arc<str>,
+    /// The repository there.
+    pub repository: Repository,
+    /// The tag, or the digest of a manifest or blob.
+    pub reference: Reference,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Record {
+    upstream: String,
+    repository: String,
+    reference: String,
+    since_ms: u64,
+}
+
+impl DoubtKey {
+    fn path(&self) -> PathBuf {
+        let reference = self.reference.to_string();
+        named_path(TREE, &[&self.upstream, self.repository.as_str(), &reference])
+    }
+
+    fn read(file: &[u8]) -> Option<(Self, SystemTime)> {
+        let record: Record = opened(file)?;
+        let key = Self {
+            upstream: record.upstream.into(),
+            repository: record.repository.parse().ok()?,
+            reference: record.reference.parse().ok()?,
+        };
+        Some((key, from_millis(record.since_ms)))
+    }
+}
+
+impl From<&TagKey> for DoubtKey {
+    fn from(key: &TagKey) -> Self {
+        Self {
+            upstream: Arc::clone(&key.upstream),
+            repository: key.repository.clone(),
+            reference: Reference::Tag(key.tag.clone()),
+        }
+    }
+}
+
+impl Store {
+    /// Puts `key` in doubt, durably when this returns. `true` if it was not in doubt before.
+    pub fn doubt(&self, key: &DoubtKey, since: SystemTime) -> Result<bool, Fault> {
+        self.doubts.add(key, since)
+    }
+
+    /// Whether anything of `key` is cached, or may be. Blocks.
+    pub fn has_cached(&self, key: &DoubtKey) -> bool {
+        match &key.reference {
+            Reference::Tag(tag) => {
+                let key = TagKey {
+                    upstream: Arc::clone(&key.upstream),
+                    repository: key.repository.clone(),
+                    tag: tag.clone(),
+                };
+                !matches!(self.tag(&key), Ok(None))
+            }
+            Reference::Digest(AnyDigest::Known(digest)) => {
+                self.blobs.has(digest) || self.manifests.has(digest)
+            }
+            Reference::Digest(AnyDigest::Foreign(_)) => false,
+        }
+    }
+
+    /// Since when it is in doubt.
+    pub fn doubted_since(&self, key: &DoubtKey) -> Option<SystemTime> {
+        self.doubts.since(key)
+    }
+
+    /// Whether anything is in doubt.
+    pub fn has_doubts(&self) -> bool {
+        self.doubts.count.load(Ordering::Acquire) > 0
+    }
+
+    /// Ends the doubt if `is_settled`, given since when it is in doubt; in turn with [`Self::doubt`].
+    pub fn settle_doubt(
+        &self,
+        key: &DoubtKey,
+        is_settled: impl FnOnce(SystemTime) -> bool,
+    ) -> Result<(), Fault> {
+        self.doubts.settle(key, is_settled)
+    }
+
+    /// Reads the doubts of earlier processes; those about what is no longer cached are removed.
+    pub(super) fn load_doubts(&self) {
+        for (key, since) in self.doubts.read() {
+            if self.has_cached(&key) {
+                self.doubts.lock().insert(key, since);
+            } else if let Err(fault) = remove_file(self.doubts.volume.as_ref(), &key.path()) {
+                tracing::debug!(%fault, "a doubt about what is no longer cached stays");
+            }
+        }
+        let count = self.doubts.lock().len();
+        self.doubts.count.store(count, Ordering::Release);
+    }
+}
+
+pub(super) struct Doubts {
+    volume: Arc<dyn Volume>,
+    known: Mutex<HashMap<DoubtKey, SystemTime>>,
+    /// Of `known`: most of the time there is none, and nothing to look for.
+    count: AtomicUsize,
+    /// Held while a file is written or removed. Readers do not wait for it.
+    writers: [Mutex<()>; STRIPES],
+}
+
+impl Doubts {
+    pub(super) fn new(volume: &Arc<dyn Volume>) -> Self {
+        Self {
+            volume: Arc::clone(volume),
+            known: Mutex::default(),
+            count: AtomicUsize::new(0),
+            writers: std::array::from_fn(|_| Mutex::default()),
+        }
+    }
+
+    fn since(&self, key: &DoubtKey) -> Option<SystemTime> {
+        if self.count.load(Ordering::Acquire) == 0 {
+            return None;
+        }
+        self.lock().get(key).copied()
+    }
+
+    fn add(&self, key: &DoubtKey, since: SystemTime) -> Result<bool, Fault> {
+        let path = key.path();
+        let _writing = self.writing(&path);
+        let is_new = {
+            let mut known = self.lock();
+            if known.len() >= DOUBTS_MAX && !known.contains_key(key) {
+                return Err(Fault::io(
+                    "write",
+                    path,
+                    &std::io::Error::other(format!("{DOUBTS_MAX} tags are in doubt already")),
+                ));
+            }
+            let is_new = known.insert(key.clone(), since).is_none();
+            self.count.store(known.len(), Ordering::Release);
+            is_new
+        };
+        let record = sealed(&Record {
+            upstream: key.upstream.to_string(),
+            repository: key.repository.as_str().to_owned(),
+            reference: key.reference.to_string(),
+            since_ms: to_millis(since),
+        });
+        self.volume
+            .write_whole(&path, &record)
+            .map_err(|error| Fault::io("write", path, &error))?;
+        Ok(is_new)
+    }
+
+    fn settle(&self, key: &DoubtKey, is_settled: impl FnOnce(SystemTime) -> bool) -> Result<(), Fault> {
+        if self.since(key).is_none() {
+            return Ok(());
+        }
+        let path = key.path();
+        let _writing = self.writing(&path);
+        if !self.since(key).is_some_and(is_settled) {
+            return Ok(());
+        }
+        // The file first: a crash in between leaves a doubt too many, which costs a question.
+        remove_file(self.volume.as_ref(), &path)?;
+        let mut known = self.lock();
+        known.remove(key);
+        self.count.store(known.len(), Ordering::Release);
+        Ok(())
+    }
+
+    fn read(&self) -> Vec<(DoubtKey, SystemTime)> {
+        let mut found = Vec::new();
+        for folder in self.volume.list(Path::new(TREE)).unwrap_or_default() {
+            let folder = Path::new(TREE).join(folder.name);
+            for file in self.volume.list(&folder).unwrap_or_default() {
+                let bytes = self.volume.read_whole(&folder.join(file.name), RECORD_BYTES_MAX);
+                found.extend(bytes.ok().and_then(|bytes| DoubtKey::read(&bytes)));
+                if found.len() >= DOUBTS_MAX {
+                    return found;
+                }
+            }
+        }
+        found
+    }
+
+    fn writing(&self, path: &Path) -> Option<MutexGuard<'_, ()>> {
+        let sum = checksum(path.as_os_str().as_encoded_bytes());
+        let stripe = self.writers.get(usize::from(sum.first().copied()?) % STRIPES)?;
+        Some(stripe.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// The map is whole between any two statements under its lock.
+    fn lock(&self) -> MutexGuard<'_, HashMap<DoubtKey, SystemTime>> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
