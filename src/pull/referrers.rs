@@ -207,7 +207,7 @@ impl<'a> Lookup<'a> {
         let confirmed = |key: &ListingKey| {
             let (at, writes) = pull.referrers_confirmed.0.get(key)?;
             let is_fresh = is_cached
-                && writes == request.writes
+                && writes == request.writes.ended()
                 && request.now.duration_since(at).is_ok_and(|age| age < rule.grant);
             is_fresh.then_some(at)
         };
@@ -344,7 +344,7 @@ impl<'a> Lookup<'a> {
 
     fn confirm(&self) {
         if self.is_unwritten() {
-            let confirmed = (self.request.now, self.request.writes);
+            let confirmed = (self.request.now, self.request.writes.ended());
             self.pull
                 .referrers_confirmed
                 .0
@@ -353,7 +353,7 @@ impl<'a> Lookup<'a> {
     }
 
     fn is_unwritten(&self) -> bool {
-        self.request.site.writes(self.repository) == self.request.writes
+        self.request.site.writes(self.repository).ended() == self.request.writes.ended()
     }
 }
 
@@ -371,6 +371,7 @@ impl StandIn {
             digest,
             confirmed_at: fresh_since.unwrap_or(answered_at),
             rest: Rest::Held,
+            is_in_doubt: false,
         }
     }
 }

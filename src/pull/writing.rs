@@ -79,16 +79,18 @@ impl Change {
 }
 
 impl Change {
-    fn key(&self, site: &Site) -> DoubtKey {
+    /// What of the cache it puts in doubt. A list of referrers is only ever good while nothing was written.
+    fn doubted(&self, site: &Site) -> Option<DoubtKey> {
         let (repository, reference) = match self {
             Self::Tag(repository, tag) => (repository, tag.clone().into()),
             Self::Gone(repository, digest) => (repository, (*digest).into()),
+            Self::Pushed(_) => return None,
         };
-        DoubtKey {
+        Some(DoubtKey {
             upstream: site.name().into(),
             repository: repository.clone(),
             reference,
-        }
+        })
     }
 }
 
@@ -100,6 +102,13 @@ pub struct Writes {
     ended: u64,
     /// How many were begun; `None` while one is under way.
     begun: Option<u64>,
+}
+
+impl Writes {
+    /// How many may have been done.
+    pub(super) fn ended(self) -> u64 {
+        self.ended
+    }
 }
 
 /// Counts the writes at an upstream, by repository.
@@ -210,7 +219,10 @@ impl Pull {
             is_refused: false,
             change,
         };
-        let (store, key, now) = (Arc::clone(&self.store), handed.change.key(site), self.clock.now());
+        let Some(key) = handed.change.doubted(site) else {
+            return handed;
+        };
+        let (store, now) = (Arc::clone(&self.store), self.clock.now());
         let doubted = spawn_blocking(move || match store.has_cached(&key) {
             true => store.doubt(&key, now),
             false => Ok(false),
@@ -228,9 +240,9 @@ impl Pull {
             Written::Perhaps => {}
             Written::Refused => {
                 handed.is_refused = true;
-                if handed.is_first {
+                if let Some(key) = handed.change.doubted(&site).filter(|_| handed.is_first) {
                     let is_alone = Self::is_alone(&handed);
-                    self.settle(handed.change.key(&site), is_alone).await;
+                    self.settle(key, is_alone).await;
                 }
             }
             Written::Done => {
