@@ -358,13 +358,31 @@ fn gathered_from<T>(
     )?;
     let data = surroundings.data();
     let flags = options.flags();
+    let here = Path::new(CERTIFICATES_HERE);
     read(&Sources {
         data,
+        certificates_here: may_be_ours(here).then(|| here.to_owned()),
         text: &text,
         origin: &origin,
         variables,
         flags,
     })
+}
+
+/// The folder that a checkout has for certificates.
+const CERTIFICATES_HERE: &str = "certs";
+
+/// What may lie in it beside what we write.
+const BESIDE_CERTIFICATES: [&str; 3] = ["README.md", ".gitignore", ".gitkeep"];
+
+/// Whether our CA is in this folder, or the folder is empty enough to be meant for it. `/etc/ssl/certs` is not.
+fn may_be_ours(folder: &Path) -> bool {
+    let Ok(entries) = std::fs::read_dir(folder) else {
+        return false;
+    };
+    let mut names = entries.filter_map(|entry| Some(entry.ok()?.file_name()));
+    folder.join("ca.key").exists()
+        || names.all(|name| BESIDE_CERTIFICATES.iter().any(|beside| name == *beside))
 }
 
 /// What decides where a cache is that nobody has placed.

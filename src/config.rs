@@ -219,6 +219,9 @@ impl Limits {
 pub struct Sources<'a> {
     /// Where the cache is when nobody says so.
     pub data: PathBuf,
+    /// The folder `certs` of the working directory, if there is one that may be ours: without a file, certificates are
+    /// there, else in the cache's folder.
+    pub certificates_here: Option<PathBuf>,
     /// The text of the file; empty without one.
     pub text: &'a str,
     /// The file's name, for the faults and for relative paths; empty without one: then relative paths start at the
@@ -237,6 +240,7 @@ impl Config {
         let data = PathBuf::from(DATA_OF_ROOT);
         Self::gather(&Sources {
             data,
+            certificates_here: None,
             text,
             origin,
             variables: Vec::new(),

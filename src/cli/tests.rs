@@ -182,3 +182,18 @@ fn setup_is_shown_unless_it_is_to_be_applied_or_undone() {
         );
     }
 }
+
+#[test]
+fn o05_a_folder_of_other_certificates_is_not_taken_for_ours() {
+    let folder = tempfile::tempdir().unwrap();
+    let certs = folder.path().join("certs");
+    assert!(!may_be_ours(&certs), "it is not there");
+    std::fs::create_dir(&certs).unwrap();
+    assert!(may_be_ours(&certs));
+    std::fs::write(certs.join("README.md"), "").unwrap();
+    assert!(may_be_ours(&certs), "as a checkout has it");
+    std::fs::write(certs.join("ca-certificates.crt"), "").unwrap();
+    assert!(!may_be_ours(&certs), "as /etc/ssl has it");
+    std::fs::write(certs.join("ca.key"), "").unwrap();
+    assert!(may_be_ours(&certs));
+}

@@ -14,6 +14,9 @@ use super::value;
 use super::{Admin, Config, Limits, Listen, Log, OwnCertificate, Sources, StoreSize, Tls};
 use crate::policy::rules::{Changes, Pattern, Rule, Rules};
 
+/// The name of a folder of certificates that nobody has named.
+pub(super) const CERTIFICATES: &str = "certs";
+
 /// The whole configuration. Every section is read before the first failure counts, so that all faults are told.
 pub(super) fn build(
     document: &Document,
@@ -28,7 +31,11 @@ pub(super) fn build(
             None => sources.data.clone(),
         });
     let listen = listen(&document.fixed(Section::Listen), report);
-    let tls = tls(&document.fixed(Section::Tls), report);
+    let tls = tls(
+        &document.fixed(Section::Tls),
+        certificates(sources, data.as_ref().ok()),
+        report,
+    );
     let store = store(&document.fixed(Section::Store), report);
     let log = log(&document.fixed(Section::Log), report);
     let limits = limits(&document.fixed(Section::Limits), report);
@@ -123,7 +130,17 @@ fn listen(table: &Table, report: &mut Report<'_>) -> Result<Listen, Told> {
     })
 }
 
-fn tls(table: &Table, report: &mut Report<'_>) -> Result<Tls, Told> {
+/// The folder of certificates where none is named: beside the file, and without a file the one place that does not
+/// depend on where the program is started, unless a folder is meant for them there.
+pub(super) fn certificates(sources: &Sources<'_>, data: Option<&PathBuf>) -> Option<PathBuf> {
+    let is_without_file = sources.origin.as_os_str().is_empty();
+    let in_data = || data.map(|data| data.join(CERTIFICATES));
+    is_without_file
+        .then(|| sources.certificates_here.clone().or_else(in_data))
+        .flatten()
+}
+
+fn tls(table: &Table, certificates: Option<PathBuf>, report: &mut Report<'_>) -> Result<Tls, Told> {
     let path = |key: &str, report: &mut Report<'_>| {
         let path = table.text_if_set(report, key, &value::PATH)?;
         Ok(path.map(|path| report.resolve(table.entry_at(key), path)))
@@ -152,6 +169,8 @@ fn tls(table: &Table, report: &mut Report<'_>) -> Result<Tls, Told> {
         }
     };
     let folder = folder?.ok_or(Told)?;
+    let is_named = table.is_given("folder");
+    let folder = certificates.filter(|_| !is_named).unwrap_or(folder);
     Ok(Tls {
         folder,
         names: names?.into_iter().map(|(_, name)| name).collect(),

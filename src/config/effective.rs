@@ -30,7 +30,7 @@ struct Setting {
 impl Settings {
     /// Reads them. A configuration that is wrong has none in effect.
     pub fn read(sources: &Sources<'_>) -> Result<Self, Faults> {
-        Config::gather(sources)?;
+        let config = Config::gather(sources)?;
         let mut report = Report::new(sources.text, sources.origin);
         let mut document = Document::read(sources.text, &mut report);
         variable::overlay(&mut document, sources, &mut report);
@@ -43,6 +43,10 @@ impl Settings {
             if let Some(data) = settings.iter_mut().find(|setting| setting.name == "data") {
                 let folder = || quoted(&sources.data.to_string_lossy());
                 data.value.get_or_insert_with(folder);
+            }
+            let is_tls = section == Section::Tls && sources.origin.as_os_str().is_empty();
+            if is_tls && let Some(folder) = settings.iter_mut().find(|setting| setting.name == "folder") {
+                folder.value = Some(quoted(&config.tls.folder.to_string_lossy()));
             }
             (header, settings)
         });
@@ -205,6 +209,7 @@ mod tests {
         let variable = |name: &str, value: &str| (name.to_owned(), value.to_owned());
         Sources {
             data: PathBuf::from("/var/cache/ifnewer"),
+            certificates_here: None,
             text: TEXT,
             origin: Path::new("i.toml"),
             variables: vec![

@@ -30,6 +30,7 @@ fn gather(
 ) -> Result<Config, Faults> {
     Config::gather(&Sources {
         data: PathBuf::from("/home/user/.cache/ifnewer"),
+        certificates_here: None,
         text,
         origin: Path::new(""),
         variables: variables
@@ -308,4 +309,44 @@ fn a_process_that_may_open_few_files_has_lower_limits() {
     let few = limits.within(1024);
     assert_eq!((few.connections_max, few.fetches_max), (204, 102));
     assert_eq!(limits.within(0).connections_max, 1, "someone is always let in");
+}
+
+#[test]
+fn o05_without_a_file_the_ca_has_one_place() {
+    let folder = |here: Option<&str>, origin: &str, variables: &[(&str, &str)]| {
+        let owned = |(name, value): &(&str, &str)| ((*name).to_owned(), (*value).to_owned());
+        let config = Config::gather(&Sources {
+            data: PathBuf::from("/home/user/.cache/ifnewer"),
+            certificates_here: here.map(PathBuf::from),
+            text: "",
+            origin: Path::new(origin),
+            variables: variables.iter().map(owned).collect(),
+            flags: Vec::new(),
+        });
+        config.unwrap().tls.folder
+    };
+    let cases = [
+        (None, "", &[][..], "/home/user/.cache/ifnewer/certs"),
+        (Some("certs"), "", &[], "certs"),
+        (None, "", &[("IFNEWER_DATA", "/srv/cache")], "/srv/cache/certs"),
+        (
+            Some("certs"),
+            "",
+            &[("IFNEWER_TLS_FOLDER", "/srv/certs")],
+            "/srv/certs",
+        ),
+        (
+            Some("certs"),
+            "/etc/ifnewer/ifnewer.toml",
+            &[],
+            "/etc/ifnewer/certs",
+        ),
+    ];
+    for (here, origin, variables, wanted) in cases {
+        assert_eq!(
+            folder(here, origin, variables),
+            Path::new(wanted),
+            "{here:?} {origin} {variables:?}"
+        );
+    }
 }

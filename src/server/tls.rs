@@ -36,7 +36,7 @@ const WRITE_BUFFER_BYTES_MAX: usize = 512 * 1024;
 #[derive(Debug, thiserror::Error)]
 pub enum TlsError {
     /// A file could not be read or written.
-    #[error("{deed} {}: {error}", path.display())]
+    #[error("{deed} {}: {error}{}", path.display(), cure(deed))]
     File {
         /// What was tried.
         deed: &'static str,
@@ -72,6 +72,15 @@ pub enum TlsError {
     /// Certificate and key do not go together, or the like.
     #[error("the certificate cannot be used: {0}")]
     Unusable(#[from] rustls::Error),
+}
+
+/// What to do about a folder of certificates that takes no file. Files that are only read are named by other settings.
+fn cure(deed: &str) -> &'static str {
+    if deed == "cannot read" {
+        ""
+    } else {
+        "; let this user write there, or choose another folder with `[tls] folder` (IFNEWER_TLS_FOLDER=PATH)"
+    }
 }
 
 /// Speaks TLS with clients.

@@ -23,10 +23,14 @@ pub enum OpenError {
         pid: Option<u32>,
     },
     /// The folder cannot be used.
-    #[error("{}: {kind}; check that it exists and that this user may write to it", .folder.display())]
+    #[error(
+        "the data folder {} cannot be used: {}: {kind}; {}", .folder.display(), .path.display(), cure(*kind)
+    )]
     Folder {
         /// The data folder.
         folder: PathBuf,
+        /// What of it failed: itself, a folder above it, or a file in it.
+        path: PathBuf,
         /// What the system says.
         kind: io::ErrorKind,
     },
@@ -47,6 +51,22 @@ pub enum OpenError {
     /// Something below the folder cannot be used.
     #[error(transparent)]
     Fault(#[from] Fault),
+}
+
+/// What to do about a data folder, by what the system says.
+fn cure(kind: io::ErrorKind) -> &'static str {
+    match kind {
+        io::ErrorKind::PermissionDenied => {
+            "let this user write there, or choose another folder with `data` (--data PATH, IFNEWER_DATA=PATH)"
+        }
+        io::ErrorKind::NotADirectory | io::ErrorKind::AlreadyExists => {
+            "a file is in the way: move it, or choose another folder with `data` (--data PATH, IFNEWER_DATA=PATH)"
+        }
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+            "free some space, or choose a folder on another disk with `data` (--data PATH, IFNEWER_DATA=PATH)"
+        }
+        _ => "choose a folder on a disk that takes writes with `data` (--data PATH, IFNEWER_DATA=PATH)",
+    }
 }
 
 /// What went wrong on our side of a pull.

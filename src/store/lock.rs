@@ -23,11 +23,12 @@ pub(super) struct Lock {
 impl Lock {
     /// Takes the folder for this process, or says which one has it.
     pub(super) fn take(folder: &Path) -> Result<Self, OpenError> {
+        let path = folder.join(NAME);
         let failed = |error: io::Error| OpenError::Folder {
             folder: folder.to_owned(),
+            path: path.clone(),
             kind: error.kind(),
         };
-        let path = folder.join(NAME);
         let opened = OpenOptions::new()
             .read(true)
             .write(true)

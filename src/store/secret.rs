@@ -21,6 +21,14 @@ pub(super) fn read_or_make(volume: &dyn Volume) -> Result<[u8; 32], OpenError> {
             .folder()
             .map_or_else(|| path.to_owned(), |folder| folder.join(path))
     };
+    let failed = |what: &'static str, error: &io::Error| match volume.folder() {
+        Some(folder) => OpenError::Folder {
+            folder: folder.to_owned(),
+            path: shown(),
+            kind: error.kind(),
+        },
+        None => Fault::io(what, path, error).into(),
+    };
     match volume.read_whole(path, 32) {
         Ok(bytes) => {
             let mode = volume
@@ -37,13 +45,13 @@ pub(super) fn read_or_make(volume: &dyn Volume) -> Result<[u8; 32], OpenError> {
             let secret = random().map_err(|error| Fault::io("read", RANDOM_SOURCE, &error))?;
             volume
                 .write_whole(path, &secret)
-                .map_err(|error| Fault::io("write", path, &error))?;
+                .map_err(|error| failed("write", &error))?;
             Ok(secret)
         }
         Err(error) if error.kind() == io::ErrorKind::FileTooLarge => {
             Err(OpenError::SecretDamaged { path: shown() })
         }
-        Err(error) => Err(Fault::io("read", path, &error).into()),
+        Err(error) => Err(failed("read", &error)),
     }
 }
 

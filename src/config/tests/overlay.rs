@@ -96,7 +96,7 @@ fn variables_of_every_kind_are_read() {
     assert_eq!(config.limits.connections_max, 7);
     assert_eq!(&*config.default_upstream, "ghcr.io");
     assert_eq!(config.tls.names, ["cache.example.org", "10.0.0.1"]);
-    assert_eq!(config.tls.folder, Path::new("certs"));
+    assert_eq!(config.tls.folder, Path::new("/home/user/.cache/ifnewer/certs"));
     assert_eq!(config.store.bytes_max, 50 << 30);
     assert_eq!(config.data, Path::new("/home/user/.cache/ifnewer"));
     let rule = config.rules.otherwise("ghcr.io");

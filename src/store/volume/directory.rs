@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use super::{Entry, Volume, VolumeFile};
+use crate::store::OpenError;
 
 /// Nobody else reads the data folder: it holds what private repositories were seen to have.
 const FOLDER_MODE: u32 = 0o700;
@@ -22,10 +23,24 @@ pub struct Directory {
 
 impl Directory {
     /// Opens `root`, making it (mode 0700) when it is missing. An existing folder keeps its mode.
-    pub fn open(root: impl Into<PathBuf>) -> io::Result<Self> {
-        let directory = Self { root: root.into() };
-        make_folder(&directory.root)?;
-        Ok(directory)
+    pub fn open(root: impl Into<PathBuf>) -> Result<Self, OpenError> {
+        let root = root.into();
+        match make_folder(&root) {
+            Ok(()) if root.is_dir() => Ok(Self { root }),
+            made => {
+                let kind = made.map_or_else(|error| error.kind(), |()| io::ErrorKind::NotADirectory);
+                // The first of those above that is not there, or the one that is no folder.
+                let above: Vec<_> = root.ancestors().filter(|path| !path.is_dir()).collect();
+                let path = above
+                    .last()
+                    .map_or_else(|| root.clone(), |path| path.to_path_buf());
+                Err(OpenError::Folder {
+                    folder: root,
+                    path,
+                    kind,
+                })
+            }
+        }
     }
 
     fn at(&self, path: &Path) -> PathBuf {

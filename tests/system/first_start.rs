@@ -1,0 +1,105 @@
+//! A first start: where nothing can be written, the path, the setting and the cure are named; and the certificate
+//! authority has one place, wherever the program is started.
+
+use crate::proxy::Program;
+use std::path::Path;
+
+const LISTEN: [&str; 4] = ["--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0"];
+
+fn started(words: &[&str], here: &Path, variables: &[(&str, &Path)]) -> Program {
+    let variables: Vec<_> = variables
+        .iter()
+        .map(|(name, value)| ((*name).to_owned(), value.to_str().unwrap().to_owned()))
+        .collect();
+    Program::start(words, here, &variables)
+}
+
+/// What is said by a start that fails with this exit code.
+async fn refusal(here: &Path, variables: &[(&str, &Path)], code: i32) -> String {
+    let mut program = started(&[&["serve"], &LISTEN[..]].concat(), here, variables);
+    assert_eq!(program.exit().await, Some(code), "{}", program.stderr());
+    program.stderr().lines().last().unwrap().to_owned()
+}
+
+#[tokio::test]
+async fn o05_data_folder_that_takes_no_write_is_named_with_its_setting() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("file");
+    std::fs::write(&file, "").unwrap();
+    let cases = [
+        (Path::new("/proc/x"), "/proc/x: "),
+        (Path::new("/proc/x/y/z"), "/proc/x: "),
+        (&*file, "not a directory; a file is in the way"),
+        (&*file.join("below"), "not a directory; a file is in the way"),
+    ];
+    for (data, wanted) in cases {
+        let said = refusal(folder.path(), &[("IFNEWER_DATA", data)], 1).await;
+        let shown = data.display().to_string();
+        for part in [
+            "the data folder",
+            &shown,
+            wanted,
+            "`data`",
+            "--data",
+            "IFNEWER_DATA",
+        ] {
+            assert!(said.contains(part), "{part}: {said}");
+        }
+    }
+    // A file of it that cannot be written says the same.
+    let data = folder.path().join("data");
+    std::fs::create_dir_all(data.join("LOCK")).unwrap();
+    let said = refusal(folder.path(), &[("IFNEWER_DATA", &data)], 1).await;
+    assert!(
+        said.contains("data/LOCK: is a directory") && said.contains("`data`"),
+        "{said}"
+    );
+}
+
+#[tokio::test]
+async fn o05_folder_of_certificates_that_takes_no_write_is_named_with_its_setting() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = folder.path().join("data");
+    let certs = Path::new("/proc/certs");
+    let said = refusal(
+        folder.path(),
+        &[("IFNEWER_DATA", &data), ("IFNEWER_TLS_FOLDER", certs)],
+        2,
+    )
+    .await;
+    for part in ["/proc/certs", "[tls] folder", "IFNEWER_TLS_FOLDER"] {
+        assert!(said.contains(part), "{part}: {said}");
+    }
+}
+
+#[tokio::test]
+async fn o05_ca_is_the_same_wherever_the_program_is_started() {
+    let folder = tempfile::tempdir().unwrap();
+    let (data, one, other) = (
+        folder.path().join("data"),
+        folder.path().join("one"),
+        folder.path().join("other"),
+    );
+    for here in [&one, &other] {
+        std::fs::create_dir(here).unwrap();
+    }
+    let variables = [("IFNEWER_DATA", &*data)];
+    let serve = [&["serve"], &LISTEN[..]].concat();
+    let mut program = started(&serve, &one, &variables);
+    program.announced("admin listening on ").await;
+    program.terminate();
+    program.exit().await;
+    let pem = std::fs::read_to_string(data.join("certs/ca.pem")).unwrap();
+    assert!(!one.join("certs").exists());
+
+    let mut export = started(&["ca", "export"], &other, &variables);
+    assert_eq!(export.exit().await, Some(0), "{}", export.stderr());
+    assert_eq!(export.stdout().trim(), pem.trim());
+    // A checkout has a folder for it.
+    std::fs::create_dir(other.join("certs")).unwrap();
+    let mut program = started(&serve, &other, &variables);
+    program.announced("admin listening on ").await;
+    program.terminate();
+    program.exit().await;
+    assert!(other.join("certs/ca.pem").exists());
+}
