@@ -315,6 +315,29 @@ fn a_hidden_clock_is_caught() {
     }
 }
 
+/// Debug text is for who writes the code. Here it is the input of a hash, a quoted string in a file of TOML, or a `Debug`.
+const DEBUG_TEXT: &[&str] = &[
+    "pull/logins.rs",
+    "run.rs",
+    "setup/gitlab.rs",
+    "upstream/settings.rs",
+];
+
+#[test]
+fn no_debug_text_of_rust_reaches_an_answer_a_page_or_a_log() {
+    let formats = |text: &str| {
+        product_code(text)
+            .lines()
+            .any(|line| line.contains(":?}") || line.contains(":#?}"))
+    };
+    let sources = sources();
+    let found = sources.iter().filter(|(_, text)| formats(text));
+    let found: Vec<&str> = found.map(|(file, _)| file.as_str()).collect();
+    let unexpected = found.iter().filter(|file| !DEBUG_TEXT.contains(file));
+    assert_eq!(unexpected.collect::<Vec<_>>(), Vec::<&&str>::new());
+    assert!(formats("fn f() { format!(\"{:?}\", 1); }"), "it can fail");
+}
+
 /// Every file of `src/` that is no test, by its path below `src/`.
 fn sources() -> Vec<(String, String)> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");

@@ -190,7 +190,7 @@ impl Client {
     }
 
     fn in_time<T>(&self, answered: Result<Result<T, AskError>, Elapsed>) -> Result<T, AskError> {
-        answered.unwrap_or_else(|_| Err(self.unreachable(format!("no answer in {PATIENCE:?}"))))
+        answered.unwrap_or_else(|_| Err(self.unreachable(format!("no answer in {} s", PATIENCE.as_secs()))))
     }
 
     fn place(&self) -> String {

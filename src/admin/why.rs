@@ -7,10 +7,10 @@ use http::HeaderValue;
 use serde::Serialize;
 
 use super::named::Named;
-use super::words::{confirmed, duration, fetched, refused, served, short};
+use super::words::{confirmed, duration, fetched, refused, rfc3339, served, short};
 use crate::oci::{Algorithm, Cause, Digest};
 use crate::policy::{
-    Absence, Heard, Held, Holding, Policy, Rest, Situation, Standing, Verdict, Whose, decide,
+    Absence, Heard, Held, Holding, Policy, Rest, Situation, Standing, Subject, Verdict, Whose, decide,
 };
 use crate::server::Registry;
 use crate::store::refs::NEVER_CONFIRMED;
@@ -36,7 +36,7 @@ pub(super) struct Why {
     pub(super) because: Vec<String>,
     /// What would follow from each thing the upstream may say.
     pub(super) then: Vec<Case>,
-    /// The situation and the verdict as the code has them.
+    /// The verdict and the facts it follows from, as `name=value`, for a report of a fault.
     pub(super) explanation: String,
 }
 
@@ -92,8 +92,40 @@ pub(super) fn why(
             Verdict::Ask | Verdict::Check(_) => cases(&situation, site.name()),
             Verdict::Serve(_) | Verdict::Fetch(_) | Verdict::Refuse(_) => Vec::new(),
         },
-        explanation: format!("{verdict:?}, given {situation:?}"),
+        explanation: explanation(verdict, &situation),
     }
+}
+
+/// The facts of a decision in one line, each under the name that it has in the log, the configuration or the API.
+fn explanation(verdict: Verdict, situation: &Situation) -> String {
+    let subject = match situation.subject {
+        Subject::Tag => "tag",
+        Subject::Manifest => "manifest",
+        Subject::Blob => "blob",
+    };
+    let seconds = |duration: std::time::Duration| format!("{}s", duration.as_secs());
+    let held = situation.held.map_or_else(
+        || "held=none".to_owned(),
+        |held| {
+            let whole = match held.rest {
+                Rest::Held => "yes",
+                Rest::Missing { earlier: Some(_) } => "no, an earlier image is",
+                Rest::Missing { earlier: None } => "no",
+            };
+            let confirmed_at = confirmed(held.confirmed_at).unwrap_or_else(|| "never".to_owned());
+            format!("held={} whole={whole} confirmed_at={confirmed_at}", held.digest)
+        },
+    );
+    format!(
+        "verdict={} subject={subject} policy={} standing={} fresh={} stale={} absent={} {held} now={}",
+        verdict.name(),
+        situation.policy.name(),
+        standing(situation.standing),
+        seconds(situation.fresh),
+        situation.stale.map_or_else(|| "forever".to_owned(), seconds),
+        situation.absent.name(),
+        rfc3339(situation.now),
+    )
 }
 
 fn sentence(verdict: Verdict, upstream: &str) -> String {
@@ -153,11 +185,11 @@ fn copy(held: &Held, situation: &Situation) -> String {
         .duration_since(held.confirmed_at)
         .unwrap_or_default();
     match situation.subject {
-        crate::policy::Subject::Tag if held.confirmed_at == NEVER_CONFIRMED => {
+        Subject::Tag if held.confirmed_at == NEVER_CONFIRMED => {
             format!("{digest} is {whole}, imported and never confirmed")
         }
-        crate::policy::Subject::Tag => format!("{digest} is {whole}, confirmed {} ago", duration(age)),
-        crate::policy::Subject::Manifest | crate::policy::Subject::Blob => format!("{digest} is {whole}"),
+        Subject::Tag => format!("{digest} is {whole}, confirmed {} ago", duration(age)),
+        Subject::Manifest | Subject::Blob => format!("{digest} is {whole}"),
     }
 }
 

@@ -81,10 +81,7 @@ impl Client {
         if let Err(answer) = self.bring(repository, tag, &mut got).await {
             got.digest = None;
             got.status = answer.status.map_or(0, |status| status.as_u16());
-            got.message = answer
-                .message
-                .clone()
-                .unwrap_or_else(|| format!("{:?}", answer.said));
+            got.message = answer.message.clone().unwrap_or_else(|| answer.said.to_string());
         }
         got.took = began.elapsed();
         got

@@ -12,7 +12,7 @@ use super::registry::{Image, RETRY_AFTER, Registry};
 use super::{DemoError, Played};
 use crate::admin::client::Client as AdminClient;
 use crate::admin::words::{bytes, short};
-use crate::oci::{Reference, Repository};
+use crate::oci::{Digest, Reference, Repository};
 
 /// The upstream's name in images.
 pub(super) const UPSTREAM: &str = "registry.demo";
@@ -266,7 +266,13 @@ fn faults(got: &Got, event: &Value, (requests, sent): (u64, u64), expected: &Exp
     let mut faults = Vec::new();
     let wanted = expected.image.as_ref().map(|image| image.digest);
     if got.digest != wanted {
-        faults.push(format!("the client got {:?} instead of {wanted:?}", got.digest));
+        let shown =
+            |digest: Option<Digest>| digest.map_or_else(|| "nothing".to_owned(), |digest| digest.to_string());
+        faults.push(format!(
+            "the client got {} instead of {}",
+            shown(got.digest),
+            shown(wanted)
+        ));
     }
     if got.status != expected.status {
         faults.push(format!(
@@ -277,9 +283,9 @@ fn faults(got: &Got, event: &Value, (requests, sent): (u64, u64), expected: &Exp
     let told = |name: &str| event.get(name).and_then(Value::as_str);
     if told("reason") != Some(expected.reason) || told("cause") != expected.cause {
         faults.push(format!(
-            "the reason is {:?} ({:?}) instead of {}",
-            told("reason"),
-            told("cause"),
+            "the reason is {} ({}) instead of {}",
+            told("reason").unwrap_or("none"),
+            told("cause").unwrap_or("no cause"),
             expected.reason
         ));
     }

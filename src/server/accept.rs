@@ -95,7 +95,10 @@ impl Accepting {
         connections.close();
         let drain = self.0.limits.drain;
         if timeout(drain, connections.wait()).await.is_err() {
-            tracing::warn!("connections were still busy after {drain:?}; they are cut");
+            tracing::warn!(
+                "connections were still busy after {} s; they are cut",
+                drain.as_secs()
+            );
         }
     }
 

@@ -290,7 +290,7 @@ impl Keeper {
     fn degrade(&mut self, fault: &IndexFault) {
         self.unsynced = 0;
         self.shared.note_loss();
-        tracing::warn!(%fault, "the index is down; serving from the files, opening it again in {:?}", self.back_off);
+        tracing::warn!(%fault, "the index is down; serving from the files, opening it again in {} s", self.back_off.as_secs());
         *self.shared.state() = IndexState::Degraded {
             reason: fault.to_string(),
         };
