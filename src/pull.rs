@@ -16,6 +16,7 @@ mod challenge;
 mod check;
 mod copies;
 mod fetching;
+mod list_name;
 mod listing;
 mod logins;
 mod manifest;

@@ -29,6 +29,7 @@ use crate::server::{Doors, Entry, Front, Passwords, Registry, Sound, Tunnels};
 use crate::store::step::Buffers;
 use crate::store::volume::Directory;
 use crate::store::{Limits as StoreLimits, OpenError, Settings as StoreSettings, Store};
+use crate::upstream::origin::Origin;
 use crate::upstream::tunnel::Way;
 use crate::upstream::{
     Connector, CredentialSource, LearnedState, Memory, Observer, Offline, OriginError, ProxyChoice, Settings,
@@ -424,7 +425,13 @@ pub fn upstream(
     let urls = config
         .urls
         .iter()
-        .map(|url| url.parse())
+        .map(|url| {
+            let origin: Origin = url.address.parse()?;
+            Ok(match &url.repository_prefix {
+                Some(prefix) => origin.with_repository_prefix(prefix.clone()),
+                None => origin,
+            })
+        })
         .collect::<Result<Vec<_>, _>>();
     let urls = urls.map_err(|error| RunError::Url {
         name: Arc::clone(&config.name),

@@ -21,7 +21,7 @@ use tokio::time::Instant;
 
 use crate::oci::accept::Accept;
 use crate::oci::cause::Cause;
-use crate::oci::name::Reference;
+use crate::oci::name::{Reference, Repository};
 use crate::oci::operation::Operation;
 use crate::trace::Trace;
 
@@ -151,12 +151,7 @@ impl Upstream {
             private_redirects: settings.private_redirects,
             patience: settings.timeouts.connect,
         };
-        let address = settings.urls.first().map(|url| url.authority().to_string());
-        let names = [settings.name.clone()]
-            .into_iter()
-            .chain(settings.hosts)
-            .chain(address)
-            .collect();
+        let names = own::Names::new(&settings.name, settings.hosts, settings.urls.first());
         let exchange = Exchange {
             http: Http::new(Line::new(connector, line)?),
             tokens: Tokens::new(
@@ -199,6 +194,18 @@ impl Upstream {
     pub fn settings_id(&self) -> (u64, u64) {
         let own = self.0.exchange.own.as_ref().map_or(0, |own| own.serial());
         (self.0.connection.id, own)
+    }
+
+    /// What stands before the name of each repository at each of its URLs.
+    pub fn repository_prefixes(&self) -> impl Iterator<Item = Option<&Repository>> {
+        self.0.urls.iter().map(Origin::repository_prefix)
+    }
+
+    /// The name of a repository where it is another one there.
+    pub fn names_there<'a>(&'a self, repository: &'a Repository) -> impl Iterator<Item = Repository> + 'a {
+        let elsewhere = |url: &&Origin| url.repository_prefix().is_some();
+        let urls = self.0.urls.iter().filter(elsewhere);
+        urls.map(|url| url.name_of(repository))
     }
 
     /// What the upstream says about `operation` without sending it: which digest a tag names, whether a blob may be
@@ -417,7 +424,7 @@ impl Inner {
             .exchange
             .tokens
             .silent_realm()
-            .filter(|_| cause == Cause::TokenService);
+            .filter(|_| matches!(cause, Cause::TokenService | Cause::PlainRealm));
         let unavailable = self.health().map(|health| health.unavailable.clone());
         let unavailable = unavailable.unwrap_or_default();
         let own = unavailable.iter().filter_map(|origin| origin.join("/v2/"));

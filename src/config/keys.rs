@@ -165,7 +165,8 @@ pub const KEYS: &[Key] = &[
     key(Default, "offline_grant", Some(r#""12h""#), "How long it holds while the upstream is silent."),
     key(Default, "prefetch", Some("true"), "Whether an image's config and layers are begun as soon as its manifest was fetched."),
 
-    key(Upstream, "url", None, "Where the registry is, or a list tried in order; the default is https:// and its name."),
+    key(Upstream, "url", None, "Where the registry is, or a list asked in order until one has the image; the default is https:// and its name."),
+    key(Upstream, "repository_prefix", None, "What stands before the name of each repository there, for an upstream below a project of another registry: \"hub-proxy\"; a list has one for each URL."),
     key(Upstream, "hosts", None, "Further host names that mean this upstream."),
     key(Upstream, "enabled", Some("true"), "With false, the upstream does not exist; meant for the well-known ones."),
     key(Upstream, "access", Some(r#""proven""#), "Whose right counts: \"proven\", each client's own; or \"shared\", whoever reaches the listener is entitled."),

@@ -89,7 +89,8 @@ impl Display for Summary<'_> {
 }
 
 fn write_upstream(f: &mut Formatter<'_>, upstream: &UpstreamConfig, rule: &Rule) -> fmt::Result {
-    write!(f, "  {}  {}", upstream.name, upstream.urls.join(", "))?;
+    let urls: Vec<_> = upstream.urls.iter().map(ToString::to_string).collect();
+    write!(f, "  {}  {}", upstream.name, urls.join(", "))?;
     match (upstream.access, &upstream.credential) {
         (Access::Proven, _) => {}
         (Access::Shared, None) => f.write_str(", shared")?,

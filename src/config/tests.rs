@@ -52,6 +52,10 @@ fn same(left: &Config, right: &Config) {
     assert_eq!(format!("{left:#?}"), format!("{right:#?}"));
 }
 
+fn urls(upstream: &UpstreamConfig) -> Vec<String> {
+    upstream.urls.iter().map(ToString::to_string).collect()
+}
+
 #[test]
 fn an_empty_file_works() {
     let config = read("");
@@ -112,10 +116,10 @@ fn the_well_known_upstreams_exist() {
     );
     let hub = config.upstream("index.docker.io").unwrap();
     assert_eq!(&*hub.name, "docker.io");
-    assert_eq!(hub.urls, ["https://registry-1.docker.io"]);
+    assert_eq!(urls(hub), ["https://registry-1.docker.io"]);
     assert_eq!(hub.access, Access::Proven);
     assert_eq!(hub.credential, None);
-    assert_eq!(config.upstream("quay.io").unwrap().urls, ["https://quay.io"]);
+    assert_eq!(urls(config.upstream("quay.io").unwrap()), ["https://quay.io"]);
     assert!(config.upstream("example.org").is_none());
 }
 
@@ -189,7 +193,7 @@ fn upstreams_are_added_changed_and_removed() {
     );
     let added = config.upstream("r.example.org").unwrap();
     assert_eq!(
-        added.urls,
+        urls(added),
         ["https://a.example.org", "http://b.example.org:8080/registry"]
     );
     assert_eq!(added.access, Access::Shared);
@@ -206,11 +210,11 @@ fn upstreams_are_added_changed_and_removed() {
     assert_eq!(rule.stale, Some(Duration::from_secs(3600)));
 
     assert_eq!(
-        config.upstream("plain.example.org").unwrap().urls,
+        urls(config.upstream("plain.example.org").unwrap()),
         ["https://plain.example.org"]
     );
     let hub = config.upstream("registry-1.docker.io").unwrap();
-    assert_eq!(hub.urls, ["https://mirror.example.org"]);
+    assert_eq!(urls(hub), ["https://mirror.example.org"]);
     assert_eq!(
         config.rules.otherwise("docker.io").offline_grant,
         Duration::from_secs(86_400)
@@ -348,5 +352,34 @@ fn o05_without_a_file_the_ca_has_one_place() {
             Path::new(wanted),
             "{here:?} {origin} {variables:?}"
         );
+    }
+}
+
+#[test]
+fn r15_a_repository_prefix_is_for_all_urls_or_one_for_each() {
+    for (keys, expected) in [
+        (
+            "url = \"https://h.example\"\nrepository_prefix = \"hub-proxy\"",
+            &["https://h.example/v2/hub-proxy"][..],
+        ),
+        (
+            "repository_prefix = \"a/b\"",
+            &["https://registry-1.docker.io/v2/a/b"],
+        ),
+        (
+            "url = [\"https://h.example\", \"https://i.example\"]\nrepository_prefix = [\"hub\", \"\"]",
+            &["https://h.example/v2/hub", "https://i.example"],
+        ),
+        (
+            "url = [\"https://h.example\", \"https://i.example\"]\nrepository_prefix = \"hub\"",
+            &["https://h.example/v2/hub", "https://i.example/v2/hub"],
+        ),
+        (
+            "url = \"https://h.example\"\nrepository_prefix = \"\"",
+            &["https://h.example"],
+        ),
+    ] {
+        let config = read(&format!("[upstream.\"docker.io\"]\n{keys}"));
+        assert_eq!(urls(config.upstream("docker.io").unwrap()), expected, "{keys}");
     }
 }

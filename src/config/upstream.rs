@@ -15,6 +15,7 @@ use super::fault::{At, Report, Told};
 use super::keys::Section;
 use super::table::Table;
 use super::{address, names, value};
+use crate::oci::Repository;
 use crate::policy::rules::Changes;
 use crate::upstream::{DockerConfig, HelperName};
 
@@ -45,13 +46,31 @@ pub const WELL_KNOWN: &[WellKnown] = &[
     WellKnown { name: "registry.gitlab.com", url: "https://registry.gitlab.com", hosts: &[] },
 ];
 
+/// Where an upstream is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Url {
+    /// An absolute http(s) URL without user, query, fragment and trailing slash.
+    pub address: String,
+    /// What stands before the name of each repository there.
+    pub repository_prefix: Option<Repository>,
+}
+
+impl fmt::Display for Url {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.repository_prefix {
+            Some(prefix) => write!(f, "{}/v2/{prefix}", self.address),
+            None => f.write_str(&self.address),
+        }
+    }
+}
+
 /// A registry we fetch from.
 #[derive(Clone, Debug)]
 pub struct UpstreamConfig {
     /// Its name in references: `docker.io`, `registry.example.org:5000`.
     pub name: Arc<str>,
-    /// Where it is: absolute http(s) URLs without user, query, fragment and trailing slash; at least one, tried in order.
-    pub urls: Vec<String>,
+    /// Where it is; at least one, asked in order.
+    pub urls: Vec<Url>,
     /// Further host names that mean it.
     pub hosts: Vec<String>,
     /// Whose right counts there.
@@ -203,6 +222,7 @@ fn read(table: Table, report: &mut Report<'_>) -> Configured {
     let enabled = table.switch(report, "enabled");
     let changes = super::build::changes(&table, report);
     let urls = urls(&table, report);
+    let prefixes = repository_prefixes(&table, urls.as_ref().map_or(0, Vec::len), report);
     let hosts = hosts(&table, report);
     let access = table.text(report, "access", &value::ACCESS);
     let credential = access.and_then(|access| credential(&table, access, report));
@@ -218,7 +238,12 @@ fn read(table: Table, report: &mut Report<'_>) -> Configured {
         is_named?;
         Ok(UpstreamConfig {
             name: Arc::clone(&name),
-            urls: urls?.into_iter().map(|(_, url)| url).collect(),
+            urls: std::iter::zip(urls?, prefixes?)
+                .map(|((_, address), repository_prefix)| Url {
+                    address,
+                    repository_prefix,
+                })
+                .collect(),
             hosts: hosts?.into_iter().map(|(_, host)| host).collect(),
             access: access?,
             local_tokens: local_tokens?,
@@ -281,6 +306,31 @@ fn urls(table: &Table, report: &mut Report<'_>) -> Result<Vec<(At, String)>, Tol
         }
     }
     Ok(urls)
+}
+
+/// What stands before each repository's name, by URL: one for all of them, or as many as there are URLs.
+fn repository_prefixes(
+    table: &Table,
+    urls: usize,
+    report: &mut Report<'_>,
+) -> Result<Vec<Option<Repository>>, Told> {
+    const KEY: &str = "repository_prefix";
+    let Some(prefixes) = table.list_if_set(report, KEY, &value::REPOSITORY_PREFIX, true)? else {
+        return Ok(vec![None; urls]);
+    };
+    let count = prefixes.len();
+    let mut prefixes = prefixes.into_iter().map(|(_, prefix)| prefix);
+    match (count, prefixes.next()) {
+        // What is wrong with the URLs was told.
+        _ if urls == 0 => Ok(Vec::new()),
+        (1, Some(prefix)) => Ok(vec![prefix; urls]),
+        (_, Some(first)) if count == urls => Ok(std::iter::once(first).chain(prefixes).collect()),
+        _ => {
+            let message = format!("{count} prefixes for {urls} URLs");
+            let help = "write one for all of them, or one for each in the order of `url`: \"\" for none";
+            Err(report.tell(table.at(KEY), table.path(KEY), message, Some(help.to_owned())))
+        }
+    }
 }
 
 fn hosts(table: &Table, report: &mut Report<'_>) -> Result<Vec<(At, String)>, Told> {

@@ -10,6 +10,7 @@ use bytesize::ByteSize;
 use super::address::{address, host, proxy_url, url};
 use super::network::{Network, Tunnel, network, tunnel};
 use super::{Access, Admin, LogFormat, Plain, Proxy};
+use crate::oci::Repository;
 use crate::policy::rules::{Pattern, Staleness};
 use crate::policy::{Absence, Policy};
 use crate::upstream::{HelperName, HelperNameError};
@@ -218,6 +219,32 @@ pub(super) const URL: Text<String> = Text {
     expected: "a URL",
     example: r#""https://registry.example.org""#,
     parse: url,
+};
+
+/// The project of another registry. Empty: none.
+pub(super) const REPOSITORY_PREFIX: Text<Option<Repository>> = Text {
+    expected: "the beginning of a repository's name",
+    example: r#""hub-proxy""#,
+    parse: |text| {
+        let example = r#"write it as it stands between the host and the image's own name, as in "hub-proxy""#;
+        if text.is_empty() {
+            return Ok(None);
+        }
+        if text.contains("://") {
+            return wrong("the prefix is no URL", "leave out the scheme and the host");
+        }
+        if text.starts_with('/') || text.ends_with('/') {
+            let trimmed = text.trim_matches('/');
+            return wrong("the prefix has a slash too many", format!("write \"{trimmed}\""));
+        }
+        match text.parse::<Repository>() {
+            Ok(prefix) => Ok(Some(prefix)),
+            Err(error) => wrong(
+                format!("not the beginning of a repository's name: {error}"),
+                example,
+            ),
+        }
+    },
 };
 
 /// Where a token service is: what clients will be told of it in a challenge, so with its path.

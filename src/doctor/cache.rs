@@ -10,7 +10,7 @@ use tokio::task::JoinSet;
 use super::wire::{self, Place};
 use super::{Check, Patient, State};
 use crate::config::{Plain, UpstreamConfig};
-use crate::oci::{Accept, Operation, Reference, Repository, Tag};
+use crate::oci::{Accept, Cause, Operation, Reference, Repository, Tag};
 use crate::run;
 use crate::trace::Trace;
 use crate::upstream::{Caller, Connector, Credential, LearnedState, Upstream};
@@ -235,13 +235,17 @@ async fn upstream(name: String, upstream: &Upstream, operation: Option<Operation
     let answer = upstream.head(&anonymous, &operation, &Accept::any()).await;
     if let Some(cause) = answer.silence() {
         let registry: Arc<str> = upstream.name().into();
-        return Check::failed(
-            name,
-            format!("{registry} {cause}"),
-            format!(
+        let advice = match cause {
+            Cause::PlainRealm => {
+                "ask its operator to set the registry's external URL to https (Harbor: external_url; Artifactory: the \
+                 base URL, or X-Forwarded-Proto at its balancer)"
+                    .to_owned()
+            }
+            _ => format!(
                 "check DNS, firewall and `proxy`; if it is not used here: [upstream.\"{registry}\"] enabled = false"
             ),
-        );
+        };
+        return Check::failed(name, format!("{registry} {cause}"), advice);
     }
     let allowances = upstream.state().allowances;
     let limit = allowances

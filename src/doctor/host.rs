@@ -167,7 +167,7 @@ pub(super) async fn clock(patient: &Patient<'_>) -> Check {
     let upstream = patient.config.upstream(&patient.config.default_upstream);
     let url = upstream
         .and_then(|upstream| upstream.urls.first())
-        .and_then(|url| url.parse::<http::Uri>().ok());
+        .and_then(|url| url.address.parse::<http::Uri>().ok());
     let Some((url, host)) = url.as_ref().and_then(|url| Some((url, url.host()?))) else {
         return Check::skipped(NAME, "there is no upstream to ask");
     };

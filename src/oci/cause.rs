@@ -32,6 +32,8 @@ pub enum Cause {
     Status(u16),
     /// Its token service gave no token.
     TokenService,
+    /// It names its token service by http, where no credential is sent.
+    PlainRealm,
     /// The cache's own credential for it could not be had.
     OwnCredential,
     /// Its answer cannot be understood.
@@ -64,6 +66,7 @@ impl Cause {
             Self::RateLimited => "rate-limited",
             Self::Status(_) => "status",
             Self::TokenService => "token-service",
+            Self::PlainRealm => "plain-realm",
             Self::OwnCredential => "own-credential",
             Self::Malformed => "malformed",
             Self::TooLarge => "too-large",
@@ -91,6 +94,9 @@ impl fmt::Display for Cause {
             Self::RateLimited => "limits the rate of requests",
             Self::Status(status) => return write!(f, "answered {status}"),
             Self::TokenService => "has a token service that gave no token",
+            Self::PlainRealm => {
+                "names its token service by http://, where no credential is sent; its external URL should be https"
+            }
             Self::OwnCredential => "could not be asked, for the cache's own credential could not be had",
             Self::Malformed => "gave an answer that makes no sense",
             Self::TooLarge => "gave an answer larger than the limit",

@@ -7,6 +7,7 @@ use tokio::task::spawn_blocking;
 use tokio::time::Instant;
 
 use super::fetching::Wanted;
+use super::list_name::renamed;
 use super::manifest::refused;
 use super::{How, Outcome, Pull, Reason, Request};
 use crate::oci::header::next_link;
@@ -104,9 +105,11 @@ impl Pull {
                 return Err((self.heard(site, repository, &answer), Some(Arc::new(answer))));
             }
         };
-        let listing = receive(fetched, operation)
+        let mut listing = receive(fetched, operation)
             .await
             .map_err(|cause| (Heard::Silent(cause), None))?;
+        let there: Vec<_> = site.upstream().names_there(repository).collect();
+        listing.bytes = renamed(listing.bytes, &there, repository);
         let (store, page, now) = (Arc::clone(&self.store), listing.clone(), self.clock.now());
         let kept = spawn_blocking(move || {
             let Listing {

@@ -21,12 +21,11 @@ const BLANK: &str = "{}";
 impl Pull {
     /// Keeps how this upstream asks for a credential in a repository, for all its repositories.
     pub(super) async fn keep_challenge(&self, site: &Arc<Site>, repository: &Repository, answer: &Answer) {
-        let named = scope(repository.as_str());
         let lines: Vec<String> = answer
             .challenge
             .iter()
             .filter_map(|line| line.to_str().ok())
-            .map(|line| line.replace(&named, &scope(BLANK)))
+            .map(|line| renamed(site, line, (repository.as_str(), BLANK)))
             .collect();
         let known = self.store.challenge(&key(site));
         if lines.is_empty() || known.is_some_and(|known| known.lines == lines) {
@@ -65,7 +64,7 @@ impl Pull {
         let lines = kept
             .lines
             .iter()
-            .map(|line| line.replace(&scope(BLANK), &scope(repository.as_str())));
+            .map(|line| renamed(&request.site, line, (BLANK, repository.as_str())));
         let answer = Answer {
             said: Said::Forbidden,
             challenge: lines
@@ -87,7 +86,14 @@ fn key(site: &Site) -> String {
     format!("{}/", site.name())
 }
 
-/// As in `scope="repository:library/alpine:pull"`.
-fn scope(repository: &str) -> String {
-    format!("repository:{repository}:")
+/// A challenge with one repository's name in the place of another's, as in `scope="repository:library/alpine:pull"`.
+fn renamed(site: &Site, line: &str, (from, to): (&str, &str)) -> String {
+    let scope = |prefix: Option<&Repository>, name: &str| match prefix {
+        Some(prefix) => format!("repository:{prefix}/{name}:"),
+        None => format!("repository:{name}:"),
+    };
+    let prefixes = site.upstream().repository_prefixes();
+    prefixes.fold(line.to_owned(), |line, prefix| {
+        line.replace(&scope(prefix, from), &scope(prefix, to))
+    })
 }

@@ -100,6 +100,12 @@ pub(super) enum Turned {
          or with a client certificate, where it takes them"
     )]
     NotByThisDoor,
+    /// The registry of the upstream is another one's.
+    #[error(
+        "{0} is read through a project of another registry (its `repository_prefix`), and that is not where a push to {0} \
+         belongs; push to the registry itself"
+    )]
+    ReadOnly(String),
     /// `?ns=` names no configured upstream. No connection is made: otherwise this would be an open proxy.
     #[error("`{0}` is not a configured upstream")]
     UnknownUpstream(String),
@@ -126,6 +132,7 @@ impl Turned {
             Self::TunnelsBusy | Self::EntryBusy => StatusCode::SERVICE_UNAVAILABLE,
             Self::TunnelFailed(_, Cause::Timeout | Cause::ConnectTimeout) => StatusCode::GATEWAY_TIMEOUT,
             Self::TunnelFailed(..) => StatusCode::BAD_GATEWAY,
+            Self::ReadOnly(_) => StatusCode::METHOD_NOT_ALLOWED,
             Self::UnknownUpstream(_) => StatusCode::NOT_FOUND,
         }
     }
@@ -145,7 +152,8 @@ impl Turned {
             | Self::TunnelFailed(_, Cause::Redirects) => ErrorCode::Denied,
             Self::TunnelsBusy | Self::EntryBusy | Self::TunnelFailed(..) => ErrorCode::Unavailable,
             Self::UnknownUpstream(_) => ErrorCode::NameUnknown,
-            Self::Query(_)
+            Self::ReadOnly(_)
+            | Self::Query(_)
             | Self::Accept(_)
             | Self::Host
             | Self::Misdirected
@@ -157,7 +165,7 @@ impl Turned {
     /// The name in the log and the metrics.
     pub(super) fn name(&self) -> &'static str {
         match self {
-            Self::Malformed(Malformed::Write { .. }) => "write",
+            Self::Malformed(Malformed::Write { .. }) | Self::ReadOnly(_) => "write",
             Self::Malformed(_) | Self::Query(_) | Self::Accept(_) => "malformed",
             Self::Host => "host",
             Self::Misdirected => "misdirected",
@@ -325,6 +333,16 @@ fn pass(
     // A path that climbs could leave the part of its host that is this registry.
     if path.split('/').any(|part| matches!(part, "." | "..")) || path.to_ascii_lowercase().contains("%2e") {
         return Err(Malformed::Path.into());
+    }
+    // Only what names no repository means the same there.
+    let is_elsewhere = || {
+        site.upstream()
+            .repository_prefixes()
+            .any(|prefix| prefix.is_some())
+    };
+    let names_one = path.strip_prefix("/v2/").is_some_and(|rest| !rest.is_empty());
+    if names_one && is_elsewhere() {
+        return Err(Turned::ReadOnly(site.name().to_owned()));
     }
     let scheme = if peer.secure { "https" } else { "http" };
     Ok(Passage {

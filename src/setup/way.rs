@@ -51,7 +51,10 @@ impl Registry {
     fn of(upstream: &UpstreamConfig) -> Self {
         let name = Arc::clone(&upstream.name);
         let own = format!("http://{name}");
-        let plain_http = upstream.urls.iter().any(|url| url.trim_end_matches('/') == own);
+        let plain_http = upstream
+            .urls
+            .iter()
+            .any(|url| url.address.trim_end_matches('/') == own);
         Self { name, plain_http }
     }
 }

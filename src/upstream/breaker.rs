@@ -95,7 +95,8 @@ fn counts(cause: Cause) -> bool {
         | Cause::Tls
         | Cause::ConnectTimeout
         | Cause::Timeout
-        | Cause::TokenService => true,
+        | Cause::TokenService
+        | Cause::PlainRealm => true,
         // A refusal by storage behind the registry is about one object.
         Cause::Status(status) => status >= 500 || matches!(status, 407 | 408),
         Cause::Budget

@@ -220,11 +220,8 @@ fn redirect(request: &Request, status: StatusCode, headers: &HeaderMap) -> Resul
     if !matches!(status.as_u16(), 301 | 302 | 303 | 307 | 308) {
         return Ok(None);
     }
-    let location = headers
-        .get(LOCATION)
-        .and_then(|value| value.to_str().ok())
-        .ok_or(Cause::Redirects)?;
-    let target = resolve(&request.uri, location).ok_or(Cause::Redirects)?;
+    let location = headers.get(LOCATION).ok_or(Cause::Redirects)?;
+    let target = resolve(&request.uri, location.as_bytes()).ok_or(Cause::Redirects)?;
     let downgrade = request.uri.scheme_str() == Some("https") && target.scheme_str() != Some("https");
     if downgrade || request.method == Method::POST {
         return Err(Cause::Redirects);

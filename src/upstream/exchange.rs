@@ -118,7 +118,8 @@ impl Exchange {
         let (Credential::Own, Some(own)) = (&caller.credential, &self.own) else {
             return self.ask_as(origin, caller, None, ask).await;
         };
-        let repository = ask.operation.repository();
+        let repository = ask.operation.repository().map(|name| origin.name_of(name));
+        let repository = repository.as_ref();
         let unavailable = |_| silent(Cause::OwnCredential);
         let credential = own.current(repository).await.map_err(unavailable)?;
         let first = self.ask_as(origin, caller, credential.as_deref(), ask).await;
@@ -410,7 +411,9 @@ fn silent(cause: Cause) -> Box<Refusal> {
 fn no_token(failure: &TokenFailure) -> Box<Refusal> {
     Box::new(Refusal::from(match failure {
         TokenFailure::Limited(pause) => Answer::paused(pause.clone()),
-        TokenFailure::Denied(_) | TokenFailure::Silent => Answer::silent(failure.into()),
+        TokenFailure::Denied(_) | TokenFailure::Silent | TokenFailure::PlainRealm => {
+            Answer::silent(failure.into())
+        }
     }))
 }
 

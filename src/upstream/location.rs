@@ -1,20 +1,20 @@
-//! Where a `Location` header points, seen from the request it answers. Pure.
+//! The target of a `Location` header, seen from the request that it answers. Pure.
+
+use std::fmt::Write as _;
 
 use http::Uri;
 
 /// RFC 3986 §5.2 for what a `Location` may be. `None`: not a URL we would ever follow.
-pub(super) fn resolve(base: &Uri, location: &str) -> Option<Uri> {
+///
+/// Real storage sends what no URL may hold: spaces and quotes of a file name, `|`, UTF-8. Such bytes are
+/// percent-encoded, as browsers and Go's HTTP client do; all others stay, for a signature may cover them.
+pub(super) fn resolve(base: &Uri, location: &[u8]) -> Option<Uri> {
     // An empty one would lead to where it came from.
-    let location = location
-        .split('#')
-        .next()
-        .filter(|location| !location.is_empty())?;
+    let location = location.trim_ascii().split(|byte| *byte == b'#').next();
+    let location = encoded(location.filter(|location| !location.is_empty())?);
+    let location = location.as_str();
     let (scheme, authority) = (base.scheme_str()?, base.authority()?);
-    let absolute = |text: &str| {
-        text.split_once("://")
-            .is_some_and(|(scheme, _)| scheme.bytes().all(|b| b.is_ascii_alphanumeric()))
-    };
-    let text = if absolute(location) {
+    let text = if is_absolute(location) {
         location.to_owned()
     } else if location.starts_with("//") {
         format!("{scheme}:{location}")
@@ -22,6 +22,8 @@ pub(super) fn resolve(base: &Uri, location: &str) -> Option<Uri> {
         format!("{scheme}://{authority}{location}")
     } else if location.starts_with('?') {
         format!("{scheme}://{authority}{}{location}", base.path())
+    } else if is_opaque(location) {
+        return None;
     } else {
         let folder = base.path().rsplit_once('/').map_or("", |(folder, _)| folder);
         format!(
@@ -33,6 +35,32 @@ pub(super) fn resolve(base: &Uri, location: &str) -> Option<Uri> {
     let authority = uri.authority()?;
     let web = matches!(uri.scheme_str(), Some("http" | "https"));
     (web && !authority.host().is_empty() && !authority.as_str().contains('@')).then_some(uri)
+}
+
+/// Percent-encodes what RFC 3986 allows in no part of a URL. A `%` stays, whatever follows it.
+fn encoded(location: &[u8]) -> String {
+    let mut text = String::with_capacity(location.len());
+    for byte in location {
+        match byte {
+            b'"' | b'<' | b'>' | b'\\' | b'^' | b'`' | b'{' | b'|' | b'}' | 0..=0x20 | 0x7F.. => {
+                // Writing to a `String` cannot fail.
+                let _infallible = write!(text, "%{byte:02X}");
+            }
+            byte => text.push(char::from(*byte)),
+        }
+    }
+    text
+}
+
+fn is_absolute(text: &str) -> bool {
+    text.split_once("://")
+        .is_some_and(|(scheme, _)| scheme.bytes().all(|byte| byte.is_ascii_alphanumeric()))
+}
+
+/// `https:host` is a URL of which nobody knows the host.
+fn is_opaque(text: &str) -> bool {
+    let scheme = text.split_once(':').map(|(scheme, _)| scheme);
+    scheme.is_some_and(|scheme| scheme.eq_ignore_ascii_case("http") || scheme.eq_ignore_ascii_case("https"))
 }
 
 /// RFC 3986 §5.2.4 on the path, the query left alone.
@@ -65,26 +93,72 @@ mod tests {
         for (location, target) in [
             ("https://cdn.example/x?y=/z", Some("https://cdn.example/x?y=/z")),
             ("http://cdn.example", Some("http://cdn.example/")),
+            ("https://cdn.example?sig=1", Some("https://cdn.example/?sig=1")),
+            ("HTTPS://CDN.example/X", Some("https://CDN.example/X")),
+            ("  https://cdn.example/x \t", Some("https://cdn.example/x")),
             ("//cdn.example/x#part", Some("https://cdn.example/x")),
+            ("https://cdn.example/x#a#b?c", Some("https://cdn.example/x")),
             ("/store/x", Some("https://reg.example:5000/store/x")),
             (
                 "/login?to=https://a/b",
                 Some("https://reg.example:5000/login?to=https://a/b"),
             ),
             ("c", Some("https://reg.example:5000/v2/a/blobs/c")),
+            ("sha256:c", Some("https://reg.example:5000/v2/a/blobs/sha256:c")),
             ("../../c?q=..", Some("https://reg.example:5000/v2/c?q=..")),
             ("../../../../../c", Some("https://reg.example:5000/c")),
             ("?x=2", Some("https://reg.example:5000/v2/a/blobs/b?x=2")),
+            ("#part", None),
+            ("   ", None),
             ("https://user@cdn.example/", None),
+            ("https://user:secret@cdn.example/", None),
             ("ftp://cdn.example/", None),
             ("https://", None),
+            ("https:cdn.example/x", None),
+            ("https:/cdn.example/x", None),
             ("https://cdn example/", None),
+            ("https://cdn\\example/", None),
+            ("https://cdn.example\\@evil.example/", None),
         ] {
             assert_eq!(
-                resolve(&base, location).map(|uri| uri.to_string()).as_deref(),
+                resolve(&base, location.as_bytes())
+                    .map(|uri| uri.to_string())
+                    .as_deref(),
                 target,
                 "{location}"
             );
         }
+    }
+
+    #[test]
+    fn locations_that_real_storage_sends_are_followed() {
+        let base = Uri::from_static("https://reg.example/v2/a/blobs/b");
+        let at = "https://s3.example";
+        for (location, target) in [
+            ("/a b.tar", "/a%20b.tar"),
+            (
+                "/x?response-content-disposition=attachment; filename=\"a b.tar\"",
+                "/x?response-content-disposition=attachment;%20filename=%22a%20b.tar%22",
+            ),
+            ("/a|b?c|d", "/a%7Cb?c%7Cd"),
+            ("/a[1]?b[]=c", "/a[1]?b[]=c"),
+            ("/{a}/<b>?^`\\", "/%7Ba%7D/%3Cb%3E?%5E%60%5C"),
+            ("/größe?ü=✓", "/gr%C3%B6%C3%9Fe?%C3%BC=%E2%9C%93"),
+            ("/100%?sig=a%2Fb%zz%", "/100%?sig=a%2Fb%zz%"),
+            (
+                "/x?sig=a+b/c==&t=2026-01-01T00:00:00Z",
+                "/x?sig=a+b/c==&t=2026-01-01T00:00:00Z",
+            ),
+            ("/a;v=1,2/(b)!*'$&~@:", "/a;v=1,2/(b)!*'$&~@:"),
+            ("/a?b?c=d", "/a?b?c=d"),
+            ("/a\tb", "/a%09b"),
+        ] {
+            let found = resolve(&base, format!("{at}{location}").as_bytes());
+            let found = found.map(|uri| uri.to_string());
+            assert_eq!(found, Some(format!("{at}{target}")), "{location}");
+        }
+        // ISO 8859-1, as old object stores write file names.
+        let found = resolve(&base, b"/gr\xf6\xdfe").map(|uri| uri.to_string());
+        assert_eq!(found.as_deref(), Some("https://reg.example/gr%F6%DFe"));
     }
 }

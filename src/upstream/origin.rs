@@ -10,6 +10,8 @@ use std::str::FromStr;
 use http::Uri;
 use http::uri::{Authority, Scheme};
 
+use crate::oci::name::Repository;
+
 /// The base address of an upstream's API, e.g. `https://registry-1.docker.io`.
 ///
 /// `/v2/…` is appended to it; the prefix is for registries that live below a path
@@ -20,6 +22,8 @@ pub struct Origin {
     authority: Authority,
     /// Without a trailing slash; empty for the root.
     prefix: String,
+    /// What stands before the name of each repository there: the project of another registry.
+    repositories: Option<Repository>,
 }
 
 /// Why a text is not an [`Origin`]. The operator's fault.
@@ -68,23 +72,57 @@ impl FromStr for Origin {
             scheme,
             authority,
             prefix,
+            repositories: None,
         })
     }
 }
 
 impl fmt::Display for Origin {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}://{}{}", self.scheme, self.authority, self.prefix)
+        write!(f, "{}://{}{}", self.scheme, self.authority, self.prefix)?;
+        match &self.repositories {
+            Some(prefix) => write!(f, "/v2/{prefix}"),
+            None => Ok(()),
+        }
     }
 }
 
 impl Origin {
+    /// The same registry, with its repositories below `prefix`.
+    #[must_use]
+    pub fn with_repository_prefix(self, prefix: Repository) -> Origin {
+        Origin {
+            repositories: Some(prefix),
+            ..self
+        }
+    }
+
+    /// What stands before the name of each repository there.
+    pub fn repository_prefix(&self) -> Option<&Repository> {
+        self.repositories.as_ref()
+    }
+
+    /// The name of `repository` there.
+    pub(super) fn name_of(&self, repository: &Repository) -> Repository {
+        let prefix = self.repositories.as_ref();
+        let named = prefix.map(|prefix| repository.with_prefix(prefix.as_str()));
+        // A name that is too long is the registry's to refuse.
+        named.and_then(Result::ok).unwrap_or_else(|| repository.clone())
+    }
+
     /// The URI of `path_and_query` (which begins with `/v2/`) at this origin. `None` if the two do not make a URI.
     pub fn join(&self, path_and_query: &str) -> Option<Uri> {
+        let named = path_and_query
+            .strip_prefix("/v2/")
+            .filter(|rest| !rest.is_empty());
+        let path = match (&self.repositories, named) {
+            (Some(prefix), Some(rest)) => format!("{}/v2/{prefix}/{rest}", self.prefix),
+            _ => format!("{}{path_and_query}", self.prefix),
+        };
         Uri::builder()
             .scheme(self.scheme.clone())
             .authority(self.authority.clone())
-            .path_and_query(format!("{}{path_and_query}", self.prefix))
+            .path_and_query(path)
             .build()
             .ok()
     }
@@ -98,6 +136,7 @@ impl Origin {
     pub(super) fn root(&self) -> Origin {
         Origin {
             prefix: String::new(),
+            repositories: None,
             ..self.clone()
         }
     }
@@ -231,6 +270,32 @@ mod tests {
             origin.join("/v2/a/tags/list?n=1").unwrap(),
             "https://art.example/hub/v2/a/tags/list?n=1"
         );
+    }
+
+    #[test]
+    fn r15_a_repository_prefix_stands_before_every_name_and_nothing_else() {
+        let plain: Origin = "https://harbor.example/sub".parse().unwrap();
+        let origin = plain.with_repository_prefix("hub-proxy/eu".parse().unwrap());
+        assert_eq!(origin.to_string(), "https://harbor.example/sub/v2/hub-proxy/eu");
+        for (path, joined) in [
+            ("/v2/", "/sub/v2/"),
+            (
+                "/v2/library/app/manifests/1",
+                "/sub/v2/hub-proxy/eu/library/app/manifests/1",
+            ),
+            ("/v2/a/tags/list?n=1", "/sub/v2/hub-proxy/eu/a/tags/list?n=1"),
+        ] {
+            assert_eq!(
+                origin.join(path).unwrap(),
+                format!("https://harbor.example{joined}").as_str()
+            );
+        }
+        assert_eq!(
+            origin.join_root("/token").unwrap(),
+            "https://harbor.example/token"
+        );
+        let named = origin.name_of(&"library/app".parse().unwrap());
+        assert_eq!(named.as_str(), "hub-proxy/eu/library/app");
     }
 
     #[test]

@@ -22,6 +22,7 @@ use zeroize::Zeroizing;
 pub use docker_config::{DockerConfig, DockerConfigError};
 pub use helper::{HelperName, HelperNameError};
 
+use super::origin::Origin;
 use super::token;
 use crate::oci::name::Repository;
 use docker_config::Found;
@@ -121,9 +122,34 @@ pub(super) struct Unavailable;
 /// The proxy's own credentials for one upstream.
 pub(super) struct Own {
     source: Source,
-    /// What the upstream is called, the name in images first.
-    names: Vec<String>,
+    names: Names,
     serial: u64,
+}
+
+/// By which names a credential is looked for, and what a helper calls the registry.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Names {
+    /// The one to look for first at the front.
+    all: Vec<String>,
+    /// Docker Hub by its old URL, all others by the host of their address.
+    server: String,
+}
+
+impl Names {
+    /// An upstream below a project of another registry is found by that one's address first: it is that registry which is
+    /// shown the credential.
+    pub(super) fn new(name: &str, hosts: Vec<String>, url: Option<&Origin>) -> Names {
+        let address = url.map(|url| url.authority().to_string()).unwrap_or_default();
+        let is_elsewhere = url.is_some_and(|url| url.repository_prefix().is_some());
+        let server = if docker_config::is_hub(name) && !is_elsewhere {
+            docker_config::HUB_SERVER.to_owned()
+        } else {
+            address.clone()
+        };
+        let mut all: Vec<_> = std::iter::once(name.to_owned()).chain(hosts).collect();
+        all.insert(if is_elsewhere { 0 } else { all.len() }, address);
+        Names { all, server }
+    }
 }
 
 enum Source {
@@ -137,8 +163,7 @@ enum Source {
 }
 
 impl Own {
-    /// `names`: what the upstream is called; the first is its name in images, the last the host of its address.
-    pub(super) fn new(source: CredentialSource, names: Vec<String>) -> Own {
+    pub(super) fn new(source: CredentialSource, names: Names) -> Own {
         let source = match source {
             CredentialSource::Fixed(credential) => Source::Fixed(Arc::new(credential)),
             CredentialSource::PasswordFile { username, path } => {
@@ -175,7 +200,7 @@ impl Own {
     }
 
     /// Whether these settings mean just this.
-    pub(super) fn is_from(&self, source: &CredentialSource, names: &[String]) -> bool {
+    pub(super) fn is_from(&self, source: &CredentialSource, names: &Names) -> bool {
         let is_same = match (&self.source, source) {
             (Source::Fixed(known), CredentialSource::Fixed(given)) => known.says_the_same_as(given),
             (
@@ -189,7 +214,7 @@ impl Own {
             (Source::Helper(known, _), CredentialSource::Helper(given)) => known == given,
             _ => false,
         };
-        is_same && self.names == names
+        is_same && self.names == *names
     }
 
     /// The next one who asks looks at the file, if there is one.
@@ -209,12 +234,12 @@ impl Own {
         match &self.source {
             Source::Fixed(credential) => Ok(Some(Arc::clone(credential))),
             Source::Password { file, .. } => file.get().await.map(Some),
-            Source::Docker(file, helpers) => match file.get().await?.find(&self.names, repository) {
+            Source::Docker(file, helpers) => match file.get().await?.find(&self.names.all, repository) {
                 Found::Credential(credential) => Ok(Some(credential)),
                 Found::Helper { helper, server } => helpers.get(&helper, &server).await,
                 Found::Nothing => Ok(None),
             },
-            Source::Helper(name, helpers) => helpers.get(name, &self.server()).await,
+            Source::Helper(name, helpers) => helpers.get(name, &self.names.server).await,
         }
     }
 
@@ -235,14 +260,5 @@ impl Own {
         }
         let renewed = self.current(repository).await.ok()??;
         (!renewed.says_the_same_as(used)).then_some(renewed)
-    }
-
-    /// What a helper calls this registry: Docker Hub by its old URL, all others by the host of their address.
-    fn server(&self) -> String {
-        if self.names.first().is_some_and(|name| docker_config::is_hub(name)) {
-            docker_config::HUB_SERVER.to_owned()
-        } else {
-            self.names.last().cloned().unwrap_or_default()
-        }
     }
 }

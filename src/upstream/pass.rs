@@ -166,14 +166,15 @@ fn without_hop_by_hop(headers: &mut HeaderMap) {
 /// A `Location` at the upstream's own address leads the client on through us, at the address that it knows; one
 /// elsewhere (signed storage) stays as it is.
 fn relocate(headers: &mut HeaderMap, origin: &Origin, asked: &Uri, base: &str) {
-    let Some(location) = headers.get(LOCATION).and_then(|value| value.to_str().ok()) else {
+    let Some(location) = headers.get(LOCATION).map(HeaderValue::as_bytes) else {
         return;
     };
     let Some(target) = resolve(asked, location) else {
         return;
     };
     let Some(path) = origin.strip(&target) else { return };
-    let is_right = location == path || location.strip_prefix(base) == Some(path);
+    let is_right =
+        location == path.as_bytes() || location.strip_prefix(base.as_bytes()) == Some(path.as_bytes());
     if !is_right && let Ok(value) = HeaderValue::from_str(&format!("{base}{path}")) {
         headers.insert(LOCATION, value);
     }

@@ -15,7 +15,7 @@ use tokio::time::Instant;
 use super::breaker::{self, Breaker};
 use super::limits::Limits;
 use super::origin::Origin;
-use super::own::{CredentialSource, Own};
+use super::own::{CredentialSource, Names, Own};
 use super::places::Places;
 use super::quirk::Quirks;
 use super::route::ProxyChoice;
@@ -123,7 +123,7 @@ impl Learned {
     }
 
     /// The own credentials in effect, with all that is cached of them, if they come from the same source; else new ones.
-    pub(super) fn own(&self, source: Option<CredentialSource>, names: Vec<String>) -> Option<Arc<Own>> {
+    pub(super) fn own(&self, source: Option<CredentialSource>, names: Names) -> Option<Arc<Own>> {
         let source = source?;
         let active = self.active().own.clone();
         active

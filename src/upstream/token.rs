@@ -29,8 +29,8 @@ use crate::trace::Trace;
 
 mod wire;
 
+use wire::{Realm, encoded, query, realm_allowed, with_query};
 pub(super) use wire::{basic, parse};
-use wire::{encoded, query, realm_allowed, with_query};
 
 /// Tokens kept, over all holders.
 const TOKENS_MAX: usize = 4096;
@@ -57,7 +57,7 @@ pub(super) enum HolderKind {
 /// What a token is for.
 #[derive(Clone, PartialEq, Eq, Hash)]
 pub(super) struct Key {
-    realm: Uri,
+    realm: Realm,
     service: Option<String>,
     /// Sorted, each once.
     scopes: Vec<String>,
@@ -81,6 +81,8 @@ pub(super) enum TokenFailure {
     Limited(Pause),
     /// No usable answer, for whatever reason.
     Silent,
+    /// The registry names its token service by http, where no credential is sent, and by https it does not answer.
+    PlainRealm,
 }
 
 /// What a token service answered instead of a token.
@@ -178,7 +180,7 @@ impl Key {
         let realm = realm_allowed(origin, realm, &tokens.hosts)?;
         let mut scopes: Vec<String> = scopes.iter().filter(|scope| !scope.is_empty()).cloned().collect();
         if scopes.is_empty() {
-            scopes.extend(repository.map(|name| format!("repository:{}:pull", name.as_str())));
+            scopes.extend(repository.map(|name| format!("repository:{}:pull", origin.name_of(name))));
         }
         scopes.sort();
         scopes.dedup();
@@ -215,7 +217,7 @@ impl Tokens {
             Err(failure) if slot.fetches.load(Ordering::Acquire) != seen => return Err(failure.clone()),
             Ok(_) | Err(_) => {}
         }
-        let place = (key.realm.authority().cloned(), key.holder);
+        let place = (key.realm.uri.authority().cloned(), key.holder);
         let turn = self
             .kept
             .windows
@@ -237,11 +239,19 @@ impl Tokens {
                     .limited(&place, turn, Cause::RateLimited, stated);
                 Err(TokenFailure::Limited(pause))
             }
+            Err(NoToken::Silent) if key.realm.is_named_plain => {
+                tracing::warn!(
+                    asked = %key.realm.uri,
+                    "the registry's token realm begins with http://; credentials are not sent in clear text, and https at \
+                     that host gave no token; ask its operator to set the registry's external URL to https"
+                );
+                Err(TokenFailure::PlainRealm)
+            }
             Err(NoToken::Silent) => Err(TokenFailure::Silent),
         };
         self.note_realm(
-            Some(key.realm.clone()),
-            matches!(fetched, Err(TokenFailure::Silent)),
+            Some(key.realm.uri.clone()),
+            matches!(fetched, Err(TokenFailure::Silent | TokenFailure::PlainRealm)),
         );
         let header = fetched.as_ref().map(Token::header).map_err(Clone::clone);
         *state = fetched.map(Some);
@@ -271,7 +281,7 @@ impl Tokens {
     ) -> Option<Remembered> {
         let key = (origin.clone(), repository.clone(), holder);
         let known = self.kept.remembered.get(&key)?;
-        realm_allowed(origin, &known.key.realm.to_string(), &self.hosts)?;
+        realm_allowed(origin, &known.key.realm.uri.to_string(), &self.hosts)?;
         Some(known)
     }
 
@@ -314,7 +324,7 @@ impl Tokens {
             }
         }
         let uri =
-            with_query(&key.realm, &query(key.service.as_deref(), &key.scopes)).ok_or(NoToken::Silent)?;
+            with_query(&key.realm.uri, &query(key.service.as_deref(), &key.scopes)).ok_or(NoToken::Silent)?;
         let reply = self.send(http, Method::GET, uri, headers, Bytes::new()).await?;
         match (reply.status, login) {
             (StatusCode::NOT_FOUND | StatusCode::METHOD_NOT_ALLOWED, Login::Own(own)) => {
@@ -357,7 +367,7 @@ impl Tokens {
             .send(
                 http,
                 Method::POST,
-                key.realm.clone(),
+                key.realm.uri.clone(),
                 headers,
                 Bytes::from(encoded(&form)),
             )
@@ -423,6 +433,7 @@ impl From<&TokenFailure> for Cause {
         match failure {
             TokenFailure::Limited(_) => Cause::RateLimited,
             TokenFailure::Denied(_) | TokenFailure::Silent => Cause::TokenService,
+            TokenFailure::PlainRealm => Cause::PlainRealm,
         }
     }
 }

@@ -1,6 +1,6 @@
 //! Redirects are followed here, without the client's credential, and never handed on.
 
-use crate::proxy::Proxy;
+use crate::proxy::{Proxy, Setup};
 use crate::upstream::{Image, Upstream, noise};
 
 #[tokio::test]
@@ -111,4 +111,40 @@ async fn storage_that_is_down_is_not_a_missing_blob() {
         .blob("library/demo", &image.layer(0).digest)
         .await
         .is_unreachable();
+}
+
+#[tokio::test]
+async fn characters_in_a_location_that_real_storage_sends_are_followed() {
+    for location in [
+        "/storage/{digest}?response-content-disposition=attachment; filename=\"a b.tar\"",
+        "/storage/{digest}?a|b=[c]&{d}=<e>^`\\",
+        "/storage/{digest}?name=größe✓",
+        "/storage/{digest}?sig=a%2Fb%zz%&x=+",
+        "/storage/{digest}#part",
+        "  /storage/{digest}  ",
+    ] {
+        let upstream = Upstream::start().await;
+        let image = upstream.push("library/demo", "1", Image::with_layers(&["one"]));
+        upstream.redirects_blobs_with(307, location);
+        let proxy = Proxy::over(&upstream).await;
+        proxy.pull("library/demo", "1", &image).await;
+    }
+}
+
+#[tokio::test]
+async fn two_urls_that_redirect_to_each_other_end() {
+    let (one, two) = (Upstream::start().await, Upstream::start().await);
+    let image = one.push("library/demo", "1", Image::with_layers(&["one"]));
+    two.push("library/demo", "1", image.clone());
+    one.redirects_blobs_with(307, &format!("{}/v2/library/demo/blobs/{{digest}}", two.url()));
+    two.redirects_blobs_with(307, &format!("{}/v2/library/demo/blobs/{{digest}}", one.url()));
+    let urls = format!("url = [\"{}\", \"{}\"]", one.url(), two.url());
+    let proxy = Setup::empty().upstream("docker.io", &urls).start().await;
+    proxy.manifest("library/demo", "1").await.is_image(&image);
+    proxy
+        .blob("library/demo", &image.layer(0).digest)
+        .await
+        .is_refused(502);
+    let asked = one.requests().len() + two.requests().len();
+    assert!(asked <= 80, "{asked} requests");
 }

@@ -216,7 +216,7 @@ async fn a_password_file_is_read_again_when_it_changed_and_kept_while_it_is_gone
         username: "robot".to_owned(),
         path: path.clone(),
     };
-    let own = Own::new(source, names(&["reg.example.com"]));
+    let own = Own::new(source, Names::new("reg.example.com", Vec::new(), None));
     let one = own.current(None).await.unwrap().unwrap();
     assert_eq!(one.password(), "one");
     assert!(own.renewed(None, &one).await.is_none(), "nothing changed");
@@ -241,4 +241,16 @@ fn a_helpers_name_is_no_path_and_no_option() {
     for name in ["", "../x", "/bin/x", "a b", "a;b", "docker-credential-"] {
         assert!(name.parse::<HelperName>().is_err(), "{name}");
     }
+}
+
+#[test]
+fn r15_an_upstream_below_another_registry_shows_that_ones_credential() {
+    let elsewhere: Origin = "https://1.dkr.ecr.eu-west-1.amazonaws.com".parse().unwrap();
+    let hosts = || vec!["index.docker.io".to_owned()];
+    let plain = Names::new("docker.io", hosts(), Some(&elsewhere));
+    assert_eq!(plain.server, "https://index.docker.io/v1/");
+    let elsewhere = elsewhere.with_repository_prefix("hub".parse().unwrap());
+    let below = Names::new("docker.io", hosts(), Some(&elsewhere));
+    assert_eq!(below.server, "1.dkr.ecr.eu-west-1.amazonaws.com");
+    assert_eq!(below.all.first(), Some(&below.server));
 }

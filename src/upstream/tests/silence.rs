@@ -77,13 +77,9 @@ async fn a_closed_port_refuses() {
 }
 
 #[tokio::test]
-async fn addresses_are_tried_in_order_until_one_answers() {
+async fn r06_urls_are_asked_in_order_until_one_says_yes() {
     let silent = Registry::start(|_| answer(500).header("retry-after", "1")).await;
-    for (second, said) in [
-        (200, Said::Is(digest(MANIFEST))),
-        (404, Said::Absent),
-        (403, Said::Forbidden),
-    ] {
+    for second in [200, 404, 403] {
         let answering = Registry::start(move |_| match second {
             200 => manifest(),
             status => answer(status).header("content-type", "application/json"),
@@ -91,11 +87,10 @@ async fn addresses_are_tried_in_order_until_one_answers() {
         .await;
         let last = Registry::start(|_| manifest()).await;
         let upstream = upstream(&[&silent, &answering, &last]);
-        assert_eq!(upstream.head(&anonymous(), &tag(), &accept()).await.said, said);
-        assert!(last.seen().is_empty(), "an answer ends it");
-        let got = upstream.get(&anonymous(), &tag(), &accept(), None).await;
-        assert_eq!(got.is_ok(), second == 200);
-        assert!(last.seen().is_empty());
+        let said = upstream.head(&anonymous(), &tag(), &accept()).await.said;
+        assert_eq!(said, Said::Is(digest(MANIFEST)));
+        assert!(upstream.get(&anonymous(), &tag(), &accept(), None).await.is_ok());
+        assert_eq!(last.seen().is_empty(), second == 200, "a yes ends it");
     }
 }
 

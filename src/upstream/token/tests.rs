@@ -1,6 +1,7 @@
 #![allow(clippy::unwrap_used, reason = "tests may fail loudly")]
 use std::time::Duration;
 
+use super::super::origin::Origin;
 use super::wire::{basic, encoded, parse, realm_allowed, with_query};
 
 #[test]
@@ -21,7 +22,11 @@ fn a_realm_must_belong_to_the_registry() {
         ("https://10.0.0.1", "https://tokens.corp.example:8443/token", true),
         ("https://10.0.0.1", "https://[fd00::7]/token", true),
         ("http://10.0.0.1", "http://auth.corp.example/token", true),
-        ("https://10.0.0.1", "http://auth.corp.example/token", false),
+        ("https://10.0.0.1", "http://auth.corp.example/token", true),
+        ("https://10.0.0.1", "http://auth.corp.example:80/token", true),
+        ("https://10.0.0.1", "http://auth.corp.example:8080/token", false),
+        ("https://10.0.0.1", "http://user:x@10.0.0.1/token", false),
+        ("https://10.0.0.1", "http://evil.example/token", false),
         ("https://10.0.0.1", "https://auth.corp.example:8443/token", false),
         ("https://10.0.0.1", "https://tokens.corp.example/token", false),
         ("https://10.0.0.1", "https://x.auth.corp.example/token", false),
@@ -32,7 +37,7 @@ fn a_realm_must_belong_to_the_registry() {
         ),
         ("http://127.0.0.1:5000", "http://localhost:5001/token", true),
         ("http://reg.example", "http://reg.example/token", true),
-        ("https://ghcr.io", "http://ghcr.io/token", false),
+        ("https://ghcr.io", "http://ghcr.io/token", true),
         ("https://ghcr.io", "https://ghcr.io.evil.example/token", false),
         ("https://ghcr.io", "https://ghcr.io@evil.example/token", false),
         ("https://ghcr.io", "https://user:x@ghcr.io/token", false),
@@ -43,13 +48,66 @@ fn a_realm_must_belong_to_the_registry() {
         ("https://ghcr.io", "ghcr.io", false),
         ("https://ghcr.io", "", false),
     ] {
-        let origin = origin.parse().unwrap();
+        let origin: Origin = origin.parse().unwrap();
+        let found = realm_allowed(&origin, realm, &hosts);
+        assert_eq!(found.is_some(), allowed, "{origin} {realm}");
+        let is_plain = found.is_some_and(|realm| realm.uri.scheme_str() != Some("https"));
+        assert!(!is_plain || origin.is_plain(), "{origin} {realm}: in clear text");
+    }
+}
+
+#[test]
+fn r16_a_realm_by_http_is_asked_by_https() {
+    for (origin, realm, asked) in [
+        (
+            "https://harbor.example",
+            "http://harbor.example/service/token",
+            "https://harbor.example/service/token",
+        ),
+        (
+            "https://harbor.example",
+            "http://harbor.example:80/t?a=b",
+            "https://harbor.example/t?a=b",
+        ),
+        // The port of the side without TLS says nothing about the other side.
+        (
+            "https://art.example",
+            "http://art.example:8081/t",
+            "https://art.example/t",
+        ),
+        (
+            "https://reg.example:8443/sub",
+            "http://reg.example/t",
+            "https://reg.example:8443/t",
+        ),
+        (
+            "https://reg.example",
+            "http://auth.reg.example:80/t",
+            "https://auth.reg.example/t",
+        ),
+        (
+            "https://reg.example",
+            "http://auth.reg.example:8443/t",
+            "https://auth.reg.example:8443/t",
+        ),
+        ("https://[::1]:5000", "http://[::1]/t", "https://[::1]:5000/t"),
+    ] {
+        let found = realm_allowed(&origin.parse().unwrap(), realm, &[]).unwrap();
         assert_eq!(
-            realm_allowed(&origin, realm, &hosts).is_some(),
-            allowed,
-            "{origin} {realm}"
+            (found.uri.to_string().as_str(), found.is_named_plain),
+            (asked, true)
         );
     }
+    let plain = realm_allowed(
+        &"http://reg.example".parse().unwrap(),
+        "http://reg.example/t",
+        &[],
+    )
+    .unwrap();
+    assert_eq!(
+        (plain.uri.scheme_str(), plain.is_named_plain),
+        (Some("http"), false)
+    );
 }
 
 #[test]

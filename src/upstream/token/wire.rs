@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
+use http::uri::Scheme;
 use http::{HeaderValue, Uri};
 use zeroize::Zeroizing;
 
@@ -16,25 +17,62 @@ const LIFE_MIN: Duration = Duration::from_secs(60);
 /// The most `expires_in` is taken for.
 const LIFE_MAX: Duration = Duration::from_secs(12 * 3600);
 
+/// Where a token is asked for.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Realm {
+    pub(super) uri: Uri,
+    /// The registry, which is reached by https, names it by http. It is asked by https.
+    pub(super) is_named_plain: bool,
+}
+
 /// Whether a credential may be sent to `realm` by order of the registry at `origin`: https (or http to a registry
 /// that is http itself), no user name in it, on the same host, the same site, or a host the operator named.
 /// CVE-2020-15157 and its kin are what happens otherwise.
-pub(super) fn realm_allowed(origin: &Origin, realm: &str, hosts: &[String]) -> Option<Uri> {
-    let uri: Uri = realm.parse().ok()?;
-    let host = uri.host().filter(|host| !host.is_empty())?;
-    let plain = match uri.scheme_str()? {
+///
+/// Behind a balancer that ends TLS, Artifactory and Harbor name themselves by http. No credential is sent there in
+/// clear text: https at that host is asked instead.
+pub(super) fn realm_allowed(origin: &Origin, realm: &str, hosts: &[String]) -> Option<Realm> {
+    let named: Uri = realm.parse().ok()?;
+    let plain = match named.scheme_str()? {
         "https" => false,
         "http" => true,
         _ => return None,
     };
-    if (plain && !origin.is_plain()) || uri.authority()?.as_str().contains('@') {
+    let is_named_plain = plain && !origin.is_plain();
+    let uri = if is_named_plain {
+        by_https(origin, &named)?
+    } else {
+        named
+    };
+    let host = uri.host().filter(|host| !host.is_empty())?;
+    if uri.authority()?.as_str().contains('@') {
         return None;
     }
     let known = origin.join("/").is_some_and(|own| same_host(&own, &uri))
         || same_site(origin.host(), host)
         || (is_loopback(origin.host()) && is_loopback(host))
         || is_one_of(hosts, &uri);
-    known.then_some(uri)
+    known.then_some(Realm { uri, is_named_plain })
+}
+
+/// The same place by https: at the registry's own port where it is the registry's host, for the port named is that of the
+/// side without TLS; elsewhere at the port named, unless that is the one of http.
+fn by_https(origin: &Origin, named: &Uri) -> Option<Uri> {
+    let own = origin.root().join("/")?;
+    let authority = if same_host(&own, named) {
+        own.authority()?.clone()
+    } else if named.port_u16().is_none_or(|port| port == 80) {
+        named.host()?.parse().ok()?
+    } else {
+        named.authority()?.clone()
+    };
+    let mut parts = named.clone().into_parts();
+    (parts.scheme, parts.authority) = (Some(Scheme::HTTPS), Some(authority));
+    Uri::from_parts(parts).ok().filter(|_| {
+        !named
+            .authority()
+            .is_some_and(|named| named.as_str().contains('@'))
+    })
 }
 
 /// The `Authorization` an answer gives, and how long it lives. `token` and `access_token` mean the
