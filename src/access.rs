@@ -8,6 +8,7 @@
 use std::fmt;
 use std::time::{Duration, SystemTime};
 
+use crate::age;
 use crate::oci::digest::keyed;
 use crate::policy::Standing;
 
@@ -88,25 +89,24 @@ pub fn standing(evidence: &Evidence, lifetimes: &Lifetimes, now: SystemTime) -> 
     if !evidence.seen {
         return Standing::Unknown;
     }
-    if evidence.shared || within(evidence.public_at, lifetimes.offline_grant, now) {
+    let recently = |at: Option<SystemTime>, lifetime| at.is_some_and(|at| age::is_within(at, lifetime, now));
+    if evidence.shared
+        || recently(evidence.public_at, lifetimes.offline_grant)
+        || recently(evidence.granted_at, lifetimes.grant)
+    {
         return Standing::Vouched;
     }
-    if within(evidence.granted_at, lifetimes.grant, now) {
-        return Standing::Vouched;
-    }
+    // Good only while the upstream cannot be asked, so a clock that was set back takes nothing away.
+    let in_outage = |at: Option<SystemTime>| {
+        at.is_some_and(|at| age::is_within_or_ahead(at, lifetimes.offline_grant, now))
+    };
     // Another token of the same credential may do: only while this one cannot be asked about.
-    let account = within(evidence.taken_at, lifetimes.offline_grant, now)
-        && within(evidence.account_at, lifetimes.offline_grant, now);
+    let account = in_outage(evidence.taken_at) && in_outage(evidence.account_at);
     // What everyone could read once is no secret in an outage, however long ago that was.
-    if evidence.public_at.is_some() || account || within(evidence.granted_at, lifetimes.offline_grant, now) {
+    if evidence.public_at.is_some() || account || in_outage(evidence.granted_at) {
         return Standing::Lapsed;
     }
     Standing::Unknown
-}
-
-/// A moment in the future (the clock stepped back) proves nothing about the present.
-fn within(at: Option<SystemTime>, lifetime: Duration, now: SystemTime) -> bool {
-    at.is_some_and(|at| now.duration_since(at).is_ok_and(|age| age < lifetime))
 }
 
 #[cfg(test)]
@@ -136,7 +136,7 @@ mod tests {
             seen: true,
             ..Evidence::default()
         };
-        let later = Some(now() + Duration::from_secs(9));
+        let ahead = |seconds| Some(now() + Duration::from_secs(seconds));
         let table = [
             ("no evidence", nothing, Standing::Unknown),
             (
@@ -172,12 +172,28 @@ mod tests {
                 Standing::Unknown,
             ),
             (
-                "granted in the future",
+                "granted in the future, the clock was set back by an hour",
                 Evidence {
-                    granted_at: later,
+                    granted_at: ahead(3600),
+                    ..nothing
+                },
+                Standing::Lapsed,
+            ),
+            (
+                "granted in the future, by more than an hour",
+                Evidence {
+                    granted_at: ahead(3601),
                     ..nothing
                 },
                 Standing::Unknown,
+            ),
+            (
+                "public in the future",
+                Evidence {
+                    public_at: ahead(9),
+                    ..nothing
+                },
+                Standing::Lapsed,
             ),
             (
                 "public",

@@ -21,6 +21,7 @@
 
 pub mod access;
 pub mod admin;
+pub mod age;
 pub mod archive;
 pub mod ca;
 pub mod cli;

@@ -22,6 +22,7 @@ use std::time::{Duration, SystemTime};
 
 pub use verdict::{Refusal, Served, Verdict, Why};
 
+use crate::age;
 use crate::oci::{Cause, Digest};
 
 /// Decides what to do. Total: every situation has a verdict.
@@ -90,9 +91,19 @@ impl Situation {
         self.held.is_some_and(|held| held.is_in_doubt)
     }
 
-    /// A confirmation in the future (the clock stepped back) says nothing about age, so it counts as old.
-    fn confirmed_within(&self, confirmed_at: SystemTime, limit: Duration) -> bool {
-        self.now.duration_since(confirmed_at).is_ok_and(|age| age < limit)
+    /// Whether the copy of a tag may be served without asking. A copy that was confirmed in the future is none: asking
+    /// costs one question.
+    fn is_fresh(&self, held: Held) -> bool {
+        !held.is_moved && age::is_within(held.confirmed_at, self.fresh, self.now)
+    }
+
+    /// What counts of the rest. By digest nothing better exists than what is cached, and its reader asks for the parts it
+    /// wants: clients read manifests and configs of every platform, and layers of one. Completeness is a rule for tags.
+    fn rest(&self, held: Held) -> Rest {
+        match self.subject {
+            Subject::Tag => held.rest,
+            Subject::Manifest | Subject::Blob => Rest::Held,
+        }
     }
 }
 
@@ -199,6 +210,8 @@ pub struct Held {
     pub digest: Digest,
     /// When the upstream last said that the tag names this digest. Without meaning for what is asked by digest.
     pub confirmed_at: SystemTime,
+    /// Whether the tag was seen to name another digest since, in a response to any client.
+    pub is_moved: bool,
     /// What the manifest points to. A blob points to nothing.
     pub rest: Rest,
     /// Whether a write that was handed on may have changed it upstream, and the upstream has not been asked since.
@@ -296,20 +309,18 @@ fn before_asking(s: &Situation) -> Verdict {
     };
     match (s.policy, s.standing, s.subject) {
         (Policy::Never, Standing::Unknown, _) => Verdict::Refuse(Refusal::NotVouched),
-        (Policy::Never, _, _) => match held.rest {
+        (Policy::Never, _, _) => match s.rest(held) {
             Rest::Held => Verdict::Serve(Served::Unasked),
             Rest::Missing { earlier: Some(_) } => Verdict::Serve(Served::LastComplete(None)),
             Rest::Missing { earlier: None } => Verdict::Refuse(Refusal::NotHeld),
         },
         (_, Standing::Unknown | Standing::Lapsed, _) => Verdict::Ask,
         // Of use only if the upstream has the rest, so it must be there to be asked.
-        (_, Standing::Vouched, _) if held.rest != Rest::Held => Verdict::Ask,
+        (_, Standing::Vouched, _) if s.rest(held) != Rest::Held => Verdict::Ask,
         (_, Standing::Vouched, Subject::Manifest | Subject::Blob) if held.is_in_doubt => Verdict::Ask,
         (_, Standing::Vouched, Subject::Manifest | Subject::Blob) => Verdict::Serve(Served::Immutable),
         (Policy::IfNotPresent, Standing::Vouched, Subject::Tag) => Verdict::Serve(Served::Unasked),
-        (Policy::IfNewer, Standing::Vouched, Subject::Tag)
-            if s.confirmed_within(held.confirmed_at, s.fresh) =>
-        {
+        (Policy::IfNewer, Standing::Vouched, Subject::Tag) if s.is_fresh(held) => {
             Verdict::Serve(Served::Fresh)
         }
         (Policy::Always | Policy::IfNewer, Standing::Vouched, Subject::Tag) => Verdict::Ask,
@@ -361,7 +372,7 @@ fn unnamed(s: &Situation) -> Verdict {
 fn absent(s: &Situation) -> Verdict {
     let keep = s.absent == Absence::Serve && s.standing != Standing::Unknown && s.policy != Policy::Always;
     match s.held {
-        Some(held) if keep => Verdict::Serve(match held.rest {
+        Some(held) if keep => Verdict::Serve(match s.rest(held) {
             Rest::Missing { earlier: Some(_) } => Served::LastComplete(None),
             Rest::Held | Rest::Missing { earlier: None } => Served::KeptAbsent,
         }),
@@ -385,7 +396,7 @@ fn silent(s: &Situation, cause: Cause, served: Served) -> Verdict {
     if s.policy == Policy::Always || s.standing == Standing::Unknown {
         return Verdict::Refuse(Refusal::Silent(cause));
     }
-    let (confirmed_at, served) = match held.rest {
+    let (confirmed_at, served) = match s.rest(held) {
         Rest::Held => (held.confirmed_at, served),
         Rest::Missing { earlier: Some(at) } => (at, Served::LastComplete(Some(cause))),
         // Who limits the rate of questions still gives the bytes: the Hub counts manifests alone.
@@ -395,7 +406,7 @@ fn silent(s: &Situation, cause: Cause, served: Served) -> Verdict {
     match s.subject {
         Subject::Manifest | Subject::Blob => Verdict::Serve(Served::PastGrant(cause)),
         Subject::Tag => match s.stale {
-            Some(limit) if !s.confirmed_within(confirmed_at, limit) => {
+            Some(limit) if !age::is_within_or_ahead(confirmed_at, limit, s.now) => {
                 Verdict::Refuse(Refusal::TooStale(cause))
             }
             _ => Verdict::Serve(served),

@@ -276,7 +276,8 @@ impl Pull {
         let context = self.context_of(site, repository, authorization, &Trace::begun());
         let situation = match reference {
             Reference::Tag(tag) => {
-                let copies = self.copies_of_tag(site, repository, tag, &Accept::any());
+                let copies =
+                    self.copies_of_tag(site, repository, tag, crate::store::refs::TagReader::Operator);
                 let held = copies.as_ref().map(copies::Copies::held);
                 context.situation(rule, crate::policy::Subject::Tag, held, true, now)
             }

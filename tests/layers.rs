@@ -41,6 +41,7 @@ const MODULES: &[Module] = &[
     // Values.
     module("oci", 1, &[], &[]),
     module("clock", 1, &[], &[]),
+    module("age", 1, &[], &["oci", "clock"]),
     module("trace", 1, &[], &[]),
     // Judgement. Time is an argument. `access` answers in the decision's own word, `Standing`: one type, no translation.
     module("policy", 2, &[], &["clock"]),

@@ -8,16 +8,16 @@ use http::StatusCode;
 use serde::Serialize;
 use serde_json::json;
 
-use super::named::{Named, name_of, nearest};
+use super::named::{self, name_of, nearest};
 use super::reply::{Problem, Reply, answer};
 use super::words::{confirmed, rfc3339};
 use crate::oci::manifest::{Kind, Role};
-use crate::oci::{AnyDigest, Query};
+use crate::oci::{AnyDigest, Digest, Query};
 use crate::server::Registry;
 use crate::store::inventory::{Inventory, Stocked};
 use crate::store::manifests::HeldManifest;
 use crate::store::pins::Pin;
-use crate::store::refs::{NEVER_CONFIRMED, Past, TagKey, TagRecord, Variant};
+use crate::store::refs::{NEVER_CONFIRMED, Named, Past, TagKey, TagReader, TagRecord};
 use crate::store::uses::Used;
 
 /// Images on one page of the list, unless `limit` says fewer.
@@ -196,7 +196,8 @@ pub(super) fn list(registry: &Registry, wanted: &Wanted, now: SystemTime) -> (Ve
         Sort::Name => {}
         Sort::Size => found.sort_by_key(|image| Reverse(inventory.sizes(image).0)),
         Sort::Confirmed => {
-            found.sort_by_key(|image| Reverse(newest(image).map(|variant| variant.confirmed_at)));
+            found
+                .sort_by_cached_key(|image| Reverse(newest(registry, image).map(|named| named.confirmed_at)));
         }
     }
     let total = found.len();
@@ -216,7 +217,11 @@ pub(super) fn listed(registry: &Registry, wanted: &Wanted, now: SystemTime) -> R
 }
 
 /// One image, in full.
-pub(super) fn in_full(registry: &Registry, named: &Named, now: SystemTime) -> Result<ImageInFull, Problem> {
+pub(super) fn in_full(
+    registry: &Registry,
+    named: &named::Named,
+    now: SystemTime,
+) -> Result<ImageInFull, Problem> {
     let Some(key) = named.key() else {
         return Err(Problem::bad("name a tag: what is asked by digest has no history"));
     };
@@ -226,11 +231,11 @@ pub(super) fn in_full(registry: &Registry, named: &Named, now: SystemTime) -> Re
         return Err(not_held(&key, &inventory));
     };
     let image = line(registry, &inventory, stocked, now).ok_or_else(|| not_held(&key, &inventory))?;
-    let held = |variant: &Variant| store.manifest(&variant.digest).ok().flatten();
+    let held = |digest: &Digest| store.manifest(digest).ok().flatten();
     let whole =
         |manifest: &HeldManifest| store.is_whole(&key.upstream, &key.repository, manifest, &|_| false);
     let variants = stocked.record.variants.iter().map(|variant| {
-        let manifest = held(variant);
+        let manifest = held(&variant.digest);
         Variation {
             digest: variant.digest.to_string(),
             media_type: variant.media_type.as_str().to_owned(),
@@ -245,7 +250,7 @@ pub(super) fn in_full(registry: &Registry, named: &Named, now: SystemTime) -> Re
         }
     });
     let mut parts = Vec::new();
-    if let Some(manifest) = newest(stocked).and_then(held) {
+    if let Some(manifest) = newest(registry, stocked).and_then(|named| held(&named.digest)) {
         gather(registry, &inventory, stocked, &manifest, None, &mut parts);
     }
     Ok(ImageInFull {
@@ -287,25 +292,23 @@ fn history(record: &TagRecord) -> Vec<PastImage> {
     told.collect()
 }
 
-fn newest(image: &Stocked) -> Option<&Variant> {
-    image
-        .record
-        .variants
-        .iter()
-        .max_by_key(|variant| variant.confirmed_at)
+/// The image that a client of today is given for the tag.
+fn newest(registry: &Registry, image: &Stocked) -> Option<Named> {
+    let store = registry.pull.store();
+    store.named(&image.key, &image.record, TagReader::Operator)
 }
 
 fn line(registry: &Registry, inventory: &Inventory, image: &Stocked, now: SystemTime) -> Option<Image> {
-    let (key, variant) = (&image.key, newest(image)?);
+    let (key, named) = (&image.key, newest(registry, image)?);
     let store = registry.pull.store();
     let site = registry.doors.named(&key.upstream);
     let rule = site.map(|site| site.rule(&key.repository, Some(&key.tag)));
     let fresh = rule.map_or(Duration::ZERO, |rule| rule.fresh);
-    let fresh_until = variant
+    let fresh_until = named
         .confirmed_at
         .checked_add(fresh)
-        .filter(|until| *until > now);
-    let manifest = store.manifest(&variant.digest).ok().flatten();
+        .filter(|until| *until > now && !named.is_moved);
+    let manifest = store.manifest(&named.digest).ok().flatten();
     let whole = manifest
         .as_ref()
         .is_some_and(|manifest| store.is_whole(&key.upstream, &key.repository, manifest, &|_| false));
@@ -315,21 +318,21 @@ fn line(registry: &Registry, inventory: &Inventory, image: &Stocked, now: System
         upstream: key.upstream.to_string(),
         repository: key.repository.to_string(),
         tag: key.tag.to_string(),
-        digest: variant.digest.to_string(),
-        media_type: variant.media_type.as_str().to_owned(),
+        digest: named.digest.to_string(),
+        media_type: named.media_type.as_str().to_owned(),
         platforms: manifest
             .map(|manifest| platforms(registry, key, &manifest))
             .unwrap_or_default(),
         whole,
         bytes,
         unique_bytes,
-        confirmed_at: confirmed(variant.confirmed_at),
-        confirmed_seconds_ago: (variant.confirmed_at != NEVER_CONFIRMED).then(|| {
-            let age = now.duration_since(variant.confirmed_at);
+        confirmed_at: confirmed(named.confirmed_at),
+        confirmed_seconds_ago: (named.confirmed_at != NEVER_CONFIRMED).then(|| {
+            let age = now.duration_since(named.confirmed_at);
             age.unwrap_or_default().as_secs()
         }),
         fresh_until: fresh_until.map(rfc3339),
-        last_pulled_at: store.last_use(Used::Manifest(variant.digest)).map(rfc3339),
+        last_pulled_at: store.last_use(Used::Manifest(named.digest)).map(rfc3339),
         rule: rule.map_or_else(
             || "its upstream is not configured any more".to_owned(),
             |rule| rule.name.to_string(),

@@ -188,7 +188,14 @@ fn copy(held: &Held, situation: &Situation) -> String {
         Subject::Tag if held.confirmed_at == NEVER_CONFIRMED => {
             format!("{digest} is {whole}, imported and never confirmed")
         }
-        Subject::Tag => format!("{digest} is {whole}, confirmed {} ago", duration(age)),
+        Subject::Tag => {
+            let moved = if held.is_moved {
+                "; another client was told of another image since, so it is not fresh"
+            } else {
+                ""
+            };
+            format!("{digest} is {whole}, confirmed {} ago{moved}", duration(age))
+        }
         Subject::Manifest | Subject::Blob => format!("{digest} is {whole}"),
     }
 }

@@ -127,6 +127,7 @@ impl Ground {
             accept: Accept::manifests().key(),
             digest: digest(manifest),
             media_type: media_type.parse().unwrap(),
+            takes_indexes: true,
             confirmed_at,
             first_held_at: now(),
             earlier: None,

@@ -85,6 +85,26 @@ impl Accept {
             })
     }
 
+    /// Whether this very type stands in the set, and not only a wildcard that covers it.
+    pub fn lists(&self, media_type: &MediaType) -> bool {
+        let essence = media_type.essence();
+        self.0
+            .types
+            .iter()
+            .any(|known| known.eq_ignore_ascii_case(essence))
+    }
+
+    /// Whether every type of index stands in the set, so that a registry has no reason to give an image in place of one.
+    pub fn lists_indexes(&self) -> bool {
+        let listed = |wanted: &str| {
+            self.0
+                .types
+                .iter()
+                .any(|known| known.eq_ignore_ascii_case(wanted))
+        };
+        MediaType::INDEXES.into_iter().all(listed)
+    }
+
     /// A number equal for equal sets, whatever their order, spelling or lines; the same in every run.
     pub fn key(&self) -> u64 {
         self.0.key

@@ -7,6 +7,7 @@ use crate::oci::Algorithm;
 
 const FRESH: Duration = Duration::from_secs(60);
 const STALE: Duration = Duration::from_secs(3_600);
+const TOO_FAR_AHEAD: Duration = age::AHEAD_MAX.saturating_add(Duration::from_secs(1));
 
 fn now() -> SystemTime {
     SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000)
@@ -46,25 +47,22 @@ fn every_situation() -> Vec<Situation> {
         now() - STALE,
         now() - 10 * STALE,
         now() + Duration::from_secs(1),
+        now() + TOO_FAR_AHEAD,
     ];
-    let copy = |confirmed_at, is_in_doubt| {
-        move |rest| {
-            Some(Held {
-                digest: old_digest(),
-                confirmed_at,
-                rest,
-                is_in_doubt,
-            })
+    let mut helds = vec![None];
+    for confirmed_at in ages {
+        for (is_moved, is_in_doubt) in [(false, false), (true, false), (false, true), (true, true)] {
+            helds.extend(rests().map(|rest| {
+                Some(Held {
+                    digest: old_digest(),
+                    confirmed_at,
+                    is_moved,
+                    rest,
+                    is_in_doubt,
+                })
+            }));
         }
-    };
-    let copies = |is_in_doubt| {
-        ages.into_iter()
-            .flat_map(move |at| rests().map(copy(at, is_in_doubt)))
-    };
-    let helds: Vec<Option<Held>> = std::iter::once(None)
-        .chain(copies(false))
-        .chain(copies(true))
-        .collect();
+    }
     let hearings = [
         Heard::Nothing,
         names(old_digest(), Holding::Whole),
@@ -111,8 +109,11 @@ fn every_situation() -> Vec<Situation> {
     all
 }
 
-/// Only a tag has an earlier image, and a blob points to nothing.
+/// Only a tag moves and has an earlier image, and a blob points to nothing.
 fn can_be(subject: Subject, held: Option<Held>) -> bool {
+    if subject != Subject::Tag && held.is_some_and(|held| held.is_moved) {
+        return false;
+    }
     match (subject, held.map(|held| held.rest)) {
         (Subject::Tag, _) | (_, None | Some(Rest::Held)) => true,
         (Subject::Manifest, Some(Rest::Missing { earlier })) => earlier.is_none(),
@@ -161,7 +162,7 @@ fn no_answer(s: &Situation) -> bool {
 
 #[test]
 fn the_space_is_enumerated_whole() {
-    let copies_of_a_tag_a_manifest_and_a_blob = (1 + 2 * 5 * 4) + (1 + 2 * 5 * 2) + (1 + 2 * 5);
+    let copies_of_a_tag_a_manifest_and_a_blob = (1 + 2 * 6 * 2 * 4) + (1 + 2 * 6 * 2) + (1 + 2 * 6);
     assert_eq!(
         every_situation().len(),
         4 * copies_of_a_tag_a_manifest_and_a_blob * 3 * 13 * 2 * 2 * 2
@@ -274,7 +275,7 @@ fn a_tag_older_than_stale_is_not_served_on_silence() {
     law(
         "stale is a limit",
         |s| {
-            let too_old = |at| at <= now() - STALE || at > now();
+            let too_old = |at| at <= now() - STALE || at > now() + age::AHEAD_MAX;
             let old = s.held.is_some_and(|held| match held.rest {
                 Rest::Missing { earlier: Some(at) } => too_old(at),
                 _ => too_old(held.confirmed_at),
@@ -343,14 +344,47 @@ fn a_moved_tag_is_not_answered_with_the_old_copy() {
 #[test]
 fn half_an_image_is_served_only_on_the_upstreams_word() {
     law(
-        "what is not whole is not served on silence",
-        |s| no_answer(s) && s.heard != Heard::Silent(Cause::RateLimited) && s.held.is_some() && !has_whole(s),
+        "a tag that is not whole is not served on silence",
+        |s| {
+            no_answer(s)
+                && s.subject == Subject::Tag
+                && s.heard != Heard::Silent(Cause::RateLimited)
+                && s.held.is_some()
+                && !has_whole(s)
+        },
         |_, v| matches!(v, Verdict::Refuse(_)),
     );
     law(
         "nor before asking",
-        |s| s.heard == Heard::Nothing && !is_whole(s),
+        |s| s.heard == Heard::Nothing && s.subject == Subject::Tag && !is_whole(s),
         |_, v| !matches!(v, Verdict::Serve(served) if served != Served::LastComplete(None)),
+    );
+}
+
+/// By digest nothing better exists than what is cached, so what a manifest points to changes nothing (M2). Completeness
+/// was asked of it too: a client that reads the manifests of every platform and the layers of one was refused in an
+/// outage what it needed no layer of.
+#[test]
+fn m02_by_digest_what_is_cached_is_served_whatever_its_parts() {
+    law(
+        "the rest plays no part",
+        |s| s.subject == Subject::Manifest && s.held.is_some() && !is_whole(s),
+        |s, v| {
+            let rest = Rest::Held;
+            let held = s.held.map(|held| Held { rest, ..held });
+            v == decide(&Situation { held, ..*s })
+        },
+    );
+    law(
+        "silence serves the entitled",
+        |s| {
+            s.subject == Subject::Manifest
+                && matches!(s.heard, Heard::Silent(_))
+                && s.held.is_some()
+                && s.standing != Standing::Unknown
+                && s.policy != Policy::Always
+        },
+        |_, v| serves(v),
     );
 }
 
@@ -418,10 +452,30 @@ fn a_fresh_tag_is_not_asked_about() {
                 && s.fresh == FRESH
                 && s.heard == Heard::Nothing
                 && is_whole(s)
-                && s.held
-                    .is_some_and(|h| h.confirmed_at == now() - Duration::from_secs(1) && !h.is_in_doubt)
+                && s.held.is_some_and(|h| {
+                    h.confirmed_at == now() - Duration::from_secs(1) && !h.is_moved && !h.is_in_doubt
+                })
         },
         |_, v| v == Verdict::Serve(Served::Fresh),
+    );
+}
+
+#[test]
+fn o01_a_tag_that_another_client_saw_move_is_not_fresh() {
+    law(
+        "moved is not fresh",
+        |s| s.held.is_some_and(|h| h.is_moved),
+        |_, v| v != Verdict::Serve(Served::Fresh),
+    );
+    law(
+        "and nothing else changes",
+        |s| s.held.is_some_and(|h| h.is_moved),
+        |s, v| {
+            let is_moved = false;
+            let held = s.held.map(|held| Held { is_moved, ..held });
+            let unmoved = decide(&Situation { held, ..*s });
+            v == unmoved || unmoved == Verdict::Serve(Served::Fresh) && v == Verdict::Ask
+        },
     );
 }
 
@@ -440,7 +494,7 @@ fn content_by_digest_is_not_asked_about_for_the_vouched() {
         "immutable",
         |s| {
             s.subject != Subject::Tag
-                && is_whole(s)
+                && s.held.is_some()
                 && s.standing == Standing::Vouched
                 && s.heard == Heard::Nothing
                 && s.policy != Policy::Never
@@ -550,6 +604,7 @@ fn the_rule_as_it_was_asked_for() {
         held: Some(Held {
             digest: old_digest(),
             confirmed_at: now() - STALE,
+            is_moved: false,
             rest: Rest::Held,
             is_in_doubt: false,
         }),

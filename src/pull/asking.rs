@@ -12,7 +12,7 @@ use super::writing::Writes;
 use super::{Context, Pull, Request, Site};
 use crate::oci::{Accept, AnyDigest, Cause, Digest, MediaType, Operation, Reference, Repository};
 use crate::policy::{Heard, Situation, Verdict, Whose, decide};
-use crate::store::refs::{TagKey, Variant};
+use crate::store::refs::{TagKey, TagReader, Variant};
 use crate::upstream::{Answer, Said};
 
 /// Which askers may share one question: same thing, same media types, same principal.
@@ -188,19 +188,27 @@ impl Pull {
             return true;
         };
         let held = |digest: &Digest| matches!(self.store.manifest(digest), Ok(Some(_)));
-        held(digest) || self.copies_of_tag(site, repository, tag, accept).is_none()
+        held(digest)
+            || self
+                .copies_of_tag(site, repository, tag, TagReader::Client(accept))
+                .is_none()
     }
 
     /// Keeps which digest a tag names now, and that the digest was seen in this repository.
     pub(super) async fn learn_name(
         &self,
-        site: &Arc<Site>,
-        repository: &Repository,
+        wanted: &Wanted,
         reference: &Reference,
-        accept: &Accept,
         digest: Digest,
         media_type: Option<&MediaType>,
     ) {
+        let Wanted {
+            site,
+            repository,
+            accept,
+            asked_at,
+            ..
+        } = wanted;
         self.note_seen(site, repository, digest).await;
         let (Reference::Tag(tag), Some(media_type)) = (reference, media_type) else {
             return;
@@ -215,13 +223,14 @@ impl Pull {
             accept: accept.key(),
             digest,
             media_type: media_type.clone(),
-            confirmed_at: now,
+            takes_indexes: accept.lists_indexes(),
+            confirmed_at: *asked_at,
             first_held_at: now,
             earlier: None,
             history: Vec::new(),
         };
         let store = Arc::clone(&self.store);
-        let kept = spawn_blocking(move || store.keep_tag(&key, variant)).await;
+        let kept = spawn_blocking(move || store.keep_answer(&key, variant, now)).await;
         report(kept, "keep which digest a tag names");
     }
 

@@ -106,6 +106,7 @@ impl Road<'_> {
         let held = is_held.then_some(Held {
             digest: self.digest,
             confirmed_at: self.request.now,
+            is_moved: false,
             rest: Rest::Held,
             is_in_doubt: self
                 .pull

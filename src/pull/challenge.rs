@@ -11,6 +11,7 @@ use tokio::task::spawn_blocking;
 
 use super::manifest::refused;
 use super::{Outcome, Pull, Request, Site};
+use crate::age;
 use crate::oci::challenge::Challenge;
 use crate::oci::{Accept, Operation};
 use crate::policy::Refusal;
@@ -73,10 +74,7 @@ impl Pull {
     async fn challenge(self: &Arc<Self>, site: &Arc<Site>) -> Result<Arc<KeptChallenge>, Arc<Answer>> {
         let kept = self.store.challenge(site.name());
         let now = self.clock.now();
-        let is_fresh = |kept: &Arc<KeptChallenge>| {
-            now.duration_since(kept.given_at)
-                .is_ok_and(|age| age < RENEW_AFTER)
-        };
+        let is_fresh = |kept: &Arc<KeptChallenge>| age::is_within(kept.given_at, RENEW_AFTER, now);
         let is_silent = site.upstream().silent_now().is_some();
         if let Some(kept) = kept.as_ref().filter(|kept| is_fresh(kept) || is_silent) {
             return Ok(Arc::clone(kept));

@@ -4,11 +4,11 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use super::{Context, Pull, Request, Site};
-use crate::oci::{Accept, AnyDigest, Digest, Repository, Tag};
+use crate::oci::{AnyDigest, Digest, Repository, Tag};
 use crate::policy::rules::Rule;
 use crate::policy::{Held, Holding, Rest, Situation, Subject};
 use crate::store::manifests::HeldManifest;
-use crate::store::refs::{TagKey, TagRecord, Variant};
+use crate::store::refs::{Named, TagKey, TagReader};
 
 /// A manifest in the store, and when the upstream last confirmed that the tag names it.
 #[derive(Clone)]
@@ -20,6 +20,8 @@ pub(super) struct Copy {
 /// What could be served: the newest copy, and where that is not whole, the last one that is.
 pub(super) struct Copies {
     pub(super) newest: Copy,
+    /// Whether the tag was seen to name something else since the newest copy was confirmed.
+    is_moved: bool,
     pub(super) rest: Rest,
     pub(super) earlier: Option<Copy>,
     /// Whether a write may have changed upstream what the newest is named by.
@@ -32,6 +34,7 @@ impl Copies {
         Held {
             digest: self.newest.manifest.digest,
             confirmed_at: self.newest.confirmed_at,
+            is_moved: self.is_moved,
             rest: self.rest,
             is_in_doubt: self.is_in_doubt,
         }
@@ -56,14 +59,13 @@ impl Copies {
 }
 
 impl Pull {
-    /// The copies of a tag: of the variants that the client accepts, the one confirmed for exactly its media types, else
-    /// the newest; and only one whose manifest is in the store.
+    /// The copies of a tag for this reader, in the order of [`crate::store::refs::newest`].
     pub(super) fn copies_of_tag(
         &self,
         site: &Site,
         repository: &Repository,
         tag: &Tag,
-        accept: &Accept,
+        reader: TagReader<'_>,
     ) -> Option<Copies> {
         let key = TagKey {
             upstream: site.name().into(),
@@ -71,32 +73,40 @@ impl Pull {
             tag: tag.clone(),
         };
         let record = self.cached(site, &format_args!("{repository}:{tag}"), self.store.tag(&key))?;
-        let newest = acceptable(&record, accept).find_map(|variant| {
-            let manifest = self.cached_manifest(site, repository, &variant.digest)?;
-            let confirmed_at = variant.confirmed_at;
-            Some(Copy {
-                manifest,
-                confirmed_at,
-            })
-        })?;
+        let named = self.store.named(&key, &record, reader)?;
+        let newest = self.copy(site, repository, &named)?;
+        let is_moved = named.is_moved;
         let is_in_doubt = self.is_in_doubt(site, repository, tag.clone().into())
             || self.is_in_doubt(site, repository, newest.manifest.digest.into());
         if self.is_whole(site, repository, &newest.manifest) {
             return Some(Copies {
                 newest,
+                is_moved,
                 rest: Rest::Held,
                 earlier: None,
                 is_in_doubt,
             });
         }
-        let earlier = self.last_whole(site, repository, &record, accept, &newest.manifest.digest);
+        let is_whole = |manifest: &HeldManifest| self.is_whole(site, repository, manifest);
+        let complete = self.store.last_complete(&record, reader, &is_whole);
+        let earlier = complete.and_then(|named| self.copy(site, repository, &named));
         Some(Copies {
             newest,
+            is_moved,
             rest: Rest::Missing {
                 earlier: earlier.as_ref().map(|copy| copy.confirmed_at),
             },
             earlier,
             is_in_doubt,
+        })
+    }
+
+    fn copy(&self, site: &Site, repository: &Repository, named: &Named) -> Option<Copy> {
+        let manifest = self.cached_manifest(site, repository, &named.digest)?;
+        let confirmed_at = named.confirmed_at;
+        Some(Copy {
+            manifest,
+            confirmed_at,
         })
     }
 
@@ -120,6 +130,7 @@ impl Pull {
         };
         Some(Copies {
             newest,
+            is_moved: false,
             rest,
             earlier: None,
             is_in_doubt: self.is_in_doubt(site, repository, (*digest).into()),
@@ -161,44 +172,6 @@ impl Pull {
         let arriving = |digest: &Digest| self.downloads.is_arriving(digest);
         self.store.is_whole(site.name(), repository, manifest, &arriving)
     }
-
-    fn last_whole(
-        &self,
-        site: &Site,
-        repository: &Repository,
-        record: &TagRecord,
-        accept: &Accept,
-        newest: &Digest,
-    ) -> Option<Copy> {
-        let now_named = acceptable(record, accept).map(|variant| (&variant.digest, variant.confirmed_at));
-        let named_before = record.variants.iter().filter_map(|variant| {
-            let earlier = variant.earlier.as_ref()?;
-            let admitted = variant.accept == accept.key() || accept.admits(&earlier.media_type);
-            admitted.then_some((&earlier.digest, earlier.confirmed_at))
-        });
-        now_named
-            .chain(named_before)
-            .filter(|(digest, _)| *digest != newest)
-            .filter_map(|(digest, confirmed_at)| {
-                let manifest = self.cached_manifest(site, repository, digest)?;
-                let copy = Copy {
-                    manifest,
-                    confirmed_at,
-                };
-                self.is_whole(site, repository, &copy.manifest).then_some(copy)
-            })
-            .max_by_key(|copy| copy.confirmed_at)
-    }
-}
-
-fn acceptable<'a>(record: &'a TagRecord, accept: &'a Accept) -> impl Iterator<Item = &'a Variant> {
-    let is_exact = |variant: &&Variant| variant.accept == accept.key();
-    let exact = record.variants.iter().filter(is_exact);
-    let others = record
-        .variants
-        .iter()
-        .filter(move |variant| !is_exact(variant) && accept.admits(&variant.media_type));
-    exact.chain(others)
 }
 
 impl Request {

@@ -1,6 +1,7 @@
 //! A manifest from the upstream: fetched once for all who may share it, verified, kept.
 
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use bytes::Bytes;
 use tokio::task::spawn_blocking;
@@ -25,7 +26,9 @@ pub(super) struct Wanted {
     pub(super) operation: Operation,
     pub(super) accept: Accept,
     pub(super) caller: Caller,
-    /// As in the [`Request`] that it is for.
+    /// When the [`Request`] arrived that it is for: no request to the upstream is older.
+    pub(super) asked_at: SystemTime,
+    /// As in that request.
     pub(super) writes: Writes,
 }
 
@@ -37,6 +40,7 @@ impl Wanted {
             operation: request.operation.clone(),
             accept: request.accept.clone(),
             caller: caller.clone(),
+            asked_at: request.now,
             writes: request.writes,
         }
     }

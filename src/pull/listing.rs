@@ -49,6 +49,7 @@ impl Pull {
         let digest = |kept: &KeptListing| Held {
             digest: kept.digest,
             confirmed_at: kept.listed_at,
+            is_moved: false,
             rest: Rest::Held,
             is_in_doubt: false,
         };

@@ -13,7 +13,7 @@ use crate::oci::{AnyDigest, Cause, Digest, Reference, Repository, Tag};
 use crate::policy::rules::Rule;
 use crate::policy::{Heard, Refusal, Served, Situation, Standing, Subject, Verdict, Whose, Why, decide};
 use crate::store::manifests::HeldManifest;
-use crate::store::refs::TagKey;
+use crate::store::refs::{TagKey, TagReader};
 use crate::upstream::{Answer, Caller, Said};
 
 /// A manifest that is too large to be kept is passed on as it comes, up to this size. Larger ones, no client takes.
@@ -50,7 +50,7 @@ impl Pull {
             return Box::pin(self.referrers_tag(request, repository, context, tag)).await;
         }
         let rule = request.site.rule(repository, Some(tag));
-        let copies = self.copies_of_tag(&request.site, repository, tag, &request.accept);
+        let copies = self.copies_of_tag(&request.site, repository, tag, TagReader::Client(&request.accept));
         let held = copies.as_ref().map(Copies::held);
         let situation = context.situation(rule, Subject::Tag, held, true, request.now);
         self.judged(request, repository, context, situation, copies).await

@@ -28,6 +28,7 @@ use crate::policy::{
     Heard, Held, Policy, Refusal, Rest, Served, Situation, Standing, Subject, Verdict, Whose, Why, decide,
 };
 use crate::store::listings::{KeptAbsence, KeptAnswer, ListingKey};
+use crate::store::refs::TagReader;
 use crate::upstream::{Answer, Said};
 
 /// The one parameter that only leaves something out of a list. Whoever sends it filters the answer all the same.
@@ -126,7 +127,7 @@ impl Pull {
         let rule = request.site.rule(repository, Some(tag));
         let subject = tag.subject();
         let is_cached = |subject: &Digest| self.is_subject_cached(&request.site, repository, subject);
-        let copies = self.copies_of_tag(&request.site, repository, tag, &request.accept);
+        let copies = self.copies_of_tag(&request.site, repository, tag, TagReader::Client(&request.accept));
         if let Some(copies) = copies.map(Copies::of_list) {
             let held = Some(copies.held());
             let mut situation = context.situation(rule, Subject::Tag, held, true, request.now);
@@ -370,6 +371,7 @@ impl StandIn {
         Held {
             digest,
             confirmed_at: fresh_since.unwrap_or(answered_at),
+            is_moved: false,
             rest: Rest::Held,
             is_in_doubt: false,
         }

@@ -8,6 +8,7 @@ use super::fetching::Wanted;
 use super::{Pull, Request};
 use crate::oci::{Cause, Digest, Operation};
 use crate::policy::Heard;
+use crate::store::refs::TagReader;
 
 /// What came of asking.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,7 +35,7 @@ impl Pull {
             return Refreshed::Silent(Cause::Malformed);
         };
         let context = self.context(request, repository);
-        let copies = self.copies_of_tag(&request.site, repository, tag, &request.accept);
+        let copies = self.copies_of_tag(&request.site, repository, tag, TagReader::Client(&request.accept));
         let held = copies.as_ref().map(Copies::held);
         let wanted = Wanted::of(request, repository, &context.caller);
         let Some(answer) = self.question(&wanted).landed().await else {

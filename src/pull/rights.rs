@@ -17,6 +17,7 @@ use tokio::time::Instant;
 
 use super::fetching::Wanted;
 use super::{Pull, Site};
+use crate::age;
 use crate::oci::{Operation, Repository};
 use crate::upstream::{Answer, Credential, Said};
 
@@ -225,9 +226,9 @@ fn right(site: &Site, repository: Option<&Repository>, principal: [u8; 32]) -> R
     (site.name().into(), repository.cloned(), principal)
 }
 
-/// A moment in the future (the clock stepped back) proves nothing until it has come, so it is written anew.
+/// A moment in the future, from before the clock was set back, is written anew too.
 fn outdated(at: Option<SystemTime>, now: SystemTime) -> bool {
-    at.is_none_or(|at| now.duration_since(at).map_or(true, |age| age >= RENEW_AFTER))
+    !at.is_some_and(|at| age::is_within(at, RENEW_AFTER, now))
 }
 
 /// The client's credential, as it was sent on.

@@ -338,17 +338,11 @@ impl Pull {
         digest: Digest,
         media_type: Option<&MediaType>,
     ) {
-        let Wanted {
-            site,
-            repository,
-            accept,
-            ..
-        } = wanted;
+        let Wanted { site, repository, .. } = wanted;
         let is_same = || site.writes(repository).ended == wanted.writes.ended;
         if is_same() {
             self.doubt_beside_write(wanted, reference).await;
-            self.learn_name(site, repository, reference, accept, digest, media_type)
-                .await;
+            self.learn_name(wanted, reference, digest, media_type).await;
             self.doubt_beside_write(wanted, reference).await;
             self.confirmed(wanted, reference.clone()).await;
             self.confirmed(wanted, digest.into()).await;

@@ -3,7 +3,9 @@
 //! The file of a tag is written only when a digest changes; the time of each confirmation goes to the index, where
 //! losing it costs one question. What is in memory is the newest of both.
 
+mod answered;
 mod heal;
+mod newest;
 mod packed;
 mod tag;
 
@@ -17,12 +19,14 @@ use quick_cache::sync::Cache;
 
 use super::cache::counted;
 use super::index::thread::{IndexHandle, VALUE_BYTES_MAX};
+use super::manifests::HeldManifest;
 use super::record::{RECORD_BYTES_MAX, checksum};
 use super::usage::{Counters, Kind};
 use super::volume::Volume;
 use super::{Fault, Store, remove_file};
-use crate::oci::Digest;
+use crate::oci::{AnyDigest, Digest};
 
+pub use self::newest::{Named, TagReader};
 pub use self::tag::{Earlier, HISTORY_MAX, NEVER_CONFIRMED, Past, TagKey, TagRecord, VARIANTS_MAX, Variant};
 use self::tag::{KEY_PREFIX, TREE};
 
@@ -37,14 +41,51 @@ impl Store {
         self.refs.find(key)
     }
 
-    /// Keeps what a tag names now. Known to readers at once, even where the disk then fails.
+    /// Keeps what a tag names since `variant.confirmed_at`. Known to readers at once, even where the disk then fails.
     pub fn keep_tag(&self, key: &TagKey, variant: Variant) -> Result<(), Fault> {
+        let answered_at = variant.confirmed_at;
+        self.keep_answer(key, variant, answered_at)
+    }
+
+    /// Keeps what the upstream answered at `answered_at` to a request sent at `variant.confirmed_at`, unless a later one
+    /// is known. Known to readers at once, even where the disk then fails.
+    pub fn keep_answer(&self, key: &TagKey, variant: Variant, answered_at: SystemTime) -> Result<(), Fault> {
         self.uses.needed([variant.digest]);
         let is_whole = |digest: &Digest| {
             let manifest = self.manifest(digest).ok().flatten();
             manifest.is_some_and(|held| self.is_whole(&key.upstream, &key.repository, &held, &|_| false))
         };
-        self.refs.keep(key, variant, &is_whole)
+        self.refs.keep(key, variant, answered_at, &is_whole)
+    }
+
+    /// What a tag names for this reader: the newest that is cached, or if nothing is, the newest. See [`newest`].
+    pub fn named(&self, key: &TagKey, record: &TagRecord, reader: TagReader<'_>) -> Option<Named> {
+        let lists = |index: &Digest, image: &Digest| self.lists(index, image);
+        let cached = |digest: &Digest| {
+            self.has_seen(&key.upstream, &key.repository, digest)
+                && matches!(self.manifest(digest), Ok(Some(_)))
+        };
+        let newest = record.newest(reader, &lists, &cached);
+        newest.or_else(|| record.newest(reader, &lists, &|_| true))
+    }
+
+    /// The last image that a tag names, or named before, and that `is_complete`.
+    pub fn last_complete(
+        &self,
+        record: &TagRecord,
+        reader: TagReader<'_>,
+        is_complete: &dyn Fn(&HeldManifest) -> bool,
+    ) -> Option<Named> {
+        let lists = |index: &Digest, image: &Digest| self.lists(index, image);
+        let complete =
+            |digest: &Digest| matches!(self.manifest(digest), Ok(Some(held)) if is_complete(&held));
+        record.newest_or_before(reader, &lists, &complete)
+    }
+
+    fn lists(&self, index: &Digest, image: &Digest) -> Option<bool> {
+        let held = self.manifest(index).ok().flatten()?;
+        let image = AnyDigest::Known(*image);
+        Some(held.manifest.children.iter().any(|child| child.digest == image))
     }
 
     /// Forgets a tag, and a doubt about it; says whether it was known.
@@ -154,7 +195,8 @@ impl Refs {
     fn keep(
         &self,
         key: &TagKey,
-        mut variant: Variant,
+        variant: Variant,
+        answered_at: SystemTime,
         is_whole: &dyn Fn(&Digest) -> bool,
     ) -> Result<(), Fault> {
         let path = key.path();
@@ -168,23 +210,21 @@ impl Refs {
             // A file that cannot be read is written anew.
             None => self.load(key).unwrap_or_default(),
         };
-        let before = loaded
-            .as_ref()
-            .map_or(&[][..], |loaded| loaded.record.variants.as_slice());
-        let old = before.iter().find(|old| old.accept == variant.accept);
-        if let Some(old) = old {
-            variant = variant.replacing(old, is_whole);
-        }
-        let same = |old: &Variant| old.names_the_same(&variant) && old.earlier == variant.earlier;
-        let is_news = !old.is_some_and(same) || loaded.as_ref().is_some_and(|loaded| !loaded.has_file);
-        // An operator's word is about the tag, whatever media types are accepted.
-        let is_of_operator = variant.confirmed_at == NEVER_CONFIRMED;
-        let stays = |old: &&Variant| !is_of_operator && old.accept != variant.accept;
-        let others = before.iter().filter(stays).cloned();
-        let others: Vec<Variant> = others.take(VARIANTS_MAX - 1).collect();
-        let record = Arc::new(TagRecord {
-            variants: [vec![variant], others].concat(),
-        });
+        let before = loaded.as_ref().map(|loaded| loaded.record.as_ref());
+        let accept = variant.accept;
+        let Some(record) = before
+            .unwrap_or(&TagRecord::default())
+            .answered(variant, answered_at, is_whole)
+        else {
+            return Ok(());
+        };
+        let record = Arc::new(record);
+        let old = before.and_then(|before| before.of_accept(accept));
+        let is_same = match (old, record.of_accept(accept)) {
+            (Some(old), Some(new)) => new.is_filed_as(old),
+            _ => false,
+        };
+        let is_news = !is_same || loaded.as_ref().is_some_and(|loaded| !loaded.has_file);
         self.ready.insert(key.clone(), Arc::clone(&record));
         self.write_index(key, &record);
         if is_news {

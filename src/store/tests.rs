@@ -153,6 +153,7 @@ pub(super) fn variant(accept: u64, content: &[u8], seconds: u64) -> Variant {
         accept,
         digest: digest(content),
         media_type: image(),
+        takes_indexes: true,
         confirmed_at: at(seconds),
         first_held_at: at(seconds),
         earlier: None,

@@ -178,6 +178,7 @@ fn held(digest: Digest, confirmed_at: SystemTime) -> Held {
     Held {
         digest,
         confirmed_at,
+        is_moved: false,
         rest: Rest::Held,
         is_in_doubt: false,
     }

@@ -216,6 +216,36 @@ async fn a_clock_that_was_set_back_costs_nobody_the_right_shown_since() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn t17_a_clock_set_back_in_an_outage_takes_no_right_away_within_an_hour() {
+    let (registry, cache) = stocked();
+    pulls(&cache, &registry, "acme/app", &alice()).await;
+    registry.mood(Mood::Gone);
+    gets(&cache, tag("acme/app", "1", alice())).await;
+    for back in [-1800, -1800] {
+        jump(back);
+        gets(&cache, tag("acme/app", "1", alice())).await;
+        gets(&cache, layer(&registry, "acme/app", alice())).await;
+        gets_nothing(&cache, tag("acme/app", "1", bob())).await;
+    }
+    jump(-1);
+    gets_nothing(&cache, tag("acme/app", "1", alice())).await;
+    gets_nothing(&cache, layer(&registry, "acme/app", alice())).await;
+    jump(1);
+    gets(&cache, tag("acme/app", "1", alice())).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn t17_a_clock_set_back_saves_no_question_while_the_registry_answers() {
+    let (registry, cache) = stocked();
+    pulls(&cache, &registry, "acme/app", &alice()).await;
+    registry.revokes("alice", "acme/app");
+    jump(-1800);
+    gets_nothing(&cache, layer(&registry, "acme/app", alice())).await;
+    registry.mood(Mood::Gone);
+    gets_nothing(&cache, tag("acme/app", "1", alice())).await;
+}
+
+#[tokio::test(start_paused = true)]
 async fn what_a_shared_upstream_brought_is_nobodys_at_a_proven_one() {
     let (registry, cache) = stocked();
     let shared = |wish: Wish| Wish { site: SHARED, ..wish };

@@ -8,6 +8,8 @@ use super::registry::Word;
 
 pub const GRANT: Duration = Duration::from_secs(300);
 pub const OFFLINE_GRANT: Duration = Duration::from_secs(12 * 3600);
+/// How far the clock may be set back in an outage.
+pub const AHEAD_MAX: Duration = Duration::from_secs(3600);
 
 /// What a client asked for, as far as rights go.
 #[derive(Clone, Copy, Debug)]
@@ -45,7 +47,7 @@ fn is_known_by_account(words: &[Word], claim: &Claim<'_>) -> bool {
     let of_account = |word: &Word| word.account == claim.account && is_there(word, claim);
     let at_service =
         |word: &Word| word.to == claim.account && word.site == claim.site && word.repository.is_empty();
-    let lately = |word: &&Word| is_within(word.at, OFFLINE_GRANT, claim.now);
+    let lately = |word: &&Word| is_within_or_ahead(word.at, OFFLINE_GRANT, claim.now);
     standing(words, claim, of_account).any(|word| word.is_content && lately(&word))
         && standing(words, claim, at_service).any(|word| lately(&word))
 }
@@ -55,7 +57,11 @@ fn is_granted(words: &[Word], claim: &Claim<'_>) -> bool {
     standing_yeses(words, claim, claim.shows).any(|word| {
         // A list was shown now, or a right to content was shown lately.
         let counts = word.is_content || (claim.digest.is_none() && word.at == claim.now);
-        counts && is_within(word.at, lifetime, claim.now)
+        let is_young = match claim.silent {
+            true => is_within_or_ahead(word.at, lifetime, claim.now),
+            false => is_within(word.at, lifetime, claim.now),
+        };
+        counts && is_young
     })
 }
 
@@ -92,4 +98,12 @@ fn is_there(word: &Word, claim: &Claim<'_>) -> bool {
 
 fn is_within(at: SystemTime, lifetime: Duration, now: SystemTime) -> bool {
     now.duration_since(at).is_ok_and(|age| age < lifetime)
+}
+
+/// In an outage the time before a clock was set back counts, up to an hour.
+fn is_within_or_ahead(at: SystemTime, lifetime: Duration, now: SystemTime) -> bool {
+    match now.duration_since(at) {
+        Ok(age) => age < lifetime,
+        Err(ahead) => ahead.duration() <= AHEAD_MAX,
+    }
 }

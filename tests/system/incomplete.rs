@@ -89,3 +89,46 @@ async fn a_quota_on_manifests_does_not_keep_the_blobs_away() {
     upstream.rate_limits_manifests(Some("60"));
     proxy.pull("library/demo", "latest", &image).await.is_stale();
 }
+
+/// As ctr of containerd 2 pulls: the manifests and configs of every platform, and the layers of its own.
+async fn pulls_as_ctr(proxy: &Proxy, repository: &str, reference: &str, index: &Image) {
+    proxy.manifest(repository, reference).await.is_image(index);
+    for child in &index.children {
+        proxy.manifest(repository, &child.digest).await.is_image(child);
+        proxy
+            .blob(repository, &child.blobs[0].digest)
+            .await
+            .is_blob(&child.blobs[0]);
+    }
+    for blob in &index.children[0].blobs {
+        proxy.blob(repository, &blob.digest).await.is_blob(blob);
+    }
+    for blob in index.children.iter().flat_map(|child| &child.blobs).take(3) {
+        proxy.until_kept(&blob.digest).await;
+    }
+}
+
+#[tokio::test]
+async fn m02_by_digest_what_is_cached_is_served_in_an_outage() {
+    let image = |name: &str| {
+        Image::index(&[
+            Image::with_layers(&[format!("{name} amd")]),
+            Image::with_layers(&[format!("{name} arm")]),
+        ])
+    };
+    let upstream = Upstream::start().await;
+    let proxy = Proxy::over(&upstream).await;
+    let old = upstream.push("library/demo", "latest", image("old"));
+    pulls_as_ctr(&proxy, "library/demo", "latest", &old).await;
+    let new = upstream.moves("library/demo", "latest", image("new"));
+    pulls_as_ctr(&proxy, "library/demo", "latest", &new).await;
+    upstream.refuses();
+    pulls_as_ctr(&proxy, "library/demo", "latest", &new).await;
+    pulls_as_ctr(&proxy, "library/demo", &old.digest, &old).await;
+    let proxy = proxy.restart().await;
+    pulls_as_ctr(&proxy, "library/demo", "latest", &new).await;
+    pulls_as_ctr(&proxy, "library/demo", &old.digest, &old).await;
+    let never = proxy.setup().clone().default_keys("policy = \"never\"");
+    let proxy = proxy.restart_as(never).await;
+    pulls_as_ctr(&proxy, "library/demo", &old.digest, &old).await;
+}

@@ -54,6 +54,7 @@ mod malformed;
 mod memory;
 mod metrics;
 mod newer;
+mod newest_word;
 #[cfg(feature = "otlp")]
 mod otlp;
 mod own_credentials;

@@ -36,15 +36,15 @@ async fn row_14_a_manifest_alone_is_no_image_while_the_upstream_is_dead() {
     proxy.manifest(DEMO, "latest").await.is_image(&image);
     upstream.refuses();
 
-    for reference in ["latest", image.digest.as_str()] {
-        for reply in [
-            proxy.head(&manifest_path(DEMO, reference)).await,
-            proxy.manifest(DEMO, reference).await,
-        ] {
-            reply.is_unreachable();
-            assert!(reply.cache_status().contains("detail=incomplete"), "{reply:#?}");
-        }
+    for reply in [
+        proxy.head(&manifest_path(DEMO, "latest")).await,
+        proxy.manifest(DEMO, "latest").await,
+    ] {
+        reply.is_unreachable();
+        assert!(reply.cache_status().contains("detail=incomplete"), "{reply:#?}");
     }
+    // By digest nothing better exists, and its reader asks for the parts it wants.
+    proxy.manifest(DEMO, &image.digest).await.is_image(&image);
     let message = proxy.manifest(DEMO, "latest").await.message();
     assert!(
         message.contains("docker.io") && message.contains("only a part is held"),
@@ -90,7 +90,7 @@ async fn a_newer_image_cut_off_halfway_leaves_the_last_complete_one_to_the_outag
     proxy.pull(DEMO, "latest", &old).await;
     let proxy = proxy.restart().await;
     serves(&proxy, &old, "detail=last-complete").await;
-    proxy.manifest(DEMO, &new.digest).await.is_unreachable();
+    proxy.manifest(DEMO, &new.digest).await.is_image(&new);
     let never = proxy.setup().clone().default_keys("policy = \"never\"");
     let proxy = proxy.restart_as(never).await;
     serves(&proxy, &old, "detail=last-complete").await;

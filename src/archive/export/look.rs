@@ -6,10 +6,10 @@ use super::{Part, Platforms, Refused};
 use crate::archive::layout::{self, Entry};
 use crate::archive::{DEPTH_MAX, Image};
 use crate::oci::manifest::{Descriptor, Kind, Role};
-use crate::oci::{Accept, AnyDigest, Digest, Operation, Query, Reference};
+use crate::oci::{AnyDigest, Digest, Operation, Query, Reference};
 use crate::store::listings::ListingKey;
 use crate::store::manifests::HeldManifest;
-use crate::store::refs::TagKey;
+use crate::store::refs::{TagKey, TagReader};
 use crate::store::{Fault, Store};
 
 /// The look at one image.
@@ -21,7 +21,7 @@ pub(super) struct Look<'a> {
 }
 
 impl Look<'_> {
-    /// What the image's name stands for: of a tag's variants the one for clients of today, else the last confirmed.
+    /// What the image's name stands for: of a tag the image that it names for the operator.
     pub(super) fn root(&self) -> Result<Arc<HeldManifest>, Refused> {
         let not_held = || Refused::NotHeld(self.image.name.clone());
         let tag = match &self.image.reference {
@@ -37,15 +37,11 @@ impl Look<'_> {
             tag,
         };
         let record = self.store.tag(&key)?.ok_or_else(not_held)?;
-        let today = Accept::manifests().key();
-        let mut variants: Vec<_> = record.variants.iter().collect();
-        variants.sort_by_key(|variant| std::cmp::Reverse((variant.accept == today, variant.confirmed_at)));
-        for variant in variants {
-            if let Some(held) = self.manifest(&variant.digest)? {
-                return Ok(held);
-            }
+        let named = self.store.named(&key, &record, TagReader::Operator);
+        match named {
+            Some(named) => self.manifest(&named.digest)?.ok_or_else(not_held),
+            None => Err(not_held()),
         }
-        Err(not_held())
     }
 
     fn manifest(&self, digest: &Digest) -> Result<Option<Arc<HeldManifest>>, Fault> {

@@ -164,6 +164,7 @@ impl FoundImage {
             accept: Accept::manifests().key(),
             digest: self.root,
             media_type: media_type.clone(),
+            takes_indexes: true,
             confirmed_at: NEVER_CONFIRMED,
             first_held_at: now,
             earlier: None,

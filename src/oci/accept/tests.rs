@@ -115,3 +115,20 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn a_wildcard_lists_no_type_and_one_type_of_index_is_not_every_one() {
+    const INDEX: &str = "application/vnd.oci.image.index.v1+json";
+    const LIST: &str = "application/vnd.docker.distribution.manifest.list.v2+json";
+    let listed = |lines: &[&str]| {
+        let set = accept(lines);
+        (set.lists(&INDEX.parse().unwrap()), set.lists_indexes())
+    };
+    assert_eq!(listed(&[]), (false, false));
+    assert_eq!(listed(&["*/*", "application/*"]), (false, false));
+    assert_eq!(listed(&[INDEX]), (true, false));
+    assert_eq!(listed(&[LIST]), (false, false));
+    assert_eq!(listed(&[&format!("{INDEX};q=0"), LIST]), (false, false));
+    assert_eq!(listed(&[&INDEX.to_uppercase(), LIST, "*/*"]), (true, true));
+    assert!(Accept::manifests().lists_indexes());
+}

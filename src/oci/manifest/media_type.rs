@@ -24,6 +24,9 @@ impl MediaType {
     /// behind.
     pub const CURRENT_MANIFESTS: [&'static str; 4] = [OCI_INDEX, OCI_IMAGE, DOCKER_INDEX, DOCKER_IMAGE];
 
+    /// The types of a list of manifests.
+    pub const INDEXES: [&'static str; 2] = [OCI_INDEX, DOCKER_INDEX];
+
     /// The exact text.
     pub fn as_str(&self) -> &str {
         &self.0
@@ -47,7 +50,7 @@ impl MediaType {
 
     /// Whether it is a list of manifests.
     pub fn is_index(&self) -> bool {
-        self.is_one_of(&[OCI_INDEX, DOCKER_INDEX])
+        self.is_one_of(&Self::INDEXES)
     }
 
     /// Whether it is a manifest with config and layers.

@@ -2,7 +2,7 @@
 //! so that with the text of the file in each record a large store took twice the memory.
 //!
 //! One variant after the other, the newest first: the key of what was accepted (8 bytes), what the tag named, when that
-//! was last and when first said (8 each), and the image before it, or none. Digest and media type begin with a byte that
+//! was last and when first said (8 each), a byte of flags, and the image before it, or none. Digest and media type begin with a byte that
 //! says which they are. Numbers have their highest byte first.
 
 use super::tag::{Earlier, TagRecord, VARIANTS_MAX, Variant};
@@ -16,6 +16,9 @@ const KNOWN_TYPES: [&str; 4] = [
     "application/vnd.docker.distribution.manifest.list.v2+json",
     "application/vnd.docker.distribution.manifest.v2+json",
 ];
+
+const HAS_EARLIER: u8 = 1;
+const TAKES_INDEXES: u8 = 2;
 
 impl TagRecord {
     /// As many variants, the newest first, as fit into `bytes_max`.
@@ -47,7 +50,8 @@ fn pack(variant: &Variant, packed: &mut Vec<u8>) {
     pack_name(&variant.digest, &variant.media_type, packed);
     packed.extend_from_slice(&to_millis(variant.confirmed_at).to_be_bytes());
     packed.extend_from_slice(&to_millis(variant.first_held_at).to_be_bytes());
-    packed.push(u8::from(variant.earlier.is_some()));
+    let has_earlier = u8::from(variant.earlier.is_some()) * HAS_EARLIER;
+    packed.push(has_earlier | u8::from(variant.takes_indexes) * TAKES_INDEXES);
     if let Some(earlier) = &variant.earlier {
         pack_name(&earlier.digest, &earlier.media_type, packed);
         packed.extend_from_slice(&to_millis(earlier.confirmed_at).to_be_bytes());
@@ -78,8 +82,8 @@ fn unpack(packed: &mut &[u8]) -> Option<Variant> {
     let accept = number(packed)?;
     let (digest, media_type) = unpack_name(packed)?;
     let (confirmed_at, first_held_at) = (from_millis(number(packed)?), from_millis(number(packed)?));
-    let has_earlier = *take(packed)? != [0];
-    let earlier = if has_earlier {
+    let [flags] = *take(packed)?;
+    let earlier = if flags & HAS_EARLIER != 0 {
         let (digest, media_type) = unpack_name(packed)?;
         Some(Earlier {
             digest,
@@ -93,6 +97,7 @@ fn unpack(packed: &mut &[u8]) -> Option<Variant> {
         accept,
         digest,
         media_type,
+        takes_indexes: flags & TAKES_INDEXES != 0,
         confirmed_at,
         first_held_at,
         earlier,
@@ -144,6 +149,7 @@ mod tests {
             accept,
             digest: Digest::of(algorithm, &accept.to_be_bytes()),
             media_type: media_type.parse().unwrap(),
+            takes_indexes: accept == 1,
             confirmed_at: at(2_000_000_000),
             first_held_at: at(1),
             earlier: None,

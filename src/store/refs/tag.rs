@@ -1,6 +1,5 @@
 //! What is known of a tag, and how it is written into its file, which explains itself.
 
-use std::cmp::Reverse;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -44,7 +43,10 @@ pub struct Variant {
     pub digest: Digest,
     /// As the upstream named it.
     pub media_type: MediaType,
-    /// When the upstream last said so; [`NEVER_CONFIRMED`] if it was someone else.
+    /// Whether the set lists both types of index ([`crate::oci::Accept::lists_indexes`]): an image that it was given is
+    /// then what the tag names, and not one given in place of an index.
+    pub takes_indexes: bool,
+    /// When the last request was sent that the upstream answered so; [`NEVER_CONFIRMED`] if an operator said so.
     pub confirmed_at: SystemTime,
     /// When it first said so.
     pub first_held_at: SystemTime,
@@ -84,38 +86,15 @@ pub struct TagRecord {
 }
 
 impl Variant {
-    pub(super) fn names_the_same(&self, other: &Self) -> bool {
-        self.digest == other.digest && self.media_type == other.media_type
+    /// Whether the file says the same of it, but for when it was confirmed.
+    pub(super) fn is_filed_as(&self, filed: &Self) -> bool {
+        self.names_the_same(filed)
+            && self.takes_indexes == filed.takes_indexes
+            && self.earlier == filed.earlier
     }
 
-    /// This variant in place of `before`. Of the two it keeps a whole image in reach for as long as itself `is_whole` not.
-    pub(super) fn replacing(mut self, before: &Self, is_whole: &dyn Fn(&Digest) -> bool) -> Self {
-        if self.names_the_same(before) {
-            self.first_held_at = before.first_held_at;
-        }
-        self.history.clone_from(&before.history);
-        if self.digest != before.digest {
-            let past = Past {
-                digest: before.digest,
-                first_held_at: before.first_held_at,
-                confirmed_at: before.confirmed_at,
-            };
-            self.history.insert(0, past);
-            self.history.truncate(HISTORY_MAX);
-        }
-        self.earlier = if is_whole(&self.digest) {
-            None
-        } else if before.digest != self.digest && is_whole(&before.digest) {
-            Some(Earlier {
-                digest: before.digest,
-                media_type: before.media_type.clone(),
-                confirmed_at: before.confirmed_at,
-            })
-        } else {
-            let other = |earlier: &Earlier| earlier.digest != self.digest;
-            before.earlier.clone().filter(other)
-        };
-        self
+    fn names_the_same(&self, other: &Self) -> bool {
+        self.digest == other.digest && self.media_type == other.media_type
     }
 
     /// Whether this variant, of the index, is at least as new as that of the file.
@@ -125,6 +104,10 @@ impl Variant {
 }
 
 impl TagRecord {
+    pub(super) fn of_accept(&self, accept: u64) -> Option<&Variant> {
+        self.variants.iter().find(|variant| variant.accept == accept)
+    }
+
     /// The record of the file and that of the index as one. Where they name the same, the index has the newer time;
     /// where not, one of them missed a write (a stop in between, a full disk), and the later confirmation counts.
     pub(super) fn of_both(file: Option<Self>, index: Option<Self>) -> Option<Self> {
@@ -148,9 +131,7 @@ impl TagRecord {
                 Some(_) => {}
             }
         }
-        variants.sort_by_key(|variant| Reverse(variant.confirmed_at));
-        variants.truncate(VARIANTS_MAX);
-        Some(Self { variants })
+        Some(Self::of_variants(variants))
     }
 
     /// Every digest that it names, whose content eviction keeps with the tag.
@@ -175,6 +156,8 @@ struct VariantRecord {
     accept: String,
     digest: String,
     media_type: String,
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    takes_indexes: bool,
     confirmed_at_ms: u64,
     first_held_at_ms: u64,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -301,6 +284,7 @@ impl Variant {
             accept: format!("{:016x}", self.accept),
             digest: self.digest.to_string(),
             media_type: self.media_type.as_str().to_owned(),
+            takes_indexes: self.takes_indexes,
             confirmed_at_ms: to_millis(self.confirmed_at),
             first_held_at_ms: to_millis(self.first_held_at),
             earlier: self.earlier.as_ref().map(|earlier| EarlierRecord {
@@ -317,6 +301,7 @@ impl Variant {
             accept: u64::from_str_radix(&record.accept, 16).ok()?,
             digest: record.digest.parse().ok()?,
             media_type: record.media_type.parse().ok()?,
+            takes_indexes: record.takes_indexes,
             confirmed_at: from_millis(record.confirmed_at_ms),
             first_held_at: from_millis(record.first_held_at_ms),
             earlier: record.earlier.as_ref().and_then(Earlier::of_record),

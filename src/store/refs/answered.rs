@@ -1,0 +1,139 @@
+//! A further upstream response for a tag: the record with it.
+//!
+//! Responses overtake each other. A response says what the tag named at some moment between its request and its arrival,
+//! so a variant counts as confirmed when the request was sent (RFC 9111 §4.2.3): a slow response that names what the tag
+//! is known to have named before does not replace what a later request was answered. Only a digest that is new for the
+//! tag counts from the arrival of the response, for it shows that the tag has moved.
+//!
+//! Times in a record never lie after the arrival of its last response. Where they do, the clock was set back, and what
+//! was confirmed before is moved to just before this response, in its order.
+
+use std::cmp::Reverse;
+use std::time::{Duration, SystemTime};
+
+use super::tag::{Earlier, HISTORY_MAX, NEVER_CONFIRMED, Past, TagRecord, VARIANTS_MAX, Variant};
+use crate::oci::Digest;
+use crate::store::record::{from_millis, to_millis};
+
+/// The finest difference of time that a file keeps.
+const TICK: Duration = Duration::from_millis(1);
+
+impl TagRecord {
+    /// This record after a response that arrived at `answered_at`. `variant.confirmed_at` is when its request was sent.
+    /// `None` where a later request with the same `Accept` set was answered otherwise already.
+    pub(super) fn answered(
+        &self,
+        mut variant: Variant,
+        answered_at: SystemTime,
+        is_whole: &dyn Fn(&Digest) -> bool,
+    ) -> Option<Self> {
+        let own = |old: &&Variant| old.accept == variant.accept;
+        if variant.confirmed_at == NEVER_CONFIRMED {
+            // An operator's word is about the tag, whatever media types are accepted.
+            let before = self.variants.iter().find(own);
+            let variant = before.map_or(variant.clone(), |before| variant.replacing(before, is_whole));
+            return Some(Self {
+                variants: vec![variant],
+            });
+        }
+        let answered_at = in_millis(answered_at);
+        let asked_at = in_millis(variant.confirmed_at).min(answered_at);
+        variant.confirmed_at = if self.has_named(&variant.digest) {
+            asked_at
+        } else {
+            answered_at
+        };
+        variant.first_held_at = in_millis(variant.first_held_at);
+        let mut others = self.not_after(answered_at, asked_at);
+        if let Some(at) = others.iter().position(|old| own(&old)) {
+            let before = others.remove(at);
+            if before.digest == variant.digest {
+                variant.confirmed_at = variant.confirmed_at.max(before.confirmed_at);
+            } else if before.confirmed_at > variant.confirmed_at {
+                return None;
+            }
+            variant = variant.replacing(&before, is_whole);
+        }
+        others.insert(0, variant);
+        Some(Self::of_variants(others))
+    }
+
+    /// At most [`VARIANTS_MAX`] of these variants, the last confirmed first. Of those that name the same digest the older
+    /// ones go first: a client that sends many `Accept` sets does not drive out what the tag named for others.
+    pub(super) fn of_variants(mut variants: Vec<Variant>) -> Self {
+        variants.sort_by_key(|variant| Reverse(variant.confirmed_at));
+        while variants.len() > VARIANTS_MAX {
+            let is_repeated = |at: &usize| {
+                let (newer, rest) = variants.split_at(*at);
+                let names = |one: &Variant| newer.iter().any(|other| other.digest == one.digest);
+                rest.first().is_some_and(names)
+            };
+            let repeated = (0..variants.len()).rev().find(is_repeated);
+            variants.remove(repeated.unwrap_or(VARIANTS_MAX));
+        }
+        Self { variants }
+    }
+
+    fn has_named(&self, digest: &Digest) -> bool {
+        self.variants.iter().any(|variant| {
+            let earlier = variant.earlier.iter().map(|earlier| &earlier.digest);
+            let past = variant.history.iter().map(|past| &past.digest);
+            variant.digest == *digest || earlier.chain(past).any(|named| named == digest)
+        })
+    }
+
+    /// The variants, none of them confirmed after `answered_at`; those that were, just before `asked_at`.
+    fn not_after(&self, answered_at: SystemTime, asked_at: SystemTime) -> Vec<Variant> {
+        let mut variants = self.variants.clone();
+        variants.sort_by_key(|variant| Reverse(variant.confirmed_at));
+        let mut latest = asked_at;
+        for variant in &mut variants {
+            if variant.confirmed_at > answered_at {
+                latest = latest.checked_sub(TICK).unwrap_or(NEVER_CONFIRMED);
+                variant.confirmed_at = latest;
+                variant.first_held_at = variant.first_held_at.min(latest);
+                if let Some(earlier) = &mut variant.earlier {
+                    earlier.confirmed_at = earlier.confirmed_at.min(latest);
+                }
+            }
+        }
+        variants
+    }
+}
+
+impl Variant {
+    /// This variant in place of `before`. Of the two it keeps a whole image in reach for as long as itself `is_whole` not.
+    fn replacing(mut self, before: &Self, is_whole: &dyn Fn(&Digest) -> bool) -> Self {
+        if self.digest == before.digest {
+            self.first_held_at = before.first_held_at;
+        }
+        self.history.clone_from(&before.history);
+        if self.digest != before.digest {
+            let past = Past {
+                digest: before.digest,
+                first_held_at: before.first_held_at,
+                confirmed_at: before.confirmed_at,
+            };
+            self.history.insert(0, past);
+            self.history.truncate(HISTORY_MAX);
+        }
+        self.earlier = if is_whole(&self.digest) {
+            None
+        } else if before.digest != self.digest && is_whole(&before.digest) {
+            Some(Earlier {
+                digest: before.digest,
+                media_type: before.media_type.clone(),
+                confirmed_at: before.confirmed_at,
+            })
+        } else {
+            let other = |earlier: &Earlier| earlier.digest != self.digest;
+            before.earlier.clone().filter(other)
+        };
+        self
+    }
+}
+
+/// As precise as it will be after a restart.
+fn in_millis(time: SystemTime) -> SystemTime {
+    from_millis(to_millis(time))
+}
