@@ -6,9 +6,12 @@
 //! cache's own credential (`access = "shared"`) or as everybody would. By an upstream's own name the header is the
 //! upstream's, so a password is shown before, to the proxy: in the `Proxy-Authorization` of a `CONNECT`.
 
+mod checks;
+
 use std::collections::HashMap;
+use std::net::IpAddr;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
@@ -16,11 +19,10 @@ use http::HeaderName;
 use http::header::{AUTHORIZATION, PROXY_AUTHORIZATION};
 use http::request::Parts;
 use quick_cache::sync::Cache;
-use tokio::sync::Semaphore;
 use tokio::task::spawn_blocking;
-use tokio::time::timeout;
 use zeroize::Zeroizing;
 
+use self::checks::Checks;
 use super::certificate::{Authorities, Certificate};
 use super::door::Peer;
 use super::gate::Turned;
@@ -29,11 +31,8 @@ use crate::config::{Allow, Entry as Settings, User};
 use crate::oci::Repository;
 use crate::oci::digest::keyed;
 
-/// Passwords checked at a time: each costs a tenth of a second of a processor, and who guesses must not have them all.
-const CHECKS_MAX: usize = 2;
-
-/// How long a check waits for its turn.
-const CHECK_WITHIN: Duration = Duration::from_secs(10);
+/// bcrypt reads no more of a password. A longer one would open with anything after that.
+const PASSWORD_BYTES_MAX: usize = 72;
 
 /// Credentials found right that are known again without another check.
 const KNOWN_MAX: usize = 4096;
@@ -56,14 +55,14 @@ pub struct Entry {
 pub struct Passwords {
     /// By the keyed hash of the credential: the user as it was configured then. Another hash makes another user.
     known: Cache<[u8; 32], Arc<User>>,
-    checks: Arc<Semaphore>,
+    checks: Checks,
 }
 
 impl Default for Passwords {
     fn default() -> Self {
         Self {
             known: Cache::new(KNOWN_MAX),
-            checks: Arc::new(Semaphore::new(CHECKS_MAX)),
+            checks: Checks::default(),
         }
     }
 }
@@ -166,44 +165,75 @@ impl Entry {
             Way::Connect => (PROXY_AUTHORIZATION, Turned::ProxyUnauthenticated),
             Way::Named => return Err(Turned::NotByThisDoor),
         };
-        match self.by_password(head, &header).await? {
+        match self.by_password(head, &header, peer.address).await? {
             Some(user) => Ok(Who::User(user)),
             None => Err(unauthenticated),
         }
     }
 
     /// The user whose name and password stand in this header.
-    async fn by_password(&self, head: &Parts, header: &HeaderName) -> Result<Option<Arc<User>>, Turned> {
+    async fn by_password(
+        &self,
+        head: &Parts,
+        header: &HeaderName,
+        peer: Option<IpAddr>,
+    ) -> Result<Option<Arc<User>>, Turned> {
         let mut lines = head.headers.get_all(header).iter();
         let (Some(line), None) = (lines.next(), lines.next()) else {
             return Ok(None);
         };
-        let key = keyed(&self.secret, &[b"entry\0", line.as_bytes()].concat());
-        let is_user = |user: &Arc<User>| self.users.get(&user.name) == Some(user);
-        if let Some(user) = self.passwords.known.get(&key).filter(is_user) {
+        let right = keyed(&self.secret, &[b"entry\0", line.as_bytes()].concat());
+        if let Some(user) = self.known(&right) {
             return Ok(Some(user));
         }
         let Some((name, password)) = credential(line.as_bytes()) else {
             return Ok(None);
         };
-        let turn = timeout(CHECK_WITHIN, Arc::clone(&self.passwords.checks).acquire_owned()).await;
-        let Ok(Ok(turn)) = turn else {
-            return Err(Turned::EntryBusy);
-        };
+        if password.len() > PASSWORD_BYTES_MAX {
+            let to_proxy = *header == PROXY_AUTHORIZATION;
+            return Err(Turned::PasswordTooLong { to_proxy });
+        }
         let user = self.users.get(&name).cloned();
         let hash = user
             .as_ref()
             .map_or_else(|| self.nobody.clone(), |user| user.hash.clone());
-        let checked = spawn_blocking(move || {
-            let _turn = turn;
-            bcrypt::verify(password.as_bytes(), &hash).unwrap_or(false)
-        });
-        let is_right = checked.await.unwrap_or(false);
+        // Wrong for this hash: what a reload changes is checked again.
+        let wrong = keyed(
+            &self.secret,
+            &[b"wrong\0", hash.as_bytes(), b"\0", line.as_bytes()].concat(),
+        );
+        let checks = &self.passwords.checks;
+        if checks.is_wrong(&wrong) {
+            return Ok(None);
+        }
+        let Some(turn) = checks.turn(peer).await else {
+            return Err(Turned::EntryBusy);
+        };
+        // The same credential may have been checked in a turn before.
+        if let Some(user) = self.known(&right) {
+            return Ok(Some(user));
+        }
+        if checks.is_wrong(&wrong) {
+            return Ok(None);
+        }
+        // The turn lasts until the result is known to whoever is next, or if the client leaves, as long as the check.
+        let checked = spawn_blocking(move || (bcrypt::verify(password.as_bytes(), &hash), turn));
+        let (is_right, _turn) = match checked.await {
+            Ok((checked, turn)) => (checked.unwrap_or(false), Some(turn)),
+            Err(_) => (false, None),
+        };
         let user = user.filter(|_| is_right);
-        if let Some(user) = &user {
-            self.passwords.known.insert(key, Arc::clone(user));
+        match &user {
+            Some(user) => self.passwords.known.insert(right, Arc::clone(user)),
+            None => checks.note_wrong(wrong),
         }
         Ok(user)
+    }
+
+    /// The user whose credential was found right before.
+    fn known(&self, credential: &[u8; 32]) -> Option<Arc<User>> {
+        let is_user = |user: &Arc<User>| self.users.get(&user.name) == Some(user);
+        self.passwords.known.get(credential).filter(is_user)
     }
 
     /// Whether this user may pull from this repository.

@@ -78,6 +78,15 @@ pub(super) enum Turned {
          HTTPS_PROXY=https://user:password@cache:5000"
     )]
     ProxyUnauthenticated,
+    /// A password of which bcrypt would not read all.
+    #[error(
+        "the password is longer than 72 bytes, and bcrypt reads no more than 72: it is refused, not cut. Set a shorter one, \
+         as by: htpasswd -B FILE USER"
+    )]
+    PasswordTooLong {
+        /// Whether it was shown in `Proxy-Authorization`.
+        to_proxy: bool,
+    },
     /// Only certificates open, and there is none.
     #[error(
         "this cache wants a client certificate, and so https://, of a CA that is named in its [access] client_ca; there \
@@ -119,8 +128,10 @@ impl Turned {
             Self::Query(_) | Self::Accept(_) | Self::Host | Self::Framing => StatusCode::BAD_REQUEST,
             Self::Misdirected => StatusCode::MISDIRECTED_REQUEST,
             Self::Body(_) => StatusCode::PAYLOAD_TOO_LARGE,
-            Self::Unauthenticated => StatusCode::UNAUTHORIZED,
-            Self::ProxyUnauthenticated => StatusCode::PROXY_AUTHENTICATION_REQUIRED,
+            Self::Unauthenticated | Self::PasswordTooLong { to_proxy: false } => StatusCode::UNAUTHORIZED,
+            Self::ProxyUnauthenticated | Self::PasswordTooLong { to_proxy: true } => {
+                StatusCode::PROXY_AUTHENTICATION_REQUIRED
+            }
             Self::Plain
             | Self::NoClientCertificate
             | Self::ClientCertificate(_)
@@ -141,7 +152,9 @@ impl Turned {
     pub(super) fn code(&self) -> ErrorCode {
         match self {
             Self::Malformed(malformed) => malformed.code(),
-            Self::Unauthenticated | Self::ProxyUnauthenticated => ErrorCode::Unauthorized,
+            Self::Unauthenticated | Self::ProxyUnauthenticated | Self::PasswordTooLong { .. } => {
+                ErrorCode::Unauthorized
+            }
             Self::Plain
             | Self::NoClientCertificate
             | Self::ClientCertificate(_)
@@ -178,6 +191,7 @@ impl Turned {
             Self::NoCertificate(_) => "no-certificate",
             Self::Unauthenticated => "unauthenticated",
             Self::ProxyUnauthenticated => "proxy-unauthenticated",
+            Self::PasswordTooLong { .. } => "password-too-long",
             Self::NoClientCertificate => "no-client-certificate",
             Self::ClientCertificate(_) => "client-certificate",
             Self::EntryBusy => "entry-busy",

@@ -464,8 +464,10 @@ impl Walk {
 
     fn judge(&mut self, step: &Step, got: &Got, now: std::time::SystemTime) {
         let state = self.registry.state();
-        // With `absent = "serve"` a 404 to a tag is taken as a silence: for those who had the right before.
-        let is_archive = step.repository == "acme/kept" && step.wish.path.contains("/manifests/");
+        // With `absent = "serve"` a 404 is taken as a silence, for those who had the right before: of a tag that is gone
+        // the blobs must be had too.
+        let is_content = |path: &str| path.contains("/manifests/") || path.contains("/blobs/");
+        let is_archive = step.repository == "acme/kept" && is_content(&step.wish.path);
         // Nobody is asked there, so whoever had the right keeps it as in an outage.
         let is_sealed = self.is_sealed && step.repository == "acme/never";
         let silent = step.silent || state.mood != Mood::Well || is_archive || is_sealed;

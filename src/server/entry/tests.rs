@@ -103,6 +103,54 @@ async fn o03_a_reload_keeps_a_verified_password_while_its_hash_stays() {
     assert!(matches!(refused, Err(Turned::EntryBusy)), "it is verified again");
 }
 
+#[tokio::test]
+async fn t17_a_wrong_password_is_hashed_once_and_stops_nobody() {
+    let entry = entry();
+    let stale = head(&[&basic("alice:stale")]);
+    assert!(matches!(who(&entry, &stale).await, Err(Turned::Unauthenticated)));
+    entry.passwords.checks.close();
+    // No check is needed: a fleet that goes on with it takes no turn.
+    for _ in 0..3 {
+        assert!(matches!(who(&entry, &stale).await, Err(Turned::Unauthenticated)));
+    }
+}
+
+#[tokio::test]
+async fn t17_a_password_that_was_wrong_is_checked_again_after_it_was_set() {
+    let passwords = Arc::<Passwords>::default();
+    let before = entry_of(bcrypt::hash("old", 5).unwrap(), Arc::clone(&passwords));
+    let new = head(&[&basic("alice:new")]);
+    assert!(matches!(who(&before, &new).await, Err(Turned::Unauthenticated)));
+    let after = entry_of(bcrypt::hash("new", 5).unwrap(), passwords);
+    who(&after, &new).await.unwrap();
+}
+
+#[tokio::test]
+async fn t17_a_password_beyond_72_bytes_is_refused_and_never_cut() {
+    let longest = "p".repeat(PASSWORD_BYTES_MAX);
+    let entry = entry_of(bcrypt::hash(&longest, 5).unwrap(), Arc::default());
+    who(&entry, &head(&[&basic(&format!("alice:{longest}"))]))
+        .await
+        .unwrap();
+    // Of nobody too: what is refused tells no names.
+    for name in ["alice", "nobody"] {
+        let refused = who(&entry, &head(&[&basic(&format!("{name}:{longest}p"))])).await;
+        let Err(turned @ Turned::PasswordTooLong { to_proxy: false }) = refused else {
+            panic!("{refused:?}");
+        };
+        assert_eq!(turned.status(), http::StatusCode::UNAUTHORIZED);
+        assert!(turned.to_string().contains("72 bytes"));
+    }
+    let mut connect = head(&[]);
+    let line = basic(&format!("alice:{longest}p")).parse().unwrap();
+    connect.headers.insert(PROXY_AUTHORIZATION, line);
+    let refused = entry
+        .who(&connect, &stranger(), Way::Connect, SystemTime::UNIX_EPOCH)
+        .await;
+    let status = http::StatusCode::PROXY_AUTHENTICATION_REQUIRED;
+    assert!(matches!(refused, Err(turned) if turned.status() == status));
+}
+
 #[test]
 fn nobodys_hash_is_one_that_is_checked_in_full() {
     assert!(!bcrypt::verify("x", &entry().nobody).unwrap());
