@@ -10,7 +10,7 @@
 //! * `value`, `address`: the readers of the values.
 //! * `build`: the sections, and what concerns several of them.
 //! * `upstream`: the well-known upstreams and what may be said about one; `names`: that each name means one.
-//! * `entry`: who may come in at all.
+//! * `files`: the files that are named. * `entry`: who may come in at all.
 //! * `fault`: how a mistake is told; `summary`: what is in effect, in words; `effective`: key by key, and from where.
 
 mod address;
@@ -19,6 +19,7 @@ mod document;
 mod effective;
 mod entry;
 mod fault;
+mod files;
 mod keys;
 mod names;
 mod network;

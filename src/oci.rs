@@ -31,7 +31,7 @@ pub mod query;
 pub mod range;
 
 pub use accept::{Accept, AcceptError};
-pub use cause::Cause;
+pub use cause::{Cause, RedirectFault, TlsFault};
 pub use challenge::Challenge;
 pub use digest::{Algorithm, AnyDigest, Digest, DigestError, ForeignDigest, Hasher};
 pub use error::{ErrorCode, Problem};

@@ -443,7 +443,10 @@ pub fn upstream(
     settings.observer = observer;
     settings.served = served;
     settings.roots.clone_from(&config.roots);
+    settings.client_certificate.clone_from(&config.client_certificate);
+    settings.redirects.clone_from(&config.redirects);
     settings.timeouts.connect = config.connect_timeout;
+    settings.timeouts.headers = config.first_byte_timeout;
     settings.proxy = match &config.proxy {
         Proxy::Environment => ProxyChoice::Environment,
         Proxy::None => ProxyChoice::None,

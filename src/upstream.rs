@@ -8,8 +8,8 @@
 //! (`download`). Bodies are not verified; whoever keeps them hashes them.
 //!
 //! Reading order: `answer` (what can be said) → `question` (HEAD and its substitutes) → `exchange` (credential,
-//! challenge, token) → `token` → `client` (one request) → `line` (one connection) → `dial`, `tcp`; `breaker`, `limits`, `retry_after`, `quirk`, `places`, `state` (what outlives reloads), `route`,
-//! `location`, `origin` and `zone` are small and stand alone. Beside all that: `pass` (what is not asked by us but handed on),
+//! challenge, token) → `token` → `client` (one request) → `line` (one connection) → `dial`, `tcp`, `tls`; `breaker`, `limits`, `retry_after`, `quirk`, `places`, `state` (what outlives reloads), `route`,
+//! `location`, `origin`, `target` (where redirects may lead) and `zone` are small and stand alone. Beside all that: `pass` (what is not asked by us but handed on),
 //! `realm` (the same at a token service) and `tunnel` (what is not even read).
 
 use std::fmt;
@@ -46,14 +46,16 @@ mod route;
 mod settings;
 mod state;
 mod switch;
+mod target;
 mod tcp;
+mod tls;
 mod token;
 pub mod tunnel;
 mod urls;
 pub mod zone;
 
 pub use answer::{Answer, Said};
-pub use dial::{Connector, Dial, DialError, Dialled, Dialling, Stream, TlsError};
+pub use dial::{Connector, Dial, DialError, Dialled, Dialling, Stream};
 pub use fetched::{Address, Fetched, Part};
 pub use limits::{Allowance, Pause, Who};
 pub use origin::{Origin, OriginError};
@@ -66,6 +68,8 @@ pub use route::{ProxyChoice, ProxyError};
 pub use settings::{Caller, Credential, FETCHES_MAX, Settings, SettingsError, Timeouts};
 pub use state::LearnedState;
 pub use switch::{Exchanged, Observer, Offline};
+pub use target::{HostPattern, Limit, Network, NetworkError, RedirectRule, RedirectTarget};
+pub use tls::{ClientCertificate, ClientCertificateError, TlsError};
 pub use urls::Memory;
 
 use client::{Follow, Http, Request};
@@ -87,6 +91,8 @@ pub struct State {
     pub open: Option<(Duration, Cause)>,
     /// The last silence, and how long ago it was.
     pub last_silence: Option<(Cause, Duration)>,
+    /// Its reason in words, with the host that failed.
+    pub last_detail: Option<Arc<str>>,
     /// The last question that it answered without sending anything: how long that took, and how long ago it was.
     pub last_head: Option<(Duration, Duration)>,
     /// What it last said of its callers' allowances.
@@ -145,10 +151,11 @@ impl Upstream {
         }
         let line = LineSettings {
             roots: &settings.roots,
+            client_certificate: settings.client_certificate,
             routes: Routes::new(&settings.proxy)?,
             origins: settings.urls.clone(),
             hosts: settings.token_hosts.clone(),
-            private_redirects: settings.private_redirects,
+            redirects: settings.redirects,
             patience: settings.timeouts.connect,
         };
         let names = own::Names::new(&settings.name, settings.hosts, settings.urls.first());
@@ -292,6 +299,7 @@ impl Upstream {
             last_silence: health
                 .and_then(|health| health.last_silence)
                 .map(|(cause, at)| (cause, ago(at))),
+            last_detail: health.and_then(|health| health.last_detail.clone()),
             last_head: health
                 .and_then(|health| health.last_head)
                 .map(|(took, at)| (took, ago(at))),
@@ -361,8 +369,13 @@ impl Upstream {
         let now = Instant::now();
         health.last_silence = Some((cause, now));
         health.unavailable = unavailable;
+        health.last_detail.clone_from(&answer.detail);
+        let detail = answer.detail.as_deref();
+        if health.is_news(cause, detail, now) {
+            tracing::warn!(upstream = self.0.name, %cause, detail, "unavailable");
+        }
         if let Some(opening) = health.breaker.silence(now, cause) {
-            tracing::warn!(upstream = self.0.name, %cause, "silent again and again; asked by a probe only from now on");
+            tracing::warn!(upstream = self.0.name, %cause, detail, "silent again and again; asked by a probe only from now on");
             self.0.learned.start_probe(&mut health, opening);
         }
         answer

@@ -114,7 +114,7 @@ const VENDORS: &[(&str, &[&str])] = &[
     ("rustls", TLS),
     (
         "tokio_rustls",
-        &["server/tls.rs", "upstream/dial.rs", "doctor/wire.rs"],
+        &["server/tls.rs", "upstream/tls.rs", "doctor/wire.rs"],
     ),
     ("hyper", HTTP),
     ("hyper_util", HTTP),
@@ -123,7 +123,7 @@ const VENDORS: &[(&str, &[&str])] = &[
     ("hmac", &["oci/digest.rs"]),
     ("bcrypt", &["server/entry.rs"]),
     ("rcgen", &["server/tls.rs", "server/tls/", "server/mint.rs"]),
-    ("x509_parser", &["server/certificate.rs"]),
+    ("x509_parser", &["server/certificate.rs", "upstream/tls/"]),
     ("opentelemetry", &["otlp.rs"]),
     ("opentelemetry_otlp", &["otlp.rs"]),
     ("opentelemetry_sdk", &["otlp.rs"]),
@@ -135,7 +135,8 @@ const TLS: &[&str] = &[
     "server/tls/",
     "server/mint.rs",
     "server/certificate.rs",
-    "upstream/dial.rs",
+    "upstream/tls.rs",
+    "upstream/tls/",
     "doctor/wire.rs",
 ];
 

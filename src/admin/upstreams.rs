@@ -20,7 +20,11 @@ pub(super) fn listed(registry: &Registry, now: SystemTime) -> Value {
 
 fn described(site: &Site, now: SystemTime) -> Value {
     let (name, state) = (site.name(), site.upstream().state());
-    let silence = |(cause, ago): (Cause, Duration)| json!({ "cause": cause.name(), "text": format!("{name} {cause}"), "seconds": ago.as_secs() });
+    let last = state.last_silence.map(|(cause, _)| cause);
+    let silence = |(cause, ago): (Cause, Duration)| {
+        let detail = state.last_detail.as_deref().filter(|_| last == Some(cause));
+        json!({ "cause": cause.name(), "text": format!("{name} {cause}"), "detail": detail, "seconds": ago.as_secs() })
+    };
     let allowances: Vec<Value> = state
         .allowances
         .iter()

@@ -5,9 +5,10 @@ use std::fmt;
 use super::Plain;
 use super::document::Document;
 use super::fault::{Report, Told};
+use super::files::{read_file, roots};
 use super::keys::Section;
 use super::table::Table;
-use super::upstream::{Configured, read_file, roots};
+use super::upstream::Configured;
 use super::{names, value};
 use crate::policy::rules::Images;
 

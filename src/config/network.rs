@@ -1,94 +1,41 @@
-//! Networks and hosts that the operator names as a set: `10.0.0.0/8`, `*.example.org:8443`.
+//! Networks and hosts that the operator names as a set: `10.0.0.0/8`, `*.example.org:8443`, `http://minio.internal:9000`.
 
 use std::fmt;
 use std::net::IpAddr;
 
-use globset::{GlobBuilder, GlobMatcher};
-
-use super::address::host;
+use super::address::{host, host_part};
 use super::value::{Wrong, wrong};
+pub use crate::upstream::Network;
+use crate::upstream::{HostPattern, NetworkError, RedirectRule, RedirectTarget};
 
 /// The port of a host that is named without one.
 const HTTPS: u16 = 443;
 
-/// A network in CIDR form (RFC 4632, RFC 4291 §2.3), or one address.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Network {
-    address: IpAddr,
-    prefix_bits: u32,
-}
-
-impl Network {
-    /// Whether an address is in it. IPv4 within IPv6 is seen through.
-    pub fn contains(&self, address: IpAddr) -> bool {
-        match (self.address, address.to_canonical()) {
-            (IpAddr::V4(own), IpAddr::V4(other)) => {
-                let differing = own.to_bits() ^ other.to_bits();
-                self.prefix_bits == 0 || differing >> (32 - self.prefix_bits) == 0
-            }
-            (IpAddr::V6(own), IpAddr::V6(other)) => {
-                let differing = own.to_bits() ^ other.to_bits();
-                self.prefix_bits == 0 || differing >> (128 - self.prefix_bits) == 0
-            }
-            _ => false,
-        }
-    }
-}
-
-impl fmt::Display for Network {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}/{}", self.address, self.prefix_bits)
-    }
-}
-
 pub(super) fn network(text: &str) -> Result<Network, Wrong> {
     let example = r#"write it as in "10.0.0.0/8", "192.0.2.7" or "fd00::/8""#;
-    let (address, prefix) = match text.split_once('/') {
-        Some((address, prefix)) => (address, Some(prefix)),
-        None => (text, None),
-    };
-    let Ok(address) = address.parse::<IpAddr>() else {
-        return wrong(format!("`{text}` is not a network"), example);
-    };
-    let bits = if address.is_ipv4() { 32 } else { 128 };
-    let prefix_bits = match prefix.map(str::parse) {
-        None => bits,
-        Some(Ok(prefix_bits)) if prefix_bits <= bits => prefix_bits,
-        Some(_) => return wrong(format!("`{text}` has a wrong length after the `/`"), example),
-    };
-    let network = Network { address, prefix_bits };
-    Ok(network)
+    match Network::read(text) {
+        Ok(network) => Ok(network),
+        Err(NetworkError::Address) => wrong(format!("`{text}` is not a network"), example),
+        Err(NetworkError::Length) => wrong(format!("`{text}` has a wrong length after the `/`"), example),
+    }
 }
 
 /// Where a `CONNECT` may lead: a host or a glob over hosts, and a port.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Tunnel {
-    host: String,
-    glob: Option<GlobMatcher>,
+    host: HostPattern,
     port: u16,
 }
-
-impl PartialEq for Tunnel {
-    fn eq(&self, other: &Self) -> bool {
-        self.host == other.host && self.port == other.port
-    }
-}
-
-impl Eq for Tunnel {}
 
 impl Tunnel {
     /// Whether this host (lower case, without brackets) at this port is meant.
     pub fn allows(&self, host: &str, port: u16) -> bool {
-        let meant = match &self.glob {
-            Some(glob) => glob.is_match(host),
-            None => self.host == host,
-        };
-        meant && self.port == port
+        self.host.matches(host) && self.port == port
     }
 
     /// Whether one host is named, and not a set of them.
     pub fn is_exact(&self) -> bool {
-        self.glob.is_none()
+        self.host.is_exact()
     }
 }
 
@@ -100,70 +47,78 @@ impl fmt::Display for Tunnel {
 
 pub(super) fn tunnel(text: &str) -> Result<Tunnel, Wrong> {
     let example = r#"write it as in "auth.example.org", "*.example.org" or "example.org:8443""#;
+    let (host, port) = host_pattern(text, example)?;
+    Ok(Tunnel {
+        host,
+        port: port.unwrap_or(HTTPS),
+    })
+}
+
+fn host_pattern(text: &str, example: &str) -> Result<(HostPattern, Option<u16>), Wrong> {
     // A star in the place of a label makes no difference to what a host may look like otherwise.
     host(&text.replace('*', "x"))?;
     let (name, port) = match text.rsplit_once(':') {
         Some((name, port)) if !port.ends_with(']') => match port.parse() {
-            Ok(port) => (name, port),
+            Ok(port) => (name, Some(port)),
             Err(_) => return wrong(format!("`{text}` is not a host"), example),
         },
-        _ => (text, HTTPS),
+        _ => (text, None),
     };
-    let name = name.trim_start_matches('[').trim_end_matches(']').to_owned();
-    let glob = if name.contains('*') {
-        match GlobBuilder::new(&name).build() {
-            Ok(glob) => Some(glob.compile_matcher()),
-            Err(_) => return wrong(format!("`{text}` is not a glob over hosts"), example),
+    match HostPattern::read(name) {
+        Some(host) => Ok((host, port)),
+        None => wrong(format!("`{text}` is not a glob over hosts"), example),
+    }
+}
+
+/// A host, a glob over hosts or a network, with `http://` before it where plain HTTP is meant.
+pub(super) fn redirect(text: &str) -> Result<RedirectRule, Wrong> {
+    let example = r#"write it as in "s3.example.org", "http://minio.internal:9000" or "10.20.0.0/16""#;
+    let (plain, rest) = match text.split_once("://") {
+        Some(("http", rest)) => (true, rest),
+        Some(("https", rest)) => (false, rest),
+        Some(_) => {
+            return wrong("a redirect is followed to http:// and https:// alone", example);
         }
-    } else {
-        None
+        None => (false, text),
     };
-    Ok(Tunnel {
-        host: name,
-        glob,
-        port,
-    })
+    match Network::read(rest.trim_start_matches('[').trim_end_matches(']')) {
+        Ok(network) if network.is_everything() => {
+            return wrong(
+                format!("`{text}` is every address there is"),
+                r#"name the network that the storage is in, as in "10.20.0.0/16""#,
+            );
+        }
+        Ok(network) => {
+            let to = RedirectTarget::Network(network);
+            return Ok(RedirectRule { plain, to });
+        }
+        Err(NetworkError::Length) => {
+            return wrong(format!("`{text}` has a wrong length after the `/`"), example);
+        }
+        Err(NetworkError::Address) => {} // A host, perhaps.
+    }
+    if rest.contains('/') {
+        return wrong(
+            format!("`{text}` has a path"),
+            "leave out the path: a host and its port are what counts",
+        );
+    }
+    let (host, port) = host_pattern(rest, example)?;
+    let is_address = host_part(rest).parse::<IpAddr>().is_ok();
+    if !is_address && !rest.contains(|c: char| c.is_ascii_alphabetic()) {
+        return wrong(
+            format!("`{text}` is neither a host nor a network"),
+            r#"for addresses, write the network as in "10.20.0.0/16"; a glob needs a part of a name, as in "*.example.org""#,
+        );
+    }
+    let to = RedirectTarget::Host(host, port);
+    Ok(RedirectRule { plain, to })
 }
 
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, reason = "tests may fail loudly")]
     use super::*;
-
-    #[test]
-    fn a_network_contains_what_begins_like_it() {
-        for (text, inside, outside) in [
-            (
-                "10.0.0.0/8",
-                &["10.0.0.1", "10.255.255.255", "::ffff:10.1.1.1"][..],
-                &["11.0.0.1", "::1"][..],
-            ),
-            ("192.0.2.7", &["192.0.2.7"], &["192.0.2.6"]),
-            ("0.0.0.0/0", &["1.2.3.4"], &["::1"]),
-            ("fd00::/8", &["fd12::1"], &["fe80::1", "253.0.0.1"]),
-            ("::/0", &["::1"], &["127.0.0.1"]),
-            ("::1", &["::1"], &["::2"]),
-        ] {
-            let network = network(text).unwrap();
-            for address in inside {
-                assert!(network.contains(address.parse().unwrap()), "{text} {address}");
-            }
-            for address in outside {
-                assert!(!network.contains(address.parse().unwrap()), "{text} {address}");
-            }
-        }
-        for text in [
-            "",
-            "10.0.0.0/33",
-            "::/129",
-            "10.0.0/8",
-            "10.0.0.0/-1",
-            "a/8",
-            "10.0.0.0/8/8",
-        ] {
-            assert!(network(text).is_err(), "{text}");
-        }
-    }
 
     #[test]
     fn a_tunnel_leads_to_one_port() {
@@ -186,6 +141,48 @@ mod tests {
         }
         for text in ["", "https://a", "a/b", "a:b", "A.example", "a b"] {
             assert!(tunnel(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn r13_an_entry_of_redirects_names_a_host_or_a_network() {
+        for text in [
+            "s3.example.org",
+            "s3.example.org:9000",
+            "*.s3.example.org",
+            "http://minio.internal:9000",
+            "http://minio",
+            "https://minio.internal",
+            "10.20.0.0/16",
+            "http://10.20.0.0/16",
+            "10.1.2.3",
+            "http://[fd00::1]",
+            "fd00::/8",
+            "localhost:9000",
+            "10.20.3.4:9000",
+            "[fd00::1]:9000",
+        ] {
+            assert!(redirect(text).is_ok(), "{text}");
+        }
+        assert!(redirect("http://minio:9000").unwrap().plain);
+        assert!(!redirect("https://minio:9000").unwrap().plain);
+        for text in [
+            "",
+            "*",
+            "*.*",
+            "10.*",
+            "10.20",
+            "0.0.0.0/0",
+            "http://::/0",
+            "10.0.0.0/33",
+            "ftp://minio",
+            "http://minio/bucket",
+            "http://user@minio",
+            "Minio.internal",
+            "minio:port",
+            "a b",
+        ] {
+            assert!(redirect(text).is_err(), "{text}");
         }
     }
 }

@@ -1,26 +1,19 @@
 //! Upstreams: those everyone knows, those the operator adds, and what may be said about one.
 
 use std::fmt;
-use std::io::Read;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use rustls_pki_types::CertificateDer;
-use rustls_pki_types::pem::PemObject;
-use zeroize::Zeroizing;
-
 use super::document::Document;
 use super::fault::{At, Report, Told};
+use super::files::{self, docker_config, password_file};
 use super::keys::Section;
 use super::table::Table;
 use super::{address, names, value};
 use crate::oci::Repository;
 use crate::policy::rules::Changes;
-use crate::upstream::{DockerConfig, HelperName};
-
-/// Longest file that is read whole: a password, a bundle of certificates.
-const FILE_BYTES_MAX: u64 = 4 * 1024 * 1024;
+use crate::upstream::{ClientCertificate, HelperName, RedirectRule};
 
 /// An upstream that exists without being configured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -85,10 +78,16 @@ pub struct UpstreamConfig {
     pub token_hosts: Vec<String>,
     /// Certificates to trust besides the system's, DER.
     pub roots: Vec<Vec<u8>>,
+    /// Shown to it when it asks for one.
+    pub client_certificate: Option<ClientCertificate>,
+    /// Where its redirects may lead besides https and addresses no nearer than its own.
+    pub redirects: Vec<RedirectRule>,
     /// The way there.
     pub proxy: Proxy,
     /// How long a connection may take to come about.
     pub connect_timeout: Duration,
+    /// From a request to the head of its answer, redirects included.
+    pub first_byte_timeout: Duration,
 }
 
 impl UpstreamConfig {
@@ -228,9 +227,12 @@ fn read(table: Table, report: &mut Report<'_>) -> Configured {
     let credential = access.and_then(|access| credential(&table, access, report));
     let local_tokens = access.and_then(|access| local_tokens(&table, access, report));
     let token_hosts = table.list(report, "token_hosts", &value::HOST);
-    let roots = roots(&table, "ca_file", report);
+    let roots = files::roots(&table, "ca_file", report);
+    let client_certificate = files::client_certificate(&table, report);
+    let redirects = table.list(report, "redirects", &value::REDIRECT);
     let proxy = table.text(report, "proxy", &value::PROXY);
     let connect_timeout = table.text(report, "connect_timeout", &value::TIMEOUT);
+    let first_byte_timeout = table.text(report, "first_byte_timeout", &value::TIMEOUT);
 
     let found_urls = urls.as_ref().map_or_else(|_| Vec::new(), Clone::clone);
     let found_hosts = hosts.as_ref().map_or_else(|_| Vec::new(), Clone::clone);
@@ -250,8 +252,11 @@ fn read(table: Table, report: &mut Report<'_>) -> Configured {
             credential: credential?,
             token_hosts: token_hosts?.into_iter().map(|(_, host)| host).collect(),
             roots: roots?,
+            client_certificate: client_certificate?,
+            redirects: redirects?.into_iter().map(|(_, rule)| rule).collect(),
             proxy: proxy?,
             connect_timeout: connect_timeout?,
+            first_byte_timeout: first_byte_timeout?,
         })
     };
     let state = match (enabled, config()) {
@@ -399,30 +404,6 @@ fn refuse_unshared(table: &Table, access: Access, key: &str, report: &mut Report
     Err(report.tell(table.at(key), table.path(key), message, Some(help.to_owned())))
 }
 
-fn password_file(table: &Table, file: PathBuf, report: &mut Report<'_>) -> Result<PathBuf, Told> {
-    const KEY: &str = "password_file";
-    let text = Zeroizing::new(read_file(table, KEY, &file, report)?);
-    let message = match std::str::from_utf8(&text).map(|text| text.trim_end_matches(['\r', '\n'])) {
-        Ok("") => "the file is empty",
-        Ok(_) => return Ok(report.resolve(table.at(KEY), file)),
-        Err(_) => "the file is not text",
-    };
-    Err(report.tell(table.at(KEY), table.path(KEY), message, None))
-}
-
-fn docker_config(table: &Table, file: PathBuf, report: &mut Report<'_>) -> Result<PathBuf, Told> {
-    const KEY: &str = "docker_config";
-    let text = Zeroizing::new(read_file(table, KEY, &file, report)?);
-    let message = match std::str::from_utf8(&text).map(DockerConfig::read) {
-        Ok(Ok(_)) => return Ok(report.resolve(table.at(KEY), file)),
-        Ok(Err(error)) => error.to_string(),
-        Err(_) => "the file is not text".to_owned(),
-    };
-    let help =
-        "it should be what `docker login` writes: {\"auths\": {\"host\": {\"auth\": \"…\"}}}".to_owned();
-    Err(report.tell(table.at(KEY), table.path(KEY), message, Some(help)))
-}
-
 fn local_tokens(table: &Table, access: Access, report: &mut Report<'_>) -> Result<Option<String>, Told> {
     const KEY: &str = "local_tokens";
     let realm = table.text_if_set(report, KEY, &value::REALM)?;
@@ -432,45 +413,4 @@ fn local_tokens(table: &Table, access: Access, report: &mut Report<'_>) -> Resul
         return Err(report.tell(table.at(KEY), table.path(KEY), message, help));
     }
     Ok(realm)
-}
-
-/// The certificates in the file that `key` names, DER; none if it is not set.
-pub(super) fn roots(table: &Table, key: &str, report: &mut Report<'_>) -> Result<Vec<Vec<u8>>, Told> {
-    let Some(file) = table.text_if_set(report, key, &value::PATH)? else {
-        return Ok(Vec::new());
-    };
-    let pem = read_file(table, key, &file, report)?;
-    let certificates: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&pem)
-        .map(|der| der.map(|der| der.to_vec()))
-        .collect();
-    match certificates {
-        Ok(certificates) if !certificates.is_empty() => Ok(certificates),
-        Ok(_) => {
-            let help = "it should contain -----BEGIN CERTIFICATE-----".to_owned();
-            let message = "there is no certificate in the file";
-            Err(report.tell(table.at(key), table.path(key), message, Some(help)))
-        }
-        Err(error) => {
-            let message = format!("the file is not PEM: {error}");
-            Err(report.tell(table.at(key), table.path(key), message, None))
-        }
-    }
-}
-
-pub(super) fn read_file(
-    table: &Table,
-    key: &str,
-    path: &Path,
-    report: &mut Report<'_>,
-) -> Result<Vec<u8>, Told> {
-    let path = report.resolve(table.at(key), path.to_owned());
-    let mut bytes = Vec::new();
-    let read =
-        std::fs::File::open(&path).and_then(|file| file.take(FILE_BYTES_MAX + 1).read_to_end(&mut bytes));
-    let message = match read {
-        Ok(_) if bytes.len() as u64 <= FILE_BYTES_MAX => return Ok(bytes),
-        Ok(_) => format!("{} is longer than {FILE_BYTES_MAX} bytes", path.display()),
-        Err(error) => format!("cannot read {}: {error}", path.display()),
-    };
-    Err(report.tell(table.at(key), table.path(key), message, None))
 }

@@ -8,12 +8,12 @@ use std::time::Duration;
 use bytesize::ByteSize;
 
 use super::address::{address, host, proxy_url, url};
-use super::network::{Network, Tunnel, network, tunnel};
+use super::network::{Network, Tunnel, network, redirect, tunnel};
 use super::{Access, Admin, LogFormat, Plain, Proxy};
 use crate::oci::Repository;
 use crate::policy::rules::{Pattern, Staleness};
 use crate::policy::{Absence, Policy};
-use crate::upstream::{HelperName, HelperNameError};
+use crate::upstream::{HelperName, HelperNameError, RedirectRule};
 
 /// A value that is written as text.
 pub(super) struct Text<T> {
@@ -145,6 +145,12 @@ pub(super) const TUNNEL: Text<Tunnel> = Text {
     expected: "a host or a glob over hosts",
     example: r#""auth.example.org""#,
     parse: tunnel,
+};
+
+pub(super) const REDIRECT: Text<RedirectRule> = Text {
+    expected: "a host or a network",
+    example: r#""http://minio.internal:9000""#,
+    parse: redirect,
 };
 
 pub(super) const ADMIN: Text<Admin> = Text {

@@ -1,7 +1,5 @@
 //! Ourselves: is the port answered, is the certificate right, are the upstreams there.
 
-use std::sync::Arc;
-
 use rustls_pki_types::CertificateDer;
 use rustls_pki_types::pem::PemObject;
 use serde_json::Value;
@@ -10,7 +8,7 @@ use tokio::task::JoinSet;
 use super::wire::{self, Place};
 use super::{Check, Patient, State};
 use crate::config::{Plain, UpstreamConfig};
-use crate::oci::{Accept, Cause, Operation, Reference, Repository, Tag};
+use crate::oci::{Accept, Cause, Operation, Reference, Repository, Tag, TlsFault};
 use crate::run;
 use crate::trace::Trace;
 use crate::upstream::{Caller, Connector, Credential, LearnedState, Upstream};
@@ -173,9 +171,11 @@ pub(super) fn together(mut check: Check, name: &str, seen: Option<&Value>) -> Ch
         return check;
     };
     if let Some(text) = seen.pointer("/silent/text").and_then(Value::as_str) {
+        let detail = seen.pointer("/silent/detail").and_then(Value::as_str);
+        let detail = detail.map_or_else(String::new, |detail| format!(" ({detail})"));
         return Check::failed(
             check.name,
-            format!("it answers this command, and is silent to the running cache: {text}"),
+            format!("it answers this command, and is silent to the running cache: {text}{detail}"),
             "do both go by the same proxy and DNS?",
         );
     }
@@ -234,18 +234,14 @@ async fn upstream(name: String, upstream: &Upstream, operation: Option<Operation
     };
     let answer = upstream.head(&anonymous, &operation, &Accept::any()).await;
     if let Some(cause) = answer.silence() {
-        let registry: Arc<str> = upstream.name().into();
-        let advice = match cause {
-            Cause::PlainRealm => {
-                "ask its operator to set the registry's external URL to https (Harbor: external_url; Artifactory: the \
-                 base URL, or X-Forwarded-Proto at its balancer)"
-                    .to_owned()
-            }
-            _ => format!(
-                "check DNS, firewall and `proxy`; if it is not used here: [upstream.\"{registry}\"] enabled = false"
-            ),
-        };
-        return Check::failed(name, format!("{registry} {cause}"), advice);
+        let registry = upstream.name();
+        let detail = answer.detail.as_deref();
+        let detail = detail.map_or_else(String::new, |detail| format!(" ({detail})"));
+        return Check::failed(
+            name,
+            format!("{registry} {cause}{detail}"),
+            remedy(registry, cause),
+        );
     }
     let allowances = upstream.state().allowances;
     let limit = allowances
@@ -259,5 +255,35 @@ async fn upstream(name: String, upstream: &Upstream, operation: Option<Operation
         ),
         Some((left, limit)) => Check::ok(name, format!("answers; {left} of {limit} anonymous pulls left")),
         None => Check::ok(name, "answers"),
+    }
+}
+
+/// What to do where an upstream is unavailable. The detail beside it names what to write.
+fn remedy(registry: &str, cause: Cause) -> String {
+    let section = format!("[upstream.\"{registry}\"]");
+    match (cause, cause.setting()) {
+        (Cause::PlainRealm, _) => {
+            "ask its operator to set the registry's external URL to https (Harbor: external_url; Artifactory: the base \
+             URL, or X-Forwarded-Proto at its balancer)"
+                .to_owned()
+        }
+        (Cause::Tls(TlsFault::NotYetValid | TlsFault::Expired), _) => {
+            "have it renewed there; if the dates look right, this machine's clock is wrong".to_owned()
+        }
+        (Cause::Tls(TlsFault::WrongName), _) => {
+            format!(
+                "write a name into `url` of {section} that its certificate has, or have the certificate made anew"
+            )
+        }
+        (Cause::Tls(TlsFault::ClientCertificate), _) => {
+            format!("set `client_certificate` and `client_key` of {section}")
+        }
+        (Cause::Timeout | Cause::ConnectTimeout, Some(setting)) => {
+            format!("check the way there, or allow it more time: `{setting}` of {section}")
+        }
+        (_, Some(setting)) => format!("set `{setting}` of {section}"),
+        (_, None) => {
+            format!("check DNS, firewall and `proxy`; if it is not used here: {section} enabled = false")
+        }
     }
 }

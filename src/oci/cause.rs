@@ -17,7 +17,7 @@ pub enum Cause {
     /// Its name was not resolved.
     Dns,
     /// No trusted TLS connection came about.
-    Tls,
+    Tls(TlsFault),
     /// No connection within its time limit.
     ConnectTimeout,
     /// Connected, but the answer or the next part of it did not come in time.
@@ -41,7 +41,7 @@ pub enum Cause {
     /// Its answer is larger than the limit.
     TooLarge,
     /// It redirected too often, or to where it must not.
-    Redirects,
+    Redirects(RedirectFault),
     /// The bytes are not those of the digest.
     WrongDigest,
     /// The operator switched asking off.
@@ -58,7 +58,7 @@ impl Cause {
             Self::Reset => "reset",
             Self::Unreachable => "unreachable",
             Self::Dns => "dns",
-            Self::Tls => "tls",
+            Self::Tls(_) => "tls",
             Self::ConnectTimeout => "connect-timeout",
             Self::Timeout => "timeout",
             Self::Budget => "budget",
@@ -70,10 +70,92 @@ impl Cause {
             Self::OwnCredential => "own-credential",
             Self::Malformed => "malformed",
             Self::TooLarge => "too-large",
-            Self::Redirects => "redirects",
+            Self::Redirects(_) => "redirects",
             Self::WrongDigest => "wrong-digest",
             Self::Offline => "offline",
             Self::Busy => "busy",
+        }
+    }
+
+    /// The upstream's setting that has to do with it.
+    pub const fn setting(self) -> Option<&'static str> {
+        match self {
+            Self::Timeout => Some("first_byte_timeout"),
+            Self::ConnectTimeout => Some("connect_timeout"),
+            Self::Tls(TlsFault::UnknownIssuer | TlsFault::SelfSigned) => Some("ca_file"),
+            Self::Tls(TlsFault::ClientCertificate) => Some("client_certificate"),
+            Self::Tls(TlsFault::NotTls) => Some("url"),
+            Self::Redirects(RedirectFault::Downgrade | RedirectFault::TooNear) => Some("redirects"),
+            _ => None,
+        }
+    }
+}
+
+/// Why no trusted TLS connection came about. Hosts, names and dates are told to the operator alone, beside the cause.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum TlsFault {
+    /// The certificate has no subject alternative name (RFC 5280 §4.2.1.6) for the host.
+    WrongName,
+    /// The certificate has expired.
+    Expired,
+    /// The certificate is not valid yet: its clock or ours is wrong.
+    NotYetValid,
+    /// No trusted certificate authority issued it.
+    UnknownIssuer,
+    /// It is signed with its own key, and is not itself trusted.
+    SelfSigned,
+    /// It is not one for servers (extended key usage, or a CA's).
+    WrongPurpose,
+    /// No protocol version and cipher suite in common.
+    Version,
+    /// The server wants a client certificate, or another one.
+    ClientCertificate,
+    /// The server does not speak TLS at that port.
+    NotTls,
+    /// Anything else.
+    Other,
+}
+
+impl TlsFault {
+    const fn phrase(self) -> &'static str {
+        match self {
+            Self::WrongName => "could not be trusted: its TLS certificate is for another name",
+            Self::Expired => "could not be trusted: its TLS certificate has expired",
+            Self::NotYetValid => "could not be trusted: its TLS certificate is not valid yet",
+            Self::UnknownIssuer => "could not be trusted: an unknown authority issued its TLS certificate",
+            Self::SelfSigned => "could not be trusted: its TLS certificate is self-signed",
+            Self::WrongPurpose => "could not be trusted: its TLS certificate is not one for servers",
+            Self::Version => "offers no TLS version and cipher suite that is accepted here",
+            Self::ClientCertificate => "wants a TLS client certificate",
+            Self::NotTls => "does not speak TLS at that port",
+            Self::Other => "could not be trusted (TLS failed)",
+        }
+    }
+}
+
+/// Why a redirect is not followed. Its target is told to the operator alone, beside the cause.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum RedirectFault {
+    /// One redirect after the other.
+    TooMany,
+    /// No `Location`, or one that is no http(s) URL.
+    Malformed,
+    /// From https to plain http, and `redirects` names no such place.
+    Downgrade,
+    /// To an address nearer than the registry's own, and `redirects` does not name it.
+    TooNear,
+    /// To another place, where only the same one makes sense.
+    Elsewhere,
+}
+
+impl RedirectFault {
+    const fn phrase(self) -> &'static str {
+        match self {
+            Self::TooMany => "redirected too often",
+            Self::Malformed => "redirected to nowhere",
+            Self::Downgrade => "redirected to plain http",
+            Self::TooNear => "redirected to an address that is not allowed",
+            Self::Elsewhere => "redirected to another host where that is not allowed",
         }
     }
 }
@@ -86,7 +168,7 @@ impl fmt::Display for Cause {
             Self::Reset => "broke the connection",
             Self::Unreachable => "cannot be reached",
             Self::Dns => "has a name that could not be resolved",
-            Self::Tls => "could not be trusted (TLS failed)",
+            Self::Tls(fault) => fault.phrase(),
             Self::ConnectTimeout => "did not take the connection in time",
             Self::Timeout => "did not answer in time",
             Self::Budget => "did not answer within the budget",
@@ -100,7 +182,7 @@ impl fmt::Display for Cause {
             Self::OwnCredential => "could not be asked, for the cache's own credential could not be had",
             Self::Malformed => "gave an answer that makes no sense",
             Self::TooLarge => "gave an answer larger than the limit",
-            Self::Redirects => "redirected too often or to a forbidden place",
+            Self::Redirects(fault) => fault.phrase(),
             Self::WrongDigest => "sent bytes that do not match their digest",
             Self::Offline => "is not asked while offline mode is on",
             Self::Busy => "has too many requests of ours under way",
@@ -117,6 +199,11 @@ mod tests {
         for (cause, name, sentence) in [
             (Cause::Refused, "refused", "refused the connection"),
             (Cause::Status(503), "status", "answered 503"),
+            (
+                Cause::Tls(TlsFault::Expired),
+                "tls",
+                "could not be trusted: its TLS certificate has expired",
+            ),
             (Cause::Budget, "budget", "did not answer within the budget"),
             (
                 Cause::ConnectTimeout,

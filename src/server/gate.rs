@@ -139,7 +139,7 @@ impl Turned {
             | Self::NotByThisDoor
             | Self::NoTunnel(_)
             | Self::NoCertificate(_)
-            | Self::TunnelFailed(_, Cause::Redirects) => StatusCode::FORBIDDEN,
+            | Self::TunnelFailed(_, Cause::Redirects(_)) => StatusCode::FORBIDDEN,
             Self::TunnelsBusy | Self::EntryBusy => StatusCode::SERVICE_UNAVAILABLE,
             Self::TunnelFailed(_, Cause::Timeout | Cause::ConnectTimeout) => StatusCode::GATEWAY_TIMEOUT,
             Self::TunnelFailed(..) => StatusCode::BAD_GATEWAY,
@@ -162,7 +162,7 @@ impl Turned {
             | Self::NotByThisDoor
             | Self::NoTunnel(_)
             | Self::NoCertificate(_)
-            | Self::TunnelFailed(_, Cause::Redirects) => ErrorCode::Denied,
+            | Self::TunnelFailed(_, Cause::Redirects(_)) => ErrorCode::Denied,
             Self::TunnelsBusy | Self::EntryBusy | Self::TunnelFailed(..) => ErrorCode::Unavailable,
             Self::UnknownUpstream(_) => ErrorCode::NameUnknown,
             Self::ReadOnly(_)

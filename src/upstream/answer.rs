@@ -1,6 +1,7 @@
 //! What an upstream said to a question: status and headers become an [`Answer`]. Pure.
 
 use std::fmt;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -15,7 +16,7 @@ use crate::oci::manifest::MediaType;
 use crate::oci::name::Reference;
 use crate::oci::operation::Operation;
 
-use super::client::content_length;
+use super::client::{Unavailable, content_length};
 use super::limits::Pause;
 use super::retry_after::is_limit;
 
@@ -41,6 +42,8 @@ pub struct Answer {
     pub code: Option<String>,
     /// The upstream's own error text, cleaned.
     pub message: Option<String>,
+    /// Why there is no usable answer, in words for the operator: it may name hosts that a client does not know.
+    pub detail: Option<Arc<str>>,
     /// The whole manifest, where a GET had to stand in for the HEAD: it need not be fetched again.
     pub body: Option<(Bytes, MediaType)>,
     /// The pause that the upstream asked for, or within which it was not asked at all.
@@ -99,9 +102,18 @@ impl Answer {
             rate_limit: RateLimit::default(),
             code: None,
             message: None,
+            detail: None,
             body: None,
             pause: None,
             stated_wait: None,
+        }
+    }
+
+    /// No usable answer, with the reason in words.
+    pub(super) fn unavailable(unavailable: Unavailable) -> Answer {
+        Answer {
+            detail: unavailable.detail,
+            ..Answer::silent(unavailable.cause)
         }
     }
 
@@ -173,6 +185,7 @@ impl Answer {
             rate_limit: RateLimit::read(headers),
             code: None,
             message: None,
+            detail: None,
             body: None,
             pause: None,
             stated_wait: None,

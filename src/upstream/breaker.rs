@@ -92,7 +92,7 @@ fn counts(cause: Cause) -> bool {
         | Cause::Reset
         | Cause::Unreachable
         | Cause::Dns
-        | Cause::Tls
+        | Cause::Tls(_)
         | Cause::ConnectTimeout
         | Cause::Timeout
         | Cause::TokenService
@@ -104,7 +104,7 @@ fn counts(cause: Cause) -> bool {
         | Cause::RateLimited
         | Cause::Malformed
         | Cause::TooLarge
-        | Cause::Redirects
+        | Cause::Redirects(_)
         | Cause::WrongDigest
         | Cause::Offline
         | Cause::OwnCredential
@@ -116,6 +116,7 @@ fn counts(cause: Cause) -> bool {
 mod tests {
     #![allow(clippy::unwrap_used, reason = "tests may fail loudly")]
     use super::*;
+    use crate::oci::cause::RedirectFault;
 
     fn at(start: Instant, seconds: u64) -> Instant {
         start + Duration::from_secs(seconds)
@@ -167,7 +168,7 @@ mod tests {
             Cause::RateLimited,
             Cause::Malformed,
             Cause::TooLarge,
-            Cause::Redirects,
+            Cause::Redirects(RedirectFault::TooMany),
             Cause::Busy,
         ] {
             for _ in 0..10 {

@@ -6,6 +6,7 @@
 
 use std::error::Error;
 use std::io;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -24,7 +25,9 @@ use super::dial::{DialError, io_cause};
 use super::line::Line;
 use super::location::resolve;
 use super::origin::same_origin;
-use crate::oci::cause::Cause;
+use super::target::entry;
+use super::tls;
+use crate::oci::cause::{Cause, RedirectFault};
 use crate::trace::{TRACEPARENT, TRACESTATE};
 
 /// Hops followed after the first request.
@@ -64,6 +67,35 @@ pub(super) struct Request {
     pub(super) within: Duration,
 }
 
+/// No usable answer: the cause for everyone, and the reason in words for the operator.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Unavailable {
+    pub(super) cause: Cause,
+    /// With the host that failed, and what its certificate or its redirect says.
+    pub(super) detail: Option<Arc<str>>,
+}
+
+impl From<Cause> for Unavailable {
+    fn from(cause: Cause) -> Self {
+        Unavailable { cause, detail: None }
+    }
+}
+
+impl Unavailable {
+    /// What an error of the client's says about a request to `uri`.
+    pub(super) fn of(error: &(dyn Error + 'static), uri: &Uri) -> Unavailable {
+        let authority = uri.authority().map_or("", |authority| authority.as_str());
+        let detail = match reason_of(error) {
+            Some(reason) => format!("{authority}: {reason}"),
+            None => authority.to_owned(),
+        };
+        Unavailable {
+            cause: cause_of(error),
+            detail: Some(detail.into()),
+        }
+    }
+}
+
 /// Where redirects may lead.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Follow {
@@ -97,14 +129,14 @@ impl Http {
     }
 
     /// Sends a request and follows redirects until something else is answered.
-    pub(super) async fn send(&self, request: Request) -> Result<Reply, Cause> {
+    pub(super) async fn send(&self, request: Request) -> Result<Reply, Unavailable> {
         let within = request.within;
         timeout(within, self.follow(request))
             .await
-            .unwrap_or(Err(Cause::Timeout))
+            .unwrap_or_else(|_| Err(Cause::Timeout.into()))
     }
 
-    async fn follow(&self, mut request: Request) -> Result<Reply, Cause> {
+    async fn follow(&self, mut request: Request) -> Result<Reply, Unavailable> {
         request
             .headers
             .insert(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
@@ -116,7 +148,7 @@ impl Http {
         for _ in 0..=REDIRECTS_MAX {
             let (parts, body) = self.once(&request).await?.into_parts();
             check(&parts.headers)?;
-            let Some(target) = redirect(&request, parts.status, &parts.headers)? else {
+            let Some(target) = self.redirect(&request, parts.status, &parts.headers)? else {
                 return Ok(Reply {
                     status: parts.status,
                     headers: parts.headers,
@@ -126,7 +158,7 @@ impl Http {
             };
             if !same_origin(&request.uri, &target) {
                 if request.follow == Follow::SameOrigin {
-                    return Err(Cause::Redirects);
+                    return Err(elsewhere(&target));
                 }
                 abroad = true;
                 for ours in [AUTHORIZATION, TRACEPARENT, TRACESTATE] {
@@ -135,12 +167,47 @@ impl Http {
             }
             request.uri = target;
         }
-        Err(Cause::Redirects)
+        Err(Cause::Redirects(RedirectFault::TooMany).into())
+    }
+
+    /// Where an answer sends us, if it does.
+    fn redirect(
+        &self,
+        request: &Request,
+        status: StatusCode,
+        headers: &HeaderMap,
+    ) -> Result<Option<Uri>, Unavailable> {
+        if !matches!(status.as_u16(), 301 | 302 | 303 | 307 | 308) {
+            return Ok(None);
+        }
+        let location = headers.get(LOCATION);
+        let target = location
+            .and_then(|location| resolve(&request.uri, location.as_bytes()))
+            .ok_or(Cause::Redirects(RedirectFault::Malformed))?;
+        if request.method == Method::POST {
+            return Err(elsewhere(&target));
+        }
+        let downgrade = request.uri.scheme_str() == Some("https") && target.scheme_str() != Some("https");
+        if downgrade && !self.line.allows_plain(&target) {
+            let entry = entry(&target, None, true);
+            return Err(Unavailable {
+                cause: Cause::Redirects(RedirectFault::Downgrade),
+                detail: Some(
+                    format!(
+                        "{}: it redirects to {entry}, which is not encrypted; if that is right, allow it by redirects = \
+                         [\"{entry}\"]",
+                        request.uri.authority().map_or("", |authority| authority.as_str())
+                    )
+                    .into(),
+                ),
+            });
+        }
+        Ok(Some(target))
     }
 
     /// One hop. A connection that breaks before any answer is tried once more on a fresh one, if asking twice is
     /// harmless.
-    async fn once(&self, request: &Request) -> Result<http::Response<Incoming>, Cause> {
+    async fn once(&self, request: &Request) -> Result<http::Response<Incoming>, Unavailable> {
         let start = Instant::now();
         let mut result = self.pooled.request(self.written(request)?).await;
         if result
@@ -160,7 +227,7 @@ impl Http {
             ms = start.elapsed().as_millis(),
             "asked"
         );
-        result.map_err(|error| cause_of(&error))
+        result.map_err(|error| Unavailable::of(&error, &request.uri))
     }
 
     fn written(&self, request: &Request) -> Result<http::Request<Full<Bytes>>, Cause> {
@@ -215,18 +282,12 @@ fn check(headers: &HeaderMap) -> Result<(), Cause> {
     }
 }
 
-/// Where an answer sends us, if it does.
-fn redirect(request: &Request, status: StatusCode, headers: &HeaderMap) -> Result<Option<Uri>, Cause> {
-    if !matches!(status.as_u16(), 301 | 302 | 303 | 307 | 308) {
-        return Ok(None);
+fn elsewhere(target: &Uri) -> Unavailable {
+    let authority = target.authority().map_or("", |authority| authority.as_str());
+    Unavailable {
+        cause: Cause::Redirects(RedirectFault::Elsewhere),
+        detail: Some(format!("it redirects to {authority}, where this is not asked").into()),
     }
-    let location = headers.get(LOCATION).ok_or(Cause::Redirects)?;
-    let target = resolve(&request.uri, location.as_bytes()).ok_or(Cause::Redirects)?;
-    let downgrade = request.uri.scheme_str() == Some("https") && target.scheme_str() != Some("https");
-    if downgrade || request.method == Method::POST {
-        return Err(Cause::Redirects);
-    }
-    Ok(Some(target))
 }
 
 /// The reason behind an error of hyper's, however deep it lies.
@@ -251,6 +312,24 @@ pub(super) fn cause_of(error: &(dyn Error + 'static)) -> Cause {
         next = one.source();
     }
     cause
+}
+
+/// The reason in words behind an error of hyper's, as far as one is known.
+fn reason_of(error: &(dyn Error + 'static)) -> Option<String> {
+    let mut next = Some(error);
+    let mut innermost = None;
+    while let Some(one) = next {
+        if let Some(dialled) = one.downcast_ref::<DialError>() {
+            if let Some(detail) = &dialled.detail {
+                return Some(detail.to_string());
+            }
+        } else if let Some(io) = one.downcast_ref::<io::Error>() {
+            return Some(tls::reason(io).unwrap_or_else(|| io.to_string()));
+        }
+        innermost = Some(one);
+        next = one.source();
+    }
+    innermost.map(ToString::to_string)
 }
 
 /// `Content-Length`, if it is a number.

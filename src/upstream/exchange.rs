@@ -300,7 +300,8 @@ impl Exchange {
             follow: Follow::Anywhere,
             within: self.headers_within,
         };
-        let reply = self.http.send(request).await.map_err(silent)?;
+        let sent = self.http.send(request).await;
+        let reply = sent.map_err(|unavailable| Box::new(Answer::unavailable(unavailable).into()))?;
         if reply.status.is_success() {
             return Ok(reply);
         }
@@ -411,9 +412,11 @@ fn silent(cause: Cause) -> Box<Refusal> {
 fn no_token(failure: &TokenFailure) -> Box<Refusal> {
     Box::new(Refusal::from(match failure {
         TokenFailure::Limited(pause) => Answer::paused(pause.clone()),
-        TokenFailure::Denied(_) | TokenFailure::Silent | TokenFailure::PlainRealm => {
-            Answer::silent(failure.into())
-        }
+        TokenFailure::Denied(_) | TokenFailure::PlainRealm => Answer::silent(failure.into()),
+        TokenFailure::Silent(reason) => Answer {
+            detail: Some(format!("the token service: {reason}").into()),
+            ..Answer::silent(failure.into())
+        },
     }))
 }
 

@@ -17,23 +17,27 @@ use hyper_util::client::legacy::connect::{Connected, Connection};
 use hyper_util::rt::TokioIo;
 use tower_service::Service;
 
-use super::dial::{Connector, Dial, DialError, Dialled, Stream, Tls, TlsError, io_cause};
+use super::dial::{Connector, Dial, DialError, Dialled, Stream, io_cause};
 use super::origin::{Origin, address, is_one_of, port_of, same_host};
 use super::route::{Route, Routes};
+use super::target::{Limit, RedirectRule, RedirectRules, entry};
+use super::tls::{ClientCertificate, Tls, TlsError};
 use super::zone::Zone;
-use crate::oci::cause::Cause;
+use crate::oci::cause::{Cause, RedirectFault};
 
 /// What a [`Line`] is made of.
 pub(super) struct LineSettings<'a> {
     /// Further trusted roots, DER.
     pub(super) roots: &'a [Vec<u8>],
+    /// For the configured addresses alone.
+    pub(super) client_certificate: Option<ClientCertificate>,
     pub(super) routes: Routes,
     /// Configured addresses: connections to these may lead anywhere.
     pub(super) origins: Vec<Origin>,
     /// Further hosts the operator trusts, wherever they are.
     pub(super) hosts: Vec<String>,
-    /// Redirects may lead into the private network although the upstream is public.
-    pub(super) private_redirects: bool,
+    /// Where redirects may lead besides.
+    pub(super) redirects: Vec<RedirectRule>,
     /// For everything up to the end of the TLS handshake.
     pub(super) patience: Duration,
 }
@@ -46,11 +50,14 @@ struct Inner {
     dial: Arc<dyn Dial>,
     /// Offers h2 and HTTP/1.1.
     tls: Tls,
+    /// The same with the client certificate.
+    own_tls: Tls,
     /// Offers HTTP/1.1 only, which is what `CONNECT` is written in.
     proxy_tls: Tls,
     routes: Routes,
     own: Vec<Uri>,
     hosts: Vec<String>,
+    redirects: RedirectRules,
     /// The nearest zone one of our own addresses turned out to be in, as `Zone as u8`.
     nearest: AtomicU8,
     patience: Duration,
@@ -58,15 +65,13 @@ struct Inner {
 
 impl Line {
     pub(super) fn new(connector: &Connector, settings: LineSettings<'_>) -> Result<Line, TlsError> {
-        let nearest = if settings.private_redirects {
-            Zone::Private
-        } else {
-            Zone::Public
-        };
+        let trust = connector.trust().with(settings.roots)?;
+        let both: &[&[u8]] = &[b"h2", b"http/1.1"];
         Ok(Line(Arc::new(Inner {
             dial: connector.dial(),
-            tls: Tls::new(connector, settings.roots, &[b"h2", b"http/1.1"])?,
-            proxy_tls: Tls::new(connector, settings.roots, &[b"http/1.1"])?,
+            tls: Tls::new(&trust, both, None)?,
+            own_tls: Tls::new(&trust, both, settings.client_certificate)?,
+            proxy_tls: Tls::new(&trust, &[b"http/1.1"], None)?,
             routes: settings.routes,
             own: settings
                 .origins
@@ -74,7 +79,8 @@ impl Line {
                 .filter_map(|origin| origin.join("/"))
                 .collect(),
             hosts: settings.hosts,
-            nearest: AtomicU8::new(nearest as u8),
+            redirects: RedirectRules(settings.redirects),
+            nearest: AtomicU8::new(Zone::Public as u8),
             patience: settings.patience,
         })))
     }
@@ -82,7 +88,7 @@ impl Line {
     /// The bare bytes to the host and port of `to`, which no limit of this line's own upstream concerns; no nearer than
     /// `nearest`.
     pub(super) async fn raw(&self, to: &Uri, nearest: Zone) -> Result<Box<dyn Stream>, DialError> {
-        let reached = tokio::time::timeout(self.0.patience, self.0.reach(to, nearest)).await;
+        let reached = tokio::time::timeout(self.0.patience, self.0.reach(to, &nearest.into())).await;
         let (stream, _) = reached.unwrap_or_else(|_| Err(Cause::ConnectTimeout.into()))?;
         Ok(stream)
     }
@@ -90,6 +96,11 @@ impl Line {
     /// The nearest zone that this line's own upstream turned out to be in.
     pub(super) fn nearest(&self) -> Zone {
         self.0.nearest()
+    }
+
+    /// Whether a redirect may leave https for `to`.
+    pub(super) fn allows_plain(&self, to: &Uri) -> bool {
+        self.0.redirects.allow_plain(to)
     }
 
     /// What an HTTP proxy wants to see on a plain request to `destination` that it forwards.
@@ -102,12 +113,37 @@ impl Line {
 }
 
 impl Inner {
-    /// How near a connection to `to` may lead: anywhere for addresses and hosts the operator named, no nearer than those for all others.
-    fn limit(&self, to: &Uri) -> Zone {
+    /// Where a connection to `to` may lead: anywhere for addresses and hosts the operator named; for all others no nearer
+    /// than those, and where `redirects` allows it.
+    fn limit(&self, to: &Uri) -> Limit {
         if self.is_own(to) || is_one_of(&self.hosts, to) {
-            return Zone::Link;
+            return Zone::Link.into();
         }
-        self.nearest()
+        self.redirects.limit(to, self.nearest(), self.is_downgrade(to))
+    }
+
+    /// Plain HTTP, where the upstream itself has only https addresses.
+    fn is_downgrade(&self, to: &Uri) -> bool {
+        let is_plain = |uri: &Uri| uri.scheme_str() == Some("http");
+        is_plain(to) && !self.own.is_empty() && !self.own.iter().any(is_plain)
+    }
+
+    /// A refused address, with what would allow it.
+    fn explained(&self, mut error: DialError, to: &Uri) -> DialError {
+        if error.cause != Cause::Redirects(RedirectFault::TooNear) {
+            return error;
+        }
+        let address = error.refused_address();
+        let entry = entry(to, address, self.is_downgrade(to));
+        let address = address.map_or_else(|| "an address".to_owned(), |address| address.to_string());
+        error.detail = Some(
+            format!(
+                "it leads to {address}, which is nearer than the registry itself or not where plain http is allowed; if \
+                 that is right, allow it by redirects = [\"{entry}\"]"
+            )
+            .into(),
+        );
+        error
     }
 
     fn nearest(&self) -> Zone {
@@ -124,7 +160,7 @@ impl Inner {
             .any(|own| same_host(own, to) && port_of(own) == port_of(to))
     }
 
-    async fn dial(&self, to: &Uri, limit: Zone) -> Result<Box<dyn Stream>, DialError> {
+    async fn dial(&self, to: &Uri, limit: &Limit) -> Result<Box<dyn Stream>, DialError> {
         let Dialled { stream, peer } = self.dial.dial(to, limit, self.patience).await?;
         if let Some(peer) = peer
             && self.is_own(to)
@@ -135,12 +171,16 @@ impl Inner {
     }
 
     /// The stream to `to`, before TLS, and whether it is an HTTP proxy's that wants the absolute form.
-    async fn reach(self: &Arc<Self>, to: &Uri, limit: Zone) -> Result<(Box<dyn Stream>, bool), DialError> {
+    async fn reach(self: &Arc<Self>, to: &Uri, limit: &Limit) -> Result<(Box<dyn Stream>, bool), DialError> {
         let route = self.routes.to(to);
-        if !matches!(route, Route::Direct)
-            && to.host().and_then(address).is_some_and(|ip| Zone::of(ip) > limit)
-        {
-            return Err(Cause::Redirects.into());
+        if !matches!(route, Route::Direct) {
+            match to.host().and_then(address) {
+                Some(address) if !limit.allows(address) => return Err(DialError::too_near(address)),
+                None if !limit.is_for_names() => {
+                    return Err(Cause::Redirects(RedirectFault::TooNear).into());
+                }
+                Some(_) | None => {}
+            }
         }
         let leg = Leg(Arc::clone(self));
         Ok(match route {
@@ -174,7 +214,8 @@ impl Inner {
     }
 
     async fn connect(self: Arc<Self>, to: Uri) -> Result<Wire, DialError> {
-        let (stream, forwarded) = self.reach(&to, self.limit(&to)).await?;
+        let reached = self.reach(&to, &self.limit(&to)).await;
+        let (stream, forwarded) = reached.map_err(|error| self.explained(error, &to))?;
         if to.scheme_str() != Some("https") {
             return Ok(Wire {
                 io: TokioIo::new(stream),
@@ -182,7 +223,12 @@ impl Inner {
                 forwarded,
             });
         }
-        let (stream, h2) = self.tls.secure(&to, stream).await?;
+        let tls = if self.is_own(&to) {
+            &self.own_tls
+        } else {
+            &self.tls
+        };
+        let (stream, h2) = tls.secure(&to, stream).await?;
         Ok(Wire {
             io: TokioIo::new(stream),
             h2,
@@ -194,10 +240,11 @@ impl Inner {
 /// A failure of a proxy, or behind it: as precise as the chain of errors is.
 fn through_proxy<E: Error + Send + Sync + 'static>(error: E) -> DialError {
     let mut next: Option<&(dyn Error + 'static)> = Some(&error);
-    let mut cause = Cause::Unreachable;
+    let (mut cause, mut detail) = (Cause::Unreachable, None);
     while let Some(one) = next {
         if let Some(dialled) = one.downcast_ref::<DialError>() {
             cause = dialled.cause;
+            detail.clone_from(&dialled.detail);
             break;
         }
         if let Some(io) = one.downcast_ref::<io::Error>() {
@@ -205,7 +252,11 @@ fn through_proxy<E: Error + Send + Sync + 'static>(error: E) -> DialError {
         }
         next = one.source();
     }
-    DialError::new(cause, error)
+    let detail = detail.unwrap_or_else(|| format!("through the proxy: {error}").into());
+    DialError {
+        detail: Some(detail),
+        ..DialError::new(cause, error)
+    }
 }
 
 impl Service<Uri> for Line {
@@ -243,9 +294,20 @@ impl Service<Uri> for Leg {
     fn call(&mut self, proxy: Uri) -> Self::Future {
         let inner = Arc::clone(&self.0);
         Box::pin(async move {
-            let Dialled { mut stream, .. } = inner.dial.dial(&proxy, Zone::Link, inner.patience).await?;
+            let Dialled { mut stream, .. } = inner
+                .dial
+                .dial(&proxy, &Zone::Link.into(), inner.patience)
+                .await?;
             if proxy.scheme_str() == Some("https") {
-                (stream, _) = inner.proxy_tls.secure(&proxy, stream).await?;
+                (stream, _) = inner
+                    .proxy_tls
+                    .secure(&proxy, stream)
+                    .await
+                    .map_err(|mut error| {
+                        let detail = error.detail.as_deref().unwrap_or_default();
+                        error.detail = Some(format!("of the proxy: {detail}").into());
+                        error
+                    })?;
             }
             Ok(TokioIo::new(stream))
         })

@@ -8,11 +8,12 @@ use std::time::Duration;
 use http::HeaderValue;
 use tokio::time::Instant;
 
-use super::dial::TlsError;
 use super::origin::Origin;
 use super::own::CredentialSource;
 use super::route::{ProxyChoice, ProxyError};
 use super::switch::{Observer, Offline};
+use super::target::RedirectRule;
+use super::tls::{ClientCertificate, TlsError};
 use super::urls::Memory;
 use crate::trace::Trace;
 
@@ -22,7 +23,7 @@ pub struct Settings {
     pub name: String,
     /// Its addresses, tried in order; at least one.
     pub urls: Vec<Origin>,
-    /// CA certificates trusted besides the system's, DER.
+    /// Certificates trusted besides the system's, DER: as authorities, and each as a server's own.
     pub roots: Vec<Vec<u8>>,
     /// The proxy it is reached through.
     pub proxy: ProxyChoice,
@@ -32,8 +33,10 @@ pub struct Settings {
     pub hosts: Vec<String>,
     /// Hosts a token realm may be on besides the upstream's own host and site; with a port where it is not the usual one.
     pub token_hosts: Vec<String>,
-    /// A public upstream may redirect into the private network (storage behind split DNS). Off by default.
-    pub private_redirects: bool,
+    /// Where its redirects may lead besides https and addresses no nearer than its own.
+    pub redirects: Vec<RedirectRule>,
+    /// Shown to its own hosts and ports if they ask for one, and to no others.
+    pub client_certificate: Option<ClientCertificate>,
     /// How long to wait for what.
     pub timeouts: Timeouts,
     /// Longest manifest read, in bytes.
@@ -59,7 +62,8 @@ impl Settings {
             credential: None,
             hosts: Vec::new(),
             token_hosts: Vec::new(),
-            private_redirects: false,
+            redirects: Vec::new(),
+            client_certificate: None,
             timeouts: Timeouts::default(),
             manifest_bytes_max: crate::oci::manifest::MANIFEST_BYTES_MAX,
             fetches_max: FETCHES_MAX,

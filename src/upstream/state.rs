@@ -20,9 +20,14 @@ use super::places::Places;
 use super::quirk::Quirks;
 use super::route::ProxyChoice;
 use super::settings::Settings;
+use super::target::RedirectRule;
+use super::tls::ClientCertificate;
 use super::token::TokenCache;
 use super::{Inner, Upstream};
 use crate::oci::cause::Cause;
+
+/// How often the same reason for which an upstream is unavailable is logged.
+const LOGGED_AGAIN_AFTER: Duration = Duration::from_secs(60);
 
 /// The state of one upstream. Clones are the same state.
 #[derive(Clone, Default)]
@@ -51,12 +56,34 @@ struct Active {
 pub(super) struct Health {
     pub(super) breaker: Breaker,
     pub(super) last_silence: Option<(Cause, Instant)>,
+    /// Its reason in words.
+    pub(super) last_detail: Option<Arc<str>>,
+    /// The reason that was logged last.
+    logged: Option<(Cause, Option<Arc<str>>, Instant)>,
     pub(super) last_head: Option<(Duration, Instant)>,
     /// The URLs that were unavailable when the upstream was so last.
     pub(super) unavailable: Vec<Origin>,
     probe: Option<AbortHandle>,
     /// Whose health it is.
     connection: u64,
+}
+
+impl Health {
+    /// Whether the operator has something to mend and was not told of it lately.
+    pub(super) fn is_news(&mut self, cause: Cause, detail: Option<&str>, now: Instant) -> bool {
+        if !matches!(cause, Cause::Tls(_) | Cause::Redirects(_) | Cause::TokenService) {
+            return false;
+        }
+        let is_news = self.logged.as_ref().is_none_or(|(last, reason, at)| {
+            *last != cause
+                || reason.as_deref() != detail
+                || now.saturating_duration_since(*at) >= LOGGED_AGAIN_AFTER
+        });
+        if is_news {
+            self.logged = Some((cause, detail.map(Arc::from), now));
+        }
+        is_news
+    }
 }
 
 /// The settings that decide where an upstream is and whether it can be reached.
@@ -67,7 +94,8 @@ pub(super) struct Connection {
     roots: Vec<Vec<u8>>,
     proxy: ProxyChoice,
     token_hosts: Vec<String>,
-    private_redirects: bool,
+    redirects: Vec<RedirectRule>,
+    client_certificate: Option<ClientCertificate>,
     connect_within: Duration,
 }
 
@@ -83,7 +111,8 @@ impl Connection {
             credential: _,
             hosts: _,
             token_hosts,
-            private_redirects,
+            redirects,
+            client_certificate,
             timeouts,
             manifest_bytes_max: _,
             fetches_max: _,
@@ -97,7 +126,8 @@ impl Connection {
             roots: roots.clone(),
             proxy: proxy.clone(),
             token_hosts: token_hosts.clone(),
-            private_redirects: *private_redirects,
+            redirects: redirects.clone(),
+            client_certificate: client_certificate.clone(),
             connect_within: timeouts.connect,
         }
     }
@@ -107,7 +137,8 @@ impl Connection {
             && self.roots == other.roots
             && self.proxy == other.proxy
             && self.token_hosts == other.token_hosts
-            && self.private_redirects == other.private_redirects
+            && self.redirects == other.redirects
+            && self.client_certificate == other.client_certificate
             && self.connect_within == other.connect_within
     }
 }
@@ -191,6 +222,7 @@ impl Upstream {
             health.connection = inner.connection.id;
             health.breaker.answer();
             (health.last_silence, health.last_head) = (None, None);
+            (health.last_detail, health.logged) = (None, None);
             learned.tokens.note_realm(None, false);
             return;
         }

@@ -2,7 +2,7 @@
 
 use std::error::Error;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -14,7 +14,7 @@ use tower_service::Service;
 
 use super::dial::{Dial, DialError, Dialled, Dialling, io_cause};
 use super::origin::address;
-use super::zone::Zone;
+use super::target::Limit;
 use crate::oci::cause::Cause;
 
 /// TCP keepalive: a peer that vanished is noticed after about a minute.
@@ -26,20 +26,16 @@ const UNACKNOWLEDGED_MAX: Duration = Duration::from_secs(30);
 pub(super) struct Tcp;
 
 impl Dial for Tcp {
-    fn dial(&self, to: &Uri, nearest: Zone, patience: Duration) -> Dialling {
-        let to = to.clone();
+    fn dial(&self, to: &Uri, limit: &Limit, patience: Duration) -> Dialling {
+        let (to, limit) = (to.clone(), limit.clone());
         Box::pin(async move {
             // hyper's connector does not resolve what is an address already, so that is judged here.
-            if to
-                .host()
-                .and_then(address)
-                .is_some_and(|ip| Zone::of(ip) > nearest)
-            {
-                return Err(Cause::Redirects.into());
+            if let Some(refused) = to.host().and_then(address).filter(|ip| !limit.allows(*ip)) {
+                return Err(DialError::too_near(refused));
             }
             let mut tcp = HttpConnector::new_with_resolver(Resolver {
                 system: GaiResolver::new(),
-                nearest,
+                limit,
             });
             tcp.enforce_http(false);
             tcp.set_nodelay(true);
@@ -49,10 +45,7 @@ impl Dial for Tcp {
             #[cfg(any(target_os = "android", target_os = "fuchsia", target_os = "linux"))]
             tcp.set_tcp_user_timeout(Some(UNACKNOWLEDGED_MAX));
             tcp.set_connect_timeout(Some(patience));
-            let stream = tcp.call(to).await.map_err(|error| {
-                let cause = connect_cause(&error);
-                DialError::new(cause, error)
-            })?;
+            let stream = tcp.call(to).await.map_err(dial_error)?;
             let stream = stream.into_inner();
             let peer = stream.peer_addr().ok().map(|peer| peer.ip());
             Ok(Dialled {
@@ -63,25 +56,28 @@ impl Dial for Tcp {
     }
 }
 
-fn connect_cause(error: &(dyn Error + 'static)) -> Cause {
-    let mut next = Some(error);
+fn dial_error(error: impl Error + Send + Sync + 'static) -> DialError {
+    let mut next: Option<&(dyn Error + 'static)> = Some(&error);
+    let mut cause = Cause::Unreachable;
     while let Some(one) = next {
         if let Some(resolving) = one.downcast_ref::<ResolveError>() {
-            return match resolving {
-                ResolveError::Failed(_) => Cause::Dns,
-                ResolveError::TooNear => Cause::Redirects,
-            };
+            match resolving {
+                ResolveError::Failed(_) => cause = Cause::Dns,
+                ResolveError::TooNear(address) => return DialError::too_near(*address),
+            }
+            break;
         }
         if let Some(io) = one.downcast_ref::<io::Error>() {
-            return if io.kind() == io::ErrorKind::TimedOut {
+            cause = if io.kind() == io::ErrorKind::TimedOut {
                 Cause::ConnectTimeout
             } else {
                 io_cause(io)
             };
+            break;
         }
         next = one.source();
     }
-    Cause::Unreachable
+    DialError::new(cause, error)
 }
 
 /// The system's resolver, minus the addresses that are too near. Judged at every look-up, so a name that changes its
@@ -89,15 +85,15 @@ fn connect_cause(error: &(dyn Error + 'static)) -> Cause {
 #[derive(Clone)]
 struct Resolver<S> {
     system: S,
-    nearest: Zone,
+    limit: Limit,
 }
 
 #[derive(Debug, thiserror::Error)]
 enum ResolveError {
     #[error("the name has no address")]
     Failed(#[source] io::Error),
-    #[error("the name leads to an address nearer than the registry")]
-    TooNear,
+    #[error("the name leads to {0}, which is nearer than the registry")]
+    TooNear(IpAddr),
 }
 
 impl<S> Service<Name> for Resolver<S>
@@ -116,18 +112,15 @@ where
 
     fn call(&mut self, name: Name) -> Self::Future {
         let resolving = self.system.call(name);
-        let nearest = self.nearest;
+        let limit = self.limit.clone();
         Box::pin(async move {
             let found: Vec<_> = resolving.await.map_err(ResolveError::Failed)?.collect();
-            let any = !found.is_empty();
-            let allowed: Vec<_> = found
-                .into_iter()
-                .filter(|one| Zone::of(one.ip()) <= nearest)
-                .collect();
-            if any && allowed.is_empty() {
-                return Err(ResolveError::TooNear);
+            let first = found.first().map(SocketAddr::ip);
+            let allowed: Vec<_> = found.into_iter().filter(|one| limit.allows(one.ip())).collect();
+            match first {
+                Some(refused) if allowed.is_empty() => Err(ResolveError::TooNear(refused)),
+                _ => Ok(allowed.into_iter()),
             }
-            Ok(allowed.into_iter())
         })
     }
 }
@@ -136,6 +129,7 @@ where
 mod tests {
     #![allow(clippy::unwrap_used, reason = "tests may fail loudly")]
     use super::*;
+    use crate::upstream::zone::Zone;
 
     /// A name server that says another thing each time, the last one for ever.
     #[derive(Clone)]
@@ -165,14 +159,14 @@ mod tests {
                 addresses(&["127.0.0.1:443"]),
                 addresses(&["169.254.169.254:443", "8.8.8.8:443", "[::ffff:10.0.0.1]:443"]),
             ]),
-            nearest: Zone::Public,
+            limit: Zone::Public.into(),
         };
         let mut look_up = async || {
             let found = resolver.call("rebinding.example".parse().unwrap()).await;
             found.map(Iterator::collect::<Vec<_>>)
         };
         assert_eq!(look_up().await.unwrap(), addresses(&["8.8.8.8:443"]));
-        assert!(matches!(look_up().await, Err(ResolveError::TooNear)));
+        assert!(matches!(look_up().await, Err(ResolveError::TooNear(_))));
         assert_eq!(look_up().await.unwrap(), addresses(&["8.8.8.8:443"]));
     }
 }

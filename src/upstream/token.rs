@@ -17,7 +17,7 @@ use quick_cache::sync::Cache;
 use tokio::time::Instant;
 use zeroize::Zeroizing;
 
-use super::client::{Follow, Http, Reply, Request};
+use super::client::{Follow, Http, Reply, Request, Unavailable};
 use super::limits::{Pause, Windows};
 use super::origin::Origin;
 use super::own::OwnCredential;
@@ -79,8 +79,8 @@ pub(super) enum TokenFailure {
     Denied(StatusCode),
     /// It limits the rate of requests.
     Limited(Pause),
-    /// No usable answer, for whatever reason.
-    Silent,
+    /// No usable answer, for whatever reason, in words for the operator.
+    Silent(Arc<str>),
     /// The registry names its token service by http, where no credential is sent, and by https it does not answer.
     PlainRealm,
 }
@@ -90,7 +90,12 @@ enum NoToken {
     Denied(StatusCode),
     /// And how long it says to wait.
     Limited(Option<Duration>),
-    Silent,
+    /// In words for the operator.
+    Silent(Arc<str>),
+}
+
+fn unavailable(reason: &str) -> NoToken {
+    NoToken::Silent(reason.into())
 }
 
 struct Token {
@@ -239,7 +244,7 @@ impl Tokens {
                     .limited(&place, turn, Cause::RateLimited, stated);
                 Err(TokenFailure::Limited(pause))
             }
-            Err(NoToken::Silent) if key.realm.is_named_plain => {
+            Err(NoToken::Silent(_)) if key.realm.is_named_plain => {
                 tracing::warn!(
                     asked = %key.realm.uri,
                     "the registry's token realm begins with http://; credentials are not sent in clear text, and https at \
@@ -247,11 +252,11 @@ impl Tokens {
                 );
                 Err(TokenFailure::PlainRealm)
             }
-            Err(NoToken::Silent) => Err(TokenFailure::Silent),
+            Err(NoToken::Silent(reason)) => Err(TokenFailure::Silent(reason)),
         };
         self.note_realm(
             Some(key.realm.uri.clone()),
-            matches!(fetched, Err(TokenFailure::Silent | TokenFailure::PlainRealm)),
+            matches!(fetched, Err(TokenFailure::Silent(_) | TokenFailure::PlainRealm)),
         );
         let header = fetched.as_ref().map(Token::header).map_err(Clone::clone);
         *state = fetched.map(Some);
@@ -323,8 +328,8 @@ impl Tokens {
                 headers.insert(AUTHORIZATION, own.basic());
             }
         }
-        let uri =
-            with_query(&key.realm.uri, &query(key.service.as_deref(), &key.scopes)).ok_or(NoToken::Silent)?;
+        let uri = with_query(&key.realm.uri, &query(key.service.as_deref(), &key.scopes))
+            .ok_or_else(|| unavailable("its address cannot be asked"))?;
         let reply = self.send(http, Method::GET, uri, headers, Bytes::new()).await?;
         match (reply.status, login) {
             (StatusCode::NOT_FOUND | StatusCode::METHOD_NOT_ALLOWED, Login::Own(own)) => {
@@ -391,9 +396,10 @@ impl Tokens {
             follow: Follow::SameOrigin,
             within: self.within,
         };
-        http.send(request).await.map_err(|cause| {
-            tracing::debug!(%cause, "the token service gave no answer");
-            NoToken::Silent
+        http.send(request).await.map_err(|error| {
+            let Unavailable { cause, detail } = error;
+            tracing::debug!(%cause, detail = detail.as_deref(), "the token service gave no answer");
+            NoToken::Silent(detail.unwrap_or_else(|| format!("it {cause}").into()))
         })
     }
 
@@ -408,10 +414,11 @@ impl Tokens {
                     NoToken::Limited(stated_wait(&headers, &body))
                 }
                 401 | 403 => NoToken::Denied(status),
-                _ => NoToken::Silent,
+                status => unavailable(&format!("it answered {status}")),
             });
         }
-        let (text, life) = body.ok().and_then(|body| parse(&body)).ok_or(NoToken::Silent)?;
+        let body = body.map_err(|cause| unavailable(&format!("it {cause}")))?;
+        let (text, life) = parse(&body).ok_or_else(|| unavailable("its answer holds no token"))?;
         Ok(Token {
             text,
             usable_until: Instant::now() + life.saturating_sub(REFRESH_BEFORE),
@@ -432,7 +439,7 @@ impl From<&TokenFailure> for Cause {
     fn from(failure: &TokenFailure) -> Self {
         match failure {
             TokenFailure::Limited(_) => Cause::RateLimited,
-            TokenFailure::Denied(_) | TokenFailure::Silent => Cause::TokenService,
+            TokenFailure::Denied(_) | TokenFailure::Silent(_) => Cause::TokenService,
             TokenFailure::PlainRealm => Cause::PlainRealm,
         }
     }

@@ -21,7 +21,8 @@ impl Way {
             routes: Routes::new(&ProxyChoice::Environment)?,
             origins: Vec::new(),
             hosts: Vec::new(),
-            private_redirects: false,
+            client_certificate: None,
+            redirects: Vec::new(),
             patience: Timeouts::default().connect,
         };
         Ok(Way(Line::new(connector, settings)?))

@@ -19,8 +19,7 @@ use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
 use ifnewer::clock::Clock;
 use ifnewer::oci::{Algorithm, Cause, Digest};
-use ifnewer::upstream::zone::Zone;
-use ifnewer::upstream::{Dial, DialError, Dialled, Dialling};
+use ifnewer::upstream::{Dial, DialError, Dialled, Dialling, Limit};
 
 pub const OCI_MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 /// What a client's own question to the token service carries, and ours does not.
@@ -481,12 +480,13 @@ fn manifest(config: &[u8], layers: &[Bytes]) -> Bytes {
 struct Pipes(Registry);
 
 impl Dial for Pipes {
-    fn dial(&self, _: &Uri, _: Zone, _: Duration) -> Dialling {
+    fn dial(&self, _: &Uri, _: &Limit, _: Duration) -> Dialling {
         let registry = self.0.clone();
         Box::pin(async move {
             if registry.state().mood == Mood::Gone {
                 return Err(DialError {
                     cause: Cause::Refused,
+                    detail: None,
                     source: None,
                 });
             }

@@ -51,10 +51,12 @@ pub(super) fn section(listed: &Value) -> Markup {
                                 (Some(silent), _) => {
                                     span.mark.stale { "silent" }
                                     div.dim { (text(silent, "cause")) ", for " (duration(Duration::from_secs(seconds(silent)))) }
+                                    @if let Some(detail) = silent.get("detail").and_then(Value::as_str) { div.dim { (detail) } }
                                 }
                                 (None, Some(last)) => {
                                     span.mark.hit { "answers" }
                                     div.dim { "last silent " (ago(seconds(last))) ": " (text(last, "cause")) }
+                                    @if let Some(detail) = last.get("detail").and_then(Value::as_str) { div.dim { (detail) } }
                                 }
                                 (None, None) => { span.mark.local { "no trouble" } }
                             }

@@ -35,8 +35,10 @@ pub(super) fn answer(refused: &Refused, asked: &Asked) -> Response<Body> {
         && status.is_server_error()
     {
         // Docker shows the status line of a 5xx, and never its body.
+        let setting = cause.setting();
+        let setting = setting.map_or_else(String::new, |setting| format!("; see `{setting}`"));
         let phrase = format!(
-            "{} ({upstream} {cause})",
+            "{} ({upstream} {cause}{setting})",
             status.canonical_reason().unwrap_or_default()
         );
         if let Ok(phrase) = ReasonPhrase::try_from(phrase) {
@@ -148,11 +150,13 @@ fn refusal(refused: &Refused, asked: &Asked) -> (StatusCode, ErrorCode, String) 
                 )
             } else {
                 let (status, code) = silence(cause);
-                (
-                    status,
-                    code,
-                    format!("{upstream} {cause}, and no copy of {image} is held that may be served instead"),
-                )
+                let setting = cause.setting().map_or_else(String::new, |setting| {
+                    format!("; see `{setting}` of [upstream.\"{upstream}\"] in ifnewer's configuration")
+                });
+                let sentence = format!(
+                    "{upstream} {cause}, and no copy of {image} is held that may be served instead{setting}"
+                );
+                (status, code, sentence)
             }
         }
         Refusal::TooStale(cause) => {

@@ -20,7 +20,7 @@ use tokio_rustls::TlsAcceptor;
 use super::*;
 use crate::upstream::tests::registry::{Registry, answer, manifest};
 use crate::upstream::tests::{MANIFEST, accept, anonymous, digest, tag};
-use crate::upstream::{ProxyChoice, Said, Settings, SettingsError, Upstream};
+use crate::upstream::{ProxyChoice, Said, Settings, SettingsError, TlsError, Upstream};
 
 /// A registry behind TLS for `localhost`, and the CA that vouches for it.
 struct Secure {
@@ -116,15 +116,21 @@ async fn an_unknown_ca_or_another_name_is_a_silence_by_tls() {
         roots: Vec::new(),
         ..secure.settings("localhost")
     };
-    assert_eq!(said(strange).await, Said::Silent(Cause::Tls));
-    assert_eq!(said(secure.settings("127.0.0.1")).await, Said::Silent(Cause::Tls));
+    assert_eq!(
+        said(strange).await,
+        Said::Silent(Cause::Tls(TlsFault::UnknownIssuer))
+    );
+    assert_eq!(
+        said(secure.settings("127.0.0.1")).await,
+        Said::Silent(Cause::Tls(TlsFault::WrongName))
+    );
     let plain = Registry::start(|_| manifest()).await;
     let url = plain.url().replace("http:", "https:").parse().unwrap();
     let plain = Settings {
         urls: vec![url],
         ..secure.settings("localhost")
     };
-    assert_eq!(said(plain).await, Said::Silent(Cause::Tls));
+    assert_eq!(said(plain).await, Said::Silent(Cause::Tls(TlsFault::NotTls)));
     assert!(secure.registry.seen().is_empty());
 }
 
@@ -136,7 +142,7 @@ async fn a_redirect_never_leaves_tls() {
     let secure = Secure::start(registry, &[b"h2"]).await;
     assert_eq!(
         said(secure.settings("localhost")).await,
-        Said::Silent(Cause::Redirects)
+        Said::Silent(Cause::Redirects(RedirectFault::Downgrade))
     );
     assert!(plain.seen().is_empty());
 }

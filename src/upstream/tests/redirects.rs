@@ -1,7 +1,10 @@
 //! Where a registry may send us, and with what.
 
+use std::net::IpAddr;
+
 use super::super::zone::Zone;
 use super::registry::{Registry, answer, manifest};
+use crate::oci::cause::RedirectFault;
 use http::Uri;
 
 use std::sync::Mutex;
@@ -89,7 +92,10 @@ async fn redirects_that_lead_nowhere_end() {
         })
         .await;
         let answer = upstream(&[&registry]).head(&anonymous(), &tag(), &accept()).await;
-        assert_eq!(answer.said, Said::Silent(Cause::Redirects), "{location:?}");
+        assert!(
+            matches!(answer.said, Said::Silent(Cause::Redirects(_))),
+            "{location:?}"
+        );
         assert!(registry.seen().len() <= 11);
     }
 }
@@ -144,74 +150,110 @@ async fn an_address_nearer_than_allowed_is_not_dialled() {
     let port = registry.url().rsplit_once(':').unwrap().1.to_owned();
     for host in ["127.0.0.1", "localhost", "[::ffff:127.0.0.1]", "0.0.0.0"] {
         let uri = format!("http://{host}:{port}/").parse().unwrap();
-        let dialled = tcp::Tcp.dial(&uri, Zone::Private, Duration::from_secs(3)).await;
+        let dialled = tcp::Tcp
+            .dial(&uri, &Zone::Private.into(), Duration::from_secs(3))
+            .await;
         assert_eq!(
             dialled.err().map(|error| error.cause),
-            Some(Cause::Redirects),
+            Some(Cause::Redirects(RedirectFault::TooNear)),
             "{host}"
         );
     }
     let uri = registry.url().parse().unwrap();
     assert!(
         tcp::Tcp
-            .dial(&uri, Zone::Loopback, Duration::from_secs(3))
+            .dial(&uri, &Zone::Loopback.into(), Duration::from_secs(3))
             .await
             .is_ok()
     );
 }
 
-/// Stands at a public address, sends everybody to the cloud's metadata service, and notes how near we were allowed.
-#[derive(Default)]
+/// Stands at a public address, and leads to the places of this table; notes what is dialled.
 struct Public {
-    allowed: Mutex<Vec<(String, Zone)>>,
-    pipes: Option<Arc<dyn Dial>>,
+    dialled: Mutex<Vec<String>>,
+    at: &'static [(&'static str, &'static str)],
+    pipes: Arc<dyn Dial>,
 }
 
 impl Dial for Public {
-    fn dial(&self, to: &Uri, nearest: Zone, patience: Duration) -> Dialling {
+    fn dial(&self, to: &Uri, limit: &Limit, patience: Duration) -> Dialling {
         let host = to.host().unwrap().to_owned();
-        self.allowed.lock().unwrap().push((host.clone(), nearest));
-        if host == "169.254.169.254" {
-            return Box::pin(async { Err(Cause::Redirects.into()) });
+        let at = self.at.iter().find(|(name, _)| *name == host);
+        let at: IpAddr = at.map_or("8.8.8.8", |(_, at)| at).parse().unwrap();
+        if !limit.allows(at) {
+            return Box::pin(async move { Err(DialError::too_near(at)) });
         }
-        let dialling = self.pipes.as_ref().unwrap().dial(to, nearest, patience);
+        self.dialled.lock().unwrap().push(host);
+        let dialling = self.pipes.dial(to, limit, patience);
         Box::pin(async move {
             Ok(Dialled {
-                peer: Some([8, 8, 8, 8].into()),
+                peer: Some(at),
                 ..dialling.await?
             })
         })
     }
 }
 
+/// A registry at a public address that redirects everything to this place, with these rules.
+async fn redirected(to: &'static str, redirects: &[RedirectRule]) -> (Answer, Vec<String>) {
+    let registry = Registry::start(move |seen| {
+        if seen.uri.path().starts_with("/v2/") {
+            answer(307).header("location", to)
+        } else {
+            manifest()
+        }
+    })
+    .await;
+    let dial = Arc::new(Public {
+        dialled: Mutex::default(),
+        at: &[
+            ("storage.corp", "10.1.2.3"),
+            ("169.254.169.254", "169.254.169.254"),
+        ],
+        pipes: registry.dial(),
+    });
+    let settings = Settings {
+        redirects: redirects.to_vec(),
+        proxy: ProxyChoice::None,
+        ..Settings::new("a", vec!["http://registry.example".parse().unwrap()])
+    };
+    let upstream = Upstream::new(
+        settings,
+        &Connector::with_dial(Arc::clone(&dial) as Arc<dyn Dial>),
+    )
+    .unwrap();
+    let answer = upstream.head(&anonymous(), &tag(), &accept()).await;
+    let dialled = dial.dialled.lock().unwrap().clone();
+    (answer, dialled)
+}
+
 #[tokio::test]
-async fn a_public_registry_leads_to_public_addresses_only() {
-    let registry =
-        Registry::start(|_| answer(307).header("location", "http://169.254.169.254/latest/meta-data")).await;
-    for (private_redirects, zone) in [(false, Zone::Public), (true, Zone::Private)] {
-        let dial = Arc::new(Public {
-            pipes: Some(registry.dial()),
-            ..Public::default()
-        });
-        let settings = Settings {
-            private_redirects,
-            proxy: ProxyChoice::None,
-            ..Settings::new("a", vec!["http://registry.example".parse().unwrap()])
-        };
-        let upstream = Upstream::new(
-            settings,
-            &Connector::with_dial(Arc::clone(&dial) as Arc<dyn Dial>),
-        )
-        .unwrap();
-        let answer = upstream.head(&anonymous(), &tag(), &accept()).await;
-        assert_eq!(answer.said, Said::Silent(Cause::Redirects));
-        let allowed = dial.allowed.lock().unwrap().clone();
+async fn r13_a_private_address_only_where_redirects_names_it() {
+    let named = [RedirectRule {
+        plain: false,
+        to: RedirectTarget::Host(HostPattern::read("storage.corp").unwrap(), None),
+    }];
+    let (answer, dialled) = redirected("http://storage.corp/x", &named).await;
+    assert_eq!(answer.said, Said::Is(digest(MANIFEST)));
+    assert_eq!(dialled, ["registry.example", "storage.corp"]);
+    for (to, entry) in [
+        ("http://storage.corp/x", "storage.corp"),
+        ("http://169.254.169.254/latest/meta-data", "169.254.169.254"),
+    ] {
+        let (answer, dialled) = redirected(to, &[]).await;
         assert_eq!(
-            allowed,
-            [
-                ("registry.example".into(), Zone::Link),
-                ("169.254.169.254".into(), zone)
-            ]
+            answer.said,
+            Said::Silent(Cause::Redirects(RedirectFault::TooNear)),
+            "{to}"
         );
+        assert_eq!(dialled, ["registry.example"]);
+        let detail = answer.detail.unwrap();
+        assert!(detail.contains(&format!("redirects = [\"{entry}\"]")), "{detail}");
     }
+    // The name that is allowed opens no other.
+    let (answer, _) = redirected("http://169.254.169.254/latest/meta-data", &named).await;
+    assert_eq!(
+        answer.said,
+        Said::Silent(Cause::Redirects(RedirectFault::TooNear))
+    );
 }

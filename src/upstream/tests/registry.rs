@@ -18,8 +18,7 @@ use hyper_util::server::conn::auto;
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 
-use super::super::zone::Zone;
-use super::super::{Dial, Dialled, Dialling};
+use super::super::{Dial, Dialled, Dialling, Limit};
 use super::{MANIFEST, OCI_MANIFEST, digest};
 use crate::oci::cause::Cause;
 
@@ -224,7 +223,7 @@ impl Registry {
 struct Pipes(Arc<Stage>);
 
 impl Dial for Pipes {
-    fn dial(&self, _: &Uri, _: Zone, _: Duration) -> Dialling {
+    fn dial(&self, _: &Uri, _: &Limit, _: Duration) -> Dialling {
         let stage = Arc::clone(&self.0);
         Box::pin(async move {
             if stage.refuses.load(Ordering::SeqCst) {

@@ -255,7 +255,7 @@ async fn no_answer_in_time_is_a_silence() {
     // A stream nobody reads: connected, and then nothing.
     struct Hole;
     impl Dial for Hole {
-        fn dial(&self, _: &Uri, _: zone::Zone, _: Duration) -> Dialling {
+        fn dial(&self, _: &Uri, _: &Limit, _: Duration) -> Dialling {
             Box::pin(async {
                 let (ours, theirs) = tokio::io::duplex(1024);
                 tokio::spawn(async move {
@@ -286,7 +286,7 @@ async fn no_answer_in_time_is_a_silence() {
 async fn a_dial_that_hangs_is_given_up_soon() {
     struct Hang;
     impl Dial for Hang {
-        fn dial(&self, _: &Uri, _: zone::Zone, _: Duration) -> Dialling {
+        fn dial(&self, _: &Uri, _: &Limit, _: Duration) -> Dialling {
             Box::pin(std::future::pending())
         }
     }

@@ -404,16 +404,11 @@ async fn who_waited_for_a_token_that_failed_shares_the_failure() {
     // All three are polled before the first answer can arrive: one fetches, two wait for it.
     let trace = Trace::begun();
     let get = || tokens.get(http, &key, Login::Anonymous, (None, &trace));
-    let failed = tokio::join!(get(), get(), get());
-    assert_eq!(
-        failed,
-        (
-            Err(TokenFailure::Silent),
-            Err(TokenFailure::Silent),
-            Err(TokenFailure::Silent)
-        )
-    );
+    let (one, two, three) = tokio::join!(get(), get(), get());
+    for failed in [one, two, three] {
+        assert!(matches!(failed, Err(TokenFailure::Silent(_))));
+    }
     assert_eq!(registry.seen().len(), 1);
-    assert_eq!(get().await, Err(TokenFailure::Silent));
+    assert!(matches!(get().await, Err(TokenFailure::Silent(_))));
     assert_eq!(registry.seen().len(), 2, "who comes later asks anew");
 }

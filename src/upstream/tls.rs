@@ -1,0 +1,195 @@
+//! TLS towards upstreams: trust anchors, pinned certificates, client certificates, and the reason of a failure in words.
+//!
+//! * `verify`: which server certificate is accepted. * `fault`: from an error of rustls to a [`TlsFault`] and its detail.
+
+mod fault;
+mod verify;
+
+use std::fmt;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use http::Uri;
+use rustls::client::ResolvesClientCert;
+use rustls::pki_types::pem::PemObject as _;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
+use rustls::sign::CertifiedKey;
+use rustls::{ClientConfig, SignatureScheme};
+use tokio_rustls::TlsConnector;
+
+use super::dial::{DialError, Stream, io_cause};
+use crate::oci::cause::{Cause, TlsFault};
+pub(super) use fault::classify;
+pub(super) use verify::Trust;
+
+/// The reason in words within an I/O error, if it is one of TLS.
+pub(super) fn reason(error: &io::Error) -> Option<String> {
+    fault::of(error).map(|(_, detail)| detail)
+}
+
+/// TLS cannot be set up. The operator's fault, or the build's.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum TlsError {
+    /// The n-th further certificate (from 0) is not usable.
+    #[error("certificate {0} is not a usable certificate")]
+    Root(usize),
+    /// The provider knows no protocol version; cannot happen with the one compiled in.
+    #[error("TLS is unusable: {0}")]
+    Provider(String),
+}
+
+/// Why certificate and key are no client certificate.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ClientCertificateError {
+    /// The certificate file holds none.
+    #[error("there is no certificate in the file")]
+    NoCertificate,
+    /// The key file holds no private key that can be read.
+    #[error("there is no private key in the file, or it is encrypted")]
+    NoKey,
+    /// The key is of a kind that is not supported.
+    #[error("the private key cannot be used: {0}")]
+    Key(String),
+    /// The key is another certificate's.
+    #[error("the private key is not that of the certificate")]
+    Mismatch,
+}
+
+/// A certificate chain and its private key, shown to an upstream that asks for them.
+#[derive(Clone)]
+pub struct ClientCertificate(Arc<CertifiedKey>);
+
+impl ClientCertificate {
+    /// From PEM: the chain, the certificate itself first, and its private key.
+    pub fn read(chain: &[u8], key: &[u8]) -> Result<ClientCertificate, ClientCertificateError> {
+        let chain: Vec<_> = CertificateDer::pem_slice_iter(chain)
+            .collect::<Result<_, _>>()
+            .map_err(|_| ClientCertificateError::NoCertificate)?;
+        if chain.is_empty() {
+            return Err(ClientCertificateError::NoCertificate);
+        }
+        let key = PrivateKeyDer::from_pem_slice(key).map_err(|_| ClientCertificateError::NoKey)?;
+        match CertifiedKey::from_der(chain, key, &rustls::crypto::aws_lc_rs::default_provider()) {
+            Ok(certified) => Ok(ClientCertificate(Arc::new(certified))),
+            Err(rustls::Error::InconsistentKeys(_)) => Err(ClientCertificateError::Mismatch),
+            Err(error) => Err(ClientCertificateError::Key(error.to_string())),
+        }
+    }
+}
+
+/// By the certificates, which are public. One certificate has one key.
+impl PartialEq for ClientCertificate {
+    fn eq(&self, other: &Self) -> bool {
+        self.0.cert == other.0.cert
+    }
+}
+
+impl Eq for ClientCertificate {}
+
+impl fmt::Debug for ClientCertificate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ClientCertificate")
+            .field("chain", &self.0.cert.len())
+            .finish_non_exhaustive()
+    }
+}
+
+/// TLS with the trust of one upstream.
+pub(super) struct Tls {
+    connector: TlsConnector,
+    shown: Arc<Shown>,
+}
+
+impl Tls {
+    /// Trusts as `trust` says, offers `protocols` by ALPN, and shows `certificate` to servers that ask for one.
+    pub(super) fn new(
+        trust: &Trust,
+        protocols: &[&[u8]],
+        certificate: Option<ClientCertificate>,
+    ) -> Result<Tls, TlsError> {
+        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+        let shown = Arc::new(Shown {
+            certificate,
+            is_asked_for: AtomicBool::new(false),
+        });
+        let mut config = ClientConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .map_err(|error| TlsError::Provider(error.to_string()))?
+            .dangerous()
+            .with_custom_certificate_verifier(trust.verifier()?)
+            .with_client_cert_resolver(Arc::clone(&shown) as Arc<dyn ResolvesClientCert>);
+        config.alpn_protocols = protocols.iter().map(|protocol| protocol.to_vec()).collect();
+        let connector = TlsConnector::from(Arc::new(config));
+        Ok(Tls { connector, shown })
+    }
+
+    /// The handshake with the host of `to`. The flag says whether h2 was agreed on.
+    pub(super) async fn secure(
+        &self,
+        to: &Uri,
+        stream: Box<dyn Stream>,
+    ) -> Result<(Box<dyn Stream>, bool), DialError> {
+        let host = to
+            .host()
+            .unwrap_or_default()
+            .trim_start_matches('[')
+            .trim_end_matches(']');
+        let name = ServerName::try_from(host.to_owned())
+            .map_err(|error| DialError::new(Cause::Tls(TlsFault::WrongName), error))?;
+        let handshake = self.connector.connect(name, stream).await;
+        let stream = handshake.map_err(|error| self.shown.failed(error))?;
+        let h2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");
+        Ok((Box::new(stream), h2))
+    }
+}
+
+/// The client certificate, and whether a server has asked for one.
+#[derive(Debug)]
+struct Shown {
+    certificate: Option<ClientCertificate>,
+    is_asked_for: AtomicBool,
+}
+
+impl Shown {
+    /// Many servers end a handshake without the certificate that they asked for by an alert that says nothing, or by none.
+    fn failed(&self, error: io::Error) -> DialError {
+        let (mut cause, mut detail) = match fault::of(&error) {
+            Some((fault, detail)) => (Cause::Tls(fault), detail),
+            None if error.kind() == io::ErrorKind::UnexpectedEof => (
+                Cause::Reset,
+                "the connection was closed during the TLS handshake".to_owned(),
+            ),
+            None => (io_cause(&error), error.to_string()),
+        };
+        let is_unsaid = matches!(
+            cause,
+            Cause::Reset | Cause::Tls(TlsFault::Version | TlsFault::Other)
+        );
+        if self.is_asked_for.load(Ordering::Relaxed) && is_unsaid {
+            cause = Cause::Tls(TlsFault::ClientCertificate);
+            detail = match self.certificate {
+                Some(_) => format!("the server refuses the client certificate ({detail})"),
+                None => "the server asks for a client certificate; set `client_certificate` and `client_key`"
+                    .to_owned(),
+            };
+        }
+        DialError {
+            cause,
+            detail: Some(detail.into()),
+            source: Some(error.into()),
+        }
+    }
+}
+
+impl ResolvesClientCert for Shown {
+    fn resolve(&self, _: &[&[u8]], schemes: &[SignatureScheme]) -> Option<Arc<CertifiedKey>> {
+        self.is_asked_for.store(true, Ordering::Relaxed);
+        let own = &self.certificate.as_ref()?.0;
+        own.key.choose_scheme(schemes).map(|_| Arc::clone(own))
+    }
+
+    fn has_certs(&self) -> bool {
+        self.certificate.is_some()
+    }
+}

@@ -1,0 +1,218 @@
+//! The reason of a TLS failure: from an error of rustls to a [`TlsFault`] for everyone, and to a sentence with names and
+//! dates for the operator.
+
+use std::fmt;
+use std::io;
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
+use rustls::{AlertDescription, CertificateError, Error, InvalidMessage, OtherError};
+use x509_parser::certificate::X509Certificate;
+use x509_parser::extensions::GeneralName;
+use x509_parser::prelude::FromDer as _;
+use x509_parser::x509::X509Name;
+
+use crate::oci::cause::TlsFault;
+
+/// Names of a certificate that are told.
+const NAMES_MAX: usize = 5;
+/// Characters of a name that are told.
+const NAME_CHARS_MAX: usize = 100;
+
+/// A server certificate that was refused, and why. The certificate is at hand only where it is judged.
+#[derive(Debug)]
+struct Untrusted {
+    fault: TlsFault,
+    detail: String,
+}
+
+impl fmt::Display for Untrusted {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.detail)
+    }
+}
+
+impl std::error::Error for Untrusted {}
+
+/// The same error with the reason in words.
+pub(super) fn untrusted(error: Error, certificate: &CertificateDer<'_>, name: &ServerName<'_>) -> Error {
+    let Error::InvalidCertificate(why) = &error else {
+        return error;
+    };
+    let read = X509Certificate::from_der(certificate).map(|(_, read)| read).ok();
+    let (fault, detail) = match why {
+        CertificateError::Expired => (TlsFault::Expired, "its certificate has expired".to_owned()),
+        CertificateError::ExpiredContext { not_after, .. } => (
+            TlsFault::Expired,
+            format!(
+                "{} expired on {}",
+                which(read.as_ref(), *not_after),
+                date(*not_after)
+            ),
+        ),
+        CertificateError::NotValidYet => (
+            TlsFault::NotYetValid,
+            "its certificate is not valid yet".to_owned(),
+        ),
+        CertificateError::NotValidYetContext { not_before, .. } => (
+            TlsFault::NotYetValid,
+            format!(
+                "its certificate is valid from {} on; is a clock wrong?",
+                date(*not_before)
+            ),
+        ),
+        CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. } => (
+            TlsFault::WrongName,
+            format!(
+                "its certificate is for {}, not for {}",
+                read.as_ref().map_or_else(|| "other names".to_owned(), names),
+                name.to_str()
+            ),
+        ),
+        CertificateError::UnknownIssuer | CertificateError::BadSignature => match &read {
+            Some(read) if read.subject() == read.issuer() => (
+                TlsFault::SelfSigned,
+                "its certificate is self-signed; if it is the right one, name it in `ca_file`".to_owned(),
+            ),
+            read => (
+                TlsFault::UnknownIssuer,
+                format!(
+                    "its certificate is issued by {}, an unknown authority; if it is the right one, name the \
+                     authority's certificate in `ca_file`",
+                    read.as_ref()
+                        .map_or_else(|| "nobody".to_owned(), |read| issuer(read.issuer()))
+                ),
+            ),
+        },
+        CertificateError::InvalidPurpose | CertificateError::InvalidPurposeContext { .. } => (
+            TlsFault::WrongPurpose,
+            "its certificate is not made for servers (extended key usage)".to_owned(),
+        ),
+        CertificateError::Other(_) if read.as_ref().is_some_and(|read| read.is_ca()) => (
+            TlsFault::WrongPurpose,
+            "its certificate is that of an authority (CA:TRUE); if it is the right one, name it in `ca_file`"
+                .to_owned(),
+        ),
+        other => (TlsFault::Other, other.to_string()),
+    };
+    let untrusted = Untrusted { fault, detail };
+    Error::InvalidCertificate(CertificateError::Other(OtherError(Arc::new(untrusted))))
+}
+
+/// The reason within an I/O error, if it is one of TLS.
+pub(super) fn of(error: &io::Error) -> Option<(TlsFault, String)> {
+    let error = error.get_ref()?.downcast_ref::<Error>()?;
+    Some(classify(error))
+}
+
+/// What an error of rustls comes down to.
+pub(in crate::upstream) fn classify(error: &Error) -> (TlsFault, String) {
+    let text = |fault, detail: &str| (fault, detail.to_owned());
+    match error {
+        Error::InvalidCertificate(CertificateError::Other(other)) => {
+            match other.0.downcast_ref::<Untrusted>() {
+                Some(untrusted) => (untrusted.fault, untrusted.detail.clone()),
+                None => (TlsFault::Other, other.0.to_string()),
+            }
+        }
+        Error::AlertReceived(
+            AlertDescription::CertificateRequired
+            | AlertDescription::NoCertificate
+            | AlertDescription::BadCertificate
+            | AlertDescription::UnsupportedCertificate
+            | AlertDescription::CertificateRevoked
+            | AlertDescription::CertificateExpired
+            | AlertDescription::CertificateUnknown
+            | AlertDescription::UnknownCA
+            | AlertDescription::AccessDenied,
+        ) => (
+            TlsFault::ClientCertificate,
+            format!(
+                "the server wants another client certificate, or one at all ({error}); see `client_certificate` and \
+                 `client_key`"
+            ),
+        ),
+        Error::AlertReceived(AlertDescription::UnrecognisedName) => {
+            text(TlsFault::WrongName, "the server knows no host of this name")
+        }
+        Error::AlertReceived(
+            AlertDescription::ProtocolVersion
+            | AlertDescription::HandshakeFailure
+            | AlertDescription::InsufficientSecurity,
+        )
+        | Error::PeerIncompatible(_) => (
+            TlsFault::Version,
+            format!("no protocol version (TLS 1.2, 1.3) and cipher suite in common: {error}"),
+        ),
+        Error::InvalidMessage(
+            InvalidMessage::InvalidContentType | InvalidMessage::UnknownProtocolVersion,
+        ) => text(
+            TlsFault::NotTls,
+            "what answers there is not TLS; if it is plain HTTP, write http:// in `url`",
+        ),
+        error => (TlsFault::Other, error.to_string()),
+    }
+}
+
+/// The certificate that ends then: the server's own, or one that it sent along.
+fn which(read: Option<&X509Certificate<'_>>, not_after: UnixTime) -> &'static str {
+    let own = read.and_then(|read| u64::try_from(read.validity().not_after.timestamp()).ok());
+    if own.is_none_or(|own| own == not_after.as_secs()) {
+        "its certificate"
+    } else {
+        "the certificate of an authority that it is issued by"
+    }
+}
+
+fn date(at: UnixTime) -> String {
+    let at = SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(at.as_secs()));
+    let text = at.map(|at| humantime::format_rfc3339_seconds(at).to_string());
+    text.and_then(|text| text.get(..10).map(str::to_owned))
+        .unwrap_or_else(|| "no date".to_owned())
+}
+
+/// The subject alternative names, as many as one reads.
+fn names(read: &X509Certificate<'_>) -> String {
+    let alternatives = read.subject_alternative_name().ok().flatten();
+    let names = alternatives.iter().flat_map(|names| &names.value.general_names);
+    let told = names.filter_map(|name| match name {
+        GeneralName::DNSName(name) => Some(printable(name)),
+        GeneralName::IPAddress(bytes) => address(bytes).map(|address| address.to_string()),
+        _ => None,
+    });
+    let told: Vec<_> = told.collect();
+    let more = told.len().saturating_sub(NAMES_MAX);
+    let mut text = told.into_iter().take(NAMES_MAX).collect::<Vec<_>>().join(", ");
+    if text.is_empty() {
+        "no host (it has no subject alternative name, and a common name does not count)"
+            .clone_into(&mut text);
+    } else if more > 0 {
+        text = format!("{text} and {more} more");
+    }
+    text
+}
+
+fn address(bytes: &[u8]) -> Option<IpAddr> {
+    let v4 = <[u8; 4]>::try_from(bytes).map(IpAddr::from);
+    v4.or_else(|_| <[u8; 16]>::try_from(bytes).map(IpAddr::from)).ok()
+}
+
+fn issuer(name: &X509Name<'_>) -> String {
+    let common = name.iter_common_name().next().and_then(|name| name.as_str().ok());
+    let whole = || name.to_string();
+    format!("\"{}\"", printable(&common.map_or_else(whole, str::to_owned)))
+}
+
+/// A stranger's text, fit for a terminal.
+fn printable(text: &str) -> String {
+    let fit = |c: char| {
+        if c.is_ascii_graphic() || c == ' ' || (c.is_alphanumeric()) {
+            c
+        } else {
+            '?'
+        }
+    };
+    text.chars().take(NAME_CHARS_MAX).map(fit).collect()
+}
