@@ -27,7 +27,7 @@ use super::location::resolve;
 use super::origin::same_origin;
 use super::target::entry;
 use super::tls;
-use crate::oci::cause::{Cause, RedirectFault};
+use crate::oci::cause::{Cause, RedirectFault, TlsFault};
 use crate::trace::{TRACEPARENT, TRACESTATE};
 
 /// Hops followed after the first request.
@@ -82,15 +82,26 @@ impl From<Cause> for Unavailable {
 }
 
 impl Unavailable {
-    /// What an error of the client's says about a request to `uri`.
-    pub(super) fn of(error: &(dyn Error + 'static), uri: &Uri) -> Unavailable {
+    /// What an error of the client's says about a request to `uri` over `line`, made at `since`.
+    pub(super) fn of(
+        error: &(dyn Error + 'static),
+        uri: &Uri,
+        (line, since): (&Line, Instant),
+    ) -> Unavailable {
         let authority = uri.authority().map_or("", |authority| authority.as_str());
-        let detail = match reason_of(error) {
+        let (mut cause, mut reason) = (cause_of(error), reason_of(error));
+        // The HTTP client hands on the text of an error at best, and often only that the connection is gone.
+        if matches!(cause, Cause::Reset | Cause::Tls(TlsFault::Other))
+            && let Some((fault, detail)) = line.ended(uri, since)
+        {
+            (cause, reason) = (Cause::Tls(fault), Some(detail));
+        }
+        let detail = match reason {
             Some(reason) => format!("{authority}: {reason}"),
             None => authority.to_owned(),
         };
         Unavailable {
-            cause: cause_of(error),
+            cause,
             detail: Some(detail.into()),
         }
     }
@@ -227,7 +238,7 @@ impl Http {
             ms = start.elapsed().as_millis(),
             "asked"
         );
-        result.map_err(|error| Unavailable::of(&error, &request.uri))
+        result.map_err(|error| Unavailable::of(&error, &request.uri, (&self.line, start)))
     }
 
     fn written(&self, request: &Request) -> Result<http::Request<Full<Bytes>>, Cause> {

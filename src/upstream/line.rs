@@ -15,6 +15,7 @@ use hyper::rt::{Read, ReadBufCursor, Write};
 use hyper_util::client::legacy::connect::proxy::{SocksV5, Tunnel};
 use hyper_util::client::legacy::connect::{Connected, Connection};
 use hyper_util::rt::TokioIo;
+use tokio::time::Instant;
 use tower_service::Service;
 
 use super::dial::{Connector, Dial, DialError, Dialled, Stream, io_cause};
@@ -23,7 +24,7 @@ use super::route::{Route, Routes};
 use super::target::{Limit, RedirectRule, RedirectRules, entry};
 use super::tls::{ClientCertificate, Tls, TlsError};
 use super::zone::Zone;
-use crate::oci::cause::{Cause, RedirectFault};
+use crate::oci::cause::{Cause, RedirectFault, TlsFault};
 
 /// What a [`Line`] is made of.
 pub(super) struct LineSettings<'a> {
@@ -103,6 +104,11 @@ impl Line {
         self.0.redirects.allow_plain(to)
     }
 
+    /// Why the server at `to` ended a connection after the TLS handshake, no earlier than `since`.
+    pub(super) fn ended(&self, to: &Uri, since: Instant) -> Option<(TlsFault, String)> {
+        self.0.tls_for(to).ended(to, since)
+    }
+
     /// What an HTTP proxy wants to see on a plain request to `destination` that it forwards.
     pub(super) fn proxy_authorization(&self, destination: &Uri) -> Option<HeaderValue> {
         match self.0.routes.to(destination) {
@@ -120,6 +126,10 @@ impl Inner {
             return Zone::Link.into();
         }
         self.redirects.limit(to, self.nearest(), self.is_downgrade(to))
+    }
+
+    fn tls_for(&self, to: &Uri) -> &Tls {
+        if self.is_own(to) { &self.own_tls } else { &self.tls }
     }
 
     /// Plain HTTP, where the upstream itself has only https addresses.
@@ -223,12 +233,7 @@ impl Inner {
                 forwarded,
             });
         }
-        let tls = if self.is_own(&to) {
-            &self.own_tls
-        } else {
-            &self.tls
-        };
-        let (stream, h2) = tls.secure(&to, stream).await?;
+        let (stream, h2) = self.tls_for(&to).secure(&to, stream).await?;
         Ok(Wire {
             io: TokioIo::new(stream),
             h2,

@@ -22,7 +22,7 @@ use hyper_util::client::legacy;
 use tokio::time::{Instant, timeout};
 
 use super::Upstream;
-use super::client::{self, Body, POOL_IDLE_MAX, cause_of, content_length};
+use super::client::{self, Body, POOL_IDLE_MAX, Unavailable, content_length};
 use super::line::Line;
 use super::location::resolve;
 use super::origin::Origin;
@@ -120,10 +120,11 @@ impl Upstream {
             .body(body)
             .map_err(|_| Cause::Malformed)?;
         *request.headers_mut() = headers;
+        let since = Instant::now();
         let (mut head, incoming) = progress
             .awaiting(self.0.passing.request(request))
             .await?
-            .map_err(|error| cause_of(&error))?
+            .map_err(|error| Unavailable::of(&error, &uri, (self.0.exchange.http.line(), since)).cause)?
             .into_parts();
         without_hop_by_hop(&mut head.headers);
         relocate(&mut head.headers, origin, &uri, &base);

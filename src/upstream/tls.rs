@@ -7,16 +7,22 @@ mod verify;
 
 use std::fmt;
 use std::io;
-use std::sync::Arc;
+use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll};
 
 use http::Uri;
+use http::uri::Authority;
 use rustls::client::ResolvesClientCert;
 use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use rustls::sign::CertifiedKey;
 use rustls::{ClientConfig, SignatureScheme};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::time::Instant;
 use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
 
 use super::dial::{DialError, Stream, io_cause};
 use crate::oci::cause::{Cause, TlsFault};
@@ -112,6 +118,7 @@ impl Tls {
         let shown = Arc::new(Shown {
             certificate,
             is_asked_for: AtomicBool::new(false),
+            ended: Mutex::default(),
         });
         let mut config = ClientConfig::builder_with_provider(provider)
             .with_safe_default_protocol_versions()
@@ -140,18 +147,122 @@ impl Tls {
         let handshake = self.connector.connect(name, stream).await;
         let stream = handshake.map_err(|error| self.shown.failed(error))?;
         let h2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");
-        Ok((Box::new(stream), h2))
+        let watched = Watched {
+            stream,
+            to: to.authority().cloned(),
+            has_read: false,
+            shown: Arc::clone(&self.shown),
+        };
+        Ok((Box::new(watched), h2))
+    }
+
+    /// Why the server at `to` ended a connection after the handshake, no earlier than `since`. In TLS 1.3 it judges a
+    /// client certificate, or that there is none, when the handshake is over here (RFC 8446 §4.4.2.4).
+    pub(super) fn ended(&self, to: &Uri, since: Instant) -> Option<(TlsFault, String)> {
+        let mut ended = self.shown.ended.lock().unwrap_or_else(PoisonError::into_inner);
+        let ended = ended.take_if(|ended| Some(&ended.by) == to.authority() && ended.at >= since)?;
+        Some((ended.fault, ended.detail))
     }
 }
 
-/// The client certificate, and whether a server has asked for one.
+/// A connection in TLS that notes why the server ended it: the HTTP client tells of it as of any broken connection.
+struct Watched {
+    stream: TlsStream<Box<dyn Stream>>,
+    to: Option<Authority>,
+    has_read: bool,
+    shown: Arc<Shown>,
+}
+
+impl Watched {
+    fn noted<T>(&self, polled: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
+        if let Poll::Ready(Err(error)) = &polled {
+            self.note(fault::of(error));
+        }
+        polled
+    }
+
+    /// Without an alert, what is left of a server's no is that it asked for a certificate and then said nothing.
+    fn note(&self, said: Option<(TlsFault, String)>) {
+        let is_asked_for = self.shown.is_asked_for.load(Ordering::Relaxed);
+        let unsaid =
+            || (is_asked_for && !self.has_read).then(|| self.shown.refused("the connection was closed"));
+        let mut ended = self.shown.ended.lock().unwrap_or_else(PoisonError::into_inner);
+        if let (Some((fault, detail)), Some(by)) = (said.or_else(unsaid), self.to.clone()) {
+            let at = Instant::now();
+            *ended = Some(Ended {
+                by,
+                at,
+                fault,
+                detail,
+            });
+        }
+    }
+}
+
+impl AsyncRead for Watched {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let before = buf.filled().len();
+        let polled = Pin::new(&mut self.stream).poll_read(cx, buf);
+        match &polled {
+            Poll::Ready(Ok(())) if buf.filled().len() > before => self.has_read = true,
+            Poll::Ready(Ok(())) if !self.has_read => self.note(None),
+            Poll::Ready(_) | Poll::Pending => {}
+        }
+        self.noted(polled)
+    }
+}
+
+impl AsyncWrite for Watched {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        let polled = Pin::new(&mut self.stream).poll_write(cx, buf);
+        self.noted(polled)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let polled = Pin::new(&mut self.stream).poll_flush(cx);
+        self.noted(polled)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
+
+/// The client certificate, whether a server has asked for one, and the last alert after a handshake.
 #[derive(Debug)]
 struct Shown {
     certificate: Option<ClientCertificate>,
     is_asked_for: AtomicBool,
+    ended: Mutex<Option<Ended>>,
+}
+
+/// How a server ended a connection after the handshake.
+#[derive(Debug)]
+struct Ended {
+    by: Authority,
+    at: Instant,
+    fault: TlsFault,
+    detail: String,
 }
 
 impl Shown {
+    /// A server asked for a client certificate, and then there was this.
+    fn refused(&self, then: &str) -> (TlsFault, String) {
+        let detail = match self.certificate {
+            Some(_) => format!(
+                "the server asked for a client certificate, was shown `client_certificate`, and refused it ({then})"
+            ),
+            None => format!(
+                "the server asked for a client certificate ({then}); set `client_certificate` and `client_key`"
+            ),
+        };
+        (TlsFault::ClientCertificate, detail)
+    }
+
     /// Many servers end a handshake without the certificate that they asked for by an alert that says nothing, or by none.
     fn failed(&self, error: io::Error) -> DialError {
         let (mut cause, mut detail) = match fault::of(&error) {
@@ -167,12 +278,8 @@ impl Shown {
             Cause::Reset | Cause::Tls(TlsFault::Version | TlsFault::Other)
         );
         if self.is_asked_for.load(Ordering::Relaxed) && is_unsaid {
-            cause = Cause::Tls(TlsFault::ClientCertificate);
-            detail = match self.certificate {
-                Some(_) => format!("the server refuses the client certificate ({detail})"),
-                None => "the server asks for a client certificate; set `client_certificate` and `client_key`"
-                    .to_owned(),
-            };
+            let (fault, refused) = self.refused(&detail);
+            (cause, detail) = (Cause::Tls(fault), refused);
         }
         DialError {
             cause,

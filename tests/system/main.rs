@@ -82,6 +82,7 @@ mod threats;
 mod tokens;
 mod traces;
 mod truncated;
+mod trust;
 mod unchanged;
 mod unreachable;
 mod wire;

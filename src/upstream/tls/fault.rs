@@ -7,8 +7,10 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use rustls::client::WebPkiServerVerifier;
+use rustls::client::danger::ServerCertVerifier as _;
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
-use rustls::{AlertDescription, CertificateError, Error, InvalidMessage, OtherError};
+use rustls::{AlertDescription, CertificateError, Error, InvalidMessage, OtherError, RootCertStore};
 use x509_parser::certificate::X509Certificate;
 use x509_parser::extensions::GeneralName;
 use x509_parser::prelude::FromDer as _;
@@ -37,7 +39,12 @@ impl fmt::Display for Untrusted {
 impl std::error::Error for Untrusted {}
 
 /// The same error with the reason in words.
-pub(super) fn untrusted(error: Error, certificate: &CertificateDer<'_>, name: &ServerName<'_>) -> Error {
+pub(super) fn untrusted(
+    error: Error,
+    certificate: &CertificateDer<'_>,
+    name: &ServerName<'_>,
+    now: UnixTime,
+) -> Error {
     let Error::InvalidCertificate(why) = &error else {
         return error;
     };
@@ -71,21 +78,24 @@ pub(super) fn untrusted(error: Error, certificate: &CertificateDer<'_>, name: &S
                 name.to_str()
             ),
         ),
-        CertificateError::UnknownIssuer | CertificateError::BadSignature => match &read {
-            Some(read) if read.subject() == read.issuer() => (
+        CertificateError::UnknownIssuer | CertificateError::BadSignature | CertificateError::Other(_)
+            if read.as_ref().is_some_and(|read| read.subject() == read.issuer())
+                && is_self_signed(certificate, name, now) =>
+        {
+            (
                 TlsFault::SelfSigned,
                 "its certificate is self-signed; if it is the right one, name it in `ca_file`".to_owned(),
-            ),
-            read => (
-                TlsFault::UnknownIssuer,
-                format!(
-                    "its certificate is issued by {}, an unknown authority; if it is the right one, name the \
+            )
+        }
+        CertificateError::UnknownIssuer | CertificateError::BadSignature => (
+            TlsFault::UnknownIssuer,
+            format!(
+                "its certificate is issued by {}, an unknown authority; if it is the right one, name the \
                      authority's certificate in `ca_file`",
-                    read.as_ref()
-                        .map_or_else(|| "nobody".to_owned(), |read| issuer(read.issuer()))
-                ),
+                read.as_ref()
+                    .map_or_else(|| "nobody".to_owned(), |read| issuer(read.issuer()))
             ),
-        },
+        ),
         CertificateError::InvalidPurpose | CertificateError::InvalidPurposeContext { .. } => (
             TlsFault::WrongPurpose,
             "its certificate is not made for servers (extended key usage)".to_owned(),
@@ -99,6 +109,24 @@ pub(super) fn untrusted(error: Error, certificate: &CertificateDer<'_>, name: &S
     };
     let untrusted = Untrusted { fault, detail };
     Error::InvalidCertificate(CertificateError::Other(OtherError(Arc::new(untrusted))))
+}
+
+/// Whether the certificate's own key signed it. Equal names alone do not say so.
+fn is_self_signed(certificate: &CertificateDer<'_>, name: &ServerName<'_>, now: UnixTime) -> bool {
+    let mut itself = RootCertStore::empty();
+    if itself.add(certificate.clone().into_owned()).is_err() {
+        return false;
+    }
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let Ok(webpki) = WebPkiServerVerifier::builder_with_provider(Arc::new(itself), provider).build() else {
+        return false;
+    };
+    !matches!(
+        webpki.verify_server_cert(certificate, &[], name, &[], now),
+        Err(Error::InvalidCertificate(
+            CertificateError::UnknownIssuer | CertificateError::BadSignature
+        ))
+    )
 }
 
 /// The reason within an I/O error, if it is one of TLS.

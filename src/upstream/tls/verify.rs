@@ -121,7 +121,7 @@ impl ServerCertVerifier for Verifier {
             }
             judged => judged,
         };
-        judged.map_err(|error| untrusted(error, end_entity, server_name))
+        judged.map_err(|error| untrusted(error, end_entity, server_name, now))
     }
 
     fn verify_tls12_signature(

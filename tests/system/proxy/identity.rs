@@ -86,6 +86,14 @@ impl Identity {
         super::client::connector(ca_pem, &[], Some(self))
     }
 
+    /// Certificate and key, PEM, as a configuration names them.
+    pub fn pem(&self) -> (String, String) {
+        (
+            pem("CERTIFICATE", &self.certificate),
+            pem("PRIVATE KEY", &self.key),
+        )
+    }
+
     pub(super) fn chain(&self) -> Vec<CertificateDer<'static>> {
         vec![self.certificate.clone()]
     }
@@ -93,4 +101,15 @@ impl Identity {
     pub(super) fn key(&self) -> PrivateKeyDer<'static> {
         PrivateKeyDer::try_from(self.key.to_vec()).unwrap()
     }
+}
+
+/// RFC 7468.
+fn pem(label: &str, der: &[u8]) -> String {
+    use base64::Engine as _;
+    let text = base64::prelude::BASE64_STANDARD.encode(der);
+    let lines: Vec<_> = text.as_bytes().chunks(64).map(String::from_utf8_lossy).collect();
+    format!(
+        "-----BEGIN {label}-----\n{}\n-----END {label}-----\n",
+        lines.join("\n")
+    )
 }

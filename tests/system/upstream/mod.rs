@@ -18,6 +18,7 @@ mod writes;
 
 pub use gate::Gate;
 pub use image::{Blob, DOCKER_LIST, DOCKER_MANIFEST, Image, OCI_INDEX, OCI_MANIFEST, noise, sha256, sha512};
+pub use tls::Presented;
 
 pub use limits::Scripted;
 
@@ -106,6 +107,7 @@ struct State {
     rights: Rights,
     connections: Vec<AbortHandle>,
     connections_seen: usize,
+    client_certificates: usize,
     uploads: writes::Uploads,
     bytes_sent: u64,
     tls: Option<Arc<rustls::ServerConfig>>,

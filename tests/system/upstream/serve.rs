@@ -45,6 +45,9 @@ async fn connection(
         (None, None) => speak(stream, shared).await,
         (None, Some(config)) => {
             if let Ok(stream) = tokio_rustls::TlsAcceptor::from(config).accept(stream).await {
+                if stream.get_ref().1.peer_certificates().is_some() {
+                    shared.state(|state| state.client_certificates += 1);
+                }
                 speak(stream, shared).await;
             }
         }
