@@ -41,6 +41,7 @@ mod places;
 mod question;
 mod quirk;
 mod realm;
+mod redirected;
 mod retry_after;
 mod route;
 mod settings;
@@ -450,6 +451,7 @@ impl Inner {
                 headers,
                 body: bytes::Bytes::new(),
                 follow: Follow::SameOrigin,
+                elsewhere: None,
                 within: self.timeouts.token,
             };
             let reply = self.exchange.http.send(request).await;

@@ -63,6 +63,8 @@ pub(super) struct Request {
     pub(super) headers: HeaderMap,
     pub(super) body: Bytes,
     pub(super) follow: Follow,
+    /// The `Authorization` for one other origin, should a redirect lead there.
+    pub(super) elsewhere: Option<(Uri, HeaderValue)>,
     /// From the call to the last answer's headers, redirects included.
     pub(super) within: Duration,
 }
@@ -121,8 +123,11 @@ pub(super) struct Reply {
     pub(super) status: StatusCode,
     pub(super) headers: HeaderMap,
     pub(super) body: Incoming,
-    /// Another origin answered, after a redirect: its 401 or 403 is not the registry's word.
+    /// Another origin answered, after a redirect, and was not shown an `Authorization` of its own: its 401 or 403 is not
+    /// the registry's word.
     pub(super) abroad: bool,
+    /// The URL that answered, if it is of another origin than the one asked.
+    pub(super) at: Option<Uri>,
 }
 
 impl Http {
@@ -155,7 +160,7 @@ impl Http {
             USER_AGENT,
             HeaderValue::from_static(concat!("ifnewer/", env!("CARGO_PKG_VERSION"))),
         );
-        let mut abroad = false;
+        let (mut abroad, mut at) = (false, None);
         for _ in 0..=REDIRECTS_MAX {
             let (parts, body) = self.once(&request).await?.into_parts();
             check(&parts.headers)?;
@@ -165,6 +170,7 @@ impl Http {
                     headers: parts.headers,
                     body,
                     abroad,
+                    at,
                 });
             };
             if !same_origin(&request.uri, &target) {
@@ -172,8 +178,14 @@ impl Http {
                     return Err(elsewhere(&target));
                 }
                 abroad = true;
+                at = Some(target.clone());
                 for ours in [AUTHORIZATION, TRACEPARENT, TRACESTATE] {
                     request.headers.remove(ours);
+                }
+                let elsewhere = request.elsewhere.as_ref();
+                if let Some((_, authorization)) = elsewhere.filter(|(other, _)| same_origin(other, &target)) {
+                    abroad = false;
+                    request.headers.insert(AUTHORIZATION, authorization.clone());
                 }
             }
             request.uri = target;

@@ -8,13 +8,14 @@ use std::hash::{BuildHasher as _, RandomState};
 use std::sync::Arc;
 use std::time::Duration;
 
-use http::header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, RANGE};
+use http::header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, RANGE, WWW_AUTHENTICATE};
 use http::{HeaderMap, HeaderValue, Method, StatusCode, Uri};
 
 use super::answer::{Answer, Said};
 use super::client::{Follow, Http, Reply, Request};
 use super::origin::Origin;
 use super::own::{Own, OwnCredential};
+use super::redirected::{Elsewhere, Other, Shown};
 use super::retry_after::{is_limit_by_body, stated_wait};
 use super::token::{Holder, HolderKind, Key, Login, Remembered, TokenFailure, Tokens};
 use super::{Caller, Credential};
@@ -56,9 +57,11 @@ pub(super) struct Refusal {
     pub(super) abroad: bool,
     /// The answer looks like that of a registry, not of something in front of it.
     pub(super) of_registry: bool,
+    /// The response is of another origin, to which the registry redirected.
+    pub(super) elsewhere: Option<Elsewhere>,
     /// The token sent may merely be too old.
     expired: bool,
-    challenges: Vec<Challenge>,
+    pub(super) challenges: Vec<Challenge>,
 }
 
 impl Refusal {
@@ -76,6 +79,7 @@ impl From<Answer> for Refusal {
             answer,
             abroad: false,
             of_registry: true,
+            elsewhere: None,
             expired: false,
             challenges: Vec::new(),
         }
@@ -91,14 +95,14 @@ struct Standing<'a> {
 }
 
 #[derive(Clone, Copy)]
-enum LoginKind<'a> {
+pub(super) enum LoginKind<'a> {
     Anonymous,
     Basic(&'a HeaderValue),
     Own(&'a OwnCredential),
 }
 
 impl<'a> LoginKind<'a> {
-    fn login(self) -> Login<'a> {
+    pub(super) fn login(self) -> Login<'a> {
         match self {
             LoginKind::Anonymous => Login::Anonymous,
             LoginKind::Basic(header) => Login::Basic(header),
@@ -162,8 +166,10 @@ impl Exchange {
             .ok_or_else(|| silent(Cause::Malformed))?;
         let standing = standing(caller, own);
         let Some((holder, login)) = standing.exchange else {
-            return self.resolved(&uri, ask, standing.header.as_ref()).await;
+            let token = standing.header.as_ref();
+            return self.across((origin, &uri), ask, token, Shown::Token(token)).await;
         };
+        let shown = Shown::Login(holder, login);
         let repository = ask.operation.repository();
         let remembered = repository.and_then(|name| self.tokens.remembered(origin, name, holder));
         let (remembered, token) = match remembered {
@@ -171,12 +177,20 @@ impl Exchange {
             None => (None, None),
         };
         let refusal = match self
-            .resolved(&uri, ask, token.as_ref().or(standing.header.as_ref()))
+            .across(
+                (origin, &uri),
+                ask,
+                token.as_ref().or(standing.header.as_ref()),
+                shown,
+            )
             .await
         {
             Ok(reply) => return Ok(reply),
             Err(refusal) => refusal,
         };
+        if refusal.elsewhere.is_some() {
+            return Err(refusal);
+        }
         let unauthorised = refusal.answer.status == Some(StatusCode::UNAUTHORIZED);
         if matches!(ask.operation, Operation::Ping) || !(unauthorised || (refusal.expired && token.is_some()))
         {
@@ -205,9 +219,11 @@ impl Exchange {
             }
             Err(failure) => return Err(no_token(&failure)),
         };
-        let second = self.resolved(&uri, ask, Some(&fresh)).await;
+        let second = self.across((origin, &uri), ask, Some(&fresh), shown).await;
         match second {
-            Err(refusal) if refusal.answer.status == Some(StatusCode::UNAUTHORIZED) && !refusal.abroad => {
+            Err(refusal)
+                if refusal.answer.status == Some(StatusCode::UNAUTHORIZED) && refusal.elsewhere.is_none() =>
+            {
                 self.tokens.forget(origin, repository, &key);
                 Err(denied(refusal, &challenge))
             }
@@ -243,7 +259,13 @@ impl Exchange {
         }
     }
 
-    fn key(&self, origin: &Origin, refusal: &Refusal, ask: &Ask<'_>, holder: Holder) -> Option<Key> {
+    pub(super) fn key(
+        &self,
+        origin: &Origin,
+        refusal: &Refusal,
+        ask: &Ask<'_>,
+        holder: Holder,
+    ) -> Option<Key> {
         refusal.challenges.iter().find_map(|challenge| {
             let Challenge::Bearer { realm, service, scopes, .. } = challenge else { return None };
             let key = Key::of(
@@ -265,15 +287,17 @@ impl Exchange {
     }
 
     /// One request, and one more from the registry's own URL if the storage it sent us to refused: signed URLs expire.
-    async fn resolved(
+    pub(super) async fn resolved(
         &self,
         uri: &Uri,
         ask: &Ask<'_>,
         authorization: Option<&HeaderValue>,
+        elsewhere: Option<&Other>,
     ) -> Result<Reply, Box<Refusal>> {
-        match self.once(uri, ask, authorization).await {
-            Err(refusal) if refusal.abroad && ask.method == Method::GET => {
-                self.once(uri, ask, authorization).await
+        match self.once(uri, ask, authorization, elsewhere).await {
+            // A challenge is answered, not asked for again.
+            Err(refusal) if refusal.abroad && ask.method == Method::GET && refusal.challenges.is_empty() => {
+                self.once(uri, ask, authorization, elsewhere).await
             }
             result => result,
         }
@@ -284,6 +308,7 @@ impl Exchange {
         uri: &Uri,
         ask: &Ask<'_>,
         authorization: Option<&HeaderValue>,
+        elsewhere: Option<&Other>,
     ) -> Result<Reply, Box<Refusal>> {
         let mut headers = HeaderMap::new();
         for line in ask.accept.lines() {
@@ -298,6 +323,7 @@ impl Exchange {
             headers,
             body: bytes::Bytes::new(),
             follow: Follow::Anywhere,
+            elsewhere: elsewhere.cloned(),
             within: self.headers_within,
         };
         let sent = self.http.send(request).await;
@@ -348,6 +374,14 @@ fn standing<'a>(caller: &'a Caller, own: Option<&'a OwnCredential>) -> Standing<
 /// What a status other than 2xx means, with the text of its body.
 async fn refusal(ask: &Ask<'_>, reply: Reply) -> Box<Refusal> {
     let (status, abroad) = (reply.status, reply.abroad);
+    let elsewhere = reply
+        .at
+        .as_ref()
+        .and_then(Origin::of_uri)
+        .map(|origin| Elsewhere {
+            origin,
+            challenge: reply.headers.get_all(WWW_AUTHENTICATE).iter().cloned().collect(),
+        });
     let mut answer = Answer::read(ask.operation, status, &reply.headers);
     let challenges = if status == StatusCode::UNAUTHORIZED {
         Challenge::read(&reply.headers)
@@ -386,6 +420,7 @@ async fn refusal(ask: &Ask<'_>, reply: Reply) -> Box<Refusal> {
         answer,
         abroad: storage,
         of_registry,
+        elsewhere,
         expired,
         challenges,
     })
@@ -409,7 +444,7 @@ fn silent(cause: Cause) -> Box<Refusal> {
     Box::new(Answer::silent(cause).into())
 }
 
-fn no_token(failure: &TokenFailure) -> Box<Refusal> {
+pub(super) fn no_token(failure: &TokenFailure) -> Box<Refusal> {
     Box::new(Refusal::from(match failure {
         TokenFailure::Limited(pause) => Answer::paused(pause.clone()),
         TokenFailure::Denied(_) | TokenFailure::PlainRealm => Answer::silent(failure.into()),
@@ -422,7 +457,7 @@ fn no_token(failure: &TokenFailure) -> Box<Refusal> {
 
 /// A denial with the challenge as it was before any token was sent. One with `error="…"` in it makes containerd give
 /// up without trying the credentials it has.
-fn denied(mut refusal: Box<Refusal>, challenge: &[HeaderValue]) -> Box<Refusal> {
+pub(super) fn denied(mut refusal: Box<Refusal>, challenge: &[HeaderValue]) -> Box<Refusal> {
     if refusal.answer.said == Said::Silent(Cause::RateLimited) {
         return refusal;
     }

@@ -88,6 +88,11 @@ impl fmt::Display for Origin {
 }
 
 impl Origin {
+    /// The origin of a URL, without its path.
+    pub(super) fn of_uri(uri: &Uri) -> Option<Origin> {
+        format!("{}://{}", uri.scheme()?, uri.authority()?).parse().ok()
+    }
+
     /// The same registry, with its repositories below `prefix`.
     #[must_use]
     pub fn with_repository_prefix(self, prefix: Repository) -> Origin {

@@ -19,12 +19,13 @@ use zeroize::Zeroizing;
 
 use super::client::{Follow, Http, Reply, Request, Unavailable};
 use super::limits::{Pause, Windows};
-use super::origin::Origin;
+use super::origin::{Origin, is_one_of, same_host};
 use super::own::OwnCredential;
 use super::retry_after::{is_limit_by_body, stated_wait};
 use crate::oci::cause::Cause;
 use crate::oci::error::Problem;
 use crate::oci::name::Repository;
+use crate::oci::operation::Operation;
 use crate::trace::Trace;
 
 mod wire;
@@ -138,6 +139,8 @@ pub(super) struct Remembered {
 pub(super) struct TokenCache {
     slots: Cache<Key, Arc<Slot>>,
     remembered: Cache<(Origin, Repository, Holder), Remembered>,
+    /// At which other registry, to which this one redirects, which token worked.
+    elsewhere: Cache<(Origin, Repository, Holder), (Origin, Key)>,
     /// The realm that failed last, for the breaker's probe.
     silent_realm: std::sync::Mutex<Option<Uri>>,
     /// The pauses of token services, by host and holder.
@@ -149,6 +152,7 @@ impl Default for TokenCache {
         TokenCache {
             slots: Cache::new(TOKENS_MAX),
             remembered: Cache::new(TOKENS_MAX),
+            elsewhere: Cache::new(TOKENS_MAX),
             silent_realm: std::sync::Mutex::new(None),
             windows: Windows::default(),
         }
@@ -290,6 +294,42 @@ impl Tokens {
         Some(known)
     }
 
+    /// Whether `other`, to which the registry at `origin` redirects, may have a token: the same host, or one that the
+    /// operator named; never in clear text for a registry that is asked by https.
+    pub(super) fn trusts(&self, origin: &Origin, other: &Origin) -> bool {
+        let (Some(own), Some(uri)) = (origin.join("/"), other.join("/")) else {
+            return false;
+        };
+        (origin.is_plain() || !other.is_plain()) && (same_host(&own, &uri) || is_one_of(&self.hosts, &uri))
+    }
+
+    /// A token of `key` is for `other`, to which the registry redirects this.
+    pub(super) fn remember_elsewhere(
+        &self,
+        origin: &Origin,
+        operation: &Operation,
+        other: &Origin,
+        key: Key,
+    ) {
+        if let Some(repository) = operation.repository() {
+            let place = (origin.clone(), repository.clone(), key.holder);
+            self.kept.elsewhere.insert(place, (other.clone(), key));
+        }
+    }
+
+    /// The same, if the other registry is still trusted with it.
+    pub(super) fn known_elsewhere(
+        &self,
+        origin: &Origin,
+        operation: &Operation,
+        holder: Holder,
+    ) -> Option<(Origin, Key)> {
+        let place = (origin.clone(), operation.repository()?.clone(), holder);
+        let (other, key) = self.kept.elsewhere.get(&place)?;
+        realm_allowed(&other, &key.realm.uri.to_string(), &self.hosts)?;
+        self.trusts(origin, &other).then_some((other, key))
+    }
+
     /// A token of `key` was accepted for this repository.
     pub(super) fn remember(&self, origin: &Origin, repository: &Repository, remembered: Remembered) {
         let key = (origin.clone(), repository.clone(), remembered.key.holder);
@@ -394,6 +434,7 @@ impl Tokens {
             headers,
             body,
             follow: Follow::SameOrigin,
+            elsewhere: None,
             within: self.within,
         };
         http.send(request).await.map_err(|error| {

@@ -66,6 +66,7 @@ mod quirks;
 mod ranges;
 mod rate_limits;
 mod realms;
+mod redirected_registry;
 mod redirects;
 mod reload;
 mod reload_state;

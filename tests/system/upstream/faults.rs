@@ -32,6 +32,8 @@ pub(super) struct Faults {
     pub(super) held_answers: Vec<(Applies, Gate)>,
     pub(super) oversize_manifest: Option<usize>,
     pub(super) redirect: Option<Redirect>,
+    /// Everything under `/v2/`, with this status to the same path there.
+    pub(super) redirect_all: Option<(u16, String)>,
     pub(super) no_referrers: bool,
     pub(super) lists_lead_to_themselves: bool,
     pub(super) manifest_type: Option<String>,
@@ -316,6 +318,12 @@ impl Upstream {
             let location = location.to_owned();
             faults.redirect = Some(Redirect { status, location });
         });
+    }
+
+    /// Everything is redirected with this status to the same path at this base.
+    pub fn redirects_all_to(&self, status: u16, base: &str) {
+        let base = base.to_owned();
+        self.turn(|faults| faults.redirect_all = Some((status, base)));
     }
 
     /// The body of this blob is held after `n` bytes.

@@ -160,6 +160,12 @@ fn route(shared: &Arc<Shared>, seen: &Seen) -> Response<Piped> {
     if let Some(digest) = path.strip_prefix("/storage/") {
         return storage(shared, seen, digest);
     }
+    if let Some((status, base)) = shared.state(|state| state.faults.redirect_all.clone()) {
+        let query = seen.query.as_ref().map(|query| format!("?{query}"));
+        let location = format!("{base}{path}{}", query.unwrap_or_default());
+        let response = Response::builder().status(status).header(LOCATION, location);
+        return sent(shared, seen, response, text(String::new()));
+    }
     let name = repository(path);
     if let Some(response) = denied(shared, seen, name) {
         return response;
