@@ -221,7 +221,8 @@ impl Upstream {
     /// A rate limit is waited out as long as the caller waits.
     pub async fn head(&self, caller: &Caller, operation: &Operation, accept: &Accept) -> Answer {
         loop {
-            let answer = self.head_now(caller, operation, accept).await;
+            // Boxed, for the futures of the callers nest deeply.
+            let answer = Box::pin(self.head_now(caller, operation, accept)).await;
             if !passes(&answer, caller).await {
                 return answer;
             }
@@ -416,19 +417,15 @@ impl Inner {
             .limits
             .note(caller, &answer.rate_limit, Instant::now());
         // A pause that is there already is that of the token service.
-        match answer.asks_to_wait().filter(|_| answer.pause.is_none()) {
-            Some(cause) => {
-                let told = (cause, answer.stated_wait);
-                let pause = self.learned.limits.limited((origin, lane), caller, turn, told);
-                answer.within(pause)
-            }
-            None => {
-                if answer.silence().is_none() {
-                    turn.passed();
-                }
-                answer
-            }
+        if let Some(cause) = answer.asks_to_wait().filter(|_| answer.pause.is_none()) {
+            let told = (cause, answer.stated_wait);
+            let pause = self.learned.limits.limited((origin, lane), caller, turn, told);
+            return answer.within(pause);
         }
+        if answer.silence().is_none() {
+            turn.passed();
+        }
+        answer
     }
 
     /// One look whether the upstream is back: an HTTP answer below 500 from any URL that was unavailable will do. If it

@@ -99,7 +99,7 @@ impl Upstream {
         part: Part,
     ) -> Result<Fetched, Answer> {
         loop {
-            match self.get_now(caller, operation, accept, part).await {
+            match Box::pin(self.get_now(caller, operation, accept, part)).await {
                 Err(answer) if passes(&answer, caller).await => {}
                 got => return got,
             }

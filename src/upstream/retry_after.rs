@@ -62,7 +62,7 @@ pub(super) fn is_limit_by_body(
     }
     if status == StatusCode::FORBIDDEN && (is(ErrorCode::Denied) || is(ErrorCode::Unauthorized)) {
         let starts = |quota: &&str| message.is_some_and(|message| message.starts_with(*quota));
-        return GOOGLE_QUOTAS.iter().any(|quota| starts(quota));
+        return GOOGLE_QUOTAS.iter().any(starts);
     }
     is_limit(status, headers)
 }
