@@ -6,7 +6,7 @@
 //! * `asking`: the question put to the upstream, shared by those who may share it, and what follows from the answer.
 //! * `rights`: what its answers show of who may read. `logins`: whose a token is, and tokens of ours. `recalled`: how it asks for a credential, for when it is silent.
 //! * `manifest`: by tag and by digest; `copies` of it that are held, `fetching` it, the `check` of what it points to.
-//! * `blob`: held, joined or led; `source`: how a download reaches the upstream; `prefetch` begins before anybody asks. * `listing`: tags. * `referrers`: by their API and by their fallback tag.
+//! * `blob`: held, joined or led; `source`: how a download reaches the upstream; `prefetch` begins before anybody asks. * `listing`: tags; `long_list`, passed on as it arrives; `page`, cut from what is kept. * `referrers`: by their API and by their fallback tag.
 //! * `cached`: what the store holds of it, or an error of the disk, logged. * `challenge`: how the registry itself answers `/v2/`. * `writing`: what follows from a write that passed.
 
 mod asking;
@@ -19,7 +19,9 @@ mod fetching;
 mod list_name;
 mod listing;
 mod logins;
+mod long_list;
 mod manifest;
+mod page;
 pub mod passing;
 mod prefetch;
 mod recalled;
@@ -41,6 +43,7 @@ use tokio::time::Instant;
 pub use asking::Asked;
 pub use listing::Listing;
 pub use logins::{LoggedIn, is_local_token};
+pub use long_list::LongList;
 pub use refresh::Refreshed;
 pub use site::{Access, Site, SiteState, SiteStates};
 
@@ -75,6 +78,7 @@ pub struct Pull {
     sizes: sizes::Sizes,
     found: check::Found,
     prefetching: prefetch::Prefetching,
+    list_copies: long_list::Copies,
     referrers_confirmed: referrers::Confirmed,
     refused: rights::Refused,
     logins: logins::Logins,
@@ -137,6 +141,8 @@ pub enum Outcome {
     },
     /// A list of tags or referrers.
     Listing(Listing, How),
+    /// A list of tags that is passed on as it arrives.
+    LongList(Box<LongList>, How),
     /// Bytes of a kind that is never stored: passed through as they come.
     Passed(passing::Passed),
     /// No.
@@ -215,6 +221,7 @@ impl Pull {
             sizes: sizes::Sizes::default(),
             found: check::Found::default(),
             prefetching: prefetch::Prefetching::default(),
+            list_copies: long_list::Copies::default(),
             referrers_confirmed: referrers::Confirmed::default(),
             refused: rights::Refused::default(),
             logins: logins::Logins::default(),

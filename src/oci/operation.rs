@@ -67,7 +67,7 @@ impl Operation {
             return Ok(Self::Ping);
         }
         if let Some(name) = rest.strip_suffix("/tags/list") {
-            let query = Query::parse(query).and_then(|(query, _)| query.with_page_limit())?;
+            let query = Query::parse(query).and_then(|(query, _)| query.with_page_size())?;
             return Ok(Self::Tags {
                 repository: repository(name)?,
                 query,

@@ -9,8 +9,6 @@ use std::fmt;
 pub const QUERY_BYTES_MAX: usize = 4096;
 /// Most parameters taken, `ns` not counted.
 pub const QUERY_PAIRS_MAX: usize = 8;
-/// Most tags a page may be asked to hold; more is lowered to this.
-pub const PAGE_TAGS_MAX: u64 = 1_000;
 
 /// The parameters of a request for the upstream, in the order sent.
 ///
@@ -56,6 +54,20 @@ impl Query {
         self.0.iter().all(|(known, _)| known == key)
     }
 
+    /// Whether each parameter is one of `keys`, and none is given twice.
+    pub fn has_only_of(&self, keys: &[&str]) -> bool {
+        let times = |key: &str| self.0.iter().filter(|(known, _)| known == key).count();
+        self.0
+            .iter()
+            .all(|(known, _)| keys.contains(&known.as_str()) && times(known) == 1)
+    }
+
+    /// These parameters.
+    pub fn of(pairs: &[(&str, &str)]) -> Self {
+        let owned = |(key, value): &(&str, &str)| ((*key).to_owned(), (*value).to_owned());
+        Self(pairs.iter().map(owned).collect())
+    }
+
     /// Whether there is no parameter.
     pub const fn is_empty(&self) -> bool {
         self.0.is_empty()
@@ -85,17 +97,15 @@ impl Query {
         text
     }
 
-    /// The same query, with `n` (tags in a page) a number of at most [`PAGE_TAGS_MAX`].
-    pub(super) fn with_page_limit(mut self) -> Result<Self, QueryError> {
-        for (_, value) in self.0.iter_mut().filter(|(key, _)| key == "n") {
-            if value.is_empty() || !value.bytes().all(|byte| byte.is_ascii_digit()) {
-                return Err(QueryError::PageSize);
-            }
-            // All digits, so the only way to fail is to be too large.
-            let tags = value.parse().unwrap_or(u64::MAX).min(PAGE_TAGS_MAX);
-            *value = tags.to_string();
+    /// The same query, if `n` (tags in a page) is a number. It is for the upstream to say how many it gives.
+    pub(super) fn with_page_size(self) -> Result<Self, QueryError> {
+        let is_number = |value: &str| !value.is_empty() && value.bytes().all(|byte| byte.is_ascii_digit());
+        let mut sizes = self.0.iter().filter(|(key, _)| key == "n");
+        if sizes.all(|(_, value)| is_number(value)) {
+            Ok(self)
+        } else {
+            Err(QueryError::PageSize)
         }
-        Ok(self)
     }
 }
 

@@ -9,15 +9,17 @@ use tokio::time::Instant;
 use super::fetching::Wanted;
 use super::list_name::renamed;
 use super::manifest::refused;
-use super::{How, Outcome, Pull, Reason, Request};
+use super::{How, LongList, Outcome, Pull, Reason, Request, page};
 use crate::oci::header::next_link;
 use crate::oci::{Cause, MediaType, Operation, Repository};
-use crate::policy::{Heard, Held, Rest, Subject, Verdict, decide};
+use crate::policy::{Heard, Held, Policy, Rest, Subject, Verdict, decide};
 use crate::store::listings::{KeptListing, ListingKey};
 use crate::upstream::{Answer, Fetched};
 
-/// The largest list kept or passed on. Docker Hub's longest pages are far below it.
-const LISTING_BYTES_MAX: usize = 4 * 1024 * 1024;
+/// A list of tags is received whole up to this size; a longer one is passed on as it arrives.
+const LISTING_WHOLE_BYTES_MAX: usize = 512 * 1024;
+/// The largest list of referrers.
+const REFERRERS_BYTES_MAX: usize = 4 * 1024 * 1024;
 
 /// A page of a list.
 #[derive(Clone, Debug)]
@@ -45,39 +47,45 @@ impl Pull {
         };
         // A list is like a tag: a name of the repository whose content changes. It has no digest of its own that could
         // be compared, so it is always fetched, and what was kept serves only while the upstream is silent.
-        let kept = self.cached(&request.site, repository, self.store.listing(&key));
-        let digest = |kept: &KeptListing| Held {
-            digest: kept.digest,
-            confirmed_at: kept.listed_at,
-            is_moved: false,
-            rest: Rest::Held,
-            is_in_doubt: false,
+        let unavailable = request.site.upstream().silent_now();
+        let unasked = unavailable.is_some() || rule.policy == Policy::Never;
+        let mut kept = self.kept_page(request, repository, (&key, unasked)).await;
+        let in_situation = |kept: Option<&Kept>| {
+            let held = kept.map(|(_, source)| Held {
+                digest: source.digest,
+                confirmed_at: source.listed_at,
+                is_moved: false,
+                rest: Rest::Held,
+                is_in_doubt: false,
+            });
+            context.situation(rule, Subject::Tag, held, true, request.now)
         };
-        let situation = context.situation(rule, Subject::Tag, kept.as_deref().map(digest), true, request.now);
-        let wanted = Wanted::of(request, repository, &context.caller);
+        let mut situation = in_situation(kept.as_ref());
+        let mut wanted = Wanted::of(request, repository, &context.caller);
+        if kept.is_some() {
+            wanted.caller.waits_until = None;
+        }
         let heard = match decide(&situation) {
             Verdict::Refuse(refusal) => return refused(refusal, None, false),
-            Verdict::Serve(served)
-                if served.cause().is_none() && rule.policy == crate::policy::Policy::Never =>
-            {
+            Verdict::Serve(served) if served.cause().is_none() && rule.policy == Policy::Never => {
                 return serve(kept, Reason::Held(served));
             }
-            _ => match request.site.upstream().silent_now().filter(|_| kept.is_some()) {
+            _ => match unavailable.filter(|_| kept.is_some()) {
                 Some(cause) => Err((Heard::Silent(cause), None)),
-                None => self.list(&wanted, key).await,
+                None => self.tags(&wanted, key.clone()).await,
             },
         };
+        if kept.is_none() && matches!(heard, Err((Heard::Silent(_), _))) {
+            kept = self.kept_page(request, repository, (&key, true)).await;
+            situation = in_situation(kept.as_ref());
+        }
+        let how = How {
+            reason: Reason::Fetched(crate::policy::Why::Unnamed),
+            confirmed_at: Some(request.now),
+        };
         match heard {
-            Ok(listing) => {
-                let reason = Reason::Fetched(crate::policy::Why::Unnamed);
-                Outcome::Listing(
-                    listing,
-                    How {
-                        reason,
-                        confirmed_at: Some(request.now),
-                    },
-                )
-            }
+            Ok(Received::Whole(listing)) => Outcome::Listing(listing, how),
+            Ok(Received::Long(list)) => Outcome::LongList(list, how),
             Err((heard, answer)) => match decide(&situation.having_heard(heard)) {
                 Verdict::Serve(served) => serve(kept, Reason::Held(served)),
                 Verdict::Refuse(refusal) => refused(refusal, answer, false),
@@ -88,8 +96,74 @@ impl Pull {
         }
     }
 
+    /// The page as it is kept, or, if it may be `derived`, cut from what is kept of the list; and what confirms it.
+    async fn kept_page(
+        &self,
+        request: &Request,
+        repository: &Repository,
+        (key, derived): (&ListingKey, bool),
+    ) -> Option<Kept> {
+        let (store, key, wanted) = (Arc::clone(&self.store), key.clone(), repository.clone());
+        let query = match &request.operation {
+            Operation::Tags { query, .. } if derived => Some(query.clone()),
+            _ => None,
+        };
+        let looked_up = spawn_blocking(move || {
+            if let Some(kept) = store.listing(&key)? {
+                return Ok(Some((page_of(&kept), kept)));
+            }
+            let kept = |path: &str| {
+                let upstream = Arc::clone(&key.upstream);
+                let path = path.to_owned();
+                store.listing(&ListingKey { upstream, path }).ok().flatten()
+            };
+            Ok(query.and_then(|query| page::derived(&wanted, &query, kept)))
+        });
+        let kept = looked_up.await.unwrap_or(Ok(None));
+        self.cached(&request.site, repository, kept)
+    }
+
     /// Fetches a page of a list and keeps it.
     pub(super) async fn list(self: &Arc<Self>, wanted: &Wanted, key: ListingKey) -> Listed {
+        let fetched = self.asked(wanted).await?;
+        let head = head_of(&fetched, &wanted.operation).map_err(malformed)?;
+        let bytes = fetched.collect(REFERRERS_BYTES_MAX).await.map_err(malformed)?;
+        let bytes = named_as_here(wanted, bytes);
+        self.keep_list(key, Listing { bytes, ..head }).await
+    }
+
+    /// The same for tags: a long list is passed on as it arrives.
+    async fn tags(
+        self: &Arc<Self>,
+        wanted: &Wanted,
+        key: ListingKey,
+    ) -> Result<Received, (Heard, Option<Arc<Answer>>)> {
+        let mut fetched = self.asked(wanted).await?;
+        let mut head = head_of(&fetched, &wanted.operation).map_err(malformed)?;
+        let mut begun = Vec::new();
+        while begun.len() <= LISTING_WHOLE_BYTES_MAX {
+            match fetched.chunk().await {
+                Some(chunk) => begun.extend_from_slice(&chunk.map_err(malformed)?),
+                None => {
+                    head.bytes = named_as_here(wanted, begun.into());
+                    return self.keep_list(key, head).await.map(Received::Whole);
+                }
+            }
+        }
+        // Whether it is a list can no longer be told by its end: a page of something in front begins otherwise.
+        if !begins_as_object(&begun) {
+            return Err(malformed(Cause::Malformed));
+        }
+        // The name stands before the tags.
+        let begun = Bytes::from(begun);
+        head.bytes = named_as_here(wanted, begun.clone());
+        let renamed = |size: u64| size.saturating_sub(begun.len() as u64) + head.bytes.len() as u64;
+        let size = fetched.length.map(renamed);
+        let list = LongList::new(self, key, (head, size), fetched);
+        Ok(Received::Long(Box::new(list)))
+    }
+
+    async fn asked(self: &Arc<Self>, wanted: &Wanted) -> Result<Fetched, (Heard, Option<Arc<Answer>>)> {
         let Wanted {
             site,
             repository,
@@ -99,18 +173,20 @@ impl Pull {
             ..
         } = wanted;
         let asked_at = Instant::now();
-        let fetched = match site.upstream().get(caller, operation, accept, None).await {
-            Ok(fetched) => fetched,
+        match site.upstream().get(caller, operation, accept, None).await {
+            Ok(fetched) => Ok(fetched),
             Err(answer) => {
                 self.learn(wanted, &answer, asked_at).await;
-                return Err((self.heard(site, repository, &answer), Some(Arc::new(answer))));
+                Err((self.heard(site, repository, &answer), Some(Arc::new(answer))))
             }
-        };
-        let mut listing = receive(fetched, operation)
-            .await
-            .map_err(|cause| (Heard::Silent(cause), None))?;
-        let there: Vec<_> = site.upstream().names_there(repository).collect();
-        listing.bytes = renamed(listing.bytes, &there, repository);
+        }
+    }
+
+    /// It must be JSON, whatever its status says: a captive portal's page is no list of tags.
+    async fn keep_list(&self, key: ListingKey, listing: Listing) -> Listed {
+        if !is_json(&listing.bytes) {
+            return Err(malformed(Cause::Malformed));
+        }
         let (store, page, now) = (Arc::clone(&self.store), listing.clone(), self.clock.now());
         let kept = spawn_blocking(move || {
             let Listing {
@@ -127,45 +203,70 @@ impl Pull {
     }
 }
 
-fn serve(kept: Option<Arc<KeptListing>>, reason: Reason) -> Outcome {
+/// A page for an outage, and the kept page that says how old it is.
+type Kept = (Listing, Arc<KeptListing>);
+
+/// A list of tags from the upstream.
+enum Received {
+    Whole(Listing),
+    Long(Box<LongList>),
+}
+
+/// With the client's name of the repository, where it is another one at the registry.
+fn named_as_here(wanted: &Wanted, list: Bytes) -> Bytes {
+    let upstream = wanted.site.upstream();
+    let there: Vec<_> = upstream.names_there(&wanted.repository).collect();
+    renamed(list, &there, &wanted.repository)
+}
+
+fn malformed(cause: Cause) -> (Heard, Option<Arc<Answer>>) {
+    (Heard::Silent(cause), None)
+}
+
+pub(super) fn is_json(bytes: &[u8]) -> bool {
+    serde_json::from_slice::<serde::de::IgnoredAny>(bytes).is_ok()
+}
+
+fn begins_as_object(bytes: &[u8]) -> bool {
+    bytes.iter().find(|byte| !byte.is_ascii_whitespace()) == Some(&b'{')
+}
+
+fn serve(kept: Option<Kept>, reason: Reason) -> Outcome {
     match kept {
-        Some(kept) => given(&kept, reason),
+        Some((listing, source)) => {
+            let confirmed_at = Some(source.listed_at);
+            Outcome::Listing(listing, How { reason, confirmed_at })
+        }
         None => refused(crate::policy::Refusal::NotHeld, None, false),
+    }
+}
+
+fn page_of(kept: &KeptListing) -> Listing {
+    Listing {
+        bytes: kept.bytes.clone(),
+        media_type: kept.media_type.clone(),
+        next: kept.next.clone(),
+        filters: kept.filters.clone(),
     }
 }
 
 /// A page that was kept.
 pub(super) fn given(kept: &KeptListing, reason: Reason) -> Outcome {
-    let listing = Listing {
-        bytes: kept.bytes.clone(),
-        media_type: kept.media_type.clone(),
-        next: kept.next.clone(),
-        filters: kept.filters.clone(),
-    };
-    Outcome::Listing(
-        listing,
-        How {
-            reason,
-            confirmed_at: Some(kept.listed_at),
-        },
-    )
+    let confirmed_at = Some(kept.listed_at);
+    Outcome::Listing(page_of(kept), How { reason, confirmed_at })
 }
 
-/// Reads a list. It must be JSON, whatever its status says: a captive portal's page is no list of tags.
-async fn receive(fetched: Fetched, operation: &Operation) -> Result<Listing, Cause> {
-    let next = next_link(&fetched.headers);
+/// What the headers say of a list.
+fn head_of(fetched: &Fetched, operation: &Operation) -> Result<Listing, Cause> {
     let filters = fetched.headers.get(crate::oci::header::OCI_FILTERS_APPLIED);
-    let filters = filters.and_then(|value| value.to_str().ok()).map(str::to_owned);
-    let bytes = fetched.collect(LISTING_BYTES_MAX).await?;
-    serde_json::from_slice::<serde::de::IgnoredAny>(&bytes).map_err(|_| Cause::Malformed)?;
     let media_type = match operation {
         Operation::Referrers { .. } => "application/vnd.oci.image.index.v1+json",
         _ => "application/json",
     };
     Ok(Listing {
-        bytes,
+        bytes: Bytes::new(),
         media_type: media_type.parse().map_err(|_| Cause::Malformed)?,
-        next,
-        filters,
+        next: next_link(&fetched.headers),
+        filters: filters.and_then(|value| value.to_str().ok()).map(str::to_owned),
     })
 }

@@ -16,6 +16,7 @@ use tokio::task::{JoinHandle, spawn_blocking};
 use crate::download::{Failure, Reader};
 use crate::event::{BytesFrom, Ended, Events};
 use crate::oci::{Cause, Digest, Hasher};
+use crate::pull::LongList;
 use crate::pull::passing::Passing;
 use crate::store::Store;
 use crate::store::step::{Buffers, STEP_BYTES, read_cached, read_waiting};
@@ -181,6 +182,15 @@ impl Body {
         let flow = flow(passing, |mut passing: Passing| async move {
             let next = passing.next().await.map(|next| next.map_err(Broken::Upstream));
             (passing, next)
+        });
+        Self::of(Kind::Flow { flow, size, events })
+    }
+
+    /// A list that passes through, of `size` bytes if that was said.
+    pub(super) fn long_list(list: LongList, size: Option<u64>, events: Events) -> Self {
+        let flow = flow(list, |mut list: LongList| async move {
+            let next = list.next().await.map(|next| next.map_err(Broken::Upstream));
+            (list, next)
         });
         Self::of(Kind::Flow { flow, size, events })
     }

@@ -42,7 +42,10 @@ pub(super) fn told(outcome: &Outcome) -> (event::Outcome, &'static str) {
         Outcome::ManifestHead { .. } => return (event::Outcome::Miss, "head"),
         Outcome::Passed(_) => return (event::Outcome::Miss, Reason::Passed.name()),
         Outcome::Refused(refused) => return (event::Outcome::Refused, refused.refusal.name()),
-        Outcome::Manifest(_, how) | Outcome::Blob { how, .. } | Outcome::Listing(_, how) => how,
+        Outcome::Manifest(_, how)
+        | Outcome::Blob { how, .. }
+        | Outcome::Listing(_, how)
+        | Outcome::LongList(_, how) => how,
     };
     let result = match how.reason {
         Reason::Held(served) if served.cause().is_some() || served.may_be_outdated() => event::Outcome::Stale,
@@ -100,7 +103,25 @@ pub(super) fn answer(outcome: Outcome, asked: &Asked, front: &Front, store: &Arc
             store,
         }
         .with(content),
-        Outcome::Listing(listing, how) => listing_answer(listing, how, asked),
+        Outcome::Listing(listing, how) => {
+            let (size, bytes) = (listing.bytes.len() as u64, listing.bytes.clone());
+            let mut response = respond(StatusCode::OK, Body::whole(bytes));
+            sized(&mut response, size, asked.head);
+            listing_answer(response, &listing, how, asked)
+        }
+        Outcome::LongList(list, how) => {
+            let (size, head) = (list.size, list.head().clone());
+            let body = if asked.head {
+                Body::empty()
+            } else {
+                Body::long_list(*list, size, front.events.clone())
+            };
+            let mut response = respond(StatusCode::OK, body);
+            if let Some(size) = size {
+                response.headers_mut().insert(CONTENT_LENGTH, size.into());
+            }
+            listing_answer(response, &head, how, asked)
+        }
         Outcome::Passed(passed) => passed_answer(passed, front),
         Outcome::Refused(refused) => refusal::answer(&refused, asked),
     }
@@ -153,22 +174,19 @@ fn manifest_answer(manifest: &HeldManifest, how: How, asked: &Asked) -> Response
     response
 }
 
-fn listing_answer(listing: Listing, how: How, asked: &Asked) -> Response<Body> {
-    let length = listing.bytes.len() as u64;
-    let body = if asked.head {
-        Body::empty()
-    } else {
-        Body::whole(listing.bytes)
-    };
-    let mut response = respond(StatusCode::OK, body);
-    sized(&mut response, length, asked.head);
+fn listing_answer(
+    mut response: Response<Body>,
+    listing: &Listing,
+    how: How,
+    asked: &Asked,
+) -> Response<Body> {
     let headers = response.headers_mut();
     put(headers, CONTENT_TYPE, listing.media_type.as_str());
-    if let Some(next) = listing.next.and_then(|next| asked.next_page(&next)) {
+    if let Some(next) = listing.next.as_ref().and_then(|next| asked.next_page(next)) {
         put(headers, LINK, &format!("<{next}>; rel=\"next\""));
     }
-    if let Some(filters) = listing.filters {
-        put(headers, OCI_FILTERS_APPLIED, &filters);
+    if let Some(filters) = &listing.filters {
+        put(headers, OCI_FILTERS_APPLIED, filters);
     }
     how::tell(headers, how, asked);
     response

@@ -28,7 +28,10 @@ impl Told {
     pub(super) fn of(outcome: &Outcome) -> Self {
         let (result, reason) = reply::told(outcome);
         let how = match outcome {
-            Outcome::Manifest(_, how) | Outcome::Blob { how, .. } | Outcome::Listing(_, how) => Some(how),
+            Outcome::Manifest(_, how)
+            | Outcome::Blob { how, .. }
+            | Outcome::Listing(_, how)
+            | Outcome::LongList(_, how) => Some(how),
             _ => None,
         };
         let cause = match outcome {

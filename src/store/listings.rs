@@ -1,14 +1,15 @@
 //! The last answers to questions for lists of tags and of referrers, for an outage: a page of a list, or a 404.
 //!
 //! A list is no content with a name of its own: it can be had again, and a lost one is a miss. So there is a fixed number
-//! of places for them, chosen by the hash of the question; a newer list takes the place of an older one.
+//! of places for them, chosen by the hash of the question; a newer list takes the place of an older one. Long lists have
+//! fewer places of their own.
 //!
 //! A file is one line of JSON with a checksum, then the list as the upstream sent it.
 
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use quick_cache::Weighter;
@@ -21,16 +22,28 @@ use super::volume::Volume;
 use super::{Fault, Store};
 use crate::oci::{Algorithm, Digest, MediaType};
 
-/// A longer list is not kept; with it, the kept ones never take more than 2 GiB.
-pub const LISTING_KEPT_BYTES_MAX: usize = 512 * 1024;
+/// A longer list is not kept. The longest of 20,000 images at gcr.io has 5.9 MB.
+pub const LISTING_KEPT_BYTES_MAX: usize = 8 * 1024 * 1024;
 
-/// Hexadecimal digits of a place: 4096 of them.
+/// A list longer than this goes to the places of the long ones. With it, neither kind ever takes more than 2 GiB.
+const SHORT_BYTES_MAX: usize = 512 * 1024;
+
+/// Hexadecimal digits of a place: 4096 of them …
 const SLOT_HEX: usize = 3;
+
+/// … and 256 for long lists.
+const LONG_SLOT_HEX: usize = 2;
+
+/// Long lists of which it is known what was written last, and when.
+const WRITTEN_MAX: usize = 1024;
 
 /// Room for the first line: a question of 2 KiB and the answer's header lines.
 const RECORD_BYTES_MAX: u64 = 64 * 1024;
 
 const READY_BYTES_MAX: u64 = 8 * 1024 * 1024;
+
+/// How far the time of a file may fall behind that of the last same answer.
+const REWRITE_AFTER: Duration = Duration::from_secs(3600);
 
 const TREE: &str = "listings";
 
@@ -177,6 +190,8 @@ impl Weighter<ListingKey, KeptAnswer> for ByLength {
 pub(super) struct Listings {
     volume: Arc<dyn Volume>,
     ready: Cache<ListingKey, KeptAnswer, ByLength>,
+    /// What is in the places of long lists, which are too long to be ready.
+    written: Cache<ListingKey, (Digest, SystemTime)>,
 }
 
 impl Listings {
@@ -184,6 +199,7 @@ impl Listings {
         Self {
             volume: Arc::clone(volume),
             ready: weighted(READY_BYTES_MAX, 16 * 1024, ByLength),
+            written: Cache::new(WRITTEN_MAX),
         }
     }
 
@@ -191,46 +207,110 @@ impl Listings {
         if let Some(answer) = self.ready.get(key) {
             return Ok(Some(answer));
         }
-        let path = path(key);
-        let bytes = match self
-            .volume
-            .read_whole(&path, RECORD_BYTES_MAX + LISTING_KEPT_BYTES_MAX as u64)
-        {
-            Ok(bytes) => Bytes::from(bytes),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(Fault::io("read", path, &error)),
-        };
-        let Some(answer) = read(key, &bytes) else {
+        let short = self.read_at(key, Place::Short)?;
+        let long = self.read_at(key, Place::Long)?;
+        // A list that grew or shrank has left an older one in a place of the other kind.
+        let newest = short.into_iter().chain(long).max_by_key(KeptAnswer::answered_at);
+        let Some(answer) = newest else {
             return Ok(None);
         };
+        if Place::of(&answer) == Place::Long {
+            return Ok(Some(answer));
+        }
         // Not over what was kept meanwhile.
         self.ready.get_or_insert_with(key, || Ok(answer)).map(Some)
+    }
+
+    fn read_at(&self, key: &ListingKey, place: Place) -> Result<Option<KeptAnswer>, Fault> {
+        let path = place.path(key);
+        let bytes_max = RECORD_BYTES_MAX + place.bytes_max();
+        match self.volume.read_whole(&path, bytes_max) {
+            Ok(bytes) => Ok(read(key, &Bytes::from(bytes))),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(Fault::io("read", path, &error)),
+        }
     }
 
     fn keep(&self, key: &ListingKey, answer: KeptAnswer) -> Result<(), Fault> {
         if answer.bytes().len() > LISTING_KEPT_BYTES_MAX {
             return Ok(());
         }
+        let place = Place::of(&answer);
         let before = self.ready.get(key);
         let mut file = sealed(&record(key, &answer));
         file.extend_from_slice(answer.bytes());
-        let is_news =
+        let mut is_news =
             before.is_none_or(|before| !before.is_same(&answer) || is_hours_older(&before, &answer));
-        self.ready.insert(key.clone(), answer);
+        match (place, &answer) {
+            (Place::Long, KeptAnswer::List(listing)) => {
+                self.ready.remove(key);
+                let (digest, now) = (listing.digest, listing.listed_at);
+                is_news = self.written.get(key).is_none_or(|(written, at)| {
+                    written != digest || now.duration_since(at).map_or(true, |age| age >= REWRITE_AFTER)
+                });
+                self.written.insert(key.clone(), (digest, now));
+            }
+            _ => {
+                self.written.remove(key);
+                self.ready.insert(key.clone(), answer);
+            }
+        }
         if !is_news {
             return Ok(());
         }
-        let path = path(key);
-        self.volume
-            .place(&path, &file)
-            .map_err(|error| Fault::io("write", path, &error))
+        let path = place.path(key);
+        let placed = self.volume.place(&path, &file);
+        placed.map_err(|error| {
+            self.written.remove(key);
+            Fault::io("write", path, &error)
+        })
+    }
+}
+
+/// Where an answer is kept.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Place {
+    Short,
+    Long,
+}
+
+impl Place {
+    fn of(answer: &KeptAnswer) -> Self {
+        if answer.bytes().len() > SHORT_BYTES_MAX {
+            Self::Long
+        } else {
+            Self::Short
+        }
+    }
+
+    const fn bytes_max(self) -> u64 {
+        match self {
+            Self::Short => SHORT_BYTES_MAX as u64,
+            Self::Long => LISTING_KEPT_BYTES_MAX as u64,
+        }
+    }
+
+    fn path(self, key: &ListingKey) -> PathBuf {
+        let question = [&key.upstream, "\0", &key.path].concat();
+        let mut slot = Digest::of(Algorithm::Sha256, question.as_bytes()).hex();
+        let name = match self {
+            Self::Short => {
+                slot.truncate(SLOT_HEX);
+                slot
+            }
+            Self::Long => {
+                slot.truncate(LONG_SLOT_HEX);
+                ["long-", &slot].concat()
+            }
+        };
+        [TREE, &name].iter().collect()
     }
 }
 
 /// The same answer again is written again only to keep its time from falling far behind.
 fn is_hours_older(before: &KeptAnswer, now: &KeptAnswer) -> bool {
     let age = now.answered_at().duration_since(before.answered_at());
-    age.map_or(true, |age| age.as_secs() >= 3600)
+    age.map_or(true, |age| age >= REWRITE_AFTER)
 }
 
 fn record(key: &ListingKey, answer: &KeptAnswer) -> Record {
@@ -271,11 +351,4 @@ fn read(key: &ListingKey, file: &Bytes) -> Option<KeptAnswer> {
         answered_at,
     );
     (listing.digest.to_string() == record.digest).then(|| KeptAnswer::List(Arc::new(listing)))
-}
-
-fn path(key: &ListingKey) -> PathBuf {
-    let question = [&key.upstream, "\0", &key.path].concat();
-    let mut slot = Digest::of(Algorithm::Sha256, question.as_bytes()).hex();
-    slot.truncate(SLOT_HEX);
-    [TREE, &slot].iter().collect()
 }

@@ -242,3 +242,122 @@ async fn an_upstream_without_the_referrers_api_stays_404_so_that_clients_fall_ba
         .await
         .is_refused(404);
 }
+
+/// As many tags as make a list of this size, in the order of registries.
+fn many_tags(upstream: &Upstream, count: usize) -> Vec<String> {
+    let tags: Vec<String> = (0..count)
+        .map(|n| format!("{n:08}-{}", "x".repeat(100)))
+        .collect();
+    upstream.push_tags("library/demo", &tags, &Image::with_layers(&["one"]));
+    tags
+}
+
+fn tags_of(reply: &crate::proxy::Reply) -> Vec<String> {
+    assert_eq!(reply.status, 200, "{}", reply.status);
+    let list = reply.json();
+    let tags = list["tags"].as_array().unwrap().iter();
+    tags.map(|tag| tag.as_str().unwrap().to_owned()).collect()
+}
+
+#[tokio::test]
+async fn r09_a_tag_list_of_any_size_passes_and_a_long_one_is_kept() {
+    let list = "/v2/library/demo/tags/list";
+    // 1.1 and 5.6 MB are kept for an outage, 12 MB are not.
+    for (count, kept) in [(10_000, true), (50_000, true), (110_000, false)] {
+        let upstream = Upstream::start().await;
+        let tags = many_tags(&upstream, count);
+        let proxy = Proxy::over(&upstream).await;
+        // A pull shows that the repository is public, so that an outage may be bridged.
+        proxy.manifest("library/demo", &tags[0]).await;
+        let first = proxy.get(list).await;
+        assert_eq!(tags_of(&first), tags, "{count}");
+        assert_eq!(first.header("content-type"), Some("application/json"));
+        let head = proxy.head(list).await;
+        assert_eq!(
+            head.header("content-length"),
+            Some(first.body.len().to_string().as_str())
+        );
+        if !kept {
+            upstream.refuses();
+            proxy.get(list).await.is_unreachable();
+            continue;
+        }
+        upstream.refuses();
+        // It is kept in the background.
+        let stale = proxy
+            .until(
+                "the list to be kept",
+                |proxy| proxy.get(list),
+                |reply| reply.status == 200,
+            )
+            .await;
+        assert_eq!(tags_of(&stale), tags, "{count}");
+        assert!(stale.cache_status().contains("stale"), "{}", stale.cache_status());
+        // A restart finds it as well, and pages are cut from it.
+        let proxy = proxy.restart().await;
+        let page = proxy.get(&format!("{list}?n=3&last={}", tags[1])).await;
+        assert_eq!(tags_of(&page), tags[2..5]);
+    }
+}
+
+#[tokio::test]
+async fn r09_a_long_page_of_something_in_front_is_no_list() {
+    let upstream = Upstream::start().await;
+    many_tags(&upstream, 10);
+    let page = format!("<html>{}</html>", "<p>please log in</p>".repeat(50_000));
+    let response = crate::upstream::Scripted::new(200, &page);
+    upstream.answers_next(usize::MAX, |seen| seen.path.ends_with("/tags/list"), response);
+    let proxy = Proxy::over(&upstream).await;
+    proxy.get("/v2/library/demo/tags/list").await.is_unreachable();
+}
+
+#[tokio::test]
+async fn r10_n_is_passed_on_as_asked() {
+    let upstream = Upstream::start().await;
+    let tags = many_tags(&upstream, 3_500);
+    let proxy = Proxy::over(&upstream).await;
+    for (n, query) in [
+        ("10000", "n=10000"),
+        ("1001", "n=1001"),
+        ("18446744073709551616", "n=18446744073709551616"),
+    ] {
+        let reply = proxy.get(&format!("/v2/library/demo/tags/list?n={n}")).await;
+        let expected = n.parse().unwrap_or(usize::MAX).min(tags.len());
+        assert_eq!(tags_of(&reply).len(), expected, "n={n}");
+        assert_eq!(reply.header("link").is_some(), expected < tags.len(), "n={n}");
+        let asked = upstream.requests().pop().unwrap().query;
+        assert_eq!(asked.as_deref(), Some(query));
+    }
+    for wrong in ["n=-1", "n=ten", "n=1.5"] {
+        let reply = proxy.get(&format!("/v2/library/demo/tags/list?{wrong}")).await;
+        reply.is_refused(400);
+    }
+}
+
+#[tokio::test]
+async fn r10_in_an_outage_pages_are_cut_from_the_kept_list() {
+    let (upstream, proxy) = tagged().await;
+    proxy.manifest("library/demo", "a").await;
+    let all = tags_of(&proxy.get("/v2/library/demo/tags/list").await);
+    upstream.refuses();
+    for n in [1, 2, 3, 5, 9999] {
+        let (pages, _) = pages(&proxy, &format!("/v2/library/demo/tags/list?n={n}")).await;
+        let tags: Vec<_> = pages
+            .iter()
+            .flat_map(|page| page["tags"].as_array().unwrap().clone())
+            .collect();
+        assert_eq!(tags, all, "n={n}");
+        assert_eq!(pages.len(), all.len().div_ceil(n), "n={n}");
+    }
+    for (query, tags) in [
+        ("last=c", &["d", "e"][..]),
+        ("last=cc", &["d", "e"]),
+        ("last=%C3%BC%26%2F", &[]),
+        ("n=99999999999999999999999&last=d", &["e"]),
+        ("n=0", &[]),
+    ] {
+        let reply = proxy.get(&format!("/v2/library/demo/tags/list?{query}")).await;
+        assert_eq!(tags_of(&reply), tags, "{query}");
+        assert!(reply.cache_status().contains("stale"), "{query}: {reply:#?}");
+    }
+}

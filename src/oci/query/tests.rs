@@ -64,23 +64,19 @@ fn a_wrong_query_is_refused_with_its_reason() {
 }
 
 #[test]
-fn a_page_is_a_number_of_tags_and_at_most_a_thousand() {
+fn r10_a_page_is_a_number_of_tags_passed_on_as_asked() {
     for (sent, asked) in [
         ("n=0", "n=0"),
         ("n=10", "n=10"),
         ("n=1000", "n=1000"),
-        ("n=1001", "n=1000"),
-        ("n=99999999999999999999999", "n=1000"),
+        ("n=1001", "n=1001"),
+        ("n=99999999999999999999999", "n=99999999999999999999999"),
         ("last=x", "last=x"),
     ] {
-        assert_eq!(read(sent).0.with_page_limit().unwrap().render(), asked);
+        assert_eq!(read(sent).0.with_page_size().unwrap().render(), asked);
     }
     for sent in ["n=", "n", "n=-1", "n=%2B1", "n=1.5", "n=ten", "n=1&n=x"] {
-        assert_eq!(
-            read(sent).0.with_page_limit(),
-            Err(QueryError::PageSize),
-            "{sent}"
-        );
+        assert_eq!(read(sent).0.with_page_size(), Err(QueryError::PageSize), "{sent}");
     }
 }
 
@@ -93,6 +89,6 @@ proptest! {
 
     #[test]
     fn no_query_panics(text in ".{0,60}|[%+&=nsa-f0-9]{0,60}") {
-        let _any = Query::parse(Some(&text)).map(|(query, _)| query.with_page_limit());
+        let _any = Query::parse(Some(&text)).map(|(query, _)| query.with_page_size());
     }
 }

@@ -25,7 +25,7 @@ pub(super) fn tags(shared: &Arc<Shared>, seen: &Seen, name: &str) -> Response<Pi
     let last = parameter(seen, "last").unwrap_or_default();
     let mut page: Vec<_> = tags.into_iter().filter(|tag| *tag > last).collect();
     let mut response = Response::builder().header(CONTENT_TYPE, "application/json");
-    if let Some(n) = parameter(seen, "n").map(|n| n.parse::<usize>().unwrap()) {
+    if let Some(n) = parameter(seen, "n").map(|n| n.parse::<usize>().unwrap_or(usize::MAX)) {
         if n < page.len() && n > 0 {
             let link = format!(
                 "<{}/v2/{name}/tags/list?n={n}&last={}>; rel=\"next\"",

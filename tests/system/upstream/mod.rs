@@ -195,6 +195,16 @@ impl Upstream {
         self.push(repository, tag, image)
     }
 
+    /// All of these tags name this image.
+    pub fn push_tags(&self, repository: &str, tags: &[String], image: &Image) {
+        self.edit(repository, |held| {
+            held.keep(image);
+            for tag in tags {
+                held.tags.insert(tag.clone(), vec![image.digest.clone()]);
+            }
+        });
+    }
+
     /// The same tag names this image for clients that do not accept the type of the first one.
     pub fn push_also(&self, repository: &str, tag: &str, image: Image) -> Image {
         self.edit(repository, |held| {

@@ -1,0 +1,127 @@
+//! Lists of tags that are too long to be held in memory: passed on as they arrive.
+//!
+//! A list that is not too long for that is copied on the way, and kept once it has arrived whole.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::task::spawn_blocking;
+
+use super::listing::{Listing, is_json};
+use super::{Pull, asking};
+use crate::oci::Cause;
+use crate::store::listings::{KeptListing, LISTING_KEPT_BYTES_MAX, ListingKey};
+use crate::upstream::Fetched;
+
+/// Long lists copied at a time. With more, the others are passed on and not kept, so the copies of all take at most
+/// this many times [`LISTING_KEPT_BYTES_MAX`].
+const COPIES_MAX: usize = 4;
+
+/// Places for copies of long lists.
+pub(super) struct Copies(Arc<Semaphore>);
+
+impl Default for Copies {
+    fn default() -> Self {
+        Self(Arc::new(Semaphore::new(COPIES_MAX)))
+    }
+}
+
+/// A list on its way from the upstream.
+pub struct LongList {
+    /// Its type, next page and filters; of its bytes those that have arrived.
+    pub(super) head: Listing,
+    /// Its size in bytes, if the upstream said it.
+    pub size: Option<u64>,
+    rest: Fetched,
+    given: bool,
+    copy: Option<Copy>,
+}
+
+struct Copy {
+    bytes: Vec<u8>,
+    pull: Arc<Pull>,
+    key: ListingKey,
+    _place: OwnedSemaphorePermit,
+}
+
+impl LongList {
+    /// `head`: what has arrived; `size`: of the whole, if it is known.
+    pub(super) fn new(
+        pull: &Arc<Pull>,
+        key: ListingKey,
+        (head, size): (Listing, Option<u64>),
+        rest: Fetched,
+    ) -> Self {
+        let fits = size.is_none_or(|size| size <= LISTING_KEPT_BYTES_MAX as u64);
+        let place = Arc::clone(&pull.list_copies.0).try_acquire_owned().ok();
+        let copy = place.filter(|_| fits).map(|place| Copy {
+            bytes: head.bytes.to_vec(),
+            pull: Arc::clone(pull),
+            key,
+            _place: place,
+        });
+        Self {
+            head,
+            size,
+            rest,
+            given: false,
+            copy,
+        }
+    }
+
+    /// What is known of it before it has arrived.
+    pub fn head(&self) -> &Listing {
+        &self.head
+    }
+
+    /// The next bytes; `None` at the end and only there.
+    pub async fn next(&mut self) -> Option<Result<Bytes, Cause>> {
+        if !std::mem::replace(&mut self.given, true) {
+            return Some(Ok(self.head.bytes.clone()));
+        }
+        let next = self.rest.chunk().await;
+        match (&next, self.copy.take()) {
+            (Some(Ok(chunk)), Some(mut copy)) => {
+                if copy.bytes.len() + chunk.len() <= LISTING_KEPT_BYTES_MAX {
+                    copy.bytes.extend_from_slice(chunk);
+                    // A body whose stated length has been given is asked for nothing more.
+                    if self.size == Some(copy.bytes.len() as u64) {
+                        copy.keep(&self.head);
+                    } else {
+                        self.copy = Some(copy);
+                    }
+                }
+            }
+            (None, Some(copy)) => copy.keep(&self.head),
+            (Some(Err(_)), _) | (_, None) => {}
+        }
+        next
+    }
+}
+
+impl Copy {
+    /// Apart from the client, which has its bytes.
+    fn keep(self, head: &Listing) {
+        let (media_type, next, filters) = (head.media_type.clone(), head.next.clone(), head.filters.clone());
+        tokio::spawn(async move {
+            let Self {
+                bytes,
+                pull,
+                key,
+                _place,
+            } = self;
+            let now = pull.clock.now();
+            let store = Arc::clone(&pull.store);
+            let kept = spawn_blocking(move || {
+                if is_json(&bytes) {
+                    let listing = KeptListing::new(bytes.into(), media_type, next, filters, now);
+                    store.keep_listing(&key, listing)
+                } else {
+                    Ok(())
+                }
+            });
+            asking::report(kept.await, "keep a long list");
+        });
+    }
+}
