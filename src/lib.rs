@@ -6,7 +6,8 @@
 //!
 //! The map, from the inside out; each layer may use those before it, and `tests/layers.rs` holds it to that:
 //!
-//! 1. [`oci`]: the protocol's values and grammar, [`trace`] (which request belongs to which) and [`clock`]. Pure.
+//! 1. [`oci`]: the protocol's values and grammar, [`trace`] (which request belongs to which) and [`clock`]. Pure. And
+//!    [`terminal`]: the one way to standard output and standard error.
 //! 2. [`policy`] and [`access`]: what to do, and who may read. Pure, without a clock.
 //! 3. [`store`] (the disk), [`upstream`] (the network outwards), [`event`] (what is told), [`flight`] (one question
 //!    for many askers).
@@ -42,5 +43,6 @@ pub mod run;
 pub mod server;
 pub mod setup;
 pub mod store;
+pub mod terminal;
 pub mod trace;
 pub mod upstream;

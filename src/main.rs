@@ -1,7 +1,7 @@
 //! The `ifnewer` program: arguments, configuration, run, exit code. 0: done, 1: failed, 2: wrong usage or configuration.
 
 use std::fmt::Display;
-use std::io::{IsTerminal, Write};
+use std::io::Write;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -14,7 +14,7 @@ use ifnewer::otlp;
 use ifnewer::run::{RunError, serve};
 use ifnewer::server::listen::Passed;
 use ifnewer::setup::{Done, Refused, Root};
-use ifnewer::{admin, ca, cli, demo, doctor, operate, setup};
+use ifnewer::{admin, ca, cli, demo, doctor, operate, setup, terminal};
 use listenfd::ListenFd;
 use tracing_subscriber::EnvFilter;
 
@@ -22,7 +22,15 @@ const FAILED: u8 = 1;
 const MISTAKEN: u8 = 2;
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        // It quotes the command line, which may hold names that others chose.
+        Err(error) if error.use_stderr() => {
+            let _ = write!(terminal::stderr(), "{error}");
+            return ExitCode::from(MISTAKEN);
+        }
+        Err(help) => help.exit(),
+    };
     // Before any port is bound: a wrong configuration must not take a running cache's place.
     let config = match load(&cli.options) {
         Ok(config) => config,
@@ -30,19 +38,19 @@ fn main() -> ExitCode {
     };
     match cli.wanted() {
         Command::Check => {
-            let _ = write!(std::io::stdout(), "{}", config.summary());
+            let _ = write!(terminal::stdout(false), "{}", config.summary());
             ExitCode::SUCCESS
         }
         Command::Config(cli::Settings::Show { origin }) => match cli::settings(&cli.options) {
             Ok(mut settings) => {
                 settings.with_origin = origin;
-                let _ = write!(std::io::stdout(), "{settings}");
+                let _ = write!(terminal::stdout(false), "{settings}");
                 ExitCode::SUCCESS
             }
             Err(faults) => fail(MISTAKEN, &faults),
         },
         Command::Config(cli::Settings::Reference) => {
-            let _ = write!(std::io::stdout(), "{}", ifnewer::config::reference());
+            let _ = write!(terminal::stdout(false), "{}", ifnewer::config::reference());
             ExitCode::SUCCESS
         }
         Command::Healthcheck => run(async {
@@ -59,10 +67,10 @@ fn main() -> ExitCode {
         },
         Command::Demo { stay } => run(play(stay)),
         Command::Completions { shell } => {
-            cli::completions(shell, &mut std::io::stdout());
+            cli::completions(shell, &mut terminal::stdout(false));
             ExitCode::SUCCESS
         }
-        Command::Man { out } => match cli::manual(out.as_deref(), &mut std::io::stdout()) {
+        Command::Man { out } => match cli::manual(out.as_deref(), &mut terminal::stdout(false)) {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => fail(FAILED, &format!("cannot write the manual: {error}")),
         },
@@ -127,9 +135,9 @@ async fn serve_until_ended(
 async fn examine(config: &Config, words: &cli::Doctor, root: &Root) -> ExitCode {
     let report = doctor::examine(config, &words.options(), root, Clock::system().now()).await;
     let _ = if words.json {
-        writeln!(std::io::stdout(), "{:#}", report.json())
+        writeln!(terminal::stdout(false), "{:#}", report.json())
     } else {
-        write!(std::io::stdout(), "{report}")
+        write!(terminal::stdout(false), "{report}")
     };
     ExitCode::from(report.exit_code())
 }
@@ -147,7 +155,7 @@ fn set_up(config: &Config, words: &cli::Setup) -> ExitCode {
         return tell(setup::apply(config, &options, &root));
     }
     let (text, objection) = setup::show(config, &options, &root);
-    let _ = write!(std::io::stdout(), "{text}");
+    let _ = write!(terminal::stdout(false), "{text}");
     match objection {
         None => ExitCode::SUCCESS,
         Some(refused) => fail(FAILED, &refused),
@@ -158,7 +166,7 @@ fn authority(config: &Config, words: cli::Ca) -> ExitCode {
     match words {
         cli::Ca::Export { out } => match (ca::export(config), out) {
             (Ok(authority), None) => {
-                let _ = write!(std::io::stdout(), "{}", authority.pem());
+                let _ = write!(terminal::stdout(false), "{}", authority.pem());
                 ExitCode::SUCCESS
             }
             (Ok(authority), Some(path)) => match std::fs::write(&path, authority.pem()) {
@@ -182,7 +190,7 @@ fn authority(config: &Config, words: cli::Ca) -> ExitCode {
         }
         cli::Ca::Rotate => match ca::rotate(config, Clock::system()) {
             Ok(old) => {
-                let _ = write!(std::io::stdout(), "{}", ca::Rotated { old: &old });
+                let _ = write!(terminal::stdout(false), "{}", ca::Rotated { old: &old });
                 ExitCode::SUCCESS
             }
             Err(error) => fail(FAILED, &error),
@@ -193,7 +201,7 @@ fn authority(config: &Config, words: cli::Ca) -> ExitCode {
 fn tell(done: Result<Done, Refused>) -> ExitCode {
     match done {
         Ok(done) => {
-            let _ = write!(std::io::stdout(), "{done}");
+            let _ = write!(terminal::stdout(false), "{done}");
             ExitCode::SUCCESS
         }
         Err(refused) => fail(FAILED, &refused),
@@ -253,8 +261,8 @@ async fn play(stay: bool) -> ExitCode {
         });
         ended
     });
-    let colour = std::io::stdout().is_terminal() && cli::wants_colour();
-    match demo::play(program, folder, colour, &mut std::io::stdout(), stay).await {
+    let colour = terminal::is_stdout_terminal() && cli::wants_colour();
+    match demo::play(program, folder, colour, &mut terminal::stdout(colour), stay).await {
         Ok(played) if played.wrong == 0 => ExitCode::SUCCESS,
         Ok(_) => ExitCode::from(FAILED),
         Err(error) => fail(FAILED, &error),
@@ -267,10 +275,12 @@ async fn operate(config: &Config, command: operate::Command) -> ExitCode {
         Err(error) => return fail(MISTAKEN, &error),
     };
     let client = admin::client::Client::new(config.listen.admin.clone(), token);
-    let (mut out, is_terminal) = (std::io::stdout(), std::io::stdout().is_terminal());
+    let is_terminal = terminal::is_stdout_terminal();
+    let colour = is_terminal && cli::wants_colour();
+    let mut out = terminal::stdout(colour);
     let mut output = operate::Output {
-        colour: is_terminal && cli::wants_colour(),
-        progress: is_terminal && std::io::stderr().is_terminal(),
+        colour,
+        progress: is_terminal && terminal::is_stderr_terminal(),
         out: &mut out,
     };
     match operate::run(&client, &command, &mut output).await {
@@ -300,8 +310,8 @@ fn log(log: &Log) {
     let filter = EnvFilter::try_new(&log.level).unwrap_or_else(|_| EnvFilter::new("info"));
     let subscriber = tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_ansi(std::io::stderr().is_terminal())
-        .with_writer(std::io::stderr);
+        .with_ansi(terminal::is_stderr_terminal())
+        .with_writer(terminal::Log);
     match log.format {
         LogFormat::Human => subscriber.with_target(false).init(),
         LogFormat::Json => subscriber.json().init(),
@@ -309,6 +319,6 @@ fn log(log: &Log) {
 }
 
 fn fail(code: u8, why: &dyn Display) -> ExitCode {
-    let _ = writeln!(std::io::stderr(), "{why}");
+    let _ = writeln!(terminal::stderr(), "{why}");
     ExitCode::from(code)
 }

@@ -20,6 +20,7 @@ use clap::{Args, Subcommand, ValueEnum};
 use serde_json::{Value, json};
 
 use crate::admin::client::{AskError, Client};
+use crate::terminal::printable;
 
 /// What can be asked and told.
 #[derive(Clone, Debug, PartialEq, Eq, Subcommand)]
@@ -361,7 +362,7 @@ impl Output<'_> {
             Tone::Strong => "1",
         };
         if self.colour {
-            format!("\x1b[{code}m{text}\x1b[0m")
+            format!("\x1b[{code}m{}\x1b[0m", printable(text))
         } else {
             text.to_owned()
         }

@@ -29,6 +29,7 @@ use crate::server::{Doors, Entry, Front, Passwords, Registry, Sound, Tunnels};
 use crate::store::step::Buffers;
 use crate::store::volume::Directory;
 use crate::store::{Limits as StoreLimits, OpenError, Settings as StoreSettings, Store};
+use crate::terminal;
 use crate::upstream::origin::Origin;
 use crate::upstream::tunnel::Way;
 use crate::upstream::{
@@ -490,7 +491,7 @@ fn operate(
 
 /// On standard output, for people and for scripts that let the system choose the port.
 fn announce(what: &str, address: &str) {
-    let mut out = std::io::stdout().lock();
+    let mut out = terminal::stdout(false);
     // A closed standard output is no reason not to serve.
     let _ = writeln!(out, "{what} listening on {address}");
     let _ = out.flush();

@@ -43,6 +43,7 @@ const MODULES: &[Module] = &[
     module("clock", 1, &[], &[]),
     module("age", 1, &[], &["oci", "clock"]),
     module("trace", 1, &[], &[]),
+    module("terminal", 1, &[], &[]),
     // Judgement. Time is an argument. `access` answers in the decision's own word, `Standing`: one type, no translation.
     module("policy", 2, &[], &["clock"]),
     module("access", 2, &["policy"], &["clock"]),
@@ -315,6 +316,27 @@ fn a_hidden_clock_is_caught() {
     ] {
         assert!(!breaches(file, text).is_empty(), "{file}: {text}");
     }
+}
+
+#[test]
+fn t15_everything_printed_goes_through_one_module() {
+    let ways = [
+        "io::stdout",
+        "io::stderr",
+        "io::Stdout",
+        "io::Stderr",
+        "/dev/std",
+        "/dev/tty",
+    ];
+    let prints = |code: &str| ways.iter().any(|way| code.contains(way));
+    let sources = sources();
+    let found = sources.iter().filter(|(_, text)| prints(&product_code(text)));
+    let found: Vec<&str> = found.map(|(file, _)| file.as_str()).collect();
+    assert_eq!(
+        found,
+        ["terminal.rs"],
+        "`terminal` is the one way (`print!` and its kin are denied by clippy)"
+    );
 }
 
 /// Debug text is for who writes the code. Here it is the input of a hash, a quoted string in a file of TOML, or a `Debug`.

@@ -3,7 +3,7 @@
 //! What is exported has its name only when it is whole.
 
 use std::fs::{self, File};
-use std::io::{self, IsTerminal as _, Read, Write};
+use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 
 use indicatif::{ProgressBar, ProgressStyle};
@@ -15,6 +15,7 @@ use crate::admin::client::{Client, Download};
 use crate::admin::words::{bytes, short};
 use crate::archive::layout::Place;
 use crate::archive::pipe::{Sink, Spring, pipe};
+use crate::terminal;
 
 const STANDARD: &str = "-";
 
@@ -31,7 +32,15 @@ pub(super) async fn export(client: &Client, words: &Export, output: &mut Output<
         download.bytes,
     );
     let written = match &target {
-        Target::Standard => copy(&mut download, &bar, output.out, Path::new(STANDARD)).await,
+        Target::Standard => {
+            copy(
+                &mut download,
+                &bar,
+                &mut terminal::raw_stdout(),
+                Path::new(STANDARD),
+            )
+            .await
+        }
         Target::File { part, .. } => {
             let mut file = File::create(part).map_err(|error| failed(part, error))?;
             let copied = copy(&mut download, &bar, &mut file, part).await;
@@ -127,7 +136,7 @@ enum Target {
 impl Target {
     fn of(path: &Path) -> Result<Self, Failed> {
         if path.as_os_str() == STANDARD {
-            if io::stdout().is_terminal() {
+            if terminal::is_stdout_terminal() {
                 return Err(Failed::Undone(
                     "an archive is nothing for a terminal; say where to with --output".to_owned(),
                 ));

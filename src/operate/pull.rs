@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 use super::{Failed, Output, Pull, Tone, list, number, text};
 use crate::admin::client::{AskError, Client};
 use crate::admin::words::{bytes, short};
+use crate::terminal;
 
 /// How often progress is asked for.
 const LOOK_EVERY: Duration = Duration::from_millis(150);
@@ -115,7 +116,7 @@ impl Bars {
             bar.set_style(style("{wide_msg} {bar:12.cyan/dim} {binary_bytes:>10}"));
             bar
         });
-        image.set_message(text(pull, "image").to_owned());
+        image.set_message(terminal::line(text(pull, "image"), false));
         let layers = list(pull, "layers");
         image.set_length(layers.iter().map(|layer| number(layer, "size")).sum());
         image.set_position(layers.iter().map(|layer| number(layer, "received")).sum());
@@ -138,7 +139,7 @@ impl Bars {
             // The state first: what is cut off on a narrow terminal is the digest.
             let digest = short(&digest);
             let digest = digest.rsplit_once(':').map_or(digest.as_str(), |(_, hex)| hex);
-            bar.set_message(format!("{state} {digest}"));
+            bar.set_message(terminal::line(&format!("{state} {digest}"), false));
         }
     }
 
@@ -154,7 +155,9 @@ impl Bars {
             bar.finish_and_clear();
         }
         // A terminal that is gone shows nothing; the exit code says the same.
-        let _ = self.all.println(outcome(pull, output));
+        let _ = self
+            .all
+            .println(terminal::line(&outcome(pull, output), output.colour));
     }
 }
 

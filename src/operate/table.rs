@@ -1,5 +1,7 @@
 //! Columns for people: as wide as they need to be, numbers to the right.
 
+use crate::terminal::printable;
+
 /// A table in the making.
 pub(super) struct Table {
     heads: Vec<&'static str>,
@@ -16,7 +18,9 @@ impl Table {
     }
 
     pub(super) fn row(&mut self, cells: Vec<String>) {
-        self.rows.push(cells);
+        // As wide as it is shown.
+        let cells = cells.iter().map(|cell| printable(cell).into_owned());
+        self.rows.push(cells.collect());
     }
 
     /// Its lines, the heads first, without blanks at their ends.

@@ -305,3 +305,65 @@ async fn from_elsewhere_both_need_the_token() {
         .header("origin", "http://evil.example");
     assert_eq!(page.await.status, 403);
 }
+
+/// What steers a terminal, in a name: a window's title, C1, an override of direction and a character of no width.
+const HOSTILE: &str = "x\u{1b}]0;t\u{7}\u{9b}2J\u{202e}gnp\u{200b}";
+
+fn tar_of(name: &str, size: &[u8; 12]) -> Vec<u8> {
+    let mut header = tar::Header::new_gnu();
+    header.as_gnu_mut().unwrap().name[..name.len()].copy_from_slice(name.as_bytes());
+    header.set_mode(0o644);
+    header.as_gnu_mut().unwrap().size = *size;
+    header.set_cksum();
+    let mut archive = header.as_bytes().to_vec();
+    archive.resize(archive.len() + 1536, 0);
+    archive
+}
+
+#[tokio::test]
+async fn t15_import_prints_no_control_characters_of_an_archive() {
+    let (_upstream, proxy) = cut_off().await;
+    let index = format!(
+        r#"{{"schemaVersion":2,"manifests":[{{"mediaType":"{HOSTILE}","digest":"{HOSTILE}","size":1,"annotations":{{"org.opencontainers.image.ref.name":"{HOSTILE}"}}}}]}}"#
+    )
+    .replace('\u{1b}', "\\u001b")
+    .replace('\u{7}', "\\u0007");
+    let size = format!("{:011o}\0", index.len());
+    let mut layout = tar_of("index.json", size.as_bytes().try_into().unwrap());
+    layout[512..512 + index.len()].copy_from_slice(index.as_bytes());
+    let archives = [
+        ("name.tar", tar_of(HOSTILE, b"00000000000\0")),
+        ("number.tar", tar_of("index.json", b"\x1b]0;t\x07\xc2\x9b2J\0\0")),
+        ("layout.tar", layout),
+    ];
+    let named = file(&proxy, &format!("{HOSTILE}.tar"));
+    for (name, bytes) in archives {
+        let path = file(&proxy, name);
+        fs::write(&path, bytes).unwrap();
+        let (code, out, err) = run(&proxy, &["import", &path]).await;
+        assert_ne!(code, Some(0), "{name}");
+        is_printable(&(out + &err));
+    }
+    for words in [
+        &["import", &named][..],
+        &["show", HOSTILE],
+        &["why", HOSTILE],
+        &["log", HOSTILE],
+        &["log", "--json", HOSTILE],
+        &["ls", HOSTILE],
+        &["pull", HOSTILE],
+        &["doctor", HOSTILE],
+        &[HOSTILE],
+        &["check", "--config", &named],
+        &["setup", "docker", "--ca", &named],
+    ] {
+        let (_, out, err) = run(&proxy, words).await;
+        is_printable(&(out + &err));
+    }
+    is_printable(&proxy.program().stderr());
+}
+
+fn is_printable(text: &str) {
+    let steers = |c: char| (c.is_control() && c != '\n' && c != '\t') || matches!(c, '\u{202e}' | '\u{200b}');
+    assert!(!text.chars().any(steers), "{text:?}");
+}

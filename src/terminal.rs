@@ -1,0 +1,256 @@
+//! Standard output and standard error, and the one way to them: text of others cannot steer the terminal it is shown on.
+//!
+//! Names, numbers, errors and log fields come from archives, registries, clients and files. Control characters, C1,
+//! bidirectional overrides and characters of no width are written as JSON escapes them (`\u001b`): readable in text, and
+//! exact in JSON. What this program itself says in colour passes where colours are wanted.
+
+use std::io::{self, IsTerminal, Write};
+
+use tracing_subscriber::fmt::MakeWriter;
+
+/// The longest beginning of a colour, which is held back until its end is there.
+const HELD_BYTES_MAX: usize = 4;
+
+/// Standard output. With `colour`, colours pass.
+pub fn stdout(colour: bool) -> Printable<io::Stdout> {
+    Printable::new(io::stdout(), colour)
+}
+
+/// Standard error, without colours.
+pub fn stderr() -> Printable<io::Stderr> {
+    Printable::new(io::stderr(), false)
+}
+
+/// Standard output for bytes that are no text. Not for a terminal.
+pub fn raw_stdout() -> io::Stdout {
+    io::stdout()
+}
+
+/// Whether a terminal is at standard output.
+pub fn is_stdout_terminal() -> bool {
+    io::stdout().is_terminal()
+}
+
+/// Whether a terminal is at standard error.
+pub fn is_stderr_terminal() -> bool {
+    io::stderr().is_terminal()
+}
+
+/// Where the log goes: standard error, with colours on a terminal.
+#[derive(Clone, Copy, Debug)]
+pub struct Log;
+
+impl<'a> MakeWriter<'a> for Log {
+    type Writer = Printable<io::Stderr>;
+
+    fn make_writer(&'a self) -> Self::Writer {
+        Printable::new(io::stderr(), is_stderr_terminal())
+    }
+}
+
+/// A writer of text that passes what is printable, and the rest escaped.
+pub struct Printable<W: Write> {
+    inner: W,
+    colour: bool,
+    /// The beginning of a character or a colour whose end has not been written yet.
+    held: Vec<u8>,
+}
+
+impl<W: Write> Printable<W> {
+    /// Writes to `inner`. With `colour`, colours pass.
+    pub fn new(inner: W, colour: bool) -> Self {
+        Self {
+            inner,
+            colour,
+            held: Vec::new(),
+        }
+    }
+
+    fn pass(&mut self, text: &str) -> io::Result<()> {
+        let mut rest = text;
+        while let Some((before, sequence, after)) = next_colour(rest).filter(|_| self.colour) {
+            self.inner.write_all(printable(before).as_bytes())?;
+            self.inner.write_all(sequence.as_bytes())?;
+            rest = after;
+        }
+        self.inner.write_all(printable(rest).as_bytes())
+    }
+
+    /// The part of `bytes` that can be written now: the rest may be completed by what comes.
+    fn whole(&self, bytes: &[u8]) -> usize {
+        let tail = bytes.len().saturating_sub(HELD_BYTES_MAX);
+        let last_escape = bytes
+            .iter()
+            .rposition(|byte| *byte == 0x1b)
+            .filter(|at| self.colour && *at >= tail);
+        if let Some(at) = last_escape
+            && bytes.get(at + 1..).is_some_and(is_begun_colour)
+        {
+            return at;
+        }
+        match std::str::from_utf8(bytes) {
+            Err(error) if error.error_len().is_none() => error.valid_up_to(),
+            _ => bytes.len(),
+        }
+    }
+
+    fn pass_held(&mut self) -> io::Result<()> {
+        let held = std::mem::take(&mut self.held);
+        self.pass(&String::from_utf8_lossy(&held))
+    }
+}
+
+impl<W: Write> Write for Printable<W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.held.extend_from_slice(bytes);
+        let whole = self.whole(&self.held);
+        let rest = self.held.split_off(whole);
+        self.pass_held()?;
+        self.held = rest;
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.inner.flush()
+    }
+}
+
+impl<W: Write> Drop for Printable<W> {
+    fn drop(&mut self) {
+        // A stream that is closed has nobody left to tell.
+        let _ = self.pass_held().and_then(|()| self.inner.flush());
+    }
+}
+
+/// `text` as [`stdout`] would write it, for what is shown by another way: beside a bar of progress.
+pub fn line(text: &str, colour: bool) -> String {
+    let mut line = Vec::with_capacity(text.len());
+    let mut writer = Printable::new(&mut line, colour);
+    // Memory takes every byte.
+    let _ = writer.write_all(text.as_bytes());
+    drop(writer);
+    String::from_utf8_lossy(&line).into_owned()
+}
+
+/// `text` with whatever could steer a terminal escaped.
+pub fn printable(text: &str) -> std::borrow::Cow<'_, str> {
+    if !text.chars().any(steers) {
+        return text.into();
+    }
+    let mut escaped = String::with_capacity(text.len() + 16);
+    for c in text.chars() {
+        if steers(c) {
+            let mut units = [0; 2];
+            for unit in c.encode_utf16(&mut units) {
+                escaped.push_str(&format!("\\u{unit:04x}"));
+            }
+        } else {
+            escaped.push(c);
+        }
+    }
+    escaped.into()
+}
+
+/// Whether a character does something else than being shown: C0 but for tab and newline, DEL and C1; bidirectional marks,
+/// embeddings, overrides and isolates; what has no width; separators of lines; tags and annotations.
+fn steers(c: char) -> bool {
+    match c {
+        '\n' | '\t' => false,
+        '\u{ad}' | '\u{61c}' | '\u{180e}' | '\u{feff}' => true,
+        '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' => true,
+        '\u{fff9}'..='\u{fffb}' | '\u{e0000}'..='\u{e007f}' => true,
+        c => c.is_control(),
+    }
+}
+
+/// The colours that this program and its log use (ECMA-48 SGR, `ESC [ 31 m`). None of them hides text: one that gets into
+/// text of others colours it, and does no more.
+const COLOURS: [&str; 10] = ["0", "1", "2", "3", "31", "32", "33", "34", "35", "36"];
+
+/// The first colour in `text`, with what is before and after it.
+fn next_colour(text: &str) -> Option<(&str, &str, &str)> {
+    text.match_indices("\u{1b}[").find_map(|(at, _)| {
+        let (before, from) = text.split_at_checked(at)?;
+        let (code, after) = from.get(2..)?.split_once('m')?;
+        let sequence = from.get(..code.len() + 3)?;
+        COLOURS.contains(&code).then_some((before, sequence, after))
+    })
+}
+
+/// Whether these bytes after an ESC may yet become a colour.
+fn is_begun_colour(bytes: &[u8]) -> bool {
+    match bytes.split_first() {
+        None => true,
+        Some((b'[', digits)) => digits.len() <= 2 && digits.iter().all(u8::is_ascii_digit),
+        Some(_) => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests may fail loudly")]
+    use super::*;
+
+    fn shown(pieces: &[&[u8]], colour: bool) -> String {
+        let mut out = Vec::new();
+        let mut printable = Printable::new(&mut out, colour);
+        for piece in pieces {
+            printable.write_all(piece).unwrap();
+        }
+        drop(printable);
+        String::from_utf8(out).unwrap()
+    }
+
+    #[test]
+    fn t15_what_steers_a_terminal_is_escaped() {
+        for (text, wanted) in [
+            ("a\tb\nc é 漢 🦀", "a\tb\nc é 漢 🦀"),
+            ("\u{1b}]0;title\u{7}", "\\u001b]0;title\\u0007"),
+            ("\u{9b}2J\u{7f}\r\u{8}", "\\u009b2J\\u007f\\u000d\\u0008"),
+            (
+                "\u{202e}gpj\u{2066}\u{200b}\u{feff}",
+                "\\u202egpj\\u2066\\u200b\\ufeff",
+            ),
+            ("\u{e0041}", "\\udb40\\udc41"),
+        ] {
+            assert_eq!(printable(text), wanted);
+            assert_eq!(shown(&[text.as_bytes()], true), wanted);
+            let json = serde_json::Value::String(text.to_owned());
+            let printed = shown(&[json.to_string().as_bytes()], false);
+            assert_eq!(serde_json::from_str::<serde_json::Value>(&printed).unwrap(), json);
+        }
+        assert_eq!(shown(&[b"a\xffb"], false), "a\u{fffd}b");
+    }
+
+    #[test]
+    fn t15_colours_pass_where_they_are_wanted_and_nothing_else() {
+        let red = "\u{1b}[31mno\u{1b}[0m";
+        assert_eq!(shown(&[red.as_bytes()], true), red);
+        assert_eq!(shown(&[red.as_bytes()], false), "\\u001b[31mno\\u001b[0m");
+        for wrong in [
+            "\u{1b}[8m",
+            "\u{1b}[30;40m",
+            "\u{1b}[2J",
+            "\u{1b}[1;",
+            "\u{1b}[",
+            "\u{1b}",
+            "\u{1b}[?25l",
+            "\u{1b}[31",
+        ] {
+            assert!(!shown(&[wrong.as_bytes()], true).contains('\u{1b}'), "{wrong:?}");
+        }
+    }
+
+    #[test]
+    fn t15_pieces_are_put_together_wherever_they_are_cut() {
+        let text = "\u{1b}[32mé\u{202e}\u{1b}[0m\u{1b}[2J漢";
+        let wanted = shown(&[text.as_bytes()], true);
+        assert_eq!(wanted, "\u{1b}[32mé\\u202e\u{1b}[0m\\u001b[2J漢");
+        for cut in 0..=text.len() {
+            let (one, other) = text.as_bytes().split_at(cut);
+            assert_eq!(shown(&[one, other], true), wanted, "cut at {cut}");
+        }
+        let each: Vec<&[u8]> = text.as_bytes().chunks(1).collect();
+        assert_eq!(shown(&each, true), wanted);
+    }
+}
