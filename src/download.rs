@@ -118,6 +118,12 @@ pub trait Source: Send + 'static {
     /// a stream broke, it should turn to another address if it has one.
     fn open(&mut self, from: u64) -> impl Future<Output = Result<Stream, Answer>> + Send;
 
+    /// The bytes are verified, and the last of them are not released yet: what follows from that is noted now, so that
+    /// whoever has the whole blob finds it noted.
+    fn verified(&mut self) -> impl Future<Output = ()> + Send {
+        std::future::ready(())
+    }
+
     /// The transfer is over, well or not.
     fn ended(&self, _failure: Option<&Failure>) {}
 }
@@ -266,6 +272,12 @@ impl Downloads {
     pub fn is_arriving(&self, digest: &Digest) -> bool {
         let running = self.shared.running();
         running.get(digest).is_some_and(|download| download.is_open())
+    }
+
+    /// The size of a blob that is verified and being named.
+    pub fn verified_size(&self, digest: &Digest) -> Option<u64> {
+        let running = self.shared.running();
+        running.get(digest).and_then(|download| download.verified_size())
     }
 
     /// Whether at least half of the places are free, so that what nobody waits for may be begun.

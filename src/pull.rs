@@ -6,7 +6,7 @@
 //! * `asking`: the question put to the upstream, shared by those who may share it, and what follows from the answer.
 //! * `rights`: what its answers show of who may read. `logins`: whose a token is, and tokens of ours. `recalled`: how it asks for a credential, for when it is silent.
 //! * `manifest`: by tag and by digest; `copies` of it that are held, `fetching` it, the `check` of what it points to.
-//! * `blob`: held, joined or led; `source`: how a download reaches the upstream; `prefetch` begins before anybody asks. * `listing`: tags; `long_list`, passed on as it arrives; `page`, cut from what is kept. * `referrers`: by their API and by their fallback tag.
+//! * `blob`: held, joined or led; `possession`: the proof where a HEAD proves nothing; `source`: how a download reaches the upstream; `prefetch` begins before anybody asks. * `listing`: tags; `long_list`, passed on as it arrives; `page`, cut from what is kept. * `referrers`: by their API and by their fallback tag.
 //! * `cached`: what the store holds of it, or an error of the disk, logged. * `challenge`: how the registry itself answers `/v2/`. * `writing`: what follows from a write that passed.
 
 mod asking;
@@ -23,6 +23,7 @@ mod long_list;
 mod manifest;
 mod page;
 pub mod passing;
+mod possession;
 mod prefetch;
 mod recalled;
 mod referrers;
@@ -76,6 +77,7 @@ pub struct Pull {
     events: Events,
     principals: site::Principals,
     sizes: sizes::Sizes,
+    arriving: possession::Arriving,
     found: check::Found,
     prefetching: prefetch::Prefetching,
     list_copies: long_list::Copies,
@@ -219,6 +221,7 @@ impl Pull {
             events,
             principals,
             sizes: sizes::Sizes::default(),
+            arriving: possession::Arriving::default(),
             found: check::Found::default(),
             prefetching: prefetch::Prefetching::default(),
             list_copies: long_list::Copies::default(),

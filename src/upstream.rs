@@ -7,7 +7,7 @@
 //! Deliberately not here: what to do with an answer (`policy`), keeping bytes (`store`), sharing a transfer
 //! (`download`). Bodies are not verified; whoever keeps them hashes them.
 //!
-//! Reading order: `answer` (what can be said) → `question` (HEAD and its substitutes) → `exchange` (credential,
+//! Reading order: `answer` (what can be said) → `proof` (when a 2xx is a yes) → `question` (HEAD and its substitutes) → `exchange` (credential,
 //! challenge, token) → `token` → `client` (one request) → `line` (one connection) → `dial`, `tcp`, `tls`; `breaker`, `limits`, `retry_after`, `quirk`, `places`, `state` (what outlives reloads), `route`,
 //! `location`, `origin`, `target` (where redirects may lead) and `zone` are small and stand alone. Beside all that: `pass` (what is not asked by us but handed on),
 //! `realm` (the same at a token service) and `tunnel` (what is not even read).
@@ -21,7 +21,7 @@ use tokio::time::Instant;
 
 use crate::oci::accept::Accept;
 use crate::oci::cause::Cause;
-use crate::oci::name::{Reference, Repository};
+use crate::oci::name::Repository;
 use crate::oci::operation::Operation;
 use crate::trace::Trace;
 
@@ -38,6 +38,7 @@ pub mod origin;
 mod own;
 pub mod pass;
 mod places;
+mod proof;
 mod question;
 mod quirk;
 mod realm;
@@ -220,16 +221,38 @@ impl Upstream {
     /// read. Asks also while the breaker is open; who holds a copy looks at [`Upstream::silent_now`] first.
     /// A rate limit is waited out as long as the caller waits.
     pub async fn head(&self, caller: &Caller, operation: &Operation, accept: &Accept) -> Answer {
+        self.head_for(caller, operation, accept, false).await
+    }
+
+    /// The same for who pushes: a no to the HEAD is the answer, though a GET might say yes. What the registry itself
+    /// takes for missing has to be pushed.
+    pub async fn head_for_push(&self, caller: &Caller, operation: &Operation, accept: &Accept) -> Answer {
+        self.head_for(caller, operation, accept, true).await
+    }
+
+    async fn head_for(
+        &self,
+        caller: &Caller,
+        operation: &Operation,
+        accept: &Accept,
+        takes_heads_word: bool,
+    ) -> Answer {
         loop {
             // Boxed, for the futures of the callers nest deeply.
-            let answer = Box::pin(self.head_now(caller, operation, accept)).await;
+            let answer = Box::pin(self.head_now(caller, operation, accept, takes_heads_word)).await;
             if !passes(&answer, caller).await {
                 return answer;
             }
         }
     }
 
-    async fn head_now(&self, caller: &Caller, operation: &Operation, accept: &Accept) -> Answer {
+    async fn head_now(
+        &self,
+        caller: &Caller,
+        operation: &Operation,
+        accept: &Accept,
+        takes_heads_word: bool,
+    ) -> Answer {
         if let Some(cause) = self.0.offline.cause() {
             return Answer::silent(cause);
         }
@@ -244,7 +267,8 @@ impl Upstream {
                 Err(pause) => Answer::paused(pause),
                 Ok(turn) => {
                     let (began, trace) = (Instant::now(), caller.trace.within());
-                    let question = self.question(origin, caller, (operation, accept), &trace);
+                    let mut question = self.question(origin, caller, (operation, accept), &trace);
+                    question.takes_heads_word = takes_heads_word;
                     let answer = question.head().await;
                     self.0.tell((operation, true), Some(&answer), began, &trace);
                     let answer = self.0.note((origin, lane), caller, turn, answer);
@@ -327,6 +351,7 @@ impl Upstream {
             accept,
             manifest_bytes_max: self.0.manifest_bytes_max,
             trace,
+            takes_heads_word: false,
         }
     }
 
@@ -403,12 +428,9 @@ impl Inner {
 
     /// Whether a HEAD of this would be answered by a GET, as this upstream is known to need.
     fn answers_no_heads(&self, origin: &Origin, operation: &Operation) -> bool {
-        let Operation::Manifest { reference, .. } = operation else {
-            return false;
-        };
-        let (now, by_tag) = (Instant::now(), matches!(reference, Reference::Tag(_)));
-        let quirks = self.learned.quirks.at(origin);
-        quirks.has(Quirk::HeadRefused, now) || (by_tag && quirks.has(Quirk::NoDigest, now))
+        let (now, quirks) = (Instant::now(), self.learned.quirks.at(origin));
+        matches!(operation, Operation::Manifest { .. })
+            && (quirks.has(Quirk::HeadRefused, now) || quirks.has(Quirk::NoDigest, now))
     }
 
     /// Keeps what an answer says about limits, and passes it on with the pause that follows.
@@ -452,7 +474,7 @@ impl Inner {
                 within: self.timeouts.token,
             };
             let reply = self.exchange.http.send(request).await;
-            if reply.is_ok_and(|reply| !reply.status.is_server_error()) {
+            if reply.is_ok_and(|reply| exchange::is_alive(&reply)) {
                 return true;
             }
         }

@@ -63,6 +63,14 @@ impl Download {
         )
     }
 
+    /// Its size, once it is verified.
+    pub(super) fn verified_size(&self) -> Option<u64> {
+        match &*self.progress.borrow() {
+            Progress::Complete(_, size) => Some(*size),
+            Progress::Opening | Progress::Filling(..) | Progress::Failed(_) => None,
+        }
+    }
+
     /// A file has been begun; nothing of it may be read yet.
     pub(super) fn begin(&self, opened: Opened) {
         self.progress.send_replace(Progress::Filling(opened, 0));

@@ -82,6 +82,23 @@ impl Reader {
         }
     }
 
+    /// Another reader of the same transfer, for its first `length` bytes.
+    #[must_use]
+    pub fn beginning(&self, length: u64) -> Self {
+        Self {
+            progress: self.progress.clone(),
+            buffers: self.buffers.clone(),
+            position: 0,
+            end: Some(length),
+            given: None,
+            ahead: None,
+            ahead_places: Arc::clone(&self.ahead_places),
+            part: None,
+            rest: None,
+            is_patient: true,
+        }
+    }
+
     /// Waits until the upstream has begun to answer.
     pub async fn opened(&mut self) -> Result<Opened, Arc<Failure>> {
         let begun = |progress: &Progress| !matches!(progress, Progress::Opening);

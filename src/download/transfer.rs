@@ -83,6 +83,11 @@ async fn go_on<S: Source>(
         }
         Err(answer) => return Err(refused(answer)),
     };
+    // The whole may be anything, and what is there already is shown to nobody because of it.
+    if stream.start == 0 && leftover.bytes() > 0 {
+        leftover.discard();
+        return start(place, stream, Attempt::First).await.map(Some);
+    }
     let same = |(one, other): (u64, u64)| one == other;
     if !stream.total.zip(leftover.size()).is_none_or(same) {
         leftover.discard();
@@ -182,7 +187,13 @@ async fn transfer<S: Source>(
         Err(Stopped::Upstream(cause)) => Err(Failure::Broken(cause)),
         Err(Stopped::Writer) | Ok(()) => written,
     };
-    (ended, mended)
+    let (ingest, verified, size) = match ended {
+        Ok(written) => written,
+        Err(failure) => return (Err(failure), mended),
+    };
+    source.verified().await;
+    place.download.complete(size);
+    (Ok((ingest, verified)), mended)
 }
 
 /// Makes it durable and gives it its name. The readers have all their bytes already, so a disk that fails now costs a

@@ -1,5 +1,8 @@
 //! Bytes that pass by without being stored, but not unverified: their end is withheld until the digest is right.
 
+use std::future::Future;
+use std::pin::Pin;
+
 use bytes::{Bytes, BytesMut};
 
 use super::{Chunks, WITHHELD_BYTES};
@@ -12,7 +15,11 @@ pub struct Verifying {
     hasher: Option<Hasher>,
     body: Box<dyn Chunks>,
     withheld: BytesMut,
+    /// Done between the verification and the release of the last bytes.
+    deed: Option<Deed>,
 }
+
+type Deed = Pin<Box<dyn Future<Output = ()> + Send>>;
 
 impl Verifying {
     /// A whole blob, which should be `digest`.
@@ -28,7 +35,20 @@ impl Verifying {
             hasher: Some(hasher),
             body,
             withheld,
+            deed: None,
         }
+    }
+
+    /// Does this once the bytes are verified, before the last of them are given.
+    #[must_use]
+    pub fn when_verified(self, deed: impl Future<Output = ()> + Send + 'static) -> Self {
+        let deed: Option<Deed> = Some(Box::pin(deed));
+        Self { deed, ..self }
+    }
+
+    /// Whether everything was given, or it failed.
+    pub fn is_over(&self) -> bool {
+        self.hasher.is_none()
     }
 
     /// The next bytes; `None` at the verified end. After an error there is nothing more.
@@ -49,19 +69,21 @@ impl Verifying {
                     self.withheld.clear();
                     return Some(Err(cause));
                 }
-                None => return self.verified(),
+                None => return self.verified().await,
             }
         }
         None
     }
 
-    fn verified(&mut self) -> Option<Result<Bytes, Cause>> {
+    async fn verified(&mut self) -> Option<Result<Bytes, Cause>> {
         let hasher = self.hasher.take()?;
         let last = std::mem::take(&mut self.withheld).freeze();
-        match (hasher.finish() == self.digest, last.is_empty()) {
-            (false, _) => Some(Err(Cause::WrongDigest)),
-            (true, true) => None,
-            (true, false) => Some(Ok(last)),
+        if hasher.finish() != self.digest {
+            return Some(Err(Cause::WrongDigest));
         }
+        if let Some(deed) = self.deed.take() {
+            deed.await;
+        }
+        (!last.is_empty()).then_some(Ok(last))
     }
 }

@@ -23,13 +23,16 @@ pub(super) struct Writer {
     pub(super) download: Arc<Download>,
 }
 
+/// A verified file and its size in bytes. Its last bytes are not released to the readers yet.
+pub(super) type Written = (Ingest, Verified, u64);
+
 impl Writer {
     /// Until the transfer ends or stops. `total` is what was announced.
     pub(super) fn run(
         mut self,
         mut chunks: mpsc::Receiver<Piece>,
         total: Option<u64>,
-    ) -> Result<(Ingest, Verified), Failure> {
+    ) -> Result<Written, Failure> {
         let file = self.ingest.file();
         while let Some(piece) = chunks.blocking_recv() {
             let chunk: Bytes = match piece {
@@ -60,10 +63,9 @@ impl Writer {
         Failure::Stranded(Box::new(stranded))
     }
 
-    fn verify(self, total: Option<u64>) -> Result<(Ingest, Verified), Failure> {
+    fn verify(self, total: Option<u64>) -> Result<Written, Failure> {
         let verified = Verified::check(self.hasher, &self.download.digest, self.written, total)
             .map_err(Failure::Wrong)?;
-        self.download.complete(self.written);
-        Ok((self.ingest, verified))
+        Ok((self.ingest, verified, self.written))
     }
 }

@@ -38,6 +38,8 @@ pub enum Cause {
     OwnCredential,
     /// Its answer cannot be understood.
     Malformed,
+    /// What answered in its place is no registry: a login page, a captive portal, a firewall.
+    NotRegistry,
     /// Its answer is larger than the limit.
     TooLarge,
     /// It redirected too often, or to where it must not.
@@ -69,6 +71,7 @@ impl Cause {
             Self::PlainRealm => "plain-realm",
             Self::OwnCredential => "own-credential",
             Self::Malformed => "malformed",
+            Self::NotRegistry => "not-registry",
             Self::TooLarge => "too-large",
             Self::Redirects(_) => "redirects",
             Self::WrongDigest => "wrong-digest",
@@ -181,6 +184,9 @@ impl fmt::Display for Cause {
             }
             Self::OwnCredential => "could not be asked, for the cache's own credential could not be had",
             Self::Malformed => "gave an answer that makes no sense",
+            Self::NotRegistry => {
+                "gave an answer that is not a registry's (a login page, a captive portal or a firewall?)"
+            }
             Self::TooLarge => "gave an answer larger than the limit",
             Self::Redirects(fault) => fault.phrase(),
             Self::WrongDigest => "sent bytes that do not match their digest",

@@ -151,6 +151,28 @@ impl Manifest {
         Ok(manifest)
     }
 
+    /// The media type of this manifest where a response labelled it `sent`: exactly as sent, unless the manifest, whose
+    /// digest vouches for what it states, states another one. `None`: neither is a manifest's.
+    pub fn type_sent_as(&self, sent: Option<&MediaType>) -> Option<MediaType> {
+        let stated = self.media_type.as_ref().filter(|stated| stated.is_manifest());
+        match (sent, stated) {
+            (_, Some(stated)) if sent.is_none_or(|sent| !sent.is_same_as(stated)) => Some(stated.clone()),
+            (Some(sent), _) if sent.is_manifest() || self.media_type.as_ref() == Some(sent) => {
+                Some(sent.clone())
+            }
+            _ => None,
+        }
+    }
+
+    /// Whether it has the shape that `media_type` promises: an error in JSON can be labelled as anything.
+    pub fn has_shape_of(&self, media_type: &MediaType) -> bool {
+        match self.kind {
+            Kind::Index => !media_type.is_image(),
+            Kind::Image => !media_type.is_index(),
+            Kind::Other => !media_type.is_image() && !media_type.is_index(),
+        }
+    }
+
     fn add_all<T: Into<RawDescriptor>>(&mut self, list: List<T>, role: Role) {
         self.odd += list.odd();
         for raw in list.readable {

@@ -11,7 +11,7 @@ use super::logins::is_local_token;
 use super::writing::Writes;
 use super::{Context, Pull, Request, Site};
 use crate::oci::{Accept, AnyDigest, Cause, Digest, MediaType, Operation, Reference, Repository};
-use crate::policy::{Heard, Situation, Verdict, Whose, decide};
+use crate::policy::{Heard, Situation, Standing, Subject, Verdict, Whose, decide};
 use crate::store::refs::{TagKey, TagReader, Variant};
 use crate::upstream::{Answer, Said};
 
@@ -26,6 +26,7 @@ pub(super) struct Key {
     writes: Writes,
     /// Nor, after a reload, for one to other settings.
     settings: (u64, u64),
+    for_push: bool,
 }
 
 impl Key {
@@ -37,6 +38,7 @@ impl Key {
             principal: wanted.caller.principal,
             writes: wanted.writes,
             settings: wanted.site.upstream().settings_id(),
+            for_push: wanted.for_push,
         }
     }
 }
@@ -47,6 +49,15 @@ pub struct Asked {
     pub heard: Heard,
     /// In the upstream's own, if it said anything.
     pub answer: Option<Arc<Answer>>,
+}
+
+impl Asked {
+    /// Whether the upstream may have said yes, and nothing proves that it was the registry.
+    pub(super) fn is_unproven(&self) -> bool {
+        let answer = self.answer.as_ref();
+        matches!(self.heard, Heard::Silent(Cause::NotRegistry))
+            && answer.is_some_and(|answer| matches!(answer.said, Said::Unproven(_)))
+    }
 }
 
 impl Pull {
@@ -72,9 +83,9 @@ impl Pull {
             // The cached copy is the answer to a rate limit.
             wanted.caller.waits_until = None;
         }
-        let flight = self.question(&wanted);
+        let asking = self.proven_answer(&wanted, situation.standing);
         let answer = if can_do_without {
-            match tokio::time::timeout(budget, flight.landed()).await {
+            match tokio::time::timeout(budget, asking).await {
                 Ok(answer) => answer,
                 Err(_) => {
                     return Asked {
@@ -84,11 +95,11 @@ impl Pull {
                 }
             }
         } else {
-            flight.landed().await
+            asking.await
         };
         match answer {
             Some(answer) => {
-                let heard = self.heard(&request.site, repository, &answer);
+                let heard = self.heard_by(&wanted, &answer, situation.standing);
                 // A no to the stranger who asked in the place of a token of ours: it sends the client for a better one,
                 // if there is one to be had.
                 let is_local = request.authorization.as_ref().is_some_and(is_local_token);
@@ -113,6 +124,26 @@ impl Pull {
         }
     }
 
+    /// The answer to the question. Of a manifest and for one who has no right of late, a yes that is not proven is proven
+    /// by a GET, whose bytes tell; nothing is held against another question for it.
+    async fn proven_answer(self: &Arc<Self>, wanted: &Wanted, standing: Standing) -> Option<Arc<Answer>> {
+        let answer = self.question(wanted).landed().await?;
+        let is_manifest = matches!(wanted.operation, Operation::Manifest { .. });
+        if !is_manifest || standing == Standing::Vouched || !matches!(answer.said, Said::Unproven(_)) {
+            return Some(answer);
+        }
+        Some(match self.fetch_manifest(wanted.clone()).await {
+            Ok(manifest) => Arc::new(Answer {
+                said: Said::Is(manifest.digest),
+                media_type: Some(manifest.media_type.clone()),
+                length: Some(manifest.bytes.len() as u64),
+                body: Some((manifest.bytes.clone(), manifest.media_type.clone())),
+                ..answer.as_ref().clone()
+            }),
+            Err(answer) => answer,
+        })
+    }
+
     /// One question for all who may share it, and what is learnt from its answer, late as it may come.
     pub(super) fn question(self: &Arc<Self>, wanted: &Wanted) -> crate::flight::Flight<Arc<Answer>> {
         let key = Key::new(wanted);
@@ -128,7 +159,11 @@ impl Pull {
                     ..
                 } = &wanted;
                 let asked_at = Instant::now();
-                let answer = site.upstream().head(caller, operation, accept).await;
+                let answer = if wanted.for_push {
+                    site.upstream().head_for_push(caller, operation, accept).await
+                } else {
+                    site.upstream().head(caller, operation, accept).await
+                };
                 pull.learn(&wanted, &answer, asked_at).await;
                 match (operation, answer.said) {
                     (Operation::Manifest { reference, .. }, Said::Is(digest)) => {
@@ -140,13 +175,23 @@ impl Pull {
                             pull.note_seen(site, repository, digest).await;
                         }
                     }
+                    // Good for comparing where the digest is known to be here and the principal to be let in.
+                    (Operation::Manifest { reference, .. }, Said::Unproven(digest))
+                        if pull.store.has_seen(site.name(), repository, &digest)
+                            && pull.is_vouched(&wanted)
+                            && pull.may_name(site, repository, reference, accept, &digest) =>
+                    {
+                        let media_type = answer.media_type.as_ref();
+                        pull.learn_name_unless_written(&wanted, reference, digest, media_type)
+                            .await;
+                    }
                     // The proof that the upstream has this blob here.
                     (
                         Operation::Blob {
                             digest: AnyDigest::Known(digest),
                             ..
                         },
-                        Said::Is(_) | Said::Unnamed,
+                        Said::Is(_),
                     ) => {
                         pull.note_seen(site, repository, *digest).await;
                         pull.confirmed(&wanted, (*digest).into()).await;
@@ -158,14 +203,49 @@ impl Pull {
         })
     }
 
+    /// Whether this caller has shown a right in the repository lately.
+    fn is_vouched(&self, wanted: &Wanted) -> bool {
+        let Wanted {
+            site,
+            repository,
+            caller,
+            ..
+        } = wanted;
+        let tag = match &wanted.operation {
+            Operation::Manifest {
+                reference: Reference::Tag(tag),
+                ..
+            } => Some(tag),
+            _ => None,
+        };
+        let rule = site.rule(repository, tag);
+        let context = self.context_of(site, repository, wanted.shown(), &caller.trace);
+        let situation = context.situation(rule, Subject::Tag, None, true, self.clock.now());
+        situation.standing == Standing::Vouched
+    }
+
+    /// In the decision's words, what `answer` means for this repository to one of this standing: who has a right of late
+    /// is given what the unproven yes to a manifest names, for the bytes will be held against it.
+    pub(super) fn heard_by(&self, wanted: &Wanted, answer: &Answer, standing: Standing) -> Heard {
+        let Wanted { site, repository, .. } = wanted;
+        let is_manifest = matches!(wanted.operation, Operation::Manifest { .. });
+        match answer.said {
+            Said::Unproven(digest) if is_manifest && standing == Standing::Vouched => Heard::Named {
+                digest,
+                holding: self.holding(site, repository, &digest),
+            },
+            _ => self.heard(site, repository, answer),
+        }
+    }
+
     /// In the decision's words, what `answer` means for this repository.
     pub(super) fn heard(&self, site: &Site, repository: &Repository, answer: &Answer) -> Heard {
         match answer.said {
+            Said::Unproven(_) | Said::Unnamed => Heard::Silent(Cause::NotRegistry),
             Said::Is(digest) => Heard::Named {
                 digest,
                 holding: self.holding(site, repository, &digest),
             },
-            Said::Unnamed => Heard::Unnamed,
             Said::Absent => Heard::Absent,
             // Any other 4xx (451, 423, …) is a no of some kind too, and a held copy must never hide a no.
             Said::Forbidden | Said::Other(_) if site.has_own_credential() => Heard::Refused(Whose::Proxy),

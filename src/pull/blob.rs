@@ -9,10 +9,11 @@ use tokio::time::Instant;
 use super::asking::Asked;
 use super::fetching::Wanted;
 use super::manifest::refused;
+use super::possession::Sample;
 use super::source::Upstreamed;
 use super::{Content, Context, How, Outcome, Pull, Reason, Request, passing};
 use crate::download::{Failure, Joined, Reader, WITHHELD_BYTES};
-use crate::oci::{AnyDigest, Cause, Digest, Repository};
+use crate::oci::{AnyDigest, Cause, Digest, MediaType, Repository};
 use crate::policy::rules::Rule;
 use crate::policy::{
     Heard, Held, Refusal, Rest, Served, Situation, Standing, Subject, Verdict, Whose, Why, decide,
@@ -129,6 +130,14 @@ impl Road<'_> {
             return refused(refusal, None, false);
         }
         let asked = self.ask(&unseen).await;
+        if asked.is_unproven() {
+            // The upstream's own words, and its own bytes: whatever is cached plays no part.
+            return if self.request.head {
+                self.head_given(asked.answer.and_then(|answer| answer.length))
+            } else {
+                self.pass_through(unseen).await
+            };
+        }
         if !matches!(asked.heard, Heard::Named { .. } | Heard::Unnamed) {
             return refuse_unheld(unseen, asked.heard, asked.answer);
         }
@@ -147,7 +156,15 @@ impl Road<'_> {
     }
 
     async fn after_asking(&self, situation: Situation, content: Option<(Content, u64)>) -> Outcome {
-        let asked = self.ask(&situation).await;
+        let mut asked = self.ask(&situation).await;
+        if asked.is_unproven() && self.request.head {
+            return self.head_given(asked.answer.and_then(|answer| answer.length));
+        }
+        if asked.is_unproven()
+            && let Some((content, _)) = &content
+        {
+            asked = self.proven(Sample::of_content(content).await).await;
+        }
         match (decide(&situation.having_heard(asked.heard)), content) {
             (Verdict::Serve(served), Some((content, size))) => self.serve(content, size, served),
             (Verdict::Refuse(refusal), _) => refused(refusal, asked.answer, is_own(asked.heard)),
@@ -223,6 +240,12 @@ impl Road<'_> {
     }
 
     async fn head(&self, situation: Situation) -> Outcome {
+        // Verified and seen here, and not named yet.
+        if situation.standing == Standing::Vouched
+            && let Some(size) = self.pull.downloads.verified_size(&self.digest)
+        {
+            return self.serve(Content::Head, size, Served::Immutable);
+        }
         let asked = self.ask(&situation).await;
         self.head_said(situation, asked)
     }
@@ -235,15 +258,45 @@ impl Road<'_> {
                         .sizes
                         .of(&self.request.site, self.repository, self.digest)
                 };
-                let size = answer.length.or_else(stated);
-                self.outcome(Content::Head, size, Reason::Fetched(Why::NotHeld))
+                self.head_given(answer.length.or_else(stated))
             }
+            // Passed on as the upstream's word: nothing is noted because of it.
+            (_, Some(answer)) if asked.is_unproven() => self.head_given(answer.length),
             (heard, _) => refuse_unheld(situation, heard, asked.answer),
         }
     }
 
+    fn head_given(&self, size: Option<u64>) -> Outcome {
+        self.outcome(Content::Head, size, Reason::Fetched(Why::NotHeld))
+    }
+
+    /// What asking comes to once the upstream was asked for the bytes as well.
+    async fn proven(&self, sample: Option<Sample>) -> Asked {
+        let Some(sample) = sample else {
+            return Asked {
+                heard: Heard::Silent(Cause::NotRegistry),
+                answer: None,
+            };
+        };
+        let of = self.wanted();
+        match self.pull.prove(&of, self.digest, &sample).await {
+            Ok(()) => Asked {
+                heard: Heard::Unnamed,
+                answer: None,
+            },
+            Err(answer) => Asked {
+                heard: self.pull.heard(&of.site, self.repository, &answer),
+                answer: Some(Arc::new(answer)),
+            },
+        }
+    }
+
+    fn wanted(&self) -> Wanted {
+        Wanted::of(self.request, self.repository, &self.context.caller)
+    }
+
     async fn join(&self, situation: Situation) -> Result<Outcome, Arc<Failure>> {
-        let of = Wanted::of(self.request, self.repository, &self.context.caller);
+        let of = self.wanted();
         match self.pull.downloads.join(self.digest, of.requester()) {
             Joined::Leader(leader) => {
                 let reader = leader.start(Upstreamed::new(self.pull, of, self.digest));
@@ -255,13 +308,13 @@ impl Road<'_> {
                 began_by_same: Some(began),
             } if self.still_holds(&of, began) => self.read(reader, Reason::Joined, situation, true).await,
             Joined::Follower { reader, .. } => {
-                if let Some(refusal) = self.own_right(situation).await {
+                if let Some(refusal) = self.own_right(situation, Sample::of_reader(&reader)).await {
                     return Ok(refusal);
                 }
                 self.read(reader, Reason::Joined, situation, false).await
             }
             Joined::Held(held) => {
-                if let Some(refusal) = self.own_right(situation).await {
+                if let Some(refusal) = self.own_right(situation, Sample::of_file(&held)).await {
                     return Ok(refusal);
                 }
                 let size = held.size;
@@ -277,15 +330,33 @@ impl Road<'_> {
     }
 
     /// Nobody follows on another's right: `None` if this principal has its own, else the refusal.
-    async fn own_right(&self, situation: Situation) -> Option<Outcome> {
-        if situation.standing == Standing::Vouched {
+    async fn own_right(
+        &self,
+        situation: Situation,
+        sample: impl Future<Output = Option<Sample>>,
+    ) -> Option<Outcome> {
+        if situation.standing == Standing::Vouched || self.may_follow_here() {
             return None;
         }
-        let asked = self.ask(&situation).await;
+        let mut asked = self.ask(&situation).await;
+        if asked.is_unproven() {
+            asked = self.proven(sample.await).await;
+        }
         match asked.heard {
             Heard::Named { .. } | Heard::Unnamed => None,
             heard => Some(refuse_unheld(situation, heard, asked.answer)),
         }
+    }
+
+    /// Whether what is arriving is the upstream's response for this very repository, in which this principal may read.
+    fn may_follow_here(&self) -> bool {
+        let now = self.request.now;
+        let here = self.context.situation(self.rule, Subject::Blob, None, true, now);
+        here.standing == Standing::Vouched
+            && self
+                .pull
+                .arriving
+                .is_in(&self.request.site, self.repository, self.digest)
     }
 
     async fn read(
@@ -297,8 +368,7 @@ impl Road<'_> {
     ) -> Result<Outcome, Arc<Failure>> {
         let failure = match opened_with_size(&mut reader).await {
             Ok(size) => {
-                let of = Wanted::of(self.request, self.repository, &self.context.caller);
-                let reader = reader.with_ahead(Upstreamed::new(self.pull, of, self.digest));
+                let reader = reader.with_ahead(Upstreamed::new(self.pull, self.wanted(), self.digest));
                 return Ok(self.outcome(Content::Download(reader), size, reason));
             }
             Err(failure) => failure,
@@ -320,7 +390,8 @@ impl Road<'_> {
         }
     }
 
-    /// The cache never fails a pull because it cannot store it.
+    /// The upstream's bytes as they come, verified on their way: where the disk cannot take them, and where nothing but
+    /// the bytes can prove the right to them. What they prove is noted once they are verified.
     async fn pass_through(&self, situation: Situation) -> Outcome {
         let Request {
             site,
@@ -328,21 +399,38 @@ impl Road<'_> {
             accept,
             ..
         } = self.request;
-        match site
+        let asked_at = Instant::now();
+        let fetched = site
             .upstream()
             .get(&self.context.caller, operation, accept, None)
-            .await
-        {
-            Ok(fetched) => {
-                let size = fetched.length;
-                let content = Content::Passing(Box::new(passing::Passing::new(self.digest, fetched)));
-                self.outcome(content, size, Reason::Passed)
-            }
+            .await;
+        let fetched = match fetched {
+            Ok(fetched) => fetched,
             Err(answer) => {
                 let heard = self.pull.heard(site, self.repository, &answer);
-                refuse_unheld(situation, heard, Some(Arc::new(answer)))
+                return refuse_unheld(situation, heard, Some(Arc::new(answer)));
             }
-        }
+        };
+        let is_page = fetched.media_type.as_ref().is_some_and(MediaType::is_page);
+        let size = fetched.length;
+        let (pull, of, digest) = (Arc::clone(self.pull), self.wanted(), self.digest);
+        let mut passing = passing::Passing::new(digest, fetched).when_verified(async move {
+            pull.learn_blob(&of, digest, asked_at).await;
+        });
+        // Nothing of a small blob is sent before it is verified, so its answer can still be an honest error.
+        let content = if is_page || size.is_some_and(|size| size <= WITHHELD_BYTES) {
+            match passing.next().await.transpose() {
+                Ok(bytes) if passing.is_over() => Content::Memory(bytes.unwrap_or_default()),
+                Ok(_) | Err(Cause::WrongDigest) if is_page => {
+                    return refuse_unheld(situation, Heard::Silent(Cause::NotRegistry), None);
+                }
+                Ok(_) => return refuse_unheld(situation, Heard::Silent(Cause::Malformed), None),
+                Err(cause) => return refuse_unheld(situation, Heard::Silent(cause), None),
+            }
+        } else {
+            Content::Passing(Box::new(passing))
+        };
+        self.outcome(content, size, Reason::Passed)
     }
 }
 

@@ -114,7 +114,7 @@ impl Pull {
     }
 
     async fn check_blobs(self: &Arc<Self>, of: &Wanted, manifest: &HeldManifest) -> Result<(), Cause> {
-        let arriving = |digest: &Digest| self.downloads.is_arriving(digest);
+        let arriving = |digest: &Digest| self.is_arriving(&of.site, &of.repository, digest);
         let missing: Vec<Digest> = self
             .store
             .missing_blobs(of.site.name(), &of.repository, manifest, &arriving)

@@ -167,9 +167,18 @@ impl Pull {
         }
     }
 
+    /// Whether this blob is arriving, for this repository or for one that has it as well.
+    pub(super) fn is_arriving(&self, site: &Site, repository: &Repository, digest: &Digest) -> bool {
+        let is_here = || {
+            self.arriving.is_in(site, repository, *digest)
+                || self.store.has_seen(site.name(), repository, digest)
+        };
+        self.downloads.is_arriving(digest) && is_here()
+    }
+
     /// Whether the image can be pulled whole without another word of the upstream.
     pub(super) fn is_whole(&self, site: &Site, repository: &Repository, manifest: &HeldManifest) -> bool {
-        let arriving = |digest: &Digest| self.downloads.is_arriving(digest);
+        let arriving = |digest: &Digest| self.is_arriving(site, repository, digest);
         self.store.is_whole(site.name(), repository, manifest, &arriving)
     }
 }

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use bytes::Bytes;
+use http::HeaderValue;
 use tokio::task::spawn_blocking;
 use tokio::time::Instant;
 
@@ -16,7 +17,7 @@ use crate::oci::{
     Accept, Algorithm, AnyDigest, Cause, Digest, Manifest, MediaType, Operation, Reference, Repository,
 };
 use crate::store::manifests::HeldManifest;
-use crate::upstream::{Answer, Caller, Fetched, Said};
+use crate::upstream::{Answer, Caller, Credential, Fetched, Said};
 
 /// A manifest asked for.
 #[derive(Clone)]
@@ -30,6 +31,8 @@ pub(super) struct Wanted {
     pub(super) asked_at: SystemTime,
     /// As in that request.
     pub(super) writes: Writes,
+    /// As in the [`Request`] that it is for.
+    pub(super) for_push: bool,
 }
 
 impl Wanted {
@@ -42,6 +45,15 @@ impl Wanted {
             caller: caller.clone(),
             asked_at: request.now,
             writes: request.writes,
+            for_push: request.for_push,
+        }
+    }
+
+    /// The client's credential, as it is sent on.
+    pub(super) fn shown(&self) -> Option<&HeaderValue> {
+        match &self.caller.credential {
+            Credential::Client(shown) => Some(shown),
+            Credential::Anonymous | Credential::Own => None,
         }
     }
 
@@ -75,8 +87,10 @@ impl Pull {
                 let asked_at = Instant::now();
                 match site.upstream().get(caller, operation, accept, None).await {
                     Ok(fetched) => {
-                        pull.learn_yes(&wanted, asked_at).await;
                         let received = receive(fetched, operation).await;
+                        if received.is_ok() {
+                            pull.learn_yes(&wanted, asked_at).await;
+                        }
                         pull.keep(&wanted, received).await
                     }
                     Err(answer) => {
@@ -166,8 +180,14 @@ impl Pull {
 /// status 200 is not one.
 async fn receive(fetched: Fetched, operation: &Operation) -> Result<HeldManifest, Cause> {
     let (header, media_type) = (fetched.digest, fetched.media_type.clone());
+    let is_page = media_type.as_ref().is_some_and(MediaType::is_page);
     let bytes = fetched.collect(MANIFEST_BYTES_MAX).await?;
-    verify(bytes, header, media_type, operation)
+    let received = verify(bytes, header, media_type, operation);
+    if is_page {
+        received.map_err(|_| Cause::NotRegistry)
+    } else {
+        received
+    }
 }
 
 fn verify(
@@ -190,20 +210,18 @@ fn verify(
         return Err(Cause::WrongDigest);
     }
     let manifest = Manifest::read(&bytes).map_err(|_| Cause::Malformed)?;
-    let media_type = manifest_type(media_type, &manifest).ok_or(Cause::Malformed)?;
+    let is_page = media_type.as_ref().is_some_and(MediaType::is_page);
+    let media_type = manifest
+        .type_sent_as(media_type.as_ref())
+        .ok_or(Cause::Malformed)?;
+    // Of a tag nothing but the answer says what it names, so label and shape have to agree.
+    if asked.is_none() && (is_page || !manifest.has_shape_of(&media_type)) {
+        return Err(Cause::Malformed);
+    }
     Ok(HeldManifest {
         digest,
         bytes,
         media_type,
         manifest,
     })
-}
-
-/// The media type of the answer, exactly as sent; where a registry sends none, or one that no manifest has, the type
-/// that the manifest states of itself.
-fn manifest_type(sent: Option<MediaType>, manifest: &Manifest) -> Option<MediaType> {
-    match sent {
-        Some(sent) if sent.is_manifest() || manifest.media_type.as_ref() == Some(&sent) => Some(sent),
-        _ => manifest.media_type.clone().filter(MediaType::is_manifest),
-    }
 }

@@ -43,7 +43,7 @@ impl Default for Prefetching {
 impl Pull {
     /// Begins to download what is missing of the image `manifest`, in a task of its own.
     pub(super) fn prefetch(self: &Arc<Self>, of: Wanted, manifest: &Arc<HeldManifest>) {
-        let arriving = |digest: &Digest| self.downloads.is_arriving(digest);
+        let arriving = |digest: &Digest| self.is_arriving(&of.site, &of.repository, digest);
         let missing: Vec<Digest> = self
             .store
             .missing_blobs(of.site.name(), &of.repository, manifest, &arriving)

@@ -7,7 +7,7 @@ use super::copies::Copies;
 use super::fetching::Wanted;
 use super::{Pull, Request};
 use crate::oci::{Cause, Digest, Operation};
-use crate::policy::Heard;
+use crate::policy::{Heard, Standing};
 use crate::store::refs::TagReader;
 
 /// What came of asking.
@@ -41,7 +41,8 @@ impl Pull {
         let Some(answer) = self.question(&wanted).landed().await else {
             return Refreshed::Silent(Cause::Busy);
         };
-        let heard = self.heard(&request.site, repository, &answer);
+        // Whoever could be told something is the operator, who is entitled to all that is held.
+        let heard = self.heard_by(&wanted, &answer, Standing::Vouched);
         let asked = Asked {
             heard,
             answer: Some(answer),

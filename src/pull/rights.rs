@@ -1,6 +1,6 @@
 //! What the upstream's answers show of who may read: a yes is a grant, a no ends it, anything else says nothing.
 //!
-//! Only a yes to a manifest or a blob counts. Many registries show their lists to those who may not pull, and answer
+//! Only a yes to a manifest or a blob counts, and only one that is proven (`upstream/proof.rs`). Many registries show their lists to those who may not pull, and answer
 //! a question about referrers with an empty list whoever asks.
 //!
 //! Answers overtake each other. A yes to a question that was put before a no was heard is the older word, however late
@@ -9,7 +9,6 @@
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use http::HeaderValue;
 use quick_cache::sync::Cache;
 use tokio::sync::Mutex;
 use tokio::task::spawn_blocking;
@@ -67,13 +66,14 @@ impl Pull {
     /// Keeps what an answer shows of the caller's right. `asked_at` is when the question was put.
     pub(super) async fn learn(self: &Arc<Self>, wanted: &Wanted, answer: &Answer, asked_at: Instant) {
         match answer.said {
-            Said::Is(_) | Said::Unnamed => self.learn_yes(wanted, asked_at).await,
+            Said::Is(_) => self.learn_yes(wanted, asked_at).await,
             Said::Forbidden => self.learn_no(wanted, answer).await,
-            Said::Absent | Said::Silent(_) | Said::Other(_) => {}
+            Said::Unproven(_) | Said::Unnamed | Said::Absent | Said::Silent(_) | Said::Other(_) => {}
         }
     }
 
-    /// The upstream said yes to this caller in this repository.
+    /// The upstream said yes to this caller in this repository: by the registry's own marks, or by bytes that were
+    /// verified. Never because of a status alone.
     pub(super) async fn learn_yes(self: &Arc<Self>, wanted: &Wanted, asked_at: Instant) {
         if !matches!(
             wanted.operation,
@@ -96,7 +96,7 @@ impl Pull {
                 }
             }
         } else {
-            let account = self.account(site, repository, shown(wanted));
+            let account = self.account(site, repository, wanted.shown());
             for principal in [Some(caller.principal), account].into_iter().flatten() {
                 if outdated(self.store.grant(site.name(), repository, &principal), now) {
                     let _order = self.refused.grants.lock().await;
@@ -130,7 +130,7 @@ impl Pull {
             }
             return;
         }
-        let account = self.account(site, repository, shown(wanted));
+        let account = self.account(site, repository, wanted.shown());
         for principal in [Some(caller.principal), account].into_iter().flatten() {
             self.drop_right(site, Some(repository), principal).await;
         }
@@ -153,11 +153,20 @@ impl Pull {
         }
         asked.insert(place, now);
         let caller = self.principals.stranger(&wanted.caller.trace);
-        // The question goes on by itself, and its answer is learnt from.
-        drop(self.question(&Wanted {
+        let wanted = Wanted {
             caller,
             ..wanted.clone()
-        }));
+        };
+        // The question goes on by itself, and its answer is learnt from.
+        let (pull, asked) = (Arc::clone(self), self.question(&wanted));
+        tokio::spawn(async move {
+            let answer = asked.landed().await;
+            let is_unproven = answer.is_some_and(|answer| matches!(answer.said, Said::Unproven(_)));
+            if is_unproven && matches!(wanted.operation, Operation::Manifest { .. }) {
+                // Only the bytes can prove it.
+                let _ = pull.fetch_manifest(wanted).await;
+            }
+        });
     }
 
     /// The token service gave this account a token.
@@ -231,17 +240,11 @@ fn outdated(at: Option<SystemTime>, now: SystemTime) -> bool {
     !at.is_some_and(|at| age::is_within(at, RENEW_AFTER, now))
 }
 
-/// The client's credential, as it was sent on.
-fn shown(wanted: &Wanted) -> Option<&HeaderValue> {
-    match &wanted.caller.credential {
-        Credential::Client(shown) => Some(shown),
-        Credential::Anonymous | Credential::Own => None,
-    }
-}
-
 /// RFC 6750: what a token service gives, for minutes. Other credentials are the same at the next pull.
 fn is_token(wanted: &Wanted) -> bool {
-    let scheme = shown(wanted).and_then(|shown| shown.as_bytes().split(|byte| *byte == b' ').next());
+    let scheme = wanted
+        .shown()
+        .and_then(|shown| shown.as_bytes().split(|byte| *byte == b' ').next());
     scheme.is_some_and(|scheme| scheme.eq_ignore_ascii_case(b"Bearer"))
 }
 

@@ -22,8 +22,8 @@ pub(super) struct Upstreamed {
     pull: Arc<Pull>,
     of: Wanted,
     digest: Digest,
-    /// Whether it was asked before: what follows from the answer is learned once.
-    begun: bool,
+    /// When it was first asked: what follows from the answer is learned once.
+    asked_at: Option<Instant>,
     /// Where the bytes came from last.
     last: Option<Address>,
     began: Instant,
@@ -36,7 +36,7 @@ impl Upstreamed {
             pull: Arc::clone(pull),
             of,
             digest,
-            begun: false,
+            asked_at: None,
             last: None,
             began: Instant::now(),
         }
@@ -74,10 +74,11 @@ impl Source for Upstreamed {
             until: None,
             after: self.last,
         };
-        let first = !std::mem::replace(&mut self.begun, true);
-        let asked_at = Instant::now();
+        let first = self.asked_at.is_none();
+        let now = Instant::now();
+        let asked_at = *self.asked_at.get_or_insert(now);
         if !first {
-            self.of.caller.waits_until = Some(asked_at + RESUME_LIMIT_WITHIN);
+            self.of.caller.waits_until = Some(now + RESUME_LIMIT_WITHIN);
         }
         let mut answer = self.get(part).await;
         if !first
@@ -91,8 +92,7 @@ impl Source for Upstreamed {
             Ok(fetched) => {
                 self.last = Some(fetched.address);
                 if first {
-                    self.pull.learn_yes(&self.of, asked_at).await;
-                    self.pull.note_seen(site, repository, self.digest).await;
+                    self.pull.arriving.note(site, repository, self.digest);
                 }
                 let start = fetched.start;
                 let stated = || self.pull.sizes.of(site, repository, self.digest);
@@ -115,6 +115,13 @@ impl Source for Upstreamed {
         }
     }
 
+    /// Only the bytes prove that it was the registry that said yes.
+    async fn verified(&mut self) {
+        if let Some(asked_at) = self.asked_at {
+            self.pull.learn_blob(&self.of, self.digest, asked_at).await;
+        }
+    }
+
     fn ended(&self, failure: Option<&Failure>) {
         let Wanted {
             site,
@@ -122,6 +129,7 @@ impl Source for Upstreamed {
             caller,
             ..
         } = &self.of;
+        self.pull.arriving.forget(site, repository, self.digest);
         self.pull.events.span(&caller.trace, || event::Span {
             trace: caller.trace.clone(),
             name: "download",

@@ -26,7 +26,7 @@ const WHOLE_MAX: usize = 16_384;
 /// How deep indexes may lie in each other. Real ones do not.
 const INDEX_DEPTH_MAX: u32 = 2;
 
-/// Blobs that are not held but arriving count as held.
+/// Blobs that are not held but arriving count as held, where what arrives may be read in the repository looked at.
 pub type Arriving<'a> = &'a dyn Fn(&Digest) -> bool;
 
 /// Where an image is looked at.
@@ -125,8 +125,8 @@ impl Store {
         let AnyDigest::Known(digest) = &child.digest else {
             return false;
         };
-        self.has_seen(look.upstream, look.repository, digest)
-            && (self.blobs.has(digest) || (look.arriving)(digest))
+        let is_held = self.has_seen(look.upstream, look.repository, digest) && self.blobs.has(digest);
+        is_held || (look.arriving)(digest)
     }
 
     fn has_manifest(&self, look: Look<'_>, child: &Descriptor, depth: u32) -> bool {

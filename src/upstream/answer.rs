@@ -5,19 +5,19 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::header::{CONTENT_TYPE, RETRY_AFTER, WWW_AUTHENTICATE};
+use http::header::{RETRY_AFTER, WWW_AUTHENTICATE};
 use http::{HeaderMap, HeaderValue, StatusCode};
 use tokio::time::Instant;
 
 use crate::oci::cause::Cause;
-use crate::oci::digest::{AnyDigest, Digest};
+use crate::oci::digest::Digest;
 use crate::oci::header::{DOCKER_CONTENT_DIGEST, RateLimit};
 use crate::oci::manifest::MediaType;
-use crate::oci::name::Reference;
 use crate::oci::operation::Operation;
 
 use super::client::{Unavailable, content_length};
 use super::limits::Pause;
+use super::proof::{self, Sender};
 use super::retry_after::is_limit;
 
 /// The answer to one question.
@@ -52,12 +52,16 @@ pub struct Answer {
     pub stated_wait: Option<Duration>,
 }
 
-/// What an answer comes down to. A denial, an absence and a silence can never be confused.
+/// What an answer comes down to. A denial, an absence and a silence can never be confused, and neither can a yes that
+/// is proven and one that is not.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Said {
-    /// Yes, and this is the digest.
+    /// Yes, and this is the digest: proven by the registry's own marks, or by bytes that hash to it.
     Is(Digest),
-    /// Yes, without a digest we can use.
+    /// A 200 that may be a yes for this digest: of another origin after a redirect, or without the registry's marks. No
+    /// grant, no publicness and no membership follow from it.
+    Unproven(Digest),
+    /// A 200 to what has no digest that we can use: a list, a ping, content of a foreign algorithm. Opens nothing.
     Unnamed,
     /// 404 or 410.
     Absent,
@@ -73,6 +77,7 @@ impl fmt::Display for Said {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Is(digest) => write!(f, "it names {digest}"),
+            Self::Unproven(digest) => write!(f, "it may name {digest}, and does not prove it"),
             Self::Unnamed => f.write_str("it names no digest"),
             Self::Absent => f.write_str("it says that there is no such thing"),
             Self::Forbidden => f.write_str("it does not let this client read it"),
@@ -83,9 +88,9 @@ impl fmt::Display for Said {
 }
 
 impl Said {
-    /// Whether it is a yes.
+    /// Whether it may be a yes, proven or not.
     pub fn is_yes(self) -> bool {
-        matches!(self, Self::Is(_) | Self::Unnamed)
+        matches!(self, Self::Is(_) | Self::Unproven(_) | Self::Unnamed)
     }
 }
 
@@ -121,6 +126,7 @@ impl Answer {
     pub fn cause(&self) -> Cause {
         match (self.said, self.status) {
             (Said::Silent(cause), _) => cause,
+            (Said::Unproven(_), _) => Cause::NotRegistry,
             (Said::Other(status), _) | (_, Some(status)) => Cause::Status(status.as_u16()),
             (Said::Is(_) | Said::Unnamed | Said::Absent | Said::Forbidden, None) => Cause::Malformed,
         }
@@ -151,22 +157,24 @@ impl Answer {
         }
     }
 
-    /// What status and headers say about `operation`.
-    pub(super) fn read(operation: &Operation, status: StatusCode, headers: &HeaderMap) -> Answer {
+    /// What status and headers say about `operation`, and who sent them.
+    pub(super) fn read(
+        operation: &Operation,
+        status: StatusCode,
+        headers: &HeaderMap,
+        sender: Sender,
+    ) -> Answer {
         let said = match status.as_u16() {
-            200..=299 => named(operation, headers),
+            200..=299 => proof::read(operation, status, headers, sender),
             _ if is_limit(status, headers) => Said::Silent(Cause::RateLimited),
             401 | 403 => Said::Forbidden,
+            404 | 410 if proof::is_absent_page(status, headers) => Said::Silent(Cause::NotRegistry),
             404 | 410 => Said::Absent,
             // 407 and 408 are a proxy's word, and a redirect that leads nowhere is nobody's.
             407 | 408 | 500..=599 => Said::Silent(Cause::Status(status.as_u16())),
             400..=499 => Said::Other(status),
             _ => Said::Silent(Cause::Malformed),
         };
-        let media_type = headers
-            .get(CONTENT_TYPE)
-            .and_then(|value| value.to_str().ok()?.parse().ok())
-            .map(MediaType::without_parameters);
         Answer {
             said,
             status: Some(status),
@@ -176,7 +184,7 @@ impl Answer {
                 .get(RETRY_AFTER)
                 .filter(|_| matches!(said, Said::Silent(_)))
                 .cloned(),
-            media_type: if status.is_success() { media_type } else { None },
+            media_type: proof::media_type(headers).filter(|_| status.is_success()),
             length: if status == StatusCode::OK {
                 content_length(headers)
             } else {
@@ -210,30 +218,6 @@ impl fmt::Debug for Answer {
             .field("length", &self.length)
             .field("message", &self.message)
             .finish_non_exhaustive()
-    }
-}
-
-/// A question by digest is answered by any yes: the bytes will be checked against the digest asked for, whatever a
-/// header says. A question by tag needs the header.
-fn named(operation: &Operation, headers: &HeaderMap) -> Said {
-    let asked = match operation {
-        Operation::Blob { digest, .. }
-        | Operation::Manifest {
-            reference: Reference::Digest(digest),
-            ..
-        } => digest.clone(),
-        Operation::Manifest {
-            reference: Reference::Tag(_),
-            ..
-        } => match header_digest(headers) {
-            Some(digest) => return Said::Is(digest),
-            None => return Said::Unnamed,
-        },
-        Operation::Ping | Operation::Tags { .. } | Operation::Referrers { .. } => return Said::Unnamed,
-    };
-    match asked {
-        AnyDigest::Known(digest) => Said::Is(digest),
-        AnyDigest::Foreign(_) => Said::Unnamed,
     }
 }
 

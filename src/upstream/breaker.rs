@@ -103,6 +103,8 @@ fn counts(cause: Cause) -> bool {
         | Cause::BreakerOpen
         | Cause::RateLimited
         | Cause::Malformed
+        // A page that only strangers are sent to must not keep those with a right from being answered.
+        | Cause::NotRegistry
         | Cause::TooLarge
         | Cause::Redirects(_)
         | Cause::WrongDigest

@@ -8,13 +8,14 @@ use std::hash::{BuildHasher as _, RandomState};
 use std::sync::Arc;
 use std::time::Duration;
 
-use http::header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, RANGE, WWW_AUTHENTICATE};
+use http::header::{ACCEPT, AUTHORIZATION, RANGE, WWW_AUTHENTICATE};
 use http::{HeaderMap, HeaderValue, Method, StatusCode, Uri};
 
 use super::answer::{Answer, Said};
 use super::client::{Follow, Http, Reply, Request};
 use super::origin::Origin;
 use super::own::{Own, OwnCredential};
+use super::proof::{self, Sender};
 use super::redirected::{Elsewhere, Other, Shown};
 use super::retry_after::{is_limit_by_body, stated_wait};
 use super::token::{Holder, HolderKind, Key, Login, Remembered, TokenFailure, Tokens};
@@ -23,7 +24,6 @@ use crate::oci::accept::Accept;
 use crate::oci::cause::Cause;
 use crate::oci::challenge::Challenge;
 use crate::oci::error::Problem;
-use crate::oci::header::DOCKER_DISTRIBUTION_API_VERSION;
 use crate::oci::operation::Operation;
 use crate::trace::Trace;
 
@@ -53,9 +53,9 @@ pub(super) struct Ask<'a> {
 /// Anything but a 2xx.
 pub(super) struct Refusal {
     pub(super) answer: Answer,
-    /// The registry sent us on to storage, and it is the storage that refuses.
+    /// The registry redirected the request, and it is another origin that refuses.
     pub(super) abroad: bool,
-    /// The answer looks like that of a registry, not of something in front of it.
+    /// The response looks like that of a registry, not of something in front of it.
     pub(super) of_registry: bool,
     /// The response is of another origin, to which the registry redirected.
     pub(super) elsewhere: Option<Elsewhere>,
@@ -191,7 +191,7 @@ impl Exchange {
         if refusal.elsewhere.is_some() {
             return Err(refusal);
         }
-        let unauthorised = refusal.answer.status == Some(StatusCode::UNAUTHORIZED);
+        let unauthorised = refusal.answer.status == Some(StatusCode::UNAUTHORIZED) && !refusal.abroad;
         if matches!(ask.operation, Operation::Ping) || !(unauthorised || (refusal.expired && token.is_some()))
         {
             return Err(refusal);
@@ -371,6 +371,15 @@ fn standing<'a>(caller: &'a Caller, own: Option<&'a OwnCredential>) -> Standing<
     }
 }
 
+/// Whether a registry or its token service answers again, for the breaker's probe. A captive portal's page is not it.
+pub(super) fn is_alive(reply: &Reply) -> bool {
+    let sender = Sender::of(reply.abroad);
+    match Answer::read(&Operation::Ping, reply.status, &reply.headers, sender).said {
+        Said::Silent(cause) => cause == Cause::RateLimited,
+        _ => !reply.abroad,
+    }
+}
+
 /// What a status other than 2xx means, with the text of its body.
 async fn refusal(ask: &Ask<'_>, reply: Reply) -> Box<Refusal> {
     let (status, abroad) = (reply.status, reply.abroad);
@@ -382,17 +391,13 @@ async fn refusal(ask: &Ask<'_>, reply: Reply) -> Box<Refusal> {
             origin,
             challenge: reply.headers.get_all(WWW_AUTHENTICATE).iter().cloned().collect(),
         });
-    let mut answer = Answer::read(ask.operation, status, &reply.headers);
+    let mut answer = Answer::read(ask.operation, status, &reply.headers, Sender::of(abroad));
     let challenges = if status == StatusCode::UNAUTHORIZED {
         Challenge::read(&reply.headers)
     } else {
         Vec::new()
     };
-    let json = reply
-        .headers
-        .get(CONTENT_TYPE)
-        .is_some_and(|value| value.as_bytes().windows(4).any(|part| part == b"json"));
-    let of_registry = json || reply.headers.contains_key(DOCKER_DISTRIBUTION_API_VERSION);
+    let of_registry = proof::is_registrys(&reply.headers);
     let mut expired = status == StatusCode::BAD_REQUEST;
     let headers = reply.headers.clone();
     answer.stated_wait = stated_wait(&headers, b"");
@@ -405,20 +410,23 @@ async fn refusal(ask: &Ask<'_>, reply: Reply) -> Box<Refusal> {
         expired |= status == StatusCode::FORBIDDEN
             && body.windows(7).any(|part| part.eq_ignore_ascii_case(b"expired"));
     }
-    // Storage behind a registry knows nothing of callers and little of blobs: its refusal is a failure, not a verdict.
-    let storage = abroad
-        && matches!(ask.operation, Operation::Blob { .. })
+    // Storage behind a registry knows nothing of callers and little of blobs, and a login page knows nothing of either:
+    // the refusal is a failure and no denial. Only another registry says of a manifest that it is not there.
+    let is_registrys_404 =
+        of_registry && answer.said == Said::Absent && !matches!(ask.operation, Operation::Blob { .. });
+    let is_elsewheres = abroad
         && status.is_client_error()
         && status != StatusCode::RANGE_NOT_SATISFIABLE
-        && answer.said != Said::Silent(Cause::RateLimited);
-    if storage {
+        && answer.said != Said::Silent(Cause::RateLimited)
+        && !is_registrys_404;
+    if is_elsewheres {
         answer.said = Said::Silent(Cause::Status(status.as_u16()));
         answer.challenge = Vec::new();
         expired = false;
     }
     Box::new(Refusal {
         answer,
-        abroad: storage,
+        abroad: is_elsewheres,
         of_registry,
         elsewhere,
         expired,

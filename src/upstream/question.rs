@@ -11,13 +11,14 @@ use super::client::{Body, Reply, content_length};
 use super::exchange::{Ask, Exchange, Refusal};
 use super::fetched::{Address, Fetched, Part};
 use super::origin::Origin;
+use super::proof::{self, Sender};
 use super::quirk::{Quirk, QuirksAt};
 use crate::oci::accept::Accept;
 use crate::oci::cause::Cause;
 use crate::oci::digest::{Algorithm, AnyDigest, Digest};
 use crate::oci::header::RateLimit;
-use crate::oci::manifest::{Kind, Manifest, MediaType};
-use crate::oci::name::{Reference, Repository};
+use crate::oci::manifest::Manifest;
+use crate::oci::name::Reference;
 use crate::oci::operation::Operation;
 use crate::oci::range::parse_content_range;
 use crate::trace::Trace;
@@ -32,17 +33,16 @@ pub(super) struct Question<'a> {
     pub(super) accept: &'a Accept,
     pub(super) manifest_bytes_max: usize,
     pub(super) trace: &'a Trace,
+    /// A no is not checked by a GET. Who pushes needs to know what the registry takes for there.
+    pub(super) takes_heads_word: bool,
 }
 
 impl Question<'_> {
     /// Which digest, or whether at all; costs no transfer where the registry plays along.
     pub(super) async fn head(&self) -> Answer {
         match self.operation {
-            Operation::Manifest {
-                repository,
-                reference,
-            } => self.head_manifest(repository, reference).await,
-            Operation::Blob { repository, .. } => self.head_blob(repository).await,
+            Operation::Manifest { reference, .. } => self.head_manifest(reference).await,
+            Operation::Blob { .. } => self.head_blob().await,
             // Some registries know no HEAD here, and the bodies are small.
             Operation::Ping | Operation::Tags { .. } | Operation::Referrers { .. } => self
                 .ask(Method::GET, None)
@@ -51,38 +51,32 @@ impl Question<'_> {
         }
     }
 
-    async fn head_manifest(&self, repository: &Repository, reference: &Reference) -> Answer {
+    async fn head_manifest(&self, reference: &Reference) -> Answer {
         let now = Instant::now();
-        let by_tag = matches!(reference, Reference::Tag(_));
-        if self.quirks.has(Quirk::HeadRefused, now) || (by_tag && self.quirks.has(Quirk::NoDigest, now)) {
+        if self.quirks.has(Quirk::HeadRefused, now) || self.quirks.has(Quirk::NoDigest, now) {
             return self.get_manifest(reference, None).await;
         }
         let refusal = match self.ask(Method::HEAD, None).await {
             Ok(reply) => {
                 let answer = self.read(&reply);
+                let is_ok = reply.status == StatusCode::OK;
                 drop(reply);
-                if by_tag && answer.said == Said::Unnamed {
-                    return self.get_manifest(reference, Some(Quirk::NoDigest)).await;
-                }
-                return answer;
+                return match answer.said {
+                    Said::Is(_) | Said::Unproven(_) => answer,
+                    Said::Unnamed if self.is_foreign() => answer,
+                    // Without the registry's marks, also as a page, it may be a HEAD that is merely labelled wrong.
+                    _ if is_ok => self.get_manifest(reference, Some(Quirk::NoDigest)).await,
+                    _ => answer,
+                };
             }
             Err(refusal) => *refusal,
         };
-        match refusal.answer.status {
-            Some(StatusCode::METHOD_NOT_ALLOWED | StatusCode::NOT_IMPLEMENTED) => {
-                self.get_manifest(reference, Some(Quirk::HeadRefused)).await
-            }
-            // A registry's own 404 is believed. One that does not look like it is checked, once per repository.
-            Some(StatusCode::NOT_FOUND)
-                if self.quirks.has(Quirk::HeadUntrue, now)
-                    || (!refusal.of_registry && self.quirks.first_check(repository, Quirk::HeadUntrue)) =>
-            {
+        let known = self.quirks.has(Quirk::HeadUntrue, now);
+        match refusal.answer.status.map(|status| status.as_u16()) {
+            Some(405 | 501) => self.get_manifest(reference, Some(Quirk::HeadRefused)).await,
+            Some(400 | 403 | 404 | 410 | 500) if known || self.may_check(now) => {
                 let checked = self.get_manifest(reference, Some(Quirk::HeadUntrue)).await;
-                if matches!(checked.said, Said::Is(_)) || checked.asks_to_wait().is_some() {
-                    checked
-                } else {
-                    refusal.answer
-                }
+                self.truer(refusal.answer, checked, known)
             }
             // The body says whether it is a limit, and a HEAD has none.
             Some(status)
@@ -99,13 +93,48 @@ impl Question<'_> {
         }
     }
 
+    /// Whether a HEAD that says no is worth a GET of the same: see [`QuirksAt::may_check`].
+    fn may_check(&self, now: Instant) -> bool {
+        let path = self.operation.path_and_query();
+        !self.takes_heads_word && self.quirks.may_check(self.caller.principal, path, now)
+    }
+
+    /// GET is the truth. Where it brings nothing usable, the HEAD is believed unless this upstream's are known to lie.
+    fn truer(&self, head: Answer, get: Answer, is_known_to_lie: bool) -> Answer {
+        let head_is_usable = head.silence().is_none() && !is_known_to_lie;
+        // The body says whether it is a limit, and a HEAD has none.
+        if get.silence().is_some() && get.asks_to_wait().is_none() && head_is_usable {
+            head
+        } else {
+            get
+        }
+    }
+
+    /// Whether what is asked about has a digest that cannot be verified here.
+    fn is_foreign(&self) -> bool {
+        matches!(
+            self.operation,
+            Operation::Manifest {
+                reference: Reference::Digest(AnyDigest::Foreign(_)),
+                ..
+            } | Operation::Blob {
+                digest: AnyDigest::Foreign(_),
+                ..
+            }
+        )
+    }
+
     /// A GET that stands in for a HEAD: the digest is computed over the bytes, and the bytes are kept.
     async fn get_manifest(&self, reference: &Reference, teaches: Option<Quirk>) -> Answer {
         let reply = match self.ask(Method::GET, None).await {
             Ok(reply) => reply,
             Err(refusal) => return refusal.answer,
         };
+        if !matches!(reply.status, StatusCode::OK) {
+            return Answer::silent(Cause::NotRegistry);
+        }
         let answer = self.read(&reply);
+        let is_page = proof::is_page(&reply.headers);
         let promised = header_digest(&reply.headers);
         let bytes = match reply
             .collect(self.manifest_bytes_max, self.exchange.headers_within)
@@ -115,12 +144,20 @@ impl Question<'_> {
             Err(cause) => return Answer::silent(cause),
         };
         // A login page or an error with status 200 is no manifest, and must not become a "newer" one.
-        let typed = answer.media_type.as_ref().is_some_and(MediaType::is_manifest);
-        let manifest = match Manifest::read(&bytes) {
-            Ok(manifest) if typed || manifest.kind != Kind::Other || !manifest.children.is_empty() => {
-                manifest
-            }
-            Ok(_) | Err(_) => return Answer::silent(Cause::Malformed),
+        let manifest = Manifest::read(&bytes).ok();
+        let by_tag = matches!(reference, Reference::Tag(_));
+        let media_type = manifest.as_ref().and_then(|manifest| {
+            let media_type = manifest.type_sent_as(answer.media_type.as_ref())?;
+            // Of a tag nothing but the answer says what it names, so label and shape have to agree.
+            let agrees = !is_page && manifest.has_shape_of(&media_type);
+            (!by_tag || agrees).then_some(media_type)
+        });
+        let Some(media_type) = media_type else {
+            return Answer::silent(if is_page {
+                Cause::NotRegistry
+            } else {
+                Cause::Malformed
+            });
         };
         let (digest, asked) = match reference {
             Reference::Digest(AnyDigest::Known(asked)) => {
@@ -142,102 +179,110 @@ impl Question<'_> {
         if let Some(quirk) = teaches {
             self.quirks.learn(quirk, Instant::now());
         }
-        // Some registries send `text/plain` or nothing; the manifest knows better.
-        let header = answer.media_type.clone();
-        let media_type = if typed {
-            header
-        } else {
-            manifest.media_type.or(header)
-        };
         Answer {
             said: Said::Is(digest),
             length: Some(bytes.len() as u64),
-            body: media_type.clone().map(|media_type| (bytes, media_type)),
-            media_type,
+            body: Some((bytes, media_type.clone())),
+            media_type: Some(media_type),
             ..answer
         }
     }
 
-    /// A yes should say how long the blob is, so one that does not is asked for by a GET of one byte as well.
-    async fn head_blob(&self, repository: &Repository) -> Answer {
-        if self.quirks.has(Quirk::BlobHeadRefused, Instant::now()) {
-            return self.probe_blob().await;
+    /// Whether the registry has the blob for this caller. A yes should say how long it is, and one without the registry's
+    /// marks proves nothing, so where the HEAD says less a GET of one byte is sent as well, and that counts.
+    async fn head_blob(&self) -> Answer {
+        let now = Instant::now();
+        if self.quirks.has(Quirk::BlobHeadRefused, now) || self.quirks.has(Quirk::BlobHeadUntrue, now) {
+            return self.probe_blob(None).await;
         }
-        let (answer, is_doubtful) = match self.ask(Method::HEAD, None).await {
+        let refusal = match self.ask(Method::HEAD, None).await {
             Ok(reply) => {
                 let answer = self.read(&reply);
-                let has_length = answer.length.is_some();
-                (answer, !has_length)
-            }
-            Err(refusal) if refusal.abroad => {
-                let answer = self.vouched(*refusal);
-                let is_yes = answer.said.is_yes();
-                (answer, is_yes)
-            }
-            Err(refusal) => {
-                let is_doubtful = match refusal.answer.status {
-                    Some(StatusCode::METHOD_NOT_ALLOWED | StatusCode::NOT_IMPLEMENTED) => true,
-                    Some(StatusCode::UNAUTHORIZED) => {
-                        self.quirks.first_check(repository, Quirk::BlobHeadRefused)
+                let is_ok = reply.status == StatusCode::OK;
+                drop(reply);
+                let has_length = answer.length.is_some_and(|length| length > 0);
+                return match answer.said {
+                    Said::Is(_) if !has_length => {
+                        let probed = self.probe_blob(Some(Quirk::BlobHeadRefused)).await;
+                        let is_yes = probed.said.is_yes();
+                        let length = probed.length.filter(|_| is_yes).or(answer.length);
+                        Answer { length, ..answer }
                     }
-                    _ => false,
-                };
-                (refusal.answer, is_doubtful)
-            }
-        };
-        if !is_doubtful {
-            return answer;
-        }
-        let probed = self.probe_blob().await;
-        match (answer.status, probed.said.is_yes()) {
-            (Some(StatusCode::METHOD_NOT_ALLOWED | StatusCode::NOT_IMPLEMENTED), _) | (_, true) => probed,
-            _ => answer,
-        }
-    }
-
-    /// A GET of one byte that stands in for the HEAD of a blob.
-    async fn probe_blob(&self) -> Answer {
-        let reply = match self
-            .ask(Method::GET, Some(HeaderValue::from_static("bytes=0-0")))
-            .await
-        {
-            Ok(reply) => reply,
-            Err(refusal) if refusal.abroad => return self.vouched(*refusal),
-            // An empty blob has no first byte.
-            Err(refusal) if refusal.answer.status == Some(StatusCode::RANGE_NOT_SATISFIABLE) => {
-                return Answer {
-                    length: Some(0),
-                    ..self.yes()
+                    Said::Silent(Cause::NotRegistry) | Said::Unproven(_) if is_ok && !has_length => {
+                        self.probe_blob(Some(Quirk::BlobHeadRefused)).await
+                    }
+                    _ => answer,
                 };
             }
-            Err(refusal) => return refusal.answer,
+            Err(refusal) => *refusal,
         };
-        self.quirks.learn(Quirk::BlobHeadRefused, Instant::now());
-        let length = match reply.status {
-            StatusCode::PARTIAL_CONTENT => content_range(&reply.headers).and_then(|(_, total)| total),
-            _ => content_length(&reply.headers),
-        };
-        Answer {
-            length,
-            ..self.read(&reply)
-        }
-    }
-
-    /// The registry sent us to its storage, which is its yes; that the storage refuses a HEAD (signatures cover the
-    /// method) takes nothing from it. A 404 of the storage does.
-    fn vouched(&self, refusal: Refusal) -> Answer {
-        match refusal.answer.said {
-            Said::Silent(Cause::Status(400 | 401 | 403 | 405)) => self.yes(),
+        match refusal.answer.status.map(|status| status.as_u16()) {
+            // Signed URLs hold for one method, so storage may refuse the HEAD of what it gives to a GET.
+            _ if refusal.abroad => self.probe_blob(Some(Quirk::BlobHeadRefused)).await,
+            Some(405 | 501) => self.probe_blob(Some(Quirk::BlobHeadRefused)).await,
+            Some(status @ (400 | 401 | 403 | 404 | 410 | 500)) if self.may_check(now) => {
+                let quirk = if matches!(status, 404 | 410) {
+                    Quirk::BlobHeadUntrue
+                } else {
+                    Quirk::BlobHeadRefused
+                };
+                let checked = self.probe_blob(Some(quirk)).await;
+                self.truer(refusal.answer, checked, false)
+            }
             _ => refusal.answer,
         }
     }
 
-    fn yes(&self) -> Answer {
-        Answer::read(self.operation, StatusCode::OK, &HeaderMap::new())
+    /// A GET of one byte that stands in for the HEAD of a blob.
+    async fn probe_blob(&self, teaches: Option<Quirk>) -> Answer {
+        let range = Some(HeaderValue::from_static("bytes=0-0"));
+        let reply = match self.ask(Method::GET, range).await {
+            Ok(reply) => reply,
+            // An empty blob has no first byte; whether it is one, its digest tells.
+            Err(refusal)
+                if refusal.answer.status == Some(StatusCode::RANGE_NOT_SATISFIABLE)
+                    && self.is_of_nothing() =>
+            {
+                return Answer {
+                    length: Some(0),
+                    ..self.read_as(StatusCode::OK, &HeaderMap::new(), Sender::Elsewhere)
+                };
+            }
+            Err(refusal) => return refusal.answer,
+        };
+        let length = match reply.status {
+            StatusCode::PARTIAL_CONTENT => match content_range(&reply.headers) {
+                Some((0, total)) => total,
+                _ => return Answer::silent(Cause::Malformed),
+            },
+            _ => content_length(&reply.headers),
+        };
+        let answer = self.read(&reply);
+        if answer.said.is_yes()
+            && let Some(quirk) = teaches
+        {
+            self.quirks.learn(quirk, Instant::now());
+        }
+        Answer { length, ..answer }
+    }
+
+    fn is_of_nothing(&self) -> bool {
+        let Operation::Blob {
+            digest: AnyDigest::Known(digest),
+            ..
+        } = self.operation
+        else {
+            return false;
+        };
+        Digest::of(digest.algorithm(), b"") == *digest
     }
 
     fn read(&self, reply: &Reply) -> Answer {
-        Answer::read(self.operation, reply.status, &reply.headers)
+        self.read_as(reply.status, &reply.headers, Sender::of(reply.abroad))
+    }
+
+    fn read_as(&self, status: StatusCode, headers: &HeaderMap, sender: Sender) -> Answer {
+        Answer::read(self.operation, status, headers, sender)
     }
 
     /// The bytes; only those of `part` if the registry knows how.
@@ -254,6 +299,14 @@ impl Question<'_> {
             .ask(Method::GET, range)
             .await
             .map_err(|refusal| refusal.answer)?;
+        // The bytes of a manifest or a blob tell what they are, whatever their label; of a list there is nothing else.
+        let has_digest = matches!(
+            self.operation,
+            Operation::Manifest { .. } | Operation::Blob { .. }
+        );
+        if !has_digest && proof::is_page(&reply.headers) {
+            return Err(Answer::silent(Cause::NotRegistry).into());
+        }
         let length = content_length(&reply.headers);
         let (start, total) = match (reply.status, ranged) {
             (StatusCode::OK, _) => (0, length),
@@ -261,9 +314,10 @@ impl Question<'_> {
                 Some((start, total)) if start == part.from => (start, total),
                 _ => return Err(Answer::silent(Cause::Malformed).into()),
             },
-            _ => return Err(Answer::silent(Cause::Malformed).into()),
+            (StatusCode::PARTIAL_CONTENT, false) => return Err(Answer::silent(Cause::Malformed).into()),
+            _ => return Err(Answer::silent(Cause::NotRegistry).into()),
         };
-        let media_type = self.read(&reply).media_type;
+        let media_type = proof::media_type(&reply.headers);
         Ok(Fetched {
             status: reply.status,
             digest: header_digest(&reply.headers),

@@ -8,24 +8,32 @@ use quick_cache::sync::Cache;
 use tokio::time::Instant;
 
 use super::origin::Origin;
-use crate::oci::name::Repository;
 
 /// How long a quirk is believed.
 const LIFE: Duration = Duration::from_secs(3600);
-/// Repositories of which is remembered that a refusal of HEAD was checked by a GET.
-const CHECKED_MAX: usize = 1024;
+/// A HEAD that says no is checked by a GET so often at most, for each name and principal: short, since what is not there
+/// now may be pushed the next minute.
+const CHECK_AGAIN: Duration = Duration::from_secs(60);
+/// Checks of one principal within that time. Who asks for names at random must not double what the upstream gets.
+const CHECKS_MAX: usize = 64;
+/// Names, each with a principal, of which is remembered that they were checked.
+const CHECKED_MAX: usize = 4096;
+/// Principals whose checks are counted.
+const COUNTED_MAX: usize = 4096;
 
 /// One way to differ.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Quirk {
     /// HEAD of a manifest is refused (405, 501).
     HeadRefused,
-    /// HEAD of a manifest does not name the digest.
+    /// HEAD of a manifest does not name the digest, or not the manifest's type.
     NoDigest,
-    /// HEAD of a manifest says 404 where GET has it.
+    /// HEAD of a manifest is an error where GET has it: 404 at Nexus.
     HeadUntrue,
-    /// HEAD of a blob is refused where GET works (public.ecr.aws).
+    /// HEAD of a blob is refused where GET works (public.ecr.aws), or says too little.
     BlobHeadRefused,
+    /// HEAD of a blob says 404 where GET has it: Harbor, until it has fetched the blob for that repository.
+    BlobHeadUntrue,
 }
 
 impl Quirk {
@@ -36,6 +44,7 @@ impl Quirk {
             Quirk::NoDigest => "no-digest",
             Quirk::HeadUntrue => "head-untrue",
             Quirk::BlobHeadRefused => "blob-head-refused",
+            Quirk::BlobHeadUntrue => "blob-head-untrue",
         }
     }
 }
@@ -44,7 +53,9 @@ impl Quirk {
 #[derive(Debug)]
 pub(super) struct Quirks {
     known: Mutex<Vec<Known>>,
-    checked: Cache<(Origin, Repository, Quirk), ()>,
+    checked: Cache<(Origin, String, [u8; 32]), Instant>,
+    /// Since when, and how many.
+    counted: Cache<(Origin, [u8; 32]), (Instant, usize)>,
 }
 
 #[derive(Clone, Debug)]
@@ -66,6 +77,7 @@ impl Default for Quirks {
         Quirks {
             known: Mutex::new(Vec::new()),
             checked: Cache::new(CHECKED_MAX),
+            counted: Cache::new(COUNTED_MAX),
         }
     }
 }
@@ -106,12 +118,22 @@ impl QuirksAt<'_> {
         known.iter().filter(here).map(|one| one.quirk).collect()
     }
 
-    /// Whether this refusal is the first of its repository, and thus worth a GET to see if it is true.
-    pub(super) fn first_check(&self, repository: &Repository, quirk: Quirk) -> bool {
-        let key = (self.origin.clone(), repository.clone(), quirk);
-        let first = self.quirks.checked.get(&key).is_none();
-        self.quirks.checked.insert(key, ());
-        first
+    /// Whether a HEAD of `path` that said no to this principal is worth a GET to see if it is true.
+    pub(super) fn may_check(&self, principal: [u8; 32], path: String, now: Instant) -> bool {
+        let lately = |at: Instant| now.saturating_duration_since(at) < CHECK_AGAIN;
+        let key = (self.origin.clone(), path, principal);
+        if self.quirks.checked.get(&key).is_some_and(lately) {
+            return false;
+        }
+        let who = (self.origin.clone(), principal);
+        let counted = self.quirks.counted.get(&who).filter(|(since, _)| lately(*since));
+        let (since, count) = counted.unwrap_or((now, 0));
+        if count >= CHECKS_MAX {
+            return false;
+        }
+        self.quirks.counted.insert(who, (since, count + 1));
+        self.quirks.checked.insert(key, now);
+        true
     }
 }
 
@@ -138,13 +160,31 @@ mod tests {
     }
 
     #[test]
-    fn a_repository_is_checked_once() {
-        let (quirks, name) = (Quirks::default(), "library/a".parse().unwrap());
+    fn a_no_is_checked_once_a_minute_by_name_and_principal() {
+        let (quirks, now) = (Quirks::default(), Instant::now());
         let here = "https://a.example".parse().unwrap();
         let quirks = quirks.at(&here);
-        assert!(quirks.first_check(&name, Quirk::HeadUntrue));
-        assert!(!quirks.first_check(&name, Quirk::HeadUntrue));
-        assert!(quirks.first_check(&name, Quirk::BlobHeadRefused));
-        assert!(quirks.first_check(&"library/b".parse().unwrap(), Quirk::HeadUntrue));
+        let may = |principal: u8, name: &str, at| quirks.may_check([principal; 32], name.to_owned(), at);
+        assert!(may(1, "/a", now));
+        assert!(!may(1, "/a", now));
+        assert!(may(2, "/a", now));
+        assert!(may(1, "/b", now));
+        assert!(may(1, "/a", now + CHECK_AGAIN));
+    }
+
+    #[test]
+    fn a_principal_that_asks_at_random_is_not_checked_without_limit() {
+        let (quirks, now) = (Quirks::default(), Instant::now());
+        let here = "https://a.example".parse().unwrap();
+        let quirks = quirks.at(&here);
+        let checks = |from: usize, at| {
+            (from..from + 2 * CHECKS_MAX)
+                .filter(|nth| quirks.may_check([1; 32], nth.to_string(), at))
+                .count()
+        };
+        assert_eq!(checks(0, now), CHECKS_MAX);
+        assert_eq!(checks(1000, now), 0);
+        assert!(quirks.may_check([2; 32], "/a".to_owned(), now));
+        assert_eq!(checks(2000, now + CHECK_AGAIN), CHECKS_MAX);
     }
 }

@@ -79,7 +79,7 @@ impl Upstream {
                 return Err(Cause::RateLimited);
             }
         }
-        let issued = parse(&body).filter(|_| passed.status.is_success());
+        let issued = parse(&body).filter(|_| passed.status == StatusCode::OK);
         passed.headers.remove(CONTENT_LENGTH);
         Ok(TokenReply {
             status: passed.status,

@@ -46,7 +46,14 @@ impl Exchange {
         let first = Box::pin(self.resolved(uri, ask, authorization, known.as_ref())).await;
         let mut refusal = match first {
             Err(refusal) if refusal.answer.status == Some(StatusCode::UNAUTHORIZED) => refusal,
-            other => return other,
+            Ok(reply) => {
+                let trusted = known.as_ref().and_then(|(place, _)| Origin::of_uri(place));
+                return Ok(match trusted {
+                    Some(trusted) => as_own(reply, &trusted),
+                    None => reply,
+                });
+            }
+            Err(refusal) => return Err(refusal),
         };
         let Some(other) = refusal.elsewhere.take() else {
             return Err(refusal);
@@ -90,10 +97,8 @@ impl Exchange {
             .resolved(uri, ask, authorization, Some(&(place, token)))
             .await
         {
-            Err(refusal) if refusal.answer.status == Some(StatusCode::UNAUTHORIZED) && !refusal.abroad => {
-                Err(denied_by(refusal, other))
-            }
-            second => second,
+            Err(refusal) if is_denial(&refusal, &other) => Err(denied_by(refusal, other)),
+            second => second.map(|reply| as_own(reply, &other.origin)),
         }
     }
 
@@ -108,6 +113,29 @@ impl Exchange {
             .get(&self.http, &key, login.login(), (None, ask.trace));
         Some((other.join("/")?, got.await.ok()?))
     }
+}
+
+/// A response of the other registry, to a token of its own, is as good as the registry's own.
+fn as_own(reply: Reply, other: &Origin) -> Reply {
+    let is_other = reply
+        .at
+        .as_ref()
+        .and_then(Origin::of_uri)
+        .is_some_and(|at| at == *other);
+    Reply {
+        abroad: reply.abroad && !is_other,
+        ..reply
+    }
+}
+
+/// Whether it is the other registry that refuses, to a token of its own, and not storage behind it.
+fn is_denial(refusal: &Refusal, other: &Elsewhere) -> bool {
+    let status = refusal.answer.status;
+    let is_other = refusal
+        .elsewhere
+        .as_ref()
+        .is_none_or(|at| at.origin == other.origin);
+    is_other && matches!(status, Some(StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN))
 }
 
 /// The other registry denies this caller, with its challenge as it was before any token was sent.

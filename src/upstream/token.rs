@@ -447,7 +447,7 @@ impl Tokens {
     async fn read(&self, reply: Reply) -> Result<Token, NoToken> {
         let (status, headers) = (reply.status, reply.headers.clone());
         let body = reply.collect(TOKEN_BODY_BYTES_MAX, self.within).await;
-        if !status.is_success() {
+        if status != StatusCode::OK {
             let body = body.unwrap_or_default();
             let (code, message) = Problem::read(&body).unzip();
             return Err(match status.as_u16() {

@@ -164,7 +164,7 @@ impl Served {
         answer: &Answer,
     ) -> Outcome {
         match answer.said {
-            Said::Is(_) | Said::Unnamed => Outcome::Yes,
+            Said::Is(_) | Said::Unproven(_) | Said::Unnamed => Outcome::Yes,
             Said::Silent(_) => Outcome::Unavailable,
             Said::Absent => Outcome::No,
             Said::Other(status) if is_about_the_request(status) => Outcome::No,

@@ -55,7 +55,7 @@ const TABLE: &[Line] = &[
     ("blob of a wrong type",                 |up, _| up.types_blobs("text/html"),                              ["whole",                           "whole",                           "whole"],                           "unchanged"),
     ("blob encoded",                         |up, _| up.gzips(),                                               ["502 UNAVAILABLE",                 "502 UNAVAILABLE",                 "502 UNAVAILABLE"],                 "stale-malformed"),
     ("blob 307 to another host",             |up, storage| up.redirects_blobs_to(storage),                     ["whole",                           "whole",                           "whole"],                           "unchanged"),
-    ("everything 200 and a page",            |up, _| up.answers_html(),                                        ["502 UNAVAILABLE",                 "502 UNAVAILABLE",                 "502 UNAVAILABLE"],                 "stale-malformed"),
+    ("everything 200 and a page",            |up, _| up.answers_html(),                                        ["502 UNAVAILABLE",                 "502 UNAVAILABLE",                 "502 UNAVAILABLE"],                 "stale-not-registry"),
     ("connection refused",                   |up, _| up.refuses(),                                             ["502 UNAVAILABLE",                 "502 UNAVAILABLE",                 "502 UNAVAILABLE"],                 "stale-refused"),
     ("connection reset",                     |up, _| up.resets(),                                              ["502 UNAVAILABLE",                 "502 UNAVAILABLE",                 "502 UNAVAILABLE"],                 "stale-reset"),
 ];

@@ -25,7 +25,8 @@ async fn askers_at_two_upstreams_share_the_bytes_of_one() {
     assert!(two.rest().await.unwrap() == layer.bytes[LAYER / 4..]);
     assert_eq!(
         (hub.blob_gets(&layer.digest), other.blob_gets(&layer.digest)),
-        (1, 0)
+        (1, 1),
+        "the second upstream's no was checked by a GET"
     );
 }
 

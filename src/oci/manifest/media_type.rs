@@ -48,6 +48,11 @@ impl MediaType {
         }
     }
 
+    /// Whether the two differ at most in case and parameters.
+    pub fn is_same_as(&self, other: &MediaType) -> bool {
+        self.essence().eq_ignore_ascii_case(other.essence())
+    }
+
     /// Whether it is a list of manifests.
     pub fn is_index(&self) -> bool {
         self.is_one_of(&Self::INDEXES)
@@ -63,6 +68,11 @@ impl MediaType {
         self.is_index()
             || self.is_image()
             || self.is_one_of(&[OCI_ARTIFACT, DOCKER_SCHEMA_1, DOCKER_SCHEMA_1_SIGNED])
+    }
+
+    /// Whether it is a web page: what logs in, blocks or sells, and no registry.
+    pub fn is_page(&self) -> bool {
+        self.is_one_of(&["text/html", "application/xhtml+xml"])
     }
 
     fn is_one_of(&self, known: &[&str]) -> bool {

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use super::super::zone::Zone;
 use super::registry::{Registry, answer, manifest};
 use crate::oci::cause::RedirectFault;
-use http::Uri;
+use http::{Method, Uri};
 
 use std::sync::Mutex;
 
@@ -134,14 +134,59 @@ async fn storage_that_refuses_is_asked_for_anew_and_is_no_denial() {
 }
 
 #[tokio::test]
-async fn a_registry_vouches_for_a_blob_though_its_storage_refuses_head() {
-    let storage = Registry::start(|_| answer(403)).await;
+async fn r01_a_refusal_of_the_redirects_target_is_no_yes_and_no_denial() {
+    for operation in [blob("bytes"), tag(), operation("/v2/library/a/tags/list")] {
+        for status in [400, 401, 403, 404, 405] {
+            let elsewhere = Registry::start(move |_| answer(status)).await;
+            let away = elsewhere.url();
+            let registry = Registry::start(move |_| answer(302).header("location", &away)).await;
+            let answer = upstream(&[&registry])
+                .head(&anonymous(), &operation, &accept())
+                .await;
+            assert_eq!(answer.said, Said::Silent(Cause::Status(status)), "{operation:?}");
+            assert!(answer.challenge.is_empty());
+        }
+    }
+}
+
+#[tokio::test]
+async fn storage_that_refuses_head_is_asked_for_one_byte() {
+    let storage = Registry::start(|seen| match seen.method {
+        Method::HEAD => answer(403),
+        _ => answer(206).header("content-range", "bytes 0-0/1234").body("x"),
+    })
+    .await;
     let away = storage.url();
     let registry = Registry::start(move |_| answer(307).header("location", &away)).await;
-    let answer = upstream(&[&registry])
-        .head(&anonymous(), &blob("bytes"), &accept())
-        .await;
-    assert_eq!((answer.said, answer.length), (Said::Is(digest("bytes")), None));
+    let upstream = upstream(&[&registry]);
+    for _ in 0..2 {
+        let answer = upstream.head(&anonymous(), &blob("bytes"), &accept()).await;
+        let said = Said::Unproven(digest("bytes"));
+        assert_eq!((answer.said, answer.length), (said, Some(1234)));
+    }
+    assert_eq!(registry.seen().len(), 3, "and that is remembered");
+}
+
+#[tokio::test]
+async fn r01_what_another_origin_answers_proves_nothing_without_bytes() {
+    let elsewhere = Registry::start(|seen| match seen.path() {
+        "/manifests/latest" => manifest(),
+        _ => answer(200)
+            .header("docker-content-digest", &digest("bytes").to_string())
+            .body("bytes"),
+    })
+    .await;
+    let away = elsewhere.url();
+    let registry = Registry::start(move |seen| {
+        let path = seen.path().trim_start_matches("/v2/library/a");
+        answer(307).header("location", &format!("{away}{path}"))
+    })
+    .await;
+    let upstream = upstream(&[&registry]);
+    let said = upstream.head(&anonymous(), &blob("bytes"), &accept()).await.said;
+    assert_eq!(said, Said::Unproven(digest("bytes")));
+    let said = upstream.head(&anonymous(), &tag(), &accept()).await.said;
+    assert_eq!(said, Said::Unproven(digest(MANIFEST)));
 }
 
 #[tokio::test]

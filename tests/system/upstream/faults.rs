@@ -63,6 +63,7 @@ pub(super) enum Instead {
     Text(u16),
     RateLimited(Option<String>),
     Html,
+    Front(super::fronts::Front),
     Hang,
     Drop,
     Scripted(super::Scripted),

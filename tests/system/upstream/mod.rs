@@ -6,6 +6,7 @@
 
 mod body;
 mod faults;
+mod fronts;
 mod gate;
 mod image;
 mod limits;
@@ -16,6 +17,8 @@ mod serve;
 mod tls;
 mod writes;
 
+use body::{Piped, Plan};
+pub use fronts::Front;
 pub use gate::Gate;
 pub use image::{Blob, DOCKER_LIST, DOCKER_MANIFEST, Image, OCI_INDEX, OCI_MANIFEST, noise, sha256, sha512};
 pub use tls::Presented;

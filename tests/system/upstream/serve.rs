@@ -2,7 +2,7 @@
 
 use super::body::{Piped, Plan};
 use super::faults::{BadConnection, DigestHeader, Instead, Redirect};
-use super::{Seen, Shared, State, lists, writes};
+use super::{Seen, Shared, State, fronts, lists, writes};
 use bytes::Bytes;
 use http::header::{ACCEPT_RANGES, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, LOCATION, RETRY_AFTER};
 use http::{HeaderValue, Method, Request, Response, StatusCode};
@@ -117,6 +117,7 @@ async fn answer(shared: Arc<Shared>, request: Request<Incoming>) -> Result<Respo
                     page,
                 ));
             }
+            Some(Instead::Front(front)) => return Ok(fronts::answer(&shared, &seen, front)),
             None => break,
         }
     }

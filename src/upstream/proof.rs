@@ -1,0 +1,193 @@
+//! The proof in a response with status 2xx: whether the registry says yes, and how certain that is. Pure.
+//!
+//! RFC 9110 §15.3 lets anything in front of a registry answer 2xx: a login page, a captive portal, a firewall. So the
+//! status alone proves nothing. A proof is a response of the registry's own origin that carries its marks: the digest
+//! (`Docker-Content-Digest`, equal to the one asked for where one was) and, for a manifest, a manifest's media type.
+//! Bytes that hash to the digest are a proof wherever they come from; they are read by the callers. Whatever else may
+//! be a yes is [`Said::Unproven`]: it opens nothing.
+
+use http::header::CONTENT_TYPE;
+use http::{HeaderMap, StatusCode};
+
+use super::answer::{Said, header_digest};
+use crate::oci::cause::Cause;
+use crate::oci::digest::AnyDigest;
+use crate::oci::header::DOCKER_DISTRIBUTION_API_VERSION;
+use crate::oci::manifest::MediaType;
+use crate::oci::name::Reference;
+use crate::oci::operation::Operation;
+
+/// Which origin sent a response.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Sender {
+    /// The registry's own.
+    Registry,
+    /// Another one, to which the registry redirected the request.
+    Elsewhere,
+}
+
+impl Sender {
+    pub(super) fn of(abroad: bool) -> Sender {
+        if abroad {
+            Sender::Elsewhere
+        } else {
+            Sender::Registry
+        }
+    }
+}
+
+/// What a 2xx says about `operation`.
+pub(super) fn read(operation: &Operation, status: StatusCode, headers: &HeaderMap, sender: Sender) -> Said {
+    // Only of a blob are parts asked for.
+    let is_part = status == StatusCode::PARTIAL_CONTENT && matches!(operation, Operation::Blob { .. });
+    if !(status == StatusCode::OK || is_part) || is_page(headers) {
+        return Said::Silent(Cause::NotRegistry);
+    }
+    match operation {
+        Operation::Manifest { reference, .. } => manifest(reference, headers, sender),
+        Operation::Blob { digest, .. } => blob(digest, headers, sender),
+        Operation::Ping | Operation::Tags { .. } | Operation::Referrers { .. } => Said::Unnamed,
+    }
+}
+
+fn manifest(reference: &Reference, headers: &HeaderMap, sender: Sender) -> Said {
+    let asked = match reference {
+        Reference::Tag(_) => None,
+        Reference::Digest(AnyDigest::Known(asked)) => Some(*asked),
+        Reference::Digest(AnyDigest::Foreign(_)) => return Said::Unnamed,
+    };
+    let is_typed = media_type(headers).is_some_and(|media_type| media_type.is_manifest());
+    let named = header_digest(headers).filter(|named| asked.is_none_or(|asked| asked == *named));
+    match (named.filter(|_| is_typed), sender) {
+        (Some(named), Sender::Registry) => Said::Is(named),
+        (Some(named), Sender::Elsewhere) => Said::Unproven(named),
+        // Only the bytes can tell.
+        (None, _) => Said::Unnamed,
+    }
+}
+
+fn blob(asked: &AnyDigest, headers: &HeaderMap, sender: Sender) -> Said {
+    let AnyDigest::Known(asked) = asked else {
+        return Said::Unnamed;
+    };
+    if sender == Sender::Registry && header_digest(headers) == Some(*asked) {
+        Said::Is(*asked)
+    } else {
+        Said::Unproven(*asked)
+    }
+}
+
+/// `Content-Type`, without parameters.
+pub(super) fn media_type(headers: &HeaderMap) -> Option<MediaType> {
+    let text = headers.get(CONTENT_TYPE)?.to_str().ok()?;
+    text.parse().ok().map(MediaType::without_parameters)
+}
+
+/// Whether a response says that it is a web page.
+pub(super) fn is_page(headers: &HeaderMap) -> bool {
+    media_type(headers).is_some_and(|media_type| media_type.is_page())
+}
+
+/// Whether an error response looks like that of a registry, not of something in front of it.
+pub(super) fn is_registrys(headers: &HeaderMap) -> bool {
+    let json = headers
+        .get(CONTENT_TYPE)
+        .is_some_and(|value| value.as_bytes().windows(4).any(|part| part == b"json"));
+    json || headers.contains_key(DOCKER_DISTRIBUTION_API_VERSION)
+}
+
+/// Whether a 404 is that of a page and not the registry's. In front of a registry that is down, a balancer answers so.
+pub(super) fn is_absent_page(status: StatusCode, headers: &HeaderMap) -> bool {
+    matches!(status, StatusCode::NOT_FOUND | StatusCode::GONE) && is_page(headers) && !is_registrys(headers)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests may fail loudly")]
+    use http::{HeaderName, HeaderValue, Method};
+
+    use super::*;
+    use crate::oci::digest::{Algorithm, Digest};
+
+    const MANIFEST_TYPE: &str = "application/vnd.oci.image.manifest.v1+json";
+
+    fn operations() -> Vec<Operation> {
+        let digest = digest("asked");
+        [
+            "/v2/".to_owned(),
+            "/v2/a/manifests/1".to_owned(),
+            format!("/v2/a/manifests/{digest}"),
+            format!("/v2/a/blobs/{digest}"),
+            "/v2/a/tags/list".to_owned(),
+            format!("/v2/a/referrers/{digest}"),
+        ]
+        .iter()
+        .map(|path| Operation::parse(&Method::GET, path, None).unwrap())
+        .collect()
+    }
+
+    fn digest(text: &str) -> Digest {
+        Digest::of(Algorithm::Sha256, text.as_bytes())
+    }
+
+    fn headers(media_type: &str, digest: Option<Digest>) -> HeaderMap {
+        let mut headers = HeaderMap::new();
+        if !media_type.is_empty() {
+            headers.insert(CONTENT_TYPE, HeaderValue::from_str(media_type).unwrap());
+        }
+        if let Some(digest) = digest {
+            let name = HeaderName::from_static("docker-content-digest");
+            headers.insert(name, HeaderValue::from_str(&digest.to_string()).unwrap());
+        }
+        headers
+    }
+
+    /// Every operation, status, sender, type and digest against the laws of a yes.
+    #[test]
+    fn r01_a_yes_is_proven_by_the_registrys_own_marks_or_none() {
+        let types = [
+            "",
+            "text/html; charset=utf-8",
+            "text/plain",
+            "application/json",
+            MANIFEST_TYPE,
+        ];
+        let digests = [None, Some(digest("asked")), Some(digest("other"))];
+        let mut proven = 0;
+        for operation in operations() {
+            for status in 200..300 {
+                for sender in [Sender::Registry, Sender::Elsewhere] {
+                    for media_type in types {
+                        for named in digests {
+                            let status = StatusCode::from_u16(status).unwrap();
+                            let said = read(&operation, status, &headers(media_type, named), sender);
+                            let case = format!("{operation:?} {status} {sender:?} {media_type} {named:?}");
+                            let by_tag = matches!(
+                                operation,
+                                Operation::Manifest {
+                                    reference: Reference::Tag(_),
+                                    ..
+                                }
+                            );
+                            if let Said::Is(digest) = said {
+                                proven += 1;
+                                assert_eq!(sender, Sender::Registry, "{case}");
+                                assert_eq!(Some(digest), named, "{case}");
+                                assert!(by_tag || named == digests[1], "{case}");
+                            }
+                            if !matches!(status.as_u16(), 200 | 206) || media_type.contains("html") {
+                                assert!(!said.is_yes(), "{case}");
+                            }
+                            if matches!(operation, Operation::Manifest { .. }) && media_type != MANIFEST_TYPE
+                            {
+                                assert!(!matches!(said, Said::Is(_) | Said::Unproven(_)), "{case}");
+                            }
+                        }
+                    }
+                }
+            }
+        }
+        // By tag both digests, by digest one, each with one type; for a blob any type but a page, and a part as well.
+        assert_eq!(proven, (2 + 1) + 2 * 4);
+    }
+}
