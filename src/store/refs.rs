@@ -65,6 +65,10 @@ impl Store {
             self.has_seen(&key.upstream, &key.repository, digest)
                 && matches!(self.manifest(digest), Ok(Some(_)))
         };
+        // One answer leaves no choice, whether it is cached or not.
+        if record.variants.len() == 1 {
+            return record.newest(reader, &lists, &|_| true);
+        }
         let newest = record.newest(reader, &lists, &cached);
         newest.or_else(|| record.newest(reader, &lists, &|_| true))
     }
