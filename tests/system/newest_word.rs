@@ -299,8 +299,9 @@ async fn o01_a_slow_answer_from_before_the_move_does_not_bring_the_old_image_bac
         .start()
         .await;
     pulls(&proxy, "library/demo", CONTAINERD, &old).await;
-    let gate = upstream
-        .holds_answers(|seen| seen.method == "HEAD" && seen.accept().iter().any(|line| line.contains("*/*")));
+    let gate = upstream.delays_answers(|seen| {
+        seen.method == "HEAD" && seen.accept().iter().any(|line| line.contains("*/*"))
+    });
     let address = proxy.registry_address();
     let slow = tokio::spawn(async move {
         Ask::new(address, "GET", "/v2/library/demo/manifests/latest")
@@ -311,7 +312,7 @@ async fn o01_a_slow_answer_from_before_the_move_does_not_bring_the_old_image_bac
     let new = upstream.moves("library/demo", "latest", single("new"));
     pulls(&proxy, "library/demo", DOCKER, &new).await;
     gate.release();
-    slow.await.unwrap();
+    slow.await.unwrap().is_image(&old);
     upstream.refuses();
     for accepts in [CONTAINERD, DOCKER] {
         pulls(&proxy, "library/demo", accepts, &new).await.is_stale();

@@ -30,6 +30,7 @@ pub(super) struct Faults {
     pub(super) pace: Option<u64>,
     pub(super) held_bodies: Vec<(Applies, usize, Gate)>,
     pub(super) held_answers: Vec<(Applies, Gate)>,
+    pub(super) late_answers: Vec<(Applies, Gate)>,
     pub(super) oversize_manifest: Option<usize>,
     pub(super) redirect: Option<Redirect>,
     /// Everything under `/v2/`, with this status to the same path there.
@@ -347,6 +348,13 @@ impl Upstream {
     pub fn holds_answers(&self, which: impl Fn(&Seen) -> bool + Send + Sync + 'static) -> Gate {
         let gate = Gate::new();
         self.turn(|faults| faults.held_answers.push((Arc::new(which), gate.clone())));
+        gate
+    }
+
+    /// The same, but what the answers say is decided when the requests come.
+    pub fn delays_answers(&self, which: impl Fn(&Seen) -> bool + Send + Sync + 'static) -> Gate {
+        let gate = Gate::new();
+        self.turn(|faults| faults.late_answers.push((Arc::new(which), gate.clone())));
         gate
     }
 

@@ -1,7 +1,8 @@
 //! The registry itself: connections, routes, answers.
 
 use super::body::{Piped, Plan};
-use super::faults::{BadConnection, DigestHeader, Instead, Redirect};
+use super::faults::{Applies, BadConnection, DigestHeader, Instead, Redirect};
+use super::gate::Gate;
 use super::{Seen, Shared, State, fronts, lists, writes};
 use bytes::Bytes;
 use http::header::{ACCEPT_RANGES, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, LOCATION, RETRY_AFTER};
@@ -121,20 +122,26 @@ async fn answer(shared: Arc<Shared>, request: Request<Incoming>) -> Result<Respo
             None => break,
         }
     }
-    let gate = shared.state(|state| {
-        state
-            .faults
-            .held_answers
-            .iter()
+    let find = |gates: &[(Applies, Gate)]| {
+        let mut found = gates.iter();
+        found
             .find(|(applies, _)| applies(&seen))
             .map(|(_, gate)| gate.clone())
-    });
-    if let Some(gate) = gate {
+    };
+    let gates = shared.state(|state| (find(&state.faults.held_answers), find(&state.faults.late_answers)));
+    let (held, late) = gates;
+    if let Some(gate) = held {
         gate.pass().await;
     }
     let is_write = !matches!(seen.method.as_str(), "GET" | "HEAD") || seen.path.contains("/blobs/uploads/");
     match repository(&seen.path).filter(|_| is_write) {
-        None => Ok(route(&shared, &seen)),
+        None => {
+            let response = route(&shared, &seen);
+            if let Some(gate) = late {
+                gate.pass().await;
+            }
+            Ok(response)
+        }
         Some(name) => {
             if let Some(response) = denied(&shared, &seen, Some(name)) {
                 return Ok(response);
@@ -337,7 +344,7 @@ impl State {
             .map(|(_, what)| what.clone())
     }
 
-    fn held_at(&self, seen: &Seen) -> Option<(usize, super::Gate)> {
+    fn held_at(&self, seen: &Seen) -> Option<(usize, Gate)> {
         let held = self
             .faults
             .held_bodies
