@@ -165,7 +165,8 @@ impl Entry {
             Way::Connect => (PROXY_AUTHORIZATION, Turned::ProxyUnauthenticated),
             Way::Named => return Err(Turned::NotByThisDoor),
         };
-        match self.by_password(head, &header, peer.address).await? {
+        // On the heap: the state of requests that need no password stays as small as it is.
+        match Box::pin(self.by_password(head, &header, peer.address)).await? {
             Some(user) => Ok(Who::User(user)),
             None => Err(unauthenticated),
         }

@@ -51,7 +51,7 @@ fn pack(variant: &Variant, packed: &mut Vec<u8>) {
     packed.extend_from_slice(&to_millis(variant.confirmed_at).to_be_bytes());
     packed.extend_from_slice(&to_millis(variant.first_held_at).to_be_bytes());
     let has_earlier = u8::from(variant.earlier.is_some()) * HAS_EARLIER;
-    packed.push(has_earlier | u8::from(variant.takes_indexes) * TAKES_INDEXES);
+    packed.push(has_earlier | (u8::from(variant.takes_indexes) * TAKES_INDEXES));
     if let Some(earlier) = &variant.earlier {
         pack_name(&earlier.digest, &earlier.media_type, packed);
         packed.extend_from_slice(&to_millis(earlier.confirmed_at).to_be_bytes());
