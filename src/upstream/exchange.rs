@@ -112,7 +112,8 @@ impl<'a> LoginKind<'a> {
 }
 
 impl Exchange {
-    /// Asks. If the proxy's own credential is refused and there is a newer one by now, asks once more with that.
+    /// Asks. If the proxy's own credential is refused and there is a newer one by now, asks once more with that. What is
+    /// below is boxed: the compiler limits how deep futures may be nested.
     pub(super) async fn ask(
         &self,
         origin: &Origin,
@@ -120,18 +121,18 @@ impl Exchange {
         ask: &Ask<'_>,
     ) -> Result<Reply, Box<Refusal>> {
         let (Credential::Own, Some(own)) = (&caller.credential, &self.own) else {
-            return self.ask_as(origin, caller, None, ask).await;
+            return Box::pin(self.ask_as(origin, caller, None, ask)).await;
         };
         let repository = ask.operation.repository().map(|name| origin.name_of(name));
         let repository = repository.as_ref();
         let unavailable = |_| silent(Cause::OwnCredential);
         let credential = own.current(repository).await.map_err(unavailable)?;
-        let first = self.ask_as(origin, caller, credential.as_deref(), ask).await;
+        let first = Box::pin(self.ask_as(origin, caller, credential.as_deref(), ask)).await;
         if let (Err(refusal), Some(used)) = (&first, &credential)
             && refusal.answer.said == Said::Forbidden
             && let Some(renewed) = own.renewed(repository, used).await
         {
-            return self.ask_as(origin, caller, Some(&renewed), ask).await;
+            return Box::pin(self.ask_as(origin, caller, Some(&renewed), ask)).await;
         }
         first
     }

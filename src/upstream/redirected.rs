@@ -41,9 +41,8 @@ impl Exchange {
         authorization: Option<&HeaderValue>,
         shown: Shown<'_>,
     ) -> Result<Reply, Box<Refusal>> {
-        // Boxed, for the compiler's sake: a request is a future in a future in a future.
-        let known = Box::pin(self.known_elsewhere(origin, ask, shown)).await;
-        let first = Box::pin(self.resolved(uri, ask, authorization, known.as_ref())).await;
+        let known = self.known_elsewhere(origin, ask, shown).await;
+        let first = self.resolved(uri, ask, authorization, known.as_ref()).await;
         let mut refusal = match first {
             Err(refusal) if refusal.answer.status == Some(StatusCode::UNAUTHORIZED) => refusal,
             Ok(reply) => {
@@ -73,10 +72,10 @@ impl Exchange {
                 None => None,
                 Some(key) => {
                     let rejected = known.as_ref().map(|(_, token)| token);
-                    let getting = self
+                    let got = self
                         .tokens
-                        .get(&self.http, &key, login.login(), (rejected, ask.trace));
-                    let got = Box::pin(getting).await;
+                        .get(&self.http, &key, login.login(), (rejected, ask.trace))
+                        .await;
                     match got {
                         Ok(token) => {
                             self.tokens
