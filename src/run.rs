@@ -1,5 +1,6 @@
 //! The life of the process: built from a configuration, announced, reloaded, drained.
 
+mod certificates;
 mod proofs;
 mod service;
 mod signals;
@@ -166,6 +167,7 @@ pub async fn serve(
     });
     tasks.spawn(admin.clone().sample());
     tasks.spawn(tend(Arc::clone(&store), clock, ending.clone()));
+    tasks.spawn(certificates::tend(Arc::clone(&tls), clock, ending.clone()));
     let _socket = operate(&config.listen.admin, admin, &mut tasks)?;
     tracing::info!(version = env!("CARGO_PKG_VERSION"), data = %config.data.display(), "serving");
     let watchdog = tokio::spawn(service::watchdog());

@@ -9,7 +9,7 @@
 //!
 //! Reading order: `answer` (what can be said) → `proof` (when a 2xx is a yes) → `question` (HEAD and its substitutes) → `exchange` (credential,
 //! challenge, token) → `token` → `client` (one request) → `line` (one connection) → `dial`, `tcp`, `tls`; `breaker`, `limits`, `retry_after`, `quirk`, `places`, `state` (what outlives reloads), `route`,
-//! `location`, `origin`, `target` (where redirects may lead) and `zone` are small and stand alone. Beside all that: `pass` (what is not asked by us but handed on),
+//! `location`, `no_proxy`, `origin`, `target` (where redirects may lead) and `zone` are small and stand alone. Beside all that: `pass` (what is not asked by us but handed on),
 //! `realm` (the same at a token service) and `tunnel` (what is not even read).
 
 use std::fmt;
@@ -34,6 +34,7 @@ mod fetched;
 mod limits;
 mod line;
 mod location;
+mod no_proxy;
 pub mod origin;
 mod own;
 pub mod pass;

@@ -81,7 +81,10 @@ pub(super) fn redirect(text: &str) -> Result<RedirectRule, Wrong> {
         }
         None => (false, text),
     };
+    let is_url = rest.len() < text.len();
     match Network::read(rest.trim_start_matches('[').trim_end_matches(']')) {
+        // A URL has a port, if only the usual one.
+        Ok(_) if is_url && !rest.contains('/') => {}
         Ok(network) if network.is_everything() => {
             return wrong(
                 format!("`{text}` is every address there is"),

@@ -57,6 +57,7 @@ pub(super) struct Mint {
 #[derive(Clone)]
 struct Leaf {
     made: Result<Arc<CertifiedKey>, MintError>,
+    made_at: SystemTime,
     renew_at: SystemTime,
 }
 
@@ -74,7 +75,9 @@ impl Mint {
     pub(super) fn leaf(&self, host: &str) -> Result<Arc<CertifiedKey>, MintError> {
         let now = self.clock.now();
         let host: Arc<str> = host.into();
-        if self.leaves.get(&host).is_some_and(|leaf| leaf.renew_at <= now) {
+        // After the clock was set back, a leaf may not be valid yet.
+        let is_good = |leaf: &Leaf| leaf.made_at <= now + Duration::from_secs(86_400) && now < leaf.renew_at;
+        if self.leaves.get(&host).is_some_and(|leaf| !is_good(&leaf)) {
             self.leaves.remove(&host);
         }
         let make = || Ok::<_, std::convert::Infallible>(self.make(&host, now));
@@ -91,7 +94,11 @@ impl Mint {
             Err(error) => tracing::warn!(%error, "this host cannot be intercepted"),
         }
         let renew_at = now + Duration::from_secs(LEAF_DAYS * 86_400) - RENEW_BEFORE;
-        Leaf { made, renew_at }
+        Leaf {
+            made,
+            made_at: now,
+            renew_at,
+        }
     }
 
     fn sign(&self, host: &Arc<str>, now: SystemTime) -> Result<Arc<CertifiedKey>, MintError> {

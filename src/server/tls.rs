@@ -10,7 +10,7 @@ use std::io;
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use rustls::ServerConfig;
 use rustls::crypto::CryptoProvider;
@@ -26,11 +26,14 @@ use super::certificate::{self, Certificate};
 use super::mint::{ByName, Mint, MintError, Only};
 use crate::clock::Clock;
 use crate::config::Tls;
-use folder::{Folder, read_chain, read_key};
+use folder::{Folder, RENEW_BEFORE, read_chain, read_key};
 pub(super) use folder::{good_until, lasting};
 
 /// How much encrypted data may wait for the socket. rustls' 64 KiB would cut our steps of 256 KiB into four writes.
 const WRITE_BUFFER_BYTES_MAX: usize = 512 * 1024;
+
+/// So long before the CA's end the operator is warned: each client has to be told of a new one.
+const CA_WARN_BEFORE: Duration = Duration::from_secs(180 * 86_400);
 
 /// Why there is no TLS. The operator's to mend.
 #[derive(Debug, thiserror::Error)]
@@ -89,6 +92,16 @@ pub struct ServerTls {
     good_until: Vec<(&'static str, SystemTime)>,
     mint: Option<Arc<Mint>>,
     clients: Arc<dyn ClientCertVerifier>,
+    origin: Origin,
+}
+
+/// What a [`ServerTls`] is made from.
+struct Origin {
+    tls: Tls,
+    addresses: Vec<IpAddr>,
+    hosts: HashSet<String>,
+    client_roots: Vec<Vec<u8>>,
+    clock: Clock,
 }
 
 /// What a client showed of itself in the handshake.
@@ -111,6 +124,13 @@ impl ServerTls {
         client_roots: &[Vec<u8>],
         clock: Clock,
     ) -> Result<Self, TlsError> {
+        let origin = Origin {
+            tls: tls.clone(),
+            addresses: addresses.to_vec(),
+            hosts: hosts.clone(),
+            client_roots: client_roots.to_vec(),
+            clock,
+        };
         let now = clock.now();
         let folder = Folder {
             path: &tls.folder,
@@ -156,7 +176,48 @@ impl ServerTls {
                 .collect(),
             mint,
             clients,
+            origin,
         })
+    }
+
+    /// A new one in its place, if the server certificate is ours and ends soon. Blocks.
+    pub fn renewed(&self) -> Option<Result<Self, TlsError>> {
+        let Origin {
+            tls,
+            addresses,
+            hosts,
+            client_roots,
+            clock,
+        } = &self.origin;
+        let is_due = self.end("server")? < clock.now() + RENEW_BEFORE;
+        (is_due && tls.own.is_none())
+            .then(|| Self::prepare(tls, addresses, hosts.clone(), client_roots, *clock))
+    }
+
+    /// Warns of certificates that end before long and that only the operator can renew. Whether there are any.
+    pub fn warn_of_ends(&self, now: SystemTime) -> bool {
+        let ends_within = |name, before| self.end(name).filter(|end| *end < now + before);
+        let ca = ends_within("ca", CA_WARN_BEFORE);
+        if let Some(end) = ca {
+            tracing::warn!(
+                until = %humantime::format_rfc3339_seconds(end), ca = %self.origin.tls.folder.join("ca.pem").display(),
+                "the CA ends; run `ifnewer ca rotate`, reload, and have clients trust the new one before"
+            );
+        }
+        let own = self.origin.tls.own.as_ref();
+        let own = own.zip(ends_within("server", RENEW_BEFORE));
+        if let Some((own, end)) = own {
+            tracing::warn!(
+                until = %humantime::format_rfc3339_seconds(end), certificate = %own.certificate.display(),
+                "the server certificate ends; renew it and reload"
+            );
+        }
+        ca.is_some() || own.is_some()
+    }
+
+    fn end(&self, name: &str) -> Option<SystemTime> {
+        let end = self.good_until.iter().find(|(known, _)| *known == name);
+        end.map(|(_, at)| *at)
     }
 
     /// Until when the certificates are good, `server` and `ca`, as they say themselves.

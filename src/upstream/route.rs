@@ -7,6 +7,7 @@
 use http::{HeaderValue, Uri};
 use hyper_util::client::proxy::matcher::{Intercept, Matcher};
 
+use super::no_proxy::NoProxy;
 use super::origin::is_loopback;
 
 /// Which proxy an upstream is reached through.
@@ -30,6 +31,7 @@ pub struct ProxyError;
 #[derive(Debug)]
 pub(super) struct Routes {
     matcher: Option<Matcher>,
+    without: NoProxy,
     /// The proxy was named for this upstream, so even a loopback address goes through it.
     named: bool,
 }
@@ -61,12 +63,10 @@ pub(super) struct Proxy {
 impl Routes {
     pub(super) fn new(choice: &ProxyChoice) -> Result<Routes, ProxyError> {
         match choice {
-            ProxyChoice::Environment => Ok(Routes {
-                matcher: Some(Matcher::from_env()),
-                named: false,
-            }),
+            ProxyChoice::Environment => Ok(Routes::of_environment(|name| std::env::var(name).ok())),
             ProxyChoice::None => Ok(Routes {
                 matcher: None,
+                without: NoProxy::default(),
                 named: false,
             }),
             ProxyChoice::Url(url) => {
@@ -79,16 +79,34 @@ impl Routes {
                 }
                 Ok(Routes {
                     matcher: Some(matcher),
+                    without: NoProxy::default(),
                     named: true,
                 })
             }
         }
     }
 
-    #[cfg(test)]
-    pub(super) fn of_environment(matcher: Matcher) -> Routes {
+    /// An empty variable is unset, so it does not hide the one in the other case. A CGI program's `HTTP_PROXY` is a header
+    /// of its client (CVE-2016-5385), so no proxy is taken from the environment there.
+    fn of_environment(variable: impl Fn(&str) -> Option<String>) -> Routes {
+        let value = |name: &str| {
+            let cases = [name.to_owned(), name.to_ascii_lowercase()];
+            let given = cases.iter().filter_map(|name| variable(name));
+            given
+                .map(|value| value.trim().to_owned())
+                .find(|value| !value.is_empty())
+                .unwrap_or_default()
+        };
+        let matcher = variable("REQUEST_METHOD").is_none().then(|| {
+            Matcher::builder()
+                .all(value("ALL_PROXY"))
+                .http(value("HTTP_PROXY"))
+                .https(value("HTTPS_PROXY"))
+                .build()
+        });
         Routes {
-            matcher: Some(matcher),
+            matcher,
+            without: NoProxy::read(&value("NO_PROXY")),
             named: false,
         }
     }
@@ -96,7 +114,7 @@ impl Routes {
     /// The way to `destination`.
     pub(super) fn to(&self, destination: &Uri) -> Route {
         let host = destination.host().unwrap_or_default();
-        if !self.named && is_loopback(host) {
+        if !self.named && (is_loopback(host) || self.without.contains(destination)) {
             return Route::Direct;
         }
         match self
@@ -142,13 +160,51 @@ mod tests {
     #![allow(clippy::unwrap_used, clippy::panic, reason = "tests may fail loudly")]
     use super::*;
 
+    fn of(variables: &[(&str, &str)]) -> Routes {
+        let find = |name: &str| variables.iter().find(|(known, _)| *known == name);
+        Routes::of_environment(|name| find(name).map(|(_, value)| (*value).to_owned()))
+    }
+
     fn environment() -> Routes {
-        Routes::of_environment(
-            Matcher::builder()
-                .all("http://proxy.example:3128")
-                .no("corp.example")
-                .build(),
-        )
+        of(&[
+            ("ALL_PROXY", "http://proxy.example:3128"),
+            ("NO_PROXY", "corp.example"),
+        ])
+    }
+
+    /// The variables, and the ports of the proxies for http and for https.
+    #[test]
+    fn r11_an_empty_variable_is_unset() {
+        let port = |routes: &Routes, url| match routes.to(&Uri::from_static(url)) {
+            Route::Forward(proxy) | Route::Tunnel(proxy) => proxy.uri.port_u16(),
+            Route::Direct | Route::Socks { .. } => None,
+        };
+        #[rustfmt::skip]
+        let table: &[(&[(&str, &str)], Option<u16>, Option<u16>)] = &[
+            (&[], None, None),
+            (&[("HTTPS_PROXY", "http://p:1")], None, Some(1)),
+            (&[("https_proxy", "http://p:1")], None, Some(1)),
+            (&[("HTTPS_PROXY", ""), ("https_proxy", "http://p:1")], None, Some(1)),
+            (&[("HTTPS_PROXY", " "), ("https_proxy", "http://p:1")], None, Some(1)),
+            (&[("HTTP_PROXY", ""), ("http_proxy", "http://p:1")], Some(1), None),
+            (&[("HTTPS_PROXY", "http://p:1"), ("https_proxy", "")], None, Some(1)),
+            (&[("HTTPS_PROXY", "http://p:1"), ("https_proxy", "http://p:2")], None, Some(1)),
+            (&[("ALL_PROXY", "http://p:1"), ("HTTP_PROXY", "http://p:2")], Some(2), Some(1)),
+            (&[("ALL_PROXY", "http://p:1"), ("HTTP_PROXY", "")], Some(1), Some(1)),
+            (&[("ALL_PROXY", "http://p:1"), ("NO_PROXY", ""), ("no_proxy", "reg.example")], None, None),
+            (&[("ALL_PROXY", "http://p:1"), ("NO_PROXY", "reg.example"), ("no_proxy", "")], None, None),
+            (&[("ALL_PROXY", "http://p:1"), ("NO_PROXY", "reg.example:443")], Some(1), None),
+            (&[("ALL_PROXY", "http://p:1"), ("NO_PROXY", "*.example")], None, None),
+            (&[("ALL_PROXY", "http://p:1"), ("REQUEST_METHOD", "GET")], None, None),
+        ];
+        for (variables, http, https) in table {
+            let routes = of(variables);
+            let ports = (
+                port(&routes, "http://reg.example/"),
+                port(&routes, "https://reg.example/"),
+            );
+            assert_eq!(ports, (*http, *https), "{variables:?}");
+        }
     }
 
     #[test]

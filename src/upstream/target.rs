@@ -237,7 +237,9 @@ pub(super) fn entry(to: &Uri, at: Option<IpAddr>, downgrade: bool) -> String {
     let scheme = if downgrade { "http://" } else { "" };
     match at {
         // A name alone never leads there.
-        Some(at) if Zone::of(at) == Zone::Link && address(&host).is_none() => format!("{scheme}{at}"),
+        Some(at) if Zone::of(at) == Zone::Link && address(&host).is_none() => {
+            format!("{scheme}{at}/{}", if at.is_ipv4() { 32 } else { 128 })
+        }
         _ => match to.port_u16() {
             Some(port) => format!("{scheme}{host}:{port}"),
             None => format!("{scheme}{host}"),
@@ -489,7 +491,7 @@ mod tests {
             ("https://s3.corp:9000/x", "10.1.1.1", false, "s3.corp:9000"),
             ("https://10.1.1.1:9000/x", "10.1.1.1", false, "10.1.1.1:9000"),
             ("https://[fd00::1]/x", "fd00::1", false, "[fd00::1]"),
-            ("https://s3.corp/x", "169.254.1.1", false, "169.254.1.1"),
+            ("https://s3.corp/x", "169.254.1.1", false, "169.254.1.1/32"),
             (
                 "http://minio.corp:9000/x",
                 "10.1.1.1",

@@ -41,6 +41,7 @@ mod entry;
 mod eviction;
 mod far_ahead;
 mod fault_matrix;
+mod first_byte;
 mod first_start;
 mod forbidden;
 mod host_door;

@@ -148,3 +148,80 @@ async fn two_urls_that_redirect_to_each_other_end() {
     let asked = one.requests().len() + two.requests().len();
     assert!(asked <= 80, "{asked} requests");
 }
+
+/// An https registry whose storage speaks plain HTTP.
+async fn with_plain_storage() -> (Upstream, Upstream, Image) {
+    let (upstream, storage) = (Upstream::start_tls().await, Upstream::start().await);
+    let image = upstream.push("library/demo", "1", Image::with_layers(&["one", "two"]));
+    upstream.redirects_blobs_to(&storage);
+    (upstream, storage, image)
+}
+
+#[tokio::test]
+async fn r13_plain_http_storage_only_where_redirects_names_it() {
+    let (upstream, storage, image) = with_plain_storage().await;
+    let place = storage.address();
+    for other in [
+        String::new(),
+        format!("\"{place}\""),
+        "\"http://127.0.0.1\"".to_owned(),
+        "\"http://localhost\", \"127.0.0.0/8\"".to_owned(),
+    ] {
+        let keys = format!("redirects = [{other}]");
+        let proxy = Setup::over(&upstream)
+            .upstream_keys("docker.io", &keys)
+            .start()
+            .await;
+        proxy.manifest("library/demo", "1").await.is_image(&image);
+        let refused = proxy.blob("library/demo", &image.layer(0).digest).await;
+        refused.is_refused(502);
+        let message = refused.message();
+        assert!(
+            message.contains("redirected to plain http") && message.contains("see `redirects`"),
+            "{message}"
+        );
+        assert!(
+            !message.contains("127.0.0.1"),
+            "a client learns no host: {message}"
+        );
+        let entry = format!("redirects = [\"http://{place}\"]");
+        proxy.program().says(&entry.replace('"', "\\\"")).await;
+        let listed = proxy.admin("/api/v1/upstreams").await.json();
+        let hub = listed["upstreams"].as_array().unwrap();
+        let hub = hub.iter().find(|one| one["name"] == "docker.io").unwrap();
+        let detail = hub["last_silence"]["detail"].as_str().unwrap();
+        assert!(detail.contains(&entry), "{detail}");
+    }
+    assert!(storage.requests().is_empty());
+
+    // The entry that was named works, also after a reload; so does the network.
+    for entry in [format!("http://{place}"), "http://127.0.0.0/8".to_owned()] {
+        let proxy = Setup::over(&upstream).start().await;
+        proxy
+            .blob("library/demo", &image.layer(0).digest)
+            .await
+            .is_refused(502);
+        let keys = format!("redirects = [\"{entry}\"]");
+        let setup = proxy.setup().clone().upstream_keys("docker.io", &keys);
+        setup.file("ifnewer.toml", &setup.toml());
+        proxy.program().reload();
+        proxy.program().says("is in effect").await;
+        proxy.pull("library/demo", "1", &image).await;
+    }
+    assert!(storage.requests().iter().all(|seen| !seen.authorized()));
+}
+
+#[tokio::test]
+async fn r13_bytes_of_plain_storage_are_held_to_their_digest() {
+    let (upstream, storage, image) = with_plain_storage().await;
+    storage.corrupts_blob();
+    let keys = format!("redirects = [\"http://{}\"]", storage.address());
+    let proxy = Setup::over(&upstream)
+        .upstream_keys("docker.io", &keys)
+        .start()
+        .await;
+    let layer = image.layer(0);
+    proxy.manifest("library/demo", "1").await.is_image(&image);
+    let reply = proxy.blob("library/demo", &layer.digest).broken_or_reply().await;
+    assert!(reply.is_none_or(|reply| reply.status != 200));
+}

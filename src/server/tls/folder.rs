@@ -24,8 +24,8 @@ use crate::server::mint::Authority;
 const CA_DAYS: u64 = 3_650;
 const SERVER_DAYS: u64 = 825;
 
-/// A certificate of ours that ends sooner than this is made anew at the next start.
-const RENEW_BEFORE: Duration = Duration::from_secs(30 * 86_400);
+/// A certificate of ours that ends sooner than this is made anew.
+pub(super) const RENEW_BEFORE: Duration = Duration::from_secs(30 * 86_400);
 
 /// `certs/`: `ca.pem`, `ca.key`, `server.pem`, `server.key`.
 pub(super) struct Folder<'a> {
