@@ -103,3 +103,15 @@ async fn what_clients_send_is_shown_as_text() {
         );
     }
 }
+
+#[tokio::test]
+async fn image_names_break_between_components_and_not_inside_words() {
+    let upstream = Upstream::start().await;
+    let image = upstream.push("team/service/api", "v1", Image::with_layers(&["one"]));
+    let proxy = Proxy::over(&upstream).await;
+    proxy.pull("team/service/api", "v1", &image).await;
+    let page = page(&proxy, "/").await;
+    let (name, tag) = ("team/<wbr>service/<wbr>api", "<wbr>:");
+    assert!(page.contains(&format!("{name}{tag}v1")), "the decisions");
+    assert!(page.contains(&format!("{name}{tag}<strong>v1")), "the images");
+}

@@ -157,7 +157,7 @@ fn pulled(pull: &PullView) -> Markup {
         .filter(|layer| layer.state == LayerState::Held)
         .count();
     html! {
-        span.name { (pull.image) }
+        span.name { (breaking(&pull.image)) }
         @match pull.state {
             State::Waiting => { progress aria-label="Pulled" {} span.fact { "waiting for its turn" } }
             State::Fetching => {
@@ -219,14 +219,32 @@ fn program(agent: &str) -> &str {
 }
 
 /// A digest shortened, for it is never read in full.
+/// The name of an image with its digest cut short.
 fn image_name(upstream: &str, image: &str) -> Markup {
     let (name, digest) = match image.split_once('@') {
         Some((name, digest)) => (name, Some(short(digest))),
         None => (image, None),
     };
     html! {
-        span.upstream { (upstream) "/" } (name)
-        @if let Some(digest) = digest { span.dim { "@" (digest) } }
+        span.image {
+            span.upstream { (breaking(upstream)) "/" } wbr; (breaking(name))
+            @if let Some(digest) = digest { wbr; span.dim { "@" (digest) } }
+        }
+    }
+}
+
+/// A name that breaks between its components, and not inside a word of it: after each `/`, before a `:` and a `@`.
+fn breaking(name: &str) -> Markup {
+    let parts = name.split_inclusive('/').map(|part| {
+        let at = part.find([':', '@']).unwrap_or(part.len());
+        part.split_at(at)
+    });
+    html! {
+        @for (place, (word, rest)) in parts.enumerate() {
+            @if place > 0 { wbr; }
+            (word)
+            @if !rest.is_empty() { wbr; (rest) }
+        }
     }
 }
 
@@ -270,7 +288,7 @@ fn row(image: &Image, secret: &str) -> Markup {
     html! {
         tr {
             td data-label="Image" {
-                span.upstream { (image.upstream) "/" } (image.repository) ":" strong { (image.tag) }
+                span.image { span.upstream { (breaking(&image.upstream)) "/" } wbr; (breaking(&image.repository)) wbr; ":" strong { (image.tag) } }
                 div.dim {
                     code title=(image.digest) { (short(&image.digest)) }
                     @for platform in &image.platforms { " · " (platform) }
@@ -345,7 +363,7 @@ fn escaped(text: &str) -> String {
 pub(super) fn confirm(trial: &Trial, secret: &str) -> Markup {
     html! {
         section.confirm role="alertdialog" aria-labelledby="confirm-title" aria-describedby="confirm-text" {
-            h2 #confirm-title { "Remove " (trial.image) "?" }
+            h2 #confirm-title { "Remove " (breaking(&trial.image)) "?" }
             p #confirm-text {
                 @if trial.tags == 0 { "It is not held." } @else {
                     "This frees " strong { (bytes(trial.bytes)) } " in " (trial.blobs) " blobs that nothing else needs. "
@@ -373,7 +391,7 @@ pub(super) fn clients(seen: &[Seen]) -> Markup {
                         li {
                             div {
                                 strong { (client.kind) } " on " (client.address)
-                                div.dim title=(client.agent) { (program(&client.agent)) @if let Some(image) = &client.last_image { ", last " (image) } }
+                                div.dim title=(client.agent) { (program(&client.agent)) @if let Some(image) = &client.last_image { ", last " (breaking(image)) } }
                             }
                             div.end { (ago(client.seconds_ago)) div.dim { (client.pulls) " pulls" } }
                         }
