@@ -4,6 +4,7 @@
 //! bidirectional overrides and characters of no width are written as JSON escapes them (`\u001b`): readable in text, and
 //! exact in JSON. What this program itself says in colour passes where colours are wanted.
 
+use std::borrow::Cow;
 use std::io::{self, IsTerminal, Write};
 
 use tracing_subscriber::fmt::MakeWriter;
@@ -133,7 +134,8 @@ pub fn line(text: &str, colour: bool) -> String {
 }
 
 /// `text` with whatever could steer a terminal escaped.
-pub fn printable(text: &str) -> std::borrow::Cow<'_, str> {
+pub fn printable(text: &str) -> Cow<'_, str> {
+    use std::fmt::Write as _;
     if !text.chars().any(steers) {
         return text.into();
     }
@@ -142,7 +144,8 @@ pub fn printable(text: &str) -> std::borrow::Cow<'_, str> {
         if steers(c) {
             let mut units = [0; 2];
             for unit in c.encode_utf16(&mut units) {
-                escaped.push_str(&format!("\\u{unit:04x}"));
+                // Writing to a string cannot fail.
+                let _ = write!(escaped, "\\u{unit:04x}");
             }
         } else {
             escaped.push(c);
@@ -156,9 +159,15 @@ pub fn printable(text: &str) -> std::borrow::Cow<'_, str> {
 fn steers(c: char) -> bool {
     match c {
         '\n' | '\t' => false,
-        '\u{ad}' | '\u{61c}' | '\u{180e}' | '\u{feff}' => true,
-        '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' => true,
-        '\u{fff9}'..='\u{fffb}' | '\u{e0000}'..='\u{e007f}' => true,
+        '\u{ad}'
+        | '\u{61c}'
+        | '\u{180e}'
+        | '\u{200b}'..='\u{200f}'
+        | '\u{2028}'..='\u{202e}'
+        | '\u{2060}'..='\u{206f}'
+        | '\u{feff}'
+        | '\u{fff9}'..='\u{fffb}'
+        | '\u{e0000}'..='\u{e007f}' => true,
         c => c.is_control(),
     }
 }

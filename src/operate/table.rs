@@ -1,5 +1,7 @@
 //! Columns for people: as wide as they need to be, numbers to the right.
 
+use std::borrow::Cow;
+
 use crate::terminal::printable;
 
 /// A table in the making.
@@ -19,7 +21,10 @@ impl Table {
 
     pub(super) fn row(&mut self, cells: Vec<String>) {
         // As wide as it is shown.
-        let cells = cells.iter().map(|cell| printable(cell).into_owned());
+        let cells = cells.into_iter().map(|cell| match printable(&cell) {
+            Cow::Borrowed(_) => cell,
+            Cow::Owned(escaped) => escaped,
+        });
         self.rows.push(cells.collect());
     }
 
