@@ -6,10 +6,11 @@
 //! * `asking`: the question put to the upstream, shared by those who may share it, and what follows from the answer.
 //! * `rights`: what its answers show of who may read. `logins`: whose a token is, and tokens of ours. `recalled`: how it asks for a credential, for when it is silent.
 //! * `manifest`: by tag and by digest; `copies` of it that are held, `fetching` it, the `check` of what it points to.
-//! * `blob`: held, joined or led; `possession`: the proof where a HEAD proves nothing; `source`: how a download reaches the upstream; `prefetch` begins before anybody asks. * `listing`: tags; `long_list`, passed on as it arrives; `page`, cut from what is kept. * `referrers`: by their API and by their fallback tag.
+//! * `blob`: held, joined or led; `possession`: the proof where a HEAD proves nothing; `source`: how a download reaches the upstream; `prefetch` begins before anybody asks. `attached`: attestations, and what refers to them. * `listing`: tags; `long_list`, passed on as it arrives; `page`, cut from what is kept. * `referrers`: by their API and by their fallback tag.
 //! * `cached`: what the store holds of it, or an error of the disk, logged. * `challenge`: how the registry itself answers `/v2/`. * `writing`: what follows from a write that passed.
 
 mod asking;
+mod attached;
 mod blob;
 mod cached;
 mod challenge;
@@ -81,6 +82,7 @@ pub struct Pull {
     found: check::Found,
     prefetching: prefetch::Prefetching,
     list_copies: long_list::Copies,
+    attestations: attached::Attestations,
     referrers_confirmed: referrers::Confirmed,
     refused: rights::Refused,
     logins: logins::Logins,
@@ -225,6 +227,7 @@ impl Pull {
             found: check::Found::default(),
             prefetching: prefetch::Prefetching::default(),
             list_copies: long_list::Copies::default(),
+            attestations: attached::Attestations::default(),
             referrers_confirmed: referrers::Confirmed::default(),
             refused: rights::Refused::default(),
             logins: logins::Logins::default(),
@@ -244,8 +247,14 @@ impl Pull {
             .take_if(|shown| self.is_spent(&request.site, shown));
         let outcome = self.outcome(&request).await;
         match &outcome {
-            Outcome::Manifest(manifest, _) => self.store.note_use(Used::Manifest(manifest.digest), now),
-            Outcome::Blob { digest, .. } => self.store.note_use(Used::Blob(*digest), now),
+            Outcome::Manifest(manifest, _) => {
+                self.store.note_use(Used::Manifest(manifest.digest), now);
+                self.note_manifest_given(&request, manifest);
+            }
+            Outcome::Blob { digest, .. } => {
+                self.store.note_use(Used::Blob(*digest), now);
+                self.note_blob_given(&request, *digest);
+            }
             _ => {}
         }
         self.or_challenge(&request, outcome)
@@ -264,7 +273,7 @@ impl Pull {
                 repository,
                 digest,
                 query,
-            } => self.referrers(request, &repository, &digest, &query).await,
+            } => Box::pin(self.referrers(request, &repository, &digest, &query)).await,
         }
     }
 

@@ -161,9 +161,9 @@ pub const KEYS: &[Key] = &[
     key(Default, "stale", Some(r#""forever""#), "How old a copy may be that is served while the upstream is silent."),
     key(Default, "budget", Some(r#""2s""#), "How long a client waits for the upstream's word when there is a copy to serve."),
     key(Default, "absent", Some(r#""refuse""#), "What becomes of a held tag that was deleted upstream: \"refuse\" or \"serve\"."),
-    key(Default, "grant", Some(r#""5m""#), "How long the upstream's yes to a credential holds while the upstream answers."),
+    key(Default, "grant", Some(r#""5m""#), "How long the upstream's yes to a credential holds while the upstream answers, and its answer to what refers to a cached manifest."),
     key(Default, "offline_grant", Some(r#""12h""#), "How long it holds while the upstream is silent."),
-    key(Default, "prefetch", Some("true"), "Whether an image's config and layers are begun as soon as its manifest was fetched."),
+    key(Default, "prefetch", Some("true"), "Whether an image's layers are begun as soon as the first of them is asked for, or, where a tag moved whose image was pulled here before, as soon as its manifest was fetched."),
 
     key(Upstream, "url", None, "Where the registry is, or a list asked in order until one has the image; the default is https:// and its name."),
     key(Upstream, "repository_prefix", None, "What stands before the name of each repository there, for an upstream below a project of another registry: \"hub-proxy\"; a list has one for each URL."),

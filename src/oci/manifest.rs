@@ -64,6 +64,8 @@ pub struct Descriptor {
     pub role: Role,
     /// Whether it names other places (`urls`) to fetch it from: the registry may not have it.
     pub foreign: bool,
+    /// The image that this one is the attestation of, as buildx lists it beside that image.
+    pub attests: Option<Digest>,
 }
 
 /// How a descriptor is used.
@@ -243,6 +245,24 @@ struct RawDescriptor {
     size: Option<Lenient<u64>>,
     platform: Option<Lenient<Platform>>,
     urls: Option<Lenient<Vec<IgnoredAny>>>,
+    annotations: Option<Lenient<Annotations>>,
+}
+
+/// Those of `BuildKit` that tell what an entry of an index is.
+#[derive(Deserialize)]
+struct Annotations {
+    #[serde(rename = "vnd.docker.reference.type")]
+    reference_type: Option<Lenient<String>>,
+    #[serde(rename = "vnd.docker.reference.digest")]
+    reference_digest: Option<Lenient<String>>,
+}
+
+impl Annotations {
+    fn attested(self) -> Option<Digest> {
+        let is_attestation = self.reference_type?.0? == "attestation-manifest";
+        let digest = self.reference_digest?.0?.parse().ok()?;
+        is_attestation.then_some(digest)
+    }
 }
 
 impl RawDescriptor {
@@ -261,6 +281,7 @@ impl RawDescriptor {
                 .urls
                 .and_then(|urls| urls.0)
                 .is_some_and(|urls| !urls.is_empty()),
+            attests: self.annotations.and_then(|annotations| annotations.0?.attested()),
             media_type,
             role,
         })
@@ -281,6 +302,7 @@ impl From<OldLayer> for RawDescriptor {
             size: None,
             platform: None,
             urls: None,
+            annotations: None,
         }
     }
 }

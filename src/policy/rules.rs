@@ -52,7 +52,7 @@ pub struct Rule {
     pub grant: Duration,
     /// How long it is good while the upstream is silent.
     pub offline_grant: Duration,
-    /// Whether the blobs of a manifest fetched are begun before they are asked for.
+    /// Whether the layers of an image are begun once one of them is asked for.
     pub prefetch: bool,
 }
 

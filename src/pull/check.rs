@@ -1,8 +1,9 @@
 //! Whether the upstream has the rest of an image whose manifest is held.
 //!
 //! Asked only where another image could be served instead: a tag that moved to an image which cannot be completed is
-//! answered with the last complete one. What is missing is asked for by HEAD, with the client's own credential, so a
-//! yes is also the proof that the blob is in this repository.
+//! answered with the last complete one. Such a tag is in use here, so what is missing will be wanted: it is begun, and
+//! the response to each `GET` is the check. What has to wait for its turn, or may not be begun, is asked for by `HEAD`,
+//! with the client's own credential, so a yes is also the proof that the blob is in this repository.
 //!
 //! Of an index those images are looked at that were pulled of the earlier one: which platforms are in use here is best
 //! known from what was pulled here.
@@ -11,16 +12,21 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use quick_cache::sync::Cache;
+use tokio::sync::{oneshot, watch};
 use tokio::task::JoinSet;
+use tokio::time::{Instant, timeout_at};
 
 use super::fetching::Wanted;
-use super::{Pull, Request, Site};
+use super::prefetch::Begun;
+use super::{Pull, Site};
 use crate::oci::{AnyDigest, Cause, Digest, Operation, Reference, Repository};
 use crate::store::manifests::HeldManifest;
-use crate::upstream::Caller;
 
 /// Questions at a time about one image.
 const QUESTIONS_MAX: usize = 8;
+
+/// How long no download of an image begins until the check asks about those that wait for their turn.
+const BEGINS_WITHIN: Duration = Duration::from_millis(300);
 
 /// Blobs asked about. An image with more is taken to be as good as these.
 const BLOBS_MAX: usize = 256;
@@ -47,34 +53,34 @@ impl Default for Found {
 
 impl Pull {
     /// `Ok` if nothing that `manifest` points to is known to be missing upstream; else how the upstream failed.
-    /// `instead` is the image that would be served instead.
+    /// `instead` is the image that would be served instead. `begin_for`: what is missing is begun, and for so long the
+    /// check waits for its turn to come.
     pub(super) async fn check(
         self: &Arc<Self>,
-        request: &Request,
-        repository: &Repository,
-        caller: &Caller,
+        wanted: Wanted,
+        begin_for: Option<Duration>,
         manifest: &Arc<HeldManifest>,
         instead: &HeldManifest,
     ) -> Result<(), Cause> {
-        let site = &request.site;
+        let (site, repository) = (&wanted.site, &wanted.repository);
         let image: Image = (site.name().into(), repository.clone(), manifest.digest);
         let now = self.clock.now();
         let is_good = |at| now.duration_since(at).is_ok_and(|age| age < GOOD_FOR);
         if self.is_whole(site, repository, manifest) || self.found.0.get(&image).is_some_and(is_good) {
             return Ok(());
         }
-        let wanted = Wanted::of(request, repository, caller);
-        self.check_blobs(&wanted, manifest).await?;
+        self.attestations.learn(site, repository, manifest);
+        self.check_blobs(&wanted, begin_for, manifest).await?;
         for digest in self.platforms_in_use(site, repository, manifest, instead) {
             let child = self.child(&wanted, digest).await?;
-            self.check_blobs(&wanted, &child).await?;
+            self.check_blobs(&wanted, begin_for, &child).await?;
         }
         self.found.0.insert(image, now);
         Ok(())
     }
 
     /// The images of `index` for the platforms of which `instead` has been pulled.
-    fn platforms_in_use(
+    pub(super) fn platforms_in_use(
         &self,
         site: &Site,
         repository: &Repository,
@@ -97,7 +103,11 @@ impl Pull {
             .collect()
     }
 
-    async fn child(self: &Arc<Self>, of: &Wanted, digest: Digest) -> Result<Arc<HeldManifest>, Cause> {
+    pub(super) async fn child(
+        self: &Arc<Self>,
+        of: &Wanted,
+        digest: Digest,
+    ) -> Result<Arc<HeldManifest>, Cause> {
         let held = self.store.has_seen(of.site.name(), &of.repository, &digest);
         if held && let Ok(Some(manifest)) = self.store.manifest(&digest) {
             return Ok(manifest);
@@ -113,25 +123,36 @@ impl Pull {
         self.fetch_manifest(wanted).await.map_err(|answer| answer.cause())
     }
 
-    async fn check_blobs(self: &Arc<Self>, of: &Wanted, manifest: &HeldManifest) -> Result<(), Cause> {
-        let arriving = |digest: &Digest| self.is_arriving(&of.site, &of.repository, digest);
-        let missing: Vec<Digest> = self
-            .store
-            .missing_blobs(of.site.name(), &of.repository, manifest, &arriving)
-            .filter_map(|child| match child.digest {
-                AnyDigest::Known(digest) => Some(digest),
-                AnyDigest::Foreign(_) => None,
-            })
-            .take(BLOBS_MAX)
-            .collect();
+    async fn check_blobs(
+        self: &Arc<Self>,
+        of: &Wanted,
+        begin_for: Option<Duration>,
+        manifest: &Arc<HeldManifest>,
+    ) -> Result<(), Cause> {
+        let missing = self.missing(of, manifest);
+        let mut begun = match begin_for {
+            Some(_) => self.prefetch(of.clone(), manifest),
+            None => Begun::default(),
+        };
+        let patience = Instant::now() + begin_for.unwrap_or_default();
+        let progress = Arc::new(watch::Sender::new(Instant::now()));
         let mut questions = JoinSet::new();
-        for digest in missing {
+        for (digest, _) in missing.into_iter().take(BLOBS_MAX) {
             if questions.len() >= QUESTIONS_MAX
                 && let Some(question) = questions.join_next().await
             {
                 question.unwrap_or(Err(Cause::Busy))?;
             }
-            questions.spawn(Arc::clone(self).has_blob(of.clone(), digest));
+            let (pull, of, progress) = (Arc::clone(self), of.clone(), Arc::clone(&progress));
+            let begun = begun.remove(&digest);
+            questions.spawn(async move {
+                if let Some(begun) = begun
+                    && let Some(said) = said_to_get(begun, &progress, patience).await
+                {
+                    return said.inspect_err(|cause| lacks(&of, &digest, *cause));
+                }
+                pull.has_blob(of, digest).await
+            });
         }
         while let Some(question) = questions.join_next().await {
             question.unwrap_or(Err(Cause::Busy))?;
@@ -148,13 +169,37 @@ impl Pull {
         let Some(answer) = self.question(&wanted).landed().await else {
             return Err(Cause::Busy);
         };
-        // A no to a blob of an image whose manifest it gave just now: that image is broken there.
         if answer.said.is_yes() {
             Ok(())
         } else {
-            tracing::info!(upstream = wanted.site.name(), repository = %wanted.repository, blob = %digest, cause = %answer.cause(),
-                "the upstream names a newer image but cannot give this part of it; the last complete one is served");
+            lacks(&wanted, &digest, answer.cause());
             Err(answer.cause())
         }
     }
+}
+
+/// What the upstream said to the `GET` of a blob that was begun. `None` if that proves nothing for this caller, or if it is
+/// not its turn yet and no other of its image has begun for a while.
+async fn said_to_get(
+    mut begun: oneshot::Receiver<Result<(), Cause>>,
+    progress: &watch::Sender<Instant>,
+    patience: Instant,
+) -> Option<Result<(), Cause>> {
+    loop {
+        let until = patience.min(*progress.borrow() + BEGINS_WITHIN);
+        match timeout_at(until, &mut begun).await {
+            Ok(said) => {
+                progress.send_replace(Instant::now());
+                return said.ok();
+            }
+            Err(_) if until < patience && *progress.borrow() + BEGINS_WITHIN > until => {}
+            Err(_) => return None,
+        }
+    }
+}
+
+/// A no to a blob of an image whose manifest it gave just now: that image is broken there.
+fn lacks(of: &Wanted, digest: &Digest, cause: Cause) {
+    tracing::info!(upstream = of.site.name(), repository = %of.repository, blob = %digest, %cause,
+        "the upstream names a newer image but cannot give this part of it; the last complete one is served");
 }

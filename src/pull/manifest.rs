@@ -14,7 +14,7 @@ use crate::policy::rules::Rule;
 use crate::policy::{Heard, Refusal, Served, Situation, Standing, Subject, Verdict, Whose, Why, decide};
 use crate::store::manifests::HeldManifest;
 use crate::store::refs::{TagKey, TagReader};
-use crate::upstream::{Answer, Caller, Said};
+use crate::upstream::{Answer, Said};
 
 /// A manifest that is too large to be kept is passed on as it comes, up to this size. Larger ones, no client takes.
 const PASSED_MANIFEST_BYTES_MAX: u64 = 16 * 1024 * 1024;
@@ -53,10 +53,11 @@ impl Pull {
         let copies = self.copies_of_tag(&request.site, repository, tag, TagReader::Client(&request.accept));
         let held = copies.as_ref().map(Copies::held);
         let situation = context.situation(rule, Subject::Tag, held, true, request.now);
-        self.judged(request, repository, context, situation, copies).await
+        let road = Road::new(self, request, repository, context, rule);
+        road.carry_out(situation, copies).await
     }
 
-    /// Carries out what is decided about a tag.
+    /// Carries out what is decided about a referrers tag.
     pub(super) async fn judged(
         self: &Arc<Self>,
         request: &Request,
@@ -250,10 +251,7 @@ impl<'a> Road<'a> {
     /// The manifest that the tag names now is held: look it up once more, for it may just have been evicted.
     async fn serve_moved(&self, situation: Situation, copies: Option<Copies>, asked: Asked) -> Outcome {
         match self.named(asked.heard) {
-            Some(manifest) => {
-                self.prefetch(&manifest);
-                self.manifest(manifest, Reason::Held(Served::Moved))
-            }
+            Some(manifest) => self.manifest(manifest, Reason::Held(Served::Moved)),
             None => self.fetch(Why::Newer, situation, copies).await,
         }
     }
@@ -286,10 +284,7 @@ impl<'a> Road<'a> {
             return self.fetch(Why::Newer, situation, copies).await;
         };
         match self.rest_of(&manifest, copies.as_ref()).await {
-            Ok(()) => {
-                self.prefetch(&manifest);
-                self.manifest(manifest, Reason::Held(served))
-            }
+            Ok(()) => self.manifest(manifest, Reason::Held(served)),
             Err(cause) => self.instead(situation, copies, cause, answer),
         }
     }
@@ -302,17 +297,11 @@ impl<'a> Road<'a> {
         if instead.manifest.digest == manifest.digest {
             return Ok(());
         }
-        let caller = Caller {
-            waits_until: Some(self.deadline),
-            ..self.context.caller.clone()
-        };
-        let checking = self.pull.check(
-            self.request,
-            self.repository,
-            &caller,
-            manifest,
-            &instead.manifest,
-        );
+        let mut wanted = self.wanted();
+        wanted.caller.waits_until = Some(self.deadline);
+        // Most of the time is left for questions about those whose turn has not come.
+        let begin_for = self.rule.prefetch.then(|| self.rule.budget / 3);
+        let checking = self.pull.check(wanted, begin_for, manifest, &instead.manifest);
         // What was asked goes on being asked; the next who comes finds the answers.
         let checked = timeout_at(self.deadline, checking).await;
         checked.unwrap_or(Err(Cause::Budget))
@@ -354,17 +343,8 @@ impl<'a> Road<'a> {
         copies: Option<Copies>,
     ) -> Outcome {
         match self.rest_of(&manifest, copies.as_ref()).await {
-            Ok(()) => {
-                self.prefetch(&manifest);
-                self.manifest(manifest, Reason::Fetched(why))
-            }
+            Ok(()) => self.manifest(manifest, Reason::Fetched(why)),
             Err(cause) => self.instead(situation, copies, cause, None),
-        }
-    }
-
-    fn prefetch(&self, manifest: &Arc<HeldManifest>) {
-        if self.rule.prefetch {
-            self.pull.prefetch(self.wanted(), manifest);
         }
     }
 

@@ -1,19 +1,27 @@
-//! Blobs begun before anybody asks for them: who was given a manifest will want its config and layers next.
+//! Blobs begun before they are asked for: whoever asks for one layer of an image wants the others next.
+//!
+//! A manifest alone is no such wish. Many clients read those of every platform and pull one, and some only look. So the
+//! config comes with its manifest, and the layers when the first of them is asked for. They come with the manifest where a
+//! tag moved of which an earlier image was pulled here whole.
 //!
 //! What is begun here is an ordinary download that a client joins when it comes. It gives way to clients: a few at a
-//! time, and none while the places for downloads run short. An index is not followed, for its reader names the
-//! platform it wants with its next request.
+//! time, and none while the places for downloads run short. After the layers come the image's attestation and what
+//! refers to that: clients of today ask for them, and in an outage those that older clients left out must be here.
 
-use std::sync::Arc;
+use std::collections::{HashMap, HashSet};
+use std::sync::{Arc, Mutex, PoisonError};
 
-use tokio::sync::Semaphore;
+use quick_cache::sync::Cache;
+use tokio::sync::{Semaphore, oneshot};
+use tokio::task::spawn_blocking;
 use tokio::time::Instant;
 
 use super::fetching::Wanted;
 use super::source::Upstreamed;
-use super::{LIMIT_WITHIN, Pull};
-use crate::download::Joined;
-use crate::oci::{AnyDigest, Digest, Operation};
+use super::{LIMIT_WITHIN, Pull, Request};
+use crate::download::{Failure, Joined};
+use crate::oci::manifest::Role;
+use crate::oci::{AnyDigest, Cause, Digest, Operation, Repository};
 use crate::store::manifests::HeldManifest;
 
 /// Downloads begun ahead, at a time, of all images together.
@@ -25,62 +33,212 @@ const BLOBS_PER_IMAGE_MAX: usize = 3;
 /// Images whose blobs wait to be begun. Those of further ones are begun by their clients.
 const IMAGES_MAX: usize = 64;
 
-/// What is being prefetched.
+/// Layers of which it is remembered whose they are.
+const LAYERS_MAX: usize = 16_384;
+
+/// A manifest or a blob in a repository of an upstream.
+pub(super) type Key = (Arc<str>, Repository, Digest);
+
+/// What is being prefetched, and what would be.
 pub(super) struct Prefetching {
     images: Arc<Semaphore>,
     blobs: Arc<Semaphore>,
+    running: Mutex<HashSet<Key>>,
+    /// The manifests given to clients that lack something here, by their layers.
+    lacking: Cache<Key, Parent>,
 }
+
+/// Which image a layer belongs to.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Parent {
+    One(Digest),
+    /// Several: a request for the layer does not tell which of them is wanted.
+    Several,
+}
+
+/// The downloads begun, each with what the upstream said to its `GET`. Dropped unanswered: nothing that concerns the
+/// caller.
+pub(super) type Begun = HashMap<Digest, oneshot::Receiver<Result<(), Cause>>>;
 
 impl Default for Prefetching {
     fn default() -> Self {
         Self {
             images: Arc::new(Semaphore::new(IMAGES_MAX)),
             blobs: Arc::new(Semaphore::new(BLOBS_MAX)),
+            running: Mutex::default(),
+            lacking: Cache::new(LAYERS_MAX),
         }
     }
 }
 
+impl Prefetching {
+    /// Whether the image was not under way, and is now.
+    fn enter(&self, image: &Key) -> bool {
+        let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
+        running.insert(image.clone())
+    }
+
+    fn leave(&self, image: &Key) {
+        let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
+        running.remove(image);
+    }
+
+    fn note_lacking(&self, layer: Key, manifest: Digest) {
+        let one = Parent::One(manifest);
+        let parent = match self.lacking.get(&layer) {
+            Some(known) if known != one => Parent::Several,
+            _ => one,
+        };
+        self.lacking.insert(layer, parent);
+    }
+}
+
 impl Pull {
-    /// Begins to download what is missing of the image `manifest`, in a task of its own.
-    pub(super) fn prefetch(self: &Arc<Self>, of: Wanted, manifest: &Arc<HeldManifest>) {
+    /// The blobs of `manifest` that are missing here, and what they are to it.
+    pub(super) fn missing(&self, of: &Wanted, manifest: &HeldManifest) -> Vec<(Digest, Role)> {
         let arriving = |digest: &Digest| self.is_arriving(&of.site, &of.repository, digest);
-        let missing: Vec<Digest> = self
-            .store
+        self.store
             .missing_blobs(of.site.name(), &of.repository, manifest, &arriving)
             .filter_map(|child| match child.digest {
-                AnyDigest::Known(digest) => Some(digest),
+                AnyDigest::Known(digest) => Some((digest, child.role)),
                 AnyDigest::Foreign(_) => None,
             })
-            .collect();
-        if missing.is_empty() {
-            return;
-        }
-        let Ok(image) = Arc::clone(&self.prefetching.images).try_acquire_owned() else {
-            tracing::debug!(digest = %manifest.digest, "too much is prefetched already");
+            .collect()
+    }
+
+    /// A client was given a manifest: its config is begun, and its layers are remembered.
+    pub(super) fn note_manifest_given(self: &Arc<Self>, request: &Request, manifest: &Arc<HeldManifest>) {
+        let Some(repository) = request.operation.repository().filter(|_| !request.head) else {
             return;
         };
-        let pull = Arc::clone(self);
-        tokio::spawn(async move {
-            let own = Arc::new(Semaphore::new(BLOBS_PER_IMAGE_MAX));
-            for digest in missing {
-                // Neither semaphore is ever closed.
-                let Ok(place) = Arc::clone(&own).acquire_owned().await else {
-                    break;
-                };
-                let Ok(blob) = Arc::clone(&pull.prefetching.blobs).acquire_owned().await else {
-                    break;
-                };
-                let (pull, of) = (Arc::clone(&pull), of.clone());
-                tokio::spawn(async move {
-                    pull.prefetch_blob(of, digest).await;
-                    drop((place, blob));
-                });
+        let site = &request.site;
+        self.attestations.learn(site, repository, manifest);
+        if !site.rule(repository, request.tag()).prefetch {
+            return;
+        }
+        let lacks_blobs = !self.is_whole(site, repository, manifest);
+        if !lacks_blobs && !self.attestations.lacks(site, repository, &manifest.digest) {
+            return;
+        }
+        let of = Wanted::of(request, repository, &self.context(request, repository).caller);
+        let upstream: Arc<str> = site.name().into();
+        for child in manifest
+            .manifest
+            .children
+            .iter()
+            .filter(|child| child.role == Role::Layer)
+        {
+            if let AnyDigest::Known(layer) = child.digest {
+                let key = (Arc::clone(&upstream), repository.clone(), layer);
+                self.prefetching.note_lacking(key, manifest.digest);
             }
-            drop(image);
+        }
+        let missing = self.missing(&of, manifest);
+        if let Some((config, _)) = missing.into_iter().find(|(_, role)| *role == Role::Config)
+            && let Ok(place) = Arc::clone(&self.prefetching.images).try_acquire_owned()
+        {
+            let pull = Arc::clone(self);
+            tokio::spawn(async move {
+                pull.prefetch_blob(of, config, None).await;
+                drop(place);
+            });
+        }
+    }
+
+    /// A client was given a blob: if it is a layer of an image that lacks something, the rest is begun.
+    pub(super) fn note_blob_given(self: &Arc<Self>, request: &Request, digest: Digest) {
+        let Some(repository) = request.operation.repository().filter(|_| !request.head) else {
+            return;
+        };
+        let layer: Key = (request.site.name().into(), repository.clone(), digest);
+        let Some(Parent::One(image)) = self.prefetching.lacking.get(&layer) else {
+            return;
+        };
+        let of = Wanted::of(request, repository, &self.context(request, repository).caller);
+        let (pull, store) = (Arc::clone(self), Arc::clone(&self.store));
+        self.prefetching.lacking.remove(&layer);
+        tokio::spawn(async move {
+            let manifest = spawn_blocking(move || store.manifest(&image)).await;
+            if let Ok(Ok(Some(manifest))) = manifest {
+                pull.prefetch(of, &manifest);
+            }
         });
     }
 
-    async fn prefetch_blob(self: &Arc<Self>, of: Wanted, digest: Digest) {
+    /// Begins to download what is missing of the image `manifest`, in a task of its own.
+    pub(super) fn prefetch(self: &Arc<Self>, of: Wanted, manifest: &Arc<HeldManifest>) -> Begun {
+        let image: Key = (of.site.name().into(), of.repository.clone(), manifest.digest);
+        let missing = self.missing(&of, manifest);
+        let lacks_attestation = self
+            .attestations
+            .lacks(&of.site, &of.repository, &manifest.digest);
+        if missing.is_empty() && !lacks_attestation {
+            return Begun::default();
+        }
+        let Ok(place) = Arc::clone(&self.prefetching.images).try_acquire_owned() else {
+            tracing::debug!(digest = %manifest.digest, "too much is prefetched already");
+            return Begun::default();
+        };
+        if !self.prefetching.enter(&image) {
+            return Begun::default();
+        }
+        let (mut begun, mut blobs) = (Begun::default(), Vec::new());
+        for (digest, _) in missing {
+            let (opened, receiver) = oneshot::channel();
+            begun.insert(digest, receiver);
+            blobs.push((digest, opened));
+        }
+        let (pull, manifest) = (Arc::clone(self), Arc::clone(manifest));
+        tokio::spawn(async move {
+            pull.prefetch_blobs(&of, blobs).await;
+            if lacks_attestation {
+                pull.bring_attached(&of, &manifest.digest).await;
+            }
+            for child in &manifest.manifest.children {
+                if let AnyDigest::Known(digest) = child.digest {
+                    let key = (Arc::clone(&image.0), image.1.clone(), digest);
+                    pull.prefetching.lacking.remove(&key);
+                }
+            }
+            pull.prefetching.leave(&image);
+            drop(place);
+        });
+        begun
+    }
+
+    /// Downloads blobs of one image, a few at a time.
+    async fn prefetch_blobs(
+        self: &Arc<Self>,
+        of: &Wanted,
+        blobs: Vec<(Digest, oneshot::Sender<Result<(), Cause>>)>,
+    ) {
+        let own = Arc::new(Semaphore::new(BLOBS_PER_IMAGE_MAX));
+        for (digest, opened) in blobs {
+            // Neither semaphore is ever closed.
+            let Ok(place) = Arc::clone(&own).acquire_owned().await else {
+                break;
+            };
+            let Ok(blob) = Arc::clone(&self.prefetching.blobs).acquire_owned().await else {
+                break;
+            };
+            let (pull, of) = (Arc::clone(self), of.clone());
+            tokio::spawn(async move {
+                pull.prefetch_blob(of, digest, Some(opened)).await;
+                drop((place, blob));
+            });
+        }
+        // Each place free is each download ended.
+        let all = u32::try_from(BLOBS_PER_IMAGE_MAX).unwrap_or(u32::MAX);
+        let _ended = own.acquire_many(all).await;
+    }
+
+    /// Downloads one blob. `opened` is told what the upstream said to the `GET`, if that was the caller's own.
+    pub(super) async fn prefetch_blob(
+        self: &Arc<Self>,
+        of: Wanted,
+        digest: Digest,
+        opened: Option<oneshot::Sender<Result<(), Cause>>>,
+    ) {
         let is_held = matches!(self.store.blob(&digest), Ok(Some(_)));
         if !is_held && !self.downloads.has_room() {
             return;
@@ -93,8 +251,13 @@ impl Pull {
         wanted.caller.waits_until = Some(Instant::now() + LIMIT_WITHIN);
         let settled = match self.downloads.join(digest, wanted.requester()) {
             Joined::Leader(leader) => {
-                let source = Upstreamed::new(self, wanted.clone(), digest);
-                leader.start(source).settled().await.map(drop)
+                let mut reader = leader.start(Upstreamed::new(self, wanted.clone(), digest));
+                if let Some(opened) = opened {
+                    let said = reader.opened().await.map(drop);
+                    // The check may have ended.
+                    let _heard = opened.send(said.map_err(|failure| cause_of(&failure)));
+                }
+                reader.settled().await.map(drop)
             }
             Joined::Follower { mut reader, .. } => reader.settled().await.map(drop),
             Joined::Held(_) => Ok(()),
@@ -111,5 +274,13 @@ impl Pull {
         {
             self.question(&wanted).landed().await;
         }
+    }
+}
+
+fn cause_of(failure: &Failure) -> Cause {
+    match failure {
+        Failure::Refused(answer) => answer.cause(),
+        Failure::Broken(cause) => *cause,
+        _ => Cause::Busy,
     }
 }

@@ -8,6 +8,7 @@ use super::fetching::Wanted;
 use super::{Pull, Request};
 use crate::oci::{Cause, Digest, Operation};
 use crate::policy::{Heard, Standing};
+use crate::store::manifests::HeldManifest;
 use crate::store::refs::TagReader;
 
 /// What came of asking.
@@ -51,7 +52,22 @@ impl Pull {
             (Heard::Named { digest, .. }, Some(held)) if digest == held.digest => {
                 Refreshed::Unchanged(digest)
             }
-            (Heard::Named { .. } | Heard::Unnamed, _) => self.refetch(&wanted, &asked).await,
+            (Heard::Named { .. } | Heard::Unnamed, _) => {
+                let refreshed = self.refetch(&wanted, &asked).await;
+                let whole = copies.as_ref().and_then(Copies::whole);
+                if let (Ok(manifest), true) = (&refreshed, request.site.rule(repository, Some(tag)).prefetch)
+                {
+                    self.prefetch_in_use(
+                        wanted,
+                        Arc::clone(manifest),
+                        whole.map(|copy| Arc::clone(&copy.manifest)),
+                    );
+                }
+                match refreshed {
+                    Ok(manifest) => Refreshed::Newer(manifest.digest),
+                    Err(cause) => Refreshed::Undelivered(cause),
+                }
+            }
             (Heard::Absent, _) => Refreshed::Absent,
             (Heard::Refused(_), _) => Refreshed::Refused,
             (Heard::Silent(cause) | Heard::Undelivered(cause), _) => Refreshed::Silent(cause),
@@ -59,21 +75,41 @@ impl Pull {
         }
     }
 
-    async fn refetch(self: &Arc<Self>, wanted: &Wanted, asked: &Asked) -> Refreshed {
+    async fn refetch(self: &Arc<Self>, wanted: &Wanted, asked: &Asked) -> Result<Arc<HeldManifest>, Cause> {
         let brought = match &asked.answer {
             Some(answer) => self.brought(wanted, answer).await,
             None => None,
         };
-        let fetched = match brought {
+        match brought {
             Some(manifest) => Ok(manifest),
-            None => self.fetch_manifest(wanted.clone()).await,
-        };
-        match fetched {
-            Ok(manifest) => {
-                self.prefetch(wanted.clone(), &manifest);
-                Refreshed::Newer(manifest.digest)
-            }
-            Err(answer) => Refreshed::Undelivered(answer.cause()),
+            None => self
+                .fetch_manifest(wanted.clone())
+                .await
+                .map_err(|answer| answer.cause()),
         }
+    }
+
+    /// Begins what is missing of a newer image: of an index, of the platforms that were pulled of the earlier one.
+    fn prefetch_in_use(
+        self: &Arc<Self>,
+        wanted: Wanted,
+        manifest: Arc<HeldManifest>,
+        instead: Option<Arc<HeldManifest>>,
+    ) {
+        self.attestations
+            .learn(&wanted.site, &wanted.repository, &manifest);
+        let pull = Arc::clone(self);
+        tokio::spawn(async move {
+            pull.prefetch(wanted.clone(), &manifest);
+            let Some(instead) = instead else { return };
+            for digest in pull.platforms_in_use(&wanted.site, &wanted.repository, &manifest, &instead) {
+                match pull.child(&wanted, digest).await {
+                    Ok(child) => drop(pull.prefetch(wanted.clone(), &child)),
+                    Err(cause) => {
+                        tracing::debug!(%digest, %cause, "a platform in use could not be prefetched");
+                    }
+                }
+            }
+        });
     }
 }

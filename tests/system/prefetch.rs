@@ -1,12 +1,12 @@
-//! Whoever was given a manifest wants its blobs next, so they are begun before they are asked for.
+//! Whoever asks for one layer wants the others next, so they are begun before they are asked for.
 
 use crate::proxy::{Proxy, Setup};
-use crate::upstream::{Image, Upstream};
+use crate::upstream::{Image, Upstream, noise};
 
 const DEMO: &str = "library/demo";
 
 #[tokio::test]
-async fn the_config_and_the_layers_of_a_fetched_manifest_come_before_they_are_asked_for() {
+async fn the_config_comes_with_the_manifest_and_the_layers_with_the_first_of_them() {
     let upstream = Upstream::start().await;
     let image = upstream.push(
         DEMO,
@@ -16,6 +16,9 @@ async fn the_config_and_the_layers_of_a_fetched_manifest_come_before_they_are_as
     let proxy = Setup::over(&upstream).prefetching().start().await;
 
     proxy.manifest(DEMO, "latest").await.is_image(&image);
+    proxy.until_kept(&image.config().digest).await;
+    let first = image.layer(0);
+    proxy.blob(DEMO, &first.digest).await.is_blob(first);
     for blob in &image.blobs {
         proxy.until_kept(&blob.digest).await;
     }
@@ -28,11 +31,14 @@ async fn the_config_and_the_layers_of_a_fetched_manifest_come_before_they_are_as
 async fn a_client_joins_what_was_begun_ahead() {
     const LAYER: usize = 1024 * 1024;
     let upstream = Upstream::start().await;
-    let image = upstream.push(DEMO, "latest", Image::of_noise(1, LAYER));
+    let image = Image::with_layers(&[noise(1, LAYER), b"first".to_vec()]);
+    let image = upstream.push(DEMO, "latest", image);
     let gate = upstream.holds_blob(&image.layer(0).digest, LAYER / 2);
     let proxy = Setup::over(&upstream).prefetching().start().await;
 
     proxy.manifest(DEMO, "latest").await.is_image(&image);
+    let first = image.layer(1);
+    proxy.blob(DEMO, &first.digest).await.is_blob(first);
     gate.reached().await;
     let mut layer = proxy.blob(DEMO, &image.layer(0).digest).stream().await;
     layer.read(LAYER / 4).await;
@@ -53,6 +59,8 @@ async fn of_an_index_the_platform_asked_for_comes_ahead_and_no_other() {
         .manifest(DEMO, &children[1].digest)
         .await
         .is_image(&children[1]);
+    let layer = children[1].layer(0);
+    proxy.blob(DEMO, &layer.digest).await.is_blob(layer);
     for blob in &children[1].blobs {
         proxy.until_kept(&blob.digest).await;
     }
@@ -86,6 +94,8 @@ async fn a_layer_that_came_with_another_image_makes_this_one_whole_too() {
     proxy.until_kept(&base.digest).await;
 
     proxy.manifest(OTHER, "latest").await.is_image(&other);
+    let own = other.layer(1);
+    proxy.blob(OTHER, &own.digest).await.is_blob(own);
     let of_base = format!("/v2/{OTHER}/blobs/{}", base.digest);
     upstream
         .until("the base layer to be asked about", |seen| {

@@ -45,6 +45,10 @@ pub(super) async fn bring(
                 .iter()
                 .filter(|child| child.role == Role::Manifest)
             {
+                // It comes with the image that it attests.
+                if child.attests.is_some() {
+                    continue;
+                }
                 let own = child.platform.as_ref().map(ToString::to_string);
                 let is_wanted = own.as_deref().is_none_or(|own| wish.platforms.want(own));
                 let Some(depth) = depth.checked_sub(1).filter(|_| is_wanted) else {
@@ -59,6 +63,14 @@ pub(super) async fn bring(
         is_none = false;
         list(work, &held, platform.as_deref());
         layers(pull, work, &wish, &held, clock).await?;
+        let reference = Reference::Digest(AnyDigest::Known(held.digest));
+        let operation = Operation::Manifest {
+            repository: wish.named.repository.clone(),
+            reference,
+        };
+        // An image without its attestation is whole all the same, so that it cannot be had fails nothing.
+        pull.bring_attestation(&request(&wish, operation, clock), &held.digest)
+            .await;
     }
     if is_none {
         return Err(format!("{} has no image for the platform wanted", wish.named));

@@ -1,9 +1,10 @@
 //! A 404 for what refers to a manifest is an answer of the registry, and is repeated while it is unavailable.
 
-use super::scripts::{APP, DOCKERD_29, referrers_tag};
+use super::scripts::{APP, DOCKERD_29, KUBELET, OF_ONE_PLATFORM, PODMAN, every, referrers_tag};
 use super::{attested, registry};
-use crate::proxy::{Ask, Proxy};
+use crate::proxy::{Ask, Proxy, Setup};
 use crate::upstream::{Image, Upstream};
+use serde_json::json;
 
 fn referrers_path(subject: &Image) -> String {
     format!("/v2/{APP}/referrers/{}", subject.digest)
@@ -26,6 +27,109 @@ async fn m01_a_404_for_referrers_outlives_outage_and_restart() {
     }
     let filtered = format!("{}?artifactType=text/spdx", referrers_path(subject));
     assert_eq!(proxy.get(&filtered).await.is_refused(404).code(), "UNSUPPORTED");
+}
+
+/// Until the cache has asked of itself what refers to this attestation.
+async fn is_brought(upstream: &Upstream, attestation: &Image) {
+    let tag = referrers_tag(attestation);
+    upstream
+        .until("the referrers of the attestation to be asked for", |seen| {
+            seen.iter().any(|seen| seen.path.ends_with(&tag))
+        })
+        .await;
+}
+
+#[tokio::test]
+async fn m01_what_an_older_client_warmed_is_enough_for_dockerd() {
+    let (upstream, image) = registry().await;
+    let proxy = Setup::over(&upstream).prefetching().start().await;
+    PODMAN.pulls(&proxy, "1", &image).await;
+    is_brought(&upstream, &image.children[2]).await;
+    for script in OF_ONE_PLATFORM {
+        upstream.refuses();
+        script.pulls(&proxy, "1", &image).await;
+    }
+    let arm64 = &image.children[3].digest;
+    assert!(upstream.requests().iter().all(|seen| !seen.path.ends_with(arm64)));
+}
+
+#[tokio::test]
+async fn m01_a_pull_ahead_brings_the_attestation_and_its_signature() {
+    let upstream = Upstream::start().await;
+    let image = upstream.push(APP, "1", attested("1"));
+    let attestation = &image.children[2];
+    let signature = Image::attached_to(attestation, "application/signature", b"signed");
+    let signature = upstream.push_untagged(APP, signature);
+    let proxy = Proxy::over(&upstream).await;
+    pulls_ahead(&proxy, &["linux/amd64"]).await;
+    upstream.refuses();
+    for script in OF_ONE_PLATFORM {
+        script.pulls(&proxy, "1", &image).await;
+    }
+    let listed = proxy.get(&referrers_path(attestation)).await;
+    assert_eq!(listed.json()["manifests"][0]["digest"], signature.digest);
+    proxy.pull(APP, &signature.digest, &signature).await;
+    proxy.pull(APP, &attestation.digest, attestation).await;
+}
+
+#[tokio::test]
+async fn m01_all_platforms_pulled_ahead_are_enough_for_every_client() {
+    let (upstream, image) = registry().await;
+    let proxy = Proxy::over(&upstream).await;
+    pulls_ahead(&proxy, &["all"]).await;
+    upstream.refuses();
+    for script in every() {
+        script.pulls(&proxy, "1", &image).await;
+    }
+}
+
+#[tokio::test]
+async fn m01_every_client_lives_on_what_it_warmed_itself() {
+    for script in every() {
+        let (upstream, image) = registry().await;
+        let proxy = Setup::over(&upstream).prefetching().start().await;
+        script.pulls(&proxy, "1", &image).await;
+        let Some(layer) = script.wants_layers().then(|| image.children[0].layer(1)) else {
+            continue;
+        };
+        proxy.until_kept(&layer.digest).await;
+        is_brought(&upstream, &image.children[2]).await;
+        let moved = upstream.moves(APP, "1", attested("2"));
+        script.pulls(&proxy, "1", &moved).await;
+        is_brought(&upstream, &moved.children[2]).await;
+        upstream.refuses();
+        let proxy = proxy.restart().await;
+        script.pulls(&proxy, "1", &moved).await;
+    }
+}
+
+#[tokio::test]
+async fn m01_an_image_whose_attestation_is_lost_is_whole() {
+    let (upstream, image) = registry().await;
+    upstream.deletes_manifest(APP, &image.children[2].digest);
+    let proxy = Setup::over(&upstream).prefetching().start().await;
+    pulls_ahead(&proxy, &["linux/amd64"]).await;
+    upstream.refuses();
+    KUBELET.pulls(&proxy, "1", &image).await;
+}
+
+/// `ifnewer pull`.
+async fn pulls_ahead(proxy: &Proxy, platforms: &[&str]) {
+    let asked = json!({ "image": format!("{APP}:1"), "platforms": platforms });
+    let begun = Ask::new(proxy.admin_address(), "POST", "/api/v1/pulls")
+        .header("content-type", "application/json")
+        .body(asked.to_string().as_bytes())
+        .unchecked()
+        .await;
+    let path = format!("/api/v1/pulls/{}", begun.json()["id"]);
+    let ended = proxy
+        .until(
+            "the pull to end",
+            |proxy| proxy.admin(&path),
+            |reply| matches!(reply.json()["state"].as_str(), Some("done" | "failed")),
+        )
+        .await;
+    assert_eq!(ended.json()["state"], "done", "{ended:#?}");
 }
 
 #[tokio::test]

@@ -1,6 +1,6 @@
 //! Questions about blobs are asked only where nothing else shows the answer.
 
-use crate::proxy::{Ask, Proxy};
+use crate::proxy::{Ask, Proxy, Setup};
 use crate::upstream::{Image, Seen, Upstream};
 
 const APP: &str = "acme/app";
@@ -57,4 +57,60 @@ async fn m07_who_was_refused_since_is_asked_about_again() {
     alice(proxy.blob(APP, &layer.digest)).await.is_refused(401);
     gate.release();
     first.await.unwrap().is_blob(layer);
+}
+
+/// An image of 41 layers of its own.
+fn of_41_layers(version: &str) -> Image {
+    let layers = (0..41).map(|n| format!("layer {n} {version}"));
+    Image::with_layers(&layers.collect::<Vec<_>>())
+}
+
+#[tokio::test]
+async fn m07_the_gets_of_a_moved_tag_are_its_check() {
+    let upstream = Upstream::start().await;
+    let old = upstream.push(APP, "1", of_41_layers("old"));
+    let proxy = Setup::over(&upstream)
+        .prefetching()
+        .default_keys("budget = \"20s\"")
+        .start()
+        .await;
+    proxy.pull(APP, "1", &old).await;
+    let new = upstream.moves(APP, "1", of_41_layers("new"));
+    upstream.clear_log();
+    proxy.pull(APP, "1", &new).await.is_fetched();
+    assert_eq!((blob_heads(&upstream), upstream.all_blob_gets()), (0, 42));
+}
+
+#[tokio::test]
+async fn m07_a_moved_tag_that_lacks_any_layer_is_held_back() {
+    for lacking in [0, 20, 40] {
+        let upstream = Upstream::start().await;
+        let old = upstream.push(APP, "1", of_41_layers("old"));
+        let proxy = Setup::over(&upstream)
+            .prefetching()
+            .default_keys("budget = \"20s\"")
+            .start()
+            .await;
+        proxy.pull(APP, "1", &old).await;
+        let new = upstream.moves(APP, "1", of_41_layers("new"));
+        upstream.deletes_blob(APP, &new.layer(lacking).digest);
+        proxy.pull(APP, "1", &old).await.is_hit();
+    }
+}
+
+#[tokio::test]
+async fn m07_slow_layers_are_not_waited_for_by_the_check() {
+    let upstream = Upstream::start().await;
+    let old = upstream.push(APP, "1", of_41_layers("old"));
+    let proxy = Setup::over(&upstream)
+        .prefetching()
+        .default_keys("budget = \"20s\"")
+        .start()
+        .await;
+    proxy.pull(APP, "1", &old).await;
+    let new = upstream.moves(APP, "1", of_41_layers("new"));
+    // No layer ends, so only the first few have their turn.
+    let gate = upstream.holds_bodies(|seen| seen.path.contains("/blobs/"));
+    proxy.manifest(APP, "1").await.is_image(&new);
+    gate.release();
 }

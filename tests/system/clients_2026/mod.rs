@@ -1,6 +1,7 @@
 //! The clients of 2026, scripted: each asks exactly as its current source does, for Debian's packages are older.
 
 mod m01;
+mod m03;
 mod m06;
 mod m07;
 mod scripts;

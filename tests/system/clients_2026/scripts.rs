@@ -42,7 +42,7 @@ pub struct Script {
 }
 
 /// containerd's resolver: one line.
-const RESOLVER: &[&str] = &["application/vnd.docker.distribution.manifest.v2+json, \
+pub const RESOLVER: &[&str] = &["application/vnd.docker.distribution.manifest.v2+json, \
      application/vnd.docker.distribution.manifest.list.v2+json, \
      application/vnd.oci.image.manifest.v1+json, application/vnd.oci.image.index.v1+json, */*"];
 /// containerd's fetcher: the type that the descriptor states, then anything.
@@ -210,6 +210,11 @@ impl Script {
                 }
             }
         }
+    }
+
+    /// Whether it pulls to run: others only look.
+    pub fn wants_layers(&self) -> bool {
+        self.steps.iter().any(|(_, what, _)| *what == What::Layers)
     }
 }
 

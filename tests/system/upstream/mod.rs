@@ -251,6 +251,11 @@ impl Upstream {
         self.edit(repository, |held| held.blobs.remove(digest));
     }
 
+    /// The manifest is gone from this repository; tags that name it stay.
+    pub fn deletes_manifest(&self, repository: &str, digest: &str) {
+        self.edit(repository, |held| held.manifests.remove(digest));
+    }
+
     /// Every request so far, oldest first.
     pub fn requests(&self) -> Vec<Seen> {
         self.shared.log.borrow().clone()
