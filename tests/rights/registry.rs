@@ -119,6 +119,8 @@ pub struct Shelf {
 
 pub struct State {
     pub mood: Mood,
+    /// What answers in its place.
+    pub front: Option<super::fronts::Front>,
     pub no: No,
     pub shelves: BTreeMap<String, Shelf>,
     pub public: BTreeSet<String>,
@@ -154,6 +156,7 @@ impl Registry {
     pub fn new() -> Registry {
         let state = State {
             mood: Mood::Well,
+            front: None,
             no: No::Unauthorized,
             shelves: BTreeMap::new(),
             public: BTreeSet::new(),
@@ -294,6 +297,20 @@ impl State {
             .get(AUTHORIZATION)
             .map(|value| value.to_str().unwrap().to_owned())
             .unwrap_or_default();
+        if let Some(front) = self.front.clone() {
+            let user = self
+                .tokens
+                .get(shown.trim_start_matches("Bearer "))
+                .map(|token| token.user.clone());
+            let repository = split(&path).map(|(repository, ..)| repository.to_owned());
+            let may = user
+                .zip(repository)
+                .is_some_and(|right| self.rights.contains(&right));
+            let is_free = matches!(path.as_str(), "/token" | "/v2/") && site != super::fronts::ELSEWHERE;
+            if let Some(answer) = front.answer(&site, &path, may || is_free) {
+                return (answer, None);
+            }
+        }
         if let Mood::Status(status) = self.mood {
             let builder = Response::builder().status(status);
             return (

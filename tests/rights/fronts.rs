@@ -1,0 +1,176 @@
+//! Hostile fronts: what answers in the registry's place, by itself or after a redirect, is no word of the registry. Nobody
+//! gets a private byte by it, nor learns of one.
+
+use bytes::Bytes;
+use http::header::{CONTENT_TYPE, LOCATION};
+use http::{Response, StatusCode};
+use http_body_util::Full;
+
+use super::cache::{Cache, Got, PROVEN, Wish};
+use super::registry::{Mood, OCI_MANIFEST, Registry, of};
+use super::walk::{basic, rules};
+
+/// Where redirects lead.
+pub const ELSEWHERE: &str = "elsewhere.test";
+
+/// What stands in front.
+#[derive(Clone, Debug)]
+pub struct Front {
+    status: u16,
+    media_type: &'static str,
+    body: Bytes,
+    /// The answer is that of another host, to which this one redirects.
+    redirects: bool,
+    /// Nobody reaches the registry any more, not even who has a right.
+    is_for_all: bool,
+}
+
+impl Front {
+    /// The answer to a request for `site` by one who may read there or not; `None`: the registry's.
+    pub fn answer(&self, site: &str, path: &str, may: bool) -> Option<Response<Full<Bytes>>> {
+        if may && !self.is_for_all {
+            return None;
+        }
+        let builder = Response::builder();
+        let builder = if self.redirects && site != ELSEWHERE {
+            return builder
+                .status(StatusCode::FOUND)
+                .header(LOCATION, format!("http://{ELSEWHERE}{path}"))
+                .body(Full::default())
+                .ok();
+        } else {
+            builder.status(self.status)
+        };
+        let builder = if self.media_type.is_empty() {
+            builder
+        } else {
+            builder.header(CONTENT_TYPE, self.media_type)
+        };
+        builder.body(Full::new(self.body.clone())).ok()
+    }
+}
+
+fn fronts(size: usize) -> Vec<Front> {
+    let mut fronts = Vec::new();
+    let bodies = ["", "<html>log in</html>", r#"{"errors":[]}"#].map(str::to_owned);
+    for body in bodies.into_iter().chain(["x".repeat(size)]) {
+        for status in [200, 202, 203, 206, 401, 403, 404, 405, 500] {
+            for media_type in [
+                "",
+                "text/html",
+                "application/octet-stream",
+                "application/json",
+                OCI_MANIFEST,
+            ] {
+                // What is no 200 is judged by its status, whatever comes with it.
+                if !matches!(status, 200 | 206) && !(body.is_empty() && media_type.contains("json")) {
+                    continue;
+                }
+                for (redirects, is_for_all) in [(false, false), (true, false), (true, true)] {
+                    fronts.push(Front {
+                        status,
+                        media_type,
+                        body: Bytes::from(body.clone()),
+                        redirects,
+                        is_for_all,
+                    });
+                }
+            }
+        }
+    }
+    fronts
+}
+
+fn wish(path: String, head: bool, shows: &str) -> Wish {
+    Wish {
+        site: PROVEN,
+        path,
+        head,
+        shows: shows.to_owned(),
+    }
+}
+
+/// What a client learns: which kind of answer, and for content whether it has bytes.
+fn learned(got: &Got) -> String {
+    match got {
+        Got::Content(_, bytes) => format!("content {}", bytes.is_some()),
+        Got::List => "a list".to_owned(),
+        Got::No(why) => format!("no: {why}"),
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn r01_no_front_opens_a_private_image_or_tells_of_one() {
+    let registry = Registry::new();
+    for user in ["alice", "bob"] {
+        registry.user(user, &format!("{user}-secret"));
+    }
+    registry.lets("alice", "acme/app");
+    registry.lets("bob", "bob/own");
+    let image = registry.push("acme/app", "1", "one", &[40, 90_000]);
+    registry.push("bob/own", "1", "bob's", &[40]);
+    let cache = Cache::new(&registry, rules(false));
+    let (alice, bob) = (basic("alice", "alice-secret"), basic("bob", "bob-secret"));
+    let blobs: Vec<_> = registry.state().shelves["acme/app"]
+        .blobs
+        .keys()
+        .copied()
+        .collect();
+    let held: Vec<String> = blobs
+        .iter()
+        .map(|blob| format!("blobs/{blob}"))
+        .chain([format!("manifests/{image}"), "manifests/1".to_owned()])
+        .collect();
+    let all = |repository: &str| {
+        held.iter()
+            .map(|path| format!("/v2/{repository}/{path}"))
+            .collect::<Vec<_>>()
+    };
+    for path in all("acme/app").into_iter().rev() {
+        let got = cache.get(&wish(path, false, &alice)).await;
+        assert!(matches!(got, Got::Content(..)), "{got:?}");
+    }
+    cache
+        .get(&wish("/v2/bob/own/manifests/1".to_owned(), false, &bob))
+        .await;
+    let absent = of(b"nobody has this");
+    for front in fronts(40) {
+        registry.state().front = Some(front.clone());
+        for shows in ["", bob.as_str(), "Bearer made-up"] {
+            for repository in ["acme/app", "bob/own"] {
+                for path in all(repository) {
+                    for head in [true, false] {
+                        let got = cache.get(&wish(path.clone(), head, shows)).await;
+                        let is_bobs = shows == bob && path == "/v2/bob/own/manifests/1";
+                        let is_given = matches!(got, Got::Content(_, Some(_)));
+                        assert!(is_bobs || !is_given, "{front:?}: {path} to {shows}: {got:?}");
+                        let of_nothing =
+                            path.replace(path.rsplit('/').next().unwrap_or_default(), &absent.to_string());
+                        if path.contains("sha256") && repository == "acme/app" {
+                            let other = cache.get(&wish(of_nothing, head, shows)).await;
+                            assert_eq!(learned(&got), learned(&other), "{front:?}: {path} to {shows}");
+                        }
+                    }
+                }
+            }
+        }
+    }
+    // Nor did anything that was noted meanwhile open it.
+    for mood in [Mood::Well, Mood::Gone] {
+        registry.state().front = None;
+        registry.mood(mood);
+        for shows in ["", bob.as_str(), "Bearer made-up"] {
+            for path in all("acme/app") {
+                let got = cache.get(&wish(path.clone(), false, shows)).await;
+                assert!(matches!(got, Got::No(_)), "{mood:?}: {path} to {shows}: {got:?}");
+            }
+        }
+    }
+    let got = cache
+        .get(&wish("/v2/acme/app/manifests/1".to_owned(), false, &alice))
+        .await;
+    assert!(
+        matches!(got, Got::Content(_, Some(_))),
+        "no page takes a right away: {got:?}"
+    );
+}
