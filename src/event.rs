@@ -292,6 +292,11 @@ impl Events {
         self.metrics.span_dropped(count);
     }
 
+    /// Counts a connection that was closed because its address had too many.
+    pub fn connection_refused(&self) {
+        self.metrics.connection_refused();
+    }
+
     /// Counts bytes of a blob sent.
     pub fn sent(&self, from: BytesFrom, bytes: u64) {
         self.metrics.sent(from, bytes);

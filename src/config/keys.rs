@@ -212,7 +212,7 @@ pub const KEYS: &[Key] = &[
     key(Log, "format", Some(r#""human""#), "How it is written: \"human\" or \"json\"."),
 
     key(Limits, "connections_max", Some("4096"), "Connections at a time; further ones wait to be accepted."),
-    key(Limits, "connections_per_peer_max", Some("256"), "Connections at a time from one address; further ones are closed."),
+    key(Limits, "connections_per_peer_max", Some("256"), "Connections at a time from one address; as many further ones wait, and beyond those they are closed."),
     key(Limits, "streams_per_connection_max", Some("100"), "Requests at a time on one HTTP/2 connection."),
     key(Limits, "tunnels_max", Some("256"), "Tunnels of CONNECT at a time; further ones are answered with 503."),
     key(Limits, "fetches_max", Some("256"), "Blob transfers at a time from all upstreams together."),

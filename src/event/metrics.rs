@@ -151,6 +151,7 @@ pub(super) struct Metrics {
     rate_limit_reset: Family<AllowanceLabels, Level>,
     client_seen: Family<ClientLabels, Level>,
     spans_dropped: Counter,
+    connections_refused: Counter,
     longest_idle: Gauge<f64, AtomicU64>,
     certificates: Family<CertificateLabels, Level>,
     totals: Counts,
@@ -204,6 +205,7 @@ impl Default for Metrics {
             rate_limit_reset: Family::default(),
             client_seen: Family::default(),
             spans_dropped: Counter::default(),
+            connections_refused: Counter::default(),
             longest_idle: Gauge::default(),
             certificates: Family::default(),
             totals: Counts::default(),
@@ -269,6 +271,10 @@ impl Metrics {
 
     pub(super) fn span_dropped(&self, count: u64) {
         self.spans_dropped.inc_by(count);
+    }
+
+    pub(super) fn connection_refused(&self) {
+        self.connections_refused.inc();
     }
 
     pub(super) fn tunnel(&self) -> Tunnel {

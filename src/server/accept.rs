@@ -28,6 +28,7 @@ use super::listen::{Listener, Wire};
 use super::tls::{ServerTls, Shaken};
 use super::{Body, Front};
 use crate::config::{Limits, Plain};
+use crate::store::LogLimit;
 
 /// A failed `accept` (out of descriptors, mostly) is tried again after this.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
@@ -55,6 +56,7 @@ struct Inner {
     places: Arc<Semaphore>,
     tunnels: Arc<Semaphore>,
     peers: Peers,
+    refused: LogLimit,
 }
 
 impl Accepting {
@@ -75,6 +77,7 @@ impl Accepting {
             places: Arc::new(Semaphore::new(limits.connections_max)),
             tunnels: Arc::new(Semaphore::new(limits.tunnels_max)),
             peers: Peers::default(),
+            refused: LogLimit::default(),
         }))
     }
 
@@ -133,8 +136,18 @@ impl Accepting {
             }
         };
         let peer = wire.peer();
-        let Some(entered) = self.0.peers.enter(peer.ip(), limits.connections_per_peer_max) else {
-            tracing::debug!(%peer, "too many connections from one peer");
+        let entering = self.0.peers.enter(peer.ip(), limits.connections_per_peer_max);
+        let entered = tokio::select! {
+            () = self.0.ending.cancelled() => return Ok(()),
+            entered = timeout(limits.idle_timeout, entering) => entered.ok().flatten(),
+        };
+        let Some(entered) = entered else {
+            self.0.front.events.connection_refused();
+            if let Some(skipped) = self.0.refused.admits() {
+                tracing::warn!(%peer, connections = limits.connections_per_peer_max, skipped,
+                    "a connection was closed, for its address has too many; raise limits.connections_per_peer_max, or let \
+                     the balancer in front send the PROXY protocol");
+            }
             return Ok(());
         };
         let held = Held {
@@ -285,41 +298,64 @@ impl Connection {
     }
 }
 
-/// How many connections each peer has.
+/// The connections of each peer.
 #[derive(Clone, Default)]
-struct Peers(Arc<Mutex<HashMap<IpAddr, usize>>>);
+struct Peers(Arc<Mutex<HashMap<IpAddr, Connections>>>);
+
+struct Connections {
+    places: Arc<Semaphore>,
+    /// Those that have a place or wait for one.
+    present: usize,
+}
 
 impl Peers {
-    /// `None` if it has as many as it may. Those without an address come by a socket file, whose mode says who may.
-    fn enter(&self, peer: Option<IpAddr>, connections_max: usize) -> Option<Entered> {
-        if let Some(peer) = peer {
-            let mut counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-            let count = counts.entry(peer).or_default();
-            if *count >= connections_max {
+    /// Waits for a place among `connections_max`. `None` if as many wait already: many clients may be behind one address,
+    /// but each that waits takes a place from all. Those without an address come by a socket file, whose mode says who
+    /// may.
+    async fn enter(&self, peer: Option<IpAddr>, connections_max: usize) -> Option<Entered> {
+        let Some(peer) = peer else {
+            return Some(Entered::default());
+        };
+        let places = {
+            let mut peers = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            let connections = peers.entry(peer).or_insert_with(|| Connections {
+                places: Arc::new(Semaphore::new(connections_max)),
+                present: 0,
+            });
+            if connections.present >= connections_max.saturating_mul(2) {
                 return None;
             }
-            *count += 1;
-        }
-        Some(Entered {
-            peers: self.clone(),
-            peer,
-        })
+            connections.present += 1;
+            Arc::clone(&connections.places)
+        };
+        let mut entered = Entered {
+            of: Some((self.clone(), peer)),
+            place: None,
+        };
+        entered.place = Some(places.acquire_owned().await.ok()?);
+        Some(entered)
     }
 }
 
+/// A place among the connections of a peer, or the wait for one.
+#[derive(Default)]
 struct Entered {
-    peers: Peers,
-    peer: Option<IpAddr>,
+    of: Option<(Peers, IpAddr)>,
+    place: Option<OwnedSemaphorePermit>,
 }
 
 impl Drop for Entered {
     fn drop(&mut self) {
-        let Some(peer) = self.peer else { return };
-        let mut counts = self.peers.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(count) = counts.get_mut(&peer) {
-            *count -= 1;
-            if *count == 0 {
-                counts.remove(&peer);
+        let Some((peers, peer)) = self.of.take() else {
+            return;
+        };
+        // Free before it is no longer counted.
+        drop(self.place.take());
+        let mut peers = peers.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(connections) = peers.get_mut(&peer) {
+            connections.present -= 1;
+            if connections.present == 0 {
+                peers.remove(&peer);
             }
         }
     }

@@ -77,6 +77,7 @@ mod repository_prefix;
 mod resume;
 mod rows;
 mod several_urls;
+mod shared_address;
 mod sharing;
 mod stampede;
 mod store_errors;

@@ -66,6 +66,11 @@ impl Metrics {
             self.certificates.clone(),
         );
         registry.register(
+            "connections_refused",
+            "Connections closed because their address had too many",
+            self.connections_refused.clone(),
+        );
+        registry.register(
             "spans_dropped",
             "Parts of traces that could not be handed to the OTLP collector",
             self.spans_dropped.clone(),
