@@ -142,13 +142,11 @@ impl Pull {
         let mut head = head_of(&fetched, &wanted.operation).map_err(malformed)?;
         let mut begun = Vec::new();
         while begun.len() <= LISTING_WHOLE_BYTES_MAX {
-            match fetched.chunk().await {
-                Some(chunk) => begun.extend_from_slice(&chunk.map_err(malformed)?),
-                None => {
-                    head.bytes = named_as_here(wanted, begun.into());
-                    return self.keep_list(key, head).await.map(Received::Whole);
-                }
-            }
+            let Some(chunk) = fetched.chunk().await else {
+                head.bytes = named_as_here(wanted, begun.into());
+                return self.keep_list(key, head).await.map(Received::Whole);
+            };
+            begun.extend_from_slice(&chunk.map_err(malformed)?);
         }
         // Whether it is a list can no longer be told by its end: a page of something in front begins otherwise.
         if !begins_as_object(&begun) {

@@ -241,19 +241,16 @@ impl Listings {
         file.extend_from_slice(answer.bytes());
         let mut is_news =
             before.is_none_or(|before| !before.is_same(&answer) || is_hours_older(&before, &answer));
-        match (place, &answer) {
-            (Place::Long, KeptAnswer::List(listing)) => {
-                self.ready.remove(key);
-                let (digest, now) = (listing.digest, listing.listed_at);
-                is_news = self.written.get(key).is_none_or(|(written, at)| {
-                    written != digest || now.duration_since(at).map_or(true, |age| age >= REWRITE_AFTER)
-                });
-                self.written.insert(key.clone(), (digest, now));
-            }
-            _ => {
-                self.written.remove(key);
-                self.ready.insert(key.clone(), answer);
-            }
+        if let (Place::Long, KeptAnswer::List(listing)) = (place, &answer) {
+            self.ready.remove(key);
+            let (digest, now) = (listing.digest, listing.listed_at);
+            is_news = self.written.get(key).is_none_or(|(written, at)| {
+                written != digest || now.duration_since(at).map_or(true, |age| age >= REWRITE_AFTER)
+            });
+            self.written.insert(key.clone(), (digest, now));
+        } else {
+            self.written.remove(key);
+            self.ready.insert(key.clone(), answer);
         }
         if !is_news {
             return Ok(());
