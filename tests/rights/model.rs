@@ -57,9 +57,10 @@ fn is_granted(words: &[Word], claim: &Claim<'_>) -> bool {
     standing_yeses(words, claim, claim.shows).any(|word| {
         // A list was shown now, or a right to content was shown lately.
         let counts = word.is_content || (claim.digest.is_none() && word.at == claim.now);
-        let is_young = match claim.silent {
-            true => is_within_or_ahead(word.at, lifetime, claim.now),
-            false => is_within(word.at, lifetime, claim.now),
+        let is_young = if claim.silent {
+            is_within_or_ahead(word.at, lifetime, claim.now)
+        } else {
+            is_within(word.at, lifetime, claim.now)
         };
         counts && is_young
     })

@@ -59,9 +59,11 @@ const OLD: &[&str] = &[DOCKER_MANIFEST, OCI_MANIFEST];
 const DOCKER: &[&str] = CLIENTS[0].1;
 const CONTAINERD: &[&str] = CLIENTS[1].1;
 
+/// An image made from a word.
+type Make = fn(&str) -> Image;
+
 /// From what to what a tag moves.
-const MOVES: [[fn(&str) -> Image; 2]; 4] =
-    [[index, index], [single, single], [index, single], [single, index]];
+const MOVES: [[Make; 2]; 4] = [[index, index], [single, single], [index, single], [single, index]];
 
 fn single(seed: &str) -> Image {
     Image::with_layers(&[seed])
@@ -196,9 +198,12 @@ async fn o01_a_tag_seen_to_move_is_fresh_for_nobody_and_not_kept_as_present() {
         ("policy = \"if-not-present\"", CONTAINERD),
     ] {
         let upstream = Upstream::start().await;
-        let given = |index: &Image| match accepts == OLD {
-            true => index.children[0].clone(),
-            false => index.clone(),
+        let given = |index: &Image| {
+            if accepts == OLD {
+                index.children[0].clone()
+            } else {
+                index.clone()
+            }
         };
         let tagged = |index: &Image| {
             upstream.push("library/demo", "latest", index.clone());
@@ -247,7 +252,7 @@ async fn o01_why_ls_show_and_export_mean_the_image_that_clients_are_given() {
         ] {
             assert_eq!(*found, expected, "{ls:#} {show:#} {why:#}");
         }
-        assert_eq!(show["parts"].as_array().unwrap().is_empty(), false, "{show:#}");
+        assert!(!show["parts"].as_array().unwrap().is_empty(), "{show:#}");
         let archive = proxy.setup().folder().join("demo.tar");
         done(&proxy, &["export", "demo", "-o", archive.to_str().unwrap()]).await;
         let index = in_archive(&archive, "index.json");

@@ -99,8 +99,8 @@ mod tests {
     use super::*;
     use std::net::Ipv4Addr;
 
-    fn host(last: u8) -> Option<IpAddr> {
-        Some(Ipv4Addr::new(192, 0, 2, last).into())
+    fn host(last: u8) -> IpAddr {
+        Ipv4Addr::new(192, 0, 2, last).into()
     }
 
     #[tokio::test(start_paused = true)]
@@ -109,13 +109,13 @@ mod tests {
         for _ in 0..50 {
             let checks = Arc::clone(&checks);
             tokio::spawn(async move {
-                let _turn = checks.turn(host(1)).await;
+                let _turn = checks.turn(Some(host(1))).await;
                 tokio::time::sleep(Duration::from_millis(100)).await;
             });
         }
         tokio::task::yield_now().await;
         let before = Instant::now();
-        assert!(checks.turn(host(2)).await.is_some());
+        assert!(checks.turn(Some(host(2))).await.is_some());
         assert!(
             before.elapsed() < Duration::from_millis(150),
             "{:?}",
@@ -126,10 +126,10 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn t17_a_turn_that_does_not_come_is_not_waited_for_without_end() {
         let checks = Checks::default();
-        let held = checks.turn(host(1)).await;
-        assert!(held.is_some() && checks.turn(host(1)).await.is_none());
+        let held = checks.turn(Some(host(1))).await;
+        assert!(held.is_some() && checks.turn(Some(host(1))).await.is_none());
         drop(held);
-        assert!(checks.turn(host(1)).await.is_some());
+        assert!(checks.turn(Some(host(1))).await.is_some());
     }
 
     #[tokio::test(start_paused = true)]
