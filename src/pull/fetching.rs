@@ -113,7 +113,7 @@ impl Pull {
             Said::Is(digest) => Some(digest),
             _ => None,
         };
-        let received = verify(bytes, named, Some(media_type), &wanted.operation);
+        let received = verify(bytes, named, Some(&media_type), &wanted.operation);
         self.keep(wanted, received).await.ok()
     }
 
@@ -182,7 +182,7 @@ async fn receive(fetched: Fetched, operation: &Operation) -> Result<HeldManifest
     let (header, media_type) = (fetched.digest, fetched.media_type.clone());
     let is_page = media_type.as_ref().is_some_and(MediaType::is_page);
     let bytes = fetched.collect(MANIFEST_BYTES_MAX).await?;
-    let received = verify(bytes, header, media_type, operation);
+    let received = verify(bytes, header, media_type.as_ref(), operation);
     if is_page {
         received.map_err(|_| Cause::NotRegistry)
     } else {
@@ -193,7 +193,7 @@ async fn receive(fetched: Fetched, operation: &Operation) -> Result<HeldManifest
 fn verify(
     bytes: Bytes,
     header: Option<Digest>,
-    media_type: Option<MediaType>,
+    media_type: Option<&MediaType>,
     operation: &Operation,
 ) -> Result<HeldManifest, Cause> {
     let asked = match operation {
@@ -210,10 +210,8 @@ fn verify(
         return Err(Cause::WrongDigest);
     }
     let manifest = Manifest::read(&bytes).map_err(|_| Cause::Malformed)?;
-    let is_page = media_type.as_ref().is_some_and(MediaType::is_page);
-    let media_type = manifest
-        .type_sent_as(media_type.as_ref())
-        .ok_or(Cause::Malformed)?;
+    let is_page = media_type.is_some_and(MediaType::is_page);
+    let media_type = manifest.type_sent_as(media_type).ok_or(Cause::Malformed)?;
     // Of a tag nothing but the answer says what it names, so label and shape have to agree.
     if asked.is_none() && (is_page || !manifest.has_shape_of(&media_type)) {
         return Err(Cause::Malformed);
