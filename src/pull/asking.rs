@@ -27,10 +27,12 @@ pub(super) struct Key {
     /// Nor, after a reload, for one to other settings.
     settings: (u64, u64),
     for_push: bool,
+    /// Nor, after a denial, for one from before it, whose answer may be an older yes.
+    denied_at: Option<Instant>,
 }
 
 impl Key {
-    pub(super) fn new(wanted: &Wanted) -> Self {
+    pub(super) fn new(pull: &Pull, wanted: &Wanted) -> Self {
         Self {
             upstream: wanted.site.name().into(),
             path: wanted.operation.path_and_query(),
@@ -39,6 +41,7 @@ impl Key {
             writes: wanted.writes,
             settings: wanted.site.upstream().settings_id(),
             for_push: wanted.for_push,
+            denied_at: pull.denied_at(wanted),
         }
     }
 }
@@ -146,7 +149,7 @@ impl Pull {
 
     /// One question for all who may share it, and what is learnt from its answer, late as it may come.
     pub(super) fn question(self: &Arc<Self>, wanted: &Wanted) -> crate::flight::Flight<Arc<Answer>> {
-        let key = Key::new(wanted);
+        let key = Key::new(self, wanted);
         self.questions.share(key, || {
             let (pull, wanted) = (Arc::clone(self), wanted.clone());
             async move {

@@ -73,7 +73,7 @@ impl Pull {
         self: &Arc<Self>,
         wanted: Wanted,
     ) -> Result<Arc<HeldManifest>, Arc<Answer>> {
-        let key = Key::new(&wanted);
+        let key = Key::new(self, &wanted);
         let flight = self.manifests.share(key, || {
             let pull = Arc::clone(self);
             async move {

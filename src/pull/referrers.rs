@@ -280,7 +280,7 @@ impl<'a> Lookup<'a> {
     /// Fetches the list, waiting no longer than the budget where there is something else to answer. The fetch goes on.
     async fn list(&self, context: &Context) -> super::listing::Listed {
         let wanted = Wanted::of(self.request, self.repository, &context.caller);
-        let flight = self.pull.lists.share(Key::new(&wanted), || {
+        let flight = self.pull.lists.share(Key::new(self.pull, &wanted), || {
             let (pull, key) = (Arc::clone(self.pull), self.key.clone());
             async move { pull.list(&wanted, key).await }
         });

@@ -203,13 +203,18 @@ impl Pull {
 
     /// Whether the upstream has refused this caller in this repository since `at`.
     pub(super) fn refused_since(&self, wanted: &Wanted, at: Instant) -> bool {
+        self.denied_at(wanted).is_some_and(|denied| denied >= at)
+    }
+
+    /// When the upstream last denied this caller this repository.
+    pub(super) fn denied_at(&self, wanted: &Wanted) -> Option<Instant> {
         let (site, repository) = (&wanted.site, &wanted.repository);
         let right = if is_anonymous(wanted) {
             self.right_of_all(site, repository)
         } else {
             right(site, Some(repository), wanted.caller.principal)
         };
-        self.overtaken(&right, at)
+        self.refused.last.get(&right)
     }
 
     /// The right of whoever has no credential. The cache asks without one also in its own name (`shared`), and a reload

@@ -10,7 +10,7 @@ use ifnewer::download::Downloads;
 use ifnewer::event::Events;
 use ifnewer::oci::{Accept, Digest, LoginRequest, Operation};
 use ifnewer::policy::rules::Rules;
-use ifnewer::pull::{Access, Content, LoggedIn, Outcome, Pull, Request, Site};
+use ifnewer::pull::{Access, Content, LoggedIn, Outcome, Pull, Request, Site, SiteStates};
 use ifnewer::store::step::Buffers;
 use ifnewer::store::volume::{Directory, Memory, Volume};
 use ifnewer::store::{Settings as StoreSettings, Store};
@@ -31,6 +31,7 @@ pub struct Cache {
     pub proven: Arc<Site>,
     pub shared: Arc<Site>,
     store: Arc<Store>,
+    states: Arc<SiteStates>,
     parts: Parts,
 }
 
@@ -117,36 +118,64 @@ impl Cache {
         let store = Arc::new(Store::open(&StoreSettings::default(), volume, now()).unwrap());
         let downloads = Downloads::new(Arc::clone(&store), Buffers::default(), 64);
         let pull = Pull::new(Arc::clone(&store), downloads, (clock(), Events::new()));
+        Cache::with_settings(Arc::new(pull), store, Arc::default(), parts, false)
+    }
+
+    /// The settings of `parts` over what is learned and under way. `opened`: whoever reaches the proven site is entitled.
+    fn with_settings(
+        pull: Arc<Pull>,
+        store: Arc<Store>,
+        states: Arc<SiteStates>,
+        parts: Parts,
+        opened: bool,
+    ) -> Cache {
         let rules = Arc::new(parts.rules.clone());
-        let upstream = |name: &str, own: Option<OwnCredential>| {
+        let site = |name: &str, is_shared: bool| {
             let mut settings = Settings::new(name, vec![format!("http://{name}").parse().unwrap()]);
             settings.proxy = ProxyChoice::None;
+            let own = is_shared.then(|| OwnCredential::new("service", "service-secret"));
             settings.credential = own.map(Into::into);
-            let connector = Connector::with_dial(parts.registry.dial());
-            Arc::new(Upstream::new(settings, &connector).unwrap())
+            let access = if is_shared {
+                Access::Shared { own_credential: true }
+            } else {
+                Access::Proven
+            };
+            let (state, connector) = (states.of(name), Connector::with_dial(parts.registry.dial()));
+            let upstream = Upstream::over(state.upstream(), settings, &connector).unwrap();
+            upstream.activate();
+            Site::new(Arc::new(upstream), access, Arc::clone(&rules), state)
         };
-        let own = OwnCredential::new("service", "service-secret");
-        let mut proven = Site::new(
-            upstream(PROVEN, None),
-            Access::Proven,
-            Arc::clone(&rules),
-            Arc::default(),
-        );
+        let mut proven = site(PROVEN, opened);
         if parts.gives_tokens {
             proven = proven.with_local_tokens(format!("http://{PROVEN}/token").parse().unwrap());
         }
         Cache {
-            pull: Arc::new(pull),
+            pull,
             proven: Arc::new(proven),
-            shared: Arc::new(Site::new(
-                upstream(SHARED, Some(own)),
-                Access::Shared { own_credential: true },
-                rules,
-                Arc::default(),
-            )),
+            shared: Arc::new(site(SHARED, true)),
             store,
+            states,
             parts,
         }
+    }
+
+    /// The same process with other settings, as after SIGHUP. Requests under way go on with this one.
+    pub fn reload(&self, rules: Rules, opened: bool) -> Cache {
+        let parts = Parts {
+            rules,
+            ..self.parts.clone()
+        };
+        let (pull, store) = (Arc::clone(&self.pull), Arc::clone(&self.store));
+        Cache::with_settings(pull, store, Arc::clone(&self.states), parts, opened)
+    }
+
+    /// Ends without an orderly close, and starts again on the same disk. The registry has cut all connections.
+    pub async fn kill(self, rules: Rules) -> Cache {
+        let Cache {
+            pull, store, parts, ..
+        } = self;
+        drop(pull);
+        Cache::start_again(store, Parts { rules, ..parts }).await
     }
 
     /// Ends, and starts again on the same disk.
@@ -157,13 +186,17 @@ impl Cache {
         pull.downloads().idle().await;
         drop(pull);
         store.close();
+        Cache::start_again(store, Parts { rules, ..parts }).await
+    }
+
+    async fn start_again(store: Arc<Store>, parts: Parts) -> Cache {
         // Tasks that still hold it end with their turn.
         let mut store = Some(store);
         while Arc::strong_count(store.as_ref().unwrap()) > 1 {
             tokio::time::sleep(std::time::Duration::from_millis(100)).await;
         }
         drop(store.take());
-        Cache::start(Parts { rules, ..parts })
+        Cache::start(parts)
     }
 
     /// What a client that fetched a token with this `Authorization` (empty for none) for a repository shows then. `None`

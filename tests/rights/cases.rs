@@ -115,6 +115,29 @@ async fn a_yes_that_a_no_has_overtaken_brings_no_right_back() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn t01_who_asks_after_a_denial_does_not_share_an_older_question() {
+    let (registry, cache) = stocked();
+    pulls(&cache, &registry, "acme/app", &alice()).await;
+    // Decided while she might read, and on its way until after she was refused.
+    registry.mood(Mood::Stalls);
+    let ask = || {
+        let cache = Arc::clone(&cache);
+        tokio::spawn(async move { cache.get(&tag("acme/app", "2", alice())).await })
+    };
+    let early = ask();
+    settle().await;
+    registry.state().mood = Mood::Well;
+    registry.revokes("alice", "acme/app");
+    gets_nothing(&cache, tag("acme/app", "1", alice())).await;
+    let late = ask();
+    settle().await;
+    registry.mood(Mood::Well);
+    early.await.unwrap();
+    let late = late.await.unwrap();
+    assert!(matches!(late, Got::No(_)), "{late:?}");
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_list_that_was_shown_is_no_right_to_pull() {
     let (registry, cache) = stocked();
     pulls(&cache, &registry, "acme/app", &alice()).await;

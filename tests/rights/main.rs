@@ -3,7 +3,8 @@
 //!
 //! * `registry`: the upstream, which remembers every word it said, and to whom. * `model`: what those words entitle a
 //!   client to; it shares no code with the program. * `cache`: the program under test, from request to bytes.
-//! * `walk`: random steps, each answer held against the model. * `cases`: the interleavings found dangerous, one by one.
+//! * `walk`: random steps, each answer held against the model. `life`: the same over reloads, restarts, kills and pushes,
+//!   with slow answers. * `cases`: the interleavings found dangerous, one by one.
 //! * `fronts`: what answers in the registry's place. `timing`: whether how long a no takes tells what is held; `looks`: a disk that counts.
 //!
 //! `IFNEWER_MODEL_STEPS` and `IFNEWER_MODEL_SEED` make the walk longer, or another one.
@@ -24,6 +25,7 @@
 mod cache;
 mod cases;
 mod fronts;
+mod life;
 mod looks;
 mod model;
 mod registry;

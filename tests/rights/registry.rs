@@ -20,6 +20,7 @@ use hyper_util::rt::TokioIo;
 use ifnewer::clock::Clock;
 use ifnewer::oci::{Algorithm, Cause, Digest};
 use ifnewer::upstream::{Dial, DialError, Dialled, Dialling, Limit};
+use tokio::task::AbortHandle;
 
 pub const OCI_MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 /// What a client's own question to the token service carries, and ours does not.
@@ -135,6 +136,7 @@ pub struct State {
     passwords: BTreeMap<String, String>,
     tokens: BTreeMap<String, Token>,
     tokens_made: usize,
+    connections: Vec<AbortHandle>,
 }
 
 #[derive(Clone)]
@@ -168,6 +170,7 @@ impl Registry {
             passwords: BTreeMap::new(),
             tokens: BTreeMap::new(),
             tokens_made: 0,
+            connections: Vec::new(),
         };
         Registry {
             state: Arc::new(Mutex::new(state)),
@@ -186,6 +189,13 @@ impl Registry {
     pub fn mood(&self, mood: Mood) {
         self.state().mood = mood;
         self.changed.send_replace(());
+    }
+
+    /// Cuts every connection: what was not answered never will be.
+    pub fn cut(&self) {
+        for connection in self.state().connections.drain(..) {
+            connection.abort();
+        }
     }
 
     pub fn user(&self, name: &str, password: &str) {
@@ -498,7 +508,7 @@ struct Pipes(Registry);
 
 impl Dial for Pipes {
     fn dial(&self, _: &Uri, _: &Limit, _: Duration) -> Dialling {
-        let registry = self.0.clone();
+        let (registry, taken) = (self.0.clone(), self.0.clone());
         Box::pin(async move {
             if registry.state().mood == Mood::Gone {
                 return Err(DialError {
@@ -508,7 +518,7 @@ impl Dial for Pipes {
                 });
             }
             let (ours, theirs) = tokio::io::duplex(64 * 1024);
-            tokio::spawn(async move {
+            let connection = tokio::spawn(async move {
                 let service = service_fn(move |request| {
                     let registry = registry.clone();
                     // A connection from before the outage breaks with it.
@@ -523,6 +533,10 @@ impl Dial for Pipes {
                     .serve_connection(TokioIo::new(theirs), service)
                     .await;
             });
+            let mut state = taken.state();
+            state.connections.retain(|one| !one.is_finished());
+            state.connections.push(connection.abort_handle());
+            drop(state);
             Ok(Dialled {
                 stream: Box::new(ours),
                 peer: None,

@@ -13,8 +13,8 @@ use super::registry::{Mood, No, Registry, Word, jump, now};
 use std::sync::Arc;
 use std::time::Duration;
 
-const USERS: [&str; 3] = ["alice", "bob", "eve"];
-const REPOSITORIES: [&str; 7] = [
+pub const USERS: [&str; 3] = ["alice", "bob", "eve"];
+pub const REPOSITORIES: [&str; 7] = [
     "pub/one",
     "acme/app",
     "acme/kept",
@@ -23,17 +23,17 @@ const REPOSITORIES: [&str; 7] = [
     "acme/fresh",
     "evil/app",
 ];
-const TAGS: [&str; 3] = ["1", "2", "gone"];
+pub const TAGS: [&str; 3] = ["1", "2", "gone"];
 
 /// 10,000 steps in memory and a shorter walk on a disk; more if asked for.
-fn steps(usual: usize) -> usize {
+pub fn steps(usual: usize) -> usize {
     let wanted = std::env::var("IFNEWER_MODEL_STEPS")
         .ok()
         .and_then(|steps| steps.parse().ok());
     wanted.map_or(usual, |wanted: usize| wanted.max(usual))
 }
 
-fn seed() -> u64 {
+pub fn seed() -> u64 {
     std::env::var("IFNEWER_MODEL_SEED")
         .ok()
         .and_then(|seed| seed.parse().ok())
@@ -115,7 +115,7 @@ pub fn rules(sealed: bool) -> Rules {
     Rules::new(default, upstreams, rules).unwrap()
 }
 
-fn stocked() -> Registry {
+pub fn stocked() -> Registry {
     let registry = Registry::new();
     registry.user("service", "service-secret");
     for user in USERS {
@@ -145,17 +145,17 @@ fn stocked() -> Registry {
 }
 
 /// xorshift64*: the same walk from the same seed, everywhere.
-struct Dice(u64);
+pub struct Dice(pub u64);
 
 impl Dice {
-    fn roll(&mut self, sides: usize) -> usize {
+    pub fn roll(&mut self, sides: usize) -> usize {
         self.0 ^= self.0 >> 12;
         self.0 ^= self.0 << 25;
         self.0 ^= self.0 >> 27;
         usize::try_from(self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 33).unwrap() % sides
     }
 
-    fn pick<'a, T>(&mut self, of: &'a [T]) -> &'a T {
+    pub fn pick<'a, T>(&mut self, of: &'a [T]) -> &'a T {
         &of[self.roll(of.len())]
     }
 }

@@ -1,0 +1,565 @@
+//! The life of a process under random events: reloads, restarts, kills, pushes and deletions through the cache and past
+//! it, revoked rights, outages, jumps of the clock, and answers that come late over any of these.
+//!
+//! Two laws. Rights: no client gets what no word of the registry entitles it to (`model`). Order: no client gets an image
+//! older than a write that the cache has acknowledged before the client asked; and while the registry answers, none older
+//! than what the policy lets the cache serve unasked, where a write of unknown outcome counts as a reason to ask.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use ifnewer::oci::Digest;
+use ifnewer::pull::Site;
+use ifnewer::pull::writing::{Change, Written};
+use tokio::task::JoinSet;
+use tokio::time::timeout;
+
+use super::cache::{Cache, Got, PROVEN, SHARED, Wish};
+use super::model::{Claim, entitles};
+use super::registry::{Mood, No, Registry, jump, now};
+use super::walk::{Dice, REPOSITORIES, TAGS, USERS, basic, rules, seed, steps, stocked};
+
+type Tag = (&'static str, &'static str);
+type Place = (&'static str, Tag);
+type Answer = (Ask, Got, SystemTime);
+
+#[tokio::test(start_paused = true)]
+async fn no_order_of_events_brings_back_a_right_or_a_tag() {
+    let registry = stocked();
+    let mut life = Life::new(&registry, Cache::new(&registry, rules(false)), seed() + 10);
+    life.run(steps(10_000)).await;
+    life.covered(20);
+}
+
+#[tokio::test(start_paused = true)]
+async fn nor_where_the_index_outlives_the_process() {
+    let registry = stocked();
+    let mut life = Life::new(&registry, Cache::on_disk(&registry, rules(false)), seed() + 11);
+    life.run(steps(1_500)).await;
+    life.covered(1);
+}
+
+/// A request, and what was known when it was sent.
+struct Ask {
+    wish: Wish,
+    place: Place,
+    /// Whether it is about the tag itself.
+    is_by_tag: bool,
+    before: usize,
+    is_silent: bool,
+    is_opened: bool,
+    /// The version of the last acknowledged write.
+    acknowledged: usize,
+    /// The version that the registry has now, and that of the last write of unknown outcome.
+    current: usize,
+    unknown: usize,
+    /// How often something has gone wrong by now.
+    troubles: usize,
+}
+
+struct Life {
+    registry: Registry,
+    cache: Arc<Cache>,
+    dice: Dice,
+    seed: u64,
+    /// What each tag named, in order; `None` where it was deleted.
+    versions: BTreeMap<Tag, Vec<Option<Digest>>>,
+    acknowledged: BTreeMap<Place, usize>,
+    unknown: BTreeMap<Place, usize>,
+    /// Requests whose answers are late.
+    late: JoinSet<Answer>,
+    is_sealed: bool,
+    is_opened: bool,
+    is_stalled: bool,
+    /// The registry is well, and holds back what it was asked before.
+    is_held_back: bool,
+    /// Where most things happen for a while, and to whom.
+    focus: (Place, &'static str),
+    troubles: usize,
+    pushes: usize,
+    counts: BTreeMap<&'static str, usize>,
+    done: usize,
+}
+
+impl Drop for Life {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!(
+                "IFNEWER_MODEL_SEED with which it fails: {} (step {})",
+                self.seed, self.done
+            );
+        }
+    }
+}
+
+impl Life {
+    fn new(registry: &Registry, cache: Cache, seed: u64) -> Life {
+        let mut versions: BTreeMap<Tag, Vec<_>> = BTreeMap::new();
+        for repository in REPOSITORIES {
+            for tag in TAGS {
+                let named = registry.state().shelves[repository].tags[tag];
+                versions.insert((repository, tag), vec![Some(named)]);
+            }
+        }
+        Life {
+            registry: registry.clone(),
+            cache: Arc::new(cache),
+            dice: Dice(seed.max(1)),
+            seed,
+            versions,
+            acknowledged: BTreeMap::new(),
+            unknown: BTreeMap::new(),
+            late: JoinSet::new(),
+            is_sealed: false,
+            is_opened: false,
+            is_stalled: false,
+            is_held_back: false,
+            focus: ((PROVEN, (REPOSITORIES[1], TAGS[0])), USERS[0]),
+            troubles: 0,
+            pushes: 0,
+            counts: BTreeMap::new(),
+            done: 0,
+        }
+    }
+
+    async fn run(&mut self, steps: usize) {
+        while self.done < steps {
+            if self.dice.roll(30) == 0 {
+                self.focus = (self.some_place(), *self.dice.pick(&USERS[..2]));
+            }
+            if self.is_held_back {
+                self.live_with_late_answers().await;
+            } else {
+                self.live().await;
+            }
+            self.done += 1;
+            self.judge_late();
+        }
+        self.release().await;
+    }
+
+    async fn live(&mut self) {
+        match self.dice.roll(24) {
+            0..=2 => self.change_rights(),
+            3 => {
+                let place = self.place();
+                let _ = self.write(place.1);
+            }
+            4 => {
+                let seconds = [1, 20, 61, 100, 320, 3_700, 13 * 3_600, -30, -400];
+                jump(*self.dice.pick(&seconds));
+            }
+            5..=8 => self.change_mood().await,
+            9 => self.reload(),
+            10 if self.dice.roll(4) == 0 => self.restart().await,
+            11..=13 => self.write_through().await,
+            _ => self.pulls().await,
+        }
+    }
+
+    /// Answers are on their way while the registry answers others at once: what happens meanwhile, in any order, and then
+    /// mostly an outage, in which there is nothing but what was learned.
+    async fn live_with_late_answers(&mut self) {
+        let mut events = [0, 1, 2, 3];
+        for last in (1..events.len()).rev() {
+            events.swap(last, self.dice.roll(last + 1));
+        }
+        for event in events {
+            if self.dice.roll(3) == 0 || !self.is_held_back {
+                continue;
+            }
+            match event {
+                0 => self.reload(),
+                1 => {
+                    self.registry.revokes(self.focus.1, self.focus.0.1.0);
+                    self.pulls_of(Some(self.focus.0)).await;
+                }
+                2 => self.write_through().await,
+                _ => self.pulls().await,
+            }
+        }
+        self.release().await;
+        if self.dice.roll(4) != 0 {
+            self.troubles += 1;
+            self.registry.mood(Mood::Gone);
+            self.pulls_of(Some(self.focus.0)).await;
+        }
+    }
+
+    fn change_rights(&mut self) {
+        let (user, repository) = (self.user(), self.place().1.0);
+        match self.dice.roll(7) {
+            0..=2 => self.registry.lets(user, repository),
+            3..=5 => self.registry.revokes(user, repository),
+            _ => {
+                self.registry.state().no = *self.dice.pick(&[No::Unauthorized, No::Unauthorized, No::Denied]);
+            }
+        }
+    }
+
+    /// The tag names something else at the registry, or nothing. Says which version that is.
+    fn write(&mut self, tag: Tag) -> usize {
+        self.pushes += 1;
+        let named = if self.dice.roll(5) == 0 {
+            let mut state = self.registry.state();
+            state.shelves.get_mut(tag.0).unwrap().tags.remove(tag.1);
+            None
+        } else {
+            let mark = format!("push {}", self.pushes);
+            Some(self.registry.push(tag.0, tag.1, &mark, &[50, 70_000]))
+        };
+        let versions = self.versions.get_mut(&tag).unwrap();
+        versions.push(named);
+        versions.len() - 1
+    }
+
+    fn user(&mut self) -> &'static str {
+        if self.dice.roll(4) == 0 {
+            *self.dice.pick(&USERS)
+        } else {
+            self.focus.1
+        }
+    }
+
+    /// Mostly the same for a while, so that what happens meets.
+    fn place(&mut self) -> Place {
+        if self.dice.roll(5) == 0 {
+            self.some_place()
+        } else {
+            self.focus.0
+        }
+    }
+
+    fn some_place(&mut self) -> Place {
+        let site = if self.dice.roll(6) == 0 { SHARED } else { PROVEN };
+        (site, (*self.dice.pick(&REPOSITORIES), *self.dice.pick(&TAGS)))
+    }
+
+    fn site(&self, place: Place) -> Arc<Site> {
+        let site = if place.0 == SHARED {
+            &self.cache.shared
+        } else {
+            &self.cache.proven
+        };
+        Arc::clone(site)
+    }
+
+    async fn change_mood(&mut self) {
+        self.troubles += 1;
+        let is_well = self.registry.state().mood == Mood::Well;
+        if !is_well || self.is_stalled {
+            self.release().await;
+            return;
+        }
+        let moods = [
+            Mood::Gone,
+            Mood::Stalls,
+            Mood::Stalls,
+            Mood::Status(503),
+            Mood::NoTokens,
+        ];
+        let mood = *self.dice.pick(&moods);
+        self.registry.mood(mood);
+        if mood == Mood::Stalls {
+            self.is_stalled = true;
+            if self.dice.roll(3) != 0 {
+                self.registry.lets(self.focus.1, self.focus.0.1.0);
+            }
+            self.pulls_of(Some(self.focus.0)).await;
+            // Later ones are answered; these stay late.
+            if self.dice.roll(3) != 0 {
+                self.registry.state().mood = Mood::Well;
+                self.is_held_back = true;
+                self.count("answers held back while the registry answers others");
+            }
+        }
+    }
+
+    /// The registry is well, and answers what it held back.
+    async fn release(&mut self) {
+        self.troubles += 1;
+        self.registry.mood(Mood::Well);
+        while let Some(answer) = self.late.join_next().await {
+            self.judge(answer.unwrap());
+        }
+        self.is_stalled = false;
+        self.is_held_back = false;
+        tokio::time::sleep(Duration::from_secs(40)).await;
+        while self.is_silent() {
+            tokio::time::sleep(Duration::from_secs(1)).await;
+        }
+    }
+
+    fn is_silent(&self) -> bool {
+        let sites = [&self.cache.proven, &self.cache.shared];
+        sites.iter().any(|site| site.upstream().silent_now().is_some())
+    }
+
+    fn reload(&mut self) {
+        if self.dice.roll(3) == 0 {
+            self.is_opened = !self.is_opened;
+        }
+        self.is_sealed = self.dice.roll(4) == 0;
+        self.cache = Arc::new(self.cache.reload(rules(self.is_sealed), self.is_opened));
+        self.count(if self.late.is_empty() {
+            "reload"
+        } else {
+            "reload with answers under way"
+        });
+    }
+
+    async fn restart(&mut self) {
+        self.release().await;
+        let cache = self.taken();
+        self.is_opened = false;
+        self.cache = Arc::new(cache.restart(rules(self.is_sealed)).await);
+        self.count("restart");
+    }
+
+    /// Whatever is under way ends without a word.
+    async fn kill(&mut self) {
+        self.troubles += 1;
+        self.late.abort_all();
+        while self.late.join_next().await.is_some() {}
+        self.registry.state().mood = Mood::Gone;
+        self.registry.cut();
+        let cache = self.taken();
+        self.is_opened = false;
+        self.cache = Arc::new(cache.kill(rules(self.is_sealed)).await);
+        self.is_stalled = false;
+        self.is_held_back = false;
+        self.registry.mood(Mood::Well);
+        self.count("kill");
+    }
+
+    fn taken(&mut self) -> Cache {
+        let other = Arc::new(Cache::new(&self.registry, rules(false)));
+        Arc::into_inner(std::mem::replace(&mut self.cache, other)).unwrap()
+    }
+
+    /// A push or deletion by a client of the cache, with pulls before, between and after its steps.
+    async fn write_through(&mut self) {
+        let place = self.place();
+        let (repository, tag) = (place.1.0.parse().unwrap(), place.1.1.parse().unwrap());
+        let site = self.site(place);
+        let handed = self
+            .cache
+            .pull
+            .hands_on(&site, Change::Tag(repository, tag))
+            .await;
+        drop(site);
+        if self.dice.roll(3) == 0 {
+            self.pulls_of(Some(place)).await;
+        }
+        if self.dice.roll(4) == 0 {
+            self.reload();
+        }
+        match self.dice.roll(6) {
+            0..=2 => {
+                let version = self.write(place.1);
+                if self.dice.roll(3) == 0 {
+                    self.pulls_of(Some(place)).await;
+                }
+                self.cache.pull.written(handed, Written::Done).await;
+                self.acknowledged.insert(place, version);
+                self.count("acknowledged write");
+            }
+            3 => {
+                self.cache.pull.written(handed, Written::Refused).await;
+                self.count("refused write");
+            }
+            4 => {
+                let version = self.write(place.1);
+                self.cache.pull.written(handed, Written::Perhaps).await;
+                self.unknown.insert(place, version);
+                self.count("write of unknown outcome");
+            }
+            _ => {
+                let version = self.write(place.1);
+                self.unknown.insert(place, version);
+                drop(handed);
+                self.kill().await;
+                self.count("kill during a write");
+            }
+        }
+        self.pulls_of(Some(place)).await;
+    }
+
+    async fn pulls(&mut self) {
+        let same = (self.dice.roll(2) == 0).then(|| self.place());
+        self.pulls_of(same).await;
+    }
+
+    /// Some clients at once. Whose answer does not come soon is judged when it comes.
+    async fn pulls_of(&mut self, same: Option<Place>) {
+        let mut pulls = JoinSet::new();
+        for _ in 0..=self.dice.roll(3) {
+            let place = same.unwrap_or_else(|| self.place());
+            let ask = self.ask(place);
+            let cache = Arc::clone(&self.cache);
+            pulls.spawn(async move {
+                let got = cache.get(&ask.wish).await;
+                drop(cache);
+                (ask, got, now())
+            });
+        }
+        while let Ok(Some(answer)) = timeout(Duration::from_secs(4), pulls.join_next()).await {
+            self.judge(answer.unwrap());
+        }
+        if !pulls.is_empty() {
+            self.late
+                .spawn(async move { pulls.join_next().await.unwrap().unwrap() });
+        }
+        // What goes on in the background ends before something else begins.
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+
+    fn ask(&mut self, place: Place) -> Ask {
+        let (site, (repository, tag)) = place;
+        let user = self.user();
+        let shows = match self.dice.roll(7) {
+            0 => String::new(),
+            1..=5 => basic(user, &format!("{user}-secret")),
+            _ => format!("Bearer direct-{user}"),
+        };
+        let state = self.registry.state();
+        let shelf = &state.shelves[repository];
+        let is_by_tag = self.dice.roll(4) != 0;
+        let path = if is_by_tag {
+            format!("/v2/{repository}/manifests/{tag}")
+        } else if self.dice.roll(2) == 0 {
+            let manifests: Vec<_> = shelf.manifests.keys().take(6).collect();
+            format!("/v2/{repository}/manifests/{}", self.dice.pick(&manifests))
+        } else {
+            let blobs: Vec<_> = shelf.blobs.keys().take(6).collect();
+            format!("/v2/{repository}/blobs/{}", self.dice.pick(&blobs))
+        };
+        let known = |places: &BTreeMap<Place, usize>| places.get(&place).copied().unwrap_or_default();
+        Ask {
+            wish: Wish {
+                site,
+                path,
+                head: self.dice.roll(4) == 0,
+                shows,
+            },
+            place,
+            is_by_tag,
+            before: state.words.len(),
+            is_silent: state.mood != Mood::Well || self.is_stalled || self.is_silent(),
+            is_opened: self.is_opened,
+            acknowledged: known(&self.acknowledged),
+            current: self.versions[&(repository, tag)].len() - 1,
+            unknown: known(&self.unknown),
+            troubles: self.troubles,
+        }
+    }
+
+    fn judge_late(&mut self) {
+        while let Some(answer) = self.late.try_join_next() {
+            self.judge(answer.unwrap());
+        }
+    }
+
+    fn judge(&mut self, (ask, got, at): Answer) {
+        self.done += 1;
+        let Got::Content(digest, _) = got else {
+            self.count("refused");
+            return;
+        };
+        let is_silent = ask.is_silent
+            || ask.troubles != self.troubles
+            || self.registry.state().mood != Mood::Well
+            || self.is_silent();
+        self.judge_right(&ask, digest, is_silent, at);
+        if ask.is_by_tag {
+            self.judge_order(&ask, digest, is_silent);
+        }
+        self.count(if is_silent { "served in trouble" } else { "served" });
+    }
+
+    fn judge_right(&self, ask: &Ask, digest: Digest, is_silent: bool, at: SystemTime) {
+        let (site, (repository, _)) = ask.place;
+        if site == SHARED || ask.is_opened || self.is_opened {
+            return;
+        }
+        let state = self.registry.state();
+        let claim = Claim {
+            shows: &ask.wish.shows,
+            account: "",
+            site,
+            repository,
+            digest: Some(digest),
+            before: ask.before,
+            // Under `never` and with `absent = "serve"` a right is as good as in an outage.
+            silent: is_silent || matches!(repository, "acme/never" | "acme/kept"),
+            now: at,
+        };
+        let own = |word: &&super::registry::Word| {
+            word.repository == repository && (word.to.is_empty() || word.to == ask.wish.shows)
+        };
+        assert!(
+            entitles(&state.words, &claim),
+            "step {}, seed {}: {:?} was given what no word entitles it to: {claim:#?}\n{:#?}",
+            self.done,
+            self.seed,
+            ask.wish,
+            state.words.iter().filter(own).rev().take(12).collect::<Vec<_>>()
+        );
+    }
+
+    fn judge_order(&self, ask: &Ask, digest: Digest, is_silent: bool) {
+        let (_, tag) = ask.place;
+        let versions = &self.versions[&tag];
+        let Some(version) = versions.iter().rposition(|named| *named == Some(digest)) else {
+            panic!("{:?} got {digest}, which the tag never named", ask.wish);
+        };
+        let mut floor = ask.acknowledged;
+        if !is_silent {
+            floor = floor.max(match tag.0 {
+                // Nobody is asked, or not always.
+                "acme/never" => 0,
+                "acme/present" | "acme/fresh" => ask.unknown,
+                _ => ask.current,
+            });
+        }
+        let is_kept = tag.0 == "acme/kept" && versions[floor..].iter().all(Option::is_none);
+        assert!(
+            version >= floor || (is_kept && version >= ask.acknowledged),
+            "step {}, seed {}: {:?} got version {version}, older than {floor} (acknowledged {}, unknown {}, \
+             at the registry {}); in trouble: {is_silent}",
+            self.done,
+            self.seed,
+            ask.wish,
+            ask.acknowledged,
+            ask.unknown,
+            ask.current,
+        );
+    }
+
+    fn count(&mut self, what: &'static str) {
+        *self.counts.entry(what).or_default() += 1;
+    }
+
+    /// A life in which something never happened shows nothing of it.
+    fn covered(&self, times: usize) {
+        eprintln!("{} steps: {:#?}", self.done, self.counts);
+        for what in [
+            "reload",
+            "reload with answers under way",
+            "restart",
+            "kill",
+            "kill during a write",
+            "acknowledged write",
+            "refused write",
+            "write of unknown outcome",
+            "answers held back while the registry answers others",
+            "served in trouble",
+            "served",
+            "refused",
+        ] {
+            let count = self.counts.get(what).copied().unwrap_or_default();
+            assert!(count >= times, "{what}: only {count} times");
+        }
+    }
+}
