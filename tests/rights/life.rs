@@ -252,13 +252,8 @@ impl Life {
             self.release().await;
             return;
         }
-        let moods = [
-            Mood::Gone,
-            Mood::Stalls,
-            Mood::Stalls,
-            Mood::Status(503),
-            Mood::NoTokens,
-        ];
+        // A limit is paced for long after it, which looks like trouble from outside: `walk` has those.
+        let moods = [Mood::Gone, Mood::Stalls, Mood::Stalls, Mood::NoTokens];
         let mood = *self.dice.pick(&moods);
         self.registry.mood(mood);
         if mood == Mood::Stalls {
