@@ -89,7 +89,7 @@ pub struct Pull {
     questions: Flights<asking::Key, Arc<Answer>>,
     lists: Flights<asking::Key, listing::Listed>,
     unreadable: LogLimit,
-    challenges: Flights<(Arc<str>, (u64, u64)), Result<Arc<KeptChallenge>, Arc<Answer>>>,
+    challenges: Flights<challenge::Key, Result<Arc<KeptChallenge>, Arc<Answer>>>,
     manifests: Flights<asking::Key, Result<Arc<HeldManifest>, Arc<Answer>>>,
 }
 

@@ -115,16 +115,7 @@ pub async fn serve(
     };
     let buffers = Buffers::default();
     let downloads = Downloads::new(Arc::clone(&store), buffers.clone(), limits.fetches_max);
-    let lasting = Lasting {
-        pull: Arc::new(Pull::new(
-            Arc::clone(&store),
-            downloads.clone(),
-            (clock, told.events.clone()),
-        )),
-        sites: SiteStates::default(),
-        passwords: Arc::default(),
-        connector: Connector::system(),
-    };
+    let lasting = Lasting::new(&store, &downloads, &told);
     let build = |config: &Config| registry(config, &lasting, &told);
     let registry = build(&config)?;
     registry.activate();
@@ -337,6 +328,22 @@ struct Lasting {
     sites: SiteStates,
     passwords: Arc<Passwords>,
     connector: Connector,
+}
+
+impl Lasting {
+    fn new(store: &Arc<Store>, downloads: &Downloads, told: &Told) -> Self {
+        let pull = Pull::new(
+            Arc::clone(store),
+            downloads.clone(),
+            (told.clock, told.events.clone()),
+        );
+        Self {
+            pull: Arc::new(pull),
+            sites: SiteStates::default(),
+            passwords: Arc::default(),
+            connector: Connector::system(),
+        }
+    }
 }
 
 /// New with each process, and as secret as the store's own.

@@ -28,6 +28,9 @@ const BUDGET: Duration = Duration::from_secs(2);
 /// The port of a realm that names none.
 const HTTPS: u16 = 443;
 
+/// An upstream, and its settings.
+pub(super) type Key = (Arc<str>, (u64, u64));
+
 impl Pull {
     /// What the registry answers to who has no credential.
     pub async fn knock(self: &Arc<Self>, request: &Request) -> Outcome {

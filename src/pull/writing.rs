@@ -223,9 +223,12 @@ impl Pull {
             return handed;
         };
         let (store, now) = (Arc::clone(&self.store), self.clock.now());
-        let doubted = spawn_blocking(move || match store.has_cached(&key) {
-            true => store.doubt(&key, now),
-            false => Ok(false),
+        let doubted = spawn_blocking(move || {
+            if store.has_cached(&key) {
+                store.doubt(&key, now)
+            } else {
+                Ok(false)
+            }
         })
         .await;
         handed.is_first = matches!(doubted, Ok(Ok(true)));

@@ -164,6 +164,7 @@ enum Source {
 
 impl Own {
     pub(super) fn new(source: CredentialSource, names: Names) -> Own {
+        static MADE: AtomicU64 = AtomicU64::new(1);
         let source = match source {
             CredentialSource::Fixed(credential) => Source::Fixed(Arc::new(credential)),
             CredentialSource::PasswordFile { username, path } => {
@@ -186,7 +187,6 @@ impl Own {
             }
             CredentialSource::Helper(name) => Source::Helper(name, Helpers::default()),
         };
-        static MADE: AtomicU64 = AtomicU64::new(1);
         Own {
             source,
             names,
