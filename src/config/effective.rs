@@ -155,7 +155,7 @@ pub fn reference() -> String {
          An empty file works, and no file does. `ifnewer check` reads the configuration and says what is wrong;\n\
          `ifnewer config show --origin` prints every setting in effect and where it comes from: a flag, a variable, a line of\n\
          the file, or the default. They count in that order. SIGHUP reads file and certificates again; `data`, `[listen]` and\n\
-         `[limits]` wait for a restart.\n\n\
+         `[limits]`, but for `fetches_per_upstream_max`, wait for a restart.\n\n\
          The file is `--config`, `IFNEWER_CONFIG` or `/etc/ifnewer/ifnewer.toml`. Durations are written as `\"500ms\"`, `\"30s\"`,\n\
          `\"5m\"`, `\"12h\"`, `\"7d\"`; sizes as `\"500 MiB\"`, `\"50 GiB\"`, `\"1 TB\"`. Lists in variables are separated by commas; an\n\
          empty variable counts as unset. Relative paths start at the folder of the file. The same with more words, to be\n\
