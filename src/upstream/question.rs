@@ -76,7 +76,7 @@ impl Question<'_> {
             Some(405 | 501) => self.get_manifest(reference, Some(Quirk::HeadRefused)).await,
             Some(400 | 403 | 404 | 410 | 500) if known || self.may_check(now) => {
                 let checked = self.get_manifest(reference, Some(Quirk::HeadUntrue)).await;
-                self.truer(refusal.answer, checked, known)
+                truer(refusal.answer, checked, known)
             }
             // The body says whether it is a limit, and a HEAD has none.
             Some(status)
@@ -97,17 +97,6 @@ impl Question<'_> {
     fn may_check(&self, now: Instant) -> bool {
         let path = self.operation.path_and_query();
         !self.takes_heads_word && self.quirks.may_check(self.caller.principal, path, now)
-    }
-
-    /// GET is the truth. Where it brings nothing usable, the HEAD is believed unless this upstream's are known to lie.
-    fn truer(&self, head: Answer, get: Answer, is_known_to_lie: bool) -> Answer {
-        let head_is_usable = head.silence().is_none() && !is_known_to_lie;
-        // The body says whether it is a limit, and a HEAD has none.
-        if get.silence().is_some() && get.asks_to_wait().is_none() && head_is_usable {
-            head
-        } else {
-            get
-        }
     }
 
     /// Whether what is asked about has a digest that cannot be verified here.
@@ -227,7 +216,7 @@ impl Question<'_> {
                     Quirk::BlobHeadRefused
                 };
                 let checked = self.probe_blob(Some(quirk)).await;
-                self.truer(refusal.answer, checked, false)
+                truer(refusal.answer, checked, false)
             }
             _ => refusal.answer,
         }
@@ -342,6 +331,18 @@ impl Question<'_> {
             trace: self.trace,
         };
         self.exchange.ask(self.origin, self.caller, &ask).await
+    }
+}
+
+/// The response to a GET that checks a HEAD. Where it brings nothing usable, the HEAD is believed unless the HEADs of this
+/// upstream are known to lie.
+fn truer(head: Answer, get: Answer, is_known_to_lie: bool) -> Answer {
+    let head_is_usable = head.silence().is_none() && !is_known_to_lie;
+    // The body says whether it is a limit, and a HEAD has none.
+    if get.silence().is_some() && get.asks_to_wait().is_none() && head_is_usable {
+        head
+    } else {
+        get
     }
 }
 

@@ -63,7 +63,14 @@ pub(super) struct Proxy {
 impl Routes {
     pub(super) fn new(choice: &ProxyChoice) -> Result<Routes, ProxyError> {
         match choice {
-            ProxyChoice::Environment => Ok(Routes::of_environment(|name| std::env::var(name).ok())),
+            ProxyChoice::Environment => {
+                #[expect(
+                    clippy::disallowed_methods,
+                    reason = "the proxy variables, of no other program's making"
+                )]
+                let variable = |name: &str| std::env::var(name).ok();
+                Ok(Routes::of_environment(variable))
+            }
             ProxyChoice::None => Ok(Routes {
                 matcher: None,
                 without: NoProxy::default(),
@@ -173,6 +180,8 @@ mod tests {
     }
 
     /// The variables, and the ports of the proxies for http and for https.
+    type Row = (&'static [(&'static str, &'static str)], Option<u16>, Option<u16>);
+
     #[test]
     fn r11_an_empty_variable_is_unset() {
         let port = |routes: &Routes, url| match routes.to(&Uri::from_static(url)) {
@@ -180,7 +189,7 @@ mod tests {
             Route::Direct | Route::Socks { .. } => None,
         };
         #[rustfmt::skip]
-        let table: &[(&[(&str, &str)], Option<u16>, Option<u16>)] = &[
+        let table: &[Row] = &[
             (&[], None, None),
             (&[("HTTPS_PROXY", "http://p:1")], None, Some(1)),
             (&[("https_proxy", "http://p:1")], None, Some(1)),

@@ -303,6 +303,7 @@ mod tests {
 
     /// What a registry may redirect to: its rules, whether it left https, the target, its address, and whether that is allowed.
     #[test]
+    #[expect(clippy::too_many_lines, reason = "a table")]
     fn r13_redirects_lead_exactly_where_a_rule_allows() {
         let table: &[(&[RedirectRule], &str, &str, bool)] = &[
             // Without rules, https and public addresses alone.

@@ -63,7 +63,8 @@ fn fronts(size: usize) -> Vec<Front> {
                 OCI_MANIFEST,
             ] {
                 // What is no 200 is judged by its status, whatever comes with it.
-                if !matches!(status, 200 | 206) && !(body.is_empty() && media_type.contains("json")) {
+                let is_one_of_many = body.is_empty() && media_type.contains("json");
+                if !(matches!(status, 200 | 206) || is_one_of_many) {
                     continue;
                 }
                 for (redirects, is_for_all) in [(false, false), (true, false), (true, true)] {

@@ -58,6 +58,10 @@ struct Ask {
     troubles: usize,
 }
 
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "independent switches of the registry"
+)]
 struct Life {
     registry: Registry,
     cache: Arc<Cache>,
@@ -216,7 +220,8 @@ impl Life {
 
     fn user(&mut self) -> &'static str {
         if self.dice.roll(4) == 0 {
-            *self.dice.pick(&USERS)
+            let user: &&str = self.dice.pick(&USERS);
+            user
         } else {
             self.focus.1
         }
@@ -419,15 +424,15 @@ impl Life {
             _ => format!("Bearer direct-{user}"),
         };
         let state = self.registry.state();
-        let shelf = &state.shelves[repository];
+        let contents = &state.shelves[repository];
         let is_by_tag = self.dice.roll(4) != 0;
         let path = if is_by_tag {
             format!("/v2/{repository}/manifests/{tag}")
         } else if self.dice.roll(2) == 0 {
-            let manifests: Vec<_> = shelf.manifests.keys().take(6).collect();
+            let manifests: Vec<_> = contents.manifests.keys().take(6).collect();
             format!("/v2/{repository}/manifests/{}", self.dice.pick(&manifests))
         } else {
-            let blobs: Vec<_> = shelf.blobs.keys().take(6).collect();
+            let blobs: Vec<_> = contents.blobs.keys().take(6).collect();
             format!("/v2/{repository}/blobs/{}", self.dice.pick(&blobs))
         };
         let known = |places: &BTreeMap<Place, usize>| places.get(&place).copied().unwrap_or_default();

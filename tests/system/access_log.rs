@@ -62,11 +62,7 @@ async fn e14_access_record_is_written_at_the_end_of_the_body() {
     assert_eq!(requests(&metrics(&proxy).await, &["kind=\"blob\""]), 0);
     // The client is seen though its answer is under way.
     let seen = proxy.admin("/api/v1/clients").await.json();
-    assert_eq!(
-        seen["clients"][0]["requests"].as_u64().unwrap() > 1,
-        true,
-        "{seen}"
-    );
+    assert!(seen["clients"][0]["requests"].as_u64().unwrap() > 1, "{seen}");
 
     gate.release();
     assert!(flow.rest().await.is_ok());
@@ -105,7 +101,7 @@ async fn e14_client_that_leaves_is_recorded_as_aborted_over_h1_and_h2() {
             (&event["outcome"], &event["ended"]),
             (&"aborted".into(), &"aborted".into())
         );
-        let bytes = event["bytes"].as_u64().unwrap() as usize;
+        let bytes = usize::try_from(event["bytes"].as_u64().unwrap()).unwrap();
         assert!((SIZE / 4..=SIZE / 2).contains(&bytes), "{protocol}: {bytes}");
         let text = metrics(&proxy).await;
         assert_eq!(requests(&text, &["kind=\"blob\"", "result=\"aborted\""]), 1);

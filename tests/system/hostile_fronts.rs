@@ -222,7 +222,7 @@ async fn r01_a_shared_layer_is_proven_by_its_bytes_and_not_fetched_again() {
     upstream.requires_token();
     upstream.lets("alice", "a-secret", "*");
     let base = noise(3, 300_000);
-    let one = upstream.push("acme/one", "1", Image::with_layers(&[base.clone()]));
+    let one = upstream.push("acme/one", "1", Image::with_layers(std::slice::from_ref(&base)));
     let two = upstream.push("acme/two", "1", Image::with_layers(&[base, b"more".to_vec()]));
     upstream.redirects_blobs_to(&storage);
     let proxy = Proxy::over(&upstream).await;

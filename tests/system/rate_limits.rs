@@ -2,8 +2,9 @@
 
 use crate::proxy::{Proxy, Setup, blob_path, manifest_path};
 use crate::upstream::{Image, Scripted, Seen, Upstream};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use tokio::task::JoinSet;
+use tokio::time::Instant;
 
 /// The first pause that is not stated by the upstream.
 const PAUSE: Duration = Duration::from_secs(1);

@@ -5,7 +5,8 @@ use super::{Seen, Upstream};
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Duration;
+use tokio::time::Instant;
 
 /// A response word for word.
 #[derive(Clone, Debug)]

@@ -32,10 +32,10 @@ impl Authority {
 
     /// A certificate for `localhost` and `127.0.0.1`; h2 and HTTP/1.1 by ALPN.
     pub(super) fn server_config(&self) -> Arc<rustls::ServerConfig> {
-        self.issues(params(&["localhost", "127.0.0.1"])).config(None)
+        self.issues(&params(&["localhost", "127.0.0.1"])).config(None)
     }
 
-    fn issues(&self, params: CertificateParams) -> Presented {
+    fn issues(&self, params: &CertificateParams) -> Presented {
         let key = KeyPair::generate().unwrap();
         let leaf = params.signed_by(&key, &self.issuer).unwrap();
         Presented::new(&leaf, &key)
@@ -67,14 +67,14 @@ impl Presented {
     pub fn self_signed(names: &[&str]) -> Presented {
         let mut params = params(names);
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        Presented::signs_itself(params)
+        Presented::signs_itself(&params)
     }
 
     /// Signed with its own key, and no authority.
     pub fn self_signed_leaf(names: &[&str]) -> Presented {
         let mut params = params(names);
         params.is_ca = IsCa::ExplicitNoCa;
-        Presented::signs_itself(params)
+        Presented::signs_itself(&params)
     }
 
     /// The same as [`Presented::self_signed`], and ended a while ago.
@@ -83,12 +83,12 @@ impl Presented {
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         params.not_before = rcgen::date_time_ymd(2020, 1, 1);
         params.not_after = rcgen::date_time_ymd(2021, 2, 3);
-        Presented::signs_itself(params)
+        Presented::signs_itself(&params)
     }
 
     /// Issued by an authority that nobody knows.
     pub fn of_an_unknown_authority(names: &[&str]) -> Presented {
-        Authority::new().issues(params(names))
+        Authority::new().issues(&params(names))
     }
 
     /// Issued with the key of a leaf that others pin.
@@ -104,7 +104,7 @@ impl Presented {
         (Presented::new(&issued, &own), pem)
     }
 
-    fn signs_itself(params: CertificateParams) -> Presented {
+    fn signs_itself(params: &CertificateParams) -> Presented {
         let key = KeyPair::generate().unwrap();
         Presented::new(&params.self_signed(&key).unwrap(), &key)
     }
@@ -157,7 +157,7 @@ impl super::Upstream {
 
     fn asks(&self, ca_pem: &str, must: bool) {
         let authority = self.authority.as_ref().unwrap();
-        let own = authority.issues(params(&["localhost", "127.0.0.1"]));
+        let own = authority.issues(&params(&["localhost", "127.0.0.1"]));
         let config = own.config(Some((ca_pem, must)));
         self.state(|state| state.tls = Some(config));
         self.shared.hang_up();
