@@ -5,7 +5,7 @@
 //! * `gate`, `door`: an HTTP request becomes a [`crate::pull::Request`], or one to be handed on, or is turned away before
 //!   anything else runs. * `connect`: what comes by `CONNECT`. * `pass`: what is handed on. `login`: questions to a token service.
 //! * `reply`: an outcome becomes an HTTP response; nothing else builds one but what is handed back. * `body`: bytes on
-//!   their way out. * `told`: what is told of it all. * `idle`: connections that make no progress.
+//!   their way out. * `told`: what is told of it all, in a `record` that goes with the body. * `idle`: connections that make no progress.
 
 pub mod accept;
 mod body;

@@ -17,6 +17,7 @@
 //! challenges/ab/<hash>        how an upstream asks for a credential, for an outage
 //! scrub                       how far the last reading of everything came
 //! pins/ab/<hash>              what is never evicted
+//! offline                     here while the operator wants no upstream asked, over restarts
 //! quarantine/                 what failed verification
 //! index/                      sled: a projection, may be lost
 //! ```

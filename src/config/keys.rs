@@ -146,7 +146,7 @@ pub const KEYS: &[Key] = &[
     key(Listen, "admin", Some(r#""127.0.0.1:5001""#), "The address for health, metrics and the admin API: an address, \"unix:/path\" or \"off\"."),
     key(Listen, "admin_token_file", None, "The file with the token that the admin API asks for; an admin address that others can reach needs one."),
 
-    key(Tls, "folder", Some(r#""certs""#), "The folder of ca.pem, ca.key, server.pem and server.key, made at the first start; relative to this file. Without a file: `certs` where the program is started if it is there, else `certs` in the cache's folder."),
+    key(Tls, "folder", Some(r#""certs""#), "The folder of ca.pem, ca.key, server.pem and server.key, made at the first start; relative to this file. Without a file: `certs` where the program is started, if that folder is empty or has our CA, else `certs` in the cache's folder."),
     key(Tls, "names", Some("[]"), "Further host names and addresses on the server certificate."),
     key(Tls, "constrained", Some("true"), "Whether the CA, when it is made, may vouch only for the cache's names and the hosts of upstreams configured then."),
     key(Tls, "certificate", None, "A server certificate of your own, PEM with its chain; needs `key`."),
