@@ -52,6 +52,9 @@ async fn the_page_says_it_all_without_scripts_and_its_forms_work() {
     }
     let registry = proxy.registry_address().to_string();
     assert!(shown.contains(&registry), "the snippets name this cache");
+    // Podman does not say to a mirror which registry it means.
+    let mirror = format!("{registry}/docker.io");
+    assert!(shown.contains(&mirror), "{shown}");
 
     let secret = secret(&shown);
     let offline = submit(&proxy, &format!("secret={secret}&deed=offline")).await;

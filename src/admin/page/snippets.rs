@@ -52,8 +52,8 @@ pub(super) fn section(address: &str, has_own_ca: bool) -> Markup {
                 code { "ifnewer doctor" } " proves that it is used. By hand:"
             }
             (snippet("Docker", "/etc/docker/daemon.json, then: systemctl reload docker. Docker mirrors Docker Hub only.", &format!("{{ \"registry-mirrors\": [\"{url}\"] }}"), true))
-            (snippet("containerd, Kubernetes", "/etc/containerd/certs.d/_default/hosts.toml; every registry, no restart.", &format!("[host.\"{url}\"]\n  capabilities = [\"pull\", \"resolve\"]{ca}"), false))
-            (snippet("Podman, CRI-O, Skopeo", "/etc/containers/registries.conf.d/ifnewer.conf; one such block for each registry.", &format!("[[registry]]\nprefix = \"docker.io\"\nlocation = \"docker.io\"\n[[registry.mirror]]\nlocation = \"{address}\"{insecure}"), false))
+            (snippet("containerd, Kubernetes", "/etc/containerd/certs.d/_default/hosts.toml; every registry, and no restart where config_path names certs.d. From containerd 2.2 on add \"referrers\" to the capabilities.", &format!("[host.\"{url}\"]\n  capabilities = [\"pull\", \"resolve\"]{ca}"), false))
+            (snippet("Podman, CRI-O, Skopeo", "/etc/containers/registries.conf.d/ifnewer.conf; one such block for each registry.", &format!("[[registry]]\nprefix = \"docker.io\"\nlocation = \"docker.io\"\n[[registry.mirror]]\nlocation = \"{address}/docker.io\"{insecure}"), false))
             (snippet("GitLab Runner with Docker in Docker", "in config.toml of the runner: the nested daemon does not inherit the mirror of its host.", &format!("[[runners.docker.services]]\n  name = \"docker:dind\"\n  command = [\"--registry-mirror\", \"{url}\"]"), false))
             (snippet("Anything else", "the first component names the registry.", &format!("docker pull {address}/ghcr.io/org/image:tag"), false))
             @if has_own_ca {
