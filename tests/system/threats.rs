@@ -99,7 +99,7 @@ async fn a_page_is_as_long_as_we_let_it_and_a_list_that_leads_to_itself_is_asked
         let reply = proxy.get(&format!("/v2/library/demo/tags/list?n={n}")).await;
         assert_eq!(reply.json()["tags"], json!(["a", "b"]));
         let seen = upstream.requests();
-        assert_eq!(seen.last().unwrap().query.as_deref(), Some("n=1000"), "n={n}");
+        assert_eq!(seen.last().unwrap().query, Some(format!("n={n}")));
     }
     upstream.links_lists_to_themselves();
     upstream.clear_log();

@@ -32,7 +32,7 @@ fn every_endpoint_is_read_and_written_as_the_upstream_is_asked() {
         ("/v2/a/tags/list", "/v2/a/tags/list"),
         (
             "/v2/a/tags/list?last=b&n=5000&ns=ghcr.io",
-            "/v2/a/tags/list?last=b&n=1000",
+            "/v2/a/tags/list?last=b&n=5000",
         ),
         ("/v2/a/tags/list?n=0", "/v2/a/tags/list?n=0"),
         (
