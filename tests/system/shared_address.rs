@@ -14,7 +14,7 @@ async fn narrow() -> (Upstream, Proxy, Image) {
 
 #[tokio::test]
 async fn r17_connections_beyond_the_limit_of_an_address_wait() {
-    let (_upstream, proxy, image) = narrow().await;
+    let (upstream, proxy, image) = narrow().await;
     let path = manifest_path("library/demo", "latest");
     let mut open = Vec::new();
     for _ in 0..3 {
@@ -22,22 +22,30 @@ async fn r17_connections_beyond_the_limit_of_an_address_wait() {
         session.ask("GET", &path).await.is_image(&image);
         open.push(session);
     }
-    // Two further ones are answered once places are free, in whatever order.
-    let waiting: Vec<_> = (0..2)
-        .map(|_| tokio::spawn(proxy.manifest("library/demo", "latest").into_reply()))
+    upstream.clear_log();
+    // As many may wait. The refusal of one more shows that three are connected, whichever they are.
+    let clients: Vec<_> = (0..4)
+        .map(|_| tokio::spawn(proxy.manifest("library/demo", "latest").tried()))
         .collect();
     proxy
         .until(
-            "five connections",
-            |proxy| proxy.admin("/healthz"),
-            |reply| reply.status == 200,
+            "one connection to be refused",
+            |proxy| proxy.admin("/metrics"),
+            |reply| String::from_utf8_lossy(&reply.body).contains("ifnewer_connections_refused_total 1\n"),
         )
         .await;
-    assert!(waiting.iter().all(|client| !client.is_finished()));
+    // An answer would have been confirmed by the upstream.
+    assert_eq!(upstream.requests().len(), 0, "{:#?}", upstream.requests());
     drop(open);
-    for client in waiting {
-        client.await.unwrap().is_image(&image);
+    let mut answered = 0;
+    for client in clients {
+        if let Some(reply) = client.await.unwrap() {
+            reply.is_image(&image);
+            answered += 1;
+        }
     }
+    assert_eq!(answered, 3);
+    assert_ne!(upstream.requests().len(), 0);
 }
 
 #[tokio::test]
