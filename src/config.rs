@@ -37,7 +37,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-pub use address::host_part;
+pub use address::{canonical, host_part};
 pub use effective::{Settings, reference};
 pub use entry::{Allow, Entry, User};
 pub use fault::{Fault, Faults, Place};
@@ -284,7 +284,10 @@ impl Config {
             let hosts = upstream.hosts.iter().map(String::as_str);
             hosts.chain([&*upstream.name]).chain(upstream.token_host())
         });
-        names.map(|name| host_part(name).to_owned()).collect()
+        names
+            .map(|name| canonical(name).unwrap_or(name.into()))
+            .map(|name| host_part(&name).to_owned())
+            .collect()
     }
 
     /// The CAs of client certificates, DER.

@@ -5,7 +5,8 @@
 //! * `gate`, `door`: an HTTP request becomes a [`crate::pull::Request`], or one to be handed on, or is turned away before
 //!   anything else runs. * `connect`: what comes by `CONNECT`. * `pass`: what is handed on. `login`: questions to a token service.
 //! * `reply`: an outcome becomes an HTTP response; nothing else builds one but what is handed back. * `body`: bytes on
-//!   their way out. * `told`: what is told of it all, in a `record` that goes with the body. * `idle`: connections that make no progress.
+//!   their way out. * `received`: bodies of requests. `told`: what is told of it all, in a `record` that goes with the body.
+//!   `idle`: connections that make no progress.
 
 pub mod accept;
 mod body;
@@ -20,6 +21,7 @@ pub mod listen;
 mod login;
 mod mint;
 mod pass;
+mod received;
 mod record;
 mod reply;
 pub mod tls;
@@ -31,7 +33,7 @@ use std::time::SystemTime;
 use arc_swap::ArcSwap;
 use http::header::CONNECTION;
 use http::request::Parts;
-use http::{HeaderValue, Method, Request, Response};
+use http::{HeaderValue, Method, Request, Response, Version};
 use hyper::body::Incoming;
 
 pub use body::{Body, Sound};
@@ -47,6 +49,7 @@ use crate::event::{Events, Kind};
 use crate::pull::Pull;
 use crate::store::step::Buffers;
 use crate::trace::Trace;
+use received::Received;
 use told::Told;
 
 /// What serves requests. Exchanged whole when the configuration is read again.
@@ -91,6 +94,7 @@ impl Front {
         let began = tokio::time::Instant::now();
         let registry = self.registry.load_full();
         let (head, body) = request.into_parts();
+        let (body, ended) = Received::new(body);
         let at = self.clock.now();
         let trace = self.events.trace(&head.headers);
         let place = Place {
@@ -102,7 +106,7 @@ impl Front {
         let mut record = record::Open::new(&self.events, &head, peer, (at, began, &trace));
         let (response, told) = self.respond(&registry, &place, body, &mut record).await;
         let mut response = record.answered(told, &head.method, response);
-        if gate::ends_connection(&head) {
+        if gate::ends_connection(&head) || (head.version < Version::HTTP_2 && !ended.is_true()) {
             response
                 .headers_mut()
                 .insert(CONNECTION, HeaderValue::from_static("close"));
@@ -114,7 +118,7 @@ impl Front {
         &self,
         registry: &Registry,
         place: &Place<'_>,
-        body: Incoming,
+        body: Received,
         record: &mut record::Open,
     ) -> (Response<Body>, Told) {
         let head = place.head;

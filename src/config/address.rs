@@ -1,11 +1,15 @@
 //! The grammar of addresses, URLs and host names, with the remedy for what people write instead.
 
-use std::net::SocketAddr;
+use std::borrow::Cow;
+use std::net::{Ipv6Addr, SocketAddr};
 use std::str::FromStr;
 
 use http::uri::{Authority, Uri};
 
 use super::value::{Wrong, wrong};
+
+/// The port of https, which a registry's name leaves out.
+const USUAL_PORT: u16 = 443;
 
 /// An IP address with its port.
 pub(super) fn address(text: &str) -> Result<SocketAddr, Wrong> {
@@ -97,7 +101,18 @@ pub(super) fn host(text: &str) -> Result<String, Wrong> {
         );
     }
     match Authority::from_str(text) {
-        Ok(authority) if is_host(&authority) => Ok(text.to_owned()),
+        Ok(authority) if is_host(&authority) => match authority.host().strip_suffix('.') {
+            None => Ok(text.to_owned()),
+            Some(name) => {
+                let port = authority
+                    .port()
+                    .map_or_else(String::new, |port| format!(":{port}"));
+                wrong(
+                    format!("the host name `{text}` ends in a dot"),
+                    format!("write \"{name}{port}\""),
+                )
+            }
+        },
         _ => wrong(format!("`{}` is not a host name", without_secret(text)), example),
     }
 }
@@ -108,6 +123,50 @@ pub fn host_part(name: &str) -> &str {
         return address.split(']').next().unwrap_or(address);
     }
     name.split_once(':').map_or(name, |(host, _)| host)
+}
+
+/// The one spelling of a registry's host (RFC 3986 §6.2.2.1 and §6.2.3): lower case, without the dot of the DNS root and
+/// without port 443, an IPv6 address in its shortest form. `None` for text that is not a host with at most a port.
+pub fn canonical(text: &str) -> Option<Cow<'_, str>> {
+    let (host, port) = if let Some(rest) = text.strip_prefix('[') {
+        let (address, port) = rest.split_once(']')?;
+        (
+            Cow::Owned(format!("[{}]", address.parse::<Ipv6Addr>().ok()?)),
+            port,
+        )
+    } else {
+        let (host, port) = text.split_at(text.find(':').unwrap_or(text.len()));
+        (Cow::Borrowed(canonical_name(host)?), port)
+    };
+    let is_lower = !host.bytes().any(|byte| byte.is_ascii_uppercase());
+    Some(match (host, port_or_usual(port)?) {
+        (host, USUAL_PORT) if is_lower => host,
+        (host, USUAL_PORT) => Cow::Owned(host.to_ascii_lowercase()),
+        (host, port) => Cow::Owned(format!("{}:{port}", host.to_ascii_lowercase())),
+    })
+}
+
+/// The port of a `:` and digits, 443 of nothing; `None` for other text.
+fn port_or_usual(text: &str) -> Option<u16> {
+    let digits = text.strip_prefix(':').unwrap_or(text);
+    if digits.is_empty() {
+        return Some(USUAL_PORT);
+    }
+    let is_port = text.starts_with(':') && digits.bytes().all(|byte| byte.is_ascii_digit());
+    digits.parse().ok().filter(|_| is_port)
+}
+
+/// A host name without the dot of the DNS root.
+fn canonical_name(host: &str) -> Option<&str> {
+    let allowed = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'-' | b'_');
+    let host = host.strip_suffix('.').unwrap_or(host);
+    let is_name = !host.is_empty() && !host.ends_with('.') && host.bytes().all(allowed);
+    is_name.then_some(host)
+}
+
+/// Whether both name one host.
+pub(super) fn is_same_host(one: &str, other: &str) -> bool {
+    one == other || canonical(one).is_some_and(|one| canonical(other).is_some_and(|other| one == other))
 }
 
 fn is_host(authority: &Authority) -> bool {
@@ -127,3 +186,6 @@ fn is_host(authority: &Authority) -> bool {
 fn without_secret(text: &str) -> &str {
     text.rsplit('@').next().unwrap_or(text)
 }
+
+#[cfg(test)]
+mod tests;

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use http::Uri;
 
+use super::address::is_same_host;
 use super::fault::{At, Report};
 use super::upstream::Configured;
 use super::value::{Wrong, nearest};
@@ -14,11 +15,17 @@ pub(super) fn refuse_shared(configured: &[Configured], report: &mut Report<'_>) 
     let mut seen: Vec<(&str, &str)> = Vec::new();
     let existing = configured.iter().filter(|upstream| !upstream.is_disabled());
     for upstream in existing.clone() {
+        if let Some((name, _)) = seen.iter().find(|(name, _)| is_same_host(name, &upstream.name)) {
+            let message = format!("`{}` and `{name}` are one registry", upstream.name);
+            let help = "443 is the port of a name without one: keep one of the two sections".to_owned();
+            let path = format!("upstream.\"{}\"", upstream.name);
+            report.tell(&upstream.table.at, path, message, Some(help));
+        }
         seen.push((&upstream.name, &upstream.name));
     }
     for upstream in existing.clone() {
         for (at, host) in &upstream.hosts {
-            if let Some((_, owner)) = seen.iter().find(|(name, _)| name == host) {
+            if let Some((_, owner)) = seen.iter().find(|(name, _)| is_same_host(name, host)) {
                 let other = existing.clone().find(|upstream| &*upstream.name == *owner);
                 let (at, message) = match (at, other) {
                     // A host that comes with a well-known upstream: the mistake is at the other one.
@@ -54,7 +61,7 @@ fn refuse_shared_token_services<'a>(
             .iter()
             .chain(&seen)
             .filter(others)
-            .find(|(name, _)| *name == host)
+            .find(|(name, _)| is_same_host(name, host))
         {
             let message = format!("`{host}` already means the upstream `{owner}`");
             let help = "name a token service that is this upstream's alone, or leave the key out".to_owned();

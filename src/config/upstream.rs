@@ -98,9 +98,10 @@ impl UpstreamConfig {
         Some(host.strip_suffix(":443").unwrap_or(host))
     }
 
-    /// Whether this is its name or one of its hosts.
+    /// Whether this is its name or one of its hosts, in whatever spelling.
     pub fn is_called(&self, name_or_host: &str) -> bool {
-        &*self.name == name_or_host || self.hosts.iter().any(|host| host == name_or_host)
+        let mut names = self.hosts.iter().map(String::as_str).chain([&*self.name]);
+        names.any(|name| address::is_same_host(name, name_or_host))
     }
 }
 

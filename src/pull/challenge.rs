@@ -144,6 +144,7 @@ fn realms(kept: &KeptChallenge) -> Vec<(String, u16)> {
             .trim_start_matches('[')
             .trim_end_matches(']')
             .to_ascii_lowercase();
+        let host = host.strip_suffix('.').map(str::to_owned).unwrap_or(host);
         Some((host, uri.port_u16().unwrap_or(HTTPS)))
     };
     Challenge::read(&headers).iter().filter_map(realm).collect()

@@ -11,8 +11,9 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use http::header::CONNECTION;
 use http::uri::Authority;
-use http::{Request, Response};
+use http::{HeaderValue, Request, Response, Version};
 use hyper::body::Incoming;
 use hyper::upgrade::{OnUpgrade, Upgraded};
 use hyper_util::rt::TokioIo;
@@ -125,7 +126,13 @@ impl Connection {
             }
             Err(turned) => {
                 let told = Told::turned(turned.name());
-                (reply::turned(&turned, &head.method), told)
+                let mut response = reply::turned(&turned, &head.method);
+                // What follows may be meant for the tunnel, and is not read as a request.
+                if head.version < Version::HTTP_2 {
+                    let close = HeaderValue::from_static("close");
+                    response.headers_mut().insert(CONNECTION, close);
+                }
+                (response, told)
             }
         };
         record.answered(told, &head.method, response)
@@ -143,14 +150,14 @@ impl Connection {
         }
         // RFC 9110 §9.3.6: a host and a port, and nothing else.
         let target = head.uri.authority().cloned().ok_or(Turned::Host)?;
-        let name = name_of(&target, true).into_owned();
+        let name = name_of(&target, true).ok_or(Turned::Host)?.into_owned();
         let port = target.port_u16().ok_or(Turned::Host)?;
         if let Some(host) = gate::host_line(head)?
-            && name_of(&host, true) != name
+            && name_of(&host, true).ok_or(Turned::Host)? != name
         {
             return Err(Turned::Misdirected);
         }
-        if self.peer.connect.is_some() || target.as_str().contains('@') {
+        if self.peer.connect.is_some() {
             return Err(Turned::NoTunnel(name));
         }
         if let Some(site) = registry.doors.reached(&name) {

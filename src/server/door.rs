@@ -14,7 +14,8 @@ use http::uri::Authority;
 use super::entry::Shown;
 use super::gate::Turned;
 use super::idle::Pardon;
-use crate::config::host_part;
+use crate::config::{canonical, host_part};
+use crate::oci::query::Query;
 use crate::oci::{Malformed, Operation, Repository};
 use crate::pull::Site;
 use crate::upstream::origin::Origin;
@@ -81,13 +82,11 @@ impl Doors {
         let (mut by_name, mut by_realm) = (HashMap::new(), HashMap::new());
         let mut all = Vec::new();
         for (site, names) in sites {
-            by_name.insert(site.name().to_owned(), Arc::clone(&site));
             if let Some(realm) = site.realm() {
-                let host = name_of(realm.authority(), true).into_owned();
-                by_realm.insert(host, Arc::clone(&site));
+                by_realm.insert(key_of(realm.authority().as_str()), Arc::clone(&site));
             }
-            for name in names {
-                by_name.insert(name, Arc::clone(&site));
+            for name in names.iter().map(String::as_str).chain([site.name()]) {
+                by_name.insert(key_of(name), Arc::clone(&site));
             }
             all.push(site);
         }
@@ -99,14 +98,32 @@ impl Doors {
         }
     }
 
-    /// The upstream of this name.
+    /// The upstream of this name, in whatever spelling.
     pub fn named(&self, name: &str) -> Option<&Arc<Site>> {
-        self.by_name.get(name)
+        self.by_name.get(&*canonical(name)?)
     }
 
     /// The upstream of this name, or whose token service is there.
     pub(super) fn reached(&self, host: &str) -> Option<&Arc<Site>> {
         self.named(host).or_else(|| self.by_realm.get(host))
+    }
+
+    /// The same for the `Host` of a request. Without TLS port 80 may be left out, and a front that ends TLS leaves out 443.
+    fn reached_by(&self, host: &Authority, name: &str, secure: bool) -> Option<&Arc<Site>> {
+        let at_80 = || {
+            let host = canonical(host.as_str())?;
+            let host = host.strip_suffix(":80").unwrap_or(&host);
+            self.named(&format!("{host}:80"))
+        };
+        if !secure && host.port_u16() == Some(80) {
+            return at_80().or_else(|| self.reached(name));
+        }
+        let found = self.reached(name);
+        if secure || host.port_u16().is_some() {
+            found
+        } else {
+            found.or_else(at_80)
+        }
     }
 
     /// The token service of `site`, if it is on this host.
@@ -142,8 +159,8 @@ impl Doors {
                 peer.connect.is_some() || peer.server_name.as_deref().is_some_and(|name| self.is_host(name));
             return if named { Err(Turned::Host) } else { Ok(None) };
         };
-        let name = name_of(host, peer.secure);
-        let site = self.reached(&name);
+        let name = name_of(host, peer.secure).ok_or(Turned::Host)?;
+        let site = self.reached_by(host, &name, peer.secure);
         if let Some(connect) = &peer.connect {
             let server = peer.server_name.as_deref();
             if **connect != *name || server.is_some_and(|server| server != host_part(connect)) {
@@ -173,42 +190,85 @@ impl Doors {
 
     /// Through which of the cache's own doors the client came: `?ns=`, a path that begins with an upstream's name, or
     /// the mirror.
-    pub(super) fn open(
+    pub(super) fn open(&self, head: &http::request::Parts) -> Result<(Arc<Site>, Operation, Door), Turned> {
+        let (method, path, query) = (&head.method, head.uri.path(), head.uri.query());
+        let (_, namespace) = Query::parse(query)?;
+        let prefixed = self.prefixed(method, path, query);
+        let Some(namespace) = namespace else {
+            if let Some(prefixed) = prefixed {
+                let (site, operation) = prefixed?;
+                return Ok((Arc::clone(site), in_full(site, operation)?, Door::Prefix));
+            }
+            let operation = Operation::parse(method, path, query)?;
+            if let Some(name) = operation.repository().and_then(|name| self.foreign(name)) {
+                return Err(Turned::UnknownUpstream(name.to_owned()));
+            }
+            let site = &self.default;
+            return Ok((Arc::clone(site), in_full(site, operation)?, Door::Mirror));
+        };
+        if canonical(&namespace).is_none() {
+            return Err(Turned::NoHostInNs(namespace));
+        }
+        let Some(site) = self.named(&namespace) else {
+            return Err(Turned::UnknownUpstream(namespace));
+        };
+        // containerd appends `ns` also where the path of its mirror (`override_path`) names the registry already.
+        let operation = match prefixed.transpose()? {
+            Some((other, operation)) if Arc::ptr_eq(site, other) => operation,
+            Some((other, _)) => {
+                return Err(Turned::TwoUpstreams {
+                    at: "the path",
+                    name: other.name().to_owned(),
+                    namespace,
+                });
+            }
+            None => Operation::parse(method, path, query)?,
+        };
+        Ok((Arc::clone(site), in_full(site, operation)?, Door::Namespace))
+    }
+
+    /// What is asked for if the path begins with an upstream's name and goes on with a repository.
+    fn prefixed(
         &self,
-        operation: Operation,
-        namespace: Option<String>,
-    ) -> Result<(Arc<Site>, Operation, Door), Turned> {
-        let Some(repository) = operation.repository().cloned() else {
-            return Ok((Arc::clone(&self.default), operation, Door::Mirror));
-        };
-        let (site, repository, door) = if let Some(name) = namespace {
-            match self.named(&name) {
-                Some(site) => (site, repository, Door::Namespace),
-                None => return Err(Turned::UnknownUpstream(name)),
-            }
-        } else {
-            let prefixed = self.named(repository.first_component()).and_then(|site| {
-                repository
-                    .strip_prefix(repository.first_component())
-                    .map(|rest| (site, rest, Door::Prefix))
-            });
-            match prefixed {
-                Some(prefixed) => prefixed,
-                None if self.is_foreign(&repository) => {
-                    return Err(Turned::UnknownUpstream(repository.first_component().to_owned()));
-                }
-                None => (&self.default, repository, Door::Mirror),
-            }
-        };
-        Ok((Arc::clone(site), in_full(site, operation, repository)?, door))
+        method: &http::Method,
+        path: &str,
+        query: Option<&str>,
+    ) -> Option<Result<(&Arc<Site>, Operation), Malformed>> {
+        let (first, rest) = path.strip_prefix("/v2/")?.split_once('/')?;
+        let site = self.named(first)?;
+        match Operation::parse(method, &format!("/v2/{rest}"), query) {
+            Ok(operation) if operation.repository().is_some() => Some(Ok((site, operation))),
+            // A name with a port is no repository's, so the path has no other reading.
+            Err(malformed) if first.parse::<Repository>().is_err() => Some(Err(malformed)),
+            _ => None,
+        }
+    }
+
+    /// Refuses `ns` where the host of the request is an upstream's own, unless both name it: the registry may itself stand
+    /// for others, and what it answers for one of them is not its own image.
+    pub(super) fn agree(&self, site: &Arc<Site>, query: Option<&str>) -> Result<(), Turned> {
+        let (_, namespace) = Query::parse(query)?;
+        let Some(namespace) = namespace else { return Ok(()) };
+        if self
+            .named(&namespace)
+            .is_some_and(|other| Arc::ptr_eq(site, other))
+        {
+            return Ok(());
+        }
+        Err(Turned::TwoUpstreams {
+            at: "the host of the request",
+            name: site.name().to_owned(),
+            namespace,
+        })
     }
 
     /// Docker Hub has no namespace with a dot, so such a first component is the name of another registry.
-    fn is_foreign(&self, repository: &Repository) -> bool {
+    fn foreign<'a>(&self, repository: &'a Repository) -> Option<&'a str> {
         let first = repository.first_component();
-        self.default.is_hub()
+        let is_foreign = self.default.is_hub()
             && !repository.is_one_component()
-            && (first.contains('.') || first == "localhost")
+            && (first.contains('.') || first == "localhost");
+        is_foreign.then_some(first)
     }
 
     /// Whether an upstream is on this host, at whatever port: a server name in TLS has none.
@@ -219,11 +279,10 @@ impl Doors {
 }
 
 /// The operation with the repository's name as the upstream knows it.
-pub(super) fn in_full(
-    site: &Site,
-    operation: Operation,
-    repository: Repository,
-) -> Result<Operation, Turned> {
+pub(super) fn in_full(site: &Site, operation: Operation) -> Result<Operation, Turned> {
+    let Some(repository) = operation.repository().cloned() else {
+        return Ok(operation);
+    };
     let repository = site
         .full_name(repository)
         .map_err(|error| Turned::Malformed(Malformed::Repository(error)))?;
@@ -235,14 +294,20 @@ pub(super) fn is_absolute(head: &http::request::Parts) -> bool {
     head.version < Version::HTTP_2 && head.uri.authority().is_some()
 }
 
-/// A host as upstreams are named: lower case, without the port where it is the usual one.
-pub(super) fn name_of(host: &Authority, secure: bool) -> Cow<'_, str> {
-    let usual = if secure { ":443" } else { ":80" };
-    let text = host.as_str();
-    let text = text.strip_suffix(usual).unwrap_or(text);
-    if text.bytes().any(|byte| byte.is_ascii_uppercase()) {
-        Cow::Owned(text.to_ascii_lowercase())
-    } else {
-        Cow::Borrowed(text)
+/// A host as upstreams are named, without the port where it is the usual one; `None` for an authority that is no host, as
+/// one with a user.
+pub(super) fn name_of(host: &Authority, secure: bool) -> Option<Cow<'_, str>> {
+    let name = canonical(host.as_str())?;
+    if secure {
+        return Some(name);
     }
+    Some(match name {
+        Cow::Borrowed(name) => Cow::Borrowed(name.strip_suffix(":80").unwrap_or(name)),
+        Cow::Owned(name) => Cow::Owned(name.strip_suffix(":80").unwrap_or(&name).to_owned()),
+    })
+}
+
+/// The key of an upstream's name or host.
+fn key_of(name: &str) -> String {
+    canonical(name).map_or_else(|| name.to_owned(), Cow::into_owned)
 }

@@ -13,7 +13,7 @@ use http::{HeaderMap, HeaderValue, Method, StatusCode, Version};
 
 use super::door::{Door, Doors, Peer, in_full, is_absolute, name_of};
 use crate::oci::accept::AcceptError;
-use crate::oci::query::{Query, QueryError};
+use crate::oci::query::QueryError;
 use crate::oci::{Accept, Cause, ErrorCode, Malformed, Operation, Repository};
 use crate::pull::writing::{Change, Writes};
 use crate::pull::{Request, Site, is_local_token};
@@ -115,6 +115,24 @@ pub(super) enum Turned {
          belongs; push to the registry itself"
     )]
     ReadOnly(String),
+    /// `?ns=` is no host.
+    #[error(
+        "ns names a registry by its host, as in ns=ghcr.io or ns=registry.example.org:5000; `{0}` is not a host"
+    )]
+    NoHostInNs(String),
+    /// `?ns=` and another part of the request name different registries.
+    #[error(
+        "ns names `{namespace}`, and {at} names `{name}`: a request means one registry. For a repository of {namespace} that \
+         begins with a registry's name, write both into the path, as in /v2/{namespace}/{name}/..., or leave one of them out"
+    )]
+    TwoUpstreams {
+        /// The other part of the request.
+        at: &'static str,
+        /// The upstream there.
+        name: String,
+        /// What `ns` names.
+        namespace: String,
+    },
     /// `?ns=` names no configured upstream. No connection is made: otherwise this would be an open proxy.
     #[error("`{0}` is not a configured upstream")]
     UnknownUpstream(String),
@@ -125,7 +143,12 @@ impl Turned {
     pub(super) fn status(&self) -> StatusCode {
         match self {
             Self::Malformed(malformed) => malformed.status(),
-            Self::Query(_) | Self::Accept(_) | Self::Host | Self::Framing => StatusCode::BAD_REQUEST,
+            Self::Query(_)
+            | Self::Accept(_)
+            | Self::Host
+            | Self::Framing
+            | Self::NoHostInNs(_)
+            | Self::TwoUpstreams { .. } => StatusCode::BAD_REQUEST,
             Self::Misdirected => StatusCode::MISDIRECTED_REQUEST,
             Self::Body(_) => StatusCode::PAYLOAD_TOO_LARGE,
             Self::Unauthenticated | Self::PasswordTooLong { to_proxy: false } => StatusCode::UNAUTHORIZED,
@@ -165,6 +188,7 @@ impl Turned {
             | Self::TunnelFailed(_, Cause::Redirects(_)) => ErrorCode::Denied,
             Self::TunnelsBusy | Self::EntryBusy | Self::TunnelFailed(..) => ErrorCode::Unavailable,
             Self::UnknownUpstream(_) => ErrorCode::NameUnknown,
+            Self::NoHostInNs(_) | Self::TwoUpstreams { .. } => ErrorCode::NameInvalid,
             Self::ReadOnly(_)
             | Self::Query(_)
             | Self::Accept(_)
@@ -179,7 +203,8 @@ impl Turned {
     pub(super) fn name(&self) -> &'static str {
         match self {
             Self::Malformed(Malformed::Write { .. }) | Self::ReadOnly(_) => "write",
-            Self::Malformed(_) | Self::Query(_) | Self::Accept(_) => "malformed",
+            Self::Malformed(_) | Self::Query(_) | Self::Accept(_) | Self::NoHostInNs(_) => "malformed",
+            Self::TwoUpstreams { .. } => "two-upstreams",
             Self::Host => "host",
             Self::Misdirected => "misdirected",
             Self::Framing => "framing",
@@ -254,24 +279,22 @@ pub(super) fn read(
     doors: &Doors,
     (now, trace): (SystemTime, &Trace),
 ) -> Result<Wanted, Turned> {
-    let host = host(head)?;
+    let host = host(head, peer.secure)?;
     let intercepted = doors.intercepted(host.as_ref(), is_absolute(head), peer)?;
     let passes = intercepted.is_some() && is_write(&head.method);
     framing(head, passes)?;
     if !peer.may_speak {
         return Err(Turned::Plain);
     }
-    let parsed = Operation::parse(&head.method, head.uri.path(), head.uri.query());
     let Some((site, door)) = intercepted else {
-        let (_, namespace) = Query::parse(head.uri.query())?;
-        let (site, operation, door) = doors.open(parsed?, namespace)?;
+        let (site, operation, door) = doors.open(head)?;
         return Ok(Wanted::Read(request(head, site, operation, (now, trace))?, door));
     };
-    // Who asks the registry itself has named it, so `ns` and a prefix are the registry's own business.
+    // The host is the registry's own, so a prefix is part of a repository's name.
     let site = Arc::clone(site);
     let name = host
         .as_ref()
-        .map(|host| name_of(host, peer.secure))
+        .and_then(|host| name_of(host, peer.secure))
         .unwrap_or_default();
     if let Some(realm) = doors.realm_at(&name, &site).cloned() {
         let asks = matches!(head.method, Method::GET | Method::POST) && head.uri.path() == realm.path();
@@ -288,22 +311,23 @@ pub(super) fn read(
             });
         }
     }
-    let operation = match parsed {
+    let operation = match Operation::parse(&head.method, head.uri.path(), head.uri.query()) {
         Ok(operation) => operation,
         Err(Malformed::Path | Malformed::Write { .. }) => {
             return pass(head, site, door, host.as_ref(), peer).map(Wanted::Pass);
         }
         Err(malformed) => return Err(malformed.into()),
     };
-    let Some(repository) = operation.repository().cloned() else {
+    if operation.repository().is_none() {
         // A login asks whether its credential is right, which only the registry knows.
         let shown = head.headers.get(AUTHORIZATION);
         if shown.is_some_and(|shown| !is_local_token(shown)) {
             return pass(head, site, door, host.as_ref(), peer).map(Wanted::Pass);
         }
         return Ok(Wanted::Knock(request(head, site, operation, (now, trace))?, door));
-    };
-    let operation = in_full(&site, operation, repository)?;
+    }
+    doors.agree(&site, head.uri.query())?;
+    let operation = in_full(&site, operation)?;
     let mut request = request(head, site, operation, (now, trace))?;
     // Who pushes asks so which layers the registry has already; who pulls has no need to.
     request.for_push = request.head && matches!(request.operation, Operation::Blob { .. });
@@ -412,14 +436,13 @@ pub(super) fn ends_connection(head: &Parts) -> bool {
 }
 
 /// Exactly one host, however the request names it; none only in HTTP/1.0.
-fn host(head: &Parts) -> Result<Option<Authority>, Turned> {
+fn host(head: &Parts, secure: bool) -> Result<Option<Authority>, Turned> {
     let mut lines = head.headers.get_all(HOST).iter();
     match (lines.next(), lines.next(), head.uri.authority()) {
         (Some(host), None, Some(authority)) => {
-            if host
-                .as_bytes()
-                .eq_ignore_ascii_case(authority.as_str().as_bytes())
-            {
+            let host = named_by(host).ok_or(Turned::Host)?;
+            let (host, target) = (name_of(&host, secure), name_of(authority, secure));
+            if host.ok_or(Turned::Host)? == target.ok_or(Turned::Host)? {
                 Ok(Some(authority.clone()))
             } else {
                 Err(Turned::Misdirected)

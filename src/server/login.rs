@@ -7,10 +7,10 @@ use bytes::Bytes;
 use http::header::{AUTHORIZATION, CONTENT_TYPE};
 use http::{HeaderValue, Response};
 use http_body_util::{BodyExt as _, Full};
-use hyper::body::Incoming;
 use zeroize::Zeroizing;
 
 use super::gate::{Passage, Turned};
+use super::received::Received;
 use super::told::Told;
 use super::{Body, Front, Place, reply};
 use crate::oci::LoginRequest;
@@ -30,7 +30,7 @@ impl Front {
         passage: Passage,
         realm: &Origin,
         place: &Place<'_>,
-        body: Incoming,
+        body: Received,
     ) -> (Response<Body>, Told) {
         let head = place.head;
         let Ok(Some(form)) = tokio::time::timeout(FORM_WITHIN, whole(body)).await else {
@@ -70,7 +70,7 @@ impl Front {
 }
 
 /// The form; `None` where it is too long or breaks off. Wiped with its last use.
-async fn whole(mut body: Incoming) -> Option<Bytes> {
+async fn whole(mut body: Received) -> Option<Bytes> {
     let mut form = Zeroizing::new(Vec::new());
     while let Some(frame) = body.frame().await {
         let Ok(data) = frame.ok()?.into_data() else {

@@ -3,9 +3,9 @@
 use http::header::AUTHORIZATION;
 use http::{HeaderName, Response, StatusCode};
 use http_body_util::BodyExt as _;
-use hyper::body::Incoming;
 
 use super::gate::Passage;
+use super::received::Received;
 use super::{Body, Front, Place};
 use crate::oci::Cause;
 use crate::pull::writing::Written;
@@ -19,7 +19,7 @@ impl Front {
         pull: &Pull,
         passage: Passage,
         place: &Place<'_>,
-        body: Incoming,
+        body: Received,
     ) -> Result<Response<Body>, Cause> {
         let head = place.head;
         let path = head.uri.path_and_query().map_or("/", |path| path.as_str());

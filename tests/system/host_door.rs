@@ -80,7 +80,7 @@ async fn a_path_means_what_it_says_to_the_registry_itself() {
     let path = manifest_path("docker.io/team/demo", "1");
     let ask = |path: &str| proxy.get(path).header("host", "ghcr.io");
     ask(&path).await.is_image(&theirs);
-    ask(&format!("{path}?ns=docker.io")).await.is_image(&theirs);
+    ask(&format!("{path}?ns=ghcr.io")).await.is_image(&theirs);
     assert_eq!(hub.requests().len(), 0);
 }
 
