@@ -3,6 +3,8 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
+use serde::Deserialize;
+use serde::de::IgnoredAny;
 use tokio::task::spawn_blocking;
 use tokio::time::Instant;
 
@@ -149,7 +151,7 @@ impl Pull {
             begun.extend_from_slice(&chunk.map_err(malformed)?);
         }
         // Whether it is a list can no longer be told by its end: a page of something in front begins otherwise.
-        if !begins_as_object(&begun) {
+        if !begins_as_list(&begun) {
             return Err(malformed(Cause::Malformed));
         }
         // The name stands before the tags.
@@ -180,9 +182,9 @@ impl Pull {
         }
     }
 
-    /// It must be JSON, whatever its status says: a captive portal's page is no list of tags.
+    /// It must be a list, whatever its status says: neither a captive portal's page nor an error with status 200 is one.
     async fn keep_list(&self, key: ListingKey, listing: Listing) -> Listed {
-        if !is_json(&listing.bytes) {
+        if !listing.is_list() {
             return Err(malformed(Cause::Malformed));
         }
         let (store, page, now) = (Arc::clone(&self.store), listing.clone(), self.clock.now());
@@ -221,12 +223,52 @@ fn malformed(cause: Cause) -> (Heard, Option<Arc<Answer>>) {
     (Heard::Silent(cause), None)
 }
 
-pub(super) fn is_json(bytes: &[u8]) -> bool {
-    serde_json::from_slice::<serde::de::IgnoredAny>(bytes).is_ok()
+impl Listing {
+    fn is_list(&self) -> bool {
+        if self.media_type.is_index() {
+            is_referrers(&self.bytes)
+        } else {
+            is_tags(&self.bytes)
+        }
+    }
 }
 
-fn begins_as_object(bytes: &[u8]) -> bool {
-    bytes.iter().find(|byte| !byte.is_ascii_whitespace()) == Some(&b'{')
+/// Whether these are tags as the distribution spec lists them ("Listing Tags").
+pub(super) fn is_tags(bytes: &[u8]) -> bool {
+    #[derive(Deserialize)]
+    struct Page {
+        // Go writes an empty list as `null`. Named so, it may not be missing.
+        #[serde(rename = "tags", deserialize_with = "Option::deserialize")]
+        _tags: Option<Vec<String>>,
+        errors: Option<IgnoredAny>,
+    }
+    is_object(bytes) && serde_json::from_slice(bytes).is_ok_and(|Page { errors, .. }| errors.is_none())
+}
+
+/// Whether this is an image index as the distribution spec lists referrers ("Listing Referrers").
+fn is_referrers(bytes: &[u8]) -> bool {
+    #[derive(Deserialize)]
+    struct Page {
+        #[serde(rename = "manifests", deserialize_with = "Option::deserialize")]
+        _manifests: Option<Vec<Referrer>>,
+        errors: Option<IgnoredAny>,
+    }
+    #[derive(Deserialize)]
+    struct Referrer {
+        #[serde(rename = "digest")]
+        _digest: String,
+    }
+    is_object(bytes) && serde_json::from_slice(bytes).is_ok_and(|Page { errors, .. }| errors.is_none())
+}
+
+fn is_object(bytes: &[u8]) -> bool {
+    bytes.trim_ascii_start().first() == Some(&b'{')
+}
+
+/// Whether a list of tags may begin so. An error names itself first.
+fn begins_as_list(bytes: &[u8]) -> bool {
+    let first = bytes.trim_ascii_start().strip_prefix(b"{");
+    first.is_some_and(|first| !first.trim_ascii_start().starts_with(br#""errors""#))
 }
 
 fn serve(kept: Option<Kept>, reason: Reason) -> Outcome {

@@ -8,7 +8,7 @@ use bytes::Bytes;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::spawn_blocking;
 
-use super::listing::{Listing, is_json};
+use super::listing::{Listing, is_tags};
 use super::{Pull, asking};
 use crate::oci::Cause;
 use crate::store::listings::{KeptListing, LISTING_KEPT_BYTES_MAX, ListingKey};
@@ -114,7 +114,7 @@ impl Copy {
             let now = pull.clock.now();
             let store = Arc::clone(&pull.store);
             let kept = spawn_blocking(move || {
-                if is_json(&bytes) {
+                if is_tags(&bytes) {
                     let listing = KeptListing::new(bytes.into(), media_type, next, filters, now);
                     store.keep_listing(&key, listing)
                 } else {
