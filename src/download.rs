@@ -118,6 +118,11 @@ pub trait Source: Send + 'static {
     /// a stream broke, it should turn to another address if it has one.
     fn open(&mut self, from: u64) -> impl Future<Output = Result<Stream, Answer>> + Send;
 
+    /// The size that a manifest states: a hint, and no promise of the upstream's.
+    fn stated_size(&self) -> Option<u64> {
+        None
+    }
+
     /// The bytes are verified, and the last of them are not released yet: what follows from that is noted now, so that
     /// whoever has the whole blob finds it noted.
     fn verified(&mut self) -> impl Future<Output = ()> + Send {

@@ -10,7 +10,7 @@ use std::pin::pin;
 use std::time::Duration;
 
 use bytes::Bytes;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, sleep, timeout};
 
 use super::{Source, Stream};
@@ -54,6 +54,8 @@ pub(super) enum Stopped {
 pub(super) enum Piece {
     /// The next bytes.
     Chunk(Bytes),
+    /// Whether the bytes so far are those of the digest.
+    IsWhole(oneshot::Sender<bool>),
     /// That was all.
     End,
 }
@@ -88,6 +90,9 @@ impl<S: Source> Receiving<'_, S> {
                 _ if is_whole => None,
                 // A clean end before the known end is no end.
                 None if self.total.is_some() => Some(Broke::off(Cause::Reset)),
+                None if self.is_shorter_than_stated() && !self.has_whole().await? => {
+                    Some(Broke::off(Cause::Reset))
+                }
                 broke => broke,
             };
             let Some(Broke { cause, dripped }) = broke else {
@@ -107,6 +112,20 @@ impl<S: Source> Receiving<'_, S> {
             drop(stream);
             stream = self.reopen().await?;
         }
+    }
+
+    fn is_shorter_than_stated(&self) -> bool {
+        self.source
+            .stated_size()
+            .is_some_and(|stated| self.received < stated)
+    }
+
+    /// An end that no length announced may come too early, and a stated size may be wrong: the digest tells.
+    async fn has_whole(&mut self) -> Result<bool, Stopped> {
+        let (reply, is_whole) = oneshot::channel();
+        let asked = self.queue.send(Piece::IsWhole(reply)).await;
+        asked.map_err(|_| Stopped::Writer)?;
+        is_whole.await.map_err(|_| Stopped::Writer)
     }
 
     async fn reopen(&mut self) -> Result<Stream, Stopped> {

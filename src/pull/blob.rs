@@ -30,6 +30,11 @@ const BEGINS_WITHIN: Duration = Duration::from_secs(20);
 /// after 30 s.
 const UNSIZED_WITHIN: Duration = Duration::from_secs(5);
 
+/// A blob that is stated to be larger does not arrive within that time at 50 Mbit/s, so it is …
+const UNSIZED_BYTES_MAX: u64 = 32 * 1024 * 1024;
+/// … kept back for no longer than this.
+const LARGE_WITHIN: Duration = Duration::from_secs(1);
+
 impl Pull {
     pub(super) async fn blob(
         self: &Arc<Self>,
@@ -252,14 +257,7 @@ impl Road<'_> {
 
     fn head_said(&self, situation: Situation, asked: Asked) -> Outcome {
         match (asked.heard, &asked.answer) {
-            (Heard::Named { .. } | Heard::Unnamed, Some(answer)) => {
-                let stated = || {
-                    self.pull
-                        .sizes
-                        .of(&self.request.site, self.repository, self.digest)
-                };
-                self.head_given(answer.length.or_else(stated))
-            }
+            (Heard::Named { .. } | Heard::Unnamed, Some(answer)) => self.head_given(answer.length),
             // Passed on as the upstream's word: nothing is noted because of it.
             (_, Some(answer)) if asked.is_unproven() => self.head_given(answer.length),
             (heard, _) => refuse_unheld(situation, heard, asked.answer),
@@ -366,7 +364,11 @@ impl Road<'_> {
         situation: Situation,
         leads: bool,
     ) -> Result<Outcome, Arc<Failure>> {
-        let failure = match opened_with_size(&mut reader).await {
+        let stated = self
+            .pull
+            .sizes
+            .of(&self.request.site, self.repository, self.digest);
+        let failure = match opened_with_size(&mut reader, stated).await {
             Ok(size) => {
                 let reader = reader.with_ahead(Upstreamed::new(self.pull, self.wanted(), self.digest));
                 return Ok(self.outcome(Content::Download(reader), size, reason));
@@ -434,22 +436,29 @@ impl Road<'_> {
     }
 }
 
-/// Waits until the blob's answer can begin: its size, where it is known by then.
-async fn opened_with_size(reader: &mut Reader) -> Result<Option<u64>, Arc<Failure>> {
+/// Waits until the blob's answer can begin: its size, where it is known by then. What a manifest `stated` is no size.
+async fn opened_with_size(reader: &mut Reader, stated: Option<u64>) -> Result<Option<u64>, Arc<Failure>> {
     match reader.opened().await?.size {
         // Nothing of a small blob can be sent before it is verified, so its answer can still be an honest error.
         Some(size) if size <= WITHHELD_BYTES => reader.settled().await.map(Some),
-        // As long as there is not a byte, an upstream that breaks off is still an honest error, and no 200 that cannot be kept.
-        Some(size) => match tokio::time::timeout(BEGINS_WITHIN, reader.begun()).await {
-            Ok(begun) => begun.map(|()| Some(size)),
-            Err(_) => Ok(Some(size)),
-        },
-        // Many clients want a length, and neither the upstream nor a manifest has said it: if the transfer ends soon, it is known.
-        None => match tokio::time::timeout(UNSIZED_WITHIN, reader.settled()).await {
-            Ok(settled) => settled.map(Some),
-            Err(_) => Ok(None),
-        },
+        Some(size) => begun(reader).await.map(|()| Some(size)),
+        // Many clients want a length, and the upstream has not said it: if the transfer ends soon, it is known.
+        None => {
+            let is_large = stated.is_some_and(|stated| stated > UNSIZED_BYTES_MAX);
+            let within = if is_large { LARGE_WITHIN } else { UNSIZED_WITHIN };
+            match tokio::time::timeout(within, reader.settled()).await {
+                Ok(settled) => settled.map(Some),
+                Err(_) => begun(reader).await.map(|()| None),
+            }
+        }
     }
+}
+
+/// As long as there is not a byte, an upstream that breaks off is still an honest error, and no 200 that cannot be kept.
+async fn begun(reader: &mut Reader) -> Result<(), Arc<Failure>> {
+    tokio::time::timeout(BEGINS_WITHIN, reader.begun())
+        .await
+        .unwrap_or(Ok(()))
 }
 
 fn refuse_unheld(situation: Situation, heard: Heard, answer: Option<Arc<Answer>>) -> Outcome {

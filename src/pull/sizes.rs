@@ -1,7 +1,8 @@
-//! How large blobs are, from the manifests that list them: for upstreams that send a blob without its length.
+//! Stated sizes of blobs: a hint from the manifests that list them.
 //!
-//! A manifest is believed only for its own repository, and only about a length: a wrong one spoils nothing but the
-//! pulls of the repository that stated it, since the digest is checked all the same.
+//! The digest vouches for the bytes of a blob, and nothing vouches for the `size` of a descriptor (OCI image spec,
+//! "Descriptors"). So no response's length, no quota and no end of a transfer follows from it. It says where an
+//! unannounced end is too early to be believed without a look at the digest, and whether a length is worth waiting for.
 
 use std::sync::Arc;
 

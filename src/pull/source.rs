@@ -95,11 +95,7 @@ impl Source for Upstreamed {
                     self.pull.arriving.note(site, repository, self.digest);
                 }
                 let start = fetched.start;
-                let stated = || self.pull.sizes.of(site, repository, self.digest);
-                let total = fetched
-                    .total
-                    .or(fetched.length.map(|length| start + length))
-                    .or_else(stated);
+                let total = fetched.total.or(fetched.length.map(|length| start + length));
                 Ok(Stream {
                     start,
                     total,
@@ -113,6 +109,11 @@ impl Source for Upstreamed {
                 Err(answer)
             }
         }
+    }
+
+    fn stated_size(&self) -> Option<u64> {
+        let Wanted { site, repository, .. } = &self.of;
+        self.pull.sizes.of(site, repository, self.digest)
     }
 
     /// Only the bytes prove that it was the registry that said yes.
