@@ -46,6 +46,8 @@ pub enum Cause {
     Redirects(RedirectFault),
     /// The bytes are not those of the digest.
     WrongDigest,
+    /// Its digest is not that of its bytes: docker's signed schema 1. It can only be passed on.
+    Unverifiable,
     /// The operator switched asking off.
     Offline,
     /// Too many of our own requests are under way.
@@ -75,6 +77,7 @@ impl Cause {
             Self::TooLarge => "too-large",
             Self::Redirects(_) => "redirects",
             Self::WrongDigest => "wrong-digest",
+            Self::Unverifiable => "unverifiable",
             Self::Offline => "offline",
             Self::Busy => "busy",
         }
@@ -190,6 +193,7 @@ impl fmt::Display for Cause {
             Self::TooLarge => "gave an answer larger than the limit",
             Self::Redirects(fault) => fault.phrase(),
             Self::WrongDigest => "sent bytes that do not match their digest",
+            Self::Unverifiable => "gave a manifest whose digest cannot be verified (docker's signed schema 1)",
             Self::Offline => "is not asked while offline mode is on",
             Self::Busy => "has too many requests of ours under way",
         })

@@ -36,6 +36,8 @@ pub struct Manifest {
     pub kind: Kind,
     /// How many descriptors could not be read and are missing from `children`.
     pub odd: usize,
+    /// Whether signatures are part of its bytes, as in docker's signed schema 1.
+    pub has_signatures: bool,
 }
 
 /// The shape of a manifest.
@@ -142,6 +144,7 @@ impl Manifest {
             subject,
             kind,
             odd: 0,
+            has_signatures: view.signatures.present,
         };
         if let Some(config) = view.config {
             manifest.add(config.0, Role::Config);
@@ -164,6 +167,31 @@ impl Manifest {
             }
             _ => None,
         }
+    }
+
+    /// The same where the bytes are those of the digest asked for. What the manifest does not state, its shape tells
+    /// better than a label that contradicts it: only OCI manifests may leave their `mediaType` out.
+    pub fn type_by_digest(&self, sent: Option<&MediaType>) -> Option<MediaType> {
+        let sent = self.type_sent_as(sent);
+        if self.media_type.as_ref().is_some_and(MediaType::is_manifest) {
+            return sent;
+        }
+        let by_shape = || match self.kind {
+            Kind::Index => media_type::OCI_INDEX.parse().ok(),
+            Kind::Image => media_type::OCI_IMAGE.parse().ok(),
+            Kind::Other => None,
+        };
+        sent.filter(|sent| self.has_shape_of(sent)).or_else(by_shape)
+    }
+
+    /// Whether it is docker's signed schema 1, whose digest is that of its payload and not of its bytes.
+    pub fn is_signed_schema_1(&self, sent: Option<&MediaType>) -> bool {
+        let states_another = self
+            .media_type
+            .as_ref()
+            .is_some_and(|stated| stated.is_manifest() && !stated.is_signed());
+        let is_labelled = sent.is_some_and(MediaType::is_signed);
+        self.kind == Kind::Other && !states_another && (self.has_signatures || is_labelled)
     }
 
     /// Whether it has the shape that `media_type` promises: an error in JSON can be labelled as anything.
@@ -235,6 +263,9 @@ struct View {
     #[serde(default)]
     fs_layers: List<OldLayer>,
     subject: Option<Lenient<RawDescriptor>>,
+    /// Of docker's signed schema 1.
+    #[serde(default)]
+    signatures: List<IgnoredAny>,
 }
 
 #[derive(Deserialize)]

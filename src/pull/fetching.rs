@@ -87,7 +87,7 @@ impl Pull {
                 let asked_at = Instant::now();
                 match site.upstream().get(caller, operation, accept, None).await {
                     Ok(fetched) => {
-                        let received = receive(fetched, operation).await;
+                        let received = pull.receive(&wanted, fetched).await;
                         if received.is_ok() {
                             pull.learn_yes(&wanted, asked_at).await;
                         }
@@ -171,23 +171,46 @@ impl Pull {
         }
         Ok(served)
     }
+
+    /// Reads a manifest and holds it against everything that was said of it.
+    ///
+    /// The bytes are believed, never a header: by digest they must hash to it; by tag they must hash to what the same
+    /// answer's `Docker-Content-Digest` says, where it says anything, or else to what a HEAD names. And they must be a
+    /// manifest: an HTML page with status 200 is not one.
+    async fn receive(&self, wanted: &Wanted, fetched: Fetched) -> Result<HeldManifest, Cause> {
+        let Wanted {
+            site,
+            operation,
+            accept,
+            caller,
+            ..
+        } = wanted;
+        let (header, media_type) = (fetched.digest, fetched.media_type.clone());
+        let is_page = media_type.as_ref().is_some_and(MediaType::is_page);
+        let bytes = fetched.collect(MANIFEST_BYTES_MAX).await?;
+        let mut received = verify(bytes.clone(), header, media_type.as_ref(), operation);
+        if matches!(received, Err(Cause::WrongDigest))
+            && by_tag(operation)
+            && let Said::Is(named) = site.upstream().head(caller, operation, accept).await.said
+        {
+            received = verify(bytes, Some(named), media_type.as_ref(), operation);
+        }
+        if is_page {
+            received.map_err(|_| Cause::NotRegistry)
+        } else {
+            received
+        }
+    }
 }
 
-/// Reads a manifest and holds it against everything that was said of it.
-///
-/// The bytes are believed, never a header: by digest they must hash to it; by tag they must hash to what the same
-/// answer's `Docker-Content-Digest` says, where it says anything. And they must be a manifest: an HTML page with
-/// status 200 is not one.
-async fn receive(fetched: Fetched, operation: &Operation) -> Result<HeldManifest, Cause> {
-    let (header, media_type) = (fetched.digest, fetched.media_type.clone());
-    let is_page = media_type.as_ref().is_some_and(MediaType::is_page);
-    let bytes = fetched.collect(MANIFEST_BYTES_MAX).await?;
-    let received = verify(bytes, header, media_type.as_ref(), operation);
-    if is_page {
-        received.map_err(|_| Cause::NotRegistry)
-    } else {
-        received
-    }
+fn by_tag(operation: &Operation) -> bool {
+    matches!(
+        operation,
+        Operation::Manifest {
+            reference: Reference::Tag(_),
+            ..
+        }
+    )
 }
 
 fn verify(
@@ -206,12 +229,25 @@ fn verify(
     let expected = asked.or(header);
     let algorithm = expected.map_or(Algorithm::Sha256, |digest| digest.algorithm());
     let digest = Digest::of(algorithm, &bytes);
-    if expected.is_some_and(|expected| expected != digest) {
+    let is_right = expected.is_none_or(|expected| expected == digest);
+    let read = Manifest::read(&bytes);
+    if !(is_right && asked.is_some())
+        && let Ok(manifest) = &read
+        && manifest.is_signed_schema_1(media_type)
+    {
+        return Err(Cause::Unverifiable);
+    }
+    if !is_right {
         return Err(Cause::WrongDigest);
     }
-    let manifest = Manifest::read(&bytes).map_err(|_| Cause::Malformed)?;
+    let manifest = read.map_err(|_| Cause::Malformed)?;
     let is_page = media_type.is_some_and(MediaType::is_page);
-    let media_type = manifest.type_sent_as(media_type).ok_or(Cause::Malformed)?;
+    let media_type = if asked.is_some() {
+        manifest.type_by_digest(media_type)
+    } else {
+        manifest.type_sent_as(media_type)
+    };
+    let media_type = media_type.ok_or(Cause::Malformed)?;
     // Of a tag nothing but the answer says what it names, so label and shape have to agree.
     if asked.is_none() && (is_page || !manifest.has_shape_of(&media_type)) {
         return Err(Cause::Malformed);

@@ -168,6 +168,9 @@ impl<'a> Road<'a> {
     }
 
     async fn after_answer(&self, situation: Situation, copies: Option<Copies>, asked: Asked) -> Outcome {
+        if asked.heard == Heard::Silent(Cause::Unverifiable) {
+            return self.pass().await;
+        }
         let situation = situation.having_heard(asked.heard);
         match decide(&situation) {
             Verdict::Serve(Served::Moved) => self.serve_moved(situation, copies, asked).await,
@@ -240,6 +243,9 @@ impl<'a> Road<'a> {
                 media_type: media_type.clone(),
                 size,
             };
+        }
+        if asked.heard == Heard::Silent(Cause::Unverifiable) {
+            return self.pass().await;
         }
         let situation = situation.having_heard(asked.heard);
         match decide(&situation) {
@@ -328,11 +334,19 @@ impl<'a> Road<'a> {
         };
         match fetched {
             Ok(manifest) => self.fetched(manifest, why, situation, copies).await,
-            Err(answer) if answer.cause() == Cause::TooLarge && copies.is_none() => {
-                passing::unverifiable(self.request, &self.context.caller, PASSED_MANIFEST_BYTES_MAX).await
+            Err(answer)
+                if answer.cause() == Cause::Unverifiable
+                    || (answer.cause() == Cause::TooLarge && copies.is_none()) =>
+            {
+                self.pass().await
             }
             Err(answer) => self.after_failed_fetch(situation, copies, answer),
         }
+    }
+
+    /// What cannot be kept: the upstream's own response to this caller, of which nothing is noted.
+    async fn pass(&self) -> Outcome {
+        passing::unverifiable(self.request, &self.context.caller, PASSED_MANIFEST_BYTES_MAX).await
     }
 
     async fn fetched(

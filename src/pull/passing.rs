@@ -9,7 +9,8 @@ use crate::oci::{Cause, MediaType, Operation, Reference};
 use crate::policy::Refusal;
 use crate::upstream::{Answer, Caller, Fetched, Said};
 
-/// An answer passed on as it comes: its digest is of an algorithm that cannot be verified here, or it is too large to be kept.
+/// An answer passed on as it comes: its digest is of an algorithm that cannot be verified here or not that of its bytes,
+/// or it is too large to be kept.
 pub struct Passed {
     /// The digest asked for, as written.
     pub digest: Option<String>,
@@ -39,10 +40,10 @@ pub(super) async fn unverifiable(request: &Request, caller: &Caller, size_max: u
     };
     if request.head {
         let answer = site.upstream().head(caller, operation, accept).await;
-        return if answer.said.is_yes() {
+        return if answer.said.is_yes() || answer.silence() == Some(Cause::Unverifiable) {
             let (media_type, size) = (answer.media_type, answer.length);
             Outcome::Passed(Passed {
-                digest,
+                digest: digest.or(answer.named.map(|named| named.to_string())),
                 media_type,
                 size,
                 body: None,
@@ -55,6 +56,9 @@ pub(super) async fn unverifiable(request: &Request, caller: &Caller, size_max: u
         Ok(fetched) if fetched.length.is_some_and(|length| length > size_max) => {
             refused(Refusal::Silent(Cause::TooLarge), None, false)
         }
+        Ok(fetched) if is_page(&fetched) && matches!(operation, Operation::Manifest { .. }) => {
+            refused(Refusal::Silent(Cause::NotRegistry), None, false)
+        }
         Ok(fetched) => Outcome::Passed(Passed {
             digest: digest.or(fetched.digest.map(|digest| digest.to_string())),
             media_type: fetched.media_type.clone(),
@@ -63,6 +67,10 @@ pub(super) async fn unverifiable(request: &Request, caller: &Caller, size_max: u
         }),
         Err(answer) => not_passed(answer),
     }
+}
+
+fn is_page(fetched: &Fetched) -> bool {
+    fetched.media_type.as_ref().is_some_and(MediaType::is_page)
 }
 
 fn not_passed(answer: Answer) -> Outcome {

@@ -34,6 +34,8 @@ pub struct Answer {
     pub retry_after: Option<HeaderValue>,
     /// `Content-Type` of the manifest or blob, without parameters.
     pub media_type: Option<MediaType>,
+    /// `Docker-Content-Digest`, if there is one that can be computed: a label, whatever [`Self::said`] makes of it.
+    pub named: Option<Digest>,
     /// Length in bytes of the manifest or blob asked about, not of the answer.
     pub length: Option<u64>,
     /// What the upstream says is left of the caller's allowance.
@@ -103,6 +105,7 @@ impl Answer {
             challenge: Vec::new(),
             retry_after: None,
             media_type: None,
+            named: None,
             length: None,
             rate_limit: RateLimit::default(),
             code: None,
@@ -185,6 +188,7 @@ impl Answer {
                 .filter(|_| matches!(said, Said::Silent(_)))
                 .cloned(),
             media_type: proof::media_type(headers).filter(|_| status.is_success()),
+            named: header_digest(headers).filter(|_| status.is_success()),
             length: if status == StatusCode::OK {
                 content_length(headers)
             } else {

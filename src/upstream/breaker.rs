@@ -108,6 +108,7 @@ fn counts(cause: Cause) -> bool {
         | Cause::TooLarge
         | Cause::Redirects(_)
         | Cause::WrongDigest
+        | Cause::Unverifiable
         | Cause::Offline
         | Cause::OwnCredential
         | Cause::Busy => false,

@@ -56,7 +56,12 @@ fn manifest(reference: &Reference, headers: &HeaderMap, sender: Sender) -> Said 
         Reference::Digest(AnyDigest::Known(asked)) => Some(*asked),
         Reference::Digest(AnyDigest::Foreign(_)) => return Said::Unnamed,
     };
-    let is_typed = media_type(headers).is_some_and(|media_type| media_type.is_manifest());
+    let media_type = media_type(headers);
+    // The digest of signed schema 1 is that of its payload and not of its bytes, which alone tell whether it is signed.
+    if media_type.as_ref().is_some_and(MediaType::is_schema_1) {
+        return Said::Silent(Cause::Unverifiable);
+    }
+    let is_typed = media_type.is_some_and(|media_type| media_type.is_manifest());
     let named = header_digest(headers).filter(|named| asked.is_none_or(|asked| asked == *named));
     match (named.filter(|_| is_typed), sender) {
         (Some(named), Sender::Registry) => Said::Is(named),

@@ -64,6 +64,8 @@ impl Question<'_> {
                 return match answer.said {
                     Said::Is(_) | Said::Unproven(_) => answer,
                     Said::Unnamed if self.is_foreign() => answer,
+                    // The label may be wrong: the bytes tell.
+                    Said::Silent(Cause::Unverifiable) => self.get_manifest(reference, None).await,
                     // Without the registry's marks, also as a page, it may be a HEAD that is merely labelled wrong.
                     _ if is_ok => self.get_manifest(reference, Some(Quirk::NoDigest)).await,
                     _ => answer,
@@ -134,12 +136,27 @@ impl Question<'_> {
         };
         // A login page or an error with status 200 is no manifest, and must not become a "newer" one.
         let manifest = Manifest::read(&bytes).ok();
+        let sent = answer.media_type.as_ref();
+        let is_asked_for = match reference {
+            Reference::Digest(AnyDigest::Known(asked)) => Digest::of(asked.algorithm(), &bytes) == *asked,
+            Reference::Digest(AnyDigest::Foreign(_)) => true,
+            Reference::Tag(_) => false,
+        };
+        let is_signed = |manifest: &Manifest| manifest.is_signed_schema_1(sent);
+        if !is_asked_for && manifest.as_ref().is_some_and(is_signed) {
+            return Answer {
+                said: Said::Silent(Cause::Unverifiable),
+                ..answer
+            };
+        }
         let by_tag = matches!(reference, Reference::Tag(_));
         let media_type = manifest.as_ref().and_then(|manifest| {
-            let media_type = manifest.type_sent_as(answer.media_type.as_ref())?;
+            if !by_tag {
+                return manifest.type_by_digest(sent);
+            }
+            let media_type = manifest.type_sent_as(sent)?;
             // Of a tag nothing but the answer says what it names, so label and shape have to agree.
-            let agrees = !is_page && manifest.has_shape_of(&media_type);
-            (!by_tag || agrees).then_some(media_type)
+            (!is_page && manifest.has_shape_of(&media_type)).then_some(media_type)
         });
         let Some(media_type) = media_type else {
             return Answer::silent(if is_page {
@@ -194,7 +211,9 @@ impl Question<'_> {
                     Said::Is(_) if !has_length => {
                         let probed = self.probe_blob(Some(Quirk::BlobHeadRefused)).await;
                         let is_yes = probed.said.is_yes();
-                        let length = probed.length.filter(|_| is_yes).or(answer.length);
+                        // A length of 0 is that of an empty response, unless the blob is empty.
+                        let own = answer.length.filter(|_| self.is_of_nothing());
+                        let length = probed.length.filter(|_| is_yes).or(own);
                         Answer { length, ..answer }
                     }
                     Said::Silent(Cause::NotRegistry) | Said::Unproven(_) if is_ok && !has_length => {

@@ -7,8 +7,8 @@ use std::sync::Arc;
 /// Longest media type taken, in bytes.
 pub const MEDIA_TYPE_BYTES_MAX: usize = 255;
 
-const OCI_INDEX: &str = "application/vnd.oci.image.index.v1+json";
-const OCI_IMAGE: &str = "application/vnd.oci.image.manifest.v1+json";
+pub(super) const OCI_INDEX: &str = "application/vnd.oci.image.index.v1+json";
+pub(super) const OCI_IMAGE: &str = "application/vnd.oci.image.manifest.v1+json";
 const OCI_ARTIFACT: &str = "application/vnd.oci.artifact.manifest.v1+json";
 const DOCKER_INDEX: &str = "application/vnd.docker.distribution.manifest.list.v2+json";
 const DOCKER_IMAGE: &str = "application/vnd.docker.distribution.manifest.v2+json";
@@ -68,6 +68,16 @@ impl MediaType {
         self.is_index()
             || self.is_image()
             || self.is_one_of(&[OCI_ARTIFACT, DOCKER_SCHEMA_1, DOCKER_SCHEMA_1_SIGNED])
+    }
+
+    /// Whether it is docker's schema 1 with signatures, whose digest is that of its payload and not of its bytes.
+    pub fn is_signed(&self) -> bool {
+        self.is_one_of(&[DOCKER_SCHEMA_1_SIGNED])
+    }
+
+    /// Whether it is docker's schema 1, with signatures or by its label without: registries confuse the two.
+    pub fn is_schema_1(&self) -> bool {
+        self.is_one_of(&[DOCKER_SCHEMA_1, DOCKER_SCHEMA_1_SIGNED])
     }
 
     /// Whether it is a web page: what logs in, blocks or sells, and no registry.
