@@ -94,3 +94,4 @@ mod unchanged;
 mod unreachable;
 mod wire;
 mod writes;
+mod wrong_labels;

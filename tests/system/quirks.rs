@@ -149,7 +149,7 @@ async fn an_upstream_that_refuses_heads_of_blobs_is_still_usable() {
 }
 
 #[tokio::test]
-async fn a_length_that_upstream_does_not_tell_is_known_from_the_manifest() {
+async fn a_length_that_upstream_does_not_tell_is_known_once_the_blob_is_here() {
     let upstream = Upstream::start().await;
     let image = upstream.push("library/demo", "latest", Image::of_noise(1, 300_000));
     upstream.omits_length();

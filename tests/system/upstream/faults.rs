@@ -77,6 +77,7 @@ pub(super) enum DigestHeader {
     Omitted,
     Lie(String),
     LieInHeads(String),
+    LieInGets(String),
 }
 
 #[derive(Clone)]
@@ -223,6 +224,11 @@ impl Upstream {
     /// The same in answers to `HEAD` alone.
     pub fn lies_about_digest_in_heads(&self, digest: &str) {
         self.turn(|faults| faults.digest = DigestHeader::LieInHeads(digest.to_owned()));
+    }
+
+    /// The same in answers to `GET` alone.
+    pub fn lies_about_digest_in_gets(&self, digest: &str) {
+        self.turn(|faults| faults.digest = DigestHeader::LieInGets(digest.to_owned()));
     }
 
     /// Every answer with a blob breaks after `n` bytes of its body.

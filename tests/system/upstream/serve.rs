@@ -368,7 +368,10 @@ fn named(
         DigestHeader::LieInHeads(_) if seen.method != "HEAD" => {
             response.header("docker-content-digest", digest)
         }
-        DigestHeader::Lie(lie) | DigestHeader::LieInHeads(lie) => {
+        DigestHeader::LieInGets(_) if seen.method != "GET" => {
+            response.header("docker-content-digest", digest)
+        }
+        DigestHeader::Lie(lie) | DigestHeader::LieInHeads(lie) | DigestHeader::LieInGets(lie) => {
             response.header("docker-content-digest", lie)
         }
     })
