@@ -37,7 +37,8 @@ pub struct Cache {
 
 #[derive(Clone)]
 struct Parts {
-    registry: Registry,
+    /// As in the program, one for all upstreams and reloads: to make it reads the system's certificates.
+    connector: Connector,
     rules: Rules,
     disk: Disk,
     gives_tokens: bool,
@@ -72,7 +73,7 @@ pub struct Wish {
 impl Cache {
     pub fn new(registry: &Registry, rules: Rules) -> Cache {
         Cache::start(Parts {
-            registry: registry.clone(),
+            connector: Connector::with_dial(registry.dial()),
             rules,
             disk: Disk::Memory(Arc::new(Memory::new())),
             gives_tokens: false,
@@ -82,7 +83,7 @@ impl Cache {
     /// On a disk that counts how often it is looked at.
     pub fn counted(registry: &Registry, rules: Rules, disk: &Arc<Counted>) -> Cache {
         Cache::start(Parts {
-            registry: registry.clone(),
+            connector: Connector::with_dial(registry.dial()),
             rules,
             disk: Disk::Counted(Arc::clone(disk)),
             gives_tokens: false,
@@ -92,7 +93,7 @@ impl Cache {
     /// On a real folder, where grants outlive a restart.
     pub fn on_disk(registry: &Registry, rules: Rules) -> Cache {
         Cache::start(Parts {
-            registry: registry.clone(),
+            connector: Connector::with_dial(registry.dial()),
             rules,
             disk: Disk::Folder(Arc::new(tempfile::tempdir().unwrap())),
             gives_tokens: false,
@@ -102,7 +103,7 @@ impl Cache {
     /// On a real folder, with tokens of ours while the token service is silent.
     pub fn giving_tokens(registry: &Registry, rules: Rules) -> Cache {
         Cache::start(Parts {
-            registry: registry.clone(),
+            connector: Connector::with_dial(registry.dial()),
             rules,
             disk: Disk::Folder(Arc::new(tempfile::tempdir().unwrap())),
             gives_tokens: true,
@@ -140,8 +141,8 @@ impl Cache {
             } else {
                 Access::Proven
             };
-            let (state, connector) = (states.of(name), Connector::with_dial(parts.registry.dial()));
-            let upstream = Upstream::over(state.upstream(), settings, &connector).unwrap();
+            let state = states.of(name);
+            let upstream = Upstream::over(state.upstream(), settings, &parts.connector).unwrap();
             upstream.activate();
             Site::new(Arc::new(upstream), access, Arc::clone(&rules), state)
         };

@@ -3,6 +3,10 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use ifnewer::oci::Digest;
+use ifnewer::pull::writing::{Change, Written};
+use tokio::task::JoinHandle;
+
 use super::cache::{Cache, Got, PROVEN, SHARED, Wish};
 use super::registry::{Mood, No, Registry, jump};
 use super::walk::{basic, rules};
@@ -135,6 +139,90 @@ async fn t01_who_asks_after_a_denial_does_not_share_an_older_question() {
     early.await.unwrap();
     let late = late.await.unwrap();
     assert!(matches!(late, Got::No(_)), "{late:?}");
+}
+
+/// A tag that is served unasked is cached, and a question about it is held back, with the answer from before a push.
+async fn question_before_a_push() -> (Registry, Arc<Cache>, JoinHandle<Got>, Wish) {
+    let (registry, cache) = stocked();
+    for user in ["alice", "bob"] {
+        registry.lets(user, "acme/present");
+    }
+    registry.push("acme/present", "1", "old", &[40]);
+    // An incomplete image is not served in an outage.
+    pulls(&cache, &registry, "acme/present", &alice()).await;
+    registry.mood(Mood::Holds);
+    let late = tokio::spawn({
+        let cache = Arc::clone(&cache);
+        async move { cache.get(&tag("acme/present", "1", bob())).await }
+    });
+    settle().await;
+    registry.state().mood = Mood::Well;
+    (registry, cache, late, tag("acme/present", "1", alice()))
+}
+
+async fn pushes(cache: &Cache, registry: &Registry) -> Digest {
+    let change = Change::Tag("acme/present".parse().unwrap(), "1".parse().unwrap());
+    let handed = cache.pull.hands_on(&cache.proven, change).await;
+    let new = registry.push("acme/present", "1", "new", &[40]);
+    cache.pull.written(handed, Written::Done).await;
+    new
+}
+
+#[tokio::test(start_paused = true)]
+async fn t01_late_response_over_a_reload_brings_no_pushed_tag_back() {
+    let (registry, cache, late, wish) = question_before_a_push().await;
+    let cache = Arc::new(cache.reload(rules(false), false));
+    let new = pushes(&cache, &registry).await;
+    registry.mood(Mood::Well);
+    late.await.unwrap();
+    settle().await;
+    let got = cache.get(&wish).await;
+    assert!(matches!(got, Got::Content(digest, _) if digest == new), "{got:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn t16_late_response_brings_no_pushed_tag_back_in_an_outage() {
+    let (registry, cache, late, wish) = question_before_a_push().await;
+    pushes(&cache, &registry).await;
+    registry.mood(Mood::Well);
+    late.await.unwrap();
+    settle().await;
+    registry.mood(Mood::Gone);
+    gets_nothing(&cache, wish).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn t16_tag_cached_during_a_push_is_in_doubt_after_a_kill() {
+    let (registry, cache) = stocked();
+    registry.lets("alice", "acme/present");
+    registry.push("acme/present", "1", "old", &[40]);
+    let change = Change::Tag("acme/present".parse().unwrap(), "1".parse().unwrap());
+    let handed = cache.pull.hands_on(&cache.proven, change).await;
+    // Not cached when the push was handed on, so nothing was in doubt then.
+    gets(&cache, tag("acme/present", "1", alice())).await;
+    settle().await;
+    let new = registry.push("acme/present", "1", "new", &[40]);
+    drop(handed);
+    registry.cut();
+    let cache = Arc::into_inner(cache).unwrap().kill(rules(false)).await;
+    for _ in 0..2 {
+        let got = cache.get(&tag("acme/present", "1", alice())).await;
+        assert!(matches!(got, Got::Content(digest, _) if digest == new), "{got:?}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn t01_right_denied_before_a_kill_stays_denied_in_an_outage() {
+    let (registry, _) = stocked();
+    let cache = Cache::on_disk(&registry, rules(false));
+    pulls(&cache, &registry, "acme/app", &alice()).await;
+    registry.revokes("alice", "acme/app");
+    gets_nothing(&cache, tag("acme/app", "1", alice())).await;
+    registry.mood(Mood::Gone);
+    registry.cut();
+    let cache = cache.kill(rules(false)).await;
+    gets_nothing(&cache, tag("acme/app", "1", alice())).await;
+    gets_nothing(&cache, layer(&registry, "acme/app", alice())).await;
 }
 
 #[tokio::test(start_paused = true)]

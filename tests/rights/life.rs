@@ -12,6 +12,7 @@ use std::time::{Duration, SystemTime};
 use ifnewer::oci::Digest;
 use ifnewer::pull::Site;
 use ifnewer::pull::writing::{Change, Written};
+use serde_json::Value;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
@@ -155,6 +156,7 @@ impl Life {
                 jump(*self.dice.pick(&seconds));
             }
             5..=8 => self.change_mood().await,
+            9 if self.dice.roll(2) == 0 => self.end_after_denial().await,
             9 => self.reload(),
             10 if self.dice.roll(4) == 0 => self.restart().await,
             11..=13 => self.write_through().await,
@@ -177,6 +179,8 @@ impl Life {
                 0 => self.reload(),
                 1 => {
                     self.registry.revokes(self.focus.1, self.focus.0.1.0);
+                    // The same tag would share the question that is held back, and hear of no denial.
+                    self.pulls_of(Some(self.beside_focus())).await;
                     self.pulls_of(Some(self.focus.0)).await;
                 }
                 2 => self.write_through().await,
@@ -189,6 +193,59 @@ impl Life {
             self.registry.mood(Mood::Gone);
             self.pulls_of(Some(self.focus.0)).await;
         }
+    }
+
+    /// A denial, the end of the process, and then an outage, in which only what is on the disk is known.
+    async fn end_after_denial(&mut self) {
+        self.release().await;
+        let (place, user) = self.focus;
+        self.registry.lets(user, place.1.0);
+        self.pulls_of(Some(place)).await;
+        self.registry.revokes(user, place.1.0);
+        self.pulls_of(Some(place)).await;
+        if self.dice.roll(3) == 0 {
+            self.restart().await;
+        } else {
+            self.kill().await;
+        }
+        self.troubles += 1;
+        self.registry.mood(Mood::Gone);
+        self.pulls_of(Some(place)).await;
+        self.count("end after a denial, then an outage");
+    }
+
+    /// The whole image is cached: an incomplete one is not served in an outage.
+    async fn completes_focus(&mut self) {
+        let (place, user) = self.focus;
+        let (site, (repository, tag)) = place;
+        self.registry.lets(user, repository);
+        let manifest = {
+            let state = self.registry.state();
+            let contents = &state.shelves[repository];
+            let named = contents.tags.get(tag);
+            named.and_then(|digest| serde_json::from_slice::<Value>(&contents.manifests[digest]).ok())
+        };
+        let Some(manifest) = manifest else { return };
+        self.pulls_of(Some(place)).await;
+        let layers = manifest["layers"].as_array().into_iter().flatten();
+        for blob in layers.chain([&manifest["config"]]) {
+            let digest = blob["digest"].as_str().unwrap();
+            let wish = Wish {
+                site,
+                path: format!("/v2/{repository}/blobs/{digest}"),
+                head: false,
+                shows: basic(user, &format!("{user}-secret")),
+            };
+            let _ = self.cache.get(&wish).await;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+
+    /// Another tag of the same repository.
+    fn beside_focus(&self) -> Place {
+        let (site, (repository, tag)) = self.focus.0;
+        let other = TAGS.iter().find(|other| **other != tag);
+        (site, (repository, other.copied().unwrap_or(tag)))
     }
 
     fn change_rights(&mut self) {
@@ -258,10 +315,13 @@ impl Life {
             return;
         }
         // A limit is paced for long after it, which looks like trouble from outside: `walk` has those.
-        let moods = [Mood::Gone, Mood::Stalls, Mood::Stalls, Mood::NoTokens];
+        let moods = [Mood::Gone, Mood::Stalls, Mood::Holds, Mood::Holds, Mood::NoTokens];
         let mood = *self.dice.pick(&moods);
+        if mood == Mood::Holds && self.dice.roll(2) == 0 {
+            self.completes_focus().await;
+        }
         self.registry.mood(mood);
-        if mood == Mood::Stalls {
+        if matches!(mood, Mood::Stalls | Mood::Holds) {
             self.is_stalled = true;
             if self.dice.roll(3) != 0 {
                 self.registry.lets(self.focus.1, self.focus.0.1.0);
@@ -383,7 +443,10 @@ impl Life {
                 self.count("kill during a write");
             }
         }
-        self.pulls_of(Some(place)).await;
+        // A pull learns again what a late answer is about to take back.
+        if self.dice.roll(2) == 0 {
+            self.pulls_of(Some(place)).await;
+        }
     }
 
     async fn pulls(&mut self) {
@@ -550,6 +613,7 @@ impl Life {
             "restart",
             "kill",
             "kill during a write",
+            "end after a denial, then an outage",
             "acknowledged write",
             "refused write",
             "write of unknown outcome",

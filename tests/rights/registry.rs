@@ -54,6 +54,8 @@ pub enum Mood {
     Gone,
     /// Requests are taken and answered only when the mood changes, with what was true when they came.
     Stalls,
+    /// As [`Mood::Stalls`], but only for what is said to a token: the token service answers at once.
+    Holds,
     Status(u16),
     /// Only the token service is down.
     NoTokens,
@@ -279,11 +281,11 @@ impl Registry {
     async fn act(self, request: Request<Incoming>) -> Result<Response<Full<Bytes>>, Infallible> {
         let mut changed = self.changed.subscribe();
         changed.mark_unchanged();
-        let ((answer, word), waits) = {
+        let ((answer, word), mood) = {
             let mut state = self.state();
-            let waits = state.mood == Mood::Stalls;
-            (state.answer(&request), waits)
+            (state.answer(&request), state.mood)
         };
+        let waits = mood == Mood::Stalls || (mood == Mood::Holds && word.is_some());
         if waits {
             let _ = changed.changed().await;
         }
