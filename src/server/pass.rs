@@ -73,10 +73,16 @@ impl Front {
 /// What became of a write that was handed on.
 fn outcome(passed: Result<&PassedOn, &Cause>) -> Written {
     match passed {
-        Ok(passed) if passed.status.is_client_error() => Written::Refused,
+        Ok(passed) if is_registrys_refusal(passed.status) => Written::Refused,
         Ok(passed) if passed.status.is_success() => Written::Done,
         // There was no connection, so nothing was sent.
         Err(Cause::Refused | Cause::Unreachable | Cause::Dns | Cause::ConnectTimeout) => Written::Refused,
         Ok(_) | Err(_) => Written::Perhaps,
     }
+}
+
+/// Whether the registry itself refused the write. 407, 408, 429 and 499 are also what a proxy in between answers for a
+/// request that the registry may have taken.
+fn is_registrys_refusal(status: StatusCode) -> bool {
+    matches!(status.as_u16(), 400 | 401 | 403..=406 | 409..=417 | 422 | 423)
 }

@@ -105,6 +105,18 @@ async fn t16_refused_push_costs_nothing_and_evicts_nothing() {
     assert_eq!(upstream.requests().len(), 0);
 }
 
+/// Each is also the response of a proxy in between, for a request that the registry has taken.
+#[tokio::test]
+async fn t16_push_answered_407_408_429_or_499_leaves_the_tag_in_doubt() {
+    for status in [407, 408, 429, 499] {
+        let (upstream, _old, proxy) = unasked().await;
+        let new = upstream.push("team/demo", "1", Image::with_layers(&["new"]));
+        upstream.answers(is_put, status);
+        assert_eq!(put(&proxy, &new).await.status, status);
+        proxy.manifest(REPOSITORY, "1").await.is_image(&new);
+    }
+}
+
 #[tokio::test]
 async fn t16_push_that_reaches_nobody_evicts_nothing_in_an_outage() {
     let (upstream, old, proxy) = unasked().await;
