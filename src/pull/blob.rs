@@ -46,7 +46,7 @@ impl Pull {
         let digest = match digest {
             AnyDigest::Known(digest) => digest,
             AnyDigest::Foreign(_) => {
-                return passing::unverifiable(request, &context.caller, u64::MAX).await;
+                return passing::unverifiable(self, request, repository, &context.caller, u64::MAX).await;
             }
         };
         let rule = request.site.rule(repository, None);
@@ -409,6 +409,7 @@ impl Road<'_> {
         let fetched = match fetched {
             Ok(fetched) => fetched,
             Err(answer) => {
+                self.pull.learn(&self.wanted(), &answer, asked_at).await;
                 let heard = self.pull.heard(site, self.repository, &answer);
                 return refuse_unheld(situation, heard, Some(Arc::new(answer)));
             }

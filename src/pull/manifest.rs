@@ -33,7 +33,14 @@ impl Pull {
                 self.by_digest(request, repository, &context, digest).await
             }
             Reference::Digest(AnyDigest::Foreign(_)) => {
-                passing::unverifiable(request, &context.caller, PASSED_MANIFEST_BYTES_MAX).await
+                passing::unverifiable(
+                    self,
+                    request,
+                    repository,
+                    &context.caller,
+                    PASSED_MANIFEST_BYTES_MAX,
+                )
+                .await
             }
         }
     }
@@ -344,9 +351,16 @@ impl<'a> Road<'a> {
         }
     }
 
-    /// What cannot be kept: the upstream's own response to this caller, of which nothing is noted.
+    /// What cannot be kept: the upstream's own response to this caller. Of it only a denial is noted.
     async fn pass(&self) -> Outcome {
-        passing::unverifiable(self.request, &self.context.caller, PASSED_MANIFEST_BYTES_MAX).await
+        passing::unverifiable(
+            self.pull,
+            self.request,
+            self.repository,
+            &self.context.caller,
+            PASSED_MANIFEST_BYTES_MAX,
+        )
+        .await
     }
 
     async fn fetched(

@@ -2,10 +2,13 @@
 
 use std::sync::Arc;
 
+use tokio::time::Instant;
+
+use super::fetching::Wanted;
 use super::manifest::refused;
-use super::{Outcome, Request};
+use super::{Outcome, Pull, Request};
 pub use crate::download::Verifying as Passing;
-use crate::oci::{Cause, MediaType, Operation, Reference};
+use crate::oci::{Cause, MediaType, Operation, Reference, Repository};
 use crate::policy::Refusal;
 use crate::upstream::{Answer, Caller, Fetched, Said};
 
@@ -23,7 +26,14 @@ pub struct Passed {
 }
 
 /// Asks for content that cannot be verified. Nothing is kept, so the upstream's word is asked for each time.
-pub(super) async fn unverifiable(request: &Request, caller: &Caller, size_max: u64) -> Outcome {
+pub(super) async fn unverifiable(
+    pull: &Arc<Pull>,
+    request: &Request,
+    repository: &Repository,
+    caller: &Caller,
+    size_max: u64,
+) -> Outcome {
+    let asked_at = Instant::now();
     let Request {
         site,
         operation,
@@ -49,7 +59,7 @@ pub(super) async fn unverifiable(request: &Request, caller: &Caller, size_max: u
                 body: None,
             })
         } else {
-            not_passed(answer)
+            not_passed(pull, &Wanted::of(request, repository, caller), answer, asked_at).await
         };
     }
     match site.upstream().get(caller, operation, accept, None).await {
@@ -65,7 +75,7 @@ pub(super) async fn unverifiable(request: &Request, caller: &Caller, size_max: u
             size: fetched.length,
             body: Some(Box::new(fetched)),
         }),
-        Err(answer) => not_passed(answer),
+        Err(answer) => not_passed(pull, &Wanted::of(request, repository, caller), answer, asked_at).await,
     }
 }
 
@@ -73,7 +83,9 @@ fn is_page(fetched: &Fetched) -> bool {
     fetched.media_type.as_ref().is_some_and(MediaType::is_page)
 }
 
-fn not_passed(answer: Answer) -> Outcome {
+/// A denial ends the caller's grant, as that of content that can be verified does.
+async fn not_passed(pull: &Arc<Pull>, wanted: &Wanted, answer: Answer, asked_at: Instant) -> Outcome {
+    pull.learn(wanted, &answer, asked_at).await;
     let refusal = match answer.said {
         Said::Absent => Refusal::Absent,
         Said::Forbidden => Refusal::Forbidden,

@@ -73,11 +73,15 @@ impl Question<'_> {
             }
             Err(refusal) => *refusal,
         };
-        let known = self.quirks.has(Quirk::HeadUntrue, now);
+        let quirk = match refusal.answer.said {
+            Said::Forbidden => Quirk::HeadForbidden,
+            _ => Quirk::HeadUntrue,
+        };
+        let known = self.quirks.has(quirk, now);
         match refusal.answer.status.map(|status| status.as_u16()) {
             Some(405 | 501) => self.get_manifest(reference, Some(Quirk::HeadRefused)).await,
             Some(400 | 403 | 404 | 410 | 500) if known || self.may_check(now) => {
-                let checked = self.get_manifest(reference, Some(Quirk::HeadUntrue)).await;
+                let checked = self.get_manifest(reference, Some(quirk)).await;
                 truer(refusal.answer, checked, known)
             }
             // The body says whether it is a limit, and a HEAD has none.
@@ -87,7 +91,9 @@ impl Question<'_> {
                     && matches!(refusal.answer.said, Said::Forbidden | Said::Other(_)) =>
             {
                 match self.ask(Method::GET, None).await {
-                    Err(by_get) if by_get.answer.asks_to_wait().is_some() => by_get.answer,
+                    Err(by_get) if by_get.answer.asks_to_wait().is_some() => {
+                        truer(refusal.answer, by_get.answer, false)
+                    }
                     Ok(_) | Err(_) => refusal.answer,
                 }
             }
@@ -355,14 +361,19 @@ impl Question<'_> {
 
 /// The response to a GET that checks a HEAD. Where it brings nothing usable, the HEAD is believed unless the HEADs of this
 /// upstream are known to lie.
+///
+/// A registry may deny the HEAD and limit only GETs. Such a limit says nothing of the right, so the denial stands.
 fn truer(head: Answer, get: Answer, is_known_to_lie: bool) -> Answer {
     let head_is_usable = head.silence().is_none() && !is_known_to_lie;
-    // The body says whether it is a limit, and a HEAD has none.
-    if get.silence().is_some() && get.asks_to_wait().is_none() && head_is_usable {
-        head
-    } else {
-        get
-    }
+    let is_limit = get.asks_to_wait().is_some();
+    let get_counts = match (head.said, get.said) {
+        // A limit with the status of a denial shows in the body alone, and the response to a HEAD has none.
+        (Said::Forbidden, Said::Silent(_)) => is_limit && get.status == head.status,
+        (Said::Forbidden, Said::Other(_)) => false,
+        (_, Said::Silent(_)) => is_limit,
+        _ => true,
+    };
+    if head_is_usable && !get_counts { head } else { get }
 }
 
 fn content_range(headers: &HeaderMap) -> Option<(u64, Option<u64>)> {

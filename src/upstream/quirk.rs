@@ -30,6 +30,8 @@ pub enum Quirk {
     NoDigest,
     /// HEAD of a manifest is an error where GET has it: 404 at Nexus.
     HeadUntrue,
+    /// HEAD of a manifest is denied (403) where GET has it.
+    HeadForbidden,
     /// HEAD of a blob is refused where GET works (public.ecr.aws), or says too little.
     BlobHeadRefused,
     /// HEAD of a blob says 404 where GET has it: Harbor, until it has fetched the blob for that repository.
@@ -43,6 +45,7 @@ impl Quirk {
             Quirk::HeadRefused => "head-refused",
             Quirk::NoDigest => "no-digest",
             Quirk::HeadUntrue => "head-untrue",
+            Quirk::HeadForbidden => "head-forbidden",
             Quirk::BlobHeadRefused => "blob-head-refused",
             Quirk::BlobHeadUntrue => "blob-head-untrue",
         }

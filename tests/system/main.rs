@@ -34,6 +34,7 @@ mod commands;
 mod config_exit;
 mod connect;
 mod connection_close;
+mod denials;
 mod doctor;
 mod doors;
 mod doubts;

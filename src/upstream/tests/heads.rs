@@ -220,8 +220,61 @@ async fn r05_a_head_that_lies_about_a_manifest_is_found_out_once() {
                 Said::Is(digest(MANIFEST))
             );
         }
-        assert_eq!(upstream.state().quirks, [Quirk::HeadUntrue]);
+        let quirk = if status == 403 {
+            Quirk::HeadForbidden
+        } else {
+            Quirk::HeadUntrue
+        };
+        assert_eq!(upstream.state().quirks, [quirk]);
     }
+}
+
+#[tokio::test]
+async fn r02_a_denied_head_is_overruled_by_a_yes_or_a_limit_of_its_status() {
+    let limit = r#"{"errors":[{"code":"TOOMANYREQUESTS"}]}"#;
+    for (head, get, body, said) in [
+        (403, 429, limit, Said::Forbidden),
+        (403, 503, "", Said::Forbidden),
+        (403, 500, "", Said::Forbidden),
+        (403, 423, "", Said::Forbidden),
+        (403, 403, "", Said::Forbidden),
+        (403, 403, limit, Said::Silent(Cause::RateLimited)),
+        (403, 404, "", Said::Absent),
+        (404, 429, limit, Said::Silent(Cause::RateLimited)),
+    ] {
+        let registry = Registry::start(move |seen| {
+            let is_head = seen.method == Method::HEAD;
+            let reply = answer(if is_head { head } else { get }).header("content-type", "application/json");
+            if is_head {
+                reply
+            } else {
+                reply.header("retry-after", "30").body(body)
+            }
+        })
+        .await;
+        for what in [tag(), blob("layer")] {
+            // Each has limits of its own: a pause of one would keep the next from being sent.
+            let upstream = upstream(&[&registry]);
+            let answer = upstream.head(&anonymous(), &what, &accept()).await;
+            assert_eq!(answer.said, said, "{head} {get} {body} {what:?}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn r04_head_403_known_as_untrue_is_no_denial() {
+    let registry = Registry::start(|seen| match (&seen.method, seen.path()) {
+        (&Method::HEAD, _) => answer(403).header("content-type", "application/json"),
+        (_, path) if path.ends_with("/latest") => manifest(),
+        _ => answer(503).header("retry-after", "30"),
+    })
+    .await;
+    let upstream = upstream(&[&registry]);
+    let yes = upstream.head(&anonymous(), &tag(), &accept()).await;
+    assert_eq!(yes.said, Said::Is(digest(MANIFEST)));
+    let other = operation("/v2/library/a/manifests/other");
+    let limited = upstream.head(&anonymous(), &other, &accept()).await;
+    assert_eq!(limited.said, Said::Silent(Cause::Status(503)));
 }
 
 #[tokio::test]
