@@ -6,7 +6,7 @@
 //!
 //! * [`digest`]: content digests and the hashing that proves them; the only place that hashes.
 //! * [`name`]: repositories, tags and references.
-//! * [`operation`]: one validated read request; [`query`]: its parameters.
+//! * [`operation`]: one validated read request; [`path`]: how it is spelled; [`query`]: its parameters.
 //! * [`manifest`]: what of a manifest we must understand, and media types.
 //! * [`accept`]: the set of media types a client takes.
 //! * [`range`]: byte ranges asked for and answered.
@@ -27,6 +27,7 @@ pub mod login;
 pub mod manifest;
 pub mod name;
 pub mod operation;
+pub mod path;
 pub mod query;
 pub mod range;
 

@@ -7,13 +7,14 @@
 //! * `rights`: what its answers show of who may read. `logins`: whose a token is, and tokens of ours. `recalled`: how it asks for a credential, for when it is silent.
 //! * `manifest`: by tag and by digest; `copies` of it that are held, `fetching` it, the `check` of what it points to.
 //! * `blob`: held, joined or led; `possession`: the proof where a HEAD proves nothing; `source`: how a download reaches the upstream; `prefetch` begins before anybody asks. `attached`: attestations, and what refers to them. * `listing`: tags; `long_list`, passed on as it arrives; `page`, cut from what is kept. * `referrers`: by their API and by their fallback tag.
-//! * `cached`: what the store holds of it, or an error of the disk, logged. * `challenge`: how the registry itself answers `/v2/`. * `writing`: what follows from a write that passed.
+//! * `cached`: what the store holds of it, or an error of the disk, logged. * `challenge`: how the registry itself answers `/v2/`. * `change`: what a write changes. `writing`: what follows from a write that passed.
 
 mod asking;
 mod attached;
 mod blob;
 mod cached;
 mod challenge;
+mod change;
 mod check;
 mod copies;
 mod fetching;

@@ -183,12 +183,30 @@ async fn admitted(entry: &Entry, place: &Place<'_>, mut wanted: Wanted) -> Resul
     {
         return Err(Turned::NotAllowed(format!("{}/{repository}", site.name())));
     }
+    if let Wanted::Pass(passage) = &wanted {
+        may_pass(entry, who.name(), passage, place.head)?;
+    }
     if let (Wanted::Read(request, _), Way::Own) = (&mut wanted, way)
         && entry.takes_passwords()
     {
         request.authorization = None;
     }
     Ok(wanted)
+}
+
+/// Refuses what a list of repositories does not allow, or cannot be compared with.
+fn may_pass(entry: &Entry, user: &str, passage: &Passage, head: &Parts) -> Result<(), Turned> {
+    let name = passage.site.name();
+    let refused = |what: &str| Turned::NotAllowed(format!("{name}/{what}"));
+    for source in &passage.sources {
+        if !entry.allows(user, name, source) {
+            return Err(refused(source.as_str()));
+        }
+    }
+    if passage.is_unclear && entry.has_allows() {
+        return Err(refused(head.uri.path().trim_start_matches('/')));
+    }
+    Ok(())
 }
 
 /// Where and when a request came in.

@@ -11,6 +11,7 @@ use http::{Method, StatusCode};
 use super::digest::{AnyDigest, DigestError};
 use super::error::ErrorCode;
 use super::name::{NameError, Reference, ReferenceError, Repository};
+use super::path::PathError;
 use super::query::{Query, QueryError};
 
 /// A read request.
@@ -150,6 +151,9 @@ pub enum Malformed {
     /// No such endpoint.
     #[error("there is no such endpoint")]
     Path,
+    /// The path is spelled in a way that servers read differently.
+    #[error("path: {0}")]
+    Spelling(#[from] PathError),
     /// The repository's name is wrong.
     #[error("repository: {0}")]
     Repository(NameError),
@@ -177,7 +181,7 @@ impl Malformed {
     /// The code for the error body.
     pub const fn code(&self) -> ErrorCode {
         match self {
-            Self::Repository(_) => ErrorCode::NameInvalid,
+            Self::Repository(_) | Self::Spelling(_) => ErrorCode::NameInvalid,
             Self::Tag(_) => ErrorCode::TagInvalid,
             Self::Digest(_) => ErrorCode::DigestInvalid,
             Self::Path | Self::Query(_) | Self::Write { .. } | Self::Method => ErrorCode::Unsupported,
@@ -189,7 +193,9 @@ impl Malformed {
     pub const fn status(&self) -> StatusCode {
         match self {
             Self::Path | Self::Tag(_) => StatusCode::NOT_FOUND,
-            Self::Repository(_) | Self::Digest(_) | Self::Query(_) => StatusCode::BAD_REQUEST,
+            Self::Repository(_) | Self::Spelling(_) | Self::Digest(_) | Self::Query(_) => {
+                StatusCode::BAD_REQUEST
+            }
             Self::Write { .. } | Self::Method => StatusCode::METHOD_NOT_ALLOWED,
         }
     }

@@ -41,6 +41,16 @@ impl Query {
         Ok((Self(pairs), namespace.filter(|namespace| !namespace.is_empty())))
     }
 
+    /// Every value of `key`, decoded. A key in another case and a `;` between parameters count too: some servers read so.
+    pub fn values(query: Option<&str>, key: &str) -> Result<Vec<String>, QueryError> {
+        let parts = query.unwrap_or_default().split(['&', ';']);
+        let pairs = parts.map(|part| part.split_once('=').unwrap_or((part, "")));
+        pairs
+            .filter(|(known, _)| decode(known).is_ok_and(|known| known.eq_ignore_ascii_case(key)))
+            .map(|(_, value)| decode(value))
+            .collect()
+    }
+
     /// The first value of `key`, decoded.
     pub fn get(&self, key: &str) -> Option<&str> {
         self.0
@@ -131,6 +141,9 @@ pub enum QueryError {
     /// More parameters than [`QUERY_PAIRS_MAX`].
     #[error("more than {QUERY_PAIRS_MAX} parameters")]
     TooMany,
+    /// More tags than one push may have.
+    #[error("more tags than one push may have")]
+    TooManyTags,
     /// A `%` without two hex digits, or bytes that are not UTF-8.
     #[error("a parameter is not percent-encoded UTF-8")]
     Encoding,

@@ -15,13 +15,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
 
-use http::Method;
 use tokio::task::spawn_blocking;
 
 use super::asking::report;
+pub use super::change::Change;
 use super::fetching::Wanted;
 use super::{Pull, Site};
-use crate::oci::{AnyDigest, Digest, MediaType, Operation, Reference, Repository, Tag};
+use crate::oci::{Digest, MediaType, Reference, Repository};
 use crate::store::Store;
 use crate::store::doubts::DoubtKey;
 use crate::store::refs::TagKey;
@@ -34,65 +34,6 @@ const TAGS_PAGE: usize = 1024;
 
 /// How old a doubt is before a revalidation settles it. A registry may still commit a write whose connection is gone.
 const SETTLED_AFTER: Duration = Duration::from_secs(60);
-
-/// What a write changes of what may be held.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Change {
-    /// A tag names something else, or nothing.
-    Tag(Repository, Tag),
-    /// A manifest or a blob is gone, and with a manifest all tags that named it.
-    Gone(Repository, Digest),
-    /// A manifest was pushed by digest. It may refer to another, so a list of referrers may have grown.
-    Pushed(Repository),
-}
-
-impl Change {
-    /// What a request changes, if that is anything that may be held. A part of an upload changes nothing.
-    pub fn of(method: &Method, path: &str) -> Option<Self> {
-        let deletes = *method == Method::DELETE;
-        if !deletes && *method != Method::PUT {
-            return None;
-        }
-        match Operation::parse(&Method::GET, path, None).ok()? {
-            Operation::Manifest {
-                repository,
-                reference: Reference::Tag(tag),
-            } => Some(Self::Tag(repository, tag)),
-            Operation::Manifest {
-                repository,
-                reference: Reference::Digest(AnyDigest::Known(digest)),
-            }
-            | Operation::Blob {
-                repository,
-                digest: AnyDigest::Known(digest),
-            } if deletes => Some(Self::Gone(repository, digest)),
-            Operation::Manifest { repository, .. } if !deletes => Some(Self::Pushed(repository)),
-            _ => None,
-        }
-    }
-
-    fn repository(&self) -> &Repository {
-        match self {
-            Self::Tag(repository, _) | Self::Gone(repository, _) | Self::Pushed(repository) => repository,
-        }
-    }
-}
-
-impl Change {
-    /// What of the cache it puts in doubt. A list of referrers is only ever good while nothing was written.
-    fn doubted(&self, site: &Site) -> Option<DoubtKey> {
-        let (repository, reference) = match self {
-            Self::Tag(repository, tag) => (repository, tag.clone().into()),
-            Self::Gone(repository, digest) => (repository, (*digest).into()),
-            Self::Pushed(_) => return None,
-        };
-        Some(DoubtKey {
-            upstream: site.name().into(),
-            repository: repository.clone(),
-            reference,
-        })
-    }
-}
 
 /// Which writes there were in a repository when a request came: compared with a later value, whether there was one in
 /// between.
@@ -194,8 +135,8 @@ pub struct Handed {
     change: Change,
     /// Which write it is, in the count of those begun.
     nth: u64,
-    /// Whether the doubt is of this write alone.
-    is_first: bool,
+    /// The doubts that are of this write alone.
+    own_doubts: Vec<DoubtKey>,
     is_refused: bool,
 }
 
@@ -215,23 +156,31 @@ impl Pull {
         let mut handed = Handed {
             nth: site.writings().begin(change.repository()),
             site: Arc::clone(site),
-            is_first: false,
+            own_doubts: Vec::new(),
             is_refused: false,
             change,
         };
-        let Some(key) = handed.change.doubted(site) else {
+        let keys = handed.change.doubted(site);
+        if keys.is_empty() {
             return handed;
-        };
+        }
         let (store, now) = (Arc::clone(&self.store), self.clock.now());
         let doubted = spawn_blocking(move || {
-            if store.has_cached(&key) {
-                store.doubt(&key, now)
-            } else {
-                Ok(false)
+            let (mut own, mut outcome) = (Vec::new(), Ok(()));
+            for key in keys.into_iter().filter(|key| store.has_cached(key)) {
+                match store.doubt(&key, now) {
+                    Ok(true) => own.push(key),
+                    Ok(false) => {}
+                    Err(fault) => outcome = Err(fault),
+                }
             }
+            (own, outcome)
         })
         .await;
-        handed.is_first = matches!(doubted, Ok(Ok(true)));
+        let doubted = doubted.map(|(own, outcome)| {
+            handed.own_doubts = own;
+            outcome
+        });
         report(doubted, "keep that a write may change what is cached");
         handed
     }
@@ -243,7 +192,7 @@ impl Pull {
             Written::Perhaps => {}
             Written::Refused => {
                 handed.is_refused = true;
-                if let Some(key) = handed.change.doubted(&site).filter(|_| handed.is_first) {
+                for key in std::mem::take(&mut handed.own_doubts) {
                     let is_alone = Self::is_alone(&handed);
                     self.settle(key, is_alone).await;
                 }
@@ -365,14 +314,17 @@ fn forget(store: &Store, site: &Site, change: Change) -> Result<(), crate::store
     let upstream: Arc<str> = site.name().into();
     match change {
         // What is known of referrers is good only for as long as nothing was written.
-        Change::Pushed(_) => Ok(()),
-        Change::Tag(repository, tag) => {
-            let key = TagKey {
-                upstream,
-                repository,
-                tag,
-            };
-            store.remove_tag(&key).map(|_| ())
+        Change::Tags(repository, tags) => {
+            let mut outcome = Ok(());
+            for tag in tags {
+                let key = TagKey {
+                    upstream: Arc::clone(&upstream),
+                    repository: repository.clone(),
+                    tag,
+                };
+                outcome = store.remove_tag(&key).map(|_| ()).and(outcome);
+            }
+            outcome
         }
         Change::Gone(repository, digest) => {
             store.note_gone(&upstream, &repository, &digest)?;
@@ -397,44 +349,6 @@ fn forget(store: &Store, site: &Site, change: Change) -> Result<(), crate::store
                     None => return Ok(()),
                 }
             }
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    #![allow(clippy::unwrap_used, reason = "tests may fail loudly")]
-    use super::*;
-
-    #[test]
-    fn only_what_may_be_held_is_changed() {
-        let digest = format!("sha256:{}", "a".repeat(64));
-        let tag = |name: &str| Some(Change::Tag("team/demo".parse().unwrap(), name.parse().unwrap()));
-        let gone = Some(Change::Gone(
-            "team/demo".parse().unwrap(),
-            digest.parse().unwrap(),
-        ));
-        for (method, path, change) in [
-            (Method::PUT, "/v2/team/demo/manifests/1".to_owned(), tag("1")),
-            (Method::DELETE, "/v2/team/demo/manifests/1".to_owned(), tag("1")),
-            (
-                Method::DELETE,
-                format!("/v2/team/demo/manifests/{digest}"),
-                gone.clone(),
-            ),
-            (Method::DELETE, format!("/v2/team/demo/blobs/{digest}"), gone),
-            (
-                Method::PUT,
-                format!("/v2/team/demo/manifests/{digest}"),
-                Some(Change::Pushed("team/demo".parse().unwrap())),
-            ),
-            (Method::PUT, "/v2/team/demo/blobs/uploads/7".to_owned(), None),
-            (Method::DELETE, "/v2/team/demo/blobs/uploads/7".to_owned(), None),
-            (Method::POST, "/v2/team/demo/blobs/uploads/".to_owned(), None),
-            (Method::GET, "/v2/team/demo/manifests/1".to_owned(), None),
-            (Method::POST, "/token".to_owned(), None),
-        ] {
-            assert_eq!(Change::of(&method, &path), change, "{method} {path}");
         }
     }
 }

@@ -237,6 +237,11 @@ impl Entry {
         self.passwords.known.get(credential).filter(is_user)
     }
 
+    /// Whether not every user may pull everything.
+    pub(super) fn has_allows(&self) -> bool {
+        !self.allows.is_empty()
+    }
+
     /// Whether this user may pull from this repository.
     pub(super) fn allows(&self, user: &str, upstream: &str, repository: &Repository) -> bool {
         self.allows.is_empty()

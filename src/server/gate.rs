@@ -13,7 +13,8 @@ use http::{HeaderMap, HeaderValue, Method, StatusCode, Version};
 
 use super::door::{Door, Doors, Peer, in_full, is_absolute, name_of};
 use crate::oci::accept::AcceptError;
-use crate::oci::query::QueryError;
+use crate::oci::path;
+use crate::oci::query::{Query, QueryError};
 use crate::oci::{Accept, Cause, ErrorCode, Malformed, Operation, Repository};
 use crate::pull::writing::{Change, Writes};
 use crate::pull::{Request, Site, is_local_token};
@@ -264,6 +265,10 @@ pub(super) struct Passage {
     pub(super) door: Door,
     /// Where its path names one.
     pub(super) repository: Option<Repository>,
+    /// The repositories from which it mounts a blob.
+    pub(super) sources: Vec<Repository>,
+    /// Whether its path may be about a repository that cannot be read from it.
+    pub(super) is_unclear: bool,
     /// The token service, if it is for that one's host.
     pub(super) beside: Option<Origin>,
     /// Where the client thinks it is.
@@ -286,6 +291,7 @@ pub(super) fn read(
     if !peer.may_speak {
         return Err(Turned::Plain);
     }
+    path::check(head.uri.path()).map_err(Malformed::from)?;
     let Some((site, door)) = intercepted else {
         let (site, operation, door) = doors.open(head)?;
         return Ok(Wanted::Read(request(head, site, operation, (now, trace))?, door));
@@ -383,19 +389,47 @@ fn pass(
         return Err(Turned::ReadOnly(site.name().to_owned()));
     }
     let scheme = if peer.secure { "https" } else { "http" };
+    let repository = repository_in(path).and_then(|named| site.full_name(named).ok());
+    let sources = if head.method == Method::POST && names_one {
+        mounted_from(head, &site)?
+    } else {
+        Vec::new()
+    };
     Ok(Passage {
-        repository: repository_in(path).and_then(|named| site.full_name(named).ok()),
+        is_unclear: repository.is_none() && may_name_one(path),
+        repository,
+        sources,
         site,
         door,
         beside: None,
         base: format!("{scheme}://{}", host.map_or("", Authority::as_str)),
-        change: Change::of(&head.method, path),
+        change: Change::of(&head.method, path, head.uri.query())?,
     })
 }
 
-/// The repository that a path of the distribution specification is about, of whatever endpoint.
+/// The repositories from which a blob is to be mounted (spec, end-11).
+fn mounted_from(head: &Parts, site: &Site) -> Result<Vec<Repository>, Turned> {
+    let named = Query::values(head.uri.query(), "from")?;
+    let named = named.iter().filter(|name| !name.is_empty());
+    named
+        .map(|name| {
+            let source = name.parse().and_then(|source| site.full_name(source));
+            source.map_err(|error| Malformed::Repository(error).into())
+        })
+        .collect()
+}
+
+/// Whether a path may be about a repository, of an endpoint that is unknown here. No repository's name begins with `_`, and
+/// one component alone is a repository without an endpoint.
+fn may_name_one(path: &str) -> bool {
+    path.strip_prefix("/v2/")
+        .is_some_and(|rest| !rest.starts_with('_') && rest.contains('/'))
+}
+
+/// The repository that a path of the distribution specification is about, of whatever endpoint. That of an extension begins
+/// with `_`.
 fn repository_in(path: &str) -> Option<Repository> {
-    const ENDPOINTS: [&str; 4] = ["/blobs/", "/manifests/", "/tags/", "/referrers/"];
+    const ENDPOINTS: [&str; 5] = ["/blobs/", "/manifests/", "/tags/", "/referrers/", "/_"];
     let path = path.strip_prefix("/v2/")?;
     let end = ENDPOINTS
         .iter()

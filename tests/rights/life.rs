@@ -406,7 +406,7 @@ impl Life {
         let handed = self
             .cache
             .pull
-            .hands_on(&site, Change::Tag(repository, tag))
+            .hands_on(&site, Change::Tags(repository, vec![tag]))
             .await;
         drop(site);
         if self.dice.roll(3) == 0 {

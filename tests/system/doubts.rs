@@ -143,3 +143,73 @@ async fn t16_push_of_unknown_outcome_is_asked_about_and_served_in_an_outage() {
     upstream.refuses();
     proxy.pull(REPOSITORY, "1", &old).await.is_stale();
 }
+
+/// A push of the manifest of `image` to this path and query of the registry.
+fn put_at(proxy: &Proxy, target: &str, image: &Image) -> Ask {
+    let put = proxy.ask("PUT", target).header("host", "ghcr.io");
+    put.header("content-type", &image.media_type)
+        .body(&image.manifest)
+        .unchecked()
+}
+
+#[tokio::test]
+async fn t16_push_by_digest_with_tag_in_query_serves_the_new_image() {
+    for query in ["tag=1", "tag=other&tag=1"] {
+        let (upstream, _old, proxy) = unasked().await;
+        let new = upstream.push_untagged("team/demo", Image::with_layers(&["new"]));
+        let target = format!("{}?{query}", manifest_path("team/demo", &new.digest));
+        assert_eq!(put_at(&proxy, &target, &new).await.status, 201, "{query}");
+        proxy.pull(REPOSITORY, "1", &new).await;
+    }
+}
+
+#[tokio::test]
+async fn t16_push_by_digest_of_unknown_outcome_doubts_each_tag() {
+    let (upstream, old, proxy) = unasked().await;
+    upstream.push("team/demo", "2", old.clone());
+    proxy.pull(REPOSITORY, "2", &old).await;
+    let new = Image::with_layers(&["new"]);
+    let target = format!("{}?tag=1&tag=2", manifest_path("team/demo", &new.digest));
+    upstream.answers(is_put, 403);
+    assert_eq!(put_at(&proxy, &target, &new).await.status, 403);
+    upstream.clear_log();
+    for tag in ["1", "2"] {
+        let unasked = proxy.pull(REPOSITORY, tag, &old).await;
+        assert!(unasked.cache_status().contains("unasked"), "{unasked:#?}");
+    }
+    assert_eq!(upstream.requests().len(), 0, "a refused push changes nothing");
+
+    upstream.answers(is_put, 500);
+    assert_eq!(put_at(&proxy, &target, &new).await.status, 500);
+    for tag in ["1", "2"] {
+        upstream.push("team/demo", tag, new.clone());
+        proxy.pull(REPOSITORY, tag, &new).await;
+    }
+}
+
+#[tokio::test]
+async fn t16_push_to_a_tag_in_another_spelling_reaches_no_registry() {
+    let (upstream, old, proxy) = unasked().await;
+    let new = Image::with_layers(&["new"]);
+    for path in [
+        "/v2/team/demo/manifests/%31",
+        "/v2/team/demo/manifests%2F1",
+        "/v2/team/%64emo/manifests/1",
+        "/v2/team/demo//manifests/1",
+        "/v2/team/demo/manifests/1;x",
+        "//v2/team/demo/manifests/1",
+        "/V2/team/demo/manifests/1",
+    ] {
+        for method in ["PUT", "DELETE"] {
+            let write = proxy.ask(method, path).header("host", "ghcr.io");
+            let reply = write.body(&new.manifest).unchecked().await;
+            reply.is_refused(400);
+            assert_eq!(reply.code(), "NAME_INVALID", "{method} {path}");
+        }
+    }
+    // A tag that cannot be read: 404 as for a read.
+    let reply = put_at(&proxy, "/v2/team/demo/manifests/1/", &new).await;
+    assert_eq!((reply.status, reply.code().as_str()), (404, "TAG_INVALID"));
+    assert_eq!(upstream.requests().len(), 0);
+    proxy.pull(REPOSITORY, "1", &old).await;
+}

@@ -164,6 +164,95 @@ async fn by_connect_a_password_is_shown_to_the_proxy_and_authorization_is_the_re
     }
 }
 
+/// The paths that the registry was asked for, but for the one that asks how it authenticates.
+fn asked(upstream: &Upstream) -> Vec<String> {
+    let paths = upstream.requests().into_iter().map(|seen| seen.path);
+    paths.filter(|path| path != "/v2/").collect()
+}
+
+#[tokio::test]
+async fn t19_no_spelling_of_a_path_is_a_way_around_a_users_list() {
+    let (upstream, image, proxy) = guarded().await;
+    let as_ci = |ask: Ask| through(ask, &proxy, ("ci-1", "b-secret")).unchecked();
+    let layer = &image.layer(0).digest;
+    for path in [
+        "/v2/acme/app/manifests%2F1",
+        &format!("/v2/acme/app/blobs%2F{layer}"),
+        "/v2/acme/app%2Fmanifests/1",
+        "/v2/acme%2Fapp/manifests/1",
+        "/v2/acme/app/%6danifests/1",
+        "/v2/acme/app/manifests/%31",
+        "/v2/acme/app/manifests/1%3Fx",
+        "/v2/acme/app/tags%2Flist",
+        "/v2%2Facme/app/manifests/1",
+        "/%762/acme/app/manifests/1",
+        "/%25762/acme/app/manifests/1",
+        "/V2/acme/app/manifests/1",
+        "//v2/acme/app/manifests/1",
+        "/v2//acme/app/manifests/1",
+        "/v2/open/app/blobs/uploads/%2e%2e/x",
+        "/v2/acme/app/manifests;x/1",
+        "/v2;x/acme/app/manifests/1",
+    ] {
+        for method in ["GET", "PUT", "POST"] {
+            let reply = as_ci(proxy.ask(method, path)).await;
+            assert_eq!(
+                (reply.status, reply.code().as_str()),
+                (400, "NAME_INVALID"),
+                "{method} {path}"
+            );
+            // At the cache's own address too.
+            let reply = proxy
+                .ask(method, path)
+                .basic("ci-1", "b-secret")
+                .unchecked()
+                .await;
+            assert_eq!((reply.status, reply.code().as_str()), (400, "NAME_INVALID"));
+        }
+    }
+    // What may be about a repository that is not known from the path, or is about one by an extension.
+    for path in ["/v2/acme/app/unknown/1", "/v2/acme/app/_trust/tuf/root.json"] {
+        as_ci(proxy.get(path)).await.is_refused(403);
+    }
+    assert!(asked(&upstream).is_empty(), "{:#?}", asked(&upstream));
+    // What is no registry's path stays the host's own business.
+    for path in ["/healthz", "/a%2Fb//c", "/v20/x", "/v2/open/app/_trust/x"] {
+        as_ci(proxy.get(path)).await;
+        assert_eq!(asked(&upstream).last().map(String::as_str), Some(path));
+    }
+}
+
+#[tokio::test]
+async fn t19_a_blob_is_mounted_only_from_where_the_users_list_allows() {
+    let (upstream, image, proxy) = guarded().await;
+    let as_ci = |ask: Ask| through(ask, &proxy, ("ci-1", "b-secret")).unchecked();
+    let layer = &image.layer(0).digest;
+    let uploads = "/v2/open/app/blobs/uploads/";
+    for from in [
+        "from=acme/app",
+        "from=acme%2Fapp",
+        "%66rom=acme%2fapp",
+        "from=open/app&from=acme/app",
+        "from=open/app;from=acme/app",
+        "From=acme/app",
+    ] {
+        let reply = as_ci(proxy.ask("POST", &format!("{uploads}?mount={layer}&{from}"))).await;
+        assert_eq!(
+            (reply.status, reply.code().as_str()),
+            (403, "DENIED"),
+            "{from}: {reply:#?}"
+        );
+    }
+    for from in ["from=%zz", "from=acme%2F%2Fapp"] {
+        let reply = as_ci(proxy.ask("POST", &format!("{uploads}?mount={layer}&{from}"))).await;
+        assert_eq!(reply.status, 400, "{from}: {reply:#?}");
+    }
+    assert!(asked(&upstream).is_empty(), "{:#?}", asked(&upstream));
+    let own = as_ci(proxy.ask("POST", &format!("{uploads}?mount={layer}&from=open/other"))).await;
+    assert!(!matches!(own.status, 400 | 403), "{own:#?}");
+    assert_eq!(asked(&upstream), [uploads]);
+}
+
 #[tokio::test]
 async fn connect_asks_for_a_user_before_anything_else() {
     let (upstream, _, proxy) = guarded().await;

@@ -419,17 +419,17 @@ async fn a_second_request_hidden_in_a_write_is_not_answered() {
 #[tokio::test]
 async fn a_path_that_climbs_is_not_passed() {
     let (_hub, other, proxy) = two_upstreams().await;
-    for path in [
-        "/v2/../admin",
-        "/v2/%2e%2e/admin",
-        "/v2/team/./blobs/uploads/",
-        "/x/../../y",
+    for (path, status) in [
+        ("/v2/../admin", 400),
+        ("/v2/%2e%2e/admin", 400),
+        ("/v2/team/./blobs/uploads/", 400),
+        ("/x/../../y", 404),
     ] {
         let bytes = format!(
             "POST {path} HTTP/1.1\r\nHost: ghcr.io\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
         );
         let reply = raw(proxy.registry_address(), bytes.as_bytes()).await;
-        assert_eq!(reply.status(), Some(404), "{path}: {}", reply.text);
+        assert_eq!(reply.status(), Some(status), "{path}: {}", reply.text);
     }
     assert_eq!(other.requests().len(), 0);
 }

@@ -138,6 +138,11 @@ fn name_manifest(
         if !reference.contains(':') {
             held.tags.insert(reference.to_owned(), vec![digest.clone()]);
         }
+        for pair in seen.query.as_deref().unwrap_or_default().split('&') {
+            if let Some(tag) = pair.strip_prefix("tag=") {
+                held.tags.insert(tag.to_owned(), vec![digest.clone()]);
+            }
+        }
     });
     created(shared, &format!("/v2/{name}/manifests/{digest}"), &digest)
 }

@@ -1,0 +1,167 @@
+//! The one spelling of a path below `/v2/`.
+//!
+//! A server may decode a path, merge its slashes, cut its parameters and fold its case before it routes the request
+//! (RFC 3986 §6.2.2). No repository, tag or digest needs a spelling that such a server would read differently, so none is
+//! taken: what is compared with an access list, or with the cache, is then what the registry reads.
+
+/// How often a server may decode a path before it routes the request.
+const DECODINGS: usize = 3;
+
+/// The characters whose escapes are taken, in the last segment alone: an encoded colon of a digest, and what the identifier
+/// of an upload may hold. A tag has none of them.
+const ESCAPED: &[u8] = b":=+@,";
+
+/// Why the spelling of a path is not taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, thiserror::Error)]
+pub enum PathError {
+    /// It leads to `/v2/` and does not begin with that.
+    #[error("it leads to /v2/, and begins with another spelling of that")]
+    Prefix,
+    /// Percent-encoding where none is needed.
+    #[error("below /v2/ nothing may be percent-encoded but the colon of a digest")]
+    Encoded,
+    /// Two slashes in a row.
+    #[error("a segment is empty")]
+    Empty,
+    /// `.` or `..` is a segment.
+    #[error("a segment is `.` or `..`")]
+    Dots,
+    /// A character that no name holds and some servers give a meaning.
+    #[error("a backslash, a semicolon or a byte outside of ASCII is in it")]
+    Character,
+}
+
+/// Refuses a path that leads to `/v2/`, for one server or another, in any spelling but the plain one.
+pub fn check(path: &str) -> Result<(), PathError> {
+    match path.strip_prefix("/v2/") {
+        Some(rest) => check_segments(rest),
+        None if path != "/v2" && leads_to_v2(path) => Err(PathError::Prefix),
+        None => Ok(()),
+    }
+}
+
+fn check_segments(rest: &str) -> Result<(), PathError> {
+    let (before, last) = rest.rsplit_once('/').unwrap_or(("", rest));
+    let is_parent = rest.contains('/');
+    for segment in before.split('/').filter(|_| is_parent) {
+        if segment.is_empty() {
+            return Err(PathError::Empty);
+        }
+        if segment.contains('%') {
+            return Err(PathError::Encoded);
+        }
+        check_characters(segment)?;
+    }
+    let mut escapes = last.split('%').skip(1);
+    if !escapes.all(|escape| decoded_byte(escape.as_bytes()).is_some_and(|byte| ESCAPED.contains(&byte))) {
+        return Err(PathError::Encoded);
+    }
+    check_characters(last)
+}
+
+fn check_characters(segment: &str) -> Result<(), PathError> {
+    let is_wrong = |byte: u8| matches!(byte, b'\\' | b';') || !byte.is_ascii_graphic();
+    if matches!(segment, "." | "..") {
+        Err(PathError::Dots)
+    } else if segment.bytes().any(is_wrong) {
+        Err(PathError::Character)
+    } else {
+        Ok(())
+    }
+}
+
+/// Whether the first segment is `v2` once the path is decoded and normalised.
+fn leads_to_v2(path: &str) -> bool {
+    let mut text = path.as_bytes().to_vec();
+    for _ in 0..DECODINGS {
+        text = decoded(&text);
+    }
+    let mut segments: Vec<&[u8]> = Vec::new();
+    for segment in text.split(|byte| matches!(byte, b'/' | b'\\')) {
+        match segment.split(|byte| *byte == b';').next().unwrap_or_default() {
+            b"" | b"." => {}
+            b".." => drop(segments.pop()),
+            named => segments.push(named),
+        }
+    }
+    segments
+        .first()
+        .is_some_and(|first| first.eq_ignore_ascii_case(b"v2"))
+}
+
+fn decoded(text: &[u8]) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut rest = text;
+    while let Some((&first, after)) = rest.split_first() {
+        let escaped = decoded_byte(after).filter(|_| first == b'%');
+        bytes.push(escaped.unwrap_or(first));
+        rest = after.get(escaped.map_or(0, |_| 2)..).unwrap_or_default();
+    }
+    bytes
+}
+
+/// The byte whose two hex digits `text` begins with.
+fn decoded_byte(text: &[u8]) -> Option<u8> {
+    let digit = |at: usize| char::from(*text.get(at)?).to_digit(16);
+    u8::try_from(digit(0)? << 4 | digit(1)?).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn t19_a_path_to_v2_has_one_spelling() {
+        for path in [
+            "/v2",
+            "/v2/",
+            "/v2/_catalog",
+            "/v2/secret/app/manifests/1",
+            "/v2/reg.test:5000/a_b/c--d/tags/list",
+            "/v2/app/blobs/sha256:00",
+            "/v2/app/blobs/sha256%3a00",
+            "/v2/app/blobs/uploads/",
+            "/v2/app/blobs/uploads/1:Xc-_~f%3D%3D",
+            "/token",
+            "/healthz",
+            "/v20/x",
+            "/api/v2.0/%2Fx//y",
+            "/artifactory/api/docker/x/v2/app%2Fx",
+        ] {
+            assert_eq!(check(path), Ok(()), "{path}");
+        }
+        for (path, error) in [
+            ("/V2", PathError::Prefix),
+            ("/V2/secret/app/manifests/1", PathError::Prefix),
+            ("//v2/secret/app/manifests/1", PathError::Prefix),
+            ("/%762/secret/app/manifests/1", PathError::Prefix),
+            ("/%25762/secret/app/manifests/1", PathError::Prefix),
+            ("/%2525762/secret/app/manifests/1", PathError::Prefix),
+            ("/v2%2Fsecret/app/manifests/1", PathError::Prefix),
+            ("/v2;x/secret/app/manifests/1", PathError::Prefix),
+            ("/v2\\secret/app/manifests/1", PathError::Prefix),
+            ("/./v2/secret/app/manifests/1", PathError::Prefix),
+            ("/x/%2e%2e/v2/secret/app/manifests/1", PathError::Prefix),
+            ("/v2/secret/app/manifests%2F1", PathError::Encoded),
+            ("/v2/secret/app%2Fmanifests/1", PathError::Encoded),
+            ("/v2/secret/app/%6danifests/1", PathError::Encoded),
+            ("/v2/secret/app/manifests/%31", PathError::Encoded),
+            ("/v2/secret/app/manifests/1%", PathError::Encoded),
+            ("/v2/secret/app/manifests/1%3Fx", PathError::Encoded),
+            ("/v2/secret/app/manifests/sha256%253A00", PathError::Encoded),
+            ("/v2/app%3A/manifests/1", PathError::Encoded),
+            ("/v2/secret%2Fapp", PathError::Encoded),
+            ("/v2//secret/app/manifests/1", PathError::Empty),
+            ("/v2//", PathError::Empty),
+            ("/v2/secret/app//manifests/1", PathError::Empty),
+            ("/v2/ok/app/../../secret/app/manifests/1", PathError::Dots),
+            ("/v2/..", PathError::Dots),
+            ("/v2/./secret/app/manifests/1", PathError::Dots),
+            ("/v2/secret/app/manifests;x/1", PathError::Character),
+            ("/v2/secret/app\\manifests\\1", PathError::Character),
+            ("/v2/secret/app/manifésts/1", PathError::Character),
+        ] {
+            assert_eq!(check(path), Err(error), "{path}");
+        }
+    }
+}

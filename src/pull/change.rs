@@ -1,0 +1,171 @@
+//! The change that a write makes to what may be cached: the tags that it moves, the digest that it deletes.
+
+use http::Method;
+
+use super::Site;
+use crate::oci::{AnyDigest, Digest, Malformed, Operation, Query, QueryError, Reference, Repository, Tag};
+use crate::store::doubts::DoubtKey;
+
+/// Tags that one push may name in its query.
+const PUSHED_TAGS_MAX: usize = 64;
+
+/// What a write changes of what may be held.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// These tags name something else, or nothing. A manifest that is pushed by digest alone changes no tag, and may refer
+    /// to another, so a list of referrers may have grown.
+    Tags(Repository, Vec<Tag>),
+    /// A manifest or a blob is gone, and with a manifest all tags that named it.
+    Gone(Repository, Digest),
+}
+
+impl Change {
+    /// What a request changes, if that is anything that may be held. A part of an upload changes nothing. Refuses what names a
+    /// manifest or a blob that cannot be read here: the registry may read it.
+    pub fn of(method: &Method, path: &str, query: Option<&str>) -> Result<Option<Self>, Malformed> {
+        let deletes = *method == Method::DELETE;
+        if !deletes && *method != Method::PUT {
+            return Ok(None);
+        }
+        let operation = match Operation::parse(&Method::GET, path, None) {
+            Ok(operation) => operation,
+            Err(Malformed::Path | Malformed::Write { .. }) => return Ok(None),
+            Err(malformed) => return Err(malformed),
+        };
+        Ok(match operation {
+            Operation::Manifest {
+                repository,
+                reference,
+            } if !deletes => {
+                let mut tags = pushed_tags(query)?;
+                if let Reference::Tag(tag) = reference {
+                    tags.push(tag);
+                }
+                Some(Self::Tags(repository, tags))
+            }
+            Operation::Manifest {
+                repository,
+                reference: Reference::Tag(tag),
+            } => Some(Self::Tags(repository, vec![tag])),
+            Operation::Manifest {
+                repository,
+                reference: Reference::Digest(AnyDigest::Known(digest)),
+            }
+            | Operation::Blob {
+                repository,
+                digest: AnyDigest::Known(digest),
+            } if deletes => Some(Self::Gone(repository, digest)),
+            _ => None,
+        })
+    }
+
+    pub(super) fn repository(&self) -> &Repository {
+        match self {
+            Self::Tags(repository, _) | Self::Gone(repository, _) => repository,
+        }
+    }
+
+    /// What of the cache it puts in doubt. A list of referrers is only ever good while nothing was written.
+    pub(super) fn doubted(&self, site: &Site) -> Vec<DoubtKey> {
+        let key = |reference| DoubtKey {
+            upstream: site.name().into(),
+            repository: self.repository().clone(),
+            reference,
+        };
+        match self {
+            Self::Tags(_, tags) => tags.iter().map(|tag| key(tag.clone().into())).collect(),
+            Self::Gone(_, digest) => vec![key((*digest).into())],
+        }
+    }
+}
+
+/// The tags that the query of a push names (`?tag=`, draft of the distribution specification 1.2).
+fn pushed_tags(query: Option<&str>) -> Result<Vec<Tag>, Malformed> {
+    let tags = Query::values(query, "tag")?;
+    if tags.len() > PUSHED_TAGS_MAX {
+        return Err(QueryError::TooManyTags.into());
+    }
+    let tags = tags.iter().map(|tag| tag.parse().map_err(Malformed::Tag));
+    tags.collect()
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests may fail loudly")]
+    use super::*;
+
+    #[test]
+    fn only_what_may_be_held_is_changed() {
+        let digest = format!("sha256:{}", "a".repeat(64));
+        let tags = |names: &[&str]| {
+            let tags = names.iter().map(|name| name.parse().unwrap()).collect();
+            Some(Change::Tags("team/demo".parse().unwrap(), tags))
+        };
+        let gone = Some(Change::Gone(
+            "team/demo".parse().unwrap(),
+            digest.parse().unwrap(),
+        ));
+        for (method, path, change) in [
+            (Method::PUT, "/v2/team/demo/manifests/1".to_owned(), tags(&["1"])),
+            (
+                Method::DELETE,
+                "/v2/team/demo/manifests/1".to_owned(),
+                tags(&["1"]),
+            ),
+            (
+                Method::DELETE,
+                format!("/v2/team/demo/manifests/{digest}"),
+                gone.clone(),
+            ),
+            (Method::DELETE, format!("/v2/team/demo/blobs/{digest}"), gone),
+            (
+                Method::PUT,
+                format!("/v2/team/demo/manifests/{digest}"),
+                tags(&[]),
+            ),
+            (Method::PUT, "/v2/team/demo/blobs/uploads/7".to_owned(), None),
+            (Method::DELETE, "/v2/team/demo/blobs/uploads/7".to_owned(), None),
+            (Method::POST, "/v2/team/demo/blobs/uploads/".to_owned(), None),
+            (Method::GET, "/v2/team/demo/manifests/1".to_owned(), None),
+            (Method::POST, "/token".to_owned(), None),
+        ] {
+            assert_eq!(Change::of(&method, &path, None), Ok(change), "{method} {path}");
+        }
+    }
+
+    #[test]
+    fn t16_each_tag_of_a_push_by_digest_is_changed() {
+        let path = format!("/v2/team/demo/manifests/sha256:{}", "a".repeat(64));
+        let of = |path: &str, query: &str| Change::of(&Method::PUT, path, Some(query));
+        let tags = |names: &[&str]| {
+            let tags = names.iter().map(|name| name.parse().unwrap()).collect();
+            Ok(Some(Change::Tags("team/demo".parse().unwrap(), tags)))
+        };
+        for (query, names) in [
+            ("tag=1", &["1"][..]),
+            ("tag=1&x=%zz&tag=2", &["1", "2"]),
+            ("x;tag=1", &["1"]),
+            ("%74ag=%31&TAG=2", &["1", "2"]),
+            ("tags=1&digest=x", &[]),
+        ] {
+            assert_eq!(of(&path, query), tags(names), "{query}");
+        }
+        assert_eq!(of("/v2/team/demo/manifests/1", "tag=2"), tags(&["2", "1"]));
+        for query in ["tag=", "tag=%zz", "tag=a%2Fb", &"tag=a&".repeat(65)] {
+            assert!(of(&path, query).is_err(), "{query}");
+        }
+    }
+
+    #[test]
+    fn t16_a_write_to_a_name_that_cannot_be_read_is_refused() {
+        for path in [
+            "/v2/team/demo/manifests/1/",
+            "/v2/Team/demo/manifests/1",
+            "/v2/team/demo/manifests/sha256:1",
+        ] {
+            for method in [Method::PUT, Method::DELETE] {
+                assert!(Change::of(&method, path, None).is_err(), "{method} {path}");
+            }
+        }
+    }
+}
