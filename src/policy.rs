@@ -301,6 +301,10 @@ pub enum Whose {
     reason = "a table: rows that agree are still rows of their own"
 )]
 fn before_asking(s: &Situation) -> Verdict {
+    // Before the look at what is held: a refusal must not tell a stranger of it.
+    if s.policy == Policy::Never && s.standing == Standing::Unknown {
+        return Verdict::Refuse(Refusal::NotVouched);
+    }
     let Some(held) = s.held else {
         return match s.policy {
             Policy::Never => Verdict::Refuse(Refusal::NotHeld),
@@ -308,7 +312,6 @@ fn before_asking(s: &Situation) -> Verdict {
         };
     };
     match (s.policy, s.standing, s.subject) {
-        (Policy::Never, Standing::Unknown, _) => Verdict::Refuse(Refusal::NotVouched),
         (Policy::Never, _, _) => match s.rest(held) {
             Rest::Held => Verdict::Serve(Served::Unasked),
             Rest::Missing { earlier: Some(_) } => Verdict::Serve(Served::LastComplete(None)),

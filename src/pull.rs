@@ -88,7 +88,8 @@ pub struct Pull {
     refused: rights::Refused,
     logins: logins::Logins,
     questions: Flights<asking::Key, Arc<Answer>>,
-    lists: Flights<asking::Key, listing::Listed>,
+    /// By whether the response is kept as well: a caller without a right may have one by the time another joins.
+    lists: Flights<(asking::Key, bool), listing::Listed>,
     unreadable: LogLimit,
     challenges: Flights<challenge::Key, Result<Arc<KeptChallenge>, Arc<Answer>>>,
     manifests: Flights<asking::Key, Result<Arc<HeldManifest>, Arc<Answer>>>,

@@ -164,7 +164,7 @@ pub(super) fn refused(refusal: Refusal, upstream: &str) -> String {
     match refusal {
         Refusal::NotHeld => "refuse: it is not held, and the policy `never` forbids asking".to_owned(),
         Refusal::NotVouched => format!(
-            "refuse: {upstream} never said yes to this principal, and the policy `never` forbids asking"
+            "refuse: {upstream} never said yes to this principal for this, and the policy `never` forbids asking"
         ),
         Refusal::Forbidden => format!("refuse: {upstream} does not let this credential read it"),
         Refusal::Challenged => format!("refuse: {upstream} wants a credential first"),

@@ -202,6 +202,20 @@ fn a_stranger_gets_nothing_without_the_upstreams_yes() {
 }
 
 #[test]
+fn r01_under_never_a_refusal_tells_a_stranger_nothing() {
+    law(
+        "one refusal, held or not",
+        |s| s.standing == Standing::Unknown && s.policy == Policy::Never && s.heard == Heard::Nothing,
+        |_, v| v == Verdict::Refuse(Refusal::NotVouched),
+    );
+    law(
+        "and only strangers get it",
+        |s| s.standing != Standing::Unknown,
+        |_, v| v != Verdict::Refuse(Refusal::NotVouched),
+    );
+}
+
+#[test]
 fn a_lapsed_grant_is_good_only_while_the_upstream_cannot_be_asked() {
     law(
         "a lapsed grant does not serve before asking",

@@ -129,8 +129,8 @@ impl Why {
 pub enum Refusal {
     /// Policy `never`, and it is not held.
     NotHeld,
-    /// It is held, but this principal was never shown to have the right, and the policy forbids asking.
-    /// Outwardly the same as [`Refusal::NotHeld`]: a stranger learns nothing.
+    /// This principal was never shown to have the right, and the policy forbids asking, be there a copy or not: a stranger
+    /// learns nothing.
     NotVouched,
     /// The upstream refused this credential.
     Forbidden,

@@ -208,6 +208,11 @@ impl Pull {
 
     /// Whether this caller has shown a right in the repository lately.
     fn is_vouched(&self, wanted: &Wanted) -> bool {
+        self.standing_of(wanted) == Standing::Vouched
+    }
+
+    /// What this caller has shown by now of a right in the repository.
+    pub(super) fn standing_of(&self, wanted: &Wanted) -> Standing {
         let Wanted {
             site,
             repository,
@@ -224,7 +229,7 @@ impl Pull {
         let rule = site.rule(repository, tag);
         let context = self.context_of(site, repository, wanted.shown(), &caller.trace);
         let situation = context.situation(rule, Subject::Tag, None, true, self.clock.now());
-        situation.standing == Standing::Vouched
+        situation.standing
     }
 
     /// In the decision's words, what `answer` means for this repository to one of this standing: who has a right of late

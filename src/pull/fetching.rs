@@ -16,6 +16,7 @@ use crate::oci::manifest::MANIFEST_BYTES_MAX;
 use crate::oci::{
     Accept, Algorithm, AnyDigest, Cause, Digest, Manifest, MediaType, Operation, Reference, Repository,
 };
+use crate::policy::Standing;
 use crate::store::manifests::HeldManifest;
 use crate::upstream::{Answer, Caller, Credential, Fetched, Said};
 
@@ -46,6 +47,16 @@ impl Wanted {
             asked_at: request.now,
             writes: request.writes,
             for_push: request.for_push,
+        }
+    }
+
+    fn is_for_referrers_tag(&self) -> bool {
+        match &self.operation {
+            Operation::Manifest {
+                reference: Reference::Tag(tag),
+                ..
+            } => tag.is_referrers_tag(),
+            _ => false,
         }
     }
 
@@ -87,8 +98,10 @@ impl Pull {
                 let asked_at = Instant::now();
                 match site.upstream().get(caller, operation, accept, None).await {
                     Ok(fetched) => {
+                        // No digest is known of a tag, so bytes of another origin prove of themselves alone what they are.
+                        let is_proof = !(fetched.is_elsewheres && wanted.is_for_referrers_tag());
                         let received = pull.receive(&wanted, fetched).await;
-                        if received.is_ok() {
+                        if is_proof && received.is_ok() {
                             pull.learn_yes(&wanted, asked_at).await;
                         }
                         pull.keep(&wanted, received).await
@@ -164,7 +177,11 @@ impl Pull {
             _ => manifest,
         };
         super::asking::report(kept, "keep a manifest");
-        if let Operation::Manifest { reference, .. } = operation {
+        // As for a list of the referrers API: a registry may have an answer for those who may not read the repository.
+        let is_believed = !wanted.is_for_referrers_tag() || self.standing_of(wanted) != Standing::Unknown;
+        if let Operation::Manifest { reference, .. } = operation
+            && is_believed
+        {
             let media_type = Some(&served.media_type);
             self.learn_name_unless_written(wanted, reference, served.digest, media_type)
                 .await;

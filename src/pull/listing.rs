@@ -51,7 +51,13 @@ impl Pull {
         // be compared, so it is always fetched, and what was kept serves only while the upstream is silent.
         let unavailable = request.site.upstream().silent_now();
         let unasked = unavailable.is_some() || rule.policy == Policy::Never;
-        let mut kept = self.kept_page(request, repository, (&key, unasked)).await;
+        // A registry may give a caller without a right an empty list, or a front may answer in its place. So such a
+        // response is passed on and not kept, and whether a list is kept changes nothing for such a caller.
+        let is_stranger = context.is_stranger(rule, request.now);
+        let mut kept = None;
+        if !is_stranger {
+            kept = self.kept_page(request, repository, (&key, unasked)).await;
+        }
         let in_situation = |kept: Option<&Kept>| {
             let held = kept.map(|(_, source)| Held {
                 digest: source.digest,
@@ -74,10 +80,10 @@ impl Pull {
             }
             _ => match unavailable.filter(|_| kept.is_some()) {
                 Some(cause) => Err((Heard::Silent(cause), None)),
-                None => self.tags(&wanted, key.clone()).await,
+                None => self.tags(&wanted, (!is_stranger).then(|| key.clone())).await,
             },
         };
-        if kept.is_none() && matches!(heard, Err((Heard::Silent(_), _))) {
+        if !is_stranger && kept.is_none() && matches!(heard, Err((Heard::Silent(_), _))) {
             kept = self.kept_page(request, repository, (&key, true)).await;
             situation = in_situation(kept.as_ref());
         }
@@ -125,8 +131,8 @@ impl Pull {
         self.cached(&request.site, repository, kept)
     }
 
-    /// Fetches a page of a list and keeps it.
-    pub(super) async fn list(self: &Arc<Self>, wanted: &Wanted, key: ListingKey) -> Listed {
+    /// Fetches a page of a list, and keeps it where there is a key.
+    pub(super) async fn list(self: &Arc<Self>, wanted: &Wanted, key: Option<ListingKey>) -> Listed {
         let fetched = self.asked(wanted).await?;
         let head = head_of(&fetched, &wanted.operation).map_err(malformed)?;
         let bytes = fetched.collect(REFERRERS_BYTES_MAX).await.map_err(malformed)?;
@@ -138,7 +144,7 @@ impl Pull {
     async fn tags(
         self: &Arc<Self>,
         wanted: &Wanted,
-        key: ListingKey,
+        key: Option<ListingKey>,
     ) -> Result<Received, (Heard, Option<Arc<Answer>>)> {
         let mut fetched = self.asked(wanted).await?;
         let mut head = head_of(&fetched, &wanted.operation).map_err(malformed)?;
@@ -183,10 +189,11 @@ impl Pull {
     }
 
     /// It must be a list, whatever its status says: neither a captive portal's page nor an error with status 200 is one.
-    async fn keep_list(&self, key: ListingKey, listing: Listing) -> Listed {
+    async fn keep_list(&self, key: Option<ListingKey>, listing: Listing) -> Listed {
         if !listing.is_list() {
             return Err(malformed(Cause::Malformed));
         }
+        let Some(key) = key else { return Ok(listing) };
         let (store, page, now) = (Arc::clone(&self.store), listing.clone(), self.clock.now());
         let kept = spawn_blocking(move || {
             let Listing {

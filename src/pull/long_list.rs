@@ -46,20 +46,22 @@ struct Copy {
 }
 
 impl LongList {
-    /// `head`: what has arrived; `size`: of the whole, if it is known.
+    /// `key`: as what it is kept, if it may be; `head`: what has arrived; `size`: of the whole, if it is known.
     pub(super) fn new(
         pull: &Arc<Pull>,
-        key: ListingKey,
+        key: Option<ListingKey>,
         (head, size): (Listing, Option<u64>),
         rest: Fetched,
     ) -> Self {
         let fits = size.is_none_or(|size| size <= LISTING_KEPT_BYTES_MAX as u64);
-        let place = Arc::clone(&pull.list_copies.0).try_acquire_owned().ok();
-        let copy = place.filter(|_| fits).map(|place| Copy {
-            bytes: head.bytes.to_vec(),
-            pull: Arc::clone(pull),
-            key,
-            _place: place,
+        let copy = key.filter(|_| fits).and_then(|key| {
+            let place = Arc::clone(&pull.list_copies.0).try_acquire_owned().ok()?;
+            Some(Copy {
+                bytes: head.bytes.to_vec(),
+                pull: Arc::clone(pull),
+                key,
+                _place: place,
+            })
         });
         Self {
             head,

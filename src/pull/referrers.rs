@@ -233,7 +233,9 @@ impl<'a> Lookup<'a> {
             let is_absent = matches!(answer, KeptAnswer::Absent(_));
             Some((answer, confirmed(&key).filter(|_| is_absent)))
         });
+        // A caller without a right sees no difference between what is kept and what is not.
         let (stand_in, fresh_since) = match found {
+            _ if context.is_stranger(rule, request.now) => (None, None),
             Some((answer, fresh_since)) => (Some(StandIn::Kept(answer)), fresh_since),
             None if is_cached => (Some(StandIn::Assumed), None),
             None => (None, None),
@@ -280,8 +282,10 @@ impl<'a> Lookup<'a> {
     /// Fetches the list, waiting no longer than the budget where there is something else to answer. The fetch goes on.
     async fn list(&self, context: &Context) -> super::listing::Listed {
         let wanted = Wanted::of(self.request, self.repository, &context.caller);
-        let flight = self.pull.lists.share(Key::new(self.pull, &wanted), || {
-            let (pull, key) = (Arc::clone(self.pull), self.key.clone());
+        let shared = (Key::new(self.pull, &wanted), self.is_believed());
+        let flight = self.pull.lists.share(shared, || {
+            let key = self.is_believed().then(|| self.key.clone());
+            let pull = Arc::clone(self.pull);
             async move { pull.list(&wanted, key).await }
         });
         let unavailable = |cause| Err((Heard::Silent(cause), None));
@@ -327,9 +331,15 @@ impl<'a> Lookup<'a> {
         }
     }
 
-    /// Keeps a 404. Only a principal that may read the repository is believed: some registries say 404 to all others.
+    /// Whether the answer to this caller may become the answer to others. Some registries say 404 to all who may not read
+    /// the repository, and others give them an empty list.
+    fn is_believed(&self) -> bool {
+        self.situation.standing != Standing::Unknown
+    }
+
+    /// Keeps a 404.
     async fn keep_absent(&self, answer: Option<&Answer>) {
-        if self.situation.standing == Standing::Unknown || !self.is_unwritten() {
+        if !self.is_believed() || !self.is_unwritten() {
             return;
         }
         let code = answer.and_then(|answer| answer.code.clone());
@@ -344,7 +354,7 @@ impl<'a> Lookup<'a> {
     }
 
     fn confirm(&self) {
-        if self.is_unwritten() {
+        if self.is_believed() && self.is_unwritten() {
             let confirmed = (self.request.now, self.request.writes.ended());
             self.pull
                 .referrers_confirmed

@@ -64,6 +64,8 @@ pub struct Fetched {
     pub rate_limit: RateLimit,
     /// Which of the upstream's addresses it came from.
     pub address: Address,
+    /// Whether another origin sent it, to which the registry redirected the request.
+    pub is_elsewheres: bool,
     /// All headers of the answer. Only named ones may be passed on (`Link`, `OCI-Filters-Applied`).
     pub headers: HeaderMap,
     pub(super) body: Body,

@@ -339,6 +339,7 @@ impl Question<'_> {
             length,
             start,
             total,
+            is_elsewheres: reply.abroad,
             rate_limit: RateLimit::read(&reply.headers),
             address,
             body: Body::new(reply.body, length, idle),

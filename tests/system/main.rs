@@ -84,6 +84,7 @@ mod shared_address;
 mod sharing;
 mod stampede;
 mod store_errors;
+mod strangers;
 mod tags_referrers;
 mod terminal;
 mod threats;
