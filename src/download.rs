@@ -123,9 +123,9 @@ pub trait Source: Send + 'static {
         None
     }
 
-    /// The bytes are verified, and the last of them are not released yet: what follows from that is noted now, so that
+    /// The bytes, so many, are verified, and the last of them are not released yet: what follows from that is noted now, so that
     /// whoever has the whole blob finds it noted.
-    fn verified(&mut self) -> impl Future<Output = ()> + Send {
+    fn verified(&mut self, _size: u64) -> impl Future<Output = ()> + Send {
         std::future::ready(())
     }
 

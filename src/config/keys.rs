@@ -174,7 +174,7 @@ pub const KEYS: &[Key] = &[
     key(Upstream, "password_file", None, "The file with the password of `username`."),
     key(Upstream, "docker_config", None, "Docker's config.json with the proxy's own credentials, by host and path, and credential helpers; needs access = \"shared\"."),
     key(Upstream, "credential_helper", None, "The helper that gives the proxy's own credential: \"ecr-login\" for docker-credential-ecr-login; needs access = \"shared\"."),
-    key(Upstream, "token_hosts", Some("[]"), "Hosts that are trusted with credentials for this upstream when it sends clients there for a token, or redirects to another registry there; its own host, and for tokens its site, are anyway."),
+    key(Upstream, "token_hosts", Some("[]"), "Hosts that are trusted with credentials for this upstream when it sends clients there for a token, or redirects to another registry there; its own host, for tokens its site, and for registry.k8s.io the hosts below pkg.dev, are anyway."),
     key(Upstream, "local_tokens", None, "Where its token service is, as in \"https://auth.docker.io/token\": clients reach it through us, and while it is silent get tokens of ours that open what they could read before. Read docs/security.md first."),
     key(Upstream, "ca_file", None, "PEM certificates to trust there, besides the system's: authorities, or the server's own, self-signed or not."),
     key(Upstream, "client_certificate", None, "The client certificate shown to it when it asks for one, PEM with its chain; needs `client_key`. Redirect targets and token services elsewhere are not shown it."),

@@ -24,19 +24,21 @@ pub struct WellKnown {
     pub url: &'static str,
     /// Further names that mean it.
     pub hosts: &'static [&'static str],
+    /// Hosts of the registry that it redirects to: their responses are its own.
+    pub token_hosts: &'static [&'static str],
 }
 
 /// The upstreams that exist without being configured.
 #[rustfmt::skip] // One a line.
 pub const WELL_KNOWN: &[WellKnown] = &[
-    WellKnown { name: "docker.io", url: "https://registry-1.docker.io", hosts: &["index.docker.io", "registry-1.docker.io"] },
-    WellKnown { name: "ghcr.io", url: "https://ghcr.io", hosts: &[] },
-    WellKnown { name: "quay.io", url: "https://quay.io", hosts: &[] },
-    WellKnown { name: "registry.k8s.io", url: "https://registry.k8s.io", hosts: &[] },
-    WellKnown { name: "gcr.io", url: "https://gcr.io", hosts: &[] },
-    WellKnown { name: "public.ecr.aws", url: "https://public.ecr.aws", hosts: &[] },
-    WellKnown { name: "mcr.microsoft.com", url: "https://mcr.microsoft.com", hosts: &[] },
-    WellKnown { name: "registry.gitlab.com", url: "https://registry.gitlab.com", hosts: &[] },
+    WellKnown { name: "docker.io", url: "https://registry-1.docker.io", hosts: &["index.docker.io", "registry-1.docker.io"], token_hosts: &[] },
+    WellKnown { name: "ghcr.io", url: "https://ghcr.io", hosts: &[], token_hosts: &[] },
+    WellKnown { name: "quay.io", url: "https://quay.io", hosts: &[], token_hosts: &[] },
+    WellKnown { name: "registry.k8s.io", url: "https://registry.k8s.io", hosts: &[], token_hosts: &["*.pkg.dev"] },
+    WellKnown { name: "gcr.io", url: "https://gcr.io", hosts: &[], token_hosts: &[] },
+    WellKnown { name: "public.ecr.aws", url: "https://public.ecr.aws", hosts: &[], token_hosts: &[] },
+    WellKnown { name: "mcr.microsoft.com", url: "https://mcr.microsoft.com", hosts: &[], token_hosts: &[] },
+    WellKnown { name: "registry.gitlab.com", url: "https://registry.gitlab.com", hosts: &[], token_hosts: &[] },
 ];
 
 /// Where an upstream is.
@@ -228,6 +230,13 @@ fn read(table: Table, report: &mut Report<'_>) -> Configured {
     let credential = access.and_then(|access| credential(&table, access, report));
     let local_tokens = access.and_then(|access| local_tokens(&table, access, report));
     let token_hosts = table.list(report, "token_hosts", &value::HOST);
+    // Of another address in its place nothing is known.
+    let own_registry = well_known(&table.name)
+        .filter(|known| {
+            urls.as_ref()
+                .is_ok_and(|urls| urls.iter().all(|(_, url)| *url == known.url))
+        })
+        .map(|known| known.token_hosts.iter().map(|&host| host.to_owned()));
     let roots = files::roots(&table, "ca_file", report);
     let client_certificate = files::client_certificate(&table, report);
     let redirects = table.list(report, "redirects", &value::REDIRECT);
@@ -251,7 +260,11 @@ fn read(table: Table, report: &mut Report<'_>) -> Configured {
             access: access?,
             local_tokens: local_tokens?,
             credential: credential?,
-            token_hosts: token_hosts?.into_iter().map(|(_, host)| host).collect(),
+            token_hosts: token_hosts?
+                .into_iter()
+                .map(|(_, host)| host)
+                .chain(own_registry.into_iter().flatten())
+                .collect(),
             roots: roots?,
             client_certificate: client_certificate?,
             redirects: redirects?.into_iter().map(|(_, rule)| rule).collect(),

@@ -191,7 +191,7 @@ async fn transfer<S: Source>(
         Ok(written) => written,
         Err(failure) => return (Err(failure), mended),
     };
-    source.verified().await;
+    source.verified(size).await;
     place.download.complete(size);
     (Ok((ingest, verified)), mended)
 }

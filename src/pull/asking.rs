@@ -15,6 +15,9 @@ use crate::policy::{Heard, Situation, Standing, Subject, Verdict, Whose, decide}
 use crate::store::refs::{TagKey, TagReader, Variant};
 use crate::upstream::{Answer, Said};
 
+/// Shorter content proves nothing: an empty blob, an empty object and an empty layer are the same everywhere.
+const EVIDENCE_BYTES_MIN: u64 = 64;
+
 /// Which askers may share one question: same thing, same media types, same principal.
 #[derive(Clone, PartialEq, Eq, Hash)]
 pub(super) struct Key {
@@ -135,9 +138,16 @@ impl Pull {
         if !is_manifest || standing == Standing::Vouched || !matches!(answer.said, Said::Unproven(_)) {
             return Some(answer);
         }
+        if answer.body.is_some() {
+            return Some(answer);
+        }
         Some(match self.fetch_manifest(wanted.clone()).await {
             Ok(manifest) => Arc::new(Answer {
-                said: Said::Is(manifest.digest),
+                said: if self.is_vouched(wanted) {
+                    Said::Is(manifest.digest)
+                } else {
+                    Said::Unproven(manifest.digest)
+                },
                 media_type: Some(manifest.media_type.clone()),
                 length: Some(manifest.bytes.len() as u64),
                 body: Some((manifest.bytes.clone(), manifest.media_type.clone())),
@@ -167,9 +177,13 @@ impl Pull {
                 } else {
                     site.upstream().head(caller, operation, accept).await
                 };
-                pull.learn(&wanted, &answer, asked_at).await;
+                let (answer, is_evidence) = pull.weighed(&wanted, answer).await;
+                if is_evidence || !answer.said.is_yes() {
+                    pull.learn(&wanted, &answer, asked_at).await;
+                }
+                let is_believed = is_evidence || pull.is_vouched(&wanted);
                 match (operation, answer.said) {
-                    (Operation::Manifest { reference, .. }, Said::Is(digest)) => {
+                    (Operation::Manifest { reference, .. }, Said::Is(digest)) if is_believed => {
                         if pull.may_name(site, repository, reference, accept, &digest) {
                             let media_type = answer.media_type.as_ref();
                             pull.learn_name_unless_written(&wanted, reference, digest, media_type)
@@ -195,7 +209,7 @@ impl Pull {
                             ..
                         },
                         Said::Is(_),
-                    ) => {
+                    ) if is_believed => {
                         pull.note_seen(site, repository, *digest).await;
                         pull.confirmed(&wanted, (*digest).into()).await;
                     }
@@ -206,8 +220,52 @@ impl Pull {
         })
     }
 
+    /// The answer to a question, and whether a yes is evidence of a right. Whoever asks by digest chooses it, so a front
+    /// that says yes to everything, and repeats the digest, would pass. Where the content was seen here before and the
+    /// length stated is right, it is the registry that knows it. Where it is cached or arriving and the length is not
+    /// right, only the bytes can tell. What is neither has to come from the upstream anyway.
+    async fn weighed(&self, wanted: &Wanted, answer: Answer) -> (Answer, bool) {
+        let (Said::Is(digest), None) = (answer.said, &answer.body) else {
+            return (answer, true);
+        };
+        let cached = match &wanted.operation {
+            Operation::Manifest {
+                reference: Reference::Digest(_),
+                ..
+            } => self
+                .cached_manifest(&wanted.site, &wanted.repository, &digest)
+                .map(|manifest| manifest.bytes.len() as u64),
+            Operation::Blob { .. } => {
+                let store = Arc::clone(&self.store);
+                let found = spawn_blocking(move || store.blob(&digest)).await;
+                found.ok().and_then(Result::ok).flatten().map(|held| held.size)
+            }
+            _ => return (answer, true),
+        };
+        let is_evidence =
+            cached.is_some_and(|size| answer.length == Some(size) && self.is_evidence(wanted, digest, size));
+        let shows_nothing = cached.is_none() && !self.downloads.is_arriving(&digest);
+        if is_evidence || shows_nothing || self.is_vouched(wanted) {
+            return (answer, is_evidence);
+        }
+        let unproven = Answer {
+            said: Said::Unproven(digest),
+            ..answer
+        };
+        (unproven, false)
+    }
+
+    /// Whether content of this digest and size, given to this caller, shows a right to the repository: the digest was seen
+    /// there before, so that it is not one that the caller made up, and it is longer than what is the same everywhere.
+    pub(super) fn is_evidence(&self, wanted: &Wanted, digest: Digest, size: u64) -> bool {
+        size >= EVIDENCE_BYTES_MIN
+            && self
+                .store
+                .has_seen(wanted.site.name(), &wanted.repository, &digest)
+    }
+
     /// Whether this caller has shown a right in the repository lately.
-    fn is_vouched(&self, wanted: &Wanted) -> bool {
+    pub(super) fn is_vouched(&self, wanted: &Wanted) -> bool {
         self.standing_of(wanted) == Standing::Vouched
     }
 

@@ -418,7 +418,7 @@ impl Road<'_> {
         let size = fetched.length;
         let (pull, of, digest) = (Arc::clone(self.pull), self.wanted(), self.digest);
         let mut passing = passing::Passing::new(digest, fetched).when_verified(async move {
-            pull.learn_blob(&of, digest, asked_at).await;
+            pull.learn_blob(&of, (digest, size.unwrap_or(0)), asked_at).await;
         });
         // Nothing of a small blob is sent before it is verified, so its answer can still be an honest error.
         let content = if is_page || size.is_some_and(|size| size <= WITHHELD_BYTES) {

@@ -98,10 +98,11 @@ impl Pull {
                 let asked_at = Instant::now();
                 match site.upstream().get(caller, operation, accept, None).await {
                     Ok(fetched) => {
-                        // No digest is known of a tag, so bytes of another origin prove of themselves alone what they are.
-                        let is_proof = !(fetched.is_elsewheres && wanted.is_for_referrers_tag());
+                        let is_registrys = !fetched.is_elsewheres;
                         let received = pull.receive(&wanted, fetched).await;
-                        if is_proof && received.is_ok() {
+                        if let Ok(manifest) = &received
+                            && pull.shows_right(&wanted, manifest, is_registrys)
+                        {
                             pull.learn_yes(&wanted, asked_at).await;
                         }
                         pull.keep(&wanted, received).await
@@ -119,19 +120,27 @@ impl Pull {
             .unwrap_or_else(|| Err(Arc::new(Answer::silent(Cause::Busy))))
     }
 
+    /// Whether a verified manifest shows a right to the repository: the registry's own origin sent it and it points to
+    /// something, or it was seen there before.
+    fn shows_right(&self, wanted: &Wanted, manifest: &HeldManifest, is_registrys: bool) -> bool {
+        let is_placeholder = manifest.manifest.children.is_empty();
+        !is_placeholder
+            && (is_registrys || self.is_evidence(wanted, manifest.digest, manifest.bytes.len() as u64))
+    }
+
     /// The manifest that came with the answer, where a GET had to stand in for the HEAD: it is not fetched twice.
     pub(super) async fn brought(&self, wanted: &Wanted, answer: &Answer) -> Option<Arc<HeldManifest>> {
         let (bytes, media_type) = answer.body.clone()?;
         let named = match answer.said {
-            Said::Is(digest) => Some(digest),
+            Said::Is(digest) | Said::Unproven(digest) => Some(digest),
             _ => None,
         };
         let received = verify(bytes, named, Some(&media_type), &wanted.operation);
         self.keep(wanted, received).await.ok()
     }
 
-    /// Keeps a verified manifest: its bytes, that it was seen here, and the tag that named it. What the disk cannot
-    /// take is served all the same.
+    /// Keeps a verified manifest for one who has a right to the repository: its bytes, that it was seen here, and the tag
+    /// that named it. What the disk cannot take, and what nothing proves to be the registry's, is served and not kept.
     async fn keep(
         &self,
         wanted: &Wanted,
@@ -151,6 +160,9 @@ impl Pull {
             Arc::new(Answer::silent(cause))
         })?;
         let manifest = Arc::new(manifest);
+        if !self.is_vouched(wanted) {
+            return Ok(manifest);
+        }
         self.sizes.learn(site, repository, &manifest.manifest);
         let kept = {
             let (store, site, repository) = (Arc::clone(&self.store), Arc::clone(site), repository.clone());

@@ -178,6 +178,12 @@ impl<'a> Road<'a> {
         if asked.heard == Heard::Silent(Cause::Unverifiable) {
             return self.pass().await;
         }
+        if asked.is_unproven()
+            && let Some(manifest) = self.brought(asked.answer.as_deref()).await
+        {
+            // Whoever sent it, it is what this caller was given. Nothing cached is shown for it.
+            return self.manifest(manifest, Reason::Passed);
+        }
         let situation = situation.having_heard(asked.heard);
         match decide(&situation) {
             Verdict::Serve(Served::Moved) => self.serve_moved(situation, copies, asked).await,

@@ -148,14 +148,25 @@ impl Pull {
                 }
             }
         }
-        self.learn_blob(of, digest, asked_at).await;
+        self.learn_blob(of, (digest, sample.0.len() as u64), asked_at)
+            .await;
         Ok(())
     }
 
-    /// Keeps what follows from verified bytes of a blob: the caller's right, and that the upstream has it here.
-    pub(super) async fn learn_blob(self: &Arc<Self>, of: &Wanted, digest: Digest, asked_at: Instant) {
-        self.learn_yes(of, asked_at).await;
-        self.note_seen(&of.site, &of.repository, digest).await;
-        self.confirmed(of, digest.into()).await;
+    /// Keeps what follows from verified bytes of a blob: the caller's right where they are evidence of one, and to one who
+    /// has a right, that the upstream has the blob here. Of bytes that the caller chose nothing follows.
+    pub(super) async fn learn_blob(
+        self: &Arc<Self>,
+        of: &Wanted,
+        (digest, size): (Digest, u64),
+        asked_at: Instant,
+    ) {
+        if self.is_evidence(of, digest, size) {
+            self.learn_yes(of, asked_at).await;
+        }
+        if self.is_vouched(of) {
+            self.note_seen(&of.site, &of.repository, digest).await;
+            self.confirmed(of, digest.into()).await;
+        }
     }
 }

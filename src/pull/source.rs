@@ -117,9 +117,11 @@ impl Source for Upstreamed {
     }
 
     /// Only the bytes prove that it was the registry that said yes.
-    async fn verified(&mut self) {
+    async fn verified(&mut self, size: u64) {
         if let Some(asked_at) = self.asked_at {
-            self.pull.learn_blob(&self.of, self.digest, asked_at).await;
+            self.pull
+                .learn_blob(&self.of, (self.digest, size), asked_at)
+                .await;
         }
     }
 

@@ -189,8 +189,13 @@ pub(super) fn same_host(a: &Uri, b: &Uri) -> bool {
 }
 
 /// Whether `uri` leads to one of these hosts, at the scheme's own port unless another is written beside the host.
+/// `*.example.org` names every host below `example.org`.
 pub(super) fn is_one_of(hosts: &[String], uri: &Uri) -> bool {
     hosts.iter().any(|named| {
+        if let Some(domain) = named.strip_prefix('*') {
+            let host = uri.host().unwrap_or_default().to_ascii_lowercase();
+            return uri.port_u16().is_none() && host.ends_with(domain);
+        }
         let Ok(named) = format!("{}://{named}/", uri.scheme_str().unwrap_or("https")).parse() else {
             return false;
         };

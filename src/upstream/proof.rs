@@ -3,8 +3,11 @@
 //! RFC 9110 §15.3 lets anything in front of a registry answer 2xx: a login page, a captive portal, a firewall. So the
 //! status alone proves nothing. A proof is a response of the registry's own origin that carries its marks: the digest
 //! (`Docker-Content-Digest`, equal to the one asked for where one was) and, for a manifest, a manifest's media type.
-//! Bytes that hash to the digest are a proof wherever they come from; they are read by the callers. Whatever else may
-//! be a yes is [`Said::Unproven`]: it opens nothing.
+//! Whatever else may be a yes is [`Said::Unproven`]: it opens nothing by itself.
+//!
+//! Bytes that hash to a digest prove those bytes. They prove a right to the repository only where the one who asks did not
+//! choose them: a manifest that the registry's own origin sends and that points to something, or content that was seen in
+//! the repository before. The callers look at that.
 
 use http::header::CONTENT_TYPE;
 use http::{HeaderMap, StatusCode};
@@ -13,7 +16,7 @@ use super::answer::{Said, header_digest};
 use crate::oci::cause::Cause;
 use crate::oci::digest::AnyDigest;
 use crate::oci::header::DOCKER_DISTRIBUTION_API_VERSION;
-use crate::oci::manifest::MediaType;
+use crate::oci::manifest::{Manifest, MediaType};
 use crate::oci::name::Reference;
 use crate::oci::operation::Operation;
 
@@ -48,6 +51,12 @@ pub(super) fn read(operation: &Operation, status: StatusCode, headers: &HeaderMa
         Operation::Blob { digest, .. } => blob(digest, headers, sender),
         Operation::Ping | Operation::Tags { .. } | Operation::Referrers { .. } => Said::Unnamed,
     }
+}
+
+/// Whether these bytes of a manifest are the registry's yes: sent by its own origin, and pointing to something. A
+/// placeholder of something in front of it points to nothing.
+pub(super) fn is_by_manifest(manifest: &Manifest, sender: Sender) -> bool {
+    sender == Sender::Registry && !manifest.children.is_empty()
 }
 
 fn manifest(reference: &Reference, headers: &HeaderMap, sender: Sender) -> Said {

@@ -132,6 +132,7 @@ impl Question<'_> {
         }
         let answer = self.read(&reply);
         let is_page = proof::is_page(&reply.headers);
+        let sender = Sender::of(reply.abroad);
         let promised = header_digest(&reply.headers);
         let bytes = match reply
             .collect(self.manifest_bytes_max, self.exchange.headers_within)
@@ -191,8 +192,13 @@ impl Question<'_> {
         if let Some(quirk) = teaches {
             self.quirks.learn(quirk, Instant::now());
         }
+        let is_proof = manifest.is_some_and(|manifest| proof::is_by_manifest(&manifest, sender));
         Answer {
-            said: Said::Is(digest),
+            said: if is_proof {
+                Said::Is(digest)
+            } else {
+                Said::Unproven(digest)
+            },
             length: Some(bytes.len() as u64),
             body: Some((bytes, media_type.clone())),
             media_type: Some(media_type),

@@ -46,8 +46,10 @@ impl Exchange {
         let mut refusal = match first {
             Err(refusal) if refusal.answer.status == Some(StatusCode::UNAUTHORIZED) => refusal,
             Ok(reply) => {
+                let named = reply.at.as_ref().and_then(Origin::of_uri);
+                let named = named.filter(|at| self.tokens.names(origin, at));
                 let trusted = known.as_ref().and_then(|(place, _)| Origin::of_uri(place));
-                return Ok(match trusted {
+                return Ok(match named.or(trusted) {
                     Some(trusted) => as_own(reply, &trusted),
                     None => reply,
                 });

@@ -294,6 +294,13 @@ impl Tokens {
         Some(known)
     }
 
+    /// Whether `other`, to which the registry at `origin` redirects, is one that the operator named: its response is the
+    /// registry's own, also where it wants no token.
+    pub(super) fn names(&self, origin: &Origin, other: &Origin) -> bool {
+        let Some(uri) = other.join("/") else { return false };
+        (origin.is_plain() || !other.is_plain()) && is_one_of(&self.hosts, &uri)
+    }
+
     /// Whether `other`, to which the registry at `origin` redirects, may have a token: the same host, or one that the
     /// operator named; never in clear text for a registry that is asked by https.
     pub(super) fn trusts(&self, origin: &Origin, other: &Origin) -> bool {

@@ -138,6 +138,10 @@ async fn a_part_far_ahead_is_asked_for_with_the_askers_own_credential() {
     let image = upstream.push("acme/app", "1", Image::of_noise(6, SIZE));
     let proxy = Proxy::over(&upstream).await;
     let layer = image.layer(0);
+    for (user, password) in [("alice", "a-secret"), ("carol", "c-secret")] {
+        let manifest = proxy.manifest("acme/app", "1").basic(user, password).await;
+        assert_eq!(manifest.status, 200, "rights come with manifests");
+    }
     let gate = upstream.holds_blob(&layer.digest, MIB);
     let hers = proxy.blob("acme/app", &layer.digest).basic("alice", "a-secret");
     let mut hers = hers.stream().await;

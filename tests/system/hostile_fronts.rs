@@ -1,7 +1,7 @@
 //! What answers in the place of a registry opens nothing: login pages, captive portals, firewalls, and whatever a
 //! redirect leads to.
 
-use crate::proxy::{Ask, Proxy, Reply, blob_path, manifest_path};
+use crate::proxy::{Ask, Proxy, Reply, Setup, blob_path, manifest_path};
 use crate::upstream::{Front, Image, OCI_MANIFEST, Seen, Upstream, noise, sha256};
 
 const ABSENT: &str = "nobody has this";
@@ -87,7 +87,13 @@ fn gives_nothing_away(reply: Option<&Reply>, image: &Image, front: &str) {
         .map(|blob| blob.bytes.as_ref())
         .chain([image.manifest.as_ref()]);
     for bytes in private {
-        let known = &bytes[..bytes.len().min(16)];
+        // Every manifest begins as every other does.
+        let is_manifest = bytes == image.manifest.as_ref();
+        let known = if is_manifest {
+            bytes
+        } else {
+            &bytes[..bytes.len().min(16)]
+        };
         assert!(
             !body.windows(known.len()).any(|part| part == known),
             "{front}: {reply:#?}"
@@ -149,6 +155,72 @@ async fn r01_a_redirect_to_a_login_page_opens_nothing() {
     let mut fronts = answers("private bytes".len());
     fronts.extend([401, 403, 404, 405].map(|status| Front::new(status, "application/json", b"{}")));
     opens_nothing(fronts, Some(&elsewhere)).await;
+}
+
+/// A manifest that points to nothing, and one that points to what nobody has.
+const PLACEHOLDER: &[u8] = br#"{"schemaVersion":2,"mediaType":"application/vnd.oci.image.manifest.v1+json","config":{},"layers":[]}"#;
+
+/// Whoever asks chooses the digest, so also that of the page itself: its bytes are then verified, and prove themselves alone.
+async fn asks_for_the_page(proxy: &Proxy, body: &[u8]) {
+    let own = sha256(body);
+    let paths = [
+        blob_path("acme/app", &own),
+        manifest_path("acme/app", &own),
+        manifest_path("acme/app", "1"),
+        manifest_path("acme/app", "none"),
+    ];
+    for dress in [bob as fn(Ask) -> Ask, |ask| ask] {
+        for path in paths.iter().chain(&paths) {
+            dress(proxy.get(path)).unchecked().broken_or_reply().await;
+            dress(proxy.head(path)).unchecked().broken_or_reply().await;
+        }
+    }
+}
+
+#[tokio::test]
+async fn r01_the_digest_of_a_page_itself_opens_nothing() {
+    let elsewhere = Upstream::start().await;
+    let other = Image::with_layers(&["another registry's"]);
+    let sentence = b"Welcome to the portal of this network. Please log in before you go on from here.";
+    let bodies: [&[u8]; 5] = [b"", b"{}", sentence, PLACEHOLDER, &other.manifest];
+    for (body, is_abroad) in bodies.into_iter().flat_map(|body| [(body, false), (body, true)]) {
+        // What gives a whole image in the registry's own place is the registry.
+        if !is_abroad && body == other.manifest.as_ref() {
+            continue;
+        }
+        for media_type in ["", "application/json", "application/octet-stream", OCI_MANIFEST] {
+            let (upstream, image) = private().await;
+            let proxy = Proxy::over(&upstream).await;
+            proxy.pull_with("acme/app", "1", &image, alice).await;
+            let page = Front::new(200, media_type, body);
+            if is_abroad {
+                let away = Front::redirect(307, &format!("{}/login", elsewhere.url()));
+                upstream.is_fronted(|seen| !is_alices(seen), &away);
+                elsewhere.is_fronted(|_| true, &page);
+            } else {
+                upstream.is_fronted(|seen| !is_alices(seen), &page);
+            }
+            let name = format!("{}, elsewhere: {is_abroad}", page.name);
+            asks_for_the_page(&proxy, body).await;
+            is_closed(&proxy, "acme/app", &image, &name).await;
+            upstream.refuses();
+            is_closed(&proxy, "acme/app", &image, &format!("{name}, then dead")).await;
+        }
+    }
+}
+
+#[tokio::test]
+async fn r01_a_front_that_repeats_the_digest_opens_nothing() {
+    for media_type in ["", "application/json", "application/octet-stream", OCI_MANIFEST] {
+        let (upstream, image) = private().await;
+        let proxy = Proxy::over(&upstream).await;
+        proxy.pull_with("acme/app", "1", &image, alice).await;
+        let front = Front::new(200, media_type, b"welcome").header("docker-content-digest", "{reference}");
+        upstream.is_fronted(|seen| !is_alices(seen) && seen.path.contains("/sha256:"), &front);
+        is_closed(&proxy, "acme/app", &image, &front.name).await;
+        upstream.refuses();
+        is_closed(&proxy, "acme/app", &image, &format!("{}, then dead", front.name)).await;
+    }
 }
 
 #[tokio::test]
@@ -236,26 +308,44 @@ async fn r01_a_shared_layer_is_proven_by_its_bytes_and_not_fetched_again() {
 }
 
 /// What a registry redirects whole requests to is compared with by one HEAD, once the bytes have proven it.
-#[tokio::test]
-async fn r01_a_registry_behind_a_redirect_is_public_by_its_bytes() {
+/// `upstream` redirects everything to the same place of the registry behind it.
+async fn redirecting_to(behind: &Upstream) -> Upstream {
     let upstream = Upstream::start().await;
+    upstream.redirects_all_to(307, &behind.url());
+    upstream
+}
+
+#[tokio::test]
+async fn r01_a_trusted_registry_behind_a_redirect_makes_public() {
     let behind = Upstream::start().await;
+    let upstream = redirecting_to(&behind).await;
     let image = behind.push("library/demo", "1", Image::with_layers(&["one"]));
-    let away = behind.url();
-    upstream.is_fronted(|seen| seen.path != "/v2/", &Front::redirect(307, "{away}"));
-    for path in ["manifests/1".to_owned(), format!("manifests/{}", image.digest)]
-        .into_iter()
-        .chain(image.blobs.iter().map(|blob| format!("blobs/{}", blob.digest)))
-    {
-        let path = format!("/v2/library/demo/{path}");
-        let there = Front::redirect(307, &format!("{away}{path}"));
-        upstream.is_fronted(move |seen| seen.path == path, &there);
-    }
-    let proxy = Proxy::over(&upstream).await;
+    let host = behind.url().replace("http://", "");
+    let trusts = format!("token_hosts = [\"{host}\"]");
+    let proxy = Setup::over(&upstream)
+        .upstream_keys("docker.io", &trusts)
+        .start()
+        .await;
     proxy.pull("library/demo", "1", &image).await;
     behind.clear_log();
     proxy.pull("library/demo", "1", &image).await.is_unchanged();
     assert_eq!((behind.heads("library/demo"), behind.requests().len()), (1, 1));
     behind.refuses();
     proxy.pull("library/demo", "1", &image).await.is_stale();
+}
+
+#[tokio::test]
+async fn r01_an_unknown_registry_behind_a_redirect_opens_nothing() {
+    let behind = Upstream::start().await;
+    let upstream = redirecting_to(&behind).await;
+    let image = behind.push("library/demo", "1", Image::with_layers(&[noise(3, 5000)]));
+    let proxy = Proxy::over(&upstream).await;
+    for _ in 0..2 {
+        proxy.manifest("library/demo", "1").await.is_image(&image);
+        for blob in &image.blobs {
+            proxy.blob("library/demo", &blob.digest).await.is_blob(blob);
+        }
+    }
+    behind.refuses();
+    is_closed(&proxy, "library/demo", &image, "the registry behind it is dead").await;
 }

@@ -12,6 +12,13 @@ async fn askers_at_two_upstreams_share_the_bytes_of_one() {
     other.push("org/two", "1", image.clone());
     let proxy = Setup::over(&hub).also("other.example", &other).start().await;
     let layer = image.layer(0);
+    for (repository, tag) in [("library/one", "1"), ("other.example/org/two", "1")] {
+        assert_eq!(
+            proxy.manifest(repository, tag).await.status,
+            200,
+            "rights come with manifests"
+        );
+    }
     let gate = hub.holds_blob(&layer.digest, LAYER / 2);
     let mut one = proxy.blob("library/one", &layer.digest).stream().await;
     gate.reached().await;

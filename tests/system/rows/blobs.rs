@@ -167,9 +167,15 @@ async fn row_24_a_blob_asked_for_by_sha512_is_named_and_verified_by_sha512() {
     let upstream = Upstream::start().await;
     let content = noise(12, 300_000);
     let (right, wrong) = (sha512(&content), sha512(b"something else"));
+    upstream.push("library/demo", "1", Image::with_layers(&["one"]));
     upstream.push_named("library/demo", &right, &content);
     upstream.push_named("library/demo", &wrong, &content);
     let proxy = Proxy::over(&upstream).await;
+    assert_eq!(
+        proxy.manifest("library/demo", "1").await.status,
+        200,
+        "rights come with manifests"
+    );
     let path = blob_path("library/demo", &right);
     for _ in 0..2 {
         let reply = proxy.get(&path).await;
