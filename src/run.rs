@@ -507,7 +507,13 @@ fn announce(what: &str, address: &str) {
 }
 
 fn warn_of_restart(old: &Config, new: &Config) {
-    if old.data != new.data || old.listen != new.listen || old.limits != new.limits {
-        tracing::warn!("`data`, [listen] and [limits] take effect at the next start");
+    let limits = |config: &Config| Limits {
+        fetches_per_upstream_max: 0,
+        ..config.limits
+    };
+    if old.data != new.data || old.listen != new.listen || limits(old) != limits(new) {
+        tracing::warn!(
+            "`data`, [listen] and [limits] but fetches_per_upstream_max take effect at the next start"
+        );
     }
 }

@@ -255,13 +255,17 @@ impl Pull {
         (unproven, false)
     }
 
-    /// Whether content of this digest and size, given to this caller, shows a right to the repository: the digest was seen
-    /// there before, so that it is not one that the caller made up, and it is longer than what is the same everywhere.
+    /// Whether content of this digest and size, given to this caller, shows a right to the repository: the digest is one
+    /// of the repository's, so that the caller did not make it up, and it is longer than what is the same everywhere.
     pub(super) fn is_evidence(&self, wanted: &Wanted, digest: Digest, size: u64) -> bool {
+        let (site, repository) = (&wanted.site, &wanted.repository);
         size >= EVIDENCE_BYTES_MIN
-            && self
-                .store
-                .has_seen(wanted.site.name(), &wanted.repository, &digest)
+            && (self.store.has_seen(site.name(), repository, &digest) || self.is_named_there(wanted, digest))
+    }
+
+    /// Whether a manifest that was given to somebody with a right to the repository names this content.
+    pub(super) fn is_named_there(&self, wanted: &Wanted, digest: Digest) -> bool {
+        self.sizes.of(&wanted.site, &wanted.repository, digest).is_some()
     }
 
     /// Whether this caller has shown a right in the repository lately.

@@ -153,8 +153,9 @@ impl Pull {
         Ok(())
     }
 
-    /// Keeps what follows from verified bytes of a blob: the caller's right where they are evidence of one, and to one who
-    /// has a right, that the upstream has the blob here. Of bytes that the caller chose nothing follows.
+    /// Keeps what follows from verified bytes of a blob: the caller's right where they are evidence of one, and that the
+    /// upstream has the blob here, where the caller has a right or a manifest of the repository names the blob. Of bytes
+    /// that the caller chose nothing follows.
     pub(super) async fn learn_blob(
         self: &Arc<Self>,
         of: &Wanted,
@@ -164,7 +165,7 @@ impl Pull {
         if self.is_evidence(of, digest, size) {
             self.learn_yes(of, asked_at).await;
         }
-        if self.is_vouched(of) {
+        if self.is_vouched(of) || self.is_named_there(of, digest) {
             self.note_seen(&of.site, &of.repository, digest).await;
             self.confirmed(of, digest.into()).await;
         }

@@ -144,7 +144,13 @@ async fn who_is_not_trusted_with_plain_http_is_turned_away() {
 async fn a_blob_of_no_bytes_is_a_blob() {
     let upstream = Upstream::start().await;
     let empty = upstream.push_blob("library/demo", b"");
+    upstream.push("library/demo", "1", Image::with_layers(&["one"]));
     let proxy = Proxy::over(&upstream).await;
+    assert_eq!(
+        proxy.manifest("library/demo", "1").await.status,
+        200,
+        "rights come with manifests"
+    );
     for _ in 0..2 {
         proxy.blob("library/demo", &empty.digest).await.is_blob(&empty);
         proxy
@@ -166,7 +172,13 @@ async fn what_arrives_for_a_sha512_is_named_by_its_sha512() {
     let upstream = Upstream::start().await;
     let digest = sha512(b"content");
     upstream.push_named("library/demo", &digest, b"content");
+    upstream.push("library/demo", "1", Image::with_layers(&["one"]));
     let proxy = Proxy::over(&upstream).await;
+    assert_eq!(
+        proxy.manifest("library/demo", "1").await.status,
+        200,
+        "rights come with manifests"
+    );
     for _ in 0..2 {
         let reply: Reply = proxy.blob("library/demo", &digest).await;
         assert_eq!(

@@ -61,9 +61,12 @@ async fn row_10_every_answer_with_a_blob_says_its_length() {
                 proxy.head(&path).await.is_blob(layer);
             }
             proxy.get(&path).await.is_blob(layer);
-            proxy.until_kept(&layer.digest).await;
-            proxy.head(&path).await.is_blob(layer).is_hit();
-            proxy.get(&path).await.is_blob(layer).is_hit();
+            // Without a manifest nothing shows a right, so nothing is answered from the cache.
+            if knows_manifest {
+                proxy.until_kept(&layer.digest).await;
+                proxy.head(&path).await.is_blob(layer).is_hit();
+                proxy.get(&path).await.is_blob(layer).is_hit();
+            }
         }
     }
 }

@@ -113,7 +113,7 @@ async fn row_20_ns_names_a_configured_upstream_and_nothing_else_is_contacted() {
         "registry.example",
         "registry.example:5001",
         "169.254.169.254",
-        "ghcr.io:443",
+        "ghcr.io:444",
     ] {
         proxy
             .get(&format!("{}?ns={ns}", manifest_path("team/demo", "1")))
