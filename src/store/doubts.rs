@@ -4,7 +4,7 @@
 //! good what was pushed over or deleted. It is settled by the response to the write, or by a revalidation asked later.
 //!
 //! One small file for each, and all of them in memory. Only what is cached can be in doubt, which bounds their number,
-//! and so does [`DOUBTS_MAX`].
+//! and so does `DOUBTS_MAX`.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};

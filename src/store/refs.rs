@@ -58,7 +58,7 @@ impl Store {
         self.refs.keep(key, variant, answered_at, &is_whole)
     }
 
-    /// What a tag names for this reader: the newest that is cached, or if nothing is, the newest. See [`newest`].
+    /// What a tag names for this reader: the newest that is cached, or if nothing is, the newest. See `newest`.
     pub fn named(&self, key: &TagKey, record: &TagRecord, reader: TagReader<'_>) -> Option<Named> {
         let lists = |index: &Digest, image: &Digest| self.lists(index, image);
         let cached = |digest: &Digest| {
