@@ -258,9 +258,11 @@ impl Pull {
     /// Whether content of this digest and size, given to this caller, shows a right to the repository: the digest is one
     /// of the repository's, so that the caller did not make it up, and it is longer than what is the same everywhere.
     pub(super) fn is_evidence(&self, wanted: &Wanted, digest: Digest, size: u64) -> bool {
-        let (site, repository) = (&wanted.site, &wanted.repository);
-        size >= EVIDENCE_BYTES_MIN
-            && (self.store.has_seen(site.name(), repository, &digest) || self.is_named_there(wanted, digest))
+        let is_seen = || {
+            let upstream = wanted.site.name();
+            self.store.has_seen(upstream, &wanted.repository, &digest)
+        };
+        size >= EVIDENCE_BYTES_MIN && (is_seen() || self.is_named_there(wanted, digest))
     }
 
     /// Whether a manifest that was given to somebody with a right to the repository names this content.
