@@ -194,10 +194,13 @@ pushed() {
   docker_ tag "$private" "$pushed"
   docker_ push -q "$pushed"
   every_door_has pushed/manifests/latest "$(digest_in_company private/pushed latest)"
+  # Layers that docker has already are not asked for, and an image that is not cached whole is asked about each time.
+  forget_images
   docker_ pull -q "$pushed"
   start_counting registry
   every_door_has pushed/manifests/latest "$(digest_in_cache private/pushed latest)"
   expect "questions while the tag is fresh" 0 "$(asked '[A-Z]* /v2/private/pushed/')"
+  docker_ pull -q registry.test/private/other
   docker_ tag registry.test/private/other "$pushed"
   docker_ push -q "$pushed"
   every_door_has pushed/manifests/latest "$(digest_in_company private/pushed latest)"
