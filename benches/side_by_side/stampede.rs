@@ -3,7 +3,8 @@
 //! where the upstream is the limit, and over none, where the cache is.
 //!
 //! docker-registry would need many minutes, since it fetches for each client. It is stopped after a while; its figures
-//! are then what it had reached, which flatters it.
+//! are then what it had reached, which flatters it. It also answers some of the clients with 500 in some runs: that is
+//! named in its rows and ends no run, which only a failure of ifnewer or nginx does.
 
 use crate::bottleneck::Bottleneck;
 use crate::client;
@@ -34,6 +35,8 @@ enum Line<'s> {
 struct Shown {
     /// Every client had the whole image.
     done: bool,
+    /// The first failure of a client's pull.
+    failure: Option<String>,
     last_seconds: f64,
     /// The image's bytes sent by the upstream, in images.
     upstream: f64,
@@ -78,22 +81,25 @@ pub(crate) fn stampede(
 
 impl Shown {
     fn finished(self) -> Outcome<Self> {
-        if self.done {
-            Ok(self)
-        } else {
-            Err("a stampede was not over in time".into())
+        match self.failure {
+            Some(failure) => Err(failure.into()),
+            None if self.done => Ok(self),
+            None => Err("a stampede was not over in time".into()),
         }
     }
 }
 
 /// One row for each thing that was shown. The targets stand beside nginx, once.
 fn compare(what: &str, kind: Kind, line: &Line<'_>, ours: &[Shown], theirs: &[Shown], table: &mut Table) {
-    let stopped = if theirs.iter().all(|one| one.done) {
+    let ended = if let Some(failure) = theirs.iter().find_map(|one| one.failure.as_ref()) {
+        println!("{kind} failed clients: {failure}");
+        ", failing"
+    } else if theirs.iter().all(|one| one.done) {
         ""
     } else {
         ", stopped"
     };
-    let row = |name: &str| Row::new(format!("{what}, {kind}{stopped}: {name}"), Better::Lower);
+    let row = |name: &str| Row::new(format!("{what}, {kind}{ended}: {name}"), Better::Lower);
     let (mut last, mut upstream, mut first, mut peak, mut cpu) = (
         row("last done, s"),
         row("upstream bytes, images"),
@@ -158,7 +164,7 @@ impl Line<'_> {
         let before = self.sent(&image.layer)?;
         let (ready, (tell, told)) = (Barrier::new(clients + 1), mpsc::channel());
         let first_bytes: Vec<AtomicU64> = (0..clients).map(|_| AtomicU64::new(NEVER)).collect();
-        let mut pulls = Vec::new();
+        let (mut pulls, mut failure) = (Vec::new(), None::<String>);
         let (peak_mib, cpu_seconds, waited) = std::thread::scope(|scope| -> Outcome<_> {
             for (number, first_byte) in first_bytes.iter().enumerate() {
                 let (door, ready, tell) = (&door, &ready, tell.clone());
@@ -168,7 +174,10 @@ impl Line<'_> {
             ready.wait();
             let began = Instant::now();
             while let Ok(pull) = told.recv_timeout(patience.saturating_sub(began.elapsed())) {
-                pulls.push(pull.map_err(|e| format!("{kind}: {e}"))?);
+                match pull {
+                    Ok(pull) => pulls.push(pull),
+                    Err(e) => failure = failure.take().or(Some(format!("{kind}: {e}"))),
+                }
             }
             let (waited, running) = (began.elapsed(), &cache.running);
             let (peak, cpu) = (running.peak_memory_mib()?, running.cpu_seconds()?);
@@ -187,6 +196,7 @@ impl Line<'_> {
         );
         Ok(Shown {
             done,
+            failure,
             last_seconds: last.unwrap_or(waited).as_secs_f64(),
             upstream: (self.sent(&image.layer)? - before) as f64 / image.layer_bytes as f64,
             first_bytes_ms: (latest.unwrap_or(0) - earliest.unwrap_or(0)) as f64 / 1e3,
