@@ -39,6 +39,7 @@ pub mod operate;
 pub mod otlp;
 pub mod policy;
 pub mod pull;
+pub mod queue;
 pub mod run;
 pub mod server;
 pub mod setup;

@@ -58,6 +58,7 @@ use crate::flight::Flights;
 use crate::oci::{Accept, Digest, MediaType, Operation, Reference, Repository};
 use crate::policy::rules::Rule;
 use crate::policy::{Refusal, Served, Situation, Verdict, Why, decide};
+use crate::queue::Peer;
 use crate::store::blobs::HeldBlob;
 use crate::store::challenges::KeptChallenge;
 use crate::store::manifests::HeldManifest;
@@ -115,6 +116,8 @@ pub struct Request {
     pub for_push: bool,
     /// Which trace it belongs to.
     pub trace: Trace,
+    /// The client that sent it.
+    pub peer: Peer,
 }
 
 /// What the client gets, before it is HTTP.
@@ -294,7 +297,7 @@ impl Pull {
             Reference::Digest(_) => None,
         };
         let rule = site.rule(repository, tag);
-        let context = self.context_of(site, repository, authorization, &Trace::begun());
+        let context = self.context_of(site, repository, authorization, (Peer::Local, &Trace::begun()));
         let situation = match reference {
             Reference::Tag(tag) => {
                 let copies =
@@ -323,7 +326,7 @@ impl Pull {
             &request.site,
             repository,
             request.authorization.as_ref(),
-            &request.trace,
+            (request.peer, &request.trace),
         )
     }
 
@@ -332,9 +335,9 @@ impl Pull {
         site: &Site,
         repository: &Repository,
         authorization: Option<&HeaderValue>,
-        trace: &Trace,
+        reason: (Peer, &Trace),
     ) -> Context {
-        let mut caller = site.caller(&self.principals, authorization, trace);
+        let mut caller = site.caller(&self.principals, authorization, reason);
         caller.waits_until = Some(Instant::now() + LIMIT_WITHIN);
         let account = self.account(site, repository, authorization);
         let evidence = Evidence {

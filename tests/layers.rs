@@ -47,9 +47,10 @@ const MODULES: &[Module] = &[
     // Judgement. Time is an argument. `access` answers in the decision's own word, `Standing`: one type, no translation.
     module("policy", 2, &[], &["clock"]),
     module("access", 2, &["policy"], &["clock"]),
-    // Resources. They know neither each other nor what is decided about them.
+    // Resources. They know neither each other nor what is decided about them; admission is what all wait for.
     module("store", 3, &[], &["policy", "access", "clock"]),
-    module("upstream", 3, &[], &["policy", "access", "clock"]),
+    module("queue", 3, &[], &["oci", "clock", "trace", "policy", "access"]),
+    module("upstream", 3, &["queue"], &["policy", "access", "clock"]),
     module("event", 3, &[], &["clock"]),
     module("flight", 3, &[], &["oci", "clock", "policy", "access"]),
     // Joint work. It takes the upstream's answers and no decision.

@@ -19,6 +19,7 @@ use crate::clock::Clock;
 use crate::download::Downloads;
 use crate::oci::{Accept, Digest, Operation};
 use crate::pull::{Pull, Request};
+use crate::queue::Peer;
 use crate::trace::Trace;
 
 use self::bring::bring;
@@ -277,5 +278,6 @@ pub(super) fn request(wish: &Wish, operation: Operation, clock: Clock) -> Reques
         writes: wish.named.site.writes(&wish.named.repository),
         for_push: false,
         trace: Trace::begun(),
+        peer: Peer::Local,
     }
 }

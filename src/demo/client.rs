@@ -11,6 +11,7 @@ use tokio::time::Instant;
 use super::DemoError;
 use crate::oci::header::CACHE_STATUS;
 use crate::oci::{Accept, Algorithm, AnyDigest, Digest, Manifest, Operation, Reference, Repository};
+use crate::queue::Peer;
 use crate::trace::Trace;
 use crate::upstream::{Answer, Caller, Connector, Credential, ProxyChoice, Settings, Upstream};
 
@@ -61,6 +62,7 @@ impl Client {
             caller: Caller {
                 principal: [u8::from(authorization.is_some()); 32],
                 credential,
+                peer: Peer::Local,
                 trace: Trace::begun(),
                 waits_until: None,
             },

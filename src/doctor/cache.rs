@@ -9,6 +9,7 @@ use super::wire::{self, Place};
 use super::{Check, Patient, State};
 use crate::config::{Plain, UpstreamConfig};
 use crate::oci::{Accept, Cause, Operation, Reference, Repository, Tag, TlsFault};
+use crate::queue::Peer;
 use crate::run;
 use crate::trace::Trace;
 use crate::upstream::{Caller, Connector, Credential, LearnedState, Upstream};
@@ -229,6 +230,7 @@ async fn upstream(name: String, upstream: &Upstream, operation: Option<Operation
     let anonymous = Caller {
         principal: [0; 32],
         credential: Credential::Anonymous,
+        peer: Peer::Local,
         trace: Trace::begun(),
         waits_until: None,
     };

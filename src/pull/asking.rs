@@ -291,7 +291,7 @@ impl Pull {
             _ => None,
         };
         let rule = site.rule(repository, tag);
-        let context = self.context_of(site, repository, wanted.shown(), &caller.trace);
+        let context = self.context_of(site, repository, wanted.shown(), (caller.peer, &caller.trace));
         let situation = context.situation(rule, Subject::Tag, None, true, self.clock.now());
         situation.standing
     }

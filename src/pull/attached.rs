@@ -13,6 +13,7 @@ use super::{Outcome, Pull, Request, Site};
 use crate::oci::manifest::{Descriptor, Kind, Role};
 use crate::oci::{Accept, AnyDigest, Digest, Manifest, Operation, Query, Reference, Repository};
 use crate::policy::Refusal;
+use crate::queue::Peer;
 use crate::store::manifests::HeldManifest;
 use crate::upstream::Credential;
 
@@ -168,6 +169,7 @@ impl Pull {
             writes: of.site.writes(&of.repository),
             for_push: false,
             trace: of.caller.trace.clone(),
+            peer: Peer::Background,
         };
         Box::pin(self.outcome(&request)).await
     }

@@ -12,6 +12,7 @@ use crate::access::Principal;
 use crate::oci::digest::keyed;
 use crate::oci::{NameError, Repository, Tag};
 use crate::policy::rules::{Rule, Rules};
+use crate::queue::Peer;
 use crate::trace::Trace;
 use crate::upstream::origin::Origin;
 use crate::upstream::{Caller, Credential, LearnedState, Upstream};
@@ -98,6 +99,7 @@ impl Principals {
         Caller {
             principal: *self.anonymous.as_bytes(),
             credential: Credential::Anonymous,
+            peer: Peer::Background,
             trace: trace.clone(),
             waits_until: None,
         }
@@ -216,7 +218,7 @@ impl Site {
         &self,
         principals: &Principals,
         authorization: Option<&HeaderValue>,
-        trace: &Trace,
+        (peer, trace): (Peer, &Trace),
     ) -> Caller {
         let (principal, credential) = match (self.access, authorization) {
             (Access::Shared { own_credential }, _) => {
@@ -235,6 +237,7 @@ impl Site {
         Caller {
             principal: *principal.as_bytes(),
             credential,
+            peer,
             trace: trace.clone(),
             waits_until: None,
         }

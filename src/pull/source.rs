@@ -47,10 +47,11 @@ impl Upstreamed {
     fn forgo_credential(&mut self) -> bool {
         let had_one = matches!(self.of.caller.credential, Credential::Client(_));
         if had_one {
-            self.of.caller = self
-                .of
-                .site
-                .caller(&self.pull.principals, None, &self.of.caller.trace);
+            self.of.caller = self.of.site.caller(
+                &self.pull.principals,
+                None,
+                (self.of.caller.peer, &self.of.caller.trace),
+            );
         }
         had_one
     }

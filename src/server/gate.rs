@@ -18,6 +18,7 @@ use crate::oci::query::{Query, QueryError};
 use crate::oci::{Accept, Cause, ErrorCode, Malformed, Operation, Repository};
 use crate::pull::writing::{Change, Writes};
 use crate::pull::{Request, Site, is_local_token};
+use crate::queue;
 use crate::trace::Trace;
 use crate::upstream::origin::Origin;
 
@@ -294,7 +295,10 @@ pub(super) fn read(
     path::check(head.uri.path()).map_err(Malformed::from)?;
     let Some((site, door)) = intercepted else {
         let (site, operation, door) = doors.open(head)?;
-        return Ok(Wanted::Read(request(head, site, operation, (now, trace))?, door));
+        return Ok(Wanted::Read(
+            request(head, site, operation, (now, trace, peer))?,
+            door,
+        ));
     };
     // The host is the registry's own, so a prefix is part of a repository's name.
     let site = Arc::clone(site);
@@ -330,11 +334,14 @@ pub(super) fn read(
         if shown.is_some_and(|shown| !is_local_token(shown)) {
             return pass(head, site, door, host.as_ref(), peer).map(Wanted::Pass);
         }
-        return Ok(Wanted::Knock(request(head, site, operation, (now, trace))?, door));
+        return Ok(Wanted::Knock(
+            request(head, site, operation, (now, trace, peer))?,
+            door,
+        ));
     }
     doors.agree(&site, head.uri.query())?;
     let operation = in_full(&site, operation)?;
-    let mut request = request(head, site, operation, (now, trace))?;
+    let mut request = request(head, site, operation, (now, trace, peer))?;
     // Who pushes asks so which layers the registry has already; who pulls has no need to.
     request.for_push = request.head && matches!(request.operation, Operation::Blob { .. });
     Ok(Wanted::Read(request, door))
@@ -344,7 +351,7 @@ fn request(
     head: &Parts,
     site: Arc<Site>,
     operation: Operation,
-    (now, trace): (SystemTime, &Trace),
+    (now, trace, peer): (SystemTime, &Trace, &Peer),
 ) -> Result<Request, Turned> {
     let writes = operation
         .repository()
@@ -359,6 +366,7 @@ fn request(
         writes,
         for_push: false,
         trace: trace.clone(),
+        peer: queue::Peer::of(peer.address),
     })
 }
 

@@ -258,6 +258,7 @@ impl Limits {
 mod tests {
     #![allow(clippy::unwrap_used, reason = "tests may fail loudly")]
     use super::*;
+    use crate::queue::Peer;
     use crate::trace::Trace;
     use http::HeaderValue;
 
@@ -265,6 +266,7 @@ mod tests {
         Caller {
             principal: [id; 32],
             credential: Credential::Client(HeaderValue::from_static("Bearer canary")),
+            peer: Peer::Local,
             trace: Trace::begun(),
             waits_until: None,
         }
@@ -314,6 +316,7 @@ mod tests {
         let anonymous = Caller {
             principal: [0; 32],
             credential: Credential::Anonymous,
+            peer: Peer::Local,
             trace: Trace::begun(),
             waits_until: None,
         };

@@ -15,6 +15,7 @@ use super::switch::{Observer, Offline};
 use super::target::RedirectRule;
 use super::tls::{ClientCertificate, TlsError};
 use super::urls::Memory;
+use crate::queue::Peer;
 use crate::trace::Trace;
 
 /// What an upstream is, as configured.
@@ -109,6 +110,8 @@ pub struct Caller {
     pub principal: [u8; 32],
     /// What the upstream is shown.
     pub credential: Credential,
+    /// The client whose turn among others it is.
+    pub peer: Peer,
     /// Which trace its reason belongs to.
     pub trace: Trace,
     /// Until when a rate limit of the upstream may be waited out for it; `None`: not at all.

@@ -20,6 +20,7 @@ use http::{HeaderMap, HeaderValue, Method};
 
 use super::*;
 use crate::oci::digest::{Algorithm, Digest};
+use crate::queue::Peer;
 use registry::Registry;
 
 /// An OCI manifest, small but real.
@@ -57,6 +58,7 @@ pub(super) fn anonymous() -> Caller {
     Caller {
         principal: [0; 32],
         credential: Credential::Anonymous,
+        peer: Peer::Local,
         trace: Trace::begun(),
         waits_until: None,
     }
@@ -70,6 +72,7 @@ pub(super) fn client(authorization: &str) -> Caller {
     Caller {
         principal,
         credential: Credential::Client(header),
+        peer: Peer::Local,
         trace: Trace::begun(),
         waits_until: None,
     }

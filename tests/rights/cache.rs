@@ -11,6 +11,7 @@ use ifnewer::event::Events;
 use ifnewer::oci::{Accept, Digest, LoginRequest, Operation};
 use ifnewer::policy::rules::Rules;
 use ifnewer::pull::{Access, Content, LoggedIn, Outcome, Pull, Request, Site, SiteStates};
+use ifnewer::queue::Peer;
 use ifnewer::store::step::Buffers;
 use ifnewer::store::volume::{Directory, Memory, Volume};
 use ifnewer::store::{Settings as StoreSettings, Store};
@@ -256,6 +257,7 @@ impl Cache {
             now: now(),
             for_push: false,
             trace: Trace::begun(),
+            peer: Peer::Local,
         };
         match self.pull.answer(request).await {
             Outcome::Manifest(manifest, _) => {

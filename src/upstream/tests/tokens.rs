@@ -198,6 +198,7 @@ async fn our_own_account_is_used_only_for_callers_that_say_so() {
     let caller = Caller {
         principal: [0; 32],
         credential: Credential::Own,
+        peer: Peer::Local,
         trace: Trace::begun(),
         waits_until: None,
     };
@@ -231,6 +232,7 @@ async fn our_own_account_is_posted_where_the_realm_has_no_get() {
     let caller = Caller {
         principal: [0; 32],
         credential: Credential::Own,
+        peer: Peer::Local,
         trace: Trace::begun(),
         waits_until: None,
     };

@@ -1,0 +1,5 @@
+//! Admission to a bounded number of places, fair over clients.
+
+mod peer;
+
+pub use peer::Peer;
