@@ -6,9 +6,10 @@
 //! bounded.
 //!
 //! * `spans`: parts of traces, for whoever records them.
-//! * `metrics`: the counts. * `levels`: what is read with them. * `exposition`: their older format. * `journal`: the last decisions. * `clients`: who came lately. * `series`: the last day.
+//! * `connections`: those of the listeners. * `metrics`: the counts. * `levels`: what is read with them. * `exposition`: their older format. * `journal`: the last decisions. * `clients`: who came lately. * `series`: the last day.
 
 mod clients;
+mod connections;
 mod exposition;
 mod journal;
 mod levels;
@@ -24,6 +25,7 @@ use http::HeaderMap;
 use tokio::sync::{broadcast, mpsc};
 
 pub use clients::{Client, agent};
+pub use connections::{Closed, ConnectionState, OpenConnection};
 pub use journal::Decision;
 pub use levels::{AllowanceLevel, Levels};
 pub use metrics::Tunnel;
@@ -295,6 +297,16 @@ impl Events {
     /// Counts a connection that was closed because its address had too many.
     pub fn connection_refused(&self) {
         self.metrics.connection_refused();
+    }
+
+    /// Counts a connection of a listener until what is given is dropped.
+    pub fn connection(&self, listener: &'static str, state: ConnectionState) -> OpenConnection {
+        self.metrics.connections.open(listener, state)
+    }
+
+    /// Counts a connection that was closed to make room for another.
+    pub fn connection_closed(&self, listener: &'static str, why: Closed) {
+        self.metrics.connections.closed(listener, why);
     }
 
     /// Counts bytes of a blob sent.

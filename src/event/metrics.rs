@@ -14,6 +14,7 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
 
+use super::connections::Connections;
 use super::{Answered, BytesFrom, Client, Ended, Exchange, Kind, Levels, Outcome, Totals};
 
 type Level = Gauge<u64, AtomicU64>;
@@ -152,6 +153,7 @@ pub(super) struct Metrics {
     client_seen: Family<ClientLabels, Level>,
     spans_dropped: Counter,
     connections_refused: Counter,
+    pub(super) connections: Connections,
     longest_idle: Gauge<f64, AtomicU64>,
     certificates: Family<CertificateLabels, Level>,
     totals: Counts,
@@ -206,6 +208,7 @@ impl Default for Metrics {
             client_seen: Family::default(),
             spans_dropped: Counter::default(),
             connections_refused: Counter::default(),
+            connections: Connections::default(),
             longest_idle: Gauge::default(),
             certificates: Family::default(),
             totals: Counts::default(),

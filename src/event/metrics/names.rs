@@ -70,6 +70,7 @@ impl Metrics {
             "Connections closed because their address had too many",
             self.connections_refused.clone(),
         );
+        self.connections.register(registry);
         registry.register(
             "spans_dropped",
             "Parts of traces that could not be handed to the OTLP collector",
