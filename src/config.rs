@@ -202,16 +202,22 @@ pub struct Limits {
 }
 
 impl Limits {
-    /// These limits, or lower ones where the process may open only so many files: so that whoever is let in finds the
-    /// five that a pull takes at most (its own connection, that to the upstream, and the files of what is written), and a
-    /// connection more than that waits to be accepted instead of failing another's pull.
+    /// These limits, or lower ones where the process may open only so many files. Each connection finds the five that a
+    /// pull takes at most (its own, that to the upstream, and the files of what is written); a tunnel takes one besides
+    /// its connection. What is left is for connections that wait, for the store and for the admin listener.
     #[must_use]
     pub fn within(self, descriptors: usize) -> Self {
         Self {
             connections_max: self.connections_max.min(descriptors / 5).max(1),
+            tunnels_max: self.tunnels_max.min(descriptors / 10).max(1),
             fetches_max: self.fetches_max.min(descriptors / 10).max(1),
             ..self
         }
+    }
+
+    /// Connections that may wait for a place of their address, of all addresses. Each holds a descriptor.
+    pub fn connections_waiting_max(&self) -> usize {
+        (self.connections_max / 2).max(1)
     }
 }
 

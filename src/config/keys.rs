@@ -211,8 +211,8 @@ pub const KEYS: &[Key] = &[
     key(Log, "level", Some(r#""info""#), "How much is told: \"error\", \"warn\", \"info\", \"debug\", \"trace\", or a filter as in \"info,ifnewer::upstream=debug\"."),
     key(Log, "format", Some(r#""human""#), "How it is written: \"human\" or \"json\"."),
 
-    key(Limits, "connections_max", Some("4096"), "Connections at a time; further ones wait to be accepted."),
-    key(Limits, "connections_per_peer_max", Some("256"), "Connections at a time from one address; as many further ones wait, and beyond those they are closed."),
+    key(Limits, "connections_max", Some("4096"), "Connections at a time. For a further one the oldest without a request in flight is closed; while each has one, it waits to be accepted. Few file descriptors lower this: five belong to each connection."),
+    key(Limits, "connections_per_peer_max", Some("256"), "Connections at a time from one address, which is the client's where a balancer sends the PROXY protocol; as many further ones wait, and beyond those they are closed."),
     key(Limits, "streams_per_connection_max", Some("100"), "Requests at a time on one HTTP/2 connection."),
     key(Limits, "tunnels_max", Some("256"), "Tunnels of CONNECT at a time; further ones are answered with 503."),
     key(Limits, "fetches_max", Some("256"), "Blob transfers at a time from all upstreams together."),

@@ -311,7 +311,12 @@ fn a_process_that_may_open_few_files_has_lower_limits() {
     };
     assert_eq!(limits.within(1 << 20), limits);
     let few = limits.within(1024);
-    assert_eq!((few.connections_max, few.fetches_max), (204, 102));
+    assert_eq!(
+        (few.connections_max, few.tunnels_max, few.fetches_max),
+        (204, 102, 102)
+    );
+    let held = few.connections_max + few.connections_waiting_max() + few.tunnels_max + 3 * few.fetches_max;
+    assert!(held < 1024, "{held} descriptors, and some for the store");
     assert_eq!(limits.within(0).connections_max, 1, "someone is always let in");
 }
 
