@@ -1,7 +1,7 @@
 //! The network inwards: connections, TLS, and the one place where requests come in and answers go out.
 //!
 //! * `entry`, `certificate`: who may come in at all. * `listen`, `forwarded`: listeners, and who is at the other end.
-//! * `accept`: connections, limits, drain. * `tls`, `mint`: the CA, our certificate, and those for upstreams' own hosts.
+//! * `connections`: their places. * `accept`: protocols, limits, drain. * `tls`, `mint`: the CA, our certificate, and those for upstreams' own hosts.
 //! * `gate`, `door`: an HTTP request becomes a [`crate::pull::Request`], or one to be handed on, or is turned away before
 //!   anything else runs. * `connect`: what comes by `CONNECT`. * `pass`: what is handed on. `login`: questions to a token service.
 //! * `reply`: an outcome becomes an HTTP response; nothing else builds one but what is handed back. * `body`: bytes on
@@ -12,6 +12,7 @@ pub mod accept;
 mod body;
 mod certificate;
 mod connect;
+pub(crate) mod connections;
 mod door;
 mod entry;
 mod forwarded;

@@ -1,11 +1,10 @@
 //! Connections: who may come, in which protocol, and for how long.
 
-use std::collections::HashMap;
 use std::convert::Infallible;
 use std::error::Error;
-use std::net::IpAddr;
+use std::io;
 use std::pin::pin;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
@@ -14,17 +13,19 @@ use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
+use rustix::io::Errno;
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::Semaphore;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::certificate;
+use super::connections::{Bounds, Connections, Entering, Handle, Refused, Slot, Wait};
 use super::door::Peer;
 use super::entry::Shown;
 use super::idle::{Pardon, Watched};
-use super::listen::{Listener, Wire};
+use super::listen::{From, Listener, Wire};
 use super::tls::{ServerTls, Shaken};
 use super::{Body, Front};
 use crate::config::{Limits, Plain};
@@ -53,9 +54,8 @@ struct Inner {
     limits: Limits,
     /// Set when the process is to end.
     ending: CancellationToken,
-    places: Arc<Semaphore>,
     tunnels: Arc<Semaphore>,
-    peers: Peers,
+    connections: Connections,
     refused: LogLimit,
 }
 
@@ -68,36 +68,49 @@ impl Accepting {
         limits: Limits,
         ending: CancellationToken,
     ) -> Self {
+        let bounds = Bounds {
+            places: limits.connections_max,
+            per_address: limits.connections_per_peer_max,
+            waiting: limits.connections_waiting_max(),
+            closes_at_address: false,
+        };
         Self(Arc::new(Inner {
+            connections: Connections::new("registry", bounds, front.events.clone()),
             front,
             tls,
             plain,
             limits,
             ending,
-            places: Arc::new(Semaphore::new(limits.connections_max)),
             tunnels: Arc::new(Semaphore::new(limits.tunnels_max)),
-            peers: Peers::default(),
             refused: LogLimit::default(),
         }))
     }
 
     /// Accepts until the process ends, then waits for what is under way.
     pub async fn run(self, listener: Listener) {
-        let connections = TaskTracker::new();
-        while let Some((wire, place)) = self.next(&listener).await {
-            let accepting = self.clone();
-            let tasks = connections.clone();
-            connections.spawn(async move {
-                let peer = wire.peer();
-                if let Err(error) = accepting.serve(wire, place, tasks).await {
-                    tracing::debug!(%peer, %error, "a connection ended badly");
+        let tasks = TaskTracker::new();
+        while let Some((wire, entering)) = self.next(&listener).await {
+            match entering {
+                Entering::Seated(seat) => {
+                    // No further connection is accepted until there is a place for this one.
+                    let slot = tokio::select! {
+                        () = self.0.ending.cancelled() => break,
+                        slot = self.0.connections.place(seat) => slot,
+                    };
+                    let serving = self.clone().serve(wire, slot, tasks.clone());
+                    tasks.spawn(serving);
                 }
-            });
+                Entering::Waits(wait) => {
+                    let waiting = self.clone().wait(wire, wait, tasks.clone());
+                    tasks.spawn(waiting);
+                }
+                Entering::Refused(refused) => self.refuse(wire.peer(), refused),
+            }
         }
         drop(listener);
-        connections.close();
+        tasks.close();
         let drain = self.0.limits.drain;
-        if timeout(drain, connections.wait()).await.is_err() {
+        if timeout(drain, tasks.wait()).await.is_err() {
             tracing::warn!(
                 "connections were still busy after {} s; they are cut",
                 drain.as_secs()
@@ -105,59 +118,107 @@ impl Accepting {
         }
     }
 
-    /// The next connection, once there is a place for it; `None` when the process is to end.
-    async fn next(&self, listener: &Listener) -> Option<(Wire, OwnedSemaphorePermit)> {
+    /// The next connection; `None` when the process is to end.
+    async fn next(&self, listener: &Listener) -> Option<(Wire, Entering)> {
         loop {
-            let place = tokio::select! {
-                () = self.0.ending.cancelled() => return None,
-                place = Arc::clone(&self.0.places).acquire_owned() => place.ok()?,
-            };
             let accepted = tokio::select! {
                 () = self.0.ending.cancelled() => return None,
                 accepted = listener.accept() => accepted,
             };
             match accepted {
-                Ok(wire) => return Some((wire, place)),
+                Ok(wire) => {
+                    let entering = self.0.connections.enter(wire.peer().ip());
+                    return Some((wire, entering));
+                }
                 Err(error) => {
                     tracing::warn!(%error, "a connection could not be accepted");
+                    if is_out_of_descriptors(&error) {
+                        self.0.connections.close_for_descriptor();
+                    }
                     tokio::time::sleep(ACCEPT_PAUSE).await;
                 }
             }
         }
     }
 
-    async fn serve(&self, wire: Wire, place: OwnedSemaphorePermit, tasks: TaskTracker) -> Ended {
-        let limits = self.0.limits;
-        let (wire, is_tls) = tokio::select! {
-            () = self.0.ending.cancelled() => return Ok(()),
-            begun = timeout(limits.header_timeout, wire.begin()) => match begun?? {
-                Some(begun) => begun,
-                None => return Ok(()),
+    /// A connection whose address has as many as it may.
+    async fn wait(self, wire: Wire, wait: Wait, tasks: TaskTracker) {
+        let slot = tokio::select! {
+            () = self.0.ending.cancelled() => return,
+            slot = wait.slot(self.0.limits.idle_timeout) => slot,
+        };
+        match slot {
+            Some(slot) => self.serve(wire, slot, tasks).await,
+            None => self.refuse(wire.peer(), Refused::Address),
+        }
+    }
+
+    fn refuse(&self, peer: From, refused: Refused) {
+        self.0.front.events.connection_refused();
+        if let Some(skipped) = self.0.refused.admits() {
+            let (connections, reason) = (self.0.limits.connections_per_peer_max, refused.name());
+            tracing::warn!(%peer, connections, reason, skipped,
+                "a connection was closed, for its address has too many; raise limits.connections_per_peer_max, or let \
+                 the balancer in front send the PROXY protocol");
+        }
+    }
+
+    async fn serve(self, mut wire: Wire, slot: Slot, tasks: TaskTracker) {
+        let accepted_from = wire.peer();
+        if self.in_time(&slot.handle(), wire.announced()).await.is_none() {
+            return;
+        }
+        let slot = match wire.peer().ip() {
+            // The client behind a balancer, not the balancer, is what connections are counted by.
+            Some(client) if accepted_from.ip() != Some(client) => {
+                let announced = tokio::select! {
+                    () = self.0.ending.cancelled() => return,
+                    announced = slot.announced(client, self.0.limits.idle_timeout) => announced,
+                };
+                match announced {
+                    Ok(slot) => slot,
+                    Err(refused) => return self.refuse(wire.peer(), refused),
+                }
             }
+            _ => slot,
+        };
+        let Some(Some(is_tls)) = self.in_time(&slot.handle(), wire.first_byte_is_tls()).await else {
+            return;
         };
         let peer = wire.peer();
-        let entering = self.0.peers.enter(peer.ip(), limits.connections_per_peer_max);
-        let entered = tokio::select! {
-            () = self.0.ending.cancelled() => return Ok(()),
-            entered = timeout(limits.idle_timeout, entering) => entered.ok().flatten(),
-        };
-        let Some(entered) = entered else {
-            self.0.front.events.connection_refused();
-            if let Some(skipped) = self.0.refused.admits() {
-                tracing::warn!(%peer, connections = limits.connections_per_peer_max, skipped,
-                    "a connection was closed, for its address has too many; raise limits.connections_per_peer_max, or let \
-                     the balancer in front send the PROXY protocol");
-            }
-            return Ok(());
-        };
-        let held = Held {
-            _place: place,
-            _entered: entered,
-        };
+        if let Err(error) = self.speak(wire, is_tls, slot, tasks).await {
+            tracing::debug!(%peer, %error, "a connection ended badly");
+        }
+    }
+
+    /// What a connection says before its first byte of HTTP or TLS. `None` if it does not come in time, or its place was
+    /// needed.
+    async fn in_time<T>(&self, handle: &Handle, said: impl Future<Output = io::Result<T>>) -> Option<T> {
+        tokio::select! {
+            () = self.0.ending.cancelled() => None,
+            () = handle.closing() => None,
+            said = timeout(self.0.limits.header_timeout, said) => match said {
+                Ok(Ok(said)) => Some(said),
+                Ok(Err(error)) => {
+                    tracing::debug!(%error, "a connection ended before its first request");
+                    None
+                }
+                Err(_) => None,
+            },
+        }
+    }
+
+    async fn speak(&self, wire: Wire, is_tls: bool, slot: Slot, tasks: TaskTracker) -> Ended {
+        let limits = self.0.limits;
+        let (peer, handle) = (wire.peer(), slot.handle());
+        let held = Held(slot);
         let (patience, pardon) = (limits.write_timeout.max(limits.idle_timeout), Pardon::default());
         if is_tls {
             let tls = self.tls();
-            let shaken = timeout(limits.handshake_timeout, tls.accept(wire)).await?;
+            let shaken = tokio::select! {
+                () = handle.closing() => return Ok(()),
+                shaken = timeout(limits.handshake_timeout, tls.accept(wire)) => shaken?,
+            };
             if let Some(why) = shaken.as_ref().err().and_then(certificate::refused) {
                 tracing::warn!(%peer, why, "a client certificate was refused");
             }
@@ -177,6 +238,7 @@ impl Accepting {
                     user: None,
                 },
                 pardon: pardon.clone(),
+                connection: handle,
             };
             let connection = self.connection(peer, held, tasks);
             connection.speak(Watched::new(stream, patience, pardon)).await
@@ -194,6 +256,7 @@ impl Accepting {
                 connect: None,
                 shown: Shown::default(),
                 pardon: pardon.clone(),
+                connection: handle,
             };
             let connection = self.connection(peer, held, tasks);
             connection.speak(Watched::new(wire, patience, pardon)).await
@@ -255,10 +318,7 @@ impl Accepting {
 }
 
 /// What is held until a connection ends, and with it all that came to be within it.
-pub(super) struct Held {
-    _place: OwnedSemaphorePermit,
-    _entered: Entered,
-}
+pub(super) struct Held(#[expect(dead_code, reason = "held for its end")] Slot);
 
 /// A connection, or what a client speaks within its tunnel.
 pub(super) struct Connection {
@@ -276,7 +336,7 @@ impl Connection {
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
         let builder = self.accepting.protocol();
-        let ending = self.accepting.ending().clone();
+        let (ending, handle) = (self.accepting.ending().clone(), self.peer.connection.clone());
         let service = service_fn(move |request| {
             let connection = Arc::clone(&self);
             async move { Ok::<_, Infallible>(connection.answer(request).await) }
@@ -285,6 +345,10 @@ impl Connection {
         tokio::select! {
             ended = serving.as_mut() => return ended,
             () = ending.cancelled() => serving.as_mut().graceful_shutdown(),
+            () = handle.closing() => {
+                serving.as_mut().graceful_shutdown();
+                return handle.ended(serving).await.unwrap_or(Ok(()));
+            }
         }
         serving.await
     }
@@ -298,65 +362,10 @@ impl Connection {
     }
 }
 
-/// The connections of each peer.
-#[derive(Clone, Default)]
-struct Peers(Arc<Mutex<HashMap<IpAddr, Connections>>>);
-
-struct Connections {
-    places: Arc<Semaphore>,
-    /// Those that have a place or wait for one.
-    present: usize,
-}
-
-impl Peers {
-    /// Waits for a place among `connections_max`. `None` if as many wait already: many clients may be behind one address,
-    /// but each that waits takes a place from all. Those without an address come by a socket file, whose mode says who
-    /// may.
-    async fn enter(&self, peer: Option<IpAddr>, connections_max: usize) -> Option<Entered> {
-        let Some(peer) = peer else {
-            return Some(Entered::default());
-        };
-        let places = {
-            let mut peers = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-            let connections = peers.entry(peer).or_insert_with(|| Connections {
-                places: Arc::new(Semaphore::new(connections_max)),
-                present: 0,
-            });
-            if connections.present >= connections_max.saturating_mul(2) {
-                return None;
-            }
-            connections.present += 1;
-            Arc::clone(&connections.places)
-        };
-        let mut entered = Entered {
-            of: Some((self.clone(), peer)),
-            place: None,
-        };
-        entered.place = Some(places.acquire_owned().await.ok()?);
-        Some(entered)
-    }
-}
-
-/// A place among the connections of a peer, or the wait for one.
-#[derive(Default)]
-struct Entered {
-    of: Option<(Peers, IpAddr)>,
-    place: Option<OwnedSemaphorePermit>,
-}
-
-impl Drop for Entered {
-    fn drop(&mut self) {
-        let Some((peers, peer)) = self.of.take() else {
-            return;
-        };
-        // Free before it is no longer counted.
-        drop(self.place.take());
-        let mut peers = peers.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(connections) = peers.get_mut(&peer) {
-            connections.present -= 1;
-            if connections.present == 0 {
-                peers.remove(&peer);
-            }
-        }
-    }
+/// Whether the process, or the system, has no file descriptor left.
+fn is_out_of_descriptors(error: &io::Error) -> bool {
+    let numbers = [Errno::MFILE, Errno::NFILE].map(Errno::raw_os_error);
+    error
+        .raw_os_error()
+        .is_some_and(|number| numbers.contains(&number))
 }

@@ -23,6 +23,7 @@ use tokio::time::timeout;
 
 use super::accept::Connection;
 use super::certificate;
+use super::connections::InFlight;
 use super::door::{Door, Peer, name_of};
 use super::entry::{Shown, Way};
 use super::gate::{self, Turned};
@@ -83,6 +84,7 @@ enum Passage {
 struct Place {
     _permit: OwnedSemaphorePermit,
     counted: event::Tunnel,
+    _request: InFlight,
 }
 
 impl Connection {
@@ -181,6 +183,7 @@ impl Connection {
         let place = Place {
             _permit: place.map_err(|_| Turned::TunnelsBusy)?,
             counted: self.accepting.front().events.tunnel(),
+            _request: self.peer.connection.request(),
         };
         let stream = registry.tunnels.way.open(host, port, nearest).await;
         let stream = stream.map_err(|cause| Turned::TunnelFailed(target.to_string(), cause))?;
@@ -202,7 +205,10 @@ impl Connection {
                 stream,
                 server_name,
                 certificate,
-            } = match timeout(limit, shaking).await {
+            } = match tokio::select! {
+                shaken = timeout(limit, shaking) => shaken,
+                () = self.peer.connection.closing() => return,
+            } {
                 Ok(Ok(shaken)) => shaken,
                 Ok(Err(error)) => {
                     if let Some(why) = certificate::refused(&error) {
@@ -228,6 +234,7 @@ impl Connection {
                         user: shown.user,
                     },
                     pardon: self.peer.pardon.clone(),
+                    connection: self.peer.connection.clone(),
                 },
                 held: Arc::clone(&self.held),
                 tasks: self.tasks.clone(),

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use http::Version;
 use http::uri::Authority;
 
+use super::connections::Handle;
 use super::entry::Shown;
 use super::gate::Turned;
 use super::idle::Pardon;
@@ -65,6 +66,8 @@ pub struct Peer {
     pub(super) shown: Shown,
     /// Held while the client waits for an upstream, and so is quiet without being stalled.
     pub pardon: Pardon,
+    /// What a request holds while it is in flight, so that its connection is not closed to make room.
+    pub(super) connection: Handle,
 }
 
 /// The upstreams there are, and how a client names them.

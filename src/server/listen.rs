@@ -270,18 +270,23 @@ enum Stream {
 }
 
 impl Wire {
-    /// Who is at the other end; after [`Wire::begin`], who is behind a trusted proxy.
+    /// Who is at the other end; after [`Wire::announced`], who is behind a trusted proxy.
     pub(super) fn peer(&self) -> From {
         self.from
     }
 
-    /// Reads what comes before the first byte, and looks at that one: is it TLS? `None` if nothing came.
-    pub(super) async fn begin(mut self) -> io::Result<Option<(Self, bool)>> {
+    /// Reads the PROXY header of a trusted proxy, where one is expected.
+    pub(super) async fn announced(&mut self) -> io::Result<()> {
         if self.announced
-            && let Some(address) = forwarded::read(&mut self).await?
+            && let Some(address) = forwarded::read(self).await?
         {
             self.from = From::Address(address);
         }
+        Ok(())
+    }
+
+    /// Looks at the first byte: is it TLS? `None` if nothing came.
+    pub(super) async fn first_byte_is_tls(&self) -> io::Result<Option<bool>> {
         let mut first = [0];
         let read = match &self.stream {
             Stream::Tcp(stream) => {
@@ -293,7 +298,7 @@ impl Wire {
                 stream.async_io(Interest::READABLE, peek).await?.0
             }
         };
-        Ok((read > 0).then_some((self, first == [TLS_HANDSHAKE])))
+        Ok((read > 0).then_some(first == [TLS_HANDSHAKE]))
     }
 }
 

@@ -13,6 +13,7 @@ use http::request::Parts;
 use http::{Method, Response, StatusCode};
 use tokio::time::Instant;
 
+use super::connections::InFlight;
 use super::door::{Door, Peer};
 use super::told::Told;
 use super::{Body, told};
@@ -42,6 +43,8 @@ struct Record {
     client: Option<IpAddr>,
     agent: Box<str>,
     trace: Trace,
+    /// The connection is busy until the record is written.
+    _request: InFlight,
 }
 
 impl Open {
@@ -67,6 +70,7 @@ impl Open {
             client: peer.address,
             agent: agent(head.headers.get(USER_AGENT)),
             trace: trace.clone(),
+            _request: peer.connection.request(),
         })))
     }
 

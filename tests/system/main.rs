@@ -34,6 +34,7 @@ mod commands;
 mod config_exit;
 mod connect;
 mod connection_close;
+mod connections;
 mod denials;
 mod doctor;
 mod doors;

@@ -28,6 +28,7 @@ fn stranger() -> Peer {
         connect: None,
         shown: Shown::default(),
         pardon: crate::server::Pardon::default(),
+        connection: crate::server::connections::Handle::default(),
     }
 }
 

@@ -1,0 +1,376 @@
+#![allow(clippy::unwrap_used, clippy::panic, reason = "tests may fail loudly")]
+use std::net::Ipv4Addr;
+
+use proptest::prelude::*;
+use tokio::task::yield_now;
+
+use super::victim::GRACE;
+use super::*;
+
+const LONG: Duration = Duration::from_secs(60);
+
+fn host(last: u8) -> Option<IpAddr> {
+    Some(Ipv4Addr::new(192, 0, 2, last).into())
+}
+
+fn connections(places: usize, per_address: usize, waiting: usize) -> Connections {
+    let bounds = Bounds {
+        places,
+        per_address,
+        waiting,
+        closes_at_address: false,
+    };
+    Connections::new("registry", bounds, Events::new())
+}
+
+impl Connections {
+    fn seat(&self, ip: Option<IpAddr>) -> Seat {
+        match self.enter(ip) {
+            Entering::Seated(seat) => seat,
+            Entering::Waits(_) => panic!("it waits"),
+            Entering::Refused(refused) => panic!("{refused:?}"),
+        }
+    }
+
+    async fn open(&self, ip: Option<IpAddr>) -> Slot {
+        self.place(self.seat(ip)).await
+    }
+
+    fn waits(&self, ip: Option<IpAddr>) -> Wait {
+        match self.enter(ip) {
+            Entering::Waits(wait) => wait,
+            _ => panic!("it does not wait"),
+        }
+    }
+
+    fn refuses(&self, ip: Option<IpAddr>) -> Option<Refused> {
+        match self.enter(ip) {
+            Entering::Refused(refused) => Some(refused),
+            _ => None,
+        }
+    }
+
+    fn is_empty(&self) -> bool {
+        let registered = self.registered();
+        registered.addresses.is_empty()
+            && registered.open.is_empty()
+            && registered.waiting == 0
+            && self.0.places.available_permits() == self.0.bounds.places
+            && self.0.local.quiet.load(Ordering::Relaxed) == 0
+            && self.0.wanted.load(Ordering::Relaxed) == 0
+    }
+}
+
+impl Slot {
+    fn is_closing(&self) -> bool {
+        self.entry.closing.is_cancelled()
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn t10_waiting_connections_hold_no_place_of_the_process() {
+    let connections = connections(3, 1, 8);
+    let first = connections.open(host(1)).await;
+    let waiting = connections.waits(host(1));
+    assert_eq!(connections.refuses(host(1)), Some(Refused::Address));
+    let others = [connections.open(host(2)).await, connections.open(host(3)).await];
+    assert!(!first.is_closing() && others.iter().all(|other| !other.is_closing()));
+    drop((first, others));
+    assert!(waiting.slot(LONG).await.is_some());
+    assert!(connections.is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn t10_waiting_connections_of_all_addresses_have_a_bound() {
+    let connections = connections(8, 1, 1);
+    let _open = [connections.open(host(1)).await, connections.open(host(2)).await];
+    let waiting = connections.waits(host(1));
+    assert_eq!(connections.refuses(host(2)), Some(Refused::Waiting));
+    drop(waiting);
+    assert_eq!(connections.refuses(host(2)), None);
+}
+
+#[tokio::test(start_paused = true)]
+async fn t10_a_wait_for_a_seat_ends_with_its_patience() {
+    let connections = connections(8, 1, 8);
+    let open = connections.open(host(1)).await;
+    let before = Instant::now();
+    assert!(connections.waits(host(1)).slot(LONG).await.is_none());
+    assert_eq!(before.elapsed(), LONG);
+    drop(open);
+    assert!(connections.is_empty());
+}
+
+/// Opens a further connection while the process has no place; the one that is to be closed ends as soon as it is told.
+async fn opened_over(
+    connections: &Connections,
+    ip: Option<IpAddr>,
+    mut open: Vec<Slot>,
+) -> (Slot, Vec<Slot>) {
+    let opening = connections.open(ip);
+    let closing = async {
+        loop {
+            if let Some(at) = open.iter().position(Slot::is_closing) {
+                drop(open.remove(at));
+                return open;
+            }
+            sleep(Duration::from_millis(1)).await;
+        }
+    };
+    tokio::join!(opening, closing)
+}
+
+#[tokio::test(start_paused = true)]
+async fn t10_the_connection_quiet_for_longest_makes_room() {
+    let connections = connections(3, 3, 8);
+    let mut open = Vec::new();
+    for last in [1, 2, 3] {
+        open.push(connections.open(host(last)).await);
+        sleep(GRACE).await;
+    }
+    // The first has sent a request since.
+    drop(open[0].handle().request());
+    let (_newcomer, open) = opened_over(&connections, host(4), open).await;
+    let left: Vec<_> = open.iter().map(|slot| slot.entry.ip).collect();
+    assert_eq!(left, [host(1), host(3)]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn t10_the_address_with_most_quiet_connections_makes_room() {
+    let connections = connections(16, 16, 8);
+    let mut open = vec![connections.open(host(1)).await];
+    sleep(GRACE).await;
+    for _ in 0..15 {
+        open.push(connections.open(host(2)).await);
+    }
+    let before = Instant::now();
+    let (newcomer, open) = opened_over(&connections, host(3), open).await;
+    assert!(before.elapsed() < GRACE / 10, "{:?}", before.elapsed());
+    assert_eq!(open[0].entry.ip, host(1));
+    assert_eq!((open.len(), newcomer.entry.ip), (15, host(3)));
+}
+
+#[tokio::test(start_paused = true)]
+async fn t10_a_burst_of_many_addresses_closes_no_handshake() {
+    let connections = connections(64, 1, 8);
+    let mut open = Vec::new();
+    for last in 0..64 {
+        open.push(connections.open(host(last)).await);
+    }
+    let before = Instant::now();
+    let (_newcomer, _open) = opened_over(&connections, host(64), open).await;
+    assert!(before.elapsed() >= GRACE, "{:?}", before.elapsed());
+}
+
+#[tokio::test(start_paused = true)]
+async fn t10_a_busy_connection_is_never_closed_to_make_room() {
+    let connections = connections(1, 1, 8);
+    let busy = connections.open(host(1)).await;
+    let requests = [busy.handle().request(), busy.handle().request()];
+    let opening = tokio::spawn({
+        let connections = connections.clone();
+        async move { drop(connections.open(host(2)).await) }
+    });
+    sleep(10 * LONG).await;
+    assert!(!busy.is_closing());
+    let [one, other] = requests;
+    drop(one);
+    yield_now().await;
+    assert!(!busy.is_closing());
+    drop(other);
+    sleep(GRACE).await;
+    assert!(busy.is_closing());
+    drop(busy);
+    opening.await.unwrap();
+    assert!(connections.is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn t10_one_connection_is_closed_for_one_that_comes() {
+    let connections = connections(4, 4, 8);
+    let mut open = Vec::new();
+    for last in 0..4 {
+        open.push(connections.open(host(last)).await);
+    }
+    sleep(GRACE).await;
+    let opening = tokio::spawn({
+        let connections = connections.clone();
+        async move { drop(connections.open(host(9)).await) }
+    });
+    sleep(CLOSED_WITHIN).await;
+    // Another one becomes quiet meanwhile.
+    drop(open[3].handle().request());
+    sleep(CLOSED_WITHIN / 2).await;
+    assert_eq!(open.iter().filter(|slot| slot.is_closing()).count(), 1);
+    drop(open);
+    opening.await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn t10_a_request_between_choice_and_close_is_answered() {
+    let connections = connections(1, 1, 8);
+    let slot = connections.open(host(1)).await;
+    let handle = slot.handle();
+    slot.entry.close(Closed::NoPlace, Instant::now());
+    // Chosen as quiet; its request comes before it is told.
+    let request = handle.request();
+    handle.closing().await;
+    let answered = std::pin::pin!(async {
+        sleep(LONG).await;
+        drop(request);
+        "answered"
+    });
+    assert_eq!(handle.ended(answered).await, Some("answered"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn t10_a_closing_connection_without_a_request_ends_at_once() {
+    let connections = connections(2, 2, 8);
+    let before = Instant::now();
+    let silent = connections.open(host(1)).await;
+    let endless = std::pin::pin!(std::future::pending::<()>());
+    assert_eq!(silent.handle().ended(endless).await, None);
+    assert_eq!(before.elapsed(), Duration::ZERO);
+    // One that has had its answer may have bytes of it left to send.
+    let idle = connections.open(host(1)).await;
+    drop(idle.handle().request());
+    let endless = std::pin::pin!(std::future::pending::<()>());
+    assert_eq!(idle.handle().ended(endless).await, None);
+    assert_eq!(before.elapsed(), CLOSED_WITHIN);
+}
+
+#[tokio::test(start_paused = true)]
+async fn t10_a_client_behind_a_balancer_counts_under_its_own_address() {
+    let connections = connections(2, 1, 8);
+    let balancer = connections.open(host(1)).await;
+    assert!(matches!(connections.enter(host(1)), Entering::Waits(_)));
+    let client = balancer.announced(host(2).unwrap(), LONG).await.ok().unwrap();
+    let next = connections.open(host(1)).await;
+    // The second connection of the client waits, and gives back the place it was accepted with.
+    let waiting = tokio::spawn(next.announced(host(2).unwrap(), LONG));
+    yield_now().await;
+    let other = connections.open(host(3)).await;
+    assert!(!client.is_closing() && !other.is_closing());
+    drop(client);
+    assert!(waiting.await.unwrap().is_ok());
+    drop(other);
+    assert!(connections.is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn t14_at_its_limit_an_address_makes_room_by_itself() {
+    let bounds = Bounds {
+        places: 16,
+        per_address: 2,
+        waiting: 8,
+        closes_at_address: true,
+    };
+    let connections = Connections::new("admin", bounds, Events::new());
+    let other = connections.open(host(9)).await;
+    let (old, young) = (connections.open(host(1)).await, connections.open(host(1)).await);
+    let _busy = young.handle().request();
+    let newcomer = tokio::spawn(connections.waits(host(1)).slot(LONG));
+    yield_now().await;
+    assert!(old.is_closing() && !young.is_closing() && !other.is_closing());
+    drop(old);
+    assert!(newcomer.await.unwrap().is_some());
+}
+
+#[tokio::test(start_paused = true)]
+async fn t10_a_unix_socket_has_no_limit_per_address() {
+    let connections = connections(8, 1, 8);
+    let mut open = Vec::new();
+    for _ in 0..8 {
+        open.push(connections.open(None).await);
+    }
+    let (_newcomer, open) = opened_over(&connections, None, open).await;
+    assert_eq!(open.len(), 7);
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Step {
+    Enter(u8),
+    Leave(usize),
+    Begin(usize),
+    Answer(usize),
+    Announce(usize, u8),
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    prop_oneof![
+        (0..4_u8).prop_map(Step::Enter),
+        (0..8_usize).prop_map(Step::Leave),
+        (0..8_usize).prop_map(Step::Begin),
+        (0..8_usize).prop_map(Step::Answer),
+        (0..8_usize, 0..4_u8).prop_map(|(at, host)| Step::Announce(at, host)),
+    ]
+}
+
+proptest! {
+    #[test]
+    fn t10_every_place_is_given_back(steps in proptest::collection::vec(step(), 0..60)) {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
+        runtime.block_on(async {
+            let connections = connections(3, 2, 2);
+            let (mut open, mut waiting, mut requests) = (Vec::new(), Vec::new(), Vec::new());
+            for step in steps {
+                match step {
+                    Step::Enter(last) => match connections.enter(host(last)) {
+                        Entering::Seated(seat) => {
+                            let placed = timeout(Duration::from_millis(1), connections.place(seat)).await;
+                            open.extend(placed.ok());
+                        }
+                        Entering::Waits(wait) => waiting.push(wait),
+                        Entering::Refused(_) => {}
+                    },
+                    Step::Leave(at) if at < open.len() => drop(open.remove(at)),
+                    Step::Begin(at) if at < open.len() => requests.push(Slot::handle(&open[at]).request()),
+                    Step::Answer(at) if at < requests.len() => drop(requests.remove(at)),
+                    Step::Announce(at, last) if at < open.len() => {
+                        let slot: Slot = open.remove(at);
+                        let announced = slot.announced(host(last).unwrap(), Duration::from_millis(1)).await;
+                        open.extend(announced.ok());
+                    }
+                    Step::Leave(_) | Step::Begin(_) | Step::Answer(_) | Step::Announce(..) => {}
+                }
+                for (_, address) in &connections.registered().addresses {
+                    let quiet = open.iter().filter(|slot| {
+                        Arc::ptr_eq(&slot.entry.address, address) && slot.entry.requests.load(Ordering::Relaxed) == 0
+                    });
+                    assert_eq!(address.quiet.load(Ordering::Relaxed), quiet.count());
+                }
+                assert!(open.len() <= 3);
+            }
+            drop((open, waiting, requests));
+            assert!(connections.is_empty());
+        });
+    }
+
+    #[test]
+    fn t10_the_first_to_go_is_crowded_or_has_had_its_grace(
+        quiet in proptest::collection::vec((1..6_usize, 0..3_000_u64), 0..12),
+        places in 1..40_usize,
+        at_address: bool,
+    ) {
+        let candidates = quiet.iter().map(|&(of_address, ms)| Candidate {
+            what: (of_address, Duration::from_millis(ms)),
+            of_address,
+            quiet_for: Duration::from_millis(ms),
+        });
+        let may_go = |&(of_address, ms): &(usize, u64)| {
+            at_address || of_address > places / 8 || Duration::from_millis(ms) >= GRACE
+        };
+        let first = quiet.iter().filter(|one| may_go(one)).max();
+        match victim(candidates, places, at_address) {
+            Choice::Close((of_address, quiet_for)) => {
+                prop_assert_eq!(first, Some(&(of_address, u64::try_from(quiet_for.as_millis()).unwrap())));
+            }
+            Choice::NotBefore(left) => {
+                let oldest = quiet.iter().map(|&(_, ms)| Duration::from_millis(ms)).max().unwrap();
+                prop_assert!(first.is_none());
+                prop_assert_eq!(left, GRACE - oldest);
+            }
+            Choice::NoneQuiet => prop_assert!(quiet.is_empty()),
+        }
+    }
+}
