@@ -52,8 +52,8 @@ pub use guard::{Guard, TokenError, token};
 
 use crate::clock::Clock;
 use crate::event::Events;
-use crate::server::Registry;
 use crate::server::tls::ServerTls;
+use crate::server::{Egress, Registry};
 use crate::upstream::Offline;
 use guard::Way;
 use notices::Notices;
@@ -80,6 +80,8 @@ pub struct Surroundings {
     pub registry: Arc<ArcSwap<Registry>>,
     /// What was counted.
     pub events: Events,
+    /// The budget of response bytes.
+    pub egress: Egress,
     /// The time of day.
     pub clock: Clock,
     /// The switch that keeps every upstream from being asked.

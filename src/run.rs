@@ -26,7 +26,7 @@ use crate::pull::{self, Pull, Site, SiteStates};
 use crate::server::accept::Accepting;
 use crate::server::listen::{Listener, Passed, SocketFile, bind, bind_unix, listeners};
 use crate::server::tls::{ServerTls, TlsError};
-use crate::server::{Doors, Entry, Front, Passwords, Registry, Sound, Tunnels};
+use crate::server::{Doors, Egress, Entry, Front, Passwords, Registry, Sound, Tunnels};
 use crate::store::step::Buffers;
 use crate::store::volume::Directory;
 use crate::store::{Limits as StoreLimits, OpenError, Settings as StoreSettings, Store};
@@ -113,7 +113,7 @@ pub async fn serve(
         served: Arc::new(Proofs(Arc::clone(&store))),
         clock,
     };
-    let buffers = Buffers::default();
+    let (buffers, egress) = (Buffers::default(), Egress::default());
     let downloads = Downloads::new(Arc::clone(&store), buffers.clone(), limits.fetches_max);
     let lasting = Lasting::new(&store, &downloads, &told);
     let build = |config: &Config| registry(config, &lasting, &told);
@@ -124,6 +124,7 @@ pub async fn serve(
         registry: Arc::clone(&registry),
         events: told.events.clone(),
         buffers,
+        egress: egress.clone(),
         sound: Sound::default(),
         clock,
     };
@@ -148,6 +149,7 @@ pub async fn serve(
     let admin = Admin::new(Surroundings {
         registry: Arc::clone(&registry),
         events: told.events.clone(),
+        egress,
         clock,
         offline: told.offline.clone(),
         guard: Guard::new(token, config.tls.names.clone(), process_secret(&store, clock)),

@@ -5,7 +5,7 @@
 //! * `gate`, `door`: an HTTP request becomes a [`crate::pull::Request`], or one to be handed on, or is turned away before
 //!   anything else runs. * `connect`: what comes by `CONNECT`. * `pass`: what is handed on. `login`: questions to a token service.
 //! * `reply`: an outcome becomes an HTTP response; nothing else builds one but what is handed back. * `body`: bytes on
-//!   their way out. * `received`: bodies of requests. `told`: what is told of it all, in a `record` that goes with the body.
+//!   their way out. `egress`: how many of them may be in memory. * `received`: bodies of requests. `told`: what is told of it all, in a `record` that goes with the body.
 //!   `idle`: connections that make no progress.
 
 pub mod accept;
@@ -14,6 +14,7 @@ mod certificate;
 mod connect;
 pub(crate) mod connections;
 mod door;
+mod egress;
 mod entry;
 mod forwarded;
 mod gate;
@@ -40,6 +41,7 @@ use hyper::body::Incoming;
 pub use body::{Body, Sound};
 pub use connect::Tunnels;
 pub use door::{Door, Doors, Peer};
+pub use egress::{Egress, Outstanding};
 use entry::Way;
 pub use entry::{Entry, Passwords};
 use gate::{Passage, Turned, Wanted};
@@ -83,6 +85,8 @@ pub struct Front {
     pub events: Events,
     /// Buffers for reading blobs.
     pub buffers: Buffers,
+    /// The budget of response bytes.
+    pub egress: Egress,
     /// The held blobs found right since the start.
     pub sound: Sound,
     /// The time of day.
@@ -107,6 +111,7 @@ impl Front {
         let mut record = record::Open::new(&self.events, &head, peer, (at, began, &trace));
         let (response, told) = self.respond(&registry, &place, body, &mut record).await;
         let mut response = record.answered(told, &head.method, response);
+        response.body_mut().count(self.egress.body(peer.address));
         if gate::ends_connection(&head) || (head.version < Version::HTTP_2 && !ended.is_true()) {
             response
                 .headers_mut()

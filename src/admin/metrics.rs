@@ -43,7 +43,10 @@ impl Admin {
             .iter()
             .map(|transfer| transfer.readers.saturating_sub(1) as u64)
             .sum();
+        let outstanding = self.egress.outstanding();
         Levels {
+            egress_bytes: outstanding.bytes,
+            egress_waiting: outstanding.waiting,
             store_bytes: usage.blob_bytes + usage.manifest_bytes,
             store_bytes_max: store.limits().bytes_max,
             evicted: vec![("size", evicted.for_size), ("free", evicted.for_free)],

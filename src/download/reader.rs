@@ -32,6 +32,7 @@ pub struct Reader {
     buffers: Buffers,
     pub(super) position: u64,
     pub(super) end: Option<u64>,
+    step_bytes: usize,
     /// Whose bytes it was given.
     pub(super) given: Option<Attempt>,
     pub(super) ahead: Option<Box<dyn Ahead>>,
@@ -73,6 +74,7 @@ impl Reader {
             buffers: shared.buffers.clone(),
             position: 0,
             end: None,
+            step_bytes: STEP_BYTES,
             given: None,
             ahead: None,
             ahead_places: Arc::clone(&shared.ahead_places),
@@ -90,6 +92,7 @@ impl Reader {
             buffers: self.buffers.clone(),
             position: 0,
             end: Some(length),
+            step_bytes: STEP_BYTES,
             given: None,
             ahead: None,
             ahead_places: Arc::clone(&self.ahead_places),
@@ -158,6 +161,12 @@ impl Reader {
 
     /// The next bytes, as soon as there are any; `None` at the end. After an error there is nothing more.
     pub async fn next(&mut self) -> Option<Result<Bytes, Arc<Failure>>> {
+        self.next_within(STEP_BYTES).await
+    }
+
+    /// As [`Self::next`], at most `step_bytes` of what is in the file.
+    pub async fn next_within(&mut self, step_bytes: usize) -> Option<Result<Bytes, Arc<Failure>>> {
+        self.step_bytes = step_bytes;
         loop {
             if let Some(rest) = &mut self.rest {
                 let next = rest.verifying.next().await;
@@ -215,7 +224,7 @@ impl Reader {
     ) -> Result<Bytes, Arc<Failure>> {
         let wanted = usize::try_from(until - self.position)
             .unwrap_or(STEP_BYTES)
-            .min(STEP_BYTES);
+            .min(self.step_bytes);
         let bytes = read_step(file, self.position, wanted, &self.buffers)
             .await
             .map_err(|error| Arc::new(Failure::Store(unreadable(&error))))?;

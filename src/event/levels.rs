@@ -29,6 +29,10 @@ pub struct Levels {
     pub store_objects: u64,
     /// Tags known.
     pub store_tags: u64,
+    /// Response bytes in memory: read, and not yet written to a socket.
+    pub egress_bytes: u64,
+    /// Responses that wait for others to end before they read.
+    pub egress_waiting: u64,
     /// Transfers under way.
     pub transfers: u64,
     /// Clients that read from a transfer under way which another one began.

@@ -143,6 +143,8 @@ pub(super) struct Metrics {
     scrub_damaged: Counter,
     store_objects: Level,
     store_tags: Level,
+    egress_bytes: Level,
+    egress_waiting: Level,
     transfers: Level,
     waiters: Level,
     offline: Level,
@@ -198,6 +200,8 @@ impl Default for Metrics {
             scrub_damaged: Counter::default(),
             store_objects: Level::default(),
             store_tags: Level::default(),
+            egress_bytes: Level::default(),
+            egress_waiting: Level::default(),
             transfers: Level::default(),
             waiters: Level::default(),
             offline: Level::default(),
@@ -334,6 +338,8 @@ impl Metrics {
         raise(&self.scrub_damaged, levels.scrub_damaged);
         self.store_objects.set(levels.store_objects);
         self.store_tags.set(levels.store_tags);
+        self.egress_bytes.set(levels.egress_bytes);
+        self.egress_waiting.set(levels.egress_waiting);
         self.transfers.set(levels.transfers);
         self.waiters.set(levels.waiters);
         self.offline.set(u64::from(levels.offline));

@@ -37,8 +37,8 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 const HEADER_BYTES_MAX: usize = 64 * 1024;
 const H2_HEADER_LIST_BYTES_MAX: u32 = 16 * 1024;
 
-/// A peer is sent this much of one answer at a time over h2 before it must make room.
-const H2_SEND_BYTES_MAX: usize = 1024 * 1024;
+/// An h2 stream is given its next chunk when less than this of the last one is unsent.
+const H2_SEND_BYTES_MAX: usize = 64 * 1024;
 
 pub(super) type Ended = Result<(), Box<dyn Error + Send + Sync>>;
 
@@ -339,7 +339,10 @@ impl Connection {
         let (ending, handle) = (self.accepting.ending().clone(), self.peer.connection.clone());
         let service = service_fn(move |request| {
             let connection = Arc::clone(&self);
-            async move { Ok::<_, Infallible>(connection.answer(request).await) }
+            // On the heap, to be freed at the head: in place, its 8 KiB would stay with each stream until the end of the
+            // body.
+            let answer = Box::pin(connection.answer(request));
+            async move { Ok::<_, Infallible>(answer.await) }
         });
         let mut serving = pin!(builder.serve_connection_with_upgrades(TokioIo::new(stream), service));
         tokio::select! {

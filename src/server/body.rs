@@ -19,11 +19,12 @@ use crate::oci::{Cause, Digest, Hasher};
 use crate::pull::LongList;
 use crate::pull::passing::Passing;
 use crate::store::Store;
-use crate::store::step::{Buffers, STEP_BYTES, read_cached, read_waiting};
+use crate::store::step::{Buffers, STEP_BYTES, held_bytes, read_cached, read_waiting};
 use crate::store::volume::VolumeFile;
 use crate::upstream::Fetched;
 use crate::upstream::pass::PassedOn;
 
+use super::egress::{Account, Charge};
 use super::record::Open;
 
 pub(super) use parts::{From as PartsFrom, Plan};
@@ -35,6 +36,10 @@ pub struct Body {
     kind: Kind,
     /// The access record, written when the body has ended.
     record: Option<Open>,
+    /// What it has in memory.
+    account: Option<Account>,
+    /// For the step under way.
+    charge: Option<Charge>,
 }
 
 enum Kind {
@@ -83,7 +88,17 @@ impl Broken {
 
 impl Body {
     fn of(kind: Kind) -> Self {
-        Self { kind, record: None }
+        Self {
+            kind,
+            record: None,
+            account: None,
+            charge: None,
+        }
+    }
+
+    /// From now on, what it reads is counted on `account`.
+    pub(super) fn count(&mut self, account: Account) {
+        self.account = Some(account);
     }
 
     /// From now on, `record` goes with this body, and is written when it ends.
@@ -142,7 +157,6 @@ impl Body {
             digest,
             file,
             hasher,
-            last: None,
             sound,
             store,
         })))
@@ -157,7 +171,7 @@ impl Body {
     pub(super) fn passed(passed: PassedOn, size: Option<u64>, events: &Events) -> Self {
         let flow = flow(
             (passed, events.clone()),
-            |(mut passed, events): (PassedOn, Events)| async move {
+            |(mut passed, events): (PassedOn, Events), _| async move {
                 let next = passed.chunk().await.map(|next| next.map_err(Broken::Upstream));
                 if let Some(Ok(bytes)) = &next {
                     events.sent(BytesFrom::Passed, bytes.len() as u64);
@@ -170,8 +184,11 @@ impl Body {
 
     /// What a download brings, of which `size` bytes are wanted.
     pub(super) fn download(reader: Reader, size: Option<u64>, events: Events) -> Self {
-        let flow = flow(reader, |mut reader: Reader| async move {
-            let next = reader.next().await.map(|next| next.map_err(Broken::Download));
+        let flow = flow(reader, |mut reader: Reader, step_bytes| async move {
+            let next = reader
+                .next_within(step_bytes)
+                .await
+                .map(|next| next.map_err(Broken::Download));
             (reader, next)
         });
         Self::of(Kind::Flow { flow, size, events })
@@ -179,7 +196,7 @@ impl Body {
 
     /// What passes through unstored but verified.
     pub(super) fn passing(passing: Passing, size: Option<u64>, events: Events) -> Self {
-        let flow = flow(passing, |mut passing: Passing| async move {
+        let flow = flow(passing, |mut passing: Passing, _| async move {
             let next = passing.next().await.map(|next| next.map_err(Broken::Upstream));
             (passing, next)
         });
@@ -188,7 +205,7 @@ impl Body {
 
     /// A list that passes through, of `size` bytes if that was said.
     pub(super) fn long_list(list: LongList, size: Option<u64>, events: Events) -> Self {
-        let flow = flow(list, |mut list: LongList| async move {
+        let flow = flow(list, |mut list: LongList, _| async move {
             let next = list.next().await.map(|next| next.map_err(Broken::Upstream));
             (list, next)
         });
@@ -197,11 +214,38 @@ impl Body {
 
     /// What passes through as it is.
     pub(super) fn fetched(fetched: Fetched, size: Option<u64>, events: Events) -> Self {
-        let flow = flow(fetched, |mut fetched: Fetched| async move {
+        let flow = flow(fetched, |mut fetched: Fetched, _| async move {
             let next = fetched.chunk().await.map(|next| next.map_err(Broken::Upstream));
             (fetched, next)
         });
         Self::of(Kind::Flow { flow, size, events })
+    }
+}
+
+impl Body {
+    /// The next chunk, read within the budget and counted on it.
+    fn poll_step(&mut self, context: &mut Context<'_>) -> Poll<Next> {
+        let (Some(account), false) = (&mut self.account, self.kind.is_in_memory()) else {
+            return self.kind.poll(context, STEP_BYTES);
+        };
+        if self.kind.is_spent() {
+            return self.kind.poll(context, STEP_BYTES);
+        }
+        let charge = match self.charge.take() {
+            Some(charge) => charge,
+            None => ready!(account.poll_reserve(context)),
+        };
+        match self.kind.poll(context, charge.bytes()) {
+            Poll::Ready(Some(Ok(chunk))) => {
+                let held = held_bytes(chunk.len());
+                Poll::Ready(Some(Ok(charge.onto(chunk, held))))
+            }
+            Poll::Pending => {
+                self.charge = self.kind.reads_a_file().then_some(charge);
+                Poll::Pending
+            }
+            ended => ended,
+        }
     }
 }
 
@@ -211,23 +255,23 @@ type Next = Option<Result<Bytes, Broken>>;
 type Flow = Pin<Box<dyn FlowState>>;
 
 trait FlowState: Send {
-    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Next>;
+    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>, step_bytes: usize) -> Poll<Next>;
 }
 
 struct Steps<S, F, W> {
-    step: fn(S) -> F,
+    step: fn(S, usize) -> F,
     now: Option<Pin<Box<F>>>,
     rest: Option<S>,
     _next: std::marker::PhantomData<W>,
 }
 
 impl<S: Send + Unpin, F: Future<Output = (S, Next)> + Send> FlowState for Steps<S, F, ()> {
-    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Next> {
+    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>, step_bytes: usize) -> Poll<Next> {
         let this = self.get_mut();
         if this.now.is_none()
             && let Some(source) = this.rest.take()
         {
-            this.now = Some(Box::pin((this.step)(source)));
+            this.now = Some(Box::pin((this.step)(source, step_bytes)));
         }
         let Some(step) = &mut this.now else {
             return Poll::Ready(None);
@@ -240,7 +284,7 @@ impl<S: Send + Unpin, F: Future<Output = (S, Next)> + Send> FlowState for Steps<
     }
 }
 
-fn flow<S, F>(source: S, step: fn(S) -> F) -> Flow
+fn flow<S, F>(source: S, step: fn(S, usize) -> F) -> Flow
 where
     S: Send + Unpin + 'static,
     F: Future<Output = (S, Next)> + Send + 'static,
@@ -277,38 +321,38 @@ struct Checked {
     digest: Digest,
     file: File,
     hasher: Option<Hasher>,
-    last: Option<Bytes>,
     sound: Sound,
     store: Arc<Store>,
 }
 
 impl Checked {
-    fn poll(&mut self, context: &mut Context<'_>) -> Poll<Next> {
-        loop {
-            let Some(hasher) = &mut self.hasher else {
-                return Poll::Ready(None);
-            };
-            match ready!(self.file.poll(context)) {
-                Some(Ok(bytes)) => {
-                    hasher.update(&bytes);
-                    if let Some(before) = self.last.replace(bytes) {
-                        return Poll::Ready(Some(Ok(before)));
-                    }
+    /// The last step is given once the whole was found right.
+    fn poll(&mut self, context: &mut Context<'_>, step_bytes: usize) -> Poll<Next> {
+        let Some(hasher) = &mut self.hasher else {
+            return Poll::Ready(None);
+        };
+        match ready!(self.file.poll(context, step_bytes)) {
+            Some(Ok(bytes)) => {
+                hasher.update(&bytes);
+                if self.file.position < self.file.end {
+                    return Poll::Ready(Some(Ok(bytes)));
                 }
-                Some(Err(error)) => {
-                    self.hasher = None;
-                    return Poll::Ready(Some(Err(error.into())));
-                }
-                None => return Poll::Ready(self.end()),
+                Poll::Ready(self.end(Some(bytes)))
             }
+            Some(Err(error)) => {
+                self.hasher = None;
+                Poll::Ready(Some(Err(error.into())))
+            }
+            // Without a byte, it has no last step.
+            None => Poll::Ready(self.end(None)),
         }
     }
 
-    fn end(&mut self) -> Next {
+    fn end(&mut self, last: Option<Bytes>) -> Next {
         let hasher = self.hasher.take()?;
         if hasher.finish() == self.digest {
             self.sound.0.insert(self.digest, ());
-            return self.last.take().map(Ok);
+            return last.map(Ok);
         }
         tracing::error!(digest = %self.digest, "a held blob rotted on the disk; it is set aside");
         let (store, digest) = (Arc::clone(&self.store), self.digest);
@@ -328,13 +372,13 @@ struct File {
 
 impl File {
     /// Reads here while the kernel has the bytes; waits elsewhere when it does not.
-    fn poll(&mut self, context: &mut Context<'_>) -> Poll<Option<io::Result<Bytes>>> {
+    fn poll(&mut self, context: &mut Context<'_>, step_bytes: usize) -> Poll<Option<io::Result<Bytes>>> {
         if self.position >= self.end {
             return Poll::Ready(None);
         }
         let wanted = usize::try_from(self.end - self.position)
-            .unwrap_or(STEP_BYTES)
-            .min(STEP_BYTES);
+            .unwrap_or(step_bytes)
+            .min(step_bytes);
         let read = match &mut self.waiting {
             Some(waiting) => {
                 let read = ready!(Pin::new(waiting).poll(context));
@@ -367,14 +411,16 @@ impl File {
 }
 
 impl Kind {
-    fn poll(&mut self, context: &mut Context<'_>) -> Poll<Next> {
+    fn poll(&mut self, context: &mut Context<'_>, step_bytes: usize) -> Poll<Next> {
         let next = match self {
             Self::Whole(bytes) => bytes.take().map(Ok),
-            Self::File(file) => ready!(file.poll(context)).map(|read| read.map_err(Broken::File)),
-            Self::Checked(checked) => ready!(checked.poll(context)),
-            Self::Parts(parts) => ready!(parts.poll(context)).map(|read| read.map_err(Broken::File)),
+            Self::File(file) => ready!(file.poll(context, step_bytes)).map(|read| read.map_err(Broken::File)),
+            Self::Checked(checked) => ready!(checked.poll(context, step_bytes)),
+            Self::Parts(parts) => {
+                ready!(parts.poll(context, step_bytes)).map(|read| read.map_err(Broken::File))
+            }
             Self::Flow { flow, size, events } => {
-                let next = ready!(flow.as_mut().poll(context));
+                let next = ready!(flow.as_mut().poll(context, step_bytes));
                 if let Some(Ok(bytes)) = &next {
                     let length = bytes.len() as u64;
                     *size = size.map(|size| size.saturating_sub(length));
@@ -383,7 +429,7 @@ impl Kind {
                 next
             }
             Self::Passed { flow, size } => {
-                let next = ready!(flow.as_mut().poll(context));
+                let next = ready!(flow.as_mut().poll(context, step_bytes));
                 if let Some(Ok(bytes)) = &next {
                     *size = size.map(|size| size.saturating_sub(bytes.len() as u64));
                 }
@@ -391,6 +437,15 @@ impl Kind {
             }
         };
         Poll::Ready(next)
+    }
+
+    /// Whether its bytes are in memory for others too.
+    fn is_in_memory(&self) -> bool {
+        match self {
+            Self::Whole(_) => true,
+            Self::Parts(parts) => parts.is_in_memory(),
+            _ => false,
+        }
     }
 
     fn is_at_end(&self) -> bool {
@@ -401,6 +456,12 @@ impl Kind {
             Self::Parts(parts) => parts.left() == 0,
             Self::Flow { .. } | Self::Passed { .. } => false,
         }
+    }
+
+    /// Whether a step under way needs memory before it ends: what comes from the disk does, what an upstream has not sent
+    /// yet does not.
+    fn reads_a_file(&self) -> bool {
+        matches!(self, Self::File(_) | Self::Checked(_) | Self::Parts(_))
     }
 
     /// Whether every byte of a length that was stated has been given: the connection then asks for no further one.
@@ -420,8 +481,8 @@ impl http_body::Body for Body {
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Broken>>> {
-        let Self { kind, record } = &mut *self;
-        let next = ready!(kind.poll(context));
+        let next = ready!(self.poll_step(context));
+        let Self { kind, record, .. } = &mut *self;
         if let Some(record) = record {
             match &next {
                 Some(Ok(bytes)) => {
@@ -447,8 +508,7 @@ impl http_body::Body for Body {
             Kind::Whole(bytes) => SizeHint::with_exact(bytes.as_ref().map_or(0, |bytes| bytes.len() as u64)),
             Kind::File(file) => SizeHint::with_exact(file.end.saturating_sub(file.position)),
             Kind::Checked(checked) => {
-                let withheld = checked.last.as_ref().map_or(0, |last| last.len() as u64);
-                SizeHint::with_exact(checked.file.end.saturating_sub(checked.file.position) + withheld)
+                SizeHint::with_exact(checked.file.end.saturating_sub(checked.file.position))
             }
             Kind::Parts(parts) => SizeHint::with_exact(parts.left()),
             Kind::Flow { size: Some(size), .. } | Kind::Passed { size: Some(size), .. } => {

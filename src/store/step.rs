@@ -14,11 +14,21 @@ use super::volume::VolumeFile;
 /// How much is read at a time.
 pub const STEP_BYTES: usize = 256 * 1024;
 
-/// Below this, a buffer of the exact size is cheaper than one from the pool.
-const POOLED_FROM_BYTES: usize = 32 * 1024;
+/// Steps of this size or less are read into a buffer of the exact size: they are for small blobs, and for when memory is
+/// short.
+const EXACT_BYTES_MAX: usize = 64 * 1024;
 
-/// How many idle buffers are kept: 16 MiB.
-const IDLE_BUFFERS_MAX: usize = 64;
+/// How many idle buffers are kept: 4 MiB.
+const IDLE_BUFFERS_MAX: usize = 16;
+
+/// The memory that a chunk of so many bytes keeps.
+pub const fn held_bytes(length: usize) -> usize {
+    if length <= EXACT_BYTES_MAX {
+        length
+    } else {
+        STEP_BYTES
+    }
+}
 
 /// Buffers of [`STEP_BYTES`] that are used again, so that they are neither allocated nor cleared for every step.
 #[derive(Clone, Default)]
@@ -28,7 +38,7 @@ pub struct Buffers {
 
 impl Buffers {
     fn take(&self, length: usize) -> Buffer {
-        if length < POOLED_FROM_BYTES {
+        if length <= EXACT_BYTES_MAX {
             return Buffer {
                 bytes: vec![0; length],
                 used: length,
@@ -66,6 +76,10 @@ impl Buffer {
 
     fn filled(mut self, length: usize) -> Bytes {
         self.used = length.min(self.used);
+        if self.home.is_some() && self.used <= EXACT_BYTES_MAX {
+            // A short read must not keep a whole buffer.
+            return Bytes::copy_from_slice(self.as_ref());
+        }
         Bytes::from_owner(self)
     }
 }

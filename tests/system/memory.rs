@@ -1,4 +1,5 @@
-//! What is in the memory of an idle process: no password of a client that has gone.
+//! What is in the memory of the process: no password of a client that has gone, and no more than the budget of what
+//! clients do not read.
 //!
 //! Free buffers of HTTP and TLS may still hold a header as it came, which has it in base64; nothing of ours holds what was
 //! read out of it.
@@ -7,8 +8,11 @@ use std::fs::File;
 use std::io::{BufRead as _, BufReader};
 use std::os::unix::fs::FileExt as _;
 
-use crate::proxy::{Ask, Proxy, Setup};
-use crate::upstream::{Image, Upstream};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
+
+use crate::proxy::{Ask, Proxy, Reply, Setup};
+use crate::upstream::{Image, Upstream, within};
 
 const STEP_BYTES: usize = 1 << 20;
 
@@ -87,4 +91,124 @@ async fn an_idle_process_has_no_password_in_its_memory() {
     // Found it would have been: this one is in use.
     let own = ["canary-of-service".to_owned()];
     assert!(!found(&proxy, &own).is_empty(), "the memory was not read");
+}
+
+/// A kind of HTTP/2 frame.
+const HEADERS: u8 = 1;
+
+fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
+    let length = u32::try_from(payload.len()).unwrap().to_be_bytes();
+    let mut frame = length[1..].to_vec();
+    frame.extend([kind, flags]);
+    frame.extend(stream.to_be_bytes());
+    frame.extend(payload);
+    frame
+}
+
+/// A header as HPACK has it without a table.
+fn header(name: &str, value: &str) -> Vec<u8> {
+    let mut bytes = vec![0];
+    for text in [name, value] {
+        let length = u8::try_from(text.len()).unwrap();
+        match length.checked_sub(127) {
+            None => bytes.push(length),
+            Some(rest) => bytes.extend([127, rest]),
+        }
+        bytes.extend(text.as_bytes());
+    }
+    bytes
+}
+
+/// An h2 connection whose window stays shut: as many `GET`s of `path` as a connection may have.
+async fn shut_connection(proxy: &Proxy, path: &str, streams: u32) -> TcpStream {
+    let mut stream = TcpStream::connect(proxy.registry_address()).await.unwrap();
+    let mut bytes = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec();
+    bytes.extend(frame(4, 0, 0, &[0, 4, 0, 0, 0, 0]));
+    for number in 0..streams {
+        let head = [
+            header(":method", "GET"),
+            header(":scheme", "http"),
+            header(":authority", "localhost"),
+            header(":path", path),
+        ];
+        bytes.extend(frame(HEADERS, 0b101, 2 * number + 1, &head.concat()));
+    }
+    stream.write_all(&bytes).await.unwrap();
+    stream
+}
+
+/// Reads until so many responses have begun.
+async fn begun(stream: &mut TcpStream, mut responses: u32) {
+    while responses > 0 {
+        let mut head = [0; 9];
+        stream.read_exact(&mut head).await.unwrap();
+        let length = u32::from_be_bytes([0, head[0], head[1], head[2]]);
+        let mut payload = vec![0; usize::try_from(length).unwrap()];
+        stream.read_exact(&mut payload).await.unwrap();
+        responses -= u32::from(head[3] == HEADERS);
+    }
+}
+
+/// Resident memory in MiB.
+fn resident(proxy: &Proxy) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{}/status", proxy.program().id())).unwrap();
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix("VmRSS:"))
+        .unwrap();
+    line.trim()
+        .strip_suffix(" kB")
+        .unwrap()
+        .trim()
+        .parse::<u64>()
+        .unwrap()
+        / 1024
+}
+
+/// Bytes in memory, as the metrics have it.
+fn outstanding(metrics: &Reply) -> u64 {
+    let text = std::str::from_utf8(&metrics.body).unwrap();
+    let mut values = text
+        .lines()
+        .filter_map(|line| line.strip_prefix("ifnewer_egress_buffered_bytes "));
+    values.next().unwrap().parse().unwrap()
+}
+
+#[tokio::test]
+async fn t03_unread_h2_streams_stay_within_the_budget() {
+    let upstream = Upstream::start().await;
+    let image = upstream.push("library/app", "1", Image::of_noise(1, 3_000_000));
+    let proxy = Proxy::over(&upstream).await;
+    proxy.pull("library/app", "1", &image).await;
+    let path = format!("/v2/library/app/blobs/{}", image.layer(0).digest);
+    proxy.get(&path).await.is_blob(image.layer(0));
+    let before = resident(&proxy);
+    let mut connections = Vec::new();
+    for _ in 0..12 {
+        connections.push(shut_connection(&proxy, &path, 100).await);
+    }
+    for connection in &mut connections {
+        within("the responses to begin", begun(connection, 100)).await;
+    }
+    proxy.has_turned(50).await;
+
+    // Each held 256 KiB: 300 MiB.
+    let grown = resident(&proxy).saturating_sub(before);
+    assert!(grown < 80, "grew by {grown} MiB");
+    let held = outstanding(&proxy.admin("/metrics").await);
+    assert!(
+        (1_200 * 4_096..=40 << 20).contains(&held),
+        "{held} bytes in memory"
+    );
+    // Who reads has the whole blob all the same, from the same address.
+    proxy.get(&path).await.is_blob(image.layer(0));
+
+    drop(connections);
+    proxy
+        .until(
+            "what was in memory to be given back",
+            |proxy| proxy.admin("/metrics"),
+            |reply| outstanding(reply) == 0,
+        )
+        .await;
 }

@@ -188,6 +188,16 @@ impl Metrics {
             self.scrub_damaged.clone(),
         );
         registry.register(
+            "egress_buffered_bytes",
+            "Response bytes in memory, read and not yet written to a socket",
+            self.egress_bytes.clone(),
+        );
+        registry.register(
+            "egress_waiting_responses",
+            "Responses that read nothing until others from their address end",
+            self.egress_waiting.clone(),
+        );
+        registry.register(
             "transfers_in_progress",
             "Downloads under way",
             self.transfers.clone(),

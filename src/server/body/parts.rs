@@ -129,10 +129,19 @@ impl Parts {
         self.left
     }
 
-    pub(super) fn poll(&mut self, context: &mut Context<'_>) -> Poll<Option<io::Result<Bytes>>> {
+    /// Whether the blob is in memory.
+    pub(super) fn is_in_memory(&self) -> bool {
+        matches!(self.from, From::Memory(_))
+    }
+
+    pub(super) fn poll(
+        &mut self,
+        context: &mut Context<'_>,
+        step_bytes: usize,
+    ) -> Poll<Option<io::Result<Bytes>>> {
         let next = match &mut self.now {
             Some(Part::Memory(bytes)) => Some(Ok(std::mem::take(bytes))),
-            Some(Part::File(file)) => ready!(file.poll(context)),
+            Some(Part::File(file)) => ready!(file.poll(context, step_bytes)),
             None => None,
         };
         match next {

@@ -1,0 +1,82 @@
+use std::future::poll_fn;
+use std::task::Waker;
+
+use super::ledger::Ledger;
+use super::*;
+
+fn reserve_now(account: &mut Account) -> Poll<Charge> {
+    account.poll_reserve(&mut Context::from_waker(Waker::noop()))
+}
+
+/// Bodies of an address until one has to wait.
+fn crowd(egress: &Egress) -> Vec<Account> {
+    let mut accounts = Vec::new();
+    loop {
+        let mut account = egress.body(None);
+        if reserve_now(&mut account).is_pending() {
+            return accounts;
+        }
+        accounts.push(account);
+    }
+}
+
+#[tokio::test]
+async fn t03_a_body_waits_for_its_own_chunk_and_is_woken() {
+    let egress = Egress::default();
+    let mut account = egress.body(None);
+    let mut chunks = Vec::new();
+    while let Poll::Ready(charge) = reserve_now(&mut account) {
+        let bytes = charge.bytes();
+        chunks.push(charge.onto(Bytes::from_static(b"x"), bytes));
+    }
+    let waiting = tokio::spawn(async move { poll_fn(|context| account.poll_reserve(context)).await.bytes() });
+    tokio::task::yield_now().await;
+    assert!(!waiting.is_finished());
+    chunks.pop();
+    assert!(waiting.await.unwrap() > 0);
+    drop(chunks);
+    assert_eq!(egress.outstanding().bytes, 0);
+}
+
+#[tokio::test]
+async fn t03_a_chunk_counts_until_its_last_part_is_dropped() {
+    let egress = Egress::default();
+    let mut account = egress.body(None);
+    let Poll::Ready(charge) = reserve_now(&mut account) else {
+        panic!("nothing is outstanding");
+    };
+    let chunk = charge.onto(Bytes::from_static(b"abcdef"), 6);
+    let part = chunk.slice(2..4);
+    drop((chunk, account));
+    assert_eq!(egress.outstanding().bytes, 6);
+    assert_eq!(part, "cd");
+    drop(part);
+    assert_eq!(egress.outstanding().bytes, 0);
+    assert!(egress.ledger().is_idle());
+}
+
+#[tokio::test]
+async fn t03_a_dropped_waiter_hands_its_place_on() {
+    let egress = Egress::default();
+    let mut inside = crowd(&egress);
+    let mut waiters: Vec<_> = (0..3).map(|_| egress.body(None)).collect();
+    for waiter in &mut waiters {
+        assert!(reserve_now(waiter).is_pending());
+    }
+    assert_eq!(egress.outstanding().waiting, 3);
+    // One leaves while it waits, one after a place was sent to it and before it took it.
+    drop(waiters.remove(0));
+    assert_eq!(egress.outstanding().waiting, 2);
+    inside.pop();
+    inside.pop();
+    drop(waiters.remove(0));
+    assert!(reserve_now(&mut waiters[0]).is_ready());
+    drop((inside, waiters));
+    assert!(egress.ledger().is_idle());
+}
+
+impl<W> Ledger<W> {
+    fn is_idle(&self) -> bool {
+        self.bytes() == 0 && self.waiting() == 0
+    }
+}
