@@ -1,6 +1,7 @@
 //! The images held: all of them, and one in full; and letting go of them.
 
 use std::cmp::Reverse;
+use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -8,13 +9,14 @@ use http::StatusCode;
 use serde::Serialize;
 use serde_json::json;
 
-use super::named::{self, name_of, nearest};
+use super::named::{self, Nearest, name_of};
 use super::reply::{Problem, Reply, answer};
 use super::words::{confirmed, rfc3339};
 use crate::oci::manifest::{Kind, Role};
 use crate::oci::{AnyDigest, Digest, Query};
 use crate::server::Registry;
-use crate::store::inventory::{Inventory, Stocked};
+use crate::store::Store;
+use crate::store::inventory::{Shares, Stocked};
 use crate::store::manifests::HeldManifest;
 use crate::store::pins::Pin;
 use crate::store::refs::{NEVER_CONFIRMED, Named, Past, TagKey, TagReader, TagRecord};
@@ -176,36 +178,90 @@ impl Wanted {
     }
 }
 
-/// The images wanted, and how many there are in all. Blocks.
-pub(super) fn list(registry: &Registry, wanted: &Wanted, now: SystemTime) -> (Vec<Image>, usize) {
-    let inventory = registry.pull.store().inventory();
-    let mut found: Vec<&Stocked> = inventory
-        .images
-        .iter()
-        .filter(|image| {
-            wanted
-                .upstream
-                .as_deref()
-                .is_none_or(|name| name == &*image.key.upstream)
-        })
-        .filter(|image| {
-            wanted.filter.is_empty() || name_of(&image.key).to_lowercase().contains(&wanted.filter)
-        })
-        .collect();
-    match wanted.by {
-        Sort::Name => {}
-        Sort::Size => found.sort_by_key(|image| Reverse(inventory.sizes(image).0)),
-        Sort::Confirmed => {
-            found
-                .sort_by_cached_key(|image| Reverse(newest(registry, image).map(|named| named.confirmed_at)));
-        }
+impl Wanted {
+    fn is_all(&self) -> bool {
+        self.filter.is_empty() && self.upstream.is_none()
     }
-    let total = found.len();
-    let page = found.into_iter().skip(wanted.offset).take(wanted.limit);
-    let images = page
-        .filter_map(|image| line(registry, &inventory, image, now))
-        .collect();
-    (images, total)
+
+    fn fits(&self, key: &TagKey) -> bool {
+        self.upstream.as_deref().is_none_or(|name| name == &*key.upstream)
+            && (self.filter.is_empty() || name_of(key).to_lowercase().contains(&self.filter))
+    }
+
+    fn end(&self) -> usize {
+        self.offset.saturating_add(self.limit)
+    }
+}
+
+/// The images wanted, and how many there are in all. Without a filter, only what is shown is looked at. Blocks.
+pub(super) fn list(registry: &Registry, wanted: &Wanted, now: SystemTime) -> (Vec<Image>, usize) {
+    let store = registry.pull.store();
+    let usage = store.usage();
+    let (page, total) = if wanted.by == Sort::Name && wanted.is_all() && usage.is_complete {
+        let page = store.stocked_from(wanted.offset, wanted.limit);
+        let counted = usize::try_from(usage.tags).unwrap_or(usize::MAX);
+        let seen = if page.is_empty() {
+            0
+        } else {
+            wanted.offset + page.len()
+        };
+        (page, counted.max(seen))
+    } else {
+        let (keys, total) = match wanted.by {
+            Sort::Name => first_by_name(store, wanted),
+            Sort::Size => first_by(store, wanted, Stocked::bytes),
+            Sort::Confirmed => first_by(store, wanted, |image| {
+                newest(registry, image).map(|named| named.confirmed_at)
+            }),
+        };
+        let stocked = keys.iter().filter_map(|key| store.stocked(key).ok().flatten());
+        (stocked.collect(), total)
+    };
+    if page.is_empty() {
+        return (Vec::new(), total);
+    }
+    let shares = store.shares();
+    let lines = page
+        .iter()
+        .filter_map(|image| line(registry, &shares, image, now));
+    (lines.collect(), total)
+}
+
+/// The names of the page, and how many fit in all.
+fn first_by_name(store: &Store, wanted: &Wanted) -> (Vec<TagKey>, usize) {
+    let (mut page, mut total) = (Vec::new(), 0);
+    store.each_tag(|key, _| {
+        if wanted.fits(&key) {
+            if (wanted.offset..wanted.end()).contains(&total) {
+                page.push(key);
+            }
+            total += 1;
+        }
+        ControlFlow::Continue(())
+    });
+    (page, total)
+}
+
+/// The names of the page in the order of `weight`, the heaviest first, and how many fit in all. Names and weights of the
+/// pages up to this one are in memory, twice as many at most.
+fn first_by<W: Ord>(store: &Store, wanted: &Wanted, weight: impl Fn(&Stocked) -> W) -> (Vec<TagKey>, usize) {
+    let mut first: Vec<(Reverse<W>, TagKey)> = Vec::new();
+    let (mut total, end) = (0, wanted.end());
+    store.each_tag(|key, record| {
+        if wanted.fits(&key) {
+            total += 1;
+            let image = store.stock(key, record);
+            first.push((Reverse(weight(&image)), image.key));
+            if first.len() / 2 > end {
+                first.sort();
+                first.truncate(end);
+            }
+        }
+        ControlFlow::Continue(())
+    });
+    first.sort();
+    let page = first.into_iter().take(end).skip(wanted.offset);
+    (page.map(|(_, key)| key).collect(), total)
 }
 
 /// The list, as JSON.
@@ -226,11 +282,11 @@ pub(super) fn in_full(
         return Err(Problem::bad("name a tag: what is asked by digest has no history"));
     };
     let store = registry.pull.store();
-    let inventory = store.inventory();
-    let Some(stocked) = inventory.images.iter().find(|image| image.key == key) else {
-        return Err(not_held(&key, &inventory));
+    let Some(stocked) = store.stocked(&key)? else {
+        return Err(not_held(&key, store));
     };
-    let image = line(registry, &inventory, stocked, now).ok_or_else(|| not_held(&key, &inventory))?;
+    let (stocked, shares) = (&stocked, store.shares());
+    let image = line(registry, &shares, stocked, now).ok_or_else(|| not_held(&key, store))?;
     let held = |digest: &Digest| store.manifest(digest).ok().flatten();
     let whole =
         |manifest: &HeldManifest| store.is_whole(&key.upstream, &key.repository, manifest, &|_| false);
@@ -251,7 +307,7 @@ pub(super) fn in_full(
     });
     let mut parts = Vec::new();
     if let Some(manifest) = newest(registry, stocked).and_then(|named| held(&named.digest)) {
-        gather(registry, &inventory, stocked, &manifest, None, &mut parts);
+        gather(registry, &shares, stocked, &manifest, None, &mut parts);
     }
     Ok(ImageInFull {
         image,
@@ -267,11 +323,15 @@ pub(super) fn in_full(
     })
 }
 
-pub(super) fn not_held(key: &TagKey, inventory: &Inventory) -> Problem {
+pub(super) fn not_held(key: &TagKey, store: &Store) -> Problem {
     let name = name_of(key);
-    let known: Vec<String> = inventory.images.iter().map(|image| name_of(&image.key)).collect();
+    let mut near = Nearest::to(&name);
+    store.each_tag(|key, _| {
+        near.look_at(name_of(&key));
+        ControlFlow::Continue(())
+    });
     Problem {
-        nearest: nearest(&name, known.iter().map(String::as_str)),
+        nearest: near.names(),
         ..Problem::new(StatusCode::NOT_FOUND, format!("{name} is not held"))
     }
 }
@@ -298,7 +358,7 @@ fn newest(registry: &Registry, image: &Stocked) -> Option<Named> {
     store.named(&image.key, &image.record, TagReader::Operator)
 }
 
-fn line(registry: &Registry, inventory: &Inventory, image: &Stocked, now: SystemTime) -> Option<Image> {
+fn line(registry: &Registry, shares: &Shares, image: &Stocked, now: SystemTime) -> Option<Image> {
     let (key, named) = (&image.key, newest(registry, image)?);
     let store = registry.pull.store();
     let site = registry.doors.named(&key.upstream);
@@ -312,7 +372,7 @@ fn line(registry: &Registry, inventory: &Inventory, image: &Stocked, now: System
     let whole = manifest
         .as_ref()
         .is_some_and(|manifest| store.is_whole(&key.upstream, &key.repository, manifest, &|_| false));
-    let (bytes, unique_bytes) = inventory.sizes(image);
+    let (bytes, unique_bytes) = shares.sizes(image);
     Some(Image {
         name: name_of(key),
         upstream: key.upstream.to_string(),
@@ -356,7 +416,7 @@ fn platforms(registry: &Registry, key: &TagKey, manifest: &Arc<HeldManifest>) ->
 /// What a manifest is made of; of an index, the manifests, and of those held what they are made of.
 fn gather(
     registry: &Registry,
-    inventory: &Inventory,
+    shares: &Shares,
     image: &Stocked,
     manifest: &HeldManifest,
     platform: Option<&str>,
@@ -380,7 +440,7 @@ fn gather(
             platform: platform.map(str::to_owned),
             bytes: content.map(|content| content.bytes).or(child.size),
             held: content.is_some(),
-            shared_with: known.map_or(0, |digest| inventory.holders(&digest).saturating_sub(1)),
+            shared_with: known.map_or(0, |digest| shares.holders(&digest).saturating_sub(1)),
         });
         // Two levels are an index and its images; nothing deeper is shown.
         let is_index = manifest.manifest.kind == Kind::Index;
@@ -388,7 +448,7 @@ fn gather(
             && let Ok(Some(held)) = registry.pull.store().manifest(&digest)
             && held.manifest.kind != Kind::Index
         {
-            gather(registry, inventory, image, &held, platform, parts);
+            gather(registry, shares, image, &held, platform, parts);
         }
     }
 }

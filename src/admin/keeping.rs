@@ -1,13 +1,16 @@
 //! What stays and what goes at the operator's wish.
 
+use std::ops::ControlFlow;
+
 use http::StatusCode;
 use serde_json::json;
 
 use super::images::not_held;
 use super::named::{Named, name_of};
 use super::reply::{Problem, Reply, answer};
-use crate::oci::{AnyDigest, Reference};
+use crate::oci::{AnyDigest, Reference, Repository};
 use crate::server::Registry;
+use crate::store::Store;
 use crate::store::pins::Pin;
 use crate::store::refs::TagKey;
 
@@ -19,21 +22,21 @@ pub(super) fn remove(
     is_trial: bool,
 ) -> Result<Reply, Problem> {
     let store = registry.pull.store();
-    let inventory = store.inventory();
     let (upstream, repository) = (named.site.name(), &named.repository);
-    let of_repository = inventory.images.iter().map(|image| &image.key);
-    let of_repository =
-        of_repository.filter(|key| &*key.upstream == upstream && key.repository == *repository);
     let keys: Vec<TagKey> = match (all_tags, &named.reference) {
-        (true, _) => of_repository.cloned().collect(),
-        (false, Reference::Tag(tag)) => of_repository.filter(|key| key.tag == *tag).cloned().collect(),
+        (true, _) => tags_of(store, upstream, repository),
+        (false, Reference::Tag(_)) => {
+            let key = named.key();
+            let held = key.filter(|key| matches!(store.tag(key), Ok(Some(_))));
+            held.into_iter().collect()
+        }
         (false, Reference::Digest(_)) => {
             return Err(Problem::bad("name a tag, or a repository with all_tags=true"));
         }
     };
     if keys.is_empty() {
         return Err(match named.key() {
-            Some(key) => not_held(&key, &inventory),
+            Some(key) => not_held(&key, store),
             None => Problem::absent(format!("no tag of {upstream}/{repository} is held")),
         });
     }
@@ -56,6 +59,17 @@ pub(super) fn remove(
         "blobs": freed.blobs,
         "bytes_freed": freed.bytes,
     })))
+}
+
+fn tags_of(store: &Store, upstream: &str, repository: &Repository) -> Vec<TagKey> {
+    let mut keys = Vec::new();
+    store.each_tag(|key, _| {
+        if &*key.upstream == upstream && key.repository == *repository {
+            keys.push(key);
+        }
+        ControlFlow::Continue(())
+    });
+    keys
 }
 
 /// Everything pinned, as it is named.

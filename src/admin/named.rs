@@ -89,26 +89,45 @@ pub(super) fn name_of(key: &TagKey) -> String {
     format!("{}/{}:{}", key.upstream, key.repository, key.tag)
 }
 
-/// Those of `known` that `text` is nearest to.
-pub(super) fn nearest<'a>(text: &str, known: impl Iterator<Item = &'a str>) -> Vec<String> {
-    const SHOWN_MAX: usize = 3;
-    const LIKENESS_MIN: f64 = 0.75;
-    let mut likely: Vec<(f64, &str)> = known
-        .map(|name| (strsim::jaro_winkler(text, name), name))
-        .filter(|(likeness, _)| *likeness >= LIKENESS_MIN)
-        .collect();
-    likely.sort_by(|(a, one), (b, other)| b.total_cmp(a).then(one.cmp(other)));
-    likely
-        .into_iter()
-        .take(SHOWN_MAX)
-        .map(|(_, name)| name.to_owned())
-        .collect()
+/// The few names that are nearest to one that is not known.
+pub(super) struct Nearest<'a> {
+    text: &'a str,
+    /// With how like they are, the nearest first.
+    likely: Vec<(f64, String)>,
+}
+
+impl<'a> Nearest<'a> {
+    pub(super) fn to(text: &'a str) -> Self {
+        Self {
+            text,
+            likely: Vec::new(),
+        }
+    }
+
+    pub(super) fn look_at(&mut self, name: String) {
+        const SHOWN_MAX: usize = 3;
+        const LIKENESS_MIN: f64 = 0.75;
+        let likeness = strsim::jaro_winkler(self.text, &name);
+        if likeness >= LIKENESS_MIN {
+            self.likely.push((likeness, name));
+            self.likely
+                .sort_by(|(a, one), (b, other)| b.total_cmp(a).then_with(|| one.cmp(other)));
+            self.likely.truncate(SHOWN_MAX);
+        }
+    }
+
+    pub(super) fn names(self) -> Vec<String> {
+        self.likely.into_iter().map(|(_, name)| name).collect()
+    }
 }
 
 fn unknown_upstream(name: &str, registry: &Registry) -> Problem {
-    let known = registry.doors.all().iter().map(|site| site.name());
+    let mut near = Nearest::to(name);
+    for site in registry.doors.all() {
+        near.look_at(site.name().to_owned());
+    }
     Problem {
-        nearest: nearest(name, known),
+        nearest: near.names(),
         ..Problem::bad(format!("`{name}` is not a configured upstream"))
     }
 }

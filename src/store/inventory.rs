@@ -1,13 +1,23 @@
-//! What is held, image by image: how large each is, what it shares with others, and what letting one go would free.
+//! The images held: how large each is, what it shares with others, and what letting one go would free.
 //!
-//! A look at everything; for the operator, not for a pull. Content is named by many: a layer belongs to every manifest
-//! that lists it, and a manifest to every tag and index that names it. So the size of an image is told twice: all of it,
-//! and what of it no other image needs.
+//! For the operator, not for a pull. Content is named by many: a layer belongs to every manifest that lists it, and a
+//! manifest to every tag and index that names it. So the size of an image is told twice: all of it, and what of it no
+//! other image needs.
+//!
+//! A page of images costs what it shows. Only what is shared is a matter of all images: [`Shares`] counts that in some
+//! 16 bytes for each digest, and is kept until something changes. Tags are always gone through a page at a time.
 //!
 //! What goes with an image is what nothing else needs: no other tag, and no manifest that was pulled by its digest alone.
 
+use std::collections::hash_map::RandomState;
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::hash::BuildHasher as _;
+use std::ops::ControlFlow;
 use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use tokio::time::Instant;
 
 use super::refs::{TagKey, TagRecord};
 use super::volume::Volume;
@@ -15,21 +25,67 @@ use super::{Fault, Store, content_path, size_of};
 use crate::oci::manifest::Role;
 use crate::oci::{Algorithm, AnyDigest, Digest};
 
-/// Tags looked at. A store with more is listed up to there.
+/// Tags looked at for what they share. In a store with more, what only later ones need counts as nobody's.
 pub const TAGS_MAX: usize = 50_000;
 
-const TAGS_PER_LOOK: usize = 1_000;
+const TAGS_PER_LOOK: usize = 256;
 
 /// How deep indexes may lie in each other.
 const DEPTH_MAX: u32 = 3;
 
-/// Everything that tags name.
+/// In a store with more tags, a count of what is shared is used for a while after a change, so that counting takes at most
+/// a twentieth of the time.
+const EXACT_TAGS_MAX: usize = 1_000;
+const REST_AFTER_COUNTING: u32 = 20;
+
+/// How many tags need each digest held.
 #[derive(Debug, Default)]
-pub struct Inventory {
-    /// In the order of their names.
-    pub images: Vec<Stocked>,
-    /// How many images need each digest held.
-    holders: HashMap<Digest, usize>,
+pub struct Shares {
+    /// By a keyed hash of the digest: a stranger cannot make two digests count as one.
+    counts: HashMap<u64, u32>,
+    keys: RandomState,
+}
+
+impl Shares {
+    /// How many images need what is held under this digest.
+    pub fn holders(&self, digest: &Digest) -> usize {
+        let count = self.counts.get(&self.keys.hash_one(digest));
+        count.map_or(0, |count| usize::try_from(*count).unwrap_or(usize::MAX))
+    }
+
+    /// The bytes of an image: all that is held of it, and what of that no other image needs.
+    pub fn sizes(&self, image: &Stocked) -> (u64, u64) {
+        let own = |(digest, _): &(&Digest, &Content)| self.holders(digest) <= 1;
+        let own = image.content.iter().filter(own);
+        (image.bytes(), own.map(|(_, content)| content.bytes).sum())
+    }
+
+    fn add<'a>(&mut self, content: impl Iterator<Item = &'a Digest>) {
+        for digest in content {
+            let count = self.counts.entry(self.keys.hash_one(digest)).or_default();
+            *count = count.saturating_add(1);
+        }
+    }
+}
+
+/// The last [`Shares`] counted.
+#[derive(Default)]
+pub(super) struct KnownShares(Mutex<Option<Counted>>);
+
+struct Counted {
+    shares: Arc<Shares>,
+    /// The count of changes before the look.
+    changes: u64,
+    tags: usize,
+    ended: Instant,
+    took: Duration,
+}
+
+impl Counted {
+    fn is_good(&self, changes: u64) -> bool {
+        self.changes == changes
+            || (self.tags > EXACT_TAGS_MAX && self.ended.elapsed() < self.took * REST_AFTER_COUNTING)
+    }
 }
 
 /// A tag, and what of it is held.
@@ -65,84 +121,114 @@ pub struct Freed {
     pub bytes: u64,
 }
 
-impl Inventory {
-    /// The bytes of an image: all that is held of it, and what of that no other image needs.
-    pub fn sizes(&self, image: &Stocked) -> (u64, u64) {
-        let own = |(digest, _): &(&Digest, &Content)| self.holders.get(*digest) == Some(&1);
-        let all = image.content.values().map(|content| content.bytes).sum();
-        let unique = image
-            .content
-            .iter()
-            .filter(own)
-            .map(|(_, content)| content.bytes)
-            .sum();
-        (all, unique)
-    }
-
-    /// How many images need what is held under this digest.
-    pub fn holders(&self, digest: &Digest) -> usize {
-        self.holders.get(digest).copied().unwrap_or_default()
+impl Stocked {
+    /// The bytes of all that is held of it.
+    pub fn bytes(&self) -> u64 {
+        self.content.values().map(|content| content.bytes).sum()
     }
 }
 
 impl Store {
-    /// Looks at everything. Blocks.
-    pub fn inventory(&self) -> Inventory {
-        let mut inventory = Inventory::default();
-        let mut sizes = HashMap::new();
+    /// Goes through all tags in order, until `each` breaks off. Blocks.
+    pub fn each_tag(&self, mut each: impl FnMut(TagKey, TagRecord) -> ControlFlow<()>) {
         let mut after: Option<TagKey> = None;
         loop {
             let page = self.tags(after.as_ref(), TAGS_PER_LOOK);
             let is_last = page.len() < TAGS_PER_LOOK;
             after = page.last().map(|(key, _)| key.clone());
             for (key, record) in page {
-                let content = self.content(&record, &mut sizes);
-                for digest in content.keys() {
-                    *inventory.holders.entry(*digest).or_default() += 1;
+                if each(key, record).is_break() {
+                    return;
                 }
-                inventory.images.push(Stocked { key, record, content });
             }
-            if is_last || inventory.images.len() >= TAGS_MAX {
-                return inventory;
+            if is_last {
+                return;
             }
+        }
+    }
+
+    /// What is shared. One look at everything after a change, and none until the next. Blocks.
+    pub fn shares(&self) -> Arc<Shares> {
+        // Held during the look: those that wait want the same.
+        let mut known = self.shares.0.lock().unwrap_or_else(PoisonError::into_inner);
+        // Read first: a change during the look makes what was found outdated, not wrong.
+        let (changes, began) = (self.usage.changes(), Instant::now());
+        if let Some(known) = known.as_ref().filter(|known| known.is_good(changes)) {
+            return Arc::clone(&known.shares);
+        }
+        let (mut shares, mut tags, mut sizes) = (Shares::default(), 0, HashMap::new());
+        self.each_tag(|_, record| {
+            shares.add(self.content(&record, &mut sizes).keys());
+            tags += 1;
+            if tags < TAGS_MAX {
+                ControlFlow::Continue(())
+            } else {
+                ControlFlow::Break(())
+            }
+        });
+        let shares = Arc::new(shares);
+        *known = Some(Counted {
+            shares: Arc::clone(&shares),
+            changes,
+            tags,
+            ended: Instant::now(),
+            took: began.elapsed(),
+        });
+        shares
+    }
+
+    /// At most `limit` images in the order of their names, after the first `skip`. Blocks.
+    pub fn stocked_from(&self, skip: usize, limit: usize) -> Vec<Stocked> {
+        let tags = self.tags_from(skip, limit).into_iter();
+        tags.map(|(key, record)| self.stock(key, record)).collect()
+    }
+
+    /// What of a tag is held. Blocks.
+    pub fn stock(&self, key: TagKey, record: TagRecord) -> Stocked {
+        Stocked {
+            key,
+            content: self.content(&record, &mut HashMap::new()),
+            record,
         }
     }
 
     /// What of one tag is held. Blocks.
     pub fn stocked(&self, key: &TagKey) -> Result<Option<Stocked>, Fault> {
         let record = self.tag(key)?;
-        Ok(record.map(|record| Stocked {
-            key: key.clone(),
-            content: self.content(&record, &mut HashMap::new()),
-            record: (*record).clone(),
-        }))
+        Ok(record.map(|record| self.stock(key.clone(), (*record).clone())))
     }
 
     /// Forgets these tags and removes what nothing else needs; with `is_trial`, only says what that would be. A client
     /// that reads such a blob now reads it to its end. Blocks.
     pub fn let_go(&self, keys: &[TagKey], is_trial: bool) -> Result<Freed, Fault> {
-        let inventory = self.inventory();
-        let (going, staying): (Vec<_>, Vec<_>) = inventory
-            .images
-            .iter()
-            .partition(|image| keys.contains(&image.key));
-        let mut candidates = BTreeMap::new();
-        for image in &going {
-            candidates.extend(image.content.iter().map(|(digest, content)| (*digest, *content)));
+        let going: HashSet<&TagKey> = keys.iter().collect();
+        let (mut candidates, mut found) = (BTreeMap::new(), Vec::new());
+        for key in &going {
+            if let Some(image) = self.stocked(key)? {
+                candidates.extend(image.content);
+                found.push(*key);
+            }
         }
-        let mut needed: HashSet<Digest> = staying
-            .iter()
-            .flat_map(|image| image.content.keys())
-            .copied()
-            .collect();
+        let (mut needed, mut sizes) = (HashSet::new(), HashMap::new());
+        self.each_tag(|key, record| {
+            if !going.contains(&key) {
+                let content = self.content(&record, &mut sizes);
+                needed.extend(
+                    content
+                        .into_keys()
+                        .filter(|digest| candidates.contains_key(digest)),
+                );
+            }
+            ControlFlow::Continue(())
+        });
         self.needed_by_untagged(&candidates, &mut needed);
         let mut freed = Freed {
-            tags: going.len() as u64,
+            tags: found.len() as u64,
             ..Freed::default()
         };
         if !is_trial {
-            for image in &going {
-                self.remove_tag(&image.key)?;
+            for key in found {
+                self.remove_tag(key)?;
             }
         }
         for (digest, content) in candidates {

@@ -102,9 +102,17 @@ impl Store {
     /// At most `limit` tags in order, from the first after `after` on. From the index, or while that is not whole, from
     /// the files, which is slower.
     pub fn tags(&self, after: Option<&TagKey>, limit: usize) -> Vec<(TagKey, TagRecord)> {
-        self.refs.list(after, limit)
+        self.refs.list(after.map(TagKey::to_index), limit)
+    }
+
+    /// At most `limit` tags in order, after the first `skip`: of those, no more than the keys is looked at.
+    pub fn tags_from(&self, skip: usize, limit: usize) -> Vec<(TagKey, TagRecord)> {
+        self.refs.list_from(skip, limit)
     }
 }
+
+/// Tags passed over at a time.
+const SKIPPED_PER_LOOK: usize = 256;
 
 /// A tag as it was found on the disk.
 struct Loaded {
@@ -334,32 +342,75 @@ impl Refs {
         self.index.put(key.to_index(), record.to_index(VALUE_BYTES_MAX));
     }
 
-    fn list(&self, after: Option<&TagKey>, limit: usize) -> Vec<(TagKey, TagRecord)> {
-        if self.index.is_complete() {
-            let after = after.map(TagKey::to_index).unwrap_or_default();
-            if let Ok(pairs) = self.index.scan(vec![KEY_PREFIX], after, limit) {
-                let tags = pairs.into_iter();
-                return tags
-                    .filter_map(|(key, value)| Some((TagKey::of_index(&key)?, TagRecord::of_index(&value)?)))
-                    .collect();
-            }
+    fn list(&self, after: Option<Vec<u8>>, limit: usize) -> Vec<(TagKey, TagRecord)> {
+        let after = after.unwrap_or_default();
+        if self.index.is_complete()
+            && let Ok(pairs) = self.index.scan(vec![KEY_PREFIX], after.clone(), limit)
+        {
+            let tags = pairs.into_iter();
+            return tags
+                .filter_map(|(key, value)| Some((TagKey::of_index(&key)?, TagRecord::of_index(&value)?)))
+                .collect();
         }
-        let mut all = Vec::new();
+        let after = TagKey::of_index(&after);
+        self.list_files(|key| after.as_ref().is_none_or(|after| key > after), limit)
+    }
+
+    fn list_from(&self, skip: usize, limit: usize) -> Vec<(TagKey, TagRecord)> {
+        if self.index.is_complete()
+            && let Some(after) = self.key_before(skip)
+        {
+            return self.list(after, limit);
+        }
+        self.list_files_from(skip, limit)
+    }
+
+    pub(super) fn list_files_from(&self, skip: usize, limit: usize) -> Vec<(TagKey, TagRecord)> {
+        let mut tags = self.list_files(|_| true, skip.saturating_add(limit));
+        tags.drain(..skip.min(tags.len()));
+        tags
+    }
+
+    /// The key of the last of the first `skip` tags, or of the last one of all; none of none. `None` where the index does not answer.
+    fn key_before(&self, skip: usize) -> Option<Option<Vec<u8>>> {
+        let (mut left, mut last) = (skip, None);
+        while left > 0 {
+            let after = last.clone().unwrap_or_default();
+            let pairs = self
+                .index
+                .scan(vec![KEY_PREFIX], after, left.min(SKIPPED_PER_LOOK))
+                .ok()?;
+            let Some((key, _)) = pairs.last() else { break };
+            last = Some(key.clone());
+            left -= pairs.len().min(left);
+        }
+        Some(last)
+    }
+
+    /// The first `limit` of the tags wanted, from their files. No more than twice as many are in memory.
+    fn list_files(&self, is_wanted: impl Fn(&TagKey) -> bool, limit: usize) -> Vec<(TagKey, TagRecord)> {
+        let mut first = Vec::new();
+        let shorten = |tags: &mut Vec<(TagKey, TagRecord)>| {
+            tags.sort_by(|(a, _), (b, _)| a.cmp(b));
+            tags.truncate(limit);
+        };
         self.walk_with_times(&AtomicBool::new(false), |key, filed, _| {
-            if after.is_none_or(|after| key > *after) {
+            if is_wanted(&key) {
                 let indexed = self.read_index(&key);
                 let whole = TagRecord::of_both(Some(filed), indexed).unwrap_or_default();
-                all.push((key, whole));
+                first.push((key, whole));
+                if first.len() / 2 > limit {
+                    shorten(&mut first);
+                }
             }
         });
-        all.sort_by(|(a, _), (b, _)| a.cmp(b));
-        all.truncate(limit);
-        for (key, record) in &mut all {
+        shorten(&mut first);
+        for (key, record) in &mut first {
             if let Some(ready) = self.ready.get(key) {
                 record.clone_from(&ready);
             }
         }
-        all
+        first
     }
 
     /// Every tag that has a file, with the time of the file. Says whether it came to the end.

@@ -14,6 +14,7 @@ mod eviction;
 mod folder;
 mod images;
 mod leftovers;
+mod listing;
 mod manifests;
 mod names;
 mod power_cut;

@@ -59,6 +59,8 @@ pub(super) struct Counters {
     tags: Tally,
     /// How often something was taken away.
     removals: AtomicU64,
+    /// How often something came, went or was written anew.
+    changes: AtomicU64,
     /// How many folders have been counted; `u32::MAX` at the end.
     counted: RwLock<u32>,
 }
@@ -83,6 +85,12 @@ impl Counters {
         self.removals.load(Ordering::Acquire)
     }
 
+    /// How often a blob, a manifest or what a tag names came, went or changed. What was seen before the last time may be
+    /// outdated.
+    pub(super) fn changes(&self) -> u64 {
+        self.changes.load(Ordering::Acquire)
+    }
+
     /// Does `deed`, which gives the file `path` of `bytes` its name; counts it if `deed` says that it is new.
     pub(super) fn adding<E>(
         &self,
@@ -92,7 +100,9 @@ impl Counters {
         deed: impl FnOnce() -> Result<bool, E>,
     ) -> Result<(), E> {
         let counted = self.counted.read().unwrap_or_else(PoisonError::into_inner);
-        if deed()? && position(kind, path) < *counted {
+        let is_new = deed()?;
+        self.changes.fetch_add(1, Ordering::Release);
+        if is_new && position(kind, path) < *counted {
             let tally = self.tally(kind);
             tally.count.fetch_add(1, Ordering::Relaxed);
             tally.bytes.fetch_add(bytes, Ordering::Relaxed);
@@ -110,6 +120,7 @@ impl Counters {
         let counted = self.counted.read().unwrap_or_else(PoisonError::into_inner);
         let Some(bytes) = deed()? else { return Ok(false) };
         self.removals.fetch_add(1, Ordering::Release);
+        self.changes.fetch_add(1, Ordering::Release);
         if position(kind, path) < *counted {
             let tally = self.tally(kind);
             // A file that was changed behind our back is as long as it is, not as long as it was counted.

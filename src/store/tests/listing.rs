@@ -1,0 +1,146 @@
+//! Lists of images: what a page of them costs.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use super::*;
+use crate::store::volume::{Entry, VolumeFile};
+
+const TAGS: u32 = 700;
+
+/// A volume that counts the files opened.
+#[derive(Default)]
+struct Counting {
+    inner: Memory,
+    opened: AtomicUsize,
+}
+
+impl Volume for Counting {
+    fn folder(&self) -> Option<&Path> {
+        self.inner.folder()
+    }
+
+    fn create(&self, path: &Path) -> io::Result<Arc<dyn VolumeFile>> {
+        self.inner.create(path)
+    }
+
+    fn open(&self, path: &Path) -> io::Result<Arc<dyn VolumeFile>> {
+        self.opened.fetch_add(1, Ordering::SeqCst);
+        self.inner.open(path)
+    }
+
+    fn append(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {
+        self.inner.append(path, bytes)
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        self.inner.rename(from, to)
+    }
+
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        self.inner.remove(path)
+    }
+
+    fn remove_folder_all(&self, path: &Path) -> io::Result<()> {
+        self.inner.remove_folder_all(path)
+    }
+
+    fn sync_folder(&self, path: &Path) -> io::Result<()> {
+        self.inner.sync_folder(path)
+    }
+
+    fn list(&self, path: &Path) -> io::Result<Vec<Entry>> {
+        self.inner.list(path)
+    }
+
+    fn mode(&self, path: &Path) -> io::Result<Option<u32>> {
+        self.inner.mode(path)
+    }
+
+    fn free_bytes(&self) -> io::Result<u64> {
+        self.inner.free_bytes()
+    }
+}
+
+fn tag(number: u32) -> String {
+    format!("t{number:04}")
+}
+
+fn keep(store: &Store, number: u32) {
+    keep_manifest(store, &manifest(number), "library/alpine").unwrap();
+    keep_blob(store, &number.to_be_bytes()).unwrap();
+    store
+        .keep_tag(&key(&tag(number)), variant(1, &manifest(number), 1))
+        .unwrap();
+}
+
+/// A store with many tags, its index and its counts made.
+fn filled(volume: &Arc<Counting>) -> Store {
+    let store = Store::open(&Settings::default(), Arc::clone(volume) as Arc<dyn Volume>, at(0)).unwrap();
+    for number in 0..TAGS {
+        keep(&store, number);
+    }
+    counted_usage(&store);
+    while !store.index.is_complete() {
+        std::thread::yield_now();
+    }
+    store
+}
+
+fn tags(page: &[(TagKey, refs::TagRecord)]) -> Vec<String> {
+    page.iter().map(|(key, _)| key.tag.to_string()).collect()
+}
+
+#[test]
+fn t18_one_page_of_images_reads_only_what_it_shows() {
+    let volume = Arc::new(Counting::default());
+    let store = filled(&volume);
+    store.shares();
+
+    let before = volume.opened.load(Ordering::SeqCst);
+    let page = store.stocked_from(600, 10);
+    let shares = store.shares();
+    let opened = volume.opened.load(Ordering::SeqCst) - before;
+    assert!(opened <= 3 * 10, "{opened} files were opened for ten images");
+    let names: Vec<_> = page.iter().map(|image| image.key.tag.to_string()).collect();
+    assert_eq!(names, (600..610).map(tag).collect::<Vec<_>>());
+    let length = manifest(600).len() as u64;
+    assert_eq!(shares.sizes(&page[0]), (length + 4, length + 4));
+}
+
+#[test]
+fn t18_a_change_is_seen_in_what_images_share() {
+    let volume = Arc::new(Counting::default());
+    let store = filled(&volume);
+    let blob = digest(&1_u32.to_be_bytes());
+    assert_eq!(store.shares().holders(&blob), 1);
+    store
+        .keep_tag(&key("other"), variant(1, &manifest(1), 1))
+        .unwrap();
+    assert_eq!(store.shares().holders(&blob), 2);
+    let image = store.stocked(&key("other")).unwrap().unwrap();
+    assert_eq!(store.shares().sizes(&image).1, 0);
+    store.remove_tag(&key("other")).unwrap();
+    assert_eq!(store.shares().holders(&blob), 1);
+    store.remove_blob(&blob).unwrap();
+    assert_eq!(store.shares().holders(&blob), 0);
+}
+
+#[test]
+fn t18_pages_follow_each_other_from_index_and_files() {
+    let volume = Arc::new(Counting::default());
+    let store = filled(&volume);
+    let all: Vec<_> = (0..TAGS).map(tag).collect();
+    for skip in [0, 1, 255, 256, 257, 699, 700, 900] {
+        let from = all.get(skip..).unwrap_or_default();
+        let wanted = &from[..from.len().min(40)];
+        assert_eq!(tags(&store.tags_from(skip, 40)), wanted, "after {skip}");
+        let from_files = store.refs.list_files_from(skip, 40);
+        assert_eq!(tags(&from_files), wanted, "after {skip}, from files");
+    }
+    let mut seen = Vec::new();
+    store.each_tag(|key, _| {
+        seen.push(key.tag.to_string());
+        std::ops::ControlFlow::Continue(())
+    });
+    assert_eq!(seen, all);
+}
