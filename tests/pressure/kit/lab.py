@@ -1,0 +1,77 @@
+"""What a scenario has: registries and programs that end with it, and a place for its figures."""
+
+import asyncio
+import os
+import pathlib
+import time
+
+from kit.process import Background, Program
+from kit.registry import Registry
+
+# Below this a p99 says more about this machine's other work than about the program.
+QUICK_S = 0.05
+
+
+class Lab:
+    """One scenario while it runs."""
+
+    def __init__(self, number):
+        self.number, self.failed, self.count = number, 0, 0
+        self.programs, self.registries, self.backgrounds = [], [], []
+
+    def registry(self):
+        self.registries.append(Registry())
+        return self.registries[-1]
+
+    def program(self, registry, **options):
+        self.count += 1
+        folder = pathlib.Path(os.environ["SCRATCH"]) / f"{self.number}-{self.count}"
+        self.programs.append(Program(folder, registry, **options))
+        return self.programs[-1]
+
+    def background(self, function, *arguments):
+        self.backgrounds.append(Background(function, *arguments))
+        return self.backgrounds[-1]
+
+    def end(self):
+        for background in self.backgrounds:
+            background.kill()
+        for program in self.programs:
+            program.remove()
+        for registry in self.registries:
+            registry.stop()
+
+    # --- figures
+
+    def at_most(self, what, figure, goal, unit="", note=""):
+        self.report(figure <= goal, f"{what}: {shown(figure, unit)} (goal at most {shown(goal)}{note})")
+
+    def at_least(self, what, figure, goal, unit="", note=""):
+        self.report(figure >= goal, f"{what}: {shown(figure, unit)} (goal at least {shown(goal)}{note})")
+
+    def not_slower(self, what, figure_s, quiet_s, times=2, floor_s=QUICK_S):
+        """A time beside what it is when nothing else happens, in the same run."""
+        goal = max(times * quiet_s, floor_s)
+        self.report(
+            figure_s <= goal,
+            f"{what}: {shown(figure_s * 1000)} ms, quiet {shown(quiet_s * 1000)} ms (goal at most {shown(goal * 1000)})",
+        )
+
+    def report(self, is_met, line):
+        self.failed += not is_met
+        print(f"{'ok  ' if is_met else 'FAIL'}  {self.number} {line}", flush=True)
+
+
+def shown(figure, unit=""):
+    number = f"{figure:.0f}" if isinstance(figure, int) or abs(figure) >= 100 else f"{figure:.3g}"
+    return f"{number} {unit}".rstrip()
+
+
+async def until(condition, seconds, every_s=0.02):
+    """Seconds until the condition held; None when it did not in time."""
+    began = time.monotonic()
+    while time.monotonic() - began < seconds:
+        if condition():
+            return time.monotonic() - began
+        await asyncio.sleep(every_s)
+    return None
