@@ -4,7 +4,7 @@
 //! and how the outcome looks in HTTP is settled after. The road never weighs evidence itself; it only gathers it.
 //!
 //! * `asking`: the question put to the upstream, shared by those who may share it, and what follows from the answer.
-//! * `rights`: what its answers show of who may read. `logins`: whose a token is, and tokens of ours. `recalled`: how it asks for a credential, for when it is silent.
+//! * `rights`: what its answers show of who may read, in `turns`. `logins`: whose a token is, and tokens of ours. `recalled`: how it asks for a credential, for when it is silent.
 //! * `manifest`: by tag and by digest; `copies` of it that are held, `fetching` it, the `check` of what it points to.
 //! * `blob`: held, joined or led; `possession`: the proof where a HEAD proves nothing; `source`: how a download reaches the upstream; `prefetch` begins before anybody asks. `attached`: attestations, and what refers to them. * `listing`: tags; `long_list`, passed on as it arrives; `page`, cut from what is kept. * `referrers`: by their API and by their fallback tag.
 //! * `cached`: what the store holds of it, or an error of the disk, logged. * `challenge`: how the registry itself answers `/v2/`. * `change`: what a write changes. `writing`: what follows from a write that passed.
@@ -34,6 +34,7 @@ mod rights;
 mod site;
 mod sizes;
 mod source;
+mod turns;
 pub mod writing;
 
 use std::sync::Arc;
@@ -63,7 +64,7 @@ use crate::store::blobs::HeldBlob;
 use crate::store::challenges::KeptChallenge;
 use crate::store::manifests::HeldManifest;
 use crate::store::uses::Used;
-use crate::store::{LogLimit, Store};
+use crate::store::{AsyncStore, LogLimit, Store};
 use crate::trace::Trace;
 use crate::upstream::{Answer, Caller};
 
@@ -74,7 +75,7 @@ const LIMIT_WITHIN: Duration = Duration::from_secs(20);
 /// What the road needs of the world, and what it has under way. One for the process: settings are the [`Site`]'s, and a
 /// reload exchanges those alone.
 pub struct Pull {
-    store: Arc<Store>,
+    store: AsyncStore,
     downloads: Downloads,
     clock: Clock,
     events: Events,
@@ -222,7 +223,7 @@ impl Pull {
     pub fn new(store: Arc<Store>, downloads: Downloads, (clock, events): (Clock, Events)) -> Self {
         let principals = site::Principals::new(*store.install_secret());
         Self {
-            store,
+            store: AsyncStore::new(store),
             downloads,
             clock,
             events,
@@ -254,7 +255,7 @@ impl Pull {
         match &outcome {
             Outcome::Manifest(manifest, _) => {
                 self.store.note_use(Used::Manifest(manifest.digest), now);
-                self.note_manifest_given(&request, manifest);
+                self.note_manifest_given(&request, manifest).await;
             }
             Outcome::Blob { digest, .. } => {
                 self.store.note_use(Used::Blob(*digest), now);
@@ -262,7 +263,7 @@ impl Pull {
             }
             _ => {}
         }
-        self.or_challenge(&request, outcome)
+        self.or_challenge(&request, outcome).await
     }
 
     async fn outcome(self: &Arc<Self>, request: &Request) -> Outcome {
@@ -284,9 +285,9 @@ impl Pull {
 
     /// What would be decided now for a client with this `Authorization`, before asking anyone: for the operator's
     /// question "why".
-    pub fn why(
-        &self,
-        site: &Site,
+    pub async fn why(
+        self: &Arc<Self>,
+        site: &Arc<Site>,
         repository: &Repository,
         reference: &Reference,
         authorization: Option<&HeaderValue>,
@@ -297,21 +298,24 @@ impl Pull {
             Reference::Digest(_) => None,
         };
         let rule = site.rule(repository, tag);
-        let context = self.context_of(site, repository, authorization, (Peer::Local, &Trace::begun()));
+        let reason = (Peer::Local, &Trace::begun());
+        let context = self.context_of(site, repository, authorization, reason).await;
         let situation = match reference {
             Reference::Tag(tag) => {
-                let copies =
-                    self.copies_of_tag(site, repository, tag, crate::store::refs::TagReader::Operator);
+                let copies = self.copies_of_tag(site, repository, tag, None).await;
                 let held = copies.as_ref().map(copies::Copies::held);
                 context.situation(rule, crate::policy::Subject::Tag, held, true, now)
             }
-            Reference::Digest(digest) => self.digest_situation(site, &context, rule, repository, digest, now),
+            Reference::Digest(digest) => {
+                self.digest_situation(site, (&context, rule), repository, digest, now)
+                    .await
+            }
         };
         (situation, decide(&situation), Arc::clone(&rule.name))
     }
 
     /// The store, for those who look rather than pull.
-    pub fn store(&self) -> &Arc<Store> {
+    pub fn store(&self) -> &AsyncStore {
         &self.store
     }
 
@@ -321,34 +325,39 @@ impl Pull {
     }
 
     /// Who asks, and what is known of their right in this repository.
-    fn context(&self, request: &Request, repository: &Repository) -> Context {
+    async fn context(self: &Arc<Self>, request: &Request, repository: &Repository) -> Context {
         self.context_of(
             &request.site,
             repository,
             request.authorization.as_ref(),
             (request.peer, &request.trace),
         )
+        .await
     }
 
-    fn context_of(
-        &self,
-        site: &Site,
+    async fn context_of(
+        self: &Arc<Self>,
+        site: &Arc<Site>,
         repository: &Repository,
         authorization: Option<&HeaderValue>,
         reason: (Peer, &Trace),
     ) -> Context {
+        let caller = self.caller_of(site, authorization, reason);
+        let account = self.account(site, repository, authorization);
+        let evidence = self.evidence(site, repository, caller.principal, account).await;
+        Context { caller, evidence }
+    }
+
+    /// Who asks.
+    fn caller(&self, request: &Request) -> Caller {
+        let reason = (request.peer, &request.trace);
+        self.caller_of(&request.site, request.authorization.as_ref(), reason)
+    }
+
+    fn caller_of(&self, site: &Site, authorization: Option<&HeaderValue>, reason: (Peer, &Trace)) -> Caller {
         let mut caller = site.caller(&self.principals, authorization, reason);
         caller.waits_until = Some(Instant::now() + LIMIT_WITHIN);
-        let account = self.account(site, repository, authorization);
-        let evidence = Evidence {
-            shared: site.is_shared(),
-            granted_at: self.store.grant(site.name(), repository, &caller.principal),
-            taken_at: account.and_then(|account| self.store.login(site.name(), &account)),
-            account_at: account.and_then(|account| self.store.grant(site.name(), repository, &account)),
-            public_at: self.store.public_since(site.name(), repository),
-            seen: false,
-        };
-        Context { caller, evidence }
+        caller
     }
 }
 

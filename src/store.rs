@@ -42,7 +42,9 @@ pub mod doubts;
 mod errors;
 mod evict;
 mod fault;
-mod grants;
+pub mod grants;
+mod guard;
+mod handle;
 mod held;
 mod index;
 pub mod ingest;
@@ -64,6 +66,7 @@ pub mod step;
 pub mod usage;
 pub mod uses;
 pub mod verify;
+mod view;
 pub mod volume;
 mod watched;
 pub mod whole;
@@ -84,6 +87,7 @@ pub use self::errors::LogLimit;
 use self::evict::Evictor;
 pub use self::evict::{Evictions, YOUNG};
 pub use self::fault::{Fault, OpenError, Trouble};
+pub use self::handle::AsyncStore;
 pub use self::index::thread::IndexState;
 use self::index::thread::{Home, IndexHandle};
 use self::lock::Lock;
@@ -94,6 +98,7 @@ use self::room::Room;
 pub use self::scrub::Scrubbed;
 use self::usage::{Counters, Usage};
 use self::uses::Uses;
+pub use self::view::View;
 use self::volume::Volume;
 use self::watched::{Refusal, Watched};
 
@@ -137,7 +142,7 @@ pub struct Store {
     listings: listings::Listings,
     challenges: challenges::Challenges,
     doubts: doubts::Doubts,
-    grants: grants::Grants,
+    grants: Arc<grants::Grants>,
     wholes: whole::Wholes,
     shares: inventory::KnownShares,
     usage: Arc<Counters>,
@@ -177,7 +182,7 @@ impl Store {
         let usage = Arc::new(Counters::default());
         let refs = Arc::new(refs::Refs::new(&volume, &index, &usage));
         let stop = Arc::new(AtomicBool::new(false));
-        let grants = grants::Grants::new(&index);
+        let grants = Arc::new(grants::Grants::new(&index));
         let seen = Arc::new(seen::SeenFiles::new(&volume));
         let scan = {
             let (volume, usage, refs, seen, stop) = (
@@ -187,11 +192,12 @@ impl Store {
                 Arc::clone(&seen),
                 Arc::clone(&stop),
             );
-            let prune = grants.pruner(now);
+            let grants = Arc::clone(&grants);
             begin("store-scan", move || {
+                grants.prune(now);
                 usage::count_existing(volume.as_ref(), &usage, &stop);
-                if refs.heal_index(&stop) {
-                    prune();
+                if refs.heal_index(&stop) && !grants.is_listed() {
+                    grants.prune(now);
                 }
                 seen.count(&stop);
             })?

@@ -50,7 +50,7 @@ impl Admin {
                 Some(_) => export::Platforms::These(&want),
                 None => export::Platforms::Held,
             };
-            let plan = Plan::new(registry.pull.store(), &images, wanted, now)?;
+            let plan = Plan::new(registry.pull.store().blocking(), &images, wanted, now)?;
             Ok((registry, plan))
         })
         .await?;
@@ -59,7 +59,7 @@ impl Admin {
         let mut sink = Sink::new(pieces);
         spawn_blocking(move || {
             let _place = place;
-            let written = plan.write(registry.pull.store(), &mut sink);
+            let written = plan.write(registry.pull.store().blocking(), &mut sink);
             if let Err(error) = &written {
                 tracing::warn!(%error, "an export broke off");
             }
@@ -92,7 +92,11 @@ impl Admin {
                 is_public,
                 now,
             };
-            Ok(import::import(registry.pull.store(), &mut archive, &wish)?)
+            Ok(import::import(
+                registry.pull.store().blocking(),
+                &mut archive,
+                &wish,
+            )?)
         })
         .await?;
         for image in &imported.images {

@@ -195,7 +195,7 @@ impl Wanted {
 
 /// The images wanted, and how many there are in all. Without a filter, only what is shown is looked at. Blocks.
 pub(super) fn list(registry: &Registry, wanted: &Wanted, now: SystemTime) -> (Vec<Image>, usize) {
-    let store = registry.pull.store();
+    let store = registry.pull.store().blocking();
     let usage = store.usage();
     let (page, total) = if wanted.by == Sort::Name && wanted.is_all() && usage.is_complete {
         let page = store.stocked_from(wanted.offset, wanted.limit);
@@ -281,7 +281,7 @@ pub(super) fn in_full(
     let Some(key) = named.key() else {
         return Err(Problem::bad("name a tag: what is asked by digest has no history"));
     };
-    let store = registry.pull.store();
+    let store = registry.pull.store().blocking();
     let Some(stocked) = store.stocked(&key)? else {
         return Err(not_held(&key, store));
     };
@@ -354,13 +354,13 @@ fn history(record: &TagRecord) -> Vec<PastImage> {
 
 /// The image that a client of today is given for the tag.
 fn newest(registry: &Registry, image: &Stocked) -> Option<Named> {
-    let store = registry.pull.store();
+    let store = registry.pull.store().blocking();
     store.named(&image.key, &image.record, TagReader::Operator)
 }
 
 fn line(registry: &Registry, shares: &Shares, image: &Stocked, now: SystemTime) -> Option<Image> {
     let (key, named) = (&image.key, newest(registry, image)?);
-    let store = registry.pull.store();
+    let store = registry.pull.store().blocking();
     let site = registry.doors.named(&key.upstream);
     let rule = site.map(|site| site.rule(&key.repository, Some(&key.tag)));
     let fresh = rule.map_or(Duration::ZERO, |rule| rule.fresh);
@@ -407,8 +407,9 @@ fn platforms(registry: &Registry, key: &TagKey, manifest: &Arc<HeldManifest>) ->
     if manifest.manifest.kind != Kind::Index {
         return Vec::new();
     }
-    let store = registry.pull.store();
-    let whole = store.whole_children(&key.upstream, &key.repository, manifest);
+    let store = registry.pull.store().blocking();
+    let view = store.view();
+    let whole = view.whole_children(&key.upstream, &key.repository, manifest);
     let named = whole.filter_map(|child| child.platform.as_ref().map(ToString::to_string));
     named.collect()
 }
@@ -445,7 +446,7 @@ fn gather(
         // Two levels are an index and its images; nothing deeper is shown.
         let is_index = manifest.manifest.kind == Kind::Index;
         if let (true, Role::Manifest, Some(digest)) = (is_index, child.role, known)
-            && let Ok(Some(held)) = registry.pull.store().manifest(&digest)
+            && let Ok(Some(held)) = registry.pull.store().blocking().manifest(&digest)
             && held.manifest.kind != Kind::Index
         {
             gather(registry, shares, image, &held, platform, parts);

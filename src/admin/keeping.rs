@@ -21,7 +21,7 @@ pub(super) fn remove(
     all_tags: bool,
     is_trial: bool,
 ) -> Result<Reply, Problem> {
-    let store = registry.pull.store();
+    let store = registry.pull.store().blocking();
     let (upstream, repository) = (named.site.name(), &named.repository);
     let keys: Vec<TagKey> = match (all_tags, &named.reference) {
         (true, _) => tags_of(store, upstream, repository),
@@ -74,7 +74,7 @@ fn tags_of(store: &Store, upstream: &str, repository: &Repository) -> Vec<TagKey
 
 /// Everything pinned, as it is named.
 pub(super) fn pins(registry: &Registry) -> Vec<String> {
-    let pins = registry.pull.store().pins();
+    let pins = registry.pull.store().blocking().pins();
     let name = |pin: &Pin| match pin {
         Pin::Tag(key) => name_of(key),
         Pin::Digest(digest) => digest.to_string(),
@@ -94,7 +94,7 @@ pub(super) fn pin(registry: &Registry, named: &Named, pinned: bool) -> Result<bo
             ));
         }
     };
-    let store = registry.pull.store();
+    let store = registry.pull.store().blocking();
     let was_news = if pinned {
         store.pin(&pin)?
     } else {

@@ -143,7 +143,7 @@ async fn trial(admin: &Admin, image: &str) -> Result<Trial, Problem> {
     let Some(key) = named.key() else {
         return Err(Problem::bad("name a tag"));
     };
-    let freed = blocking(move || Ok(registry.pull.store().let_go(&[key], true)?)).await?;
+    let freed = blocking(move || Ok(registry.pull.store().blocking().let_go(&[key], true)?)).await?;
     Ok(Trial {
         image: named.to_string(),
         tags: freed.tags,
@@ -175,7 +175,7 @@ pub(super) async fn act(admin: &Admin, body: &[u8]) -> Result<Reply, Problem> {
             let Some(key) = named.key() else {
                 return Err(Problem::bad("name a tag"));
             };
-            let freed = blocking(move || Ok(registry.pull.store().let_go(&[key], false)?)).await?;
+            let freed = blocking(move || Ok(registry.pull.store().blocking().let_go(&[key], false)?)).await?;
             format!("Removed {named}; {} freed.", bytes(freed.bytes))
         }
         deed @ ("pin" | "unpin") => {

@@ -116,7 +116,7 @@ impl Admin {
             }
             "/api/v1/why" => {
                 let named = Named::of_query(query, &registry)?;
-                blocking(move || json_of(&why::why(&registry, &named, None, now))).await?
+                json_of(&why::why(&registry, &named, None, now).await)?
             }
             "/api/v1/upstreams" => answer(&upstreams::listed(&registry, now)),
             "/api/v1/transfers" => answer(&json!({ "transfers": transfers::list(&registry) })),
@@ -238,7 +238,7 @@ impl Admin {
         let registry = self.registry.load_full();
         let (named, authorization) = (Named::read(&asked.image, &registry)?, asked.authorization()?);
         let now = self.clock.now();
-        blocking(move || json_of(&why::why(&registry, &named, authorization.as_ref(), now))).await
+        json_of(&why::why(&registry, &named, authorization.as_ref(), now).await)
     }
 
     fn pull_posted(&self, body: &[u8]) -> Result<Reply, Problem> {
@@ -376,7 +376,7 @@ impl Admin {
     pub(super) async fn switch_offline(&self, on: bool) -> Result<bool, Problem> {
         let was = self.offline.set(on);
         let registry = self.registry.load_full();
-        if let Err(fault) = blocking(move || Ok(registry.pull.store().keep_offline(on))).await? {
+        if let Err(fault) = blocking(move || Ok(registry.pull.store().blocking().keep_offline(on))).await? {
             tracing::error!(%fault, offline = on, "switched, and after a restart it will be as it was");
         }
         if was != on {

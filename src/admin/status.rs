@@ -7,7 +7,7 @@ use serde::Serialize;
 use super::Admin;
 use super::words::{duration, rfc3339};
 use crate::event::Totals;
-use crate::store::Store;
+use crate::store::AsyncStore;
 
 /// How the cache is doing.
 #[derive(Serialize)]
@@ -73,7 +73,7 @@ pub(super) struct Evicted {
 }
 
 impl StoreLevel {
-    fn of(store: &Store) -> Self {
+    fn of(store: &AsyncStore) -> Self {
         let (usage, limits, evicted) = (store.usage(), store.limits(), store.evictions());
         let scrubbed = store.scrubbed();
         Self {
@@ -87,8 +87,8 @@ impl StoreLevel {
             is_counted: usage.is_complete,
             size: limits.bytes_max,
             free: limits.free_bytes_min,
-            disk_free_bytes: store.free_bytes().ok(),
-            pins: store.pins().len(),
+            disk_free_bytes: store.free_bytes(),
+            pins: store.pins_count(),
             scrubbed: Scrubbed {
                 objects: scrubbed.objects,
                 bytes: scrubbed.bytes,

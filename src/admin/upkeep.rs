@@ -30,7 +30,8 @@ impl Admin {
                 .map_err(|_| Problem::bad(format!("`unused_for` is a time as in 7d, not `{text}`")))?,
         };
         let (registry, is_trial) = (self.registry.load_full(), wanted.dry_run);
-        let freed = blocking(move || Ok(registry.pull.store().collect(unused_for, is_trial)?)).await?;
+        let freed =
+            blocking(move || Ok(registry.pull.store().blocking().collect(unused_for, is_trial)?)).await?;
         Ok(answer(&json!({
             "dry_run": is_trial,
             "unused_seconds": unused_for.max(YOUNG).as_secs(),
@@ -51,7 +52,7 @@ impl Admin {
         let wanted: Wanted = parse(body)?;
         let registry = self.registry.load_full();
         blocking(move || {
-            let store = registry.pull.store();
+            let store = registry.pull.store().blocking();
             if wanted.rebuild_index {
                 tracing::info!("the index is made anew at the operator's wish");
                 store.rebuild_index();
@@ -64,7 +65,7 @@ impl Admin {
 
     /// `GET /api/v1/verify`.
     pub(super) fn verification(&self) -> Reply {
-        answer(&progress(self.registry.load().pull.store()))
+        answer(&progress(self.registry.load().pull.store().blocking()))
     }
 }
 

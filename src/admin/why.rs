@@ -53,18 +53,18 @@ pub(super) struct Case {
     pub(super) client_gets: String,
 }
 
-/// What would be decided now for a client with this `Authorization`. Asks nobody. Blocks.
-pub(super) fn why(
+/// What would be decided now for a client with this `Authorization`. Asks nobody.
+pub(super) async fn why(
     registry: &Registry,
     named: &Named,
     authorization: Option<&HeaderValue>,
     now: SystemTime,
 ) -> Why {
     let site = &named.site;
-    let (situation, verdict, rule) =
-        registry
-            .pull
-            .why(site, &named.repository, &named.reference, authorization, now);
+    let (situation, verdict, rule) = registry
+        .pull
+        .why(site, &named.repository, &named.reference, authorization, now)
+        .await;
     let silent = site.upstream().silent_now();
     // A silence that is known already is heard before anybody is asked.
     let told = match (verdict, silent) {

@@ -3,7 +3,6 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::task::spawn_blocking;
 use tokio::time::Instant;
 
 use super::fetching::Wanted;
@@ -12,7 +11,7 @@ use super::writing::Writes;
 use super::{Context, Pull, Request, Site};
 use crate::oci::{Accept, AnyDigest, Cause, Digest, MediaType, Operation, Reference, Repository};
 use crate::policy::{Heard, Situation, Standing, Subject, Verdict, Whose, decide};
-use crate::store::refs::{TagKey, TagReader, Variant};
+use crate::store::refs::{TagKey, Variant};
 use crate::upstream::{Answer, Said};
 
 /// Shorter content proves nothing: an empty blob, an empty object and an empty layer are the same everywhere.
@@ -105,7 +104,7 @@ impl Pull {
         };
         match answer {
             Some(answer) => {
-                let heard = self.heard_by(&wanted, &answer, situation.standing);
+                let heard = self.heard_by(&wanted, &answer, situation.standing).await;
                 // A no to the stranger who asked in the place of a token of ours: it sends the client for a better one,
                 // if there is one to be had.
                 let is_local = request.authorization.as_ref().is_some_and(is_local_token);
@@ -143,7 +142,7 @@ impl Pull {
         }
         Some(match self.fetch_manifest(wanted.clone()).await {
             Ok(manifest) => Arc::new(Answer {
-                said: if self.is_vouched(wanted) {
+                said: if self.is_vouched(wanted).await {
                     Said::Is(manifest.digest)
                 } else {
                     Said::Unproven(manifest.digest)
@@ -181,10 +180,10 @@ impl Pull {
                 if is_evidence || !answer.said.is_yes() {
                     pull.learn(&wanted, &answer, asked_at).await;
                 }
-                let is_believed = is_evidence || pull.is_vouched(&wanted);
+                let is_believed = is_evidence || pull.is_vouched(&wanted).await;
                 match (operation, answer.said) {
                     (Operation::Manifest { reference, .. }, Said::Is(digest)) if is_believed => {
-                        if pull.may_name(site, repository, reference, accept, &digest) {
+                        if pull.may_name(site, repository, reference, accept, &digest).await {
                             let media_type = answer.media_type.as_ref();
                             pull.learn_name_unless_written(&wanted, reference, digest, media_type)
                                 .await;
@@ -194,9 +193,9 @@ impl Pull {
                     }
                     // Good for comparing where the digest is known to be here and the principal to be let in.
                     (Operation::Manifest { reference, .. }, Said::Unproven(digest))
-                        if pull.store.has_seen(site.name(), repository, &digest)
-                            && pull.is_vouched(&wanted)
-                            && pull.may_name(site, repository, reference, accept, &digest) =>
+                        if pull.has_seen(site, repository, digest).await
+                            && pull.is_vouched(&wanted).await
+                            && pull.may_name(site, repository, reference, accept, &digest).await =>
                     {
                         let media_type = answer.media_type.as_ref();
                         pull.learn_name_unless_written(&wanted, reference, digest, media_type)
@@ -224,7 +223,7 @@ impl Pull {
     /// that says yes to everything, and repeats the digest, would pass. Where the content was seen here before and the
     /// length stated is right, it is the registry that knows it. Where it is cached or arriving and the length is not
     /// right, only the bytes can tell. What is neither has to come from the upstream anyway.
-    async fn weighed(&self, wanted: &Wanted, answer: Answer) -> (Answer, bool) {
+    async fn weighed(self: &Arc<Self>, wanted: &Wanted, answer: Answer) -> (Answer, bool) {
         let (Said::Is(digest), None) = (answer.said, &answer.body) else {
             return (answer, true);
         };
@@ -234,18 +233,21 @@ impl Pull {
                 ..
             } => self
                 .cached_manifest(&wanted.site, &wanted.repository, &digest)
+                .await
                 .map(|manifest| manifest.bytes.len() as u64),
             Operation::Blob { .. } => {
-                let store = Arc::clone(&self.store);
-                let found = spawn_blocking(move || store.blob(&digest)).await;
-                found.ok().and_then(Result::ok).flatten().map(|held| held.size)
+                let found = self.store.read(move |view| view.blob(&digest)).await;
+                let image = format_args!("{}@{digest}", wanted.repository);
+                self.cached(&wanted.site, &image, found).map(|held| held.size)
             }
             _ => return (answer, true),
         };
-        let is_evidence =
-            cached.is_some_and(|size| answer.length == Some(size) && self.is_evidence(wanted, digest, size));
+        let is_evidence = match cached.filter(|size| answer.length == Some(*size)) {
+            Some(size) => self.is_evidence(wanted, digest, size).await,
+            None => false,
+        };
         let shows_nothing = cached.is_none() && !self.downloads.is_arriving(&digest);
-        if is_evidence || shows_nothing || self.is_vouched(wanted) {
+        if is_evidence || shows_nothing || self.is_vouched(wanted).await {
             return (answer, is_evidence);
         }
         let unproven = Answer {
@@ -257,12 +259,10 @@ impl Pull {
 
     /// Whether content of this digest and size, given to this caller, shows a right to the repository: the digest is one
     /// of the repository's, so that the caller did not make it up, and it is longer than what is the same everywhere.
-    pub(super) fn is_evidence(&self, wanted: &Wanted, digest: Digest, size: u64) -> bool {
-        let is_seen = || {
-            let upstream = wanted.site.name();
-            self.store.has_seen(upstream, &wanted.repository, &digest)
-        };
-        size >= EVIDENCE_BYTES_MIN && (is_seen() || self.is_named_there(wanted, digest))
+    pub(super) async fn is_evidence(self: &Arc<Self>, wanted: &Wanted, digest: Digest, size: u64) -> bool {
+        size >= EVIDENCE_BYTES_MIN
+            && (self.is_named_there(wanted, digest)
+                || self.has_seen(&wanted.site, &wanted.repository, digest).await)
     }
 
     /// Whether a manifest that was given to somebody with a right to the repository names this content.
@@ -271,12 +271,12 @@ impl Pull {
     }
 
     /// Whether this caller has shown a right in the repository lately.
-    pub(super) fn is_vouched(&self, wanted: &Wanted) -> bool {
-        self.standing_of(wanted) == Standing::Vouched
+    pub(super) async fn is_vouched(self: &Arc<Self>, wanted: &Wanted) -> bool {
+        self.standing_of(wanted).await == Standing::Vouched
     }
 
     /// What this caller has shown by now of a right in the repository.
-    pub(super) fn standing_of(&self, wanted: &Wanted) -> Standing {
+    pub(super) async fn standing_of(self: &Arc<Self>, wanted: &Wanted) -> Standing {
         let Wanted {
             site,
             repository,
@@ -291,32 +291,44 @@ impl Pull {
             _ => None,
         };
         let rule = site.rule(repository, tag);
-        let context = self.context_of(site, repository, wanted.shown(), (caller.peer, &caller.trace));
+        let context = self
+            .context_of(site, repository, wanted.shown(), (caller.peer, &caller.trace))
+            .await;
         let situation = context.situation(rule, Subject::Tag, None, true, self.clock.now());
         situation.standing
     }
 
     /// In the decision's words, what `answer` means for this repository to one of this standing: who has a right of late
     /// is given what the unproven yes to a manifest names, for the bytes will be held against it.
-    pub(super) fn heard_by(&self, wanted: &Wanted, answer: &Answer, standing: Standing) -> Heard {
+    pub(super) async fn heard_by(
+        self: &Arc<Self>,
+        wanted: &Wanted,
+        answer: &Answer,
+        standing: Standing,
+    ) -> Heard {
         let Wanted { site, repository, .. } = wanted;
         let is_manifest = matches!(wanted.operation, Operation::Manifest { .. });
         match answer.said {
             Said::Unproven(digest) if is_manifest && standing == Standing::Vouched => Heard::Named {
                 digest,
-                holding: self.holding(site, repository, &digest),
+                holding: self.holding(site, repository, &digest).await,
             },
-            _ => self.heard(site, repository, answer),
+            _ => self.heard(site, repository, answer).await,
         }
     }
 
     /// In the decision's words, what `answer` means for this repository.
-    pub(super) fn heard(&self, site: &Site, repository: &Repository, answer: &Answer) -> Heard {
+    pub(super) async fn heard(
+        self: &Arc<Self>,
+        site: &Arc<Site>,
+        repository: &Repository,
+        answer: &Answer,
+    ) -> Heard {
         match answer.said {
             Said::Unproven(_) | Said::Unnamed => Heard::Silent(Cause::NotRegistry),
             Said::Is(digest) => Heard::Named {
                 digest,
-                holding: self.holding(site, repository, &digest),
+                holding: self.holding(site, repository, &digest).await,
             },
             Said::Absent => Heard::Absent,
             // Any other 4xx (451, 423, …) is a no of some kind too, and a held copy must never hide a no.
@@ -328,9 +340,9 @@ impl Pull {
 
     /// Whether a tag may be said to name `digest` from now on: not while that is only a promise and another copy is
     /// held, for were the promise broken, the held copy could no longer be found by its tag.
-    fn may_name(
-        &self,
-        site: &Site,
+    async fn may_name(
+        self: &Arc<Self>,
+        site: &Arc<Site>,
         repository: &Repository,
         reference: &Reference,
         accept: &Accept,
@@ -339,16 +351,16 @@ impl Pull {
         let Reference::Tag(tag) = reference else {
             return true;
         };
-        let held = |digest: &Digest| matches!(self.store.manifest(digest), Ok(Some(_)));
-        held(digest)
+        self.cached_manifest(site, repository, digest).await.is_some()
             || self
-                .copies_of_tag(site, repository, tag, TagReader::Client(accept))
+                .copies_of_tag(site, repository, tag, Some(accept))
+                .await
                 .is_none()
     }
 
     /// Keeps which digest a tag names now, and that the digest was seen in this repository.
     pub(super) async fn learn_name(
-        &self,
+        self: &Arc<Self>,
         wanted: &Wanted,
         reference: &Reference,
         digest: Digest,
@@ -381,35 +393,44 @@ impl Pull {
             earlier: None,
             history: Vec::new(),
         };
-        let store = Arc::clone(&self.store);
-        let kept = spawn_blocking(move || store.keep_answer(&key, variant, now)).await;
+        let kept = self
+            .store
+            .write(move |store| store.keep_answer(&key, variant, now))
+            .await;
         report(kept, "keep which digest a tag names");
     }
 
     /// Keeps the proof that the upstream has `digest` in this repository.
     pub(super) async fn note_seen(&self, site: &Arc<Site>, repository: &Repository, digest: Digest) {
-        if self.store.has_seen(site.name(), repository, &digest) {
+        let is_known = self
+            .store
+            .in_memory(|view| view.has_seen(site.name(), repository, &digest));
+        if is_known == Some(true) {
             return;
         }
-        let (store, site, repository) = (Arc::clone(&self.store), Arc::clone(site), repository.clone());
-        let noted = spawn_blocking(move || store.note_seen(site.name(), &repository, &digest)).await;
+        let (site, repository) = (Arc::clone(site), repository.clone());
+        let noted = self
+            .store
+            .write(move |store| store.note_seen(site.name(), &repository, &digest))
+            .await;
         report(noted, "keep that a digest was seen in a repository");
     }
 
-    /// Whether `digest` was seen in this repository; never for a digest that cannot be verified.
-    pub(super) fn seen(&self, site: &Site, repository: &Repository, digest: &AnyDigest) -> bool {
-        match digest {
-            AnyDigest::Known(digest) => self.store.has_seen(site.name(), repository, digest),
-            AnyDigest::Foreign(_) => false,
-        }
+    /// Whether `digest` was seen in this repository.
+    pub(super) async fn has_seen(
+        self: &Arc<Self>,
+        site: &Arc<Site>,
+        repository: &Repository,
+        digest: Digest,
+    ) -> bool {
+        self.look_up(site, repository, move |cached| cached.has_seen(&digest))
+            .await
     }
 }
 
 /// A cache that cannot remember is slower, not broken: tell it and go on.
-pub(super) fn report<T>(done: Result<Result<T, crate::store::Fault>, tokio::task::JoinError>, deed: &str) {
-    match done {
-        Ok(Ok(_)) => {}
-        Ok(Err(fault)) => tracing::warn!(%fault, "could not {deed}"),
-        Err(_) => tracing::error!("the task to {deed} ended without an answer"),
+pub(super) fn report<T>(done: Result<T, crate::store::Fault>, deed: &str) {
+    if let Err(fault) = done {
+        tracing::warn!(%fault, "could not {deed}");
     }
 }

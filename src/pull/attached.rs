@@ -79,7 +79,7 @@ impl Pull {
     /// given the image.
     pub async fn bring_attestation(self: &Arc<Self>, request: &Request, image: &Digest) {
         if let Some(repository) = request.operation.repository() {
-            let of = Wanted::of(request, repository, &self.context(request, repository).caller);
+            let of = Wanted::of(request, repository, &self.caller(request));
             self.bring_attached(&of, image).await;
         }
     }
@@ -141,7 +141,7 @@ impl Pull {
                 return false;
             }
         };
-        let missing = self.missing(&of, &held);
+        let missing = self.missing(&of, &held).await;
         let is_small = |child: &&Descriptor| child.size.is_some_and(|size| size <= BLOB_BYTES_MAX);
         for child in held.manifest.children.iter().filter(is_small) {
             if let AnyDigest::Known(blob) = child.digest

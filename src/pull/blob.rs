@@ -3,10 +3,10 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::task::spawn_blocking;
 use tokio::time::Instant;
 
 use super::asking::Asked;
+use super::cached::Cached;
 use super::fetching::Wanted;
 use super::manifest::refused;
 use super::possession::Sample;
@@ -42,7 +42,7 @@ impl Pull {
         repository: &Repository,
         digest: AnyDigest,
     ) -> Outcome {
-        let context = self.context(request, repository);
+        let context = self.context(request, repository).await;
         let digest = match digest {
             AnyDigest::Known(digest) => digest,
             AnyDigest::Foreign(_) => {
@@ -61,8 +61,8 @@ impl Pull {
         if context.is_stranger(rule, request.now) {
             return road.introduced().await;
         }
-        let copy = self.held_content(request, repository, &digest);
-        let situation = road.situation(copy.is_some());
+        let (copy, seen) = self.held_content(request, repository, digest).await;
+        let situation = road.situation(copy.is_some(), seen);
         match (decide(&situation), copy) {
             (Verdict::Serve(served), Some((_, size))) if request.for_push => {
                 road.for_push(&situation, size, served).await
@@ -74,27 +74,32 @@ impl Pull {
         }
     }
 
-    fn held_content(
-        &self,
+    /// The content of a blob with its size, if it is held, and whether it was seen in the repository.
+    async fn held_content(
+        self: &Arc<Self>,
         request: &Request,
         repository: &Repository,
-        digest: &Digest,
-    ) -> Option<(Content, u64)> {
-        if let Some(bytes) = self.store.small_blob(digest) {
+        digest: Digest,
+    ) -> (Option<(Content, u64)>, bool) {
+        let head = request.head;
+        self.look_up(&request.site, repository, move |cached| {
+            (cached.content(&digest, head), cached.has_seen(&digest))
+        })
+        .await
+    }
+}
+
+impl Cached<'_> {
+    fn content(&self, digest: &Digest, head: bool) -> Option<(Content, u64)> {
+        if let Some(bytes) = self.view.small_blob(digest) {
             let size = bytes.len() as u64;
             return Some((Content::Memory(bytes), size));
         }
-        let image = format_args!("{repository}@{digest}");
-        let held = self.cached(&request.site, &image, self.store.blob(digest))?;
+        let image = format_args!("{}@{digest}", self.repository);
+        let held = self.pull.cached(self.site, &image, self.view.blob(digest))?;
         let size = held.size;
-        Some((
-            if request.head {
-                Content::Head
-            } else {
-                Content::File(held)
-            },
-            size,
-        ))
+        let content = if head { Content::Head } else { Content::File(held) };
+        Some((content, size))
     }
 }
 
@@ -108,7 +113,7 @@ struct Road<'a> {
 }
 
 impl Road<'_> {
-    fn situation(&self, is_held: bool) -> Situation {
+    fn situation(&self, is_held: bool, seen: bool) -> Situation {
         let held = is_held.then_some(Held {
             digest: self.digest,
             confirmed_at: self.request.now,
@@ -118,11 +123,6 @@ impl Road<'_> {
                 .pull
                 .is_in_doubt(&self.request.site, self.repository, self.digest.into()),
         });
-        let seen = self.pull.seen(
-            &self.request.site,
-            self.repository,
-            &AnyDigest::Known(self.digest),
-        );
         self.context
             .situation(self.rule, Subject::Blob, held, seen, self.request.now)
     }
@@ -146,10 +146,11 @@ impl Road<'_> {
         if !matches!(asked.heard, Heard::Named { .. } | Heard::Unnamed) {
             return refuse_unheld(unseen, asked.heard, asked.answer);
         }
-        match self
+        let (held, _) = self
             .pull
-            .held_content(self.request, self.repository, &self.digest)
-        {
+            .held_content(self.request, self.repository, self.digest)
+            .await;
+        match held {
             Some((_, size)) if self.request.for_push => self.serve(Content::Head, size, Served::Immutable),
             Some((content, size)) => self.serve(content, size, Served::Immutable),
             None if self.request.head => self.head_said(unseen, asked),
@@ -184,9 +185,13 @@ impl Road<'_> {
         let asked = self.ask(situation).await;
         match asked.heard {
             Heard::Absent => {
-                let (store, own) = (Arc::clone(&self.pull.store), Arc::clone(&self.request.site));
+                let site = Arc::clone(&self.request.site);
                 let (repository, digest) = (self.repository.clone(), self.digest);
-                let gone = spawn_blocking(move || store.note_gone(own.name(), &repository, &digest)).await;
+                let gone = self
+                    .pull
+                    .store
+                    .write(move |store| store.note_gone(site.name(), &repository, &digest))
+                    .await;
                 super::asking::report(gone, "forget a blob that the registry no longer has");
                 refused(Refusal::Absent, asked.answer, false)
             }
@@ -283,7 +288,7 @@ impl Road<'_> {
                 answer: None,
             },
             Err(answer) => Asked {
-                heard: self.pull.heard(&of.site, self.repository, &answer),
+                heard: self.pull.heard(&of.site, self.repository, &answer).await,
                 answer: Some(Arc::new(answer)),
             },
         }
@@ -377,7 +382,8 @@ impl Road<'_> {
         };
         match failure.as_ref() {
             Failure::Refused(answer) if leads => {
-                let heard = self.pull.heard(&self.request.site, self.repository, answer);
+                let site = &self.request.site;
+                let heard = self.pull.heard(site, self.repository, answer).await;
                 let answer = Arc::new(answer.as_ref().clone());
                 Ok(refuse_unheld(situation, heard, Some(answer)))
             }
@@ -410,7 +416,7 @@ impl Road<'_> {
             Ok(fetched) => fetched,
             Err(answer) => {
                 self.pull.learn(&self.wanted(), &answer, asked_at).await;
-                let heard = self.pull.heard(site, self.repository, &answer);
+                let heard = self.pull.heard(site, self.repository, &answer).await;
                 return refuse_unheld(situation, heard, Some(Arc::new(answer)));
             }
         };

@@ -6,8 +6,28 @@ use std::sync::Arc;
 
 use super::{Pull, Site};
 use crate::oci::{Digest, Repository};
-use crate::store::Fault;
 use crate::store::manifests::HeldManifest;
+use crate::store::{Fault, View};
+
+/// The cached content of one repository, through one view of the store.
+pub(super) struct Cached<'a> {
+    pub(super) pull: &'a Pull,
+    pub(super) view: &'a View<'a>,
+    pub(super) site: &'a Site,
+    pub(super) repository: &'a Repository,
+}
+
+impl Cached<'_> {
+    pub(super) fn manifest(&self, digest: &Digest) -> Option<Arc<HeldManifest>> {
+        let image = format_args!("{}@{digest}", self.repository);
+        self.pull.cached(self.site, &image, self.view.manifest(digest))
+    }
+
+    /// Whether `digest` was seen in this repository.
+    pub(super) fn has_seen(&self, digest: &Digest) -> bool {
+        self.view.has_seen(self.site.name(), self.repository, digest)
+    }
+}
 
 impl Pull {
     /// What was read for `image`; nothing after an error, which is logged. (The store counts it.)
@@ -26,13 +46,46 @@ impl Pull {
         })
     }
 
-    pub(super) fn cached_manifest(
-        &self,
-        site: &Site,
+    /// What `look` finds in this repository: from memory, or else from the disk, and then its caller waits. It has no
+    /// effect but its result.
+    pub(super) async fn look_up<T: Send + 'static>(
+        self: &Arc<Self>,
+        site: &Arc<Site>,
+        repository: &Repository,
+        look: impl Fn(&Cached<'_>) -> T + Send + 'static,
+    ) -> T {
+        let found = self.store.in_memory(|view| {
+            look(&Cached {
+                pull: self,
+                view,
+                site,
+                repository,
+            })
+        });
+        if let Some(found) = found {
+            return found;
+        }
+        let (pull, site, repository) = (Arc::clone(self), Arc::clone(site), repository.clone());
+        self.store
+            .from_disk(move |view| {
+                look(&Cached {
+                    pull: &pull,
+                    view,
+                    site: &site,
+                    repository: &repository,
+                })
+            })
+            .await
+    }
+
+    pub(super) async fn cached_manifest(
+        self: &Arc<Self>,
+        site: &Arc<Site>,
         repository: &Repository,
         digest: &Digest,
     ) -> Option<Arc<HeldManifest>> {
-        let image = format_args!("{repository}@{digest}");
-        self.cached(site, &image, self.store.manifest(digest))
+        let digest = *digest;
+        self.look_up(site, repository, move |cached| cached.manifest(&digest))
+            .await
     }
 }

@@ -7,7 +7,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use http::{HeaderMap, HeaderValue, Uri, header};
-use tokio::task::spawn_blocking;
 
 use super::manifest::refused;
 use super::{Outcome, Pull, Request, Site};
@@ -54,7 +53,7 @@ impl Pull {
     /// Whether the registry sends clients to this host and port for a token. It is asked only if a client of its own is
     /// here, or anyone could have us ask it.
     pub async fn is_realm(self: &Arc<Self>, site: &Arc<Site>, host: &str, port: u16) -> bool {
-        let realms = match self.store.challenge(site.name()) {
+        let realms = match self.kept_challenge(site.name().to_owned()).await {
             Some(kept) => realms(&kept),
             None if site.is_visited() => {
                 let challenge = self.challenge(site).await;
@@ -68,14 +67,19 @@ impl Pull {
     /// Sees to it that the challenge is known soon, for a client that does not ask for it but will follow one.
     pub fn expect_challenge(self: &Arc<Self>, site: &Arc<Site>) {
         site.visit();
-        if self.store.challenge(site.name()).is_none() {
+        if self
+            .store
+            .in_memory(|view| view.challenge(site.name()))
+            .flatten()
+            .is_none()
+        {
             let (pull, site) = (Arc::clone(self), Arc::clone(site));
             tokio::spawn(async move { pull.challenge(&site).await.is_ok() });
         }
     }
 
     async fn challenge(self: &Arc<Self>, site: &Arc<Site>) -> Result<Arc<KeptChallenge>, Arc<Answer>> {
-        let kept = self.store.challenge(site.name());
+        let kept = self.kept_challenge(site.name().to_owned()).await;
         let now = self.clock.now();
         let is_fresh = |kept: &Arc<KeptChallenge>| age::is_within(kept.given_at, RENEW_AFTER, now);
         let is_silent = site.upstream().silent_now().is_some();
@@ -119,8 +123,11 @@ impl Pull {
             lines,
             given_at: self.clock.now(),
         };
-        let (store, site, challenge) = (Arc::clone(&self.store), Arc::clone(site), kept.clone());
-        let done = spawn_blocking(move || store.keep_challenge(site.name(), challenge)).await;
+        let (site, challenge) = (Arc::clone(site), kept.clone());
+        let done = self
+            .store
+            .write(move |store| store.keep_challenge(site.name(), challenge))
+            .await;
         super::asking::report(done, "keep a registry's challenge");
         Ok(Arc::new(kept))
     }

@@ -60,18 +60,18 @@ impl Pull {
         wanted: Wanted,
         begin_for: Option<Duration>,
         manifest: &Arc<HeldManifest>,
-        instead: &HeldManifest,
+        instead: &Arc<HeldManifest>,
     ) -> Result<(), Cause> {
         let (site, repository) = (&wanted.site, &wanted.repository);
         let image: Image = (site.name().into(), repository.clone(), manifest.digest);
         let now = self.clock.now();
         let is_good = |at| now.duration_since(at).is_ok_and(|age| age < GOOD_FOR);
-        if self.is_whole(site, repository, manifest) || self.found.0.get(&image).is_some_and(is_good) {
+        if self.found.0.get(&image).is_some_and(is_good) || self.is_whole(site, repository, manifest).await {
             return Ok(());
         }
         self.attestations.learn(site, repository, manifest);
         self.check_blobs(&wanted, begin_for, manifest).await?;
-        for digest in self.platforms_in_use(site, repository, manifest, instead) {
+        for digest in self.platforms_in_use(site, repository, manifest, instead).await {
             let child = self.child(&wanted, digest).await?;
             self.check_blobs(&wanted, begin_for, &child).await?;
         }
@@ -80,21 +80,26 @@ impl Pull {
     }
 
     /// The images of `index` for the platforms of which `instead` has been pulled.
-    pub(super) fn platforms_in_use(
-        &self,
-        site: &Site,
+    pub(super) async fn platforms_in_use(
+        self: &Arc<Self>,
+        site: &Arc<Site>,
         repository: &Repository,
         index: &HeldManifest,
-        instead: &HeldManifest,
+        instead: &Arc<HeldManifest>,
     ) -> Vec<Digest> {
-        let in_use: Vec<_> = self
-            .store
-            .whole_children(site.name(), repository, instead)
-            .filter_map(|child| child.platform.as_ref())
-            .collect();
+        let instead = Arc::clone(instead);
+        let in_use = self.look_up(site, repository, move |cached| {
+            let whole = cached
+                .view
+                .whole_children(cached.site.name(), cached.repository, &instead);
+            whole
+                .filter_map(|child| child.platform.clone())
+                .collect::<Vec<_>>()
+        });
+        let in_use = in_use.await;
         let children = index.manifest.children.iter();
         children
-            .filter(|child| child.platform.as_ref().is_some_and(|own| in_use.contains(&own)))
+            .filter(|child| child.platform.as_ref().is_some_and(|own| in_use.contains(own)))
             .filter_map(|child| match child.digest {
                 AnyDigest::Known(digest) => Some(digest),
                 AnyDigest::Foreign(_) => None,
@@ -108,8 +113,11 @@ impl Pull {
         of: &Wanted,
         digest: Digest,
     ) -> Result<Arc<HeldManifest>, Cause> {
-        let held = self.store.has_seen(of.site.name(), &of.repository, &digest);
-        if held && let Ok(Some(manifest)) = self.store.manifest(&digest) {
+        let held = self.look_up(&of.site, &of.repository, move |cached| {
+            let held = cached.has_seen(&digest).then(|| cached.manifest(&digest));
+            held.flatten()
+        });
+        if let Some(manifest) = held.await {
             return Ok(manifest);
         }
         let operation = Operation::Manifest {
@@ -129,9 +137,9 @@ impl Pull {
         begin_for: Option<Duration>,
         manifest: &Arc<HeldManifest>,
     ) -> Result<(), Cause> {
-        let missing = self.missing(of, manifest);
+        let missing = self.missing(of, manifest).await;
         let mut begun = match begin_for {
-            Some(_) => self.prefetch(of.clone(), manifest),
+            Some(_) => self.prefetch(of.clone(), manifest).await,
             None => Begun::default(),
         };
         let patience = Instant::now() + begin_for.unwrap_or_default();

@@ -3,8 +3,9 @@
 use std::sync::Arc;
 use std::time::SystemTime;
 
+use super::cached::Cached;
 use super::{Context, Pull, Request, Site};
-use crate::oci::{AnyDigest, Digest, Repository, Tag};
+use crate::oci::{Accept, AnyDigest, Digest, Repository, Tag};
 use crate::policy::rules::Rule;
 use crate::policy::{Held, Holding, Rest, Situation, Subject};
 use crate::store::manifests::HeldManifest;
@@ -59,26 +60,100 @@ impl Copies {
 }
 
 impl Pull {
-    /// The copies of a tag for this reader, in the order of [`crate::store::refs::newest`].
-    pub(super) fn copies_of_tag(
-        &self,
-        site: &Site,
+    /// The copies of a tag for a client that takes `accept`, or for the operator (`None`).
+    pub(super) async fn copies_of_tag(
+        self: &Arc<Self>,
+        site: &Arc<Site>,
         repository: &Repository,
         tag: &Tag,
-        reader: TagReader<'_>,
+        accept: Option<&Accept>,
     ) -> Option<Copies> {
         let key = TagKey {
             upstream: site.name().into(),
             repository: repository.clone(),
             tag: tag.clone(),
         };
-        let record = self.cached(site, &format_args!("{repository}:{tag}"), self.store.tag(&key))?;
-        let named = self.store.named(&key, &record, reader)?;
-        let newest = self.copy(site, repository, &named)?;
+        let accept = accept.cloned();
+        self.look_up(site, repository, move |cached| {
+            let reader = accept.as_ref().map_or(TagReader::Operator, TagReader::Client);
+            cached.copies_of_tag(&key, reader)
+        })
+        .await
+    }
+
+    /// The copy of a manifest asked for by digest, and whether the digest was seen in the repository.
+    pub(super) async fn copy_of_digest(
+        self: &Arc<Self>,
+        site: &Arc<Site>,
+        repository: &Repository,
+        digest: &Digest,
+        now: SystemTime,
+    ) -> (Option<Copies>, bool) {
+        let digest = *digest;
+        self.look_up(site, repository, move |cached| {
+            (cached.copy_of_digest(&digest, now), cached.has_seen(&digest))
+        })
+        .await
+    }
+
+    pub(super) async fn digest_situation(
+        self: &Arc<Self>,
+        site: &Arc<Site>,
+        (context, rule): (&Context, &Rule),
+        repository: &Repository,
+        digest: &AnyDigest,
+        now: SystemTime,
+    ) -> Situation {
+        let (copies, seen) = match digest {
+            AnyDigest::Known(digest) => self.copy_of_digest(site, repository, digest, now).await,
+            AnyDigest::Foreign(_) => (None, false),
+        };
+        let held = copies.as_ref().map(Copies::held);
+        context.situation(rule, Subject::Manifest, held, seen, now)
+    }
+
+    /// How much is held of what an upstream named.
+    pub(super) async fn holding(
+        self: &Arc<Self>,
+        site: &Arc<Site>,
+        repository: &Repository,
+        digest: &Digest,
+    ) -> Holding {
+        let digest = *digest;
+        self.look_up(site, repository, move |cached| cached.holding(&digest))
+            .await
+    }
+
+    /// Whether the image can be pulled whole without another word of the upstream.
+    pub(super) async fn is_whole(
+        self: &Arc<Self>,
+        site: &Arc<Site>,
+        repository: &Repository,
+        manifest: &Arc<HeldManifest>,
+    ) -> bool {
+        let manifest = Arc::clone(manifest);
+        self.look_up(site, repository, move |cached| cached.is_whole(&manifest))
+            .await
+    }
+}
+
+impl Cached<'_> {
+    /// The copies of a tag for this reader, in the order of [`crate::store::refs::newest`].
+    fn copies_of_tag(&self, key: &TagKey, reader: TagReader<'_>) -> Option<Copies> {
+        let Self {
+            pull,
+            view,
+            site,
+            repository,
+        } = *self;
+        let image = format_args!("{repository}:{}", key.tag);
+        let record = pull.cached(site, &image, view.tag(key))?;
+        let named = view.named(key, &record, reader)?;
+        let newest = self.copy(&named)?;
         let is_moved = named.is_moved;
-        let is_in_doubt = self.is_in_doubt(site, repository, tag.clone().into())
-            || self.is_in_doubt(site, repository, newest.manifest.digest.into());
-        if self.is_whole(site, repository, &newest.manifest) {
+        let is_in_doubt = pull.is_in_doubt(site, repository, key.tag.clone().into())
+            || pull.is_in_doubt(site, repository, newest.manifest.digest.into());
+        if self.is_whole(&newest.manifest) {
             return Some(Copies {
                 newest,
                 is_moved,
@@ -87,9 +162,9 @@ impl Pull {
                 is_in_doubt,
             });
         }
-        let is_whole = |manifest: &HeldManifest| self.is_whole(site, repository, manifest);
-        let complete = self.store.last_complete(&record, reader, &is_whole);
-        let earlier = complete.and_then(|named| self.copy(site, repository, &named));
+        let is_whole = |manifest: &HeldManifest| self.is_whole(manifest);
+        let complete = view.last_complete(&record, reader, &is_whole);
+        let earlier = complete.and_then(|named| self.copy(&named));
         Some(Copies {
             newest,
             is_moved,
@@ -101,8 +176,8 @@ impl Pull {
         })
     }
 
-    fn copy(&self, site: &Site, repository: &Repository, named: &Named) -> Option<Copy> {
-        let manifest = self.cached_manifest(site, repository, &named.digest)?;
+    fn copy(&self, named: &Named) -> Option<Copy> {
+        let manifest = self.manifest(&named.digest)?;
         let confirmed_at = named.confirmed_at;
         Some(Copy {
             manifest,
@@ -110,16 +185,9 @@ impl Pull {
         })
     }
 
-    /// The copy of a manifest asked for by digest.
-    pub(super) fn copy_of_digest(
-        &self,
-        site: &Site,
-        repository: &Repository,
-        digest: &Digest,
-        now: SystemTime,
-    ) -> Option<Copies> {
-        let manifest = self.cached_manifest(site, repository, digest)?;
-        let rest = if self.is_whole(site, repository, &manifest) {
+    fn copy_of_digest(&self, digest: &Digest, now: SystemTime) -> Option<Copies> {
+        let manifest = self.manifest(digest)?;
+        let rest = if self.is_whole(&manifest) {
             Rest::Held
         } else {
             Rest::Missing { earlier: None }
@@ -133,53 +201,34 @@ impl Pull {
             is_moved: false,
             rest,
             earlier: None,
-            is_in_doubt: self.is_in_doubt(site, repository, (*digest).into()),
+            is_in_doubt: self
+                .pull
+                .is_in_doubt(self.site, self.repository, (*digest).into()),
         })
     }
 
-    pub(super) fn digest_situation(
-        &self,
-        site: &Site,
-        context: &Context,
-        rule: &Rule,
-        repository: &Repository,
-        digest: &AnyDigest,
-        now: SystemTime,
-    ) -> Situation {
-        let copies = match digest {
-            AnyDigest::Known(digest) => self.copy_of_digest(site, repository, digest, now),
-            AnyDigest::Foreign(_) => None,
-        };
-        let seen = self.seen(site, repository, digest);
-        let held = copies.as_ref().map(Copies::held);
-        context.situation(rule, Subject::Manifest, held, seen, now)
-    }
-
-    /// How much is held of what an upstream named.
-    pub(super) fn holding(&self, site: &Site, repository: &Repository, digest: &Digest) -> Holding {
-        if !self.store.has_seen(site.name(), repository, digest) {
+    fn holding(&self, digest: &Digest) -> Holding {
+        if !self.has_seen(digest) {
             return Holding::Nothing;
         }
-        match self.cached_manifest(site, repository, digest) {
-            Some(manifest) if self.is_whole(site, repository, &manifest) => Holding::Whole,
+        match self.manifest(digest) {
+            Some(manifest) if self.is_whole(&manifest) => Holding::Whole,
             Some(_) => Holding::Manifest,
             None => Holding::Nothing,
         }
     }
 
     /// Whether this blob is arriving, for this repository or for one that has it as well.
-    pub(super) fn is_arriving(&self, site: &Site, repository: &Repository, digest: &Digest) -> bool {
-        let is_here = || {
-            self.arriving.is_in(site, repository, *digest)
-                || self.store.has_seen(site.name(), repository, digest)
-        };
-        self.downloads.is_arriving(digest) && is_here()
+    pub(super) fn is_arriving(&self, digest: &Digest) -> bool {
+        let is_here =
+            || self.pull.arriving.is_in(self.site, self.repository, *digest) || self.has_seen(digest);
+        self.pull.downloads.is_arriving(digest) && is_here()
     }
 
-    /// Whether the image can be pulled whole without another word of the upstream.
-    pub(super) fn is_whole(&self, site: &Site, repository: &Repository, manifest: &HeldManifest) -> bool {
-        let arriving = |digest: &Digest| self.is_arriving(site, repository, digest);
-        self.store.is_whole(site.name(), repository, manifest, &arriving)
+    pub(super) fn is_whole(&self, manifest: &HeldManifest) -> bool {
+        let arriving = |digest: &Digest| self.is_arriving(digest);
+        self.view
+            .is_whole(self.site.name(), self.repository, manifest, &arriving)
     }
 }
 

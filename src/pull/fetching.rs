@@ -5,7 +5,6 @@ use std::time::SystemTime;
 
 use bytes::Bytes;
 use http::HeaderValue;
-use tokio::task::spawn_blocking;
 use tokio::time::Instant;
 
 use super::asking::Key;
@@ -101,7 +100,7 @@ impl Pull {
                         let is_registrys = !fetched.is_elsewheres;
                         let received = pull.receive(&wanted, fetched).await;
                         if let Ok(manifest) = &received
-                            && pull.shows_right(&wanted, manifest, is_registrys)
+                            && pull.shows_right(&wanted, manifest, is_registrys).await
                         {
                             pull.learn_yes(&wanted, asked_at).await;
                         }
@@ -122,14 +121,26 @@ impl Pull {
 
     /// Whether a verified manifest shows a right to the repository: the registry's own origin sent it and it points to
     /// something, or it was seen there before.
-    fn shows_right(&self, wanted: &Wanted, manifest: &HeldManifest, is_registrys: bool) -> bool {
+    async fn shows_right(
+        self: &Arc<Self>,
+        wanted: &Wanted,
+        manifest: &HeldManifest,
+        is_registrys: bool,
+    ) -> bool {
         let is_placeholder = manifest.manifest.children.is_empty();
         !is_placeholder
-            && (is_registrys || self.is_evidence(wanted, manifest.digest, manifest.bytes.len() as u64))
+            && (is_registrys
+                || self
+                    .is_evidence(wanted, manifest.digest, manifest.bytes.len() as u64)
+                    .await)
     }
 
     /// The manifest that came with the answer, where a GET had to stand in for the HEAD: it is not fetched twice.
-    pub(super) async fn brought(&self, wanted: &Wanted, answer: &Answer) -> Option<Arc<HeldManifest>> {
+    pub(super) async fn brought(
+        self: &Arc<Self>,
+        wanted: &Wanted,
+        answer: &Answer,
+    ) -> Option<Arc<HeldManifest>> {
         let (bytes, media_type) = answer.body.clone()?;
         let named = match answer.said {
             Said::Is(digest) | Said::Unproven(digest) => Some(digest),
@@ -142,7 +153,7 @@ impl Pull {
     /// Keeps a verified manifest for one who has a right to the repository: its bytes, that it was seen here, and the tag
     /// that named it. What the disk cannot take, and what nothing proves to be the registry's, is served and not kept.
     async fn keep(
-        &self,
+        self: &Arc<Self>,
         wanted: &Wanted,
         received: Result<HeldManifest, Cause>,
     ) -> Result<Arc<HeldManifest>, Arc<Answer>> {
@@ -160,37 +171,39 @@ impl Pull {
             Arc::new(Answer::silent(cause))
         })?;
         let manifest = Arc::new(manifest);
-        if !self.is_vouched(wanted) {
+        if !self.is_vouched(wanted).await {
             return Ok(manifest);
         }
         self.sizes.learn(site, repository, &manifest.manifest);
         let kept = {
-            let (store, site, repository) = (Arc::clone(&self.store), Arc::clone(site), repository.clone());
+            let (site, repository) = (Arc::clone(site), repository.clone());
             let manifest = Arc::clone(&manifest);
-            spawn_blocking(move || {
-                let HeldManifest {
-                    digest,
-                    bytes,
-                    media_type,
-                    ..
-                } = manifest.as_ref();
-                store.keep_manifest(
-                    bytes.clone(),
-                    media_type.clone(),
-                    *digest,
-                    site.name(),
-                    &repository,
-                )
-            })
-            .await
+            self.store
+                .write(move |store| {
+                    let HeldManifest {
+                        digest,
+                        bytes,
+                        media_type,
+                        ..
+                    } = manifest.as_ref();
+                    store.keep_manifest(
+                        bytes.clone(),
+                        media_type.clone(),
+                        *digest,
+                        site.name(),
+                        &repository,
+                    )
+                })
+                .await
         };
         let served = match &kept {
-            Ok(Ok(kept)) => Arc::clone(kept),
-            _ => manifest,
+            Ok(kept) => Arc::clone(kept),
+            Err(_) => manifest,
         };
         super::asking::report(kept, "keep a manifest");
         // As for a list of the referrers API: a registry may have an answer for those who may not read the repository.
-        let is_believed = !wanted.is_for_referrers_tag() || self.standing_of(wanted) != Standing::Unknown;
+        let is_believed =
+            !wanted.is_for_referrers_tag() || self.standing_of(wanted).await != Standing::Unknown;
         if let Operation::Manifest { reference, .. } = operation
             && is_believed
         {

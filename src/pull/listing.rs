@@ -5,7 +5,6 @@ use std::sync::Arc;
 use bytes::Bytes;
 use serde::Deserialize;
 use serde::de::IgnoredAny;
-use tokio::task::spawn_blocking;
 use tokio::time::Instant;
 
 use super::fetching::Wanted;
@@ -41,7 +40,7 @@ pub(super) type Listed = Result<Listing, (Heard, Option<Arc<Answer>>)>;
 
 impl Pull {
     pub(super) async fn listing(self: &Arc<Self>, request: &Request, repository: &Repository) -> Outcome {
-        let context = self.context(request, repository);
+        let context = self.context(request, repository).await;
         let rule = request.site.rule(repository, None);
         let key = ListingKey {
             upstream: request.site.name().into(),
@@ -106,29 +105,29 @@ impl Pull {
 
     /// The page as it is kept, or, if it may be `derived`, cut from what is kept of the list; and what confirms it.
     async fn kept_page(
-        &self,
+        self: &Arc<Self>,
         request: &Request,
         repository: &Repository,
         (key, derived): (&ListingKey, bool),
     ) -> Option<Kept> {
-        let (store, key, wanted) = (Arc::clone(&self.store), key.clone(), repository.clone());
+        let key = key.clone();
         let query = match &request.operation {
             Operation::Tags { query, .. } if derived => Some(query.clone()),
             _ => None,
         };
-        let looked_up = spawn_blocking(move || {
-            if let Some(kept) = store.listing(&key)? {
-                return Ok(Some((page_of(&kept), kept)));
+        self.look_up(&request.site, repository, move |cached| {
+            let (pull, site, repository) = (cached.pull, cached.site, cached.repository);
+            if let Some(kept) = pull.cached(site, repository, cached.view.listing(&key)) {
+                return Some((page_of(&kept), kept));
             }
             let kept = |path: &str| {
                 let upstream = Arc::clone(&key.upstream);
                 let path = path.to_owned();
-                store.listing(&ListingKey { upstream, path }).ok().flatten()
+                cached.view.listing(&ListingKey { upstream, path }).ok().flatten()
             };
-            Ok(query.and_then(|query| page::derived(&wanted, &query, kept)))
-        });
-        let kept = looked_up.await.unwrap_or(Ok(None));
-        self.cached(&request.site, repository, kept)
+            page::derived(repository, query.as_ref()?, kept)
+        })
+        .await
     }
 
     /// Fetches a page of a list, and keeps it where there is a key.
@@ -183,7 +182,8 @@ impl Pull {
             Ok(fetched) => Ok(fetched),
             Err(answer) => {
                 self.learn(wanted, &answer, asked_at).await;
-                Err((self.heard(site, repository, &answer), Some(Arc::new(answer))))
+                let heard = self.heard(site, repository, &answer).await;
+                Err((heard, Some(Arc::new(answer))))
             }
         }
     }
@@ -194,8 +194,8 @@ impl Pull {
             return Err(malformed(Cause::Malformed));
         }
         let Some(key) = key else { return Ok(listing) };
-        let (store, page, now) = (Arc::clone(&self.store), listing.clone(), self.clock.now());
-        let kept = spawn_blocking(move || {
+        let (page, now) = (listing.clone(), self.clock.now());
+        let kept = self.store.write(move |store| {
             let Listing {
                 bytes,
                 media_type,
@@ -203,9 +203,8 @@ impl Pull {
                 filters,
             } = page;
             store.keep_listing(&key, KeptListing::new(bytes, media_type, next, filters, now))
-        })
-        .await;
-        super::asking::report(kept, "keep a list");
+        });
+        super::asking::report(kept.await, "keep a list");
         Ok(listing)
     }
 }

@@ -13,7 +13,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use base64::Engine as _;
 use base64::prelude::BASE64_URL_SAFE_NO_PAD;
@@ -111,7 +111,7 @@ impl Pull {
                 .secret
                 .as_deref()
                 .map(|secret| *pull.principals.account(secret).as_bytes());
-            let asked_at = Instant::now();
+            let asked_at = (pull.clock.now(), Instant::now());
             match site.upstream().ask_realm(&realm, passing).await {
                 Ok(reply) => {
                     if let Some(account) = account {
@@ -155,7 +155,7 @@ impl Pull {
         realm: &Origin,
         (account, repositories): ([u8; 32], Vec<Repository>),
         reply: &TokenReply,
-        asked_at: Instant,
+        asked_at: (SystemTime, Instant),
     ) {
         if matches!(reply.status, StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN) {
             return self.learn_no_login(site, account).await;

@@ -6,7 +6,6 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tokio::task::spawn_blocking;
 
 use super::listing::{Listing, is_tags};
 use super::{Pull, asking};
@@ -114,8 +113,7 @@ impl Copy {
                 _place,
             } = self;
             let now = pull.clock.now();
-            let store = Arc::clone(&pull.store);
-            let kept = spawn_blocking(move || {
+            let kept = pull.store.write(move |store| {
                 if is_tags(&bytes) {
                     let listing = KeptListing::new(bytes.into(), media_type, next, filters, now);
                     store.keep_listing(&key, listing)

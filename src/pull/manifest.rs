@@ -2,7 +2,6 @@
 
 use std::sync::Arc;
 
-use tokio::task::spawn_blocking;
 use tokio::time::{Instant, timeout_at};
 
 use super::asking::Asked;
@@ -13,7 +12,7 @@ use crate::oci::{AnyDigest, Cause, Digest, Reference, Repository, Tag};
 use crate::policy::rules::Rule;
 use crate::policy::{Heard, Refusal, Served, Situation, Standing, Subject, Verdict, Whose, Why, decide};
 use crate::store::manifests::HeldManifest;
-use crate::store::refs::{TagKey, TagReader};
+use crate::store::refs::TagKey;
 use crate::upstream::{Answer, Said};
 
 /// A manifest that is too large to be kept is passed on as it comes, up to this size. Larger ones, no client takes.
@@ -26,7 +25,7 @@ impl Pull {
         repository: &Repository,
         reference: Reference,
     ) -> Outcome {
-        let context = self.context(request, repository);
+        let context = self.context(request, repository).await;
         match reference {
             Reference::Tag(tag) => self.by_tag(request, repository, &context, &tag).await,
             Reference::Digest(AnyDigest::Known(digest)) => {
@@ -57,7 +56,8 @@ impl Pull {
             return Box::pin(self.referrers_tag(request, repository, context, tag)).await;
         }
         let rule = request.site.rule(repository, Some(tag));
-        let copies = self.copies_of_tag(&request.site, repository, tag, TagReader::Client(&request.accept));
+        let accept = Some(&request.accept);
+        let copies = self.copies_of_tag(&request.site, repository, tag, accept).await;
         let held = copies.as_ref().map(Copies::held);
         let situation = context.situation(rule, Subject::Tag, held, true, request.now);
         let road = Road::new(self, request, repository, context, rule);
@@ -90,8 +90,9 @@ impl Pull {
             let road = Road::new(self, request, repository, context, rule);
             return road.introduced(digest).await;
         }
-        let seen = self.store.has_seen(request.site.name(), repository, &digest);
-        let copies = self.copy_of_digest(&request.site, repository, &digest, request.now);
+        let (copies, seen) = self
+            .copy_of_digest(&request.site, repository, &digest, request.now)
+            .await;
         let held = copies.as_ref().map(Copies::held);
         let situation = context.situation(rule, Subject::Manifest, held, seen, request.now);
         let road = Road::new(self, request, repository, context, rule);
@@ -158,7 +159,7 @@ impl<'a> Road<'a> {
         if !matches!(asked.heard, Heard::Named { .. } | Heard::Unnamed) {
             return self.after_answer(unseen, None, asked).await;
         }
-        let copies = self.pull.copy_of_digest(site, repository, &digest, now);
+        let (copies, _) = self.pull.copy_of_digest(site, repository, &digest, now).await;
         if copies.is_none() && self.request.head {
             return self.head_said(unseen, asked).await;
         }
@@ -232,8 +233,7 @@ impl<'a> Road<'a> {
             repository: self.repository.clone(),
             tag: tag.clone(),
         };
-        let store = Arc::clone(&self.pull.store);
-        let forgotten = spawn_blocking(move || store.remove_tag(&key)).await;
+        let forgotten = self.pull.store.write(move |store| store.remove_tag(&key)).await;
         super::asking::report(forgotten, "forget a tag that was deleted upstream");
     }
 
@@ -269,18 +269,19 @@ impl<'a> Road<'a> {
 
     /// The manifest that the tag names now is held: look it up once more, for it may just have been evicted.
     async fn serve_moved(&self, situation: Situation, copies: Option<Copies>, asked: Asked) -> Outcome {
-        match self.named(asked.heard) {
+        match self.named(asked.heard).await {
             Some(manifest) => self.manifest(manifest, Reason::Held(Served::Moved)),
             None => self.fetch(Why::Newer, situation, copies).await,
         }
     }
 
     /// The manifest of the digest that was named just now.
-    fn named(&self, heard: Heard) -> Option<Arc<HeldManifest>> {
+    async fn named(&self, heard: Heard) -> Option<Arc<HeldManifest>> {
         match heard {
             Heard::Named { digest, .. } => {
                 self.pull
                     .cached_manifest(&self.request.site, self.repository, &digest)
+                    .await
             }
             _ => None,
         }
@@ -296,7 +297,7 @@ impl<'a> Road<'a> {
     ) -> Outcome {
         let newest = copies.as_ref().map(|copies| Arc::clone(&copies.newest.manifest));
         let manifest = match served {
-            Served::Moved => self.named(situation.heard),
+            Served::Moved => self.named(situation.heard).await,
             _ => newest,
         };
         let Some(manifest) = manifest else {
@@ -353,7 +354,7 @@ impl<'a> Road<'a> {
             {
                 self.pass().await
             }
-            Err(answer) => self.after_failed_fetch(situation, copies, answer),
+            Err(answer) => self.after_failed_fetch(situation, copies, answer).await,
         }
     }
 
@@ -389,13 +390,17 @@ impl<'a> Road<'a> {
     }
 
     /// A refusal of the fetch is a refusal; anything else leaves what is held.
-    fn after_failed_fetch(
+    async fn after_failed_fetch(
         &self,
         situation: Situation,
         copies: Option<Copies>,
         answer: Arc<Answer>,
     ) -> Outcome {
-        let heard = match self.pull.heard(&self.request.site, self.repository, &answer) {
+        let heard = self
+            .pull
+            .heard(&self.request.site, self.repository, &answer)
+            .await;
+        let heard = match heard {
             // Named by the HEAD, absent a moment later: the new one cannot be had.
             Heard::Absent if copies.is_some() => Heard::Undelivered(Cause::Status(404)),
             Heard::Silent(cause) if copies.is_some() => Heard::Undelivered(cause),

@@ -162,10 +162,10 @@ impl Pull {
         (digest, size): (Digest, u64),
         asked_at: Instant,
     ) {
-        if self.is_evidence(of, digest, size) {
+        if self.is_evidence(of, digest, size).await {
             self.learn_yes(of, asked_at).await;
         }
-        if self.is_vouched(of) || self.is_named_there(of, digest) {
+        if self.is_named_there(of, digest) || self.is_vouched(of).await {
             self.note_seen(&of.site, &of.repository, digest).await;
             self.confirmed(of, digest.into()).await;
         }

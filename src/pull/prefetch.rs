@@ -13,7 +13,6 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use quick_cache::sync::Cache;
 use tokio::sync::{Semaphore, oneshot};
-use tokio::task::spawn_blocking;
 use tokio::time::Instant;
 
 use super::fetching::Wanted;
@@ -95,19 +94,32 @@ impl Prefetching {
 
 impl Pull {
     /// The blobs of `manifest` that are missing here, and what they are to it.
-    pub(super) fn missing(&self, of: &Wanted, manifest: &HeldManifest) -> Vec<(Digest, Role)> {
-        let arriving = |digest: &Digest| self.is_arriving(&of.site, &of.repository, digest);
-        self.store
-            .missing_blobs(of.site.name(), &of.repository, manifest, &arriving)
-            .filter_map(|child| match child.digest {
-                AnyDigest::Known(digest) => Some((digest, child.role)),
-                AnyDigest::Foreign(_) => None,
-            })
-            .collect()
+    pub(super) async fn missing(
+        self: &Arc<Self>,
+        of: &Wanted,
+        manifest: &Arc<HeldManifest>,
+    ) -> Vec<(Digest, Role)> {
+        let manifest = Arc::clone(manifest);
+        self.look_up(&of.site, &of.repository, move |cached| {
+            let arriving = |digest: &Digest| cached.is_arriving(digest);
+            cached
+                .view
+                .missing_blobs(cached.site.name(), cached.repository, &manifest, &arriving)
+                .filter_map(|child| match child.digest {
+                    AnyDigest::Known(digest) => Some((digest, child.role)),
+                    AnyDigest::Foreign(_) => None,
+                })
+                .collect()
+        })
+        .await
     }
 
     /// A client was given a manifest: its config is begun, and its layers are remembered.
-    pub(super) fn note_manifest_given(self: &Arc<Self>, request: &Request, manifest: &Arc<HeldManifest>) {
+    pub(super) async fn note_manifest_given(
+        self: &Arc<Self>,
+        request: &Request,
+        manifest: &Arc<HeldManifest>,
+    ) {
         let Some(repository) = request.operation.repository().filter(|_| !request.head) else {
             return;
         };
@@ -116,11 +128,11 @@ impl Pull {
         if !site.rule(repository, request.tag()).prefetch {
             return;
         }
-        let lacks_blobs = !self.is_whole(site, repository, manifest);
+        let lacks_blobs = !self.is_whole(site, repository, manifest).await;
         if !lacks_blobs && !self.attestations.lacks(site, repository, &manifest.digest) {
             return;
         }
-        let of = Wanted::of(request, repository, &self.context(request, repository).caller);
+        let of = Wanted::of(request, repository, &self.caller(request));
         let upstream: Arc<str> = site.name().into();
         for child in manifest
             .manifest
@@ -133,7 +145,7 @@ impl Pull {
                 self.prefetching.note_lacking(key, manifest.digest);
             }
         }
-        let missing = self.missing(&of, manifest);
+        let missing = self.missing(&of, manifest).await;
         if let Some((config, _)) = missing.into_iter().find(|(_, role)| *role == Role::Config)
             && let Ok(place) = Arc::clone(&self.prefetching.images).try_acquire_owned()
         {
@@ -154,21 +166,29 @@ impl Pull {
         let Some(Parent::One(image)) = self.prefetching.lacking.get(&layer) else {
             return;
         };
-        let of = Wanted::of(request, repository, &self.context(request, repository).caller);
-        let (pull, store) = (Arc::clone(self), Arc::clone(&self.store));
+        let of = Wanted::of(request, repository, &self.caller(request));
+        let pull = Arc::clone(self);
         self.prefetching.lacking.remove(&layer);
         tokio::spawn(async move {
-            let manifest = spawn_blocking(move || store.manifest(&image)).await;
-            if let Ok(Ok(Some(manifest))) = manifest {
-                pull.prefetch(of, &manifest);
+            if let Some(manifest) = pull.cached_manifest(&of.site, &of.repository, &image).await {
+                pull.prefetch(of, &manifest).await;
             }
         });
     }
 
     /// Begins to download what is missing of the image `manifest`, in a task of its own.
-    pub(super) fn prefetch(self: &Arc<Self>, of: Wanted, manifest: &Arc<HeldManifest>) -> Begun {
+    pub(super) async fn prefetch(self: &Arc<Self>, of: Wanted, manifest: &Arc<HeldManifest>) -> Begun {
+        let missing = self.missing(&of, manifest).await;
+        self.begin(of, manifest, missing)
+    }
+
+    fn begin(
+        self: &Arc<Self>,
+        of: Wanted,
+        manifest: &Arc<HeldManifest>,
+        missing: Vec<(Digest, Role)>,
+    ) -> Begun {
         let image: Key = (of.site.name().into(), of.repository.clone(), manifest.digest);
-        let missing = self.missing(&of, manifest);
         let lacks_attestation = self
             .attestations
             .lacks(&of.site, &of.repository, &manifest.digest);
@@ -239,7 +259,10 @@ impl Pull {
         digest: Digest,
         opened: Option<oneshot::Sender<Result<(), Cause>>>,
     ) {
-        let is_held = matches!(self.store.blob(&digest), Ok(Some(_)));
+        let is_held = self
+            .store
+            .read(move |view| matches!(view.blob(&digest), Ok(Some(_))));
+        let is_held = is_held.await;
         if !is_held && !self.downloads.has_room() {
             return;
         }
@@ -268,10 +291,7 @@ impl Pull {
         }
         // It came here under another repository. Its client may have it from there as well and never ask: a base layer
         // that many images share. Without the upstream's word that this repository has it too, the image is not whole.
-        if !self
-            .store
-            .has_seen(wanted.site.name(), &wanted.repository, &digest)
-        {
+        if !self.has_seen(&wanted.site, &wanted.repository, digest).await {
             self.question(&wanted).landed().await;
         }
     }

@@ -7,7 +7,6 @@
 use std::sync::Arc;
 
 use http::HeaderValue;
-use tokio::task::spawn_blocking;
 
 use super::{Outcome, Pull, Refused, Request, Site};
 use crate::oci::{Cause, Repository};
@@ -27,7 +26,7 @@ impl Pull {
             .filter_map(|line| line.to_str().ok())
             .map(|line| renamed(site, line, (repository.as_str(), BLANK)))
             .collect();
-        let known = self.store.challenge(&key(site));
+        let known = self.kept_challenge(key(site)).await;
         if lines.is_empty() || known.is_some_and(|known| known.lines == lines) {
             return;
         }
@@ -35,13 +34,21 @@ impl Pull {
             lines,
             given_at: self.clock.now(),
         };
-        let (store, key) = (Arc::clone(&self.store), key(site));
-        let done = spawn_blocking(move || store.keep_challenge(&key, kept)).await;
+        let key = key(site);
+        let done = self
+            .store
+            .write(move |store| store.keep_challenge(&key, kept))
+            .await;
         super::asking::report(done, "keep how an upstream asks for a credential");
     }
 
+    /// What is kept under `key` of how an upstream asks for a credential.
+    pub(super) async fn kept_challenge(&self, key: String) -> Option<Arc<KeptChallenge>> {
+        self.store.read(move |view| view.challenge(&key)).await
+    }
+
     /// `outcome`, or the upstream's challenge in its place where the upstream was silent and there is no credential.
-    pub(super) fn or_challenge(&self, request: &Request, outcome: Outcome) -> Outcome {
+    pub(super) async fn or_challenge(self: &Arc<Self>, request: &Request, outcome: Outcome) -> Outcome {
         let Outcome::Refused(Refused { refusal, answer, .. }) = &outcome else {
             return outcome;
         };
@@ -54,11 +61,13 @@ impl Pull {
         let Some(repository) = request.operation.repository().filter(|_| unasked) else {
             return outcome;
         };
-        let is_public = self.store.public_since(request.site.name(), repository).is_some();
-        if request.authorization.is_some() || request.site.is_shared() || is_public {
+        if request.authorization.is_some()
+            || request.site.is_shared()
+            || self.public_since(&request.site, repository).await.is_some()
+        {
             return outcome;
         }
-        let Some(kept) = self.store.challenge(&key(&request.site)) else {
+        let Some(kept) = self.kept_challenge(key(&request.site)).await else {
             return outcome;
         };
         let lines = kept

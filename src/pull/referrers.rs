@@ -13,10 +13,10 @@ use std::time::{Duration, SystemTime};
 
 use http::StatusCode;
 use quick_cache::sync::Cache;
-use tokio::task::spawn_blocking;
 use tokio::time::timeout;
 
 use super::asking::Key;
+use super::cached::Cached;
 use super::copies::Copies;
 use super::fetching::Wanted;
 use super::listing::given;
@@ -28,7 +28,6 @@ use crate::policy::{
     Heard, Held, Policy, Refusal, Rest, Served, Situation, Standing, Subject, Verdict, Whose, Why, decide,
 };
 use crate::store::listings::{KeptAbsence, KeptAnswer, ListingKey};
-use crate::store::refs::TagReader;
 use crate::upstream::{Answer, Said};
 
 /// The one parameter that only leaves something out of a list. Whoever sends it filters the answer all the same.
@@ -91,13 +90,13 @@ impl Pull {
         subject: &AnyDigest,
         query: &Query,
     ) -> Outcome {
-        let context = self.context(request, repository);
+        let context = self.context(request, repository).await;
         let rule = request.site.rule(repository, None);
         let subject = match subject {
             AnyDigest::Known(digest) => Some(*digest),
             AnyDigest::Foreign(_) => None,
         };
-        let lookup = Lookup::new(self, request, repository, (&context, rule), subject, query);
+        let lookup = Lookup::new(self, request, repository, (&context, rule), subject, query).await;
         let heard = match lookup.before_asking() {
             Before::Answered(outcome) => return *outcome,
             Before::Unavailable(cause) => Err((Heard::Silent(cause), None)),
@@ -126,12 +125,12 @@ impl Pull {
     ) -> Outcome {
         let rule = request.site.rule(repository, Some(tag));
         let subject = tag.subject();
-        let is_cached = |subject: &Digest| self.is_subject_cached(&request.site, repository, subject);
-        let copies = self.copies_of_tag(&request.site, repository, tag, TagReader::Client(&request.accept));
+        let accept = Some(&request.accept);
+        let copies = self.copies_of_tag(&request.site, repository, tag, accept).await;
         if let Some(copies) = copies.map(Copies::of_list) {
             let held = Some(copies.held());
             let mut situation = context.situation(rule, Subject::Tag, held, true, request.now);
-            if subject.as_ref().is_some_and(is_cached) {
+            if self.is_subject_cached(&request.site, repository, subject).await {
                 situation.fresh = situation.fresh.max(rule.grant);
             }
             return self
@@ -145,7 +144,8 @@ impl Pull {
             (context, rule),
             subject,
             &Query::default(),
-        );
+        )
+        .await;
         match lookup.before_asking() {
             Before::Answered(outcome) => return *outcome,
             Before::Unavailable(cause) => return lookup.conclude(Heard::Silent(cause), None).await,
@@ -183,14 +183,41 @@ impl Pull {
     }
 
     /// Whether this manifest is cached, and was seen in this repository.
-    fn is_subject_cached(&self, site: &Site, repository: &Repository, subject: &Digest) -> bool {
-        self.store.has_seen(site.name(), repository, subject)
-            && matches!(self.store.manifest(subject), Ok(Some(_)))
+    async fn is_subject_cached(
+        self: &Arc<Self>,
+        site: &Arc<Site>,
+        repository: &Repository,
+        subject: Option<Digest>,
+    ) -> bool {
+        let Some(subject) = subject else { return false };
+        self.look_up(site, repository, move |cached| cached.has_subject(&subject))
+            .await
     }
 }
 
+impl Cached<'_> {
+    fn has_subject(&self, subject: &Digest) -> bool {
+        self.has_seen(subject) && self.manifest(subject).is_some()
+    }
+
+    fn answer(&self, key: &ListingKey) -> Option<KeptAnswer> {
+        self.pull
+            .cached(self.site, self.repository, self.view.listing_answer(key))
+    }
+}
+
+/// What the store has for a question about referrers.
+struct Found {
+    /// Whether the subject is cached.
+    is_cached: bool,
+    /// The last answer to this question.
+    own: Option<KeptAnswer>,
+    /// The last answer to the question without a filter, where this one has one and no answer.
+    whole: Option<(ListingKey, KeptAnswer)>,
+}
+
 impl<'a> Lookup<'a> {
-    fn new(
+    async fn new(
         pull: &'a Arc<Pull>,
         request: &'a Request,
         repository: &'a Repository,
@@ -203,8 +230,33 @@ impl<'a> Lookup<'a> {
             upstream: site.name().into(),
             path: request.operation.path_and_query(),
         };
-        let is_cached = subject.is_some_and(|subject| pull.is_subject_cached(site, repository, &subject));
-        let kept = |key: &ListingKey| pull.store.listing_answer(key).ok().flatten();
+        // The whole list holds what a filter leaves of it.
+        let whole = (!query.is_empty() && query.has_only(FILTER))
+            .then_some(subject)
+            .flatten();
+        let whole = whole.map(|subject| ListingKey {
+            upstream: site.name().into(),
+            path: Operation::Referrers {
+                repository: repository.clone(),
+                digest: AnyDigest::Known(subject),
+                query: Query::default(),
+            }
+            .path_and_query(),
+        });
+        let found = {
+            let key = key.clone();
+            pull.look_up(site, repository, move |cached| {
+                let own = cached.answer(&key);
+                let whole = whole.as_ref().filter(|_| own.is_none());
+                Found {
+                    is_cached: subject.is_some_and(|subject| cached.has_subject(&subject)),
+                    whole: whole.and_then(|key| Some((key.clone(), cached.answer(key)?))),
+                    own,
+                }
+            })
+            .await
+        };
+        let is_cached = found.is_cached;
         let confirmed = |key: &ListingKey| {
             let (at, writes) = pull.referrers_confirmed.0.get(key)?;
             let is_fresh = is_cached
@@ -212,24 +264,10 @@ impl<'a> Lookup<'a> {
                 && request.now.duration_since(at).is_ok_and(|age| age < rule.grant);
             is_fresh.then_some(at)
         };
-        // The whole list holds what a filter leaves of it.
-        let whole = || {
-            let operation = Operation::Referrers {
-                repository: repository.clone(),
-                digest: AnyDigest::Known(subject?),
-                query: Query::default(),
-            };
-            let key = ListingKey {
-                upstream: site.name().into(),
-                path: operation.path_and_query(),
-            };
-            (!query.is_empty() && query.has_only(FILTER)).then_some(key)
-        };
-        let found = kept(&key).map(|answer| (answer, confirmed(&key)));
+        let own = found.own.map(|answer| (answer, confirmed(&key)));
         // But it is longer, so as long as the upstream can filter it, it is asked to.
-        let found = found.or_else(|| {
-            let key = whole()?;
-            let answer = kept(&key)?;
+        let found = own.or_else(|| {
+            let (key, answer) = found.whole?;
             let is_absent = matches!(answer, KeptAnswer::Absent(_));
             Some((answer, confirmed(&key).filter(|_| is_absent)))
         });
@@ -347,8 +385,12 @@ impl<'a> Lookup<'a> {
             code: code.filter(|code| code.len() <= CODE_BYTES_MAX),
             answered_at: self.pull.clock.now(),
         };
-        let (store, key) = (Arc::clone(&self.pull.store), self.key.clone());
-        let kept = spawn_blocking(move || store.keep_listing_absent(&key, absence)).await;
+        let key = self.key.clone();
+        let kept = self
+            .pull
+            .store
+            .write(move |store| store.keep_listing_absent(&key, absence))
+            .await;
         super::asking::report(kept, "keep that there is no such list");
         self.confirm();
     }

@@ -9,7 +9,6 @@ use super::{Pull, Request};
 use crate::oci::{Cause, Digest, Operation};
 use crate::policy::{Heard, Standing};
 use crate::store::manifests::HeldManifest;
-use crate::store::refs::TagReader;
 
 /// What came of asking.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,15 +34,16 @@ impl Pull {
         let (Some(tag), Operation::Manifest { repository, .. }) = (request.tag(), &request.operation) else {
             return Refreshed::Silent(Cause::Malformed);
         };
-        let context = self.context(request, repository);
-        let copies = self.copies_of_tag(&request.site, repository, tag, TagReader::Client(&request.accept));
+        let context = self.context(request, repository).await;
+        let accept = Some(&request.accept);
+        let copies = self.copies_of_tag(&request.site, repository, tag, accept).await;
         let held = copies.as_ref().map(Copies::held);
         let wanted = Wanted::of(request, repository, &context.caller);
         let Some(answer) = self.question(&wanted).landed().await else {
             return Refreshed::Silent(Cause::Busy);
         };
         // Whoever could be told something is the operator, who is entitled to all that is held.
-        let heard = self.heard_by(&wanted, &answer, Standing::Vouched);
+        let heard = self.heard_by(&wanted, &answer, Standing::Vouched).await;
         let asked = Asked {
             heard,
             answer: Some(answer),
@@ -100,11 +100,12 @@ impl Pull {
             .learn(&wanted.site, &wanted.repository, &manifest);
         let pull = Arc::clone(self);
         tokio::spawn(async move {
-            pull.prefetch(wanted.clone(), &manifest);
+            pull.prefetch(wanted.clone(), &manifest).await;
             let Some(instead) = instead else { return };
-            for digest in pull.platforms_in_use(&wanted.site, &wanted.repository, &manifest, &instead) {
+            let (site, repository) = (&wanted.site, &wanted.repository);
+            for digest in pull.platforms_in_use(site, repository, &manifest, &instead).await {
                 match pull.child(&wanted, digest).await {
-                    Ok(child) => drop(pull.prefetch(wanted.clone(), &child)),
+                    Ok(child) => drop(pull.prefetch(wanted.clone(), &child).await),
                     Err(cause) => {
                         tracing::debug!(%digest, %cause, "a platform in use could not be prefetched");
                     }

@@ -6,16 +6,16 @@
 //! Answers overtake each other. A yes to a question that was put before a no was heard is the older word, however late
 //! it comes, and brings no right back.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use quick_cache::sync::Cache;
-use tokio::sync::Mutex;
-use tokio::task::spawn_blocking;
 use tokio::time::Instant;
 
 use super::fetching::Wanted;
+use super::turns::Turns;
 use super::{Pull, Site};
+use crate::access::Evidence;
 use crate::age;
 use crate::oci::{Operation, Repository};
 use crate::upstream::{Answer, Credential, Said};
@@ -43,11 +43,10 @@ pub(super) struct Refused {
     last: Cache<Right, Instant>,
     doubted: Cache<Place, Instant>,
     tried: Cache<Place, Instant>,
-    /// A look at `last` and the note that follows from it are one step. Whoever is refused after another waits here until
-    /// that the right ended is on the disk.
+    /// A look at `last` and the note that follows from it are one step, in memory.
     grants: Mutex<()>,
-    /// The same for public marks.
-    publics: Mutex<()>,
+    /// The same for public marks, by repository: a mark is written to the disk in this step.
+    publics: Turns<Place>,
 }
 
 impl Default for Refused {
@@ -57,12 +56,85 @@ impl Default for Refused {
             doubted: Cache::new(REFUSED_MAX),
             tried: Cache::new(REFUSED_MAX),
             grants: Mutex::default(),
-            publics: Mutex::default(),
+            publics: Turns::default(),
         }
     }
 }
 
 impl Pull {
+    /// What is known of a principal's right in a repository, and of its account's.
+    pub(super) async fn evidence(
+        self: &Arc<Self>,
+        site: &Arc<Site>,
+        repository: &Repository,
+        principal: [u8; 32],
+        account: Option<[u8; 32]>,
+    ) -> Evidence {
+        let here = Some(repository);
+        let known =
+            |repository, principal: &[u8; 32]| self.store.grant_in_memory(grant(site, repository, principal));
+        let in_memory = || {
+            Some(Evidence {
+                shared: site.is_shared(),
+                granted_at: known(here, &principal)?,
+                taken_at: account.map_or(Some(None), |account| known(None, &account))?,
+                account_at: account.map_or(Some(None), |account| known(here, &account))?,
+                public_at: self
+                    .store
+                    .in_memory(|view| view.public_since(site.name(), repository))?,
+                seen: false,
+            })
+        };
+        match in_memory() {
+            Some(evidence) => evidence,
+            // On the heap: it is needed once for each principal.
+            None => Box::pin(self.evidence_sought(site, repository, principal, account)).await,
+        }
+    }
+
+    async fn evidence_sought(
+        self: &Arc<Self>,
+        site: &Arc<Site>,
+        repository: &Repository,
+        principal: [u8; 32],
+        account: Option<[u8; 32]>,
+    ) -> Evidence {
+        let of_account = async {
+            let Some(account) = account else {
+                return (None, None);
+            };
+            tokio::join!(
+                self.store.grant(grant(site, None, &account)),
+                self.store.grant(grant(site, Some(repository), &account)),
+            )
+        };
+        let (granted_at, (taken_at, account_at), public_at) = tokio::join!(
+            self.store.grant(grant(site, Some(repository), &principal)),
+            of_account,
+            self.public_since(site, repository),
+        );
+        Evidence {
+            shared: site.is_shared(),
+            granted_at,
+            taken_at,
+            account_at,
+            public_at,
+            seen: false,
+        }
+    }
+
+    /// When the repository was last proven readable by anyone, if that still holds.
+    pub(super) async fn public_since(
+        self: &Arc<Self>,
+        site: &Arc<Site>,
+        repository: &Repository,
+    ) -> Option<SystemTime> {
+        self.look_up(site, repository, |cached| {
+            cached.view.public_since(cached.site.name(), cached.repository)
+        })
+        .await
+    }
+
     /// Keeps what an answer shows of the caller's right. `asked_at` is when the question was put.
     pub(super) async fn learn(self: &Arc<Self>, wanted: &Wanted, answer: &Answer, asked_at: Instant) {
         match answer.said {
@@ -88,27 +160,44 @@ impl Pull {
             ..
         } = wanted;
         let now = self.clock.now();
+        let at = wanted.asked_at.min(now);
+        let public_since = self.public_since(site, repository).await;
         if is_anonymous(wanted) {
-            if outdated(self.store.public_since(site.name(), repository), now) {
-                let _order = self.refused.publics.lock().await;
+            if renews(public_since, at, now) {
+                let _order = self.refused.publics.turn(place(site, repository)).await;
                 if !self.overtaken(&self.right_of_all(site, repository), asked_at) {
-                    self.note_public(site, repository, Some(now)).await;
+                    self.note_public(site, repository, Some(at)).await;
                 }
             }
         } else {
             let account = self.account(site, repository, wanted.shown());
             for principal in [Some(caller.principal), account].into_iter().flatten() {
-                if outdated(self.store.grant(site.name(), repository, &principal), now) {
-                    let _order = self.refused.grants.lock().await;
-                    if !self.overtaken(&right(site, Some(repository), principal), asked_at) {
-                        self.store.note_grant(site.name(), repository, &principal, now);
-                    }
-                }
+                self.note_yes(site, Some(repository), principal, (at, asked_at))
+                    .await;
             }
         }
-        if is_token(wanted) && !site.is_shared() && self.store.public_since(site.name(), repository).is_none()
-        {
+        if is_token(wanted) && !site.is_shared() && public_since.is_none() {
             self.ask_as_everybody(wanted, &self.refused.tried, TRY_AFTER);
+        }
+    }
+
+    /// Notes the yes to a question that was put at `asked_at`, by the clock and by the process's own time.
+    async fn note_yes(
+        &self,
+        site: &Arc<Site>,
+        repository: Option<&Repository>,
+        principal: [u8; 32],
+        (at, asked_at): (SystemTime, Instant),
+    ) {
+        let now = self.clock.now();
+        // Not ahead of a clock that was set back since.
+        let at = at.min(now);
+        let granted = grant(site, repository, &principal);
+        if renews(self.store.grant(granted).await, at, now) {
+            let _order = self.refused.order();
+            if !self.overtaken(&right(site, repository, principal), asked_at) {
+                self.store.note_grant(granted, at);
+            }
         }
     }
 
@@ -119,22 +208,25 @@ impl Pull {
             caller,
             ..
         } = wanted;
-        let is_public = || self.store.public_since(site.name(), repository).is_some();
         if is_anonymous(wanted) {
             self.keep_challenge(site, repository, answer).await;
-            let _order = self.refused.publics.lock().await;
+            let _order = self.refused.publics.turn(place(site, repository)).await;
             let right = self.right_of_all(site, repository);
             self.refused.last.insert(right, Instant::now());
-            if is_public() {
+            if self.public_since(site, repository).await.is_some() {
                 self.note_public(site, repository, None).await;
             }
             return;
         }
         let account = self.account(site, repository, wanted.shown());
-        for principal in [Some(caller.principal), account].into_iter().flatten() {
-            self.drop_right(site, Some(repository), principal).await;
-        }
-        if !site.is_shared() && is_public() {
+        let own = self.drop_right(site, Some(repository), caller.principal);
+        let accounts = async {
+            if let Some(account) = account {
+                self.drop_right(site, Some(repository), account).await;
+            }
+        };
+        tokio::join!(own, accounts);
+        if !site.is_shared() && self.public_since(site, repository).await.is_some() {
             self.ask_as_everybody(wanted, &self.refused.doubted, DOUBT_AFTER);
         }
     }
@@ -169,15 +261,14 @@ impl Pull {
         });
     }
 
-    /// The token service gave this account a token.
-    pub(super) async fn learn_yes_login(&self, site: &Arc<Site>, account: [u8; 32], asked_at: Instant) {
-        let now = self.clock.now();
-        if outdated(self.store.login(site.name(), &account), now) {
-            let _order = self.refused.grants.lock().await;
-            if !self.overtaken(&right(site, None, account), asked_at) {
-                self.store.note_login(site.name(), &account, now);
-            }
-        }
+    /// The token service gave this account a token, asked at this time, by the clock and by the process's own.
+    pub(super) async fn learn_yes_login(
+        &self,
+        site: &Arc<Site>,
+        account: [u8; 32],
+        asked_at: (SystemTime, Instant),
+    ) {
+        self.note_yes(site, None, account, asked_at).await;
     }
 
     /// The token service refused this account. Its grants are worth nothing without it.
@@ -187,17 +278,18 @@ impl Pull {
 
     /// On the disk before the client hears of its refusal.
     async fn drop_right(&self, site: &Arc<Site>, repository: Option<&Repository>, principal: [u8; 32]) {
-        let _order = self.refused.grants.lock().await;
-        self.refused
-            .last
-            .insert(right(site, repository, principal), Instant::now());
-        let (store, site, repository) = (Arc::clone(&self.store), Arc::clone(site), repository.cloned());
-        let dropped = spawn_blocking(move || match &repository {
-            Some(repository) => store.drop_grant(site.name(), repository, &principal),
-            None => store.drop_login(site.name(), &principal),
-        });
-        if !matches!(dropped.await, Ok(true)) {
-            tracing::error!("a right was taken back, and a crash soon after might bring it back");
+        let dropping = {
+            let _order = self.refused.order();
+            self.refused
+                .last
+                .insert(right(site, repository, principal), Instant::now());
+            self.store.drop_grant(grant(site, repository, &principal))
+        };
+        if !dropping.await {
+            tracing::error!(
+                upstream = site.name(),
+                "a right was taken back, and a crash soon after might bring it back"
+            );
         }
     }
 
@@ -230,9 +322,34 @@ impl Pull {
     }
 
     async fn note_public(&self, site: &Arc<Site>, repository: &Repository, since: Option<SystemTime>) {
-        let (store, site, repository) = (Arc::clone(&self.store), Arc::clone(site), repository.clone());
-        let noted = spawn_blocking(move || store.note_public(site.name(), &repository, since)).await;
+        let (site, repository) = (Arc::clone(site), repository.clone());
+        let noted = self
+            .store
+            .write(move |store| store.note_public(site.name(), &repository, since))
+            .await;
         super::asking::report(noted, "keep whether a repository is public");
+    }
+}
+
+impl Refused {
+    fn order(&self) -> MutexGuard<'_, ()> {
+        self.grants.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn place(site: &Site, repository: &Repository) -> Place {
+    (site.name().into(), repository.clone())
+}
+
+fn grant<'a>(
+    site: &'a Site,
+    repository: Option<&'a Repository>,
+    principal: &'a [u8; 32],
+) -> crate::store::grants::Right<'a> {
+    crate::store::grants::Right {
+        upstream: site.name(),
+        repository,
+        principal,
     }
 }
 
@@ -240,9 +357,10 @@ fn right(site: &Site, repository: Option<&Repository>, principal: [u8; 32]) -> R
     (site.name().into(), repository.cloned(), principal)
 }
 
-/// A moment in the future, from before the clock was set back, is written anew too.
-fn outdated(at: Option<SystemTime>, now: SystemTime) -> bool {
-    !at.is_some_and(|at| age::is_within(at, RENEW_AFTER, now))
+/// Whether a yes to a question put at `asked_at` is worth a write: what is noted is older, and no longer lately. A moment
+/// in the future, from before the clock was set back, is written anew too.
+fn renews(noted: Option<SystemTime>, asked_at: SystemTime, now: SystemTime) -> bool {
+    noted.is_none_or(|noted| noted > now || (noted < asked_at && !age::is_within(noted, RENEW_AFTER, now)))
 }
 
 /// RFC 6750: what a token service gives, for minutes. Other credentials are the same at the next pull.

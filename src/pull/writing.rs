@@ -15,8 +15,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
 
-use tokio::task::spawn_blocking;
-
 use super::asking::report;
 pub use super::change::Change;
 use super::fetching::Wanted;
@@ -164,8 +162,8 @@ impl Pull {
         if keys.is_empty() {
             return handed;
         }
-        let (store, now) = (Arc::clone(&self.store), self.clock.now());
-        let doubted = spawn_blocking(move || {
+        let now = self.clock.now();
+        let doubted = self.store.write(move |store| {
             let (mut own, mut outcome) = (Vec::new(), Ok(()));
             for key in keys.into_iter().filter(|key| store.has_cached(key)) {
                 match store.doubt(&key, now) {
@@ -175,13 +173,10 @@ impl Pull {
                 }
             }
             (own, outcome)
-        })
-        .await;
-        let doubted = doubted.map(|(own, outcome)| {
-            handed.own_doubts = own;
-            outcome
         });
-        report(doubted, "keep that a write may change what is cached");
+        let (own, outcome) = doubted.await;
+        handed.own_doubts = own;
+        report(outcome, "keep that a write may change what is cached");
         handed
     }
 
@@ -200,8 +195,8 @@ impl Pull {
             Written::Done => {
                 // First, so that an answer on its way is not learned from; whoever learned before that is undone below.
                 site.writings().note(handed.change.repository());
-                let (store, change) = (Arc::clone(&self.store), handed.change.clone());
-                let forgotten = spawn_blocking(move || forget(&store, &site, change)).await;
+                let change = handed.change.clone();
+                let forgotten = self.store.write(move |store| forget(store, &site, change)).await;
                 report(forgotten, "forget what was written upstream");
             }
         }
@@ -221,8 +216,10 @@ impl Pull {
         if self.store.doubted_since(&key).is_none() {
             return;
         }
-        let store = Arc::clone(&self.store);
-        let settled = spawn_blocking(move || store.settle_doubt(&key, is_settled)).await;
+        let settled = self
+            .store
+            .write(move |store| store.settle_doubt(&key, is_settled))
+            .await;
         report(settled, "settle a doubt");
     }
 
@@ -277,14 +274,14 @@ impl Pull {
             repository: wanted.repository.clone(),
             reference: reference.clone(),
         };
-        let (store, now) = (Arc::clone(&self.store), self.clock.now());
-        let doubted = spawn_blocking(move || store.doubt(&key, now)).await;
+        let now = self.clock.now();
+        let doubted = self.store.write(move |store| store.doubt(&key, now)).await;
         report(doubted, "keep that a write may change what is cached");
     }
 
     /// Keeps which digest a tag names now, unless something was written in the repository since it was asked for.
     pub(super) async fn learn_name_unless_written(
-        &self,
+        self: &Arc<Self>,
         wanted: &Wanted,
         reference: &Reference,
         digest: Digest,
@@ -303,8 +300,8 @@ impl Pull {
         // from, so that is taken back too; what is still there costs one question to be known again.
         if !is_same() {
             let change = Change::Gone(repository.clone(), digest);
-            let (store, site) = (Arc::clone(&self.store), Arc::clone(site));
-            let forgotten = spawn_blocking(move || forget(&store, &site, change)).await;
+            let site = Arc::clone(site);
+            let forgotten = self.store.write(move |store| forget(store, &site, change)).await;
             report(forgotten, "forget what was learned during a write");
         }
     }

@@ -18,7 +18,7 @@ use crate::event::{BytesFrom, Ended, Events};
 use crate::oci::{Cause, Digest, Hasher};
 use crate::pull::LongList;
 use crate::pull::passing::Passing;
-use crate::store::Store;
+use crate::store::AsyncStore;
 use crate::store::step::{Buffers, STEP_BYTES, held_bytes, read_cached, read_waiting};
 use crate::store::volume::VolumeFile;
 use crate::upstream::Fetched;
@@ -142,7 +142,7 @@ impl Body {
         buffers: Buffers,
         events: Events,
         sound: Sound,
-        store: Arc<Store>,
+        store: AsyncStore,
     ) -> Self {
         let file = File {
             from: file,
@@ -322,7 +322,7 @@ struct Checked {
     file: File,
     hasher: Option<Hasher>,
     sound: Sound,
-    store: Arc<Store>,
+    store: AsyncStore,
 }
 
 impl Checked {
@@ -355,8 +355,8 @@ impl Checked {
             return last.map(Ok);
         }
         tracing::error!(digest = %self.digest, "a held blob rotted on the disk; it is set aside");
-        let (store, digest) = (Arc::clone(&self.store), self.digest);
-        spawn_blocking(move || store.quarantine_blob(&digest));
+        let (store, digest) = (self.store.clone(), self.digest);
+        tokio::spawn(async move { store.write(move |store| store.quarantine_blob(&digest)).await });
         Some(Err(Broken::Rotten(self.digest)))
     }
 }

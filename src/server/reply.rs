@@ -8,8 +8,6 @@ mod blob;
 mod how;
 mod refusal;
 
-use std::sync::Arc;
-
 use http::header::{
     ALLOW, CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, ETAG, LINK, PROXY_AUTHENTICATE, WWW_AUTHENTICATE,
 };
@@ -24,7 +22,7 @@ use crate::oci::header::{
 use crate::oci::{Digest, Problem};
 use crate::pull::passing::Passed;
 use crate::pull::{How, Listing, Outcome, Reason};
-use crate::store::Store;
+use crate::store::AsyncStore;
 use crate::store::manifests::HeldManifest;
 
 pub(super) use asked::Asked;
@@ -57,7 +55,7 @@ pub(super) fn told(outcome: &Outcome) -> (event::Outcome, &'static str) {
 }
 
 /// The response to a request that was understood.
-pub(super) fn answer(outcome: Outcome, asked: &Asked, front: &Front, store: &Arc<Store>) -> Response<Body> {
+pub(super) fn answer(outcome: Outcome, asked: &Asked, front: &Front, store: &AsyncStore) -> Response<Body> {
     match outcome {
         Outcome::Ping => {
             let mut response = respond(StatusCode::OK, Body::whole("{}".into()));

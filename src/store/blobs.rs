@@ -100,6 +100,11 @@ impl Store {
         self.blobs.find(digest)
     }
 
+    /// The blob, if its file is open: from memory alone, so it never blocks. `None` says nothing of the disk.
+    pub fn blob_in_memory(&self, digest: &Digest) -> Option<HeldBlob> {
+        self.blobs.ready(digest)
+    }
+
     /// The whole blob from memory, if it is held and at most [`SMALL_BLOB_BYTES_MAX`] long. Read and verified the first time.
     pub fn small_blob(&self, digest: &Digest) -> Option<Bytes> {
         self.blobs.find_small(digest)
@@ -164,7 +169,27 @@ impl Blobs {
         }
     }
 
-    fn find(&self, digest: &Digest) -> Result<Option<HeldBlob>, Fault> {
+    /// The blob, if its file is open and nothing suggests that it cannot be read.
+    pub(super) fn ready(&self, digest: &Digest) -> Option<HeldBlob> {
+        let held = self.open.get(digest)?;
+        (!held.is_unreadable() && !self.refusal.is_any()).then_some(held)
+    }
+
+    /// Whether the blob's file is open.
+    pub(super) fn is_ready(&self, digest: &Digest) -> bool {
+        self.open.peek(digest).is_some()
+    }
+
+    /// [`Self::find_small`], where memory is enough to know.
+    pub(super) fn ready_small(&self, digest: &Digest) -> Option<Option<Bytes>> {
+        if let Some(bytes) = self.small.get(digest) {
+            return Some(Some(bytes));
+        }
+        let open = self.open.peek(digest)?;
+        (open.size > SMALL_BLOB_BYTES_MAX).then_some(None)
+    }
+
+    pub(super) fn find(&self, digest: &Digest) -> Result<Option<HeldBlob>, Fault> {
         let path = content_path(TREE, digest);
         if let Some(held) = self.open.get(digest) {
             if held.is_unreadable() {
@@ -208,7 +233,7 @@ impl Blobs {
             || size_of(self.volume.as_ref(), &content_path(TREE, digest)).is_some()
     }
 
-    fn find_small(&self, digest: &Digest) -> Option<Bytes> {
+    pub(super) fn find_small(&self, digest: &Digest) -> Option<Bytes> {
         if let Some(bytes) = self.small.get(digest) {
             return Some(bytes);
         }

@@ -63,7 +63,7 @@ impl Equivalent<Place> for PlaceRef<'_> {
 }
 
 /// A principal in a repository, or at an upstream's token service.
-#[derive(Clone, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct GrantKey {
     pub(super) upstream: Arc<str>,
     pub(super) repository: Option<Repository>,

@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 use std::io;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
 use serde::{Deserialize, Serialize};
@@ -62,10 +62,18 @@ impl Challenges {
         }
     }
 
+    /// What the upstream last said; `None` where that takes the file to know.
+    pub(super) fn ready(&self, upstream: &str) -> Option<Option<Arc<KeptChallenge>>> {
+        self.known().get(upstream).cloned()
+    }
+
+    fn known(&self) -> MutexGuard<'_, HashMap<String, Option<Arc<KeptChallenge>>>> {
+        self.ready.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn find(&self, upstream: &str) -> Option<Arc<KeptChallenge>> {
-        let mut ready = self.ready.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(known) = ready.get(upstream) {
-            return known.clone();
+        if let Some(known) = self.ready(upstream) {
+            return known;
         }
         let found = match self.volume.read_whole(&path(upstream), RECORD_BYTES_MAX) {
             Ok(bytes) => read(upstream, &bytes).map(Arc::new),
@@ -73,8 +81,8 @@ impl Challenges {
             // Perhaps it can be read later.
             Err(_) => return None,
         };
-        ready.insert(upstream.to_owned(), found.clone());
-        found
+        // Not over what was kept meanwhile.
+        self.known().entry(upstream.to_owned()).or_insert(found).clone()
     }
 
     fn keep(&self, upstream: &str, challenge: KeptChallenge) -> Result<(), Fault> {
@@ -88,9 +96,7 @@ impl Challenges {
             lines: challenge.lines.clone(),
             given_at_ms: to_millis(challenge.given_at),
         });
-        self.ready
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+        self.known()
             .insert(upstream.to_owned(), Some(Arc::new(challenge)));
         if !is_news {
             return Ok(());

@@ -1,16 +1,23 @@
 //! Grants: when an upstream last said yes to a principal in a repository, or gave it a token. In memory and in the index only: a lost one
 //! costs one question. One that was taken back must not be found again, so that is made durable at once.
+//!
+//! Most principals that are looked up have no grant: each CI job brings a token of its own. So memory also has a hash of
+//! every grant in the index, and the index is asked only where one may be there.
 
-use std::sync::Arc;
+mod listed;
+
+use std::future::Future;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use quick_cache::sync::Cache;
 
-use super::Store;
+use self::listed::Listed;
 use super::cache::{GrantKey, GrantRef, PlaceRef, counted};
-use super::index::thread::IndexHandle;
+use super::index::thread::{Expunging, IndexHandle};
 use super::record::{from_millis, to_millis};
+use super::{AsyncStore, Store};
 use crate::oci::Repository;
 
 /// Grants kept in the index. CI jobs bring a credential of their own each, so there is no end to them.
@@ -25,15 +32,24 @@ const KEPT_FOR: Duration = Duration::from_secs(30 * 24 * 3600);
 /// So many new grants later, the old ones are looked through.
 const PRUNE_EVERY: u64 = 16_384;
 
+/// How often a look-up begins again because a grant was taken back meanwhile.
+const LOOK_UPS_MAX: usize = 4;
+
 const KEY_PREFIX: u8 = b'g';
 const SCAN_PAGE: usize = 1000;
 
-impl Store {
-    /// When the upstream last said yes to `principal` in this repository.
-    pub fn grant(&self, upstream: &str, repository: &Repository, principal: &[u8; 32]) -> Option<SystemTime> {
-        self.grants.find(upstream, Some(repository), principal)
-    }
+/// A principal's right: to a repository, or (without one) to a token of the upstream's token service.
+#[derive(Clone, Copy)]
+pub struct Right<'a> {
+    /// The name of the upstream.
+    pub upstream: &'a str,
+    /// The repository there.
+    pub repository: Option<&'a Repository>,
+    /// Whose right.
+    pub principal: &'a [u8; 32],
+}
 
+impl Store {
     /// How many principals the upstream has said yes to in this repository, as far as is remembered.
     pub fn grants_count(&self, upstream: &str, repository: &Repository) -> usize {
         let prefix = [
@@ -47,38 +63,78 @@ impl Store {
         let found = self.grants.index.scan(prefix, Vec::new(), GRANTS_MAX);
         found.map_or(0, |found| found.len())
     }
+}
+
+impl AsyncStore {
+    /// When the upstream last said yes; `None` where it takes the index to know.
+    pub fn grant_in_memory(&self, right: Right<'_>) -> Option<Option<SystemTime>> {
+        self.store.grants.known(right.key())
+    }
+
+    /// When the upstream last said yes, as far as the index says in time.
+    pub async fn grant(&self, right: Right<'_>) -> Option<SystemTime> {
+        match self.grant_in_memory(right) {
+            Some(known) => known,
+            None => {
+                let key = right.owned();
+                self.from_index(move |store| store.grants.find(&key)).await
+            }
+        }
+    }
 
     /// Keeps that the upstream said yes at `at`.
-    pub fn note_grant(&self, upstream: &str, repository: &Repository, principal: &[u8; 32], at: SystemTime) {
-        self.grants.note(upstream, Some(repository), principal, at);
+    pub fn note_grant(&self, right: Right<'_>, at: SystemTime) {
+        self.store.grants.note(right, at);
     }
 
-    /// Forgets the upstream's yes, so that no crash brings it back; `false` if that is not sure. Blocks, unless it is known
-    /// that there is none.
-    pub fn drop_grant(&self, upstream: &str, repository: &Repository, principal: &[u8; 32]) -> bool {
-        self.grants.forget(upstream, Some(repository), principal)
+    /// Forgets the upstream's yes: at once, and when the future ends so that no crash brings it back, if that says `true`.
+    pub fn drop_grant(&self, right: Right<'_>) -> impl Future<Output = bool> + Send + use<> {
+        let forgetting = self.store.grants.forget(right);
+        let own = self.clone();
+        async move {
+            match forgetting {
+                None => true,
+                Some(forgetting) => {
+                    own.from_index(move |store| store.grants.forgotten(forgetting))
+                        .await
+                }
+            }
+        }
     }
+}
 
-    /// When the upstream's token service last gave `principal` a token.
-    pub fn login(&self, upstream: &str, principal: &[u8; 32]) -> Option<SystemTime> {
-        self.grants.find(upstream, None, principal)
-    }
+/// A right that is being taken back.
+struct Forgetting {
+    key: GrantKey,
+    expunging: Expunging,
+}
 
-    /// Keeps that the token service gave one at `at`.
-    pub fn note_login(&self, upstream: &str, principal: &[u8; 32], at: SystemTime) {
-        self.grants.note(upstream, None, principal, at);
-    }
+/// What is known of a right.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Known {
+    At(SystemTime),
+    Never,
+    /// Not durably so yet, as far as is known.
+    TakenBack,
+}
 
-    /// As [`Self::drop_grant`], of the token service's yes.
-    pub fn drop_login(&self, upstream: &str, principal: &[u8; 32]) -> bool {
-        self.grants.forget(upstream, None, principal)
+impl Known {
+    fn at(self) -> Option<SystemTime> {
+        match self {
+            Self::At(at) => Some(at),
+            Self::Never | Self::TakenBack => None,
+        }
     }
 }
 
 pub(super) struct Grants {
     index: Arc<IndexHandle>,
-    /// `None` is the knowledge that there is none.
-    ready: Cache<GrantKey, Option<SystemTime>>,
+    ready: Cache<GrantKey, Known>,
+    /// Held for a change of `ready` and the message to the index that belongs to it, so that both come in one order.
+    order: Mutex<()>,
+    /// How often a right was taken back: a look-up that was overtaken by one looks again.
+    taken_back: AtomicU64,
+    listed: Listed,
     noted: AtomicU64,
 }
 
@@ -87,85 +143,146 @@ impl Grants {
         Self {
             index: Arc::clone(index),
             ready: counted(READY_MAX),
+            order: Mutex::default(),
+            taken_back: AtomicU64::new(0),
+            listed: Listed::default(),
             noted: AtomicU64::new(0),
         }
     }
 
-    fn find(
-        &self,
-        upstream: &str,
-        repository: Option<&Repository>,
-        principal: &[u8; 32],
-    ) -> Option<SystemTime> {
-        let key = key(upstream, repository, principal);
+    /// What memory knows of a right; `None` where it takes the index to know.
+    fn known(&self, key: GrantRef<'_>) -> Option<Option<SystemTime>> {
         if let Some(known) = self.ready.get(&key) {
-            return known;
+            return Some(known.at());
         }
-        let value = self.index.get(index_key(key)).ok()?;
-        let at = value.and_then(|value| Some(from_millis(u64::from_be_bytes(value.try_into().ok()?))));
-        // Not over what was noted meanwhile.
-        self.ready
-            .get_or_insert_with(&key.owned(repository), || Ok::<_, std::convert::Infallible>(at))
-            .unwrap_or(at)
+        self.listed.lacks(&index_key(key)).then_some(None)
     }
 
-    fn note(&self, upstream: &str, repository: Option<&Repository>, principal: &[u8; 32], at: SystemTime) {
-        let key = key(upstream, repository, principal);
-        let value = to_millis(at).to_be_bytes().to_vec();
-        self.index.put(index_key(key), value);
-        self.ready.insert(key.owned(repository), Some(at));
+    /// Blocks.
+    fn find(&self, key: &GrantKey) -> Option<SystemTime> {
+        for _ in 0..LOOK_UPS_MAX {
+            if let Some(known) = self.known(key.borrowed()) {
+                return known;
+            }
+            let taken_back = self.taken_back.load(Ordering::SeqCst);
+            let value = self.index.get(index_key(key.borrowed())).ok()?;
+            let at = value.and_then(|value| Some(from_millis(u64::from_be_bytes(value.try_into().ok()?))));
+            let _order = self.order();
+            if self.taken_back.load(Ordering::SeqCst) == taken_back {
+                let found = at.map_or(Known::Never, Known::At);
+                // Not over what was noted meanwhile.
+                let known = self
+                    .ready
+                    .get_or_insert_with(key, || Ok::<_, std::convert::Infallible>(found));
+                return known.unwrap_or(found).at();
+            }
+        }
+        None
+    }
+
+    fn note(self: &Arc<Self>, right: Right<'_>, at: SystemTime) {
+        let key = index_key(right.key());
+        {
+            let _order = self.order();
+            self.listed.add(&key);
+            self.index.put(key, to_millis(at).to_be_bytes().to_vec());
+            self.ready.insert(right.owned(), Known::At(at));
+        }
         if self.noted.fetch_add(1, Ordering::Relaxed) % PRUNE_EVERY == PRUNE_EVERY - 1 {
+            let own = Arc::downgrade(self);
             let pruning = std::thread::Builder::new()
                 .name("grants-prune".to_owned())
-                .spawn(self.pruner(at));
+                .spawn(move || own.upgrade().map(|own| own.prune(at)));
             // Without a thread now, the next time.
             drop(pruning);
         }
     }
 
-    fn forget(&self, upstream: &str, repository: Option<&Repository>, principal: &[u8; 32]) -> bool {
-        let key = key(upstream, repository, principal);
-        if self.ready.get(&key) == Some(None) {
-            return true;
+    /// Begins to take a right back; `None` where it is known that there is none. A second refusal, while the first is not
+    /// durable yet, is one more: its client waits as well.
+    fn forget(&self, right: Right<'_>) -> Option<Forgetting> {
+        let key = right.owned();
+        let _order = self.order();
+        if self.ready.get(&key) == Some(Known::Never) {
+            return None;
         }
-        self.ready.insert(key.owned(repository), None);
-        self.index.expunge(index_key(key))
+        self.taken_back.fetch_add(1, Ordering::SeqCst);
+        self.ready.insert(key.clone(), Known::TakenBack);
+        let expunging = self.index.expunge(index_key(right.key()));
+        Some(Forgetting { key, expunging })
     }
 
-    /// Removes from the index what is too old, and what is too many, the oldest first.
-    pub(super) fn pruner(&self, now: SystemTime) -> impl FnOnce() + Send + 'static {
-        let index = Arc::downgrade(&self.index);
+    /// Waits for it to be durable; `false` if that is not sure. Blocks.
+    fn forgotten(&self, forgetting: Forgetting) -> bool {
+        let Forgetting { key, expunging } = forgetting;
+        let is_expunged = self.index.expunged(expunging);
+        if is_expunged {
+            let _order = self.order();
+            if self.ready.peek(&key) == Some(Known::TakenBack) {
+                self.ready.insert(key, Known::Never);
+            }
+        }
+        is_expunged
+    }
+
+    fn order(&self) -> MutexGuard<'_, ()> {
+        self.order.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether memory knows which grants are in the index.
+    pub(super) fn is_listed(&self) -> bool {
+        self.listed.is_complete()
+    }
+
+    /// Removes from the index what is too old, and what is too many, the oldest first, and lists the rest. Blocks.
+    pub(super) fn prune(&self, now: SystemTime) {
+        let Some(mut listing) = self.listed.begin() else {
+            return;
+        };
         let oldest = to_millis(now.checked_sub(KEPT_FOR).unwrap_or(SystemTime::UNIX_EPOCH));
-        move || {
-            let Some(index) = index.upgrade() else { return };
-            let mut kept: Vec<(u64, Vec<u8>)> = Vec::new();
-            let mut after = Vec::new();
-            while let Ok(page) = index.scan(vec![KEY_PREFIX], after.clone(), SCAN_PAGE) {
-                let Some((last, _)) = page.last() else { break };
-                after.clone_from(last);
-                for (key, value) in page {
-                    let at = value.try_into().map_or(0, u64::from_be_bytes);
-                    if at < oldest {
-                        index.remove(key);
-                    } else {
-                        kept.push((at, key));
-                    }
+        let mut kept: Vec<(u64, Vec<u8>)> = Vec::new();
+        let mut after = Vec::new();
+        loop {
+            let Ok(page) = self.index.scan(vec![KEY_PREFIX], after.clone(), SCAN_PAGE) else {
+                break;
+            };
+            let Some((last, _)) = page.last() else {
+                listing.finish();
+                break;
+            };
+            after.clone_from(last);
+            for (key, value) in page {
+                listing.add(&key);
+                let at = value.try_into().map_or(0, u64::from_be_bytes);
+                if at < oldest {
+                    self.index.remove(key);
+                } else {
+                    kept.push((at, key));
                 }
             }
-            let surplus = kept.len().saturating_sub(GRANTS_MAX);
-            kept.sort_unstable();
-            for (_, key) in kept.into_iter().take(surplus) {
-                index.remove(key);
-            }
+        }
+        let surplus = kept.len().saturating_sub(GRANTS_MAX);
+        kept.sort_unstable();
+        for (_, key) in kept.into_iter().take(surplus) {
+            self.index.remove(key);
         }
     }
 }
 
-fn key<'a>(upstream: &'a str, repository: Option<&'a Repository>, principal: &'a [u8; 32]) -> GrantRef<'a> {
-    let repository = repository.map_or("", Repository::as_str);
-    GrantRef {
-        place: PlaceRef { upstream, repository },
-        principal,
+impl<'a> Right<'a> {
+    fn key(&self) -> GrantRef<'a> {
+        let repository = self.repository.map_or("", Repository::as_str);
+        GrantRef {
+            place: PlaceRef {
+                upstream: self.upstream,
+                repository,
+            },
+            principal: self.principal,
+        }
+    }
+
+    fn owned(&self) -> GrantKey {
+        self.key().owned(self.repository)
     }
 }
 
@@ -179,4 +296,44 @@ fn index_key(key: GrantRef<'_>) -> Vec<u8> {
         key.principal,
     ]
     .concat()
+}
+
+/// For tests that have no runtime.
+#[cfg(test)]
+impl Store {
+    pub(super) fn grant(
+        &self,
+        upstream: &str,
+        repository: &Repository,
+        principal: &[u8; 32],
+    ) -> Option<SystemTime> {
+        self.grants
+            .find(&Right::to(upstream, repository, principal).owned())
+    }
+
+    pub(super) fn note_grant(
+        &self,
+        upstream: &str,
+        repository: &Repository,
+        principal: &[u8; 32],
+        at: SystemTime,
+    ) {
+        self.grants.note(Right::to(upstream, repository, principal), at);
+    }
+
+    pub(super) fn drop_grant(&self, upstream: &str, repository: &Repository, principal: &[u8; 32]) -> bool {
+        let forgetting = self.grants.forget(Right::to(upstream, repository, principal));
+        forgetting.is_none_or(|forgetting| self.grants.forgotten(forgetting))
+    }
+}
+
+#[cfg(test)]
+impl<'a> Right<'a> {
+    fn to(upstream: &'a str, repository: &'a Repository, principal: &'a [u8; 32]) -> Self {
+        Self {
+            upstream,
+            repository: Some(repository),
+            principal,
+        }
+    }
 }

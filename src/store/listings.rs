@@ -156,10 +156,7 @@ struct Record {
 impl Store {
     /// The last list given to this question, if it is still kept and no 404 came since.
     pub fn listing(&self, key: &ListingKey) -> Result<Option<Arc<KeptListing>>, Fault> {
-        Ok(match self.listings.find(key)? {
-            Some(KeptAnswer::List(listing)) => Some(listing),
-            Some(KeptAnswer::Absent(_)) | None => None,
-        })
+        self.view().listing(key)
     }
 
     /// The last answer to this question, if it is still kept.
@@ -201,6 +198,11 @@ impl Listings {
             ready: weighted(READY_BYTES_MAX, 16 * 1024, ByLength),
             written: Cache::new(WRITTEN_MAX),
         }
+    }
+
+    /// The last answer, if it is in memory.
+    pub(super) fn ready(&self, key: &ListingKey) -> Option<KeptAnswer> {
+        self.ready.get(key)
     }
 
     fn find(&self, key: &ListingKey) -> Result<Option<KeptAnswer>, Fault> {

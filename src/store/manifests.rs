@@ -144,7 +144,12 @@ impl Manifests {
         }
     }
 
-    fn find(&self, digest: &Digest) -> Result<Option<Arc<HeldManifest>>, Fault> {
+    /// The manifest, if it is in memory.
+    pub(super) fn ready(&self, digest: &Digest) -> Option<Arc<HeldManifest>> {
+        self.ready.get(digest)
+    }
+
+    pub(super) fn find(&self, digest: &Digest) -> Result<Option<Arc<HeldManifest>>, Fault> {
         if let Some(held) = self.ready.get(digest) {
             return Ok(Some(held));
         }

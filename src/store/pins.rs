@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockWriteGuard};
 
 use serde::{Deserialize, Serialize};
 
@@ -64,8 +64,10 @@ impl Store {
 pub(super) struct Pins {
     volume: Arc<dyn Volume>,
     uses: Arc<Uses>,
-    /// With the file of each.
+    /// With the file of each. Not held while a file is written or removed.
     known: RwLock<BTreeMap<Pin, PathBuf>>,
+    /// Changes come one after the other.
+    changing: Mutex<()>,
 }
 
 impl Pins {
@@ -98,6 +100,7 @@ impl Pins {
             volume: Arc::clone(volume),
             uses: Arc::clone(uses),
             known: RwLock::new(known),
+            changing: Mutex::default(),
         }
     }
 
@@ -113,9 +116,17 @@ impl Pins {
         known.keys().cloned().collect()
     }
 
+    pub(super) fn count(&self) -> usize {
+        self.known.read().unwrap_or_else(PoisonError::into_inner).len()
+    }
+
+    fn change(&self) -> RwLockWriteGuard<'_, BTreeMap<Pin, PathBuf>> {
+        self.known.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn add(&self, pin: &Pin) -> Result<bool, Fault> {
-        let mut known = self.known.write().unwrap_or_else(PoisonError::into_inner);
-        if known.contains_key(pin) {
+        let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.has(pin) {
             return Ok(false);
         }
         if let Pin::Digest(digest) = pin {
@@ -125,17 +136,21 @@ impl Pins {
         self.volume
             .write_whole(&path, &sealed(&Record::of(pin)))
             .map_err(|error| Fault::io("write", &path, &error))?;
-        known.insert(pin.clone(), path);
+        self.change().insert(pin.clone(), path);
         Ok(true)
     }
 
     fn remove(&self, pin: &Pin) -> Result<bool, Fault> {
-        let mut known = self.known.write().unwrap_or_else(PoisonError::into_inner);
-        let Some(path) = known.get(pin) else {
+        let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        let path = {
+            let known = self.known.read().unwrap_or_else(PoisonError::into_inner);
+            known.get(pin).cloned()
+        };
+        let Some(path) = path else {
             return Ok(false);
         };
-        remove_file(self.volume.as_ref(), path)?;
-        known.remove(pin);
+        remove_file(self.volume.as_ref(), &path)?;
+        self.change().remove(pin);
         Ok(true)
     }
 }

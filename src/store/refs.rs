@@ -23,7 +23,7 @@ use super::manifests::HeldManifest;
 use super::record::{RECORD_BYTES_MAX, checksum};
 use super::usage::{Counters, Kind};
 use super::volume::Volume;
-use super::{Fault, Store, remove_file};
+use super::{Fault, Store, View, remove_file};
 use crate::oci::{AnyDigest, Digest};
 
 pub use self::newest::{Named, TagReader};
@@ -58,6 +58,41 @@ impl Store {
         self.refs.keep(key, variant, answered_at, &is_whole)
     }
 
+    /// [`View::named`] in everything that is held. Blocks.
+    pub fn named(&self, key: &TagKey, record: &TagRecord, reader: TagReader<'_>) -> Option<Named> {
+        self.view().named(key, record, reader)
+    }
+
+    /// [`View::last_complete`] in everything that is held. Blocks.
+    pub fn last_complete(
+        &self,
+        record: &TagRecord,
+        reader: TagReader<'_>,
+        is_complete: &dyn Fn(&HeldManifest) -> bool,
+    ) -> Option<Named> {
+        self.view().last_complete(record, reader, is_complete)
+    }
+
+    /// Forgets a tag, and a doubt about it; says whether it was known.
+    pub fn remove_tag(&self, key: &TagKey) -> Result<bool, Fault> {
+        let was_known = self.refs.remove(key)?;
+        self.settle_doubt(&key.into(), |_| true)?;
+        Ok(was_known)
+    }
+
+    /// At most `limit` tags in order, from the first after `after` on. From the index, or while that is not whole, from
+    /// the files, which is slower.
+    pub fn tags(&self, after: Option<&TagKey>, limit: usize) -> Vec<(TagKey, TagRecord)> {
+        self.refs.list(after.map(TagKey::to_index), limit)
+    }
+
+    /// At most `limit` tags in order, after the first `skip`: of those, no more than the keys is looked at.
+    pub fn tags_from(&self, skip: usize, limit: usize) -> Vec<(TagKey, TagRecord)> {
+        self.refs.list_from(skip, limit)
+    }
+}
+
+impl View<'_> {
     /// What a tag names for this reader: the newest that is cached, or if nothing is, the newest. See `newest`.
     pub fn named(&self, key: &TagKey, record: &TagRecord, reader: TagReader<'_>) -> Option<Named> {
         let lists = |index: &Digest, image: &Digest| self.lists(index, image);
@@ -90,24 +125,6 @@ impl Store {
         let held = self.manifest(index).ok().flatten()?;
         let image = AnyDigest::Known(*image);
         Some(held.manifest.children.iter().any(|child| child.digest == image))
-    }
-
-    /// Forgets a tag, and a doubt about it; says whether it was known.
-    pub fn remove_tag(&self, key: &TagKey) -> Result<bool, Fault> {
-        let was_known = self.refs.remove(key)?;
-        self.settle_doubt(&key.into(), |_| true)?;
-        Ok(was_known)
-    }
-
-    /// At most `limit` tags in order, from the first after `after` on. From the index, or while that is not whole, from
-    /// the files, which is slower.
-    pub fn tags(&self, after: Option<&TagKey>, limit: usize) -> Vec<(TagKey, TagRecord)> {
-        self.refs.list(after.map(TagKey::to_index), limit)
-    }
-
-    /// At most `limit` tags in order, after the first `skip`: of those, no more than the keys is looked at.
-    pub fn tags_from(&self, skip: usize, limit: usize) -> Vec<(TagKey, TagRecord)> {
-        self.refs.list_from(skip, limit)
     }
 }
 
@@ -146,6 +163,11 @@ impl Refs {
             removals: AtomicU64::new(0),
             healing: Mutex::default(),
         }
+    }
+
+    /// What is known of a tag, if that is in memory.
+    pub(super) fn ready(&self, key: &TagKey) -> Option<Arc<TagRecord>> {
+        self.ready.get(key)
     }
 
     fn find(&self, key: &TagKey) -> Result<Option<Arc<TagRecord>>, Fault> {

@@ -66,6 +66,8 @@ pub(super) struct Room {
     bytes_max: AtomicU64,
     free_bytes_min: AtomicU64,
     reserved: AtomicU64,
+    /// As last measured; `u64::MAX` before the first time.
+    free_bytes: AtomicU64,
 }
 
 /// Room set aside for what is being written; given back when dropped.
@@ -99,6 +101,7 @@ impl Room {
             bytes_max: AtomicU64::new(limits.bytes_max),
             free_bytes_min: AtomicU64::new(limits.free_bytes_min),
             reserved: AtomicU64::new(0),
+            free_bytes: AtomicU64::new(u64::MAX),
         }
     }
 
@@ -166,8 +169,17 @@ impl Room {
         })
     }
 
+    /// What was measured last, if anything was.
+    pub(super) fn known_free_bytes(&self) -> Option<u64> {
+        Some(self.free_bytes.load(Ordering::Relaxed)).filter(|bytes| *bytes != u64::MAX)
+    }
+
     pub(super) fn free_bytes(&self) -> Result<u64, Fault> {
-        self.volume.free_bytes().map_err(|error| {
+        let measured = self.volume.free_bytes();
+        if let Ok(bytes) = &measured {
+            self.free_bytes.store(*bytes, Ordering::Relaxed);
+        }
+        measured.map_err(|error| {
             let folder = self.volume.folder().unwrap_or(Path::new(""));
             Fault::io("measure the free space of", folder, &error)
         })

@@ -176,6 +176,23 @@ impl SeenFiles {
         }
     }
 
+    /// Whether `digest` was seen; `None` where that takes the file to know.
+    pub(super) fn is_ready_with(
+        &self,
+        upstream: &str,
+        repository: &Repository,
+        digest: &Digest,
+    ) -> Option<bool> {
+        let ready = self.ready.get(&PlaceRef::new(upstream, repository))?;
+        Some(ready.seen.read(|seen| seen.digests.contains(digest)))
+    }
+
+    /// Since when the repository is public, if it is; `None` where that takes the file to know.
+    pub(super) fn ready_public(&self, upstream: &str, repository: &Repository) -> Option<Option<SystemTime>> {
+        let ready = self.ready.get(&PlaceRef::new(upstream, repository))?;
+        Some(ready.seen.read(|seen| seen.public))
+    }
+
     /// `None` where the file cannot be read now: no proof, and nothing remembered of it.
     fn of(&self, upstream: &str, repository: &Repository) -> Option<Arc<SharedSeen>> {
         let known = self.ready.get(&PlaceRef::new(upstream, repository));

@@ -13,10 +13,10 @@ use std::sync::Arc;
 
 use quick_cache::sync::Cache;
 
-use super::Store;
 use super::cache::{ImageKey, ImageRef, Place, PlaceRef, counted};
 use super::manifests::HeldManifest;
 use super::usage::Counters;
+use super::{Store, View};
 use crate::oci::manifest::{Descriptor, Kind, Role};
 use crate::oci::{AnyDigest, Digest, Repository};
 
@@ -38,6 +38,19 @@ struct Look<'a> {
 }
 
 impl Store {
+    /// [`View::is_whole`] of everything that is held. Blocks.
+    pub fn is_whole(
+        &self,
+        upstream: &str,
+        repository: &Repository,
+        manifest: &HeldManifest,
+        arriving: Arriving<'_>,
+    ) -> bool {
+        self.view().is_whole(upstream, repository, manifest, arriving)
+    }
+}
+
+impl View<'_> {
     /// Whether all that `manifest` points to is held, or `arriving`, and was seen in this repository.
     pub fn is_whole(
         &self,
@@ -47,13 +60,14 @@ impl Store {
         arriving: Arriving<'_>,
     ) -> bool {
         if self
+            .store
             .wholes
             .knows(PlaceRef::new(upstream, repository), &manifest.digest)
         {
             return true;
         }
         // Read first: a removal during the look makes what was found outdated, not wrong.
-        let removals = self.usage.removals();
+        let removals = self.store.usage.removals();
         let lacks_some = Cell::new(false);
         let look = Look {
             upstream,
@@ -65,9 +79,9 @@ impl Store {
         };
         let is_whole = self.is_whole_to(look, manifest, INDEX_DEPTH_MAX);
         // What is only arriving may yet fail.
-        if is_whole && !lacks_some.get() {
+        if is_whole && !lacks_some.get() && self.is_complete() {
             let place = Place::of(upstream, repository);
-            self.wholes.note(place, manifest.digest, removals);
+            self.store.wholes.note(place, manifest.digest, removals);
         }
         is_whole
     }
@@ -125,7 +139,7 @@ impl Store {
         let AnyDigest::Known(digest) = &child.digest else {
             return false;
         };
-        let is_held = self.has_seen(look.upstream, look.repository, digest) && self.blobs.has(digest);
+        let is_held = self.has_seen(look.upstream, look.repository, digest) && self.has_blob_file(digest);
         is_held || (look.arriving)(digest)
     }
 

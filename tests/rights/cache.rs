@@ -187,7 +187,10 @@ impl Cache {
         } = self;
         pull.downloads().idle().await;
         drop(pull);
-        store.close();
+        let closing = Arc::clone(&store);
+        tokio::task::spawn_blocking(move || closing.close())
+            .await
+            .unwrap();
         Cache::start_again(store, Parts { rules, ..parts }).await
     }
 

@@ -1,7 +1,5 @@
 //! Blobs: whole, one part, several parts.
 
-use std::sync::Arc;
-
 use bytes::Bytes;
 use http::header::{ACCEPT_RANGES, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE};
 use http::{HeaderValue, Response, StatusCode};
@@ -13,7 +11,7 @@ use crate::oci::{Digest, ErrorCode, Problem};
 use crate::pull::{Content, How};
 use crate::server::body::{PartsFrom, Plan};
 use crate::server::{Body, Front};
-use crate::store::Store;
+use crate::store::AsyncStore;
 
 /// A blob to be sent.
 pub(super) struct Answered<'a> {
@@ -23,7 +21,7 @@ pub(super) struct Answered<'a> {
     pub(super) how: How,
     pub(super) asked: &'a Asked,
     pub(super) front: &'a Front,
-    pub(super) store: &'a Arc<Store>,
+    pub(super) store: &'a AsyncStore,
 }
 
 impl Answered<'_> {
@@ -75,7 +73,7 @@ impl Answered<'_> {
                 self.front.buffers.clone(),
                 events,
                 self.front.sound.clone(),
-                Arc::clone(self.store),
+                self.store.clone(),
             ),
             Content::Download(reader) => Body::download(reader, self.size, events),
             Content::Passing(passing) => Body::passing(*passing, self.size, events),

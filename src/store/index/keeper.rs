@@ -13,7 +13,7 @@ use std::time::Duration;
 use super::compaction::{Compaction, FILE_BYTES_MIN, Next, recover};
 use super::identity::{disown, identify};
 use super::interim::Interim;
-use super::thread::{Home, IndexState, Message, NoAnswer, Shared};
+use super::thread::{Home, IndexState, Message, NoAnswer, Reply, Shared};
 use super::{Index, IndexFault, MemoryIndex, Opened, SledIndex, guarded, set_aside};
 use crate::store::record::checksum;
 
@@ -22,6 +22,9 @@ const SYNC_AFTER_IDLE: Duration = Duration::from_millis(100);
 
 /// So many at most are lost in a power cut, each of which costs a question; filling a new index must not wait for more.
 const SYNC_AFTER_WRITES: u32 = 2048;
+
+/// Messages served between a removal that is to be durable and its flush, for others to share it.
+const BEFORE_EXPUNGING_MAX: usize = 1024;
 
 /// How often the size of the file is looked at, if nobody asks for anything; and the pause between two steps then.
 const LOOK_AFTER_IDLE: Duration = Duration::from_millis(if cfg!(test) { 100 } else { 600_000 });
@@ -49,6 +52,8 @@ pub(super) struct Keeper {
     set_aside: u32,
     busy: u32,
     unsynced: u32,
+    /// What was removed and is not durably so yet, each with who waits for it.
+    expunging: Vec<(Vec<u8>, Reply<bool>)>,
     interim: Interim,
     compaction: Option<Compaction>,
 }
@@ -64,6 +69,7 @@ impl Keeper {
             set_aside: 0,
             busy: 0,
             unsynced: 0,
+            expunging: Vec::new(),
             interim: Interim::default(),
             compaction: None,
         }
@@ -72,6 +78,7 @@ impl Keeper {
     /// Serves until told to close. Opens the index first; what is asked meanwhile waits.
     pub(super) fn run(mut self, receiver: &Receiver<Message>) {
         self.open();
+        let mut is_closed = false;
         loop {
             let pause = match (self.unsynced, &self.compaction) {
                 (1.., _) => SYNC_AFTER_IDLE,
@@ -89,6 +96,21 @@ impl Keeper {
             match message {
                 None | Some(Message::Close) => break,
                 Some(message) => self.serve(message),
+            }
+            // Those who wait for a removal share one flush with all who asked for one by now.
+            for _ in 0..BEFORE_EXPUNGING_MAX {
+                if self.expunging.is_empty() || is_closed {
+                    break;
+                }
+                match receiver.try_recv() {
+                    Ok(Message::Close) => is_closed = true,
+                    Ok(message) => self.serve(message),
+                    Err(_) => break,
+                }
+            }
+            self.expunge();
+            if is_closed {
+                break;
             }
             if self.unsynced >= SYNC_AFTER_WRITES {
                 self.sync();
@@ -116,7 +138,8 @@ impl Keeper {
             }
             Message::Remove { key } => self.write(key, None),
             Message::Expunge { key, reply } => {
-                let _ = reply.send(self.expunge(key));
+                self.write(key.clone(), None);
+                self.expunging.push((key, reply));
             }
             Message::Scan {
                 prefix,
@@ -183,14 +206,25 @@ impl Keeper {
         }
     }
 
-    /// Removes durably. Where the index cannot do that, it is not used again as it is on the disk: grants are lost by that,
-    /// but one that was taken back does not return.
-    fn expunge(&mut self, key: Vec<u8>) -> bool {
-        self.write(key.clone(), None);
-        if self.sync() {
-            return true;
+    /// Makes durable, with one flush, what was removed to be expunged, and tells all who wait for it.
+    fn expunge(&mut self) {
+        if self.expunging.is_empty() {
+            return;
         }
-        self.interim.write(key, None);
+        let is_synced = self.sync();
+        let (keys, replies): (Vec<_>, Vec<_>) = std::mem::take(&mut self.expunging).into_iter().unzip();
+        let is_expunged = is_synced || self.outlaw(keys);
+        for reply in replies {
+            let _ = reply.send(is_expunged);
+        }
+    }
+
+    /// Where the index cannot make a removal durable, it is not used again as it is on the disk: grants are lost by that,
+    /// but one that was taken back does not return.
+    fn outlaw(&mut self, keys: Vec<Vec<u8>>) -> bool {
+        for key in keys {
+            self.interim.write(key, None);
+        }
         let Home::Folder { volume, .. } = &self.home else {
             return true;
         };

@@ -1,17 +1,18 @@
 //! The handle by which others ask the thread that owns the index ([`super::keeper`]).
 //!
 //! Reads wait for a reply, but not for long: they are made for what is not in memory, and a miss is safe. Writes do not
-//! wait at all.
+//! wait at all. Where the thread lets someone wait in vain, nobody else waits for it until it has done something again.
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use super::Pair;
 use super::keeper::Keeper;
+use crate::store::guard::assert_may_block;
 use crate::store::volume::Volume;
 
 const QUEUE_MESSAGES_MAX: usize = 4096;
@@ -52,12 +53,14 @@ pub(in crate::store) enum Home {
     Memory,
 }
 
-pub(super) type Reply<T> = SyncSender<Result<T, NoAnswer>>;
+pub(super) type Reply<T> = SyncSender<T>;
+
+type Answer<T> = Result<T, NoAnswer>;
 
 pub(super) enum Message {
     Get {
         key: Vec<u8>,
-        reply: Reply<Option<Vec<u8>>>,
+        reply: Reply<Answer<Option<Vec<u8>>>>,
     },
     Put {
         key: Vec<u8>,
@@ -73,16 +76,16 @@ pub(super) enum Message {
     /// Removes so that no crash brings it back; the reply says whether that worked out.
     Expunge {
         key: Vec<u8>,
-        reply: SyncSender<bool>,
+        reply: Reply<bool>,
     },
     Scan {
         prefix: Vec<u8>,
         after: Vec<u8>,
         limit: usize,
-        reply: Reply<Vec<Pair>>,
+        reply: Reply<Answer<Vec<Pair>>>,
     },
     Flush {
-        reply: SyncSender<()>,
+        reply: Reply<()>,
     },
     Reopen,
     /// Begins a new one.
@@ -93,6 +96,13 @@ pub(super) enum Message {
 /// The index is slow or down: whether it holds what was asked for is not known.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::store) struct NoAnswer;
+
+/// A removal that is to be durable.
+pub(in crate::store) struct Expunging {
+    /// Not so where the queue was full.
+    unsent: Option<Message>,
+    answer: Receiver<bool>,
+}
 
 /// What the thread and the handle both see.
 #[derive(Debug)]
@@ -191,10 +201,32 @@ impl IndexHandle {
         self.tell(Message::Remove { key });
     }
 
-    /// Removes, and waits, not for ever, until no crash and no power cut can bring it back. `false` if that is not sure.
-    pub(in crate::store) fn expunge(&self, key: Vec<u8>) -> bool {
+    /// Removes so that no crash and no power cut can bring it back. Does not wait: the removal takes its place in the queue
+    /// before this returns, so that what is asked or written afterwards comes after it.
+    pub(in crate::store) fn expunge(&self, key: Vec<u8>) -> Expunging {
         let (reply, answer) = sync_channel(1);
-        self.insist(Message::Expunge { key, reply }) && answer.recv_timeout(REPLY_WITHIN).unwrap_or(false)
+        let unsent = match self.sender.try_send(Message::Expunge { key, reply }) {
+            Err(TrySendError::Full(message)) => Some(message),
+            Ok(()) | Err(TrySendError::Disconnected(_)) => None,
+        };
+        Expunging { unsent, answer }
+    }
+
+    /// Waits, not for ever, for the end of a removal; `false` if it is not sure to be durable. A thread that lets others wait
+    /// in vain removes it when it comes to it, and is not waited for.
+    pub(in crate::store) fn expunged(&self, expunging: Expunging) -> bool {
+        assert_may_block();
+        let Expunging { unsent, answer } = expunging;
+        let is_sent = unsent.is_none_or(|message| self.insist(message));
+        if !is_sent || self.is_stuck() {
+            return false;
+        }
+        answer.recv_timeout(REPLY_WITHIN).unwrap_or_else(|error| {
+            if error == RecvTimeoutError::Timeout {
+                self.note_stuck();
+            }
+            false
+        })
     }
 
     /// At most `limit` pairs in order of their keys, from the first after `after` on.
@@ -218,20 +250,31 @@ impl IndexHandle {
         self.tell(Message::Rebuild);
     }
 
-    fn ask<T>(&self, question: impl FnOnce(Reply<T>) -> Message) -> Result<T, NoAnswer> {
-        if self.shared.is_stuck.load(Ordering::Relaxed) {
+    fn ask<T>(&self, question: impl FnOnce(Reply<Answer<T>>) -> Message) -> Answer<T> {
+        assert_may_block();
+        if self.is_stuck() {
             return Err(NoAnswer);
         }
         let (reply, answer) = sync_channel(1);
         self.sender.try_send(question(reply)).map_err(|_| NoAnswer)?;
         answer.recv_timeout(REPLY_WITHIN).unwrap_or_else(|_| {
-            self.shared.is_stuck.store(true, Ordering::Relaxed);
+            self.note_stuck();
             Err(NoAnswer)
         })
     }
 
+    /// Whether it let someone wait in vain, and has done nothing since.
+    pub(in crate::store) fn is_stuck(&self) -> bool {
+        self.shared.is_stuck.load(Ordering::Relaxed)
+    }
+
+    fn note_stuck(&self) {
+        self.shared.is_stuck.store(true, Ordering::Relaxed);
+    }
+
     /// Waits until everything written is durable; not for ever.
     pub(in crate::store) fn flush(&self) {
+        assert_may_block();
         let (reply, answer) = sync_channel(1);
         if self.insist(Message::Flush { reply }) {
             let _ = answer.recv_timeout(REPLY_WITHIN * 5);

@@ -94,7 +94,8 @@ fn an_index_is_whole_when_one_of_its_images_is_and_an_attestation_is_none() {
         assert!(is_whole(&store, &index));
         let held = store.manifest(&digest(&index)).unwrap().unwrap();
         let place = repository(PLACE);
-        let whole = store.whole_children(UPSTREAM, &place, &held);
+        let view = store.view();
+        let whole = view.whole_children(UPSTREAM, &place, &held);
         let platforms: Vec<_> = whole
             .filter_map(|child| Some(child.platform.as_ref()?.to_string()))
             .collect();
