@@ -199,35 +199,38 @@ daemon_said() {
 
 # --- the daemon --------------------------------------------------------------------------------------------------
 
+# Which of several daemons; its folder and its log have this name.
+daemon=dockerd
+
 # start_dockerd MIRROR [VARIABLE=VALUE…]: a daemon of our own (data, state, socket, configuration, containerd), never the
 # machine's. Without a mirror if that is empty.
 start_dockerd() {
-  local mirror=$1
+  local mirror=$1 own=$scratch/$daemon
   shift
-  mkdir -p "$scratch/dockerd" "$scratch/docker-cli"
-  jq -n --arg mirror "$mirror" '{"registry-mirrors": [$mirror | select(. != "")]}' >"$scratch/dockerd/daemon.json"
-  rm -f "$scratch/dockerd/pid"
-  : >"$logs/dockerd.err"
+  mkdir -p "$own" "$scratch/docker-cli"
+  jq -n --arg mirror "$mirror" '{"registry-mirrors": [$mirror | select(. != "")]}' >"$own/daemon.json"
+  rm -f "$own/pid"
+  : >"$logs/$daemon.err"
   be_cut_off
-  start dockerd "${cut_off[@]}" "$@" \
-    dockerd --config-file "$scratch/dockerd/daemon.json" --host "unix://$scratch/dockerd/sock" \
-    --data-root "$scratch/dockerd/data" --exec-root "$scratch/dockerd/exec" --pidfile "$scratch/dockerd/pid" \
+  start "$daemon" "${cut_off[@]}" "$@" \
+    dockerd --config-file "$own/daemon.json" --host "unix://$own/sock" \
+    --data-root "$own/data" --exec-root "$own/exec" --pidfile "$own/pid" \
     --containerd-namespace "ifnewer-$$" --containerd-plugins-namespace "ifnewer-plugins-$$" \
     --storage-driver vfs --bridge none --iptables=false --ip6tables=false
-  wait_for dockerd 60 docker_ version
+  wait_for "$daemon" 60 docker_ version
 }
 
 stop_dockerd() {
-  stop dockerd
+  stop "$daemon"
 }
 
 # As whoever logged in with $login, a folder; else as nobody.
 docker_() {
-  DOCKER_HOST=unix://$scratch/dockerd/sock DOCKER_CONFIG=${login:-$scratch/docker-cli} timeout 300 docker "$@"
+  DOCKER_HOST=unix://$scratch/$daemon/sock DOCKER_CONFIG=${login:-$scratch/docker-cli} timeout 300 docker "$@"
 }
 
 forget_images() {
-  docker_ images -q --no-trunc | sort -u | xargs -r env DOCKER_HOST="unix://$scratch/dockerd/sock" \
+  docker_ images -q --no-trunc | sort -u | xargs -r env DOCKER_HOST="unix://$scratch/$daemon/sock" \
     DOCKER_CONFIG="$scratch/docker-cli" docker rmi -f >/dev/null
 }
 

@@ -6,6 +6,7 @@ KIND is one of
   lying    answers HEAD of a manifest by tag with 404, and HEAD of a blob too until it was fetched in that repository
   limited  answers more than five requests a second with 429, without Retry-After
   portal   sends requests without bob's credential to a login page, which answers 200 with HTML whatever is asked
+  slow     has one narrow line: all replies together get so many bytes a second
 
 REGISTRY (host:port) is the registry behind it. Prints its address, then one line for each request:
 "METHOD PATH STATUS".
@@ -21,10 +22,14 @@ import time
 kind, registry = sys.argv[1:]
 BOB = "Basic " + base64.b64encode(b"bob:bobs-password").decode()
 REQUESTS_PER_SECOND_MAX = 5
+BYTES_PER_SECOND = 1_000_000
+PIECE_BYTES = 8192
 
 lock = threading.Lock()
 fetched = set()
 recent = []
+# When the line has sent what it was given so far.
+line_is_free_at = [0.0]
 
 
 class Front(http.server.BaseHTTPRequestHandler):
@@ -65,6 +70,9 @@ class Front(http.server.BaseHTTPRequestHandler):
             return 200, {"Content-Type": "text/html"}, b"<html><form>Please log in.</form></html>"
         return 302, {"Location": f"http://localhost:{self.server.server_port}/login?to={self.path}"}, b""
 
+    def slow(self):
+        return None
+
     def forward(self):
         behind = http.client.HTTPConnection(registry)
         own = ("authorization", "connection")
@@ -83,13 +91,24 @@ class Front(http.server.BaseHTTPRequestHandler):
                 self.send_header(name, value)
         self.send_header("Content-Length", length or str(len(body)))
         self.end_headers()
-        if self.command != "HEAD":
+        if self.command == "HEAD":
+            return
+        if kind != "slow":
             self.wfile.write(body)
+            return
+        for begin in range(0, len(body), PIECE_BYTES):
+            piece = body[begin : begin + PIECE_BYTES]
+            with lock:
+                line_is_free_at[0] = max(line_is_free_at[0], time.monotonic()) + len(piece) / BYTES_PER_SECOND
+                sent_at = line_is_free_at[0]
+            time.sleep(max(0, sent_at - time.monotonic()))
+            self.wfile.write(piece)
 
     def log_message(self, *_):
         pass
 
 
+http.server.ThreadingHTTPServer.request_queue_size = 128
 server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Front)
 print(f"listening on 127.0.0.1:{server.server_port}", flush=True)
 server.serve_forever()
