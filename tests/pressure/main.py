@@ -31,7 +31,7 @@ SCENARIOS = {
     "t18": memory.t18,
     "o02": silence.o02,
 }
-SCENARIO_S = 240
+SCENARIO_S = 400
 
 
 def main(chosen):
