@@ -25,7 +25,7 @@ use http::HeaderMap;
 use tokio::sync::{broadcast, mpsc};
 
 pub use clients::{Client, agent};
-pub use connections::{Closed, ConnectionState, OpenConnection};
+pub use connections::{Closed, ConnectionState, OpenConnection, TokenRefused};
 pub use journal::Decision;
 pub use levels::{AllowanceLevel, Levels};
 pub use metrics::Tunnel;
@@ -307,6 +307,11 @@ impl Events {
     /// Counts a connection that was closed to make room for another.
     pub fn connection_closed(&self, listener: &'static str, why: Closed) {
         self.metrics.connections.closed(listener, why);
+    }
+
+    /// Counts an admin token that was refused.
+    pub fn admin_token_refused(&self, why: TokenRefused) {
+        self.metrics.connections.token_refused(why);
     }
 
     /// Counts bytes of a blob sent.

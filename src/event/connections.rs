@@ -1,4 +1,4 @@
-//! Connections of the listeners: how many there are, and which were closed to make room.
+//! Counts of the listeners: connections, those closed to make room, and refused admin tokens.
 
 use std::sync::atomic::AtomicU64;
 
@@ -24,6 +24,24 @@ impl ConnectionState {
         match self {
             Self::Open => "open",
             Self::Waiting => "waiting",
+        }
+    }
+}
+
+/// Why an admin token was refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TokenRefused {
+    /// It is another one.
+    Wrong,
+    /// Its address has sent too many wrong ones: it was not compared.
+    TooMany,
+}
+
+impl TokenRefused {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Wrong => "wrong",
+            Self::TooMany => "too-many",
         }
     }
 }
@@ -62,6 +80,11 @@ struct ClosedLabels {
     reason: &'static str,
 }
 
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ReasonLabels {
+    reason: &'static str,
+}
+
 /// A connection that is counted until this is dropped.
 pub struct OpenConnection(Level);
 
@@ -76,6 +99,7 @@ impl Drop for OpenConnection {
 pub(super) struct Connections {
     open: Family<StateLabels, Level>,
     closed: Family<ClosedLabels, Counter>,
+    admin_tokens: Family<ReasonLabels, Counter>,
 }
 
 impl Connections {
@@ -93,6 +117,11 @@ impl Connections {
             .inc();
     }
 
+    pub(super) fn token_refused(&self, why: TokenRefused) {
+        let reason = why.name();
+        self.admin_tokens.get_or_create(&ReasonLabels { reason }).inc();
+    }
+
     pub(super) fn register(&self, registry: &mut Registry) {
         registry.register(
             "connections",
@@ -103,6 +132,11 @@ impl Connections {
             "connections_closed",
             "Connections without a request that were closed to make room for others, by listener and reason",
             self.closed.clone(),
+        );
+        registry.register(
+            "admin_tokens_refused",
+            "Wrong admin tokens, and tokens that were not compared because their address had sent too many",
+            self.admin_tokens.clone(),
         );
     }
 }
