@@ -9,6 +9,7 @@
 //!   `idle`: connections that make no progress.
 
 pub mod accept;
+mod address;
 mod body;
 mod certificate;
 mod connect;
@@ -38,6 +39,7 @@ use http::request::Parts;
 use http::{HeaderValue, Method, Request, Response, Version};
 use hyper::body::Incoming;
 
+pub(crate) use address::host_network;
 pub use body::{Body, Sound};
 pub use connect::Tunnels;
 pub use door::{Door, Doors, Peer};
@@ -46,6 +48,7 @@ use entry::Way;
 pub use entry::{Entry, Passwords};
 use gate::{Passage, Turned, Wanted};
 pub use idle::Pardon;
+pub(crate) use idle::{Pardoned, Watched};
 
 use crate::clock::Clock;
 use crate::event::{Events, Kind};

@@ -13,7 +13,6 @@ use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
-use rustix::io::Errno;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::Semaphore;
 use tokio::time::timeout;
@@ -132,9 +131,7 @@ impl Accepting {
                 }
                 Err(error) => {
                     tracing::warn!(%error, "a connection could not be accepted");
-                    if is_out_of_descriptors(&error) {
-                        self.0.connections.close_for_descriptor();
-                    }
+                    self.0.connections.accept_failed(&error);
                     tokio::time::sleep(ACCEPT_PAUSE).await;
                 }
             }
@@ -363,12 +360,4 @@ impl Connection {
             self.accepting.0.front.answer(request, &self.peer).await
         }
     }
-}
-
-/// Whether the process, or the system, has no file descriptor left.
-fn is_out_of_descriptors(error: &io::Error) -> bool {
-    let numbers = [Errno::MFILE, Errno::NFILE].map(Errno::raw_os_error);
-    error
-        .raw_os_error()
-        .is_some_and(|number| numbers.contains(&number))
 }

@@ -8,12 +8,14 @@ mod victim;
 
 use std::collections::HashMap;
 use std::future::Future;
+use std::io;
 use std::net::IpAddr;
 use std::pin::pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use rustix::io::Errno;
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
@@ -253,9 +255,12 @@ impl Connections {
         }
     }
 
-    /// Closes the connection that goes first, if any may go: where a descriptor is missing.
-    pub(crate) fn close_for_descriptor(&self) {
-        self.close_one(None, Closed::NoDescriptor);
+    /// Closes the connection that goes first, if any may go, where the process or the system has no descriptor left.
+    pub(crate) fn accept_failed(&self, error: &io::Error) {
+        let errno = error.raw_os_error().map(Errno::from_raw_os_error);
+        if matches!(errno, Some(Errno::MFILE | Errno::NFILE)) {
+            self.close_one(None, Closed::NoDescriptor);
+        }
     }
 
     fn close_one(&self, of: Option<&Arc<Address>>, why: Closed) -> Choice<()> {

@@ -17,7 +17,7 @@ pub struct Pardon(Arc<AtomicUsize>);
 
 impl Pardon {
     /// Holds until what is given is dropped.
-    pub(super) fn hold(&self) -> Pardoned {
+    pub(crate) fn hold(&self) -> Pardoned {
         self.0.fetch_add(1, Ordering::Relaxed);
         Pardoned(Arc::clone(&self.0))
     }
@@ -28,7 +28,7 @@ impl Pardon {
 }
 
 /// See [`Pardon::hold`].
-pub(super) struct Pardoned(Arc<AtomicUsize>);
+pub(crate) struct Pardoned(Arc<AtomicUsize>);
 
 impl Drop for Pardoned {
     fn drop(&mut self) {
@@ -38,7 +38,7 @@ impl Drop for Pardoned {
 
 /// A stream that fails with [`io::ErrorKind::TimedOut`] when nothing moved on it, in either direction, for `patience`, and
 /// no pardon is held.
-pub(super) struct Watched<T> {
+pub(crate) struct Watched<T> {
     stream: T,
     patience: Duration,
     pardon: Pardon,
@@ -47,7 +47,7 @@ pub(super) struct Watched<T> {
 }
 
 impl<T> Watched<T> {
-    pub(super) fn new(stream: T, patience: Duration, pardon: Pardon) -> Self {
+    pub(crate) fn new(stream: T, patience: Duration, pardon: Pardon) -> Self {
         Self {
             stream,
             patience,
