@@ -1,9 +1,10 @@
 //! What an operator sees and steers: health, metrics, the API under `/api/v1/`, and the page at `/` that is made from it.
 //! On a listener of its own.
 //!
-//! * `guard`: who may come, and who may change something. * `routes`: which path is what, `metrics` one of them. * `reply`:
+//! * `serving`: a thread of its own, connections, places. * `health`: what is answered whatever the rest waits for.
+//! * `guard`: who may come, and who may change something. * `routes`: which path is what. * `reply`:
 //!   how it is answered.
-//! * `status`, `images`, `keeping`, `why`, `upstreams`, `transfers`, `events`, `work`, `archive`: one kind of thing each; `words`: the same
+//! * `metrics`, `status`, `images`, `keeping`, `why`, `upstreams`, `transfers`, `events`, `work`, `archive`: one kind of thing each; `words`: the same
 //!   words everywhere. * `page`: all of it for people. * `probe`, `client`: asking a running cache from the command line.
 //!
 //! The page and the command line know nothing that the API does not say. `openapi.json` describes it, and the tests hold
@@ -13,6 +14,7 @@ mod archive;
 pub mod client;
 mod events;
 mod guard;
+mod health;
 mod images;
 mod keeping;
 mod metrics;
@@ -20,9 +22,11 @@ mod named;
 mod notices;
 mod page;
 mod piped;
+mod places;
 pub mod probe;
 mod reply;
 mod routes;
+mod serving;
 mod status;
 mod transfers;
 mod upkeep;
@@ -31,41 +35,34 @@ mod why;
 pub mod words;
 mod work;
 
-use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use arc_swap::ArcSwap;
-use http::Request;
-use hyper::body::Incoming;
-use hyper::server::conn::http1;
-use hyper::service::service_fn;
-use hyper_util::rt::{TokioIo, TokioTimer};
-use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::Semaphore;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 pub use guard::{Guard, TokenError, token};
+pub use serving::Listener;
 
 use crate::clock::Clock;
 use crate::event::Events;
 use crate::server::tls::ServerTls;
 use crate::server::{Egress, Registry};
+use crate::store::LogLimit;
 use crate::upstream::Offline;
-use guard::Way;
+use health::{Pulse, Reads};
 use notices::Notices;
+use places::Places;
 use work::Works;
 
-const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
-
-/// Who watches decisions as they are made, at a time.
-const WATCHERS_MAX: usize = 64;
-
-/// Connections at a time.
+/// Connections at a time, and where the process may open few files. Half of them is for one address, half for requests,
+/// a quarter for event streams.
 const CONNECTIONS_MAX: usize = 256;
+const CONNECTIONS_MIN: usize = 16;
 
 /// How often the counts are noted for the plots.
 const SAMPLE_EVERY: Duration = Duration::from_secs(10);
@@ -96,6 +93,13 @@ pub struct Surroundings {
     pub registry_addresses: Vec<SocketAddr>,
     /// Set when the process is to end.
     pub ending: CancellationToken,
+    /// Connections at a time; see [`connections_max`].
+    pub connections_max: usize,
+}
+
+/// Connections of the admin listener at a time in a process that may open so many files.
+pub fn connections_max(descriptors: usize) -> usize {
+    (descriptors / 16).clamp(CONNECTIONS_MIN, CONNECTIONS_MAX)
 }
 
 /// Reached through [`Admin`].
@@ -104,9 +108,11 @@ pub struct Inner {
     started_at: SystemTime,
     works: Works,
     notices: Notices,
-    watchers: Arc<Semaphore>,
-    connections: Arc<Semaphore>,
+    watchers: Places,
     archives: Arc<Semaphore>,
+    refused: LogLimit,
+    pulse: Pulse,
+    reads: Reads,
 }
 
 impl std::ops::Deref for Admin {
@@ -129,14 +135,17 @@ impl Admin {
     /// Nothing asked yet.
     pub fn new(surroundings: Surroundings) -> Self {
         let started_at = surroundings.clock.now();
+        let connections_max = surroundings.connections_max;
         Self(Arc::new(Inner {
             surroundings,
             started_at,
             works: Works::default(),
             notices: Notices::default(),
-            watchers: Arc::new(Semaphore::new(WATCHERS_MAX)),
-            connections: Arc::new(Semaphore::new(CONNECTIONS_MAX)),
+            watchers: Places::new(connections_max / 4, connections_max / 8),
             archives: Arc::new(Semaphore::new(archive::ARCHIVES_MAX)),
+            refused: LogLimit::default(),
+            pulse: Pulse::new(Instant::now()),
+            reads: Reads::default(),
         }))
     }
 
@@ -151,61 +160,4 @@ impl Admin {
             }
         }
     }
-
-    /// Serves a TCP listener until the process ends.
-    pub async fn run(self, listener: TcpListener) {
-        let is_loopback = listener
-            .local_addr()
-            .is_ok_and(|address| address.ip().is_loopback());
-        let way = if is_loopback { Way::Loopback } else { Way::Network };
-        loop {
-            tokio::select! {
-                () = self.ending.cancelled() => return,
-                accepted = listener.accept() => match accepted {
-                    Ok((stream, _)) => self.spawn(stream, way),
-                    Err(error) => pause(&error).await,
-                }
-            }
-        }
-    }
-
-    /// Serves a unix socket until the process ends.
-    pub async fn run_unix(self, listener: UnixListener) {
-        loop {
-            tokio::select! {
-                () = self.ending.cancelled() => return,
-                accepted = listener.accept() => match accepted {
-                    Ok((stream, _)) => self.spawn(stream, Way::Socket),
-                    Err(error) => pause(&error).await,
-                }
-            }
-        }
-    }
-
-    fn spawn<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(&self, stream: S, way: Way) {
-        let Ok(place) = Arc::clone(&self.connections).try_acquire_owned() else {
-            tracing::warn!("too many admin connections; this one is closed");
-            return;
-        };
-        let admin = self.clone();
-        let service = service_fn(move |request: Request<Incoming>| {
-            let admin = admin.clone();
-            async move { Ok::<_, Infallible>(admin.answer(request, way).await) }
-        });
-        tokio::spawn(async move {
-            let _place = place;
-            let connection = http1::Builder::new()
-                .timer(TokioTimer::new())
-                .header_read_timeout(HEADER_TIMEOUT)
-                .serve_connection(TokioIo::new(stream), service);
-            if let Err(error) = connection.await {
-                tracing::debug!(%error, "an admin connection ended badly");
-            }
-        });
-    }
-}
-
-async fn pause(error: &std::io::Error) {
-    tracing::warn!(%error, "an admin connection could not be accepted");
-    tokio::time::sleep(Duration::from_millis(50)).await;
 }

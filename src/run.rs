@@ -157,7 +157,10 @@ pub async fn serve(
         ca: config.tls.own.is_none().then(|| config.tls.folder.join("ca.pem")),
         registry_addresses,
         ending: ending.clone(),
+        connections_max: admin::connections_max(descriptors),
     });
+    // Not waited for at the end, which may take its time.
+    tokio::spawn(admin.clone().beat());
     tasks.spawn(admin.clone().sample());
     tasks.spawn(tend(Arc::clone(&store), clock, ending.clone()));
     tasks.spawn(certificates::tend(Arc::clone(&tls), clock, ending.clone()));
@@ -488,13 +491,13 @@ fn operate(
         config::Admin::Tcp(address) => {
             let listener = bind(*address, false)?;
             announce("admin", &listener.local_addr()?.to_string());
-            tasks.spawn(admin.run(listener));
+            tasks.spawn(admin.serve(admin::Listener::Tcp(listener))?);
             Ok(None)
         }
         config::Admin::Unix(path) => {
             let (listener, file) = bind_unix(path, 0o600)?;
             announce("admin", &format!("unix:{}", path.display()));
-            tasks.spawn(admin.run_unix(listener));
+            tasks.spawn(admin.serve(admin::Listener::Unix(listener))?);
             Ok(Some(file))
         }
     }

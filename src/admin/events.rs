@@ -1,15 +1,16 @@
 //! The last decisions, and new ones as they are made; and who was seen.
 
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
-use http::StatusCode;
 use serde::Serialize;
 use tokio::sync::broadcast::error::RecvError;
-use tokio::sync::{OwnedSemaphorePermit, mpsc};
+use tokio::sync::mpsc;
 
 use super::Admin;
+use super::places::Place;
 use super::reply::{Problem, Reply, live};
 use super::words::{decision, rfc3339};
 use crate::event::{Client, Decision, Kind};
@@ -165,11 +166,10 @@ impl Admin {
     }
 
     /// Sends decisions as they are made, as server-sent events: those after `after` first.
-    pub(super) fn watch(&self, filter: Filter) -> Result<Reply, Problem> {
-        let Ok(place) = Arc::clone(&self.watchers).try_acquire_owned() else {
-            return Err(Problem::new(
-                StatusCode::SERVICE_UNAVAILABLE,
-                "too many are watching already; close a page, or ask for /api/v1/events now and then",
+    pub(super) fn watch(&self, filter: Filter, client: Option<IpAddr>) -> Result<Reply, Problem> {
+        let Some(place) = self.watchers.take(client) else {
+            return Err(Problem::busy(
+                "too many are watching already, in all or from this address; close a page, or ask for /api/v1/events now and then",
             ));
         };
         let (lines, replies) = mpsc::channel(LINES_MAX);
@@ -197,7 +197,7 @@ impl Admin {
 }
 
 async fn send(
-    place: OwnedSemaphorePermit,
+    place: Place,
     lines: mpsc::Sender<Bytes>,
     mut news: tokio::sync::broadcast::Receiver<Arc<Decision>>,
     missed: Vec<Event>,

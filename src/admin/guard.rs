@@ -6,9 +6,12 @@
 //!
 //! * The host asked for must be this one, or an address: else a name that resolves to us (DNS rebinding) would make us
 //!   the same site as the attacker's page.
-//! * Where a token is configured it is asked for on TCP, for everything but health and metrics.
+//! * Where a token is configured it is asked for on TCP, for everything but health and metrics. Wrong ones are limited
+//!   (`guesses`), logged and counted.
 //! * A change must come from our own page (its form carries a secret of this process) or from a program: JSON and
 //!   `DELETE` are what no page of another site can send without asking first, and nobody is told yes.
+
+mod guesses;
 
 use std::net::IpAddr;
 use std::path::PathBuf;
@@ -20,12 +23,16 @@ use http::header::{AUTHORIZATION, CONTENT_TYPE, HOST, ORIGIN};
 use http::request::Parts;
 use http::uri::Authority;
 use http::{HeaderMap, Method, StatusCode};
+use tokio::time::Instant;
 use zeroize::Zeroizing;
 
+use self::guesses::Guesses;
 use super::archive::TAR;
 use super::reply::Problem;
 use crate::config::Listen;
+use crate::event::{Events, TokenRefused};
 use crate::oci::digest::keyed;
+use crate::store::LogLimit;
 
 /// How a connection reached the listener.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,6 +44,17 @@ pub(super) enum Way {
     /// Through a unix socket, whose permissions say who may.
     Socket,
 }
+
+/// Who sent a request.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Caller {
+    pub(super) way: Way,
+    /// The address; none on a unix socket.
+    pub(super) client: Option<IpAddr>,
+}
+
+const TOKEN_WANTED: &str =
+    "the admin token is needed: Authorization: Bearer <content of listen.admin_token_file>";
 
 /// Shorter than this is guessed.
 const TOKEN_BYTES_MIN: usize = 16;
@@ -78,23 +96,32 @@ pub struct Guard {
     names: Vec<String>,
     /// Keys the comparison of tokens, and the secret in forms. New with each process.
     secret: [u8; 32],
+    guesses: Guesses,
+    logged: LogLimit,
 }
 
 impl Guard {
     /// Asks for `token`, if there is one. `names` are ours besides addresses; `secret` is new with each process.
     pub fn new(token: Option<Zeroizing<String>>, names: Vec<String>, secret: [u8; 32]) -> Arc<Self> {
-        Arc::new(Self { token, names, secret })
+        Arc::new(Self {
+            token,
+            names,
+            secret,
+            guesses: Guesses::default(),
+            logged: LogLimit::default(),
+        })
     }
 
     /// Lets a request in, or says why not. The form of a page is looked at apart, by [`Self::admits_form`].
-    pub(super) fn admit(&self, head: &Parts, way: Way) -> Result<(), Problem> {
+    pub(super) fn admit(&self, head: &Parts, caller: Caller, events: &Events) -> Result<(), Problem> {
+        let way = caller.way;
         if way != Way::Socket {
             self.host(head, way)?;
         }
         let path = head.uri.path();
         let is_open = matches!(path, "/healthz" | "/readyz" | "/metrics");
         if !is_open && way != Way::Socket {
-            self.token(&head.headers)?;
+            self.token(&head.headers, caller.client, events)?;
         }
         if head.method == Method::GET || head.method == Method::HEAD {
             return Ok(());
@@ -169,38 +196,52 @@ impl Guard {
         ))
     }
 
-    /// `Bearer <token>`, or the password of `Basic`, which browsers can ask for.
-    fn token(&self, headers: &HeaderMap) -> Result<(), Problem> {
+    /// Wants the token. Each address may be wrong so often; then its tokens are not compared for a while, and those of
+    /// others are.
+    fn token(&self, headers: &HeaderMap, client: Option<IpAddr>, events: &Events) -> Result<(), Problem> {
         let Some(token) = &self.token else { return Ok(()) };
-        let sent = headers.get(AUTHORIZATION).and_then(|value| value.to_str().ok());
-        let sent = sent.and_then(|value| value.split_once(' '));
-        let is_right = match sent {
-            Some((scheme, sent)) if scheme.eq_ignore_ascii_case("bearer") => self.is_same(sent.trim(), token),
-            Some((scheme, sent)) if scheme.eq_ignore_ascii_case("basic") => {
-                let plain = STANDARD
-                    .decode(sent.trim())
-                    .map(Zeroizing::new)
-                    .unwrap_or_default();
-                let plain = std::str::from_utf8(&plain).unwrap_or_default();
-                plain
-                    .split_once(':')
-                    .is_some_and(|(_, password)| self.is_same(password, token))
-            }
-            _ => false,
+        let now = Instant::now();
+        let Some(sent) = sent(headers) else {
+            return Err(Problem::new(StatusCode::UNAUTHORIZED, TOKEN_WANTED));
         };
-        if is_right {
+        let wait = client.and_then(|client| self.guesses.wait(client, now));
+        if let Some(wait) = wait {
+            events.admin_token_refused(TokenRefused::TooMany);
+            let detail = "too many wrong admin tokens came from this address; wait a moment";
+            let problem = Problem::new(StatusCode::TOO_MANY_REQUESTS, detail);
+            return Err(problem.retry_after(wait.as_secs() + 1));
+        }
+        if self.is_same(&sent, token) {
             return Ok(());
         }
-        Err(Problem::new(
-            StatusCode::UNAUTHORIZED,
-            "the admin token is needed: Authorization: Bearer <content of listen.admin_token_file>",
-        ))
+        events.admin_token_refused(TokenRefused::Wrong);
+        let wrong = client.map_or(1, |client| self.guesses.note(client, now));
+        if let Some(skipped) = self.logged.admits() {
+            let client = client.map(tracing::field::display);
+            tracing::warn!(client, wrong, skipped, "a wrong admin token was sent");
+        }
+        Err(Problem::new(StatusCode::UNAUTHORIZED, TOKEN_WANTED))
     }
 
     /// Compared by their keyed hashes: how long that takes says nothing about where the two differ.
     fn is_same(&self, one: &str, other: &str) -> bool {
         keyed(&self.secret, one.as_bytes()) == keyed(&self.secret, other.as_bytes())
     }
+}
+
+/// `Bearer <token>`, or the password of `Basic`, which browsers can ask for.
+fn sent(headers: &HeaderMap) -> Option<Zeroizing<String>> {
+    let sent = headers.get(AUTHORIZATION)?.to_str().ok()?;
+    let (scheme, sent) = sent.split_once(' ')?;
+    if scheme.eq_ignore_ascii_case("bearer") {
+        return Some(Zeroizing::new(sent.trim().to_owned()));
+    }
+    if !scheme.eq_ignore_ascii_case("basic") {
+        return None;
+    }
+    let plain = Zeroizing::new(STANDARD.decode(sent.trim()).ok()?);
+    let (_, password) = std::str::from_utf8(&plain).ok()?.split_once(':')?;
+    Some(Zeroizing::new(password.to_owned()))
 }
 
 /// A browser says which site's page sent a change. Programs say nothing.
@@ -243,8 +284,9 @@ mod tests {
             request = request.header(*name, *value);
         }
         let (head, ()) = request.body(()).unwrap().into_parts();
+        let client = (way != Way::Socket).then_some(IpAddr::V4(std::net::Ipv4Addr::LOCALHOST));
         guard
-            .admit(&head, way)
+            .admit(&head, Caller { way, client }, &Events::new())
             .err()
             .map(|problem| problem.status.as_u16())
     }

@@ -16,14 +16,19 @@ const PLAIN_METRICS: &str = "text/plain; version=0.0.4; charset=utf-8";
 /// The metrics' type: `OpenMetrics`, which Prometheus and its kin ask for.
 const OPENMETRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
+/// Whether this client takes `OpenMetrics`.
+pub(super) fn wants_openmetrics(head: &Parts) -> bool {
+    let accepted = head.headers.get_all(ACCEPT).iter();
+    accepted
+        .filter_map(|line| line.to_str().ok())
+        .any(|line| line.contains("application/openmetrics-text"))
+}
+
 impl Admin {
-    pub(super) fn metrics(&self, head: &Parts, now: SystemTime) -> Reply {
+    /// May wait for locks.
+    pub(super) fn metrics(&self, as_openmetrics: bool, now: SystemTime) -> Reply {
         let levels = self.levels(now);
-        let accepted = head.headers.get_all(ACCEPT).iter();
-        let asked = accepted
-            .filter_map(|line| line.to_str().ok())
-            .any(|line| line.contains("application/openmetrics-text"));
-        if asked {
+        if as_openmetrics {
             whole(StatusCode::OK, OPENMETRICS, self.events.text(&levels))
         } else {
             whole(StatusCode::OK, PLAIN_METRICS, self.events.plain_text(&levels))

@@ -7,7 +7,7 @@ use std::task::{Context, Poll};
 use bytes::Bytes;
 use http::header::{
     CACHE_CONTROL, CONTENT_LENGTH, CONTENT_SECURITY_POLICY, CONTENT_TYPE, LOCATION, REFERRER_POLICY,
-    X_CONTENT_TYPE_OPTIONS, X_FRAME_OPTIONS,
+    RETRY_AFTER, X_CONTENT_TYPE_OPTIONS, X_FRAME_OPTIONS,
 };
 use http::{HeaderName, HeaderValue, Response, StatusCode};
 use http_body::{Frame, SizeHint};
@@ -73,6 +73,8 @@ pub(super) struct Problem {
     pub(super) detail: String,
     /// What may have been meant.
     pub(super) nearest: Vec<String>,
+    /// After how many seconds it may be tried again.
+    pub(super) retry_after_s: Option<u64>,
 }
 
 impl Problem {
@@ -81,6 +83,28 @@ impl Problem {
             status,
             detail: detail.into(),
             nearest: Vec::new(),
+            retry_after_s: None,
+        }
+    }
+
+    /// Too much of this is under way.
+    pub(super) fn busy(detail: impl Into<String>) -> Self {
+        let problem = Self::new(StatusCode::SERVICE_UNAVAILABLE, detail);
+        problem.retry_after(1)
+    }
+
+    /// The task that was to answer ended in a panic, or with the process.
+    pub(super) fn failed() -> Self {
+        Self::new(
+            StatusCode::INTERNAL_SERVER_ERROR,
+            "the task ended without an answer; the log says why",
+        )
+    }
+
+    pub(super) fn retry_after(self, seconds: u64) -> Self {
+        Self {
+            retry_after_s: Some(seconds),
+            ..self
         }
     }
 
@@ -105,7 +129,11 @@ impl Problem {
         {
             fields.insert("nearest".to_owned(), json!(self.nearest));
         }
-        whole(self.status, "application/problem+json", body.to_string())
+        let mut reply = whole(self.status, "application/problem+json", body.to_string());
+        if let Some(seconds) = self.retry_after_s {
+            reply.headers_mut().insert(RETRY_AFTER, seconds.into());
+        }
+        reply
     }
 }
 

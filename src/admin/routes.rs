@@ -1,18 +1,21 @@
 //! Which path is what.
 
+use std::net::IpAddr;
+use std::time::Duration;
+
 use bytes::Bytes;
 use http::header::{ALLOW, CONTENT_DISPOSITION, WWW_AUTHENTICATE};
 use http::request::Parts;
-use http::{HeaderValue, Method, Request, StatusCode};
+use http::{HeaderValue, Method, StatusCode};
 use http_body_util::{BodyExt as _, Limited};
 use hyper::body::Incoming;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::json;
 use tokio::task::spawn_blocking;
+use tokio::time::timeout;
 
 use super::events::Filter;
-use super::guard::Way;
 use super::images::{self, Wanted};
 use super::named::Named;
 use super::reply::{Body, Problem, Reply, answer, whole, with_status};
@@ -23,6 +26,9 @@ use crate::pull::Refreshed;
 
 /// The largest body of a request.
 const BODY_BYTES_MAX: usize = 64 * 1024;
+
+/// How long it may take to come.
+const BODY_WITHIN: Duration = Duration::from_secs(30);
 
 /// The description of the API.
 pub(super) const OPENAPI: &str = include_str!("openapi.json");
@@ -41,26 +47,26 @@ const METHODS: &[(&str, &str)] = &[
 ];
 
 impl Admin {
-    /// Answers one request. Total.
-    pub(super) async fn answer(&self, asked: Request<Incoming>, way: Way) -> Reply {
-        let (head, body) = asked.into_parts();
-        let is_head = head.method == Method::HEAD;
-        let mut reply = match self.route(&head, body, way).await {
-            Ok(reply) => reply,
-            Err(problem) => Self::refusal(&head, &problem),
-        };
-        if is_head {
+    /// A reply as its request wants it.
+    pub(super) fn finished(&self, head: &Parts, reply: Result<Reply, Problem>) -> Reply {
+        let mut reply = reply.unwrap_or_else(|problem| Self::refusal(head, &problem));
+        if head.method == Method::HEAD {
             *reply.body_mut() = Body::Whole(None);
         }
         reply
     }
 
-    async fn route(&self, head: &Parts, body: Incoming, way: Way) -> Result<Reply, Problem> {
-        self.guard.admit(head, way)?;
+    /// Answers what the guard has admitted.
+    pub(super) async fn route(
+        &self,
+        head: &Parts,
+        body: Incoming,
+        client: Option<IpAddr>,
+    ) -> Result<Reply, Problem> {
         let (query, _) = Query::parse(head.uri.query()).map_err(|error| Problem::bad(error.to_string()))?;
         let path = head.uri.path();
         match head.method.as_str() {
-            "GET" | "HEAD" => self.read(path, &query, head).await,
+            "GET" | "HEAD" => self.read(path, &query, (head, client)).await,
             "DELETE" if path == "/api/v1/images" => self.remove(&query).await,
             "POST" if path == "/api/v1/import" => self.import(&query, body).await,
             "POST" => {
@@ -81,7 +87,12 @@ impl Admin {
         }
     }
 
-    async fn read(&self, path: &str, query: &Query, head: &Parts) -> Result<Reply, Problem> {
+    async fn read(
+        &self,
+        path: &str,
+        query: &Query,
+        (head, client): (&Parts, Option<IpAddr>),
+    ) -> Result<Reply, Problem> {
         let now = self.clock.now();
         if let Some(id) = path.strip_prefix("/api/v1/pulls/") {
             return self.pull_of(id);
@@ -93,9 +104,6 @@ impl Admin {
             "/live.js" => whole(StatusCode::OK, "text/javascript; charset=utf-8", page::SCRIPT),
             "/icon.svg" => whole(StatusCode::OK, "image/svg+xml", page::ICON),
             "/ca.pem" => self.ca().await?,
-            "/healthz" => whole(StatusCode::OK, "text/plain; charset=utf-8", "ok\n"),
-            "/readyz" => self.ready(),
-            "/metrics" => self.metrics(head, now),
             "/api/openapi.json" => whole(StatusCode::OK, "application/json", OPENAPI),
             "/api/v1/status" => json_of(&self.status(now))?,
             "/api/v1/series" => {
@@ -121,7 +129,7 @@ impl Admin {
             "/api/v1/upstreams" => answer(&upstreams::listed(&registry, now)),
             "/api/v1/transfers" => answer(&json!({ "transfers": transfers::list(&registry) })),
             "/api/v1/events" => answer(&json!({ "events": self.told(&Filter::read(query)?) })),
-            "/api/v1/events/stream" => self.watch(Filter::read(query)?)?,
+            "/api/v1/events/stream" => self.watch(Filter::read(query)?, client)?,
             "/api/v1/clients" => answer(&json!({ "clients": self.clients_seen(now) })),
             "/api/v1/pulls" => answer(&json!({ "pulls": self.works.list(registry.pull.downloads()) })),
             "/api/v1/pins" => answer(&json!({ "pins": keeping::pins(&registry) })),
@@ -171,14 +179,6 @@ impl Admin {
             headers.insert(ALLOW, HeaderValue::from_static(methods));
         }
         reply
-    }
-
-    /// Ready as long as requests are answered: a silent upstream or a broken index makes a slower cache, not a dead one.
-    fn ready(&self) -> Reply {
-        let mut lines = vec!["ready".to_owned()];
-        lines.extend(self.problems());
-        lines.push(String::new());
-        whole(StatusCode::OK, "text/plain; charset=utf-8", lines.join("\n"))
     }
 
     async fn ca(&self) -> Result<Reply, Problem> {
@@ -403,7 +403,14 @@ pub(super) fn flag(query: &Query, name: &str) -> Result<bool, Problem> {
 }
 
 async fn collect(body: Incoming) -> Result<Bytes, Problem> {
-    match Limited::new(body, BODY_BYTES_MAX).collect().await {
+    let collected = timeout(BODY_WITHIN, Limited::new(body, BODY_BYTES_MAX).collect());
+    let Ok(collected) = collected.await else {
+        return Err(Problem::new(
+            StatusCode::REQUEST_TIMEOUT,
+            format!("the body did not come within {} s", BODY_WITHIN.as_secs()),
+        ));
+    };
+    match collected {
         Ok(body) => Ok(body.to_bytes()),
         Err(error) if error.is::<http_body_util::LengthLimitError>() => Err(Problem::new(
             StatusCode::PAYLOAD_TOO_LARGE,
@@ -422,12 +429,9 @@ pub(super) fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, Problem> {
 pub(super) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, Problem> + Send + 'static,
 ) -> Result<T, Problem> {
-    spawn_blocking(work).await.unwrap_or_else(|_| {
-        Err(Problem::new(
-            StatusCode::INTERNAL_SERVER_ERROR,
-            "the task ended without an answer; the log says why",
-        ))
-    })
+    spawn_blocking(work)
+        .await
+        .unwrap_or_else(|_| Err(Problem::failed()))
 }
 
 fn json_of(value: &impl serde::Serialize) -> Result<Reply, Problem> {

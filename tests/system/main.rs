@@ -24,6 +24,7 @@ mod absent;
 mod access_log;
 mod admin;
 mod admin_api;
+mod admin_limits;
 mod archives;
 mod ca;
 mod certificates;

@@ -1,0 +1,118 @@
+//! Rate limit of wrong admin tokens, per client address (GCRA: a burst, then one in a while).
+//!
+//! An address that used up its allowance is refused without a comparison, or the limit would only slow the refusals. No
+//! other address is concerned. The addresses remembered have a bound; one that is forgotten has its whole burst again.
+
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use quick_cache::sync::Cache;
+use tokio::time::Instant;
+
+use crate::server::host_network;
+
+/// Wrong tokens in a row, and how long it takes until one more may be tried.
+const BURST: u32 = 10;
+const ONE_MORE_AFTER: Duration = Duration::from_secs(1);
+
+/// Addresses remembered.
+const ADDRESSES_MAX: usize = 4096;
+
+/// The wrong tokens of each address.
+pub(super) struct Guesses(Cache<IpAddr, Arc<Mutex<Guessed>>>);
+
+/// The wrong tokens of one address.
+#[derive(Debug, Default)]
+struct Guessed {
+    /// Since the address is remembered.
+    wrong: u64,
+    /// When the whole burst is there again.
+    full_at: Option<Instant>,
+}
+
+impl Guessed {
+    /// How long until another token may be tried; `None`: it may now.
+    fn wait(&self, now: Instant) -> Option<Duration> {
+        let used = self.full_at?.saturating_duration_since(now);
+        let wait = (used + ONE_MORE_AFTER).saturating_sub(ONE_MORE_AFTER * BURST);
+        (!wait.is_zero()).then_some(wait)
+    }
+
+    fn note(&mut self, now: Instant) -> u64 {
+        let full_at = self.full_at.unwrap_or(now).max(now);
+        self.full_at = Some(full_at + ONE_MORE_AFTER);
+        self.wrong += 1;
+        self.wrong
+    }
+}
+
+impl Default for Guesses {
+    fn default() -> Self {
+        Self(Cache::new(ADDRESSES_MAX))
+    }
+}
+
+impl Guesses {
+    /// How long a client waits until another of its tokens is compared.
+    pub(super) fn wait(&self, client: IpAddr, now: Instant) -> Option<Duration> {
+        let guessed = self.0.get(&host_network(client))?;
+        locked(&guessed).wait(now)
+    }
+
+    /// Notes a wrong token; how many it were from this address.
+    pub(super) fn note(&self, client: IpAddr, now: Instant) -> u64 {
+        let made = || Ok::<_, std::convert::Infallible>(Arc::default());
+        let Ok(guessed) = self.0.get_or_insert_with(&host_network(client), made);
+        locked(&guessed).note(now)
+    }
+}
+
+fn locked(guessed: &Mutex<Guessed>) -> MutexGuard<'_, Guessed> {
+    guessed.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::net::Ipv4Addr;
+
+    const ONE: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1));
+    const OTHER: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 0, 2, 2));
+
+    #[test]
+    fn t14_wrong_tokens_are_slowed_to_one_a_second() {
+        let (guesses, start) = (Guesses::default(), Instant::now());
+        let mut compared = 0;
+        // As fast as 6,517 a second, for a minute.
+        for at in 0..60 * 6_517_u32 {
+            let now = start + Duration::from_secs(1) / 6_517 * at;
+            if guesses.wait(ONE, now).is_none() {
+                compared += 1;
+                assert_eq!(guesses.note(ONE, now), compared);
+            }
+        }
+        assert!((60..=u64::from(BURST) + 60).contains(&compared), "{compared}");
+    }
+
+    #[test]
+    fn t14_wrong_tokens_lock_out_no_other_address() {
+        let (guesses, now) = (Guesses::default(), Instant::now());
+        for _ in 0..BURST {
+            assert_eq!(guesses.wait(ONE, now), None);
+            guesses.note(ONE, now);
+        }
+        assert_eq!(guesses.wait(ONE, now), Some(ONE_MORE_AFTER));
+        assert_eq!(guesses.wait(OTHER, now), None);
+        assert_eq!(guesses.wait(ONE, now + ONE_MORE_AFTER), None);
+    }
+
+    #[test]
+    fn t14_addresses_with_wrong_tokens_take_bounded_memory() {
+        let (guesses, now) = (Guesses::default(), Instant::now());
+        for address in 0..10 * 4096_u32 {
+            guesses.note(Ipv4Addr::from_bits(address).into(), now);
+        }
+        assert!(guesses.0.len() <= ADDRESSES_MAX, "{}", guesses.0.len());
+    }
+}

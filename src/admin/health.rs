@@ -1,0 +1,189 @@
+//! Health and metrics, which are answered whatever the rest of the process waits for.
+//!
+//! They are answered on the admin listener's own thread. What they tell of the rest is read on a thread that may wait,
+//! one at a time and not for long: a lock that is never released costs its words, and not the answer. No disk is asked.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use http::StatusCode;
+use http::request::Parts;
+use tokio::sync::Semaphore;
+use tokio::task::spawn_blocking;
+use tokio::time::{Instant, timeout};
+
+use super::reply::{Problem, Reply, whole};
+use super::{Admin, metrics};
+
+/// How often the threads that answer requests show that they run.
+const BEAT_EVERY: Duration = Duration::from_secs(1);
+
+/// Without a beat for so long, no request is answered. Longer than a busy machine lets a task wait.
+const BEAT_WITHIN: Duration = Duration::from_secs(30);
+
+/// How long words and metrics are waited for; Prometheus waits for 10 s.
+const WORDS_WITHIN: Duration = Duration::from_secs(1);
+const METRICS_WITHIN: Duration = Duration::from_secs(5);
+
+const PLAIN: &str = "text/plain; charset=utf-8";
+
+/// Whether the threads that answer requests run.
+pub(super) struct Pulse {
+    began: Instant,
+    last_ms: AtomicU64,
+}
+
+impl Pulse {
+    pub(super) fn new(now: Instant) -> Self {
+        Self {
+            began: now,
+            last_ms: AtomicU64::new(0),
+        }
+    }
+
+    fn beat(&self, now: Instant) {
+        self.last_ms.store(self.ms(now), Ordering::Relaxed);
+    }
+
+    /// For how long they have not run, if that is too long.
+    fn stopped(&self, now: Instant) -> Option<Duration> {
+        let last = self.last_ms.load(Ordering::Relaxed);
+        let quiet = Duration::from_millis(self.ms(now).saturating_sub(last));
+        (quiet >= BEAT_WITHIN).then_some(quiet)
+    }
+
+    fn ms(&self, at: Instant) -> u64 {
+        u64::try_from(at.saturating_duration_since(self.began).as_millis()).unwrap_or(u64::MAX)
+    }
+}
+
+/// Reads of what the rest of the process knows: of each kind one at a time.
+pub(super) struct Reads {
+    words: Arc<Semaphore>,
+    metrics: Arc<Semaphore>,
+}
+
+/// Threads that such reads need.
+pub(super) const READS_MAX: usize = 2;
+
+impl Default for Reads {
+    fn default() -> Self {
+        Self {
+            words: Arc::new(Semaphore::new(1)),
+            metrics: Arc::new(Semaphore::new(1)),
+        }
+    }
+}
+
+impl Admin {
+    /// Shows that the threads that answer requests run, for as long as they do.
+    pub async fn beat(self) {
+        loop {
+            self.pulse.beat(Instant::now());
+            tokio::time::sleep(BEAT_EVERY).await;
+        }
+    }
+
+    /// The answers of this module; `None` where another one is asked for.
+    pub(super) async fn health(&self, head: &Parts) -> Option<Result<Reply, Problem>> {
+        Some(match head.uri.path() {
+            "/healthz" => self.alive().map(|()| whole(StatusCode::OK, PLAIN, "ok\n")),
+            "/readyz" => self.ready().await,
+            "/metrics" => self.measured(metrics::wants_openmetrics(head)).await,
+            _ => return None,
+        })
+    }
+
+    fn alive(&self) -> Result<(), Problem> {
+        let Some(quiet) = self.pulse.stopped(Instant::now()) else {
+            return Ok(());
+        };
+        Err(Problem::new(
+            StatusCode::SERVICE_UNAVAILABLE,
+            format!(
+                "no request has been answered for {} s: the threads that answer them do not run; restart ifnewer",
+                quiet.as_secs()
+            ),
+        ))
+    }
+
+    /// Ready as long as requests are answered: a silent upstream, a disk that hangs or a broken index makes a slower cache,
+    /// not a dead one.
+    async fn ready(&self) -> Result<Reply, Problem> {
+        self.alive()?;
+        let admin = self.clone();
+        let words = read(&self.reads.words, WORDS_WITHIN, move || admin.problems()).await;
+        let problems = words.unwrap_or_else(|| {
+            vec!["degraded: what else is wrong could not be read within a second".to_owned()]
+        });
+        let mut lines = vec!["ready".to_owned()];
+        lines.extend(problems);
+        lines.push(String::new());
+        Ok(whole(StatusCode::OK, PLAIN, lines.join("\n")))
+    }
+
+    async fn measured(&self, as_openmetrics: bool) -> Result<Reply, Problem> {
+        let admin = self.clone();
+        let metrics = move || admin.metrics(as_openmetrics, admin.clock.now());
+        let measured = read(&self.reads.metrics, METRICS_WITHIN, metrics).await;
+        measured.ok_or_else(|| {
+            Problem::new(
+                StatusCode::SERVICE_UNAVAILABLE,
+                format!(
+                    "the metrics could not be read within {} s; /readyz says what is wrong",
+                    METRICS_WITHIN.as_secs()
+                ),
+            )
+        })
+    }
+}
+
+/// What `work` reads on a thread that may wait; `None` if that takes too long. It is one of its kind until it has ended.
+async fn read<T: Send + 'static>(
+    kind: &Arc<Semaphore>,
+    within: Duration,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Option<T> {
+    let reading = async {
+        let place = Arc::clone(kind).acquire_owned().await.ok()?;
+        let done = spawn_blocking(move || {
+            let done = work();
+            drop(place);
+            done
+        });
+        done.await.ok()
+    };
+    timeout(within, reading).await.ok().flatten()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn e15_health_is_told_by_the_pulse_of_the_workers() {
+        let start = Instant::now();
+        let pulse = Pulse::new(start);
+        let after = |seconds| start + Duration::from_secs(seconds);
+        assert_eq!(pulse.stopped(after(29)), None);
+        assert_eq!(pulse.stopped(after(31)), Some(Duration::from_secs(31)));
+        pulse.beat(after(40));
+        assert_eq!(pulse.stopped(after(69)), None);
+        assert_eq!(pulse.stopped(after(75)), Some(Duration::from_secs(35)));
+    }
+
+    #[tokio::test]
+    async fn e15_a_read_that_waits_for_a_lock_costs_its_words_alone() {
+        let kind = Arc::new(Semaphore::new(1));
+        let (release, held) = std::sync::mpsc::channel::<()>();
+        let stuck = read(&kind, Duration::from_millis(20), move || held.recv());
+        assert!(stuck.await.is_none());
+        // It still is one of its kind: a second one takes no further thread.
+        let next = read(&kind, Duration::from_millis(20), || "read");
+        assert_eq!(next.await, None);
+        drop(release);
+        let next = read(&kind, Duration::from_secs(60), || "read");
+        assert_eq!(next.await, Some("read"));
+    }
+}

@@ -1,0 +1,328 @@
+//! The admin listener's thread and connections.
+//!
+//! It has a thread and a runtime of its own. Health and metrics are answered there (`health`); everything else is handed to
+//! the runtime that the rest of the process uses, so that its work delays none of them.
+//!
+//! Connections have places (`server::connections`): in all, and for one address, which makes room by closing the oldest
+//! quiet one. Requests, and event streams apart from them, have fewer places than there are connections: whatever they do,
+//! a connection that asks for health finds a place.
+
+use std::convert::Infallible;
+use std::io;
+use std::net::IpAddr;
+use std::pin::{Pin, pin};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::{Method, Request, Response};
+use http_body::{Frame, SizeHint};
+use hyper::body::Incoming;
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpListener, UnixListener};
+use tokio::runtime::{Builder, Handle as Runtime};
+use tokio::sync::oneshot;
+use tokio_util::task::AbortOnDropHandle;
+
+use super::Admin;
+use super::guard::{Caller, Way};
+use super::health::READS_MAX;
+use super::places::{Place, Places};
+use super::reply::{Body, Problem, Reply};
+use crate::server::connections::{Bounds, Connections, Entering, InFlight, Slot};
+use crate::server::{Pardon, Pardoned, Watched};
+
+const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long nothing may move on a connection while an answer is sent. Event streams move every 15 s.
+const QUIET_MAX: Duration = Duration::from_secs(60);
+
+/// How long a connection waits for a place of its address.
+const PLACE_WITHIN: Duration = Duration::from_secs(5);
+
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// A connection, whatever it comes by.
+trait Stream: AsyncRead + AsyncWrite + Unpin + Send {}
+impl<S: AsyncRead + AsyncWrite + Unpin + Send> Stream for S {}
+
+/// What is listened on.
+pub enum Listener {
+    /// A TCP address.
+    Tcp(TcpListener),
+    /// A unix socket.
+    Unix(UnixListener),
+}
+
+impl Admin {
+    /// Serves a listener on a thread of its own. What is given completes when no further connection is taken, because the
+    /// process is to end; those that are there are served as long as it lives.
+    pub fn serve(self, listener: Listener) -> io::Result<impl Future<Output = ()>> {
+        let runtime = Builder::new_current_thread()
+            .enable_all()
+            .max_blocking_threads(READS_MAX)
+            .build()?;
+        let listener = Unregistered::new(listener)?;
+        let serving = Serving::new(self, Runtime::current());
+        let (closed, is_closed) = oneshot::channel::<Infallible>();
+        let thread = std::thread::Builder::new().name("admin".to_owned());
+        thread.spawn(move || {
+            runtime.block_on(async move {
+                match listener.registered() {
+                    Ok(listener) => serving.accept(listener).await,
+                    Err(error) => tracing::error!(%error, "the admin listener cannot be used"),
+                }
+                drop(closed);
+                std::future::pending::<()>().await;
+            });
+        })?;
+        Ok(async move { _ = is_closed.await })
+    }
+}
+
+/// A listener between two runtimes: each has its own poll of the system.
+enum Unregistered {
+    Tcp(std::net::TcpListener),
+    Unix(std::os::unix::net::UnixListener),
+}
+
+impl Unregistered {
+    fn new(listener: Listener) -> io::Result<Self> {
+        Ok(match listener {
+            Listener::Tcp(listener) => Self::Tcp(listener.into_std()?),
+            Listener::Unix(listener) => Self::Unix(listener.into_std()?),
+        })
+    }
+
+    fn registered(self) -> io::Result<Listener> {
+        Ok(match self {
+            Self::Tcp(listener) => Listener::Tcp(TcpListener::from_std(listener)?),
+            Self::Unix(listener) => Listener::Unix(UnixListener::from_std(listener)?),
+        })
+    }
+}
+
+impl Listener {
+    async fn accept(&self) -> io::Result<(Box<dyn Stream>, Option<IpAddr>)> {
+        Ok(match self {
+            Self::Tcp(listener) => {
+                let (stream, address) = listener.accept().await?;
+                (Box::new(stream), Some(address.ip().to_canonical()))
+            }
+            Self::Unix(listener) => (Box::new(listener.accept().await?.0), None),
+        })
+    }
+
+    fn way(&self) -> Way {
+        match self {
+            Self::Unix(_) => Way::Socket,
+            Self::Tcp(listener) => match listener.local_addr() {
+                Ok(address) if address.ip().is_loopback() => Way::Loopback,
+                _ => Way::Network,
+            },
+        }
+    }
+}
+
+/// What every connection shares. Cheap to clone.
+#[derive(Clone)]
+struct Serving {
+    admin: Admin,
+    /// Where requests that are not of health are answered.
+    rest: Runtime,
+    connections: Connections,
+    requests: Places,
+}
+
+impl Serving {
+    fn new(admin: Admin, rest: Runtime) -> Self {
+        let places = admin.connections_max;
+        let bounds = Bounds {
+            places,
+            per_address: places / 2,
+            waiting: places / 2,
+            closes_at_address: true,
+        };
+        Self {
+            connections: Connections::new("admin", bounds, admin.events.clone()),
+            requests: Places::new(places / 2, places / 4),
+            admin,
+            rest,
+        }
+    }
+
+    /// Accepts until the process is to end.
+    async fn accept(&self, listener: Listener) {
+        let way = listener.way();
+        let ending = self.admin.ending.clone();
+        loop {
+            let accepted = tokio::select! {
+                () = ending.cancelled() => return,
+                accepted = listener.accept() => accepted,
+            };
+            let (stream, client) = match accepted {
+                Ok(accepted) => accepted,
+                Err(error) => {
+                    tracing::warn!(%error, "an admin connection could not be accepted");
+                    self.connections.accept_failed(&error);
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                    continue;
+                }
+            };
+            let caller = Caller { way, client };
+            match self.connections.enter(client) {
+                Entering::Seated(seat) => {
+                    let slot = tokio::select! {
+                        () = ending.cancelled() => return,
+                        slot = self.connections.place(seat) => slot,
+                    };
+                    tokio::spawn(self.clone().speak(stream, slot, caller));
+                }
+                Entering::Waits(wait) => {
+                    let serving = self.clone();
+                    tokio::spawn(async move {
+                        match wait.slot(PLACE_WITHIN).await {
+                            Some(slot) => serving.speak(stream, slot, caller).await,
+                            None => serving.refuse(caller),
+                        }
+                    });
+                }
+                Entering::Refused(_) => self.refuse(caller),
+            }
+            // Those that are told to make room do so before more are accepted.
+            tokio::task::yield_now().await;
+        }
+    }
+
+    fn refuse(&self, caller: Caller) {
+        self.admin.events.connection_refused();
+        if let Some(skipped) = self.admin.refused.admits() {
+            let client = caller.client.map(tracing::field::display);
+            tracing::warn!(
+                client,
+                skipped,
+                "an admin connection was closed: its address has too many with requests"
+            );
+        }
+    }
+
+    async fn speak(self, stream: Box<dyn Stream>, slot: Slot, caller: Caller) {
+        let (handle, pardon) = (slot.handle(), Pardon::default());
+        let service = service_fn(|request: Request<Incoming>| {
+            let (busy, unhurried) = (handle.request(), pardon.hold());
+            let serving = self.clone();
+            async move {
+                let reply = serving.answer(request, caller).await;
+                Ok::<_, Infallible>(reply.map(|reply| reply.guarded(busy, unhurried)))
+            }
+        });
+        let stream = TokioIo::new(Watched::new(stream, QUIET_MAX, pardon.clone()));
+        let mut connection = pin!(
+            http1::Builder::new()
+                .timer(TokioTimer::new())
+                .header_read_timeout(HEADER_TIMEOUT)
+                .serve_connection(stream, service)
+        );
+        let ended = tokio::select! {
+            ended = connection.as_mut() => ended,
+            () = handle.closing() => {
+                connection.as_mut().graceful_shutdown();
+                handle.ended(connection).await.unwrap_or(Ok(()))
+            }
+        };
+        if let Err(error) = ended {
+            tracing::debug!(%error, "an admin connection ended badly");
+        }
+    }
+
+    /// Answers one request. Total.
+    async fn answer(&self, request: Request<Incoming>, caller: Caller) -> Response<Answer> {
+        let (head, body) = request.into_parts();
+        let is_read = matches!(head.method, Method::GET | Method::HEAD);
+        let admitted = self.admin.guard.admit(&head, caller, &self.admin.events);
+        let health = match admitted {
+            Ok(()) if is_read => self.admin.health(&head).await,
+            Ok(()) => None,
+            Err(problem) => Some(Err(problem)),
+        };
+        if let Some(reply) = health {
+            return self.admin.finished(&head, reply).map(Answer::of_health);
+        }
+        let Some(place) = self.requests.take(caller.client) else {
+            let problem =
+                Problem::busy("as many requests are answered at a time as may be, in all or of this address");
+            return self.admin.finished(&head, Err(problem)).map(Answer::of_health);
+        };
+        let admin = self.admin.clone();
+        // Ends with the client, as it would if it were polled here.
+        let answered = AbortOnDropHandle::new(self.rest.spawn(async move {
+            let reply = admin.route(&head, body, caller.client).await;
+            admin.finished(&head, reply)
+        }));
+        let reply: Reply = match answered.await {
+            Ok(reply) => reply,
+            Err(_) => Problem::failed().reply(),
+        };
+        reply.map(|body| Answer {
+            body,
+            place: Some(place),
+        })
+    }
+}
+
+/// A body, and the place of its request.
+struct Answer {
+    body: Body,
+    place: Option<Place>,
+}
+
+impl Answer {
+    fn of_health(body: Body) -> Self {
+        Self { body, place: None }
+    }
+
+    /// An event stream has a place of its own kind. Archives are read and written at the pace of a disk or of a pipe.
+    fn guarded(self, busy: InFlight, unhurried: Pardoned) -> Guarded {
+        let (is_live, is_piped) = (
+            matches!(self.body, Body::Live(_)),
+            matches!(self.body, Body::Piped(_)),
+        );
+        Guarded {
+            body: self.body,
+            _place: self.place.filter(|_| !is_live),
+            _busy: busy,
+            _unhurried: is_piped.then_some(unhurried),
+        }
+    }
+}
+
+/// A body on its way, with what is held until its end.
+struct Guarded {
+    body: Body,
+    _place: Option<Place>,
+    _busy: InFlight,
+    _unhurried: Option<Pardoned>,
+}
+
+impl http_body::Body for Guarded {
+    type Data = Bytes;
+    type Error = io::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, io::Error>>> {
+        Pin::new(&mut self.body).poll_frame(context)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
