@@ -10,6 +10,10 @@
 //! holds a whole wrong blob; a failure is an error to every reader, never a clean end. The blob is fsynced and named after
 //! the readers have their bytes, not before.
 //!
+//! A transfer waits for its place in a [`Queue`], in the turn of each request that waits for it. Being queued is no failure.
+//! What nobody waits for ends while it is queued and until the upstream's yes; later only if nobody wanted more than a small
+//! part, or if it comes so slowly that it would hold its place for long.
+//!
 //! A transfer that breaks, drips or is answered with an error midway is resumed from where it stopped, at the next address if
 //! the upstream has several, while its readers wait. One that ends all the same, or with the process, leaves what it wrote to
 //! the next asker of that blob, who gets those bytes at once: they are read again and agree with the marks that
@@ -23,10 +27,11 @@
 //! Scope: who may join is not decided here. The road lets nobody follow on another's right; a transfer only remembers its
 //! [`Requester`].
 //!
-//! * `progress`: a transfer as its readers see it. * `reader`: also the parts that lie far ahead. * `transfer`: from the first
+//! * `joining`: led, followed or held. * `progress`: a transfer as its readers see it. * `reader`: also the parts that lie far ahead. * `transfer`: from the first
 //!   answer to the name. * `receive`: from the upstream, again and again. * `writer`: into the file.
 //! * `stranded`: readers without a disk. * `verifying`: bytes that pass by.
 
+mod joining;
 mod progress;
 mod reader;
 mod receive;
@@ -40,25 +45,26 @@ mod writer;
 mod tests;
 
 use std::collections::HashMap;
-use std::collections::hash_map::Entry;
 use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{Notify, Semaphore};
 
 pub use view::Transfer;
 
 use crate::oci::{Cause, Digest, Repository};
+use crate::queue::{Demand, Full, NoPlace, Place as Admitted, Queue, Waiter, Waiters};
 use crate::store::blobs::{HeldBlob, Mismatch};
 use crate::store::step::Buffers;
 use crate::store::{Fault, Store};
 use crate::upstream::{Answer, Fetched};
 
+use self::joining::Looking;
 pub use self::progress::Opened;
-use self::progress::{Download, Place, Progress};
+use self::progress::{Download, Place};
 pub use self::reader::{AHEAD_BYTES_MAX, FAR_AHEAD_BYTES, Reader};
 pub use self::stranded::Stranded;
 pub use self::verifying::Verifying;
@@ -69,6 +75,12 @@ pub const WITHHELD_BYTES: u64 = 64 * 1024;
 /// Parts far ahead that are asked for at once; the others wait for the fill.
 const AHEAD_PARTS_MAX: usize = 16;
 
+/// Write steps at a time, of all transfers together: each holds a thread of the blocking pool for as long as it lasts.
+const WRITE_STEPS_MAX: usize = 32;
+
+/// Bytes on their way from the network to the disk, of all transfers together.
+const QUEUED_BYTES_MAX: usize = 32 * 1024 * 1024;
+
 /// The transfers now running. A value owned by the server, not a global.
 #[derive(Clone)]
 pub struct Downloads {
@@ -78,11 +90,29 @@ pub struct Downloads {
 struct Shared {
     store: Arc<Store>,
     buffers: Buffers,
-    running: Mutex<HashMap<Digest, Arc<Download>>>,
-    places: Semaphore,
-    transfers_max: usize,
+    running: Mutex<Running>,
+    left: Notify,
+    queue: Queue,
+    write_steps: Arc<Semaphore>,
+    queued_bytes: Arc<Semaphore>,
     ahead_places: Arc<Semaphore>,
     counts: Arc<view::Counts>,
+}
+
+#[derive(Default)]
+struct Running {
+    downloads: HashMap<Digest, Arc<Download>>,
+    /// Blobs that are looked up on the disk now, by those who would lead.
+    looking: HashMap<Digest, Looking>,
+}
+
+/// What a request wants of a blob.
+#[derive(Clone, Copy, Debug)]
+pub struct Wish {
+    /// What it asks of admission.
+    pub demand: Demand,
+    /// Whether it wants all of it, or so much that the rest is worth having.
+    pub is_whole: bool,
 }
 
 /// What one finds on joining.
@@ -184,8 +214,10 @@ pub enum Failure {
     Store(Fault),
     /// The disk failed in the middle: its readers go on without it.
     Stranded(Box<Stranded>),
-    /// Whoever was to lead went away before it began.
+    /// Whoever was to lead went away before it began, or nobody waits for it any more.
     Abandoned,
+    /// Too many downloads wait already.
+    Crowded(Full),
 }
 
 impl fmt::Display for Failure {
@@ -196,7 +228,8 @@ impl fmt::Display for Failure {
             Self::Wrong(mismatch) => write!(f, "the upstream sent wrong bytes: {mismatch}"),
             Self::Unstorable(fault) | Self::Store(fault) => write!(f, "{fault}"),
             Self::Stranded(stranded) => write!(f, "{stranded}"),
-            Self::Abandoned => f.write_str("abandoned before it began"),
+            Self::Abandoned => f.write_str("given up, for nobody waits for it"),
+            Self::Crowded(_) => f.write_str("too many downloads wait already"),
         }
     }
 }
@@ -217,8 +250,10 @@ impl Downloads {
             store,
             buffers,
             running: Mutex::default(),
-            places: Semaphore::new(transfers_max),
-            transfers_max,
+            left: Notify::new(),
+            queue: Queue::shared("downloads", transfers_max),
+            write_steps: Arc::new(Semaphore::new(WRITE_STEPS_MAX)),
+            queued_bytes: Arc::new(Semaphore::new(QUEUED_BYTES_MAX)),
             ahead_places: Arc::new(Semaphore::new(AHEAD_PARTS_MAX)),
             counts: Arc::default(),
         };
@@ -227,78 +262,57 @@ impl Downloads {
         }
     }
 
-    /// Joins the transfer of `digest`, or becomes its leader.
-    ///
-    /// Looks into the store a second time, under the same lock under which a transfer is entered and removed: between
-    /// a caller's first look and this one a whole transfer can have come and gone, and it must not lead another.
-    pub fn join(&self, digest: Digest, requester: Requester) -> Joined {
-        let mut running = self.shared.running();
-        match running.entry(digest) {
-            Entry::Occupied(entry) => {
-                let download = entry.get();
-                let is_same = download.requester == requester;
-                Joined::Follower {
-                    reader: Reader::new(download, &self.shared),
-                    began_by_same: is_same.then_some(download.began),
-                }
+    /// Waits until no transfer runs, each one kept or failed.
+    pub async fn idle(&self) {
+        loop {
+            let mut left = std::pin::pin!(self.shared.left.notified());
+            left.as_mut().enable();
+            if self.count() == 0 {
+                return;
             }
-            Entry::Vacant(place) => {
-                // A fault here is a miss; the transfer itself will meet it again and say so.
-                if let Ok(Some(held)) = self.shared.store.blob(&digest) {
-                    return Joined::Held(held);
-                }
-                let (progress, _) = watch::channel(Progress::Opening);
-                let download = Arc::new(Download {
-                    digest,
-                    requester,
-                    progress,
-                    began: tokio::time::Instant::now(),
-                    counts: Arc::clone(&self.shared.counts),
-                });
-                place.insert(Arc::clone(&download));
-                Joined::Leader(Leader {
-                    place: Place {
-                        shared: Arc::clone(&self.shared),
-                        download,
-                    },
-                })
-            }
+            left.await;
         }
     }
 
-    /// Waits until no transfer runs, each one kept or failed.
-    pub async fn idle(&self) {
-        // Every place free is no transfer running; the semaphore is never closed.
-        let places = u32::try_from(self.shared.transfers_max).unwrap_or(u32::MAX);
-        let _ = self.shared.places.acquire_many(places).await;
+    /// From now on so many transfers at a time from this upstream.
+    pub fn resize_upstream(&self, upstream: &str, transfers_max: usize) {
+        self.shared.queue.resize_group(&upstream.into(), transfers_max);
+    }
+
+    /// A place for a transfer that is read by one client alone and not stored.
+    pub async fn admit(&self, upstream: &str, demand: Demand) -> Result<Admitted, NoPlace> {
+        let (alone, _waiter) = Waiters::alone(demand);
+        self.shared.queue.acquire(&upstream.into(), &alone).await
+    }
+
+    /// The queue of transfers.
+    pub fn queue(&self) -> &Queue {
+        &self.shared.queue
     }
 
     /// Whether the upstream has begun to send this blob.
     pub fn is_arriving(&self, digest: &Digest) -> bool {
         let running = self.shared.running();
-        running.get(digest).is_some_and(|download| download.is_open())
+        let download = running.downloads.get(digest);
+        download.is_some_and(|download| download.is_open())
     }
 
     /// The size of a blob that is verified and being named.
     pub fn verified_size(&self, digest: &Digest) -> Option<u64> {
         let running = self.shared.running();
-        running.get(digest).and_then(|download| download.verified_size())
-    }
-
-    /// Whether at least half of the places are free, so that what nobody waits for may be begun.
-    pub fn has_room(&self) -> bool {
-        2 * self.shared.places.available_permits() >= self.shared.transfers_max
+        let download = running.downloads.get(digest);
+        download.and_then(|download| download.verified_size())
     }
 
     /// How many transfers run.
     pub fn count(&self) -> usize {
-        self.shared.running().len()
+        self.shared.running().downloads.len()
     }
 }
 
 impl Shared {
     /// The map is whole between any two statements under its lock, so a poisoned lock is as good as another.
-    fn running(&self) -> MutexGuard<'_, HashMap<Digest, Arc<Download>>> {
+    fn running(&self) -> MutexGuard<'_, Running> {
         self.running.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -307,12 +321,19 @@ impl Shared {
 #[must_use = "followers wait for the leader to start"]
 pub struct Leader {
     place: Place,
+    waiter: Option<Waiter>,
 }
 
 impl Leader {
-    /// Starts the transfer in a task of its own, which no client's leaving ends.
+    /// The requests that wait for the transfer.
+    pub fn waiters(&self) -> &Waiters {
+        &self.place.download.waiters
+    }
+
+    /// Starts the transfer in a task of its own. It ends with the last request that waits as long as it is queued; once the
+    /// upstream has begun to send what somebody wanted whole, no client's leaving ends it.
     pub fn start<S: Source>(self, source: S) -> Reader {
-        let reader = Reader::new(&self.place.download, &self.place.shared);
+        let reader = Reader::new(&self.place.download, &self.place.shared, self.waiter);
         tokio::spawn(transfer::run(self.place, source));
         reader
     }

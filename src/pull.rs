@@ -56,7 +56,7 @@ use crate::clock::Clock;
 use crate::download::{Downloads, Reader};
 use crate::event::Events;
 use crate::flight::Flights;
-use crate::oci::{Accept, Digest, MediaType, Operation, Reference, Repository};
+use crate::oci::{Accept, Digest, MediaType, Operation, RangeRequest, Reference, Repository};
 use crate::policy::rules::Rule;
 use crate::policy::{Refusal, Served, Situation, Verdict, Why, decide};
 use crate::queue::Peer;
@@ -119,6 +119,8 @@ pub struct Request {
     pub trace: Trace,
     /// The client that sent it.
     pub peer: Peer,
+    /// Which bytes of a blob are wanted.
+    pub range: RangeRequest,
 }
 
 /// What the client gets, before it is HTTP.

@@ -43,11 +43,16 @@ pub const WAITING_MAX: usize = 4096;
 /// The longest `Retry-After` that a full queue states.
 const RETRY_AFTER_MAX: Duration = Duration::from_secs(120);
 
+/// How often refusals are logged.
+const LOGGED_AGAIN_AFTER: Duration = Duration::from_secs(10);
+
 /// Places, given in turn. Clones are the same queue.
 #[derive(Clone)]
 pub struct Queue(Arc<Shared>);
 
 struct Shared {
+    /// In the log.
+    name: &'static str,
     state: Mutex<State>,
 }
 
@@ -57,6 +62,8 @@ struct State {
     counts: Counts,
     /// How long a place is held, as a moving mean.
     held_for: Duration,
+    /// When a refusal was logged last.
+    logged: Option<Instant>,
 }
 
 struct Pending {
@@ -113,29 +120,31 @@ impl fmt::Debug for Place {
 impl Default for Queue {
     /// Without a place; see [`Queue::resize`].
     fn default() -> Self {
-        Self::new(0)
+        Self::new("requests", 0)
     }
 }
 
 impl Queue {
     /// So many places, of one group.
-    pub fn new(max: usize) -> Self {
-        Self::of(Core::new(max, false, BOUNDS))
+    pub fn new(name: &'static str, max: usize) -> Self {
+        Self::of(name, Core::new(max, false, BOUNDS))
     }
 
     /// So many places for several groups, of which none holds more than three quarters of them.
-    pub fn shared(max: usize) -> Self {
-        Self::of(Core::new(max, true, BOUNDS))
+    pub fn shared(name: &'static str, max: usize) -> Self {
+        Self::of(name, Core::new(max, true, BOUNDS))
     }
 
-    fn of(core: Core) -> Self {
+    fn of(name: &'static str, core: Core) -> Self {
         let state = State {
             core,
             pending: HashMap::new(),
             counts: Counts::default(),
             held_for: Duration::ZERO,
+            logged: None,
         };
         Self(Arc::new(Shared {
+            name,
             state: Mutex::new(state),
         }))
     }
@@ -262,7 +271,26 @@ impl Shared {
                 told.extend(state.refuse(ticket, Met::All));
             }
         }
+        let refused = told.iter().find_map(|(_, told)| told.as_ref().err().copied());
+        let news = refused.filter(|_| state.is_news(since));
+        let waiting = state.core.waiting();
         drop(state);
+        if let Some(full) = news {
+            let client = entries.first().map(|(demand, _)| demand.peer);
+            let reason = if full.is_clients_own {
+                "client-queue-full"
+            } else {
+                "queue-full"
+            };
+            tracing::warn!(
+                upstream = &**group,
+                queue = self.name,
+                reason,
+                ?client,
+                waiting,
+                "too many requests wait for the upstream; further ones are refused with Retry-After"
+            );
+        }
         tell(told);
         (ticket, entries, receiver)
     }
@@ -315,6 +343,17 @@ impl State {
             retry_after: self.until_served(),
         };
         Some((pending.reply, Err(full)))
+    }
+
+    /// Whether a refusal is to be logged now.
+    fn is_news(&mut self, now: Instant) -> bool {
+        let is_news = self
+            .logged
+            .is_none_or(|at| now.saturating_duration_since(at) >= LOGGED_AGAIN_AFTER);
+        if is_news {
+            self.logged = Some(now);
+        }
+        is_news
     }
 
     /// How long those that wait now are likely to take, at the pace of late.

@@ -75,6 +75,8 @@ impl Registry {
     pub fn activate(&self) {
         for site in self.doors.all() {
             site.upstream().activate();
+            let transfers_max = site.upstream().fetches_max();
+            self.pull.downloads().resize_upstream(site.name(), transfers_max);
         }
     }
 }

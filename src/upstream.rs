@@ -8,7 +8,7 @@
 //! (`download`). Bodies are not verified; whoever keeps them hashes them.
 //!
 //! Reading order: `answer` (what can be said) → `proof` (when a 2xx is a yes) → `question` (HEAD and its substitutes) → `exchange` (credential,
-//! challenge, token) → `token` → `client` (one request) → `line` (one connection) → `dial`, `tcp`, `tls`; `breaker`, `limits`, `retry_after`, `quirk`, `places`, `state` (what outlives reloads), `route`,
+//! challenge, token) → `token` → `client` (one request) → `line` (one connection) → `dial`, `tcp`, `tls`; `breaker`, `limits`, `retry_after`, `quirk`, `state` (what outlives reloads), `route`,
 //! `location`, `no_proxy`, `origin`, `target` (where redirects may lead) and `zone` are small and stand alone. Beside all that: `pass` (what is not asked by us but handed on),
 //! `realm` (the same at a token service) and `tunnel` (what is not even read).
 
@@ -23,6 +23,7 @@ use crate::oci::accept::Accept;
 use crate::oci::cause::Cause;
 use crate::oci::name::Repository;
 use crate::oci::operation::Operation;
+use crate::queue::{Place, Waiters};
 use crate::trace::Trace;
 
 pub mod answer;
@@ -38,7 +39,6 @@ mod no_proxy;
 pub mod origin;
 mod own;
 pub mod pass;
-mod places;
 mod proof;
 mod question;
 mod quirk;
@@ -80,7 +80,6 @@ use client::{Follow, Http, Request};
 use exchange::Exchange;
 use limits::{Lane, Turn};
 use line::{Line, LineSettings};
-use places::{Place, Places};
 use question::Question;
 use route::Routes;
 use state::{Connection, Learned};
@@ -102,8 +101,12 @@ pub struct State {
     pub allowances: Vec<Allowance>,
     /// What the registry does its own way.
     pub quirks: Vec<Quirk>,
-    /// Questions and transfers under way.
+    /// Requests under way, without the transfers of blobs.
     pub in_flight: usize,
+    /// Requests that wait for a place.
+    pub waiting: usize,
+    /// What became of those that waited.
+    pub queue: crate::queue::Counts,
 }
 
 /// One registry. Cheap to clone.
@@ -112,6 +115,8 @@ pub struct Upstream(Arc<Inner>);
 
 struct Inner {
     name: String,
+    /// Its name as admission has it.
+    group: Arc<str>,
     urls: Vec<Origin>,
     exchange: Exchange,
     passing: pass::Client,
@@ -176,6 +181,7 @@ impl Upstream {
         let is_first = !learned.is_in_use();
         let upstream = Upstream(Arc::new(Inner {
             passing,
+            group: settings.name.as_str().into(),
             name: settings.name,
             urls: settings.urls,
             exchange,
@@ -257,8 +263,9 @@ impl Upstream {
         if let Some(cause) = self.0.offline.cause() {
             return Answer::silent(cause);
         }
-        let Some(_permit) = self.permit(&self.0.learned.questions).await else {
-            return Answer::silent(Cause::Busy);
+        let _place = match self.admit(caller, operation).await {
+            Ok(place) => place,
+            Err(answer) => return *answer,
         };
         let mut round = Round::new(urls::Request::First);
         for origin in &self.0.urls {
@@ -332,7 +339,9 @@ impl Upstream {
                 .map(|(took, at)| (took, ago(at))),
             allowances: learned.limits.allowances(now),
             quirks,
-            in_flight: learned.questions.in_use() + learned.transfers.in_use(),
+            in_flight: learned.questions.in_use(),
+            waiting: learned.questions.waiting(),
+            queue: learned.questions.counts(),
         }
     }
 
@@ -356,8 +365,18 @@ impl Upstream {
         }
     }
 
-    async fn permit(&self, places: &Arc<Places>) -> Option<Place> {
-        places.take(self.0.timeouts.headers).await
+    /// A place among the requests to this upstream. Being queued is no failure, and lasts as long as the request that
+    /// waits.
+    pub async fn admit(&self, caller: &Caller, operation: &Operation) -> Result<Place, Box<Answer>> {
+        let (alone, _waiter) = Waiters::alone(caller.demand(operation));
+        let waiters = caller.waiters.as_ref().unwrap_or(&alone);
+        let place = self.0.learned.questions.acquire(&self.0.group, waiters);
+        place.await.map_err(|refused| Box::new(Answer::unplaced(refused)))
+    }
+
+    /// Requests under way at once, and as many blob transfers.
+    pub fn fetches_max(&self) -> usize {
+        self.0.fetches_max
     }
 
     /// What the answer of one URL comes down to.

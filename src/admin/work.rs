@@ -17,7 +17,7 @@ use super::named::Named;
 use super::words::rfc3339;
 use crate::clock::Clock;
 use crate::download::Downloads;
-use crate::oci::{Accept, Digest, Operation};
+use crate::oci::{Accept, Digest, Operation, RangeRequest};
 use crate::pull::{Pull, Request};
 use crate::queue::Peer;
 use crate::trace::Trace;
@@ -279,5 +279,6 @@ pub(super) fn request(wish: &Wish, operation: Operation, clock: Clock) -> Reques
         for_push: false,
         trace: Trace::begun(),
         peer: Peer::Local,
+        range: RangeRequest::None,
     }
 }

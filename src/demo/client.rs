@@ -11,7 +11,7 @@ use tokio::time::Instant;
 use super::DemoError;
 use crate::oci::header::CACHE_STATUS;
 use crate::oci::{Accept, Algorithm, AnyDigest, Digest, Manifest, Operation, Reference, Repository};
-use crate::queue::Peer;
+use crate::queue::{Class, Peer};
 use crate::trace::Trace;
 use crate::upstream::{Answer, Caller, Connector, Credential, ProxyChoice, Settings, Upstream};
 
@@ -63,6 +63,8 @@ impl Client {
                 principal: [u8::from(authorization.is_some()); 32],
                 credential,
                 peer: Peer::Local,
+                class: Class::Interactive,
+                waiters: None,
                 trace: Trace::begun(),
                 waits_until: None,
             },

@@ -9,7 +9,7 @@ use super::wire::{self, Place};
 use super::{Check, Patient, State};
 use crate::config::{Plain, UpstreamConfig};
 use crate::oci::{Accept, Cause, Operation, Reference, Repository, Tag, TlsFault};
-use crate::queue::Peer;
+use crate::queue::{Class, Peer};
 use crate::run;
 use crate::trace::Trace;
 use crate::upstream::{Caller, Connector, Credential, LearnedState, Upstream};
@@ -231,6 +231,8 @@ async fn upstream(name: String, upstream: &Upstream, operation: Option<Operation
         principal: [0; 32],
         credential: Credential::Anonymous,
         peer: Peer::Local,
+        class: Class::Interactive,
+        waiters: None,
         trace: Trace::begun(),
         waits_until: None,
     };

@@ -6,6 +6,7 @@ use tokio::sync::watch;
 
 use super::{Failure, Requester, Shared, WITHHELD_BYTES};
 use crate::oci::Digest;
+use crate::queue::Waiters;
 use crate::store::volume::VolumeFile;
 
 /// One transfer.
@@ -13,6 +14,8 @@ pub(super) struct Download {
     pub(super) digest: Digest,
     pub(super) requester: Requester,
     pub(super) progress: watch::Sender<Progress>,
+    /// The requests that wait for it.
+    pub(super) waiters: Waiters,
     /// For those who look.
     pub(super) began: tokio::time::Instant,
     pub(super) counts: Arc<super::view::Counts>,
@@ -117,13 +120,15 @@ impl Place {
 
     /// The next asker finds the blob held, or leads.
     pub(super) fn leave(&self) {
+        let digest = &self.download.digest;
+        let is_this = |found: &Arc<Download>| Arc::ptr_eq(found, &self.download);
         let mut running = self.shared.running();
-        if running
-            .get(&self.download.digest)
-            .is_some_and(|found| Arc::ptr_eq(found, &self.download))
-        {
-            running.remove(&self.download.digest);
+        if running.downloads.get(digest).is_some_and(is_this) {
+            running.downloads.remove(digest);
+            running.ended(digest);
         }
+        drop(running);
+        self.shared.left.notify_waiters();
     }
 }
 

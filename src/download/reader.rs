@@ -16,6 +16,7 @@ use super::progress::{Attempt, Download, Opened, Progress};
 use super::stranded::{Alone, Rest};
 use super::{Ahead, Chunks, Failure, Shared};
 use crate::oci::Cause;
+use crate::queue::{Waiter, Waiters};
 use crate::store::Fault;
 use crate::store::step::{Buffers, STEP_BYTES, read_step};
 use crate::store::volume::VolumeFile;
@@ -41,6 +42,8 @@ pub struct Reader {
     pub(super) rest: Option<Box<Rest>>,
     /// Asks for no part that lies far ahead, or has asked.
     is_patient: bool,
+    waiters: Waiters,
+    _waiter: Option<Waiter>,
 }
 
 /// A part on its way from the upstream to this reader alone.
@@ -68,7 +71,7 @@ enum Look {
 }
 
 impl Reader {
-    pub(super) fn new(download: &Download, shared: &Shared) -> Self {
+    pub(super) fn new(download: &Download, shared: &Shared, waiter: Option<Waiter>) -> Self {
         Self {
             progress: download.progress.subscribe(),
             buffers: shared.buffers.clone(),
@@ -81,6 +84,8 @@ impl Reader {
             part: None,
             rest: None,
             is_patient: false,
+            waiters: download.waiters.clone(),
+            _waiter: waiter,
         }
     }
 
@@ -99,7 +104,14 @@ impl Reader {
             part: None,
             rest: None,
             is_patient: true,
+            waiters: self.waiters.clone(),
+            _waiter: None,
         }
+    }
+
+    /// Whether the transfer waits for a place.
+    pub fn is_queued(&self) -> bool {
+        self.waiters.is_queued()
     }
 
     /// Waits until the upstream has begun to answer.

@@ -7,18 +7,23 @@
 //! such an answer is not used.
 
 use std::pin::pin;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tokio::time::{Instant, sleep, timeout};
 
 use super::{Source, Stream};
 use crate::oci::Cause;
+use crate::queue::Waiters;
 use crate::upstream::{Answer, Said};
 
-/// Chunks on their way from the network to the disk; a full queue slows the upstream, not the memory.
+/// Chunks of one transfer on their way from the network to the disk; a full queue slows the upstream, not the memory.
 pub(super) const QUEUE_CHUNKS_MAX: usize = 16;
+
+/// The same in bytes.
+pub(super) const QUEUE_BYTES_MAX: usize = 1024 * 1024;
 
 /// Resumptions in a row that brought no byte.
 const FRUITLESS_RESUMES_MAX: u32 = 7;
@@ -42,28 +47,77 @@ const RATE_WINDOW: Duration = Duration::from_secs(30);
 /// not count.
 const RATE_WINDOW_BYTES_MIN: u64 = 30 * 1024;
 
+/// The same for a transfer that no client waits for: at least 32 KiB a second, else it gives its place to others. What it
+/// wrote is gone on with when a client asks.
+const UNWAITED_WINDOW_BYTES_MIN: u64 = 32 * RATE_WINDOW_BYTES_MIN;
+
+/// How long a transfer of which a small part was wanted waits for another request before it ends. It takes no bytes in
+/// that time.
+const PART_WAITS: Duration = Duration::from_secs(2);
+
 /// Why receiving ended early.
 pub(super) enum Stopped {
     /// Asking again did not help.
     Upstream(Cause),
+    /// No request waits for it.
+    Unwanted,
     /// Nobody takes the bytes any more: the writer knows why.
     Writer,
 }
 
 /// What the writer gets.
 pub(super) enum Piece {
-    /// The next bytes.
-    Chunk(Bytes),
+    /// The next bytes, and their share of what may be on its way.
+    Chunk(Bytes, Share),
     /// Whether the bytes so far are those of the digest.
     IsWhole(oneshot::Sender<bool>),
     /// That was all.
     End,
 }
 
+/// Bytes counted as on their way, until it is dropped.
+pub(super) struct Share {
+    _own: Option<OwnedSemaphorePermit>,
+    _of_all: Option<OwnedSemaphorePermit>,
+}
+
+/// The way to the writer.
+pub(super) struct Outgoing {
+    pieces: mpsc::Sender<Piece>,
+    own: Arc<Semaphore>,
+    of_all: Arc<Semaphore>,
+}
+
+impl Outgoing {
+    pub(super) fn new(pieces: mpsc::Sender<Piece>, of_all: &Arc<Semaphore>) -> Self {
+        Self {
+            pieces,
+            own: Arc::new(Semaphore::new(QUEUE_BYTES_MAX)),
+            of_all: Arc::clone(of_all),
+        }
+    }
+
+    /// Waits until these bytes may be on their way, and sends them off.
+    async fn chunk(&self, bytes: Bytes) -> Result<(), Stopped> {
+        // No larger than the smaller of the two, or it would wait for ever.
+        let count = u32::try_from(bytes.len().min(QUEUE_BYTES_MAX)).unwrap_or(u32::MAX);
+        // Neither semaphore is ever closed.
+        let share = Share {
+            _own: Arc::clone(&self.own).acquire_many_owned(count).await.ok(),
+            _of_all: Arc::clone(&self.of_all).acquire_many_owned(count).await.ok(),
+        };
+        self.send(Piece::Chunk(bytes, share)).await
+    }
+
+    async fn send(&self, piece: Piece) -> Result<(), Stopped> {
+        self.pieces.send(piece).await.map_err(|_| Stopped::Writer)
+    }
+}
+
 /// Passes the bytes on to the writer, opening the source again where it breaks.
 pub(super) struct Receiving<'a, S> {
     pub(super) source: &'a mut S,
-    pub(super) queue: mpsc::Sender<Piece>,
+    pub(super) queue: Outgoing,
     /// The size of the whole, where it is known.
     pub(super) total: Option<u64>,
     /// How much there is already.
@@ -73,6 +127,8 @@ pub(super) struct Receiving<'a, S> {
     pub(super) fruitless: u32,
     /// How often the source was opened again.
     pub(super) resumes: u64,
+    /// The requests that wait for it.
+    pub(super) waiters: &'a Waiters,
 }
 
 impl<S: Source> Receiving<'_, S> {
@@ -95,7 +151,7 @@ impl<S: Source> Receiving<'_, S> {
                 }
                 broke => broke,
             };
-            let Some(Broke { cause, dripped }) = broke else {
+            let Some(Broke { cause, dripped, .. }) = broke else {
                 // Fails only if the writer has failed, which its own result tells.
                 let _ = self.queue.send(Piece::End).await;
                 return Ok(());
@@ -123,8 +179,7 @@ impl<S: Source> Receiving<'_, S> {
     /// An end that no length announced may come too early, and a stated size may be wrong: the digest tells.
     async fn has_whole(&mut self) -> Result<bool, Stopped> {
         let (reply, is_whole) = oneshot::channel();
-        let asked = self.queue.send(Piece::IsWhole(reply)).await;
-        asked.map_err(|_| Stopped::Writer)?;
+        self.queue.send(Piece::IsWhole(reply)).await?;
         is_whole.await.map_err(|_| Stopped::Writer)
     }
 
@@ -163,8 +218,14 @@ impl<S: Source> Receiving<'_, S> {
         let mut position = stream.start;
         let mut pace = Pace::default();
         loop {
-            let chunk = match pace.next(stream).await {
+            if self.waiters.is_unwanted() && !self.waiters.wanted_within(PART_WAITS).await {
+                return Err(Stopped::Unwanted);
+            }
+            let chunk = match pace.next(stream, self.waiters).await {
                 None => return Ok(None),
+                Some(Err(Broke {
+                    is_unwaited: true, ..
+                })) => return Err(Stopped::Unwanted),
                 Some(Err(broke)) => return Ok(Some(broke)),
                 Some(Ok(chunk)) => chunk,
             };
@@ -175,10 +236,7 @@ impl<S: Source> Receiving<'_, S> {
                 continue;
             }
             self.received += fresh.len() as u64;
-            self.queue
-                .send(Piece::Chunk(fresh))
-                .await
-                .map_err(|_| Stopped::Writer)?;
+            self.queue.chunk(fresh).await?;
             if self.total.is_some_and(|total| self.received > total) {
                 // Wrong already; the rest of it could be endless.
                 return Ok(None);
@@ -202,6 +260,8 @@ struct Broke {
     cause: Cause,
     /// Bytes came, but too slowly to go on like that.
     dripped: bool,
+    /// They come too slowly for what no client waits for.
+    is_unwaited: bool,
 }
 
 impl Broke {
@@ -209,6 +269,15 @@ impl Broke {
         Self {
             cause,
             dripped: false,
+            is_unwaited: false,
+        }
+    }
+
+    fn slow(is_unwaited: bool) -> Self {
+        Self {
+            cause: Cause::Timeout,
+            dripped: true,
+            is_unwaited,
         }
     }
 }
@@ -221,7 +290,7 @@ struct Pace {
 }
 
 impl Pace {
-    async fn next(&mut self, stream: &mut Stream) -> Option<Result<Bytes, Broke>> {
+    async fn next(&mut self, stream: &mut Stream, waiters: &Waiters) -> Option<Result<Bytes, Broke>> {
         let mut next = pin!(stream.body.chunk());
         loop {
             let began = Instant::now();
@@ -229,11 +298,11 @@ impl Pace {
             let next = timeout(left, &mut next).await;
             self.waited += began.elapsed();
             let Ok(next) = next else {
+                if self.came < UNWAITED_WINDOW_BYTES_MIN && waiters.close_unless_client() {
+                    return Some(Err(Broke::slow(true)));
+                }
                 if self.came < RATE_WINDOW_BYTES_MIN {
-                    return Some(Err(Broke {
-                        cause: Cause::Timeout,
-                        dripped: true,
-                    }));
+                    return Some(Err(Broke::slow(false)));
                 }
                 *self = Self::default();
                 continue;

@@ -19,9 +19,11 @@ use std::time::{Duration, SystemTime};
 
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
-use super::progress::Attempt;
+use super::joining::Found;
+use super::progress::{Attempt, Progress};
 use super::*;
 use crate::oci::{Algorithm, Hasher};
+use crate::queue::{Class, Peer};
 use crate::store::Settings;
 use crate::store::blobs::Verified;
 use crate::store::volume::{Memory, Volume};
@@ -144,8 +146,35 @@ fn downloads_on(disk: &Arc<Memory>) -> Downloads {
     Downloads::new(Arc::new(store), Buffers::default(), 16)
 }
 
+fn wish() -> Wish {
+    let demand = Demand {
+        peer: Peer::Local,
+        flow: 0,
+        class: Class::Bulk,
+    };
+    Wish {
+        demand,
+        is_whole: true,
+    }
+}
+
+/// Joins without a thread for the look on the disk.
+fn join(downloads: &Downloads, digest: Digest) -> Joined {
+    join_as(downloads, digest, wish())
+}
+
+fn join_as(downloads: &Downloads, digest: Digest, wish: Wish) -> Joined {
+    match downloads.look(digest, &requester(), wish) {
+        Found::Joined(joined) => joined,
+        Found::Look(look) => match downloads.shared.store.blob(&digest).unwrap() {
+            Some(held) => Joined::Held(held),
+            None => look.enter(&requester(), wish).unwrap(),
+        },
+    }
+}
+
 fn leader(downloads: &Downloads, digest: Digest) -> Leader {
-    match downloads.join(digest, requester()) {
+    match join(downloads, digest) {
         Joined::Leader(leader) => leader,
         Joined::Held(_) => panic!("held already"),
         Joined::Follower { .. } => panic!("someone leads already"),
@@ -153,7 +182,7 @@ fn leader(downloads: &Downloads, digest: Digest) -> Leader {
 }
 
 fn follower(downloads: &Downloads, digest: Digest) -> Reader {
-    match downloads.join(digest, requester()) {
+    match join(downloads, digest) {
         Joined::Follower { reader, .. } => reader,
         Joined::Held(_) => panic!("held already"),
         Joined::Leader(_) => panic!("nobody leads"),

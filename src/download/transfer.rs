@@ -6,11 +6,12 @@ use std::sync::Arc;
 use tokio::sync::mpsc;
 use tokio::task::spawn_blocking;
 
-use super::progress::{Attempt, Opened, Place};
-use super::receive::{QUEUE_CHUNKS_MAX, Receiving, Stopped};
+use super::progress::{Attempt, Download, Opened, Place};
+use super::receive::{Outgoing, QUEUE_CHUNKS_MAX, Receiving, Stopped};
 use super::writer::Writer;
 use super::{Failure, Source, Stream};
 use crate::oci::{Cause, Hasher};
+use crate::queue::NoPlace;
 use crate::store::blobs::Verified;
 use crate::store::ingest::Ingest;
 use crate::store::leftover::{Leftover, Resumed};
@@ -28,8 +29,14 @@ pub(super) async fn run<S: Source>(place: Place, mut source: S) {
 }
 
 async fn fill<S: Source>(place: &Place, source: &mut S) -> Result<(), Failure> {
-    // The semaphore is never closed; were it, running without a limit would be the lesser harm.
-    let _permit = place.shared.places.acquire().await.ok();
+    let Download {
+        requester, waiters, ..
+    } = place.download.as_ref();
+    let admitted = place.shared.queue.acquire(&requester.upstream, waiters);
+    let _admitted = admitted.await.map_err(|refused| match refused {
+        NoPlace::Full(full) => Failure::Crowded(full),
+        NoPlace::Abandoned => Failure::Abandoned,
+    })?;
     let begun = begin(place, source).await?;
     let total = begun.total;
     let (ended, mended) = transfer(place, source, begun).await;
@@ -162,6 +169,7 @@ async fn transfer<S: Source>(
         resumed,
     } = begun;
     let (queue, chunks) = mpsc::channel(QUEUE_CHUNKS_MAX);
+    let queue = Outgoing::new(queue, &place.shared.queued_bytes);
     let mut receiving = Receiving {
         source,
         queue,
@@ -170,14 +178,11 @@ async fn transfer<S: Source>(
         resumed: resumed.written > 0,
         fruitless: 0,
         resumes: 0,
+        waiters: &place.download.waiters,
     };
-    let writer = Writer {
-        ingest: resumed.ingest,
-        hasher: resumed.hasher,
-        written: resumed.written,
-        download: Arc::clone(&place.download),
-    };
-    let writing = spawn_blocking(move || writer.run(chunks, total));
+    let writer = Writer::new(resumed, &place.download, total);
+    let steps = Arc::clone(&place.shared.write_steps);
+    let writing = tokio::spawn(writer.run(chunks, steps));
     let received = receiving.run(stream).await;
     let mended = receiving.resumed;
     // Ends the writer's queue.
@@ -185,6 +190,7 @@ async fn transfer<S: Source>(
     let written = writing.await.unwrap_or(Err(Failure::Abandoned));
     let ended = match received {
         Err(Stopped::Upstream(cause)) => Err(Failure::Broken(cause)),
+        Err(Stopped::Unwanted) => Err(Failure::Abandoned),
         Err(Stopped::Writer) | Ok(()) => written,
     };
     let (ingest, verified, size) = match ended {

@@ -22,6 +22,8 @@ pub struct Transfer {
     pub readers: usize,
     /// Since when it runs, the wait for a place included.
     pub elapsed: Duration,
+    /// Whether it waits for a place.
+    pub is_queued: bool,
 }
 
 impl Downloads {
@@ -30,6 +32,7 @@ impl Downloads {
         let now = Instant::now();
         let running = self.shared.running();
         let mut transfers: Vec<Transfer> = running
+            .downloads
             .values()
             .map(|download| {
                 let (received, size) = match &*download.progress.borrow() {
@@ -43,6 +46,7 @@ impl Downloads {
                     received,
                     readers: download.progress.receiver_count(),
                     elapsed: now.saturating_duration_since(download.began),
+                    is_queued: download.waiters.is_queued(),
                 }
             })
             .collect();
@@ -56,6 +60,11 @@ impl Downloads {
         self.shared.counts.fetched_bytes.load(Ordering::Relaxed)
     }
 
+    /// Transfers since the start that were given up, for nobody waited for them or they came too slowly for prefetch.
+    pub fn given_up(&self) -> u64 {
+        self.shared.counts.given_up.load(Ordering::Relaxed)
+    }
+
     /// Transfers since the start whose bytes were not those of their digest.
     pub fn digest_mismatches(&self) -> u64 {
         self.shared.counts.digest_mismatches.load(Ordering::Relaxed)
@@ -67,6 +76,7 @@ impl Downloads {
 pub(super) struct Counts {
     fetched_bytes: AtomicU64,
     digest_mismatches: AtomicU64,
+    given_up: AtomicU64,
 }
 
 impl Counts {
@@ -75,8 +85,10 @@ impl Counts {
     }
 
     pub(super) fn failed(&self, failure: &Failure) {
-        if matches!(failure, Failure::Wrong(_)) {
-            self.digest_mismatches.fetch_add(1, Ordering::Relaxed);
-        }
+        match failure {
+            Failure::Wrong(_) => self.digest_mismatches.fetch_add(1, Ordering::Relaxed),
+            Failure::Abandoned => self.given_up.fetch_add(1, Ordering::Relaxed),
+            _ => 0,
+        };
     }
 }

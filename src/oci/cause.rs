@@ -50,8 +50,12 @@ pub enum Cause {
     Unverifiable,
     /// The operator switched asking off.
     Offline,
-    /// Too many of our own requests are under way.
+    /// The work was given up before its outcome was known.
     Busy,
+    /// Too many requests of this client wait for it.
+    ClientQueueFull,
+    /// Too many requests of all clients wait for it.
+    QueueFull,
 }
 
 impl Cause {
@@ -80,6 +84,8 @@ impl Cause {
             Self::Unverifiable => "unverifiable",
             Self::Offline => "offline",
             Self::Busy => "busy",
+            Self::ClientQueueFull => "client-queue-full",
+            Self::QueueFull => "queue-full",
         }
     }
 
@@ -196,6 +202,8 @@ impl fmt::Display for Cause {
             Self::Unverifiable => "gave a manifest whose digest cannot be verified (docker's signed schema 1)",
             Self::Offline => "is not asked while offline mode is on",
             Self::Busy => "has too many requests of ours under way",
+            Self::ClientQueueFull => "has too many requests of this client waiting for it here",
+            Self::QueueFull => "has too many requests waiting for it here",
         })
     }
 }

@@ -29,6 +29,21 @@ impl RangeRequest {
             .unwrap_or_default()
     }
 
+    /// The most bytes that it can bring, whatever the size of the body; `None` where it has no end.
+    pub fn bytes_max(&self) -> Option<u64> {
+        let ranges = match self {
+            Self::None => return None,
+            Self::Single(range) => std::slice::from_ref(range),
+            Self::Multi(ranges) => ranges,
+        };
+        let sizes = ranges.iter().map(|range| match *range {
+            ByteRange::From(_) => None,
+            ByteRange::Between { first, last } => Some(last.saturating_sub(first).saturating_add(1)),
+            ByteRange::Last(bytes) => Some(bytes),
+        });
+        sizes.reduce(|sum, size| Some(sum?.saturating_add(size?)))?
+    }
+
     /// What is to be sent of a body of `size` bytes.
     pub fn resolve(&self, size: u64) -> Sent {
         match self {

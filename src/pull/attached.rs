@@ -11,7 +11,9 @@ use super::fetching::Wanted;
 use super::prefetch::Key;
 use super::{Outcome, Pull, Request, Site};
 use crate::oci::manifest::{Descriptor, Kind, Role};
-use crate::oci::{Accept, AnyDigest, Digest, Manifest, Operation, Query, Reference, Repository};
+use crate::oci::{
+    Accept, AnyDigest, Digest, Manifest, Operation, Query, RangeRequest, Reference, Repository,
+};
 use crate::policy::Refusal;
 use crate::queue::Peer;
 use crate::store::manifests::HeldManifest;
@@ -170,6 +172,7 @@ impl Pull {
             for_push: false,
             trace: of.caller.trace.clone(),
             peer: Peer::Background,
+            range: RangeRequest::None,
         };
         Box::pin(self.outcome(&request)).await
     }

@@ -12,12 +12,13 @@ use super::manifest::refused;
 use super::possession::Sample;
 use super::source::Upstreamed;
 use super::{Content, Context, How, Outcome, Pull, Reason, Request, passing};
-use crate::download::{Failure, Joined, Reader, WITHHELD_BYTES};
-use crate::oci::{AnyDigest, Cause, Digest, MediaType, Repository};
+use crate::download::{AHEAD_BYTES_MAX, Failure, Joined, Reader, WITHHELD_BYTES, Wish};
+use crate::oci::{AnyDigest, Cause, Digest, MediaType, RangeRequest, Repository};
 use crate::policy::rules::Rule;
 use crate::policy::{
     Heard, Held, Refusal, Rest, Served, Situation, Standing, Subject, Verdict, Whose, Why, decide,
 };
+use crate::queue::{Class, Demand, NoPlace};
 use crate::upstream::Answer;
 
 /// How often one joins again after a leader failed on a right that was its own. Each time another leads.
@@ -29,6 +30,13 @@ const BEGINS_WITHIN: Duration = Duration::from_secs(20);
 /// How long the answer with a blob of unknown size is kept back, in the hope to learn it. Clients give up on an answer
 /// after 30 s.
 const UNSIZED_WITHIN: Duration = Duration::from_secs(5);
+
+/// How long the answer with a blob whose download waits for a place is kept back, in the hope to learn its size. Clients
+/// give up on an answer after 30 s.
+const QUEUED_WITHIN: Duration = Duration::from_secs(5);
+
+/// A larger blob waits behind smaller ones.
+const SMALL_BYTES_MAX: u64 = 1024 * 1024;
 
 /// A blob that is stated to be larger does not arrive within that time at 50 Mbit/s, so it is …
 const UNSIZED_BYTES_MAX: u64 = 32 * 1024 * 1024;
@@ -300,9 +308,11 @@ impl Road<'_> {
 
     async fn join(&self, situation: Situation) -> Result<Outcome, Arc<Failure>> {
         let of = self.wanted();
-        match self.pull.downloads.join(self.digest, of.requester()) {
+        let wish = self.wish();
+        match self.pull.downloads.join(self.digest, of.requester(), wish).await {
             Joined::Leader(leader) => {
-                let reader = leader.start(Upstreamed::new(self.pull, of, self.digest));
+                let source = Upstreamed::new(self.pull, of, self.digest).for_leader(&leader);
+                let reader = leader.start(source);
                 self.read(reader, Reason::Fetched(Why::NotHeld), situation, true)
                     .await
             }
@@ -324,6 +334,37 @@ impl Road<'_> {
                 Ok(self.outcome(Content::File(held), Some(size), Reason::Joined))
             }
         }
+    }
+
+    /// What this request wants of the blob, and how urgently: what is small first, what no manifest here names last.
+    fn wish(&self) -> Wish {
+        let class = match self.stated_size() {
+            Some(size) if size <= SMALL_BYTES_MAX => Class::Interactive,
+            _ => Class::Bulk,
+        };
+        let bytes = self.request.range.bytes_max();
+        Wish {
+            demand: Demand {
+                class,
+                ..self.context.caller.demand(&self.request.operation)
+            },
+            is_whole: bytes.is_none_or(|bytes| bytes > AHEAD_BYTES_MAX),
+        }
+    }
+
+    /// The size that a manifest of this repository states.
+    fn stated_size(&self) -> Option<u64> {
+        self.pull
+            .sizes
+            .of(&self.request.site, self.repository, self.digest)
+    }
+
+    /// Whether the answer may begin before the upstream was asked: this principal has a right to what a manifest here
+    /// names, and wants it from the start.
+    fn may_begin_queued(&self, situation: Situation) -> bool {
+        situation.standing == Standing::Vouched
+            && self.stated_size().is_some()
+            && self.request.range == RangeRequest::None
     }
 
     /// Whether a transfer that this principal began here is still its own to read: the `GET` of the transfer is the
@@ -369,11 +410,13 @@ impl Road<'_> {
         situation: Situation,
         leads: bool,
     ) -> Result<Outcome, Arc<Failure>> {
-        let stated = self
-            .pull
-            .sizes
-            .of(&self.request.site, self.repository, self.digest);
-        let failure = match opened_with_size(&mut reader, stated).await {
+        let opened = async {
+            if self.may_begin_queued(situation) && is_still_queued(&mut reader).await {
+                return Ok(None);
+            }
+            opened_with_size(&mut reader, self.stated_size()).await
+        };
+        let failure = match opened.await {
             Ok(size) => {
                 let reader = reader.with_ahead(Upstreamed::new(self.pull, self.wanted(), self.digest));
                 return Ok(self.outcome(Content::Download(reader), size, reason));
@@ -392,6 +435,7 @@ impl Road<'_> {
                 tracing::warn!(digest = %self.digest, %fault, "passing a blob through without storing it");
                 Ok(self.pass_through(situation).await)
             }
+            Failure::Crowded(full) => Ok(crowded(NoPlace::Full(*full))),
             Failure::Broken(cause) => Ok(refused(Refusal::Silent(*cause), None, false)),
             Failure::Wrong(_) => Ok(refused(Refusal::Silent(Cause::WrongDigest), None, false)),
             Failure::Store(_) | Failure::Stranded(_) => Ok(self.pass_through(situation).await),
@@ -407,13 +451,18 @@ impl Road<'_> {
             accept,
             ..
         } = self.request;
+        let place = self.pull.downloads.admit(site.name(), self.wish().demand).await;
+        let place = match place {
+            Ok(place) => place,
+            Err(refused) => return crowded(refused),
+        };
         let asked_at = Instant::now();
         let fetched = site
             .upstream()
             .get(&self.context.caller, operation, accept, None)
             .await;
         let fetched = match fetched {
-            Ok(fetched) => fetched,
+            Ok(fetched) => fetched.holding(place),
             Err(answer) => {
                 self.pull.learn(&self.wanted(), &answer, asked_at).await;
                 let heard = self.pull.heard(site, self.repository, &answer).await;
@@ -441,6 +490,18 @@ impl Road<'_> {
         };
         self.outcome(content, size, Reason::Passed)
     }
+}
+
+/// Too many downloads wait already.
+fn crowded(refused_place: NoPlace) -> Outcome {
+    let answer = Answer::unplaced(refused_place);
+    refused(Refusal::Silent(answer.cause()), Some(Arc::new(answer)), false)
+}
+
+/// Waits for the upstream's answer, and says whether the download waits for a place instead.
+async fn is_still_queued(reader: &mut Reader) -> bool {
+    let opened = tokio::time::timeout(QUEUED_WITHIN, reader.opened()).await;
+    opened.is_err() && reader.is_queued()
 }
 
 /// Waits until the blob's answer can begin: its size, where it is known by then. What a manifest `stated` is no size.

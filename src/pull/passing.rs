@@ -10,6 +10,7 @@ use super::{Outcome, Pull, Request};
 pub use crate::download::Verifying as Passing;
 use crate::oci::{Cause, MediaType, Operation, Reference, Repository};
 use crate::policy::Refusal;
+use crate::queue::{Class, Demand};
 use crate::upstream::{Answer, Caller, Fetched, Said};
 
 /// An answer passed on as it comes: its digest is of an algorithm that cannot be verified here or not that of its bytes,
@@ -62,7 +63,28 @@ pub(super) async fn unverifiable(
             not_passed(pull, &Wanted::of(request, repository, caller), answer, asked_at).await
         };
     }
-    match site.upstream().get(caller, operation, accept, None).await {
+    let place = match operation {
+        Operation::Blob { .. } => {
+            let demand = Demand {
+                class: Class::Bulk,
+                ..caller.demand(operation)
+            };
+            match pull.downloads.admit(site.name(), demand).await {
+                Ok(place) => Some(place),
+                Err(full) => {
+                    let answer = Answer::unplaced(full);
+                    return refused(Refusal::Silent(answer.cause()), Some(Arc::new(answer)), false);
+                }
+            }
+        }
+        _ => None,
+    };
+    let fetched = site.upstream().get(caller, operation, accept, None).await;
+    let fetched = fetched.map(|fetched| match place {
+        Some(place) => fetched.holding(place),
+        None => fetched,
+    });
+    match fetched {
         Ok(fetched) if fetched.length.is_some_and(|length| length > size_max) => {
             refused(Refusal::Silent(Cause::TooLarge), None, false)
         }

@@ -132,6 +132,12 @@ impl Pull {
             after: None,
         };
         if !sample.0.is_empty() {
+            // As short as a question, and queued as one.
+            let _place = site
+                .upstream()
+                .admit(caller, operation)
+                .await
+                .map_err(|answer| *answer)?;
             let answered = site.upstream().get_part(caller, operation, accept, part).await;
             if let Err(answer) = &answered {
                 self.learn(of, answer, asked_at).await;

@@ -4,8 +4,8 @@
 //! config comes with its manifest, and the layers when the first of them is asked for. They come with the manifest where a
 //! tag moved of which an earlier image was pulled here whole.
 //!
-//! What is begun here is an ordinary download that a client joins when it comes. It gives way to clients: a few at a
-//! time, and none while the places for downloads run short. After the layers come the image's attestation and what
+//! What is begun here is an ordinary download that a client joins when it comes. It gives way to clients: it has a class of
+//! its own in the queue of downloads, a few places of each upstream, and no more than its place if the upstream drips. After the layers come the image's attestation and what
 //! refers to that: clients of today ask for them, and in an outage those that older clients left out must be here.
 
 use std::collections::{HashMap, HashSet};
@@ -18,13 +18,11 @@ use tokio::time::Instant;
 use super::fetching::Wanted;
 use super::source::Upstreamed;
 use super::{LIMIT_WITHIN, Pull, Request};
-use crate::download::{Failure, Joined};
+use crate::download::{Failure, Joined, Wish};
 use crate::oci::manifest::Role;
 use crate::oci::{AnyDigest, Cause, Digest, Operation, Repository};
+use crate::queue::{Class, Peer};
 use crate::store::manifests::HeldManifest;
-
-/// Downloads begun ahead, at a time, of all images together.
-const BLOBS_MAX: usize = 6;
 
 /// Downloads begun ahead, at a time, of one image: as many as its own client would run.
 const BLOBS_PER_IMAGE_MAX: usize = 3;
@@ -41,7 +39,6 @@ pub(super) type Key = (Arc<str>, Repository, Digest);
 /// What is being prefetched, and what would be.
 pub(super) struct Prefetching {
     images: Arc<Semaphore>,
-    blobs: Arc<Semaphore>,
     running: Mutex<HashSet<Key>>,
     /// The manifests given to clients that lack something here, by their layers.
     lacking: Cache<Key, Parent>,
@@ -63,7 +60,6 @@ impl Default for Prefetching {
     fn default() -> Self {
         Self {
             images: Arc::new(Semaphore::new(IMAGES_MAX)),
-            blobs: Arc::new(Semaphore::new(BLOBS_MAX)),
             running: Mutex::default(),
             lacking: Cache::new(LAYERS_MAX),
         }
@@ -234,17 +230,14 @@ impl Pull {
     ) {
         let own = Arc::new(Semaphore::new(BLOBS_PER_IMAGE_MAX));
         for (digest, opened) in blobs {
-            // Neither semaphore is ever closed.
+            // The semaphore is never closed.
             let Ok(place) = Arc::clone(&own).acquire_owned().await else {
-                break;
-            };
-            let Ok(blob) = Arc::clone(&self.prefetching.blobs).acquire_owned().await else {
                 break;
             };
             let (pull, of) = (Arc::clone(self), of.clone());
             tokio::spawn(async move {
                 pull.prefetch_blob(of, digest, Some(opened)).await;
-                drop((place, blob));
+                drop(place);
             });
         }
         // Each place free is each download ended.
@@ -259,22 +252,21 @@ impl Pull {
         digest: Digest,
         opened: Option<oneshot::Sender<Result<(), Cause>>>,
     ) {
-        let is_held = self
-            .store
-            .read(move |view| matches!(view.blob(&digest), Ok(Some(_))));
-        let is_held = is_held.await;
-        if !is_held && !self.downloads.has_room() {
-            return;
-        }
         let operation = Operation::Blob {
             repository: of.repository.clone(),
             digest: AnyDigest::Known(digest),
         };
         let mut wanted = Wanted { operation, ..of };
         wanted.caller.waits_until = Some(Instant::now() + LIMIT_WITHIN);
-        let settled = match self.downloads.join(digest, wanted.requester()) {
+        (wanted.caller.peer, wanted.caller.class) = (Peer::Background, Class::Background);
+        let wish = Wish {
+            demand: wanted.caller.demand(&wanted.operation),
+            is_whole: true,
+        };
+        let settled = match self.downloads.join(digest, wanted.requester(), wish).await {
             Joined::Leader(leader) => {
-                let mut reader = leader.start(Upstreamed::new(self, wanted.clone(), digest));
+                let source = Upstreamed::new(self, wanted.clone(), digest).for_leader(&leader);
+                let mut reader = leader.start(source);
                 if let Some(opened) = opened {
                     let said = reader.opened().await.map(drop);
                     // The check may have ended.

@@ -12,7 +12,7 @@ use crate::access::Principal;
 use crate::oci::digest::keyed;
 use crate::oci::{NameError, Repository, Tag};
 use crate::policy::rules::{Rule, Rules};
-use crate::queue::Peer;
+use crate::queue::{Class, Peer};
 use crate::trace::Trace;
 use crate::upstream::origin::Origin;
 use crate::upstream::{Caller, Credential, LearnedState, Upstream};
@@ -100,6 +100,8 @@ impl Principals {
             principal: *self.anonymous.as_bytes(),
             credential: Credential::Anonymous,
             peer: Peer::Background,
+            class: Class::Background,
+            waiters: None,
             trace: trace.clone(),
             waits_until: None,
         }
@@ -238,6 +240,8 @@ impl Site {
             principal: *principal.as_bytes(),
             credential,
             peer,
+            class: Class::Interactive,
+            waiters: None,
             trace: trace.clone(),
             waits_until: None,
         }

@@ -8,9 +8,10 @@ use tokio::time::Instant;
 
 use super::Pull;
 use super::fetching::Wanted;
-use crate::download::{self, Ahead, Chunks, Failure, Source, Stream};
+use crate::download::{self, Ahead, Chunks, Failure, Leader, Source, Stream};
 use crate::event::{self, SpanKind};
-use crate::oci::Digest;
+use crate::oci::{Cause, Digest};
+use crate::queue::Waiters;
 use crate::upstream::{Address, Answer, Credential, Fetched, Part, Said};
 
 /// How long a rate limit is waited out in the middle of a transfer. Clients that have had bytes wait longer than for a
@@ -27,6 +28,8 @@ pub(super) struct Upstreamed {
     /// Where the bytes came from last.
     last: Option<Address>,
     began: Instant,
+    /// The requests that wait for what it brings.
+    waiters: Option<Waiters>,
 }
 
 impl Upstreamed {
@@ -39,7 +42,14 @@ impl Upstreamed {
             asked_at: None,
             last: None,
             began: Instant::now(),
+            waiters: None,
         }
+    }
+
+    /// The source of this leader's download: asked as long as a request waits for it.
+    pub(super) fn for_leader(mut self, leader: &Leader) -> Self {
+        self.waiters = Some(leader.waiters().clone());
+        self
     }
 
     /// A client's token may be too old by the time a transfer has to be resumed. It opened the transfer, so its right is not in
@@ -81,7 +91,14 @@ impl Source for Upstreamed {
         if !first {
             self.of.caller.waits_until = Some(now + RESUME_LIMIT_WITHIN);
         }
-        let mut answer = self.get(part).await;
+        let mut answer = match &self.waiters {
+            // What follows from an answer is learned whoever waits for it.
+            Some(waiters) if first => match waiters.while_wanted(self.get(part)).await {
+                Some(answer) => answer,
+                None => return Err(Answer::silent(Cause::Busy)),
+            },
+            _ => self.get(part).await,
+        };
         if !first
             && matches!(&answer, Err(answer) if answer.said == Said::Forbidden)
             && self.forgo_credential()

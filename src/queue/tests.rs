@@ -29,7 +29,7 @@ fn group() -> Arc<str> {
 
 #[tokio::test]
 async fn t08_a_wait_that_is_dropped_leaves_the_queue_at_once() {
-    let queue = Queue::new(1);
+    let queue = Queue::new("test", 1);
     let (first, _stays) = alone(1);
     let place = queue.acquire(&group(), &first).await.unwrap();
     let (second, _stays) = alone(2);
@@ -47,7 +47,7 @@ async fn t08_a_wait_that_is_dropped_leaves_the_queue_at_once() {
 /// The bad interleaving: the place is granted, and the one it is for is dropped before it takes it.
 #[tokio::test]
 async fn t08_a_place_granted_to_a_dropped_wait_is_given_on() {
-    let queue = Queue::new(1);
+    let queue = Queue::new("test", 1);
     let (first, _stays) = alone(1);
     let place = queue.acquire(&group(), &first).await.unwrap();
     let ((second, _s), (third, _t)) = (alone(2), alone(3));
@@ -67,7 +67,7 @@ async fn t08_a_place_granted_to_a_dropped_wait_is_given_on() {
 
 #[tokio::test(start_paused = true)]
 async fn t08_queued_work_ends_with_the_last_that_waits() {
-    let queue = Queue::new(0);
+    let queue = Queue::new("test", 0);
     let (waiters, one) = alone(1);
     let other = waiters.join(demand(2, Class::Bulk));
     let group = group();
@@ -104,7 +104,7 @@ async fn t08_work_that_was_sent_goes_on_for_a_second_without_a_client() {
 /// Who has a cached copy and no more patience: the late answer still has its effects, unless it was not asked for yet.
 #[tokio::test(start_paused = true)]
 async fn t08_work_without_its_patient_goes_on_once_it_has_begun() {
-    let queue = Queue::new(1);
+    let queue = Queue::new("test", 1);
     let group = group();
     let (waiters, waiter) = alone(1);
     let _place = queue.acquire(&group, &waiters).await.unwrap();
@@ -124,7 +124,7 @@ async fn t08_work_without_its_patient_goes_on_once_it_has_begun() {
 
 #[tokio::test]
 async fn t02_beyond_the_bound_of_a_client_the_answer_comes_at_once() {
-    let queue = Queue::new(0);
+    let queue = Queue::new("test", 0);
     let group = group();
     let crowd: Vec<_> = (0..WAITING_PER_PEER_MAX).map(|_| alone(1)).collect();
     let mut waits: Vec<_> = crowd
@@ -153,7 +153,7 @@ async fn t02_beyond_the_bound_of_a_client_the_answer_comes_at_once() {
 
 #[tokio::test]
 async fn t02_a_burst_of_ten_jobs_of_forty_layers_meets_no_bound() {
-    let queue = Queue::new(1);
+    let queue = Queue::new("test", 1);
     let group = group();
     let burst: Vec<_> = (0..400).map(|_| alone(1)).collect();
     let mut waits = tokio::task::JoinSet::new();

@@ -6,7 +6,7 @@
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use http::header::{AUTHORIZATION, CONTENT_LENGTH, HOST, TRANSFER_ENCODING};
+use http::header::{AUTHORIZATION, CONTENT_LENGTH, HOST, RANGE, TRANSFER_ENCODING};
 use http::request::Parts;
 use http::uri::Authority;
 use http::{HeaderMap, HeaderValue, Method, StatusCode, Version};
@@ -15,7 +15,7 @@ use super::door::{Door, Doors, Peer, in_full, is_absolute, name_of};
 use crate::oci::accept::AcceptError;
 use crate::oci::path;
 use crate::oci::query::{Query, QueryError};
-use crate::oci::{Accept, Cause, ErrorCode, Malformed, Operation, Repository};
+use crate::oci::{Accept, Cause, ErrorCode, Malformed, Operation, RangeRequest, Repository};
 use crate::pull::writing::{Change, Writes};
 use crate::pull::{Request, Site, is_local_token};
 use crate::queue;
@@ -367,6 +367,7 @@ fn request(
         for_push: false,
         trace: trace.clone(),
         peer: queue::Peer::of(peer.address),
+        range: RangeRequest::read(head.headers.get(RANGE)),
     })
 }
 

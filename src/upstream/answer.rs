@@ -14,6 +14,7 @@ use crate::oci::digest::Digest;
 use crate::oci::header::{DOCKER_CONTENT_DIGEST, RateLimit};
 use crate::oci::manifest::MediaType;
 use crate::oci::operation::Operation;
+use crate::queue::NoPlace;
 
 use super::client::{Unavailable, content_length};
 use super::limits::Pause;
@@ -132,6 +133,24 @@ impl Answer {
             (Said::Unproven(_), _) => Cause::NotRegistry,
             (Said::Other(status), _) | (_, Some(status)) => Cause::Status(status.as_u16()),
             (Said::Is(_) | Said::Unnamed | Said::Absent | Said::Forbidden, None) => Cause::Malformed,
+        }
+    }
+
+    /// Not asked, for there is no place among the requests to the upstream.
+    pub fn unplaced(refused: NoPlace) -> Answer {
+        match refused {
+            NoPlace::Abandoned => Answer::silent(Cause::Busy),
+            NoPlace::Full(full) => {
+                let cause = if full.is_clients_own {
+                    Cause::ClientQueueFull
+                } else {
+                    Cause::QueueFull
+                };
+                Answer {
+                    retry_after: Some(HeaderValue::from(full.retry_after.as_secs().max(1))),
+                    ..Answer::silent(cause)
+                }
+            }
         }
     }
 

@@ -111,7 +111,9 @@ fn counts(cause: Cause) -> bool {
         | Cause::Unverifiable
         | Cause::Offline
         | Cause::OwnCredential
-        | Cause::Busy => false,
+        | Cause::Busy
+        | Cause::ClientQueueFull
+        | Cause::QueueFull => false,
     }
 }
 

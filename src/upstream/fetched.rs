@@ -9,7 +9,6 @@ use tokio::time::Instant;
 use super::answer::Answer;
 use super::client::Body;
 use super::limits::Lane;
-use super::places::Place;
 use super::settings::Caller;
 use super::urls::{self, Round};
 use super::{Upstream, passes};
@@ -19,6 +18,7 @@ use crate::oci::digest::Digest;
 use crate::oci::header::RateLimit;
 use crate::oci::manifest::MediaType;
 use crate::oci::operation::Operation;
+use crate::queue::Place;
 
 /// One of an upstream's addresses, by its position.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,7 +70,7 @@ pub struct Fetched {
     pub headers: HeaderMap,
     pub(super) body: Body,
     /// Held until the transfer ends.
-    pub(super) permit: Option<Place>,
+    pub(super) place: Option<Place>,
 }
 
 impl Upstream {
@@ -118,13 +118,11 @@ impl Upstream {
         if let Some(cause) = self.0.offline.cause() {
             return Err(Answer::silent(cause));
         }
-        let places = if matches!(operation, Operation::Blob { .. }) {
-            &self.0.learned.transfers
+        // Who fetches a blob has a place among the downloads, which lasts as long as the transfer.
+        let place = if matches!(operation, Operation::Blob { .. }) {
+            None
         } else {
-            &self.0.learned.questions
-        };
-        let Some(permit) = self.permit(places).await else {
-            return Err(Answer::silent(Cause::Busy));
+            Some(self.admit(caller, operation).await.map_err(|answer| *answer)?)
         };
         let resumed = part.after.map(|Address(last)| last + 1);
         let request = resumed.map_or(urls::Request::First, |_| urls::Request::Resumed);
@@ -156,7 +154,7 @@ impl Upstream {
             };
             match got {
                 Ok(mut fetched) => {
-                    fetched.permit = Some(permit);
+                    fetched.place = place;
                     return Ok(self.served(origin, operation, fetched).await);
                 }
                 Err(answer) => {
@@ -172,6 +170,15 @@ impl Upstream {
 }
 
 impl Fetched {
+    /// Holds a place among the downloads until the transfer ends.
+    #[must_use]
+    pub fn holding(self, place: Place) -> Self {
+        Self {
+            place: Some(place),
+            ..self
+        }
+    }
+
     /// The next bytes; `None` at the end and only there. A body shorter than its `Content-Length` is an error
     /// ([`Cause::Reset`]), as is one that pauses for longer than the idle limit ([`Cause::Timeout`]).
     pub async fn chunk(&mut self) -> Option<Result<Bytes, Cause>> {
@@ -180,9 +187,9 @@ impl Fetched {
 
     /// The whole body; [`Cause::TooLarge`] as soon as it is known to be longer than `bytes_max`.
     pub async fn collect(self, bytes_max: usize) -> Result<Bytes, Cause> {
-        let Fetched { body, permit, .. } = self;
+        let Fetched { body, place, .. } = self;
         let collected = body.collect(bytes_max).await;
-        drop(permit);
+        drop(place);
         collected
     }
 }

@@ -258,7 +258,7 @@ impl Limits {
 mod tests {
     #![allow(clippy::unwrap_used, reason = "tests may fail loudly")]
     use super::*;
-    use crate::queue::Peer;
+    use crate::queue::{Class, Peer};
     use crate::trace::Trace;
     use http::HeaderValue;
 
@@ -267,6 +267,8 @@ mod tests {
             principal: [id; 32],
             credential: Credential::Client(HeaderValue::from_static("Bearer canary")),
             peer: Peer::Local,
+            class: Class::Interactive,
+            waiters: None,
             trace: Trace::begun(),
             waits_until: None,
         }
@@ -317,6 +319,8 @@ mod tests {
             principal: [0; 32],
             credential: Credential::Anonymous,
             peer: Peer::Local,
+            class: Class::Interactive,
+            waiters: None,
             trace: Trace::begun(),
             waits_until: None,
         };

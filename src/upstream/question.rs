@@ -350,7 +350,7 @@ impl Question<'_> {
             address,
             body: Body::new(reply.body, length, idle),
             headers: reply.headers,
-            permit: None,
+            place: None,
         })
     }
 

@@ -15,7 +15,8 @@ use super::switch::{Observer, Offline};
 use super::target::RedirectRule;
 use super::tls::{ClientCertificate, TlsError};
 use super::urls::Memory;
-use crate::queue::Peer;
+use crate::oci::operation::Operation;
+use crate::queue::{Class, Demand, Peer, Waiters, flow};
 use crate::trace::Trace;
 
 /// What an upstream is, as configured.
@@ -112,10 +113,27 @@ pub struct Caller {
     pub credential: Credential,
     /// The client whose turn among others it is.
     pub peer: Peer,
+    /// How urgent the request is.
+    pub class: Class,
+    /// The requests that wait for its outcome, where several share it.
+    pub waiters: Option<Waiters>,
     /// Which trace its reason belongs to.
     pub trace: Trace,
     /// Until when a rate limit of the upstream may be waited out for it; `None`: not at all.
     pub waits_until: Option<Instant>,
+}
+
+impl Caller {
+    /// What is asked of admission for `operation`: the flows of a client are its principals, repositories and kinds of
+    /// request.
+    pub fn demand(&self, operation: &Operation) -> Demand {
+        let kind = std::mem::discriminant(operation);
+        Demand {
+            peer: self.peer,
+            flow: flow((self.principal, operation.repository(), kind)),
+            class: self.class,
+        }
+    }
 }
 
 impl fmt::Debug for Caller {

@@ -16,7 +16,6 @@ use super::breaker::{self, Breaker};
 use super::limits::Limits;
 use super::origin::Origin;
 use super::own::{CredentialSource, Names, Own};
-use super::places::Places;
 use super::quirk::Quirks;
 use super::route::ProxyChoice;
 use super::settings::Settings;
@@ -25,6 +24,7 @@ use super::tls::ClientCertificate;
 use super::token::TokenCache;
 use super::{Inner, Upstream};
 use crate::oci::cause::Cause;
+use crate::queue::Queue;
 
 /// How often the same reason for which an upstream is unavailable is logged.
 const LOGGED_AGAIN_AFTER: Duration = Duration::from_secs(60);
@@ -38,8 +38,7 @@ pub(super) struct Learned {
     pub(super) limits: Limits,
     pub(super) quirks: Quirks,
     pub(super) tokens: Arc<TokenCache>,
-    pub(super) questions: Arc<Places>,
-    pub(super) transfers: Arc<Places>,
+    pub(super) questions: Queue,
     health: Mutex<Health>,
     active: Mutex<Active>,
 }
@@ -211,7 +210,6 @@ impl Upstream {
         }
         learned.limits.set_own(own.as_ref().map_or(0, |own| own.serial()));
         learned.questions.resize(inner.fetches_max);
-        learned.transfers.resize(inner.fetches_max);
         *learned.active() = Active {
             upstream: Arc::downgrade(inner),
             connection: Some(Arc::clone(&inner.connection)),

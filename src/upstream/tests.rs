@@ -20,7 +20,7 @@ use http::{HeaderMap, HeaderValue, Method};
 
 use super::*;
 use crate::oci::digest::{Algorithm, Digest};
-use crate::queue::Peer;
+use crate::queue::{Class, Peer};
 use registry::Registry;
 
 /// An OCI manifest, small but real.
@@ -59,6 +59,8 @@ pub(super) fn anonymous() -> Caller {
         principal: [0; 32],
         credential: Credential::Anonymous,
         peer: Peer::Local,
+        class: Class::Interactive,
+        waiters: None,
         trace: Trace::begun(),
         waits_until: None,
     }
@@ -73,6 +75,8 @@ pub(super) fn client(authorization: &str) -> Caller {
         principal,
         credential: Credential::Client(header),
         peer: Peer::Local,
+        class: Class::Interactive,
+        waiters: None,
         trace: Trace::begun(),
         waits_until: None,
     }

@@ -8,7 +8,7 @@ use http::{HeaderMap, HeaderValue, Method, header};
 use http_body_util::{BodyExt as _, Empty};
 use ifnewer::download::Downloads;
 use ifnewer::event::Events;
-use ifnewer::oci::{Accept, Digest, LoginRequest, Operation};
+use ifnewer::oci::{Accept, Digest, LoginRequest, Operation, RangeRequest};
 use ifnewer::policy::rules::Rules;
 use ifnewer::pull::{Access, Content, LoggedIn, Outcome, Pull, Request, Site, SiteStates};
 use ifnewer::queue::Peer;
@@ -261,6 +261,7 @@ impl Cache {
             for_push: false,
             trace: Trace::begun(),
             peer: Peer::Local,
+            range: RangeRequest::None,
         };
         match self.pull.answer(request).await {
             Outcome::Manifest(manifest, _) => {

@@ -19,9 +19,7 @@ async fn one_transfer_serves_those_before_during_and_after() {
     assert_eq!(whole(before).await, blob);
     assert_eq!(whole(during).await, blob);
     downloads.idle().await;
-    assert!(
-        matches!(downloads.join(digest(&blob), requester()), Joined::Held(held) if held.size == MIB as u64)
-    );
+    assert!(matches!(join(&downloads, digest(&blob)), Joined::Held(held) if held.size == MIB as u64));
     assert_eq!((script.asked(), downloads.count()), (vec![0], 0));
 }
 
@@ -36,10 +34,7 @@ async fn a_miss_overtaken_by_a_whole_download_finds_it_held() {
     ingest
         .commit(Verified::check(hasher, &digest(&blob), 1000, None).unwrap())
         .unwrap();
-    assert!(matches!(
-        downloads.join(digest(&blob), requester()),
-        Joined::Held(_)
-    ));
+    assert!(matches!(join(&downloads, digest(&blob)), Joined::Held(_)));
     assert_eq!(downloads.count(), 0);
 }
 
@@ -69,10 +64,7 @@ async fn a_failed_transfer_is_gone_before_its_readers_hear_of_it() {
         .wait_for(|progress| matches!(progress, Progress::Failed(_)) && count.count() == 0)
         .await;
     assert!(matches!(&*seen.unwrap(), Progress::Failed(failure) if matches!(**failure, Failure::Refused(_))));
-    assert!(matches!(
-        downloads.join(digest(&blob), requester()),
-        Joined::Leader(_)
-    ));
+    assert!(matches!(join(&downloads, digest(&blob)), Joined::Leader(_)));
 }
 
 #[tokio::test]

@@ -182,6 +182,9 @@ fn silence(cause: Cause) -> (StatusCode, ErrorCode) {
         Cause::Timeout | Cause::ConnectTimeout | Cause::Budget => {
             (StatusCode::GATEWAY_TIMEOUT, ErrorCode::Unavailable)
         }
+        Cause::ClientQueueFull | Cause::QueueFull => {
+            (StatusCode::SERVICE_UNAVAILABLE, ErrorCode::TooManyRequests)
+        }
         Cause::BreakerOpen | Cause::Busy | Cause::Offline | Cause::Status(503) => {
             (StatusCode::SERVICE_UNAVAILABLE, ErrorCode::Unavailable)
         }

@@ -199,6 +199,8 @@ async fn our_own_account_is_used_only_for_callers_that_say_so() {
         principal: [0; 32],
         credential: Credential::Own,
         peer: Peer::Local,
+        class: Class::Interactive,
+        waiters: None,
         trace: Trace::begun(),
         waits_until: None,
     };
@@ -233,6 +235,8 @@ async fn our_own_account_is_posted_where_the_realm_has_no_get() {
         principal: [0; 32],
         credential: Credential::Own,
         peer: Peer::Local,
+        class: Class::Interactive,
+        waiters: None,
         trace: Trace::begun(),
         waits_until: None,
     };
