@@ -47,6 +47,9 @@ impl Downloads {
                 Found::Joined(joined) => return joined,
                 Found::Look(look) => look,
             };
+            if let Some(held) = self.shared.store.blob_in_memory(&digest) {
+                return Joined::Held(held);
+            }
             let store = Arc::clone(&self.shared.store);
             let held = spawn_blocking(move || store.blob(&digest)).await;
             // A fault here is a miss; the transfer itself will meet it again and say so.

@@ -77,7 +77,7 @@ impl Settings {
 }
 
 /// Questions under way at once, and as many transfers, unless the operator says otherwise.
-pub const FETCHES_MAX: usize = 32;
+pub const FETCHES_MAX: usize = 64;
 
 /// How long to wait for an upstream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -336,7 +336,12 @@ async fn t02_a_request_waits_for_its_place_without_a_limit() {
     };
     let answer = upstream.head(&revalidating, &tag(), &accept).await;
     assert_eq!(answer.said, Said::Is(digest(MANIFEST)));
-    drop(upstream.get(&caller, &blob("bytes"), &accept, None).await.unwrap());
+    drop(
+        upstream
+            .get(&caller, &blob("bytes"), &accept, None)
+            .await
+            .unwrap(),
+    );
     held.pop();
     assert!(waiting.await.is_ok());
 }
