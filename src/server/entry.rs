@@ -219,14 +219,14 @@ impl Entry {
         }
         // The turn lasts until the result is known to whoever is next, or if the client leaves, as long as the check.
         let checked = spawn_blocking(move || (bcrypt::verify(password.as_bytes(), &hash), turn));
-        let (is_right, _turn) = match checked.await {
+        let (is_right, turn) = match checked.await {
             Ok((checked, turn)) => (checked.unwrap_or(false), Some(turn)),
             Err(_) => (false, None),
         };
         let user = user.filter(|_| is_right);
         match &user {
             Some(user) => self.passwords.known.insert(right, Arc::clone(user)),
-            None => checks.note_wrong(wrong),
+            None => checks.note_wrong(wrong, turn.as_ref()),
         }
         Ok(user)
     }

@@ -137,6 +137,10 @@ pub(super) fn turned(turned: &Turned, method: &Method) -> Response<Body> {
             .headers_mut()
             .insert(ALLOW, HeaderValue::from_static("GET, HEAD"));
     }
+    if turned.status() == StatusCode::SERVICE_UNAVAILABLE {
+        let seconds = HeaderValue::from_static("5");
+        response.headers_mut().insert(RETRY_AFTER, seconds);
+    }
     let challenge = match turned.status() {
         StatusCode::UNAUTHORIZED => Some(WWW_AUTHENTICATE),
         StatusCode::PROXY_AUTHENTICATION_REQUIRED => Some(PROXY_AUTHENTICATE),

@@ -179,6 +179,7 @@ async fn there_are_only_so_many_tunnels() {
     .await;
     let reply = connect(&proxy, &target).await;
     assert_eq!(reply.status(), Some(503), "{}", reply.text);
+    assert!(reply.text.contains("retry-after: 5\r\n"), "{}", reply.text);
     assert_eq!(
         elsewhere.connections(),
         2,

@@ -1,11 +1,14 @@
 //! Turns for password checks, and the credentials that were found wrong.
 //!
-//! A check costs a tenth of a second of a processor, so few run at a time. A peer has one turn at a time: who guesses waits
-//! for its own guesses, and the first login of another peer for one check of each. A credential found wrong is remembered
-//! for [`WRONG_FOR`]: a fleet that goes on with an old password costs one check a minute, not one a request.
+//! A check costs a tenth of a second of a processor, so few run at a time. A peer has one turn at a time: a peer that guesses
+//! waits for its own guesses, and the first login of another peer for one check of each. Peers that sent a wrong credential
+//! lately have one of the turns between them: however many they are, a login of another peer waits for one check of theirs.
+//!
+//! A credential that was found wrong for a hash is wrong for that hash for ever, so it is not checked again: a fleet that goes
+//! on with an old password costs one check for each credential, not one for each request.
 
 use std::net::IpAddr;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use quick_cache::sync::Cache;
@@ -14,14 +17,15 @@ use tokio::time::{Instant, timeout};
 
 use crate::server::host_network;
 
-/// Checks at a time.
+/// Checks at a time, and of those that sent a wrong credential lately.
 const CHECKS_MAX: usize = 2;
+const SUSPECT_CHECKS_MAX: usize = 1;
 
 /// How long a check waits for its turn.
 const CHECK_WITHIN: Duration = Duration::from_secs(10);
 
-/// How long a wrong credential is known to be wrong.
-const WRONG_FOR: Duration = Duration::from_secs(60);
+/// How long a peer counts as one that sent a wrong credential.
+const SUSPECT_FOR: Duration = Duration::from_secs(600);
 
 /// Wrong credentials remembered.
 const WRONG_MAX: usize = 4096;
@@ -29,57 +33,91 @@ const WRONG_MAX: usize = 4096;
 /// Peers whose turns are told apart.
 const PEERS_MAX: usize = 4096;
 
-/// The keyed hash of a credential.
+/// The keyed hash of a credential, and of the hash that it was checked against.
 pub(super) type Key = [u8; 32];
 
 pub(super) struct Checks {
     /// In the order of arrival, one of each peer.
     slots: Arc<Semaphore>,
-    peers: Cache<Option<IpAddr>, Arc<Semaphore>>,
-    wrong: Cache<Key, Instant>,
+    suspect_slots: Arc<Semaphore>,
+    peers: Cache<Option<IpAddr>, Arc<Peer>>,
+    wrong: Cache<Key, ()>,
+}
+
+struct Peer {
+    turns: Arc<Semaphore>,
+    wrong_at: Mutex<Option<Instant>>,
 }
 
 /// The turn ends when this is dropped.
 pub(super) struct Turn {
     _slot: OwnedSemaphorePermit,
+    _suspect: Option<OwnedSemaphorePermit>,
     _peer: OwnedSemaphorePermit,
+    peer: Arc<Peer>,
 }
 
 impl Default for Checks {
     fn default() -> Self {
         Self {
             slots: Arc::new(Semaphore::new(CHECKS_MAX)),
+            suspect_slots: Arc::new(Semaphore::new(SUSPECT_CHECKS_MAX)),
             peers: Cache::new(PEERS_MAX),
             wrong: Cache::new(WRONG_MAX),
         }
     }
 }
 
+impl Default for Peer {
+    fn default() -> Self {
+        Self {
+            turns: Arc::new(Semaphore::new(1)),
+            wrong_at: Mutex::default(),
+        }
+    }
+}
+
+impl Peer {
+    fn is_suspect(&self) -> bool {
+        let wrong_at = self.wrong_at.lock().unwrap_or_else(PoisonError::into_inner);
+        wrong_at.is_some_and(|at| at.elapsed() < SUSPECT_FOR)
+    }
+}
+
 impl Checks {
     /// Waits for a turn of this peer; `None` where that takes too long.
     pub(super) async fn turn(&self, peer: Option<IpAddr>) -> Option<Turn> {
-        let own = self.peers.get_or_insert_with(&peer.map(host_network), || {
-            Ok::<_, std::convert::Infallible>(Arc::new(Semaphore::new(1)))
-        });
-        let Ok(own) = own;
+        let made = || Ok::<_, std::convert::Infallible>(Arc::default());
+        let Ok(peer) = self.peers.get_or_insert_with(&peer.map(host_network), made);
         let turn = async {
-            let peer = own.acquire_owned().await.ok()?;
+            let own = Arc::clone(&peer.turns).acquire_owned().await.ok()?;
+            let suspect = if peer.is_suspect() {
+                Some(Arc::clone(&self.suspect_slots).acquire_owned().await.ok()?)
+            } else {
+                None
+            };
             let slot = Arc::clone(&self.slots).acquire_owned().await.ok()?;
             Some(Turn {
                 _slot: slot,
-                _peer: peer,
+                _suspect: suspect,
+                _peer: own,
+                peer,
             })
         };
         timeout(CHECK_WITHIN, turn).await.ok().flatten()
     }
 
     pub(super) fn is_wrong(&self, credential: &Key) -> bool {
-        let found_at = self.wrong.get(credential);
-        found_at.is_some_and(|found_at| found_at.elapsed() < WRONG_FOR)
+        self.wrong.get(credential).is_some()
     }
 
-    pub(super) fn note_wrong(&self, credential: Key) {
-        self.wrong.insert(credential, Instant::now());
+    /// A credential was found wrong, in this turn if it lasted until now.
+    pub(super) fn note_wrong(&self, credential: Key, turn: Option<&Turn>) {
+        self.wrong.insert(credential, ());
+        if let Some(turn) = turn {
+            let mut wrong_at = turn.peer.wrong_at.lock().unwrap_or_else(PoisonError::into_inner);
+            *wrong_at = Some(Instant::now());
+        }
     }
 
     #[cfg(test)]
@@ -127,12 +165,37 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn t17_a_wrong_credential_is_known_for_a_minute() {
+    async fn e13_a_credential_found_wrong_for_a_hash_stays_wrong() {
         let checks = Checks::default();
         assert!(!checks.is_wrong(&[1; 32]));
-        checks.note_wrong([1; 32]);
+        checks.note_wrong([1; 32], None);
+        tokio::time::advance(Duration::from_secs(24 * 60 * 60)).await;
         assert!(checks.is_wrong(&[1; 32]) && !checks.is_wrong(&[2; 32]));
-        tokio::time::advance(WRONG_FOR).await;
-        assert!(!checks.is_wrong(&[1; 32]));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn e13_a_fleet_with_stale_passwords_holds_up_no_new_login() {
+        let checks = Arc::new(Checks::default());
+        for last in 0..50 {
+            let turn = checks.turn(Some(host(last))).await;
+            checks.note_wrong([last; 32], turn.as_ref());
+        }
+        // Each goes on with ever other passwords.
+        for last in 0..50 {
+            let checks = Arc::clone(&checks);
+            tokio::spawn(async move {
+                loop {
+                    let _turn = checks.turn(Some(host(last))).await;
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                }
+            });
+        }
+        for last in 100..110 {
+            tokio::task::yield_now().await;
+            let before = Instant::now();
+            assert!(checks.turn(Some(host(last))).await.is_some());
+            let waited = before.elapsed();
+            assert!(waited <= Duration::from_millis(100), "{waited:?}");
+        }
     }
 }
