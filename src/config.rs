@@ -21,6 +21,7 @@ mod entry;
 mod fault;
 mod files;
 mod keys;
+mod limits;
 mod names;
 mod network;
 mod summary;
@@ -213,6 +214,23 @@ impl Limits {
             fetches_max: self.fetches_max.min(descriptors / 10).max(1),
             ..self
         }
+    }
+
+    /// In words, where a process that may open only so many files has lower limits than these.
+    pub fn lowered_by(&self, descriptors: usize) -> Option<String> {
+        let few = self.within(descriptors);
+        (few != *self).then(|| {
+            format!(
+                "{descriptors} file descriptors allow {} connections (connections_max = {}), {} tunnels (tunnels_max = {}) \
+                 and {} transfers (fetches_max = {})",
+                few.connections_max,
+                self.connections_max,
+                few.tunnels_max,
+                self.tunnels_max,
+                few.fetches_max,
+                self.fetches_max
+            )
+        })
     }
 
     /// Connections that may wait for a place of their address, of all addresses. Each holds a descriptor.

@@ -38,7 +38,14 @@ fn main() -> ExitCode {
     };
     match cli.wanted() {
         Command::Check => {
-            let _ = write!(terminal::stdout(false), "{}", config.summary());
+            let mut out = terminal::stdout(false);
+            let _ = write!(out, "{}", config.summary());
+            if let Some(lowered) = config.limits.lowered_by(take_descriptors()) {
+                let _ = writeln!(
+                    out,
+                    "\nlimits    a process started from here has lower ones: {lowered}"
+                );
+            }
             ExitCode::SUCCESS
         }
         Command::Config(cli::Settings::Show { origin }) => match cli::settings(&cli.options) {

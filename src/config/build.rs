@@ -11,7 +11,7 @@ use super::names;
 use super::table::Table;
 use super::upstream::{self, Configured};
 use super::value;
-use super::{Admin, Config, Limits, Listen, Log, OwnCertificate, Sources, StoreSize, Tls};
+use super::{Admin, Config, Listen, Log, OwnCertificate, Sources, StoreSize, Tls};
 use crate::policy::rules::{Changes, Pattern, Rule, Rules};
 
 /// The name of a folder of certificates that nobody has named.
@@ -38,7 +38,7 @@ pub(super) fn build(
     );
     let store = store(&document.fixed(Section::Store), report);
     let log = log(&document.fixed(Section::Log), report);
-    let limits = limits(&document.fixed(Section::Limits), report);
+    let limits = super::limits::read(&document.fixed(Section::Limits), report);
     let tunnels = document
         .fixed(Section::Connect)
         .list(report, "tunnel", &value::TUNNEL);
@@ -196,34 +196,6 @@ fn log(table: &Table, report: &mut Report<'_>) -> Result<Log, Told> {
     Ok(Log {
         level: level?,
         format: format?,
-    })
-}
-
-fn limits(table: &Table, report: &mut Report<'_>) -> Result<Limits, Told> {
-    const MANY: usize = 1_000_001;
-    let connections_max = table.number(report, "connections_max", 1..MANY);
-    let connections_per_peer_max = table.number(report, "connections_per_peer_max", 1..MANY);
-    let streams = table.number(report, "streams_per_connection_max", 1..MANY);
-    let tunnels_max = table.number(report, "tunnels_max", 1..MANY);
-    let fetches_max = table.number(report, "fetches_max", 1..MANY);
-    let fetches_per_upstream_max = table.number(report, "fetches_per_upstream_max", 1..MANY);
-    let handshake_timeout = table.text(report, "handshake_timeout", &value::TIMEOUT);
-    let header_timeout = table.text(report, "header_timeout", &value::TIMEOUT);
-    let idle_timeout = table.text(report, "idle_timeout", &value::TIMEOUT);
-    let write_timeout = table.text(report, "write_timeout", &value::TIMEOUT);
-    let drain = table.text(report, "drain", &value::DURATION);
-    Ok(Limits {
-        connections_max: connections_max?,
-        connections_per_peer_max: connections_per_peer_max?,
-        streams_per_connection_max: streams.and_then(|number| u32::try_from(number).map_err(|_| Told))?,
-        tunnels_max: tunnels_max?,
-        fetches_max: fetches_max?,
-        fetches_per_upstream_max: fetches_per_upstream_max?,
-        handshake_timeout: handshake_timeout?,
-        header_timeout: header_timeout?,
-        idle_timeout: idle_timeout?,
-        write_timeout: write_timeout?,
-        drain: drain?,
     })
 }
 

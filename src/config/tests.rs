@@ -321,6 +321,35 @@ fn a_process_that_may_open_few_files_has_lower_limits() {
 }
 
 #[test]
+fn t10_a_default_limit_is_lowered_to_the_whole_it_is_part_of() {
+    let limits = read("[limits]\nconnections_max = 100\nfetches_max = 8").limits;
+    assert_eq!(
+        (
+            limits.connections_per_peer_max,
+            limits.tunnels_max,
+            limits.fetches_per_upstream_max
+        ),
+        (100, 100, 8)
+    );
+    // Timeouts of which one is given alone keep their meaning.
+    read("[limits]\nidle_timeout = \"300ms\"\nwrite_timeout = \"300ms\"");
+    read("[upstream.\"ghcr.io\"]\nfirst_byte_timeout = \"1s\"");
+}
+
+#[test]
+fn t10_few_descriptors_are_told_in_words() {
+    let limits = read("").limits;
+    assert_eq!(limits.lowered_by(1 << 20), None);
+    assert_eq!(
+        limits.lowered_by(1024).as_deref(),
+        Some(
+            "1024 file descriptors allow 204 connections (connections_max = 4096), 102 tunnels (tunnels_max = 256) and 102 \
+             transfers (fetches_max = 256)"
+        )
+    );
+}
+
+#[test]
 fn o05_without_a_file_the_ca_has_one_place() {
     let folder = |here: Option<&str>, origin: &str, variables: &[(&str, &str)]| {
         let owned = |(name, value): &(&str, &str)| ((*name).to_owned(), (*value).to_owned());

@@ -243,6 +243,9 @@ fn read(table: Table, report: &mut Report<'_>) -> Configured {
     let proxy = table.text(report, "proxy", &value::PROXY);
     let connect_timeout = table.text(report, "connect_timeout", &value::TIMEOUT);
     let first_byte_timeout = table.text(report, "first_byte_timeout", &value::TIMEOUT);
+    if let (Ok(connect), Ok(first_byte)) = (connect_timeout, first_byte_timeout) {
+        super::limits::refuse_connect_timeout(&table, connect, first_byte, report);
+    }
 
     let found_urls = urls.as_ref().map_or_else(|_| Vec::new(), Clone::clone);
     let found_hosts = hosts.as_ref().map_or_else(|_| Vec::new(), Clone::clone);

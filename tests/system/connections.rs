@@ -1,6 +1,6 @@
 //! Connection admission: places per address and for the process, and which connection makes room for another.
 
-use crate::proxy::{Proxy, Setup, manifest_path};
+use crate::proxy::{Program, Proxy, Setup, manifest_path};
 use crate::upstream::{Image, Upstream, within};
 use std::net::{Ipv4Addr, SocketAddr};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -186,6 +186,26 @@ async fn t10_waiting_and_silent_connections_do_not_delay_the_end() {
 }
 
 #[tokio::test]
+async fn t10_check_says_what_few_descriptors_allow() {
+    let setup = Setup::empty();
+    let file = setup.file("right.toml", &setup.toml());
+    let script = "ulimit -n 1024; exec \"$0\" check --config \"$1\"";
+    let arguments = [
+        "-c",
+        script,
+        env!("CARGO_BIN_EXE_ifnewer"),
+        file.to_str().unwrap(),
+    ];
+    let mut program = Program::start_with("bash", &arguments, setup.folder());
+    assert_eq!(program.exit().await, Some(0), "{}", program.stderr());
+    let said = program.stdout();
+    assert!(
+        said.contains("1024 file descriptors allow 204 connections (connections_max = 4096)"),
+        "{said}"
+    );
+}
+
+#[tokio::test]
 async fn t10_with_few_descriptors_idle_connections_stop_no_cold_pull() {
     let upstream = Upstream::start().await;
     let image = upstream.push(
@@ -194,7 +214,7 @@ async fn t10_with_few_descriptors_idle_connections_stop_no_cold_pull() {
         Image::with_layers(&["one", "two", "three"]),
     );
     let proxy = Setup::over(&upstream)
-        .tail("[limits]\nheader_timeout = \"10m\"")
+        .tail("[limits]\nheader_timeout = \"10m\"\nidle_timeout = \"10m\"")
         .through(&["bash", "-c", "ulimit -n 256; exec \"$@\"", "limited"])
         .start()
         .await;

@@ -1,0 +1,157 @@
+//! `[limits]`: each by itself, and combinations that cannot work.
+
+use std::time::Duration;
+
+use super::Limits;
+use super::fault::{Report, Told};
+use super::table::Table;
+use super::value;
+
+/// File descriptors that a process may have at most (`fs.nr_open` as Linux has it).
+const DESCRIPTORS_MAX: usize = 1 << 20;
+
+/// A transfer may hold 256 KiB of what it reads: so many hold 256 MiB.
+const FETCHES_MAX: usize = 1024;
+
+/// A number that has no bound of its own.
+const MANY: usize = 1_000_000;
+
+pub(super) fn read(table: &Table, report: &mut Report<'_>) -> Result<Limits, Told> {
+    let descriptors = "a process has at most 1048576 file descriptors, and five belong to each connection";
+    let connections_max = number(
+        table,
+        report,
+        "connections_max",
+        (DESCRIPTORS_MAX / 5, descriptors),
+    );
+    let per_peer = number(
+        table,
+        report,
+        "connections_per_peer_max",
+        (DESCRIPTORS_MAX / 5, descriptors),
+    );
+    let streams = number(
+        table,
+        report,
+        "streams_per_connection_max",
+        (MANY, "no client sends as many"),
+    );
+    let tunnels_max = number(table, report, "tunnels_max", (DESCRIPTORS_MAX / 10, descriptors));
+    let memory = "each transfer may hold 256 KiB of memory, two files and a connection";
+    let fetches_max = number(table, report, "fetches_max", (FETCHES_MAX, memory));
+    let per_upstream = number(table, report, "fetches_per_upstream_max", (FETCHES_MAX, memory));
+    let handshake_timeout = table.text(report, "handshake_timeout", &value::TIMEOUT);
+    let header_timeout = table.text(report, "header_timeout", &value::TIMEOUT);
+    let idle_timeout = table.text(report, "idle_timeout", &value::TIMEOUT);
+    let write_timeout = table.text(report, "write_timeout", &value::TIMEOUT);
+    let drain = table.text(report, "drain", &value::DURATION);
+    let limits = Limits {
+        connections_max: connections_max?,
+        connections_per_peer_max: per_peer?,
+        streams_per_connection_max: streams.and_then(|number| u32::try_from(number).map_err(|_| Told))?,
+        tunnels_max: tunnels_max?,
+        fetches_max: fetches_max?,
+        fetches_per_upstream_max: per_upstream?,
+        handshake_timeout: handshake_timeout?,
+        header_timeout: header_timeout?,
+        idle_timeout: idle_timeout?,
+        write_timeout: write_timeout?,
+        drain: drain?,
+    };
+    refuse_header_timeout(table, &limits, report);
+    Ok(Limits {
+        connections_per_peer_max: part(
+            table,
+            report,
+            ("connections_per_peer_max", limits.connections_per_peer_max),
+            ("connections_max", limits.connections_max),
+        ),
+        tunnels_max: part(
+            table,
+            report,
+            ("tunnels_max", limits.tunnels_max),
+            ("connections_max", limits.connections_max),
+        ),
+        fetches_per_upstream_max: part(
+            table,
+            report,
+            ("fetches_per_upstream_max", limits.fetches_per_upstream_max),
+            ("fetches_max", limits.fetches_max),
+        ),
+        ..limits
+    })
+}
+
+/// A number from 1 to what a process can have, with the reason for that.
+fn number(
+    table: &Table,
+    report: &mut Report<'_>,
+    key: &str,
+    (max, why): (usize, &str),
+) -> Result<usize, Told> {
+    let number = table.number(report, key, 1..MANY + 1)?;
+    if number <= max {
+        return Ok(number);
+    }
+    let message = format!("{number} is more than a process can have: {why}");
+    let help = format!("{max} at most");
+    Err(report.tell(table.at(key), table.path(key), message, Some(help)))
+}
+
+/// What is counted within something larger. A default that is larger than the whole is lowered to it; a given one is a
+/// mistake.
+fn part(
+    table: &Table,
+    report: &mut Report<'_>,
+    (key, number): (&str, usize),
+    (of, whole): (&str, usize),
+) -> usize {
+    if number > whole && table.is_given(key) {
+        let message = format!("{number} is more than `{of}` ({whole}), within which it is counted");
+        let help = format!("lower it to {whole} at most, or raise `{of}`");
+        report.tell(table.at(key), table.path(key), message, Some(help));
+    }
+    number.min(whole)
+}
+
+/// The head of a response is waited for from the request on, and a connection is made within that.
+pub(super) fn refuse_connect_timeout(
+    table: &Table,
+    connect: Duration,
+    first_byte: Duration,
+    report: &mut Report<'_>,
+) {
+    let (key, whole) = ("connect_timeout", "first_byte_timeout");
+    if connect <= first_byte || !table.is_given(key) || !table.is_given(whole) {
+        return;
+    }
+    let words = |duration: Duration| humantime::format_duration(duration);
+    let message = format!(
+        "{} is never reached: `{whole}` ({}) runs from the request on and includes it",
+        words(connect),
+        words(first_byte)
+    );
+    let help = format!("make it shorter than `{whole}`");
+    report.tell(table.at(key), table.path(key), message, Some(help));
+}
+
+/// A connection on which nothing moves ends after the longer of two other timeouts, whatever is waited for.
+fn refuse_header_timeout(table: &Table, limits: &Limits, report: &mut Report<'_>) {
+    let key = "header_timeout";
+    let (header, quiet) = (
+        limits.header_timeout,
+        limits.idle_timeout.max(limits.write_timeout),
+    );
+    if !table.is_given(key) || header <= quiet {
+        return;
+    }
+    let words = |duration: Duration| humantime::format_duration(duration);
+    let message = format!(
+        "{} is never reached: a connection ends when nothing has moved on it for {}, the longer of `idle_timeout` and \
+         `write_timeout`",
+        words(header),
+        words(quiet)
+    );
+    let help = "make it shorter, or one of those longer".to_owned();
+    report.tell(table.at(key), table.path(key), message, Some(help));
+}
