@@ -29,6 +29,7 @@ pub(super) struct Key {
     /// Nor, after a reload, for one to other settings.
     settings: (u64, u64),
     for_push: bool,
+    named: Option<Digest>,
     /// Nor, after a denial, for one from before it, whose answer may be an older yes.
     denied_at: Option<Instant>,
 }
@@ -43,6 +44,7 @@ impl Key {
             writes: wanted.writes,
             settings: wanted.site.upstream().settings_id(),
             for_push: wanted.for_push,
+            named: wanted.named,
             denied_at: pull.denied_at(wanted),
         }
     }

@@ -15,8 +15,9 @@ use crate::oci::manifest::MANIFEST_BYTES_MAX;
 use crate::oci::{
     Accept, Algorithm, AnyDigest, Cause, Digest, Manifest, MediaType, Operation, Reference, Repository,
 };
-use crate::policy::Standing;
+use crate::policy::{Heard, Standing};
 use crate::store::manifests::HeldManifest;
+use crate::store::refs::TagKey;
 use crate::upstream::{Answer, Caller, Credential, Fetched, Said};
 
 /// A manifest asked for.
@@ -33,6 +34,8 @@ pub(super) struct Wanted {
     pub(super) writes: Writes,
     /// As in the [`Request`] that it is for.
     pub(super) for_push: bool,
+    /// The digest that the upstream's response to a HEAD named, where a tag is fetched because it moved.
+    pub(super) named: Option<Digest>,
 }
 
 impl Wanted {
@@ -46,7 +49,17 @@ impl Wanted {
             asked_at: request.now,
             writes: request.writes,
             for_push: request.for_push,
+            named: None,
         }
+    }
+
+    /// A fetch of the tag because it moved, as this response to a HEAD says.
+    pub(super) fn naming(self, heard: Heard) -> Self {
+        let named = match heard {
+            Heard::Named { digest, .. } => Some(digest),
+            _ => None,
+        };
+        Self { named, ..self }
     }
 
     fn is_for_referrers_tag(&self) -> bool {
@@ -99,6 +112,10 @@ impl Pull {
                     Ok(fetched) => {
                         let is_registrys = !fetched.is_elsewheres;
                         let received = pull.receive(&wanted, fetched).await;
+                        let received = match received {
+                            Ok(manifest) => Ok(pull.not_replaced(&wanted, manifest).await),
+                            Err(cause) => Err(cause),
+                        };
                         if let Ok(manifest) = &received
                             && pull.shows_right(&wanted, manifest, is_registrys).await
                         {
@@ -117,6 +134,54 @@ impl Pull {
             .landed()
             .await
             .unwrap_or_else(|| Err(Arc::new(Answer::silent(Cause::Busy))))
+    }
+
+    /// The manifest that the HEAD named, where the GET by tag brought one that the tag named before: a replica of the
+    /// registry that lags behind sent it. A manifest that is new here may be newer than the HEAD, and stays.
+    async fn not_replaced(self: &Arc<Self>, wanted: &Wanted, received: HeldManifest) -> HeldManifest {
+        let Some(named) = wanted.named.filter(|named| *named != received.digest) else {
+            return received;
+        };
+        if !self.is_known_of_tag(wanted, received.digest).await {
+            return received;
+        }
+        let operation = Operation::Manifest {
+            repository: wanted.repository.clone(),
+            reference: Reference::Digest(AnyDigest::Known(named)),
+        };
+        let by_digest = Wanted {
+            operation,
+            ..wanted.clone()
+        };
+        let Wanted {
+            site, accept, caller, ..
+        } = wanted;
+        let fetched = site
+            .upstream()
+            .get(caller, &by_digest.operation, accept, None)
+            .await;
+        match fetched {
+            Ok(fetched) => self.receive(&by_digest, fetched).await.unwrap_or(received),
+            Err(_) => received,
+        }
+    }
+
+    /// Whether the tag is known to have named this digest.
+    async fn is_known_of_tag(self: &Arc<Self>, wanted: &Wanted, digest: Digest) -> bool {
+        let Operation::Manifest {
+            reference: Reference::Tag(tag),
+            ..
+        } = &wanted.operation
+        else {
+            return false;
+        };
+        let key = TagKey {
+            upstream: wanted.site.name().into(),
+            repository: wanted.repository.clone(),
+            tag: tag.clone(),
+        };
+        let record = self.store.read(move |view| view.tag(&key)).await;
+        matches!(record, Ok(Some(record)) if record.has_named(&digest))
     }
 
     /// Whether a verified manifest shows a right to the repository: the registry's own origin sent it and it points to

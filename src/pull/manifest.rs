@@ -332,7 +332,7 @@ impl<'a> Road<'a> {
             decide(&situation.having_heard(Heard::Undelivered(Cause::Budget))),
             Verdict::Serve(_)
         );
-        let mut wanted = self.wanted();
+        let mut wanted = self.wanted().naming(situation.heard);
         if can_do_without {
             wanted.caller.waits_until = Some(self.deadline);
         }

@@ -83,7 +83,7 @@ impl Pull {
         match brought {
             Some(manifest) => Ok(manifest),
             None => self
-                .fetch_manifest(wanted.clone())
+                .fetch_manifest(wanted.clone().naming(asked.heard))
                 .await
                 .map_err(|answer| answer.cause()),
         }

@@ -3,8 +3,10 @@
 use std::fs::File;
 use std::io::Read;
 
-use crate::proxy::{Ask, Proxy, Reply, Setup};
-use crate::upstream::{DOCKER_LIST, DOCKER_MANIFEST, Image, OCI_INDEX, OCI_MANIFEST, Upstream, noise};
+use crate::proxy::{Ask, Proxy, Reply, Setup, manifest_path};
+use crate::upstream::{
+    DOCKER_LIST, DOCKER_MANIFEST, Front, Image, OCI_INDEX, OCI_MANIFEST, Seen, Upstream, noise,
+};
 
 /// The `Accept` lines of clients of today, as they send them.
 const CLIENTS: [(&str, &[&str]); 5] = [
@@ -322,4 +324,38 @@ async fn o01_a_slow_answer_from_before_the_move_does_not_bring_the_old_image_bac
     for accepts in [CONTAINERD, DOCKER] {
         pulls(&proxy, "library/demo", accepts, &new).await.is_stale();
     }
+}
+
+/// HEAD names the new image, GET by tag is answered by a replica that still has the old one.
+#[tokio::test]
+async fn o01_a_lagging_replica_does_not_bring_the_old_image_back() {
+    let upstream = Upstream::start().await;
+    let old = upstream.push("library/one", "latest", single("old"));
+    let proxy = Proxy::over(&upstream).await;
+    proxy.pull("library/one", "latest", &old).await.is_fetched();
+    let new = upstream.moves("library/one", "latest", single("new"));
+    let behind = Front::new(200, &old.media_type, &old.manifest);
+    let by_tag = |seen: &Seen| seen.method == "GET" && seen.path.ends_with("/manifests/latest");
+    upstream.is_fronted(by_tag, &behind);
+
+    proxy.pull("library/one", "latest", &new).await.is_fetched();
+    upstream.refuses();
+    proxy.pull("library/one", "latest", &new).await.is_stale();
+}
+
+/// A tag that moves twice, the second time between HEAD and GET: the image that is new here is the newest.
+#[tokio::test]
+async fn o01_a_tag_that_moves_after_the_head_is_taken_as_it_is() {
+    let upstream = Upstream::start().await;
+    let old = upstream.push("library/one", "latest", single("old"));
+    let proxy = Proxy::over(&upstream).await;
+    proxy.pull("library/one", "latest", &old).await.is_fetched();
+    upstream.moves("library/one", "latest", single("new"));
+    let gate = upstream.holds_answers(|seen| seen.method == "GET" && seen.path.contains("/manifests/"));
+    let path = manifest_path("library/one", "latest");
+    let pull = tokio::spawn(proxy.get(&path).into_reply());
+    gate.reached().await;
+    let newest = upstream.moves("library/one", "latest", single("newest"));
+    gate.release();
+    pull.await.expect("the pull ends").is_image(&newest);
 }

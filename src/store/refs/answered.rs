@@ -74,7 +74,8 @@ impl TagRecord {
         Self { variants }
     }
 
-    fn has_named(&self, digest: &Digest) -> bool {
+    /// Whether the tag is known to name this digest, or to have named it.
+    pub fn has_named(&self, digest: &Digest) -> bool {
         self.variants.iter().any(|variant| {
             let earlier = variant.earlier.iter().map(|earlier| &earlier.digest);
             let past = variant.history.iter().map(|past| &past.digest);
