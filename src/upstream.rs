@@ -8,15 +8,14 @@
 //! (`download`). Bodies are not verified; whoever keeps them hashes them.
 //!
 //! Reading order: `answer` (what can be said) → `proof` (when a 2xx is a yes) → `question` (HEAD and its substitutes) → `exchange` (credential,
-//! challenge, token) → `token` → `client` (one request) → `line` (one connection) → `dial`, `tcp`, `tls`; `breaker`, `limits`, `retry_after`, `quirk`, `state` (what outlives reloads), `route`,
+//! challenge, token) → `token` → `client` (one request) → `line` (one connection) → `dial`, `tcp`, `tls`; `health` (which failures are known, and of what), `probe` (whether they are over), `limits`, `retry_after`, `quirk`, `state` (what outlives reloads), `route`,
 //! `location`, `no_proxy`, `origin`, `target` (where redirects may lead) and `zone` are small and stand alone. Beside all that: `pass` (what is not asked by us but handed on),
 //! `realm` (the same at a token service) and `tunnel` (what is not even read).
 
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use http::{HeaderMap, Method};
 use tokio::time::Instant;
 
 use crate::oci::accept::Accept;
@@ -27,11 +26,11 @@ use crate::queue::{Place, Waiters};
 use crate::trace::Trace;
 
 pub mod answer;
-mod breaker;
 mod client;
 pub mod dial;
 mod exchange;
 mod fetched;
+mod health;
 mod limits;
 mod line;
 mod location;
@@ -39,6 +38,7 @@ mod no_proxy;
 pub mod origin;
 mod own;
 pub mod pass;
+mod probe;
 mod proof;
 mod question;
 mod quirk;
@@ -60,6 +60,7 @@ pub mod zone;
 pub use answer::{Answer, Said};
 pub use dial::{Connector, Dial, DialError, Dialled, Dialling, Stream};
 pub use fetched::{Address, Fetched, Part};
+pub use health::{Kind, Scope, Wait};
 pub use limits::{Allowance, Pause, Who};
 pub use origin::{Origin, OriginError};
 pub use own::{
@@ -75,22 +76,25 @@ pub use target::{HostPattern, Limit, Network, NetworkError, RedirectRule, Redire
 pub use tls::{ClientCertificate, ClientCertificateError, TlsError};
 pub use urls::Memory;
 
-use client::{Follow, Http, Request};
+use client::Http;
 
 use exchange::Exchange;
+use health::{Asker, Ended, Failing, SHORT_WAIT};
 use limits::{Lane, Turn};
 use line::{Line, LineSettings};
 use question::Question;
 use route::Routes;
-use state::{Connection, Learned};
+use state::{Connection, Learned, Pending};
 use token::Tokens;
 use urls::{Outcome, Reported, Round, Served};
 
 /// How an upstream is doing, for the operator.
 #[derive(Clone, Debug)]
 pub struct State {
-    /// `Some` while the breaker is open: for how long, and the silence that opened it.
-    pub open: Option<(Duration, Cause)>,
+    /// `Some` while the circuit breaker of the upstream as a whole is open.
+    pub open: Option<Failure>,
+    /// All that has no response, the widest scope first; of repositories some.
+    pub failures: Vec<Failure>,
     /// The last silence, and how long ago it was.
     pub last_silence: Option<(Cause, Duration)>,
     /// Its reason in words, with the host that failed.
@@ -108,6 +112,20 @@ pub struct State {
     /// What became of those that waited.
     pub queue: crate::queue::Counts,
 }
+
+/// A part of an upstream that fails, for the operator.
+#[derive(Clone, Debug)]
+pub struct Failure {
+    /// What of it.
+    pub scope: Scope,
+    /// Why.
+    pub cause: Cause,
+    /// How long its circuit breaker has been open; `None`: it is suspected.
+    pub open: Option<Duration>,
+}
+
+/// Repositories that fail, as told to the operator.
+const FAILURES_TOLD_MAX: usize = 32;
 
 /// One registry. Cheap to clone.
 #[derive(Clone)]
@@ -175,6 +193,7 @@ impl Upstream {
                 settings.timeouts.token,
             ),
             own: learned.own(settings.credential, names),
+            own_holder: Mutex::default(),
             headers_within: settings.timeouts.headers,
         };
         let passing = pass::client(exchange.http.line());
@@ -225,7 +244,7 @@ impl Upstream {
     }
 
     /// What the upstream says about `operation` without sending it: which digest a tag names, whether a blob may be
-    /// read. Asks also while the breaker is open; who holds a copy looks at [`Upstream::silent_now`] first.
+    /// read. Asks also while a circuit breaker is open; an asker with a cached copy looks at [`Upstream::wait`] first.
     /// A rate limit is waited out as long as the caller waits.
     pub async fn head(&self, caller: &Caller, operation: &Operation, accept: &Accept) -> Answer {
         self.head_for(caller, operation, accept, false).await
@@ -267,6 +286,18 @@ impl Upstream {
             Ok(place) => place,
             Err(answer) => return *answer,
         };
+        self.head_round(caller, (operation, accept), takes_heads_word)
+            .await
+    }
+
+    /// The HEAD to one URL after the other, until one has the last word.
+    async fn head_round(
+        &self,
+        caller: &Caller,
+        (operation, accept): (&Operation, &Accept),
+        takes_heads_word: bool,
+    ) -> Answer {
+        let pending = self.0.sent(Kind::of_request(operation, true), operation, caller);
         let mut round = Round::new(urls::Request::First);
         for origin in &self.0.urls {
             let lane = Lane::of(operation, self.0.answers_no_heads(origin, operation));
@@ -275,7 +306,7 @@ impl Upstream {
                 Err(pause) => Answer::paused(pause),
                 Ok(turn) => {
                     let (began, trace) = (Instant::now(), caller.trace.within());
-                    let mut question = self.question(origin, caller, (operation, accept), &trace);
+                    let mut question = self.question((origin, &pending), caller, (operation, accept), &trace);
                     question.takes_heads_word = takes_heads_word;
                     let answer = question.head().await;
                     self.0.tell((operation, true), Some(&answer), began, &trace);
@@ -289,12 +320,12 @@ impl Upstream {
                 }
             };
             match self.outcome(origin, operation, &answer).await {
-                Outcome::Yes => return self.served(origin, operation, answer).await,
+                Outcome::Yes => return self.served(pending, (origin, operation), answer).await,
                 outcome if round.take(origin, outcome, answer) => break,
                 _ => {}
             }
         }
-        self.ended(round)
+        self.ended(pending, round)
     }
 
     /// The nearest zone that the upstream turned out to be in: where it leads may be no nearer.
@@ -302,13 +333,50 @@ impl Upstream {
         self.0.exchange.http.line().nearest()
     }
 
-    /// Why the upstream is known to be silent, while it is: who holds a copy need not ask. [`Cause::BreakerOpen`] or
+    /// Why the upstream as a whole is known to have no response, while it has none: [`Cause::BreakerOpen`] or
     /// [`Cause::Offline`].
     pub fn silent_now(&self) -> Option<Cause> {
         if let Some(cause) = self.0.offline.cause() {
             return Some(cause);
         }
-        self.0.health()?.breaker.open().map(|_| Cause::BreakerOpen)
+        self.0.health()?.detector.open().map(|_| Cause::BreakerOpen)
+    }
+
+    /// How long an asker with a cached copy waits for a response to this; `Err`: not at all, and nothing is sent.
+    pub fn wait(
+        &self,
+        caller: &Caller,
+        (operation, is_head): (&Operation, bool),
+        budget: Duration,
+    ) -> Result<Duration, Cause> {
+        if let Some(cause) = self.0.offline.cause() {
+            return Err(cause);
+        }
+        let asker = Asker {
+            kind: Kind::of_request(operation, is_head),
+            operation,
+            needs_token: self.0.exchange.needs_token(&self.0.urls, caller, operation),
+        };
+        let Some(mut health) = self.0.health() else {
+            return Ok(budget);
+        };
+        let wait = health.detector.wait(&asker, budget, Instant::now());
+        if wait != Wait::Budget {
+            self.0.learned.start_probing(&mut health);
+        }
+        match wait {
+            Wait::Budget => Ok(budget),
+            Wait::Short => Ok(budget.min(SHORT_WAIT)),
+            Wait::Nothing => Err(Cause::BreakerOpen),
+        }
+    }
+
+    /// An asker with a cached copy waited so long for a request of this caller's, and no response came.
+    pub fn expired(&self, caller: &Caller, operation: &Operation, waited: Duration) {
+        let Some(mut health) = self.0.health() else { return };
+        let now = Instant::now();
+        let changes = health.detector.expired(caller.principal, operation, waited, now);
+        self.0.took_in(&mut health, changes);
     }
 
     /// How the upstream is doing.
@@ -317,6 +385,14 @@ impl Upstream {
         let health = self.0.health();
         let health = health.as_deref();
         let ago = |at| now.saturating_duration_since(at);
+        let told = |failing: Failing| Failure {
+            scope: failing.scope,
+            cause: failing.cause,
+            open: failing.open_since.map(ago),
+        };
+        let detector = health.map(|health| &health.detector);
+        let failures =
+            detector.map(|detector| detector.failing().take(FAILURES_TOLD_MAX).map(told).collect());
         let learned = &self.0.learned;
         let mut quirks: Vec<_> = self
             .0
@@ -327,9 +403,8 @@ impl Upstream {
         quirks.sort_unstable();
         quirks.dedup();
         State {
-            open: health
-                .and_then(|health| health.breaker.open())
-                .map(|open| (ago(open.since), open.cause)),
+            open: detector.and_then(|detector| detector.open()).map(told),
+            failures: failures.unwrap_or_default(),
             last_silence: health
                 .and_then(|health| health.last_silence)
                 .map(|(cause, at)| (cause, ago(at))),
@@ -347,13 +422,14 @@ impl Upstream {
 
     fn question<'a>(
         &'a self,
-        origin: &'a Origin,
+        (origin, pending): (&'a Origin, &'a Pending<'a>),
         caller: &'a Caller,
         (operation, accept): (&'a Operation, &'a Accept),
         trace: &'a Trace,
     ) -> Question<'a> {
         Question {
             exchange: &self.0.exchange,
+            pending,
             quirks: self.0.learned.quirks.at(origin),
             origin,
             caller,
@@ -385,62 +461,45 @@ impl Upstream {
         self.0.served.outcome(named, operation, answer).await
     }
 
-    /// A URL said yes: what follows for the others, and for the upstream as a whole.
-    async fn served<T>(&self, origin: &Origin, operation: &Operation, yes: T) -> T {
+    /// A URL said yes: what follows for the others, and for the health of the upstream.
+    async fn served<T>(&self, pending: Pending<'_>, (origin, operation): (&Origin, &Operation), yes: T) -> T {
+        pending.ended(Ended::Response);
         if self.0.urls.len() > 1 {
             self.0.served.note(&self.0.name, origin, operation).await;
         }
-        self.0.answered();
         yes
     }
 
-    /// No URL said yes. Opens the breaker if the upstream was unavailable once too often.
-    fn ended(&self, round: Round) -> Answer {
+    /// No URL said yes.
+    fn ended(&self, pending: Pending<'_>, round: Round) -> Answer {
         let Reported {
             answer,
             is_unavailable,
             unavailable,
             asked,
         } = round.end();
-        let Some(cause) = answer.silence() else {
-            self.0.answered();
-            return answer;
-        };
-        if !is_unavailable || !asked {
+        if !asked {
             return answer;
         }
-        // Other connections are in effect by now, of which this says nothing.
-        let Some(mut health) = self.0.health() else {
-            return answer;
-        };
-        let now = Instant::now();
-        health.last_silence = Some((cause, now));
-        health.unavailable = unavailable;
-        health.last_detail.clone_from(&answer.detail);
-        let detail = answer.detail.as_deref();
-        if health.is_news(cause, detail, now) {
-            tracing::warn!(upstream = self.0.name, %cause, detail, "unavailable");
+        if let Some(cause) = answer.silence().filter(|_| is_unavailable)
+            // Other connections are in effect by now, of which this says nothing.
+            && let Some(mut health) = self.0.health()
+        {
+            let now = Instant::now();
+            health.last_silence = Some((cause, now));
+            health.unavailable = unavailable;
+            health.last_detail.clone_from(&answer.detail);
+            let detail = answer.detail.as_deref();
+            if health.is_news(cause, detail, now) {
+                tracing::warn!(upstream = self.0.name, %cause, detail, "unavailable");
+            }
         }
-        if let Some(opening) = health.breaker.silence(now, cause) {
-            tracing::warn!(upstream = self.0.name, %cause, detail, "silent again and again; asked by a probe only from now on");
-            self.0.learned.start_probe(&mut health, opening);
-        }
+        pending.ended(Ended::of(&answer, is_unavailable));
         answer
     }
 }
 
 impl Inner {
-    /// `None` where other connection settings are in effect by now.
-    fn health(&self) -> Option<std::sync::MutexGuard<'_, state::Health>> {
-        self.learned.health(&self.connection)
-    }
-
-    fn answered(&self) {
-        if let Some(mut health) = self.health() {
-            health.breaker.answer();
-        }
-    }
-
     fn tell(&self, asked: (&Operation, bool), answer: Option<&Answer>, began: Instant, trace: &Trace) {
         self.observer
             .tell(&self.name, asked, answer, began.elapsed(), trace);
@@ -468,37 +527,6 @@ impl Inner {
             turn.passed();
         }
         answer
-    }
-
-    /// One look whether the upstream is back: an HTTP answer below 500 from any URL that was unavailable will do. If it
-    /// was the token service that was silent, it is asked instead, without a credential.
-    async fn is_back(&self, cause: Cause) -> bool {
-        let realm = self
-            .exchange
-            .tokens
-            .silent_realm()
-            .filter(|_| matches!(cause, Cause::TokenService | Cause::PlainRealm));
-        let unavailable = self.health().map(|health| health.unavailable.clone());
-        let unavailable = unavailable.unwrap_or_default();
-        let own = unavailable.iter().filter_map(|origin| origin.join("/v2/"));
-        for uri in realm.map_or_else(|| own.collect(), |realm| vec![realm]) {
-            let mut headers = HeaderMap::new();
-            Trace::begun().write(&mut headers);
-            let request = Request {
-                method: Method::GET,
-                uri,
-                headers,
-                body: bytes::Bytes::new(),
-                follow: Follow::SameOrigin,
-                elsewhere: None,
-                within: self.timeouts.token,
-            };
-            let reply = self.exchange.http.send(request).await;
-            if reply.is_ok_and(|reply| exchange::is_alive(&reply)) {
-                return true;
-            }
-        }
-        false
     }
 }
 

@@ -268,7 +268,7 @@ fn what_is_allowed_is_not_caught() {
             "fn f() {}\n\n#[cfg(test)]\nmod tests {\n    use crate::store::Store;\n}\n",
         ),
         (
-            "upstream/breaker.rs",
+            "upstream/health.rs",
             "use tokio::time::{Duration, Instant};\nfn f() { Instant::now(); }",
         ),
         ("server.rs", "fn f() { tokio::time::Instant::now(); }"),

@@ -176,10 +176,11 @@ impl Admin {
             problems.push("Offline mode is on: no upstream is asked".to_owned());
         }
         for site in registry.doors.all() {
-            if let Some((since, cause)) = site.upstream().state().open {
-                let words = duration(since);
+            if let Some(open) = site.upstream().state().open {
+                let (cause, scope) = (open.cause, open.scope);
+                let words = duration(open.open.unwrap_or_default());
                 problems.push(format!(
-                    "{} {cause}, for {words}; what is held is served",
+                    "{} {cause} (circuit breaker: {scope}), for {words}; what is held is served",
                     site.name()
                 ));
             }

@@ -25,6 +25,17 @@ fn described(site: &Site, now: SystemTime) -> Value {
         let detail = state.last_detail.as_deref().filter(|_| last == Some(cause));
         json!({ "cause": cause.name(), "text": format!("{name} {cause}"), "detail": detail, "seconds": ago.as_secs() })
     };
+    let failures: Vec<Value> = state
+        .failures
+        .iter()
+        .map(|failure| {
+            json!({
+                "scope": failure.scope.to_string(),
+                "cause": failure.cause.name(),
+                "open_seconds": failure.open.map(|since| since.as_secs()),
+            })
+        })
+        .collect();
     let allowances: Vec<Value> = state
         .allowances
         .iter()
@@ -42,7 +53,8 @@ fn described(site: &Site, now: SystemTime) -> Value {
         .collect();
     json!({
         "name": name,
-        "silent": state.open.map(|(since, cause)| silence((cause, since))),
+        "silent": state.open.map(|open| silence((open.cause, open.open.unwrap_or_default()))),
+        "failures": failures,
         "last_silence": state.last_silence.map(silence),
         "last_head": state.last_head.map(|(took, ago)| json!({ "ms": took.as_millis(), "seconds_ago": ago.as_secs() })),
         "identity": site.identity(),

@@ -68,7 +68,8 @@ impl Asked {
 }
 
 impl Pull {
-    /// Asks the upstream, waiting no longer than `budget` where the situation could be served without an answer.
+    /// Asks the upstream. Where the situation could be served without an answer, it waits no longer than `budget`, and
+    /// shorter or not at all while the upstream is known not to respond.
     pub(super) async fn ask(
         self: &Arc<Self>,
         request: &Request,
@@ -79,22 +80,32 @@ impl Pull {
     ) -> Asked {
         let silence = situation.having_heard(Heard::Silent(Cause::Budget));
         let can_do_without = matches!(decide(&silence), Verdict::Serve(_));
-        if can_do_without && let Some(cause) = request.site.upstream().silent_now() {
-            return Asked {
-                heard: Heard::Silent(cause),
-                answer: None,
-            };
-        }
+        let upstream = request.site.upstream();
         let mut wanted = Wanted::of(request, repository, &context.caller);
+        let wait = if can_do_without {
+            upstream.wait(&wanted.caller, (&wanted.operation, true), budget)
+        } else {
+            Ok(budget)
+        };
+        let wait = match wait {
+            Ok(wait) => wait,
+            Err(cause) => {
+                return Asked {
+                    heard: Heard::Silent(cause),
+                    answer: None,
+                };
+            }
+        };
         if can_do_without {
             // The cached copy is the answer to a rate limit.
             wanted.caller.waits_until = None;
         }
         let asking = self.proven_answer(&wanted, situation.standing);
         let answer = if can_do_without {
-            match tokio::time::timeout(budget, asking).await {
+            match tokio::time::timeout(wait, asking).await {
                 Ok(answer) => answer,
                 Err(_) => {
+                    upstream.expired(&wanted.caller, &wanted.operation, wait);
                     return Asked {
                         heard: Heard::Silent(Cause::Budget),
                         answer: None,
@@ -110,10 +121,7 @@ impl Pull {
                 // A no to the stranger who asked in the place of a token of ours: it sends the client for a better one,
                 // if there is one to be had.
                 let is_local = request.authorization.as_ref().is_some_and(is_local_token);
-                if is_local
-                    && matches!(heard, Heard::Refused(_))
-                    && request.site.upstream().has_silent_realm()
-                {
+                if is_local && matches!(heard, Heard::Refused(_)) && upstream.has_silent_realm() {
                     return Asked {
                         heard: Heard::Silent(Cause::TokenService),
                         answer: None,

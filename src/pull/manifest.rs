@@ -333,18 +333,25 @@ impl<'a> Road<'a> {
             Verdict::Serve(_)
         );
         let mut wanted = self.wanted().naming(situation.heard);
-        if can_do_without {
-            wanted.caller.waits_until = Some(self.deadline);
-        }
-        let fetching = self.pull.fetch_manifest(wanted);
         let fetched = if can_do_without {
-            match timeout_at(self.deadline, fetching).await {
+            let (upstream, began) = (self.request.site.upstream(), Instant::now());
+            let budget = self.deadline.saturating_duration_since(began);
+            let wait = match upstream.wait(&wanted.caller, (&wanted.operation, false), budget) {
+                Ok(wait) => wait,
+                Err(cause) => return self.instead(situation, copies, cause, None),
+            };
+            wanted.caller.waits_until = Some(self.deadline);
+            let (caller, operation) = (wanted.caller.clone(), wanted.operation.clone());
+            match timeout_at(began + wait, self.pull.fetch_manifest(wanted)).await {
                 Ok(fetched) => fetched,
                 // The fetch goes on; the next asker finds its result.
-                Err(_) => return self.instead(situation, copies, Cause::Budget, None),
+                Err(_) => {
+                    upstream.expired(&caller, &operation, wait);
+                    return self.instead(situation, copies, Cause::Budget, None);
+                }
             }
         } else {
-            fetching.await
+            self.pull.fetch_manifest(wanted).await
         };
         match fetched {
             Ok(manifest) => self.fetched(manifest, why, situation, copies).await,

@@ -47,6 +47,8 @@ pub struct Answer {
     pub message: Option<String>,
     /// Why there is no usable answer, in words for the operator: it may name hosts that a client does not know.
     pub detail: Option<Arc<str>>,
+    /// Whether it is another host that gave none, to which the upstream redirected the request.
+    pub is_elsewheres: bool,
     /// The whole manifest, where a GET had to stand in for the HEAD: it need not be fetched again.
     pub body: Option<(Bytes, MediaType)>,
     /// The pause that the upstream asked for, or within which it was not asked at all.
@@ -112,6 +114,7 @@ impl Answer {
             code: None,
             message: None,
             detail: None,
+            is_elsewheres: false,
             body: None,
             pause: None,
             stated_wait: None,
@@ -122,6 +125,7 @@ impl Answer {
     pub(super) fn unavailable(unavailable: Unavailable) -> Answer {
         Answer {
             detail: unavailable.detail,
+            is_elsewheres: unavailable.is_elsewheres,
             ..Answer::silent(unavailable.cause)
         }
     }
@@ -217,6 +221,7 @@ impl Answer {
             code: None,
             message: None,
             detail: None,
+            is_elsewheres: false,
             body: None,
             pause: None,
             stated_wait: None,

@@ -75,11 +75,17 @@ pub(super) struct Unavailable {
     pub(super) cause: Cause,
     /// With the host that failed, and what its certificate or its redirect says.
     pub(super) detail: Option<Arc<str>>,
+    /// It is another host, to which a response of the upstream's redirected the request.
+    pub(super) is_elsewheres: bool,
 }
 
 impl From<Cause> for Unavailable {
     fn from(cause: Cause) -> Self {
-        Unavailable { cause, detail: None }
+        Unavailable {
+            cause,
+            detail: None,
+            is_elsewheres: false,
+        }
     }
 }
 
@@ -103,8 +109,8 @@ impl Unavailable {
             None => authority.to_owned(),
         };
         Unavailable {
-            cause,
             detail: Some(detail.into()),
+            ..Unavailable::from(cause)
         }
     }
 }
@@ -162,7 +168,12 @@ impl Http {
         );
         let (mut abroad, mut at) = (false, None);
         for _ in 0..=REDIRECTS_MAX {
-            let (parts, body) = self.once(&request).await?.into_parts();
+            let sent = self.once(&request).await;
+            let reply = sent.map_err(|unavailable| Unavailable {
+                is_elsewheres: at.is_some(),
+                ..unavailable
+            })?;
+            let (parts, body) = reply.into_parts();
             check(&parts.headers)?;
             let Some(target) = self.redirect(&request, parts.status, &parts.headers)? else {
                 return Ok(Reply {
@@ -214,7 +225,6 @@ impl Http {
         if downgrade && !self.line.allows_plain(&target) {
             let entry = entry(&target, None, true);
             return Err(Unavailable {
-                cause: Cause::Redirects(RedirectFault::Downgrade),
                 detail: Some(
                     format!(
                         "{}: it redirects to {entry}, which is not encrypted; if that is right, allow it by redirects = \
@@ -223,6 +233,7 @@ impl Http {
                     )
                     .into(),
                 ),
+                ..Unavailable::from(Cause::Redirects(RedirectFault::Downgrade))
             });
         }
         Ok(Some(target))
@@ -308,8 +319,8 @@ fn check(headers: &HeaderMap) -> Result<(), Cause> {
 fn elsewhere(target: &Uri) -> Unavailable {
     let authority = target.authority().map_or("", |authority| authority.as_str());
     Unavailable {
-        cause: Cause::Redirects(RedirectFault::Elsewhere),
         detail: Some(format!("it redirects to {authority}, where this is not asked").into()),
+        ..Unavailable::from(Cause::Redirects(RedirectFault::Elsewhere))
     }
 }
 

@@ -5,7 +5,7 @@
 //! token is sent as it is and never exchanged.
 
 use std::hash::{BuildHasher as _, RandomState};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use http::header::{ACCEPT, AUTHORIZATION, RANGE, WWW_AUTHENTICATE};
@@ -13,17 +13,20 @@ use http::{HeaderMap, HeaderValue, Method, StatusCode, Uri};
 
 use super::answer::{Answer, Said};
 use super::client::{Follow, Http, Reply, Request};
+use super::health::Ended;
 use super::origin::Origin;
 use super::own::{Own, OwnCredential};
 use super::proof::{self, Sender};
 use super::redirected::{Elsewhere, Other, Shown};
 use super::retry_after::{is_limit_by_body, stated_wait};
+use super::state::Pending;
 use super::token::{Holder, HolderKind, Key, Login, Remembered, TokenFailure, Tokens};
 use super::{Caller, Credential};
 use crate::oci::accept::Accept;
 use crate::oci::cause::Cause;
 use crate::oci::challenge::Challenge;
 use crate::oci::error::Problem;
+use crate::oci::name::Repository;
 use crate::oci::operation::Operation;
 use crate::trace::Trace;
 
@@ -37,6 +40,8 @@ pub(super) struct Exchange {
     pub(super) http: Http,
     pub(super) tokens: Tokens,
     pub(super) own: Option<Arc<Own>>,
+    /// Whose tokens those of the own credential are that was used last: to look it up may take long.
+    pub(super) own_holder: Mutex<Option<Holder>>,
     /// From a request to its answer's headers, redirects included.
     pub(super) headers_within: Duration,
 }
@@ -48,6 +53,7 @@ pub(super) struct Ask<'a> {
     pub(super) accept: &'a Accept,
     pub(super) range: Option<HeaderValue>,
     pub(super) trace: &'a Trace,
+    pub(super) pending: &'a Pending<'a>,
 }
 
 /// Anything but a 2xx.
@@ -126,7 +132,14 @@ impl Exchange {
         let repository = ask.operation.repository().map(|name| origin.name_of(name));
         let repository = repository.as_ref();
         let unavailable = |_| silent(Cause::OwnCredential);
-        let credential = own.current(repository).await.map_err(unavailable)?;
+        ask.pending.held(true);
+        let credential = own.current(repository).await;
+        ask.pending.held(false);
+        let credential = credential.map_err(unavailable)?;
+        if let Some(credential) = &credential {
+            let mut last = self.own_holder.lock().unwrap_or_else(PoisonError::into_inner);
+            *last = Some(own_holder(credential));
+        }
         let first = Box::pin(self.ask_as(origin, caller, credential.as_deref(), ask)).await;
         if let (Err(refusal), Some(used)) = (&first, &credential)
             && refusal.answer.said == Said::Forbidden
@@ -207,11 +220,7 @@ impl Exchange {
             Some(known) => known.challenge,
             None => refusal.answer.challenge.clone().into(),
         };
-        let fresh = match self
-            .tokens
-            .get(&self.http, &key, login.login(), (token.as_ref(), ask.trace))
-            .await
-        {
+        let fresh = match self.token(&key, login, token.as_ref(), ask).await {
             Ok(fresh) => fresh,
             Err(TokenFailure::Denied(_)) => return Err(denied(refusal, &challenge)),
             // The token had not run out, and the registry had an answer to it.
@@ -246,11 +255,7 @@ impl Exchange {
         login: LoginKind<'_>,
         ask: &Ask<'_>,
     ) -> Result<(Option<Remembered>, Option<HeaderValue>), Box<Refusal>> {
-        let got = self
-            .tokens
-            .get(&self.http, &known.key, login.login(), (None, ask.trace))
-            .await;
-        match got {
+        match self.token(&known.key, login, None, ask).await {
             Ok(header) => Ok((Some(known), Some(header))),
             Err(TokenFailure::Denied(_)) => {
                 self.tokens.forget(origin, ask.operation.repository(), &known.key);
@@ -258,6 +263,57 @@ impl Exchange {
             }
             Err(failure) => Err(no_token(&failure)),
         }
+    }
+
+    /// A token for `key`, fetched if need be.
+    pub(super) async fn token(
+        &self,
+        key: &Key,
+        login: LoginKind<'_>,
+        rejected: Option<&HeaderValue>,
+        ask: &Ask<'_>,
+    ) -> Result<HeaderValue, TokenFailure> {
+        if let Some(kept) = self.tokens.kept(key, rejected) {
+            return Ok(kept);
+        }
+        ask.pending.token_wanted();
+        let got = self
+            .tokens
+            .get(&self.http, key, login.login(), (rejected, ask.trace))
+            .await;
+        ask.pending.token_ended(match &got {
+            Ok(_) | Err(TokenFailure::Denied(_)) => Ended::Response,
+            // Also where nothing was sent within a pause: it is over the sooner.
+            Err(TokenFailure::Limited(_)) => Ended::Unknown,
+            Err(TokenFailure::Failed(_)) => Ended::ServerError(Cause::TokenService),
+            Err(failure @ (TokenFailure::Silent(_) | TokenFailure::PlainRealm)) => {
+                Ended::NoResponse(failure.into())
+            }
+        });
+        got
+    }
+
+    /// Whether a request of this caller's would need a new token, should the registry want one.
+    pub(super) fn needs_token(&self, urls: &[Origin], caller: &Caller, operation: &Operation) -> bool {
+        let brings_one = match &caller.credential {
+            Credential::Client(header) => !is_basic(header),
+            Credential::Own | Credential::Anonymous => false,
+        };
+        let own = || *self.own_holder.lock().unwrap_or_else(PoisonError::into_inner);
+        let holder = match &caller.credential {
+            Credential::Client(_) => holder(caller, HolderKind::Client),
+            Credential::Own => own().unwrap_or_else(|| holder(caller, HolderKind::Anonymous)),
+            Credential::Anonymous => holder(caller, HolderKind::Anonymous),
+        };
+        let has_one = |origin: &Origin, name: &Repository| {
+            let known = self.tokens.remembered(origin, name, holder);
+            known.is_some_and(|known| self.tokens.kept(&known.key, None).is_some())
+        };
+        let is_held = || {
+            let name = operation.repository();
+            name.is_some_and(|name| urls.iter().any(|origin| has_one(origin, name)))
+        };
+        !brings_one && !is_held()
     }
 
     pub(super) fn key(
@@ -338,41 +394,52 @@ impl Exchange {
 
 /// `own`: the proxy's own credential for what is asked, where there is one.
 fn standing<'a>(caller: &'a Caller, own: Option<&'a OwnCredential>) -> Standing<'a> {
-    let holder = |kind| Holder {
-        kind,
-        principal: caller.principal,
-    };
     match (&caller.credential, own) {
         (Credential::Own, Some(own)) => Standing {
             header: (!own.is_identity_token()).then(|| own.basic()),
-            exchange: Some((
-                Holder {
-                    kind: HolderKind::Own,
-                    principal: own.holder(),
-                },
-                LoginKind::Own(own),
-            )),
+            exchange: Some((own_holder(own), LoginKind::Own(own))),
         },
         (Credential::Anonymous, _) | (Credential::Own, None) => Standing {
             header: None,
-            exchange: Some((holder(HolderKind::Anonymous), LoginKind::Anonymous)),
+            exchange: Some((holder(caller, HolderKind::Anonymous), LoginKind::Anonymous)),
         },
         (Credential::Client(header), _) => {
-            let basic = header
-                .as_bytes()
-                .get(..6)
-                .is_some_and(|scheme| scheme.eq_ignore_ascii_case(b"basic "));
             let mut sent = header.clone();
             sent.set_sensitive(true);
             Standing {
                 header: Some(sent),
-                exchange: basic.then(|| (holder(HolderKind::Client), LoginKind::Basic(header))),
+                exchange: is_basic(header)
+                    .then(|| (holder(caller, HolderKind::Client), LoginKind::Basic(header))),
             }
         }
     }
 }
 
-/// Whether a registry or its token service answers again, for the breaker's probe. A captive portal's page is not it.
+fn holder(caller: &Caller, kind: HolderKind) -> Holder {
+    Holder {
+        kind,
+        principal: caller.principal,
+    }
+}
+
+fn own_holder(own: &OwnCredential) -> Holder {
+    Holder {
+        kind: HolderKind::Own,
+        principal: own.holder(),
+    }
+}
+
+fn is_basic(header: &HeaderValue) -> bool {
+    let scheme = header.as_bytes().get(..6);
+    scheme.is_some_and(|scheme| scheme.eq_ignore_ascii_case(b"basic "))
+}
+
+/// Whether this is a registry's response, an error or not: the connection came about. A captive portal's page is not it.
+pub(super) fn is_registry(reply: &Reply) -> bool {
+    is_alive(reply) || reply.status.is_server_error()
+}
+
+/// Whether a registry or its token service responds again. A captive portal's page is not it.
 pub(super) fn is_alive(reply: &Reply) -> bool {
     let sender = Sender::of(reply.abroad);
     match Answer::read(&Operation::Ping, reply.status, &reply.headers, sender).said {
@@ -457,7 +524,7 @@ pub(super) fn no_token(failure: &TokenFailure) -> Box<Refusal> {
     Box::new(Refusal::from(match failure {
         TokenFailure::Limited(pause) => Answer::paused(pause.clone()),
         TokenFailure::Denied(_) | TokenFailure::PlainRealm => Answer::silent(failure.into()),
-        TokenFailure::Silent(reason) => Answer {
+        TokenFailure::Silent(reason) | TokenFailure::Failed(reason) => Answer {
             detail: Some(format!("the token service: {reason}").into()),
             ..Answer::silent(failure.into())
         },

@@ -8,6 +8,7 @@ use tokio::time::Instant;
 
 use super::answer::Answer;
 use super::client::Body;
+use super::health::Kind;
 use super::limits::Lane;
 use super::settings::Caller;
 use super::urls::{self, Round};
@@ -124,6 +125,19 @@ impl Upstream {
         } else {
             Some(self.admit(caller, operation).await.map_err(|answer| *answer)?)
         };
+        let mut fetched = self.get_round(caller, (operation, accept), part).await?;
+        fetched.place = place;
+        Ok(fetched)
+    }
+
+    /// The GET to one URL after the other, until one has the last word.
+    pub(super) async fn get_round(
+        &self,
+        caller: &Caller,
+        (operation, accept): (&Operation, &Accept),
+        part: Part,
+    ) -> Result<Fetched, Answer> {
+        let pending = self.0.sent(Kind::of_request(operation, false), operation, caller);
         let resumed = part.after.map(|Address(last)| last + 1);
         let request = resumed.map_or(urls::Request::First, |_| urls::Request::Resumed);
         let (count, lane) = (self.0.urls.len(), Lane::of(operation, true));
@@ -138,7 +152,7 @@ impl Upstream {
                 Err(pause) => Err(Answer::paused(pause).into()),
                 Ok(turn) => {
                     let (began, trace) = (Instant::now(), caller.trace.within());
-                    let question = self.question(origin, caller, (operation, accept), &trace);
+                    let question = self.question((origin, &pending), caller, (operation, accept), &trace);
                     let got = question.get(part, Address(position), self.0.timeouts.idle).await;
                     let told = got.as_ref().err().map(Box::as_ref);
                     self.0.tell((operation, false), told, began, &trace);
@@ -153,10 +167,7 @@ impl Upstream {
                 }
             };
             match got {
-                Ok(mut fetched) => {
-                    fetched.place = place;
-                    return Ok(self.served(origin, operation, fetched).await);
-                }
+                Ok(fetched) => return Ok(self.served(pending, (origin, operation), fetched).await),
                 Err(answer) => {
                     let outcome = self.outcome(origin, operation, &answer).await;
                     if round.take(origin, outcome, *answer) {
@@ -165,7 +176,7 @@ impl Upstream {
                 }
             }
         }
-        Err(self.ended(round))
+        Err(self.ended(pending, round))
     }
 }
 

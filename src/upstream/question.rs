@@ -1,5 +1,5 @@
 //! HEAD and GET at one address of an upstream, with what stands in for a HEAD that a registry refuses or answers
-//! without a digest. Says what was answered; deciding between addresses, limits and the breaker is one level up.
+//! without a digest. Says what was answered; deciding between addresses, limits and health is one level up.
 
 use http::header::CONTENT_RANGE;
 use http::{HeaderMap, HeaderValue, Method, StatusCode};
@@ -13,6 +13,7 @@ use super::fetched::{Address, Fetched, Part};
 use super::origin::Origin;
 use super::proof::{self, Sender};
 use super::quirk::{Quirk, QuirksAt};
+use super::state::Pending;
 use crate::oci::accept::Accept;
 use crate::oci::cause::Cause;
 use crate::oci::digest::{Algorithm, AnyDigest, Digest};
@@ -26,6 +27,7 @@ use crate::trace::Trace;
 /// One question, with everything it needs.
 pub(super) struct Question<'a> {
     pub(super) exchange: &'a Exchange,
+    pub(super) pending: &'a Pending<'a>,
     pub(super) quirks: QuirksAt<'a>,
     pub(super) origin: &'a Origin,
     pub(super) caller: &'a Caller,
@@ -361,6 +363,7 @@ impl Question<'_> {
             accept: self.accept,
             range,
             trace: self.trace,
+            pending: self.pending,
         };
         self.exchange.ask(self.origin, self.caller, &ask).await
     }

@@ -74,11 +74,7 @@ impl Exchange {
                 None => None,
                 Some(key) => {
                     let rejected = known.as_ref().map(|(_, token)| token);
-                    let got = self
-                        .tokens
-                        .get(&self.http, &key, login.login(), (rejected, ask.trace))
-                        .await;
-                    match got {
+                    match self.token(&key, login, rejected, ask).await {
                         Ok(token) => {
                             self.tokens
                                 .remember_elsewhere(origin, ask.operation, &other.origin, key);
@@ -109,10 +105,8 @@ impl Exchange {
             return None;
         };
         let (other, key) = self.tokens.known_elsewhere(origin, ask.operation, holder)?;
-        let got = self
-            .tokens
-            .get(&self.http, &key, login.login(), (None, ask.trace));
-        Some((other.join("/")?, got.await.ok()?))
+        let got = self.token(&key, login, None, ask).await;
+        Some((other.join("/")?, got.ok()?))
     }
 }
 

@@ -3,31 +3,35 @@
 //! It belongs to the upstream's name. A reload builds a new [`Upstream`] from the new settings over the same state, and
 //! [`Upstream::activate`] puts it into effect. Requests under way finish on the connections of the old one and count in
 //! the same limits. What was learned of one address is kept by that address, so a reload that changes the list of urls
-//! does not confuse two of them. An open breaker is a statement about the connection settings: other ones begin closed.
+//! does not confuse two of them. Failures are a statement about the connection settings: other ones begin without.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
+use tokio::sync::Notify;
 use tokio::task::AbortHandle;
 use tokio::time::Instant;
 
-use super::breaker::{self, Breaker};
+use super::health::{Change, Detector, Ended, Kind, Scope};
 use super::limits::Limits;
 use super::origin::Origin;
 use super::own::{CredentialSource, Names, Own};
 use super::quirk::Quirks;
 use super::route::ProxyChoice;
-use super::settings::Settings;
+use super::settings::{Caller, Credential, Settings};
 use super::target::RedirectRule;
 use super::tls::ClientCertificate;
 use super::token::TokenCache;
-use super::{Inner, Upstream};
+use super::{Inner, Upstream, probe};
 use crate::oci::cause::Cause;
+use crate::oci::operation::Operation;
 use crate::queue::Queue;
 
 /// How often the same reason for which an upstream is unavailable is logged.
 const LOGGED_AGAIN_AFTER: Duration = Duration::from_secs(60);
+/// How often the circuit breaker of a repository is logged, whichever it is: clients choose the names.
+const REPOSITORY_LOGGED_AFTER: Duration = Duration::from_secs(10);
 
 /// The state of one upstream. Clones are the same state.
 #[derive(Clone, Default)]
@@ -40,6 +44,8 @@ pub(super) struct Learned {
     pub(super) tokens: Arc<TokenCache>,
     pub(super) questions: Queue,
     health: Mutex<Health>,
+    /// Notified when a probe may be due earlier.
+    changed: Arc<Notify>,
     active: Mutex<Active>,
 }
 
@@ -53,7 +59,7 @@ struct Active {
 
 #[derive(Default)]
 pub(super) struct Health {
-    pub(super) breaker: Breaker,
+    pub(super) detector: Detector,
     pub(super) last_silence: Option<(Cause, Instant)>,
     /// Its reason in words.
     pub(super) last_detail: Option<Arc<str>>,
@@ -62,7 +68,10 @@ pub(super) struct Health {
     pub(super) last_head: Option<(Duration, Instant)>,
     /// The URLs that were unavailable when the upstream was so last.
     pub(super) unavailable: Vec<Origin>,
-    probe: Option<AbortHandle>,
+    /// The principal of callers without a credential, whose limits a probe keeps to.
+    anonymous: [u8; 32],
+    repository_logged: Option<Instant>,
+    prober: Option<AbortHandle>,
     /// Whose health it is.
     connection: u64,
 }
@@ -82,6 +91,15 @@ impl Health {
             self.logged = Some((cause, detail.map(Arc::from), now));
         }
         is_news
+    }
+
+    fn may_log_repository(&mut self, now: Instant) -> bool {
+        let is_due = |at| now.saturating_duration_since(at) >= REPOSITORY_LOGGED_AFTER;
+        let may_log = self.repository_logged.is_none_or(is_due);
+        if may_log {
+            self.repository_logged = Some(now);
+        }
+        may_log
     }
 }
 
@@ -177,31 +195,159 @@ impl Learned {
         (health.connection == connection.id).then_some(health)
     }
 
-    /// Starts the probe of this opening of the breaker.
-    pub(super) fn start_probe(self: &Arc<Self>, health: &mut Health, opening: u64) {
-        let probe = tokio::spawn(probe(Arc::downgrade(self), opening));
-        if let Some(earlier) = health.probe.replace(probe.abort_handle()) {
-            earlier.abort();
+    /// Probes what has no response, if something has none.
+    pub(super) fn start_probing(self: &Arc<Self>, health: &mut Health) {
+        let is_running = health.prober.as_ref().is_some_and(|prober| !prober.is_finished());
+        if is_running {
+            self.changed.notify_one();
+        } else if health.detector.next_probe(Instant::now()).is_some() {
+            let probes = probe::probes(Arc::downgrade(self), Arc::clone(&self.changed));
+            health.prober = Some(tokio::spawn(probes).abort_handle());
         }
     }
 
-    fn open(&self, opening: u64) -> Option<breaker::Open> {
-        let health = self.health.lock().unwrap_or_else(PoisonError::into_inner);
-        health.breaker.open().filter(|_| health.breaker.awaits(opening))
+    /// The settings in effect.
+    pub(super) fn in_effect(&self) -> Option<Arc<Inner>> {
+        self.active().upstream.upgrade()
+    }
+
+    /// The probe that is due next, and when. Without one, the probing ends.
+    pub(super) fn next_probe(&self, inner: &Inner) -> Option<(Instant, Scope)> {
+        let mut health = self.health(&inner.connection)?;
+        let next = health.detector.next_probe(Instant::now());
+        if next.is_none() {
+            health.prober = None;
+        }
+        next
+    }
+
+    /// A probe is sent: for what.
+    pub(super) fn probed(&self, inner: &Inner, scope: &Scope) -> Option<Operation> {
+        let mut health = self.health(&inner.connection)?;
+        health.detector.probed(scope, Instant::now())
+    }
+
+    /// The probing ends, whatever has no response.
+    pub(super) fn stopped_probing(&self) {
+        self.any_health().prober = None;
+    }
+
+    pub(super) fn anonymous(&self) -> [u8; 32] {
+        self.any_health().anonymous
+    }
+
+    fn any_health(&self) -> MutexGuard<'_, Health> {
+        self.health.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Drop for Learned {
     fn drop(&mut self) {
         let health = self.health.get_mut().unwrap_or_else(PoisonError::into_inner);
-        if let Some(probe) = health.probe.take() {
-            probe.abort();
+        if let Some(prober) = health.prober.take() {
+            prober.abort();
         }
     }
 }
 
+/// A request that was sent, as the detection of failures sees it. Dropped without a word, nothing is known of its
+/// response.
+pub(super) struct Pending<'a> {
+    inner: &'a Inner,
+    id: Option<u64>,
+}
+
+impl Pending<'_> {
+    /// A credential is looked up before anything is sent, or was.
+    pub(super) fn held(&self, is_held: bool) {
+        self.change(|detector, id, now| {
+            detector.held(id, is_held, now);
+            Vec::new()
+        });
+    }
+
+    /// A token is fetched first.
+    pub(super) fn token_wanted(&self) {
+        self.change(|detector, id, now| {
+            detector.token_wanted(id, now);
+            Vec::new()
+        });
+    }
+
+    /// What became of the request for a token.
+    pub(super) fn token_ended(&self, ended: Ended) {
+        self.change(|detector, id, now| detector.token_ended(id, ended, now));
+    }
+
+    /// What became of the request.
+    pub(super) fn ended(mut self, ended: Ended) {
+        self.change(|detector, id, now| detector.ended(id, ended, now));
+        self.id = None;
+    }
+
+    fn change(&self, change: impl FnOnce(&mut Detector, u64, Instant) -> Vec<Change>) {
+        if let (Some(id), Some(mut health)) = (self.id, self.inner.health()) {
+            let changes = change(&mut health.detector, id, Instant::now());
+            self.inner.took_in(&mut health, changes);
+        }
+    }
+}
+
+impl Drop for Pending<'_> {
+    fn drop(&mut self) {
+        if let (Some(id), Some(mut health)) = (self.id, self.inner.health()) {
+            health.detector.abandoned(id);
+        }
+    }
+}
+
+impl Inner {
+    /// `None` where other connection settings are in effect by now.
+    pub(super) fn health(&self) -> Option<MutexGuard<'_, Health>> {
+        self.learned.health(&self.connection)
+    }
+
+    /// A request is sent.
+    pub(super) fn sent(&self, kind: Kind, operation: &Operation, caller: &Caller) -> Pending<'_> {
+        let id = self.health().map(|mut health| {
+            if matches!(caller.credential, Credential::Anonymous) {
+                health.anonymous = caller.principal;
+            }
+            health
+                .detector
+                .sent(kind, operation, caller.principal, Instant::now())
+        });
+        Pending { inner: self, id }
+    }
+
+    /// A probe found a scope alive.
+    pub(super) fn is_back(&self, scope: &Scope) {
+        if let Some(mut health) = self.health() {
+            let changes = health.detector.is_back(scope);
+            self.took_in(&mut health, changes);
+        }
+    }
+
+    /// What follows from a change of the health.
+    pub(super) fn took_in(&self, health: &mut Health, changes: Vec<Change>) {
+        for Change { scope, opened } in changes {
+            if matches!(scope, Scope::Repository(..)) && !health.may_log_repository(Instant::now()) {
+                continue;
+            }
+            let (upstream, detail) = (&self.name, health.last_detail.as_deref());
+            match opened {
+                Some(cause) => {
+                    tracing::warn!(upstream, %scope, %cause, detail, "circuit breaker opened");
+                }
+                None => tracing::info!(upstream, %scope, "circuit breaker closed"),
+            }
+        }
+        self.learned.start_probing(health);
+    }
+}
+
 impl Upstream {
-    /// Puts these settings into effect over the state of the upstream. Needs a runtime if the breaker is open.
+    /// Puts these settings into effect over the state of the upstream. Needs a runtime if something has no response.
     pub fn activate(&self) {
         let (inner, learned) = (&self.0, &self.0.learned);
         let own = inner.exchange.own.clone();
@@ -218,34 +364,12 @@ impl Upstream {
         let mut health = learned.health.lock().unwrap_or_else(PoisonError::into_inner);
         if health.connection != inner.connection.id {
             health.connection = inner.connection.id;
-            health.breaker.answer();
+            health.detector = Detector::default();
             (health.last_silence, health.last_head) = (None, None);
             (health.last_detail, health.logged) = (None, None);
             learned.tokens.note_realm(None, false);
             return;
         }
-        let is_probed = health.probe.as_ref().is_some_and(|probe| !probe.is_finished());
-        if let Some(opening) = health.breaker.opening().filter(|_| !is_probed) {
-            learned.start_probe(&mut health, opening);
-        }
-    }
-}
-
-/// Asks ever more rarely until the upstream is back, by this or by a caller's success, or is no longer configured.
-async fn probe(learned: Weak<Learned>, opening: u64) {
-    for failed in 0_u32.. {
-        tokio::time::sleep(breaker::backoff(failed)).await;
-        let Some(learned) = learned.upgrade() else { return };
-        let Some(open) = learned.open(opening) else { return };
-        let active = learned.active().upstream.upgrade();
-        let Some(inner) = active else { return };
-        // Switched off by the operator: not even a probe goes out.
-        if !inner.offline.is_on() && inner.is_back(open.cause).await {
-            if let Some(mut health) = learned.health(&inner.connection) {
-                health.breaker.answer();
-            }
-            tracing::info!(upstream = inner.name, "answers again");
-            return;
-        }
+        learned.start_probing(&mut health);
     }
 }

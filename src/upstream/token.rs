@@ -80,8 +80,10 @@ pub(super) enum TokenFailure {
     Denied(StatusCode),
     /// It limits the rate of requests.
     Limited(Pause),
-    /// No usable answer, for whatever reason, in words for the operator.
+    /// No response, in words for the operator.
     Silent(Arc<str>),
+    /// A response that is of no use, in words for the operator.
+    Failed(Arc<str>),
     /// The registry names its token service by http, where no credential is sent, and by https it does not answer.
     PlainRealm,
 }
@@ -91,12 +93,14 @@ enum NoToken {
     Denied(StatusCode),
     /// And how long it says to wait.
     Limited(Option<Duration>),
-    /// In words for the operator.
+    /// No response, in words for the operator.
     Silent(Arc<str>),
+    /// A response that is of no use, in words for the operator.
+    Failed(Arc<str>),
 }
 
 fn unavailable(reason: &str) -> NoToken {
-    NoToken::Silent(reason.into())
+    NoToken::Failed(reason.into())
 }
 
 struct Token {
@@ -141,7 +145,7 @@ pub(super) struct TokenCache {
     remembered: Cache<(Origin, Repository, Holder), Remembered>,
     /// At which other registry, to which this one redirects, which token worked.
     elsewhere: Cache<(Origin, Repository, Holder), (Origin, Key)>,
-    /// The realm that failed last, for the breaker's probe.
+    /// The realm that failed last, for a probe.
     silent_realm: std::sync::Mutex<Option<Uri>>,
     /// The pauses of token services, by host and holder.
     windows: Windows<(Option<Authority>, Holder)>,
@@ -248,7 +252,7 @@ impl Tokens {
                     .limited(&place, turn, Cause::RateLimited, stated);
                 Err(TokenFailure::Limited(pause))
             }
-            Err(NoToken::Silent(_)) if key.realm.is_named_plain => {
+            Err(NoToken::Silent(_) | NoToken::Failed(_)) if key.realm.is_named_plain => {
                 tracing::warn!(
                     asked = %key.realm.uri,
                     "the registry's token realm begins with http://; credentials are not sent in clear text, and https at \
@@ -257,15 +261,28 @@ impl Tokens {
                 Err(TokenFailure::PlainRealm)
             }
             Err(NoToken::Silent(reason)) => Err(TokenFailure::Silent(reason)),
+            Err(NoToken::Failed(reason)) => Err(TokenFailure::Failed(reason)),
         };
         self.note_realm(
             Some(key.realm.uri.clone()),
-            matches!(fetched, Err(TokenFailure::Silent(_) | TokenFailure::PlainRealm)),
+            matches!(
+                fetched,
+                Err(TokenFailure::Silent(_) | TokenFailure::Failed(_) | TokenFailure::PlainRealm)
+            ),
         );
         let header = fetched.as_ref().map(Token::header).map_err(Clone::clone);
         *state = fetched.map(Some);
         slot.fetches.fetch_add(1, Ordering::Release);
         header
+    }
+
+    /// The token kept for `key`, if it is usable and nobody fetches another one.
+    pub(super) fn kept(&self, key: &Key, rejected: Option<&HeaderValue>) -> Option<HeaderValue> {
+        let slot = self.kept.slots.get(key)?;
+        let state = slot.state.try_lock().ok()?;
+        let token = state.as_ref().ok()?.as_ref()?;
+        let is_usable = token.usable_until > Instant::now() && !token.is(rejected);
+        is_usable.then(|| token.header())
     }
 
     fn slot(&self, key: &Key) -> Arc<Slot> {
@@ -445,7 +462,7 @@ impl Tokens {
             within: self.within,
         };
         http.send(request).await.map_err(|error| {
-            let Unavailable { cause, detail } = error;
+            let Unavailable { cause, detail, .. } = error;
             tracing::debug!(%cause, detail = detail.as_deref(), "the token service gave no answer");
             NoToken::Silent(detail.unwrap_or_else(|| format!("it {cause}").into()))
         })
@@ -487,7 +504,9 @@ impl From<&TokenFailure> for Cause {
     fn from(failure: &TokenFailure) -> Self {
         match failure {
             TokenFailure::Limited(_) => Cause::RateLimited,
-            TokenFailure::Denied(_) | TokenFailure::Silent(_) => Cause::TokenService,
+            TokenFailure::Denied(_) | TokenFailure::Silent(_) | TokenFailure::Failed(_) => {
+                Cause::TokenService
+            }
             TokenFailure::PlainRealm => Cause::PlainRealm,
         }
     }

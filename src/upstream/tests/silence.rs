@@ -161,7 +161,14 @@ async fn rate_limits_never_open_the_breaker() {
             .head(&client(&format!("Bearer {n}")), &tag(), &accept())
             .await;
     }
-    assert_eq!(upstream.silent_now(), None);
+    assert_eq!(waits(&upstream), Ok(BUDGET));
+}
+
+const BUDGET: Duration = Duration::from_secs(2);
+
+/// How long an asker with a cached copy of the tag waits.
+fn waits(upstream: &Upstream) -> Result<Duration, Cause> {
+    upstream.wait(&anonymous(), (&tag(), true), BUDGET)
 }
 
 #[tokio::test(start_paused = true)]
@@ -177,7 +184,8 @@ async fn the_breaker_opens_after_three_silences_and_a_probe_closes_it() {
         );
     }
     assert_eq!(upstream.silent_now(), Some(Cause::BreakerOpen));
-    assert!(matches!(upstream.state().open, Some((_, Cause::Refused))));
+    let open = upstream.state().open.unwrap();
+    assert_eq!((open.scope, open.cause), (Scope::Connection, Cause::Refused));
     tokio::time::sleep(Duration::from_secs(100)).await;
     assert_eq!(
         upstream.silent_now(),
@@ -227,13 +235,13 @@ async fn a_silent_token_service_is_probed_itself() {
     }
     tokio::time::sleep(Duration::from_secs(100)).await;
     assert_eq!(
-        upstream.silent_now(),
-        Some(Cause::BreakerOpen),
+        waits(&upstream),
+        Err(Cause::BreakerOpen),
         "an answer to /v2/ is not enough"
     );
     down.store(false, std::sync::atomic::Ordering::SeqCst);
     tokio::time::sleep(Duration::from_secs(31)).await;
-    assert_eq!(upstream.silent_now(), None);
+    assert_eq!(waits(&upstream), Ok(BUDGET));
 }
 
 #[tokio::test(start_paused = true)]
@@ -243,7 +251,7 @@ async fn an_upstream_that_is_dropped_is_not_probed() {
     for _ in 0..3 {
         upstream.head(&anonymous(), &tag(), &accept()).await;
     }
-    assert!(upstream.silent_now().is_some());
+    assert_eq!(waits(&upstream), Err(Cause::BreakerOpen));
     let before = registry.seen().len();
     drop(upstream);
     tokio::time::sleep(Duration::from_secs(100)).await;

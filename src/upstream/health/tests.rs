@@ -1,0 +1,544 @@
+//! Laws of the state machine, over all short histories of requests in two repositories, of two kinds, by two principals.
+#![allow(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    reason = "tests may fail loudly"
+)]
+
+use std::sync::LazyLock;
+
+use http::Method;
+
+use super::trouble::{FAILURES_MAX, WINDOW};
+use super::*;
+use crate::oci::cause::RedirectFault;
+
+const BUDGET: Duration = Duration::from_secs(2);
+/// The wait for a response that does not come.
+const LATE: Duration = Duration::from_secs(3);
+
+/// A request: its kind, its repository and its principal, each one of two.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Asked {
+    is_list: bool,
+    is_b: bool,
+    principal: u8,
+}
+
+impl Asked {
+    fn all() -> impl Iterator<Item = Asked> {
+        (0..8_u8).map(|n| Asked {
+            is_list: n & 1 > 0,
+            is_b: n & 2 > 0,
+            principal: n >> 2,
+        })
+    }
+
+    fn kind(self) -> Kind {
+        if self.is_list { Kind::List } else { Kind::Head }
+    }
+
+    fn operation(self) -> &'static Operation {
+        static ALL: LazyLock<[Operation; 4]> = LazyLock::new(|| {
+            [
+                operation("/v2/a/manifests/1"),
+                operation("/v2/b/manifests/1"),
+                operation("/v2/a/tags/list"),
+                operation("/v2/b/tags/list"),
+            ]
+        });
+        &ALL[usize::from(self.is_list) * 2 + usize::from(self.is_b)]
+    }
+
+    fn principal(self) -> [u8; 32] {
+        [self.principal; 32]
+    }
+}
+
+fn operation(path: &str) -> Operation {
+    Operation::parse(&Method::GET, path, None).unwrap()
+}
+
+fn tag(repository: &str) -> Operation {
+    operation(&format!("/v2/{repository}/manifests/1"))
+}
+
+/// What happens to a request, after [`Self::after`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Event {
+    Answered,
+    Denied,
+    Failed,
+    TimedOut,
+    /// An asker's budget; the request goes on.
+    Expired,
+    /// An asker's budget, while the request waits for a place.
+    ExpiredQueued,
+    Abandoned,
+}
+
+use Event::{Abandoned, Answered, Denied, Expired, ExpiredQueued, Failed, TimedOut};
+
+struct World {
+    detector: Detector,
+    now: Instant,
+}
+
+impl World {
+    fn new() -> Self {
+        Self {
+            detector: Detector::default(),
+            now: Instant::now(),
+        }
+    }
+
+    /// Sends a request for it, and what happens happens.
+    fn happens(&mut self, event: Event, asked: Asked) -> Vec<Change> {
+        self.happens_to(event, (asked.kind(), asked.operation(), asked.principal()))
+    }
+
+    fn happens_to(
+        &mut self,
+        event: Event,
+        (kind, operation, principal): (Kind, &Operation, [u8; 32]),
+    ) -> Vec<Change> {
+        if event == ExpiredQueued {
+            self.now += LATE;
+            return self.detector.expired(principal, operation, LATE, self.now);
+        }
+        let id = self.detector.sent(kind, operation, principal, self.now);
+        self.now += match event {
+            TimedOut | Expired => LATE,
+            _ => Duration::from_millis(1),
+        };
+        let ended = match event {
+            Answered => Ended::Response,
+            Denied => Ended::Denied,
+            Failed => Ended::ServerError(Cause::Status(500)),
+            TimedOut => Ended::NoResponse(Cause::Timeout),
+            Expired => {
+                let changes = self.detector.expired(principal, operation, LATE, self.now);
+                self.detector.abandoned(id);
+                return changes;
+            }
+            Abandoned | ExpiredQueued => {
+                self.detector.abandoned(id);
+                return Vec::new();
+            }
+        };
+        self.detector.ended(id, ended, self.now)
+    }
+
+    fn wait(&mut self, asked: Asked) -> Wait {
+        self.wait_for(asked.kind(), asked.operation())
+    }
+
+    fn wait_for(&mut self, kind: Kind, operation: &Operation) -> Wait {
+        let asker = Asker {
+            kind,
+            operation,
+            needs_token: false,
+        };
+        self.detector.wait(&asker, BUDGET, self.now)
+    }
+
+    fn expires(&mut self, operation: &Operation) -> Vec<Change> {
+        self.happens_to(Expired, (Kind::Head, operation, [0; 32]))
+    }
+}
+
+/// Every history of so many of these events of any request that `is_part` of it.
+fn histories(length: u32, events: &[Event], is_part: fn(&Asked) -> bool) -> Vec<Vec<(Event, Asked)>> {
+    let steps: Vec<_> = events
+        .iter()
+        .flat_map(|event| Asked::all().filter(is_part).map(|asked| (*event, asked)))
+        .collect();
+    let mut all = vec![Vec::new()];
+    for _ in 0..length {
+        all = all
+            .iter()
+            .flat_map(|history| {
+                steps.iter().map(|step| {
+                    let mut longer = history.clone();
+                    longer.push(*step);
+                    longer
+                })
+            })
+            .collect();
+    }
+    all
+}
+
+fn by_one_principal(asked: &Asked) -> bool {
+    asked.principal == 0
+}
+
+const ALL: [Event; 7] = [
+    Answered,
+    Denied,
+    Failed,
+    TimedOut,
+    Expired,
+    ExpiredQueued,
+    Abandoned,
+];
+
+#[test]
+fn t05_laws_of_every_short_history() {
+    for history in histories(3, &ALL, |_| true).into_iter().chain(histories(
+        4,
+        &[Answered, Denied, Failed, TimedOut],
+        by_one_principal,
+    )) {
+        let mut world = World::new();
+        for (event, asked) in &history {
+            let before: Vec<_> = Asked::all().map(|other| world.wait(other)).collect();
+            world.happens(*event, *asked);
+            let after: Vec<_> = Asked::all().map(|other| world.wait(other)).collect();
+            let own = world.wait(*asked);
+            match event {
+                Answered => assert_eq!(own, Wait::Budget, "a response ends every suspicion: {history:?}"),
+                Expired | TimedOut => assert_ne!(own, Wait::Budget, "a silence is one at once: {history:?}"),
+                Abandoned | ExpiredQueued => {
+                    assert_eq!(after, before, "what was not sent is no sign: {history:?}");
+                }
+                Denied | Failed => {}
+            }
+            for (n, other) in Asked::all().enumerate() {
+                if other.kind() != asked.kind() {
+                    assert_eq!(after[n], before[n], "other kinds are as before: {history:?}");
+                }
+            }
+            let is_failing = after.iter().any(|wait| *wait != Wait::Budget);
+            let probe = world.detector.next_probe(world.now);
+            assert!(
+                !is_failing || probe.is_some_and(|(due, _)| due <= world.now + Duration::from_secs(1)),
+                "what clients ask for is probed within a second: {history:?}"
+            );
+        }
+    }
+}
+
+#[test]
+fn t04_one_bad_repository_leaves_others_alone() {
+    let is_a = |asked: &Asked| !asked.is_b && asked.principal == 0 && !asked.is_list;
+    for history in histories(5, &[Answered, Denied, Failed, TimedOut, Expired], is_a) {
+        let mut world = World::new();
+        let b = Asked {
+            is_b: true,
+            ..history[0].1
+        };
+        let mut errors_alone = true;
+        for (event, a) in &history {
+            world.happens(*event, *a);
+            errors_alone &= matches!(event, Answered | Failed | Denied);
+            let wait = world.wait(b);
+            assert_ne!(wait, Wait::Nothing, "it is asked all the same: {history:?}");
+            if errors_alone {
+                assert_eq!(wait, Wait::Budget, "a 5xx is a response: {history:?}");
+            }
+            // Without a look at what fails, the history would not go on as it was.
+            let mut copy = World::new();
+            for (event, a) in &history {
+                copy.happens(*event, *a);
+            }
+            copy.happens(Answered, b);
+            assert_eq!(copy.wait(b), Wait::Budget, "its own response tells: {history:?}");
+        }
+    }
+}
+
+#[test]
+fn t04_responses_meanwhile_keep_a_silence_to_its_repository() {
+    let (mut world, a, b) = (World::new(), tag("a"), tag("b"));
+    for _ in 0..10 {
+        let id = world.detector.sent(Kind::Head, &a, [0; 32], world.now);
+        world.now += Duration::from_secs(1);
+        world.happens_to(Answered, (Kind::Head, &b, [1; 32]));
+        world.now += Duration::from_secs(1);
+        world.detector.expired([0; 32], &a, BUDGET, world.now);
+        world.detector.abandoned(id);
+        assert_eq!(world.wait_for(Kind::Head, &b), Wait::Budget);
+    }
+    assert_eq!(world.wait_for(Kind::Head, &a), Wait::Nothing);
+}
+
+#[test]
+fn t05_twenty_silent_images_cost_one_budget() {
+    let mut world = World::new();
+    let mut waits = Vec::new();
+    for n in 0..20 {
+        let image = tag(&format!("library/{n}"));
+        let wait = world.wait_for(Kind::Head, &image);
+        waits.push(wait);
+        let waited = match wait {
+            Wait::Budget => BUDGET,
+            Wait::Short => SHORT_WAIT,
+            Wait::Nothing => continue,
+        };
+        world.detector.sent(Kind::Head, &image, [0; 32], world.now);
+        world.now += waited;
+        world.detector.expired([0; 32], &image, waited, world.now);
+    }
+    assert_eq!(
+        waits[..4],
+        [Wait::Budget, Wait::Short, Wait::Short, Wait::Nothing]
+    );
+    assert!(waits[4..].iter().all(|wait| *wait == Wait::Nothing));
+    let open = world.detector.open().unwrap();
+    assert_eq!((open.scope, open.cause), (Scope::Kind(Kind::Head), Cause::Budget));
+}
+
+#[test]
+fn t05_one_request_that_hangs_is_waited_for_once() {
+    // One tag, polled: all its askers share one request.
+    let (mut world, tag) = (World::new(), tag("a"));
+    world.detector.sent(Kind::Head, &tag, [0; 32], world.now);
+    let mut waits = Vec::new();
+    for _ in 0..4 {
+        let wait = world.wait_for(Kind::Head, &tag);
+        waits.push(wait);
+        let waited = match wait {
+            Wait::Budget => BUDGET,
+            Wait::Short => SHORT_WAIT,
+            Wait::Nothing => continue,
+        };
+        world.now += waited;
+        world.detector.expired([0; 32], &tag, waited, world.now);
+    }
+    assert_eq!(waits, [Wait::Budget, Wait::Short, Wait::Short, Wait::Nothing]);
+}
+
+#[test]
+fn t05_many_askers_of_one_request_are_one_silence() {
+    let (mut world, tag) = (World::new(), tag("a"));
+    world.detector.sent(Kind::Head, &tag, [0; 32], world.now);
+    world.now += BUDGET;
+    for _ in 0..10 {
+        world.detector.expired([0; 32], &tag, BUDGET, world.now);
+    }
+    assert_eq!(world.wait_for(Kind::Head, &tag), Wait::Short);
+}
+
+#[test]
+fn t05_slow_responses_shorten_the_wait_until_a_quick_one() {
+    let (mut world, a, b) = (World::new(), tag("a"), tag("b"));
+    let mut takes = |millis: u64, of: &Operation| {
+        let id = world.detector.sent(Kind::Head, of, [0; 32], world.now);
+        world.now += Duration::from_millis(millis);
+        world.detector.ended(id, Ended::Response, world.now);
+        (world.wait_for(Kind::Head, &a), world.wait_for(Kind::Head, &b))
+    };
+    assert_eq!(takes(900, &a), (Wait::Budget, Wait::Budget));
+    assert_eq!(takes(1_900, &a), (Wait::Short, Wait::Short));
+    assert_eq!(takes(100, &b), (Wait::Short, Wait::Budget));
+    assert_eq!(takes(100, &a), (Wait::Budget, Wait::Budget));
+}
+
+#[test]
+fn t04_a_slow_repository_has_another_one_looked_at() {
+    let (mut world, a, b) = (World::new(), tag("a"), tag("b"));
+    world.happens_to(Answered, (Kind::Head, &b, [0; 32]));
+    let id = world.detector.sent(Kind::Head, &a, [0; 32], world.now);
+    world.now += Duration::from_millis(1_900);
+    world.detector.ended(id, Ended::Response, world.now);
+    let scope = Scope::Kind(Kind::Head);
+    assert_eq!(
+        world.detector.next_probe(world.now),
+        Some((world.now, scope.clone()))
+    );
+    assert_eq!(world.detector.probed(&scope, world.now), Some(b.clone()));
+    world.happens_to(Answered, (Kind::Head, &b, [0; 32]));
+    assert_eq!(world.wait_for(Kind::Head, &b), Wait::Budget);
+    assert_eq!(world.wait_for(Kind::Head, &a), Wait::Short);
+    assert_eq!(world.detector.next_probe(world.now), None);
+}
+
+#[test]
+fn t04_a_silent_repository_has_another_one_looked_at_first() {
+    let (mut world, a, b) = (World::new(), tag("a"), tag("b"));
+    world.happens_to(Answered, (Kind::Head, &b, [0; 32]));
+    world.expires(&a);
+    let scope = Scope::Kind(Kind::Head);
+    let (due, probed) = world.detector.next_probe(world.now).unwrap();
+    assert_eq!((due, &probed), (world.now, &scope));
+    assert_eq!(world.detector.probed(&scope, world.now), Some(b));
+    assert_eq!(world.detector.probed(&scope, world.now), Some(a));
+}
+
+#[test]
+fn t05_what_a_client_was_turned_away_with_is_probed_next() {
+    let (mut world, scope) = (World::new(), Scope::Kind(Kind::Head));
+    for name in ["a", "b", "a"] {
+        world.expires(&tag(name));
+    }
+    let c = tag("c");
+    assert_eq!(world.wait_for(Kind::Head, &c), Wait::Nothing);
+    assert_eq!(world.detector.probed(&scope, world.now), Some(c));
+    assert_eq!(world.detector.probed(&scope, world.now), Some(tag("a")));
+}
+
+#[test]
+fn t05_a_token_service_fails_apart_from_the_registry() {
+    let mut world = World::new();
+    for name in ["a", "b", "a"] {
+        let id = world.detector.sent(Kind::Head, &tag(name), [0; 32], world.now);
+        world.now += Duration::from_millis(5);
+        world.detector.token_wanted(id, world.now);
+        world.now += BUDGET;
+        world.detector.expired([0; 32], &tag(name), BUDGET, world.now);
+        world.detector.abandoned(id);
+    }
+    let c = tag("c");
+    let mut waits = |needs_token| {
+        let asker = Asker {
+            kind: Kind::Head,
+            operation: &c,
+            needs_token,
+        };
+        world.detector.wait(&asker, BUDGET, world.now)
+    };
+    assert_eq!((waits(true), waits(false)), (Wait::Nothing, Wait::Budget));
+    // An answer of the registry's to one with a token of his own says nothing of the token service.
+    world.happens_to(Answered, (Kind::Head, &c, [1; 32]));
+    assert_eq!(world.detector.open().unwrap().scope, Scope::Kind(Kind::Token));
+    let id = world.detector.sent(Kind::Head, &c, [0; 32], world.now);
+    world.detector.token_wanted(id, world.now);
+    let closed = world.detector.token_ended(id, Ended::Response, world.now);
+    assert_eq!(closed.len(), 1, "{closed:?}");
+    assert!(world.detector.open().is_none());
+}
+
+#[test]
+fn t05_a_denial_half_opens_and_the_next_request_decides() {
+    let mut world = World::new();
+    for name in ["a", "b", "a"] {
+        world.expires(&tag(name));
+    }
+    let a = tag("a");
+    for _ in 0..3 {
+        world.happens_to(Denied, (Kind::Head, &a, [0; 32]));
+        assert_eq!(world.wait_for(Kind::Head, &a), Wait::Short, "it is asked");
+        world.expires(&a);
+        assert_eq!(world.wait_for(Kind::Head, &a), Wait::Nothing, "at once");
+    }
+    world.happens_to(Denied, (Kind::Head, &a, [0; 32]));
+    world.happens_to(Answered, (Kind::Head, &a, [0; 32]));
+    assert_eq!(world.wait_for(Kind::Head, &a), Wait::Budget);
+}
+
+#[test]
+fn t04_an_error_concerns_what_was_asked_for_alone() {
+    let mut world = World::new();
+    let (bad, good) = (
+        operation("/v2/a/manifests/bad"),
+        operation("/v2/a/manifests/good"),
+    );
+    for n in 0..FAILURES_MAX {
+        assert_eq!(world.wait_for(Kind::Head, &bad), Wait::Budget, "{n}");
+        world.happens_to(Failed, (Kind::Head, &bad, [0; 32]));
+    }
+    assert_eq!(world.wait_for(Kind::Head, &bad), Wait::Nothing);
+    assert_eq!(world.wait_for(Kind::Head, &good), Wait::Budget);
+    world.happens_to(Answered, (Kind::Head, &good, [0; 32]));
+    assert_eq!(world.wait_for(Kind::Head, &bad), Wait::Nothing);
+    world.happens_to(Answered, (Kind::Head, &bad, [0; 32]));
+    assert_eq!(world.wait_for(Kind::Head, &bad), Wait::Budget);
+}
+
+#[test]
+fn no_connection_concerns_every_request() {
+    let (mut world, a) = (World::new(), tag("a"));
+    let fails = |world: &mut World| {
+        let id = world.detector.sent(Kind::Head, &a, [0; 32], world.now);
+        world
+            .detector
+            .ended(id, Ended::NoConnection(Cause::Refused), world.now)
+    };
+    assert_eq!(fails(&mut world), []);
+    assert_eq!(fails(&mut world), []);
+    assert_eq!(fails(&mut world), [opened(Scope::Connection, Cause::Refused)]);
+    for asked in Asked::all() {
+        assert_eq!(world.wait(asked), Wait::Nothing);
+    }
+    let closed = world.happens_to(Denied, (Kind::List, &a, [0; 32]));
+    assert_eq!(closed.len(), 1, "any response shows a connection");
+    // Far apart they open nothing.
+    for _ in 0..10 {
+        world.now += WINDOW;
+        assert_eq!(fails(&mut world), []);
+        world.now += Duration::from_secs(1);
+    }
+}
+
+#[test]
+fn a_limit_or_a_broken_object_is_a_response() {
+    for (cause, expected) in [
+        (Cause::RateLimited, Ended::Response),
+        (Cause::Malformed, Ended::Response),
+        (Cause::TooLarge, Ended::Response),
+        (Cause::Redirects(RedirectFault::TooMany), Ended::Response),
+        (Cause::Busy, Ended::Unknown),
+        (Cause::NotRegistry, Ended::Unknown),
+        (Cause::TokenService, Ended::Unknown),
+        (Cause::Reset, Ended::NoResponse(Cause::Reset)),
+        (Cause::Status(503), Ended::ServerError(Cause::Status(503))),
+        (Cause::Dns, Ended::NoConnection(Cause::Dns)),
+    ] {
+        assert_eq!(Ended::of(&Answer::silent(cause), true), expected, "{cause}");
+    }
+    let storage = Answer {
+        is_elsewheres: true,
+        ..Answer::silent(Cause::Refused)
+    };
+    assert_eq!(Ended::of(&storage, true), Ended::ServerError(Cause::Refused));
+    assert_eq!(
+        Ended::of(&Answer::silent(Cause::Timeout), false),
+        Ended::Unknown,
+        "another URL has the last word"
+    );
+}
+
+#[test]
+fn probes_come_each_second_while_clients_ask_and_rarely_otherwise() {
+    let (mut world, scope) = (World::new(), Scope::Kind(Kind::Head));
+    for name in ["a", "b", "a"] {
+        world.expires(&tag(name));
+    }
+    let waits = |world: &mut World| {
+        let (due, _) = world.detector.next_probe(world.now).unwrap();
+        let wait = due.saturating_duration_since(world.now);
+        world.now = due.max(world.now);
+        world.detector.probed(&scope, world.now);
+        wait.as_secs()
+    };
+    waits(&mut world);
+    let quiet: Vec<_> = (0..8).map(|_| waits(&mut world)).collect();
+    assert_eq!(quiet, [1, 2, 4, 8, 16, 30, 30, 30]);
+    world.now += Duration::from_secs(10);
+    world.wait_for(Kind::Head, &tag("a"));
+    assert_eq!(waits(&mut world), 0, "a request after a quiet time starts one");
+    for _ in 0..5 {
+        world.now += Duration::from_millis(100);
+        world.wait_for(Kind::Head, &tag("a"));
+        let (due, _) = world.detector.next_probe(world.now).unwrap();
+        assert!(due <= world.now + Duration::from_secs(1));
+        waits(&mut world);
+    }
+}
+
+#[test]
+fn t05_names_that_strangers_choose_take_bounded_memory() {
+    let mut world = World::new();
+    for n in 0..3_000 {
+        let name = tag(&format!("made/up-{n}"));
+        let event = if n % 2 == 0 { Failed } else { TimedOut };
+        world.happens_to(event, (Kind::Head, &name, [0; 32]));
+        world.now -= LATE / 2;
+    }
+    assert_eq!(world.detector.parts.len(), REPOSITORIES_MAX);
+    assert!(world.detector.pending.is_empty());
+    world.now += FORGOTTEN_AFTER * 2;
+    world.detector.next_probe(world.now);
+    assert_eq!(world.detector.parts.len(), 0);
+}

@@ -1,0 +1,284 @@
+//! The failures of one scope: how many, since when it is open, and when it is probed next.
+
+use std::collections::HashMap;
+use std::hash::Hash;
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::Wait;
+use crate::oci::cause::Cause;
+use crate::oci::operation::Operation;
+
+/// So many failures …
+pub(super) const FAILURES_MAX: usize = 3;
+/// … within so long, without a response in between, open a scope.
+pub(super) const WINDOW: Duration = Duration::from_secs(30);
+/// From one probe to the next while clients ask, and after the first one while none do.
+const PROBE_INTERVAL: Duration = Duration::from_secs(1);
+/// The longest time between two probes: how late the return of a registry is noticed that no client asks for.
+const PROBE_INTERVAL_MAX: Duration = Duration::from_secs(30);
+
+/// How a scope fails.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Nature {
+    /// There is no response. It takes all of the wait, and concerns all of the scope.
+    Silence,
+    /// There is a response, soon, and it says so. It concerns what was asked for alone.
+    Error,
+}
+
+/// What of a scope is told apart: where several parts of it fail, all of it does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Extent {
+    /// One request is like any other: no connection comes about.
+    Everything,
+    /// The repositories of a kind of request.
+    Repositories,
+    /// The requests of a kind in a repository.
+    Requests,
+}
+
+impl Extent {
+    fn are_parts(self, one: &Operation, other: &Operation) -> bool {
+        match self {
+            Self::Everything => true,
+            Self::Repositories => one.repository() != other.repository(),
+            Self::Requests => one != other,
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    Suspected,
+    Open(Instant),
+    /// A denial came from in front of what failed: the next request decides.
+    HalfOpen(Instant),
+}
+
+/// A scope with failures and no response since.
+#[derive(Clone, Debug)]
+pub(super) struct Trouble {
+    state: State,
+    nature: Nature,
+    extent: Extent,
+    cause: Cause,
+    /// When the last failures came, oldest first; never more than [`FAILURES_MAX`].
+    failures: Vec<Instant>,
+    /// What failed last.
+    failed: Operation,
+    /// Whether something else in the scope failed as well.
+    is_several: bool,
+    /// What the next probe sends.
+    probes: Operation,
+    began_at: Instant,
+    /// When a client last asked for something that the scope shortened the wait for.
+    asked_at: Instant,
+    probed_at: Option<Instant>,
+    /// Probes since a client last asked.
+    unasked: u32,
+}
+
+impl Trouble {
+    /// A scope that begins to fail. [`Self::fail`] counts the first failure.
+    pub(super) fn new((nature, extent): (Nature, Extent), operation: &Operation, now: Instant) -> Self {
+        Self {
+            state: State::Suspected,
+            nature,
+            extent,
+            cause: Cause::Budget,
+            failures: Vec::new(),
+            failed: operation.clone(),
+            is_several: extent == Extent::Everything,
+            probes: operation.clone(),
+            began_at: now,
+            asked_at: now,
+            probed_at: None,
+            unasked: 0,
+        }
+    }
+
+    /// One more failure; `true` if that opened the scope.
+    pub(super) fn fail(&mut self, cause: Cause, operation: &Operation, now: Instant) -> bool {
+        let is_other = self.extent.are_parts(&self.failed, operation);
+        if self.nature == Nature::Error && is_other && self.extent == Extent::Requests {
+            // Errors of two objects are not repetitions of one.
+            if self.open_since().is_some() {
+                return false;
+            }
+            self.failures.clear();
+        } else {
+            self.is_several |= is_other;
+        }
+        // What failed tells more than that a budget ran out.
+        if cause != Cause::Budget {
+            self.cause = cause;
+        }
+        self.failed = operation.clone();
+        self.probes = operation.clone();
+        self.failures
+            .retain(|at| now.saturating_duration_since(*at) <= WINDOW);
+        self.failures.push(now);
+        // One repository says nothing of the others: they are still asked.
+        let may_open = self.extent != Extent::Repositories || self.is_several;
+        match self.state {
+            State::Suspected if self.failures.len() >= FAILURES_MAX && may_open => {
+                self.failures.clear();
+                self.state = State::Open(now);
+                return true;
+            }
+            State::Suspected if self.failures.len() >= FAILURES_MAX => drop(self.failures.remove(0)),
+            State::Suspected => {}
+            State::Open(since) | State::HalfOpen(since) => {
+                self.failures.clear();
+                self.state = State::Open(since);
+            }
+        }
+        false
+    }
+
+    /// A response came that shows no more than that something is alive.
+    pub(super) fn half_opens(&mut self) {
+        if let State::Open(since) = self.state {
+            self.state = State::HalfOpen(since);
+        }
+    }
+
+    pub(super) fn nature(&self) -> Nature {
+        self.nature
+    }
+
+    /// Whether a response for `operation` ends it.
+    pub(super) fn ends_by(&self, operation: &Operation) -> bool {
+        self.nature == Nature::Silence || self.failed == *operation
+    }
+
+    /// How long an asker with a cached copy waits.
+    pub(super) fn wait(&mut self, operation: &Operation, now: Instant) -> Wait {
+        let is_open = matches!(self.state, State::Open(_));
+        let is_failed = self.failed == *operation;
+        let wait = match self.nature {
+            Nature::Error if is_open && is_failed => Wait::Nothing,
+            Nature::Error => return Wait::Budget,
+            Nature::Silence if is_open && (self.is_several || is_failed) => Wait::Nothing,
+            // Such a failure comes soon, and the wait is not needed for it.
+            Nature::Silence if matches!(self.cause, Cause::Refused | Cause::Tls(_)) => Wait::Budget,
+            Nature::Silence => Wait::Short,
+        };
+        self.asked_at = now;
+        if wait == Wait::Nothing {
+            // Nothing else finds out whether this one has a response.
+            self.probes = operation.clone();
+        }
+        wait
+    }
+
+    pub(super) fn cause(&self) -> Cause {
+        self.cause
+    }
+
+    pub(super) fn open_since(&self) -> Option<Instant> {
+        match self.state {
+            State::Open(since) | State::HalfOpen(since) => Some(since),
+            State::Suspected => None,
+        }
+    }
+
+    pub(super) fn is_half_open(&self) -> bool {
+        matches!(self.state, State::HalfOpen(_))
+    }
+
+    pub(super) fn asked_at(&self) -> Instant {
+        self.asked_at
+    }
+
+    /// The next probe is for this, at once.
+    pub(super) fn probes_first(&mut self, operation: Operation) {
+        self.probes = operation;
+    }
+
+    /// Whether it is probed at all: a few errors keep nothing from being sent.
+    pub(super) fn is_probed(&self) -> bool {
+        self.nature == Nature::Silence || self.open_since().is_some()
+    }
+
+    /// When the next probe is sent.
+    pub(super) fn due(&self) -> Instant {
+        match self.probed_at {
+            None if self.probes != self.failed => self.asked_at,
+            None => self.began_at + PROBE_INTERVAL,
+            Some(at) if self.asked_at > at => at + PROBE_INTERVAL,
+            Some(at) => at + backoff(self.unasked),
+        }
+    }
+
+    /// A probe is sent: for what.
+    pub(super) fn probed(&mut self, now: Instant) -> Operation {
+        let is_asked = self.probed_at.is_none_or(|at| self.asked_at > at);
+        self.unasked = if is_asked {
+            0
+        } else {
+            self.unasked.saturating_add(1)
+        };
+        self.probed_at = Some(now);
+        std::mem::replace(&mut self.probes, self.failed.clone())
+    }
+}
+
+/// The time to the probe after so many that no client asked for: 1, 2, 4, … 30 s.
+fn backoff(unasked: u32) -> Duration {
+    PROBE_INTERVAL
+        .saturating_mul(2_u32.saturating_pow(unasked.min(16)))
+        .min(PROBE_INTERVAL_MAX)
+}
+
+/// A map of at most so many entries; the one that was changed longest ago gives way.
+#[derive(Debug)]
+pub(super) struct Bounded<K, V> {
+    entries: HashMap<K, (u64, V)>,
+    max: usize,
+    changes: u64,
+}
+
+impl<K: Eq + Hash + Clone, V> Bounded<K, V> {
+    pub(super) fn new(max: usize) -> Self {
+        Self {
+            entries: HashMap::new(),
+            max,
+            changes: 0,
+        }
+    }
+
+    pub(super) fn insert(&mut self, key: K, value: V) {
+        self.changes += 1;
+        if self.entries.len() >= self.max && !self.entries.contains_key(&key) {
+            let oldest = self.entries.iter().min_by_key(|(_, (changed, _))| *changed);
+            if let Some(oldest) = oldest.map(|(key, _)| key.clone()) {
+                self.entries.remove(&oldest);
+            }
+        }
+        self.entries.insert(key, (self.changes, value));
+    }
+
+    pub(super) fn remove(&mut self, key: &K) -> Option<V> {
+        self.entries.remove(key).map(|(_, value)| value)
+    }
+
+    pub(super) fn get_mut(&mut self, key: &K) -> Option<&mut V> {
+        self.entries.get_mut(key).map(|(_, value)| value)
+    }
+
+    pub(super) fn iter(&self) -> impl Iterator<Item = (&K, &V)> {
+        self.entries.iter().map(|(key, (_, value))| (key, value))
+    }
+
+    pub(super) fn retain(&mut self, keep: impl Fn(&V) -> bool) {
+        self.entries.retain(|_, (_, value)| keep(value));
+    }
+
+    #[cfg(test)]
+    pub(super) fn len(&self) -> usize {
+        self.entries.len()
+    }
+}

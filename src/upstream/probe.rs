@@ -1,0 +1,140 @@
+//! Probes: requests of the cache's own that find out whether an upstream responds again.
+//!
+//! A probe of one kind of request sends the same request, without a client's credential, and beside the places of the
+//! clients' requests, which may all be taken by what has no response. Several may be under way, for an earlier one may
+//! wait on a connection that is dead.
+
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::{HeaderMap, Method};
+use tokio::task::JoinSet;
+use tokio::time::{Instant, timeout, timeout_at};
+
+use super::client::{Follow, Request};
+use super::exchange;
+use super::fetched::Part;
+use super::health::{Kind, Scope};
+use super::settings::{Caller, Credential};
+use super::state::Learned;
+use super::{Inner, Upstream};
+use crate::oci::accept::Accept;
+use crate::oci::operation::Operation;
+use crate::queue::{Class, Peer};
+use crate::trace::Trace;
+
+/// How long a response to a probe is waited for.
+const PROBE_WITHIN: Duration = Duration::from_secs(10);
+
+/// Probes what has no response until all of it has, or the upstream is no longer configured.
+pub(super) async fn probes(learned: Weak<Learned>, changed: Arc<tokio::sync::Notify>) {
+    let mut under_way = JoinSet::new();
+    loop {
+        while under_way.try_join_next().is_some() {}
+        let due = {
+            let Some(learned) = learned.upgrade() else { return };
+            let Some(inner) = learned.in_effect() else {
+                learned.stopped_probing();
+                return;
+            };
+            match learned.next_probe(&inner) {
+                None => return,
+                Some((due, _)) if due > Instant::now() => due,
+                Some((due, scope)) => {
+                    let operation = learned.probed(&inner, &scope);
+                    // Switched off by the operator: not even a probe goes out.
+                    if let Some(operation) = operation.filter(|_| !inner.offline.is_on()) {
+                        let upstream = Upstream(inner);
+                        under_way.spawn(async move {
+                            let probe = Box::pin(upstream.probe(scope, operation));
+                            let _ = timeout(PROBE_WITHIN, probe).await;
+                        });
+                    }
+                    due
+                }
+            }
+        };
+        // A change may bring the next one forward.
+        let _ = timeout_at(due, changed.notified()).await;
+    }
+}
+
+impl Upstream {
+    /// One probe. Its response is attributed as a client's would be.
+    async fn probe(&self, scope: Scope, operation: Operation) {
+        let kind = match scope {
+            Scope::Connection => return self.0.probe_connection().await,
+            Scope::Kind(Kind::Token) | Scope::Repository(Kind::Token, _) => {
+                return self.0.probe_realm(&scope).await;
+            }
+            Scope::Kind(kind) | Scope::Repository(kind, _) => kind,
+        };
+        let caller = self.0.own_caller();
+        let accept = Accept::manifests();
+        match kind {
+            Kind::Head | Kind::Blob => {
+                let asked = (&operation, &accept);
+                drop(Box::pin(self.head_round(&caller, asked, true)).await);
+            }
+            Kind::Get | Kind::List | Kind::Ping | Kind::Token => {
+                let asked = (&operation, &accept);
+                drop(Box::pin(self.get_round(&caller, asked, Part::default())).await);
+            }
+        }
+    }
+}
+
+impl Inner {
+    /// The cache itself: with its own credential, if it has one.
+    fn own_caller(&self) -> Caller {
+        Caller {
+            principal: self.learned.anonymous(),
+            credential: match self.exchange.own {
+                Some(_) => Credential::Own,
+                None => Credential::Anonymous,
+            },
+            trace: Trace::begun(),
+            waits_until: None,
+            peer: Peer::Background,
+            class: Class::Background,
+            waiters: None,
+        }
+    }
+
+    /// Any response from a URL that was unavailable will do.
+    async fn probe_connection(&self) {
+        let unavailable = self.health().map(|health| health.unavailable.clone());
+        for origin in unavailable.unwrap_or_default() {
+            if let Some(uri) = origin.join("/v2/")
+                && self.is_alive(uri, |reply| exchange::is_registry(reply)).await
+            {
+                return self.is_back(&Scope::Connection);
+            }
+        }
+    }
+
+    async fn probe_realm(&self, scope: &Scope) {
+        if let Some(realm) = self.exchange.tokens.silent_realm()
+            && self.is_alive(realm, exchange::is_alive).await
+        {
+            self.is_back(scope);
+        }
+    }
+
+    async fn is_alive(&self, uri: http::Uri, is_alive: impl Fn(&super::client::Reply) -> bool) -> bool {
+        let mut headers = HeaderMap::new();
+        Trace::begun().write(&mut headers);
+        let request = Request {
+            method: Method::GET,
+            uri,
+            headers,
+            body: Bytes::new(),
+            follow: Follow::SameOrigin,
+            elsewhere: None,
+            within: self.timeouts.token,
+        };
+        let reply = self.exchange.http.send(request).await;
+        reply.is_ok_and(|reply| is_alive(&reply))
+    }
+}
