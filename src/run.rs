@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
-use tokio::task::JoinSet;
+use tokio::task::{JoinSet, block_in_place};
 use tokio_util::sync::CancellationToken;
 use zeroize::Zeroizing;
 
@@ -106,10 +106,11 @@ pub async fn serve(
     // The lock first: a second process must refuse before it disturbs anything of the first.
     let volume = Arc::new(Directory::open(&config.data)?);
     let settings = store_settings(&config, descriptors);
-    let store = Arc::new(Store::open(&settings, volume, clock.now())?);
+    let opened = block_in_place(|| Store::open(&settings, volume, clock.now()))?;
+    let store = Arc::new(opened);
     let told = Told {
         events,
-        offline: as_left(&store),
+        offline: block_in_place(|| as_left(&store)),
         served: Arc::new(Proofs(Arc::clone(&store))),
         clock,
     };
@@ -177,7 +178,7 @@ pub async fn serve(
                 serving.activate();
                 registry.store(Arc::new(serving));
                 tls.store(Arc::new(certificate));
-                store.set_limits(store_limits(&new));
+                block_in_place(|| store.set_limits(store_limits(&new)));
                 store.set_scrub_rate(new.store.scrub_rate);
                 warn_of_restart(&config, &new);
                 tracing::info!("the configuration was read again and is in effect");

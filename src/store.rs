@@ -144,6 +144,7 @@ pub struct Store {
     doubts: doubts::Doubts,
     grants: Arc<grants::Grants>,
     wholes: whole::Wholes,
+    removed: Arc<whole::Removed>,
     shares: inventory::KnownShares,
     usage: Arc<Counters>,
     uses: Arc<Uses>,
@@ -183,7 +184,8 @@ impl Store {
         let refs = Arc::new(refs::Refs::new(&volume, &index, &usage));
         let stop = Arc::new(AtomicBool::new(false));
         let grants = Arc::new(grants::Grants::new(&index));
-        let seen = Arc::new(seen::SeenFiles::new(&volume));
+        let removed = Arc::new(whole::Removed::default());
+        let seen = Arc::new(seen::SeenFiles::new(&volume, &removed));
         let scan = {
             let (volume, usage, refs, seen, stop) = (
                 Arc::clone(&volume),
@@ -206,9 +208,11 @@ impl Store {
         let pins = Arc::new(Pins::read(&volume, &uses));
         let room = Arc::new(Room::new(settings.limits, &volume, &usage));
         let blobs = Arc::new(blobs::Blobs::new(
-            settings, &volume, &index, &usage, leftovers, &uses, &refusal,
+            settings, &volume, &index, &usage, leftovers, &uses, &refusal, &removed,
         ));
-        let manifests = Arc::new(manifests::Manifests::new(settings, &volume, &usage, &uses));
+        let manifests = Arc::new(manifests::Manifests::new(
+            settings, &volume, &usage, &uses, &removed,
+        ));
         let evictor = Evictor::new(&volume, &blobs, &manifests, &refs, &pins, &uses, &room, &stop);
         let evictor = Arc::new(evictor);
         let evicting = {
@@ -230,7 +234,8 @@ impl Store {
             doubts: doubts::Doubts::new(&volume),
             refs,
             grants,
-            wholes: whole::Wholes::new(&usage),
+            wholes: whole::Wholes::new(&removed),
+            removed,
             shares: inventory::KnownShares::default(),
             usage,
             uses,

@@ -12,6 +12,7 @@ use super::{Context, Pull, Request, Site};
 use crate::oci::{Accept, AnyDigest, Cause, Digest, MediaType, Operation, Reference, Repository};
 use crate::policy::{Heard, Situation, Standing, Subject, Verdict, Whose, decide};
 use crate::store::refs::{TagKey, Variant};
+use crate::store::seen::Noted;
 use crate::upstream::{Answer, Said};
 
 /// Shorter content proves nothing: an empty blob, an empty object and an empty layer are the same everywhere.
@@ -403,27 +404,29 @@ impl Pull {
             earlier: None,
             history: Vec::new(),
         };
-        let kept = self
-            .store
-            .write(move |store| store.keep_answer(&key, variant, now))
-            .await;
+        let kept = self.store.keep_answer(key, variant, now).await;
         report(kept, "keep which digest a tag names");
     }
 
     /// Keeps the proof that the upstream has `digest` in this repository.
     pub(super) async fn note_seen(&self, site: &Arc<Site>, repository: &Repository, digest: Digest) {
-        let is_known = self
-            .store
-            .in_memory(|view| view.has_seen(site.name(), repository, &digest));
-        if is_known == Some(true) {
-            return;
+        const DEED: &str = "keep that a digest was seen in a repository";
+        match self.store.note_seen(site.name(), repository, &digest) {
+            Noted::Known => {}
+            // What follows finds it in memory, and nobody waits for the disk.
+            Noted::Unwritten(unwritten) => {
+                let store = self.store.clone();
+                tokio::spawn(async move { report(store.write_down(unwritten).await, DEED) });
+            }
+            Noted::NotInMemory => {
+                let (site, repository) = (Arc::clone(site), repository.clone());
+                let noted = self
+                    .store
+                    .write(move |store| store.note_seen(site.name(), &repository, &digest))
+                    .await;
+                report(noted, DEED);
+            }
         }
-        let (site, repository) = (Arc::clone(site), repository.clone());
-        let noted = self
-            .store
-            .write(move |store| store.note_seen(site.name(), &repository, &digest))
-            .await;
-        report(noted, "keep that a digest was seen in a repository");
     }
 
     /// Whether `digest` was seen in this repository.

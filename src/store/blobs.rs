@@ -17,6 +17,7 @@ use super::usage::{Counters, Kind};
 use super::uses::{Used, Uses};
 use super::volume::{Volume, VolumeFile};
 use super::watched::Refusal;
+use super::whole::Removed;
 use super::{Fault, Settings, Store, content_path, remove_file, size_of};
 use crate::oci::{Algorithm, Digest, Hasher};
 
@@ -141,6 +142,7 @@ pub(super) struct Blobs {
     small: Cache<Digest, Bytes, ByLength>,
     /// Held while a name is looked for and given.
     naming: Mutex<()>,
+    removed: Arc<Removed>,
     /// How many names were taken away: whoever opened a file in between looks once more.
     removals: AtomicU64,
 }
@@ -154,6 +156,7 @@ impl Blobs {
         leftovers: Leftovers,
         uses: &Arc<Uses>,
         refusal: &Refusal,
+        removed: &Arc<Removed>,
     ) -> Self {
         Self {
             volume: Arc::clone(volume),
@@ -165,6 +168,7 @@ impl Blobs {
             open: counted(settings.open_blobs_max),
             small: weighted(settings.small_blob_cache_bytes_max, 4096, ByLength),
             naming: Mutex::default(),
+            removed: Arc::clone(removed),
             removals: AtomicU64::new(0),
         }
     }
@@ -345,6 +349,7 @@ impl Blobs {
 
     fn forget(&self, digest: &Digest) {
         self.removals.fetch_add(1, Ordering::SeqCst);
+        self.removed.note(digest);
         self.open.remove(digest);
         self.small.remove(digest);
         self.index.remove(size_key(digest));

@@ -337,3 +337,58 @@ impl<'a> Right<'a> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests may fail loudly")]
+    use super::*;
+    use crate::store::index::slow::slow_index;
+
+    const NOW: SystemTime = SystemTime::UNIX_EPOCH;
+
+    #[test]
+    fn t07_first_grant_waits_for_no_revocation_of_another() {
+        let (index, flushes) = slow_index();
+        let grants = Arc::new(Grants::new(&index));
+        grants.prune(NOW);
+        let repository = "acme/app".parse().unwrap();
+        let right = |principal| Right::to("ghcr.io", &repository, principal);
+        let (alice, bob) = (&[1; 32], &[2; 32]);
+        grants.note(right(alice), NOW);
+        assert_eq!(grants.known(right(alice).key()), Some(Some(NOW)));
+        let first = grants.forget(right(alice)).unwrap();
+        flushes.begun();
+        // Nothing of this asks the index, which is in its flush.
+        assert_eq!(grants.known(right(alice).key()), Some(None));
+        assert_eq!(grants.known(right(bob).key()), Some(None));
+        grants.note(right(bob), NOW);
+        assert_eq!(grants.known(right(bob).key()), Some(Some(NOW)));
+        // Refused again meanwhile, the client waits as well.
+        let second = grants.forget(right(alice)).unwrap();
+        flushes.let_through();
+        assert!(grants.forgotten(first));
+        flushes.begun();
+        flushes.let_through();
+        assert!(grants.forgotten(second));
+        assert!(grants.forget(right(alice)).is_none());
+        drop(flushes);
+    }
+
+    #[test]
+    fn t07_grant_of_an_earlier_process_is_found_beside_the_list() {
+        let (index, flushes) = slow_index();
+        drop(flushes);
+        let repository = "acme/app".parse().unwrap();
+        let right = |principal| Right::to("ghcr.io", &repository, principal);
+        let (alice, bob) = (&[1; 32], &[2; 32]);
+        Arc::new(Grants::new(&index)).note(right(alice), NOW);
+        let grants = Arc::new(Grants::new(&index));
+        // Before the index was looked through, only it knows.
+        assert_eq!(grants.known(right(alice).key()), None);
+        assert_eq!(grants.known(right(bob).key()), None);
+        grants.prune(NOW);
+        assert_eq!(grants.known(right(alice).key()), None);
+        assert_eq!(grants.find(&right(alice).owned()), Some(NOW));
+        assert_eq!(grants.known(right(bob).key()), Some(None));
+    }
+}

@@ -377,4 +377,6 @@ pub(super) fn set_aside(folder: &Path, opened_at: u64, count: u32) -> Result<Pat
 }
 
 #[cfg(test)]
+pub(in crate::store) mod slow;
+#[cfg(test)]
 mod tests;

@@ -15,6 +15,7 @@ use super::record::{RECORD_BYTES_MAX, opened, sealed};
 use super::usage::{Counters, Kind};
 use super::uses::{Used, Uses};
 use super::volume::Volume;
+use super::whole::Removed;
 use super::{Fault, Settings, Store, content_path, remove_file, size_of};
 use crate::oci::manifest::{Kind as ManifestKind, MANIFEST_BYTES_MAX};
 use crate::oci::{AnyDigest, Digest, Manifest, MediaType, Repository};
@@ -126,6 +127,7 @@ pub(super) struct Manifests {
     uses: Arc<Uses>,
     ready: Cache<Digest, Arc<HeldManifest>, ByLength>,
     records: [Mutex<()>; STRIPES],
+    removed: Arc<Removed>,
 }
 
 impl Manifests {
@@ -134,6 +136,7 @@ impl Manifests {
         volume: &Arc<dyn Volume>,
         usage: &Arc<Counters>,
         uses: &Arc<Uses>,
+        removed: &Arc<Removed>,
     ) -> Self {
         Self {
             volume: Arc::clone(volume),
@@ -141,6 +144,7 @@ impl Manifests {
             uses: Arc::clone(uses),
             ready: weighted(settings.manifest_cache_bytes_max, 4096, ByLength),
             records: std::array::from_fn(|_| Mutex::default()),
+            removed: Arc::clone(removed),
         }
     }
 
@@ -309,6 +313,7 @@ impl Manifests {
             .removing(Kind::Manifest, &path, || remove_file(self.volume.as_ref(), &path))?;
         // After the file, so that nobody reads it into memory in between; who was quicker is told by `keep`.
         self.ready.remove(digest);
+        self.removed.note(digest);
         // Without its manifest the record says nothing.
         let _ = self.volume.remove(&record_path(digest));
         Ok(was_there)
@@ -322,6 +327,7 @@ impl Manifests {
             &content_path(TREE, digest),
             why,
         );
+        self.removed.note(digest);
     }
 }
 

@@ -12,7 +12,7 @@ mod tag;
 use std::io;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::SystemTime;
 
 use quick_cache::sync::Cache;
@@ -23,7 +23,7 @@ use super::manifests::HeldManifest;
 use super::record::{RECORD_BYTES_MAX, checksum};
 use super::usage::{Counters, Kind};
 use super::volume::Volume;
-use super::{Fault, Store, View, remove_file};
+use super::{AsyncStore, Fault, Store, View, remove_file};
 use crate::oci::{AnyDigest, Digest};
 
 pub use self::newest::{Named, TagReader};
@@ -51,10 +51,8 @@ impl Store {
     /// is known. Known to readers at once, even where the disk then fails.
     pub fn keep_answer(&self, key: &TagKey, variant: Variant, answered_at: SystemTime) -> Result<(), Fault> {
         self.uses.needed([variant.digest]);
-        let is_whole = |digest: &Digest| {
-            let manifest = self.manifest(digest).ok().flatten();
-            manifest.is_some_and(|held| self.is_whole(&key.upstream, &key.repository, &held, &|_| false))
-        };
+        let view = self.view();
+        let is_whole = |digest: &Digest| view.is_whole_here(key, digest);
         self.refs.keep(key, variant, answered_at, &is_whole)
     }
 
@@ -92,7 +90,31 @@ impl Store {
     }
 }
 
+impl AsyncStore {
+    /// [`Store::keep_answer`]: in memory, where it changes nothing that is in the tag's file.
+    pub async fn keep_answer(
+        &self,
+        key: TagKey,
+        variant: Variant,
+        answered_at: SystemTime,
+    ) -> Result<(), Fault> {
+        self.store.uses.needed([variant.digest]);
+        let kept = self.in_memory(|view| self.store.refs.keep_ready(&key, &variant, answered_at, view));
+        if kept == Some(true) {
+            return Ok(());
+        }
+        self.write(move |store| store.keep_answer(&key, variant, answered_at))
+            .await
+    }
+}
+
 impl View<'_> {
+    /// Whether the manifest is held, and with all that it points to.
+    fn is_whole_here(&self, key: &TagKey, digest: &Digest) -> bool {
+        let manifest = self.manifest(digest).ok().flatten();
+        manifest.is_some_and(|held| self.is_whole(&key.upstream, &key.repository, &held, &|_| false))
+    }
+
     /// What a tag names for this reader: the newest that is cached, or if nothing is, the newest. See `newest`.
     pub fn named(&self, key: &TagKey, record: &TagRecord, reader: TagReader<'_>) -> Option<Named> {
         let lists = |index: &Digest, image: &Digest| self.lists(index, image);
@@ -226,6 +248,31 @@ impl Refs {
         }
     }
 
+    /// [`Self::keep`] where the answer changes nothing that is in the file, and nobody writes to the tag. Whether it is kept.
+    fn keep_ready(&self, key: &TagKey, variant: &Variant, answered_at: SystemTime, view: &View<'_>) -> bool {
+        let Some(_writing) = self.try_writing(&key.path()) else {
+            return false;
+        };
+        let Some(before) = self.ready.get(key) else {
+            return false;
+        };
+        let is_whole = |digest: &Digest| view.is_whole_here(key, digest);
+        let Some(record) = before.answered(variant.clone(), answered_at, &is_whole) else {
+            return view.is_complete();
+        };
+        let accept = variant.accept;
+        let is_same = match (before.of_accept(accept), record.of_accept(accept)) {
+            (Some(old), Some(new)) => new.is_filed_as(old),
+            _ => false,
+        };
+        if !is_same || !view.is_complete() {
+            return false;
+        }
+        self.write_index(key, &record);
+        self.ready.insert(key.clone(), Arc::new(record));
+        true
+    }
+
     fn keep(
         &self,
         key: &TagKey,
@@ -270,9 +317,22 @@ impl Refs {
 
     /// Writers of one tag come one after the other.
     fn writing(&self, path: &Path) -> Option<MutexGuard<'_, ()>> {
-        let sum = checksum(path.as_os_str().as_encoded_bytes());
-        let stripe = self.writers.get(usize::from(sum.first().copied()?) % STRIPES)?;
+        let stripe = self.stripe(path)?;
         Some(stripe.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// [`Self::writing`], unless there is another writer.
+    fn try_writing(&self, path: &Path) -> Option<MutexGuard<'_, ()>> {
+        match self.stripe(path)?.try_lock() {
+            Ok(writing) => Some(writing),
+            Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        }
+    }
+
+    fn stripe(&self, path: &Path) -> Option<&Mutex<()>> {
+        let sum = checksum(path.as_os_str().as_encoded_bytes());
+        self.writers.get(usize::from(sum.first().copied()?) % STRIPES)
     }
 
     fn remove(&self, key: &TagKey) -> Result<bool, Fault> {

@@ -15,13 +15,16 @@
 //! that are torn, wrong or unknown are ignored: a lost proof costs one question. Each append begins with a line feed,
 //! so that a torn line before it spoils nothing after it. How much the files may take together has a limit (`limit`).
 
+mod append;
 mod limit;
+
+pub use self::append::{Noted, Unwritten};
 
 use std::collections::HashSet;
 use std::io;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, SystemTime};
 
 use quick_cache::Weighter;
@@ -30,6 +33,7 @@ use quick_cache::sync::Cache;
 use super::cache::{Place, PlaceRef, weighted};
 use super::record::{checksum, from_millis, hex, to_millis};
 use super::volume::Volume;
+use super::whole::Removed;
 use super::{Fault, Store, named_path};
 use crate::oci::{Digest, Repository};
 
@@ -119,19 +123,25 @@ struct Seen {
     served: Vec<String>,
     /// Whether the file has its first line.
     is_headed: bool,
+    /// Lines that are not in the file yet, in order.
+    unwritten: Vec<String>,
 }
 
 /// [`Seen`], shared by all who look at one repository.
 #[derive(Default)]
-struct SharedSeen(RwLock<Seen>);
+struct SharedSeen {
+    seen: RwLock<Seen>,
+    /// Held while lines are appended, so that they come in order.
+    appending: Mutex<()>,
+}
 
 impl SharedSeen {
     fn read<T>(&self, look: impl FnOnce(&Seen) -> T) -> T {
-        look(&self.0.read().unwrap_or_else(PoisonError::into_inner))
+        look(&self.seen.read().unwrap_or_else(PoisonError::into_inner))
     }
 
     fn write<T>(&self, change: impl FnOnce(&mut Seen) -> T) -> T {
-        change(&mut self.0.write().unwrap_or_else(PoisonError::into_inner))
+        change(&mut self.seen.write().unwrap_or_else(PoisonError::into_inner))
     }
 }
 
@@ -159,11 +169,15 @@ pub(super) struct SeenFiles {
     bytes_max: u64,
     /// Whoever writes down something holds it to read, whoever removes a file to write.
     order: RwLock<()>,
+    removed: Arc<Removed>,
 }
 
 impl SeenFiles {
-    pub(super) fn new(volume: &Arc<dyn Volume>) -> Self {
-        Self::with_room(volume, limit::SEEN_BYTES_MAX)
+    pub(super) fn new(volume: &Arc<dyn Volume>, removed: &Arc<Removed>) -> Self {
+        Self {
+            removed: Arc::clone(removed),
+            ..Self::with_room(volume, limit::SEEN_BYTES_MAX)
+        }
     }
 
     fn with_room(volume: &Arc<dyn Volume>, bytes_max: u64) -> Self {
@@ -173,6 +187,7 @@ impl SeenFiles {
             bytes: AtomicU64::new(0),
             bytes_max,
             order: RwLock::default(),
+            removed: Arc::default(),
         }
     }
 
@@ -217,7 +232,10 @@ impl SeenFiles {
             }
             Ok(Ready {
                 weight: weight(&seen),
-                seen: Arc::new(SharedSeen(RwLock::new(seen))),
+                seen: Arc::new(SharedSeen {
+                    seen: RwLock::new(seen),
+                    appending: Mutex::default(),
+                }),
             })
         })?;
         Ok(ready.seen)
@@ -233,39 +251,66 @@ impl SeenFiles {
     fn note(&self, upstream: &str, repository: &Repository, digest: &Digest) -> Result<(), Fault> {
         let _order = self.order.read().unwrap_or_else(PoisonError::into_inner);
         let seen = self.known_or_loaded(upstream, repository)?;
-        if seen.read(|seen| seen.digests.contains(digest)) {
-            return Ok(());
+        match self.take_in(upstream, repository, digest, &seen) {
+            Some(place) => self.append(&place, &seen),
+            None => Ok(()),
         }
-        let (is_new, count) = seen.write(|seen| (seen.digests.insert(*digest), seen.digests.len()));
+    }
+
+    /// Keeps the proof in memory. Its place, if it is to be written down.
+    fn take_in(
+        &self,
+        upstream: &str,
+        repository: &Repository,
+        digest: &Digest,
+        seen: &Arc<SharedSeen>,
+    ) -> Option<Place> {
+        if seen.read(|seen| seen.digests.contains(digest)) {
+            return None;
+        }
+        let has_room = self.has_room();
+        let (is_new, count) = seen.write(|seen| {
+            let is_new = seen.digests.insert(*digest);
+            let count = seen.digests.len();
+            if is_new && has_room && count <= SEEN_DIGESTS_MAX {
+                seen.unwritten.push(digest.to_string());
+            }
+            (is_new, count)
+        });
         if !is_new {
-            return Ok(());
+            return None;
         }
         let place = Place::of(upstream, repository);
         let weight = seen.read(weight);
         self.ready.insert(
             place.clone(),
             Ready {
-                seen: Arc::clone(&seen),
+                seen: Arc::clone(seen),
                 weight,
             },
         );
         if count > SEEN_DIGESTS_MAX {
             tracing::warn!(upstream, %repository, "too many digests were seen here to keep the proof of one more");
-            return Ok(());
+            return None;
         }
-        if !self.has_room() {
-            return Ok(());
-        }
-        self.append(&place, &seen, &digest.to_string())
+        has_room.then_some(place)
     }
 
     fn note_gone(&self, upstream: &str, repository: &Repository, digest: &Digest) -> Result<(), Fault> {
         let _order = self.order.read().unwrap_or_else(PoisonError::into_inner);
         let seen = self.known_or_loaded(upstream, repository)?;
-        if !seen.write(|seen| seen.digests.remove(digest)) {
+        let was_seen = seen.write(|seen| {
+            let was_seen = seen.digests.remove(digest);
+            if was_seen {
+                seen.unwritten.push(format!("gone {digest}"));
+            }
+            was_seen
+        });
+        if !was_seen {
             return Ok(());
         }
-        self.append(&Place::of(upstream, repository), &seen, &format!("gone {digest}"))
+        self.removed.note(digest);
+        self.append(&Place::of(upstream, repository), &seen)
     }
 
     fn note_public(
@@ -276,6 +321,7 @@ impl SeenFiles {
     ) -> Result<(), Fault> {
         let _order = self.order.read().unwrap_or_else(PoisonError::into_inner);
         let seen = self.known_or_loaded(upstream, repository)?;
+        let has_room = since.is_none() || self.has_room();
         let is_news = seen.write(|seen| {
             seen.public = since;
             let is_news = match (seen.written_public, since) {
@@ -288,11 +334,12 @@ impl SeenFiles {
             };
             if is_news {
                 seen.written_public = since;
+                seen.unwritten.extend(has_room.then(|| public_line(since)));
             }
-            is_news
+            is_news && has_room
         });
-        if is_news && (since.is_none() || self.has_room()) {
-            self.append(&Place::of(upstream, repository), &seen, &public_line(since))
+        if is_news {
+            self.append(&Place::of(upstream, repository), &seen)
         } else {
             Ok(())
         }
@@ -301,28 +348,17 @@ impl SeenFiles {
     fn note_served(&self, upstream: &str, url: &str, repository: &Repository) -> Result<(), Fault> {
         let _order = self.order.read().unwrap_or_else(PoisonError::into_inner);
         let seen = self.known_or_loaded(upstream, repository)?;
-        let is_news = seen.write(|seen| seen.take_in_served(url));
-        if is_news && self.has_room() {
-            self.append(&Place::of(upstream, repository), &seen, &served_line(url))
+        let has_room = self.has_room();
+        let is_news = seen.write(|seen| {
+            let is_news = seen.take_in_served(url) && has_room;
+            seen.unwritten.extend(is_news.then(|| served_line(url)));
+            is_news
+        });
+        if is_news {
+            self.append(&Place::of(upstream, repository), &seen)
         } else {
             Ok(())
         }
-    }
-
-    fn append(&self, place: &Place, seen: &SharedSeen, content: &str) -> Result<(), Fault> {
-        let path = path(place);
-        let is_headed = seen.write(|seen| std::mem::replace(&mut seen.is_headed, true));
-        let mut lines = String::new();
-        if !is_headed {
-            push_line(&mut lines, place, &head_line(place));
-        }
-        push_line(&mut lines, place, content);
-        let block = if is_headed { 0 } else { limit::BLOCK_BYTES };
-        self.bytes
-            .fetch_add(lines.len() as u64 + block, Ordering::Relaxed);
-        self.volume
-            .append(&path, lines.as_bytes())
-            .map_err(|error| Fault::io("append to", path, &error))
     }
 }
 

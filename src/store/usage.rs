@@ -57,8 +57,6 @@ pub(super) struct Counters {
     blobs: Tally,
     manifests: Tally,
     tags: Tally,
-    /// How often something was taken away.
-    removals: AtomicU64,
     /// How often something came, went or was written anew.
     changes: AtomicU64,
     /// How many folders have been counted; `u32::MAX` at the end.
@@ -78,11 +76,6 @@ impl Counters {
             tags: read(&self.tags.count),
             is_complete: *counted == u32::MAX,
         }
-    }
-
-    /// How often content was taken away, by whichever way. What was seen before the last time may be gone.
-    pub(super) fn removals(&self) -> u64 {
-        self.removals.load(Ordering::Acquire)
     }
 
     /// How often a blob, a manifest or what a tag names came, went or changed. What was seen before the last time may be
@@ -119,7 +112,6 @@ impl Counters {
     ) -> Result<bool, E> {
         let counted = self.counted.read().unwrap_or_else(PoisonError::into_inner);
         let Some(bytes) = deed()? else { return Ok(false) };
-        self.removals.fetch_add(1, Ordering::Release);
         self.changes.fetch_add(1, Ordering::Release);
         if position(kind, path) < *counted {
             let tally = self.tally(kind);

@@ -14,6 +14,7 @@ use rustix::io::Errno;
 
 use super::Fault;
 use super::errors::{Errors, Operation};
+use super::guard::assert_may_block;
 use super::volume::{Entry, Volume, VolumeFile};
 
 /// Written to find out whether the disk takes bytes again; never left there.
@@ -148,25 +149,30 @@ impl Volume for Watched {
     }
 
     fn create(&self, path: &Path) -> io::Result<Arc<dyn VolumeFile>> {
+        assert_may_block();
         let inner = self.noting((Operation::Write, "create"), path, self.inner.create(path))?;
         Ok(self.watch(path, inner))
     }
 
     fn open_for_writing(&self, path: &Path) -> io::Result<Arc<dyn VolumeFile>> {
+        assert_may_block();
         let inner = self.noting((Operation::Open, "open"), path, self.inner.open_for_writing(path))?;
         Ok(self.watch(path, inner))
     }
 
     fn modified(&self, path: &Path) -> io::Result<Option<SystemTime>> {
+        assert_may_block();
         self.inner.modified(path)
     }
 
     fn open(&self, path: &Path) -> io::Result<Arc<dyn VolumeFile>> {
+        assert_may_block();
         let inner = self.counting(Operation::Open, path, self.inner.open(path))?;
         Ok(self.watch(path, inner))
     }
 
     fn append(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {
+        assert_may_block();
         self.noting(
             (Operation::Write, "append to"),
             path,
@@ -175,14 +181,17 @@ impl Volume for Watched {
     }
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        assert_may_block();
         self.noting((Operation::Rename, "name"), to, self.inner.rename(from, to))
     }
 
     fn remove(&self, path: &Path) -> io::Result<()> {
+        assert_may_block();
         self.noting((Operation::Remove, "remove"), path, self.inner.remove(path))
     }
 
     fn remove_folder_all(&self, path: &Path) -> io::Result<()> {
+        assert_may_block();
         self.noting(
             (Operation::Remove, "remove"),
             path,
@@ -191,6 +200,7 @@ impl Volume for Watched {
     }
 
     fn sync_folder(&self, path: &Path) -> io::Result<()> {
+        assert_may_block();
         self.noting(
             (Operation::Sync, "make durable"),
             path,
@@ -199,18 +209,22 @@ impl Volume for Watched {
     }
 
     fn list(&self, path: &Path) -> io::Result<Vec<Entry>> {
+        assert_may_block();
         self.counting(Operation::List, path, self.inner.list(path))
     }
 
     fn set_modified(&self, path: &Path, at: SystemTime) -> io::Result<()> {
+        assert_may_block();
         self.inner.set_modified(path, at)
     }
 
     fn mode(&self, path: &Path) -> io::Result<Option<u32>> {
+        assert_may_block();
         self.inner.mode(path)
     }
 
     fn free_bytes(&self) -> io::Result<u64> {
+        assert_may_block();
         self.inner.free_bytes()
     }
 }
@@ -238,10 +252,12 @@ impl WatchedFile {
 
 impl VolumeFile for WatchedFile {
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        assert_may_block();
         self.noting((Operation::Write, "write"), self.inner.write_at(bytes, offset))
     }
 
     fn read_at(&self, into: &mut [u8], offset: u64) -> io::Result<usize> {
+        assert_may_block();
         self.reading(self.inner.read_at(into, offset))
     }
 
@@ -250,18 +266,22 @@ impl VolumeFile for WatchedFile {
     }
 
     fn size(&self) -> io::Result<u64> {
+        assert_may_block();
         self.reading(self.inner.size())
     }
 
     fn sync(&self) -> io::Result<()> {
+        assert_may_block();
         self.noting((Operation::Sync, "make durable"), self.inner.sync())
     }
 
     fn reserve(&self, bytes: u64) -> io::Result<()> {
+        assert_may_block();
         self.noting((Operation::Write, "reserve room for"), self.inner.reserve(bytes))
     }
 
     fn seal(&self) -> io::Result<()> {
+        assert_may_block();
         self.noting((Operation::Write, "seal"), self.inner.seal())
     }
 }

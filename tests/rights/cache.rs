@@ -19,7 +19,6 @@ use ifnewer::trace::Trace;
 use ifnewer::upstream::pass::Passing;
 use ifnewer::upstream::{Connector, OwnCredential, ProxyChoice, Settings, Upstream};
 
-use super::looks::Counted;
 use super::registry::{CLIENT, OCI_MANIFEST, Registry, clock, now};
 
 /// The site where each client needs a right of its own.
@@ -48,7 +47,7 @@ struct Parts {
 #[derive(Clone)]
 enum Disk {
     Memory(Arc<Memory>),
-    Counted(Arc<Counted>),
+    Given(Arc<dyn Volume>),
     Folder(Arc<tempfile::TempDir>),
 }
 
@@ -81,12 +80,12 @@ impl Cache {
         })
     }
 
-    /// On a disk that counts how often it is looked at.
-    pub fn counted(registry: &Registry, rules: Rules, disk: &Arc<Counted>) -> Cache {
+    /// On a disk of the test's own.
+    pub fn over(registry: &Registry, rules: Rules, disk: &Arc<impl Volume>) -> Cache {
         Cache::start(Parts {
             connector: Connector::with_dial(registry.dial()),
             rules,
-            disk: Disk::Counted(Arc::clone(disk)),
+            disk: Disk::Given(Arc::clone(disk) as Arc<dyn Volume>),
             gives_tokens: false,
         })
     }
@@ -114,10 +113,13 @@ impl Cache {
     fn start(parts: Parts) -> Cache {
         let volume: Arc<dyn Volume> = match &parts.disk {
             Disk::Memory(memory) => Arc::clone(memory) as Arc<dyn Volume>,
-            Disk::Counted(counted) => Arc::clone(counted) as Arc<dyn Volume>,
+            Disk::Given(given) => Arc::clone(given),
             Disk::Folder(folder) => Arc::new(Directory::open(folder_path(folder)).unwrap()),
         };
-        let store = Arc::new(Store::open(&StoreSettings::default(), volume, now()).unwrap());
+        // On a thread that may block.
+        let open = || Store::open(&StoreSettings::default(), volume, now()).unwrap();
+        let store = std::thread::scope(|scope| scope.spawn(open).join().unwrap());
+        let store = Arc::new(store);
         let downloads = Downloads::new(Arc::clone(&store), Buffers::default(), 64);
         let pull = Pull::new(Arc::clone(&store), downloads, (clock(), Events::new()));
         Cache::with_settings(Arc::new(pull), store, Arc::default(), parts, false)

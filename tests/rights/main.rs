@@ -29,5 +29,6 @@ mod life;
 mod looks;
 mod model;
 mod registry;
+mod slow_disk;
 mod timing;
 mod walk;

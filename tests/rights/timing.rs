@@ -42,7 +42,7 @@ async fn stage() -> Stage {
     registry.user("bob", "bob-secret");
     registry.lets("alice", "acme/app");
     let disk = Arc::new(Counted::default());
-    let cache = Cache::counted(&registry, rules(false), &disk);
+    let cache = Cache::over(&registry, rules(false), &disk);
     let alice = registry.bearer("alice");
     let held_manifests: Vec<_> = (0..DIGESTS)
         .map(|n| {

@@ -392,6 +392,11 @@ impl Keeper {
     fn try_open(&mut self) -> Result<Box<dyn Index>, IndexFault> {
         let (volume, folder) = match &self.home {
             Home::Memory => return Ok(Box::new(MemoryIndex::default())),
+            #[cfg(test)]
+            Home::Given(index) => {
+                let given = index.lock().ok().and_then(|mut index| index.take());
+                return given.ok_or(IndexFault::Busy);
+            }
             Home::Folder { volume, index, .. } => (Arc::clone(volume), index.clone()),
         };
         recover(&folder)?;

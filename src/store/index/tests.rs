@@ -299,3 +299,36 @@ fn an_error_of_the_system_that_sled_hands_out_as_text_is_the_disks_and_no_damage
         IndexFault::Disk { is_failing: true, .. }
     ));
 }
+
+#[test]
+fn t07_revocations_that_wait_share_one_flush() {
+    let (index, flushes) = slow::slow_index();
+    let first = index.expunge(vec![0]);
+    flushes.begun();
+    let others: Vec<_> = (1..=16).map(|key| index.expunge(vec![key])).collect();
+    flushes.let_through();
+    assert!(index.expunged(first));
+    flushes.begun();
+    flushes.let_through();
+    for other in others {
+        assert!(index.expunged(other));
+    }
+}
+
+#[test]
+fn t07_a_stuck_index_is_waited_for_by_nobody_else() {
+    let (index, flushes) = slow::slow_index();
+    let first = index.expunge(vec![0]);
+    flushes.begun();
+    index.note_stuck();
+    // Removed when the thread comes to it, and not said to be durable before.
+    let second = index.expunge(vec![1]);
+    assert!(!index.expunged(second));
+    assert!(index.get(vec![2]).is_err());
+    flushes.let_through();
+    flushes.begun();
+    flushes.let_through();
+    // The second one was served, so the thread works again.
+    assert!(index.get(vec![2]).is_ok());
+    drop(first);
+}

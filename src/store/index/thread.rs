@@ -51,6 +51,9 @@ pub(in crate::store) enum Home {
         opened_at: u64,
     },
     Memory,
+    /// For tests: this one, once.
+    #[cfg(test)]
+    Given(std::sync::Mutex<Option<Box<dyn super::Index>>>),
 }
 
 pub(super) type Reply<T> = SyncSender<T>;
@@ -268,7 +271,7 @@ impl IndexHandle {
         self.shared.is_stuck.load(Ordering::Relaxed)
     }
 
-    fn note_stuck(&self) {
+    pub(super) fn note_stuck(&self) {
         self.shared.is_stuck.store(true, Ordering::Relaxed);
     }
 

@@ -1,0 +1,72 @@
+//! An index for tests whose flush waits until the test lets it through.
+#![allow(clippy::unwrap_used, reason = "tests may fail loudly")]
+
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex};
+
+use super::thread::{Home, IndexHandle};
+use super::{Index, IndexFault, MemoryIndex, Pair};
+
+/// The other end of the index.
+pub(in crate::store) struct Flushes {
+    begun: Receiver<()>,
+    through: Sender<()>,
+}
+
+impl Flushes {
+    /// Waits until a flush has begun.
+    pub(in crate::store) fn begun(&self) {
+        self.begun.recv().unwrap();
+    }
+
+    /// Lets one flush end.
+    pub(in crate::store) fn let_through(&self) {
+        self.through.send(()).unwrap();
+    }
+}
+
+struct SlowIndex {
+    inner: MemoryIndex,
+    begun: Sender<()>,
+    through: Mutex<Receiver<()>>,
+}
+
+/// An index whose flushes are led by the test. When the other end is gone, they end at once.
+pub(in crate::store) fn slow_index() -> (Arc<IndexHandle>, Flushes) {
+    let (begun, is_begun) = channel();
+    let (let_through, through) = channel();
+    let index = SlowIndex {
+        inner: MemoryIndex::default(),
+        begun,
+        through: Mutex::new(through),
+    };
+    let home = Home::Given(Mutex::new(Some(Box::new(index))));
+    let flushes = Flushes {
+        begun: is_begun,
+        through: let_through,
+    };
+    (Arc::new(IndexHandle::start(home).unwrap()), flushes)
+}
+
+impl Index for SlowIndex {
+    fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, IndexFault> {
+        self.inner.get(key)
+    }
+    fn put(&mut self, key: &[u8], value: &[u8]) -> Result<(), IndexFault> {
+        self.inner.put(key, value)
+    }
+    fn remove(&mut self, key: &[u8]) -> Result<(), IndexFault> {
+        self.inner.remove(key)
+    }
+    fn scan(&self, prefix: &[u8], after: &[u8], limit: usize) -> Result<Vec<Pair>, IndexFault> {
+        self.inner.scan(prefix, after, limit)
+    }
+    fn sync(&mut self) -> Result<(), IndexFault> {
+        let _gone = self.begun.send(());
+        let _gone = self.through.lock().unwrap().recv();
+        Ok(())
+    }
+    fn abandon(self: Box<Self>, _: &IndexFault) -> bool {
+        true
+    }
+}

@@ -1,0 +1,160 @@
+//! A disk of which one call does not come back.
+
+use std::io;
+use std::path::Path;
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::{Duration, SystemTime};
+
+use ifnewer::store::volume::{Entry, Memory, Volume, VolumeFile};
+use tokio::sync::Notify;
+
+use super::cache::{Cache, Got, PROVEN, Wish};
+use super::registry::Registry;
+use super::walk::{basic, rules};
+
+/// More cold requests than the store has places for reads.
+const COLD: usize = 100;
+
+/// A disk whose calls do not come back while it is closed.
+#[derive(Default)]
+struct Gated {
+    disk: Memory,
+    is_closed: Mutex<bool>,
+    opened: Condvar,
+    reached: Notify,
+}
+
+impl Gated {
+    fn close(&self) {
+        *self.is_closed.lock().unwrap() = true;
+    }
+
+    fn reopen(&self) {
+        *self.is_closed.lock().unwrap() = false;
+        self.opened.notify_all();
+    }
+
+    fn pass(&self) -> &Memory {
+        let closed = self.is_closed.lock().unwrap();
+        if *closed {
+            self.reached.notify_one();
+        }
+        drop(self.opened.wait_while(closed, |closed| *closed).unwrap());
+        &self.disk
+    }
+}
+
+impl Volume for Gated {
+    fn folder(&self) -> Option<&Path> {
+        self.disk.folder()
+    }
+
+    fn create(&self, path: &Path) -> io::Result<Arc<dyn VolumeFile>> {
+        self.pass().create(path)
+    }
+
+    fn open(&self, path: &Path) -> io::Result<Arc<dyn VolumeFile>> {
+        self.pass().open(path)
+    }
+
+    fn modified(&self, path: &Path) -> io::Result<Option<SystemTime>> {
+        self.pass().modified(path)
+    }
+
+    fn append(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {
+        self.pass().append(path, bytes)
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        self.pass().rename(from, to)
+    }
+
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        self.pass().remove(path)
+    }
+
+    fn remove_folder_all(&self, path: &Path) -> io::Result<()> {
+        self.pass().remove_folder_all(path)
+    }
+
+    fn sync_folder(&self, path: &Path) -> io::Result<()> {
+        self.pass().sync_folder(path)
+    }
+
+    fn list(&self, path: &Path) -> io::Result<Vec<Entry>> {
+        self.pass().list(path)
+    }
+
+    fn mode(&self, path: &Path) -> io::Result<Option<u32>> {
+        self.pass().mode(path)
+    }
+
+    fn free_bytes(&self) -> io::Result<u64> {
+        self.pass().free_bytes()
+    }
+}
+
+fn wish(user: &str, path: String) -> Wish {
+    Wish {
+        site: PROVEN,
+        path,
+        head: false,
+        shows: basic(user, &format!("{user}-secret")),
+    }
+}
+
+async fn got(cache: &Cache, wish: &Wish) -> Got {
+    let got = tokio::time::timeout(Duration::from_secs(30), cache.get(wish)).await;
+    got.unwrap_or_else(|_| panic!("{wish:?} waits for the disk"))
+}
+
+/// On a runtime with one worker: a blocking call there would stop the test.
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn t06_blocked_disk_call_stops_no_warm_request() {
+    let registry = Registry::new();
+    registry.user("alice", "alice-secret");
+    for repository in ["acme/app", "acme/cold"] {
+        registry.lets("alice", repository);
+        registry.push(repository, "1", "one", &[40, 50]);
+    }
+    let disk = Arc::new(Gated::default());
+    let cache = Arc::new(Cache::over(&registry, rules(false), &disk));
+    let blobs: Vec<_> = registry.state().shelves["acme/app"]
+        .blobs
+        .keys()
+        .copied()
+        .collect();
+    let paths = blobs.iter().map(|blob| format!("/v2/acme/app/blobs/{blob}"));
+    let warm: Vec<_> = ["/v2/acme/app/manifests/1".to_owned()]
+        .into_iter()
+        .chain(paths)
+        .map(|path| wish("alice", path))
+        .collect();
+    // Fetched, and then read into memory.
+    for _ in 0..3 {
+        for wish in &warm {
+            assert!(matches!(got(&cache, wish).await, Got::Content(..)));
+            cache.pull.downloads().idle().await;
+        }
+    }
+
+    disk.close();
+    let cold = (0..COLD).map(|number| {
+        let cache = Arc::clone(&cache);
+        tokio::spawn(async move {
+            let path = format!("/v2/acme/cold/manifests/{}", number + 1);
+            cache.get(&wish("alice", path)).await
+        })
+    });
+    let cold: Vec<_> = cold.collect();
+    disk.reached.notified().await;
+    for wish in &warm {
+        assert!(matches!(got(&cache, wish).await, Got::Content(..)), "{wish:?}");
+    }
+
+    disk.reopen();
+    for (number, cold) in cold.into_iter().enumerate() {
+        let got = cold.await.unwrap();
+        assert_eq!(matches!(got, Got::Content(..)), number == 0, "{number}: {got:?}");
+    }
+}
