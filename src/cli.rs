@@ -280,6 +280,23 @@ pub fn wants_colour() -> bool {
     !refused
 }
 
+/// Settings of glibc's allocator, which reads them from the environment at the start of a program and nowhere else.
+const HEAP: [(&str, &str); 3] = [
+    ("MALLOC_ARENA_MAX", "1"),
+    ("MALLOC_MMAP_THRESHOLD_", "65536"),
+    ("MALLOC_TRIM_THRESHOLD_", "131072"),
+];
+
+/// Settings of the allocator that a server needs and was not started with; none where it was started with any of them.
+pub fn heap_settings() -> Option<&'static [(&'static str, &'static str)]> {
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "variables of the C library, not our own"
+    )]
+    let is_set = |(name, _): &(&str, &str)| std::env::var_os(name).is_some();
+    (cfg!(target_env = "gnu") && !HEAP.iter().any(is_set)).then_some(&HEAP)
+}
+
 /// Where traces are sent, and as which service, by the variables that every program with OpenTelemetry reads. `None`: nowhere.
 pub fn collector() -> Option<(String, String)> {
     #[expect(

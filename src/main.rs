@@ -83,6 +83,7 @@ fn main() -> ExitCode {
         },
         Command::Operate(command) => run(operate(&config, command)),
         Command::Serve => {
+            keep_heap_small();
             log(&config.log);
             let descriptors = take_descriptors();
             write_no_core();
@@ -91,6 +92,24 @@ fn main() -> ExitCode {
             run(serve_until_ended(cli.options, config, passed, descriptors))
         }
     }
+}
+
+/// Starts the program again in its own place, with the settings of the allocator that it can only be started with. glibc
+/// gives each of many threads an arena of its own, and keeps in it what a peak needed. Measured with 4,000 tags: 400 views
+/// of the list leave 68 MiB, and 59 with one arena; 2,000 unread responses leave 92 MiB, and 69.
+fn keep_heap_small() {
+    use std::os::unix::process::CommandExt as _;
+    let (Some(settings), Ok(program)) = (cli::heap_settings(), std::env::current_exe()) else {
+        return;
+    };
+    let mut arguments = std::env::args_os();
+    let mut again = std::process::Command::new(program);
+    if let Some(name) = arguments.next() {
+        again.arg0(name);
+    }
+    again.args(arguments).envs(settings.iter().copied());
+    // It returns only where it failed: then this one serves, in more memory.
+    let _ = again.exec();
 }
 
 async fn serve_until_ended(
