@@ -1,22 +1,34 @@
 //! One question for many askers.
 //!
-//! The work runs in a task of its own: an asker that leaves, or whose patience ends, does not end it, so a late answer
-//! still has its effects. Who may share is said by the key: it holds the principal, so that no answer to one
+//! The work runs in a task of its own: an asker that leaves, or whose patience ends, does not end it by itself, so a late
+//! answer still has its effects. Work that is shared by [`Flights::share_for`] knows who waits for it, and may end itself
+//! when none does. Who may share is said by the key: it holds the principal, so that no answer to one
 //! credential is ever given to another.
 
 use std::collections::HashMap;
 use std::future::Future;
 use std::hash::Hash;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::watch;
+
+use crate::queue::{Demand, Waiter, Waiters};
 
 /// The questions now under way.
 pub struct Flights<K, V> {
     running: Arc<Mutex<Running<K, V>>>,
 }
 
-type Running<K, V> = HashMap<K, watch::Receiver<Option<V>>>;
+type Running<K, V> = HashMap<K, Shared<V>>;
+
+/// One question under way.
+struct Shared<V> {
+    answer: watch::Receiver<Option<V>>,
+    waiters: Waiters,
+    /// Tells it from an earlier one under the same key, which has ended for want of waiters.
+    id: u64,
+}
 
 impl<K, V> Default for Flights<K, V> {
     fn default() -> Self {
@@ -31,33 +43,65 @@ where
     K: Eq + Hash + Clone + Send + 'static,
     V: Clone + Send + Sync + 'static,
 {
-    /// Joins the question under `key`, or puts it by running `work`.
+    /// Joins the question under `key`, or puts it by running `work` to its end.
     pub fn share<F, W>(&self, key: K, work: W) -> Flight<V>
     where
         W: FnOnce() -> F,
         F: Future<Output = V> + Send + 'static,
     {
+        self.share_for(key, Demand::BACKGROUND, |_| {
+            let work = work();
+            async { Some(work.await) }
+        })
+    }
+
+    /// The same for a request with this demand. `work` is told of all that wait for it, and ends without an answer when
+    /// none is left.
+    pub fn share_for<F, W>(&self, key: K, demand: Demand, work: W) -> Flight<V>
+    where
+        W: FnOnce(Waiters) -> F,
+        F: Future<Output = Option<V>> + Send + 'static,
+    {
+        static PUT: AtomicU64 = AtomicU64::new(1);
         let mut running = lock(&self.running);
-        if let Some(answer) = running.get(&key) {
+        if let Some(Shared { answer, waiters, .. }) = running.get(&key)
+            && let Some(waiter) = waiters.join(demand)
+        {
             return Flight {
                 answer: answer.clone(),
+                waiters: waiters.clone(),
+                _waiter: Some(waiter),
             };
         }
         let (landing, answer) = watch::channel(None);
-        running.insert(key.clone(), answer.clone());
+        let (waiters, waiter) = Waiters::alone(demand);
+        let id = PUT.fetch_add(1, Ordering::Relaxed);
+        let shared = Shared {
+            answer: answer.clone(),
+            waiters: waiters.clone(),
+            id,
+        };
+        running.insert(key.clone(), shared);
         drop(running);
         let entry = Entered {
             running: Arc::clone(&self.running),
             key,
+            id,
         };
-        let work = work();
+        let work = work(waiters.clone());
         tokio::spawn(async move {
             let value = work.await;
             // Leave first: whoever asks from here on asks anew, and whoever asked before gets this answer.
             drop(entry);
-            landing.send_replace(Some(value));
+            if value.is_some() {
+                landing.send_replace(value);
+            }
         });
-        Flight { answer }
+        Flight {
+            answer,
+            waiters,
+            _waiter: waiter,
+        }
     }
 
     /// How many questions are under way.
@@ -70,11 +114,15 @@ where
 struct Entered<K: Eq + Hash, V> {
     running: Arc<Mutex<Running<K, V>>>,
     key: K,
+    id: u64,
 }
 
 impl<K: Eq + Hash, V> Drop for Entered<K, V> {
     fn drop(&mut self) {
-        lock(&self.running).remove(&self.key);
+        let mut running = lock(&self.running);
+        if running.get(&self.key).is_some_and(|shared| shared.id == self.id) {
+            running.remove(&self.key);
+        }
     }
 }
 
@@ -86,9 +134,16 @@ fn lock<K, V>(running: &Mutex<Running<K, V>>) -> MutexGuard<'_, Running<K, V>> {
 /// An answer on its way.
 pub struct Flight<V> {
     answer: watch::Receiver<Option<V>>,
+    waiters: Waiters,
+    _waiter: Option<Waiter>,
 }
 
 impl<V: Clone> Flight<V> {
+    /// All that wait for it.
+    pub fn waiters(&self) -> &Waiters {
+        &self.waiters
+    }
+
     /// Waits for the answer; `None` if the work ended without one (it panicked, or the runtime stops).
     pub async fn landed(mut self) -> Option<V> {
         match self.answer.wait_for(Option::is_some).await {
@@ -100,11 +155,32 @@ impl<V: Clone> Flight<V> {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::sync::atomic::AtomicUsize;
 
     use tokio::sync::Notify;
 
     use super::*;
+
+    /// The bad interleaving: a question has ended for want of askers and is not gone yet when the next one asks.
+    #[tokio::test(start_paused = true)]
+    async fn t08_who_asks_as_a_question_is_given_up_asks_anew() {
+        let flights = Flights::<&str, usize>::default();
+        let gate = Arc::new(Notify::new());
+        let ending = Arc::clone(&gate);
+        let first = flights.share_for("tag", Demand::BACKGROUND, |waiters| async move {
+            let never = waiters.while_wanted(std::future::pending::<usize>()).await;
+            ending.notified().await;
+            never
+        });
+        drop(first);
+        tokio::time::sleep(2 * crate::queue::ABANDONED_WITHIN).await;
+        assert_eq!(flights.count(), 1, "it is given up and not gone");
+        let second = flights.share_for("tag", Demand::BACKGROUND, |_| async { Some(2) });
+        gate.notify_one();
+        assert_eq!(second.landed().await, Some(2));
+        tokio::task::yield_now().await;
+        assert_eq!(flights.count(), 0);
+    }
 
     #[tokio::test]
     async fn askers_of_one_question_share_its_answer_and_the_next_asks_anew() {

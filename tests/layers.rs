@@ -52,7 +52,7 @@ const MODULES: &[Module] = &[
     module("queue", 3, &[], &["oci", "clock", "trace", "policy", "access"]),
     module("upstream", 3, &["queue"], &["policy", "access", "clock"]),
     module("event", 3, &[], &["clock"]),
-    module("flight", 3, &[], &["oci", "clock", "policy", "access"]),
+    module("flight", 3, &["queue"], &["oci", "clock", "policy", "access"]),
     // Joint work. It takes the upstream's answers and no decision.
     module("download", 4, &[], &["policy", "access", "clock"]),
     module("archive", 4, &[], &["policy", "access", "clock", "upstream"]),

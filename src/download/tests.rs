@@ -9,6 +9,7 @@
 
 mod ahead;
 mod leftover;
+mod queueing;
 mod resume;
 mod sharing;
 mod stranded;

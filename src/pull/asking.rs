@@ -9,11 +9,13 @@ use super::fetching::Wanted;
 use super::logins::is_local_token;
 use super::writing::Writes;
 use super::{Context, Pull, Request, Site};
+use crate::flight::Flight;
 use crate::oci::{Accept, AnyDigest, Cause, Digest, MediaType, Operation, Reference, Repository};
 use crate::policy::{Heard, Situation, Standing, Subject, Verdict, Whose, decide};
+use crate::queue::{Class, Demand};
 use crate::store::refs::{TagKey, Variant};
 use crate::store::seen::Noted;
-use crate::upstream::{Answer, Said};
+use crate::upstream::{Answer, Caller, Said};
 
 /// Shorter content proves nothing: an empty blob, an empty object and an empty layer are the same everywhere.
 const EVIDENCE_BYTES_MIN: u64 = 64;
@@ -100,13 +102,18 @@ impl Pull {
         if can_do_without {
             // The cached copy is the answer to a rate limit.
             wanted.caller.waits_until = None;
+            wanted.caller.class = Class::Held;
         }
-        let asking = self.proven_answer(&wanted, situation.standing);
+        let flight = self.question(&wanted);
+        let waiters = flight.waiters().clone();
+        let asking = self.proven_answer(flight, &wanted, situation.standing);
         let answer = if can_do_without {
             match tokio::time::timeout(wait, asking).await {
                 Ok(answer) => answer,
                 Err(_) => {
                     upstream.expired(&wanted.caller, &wanted.operation, wait);
+                    // The late answer still has its effects.
+                    waiters.detach();
                     return Asked {
                         heard: Heard::Silent(Cause::Budget),
                         answer: None,
@@ -142,8 +149,13 @@ impl Pull {
 
     /// The answer to the question. Of a manifest and for one who has no right of late, a yes that is not proven is proven
     /// by a GET, whose bytes tell; nothing is held against another question for it.
-    async fn proven_answer(self: &Arc<Self>, wanted: &Wanted, standing: Standing) -> Option<Arc<Answer>> {
-        let answer = self.question(wanted).landed().await?;
+    async fn proven_answer(
+        self: &Arc<Self>,
+        flight: Flight<Arc<Answer>>,
+        wanted: &Wanted,
+        standing: Standing,
+    ) -> Option<Arc<Answer>> {
+        let answer = flight.landed().await?;
         let is_manifest = matches!(wanted.operation, Operation::Manifest { .. });
         if !is_manifest || standing == Standing::Vouched || !matches!(answer.said, Said::Unproven(_)) {
             return Some(answer);
@@ -167,10 +179,46 @@ impl Pull {
         })
     }
 
+    /// Whether a request may be made up: for a digest that no manifest here names. It comes last, and ends with the last
+    /// that waits for it. Anything else goes on once it was sent: a registry that first fetches for itself takes longer
+    /// than its clients wait, and they come again.
+    pub(super) fn may_be_made_up(&self, wanted: &Wanted) -> bool {
+        match &wanted.operation {
+            Operation::Manifest {
+                reference: Reference::Digest(AnyDigest::Known(digest)),
+                ..
+            }
+            | Operation::Blob {
+                digest: AnyDigest::Known(digest),
+                ..
+            } => !self.is_named_there(wanted, *digest),
+            Operation::Manifest {
+                reference: Reference::Digest(AnyDigest::Foreign(_)),
+                ..
+            }
+            | Operation::Blob { .. } => true,
+            _ => false,
+        }
+    }
+
+    /// What is asked of admission for this request.
+    pub(super) fn demand(&self, wanted: &Wanted) -> Demand {
+        let demand = wanted.caller.demand(&wanted.operation);
+        let is_last = demand.class == Class::Interactive && self.may_be_made_up(wanted);
+        Demand {
+            class: if is_last { Class::Bulk } else { demand.class },
+            ..demand
+        }
+    }
+
     /// One question for all who may share it, and what is learnt from its answer, late as it may come.
-    pub(super) fn question(self: &Arc<Self>, wanted: &Wanted) -> crate::flight::Flight<Arc<Answer>> {
+    pub(super) fn question(self: &Arc<Self>, wanted: &Wanted) -> Flight<Arc<Answer>> {
         let key = Key::new(self, wanted);
-        self.questions.share(key, || {
+        let is_made_up = self.may_be_made_up(wanted);
+        self.questions.share_for(key, self.demand(wanted), |waiters| {
+            if !is_made_up {
+                waiters.detach();
+            }
             let (pull, wanted) = (Arc::clone(self), wanted.clone());
             async move {
                 let Wanted {
@@ -182,11 +230,18 @@ impl Pull {
                     ..
                 } = &wanted;
                 let asked_at = Instant::now();
-                let answer = if wanted.for_push {
-                    site.upstream().head_for_push(caller, operation, accept).await
-                } else {
-                    site.upstream().head(caller, operation, accept).await
+                let caller = Caller {
+                    waiters: Some(waiters.clone()),
+                    ..caller.clone()
                 };
+                let asking = async {
+                    if wanted.for_push {
+                        site.upstream().head_for_push(&caller, operation, accept).await
+                    } else {
+                        site.upstream().head(&caller, operation, accept).await
+                    }
+                };
+                let answer = waiters.while_wanted(asking).await?;
                 let (answer, is_evidence) = pull.weighed(&wanted, answer).await;
                 if is_evidence || !answer.said.is_yes() {
                     pull.learn(&wanted, &answer, asked_at).await;
@@ -225,7 +280,7 @@ impl Pull {
                     }
                     _ => {}
                 }
-                Arc::new(answer)
+                Some(Arc::new(answer))
             }
         })
     }

@@ -97,7 +97,11 @@ impl Pull {
         wanted: Wanted,
     ) -> Result<Arc<HeldManifest>, Arc<Answer>> {
         let key = Key::new(self, &wanted);
-        let flight = self.manifests.share(key, || {
+        let (demand, is_made_up) = (self.demand(&wanted), self.may_be_made_up(&wanted));
+        let flight = self.manifests.share_for(key, demand, |waiters| {
+            if !is_made_up {
+                waiters.detach();
+            }
             let pull = Arc::clone(self);
             async move {
                 let Wanted {
@@ -108,7 +112,13 @@ impl Pull {
                     ..
                 } = &wanted;
                 let asked_at = Instant::now();
-                match site.upstream().get(caller, operation, accept, None).await {
+                let caller = Caller {
+                    waiters: Some(waiters.clone()),
+                    ..caller.clone()
+                };
+                let getting = site.upstream().get(&caller, operation, accept, None);
+                let got = waiters.while_wanted(getting).await?;
+                Some(match got {
                     Ok(fetched) => {
                         let is_registrys = !fetched.is_elsewheres;
                         let received = pull.receive(&wanted, fetched).await;
@@ -127,7 +137,7 @@ impl Pull {
                         pull.learn(&wanted, &answer, asked_at).await;
                         Err(Arc::new(answer))
                     }
-                }
+                })
             }
         });
         flight

@@ -46,9 +46,13 @@ impl Upstreamed {
         }
     }
 
-    /// The source of this leader's download: asked as long as a request waits for it.
+    /// The source of this leader's download.
     pub(super) fn for_leader(mut self, leader: &Leader) -> Self {
-        self.waiters = Some(leader.waiters().clone());
+        let waiters = leader.waiters().clone();
+        if !self.pull.may_be_made_up(&self.of) {
+            waiters.detach();
+        }
+        self.waiters = Some(waiters);
         self
     }
 

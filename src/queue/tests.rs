@@ -111,14 +111,16 @@ async fn t08_work_without_its_patient_goes_on_once_it_has_begun() {
     {
         let mut work = pin!(waiters.while_wanted(std::future::pending::<()>()));
         assert!(poll(work.as_mut()).await.is_pending());
-        waiter.unwrap().detach();
+        waiters.detach();
+        drop(waiter);
         tokio::time::sleep(100 * ABANDONED_WITHIN).await;
         assert!(poll(work.as_mut()).await.is_pending());
     }
     let (queued, waiter) = alone(2);
     let mut work = pin!(queued.while_wanted(queue.acquire(&group, &queued)));
     assert!(poll(work.as_mut()).await.is_pending());
-    waiter.unwrap().detach();
+    queued.detach();
+    drop(waiter);
     assert!(matches!(work.await, None | Some(Err(NoPlace::Abandoned))));
 }
 

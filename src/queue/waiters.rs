@@ -145,6 +145,13 @@ impl Waiters {
         }
     }
 
+    /// From now on the work goes on without them once it has begun: its outcome is wanted, however late. Work that is
+    /// still queued ends with the last of them all the same.
+    pub fn detach(&self) {
+        self.state().is_detached = true;
+        self.0.changed.notify_waiters();
+    }
+
     /// Whether only a part was wanted, and none of them waits any more.
     pub fn is_unwanted(&self) -> bool {
         let state = self.state();
@@ -230,13 +237,6 @@ impl Waiters {
     fn state(&self) -> MutexGuard<'_, State> {
         // Every change under this lock is complete before it is given back.
         self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Waiter {
-    /// Waits no longer, and lets the work go on once it has begun: its outcome is wanted all the same.
-    pub fn detach(self) {
-        self.waiters.state().is_detached = true;
     }
 }
 
