@@ -111,7 +111,10 @@ impl Pull {
             match tokio::time::timeout(wait, asking).await {
                 Ok(answer) => answer,
                 Err(_) => {
-                    upstream.expired(&wanted.caller, &wanted.operation, wait);
+                    // A request that is queued here says nothing of the upstream.
+                    if !waiters.is_queued() {
+                        upstream.expired(&wanted.caller, &wanted.operation, wait);
+                    }
                     // The late answer still has its effects.
                     waiters.detach();
                     return Asked {
