@@ -63,6 +63,7 @@ mod scrub;
 mod secret;
 pub mod seen;
 pub mod step;
+mod underway;
 pub mod usage;
 pub mod uses;
 pub mod verify;
@@ -81,6 +82,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::SystemTime;
 
+use tokio::time::Instant;
+
 use crate::oci::Digest;
 
 pub use self::errors::LogLimit;
@@ -96,6 +99,7 @@ use self::record::to_millis;
 pub use self::room::Limits;
 use self::room::Room;
 pub use self::scrub::Scrubbed;
+use self::underway::{Noting, Underway};
 use self::usage::{Counters, Usage};
 use self::uses::Uses;
 pub use self::view::View;
@@ -135,6 +139,7 @@ impl Default for Settings {
 pub struct Store {
     volume: Arc<Watched>,
     refusal: Refusal,
+    underway: Underway,
     blobs: Arc<blobs::Blobs>,
     manifests: Arc<manifests::Manifests>,
     refs: Arc<refs::Refs>,
@@ -168,7 +173,9 @@ impl Store {
     pub fn open(settings: &Settings, volume: Arc<dyn Volume>, now: SystemTime) -> Result<Self, OpenError> {
         let lock = volume.folder().map(Lock::take).transpose()?;
         let refusal = Refusal::default();
-        let watched = Arc::new(Watched::new(volume, &refusal));
+        let underway = Underway::default();
+        let noting = Arc::new(Noting::new(volume, &underway));
+        let watched = Arc::new(Watched::new(noting, &refusal));
         let volume: Arc<dyn Volume> = Arc::clone(&watched) as _;
         let secret = secret::read_or_make(volume.as_ref())?;
         let leftovers = leftover::Leftovers::find(volume.as_ref(), now);
@@ -250,6 +257,7 @@ impl Store {
             verifying: verify::Verifying::default(),
             volume: watched,
             refusal,
+            underway,
             index,
             _lock: lock,
         };
@@ -309,7 +317,14 @@ impl Store {
     /// What keeps the store from doing its work, if anything does. It serves what it can all the same.
     pub fn troubles(&self) -> Vec<Trouble> {
         let mut troubles: Vec<_> = self.refusal.now().map(Trouble::Disk).into_iter().collect();
+        if let Some((operation, took)) = self.underway.slow(Instant::now()) {
+            let seconds = took.as_secs();
+            troubles.push(Trouble::Slow { operation, seconds });
+        }
         if let IndexState::Degraded { reason } = self.index.state() {
+            troubles.push(Trouble::Index { reason });
+        } else if self.index.is_stuck() {
+            let reason = "it does not answer".to_owned();
             troubles.push(Trouble::Index { reason });
         }
         if self.evictor.is_short() {

@@ -168,6 +168,17 @@ pub enum Trouble {
     /// The disk refuses to be written.
     #[error("{0}; what is held is served, the rest passes through unstored; tried again every few seconds")]
     Disk(Fault),
+    /// The disk hangs, or is very slow.
+    #[error(
+        "the disk has not finished to {operation} a file for {seconds} s; what is in memory is served, and what needs \
+         the disk waits for it"
+    )]
+    Slow {
+        /// What it was asked to do.
+        operation: &'static str,
+        /// For how long it has done that.
+        seconds: u64,
+    },
     /// The limits are reached, and nothing else may go.
     #[error(
         "no room: `store.size` ({} bytes) or `store.free` ({} bytes) is reached, and what is held is pinned, in use or \

@@ -161,4 +161,17 @@ async fn e15_health_is_answered_while_the_disk_does_not_answer() {
     for _ in 0..20 {
         is_healthy(&proxy).await;
     }
+    // It says what is wrong.
+    proxy
+        .until(
+            "the disk to be named",
+            |proxy| proxy.admin("/readyz"),
+            |reply| {
+                let said = String::from_utf8_lossy(&reply.body);
+                assert!(reply.status == 200 && said.starts_with("ready\n"), "{said}");
+                said.contains("the disk has not finished to open a file for")
+            },
+        )
+        .await;
+    is_healthy(&proxy).await;
 }
