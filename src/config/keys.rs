@@ -218,8 +218,8 @@ pub const KEYS: &[Key] = &[
     key(Limits, "fetches_max", Some("256"), "Blob transfers at a time from all upstreams together; further ones are queued. One upstream has at most three quarters of them."),
     key(Limits, "fetches_per_upstream_max", Some("64"), "Questions at a time to one upstream, and as many blob transfers; further ones are queued."),
     key(Limits, "handshake_timeout", Some(r#""10s""#), "How long a TLS handshake may take."),
-    key(Limits, "header_timeout", Some(r#""10s""#), "How long a client may take to send a request's header."),
-    key(Limits, "idle_timeout", Some(r#""60s""#), "How long a connection may be without a request."),
+    key(Limits, "header_timeout", Some(r#""10s""#), "How long a client may take to send a request's header; over HTTP/1.1 from the end of the answer before it."),
+    key(Limits, "idle_timeout", Some(r#""60s""#), "How long a connection may wait for a place of its address, nothing may move in a tunnel, and an HTTP/2 client may leave a ping unanswered."),
     key(Limits, "write_timeout", Some(r#""60s""#), "How long a client may go without taking a single byte of an answer."),
     key(Limits, "drain", Some(r#""30s""#), "How long requests under way may take to end after SIGTERM."),
 ];
