@@ -4,9 +4,20 @@ import asyncio
 import time
 
 from kit.client import Probe, blob, get, manifest, pull
-from kit.content import Image, noise_digest
+from kit.content import Image, made_up_digest, noise_digest
 from kit.lab import until
+from kit.outstanding import GREEDY, keep_outstanding
 from kit.process import NotStarted
+
+
+# As many as the goals of T2 and T12 were measured with.
+PLACES = """
+[default]
+prefetch = false
+[limits]
+fetches_max = 256
+fetches_per_upstream_max = 32
+"""
 
 
 async def pulled_at_once(program, requests, **options):
@@ -36,11 +47,12 @@ async def t02(lab):
     await forty_layers(lab)
     await hundred_times_three(lab)
     await beyond_all_places(lab)
+    await full_queue(lab)
 
 
 async def forty_layers(lab):
     registry = lab.registry()
-    program = lab.program(registry, upstream='first_byte_timeout = "2s"', more="[default]\nprefetch = false")
+    program = lab.program(registry, upstream='first_byte_timeout = "2s"', more=PLACES)
     paths = await introduced(program, registry, "library/forty", [("forty", 40_000 + n) for n in range(40)])
     registry.rule("slow", path="/blobs/", bytes_per_s=10_000)
     began = time.monotonic()
@@ -53,7 +65,7 @@ async def forty_layers(lab):
 
 async def hundred_times_three(lab):
     registry = lab.registry()
-    program = lab.program(registry, upstream='first_byte_timeout = "2s"', more="[default]\nprefetch = false")
+    program = lab.program(registry, upstream='first_byte_timeout = "2s"', more=PLACES)
     requests = []
     for n in range(100):
         paths = await introduced(program, registry, f"library/job{n}", [(f"job{n}", 1000 + k) for k in range(3)])
@@ -95,6 +107,27 @@ write_timeout = "4s"
         registry.rule("slow", path="/blobs/", bytes_per_s=10_000)
     came, wrong = await pulled_at_once(program, [(path, None) for path in paths])
     lab.at_least("24 cold layers through 8 places over all upstreams, whole", came, 24, note=explain(wrong))
+    program.stop()
+
+
+async def full_queue(lab):
+    """More than may wait: an honest no at once, and not for another client."""
+    registry = lab.registry()
+    program = lab.program(registry, more=PLACES)
+    paths = await introduced(program, registry, "library/warm", [("warm", 1000), ("more", 1000)])
+    await get(program.address, paths[0])
+    registry.rule("slow", path="/(blobs|manifests)/sha256:", after_s=2)
+    load = lab.background(keep_outstanding, program.address, 40, 100, ())
+    await load.until_ready()
+    await asyncio.sleep(1)
+    refused = await get(program.address, blob("library/warm", made_up_digest("one more")), source=GREEDY, timeout=5)
+    lab.report(
+        refused.status in (503, 429) and "retry-after" in refused.headers,
+        f"beyond 4,000 waiting requests of one client: {refused.status}, "
+        f"Retry-After {refused.headers.get('retry-after', 'absent')} (goal 503 or 429 with Retry-After)",
+    )
+    lab.at_most("beyond 4,000 waiting requests of one client, refused after", refused.seconds, 0.5, "s")
+    await load.finish()
     program.stop()
 
 
@@ -146,7 +179,7 @@ async def many_places(lab):
 async def small_behind_slow(lab):
     registry, other = lab.registry(), lab.registry()
     more = "".join(f'[upstream."up{n}.test"]\nurl = "{registry.url}"\n' for n in range(8))
-    more += f'[upstream."other.test"]\nurl = "{other.url}"\n[default]\nprefetch = false'
+    more += f'[upstream."other.test"]\nurl = "{other.url}"\n{PLACES}'
     program = lab.program(registry, more=more)
     paths = []
     for n in range(8):
