@@ -34,14 +34,14 @@ async def follow_events(load, address, count):
 
 
 async def guess_tokens(load, address):
-    """As many wrong tokens as are refused; returns how many, and in how long."""
+    """As many wrong tokens as are looked at; returns how many, and in how long. 429 is an answer without a look."""
     refused, began = 0, time.monotonic()
 
     async def one():
         nonlocal refused
         while not load.stopped.is_set():
             reply = await get(address, "/api/v1/status", headers={**LOCAL, "Authorization": f"Bearer wrong{refused}"})
-            refused += reply.status in (401, 403, 429)
+            refused += reply.status in (401, 403)
 
     tasks = [asyncio.create_task(one()) for _ in range(16)]
     await load.until_stopped()
@@ -72,16 +72,16 @@ async def t14(lab):
     program = lab.program(registry, listen=f'admin_token_file = "{token}"')
     load = lab.background(guess_tokens, program.admin)
     await asyncio.sleep(4)
+    shown = {**LOCAL, "Authorization": f"Bearer {TOKEN}"}
+    right = await get(program.admin, "/api/v1/status", headers=shown, source="127.0.0.5")
     refused, seconds = await load.finish()
-    lab.at_most("wrong admin tokens refused a second", refused / seconds, WRONG_TOKENS_PER_S_MAX)
+    lab.at_most("wrong admin tokens of one address looked at a second", refused / seconds, WRONG_TOKENS_PER_S_MAX)
     log = program.log.read_text(errors="replace")
     lines = [line for line in log.splitlines() if "token" in line.lower() and "WARN" in line]
     lab.at_least("wrong admin tokens, lines in the log", len(lines), 1)
     lab.at_most("wrong admin tokens, lines in the log, bounded", len(lines), 20)
-    shown = {**LOCAL, "Authorization": f"Bearer {TOKEN}"}
-    right = await get(program.admin, "/api/v1/status", headers=shown)
-    lab.at_least("the right token afterwards, status", right.status, 200)
-    lab.at_most("the right token afterwards", right.seconds, 2, "s")
+    lab.report(right.status == 200, f"meanwhile the right token of another address: {right.status} (goal 200)")
+    lab.at_most("meanwhile the right token of another address", right.seconds, 1, "s")
 
 
 async def health_check(program):

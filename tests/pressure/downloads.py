@@ -94,15 +94,16 @@ prefetch = false
 [limits]
 fetches_max = 8
 fetches_per_upstream_max = 8
-idle_timeout = "4s"
-write_timeout = "4s"
+idle_timeout = "7s"
+write_timeout = "7s"
 """,
     )
-    layers = [("beyond", 20_000 + n) for n in range(12)]
+    # Three rounds of 5 s: the last third waits for longer than a connection may be without a request or a byte.
+    layers = [("beyond", 50_000 + n) for n in range(12)]
     paths = await introduced(program, first, "library/beyond", layers)
-    second.push_image("beyond", "latest", Image([("second", 20_000 + n) for n in range(12)]))
+    second.push_image("beyond", "latest", Image([("second", 50_000 + n) for n in range(12)]))
     await get(program.address, "/v2/second.test/beyond/manifests/latest")
-    paths += [f"/v2/second.test/beyond/blobs/{noise_digest('second', 20_000 + n)}" for n in range(12)]
+    paths += [f"/v2/second.test/beyond/blobs/{noise_digest('second', 50_000 + n)}" for n in range(12)]
     for registry in (first, second):
         registry.rule("slow", path="/blobs/", bytes_per_s=10_000)
     came, wrong = await pulled_at_once(program, [(path, None) for path in paths])

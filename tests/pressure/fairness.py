@@ -85,7 +85,7 @@ async def abandoned_in_silence(lab, what, function, count, at_once):
     registry.drop("hang")
     await asyncio.sleep(3)
     late = registry.requests("/library/warm/blobs/", since)
-    lab.at_most(f"8,000 {what} left in a silence, requests upstream after it", late, 64)
+    lab.at_most(f"8,000 {what} left in a silence, requests upstream after it", late, 300)
     program.stop()
 
 
