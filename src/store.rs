@@ -28,7 +28,7 @@
 //! looked up in the files. Whatever fails here is a [`Fault`]: ours, told, and never a reason to fail a pull.
 //!
 //! Hot reads come from memory: open handles, manifests, tags, proofs and grants are kept in bounded caches that are
-//! looked up by borrowed keys. Everything that may touch the disk blocks; call it on a thread that may.
+//! looked up by borrowed keys. Everything that may touch the disk blocks: async tasks come in by [`AsyncStore`] alone.
 //!
 //! When content was last used is told by the time of its file. The least recently used images make room for others
 //! (`plan`, `evict`).
@@ -107,6 +107,9 @@ use self::volume::Volume;
 use self::watched::{Refusal, Watched};
 
 const QUARANTINE_FOLDER: &str = "quarantine";
+
+/// Files of one name that are set aside. One more takes the place of the first.
+const QUARANTINED_AGAIN_MAX: u32 = 4;
 
 /// What the operator may choose.
 #[derive(Clone, Debug)]
@@ -409,9 +412,15 @@ fn begin(name: &str, work: impl FnOnce() + Send + 'static) -> Result<JoinHandle<
 /// this call that did it.
 fn quarantine(volume: &dyn Volume, path: &Path, why: &str) -> bool {
     tracing::error!(path = %path.display(), "{why}; it is set aside in {QUARANTINE_FOLDER} and fetched again when asked for");
-    let name = path.file_name().unwrap_or_default();
+    let (tree, name) = (path.iter().next(), path.file_name());
+    let name = [tree, name].map(|part| part.unwrap_or_default().to_string_lossy());
+    let name = Path::new(QUARANTINE_FOLDER).join(name.join("-"));
+    // A blob and a manifest may have one digest, and what was fetched again may be damaged again.
+    let again = (2..=QUARANTINED_AGAIN_MAX).map(|nth| PathBuf::from(format!("{}-{nth}", name.display())));
+    let mut names = std::iter::once(name.clone()).chain(again);
+    let free = names.find(|name| volume.open(name).is_err()).unwrap_or(name);
     // What cannot be moved may yet be removed; and what stays is found damaged again.
-    let moved = volume.rename(path, &Path::new(QUARANTINE_FOLDER).join(name));
+    let moved = volume.rename(path, &free);
     moved.or_else(|_| volume.remove(path)).is_ok()
 }
 

@@ -66,16 +66,16 @@ impl Pull {
             return found;
         }
         let (pull, site, repository) = (Arc::clone(self), Arc::clone(site), repository.clone());
-        self.store
-            .from_disk(move |view| {
-                look(&Cached {
-                    pull: &pull,
-                    view,
-                    site: &site,
-                    repository: &repository,
-                })
+        let from_disk = self.store.from_disk(move |view| {
+            look(&Cached {
+                pull: &pull,
+                view,
+                site: &site,
+                repository: &repository,
             })
-            .await
+        });
+        // On the heap, so that the state of requests that are answered from memory stays as small as it is.
+        Box::pin(from_disk).await
     }
 
     pub(super) async fn cached_manifest(

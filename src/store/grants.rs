@@ -68,7 +68,7 @@ impl Store {
 impl AsyncStore {
     /// When the upstream last said yes; `None` where it takes the index to know.
     pub fn grant_in_memory(&self, right: Right<'_>) -> Option<Option<SystemTime>> {
-        self.store.grants.known(right.key())
+        self.store.grants.known(right.key(), || right.owned())
     }
 
     /// When the upstream last said yes, as far as the index says in time.
@@ -151,17 +151,24 @@ impl Grants {
     }
 
     /// What memory knows of a right; `None` where it takes the index to know.
-    fn known(&self, key: GrantRef<'_>) -> Option<Option<SystemTime>> {
+    fn known(&self, key: GrantRef<'_>, owned: impl FnOnce() -> GrantKey) -> Option<Option<SystemTime>> {
         if let Some(known) = self.ready.get(&key) {
             return Some(known.at());
         }
-        self.listed.lacks(&index_key(key)).then_some(None)
+        if !self.listed.lacks(&index_key(key)) {
+            return None;
+        }
+        // Not over what was noted meanwhile.
+        let known = self
+            .ready
+            .get_or_insert_with(&owned(), || Ok::<_, std::convert::Infallible>(Known::Never));
+        Some(known.ok().and_then(Known::at))
     }
 
     /// Blocks.
     fn find(&self, key: &GrantKey) -> Option<SystemTime> {
         for _ in 0..LOOK_UPS_MAX {
-            if let Some(known) = self.known(key.borrowed()) {
+            if let Some(known) = self.known(key.borrowed(), || key.clone()) {
                 return known;
             }
             let taken_back = self.taken_back.load(Ordering::SeqCst);
@@ -346,6 +353,10 @@ mod tests {
 
     const NOW: SystemTime = SystemTime::UNIX_EPOCH;
 
+    fn look(grants: &Grants, right: Right<'_>) -> Option<Option<SystemTime>> {
+        grants.known(right.key(), || right.owned())
+    }
+
     #[test]
     fn t07_first_grant_waits_for_no_revocation_of_another() {
         let (index, flushes) = slow_index();
@@ -355,14 +366,14 @@ mod tests {
         let right = |principal| Right::to("ghcr.io", &repository, principal);
         let (alice, bob) = (&[1; 32], &[2; 32]);
         grants.note(right(alice), NOW);
-        assert_eq!(grants.known(right(alice).key()), Some(Some(NOW)));
+        assert_eq!(look(&grants, right(alice)), Some(Some(NOW)));
         let first = grants.forget(right(alice)).unwrap();
         flushes.begun();
         // Nothing of this asks the index, which is in its flush.
-        assert_eq!(grants.known(right(alice).key()), Some(None));
-        assert_eq!(grants.known(right(bob).key()), Some(None));
+        assert_eq!(look(&grants, right(alice)), Some(None));
+        assert_eq!(look(&grants, right(bob)), Some(None));
         grants.note(right(bob), NOW);
-        assert_eq!(grants.known(right(bob).key()), Some(Some(NOW)));
+        assert_eq!(look(&grants, right(bob)), Some(Some(NOW)));
         // Refused again meanwhile, the client waits as well.
         let second = grants.forget(right(alice)).unwrap();
         flushes.let_through();
@@ -384,11 +395,11 @@ mod tests {
         Arc::new(Grants::new(&index)).note(right(alice), NOW);
         let grants = Arc::new(Grants::new(&index));
         // Before the index was looked through, only it knows.
-        assert_eq!(grants.known(right(alice).key()), None);
-        assert_eq!(grants.known(right(bob).key()), None);
+        assert_eq!(look(&grants, right(alice)), None);
+        assert_eq!(look(&grants, right(bob)), None);
         grants.prune(NOW);
-        assert_eq!(grants.known(right(alice).key()), None);
+        assert_eq!(look(&grants, right(alice)), None);
         assert_eq!(grants.find(&right(alice).owned()), Some(NOW));
-        assert_eq!(grants.known(right(bob).key()), Some(None));
+        assert_eq!(look(&grants, right(bob)), Some(None));
     }
 }

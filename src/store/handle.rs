@@ -54,7 +54,7 @@ impl AsyncStore {
     pub async fn read<T: Send + 'static>(&self, read: impl Fn(&View<'_>) -> T + Send + 'static) -> T {
         match self.in_memory(&read) {
             Some(found) => found,
-            None => self.from_disk(move |view| read(view)).await,
+            None => Box::pin(self.from_disk(move |view| read(view))).await,
         }
     }
 

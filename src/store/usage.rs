@@ -59,14 +59,15 @@ pub(super) struct Counters {
     tags: Tally,
     /// How often something came, went or was written anew.
     changes: AtomicU64,
-    /// How many folders have been counted; `u32::MAX` at the end.
+    is_complete: AtomicBool,
+    /// How many folders have been counted; `u32::MAX` at the end. Held while files come and go.
     counted: RwLock<u32>,
 }
 
 impl Counters {
     pub(super) fn read(&self) -> Usage {
-        // Held to the end: what is not yet complete must not be called so a moment later.
-        let counted = self.counted.read().unwrap_or_else(PoisonError::into_inner);
+        // First: what is not yet complete must not be called so a moment later. No lock: `counted` is held over the disk.
+        let is_complete = self.is_complete.load(Ordering::Acquire);
         let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         Usage {
             blobs: read(&self.blobs.count),
@@ -74,7 +75,7 @@ impl Counters {
             manifests: read(&self.manifests.count),
             manifest_bytes: read(&self.manifests.bytes),
             tags: read(&self.tags.count),
-            is_complete: *counted == u32::MAX,
+            is_complete,
         }
     }
 
@@ -183,6 +184,7 @@ pub(super) fn count_existing(volume: &dyn Volume, counters: &Counters, stop: &At
         }
     }
     *counters.counted.write().unwrap_or_else(PoisonError::into_inner) = u32::MAX;
+    counters.is_complete.store(true, Ordering::Release);
 }
 
 /// Not the record beside a manifest.

@@ -53,7 +53,7 @@ pub(in crate::store) enum Home {
     Memory,
     /// For tests: this one, once.
     #[cfg(test)]
-    Given(std::sync::Mutex<Option<Box<dyn super::Index>>>),
+    Given(Mutex<Option<Box<dyn super::Index>>>),
 }
 
 pub(super) type Reply<T> = SyncSender<T>;

@@ -41,3 +41,22 @@ fn a_full_disk_is_told_of_and_used_again_when_there_is_room() {
         0
     );
 }
+
+#[test]
+fn e21_second_damage_of_one_name_keeps_the_first() {
+    let memory = Memory::new();
+    let hex = "ab".repeat(32);
+    for tree in ["blobs", "manifests", "blobs"] {
+        let path = Path::new(tree).join("sha256/ab").join(&hex);
+        memory.place(&path, b"damaged").unwrap();
+        assert!(quarantine(&memory, &path, "it is damaged"));
+    }
+    let names = memory.list(Path::new("quarantine")).unwrap();
+    let names: Vec<_> = names.into_iter().map(|entry| entry.name).collect();
+    let expected = [
+        format!("blobs-{hex}"),
+        format!("blobs-{hex}-2"),
+        format!("manifests-{hex}"),
+    ];
+    assert_eq!(names, expected);
+}
