@@ -81,7 +81,8 @@ impl Store {
     /// At most `limit` tags in order, from the first after `after` on. From the index, or while that is not whole, from
     /// the files, which is slower.
     pub fn tags(&self, after: Option<&TagKey>, limit: usize) -> Vec<(TagKey, TagRecord)> {
-        self.refs.list(after.map(TagKey::to_index), limit)
+        self.refs
+            .list(after.map(TagKey::to_index).unwrap_or_default(), limit)
     }
 
     /// At most `limit` tags in order, after the first `skip`: of those, no more than the keys is looked at.
@@ -424,8 +425,8 @@ impl Refs {
         self.index.put(key.to_index(), record.to_index(VALUE_BYTES_MAX));
     }
 
-    fn list(&self, after: Option<Vec<u8>>, limit: usize) -> Vec<(TagKey, TagRecord)> {
-        let after = after.unwrap_or_default();
+    /// From the first after the index's key `after` on; from the first of all where that is empty.
+    fn list(&self, after: Vec<u8>, limit: usize) -> Vec<(TagKey, TagRecord)> {
         if self.index.is_complete()
             && let Ok(pairs) = self.index.scan(vec![KEY_PREFIX], after.clone(), limit)
         {
@@ -453,17 +454,17 @@ impl Refs {
         tags
     }
 
-    /// The key of the last of the first `skip` tags, or of the last one of all; none of none. `None` where the index does not answer.
-    fn key_before(&self, skip: usize) -> Option<Option<Vec<u8>>> {
-        let (mut left, mut last) = (skip, None);
+    /// The index's key of the last of the first `skip` tags, or of the last one of all; empty where there is none. `None`
+    /// where the index does not answer.
+    fn key_before(&self, skip: usize) -> Option<Vec<u8>> {
+        let (mut left, mut last) = (skip, Vec::new());
         while left > 0 {
-            let after = last.clone().unwrap_or_default();
             let pairs = self
                 .index
-                .scan(vec![KEY_PREFIX], after, left.min(SKIPPED_PER_LOOK))
+                .scan(vec![KEY_PREFIX], last.clone(), left.min(SKIPPED_PER_LOOK))
                 .ok()?;
             let Some((key, _)) = pairs.last() else { break };
-            last = Some(key.clone());
+            last.clone_from(key);
             left -= pairs.len().min(left);
         }
         Some(last)
