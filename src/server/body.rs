@@ -244,7 +244,7 @@ impl Body {
                 self.charge = self.kind.reads_a_file().then_some(charge);
                 Poll::Pending
             }
-            ended => ended,
+            ended @ Poll::Ready(_) => ended,
         }
     }
 }

@@ -5,6 +5,7 @@ use proptest::prelude::*;
 
 use super::*;
 
+#[expect(clippy::unnecessary_wraps, reason = "as the ledger knows it")]
 fn address(last: u8) -> Address {
     Some(IpAddr::V4(Ipv4Addr::new(192, 0, 2, last)))
 }
@@ -73,8 +74,8 @@ fn t03_short_chunks_do_not_cost_a_body_its_turn() {
 fn t03_waiting_bodies_enter_by_turns_of_addresses() {
     let mut ledger = Ledger::default();
     let mut inside = [0, 0];
-    for (place, count) in inside.iter_mut().enumerate() {
-        while ledger.enter(address(place as u8)) {
+    for (place, count) in (0..).zip(&mut inside) {
+        while ledger.enter(address(place)) {
             *count += 1;
         }
     }
