@@ -414,10 +414,29 @@ impl Upstream {
                 .map(|(took, at)| (took, ago(at))),
             allowances: learned.limits.allowances(now),
             quirks,
-            in_flight: learned.questions.in_use(),
-            waiting: learned.questions.waiting(),
+            in_flight: learned.questions.in_use() + learned.lists.in_use(),
+            waiting: learned.questions.waiting() + learned.lists.waiting(),
             queue: learned.questions.counts(),
         }
+    }
+
+    /// How many circuit breakers are open, by the name of what they concern.
+    pub fn open_breakers(&self) -> Vec<(&'static str, u64)> {
+        let names = std::iter::once(Scope::Connection.name()).chain(Kind::ALL.map(Kind::name));
+        let mut counts: Vec<_> = names.map(|name| (name, 0)).collect();
+        if let Some(health) = self.0.health() {
+            for failing in health
+                .detector
+                .failing()
+                .filter(|failing| failing.open_since.is_some())
+            {
+                let name = failing.scope.name();
+                if let Some((_, count)) = counts.iter_mut().find(|(known, _)| *known == name) {
+                    *count += 1;
+                }
+            }
+        }
+        counts
     }
 
     fn question<'a>(
@@ -446,7 +465,12 @@ impl Upstream {
     pub async fn admit(&self, caller: &Caller, operation: &Operation) -> Result<Place, Box<Answer>> {
         let (alone, _waiter) = Waiters::alone(caller.demand(operation));
         let waiters = caller.waiters.as_ref().unwrap_or(&alone);
-        let place = self.0.learned.questions.acquire(&self.0.group, waiters);
+        let learned = &self.0.learned;
+        let places = match operation {
+            Operation::Tags { .. } | Operation::Referrers { .. } => &learned.lists,
+            Operation::Ping | Operation::Manifest { .. } | Operation::Blob { .. } => &learned.questions,
+        };
+        let place = places.acquire(&self.0.group, waiters);
         place.await.map_err(|refused| Box::new(Answer::unplaced(refused)))
     }
 

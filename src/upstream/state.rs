@@ -33,6 +33,9 @@ const LOGGED_AGAIN_AFTER: Duration = Duration::from_secs(60);
 /// How often the circuit breaker of a repository is logged, whichever it is: clients choose the names.
 const REPOSITORY_LOGGED_AFTER: Duration = Duration::from_secs(10);
 
+/// One place for lists to so many for other requests.
+const LISTS_SHARE: usize = 8;
+
 /// The state of one upstream. Clones are the same state.
 #[derive(Clone, Default)]
 pub struct LearnedState(pub(super) Arc<Learned>);
@@ -43,6 +46,8 @@ pub(super) struct Learned {
     pub(super) quirks: Quirks,
     pub(super) tokens: Arc<TokenCache>,
     pub(super) questions: Queue,
+    /// Lists have places of their own, so that however many there are keep no tag waiting.
+    pub(super) lists: Queue,
     health: Mutex<Health>,
     /// Notified when a probe may be due earlier.
     changed: Arc<Notify>,
@@ -356,6 +361,7 @@ impl Upstream {
         }
         learned.limits.set_own(own.as_ref().map_or(0, |own| own.serial()));
         learned.questions.resize(inner.fetches_max);
+        learned.lists.resize(inner.fetches_max.div_ceil(LISTS_SHARE));
         *learned.active() = Active {
             upstream: Arc::downgrade(inner),
             connection: Some(Arc::clone(&inner.connection)),

@@ -353,3 +353,55 @@ async fn t02_a_request_waits_for_its_place_without_a_limit() {
     held.pop();
     assert!(waiting.await.is_ok());
 }
+
+/// What it takes to ask for so many images with a cached copy, one after the other, of an upstream behind this dial.
+async fn job_over(dial: Arc<dyn Dial>) -> Duration {
+    let settings = Settings {
+        proxy: ProxyChoice::None,
+        ..Settings::new("a", vec!["http://a.example".parse().unwrap()])
+    };
+    let upstream = Upstream::new(settings, &Connector::with_dial(dial)).unwrap();
+    let began = Instant::now();
+    for n in 0..20 {
+        let image = operation(&format!("/v2/library/{n}/manifests/1"));
+        let Ok(wait) = upstream.wait(&anonymous(), (&image, true), BUDGET) else {
+            continue;
+        };
+        let (asked, of) = (upstream.clone(), image.clone());
+        let asking = tokio::spawn(async move { asked.head(&anonymous(), &of, &accept()).await });
+        if tokio::time::timeout(wait, asking).await.is_err() {
+            upstream.expired(&anonymous(), &image, wait);
+        }
+    }
+    began.elapsed()
+}
+
+#[tokio::test(start_paused = true)]
+async fn t05_dropped_syns_cost_one_budget() {
+    struct Hang;
+    impl Dial for Hang {
+        fn dial(&self, _: &Uri, _: &Limit, _: Duration) -> Dialling {
+            Box::pin(std::future::pending())
+        }
+    }
+    let took = job_over(Arc::new(Hang)).await;
+    assert!(took < BUDGET + Duration::from_millis(500), "{took:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn t05_slow_heads_cost_one_response() {
+    /// Each connection comes about after 1.9 s.
+    struct Late(Arc<dyn Dial>);
+    impl Dial for Late {
+        fn dial(&self, uri: &Uri, limit: &Limit, within: Duration) -> Dialling {
+            let dialling = self.0.dial(uri, limit, within);
+            Box::pin(async move {
+                tokio::time::sleep(Duration::from_millis(1_900)).await;
+                dialling.await
+            })
+        }
+    }
+    let registry = Registry::start(|_| manifest().header("connection", "close")).await;
+    let took = job_over(Arc::new(Late(registry.dial()))).await;
+    assert!(took < Duration::from_secs(3), "{took:?}");
+}
