@@ -6,7 +6,7 @@
 //! * `asking`: the question put to the upstream, shared by those who may share it, and what follows from the answer.
 //! * `rights`: what its answers show of who may read, in `turns`. `logins`: whose a token is, and tokens of ours. `recalled`: how it asks for a credential, for when it is silent.
 //! * `manifest`: by tag and by digest; `copies` of it that are held, `fetching` it, the `check` of what it points to.
-//! * `blob`: held, joined or led; `possession`: the proof where a HEAD proves nothing; `source`: how a download reaches the upstream; `prefetch` begins before anybody asks. `attached`: attestations, and what refers to them. * `listing`: tags; `long_list`, passed on as it arrives; `page`, cut from what is kept. * `referrers`: by their API and by their fallback tag.
+//! * `blob`: held, joined or led; `possession`: the proof where a HEAD proves nothing; `source`: how a download reaches the upstream; `prefetch` begins before anybody asks. `attached`: attestations, and what refers to them. * `listing`: tags; `tag_list`, once for all who may share it; `long_list`, passed on as it arrives; `page`, cut from what is kept. * `referrers`: by their API and by their fallback tag.
 //! * `cached`: what the store holds of it, or an error of the disk, logged. * `challenge`: how the registry itself answers `/v2/`. * `change`: what a write changes. `writing`: what follows from a write that passed.
 
 mod asking;
@@ -34,6 +34,7 @@ mod rights;
 mod site;
 mod sizes;
 mod source;
+mod tag_list;
 mod turns;
 pub mod writing;
 
@@ -92,6 +93,7 @@ pub struct Pull {
     questions: Flights<asking::Key, Arc<Answer>>,
     /// By whether the response is kept as well: a caller without a right may have one by the time another joins.
     lists: Flights<(asking::Key, bool), listing::Listed>,
+    tag_lists: Flights<(asking::Key, bool), tag_list::Shared>,
     unreadable: LogLimit,
     challenges: Flights<challenge::Key, Result<Arc<KeptChallenge>, Arc<Answer>>>,
     manifests: Flights<asking::Key, Result<Arc<HeldManifest>, Arc<Answer>>>,
@@ -241,6 +243,7 @@ impl Pull {
             logins: logins::Logins::default(),
             questions: Flights::default(),
             lists: Flights::default(),
+            tag_lists: Flights::default(),
             unreadable: LogLimit::default(),
             challenges: Flights::default(),
             manifests: Flights::default(),

@@ -82,10 +82,18 @@ impl Pull {
         let kept = self.kept_challenge(site.name().to_owned()).await;
         let now = self.clock.now();
         let is_fresh = |kept: &Arc<KeptChallenge>| age::is_within(kept.given_at, RENEW_AFTER, now);
-        let is_silent = site.upstream().silent_now().is_some();
-        if let Some(kept) = kept.as_ref().filter(|kept| is_fresh(kept) || is_silent) {
+        if let Some(kept) = kept.as_ref().filter(|kept| is_fresh(kept)) {
             return Ok(Arc::clone(kept));
         }
+        let caller = self.principals.stranger(&Trace::begun());
+        let wait = match &kept {
+            Some(_) => site.upstream().wait(&caller, (&Operation::Ping, false), BUDGET),
+            None => Ok(BUDGET),
+        };
+        let wait = match (wait, &kept) {
+            (Err(_), Some(kept)) => return Ok(Arc::clone(kept)),
+            (wait, _) => wait.unwrap_or(BUDGET),
+        };
         let flight = self
             .challenges
             .share((site.name().into(), site.upstream().settings_id()), || {
@@ -93,7 +101,13 @@ impl Pull {
                 async move { pull.ask_for_challenge(&site).await }
             });
         let answer = match &kept {
-            Some(_) => tokio::time::timeout(BUDGET, flight.landed()).await.ok().flatten(),
+            Some(_) => {
+                let answer = tokio::time::timeout(wait, flight.landed()).await;
+                if answer.is_err() {
+                    site.upstream().expired(&caller, &Operation::Ping, wait);
+                }
+                answer.ok().flatten()
+            }
             None => flight.landed().await,
         };
         match (answer, kept) {

@@ -1,19 +1,20 @@
-//! Lists of tags: asked of the upstream each time, the last page kept for an outage. Those of referrers: see `referrers`.
+//! Lists of tags: fetched each time, once for all who may share the response, the last page kept for an outage. Those of referrers: see `referrers`.
 
 use std::sync::Arc;
 
 use bytes::Bytes;
 use serde::Deserialize;
 use serde::de::IgnoredAny;
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
 
 use super::fetching::Wanted;
 use super::list_name::renamed;
 use super::manifest::refused;
+use super::tag_list::Unlisted;
 use super::{How, LongList, Outcome, Pull, Reason, Request, page};
 use crate::oci::header::next_link;
 use crate::oci::{Cause, MediaType, Operation, Repository};
-use crate::policy::{Heard, Held, Policy, Rest, Subject, Verdict, decide};
+use crate::policy::{Heard, Held, Policy, Rest, Situation, Subject, Verdict, decide};
 use crate::store::listings::{KeptListing, ListingKey};
 use crate::upstream::{Answer, Fetched};
 
@@ -47,15 +48,14 @@ impl Pull {
             path: request.operation.path_and_query(),
         };
         // A list is like a tag: a name of the repository whose content changes. It has no digest of its own that could
-        // be compared, so it is always fetched, and what was kept serves only while the upstream is silent.
-        let unavailable = request.site.upstream().silent_now();
-        let unasked = unavailable.is_some() || rule.policy == Policy::Never;
+        // be compared, so it is always fetched, and what was kept serves only while the upstream is unavailable.
+        let is_unasked = rule.policy == Policy::Never;
         // A registry may give a caller without a right an empty list, or a front may answer in its place. So such a
         // response is passed on and not kept, and whether a list is kept changes nothing for such a caller.
         let is_stranger = context.is_stranger(rule, request.now);
         let mut kept = None;
         if !is_stranger {
-            kept = self.kept_page(request, repository, (&key, unasked)).await;
+            kept = self.kept_page(request, repository, (&key, is_unasked)).await;
         }
         let in_situation = |kept: Option<&Kept>| {
             let held = kept.map(|(_, source)| Held {
@@ -68,19 +68,50 @@ impl Pull {
             context.situation(rule, Subject::Tag, held, true, request.now)
         };
         let mut situation = in_situation(kept.as_ref());
+        match decide(&situation) {
+            Verdict::Refuse(refusal) => return refused(refusal, None, false),
+            Verdict::Serve(served) if served.cause().is_none() && is_unasked => {
+                return serve(kept, Reason::Held(served));
+            }
+            _ => {}
+        }
         let mut wanted = Wanted::of(request, repository, &context.caller);
+        let upstream = request.site.upstream();
+        let wait = upstream.wait(&wanted.caller, (&wanted.operation, false), rule.budget);
+        if !is_stranger && kept.is_none() && wait != Ok(rule.budget) {
+            kept = self.kept_page(request, repository, (&key, true)).await;
+            situation = in_situation(kept.as_ref());
+        }
         if kept.is_some() {
             wanted.caller.waits_until = None;
         }
-        let heard = match decide(&situation) {
-            Verdict::Refuse(refusal) => return refused(refusal, None, false),
-            Verdict::Serve(served) if served.cause().is_none() && rule.policy == Policy::Never => {
-                return serve(kept, Reason::Held(served));
+        let can_do_without = |situation: &Situation| {
+            let unavailable = situation.having_heard(Heard::Silent(Cause::Budget));
+            matches!(decide(&unavailable), Verdict::Serve(_))
+        };
+        let heard = match wait {
+            Err(cause) if can_do_without(&situation) => Err((Heard::Silent(cause), None)),
+            wait => {
+                let wait = wait.unwrap_or(rule.budget);
+                let listing = self.shared_tags(&wanted, (!is_stranger).then(|| key.clone()));
+                tokio::pin!(listing);
+                match timeout(wait, listing.as_mut()).await {
+                    Ok(heard) => heard,
+                    Err(_) => {
+                        upstream.expired(&wanted.caller, &wanted.operation, wait);
+                        if !is_stranger && kept.is_none() {
+                            kept = self.kept_page(request, repository, (&key, true)).await;
+                            situation = in_situation(kept.as_ref());
+                        }
+                        if can_do_without(&situation) {
+                            // The request goes on; the next asker finds its result.
+                            Err((Heard::Silent(Cause::Budget), None))
+                        } else {
+                            listing.await
+                        }
+                    }
+                }
             }
-            _ => match unavailable.filter(|_| kept.is_some()) {
-                Some(cause) => Err((Heard::Silent(cause), None)),
-                None => self.tags(&wanted, (!is_stranger).then(|| key.clone())).await,
-            },
         };
         if !is_stranger && kept.is_none() && matches!(heard, Err((Heard::Silent(_), _))) {
             kept = self.kept_page(request, repository, (&key, true)).await;
@@ -140,11 +171,11 @@ impl Pull {
     }
 
     /// The same for tags: a long list is passed on as it arrives.
-    async fn tags(
+    pub(super) async fn tags(
         self: &Arc<Self>,
         wanted: &Wanted,
         key: Option<ListingKey>,
-    ) -> Result<Received, (Heard, Option<Arc<Answer>>)> {
+    ) -> Result<Received, Unlisted> {
         let mut fetched = self.asked(wanted).await?;
         let mut head = head_of(&fetched, &wanted.operation).map_err(malformed)?;
         let mut begun = Vec::new();
@@ -213,7 +244,7 @@ impl Pull {
 type Kept = (Listing, Arc<KeptListing>);
 
 /// A list of tags from the upstream.
-enum Received {
+pub(super) enum Received {
     Whole(Listing),
     Long(Box<LongList>),
 }

@@ -63,8 +63,8 @@ enum Before {
     Answered(Box<Outcome>),
     /// The upstream is known to be unavailable, and there is something else to answer.
     Unavailable(Cause),
-    /// Nothing that is enough.
-    Ask,
+    /// Nothing that is enough. So long is the upstream waited for, where there is something else to answer.
+    Ask(Duration),
 }
 
 /// One question about referrers.
@@ -97,10 +97,10 @@ impl Pull {
             AnyDigest::Foreign(_) => None,
         };
         let lookup = Lookup::new(self, request, repository, (&context, rule), subject, query).await;
-        let heard = match lookup.before_asking() {
+        let heard = match lookup.before_asking(&context, false) {
             Before::Answered(outcome) => return *outcome,
             Before::Unavailable(cause) => Err((Heard::Silent(cause), None)),
-            Before::Ask => lookup.list(&context).await,
+            Before::Ask(wait) => lookup.list(&context, wait).await,
         };
         match heard {
             Ok(listing) => {
@@ -146,13 +146,14 @@ impl Pull {
             &Query::default(),
         )
         .await;
-        match lookup.before_asking() {
+        let is_kept = matches!(lookup.stand_in, Some(StandIn::Kept(_)));
+        let wait = match lookup.before_asking(context, is_kept) {
             Before::Answered(outcome) => return *outcome,
             Before::Unavailable(cause) => return lookup.conclude(Heard::Silent(cause), None).await,
-            Before::Ask => {}
-        }
+            Before::Ask(wait) => wait,
+        };
         // A 404 was had by GET before, so a HEAD is enough to hear that it still holds.
-        if let Some(StandIn::Kept(_)) = lookup.stand_in {
+        if is_kept {
             let asked = self
                 .ask(request, repository, context, &lookup.situation, rule.budget)
                 .await;
@@ -163,9 +164,12 @@ impl Pull {
         let unheld = context.situation(rule, Subject::Tag, None, true, request.now);
         let fetching = self.judged(request, repository, context, unheld, None);
         let outcome = if lookup.can_do_without() {
-            match timeout(rule.budget, fetching).await {
+            match timeout(wait, fetching).await {
                 Ok(outcome) => outcome,
-                Err(_) => return lookup.conclude(Heard::Silent(Cause::Budget), None).await,
+                Err(_) => {
+                    lookup.expired(context, wait);
+                    return lookup.conclude(Heard::Silent(Cause::Budget), None).await;
+                }
             }
         } else {
             fetching.await
@@ -297,7 +301,8 @@ impl<'a> Lookup<'a> {
         }
     }
 
-    fn before_asking(&self) -> Before {
+    /// `by_head`: whether a HEAD is sent first.
+    fn before_asking(&self, context: &Context, by_head: bool) -> Before {
         match decide(&self.situation) {
             Verdict::Refuse(refusal) => return Before::Answered(Box::new(refused(refusal, None, false))),
             Verdict::Serve(served) if self.is_fresh || self.rule.policy == Policy::Never => {
@@ -305,11 +310,20 @@ impl<'a> Lookup<'a> {
             }
             _ => {}
         }
-        let unavailable = self.request.site.upstream().silent_now();
-        match unavailable.filter(|_| self.can_do_without()) {
-            Some(cause) => Before::Unavailable(cause),
-            None => Before::Ask,
+        if !self.can_do_without() {
+            return Before::Ask(self.rule.budget);
         }
+        let (upstream, asked) = (self.request.site.upstream(), (&self.request.operation, by_head));
+        match upstream.wait(&context.caller, asked, self.rule.budget) {
+            Ok(wait) => Before::Ask(wait),
+            Err(cause) => Before::Unavailable(cause),
+        }
+    }
+
+    /// The upstream was waited for so long, and no response came.
+    fn expired(&self, context: &Context, waited: Duration) {
+        let upstream = self.request.site.upstream();
+        upstream.expired(&context.caller, &self.request.operation, waited);
     }
 
     fn can_do_without(&self) -> bool {
@@ -317,8 +331,8 @@ impl<'a> Lookup<'a> {
         matches!(decide(&unavailable), Verdict::Serve(_))
     }
 
-    /// Fetches the list, waiting no longer than the budget where there is something else to answer. The fetch goes on.
-    async fn list(&self, context: &Context) -> super::listing::Listed {
+    /// Fetches the list, waiting no longer than `wait` where there is something else to answer. The fetch goes on.
+    async fn list(&self, context: &Context, wait: Duration) -> super::listing::Listed {
         let wanted = Wanted::of(self.request, self.repository, &context.caller);
         let shared = (Key::new(self.pull, &wanted), self.is_believed());
         let flight = self.pull.lists.share(shared, || {
@@ -330,9 +344,12 @@ impl<'a> Lookup<'a> {
         if !self.can_do_without() {
             return flight.landed().await.unwrap_or_else(|| unavailable(Cause::Busy));
         }
-        match timeout(self.rule.budget, flight.landed()).await {
+        match timeout(wait, flight.landed()).await {
             Ok(listed) => listed.unwrap_or_else(|| unavailable(Cause::Busy)),
-            Err(_) => unavailable(Cause::Budget),
+            Err(_) => {
+                self.expired(context, wait);
+                unavailable(Cause::Budget)
+            }
         }
     }
 
