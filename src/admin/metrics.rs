@@ -43,6 +43,11 @@ impl Admin {
             let is_up = site.upstream().silent_now().is_none();
             (site.name().into(), is_up)
         });
+        let open_breakers = registry.doors.all().iter().flat_map(|site| {
+            let open = site.upstream().open_breakers();
+            open.into_iter()
+                .map(|(scope, open)| (site.name().into(), scope, open))
+        });
         let waiters = downloads
             .transfers()
             .iter()
@@ -68,6 +73,7 @@ impl Admin {
             fetched_bytes: downloads.fetched_bytes(),
             digest_mismatches: downloads.digest_mismatches(),
             offline: self.offline.is_on(),
+            open_breakers: open_breakers.collect(),
             upstreams: upstreams.collect(),
             allowances: upstreams::allowances(&registry, now),
             certificates: self.tls.load().good_until(),

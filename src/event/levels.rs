@@ -43,8 +43,10 @@ pub struct Levels {
     pub digest_mismatches: u64,
     /// Whether asking is switched off.
     pub offline: bool,
-    /// Whether each upstream answers, as its breaker sees it.
+    /// Whether each upstream responds, as its circuit breakers see it.
     pub upstreams: Vec<(Arc<str>, bool)>,
+    /// Circuit breakers that are open, by upstream and kind of request.
+    pub open_breakers: Vec<(Arc<str>, &'static str, u64)>,
     /// Until when each certificate shown to clients is good: the end of its chain that ends first.
     pub certificates: Vec<(&'static str, SystemTime)>,
     /// What is left of whose allowance.

@@ -59,6 +59,12 @@ struct UpstreamLabels {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct BreakerLabels {
+    registry: Arc<str>,
+    scope: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct ExchangeLabels {
     registry: Arc<str>,
     op: &'static str,
@@ -149,6 +155,7 @@ pub(super) struct Metrics {
     waiters: Level,
     offline: Level,
     upstream_up: Family<UpstreamLabels, Level>,
+    open_breakers: Family<BreakerLabels, Level>,
     rate_limit: Family<AllowanceLabels, Level>,
     rate_limit_remaining: Family<AllowanceLabels, Level>,
     rate_limit_reset: Family<AllowanceLabels, Level>,
@@ -206,6 +213,7 @@ impl Default for Metrics {
             waiters: Level::default(),
             offline: Level::default(),
             upstream_up: Family::default(),
+            open_breakers: Family::default(),
             rate_limit: Family::default(),
             rate_limit_remaining: Family::default(),
             rate_limit_reset: Family::default(),
@@ -350,6 +358,13 @@ impl Metrics {
                 registry: Arc::clone(name),
             };
             self.upstream_up.get_or_create(&labels).set(u64::from(*up));
+        }
+        for (registry, scope, open) in &levels.open_breakers {
+            let labels = BreakerLabels {
+                registry: Arc::clone(registry),
+                scope,
+            };
+            self.open_breakers.get_or_create(&labels).set(*open);
         }
         for level in &levels.allowances {
             let labels = AllowanceLabels {

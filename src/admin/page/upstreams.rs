@@ -42,6 +42,11 @@ pub(super) fn section(listed: &Value) -> Markup {
                                     div.dim { (text(limit, "credential")) ": " (left) " pulls left" (until(&text(limit, "resets_at"))) }
                                 }
                             }
+                            @for failure in upstream.get("failures").and_then(Value::as_array).into_iter().flatten() {
+                                @if failure.get("open_seconds").is_some_and(Value::is_u64) {
+                                    div.dim { "circuit breaker open: " (text(failure, "scope")) ", " (text(failure, "cause")) }
+                                }
+                            }
                             @for quirk in upstream.get("quirks").and_then(Value::as_array).into_iter().flatten() {
                                 @if let Some(quirk) = quirk.as_str() { div.dim { "its own way: " (quirk) } }
                             }

@@ -104,8 +104,13 @@ impl Metrics {
         );
         registry.register(
             "upstream_up",
-            "1 while the upstream answers, 0 while its breaker is open",
+            "1 while the upstream responds, 0 while its circuit breaker is open",
             self.upstream_up.clone(),
+        );
+        registry.register(
+            "upstream_circuit_breakers_open",
+            "Circuit breakers that are open: of all connections, or of a kind of request, in repositories too",
+            self.open_breakers.clone(),
         );
         registry.register(
             "offline",
