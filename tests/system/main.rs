@@ -29,6 +29,7 @@ mod archives;
 mod ca;
 mod certificates;
 mod challenge;
+mod circuit_breaker;
 mod client_setup;
 mod clients_2026;
 mod commands;

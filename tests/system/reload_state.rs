@@ -4,7 +4,7 @@ use crate::proxy::{Ask, Proxy, Setup, blob_path, manifest_path};
 use crate::upstream::{Image, Seen, Upstream};
 
 /// Reads the configuration again, and waits until it is in effect. Once for each process.
-async fn reload(proxy: &Proxy) {
+pub async fn reload(proxy: &Proxy) {
     proxy.program().reload();
     proxy.program().says("the configuration was read again").await;
 }

@@ -120,6 +120,11 @@ impl Upstream {
         self.instead(registry(), Instead::Hang);
     }
 
+    /// The same for these requests alone.
+    pub fn hangs_for(&self, which: fn(&Seen) -> bool) {
+        self.instead(Arc::new(which), Instead::Hang);
+    }
+
     /// Requests are read and logged, and the connection is closed without an answer.
     pub fn drops_requests(&self) {
         self.instead(registry(), Instead::Drop);
