@@ -16,6 +16,7 @@ mod guesses;
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
@@ -154,6 +155,13 @@ impl Guard {
             ));
         }
         Ok(())
+    }
+
+    /// How long a request with a token waits before it is compared, because its address has sent too many wrong ones.
+    pub(super) fn delay(&self, head: &Parts, caller: Caller) -> Option<Duration> {
+        let client = caller.client.filter(|_| self.token.is_some())?;
+        sent(&head.headers)?;
+        self.guesses.wait(client, Instant::now())
     }
 
     /// The secret that our own page puts into its forms.

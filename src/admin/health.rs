@@ -7,8 +7,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use http::StatusCode;
 use http::request::Parts;
+use http::{Method, StatusCode};
 use tokio::sync::Semaphore;
 use tokio::task::spawn_blocking;
 use tokio::time::{Instant, timeout};
@@ -58,6 +58,33 @@ impl Pulse {
     }
 }
 
+/// A request that is answered here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Asked {
+    /// `/healthz`
+    Alive,
+    /// `/readyz`
+    Ready,
+    /// `/metrics`
+    Metrics { as_openmetrics: bool },
+}
+
+impl Asked {
+    pub(super) fn of(head: &Parts) -> Option<Self> {
+        if !matches!(head.method, Method::GET | Method::HEAD) {
+            return None;
+        }
+        match head.uri.path() {
+            "/healthz" => Some(Self::Alive),
+            "/readyz" => Some(Self::Ready),
+            "/metrics" => Some(Self::Metrics {
+                as_openmetrics: metrics::wants_openmetrics(head),
+            }),
+            _ => None,
+        }
+    }
+}
+
 /// Reads of what the rest of the process knows: of each kind one at a time.
 pub(super) struct Reads {
     words: Arc<Semaphore>,
@@ -85,14 +112,13 @@ impl Admin {
         }
     }
 
-    /// The answers of this module; `None` where another one is asked for.
-    pub(super) async fn health(&self, head: &Parts) -> Option<Result<Reply, Problem>> {
-        Some(match head.uri.path() {
-            "/healthz" => self.alive().map(|()| whole(StatusCode::OK, PLAIN, "ok\n")),
-            "/readyz" => self.ready().await,
-            "/metrics" => self.measured(metrics::wants_openmetrics(head)).await,
-            _ => return None,
-        })
+    /// The answers of this module.
+    pub(super) async fn health(&self, asked: Asked) -> Result<Reply, Problem> {
+        match asked {
+            Asked::Alive => self.alive().map(|()| whole(StatusCode::OK, PLAIN, "ok\n")),
+            Asked::Ready => self.ready().await,
+            Asked::Metrics { as_openmetrics } => self.measured(as_openmetrics).await,
+        }
     }
 
     fn alive(&self) -> Result<(), Problem> {

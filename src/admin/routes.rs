@@ -48,7 +48,7 @@ const METHODS: &[(&str, &str)] = &[
 
 impl Admin {
     /// A reply as its request wants it.
-    pub(super) fn finished(&self, head: &Parts, reply: Result<Reply, Problem>) -> Reply {
+    pub(super) fn finished(head: &Parts, reply: Result<Reply, Problem>) -> Reply {
         let mut reply = reply.unwrap_or_else(|problem| Self::refusal(head, &problem));
         if head.method == Method::HEAD {
             *reply.body_mut() = Body::Whole(None);

@@ -15,7 +15,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::{Method, Request, Response};
+use http::{Request, Response};
 use http_body::{Frame, SizeHint};
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
@@ -29,7 +29,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::Admin;
 use super::guard::{Caller, Way};
-use super::health::READS_MAX;
+use super::health::{Asked, READS_MAX};
 use super::places::{Place, Places};
 use super::reply::{Body, Problem, Reply};
 use crate::server::connections::{Bounds, Connections, Entering, InFlight, Slot};
@@ -241,26 +241,30 @@ impl Serving {
     /// Answers one request. Total.
     async fn answer(&self, request: Request<Incoming>, caller: Caller) -> Response<Answer> {
         let (head, body) = request.into_parts();
-        let is_read = matches!(head.method, Method::GET | Method::HEAD);
-        let admitted = self.admin.guard.admit(&head, caller, &self.admin.events);
-        let health = match admitted {
-            Ok(()) if is_read => self.admin.health(&head).await,
-            Ok(()) => None,
-            Err(problem) => Some(Err(problem)),
-        };
-        if let Some(reply) = health {
-            return self.admin.finished(&head, reply).map(Answer::of_health);
+        let (admin, guard) = (&self.admin, &self.admin.guard);
+        if let Some(asked) = Asked::of(&head) {
+            let reply = match guard.admit(&head, caller, &admin.events) {
+                Ok(()) => admin.health(asked).await,
+                Err(problem) => Err(problem),
+            };
+            return Admin::finished(&head, reply).map(Answer::without_place);
         }
         let Some(place) = self.requests.take(caller.client) else {
             let problem =
                 Problem::busy("as many requests are answered at a time as may be, in all or of this address");
-            return self.admin.finished(&head, Err(problem)).map(Answer::of_health);
+            return Admin::finished(&head, Err(problem)).map(Answer::without_place);
         };
+        if let Some(delay) = guard.delay(&head, caller) {
+            tokio::time::sleep(delay).await;
+        }
+        if let Err(problem) = guard.admit(&head, caller, &admin.events) {
+            return Admin::finished(&head, Err(problem)).map(Answer::without_place);
+        }
         let admin = self.admin.clone();
         // Ends with the client, as it would if it were polled here.
         let answered = AbortOnDropHandle::new(self.rest.spawn(async move {
             let reply = admin.route(&head, body, caller.client).await;
-            admin.finished(&head, reply)
+            Admin::finished(&head, reply)
         }));
         let reply: Reply = match answered.await {
             Ok(reply) => reply,
@@ -280,7 +284,7 @@ struct Answer {
 }
 
 impl Answer {
-    fn of_health(body: Body) -> Self {
+    fn without_place(body: Body) -> Self {
         Self { body, place: None }
     }
 

@@ -1,7 +1,7 @@
 //! Rate limit of wrong admin tokens, per client address (GCRA: a burst, then one in a while).
 //!
-//! An address that used up its allowance is refused without a comparison, or the limit would only slow the refusals. No
-//! other address is concerned. The addresses remembered have a bound; one that is forgotten has its whole burst again.
+//! A token of an address that used up its allowance waits until one more may be tried. Of those that wait together one is
+//! compared, or the limit would only slow the refusals. No other address is concerned. The addresses remembered have a bound; one that is forgotten has its whole burst again.
 
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
