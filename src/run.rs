@@ -195,6 +195,13 @@ pub async fn serve(
     service::stopping();
     watchdog.abort();
     ending.cancel();
+    finish(tasks, &mut signals, &downloads, store).await;
+    tracing::info!("ended");
+    Ok(())
+}
+
+/// Waits for what is under way, but not for ever, and closes the store.
+async fn finish(mut tasks: JoinSet<()>, signals: &mut Signals, downloads: &Downloads, store: Arc<Store>) {
     tokio::select! {
         () = async { while tasks.join_next().await.is_some() {} } => {}
         () = signals.end() => tracing::warn!("a second signal: ending now"),
@@ -205,8 +212,6 @@ pub async fn serve(
     }
     // Flushing the index is the last write; it blocks, and nothing else runs any more.
     let _ = tokio::task::spawn_blocking(move || store.close()).await;
-    tracing::info!("ended");
-    Ok(())
 }
 
 fn certificates(config: &Config, addresses: &[IpAddr], clock: Clock) -> Result<ServerTls, TlsError> {
