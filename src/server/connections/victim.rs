@@ -41,7 +41,7 @@ pub(super) fn victim<T>(
     for candidate in candidates {
         let is_free = at_address || candidate.of_address > crowd;
         if !is_free && candidate.quiet_for < GRACE {
-            let wait = GRACE - candidate.quiet_for;
+            let wait = GRACE.saturating_sub(candidate.quiet_for);
             left = Some(left.map_or(wait, |left| left.min(wait)));
             continue;
         }
