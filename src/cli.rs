@@ -283,7 +283,7 @@ pub fn wants_colour() -> bool {
 /// Settings of glibc's allocator, which reads them from the environment at the start of a program and nowhere else.
 const HEAP: [(&str, &str); 3] = [
     ("MALLOC_ARENA_MAX", "1"),
-    ("MALLOC_MMAP_THRESHOLD_", "65536"),
+    ("MALLOC_MMAP_THRESHOLD_", "131072"),
     ("MALLOC_TRIM_THRESHOLD_", "131072"),
 ];
 

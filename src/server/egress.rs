@@ -7,7 +7,7 @@
 //!
 //! The budget bounds the size of a step, it never stops a body: a body with nothing outstanding may always read one step
 //! of the least size. The bound is therefore [`BYTES_MAX`], and one least step for each of [`BODIES_MAX`] bodies:
-//! 48 MiB + 512 × 16 KiB + 15,872 × 4 KiB = 118 MiB for the process, and 24 MiB + 512 × 16 KiB + 7,680 × 4 KiB = 62 MiB
+//! 40 MiB + 512 × 16 KiB + 15,872 × 4 KiB = 110 MiB for the process, and 20 MiB + 512 × 16 KiB + 7,680 × 4 KiB = 58 MiB
 //! for one address. A body beyond its address's share of [`BODIES_MAX`] waits for another one to end, and reads nothing
 //! meanwhile.
 //!
@@ -26,8 +26,9 @@ use tokio::sync::oneshot;
 
 use ledger::{Ledger, Ticket};
 
-/// The bytes of all response bodies in memory, beyond one least step for each body.
-const BYTES_MAX: usize = 48 * 1024 * 1024;
+/// The bytes of all response bodies in memory, beyond one least step for each body. With less, 64 readers of one address
+/// would not have the largest step each.
+const BYTES_MAX: usize = 40 * 1024 * 1024;
 
 /// Response bodies that may read at a time. Further ones wait.
 const BODIES_MAX: usize = 16_384;

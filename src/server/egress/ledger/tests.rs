@@ -35,8 +35,8 @@ fn t03_one_address_leaves_half_of_the_budget_free() {
     let mut ledger = Ledger::default();
     let greedy = fill(&mut ledger, address(1), 2_000);
     assert!(greedy <= BYTES_MAX / 2 + least(2_000), "{greedy}");
-    // 38 MiB for what took 2.5 GB without a budget.
-    assert!(greedy < 40 * 1024 * 1024, "{greedy}");
+    // 34 MiB for what took 2.5 GB without a budget.
+    assert!(greedy < 36 * 1024 * 1024, "{greedy}");
     // Another address has large steps.
     assert!(ledger.enter(address(2)));
     assert!(ledger.reserve(address(2), 0) >= Some(STEP_BYTES_SHORT));
@@ -64,7 +64,7 @@ fn t03_ordinary_readers_have_large_steps() {
 #[test]
 fn t03_short_chunks_do_not_cost_a_body_its_turn() {
     let mut ledger = Ledger::<()>::default();
-    fill(&mut ledger, address(1), 500);
+    fill(&mut ledger, address(1), 250);
     assert!(ledger.enter(address(1)));
     assert_eq!(ledger.reserve(address(1), 120), Some(STEP_BYTES_MIN - 120));
     assert_eq!(ledger.reserve(address(1), STEP_BYTES_MIN), None);
