@@ -8,9 +8,9 @@ use http::{HeaderMap, HeaderValue, Method, header};
 use http_body_util::{BodyExt as _, Empty};
 use ifnewer::download::Downloads;
 use ifnewer::event::Events;
-use ifnewer::oci::{Accept, Digest, LoginRequest, Operation, RangeRequest};
+use ifnewer::oci::{Accept, Cause, Digest, LoginRequest, Operation, RangeRequest};
 use ifnewer::policy::rules::Rules;
-use ifnewer::pull::{Access, Content, LoggedIn, Outcome, Pull, Request, Site, SiteStates};
+use ifnewer::pull::{Access, Content, LoggedIn, Outcome, Pull, Reason, Request, Site, SiteStates};
 use ifnewer::queue::Peer;
 use ifnewer::store::step::Buffers;
 use ifnewer::store::volume::{Directory, Memory, Volume};
@@ -239,6 +239,11 @@ impl Cache {
     }
 
     pub async fn get(&self, wish: &Wish) -> Got {
+        self.get_with_cause(wish).await.0
+    }
+
+    /// What a client gets, and why the upstream was not asked, or gave no usable answer, where that is the reason.
+    pub async fn get_with_cause(&self, wish: &Wish) -> (Got, Option<Cause>) {
         let method = if wish.head { Method::HEAD } else { Method::GET };
         let mut headers = HeaderMap::new();
         headers.append(header::ACCEPT, HeaderValue::from_static(OCI_MANIFEST));
@@ -265,7 +270,18 @@ impl Cache {
             peer: Peer::Local,
             range: RangeRequest::None,
         };
-        match self.pull.answer(request).await {
+        let outcome = self.pull.answer(request).await;
+        let cause = match &outcome {
+            Outcome::Manifest(_, how)
+            | Outcome::Blob { how, .. }
+            | Outcome::Listing(_, how)
+            | Outcome::LongList(_, how) => match how.reason {
+                Reason::Held(served) => served.cause(),
+                _ => None,
+            },
+            _ => None,
+        };
+        let got = match outcome {
             Outcome::Manifest(manifest, _) => {
                 Got::Content(manifest.digest, (!wish.head).then(|| manifest.bytes.clone()))
             }
@@ -277,7 +293,8 @@ impl Cache {
             Outcome::Listing(..) => Got::List,
             Outcome::Refused(refused) => Got::No(refused.refusal.name()),
             _ => panic!("an outcome of another kind"),
-        }
+        };
+        (got, cause)
     }
 }
 

@@ -372,3 +372,28 @@ async fn what_a_shared_upstream_brought_is_nobodys_at_a_proven_one() {
         gets(&cache, shared(layer(&registry, "acme/app", bob()))).await;
     }
 }
+
+#[tokio::test(start_paused = true)]
+async fn grant_is_dated_by_its_question_and_not_by_its_answer() {
+    let (registry, cache) = stocked();
+    pulls(&cache, &registry, "acme/app", &alice()).await;
+    jump(3600);
+    registry.mood(Mood::Stalls);
+    let late = tokio::spawn({
+        let cache = Arc::clone(&cache);
+        async move { cache.get(&tag("acme/app", "1", alice())).await }
+    });
+    settle().await;
+    // Longer than a grant lasts.
+    jump(400);
+    registry.mood(Mood::Well);
+    late.await.unwrap();
+    tokio::time::sleep(Duration::from_secs(40)).await;
+
+    let before = registry.asked().len();
+    gets(&cache, layer(&registry, "acme/app", alice())).await;
+    assert!(
+        registry.asked().len() > before,
+        "served on a grant that has lapsed"
+    );
+}

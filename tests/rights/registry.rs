@@ -132,6 +132,8 @@ pub struct State {
     /// May see lists, and nothing else.
     pub lists: BTreeSet<(String, String)>,
     pub words: Vec<Word>,
+    /// Whether it ever told anybody to ask less often.
+    pub has_limited: bool,
     /// Method and path of each request.
     pub asked: Vec<String>,
     decided: usize,
@@ -167,6 +169,7 @@ impl Registry {
             rights: BTreeSet::new(),
             lists: BTreeSet::new(),
             words: Vec::new(),
+            has_limited: false,
             asked: Vec::new(),
             decided: 0,
             passwords: BTreeMap::new(),
@@ -325,6 +328,7 @@ impl State {
             }
         }
         if let Mood::Status(status) = self.mood {
+            self.has_limited |= status == 429;
             let builder = Response::builder().status(status);
             return (
                 builder.header(RETRY_AFTER, "1").body(Full::default()).unwrap(),

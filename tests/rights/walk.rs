@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use ifnewer::oci::Digest;
+use ifnewer::oci::{Cause, Digest};
 use ifnewer::policy::rules::{Changes, Rule, Rules};
 use ifnewer::policy::{Absence, Policy};
 use tokio::task::JoinSet;
@@ -272,7 +272,7 @@ impl Walk {
         jump(
             *self
                 .dice
-                .pick(&[1, 20, 100, 250, 320, 3_700, 13 * 3_600, -30, -400]),
+                .pick(&[1, 20, 100, 250, 320, 3_700, 13 * 3_600, -30, -400, -1_800, -3_700]),
         );
         self.done += 1;
     }
@@ -347,7 +347,10 @@ impl Walk {
                     step.wish.shows = shows;
                     step.before = registry.state().words.len();
                 }
-                let got = cache.get(&step.wish).await;
+                let (got, cause) = cache.get_with_cause(&step.wish).await;
+                // A client whose limit was reached asks again slowly, one request at first. Until its turn it is as in an
+                // outage; but the registry must have told somebody so.
+                step.silent |= cause == Some(Cause::RateLimited) && registry.state().has_limited;
                 (step, got, now())
             });
         }
