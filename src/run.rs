@@ -104,13 +104,10 @@ pub async fn serve(
     let mut signals = Signals::new()?;
     let limits = affordable(&config, descriptors);
     // The lock first: a second process must refuse before it disturbs anything of the first.
-    let volume = Arc::new(Directory::open(&config.data)?);
-    let settings = store_settings(&config, descriptors);
-    let opened = block_in_place(|| Store::open(&settings, volume, clock.now()))?;
-    let store = Arc::new(opened);
+    let (store, offline) = block_in_place(|| open_store(&config, descriptors, clock))?;
     let told = Told {
         events,
-        offline: block_in_place(|| as_left(&store)),
+        offline,
         served: Arc::new(Proofs(Arc::clone(&store))),
         clock,
     };
@@ -178,8 +175,7 @@ pub async fn serve(
                 serving.activate();
                 registry.store(Arc::new(serving));
                 tls.store(Arc::new(certificate));
-                block_in_place(|| store.set_limits(store_limits(&new)));
-                store.set_scrub_rate(new.store.scrub_rate);
+                block_in_place(|| adjust(&store, &new));
                 warn_of_restart(&config, &new);
                 tracing::info!("the configuration was read again and is in effect");
             }
@@ -246,6 +242,20 @@ fn store_settings(config: &Config, descriptors: usize) -> StoreSettings {
         open_blobs_max: usual.open_blobs_max.min(descriptors / 8),
         ..usual
     }
+}
+
+/// What a reload changes of the store.
+fn adjust(store: &Store, new: &Config) {
+    store.set_limits(store_limits(new));
+    store.set_scrub_rate(new.store.scrub_rate);
+}
+
+fn open_store(config: &Config, descriptors: usize, clock: Clock) -> Result<(Arc<Store>, Offline), RunError> {
+    let volume = Arc::new(Directory::open(&config.data)?);
+    let settings = store_settings(config, descriptors);
+    let store = Store::open(&settings, volume, clock.now())?;
+    let offline = as_left(&store);
+    Ok((Arc::new(store), offline))
 }
 
 /// An operator who switched offline mode on before an upgrade must not find upstreams asked after it.

@@ -218,7 +218,13 @@ impl Store {
         let pins = Arc::new(Pins::read(&volume, &uses));
         let room = Arc::new(Room::new(settings.limits, &volume, &usage));
         let blobs = Arc::new(blobs::Blobs::new(
-            settings, &volume, &index, &usage, leftovers, &uses, &refusal, &removed,
+            settings,
+            &volume,
+            &index,
+            (&usage, &removed),
+            leftovers,
+            &uses,
+            &refusal,
         ));
         let manifests = Arc::new(manifests::Manifests::new(
             settings, &volume, &usage, &uses, &removed,

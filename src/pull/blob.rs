@@ -104,9 +104,9 @@ impl Cached<'_> {
             return Some((Content::Memory(bytes), size));
         }
         let image = format_args!("{}@{digest}", self.repository);
-        let held = self.pull.cached(self.site, &image, self.view.blob(digest))?;
-        let size = held.size;
-        let content = if head { Content::Head } else { Content::File(held) };
+        let blob = self.pull.cached(self.site, &image, self.view.blob(digest))?;
+        let size = blob.size;
+        let content = if head { Content::Head } else { Content::File(blob) };
         Some((content, size))
     }
 }
@@ -193,12 +193,12 @@ impl Road<'_> {
         let asked = self.ask(situation).await;
         match asked.heard {
             Heard::Absent => {
-                let site = Arc::clone(&self.request.site);
+                let own = Arc::clone(&self.request.site);
                 let (repository, digest) = (self.repository.clone(), self.digest);
                 let gone = self
                     .pull
                     .store
-                    .write(move |store| store.note_gone(site.name(), &repository, &digest))
+                    .write(move |store| store.note_gone(own.name(), &repository, &digest))
                     .await;
                 super::asking::report(gone, "forget a blob that the registry no longer has");
                 refused(Refusal::Absent, asked.answer, false)

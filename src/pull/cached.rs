@@ -66,7 +66,7 @@ impl Pull {
             return found;
         }
         let (pull, site, repository) = (Arc::clone(self), Arc::clone(site), repository.clone());
-        let from_disk = self.store.from_disk(move |view| {
+        let on_disk = self.store.on_disk(move |view| {
             look(&Cached {
                 pull: &pull,
                 view,
@@ -75,7 +75,7 @@ impl Pull {
             })
         });
         // On the heap, so that the state of requests that are answered from memory stays as small as it is.
-        Box::pin(from_disk).await
+        Box::pin(on_disk).await
     }
 
     pub(super) async fn cached_manifest(

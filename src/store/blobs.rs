@@ -152,11 +152,10 @@ impl Blobs {
         settings: &Settings,
         volume: &Arc<dyn Volume>,
         index: &Arc<IndexHandle>,
-        usage: &Arc<Counters>,
+        (usage, removed): (&Arc<Counters>, &Arc<Removed>),
         leftovers: Leftovers,
         uses: &Arc<Uses>,
         refusal: &Refusal,
-        removed: &Arc<Removed>,
     ) -> Self {
         Self {
             volume: Arc::clone(volume),
@@ -185,6 +184,7 @@ impl Blobs {
     }
 
     /// [`Self::find_small`], where memory is enough to know.
+    #[expect(clippy::option_option, reason = "whether it is known, and what is known")]
     pub(super) fn ready_small(&self, digest: &Digest) -> Option<Option<Bytes>> {
         if let Some(bytes) = self.small.get(digest) {
             return Some(Some(bytes));

@@ -63,6 +63,7 @@ impl Challenges {
     }
 
     /// What the upstream last said; `None` where that takes the file to know.
+    #[expect(clippy::option_option, reason = "whether it is known, and what is known")]
     pub(super) fn ready(&self, upstream: &str) -> Option<Option<Arc<KeptChallenge>>> {
         self.known().get(upstream).cloned()
     }

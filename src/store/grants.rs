@@ -67,19 +67,18 @@ impl Store {
 
 impl AsyncStore {
     /// When the upstream last said yes; `None` where it takes the index to know.
+    #[expect(clippy::option_option, reason = "whether it is known, and what is known")]
     pub fn grant_in_memory(&self, right: Right<'_>) -> Option<Option<SystemTime>> {
         self.store.grants.known(right.key(), || right.owned())
     }
 
     /// When the upstream last said yes, as far as the index says in time.
     pub async fn grant(&self, right: Right<'_>) -> Option<SystemTime> {
-        match self.grant_in_memory(right) {
-            Some(known) => known,
-            None => {
-                let key = right.owned();
-                self.from_index(move |store| store.grants.find(&key)).await
-            }
+        if let Some(known) = self.grant_in_memory(right) {
+            return known;
         }
+        let key = right.owned();
+        self.on_index(move |store| store.grants.find(&key)).await
     }
 
     /// Keeps that the upstream said yes at `at`.
@@ -95,7 +94,7 @@ impl AsyncStore {
             match forgetting {
                 None => true,
                 Some(forgetting) => {
-                    own.from_index(move |store| store.grants.forgotten(forgetting))
+                    own.on_index(move |store| store.grants.forgotten(forgetting))
                         .await
                 }
             }
@@ -151,6 +150,7 @@ impl Grants {
     }
 
     /// What memory knows of a right; `None` where it takes the index to know.
+    #[expect(clippy::option_option, reason = "whether it is known, and what is known")]
     fn known(&self, key: GrantRef<'_>, owned: impl FnOnce() -> GrantKey) -> Option<Option<SystemTime>> {
         if let Some(known) = self.ready.get(&key) {
             return Some(known.at());
@@ -249,10 +249,7 @@ impl Grants {
         let oldest = to_millis(now.checked_sub(KEPT_FOR).unwrap_or(SystemTime::UNIX_EPOCH));
         let mut kept: Vec<(u64, Vec<u8>)> = Vec::new();
         let mut after = Vec::new();
-        loop {
-            let Ok(page) = self.index.scan(vec![KEY_PREFIX], after.clone(), SCAN_PAGE) else {
-                break;
-            };
+        while let Ok(page) = self.index.scan(vec![KEY_PREFIX], after.clone(), SCAN_PAGE) {
             let Some((last, _)) = page.last() else {
                 listing.finish();
                 break;

@@ -54,21 +54,18 @@ impl AsyncStore {
     pub async fn read<T: Send + 'static>(&self, read: impl Fn(&View<'_>) -> T + Send + 'static) -> T {
         match self.in_memory(&read) {
             Some(found) => found,
-            None => Box::pin(self.from_disk(move |view| read(view))).await,
+            None => Box::pin(self.on_disk(move |view| read(view))).await,
         }
     }
 
     /// What `read` finds on the disk, for what [`Self::in_memory`] did not know.
-    pub async fn from_disk<T: Send + 'static>(
-        &self,
-        read: impl FnOnce(&View<'_>) -> T + Send + 'static,
-    ) -> T {
+    pub async fn on_disk<T: Send + 'static>(&self, read: impl FnOnce(&View<'_>) -> T + Send + 'static) -> T {
         let place = Arc::clone(&self.reads).acquire_owned().await.ok();
         self.on_thread(place, move |store| read(&store.view())).await
     }
 
     /// What the index says in time.
-    pub(super) async fn from_index<T: Send + 'static>(
+    pub(super) async fn on_index<T: Send + 'static>(
         &self,
         wait: impl FnOnce(&Store) -> T + Send + 'static,
     ) -> T {

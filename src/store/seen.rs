@@ -203,6 +203,7 @@ impl SeenFiles {
     }
 
     /// Since when the repository is public, if it is; `None` where that takes the file to know.
+    #[expect(clippy::option_option, reason = "whether it is known, and what is known")]
     pub(super) fn ready_public(&self, upstream: &str, repository: &Repository) -> Option<Option<SystemTime>> {
         let ready = self.ready.get(&PlaceRef::new(upstream, repository))?;
         Some(ready.seen.read(|seen| seen.public))

@@ -257,16 +257,12 @@ impl Wholes {
         if removals == self.removed.count() {
             return true;
         }
-        match self.removed.none_since(removals, &whole.parts) {
-            Some(now) => {
-                whole.removals.store(now, Ordering::Release);
-                true
-            }
-            None => {
-                self.known.remove(&image);
-                false
-            }
+        if let Some(now) = self.removed.none_since(removals, &whole.parts) {
+            whole.removals.store(now, Ordering::Release);
+            return true;
         }
+        self.known.remove(&image);
+        false
     }
 
     fn note(&self, place: Place, digest: Digest, removals: u64, parts: Vec<Part>) {

@@ -126,7 +126,7 @@ fn t18_a_change_is_seen_in_what_images_share() {
 }
 
 #[test]
-fn t18_pages_follow_each_other_from_index_and_files() {
+fn t18_pages_follow_each_other_on_index_and_files() {
     let volume = Arc::new(Counting::default());
     let store = filled(&volume);
     let all: Vec<_> = (0..TAGS).map(tag).collect();
