@@ -117,6 +117,7 @@ impl Front {
         let (response, told) = self.respond(&registry, &place, body, &mut record).await;
         let mut response = record.answered(told, &head.method, response);
         response.body_mut().count(self.egress.body(peer.address));
+        response.body_mut().pardon_by(&peer.pardon);
         if gate::ends_connection(&head) || (head.version < Version::HTTP_2 && !ended.is_true()) {
             response
                 .headers_mut()
@@ -153,7 +154,9 @@ impl Front {
             Wanted::Read(request, _) => {
                 record.asks_for(told::subject(&request.operation));
                 let asked = reply::Asked::new(head, &request);
+                let pardoned = place.peer.pardon.hold();
                 let outcome = pull.answer(request).await;
+                drop(pardoned);
                 let told = Told::of(&outcome);
                 (reply::answer(outcome, &asked, self, pull.store()), told)
             }

@@ -25,6 +25,7 @@ use crate::upstream::Fetched;
 use crate::upstream::pass::PassedOn;
 
 use super::egress::{Account, Charge};
+use super::idle::{Pardon, Pardoned};
 use super::record::Open;
 
 pub(super) use parts::{From as PartsFrom, Plan};
@@ -40,6 +41,10 @@ pub struct Body {
     account: Option<Account>,
     /// For the step under way.
     charge: Option<Charge>,
+    /// Of the connection that it is sent on.
+    pardon: Option<Pardon>,
+    /// Held while the bytes are waited for, so that the connection is not taken for stalled.
+    pardoned: Option<Pardoned>,
 }
 
 enum Kind {
@@ -93,12 +98,19 @@ impl Body {
             record: None,
             account: None,
             charge: None,
+            pardon: None,
+            pardoned: None,
         }
     }
 
     /// From now on, what it reads is counted on `account`.
     pub(super) fn count(&mut self, account: Account) {
         self.account = Some(account);
+    }
+
+    /// From now on the connection may be quiet while this body waits for an upstream.
+    pub(super) fn pardon_by(&mut self, pardon: &Pardon) {
+        self.pardon = Some(pardon.clone());
     }
 
     /// From now on, `record` goes with this body, and is written when it ends.
@@ -226,16 +238,16 @@ impl Body {
     /// The next chunk, read within the budget and counted on it.
     fn poll_step(&mut self, context: &mut Context<'_>) -> Poll<Next> {
         let (Some(account), false) = (&mut self.account, self.kind.is_in_memory()) else {
-            return self.kind.poll(context, STEP_BYTES);
+            return self.poll_source(context, STEP_BYTES);
         };
         if self.kind.is_spent() {
-            return self.kind.poll(context, STEP_BYTES);
+            return self.poll_source(context, STEP_BYTES);
         }
         let charge = match self.charge.take() {
             Some(charge) => charge,
             None => ready!(account.poll_reserve(context)),
         };
-        match self.kind.poll(context, charge.bytes()) {
+        match self.poll_source(context, charge.bytes()) {
             Poll::Ready(Some(Ok(chunk))) => {
                 let held = held_bytes(chunk.len());
                 Poll::Ready(Some(Ok(charge.onto(chunk, held))))
@@ -246,6 +258,18 @@ impl Body {
             }
             ended @ Poll::Ready(_) => ended,
         }
+    }
+
+    fn poll_source(&mut self, context: &mut Context<'_>, step_bytes: usize) -> Poll<Next> {
+        let next = self.kind.poll(context, step_bytes);
+        let awaits_upstream =
+            next.is_pending() && matches!(self.kind, Kind::Flow { .. } | Kind::Passed { .. });
+        if !awaits_upstream {
+            self.pardoned = None;
+        } else if self.pardoned.is_none() {
+            self.pardoned = self.pardon.as_ref().map(Pardon::hold);
+        }
+        next
     }
 }
 
