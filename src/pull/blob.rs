@@ -361,10 +361,8 @@ impl Road<'_> {
 
     /// Whether the answer may begin before the upstream was asked: this principal has a right to what a manifest here
     /// names, and wants it from the start.
-    fn may_begin_queued(&self, situation: Situation) -> bool {
-        situation.standing == Standing::Vouched
-            && self.stated_size().is_some()
-            && self.request.range == RangeRequest::None
+    fn may_begin_queued(&self) -> bool {
+        self.may_read_here() && self.stated_size().is_some() && self.request.range == RangeRequest::None
     }
 
     /// Whether a transfer that this principal began here is still its own to read: the `GET` of the transfer is the
@@ -394,13 +392,15 @@ impl Road<'_> {
 
     /// Whether what is arriving is the upstream's response for this very repository, in which this principal may read.
     fn may_follow_here(&self) -> bool {
+        let arriving = &self.pull.arriving;
+        self.may_read_here() && arriving.is_in(&self.request.site, self.repository, self.digest)
+    }
+
+    /// Whether this principal may read in this repository.
+    fn may_read_here(&self) -> bool {
         let now = self.request.now;
         let here = self.context.situation(self.rule, Subject::Blob, None, true, now);
         here.standing == Standing::Vouched
-            && self
-                .pull
-                .arriving
-                .is_in(&self.request.site, self.repository, self.digest)
     }
 
     async fn read(
@@ -411,7 +411,7 @@ impl Road<'_> {
         leads: bool,
     ) -> Result<Outcome, Arc<Failure>> {
         let opened = async {
-            if self.may_begin_queued(situation) && is_still_queued(&mut reader).await {
+            if self.may_begin_queued() && is_still_queued(&mut reader).await {
                 return Ok(None);
             }
             opened_with_size(&mut reader, self.stated_size()).await
