@@ -27,7 +27,7 @@ use tokio::sync::{broadcast, mpsc};
 pub use clients::{Client, agent};
 pub use connections::{Closed, ConnectionState, OpenConnection, TokenRefused};
 pub use journal::Decision;
-pub use levels::{AllowanceLevel, Levels};
+pub use levels::{AllowanceLevel, Levels, QueueLevel};
 pub use metrics::Tunnel;
 pub use series::Totals;
 pub use spans::{SPANS_WAITING_MAX, Span, SpanKind};

@@ -208,7 +208,10 @@ const BOUNDS: Bounds = Bounds {
 };
 
 /// Grants whose receivers are to be told once the lock is given back: a place that nobody takes is dropped, and that locks.
-type Granted = Vec<(oneshot::Sender<Result<Place, Full>>, Result<Place, Full>)>;
+type Granted = Vec<Told>;
+
+/// One who waited, and what came of it.
+type Told = (oneshot::Sender<Result<Place, Full>>, Result<Place, Full>);
 
 impl Shared {
     /// Every change under this lock is complete before it is given back.
@@ -328,11 +331,7 @@ type Receiver = oneshot::Receiver<Result<Place, Full>>;
 
 impl State {
     /// What a ticket that was withdrawn is told.
-    fn refuse(
-        &mut self,
-        ticket: Ticket,
-        met: Met,
-    ) -> Option<(oneshot::Sender<Result<Place, Full>>, Result<Place, Full>)> {
+    fn refuse(&mut self, ticket: Ticket, met: Met) -> Option<Told> {
         let pending = self.pending.remove(&ticket)?;
         match met {
             Met::Peer => self.counts.refused_by_client += 1,
@@ -377,7 +376,7 @@ impl Drop for Place {
         let mut state = self.queue.state();
         state.core.release(self.taken);
         let held_for = self.since.elapsed();
-        state.held_for = state.held_for - state.held_for / 8 + held_for / 8;
+        state.held_for = state.held_for / 8 * 7 + held_for / 8;
         let granted = self.queue.grant(&mut state);
         drop(state);
         tell(granted);

@@ -109,8 +109,6 @@ pub struct State {
     pub in_flight: usize,
     /// Requests that wait for a place.
     pub waiting: usize,
-    /// What became of those that waited.
-    pub queue: crate::queue::Counts,
 }
 
 /// A part of an upstream that fails, for the operator.
@@ -416,7 +414,6 @@ impl Upstream {
             quirks,
             in_flight: learned.questions.in_use() + learned.lists.in_use(),
             waiting: learned.questions.waiting() + learned.lists.waiting(),
-            queue: learned.questions.counts(),
         }
     }
 
@@ -472,6 +469,11 @@ impl Upstream {
         };
         let place = places.acquire(&self.0.group, waiters);
         place.await.map_err(|refused| Box::new(Answer::unplaced(refused)))
+    }
+
+    /// The queues of requests: lists, and all others without the transfers of blobs.
+    pub fn queues(&self) -> [&crate::queue::Queue; 2] {
+        [&self.0.learned.questions, &self.0.learned.lists]
     }
 
     /// Requests under way at once, and as many blob transfers.

@@ -8,7 +8,9 @@ use http::request::Parts;
 
 use super::reply::{Reply, whole};
 use super::{Admin, upstreams};
-use crate::event::Levels;
+use crate::event::{Levels, QueueLevel};
+use crate::queue::{Class, Counts, Queue};
+use crate::server::Registry;
 
 /// The type of what everybody else gets.
 const PLAIN_METRICS: &str = "text/plain; version=0.0.4; charset=utf-8";
@@ -68,6 +70,8 @@ impl Admin {
             is_store_degraded: !store.troubles().is_empty(),
             store_objects: usage.blobs + usage.manifests,
             store_tags: usage.tags,
+            queues: queues(&registry),
+            given_up: downloads.given_up(),
             transfers: downloads.count() as u64,
             waiters,
             fetched_bytes: downloads.fetched_bytes(),
@@ -78,5 +82,31 @@ impl Admin {
             allowances: upstreams::allowances(&registry, now),
             certificates: self.tls.load().good_until(),
         }
+    }
+}
+
+/// The queues: of requests to all upstreams together, and of downloads.
+fn queues(registry: &Registry) -> Vec<QueueLevel> {
+    let sites = registry.doors.all().iter();
+    let requests: Vec<&Queue> = sites.flat_map(|site| site.upstream().queues()).collect();
+    vec![
+        level("requests", &requests),
+        level("downloads", &[registry.pull.downloads().queue()]),
+    ]
+}
+
+fn level(queue: &'static str, queues: &[&Queue]) -> QueueLevel {
+    let sum = |count: &dyn Fn(&Counts) -> u64| queues.iter().map(|queue| count(&queue.counts())).sum();
+    let waiting = |class| queues.iter().map(|queue| queue.waiting_in(class) as u64).sum();
+    QueueLevel {
+        queue,
+        waiting: Class::ALL.map(|class| (class.name(), waiting(class))).to_vec(),
+        granted: sum(&|counts| counts.granted),
+        waited: queues.iter().map(|queue| queue.counts().waited).sum(),
+        refused: vec![
+            ("client-queue-full", sum(&|counts| counts.refused_by_client)),
+            ("queue-full", sum(&|counts| counts.refused_in_all)),
+        ],
+        abandoned: sum(&|counts| counts.abandoned),
     }
 }

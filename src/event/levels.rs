@@ -33,6 +33,10 @@ pub struct Levels {
     pub egress_bytes: u64,
     /// Responses that wait for others to end before they read.
     pub egress_waiting: u64,
+    /// The queues of requests and transfers.
+    pub queues: Vec<QueueLevel>,
+    /// Transfers given up, for no client waited for them.
+    pub given_up: u64,
     /// Transfers under way.
     pub transfers: u64,
     /// Clients that read from a transfer under way which another one began.
@@ -51,6 +55,23 @@ pub struct Levels {
     pub certificates: Vec<(&'static str, SystemTime)>,
     /// What is left of whose allowance.
     pub allowances: Vec<AllowanceLevel>,
+}
+
+/// A queue, and what became of those that waited in it since the start.
+#[derive(Clone, Debug)]
+pub struct QueueLevel {
+    /// `requests`, of all upstreams together, or `downloads`.
+    pub queue: &'static str,
+    /// Requests that wait, by class.
+    pub waiting: Vec<(&'static str, u64)>,
+    /// Places given.
+    pub granted: u64,
+    /// The waits for them, together.
+    pub waited: Duration,
+    /// Requests refused, by reason.
+    pub refused: Vec<(&'static str, u64)>,
+    /// Waits that ended because no client was left.
+    pub abandoned: u64,
 }
 
 /// What an upstream last said of an allowance.

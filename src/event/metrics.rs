@@ -83,6 +83,23 @@ struct CertificateLabels {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct QueueLabels {
+    queue: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct QueueClassLabels {
+    queue: &'static str,
+    class: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct QueueReasonLabels {
+    queue: &'static str,
+    reason: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct ClientLabels {
     client: &'static str,
 }
@@ -151,6 +168,12 @@ pub(super) struct Metrics {
     store_tags: Level,
     egress_bytes: Level,
     egress_waiting: Level,
+    queue_waiting: Family<QueueClassLabels, Level>,
+    queue_granted: Family<QueueLabels, Counter>,
+    queue_waited: Family<QueueLabels, Counter<f64, AtomicU64>>,
+    queue_refused: Family<QueueReasonLabels, Counter>,
+    queue_abandoned: Family<QueueLabels, Counter>,
+    given_up: Counter,
     transfers: Level,
     waiters: Level,
     offline: Level,
@@ -209,6 +232,12 @@ impl Default for Metrics {
             store_tags: Level::default(),
             egress_bytes: Level::default(),
             egress_waiting: Level::default(),
+            queue_waiting: Family::default(),
+            queue_granted: Family::default(),
+            queue_waited: Family::default(),
+            queue_refused: Family::default(),
+            queue_abandoned: Family::default(),
+            given_up: Counter::default(),
             transfers: Level::default(),
             waiters: Level::default(),
             offline: Level::default(),
@@ -331,6 +360,26 @@ impl Metrics {
         }
     }
 
+    fn tell_queues(&self, levels: &Levels) {
+        raise(&self.given_up, levels.given_up);
+        for level in &levels.queues {
+            let queue = level.queue;
+            for (class, count) in &level.waiting {
+                let labels = QueueClassLabels { queue, class };
+                self.queue_waiting.get_or_create(&labels).set(*count);
+            }
+            for (reason, count) in &level.refused {
+                let labels = QueueReasonLabels { queue, reason };
+                raise(&self.queue_refused.get_or_create(&labels), *count);
+            }
+            let labels = QueueLabels { queue };
+            raise(&self.queue_granted.get_or_create(&labels), level.granted);
+            let waited = self.queue_waited.get_or_create(&labels);
+            waited.inc_by((level.waited.as_secs_f64() - waited.get()).max(0.0));
+            raise(&self.queue_abandoned.get_or_create(&labels), level.abandoned);
+        }
+    }
+
     pub(super) fn text(&self, levels: &Levels, clients: &[Client]) -> String {
         self.store_bytes.set(levels.store_bytes);
         self.store_bytes_max.set(levels.store_bytes_max);
@@ -348,6 +397,7 @@ impl Metrics {
         self.store_tags.set(levels.store_tags);
         self.egress_bytes.set(levels.egress_bytes);
         self.egress_waiting.set(levels.egress_waiting);
+        self.tell_queues(levels);
         self.transfers.set(levels.transfers);
         self.waiters.set(levels.waiters);
         self.offline.set(u64::from(levels.offline));

@@ -202,6 +202,8 @@ impl Metrics {
             "Responses that read nothing until others from their address end",
             self.egress_waiting.clone(),
         );
+        self.register_queues();
+        let registry = &mut self.registry;
         registry.register(
             "transfers_in_progress",
             "Downloads under way",
@@ -211,6 +213,40 @@ impl Metrics {
             "coalesced_waiters",
             "Clients that read from a download under way which another one began",
             self.waiters.clone(),
+        );
+    }
+
+    fn register_queues(&mut self) {
+        let registry = &mut self.registry;
+        registry.register(
+            "queue_waiting_requests",
+            "Requests that wait for a place, by queue and class",
+            self.queue_waiting.clone(),
+        );
+        registry.register(
+            "queue_granted",
+            "Places given, by queue",
+            self.queue_granted.clone(),
+        );
+        registry.register(
+            "queue_waited_seconds",
+            "Time waited for the places given, by queue",
+            self.queue_waited.clone(),
+        );
+        registry.register(
+            "queue_refused",
+            "Requests refused because too many wait already, by queue and reason",
+            self.queue_refused.clone(),
+        );
+        registry.register(
+            "queue_abandoned",
+            "Waits that ended because no client was left, by queue",
+            self.queue_abandoned.clone(),
+        );
+        registry.register(
+            "downloads_given_up",
+            "Downloads that ended because no client waited for them",
+            self.given_up.clone(),
         );
     }
 }
