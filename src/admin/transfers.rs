@@ -15,6 +15,8 @@ pub(super) struct Transfer {
     pub(super) seconds: f64,
     /// Clients that read it now.
     pub(super) readers: usize,
+    /// Whether it waits for a place.
+    pub(super) queued: bool,
 }
 
 /// The longest running first.
@@ -33,6 +35,7 @@ pub(super) fn list(registry: &Registry) -> Vec<Transfer> {
                 bytes_per_second: transfer.received.saturating_mul(1_000) / ms,
                 seconds: transfer.elapsed.as_secs_f64(),
                 readers: transfer.readers,
+                queued: transfer.is_queued,
             }
         })
         .collect()

@@ -9,16 +9,19 @@ use super::words::rfc3339;
 use crate::event::AllowanceLevel;
 use crate::oci::Cause;
 use crate::pull::Site;
+use crate::queue::Queue;
 use crate::server::Registry;
 
 /// All upstreams, as JSON. Credentials are told by kind, a client's by an id that means nothing elsewhere.
 pub(super) fn listed(registry: &Registry, now: SystemTime) -> Value {
     let sites = registry.doors.all().iter();
-    let upstreams: Vec<Value> = sites.map(|site| described(site, now)).collect();
+    let upstreams: Vec<Value> = sites
+        .map(|site| described(site, registry.pull.downloads().queue(), now))
+        .collect();
     json!({ "upstreams": upstreams })
 }
 
-fn described(site: &Site, now: SystemTime) -> Value {
+fn described(site: &Site, downloads: &Queue, now: SystemTime) -> Value {
     let (name, state) = (site.name(), site.upstream().state());
     let last = state.last_silence.map(|(cause, _)| cause);
     let silence = |(cause, ago): (Cause, Duration)| {
@@ -58,7 +61,8 @@ fn described(site: &Site, now: SystemTime) -> Value {
         "last_silence": state.last_silence.map(silence),
         "last_head": state.last_head.map(|(took, ago)| json!({ "ms": took.as_millis(), "seconds_ago": ago.as_secs() })),
         "identity": site.identity(),
-        "in_flight": state.in_flight,
+        "in_flight": state.in_flight + downloads.in_use_of(name),
+        "waiting": state.waiting + downloads.waiting_of(name),
         "quirks": state.quirks.iter().map(|quirk| quirk.name()).collect::<Vec<_>>(),
         "rate_limits": allowances,
     })

@@ -137,6 +137,7 @@ pub(super) fn transfers(transfers: &[Transfer], pulls: &[PullView]) -> Markup {
                         None => { progress aria-label="Received" {} }
                     }
                     span.fact {
+                        @if transfer.queued { "queued · " }
                         (bytes(transfer.received))
                         @if let Some(size) = transfer.size { " of " (bytes(size)) }
                         " · " (bytes(transfer.bytes_per_second)) "/s · "
