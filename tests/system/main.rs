@@ -71,6 +71,7 @@ mod page;
 mod policies;
 mod prefetch;
 mod promise;
+mod queueing;
 mod quirks;
 mod ranges;
 mod rate_limits;
