@@ -327,15 +327,15 @@ async fn t02_a_request_waits_for_its_place_without_a_limit() {
     })
     .await;
     let upstream = piped(&registry);
-    let (caller, list) = (anonymous(), operation("/v2/library/a/tags/list"));
+    let (caller, manifest) = (anonymous(), tag());
     let accept = accept();
     let mut held = Vec::new();
     // Some places are kept for revalidation.
     for _ in 0..FETCHES_MAX - FETCHES_MAX / 8 {
-        held.push(upstream.get(&caller, &list, &accept, None).await.unwrap());
+        held.push(upstream.get(&caller, &manifest, &accept, None).await.unwrap());
     }
     assert_eq!(upstream.state().in_flight, held.len());
-    let mut waiting = std::pin::pin!(upstream.get(&caller, &list, &accept, None));
+    let mut waiting = std::pin::pin!(upstream.get(&caller, &manifest, &accept, None));
     let an_hour = Duration::from_secs(3600);
     assert!(tokio::time::timeout(an_hour, &mut waiting).await.is_err());
     let revalidating = Caller {
