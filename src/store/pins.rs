@@ -133,10 +133,13 @@ impl Pins {
             self.uses.needed([*digest]);
         }
         let path = pin.path();
-        self.volume
-            .write_whole(&path, &sealed(&Record::of(pin)))
-            .map_err(|error| Fault::io("write", &path, &error))?;
-        self.change().insert(pin.clone(), path);
+        // First: nothing is evicted any more while the file is written.
+        self.change().insert(pin.clone(), path.clone());
+        let written = self.volume.write_whole(&path, &sealed(&Record::of(pin)));
+        written.map_err(|error| {
+            self.change().remove(pin);
+            Fault::io("write", &path, &error)
+        })?;
         Ok(true)
     }
 
