@@ -82,7 +82,7 @@ impl Store {
     /// the files, which is slower.
     pub fn tags(&self, after: Option<&TagKey>, limit: usize) -> Vec<(TagKey, TagRecord)> {
         self.refs
-            .list(after.map(TagKey::to_index).unwrap_or_default(), limit)
+            .list(&after.map(TagKey::to_index).unwrap_or_default(), limit)
     }
 
     /// At most `limit` tags in order, after the first `skip`: of those, no more than the keys is looked at.
@@ -426,16 +426,16 @@ impl Refs {
     }
 
     /// From the first after the index's key `after` on; from the first of all where that is empty.
-    fn list(&self, after: Vec<u8>, limit: usize) -> Vec<(TagKey, TagRecord)> {
+    fn list(&self, after: &[u8], limit: usize) -> Vec<(TagKey, TagRecord)> {
         if self.index.is_complete()
-            && let Ok(pairs) = self.index.scan(vec![KEY_PREFIX], after.clone(), limit)
+            && let Ok(pairs) = self.index.scan(vec![KEY_PREFIX], after.to_vec(), limit)
         {
             let tags = pairs.into_iter();
             return tags
                 .filter_map(|(key, value)| Some((TagKey::of_index(&key)?, TagRecord::of_index(&value)?)))
                 .collect();
         }
-        let after = TagKey::of_index(&after);
+        let after = TagKey::of_index(after);
         self.list_files(|key| after.as_ref().is_none_or(|after| key > after), limit)
     }
 
@@ -443,7 +443,7 @@ impl Refs {
         if self.index.is_complete()
             && let Some(after) = self.key_before(skip)
         {
-            return self.list(after, limit);
+            return self.list(&after, limit);
         }
         self.list_files_from(skip, limit)
     }
