@@ -401,7 +401,7 @@ impl Upstream {
         quirks.sort_unstable();
         quirks.dedup();
         State {
-            open: detector.and_then(|detector| detector.open()).map(told),
+            open: detector.and_then(health::Detector::open).map(told),
             failures: failures.unwrap_or_default(),
             last_silence: health
                 .and_then(|health| health.last_silence)

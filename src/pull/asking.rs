@@ -108,20 +108,19 @@ impl Pull {
         let waiters = flight.waiters().clone();
         let asking = self.proven_answer(flight, &wanted, situation.standing);
         let answer = if can_do_without {
-            match tokio::time::timeout(wait, asking).await {
-                Ok(answer) => answer,
-                Err(_) => {
-                    // A request that is queued here says nothing of the upstream.
-                    if !waiters.is_queued() {
-                        upstream.expired(&wanted.caller, &wanted.operation, wait);
-                    }
-                    // The late answer still has its effects.
-                    waiters.detach();
-                    return Asked {
-                        heard: Heard::Silent(Cause::Budget),
-                        answer: None,
-                    };
+            if let Ok(answer) = tokio::time::timeout(wait, asking).await {
+                answer
+            } else {
+                // A request that is queued here says nothing of the upstream.
+                if !waiters.is_queued() {
+                    upstream.expired(&wanted.caller, &wanted.operation, wait);
                 }
+                // The late answer still has its effects.
+                waiters.detach();
+                return Asked {
+                    heard: Heard::Silent(Cause::Budget),
+                    answer: None,
+                };
             }
         } else {
             asking.await

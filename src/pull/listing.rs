@@ -95,20 +95,19 @@ impl Pull {
                 let wait = wait.unwrap_or(rule.budget);
                 let listing = self.shared_tags(&wanted, (!is_stranger).then(|| key.clone()));
                 tokio::pin!(listing);
-                match timeout(wait, listing.as_mut()).await {
-                    Ok(heard) => heard,
-                    Err(_) => {
-                        upstream.expired(&wanted.caller, &wanted.operation, wait);
-                        if !is_stranger && kept.is_none() {
-                            kept = self.kept_page(request, repository, (&key, true)).await;
-                            situation = in_situation(kept.as_ref());
-                        }
-                        if can_do_without(&situation) {
-                            // The request goes on; the next asker finds its result.
-                            Err((Heard::Silent(Cause::Budget), None))
-                        } else {
-                            listing.await
-                        }
+                if let Ok(heard) = timeout(wait, listing.as_mut()).await {
+                    heard
+                } else {
+                    upstream.expired(&wanted.caller, &wanted.operation, wait);
+                    if !is_stranger && kept.is_none() {
+                        kept = self.kept_page(request, repository, (&key, true)).await;
+                        situation = in_situation(kept.as_ref());
+                    }
+                    if can_do_without(&situation) {
+                        // The request goes on; the next asker finds its result.
+                        Err((Heard::Silent(Cause::Budget), None))
+                    } else {
+                        listing.await
                     }
                 }
             }

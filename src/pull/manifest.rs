@@ -342,13 +342,12 @@ impl<'a> Road<'a> {
             };
             wanted.caller.waits_until = Some(self.deadline);
             let (caller, operation) = (wanted.caller.clone(), wanted.operation.clone());
-            match timeout_at(began + wait, self.pull.fetch_manifest(wanted)).await {
-                Ok(fetched) => fetched,
+            if let Ok(fetched) = timeout_at(began + wait, self.pull.fetch_manifest(wanted)).await {
+                fetched
+            } else {
                 // The fetch goes on; the next asker finds its result.
-                Err(_) => {
-                    upstream.expired(&caller, &operation, wait);
-                    return self.instead(situation, copies, Cause::Budget, None);
-                }
+                upstream.expired(&caller, &operation, wait);
+                return self.instead(situation, copies, Cause::Budget, None);
             }
         } else {
             self.pull.fetch_manifest(wanted).await

@@ -164,12 +164,11 @@ impl Pull {
         let unheld = context.situation(rule, Subject::Tag, None, true, request.now);
         let fetching = self.judged(request, repository, context, unheld, None);
         let outcome = if lookup.can_do_without() {
-            match timeout(wait, fetching).await {
-                Ok(outcome) => outcome,
-                Err(_) => {
-                    lookup.expired(context, wait);
-                    return lookup.conclude(Heard::Silent(Cause::Budget), None).await;
-                }
+            if let Ok(outcome) = timeout(wait, fetching).await {
+                outcome
+            } else {
+                lookup.expired(context, wait);
+                return lookup.conclude(Heard::Silent(Cause::Budget), None).await;
             }
         } else {
             fetching.await
@@ -344,12 +343,11 @@ impl<'a> Lookup<'a> {
         if !self.can_do_without() {
             return flight.landed().await.unwrap_or_else(|| unavailable(Cause::Busy));
         }
-        match timeout(wait, flight.landed()).await {
-            Ok(listed) => listed.unwrap_or_else(|| unavailable(Cause::Busy)),
-            Err(_) => {
-                self.expired(context, wait);
-                unavailable(Cause::Budget)
-            }
+        if let Ok(listed) = timeout(wait, flight.landed()).await {
+            listed.unwrap_or_else(|| unavailable(Cause::Busy))
+        } else {
+            self.expired(context, wait);
+            unavailable(Cause::Budget)
         }
     }
 

@@ -107,7 +107,7 @@ impl Inner {
         let unavailable = self.health().map(|health| health.unavailable.clone());
         for origin in unavailable.unwrap_or_default() {
             if let Some(uri) = origin.join("/v2/")
-                && self.is_alive(uri, |reply| exchange::is_registry(reply)).await
+                && self.is_alive(uri, exchange::is_registry).await
             {
                 return self.is_back(&Scope::Connection);
             }

@@ -340,11 +340,10 @@ impl Inner {
                 continue;
             }
             let (upstream, detail) = (&self.name, health.last_detail.as_deref());
-            match opened {
-                Some(cause) => {
-                    tracing::warn!(upstream, %scope, %cause, detail, "circuit breaker opened");
-                }
-                None => tracing::info!(upstream, %scope, "circuit breaker closed"),
+            if let Some(cause) = opened {
+                tracing::warn!(upstream, %scope, %cause, detail, "circuit breaker opened");
+            } else {
+                tracing::info!(upstream, %scope, "circuit breaker closed");
             }
         }
         self.learned.start_probing(health);

@@ -169,6 +169,10 @@ fn histories(length: u32, events: &[Event], is_part: fn(&Asked) -> bool) -> Vec<
     all
 }
 
+#[allow(
+    clippy::trivially_copy_pass_by_ref,
+    reason = "a filter of iterators takes a reference"
+)]
 fn by_one_principal(asked: &Asked) -> bool {
     asked.principal == 0
 }
