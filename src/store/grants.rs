@@ -67,7 +67,6 @@ impl Store {
 
 impl AsyncStore {
     /// When the upstream last said yes; `None` where it takes the index to know.
-    #[expect(clippy::option_option, reason = "whether it is known, and what is known")]
     pub fn grant_in_memory(&self, right: Right<'_>) -> Option<Option<SystemTime>> {
         self.store.grants.known(right.key(), || right.owned())
     }
@@ -345,6 +344,7 @@ impl<'a> Right<'a> {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, reason = "tests may fail loudly")]
+    #![allow(clippy::option_option, reason = "whether it is known, and what is known")]
     use super::*;
     use crate::store::index::slow::slow_index;
 

@@ -1,6 +1,8 @@
 //! What an upstream that does not respond costs, and whom: one budget for many images, and nothing for what still
 //! responds.
 
+#![allow(clippy::disallowed_methods, reason = "tests measure how long a job takes")]
+
 use std::time::{Duration, Instant};
 
 use crate::proxy::{Ask, Proxy, Reply, Setup, manifest_path};

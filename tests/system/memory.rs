@@ -219,7 +219,7 @@ fn heap_settings(proxy: &Proxy) -> Vec<String> {
     let variables = environment.split(|byte| *byte == 0).map(String::from_utf8_lossy);
     variables
         .filter(|variable| variable.starts_with("MALLOC_"))
-        .map(|variable| variable.into_owned())
+        .map(std::borrow::Cow::into_owned)
         .collect()
 }
 

@@ -102,7 +102,7 @@ fn t12_no_class_starves_under_any_of_many_random_loads() {
     for _ in 0..20_000 {
         for _ in 0..random.below(3) {
             let class = Class::ALL.get(random.below(4)).copied().unwrap();
-            core.enter(&all, [demand(random.below(5) as u8, 0, class)]);
+            core.enter(&all, [demand(u8::try_from(random.below(5)).unwrap(), 0, class)]);
         }
         // One place at a time, so that no share is in the way of any class.
         let Some(grant) = core.next() else { continue };
@@ -273,7 +273,11 @@ fn t08_random_histories_keep_every_law() {
         let mut entries: Vec<Entry> = Vec::new();
         for _ in 0..600 {
             let class = Class::ALL.get(random.below(4)).copied().unwrap();
-            let wish = demand(random.below(4) as u8, random.below(3) as u64, class);
+            let wish = demand(
+                u8::try_from(random.below(4)).unwrap(),
+                random.below(3) as u64,
+                class,
+            );
             match random.below(8) {
                 0..=2 => waiting.push(core.enter(groups.get(random.below(3)).unwrap(), [wish])),
                 3 if !waiting.is_empty() => {
