@@ -239,10 +239,11 @@ impl Accepting {
                     user: None,
                 },
                 pardon: pardon.clone(),
-                connection: handle,
+                connection: handle.clone(),
             };
             let connection = self.connection(peer, held, tasks);
-            connection.speak(Watched::new(stream, patience, pardon)).await
+            let stream = Watched::new(stream, patience, pardon).of(handle);
+            connection.speak(stream).await
         } else {
             let may_speak = match self.0.plain {
                 Plain::Loopback => peer.is_local(),
@@ -257,10 +258,11 @@ impl Accepting {
                 connect: None,
                 shown: Shown::default(),
                 pardon: pardon.clone(),
-                connection: handle,
+                connection: handle.clone(),
             };
             let connection = self.connection(peer, held, tasks);
-            connection.speak(Watched::new(wire, patience, pardon)).await
+            let stream = Watched::new(wire, patience, pardon).of(handle);
+            connection.speak(stream).await
         }
     }
 

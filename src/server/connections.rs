@@ -88,6 +88,8 @@ struct Entry {
     /// Requests and tunnels in flight.
     requests: AtomicUsize,
     has_requested: AtomicBool,
+    /// Whether bytes wait for the peer to take earlier ones.
+    is_sending: AtomicBool,
     /// In microseconds since the start of `connections`.
     quiet_since: AtomicU64,
     closing: CancellationToken,
@@ -205,6 +207,7 @@ impl Connections {
             address: Arc::clone(&seat.present.address),
             ip: seat.present.ip,
             requests: AtomicUsize::new(0),
+            is_sending: AtomicBool::new(false),
             has_requested: AtomicBool::new(false),
             quiet_since: AtomicU64::new(self.micros(Instant::now())),
             closing: CancellationToken::new(),
@@ -446,6 +449,13 @@ impl Handle {
         InFlight(self.0.clone())
     }
 
+    /// Notes whether bytes wait for the peer to take earlier ones.
+    pub(crate) fn note_sending(&self, is_sending: bool) {
+        if let Some(entry) = &self.0 {
+            entry.is_sending.store(is_sending, Ordering::Relaxed);
+        }
+    }
+
     /// Completes when the connection is to be closed to make room.
     pub(crate) async fn closing(&self) {
         match &self.0 {
@@ -455,7 +465,8 @@ impl Handle {
     }
 
     /// Lets a connection that is to be closed end: one without a request so far at once; else `serving`, told to take no
-    /// further request, finishes what it is sending. A request that came in between is answered.
+    /// further request, finishes what it is sending, as long as the peer takes it. A request that came in between is
+    /// answered.
     pub(crate) async fn ended<T>(&self, mut serving: impl Future<Output = T> + Unpin) -> Option<T> {
         let entry = self.0.as_ref()?;
         if !entry.has_requested.load(Ordering::Relaxed) {
@@ -465,6 +476,8 @@ impl Handle {
             match timeout(CLOSED_WITHIN, &mut serving).await {
                 Ok(ended) => return Some(ended),
                 Err(_) if entry.requests.load(Ordering::Relaxed) > 0 => {}
+                // A response ends for its request with the last bytes that are handed on, before they are sent.
+                Err(_) if entry.is_sending.load(Ordering::Relaxed) => {}
                 Err(_) => return None,
             }
         }

@@ -11,6 +11,8 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::{Instant, Sleep, sleep};
 
+use super::connections::Handle;
+
 /// Quiet that is not the client's doing: while a pardon is held, nothing needs to move on its connection.
 #[derive(Clone, Debug, Default)]
 pub struct Pardon(Arc<AtomicUsize>);
@@ -44,6 +46,7 @@ pub(crate) struct Watched<T> {
     pardon: Pardon,
     moved: Instant,
     alarm: Pin<Box<Sleep>>,
+    connection: Handle,
 }
 
 impl<T> Watched<T> {
@@ -54,7 +57,18 @@ impl<T> Watched<T> {
             pardon,
             moved: Instant::now(),
             alarm: Box::pin(sleep(patience)),
+            connection: Handle::default(),
         }
+    }
+
+    /// Tells this connection whether bytes wait to be sent.
+    pub(crate) fn of(self, connection: Handle) -> Self {
+        Self { connection, ..self }
+    }
+
+    fn sent<R>(&mut self, done: Poll<io::Result<R>>, context: &mut Context<'_>) -> Poll<io::Result<R>> {
+        self.connection.note_sending(done.is_pending());
+        self.progress(done, context)
     }
 
     fn progress<R>(&mut self, done: Poll<io::Result<R>>, context: &mut Context<'_>) -> Poll<io::Result<R>> {
@@ -95,7 +109,7 @@ impl<T: AsyncWrite + Unpin> AsyncWrite for Watched<T> {
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
         let written = Pin::new(&mut self.stream).poll_write(context, bytes);
-        self.progress(written, context)
+        self.sent(written, context)
     }
 
     fn poll_write_vectored(
@@ -104,7 +118,7 @@ impl<T: AsyncWrite + Unpin> AsyncWrite for Watched<T> {
         slices: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         let written = Pin::new(&mut self.stream).poll_write_vectored(context, slices);
-        self.progress(written, context)
+        self.sent(written, context)
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -114,9 +128,10 @@ impl<T: AsyncWrite + Unpin> AsyncWrite for Watched<T> {
     fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         let flushed = Pin::new(&mut self.stream).poll_flush(context);
         if flushed.is_ready() {
+            self.connection.note_sending(false);
             flushed
         } else {
-            self.progress(flushed, context)
+            self.sent(flushed, context)
         }
     }
 

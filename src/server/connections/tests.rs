@@ -241,6 +241,23 @@ async fn t10_a_closing_connection_without_a_request_ends_at_once() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn t10_a_closing_connection_sends_what_its_peer_still_takes() {
+    let connections = connections(1, 1, 8);
+    let slot = connections.open(host(1)).await;
+    let handle = slot.handle();
+    drop(handle.request());
+    handle.note_sending(true);
+    let sent = std::pin::pin!(async {
+        sleep(LONG).await;
+        "sent"
+    });
+    assert_eq!(handle.ended(sent).await, Some("sent"));
+    handle.note_sending(false);
+    let endless = std::pin::pin!(std::future::pending::<()>());
+    assert_eq!(handle.ended(endless).await, None);
+}
+
+#[tokio::test(start_paused = true)]
 async fn t10_a_client_behind_a_balancer_counts_under_its_own_address() {
     let connections = connections(2, 1, 8);
     let balancer = connections.open(host(1)).await;
