@@ -287,14 +287,21 @@ const HEAP: [(&str, &str); 3] = [
     ("MALLOC_TRIM_THRESHOLD_", "131072"),
 ];
 
-/// Settings of the allocator that a server needs and was not started with; none where it was started with any of them.
-pub fn heap_settings() -> Option<&'static [(&'static str, &'static str)]> {
+/// Whether the program has started itself again. glibc takes its own variables out of the environment of a program with
+/// capabilities of its file (`AT_SECURE`), so they cannot say it.
+const STARTED_AGAIN: (&str, &str) = ("_IFNEWER_STARTED_AGAIN", "1");
+
+/// Variables that a server needs for its allocator and was not started with; none where it was started with any of them, or
+/// has started itself again.
+pub fn heap_settings() -> Option<impl Iterator<Item = (&'static str, &'static str)>> {
     #[expect(
         clippy::disallowed_methods,
         reason = "variables of the C library, not our own"
     )]
     let is_set = |(name, _): &(&str, &str)| std::env::var_os(name).is_some();
-    (cfg!(target_env = "gnu") && !HEAP.iter().any(is_set)).then_some(&HEAP)
+    let has_any = HEAP.iter().chain([&STARTED_AGAIN]).any(is_set);
+    let settings = HEAP.into_iter().chain([STARTED_AGAIN]);
+    (cfg!(target_env = "gnu") && !has_any).then_some(settings)
 }
 
 /// Where traces are sent, and as which service, by the variables that every program with OpenTelemetry reads. `None`: nowhere.

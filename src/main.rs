@@ -107,7 +107,7 @@ fn keep_heap_small() {
     if let Some(name) = arguments.next() {
         again.arg0(name);
     }
-    again.args(arguments).envs(settings.iter().copied());
+    again.args(arguments).envs(settings);
     // It returns only where it failed: then this one serves, in more memory.
     let _ = again.exec();
 }
