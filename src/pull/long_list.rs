@@ -65,7 +65,7 @@ impl LongList {
         Self {
             head,
             size,
-            rest,
+            rest: rest.without_place(),
             given: false,
             copy,
         }

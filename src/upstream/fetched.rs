@@ -181,6 +181,12 @@ impl Upstream {
 }
 
 impl Fetched {
+    /// Gives its place back before the transfer ends: what a client takes at its own pace holds none from others.
+    #[must_use]
+    pub fn without_place(self) -> Self {
+        Self { place: None, ..self }
+    }
+
     /// Holds a place among the downloads until the transfer ends.
     #[must_use]
     pub fn holding(self, place: Place) -> Self {
