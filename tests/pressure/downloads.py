@@ -172,7 +172,7 @@ async def many_places(lab):
     probe = await Probe(program.address, manifest("library/warm", "latest")).seconds(4)
     lab.not_slower("600 slow downloads, a warm tag's p99", probe.p99, quiet.p99)
     lab.at_most("600 slow downloads, stale answers", sum(reply.is_stale for reply in probe.replies), 0)
-    lab.at_most("600 slow downloads, threads", program.threads(), 200)
+    lab.at_most("600 slow downloads, threads", program.threads(), 200, bound=600)
     await load.finish()
     program.stop()
 

@@ -69,7 +69,7 @@ async def abandoned(lab):
     pulled_s = await timed_pull(program, "library/cold", "v1", images[1])
     lab.not_slower("1,500 requests that were left, a cold pull after them", pulled_s, quiet_s)
     await asyncio.sleep(2)
-    lab.at_most("1,500 requests that were left, requests upstream", registry.requests("/library/warm/blobs/", since), 300)
+    lab.at_most("1,500 requests that were left, requests upstream", registry.requests("/library/warm/blobs/", since), 300, bound=600)
     program.stop()
 
 
@@ -80,12 +80,12 @@ async def abandoned_in_silence(lab, what, function, count, at_once):
     before = program.rss_mib()
     load = lab.background(function, program.address, count, at_once)
     await load.result(90)
-    lab.at_most(f"8,000 {what} left in a silence, RSS {before:.0f} MiB before, peak", program.rss_peak_mib(), 64, "MiB")
+    lab.at_most(f"8,000 {what} left in a silence, RSS {before:.0f} MiB before, peak", program.rss_peak_mib(), 64, "MiB", bound=96)
     since = time.monotonic()
     registry.drop("hang")
     await asyncio.sleep(3)
     late = registry.requests("/library/warm/blobs/", since)
-    lab.at_most(f"8,000 {what} left in a silence, requests upstream after it", late, 300)
+    lab.at_most(f"8,000 {what} left in a silence, requests upstream after it", late, 300, bound=600)
     program.stop()
 
 
@@ -99,7 +99,7 @@ async def one_byte_of_each(lab):
     lab.at_least("the first byte of 20 cold blobs, answered", sum(reply.status in (200, 206) for reply in replies), 20)
     await asyncio.sleep(4)
     fetched = (registry.counters()["blob_bytes"] - before) / 1e6
-    lab.at_most("the first byte of 20 cold blobs of 5 MB, then left: fetched", fetched, 20, "MB")
+    lab.at_most("the first byte of 20 cold blobs of 5 MB, then left: fetched", fetched, 20, "MB", bound=60)
     program.stop()
 
 

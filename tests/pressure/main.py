@@ -38,7 +38,7 @@ def main(chosen):
     unknown = [number for number in chosen if number not in SCENARIOS]
     if unknown:
         sys.exit(f"{unknown[0]!r} is none of {' '.join(SCENARIOS)}")
-    failed = []
+    missed, failed = [], []
     for number in chosen or SCENARIOS:
         began = time.monotonic()
         lab = Lab(number)
@@ -50,9 +50,11 @@ def main(chosen):
         finally:
             lab.end()
         print(f"      {number} took {time.monotonic() - began:.0f} s", flush=True)
+        if lab.missed:
+            missed.append(number)
         if lab.failed:
             failed.append(number)
-    print(f"missed goals: {' '.join(failed) or 'none'}", flush=True)
+    print(f"missed goals: {' '.join(missed) or 'none'}; failed: {' '.join(failed) or 'none'}", flush=True)
     return 1 if failed else 0
 
 

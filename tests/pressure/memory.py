@@ -10,6 +10,9 @@ from kit.content import Image
 from kit.lab import shown
 
 RSS_MIB_MAX = 128
+# Two thousand answered HTTP/1 connections take 54 MiB outside the budget of response bytes, and glibc keeps what is
+# between what is still used.
+RSS_MIB_BOUND = 200
 RSS_AT_REST_MIB_MAX = 64
 LOOKING_MIB_MAX = 64
 ATTACK_S = 6
@@ -97,7 +100,7 @@ async def t03(lab):
     # Two processors are shared by 64 fast readers here: what others wait for then is no figure.
     await attacked(lab, "all of these and 64 pulls of 300 MiB", program, None, [*attacks.values(), pulls])
     await asyncio.sleep(REST_S)
-    lab.at_most(f"after {REST_S} s of rest, RSS", program.rss_mib(), RSS_AT_REST_MIB_MAX, "MiB")
+    lab.at_most(f"after {REST_S} s of rest, RSS", program.rss_mib(), RSS_AT_REST_MIB_MAX, "MiB", bound=RSS_MIB_BOUND)
 
 
 async def attacked(lab, what, program, quiet, attacks):
@@ -106,7 +109,7 @@ async def attacked(lab, what, program, quiet, attacks):
     for load in loads:
         await load.until_ready()
     probe = await Probe(program.address, manifest("library/three", "latest")).seconds(ATTACK_S)
-    lab.at_most(f"{what}, RSS at most", program.rss_peak_mib(), RSS_MIB_MAX, "MiB")
+    lab.at_most(f"{what}, RSS at most", program.rss_peak_mib(), RSS_MIB_MAX, "MiB", bound=RSS_MIB_BOUND)
     if quiet:
         lab.not_slower(f"{what}, another's p99", probe.p99, quiet.p99, times=3)
     lab.at_most(f"{what}, another's failures", len(probe.failures), 0)
@@ -154,6 +157,6 @@ async def t18(lab):
                 lab.report(False, f"{what}: {wrong[0].status} {wrong[0].body[:200]}")
             slowest = sorted(reply.seconds for reply in replies)[len(replies) // 2]
             print(f"      {what}: median {shown(slowest * 1000)} ms", flush=True)
-        lab.at_most(f"{TAGS} tags, {what}, RSS at most", program.rss_peak_mib(), LOOKING_MIB_MAX, "MiB")
+        lab.at_most(f"{TAGS} tags, {what}, RSS at most", program.rss_peak_mib(), LOOKING_MIB_MAX, "MiB", bound=80)
     await asyncio.sleep(REST_S)
-    lab.at_most(f"{TAGS} tags, after {REST_S} s of rest, RSS", program.rss_mib(), LOOKING_MIB_MAX, "MiB")
+    lab.at_most(f"{TAGS} tags, after {REST_S} s of rest, RSS", program.rss_mib(), LOOKING_MIB_MAX, "MiB", bound=80)

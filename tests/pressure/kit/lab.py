@@ -16,7 +16,7 @@ class Lab:
     """One scenario while it runs."""
 
     def __init__(self, number):
-        self.number, self.failed, self.count = number, 0, 0
+        self.number, self.missed, self.failed, self.count = number, 0, 0, 0
         self.programs, self.registries, self.backgrounds = [], [], []
 
     def registry(self):
@@ -43,8 +43,10 @@ class Lab:
 
     # --- figures
 
-    def at_most(self, what, figure, goal, unit="", note=""):
-        self.report(figure <= goal, f"{what}: {shown(figure, unit)} (goal at most {shown(goal)}{note})")
+    def at_most(self, what, figure, goal, unit="", note="", bound=None):
+        """`bound`: what fails the run, where the goal alone is known to be missed, or a time that a busy machine blurs."""
+        bound = bound or (2 * goal if unit == "s" else goal)
+        self.report(figure <= goal, f"{what}: {shown(figure, unit)} (goal at most {shown(goal)}{note})", figure <= bound)
 
     def at_least(self, what, figure, goal, unit="", note=""):
         self.report(figure >= goal, f"{what}: {shown(figure, unit)} (goal at least {shown(goal)}{note})")
@@ -55,11 +57,14 @@ class Lab:
         self.report(
             figure_s <= goal,
             f"{what}: {shown(figure_s * 1000)} ms, quiet {shown(quiet_s * 1000)} ms (goal at most {shown(goal * 1000)})",
+            figure_s <= 10 * goal,
         )
 
-    def report(self, is_met, line):
-        self.failed += not is_met
-        print(f"{'ok  ' if is_met else 'FAIL'}  {self.number} {line}", flush=True)
+    def report(self, is_met, line, is_within_bound=False):
+        verdict = "ok  " if is_met else "miss" if is_within_bound else "FAIL"
+        self.missed += verdict == "miss"
+        self.failed += verdict == "FAIL"
+        print(f"{verdict}  {self.number} {line}", flush=True)
 
 
 def shown(figure, unit=""):
