@@ -9,6 +9,7 @@
 //! | --- | --- | --- | --- |
 //! | response | closes | closes | closes |
 //! | 401, 403 | open → half-open | open → half-open | closes |
+//! | a probe without any of these | open → half-open | open → half-open | open → half-open |
 //! | 5xx | opens for what failed, at the third | closes | closes |
 //! | no response in time | suspected, opens at the third | the same, unless another response came meanwhile; opens over several repositories | nothing |
 //! | no connection | nothing | nothing | suspected, opens at the third |
@@ -555,22 +556,52 @@ impl Detector {
 
     /// A probe of this scope is sent: for what.
     pub(super) fn probed(&mut self, scope: &Scope, now: Instant) -> Option<Operation> {
-        let trouble = match scope {
-            Scope::Connection => self.connection.as_mut(),
-            Scope::Kind(kind) => {
-                let whole = self.whole_mut(*kind);
-                if let Some(check) = whole.check.take() {
-                    whole.checked_at = Some(now);
-                    return Some(check);
-                }
-                whole.trouble.as_mut()
+        if let Scope::Kind(kind) = scope {
+            let whole = self.whole_mut(*kind);
+            if let Some(check) = whole.check.take() {
+                whole.checked_at = Some(now);
+                return Some(check);
             }
+        }
+        Some(self.trouble_mut(scope)?.probed(now))
+    }
+
+    /// A probe of this scope that began then has ended. If it brought neither a response nor a failure, the next request
+    /// decides: what the probe was told, as a stranger or within a pause, may concern nobody else. So it is with all
+    /// within the scope, which is not probed meanwhile.
+    pub(super) fn probe_ended(&mut self, scope: &Scope, began: Instant) {
+        let has_failed = |trouble: &Trouble| trouble.failed_at() >= began;
+        let is_open_still = self
+            .trouble_mut(scope)
+            .is_some_and(|trouble| !has_failed(trouble));
+        if !is_open_still || self.connection.as_ref().is_some_and(has_failed) {
+            return;
+        }
+        let connection = self
+            .connection
+            .iter_mut()
+            .map(|trouble| (Scope::Connection, trouble));
+        let whole = self.whole.iter_mut().zip(Kind::ALL);
+        let whole = whole.filter_map(|(whole, kind)| Some((Scope::Kind(kind), whole.trouble.as_mut()?)));
+        let parts = self.parts.iter_mut().filter_map(|((kind, name), part)| {
+            Some((Scope::Repository(*kind, name.clone()), part.trouble.as_mut()?))
+        });
+        for (inner, trouble) in connection.chain(whole).chain(parts) {
+            if inner.is_within(scope) && !has_failed(trouble) {
+                trouble.half_opens();
+            }
+        }
+    }
+
+    fn trouble_mut(&mut self, scope: &Scope) -> Option<&mut Trouble> {
+        match scope {
+            Scope::Connection => self.connection.as_mut(),
+            Scope::Kind(kind) => self.whole_mut(*kind).trouble.as_mut(),
             Scope::Repository(kind, name) => {
                 let part = self.parts.get_mut(&(*kind, name.clone()));
                 part.and_then(|part| part.trouble.as_mut())
             }
-        };
-        Some(trouble?.probed(now))
+        }
     }
 
     /// A probe without a kind of request found the upstream, or its token service, alive.

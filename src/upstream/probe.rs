@@ -45,10 +45,12 @@ pub(super) async fn probes(learned: Weak<Learned>, changed: Arc<tokio::sync::Not
                     let operation = learned.probed(&inner, &scope);
                     // Switched off by the operator: not even a probe goes out.
                     if let Some(operation) = operation.filter(|_| !inner.offline.is_on()) {
-                        let upstream = Upstream(inner);
+                        let (upstream, began) = (Upstream(inner), Instant::now());
                         under_way.spawn(async move {
-                            let probe = Box::pin(upstream.probe(scope, operation));
-                            let _ = timeout(PROBE_WITHIN, probe).await;
+                            let probe = Box::pin(upstream.probe(&scope, operation));
+                            if timeout(PROBE_WITHIN, probe).await == Ok(Ended::ByItself) {
+                                upstream.0.probe_ended(&scope, began);
+                            }
                         });
                     }
                     due
@@ -60,15 +62,24 @@ pub(super) async fn probes(learned: Weak<Learned>, changed: Arc<tokio::sync::Not
     }
 }
 
+/// How a probe ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Ended {
+    /// With a response, a failure that was attributed, or without having had anything to ask.
+    ByItself,
+    /// Without a response or with a server error, and nothing was attributed.
+    InSilence,
+}
+
 impl Upstream {
     /// One probe. Its response is attributed as a client's would be.
-    async fn probe(&self, scope: Scope, operation: Operation) {
+    async fn probe(&self, scope: &Scope, operation: Operation) -> Ended {
         let kind = match scope {
             Scope::Connection => return self.0.probe_connection().await,
             Scope::Kind(Kind::Token) | Scope::Repository(Kind::Token, _) => {
-                return self.0.probe_realm(&scope).await;
+                return self.0.probe_realm(scope).await;
             }
-            Scope::Kind(kind) | Scope::Repository(kind, _) => kind,
+            Scope::Kind(kind) | Scope::Repository(kind, _) => *kind,
         };
         let caller = self.0.own_caller();
         let accept = Accept::manifests();
@@ -82,18 +93,20 @@ impl Upstream {
                 drop(Box::pin(self.get_round(&caller, asked, Part::default())).await);
             }
         }
+        Ended::ByItself
     }
 }
 
 impl Inner {
     /// The cache itself: with its own credential, if it has one.
     fn own_caller(&self) -> Caller {
+        let credential = match self.exchange.own {
+            Some(_) => Credential::Own,
+            None => Credential::Anonymous,
+        };
         Caller {
-            principal: self.learned.anonymous(),
-            credential: match self.exchange.own {
-                Some(_) => Credential::Own,
-                None => Credential::Anonymous,
-            },
+            principal: self.learned.principal_of(&credential),
+            credential,
             trace: Trace::begun(),
             waits_until: None,
             peer: Peer::Background,
@@ -103,26 +116,44 @@ impl Inner {
     }
 
     /// Any response from a URL that was unavailable will do.
-    async fn probe_connection(&self) {
+    async fn probe_connection(&self) -> Ended {
         let unavailable = self.health().map(|health| health.unavailable.clone());
-        for origin in unavailable.unwrap_or_default() {
-            if let Some(uri) = origin.join("/v2/")
-                && self.is_alive(uri, exchange::is_registry).await
-            {
-                return self.is_back(&Scope::Connection);
+        let unavailable = unavailable.unwrap_or_default();
+        let mut ended = if unavailable.is_empty() {
+            Ended::ByItself
+        } else {
+            Ended::InSilence
+        };
+        for uri in unavailable.iter().filter_map(|origin| origin.join("/v2/")) {
+            match self.reply_from(uri).await {
+                Some(reply) if exchange::is_registry(&reply) => {
+                    self.is_back(&Scope::Connection);
+                    return Ended::ByItself;
+                }
+                Some(_) => ended = Ended::ByItself,
+                None => {}
             }
         }
+        ended
     }
 
-    async fn probe_realm(&self, scope: &Scope) {
-        if let Some(realm) = self.exchange.tokens.silent_realm()
-            && self.is_alive(realm, exchange::is_alive).await
-        {
-            self.is_back(scope);
+    /// A realm whose last word was an answer, to anybody, is not asked again: the next client's own request decides.
+    async fn probe_realm(&self, scope: &Scope) -> Ended {
+        let Some(realm) = self.exchange.tokens.unanswered_realm() else {
+            return Ended::ByItself;
+        };
+        match self.reply_from(realm).await {
+            Some(reply) if exchange::is_alive(&reply) => {
+                self.is_back(scope);
+                Ended::ByItself
+            }
+            Some(reply) if reply.status.is_server_error() => Ended::InSilence,
+            Some(_) => Ended::ByItself,
+            None => Ended::InSilence,
         }
     }
 
-    async fn is_alive(&self, uri: http::Uri, is_alive: impl Fn(&super::client::Reply) -> bool) -> bool {
+    async fn reply_from(&self, uri: http::Uri) -> Option<super::client::Reply> {
         let mut headers = HeaderMap::new();
         Trace::begun().write(&mut headers);
         let request = Request {
@@ -134,7 +165,6 @@ impl Inner {
             elsewhere: None,
             within: self.timeouts.token,
         };
-        let reply = self.exchange.http.send(request).await;
-        reply.is_ok_and(|reply| is_alive(&reply))
+        self.exchange.http.send(request).await.ok()
     }
 }

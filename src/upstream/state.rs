@@ -73,8 +73,10 @@ pub(super) struct Health {
     pub(super) last_head: Option<(Duration, Instant)>,
     /// The URLs that were unavailable when the upstream was so last.
     pub(super) unavailable: Vec<Origin>,
-    /// The principal of callers without a credential, whose limits a probe keeps to.
+    /// The principal of callers without a credential, whose limits a probe keeps to …
     anonymous: [u8; 32],
+    /// … and that of callers with the proxy's own.
+    own: [u8; 32],
     repository_logged: Option<Instant>,
     prober: Option<AbortHandle>,
     /// Whose health it is.
@@ -237,8 +239,13 @@ impl Learned {
         self.any_health().prober = None;
     }
 
-    pub(super) fn anonymous(&self) -> [u8; 32] {
-        self.any_health().anonymous
+    /// The principal of those who show this, where it is not a client's own.
+    pub(super) fn principal_of(&self, credential: &Credential) -> [u8; 32] {
+        let health = self.any_health();
+        match credential {
+            Credential::Own => health.own,
+            Credential::Anonymous | Credential::Client(_) => health.anonymous,
+        }
     }
 
     fn any_health(&self) -> MutexGuard<'_, Health> {
@@ -315,8 +322,10 @@ impl Inner {
     /// A request is sent.
     pub(super) fn sent(&self, kind: Kind, operation: &Operation, caller: &Caller) -> Pending<'_> {
         let id = self.health().map(|mut health| {
-            if matches!(caller.credential, Credential::Anonymous) {
-                health.anonymous = caller.principal;
+            match caller.credential {
+                Credential::Anonymous => health.anonymous = caller.principal,
+                Credential::Own => health.own = caller.principal,
+                Credential::Client(_) => {}
             }
             health
                 .detector
@@ -330,6 +339,13 @@ impl Inner {
         if let Some(mut health) = self.health() {
             let changes = health.detector.is_back(scope);
             self.took_in(&mut health, changes);
+        }
+    }
+
+    /// A probe that began then has ended, and this was not what its response closed.
+    pub(super) fn probe_ended(&self, scope: &Scope, began: Instant) {
+        if let Some(mut health) = self.health() {
+            health.detector.probe_ended(scope, began);
         }
     }
 

@@ -138,6 +138,15 @@ pub(super) struct Remembered {
     pub(super) challenge: Arc<[HeaderValue]>,
 }
 
+/// The token services that a probe may ask.
+#[derive(Default)]
+struct Realms {
+    /// The one that was asked last, while it has not answered.
+    asked: Option<Uri>,
+    /// The one that gave no usable answer, if the last word of any was that.
+    silent: Option<Uri>,
+}
+
 /// The tokens kept for one upstream. A token goes only to the address for which it was got: another one may be another
 /// registry by now.
 pub(super) struct TokenCache {
@@ -145,8 +154,7 @@ pub(super) struct TokenCache {
     remembered: Cache<(Origin, Repository, Holder), Remembered>,
     /// At which other registry, to which this one redirects, which token worked.
     elsewhere: Cache<(Origin, Repository, Holder), (Origin, Key)>,
-    /// The realm that failed last, for a probe.
-    silent_realm: std::sync::Mutex<Option<Uri>>,
+    realms: std::sync::Mutex<Realms>,
     /// The pauses of token services, by host and holder.
     windows: Windows<(Option<Authority>, Holder)>,
 }
@@ -157,17 +165,27 @@ impl Default for TokenCache {
             slots: Cache::new(TOKENS_MAX),
             remembered: Cache::new(TOKENS_MAX),
             elsewhere: Cache::new(TOKENS_MAX),
-            silent_realm: std::sync::Mutex::new(None),
+            realms: std::sync::Mutex::default(),
             windows: Windows::default(),
         }
     }
 }
 
 impl TokenCache {
+    /// A realm is asked.
+    fn asks_realm(&self, realm: Uri) {
+        if let Ok(mut realms) = self.realms.lock() {
+            realms.asked = Some(realm);
+        }
+    }
+
     /// A realm was asked, and gave no usable answer or one.
     pub(super) fn note_realm(&self, realm: Option<Uri>, is_silent: bool) {
-        if let Ok(mut silent) = self.silent_realm.lock() {
-            *silent = realm.filter(|_| is_silent);
+        if let Ok(mut realms) = self.realms.lock() {
+            *realms = Realms {
+                asked: None,
+                silent: realm.filter(|_| is_silent),
+            };
         }
     }
 }
@@ -236,6 +254,7 @@ impl Tokens {
             .windows
             .admit(&place, Instant::now())
             .map_err(TokenFailure::Limited)?;
+        self.kept.asks_realm(key.realm.uri.clone());
         let fetched = match self.fetch(http, key, login, trace).await {
             Ok(token) => {
                 turn.passed();
@@ -376,7 +395,13 @@ impl Tokens {
 
     /// The realm that gave no usable answer when it was asked last.
     pub(super) fn silent_realm(&self) -> Option<Uri> {
-        self.kept.silent_realm.lock().ok()?.clone()
+        self.kept.realms.lock().ok()?.silent.clone()
+    }
+
+    /// A realm of which no answer is the last that is known.
+    pub(super) fn unanswered_realm(&self) -> Option<Uri> {
+        let realms = self.kept.realms.lock().ok()?;
+        realms.asked.as_ref().or(realms.silent.as_ref()).cloned()
     }
 
     async fn fetch(&self, http: &Http, key: &Key, login: Login<'_>, trace: &Trace) -> Result<Token, NoToken> {

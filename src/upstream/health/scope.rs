@@ -96,6 +96,15 @@ pub enum Scope {
 }
 
 impl Scope {
+    /// Whether all of this is of `other` as well.
+    pub(super) fn is_within(&self, other: &Self) -> bool {
+        match (self, other) {
+            (_, Self::Connection) => true,
+            (Self::Repository(kind, _), Self::Kind(other)) => kind == other,
+            _ => self == other,
+        }
+    }
+
     /// The label in metrics, without the repository.
     pub const fn name(&self) -> &'static str {
         match self {

@@ -432,6 +432,23 @@ fn t05_a_denial_half_opens_and_the_next_request_decides() {
 }
 
 #[test]
+fn t05_probe_that_says_nothing_half_opens() {
+    let (mut world, a, scope) = (World::new(), tag("a"), Scope::Kind(Kind::Head));
+    for name in ["a", "b", "a"] {
+        world.expires(&tag(name));
+    }
+    for _ in 0..3 {
+        let began = world.now;
+        world.expires(&a);
+        world.detector.probe_ended(&scope, began);
+        assert_eq!(world.wait_for(Kind::Head, &a), Wait::Nothing, "it failed");
+        let began = world.now + LATE;
+        world.detector.probe_ended(&scope, began);
+        assert_eq!(world.wait_for(Kind::Head, &tag("c")), Wait::Short, "it is asked");
+    }
+}
+
+#[test]
 fn t04_an_error_concerns_what_was_asked_for_alone() {
     let mut world = World::new();
     let (bad, good) = (

@@ -53,7 +53,7 @@ impl Extent {
 enum State {
     Suspected,
     Open(Instant),
-    /// A denial came from in front of what failed: the next request decides.
+    /// A denial came from in front of what failed, or a probe said nothing: the next request decides.
     HalfOpen(Instant),
 }
 
@@ -66,6 +66,7 @@ pub(super) struct Trouble {
     cause: Cause,
     /// When the last failures came, oldest first; never more than [`FAILURES_MAX`].
     failures: Vec<Instant>,
+    failed_at: Instant,
     /// What failed last.
     failed: Operation,
     /// Whether something else in the scope failed as well.
@@ -89,6 +90,7 @@ impl Trouble {
             extent,
             cause: Cause::Budget,
             failures: Vec::new(),
+            failed_at: now,
             failed: operation.clone(),
             is_several: extent == Extent::Everything,
             probes: operation.clone(),
@@ -116,6 +118,7 @@ impl Trouble {
             self.cause = cause;
         }
         self.failed = operation.clone();
+        self.failed_at = now;
         self.probes = operation.clone();
         self.failures
             .retain(|at| now.saturating_duration_since(*at) <= WINDOW);
@@ -138,11 +141,16 @@ impl Trouble {
         false
     }
 
-    /// A response came that shows no more than that something is alive.
+    /// A response came that shows no more than that something is alive, or a probe that shows nothing.
     pub(super) fn half_opens(&mut self) {
         if let State::Open(since) = self.state {
             self.state = State::HalfOpen(since);
         }
+    }
+
+    /// When it failed last.
+    pub(super) fn failed_at(&self) -> Instant {
+        self.failed_at
     }
 
     pub(super) fn nature(&self) -> Nature {
@@ -271,6 +279,10 @@ impl<K: Eq + Hash + Clone, V> Bounded<K, V> {
 
     pub(super) fn iter(&self) -> impl Iterator<Item = (&K, &V)> {
         self.entries.iter().map(|(key, (_, value))| (key, value))
+    }
+
+    pub(super) fn iter_mut(&mut self) -> impl Iterator<Item = (&K, &mut V)> {
+        self.entries.iter_mut().map(|(key, (_, value))| (key, value))
     }
 
     pub(super) fn retain(&mut self, keep: impl Fn(&V) -> bool) {

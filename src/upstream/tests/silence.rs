@@ -245,6 +245,94 @@ async fn a_silent_token_service_is_probed_itself() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn t05_token_service_that_answered_another_is_asked() {
+    let status = Arc::new(std::sync::atomic::AtomicU16::new(500));
+    let registry = Registry::start({
+        let status = Arc::clone(&status);
+        move |seen| match seen.path() {
+            "/token" => answer(status.load(std::sync::atomic::Ordering::SeqCst)),
+            _ => seen.challenge(),
+        }
+    })
+    .await;
+    let upstream = piped(&registry);
+    for _ in 0..3 {
+        upstream.head(&anonymous(), &tag(), &accept()).await;
+    }
+    assert_eq!(waits(&upstream), Err(Cause::BreakerOpen));
+    // The last word of the token service is no failure, so there is nothing to probe.
+    status.store(429, std::sync::atomic::Ordering::SeqCst);
+    let other = operation("/v2/library/b/manifests/latest");
+    upstream.head(&anonymous(), &other, &accept()).await;
+    tokio::time::sleep(Duration::from_secs(31)).await;
+    assert!(waits(&upstream).is_ok());
+}
+
+#[tokio::test(start_paused = true)]
+async fn t05_login_page_for_a_probe_half_opens() {
+    let is_up = Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let registry = Registry::start({
+        let is_up = Arc::clone(&is_up);
+        move |seen| match seen.header("authorization") {
+            _ if !is_up.load(std::sync::atomic::Ordering::SeqCst) => hangup(),
+            Some(_) => manifest(),
+            None => answer(200)
+                .header("content-type", "text/html")
+                .body("<html>log in"),
+        }
+    })
+    .await;
+    let (upstream, caller) = (piped(&registry), client("Bearer a"));
+    let waits = || upstream.wait(&caller, (&tag(), true), BUDGET);
+    for _ in 0..3 {
+        upstream.head(&caller, &tag(), &accept()).await;
+    }
+    assert_eq!(waits(), Err(Cause::BreakerOpen));
+    is_up.store(true, std::sync::atomic::Ordering::SeqCst);
+    tokio::time::sleep(Duration::from_secs(31)).await;
+    assert_eq!(waits(), Ok(Duration::from_millis(50)));
+    upstream.head(&caller, &tag(), &accept()).await;
+    assert_eq!(waits(), Ok(BUDGET));
+}
+
+#[tokio::test(start_paused = true)]
+async fn t05_probe_keeps_to_the_limits_of_who_it_asks_as() {
+    let is_up = Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let registry = Registry::start({
+        let is_up = Arc::clone(&is_up);
+        move |_| {
+            if is_up.load(std::sync::atomic::Ordering::SeqCst) {
+                answer(429).header("retry-after", "3600")
+            } else {
+                hangup()
+            }
+        }
+    })
+    .await;
+    let settings = Settings {
+        credential: Some(OwnCredential::new("robot", "secret").into()),
+        ..settings(&[&registry])
+    };
+    let upstream = Upstream::new(settings, &Connector::with_dial(registry.dial())).unwrap();
+    let caller = Caller {
+        principal: [7; 32],
+        credential: Credential::Own,
+        ..anonymous()
+    };
+    for _ in 0..3 {
+        upstream.head(&caller, &tag(), &accept()).await;
+    }
+    is_up.store(true, std::sync::atomic::Ordering::SeqCst);
+    let other = operation("/v2/library/b/manifests/latest");
+    upstream.head(&caller, &other, &accept()).await;
+    let before = registry.seen().len();
+    tokio::time::sleep(Duration::from_secs(100)).await;
+    assert_eq!(registry.seen().len(), before);
+    let wait = upstream.wait(&caller, (&tag(), true), BUDGET);
+    assert_eq!(wait, Ok(Duration::from_millis(50)), "its own request decides");
+}
+
+#[tokio::test(start_paused = true)]
 async fn an_upstream_that_is_dropped_is_not_probed() {
     let registry = Registry::start(|_| hangup()).await;
     let upstream = piped(&registry);
