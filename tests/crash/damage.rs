@@ -3,9 +3,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use crate::proxy::{Proxy, Setup, files_below};
-use crate::upstream::sha256;
+use crate::upstream::{sha256, within};
 use crate::world::{Chance, REPOSITORY, World, asks, is_sealed, pull, until_kept};
 
 const IMAGES: usize = 40;
@@ -42,7 +43,7 @@ pub async fn campaign(count: u32) -> Result<String, String> {
         until_kept(&proxy).await;
         proxy.program().says("every tag is in the index").await;
         for (place, file) in &damaged {
-            assert!(is_mended(&world, place, file), "{} is not mended", file.display());
+            until_mended(&world, place, file).await;
         }
         indexes += u32::from(is_index_new(&proxy));
         assert_eq!(tags_listed(&proxy).await, IMAGES, "the index has lost a tag");
@@ -116,6 +117,16 @@ fn damage(setup: &Setup, place: &'static str, kind: &str, chance: &mut Chance) -
     // In place, so that it stays the same file.
     std::fs::write(&path, &bytes).unwrap();
     (place, path)
+}
+
+/// Proofs are written after the replies that they came with.
+async fn until_mended(world: &World, place: &str, file: &Path) {
+    within(&format!("{} to be mended", file.display()), async {
+        while !is_mended(world, place, file) {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    })
+    .await;
 }
 
 /// Whether the file is again what it is to be. What is only believed, and not what was written, would not be.
