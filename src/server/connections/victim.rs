@@ -5,8 +5,10 @@ use std::time::Duration;
 /// So long a quiet connection is left alone: its handshake or its next request may be under way.
 pub(super) const GRACE: Duration = Duration::from_secs(1);
 
-/// An address with more quiet connections than this share of all places has no grace: it makes room by itself.
+/// An address with more quiet connections than this share of all places makes room by itself, and sooner: after as long as
+/// a client takes from its connection to its request on a busy machine.
 const CROWD_SHARE: usize = 8;
+pub(super) const CROWD_GRACE: Duration = Duration::from_millis(400);
 
 /// A connection without a request in flight.
 #[derive(Clone, Copy, Debug)]
@@ -28,30 +30,43 @@ pub(super) enum Choice<T> {
     NoneQuiet,
 }
 
-/// The connection that goes first: of the address with the most quiet ones, that which has been quiet for the longest.
-/// Within one address (`at_address`) there is no grace.
+/// The connection that goes first: of the address with the most quiet ones, that which has been quiet for the longest. A
+/// crowd's grace is waited for and no other address makes room in its place. Within one address (`at_address`) there is no
+/// grace.
 pub(super) fn victim<T>(
     candidates: impl Iterator<Item = Candidate<T>>,
     places: usize,
     at_address: bool,
 ) -> Choice<T> {
-    let crowd = places / CROWD_SHARE;
-    let mut first: Option<Candidate<T>> = None;
-    let mut left: Option<Duration> = None;
+    let (crowd, crowd_grace) = if at_address {
+        (0, Duration::ZERO)
+    } else {
+        (places / CROWD_SHARE, CROWD_GRACE)
+    };
+    let order = |one: &Candidate<T>| (one.of_address, one.quiet_for);
+    let precedes = |one: &Candidate<T>, other: &Option<Candidate<T>>| {
+        other.as_ref().is_none_or(|other| order(one) > order(other))
+    };
+    let (mut crowded, mut first, mut left) = (None, None, None);
     for candidate in candidates {
-        let is_free = at_address || candidate.of_address > crowd;
-        if !is_free && candidate.quiet_for < GRACE {
+        if candidate.of_address > crowd {
+            if precedes(&candidate, &crowded) {
+                crowded = Some(candidate);
+            }
+        } else if candidate.quiet_for < GRACE {
             let wait = GRACE.saturating_sub(candidate.quiet_for);
-            left = Some(left.map_or(wait, |left| left.min(wait)));
-            continue;
-        }
-        let order = |one: &Candidate<T>| (one.of_address, one.quiet_for);
-        if first
-            .as_ref()
-            .is_none_or(|first| order(&candidate) > order(first))
-        {
+            left = Some(left.map_or(wait, |left: Duration| left.min(wait)));
+        } else if precedes(&candidate, &first) {
             first = Some(candidate);
         }
+    }
+    if let Some(crowded) = crowded {
+        let wait = crowd_grace.saturating_sub(crowded.quiet_for);
+        return if wait.is_zero() {
+            Choice::Close(crowded.what)
+        } else {
+            Choice::NotBefore(wait)
+        };
     }
     match (first, left) {
         (Some(first), _) => Choice::Close(first.what),
