@@ -287,6 +287,7 @@ impl Store {
         self.uses.tell(now);
         self.volume.probe();
         self.evictor.wake_if_needed();
+        self.index.send_removals();
         self.heal();
     }
 

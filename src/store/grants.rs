@@ -242,7 +242,12 @@ impl Grants {
 
     /// Removes from the index what is too old, and what is too many, the oldest first, and lists the rest. Blocks.
     pub(super) fn prune(&self, now: SystemTime) {
-        let Some(mut listing) = self.listed.begin() else {
+        // In turn with `note`: a grant is either put before the look begins, or listed by it.
+        let listing = {
+            let order = self.order();
+            self.listed.begin(&order)
+        };
+        let Some(mut listing) = listing else {
             return;
         };
         let oldest = to_millis(now.checked_sub(KEPT_FOR).unwrap_or(SystemTime::UNIX_EPOCH));

@@ -16,6 +16,7 @@ mod identity;
 mod interim;
 mod keeper;
 pub(super) mod thread;
+mod unsent;
 
 use std::any::Any;
 use std::collections::BTreeMap;

@@ -52,8 +52,9 @@ impl Listed {
         }
     }
 
-    /// Begins a look through the index, unless there is one already.
-    pub(super) fn begin(&self) -> Option<Listing<'_>> {
+    /// Begins a look through the index, unless there is one already. `_order` is what [`Self::add`] and the put that follows
+    /// it are done under: a put that came later than the look would be in the index and not in the list.
+    pub(super) fn begin(&self, _order: &MutexGuard<'_, ()>) -> Option<Listing<'_>> {
         let mut sets = self.sets();
         if sets.next.is_some() {
             return None;

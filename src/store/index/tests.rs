@@ -332,3 +332,44 @@ fn t07_a_stuck_index_is_waited_for_by_nobody_else() {
     assert!(index.get(vec![2]).is_ok());
     drop(first);
 }
+
+#[test]
+fn t08_removal_without_room_in_the_queue_is_sent_later() {
+    let (index, flushes) = slow::slow_index();
+    let (held, other) = (b"held".to_vec(), b"other".to_vec());
+    index.put(held.clone(), vec![1]);
+    index.put(other.clone(), vec![1]);
+    flushes.begun();
+    while index.put_if_absent(b"filler".to_vec(), vec![0]) {}
+    // Its caller no longer waits.
+    drop(index.expunge(held.clone()));
+    drop(index.expunge(other.clone()));
+    assert_eq!(index.get(held.clone()), Ok(None));
+    drop(flushes);
+    index.flush();
+    assert_eq!(index.get(held.clone()), Ok(None));
+    assert_eq!(index.scan(Vec::new(), Vec::new(), 9), Err(thread::NoAnswer));
+    // What is put there afterwards stays.
+    index.put(other.clone(), vec![2]);
+    index.send_removals();
+    let pairs = index.scan(Vec::new(), Vec::new(), 9).unwrap();
+    assert_eq!(pairs, [(b"filler".to_vec(), vec![0]), (other, vec![2])]);
+}
+
+#[test]
+fn t08_too_many_removals_without_room_make_a_new_index() {
+    let (index, flushes) = slow::slow_index();
+    index.put(b"held".to_vec(), vec![1]);
+    flushes.begun();
+    while index.put_if_absent(b"filler".to_vec(), vec![0]) {}
+    for number in 0..=unsent::REMOVALS_MAX {
+        drop(index.expunge(number.to_be_bytes().to_vec()));
+    }
+    assert_eq!(index.get(b"held".to_vec()), Err(thread::NoAnswer));
+    let losses = index.losses();
+    drop(flushes);
+    index.flush();
+    index.send_removals();
+    assert!(index.losses() > losses);
+    assert_ne!(index.get(b"held".to_vec()), Ok(Some(vec![1])));
+}

@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use super::Pair;
 use super::keeper::Keeper;
+use super::unsent::Unsent;
 use crate::store::guard::assert_may_block;
 use crate::store::volume::Volume;
 
@@ -102,8 +103,8 @@ pub(in crate::store) struct NoAnswer;
 
 /// A removal that is to be durable.
 pub(in crate::store) struct Expunging {
-    /// Not so where the queue was full.
-    unsent: Option<Message>,
+    /// With its key, where the queue was full.
+    unsent: Option<(Vec<u8>, Message)>,
     answer: Receiver<bool>,
 }
 
@@ -142,6 +143,7 @@ impl Shared {
 pub(in crate::store) struct IndexHandle {
     sender: SyncSender<Message>,
     shared: Arc<Shared>,
+    unsent: Unsent,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -157,6 +159,7 @@ impl IndexHandle {
         Ok(Self {
             sender,
             shared,
+            unsent: Unsent::default(),
             thread: Some(thread),
         })
     }
@@ -183,18 +186,43 @@ impl IndexHandle {
 
     /// The value of `key`. `None` may also mean that the index has lost it.
     pub(in crate::store) fn get(&self, key: Vec<u8>) -> Result<Option<Vec<u8>>, NoAnswer> {
+        if !self.unsent.is_empty() {
+            let (is_over, is_removed) = self
+                .unsent
+                .change(|removals| (removals.is_over(), removals.has(&key)));
+            if is_removed {
+                return Ok(None);
+            }
+            if is_over {
+                return Err(NoAnswer);
+            }
+        }
         self.ask(|reply| Message::Get { key, reply })
     }
 
     /// Writes sooner or later. A value too long for a record is not written.
     pub(in crate::store) fn put(&self, key: Vec<u8>, value: Vec<u8>) {
-        if value.len() <= VALUE_BYTES_MAX {
-            self.tell(Message::Put { key, value });
+        if value.len() > VALUE_BYTES_MAX {
+            return;
         }
+        if self.unsent.is_empty() {
+            self.tell(Message::Put { key, value });
+            return;
+        }
+        self.unsent.change(|removals| {
+            let name = key.clone();
+            if self.tell(Message::Put { key, value }) {
+                removals.end(&name);
+            }
+        });
     }
 
     /// [`Self::put`], unless it has something of `key`. `false` where it does not keep up: to be tried again.
     pub(in crate::store) fn put_if_absent(&self, key: Vec<u8>, value: Vec<u8>) -> bool {
+        // What it has there is to be removed: the removal comes first.
+        if !self.unsent.is_empty() && self.unsent.change(|removals| removals.has(&key)) {
+            return false;
+        }
         let put = self.sender.try_send(Message::PutIfAbsent { key, value });
         !matches!(put, Err(TrySendError::Full(_)))
     }
@@ -205,11 +233,16 @@ impl IndexHandle {
     }
 
     /// Removes so that no crash and no power cut can bring it back. Does not wait: the removal takes its place in the queue
-    /// before this returns, so that what is asked or written afterwards comes after it.
+    /// before this returns, so that what is asked or written afterwards comes after it. Where the queue is full, no look-up
+    /// finds the key from now on, and [`Self::send_removals`] removes it.
     pub(in crate::store) fn expunge(&self, key: Vec<u8>) -> Expunging {
         let (reply, answer) = sync_channel(1);
+        let name = key.clone();
         let unsent = match self.sender.try_send(Message::Expunge { key, reply }) {
-            Err(TrySendError::Full(message)) => Some(message),
+            Err(TrySendError::Full(message)) => {
+                self.unsent.change(|removals| removals.add(name.clone()));
+                Some((name, message))
+            }
             Ok(()) | Err(TrySendError::Disconnected(_)) => None,
         };
         Expunging { unsent, answer }
@@ -220,7 +253,7 @@ impl IndexHandle {
     pub(in crate::store) fn expunged(&self, expunging: Expunging) -> bool {
         assert_may_block();
         let Expunging { unsent, answer } = expunging;
-        let is_sent = unsent.is_none_or(|message| self.insist(message));
+        let is_sent = unsent.is_none_or(|(key, message)| self.insist_on_removal(&key, message));
         if !is_sent || self.is_stuck() {
             return false;
         }
@@ -239,6 +272,10 @@ impl IndexHandle {
         after: Vec<u8>,
         limit: usize,
     ) -> Result<Vec<Pair>, NoAnswer> {
+        // What waits to be removed could fill a page, and a page without it would look like the end.
+        if !self.unsent.is_empty() {
+            return Err(NoAnswer);
+        }
         self.ask(|reply| Message::Scan {
             prefix,
             after,
@@ -271,7 +308,7 @@ impl IndexHandle {
         self.shared.is_stuck.load(Ordering::Relaxed)
     }
 
-    pub(super) fn note_stuck(&self) {
+    pub(in crate::store) fn note_stuck(&self) {
         self.shared.is_stuck.store(true, Ordering::Relaxed);
     }
 
@@ -282,6 +319,53 @@ impl IndexHandle {
         if self.insist(Message::Flush { reply }) {
             let _ = answer.recv_timeout(REPLY_WITHIN * 5);
         }
+    }
+
+    /// Sends the removals for which there was no room, as far as there is room now. To be called every few seconds.
+    pub(in crate::store) fn send_removals(&self) {
+        if self.unsent.is_empty() {
+            return;
+        }
+        self.unsent.change(|removals| {
+            if removals.is_over() {
+                if self.sender.try_send(Message::Rebuild).is_ok() {
+                    self.shared.note_loss();
+                    removals.end_all();
+                }
+                return;
+            }
+            removals.end_sent(|key| {
+                let (reply, _) = sync_channel(1);
+                let key = key.to_vec();
+                self.sender.try_send(Message::Expunge { key, reply }).is_ok()
+            });
+        });
+    }
+
+    /// [`Self::insist`], unless the removal was sent by then, or something was put in the place of what it removes.
+    fn insist_on_removal(&self, key: &[u8], mut message: Message) -> bool {
+        for _ in 0..INSIST_TRIES {
+            let sent = self.unsent.change(|removals| {
+                if !removals.has(key) {
+                    return Err(None);
+                }
+                match self.sender.try_send(message) {
+                    Ok(()) => {
+                        removals.end(key);
+                        Ok(())
+                    }
+                    Err(TrySendError::Disconnected(_)) => Err(None),
+                    Err(TrySendError::Full(back)) => Err(Some(back)),
+                }
+            });
+            match sent {
+                Ok(()) => return true,
+                Err(None) => return false,
+                Err(Some(back)) => message = back,
+            }
+            std::thread::sleep(INSIST_PAUSE);
+        }
+        false
     }
 
     /// Tells what may not be dropped because the queue is full.
@@ -298,11 +382,14 @@ impl IndexHandle {
     }
 
     /// A full queue means a disk that does not keep up: what is written here may be lost, and waiting for it may not.
-    fn tell(&self, message: Message) {
-        if let Err(TrySendError::Full(_)) = self.sender.try_send(message) {
+    /// `false` where it is lost.
+    fn tell(&self, message: Message) -> bool {
+        let is_full = matches!(self.sender.try_send(message), Err(TrySendError::Full(_)));
+        if is_full {
             self.shared.note_loss();
             tracing::debug!("the index does not keep up; a write was dropped");
         }
+        !is_full
     }
 }
 
