@@ -174,6 +174,21 @@ pub struct Store {
 impl Store {
     /// Opens the store on `volume`, taking its folder for this process. Waits neither for the index nor for the counts.
     pub fn open(settings: &Settings, volume: Arc<dyn Volume>, now: SystemTime) -> Result<Self, OpenError> {
+        Self::open_with(settings, volume, now, |volume| {
+            volume.folder().map_or(Home::Memory, |folder| Home::Folder {
+                volume: Arc::clone(volume),
+                index: folder.join("index"),
+                opened_at: to_millis(now) / 1000,
+            })
+        })
+    }
+
+    fn open_with(
+        settings: &Settings,
+        volume: Arc<dyn Volume>,
+        now: SystemTime,
+        home: impl FnOnce(&Arc<dyn Volume>) -> Home,
+    ) -> Result<Self, OpenError> {
         let lock = volume.folder().map(Lock::take).transpose()?;
         let refusal = Refusal::default();
         let underway = Underway::default();
@@ -182,13 +197,8 @@ impl Store {
         let volume: Arc<dyn Volume> = Arc::clone(&watched) as _;
         let secret = secret::read_or_make(volume.as_ref())?;
         let leftovers = leftover::Leftovers::find(volume.as_ref(), now);
-        let home = volume.folder().map_or(Home::Memory, |folder| Home::Folder {
-            volume: Arc::clone(&volume),
-            index: folder.join("index"),
-            opened_at: to_millis(now) / 1000,
-        });
-        let index =
-            IndexHandle::start(home).map_err(|error| Fault::io("start the thread of", "index", &error))?;
+        let index = IndexHandle::start(home(&volume))
+            .map_err(|error| Fault::io("start the thread of", "index", &error))?;
         let index = Arc::new(index);
         let usage = Arc::new(Counters::default());
         let refs = Arc::new(refs::Refs::new(&volume, &index, &usage));

@@ -18,7 +18,7 @@ use super::record::{RECORD_BYTES_MAX, checksum, from_millis, opened, sealed, to_
 use super::refs::TagKey;
 use super::volume::Volume;
 use super::{Fault, Store, named_path, remove_file};
-use crate::oci::{AnyDigest, Reference, Repository};
+use crate::oci::{AnyDigest, Reference, Repository, Tag};
 
 /// Doubts kept. A further write is handed on without one.
 const DOUBTS_MAX: usize = 65_536;
@@ -47,6 +47,14 @@ struct Record {
 }
 
 impl DoubtKey {
+    fn tag_key(&self, tag: &Tag) -> TagKey {
+        TagKey {
+            upstream: Arc::clone(&self.upstream),
+            repository: self.repository.clone(),
+            tag: tag.clone(),
+        }
+    }
+
     fn path(&self) -> PathBuf {
         let reference = self.reference.to_string();
         named_path(TREE, &[&self.upstream, self.repository.as_str(), &reference])
@@ -82,14 +90,7 @@ impl Store {
     /// Whether anything of `key` is cached, or may be. Blocks.
     pub fn has_cached(&self, key: &DoubtKey) -> bool {
         match &key.reference {
-            Reference::Tag(tag) => {
-                let key = TagKey {
-                    upstream: Arc::clone(&key.upstream),
-                    repository: key.repository.clone(),
-                    tag: tag.clone(),
-                };
-                !matches!(self.tag(&key), Ok(None))
-            }
+            Reference::Tag(tag) => !matches!(self.tag(&key.tag_key(tag)), Ok(None)),
             Reference::Digest(AnyDigest::Known(digest)) => {
                 self.blobs.has(digest) || self.manifests.has(digest)
             }
@@ -116,10 +117,18 @@ impl Store {
         self.doubts.settle(key, is_settled)
     }
 
+    /// Whether the index may have a tag of which it does not tell now.
+    fn may_be_indexed(&self, key: &DoubtKey) -> bool {
+        match &key.reference {
+            Reference::Tag(tag) => self.refs.is_index_silent(&key.tag_key(tag)),
+            Reference::Digest(_) => false,
+        }
+    }
+
     /// Reads the doubts of earlier processes; those about what is no longer cached are removed.
     pub(super) fn load_doubts(&self) {
         for (key, since) in self.doubts.read() {
-            if self.has_cached(&key) {
+            if self.has_cached(&key) || self.may_be_indexed(&key) {
                 self.doubts.lock().insert(key, since);
             } else if let Err(fault) = remove_file(self.doubts.volume.as_ref(), &key.path()) {
                 tracing::debug!(%fault, "a doubt about what is no longer cached stays");

@@ -109,7 +109,7 @@ fn said(panic: &(dyn Any + Send)) -> String {
 }
 
 /// An index that is gone with the process: for tests, and for a volume that is no folder.
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub(super) struct MemoryIndex {
     pairs: BTreeMap<Vec<u8>, Vec<u8>>,
 }
@@ -377,6 +377,8 @@ pub(super) fn set_aside(folder: &Path, opened_at: u64, count: u32) -> Result<Pat
     Ok(aside)
 }
 
+#[cfg(test)]
+pub(in crate::store) mod losing;
 #[cfg(test)]
 pub(in crate::store) mod slow;
 #[cfg(test)]

@@ -18,6 +18,7 @@ use std::time::SystemTime;
 use quick_cache::sync::Cache;
 
 use super::cache::counted;
+use super::doubts::DoubtKey;
 use super::index::thread::{IndexHandle, VALUE_BYTES_MAX};
 use super::manifests::HeldManifest;
 use super::record::{RECORD_BYTES_MAX, checksum};
@@ -71,11 +72,21 @@ impl Store {
         self.view().last_complete(record, reader, is_complete)
     }
 
-    /// Forgets a tag, and a doubt about it; says whether it was known.
+    /// Forgets a tag, and a doubt about it, so that no crash brings it back; says whether it was known. Where that is not
+    /// sure, the tag is in doubt: after a restart it is revalidated before it is served.
     pub fn remove_tag(&self, key: &TagKey) -> Result<bool, Fault> {
-        let was_known = self.refs.remove(key)?;
-        self.settle_doubt(&key.into(), |_| true)?;
-        Ok(was_known)
+        let doubt = DoubtKey::from(key);
+        let since = self.doubted_since(&doubt);
+        let removed = self.refs.remove(key, since.is_some());
+        match &removed {
+            // A doubt of a later write is not settled by this one.
+            Ok(removed) if removed.is_durable => self.settle_doubt(&doubt, |now| Some(now) == since)?,
+            _ if since.is_none() => {
+                self.doubt(&doubt, self.uses.now())?;
+            }
+            _ => {}
+        }
+        removed.map(|removed| removed.was_known)
     }
 
     /// At most `limit` tags in order, from the first after `after` on. From the index, or while that is not whole, from
@@ -161,6 +172,19 @@ struct Loaded {
     has_file: bool,
     /// Not so where the index has lost it, or does not answer.
     is_indexed: bool,
+}
+
+/// Where a tag was when it was taken away.
+struct Gone {
+    had_file: bool,
+    was_ready: bool,
+}
+
+/// A tag that was taken away.
+struct Removed {
+    was_known: bool,
+    /// Whether no crash brings it back.
+    is_durable: bool,
 }
 
 pub(super) struct Refs {
@@ -336,10 +360,32 @@ impl Refs {
         self.writers.get(usize::from(sum.first().copied()?) % STRIPES)
     }
 
-    fn remove(&self, key: &TagKey) -> Result<bool, Fault> {
+    /// Forgets a tag. `is_in_doubt`: an earlier removal of its file may not be durable.
+    fn remove(&self, key: &TagKey, is_in_doubt: bool) -> Result<Removed, Fault> {
         let path = key.path();
-        let _writing = self.writing(&path);
-        self.remove_alone(key, &path)
+        let (gone, expunging) = {
+            let _writing = self.writing(&path);
+            self.remove_alone(key, &path, IndexHandle::expunge)
+        };
+        let Gone { had_file, was_ready } = gone?;
+        let is_unlinked = !(had_file || is_in_doubt) || self.sync_folder_of(&path);
+        // Its other writers do not wait for that, and all removals share one flush.
+        let is_expunged = self.index.expunged(expunging);
+        Ok(Removed {
+            was_known: had_file || was_ready,
+            is_durable: is_unlinked && is_expunged,
+        })
+    }
+
+    /// Makes durable that a file is gone.
+    fn sync_folder_of(&self, path: &Path) -> bool {
+        let Some(folder) = path.parent() else {
+            return false;
+        };
+        match self.volume.sync_folder(folder) {
+            Ok(()) => true,
+            Err(error) => error.kind() == io::ErrorKind::NotFound,
+        }
     }
 
     /// Forgets a tag that names just `names`, if it `is_free` to go; `None` where not, or where it names something else.
@@ -356,7 +402,8 @@ impl Refs {
         if !is_free() || known.is_some_and(|known| known != names) {
             return Ok(None);
         }
-        self.remove_alone(key, &path).map(|_| Some(0))
+        let (gone, ()) = self.remove_alone(key, &path, IndexHandle::remove);
+        gone.map(|_| Some(0))
     }
 
     /// What a tag names, by its file or, where more is known, by memory; in order.
@@ -369,14 +416,25 @@ impl Refs {
     }
 
     /// The file first, and memory last: who read the file just before is made to look again.
-    fn remove_alone(&self, key: &TagKey, path: &Path) -> Result<bool, Fault> {
+    fn remove_alone<T>(
+        &self,
+        key: &TagKey,
+        path: &Path,
+        remove_indexed: impl FnOnce(&IndexHandle, Vec<u8>) -> T,
+    ) -> (Result<Gone, Fault>, T) {
         let had_file = self.usage.removing(Kind::Tag, path, || {
             remove_file(self.volume.as_ref(), path).map(|size| size.map(|_| 0))
         });
-        self.index.remove(key.to_index());
+        let removing = remove_indexed(&self.index, key.to_index());
         self.removals.fetch_add(1, Ordering::SeqCst);
         let was_ready = self.ready.remove(key).is_some();
-        Ok(had_file? || was_ready)
+        let gone = had_file.map(|had_file| Gone { had_file, was_ready });
+        (gone, removing)
+    }
+
+    /// Whether the index does not say what it has of a tag.
+    pub(super) fn is_index_silent(&self, key: &TagKey) -> bool {
+        self.index.get(key.to_index()).is_err()
     }
 
     fn read_file(&self, key: &TagKey) -> Result<Option<TagRecord>, Fault> {

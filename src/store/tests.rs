@@ -19,6 +19,7 @@ mod manifests;
 mod names;
 mod power_cut;
 mod proofs;
+mod removals;
 mod trouble;
 mod upkeep;
 mod whole;

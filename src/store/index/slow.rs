@@ -33,6 +33,12 @@ struct SlowIndex {
 
 /// An index whose flushes are led by the test. When the other end is gone, they end at once.
 pub(in crate::store) fn slow_index() -> (Arc<IndexHandle>, Flushes) {
+    let (home, flushes) = slow_home();
+    (Arc::new(IndexHandle::start(home).unwrap()), flushes)
+}
+
+/// Where such an index lives.
+pub(in crate::store) fn slow_home() -> (Home, Flushes) {
     let (begun, is_begun) = channel();
     let (let_through, through) = channel();
     let index = SlowIndex {
@@ -45,7 +51,7 @@ pub(in crate::store) fn slow_index() -> (Arc<IndexHandle>, Flushes) {
         begun: is_begun,
         through: let_through,
     };
-    (Arc::new(IndexHandle::start(home).unwrap()), flushes)
+    (home, flushes)
 }
 
 impl Index for SlowIndex {

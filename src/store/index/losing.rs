@@ -1,0 +1,54 @@
+//! An index for tests that loses in a crash what was not flushed.
+#![allow(clippy::unwrap_used, reason = "tests may fail loudly")]
+
+use std::sync::{Arc, Mutex};
+
+use super::thread::Home;
+use super::{Index, IndexFault, MemoryIndex, Pair};
+
+/// What a crash leaves of the index.
+#[derive(Clone, Default)]
+pub(in crate::store) struct Flushed(Arc<Mutex<MemoryIndex>>);
+
+impl Flushed {
+    /// An index with what was flushed.
+    pub(in crate::store) fn home(&self) -> Home {
+        let index = LosingIndex {
+            written: self.0.lock().unwrap().clone(),
+            flushed: self.clone(),
+        };
+        Home::Given(Mutex::new(Some(Box::new(index))))
+    }
+
+    /// What a crash at this moment leaves.
+    pub(in crate::store) fn now(&self) -> Self {
+        Self(Arc::new(Mutex::new(self.0.lock().unwrap().clone())))
+    }
+}
+
+struct LosingIndex {
+    written: MemoryIndex,
+    flushed: Flushed,
+}
+
+impl Index for LosingIndex {
+    fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, IndexFault> {
+        self.written.get(key)
+    }
+    fn put(&mut self, key: &[u8], value: &[u8]) -> Result<(), IndexFault> {
+        self.written.put(key, value)
+    }
+    fn remove(&mut self, key: &[u8]) -> Result<(), IndexFault> {
+        self.written.remove(key)
+    }
+    fn scan(&self, prefix: &[u8], after: &[u8], limit: usize) -> Result<Vec<Pair>, IndexFault> {
+        self.written.scan(prefix, after, limit)
+    }
+    fn sync(&mut self) -> Result<(), IndexFault> {
+        *self.flushed.0.lock().unwrap() = self.written.clone();
+        Ok(())
+    }
+    fn abandon(self: Box<Self>, _: &IndexFault) -> bool {
+        true
+    }
+}

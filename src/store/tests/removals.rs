@@ -1,0 +1,43 @@
+//! A tag that was removed stays removed, whatever the index has lost.
+
+use super::*;
+use crate::store::doubts::DoubtKey;
+use crate::store::index::losing::Flushed;
+use crate::store::index::slow::slow_home;
+use crate::store::index::thread::Home;
+
+fn opened(volume: &Arc<dyn Volume>, home: Home) -> Store {
+    Store::open_with(&Settings::default(), Arc::clone(volume), at(0), |_| home).unwrap()
+}
+
+#[test]
+fn t08_removed_tag_stays_removed_after_a_crash() {
+    let volume: Arc<dyn Volume> = Arc::new(Memory::new());
+    let flushed = Flushed::default();
+    let store = opened(&volume, flushed.home());
+    let doubt = DoubtKey::from(&key("3"));
+    store.keep_tag(&key("3"), variant(1, b"image", 1)).unwrap();
+    store.index.flush();
+    store.doubt(&doubt, at(1)).unwrap();
+    assert!(store.remove_tag(&key("3")).unwrap());
+    let after_crash = flushed.now();
+    assert_eq!(store.doubted_since(&doubt), None);
+    drop(store);
+    let store = opened(&volume, after_crash.home());
+    assert!(store.tag(&key("3")).unwrap().is_none());
+}
+
+#[test]
+fn t08_tag_whose_removal_is_not_flushed_is_in_doubt() {
+    let volume: Arc<dyn Volume> = Arc::new(Memory::new());
+    let (home, flushes) = slow_home();
+    let store = opened(&volume, home);
+    let doubt = DoubtKey::from(&key("3"));
+    store.keep_tag(&key("3"), variant(1, b"image", 1)).unwrap();
+    flushes.begun();
+    store.index.note_stuck();
+    assert!(store.remove_tag(&key("3")).unwrap());
+    assert!(store.tag(&key("3")).unwrap().is_none());
+    assert!(store.doubted_since(&doubt).is_some());
+    drop(flushes);
+}
