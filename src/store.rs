@@ -320,6 +320,7 @@ impl Store {
     pub fn tidy(&self) {
         self.evictor.tidy();
         let is_held = |digest: &Digest| self.blobs.has(digest) || self.manifests.has(digest);
+        self.seen.append_owing();
         self.seen.prune(self.uses.now(), &is_held, &self.stop);
     }
 

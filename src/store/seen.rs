@@ -16,6 +16,7 @@
 //! so that a torn line before it spoils nothing after it. How much the files may take together has a limit (`limit`).
 
 mod append;
+mod in_use;
 mod limit;
 
 pub use self::append::{Noted, Unwritten};
@@ -164,6 +165,7 @@ impl Weighter<Place, Ready> for ByDigests {
 pub(super) struct SeenFiles {
     volume: Arc<dyn Volume>,
     ready: Cache<Place, Ready, ByDigests>,
+    in_use: in_use::InUse,
     /// About how much the files take.
     bytes: AtomicU64,
     bytes_max: u64,
@@ -184,6 +186,7 @@ impl SeenFiles {
         Self {
             volume: Arc::clone(volume),
             ready: weighted(READY_DIGESTS_MAX, 2 * PLACE_WEIGHT, ByDigests),
+            in_use: in_use::InUse::default(),
             bytes: AtomicU64::new(0),
             bytes_max,
             order: RwLock::default(),
@@ -220,6 +223,12 @@ impl SeenFiles {
     fn load(&self, upstream: &str, repository: &Repository) -> Result<Arc<SharedSeen>, Fault> {
         let place = Place::of(upstream, repository);
         let ready = self.ready.get_or_insert_with(&place, || {
+            if let Some(seen) = self.in_use.find(&place) {
+                return Ok(Ready {
+                    weight: seen.read(weight),
+                    seen,
+                });
+            }
             let path = path(&place);
             let text = match self.volume.read_whole(&path, FILE_BYTES_MAX) {
                 Ok(text) => text,
@@ -231,13 +240,13 @@ impl SeenFiles {
                 // It is as good as before where this fails, only longer.
                 let _ = self.volume.write_whole(&path, &seen.to_lines(&place));
             }
-            Ok(Ready {
-                weight: weight(&seen),
-                seen: Arc::new(SharedSeen {
-                    seen: RwLock::new(seen),
-                    appending: Mutex::default(),
-                }),
-            })
+            let weight = weight(&seen);
+            let seen = Arc::new(SharedSeen {
+                seen: RwLock::new(seen),
+                appending: Mutex::default(),
+            });
+            self.in_use.enter(&place, &seen);
+            Ok(Ready { seen, weight })
         })?;
         Ok(ready.seen)
     }
@@ -412,6 +421,18 @@ impl Seen {
             self.served.push(url.to_owned());
         }
         is_news
+    }
+
+    /// The file is gone, and with it all that is written down.
+    fn lose_file(&mut self) {
+        *self = Self {
+            unwritten: std::mem::take(&mut self.unwritten),
+            ..Self::default()
+        };
+        for line in self.unwritten.clone() {
+            self.take_in(&line);
+        }
+        self.written_public = self.public;
     }
 
     fn to_lines(&self, place: &Place) -> Vec<u8> {

@@ -110,6 +110,10 @@ impl SeenFiles {
             return false;
         }
         if let Some(place) = place {
+            // Those who hold it still begin a new file.
+            if let Some(seen) = self.in_use.find(&place) {
+                seen.write(Seen::lose_file);
+            }
             self.ready
                 .remove(&PlaceRef::new(&place.upstream, &place.repository));
         }
