@@ -346,6 +346,7 @@ impl Evictor {
                         !self.pins.has(&Pin::Tag(key.clone()))
                             && !names.iter().any(|name| self.uses.was_needed(name))
                     };
+                    let _evicting = self.pins.evicting();
                     let gone = self.refs.evict(key, names, is_free)?;
                     unsynced = gone.map(|_| key.path());
                     gone
@@ -357,6 +358,7 @@ impl Evictor {
                             .sync_folder(folder)
                             .map_err(|error| Fault::io("make durable", folder, &error))?;
                     }
+                    let _evicting = self.pins.evicting();
                     let is_free = || !self.uses.was_needed(digest) && !self.pins.has(&Pin::Digest(*digest));
                     match step {
                         Step::Manifest(_) => self.manifests.evict(digest, is_free)?,

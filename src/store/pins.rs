@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockWriteGuard};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockWriteGuard};
 
 use serde::{Deserialize, Serialize};
 
@@ -68,6 +68,8 @@ pub(super) struct Pins {
     known: RwLock<BTreeMap<Pin, PathBuf>>,
     /// Changes come one after the other.
     changing: Mutex<()>,
+    /// Held between the look whether something is pinned and its removal.
+    evicting: Mutex<()>,
 }
 
 impl Pins {
@@ -101,6 +103,7 @@ impl Pins {
             uses: Arc::clone(uses),
             known: RwLock::new(known),
             changing: Mutex::default(),
+            evicting: Mutex::default(),
         }
     }
 
@@ -109,6 +112,11 @@ impl Pins {
             .read()
             .unwrap_or_else(PoisonError::into_inner)
             .contains_key(pin)
+    }
+
+    /// Held by an eviction from the look whether something is pinned until it is gone.
+    pub(super) fn evicting(&self) -> MutexGuard<'_, ()> {
+        self.evicting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn all(&self) -> Vec<Pin> {
@@ -135,6 +143,8 @@ impl Pins {
         let path = pin.path();
         // First: nothing is evicted any more while the file is written.
         self.change().insert(pin.clone(), path.clone());
+        // What was found to be free before goes now, and not after it is said to be pinned.
+        drop(self.evicting());
         let written = self.volume.write_whole(&path, &sealed(&Record::of(pin)));
         written.map_err(|error| {
             self.change().remove(pin);

@@ -106,3 +106,20 @@ fn undisturbed_it_goes_whole() {
         assert_eq!(store.evictions().for_size, 2);
     }
 }
+
+#[test]
+fn t08_pin_waits_for_an_eviction_that_found_no_pin() {
+    let ground = Ground::memory();
+    let store = ground.open();
+    let (pinned, is_pinned) = std::sync::mpsc::channel();
+    std::thread::scope(|scope| {
+        let evicting = store.pins.evicting();
+        scope.spawn(|| {
+            store.pin(&Pin::Tag(key("1"))).unwrap();
+            pinned.send(()).unwrap();
+        });
+        assert!(is_pinned.recv_timeout(Duration::from_millis(50)).is_err());
+        drop(evicting);
+        is_pinned.recv().unwrap();
+    });
+}
