@@ -353,6 +353,7 @@ impl Upstream {
         let asker = Asker {
             kind: Kind::of_request(operation, is_head),
             operation,
+            principal: caller.principal,
             needs_token: self.0.exchange.needs_token(&self.0.urls, caller, operation),
         };
         let Some(mut health) = self.0.health() else {

@@ -14,6 +14,9 @@
 //! | no response in time | suspected, opens at the third | the same, unless another response came meanwhile; opens over several repositories | nothing |
 //! | no connection | nothing | nothing | suspected, opens at the third |
 //!
+//! A 5xx or a connection that breaks may be the upstream's way with a credential, so what opens by those alone is open for
+//! the principals who met them, and for all others closed.
+//!
 //! A 401 comes from in front of what a registry looks up, so it shows no more than that something is alive. No task, no
 //! timer, no I/O.
 
@@ -222,10 +225,19 @@ impl Default for Detector {
     }
 }
 
+/// A request that was sent, as its outcome is attributed.
+#[derive(Clone, Copy)]
+struct Sent<'a> {
+    kind: Kind,
+    operation: &'a Operation,
+    principal: [u8; 32],
+}
+
 /// What an asker with a cached copy is about to send.
 pub(super) struct Asker<'a> {
     pub(super) kind: Kind,
     pub(super) operation: &'a Operation,
+    pub(super) principal: [u8; 32],
     /// Whether a token must be fetched first, should the registry want one.
     pub(super) needs_token: bool,
 }
@@ -276,8 +288,13 @@ impl Detector {
         };
         let since = std::mem::replace(&mut pending.since, now);
         pending.waits_for = Some(Peer::Registry);
-        let operation = pending.operation.clone();
-        self.took_in(Kind::Token, &operation, ended, (since, now))
+        let (operation, principal) = (pending.operation.clone(), pending.principal);
+        let sent = Sent {
+            kind: Kind::Token,
+            operation: &operation,
+            principal,
+        };
+        self.took_in(sent, ended, (since, now))
     }
 
     /// What became of the request.
@@ -286,9 +303,17 @@ impl Detector {
             Some(Pending {
                 kind,
                 operation,
+                principal,
                 since,
                 ..
-            }) => self.took_in(kind, &operation, ended, (since, now)),
+            }) => {
+                let sent = Sent {
+                    kind,
+                    operation: &operation,
+                    principal,
+                };
+                self.took_in(sent, ended, (since, now))
+            }
             None => Vec::new(),
         }
     }
@@ -322,32 +347,32 @@ impl Detector {
         }
         let mut changes = Vec::new();
         for (kind, since) in silent {
-            changes.extend(self.took_in(kind, operation, Ended::NoResponse(Cause::Budget), (since, now)));
+            let sent = Sent {
+                kind,
+                operation,
+                principal,
+            };
+            changes.extend(self.took_in(sent, Ended::NoResponse(Cause::Budget), (since, now)));
         }
         changes
     }
 
-    fn took_in(
-        &mut self,
-        kind: Kind,
-        operation: &Operation,
-        ended: Ended,
-        (since, now): (Instant, Instant),
-    ) -> Vec<Change> {
+    fn took_in(&mut self, sent: Sent<'_>, ended: Ended, (since, now): (Instant, Instant)) -> Vec<Change> {
+        let Sent { kind, operation, .. } = sent;
         let mut changes = Vec::new();
         match ended {
             Ended::Unknown => return changes,
             Ended::NoConnection(cause) => {
                 let as_new = || Trouble::new((Nature::Silence, Extent::Everything), operation, now);
                 let trouble = self.connection.get_or_insert_with(as_new);
-                if trouble.fail(cause, operation, now) {
+                if trouble.fail(cause, (operation, None), now) {
                     changes.push(opened(Scope::Connection, cause));
                 }
             }
-            Ended::NoResponse(cause) => self.no_response(kind, operation, cause, (since, now), &mut changes),
+            Ended::NoResponse(cause) => self.no_response(sent, cause, (since, now), &mut changes),
             Ended::ServerError(cause) => {
                 self.responded(kind, operation, (since, now), &mut changes);
-                self.fails(kind, operation, (Nature::Error, cause), now, &mut changes);
+                self.fails(sent, (Nature::Error, cause), now, &mut changes);
             }
             Ended::Denied => {
                 closes(&mut self.connection, Scope::Connection, &mut changes);
@@ -414,13 +439,13 @@ impl Detector {
 
     fn no_response(
         &mut self,
-        kind: Kind,
-        operation: &Operation,
+        sent: Sent<'_>,
         cause: Cause,
         (since, now): (Instant, Instant),
         changes: &mut Vec<Change>,
     ) {
-        self.fails(kind, operation, (Nature::Silence, cause), now, changes);
+        let Sent { kind, operation, .. } = sent;
+        self.fails(sent, (Nature::Silence, cause), now, changes);
         let whole = self.whole_mut(kind);
         if whole.responded_at.is_some_and(|at| at > since) {
             return;
@@ -431,7 +456,7 @@ impl Detector {
             .filter(|witness| whole.trouble.is_none() && witness.repository() != operation.repository());
         let as_new = || Trouble::new((Nature::Silence, Extent::Repositories), operation, now);
         let trouble = whole.trouble.get_or_insert_with(as_new);
-        if trouble.fail(cause, operation, now) {
+        if trouble.fail(cause, (operation, shown_by(sent, cause)), now) {
             changes.push(opened(Scope::Kind(kind), cause));
         }
         if let Some(witness) = witness {
@@ -442,12 +467,16 @@ impl Detector {
     /// A failure in one repository.
     fn fails(
         &mut self,
-        kind: Kind,
-        operation: &Operation,
+        sent: Sent<'_>,
         (nature, cause): (Nature, Cause),
         now: Instant,
         changes: &mut Vec<Change>,
     ) {
+        let Sent { kind, operation, .. } = sent;
+        let shown_by = match nature {
+            Nature::Error => Some(sent.principal),
+            Nature::Silence => shown_by(sent, cause),
+        };
         self.edit(kind, operation, |part, scope| {
             if part
                 .trouble
@@ -460,7 +489,7 @@ impl Detector {
             if part
                 .trouble
                 .get_or_insert_with(as_new)
-                .fail(cause, operation, now)
+                .fail(cause, (operation, shown_by), now)
             {
                 changes.push(opened(scope, cause));
             }
@@ -470,14 +499,14 @@ impl Detector {
     /// How long an asker with a cached copy waits.
     pub(super) fn wait(&mut self, asker: &Asker<'_>, budget: Duration, now: Instant) -> Wait {
         let operation = asker.operation;
-        let mut wait = waits(&mut self.connection, operation, now);
+        let mut wait = waits(&mut self.connection, asker, now);
         let kinds = [Some(asker.kind), asker.needs_token.then_some(Kind::Token)];
         for kind in kinds.into_iter().flatten() {
-            let whole = waits(&mut self.whole_mut(kind).trouble, operation, now);
+            let whole = waits(&mut self.whole_mut(kind).trouble, asker, now);
             let mut part = Wait::Budget;
             let repository = operation.repository().cloned();
             if let Some(known) = repository.and_then(|name| self.parts.get_mut(&(kind, name))) {
-                part = waits(&mut known.trouble, operation, now);
+                part = waits(&mut known.trouble, asker, now);
                 if is_patient(kind) && is_slow(known.took, budget, now) {
                     part = part.shorter(Wait::Short);
                 }
@@ -672,10 +701,15 @@ fn closes(trouble: &mut Option<Trouble>, scope: Scope, changes: &mut Vec<Change>
     }
 }
 
-fn waits(trouble: &mut Option<Trouble>, operation: &Operation, now: Instant) -> Wait {
-    trouble
-        .as_mut()
-        .map_or(Wait::Budget, |trouble| trouble.wait(operation, now))
+fn waits(trouble: &mut Option<Trouble>, asker: &Asker<'_>, now: Instant) -> Wait {
+    trouble.as_mut().map_or(Wait::Budget, |trouble| {
+        trouble.wait((asker.operation, asker.principal), now)
+    })
+}
+
+/// Whose request it was, where the failure may be the upstream's way with that: it hung up.
+fn shown_by(sent: Sent<'_>, cause: Cause) -> Option<[u8; 32]> {
+    (cause == Cause::Reset).then_some(sent.principal)
 }
 
 /// Whether a late response of this kind still serves the next asker as well. Of a manifest that is fetched because the tag

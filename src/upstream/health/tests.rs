@@ -130,13 +130,18 @@ impl World {
     }
 
     fn wait(&mut self, asked: Asked) -> Wait {
-        self.wait_for(asked.kind(), asked.operation())
+        self.wait_of(asked.kind(), asked.operation(), asked.principal())
     }
 
     fn wait_for(&mut self, kind: Kind, operation: &Operation) -> Wait {
+        self.wait_of(kind, operation, [0; 32])
+    }
+
+    fn wait_of(&mut self, kind: Kind, operation: &Operation, principal: [u8; 32]) -> Wait {
         let asker = Asker {
             kind,
             operation,
+            principal,
             needs_token: false,
         };
         self.detector.wait(&asker, BUDGET, self.now)
@@ -398,6 +403,7 @@ fn t05_a_token_service_fails_apart_from_the_registry() {
         let asker = Asker {
             kind: Kind::Head,
             operation: &c,
+            principal: [0; 32],
             needs_token,
         };
         world.detector.wait(&asker, BUDGET, world.now)
@@ -446,6 +452,44 @@ fn t05_probe_that_says_nothing_half_opens() {
         world.detector.probe_ended(&scope, began);
         assert_eq!(world.wait_for(Kind::Head, &tag("c")), Wait::Short, "it is asked");
     }
+}
+
+#[test]
+fn t04_errors_of_one_principal_keep_no_other_waiting() {
+    let (ours, theirs) = ([0; 32], [1; 32]);
+    for cause in [Cause::Status(500), Cause::Reset] {
+        let mut world = World::new();
+        let fails = |world: &mut World, name: &str, principal| {
+            let id = world.detector.sent(Kind::Head, &tag(name), principal, world.now);
+            let ended = match cause {
+                Cause::Reset => Ended::NoResponse(cause),
+                _ => Ended::ServerError(cause),
+            };
+            world.detector.ended(id, ended, world.now);
+        };
+        for name in ["a", "a", "a", "b", "b", "b"] {
+            fails(&mut world, name, theirs);
+        }
+        for name in ["a", "b"] {
+            let wait = world.wait_of(Kind::Head, &tag(name), theirs);
+            assert_eq!(wait, Wait::Nothing, "{cause}");
+            let wait = world.wait_of(Kind::Head, &tag(name), ours);
+            assert_eq!(wait, Wait::Budget, "{cause}");
+        }
+        fails(&mut world, "a", ours);
+        let wait = world.wait_of(Kind::Head, &tag("a"), ours);
+        assert_eq!(wait, Wait::Nothing, "{cause}: it is no other's alone");
+    }
+}
+
+#[test]
+fn t05_silence_of_one_principal_concerns_all() {
+    let mut world = World::new();
+    for _ in 0..3 {
+        world.happens_to(TimedOut, (Kind::Head, &tag("a"), [1; 32]));
+        world.now -= LATE;
+    }
+    assert_eq!(world.wait_for(Kind::Head, &tag("a")), Wait::Nothing);
 }
 
 #[test]

@@ -14,6 +14,8 @@ use crate::oci::operation::Operation;
 pub(super) const FAILURES_MAX: usize = 3;
 /// … within so long, without a response in between, open a scope.
 pub(super) const WINDOW: Duration = Duration::from_secs(30);
+/// Principals that are known to have met a failure; of more, the first ones ask again.
+const PRINCIPALS_MAX: usize = 16;
 /// From one probe to the next while clients ask, and after the first one while none do.
 const PROBE_INTERVAL: Duration = Duration::from_secs(1);
 /// The longest time between two probes: how late the return of a registry is noticed that no client asks for.
@@ -67,6 +69,10 @@ pub(super) struct Trouble {
     /// When the last failures came, oldest first; never more than [`FAILURES_MAX`].
     failures: Vec<Instant>,
     failed_at: Instant,
+    /// Whether some failure was none of the upstream's way with a principal: there was nothing at all.
+    is_for_all: bool,
+    /// Who met the others.
+    met_by: Vec<[u8; 32]>,
     /// What failed last.
     failed: Operation,
     /// Whether something else in the scope failed as well.
@@ -91,6 +97,8 @@ impl Trouble {
             cause: Cause::Budget,
             failures: Vec::new(),
             failed_at: now,
+            is_for_all: false,
+            met_by: Vec::new(),
             failed: operation.clone(),
             is_several: extent == Extent::Everything,
             probes: operation.clone(),
@@ -101,8 +109,13 @@ impl Trouble {
         }
     }
 
-    /// One more failure; `true` if that opened the scope.
-    pub(super) fn fail(&mut self, cause: Cause, operation: &Operation, now: Instant) -> bool {
+    /// One more failure, and of whom if it may be theirs alone; `true` if that opened the scope.
+    pub(super) fn fail(
+        &mut self,
+        cause: Cause,
+        (operation, shown_by): (&Operation, Option<[u8; 32]>),
+        now: Instant,
+    ) -> bool {
         let is_other = self.extent.are_parts(&self.failed, operation);
         if self.nature == Nature::Error && is_other && self.extent == Extent::Requests {
             // Errors of two objects are not repetitions of one.
@@ -110,8 +123,19 @@ impl Trouble {
                 return false;
             }
             self.failures.clear();
+            self.met_by.clear();
         } else {
             self.is_several |= is_other;
+        }
+        match shown_by {
+            None => self.is_for_all = true,
+            Some(principal) if self.met_by.contains(&principal) => {}
+            Some(principal) => {
+                if self.met_by.len() >= PRINCIPALS_MAX {
+                    self.met_by.remove(0);
+                }
+                self.met_by.push(principal);
+            }
         }
         // What failed tells more than that a budget ran out.
         if cause != Cause::Budget {
@@ -163,7 +187,10 @@ impl Trouble {
     }
 
     /// How long an asker with a cached copy waits.
-    pub(super) fn wait(&mut self, operation: &Operation, now: Instant) -> Wait {
+    pub(super) fn wait(&mut self, (operation, principal): (&Operation, [u8; 32]), now: Instant) -> Wait {
+        if !self.is_for_all && !self.met_by.contains(&principal) {
+            return Wait::Budget;
+        }
         let is_open = matches!(self.state, State::Open(_));
         let is_failed = self.failed == *operation;
         let wait = match self.nature {
