@@ -85,6 +85,8 @@ impl Pull {
         let can_do_without = matches!(decide(&silence), Verdict::Serve(_));
         let upstream = request.site.upstream();
         let mut wanted = Wanted::of(request, repository, &context.caller);
+        let rule = request.site.rule(repository, request.tag());
+        wanted.is_strangers = context.is_stranger(rule, request.now);
         let wait = if can_do_without {
             upstream.wait(&wanted.caller, (&wanted.operation, true), budget)
         } else {
@@ -185,22 +187,9 @@ impl Pull {
     /// that waits for it. Anything else goes on once it was sent: a registry that first fetches for itself takes longer
     /// than its clients wait, and they come again.
     pub(super) fn may_be_made_up(&self, wanted: &Wanted) -> bool {
-        match &wanted.operation {
-            Operation::Manifest {
-                reference: Reference::Digest(AnyDigest::Known(digest)),
-                ..
-            }
-            | Operation::Blob {
-                digest: AnyDigest::Known(digest),
-                ..
-            } => !self.is_named_there(wanted, *digest),
-            Operation::Manifest {
-                reference: Reference::Digest(AnyDigest::Foreign(_)),
-                ..
-            }
-            | Operation::Blob { .. } => true,
-            _ => false,
-        }
+        may_be_made_up(&wanted.operation, wanted.is_strangers, |digest| {
+            self.is_named_there(wanted, digest)
+        })
     }
 
     /// What is asked of admission for this request.
@@ -498,9 +487,54 @@ impl Pull {
     }
 }
 
+/// See [`Pull::may_be_made_up`]. Whether a digest is named here is no stranger's to find out by how soon, and for how
+/// long, the upstream is asked about it.
+fn may_be_made_up(operation: &Operation, is_strangers: bool, is_named: impl FnOnce(Digest) -> bool) -> bool {
+    match operation {
+        Operation::Manifest {
+            reference: Reference::Digest(AnyDigest::Known(digest)),
+            ..
+        }
+        | Operation::Blob {
+            digest: AnyDigest::Known(digest),
+            ..
+        } => is_strangers || !is_named(*digest),
+        Operation::Manifest {
+            reference: Reference::Digest(AnyDigest::Foreign(_)),
+            ..
+        }
+        | Operation::Blob { .. } => true,
+        _ => false,
+    }
+}
+
 /// A cache that cannot remember is slower, not broken: tell it and go on.
 pub(super) fn report<T>(done: Result<T, crate::store::Fault>, deed: &str) {
     if let Err(fault) = done {
         tracing::warn!(%fault, "could not {deed}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests may fail loudly")]
+    use http::Method;
+
+    use super::*;
+
+    #[test]
+    fn r01_strangers_digest_is_made_up_whatever_is_named() {
+        let digest = Digest::of(crate::oci::Algorithm::Sha256, b"layer");
+        for (path, by_digest) in [
+            (format!("/v2/team/demo/blobs/{digest}"), true),
+            (format!("/v2/team/demo/manifests/{digest}"), true),
+            ("/v2/team/demo/manifests/1".to_owned(), false),
+        ] {
+            let operation = Operation::parse(&Method::HEAD, &path, None).unwrap();
+            let may_be = |is_strangers, is_named| may_be_made_up(&operation, is_strangers, |_| is_named);
+            assert_eq!(may_be(true, true), may_be(true, false), "{path}");
+            assert_eq!(may_be(true, true), by_digest, "{path}");
+            assert_eq!((may_be(false, true), may_be(false, false)), (false, by_digest));
+        }
     }
 }

@@ -36,6 +36,8 @@ pub(super) struct Wanted {
     pub(super) for_push: bool,
     /// The digest that the upstream's response to a HEAD named, where a tag is fetched because it moved.
     pub(super) named: Option<Digest>,
+    /// Whether the caller is known to have shown no right in the repository: nothing cached may make a difference to it.
+    pub(super) is_strangers: bool,
 }
 
 impl Wanted {
@@ -50,6 +52,7 @@ impl Wanted {
             writes: request.writes,
             for_push: request.for_push,
             named: None,
+            is_strangers: false,
         }
     }
 

@@ -130,7 +130,10 @@ impl<'a> Road<'a> {
     }
 
     fn wanted(&self) -> Wanted {
-        Wanted::of(self.request, self.repository, &self.context.caller)
+        Wanted {
+            is_strangers: self.context.is_stranger(self.rule, self.request.now),
+            ..Wanted::of(self.request, self.repository, &self.context.caller)
+        }
     }
 
     /// Decide, ask if need be, decide again, fetch or check if need be, and decide once more if that failed.
