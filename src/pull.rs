@@ -17,6 +17,7 @@ mod challenge;
 mod change;
 mod check;
 mod copies;
+mod detached;
 mod fetching;
 mod list_name;
 mod listing;

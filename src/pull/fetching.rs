@@ -8,6 +8,7 @@ use http::HeaderValue;
 use tokio::time::Instant;
 
 use super::asking::Key;
+use super::detached::detached;
 use super::writing::Writes;
 use super::{Pull, Request, Site};
 use crate::download::Requester;
@@ -225,7 +226,8 @@ impl Pull {
             _ => None,
         };
         let received = verify(bytes, named, Some(&media_type), &wanted.operation);
-        self.keep(wanted, received).await.ok()
+        let (pull, wanted) = (Arc::clone(self), wanted.clone());
+        detached(async move { pull.keep(&wanted, received).await.ok() }).await
     }
 
     /// Keeps a verified manifest for one who has a right to the repository: its bytes, that it was seen here, and the tag

@@ -12,12 +12,14 @@ use std::time::{Duration, SystemTime};
 use quick_cache::sync::Cache;
 use tokio::time::Instant;
 
+use super::detached::detached;
 use super::fetching::Wanted;
-use super::turns::Turns;
+use super::turns::{Turn, Turns};
 use super::{Pull, Site};
 use crate::access::Evidence;
 use crate::age;
 use crate::oci::{Operation, Repository};
+use crate::store::{AsyncStore, Store};
 use crate::upstream::{Answer, Credential, Said};
 
 /// How much older than now a kept grant or public mark may be before it is written again: a busy tag must not mean a
@@ -135,17 +137,21 @@ impl Pull {
         .await
     }
 
-    /// Keeps what an answer shows of the caller's right. `asked_at` is when the question was put.
+    /// Keeps what an answer shows of the caller's right, also where the caller is gone by then. `asked_at` is when the
+    /// question was put.
     pub(super) async fn learn(self: &Arc<Self>, wanted: &Wanted, answer: &Answer, asked_at: Instant) {
         match answer.said {
             Said::Is(_) => self.learn_yes(wanted, asked_at).await,
-            Said::Forbidden => self.learn_no(wanted, answer).await,
+            Said::Forbidden => {
+                let (pull, wanted, answer) = (Arc::clone(self), wanted.clone(), answer.clone());
+                detached(async move { pull.learn_no(&wanted, &answer).await }).await;
+            }
             Said::Unproven(_) | Said::Unnamed | Said::Absent | Said::Silent(_) | Said::Other(_) => {}
         }
     }
 
     /// The upstream said yes to this caller in this repository: by the registry's own marks, or by bytes that were
-    /// verified. Never because of a status alone.
+    /// verified. Never because of a status alone. It is learned also where the caller is gone by then.
     pub(super) async fn learn_yes(self: &Arc<Self>, wanted: &Wanted, asked_at: Instant) {
         if !matches!(
             wanted.operation,
@@ -153,6 +159,11 @@ impl Pull {
         ) {
             return;
         }
+        let (pull, wanted) = (Arc::clone(self), wanted.clone());
+        detached(async move { pull.note_right(&wanted, asked_at).await }).await;
+    }
+
+    async fn note_right(self: &Arc<Self>, wanted: &Wanted, asked_at: Instant) {
         let Wanted {
             site,
             repository,
@@ -164,9 +175,9 @@ impl Pull {
         let public_since = self.public_since(site, repository).await;
         if is_anonymous(wanted) {
             if renews(public_since, at, now) {
-                let _order = self.refused.publics.turn(place(site, repository)).await;
+                let turn = self.refused.publics.turn(place(site, repository)).await;
                 if !self.overtaken(&self.right_of_all(site, repository), asked_at) {
-                    self.note_public(site, repository, Some(at)).await;
+                    self.note_public(site, repository, Some(at), turn).await;
                 }
             }
         } else {
@@ -210,11 +221,11 @@ impl Pull {
         } = wanted;
         if is_anonymous(wanted) {
             self.keep_challenge(site, repository, answer).await;
-            let _order = self.refused.publics.turn(place(site, repository)).await;
+            let turn = self.refused.publics.turn(place(site, repository)).await;
             let right = self.right_of_all(site, repository);
             self.refused.last.insert(right, Instant::now());
             if self.public_since(site, repository).await.is_some() {
-                self.note_public(site, repository, None).await;
+                self.note_public(site, repository, None, turn).await;
             }
             return;
         }
@@ -321,12 +332,18 @@ impl Pull {
         last.is_some_and(|heard| heard >= asked_at)
     }
 
-    async fn note_public(&self, site: &Arc<Site>, repository: &Repository, since: Option<SystemTime>) {
+    async fn note_public(
+        &self,
+        site: &Arc<Site>,
+        repository: &Repository,
+        since: Option<SystemTime>,
+        turn: Turn<Place>,
+    ) {
         let (site, repository) = (Arc::clone(site), repository.clone());
-        let noted = self
-            .store
-            .write(move |store| store.note_public(site.name(), &repository, since))
-            .await;
+        let noted = write_in_turn(&self.store, turn, move |store| {
+            store.note_public(site.name(), &repository, since)
+        });
+        let noted = noted.await;
         super::asking::report(noted, "keep whether a repository is public");
     }
 }
@@ -335,6 +352,20 @@ impl Refused {
     fn order(&self) -> MutexGuard<'_, ()> {
         self.grants.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// A write that ends its turn: also where nobody waits for it, the next in turn comes after it.
+async fn write_in_turn<T: Send + 'static>(
+    store: &AsyncStore,
+    turn: Turn<Place>,
+    deed: impl FnOnce(&Store) -> T + Send + 'static,
+) -> T {
+    let write = store.write(move |store| {
+        let done = deed(store);
+        drop(turn);
+        done
+    });
+    write.await
 }
 
 fn place(site: &Site, repository: &Repository) -> Place {
@@ -373,4 +404,46 @@ fn is_token(wanted: &Wanted) -> bool {
 
 fn is_anonymous(wanted: &Wanted) -> bool {
     matches!(wanted.caller.credential, Credential::Anonymous)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests may fail loudly")]
+    use std::pin::pin;
+    use std::sync::mpsc::channel;
+    use std::task::{Context, Waker};
+
+    use tokio::task::spawn_blocking;
+
+    use super::*;
+    use crate::store::Settings;
+    use crate::store::volume::Memory;
+
+    fn store() -> Store {
+        Store::open(
+            &Settings::default(),
+            Arc::new(Memory::new()),
+            SystemTime::UNIX_EPOCH,
+        )
+        .unwrap()
+    }
+
+    #[tokio::test]
+    async fn t08_no_waits_for_the_write_of_a_yes_whose_client_left() {
+        let store = AsyncStore::new(Arc::new(spawn_blocking(store).await.unwrap()));
+        let place: Place = ("docker.io".into(), "library/alpine".parse().unwrap());
+        let mut context = Context::from_waker(Waker::noop());
+        let turns = Turns::default();
+        let (let_go, is_let_go) = channel::<()>();
+        let turn = turns.turn(place.clone()).await;
+        {
+            let yes = pin!(write_in_turn(&store, turn, move |_| is_let_go.recv().unwrap()));
+            assert!(yes.poll(&mut context).is_pending());
+        }
+        let mut no = pin!(turns.turn(place));
+        assert!(no.as_mut().poll(&mut context).is_pending());
+        let_go.send(()).unwrap();
+        no.await;
+        spawn_blocking(move || drop(store)).await.unwrap();
+    }
 }
