@@ -155,9 +155,13 @@ impl Queue {
         let place = match queued.granted().await {
             Some(Ok(place)) => place,
             Some(Err(full)) => return Err(NoPlace::Full(full)),
-            None => return Err(NoPlace::Abandoned),
+            None if waiters.is_closed() => return Err(NoPlace::Abandoned),
+            // Others wait who had to make room, and the one in whose turn the work still was has left.
+            None => return Err(NoPlace::Full(self.0.state().full(Met::All))),
         };
-        waiters.took(&place);
+        if !waiters.took(&queued, &place) {
+            return Err(NoPlace::Abandoned);
+        }
         Ok(place)
     }
 
@@ -337,11 +341,14 @@ impl State {
             Met::Peer => self.counts.refused_by_client += 1,
             Met::All => self.counts.refused_in_all += 1,
         }
-        let full = Full {
+        Some((pending.reply, Err(self.full(met))))
+    }
+
+    fn full(&self, met: Met) -> Full {
+        Full {
             is_clients_own: met == Met::Peer,
             retry_after: self.until_served(),
-        };
-        Some((pending.reply, Err(full)))
+        }
     }
 
     /// Whether a refusal is to be logged now.

@@ -79,8 +79,11 @@ async fn t08_queued_work_ends_with_the_last_that_waits() {
     assert_eq!(queue.waiting(), 1);
     let before = Instant::now();
     drop(other);
-    let ended = work.await;
-    assert!(matches!(ended, None | Some(Err(NoPlace::Abandoned))));
+    assert!(
+        waiters.join(demand(3, Class::Held)).is_none(),
+        "it is over at once"
+    );
+    assert!(work.await.is_none());
     assert_eq!((queue.waiting(), before.elapsed()), (0, Duration::ZERO));
     assert_eq!(queue.counts().abandoned, 1);
 }
@@ -121,7 +124,45 @@ async fn t08_work_without_its_patient_goes_on_once_it_has_begun() {
     assert!(poll(work.as_mut()).await.is_pending());
     queued.detach();
     drop(waiter);
-    assert!(matches!(work.await, None | Some(Err(NoPlace::Abandoned))));
+    assert!(work.await.is_none());
+}
+
+#[tokio::test]
+async fn t08_work_whose_last_left_before_it_began_is_not_queued() {
+    let queue = Queue::new("test", 1);
+    let (waiters, waiter) = alone(1);
+    drop(waiter);
+    let refused = queue.acquire(&group(), &waiters).await;
+    assert_eq!(refused.unwrap_err(), NoPlace::Abandoned);
+    assert!(waiters.join(demand(2, Class::Held)).is_none());
+}
+
+#[tokio::test]
+async fn t08_place_granted_as_the_last_leaves_is_given_back() {
+    let queue = Queue::new("test", 0);
+    let group = group();
+    let (waiters, waiter) = alone(1);
+    let mut work = pin!(queue.acquire(&group, &waiters));
+    assert!(poll(work.as_mut()).await.is_pending());
+    queue.resize(1);
+    drop(waiter);
+    assert_eq!(work.await.unwrap_err(), NoPlace::Abandoned);
+    assert_eq!(queue.in_use(), 0);
+}
+
+#[tokio::test]
+async fn t08_who_made_room_in_shared_work_is_told_that_it_is_full() {
+    let queue = Queue::new("test", 0);
+    let group = group();
+    let (shared, _of_many) = alone(1);
+    let other = shared.join(demand(2, Class::Interactive));
+    let mut work = pin!(queue.acquire(&group, &shared));
+    assert!(poll(work.as_mut()).await.is_pending());
+    // The newest of the client that has the most makes room.
+    let state = shared.entry_of(demand(1, Class::Interactive)).unwrap();
+    queue.0.leave(state);
+    drop(other);
+    assert!(matches!(work.await, Err(NoPlace::Full(full)) if !full.is_clients_own));
 }
 
 #[tokio::test]

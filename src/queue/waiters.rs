@@ -117,9 +117,10 @@ impl Waiters {
     /// [`ABANDONED_WITHIN`] when it is not. Nobody joins after that.
     pub async fn while_wanted<T>(&self, work: impl Future<Output = T>) -> Option<T> {
         tokio::select! {
+            // First, for the work that is taken out of the queue fails at the same moment.
             biased;
-            done = work => Some(done),
             () = self.abandoned() => None,
+            done = work => Some(done),
         }
     }
 
@@ -158,8 +159,8 @@ impl Waiters {
         state.waiting.is_empty() && !state.is_whole_wanted
     }
 
-    /// Waits for one more while it is so; `false` if none came within this time. Nobody joins after that.
-    pub async fn wanted_within(&self, within: Duration) -> bool {
+    /// Waits for one more while it is so; `false` if none came within this time.
+    pub async fn wanted_again(&self, within: Duration) -> bool {
         let again = async {
             loop {
                 let mut changed = pin!(self.0.changed.notified());
@@ -171,6 +172,11 @@ impl Waiters {
             }
         };
         timeout(within, again).await.is_ok()
+    }
+
+    /// The same, and nobody joins after that.
+    pub async fn wanted_within(&self, within: Duration) -> bool {
+        self.wanted_again(within).await
             || !self.close_if(|state| state.waiting.is_empty() && !state.is_whole_wanted)
     }
 
@@ -195,15 +201,22 @@ impl Waiters {
         self.state().is_queued()
     }
 
+    /// Whether the work has ended for want of waiters.
+    pub(super) fn is_closed(&self) -> bool {
+        self.state().is_closed
+    }
+
     fn close_if(&self, is_over: impl FnOnce(&State) -> bool) -> bool {
         let mut state = self.state();
         state.is_closed = state.is_closed || is_over(&state);
         state.is_closed
     }
 
-    /// Puts the work into a queue. Without a waiter it waits as work of the cache itself.
+    /// Puts the work into a queue. Work that has begun and has no waiter any more waits as work of the cache itself.
     pub(super) fn enter(&self, queue: &Arc<Shared>, group: &Arc<str>) -> Result<InQueue, NoPlace> {
         let mut state = self.state();
+        // All may have left before the work's task ran for the first time.
+        state.is_closed |= state.waiting.is_empty() && state.place.is_none();
         if state.is_closed {
             return Err(NoPlace::Abandoned);
         }
@@ -224,14 +237,28 @@ impl Waiters {
         })
     }
 
-    /// The work has this place now.
-    pub(super) fn took(&self, place: &Place) {
+    /// The work has this place now, and waits no longer under this ticket; `false` if the last waiter left between the
+    /// grant and now.
+    pub(super) fn took(&self, queued: &InQueue, place: &Place) -> bool {
         let mut state = self.state();
+        if state.is_closed {
+            return false;
+        }
+        state
+            .queued
+            .retain(|of| of.ticket != queued.ticket || !Arc::ptr_eq(&of.queue, &place.queue));
         // One that joined between the grant and now.
         if let Some(highest) = state.waiting.keys().map(|demand| demand.class).min() {
             place.queue.raise(place.taken, highest);
         }
         state.place = Some((Arc::clone(&place.queue), place.taken));
+        true
+    }
+
+    #[cfg(test)]
+    pub(super) fn entry_of(&self, demand: Demand) -> Option<Entry> {
+        let state = self.state();
+        state.queued.first()?.entries.get(&demand).copied()
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -243,11 +270,18 @@ impl Waiters {
 impl Drop for Waiter {
     fn drop(&mut self) {
         let mut state = self.waiters.state();
-        let State { waiting, queued, .. } = &mut *state;
+        let State {
+            waiting,
+            queued,
+            is_closed,
+            ..
+        } = &mut *state;
         if let Some(count) = waiting.get_mut(&self.demand) {
             *count -= 1;
             if *count == 0 {
                 waiting.remove(&self.demand);
+                // Said under this lock, so that nobody joins what is taken out of the queue.
+                *is_closed |= waiting.is_empty() && !queued.is_empty();
                 for Queued { queue, entries, .. } in queued {
                     if let Some(entry) = entries.remove(&self.demand) {
                         queue.leave(entry);
