@@ -51,8 +51,11 @@ const RATE_WINDOW_BYTES_MIN: u64 = 30 * 1024;
 /// wrote is gone on with when a client asks.
 const UNWAITED_WINDOW_BYTES_MIN: u64 = 32 * RATE_WINDOW_BYTES_MIN;
 
-/// How long a transfer of which a small part was wanted waits for another request before it ends. It takes no bytes in
-/// that time.
+/// How long a transfer of which a small part was wanted keeps its connection without taking bytes from it. The buffers on the
+/// way take some megabytes in that time.
+const PART_KEEPS_CONNECTION: Duration = Duration::from_millis(100);
+
+/// How much longer it waits for another request before it ends.
 const PART_WAITS: Duration = Duration::from_secs(2);
 
 /// Why receiving ended early.
@@ -140,7 +143,19 @@ impl<S: Source> Receiving<'_, S> {
         }
         loop {
             let before = self.received;
-            let broke = self.drain(&mut stream).await?;
+            let broke = match self.drain(&mut stream).await? {
+                Drained::Ended => None,
+                Drained::Broke(broke) => Some(broke),
+                Drained::Unwanted => {
+                    drop(stream);
+                    if !self.waiters.wanted_within(PART_WAITS).await {
+                        return Err(Stopped::Unwanted);
+                    }
+                    self.fruitless = 0;
+                    stream = self.reopen().await?;
+                    continue;
+                }
+            };
             let is_whole = self.total.is_some_and(|total| self.received >= total);
             let broke = match broke {
                 _ if is_whole => None,
@@ -213,20 +228,20 @@ impl<S: Source> Receiving<'_, S> {
         total.is_none() || self.total.is_none() || total == self.total
     }
 
-    /// Reads `stream` until it ends (`None`) or breaks. Bytes that were had already are skipped.
-    async fn drain(&mut self, stream: &mut Stream) -> Result<Option<Broke>, Stopped> {
+    /// Reads `stream` as long as it is wanted. Bytes that were had already are skipped.
+    async fn drain(&mut self, stream: &mut Stream) -> Result<Drained, Stopped> {
         let mut position = stream.start;
         let mut pace = Pace::default();
         loop {
-            if self.waiters.is_unwanted() && !self.waiters.wanted_within(PART_WAITS).await {
-                return Err(Stopped::Unwanted);
+            if self.waiters.is_unwanted() && !self.waiters.wanted_again(PART_KEEPS_CONNECTION).await {
+                return Ok(Drained::Unwanted);
             }
             let chunk = match pace.next(stream, self.waiters).await {
-                None => return Ok(None),
+                None => return Ok(Drained::Ended),
                 Some(Err(Broke {
                     is_unwaited: true, ..
                 })) => return Err(Stopped::Unwanted),
-                Some(Err(broke)) => return Ok(Some(broke)),
+                Some(Err(broke)) => return Ok(Drained::Broke(broke)),
                 Some(Ok(chunk)) => chunk,
             };
             let surplus = self.received.saturating_sub(position).min(chunk.len() as u64);
@@ -239,7 +254,7 @@ impl<S: Source> Receiving<'_, S> {
             self.queue.chunk(fresh).await?;
             if self.total.is_some_and(|total| self.received > total) {
                 // Wrong already; the rest of it could be endless.
-                return Ok(None);
+                return Ok(Drained::Ended);
             }
         }
     }
@@ -254,6 +269,14 @@ fn asked_to_wait(answer: &Answer) -> Duration {
         .filter(|_| silent)
         .and_then(|value| value.to_str().ok()?.trim().parse().ok());
     Duration::from_secs(seconds.unwrap_or(0))
+}
+
+/// Why no more is read from a stream.
+enum Drained {
+    Ended,
+    Broke(Broke),
+    /// Only a part was wanted, and nobody waits for more.
+    Unwanted,
 }
 
 struct Broke {
