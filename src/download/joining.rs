@@ -37,6 +37,8 @@ pub(super) enum Found {
     Joined(Joined),
     /// Nobody fetches it: look for it on the disk.
     Look(Look),
+    /// Its transfer is being given up: join again once it is over.
+    Ending(watch::Receiver<Progress>),
 }
 
 impl Downloads {
@@ -46,6 +48,11 @@ impl Downloads {
             let look = match self.look(digest, &requester, wish) {
                 Found::Joined(joined) => return joined,
                 Found::Look(look) => look,
+                Found::Ending(mut progress) => {
+                    // An error says that it is over as well.
+                    let _over = progress.wait_for(Progress::is_over).await;
+                    continue;
+                }
             };
             if let Some(held) = self.shared.store.blob_in_memory(&digest) {
                 return Joined::Held(held);
@@ -66,7 +73,8 @@ impl Downloads {
     pub(super) fn look(&self, digest: Digest, requester: &Requester, wish: Wish) -> Found {
         let mut running = self.shared.running();
         if let Some(download) = running.downloads.get(&digest) {
-            return Found::Joined(follow(download, &self.shared, requester, wish));
+            return follow(download, &self.shared, requester, wish)
+                .map_or_else(|| Found::Ending(download.progress.subscribe()), Found::Joined);
         }
         let looking = running.looking.entry(digest).or_default();
         looking.count += 1;
@@ -79,7 +87,7 @@ impl Downloads {
 }
 
 impl Look {
-    /// It was not on the disk: follows or leads; `None` if a transfer of it has ended meanwhile.
+    /// It was not on the disk: follows or leads; `None` if a transfer of it has ended meanwhile, or is being given up.
     pub(super) fn enter(self, requester: &Requester, wish: Wish) -> Option<Joined> {
         let mut running = self.shared.running();
         let has_ended = |looking: &Looking| looking.ended != self.ended;
@@ -87,7 +95,7 @@ impl Look {
             return None;
         }
         match running.downloads.entry(self.digest) {
-            Entry::Occupied(entry) => Some(follow(entry.get(), &self.shared, requester, wish)),
+            Entry::Occupied(entry) => follow(entry.get(), &self.shared, requester, wish),
             Entry::Vacant(place) => {
                 let (progress, _) = watch::channel(Progress::Opening);
                 let (waiters, waiter) = Waiters::alone(wish.demand);
@@ -115,17 +123,21 @@ impl Look {
     }
 }
 
-fn follow(download: &Arc<Download>, shared: &Shared, requester: &Requester, wish: Wish) -> Joined {
-    // A transfer that has ended for want of waiters is followed as well: it fails soon, and one joins again.
+/// `None` if it is being given up for want of waiters: what has been written may look like the beginning of an answer,
+/// and the rest would never come.
+fn follow(download: &Arc<Download>, shared: &Shared, requester: &Requester, wish: Wish) -> Option<Joined> {
     let waiter = download.waiters.join(wish.demand);
+    if waiter.is_none() && download.verified_size().is_none() {
+        return None;
+    }
     if wish.is_whole {
         download.waiters.want_whole();
     }
     let is_same = download.requester == *requester;
-    Joined::Follower {
+    Some(Joined::Follower {
         reader: Reader::new(download, shared, waiter),
         began_by_same: is_same.then_some(download.began),
-    }
+    })
 }
 
 impl Drop for Look {

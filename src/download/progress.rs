@@ -57,6 +57,13 @@ pub(super) enum Progress {
     Failed(Arc<Failure>),
 }
 
+impl Progress {
+    /// Whether nothing more comes of it.
+    pub(super) fn is_over(&self) -> bool {
+        matches!(self, Self::Complete(..) | Self::Failed(_))
+    }
+}
+
 impl Download {
     /// Whether the upstream has begun to send it.
     pub(super) fn is_open(&self) -> bool {

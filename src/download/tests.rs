@@ -167,6 +167,7 @@ fn join(downloads: &Downloads, digest: Digest) -> Joined {
 fn join_as(downloads: &Downloads, digest: Digest, wish: Wish) -> Joined {
     match downloads.look(digest, &requester(), wish) {
         Found::Joined(joined) => joined,
+        Found::Ending(_) => panic!("it is being given up"),
         Found::Look(look) => match downloads.shared.store.blob(&digest).unwrap() {
             Some(held) => Joined::Held(held),
             None => look.enter(&requester(), wish).unwrap(),

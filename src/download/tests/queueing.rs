@@ -63,7 +63,7 @@ async fn t06_two_that_look_at_once_are_one_transfer() {
     for _ in 0..2 {
         match downloads.look(digest(&blob), &requester(), wish()) {
             Found::Look(look) => looks.push(look),
-            Found::Joined(_) => panic!("nobody fetches it"),
+            Found::Joined(_) | Found::Ending(_) => panic!("nobody fetches it"),
         }
     }
     let joined: Vec<_> = looks
@@ -175,6 +175,52 @@ async fn t08_a_part_that_others_follow_is_fetched_whole() {
     drop(wire);
     assert_eq!(whole(reader).await, blob);
     assert_eq!(script.asked(), [0]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn t08_connection_of_an_unwanted_part_is_closed_first() {
+    let (downloads, script, blob) = (downloads(), Script::default(), content(MIB));
+    let wire = script.stream(0, Some(MIB));
+    let leader = leader_for(&downloads, digest(&blob), part());
+    let reader = leader.start(script.clone()).within(0, 10);
+    send(&wire, &blob[..MIB / 2]);
+    assert_eq!(whole(reader).await, blob[..10]);
+    wire.closed().await;
+    assert_eq!(downloads.count(), 1, "it waits for another request");
+    script.ending(0, Some(MIB), &blob);
+    let reader = follower(&downloads, digest(&blob));
+    assert_eq!(whole(reader).await, blob);
+    assert_eq!(script.asked().len(), 2);
+}
+
+#[tokio::test]
+async fn t08_a_transfer_whose_reader_left_at_once_asks_nothing() {
+    let (downloads, script, blob) = (downloads(), Script::default(), content(1000));
+    script.ending(0, Some(1000), &blob);
+    drop(leader(&downloads, digest(&blob)).start(script.clone()));
+    downloads.idle().await;
+    assert!(script.asked().is_empty());
+    assert_eq!(downloads.given_up(), 1);
+}
+
+/// The bad interleaving: the transfer has ended for want of waiters and is not gone yet when the next one asks.
+#[tokio::test]
+async fn t08_who_asks_as_a_transfer_is_given_up_leads_the_next() {
+    let (downloads, script, blob) = (downloads(), Script::default(), content(1000));
+    let ending = leader(&downloads, digest(&blob));
+    let Leader { place, waiter } = ending;
+    drop(waiter);
+    assert!(place.download.waiters.close_unless_client());
+    let joining = downloads.join(digest(&blob), requester(), wish());
+    let mut joining = std::pin::pin!(joining);
+    let early = tokio::time::timeout(Duration::from_millis(20), joining.as_mut()).await;
+    assert!(early.is_err(), "nobody follows it");
+    drop(place);
+    let Joined::Leader(next) = joining.await else {
+        panic!("nobody leads any more")
+    };
+    script.ending(0, Some(1000), &blob);
+    assert_eq!(whole(next.start(script)).await, blob);
 }
 
 #[tokio::test(start_paused = true)]
