@@ -22,7 +22,8 @@
 //! wrong bytes break, the others never notice.
 //!
 //! A disk that takes no more in the middle ends the transfer, but not its readers: each reads what is there and asks the
-//! upstream for the rest itself, unstored and verified.
+//! upstream for the rest itself, unstored and verified. So does a reader whose answer began while the transfer was queued, if
+//! that fails before its first byte.
 //!
 //! Scope: who may join is not decided here. The road lets nobody follow on another's right; a transfer only remembers its
 //! [`Requester`].
@@ -166,7 +167,7 @@ pub trait Source: Send + 'static {
 /// How a part far ahead of the fill is reached, or the rest of one that failed, with the right of the one who wants it.
 pub trait Ahead: Send + 'static {
     /// Asks for exactly the bytes from `from` up to, not including, `until`, or to the end; `None` if they cannot be had
-    /// alone.
+    /// alone. The whole is asked for in its turn among the transfers.
     fn open(&mut self, from: u64, until: Option<u64>) -> Part<'_>;
 }
 
@@ -333,7 +334,8 @@ impl Leader {
     /// Starts the transfer in a task of its own. It ends with the last request that waits as long as it is queued; once the
     /// upstream has begun to send what somebody wanted whole, no client's leaving ends it.
     pub fn start<S: Source>(self, source: S) -> Reader {
-        let reader = Reader::new(&self.place.download, &self.place.shared, self.waiter);
+        let mut reader = Reader::new(&self.place.download, &self.place.shared, self.waiter);
+        reader.leads = true;
         tokio::spawn(transfer::run(self.place, source));
         reader
     }

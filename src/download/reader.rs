@@ -15,7 +15,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use super::progress::{Attempt, Download, Opened, Progress};
 use super::stranded::{Alone, Rest};
 use super::{Ahead, Chunks, Failure, Shared};
-use crate::oci::Cause;
+use crate::oci::{Cause, Digest};
 use crate::queue::{Waiter, Waiters};
 use crate::store::Fault;
 use crate::store::step::{Buffers, STEP_BYTES, read_step};
@@ -29,6 +29,10 @@ pub const AHEAD_BYTES_MAX: u64 = 16 * 1024 * 1024;
 
 /// Reads a blob while it arrives.
 pub struct Reader {
+    /// Boxed, for readers are moved about by value.
+    pub(super) digest: Box<Digest>,
+    /// Whether its own request leads the transfer.
+    pub(super) leads: bool,
     pub(super) progress: watch::Receiver<Progress>,
     buffers: Buffers,
     pub(super) position: u64,
@@ -73,6 +77,8 @@ enum Look {
 impl Reader {
     pub(super) fn new(download: &Download, shared: &Shared, waiter: Option<Waiter>) -> Self {
         Self {
+            digest: Box::new(download.digest),
+            leads: false,
             progress: download.progress.subscribe(),
             buffers: shared.buffers.clone(),
             position: 0,
@@ -93,6 +99,8 @@ impl Reader {
     #[must_use]
     pub fn beginning(&self, length: u64) -> Self {
         Self {
+            digest: self.digest.clone(),
+            leads: false,
             progress: self.progress.clone(),
             buffers: self.buffers.clone(),
             position: 0,
@@ -140,8 +148,7 @@ impl Reader {
 
     /// Waits until the blob is verified, or known not to be; its size.
     pub async fn settled(&mut self) -> Result<u64, Arc<Failure>> {
-        let over = |progress: &Progress| matches!(progress, Progress::Complete(..) | Progress::Failed(_));
-        match self.progress.wait_for(over).await.as_deref() {
+        match self.progress.wait_for(Progress::is_over).await.as_deref() {
             Ok(Progress::Failed(failure)) => Err(Arc::clone(failure)),
             Ok(Progress::Complete(_, size)) => Ok(*size),
             Ok(Progress::Opening | Progress::Filling(..)) | Err(_) => Err(Arc::new(Failure::Abandoned)),

@@ -1,4 +1,5 @@
-//! Readers whose transfer lost its disk in the middle: a pull never fails because it cannot be stored.
+//! Readers whose transfer lost its disk in the middle, or failed before its first byte on what does not concern them: a
+//! pull never fails because it cannot be stored.
 //!
 //! Each reads what is in the file and asks the upstream for the rest itself, with its own asker's right. A whole blob is
 //! verified all the same: the writer's hash of what it wrote is carried on over the rest, whose end is withheld until
@@ -61,7 +62,7 @@ impl Stranded {
 /// The rest of a blob, on its way to one reader.
 pub(super) struct Rest {
     pub(super) verifying: Verifying,
-    _place: OwnedSemaphorePermit,
+    _place: Option<OwnedSemaphorePermit>,
 }
 
 /// What a reader without a transfer does next.
@@ -79,9 +80,29 @@ impl Reader {
     pub(super) async fn go_on_alone(&mut self, failure: &Arc<Failure>) -> Result<Alone, Arc<Failure>> {
         let step = match failure.as_ref() {
             Failure::Stranded(stranded) => self.step_alone(stranded).await?,
-            _ => None,
+            // The leader's right is not this reader's.
+            Failure::Refused(_) if self.leads => None,
+            Failure::Refused(_) | Failure::Unstorable(_) | Failure::Abandoned | Failure::Crowded(_) => {
+                self.begin_alone().await
+            }
+            Failure::Broken(_) | Failure::Wrong(_) | Failure::Store(_) => None,
         };
         step.ok_or_else(|| Arc::clone(failure))
+    }
+
+    /// Asks for the whole: its answer may have begun already, while the transfer was queued, so that it cannot join again.
+    async fn begin_alone(&mut self) -> Option<Alone> {
+        if self.position > 0 || self.end.is_some() {
+            return None;
+        }
+        let mut ahead = self.ahead.take()?;
+        let body = ahead.open(0, None).await?;
+        let hasher = Hasher::new(self.digest.algorithm());
+        self.rest = Some(Box::new(Rest {
+            verifying: Verifying::rest(*self.digest, hasher, BytesMut::new(), body),
+            _place: None,
+        }));
+        Some(Alone::Asked)
     }
 
     async fn step_alone(&mut self, stranded: &Stranded) -> Result<Option<Alone>, Arc<Failure>> {
@@ -121,7 +142,7 @@ impl Reader {
         self.rest = body.map(|body| {
             Box::new(Rest {
                 verifying: Verifying::rest(digest, stranded.hasher.clone(), withheld, body),
-                _place: place,
+                _place: Some(place),
             })
         });
         Ok(self.rest.is_some().then_some(Alone::Asked))

@@ -11,7 +11,7 @@ use super::fetching::Wanted;
 use crate::download::{self, Ahead, Chunks, Failure, Leader, Source, Stream};
 use crate::event::{self, SpanKind};
 use crate::oci::{Cause, Digest};
-use crate::queue::Waiters;
+use crate::queue::{Class, Demand, Waiters};
 use crate::upstream::{Address, Answer, Credential, Fetched, Part, Said};
 
 /// How long a rate limit is waited out in the middle of a transfer. Clients that have had bytes wait longer than for a
@@ -79,6 +79,29 @@ impl Upstreamed {
             ..
         } = &self.of;
         site.upstream().get_part(caller, operation, accept, part).await
+    }
+
+    /// A transfer of its own, in its turn among the others.
+    async fn whole(&self, part: Part) -> Option<Box<dyn Chunks>> {
+        let Wanted {
+            site,
+            operation,
+            caller,
+            ..
+        } = &self.of;
+        let demand = Demand {
+            class: Class::Bulk,
+            ..caller.demand(operation)
+        };
+        let place = self.pull.downloads.admit(site.name(), demand).await.ok()?;
+        let asked_at = Instant::now();
+        match self.get(part).await {
+            Ok(fetched) => Some(Box::new(fetched.holding(place))),
+            Err(answer) => {
+                self.pull.learn(&self.of, &answer, asked_at).await;
+                None
+            }
+        }
     }
 }
 
@@ -180,8 +203,11 @@ impl Ahead for Upstreamed {
                 until,
                 after: None,
             };
+            if is_whole {
+                return self.whole(part).await;
+            }
             let fetched = self.get(part).await.ok()?;
-            let is_part = is_whole || fetched.status == StatusCode::PARTIAL_CONTENT;
+            let is_part = fetched.status == StatusCode::PARTIAL_CONTENT;
             is_part.then(|| Box::new(fetched) as Box<dyn Chunks>)
         })
     }

@@ -216,3 +216,42 @@ async fn a_blob_of_unknown_size_that_finds_no_room_is_read_to_its_end_and_not_ke
     assert_eq!(held(&downloads, digest(&bytes)), None);
     assert!(disk.list(Path::new("ingest")).unwrap().is_empty());
 }
+
+/// Readers whose answer began while the transfer was queued: they cannot join again.
+#[tokio::test]
+async fn t08_leaders_refusal_does_not_break_who_follows() {
+    let (downloads, script, blob) = (downloads(), Script::default(), content(MIB));
+    script.silence(Cause::Refused);
+    let parts = Parts::default();
+    send(&parts.part(), &blob);
+    let leader = leader(&downloads, digest(&blob));
+    let waiting = follower(&downloads, digest(&blob)).with_ahead(parts.clone());
+    let first = leader.start(script).with_ahead(parts.clone());
+    assert!(matches!(*failure(first).await, Failure::Refused(_)));
+    assert_eq!(whole(waiting).await, blob);
+    assert_eq!(parts.asked(), [(0, u64::MAX)]);
+}
+
+#[tokio::test]
+async fn t08_disk_without_room_does_not_break_who_began_queued() {
+    let limits = crate::store::Limits {
+        bytes_max: 1_000_000,
+        free_bytes_min: 0,
+    };
+    let settings = Settings {
+        limits,
+        ..Settings::default()
+    };
+    let disk = Arc::new(Memory::new()) as Arc<dyn Volume>;
+    let store = Store::open(&settings, disk, SystemTime::UNIX_EPOCH).unwrap();
+    let downloads = Downloads::new(Arc::new(store), Buffers::default(), 16);
+    let (blob, script, parts) = (content(3 * MIB), Script::default(), Parts::default());
+    script.ending(0, Some(blob.len()), &blob);
+    send(&parts.part(), &blob);
+    let reader = leader(&downloads, digest(&blob)).start(script);
+    let mut reader = reader.with_ahead(parts.clone());
+    let failed = reader.opened().await.err().unwrap();
+    assert!(matches!(*failed, Failure::Unstorable(_)), "{failed}");
+    assert_eq!(whole(reader).await, blob);
+    assert_eq!(parts.asked(), [(0, u64::MAX)]);
+}
