@@ -124,6 +124,8 @@ pub struct Request {
     pub peer: Peer,
     /// Which bytes of a blob are wanted.
     pub range: RangeRequest,
+    /// Whether a body without a length that breaks off looks like a whole one to the client, as in HTTP/1.0.
+    pub needs_length: bool,
 }
 
 /// What the client gets, before it is HTTP.

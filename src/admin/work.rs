@@ -280,5 +280,6 @@ pub(super) fn request(wish: &Wish, operation: Operation, clock: Clock) -> Reques
         trace: Trace::begun(),
         peer: Peer::Local,
         range: RangeRequest::None,
+        needs_length: false,
     }
 }

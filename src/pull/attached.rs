@@ -173,6 +173,7 @@ impl Pull {
             trace: of.caller.trace.clone(),
             peer: Peer::Background,
             range: RangeRequest::None,
+            needs_length: false,
         };
         Box::pin(self.outcome(&request)).await
     }

@@ -360,9 +360,12 @@ impl Road<'_> {
     }
 
     /// Whether the answer may begin before the upstream was asked: this principal has a right to what a manifest here
-    /// names, and wants it from the start.
+    /// names, wants it from the start, and would notice if it broke off.
     fn may_begin_queued(&self) -> bool {
-        self.may_read_here() && self.stated_size().is_some() && self.request.range == RangeRequest::None
+        !self.request.needs_length
+            && self.may_read_here()
+            && self.stated_size().is_some()
+            && self.request.range == RangeRequest::None
     }
 
     /// Whether a transfer that this principal began here is still its own to read: the `GET` of the transfer is the

@@ -368,6 +368,7 @@ fn request(
         trace: trace.clone(),
         peer: queue::Peer::of(peer.address),
         range: RangeRequest::read(head.headers.get(RANGE)),
+        needs_length: head.version <= Version::HTTP_10,
     })
 }
 

@@ -269,6 +269,7 @@ impl Cache {
             trace: Trace::begun(),
             peer: Peer::Local,
             range: RangeRequest::None,
+            needs_length: false,
         };
         let outcome = self.pull.answer(request).await;
         let cause = match &outcome {

@@ -2,6 +2,8 @@
 
 use crate::proxy::{Proxy, Setup, blob_path, manifest_path};
 use crate::upstream::{Image, Upstream, noise};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 
 const DEMO: &str = "library/demo";
@@ -238,4 +240,58 @@ async fn t13_prefetch_of_a_slow_upstream_does_not_stop_that_of_others() {
     proxy.blob("ghcr.io/org/app", &layer.digest).await.is_blob(layer);
     proxy.until_kept(&image.layer(1).digest).await;
     gate.release();
+}
+
+/// What the transfer says later is not heard by a client that has a head already: it must not be its end.
+#[tokio::test]
+async fn t08_blob_without_room_arrives_after_its_early_head() {
+    let upstream = Upstream::start().await;
+    let layers = [b"one".to_vec(), noise(1, 3 * MIB)];
+    let image = upstream.push(DEMO, "latest", Image::with_layers(&layers));
+    let limits = "[limits]\nfetches_per_upstream_max = 1\n[store]\nsize = \"2 MiB\"\nfree = \"0 B\"\n";
+    let proxy = Setup::over(&upstream).tail(limits).start().await;
+    proxy.manifest(DEMO, "latest").await.is_image(&image);
+    let gate = upstream.holds_bodies(|seen| seen.path.contains("/blobs/"));
+    let first = tokio::spawn(proxy.blob(DEMO, &image.layer(0).digest).into_reply());
+    gate.reached().await;
+    let mut second = proxy.blob(DEMO, &image.layer(1).digest).stream().await;
+    assert_eq!(
+        transfers(&proxy, true).await,
+        1,
+        "the head came without an answer"
+    );
+    gate.release();
+    assert_eq!(second.rest().await.expect("a whole body"), image.layer(1).bytes);
+    first.await.unwrap().is_blob(image.layer(0));
+}
+
+#[tokio::test]
+async fn t08_http_1_0_client_gets_no_head_without_a_length() {
+    let upstream = Upstream::start().await;
+    let image = upstream.push(DEMO, "latest", Image::with_layers(&["one", "two", "three"]));
+    let proxy = few(&upstream, 1).start().await;
+    proxy.manifest(DEMO, "latest").await.is_image(&image);
+    let gate = upstream.holds_bodies(|seen| seen.path.contains("/blobs/"));
+    let first = tokio::spawn(proxy.blob(DEMO, &image.layer(0).digest).into_reply());
+    gate.reached().await;
+    let mut old = TcpStream::connect(proxy.registry_address()).await.unwrap();
+    let path = blob_path(DEMO, &image.layer(1).digest);
+    let head = format!(
+        "GET {path} HTTP/1.0\r\nHost: {}\r\n\r\n",
+        proxy.registry_address()
+    );
+    old.write_all(head.as_bytes()).await.unwrap();
+    until_queued(&proxy, 1).await;
+    // It asks later, and has its head already.
+    let mut newer = proxy.blob(DEMO, &image.layer(2).digest).stream().await;
+    assert!(old.try_read(&mut [0]).is_err(), "nothing has come");
+    gate.release();
+    let mut reply = String::new();
+    old.read_to_string(&mut reply).await.unwrap();
+    assert!(
+        reply.to_lowercase().contains("content-length: 3\r\n") && reply.ends_with("\r\n\r\ntwo"),
+        "{reply}"
+    );
+    assert_eq!(newer.rest().await.expect("a whole body"), image.layer(2).bytes);
+    first.await.unwrap().is_blob(image.layer(0));
 }
