@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use crate::proxy::{Ask, Proxy, Setup};
-use crate::upstream::{Image, Upstream, noise};
+use crate::upstream::{Image, Upstream, noise, within};
 use serde_json::Value;
 
 const DEMO: &str = "docker.io/library/demo:latest";
@@ -214,6 +214,12 @@ async fn half_an_export_leaves_no_file() {
     assert!(code == Some(1) && err.contains("broke off"), "{out}{err}");
     assert_eq!(left(), (false, false));
     from.program().says("is not what its name says").await;
+    within("the damaged blob to be set aside", async {
+        while path.exists() {
+            tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+        }
+    })
+    .await;
     // Now it is known to be missing, and that is said before the first byte.
     let words = [
         "export",

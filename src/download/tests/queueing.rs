@@ -186,9 +186,13 @@ async fn t08_connection_of_an_unwanted_part_is_closed_first() {
     send(&wire, &blob[..MIB / 2]);
     assert_eq!(whole(reader).await, blob[..10]);
     wire.closed().await;
-    assert_eq!(downloads.count(), 1, "it waits for another request");
     script.ending(0, Some(MIB), &blob);
-    let reader = follower(&downloads, digest(&blob));
+    // On a busy machine it is given up before that request comes, which then leads.
+    let reader = match downloads.join(digest(&blob), requester(), wish()).await {
+        Joined::Leader(leader) => leader.start(script.clone()),
+        Joined::Follower { reader, .. } => reader,
+        Joined::Held(_) => panic!("it has not arrived"),
+    };
     assert_eq!(whole(reader).await, blob);
     assert_eq!(script.asked().len(), 2);
 }
