@@ -45,7 +45,7 @@ impl Store {
         self.pins.add(pin)
     }
 
-    /// Ends a pin; says whether there was one.
+    /// Ends a pin; says whether there was one. Durable when it returns.
     pub fn unpin(&self, pin: &Pin) -> Result<bool, Fault> {
         self.pins.remove(pin)
     }
@@ -164,6 +164,12 @@ impl Pins {
         };
         remove_file(self.volume.as_ref(), &path)?;
         self.change().remove(pin);
+        // A power cut would bring it back.
+        if let Some(folder) = path.parent() {
+            self.volume
+                .sync_folder(folder)
+                .map_err(|error| Fault::io("make durable", folder, &error))?;
+        }
         Ok(true)
     }
 }
