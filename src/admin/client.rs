@@ -52,8 +52,8 @@ pub enum AskError {
         /// What may have been meant.
         nearest: Vec<String>,
     },
-    /// It stopped in the middle of an archive.
-    #[error("the archive from {place} broke off; the cache's log says why")]
+    /// It stopped in the middle of its answer, or before the first byte of it.
+    #[error("the answer from {place} broke off; the cache's log says why")]
     BrokenOff {
         /// From where.
         place: String,
@@ -165,18 +165,26 @@ impl Client {
         B::Error: std::error::Error + Send + Sync,
     {
         let unreachable = |reason: String| self.unreachable(reason);
+        let failed = |error: hyper::Error| {
+            if error.is_incomplete_message() {
+                // An answer that ends by an error may end before its head is written.
+                AskError::BrokenOff { place: self.place() }
+            } else {
+                self.unreachable(error.to_string())
+            }
+        };
         let request = request.map_err(|error| unreachable(error.to_string()))?;
         match &self.admin {
             config::Admin::Off => Err(AskError::Off),
             config::Admin::Unix(path) => {
                 let stream = UnixStream::connect(path).await;
                 let stream = stream.map_err(|error| unreachable(error.to_string()))?;
-                exchange(stream, request).await.map_err(unreachable)
+                exchange(stream, request).await.map_err(failed)
             }
             config::Admin::Tcp(address) => {
                 let stream = TcpStream::connect(address).await;
                 let stream = stream.map_err(|error| unreachable(error.to_string()))?;
-                exchange(stream, request).await.map_err(unreachable)
+                exchange(stream, request).await.map_err(failed)
             }
         }
     }
@@ -259,14 +267,13 @@ fn read(status: StatusCode, bytes: &[u8], place: &str) -> Result<Value, AskError
     })
 }
 
-async fn exchange<S, B>(stream: S, request: Request<B>) -> Result<Response<Incoming>, String>
+async fn exchange<S, B>(stream: S, request: Request<B>) -> hyper::Result<Response<Incoming>>
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     B: Body<Data = Bytes> + Send + 'static,
     B::Error: std::error::Error + Send + Sync,
 {
-    let words = |error: hyper::Error| error.to_string();
-    let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(words)?;
+    let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
     tokio::spawn(connection);
-    sender.send_request(request).await.map_err(words)
+    sender.send_request(request).await
 }
