@@ -5,7 +5,7 @@
 //! else this repository's readers could not have it. Of an index one image is enough: which one a client wants is not
 //! known, and most are only ever pulled for one platform.
 //!
-//! What was found whole stays so until a part of it is removed ([`Removed`]); so a hot tag costs one look-up, also while
+//! What was found whole stays so until a part of it is removed (`Removed`); so a hot tag costs one look-up, also while
 //! other content is evicted.
 
 use std::cell::{Cell, RefCell};

@@ -54,7 +54,7 @@ const CHECK_INTERVAL: Duration = Duration::from_secs(5);
 pub enum Wait {
     /// The whole budget.
     Budget,
-    /// [`SHORT_WAIT`] at most.
+    /// `SHORT_WAIT` at most.
     Short,
     /// Not at all: nothing is sent for it.
     Nothing,
