@@ -12,6 +12,8 @@
 mod collect;
 mod look;
 
+use std::collections::BTreeSet;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
@@ -22,7 +24,7 @@ use super::inventory::Freed;
 use super::manifests::Manifests;
 use super::pins::{Pin, Pins};
 use super::plan::{Plan, Step, plan};
-use super::refs::Refs;
+use super::refs::{Refs, TagKey};
 use super::room::{Need, Pressure, Reservation, Room};
 use super::uses::Uses;
 use super::volume::Volume;
@@ -87,6 +89,8 @@ struct State {
     totals: Totals,
     /// One round at a time; holds until when looking again is futile, and for how little.
     round: Mutex<Option<Futile>>,
+    /// The folders from which tags were removed, not durably yet.
+    unsynced: Mutex<BTreeSet<PathBuf>>,
     /// The last round freed too little.
     is_short: AtomicBool,
     is_wanted: Mutex<bool>,
@@ -324,6 +328,13 @@ impl Evictor {
 
     /// Removes what the plan says, in its order. Not whole where something was needed meanwhile: the rest stays.
     fn carry_out(&self, plan: Plan, pressure: Option<Pressure>) -> Result<Done, Fault> {
+        let done = self.remove_steps(plan, pressure);
+        // Also of a round that ended early: the next one, or the next process, removes the contents of those tags.
+        self.sync_tag_removals()?;
+        done
+    }
+
+    fn remove_steps(&self, plan: Plan, pressure: Option<Pressure>) -> Result<Done, Fault> {
         let totals = &self.state.totals;
         let objects = match pressure {
             None => &totals.collected,
@@ -335,7 +346,6 @@ impl Evictor {
             freed: Freed::default(),
             is_whole: true,
         };
-        let mut unsynced: Option<PathBuf> = None;
         for step in plan.steps {
             if self.stop.load(Ordering::Relaxed) {
                 break;
@@ -348,16 +358,13 @@ impl Evictor {
                     };
                     let _evicting = self.pins.evicting();
                     let gone = self.refs.evict(key, names, is_free)?;
-                    unsynced = gone.map(|_| key.path());
+                    if gone.is_some() {
+                        self.note_tag_removal(key);
+                    }
                     gone
                 }
                 Step::Manifest(digest) | Step::Blob(digest) => {
-                    // The tag must not come back, after a power cut, to an image that is half gone.
-                    if let Some(folder) = unsynced.take().as_deref().and_then(Path::parent) {
-                        self.volume
-                            .sync_folder(folder)
-                            .map_err(|error| Fault::io("make durable", folder, &error))?;
-                    }
+                    self.sync_tag_removals()?;
                     let _evicting = self.pins.evicting();
                     let is_free = || !self.uses.was_needed(digest) && !self.pins.has(&Pin::Digest(*digest));
                     match step {
@@ -388,6 +395,27 @@ impl Evictor {
             tracing::info!(why, tags, manifests, blobs, bytes, "evicted");
         }
         Ok(done)
+    }
+
+    fn note_tag_removal(&self, key: &TagKey) {
+        let mut folders = self.state.unsynced.lock().unwrap_or_else(PoisonError::into_inner);
+        folders.extend(key.path().parent().map(Path::to_owned));
+    }
+
+    /// Makes the removal of every evicted tag durable: after a power cut no tag comes back to an image that is half gone.
+    fn sync_tag_removals(&self) -> Result<(), Fault> {
+        let mut folders = self.state.unsynced.lock().unwrap_or_else(PoisonError::into_inner);
+        while let Some(folder) = folders.pop_first() {
+            match self.volume.sync_folder(&folder) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    let fault = Fault::io("make durable", &folder, &error);
+                    folders.insert(folder);
+                    return Err(fault);
+                }
+                _ => {}
+            }
+        }
+        Ok(())
     }
 
     /// Removes what was set aside as damaged, if it is older than `age`.

@@ -228,8 +228,17 @@ impl Manifests {
             AnyDigest::Known(child) => Some(*child),
             AnyDigest::Foreign(_) => None,
         });
+        let children: Vec<Digest> = children.collect();
         self.uses.note_arrival(Used::Manifest(digest));
+        self.uses.needed(children.iter().copied());
+        let kept = self.write(checked, seen_in);
+        // An eviction that began since the first note, and listed the manifests before the write, knows of neither.
         self.uses.needed(children);
+        kept
+    }
+
+    fn write(&self, checked: HeldManifest, seen_in: SeenIn) -> Result<Arc<HeldManifest>, Fault> {
+        let digest = checked.digest;
         let _writing = self.writing(&digest);
         let path = content_path(TREE, &digest);
         // In memory it may outlive its file by a moment.

@@ -137,12 +137,13 @@ impl Pins {
         if self.has(pin) {
             return Ok(false);
         }
-        if let Pin::Digest(digest) = pin {
-            self.uses.needed([*digest]);
-        }
         let path = pin.path();
         // First: nothing is evicted any more while the file is written.
         self.change().insert(pin.clone(), path.clone());
+        // After the insertion: an eviction that begins later finds the pin.
+        if let Pin::Digest(digest) = pin {
+            self.uses.needed([*digest]);
+        }
         // What was found to be free before goes now, and not after it is said to be pinned.
         drop(self.evicting());
         let written = self.volume.write_whole(&path, &sealed(&Record::of(pin)));

@@ -51,10 +51,14 @@ impl Store {
     /// Keeps what the upstream answered at `answered_at` to a request sent at `variant.confirmed_at`, unless a later one
     /// is known. Known to readers at once, even where the disk then fails.
     pub fn keep_answer(&self, key: &TagKey, variant: Variant, answered_at: SystemTime) -> Result<(), Fault> {
-        self.uses.needed([variant.digest]);
+        let digest = variant.digest;
+        self.uses.needed([digest]);
         let view = self.view();
         let is_whole = |digest: &Digest| view.is_whole_here(key, digest);
-        self.refs.keep(key, variant, answered_at, &is_whole)
+        let kept = self.refs.keep(key, variant, answered_at, &is_whole);
+        // An eviction that began since the first note, and listed the tags before the write, knows of neither.
+        self.uses.needed([digest]);
+        kept
     }
 
     /// [`View::named`] in everything that is held. Blocks.

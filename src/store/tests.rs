@@ -17,7 +17,7 @@ mod leftovers;
 mod listing;
 mod manifests;
 mod names;
-mod power_cut;
+pub(super) mod power_cut;
 mod proofs;
 mod removals;
 mod trouble;

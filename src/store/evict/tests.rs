@@ -3,10 +3,11 @@
     clippy::indexing_slicing,
     reason = "tests may fail loudly"
 )]
+use super::super::tests::power_cut::CutVolume;
 use super::super::tests::{Ground, UPSTREAM, at, digest, keep_blob, keep_manifest, key, manifest, variant};
 use super::super::uses::Used;
 use super::*;
-use crate::store::Store;
+use crate::store::{Settings, Store};
 
 /// An image that is old enough to go, and what a round would do about it.
 fn about_to_go(store: &Store) -> Plan {
@@ -83,6 +84,84 @@ fn a_layer_that_a_new_manifest_needs_stays_though_its_old_image_goes() {
     assert!(!carries_out(&store, plan));
     assert!(store.blob(&layer).unwrap().is_some());
     assert!(store.tag(&key("1")).unwrap().is_none());
+}
+
+/// A store in which `write` is about to name a file in `tree` while an eviction looks; then `write` ends, and what was
+/// planned is carried out. Says whether all of it was.
+fn evict_looks_during(
+    tree: &'static str,
+    held: impl Fn(&Store),
+    write: impl Fn(&Store) + Sync,
+) -> (Store, bool) {
+    let volume = Arc::new(CutVolume::new(usize::MAX));
+    let store = Store::open(&Settings::default(), Arc::clone(&volume) as _, at(0)).unwrap();
+    held(&store);
+    store.tend(at(7200));
+    let gate = volume.gate(tree);
+    let plan = std::thread::scope(|scope| {
+        scope.spawn(|| write(&store));
+        gate.wait();
+        store.evictor.uses.watch();
+        let plan = plan(&store.evictor.look(), u64::MAX, at(3600));
+        gate.wait();
+        plan
+    });
+    assert_eq!(plan.steps.len(), 1);
+    let is_whole = carries_out(&store, plan);
+    (store, is_whole)
+}
+
+#[test]
+fn layer_of_a_manifest_written_after_the_look_stays() {
+    let layer = 1_u32.to_be_bytes();
+    let (store, is_whole) = evict_looks_during(
+        "manifests",
+        |store| keep_blob(store, &layer).unwrap(),
+        |store| {
+            keep_manifest(store, &manifest(1), "library/alpine").unwrap();
+        },
+    );
+    assert!(!is_whole);
+    assert!(store.blob(&digest(&layer)).unwrap().is_some());
+}
+
+#[test]
+fn manifest_of_a_tag_written_after_the_look_stays() {
+    let (store, is_whole) = evict_looks_during(
+        "refs",
+        |store| {
+            keep_manifest(store, &manifest(1), "library/alpine").unwrap();
+        },
+        |store| store.keep_tag(&key("1"), variant(1, &manifest(1), 0)).unwrap(),
+    );
+    assert!(!is_whole);
+    assert!(store.manifest(&digest(&manifest(1))).unwrap().is_some());
+}
+
+#[test]
+fn power_cut_after_an_eviction_brings_back_no_tag() {
+    let volume = Arc::new(CutVolume::new(usize::MAX));
+    let store = Store::open(&Settings::default(), Arc::clone(&volume) as _, at(0)).unwrap();
+    keep_manifest(&store, &manifest(1), "library/alpine").unwrap();
+    let tags = ["1", "2", "3", "4"].map(key);
+    for tag in &tags {
+        store.keep_tag(tag, variant(1, &manifest(1), 0)).unwrap();
+    }
+    store.tend(at(7200));
+    store.evictor.uses.watch();
+    let mut plan = plan(&store.evictor.look(), u64::MAX, at(3600));
+    // The round is stopped before the manifest goes.
+    plan.steps.retain(|step| matches!(step, Step::Tag(..)));
+    assert!(carries_out(&store, plan));
+    for chance in 0..8 {
+        let store = Store::open(
+            &Settings::default(),
+            Arc::new(volume.after_by_chance(chance)),
+            at(7200),
+        )
+        .unwrap();
+        assert!(tags.iter().all(|tag| store.tag(tag).unwrap().is_none()));
+    }
 }
 
 #[test]

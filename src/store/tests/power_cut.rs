@@ -2,8 +2,8 @@
 //! durable is there afterwards. What the store had acknowledged must then be whole; anything else is whole or a miss.
 
 use std::collections::BTreeMap;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Barrier, Mutex};
 
 use super::*;
 use crate::store::volume::{Entry, VolumeFile};
@@ -16,6 +16,7 @@ struct Power {
 
 impl Power {
     fn is_cut(&self) -> bool {
+        jitter();
         self.calls.fetch_add(1, Ordering::SeqCst) >= self.last
     }
 
@@ -28,13 +29,25 @@ impl Power {
     }
 }
 
+fn jitter() {
+    static N: AtomicUsize = AtomicUsize::new(0);
+    let n = N
+        .fetch_add(1, Ordering::Relaxed)
+        .wrapping_mul(0x9E37_79B9_7F4A_7C15);
+    if (n >> 40) % 8 == 0 {
+        std::thread::sleep(Duration::from_micros((n >> 50) as u64 % 200));
+    }
+}
+
 type Names = BTreeMap<PathBuf, Arc<CutFile>>;
 
 /// A disk that remembers which names and which bytes were made durable.
-pub(super) struct CutVolume {
+pub(in crate::store) struct CutVolume {
     power: Arc<Power>,
     names: Mutex<Names>,
     durable: Mutex<Names>,
+    /// Met twice by the next that names a file in the tree.
+    gate: Mutex<Option<(&'static str, Arc<Barrier>)>>,
 }
 
 pub(super) struct CutFile {
@@ -44,7 +57,7 @@ pub(super) struct CutFile {
 }
 
 impl CutVolume {
-    pub(super) fn new(last: usize) -> Self {
+    pub(in crate::store) fn new(last: usize) -> Self {
         let power = Arc::new(Power {
             calls: AtomicUsize::new(0),
             last,
@@ -53,12 +66,20 @@ impl CutVolume {
             power,
             names: Mutex::default(),
             durable: Mutex::default(),
+            gate: Mutex::default(),
         }
+    }
+
+    /// The next that names a file in `tree` waits at this barrier, once before the test goes on and once after.
+    pub(in crate::store) fn gate(&self, tree: &'static str) -> Arc<Barrier> {
+        let barrier = Arc::new(Barrier::new(2));
+        *self.gate.lock().unwrap() = Some((tree, Arc::clone(&barrier)));
+        barrier
     }
 
     /// The disk as it is found when the power is back, to lose it again. Of the names given and taken that were not
     /// made durable, a disk may have any: `chance` says which.
-    pub(super) fn after_by_chance(&self, chance: u64) -> Self {
+    pub(in crate::store) fn after_by_chance(&self, chance: u64) -> Self {
         let found = Self::new(usize::MAX);
         let (names, durable) = (self.names.lock().unwrap(), self.durable.lock().unwrap());
         let files: Names = durable
@@ -97,6 +118,7 @@ impl CutVolume {
     }
 
     fn find(&self, path: &Path) -> io::Result<Arc<CutFile>> {
+        jitter();
         self.names
             .lock()
             .unwrap()
@@ -160,6 +182,15 @@ impl Volume for CutVolume {
     }
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        let gate = self
+            .gate
+            .lock()
+            .unwrap()
+            .take_if(|(tree, _)| to.starts_with(tree));
+        if let Some((_, barrier)) = gate {
+            barrier.wait();
+            barrier.wait();
+        }
         self.power.spend()?;
         let mut names = self.names.lock().unwrap();
         let file = names.remove(from).ok_or(io::ErrorKind::NotFound)?;
@@ -197,6 +228,7 @@ impl Volume for CutVolume {
     }
 
     fn list(&self, path: &Path) -> io::Result<Vec<Entry>> {
+        jitter();
         let names = self.names.lock().unwrap();
         let mut found: Vec<Entry> = Vec::new();
         for (file, content) in names.iter() {
