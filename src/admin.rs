@@ -49,10 +49,10 @@ pub use guard::{Guard, TokenError, token};
 pub use serving::Listener;
 
 use crate::clock::Clock;
-use crate::event::Events;
 use crate::server::tls::ServerTls;
 use crate::server::{Egress, Registry};
 use crate::store::LogLimit;
+use crate::telemetry::Events;
 use crate::upstream::Offline;
 use health::{Pulse, Reads};
 use notices::Notices;

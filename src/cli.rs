@@ -1,6 +1,7 @@
 //! The command line, and what of the environment belongs to it. Only arguments become values here; what a command does
 //! is elsewhere.
 
+pub mod commands;
 #[cfg(test)]
 mod tests;
 
@@ -13,7 +14,6 @@ pub use clap_complete::Shell;
 
 use crate::ca::Store;
 use crate::config::{self, Config, DATA_OF_ROOT, Fault, Faults, Flag, Place, Sources, TEXT_BYTES_MAX};
-use crate::operate;
 use crate::setup::Client;
 
 /// Read when neither `--config` nor `IFNEWER_CONFIG` names a file; it need not exist.
@@ -78,7 +78,7 @@ pub enum Command {
     Doctor(Doctor),
     /// What a running cache is asked and told
     #[command(flatten)]
-    Operate(operate::Command),
+    Operate(commands::Command),
     /// Play the whole story on this machine alone: a registry, a cache, an outage; exit 1 if a line is wrong
     Demo {
         /// Leave the page up at the end, until Ctrl-C

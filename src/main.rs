@@ -5,16 +5,17 @@ use std::io::Write;
 use std::process::ExitCode;
 
 use clap::Parser;
+use ifnewer::cli::commands;
 use ifnewer::cli::{Cli, Command, load};
 use ifnewer::clock::Clock;
 use ifnewer::config::{Config, Log, LogFormat};
-use ifnewer::event::Events;
 #[cfg(feature = "otlp")]
 use ifnewer::otlp;
-use ifnewer::run::{RunError, serve};
+use ifnewer::process::{RunError, serve};
 use ifnewer::server::listen::Passed;
 use ifnewer::setup::{Done, Refused, Root};
-use ifnewer::{admin, ca, cli, demo, doctor, operate, setup, terminal};
+use ifnewer::telemetry::Events;
+use ifnewer::{admin, ca, cli, demo, doctor, setup, terminal};
 use listenfd::ListenFd;
 use tracing_subscriber::EnvFilter;
 
@@ -295,7 +296,7 @@ async fn play(stay: bool) -> ExitCode {
     }
 }
 
-async fn operate(config: &Config, command: operate::Command) -> ExitCode {
+async fn operate(config: &Config, command: commands::Command) -> ExitCode {
     let token = match admin::token(&config.listen) {
         Ok(token) => token,
         Err(error) => return fail(MISTAKEN, &error),
@@ -304,15 +305,15 @@ async fn operate(config: &Config, command: operate::Command) -> ExitCode {
     let is_terminal = terminal::is_stdout_terminal();
     let colour = is_terminal && cli::wants_colour();
     let mut out = terminal::stdout(colour);
-    let mut output = operate::Output {
+    let mut output = commands::Output {
         colour,
         progress: is_terminal && terminal::is_stderr_terminal(),
         out: &mut out,
     };
-    match operate::run(&client, &command, &mut output).await {
+    match commands::run(&client, &command, &mut output).await {
         Ok(()) => ExitCode::SUCCESS,
         // Whoever read our output has enough: `ifnewer ls | head`.
-        Err(operate::Failed::Output(error)) if error.kind() == std::io::ErrorKind::BrokenPipe => {
+        Err(commands::Failed::Output(error)) if error.kind() == std::io::ErrorKind::BrokenPipe => {
             ExitCode::SUCCESS
         }
         Err(error) => fail(FAILED, &error),

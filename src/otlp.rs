@@ -23,8 +23,8 @@ use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
-use crate::event::{Events, SPANS_WAITING_MAX, Span, SpanKind};
 use crate::oci::Cause;
+use crate::telemetry::{Events, SPANS_WAITING_MAX, Span, SpanKind};
 use crate::upstream::pass::Passing;
 use crate::upstream::{Connector, Origin, OriginError, Settings, SettingsError, Upstream};
 

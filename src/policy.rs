@@ -10,6 +10,7 @@
 //! the admin API, and always yields the same [`Verdict`]. `policy/tests.rs` enumerates every situation against laws of
 //! safety (what may never be served) and of economy (what may never be asked or fetched).
 
+pub mod authz;
 pub mod rules;
 mod verdict;
 

@@ -2,7 +2,7 @@
 //!
 //! * `entry`, `certificate`: who may come in at all. * `listen`, `forwarded`: listeners, and who is at the other end.
 //! * `connections`: their places. * `accept`: protocols, limits, drain. * `tls`, `mint`: the CA, our certificate, and those for upstreams' own hosts.
-//! * `gate`, `door`: an HTTP request becomes a [`crate::pull::Request`], or one to be handed on, or is turned away before
+//! * `gate`, `door`: an HTTP request becomes a [`crate::proxy::Request`], or one to be handed on, or is turned away before
 //!   anything else runs. * `connect`: what comes by `CONNECT`. * `pass`: what is handed on. `login`: questions to a token service.
 //! * `reply`: an outcome becomes an HTTP response; nothing else builds one but what is handed back. * `body`: bytes on
 //!   their way out. `egress`: how many of them may be in memory. * `received`: bodies of requests. `told`: what is told of it all, in a `record` that goes with the body.
@@ -51,10 +51,10 @@ pub use idle::Pardon;
 pub(crate) use idle::{Pardoned, Watched};
 
 use crate::clock::Clock;
-use crate::event::{Events, Kind};
-use crate::pull::Pull;
+use crate::proxy::Pull;
 use crate::store::step::Buffers;
-use crate::trace::Trace;
+use crate::telemetry::{Events, Kind};
+use crate::trace_context::Trace;
 use received::Received;
 use told::Told;
 

@@ -23,7 +23,7 @@ use crate::oci::cause::Cause;
 use crate::oci::name::Repository;
 use crate::oci::operation::Operation;
 use crate::queue::{Place, Waiters};
-use crate::trace::Trace;
+use crate::trace_context::Trace;
 
 pub mod answer;
 mod client;

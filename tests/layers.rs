@@ -42,69 +42,62 @@ const MODULES: &[Module] = &[
     module("oci", 1, &[], &[]),
     module("clock", 1, &[], &[]),
     module("age", 1, &[], &["oci", "clock"]),
-    module("trace", 1, &[], &[]),
+    module("trace_context", 1, &[], &[]),
     module("terminal", 1, &[], &[]),
-    // Judgement. Time is an argument. `access` answers in the decision's own word, `Standing`: one type, no translation.
+    // Judgement. Time is an argument.
     module("policy", 2, &[], &["clock"]),
-    module("access", 2, &["policy"], &["clock"]),
     // Resources. They know neither each other nor what is decided about them; admission is what all wait for.
-    module("store", 3, &[], &["policy", "access", "clock"]),
-    module("queue", 3, &[], &["oci", "clock", "trace", "policy", "access"]),
-    module("upstream", 3, &["queue"], &["policy", "access", "clock"]),
-    module("event", 3, &[], &["clock"]),
-    module("flight", 3, &["queue"], &["oci", "clock", "policy", "access"]),
+    module("store", 3, &[], &["policy", "clock"]),
+    module("queue", 3, &[], &["oci", "clock", "trace_context", "policy"]),
+    module("upstream", 3, &["queue"], &["policy", "clock"]),
+    module("telemetry", 3, &[], &["clock"]),
+    module("single_flight", 3, &["queue"], &["oci", "clock", "policy"]),
     // Joint work. It takes the upstream's answers and no decision.
-    module("download", 4, &[], &["policy", "access", "clock"]),
-    module("archive", 4, &[], &["policy", "access", "clock", "upstream"]),
+    module("download", 4, &[], &["policy", "clock"]),
+    module("archive", 4, &[], &["policy", "clock", "upstream"]),
     // The road.
-    module("pull", 5, &[], &[]),
+    module("proxy", 5, &[], &[]),
     // The edge.
-    module("config", 6, &[], &["store", "download", "pull", "clock"]),
+    module("config", 6, &[], &["store", "download", "proxy", "clock"]),
     module(
         "setup",
         6,
         &["config"],
-        &["store", "upstream", "download", "pull", "clock"],
+        &["store", "upstream", "download", "proxy", "clock"],
     ),
     module(
         "ca",
         6,
         &["config", "server", "setup"],
-        &["store", "upstream", "download", "pull"],
+        &["store", "upstream", "download", "proxy"],
     ),
     module(
         "doctor",
         6,
-        &["config", "setup", "run"],
-        &["store", "download", "pull", "clock"],
+        &["config", "setup", "process"],
+        &["store", "download", "proxy", "clock"],
     ),
     module(
         "cli",
         6,
-        &["config", "setup", "ca", "doctor", "operate"],
-        &["store", "download", "pull", "clock"],
-    ),
-    module(
-        "operate",
-        6,
-        &["admin"],
-        &["store", "upstream", "download", "pull", "clock"],
+        &["config", "setup", "ca", "doctor", "admin"],
+        &["store", "download", "proxy", "clock"],
     ),
     module(
         "demo",
         6,
         &["admin", "config"],
-        &["store", "download", "pull", "clock"],
+        &["store", "download", "proxy", "clock"],
     ),
     module("server", 6, &["config"], &[]),
     module("admin", 6, &["config", "server"], &[]),
-    module("otlp", 6, &["config"], &["store", "download", "pull", "clock"]),
-    module("run", 6, &["config", "server", "admin"], &[]),
+    module("otlp", 6, &["config"], &["store", "download", "proxy", "clock"]),
+    module("process", 6, &["config", "server", "admin"], &[]),
     module(
         "main",
         6,
         &[
-            "config", "cli", "server", "admin", "run", "setup", "ca", "doctor", "operate", "demo", "otlp",
+            "config", "cli", "server", "admin", "process", "setup", "ca", "doctor", "demo", "otlp",
         ],
         &[],
     ),
@@ -121,7 +114,7 @@ const VENDORS: &[(&str, &[&str])] = &[
     ("hyper", HTTP),
     ("hyper_util", HTTP),
     ("sha2", &["oci/digest.rs"]),
-    ("tar", &["archive/", "operate/archive.rs"]),
+    ("tar", &["archive/", "cli/commands/archive.rs"]),
     ("hmac", &["oci/digest.rs"]),
     ("bcrypt", &["server/entry.rs"]),
     ("rcgen", &["server/tls.rs", "server/tls/", "server/mint.rs"]),
@@ -194,7 +187,7 @@ fn the_whole_tree_is_read() {
         uses("download.rs", "store"),
         "a `mod tests;` at the top hides nothing below it"
     );
-    assert!(uses("pull.rs", "policy"));
+    assert!(uses("proxy.rs", "policy"));
     assert!(uses("store/blobs.rs", "oci"));
     for (vendor, _) in VENDORS {
         let named = sources
@@ -233,7 +226,7 @@ fn resources_do_not_know_each_other() {
         ("store/blobs.rs", "use crate::upstream::Answer;"),
         ("store/blobs.rs", "use crate::policy::Verdict;"),
         ("upstream/client.rs", "use crate::{oci, store};"),
-        ("event.rs", "use crate::store::Fault;"),
+        ("telemetry.rs", "use crate::store::Fault;"),
     ] {
         assert_eq!(breaches(file, text).len(), 1, "{file}: {text}");
     }
@@ -254,7 +247,7 @@ fn what_cannot_be_told_is_a_breach() {
 fn what_is_allowed_is_not_caught() {
     for (file, text) in [
         (
-            "pull.rs",
+            "proxy.rs",
             "use crate::{download::Reader, oci, store::{Fault, blobs}};",
         ),
         ("policy/rules.rs", "use super::Rule;\nuse crate::oci::Tag;"),
@@ -282,11 +275,11 @@ fn what_is_allowed_is_not_caught() {
 fn a_crate_outside_its_file_is_caught() {
     for (file, text) in [
         ("store/refs.rs", "use sled::Tree;"),
-        ("pull/blob.rs", "fn f(_: hyper::Error) {}"),
+        ("proxy/blob.rs", "fn f(_: hyper::Error) {}"),
         ("upstream/exchange.rs", "use {bytes::Bytes, hyper_util::rt};"),
         ("upstream/client.rs", "use ::rustls::ClientConfig;"),
-        ("run.rs", "use tokio_rustls::rustls::ServerConfig;"),
-        ("access.rs", "use hmac;"),
+        ("process.rs", "use tokio_rustls::rustls::ServerConfig;"),
+        ("policy/authz.rs", "use hmac;"),
         ("policy.rs", "use tokio::sync::Mutex;"),
         ("oci/name.rs", "async fn f() { tokio::task::yield_now().await }"),
     ] {
@@ -298,8 +291,8 @@ fn a_crate_outside_its_file_is_caught() {
 fn a_hidden_clock_is_caught() {
     for (file, text) in [
         ("policy.rs", "fn f() { std::time::SystemTime::now(); }"),
-        ("pull.rs", "fn f() { let read = SystemTime::now; }"),
-        ("pull.rs", "fn f() { SystemTime\n    ::now(); }"),
+        ("proxy.rs", "fn f() { let read = SystemTime::now; }"),
+        ("proxy.rs", "fn f() { SystemTime\n    ::now(); }"),
         (
             "server.rs",
             "use std::time::{Duration, Instant};\nfn f() { Instant::now(); }",
@@ -309,9 +302,9 @@ fn a_hidden_clock_is_caught() {
             "store.rs",
             "use std::time::SystemTime as Time;\nfn f() { Time::now(); }",
         ),
-        ("access.rs", "fn f() { SystemTime::UNIX_EPOCH.elapsed(); }"),
+        ("policy/authz.rs", "fn f() { SystemTime::UNIX_EPOCH.elapsed(); }"),
         (
-            "access.rs",
+            "policy/authz.rs",
             "use tokio::time::Instant;\nfn f() { Instant::now(); }",
         ),
     ] {
@@ -342,8 +335,8 @@ fn t15_everything_printed_goes_through_one_module() {
 
 /// Debug text is for who writes the code. Here it is the input of a hash, a quoted string in a file of TOML, or a `Debug`.
 const DEBUG_TEXT: &[&str] = &[
-    "pull/logins.rs",
-    "run.rs",
+    "proxy/logins.rs",
+    "process.rs",
     "setup/gitlab.rs",
     "upstream/settings.rs",
 ];

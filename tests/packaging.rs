@@ -17,8 +17,8 @@ use std::process::Command;
 use std::time::{Duration, SystemTime};
 
 use ifnewer::config::{Config, KEYS};
-use ifnewer::event::{AllowanceLevel, Answered, Ended, Events, Exchange, Kind, Levels, Outcome};
-use ifnewer::trace::Trace;
+use ifnewer::telemetry::{AllowanceLevel, Answered, Ended, Events, Exchange, Kind, Levels, Outcome};
+use ifnewer::trace_context::Trace;
 
 fn packaging(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("packaging").join(name)

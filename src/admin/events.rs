@@ -13,8 +13,8 @@ use super::Admin;
 use super::places::Place;
 use super::reply::{Problem, Reply, live};
 use super::words::{decision, rfc3339};
-use crate::event::{Client, Decision, Kind};
 use crate::oci::{Cause, Query};
+use crate::telemetry::{Client, Decision, Kind};
 
 /// Decisions in one answer, unless `limit` says fewer.
 const EVENTS_MAX: usize = 1_000;

@@ -31,9 +31,9 @@ use self::guesses::Guesses;
 use super::archive::TAR;
 use super::reply::Problem;
 use crate::config::Listen;
-use crate::event::{Events, TokenRefused};
 use crate::oci::digest::keyed;
 use crate::store::LogLimit;
+use crate::telemetry::{Events, TokenRefused};
 
 /// How a connection reached the listener.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -8,9 +8,9 @@ use http::request::Parts;
 
 use super::reply::{Reply, whole};
 use super::{Admin, upstreams};
-use crate::event::{Levels, QueueLevel};
 use crate::queue::{Class, Counts, Queue};
 use crate::server::Registry;
+use crate::telemetry::{Levels, QueueLevel};
 
 /// The type of what everybody else gets.
 const PLAIN_METRICS: &str = "text/plain; version=0.0.4; charset=utf-8";

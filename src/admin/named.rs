@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::reply::Problem;
 use crate::oci::{Query, Reference, Repository};
-use crate::pull::Site;
+use crate::proxy::Site;
 use crate::server::Registry;
 use crate::store::refs::TagKey;
 

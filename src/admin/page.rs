@@ -23,7 +23,7 @@ use super::words::{bytes, duration};
 use super::work::Platforms;
 use super::{Admin, status, transfers};
 use crate::oci::Query;
-use crate::pull::Refreshed;
+use crate::proxy::Refreshed;
 
 pub(super) const STYLE: &str = include_str!("page/style.css");
 pub(super) const SCRIPT: &str = include_str!("page/live.js");

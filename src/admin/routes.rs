@@ -22,7 +22,7 @@ use super::reply::{Body, Problem, Reply, answer, whole, with_status};
 use super::work::{Platforms, Wish, request};
 use super::{Admin, keeping, page, status, transfers, upstreams, why};
 use crate::oci::{Operation, Query, Reference};
-use crate::pull::Refreshed;
+use crate::proxy::Refreshed;
 
 /// The largest body of a request.
 const BODY_BYTES_MAX: usize = 64 * 1024;

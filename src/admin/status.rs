@@ -6,8 +6,8 @@ use serde::Serialize;
 
 use super::Admin;
 use super::words::{duration, rfc3339};
-use crate::event::Totals;
 use crate::store::AsyncStore;
+use crate::telemetry::Totals;
 
 /// How the cache is doing.
 #[derive(Serialize)]

@@ -6,11 +6,11 @@ use std::time::{Duration, SystemTime};
 use serde_json::{Value, json};
 
 use super::words::rfc3339;
-use crate::event::AllowanceLevel;
 use crate::oci::Cause;
-use crate::pull::Site;
+use crate::proxy::Site;
 use crate::queue::Queue;
 use crate::server::Registry;
+use crate::telemetry::AllowanceLevel;
 
 /// All upstreams, as JSON. Credentials are told by kind, a client's by an id that means nothing elsewhere.
 pub(super) fn listed(registry: &Registry, now: SystemTime) -> Value {

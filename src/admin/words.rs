@@ -2,10 +2,10 @@
 
 use std::time::{Duration, SystemTime};
 
-use crate::event::{Decision, Ended, Outcome};
 use crate::oci::Cause;
 use crate::policy::{Refusal, Served, Why};
 use crate::store::refs::NEVER_CONFIRMED;
+use crate::telemetry::{Decision, Ended, Outcome};
 
 /// RFC 3339, in seconds.
 pub(super) fn rfc3339(at: SystemTime) -> String {

@@ -18,9 +18,9 @@ use super::words::rfc3339;
 use crate::clock::Clock;
 use crate::download::Downloads;
 use crate::oci::{Accept, Digest, Operation, RangeRequest};
-use crate::pull::{Pull, Request};
+use crate::proxy::{Pull, Request};
 use crate::queue::Peer;
-use crate::trace::Trace;
+use crate::trace_context::Trace;
 
 use self::bring::bring;
 

@@ -12,7 +12,7 @@ use super::DemoError;
 use crate::oci::header::CACHE_STATUS;
 use crate::oci::{Accept, Algorithm, AnyDigest, Digest, Manifest, Operation, Reference, Repository};
 use crate::queue::{Class, Peer};
-use crate::trace::Trace;
+use crate::trace_context::Trace;
 use crate::upstream::{Answer, Caller, Connector, Credential, ProxyChoice, Settings, Upstream};
 
 /// The largest thing the demo has.

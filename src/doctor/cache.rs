@@ -9,9 +9,9 @@ use super::wire::{self, Place};
 use super::{Check, Patient, State};
 use crate::config::{Plain, UpstreamConfig};
 use crate::oci::{Accept, Cause, Operation, Reference, Repository, Tag, TlsFault};
+use crate::process;
 use crate::queue::{Class, Peer};
-use crate::run;
-use crate::trace::Trace;
+use crate::trace_context::Trace;
 use crate::upstream::{Caller, Connector, Credential, LearnedState, Upstream};
 
 /// A name that nobody has: whatever the registry answers, it answers.
@@ -128,7 +128,7 @@ pub(super) async fn upstreams(patient: &Patient<'_>) -> Vec<Check> {
     let mut asked = JoinSet::new();
     for (position, upstream) in patient.config.upstreams.iter().enumerate() {
         let name = format!("upstream {}", upstream.name);
-        match run::upstream(
+        match process::upstream(
             upstream,
             4,
             (&connector, &LearnedState::default()),

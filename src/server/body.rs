@@ -14,13 +14,13 @@ use quick_cache::sync::Cache;
 use tokio::task::{JoinHandle, spawn_blocking};
 
 use crate::download::{Failure, Reader};
-use crate::event::{BytesFrom, Ended, Events};
 use crate::oci::{Cause, Digest, Hasher};
-use crate::pull::LongList;
-use crate::pull::passing::Passing;
+use crate::proxy::LongList;
+use crate::proxy::passing::Passing;
 use crate::store::AsyncStore;
 use crate::store::step::{Buffers, STEP_BYTES, held_bytes, read_cached, read_waiting};
 use crate::store::volume::VolumeFile;
+use crate::telemetry::{BytesFrom, Ended, Events};
 use crate::upstream::Fetched;
 use crate::upstream::pass::PassedOn;
 

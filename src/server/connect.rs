@@ -32,8 +32,8 @@ use super::tls::Shaken;
 use super::told::Told;
 use super::{Body, Registry, reply};
 use crate::config::{Tunnel, host_part};
-use crate::event::{self, Kind, Outcome};
-use crate::trace::TraceId;
+use crate::telemetry::{self, Kind, Outcome};
+use crate::trace_context::TraceId;
 use crate::upstream::Stream;
 use crate::upstream::tunnel;
 use crate::upstream::zone::Zone;
@@ -75,7 +75,7 @@ impl Tunnels {
 /// What becomes of a `CONNECT`.
 enum Passage {
     /// The client speaks with us; the upstream's host, as upstreams are named, and what the client has shown.
-    Intercept(Arc<str>, Arc<crate::pull::Site>, Shown),
+    Intercept(Arc<str>, Arc<crate::proxy::Site>, Shown),
     /// Bytes go to and fro.
     Tunnel(Box<dyn Stream>, Place),
 }
@@ -83,7 +83,7 @@ enum Passage {
 /// One of the places for tunnels. Free before it is counted as free: who sees one, finds one.
 struct Place {
     _permit: OwnedSemaphorePermit,
-    counted: event::Tunnel,
+    counted: telemetry::Tunnel,
     _request: InFlight,
 }
 
@@ -286,7 +286,7 @@ struct Carried {
 }
 
 impl Carried {
-    fn log(&self, client: Option<IpAddr>, counted: &event::Tunnel, ended: &'static str) {
+    fn log(&self, client: Option<IpAddr>, counted: &telemetry::Tunnel, ended: &'static str) {
         let (to_host, to_client) = counted.carried();
         let (client, ms) = (
             client.map(tracing::field::display),
@@ -301,7 +301,7 @@ impl Carried {
 async fn carry(
     client: TokioIo<Upgraded>,
     host: Box<dyn Stream>,
-    counted: &event::Tunnel,
+    counted: &telemetry::Tunnel,
     quiet_max: Duration,
 ) -> &'static str {
     let (from_client, to_client) = tokio::io::split(client);

@@ -21,8 +21,8 @@ use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use self::victim::{Candidate, Choice, victim};
-use crate::event::{Closed, ConnectionState, Events, OpenConnection};
 use crate::store::LogLimit;
+use crate::telemetry::{Closed, ConnectionState, Events, OpenConnection};
 
 /// A connection that is closed to make room has finished what it was sending within this.
 const CLOSED_WITHIN: Duration = Duration::from_millis(500);

@@ -18,7 +18,7 @@ use super::idle::Pardon;
 use crate::config::{canonical, host_part};
 use crate::oci::query::Query;
 use crate::oci::{Malformed, Operation, Repository};
-use crate::pull::Site;
+use crate::proxy::Site;
 use crate::upstream::origin::Origin;
 
 /// A way in.

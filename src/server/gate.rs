@@ -16,10 +16,10 @@ use crate::oci::accept::AcceptError;
 use crate::oci::path;
 use crate::oci::query::{Query, QueryError};
 use crate::oci::{Accept, Cause, ErrorCode, Malformed, Operation, RangeRequest, Repository};
-use crate::pull::writing::{Change, Writes};
-use crate::pull::{Request, Site, is_local_token};
+use crate::proxy::writing::{Change, Writes};
+use crate::proxy::{Request, Site, is_local_token};
 use crate::queue;
-use crate::trace::Trace;
+use crate::trace_context::Trace;
 use crate::upstream::origin::Origin;
 
 /// The largest body of a request that needs none; more is not read but answered with 413.

@@ -14,7 +14,7 @@ use super::received::Received;
 use super::told::Told;
 use super::{Body, Front, Place, reply};
 use crate::oci::LoginRequest;
-use crate::pull::{LoggedIn, Pull};
+use crate::proxy::{LoggedIn, Pull};
 use crate::upstream::origin::Origin;
 use crate::upstream::pass::Passing;
 

@@ -8,8 +8,8 @@ use super::gate::Passage;
 use super::received::Received;
 use super::{Body, Front, Place};
 use crate::oci::Cause;
-use crate::pull::writing::Written;
-use crate::pull::{Pull, is_local_token};
+use crate::proxy::writing::Written;
+use crate::proxy::{Pull, is_local_token};
 use crate::upstream::pass::{PassedOn, Passing};
 
 impl Front {

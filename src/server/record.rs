@@ -17,9 +17,9 @@ use super::connections::InFlight;
 use super::door::{Door, Peer};
 use super::told::Told;
 use super::{Body, told};
-use crate::event::{Answered, Ended, Events, Kind, agent};
-use crate::pull::Site;
-use crate::trace::Trace;
+use crate::proxy::Site;
+use crate::telemetry::{Answered, Ended, Events, Kind, agent};
+use crate::trace_context::Trace;
 
 /// What is recorded for a client that left before its answer had a head, as nginx does.
 const CLIENT_LEFT: u16 = 499;

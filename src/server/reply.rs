@@ -16,15 +16,15 @@ use http::{HeaderMap, HeaderName, HeaderValue, Method, Response, StatusCode};
 
 use super::gate::Turned;
 use super::{Body, Front};
-use crate::event;
 use crate::oci::header::{
     CACHE_STATUS, DOCKER_CONTENT_DIGEST, DOCKER_DISTRIBUTION_API_VERSION, OCI_FILTERS_APPLIED,
 };
 use crate::oci::{Digest, Problem};
-use crate::pull::passing::Passed;
-use crate::pull::{How, Listing, Outcome, Reason};
+use crate::proxy::passing::Passed;
+use crate::proxy::{How, Listing, Outcome, Reason};
 use crate::store::AsyncStore;
 use crate::store::manifests::HeldManifest;
+use crate::telemetry;
 
 pub(super) use asked::Asked;
 pub(super) use blob::within;
@@ -34,23 +34,25 @@ const OCTETS: HeaderValue = HeaderValue::from_static("application/octet-stream")
 const JSON: HeaderValue = HeaderValue::from_static("application/json");
 
 /// How an outcome counts, and its reason's name.
-pub(super) fn told(outcome: &Outcome) -> (event::Outcome, &'static str) {
+pub(super) fn told(outcome: &Outcome) -> (telemetry::Outcome, &'static str) {
     let how = match outcome {
-        Outcome::Ping => return (event::Outcome::Local, "ping"),
-        Outcome::Challenged(_) => return (event::Outcome::Local, "challenge"),
-        Outcome::ManifestHead { .. } => return (event::Outcome::Miss, "head"),
-        Outcome::Passed(_) => return (event::Outcome::Miss, Reason::Passed.name()),
-        Outcome::Refused(refused) => return (event::Outcome::Refused, refused.refusal.name()),
+        Outcome::Ping => return (telemetry::Outcome::Local, "ping"),
+        Outcome::Challenged(_) => return (telemetry::Outcome::Local, "challenge"),
+        Outcome::ManifestHead { .. } => return (telemetry::Outcome::Miss, "head"),
+        Outcome::Passed(_) => return (telemetry::Outcome::Miss, Reason::Passed.name()),
+        Outcome::Refused(refused) => return (telemetry::Outcome::Refused, refused.refusal.name()),
         Outcome::Manifest(_, how)
         | Outcome::Blob { how, .. }
         | Outcome::Listing(_, how)
         | Outcome::LongList(_, how) => how,
     };
     let result = match how.reason {
-        Reason::Held(served) if served.cause().is_some() || served.may_be_outdated() => event::Outcome::Stale,
-        Reason::Held(_) => event::Outcome::Hit,
-        Reason::Joined => event::Outcome::Coalesced,
-        Reason::Fetched(_) | Reason::Passed => event::Outcome::Miss,
+        Reason::Held(served) if served.cause().is_some() || served.may_be_outdated() => {
+            telemetry::Outcome::Stale
+        }
+        Reason::Held(_) => telemetry::Outcome::Hit,
+        Reason::Joined => telemetry::Outcome::Coalesced,
+        Reason::Fetched(_) | Reason::Passed => telemetry::Outcome::Miss,
     };
     (result, how.reason.name())
 }

@@ -6,17 +6,17 @@ use std::time::SystemTime;
 
 use http::Uri;
 
-use crate::event;
 use crate::oci::{Cause, Digest, Operation, Reference};
 use crate::policy::Refusal;
-use crate::pull::{Outcome, Reason};
+use crate::proxy::{Outcome, Reason};
 use crate::store::refs::NEVER_CONFIRMED;
+use crate::telemetry;
 
 use super::reply;
 
 /// What is told of an outcome.
 pub(super) struct Told {
-    pub(super) result: event::Outcome,
+    pub(super) result: telemetry::Outcome,
     pub(super) reason: &'static str,
     pub(super) cause: Option<Cause>,
     pub(super) digest: Option<Digest>,
@@ -67,13 +67,13 @@ impl Told {
     /// Of a request that was handed on.
     pub(super) fn passed() -> Self {
         Self {
-            result: event::Outcome::Passed,
+            result: telemetry::Outcome::Passed,
             ..Self::turned("passed")
         }
     }
 
     /// Of a `CONNECT` that was granted.
-    pub(super) fn connected(result: event::Outcome, reason: &'static str) -> Self {
+    pub(super) fn connected(result: telemetry::Outcome, reason: &'static str) -> Self {
         Self {
             result,
             ..Self::turned(reason)
@@ -83,7 +83,7 @@ impl Told {
     /// Of a token of ours, where the token service was silent for this reason.
     pub(super) fn local_token(cause: Cause) -> Self {
         Self {
-            result: event::Outcome::Local,
+            result: telemetry::Outcome::Local,
             cause: Some(cause),
             ..Self::turned("local-token")
         }
@@ -100,7 +100,7 @@ impl Told {
     /// Of a request that was turned away, and why.
     pub(super) fn turned(reason: &'static str) -> Self {
         Self {
-            result: event::Outcome::Refused,
+            result: telemetry::Outcome::Refused,
             reason,
             cause: None,
             digest: None,
@@ -110,20 +110,20 @@ impl Told {
 }
 
 /// What kind of thing was asked for, and its name: `repository:tag`, `repository@digest`.
-pub(super) fn subject(operation: &Operation) -> (event::Kind, String) {
+pub(super) fn subject(operation: &Operation) -> (telemetry::Kind, String) {
     match operation {
-        Operation::Ping => (event::Kind::Ping, "/v2/".to_owned()),
+        Operation::Ping => (telemetry::Kind::Ping, "/v2/".to_owned()),
         Operation::Manifest {
             repository,
             reference: Reference::Tag(tag),
-        } => (event::Kind::Tag, format!("{repository}:{tag}")),
+        } => (telemetry::Kind::Tag, format!("{repository}:{tag}")),
         Operation::Manifest {
             repository,
             reference: Reference::Digest(digest),
-        } => (event::Kind::Manifest, format!("{repository}@{digest}")),
-        Operation::Blob { repository, digest } => (event::Kind::Blob, format!("{repository}@{digest}")),
+        } => (telemetry::Kind::Manifest, format!("{repository}@{digest}")),
+        Operation::Blob { repository, digest } => (telemetry::Kind::Blob, format!("{repository}@{digest}")),
         Operation::Tags { repository, .. } | Operation::Referrers { repository, .. } => {
-            (event::Kind::Listing, repository.to_string())
+            (telemetry::Kind::Listing, repository.to_string())
         }
     }
 }

@@ -28,7 +28,7 @@ use super::origin::same_origin;
 use super::target::entry;
 use super::tls;
 use crate::oci::cause::{Cause, RedirectFault, TlsFault};
-use crate::trace::{TRACEPARENT, TRACESTATE};
+use crate::trace_context::{TRACEPARENT, TRACESTATE};
 
 /// Hops followed after the first request.
 const REDIRECTS_MAX: usize = 10;

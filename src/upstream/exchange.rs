@@ -28,7 +28,7 @@ use crate::oci::challenge::Challenge;
 use crate::oci::error::Problem;
 use crate::oci::name::Repository;
 use crate::oci::operation::Operation;
-use crate::trace::Trace;
+use crate::trace_context::Trace;
 
 /// Body of an error answer that is read for its text.
 const ERROR_BODY_BYTES_MAX: usize = 64 * 1024;

@@ -259,7 +259,7 @@ mod tests {
     #![allow(clippy::unwrap_used, reason = "tests may fail loudly")]
     use super::*;
     use crate::queue::{Class, Peer};
-    use crate::trace::Trace;
+    use crate::trace_context::Trace;
     use http::HeaderValue;
 
     fn client(id: u8) -> Caller {

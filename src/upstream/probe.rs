@@ -22,7 +22,7 @@ use super::{Inner, Upstream};
 use crate::oci::accept::Accept;
 use crate::oci::operation::Operation;
 use crate::queue::{Class, Peer};
-use crate::trace::Trace;
+use crate::trace_context::Trace;
 
 /// How long a response to a probe is waited for.
 const PROBE_WITHIN: Duration = Duration::from_secs(10);

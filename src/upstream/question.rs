@@ -22,7 +22,7 @@ use crate::oci::manifest::Manifest;
 use crate::oci::name::Reference;
 use crate::oci::operation::Operation;
 use crate::oci::range::parse_content_range;
-use crate::trace::Trace;
+use crate::trace_context::Trace;
 
 /// One question, with everything it needs.
 pub(super) struct Question<'a> {

@@ -17,7 +17,7 @@ use super::tls::{ClientCertificate, TlsError};
 use super::urls::Memory;
 use crate::oci::operation::Operation;
 use crate::queue::{Class, Demand, Peer, Waiters, flow};
-use crate::trace::Trace;
+use crate::trace_context::Trace;
 
 /// What an upstream is, as configured.
 pub struct Settings {

@@ -8,7 +8,7 @@ use std::time::Duration;
 use super::answer::Answer;
 use crate::oci::Cause;
 use crate::oci::operation::Operation;
-use crate::trace::Trace;
+use crate::trace_context::Trace;
 
 /// While it is on, no upstream is asked anything: each is silent, because of [`Cause::Offline`]. Transfers under way go
 /// on until they break. Clones are the same switch.

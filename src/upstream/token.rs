@@ -26,7 +26,7 @@ use crate::oci::cause::Cause;
 use crate::oci::error::Problem;
 use crate::oci::name::Repository;
 use crate::oci::operation::Operation;
-use crate::trace::Trace;
+use crate::trace_context::Trace;
 
 mod wire;
 

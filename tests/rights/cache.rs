@@ -7,15 +7,15 @@ use bytes::{Bytes, BytesMut};
 use http::{HeaderMap, HeaderValue, Method, header};
 use http_body_util::{BodyExt as _, Empty};
 use ifnewer::download::Downloads;
-use ifnewer::event::Events;
 use ifnewer::oci::{Accept, Cause, Digest, LoginRequest, Operation, RangeRequest};
 use ifnewer::policy::rules::Rules;
-use ifnewer::pull::{Access, Content, LoggedIn, Outcome, Pull, Reason, Request, Site, SiteStates};
+use ifnewer::proxy::{Access, Content, LoggedIn, Outcome, Pull, Reason, Request, Site, SiteStates};
 use ifnewer::queue::Peer;
 use ifnewer::store::step::Buffers;
 use ifnewer::store::volume::{Directory, Memory, Volume};
 use ifnewer::store::{Settings as StoreSettings, Store};
-use ifnewer::trace::Trace;
+use ifnewer::telemetry::Events;
+use ifnewer::trace_context::Trace;
 use ifnewer::upstream::pass::Passing;
 use ifnewer::upstream::{Connector, OwnCredential, ProxyChoice, Settings, Upstream};
 

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ifnewer::oci::Digest;
-use ifnewer::pull::writing::{Change, Written};
+use ifnewer::proxy::writing::{Change, Written};
 use tokio::task::JoinHandle;
 
 use super::cache::{Cache, Got, PROVEN, SHARED, Wish};

@@ -10,8 +10,8 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use ifnewer::oci::Digest;
-use ifnewer::pull::Site;
-use ifnewer::pull::writing::{Change, Written};
+use ifnewer::proxy::Site;
+use ifnewer::proxy::writing::{Change, Written};
 use serde_json::Value;
 use tokio::task::JoinSet;
 use tokio::time::timeout;

@@ -11,7 +11,7 @@ use crate::admin::words;
 use crate::clock::Clock;
 use crate::oci::manifest::{Kind, Role};
 use crate::oci::{AnyDigest, Digest, Operation, Reference};
-use crate::pull::{Content, Outcome, Pull};
+use crate::proxy::{Content, Outcome, Pull};
 use crate::store::manifests::HeldManifest;
 
 /// Layers of one image at a time.

@@ -10,12 +10,12 @@ use std::task::{Context, Poll, ready};
 use bytes::Bytes;
 
 use super::File;
-use crate::event::Events;
 use crate::oci::Digest;
 use crate::oci::range::{Span, content_range};
 use crate::server::reply::within;
 use crate::store::step::Buffers;
 use crate::store::volume::VolumeFile;
+use crate::telemetry::Events;
 
 /// Hexadecimal digits in a boundary: with them it has 48 characters, of the 70 allowed.
 const BOUNDARY_HEX: usize = 40;

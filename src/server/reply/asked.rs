@@ -10,7 +10,7 @@ use http::request::Parts;
 use crate::oci::query::Query;
 use crate::oci::range::{ByteRange, Sent};
 use crate::oci::{ErrorCode, Operation, RangeRequest, Reference};
-use crate::pull::{Request, Site};
+use crate::proxy::{Request, Site};
 use crate::upstream::Answer;
 
 /// What of a request shapes its answer.

@@ -5,13 +5,13 @@ use http::header::{ACCEPT_RANGES, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE};
 use http::{HeaderValue, Response, StatusCode};
 
 use super::{Asked, OCTETS, etag, how, named, problem, put, respond};
-use crate::event::BytesFrom;
 use crate::oci::range::{Sent, Span, content_range, unsatisfied};
 use crate::oci::{Digest, ErrorCode, Problem};
-use crate::pull::{Content, How};
+use crate::proxy::{Content, How};
 use crate::server::body::{PartsFrom, Plan};
 use crate::server::{Body, Front};
 use crate::store::AsyncStore;
+use crate::telemetry::BytesFrom;
 
 /// A blob to be sent.
 pub(super) struct Answered<'a> {

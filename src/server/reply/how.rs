@@ -8,7 +8,7 @@ use http::header::{AGE, WARNING};
 use super::{Asked, put};
 use crate::oci::header::CACHE_STATUS;
 use crate::policy::{Served, Why};
-use crate::pull::{How, Reason};
+use crate::proxy::{How, Reason};
 use crate::store::refs::NEVER_CONFIRMED;
 
 /// RFC 9211 `Cache-Status`, `Age`, and `Warning` where the client may get something outdated.

@@ -9,7 +9,7 @@ use super::{Asked, Body, problem, put};
 use crate::oci::header::CACHE_STATUS;
 use crate::oci::{Cause, ErrorCode, Problem};
 use crate::policy::Refusal;
-use crate::pull::Refused;
+use crate::proxy::Refused;
 use crate::upstream::Said;
 
 pub(super) fn answer(refused: &Refused, asked: &Asked) -> Response<Body> {

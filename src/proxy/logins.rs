@@ -24,8 +24,8 @@ use tokio::time::Instant;
 use zeroize::Zeroizing;
 
 use super::{Pull, Site};
-use crate::access::Principal;
 use crate::oci::{Cause, LoginRequest, Repository};
+use crate::policy::authz::Principal;
 use crate::upstream::TokenReply;
 use crate::upstream::origin::Origin;
 use crate::upstream::pass::Passing;

@@ -15,7 +15,7 @@ use crate::oci::challenge::Challenge;
 use crate::oci::{Accept, Operation};
 use crate::policy::Refusal;
 use crate::store::challenges::KeptChallenge;
-use crate::trace::Trace;
+use crate::trace_context::Trace;
 use crate::upstream::Answer;
 
 /// A challenge this old is asked for again. Registries change theirs once in years.

@@ -19,10 +19,9 @@ use crate::admin::{self, Admin, Guard, Surroundings, TokenError};
 use crate::clock::Clock;
 use crate::config::{self, Access, Config, Credential, Faults, Limits, Proxy, UpstreamConfig};
 use crate::download::Downloads;
-use crate::event::{Events, Exchange};
 use crate::oci::digest::keyed;
 use crate::policy::rules::Rules;
-use crate::pull::{self, Pull, Site, SiteStates};
+use crate::proxy::{self, Pull, Site, SiteStates};
 use crate::server::accept::Accepting;
 use crate::server::listen::{Listener, Passed, SocketFile, bind, bind_unix, listeners};
 use crate::server::tls::{ServerTls, TlsError};
@@ -30,6 +29,7 @@ use crate::server::{Doors, Egress, Entry, Front, Passwords, Registry, Sound, Tun
 use crate::store::step::Buffers;
 use crate::store::volume::Directory;
 use crate::store::{Limits as StoreLimits, OpenError, Settings as StoreSettings, Store};
+use crate::telemetry::{Events, Exchange};
 use crate::terminal;
 use crate::upstream::origin::Origin;
 use crate::upstream::tunnel::Way;
@@ -416,8 +416,8 @@ fn site(
 ) -> Result<Site, RunError> {
     let state = lasting.sites.of(&config.name);
     let access = match config.access {
-        Access::Proven => pull::Access::Proven,
-        Access::Shared => pull::Access::Shared {
+        Access::Proven => proxy::Access::Proven,
+        Access::Shared => proxy::Access::Shared {
             own_credential: config.credential.is_some(),
         },
     };

@@ -9,7 +9,7 @@ use tokio::sync::broadcast;
 
 use super::{Answered, Ended, Kind, Outcome, milliseconds};
 use crate::oci::{Cause, Digest};
-use crate::trace::TraceId;
+use crate::trace_context::TraceId;
 
 /// Decisions remembered; the oldest go first.
 const DECISIONS_MAX: usize = 2_000;

@@ -8,12 +8,12 @@ use http::HeaderValue;
 
 use super::logins::is_local_token;
 use super::writing::{Writes, Writings};
-use crate::access::Principal;
 use crate::oci::digest::keyed;
 use crate::oci::{NameError, Repository, Tag};
+use crate::policy::authz::Principal;
 use crate::policy::rules::{Rule, Rules};
 use crate::queue::{Class, Peer};
-use crate::trace::Trace;
+use crate::trace_context::Trace;
 use crate::upstream::origin::Origin;
 use crate::upstream::{Caller, Credential, LearnedState, Upstream};
 

@@ -53,21 +53,21 @@ pub use long_list::LongList;
 pub use refresh::Refreshed;
 pub use site::{Access, Site, SiteState, SiteStates};
 
-use crate::access::Evidence;
 use crate::clock::Clock;
 use crate::download::{Downloads, Reader};
-use crate::event::Events;
-use crate::flight::Flights;
 use crate::oci::{Accept, Digest, MediaType, Operation, RangeRequest, Reference, Repository};
+use crate::policy::authz::Evidence;
 use crate::policy::rules::Rule;
 use crate::policy::{Refusal, Served, Situation, Verdict, Why, decide};
 use crate::queue::Peer;
+use crate::single_flight::Flights;
 use crate::store::blobs::HeldBlob;
 use crate::store::challenges::KeptChallenge;
 use crate::store::manifests::HeldManifest;
 use crate::store::uses::Used;
 use crate::store::{AsyncStore, LogLimit, Store};
-use crate::trace::Trace;
+use crate::telemetry::Events;
+use crate::trace_context::Trace;
 use crate::upstream::{Answer, Caller};
 
 /// How long a rate limit is waited out for a client that cannot be served from the cache. Dockerd and containerd give
@@ -393,7 +393,7 @@ impl Context {
         seen: bool,
         now: SystemTime,
     ) -> Situation {
-        let lifetimes = crate::access::Lifetimes {
+        let lifetimes = crate::policy::authz::Lifetimes {
             grant: rule.grant,
             offline_grant: rule.offline_grant,
         };
@@ -405,7 +405,7 @@ impl Context {
             policy: rule.policy,
             subject,
             held,
-            standing: crate::access::standing(&evidence, &lifetimes, now),
+            standing: crate::policy::authz::standing(&evidence, &lifetimes, now),
             heard: crate::policy::Heard::Nothing,
             absent: rule.absent,
             fresh: rule.fresh,

@@ -33,7 +33,7 @@ pub use series::Totals;
 pub use spans::{SPANS_WAITING_MAX, Span, SpanKind};
 
 use crate::oci::{Cause, Digest};
-use crate::trace::Trace;
+use crate::trace_context::Trace;
 use metrics::Metrics;
 
 /// The access record of one answer to a client, after its last byte.

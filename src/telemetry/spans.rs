@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime};
 use tokio::sync::mpsc;
 
 use super::{Answered, Exchange};
-use crate::trace::Trace;
+use crate::trace_context::Trace;
 
 /// Parts of traces that wait to be recorded; further ones are dropped and counted.
 pub const SPANS_WAITING_MAX: usize = 4096;

@@ -9,9 +9,9 @@ use tokio::time::Instant;
 use super::Pull;
 use super::fetching::Wanted;
 use crate::download::{self, Ahead, Chunks, Failure, Leader, Source, Stream};
-use crate::event::{self, SpanKind};
 use crate::oci::{Cause, Digest};
 use crate::queue::{Class, Demand, Waiters};
+use crate::telemetry::{self, SpanKind};
 use crate::upstream::{Address, Answer, Credential, Fetched, Part, Said};
 
 /// How long a rate limit is waited out in the middle of a transfer. Clients that have had bytes wait longer than for a
@@ -178,7 +178,7 @@ impl Source for Upstreamed {
             ..
         } = &self.of;
         self.pull.arriving.forget(site, repository, self.digest);
-        self.pull.events.span(&caller.trace, || event::Span {
+        self.pull.events.span(&caller.trace, || telemetry::Span {
             trace: caller.trace.clone(),
             name: "download",
             kind: SpanKind::Internal,

@@ -16,9 +16,9 @@ use super::detached::detached;
 use super::fetching::Wanted;
 use super::turns::{Turn, Turns};
 use super::{Pull, Site};
-use crate::access::Evidence;
 use crate::age;
 use crate::oci::{Operation, Repository};
+use crate::policy::authz::Evidence;
 use crate::store::{AsyncStore, Store};
 use crate::upstream::{Answer, Credential, Said};
 
