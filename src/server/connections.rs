@@ -4,6 +4,7 @@
 //! place of the process. With a seat it takes a place of the process ([`Slot`]). Where none is left, the oldest quiet
 //! connection is closed: one without a request in flight. [`victim`] says which, and is pure.
 
+mod places;
 mod victim;
 
 use std::collections::HashMap;
@@ -20,7 +21,8 @@ use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
-use self::victim::{Candidate, Choice, victim};
+use self::places::{Place, Places};
+use self::victim::{Candidate, Choice, Newcomer, is_many, victim};
 use crate::store::LogLimit;
 use crate::telemetry::{Closed, ConnectionState, Events, OpenConnection};
 
@@ -53,7 +55,7 @@ struct Inner {
     events: Events,
     closed: LogLimit,
     began: Instant,
-    places: Arc<Semaphore>,
+    places: Places,
     /// Askers for a place of the process, and what tells them that a connection became quiet.
     wanted: AtomicUsize,
     quieted: Notify,
@@ -133,7 +135,7 @@ impl Connections {
             events,
             closed: LogLimit::default(),
             began: Instant::now(),
-            places: Arc::new(Semaphore::new(bounds.places)),
+            places: Places::new(bounds.places),
             wanted: AtomicUsize::new(0),
             quieted: Notify::new(),
             registered: Mutex::default(),
@@ -191,17 +193,20 @@ impl Connections {
     /// A place of the process for a connection that has a seat. While there is none, the oldest quiet connection is
     /// closed; while all are busy, it is waited for.
     pub(crate) async fn place(&self, seat: Seat) -> Slot {
-        let permit = match Arc::clone(&self.0.places).try_acquire_owned() {
-            Ok(permit) => Some(permit),
-            Err(_) => {
-                self.freed(Arc::clone(&self.0.places), None, Closed::NoPlace)
-                    .await
+        let place = match self.0.places.try_acquire() {
+            Some(place) => Some(place),
+            None => {
+                let present = seat.present.address.present.load(Ordering::Relaxed);
+                let has_many = is_many(present, self.0.bounds.places);
+                let newcomer = if has_many { Newcomer::Many } else { Newcomer::Few };
+                let acquired = self.0.places.acquire(has_many);
+                self.freed(acquired, None, newcomer, Closed::NoPlace).await
             }
         };
-        self.slot(seat, permit)
+        self.slot(seat, place)
     }
 
-    fn slot(&self, seat: Seat, permit: Option<OwnedSemaphorePermit>) -> Slot {
+    fn slot(&self, seat: Seat, place: Option<Place>) -> Slot {
         let entry = Arc::new(Entry {
             connections: self.clone(),
             address: Arc::clone(&seat.present.address),
@@ -221,29 +226,30 @@ impl Connections {
         Slot {
             id,
             entry,
-            permit,
+            place,
             _seat: seat,
             _counted: self.0.events.connection(self.0.listener, ConnectionState::Open),
         }
     }
 
-    /// A permit of `places`, for which quiet connections are closed: those of this address, or of all.
-    async fn freed(
+    /// What is to be `acquired`, for which quiet connections are closed: those of this address, or of all.
+    async fn freed<T>(
         &self,
-        places: Arc<Semaphore>,
+        acquired: impl Future<Output = Option<T>>,
         of: Option<&Arc<Address>>,
+        newcomer: Newcomer,
         why: Closed,
-    ) -> Option<OwnedSemaphorePermit> {
+    ) -> Option<T> {
         let _wanted = Wanted::count(&self.0.wanted);
-        let mut acquired = pin!(places.acquire_owned());
+        let mut acquired = pin!(acquired);
         loop {
             let mut quieted = pin!(self.0.quieted.notified());
             // From here on, a connection that becomes quiet is noticed.
             quieted.as_mut().enable();
-            let look_again = match self.close_one(of, why) {
+            let look_again = match self.close_one(of, newcomer, why) {
                 // Its place comes within a moment: no other one is closed until then.
                 Choice::Close(()) => match timeout(LOOK_EVERY, acquired.as_mut()).await {
-                    Ok(permit) => return permit.ok(),
+                    Ok(acquired) => return acquired,
                     Err(_) => continue,
                 },
                 Choice::NotBefore(left) => left.min(LOOK_EVERY),
@@ -251,7 +257,7 @@ impl Connections {
             };
             tokio::select! {
                 biased;
-                permit = acquired.as_mut() => return permit.ok(),
+                acquired = acquired.as_mut() => return acquired,
                 () = quieted => {}
                 () = sleep(look_again) => {}
             }
@@ -262,11 +268,11 @@ impl Connections {
     pub(crate) fn accept_failed(&self, error: &io::Error) {
         let errno = error.raw_os_error().map(Errno::from_raw_os_error);
         if matches!(errno, Some(Errno::MFILE | Errno::NFILE)) {
-            self.close_one(None, Closed::NoDescriptor);
+            self.close_one(None, Newcomer::Few, Closed::NoDescriptor);
         }
     }
 
-    fn close_one(&self, of: Option<&Arc<Address>>, why: Closed) -> Choice<()> {
+    fn close_one(&self, of: Option<&Arc<Address>>, newcomer: Newcomer, why: Closed) -> Choice<()> {
         let now = Instant::now();
         let registered = self.registered();
         let candidates = registered.open.values().filter_map(|entry| {
@@ -278,7 +284,7 @@ impl Connections {
                 quiet_for: entry.quiet_for(now),
             })
         });
-        match victim(candidates, self.0.bounds.places, of.is_some()) {
+        match victim(candidates, self.0.bounds.places, newcomer) {
             Choice::Close(entry) => {
                 let entry = Arc::clone(entry);
                 drop(registered);
@@ -342,7 +348,9 @@ impl Wait {
         let present = self.present.take()?;
         let seats = Arc::clone(&present.address.seats);
         let permit = if connections.0.bounds.closes_at_address {
-            let freed = connections.freed(seats, Some(&present.address), Closed::NoPlaceOfAddress);
+            let acquired = async { seats.acquire_owned().await.ok() };
+            let address = Some(&present.address);
+            let freed = connections.freed(acquired, address, Newcomer::SameAddress, Closed::NoPlaceOfAddress);
             timeout(patience, freed).await.ok()??
         } else {
             timeout(patience, seats.acquire_owned()).await.ok()?.ok()?
@@ -366,7 +374,7 @@ impl Drop for Wait {
 pub(crate) struct Slot {
     id: u64,
     entry: Arc<Entry>,
-    permit: Option<OwnedSemaphorePermit>,
+    place: Option<Place>,
     _seat: Seat,
     _counted: OpenConnection,
 }
@@ -378,9 +386,9 @@ impl Slot {
         let connections = self.entry.connections.clone();
         match connections.enter(Some(ip)) {
             Entering::Seated(seat) => {
-                let permit = self.permit.take();
+                let place = self.place.take();
                 drop(self);
-                Ok(connections.slot(seat, permit))
+                Ok(connections.slot(seat, place))
             }
             Entering::Waits(wait) => {
                 drop(self);

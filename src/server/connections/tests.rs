@@ -4,7 +4,7 @@ use std::net::Ipv4Addr;
 use proptest::prelude::*;
 use tokio::task::yield_now;
 
-use super::victim::{CROWD_GRACE, GRACE};
+use super::victim::{GRACE, GRACE_AMONG_MANY, GRACE_FROM_FEW};
 use super::*;
 
 const LONG: Duration = Duration::from_secs(60);
@@ -56,7 +56,7 @@ impl Connections {
         registered.addresses.is_empty()
             && registered.open.is_empty()
             && registered.waiting == 0
-            && self.0.places.available_permits() == self.0.bounds.places
+            && self.0.places.free() == self.0.bounds.places
             && self.0.local.quiet.load(Ordering::Relaxed) == 0
             && self.0.wanted.load(Ordering::Relaxed) == 0
     }
@@ -138,19 +138,25 @@ async fn t10_the_connection_quiet_for_longest_makes_room() {
 
 #[tokio::test(start_paused = true)]
 async fn t10_the_address_with_most_quiet_connections_makes_room() {
-    let connections = connections(16, 16, 8);
-    let mut open = vec![connections.open(host(1)).await];
-    sleep(GRACE).await;
-    for _ in 0..15 {
-        open.push(connections.open(host(2)).await);
-    }
-    let before = Instant::now();
-    let (newcomer, open) = opened_over(&connections, host(3), open).await;
     // Not at once: a request may be on its way.
-    assert!(before.elapsed() >= CROWD_GRACE, "{:?}", before.elapsed());
-    assert!(before.elapsed() < GRACE, "{:?}", before.elapsed());
-    assert_eq!(open[0].entry.ip, host(1));
-    assert_eq!((open.len(), newcomer.entry.ip), (15, host(3)));
+    for (newcomer, grace) in [(host(2), GRACE_AMONG_MANY), (host(3), GRACE_FROM_FEW)] {
+        let connections = connections(16, 32, 8);
+        let mut open = vec![connections.open(host(1)).await];
+        sleep(GRACE).await;
+        for _ in 0..15 {
+            open.push(connections.open(host(2)).await);
+        }
+        let before = Instant::now();
+        let (slot, left) = opened_over(&connections, newcomer, open).await;
+        assert!(before.elapsed() >= grace, "{:?}", before.elapsed());
+        assert!(
+            before.elapsed() < grace + GRACE_FROM_FEW,
+            "{:?}",
+            before.elapsed()
+        );
+        assert_eq!((left.len(), slot.entry.ip), (15, newcomer));
+        assert_eq!(left[0].entry.ip, host(1));
+    }
 }
 
 #[tokio::test(start_paused = true)]
@@ -370,28 +376,32 @@ proptest! {
     fn t10_the_first_to_go_is_crowded_or_has_had_its_grace(
         quiet in proptest::collection::vec((1..6_usize, 0..3_000_u64), 0..12),
         places in 1..40_usize,
-        at_address: bool,
+        newcomer in prop_oneof![Just(Newcomer::SameAddress), Just(Newcomer::Few), Just(Newcomer::Many)],
     ) {
         let candidates = quiet.iter().map(|&(of_address, ms)| Candidate {
             what: (of_address, Duration::from_millis(ms)),
             of_address,
             quiet_for: Duration::from_millis(ms),
         });
-        let is_crowd = |one: &&(usize, u64)| at_address || one.0 > places / 8;
-        let crowd_grace = if at_address { 0 } else { CROWD_GRACE.as_millis() };
-        let grace = |one: &(usize, u64)| if is_crowd(&one) { crowd_grace } else { GRACE.as_millis() };
+        let has_many = |one: &&(usize, u64)| newcomer == Newcomer::SameAddress || one.0 > places / 8;
+        let grace_of_many = match newcomer {
+            Newcomer::SameAddress => 0,
+            Newcomer::Few => GRACE_FROM_FEW.as_millis(),
+            Newcomer::Many => GRACE_AMONG_MANY.as_millis(),
+        };
+        let grace = |one: &(usize, u64)| if has_many(&one) { grace_of_many } else { GRACE.as_millis() };
         let has_had_it = |one: &&(usize, u64)| u128::from(one.1) >= grace(one);
-        let first = match quiet.iter().filter(is_crowd).max() {
+        let first = match quiet.iter().filter(has_many).max() {
             Some(crowded) => Some(crowded).filter(has_had_it),
             None => quiet.iter().filter(has_had_it).max(),
         };
-        match victim(candidates, places, at_address) {
+        match victim(candidates, places, newcomer) {
             Choice::Close((of_address, quiet_for)) => {
                 prop_assert_eq!(first, Some(&(of_address, u64::try_from(quiet_for.as_millis()).unwrap())));
             }
             Choice::NotBefore(left) => {
                 prop_assert!(first.is_none());
-                let next = quiet.iter().filter(is_crowd).max();
+                let next = quiet.iter().filter(has_many).max();
                 let next = next.or_else(|| quiet.iter().max_by_key(|one| one.1)).unwrap();
                 prop_assert_eq!(left.as_millis(), grace(next) - u128::from(next.1));
             }

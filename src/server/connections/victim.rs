@@ -5,10 +5,31 @@ use std::time::Duration;
 /// So long a quiet connection is left alone: its handshake or its next request may be under way.
 pub(super) const GRACE: Duration = Duration::from_secs(1);
 
-/// An address with more quiet connections than this share of all places makes room by itself, and sooner: after as long as
-/// a client takes from its connection to its request on a busy machine.
-const CROWD_SHARE: usize = 8;
-pub(super) const CROWD_GRACE: Duration = Duration::from_millis(400);
+/// An address with more quiet connections than this share of all places has many.
+const MANY_SHARE: usize = 8;
+
+/// So long a quiet connection of an address that has many is protected from a newcomer of an address that has many: as
+/// long as a client takes from its connection to its request on a busy machine.
+pub(super) const GRACE_AMONG_MANY: Duration = Duration::from_millis(400);
+
+/// So long it is protected from a newcomer of another address.
+pub(super) const GRACE_FROM_FEW: Duration = Duration::from_millis(50);
+
+/// Whether so many connections of one address are many, for so many places in all.
+pub(super) fn is_many(connections: usize, places: usize) -> bool {
+    connections > places / MANY_SHARE
+}
+
+/// The address of the connection that needs a place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Newcomer {
+    /// It replaces one of its own address.
+    SameAddress,
+    /// It has few connections.
+    Few,
+    /// It has many.
+    Many,
+}
 
 /// A connection without a request in flight.
 #[derive(Clone, Copy, Debug)]
@@ -30,18 +51,18 @@ pub(super) enum Choice<T> {
     NoneQuiet,
 }
 
-/// The connection that goes first: of the address with the most quiet ones, that which has been quiet for the longest. A
-/// crowd's grace is waited for and no other address makes room in its place. Within one address (`at_address`) there is no
-/// grace.
+/// The connection that goes first: of the address with the most quiet ones, that which has been quiet for the longest. An
+/// address that has many makes room alone: its grace is waited for, and no other address makes room in its place. Within
+/// one address there is no grace.
 pub(super) fn victim<T>(
     candidates: impl Iterator<Item = Candidate<T>>,
     places: usize,
-    at_address: bool,
+    newcomer: Newcomer,
 ) -> Choice<T> {
-    let (crowd, crowd_grace) = if at_address {
-        (0, Duration::ZERO)
-    } else {
-        (places / CROWD_SHARE, CROWD_GRACE)
+    let (share, grace) = match newcomer {
+        Newcomer::SameAddress => (0, Duration::ZERO),
+        Newcomer::Few => (places, GRACE_FROM_FEW),
+        Newcomer::Many => (places, GRACE_AMONG_MANY),
     };
     let order = |one: &Candidate<T>| (one.of_address, one.quiet_for);
     let precedes = |one: &Candidate<T>, other: &Option<Candidate<T>>| {
@@ -49,7 +70,7 @@ pub(super) fn victim<T>(
     };
     let (mut crowded, mut first, mut left) = (None, None, None);
     for candidate in candidates {
-        if candidate.of_address > crowd {
+        if is_many(candidate.of_address, share) {
             if precedes(&candidate, &crowded) {
                 crowded = Some(candidate);
             }
@@ -61,7 +82,7 @@ pub(super) fn victim<T>(
         }
     }
     if let Some(crowded) = crowded {
-        let wait = crowd_grace.saturating_sub(crowded.quiet_for);
+        let wait = grace.saturating_sub(crowded.quiet_for);
         return if wait.is_zero() {
             Choice::Close(crowded.what)
         } else {
