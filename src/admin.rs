@@ -11,29 +11,24 @@
 //! every answer against that.
 
 mod archive;
+mod auth;
 pub mod client;
+mod concurrency_limit;
 mod events;
-mod guard;
+mod explain;
+pub mod format;
 mod health;
+mod image_ref;
 mod images;
-mod keeping;
+mod listener;
+mod maintenance;
 mod metrics;
-mod named;
-mod notices;
 mod page;
-mod piped;
-mod places;
-pub mod probe;
-mod reply;
-mod routes;
-mod serving;
+mod pull_jobs;
+mod response;
+mod router;
 mod status;
-mod transfers;
-mod upkeep;
 mod upstreams;
-mod why;
-pub mod words;
-mod work;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -45,8 +40,8 @@ use tokio::sync::Semaphore;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-pub use guard::{Guard, TokenError, token};
-pub use serving::Listener;
+pub use auth::{AdminAuth, TokenError, token};
+pub use listener::Listener;
 
 use crate::clock::Clock;
 use crate::server::tls::ServerTls;
@@ -54,10 +49,10 @@ use crate::server::{Egress, Registry};
 use crate::store::LogLimit;
 use crate::telemetry::Events;
 use crate::upstream::Offline;
-use health::{Pulse, Reads};
-use notices::Notices;
-use places::Places;
-use work::Works;
+use concurrency_limit::ConcurrencyLimit;
+use health::{BlockingReads, Heartbeat};
+use pull_jobs::PullJobs;
+use response::FlashMessages;
 
 /// Connections at a time, and where the process may open few files. Half of them is for one address, half for requests,
 /// a quarter for event streams.
@@ -72,7 +67,7 @@ const SAMPLE_EVERY: Duration = Duration::from_secs(10);
 pub struct Admin(Arc<Inner>);
 
 /// What the operator's side knows of the rest.
-pub struct Surroundings {
+pub struct AdminDeps {
     /// The registry now in effect.
     pub registry: Arc<ArcSwap<Registry>>,
     /// What was counted.
@@ -84,7 +79,7 @@ pub struct Surroundings {
     /// The switch that keeps every upstream from being asked.
     pub offline: Offline,
     /// Who may come.
-    pub guard: Arc<Guard>,
+    pub auth: Arc<AdminAuth>,
     /// The certificates now in effect.
     pub tls: Arc<ArcSwap<ServerTls>>,
     /// The certificate that clients may have to trust, PEM; none where the operator brought one.
@@ -104,15 +99,15 @@ pub fn connections_max(descriptors: usize) -> usize {
 
 /// Reached through [`Admin`].
 pub struct Inner {
-    surroundings: Surroundings,
+    deps: AdminDeps,
     started_at: SystemTime,
-    works: Works,
-    notices: Notices,
-    watchers: Places,
-    archives: Arc<Semaphore>,
-    refused: LogLimit,
-    pulse: Pulse,
-    reads: Reads,
+    pull_jobs: PullJobs,
+    flash: FlashMessages,
+    watchers: ConcurrencyLimit,
+    archive_permits: Arc<Semaphore>,
+    refusal_log: LogLimit,
+    worker_heartbeat: Heartbeat,
+    blocking_reads: BlockingReads,
 }
 
 impl std::ops::Deref for Admin {
@@ -124,28 +119,28 @@ impl std::ops::Deref for Admin {
 }
 
 impl std::ops::Deref for Inner {
-    type Target = Surroundings;
+    type Target = AdminDeps;
 
-    fn deref(&self) -> &Surroundings {
-        &self.surroundings
+    fn deref(&self) -> &AdminDeps {
+        &self.deps
     }
 }
 
 impl Admin {
     /// Nothing asked yet.
-    pub fn new(surroundings: Surroundings) -> Self {
-        let started_at = surroundings.clock.now();
-        let connections_max = surroundings.connections_max;
+    pub fn new(deps: AdminDeps) -> Self {
+        let started_at = deps.clock.now();
+        let connections_max = deps.connections_max;
         Self(Arc::new(Inner {
-            surroundings,
+            deps,
             started_at,
-            works: Works::default(),
-            notices: Notices::default(),
-            watchers: Places::new(connections_max / 4, connections_max / 8),
-            archives: Arc::new(Semaphore::new(archive::ARCHIVES_MAX)),
-            refused: LogLimit::default(),
-            pulse: Pulse::new(Instant::now()),
-            reads: Reads::default(),
+            pull_jobs: PullJobs::default(),
+            flash: FlashMessages::default(),
+            watchers: ConcurrencyLimit::new(connections_max / 4, connections_max / 8),
+            archive_permits: Arc::new(Semaphore::new(archive::ARCHIVES_MAX)),
+            refusal_log: LogLimit::default(),
+            worker_heartbeat: Heartbeat::new(Instant::now()),
+            blocking_reads: BlockingReads::default(),
         }))
     }
 

@@ -18,7 +18,7 @@ use std::process::{Child, Command, Stdio};
 use rustix::process::{Pid, Signal, kill_process};
 use tokio::sync::oneshot;
 
-use crate::admin::client::{AskError, Client as AdminClient};
+use crate::admin::client::{Client as AdminClient, ClientError};
 use crate::config;
 use registry::Registry;
 
@@ -33,7 +33,7 @@ pub enum DemoError {
     NotStarted(String),
     /// Its admin listener did not answer.
     #[error(transparent)]
-    Ask(#[from] AskError),
+    Ask(#[from] ClientError),
     /// The client cannot be set up.
     #[error("the demo's client cannot be set up: {0}")]
     Client(String),

@@ -62,7 +62,7 @@ fn main() -> ExitCode {
             ExitCode::SUCCESS
         }
         Command::Healthcheck => run(async {
-            match admin::probe::ready(&config.listen.admin).await {
+            match admin::client::check_ready(&config.listen.admin).await {
                 Ok(()) => ExitCode::SUCCESS,
                 Err(error) => fail(FAILED, &format!("ifnewer is not ready: {error}")),
             }

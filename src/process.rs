@@ -15,7 +15,7 @@ use tokio::task::{JoinSet, block_in_place};
 use tokio_util::sync::CancellationToken;
 use zeroize::Zeroizing;
 
-use crate::admin::{self, Admin, Guard, Surroundings, TokenError};
+use crate::admin::{self, Admin, AdminAuth, AdminDeps, TokenError};
 use crate::clock::Clock;
 use crate::config::{self, Access, Config, Credential, Faults, Limits, Proxy, UpstreamConfig};
 use crate::download::Downloads;
@@ -144,13 +144,13 @@ pub async fn serve(
         announce("registry", &listener.name());
         tasks.spawn(accepting.clone().run(listener));
     }
-    let admin = Admin::new(Surroundings {
+    let admin = Admin::new(AdminDeps {
         registry: Arc::clone(&registry),
         events: told.events.clone(),
         egress,
         clock,
         offline: told.offline.clone(),
-        guard: Guard::new(token, config.tls.names.clone(), process_secret(&store, clock)),
+        auth: AdminAuth::new(token, config.tls.names.clone(), process_secret(&store, clock)),
         tls: Arc::clone(&tls),
         ca: config.tls.own.is_none().then(|| config.tls.folder.join("ca.pem")),
         registry_addresses,

@@ -11,10 +11,10 @@ use tokio::sync::OwnedSemaphorePermit;
 use tokio::task::spawn_blocking;
 
 use super::Admin;
-use super::named::Named;
-use super::reply::{Problem, Reply, answer, piped};
-use super::routes::{blocking, flag};
-use super::work::Platforms;
+use super::image_ref::ImageRef;
+use super::pull_jobs::Platforms;
+use super::response::{ApiResponse, Problem, json_response, stream};
+use super::router::{blocking, bool_param};
 use crate::archive::Image;
 use crate::archive::export::{self, Plan};
 use crate::archive::import::{self, Imported, Wish};
@@ -34,20 +34,20 @@ const DRAIN_MAX: Duration = Duration::from_secs(10);
 
 impl Admin {
     /// `GET /api/v1/export`.
-    pub(super) async fn export(&self, query: &Query) -> Result<Reply, Problem> {
+    pub(super) async fn export(&self, query: &Query) -> Result<ApiResponse, Problem> {
         let registry = self.registry.load_full();
         let images = query.get("image").unwrap_or_default().split(',');
-        let images = images.map(|image| Ok(image_of(Named::read(image, &registry)?)));
+        let images = images.map(|image| Ok(image_of(ImageRef::parse(image, &registry)?)));
         let images = images.collect::<Result<Vec<Image>, Problem>>()?;
         let platforms = query.get("platform").filter(|platforms| !platforms.is_empty());
         let platforms =
-            platforms.map(|these| Platforms::These(these.split(',').map(str::to_owned).collect()));
-        let place = self.archive_place()?;
+            platforms.map(|these| Platforms::Selected(these.split(',').map(str::to_owned).collect()));
+        let permit = self.acquire_archive_permit()?;
         let now = self.clock.now();
         let (registry, plan) = blocking(move || {
-            let want = |platform: &str| platforms.as_ref().is_some_and(|these| these.want(platform));
+            let want = |platform: &str| platforms.as_ref().is_some_and(|these| these.includes(platform));
             let wanted = match &platforms {
-                Some(_) => export::Platforms::These(&want),
+                Some(_) => export::Platforms::Selected(&want),
                 None => export::Platforms::Held,
             };
             let plan = Plan::new(registry.pull.store().blocking(), &images, wanted, now)?;
@@ -58,14 +58,14 @@ impl Admin {
         let bytes = plan.bytes();
         let mut sink = Sink::new(pieces);
         spawn_blocking(move || {
-            let _place = place;
+            let _permit = permit;
             let written = plan.write(registry.pull.store().blocking(), &mut sink);
             if let Err(error) = &written {
                 tracing::warn!(%error, "an export broke off");
             }
             sink.end(written);
         });
-        let mut reply = piped(TAR, body, bytes);
+        let mut reply = stream(TAR, body, bytes);
         let name = HeaderValue::from_static("attachment; filename=\"images.tar\"");
         reply.headers_mut().insert(CONTENT_DISPOSITION, name);
         reply.headers_mut().insert(CONTENT_LENGTH, bytes.into());
@@ -73,19 +73,19 @@ impl Admin {
     }
 
     /// `POST /api/v1/import`.
-    pub(super) async fn import(&self, query: &Query, body: Incoming) -> Result<Reply, Problem> {
-        let is_public = flag(query, "public")?;
+    pub(super) async fn import(&self, query: &Query, body: Incoming) -> Result<ApiResponse, Problem> {
+        let is_public = bool_param(query, "public")?;
         let name = query
             .get("image")
             .filter(|name| !name.is_empty())
             .map(str::to_owned);
-        let place = self.archive_place()?;
+        let permit = self.acquire_archive_permit()?;
         let (registry, now) = (self.registry.load_full(), self.clock.now());
         let (pieces, archive) = pipe();
-        tokio::spawn(feed(body, pieces));
+        tokio::spawn(forward_body(body, pieces));
         let mut archive = Spring::new(archive);
         let imported = blocking(move || {
-            let _place = place;
+            let _permit = permit;
             let wish = Wish {
                 resolve: &|name| resolve(name, &registry),
                 name,
@@ -102,11 +102,11 @@ impl Admin {
         for image in &imported.images {
             tracing::info!(image = image.name, digest = %image.digest, is_public, "imported at the operator's wish");
         }
-        Ok(told(&imported, is_public))
+        Ok(import_response(&imported, is_public))
     }
 
-    fn archive_place(&self) -> Result<OwnedSemaphorePermit, Problem> {
-        self.archives.clone().try_acquire_owned().map_err(|_| {
+    fn acquire_archive_permit(&self) -> Result<OwnedSemaphorePermit, Problem> {
+        self.archive_permits.clone().try_acquire_owned().map_err(|_| {
             Problem::new(
                 StatusCode::SERVICE_UNAVAILABLE,
                 format!("{ARCHIVES_MAX} archives are on their way already; try again when one has ended"),
@@ -115,7 +115,7 @@ impl Admin {
     }
 }
 
-fn image_of(named: Named) -> Image {
+fn image_of(named: ImageRef) -> Image {
     Image {
         name: named.to_string(),
         upstream: named.site.name().into(),
@@ -125,13 +125,13 @@ fn image_of(named: Named) -> Image {
 }
 
 fn resolve(name: &str, registry: &Registry) -> Result<Image, String> {
-    let named = Named::read(name, registry);
+    let named = ImageRef::parse(name, registry);
     named.map(image_of).map_err(|problem| problem.detail)
 }
 
 /// Hands a request's body on to the thread that reads it. When that has had enough, the rest is taken and thrown away for
 /// a while: a connection that is closed on a sender takes the answer away from it.
-async fn feed(mut body: Incoming, pieces: tokio::sync::mpsc::Sender<crate::archive::pipe::Piece>) {
+async fn forward_body(mut body: Incoming, pieces: tokio::sync::mpsc::Sender<crate::archive::pipe::Piece>) {
     while let Some(frame) = body.frame().await {
         let piece = match frame {
             Ok(frame) => match frame.into_data() {
@@ -149,7 +149,7 @@ async fn feed(mut body: Incoming, pieces: tokio::sync::mpsc::Sender<crate::archi
     let _ = tokio::time::timeout(DRAIN_MAX, drain).await;
 }
 
-fn told(imported: &Imported, is_public: bool) -> Reply {
+fn import_response(imported: &Imported, is_public: bool) -> ApiResponse {
     let images = imported.images.iter().map(|image| {
         json!({
             "image": image.name,
@@ -158,7 +158,7 @@ fn told(imported: &Imported, is_public: bool) -> Reply {
             "already_held": image.was_held,
         })
     });
-    answer(&json!({
+    json_response(&json!({
         "images": images.collect::<Vec<_>>(),
         "objects": imported.objects,
         "new_objects": imported.new_objects,
@@ -170,7 +170,7 @@ fn told(imported: &Imported, is_public: bool) -> Reply {
 impl From<export::Refused> for Problem {
     fn from(refused: export::Refused) -> Self {
         match refused {
-            export::Refused::NotHeld(_) => Self::absent(refused.to_string()),
+            export::Refused::NotHeld(_) => Self::not_found(refused.to_string()),
             export::Refused::NoPlatform(_) | export::Refused::Incomplete { .. } => {
                 Self::new(StatusCode::CONFLICT, refused.to_string())
             }
@@ -182,7 +182,9 @@ impl From<export::Refused> for Problem {
 impl From<import::Refused> for Problem {
     fn from(refused: import::Refused) -> Self {
         match &refused {
-            import::Refused::Unnamed { .. } | import::Refused::Unknown(_) => Self::bad(refused.to_string()),
+            import::Refused::Unnamed { .. } | import::Refused::Unknown(_) => {
+                Self::bad_request(refused.to_string())
+            }
             import::Refused::Store(Fault::NoRoom { .. } | Fault::Full { .. }) => {
                 Self::new(StatusCode::INSUFFICIENT_STORAGE, refused.to_string())
             }

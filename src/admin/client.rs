@@ -1,5 +1,6 @@
 //! Asks a running cache over its admin listener: for the command line.
 
+use std::io;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -18,32 +19,32 @@ use tokio::time::error::Elapsed;
 use zeroize::Zeroizing;
 
 use super::archive::TAR;
-use super::piped::Piped;
+use super::response::StreamBody;
 use crate::archive::pipe::Piece;
 use crate::config;
 
 /// The longest answer read.
-const ANSWER_BYTES_MAX: usize = 64 * 1024 * 1024;
+const RESPONSE_BYTES_MAX: usize = 64 * 1024 * 1024;
 
 /// A refresh waits for the upstream, so an answer may take as long as that may.
-const PATIENCE: Duration = Duration::from_secs(120);
+const RESPONSE_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// Why there is no answer.
 #[derive(Debug, thiserror::Error)]
-pub enum AskError {
+pub enum ClientError {
     /// The configuration has no admin listener.
     #[error("the admin listener is off (`listen.admin = \"off\"`), so nobody can be asked")]
     Off,
     /// Nobody answers there.
-    #[error("no ifnewer answers at {place}: {reason}; is `ifnewer serve` running, and is `--admin` right?")]
+    #[error("no ifnewer answers at {address}: {reason}; is `ifnewer serve` running, and is `--admin` right?")]
     Unreachable {
         /// Where.
-        place: String,
+        address: String,
         /// Why.
         reason: String,
     },
     /// It said no.
-    #[error("{detail}{}", or_rather(.nearest))]
+    #[error("{detail}{}", did_you_mean(.nearest))]
     Refused {
         /// The status.
         status: u16,
@@ -53,22 +54,22 @@ pub enum AskError {
         nearest: Vec<String>,
     },
     /// It stopped in the middle of its answer, or before the first byte of it.
-    #[error("the answer from {place} broke off; the cache's log says why")]
-    BrokenOff {
+    #[error("the answer from {address} broke off; the cache's log says why")]
+    Truncated {
         /// From where.
-        place: String,
+        address: String,
     },
     /// It answered what cannot be read.
-    #[error("the answer from {place} cannot be read: {reason}")]
-    Unreadable {
+    #[error("the answer from {address} cannot be read: {reason}")]
+    InvalidResponse {
         /// From where.
-        place: String,
+        address: String,
         /// Why not.
         reason: String,
     },
 }
 
-fn or_rather(names: &[String]) -> String {
+fn did_you_mean(names: &[String]) -> String {
     match names {
         [] => String::new(),
         names => format!("; did you mean {}?", names.join(" or ")),
@@ -89,48 +90,56 @@ impl Client {
     }
 
     /// `GET`.
-    pub async fn get(&self, path: &str) -> Result<Value, AskError> {
-        self.ask(Method::GET, path, None).await
+    pub async fn get(&self, path: &str) -> Result<Value, ClientError> {
+        self.request_json(Method::GET, path, None).await
     }
 
     /// `POST` with JSON.
-    pub async fn post(&self, path: &str, body: &Value) -> Result<Value, AskError> {
-        self.ask(Method::POST, path, Some(body)).await
+    pub async fn post(&self, path: &str, body: &Value) -> Result<Value, ClientError> {
+        self.request_json(Method::POST, path, Some(body)).await
     }
 
     /// `DELETE`.
-    pub async fn delete(&self, path: &str) -> Result<Value, AskError> {
-        self.ask(Method::DELETE, path, None).await
+    pub async fn delete(&self, path: &str) -> Result<Value, ClientError> {
+        self.request_json(Method::DELETE, path, None).await
     }
 
     /// `GET` of an archive: its length, if that is said, and the archive.
-    pub async fn download(&self, path: &str) -> Result<Download, AskError> {
+    pub async fn download(&self, path: &str) -> Result<Download, ClientError> {
         let request = self.request(Method::GET, path, None)?;
-        let answered = tokio::time::timeout(PATIENCE, self.send(request.body(Full::<Bytes>::default())));
-        let response = self.in_time(answered.await)?;
+        let answered = tokio::time::timeout(
+            RESPONSE_TIMEOUT,
+            self.send(request.body(Full::<Bytes>::default())),
+        );
+        let response = self.or_timeout(answered.await)?;
         if response.status() != StatusCode::OK {
-            let refused = self.collected(response).await?;
-            return Err(AskError::Unreadable {
-                place: self.place(),
+            let refused = self.read_json(response).await?;
+            return Err(ClientError::InvalidResponse {
+                address: self.address(),
                 reason: format!("an archive was expected, not {refused}"),
             });
         }
         let length = response.headers().get(CONTENT_LENGTH);
         Ok(Download {
             bytes: length.and_then(|length| length.to_str().ok()?.parse().ok()),
-            place: self.place(),
+            address: self.address(),
             body: response.into_body(),
         })
     }
 
     /// `POST` of an archive, as it comes out of `pieces`. Takes as long as that.
-    pub async fn upload(&self, path: &str, pieces: mpsc::Receiver<Piece>) -> Result<Value, AskError> {
+    pub async fn upload(&self, path: &str, pieces: mpsc::Receiver<Piece>) -> Result<Value, ClientError> {
         let request = self.request(Method::POST, path, Some(TAR))?;
-        let response = self.send(request.body(Piped::new(pieces, None))).await?;
-        self.collected(response).await
+        let response = self.send(request.body(StreamBody::new(pieces, None))).await?;
+        self.read_json(response).await
     }
 
-    async fn ask(&self, method: Method, path: &str, body: Option<&Value>) -> Result<Value, AskError> {
+    async fn request_json(
+        &self,
+        method: Method,
+        path: &str,
+        body: Option<&Value>,
+    ) -> Result<Value, ClientError> {
         let kind = body.map(|_| "application/json");
         let body = body.map(|body| Bytes::from(body.to_string()));
         let request = self.request(method, path, kind)?;
@@ -138,14 +147,19 @@ impl Client {
             let response = self
                 .send(request.body(Full::new(body.unwrap_or_default())))
                 .await?;
-            self.collected(response).await
+            self.read_json(response).await
         };
-        self.in_time(tokio::time::timeout(PATIENCE, asked).await)
+        self.or_timeout(tokio::time::timeout(RESPONSE_TIMEOUT, asked).await)
     }
 
-    fn request(&self, method: Method, path: &str, kind: Option<&str>) -> Result<request::Builder, AskError> {
+    fn request(
+        &self,
+        method: Method,
+        path: &str,
+        kind: Option<&str>,
+    ) -> Result<request::Builder, ClientError> {
         let host = match &self.admin {
-            config::Admin::Off => return Err(AskError::Off),
+            config::Admin::Off => return Err(ClientError::Off),
             config::Admin::Tcp(address) => address.to_string(),
             config::Admin::Unix(_) => "localhost".to_owned(),
         };
@@ -159,7 +173,7 @@ impl Client {
         })
     }
 
-    async fn send<B>(&self, request: http::Result<Request<B>>) -> Result<Response<Incoming>, AskError>
+    async fn send<B>(&self, request: http::Result<Request<B>>) -> Result<Response<Incoming>, ClientError>
     where
         B: Body<Data = Bytes> + Send + 'static,
         B::Error: std::error::Error + Send + Sync,
@@ -168,14 +182,16 @@ impl Client {
         let failed = |error: hyper::Error| {
             if error.is_incomplete_message() {
                 // An answer that ends by an error may end before its head is written.
-                AskError::BrokenOff { place: self.place() }
+                ClientError::Truncated {
+                    address: self.address(),
+                }
             } else {
                 self.unreachable(error.to_string())
             }
         };
         let request = request.map_err(|error| unreachable(error.to_string()))?;
         match &self.admin {
-            config::Admin::Off => Err(AskError::Off),
+            config::Admin::Off => Err(ClientError::Off),
             config::Admin::Unix(path) => {
                 let stream = UnixStream::connect(path).await;
                 let stream = stream.map_err(|error| unreachable(error.to_string()))?;
@@ -189,19 +205,21 @@ impl Client {
         }
     }
 
-    async fn collected(&self, response: Response<Incoming>) -> Result<Value, AskError> {
+    async fn read_json(&self, response: Response<Incoming>) -> Result<Value, ClientError> {
         let status = response.status();
-        let body = Limited::new(response.into_body(), ANSWER_BYTES_MAX);
+        let body = Limited::new(response.into_body(), RESPONSE_BYTES_MAX);
         let body = body.collect().await;
         let body = body.map_err(|error| self.unreachable(error.to_string()))?;
-        read(status, &body.to_bytes(), &self.place())
+        parse_response(status, &body.to_bytes(), &self.address())
     }
 
-    fn in_time<T>(&self, answered: Result<Result<T, AskError>, Elapsed>) -> Result<T, AskError> {
-        answered.unwrap_or_else(|_| Err(self.unreachable(format!("no answer in {} s", PATIENCE.as_secs()))))
+    fn or_timeout<T>(&self, answered: Result<Result<T, ClientError>, Elapsed>) -> Result<T, ClientError> {
+        answered.unwrap_or_else(|_| {
+            Err(self.unreachable(format!("no answer in {} s", RESPONSE_TIMEOUT.as_secs())))
+        })
     }
 
-    fn place(&self) -> String {
+    fn address(&self) -> String {
         match &self.admin {
             config::Admin::Off => String::new(),
             config::Admin::Tcp(address) => address.to_string(),
@@ -209,9 +227,9 @@ impl Client {
         }
     }
 
-    fn unreachable(&self, reason: String) -> AskError {
-        AskError::Unreachable {
-            place: self.place(),
+    fn unreachable(&self, reason: String) -> ClientError {
+        ClientError::Unreachable {
+            address: self.address(),
             reason,
         }
     }
@@ -221,16 +239,16 @@ impl Client {
 pub struct Download {
     /// How long it is, if that was said.
     pub bytes: Option<u64>,
-    place: String,
+    address: String,
     body: Incoming,
 }
 
 impl Download {
     /// The next piece; `None` at the end of a whole archive.
-    pub async fn next(&mut self) -> Result<Option<Bytes>, AskError> {
+    pub async fn next(&mut self) -> Result<Option<Bytes>, ClientError> {
         while let Some(frame) = self.body.frame().await {
-            let frame = frame.map_err(|_| AskError::BrokenOff {
-                place: self.place.clone(),
+            let frame = frame.map_err(|_| ClientError::Truncated {
+                address: self.address.clone(),
             })?;
             if let Ok(bytes) = frame.into_data() {
                 return Ok(Some(bytes));
@@ -240,16 +258,16 @@ impl Download {
     }
 }
 
-fn read(status: StatusCode, bytes: &[u8], place: &str) -> Result<Value, AskError> {
-    let value: Value = serde_json::from_slice(bytes).map_err(|error| AskError::Unreadable {
-        place: place.to_owned(),
+fn parse_response(status: StatusCode, bytes: &[u8], address: &str) -> Result<Value, ClientError> {
+    let value: Value = serde_json::from_slice(bytes).map_err(|error| ClientError::InvalidResponse {
+        address: address.to_owned(),
         reason: format!("{status}, {error}"),
     })?;
     if status.is_success() {
         return Ok(value);
     }
     let names = value.get("nearest").and_then(Value::as_array);
-    Err(AskError::Refused {
+    Err(ClientError::Refused {
         status: status.as_u16(),
         detail: value
             .get("detail")
@@ -276,4 +294,38 @@ where
     let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
     tokio::spawn(connection);
     sender.send_request(request).await
+}
+
+/// How long `ifnewer healthcheck` waits for a response.
+const HEALTHCHECK_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Requests `/readyz` from the running cache: `ifnewer healthcheck`, for images without a shell.
+pub async fn check_ready(admin: &config::Admin) -> io::Result<()> {
+    let checked = async {
+        match admin {
+            config::Admin::Off => Err(io::Error::other(
+                "the admin listener is off, so nobody can be asked",
+            )),
+            config::Admin::Tcp(address) => request_readyz(TcpStream::connect(address).await?).await,
+            config::Admin::Unix(path) => request_readyz(UnixStream::connect(path).await?).await,
+        }
+    };
+    tokio::time::timeout(HEALTHCHECK_TIMEOUT, checked)
+        .await
+        .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+}
+
+async fn request_readyz<S>(stream: S) -> io::Result<()>
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let request = Request::get("/readyz")
+        .header(HOST, "localhost")
+        .body(Full::<Bytes>::default())
+        .map_err(io::Error::other)?;
+    let response = exchange(stream, request).await.map_err(io::Error::other)?;
+    match response.status() {
+        StatusCode::OK => Ok(()),
+        status => Err(io::Error::other(format!("it answered {status}"))),
+    }
 }

@@ -10,9 +10,9 @@ use tokio::sync::broadcast::error::RecvError;
 use tokio::sync::mpsc;
 
 use super::Admin;
-use super::places::Place;
-use super::reply::{Problem, Reply, live};
-use super::words::{decision, rfc3339};
+use super::concurrency_limit::Permit;
+use super::format::{describe_decision, rfc3339};
+use super::response::{ApiResponse, Problem, event_stream};
 use crate::oci::{Cause, Query};
 use crate::telemetry::{Client, Decision, Kind};
 
@@ -54,34 +54,37 @@ pub(super) struct Event {
 }
 
 impl Event {
-    pub(super) fn of(told: &Decision) -> Self {
-        let parts = told.image.split_once('@').or_else(|| told.image.rsplit_once(':'));
-        let (repository, reference) = match told.kind {
-            Kind::Tag | Kind::Manifest | Kind::Blob => parts.unwrap_or((&told.image, "")),
-            _ => (&*told.image, ""),
+    pub(super) fn of(decision: &Decision) -> Self {
+        let parts = decision
+            .image
+            .split_once('@')
+            .or_else(|| decision.image.rsplit_once(':'));
+        let (repository, reference) = match decision.kind {
+            Kind::Tag | Kind::Manifest | Kind::Blob => parts.unwrap_or((&decision.image, "")),
+            _ => (&*decision.image, ""),
         };
         Self {
-            number: told.id,
-            time: humantime::format_rfc3339_millis(told.at).to_string(),
+            number: decision.id,
+            time: humantime::format_rfc3339_millis(decision.at).to_string(),
             repository: repository.to_owned(),
             reference: reference.to_owned(),
-            upstream: told.upstream.to_string(),
-            door: told.door,
-            image: told.image.to_string(),
-            kind: told.kind.name(),
-            outcome: told.result.name(),
-            reason: told.reason,
-            cause: told.cause.map(Cause::name),
-            sentence: decision(told),
-            digest: told.digest.map(|digest| digest.to_string()),
-            status: told.status,
-            ms: told.ms,
-            first_byte_ms: told.first_byte_ms,
-            ended: told.ended.name(),
-            bytes: told.bytes,
-            client: told.client.map(|client| client.to_string()),
-            user_agent: told.agent.to_string(),
-            trace_id: told.trace.to_string(),
+            upstream: decision.upstream.to_string(),
+            door: decision.door,
+            image: decision.image.to_string(),
+            kind: decision.kind.name(),
+            outcome: decision.result.name(),
+            reason: decision.reason,
+            cause: decision.cause.map(Cause::name),
+            sentence: describe_decision(decision),
+            digest: decision.digest.map(|digest| digest.to_string()),
+            status: decision.status,
+            ms: decision.ms,
+            first_byte_ms: decision.first_byte_ms,
+            ended: decision.ended.name(),
+            bytes: decision.bytes,
+            client: decision.client.map(|client| client.to_string()),
+            user_agent: decision.agent.to_string(),
+            trace_id: decision.trace.to_string(),
         }
     }
 }
@@ -109,7 +112,7 @@ impl Filter {
             Some(text) => text
                 .parse::<u64>()
                 .map(Some)
-                .map_err(|_| Problem::bad(format!("`{name}` is a number, not `{text}`"))),
+                .map_err(|_| Problem::bad_request(format!("`{name}` is a number, not `{text}`"))),
         };
         let limit = number("limit")?.and_then(|limit| usize::try_from(limit).ok());
         Ok(Self {
@@ -135,39 +138,48 @@ impl Filter {
         }
     }
 
-    fn admits(&self, told: &Decision) -> bool {
+    fn admits(&self, decision: &Decision) -> bool {
         let is =
             |wanted: &Option<String>, found: &str| wanted.as_deref().is_none_or(|wanted| wanted == found);
         let image = || {
-            format!("{}/{}", told.upstream, told.image)
+            format!("{}/{}", decision.upstream, decision.image)
                 .to_lowercase()
                 .contains(&self.image)
         };
-        told.id > self.since
-            && (!self.only_pulls || told.kind == Kind::Tag || told.status >= 400 || told.ended.is_failure())
+        decision.id > self.since
+            && (!self.only_pulls
+                || decision.kind == Kind::Tag
+                || decision.status >= 400
+                || decision.ended.is_failure())
             && (self.image.is_empty() || image())
-            && is(&self.upstream, &told.upstream)
-            && is(&self.result, told.result.name())
-            && is(&self.reason, told.reason)
+            && is(&self.upstream, &decision.upstream)
+            && is(&self.result, decision.result.name())
+            && is(&self.reason, decision.reason)
             && is(
                 &self.client,
-                &told.client.map(|client| client.to_string()).unwrap_or_default(),
+                &decision
+                    .client
+                    .map(|client| client.to_string())
+                    .unwrap_or_default(),
             )
-            && is(&self.trace, &told.trace.to_string())
+            && is(&self.trace, &decision.trace.to_string())
     }
 }
 
 impl Admin {
     /// The decisions wanted, the newest first.
-    pub(super) fn told(&self, filter: &Filter) -> Vec<Event> {
+    pub(super) fn decisions(&self, filter: &Filter) -> Vec<Event> {
         let decisions = self.events.decisions();
-        let wanted = decisions.iter().filter(|told| filter.admits(told));
-        wanted.take(filter.limit).map(|told| Event::of(told)).collect()
+        let wanted = decisions.iter().filter(|decision| filter.admits(decision));
+        wanted
+            .take(filter.limit)
+            .map(|decision| Event::of(decision))
+            .collect()
     }
 
     /// Sends decisions as they are made, as server-sent events: those after `after` first.
-    pub(super) fn watch(&self, filter: Filter, client: Option<IpAddr>) -> Result<Reply, Problem> {
-        let Some(place) = self.watchers.take(client) else {
+    pub(super) fn watch(&self, filter: Filter, client: Option<IpAddr>) -> Result<ApiResponse, Problem> {
+        let Some(permit) = self.watchers.try_acquire(client) else {
             return Err(Problem::busy(
                 "too many are watching already, in all or from this address; close a page, or ask for /api/v1/events now and then",
             ));
@@ -177,34 +189,34 @@ impl Admin {
         let news = self.events.watch();
         let missed = match filter.since {
             0 => Vec::new(),
-            _ => self.told(&Filter {
+            _ => self.decisions(&Filter {
                 limit: EVENTS_MAX,
                 ..filter.clone()
             }),
         };
-        tokio::spawn(send(place, lines, news, missed, filter, self.ending.clone()));
-        Ok(live(replies))
+        tokio::spawn(send(permit, lines, news, missed, filter, self.ending.clone()));
+        Ok(event_stream(replies))
     }
 
     /// Who was seen, the last first.
-    pub(super) fn clients_seen(&self, now: SystemTime) -> Vec<Seen> {
+    pub(super) fn clients_seen(&self, now: SystemTime) -> Vec<ClientView> {
         self.events
             .clients()
             .iter()
-            .map(|client| Seen::of(client, now))
+            .map(|client| ClientView::of(client, now))
             .collect()
     }
 }
 
 async fn send(
-    place: Place,
+    permit: Permit,
     lines: mpsc::Sender<Bytes>,
     mut news: tokio::sync::broadcast::Receiver<Arc<Decision>>,
     missed: Vec<Event>,
     filter: Filter,
     ending: tokio_util::sync::CancellationToken,
 ) {
-    let _place = place;
+    let _permit = permit;
     let mut last = filter.since;
     for event in missed.iter().rev() {
         last = last.max(event.number);
@@ -216,14 +228,14 @@ async fn send(
         return;
     }
     loop {
-        let told = tokio::select! {
+        let decision = tokio::select! {
             () = ending.cancelled() => return,
             () = lines.closed() => return,
-            told = tokio::time::timeout(HEARTBEAT, news.recv()) => told,
+            decision = tokio::time::timeout(HEARTBEAT, news.recv()) => decision,
         };
-        let sent = match told {
-            Ok(Ok(told)) if told.id > last && filter.admits(&told) => {
-                lines.send(line(&Event::of(&told))).await
+        let sent = match decision {
+            Ok(Ok(decision)) if decision.id > last && filter.admits(&decision) => {
+                lines.send(line(&Event::of(&decision))).await
             }
             Ok(Ok(_)) => Ok(()),
             // The numbers show the gap, and /api/v1/events?after= fills it.
@@ -246,7 +258,7 @@ fn line(event: &Event) -> Bytes {
 
 /// A client program on a machine.
 #[derive(Serialize)]
-pub(super) struct Seen {
+pub(super) struct ClientView {
     pub(super) address: String,
     pub(super) kind: &'static str,
     pub(super) agent: String,
@@ -257,7 +269,7 @@ pub(super) struct Seen {
     pub(super) last_image: Option<String>,
 }
 
-impl Seen {
+impl ClientView {
     fn of(client: &Client, now: SystemTime) -> Self {
         Self {
             address: client.address.to_string(),

@@ -13,28 +13,28 @@ use tokio::sync::Semaphore;
 use tokio::task::spawn_blocking;
 use tokio::time::{Instant, timeout};
 
-use super::reply::{Problem, Reply, whole};
+use super::response::{ApiResponse, Problem, full};
 use super::{Admin, metrics};
 
 /// How often the threads that answer requests show that they run.
 const BEAT_EVERY: Duration = Duration::from_secs(1);
 
 /// Without a beat for so long, no request is answered. Longer than a busy machine lets a task wait.
-const BEAT_WITHIN: Duration = Duration::from_secs(30);
+const STALL_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// How long words and metrics are waited for; Prometheus waits for 10 s.
-const WORDS_WITHIN: Duration = Duration::from_secs(1);
-const METRICS_WITHIN: Duration = Duration::from_secs(5);
+const PROBLEMS_TIMEOUT: Duration = Duration::from_secs(1);
+const METRICS_TIMEOUT: Duration = Duration::from_secs(5);
 
 const PLAIN: &str = "text/plain; charset=utf-8";
 
 /// Whether the threads that answer requests run.
-pub(super) struct Pulse {
+pub(super) struct Heartbeat {
     began: Instant,
     last_ms: AtomicU64,
 }
 
-impl Pulse {
+impl Heartbeat {
     pub(super) fn new(now: Instant) -> Self {
         Self {
             began: now,
@@ -47,10 +47,10 @@ impl Pulse {
     }
 
     /// For how long they have not run, if that is too long.
-    fn stopped(&self, now: Instant) -> Option<Duration> {
+    fn stalled_for(&self, now: Instant) -> Option<Duration> {
         let last = self.last_ms.load(Ordering::Relaxed);
-        let quiet = Duration::from_millis(self.ms(now).saturating_sub(last));
-        (quiet >= BEAT_WITHIN).then_some(quiet)
+        let stalled = Duration::from_millis(self.ms(now).saturating_sub(last));
+        (stalled >= STALL_TIMEOUT).then_some(stalled)
     }
 
     fn ms(&self, at: Instant) -> u64 {
@@ -60,7 +60,7 @@ impl Pulse {
 
 /// A request that is answered here.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Asked {
+pub(super) enum HealthEndpoint {
     /// `/healthz`
     Alive,
     /// `/readyz`
@@ -69,7 +69,7 @@ pub(super) enum Asked {
     Metrics { as_openmetrics: bool },
 }
 
-impl Asked {
+impl HealthEndpoint {
     pub(super) fn of(head: &Parts) -> Option<Self> {
         if !matches!(head.method, Method::GET | Method::HEAD) {
             return None;
@@ -85,19 +85,19 @@ impl Asked {
     }
 }
 
-/// Reads of what the rest of the process knows: of each kind one at a time.
-pub(super) struct Reads {
-    words: Arc<Semaphore>,
+/// BlockingReads of what the rest of the process knows: of each kind one at a time.
+pub(super) struct BlockingReads {
+    problems: Arc<Semaphore>,
     metrics: Arc<Semaphore>,
 }
 
 /// Threads that such reads need.
 pub(super) const READS_MAX: usize = 2;
 
-impl Default for Reads {
+impl Default for BlockingReads {
     fn default() -> Self {
         Self {
-            words: Arc::new(Semaphore::new(1)),
+            problems: Arc::new(Semaphore::new(1)),
             metrics: Arc::new(Semaphore::new(1)),
         }
     }
@@ -107,58 +107,61 @@ impl Admin {
     /// Shows that the threads that answer requests run, for as long as they do.
     pub async fn beat(self) {
         loop {
-            self.pulse.beat(Instant::now());
+            self.worker_heartbeat.beat(Instant::now());
             tokio::time::sleep(BEAT_EVERY).await;
         }
     }
 
     /// The answers of this module.
-    pub(super) async fn health(&self, asked: Asked) -> Result<Reply, Problem> {
-        match asked {
-            Asked::Alive => self.alive().map(|()| whole(StatusCode::OK, PLAIN, "ok\n")),
-            Asked::Ready => self.ready().await,
-            Asked::Metrics { as_openmetrics } => self.measured(as_openmetrics).await,
+    pub(super) async fn health(&self, endpoint: HealthEndpoint) -> Result<ApiResponse, Problem> {
+        match endpoint {
+            HealthEndpoint::Alive => self.alive().map(|()| full(StatusCode::OK, PLAIN, "ok\n")),
+            HealthEndpoint::Ready => self.ready().await,
+            HealthEndpoint::Metrics { as_openmetrics } => self.metrics_response(as_openmetrics).await,
         }
     }
 
     fn alive(&self) -> Result<(), Problem> {
-        let Some(quiet) = self.pulse.stopped(Instant::now()) else {
+        let Some(stalled) = self.worker_heartbeat.stalled_for(Instant::now()) else {
             return Ok(());
         };
         Err(Problem::new(
             StatusCode::SERVICE_UNAVAILABLE,
             format!(
                 "no request has been answered for {} s: the threads that answer them do not run; restart ifnewer",
-                quiet.as_secs()
+                stalled.as_secs()
             ),
         ))
     }
 
     /// Ready as long as requests are answered: a silent upstream, a disk that hangs or a broken index makes a slower cache,
     /// not a dead one.
-    async fn ready(&self) -> Result<Reply, Problem> {
+    async fn ready(&self) -> Result<ApiResponse, Problem> {
         self.alive()?;
         let admin = self.clone();
-        let words = read(&self.reads.words, WORDS_WITHIN, move || admin.problems()).await;
-        let problems = words.unwrap_or_else(|| {
+        let problems = read(&self.blocking_reads.problems, PROBLEMS_TIMEOUT, move || {
+            admin.problems()
+        })
+        .await;
+        let problems = problems.unwrap_or_else(|| {
             vec!["degraded: what else is wrong could not be read within a second".to_owned()]
         });
         let mut lines = vec!["ready".to_owned()];
         lines.extend(problems);
         lines.push(String::new());
-        Ok(whole(StatusCode::OK, PLAIN, lines.join("\n")))
+        Ok(full(StatusCode::OK, PLAIN, lines.join("\n")))
     }
 
-    async fn measured(&self, as_openmetrics: bool) -> Result<Reply, Problem> {
+    async fn metrics_response(&self, as_openmetrics: bool) -> Result<ApiResponse, Problem> {
         let admin = self.clone();
         let metrics = move || admin.metrics(as_openmetrics, admin.clock.now());
-        let measured = read(&self.reads.metrics, METRICS_WITHIN, metrics).await;
+        let measured = read(&self.blocking_reads.metrics, METRICS_TIMEOUT, metrics).await;
         measured.ok_or_else(|| {
             Problem::new(
                 StatusCode::SERVICE_UNAVAILABLE,
                 format!(
                     "the metrics could not be read within {} s; /readyz says what is wrong",
-                    METRICS_WITHIN.as_secs()
+                    METRICS_TIMEOUT.as_secs()
                 ),
             )
         })
@@ -172,10 +175,10 @@ async fn read<T: Send + 'static>(
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Option<T> {
     let reading = async {
-        let place = Arc::clone(kind).acquire_owned().await.ok()?;
+        let permit = Arc::clone(kind).acquire_owned().await.ok()?;
         let done = spawn_blocking(move || {
             let done = work();
-            drop(place);
+            drop(permit);
             done
         });
         done.await.ok()
@@ -190,13 +193,19 @@ mod tests {
     #[test]
     fn e15_health_is_told_by_the_pulse_of_the_workers() {
         let start = Instant::now();
-        let pulse = Pulse::new(start);
+        let worker_heartbeat = Heartbeat::new(start);
         let after = |seconds| start + Duration::from_secs(seconds);
-        assert_eq!(pulse.stopped(after(29)), None);
-        assert_eq!(pulse.stopped(after(31)), Some(Duration::from_secs(31)));
-        pulse.beat(after(40));
-        assert_eq!(pulse.stopped(after(69)), None);
-        assert_eq!(pulse.stopped(after(75)), Some(Duration::from_secs(35)));
+        assert_eq!(worker_heartbeat.stalled_for(after(29)), None);
+        assert_eq!(
+            worker_heartbeat.stalled_for(after(31)),
+            Some(Duration::from_secs(31))
+        );
+        worker_heartbeat.beat(after(40));
+        assert_eq!(worker_heartbeat.stalled_for(after(69)), None);
+        assert_eq!(
+            worker_heartbeat.stalled_for(after(75)),
+            Some(Duration::from_secs(35))
+        );
     }
 
     #[tokio::test]

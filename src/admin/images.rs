@@ -9,11 +9,11 @@ use http::StatusCode;
 use serde::Serialize;
 use serde_json::json;
 
-use super::named::{self, Nearest, name_of};
-use super::reply::{Problem, Reply, answer};
-use super::words::{confirmed, rfc3339};
+use super::format::{confirmed, rfc3339};
+use super::image_ref::{ImageRef, Nearest, full_name};
+use super::response::{ApiResponse, Problem, json_response};
 use crate::oci::manifest::{Kind, Role};
-use crate::oci::{AnyDigest, Digest, Query};
+use crate::oci::{AnyDigest, Digest, Query, Reference, Repository};
 use crate::server::Registry;
 use crate::store::Store;
 use crate::store::inventory::{Shares, Stocked};
@@ -57,7 +57,7 @@ pub(super) struct Image {
 
 /// One image in full.
 #[derive(Serialize)]
-pub(super) struct ImageInFull {
+pub(super) struct ImageDetails {
     #[serde(flatten)]
     pub(super) image: Image,
     /// For each set of media types that clients asked with.
@@ -80,7 +80,7 @@ pub(super) struct Variation {
     pub(super) confirmed_at: Option<String>,
     pub(super) first_seen_at: String,
     /// The last whole image that the tag named before.
-    pub(super) earlier: Option<EarlierImage>,
+    pub(super) earlier: Option<PreviousImage>,
 }
 
 #[derive(Serialize)]
@@ -92,7 +92,7 @@ pub(super) struct PastImage {
 
 /// The last one that was whole.
 #[derive(Serialize)]
-pub(super) struct EarlierImage {
+pub(super) struct PreviousImage {
     pub(super) digest: String,
     pub(super) confirmed_at: Option<String>,
 }
@@ -109,8 +109,8 @@ pub(super) struct Part {
     pub(super) shared_with: usize,
 }
 
-/// How the list is wanted.
-pub(super) struct Wanted {
+/// How the list is query.
+pub(super) struct ListQuery {
     filter: String,
     upstream: Option<String>,
     by: Sort,
@@ -125,7 +125,7 @@ enum Sort {
     Confirmed,
 }
 
-impl Default for Wanted {
+impl Default for ListQuery {
     fn default() -> Self {
         Self {
             filter: String::new(),
@@ -137,9 +137,9 @@ impl Default for Wanted {
     }
 }
 
-impl Wanted {
+impl ListQuery {
     /// By name, so many from `offset` on.
-    pub(super) fn shown(filter: &str, offset: usize, limit: usize) -> Self {
+    pub(super) fn by_name(filter: &str, offset: usize, limit: usize) -> Self {
         Self {
             filter: filter.to_lowercase(),
             offset,
@@ -153,14 +153,14 @@ impl Wanted {
             None | Some("") => Ok(otherwise),
             Some(text) => text
                 .parse::<usize>()
-                .map_err(|_| Problem::bad(format!("`{name}` is a number, not `{text}`"))),
+                .map_err(|_| Problem::bad_request(format!("`{name}` is a number, not `{text}`"))),
         };
         let by = match query.get("sort").unwrap_or("name") {
             "name" => Sort::Name,
             "size" => Sort::Size,
             "confirmed" => Sort::Confirmed,
             other => {
-                return Err(Problem::bad(format!(
+                return Err(Problem::bad_request(format!(
                     "`sort` is name, size or confirmed, not `{other}`"
                 )));
             }
@@ -178,14 +178,14 @@ impl Wanted {
     }
 }
 
-impl Wanted {
+impl ListQuery {
     fn is_all(&self) -> bool {
         self.filter.is_empty() && self.upstream.is_none()
     }
 
-    fn fits(&self, key: &TagKey) -> bool {
+    fn matches(&self, key: &TagKey) -> bool {
         self.upstream.as_deref().is_none_or(|name| name == &*key.upstream)
-            && (self.filter.is_empty() || name_of(key).to_lowercase().contains(&self.filter))
+            && (self.filter.is_empty() || full_name(key).to_lowercase().contains(&self.filter))
     }
 
     fn end(&self) -> usize {
@@ -193,24 +193,24 @@ impl Wanted {
     }
 }
 
-/// The images wanted, and how many there are in all. Without a filter, only what is shown is looked at. Blocks.
-pub(super) fn list(registry: &Registry, wanted: &Wanted, now: SystemTime) -> (Vec<Image>, usize) {
+/// The images query, and how many there are in all. Without a filter, only what is shown is looked at. Blocks.
+pub(super) fn list(registry: &Registry, query: &ListQuery, now: SystemTime) -> (Vec<Image>, usize) {
     let store = registry.pull.store().blocking();
     let usage = store.usage();
-    let (page, total) = if wanted.by == Sort::Name && wanted.is_all() && usage.is_complete {
-        let page = store.stocked_from(wanted.offset, wanted.limit);
+    let (page, total) = if query.by == Sort::Name && query.is_all() && usage.is_complete {
+        let page = store.stocked_from(query.offset, query.limit);
         let counted = usize::try_from(usage.tags).unwrap_or(usize::MAX);
         let seen = if page.is_empty() {
             0
         } else {
-            wanted.offset + page.len()
+            query.offset + page.len()
         };
         (page, counted.max(seen))
     } else {
-        let (keys, total) = match wanted.by {
-            Sort::Name => first_by_name(store, wanted),
-            Sort::Size => first_by(store, wanted, Stocked::bytes),
-            Sort::Confirmed => first_by(store, wanted, |image| {
+        let (keys, total) = match query.by {
+            Sort::Name => first_by_name(store, query),
+            Sort::Size => first_by(store, query, Stocked::bytes),
+            Sort::Confirmed => first_by(store, query, |image| {
                 newest(registry, image).map(|named| named.confirmed_at)
             }),
         };
@@ -223,16 +223,16 @@ pub(super) fn list(registry: &Registry, wanted: &Wanted, now: SystemTime) -> (Ve
     let shares = store.shares();
     let lines = page
         .iter()
-        .filter_map(|image| line(registry, &shares, image, now));
+        .filter_map(|image| summary(registry, &shares, image, now));
     (lines.collect(), total)
 }
 
 /// The names of the page, and how many fit in all.
-fn first_by_name(store: &Store, wanted: &Wanted) -> (Vec<TagKey>, usize) {
+fn first_by_name(store: &Store, query: &ListQuery) -> (Vec<TagKey>, usize) {
     let (mut page, mut total) = (Vec::new(), 0);
     store.each_tag(|key, _| {
-        if wanted.fits(&key) {
-            if (wanted.offset..wanted.end()).contains(&total) {
+        if query.matches(&key) {
+            if (query.offset..query.end()).contains(&total) {
                 page.push(key);
             }
             total += 1;
@@ -244,11 +244,15 @@ fn first_by_name(store: &Store, wanted: &Wanted) -> (Vec<TagKey>, usize) {
 
 /// The names of the page in the order of `weight`, the heaviest first, and how many fit in all. Names and weights of the
 /// pages up to this one are in memory, twice as many at most.
-fn first_by<W: Ord>(store: &Store, wanted: &Wanted, weight: impl Fn(&Stocked) -> W) -> (Vec<TagKey>, usize) {
+fn first_by<W: Ord>(
+    store: &Store,
+    query: &ListQuery,
+    weight: impl Fn(&Stocked) -> W,
+) -> (Vec<TagKey>, usize) {
     let mut first: Vec<(Reverse<W>, TagKey)> = Vec::new();
-    let (mut total, end) = (0, wanted.end());
+    let (mut total, end) = (0, query.end());
     store.each_tag(|key, record| {
-        if wanted.fits(&key) {
+        if query.matches(&key) {
             total += 1;
             let image = store.stock(key, record);
             first.push((Reverse(weight(&image)), image.key));
@@ -260,33 +264,35 @@ fn first_by<W: Ord>(store: &Store, wanted: &Wanted, weight: impl Fn(&Stocked) ->
         ControlFlow::Continue(())
     });
     first.sort();
-    let page = first.into_iter().take(end).skip(wanted.offset);
+    let page = first.into_iter().take(end).skip(query.offset);
     (page.map(|(_, key)| key).collect(), total)
 }
 
 /// The list, as JSON.
-pub(super) fn listed(registry: &Registry, wanted: &Wanted, now: SystemTime) -> Reply {
-    let (images, total) = list(registry, wanted, now);
-    let end = wanted.offset + images.len();
+pub(super) fn list_response(registry: &Registry, query: &ListQuery, now: SystemTime) -> ApiResponse {
+    let (images, total) = list(registry, query, now);
+    let end = query.offset + images.len();
     let next = (!images.is_empty() && end < total).then_some(end);
-    answer(&json!({ "images": images, "total": total, "next": next }))
+    json_response(&json!({ "images": images, "total": total, "next": next }))
 }
 
 /// One image, in full.
-pub(super) fn in_full(
+pub(super) fn details(
     registry: &Registry,
-    named: &named::Named,
+    named: &ImageRef,
     now: SystemTime,
-) -> Result<ImageInFull, Problem> {
-    let Some(key) = named.key() else {
-        return Err(Problem::bad("name a tag: what is asked by digest has no history"));
+) -> Result<ImageDetails, Problem> {
+    let Some(key) = named.tag_key() else {
+        return Err(Problem::bad_request(
+            "name a tag: what is asked by digest has no history",
+        ));
     };
     let store = registry.pull.store().blocking();
     let Some(stocked) = store.stocked(&key)? else {
-        return Err(not_held(&key, store));
+        return Err(not_cached(&key, store));
     };
     let (stocked, shares) = (&stocked, store.shares());
-    let image = line(registry, &shares, stocked, now).ok_or_else(|| not_held(&key, store))?;
+    let image = summary(registry, &shares, stocked, now).ok_or_else(|| not_cached(&key, store))?;
     let held = |digest: &Digest| store.manifest(digest).ok().flatten();
     let whole =
         |manifest: &HeldManifest| store.is_whole(&key.upstream, &key.repository, manifest, &|_| false);
@@ -299,7 +305,7 @@ pub(super) fn in_full(
             whole: manifest.is_some_and(|manifest| whole(&manifest)),
             confirmed_at: confirmed(variant.confirmed_at),
             first_seen_at: rfc3339(variant.first_held_at),
-            earlier: variant.earlier.as_ref().map(|earlier| EarlierImage {
+            earlier: variant.earlier.as_ref().map(|earlier| PreviousImage {
                 digest: earlier.digest.to_string(),
                 confirmed_at: confirmed(earlier.confirmed_at),
             }),
@@ -307,9 +313,9 @@ pub(super) fn in_full(
     });
     let mut parts = Vec::new();
     if let Some(manifest) = newest(registry, stocked).and_then(|named| held(&named.digest)) {
-        gather(registry, &shares, stocked, &manifest, None, &mut parts);
+        collect_parts(registry, &shares, stocked, &manifest, None, &mut parts);
     }
-    Ok(ImageInFull {
+    Ok(ImageDetails {
         image,
         variants: variants.collect(),
         parts,
@@ -323,11 +329,11 @@ pub(super) fn in_full(
     })
 }
 
-pub(super) fn not_held(key: &TagKey, store: &Store) -> Problem {
-    let name = name_of(key);
+pub(super) fn not_cached(key: &TagKey, store: &Store) -> Problem {
+    let name = full_name(key);
     let mut near = Nearest::to(&name);
     store.each_tag(|key, _| {
-        near.look_at(name_of(&key));
+        near.consider(full_name(&key));
         ControlFlow::Continue(())
     });
     Problem {
@@ -344,12 +350,12 @@ fn history(record: &TagRecord) -> Vec<PastImage> {
         .flat_map(|variant| &variant.history)
         .collect();
     all.sort_by_key(|past| Reverse(past.confirmed_at));
-    let told = all.iter().map(|past| PastImage {
+    let views = all.iter().map(|past| PastImage {
         digest: past.digest.to_string(),
         first_seen_at: rfc3339(past.first_held_at),
         confirmed_at: rfc3339(past.confirmed_at),
     });
-    told.collect()
+    views.collect()
 }
 
 /// The image that a client of today is given for the tag.
@@ -358,7 +364,7 @@ fn newest(registry: &Registry, image: &Stocked) -> Option<Named> {
     store.named(&image.key, &image.record, TagReader::Operator)
 }
 
-fn line(registry: &Registry, shares: &Shares, image: &Stocked, now: SystemTime) -> Option<Image> {
+fn summary(registry: &Registry, shares: &Shares, image: &Stocked, now: SystemTime) -> Option<Image> {
     let (key, named) = (&image.key, newest(registry, image)?);
     let store = registry.pull.store().blocking();
     let site = registry.doors.named(&key.upstream);
@@ -374,7 +380,7 @@ fn line(registry: &Registry, shares: &Shares, image: &Stocked, now: SystemTime) 
         .is_some_and(|manifest| store.is_whole(&key.upstream, &key.repository, manifest, &|_| false));
     let (bytes, unique_bytes) = shares.sizes(image);
     Some(Image {
-        name: name_of(key),
+        name: full_name(key),
         upstream: key.upstream.to_string(),
         repository: key.repository.to_string(),
         tag: key.tag.to_string(),
@@ -415,7 +421,7 @@ fn platforms(registry: &Registry, key: &TagKey, manifest: &Arc<HeldManifest>) ->
 }
 
 /// What a manifest is made of; of an index, the manifests, and of those held what they are made of.
-fn gather(
+fn collect_parts(
     registry: &Registry,
     shares: &Shares,
     image: &Stocked,
@@ -449,7 +455,98 @@ fn gather(
             && let Ok(Some(held)) = registry.pull.store().blocking().manifest(&digest)
             && held.manifest.kind != Kind::Index
         {
-            gather(registry, shares, image, &held, platform, parts);
+            collect_parts(registry, shares, image, &held, platform, parts);
         }
     }
+}
+
+/// Lets go of a tag, or of all tags of a repository; with `is_trial`, only says what that would free.
+pub(super) fn remove(
+    registry: &Registry,
+    named: &ImageRef,
+    all_tags: bool,
+    is_trial: bool,
+) -> Result<ApiResponse, Problem> {
+    let store = registry.pull.store().blocking();
+    let (upstream, repository) = (named.site.name(), &named.repository);
+    let keys: Vec<TagKey> = match (all_tags, &named.reference) {
+        (true, _) => tags_of(store, upstream, repository),
+        (false, Reference::Tag(_)) => {
+            let key = named.tag_key();
+            let held = key.filter(|key| matches!(store.tag(key), Ok(Some(_))));
+            held.into_iter().collect()
+        }
+        (false, Reference::Digest(_)) => {
+            return Err(Problem::bad_request(
+                "name a tag, or a repository with all_tags=true",
+            ));
+        }
+    };
+    if keys.is_empty() {
+        return Err(match named.tag_key() {
+            Some(key) => not_cached(&key, store),
+            None => Problem::not_found(format!("no tag of {upstream}/{repository} is held")),
+        });
+    }
+    let pinned = keys.iter().find(|key| store.is_pinned(&Pin::Tag((*key).clone())));
+    if let (Some(key), false) = (pinned, is_trial) {
+        return Err(Problem::new(
+            StatusCode::CONFLICT,
+            format!("{} is pinned; unpin it first", full_name(key)),
+        ));
+    }
+    let freed = store.let_go(&keys, is_trial)?;
+    if !is_trial {
+        tracing::info!(image = %named, tags = freed.tags, bytes = freed.bytes, "let go of at the operator's wish");
+    }
+    Ok(json_response(&json!({
+        "dry_run": is_trial,
+        "images": keys.iter().map(full_name).collect::<Vec<_>>(),
+        "tags": freed.tags,
+        "manifests": freed.manifests,
+        "blobs": freed.blobs,
+        "bytes_freed": freed.bytes,
+    })))
+}
+
+fn tags_of(store: &Store, upstream: &str, repository: &Repository) -> Vec<TagKey> {
+    let mut keys = Vec::new();
+    store.each_tag(|key, _| {
+        if &*key.upstream == upstream && key.repository == *repository {
+            keys.push(key);
+        }
+        ControlFlow::Continue(())
+    });
+    keys
+}
+
+/// Everything pinned, as it is named.
+pub(super) fn pins(registry: &Registry) -> Vec<String> {
+    let pins = registry.pull.store().blocking().pins();
+    let name = |pin: &Pin| match pin {
+        Pin::Tag(key) => full_name(key),
+        Pin::Digest(digest) => digest.to_string(),
+    };
+    pins.iter().map(name).collect()
+}
+
+/// Keeps a tag, with what it names now and later, or a digest, from eviction; or ends that. Says how it was. It need not
+/// be held yet.
+pub(super) fn pin(registry: &Registry, named: &ImageRef, pinned: bool) -> Result<bool, Problem> {
+    let pin = match (named.tag_key(), &named.reference) {
+        (Some(key), _) => Pin::Tag(key),
+        (None, Reference::Digest(AnyDigest::Known(digest))) => Pin::Digest(*digest),
+        (None, _) => {
+            return Err(Problem::bad_request(
+                "such a digest cannot be verified, so it is never held",
+            ));
+        }
+    };
+    let store = registry.pull.store().blocking();
+    let was_news = if pinned {
+        store.pin(&pin)?
+    } else {
+        store.unpin(&pin)?
+    };
+    Ok(was_news != pinned)
 }

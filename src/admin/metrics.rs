@@ -6,7 +6,7 @@ use http::StatusCode;
 use http::header::ACCEPT;
 use http::request::Parts;
 
-use super::reply::{Reply, whole};
+use super::response::{ApiResponse, full};
 use super::{Admin, upstreams};
 use crate::queue::{Class, Counts, Queue};
 use crate::server::Registry;
@@ -28,12 +28,12 @@ pub(super) fn wants_openmetrics(head: &Parts) -> bool {
 
 impl Admin {
     /// May wait for locks.
-    pub(super) fn metrics(&self, as_openmetrics: bool, now: SystemTime) -> Reply {
+    pub(super) fn metrics(&self, as_openmetrics: bool, now: SystemTime) -> ApiResponse {
         let levels = self.levels(now);
         if as_openmetrics {
-            whole(StatusCode::OK, OPENMETRICS, self.events.text(&levels))
+            full(StatusCode::OK, OPENMETRICS, self.events.text(&levels))
         } else {
-            whole(StatusCode::OK, PLAIN_METRICS, self.events.plain_text(&levels))
+            full(StatusCode::OK, PLAIN_METRICS, self.events.plain_text(&levels))
         }
     }
 

@@ -1,4 +1,4 @@
-//! The page: everything the API says, for people. Made here whole, so that it works without scripts; with them it keeps
+//! The page: everything the API says, for people. Made here full, so that it works without scripts; with them it keeps
 //! itself current by fetching itself and exchanging the parts that changed.
 //!
 //! One glance answers: is it well, what does it save, is my daemon using it, why did I get that image. Below it, what can
@@ -15,13 +15,13 @@ use http::request::Parts;
 use maud::{DOCTYPE, Markup, html};
 
 use super::events::Filter;
-use super::images::{self, Wanted};
-use super::named::Named;
-use super::reply::{Problem, Reply, see_other, whole};
-use super::routes::blocking;
-use super::words::{bytes, duration};
-use super::work::Platforms;
-use super::{Admin, status, transfers};
+use super::format::{bytes, duration};
+use super::image_ref::ImageRef;
+use super::images::{self, ListQuery};
+use super::pull_jobs::Platforms;
+use super::response::{ApiResponse, Problem, full, see_other};
+use super::router::blocking;
+use super::{Admin, status};
 use crate::oci::Query;
 use crate::proxy::Refreshed;
 
@@ -36,22 +36,22 @@ const IMAGES_SHOWN: usize = 50;
 const DECISIONS_SHOWN: usize = 15;
 
 /// The page at `/`.
-pub(super) async fn page(admin: &Admin, query: &Query, head: &Parts) -> Result<Reply, Problem> {
+pub(super) async fn page(admin: &Admin, query: &Query, head: &Parts) -> Result<ApiResponse, Problem> {
     let now = admin.clock.now();
     let registry = admin.registry.load_full();
-    let shown = Shown::read(query)?;
+    let shown = PageQuery::read(query)?;
     let listed = {
         let (registry, wanted) = (
             registry.clone(),
-            Wanted::shown(&shown.images, shown.from, IMAGES_SHOWN),
+            ListQuery::by_name(&shown.images, shown.from, IMAGES_SHOWN),
         );
         blocking(move || Ok(images::list(&registry, &wanted, now))).await?
     };
     let confirm = match &shown.remove {
-        Some(image) => Some(trial(admin, image).await?),
+        Some(image) => Some(removal_preview(admin, image).await?),
         None => None,
     };
-    let secret = admin.guard.form_secret();
+    let secret = admin.auth.form_secret();
     let status = admin.status(now);
     let host = head
         .headers
@@ -74,15 +74,15 @@ pub(super) async fn page(admin: &Admin, query: &Query, head: &Parts) -> Result<R
                 a.skip href="#main" { "Skip to the content" }
                 (sections::header(&status, &secret))
                 main #main {
-                    @if let Some(text) = admin.notices.find(shown.notice) { p.notice role="status" { (text) } }
+                    @if let Some(text) = admin.flash.get(shown.notice) { p.notice role="status" { (text) } }
                     @if let Some(trial) = &confirm { (sections::confirm(trial, &secret)) }
                     (sections::numbers(&status))
                     (plot::section(&admin.series(status::HOUR, now), &admin.series(status::DAY, now)))
-                    (sections::transfers(&transfers::list(&registry), &admin.works.list(registry.pull.downloads())))
-                    (sections::decisions(&admin.told(&Filter::newest(DECISIONS_SHOWN, &shown.decisions)), &shown))
+                    (sections::transfers(&status::transfers(&registry), &admin.pull_jobs.list(registry.pull.downloads())))
+                    (sections::decisions(&admin.decisions(&Filter::newest(DECISIONS_SHOWN, &shown.decisions)), &shown))
                     (sections::images(&listed, &shown, IMAGES_SHOWN, &secret))
                     div.pair {
-                        (upstreams::section(&super::upstreams::listed(&registry, now)))
+                        (upstreams::section(&super::upstreams::to_json(&registry, now)))
                         (sections::clients(&admin.clients_seen(now)))
                     }
                     (snippets::section(&snippets::address(admin, host), admin.ca.is_some()))
@@ -91,7 +91,7 @@ pub(super) async fn page(admin: &Admin, query: &Query, head: &Parts) -> Result<R
             }
         }
     };
-    Ok(whole(
+    Ok(full(
         StatusCode::OK,
         "text/html; charset=utf-8",
         markup.into_string(),
@@ -99,7 +99,7 @@ pub(super) async fn page(admin: &Admin, query: &Query, head: &Parts) -> Result<R
 }
 
 /// What the address bar says is to be shown.
-pub(super) struct Shown {
+pub(super) struct PageQuery {
     images: String,
     from: usize,
     decisions: String,
@@ -107,14 +107,14 @@ pub(super) struct Shown {
     notice: u64,
 }
 
-impl Shown {
+impl PageQuery {
     fn read(query: &Query) -> Result<Self, Problem> {
         let text = |name: &str| query.get(name).unwrap_or_default().to_owned();
         let number = |name: &str| match query.get(name).unwrap_or_default() {
             "" => Ok(0),
             text => text
                 .parse::<u64>()
-                .map_err(|_| Problem::bad(format!("`{name}` is a number, not `{text}`"))),
+                .map_err(|_| Problem::bad_request(format!("`{name}` is a number, not `{text}`"))),
         };
         Ok(Self {
             images: text("images"),
@@ -130,21 +130,21 @@ impl Shown {
 }
 
 /// What removing an image would free.
-struct Trial {
+struct RemovalPreview {
     image: String,
     tags: u64,
     blobs: u64,
     bytes: u64,
 }
 
-async fn trial(admin: &Admin, image: &str) -> Result<Trial, Problem> {
+async fn removal_preview(admin: &Admin, image: &str) -> Result<RemovalPreview, Problem> {
     let registry = admin.registry.load_full();
-    let named = Named::read(image, &registry)?;
-    let Some(key) = named.key() else {
-        return Err(Problem::bad("name a tag"));
+    let named = ImageRef::parse(image, &registry)?;
+    let Some(key) = named.tag_key() else {
+        return Err(Problem::bad_request("name a tag"));
     };
     let freed = blocking(move || Ok(registry.pull.store().blocking().let_go(&[key], true)?)).await?;
-    Ok(Trial {
+    Ok(RemovalPreview {
         image: named.to_string(),
         tags: freed.tags,
         blobs: freed.blobs,
@@ -153,27 +153,29 @@ async fn trial(admin: &Admin, image: &str) -> Result<Trial, Problem> {
 }
 
 /// Does what a form of the page asks for, and sends the browser back to the page.
-pub(super) async fn act(admin: &Admin, body: &[u8]) -> Result<Reply, Problem> {
-    let body = std::str::from_utf8(body).map_err(|_| Problem::bad("the form is not UTF-8"))?;
+pub(super) async fn submit_form(admin: &Admin, body: &[u8]) -> Result<ApiResponse, Problem> {
+    let body = std::str::from_utf8(body).map_err(|_| Problem::bad_request("the form is not UTF-8"))?;
     // A form writes a blank as `+`, which a query of the registry's API never is.
-    let (form, _) =
-        Query::parse(Some(&body.replace('+', "%20"))).map_err(|error| Problem::bad(error.to_string()))?;
-    admin.guard.admits_form(form.get("secret").unwrap_or_default())?;
+    let (form, _) = Query::parse(Some(&body.replace('+', "%20")))
+        .map_err(|error| Problem::bad_request(error.to_string()))?;
+    admin
+        .auth
+        .authorize_form(form.get("secret").unwrap_or_default())?;
     let image = form.get("image").unwrap_or_default();
-    let said = match form.get("deed").unwrap_or_default() {
+    let message = match form.get("deed").unwrap_or_default() {
         "pull" => {
-            admin.begin_pull(image, Platforms::own(), None)?;
+            admin.begin_pull(image, Platforms::local(), None)?;
             format!("Pulling {image}.")
         }
         "refresh" => {
             let (named, refreshed) = admin.refresh(image, None).await?;
-            format!("{named}: {}.", self::refreshed(refreshed, named.site.name()))
+            format!("{named}: {}.", describe_refresh(refreshed, named.site.name()))
         }
         "remove" => {
             let registry = admin.registry.load_full();
-            let named = Named::read(image, &registry)?;
-            let Some(key) = named.key() else {
-                return Err(Problem::bad("name a tag"));
+            let named = ImageRef::parse(image, &registry)?;
+            let Some(key) = named.tag_key() else {
+                return Err(Problem::bad_request("name a tag"));
             };
             let freed = blocking(move || Ok(registry.pull.store().blocking().let_go(&[key], false)?)).await?;
             format!("Removed {named}; {} freed.", bytes(freed.bytes))
@@ -193,14 +195,14 @@ pub(super) async fn act(admin: &Admin, body: &[u8]) -> Result<Reply, Problem> {
             admin.switch_offline(false).await?;
             "Online again.".to_owned()
         }
-        other => return Err(Problem::bad(format!("there is no deed `{other}`"))),
+        other => return Err(Problem::bad_request(format!("there is no deed `{other}`"))),
     };
-    let notice = admin.notices.keep(said);
+    let notice = admin.flash.add(message);
     Ok(see_other(&format!("/?notice={notice}")))
 }
 
 /// What came of asking about a tag, in words.
-pub(super) fn refreshed(refreshed: Refreshed, upstream: &str) -> String {
+pub(super) fn describe_refresh(refreshed: Refreshed, upstream: &str) -> String {
     match refreshed {
         Refreshed::Unchanged(_) => format!("unchanged at {upstream}"),
         Refreshed::Newer(_) => format!("{upstream} has a newer image, which is held now"),

@@ -5,7 +5,8 @@ use std::time::{Duration, SystemTime};
 use serde::Serialize;
 
 use super::Admin;
-use super::words::{duration, rfc3339};
+use super::format::{duration, rfc3339};
+use crate::server::Registry;
 use crate::store::AsyncStore;
 use crate::telemetry::Totals;
 
@@ -23,16 +24,16 @@ pub(super) struct Status {
     /// What is wrong, one sentence each.
     pub(super) problems: Vec<String>,
     pub(super) offline: bool,
-    pub(super) store: StoreLevel,
-    pub(super) since_start: Counted,
-    pub(super) last_day: Counted,
+    pub(super) store: StoreStatus,
+    pub(super) since_start: Counters,
+    pub(super) last_day: Counters,
     /// The allowance that is nearest to its end.
     pub(super) quota: Option<Quota>,
     pub(super) transfers: usize,
 }
 
 #[derive(Serialize)]
-pub(super) struct StoreLevel {
+pub(super) struct StoreStatus {
     /// What keeps it from its work.
     pub(super) troubles: Vec<String>,
     pub(super) bytes: u64,
@@ -72,7 +73,7 @@ pub(super) struct Evicted {
     pub(super) without_room: u64,
 }
 
-impl StoreLevel {
+impl StoreStatus {
     fn of(store: &AsyncStore) -> Self {
         let (usage, limits, evicted) = (store.usage(), store.limits(), store.evictions());
         let scrubbed = store.scrubbed();
@@ -106,7 +107,7 @@ impl StoreLevel {
 }
 
 #[derive(Serialize)]
-pub(super) struct Counted {
+pub(super) struct Counters {
     pub(super) pulls: u64,
     pub(super) hits: u64,
     pub(super) served_while_silent: u64,
@@ -127,7 +128,7 @@ pub(super) struct Quota {
     pub(super) seconds_ago: u64,
 }
 
-impl Counted {
+impl Counters {
     pub(super) fn of(totals: &Totals) -> Self {
         Self {
             pulls: totals.pulls,
@@ -160,9 +161,9 @@ impl Admin {
             verdict: verdict(offline, &problems),
             problems,
             offline,
-            store: StoreLevel::of(store),
-            since_start: Counted::of(&self.events.totals(fetched)),
-            last_day: Counted::of(&day.first().copied().unwrap_or_default()),
+            store: StoreStatus::of(store),
+            since_start: Counters::of(&self.events.totals(fetched)),
+            last_day: Counters::of(&day.first().copied().unwrap_or_default()),
             quota: self.quota(),
             transfers: registry.pull.downloads().count(),
         }
@@ -243,7 +244,7 @@ pub(super) const DAY: (u64, u64) = (96, 15);
 pub(super) struct Point {
     pub(super) until: String,
     #[serde(flatten)]
-    pub(super) counted: Counted,
+    pub(super) counted: Counters,
 }
 
 impl Admin {
@@ -261,8 +262,45 @@ impl Admin {
         points
             .map(|(until, totals)| Point {
                 until: rfc3339(until),
-                counted: Counted::of(totals),
+                counted: Counters::of(totals),
             })
             .collect()
     }
+}
+
+/// A download under way.
+#[derive(Serialize)]
+pub(super) struct TransferView {
+    pub(super) digest: String,
+    pub(super) size: Option<u64>,
+    pub(super) received: u64,
+    /// Since it began, on average.
+    pub(super) bytes_per_second: u64,
+    pub(super) seconds: f64,
+    /// Clients that read it now.
+    pub(super) readers: usize,
+    /// Whether it waits for a place.
+    pub(super) queued: bool,
+}
+
+/// The longest running first.
+pub(super) fn transfers(registry: &Registry) -> Vec<TransferView> {
+    let transfers = registry.pull.downloads().transfers();
+    transfers
+        .into_iter()
+        .map(|transfer| {
+            let ms = u64::try_from(transfer.elapsed.as_millis())
+                .unwrap_or(u64::MAX)
+                .max(1);
+            TransferView {
+                digest: transfer.digest.to_string(),
+                size: transfer.size,
+                received: transfer.received,
+                bytes_per_second: transfer.received.saturating_mul(1_000) / ms,
+                seconds: transfer.elapsed.as_secs_f64(),
+                readers: transfer.readers,
+                queued: transfer.is_queued,
+            }
+        })
+        .collect()
 }

@@ -5,7 +5,7 @@ use std::time::{Duration, SystemTime};
 
 use serde_json::{Value, json};
 
-use super::words::rfc3339;
+use super::format::rfc3339;
 use crate::oci::Cause;
 use crate::proxy::Site;
 use crate::queue::Queue;
@@ -13,15 +13,15 @@ use crate::server::Registry;
 use crate::telemetry::AllowanceLevel;
 
 /// All upstreams, as JSON. Credentials are told by kind, a client's by an id that means nothing elsewhere.
-pub(super) fn listed(registry: &Registry, now: SystemTime) -> Value {
+pub(super) fn to_json(registry: &Registry, now: SystemTime) -> Value {
     let sites = registry.doors.all().iter();
     let upstreams: Vec<Value> = sites
-        .map(|site| described(site, registry.pull.downloads().queue(), now))
+        .map(|site| upstream_json(site, registry.pull.downloads().queue(), now))
         .collect();
     json!({ "upstreams": upstreams })
 }
 
-fn described(site: &Site, downloads: &Queue, now: SystemTime) -> Value {
+fn upstream_json(site: &Site, downloads: &Queue, now: SystemTime) -> Value {
     let (name, state) = (site.name(), site.upstream().state());
     let last = state.last_silence.map(|(cause, _)| cause);
     let silence = |(cause, ago): (Cause, Duration)| {

@@ -57,7 +57,7 @@ pub enum Platforms<'a> {
     /// Those held whole.
     Held,
     /// Those of which this says yes, all of which must be held whole.
-    These(&'a dyn Fn(&str) -> bool),
+    Selected(&'a dyn Fn(&str) -> bool),
 }
 
 /// What an archive will hold, all of it in the store.

@@ -278,21 +278,21 @@ fn a_platform_asked_for_comes_alone_and_whole_or_not_at_all() {
     let (from, index, [amd64, arm64, s390x]) = several_platforms();
     let only = |wanted: &'static str| move |platform: &str| platform == wanted;
     let archive = from
-        .export(&[NAME], Platforms::These(&only("linux/arm64")))
+        .export(&[NAME], Platforms::Selected(&only("linux/arm64")))
         .unwrap();
     let to = Ground::new();
     assert_eq!(to.import(&archive).unwrap().images[0].platforms, ["linux/arm64"]);
     assert!(to.is_whole(NAME, &index) && to.is_whole(NAME, &arm64) && !to.is_whole(NAME, &amd64));
 
     let refused = from
-        .export(&[NAME], Platforms::These(&only("linux/s390x")))
+        .export(&[NAME], Platforms::Selected(&only("linux/s390x")))
         .unwrap_err();
     assert!(
         refused.to_string().contains(&digest(&s390x).to_string()),
         "{refused}"
     );
     let refused = from
-        .export(&[NAME], Platforms::These(&only("windows/amd64")))
+        .export(&[NAME], Platforms::Selected(&only("windows/amd64")))
         .unwrap_err();
     assert!(matches!(refused, export::Refused::NoPlatform(_)), "{refused}");
 }

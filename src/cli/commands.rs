@@ -19,7 +19,7 @@ use std::path::PathBuf;
 use clap::{Args, Subcommand, ValueEnum};
 use serde_json::{Value, json};
 
-use crate::admin::client::{AskError, Client};
+use crate::admin::client::{Client, ClientError};
 use crate::terminal::printable;
 
 /// What can be asked and told.
@@ -302,7 +302,7 @@ impl Login {
 pub enum Failed {
     /// The cache said no, or nothing.
     #[error(transparent)]
-    Ask(#[from] AskError),
+    Ask(#[from] ClientError),
     /// What was asked for did not come about, and has been told.
     #[error("{0}")]
     Undone(String),

@@ -11,7 +11,7 @@ use super::client::{Client, Got};
 use super::registry::{Image, RETRY_AFTER, Registry};
 use super::{DemoError, Played};
 use crate::admin::client::Client as AdminClient;
-use crate::admin::words::{bytes, short};
+use crate::admin::format::{bytes, short_digest};
 use crate::oci::{Digest, Reference, Repository};
 
 /// The upstream's name in images.
@@ -218,7 +218,7 @@ impl Stage<'_> {
         let what = match got.digest {
             Some(digest) => format!(
                 "{}, {} blobs, {}",
-                short(&digest.to_string()),
+                short_digest(&digest.to_string()),
                 got.blobs,
                 bytes(got.bytes)
             ),

@@ -2,8 +2,8 @@
 
 use maud::{Markup, html};
 
+use super::super::format::bytes;
 use super::super::status::Point;
-use super::super::words::bytes;
 
 const WIDTH: u64 = 720;
 const HEIGHT: u64 = 96;

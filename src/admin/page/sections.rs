@@ -2,13 +2,13 @@
 
 use maud::{Markup, html};
 
-use super::super::events::{Event, Seen};
+use super::super::events::{ClientView, Event};
+use super::super::format::{bytes, duration, short_digest};
 use super::super::images::Image;
-use super::super::status::{Counted, Quota, Status};
-use super::super::transfers::Transfer;
-use super::super::words::{bytes, duration, short};
-use super::super::work::{LayerState, PullView, State};
-use super::{Shown, Trial, ago};
+use super::super::pull_jobs::{LayerState, PullView, State};
+use super::super::status::TransferView;
+use super::super::status::{Counters, Quota, Status};
+use super::{PageQuery, RemovalPreview, ago};
 use std::time::Duration;
 
 pub(super) fn header(status: &Status, secret: &str) -> Markup {
@@ -45,7 +45,7 @@ pub(super) fn header(status: &Status, secret: &str) -> Markup {
 }
 
 pub(super) fn numbers(status: &Status) -> Markup {
-    let Counted {
+    let Counters {
         saved_bytes,
         served_while_silent,
         pulls,
@@ -113,7 +113,7 @@ fn sized(size: u64) -> Markup {
     html! { (number) span.unit { " " (unit) } }
 }
 
-pub(super) fn transfers(transfers: &[Transfer], pulls: &[PullView]) -> Markup {
+pub(super) fn transfers(transfers: &[TransferView], pulls: &[PullView]) -> Markup {
     let pulls: Vec<&PullView> = pulls.iter().take(5).collect();
     let is_busy = !transfers.is_empty()
         || pulls
@@ -131,7 +131,7 @@ pub(super) fn transfers(transfers: &[Transfer], pulls: &[PullView]) -> Markup {
             }
             @for transfer in transfers {
                 div.transfer {
-                    span.name { code { (short(&transfer.digest)) } }
+                    span.name { code { (short_digest(&transfer.digest)) } }
                     @match transfer.size {
                         Some(size) => { progress max=(size) value=(transfer.received) aria-label="Received" {} }
                         None => { progress aria-label="Received" {} }
@@ -171,7 +171,7 @@ fn pulled(pull: &PullView) -> Markup {
     }
 }
 
-pub(super) fn decisions(events: &[Event], shown: &Shown) -> Markup {
+pub(super) fn decisions(events: &[Event], shown: &PageQuery) -> Markup {
     html! {
         section #decisions aria-labelledby="decisions-title" {
             div.title {
@@ -223,7 +223,7 @@ fn program(agent: &str) -> &str {
 /// The name of an image with its digest cut short.
 fn image_name(upstream: &str, image: &str) -> Markup {
     let (name, digest) = match image.split_once('@') {
-        Some((name, digest)) => (name, Some(short(digest))),
+        Some((name, digest)) => (name, Some(short_digest(digest))),
         None => (image, None),
     };
     html! {
@@ -251,7 +251,7 @@ fn breaking(name: &str) -> Markup {
 
 pub(super) fn images(
     (images, total): &(Vec<Image>, usize),
-    shown: &Shown,
+    shown: &PageQuery,
     limit: usize,
     secret: &str,
 ) -> Markup {
@@ -291,7 +291,7 @@ fn row(image: &Image, secret: &str) -> Markup {
             td data-label="Image" {
                 span.image { span.upstream { (breaking(&image.upstream)) "/" } wbr; (breaking(&image.repository)) wbr; ":" strong { (image.tag) } }
                 div.dim {
-                    code title=(image.digest) { (short(&image.digest)) }
+                    code title=(image.digest) { (short_digest(&image.digest)) }
                     @for platform in &image.platforms { " · " (platform) }
                 }
             }
@@ -328,7 +328,7 @@ fn row(image: &Image, secret: &str) -> Markup {
     }
 }
 
-fn pages(shown: &Shown, limit: usize, total: usize) -> Markup {
+fn pages(shown: &PageQuery, limit: usize, total: usize) -> Markup {
     let page = |from: usize, words: &str| {
         let mut query = vec![format!("from={from}")];
         if !shown.images.is_empty() {
@@ -361,7 +361,7 @@ fn escaped(text: &str) -> String {
         .collect()
 }
 
-pub(super) fn confirm(trial: &Trial, secret: &str) -> Markup {
+pub(super) fn confirm(trial: &RemovalPreview, secret: &str) -> Markup {
     html! {
         section.confirm role="alertdialog" aria-labelledby="confirm-title" aria-describedby="confirm-text" {
             h2 #confirm-title { "Remove " (breaking(&trial.image)) "?" }
@@ -381,7 +381,7 @@ pub(super) fn confirm(trial: &Trial, secret: &str) -> Markup {
     }
 }
 
-pub(super) fn clients(seen: &[Seen]) -> Markup {
+pub(super) fn clients(seen: &[ClientView]) -> Markup {
     html! {
         section #clients aria-labelledby="clients-title" {
             h2 #clients-title { "Clients seen" }

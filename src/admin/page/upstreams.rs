@@ -5,7 +5,7 @@ use std::time::Duration;
 use maud::{Markup, html};
 use serde_json::Value;
 
-use super::super::words::duration;
+use super::super::format::duration;
 use super::ago;
 
 /// How each upstream is doing.

@@ -94,7 +94,7 @@ impl Look<'_> {
             .as_ref()
             .is_none_or(|platform| platform.os != "unknown");
         let is_asked_for = match (self.platforms, &platform) {
-            (Platforms::These(want), Some(platform)) if is_image => {
+            (Platforms::Selected(want), Some(platform)) if is_image => {
                 if !want(platform) {
                     return Ok(false);
                 }

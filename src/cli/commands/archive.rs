@@ -12,7 +12,7 @@ use tokio::task::spawn_blocking;
 
 use super::{Export, Failed, Import, Output, Tone, escaped, list, number, text};
 use crate::admin::client::{Client, Download};
-use crate::admin::words::{bytes, short};
+use crate::admin::format::{bytes, short_digest};
 use crate::archive::layout::Place;
 use crate::archive::pipe::{Sink, Spring, pipe};
 use crate::terminal;
@@ -121,7 +121,7 @@ fn line(image: &Value, output: &Output<'_>) -> String {
     format!(
         "{} {}{platforms}: {}",
         text(image, "image"),
-        short(text(image, "digest")),
+        short_digest(text(image, "digest")),
         output.paint(Tone::Good, if was_held { "already cached" } else { "imported" })
     )
 }

@@ -7,8 +7,8 @@ use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 
 use super::{Failed, Output, Pull, Tone, list, number, text};
-use crate::admin::client::{AskError, Client};
-use crate::admin::words::{bytes, short};
+use crate::admin::client::{Client, ClientError};
+use crate::admin::format::{bytes, short_digest};
 use crate::terminal;
 
 /// How often progress is asked for.
@@ -24,7 +24,7 @@ pub(super) async fn pull(client: &Client, words: &Pull, output: &mut Output<'_>)
         }
         match client.post("/api/v1/pulls", &body).await {
             Ok(pull) => begun.push(number(&pull, "id")),
-            Err(AskError::Refused { detail, .. }) => {
+            Err(ClientError::Refused { detail, .. }) => {
                 failed += 1;
                 output.line(&format!("{image}: {}", output.paint(Tone::Bad, &detail)))?;
             }
@@ -82,7 +82,7 @@ fn outcome(pull: &Value, output: &Output<'_>) -> String {
         .filter(|layer| !is_held(layer))
         .map(|layer| number(layer, "size"))
         .sum();
-    let digest = short(text(pull, "digest"));
+    let digest = short_digest(text(pull, "digest"));
     let what = if held == layers.len() {
         "already cached".to_owned()
     } else {
@@ -137,7 +137,7 @@ impl Bars {
                 _ => "fetching",
             };
             // The state first: what is cut off on a narrow terminal is the digest.
-            let digest = short(&digest);
+            let digest = short_digest(&digest);
             let digest = digest.rsplit_once(':').map_or(digest.as_str(), |(_, hex)| hex);
             bar.set_message(terminal::line(&format!("{state} {digest}"), false));
         }
@@ -188,7 +188,7 @@ impl Lines {
                 output.line(&format!(
                     "{} {} {words}, {size}",
                     text(pull, "image"),
-                    short(digest)
+                    short_digest(digest)
                 ))?;
             }
         }

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use super::table::Table;
 use super::{Failed, Log, Ls, Output, Show, Sort, Tone, Why, escaped, list, number, text};
 use crate::admin::client::Client;
-use crate::admin::words::{bytes, duration, short};
+use crate::admin::format::{bytes, duration, short_digest};
 
 /// Images asked for at a time.
 const PAGE: usize = 1_000;
@@ -46,7 +46,7 @@ pub(super) async fn ls(client: &Client, words: &Ls, output: &mut Output<'_>) -> 
         let is_whole = image.get("whole").and_then(Value::as_bool).unwrap_or_default();
         table.row(vec![
             text(image, "image").to_owned(),
-            short(text(image, "digest")),
+            short_digest(text(image, "digest")),
             state(is_whole, image).to_owned(),
             bytes(number(image, "bytes")),
             bytes(number(image, "unique_bytes")),
@@ -124,14 +124,14 @@ pub(super) async fn show(client: &Client, words: &Show, output: &mut Output<'_>)
         output.line(&format!(
             "  {:<10} {} (the last whole one, confirmed {at})",
             "before",
-            short(digest)
+            short_digest(digest)
         ))?;
     }
     for past in list(&image, "history") {
         output.line(&format!(
             "  {:<10} {} from {} to {}",
             "named",
-            short(text(past, "digest")),
+            short_digest(text(past, "digest")),
             text(past, "first_seen_at"),
             text(past, "confirmed_at"),
         ))?;
@@ -142,7 +142,7 @@ pub(super) async fn show(client: &Client, words: &Show, output: &mut Output<'_>)
         let is_held = part.get("held").and_then(Value::as_bool).unwrap_or_default();
         table.row(vec![
             text(part, "role").to_owned(),
-            short(text(part, "digest")),
+            short_digest(text(part, "digest")),
             text(part, "platform").to_owned(),
             bytes(number(part, "bytes")),
             if is_held { "yes" } else { "no" }.to_owned(),
@@ -197,7 +197,7 @@ pub(super) async fn log(client: &Client, words: &Log, output: &mut Output<'_>) -
             _ => Tone::Strong,
         };
         let name = match text(event, "image").split_once('@') {
-            Some((name, digest)) => format!("{name}@{}", short(digest)),
+            Some((name, digest)) => format!("{name}@{}", short_digest(digest)),
             None => text(event, "image").to_owned(),
         };
         let at = text(event, "time")

@@ -8,7 +8,7 @@ use super::show::{ago, print};
 use super::table::Table;
 use super::{Failed, Output, Stats, Tone, list, number, text};
 use crate::admin::client::Client;
-use crate::admin::words::{bytes, duration};
+use crate::admin::format::{bytes, duration};
 
 pub(super) async fn stats(client: &Client, words: &Stats, output: &mut Output<'_>) -> Result<(), Failed> {
     let status = client.get("/api/v1/status").await?;

@@ -4,7 +4,7 @@ use serde_json::{Value, json};
 
 use super::{Failed, Offline, OnOff, Output, Pin, Refresh, Rm, Tone, escaped, list, number, text};
 use crate::admin::client::Client;
-use crate::admin::words::bytes;
+use crate::admin::format::bytes;
 
 pub(super) async fn refresh(client: &Client, words: &Refresh, output: &mut Output<'_>) -> Result<(), Failed> {
     let mut undone = 0;

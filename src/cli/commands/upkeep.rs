@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use super::{Failed, Gc, Output, Tone, Verify, list, number};
 use crate::admin::client::Client;
-use crate::admin::words::bytes;
+use crate::admin::format::bytes;
 
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 

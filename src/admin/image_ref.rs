@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::reply::Problem;
+use super::response::Problem;
 use crate::oci::{Query, Reference, Repository};
 use crate::proxy::Site;
 use crate::server::Registry;
@@ -10,22 +10,22 @@ use crate::store::refs::TagKey;
 
 /// An image, read.
 #[derive(Clone)]
-pub(super) struct Named {
+pub(super) struct ImageRef {
     pub(super) site: Arc<Site>,
     pub(super) repository: Repository,
     pub(super) reference: Reference,
 }
 
-impl Named {
+impl ImageRef {
     /// Of a query's `image`.
-    pub(super) fn of_query(query: &Query, registry: &Registry) -> Result<Self, Problem> {
-        Self::read(query.get("image").unwrap_or_default(), registry)
+    pub(super) fn from_query(query: &Query, registry: &Registry) -> Result<Self, Problem> {
+        Self::parse(query.get("image").unwrap_or_default(), registry)
     }
 
     /// Reads `docker.io/library/alpine:3.20`, and the short forms that docker knows.
-    pub(super) fn read(image: &str, registry: &Registry) -> Result<Self, Problem> {
+    pub(super) fn parse(image: &str, registry: &Registry) -> Result<Self, Problem> {
         if image.is_empty() {
-            return Err(Problem::bad(
+            return Err(Problem::bad_request(
                 "say which image, as in image=docker.io/library/alpine:3.20",
             ));
         }
@@ -42,8 +42,9 @@ impl Named {
             },
             None => (registry.doors.default_site(), name),
         };
-        let wrong =
-            |error: &dyn std::fmt::Display| Problem::bad(format!("`{image}` is not an image: {error}"));
+        let wrong = |error: &dyn std::fmt::Display| {
+            Problem::bad_request(format!("`{image}` is not an image: {error}"))
+        };
         let repository: Repository = rest.parse().map_err(|error| wrong(&error))?;
         let repository = site.full_name(repository).map_err(|error| wrong(&error))?;
         let reference = reference.parse().map_err(|error| wrong(&error))?;
@@ -55,7 +56,7 @@ impl Named {
     }
 
     /// The key of its tag; a digest has none.
-    pub(super) fn key(&self) -> Option<TagKey> {
+    pub(super) fn tag_key(&self) -> Option<TagKey> {
         match &self.reference {
             Reference::Tag(tag) => Some(TagKey {
                 upstream: self.site.name().into(),
@@ -68,7 +69,7 @@ impl Named {
 }
 
 /// In full.
-impl std::fmt::Display for Named {
+impl std::fmt::Display for ImageRef {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let mark = match &self.reference {
             Reference::Tag(_) => ':',
@@ -85,7 +86,7 @@ impl std::fmt::Display for Named {
 }
 
 /// The name of a tag, in full.
-pub(super) fn name_of(key: &TagKey) -> String {
+pub(super) fn full_name(key: &TagKey) -> String {
     format!("{}/{}:{}", key.upstream, key.repository, key.tag)
 }
 
@@ -104,7 +105,7 @@ impl<'a> Nearest<'a> {
         }
     }
 
-    pub(super) fn look_at(&mut self, name: String) {
+    pub(super) fn consider(&mut self, name: String) {
         const SHOWN_MAX: usize = 3;
         const LIKENESS_MIN: f64 = 0.75;
         let likeness = strsim::jaro_winkler(self.text, &name);
@@ -124,10 +125,10 @@ impl<'a> Nearest<'a> {
 fn unknown_upstream(name: &str, registry: &Registry) -> Problem {
     let mut near = Nearest::to(name);
     for site in registry.doors.all() {
-        near.look_at(site.name().to_owned());
+        near.consider(site.name().to_owned());
     }
     Problem {
         nearest: near.names(),
-        ..Problem::bad(format!("`{name}` is not a configured upstream"))
+        ..Problem::bad_request(format!("`{name}` is not a configured upstream"))
     }
 }

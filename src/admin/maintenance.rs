@@ -7,32 +7,33 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::Admin;
-use super::reply::{Problem, Reply, answer, with_status};
-use super::routes::{blocking, parse};
+use super::response::{ApiResponse, Problem, json_response, json_with_status};
+use super::router::{blocking, parse_json};
 use crate::store::{Store, YOUNG};
 
 /// What was not used for so long goes, if nothing else is said.
-const UNUSED_FOR: Duration = Duration::from_secs(7 * 24 * 3600);
+const UNUSED_FOR_DEFAULT: Duration = Duration::from_secs(7 * 24 * 3600);
 
 impl Admin {
     /// `POST /api/v1/gc`.
-    pub(super) async fn gc_posted(&self, body: &[u8]) -> Result<Reply, Problem> {
+    pub(super) async fn gc_posted(&self, body: &[u8]) -> Result<ApiResponse, Problem> {
         #[derive(Deserialize)]
         #[serde(deny_unknown_fields)]
-        struct Wanted {
+        struct GcRequest {
             dry_run: bool,
             unused_for: Option<String>,
         }
-        let wanted: Wanted = parse(body)?;
-        let unused_for = match wanted.unused_for {
-            None => UNUSED_FOR,
-            Some(text) => humantime::parse_duration(&text)
-                .map_err(|_| Problem::bad(format!("`unused_for` is a time as in 7d, not `{text}`")))?,
+        let request: GcRequest = parse_json(body)?;
+        let unused_for = match request.unused_for {
+            None => UNUSED_FOR_DEFAULT,
+            Some(text) => humantime::parse_duration(&text).map_err(|_| {
+                Problem::bad_request(format!("`unused_for` is a time as in 7d, not `{text}`"))
+            })?,
         };
-        let (registry, is_trial) = (self.registry.load_full(), wanted.dry_run);
+        let (registry, is_trial) = (self.registry.load_full(), request.dry_run);
         let freed =
             blocking(move || Ok(registry.pull.store().blocking().collect(unused_for, is_trial)?)).await?;
-        Ok(answer(&json!({
+        Ok(json_response(&json!({
             "dry_run": is_trial,
             "unused_seconds": unused_for.max(YOUNG).as_secs(),
             "manifests": freed.manifests,
@@ -42,30 +43,30 @@ impl Admin {
     }
 
     /// `POST /api/v1/verify`. The reading goes on when whoever asked for it has gone.
-    pub(super) async fn verify_posted(&self, body: &[u8]) -> Result<Reply, Problem> {
+    pub(super) async fn verify_posted(&self, body: &[u8]) -> Result<ApiResponse, Problem> {
         #[derive(Deserialize)]
         #[serde(deny_unknown_fields)]
-        struct Wanted {
+        struct VerifyRequest {
             #[serde(default)]
             rebuild_index: bool,
         }
-        let wanted: Wanted = parse(body)?;
+        let request: VerifyRequest = parse_json(body)?;
         let registry = self.registry.load_full();
         blocking(move || {
             let store = registry.pull.store().blocking();
-            if wanted.rebuild_index {
+            if request.rebuild_index {
                 tracing::info!("the index is made anew at the operator's wish");
                 store.rebuild_index();
             }
             store.begin_verification()?;
-            Ok(with_status(StatusCode::ACCEPTED, &progress(store)))
+            Ok(json_with_status(StatusCode::ACCEPTED, &progress(store)))
         })
         .await
     }
 
     /// `GET /api/v1/verify`.
-    pub(super) fn verification(&self) -> Reply {
-        answer(&progress(self.registry.load().pull.store().blocking()))
+    pub(super) fn verification(&self) -> ApiResponse {
+        json_response(&progress(self.registry.load().pull.store().blocking()))
     }
 }
 

@@ -7,11 +7,11 @@
 //! * The host asked for must be this one, or an address: else a name that resolves to us (DNS rebinding) would make us
 //!   the same site as the attacker's page.
 //! * Where a token is configured it is asked for on TCP, for everything but health and metrics. Wrong ones are limited
-//!   (`guesses`), logged and counted.
+//!   (`failed_tokens`), logged and counted.
 //! * A change must come from our own page (its form carries a secret of this process) or from a program: JSON and
 //!   `DELETE` are what no page of another site can send without asking first, and nobody is told yes.
 
-mod guesses;
+mod failed_tokens;
 
 use std::net::IpAddr;
 use std::path::PathBuf;
@@ -27,9 +27,9 @@ use http::{HeaderMap, Method, StatusCode};
 use tokio::time::Instant;
 use zeroize::Zeroizing;
 
-use self::guesses::Guesses;
+use self::failed_tokens::FailedTokens;
 use super::archive::TAR;
-use super::reply::Problem;
+use super::response::Problem;
 use crate::config::Listen;
 use crate::oci::digest::keyed;
 use crate::store::LogLimit;
@@ -37,7 +37,7 @@ use crate::telemetry::{Events, TokenRefused};
 
 /// How a connection reached the listener.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Way {
+pub(super) enum ListenerKind {
     /// Over a TCP address of this machine alone.
     Loopback,
     /// Over a TCP address that others may reach.
@@ -49,15 +49,15 @@ pub(super) enum Way {
 /// Who sent a request.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Caller {
-    pub(super) way: Way,
+    pub(super) listener: ListenerKind,
     /// The address; none on a unix socket.
     pub(super) client: Option<IpAddr>,
 }
 
-const TOKEN_WANTED: &str =
+const TOKEN_REQUIRED: &str =
     "the admin token is needed: Authorization: Bearer <content of listen.admin_token_file>";
 
-/// Shorter than this is guessed.
+/// Shorter than this is failures.
 const TOKEN_BYTES_MIN: usize = 16;
 
 /// The admin token cannot be used. The operator's to mend.
@@ -91,37 +91,37 @@ pub fn token(listen: &Listen) -> Result<Option<Zeroizing<String>>, TokenError> {
 }
 
 /// What is asked of those who come.
-pub struct Guard {
+pub struct AdminAuth {
     token: Option<Zeroizing<String>>,
     /// Host names that are ours, besides addresses.
     names: Vec<String>,
     /// Keys the comparison of tokens, and the secret in forms. New with each process.
     secret: [u8; 32],
-    guesses: Guesses,
+    failed_tokens: FailedTokens,
     logged: LogLimit,
 }
 
-impl Guard {
+impl AdminAuth {
     /// Asks for `token`, if there is one. `names` are ours besides addresses; `secret` is new with each process.
     pub fn new(token: Option<Zeroizing<String>>, names: Vec<String>, secret: [u8; 32]) -> Arc<Self> {
         Arc::new(Self {
             token,
             names,
             secret,
-            guesses: Guesses::default(),
+            failed_tokens: FailedTokens::default(),
             logged: LogLimit::default(),
         })
     }
 
-    /// Lets a request in, or says why not. The form of a page is looked at apart, by [`Self::admits_form`].
-    pub(super) fn admit(&self, head: &Parts, caller: Caller, events: &Events) -> Result<(), Problem> {
-        let way = caller.way;
-        if way != Way::Socket {
-            self.host(head, way)?;
+    /// Lets a request in, or says why not. The form of a page is looked at apart, by [`Self::authorize_form`].
+    pub(super) fn authorize(&self, head: &Parts, caller: Caller, events: &Events) -> Result<(), Problem> {
+        let listener = caller.listener;
+        if listener != ListenerKind::Socket {
+            self.host(head, listener)?;
         }
         let path = head.uri.path();
         let is_open = matches!(path, "/healthz" | "/readyz" | "/metrics");
-        if !is_open && way != Way::Socket {
+        if !is_open && listener != ListenerKind::Socket {
             self.token(&head.headers, caller.client, events)?;
         }
         if head.method == Method::GET || head.method == Method::HEAD {
@@ -160,8 +160,8 @@ impl Guard {
     /// How long a request with a token waits before it is compared, because its address has sent too many wrong ones.
     pub(super) fn delay(&self, head: &Parts, caller: Caller) -> Option<Duration> {
         let client = caller.client.filter(|_| self.token.is_some())?;
-        sent(&head.headers)?;
-        self.guesses.wait(client, Instant::now())
+        token_of(&head.headers)?;
+        self.failed_tokens.wait(client, Instant::now())
     }
 
     /// The secret that our own page puts into its forms.
@@ -171,7 +171,7 @@ impl Guard {
     }
 
     /// Whether a form came from our own page.
-    pub(super) fn admits_form(&self, secret: &str) -> Result<(), Problem> {
+    pub(super) fn authorize_form(&self, secret: &str) -> Result<(), Problem> {
         if self.is_same(secret, &self.form_secret()) {
             return Ok(());
         }
@@ -181,21 +181,21 @@ impl Guard {
         ))
     }
 
-    fn host(&self, head: &Parts, way: Way) -> Result<(), Problem> {
+    fn host(&self, head: &Parts, listener: ListenerKind) -> Result<(), Problem> {
         let mut hosts = head.headers.get_all(HOST).iter();
         let host = hosts.next().and_then(|host| host.to_str().ok());
         let authority = host.and_then(|host| host.parse::<Authority>().ok());
         let name = authority.as_ref().map_or("", Authority::host);
         let name = name.trim_start_matches('[').trim_end_matches(']');
-        let is_ours = match (way, name.parse::<IpAddr>()) {
-            (Way::Network | Way::Socket, Ok(_)) => true,
-            (Way::Loopback, Ok(address)) => address.is_loopback(),
+        let is_local = match (listener, name.parse::<IpAddr>()) {
+            (ListenerKind::Network | ListenerKind::Socket, Ok(_)) => true,
+            (ListenerKind::Loopback, Ok(address)) => address.is_loopback(),
             (_, Err(_)) => {
                 let named = |own: &String| own.eq_ignore_ascii_case(name);
                 name.eq_ignore_ascii_case("localhost") || self.names.iter().any(named)
             }
         };
-        if is_ours && hosts.next().is_none() {
+        if is_local && hosts.next().is_none() {
             return Ok(());
         }
         Err(Problem::new(
@@ -209,10 +209,10 @@ impl Guard {
     fn token(&self, headers: &HeaderMap, client: Option<IpAddr>, events: &Events) -> Result<(), Problem> {
         let Some(token) = &self.token else { return Ok(()) };
         let now = Instant::now();
-        let Some(sent) = sent(headers) else {
-            return Err(Problem::new(StatusCode::UNAUTHORIZED, TOKEN_WANTED));
+        let Some(sent) = token_of(headers) else {
+            return Err(Problem::new(StatusCode::UNAUTHORIZED, TOKEN_REQUIRED));
         };
-        let wait = client.and_then(|client| self.guesses.wait(client, now));
+        let wait = client.and_then(|client| self.failed_tokens.wait(client, now));
         if let Some(wait) = wait {
             events.admin_token_refused(TokenRefused::TooMany);
             let detail = "too many wrong admin tokens came from this address; wait a moment";
@@ -223,12 +223,12 @@ impl Guard {
             return Ok(());
         }
         events.admin_token_refused(TokenRefused::Wrong);
-        let wrong = client.map_or(1, |client| self.guesses.note(client, now));
+        let wrong = client.map_or(1, |client| self.failed_tokens.note(client, now));
         if let Some(skipped) = self.logged.admits() {
             let client = client.map(tracing::field::display);
             tracing::warn!(client, wrong, skipped, "a wrong admin token was sent");
         }
-        Err(Problem::new(StatusCode::UNAUTHORIZED, TOKEN_WANTED))
+        Err(Problem::new(StatusCode::UNAUTHORIZED, TOKEN_REQUIRED))
     }
 
     /// Compared by their keyed hashes: how long that takes says nothing about where the two differ.
@@ -238,16 +238,16 @@ impl Guard {
 }
 
 /// `Bearer <token>`, or the password of `Basic`, which browsers can ask for.
-fn sent(headers: &HeaderMap) -> Option<Zeroizing<String>> {
-    let sent = headers.get(AUTHORIZATION)?.to_str().ok()?;
-    let (scheme, sent) = sent.split_once(' ')?;
+fn token_of(headers: &HeaderMap) -> Option<Zeroizing<String>> {
+    let value = headers.get(AUTHORIZATION)?.to_str().ok()?;
+    let (scheme, value) = value.split_once(' ')?;
     if scheme.eq_ignore_ascii_case("bearer") {
-        return Some(Zeroizing::new(sent.trim().to_owned()));
+        return Some(Zeroizing::new(value.trim().to_owned()));
     }
     if !scheme.eq_ignore_ascii_case("basic") {
         return None;
     }
-    let plain = Zeroizing::new(STANDARD.decode(sent.trim()).ok()?);
+    let plain = Zeroizing::new(STANDARD.decode(value.trim()).ok()?);
     let (_, password) = std::str::from_utf8(&plain).ok()?.split_once(':')?;
     Some(Zeroizing::new(password.to_owned()))
 }
@@ -255,15 +255,15 @@ fn sent(headers: &HeaderMap) -> Option<Zeroizing<String>> {
 /// A browser says which site's page sent a change. Programs say nothing.
 fn same_origin(head: &Parts) -> Result<(), Problem> {
     let text = |name: &str| head.headers.get(name).and_then(|value| value.to_str().ok());
-    let from_elsewhere = matches!(text("sec-fetch-site"), Some("cross-site" | "same-site"));
+    let is_cross_site = matches!(text("sec-fetch-site"), Some("cross-site" | "same-site"));
     let origin = text(ORIGIN.as_str()).and_then(|origin| origin.split_once("://"));
     let host = text(HOST.as_str()).unwrap_or_default();
-    let is_other = match (text(ORIGIN.as_str()), origin) {
+    let is_cross_origin = match (text(ORIGIN.as_str()), origin) {
         (None, _) => false,
         (Some(_), Some((_, origin))) => !origin.eq_ignore_ascii_case(host),
         (Some(_), None) => true,
     };
-    if from_elsewhere || is_other {
+    if is_cross_site || is_cross_origin {
         return Err(Problem::new(
             StatusCode::FORBIDDEN,
             "a page of another site may change nothing here",
@@ -281,46 +281,51 @@ mod tests {
     /// Method, path, headers, and the status of a refusal.
     type Case<'a> = (&'a str, &'a str, &'a [(&'a str, &'a str)], Option<u16>);
 
-    fn guard(token: Option<&str>) -> Arc<Guard> {
+    fn auth(token: Option<&str>) -> Arc<AdminAuth> {
         let token = token.map(|token| Zeroizing::new(token.to_owned()));
-        Guard::new(token, vec!["cache.example.org".to_owned()], [7; 32])
+        AdminAuth::new(token, vec!["cache.example.org".to_owned()], [7; 32])
     }
 
-    fn status(guard: &Guard, way: Way, method: &str, path: &str, headers: &[(&str, &str)]) -> Option<u16> {
+    fn status(
+        auth: &AdminAuth,
+        listener: ListenerKind,
+        method: &str,
+        path: &str,
+        headers: &[(&str, &str)],
+    ) -> Option<u16> {
         let mut request = Request::builder().method(method).uri(path);
         for (name, value) in headers {
             request = request.header(*name, *value);
         }
         let (head, ()) = request.body(()).unwrap().into_parts();
-        let client = (way != Way::Socket).then_some(IpAddr::V4(std::net::Ipv4Addr::LOCALHOST));
-        guard
-            .admit(&head, Caller { way, client }, &Events::new())
+        let client = (listener != ListenerKind::Socket).then_some(IpAddr::V4(std::net::Ipv4Addr::LOCALHOST));
+        auth.authorize(&head, Caller { listener, client }, &Events::new())
             .err()
             .map(|problem| problem.status.as_u16())
     }
 
     #[test]
     fn a_name_that_is_not_ours_is_misdirected() {
-        let guard = guard(None);
-        for (way, host, expected) in [
-            (Way::Loopback, "127.0.0.1:5001", None),
-            (Way::Loopback, "[::1]:5001", None),
-            (Way::Loopback, "localhost:5001", None),
-            (Way::Loopback, "cache.example.org", None),
-            (Way::Loopback, "evil.example", Some(421)),
-            (Way::Loopback, "192.0.2.7:5001", Some(421)),
-            (Way::Network, "192.0.2.7:5001", None),
-            (Way::Network, "evil.example", Some(421)),
-            (Way::Socket, "anything", None),
+        let auth = auth(None);
+        for (listener, host, expected) in [
+            (ListenerKind::Loopback, "127.0.0.1:5001", None),
+            (ListenerKind::Loopback, "[::1]:5001", None),
+            (ListenerKind::Loopback, "localhost:5001", None),
+            (ListenerKind::Loopback, "cache.example.org", None),
+            (ListenerKind::Loopback, "evil.example", Some(421)),
+            (ListenerKind::Loopback, "192.0.2.7:5001", Some(421)),
+            (ListenerKind::Network, "192.0.2.7:5001", None),
+            (ListenerKind::Network, "evil.example", Some(421)),
+            (ListenerKind::Socket, "anything", None),
         ] {
             assert_eq!(
-                status(&guard, way, "GET", "/api/v1/status", &[("host", host)]),
+                status(&auth, listener, "GET", "/api/v1/status", &[("host", host)]),
                 expected,
                 "{host}"
             );
         }
         assert_eq!(
-            status(&guard, Way::Loopback, "GET", "/", &[]),
+            status(&auth, ListenerKind::Loopback, "GET", "/", &[]),
             Some(421),
             "no host at all"
         );
@@ -328,7 +333,7 @@ mod tests {
 
     #[test]
     fn the_token_is_asked_for_on_tcp_but_for_health_and_metrics() {
-        let guard = guard(Some("canary"));
+        let auth = auth(Some("canary"));
         let host = ("host", "127.0.0.1");
         let basic = format!("Basic {}", STANDARD.encode("anyone:canary"));
         for (path, authorization, expected) in [
@@ -345,17 +350,20 @@ mod tests {
         ] {
             let headers = [host, ("authorization", authorization)];
             assert_eq!(
-                status(&guard, Way::Loopback, "GET", path, &headers),
+                status(&auth, ListenerKind::Loopback, "GET", path, &headers),
                 expected,
                 "{path} {authorization}"
             );
         }
-        assert_eq!(status(&guard, Way::Socket, "GET", "/api/v1/images", &[]), None);
+        assert_eq!(
+            status(&auth, ListenerKind::Socket, "GET", "/api/v1/images", &[]),
+            None
+        );
     }
 
     #[test]
     fn a_page_of_another_site_changes_nothing() {
-        let guard = guard(None);
+        let auth = auth(None);
         let (host, json) = (("host", "127.0.0.1:5001"), ("content-type", "application/json"));
         let form = ("content-type", "application/x-www-form-urlencoded");
         let cases: [Case<'_>; 8] = [
@@ -385,12 +393,12 @@ mod tests {
         ];
         for (method, path, headers, expected) in cases {
             assert_eq!(
-                status(&guard, Way::Loopback, method, path, headers),
+                status(&auth, ListenerKind::Loopback, method, path, headers),
                 expected,
                 "{method} {headers:?}"
             );
         }
-        assert!(guard.admits_form(&guard.form_secret()).is_ok());
-        assert!(guard.admits_form("").is_err());
+        assert!(auth.authorize_form(&auth.form_secret()).is_ok());
+        assert!(auth.authorize_form("").is_err());
     }
 }

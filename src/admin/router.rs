@@ -16,11 +16,11 @@ use tokio::task::spawn_blocking;
 use tokio::time::timeout;
 
 use super::events::Filter;
-use super::images::{self, Wanted};
-use super::named::Named;
-use super::reply::{Body, Problem, Reply, answer, whole, with_status};
-use super::work::{Platforms, Wish, request};
-use super::{Admin, keeping, page, status, transfers, upstreams, why};
+use super::image_ref::ImageRef;
+use super::images::{self, ListQuery};
+use super::pull_jobs::{Platforms, PullSpec, request};
+use super::response::{ApiResponse, Body, Problem, full, json_response, json_with_status};
+use super::{Admin, explain, page, status, upstreams};
 use crate::oci::{Operation, Query, Reference};
 use crate::proxy::Refreshed;
 
@@ -28,7 +28,7 @@ use crate::proxy::Refreshed;
 const BODY_BYTES_MAX: usize = 64 * 1024;
 
 /// How long it may take to come.
-const BODY_WITHIN: Duration = Duration::from_secs(30);
+const BODY_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// The description of the API.
 pub(super) const OPENAPI: &str = include_str!("openapi.json");
@@ -48,10 +48,10 @@ const METHODS: &[(&str, &str)] = &[
 
 impl Admin {
     /// A reply as its request wants it.
-    pub(super) fn finished(head: &Parts, reply: Result<Reply, Problem>) -> Reply {
-        let mut reply = reply.unwrap_or_else(|problem| Self::refusal(head, &problem));
+    pub(super) fn finish(head: &Parts, reply: Result<ApiResponse, Problem>) -> ApiResponse {
+        let mut reply = reply.unwrap_or_else(|problem| Self::problem_response(head, &problem));
         if head.method == Method::HEAD {
-            *reply.body_mut() = Body::Whole(None);
+            *reply.body_mut() = Body::Full(None);
         }
         reply
     }
@@ -62,15 +62,16 @@ impl Admin {
         head: &Parts,
         body: Incoming,
         client: Option<IpAddr>,
-    ) -> Result<Reply, Problem> {
-        let (query, _) = Query::parse(head.uri.query()).map_err(|error| Problem::bad(error.to_string()))?;
+    ) -> Result<ApiResponse, Problem> {
+        let (query, _) =
+            Query::parse(head.uri.query()).map_err(|error| Problem::bad_request(error.to_string()))?;
         let path = head.uri.path();
         match head.method.as_str() {
-            "GET" | "HEAD" => self.read(path, &query, (head, client)).await,
+            "GET" | "HEAD" => self.get(path, &query, (head, client)).await,
             "DELETE" if path == "/api/v1/images" => self.remove(&query).await,
             "POST" if path == "/api/v1/import" => self.import(&query, body).await,
             "POST" => {
-                let body = collect(body).await?;
+                let body = read_body(body).await?;
                 match path {
                     "/api/v1/why" => self.why_posted(&body).await,
                     "/api/v1/pulls" => self.pull_posted(&body),
@@ -79,20 +80,20 @@ impl Admin {
                     "/api/v1/gc" => self.gc_posted(&body).await,
                     "/api/v1/verify" => self.verify_posted(&body).await,
                     "/api/v1/pins" => self.pin_posted(&body).await,
-                    "/act" => page::act(self, &body).await,
-                    _ => Err(Self::no_such(path, &head.method)),
+                    "/act" => page::submit_form(self, &body).await,
+                    _ => Err(Self::no_such_path(path, &head.method)),
                 }
             }
-            _ => Err(Self::no_such(path, &head.method)),
+            _ => Err(Self::no_such_path(path, &head.method)),
         }
     }
 
-    async fn read(
+    async fn get(
         &self,
         path: &str,
         query: &Query,
         (head, client): (&Parts, Option<IpAddr>),
-    ) -> Result<Reply, Problem> {
+    ) -> Result<ApiResponse, Problem> {
         let now = self.clock.now();
         if let Some(id) = path.strip_prefix("/api/v1/pulls/") {
             return self.pull_of(id);
@@ -100,47 +101,53 @@ impl Admin {
         let registry = self.registry.load_full();
         Ok(match path {
             "/" => page::page(self, query, head).await?,
-            "/style.css" => whole(StatusCode::OK, "text/css; charset=utf-8", page::STYLE),
-            "/live.js" => whole(StatusCode::OK, "text/javascript; charset=utf-8", page::SCRIPT),
-            "/icon.svg" => whole(StatusCode::OK, "image/svg+xml", page::ICON),
+            "/style.css" => full(StatusCode::OK, "text/css; charset=utf-8", page::STYLE),
+            "/live.js" => full(StatusCode::OK, "text/javascript; charset=utf-8", page::SCRIPT),
+            "/icon.svg" => full(StatusCode::OK, "image/svg+xml", page::ICON),
             "/ca.pem" => self.ca().await?,
-            "/api/openapi.json" => whole(StatusCode::OK, "application/json", OPENAPI),
+            "/api/openapi.json" => full(StatusCode::OK, "application/json", OPENAPI),
             "/api/v1/status" => json_of(&self.status(now))?,
             "/api/v1/series" => {
                 let span = match query.get("span").unwrap_or("hour") {
                     "hour" => status::HOUR,
                     "day" => status::DAY,
-                    other => return Err(Problem::bad(format!("`span` is hour or day, not `{other}`"))),
+                    other => {
+                        return Err(Problem::bad_request(format!(
+                            "`span` is hour or day, not `{other}`"
+                        )));
+                    }
                 };
-                answer(&json!({ "minutes": span.1, "points": self.series(span, now) }))
+                json_response(&json!({ "minutes": span.1, "points": self.series(span, now) }))
             }
             "/api/v1/images" => {
-                let wanted = Wanted::read(query)?;
-                blocking(move || Ok(images::listed(&registry, &wanted, now))).await?
+                let list = ListQuery::read(query)?;
+                blocking(move || Ok(images::list_response(&registry, &list, now))).await?
             }
             "/api/v1/image" => {
-                let named = Named::of_query(query, &registry)?;
-                blocking(move || json_of(&images::in_full(&registry, &named, now)?)).await?
+                let named = ImageRef::from_query(query, &registry)?;
+                blocking(move || json_of(&images::details(&registry, &named, now)?)).await?
             }
             "/api/v1/why" => {
-                let named = Named::of_query(query, &registry)?;
-                json_of(&why::why(&registry, &named, None, now).await)?
+                let named = ImageRef::from_query(query, &registry)?;
+                json_of(&explain::explain(&registry, &named, None, now).await)?
             }
-            "/api/v1/upstreams" => answer(&upstreams::listed(&registry, now)),
-            "/api/v1/transfers" => answer(&json!({ "transfers": transfers::list(&registry) })),
-            "/api/v1/events" => answer(&json!({ "events": self.told(&Filter::read(query)?) })),
+            "/api/v1/upstreams" => json_response(&upstreams::to_json(&registry, now)),
+            "/api/v1/transfers" => json_response(&json!({ "transfers": status::transfers(&registry) })),
+            "/api/v1/events" => json_response(&json!({ "events": self.decisions(&Filter::read(query)?) })),
             "/api/v1/events/stream" => self.watch(Filter::read(query)?, client)?,
-            "/api/v1/clients" => answer(&json!({ "clients": self.clients_seen(now) })),
-            "/api/v1/pulls" => answer(&json!({ "pulls": self.works.list(registry.pull.downloads()) })),
-            "/api/v1/pins" => answer(&json!({ "pins": keeping::pins(&registry) })),
+            "/api/v1/clients" => json_response(&json!({ "clients": self.clients_seen(now) })),
+            "/api/v1/pulls" => {
+                json_response(&json!({ "pulls": self.pull_jobs.list(registry.pull.downloads()) }))
+            }
+            "/api/v1/pins" => json_response(&json!({ "pins": images::pins(&registry) })),
             "/api/v1/verify" => self.verification(),
             "/api/v1/export" => self.export(query).await?,
-            "/api/v1/offline" => answer(&json!({ "offline": self.offline.is_on() })),
-            _ => return Err(Self::no_such(path, &Method::GET)),
+            "/api/v1/offline" => json_response(&json!({ "offline": self.offline.is_on() })),
+            _ => return Err(Self::no_such_path(path, &Method::GET)),
         })
     }
 
-    fn no_such(path: &str, method: &Method) -> Problem {
+    fn no_such_path(path: &str, method: &Method) -> Problem {
         if METHODS.iter().any(|(known, _)| *known == path) {
             return Problem::new(
                 StatusCode::METHOD_NOT_ALLOWED,
@@ -148,7 +155,7 @@ impl Admin {
             );
         }
         if method == Method::GET {
-            return Problem::absent(format!(
+            return Problem::not_found(format!(
                 "there is no {path} here; the API is described in /api/openapi.json"
             ));
         }
@@ -158,8 +165,8 @@ impl Admin {
         )
     }
 
-    fn refusal(head: &Parts, problem: &Problem) -> Reply {
-        let mut reply = problem.reply();
+    fn problem_response(head: &Parts, problem: &Problem) -> ApiResponse {
+        let mut reply = problem.response();
         let headers = reply.headers_mut();
         if problem.status == StatusCode::UNAUTHORIZED {
             // A browser asks its user for the token as a password.
@@ -181,15 +188,15 @@ impl Admin {
         reply
     }
 
-    async fn ca(&self) -> Result<Reply, Problem> {
+    async fn ca(&self) -> Result<ApiResponse, Problem> {
         let Some(path) = self.ca.clone() else {
-            return Err(Problem::absent(
+            return Err(Problem::not_found(
                 "the certificate is the operator's own; ask whoever made it for its CA",
             ));
         };
         let read = blocking(move || Ok(std::fs::read(path))).await?;
-        let pem = read.map_err(|error| Problem::absent(format!("the CA cannot be read: {error}")))?;
-        let mut reply = whole(StatusCode::OK, "application/x-pem-file", pem);
+        let pem = read.map_err(|error| Problem::not_found(format!("the CA cannot be read: {error}")))?;
+        let mut reply = full(StatusCode::OK, "application/x-pem-file", pem);
         let name = HeaderValue::from_static("attachment; filename=\"ifnewer-ca.pem\"");
         reply.headers_mut().insert(CONTENT_DISPOSITION, name);
         Ok(reply)
@@ -199,7 +206,7 @@ impl Admin {
 /// `POST /api/v1/why`, `/refresh` and `/pulls`: an image, and with whose credential.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Asked {
+struct ImageRequest {
     image: String,
     username: Option<String>,
     password: Option<String>,
@@ -209,12 +216,12 @@ struct Asked {
     platforms: Option<Vec<String>>,
 }
 
-impl Asked {
+impl ImageRequest {
     fn authorization(&self) -> Result<Option<HeaderValue>, Problem> {
         use base64::Engine as _;
         let text = match (&self.authorization, &self.username) {
             (Some(_), Some(_)) => {
-                return Err(Problem::bad(
+                return Err(Problem::bad_request(
                     "give a username and password, or authorization; not both",
                 ));
             }
@@ -225,33 +232,36 @@ impl Asked {
             }
             (None, None) => return Ok(None),
         };
-        let mut value =
-            HeaderValue::from_str(&text).map_err(|_| Problem::bad("the credential is no header value"))?;
+        let mut value = HeaderValue::from_str(&text)
+            .map_err(|_| Problem::bad_request("the credential is no header value"))?;
         value.set_sensitive(true);
         Ok(Some(value))
     }
 }
 
 impl Admin {
-    async fn why_posted(&self, body: &[u8]) -> Result<Reply, Problem> {
-        let asked: Asked = parse(body)?;
+    async fn why_posted(&self, body: &[u8]) -> Result<ApiResponse, Problem> {
+        let request: ImageRequest = parse_json(body)?;
         let registry = self.registry.load_full();
-        let (named, authorization) = (Named::read(&asked.image, &registry)?, asked.authorization()?);
+        let (named, authorization) = (
+            ImageRef::parse(&request.image, &registry)?,
+            request.authorization()?,
+        );
         let now = self.clock.now();
-        json_of(&why::why(&registry, &named, authorization.as_ref(), now).await)
+        json_of(&explain::explain(&registry, &named, authorization.as_ref(), now).await)
     }
 
-    fn pull_posted(&self, body: &[u8]) -> Result<Reply, Problem> {
-        let asked: Asked = parse(body)?;
-        let authorization = asked.authorization()?;
-        let platforms = match asked.platforms {
-            None => Platforms::own(),
+    fn pull_posted(&self, body: &[u8]) -> Result<ApiResponse, Problem> {
+        let request: ImageRequest = parse_json(body)?;
+        let authorization = request.authorization()?;
+        let platforms = match request.platforms {
+            None => Platforms::local(),
             Some(these) if these.iter().any(|one| one == "all") => Platforms::All,
-            Some(these) => Platforms::These(these),
+            Some(these) => Platforms::Selected(these),
         };
-        let id = self.begin_pull(&asked.image, platforms, authorization)?;
-        let view = self.works.find(id, self.registry.load().pull.downloads());
-        Ok(with_status(StatusCode::ACCEPTED, &json!(view)))
+        let id = self.begin_pull(&request.image, platforms, authorization)?;
+        let view = self.pull_jobs.find(id, self.registry.load().pull.downloads());
+        Ok(json_with_status(StatusCode::ACCEPTED, &json!(view)))
     }
 
     /// Begins a pull; its number.
@@ -262,12 +272,12 @@ impl Admin {
         authorization: Option<HeaderValue>,
     ) -> Result<u64, Problem> {
         let registry = self.registry.load_full();
-        let wish = Wish {
-            named: Named::read(image, &registry)?,
+        let spec = PullSpec {
+            named: ImageRef::parse(image, &registry)?,
             platforms,
             authorization,
         };
-        let begun = self.works.begin(&registry.pull, wish, self.clock);
+        let begun = self.pull_jobs.begin(&registry.pull, spec, self.clock);
         begun.ok_or_else(|| {
             Problem::new(
                 StatusCode::SERVICE_UNAVAILABLE,
@@ -276,23 +286,23 @@ impl Admin {
         })
     }
 
-    fn pull_of(&self, id: &str) -> Result<Reply, Problem> {
+    fn pull_of(&self, id: &str) -> Result<ApiResponse, Problem> {
         let id: u64 = id
             .parse()
-            .map_err(|_| Problem::absent(format!("there is no pull `{id}`")))?;
+            .map_err(|_| Problem::not_found(format!("there is no pull `{id}`")))?;
         let registry = self.registry.load();
-        match self.works.find(id, registry.pull.downloads()) {
+        match self.pull_jobs.find(id, registry.pull.downloads()) {
             Some(view) => json_of(&view),
-            None => Err(Problem::absent(format!(
+            None => Err(Problem::not_found(format!(
                 "there is no pull {id}, or it was long ago"
             ))),
         }
     }
 
-    async fn refresh_posted(&self, body: &[u8]) -> Result<Reply, Problem> {
-        let asked: Asked = parse(body)?;
-        let authorization = asked.authorization()?;
-        let (image, refreshed) = self.refresh(&asked.image, authorization).await?;
+    async fn refresh_posted(&self, body: &[u8]) -> Result<ApiResponse, Problem> {
+        let request: ImageRequest = parse_json(body)?;
+        let authorization = request.authorization()?;
+        let (image, refreshed) = self.refresh(&request.image, authorization).await?;
         let (result, digest, cause) = match refreshed {
             Refreshed::Unchanged(digest) => ("unchanged", Some(digest), None),
             Refreshed::Newer(digest) => ("newer", Some(digest), None),
@@ -301,12 +311,12 @@ impl Admin {
             Refreshed::Silent(cause) => ("silent", None, Some(cause)),
             Refreshed::Undelivered(cause) => ("undelivered", None, Some(cause)),
         };
-        Ok(answer(&json!({
+        Ok(json_response(&json!({
             "image": image.to_string(),
             "result": result,
             "digest": digest.map(|digest| digest.to_string()),
             "cause": cause.map(crate::oci::Cause::name),
-            "sentence": page::refreshed(refreshed, image.site.name()),
+            "sentence": page::describe_refresh(refreshed, image.site.name()),
         })))
     }
 
@@ -315,61 +325,63 @@ impl Admin {
         &self,
         image: &str,
         authorization: Option<HeaderValue>,
-    ) -> Result<(Named, Refreshed), Problem> {
+    ) -> Result<(ImageRef, Refreshed), Problem> {
         let registry = self.registry.load_full();
-        let named = Named::read(image, &registry)?;
+        let named = ImageRef::parse(image, &registry)?;
         if matches!(named.reference, Reference::Digest(_)) {
-            return Err(Problem::bad("name a tag: what is asked by digest cannot change"));
+            return Err(Problem::bad_request(
+                "name a tag: what is asked by digest cannot change",
+            ));
         }
         let operation = Operation::Manifest {
             repository: named.repository.clone(),
             reference: named.reference.clone(),
         };
-        let wish = Wish {
+        let spec = PullSpec {
             named: named.clone(),
-            platforms: Platforms::own(),
+            platforms: Platforms::local(),
             authorization,
         };
         let refreshed = registry
             .pull
-            .refresh(&request(&wish, operation, self.clock))
+            .refresh(&request(&spec, operation, self.clock))
             .await;
         Ok((named, refreshed))
     }
 
-    async fn pin_posted(&self, body: &[u8]) -> Result<Reply, Problem> {
+    async fn pin_posted(&self, body: &[u8]) -> Result<ApiResponse, Problem> {
         #[derive(Deserialize)]
         #[serde(deny_unknown_fields)]
-        struct Wanted {
+        struct PinRequest {
             image: String,
             pinned: bool,
         }
-        let wanted: Wanted = parse(body)?;
-        let (image, was) = self.pin(&wanted.image, wanted.pinned).await?;
-        Ok(answer(
-            &json!({ "image": image, "pinned": wanted.pinned, "was": was }),
+        let request: PinRequest = parse_json(body)?;
+        let (image, was) = self.pin(&request.image, request.pinned).await?;
+        Ok(json_response(
+            &json!({ "image": image, "pinned": request.pinned, "was": was }),
         ))
     }
 
     /// Pins or unpins; the full name, and how it was.
     pub(super) async fn pin(&self, image: &str, pinned: bool) -> Result<(String, bool), Problem> {
         let registry = self.registry.load_full();
-        let named = Named::read(image, &registry)?;
+        let named = ImageRef::parse(image, &registry)?;
         let name = named.to_string();
-        let was = blocking(move || keeping::pin(&registry, &named, pinned)).await?;
+        let was = blocking(move || images::pin(&registry, &named, pinned)).await?;
         tracing::info!(image = name, pinned, "pinned or unpinned at the operator's wish");
         Ok((name, was))
     }
 
-    async fn offline_posted(&self, body: &[u8]) -> Result<Reply, Problem> {
+    async fn offline_posted(&self, body: &[u8]) -> Result<ApiResponse, Problem> {
         #[derive(Deserialize)]
         #[serde(deny_unknown_fields)]
-        struct Wanted {
+        struct OfflineRequest {
             offline: bool,
         }
-        let wanted: Wanted = parse(body)?;
-        let was = self.switch_offline(wanted.offline).await?;
-        Ok(answer(&json!({ "offline": wanted.offline, "was": was })))
+        let request: OfflineRequest = parse_json(body)?;
+        let was = self.switch_offline(request.offline).await?;
+        Ok(json_response(&json!({ "offline": request.offline, "was": was })))
     }
 
     /// Turns asking off or on, also for after a restart; says how it was.
@@ -385,29 +397,31 @@ impl Admin {
         Ok(was)
     }
 
-    async fn remove(&self, query: &Query) -> Result<Reply, Problem> {
-        let (all_tags, is_trial) = (flag(query, "all_tags")?, flag(query, "dry_run")?);
+    async fn remove(&self, query: &Query) -> Result<ApiResponse, Problem> {
+        let (all_tags, is_trial) = (bool_param(query, "all_tags")?, bool_param(query, "dry_run")?);
         let registry = self.registry.load_full();
-        let named = Named::of_query(query, &registry)?;
-        blocking(move || keeping::remove(&registry, &named, all_tags, is_trial)).await
+        let named = ImageRef::from_query(query, &registry)?;
+        blocking(move || images::remove(&registry, &named, all_tags, is_trial)).await
     }
 }
 
 /// A parameter that is said or not.
-pub(super) fn flag(query: &Query, name: &str) -> Result<bool, Problem> {
+pub(super) fn bool_param(query: &Query, name: &str) -> Result<bool, Problem> {
     match query.get(name) {
         None | Some("" | "false") => Ok(false),
         Some("true") => Ok(true),
-        Some(other) => Err(Problem::bad(format!("`{name}` is true or false, not `{other}`"))),
+        Some(other) => Err(Problem::bad_request(format!(
+            "`{name}` is true or false, not `{other}`"
+        ))),
     }
 }
 
-async fn collect(body: Incoming) -> Result<Bytes, Problem> {
-    let collected = timeout(BODY_WITHIN, Limited::new(body, BODY_BYTES_MAX).collect());
+async fn read_body(body: Incoming) -> Result<Bytes, Problem> {
+    let collected = timeout(BODY_TIMEOUT, Limited::new(body, BODY_BYTES_MAX).collect());
     let Ok(collected) = collected.await else {
         return Err(Problem::new(
             StatusCode::REQUEST_TIMEOUT,
-            format!("the body did not come within {} s", BODY_WITHIN.as_secs()),
+            format!("the body did not come within {} s", BODY_TIMEOUT.as_secs()),
         ));
     };
     match collected {
@@ -416,13 +430,15 @@ async fn collect(body: Incoming) -> Result<Bytes, Problem> {
             StatusCode::PAYLOAD_TOO_LARGE,
             format!("a body may have {BODY_BYTES_MAX} bytes"),
         )),
-        Err(error) => Err(Problem::bad(format!("the body could not be read: {error}"))),
+        Err(error) => Err(Problem::bad_request(format!(
+            "the body could not be read: {error}"
+        ))),
     }
 }
 
-pub(super) fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, Problem> {
+pub(super) fn parse_json<T: DeserializeOwned>(body: &[u8]) -> Result<T, Problem> {
     serde_json::from_slice(body)
-        .map_err(|error| Problem::bad(format!("the body is not what is expected: {error}")))
+        .map_err(|error| Problem::bad_request(format!("the body is not what is expected: {error}")))
 }
 
 /// Work that may touch the disk, on a thread that may wait.
@@ -431,12 +447,12 @@ pub(super) async fn blocking<T: Send + 'static>(
 ) -> Result<T, Problem> {
     spawn_blocking(work)
         .await
-        .unwrap_or_else(|_| Err(Problem::failed()))
+        .unwrap_or_else(|_| Err(Problem::task_failed()))
 }
 
-fn json_of(value: &impl serde::Serialize) -> Result<Reply, Problem> {
+fn json_of(value: &impl serde::Serialize) -> Result<ApiResponse, Problem> {
     let value = serde_json::to_value(value);
-    value.map(|value| answer(&value)).map_err(|error| {
+    value.map(|value| json_response(&value)).map_err(|error| {
         Problem::new(
             StatusCode::INTERNAL_SERVER_ERROR,
             format!("the answer cannot be written: {error}"),

@@ -1,4 +1,4 @@
-//! One pull at the operator's wish, from its tag to its last layer; what it does shows in its [`Work`].
+//! One pull at the operator's wish, from its tag to its last layer; what it does shows in its [`PullJob`].
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -6,8 +6,8 @@ use std::sync::Arc;
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 
-use super::{Layer, LayerState, Wish, Work, request};
-use crate::admin::words;
+use super::{Layer, LayerState, PullJob, PullSpec, request};
+use crate::admin::format;
 use crate::clock::Clock;
 use crate::oci::manifest::{Kind, Role};
 use crate::oci::{AnyDigest, Digest, Operation, Reference};
@@ -15,31 +15,31 @@ use crate::proxy::{Content, Outcome, Pull};
 use crate::store::manifests::HeldManifest;
 
 /// Layers of one image at a time.
-const LAYERS_AT_A_TIME: usize = 3;
+const LAYERS_PARALLEL_MAX: usize = 3;
 
 /// How deep indexes may lie in each other.
 const DEPTH_MAX: u32 = 2;
 
 /// The whole road of one pull.
-pub(super) async fn bring(
+pub(super) async fn run(
     pull: &Arc<Pull>,
-    work: &Arc<Work>,
-    wish: Wish,
+    job: &Arc<PullJob>,
+    spec: PullSpec,
     clock: Clock,
 ) -> Result<(), String> {
-    let wish = Arc::new(wish);
-    let first = manifest(pull, &wish, wish.named.reference.clone(), clock).await;
+    let spec = Arc::new(spec);
+    let first = manifest(pull, &spec, spec.named.reference.clone(), clock).await;
     let (first, reason) = first?;
     {
-        let mut progress = work.progress();
+        let mut progress = job.progress();
         progress.digest = Some(first.digest);
         progress.reason = Some(reason);
     }
     let mut manifests = VecDeque::from([(first, None::<String>, DEPTH_MAX)]);
-    let mut is_none = true;
-    while let Some((held, platform, depth)) = manifests.pop_front() {
-        if held.manifest.kind == Kind::Index {
-            for child in held
+    let mut found_none = true;
+    while let Some((stored, platform, depth)) = manifests.pop_front() {
+        if stored.manifest.kind == Kind::Index {
+            for child in stored
                 .manifest
                 .children
                 .iter()
@@ -49,38 +49,40 @@ pub(super) async fn bring(
                 if child.attests.is_some() {
                     continue;
                 }
-                let own = child.platform.as_ref().map(ToString::to_string);
-                let is_wanted = own.as_deref().is_none_or(|own| wish.platforms.want(own));
-                let Some(depth) = depth.checked_sub(1).filter(|_| is_wanted) else {
+                let platform_name = child.platform.as_ref().map(ToString::to_string);
+                let is_selected = platform_name
+                    .as_deref()
+                    .is_none_or(|platform_name| spec.platforms.includes(platform_name));
+                let Some(depth) = depth.checked_sub(1).filter(|_| is_selected) else {
                     continue;
                 };
                 let reference = Reference::Digest(child.digest.clone());
-                let (held, _) = manifest(pull, &wish, reference, clock).await?;
-                manifests.push_back((held, own, depth));
+                let (stored, _) = manifest(pull, &spec, reference, clock).await?;
+                manifests.push_back((stored, platform_name, depth));
             }
             continue;
         }
-        is_none = false;
-        list(work, &held, platform.as_deref());
-        layers(pull, work, &wish, &held, clock).await?;
-        let reference = Reference::Digest(AnyDigest::Known(held.digest));
+        found_none = false;
+        list(job, &stored, platform.as_deref());
+        layers(pull, job, &spec, &stored, clock).await?;
+        let reference = Reference::Digest(AnyDigest::Known(stored.digest));
         let operation = Operation::Manifest {
-            repository: wish.named.repository.clone(),
+            repository: spec.named.repository.clone(),
             reference,
         };
         // An image without its attestation is whole all the same, so that it cannot be had fails nothing.
-        pull.bring_attestation(&request(&wish, operation, clock), &held.digest)
+        pull.bring_attestation(&request(&spec, operation, clock), &stored.digest)
             .await;
     }
-    if is_none {
-        return Err(format!("{} has no image for the platform wanted", wish.named));
+    if found_none {
+        return Err(format!("{} has no image for the platform wanted", spec.named));
     }
     Ok(())
 }
 
-fn list(work: &Work, held: &HeldManifest, platform: Option<&str>) {
-    let mut progress = work.progress();
-    for child in &held.manifest.children {
+fn list(job: &PullJob, stored: &HeldManifest, platform: Option<&str>) {
+    let mut progress = job.progress();
+    for child in &stored.manifest.children {
         let AnyDigest::Known(digest) = child.digest else {
             continue;
         };
@@ -106,65 +108,65 @@ fn list(work: &Work, held: &HeldManifest, platform: Option<&str>) {
 
 async fn layers(
     pull: &Arc<Pull>,
-    work: &Arc<Work>,
-    wish: &Arc<Wish>,
-    held: &HeldManifest,
+    job: &Arc<PullJob>,
+    spec: &Arc<PullSpec>,
+    stored: &HeldManifest,
     clock: Clock,
 ) -> Result<(), String> {
-    let places = Arc::new(Semaphore::new(LAYERS_AT_A_TIME));
+    let permits = Arc::new(Semaphore::new(LAYERS_PARALLEL_MAX));
     let mut tasks = JoinSet::new();
-    for child in &held.manifest.children {
+    for child in &stored.manifest.children {
         let AnyDigest::Known(digest) = child.digest else {
             continue;
         };
         if child.role == Role::Manifest || child.foreign {
             continue;
         }
-        let (pull, work, wish, places) = (
+        let (pull, job, spec, permits) = (
             Arc::clone(pull),
-            Arc::clone(work),
-            Arc::clone(wish),
-            Arc::clone(&places),
+            Arc::clone(job),
+            Arc::clone(spec),
+            Arc::clone(&permits),
         );
         tasks.spawn(async move {
-            let _place = places.acquire_owned().await.ok();
-            let brought = layer(&pull, &work, &wish, digest, clock).await;
-            if brought.is_err() {
-                work.mark(&digest, LayerState::Failed);
+            let _permit = permits.acquire_owned().await.ok();
+            let result = layer(&pull, &job, &spec, digest, clock).await;
+            if result.is_err() {
+                job.mark(&digest, LayerState::Failed);
             }
-            brought
+            result
         });
     }
     let mut failed = Ok(());
-    while let Some(brought) = tasks.join_next().await {
-        let brought = brought
+    while let Some(result) = tasks.join_next().await {
+        let result = result
             .unwrap_or_else(|_| Err("the task that fetched a layer ended without an answer".to_owned()));
-        failed = failed.and(brought);
+        failed = failed.and(result);
     }
     failed
 }
 
 async fn layer(
     pull: &Arc<Pull>,
-    work: &Work,
-    wish: &Wish,
+    job: &PullJob,
+    spec: &PullSpec,
     digest: Digest,
     clock: Clock,
 ) -> Result<(), String> {
-    work.mark(&digest, LayerState::Fetching);
+    job.mark(&digest, LayerState::Fetching);
     let operation = Operation::Blob {
-        repository: wish.named.repository.clone(),
+        repository: spec.named.repository.clone(),
         digest: AnyDigest::Known(digest),
     };
-    match pull.answer(request(wish, operation, clock)).await {
+    match pull.answer(request(spec, operation, clock)).await {
         Outcome::Blob { content, .. } => match content {
             Content::Head | Content::Memory(_) | Content::File(_) => {
-                work.mark(&digest, LayerState::Held);
+                job.mark(&digest, LayerState::Held);
                 Ok(())
             }
             Content::Download(mut reader) => match reader.settled().await {
                 Ok(_) => {
-                    work.mark(&digest, LayerState::Fetched);
+                    job.mark(&digest, LayerState::Fetched);
                     Ok(())
                 }
                 Err(failure) => Err(format!("{digest}: {failure}")),
@@ -173,7 +175,7 @@ async fn layer(
         },
         Outcome::Refused(refused) => Err(format!(
             "{digest}: {}",
-            words::refused(refused.refusal, wish.named.site.name())
+            format::describe_denial(refused.refusal, spec.named.site.name())
         )),
         _ => Err(format!("{digest} cannot be stored")),
     }
@@ -181,17 +183,17 @@ async fn layer(
 
 async fn manifest(
     pull: &Arc<Pull>,
-    wish: &Wish,
+    spec: &PullSpec,
     reference: Reference,
     clock: Clock,
 ) -> Result<(Arc<HeldManifest>, &'static str), String> {
     let operation = Operation::Manifest {
-        repository: wish.named.repository.clone(),
+        repository: spec.named.repository.clone(),
         reference: reference.clone(),
     };
-    match pull.answer(request(wish, operation, clock)).await {
+    match pull.answer(request(spec, operation, clock)).await {
         Outcome::Manifest(manifest, how) => Ok((manifest, how.reason.name())),
-        Outcome::Refused(refused) => Err(words::refused(refused.refusal, wish.named.site.name())),
+        Outcome::Refused(refused) => Err(format::describe_denial(refused.refusal, spec.named.site.name())),
         _ => Err(format!("{reference} cannot be stored")),
     }
 }

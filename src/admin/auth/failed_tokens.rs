@@ -20,18 +20,18 @@ const ONE_MORE_AFTER: Duration = Duration::from_secs(1);
 const ADDRESSES_MAX: usize = 4096;
 
 /// The wrong tokens of each address.
-pub(super) struct Guesses(Cache<IpAddr, Arc<Mutex<Guessed>>>);
+pub(super) struct FailedTokens(Cache<IpAddr, Arc<Mutex<Failures>>>);
 
 /// The wrong tokens of one address.
 #[derive(Debug, Default)]
-struct Guessed {
+struct Failures {
     /// Since the address is remembered.
     wrong: u64,
     /// When the whole burst is there again.
     full_at: Option<Instant>,
 }
 
-impl Guessed {
+impl Failures {
     /// How long until another token may be tried; `None`: it may now.
     fn wait(&self, now: Instant) -> Option<Duration> {
         let used = self.full_at?.saturating_duration_since(now);
@@ -47,29 +47,29 @@ impl Guessed {
     }
 }
 
-impl Default for Guesses {
+impl Default for FailedTokens {
     fn default() -> Self {
         Self(Cache::new(ADDRESSES_MAX))
     }
 }
 
-impl Guesses {
+impl FailedTokens {
     /// How long a client waits until another of its tokens is compared.
     pub(super) fn wait(&self, client: IpAddr, now: Instant) -> Option<Duration> {
-        let guessed = self.0.get(&host_network(client))?;
-        locked(&guessed).wait(now)
+        let failures = self.0.get(&host_network(client))?;
+        locked(&failures).wait(now)
     }
 
     /// Notes a wrong token; how many it were from this address.
     pub(super) fn note(&self, client: IpAddr, now: Instant) -> u64 {
         let made = || Ok::<_, std::convert::Infallible>(Arc::default());
-        let Ok(guessed) = self.0.get_or_insert_with(&host_network(client), made);
-        locked(&guessed).note(now)
+        let Ok(failures) = self.0.get_or_insert_with(&host_network(client), made);
+        locked(&failures).note(now)
     }
 }
 
-fn locked(guessed: &Mutex<Guessed>) -> MutexGuard<'_, Guessed> {
-    guessed.lock().unwrap_or_else(PoisonError::into_inner)
+fn locked(failures: &Mutex<Failures>) -> MutexGuard<'_, Failures> {
+    failures.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]
@@ -82,14 +82,14 @@ mod tests {
 
     #[test]
     fn t14_wrong_tokens_are_slowed_to_one_a_second() {
-        let (guesses, start) = (Guesses::default(), Instant::now());
+        let (failed_tokens, start) = (FailedTokens::default(), Instant::now());
         let mut compared = 0;
         // As fast as 6,517 a second, for a minute.
         for at in 0..60 * 6_517_u32 {
             let now = start + Duration::from_secs(1) / 6_517 * at;
-            if guesses.wait(ONE, now).is_none() {
+            if failed_tokens.wait(ONE, now).is_none() {
                 compared += 1;
-                assert_eq!(guesses.note(ONE, now), compared);
+                assert_eq!(failed_tokens.note(ONE, now), compared);
             }
         }
         assert!((60..=u64::from(BURST) + 60).contains(&compared), "{compared}");
@@ -97,22 +97,26 @@ mod tests {
 
     #[test]
     fn t14_wrong_tokens_lock_out_no_other_address() {
-        let (guesses, now) = (Guesses::default(), Instant::now());
+        let (failed_tokens, now) = (FailedTokens::default(), Instant::now());
         for _ in 0..BURST {
-            assert_eq!(guesses.wait(ONE, now), None);
-            guesses.note(ONE, now);
+            assert_eq!(failed_tokens.wait(ONE, now), None);
+            failed_tokens.note(ONE, now);
         }
-        assert_eq!(guesses.wait(ONE, now), Some(ONE_MORE_AFTER));
-        assert_eq!(guesses.wait(OTHER, now), None);
-        assert_eq!(guesses.wait(ONE, now + ONE_MORE_AFTER), None);
+        assert_eq!(failed_tokens.wait(ONE, now), Some(ONE_MORE_AFTER));
+        assert_eq!(failed_tokens.wait(OTHER, now), None);
+        assert_eq!(failed_tokens.wait(ONE, now + ONE_MORE_AFTER), None);
     }
 
     #[test]
     fn t14_addresses_with_wrong_tokens_take_bounded_memory() {
-        let (guesses, now) = (Guesses::default(), Instant::now());
+        let (failed_tokens, now) = (FailedTokens::default(), Instant::now());
         for address in 0..10 * 4096_u32 {
-            guesses.note(Ipv4Addr::from_bits(address).into(), now);
+            failed_tokens.note(Ipv4Addr::from_bits(address).into(), now);
         }
-        assert!(guesses.0.len() <= ADDRESSES_MAX, "{}", guesses.0.len());
+        assert!(
+            failed_tokens.0.len() <= ADDRESSES_MAX,
+            "{}",
+            failed_tokens.0.len()
+        );
     }
 }

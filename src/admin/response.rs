@@ -1,7 +1,9 @@
 //! Answers of the admin listener, and the bodies they have.
 
+use std::collections::VecDeque;
 use std::io;
 use std::pin::Pin;
+use std::sync::{Mutex, PoisonError};
 use std::task::{Context, Poll};
 
 use bytes::Bytes;
@@ -14,11 +16,10 @@ use http_body::{Frame, SizeHint};
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
 
-use super::piped::Piped;
 use crate::archive::pipe::Piece;
 
 /// An answer.
-pub(super) type Reply = Response<Body>;
+pub(super) type ApiResponse = Response<Body>;
 
 /// The page may load what is here and nothing else, and nobody may frame it.
 const CONTENT_POLICY: HeaderValue = HeaderValue::from_static(
@@ -29,11 +30,11 @@ const CONTENT_POLICY: HeaderValue = HeaderValue::from_static(
 /// The body of an answer.
 pub(super) enum Body {
     /// All of it.
-    Whole(Option<Bytes>),
+    Full(Option<Bytes>),
     /// As it comes, until its sender is gone.
-    Live(mpsc::Receiver<Bytes>),
+    Events(mpsc::Receiver<Bytes>),
     /// An archive.
-    Piped(Piped),
+    Stream(StreamBody),
 }
 
 impl http_body::Body for Body {
@@ -45,23 +46,23 @@ impl http_body::Body for Body {
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, io::Error>>> {
         match &mut *self {
-            Self::Whole(bytes) => Poll::Ready(bytes.take().map(|bytes| Ok(Frame::data(bytes)))),
-            Self::Live(lines) => lines
+            Self::Full(bytes) => Poll::Ready(bytes.take().map(|bytes| Ok(Frame::data(bytes)))),
+            Self::Events(lines) => lines
                 .poll_recv(context)
                 .map(|line| line.map(|line| Ok(Frame::data(line)))),
-            Self::Piped(piped) => Pin::new(piped).poll_frame(context),
+            Self::Stream(piped) => Pin::new(piped).poll_frame(context),
         }
     }
 
     fn is_end_stream(&self) -> bool {
-        matches!(self, Self::Whole(None))
+        matches!(self, Self::Full(None))
     }
 
     fn size_hint(&self) -> SizeHint {
         match self {
-            Self::Whole(bytes) => SizeHint::with_exact(bytes.as_ref().map_or(0, |bytes| bytes.len() as u64)),
-            Self::Live(_) => SizeHint::default(),
-            Self::Piped(piped) => piped.size_hint(),
+            Self::Full(bytes) => SizeHint::with_exact(bytes.as_ref().map_or(0, |bytes| bytes.len() as u64)),
+            Self::Events(_) => SizeHint::default(),
+            Self::Stream(piped) => piped.size_hint(),
         }
     }
 }
@@ -94,7 +95,7 @@ impl Problem {
     }
 
     /// The task that was to answer ended in a panic, or with the process.
-    pub(super) fn failed() -> Self {
+    pub(super) fn task_failed() -> Self {
         Self::new(
             StatusCode::INTERNAL_SERVER_ERROR,
             "the task ended without an answer; the log says why",
@@ -108,15 +109,15 @@ impl Problem {
         }
     }
 
-    pub(super) fn bad(detail: impl Into<String>) -> Self {
+    pub(super) fn bad_request(detail: impl Into<String>) -> Self {
         Self::new(StatusCode::BAD_REQUEST, detail)
     }
 
-    pub(super) fn absent(detail: impl Into<String>) -> Self {
+    pub(super) fn not_found(detail: impl Into<String>) -> Self {
         Self::new(StatusCode::NOT_FOUND, detail)
     }
 
-    pub(super) fn reply(&self) -> Reply {
+    pub(super) fn response(&self) -> ApiResponse {
         let title = self.status.canonical_reason().unwrap_or("error");
         let mut body = json!({
             "type": "about:blank",
@@ -129,11 +130,11 @@ impl Problem {
         {
             fields.insert("nearest".to_owned(), json!(self.nearest));
         }
-        let mut reply = whole(self.status, "application/problem+json", body.to_string());
+        let mut response = full(self.status, "application/problem+json", body.to_string());
         if let Some(seconds) = self.retry_after_s {
-            reply.headers_mut().insert(RETRY_AFTER, seconds.into());
+            response.headers_mut().insert(RETRY_AFTER, seconds.into());
         }
-        reply
+        response
     }
 }
 
@@ -144,47 +145,51 @@ impl From<crate::store::Fault> for Problem {
 }
 
 /// 200 with JSON.
-pub(super) fn answer(value: &Value) -> Reply {
-    with_status(StatusCode::OK, value)
+pub(super) fn json_response(value: &Value) -> ApiResponse {
+    json_with_status(StatusCode::OK, value)
 }
 
 /// JSON under this status.
-pub(super) fn with_status(status: StatusCode, value: &Value) -> Reply {
-    whole(status, "application/json", value.to_string())
+pub(super) fn json_with_status(status: StatusCode, value: &Value) -> ApiResponse {
+    full(status, "application/json", value.to_string())
 }
 
 /// A whole body of this type.
-pub(super) fn whole(status: StatusCode, kind: &'static str, body: impl Into<Bytes>) -> Reply {
+pub(super) fn full(status: StatusCode, kind: &'static str, body: impl Into<Bytes>) -> ApiResponse {
     let body = body.into();
     let length = body.len();
-    let mut reply = bare(status, kind, Body::Whole(Some(body)));
-    reply.headers_mut().insert(CONTENT_LENGTH, length.into());
-    reply
+    let mut response = with_headers(status, kind, Body::Full(Some(body)));
+    response.headers_mut().insert(CONTENT_LENGTH, length.into());
+    response
 }
 
 /// Events as they come (server-sent events).
-pub(super) fn live(lines: mpsc::Receiver<Bytes>) -> Reply {
-    bare(StatusCode::OK, "text/event-stream", Body::Live(lines))
+pub(super) fn event_stream(lines: mpsc::Receiver<Bytes>) -> ApiResponse {
+    with_headers(StatusCode::OK, "text/event-stream", Body::Events(lines))
 }
 
 /// An archive of so many bytes, as it is written.
-pub(super) fn piped(kind: &'static str, pieces: mpsc::Receiver<Piece>, bytes: u64) -> Reply {
-    bare(StatusCode::OK, kind, Body::Piped(Piped::new(pieces, Some(bytes))))
+pub(super) fn stream(kind: &'static str, pieces: mpsc::Receiver<Piece>, bytes: u64) -> ApiResponse {
+    with_headers(
+        StatusCode::OK,
+        kind,
+        Body::Stream(StreamBody::new(pieces, Some(bytes))),
+    )
 }
 
 /// Sends a browser on, after a form was done.
-pub(super) fn see_other(to: &str) -> Reply {
-    let mut reply = whole(StatusCode::SEE_OTHER, "text/plain; charset=utf-8", Bytes::new());
+pub(super) fn see_other(to: &str) -> ApiResponse {
+    let mut response = full(StatusCode::SEE_OTHER, "text/plain; charset=utf-8", Bytes::new());
     if let Ok(to) = HeaderValue::from_str(to) {
-        reply.headers_mut().insert(LOCATION, to);
+        response.headers_mut().insert(LOCATION, to);
     }
-    reply
+    response
 }
 
-fn bare(status: StatusCode, kind: &'static str, body: Body) -> Reply {
-    let mut reply = Response::new(body);
-    *reply.status_mut() = status;
-    let headers = reply.headers_mut();
+fn with_headers(status: StatusCode, kind: &'static str, body: Body) -> ApiResponse {
+    let mut response = Response::new(body);
+    *response.status_mut() = status;
+    let headers = response.headers_mut();
     let fixed: [(HeaderName, HeaderValue); 6] = [
         (CONTENT_TYPE, HeaderValue::from_static(kind)),
         (CACHE_CONTROL, HeaderValue::from_static("no-store")),
@@ -194,5 +199,66 @@ fn bare(status: StatusCode, kind: &'static str, body: Body) -> Reply {
         (CONTENT_SECURITY_POLICY, CONTENT_POLICY),
     ];
     headers.extend(fixed);
-    reply
+    response
+}
+
+/// What comes out of a pipe, as the body of a message. An error breaks the message off.
+pub(super) struct StreamBody {
+    pieces: mpsc::Receiver<Piece>,
+    /// How much will come, where that is known.
+    bytes: Option<u64>,
+}
+
+impl StreamBody {
+    pub(super) fn new(pieces: mpsc::Receiver<Piece>, bytes: Option<u64>) -> Self {
+        Self { pieces, bytes }
+    }
+}
+
+impl http_body::Body for StreamBody {
+    type Data = Bytes;
+    type Error = io::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, io::Error>>> {
+        self.pieces
+            .poll_recv(context)
+            .map(|piece| piece.map(|piece| piece.map(Frame::data)))
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.bytes.map_or_else(SizeHint::default, SizeHint::with_exact)
+    }
+}
+
+/// FlashMessages remembered.
+const FLASH_MESSAGES_MAX: usize = 32;
+
+/// The last messages shown after a form redirect. Stored on the server, because a message in the URL could be forged.
+#[derive(Default)]
+pub(super) struct FlashMessages(Mutex<(u64, VecDeque<(u64, String)>)>);
+
+impl FlashMessages {
+    /// Stores a message and returns its id.
+    pub(super) fn add(&self, text: String) -> u64 {
+        let mut messages = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        messages.0 += 1;
+        let number = messages.0;
+        if messages.1.len() >= FLASH_MESSAGES_MAX {
+            messages.1.pop_front();
+        }
+        messages.1.push_back((number, text));
+        number
+    }
+
+    pub(super) fn get(&self, number: u64) -> Option<String> {
+        let messages = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        messages
+            .1
+            .iter()
+            .find(|(id, _)| *id == number)
+            .map(|(_, text)| text.clone())
+    }
 }

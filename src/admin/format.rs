@@ -1,4 +1,4 @@
-//! Times, sizes and decisions in words, the same for the page, the API and the command line.
+//! Times, sizes and decisions in parts, the same for the page, the API and the command line.
 
 use std::time::{Duration, SystemTime};
 
@@ -27,27 +27,27 @@ pub fn duration(duration: Duration) -> String {
     let seconds = duration.as_secs();
     let units = [(86_400, "d"), (3_600, "h"), (60, "m"), (1, "s")];
     let mut left = seconds;
-    let mut words = Vec::new();
+    let mut parts = Vec::new();
     for (length, unit) in units {
         let count = left / length;
         left %= length;
         if count > 0 {
-            words.push(format!("{count}{unit}"));
-        } else if !words.is_empty() {
+            parts.push(format!("{count}{unit}"));
+        } else if !parts.is_empty() {
             break;
         }
-        if words.len() == 2 {
+        if parts.len() == 2 {
             break;
         }
     }
-    if words.is_empty() {
-        words.push("0s".to_owned());
+    if parts.is_empty() {
+        parts.push("0s".to_owned());
     }
-    words.join(" ")
+    parts.join(" ")
 }
 
 /// A digest as people compare it: the algorithm and the first twelve digits.
-pub fn short(digest: &str) -> String {
+pub fn short_digest(digest: &str) -> String {
     match digest.split_once(':') {
         Some((algorithm, hex)) => format!("{algorithm}:{}", hex.get(..12).unwrap_or(hex)),
         None => digest.to_owned(),
@@ -55,11 +55,11 @@ pub fn short(digest: &str) -> String {
 }
 
 /// Why a client got what it got, or did not get it whole, as the end of a story about `upstream`.
-pub(super) fn decision(decision: &Decision) -> String {
+pub(super) fn describe_decision(decision: &Decision) -> String {
     let so_far = bytes(decision.bytes);
     let upstream = &*decision.upstream;
     match decision.ended {
-        Ended::Complete => decided(decision),
+        Ended::Complete => describe_complete(decision),
         Ended::Aborted if decision.reason == "client-left" => {
             "the client left before it was answered".to_owned()
         }
@@ -74,7 +74,7 @@ pub(super) fn decision(decision: &Decision) -> String {
     }
 }
 
-fn decided(decision: &Decision) -> String {
+fn describe_complete(decision: &Decision) -> String {
     let upstream = &*decision.upstream;
     let silent = |what: &str| match decision.cause {
         Some(cause) => format!("{upstream} {cause}: {what}"),
@@ -118,7 +118,7 @@ fn decided(decision: &Decision) -> String {
 }
 
 /// What a verdict to serve means.
-pub(super) fn served(served: Served, upstream: &str) -> String {
+pub(super) fn describe_serve(served: Served, upstream: &str) -> String {
     let after =
         |cause: Option<Cause>| cause.map_or(String::new(), |cause| format!(", because {upstream} {cause}"));
     match served {
@@ -151,7 +151,7 @@ pub(super) fn served(served: Served, upstream: &str) -> String {
 }
 
 /// Why something would be fetched.
-pub(super) fn fetched(why: Why, upstream: &str) -> String {
+pub(super) fn describe_fetch(why: Why, upstream: &str) -> String {
     match why {
         Why::NotHeld => format!("fetch it from {upstream}: it is not held"),
         Why::Newer => format!("fetch the newer one from {upstream}"),
@@ -160,7 +160,7 @@ pub(super) fn fetched(why: Why, upstream: &str) -> String {
 }
 
 /// Why it would be refused.
-pub(super) fn refused(refusal: Refusal, upstream: &str) -> String {
+pub(super) fn describe_denial(refusal: Refusal, upstream: &str) -> String {
     match refusal {
         Refusal::NotHeld => "refuse: it is not held, and the policy `never` forbids asking".to_owned(),
         Refusal::NotVouched => format!(
@@ -185,7 +185,7 @@ mod tests {
 
     #[test]
     fn durations_are_told_in_their_two_largest_units() {
-        for (seconds, words) in [
+        for (seconds, parts) in [
             (0, "0s"),
             (59, "59s"),
             (60, "1m"),
@@ -193,13 +193,13 @@ mod tests {
             (90_061, "1d 1h"),
             (3_605, "1h"),
         ] {
-            assert_eq!(duration(Duration::from_secs(seconds)), words);
+            assert_eq!(duration(Duration::from_secs(seconds)), parts);
         }
     }
 
     #[test]
     fn sizes_and_digests_are_short() {
         assert_eq!(bytes(1_610_612_736), "1.5 GiB");
-        assert_eq!(short("sha256:0123456789abcdef"), "sha256:0123456789ab");
+        assert_eq!(short_digest("sha256:0123456789abcdef"), "sha256:0123456789ab");
     }
 }

@@ -28,20 +28,20 @@ use tokio::sync::oneshot;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::Admin;
-use super::guard::{Caller, Way};
-use super::health::{Asked, READS_MAX};
-use super::places::{Place, Places};
-use super::reply::{Body, Problem, Reply};
+use super::auth::{Caller, ListenerKind};
+use super::concurrency_limit::{ConcurrencyLimit, Permit};
+use super::health::{HealthEndpoint, READS_MAX};
+use super::response::{ApiResponse, Body, Problem};
 use crate::server::connections::{Bounds, Connections, Entering, InFlight, Slot};
 use crate::server::{Pardon, Pardoned, Watched};
 
 const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How long nothing may move on a connection while an answer is sent. Event streams move every 15 s.
-const QUIET_MAX: Duration = Duration::from_secs(60);
+const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// How long a connection waits for a place of its address.
-const PLACE_WITHIN: Duration = Duration::from_secs(5);
+const SLOT_TIMEOUT: Duration = Duration::from_secs(5);
 
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
@@ -65,14 +65,14 @@ impl Admin {
             .enable_all()
             .max_blocking_threads(READS_MAX)
             .build()?;
-        let listener = Unregistered::new(listener)?;
-        let serving = Serving::new(self, Runtime::current());
+        let listener = DetachedListener::new(listener)?;
+        let server = AdminServer::new(self, Runtime::current());
         let (closed, is_closed) = oneshot::channel::<Infallible>();
         let thread = std::thread::Builder::new().name("admin".to_owned());
         thread.spawn(move || {
             runtime.block_on(async move {
-                match listener.registered() {
-                    Ok(listener) => serving.accept(listener).await,
+                match listener.attach() {
+                    Ok(listener) => server.accept(listener).await,
                     Err(error) => tracing::error!(%error, "the admin listener cannot be used"),
                 }
                 drop(closed);
@@ -84,12 +84,12 @@ impl Admin {
 }
 
 /// A listener between two runtimes: each has its own poll of the system.
-enum Unregistered {
+enum DetachedListener {
     Tcp(std::net::TcpListener),
     Unix(std::os::unix::net::UnixListener),
 }
 
-impl Unregistered {
+impl DetachedListener {
     fn new(listener: Listener) -> io::Result<Self> {
         Ok(match listener {
             Listener::Tcp(listener) => Self::Tcp(listener.into_std()?),
@@ -97,7 +97,7 @@ impl Unregistered {
         })
     }
 
-    fn registered(self) -> io::Result<Listener> {
+    fn attach(self) -> io::Result<Listener> {
         Ok(match self {
             Self::Tcp(listener) => Listener::Tcp(TcpListener::from_std(listener)?),
             Self::Unix(listener) => Listener::Unix(UnixListener::from_std(listener)?),
@@ -116,12 +116,12 @@ impl Listener {
         })
     }
 
-    fn way(&self) -> Way {
+    fn kind(&self) -> ListenerKind {
         match self {
-            Self::Unix(_) => Way::Socket,
+            Self::Unix(_) => ListenerKind::Socket,
             Self::Tcp(listener) => match listener.local_addr() {
-                Ok(address) if address.ip().is_loopback() => Way::Loopback,
-                _ => Way::Network,
+                Ok(address) if address.ip().is_loopback() => ListenerKind::Loopback,
+                _ => ListenerKind::Network,
             },
         }
     }
@@ -129,34 +129,34 @@ impl Listener {
 
 /// What every connection shares. Cheap to clone.
 #[derive(Clone)]
-struct Serving {
+struct AdminServer {
     admin: Admin,
     /// Where requests that are not of health are answered.
-    rest: Runtime,
+    workers: Runtime,
     connections: Connections,
-    requests: Places,
+    requests: ConcurrencyLimit,
 }
 
-impl Serving {
-    fn new(admin: Admin, rest: Runtime) -> Self {
-        let places = admin.connections_max;
+impl AdminServer {
+    fn new(admin: Admin, workers: Runtime) -> Self {
+        let connections = admin.connections_max;
         let bounds = Bounds {
-            places,
-            per_address: places / 2,
-            waiting: places / 2,
+            places: connections,
+            per_address: connections / 2,
+            waiting: connections / 2,
             closes_at_address: true,
         };
         Self {
             connections: Connections::new("admin", bounds, admin.events.clone()),
-            requests: Places::new(places / 2, places / 4),
+            requests: ConcurrencyLimit::new(connections / 2, connections / 4),
             admin,
-            rest,
+            workers,
         }
     }
 
     /// Accepts until the process is to end.
     async fn accept(&self, listener: Listener) {
-        let way = listener.way();
+        let kind = listener.kind();
         let ending = self.admin.ending.clone();
         loop {
             let accepted = tokio::select! {
@@ -172,21 +172,24 @@ impl Serving {
                     continue;
                 }
             };
-            let caller = Caller { way, client };
+            let caller = Caller {
+                listener: kind,
+                client,
+            };
             match self.connections.enter(client) {
                 Entering::Seated(seat) => {
                     let slot = tokio::select! {
                         () = ending.cancelled() => return,
                         slot = self.connections.place(seat) => slot,
                     };
-                    tokio::spawn(self.clone().speak(stream, slot, caller));
+                    tokio::spawn(self.clone().serve_connection(stream, slot, caller));
                 }
                 Entering::Waits(wait) => {
-                    let serving = self.clone();
+                    let server = self.clone();
                     tokio::spawn(async move {
-                        match wait.slot(PLACE_WITHIN).await {
-                            Some(slot) => serving.speak(stream, slot, caller).await,
-                            None => serving.refuse(caller),
+                        match wait.slot(SLOT_TIMEOUT).await {
+                            Some(slot) => server.serve_connection(stream, slot, caller).await,
+                            None => server.refuse(caller),
                         }
                     });
                 }
@@ -199,7 +202,7 @@ impl Serving {
 
     fn refuse(&self, caller: Caller) {
         self.admin.events.connection_refused();
-        if let Some(skipped) = self.admin.refused.admits() {
+        if let Some(skipped) = self.admin.refusal_log.admits() {
             let client = caller.client.map(tracing::field::display);
             tracing::warn!(
                 client,
@@ -209,17 +212,17 @@ impl Serving {
         }
     }
 
-    async fn speak(self, stream: Box<dyn Stream>, slot: Slot, caller: Caller) {
+    async fn serve_connection(self, stream: Box<dyn Stream>, slot: Slot, caller: Caller) {
         let (handle, pardon) = (slot.handle(), Pardon::default());
         let service = service_fn(|request: Request<Incoming>| {
             let (busy, unhurried) = (handle.request(), pardon.hold());
-            let serving = self.clone();
+            let server = self.clone();
             async move {
-                let reply = serving.answer(request, caller).await;
-                Ok::<_, Infallible>(reply.map(|reply| reply.guarded(busy, unhurried)))
+                let reply = server.respond(request, caller).await;
+                Ok::<_, Infallible>(reply.map(|reply| reply.for_connection(busy, unhurried)))
             }
         });
-        let stream = TokioIo::new(Watched::new(stream, QUIET_MAX, pardon.clone()));
+        let stream = TokioIo::new(Watched::new(stream, IDLE_TIMEOUT, pardon.clone()));
         let mut connection = pin!(
             http1::Builder::new()
                 .timer(TokioTimer::new())
@@ -239,64 +242,64 @@ impl Serving {
     }
 
     /// Answers one request. Total.
-    async fn answer(&self, request: Request<Incoming>, caller: Caller) -> Response<Answer> {
+    async fn respond(&self, request: Request<Incoming>, caller: Caller) -> Response<PermittedBody> {
         let (head, body) = request.into_parts();
-        let (admin, guard) = (&self.admin, &self.admin.guard);
-        if let Some(asked) = Asked::of(&head) {
-            let reply = match guard.admit(&head, caller, &admin.events) {
-                Ok(()) => admin.health(asked).await,
+        let (admin, auth) = (&self.admin, &self.admin.auth);
+        if let Some(endpoint) = HealthEndpoint::of(&head) {
+            let reply = match auth.authorize(&head, caller, &admin.events) {
+                Ok(()) => admin.health(endpoint).await,
                 Err(problem) => Err(problem),
             };
-            return Admin::finished(&head, reply).map(Answer::without_place);
+            return Admin::finish(&head, reply).map(PermittedBody::without_permit);
         }
-        let Some(place) = self.requests.take(caller.client) else {
+        let Some(permit) = self.requests.try_acquire(caller.client) else {
             let problem =
                 Problem::busy("as many requests are answered at a time as may be, in all or of this address");
-            return Admin::finished(&head, Err(problem)).map(Answer::without_place);
+            return Admin::finish(&head, Err(problem)).map(PermittedBody::without_permit);
         };
-        if let Some(delay) = guard.delay(&head, caller) {
+        if let Some(delay) = auth.delay(&head, caller) {
             tokio::time::sleep(delay).await;
         }
-        if let Err(problem) = guard.admit(&head, caller, &admin.events) {
-            return Admin::finished(&head, Err(problem)).map(Answer::without_place);
+        if let Err(problem) = auth.authorize(&head, caller, &admin.events) {
+            return Admin::finish(&head, Err(problem)).map(PermittedBody::without_permit);
         }
         let admin = self.admin.clone();
         // Ends with the client, as it would if it were polled here.
-        let answered = AbortOnDropHandle::new(self.rest.spawn(async move {
+        let answered = AbortOnDropHandle::new(self.workers.spawn(async move {
             let reply = admin.route(&head, body, caller.client).await;
-            Admin::finished(&head, reply)
+            Admin::finish(&head, reply)
         }));
-        let reply: Reply = match answered.await {
+        let reply: ApiResponse = match answered.await {
             Ok(reply) => reply,
-            Err(_) => Problem::failed().reply(),
+            Err(_) => Problem::task_failed().response(),
         };
-        reply.map(|body| Answer {
+        reply.map(|body| PermittedBody {
             body,
-            place: Some(place),
+            permit: Some(permit),
         })
     }
 }
 
 /// A body, and the place of its request.
-struct Answer {
+struct PermittedBody {
     body: Body,
-    place: Option<Place>,
+    permit: Option<Permit>,
 }
 
-impl Answer {
-    fn without_place(body: Body) -> Self {
-        Self { body, place: None }
+impl PermittedBody {
+    fn without_permit(body: Body) -> Self {
+        Self { body, permit: None }
     }
 
     /// An event stream has a place of its own kind. Archives are read and written at the pace of a disk or of a pipe.
-    fn guarded(self, busy: InFlight, unhurried: Pardoned) -> Guarded {
+    fn for_connection(self, busy: InFlight, unhurried: Pardoned) -> ConnectionBody {
         let (is_live, is_piped) = (
-            matches!(self.body, Body::Live(_)),
-            matches!(self.body, Body::Piped(_)),
+            matches!(self.body, Body::Events(_)),
+            matches!(self.body, Body::Stream(_)),
         );
-        Guarded {
+        ConnectionBody {
             body: self.body,
-            _place: self.place.filter(|_| !is_live),
+            _permit: self.permit.filter(|_| !is_live),
             _busy: busy,
             _unhurried: is_piped.then_some(unhurried),
         }
@@ -304,14 +307,14 @@ impl Answer {
 }
 
 /// A body on its way, with what is held until its end.
-struct Guarded {
+struct ConnectionBody {
     body: Body,
-    _place: Option<Place>,
+    _permit: Option<Permit>,
     _busy: InFlight,
     _unhurried: Option<Pardoned>,
 }
 
-impl http_body::Body for Guarded {
+impl http_body::Body for ConnectionBody {
     type Data = Bytes;
     type Error = io::Error;
 

@@ -1,4 +1,4 @@
-//! Why a client would get what it would get now: the situation and the verdict, in words.
+//! Explanation a client would get what it would get now: the situation and the verdict, in words.
 
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -6,8 +6,10 @@ use std::time::SystemTime;
 use http::HeaderValue;
 use serde::Serialize;
 
-use super::named::Named;
-use super::words::{confirmed, duration, fetched, refused, rfc3339, served, short};
+use super::format::{
+    confirmed, describe_denial, describe_fetch, describe_serve, duration, rfc3339, short_digest,
+};
+use super::image_ref::ImageRef;
 use crate::oci::{Algorithm, Cause, Digest};
 use crate::policy::{
     Absence, Heard, Held, Holding, Policy, Rest, Situation, Standing, Subject, Verdict, Whose, decide,
@@ -17,11 +19,11 @@ use crate::store::refs::NEVER_CONFIRMED;
 
 /// The answer to "why".
 #[derive(Serialize)]
-pub(super) struct Why {
+pub(super) struct Explanation {
     pub(super) image: String,
     pub(super) rule: String,
     pub(super) policy: &'static str,
-    pub(super) held: Option<HeldCopy>,
+    pub(super) held: Option<CachedCopy>,
     /// `unknown`, `lapsed` or `vouched`: what the upstream has shown about this principal's right.
     pub(super) standing: &'static str,
     pub(super) fresh_seconds: u64,
@@ -35,31 +37,31 @@ pub(super) struct Why {
     /// From what that follows.
     pub(super) because: Vec<String>,
     /// What would follow from each thing the upstream may say.
-    pub(super) then: Vec<Case>,
+    pub(super) then: Vec<WhatIf>,
     /// The verdict and the facts it follows from, as `name=value`, for a report of a fault.
     pub(super) explanation: String,
 }
 
 #[derive(Serialize)]
-pub(super) struct HeldCopy {
+pub(super) struct CachedCopy {
     pub(super) digest: String,
     pub(super) confirmed_at: Option<String>,
     pub(super) whole: bool,
 }
 
 #[derive(Serialize)]
-pub(super) struct Case {
+pub(super) struct WhatIf {
     pub(super) upstream_says: &'static str,
     pub(super) client_gets: String,
 }
 
 /// What would be decided now for a client with this `Authorization`. Asks nobody.
-pub(super) async fn why(
+pub(super) async fn explain(
     registry: &Registry,
-    named: &Named,
+    named: &ImageRef,
     authorization: Option<&HeaderValue>,
     now: SystemTime,
-) -> Why {
+) -> Explanation {
     let site = &named.site;
     let (situation, verdict, rule) = registry
         .pull
@@ -71,11 +73,11 @@ pub(super) async fn why(
         (Verdict::Ask, Some(cause)) => decide(&situation.having_heard(Heard::Silent(cause))),
         _ => verdict,
     };
-    Why {
+    Explanation {
         image: named.to_string(),
         rule: rule.to_string(),
         policy: situation.policy.name(),
-        held: situation.held.map(|held| HeldCopy {
+        held: situation.held.map(|held| CachedCopy {
             digest: held.digest.to_string(),
             confirmed_at: confirmed(held.confirmed_at),
             whole: held.rest == Rest::Held,
@@ -87,17 +89,17 @@ pub(super) async fn why(
         upstream_silent: silent.map(Cause::name),
         verdict: told.name(),
         sentence: sentence(told, site.name()),
-        because: because(&situation, site.name(), &rule, authorization.is_some(), silent),
+        because: reasons(&situation, site.name(), &rule, authorization.is_some(), silent),
         then: match told {
-            Verdict::Ask | Verdict::Check(_) => cases(&situation, site.name()),
+            Verdict::Ask | Verdict::Check(_) => what_ifs(&situation, site.name()),
             Verdict::Serve(_) | Verdict::Fetch(_) | Verdict::Refuse(_) => Vec::new(),
         },
-        explanation: explanation(verdict, &situation),
+        explanation: facts(verdict, &situation),
     }
 }
 
 /// The facts of a decision in one line, each under the name that it has in the log, the configuration or the API.
-fn explanation(verdict: Verdict, situation: &Situation) -> String {
+fn facts(verdict: Verdict, situation: &Situation) -> String {
     let subject = match situation.subject {
         Subject::Tag => "tag",
         Subject::Manifest => "manifest",
@@ -133,14 +135,17 @@ fn sentence(verdict: Verdict, upstream: &str) -> String {
         Verdict::Ask => {
             format!("ask {upstream} by HEAD which digest it names now, with the client's own credential")
         }
-        Verdict::Serve(how) => served(how, upstream),
-        Verdict::Check(how) => format!("{}, if {upstream} has the rest of it", served(how, upstream)),
-        Verdict::Fetch(why) => fetched(why, upstream),
-        Verdict::Refuse(refusal) => refused(refusal, upstream),
+        Verdict::Serve(how) => describe_serve(how, upstream),
+        Verdict::Check(how) => format!(
+            "{}, if {upstream} has the rest of it",
+            describe_serve(how, upstream)
+        ),
+        Verdict::Fetch(why) => describe_fetch(why, upstream),
+        Verdict::Refuse(refusal) => describe_denial(refusal, upstream),
     }
 }
 
-fn because(
+fn reasons(
     situation: &Situation,
     upstream: &str,
     rule: &Arc<str>,
@@ -150,7 +155,7 @@ fn because(
     let mut lines = vec![format!("policy {}, by {rule}", situation.policy)];
     lines.push(match situation.held {
         None => "no copy is held that this client could be given".to_owned(),
-        Some(held) => copy(&held, situation),
+        Some(held) => describe_copy(&held, situation),
     });
     let who = if has_credential {
         "this credential"
@@ -173,8 +178,8 @@ fn because(
     lines
 }
 
-fn copy(held: &Held, situation: &Situation) -> String {
-    let digest = short(&held.digest.to_string());
+fn describe_copy(held: &Held, situation: &Situation) -> String {
+    let digest = short_digest(&held.digest.to_string());
     let whole = match held.rest {
         Rest::Held => "held whole",
         Rest::Missing { earlier: Some(_) } => "held in part, and an earlier image whole",
@@ -201,7 +206,7 @@ fn copy(held: &Held, situation: &Situation) -> String {
 }
 
 /// Each thing the upstream may say, judged.
-fn cases(situation: &Situation, upstream: &str) -> Vec<Case> {
+fn what_ifs(situation: &Situation, upstream: &str) -> Vec<WhatIf> {
     let same = situation
         .held
         .map_or_else(|| Digest::of(Algorithm::Sha256, b""), |held| held.digest);
@@ -222,7 +227,7 @@ fn cases(situation: &Situation, upstream: &str) -> Vec<Case> {
     }
     heard
         .into_iter()
-        .map(|(upstream_says, heard)| Case {
+        .map(|(upstream_says, heard)| WhatIf {
             upstream_says,
             client_gets: sentence(decide(&situation.having_heard(heard)), upstream),
         })

@@ -1,9 +1,9 @@
-//! Pulls at the operator's wish: an image brought into the cache before anybody asks, by the same road as a client's.
+//! Pulls at the operator's wish: an image result into the cache before anybody asks, by the same road as a client's.
 //!
 //! The tag, then of an index the manifests of the platforms wanted, then every config and layer. What is held is not
-//! fetched again. The work goes on when whoever asked for it has gone; its progress can be looked at by its number.
+//! fetched again. The job goes on when whoever asked for it has gone; its progress can be looked at by its number.
 
-mod bring;
+mod run;
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -13,8 +13,8 @@ use http::HeaderValue;
 use serde::Serialize;
 use tokio::sync::Semaphore;
 
-use super::named::Named;
-use super::words::rfc3339;
+use super::format::rfc3339;
+use super::image_ref::ImageRef;
 use crate::clock::Clock;
 use crate::download::Downloads;
 use crate::oci::{Accept, Digest, Operation, RangeRequest};
@@ -22,38 +22,38 @@ use crate::proxy::{Pull, Request};
 use crate::queue::Peer;
 use crate::trace_context::Trace;
 
-use self::bring::bring;
+use self::run::run;
 
 /// Pulls remembered; finished ones go first.
-const PULLS_MAX: usize = 100;
+const JOBS_MAX: usize = 100;
 
 /// Pulls at a time; further ones wait.
-const AT_A_TIME: usize = 4;
+const RUNNING_MAX: usize = 4;
 
 /// Every pull at the operator's wish.
 #[derive(Clone)]
-pub(super) struct Works {
-    kept: Arc<Mutex<Kept>>,
-    places: Arc<Semaphore>,
+pub(super) struct PullJobs {
+    list: Arc<Mutex<JobList>>,
+    permits: Arc<Semaphore>,
 }
 
 #[derive(Default)]
-struct Kept {
+struct JobList {
     last_id: u64,
-    works: VecDeque<Arc<Work>>,
+    jobs: VecDeque<Arc<PullJob>>,
 }
 
-impl Default for Works {
+impl Default for PullJobs {
     fn default() -> Self {
         Self {
-            kept: Arc::default(),
-            places: Arc::new(Semaphore::new(AT_A_TIME)),
+            list: Arc::default(),
+            permits: Arc::new(Semaphore::new(RUNNING_MAX)),
         }
     }
 }
 
 /// One pull.
-struct Work {
+struct PullJob {
     id: u64,
     image: String,
     began_at: SystemTime,
@@ -128,24 +128,24 @@ pub(super) struct LayerView {
 pub(super) enum Platforms {
     All,
     /// As `os/architecture` or `os/architecture/variant`.
-    These(Vec<String>),
+    Selected(Vec<String>),
 }
 
 impl Platforms {
     /// That of this machine.
-    pub(super) fn own() -> Self {
+    pub(super) fn local() -> Self {
         let architecture = match std::env::consts::ARCH {
             "x86_64" => "amd64",
             "aarch64" => "arm64",
             other => other,
         };
-        Self::These(vec![format!("linux/{architecture}")])
+        Self::Selected(vec![format!("linux/{architecture}")])
     }
 
-    pub(super) fn want(&self, platform: &str) -> bool {
+    pub(super) fn includes(&self, platform: &str) -> bool {
         match self {
             Self::All => true,
-            Self::These(wanted) => wanted.iter().any(|wanted| {
+            Self::Selected(wanted) => wanted.iter().any(|wanted| {
                 platform == wanted
                     || platform
                         .strip_prefix(wanted.as_str())
@@ -156,44 +156,44 @@ impl Platforms {
 }
 
 /// What is to be pulled.
-pub(super) struct Wish {
-    pub(super) named: Named,
+pub(super) struct PullSpec {
+    pub(super) named: ImageRef,
     pub(super) platforms: Platforms,
-    /// With which credential; as a client's, it is kept by nobody.
+    /// With which credential; as a client's, it is jobs by nobody.
     pub(super) authorization: Option<HeaderValue>,
 }
 
-impl Works {
+impl PullJobs {
     /// Begins a pull; its number. `None` if too many are under way already.
-    pub(super) fn begin(&self, pull: &Arc<Pull>, wish: Wish, clock: Clock) -> Option<u64> {
-        let work = {
-            let mut kept = self.kept();
-            if kept.works.len() >= PULLS_MAX {
-                let over = |work: &Arc<Work>| matches!(work.progress().state, State::Done | State::Failed);
-                let place = kept.works.iter().position(over)?;
-                kept.works.remove(place);
+    pub(super) fn begin(&self, pull: &Arc<Pull>, spec: PullSpec, clock: Clock) -> Option<u64> {
+        let job = {
+            let mut list = self.locked();
+            if list.jobs.len() >= JOBS_MAX {
+                let over = |job: &Arc<PullJob>| matches!(job.progress().state, State::Done | State::Failed);
+                let position = list.jobs.iter().position(over)?;
+                list.jobs.remove(position);
             }
-            kept.last_id += 1;
-            let work = Arc::new(Work {
-                id: kept.last_id,
-                image: wish.named.to_string(),
+            list.last_id += 1;
+            let job = Arc::new(PullJob {
+                id: list.last_id,
+                image: spec.named.to_string(),
                 began_at: clock.now(),
                 progress: Mutex::default(),
             });
-            kept.works.push_back(Arc::clone(&work));
-            work
+            list.jobs.push_back(Arc::clone(&job));
+            job
         };
-        let (pull, places, id) = (Arc::clone(pull), Arc::clone(&self.places), work.id);
+        let (pull, permits, id) = (Arc::clone(pull), Arc::clone(&self.permits), job.id);
         tokio::spawn(async move {
             // Never closed.
-            let _place = places.acquire().await.ok();
-            work.progress().state = State::Fetching;
-            let brought = bring(&pull, &work, wish, clock).await;
-            let mut progress = work.progress();
-            match brought {
+            let _permit = permits.acquire().await.ok();
+            job.progress().state = State::Fetching;
+            let result = run(&pull, &job, spec, clock).await;
+            let mut progress = job.progress();
+            match result {
                 Ok(()) => progress.state = State::Done,
                 Err(error) => {
-                    tracing::warn!(image = work.image, error, "a pull at the operator's wish failed");
+                    tracing::warn!(image = job.image, error, "a pull at the operator's wish failed");
                     progress.state = State::Failed;
                     progress.error = Some(error);
                 }
@@ -204,22 +204,22 @@ impl Works {
 
     /// All that are remembered, the newest first.
     pub(super) fn list(&self, downloads: &Downloads) -> Vec<PullView> {
-        let works: Vec<Arc<Work>> = self.kept().works.iter().rev().cloned().collect();
-        works.iter().map(|work| work.view(downloads)).collect()
+        let jobs: Vec<Arc<PullJob>> = self.locked().jobs.iter().rev().cloned().collect();
+        jobs.iter().map(|job| job.view(downloads)).collect()
     }
 
     /// The pull of this number.
     pub(super) fn find(&self, id: u64, downloads: &Downloads) -> Option<PullView> {
-        let work = self.kept().works.iter().find(|work| work.id == id).cloned();
-        work.map(|work| work.view(downloads))
+        let job = self.locked().jobs.iter().find(|job| job.id == id).cloned();
+        job.map(|job| job.view(downloads))
     }
 
-    fn kept(&self) -> MutexGuard<'_, Kept> {
-        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
+    fn locked(&self) -> MutexGuard<'_, JobList> {
+        self.list.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Work {
+impl PullJob {
     /// Each change under this lock is one assignment.
     fn progress(&self) -> MutexGuard<'_, Progress> {
         self.progress.lock().unwrap_or_else(PoisonError::into_inner)
@@ -267,15 +267,15 @@ impl Work {
 }
 
 /// As a client's.
-pub(super) fn request(wish: &Wish, operation: Operation, clock: Clock) -> Request {
+pub(super) fn request(spec: &PullSpec, operation: Operation, clock: Clock) -> Request {
     Request {
-        site: Arc::clone(&wish.named.site),
+        site: Arc::clone(&spec.named.site),
         operation,
         head: false,
         accept: Accept::manifests(),
-        authorization: wish.authorization.clone(),
+        authorization: spec.authorization.clone(),
         now: clock.now(),
-        writes: wish.named.site.writes(&wish.named.repository),
+        writes: spec.named.site.writes(&spec.named.repository),
         for_push: false,
         trace: Trace::begun(),
         peer: Peer::Local,

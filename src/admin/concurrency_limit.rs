@@ -1,0 +1,100 @@
+//! ConcurrencyLimit of the admin listener for one kind of work: so many in all, and so many for one client address.
+
+use std::collections::HashMap;
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// Cheap to clone.
+#[derive(Clone)]
+pub(super) struct ConcurrencyLimit(Arc<Inner>);
+
+struct Inner {
+    max: usize,
+    per_address_max: usize,
+    in_use: Mutex<InUse>,
+}
+
+#[derive(Default)]
+struct InUse {
+    all: usize,
+    /// Of those that have any. What comes through a unix socket counts in `all` alone.
+    by_address: HashMap<IpAddr, usize>,
+}
+
+impl ConcurrencyLimit {
+    /// All of them free.
+    pub(super) fn new(max: usize, per_address_max: usize) -> Self {
+        Self(Arc::new(Inner {
+            max,
+            per_address_max,
+            in_use: Mutex::default(),
+        }))
+    }
+
+    fn in_use(&self) -> MutexGuard<'_, InUse> {
+        self.0.in_use.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A place for this client, if there is one.
+    pub(super) fn try_acquire(&self, client: Option<IpAddr>) -> Option<Permit> {
+        let mut in_use = self.in_use();
+        if in_use.all >= self.0.max {
+            return None;
+        }
+        if let Some(client) = client {
+            let client_count = in_use.by_address.entry(client).or_default();
+            if *client_count >= self.0.per_address_max {
+                return None;
+            }
+            *client_count += 1;
+        }
+        in_use.all += 1;
+        Some(Permit {
+            limit: self.clone(),
+            client,
+        })
+    }
+}
+
+/// Free again when dropped.
+pub(super) struct Permit {
+    limit: ConcurrencyLimit,
+    client: Option<IpAddr>,
+}
+
+impl Drop for Permit {
+    fn drop(&mut self) {
+        let mut in_use = self.limit.in_use();
+        in_use.all -= 1;
+        let Some(client) = self.client else { return };
+        if let Some(client_count) = in_use.by_address.get_mut(&client) {
+            *client_count -= 1;
+            if *client_count == 0 {
+                in_use.by_address.remove(&client);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::net::Ipv4Addr;
+
+    #[test]
+    fn t14_one_address_leaves_places_for_others_and_gives_its_own_back() {
+        let host = |last| Some(Ipv4Addr::new(192, 0, 2, last).into());
+        let limit = ConcurrencyLimit::new(4, 2);
+        let mut first_address: Vec<_> = (0..3).filter_map(|_| limit.try_acquire(host(1))).collect();
+        assert_eq!(first_address.len(), 2);
+        let others: Vec<_> = [host(2), None, host(3)]
+            .map(|client| limit.try_acquire(client))
+            .into();
+        assert_eq!(others.iter().flatten().count(), 2, "four in all");
+        first_address.pop();
+        assert!(limit.try_acquire(host(1)).is_some());
+        drop((first_address, others));
+        let in_use = limit.in_use();
+        assert!(in_use.all == 0 && in_use.by_address.is_empty());
+    }
+}
