@@ -9,7 +9,7 @@
 //! store-id                    identity and generation, to notice a lost index
 //! blobs/sha256/ab/<hex>       bytes, verified, read-only
 //! manifests/sha256/ab/<hex>   bytes, verified; <hex>.meta: media type, where it was seen
-//! refs/ab/<hash>              upstream, repository, tag → digest, per set of accepted media types
+//! tags/ab/<hash>              upstream, repository, tag → digest, per set of accepted media types
 //! seen/ab/<hash>              which digests the upstream was seen to have in a repository; whether it is public
 //! listings/<slot>             the last list of tags or referrers, for an outage
 //! ingest/<n>                  what is being written; ingest/<digest>: what an interrupted download left
@@ -35,42 +35,42 @@
 //!
 //! Not here: whether a caller may read.
 
+mod async_store;
 pub mod blobs;
-mod cache;
+mod cache_key;
 pub mod challenges;
-pub mod doubts;
+mod checksummed_json;
+pub mod completeness;
+mod error;
 mod errors;
 mod evict;
-mod fault;
 pub mod grants;
 mod guard;
-mod handle;
 mod held;
 mod index;
 pub mod ingest;
-pub mod inventory;
+pub mod invalidations;
 pub mod leftover;
 pub mod listings;
 mod lock;
 pub mod manifests;
+pub mod membership;
 mod offline;
 pub mod pins;
 mod plan;
-mod record;
-pub mod refs;
 mod room;
 mod scrub;
 mod secret;
-pub mod seen;
 pub mod step;
+pub mod tags;
 mod underway;
 pub mod usage;
+pub mod usage_report;
 pub mod uses;
 pub mod verify;
 mod view;
 pub mod volume;
 mod watched;
-pub mod whole;
 
 #[cfg(test)]
 mod tests;
@@ -86,16 +86,16 @@ use tokio::time::Instant;
 
 use crate::oci::Digest;
 
+pub use self::async_store::AsyncStore;
+use self::checksummed_json::to_millis;
+pub use self::error::{Fault, OpenError, Trouble};
 pub use self::errors::LogLimit;
 use self::evict::Evictor;
 pub use self::evict::{Evictions, YOUNG};
-pub use self::fault::{Fault, OpenError, Trouble};
-pub use self::handle::AsyncStore;
 pub use self::index::thread::IndexState;
 use self::index::thread::{Home, IndexHandle};
 use self::lock::Lock;
 use self::pins::Pins;
-use self::record::to_millis;
 pub use self::room::Limits;
 use self::room::Room;
 pub use self::scrub::Scrubbed;
@@ -145,15 +145,15 @@ pub struct Store {
     underway: Underway,
     blobs: Arc<blobs::Blobs>,
     manifests: Arc<manifests::Manifests>,
-    refs: Arc<refs::Refs>,
-    seen: Arc<seen::SeenFiles>,
+    tags: Arc<tags::Refs>,
+    seen: Arc<membership::SeenFiles>,
     listings: listings::Listings,
     challenges: challenges::Challenges,
-    doubts: doubts::Doubts,
+    doubts: invalidations::Doubts,
     grants: Arc<grants::Grants>,
-    wholes: whole::Wholes,
-    removed: Arc<whole::Removed>,
-    shares: inventory::KnownShares,
+    wholes: completeness::Wholes,
+    removed: Arc<completeness::Removed>,
+    shares: usage_report::KnownShares,
     usage: Arc<Counters>,
     uses: Arc<Uses>,
     pins: Arc<Pins>,
@@ -201,16 +201,16 @@ impl Store {
             .map_err(|error| Fault::io("start the thread of", "index", &error))?;
         let index = Arc::new(index);
         let usage = Arc::new(Counters::default());
-        let refs = Arc::new(refs::Refs::new(&volume, &index, &usage));
+        let tags = Arc::new(tags::Refs::new(&volume, &index, &usage));
         let stop = Arc::new(AtomicBool::new(false));
         let grants = Arc::new(grants::Grants::new(&index));
-        let removed = Arc::new(whole::Removed::default());
-        let seen = Arc::new(seen::SeenFiles::new(&volume, &removed));
+        let removed = Arc::new(completeness::Removed::default());
+        let seen = Arc::new(membership::SeenFiles::new(&volume, &removed));
         let scan = {
-            let (volume, usage, refs, seen, stop) = (
+            let (volume, usage, tags, seen, stop) = (
                 Arc::clone(&volume),
                 Arc::clone(&usage),
-                Arc::clone(&refs),
+                Arc::clone(&tags),
                 Arc::clone(&seen),
                 Arc::clone(&stop),
             );
@@ -218,7 +218,7 @@ impl Store {
             begin("store-scan", move || {
                 grants.prune(now);
                 usage::count_existing(volume.as_ref(), &usage, &stop);
-                if refs.heal_index(&stop) && !grants.is_listed() {
+                if tags.heal_index(&stop) && !grants.is_listed() {
                     grants.prune(now);
                 }
                 seen.count(&stop);
@@ -239,7 +239,7 @@ impl Store {
         let manifests = Arc::new(manifests::Manifests::new(
             settings, &volume, &usage, &uses, &removed,
         ));
-        let evictor = Evictor::new(&volume, &blobs, &manifests, &refs, &pins, &uses, &room, &stop);
+        let evictor = Evictor::new(&volume, &blobs, &manifests, &tags, &pins, &uses, &room, &stop);
         let evictor = Arc::new(evictor);
         let evicting = {
             let evictor = Arc::clone(&evictor);
@@ -257,12 +257,12 @@ impl Store {
             seen,
             listings: listings::Listings::new(&volume),
             challenges: challenges::Challenges::new(&volume),
-            doubts: doubts::Doubts::new(&volume),
-            refs,
+            doubts: invalidations::Doubts::new(&volume),
+            tags,
             grants,
-            wholes: whole::Wholes::new(&removed),
+            wholes: completeness::Wholes::new(&removed),
             removed,
-            shares: inventory::KnownShares::default(),
+            shares: usage_report::KnownShares::default(),
             usage,
             uses,
             pins,
@@ -310,10 +310,10 @@ impl Store {
         if !is_lacking || healing.as_ref().is_some_and(|thread| !thread.is_finished()) {
             return;
         }
-        let (refs, stop) = (Arc::clone(&self.refs), Arc::clone(&self.stop));
+        let (tags, stop) = (Arc::clone(&self.tags), Arc::clone(&self.stop));
         let thread = std::thread::Builder::new().name("store-heal".to_owned());
         // Where there is no thread to be had, the next call tries again.
-        *healing = thread.spawn(move || _ = refs.heal_index(&stop)).ok();
+        *healing = thread.spawn(move || _ = tags.heal_index(&stop)).ok();
     }
 
     /// Writes down what is kept in memory until now, and clears away what nobody needs. To be called every few minutes.

@@ -274,7 +274,7 @@ fn what_is_allowed_is_not_caught() {
 #[test]
 fn a_crate_outside_its_file_is_caught() {
     for (file, text) in [
-        ("store/refs.rs", "use sled::Tree;"),
+        ("store/tags.rs", "use sled::Tree;"),
         ("proxy/blob.rs", "fn f(_: hyper::Error) {}"),
         ("upstream/exchange.rs", "use {bytes::Bytes, hyper_util::rt};"),
         ("upstream/client.rs", "use ::rustls::ClientConfig;"),

@@ -15,7 +15,7 @@ use crate::policy::{
     Absence, Heard, Held, Holding, Policy, Rest, Situation, Standing, Subject, Verdict, Whose, decide,
 };
 use crate::server::Registry;
-use crate::store::refs::NEVER_CONFIRMED;
+use crate::store::tags::NEVER_CONFIRMED;
 
 /// The answer to "why".
 #[derive(Serialize)]

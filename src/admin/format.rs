@@ -4,7 +4,7 @@ use std::time::{Duration, SystemTime};
 
 use crate::oci::Cause;
 use crate::policy::{Refusal, Served, Why};
-use crate::store::refs::NEVER_CONFIRMED;
+use crate::store::tags::NEVER_CONFIRMED;
 use crate::telemetry::{Decision, Ended, Outcome};
 
 /// RFC 3339, in seconds.

@@ -6,7 +6,7 @@ use super::response::Problem;
 use crate::oci::{Query, Reference, Repository};
 use crate::proxy::Site;
 use crate::server::Registry;
-use crate::store::refs::TagKey;
+use crate::store::tags::TagKey;
 
 /// An image, read.
 #[derive(Clone)]

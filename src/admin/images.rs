@@ -16,10 +16,10 @@ use crate::oci::manifest::{Kind, Role};
 use crate::oci::{AnyDigest, Digest, Query, Reference, Repository};
 use crate::server::Registry;
 use crate::store::Store;
-use crate::store::inventory::{Shares, Stocked};
 use crate::store::manifests::HeldManifest;
 use crate::store::pins::Pin;
-use crate::store::refs::{NEVER_CONFIRMED, Named, Past, TagKey, TagReader, TagRecord};
+use crate::store::tags::{NEVER_CONFIRMED, Named, Past, TagKey, TagReader, TagRecord};
+use crate::store::usage_report::{Shares, Stocked};
 use crate::store::uses::Used;
 
 /// Images on one page of the list, unless `limit` says fewer.

@@ -7,7 +7,7 @@
 //!
 //! What an import says is the operator's word, and no more than that:
 //!
-//! * The tag is there, and no upstream has confirmed it ([`crate::store::refs::NEVER_CONFIRMED`]): it is never fresh, and asked about as soon
+//! * The tag is there, and no upstream has confirmed it ([`crate::store::tags::NEVER_CONFIRMED`]): it is never fresh, and asked about as soon
 //!   as anyone answers.
 //! * The digests whose bytes the archive *brought* may be read through the repository, by those who may read that. What it
 //!   only names proves nothing, also where it is held: else an archive could name another's private layer and open it.

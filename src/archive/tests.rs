@@ -21,7 +21,7 @@ use super::{Image, layout};
 use crate::oci::{Accept, Algorithm, AnyDigest, Digest, Hasher, MediaType, Reference};
 use crate::store::blobs::Verified;
 use crate::store::listings::KeptListing;
-use crate::store::refs::{NEVER_CONFIRMED, TagKey, Variant};
+use crate::store::tags::{NEVER_CONFIRMED, TagKey, Variant};
 use crate::store::volume::{Memory, Volume};
 use crate::store::{Settings, Store};
 

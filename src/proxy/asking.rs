@@ -13,8 +13,8 @@ use crate::oci::{Accept, AnyDigest, Cause, Digest, MediaType, Operation, Referen
 use crate::policy::{Heard, Situation, Standing, Subject, Verdict, Whose, decide};
 use crate::queue::{Class, Demand};
 use crate::single_flight::Flight;
-use crate::store::refs::{TagKey, Variant};
-use crate::store::seen::Noted;
+use crate::store::membership::Noted;
+use crate::store::tags::{TagKey, Variant};
 use crate::upstream::{Answer, Caller, Said};
 
 /// Shorter content proves nothing: an empty blob, an empty object and an empty layer are the same everywhere.

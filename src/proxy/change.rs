@@ -4,7 +4,7 @@ use http::Method;
 
 use super::Site;
 use crate::oci::{AnyDigest, Digest, Malformed, Operation, Query, QueryError, Reference, Repository, Tag};
-use crate::store::doubts::DoubtKey;
+use crate::store::invalidations::DoubtKey;
 
 /// Tags that one push may name in its query.
 const PUSHED_TAGS_MAX: usize = 64;

@@ -9,7 +9,7 @@ use crate::oci::{Accept, AnyDigest, Digest, Repository, Tag};
 use crate::policy::rules::Rule;
 use crate::policy::{Held, Holding, Rest, Situation, Subject};
 use crate::store::manifests::HeldManifest;
-use crate::store::refs::{Named, TagKey, TagReader};
+use crate::store::tags::{Named, TagKey, TagReader};
 
 /// A manifest in the store, and when the upstream last confirmed that the tag names it.
 #[derive(Clone)]
@@ -138,7 +138,7 @@ impl Pull {
 }
 
 impl Cached<'_> {
-    /// The copies of a tag for this reader, in the order of [`crate::store::refs::newest`].
+    /// The copies of a tag for this reader, in the order of [`crate::store::tags::newest`].
     fn copies_of_tag(&self, key: &TagKey, reader: TagReader<'_>) -> Option<Copies> {
         let Self {
             pull,

@@ -18,7 +18,7 @@ use crate::oci::{
 };
 use crate::policy::{Heard, Standing};
 use crate::store::manifests::HeldManifest;
-use crate::store::refs::TagKey;
+use crate::store::tags::TagKey;
 use crate::upstream::{Answer, Caller, Credential, Fetched, Said};
 
 /// A manifest asked for.

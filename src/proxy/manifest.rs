@@ -12,7 +12,7 @@ use crate::oci::{AnyDigest, Cause, Digest, Reference, Repository, Tag};
 use crate::policy::rules::Rule;
 use crate::policy::{Heard, Refusal, Served, Situation, Standing, Subject, Verdict, Whose, Why, decide};
 use crate::store::manifests::HeldManifest;
-use crate::store::refs::TagKey;
+use crate::store::tags::TagKey;
 use crate::upstream::{Answer, Said};
 
 /// A manifest that is too large to be kept is passed on as it comes, up to this size. Larger ones, no client takes.

@@ -21,8 +21,8 @@ use super::fetching::Wanted;
 use super::{Pull, Site};
 use crate::oci::{Digest, MediaType, Reference, Repository};
 use crate::store::Store;
-use crate::store::doubts::DoubtKey;
-use crate::store::refs::TagKey;
+use crate::store::invalidations::DoubtKey;
+use crate::store::tags::TagKey;
 
 /// Repositories that share a counter only learn a little less than they could.
 const COUNTERS: usize = 256;

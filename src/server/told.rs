@@ -9,7 +9,7 @@ use http::Uri;
 use crate::oci::{Cause, Digest, Operation, Reference};
 use crate::policy::Refusal;
 use crate::proxy::{Outcome, Reason};
-use crate::store::refs::NEVER_CONFIRMED;
+use crate::store::tags::NEVER_CONFIRMED;
 use crate::telemetry;
 
 use super::reply;

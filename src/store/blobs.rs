@@ -9,7 +9,8 @@ use bytes::Bytes;
 use quick_cache::Weighter;
 use quick_cache::sync::Cache;
 
-use super::cache::{counted, weighted};
+use super::cache_key::{counted, weighted};
+use super::completeness::Removed;
 pub use super::held::HeldBlob;
 use super::index::thread::IndexHandle;
 use super::leftover::Leftovers;
@@ -17,7 +18,6 @@ use super::usage::{Counters, Kind};
 use super::uses::{Used, Uses};
 use super::volume::{Volume, VolumeFile};
 use super::watched::Refusal;
-use super::whole::Removed;
 use super::{Fault, Settings, Store, content_path, remove_file, size_of};
 use crate::oci::{Algorithm, Digest, Hasher};
 

@@ -11,7 +11,7 @@ use std::time::SystemTime;
 
 use serde::{Deserialize, Serialize};
 
-use super::record::{RECORD_BYTES_MAX, from_millis, opened, sealed, to_millis};
+use super::checksummed_json::{RECORD_BYTES_MAX, from_millis, opened, sealed, to_millis};
 use super::volume::Volume;
 use super::{Fault, Store, named_path};
 

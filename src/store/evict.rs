@@ -20,12 +20,12 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use super::blobs::Blobs;
-use super::inventory::Freed;
 use super::manifests::Manifests;
 use super::pins::{Pin, Pins};
 use super::plan::{Plan, Step, plan};
-use super::refs::{Refs, TagKey};
 use super::room::{Need, Pressure, Reservation, Room};
+use super::tags::{Refs, TagKey};
+use super::usage_report::Freed;
 use super::uses::Uses;
 use super::volume::Volume;
 use super::{Fault, QUARANTINE_FOLDER};
@@ -76,7 +76,7 @@ pub(super) struct Evictor {
     pub(super) volume: Arc<dyn Volume>,
     pub(super) blobs: Arc<Blobs>,
     pub(super) manifests: Arc<Manifests>,
-    pub(super) refs: Arc<Refs>,
+    pub(super) tags: Arc<Refs>,
     pub(super) pins: Arc<Pins>,
     pub(super) uses: Arc<Uses>,
     pub(super) room: Arc<Room>,
@@ -139,7 +139,7 @@ impl Evictor {
         volume: &Arc<dyn Volume>,
         blobs: &Arc<Blobs>,
         manifests: &Arc<Manifests>,
-        refs: &Arc<Refs>,
+        tags: &Arc<Refs>,
         pins: &Arc<Pins>,
         uses: &Arc<Uses>,
         room: &Arc<Room>,
@@ -149,7 +149,7 @@ impl Evictor {
             volume: Arc::clone(volume),
             blobs: Arc::clone(blobs),
             manifests: Arc::clone(manifests),
-            refs: Arc::clone(refs),
+            tags: Arc::clone(tags),
             pins: Arc::clone(pins),
             uses: Arc::clone(uses),
             room: Arc::clone(room),
@@ -357,7 +357,7 @@ impl Evictor {
                             && !names.iter().any(|name| self.uses.was_needed(name))
                     };
                     let _evicting = self.pins.evicting();
-                    let gone = self.refs.evict(key, names, is_free)?;
+                    let gone = self.tags.evict(key, names, is_free)?;
                     if gone.is_some() {
                         self.note_tag_removal(key);
                     }

@@ -4,7 +4,7 @@
 //! Most principals that are looked up have no grant: each CI job brings a token of its own. So memory also has a hash of
 //! every grant in the index, and the index is asked only where one may be there.
 
-mod listed;
+mod filter;
 
 use std::future::Future;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -13,10 +13,10 @@ use std::time::{Duration, SystemTime};
 
 use quick_cache::sync::Cache;
 
-use self::listed::Listed;
-use super::cache::{GrantKey, GrantRef, PlaceRef, counted};
+use self::filter::Listed;
+use super::cache_key::{GrantKey, GrantRef, PlaceRef, counted};
+use super::checksummed_json::{from_millis, to_millis};
 use super::index::thread::{Expunging, IndexHandle};
-use super::record::{from_millis, to_millis};
 use super::{AsyncStore, Store};
 use crate::oci::Repository;
 

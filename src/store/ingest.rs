@@ -13,9 +13,9 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use super::blobs::{Blobs, HeldBlob, Verified, WrongDigest};
+use super::checksummed_json::sealed;
 use super::evict::Evictor;
 use super::leftover::Kept;
-use super::record::sealed;
 use super::room::Reservation;
 use super::volume::{Volume, VolumeFile, unnamed_path};
 use super::{Fault, Store};

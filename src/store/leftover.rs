@@ -13,8 +13,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use super::blobs::{Blobs, TREE};
+use super::checksummed_json::{RECORD_BYTES_MAX, opened};
 use super::ingest::{Ingest, Marks, Meta, Space};
-use super::record::{RECORD_BYTES_MAX, opened};
 use super::step::STEP_BYTES;
 use super::volume::{UNNAMED_FOLDER, Volume, VolumeFile, read_all};
 use super::{Store, content_path};

@@ -16,8 +16,8 @@ use quick_cache::Weighter;
 use quick_cache::sync::Cache;
 use serde::{Deserialize, Serialize};
 
-use super::cache::weighted;
-use super::record::{from_millis, opened, sealed, to_millis};
+use super::cache_key::weighted;
+use super::checksummed_json::{from_millis, opened, sealed, to_millis};
 use super::volume::Volume;
 use super::{Fault, Store};
 use crate::oci::{Algorithm, Digest, MediaType};

@@ -10,12 +10,12 @@ use quick_cache::sync::Cache;
 use serde::{Deserialize, Serialize};
 
 use super::blobs::WrongDigest;
-use super::cache::weighted;
-use super::record::{RECORD_BYTES_MAX, opened, sealed};
+use super::cache_key::weighted;
+use super::checksummed_json::{RECORD_BYTES_MAX, opened, sealed};
+use super::completeness::Removed;
 use super::usage::{Counters, Kind};
 use super::uses::{Used, Uses};
 use super::volume::Volume;
-use super::whole::Removed;
 use super::{Fault, Settings, Store, content_path, remove_file, size_of};
 use crate::oci::manifest::{Kind as ManifestKind, MANIFEST_BYTES_MAX};
 use crate::oci::{AnyDigest, Digest, Manifest, MediaType, Repository};

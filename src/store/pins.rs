@@ -8,8 +8,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockWriteGuard};
 
 use serde::{Deserialize, Serialize};
 
-use super::record::{RECORD_BYTES_MAX, opened, sealed};
-use super::refs::TagKey;
+use super::checksummed_json::{RECORD_BYTES_MAX, opened, sealed};
+use super::tags::TagKey;
 use super::uses::Uses;
 use super::volume::Volume;
 use super::{Fault, Store, named_path, quarantine, remove_file};

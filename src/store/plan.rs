@@ -16,7 +16,7 @@ use std::cmp::Reverse;
 use std::time::SystemTime;
 
 use self::places::{ByDigest, Lists};
-use super::refs::TagKey;
+use super::tags::TagKey;
 use crate::oci::Digest;
 
 /// A tag with what it names.

@@ -12,7 +12,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::blobs::{self, Blobs};
-use super::record::{RECORD_BYTES_MAX, from_millis, opened, sealed, to_millis};
+use super::checksummed_json::{RECORD_BYTES_MAX, from_millis, opened, sealed, to_millis};
 use super::uses::Uses;
 use super::volume::Volume;
 use super::{content_path, manifests};

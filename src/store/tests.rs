@@ -9,20 +9,20 @@
 )]
 
 mod any_order;
+mod basics;
 mod blobs;
+mod completeness;
 mod eviction;
 mod folder;
-mod images;
+mod image_pages;
 mod leftovers;
-mod listing;
 mod manifests;
-mod names;
+mod membership;
 pub(super) mod power_cut;
-mod proofs;
 mod removals;
+mod tags;
 mod trouble;
 mod upkeep;
-mod whole;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -32,7 +32,7 @@ use bytes::Bytes;
 
 use super::blobs::Verified;
 use super::manifests::HeldManifest;
-use super::refs::{TagKey, Variant};
+use super::tags::{TagKey, Variant};
 use super::volume::{Directory, Memory, Volume};
 use super::*;
 use crate::oci::{Algorithm, Digest, Hasher, MediaType, Repository};
@@ -190,8 +190,8 @@ pub(super) fn read_blob(store: &Store, of: &Digest) -> Option<Vec<u8>> {
 }
 
 /// What a tag named once, told once.
-pub(super) fn past(content: &[u8], seconds: u64) -> refs::Past {
-    refs::Past {
+pub(super) fn past(content: &[u8], seconds: u64) -> crate::store::tags::Past {
+    crate::store::tags::Past {
         digest: digest(content),
         first_held_at: at(seconds),
         confirmed_at: at(seconds),

@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
-use super::record::{from_millis, to_millis};
+use super::checksummed_json::{from_millis, to_millis};
 use super::volume::Volume;
 use super::{Store, blobs, content_path, manifests};
 use crate::oci::Digest;

@@ -1,7 +1,7 @@
 //! Reads of the store, from memory alone or from the disk as well.
 //!
 //! The same function answers a request from the caches, on an async worker, and from the files, on a thread that may
-//! block ([`super::handle`]). In memory mode a look-up that needs the disk answers "nothing" and marks the view: what was
+//! block ([`super::async_store`]). In memory mode a look-up that needs the disk answers "nothing" and marks the view: what was
 //! computed from it is then thrown away.
 
 use std::cell::Cell;
@@ -12,10 +12,10 @@ use bytes::Bytes;
 
 use super::blobs::HeldBlob;
 use super::challenges::KeptChallenge;
-use super::doubts::DoubtKey;
+use super::invalidations::DoubtKey;
 use super::listings::{KeptAnswer, KeptListing, ListingKey};
 use super::manifests::HeldManifest;
-use super::refs::{TagKey, TagRecord};
+use super::tags::{TagKey, TagRecord};
 use super::{Fault, Store};
 use crate::oci::{Digest, Repository};
 
@@ -134,7 +134,7 @@ impl<'a> View<'a> {
     pub fn tag(&self, key: &TagKey) -> Result<Option<Arc<TagRecord>>, Fault> {
         self.find(
             Ok(None),
-            |store| store.refs.ready(key).map(|record| Ok(Some(record))),
+            |store| store.tags.ready(key).map(|record| Ok(Some(record))),
             |store| store.tag(key),
         )
     }

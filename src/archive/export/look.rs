@@ -9,7 +9,7 @@ use crate::oci::manifest::{Descriptor, Kind, Role};
 use crate::oci::{AnyDigest, Digest, Operation, Query, Reference};
 use crate::store::listings::ListingKey;
 use crate::store::manifests::HeldManifest;
-use crate::store::refs::{TagKey, TagReader};
+use crate::store::tags::{TagKey, TagReader};
 use crate::store::{Fault, Store};
 
 /// The look at one image.

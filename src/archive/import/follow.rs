@@ -14,7 +14,7 @@ use crate::oci::manifest::{Kind, MANIFEST_BYTES_MAX, Role};
 use crate::oci::{Accept, AnyDigest, Digest, MediaType, Reference};
 use crate::store::listings::KeptListing;
 use crate::store::manifests::HeldManifest;
-use crate::store::refs::{NEVER_CONFIRMED, TagKey, Variant};
+use crate::store::tags::{NEVER_CONFIRMED, TagKey, Variant};
 use crate::store::{Fault, Store};
 
 /// What `index.json` leads to.

@@ -9,7 +9,7 @@ use super::{Asked, put};
 use crate::oci::header::CACHE_STATUS;
 use crate::policy::{Served, Why};
 use crate::proxy::{How, Reason};
-use crate::store::refs::NEVER_CONFIRMED;
+use crate::store::tags::NEVER_CONFIRMED;
 
 /// RFC 9211 `Cache-Status`, `Age`, and `Warning` where the client may get something outdated.
 pub(super) fn tell(headers: &mut HeaderMap, how: How, asked: &Asked) {

@@ -7,8 +7,8 @@ use std::collections::HashSet;
 use std::sync::PoisonError;
 use std::time::{Duration, SystemTime};
 
-use super::super::inventory::Freed;
 use super::super::plan::{Plan, Snapshot, plan};
+use super::super::usage_report::Freed;
 use super::super::{Fault, Store};
 use super::{Done, Evictor, ROUNDS_MAX, YOUNG};
 

@@ -16,10 +16,10 @@ impl Evictor {
     /// What is held, and when it was used. What comes after the look is [`Uses::needed`].
     pub(super) fn look(&self) -> Snapshot {
         let mut images = Vec::new();
-        self.refs.walk_with_times(&self.stop, |key, record, modified| {
+        self.tags.walk_with_times(&self.stop, |key, record, modified| {
             let is_pinned = self.pins.has(&Pin::Tag(key.clone()));
             images.push(Image {
-                names: exactly(self.refs.named(&key, &record)),
+                names: exactly(self.tags.named(&key, &record)),
                 // Written when what it names changed; its uses are those of its manifests.
                 used_at: self.uses.believed(modified),
                 is_pinned,

@@ -5,7 +5,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use super::{Index, IndexFault, disk};
-use crate::store::record::{RECORD_BYTES_MAX, hex, opened, sealed};
+use crate::store::checksummed_json::{RECORD_BYTES_MAX, hex, opened, sealed};
 use crate::store::secret::random;
 use crate::store::volume::Volume;
 

@@ -15,7 +15,7 @@ use super::identity::{disown, identify};
 use super::interim::Interim;
 use super::thread::{Home, IndexState, Message, NoAnswer, Reply, Shared};
 use super::{Index, IndexFault, MemoryIndex, Opened, SledIndex, guarded, set_aside};
-use crate::store::record::checksum;
+use crate::store::checksummed_json::checksum;
 
 /// Nothing asked for this long: time to make durable what was written.
 const SYNC_AFTER_IDLE: Duration = Duration::from_millis(100);

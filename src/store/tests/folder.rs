@@ -447,7 +447,7 @@ fn what_the_index_knows_worse_than_the_files_is_put_right_and_the_rest_is_not_to
     };
     let put = |tag: &str, content: &[u8], seconds| {
         let variants = vec![variant(1, content, seconds)];
-        let packed = refs::TagRecord { variants }.to_index(4000);
+        let packed = crate::store::tags::TagRecord { variants }.to_index(4000);
         store.index.put(key(tag).to_index(), packed);
     };
     put("old", b"before", 50);
@@ -457,7 +457,7 @@ fn what_the_index_knows_worse_than_the_files_is_put_right_and_the_rest_is_not_to
         .index
         .put(key("strange").to_index(), b"[of another version".to_vec());
     store.index.set_complete(u64::MAX / 2);
-    assert!(store.refs.heal_index(&AtomicBool::new(false)));
+    assert!(store.tags.heal_index(&AtomicBool::new(false)));
     for (tag, content) in [
         ("old", b"now".as_slice()),
         ("unknown", b"now"),

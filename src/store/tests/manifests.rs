@@ -88,7 +88,10 @@ fn the_record_of_a_manifest_that_was_damaged_is_written_anew() {
     let held = ground.open().manifest(&digest(&bytes)).unwrap().unwrap();
     assert_eq!(held.media_type, image());
     let after = ground.volume.read_whole(&record(), 4096).unwrap();
-    assert!(record::opened::<serde_json::Value>(&after).is_some(), "no record");
+    assert!(
+        checksummed_json::opened::<serde_json::Value>(&after).is_some(),
+        "no record"
+    );
 }
 
 #[test]

@@ -1,10 +1,10 @@
 //! A tag that was removed stays removed, whatever the index has lost.
 
 use super::*;
-use crate::store::doubts::DoubtKey;
 use crate::store::index::losing::Flushed;
 use crate::store::index::slow::slow_home;
 use crate::store::index::thread::Home;
+use crate::store::invalidations::DoubtKey;
 
 fn opened(volume: &Arc<dyn Volume>, home: Home) -> Store {
     Store::open_with(&Settings::default(), Arc::clone(volume), at(0), |_| home).unwrap()

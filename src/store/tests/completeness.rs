@@ -1,7 +1,7 @@
 //! Images: whole, or with something missing; and which one a tag keeps in reach.
 
 use super::*;
-use crate::store::refs::Earlier;
+use crate::store::tags::Earlier;
 
 const PLACE: &str = "library/alpine";
 

@@ -86,7 +86,7 @@ fn filled(volume: &Arc<Counting>) -> Store {
     store
 }
 
-fn tags(page: &[(TagKey, refs::TagRecord)]) -> Vec<String> {
+fn tags(page: &[(TagKey, crate::store::tags::TagRecord)]) -> Vec<String> {
     page.iter().map(|(key, _)| key.tag.to_string()).collect()
 }
 
@@ -134,7 +134,7 @@ fn t18_pages_follow_each_other_on_index_and_files() {
         let from = all.get(skip..).unwrap_or_default();
         let wanted = &from[..from.len().min(40)];
         assert_eq!(tags(&store.tags_from(skip, 40)), wanted, "after {skip}");
-        let from_files = store.refs.list_files_from(skip, 40);
+        let from_files = store.tags.list_files_from(skip, 40);
         assert_eq!(tags(&from_files), wanted, "after {skip}, from files");
     }
     let mut seen = Vec::new();

@@ -7,8 +7,8 @@ use std::time::SystemTime;
 use serde::{Deserialize, Serialize};
 
 use crate::oci::{Digest, MediaType, Repository, Tag};
+use crate::store::checksummed_json::{from_millis, opened, sealed, to_millis};
 use crate::store::named_path;
-use crate::store::record::{from_millis, opened, sealed, to_millis};
 
 /// How many sets of accepted media types a tag is remembered for. Clients in use send fewer.
 pub const VARIANTS_MAX: usize = 8;

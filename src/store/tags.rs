@@ -3,11 +3,11 @@
 //! The file of a tag is written only when a digest changes; the time of each confirmation goes to the index, where
 //! losing it costs one question. What is in memory is the newest of both.
 
-mod answered;
-mod heal;
-mod newest;
-mod packed;
-mod tag;
+mod encoding;
+mod merge;
+mod record;
+mod reindex;
+mod resolve;
 
 use std::io;
 use std::path::Path;
@@ -17,19 +17,21 @@ use std::time::SystemTime;
 
 use quick_cache::sync::Cache;
 
-use super::cache::counted;
-use super::doubts::DoubtKey;
+use super::cache_key::counted;
+use super::checksummed_json::{RECORD_BYTES_MAX, checksum};
 use super::index::thread::{IndexHandle, VALUE_BYTES_MAX};
+use super::invalidations::DoubtKey;
 use super::manifests::HeldManifest;
-use super::record::{RECORD_BYTES_MAX, checksum};
 use super::usage::{Counters, Kind};
 use super::volume::Volume;
 use super::{AsyncStore, Fault, Store, View, remove_file};
 use crate::oci::{AnyDigest, Digest};
 
-pub use self::newest::{Named, TagReader};
-pub use self::tag::{Earlier, HISTORY_MAX, NEVER_CONFIRMED, Past, TagKey, TagRecord, VARIANTS_MAX, Variant};
-use self::tag::{KEY_PREFIX, TREE};
+pub use self::record::{
+    Earlier, HISTORY_MAX, NEVER_CONFIRMED, Past, TagKey, TagRecord, VARIANTS_MAX, Variant,
+};
+use self::record::{KEY_PREFIX, TREE};
+pub use self::resolve::{Named, TagReader};
 
 /// Tags kept ready in memory.
 const READY_MAX: usize = 16_384;
@@ -39,7 +41,7 @@ const STRIPES: usize = 64;
 impl Store {
     /// What is known of a tag: from memory, else from its file and the index together.
     pub fn tag(&self, key: &TagKey) -> Result<Option<Arc<TagRecord>>, Fault> {
-        self.refs.find(key)
+        self.tags.find(key)
     }
 
     /// Keeps what a tag names since `variant.confirmed_at`. Known to readers at once, even where the disk then fails.
@@ -55,7 +57,7 @@ impl Store {
         self.uses.needed([digest]);
         let view = self.view();
         let is_whole = |digest: &Digest| view.is_whole_here(key, digest);
-        let kept = self.refs.keep(key, variant, answered_at, &is_whole);
+        let kept = self.tags.keep(key, variant, answered_at, &is_whole);
         // An eviction that began since the first note, and listed the tags before the write, knows of neither.
         self.uses.needed([digest]);
         kept
@@ -81,7 +83,7 @@ impl Store {
     pub fn remove_tag(&self, key: &TagKey) -> Result<bool, Fault> {
         let doubt = DoubtKey::from(key);
         let since = self.doubted_since(&doubt);
-        let removed = self.refs.remove(key, since.is_some());
+        let removed = self.tags.remove(key, since.is_some());
         match &removed {
             // A doubt of a later write is not settled by this one.
             Ok(removed) if removed.is_durable => self.settle_doubt(&doubt, |now| Some(now) == since)?,
@@ -96,13 +98,13 @@ impl Store {
     /// At most `limit` tags in order, from the first after `after` on. From the index, or while that is not whole, from
     /// the files, which is slower.
     pub fn tags(&self, after: Option<&TagKey>, limit: usize) -> Vec<(TagKey, TagRecord)> {
-        self.refs
+        self.tags
             .list(&after.map(TagKey::to_index).unwrap_or_default(), limit)
     }
 
     /// At most `limit` tags in order, after the first `skip`: of those, no more than the keys is looked at.
     pub fn tags_from(&self, skip: usize, limit: usize) -> Vec<(TagKey, TagRecord)> {
-        self.refs.list_from(skip, limit)
+        self.tags.list_from(skip, limit)
     }
 }
 
@@ -115,7 +117,7 @@ impl AsyncStore {
         answered_at: SystemTime,
     ) -> Result<(), Fault> {
         self.store.uses.needed([variant.digest]);
-        let kept = self.in_memory(|view| self.store.refs.keep_ready(&key, &variant, answered_at, view));
+        let kept = self.in_memory(|view| self.store.tags.keep_ready(&key, &variant, answered_at, view));
         if kept == Some(true) {
             return Ok(());
         }

@@ -19,7 +19,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::refs::{TagKey, TagRecord};
+use super::tags::{TagKey, TagRecord};
 use super::volume::Volume;
 use super::{Fault, Store, content_path, size_of};
 use crate::oci::manifest::Role;

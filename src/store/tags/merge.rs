@@ -11,9 +11,9 @@
 use std::cmp::Reverse;
 use std::time::{Duration, SystemTime};
 
-use super::tag::{Earlier, HISTORY_MAX, NEVER_CONFIRMED, Past, TagRecord, VARIANTS_MAX, Variant};
+use super::record::{Earlier, HISTORY_MAX, NEVER_CONFIRMED, Past, TagRecord, VARIANTS_MAX, Variant};
 use crate::oci::Digest;
-use crate::store::record::{from_millis, to_millis};
+use crate::store::checksummed_json::{from_millis, to_millis};
 
 /// The finest difference of time that a file keeps.
 const TICK: Duration = Duration::from_millis(1);

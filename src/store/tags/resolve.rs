@@ -23,7 +23,7 @@
 
 use std::time::SystemTime;
 
-use super::tag::{Earlier, TagRecord, Variant};
+use super::record::{Earlier, TagRecord, Variant};
 use crate::oci::{Accept, Digest, MediaType};
 
 #[cfg(test)]

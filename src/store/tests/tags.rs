@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::store::listings::{KeptAbsence, KeptAnswer, KeptListing, ListingKey};
-use crate::store::refs::{TagRecord, VARIANTS_MAX};
+use crate::store::tags::{TagRecord, VARIANTS_MAX};
 
 #[test]
 fn a_tag_is_found_again_with_the_digest_it_named_last() {

@@ -17,7 +17,7 @@
 
 mod append;
 mod in_use;
-mod limit;
+mod prune;
 
 pub use self::append::{Noted, Unwritten};
 
@@ -31,10 +31,10 @@ use std::time::{Duration, SystemTime};
 use quick_cache::Weighter;
 use quick_cache::sync::Cache;
 
-use super::cache::{Place, PlaceRef, weighted};
-use super::record::{checksum, from_millis, hex, to_millis};
+use super::cache_key::{Place, PlaceRef, weighted};
+use super::checksummed_json::{checksum, from_millis, hex, to_millis};
+use super::completeness::Removed;
 use super::volume::Volume;
-use super::whole::Removed;
 use super::{Fault, Store, named_path};
 use crate::oci::{Digest, Repository};
 
@@ -178,7 +178,7 @@ impl SeenFiles {
     pub(super) fn new(volume: &Arc<dyn Volume>, removed: &Arc<Removed>) -> Self {
         Self {
             removed: Arc::clone(removed),
-            ..Self::with_room(volume, limit::SEEN_BYTES_MAX)
+            ..Self::with_room(volume, prune::SEEN_BYTES_MAX)
         }
     }
 

@@ -5,9 +5,9 @@
 //! was last and when first said (8 each), a byte of flags, and the image before it, or none. Digest and media type begin with a byte that
 //! says which they are. Numbers have their highest byte first.
 
-use super::tag::{Earlier, TagRecord, VARIANTS_MAX, Variant};
+use super::record::{Earlier, TagRecord, VARIANTS_MAX, Variant};
 use crate::oci::{Digest, MediaType};
-use crate::store::record::{from_millis, to_millis};
+use crate::store::checksummed_json::{from_millis, to_millis};
 
 /// The media types with a number of their own, in an order that stays as it is. 0 is any other.
 const KNOWN_TYPES: [&str; 4] = [

@@ -14,8 +14,8 @@ use std::time::SystemTime;
 
 use serde::{Deserialize, Serialize};
 
-use super::record::{RECORD_BYTES_MAX, checksum, from_millis, opened, sealed, to_millis};
-use super::refs::TagKey;
+use super::checksummed_json::{RECORD_BYTES_MAX, checksum, from_millis, opened, sealed, to_millis};
+use super::tags::TagKey;
 use super::volume::Volume;
 use super::{Fault, Store, named_path, remove_file};
 use crate::oci::{AnyDigest, Reference, Repository, Tag};
@@ -120,7 +120,7 @@ impl Store {
     /// Whether the index may have a tag of which it does not tell now.
     fn may_be_indexed(&self, key: &DoubtKey) -> bool {
         match &key.reference {
-            Reference::Tag(tag) => self.refs.is_index_silent(&key.tag_key(tag)),
+            Reference::Tag(tag) => self.tags.is_index_silent(&key.tag_key(tag)),
             Reference::Digest(_) => false,
         }
     }

@@ -12,7 +12,7 @@ use std::time::SystemTime;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::{JoinError, spawn_blocking};
 
-use super::doubts::DoubtKey;
+use super::invalidations::DoubtKey;
 use super::uses::Used;
 use super::{Evictions, Limits, Scrubbed, Store, Trouble, Usage, View};
 

@@ -15,7 +15,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 use quick_cache::sync::Cache;
 
-use super::cache::{ImageKey, ImageRef, Place, PlaceRef, counted};
+use super::cache_key::{ImageKey, ImageRef, Place, PlaceRef, counted};
 use super::manifests::HeldManifest;
 use super::{Store, View};
 use crate::oci::manifest::{Descriptor, Kind, Role};

@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use super::SharedSeen;
-use crate::store::cache::Place;
+use crate::store::cache_key::Place;
 
 /// At this many, those no longer used are looked for; and at twice as many as were left then.
 const SWEEP_MIN: usize = 1024;

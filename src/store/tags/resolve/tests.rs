@@ -8,7 +8,7 @@ use http::{HeaderMap, HeaderValue};
 
 use super::*;
 use crate::oci::Algorithm;
-use crate::store::refs::tag::HISTORY_MAX;
+use crate::store::tags::record::HISTORY_MAX;
 
 const OCI_INDEX: &str = "application/vnd.oci.image.index.v1+json";
 const OCI_IMAGE: &str = "application/vnd.oci.image.manifest.v1+json";
@@ -453,7 +453,7 @@ fn o01_many_accept_sets_do_not_drive_out_what_the_tag_named_for_others() {
         answered(seconds, "index b", seconds);
     }
     let names: Vec<_> = held.variants.iter().map(|one| name(&one.digest)).collect();
-    assert_eq!(names.len(), crate::store::refs::VARIANTS_MAX);
+    assert_eq!(names.len(), crate::store::tags::VARIANTS_MAX);
     assert_eq!(names.last(), Some(&"index a"));
     assert!(held.variants.iter().all(|one| one.history.len() <= HISTORY_MAX));
 }

@@ -4,9 +4,9 @@ use std::collections::HashSet;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError, TryLockError};
 
-use super::{SeenFiles, SharedSeen, head_line, limit, path, push_line};
+use super::{SeenFiles, SharedSeen, head_line, path, prune, push_line};
 use crate::oci::{Digest, Repository};
-use crate::store::cache::{Place, PlaceRef};
+use crate::store::cache_key::{Place, PlaceRef};
 use crate::store::{AsyncStore, Fault};
 
 /// Lines kept for another attempt while a file cannot be written to. Proofs that are lost cost a question each.
@@ -96,7 +96,7 @@ impl SeenFiles {
         for content in &contents {
             push_line(&mut lines, place, content);
         }
-        let block = if is_headed { 0 } else { limit::BLOCK_BYTES };
+        let block = if is_headed { 0 } else { prune::BLOCK_BYTES };
         self.bytes
             .fetch_add(lines.len() as u64 + block, Ordering::Relaxed);
         let path = path(place);

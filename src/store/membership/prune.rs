@@ -13,7 +13,7 @@ use std::time::SystemTime;
 
 use super::{FILE_BYTES_MAX, Seen, SeenFiles, TREE, content_of, head_line};
 use crate::oci::Digest;
-use crate::store::cache::{Place, PlaceRef};
+use crate::store::cache_key::{Place, PlaceRef};
 use crate::store::evict::YOUNG;
 
 /// Proofs on the disk, of all repositories together; at [`BLOCK_BYTES`] for each, those of a quarter of a million.

@@ -9,11 +9,11 @@ use std::sync::PoisonError;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime};
 
-use super::tag::KEY_PREFIX;
+use super::record::KEY_PREFIX;
 use super::{Refs, TagKey, TagRecord};
 use crate::store::IndexState;
+use crate::store::checksummed_json::{checksum, to_millis};
 use crate::store::index::thread::VALUE_BYTES_MAX;
-use crate::store::record::{checksum, to_millis};
 
 const PAGE: usize = 1000;
 
