@@ -21,7 +21,7 @@ use crate::config::{self, Access, Config, Credential, Faults, Limits, Proxy, Ups
 use crate::download::Downloads;
 use crate::oci::digest::keyed;
 use crate::policy::rules::Rules;
-use crate::proxy::{self, Pull, Site, SiteStates};
+use crate::proxy::{self, ProxyService, RegistryStates, UpstreamRegistry};
 use crate::server::accept::Accepting;
 use crate::server::listen::{Listener, Passed, SocketFile, bind, bind_unix, listeners};
 use crate::server::tls::{ServerTls, TlsError};
@@ -345,22 +345,22 @@ impl Told {
 
 /// What is learned and under way, over all configurations of this process: a reload exchanges settings alone.
 struct Lasting {
-    pull: Arc<Pull>,
-    sites: SiteStates,
+    pull: Arc<ProxyService>,
+    sites: RegistryStates,
     passwords: Arc<Passwords>,
     connector: Connector,
 }
 
 impl Lasting {
     fn new(store: &Arc<Store>, downloads: &Downloads, told: &Told) -> Self {
-        let pull = Pull::new(
+        let pull = ProxyService::new(
             Arc::clone(store),
             downloads.clone(),
             (told.clock, told.events.clone()),
         );
         Self {
             pull: Arc::new(pull),
-            sites: SiteStates::default(),
+            sites: RegistryStates::default(),
             passwords: Arc::default(),
             connector: Connector::system(),
         }
@@ -386,7 +386,7 @@ fn registry(config: &Config, lasting: &Lasting, told: &Told) -> Result<Registry,
             upstream.hosts.clone(),
         ));
     }
-    let is_default = |site: &Arc<Site>| site.name() == &*config.default_upstream;
+    let is_default = |site: &Arc<UpstreamRegistry>| site.name() == &*config.default_upstream;
     let default = sites
         .iter()
         .map(|(site, _)| site)
@@ -413,10 +413,10 @@ fn site(
     fetches_max: usize,
     rules: &Arc<Rules>,
     (lasting, told): (&Lasting, &Told),
-) -> Result<Site, RunError> {
+) -> Result<UpstreamRegistry, RunError> {
     let state = lasting.sites.of(&config.name);
     let access = match config.access {
-        Access::Proven => proxy::Access::Proven,
+        Access::Proven => proxy::Access::PerClient,
         Access::Shared => proxy::Access::Shared {
             own_credential: config.credential.is_some(),
         },
@@ -431,7 +431,7 @@ fn site(
             Some(Arc::clone(&told.served)),
         ),
     )?;
-    let site = Site::new(Arc::new(upstream), access, Arc::clone(rules), state);
+    let site = UpstreamRegistry::new(Arc::new(upstream), access, Arc::clone(rules), state);
     let Some(realm) = &config.local_tokens else {
         return Ok(site);
     };

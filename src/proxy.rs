@@ -9,35 +9,35 @@
 //! * `blob`: held, joined or led; `possession`: the proof where a HEAD proves nothing; `source`: how a download reaches the upstream; `prefetch` begins before anybody asks. `attached`: attestations, and what refers to them. * `listing`: tags; `tag_list`, once for all who may share it; `long_list`, passed on as it arrives; `page`, cut from what is kept. * `referrers`: by their API and by their fallback tag.
 //! * `cached`: what the store holds of it, or an error of the disk, logged. * `challenge`: how the registry itself answers `/v2/`. * `change`: what a write changes. `writing`: what follows from a write that passed.
 
-mod asking;
-mod attached;
+mod api_challenge;
+mod attestations;
 mod blob;
-mod cached;
-mod challenge;
-mod change;
-mod check;
-mod copies;
+mod cache_view;
+mod candidates;
+mod challenge_template;
 mod detached;
-mod fetching;
+mod grants;
+pub mod invalidation;
+mod keyed_lock;
+mod layer_probe;
 mod list_name;
 mod listing;
-mod logins;
-mod long_list;
+mod local_tokens;
 mod manifest;
+mod manifest_fetch;
 mod page;
-pub mod passing;
+pub mod passthrough;
 mod possession;
 mod prefetch;
-mod recalled;
 mod referrers;
 mod refresh;
-mod rights;
-mod site;
+mod registry;
+mod revalidate;
 mod sizes;
 mod source;
+mod streamed_list;
 mod tag_list;
-mod turns;
-pub mod writing;
+mod write_effect;
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -46,12 +46,12 @@ use bytes::Bytes;
 use http::HeaderValue;
 use tokio::time::Instant;
 
-pub use asking::Asked;
 pub use listing::Listing;
-pub use logins::{LoggedIn, is_local_token};
-pub use long_list::LongList;
+pub use local_tokens::{TokenOutcome, is_local_token};
 pub use refresh::Refreshed;
-pub use site::{Access, Site, SiteState, SiteStates};
+pub use registry::{Access, RegistryState, RegistryStates, UpstreamRegistry};
+pub use revalidate::Revalidated;
+pub use streamed_list::StreamedList;
 
 use crate::clock::Clock;
 use crate::download::{Downloads, Reader};
@@ -74,36 +74,36 @@ use crate::upstream::{Answer, Caller};
 /// up on a response after 30 s, of which the request that follows the pause needs some.
 const LIMIT_WITHIN: Duration = Duration::from_secs(20);
 
-/// What the road needs of the world, and what it has under way. One for the process: settings are the [`Site`]'s, and a
+/// What the road needs of the world, and what it has under way. One for the process: settings are the [`UpstreamRegistry`]'s, and a
 /// reload exchanges those alone.
-pub struct Pull {
+pub struct ProxyService {
     store: AsyncStore,
     downloads: Downloads,
     clock: Clock,
     events: Events,
-    principals: site::Principals,
-    sizes: sizes::Sizes,
-    arriving: possession::Arriving,
-    found: check::Found,
+    principals: registry::Principals,
+    sizes: sizes::SizeHints,
+    arriving: possession::ActiveDownloads,
+    found: layer_probe::ProbedImages,
     prefetching: prefetch::Prefetching,
-    list_copies: long_list::Copies,
-    attestations: attached::Attestations,
-    referrers_confirmed: referrers::Confirmed,
-    refused: rights::Refused,
-    logins: logins::Logins,
-    questions: Flights<asking::Key, Arc<Answer>>,
+    list_copies: streamed_list::CopyPermits,
+    attestations: attestations::Attestations,
+    referrers_confirmed: referrers::ConfirmedReferrers,
+    refused: grants::RecentDenials,
+    logins: local_tokens::LocalTokens,
+    questions: Flights<revalidate::CoalesceKey, Arc<Answer>>,
     /// By whether the response is kept as well: a caller without a right may have one by the time another joins.
-    lists: Flights<(asking::Key, bool), listing::Listed>,
-    tag_lists: Flights<(asking::Key, bool), tag_list::Shared>,
+    lists: Flights<(revalidate::CoalesceKey, bool), listing::ListResult>,
+    tag_lists: Flights<(revalidate::CoalesceKey, bool), tag_list::SharedList>,
     unreadable: LogLimit,
-    challenges: Flights<challenge::Key, Result<Arc<KeptChallenge>, Arc<Answer>>>,
-    manifests: Flights<asking::Key, Result<Arc<HeldManifest>, Arc<Answer>>>,
+    challenges: Flights<api_challenge::ChallengeKey, Result<Arc<KeptChallenge>, Arc<Answer>>>,
+    manifests: Flights<revalidate::CoalesceKey, Result<Arc<HeldManifest>, Arc<Answer>>>,
 }
 
 /// A request, whichever door it came through.
 pub struct Request {
     /// The upstream it is about.
-    pub site: Arc<Site>,
+    pub site: Arc<UpstreamRegistry>,
     /// What is asked for.
     pub operation: Operation,
     /// Whether only the head of the answer is wanted.
@@ -114,8 +114,8 @@ pub struct Request {
     pub authorization: Option<HeaderValue>,
     /// When it arrived.
     pub now: SystemTime,
-    /// Which writes there were in the repository by then ([`Site::writes`]).
-    pub writes: writing::Writes,
+    /// Which writes there were in the repository by then ([`UpstreamRegistry::writes`]).
+    pub writes: invalidation::WriteSnapshot,
     /// Whether a yes may lead the client to leave something out of a push, so that it must be the registry's.
     pub for_push: bool,
     /// Which trace it belongs to.
@@ -129,13 +129,13 @@ pub struct Request {
 }
 
 /// What the client gets, before it is HTTP.
-pub enum Outcome {
+pub enum ProxyResponse {
     /// `GET /v2/`: here is a registry.
     Ping,
     /// `GET /v2/`: the registry wants a credential, and says how in these lines of `WWW-Authenticate`.
     Challenged(Vec<HeaderValue>),
     /// A manifest, whole.
-    Manifest(Arc<HeldManifest>, How),
+    Manifest(Arc<HeldManifest>, ServeInfo),
     /// The head of a manifest that is not held: as the upstream gave it.
     ManifestHead {
         /// Which manifest.
@@ -152,22 +152,22 @@ pub enum Outcome {
         /// Its size in bytes; unknown only while it is being fetched from an upstream that does not say it.
         size: Option<u64>,
         /// Where its bytes come from.
-        content: Content,
+        content: BlobBody,
         /// Why it is served.
-        how: How,
+        how: ServeInfo,
     },
     /// A list of tags or referrers.
-    Listing(Listing, How),
+    Listing(Listing, ServeInfo),
     /// A list of tags that is passed on as it arrives.
-    LongList(Box<LongList>, How),
+    StreamedList(Box<StreamedList>, ServeInfo),
     /// Bytes of a kind that is never stored: passed through as they come.
-    Passed(passing::Passed),
+    Passthrough(passthrough::Passthrough),
     /// No.
-    Refused(Refused),
+    Denied(Denied),
 }
 
 /// Where the bytes of a blob come from.
-pub enum Content {
+pub enum BlobBody {
     /// Only its head was asked for.
     Head,
     /// From memory.
@@ -177,46 +177,46 @@ pub enum Content {
     /// From a download under way.
     Download(Reader),
     /// From the upstream, because the disk cannot take it.
-    Passing(Box<passing::Passing>),
+    Passthrough(Box<passthrough::VerifyingStream>),
 }
 
 /// Why a client gets bytes, and how old they are.
 #[derive(Clone, Copy, Debug)]
-pub struct How {
+pub struct ServeInfo {
     /// The reason.
-    pub reason: Reason,
+    pub reason: ServeReason,
     /// When the upstream last confirmed the tag; `None` for what is asked by digest.
     pub confirmed_at: Option<SystemTime>,
 }
 
 /// The reason, from the cache's point of view.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Reason {
+pub enum ServeReason {
     /// From the store.
-    Held(Served),
+    Cached(Served),
     /// From the upstream, for this client.
     Fetched(Why),
     /// From the upstream, in a transfer that another client had begun.
-    Joined,
+    Collapsed,
     /// From the upstream, not to be stored.
-    Passed,
+    Passthrough,
 }
 
-impl Reason {
+impl ServeReason {
     /// The name in the log, the metrics and `Cache-Status`.
     pub fn name(self) -> &'static str {
         match self {
-            Self::Held(served) => served.name(),
+            Self::Cached(served) => served.name(),
             Self::Fetched(why) => why.name(),
-            Self::Joined => "joined",
-            Self::Passed => "passed",
+            Self::Collapsed => "joined",
+            Self::Passthrough => "passed",
         }
     }
 }
 
 /// A refusal, with what the upstream said where it was asked.
 #[derive(Debug)]
-pub struct Refused {
+pub struct Denied {
     /// Why.
     pub refusal: Refusal,
     /// What the upstream answered.
@@ -225,25 +225,25 @@ pub struct Refused {
     pub own_credential: bool,
 }
 
-impl Pull {
+impl ProxyService {
     /// A road over `store`, whose install secret keys the principals.
     pub fn new(store: Arc<Store>, downloads: Downloads, (clock, events): (Clock, Events)) -> Self {
-        let principals = site::Principals::new(*store.install_secret());
+        let principals = registry::Principals::new(*store.install_secret());
         Self {
             store: AsyncStore::new(store),
             downloads,
             clock,
             events,
             principals,
-            sizes: sizes::Sizes::default(),
-            arriving: possession::Arriving::default(),
-            found: check::Found::default(),
+            sizes: sizes::SizeHints::default(),
+            arriving: possession::ActiveDownloads::default(),
+            found: layer_probe::ProbedImages::default(),
             prefetching: prefetch::Prefetching::default(),
-            list_copies: long_list::Copies::default(),
-            attestations: attached::Attestations::default(),
-            referrers_confirmed: referrers::Confirmed::default(),
-            refused: rights::Refused::default(),
-            logins: logins::Logins::default(),
+            list_copies: streamed_list::CopyPermits::default(),
+            attestations: attestations::Attestations::default(),
+            referrers_confirmed: referrers::ConfirmedReferrers::default(),
+            refused: grants::RecentDenials::default(),
+            logins: local_tokens::LocalTokens::default(),
             questions: Flights::default(),
             lists: Flights::default(),
             tag_lists: Flights::default(),
@@ -254,18 +254,18 @@ impl Pull {
     }
 
     /// Answers a request. Total: whatever fails becomes a refusal with its reason.
-    pub async fn answer(self: &Arc<Self>, mut request: Request) -> Outcome {
+    pub async fn answer(self: &Arc<Self>, mut request: Request) -> ProxyResponse {
         let now = request.now;
         request
             .authorization
             .take_if(|shown| self.is_spent(&request.site, shown));
         let outcome = self.outcome(&request).await;
         match &outcome {
-            Outcome::Manifest(manifest, _) => {
+            ProxyResponse::Manifest(manifest, _) => {
                 self.store.note_use(Used::Manifest(manifest.digest), now);
                 self.note_manifest_given(&request, manifest).await;
             }
-            Outcome::Blob { digest, .. } => {
+            ProxyResponse::Blob { digest, .. } => {
                 self.store.note_use(Used::Blob(*digest), now);
                 self.note_blob_given(&request, *digest);
             }
@@ -274,9 +274,9 @@ impl Pull {
         self.or_challenge(&request, outcome).await
     }
 
-    async fn outcome(self: &Arc<Self>, request: &Request) -> Outcome {
+    async fn outcome(self: &Arc<Self>, request: &Request) -> ProxyResponse {
         match request.operation.clone() {
-            Operation::Ping => Outcome::Ping,
+            Operation::Ping => ProxyResponse::Ping,
             Operation::Manifest {
                 repository,
                 reference,
@@ -295,7 +295,7 @@ impl Pull {
     /// question "why".
     pub async fn why(
         self: &Arc<Self>,
-        site: &Arc<Site>,
+        site: &Arc<UpstreamRegistry>,
         repository: &Repository,
         reference: &Reference,
         authorization: Option<&HeaderValue>,
@@ -311,7 +311,7 @@ impl Pull {
         let situation = match reference {
             Reference::Tag(tag) => {
                 let copies = self.copies_of_tag(site, repository, tag, None).await;
-                let held = copies.as_ref().map(copies::Copies::held);
+                let held = copies.as_ref().map(candidates::Candidates::held);
                 context.situation(rule, crate::policy::Subject::Tag, held, true, now)
             }
             Reference::Digest(digest) => {
@@ -333,7 +333,7 @@ impl Pull {
     }
 
     /// Who asks, and what is known of their right in this repository.
-    async fn context(self: &Arc<Self>, request: &Request, repository: &Repository) -> Context {
+    async fn context(self: &Arc<Self>, request: &Request, repository: &Repository) -> AuthContext {
         self.context_of(
             &request.site,
             repository,
@@ -345,15 +345,15 @@ impl Pull {
 
     async fn context_of(
         self: &Arc<Self>,
-        site: &Arc<Site>,
+        site: &Arc<UpstreamRegistry>,
         repository: &Repository,
         authorization: Option<&HeaderValue>,
         reason: (Peer, &Trace),
-    ) -> Context {
+    ) -> AuthContext {
         let caller = self.caller_of(site, authorization, reason);
         let account = self.account(site, repository, authorization);
         let evidence = self.evidence(site, repository, caller.principal, account).await;
-        Context { caller, evidence }
+        AuthContext { caller, evidence }
     }
 
     /// Who asks.
@@ -362,7 +362,12 @@ impl Pull {
         self.caller_of(&request.site, request.authorization.as_ref(), reason)
     }
 
-    fn caller_of(&self, site: &Site, authorization: Option<&HeaderValue>, reason: (Peer, &Trace)) -> Caller {
+    fn caller_of(
+        &self,
+        site: &UpstreamRegistry,
+        authorization: Option<&HeaderValue>,
+        reason: (Peer, &Trace),
+    ) -> Caller {
         let mut caller = site.caller(&self.principals, authorization, reason);
         caller.waits_until = Some(Instant::now() + LIMIT_WITHIN);
         caller
@@ -370,12 +375,12 @@ impl Pull {
 }
 
 /// Who asks in which repository, and with what right.
-struct Context {
+struct AuthContext {
     caller: Caller,
     evidence: Evidence,
 }
 
-impl Context {
+impl AuthContext {
     /// Whether this caller has shown no right in the repository, not even one that has lapsed. What such a one asks for by
     /// digest is looked up only after the upstream's yes, and asked about in one way whatever is held: neither how long a
     /// no takes nor what the upstream sees of it tells what is held.

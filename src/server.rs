@@ -51,7 +51,7 @@ pub use idle::Pardon;
 pub(crate) use idle::{Pardoned, Watched};
 
 use crate::clock::Clock;
-use crate::proxy::Pull;
+use crate::proxy::ProxyService;
 use crate::store::step::Buffers;
 use crate::telemetry::{Events, Kind};
 use crate::trace_context::Trace;
@@ -63,7 +63,7 @@ pub struct Registry {
     /// Which upstreams there are, and how a client names them.
     pub doors: Doors,
     /// The road that answers.
-    pub pull: Arc<Pull>,
+    pub pull: Arc<ProxyService>,
     /// Where `CONNECT` may lead besides.
     pub tunnels: Tunnels,
     /// Who may come in; `None`: whoever reaches us.

@@ -335,7 +335,7 @@ fn t15_everything_printed_goes_through_one_module() {
 
 /// Debug text is for who writes the code. Here it is the input of a hash, a quoted string in a file of TOML, or a `Debug`.
 const DEBUG_TEXT: &[&str] = &[
-    "proxy/logins.rs",
+    "proxy/local_tokens.rs",
     "process.rs",
     "setup/gitlab.rs",
     "upstream/settings.rs",

@@ -4,14 +4,14 @@ use std::sync::Arc;
 
 use super::response::Problem;
 use crate::oci::{Query, Reference, Repository};
-use crate::proxy::Site;
+use crate::proxy::UpstreamRegistry;
 use crate::server::Registry;
 use crate::store::tags::TagKey;
 
 /// An image, read.
 #[derive(Clone)]
 pub(super) struct ImageRef {
-    pub(super) site: Arc<Site>,
+    pub(super) site: Arc<UpstreamRegistry>,
     pub(super) repository: Repository,
     pub(super) reference: Reference,
 }

@@ -206,10 +206,10 @@ pub(super) fn describe_refresh(refreshed: Refreshed, upstream: &str) -> String {
     match refreshed {
         Refreshed::Unchanged(_) => format!("unchanged at {upstream}"),
         Refreshed::Newer(_) => format!("{upstream} has a newer image, which is held now"),
-        Refreshed::Absent => format!("gone at {upstream}; kept here until a client is told so"),
-        Refreshed::Refused => format!("{upstream} does not let this credential read it"),
-        Refreshed::Silent(cause) => format!("{upstream} {cause}; what is held stays"),
-        Refreshed::Undelivered(cause) => {
+        Refreshed::NotFound => format!("gone at {upstream}; kept here until a client is told so"),
+        Refreshed::Denied => format!("{upstream} does not let this credential read it"),
+        Refreshed::Unavailable(cause) => format!("{upstream} {cause}; what is held stays"),
+        Refreshed::FetchFailed(cause) => {
             format!("there is something newer that could not be had: {upstream} {cause}")
         }
     }

@@ -18,7 +18,7 @@ use super::image_ref::ImageRef;
 use crate::clock::Clock;
 use crate::download::Downloads;
 use crate::oci::{Accept, Digest, Operation, RangeRequest};
-use crate::proxy::{Pull, Request};
+use crate::proxy::{ProxyService, Request};
 use crate::queue::Peer;
 use crate::trace_context::Trace;
 
@@ -165,7 +165,7 @@ pub(super) struct PullSpec {
 
 impl PullJobs {
     /// Begins a pull; its number. `None` if too many are under way already.
-    pub(super) fn begin(&self, pull: &Arc<Pull>, spec: PullSpec, clock: Clock) -> Option<u64> {
+    pub(super) fn begin(&self, pull: &Arc<ProxyService>, spec: PullSpec, clock: Clock) -> Option<u64> {
         let job = {
             let mut list = self.locked();
             if list.jobs.len() >= JOBS_MAX {

@@ -306,10 +306,10 @@ impl Admin {
         let (result, digest, cause) = match refreshed {
             Refreshed::Unchanged(digest) => ("unchanged", Some(digest), None),
             Refreshed::Newer(digest) => ("newer", Some(digest), None),
-            Refreshed::Absent => ("absent", None, None),
-            Refreshed::Refused => ("refused", None, None),
-            Refreshed::Silent(cause) => ("silent", None, Some(cause)),
-            Refreshed::Undelivered(cause) => ("undelivered", None, Some(cause)),
+            Refreshed::NotFound => ("absent", None, None),
+            Refreshed::Denied => ("refused", None, None),
+            Refreshed::Unavailable(cause) => ("silent", None, Some(cause)),
+            Refreshed::FetchFailed(cause) => ("undelivered", None, Some(cause)),
         };
         Ok(json_response(&json!({
             "image": image.to_string(),

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::format::rfc3339;
 use crate::oci::Cause;
-use crate::proxy::Site;
+use crate::proxy::UpstreamRegistry;
 use crate::queue::Queue;
 use crate::server::Registry;
 use crate::telemetry::AllowanceLevel;
@@ -21,7 +21,7 @@ pub(super) fn to_json(registry: &Registry, now: SystemTime) -> Value {
     json!({ "upstreams": upstreams })
 }
 
-fn upstream_json(site: &Site, downloads: &Queue, now: SystemTime) -> Value {
+fn upstream_json(site: &UpstreamRegistry, downloads: &Queue, now: SystemTime) -> Value {
     let (name, state) = (site.name(), site.upstream().state());
     let last = state.last_silence.map(|(cause, _)| cause);
     let silence = |(cause, ago): (Cause, Duration)| {

@@ -5,13 +5,15 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::asking::Asked;
-use super::cached::Cached;
-use super::fetching::Wanted;
+use super::cache_view::CacheView;
 use super::manifest::refused;
+use super::manifest_fetch::UpstreamRequest;
 use super::possession::Sample;
-use super::source::Upstreamed;
-use super::{Content, Context, How, Outcome, Pull, Reason, Request, passing};
+use super::revalidate::Revalidated;
+use super::source::UpstreamSource;
+use super::{
+    AuthContext, BlobBody, ProxyResponse, ProxyService, Request, ServeInfo, ServeReason, passthrough,
+};
 use crate::download::{AHEAD_BYTES_MAX, Failure, Joined, Reader, WITHHELD_BYTES, Wish};
 use crate::oci::{AnyDigest, Cause, Digest, MediaType, RangeRequest, Repository};
 use crate::policy::rules::Rule;
@@ -43,22 +45,22 @@ const UNSIZED_BYTES_MAX: u64 = 32 * 1024 * 1024;
 /// … kept back for no longer than this.
 const LARGE_WITHIN: Duration = Duration::from_secs(1);
 
-impl Pull {
+impl ProxyService {
     pub(super) async fn blob(
         self: &Arc<Self>,
         request: &Request,
         repository: &Repository,
         digest: AnyDigest,
-    ) -> Outcome {
+    ) -> ProxyResponse {
         let context = self.context(request, repository).await;
         let digest = match digest {
             AnyDigest::Known(digest) => digest,
             AnyDigest::Foreign(_) => {
-                return passing::unverifiable(self, request, repository, &context.caller, u64::MAX).await;
+                return passthrough::unverifiable(self, request, repository, &context.caller, u64::MAX).await;
             }
         };
         let rule = request.site.rule(repository, None);
-        let road = Road {
+        let road = BlobRequest {
             pull: self,
             request,
             repository,
@@ -88,7 +90,7 @@ impl Pull {
         request: &Request,
         repository: &Repository,
         digest: Digest,
-    ) -> (Option<(Content, u64)>, bool) {
+    ) -> (Option<(BlobBody, u64)>, bool) {
         let head = request.head;
         self.look_up(&request.site, repository, move |cached| {
             (cached.content(&digest, head), cached.has_seen(&digest))
@@ -97,30 +99,34 @@ impl Pull {
     }
 }
 
-impl Cached<'_> {
-    fn content(&self, digest: &Digest, head: bool) -> Option<(Content, u64)> {
+impl CacheView<'_> {
+    fn content(&self, digest: &Digest, head: bool) -> Option<(BlobBody, u64)> {
         if let Some(bytes) = self.view.small_blob(digest) {
             let size = bytes.len() as u64;
-            return Some((Content::Memory(bytes), size));
+            return Some((BlobBody::Memory(bytes), size));
         }
         let image = format_args!("{}@{digest}", self.repository);
         let blob = self.pull.cached(self.site, &image, self.view.blob(digest))?;
         let size = blob.size;
-        let content = if head { Content::Head } else { Content::File(blob) };
+        let content = if head {
+            BlobBody::Head
+        } else {
+            BlobBody::File(blob)
+        };
         Some((content, size))
     }
 }
 
-struct Road<'a> {
-    pull: &'a Arc<Pull>,
+struct BlobRequest<'a> {
+    pull: &'a Arc<ProxyService>,
     request: &'a Request,
     repository: &'a Repository,
-    context: &'a Context,
+    context: &'a AuthContext,
     rule: &'a Rule,
     digest: Digest,
 }
 
-impl Road<'_> {
+impl BlobRequest<'_> {
     fn situation(&self, is_held: bool, seen: bool) -> Situation {
         let held = is_held.then_some(Held {
             digest: self.digest,
@@ -135,8 +141,8 @@ impl Road<'_> {
             .situation(self.rule, Subject::Blob, held, seen, self.request.now)
     }
 
-    /// For one who has shown no right here: see [`Context::is_stranger`].
-    async fn introduced(&self) -> Outcome {
+    /// For one who has shown no right here: see [`AuthContext::is_stranger`].
+    async fn introduced(&self) -> ProxyResponse {
         let now = self.request.now;
         let unseen = self.context.situation(self.rule, Subject::Blob, None, false, now);
         if let Verdict::Refuse(refusal) = decide(&unseen) {
@@ -159,7 +165,7 @@ impl Road<'_> {
             .held_content(self.request, self.repository, self.digest)
             .await;
         match held {
-            Some((_, size)) if self.request.for_push => self.serve(Content::Head, size, Served::Immutable),
+            Some((_, size)) if self.request.for_push => self.serve(BlobBody::Head, size, Served::Immutable),
             Some((content, size)) => self.serve(content, size, Served::Immutable),
             None if self.request.head => self.head_said(unseen, asked),
             None => {
@@ -169,7 +175,7 @@ impl Road<'_> {
         }
     }
 
-    async fn after_asking(&self, situation: Situation, content: Option<(Content, u64)>) -> Outcome {
+    async fn after_asking(&self, situation: Situation, content: Option<(BlobBody, u64)>) -> ProxyResponse {
         let mut asked = self.ask(&situation).await;
         if asked.is_unproven() && self.request.head {
             return self.head_given(asked.answer.and_then(|answer| answer.length));
@@ -189,7 +195,7 @@ impl Road<'_> {
 
     /// A held blob may have been collected by the registry, and a push that leaves it out would fail there. While the
     /// registry is silent there is no push to spoil.
-    async fn for_push(&self, situation: &Situation, size: u64, served: Served) -> Outcome {
+    async fn for_push(&self, situation: &Situation, size: u64, served: Served) -> ProxyResponse {
         let asked = self.ask(situation).await;
         match asked.heard {
             Heard::Absent => {
@@ -200,16 +206,16 @@ impl Road<'_> {
                     .store
                     .write(move |store| store.note_gone(own.name(), &repository, &digest))
                     .await;
-                super::asking::report(gone, "forget a blob that the registry no longer has");
+                super::revalidate::report(gone, "forget a blob that the registry no longer has");
                 refused(Refusal::Absent, asked.answer, false)
             }
             Heard::Refused(_) => refused(Refusal::Forbidden, asked.answer, is_own(asked.heard)),
-            _ => self.serve(Content::Head, size, served),
+            _ => self.serve(BlobBody::Head, size, served),
         }
     }
 
     /// Asks whether this principal may read this blob here. A yes is the proof that the upstream has it here.
-    async fn ask(&self, situation: &Situation) -> Asked {
+    async fn ask(&self, situation: &Situation) -> Revalidated {
         self.pull
             .ask(
                 self.request,
@@ -221,24 +227,28 @@ impl Road<'_> {
             .await
     }
 
-    fn serve(&self, content: Content, size: u64, served: Served) -> Outcome {
-        self.outcome(content, Some(size), Reason::Held(served))
+    fn serve(&self, content: BlobBody, size: u64, served: Served) -> ProxyResponse {
+        self.outcome(content, Some(size), ServeReason::Cached(served))
     }
 
-    fn outcome(&self, content: Content, size: Option<u64>, reason: Reason) -> Outcome {
-        let content = if self.request.head { Content::Head } else { content };
-        Outcome::Blob {
+    fn outcome(&self, content: BlobBody, size: Option<u64>, reason: ServeReason) -> ProxyResponse {
+        let content = if self.request.head {
+            BlobBody::Head
+        } else {
+            content
+        };
+        ProxyResponse::Blob {
             digest: self.digest,
             size,
             content,
-            how: How {
+            how: ServeInfo {
                 reason,
                 confirmed_at: None,
             },
         }
     }
 
-    async fn fetch(&self, situation: Situation) -> Outcome {
+    async fn fetch(&self, situation: Situation) -> ProxyResponse {
         if self.request.head {
             return self.head(situation).await;
         }
@@ -257,18 +267,18 @@ impl Road<'_> {
         refused(Refusal::Silent(cause), None, false)
     }
 
-    async fn head(&self, situation: Situation) -> Outcome {
+    async fn head(&self, situation: Situation) -> ProxyResponse {
         // Verified and seen here, and not named yet.
         if situation.standing == Standing::Vouched
             && let Some(size) = self.pull.downloads.verified_size(&self.digest)
         {
-            return self.serve(Content::Head, size, Served::Immutable);
+            return self.serve(BlobBody::Head, size, Served::Immutable);
         }
         let asked = self.ask(&situation).await;
         self.head_said(situation, asked)
     }
 
-    fn head_said(&self, situation: Situation, asked: Asked) -> Outcome {
+    fn head_said(&self, situation: Situation, asked: Revalidated) -> ProxyResponse {
         match (asked.heard, &asked.answer) {
             (Heard::Named { .. } | Heard::Unnamed, Some(answer)) => self.head_given(answer.length),
             // Passed on as the upstream's word: nothing is noted because of it.
@@ -277,61 +287,63 @@ impl Road<'_> {
         }
     }
 
-    fn head_given(&self, size: Option<u64>) -> Outcome {
-        self.outcome(Content::Head, size, Reason::Fetched(Why::NotHeld))
+    fn head_given(&self, size: Option<u64>) -> ProxyResponse {
+        self.outcome(BlobBody::Head, size, ServeReason::Fetched(Why::NotHeld))
     }
 
     /// What asking comes to once the upstream was asked for the bytes as well.
-    async fn proven(&self, sample: Option<Sample>) -> Asked {
+    async fn proven(&self, sample: Option<Sample>) -> Revalidated {
         let Some(sample) = sample else {
-            return Asked {
+            return Revalidated {
                 heard: Heard::Silent(Cause::NotRegistry),
                 answer: None,
             };
         };
         let of = self.wanted();
         match self.pull.prove(&of, self.digest, &sample).await {
-            Ok(()) => Asked {
+            Ok(()) => Revalidated {
                 heard: Heard::Unnamed,
                 answer: None,
             },
-            Err(answer) => Asked {
+            Err(answer) => Revalidated {
                 heard: self.pull.heard(&of.site, self.repository, &answer).await,
                 answer: Some(Arc::new(answer)),
             },
         }
     }
 
-    fn wanted(&self) -> Wanted {
-        Wanted::of(self.request, self.repository, &self.context.caller)
+    fn wanted(&self) -> UpstreamRequest {
+        UpstreamRequest::of(self.request, self.repository, &self.context.caller)
     }
 
-    async fn join(&self, situation: Situation) -> Result<Outcome, Arc<Failure>> {
+    async fn join(&self, situation: Situation) -> Result<ProxyResponse, Arc<Failure>> {
         let of = self.wanted();
         let wish = self.wish();
         match self.pull.downloads.join(self.digest, of.requester(), wish).await {
             Joined::Leader(leader) => {
-                let source = Upstreamed::new(self.pull, of, self.digest).for_leader(&leader);
+                let source = UpstreamSource::new(self.pull, of, self.digest).for_leader(&leader);
                 let reader = leader.start(source);
-                self.read(reader, Reason::Fetched(Why::NotHeld), situation, true)
+                self.read(reader, ServeReason::Fetched(Why::NotHeld), situation, true)
                     .await
             }
             Joined::Follower {
                 reader,
                 began_by_same: Some(began),
-            } if self.still_holds(&of, began) => self.read(reader, Reason::Joined, situation, true).await,
+            } if self.still_holds(&of, began) => {
+                self.read(reader, ServeReason::Collapsed, situation, true).await
+            }
             Joined::Follower { reader, .. } => {
                 if let Some(refusal) = self.own_right(situation, Sample::of_reader(&reader)).await {
                     return Ok(refusal);
                 }
-                self.read(reader, Reason::Joined, situation, false).await
+                self.read(reader, ServeReason::Collapsed, situation, false).await
             }
             Joined::Held(held) => {
                 if let Some(refusal) = self.own_right(situation, Sample::of_file(&held)).await {
                     return Ok(refusal);
                 }
                 let size = held.size;
-                Ok(self.outcome(Content::File(held), Some(size), Reason::Joined))
+                Ok(self.outcome(BlobBody::File(held), Some(size), ServeReason::Collapsed))
             }
         }
     }
@@ -370,7 +382,7 @@ impl Road<'_> {
 
     /// Whether a transfer that this principal began here is still its own to read: the `GET` of the transfer is the
     /// question about its right, unless the upstream has refused it since or a grant would have lapsed by now.
-    fn still_holds(&self, of: &Wanted, began: Instant) -> bool {
+    fn still_holds(&self, of: &UpstreamRequest, began: Instant) -> bool {
         began.elapsed() < self.rule.grant && !self.pull.refused_since(of, began)
     }
 
@@ -379,7 +391,7 @@ impl Road<'_> {
         &self,
         situation: Situation,
         sample: impl Future<Output = Option<Sample>>,
-    ) -> Option<Outcome> {
+    ) -> Option<ProxyResponse> {
         if situation.standing == Standing::Vouched || self.may_follow_here() {
             return None;
         }
@@ -409,10 +421,10 @@ impl Road<'_> {
     async fn read(
         &self,
         mut reader: Reader,
-        reason: Reason,
+        reason: ServeReason,
         situation: Situation,
         leads: bool,
-    ) -> Result<Outcome, Arc<Failure>> {
+    ) -> Result<ProxyResponse, Arc<Failure>> {
         let opened = async {
             if self.may_begin_queued() && is_still_queued(&mut reader).await {
                 return Ok(None);
@@ -421,8 +433,8 @@ impl Road<'_> {
         };
         let failure = match opened.await {
             Ok(size) => {
-                let reader = reader.with_ahead(Upstreamed::new(self.pull, self.wanted(), self.digest));
-                return Ok(self.outcome(Content::Download(reader), size, reason));
+                let reader = reader.with_ahead(UpstreamSource::new(self.pull, self.wanted(), self.digest));
+                return Ok(self.outcome(BlobBody::Download(reader), size, reason));
             }
             Err(failure) => failure,
         };
@@ -447,7 +459,7 @@ impl Road<'_> {
 
     /// The upstream's bytes as they come, verified on their way: where the disk cannot take them, and where nothing but
     /// the bytes can prove the right to them. What they prove is noted once they are verified.
-    async fn pass_through(&self, situation: Situation) -> Outcome {
+    async fn pass_through(&self, situation: Situation) -> ProxyResponse {
         let Request {
             site,
             operation,
@@ -475,13 +487,13 @@ impl Road<'_> {
         let is_page = fetched.media_type.as_ref().is_some_and(MediaType::is_page);
         let size = fetched.length;
         let (pull, of, digest) = (Arc::clone(self.pull), self.wanted(), self.digest);
-        let mut passing = passing::Passing::new(digest, fetched).when_verified(async move {
+        let mut passing = passthrough::VerifyingStream::new(digest, fetched).when_verified(async move {
             pull.learn_blob(&of, (digest, size.unwrap_or(0)), asked_at).await;
         });
         // Nothing of a small blob is sent before it is verified, so its answer can still be an honest error.
         let content = if is_page || size.is_some_and(|size| size <= WITHHELD_BYTES) {
             match passing.next().await.transpose() {
-                Ok(bytes) if passing.is_over() => Content::Memory(bytes.unwrap_or_default()),
+                Ok(bytes) if passing.is_over() => BlobBody::Memory(bytes.unwrap_or_default()),
                 Ok(_) | Err(Cause::WrongDigest) if is_page => {
                     return refuse_unheld(situation, Heard::Silent(Cause::NotRegistry), None);
                 }
@@ -489,14 +501,14 @@ impl Road<'_> {
                 Err(cause) => return refuse_unheld(situation, Heard::Silent(cause), None),
             }
         } else {
-            Content::Passing(Box::new(passing))
+            BlobBody::Passthrough(Box::new(passing))
         };
-        self.outcome(content, size, Reason::Passed)
+        self.outcome(content, size, ServeReason::Passthrough)
     }
 }
 
 /// Too many downloads wait already.
-fn crowded(refused_place: NoPlace) -> Outcome {
+fn crowded(refused_place: NoPlace) -> ProxyResponse {
     let answer = Answer::unplaced(refused_place);
     refused(Refusal::Silent(answer.cause()), Some(Arc::new(answer)), false)
 }
@@ -532,7 +544,7 @@ async fn begun(reader: &mut Reader) -> Result<(), Arc<Failure>> {
         .unwrap_or(Ok(()))
 }
 
-fn refuse_unheld(situation: Situation, heard: Heard, answer: Option<Arc<Answer>>) -> Outcome {
+fn refuse_unheld(situation: Situation, heard: Heard, answer: Option<Arc<Answer>>) -> ProxyResponse {
     let situation = Situation {
         held: None,
         ..situation

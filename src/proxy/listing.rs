@@ -7,11 +7,11 @@ use serde::Deserialize;
 use serde::de::IgnoredAny;
 use tokio::time::{Instant, timeout};
 
-use super::fetching::Wanted;
 use super::list_name::renamed;
 use super::manifest::refused;
-use super::tag_list::Unlisted;
-use super::{How, LongList, Outcome, Pull, Reason, Request, page};
+use super::manifest_fetch::UpstreamRequest;
+use super::tag_list::ListError;
+use super::{ProxyResponse, ProxyService, Request, ServeInfo, ServeReason, StreamedList, page};
 use crate::oci::header::next_link;
 use crate::oci::{Cause, MediaType, Operation, Repository};
 use crate::policy::{Heard, Held, Policy, Rest, Situation, Subject, Verdict, decide};
@@ -37,10 +37,14 @@ pub struct Listing {
 }
 
 /// A page, or what the upstream said instead.
-pub(super) type Listed = Result<Listing, (Heard, Option<Arc<Answer>>)>;
+pub(super) type ListResult = Result<Listing, (Heard, Option<Arc<Answer>>)>;
 
-impl Pull {
-    pub(super) async fn listing(self: &Arc<Self>, request: &Request, repository: &Repository) -> Outcome {
+impl ProxyService {
+    pub(super) async fn listing(
+        self: &Arc<Self>,
+        request: &Request,
+        repository: &Repository,
+    ) -> ProxyResponse {
         let context = self.context(request, repository).await;
         let rule = request.site.rule(repository, None);
         let key = ListingKey {
@@ -57,7 +61,7 @@ impl Pull {
         if !is_stranger {
             kept = self.kept_page(request, repository, (&key, is_unasked)).await;
         }
-        let in_situation = |kept: Option<&Kept>| {
+        let in_situation = |kept: Option<&CachedPage>| {
             let held = kept.map(|(_, source)| Held {
                 digest: source.digest,
                 confirmed_at: source.listed_at,
@@ -71,11 +75,11 @@ impl Pull {
         match decide(&situation) {
             Verdict::Refuse(refusal) => return refused(refusal, None, false),
             Verdict::Serve(served) if served.cause().is_none() && is_unasked => {
-                return serve(kept, Reason::Held(served));
+                return serve(kept, ServeReason::Cached(served));
             }
             _ => {}
         }
-        let mut wanted = Wanted::of(request, repository, &context.caller);
+        let mut wanted = UpstreamRequest::of(request, repository, &context.caller);
         let upstream = request.site.upstream();
         let wait = upstream.wait(&wanted.caller, (&wanted.operation, false), rule.budget);
         if !is_stranger && kept.is_none() && wait != Ok(rule.budget) {
@@ -116,15 +120,15 @@ impl Pull {
             kept = self.kept_page(request, repository, (&key, true)).await;
             situation = in_situation(kept.as_ref());
         }
-        let how = How {
-            reason: Reason::Fetched(crate::policy::Why::Unnamed),
+        let how = ServeInfo {
+            reason: ServeReason::Fetched(crate::policy::Why::Unnamed),
             confirmed_at: Some(request.now),
         };
         match heard {
-            Ok(Received::Whole(listing)) => Outcome::Listing(listing, how),
-            Ok(Received::Long(list)) => Outcome::LongList(list, how),
+            Ok(FetchedList::Buffered(listing)) => ProxyResponse::Listing(listing, how),
+            Ok(FetchedList::Streamed(list)) => ProxyResponse::StreamedList(list, how),
             Err((heard, answer)) => match decide(&situation.having_heard(heard)) {
-                Verdict::Serve(served) => serve(kept, Reason::Held(served)),
+                Verdict::Serve(served) => serve(kept, ServeReason::Cached(served)),
                 Verdict::Refuse(refusal) => refused(refusal, answer, false),
                 Verdict::Ask | Verdict::Fetch(_) | Verdict::Check(_) => {
                     refused(crate::policy::Refusal::Silent(Cause::Malformed), answer, false)
@@ -139,7 +143,7 @@ impl Pull {
         request: &Request,
         repository: &Repository,
         (key, derived): (&ListingKey, bool),
-    ) -> Option<Kept> {
+    ) -> Option<CachedPage> {
         let key = key.clone();
         let query = match &request.operation {
             Operation::Tags { query, .. } if derived => Some(query.clone()),
@@ -161,7 +165,11 @@ impl Pull {
     }
 
     /// Fetches a page of a list, and keeps it where there is a key.
-    pub(super) async fn list(self: &Arc<Self>, wanted: &Wanted, key: Option<ListingKey>) -> Listed {
+    pub(super) async fn list(
+        self: &Arc<Self>,
+        wanted: &UpstreamRequest,
+        key: Option<ListingKey>,
+    ) -> ListResult {
         let fetched = self.asked(wanted).await?;
         let head = head_of(&fetched, &wanted.operation).map_err(malformed)?;
         let bytes = fetched.collect(REFERRERS_BYTES_MAX).await.map_err(malformed)?;
@@ -172,16 +180,16 @@ impl Pull {
     /// The same for tags: a long list is passed on as it arrives.
     pub(super) async fn tags(
         self: &Arc<Self>,
-        wanted: &Wanted,
+        wanted: &UpstreamRequest,
         key: Option<ListingKey>,
-    ) -> Result<Received, Unlisted> {
+    ) -> Result<FetchedList, ListError> {
         let mut fetched = self.asked(wanted).await?;
         let mut head = head_of(&fetched, &wanted.operation).map_err(malformed)?;
         let mut begun = Vec::new();
         while begun.len() <= LISTING_WHOLE_BYTES_MAX {
             let Some(chunk) = fetched.chunk().await else {
                 head.bytes = named_as_here(wanted, begun.into());
-                return self.keep_list(key, head).await.map(Received::Whole);
+                return self.keep_list(key, head).await.map(FetchedList::Buffered);
             };
             begun.extend_from_slice(&chunk.map_err(malformed)?);
         }
@@ -194,12 +202,15 @@ impl Pull {
         head.bytes = named_as_here(wanted, begun.clone());
         let renamed = |size: u64| size.saturating_sub(begun.len() as u64) + head.bytes.len() as u64;
         let size = fetched.length.map(renamed);
-        let list = LongList::new(self, key, (head, size), fetched);
-        Ok(Received::Long(Box::new(list)))
+        let list = StreamedList::new(self, key, (head, size), fetched);
+        Ok(FetchedList::Streamed(Box::new(list)))
     }
 
-    async fn asked(self: &Arc<Self>, wanted: &Wanted) -> Result<Fetched, (Heard, Option<Arc<Answer>>)> {
-        let Wanted {
+    async fn asked(
+        self: &Arc<Self>,
+        wanted: &UpstreamRequest,
+    ) -> Result<Fetched, (Heard, Option<Arc<Answer>>)> {
+        let UpstreamRequest {
             site,
             repository,
             operation,
@@ -219,7 +230,7 @@ impl Pull {
     }
 
     /// It must be a list, whatever its status says: neither a captive portal's page nor an error with status 200 is one.
-    async fn keep_list(&self, key: Option<ListingKey>, listing: Listing) -> Listed {
+    async fn keep_list(&self, key: Option<ListingKey>, listing: Listing) -> ListResult {
         if !listing.is_list() {
             return Err(malformed(Cause::Malformed));
         }
@@ -234,22 +245,22 @@ impl Pull {
             } = page;
             store.keep_listing(&key, KeptListing::new(bytes, media_type, next, filters, now))
         });
-        super::asking::report(kept.await, "keep a list");
+        super::revalidate::report(kept.await, "keep a list");
         Ok(listing)
     }
 }
 
 /// A page for an outage, and the kept page that says how old it is.
-type Kept = (Listing, Arc<KeptListing>);
+type CachedPage = (Listing, Arc<KeptListing>);
 
 /// A list of tags from the upstream.
-pub(super) enum Received {
-    Whole(Listing),
-    Long(Box<LongList>),
+pub(super) enum FetchedList {
+    Buffered(Listing),
+    Streamed(Box<StreamedList>),
 }
 
 /// With the client's name of the repository, where it is another one at the registry.
-fn named_as_here(wanted: &Wanted, list: Bytes) -> Bytes {
+fn named_as_here(wanted: &UpstreamRequest, list: Bytes) -> Bytes {
     let upstream = wanted.site.upstream();
     let there: Vec<_> = upstream.names_there(&wanted.repository).collect();
     renamed(list, &there, &wanted.repository)
@@ -307,11 +318,11 @@ fn begins_as_list(bytes: &[u8]) -> bool {
     first.is_some_and(|first| !first.trim_ascii_start().starts_with(br#""errors""#))
 }
 
-fn serve(kept: Option<Kept>, reason: Reason) -> Outcome {
+fn serve(kept: Option<CachedPage>, reason: ServeReason) -> ProxyResponse {
     match kept {
         Some((listing, source)) => {
             let confirmed_at = Some(source.listed_at);
-            Outcome::Listing(listing, How { reason, confirmed_at })
+            ProxyResponse::Listing(listing, ServeInfo { reason, confirmed_at })
         }
         None => refused(crate::policy::Refusal::NotHeld, None, false),
     }
@@ -327,9 +338,9 @@ fn page_of(kept: &KeptListing) -> Listing {
 }
 
 /// A page that was kept.
-pub(super) fn given(kept: &KeptListing, reason: Reason) -> Outcome {
+pub(super) fn given(kept: &KeptListing, reason: ServeReason) -> ProxyResponse {
     let confirmed_at = Some(kept.listed_at);
-    Outcome::Listing(page_of(kept), How { reason, confirmed_at })
+    ProxyResponse::Listing(page_of(kept), ServeInfo { reason, confirmed_at })
 }
 
 /// What the headers say of a list.

@@ -4,10 +4,10 @@ use std::sync::Arc;
 
 use tokio::time::{Instant, timeout_at};
 
-use super::asking::Asked;
-use super::copies::{Copies, Copy};
-use super::fetching::Wanted;
-use super::{Context, How, Outcome, Pull, Reason, Refused, Request, passing};
+use super::candidates::{CachedManifest, Candidates};
+use super::manifest_fetch::UpstreamRequest;
+use super::revalidate::Revalidated;
+use super::{AuthContext, Denied, ProxyResponse, ProxyService, Request, ServeInfo, ServeReason, passthrough};
 use crate::oci::{AnyDigest, Cause, Digest, Reference, Repository, Tag};
 use crate::policy::rules::Rule;
 use crate::policy::{Heard, Refusal, Served, Situation, Standing, Subject, Verdict, Whose, Why, decide};
@@ -18,13 +18,13 @@ use crate::upstream::{Answer, Said};
 /// A manifest that is too large to be kept is passed on as it comes, up to this size. Larger ones, no client takes.
 const PASSED_MANIFEST_BYTES_MAX: u64 = 16 * 1024 * 1024;
 
-impl Pull {
+impl ProxyService {
     pub(super) async fn manifest(
         self: &Arc<Self>,
         request: &Request,
         repository: &Repository,
         reference: Reference,
-    ) -> Outcome {
+    ) -> ProxyResponse {
         let context = self.context(request, repository).await;
         match reference {
             Reference::Tag(tag) => self.by_tag(request, repository, &context, &tag).await,
@@ -32,7 +32,7 @@ impl Pull {
                 self.by_digest(request, repository, &context, digest).await
             }
             Reference::Digest(AnyDigest::Foreign(_)) => {
-                passing::unverifiable(
+                passthrough::unverifiable(
                     self,
                     request,
                     repository,
@@ -48,9 +48,9 @@ impl Pull {
         self: &Arc<Self>,
         request: &Request,
         repository: &Repository,
-        context: &Context,
+        context: &AuthContext,
         tag: &Tag,
-    ) -> Outcome {
+    ) -> ProxyResponse {
         if tag.is_referrers_tag() {
             // On the heap: few requests are for such a tag, and the state of all others stays as small as it is.
             return Box::pin(self.referrers_tag(request, repository, context, tag)).await;
@@ -58,9 +58,9 @@ impl Pull {
         let rule = request.site.rule(repository, Some(tag));
         let accept = Some(&request.accept);
         let copies = self.copies_of_tag(&request.site, repository, tag, accept).await;
-        let held = copies.as_ref().map(Copies::held);
+        let held = copies.as_ref().map(Candidates::held);
         let situation = context.situation(rule, Subject::Tag, held, true, request.now);
-        let road = Road::new(self, request, repository, context, rule);
+        let road = ManifestRequest::new(self, request, repository, context, rule);
         road.carry_out(situation, copies).await
     }
 
@@ -69,12 +69,12 @@ impl Pull {
         self: &Arc<Self>,
         request: &Request,
         repository: &Repository,
-        context: &Context,
+        context: &AuthContext,
         situation: Situation,
-        copies: Option<Copies>,
-    ) -> Outcome {
+        copies: Option<Candidates>,
+    ) -> ProxyResponse {
         let rule = request.site.rule(repository, request.tag());
-        let road = Road::new(self, request, repository, context, rule);
+        let road = ManifestRequest::new(self, request, repository, context, rule);
         road.carry_out(situation, copies).await
     }
 
@@ -82,41 +82,41 @@ impl Pull {
         self: &Arc<Self>,
         request: &Request,
         repository: &Repository,
-        context: &Context,
+        context: &AuthContext,
         digest: Digest,
-    ) -> Outcome {
+    ) -> ProxyResponse {
         let rule = request.site.rule(repository, None);
         if context.is_stranger(rule, request.now) {
-            let road = Road::new(self, request, repository, context, rule);
+            let road = ManifestRequest::new(self, request, repository, context, rule);
             return road.introduced(digest).await;
         }
         let (copies, seen) = self
             .copy_of_digest(&request.site, repository, &digest, request.now)
             .await;
-        let held = copies.as_ref().map(Copies::held);
+        let held = copies.as_ref().map(Candidates::held);
         let situation = context.situation(rule, Subject::Manifest, held, seen, request.now);
-        let road = Road::new(self, request, repository, context, rule);
+        let road = ManifestRequest::new(self, request, repository, context, rule);
         road.carry_out(situation, copies).await
     }
 }
 
 /// The facts that carrying out a verdict needs.
-struct Road<'a> {
-    pull: &'a Arc<Pull>,
+struct ManifestRequest<'a> {
+    pull: &'a Arc<ProxyService>,
     request: &'a Request,
     repository: &'a Repository,
-    context: &'a Context,
+    context: &'a AuthContext,
     rule: &'a Rule,
     /// Until when a client waits that could be given a copy.
     deadline: Instant,
 }
 
-impl<'a> Road<'a> {
+impl<'a> ManifestRequest<'a> {
     fn new(
-        pull: &'a Arc<Pull>,
+        pull: &'a Arc<ProxyService>,
         request: &'a Request,
         repository: &'a Repository,
-        context: &'a Context,
+        context: &'a AuthContext,
         rule: &'a Rule,
     ) -> Self {
         Self {
@@ -129,15 +129,15 @@ impl<'a> Road<'a> {
         }
     }
 
-    fn wanted(&self) -> Wanted {
-        Wanted {
+    fn wanted(&self) -> UpstreamRequest {
+        UpstreamRequest {
             is_strangers: self.context.is_stranger(self.rule, self.request.now),
-            ..Wanted::of(self.request, self.repository, &self.context.caller)
+            ..UpstreamRequest::of(self.request, self.repository, &self.context.caller)
         }
     }
 
     /// Decide, ask if need be, decide again, fetch or check if need be, and decide once more if that failed.
-    async fn carry_out(&self, situation: Situation, copies: Option<Copies>) -> Outcome {
+    async fn carry_out(&self, situation: Situation, copies: Option<Candidates>) -> ProxyResponse {
         match decide(&situation) {
             Verdict::Ask => self.after_asking(situation, copies).await,
             // A head alone is asked for by those who only compare; a GET would count as a pull at Docker Hub.
@@ -149,8 +149,8 @@ impl<'a> Road<'a> {
         }
     }
 
-    /// For one who has shown no right here and asks by digest: see [`Context::is_stranger`].
-    async fn introduced(&self, digest: Digest) -> Outcome {
+    /// For one who has shown no right here and asks by digest: see [`AuthContext::is_stranger`].
+    async fn introduced(&self, digest: Digest) -> ProxyResponse {
         let (site, repository, now) = (&self.request.site, self.repository, self.request.now);
         let unseen = self
             .context
@@ -166,19 +166,24 @@ impl<'a> Road<'a> {
         if copies.is_none() && self.request.head {
             return self.head_said(unseen, asked).await;
         }
-        let held = copies.as_ref().map(Copies::held);
+        let held = copies.as_ref().map(Candidates::held);
         let situation = self
             .context
             .situation(self.rule, Subject::Manifest, held, true, now);
         self.after_answer(situation, copies, asked).await
     }
 
-    async fn after_asking(&self, situation: Situation, copies: Option<Copies>) -> Outcome {
+    async fn after_asking(&self, situation: Situation, copies: Option<Candidates>) -> ProxyResponse {
         let asked = self.ask(&situation).await;
         self.after_answer(situation, copies, asked).await
     }
 
-    async fn after_answer(&self, situation: Situation, copies: Option<Copies>, asked: Asked) -> Outcome {
+    async fn after_answer(
+        &self,
+        situation: Situation,
+        copies: Option<Candidates>,
+        asked: Revalidated,
+    ) -> ProxyResponse {
         if asked.heard == Heard::Silent(Cause::Unverifiable) {
             return self.pass().await;
         }
@@ -186,7 +191,7 @@ impl<'a> Road<'a> {
             && let Some(manifest) = self.brought(asked.answer.as_deref()).await
         {
             // Whoever sent it, it is what this caller was given. Nothing cached is shown for it.
-            return self.manifest(manifest, Reason::Passed);
+            return self.manifest(manifest, ServeReason::Passthrough);
         }
         let situation = situation.having_heard(asked.heard);
         match decide(&situation) {
@@ -208,7 +213,7 @@ impl<'a> Road<'a> {
         }
     }
 
-    async fn ask(&self, situation: &Situation) -> Asked {
+    async fn ask(&self, situation: &Situation) -> Revalidated {
         self.pull
             .ask(
                 self.request,
@@ -237,24 +242,24 @@ impl<'a> Road<'a> {
             tag: tag.clone(),
         };
         let forgotten = self.pull.store.write(move |store| store.remove_tag(&key)).await;
-        super::asking::report(forgotten, "forget a tag that was deleted upstream");
+        super::revalidate::report(forgotten, "forget a tag that was deleted upstream");
     }
 
     /// The head of something not held, as the upstream gives it; fetched whole where the head does not say enough.
-    async fn head_of_unheld(&self, situation: Situation) -> Outcome {
+    async fn head_of_unheld(&self, situation: Situation) -> ProxyResponse {
         let asked = self.ask(&situation).await;
         self.head_said(situation, asked).await
     }
 
-    async fn head_said(&self, situation: Situation, asked: Asked) -> Outcome {
+    async fn head_said(&self, situation: Situation, asked: Revalidated) -> ProxyResponse {
         if let Some(manifest) = self.brought(asked.answer.as_deref()).await {
-            return self.manifest(manifest, Reason::Fetched(Why::Unnamed));
+            return self.manifest(manifest, ServeReason::Fetched(Why::Unnamed));
         }
         if let Some(answer) = &asked.answer
             && let (Said::Is(digest), Some(media_type), Some(size)) =
                 (answer.said, &answer.media_type, answer.length)
         {
-            return Outcome::ManifestHead {
+            return ProxyResponse::ManifestHead {
                 digest,
                 media_type: media_type.clone(),
                 size,
@@ -271,9 +276,14 @@ impl<'a> Road<'a> {
     }
 
     /// The manifest that the tag names now is held: look it up once more, for it may just have been evicted.
-    async fn serve_moved(&self, situation: Situation, copies: Option<Copies>, asked: Asked) -> Outcome {
+    async fn serve_moved(
+        &self,
+        situation: Situation,
+        copies: Option<Candidates>,
+        asked: Revalidated,
+    ) -> ProxyResponse {
         match self.named(asked.heard).await {
-            Some(manifest) => self.manifest(manifest, Reason::Held(Served::Moved)),
+            Some(manifest) => self.manifest(manifest, ServeReason::Cached(Served::Moved)),
             None => self.fetch(Why::Newer, situation, copies).await,
         }
     }
@@ -295,9 +305,9 @@ impl<'a> Road<'a> {
         &self,
         served: Served,
         situation: Situation,
-        copies: Option<Copies>,
+        copies: Option<Candidates>,
         answer: Option<Arc<Answer>>,
-    ) -> Outcome {
+    ) -> ProxyResponse {
         let newest = copies.as_ref().map(|copies| Arc::clone(&copies.newest.manifest));
         let manifest = match served {
             Served::Moved => self.named(situation.heard).await,
@@ -307,14 +317,14 @@ impl<'a> Road<'a> {
             return self.fetch(Why::Newer, situation, copies).await;
         };
         match self.rest_of(&manifest, copies.as_ref()).await {
-            Ok(()) => self.manifest(manifest, Reason::Held(served)),
+            Ok(()) => self.manifest(manifest, ServeReason::Cached(served)),
             Err(cause) => self.instead(situation, copies, cause, answer),
         }
     }
 
     /// Whether the upstream has what of `manifest` is not held; asked only where there is something else to serve.
-    async fn rest_of(&self, manifest: &Arc<HeldManifest>, copies: Option<&Copies>) -> Result<(), Cause> {
-        let Some(instead) = copies.and_then(Copies::whole) else {
+    async fn rest_of(&self, manifest: &Arc<HeldManifest>, copies: Option<&Candidates>) -> Result<(), Cause> {
+        let Some(instead) = copies.and_then(Candidates::whole) else {
             return Ok(());
         };
         if instead.manifest.digest == manifest.digest {
@@ -330,7 +340,7 @@ impl<'a> Road<'a> {
         checked.unwrap_or(Err(Cause::Budget))
     }
 
-    async fn fetch(&self, why: Why, situation: Situation, copies: Option<Copies>) -> Outcome {
+    async fn fetch(&self, why: Why, situation: Situation, copies: Option<Candidates>) -> ProxyResponse {
         let can_do_without = matches!(
             decide(&situation.having_heard(Heard::Undelivered(Cause::Budget))),
             Verdict::Serve(_)
@@ -368,8 +378,8 @@ impl<'a> Road<'a> {
     }
 
     /// What cannot be kept: the upstream's own response to this caller. Of it only a denial is noted.
-    async fn pass(&self) -> Outcome {
-        passing::unverifiable(
+    async fn pass(&self) -> ProxyResponse {
+        passthrough::unverifiable(
             self.pull,
             self.request,
             self.repository,
@@ -384,27 +394,27 @@ impl<'a> Road<'a> {
         manifest: Arc<HeldManifest>,
         why: Why,
         situation: Situation,
-        copies: Option<Copies>,
-    ) -> Outcome {
+        copies: Option<Candidates>,
+    ) -> ProxyResponse {
         match self.rest_of(&manifest, copies.as_ref()).await {
-            Ok(()) => self.manifest(manifest, Reason::Fetched(why)),
+            Ok(()) => self.manifest(manifest, ServeReason::Fetched(why)),
             Err(cause) => self.instead(situation, copies, cause, None),
         }
     }
 
     /// What the upstream has just confirmed or given.
-    fn manifest(&self, manifest: Arc<HeldManifest>, reason: Reason) -> Outcome {
+    fn manifest(&self, manifest: Arc<HeldManifest>, reason: ServeReason) -> ProxyResponse {
         let confirmed_at = self.request.tag().map(|_| self.request.now);
-        Outcome::Manifest(manifest, How { reason, confirmed_at })
+        ProxyResponse::Manifest(manifest, ServeInfo { reason, confirmed_at })
     }
 
     /// A refusal of the fetch is a refusal; anything else leaves what is held.
     async fn after_failed_fetch(
         &self,
         situation: Situation,
-        copies: Option<Copies>,
+        copies: Option<Candidates>,
         answer: Arc<Answer>,
-    ) -> Outcome {
+    ) -> ProxyResponse {
         let heard = self
             .pull
             .heard(&self.request.site, self.repository, &answer)
@@ -430,10 +440,10 @@ impl<'a> Road<'a> {
     fn instead(
         &self,
         situation: Situation,
-        copies: Option<Copies>,
+        copies: Option<Candidates>,
         cause: Cause,
         answer: Option<Arc<Answer>>,
-    ) -> Outcome {
+    ) -> ProxyResponse {
         // The upstream has just said yes to this principal, so its standing is as good as can be.
         let heard = Heard::Undelivered(cause);
         match decide(&Situation {
@@ -450,13 +460,13 @@ impl<'a> Road<'a> {
         }
     }
 
-    fn serve(&self, served: Served, copies: Option<Copies>, heard: Option<Heard>) -> Outcome {
+    fn serve(&self, served: Served, copies: Option<Candidates>, heard: Option<Heard>) -> ProxyResponse {
         let copy = match (served, copies) {
             (Served::LastComplete(_), Some(copies)) => copies.earlier,
             (_, Some(copies)) => Some(copies.newest),
             (_, None) => None,
         };
-        let Some(Copy {
+        let Some(CachedManifest {
             manifest,
             confirmed_at,
         }) = copy
@@ -470,10 +480,10 @@ impl<'a> Road<'a> {
         } else {
             confirmed_at
         };
-        Outcome::Manifest(
+        ProxyResponse::Manifest(
             manifest,
-            How {
-                reason: Reason::Held(served),
+            ServeInfo {
+                reason: ServeReason::Cached(served),
                 confirmed_at: Some(confirmed_at),
             },
         )
@@ -484,8 +494,8 @@ fn own_credential(heard: Heard) -> bool {
     heard == Heard::Refused(Whose::Proxy)
 }
 
-pub(super) fn refused(refusal: Refusal, answer: Option<Arc<Answer>>, own_credential: bool) -> Outcome {
-    Outcome::Refused(Refused {
+pub(super) fn refused(refusal: Refusal, answer: Option<Arc<Answer>>, own_credential: bool) -> ProxyResponse {
+    ProxyResponse::Denied(Denied {
         refusal,
         answer,
         own_credential,

@@ -19,16 +19,16 @@ const PAGES_MAX: usize = 256;
 const TAGS_MAX: usize = 1_000_000;
 
 /// What is asked of the list.
-struct Wish {
+struct PageRequest {
     /// `None`: all tags.
     n: Option<usize>,
     last: Option<String>,
 }
 
-impl Wish {
+impl PageRequest {
     /// `None` if something else is asked as well, which a kept list cannot answer.
-    fn of(query: &Query) -> Option<Wish> {
-        query.has_only_of(&["n", "last"]).then(|| Wish {
+    fn of(query: &Query) -> Option<PageRequest> {
+        query.has_only_of(&["n", "last"]).then(|| PageRequest {
             // Too large a number is more than any list has.
             n: query.get("n").map(|n| n.parse().unwrap_or(usize::MAX)),
             last: query
@@ -46,7 +46,7 @@ pub(super) fn derived(
     query: &Query,
     kept: impl Fn(&str) -> Option<Arc<KeptListing>>,
 ) -> Option<(Listing, Arc<KeptListing>)> {
-    let wish = Wish::of(query)?;
+    let wish = PageRequest::of(query)?;
     let path = |query: Query| {
         let repository = repository.clone();
         Operation::Tags { repository, query }.path_and_query()
@@ -103,7 +103,7 @@ pub(super) fn derived(
 
 /// The tags after `last`, at most `n`, and whether there are more. `last` need not exist: then those that sort after it
 /// are meant. Registries sort differently, so where it does, its place in the list counts.
-fn page_of<'a>(tags: &'a [String], wish: &Wish) -> (&'a [String], bool) {
+fn page_of<'a>(tags: &'a [String], wish: &PageRequest) -> (&'a [String], bool) {
     let after = match &wish.last {
         None => 0,
         Some(last) => tags.iter().position(|tag| tag == last).map_or_else(

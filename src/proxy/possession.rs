@@ -11,8 +11,8 @@ use quick_cache::sync::Cache;
 use tokio::task::spawn_blocking;
 use tokio::time::Instant;
 
-use super::fetching::Wanted;
-use super::{Content, Pull, Site};
+use super::manifest_fetch::UpstreamRequest;
+use super::{BlobBody, ProxyService, UpstreamRegistry};
 use crate::download::Reader;
 use crate::oci::{Cause, Digest, Repository};
 use crate::store::blobs::HeldBlob;
@@ -26,29 +26,29 @@ const ARRIVING_MAX: usize = 4096;
 
 /// The transfers whose upstream response came in a repository: who may read there may follow. Their bytes are that
 /// response's, and the last of them are withheld until they are verified.
-pub(super) struct Arriving(Cache<(Arc<str>, Repository, Digest), ()>);
+pub(super) struct ActiveDownloads(Cache<(Arc<str>, Repository, Digest), ()>);
 
-impl Default for Arriving {
+impl Default for ActiveDownloads {
     fn default() -> Self {
         Self(Cache::new(ARRIVING_MAX))
     }
 }
 
-impl Arriving {
-    pub(super) fn note(&self, site: &Site, repository: &Repository, digest: Digest) {
+impl ActiveDownloads {
+    pub(super) fn note(&self, site: &UpstreamRegistry, repository: &Repository, digest: Digest) {
         self.0.insert(key(site, repository, digest), ());
     }
 
-    pub(super) fn forget(&self, site: &Site, repository: &Repository, digest: Digest) {
+    pub(super) fn forget(&self, site: &UpstreamRegistry, repository: &Repository, digest: Digest) {
         self.0.remove(&key(site, repository, digest));
     }
 
-    pub(super) fn is_in(&self, site: &Site, repository: &Repository, digest: Digest) -> bool {
+    pub(super) fn is_in(&self, site: &UpstreamRegistry, repository: &Repository, digest: Digest) -> bool {
         self.0.get(&key(site, repository, digest)).is_some()
     }
 }
 
-fn key(site: &Site, repository: &Repository, digest: Digest) -> (Arc<str>, Repository, Digest) {
+fn key(site: &UpstreamRegistry, repository: &Repository, digest: Digest) -> (Arc<str>, Repository, Digest) {
     (site.name().into(), repository.clone(), digest)
 }
 
@@ -56,16 +56,16 @@ fn key(site: &Site, repository: &Repository, digest: Digest) -> (Arc<str>, Repos
 pub(super) struct Sample(Bytes);
 
 impl Sample {
-    pub(super) fn of_content(content: &Content) -> impl Future<Output = Option<Self>> + Send + use<> {
+    pub(super) fn of_content(content: &BlobBody) -> impl Future<Output = Option<Self>> + Send + use<> {
         let known = match content {
-            Content::Memory(bytes) => {
+            BlobBody::Memory(bytes) => {
                 let length = usize::try_from(SAMPLE_BYTES).unwrap_or(usize::MAX);
                 Some(Self(bytes.slice(..length.min(bytes.len()))))
             }
             _ => None,
         };
         let file = match content {
-            Content::File(held) => Some(Self::of_file(held)),
+            BlobBody::File(held) => Some(Self::of_file(held)),
             _ => None,
         };
         async move {
@@ -109,16 +109,16 @@ impl Sample {
     }
 }
 
-impl Pull {
+impl ProxyService {
     /// Asks the upstream for the bytes of `sample`. If they come, that is the registry's yes to this principal for this
     /// blob in this repository, and is noted as that.
     pub(super) async fn prove(
         self: &Arc<Self>,
-        of: &Wanted,
+        of: &UpstreamRequest,
         digest: Digest,
         sample: &Sample,
     ) -> Result<(), Answer> {
-        let Wanted {
+        let UpstreamRequest {
             site,
             operation,
             accept,
@@ -164,7 +164,7 @@ impl Pull {
     /// that the caller chose nothing follows.
     pub(super) async fn learn_blob(
         self: &Arc<Self>,
-        of: &Wanted,
+        of: &UpstreamRequest,
         (digest, size): (Digest, u64),
         asked_at: Instant,
     ) {

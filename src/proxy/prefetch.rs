@@ -15,9 +15,9 @@ use quick_cache::sync::Cache;
 use tokio::sync::{Semaphore, oneshot};
 use tokio::time::Instant;
 
-use super::fetching::Wanted;
-use super::source::Upstreamed;
-use super::{LIMIT_WITHIN, Pull, Request};
+use super::manifest_fetch::UpstreamRequest;
+use super::source::UpstreamSource;
+use super::{LIMIT_WITHIN, ProxyService, Request};
 use crate::download::{Failure, Joined, Wish};
 use crate::oci::manifest::Role;
 use crate::oci::{AnyDigest, Cause, Digest, Operation, Repository};
@@ -34,14 +34,14 @@ const IMAGES_MAX: usize = 64;
 const LAYERS_MAX: usize = 16_384;
 
 /// A manifest or a blob in a repository of an upstream.
-pub(super) type Key = (Arc<str>, Repository, Digest);
+pub(super) type ContentKey = (Arc<str>, Repository, Digest);
 
 /// What is being prefetched, and what would be.
 pub(super) struct Prefetching {
     images: Arc<Semaphore>,
-    running: Mutex<HashSet<Key>>,
+    running: Mutex<HashSet<ContentKey>>,
     /// The manifests given to clients that lack something here, by their layers.
-    lacking: Cache<Key, Parent>,
+    lacking: Cache<ContentKey, Parent>,
 }
 
 /// Which image a layer belongs to.
@@ -54,7 +54,7 @@ enum Parent {
 
 /// The downloads begun, each with what the upstream said to its `GET`. Dropped unanswered: nothing that concerns the
 /// caller.
-pub(super) type Begun = HashMap<Digest, oneshot::Receiver<Result<(), Cause>>>;
+pub(super) type StartedDownloads = HashMap<Digest, oneshot::Receiver<Result<(), Cause>>>;
 
 impl Default for Prefetching {
     fn default() -> Self {
@@ -68,17 +68,17 @@ impl Default for Prefetching {
 
 impl Prefetching {
     /// Whether the image was not under way, and is now.
-    fn enter(&self, image: &Key) -> bool {
+    fn enter(&self, image: &ContentKey) -> bool {
         let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
         running.insert(image.clone())
     }
 
-    fn leave(&self, image: &Key) {
+    fn leave(&self, image: &ContentKey) {
         let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
         running.remove(image);
     }
 
-    fn note_lacking(&self, layer: Key, manifest: Digest) {
+    fn note_lacking(&self, layer: ContentKey, manifest: Digest) {
         let one = Parent::One(manifest);
         let parent = match self.lacking.get(&layer) {
             Some(known) if known != one => Parent::Several,
@@ -88,11 +88,11 @@ impl Prefetching {
     }
 }
 
-impl Pull {
+impl ProxyService {
     /// The blobs of `manifest` that are missing here, and what they are to it.
     pub(super) async fn missing(
         self: &Arc<Self>,
-        of: &Wanted,
+        of: &UpstreamRequest,
         manifest: &Arc<HeldManifest>,
     ) -> Vec<(Digest, Role)> {
         let manifest = Arc::clone(manifest);
@@ -128,7 +128,7 @@ impl Pull {
         if !lacks_blobs && !self.attestations.lacks(site, repository, &manifest.digest) {
             return;
         }
-        let of = Wanted::of(request, repository, &self.caller(request));
+        let of = UpstreamRequest::of(request, repository, &self.caller(request));
         let upstream: Arc<str> = site.name().into();
         for child in manifest
             .manifest
@@ -158,11 +158,11 @@ impl Pull {
         let Some(repository) = request.operation.repository().filter(|_| !request.head) else {
             return;
         };
-        let layer: Key = (request.site.name().into(), repository.clone(), digest);
+        let layer: ContentKey = (request.site.name().into(), repository.clone(), digest);
         let Some(Parent::One(image)) = self.prefetching.lacking.get(&layer) else {
             return;
         };
-        let of = Wanted::of(request, repository, &self.caller(request));
+        let of = UpstreamRequest::of(request, repository, &self.caller(request));
         let pull = Arc::clone(self);
         self.prefetching.lacking.remove(&layer);
         tokio::spawn(async move {
@@ -173,32 +173,36 @@ impl Pull {
     }
 
     /// Begins to download what is missing of the image `manifest`, in a task of its own.
-    pub(super) async fn prefetch(self: &Arc<Self>, of: Wanted, manifest: &Arc<HeldManifest>) -> Begun {
+    pub(super) async fn prefetch(
+        self: &Arc<Self>,
+        of: UpstreamRequest,
+        manifest: &Arc<HeldManifest>,
+    ) -> StartedDownloads {
         let missing = self.missing(&of, manifest).await;
         self.begin(of, manifest, missing)
     }
 
     fn begin(
         self: &Arc<Self>,
-        of: Wanted,
+        of: UpstreamRequest,
         manifest: &Arc<HeldManifest>,
         missing: Vec<(Digest, Role)>,
-    ) -> Begun {
-        let image: Key = (of.site.name().into(), of.repository.clone(), manifest.digest);
+    ) -> StartedDownloads {
+        let image: ContentKey = (of.site.name().into(), of.repository.clone(), manifest.digest);
         let lacks_attestation = self
             .attestations
             .lacks(&of.site, &of.repository, &manifest.digest);
         if missing.is_empty() && !lacks_attestation {
-            return Begun::default();
+            return StartedDownloads::default();
         }
         let Ok(place) = Arc::clone(&self.prefetching.images).try_acquire_owned() else {
             tracing::debug!(digest = %manifest.digest, "too much is prefetched already");
-            return Begun::default();
+            return StartedDownloads::default();
         };
         if !self.prefetching.enter(&image) {
-            return Begun::default();
+            return StartedDownloads::default();
         }
-        let (mut begun, mut blobs) = (Begun::default(), Vec::new());
+        let (mut begun, mut blobs) = (StartedDownloads::default(), Vec::new());
         for (digest, _) in missing {
             let (opened, receiver) = oneshot::channel();
             begun.insert(digest, receiver);
@@ -225,7 +229,7 @@ impl Pull {
     /// Downloads blobs of one image, a few at a time.
     async fn prefetch_blobs(
         self: &Arc<Self>,
-        of: &Wanted,
+        of: &UpstreamRequest,
         blobs: Vec<(Digest, oneshot::Sender<Result<(), Cause>>)>,
     ) {
         let own = Arc::new(Semaphore::new(BLOBS_PER_IMAGE_MAX));
@@ -248,7 +252,7 @@ impl Pull {
     /// Downloads one blob. `opened` is told what the upstream said to the `GET`, if that was the caller's own.
     pub(super) async fn prefetch_blob(
         self: &Arc<Self>,
-        of: Wanted,
+        of: UpstreamRequest,
         digest: Digest,
         opened: Option<oneshot::Sender<Result<(), Cause>>>,
     ) {
@@ -256,7 +260,7 @@ impl Pull {
             repository: of.repository.clone(),
             digest: AnyDigest::Known(digest),
         };
-        let mut wanted = Wanted { operation, ..of };
+        let mut wanted = UpstreamRequest { operation, ..of };
         wanted.caller.waits_until = Some(Instant::now() + LIMIT_WITHIN);
         (wanted.caller.peer, wanted.caller.class) = (Peer::Background, Class::Background);
         let wish = Wish {
@@ -265,7 +269,7 @@ impl Pull {
         };
         let settled = match self.downloads.join(digest, wanted.requester(), wish).await {
             Joined::Leader(leader) => {
-                let source = Upstreamed::new(self, wanted.clone(), digest).for_leader(&leader);
+                let source = UpstreamSource::new(self, wanted.clone(), digest).for_leader(&leader);
                 let mut reader = leader.start(source);
                 if let Some(opened) = opened {
                     let said = reader.opened().await.map(drop);

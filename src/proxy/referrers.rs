@@ -15,13 +15,13 @@ use http::StatusCode;
 use quick_cache::sync::Cache;
 use tokio::time::timeout;
 
-use super::asking::Key;
-use super::cached::Cached;
-use super::copies::Copies;
-use super::fetching::Wanted;
+use super::cache_view::CacheView;
+use super::candidates::Candidates;
 use super::listing::given;
 use super::manifest::refused;
-use super::{Context, How, Outcome, Pull, Reason, Request, Site};
+use super::manifest_fetch::UpstreamRequest;
+use super::revalidate::CoalesceKey;
+use super::{AuthContext, ProxyResponse, ProxyService, Request, ServeInfo, ServeReason, UpstreamRegistry};
 use crate::oci::{Algorithm, AnyDigest, Cause, Digest, Operation, Query, Repository, Tag};
 use crate::policy::rules::Rule;
 use crate::policy::{
@@ -41,47 +41,47 @@ const CODE_BYTES_MAX: usize = 64;
 
 /// When the upstream last answered a question about referrers, and how often something had been written in the
 /// repository by then. In memory alone: after a restart the first question goes out.
-pub(super) struct Confirmed(Cache<ListingKey, (SystemTime, u64)>);
+pub(super) struct ConfirmedReferrers(Cache<ListingKey, (SystemTime, u64)>);
 
-impl Default for Confirmed {
+impl Default for ConfirmedReferrers {
     fn default() -> Self {
         Self(Cache::new(CONFIRMED_MAX))
     }
 }
 
 /// What can be answered without the upstream.
-enum StandIn {
+enum Fallback {
     /// What it last answered.
-    Kept(KeptAnswer),
+    Cached(KeptAnswer),
     /// Nothing is kept, and the subject is cached.
     Assumed,
 }
 
 /// What is known before the upstream is asked.
-enum Before {
+enum Precheck {
     /// The answer.
-    Answered(Box<Outcome>),
+    Respond(Box<ProxyResponse>),
     /// The upstream is known to be unavailable, and there is something else to answer.
     Unavailable(Cause),
     /// Nothing that is enough. So long is the upstream waited for, where there is something else to answer.
-    Ask(Duration),
+    Request(Duration),
 }
 
 /// One question about referrers.
-struct Lookup<'a> {
-    pull: &'a Arc<Pull>,
+struct ReferrersRequest<'a> {
+    pull: &'a Arc<ProxyService>,
     request: &'a Request,
     repository: &'a Repository,
     rule: &'a Rule,
     key: ListingKey,
-    stand_in: Option<StandIn>,
+    stand_in: Option<Fallback>,
     /// Before anything was asked.
     situation: Situation,
     /// Whether the upstream answered so lately that it is not asked again.
     is_fresh: bool,
 }
 
-impl Pull {
+impl ProxyService {
     /// `GET /v2/<name>/referrers/<digest>`.
     pub(super) async fn referrers(
         self: &Arc<Self>,
@@ -89,27 +89,27 @@ impl Pull {
         repository: &Repository,
         subject: &AnyDigest,
         query: &Query,
-    ) -> Outcome {
+    ) -> ProxyResponse {
         let context = self.context(request, repository).await;
         let rule = request.site.rule(repository, None);
         let subject = match subject {
             AnyDigest::Known(digest) => Some(*digest),
             AnyDigest::Foreign(_) => None,
         };
-        let lookup = Lookup::new(self, request, repository, (&context, rule), subject, query).await;
+        let lookup = ReferrersRequest::new(self, request, repository, (&context, rule), subject, query).await;
         let heard = match lookup.before_asking(&context, false) {
-            Before::Answered(outcome) => return *outcome,
-            Before::Unavailable(cause) => Err((Heard::Silent(cause), None)),
-            Before::Ask(wait) => lookup.list(&context, wait).await,
+            Precheck::Respond(outcome) => return *outcome,
+            Precheck::Unavailable(cause) => Err((Heard::Silent(cause), None)),
+            Precheck::Request(wait) => lookup.list(&context, wait).await,
         };
         match heard {
             Ok(listing) => {
                 lookup.confirm();
-                let how = How {
-                    reason: Reason::Fetched(Why::Unnamed),
+                let how = ServeInfo {
+                    reason: ServeReason::Fetched(Why::Unnamed),
                     confirmed_at: Some(request.now),
                 };
-                Outcome::Listing(listing, how)
+                ProxyResponse::Listing(listing, how)
             }
             Err((heard, answer)) => lookup.conclude(heard, answer).await,
         }
@@ -120,14 +120,14 @@ impl Pull {
         self: &Arc<Self>,
         request: &Request,
         repository: &Repository,
-        context: &Context,
+        context: &AuthContext,
         tag: &Tag,
-    ) -> Outcome {
+    ) -> ProxyResponse {
         let rule = request.site.rule(repository, Some(tag));
         let subject = tag.subject();
         let accept = Some(&request.accept);
         let copies = self.copies_of_tag(&request.site, repository, tag, accept).await;
-        if let Some(copies) = copies.map(Copies::of_list) {
+        if let Some(copies) = copies.map(Candidates::of_list) {
             let held = Some(copies.held());
             let mut situation = context.situation(rule, Subject::Tag, held, true, request.now);
             if self.is_subject_cached(&request.site, repository, subject).await {
@@ -137,7 +137,7 @@ impl Pull {
                 .judged(request, repository, context, situation, Some(copies))
                 .await;
         }
-        let lookup = Lookup::new(
+        let lookup = ReferrersRequest::new(
             self,
             request,
             repository,
@@ -146,11 +146,11 @@ impl Pull {
             &Query::default(),
         )
         .await;
-        let is_kept = matches!(lookup.stand_in, Some(StandIn::Kept(_)));
+        let is_kept = matches!(lookup.stand_in, Some(Fallback::Cached(_)));
         let wait = match lookup.before_asking(context, is_kept) {
-            Before::Answered(outcome) => return *outcome,
-            Before::Unavailable(cause) => return lookup.conclude(Heard::Silent(cause), None).await,
-            Before::Ask(wait) => wait,
+            Precheck::Respond(outcome) => return *outcome,
+            Precheck::Unavailable(cause) => return lookup.conclude(Heard::Silent(cause), None).await,
+            Precheck::Request(wait) => wait,
         };
         // A 404 was had by GET before, so a HEAD is enough to hear that it still holds.
         if is_kept {
@@ -174,12 +174,12 @@ impl Pull {
             fetching.await
         };
         match outcome {
-            Outcome::Refused(refused) => match refused.refusal {
+            ProxyResponse::Denied(refused) => match refused.refusal {
                 Refusal::Absent => lookup.conclude(Heard::Absent, refused.answer).await,
                 Refusal::Silent(cause) if lookup.can_do_without() => {
                     lookup.conclude(Heard::Silent(cause), refused.answer).await
                 }
-                _ => Outcome::Refused(refused),
+                _ => ProxyResponse::Denied(refused),
             },
             outcome => outcome,
         }
@@ -188,7 +188,7 @@ impl Pull {
     /// Whether this manifest is cached, and was seen in this repository.
     async fn is_subject_cached(
         self: &Arc<Self>,
-        site: &Arc<Site>,
+        site: &Arc<UpstreamRegistry>,
         repository: &Repository,
         subject: Option<Digest>,
     ) -> bool {
@@ -198,7 +198,7 @@ impl Pull {
     }
 }
 
-impl Cached<'_> {
+impl CacheView<'_> {
     fn has_subject(&self, subject: &Digest) -> bool {
         self.has_seen(subject) && self.manifest(subject).is_some()
     }
@@ -210,7 +210,7 @@ impl Cached<'_> {
 }
 
 /// What the store has for a question about referrers.
-struct Found {
+struct CachedReferrers {
     /// Whether the subject is cached.
     is_cached: bool,
     /// The last answer to this question.
@@ -219,12 +219,12 @@ struct Found {
     whole: Option<(ListingKey, KeptAnswer)>,
 }
 
-impl<'a> Lookup<'a> {
+impl<'a> ReferrersRequest<'a> {
     async fn new(
-        pull: &'a Arc<Pull>,
+        pull: &'a Arc<ProxyService>,
         request: &'a Request,
         repository: &'a Repository,
-        (context, rule): (&'a Context, &'a Rule),
+        (context, rule): (&'a AuthContext, &'a Rule),
         subject: Option<Digest>,
         query: &Query,
     ) -> Self {
@@ -251,7 +251,7 @@ impl<'a> Lookup<'a> {
             pull.look_up(site, repository, move |cached| {
                 let own = cached.answer(&key);
                 let whole = whole.as_ref().filter(|_| own.is_none());
-                Found {
+                CachedReferrers {
                     is_cached: subject.is_some_and(|subject| cached.has_subject(&subject)),
                     whole: whole.and_then(|key| Some((key.clone(), cached.answer(key)?))),
                     own,
@@ -277,8 +277,8 @@ impl<'a> Lookup<'a> {
         // A caller without a right sees no difference between what is kept and what is not.
         let (stand_in, fresh_since) = match found {
             _ if context.is_stranger(rule, request.now) => (None, None),
-            Some((answer, fresh_since)) => (Some(StandIn::Kept(answer)), fresh_since),
-            None if is_cached => (Some(StandIn::Assumed), None),
+            Some((answer, fresh_since)) => (Some(Fallback::Cached(answer)), fresh_since),
+            None if is_cached => (Some(Fallback::Assumed), None),
             None => (None, None),
         };
         let held = stand_in
@@ -301,26 +301,26 @@ impl<'a> Lookup<'a> {
     }
 
     /// `by_head`: whether a HEAD is sent first.
-    fn before_asking(&self, context: &Context, by_head: bool) -> Before {
+    fn before_asking(&self, context: &AuthContext, by_head: bool) -> Precheck {
         match decide(&self.situation) {
-            Verdict::Refuse(refusal) => return Before::Answered(Box::new(refused(refusal, None, false))),
+            Verdict::Refuse(refusal) => return Precheck::Respond(Box::new(refused(refusal, None, false))),
             Verdict::Serve(served) if self.is_fresh || self.rule.policy == Policy::Never => {
-                return Before::Answered(Box::new(self.answer(served)));
+                return Precheck::Respond(Box::new(self.answer(served)));
             }
             _ => {}
         }
         if !self.can_do_without() {
-            return Before::Ask(self.rule.budget);
+            return Precheck::Request(self.rule.budget);
         }
         let (upstream, asked) = (self.request.site.upstream(), (&self.request.operation, by_head));
         match upstream.wait(&context.caller, asked, self.rule.budget) {
-            Ok(wait) => Before::Ask(wait),
-            Err(cause) => Before::Unavailable(cause),
+            Ok(wait) => Precheck::Request(wait),
+            Err(cause) => Precheck::Unavailable(cause),
         }
     }
 
     /// The upstream was waited for so long, and no response came.
-    fn expired(&self, context: &Context, waited: Duration) {
+    fn expired(&self, context: &AuthContext, waited: Duration) {
         let upstream = self.request.site.upstream();
         upstream.expired(&context.caller, &self.request.operation, waited);
     }
@@ -331,9 +331,9 @@ impl<'a> Lookup<'a> {
     }
 
     /// Fetches the list, waiting no longer than `wait` where there is something else to answer. The fetch goes on.
-    async fn list(&self, context: &Context, wait: Duration) -> super::listing::Listed {
-        let wanted = Wanted::of(self.request, self.repository, &context.caller);
-        let shared = (Key::new(self.pull, &wanted), self.is_believed());
+    async fn list(&self, context: &AuthContext, wait: Duration) -> super::listing::ListResult {
+        let wanted = UpstreamRequest::of(self.request, self.repository, &context.caller);
+        let shared = (CoalesceKey::new(self.pull, &wanted), self.is_believed());
         let flight = self.pull.lists.share(shared, || {
             let key = self.is_believed().then(|| self.key.clone());
             let pull = Arc::clone(self.pull);
@@ -352,11 +352,11 @@ impl<'a> Lookup<'a> {
     }
 
     /// What is answered after the upstream gave no list.
-    async fn conclude(&self, heard: Heard, answer: Option<Arc<Answer>>) -> Outcome {
+    async fn conclude(&self, heard: Heard, answer: Option<Arc<Answer>>) -> ProxyResponse {
         let is_absent = heard == Heard::Absent;
         match decide(&self.situation.having_heard(heard)) {
             Verdict::Serve(served) => {
-                if is_absent && !matches!(self.stand_in, Some(StandIn::Kept(KeptAnswer::List(_)))) {
+                if is_absent && !matches!(self.stand_in, Some(Fallback::Cached(KeptAnswer::List(_)))) {
                     self.keep_absent(answer.as_deref()).await;
                 }
                 self.answer(served)
@@ -374,11 +374,11 @@ impl<'a> Lookup<'a> {
         }
     }
 
-    fn answer(&self, served: Served) -> Outcome {
+    fn answer(&self, served: Served) -> ProxyResponse {
         match &self.stand_in {
-            Some(StandIn::Kept(KeptAnswer::List(kept))) => given(kept, Reason::Held(served)),
-            Some(StandIn::Kept(KeptAnswer::Absent(absence))) => absent(absence.code.clone()),
-            Some(StandIn::Assumed) => absent(None),
+            Some(Fallback::Cached(KeptAnswer::List(kept))) => given(kept, ServeReason::Cached(served)),
+            Some(Fallback::Cached(KeptAnswer::Absent(absence))) => absent(absence.code.clone()),
+            Some(Fallback::Assumed) => absent(None),
             // A law of the decision: nothing is served that is not held.
             None => refused(Refusal::NotHeld, None, false),
         }
@@ -406,7 +406,7 @@ impl<'a> Lookup<'a> {
             .store
             .write(move |store| store.keep_listing_absent(&key, absence))
             .await;
-        super::asking::report(kept, "keep that there is no such list");
+        super::revalidate::report(kept, "keep that there is no such list");
         self.confirm();
     }
 
@@ -425,12 +425,12 @@ impl<'a> Lookup<'a> {
     }
 }
 
-impl StandIn {
+impl Fallback {
     /// As the decision sees it.
     fn held(&self, fresh_since: Option<SystemTime>, now: SystemTime) -> Held {
         let (digest, answered_at) = match self {
-            Self::Kept(KeptAnswer::List(kept)) => (kept.digest, kept.listed_at),
-            Self::Kept(KeptAnswer::Absent(absence)) => {
+            Self::Cached(KeptAnswer::List(kept)) => (kept.digest, kept.listed_at),
+            Self::Cached(KeptAnswer::Absent(absence)) => {
                 (Digest::of(Algorithm::Sha256, &[]), absence.answered_at)
             }
             Self::Assumed => (Digest::of(Algorithm::Sha256, &[]), now),
@@ -446,7 +446,7 @@ impl StandIn {
 }
 
 /// 404, as the registry gave it.
-fn absent(code: Option<String>) -> Outcome {
+fn absent(code: Option<String>) -> ProxyResponse {
     let answer = Answer {
         said: Said::Absent,
         status: Some(StatusCode::NOT_FOUND),

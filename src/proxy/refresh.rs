@@ -2,10 +2,10 @@
 
 use std::sync::Arc;
 
-use super::asking::Asked;
-use super::copies::Copies;
-use super::fetching::Wanted;
-use super::{Pull, Request};
+use super::candidates::Candidates;
+use super::manifest_fetch::UpstreamRequest;
+use super::revalidate::Revalidated;
+use super::{ProxyService, Request};
 use crate::oci::{Cause, Digest, Operation};
 use crate::policy::{Heard, Standing};
 use crate::store::manifests::HeldManifest;
@@ -18,33 +18,33 @@ pub enum Refreshed {
     /// It names something else, which is held now; its layers are on their way if the rule says `prefetch`.
     Newer(Digest),
     /// There is no such tag upstream. It is kept here until a client is told so.
-    Absent,
+    NotFound,
     /// The upstream refuses the credential used.
-    Refused,
+    Denied,
     /// The upstream gave no usable answer.
-    Silent(Cause),
+    Unavailable(Cause),
     /// There is something newer, and it could not be had.
-    Undelivered(Cause),
+    FetchFailed(Cause),
 }
 
-impl Pull {
+impl ProxyService {
     /// Asks the upstream what the tag of `request` names now, and fetches it if that is not held. What is asked about by
     /// digest cannot change: that is answered with [`Refreshed::Silent`] and [`Cause::Malformed`].
     pub async fn refresh(self: &Arc<Self>, request: &Request) -> Refreshed {
         let (Some(tag), Operation::Manifest { repository, .. }) = (request.tag(), &request.operation) else {
-            return Refreshed::Silent(Cause::Malformed);
+            return Refreshed::Unavailable(Cause::Malformed);
         };
         let context = self.context(request, repository).await;
         let accept = Some(&request.accept);
         let copies = self.copies_of_tag(&request.site, repository, tag, accept).await;
-        let held = copies.as_ref().map(Copies::held);
-        let wanted = Wanted::of(request, repository, &context.caller);
+        let held = copies.as_ref().map(Candidates::held);
+        let wanted = UpstreamRequest::of(request, repository, &context.caller);
         let Some(answer) = self.question(&wanted).landed().await else {
-            return Refreshed::Silent(Cause::Busy);
+            return Refreshed::Unavailable(Cause::Busy);
         };
         // Whoever could be told something is the operator, who is entitled to all that is held.
         let heard = self.heard_by(&wanted, &answer, Standing::Vouched).await;
-        let asked = Asked {
+        let asked = Revalidated {
             heard,
             answer: Some(answer),
         };
@@ -54,7 +54,7 @@ impl Pull {
             }
             (Heard::Named { .. } | Heard::Unnamed, _) => {
                 let refreshed = self.refetch(&wanted, &asked).await;
-                let whole = copies.as_ref().and_then(Copies::whole);
+                let whole = copies.as_ref().and_then(Candidates::whole);
                 if let (Ok(manifest), true) = (&refreshed, request.site.rule(repository, Some(tag)).prefetch)
                 {
                     self.prefetch_in_use(
@@ -65,17 +65,21 @@ impl Pull {
                 }
                 match refreshed {
                     Ok(manifest) => Refreshed::Newer(manifest.digest),
-                    Err(cause) => Refreshed::Undelivered(cause),
+                    Err(cause) => Refreshed::FetchFailed(cause),
                 }
             }
-            (Heard::Absent, _) => Refreshed::Absent,
-            (Heard::Refused(_), _) => Refreshed::Refused,
-            (Heard::Silent(cause) | Heard::Undelivered(cause), _) => Refreshed::Silent(cause),
-            (Heard::Nothing, _) => Refreshed::Silent(Cause::Malformed),
+            (Heard::Absent, _) => Refreshed::NotFound,
+            (Heard::Refused(_), _) => Refreshed::Denied,
+            (Heard::Silent(cause) | Heard::Undelivered(cause), _) => Refreshed::Unavailable(cause),
+            (Heard::Nothing, _) => Refreshed::Unavailable(Cause::Malformed),
         }
     }
 
-    async fn refetch(self: &Arc<Self>, wanted: &Wanted, asked: &Asked) -> Result<Arc<HeldManifest>, Cause> {
+    async fn refetch(
+        self: &Arc<Self>,
+        wanted: &UpstreamRequest,
+        asked: &Revalidated,
+    ) -> Result<Arc<HeldManifest>, Cause> {
         let brought = match &asked.answer {
             Some(answer) => self.brought(wanted, answer).await,
             None => None,
@@ -92,7 +96,7 @@ impl Pull {
     /// Begins what is missing of a newer image: of an index, of the platforms that were pulled of the earlier one.
     fn prefetch_in_use(
         self: &Arc<Self>,
-        wanted: Wanted,
+        wanted: UpstreamRequest,
         manifest: Arc<HeldManifest>,
         instead: Option<Arc<HeldManifest>>,
     ) {

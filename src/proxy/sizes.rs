@@ -8,22 +8,22 @@ use std::sync::Arc;
 
 use quick_cache::sync::Cache;
 
-use super::Site;
+use super::UpstreamRegistry;
 use crate::oci::{AnyDigest, Digest, Manifest, Repository};
 
 /// Blobs whose size is remembered.
 const SIZES_MAX: usize = 16_384;
 
-pub(super) struct Sizes(Cache<(Arc<str>, Repository, Digest), u64>);
+pub(super) struct SizeHints(Cache<(Arc<str>, Repository, Digest), u64>);
 
-impl Default for Sizes {
+impl Default for SizeHints {
     fn default() -> Self {
         Self(Cache::new(SIZES_MAX))
     }
 }
 
-impl Sizes {
-    pub(super) fn learn(&self, site: &Site, repository: &Repository, manifest: &Manifest) {
+impl SizeHints {
+    pub(super) fn learn(&self, site: &UpstreamRegistry, repository: &Repository, manifest: &Manifest) {
         let upstream: Arc<str> = site.name().into();
         for child in &manifest.children {
             if let (AnyDigest::Known(digest), Some(size)) = (&child.digest, child.size) {
@@ -33,7 +33,7 @@ impl Sizes {
         }
     }
 
-    pub(super) fn of(&self, site: &Site, repository: &Repository, digest: Digest) -> Option<u64> {
+    pub(super) fn of(&self, site: &UpstreamRegistry, repository: &Repository, digest: Digest) -> Option<u64> {
         self.0.get(&(site.name().into(), repository.clone(), digest))
     }
 }

@@ -6,8 +6,8 @@ use std::time::Duration;
 use http::StatusCode;
 use tokio::time::Instant;
 
-use super::Pull;
-use super::fetching::Wanted;
+use super::ProxyService;
+use super::manifest_fetch::UpstreamRequest;
 use crate::download::{self, Ahead, Chunks, Failure, Leader, Source, Stream};
 use crate::oci::{Cause, Digest};
 use crate::queue::{Class, Demand, Waiters};
@@ -19,9 +19,9 @@ use crate::upstream::{Address, Answer, Credential, Fetched, Part, Said};
 const RESUME_LIMIT_WITHIN: Duration = Duration::from_secs(120);
 
 /// Asked with the leader's own credential, whose yes is kept as its grant.
-pub(super) struct Upstreamed {
-    pull: Arc<Pull>,
-    of: Wanted,
+pub(super) struct UpstreamSource {
+    pull: Arc<ProxyService>,
+    of: UpstreamRequest,
     digest: Digest,
     /// When it was first asked: what follows from the answer is learned once.
     asked_at: Option<Instant>,
@@ -32,8 +32,8 @@ pub(super) struct Upstreamed {
     waiters: Option<Waiters>,
 }
 
-impl Upstreamed {
-    pub(super) fn new(pull: &Arc<Pull>, mut of: Wanted, digest: Digest) -> Self {
+impl UpstreamSource {
+    pub(super) fn new(pull: &Arc<ProxyService>, mut of: UpstreamRequest, digest: Digest) -> Self {
         of.caller.trace = of.caller.trace.within();
         Self {
             pull: Arc::clone(pull),
@@ -71,7 +71,7 @@ impl Upstreamed {
     }
 
     async fn get(&self, part: Part) -> Result<Fetched, Answer> {
-        let Wanted {
+        let UpstreamRequest {
             site,
             operation,
             accept,
@@ -83,7 +83,7 @@ impl Upstreamed {
 
     /// A transfer of its own, in its turn among the others.
     async fn whole(&self, part: Part) -> Option<Box<dyn Chunks>> {
-        let Wanted {
+        let UpstreamRequest {
             site,
             operation,
             caller,
@@ -105,7 +105,7 @@ impl Upstreamed {
     }
 }
 
-impl Source for Upstreamed {
+impl Source for UpstreamSource {
     async fn open(&mut self, from: u64) -> Result<Stream, Answer> {
         let part = Part {
             from,
@@ -132,7 +132,7 @@ impl Source for Upstreamed {
         {
             answer = self.get(part).await;
         }
-        let Wanted { site, repository, .. } = &self.of;
+        let UpstreamRequest { site, repository, .. } = &self.of;
         match answer {
             Ok(fetched) => {
                 self.last = Some(fetched.address);
@@ -157,7 +157,7 @@ impl Source for Upstreamed {
     }
 
     fn stated_size(&self) -> Option<u64> {
-        let Wanted { site, repository, .. } = &self.of;
+        let UpstreamRequest { site, repository, .. } = &self.of;
         self.pull.sizes.of(site, repository, self.digest)
     }
 
@@ -171,7 +171,7 @@ impl Source for Upstreamed {
     }
 
     fn ended(&self, failure: Option<&Failure>) {
-        let Wanted {
+        let UpstreamRequest {
             site,
             repository,
             caller,
@@ -193,7 +193,7 @@ impl Source for Upstreamed {
     }
 }
 
-impl Ahead for Upstreamed {
+impl Ahead for UpstreamSource {
     /// A whole answer (200) is no part: reading it up to the part would take as long as the fill.
     fn open(&mut self, from: u64, until: Option<u64>) -> download::Part<'_> {
         Box::pin(async move {

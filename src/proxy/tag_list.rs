@@ -2,51 +2,55 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::asking::Key;
-use super::fetching::Wanted;
-use super::listing::{Listing, Received};
-use super::{LongList, Pull};
+use super::listing::{FetchedList, Listing};
+use super::manifest_fetch::UpstreamRequest;
+use super::revalidate::CoalesceKey;
+use super::{ProxyService, StreamedList};
 use crate::oci::Cause;
 use crate::policy::Heard;
 use crate::store::listings::ListingKey;
 use crate::upstream::Answer;
 
 /// What the upstream said instead of a list.
-pub(super) type Unlisted = (Heard, Option<Arc<Answer>>);
+pub(super) type ListError = (Heard, Option<Arc<Answer>>);
 
 /// The response, for each that waits for it.
 #[derive(Clone)]
-pub(super) enum Shared {
-    Whole(Listing),
+pub(super) enum SharedList {
+    Buffered(Listing),
     /// It is passed on as it arrives, so one client alone is given it.
-    Long(Arc<Mutex<Option<Box<LongList>>>>),
-    Unlisted(Unlisted),
+    Streamed(Arc<Mutex<Option<Box<StreamedList>>>>),
+    Failed(ListError),
 }
 
-impl Pull {
+impl ProxyService {
     /// A list of tags, kept where there is a `key`. The request goes on when its asker leaves.
     pub(super) async fn shared_tags(
         self: &Arc<Self>,
-        wanted: &Wanted,
+        wanted: &UpstreamRequest,
         key: Option<ListingKey>,
-    ) -> Result<Received, Unlisted> {
-        let flight = self.tag_lists.share((Key::new(self, wanted), key.is_some()), || {
-            let (pull, wanted, key) = (Arc::clone(self), wanted.clone(), key.clone());
-            async move {
-                match pull.tags(&wanted, key).await {
-                    Ok(Received::Whole(listing)) => Shared::Whole(listing),
-                    Ok(Received::Long(list)) => Shared::Long(Arc::new(Mutex::new(Some(list)))),
-                    Err(unlisted) => Shared::Unlisted(unlisted),
+    ) -> Result<FetchedList, ListError> {
+        let flight = self
+            .tag_lists
+            .share((CoalesceKey::new(self, wanted), key.is_some()), || {
+                let (pull, wanted, key) = (Arc::clone(self), wanted.clone(), key.clone());
+                async move {
+                    match pull.tags(&wanted, key).await {
+                        Ok(FetchedList::Buffered(listing)) => SharedList::Buffered(listing),
+                        Ok(FetchedList::Streamed(list)) => {
+                            SharedList::Streamed(Arc::new(Mutex::new(Some(list))))
+                        }
+                        Err(unlisted) => SharedList::Failed(unlisted),
+                    }
                 }
-            }
-        });
+            });
         match flight.landed().await {
-            Some(Shared::Whole(listing)) => Ok(Received::Whole(listing)),
-            Some(Shared::Unlisted(unlisted)) => Err(unlisted),
-            Some(Shared::Long(list)) => {
+            Some(SharedList::Buffered(listing)) => Ok(FetchedList::Buffered(listing)),
+            Some(SharedList::Failed(unlisted)) => Err(unlisted),
+            Some(SharedList::Streamed(list)) => {
                 let list = list.lock().unwrap_or_else(PoisonError::into_inner).take();
                 match list {
-                    Some(list) => Ok(Received::Long(list)),
+                    Some(list) => Ok(FetchedList::Streamed(list)),
                     None => self.tags(wanted, key).await,
                 }
             }

@@ -15,8 +15,8 @@ use tokio::task::{JoinHandle, spawn_blocking};
 
 use crate::download::{Failure, Reader};
 use crate::oci::{Cause, Digest, Hasher};
-use crate::proxy::LongList;
-use crate::proxy::passing::Passing;
+use crate::proxy::StreamedList;
+use crate::proxy::passthrough::VerifyingStream;
 use crate::store::AsyncStore;
 use crate::store::step::{Buffers, STEP_BYTES, held_bytes, read_cached, read_waiting};
 use crate::store::volume::VolumeFile;
@@ -207,8 +207,8 @@ impl Body {
     }
 
     /// What passes through unstored but verified.
-    pub(super) fn passing(passing: Passing, size: Option<u64>, events: Events) -> Self {
-        let flow = flow(passing, |mut passing: Passing, _| async move {
+    pub(super) fn passing(passing: VerifyingStream, size: Option<u64>, events: Events) -> Self {
+        let flow = flow(passing, |mut passing: VerifyingStream, _| async move {
             let next = passing.next().await.map(|next| next.map_err(Broken::Upstream));
             (passing, next)
         });
@@ -216,8 +216,8 @@ impl Body {
     }
 
     /// A list that passes through, of `size` bytes if that was said.
-    pub(super) fn long_list(list: LongList, size: Option<u64>, events: Events) -> Self {
-        let flow = flow(list, |mut list: LongList, _| async move {
+    pub(super) fn long_list(list: StreamedList, size: Option<u64>, events: Events) -> Self {
+        let flow = flow(list, |mut list: StreamedList, _| async move {
             let next = list.next().await.map(|next| next.map_err(Broken::Upstream));
             (list, next)
         });

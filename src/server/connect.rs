@@ -75,7 +75,7 @@ impl Tunnels {
 /// What becomes of a `CONNECT`.
 enum Passage {
     /// The client speaks with us; the upstream's host, as upstreams are named, and what the client has shown.
-    Intercept(Arc<str>, Arc<crate::proxy::Site>, Shown),
+    Intercept(Arc<str>, Arc<crate::proxy::UpstreamRegistry>, Shown),
     /// Bytes go to and fro.
     Tunnel(Box<dyn Stream>, Place),
 }

@@ -18,7 +18,7 @@ use super::idle::Pardon;
 use crate::config::{canonical, host_part};
 use crate::oci::query::Query;
 use crate::oci::{Malformed, Operation, Repository};
-use crate::proxy::Site;
+use crate::proxy::UpstreamRegistry;
 use crate::upstream::origin::Origin;
 
 /// A way in.
@@ -72,16 +72,16 @@ pub struct Peer {
 
 /// The upstreams there are, and how a client names them.
 pub struct Doors {
-    by_name: HashMap<String, Arc<Site>>,
+    by_name: HashMap<String, Arc<UpstreamRegistry>>,
     /// By the hosts of their token services, where those are ours too.
-    by_realm: HashMap<String, Arc<Site>>,
-    all: Vec<Arc<Site>>,
-    default: Arc<Site>,
+    by_realm: HashMap<String, Arc<UpstreamRegistry>>,
+    all: Vec<Arc<UpstreamRegistry>>,
+    default: Arc<UpstreamRegistry>,
 }
 
 impl Doors {
     /// `sites` with the further names each is known by; `default` is meant where a client names none.
-    pub fn new(sites: Vec<(Arc<Site>, Vec<String>)>, default: Arc<Site>) -> Self {
+    pub fn new(sites: Vec<(Arc<UpstreamRegistry>, Vec<String>)>, default: Arc<UpstreamRegistry>) -> Self {
         let (mut by_name, mut by_realm) = (HashMap::new(), HashMap::new());
         let mut all = Vec::new();
         for (site, names) in sites {
@@ -102,17 +102,17 @@ impl Doors {
     }
 
     /// The upstream of this name, in whatever spelling.
-    pub fn named(&self, name: &str) -> Option<&Arc<Site>> {
+    pub fn named(&self, name: &str) -> Option<&Arc<UpstreamRegistry>> {
         self.by_name.get(&*canonical(name)?)
     }
 
     /// The upstream of this name, or whose token service is there.
-    pub(super) fn reached(&self, host: &str) -> Option<&Arc<Site>> {
+    pub(super) fn reached(&self, host: &str) -> Option<&Arc<UpstreamRegistry>> {
         self.named(host).or_else(|| self.by_realm.get(host))
     }
 
     /// The same for the `Host` of a request. Without TLS port 80 may be left out, and a front that ends TLS leaves out 443.
-    fn reached_by(&self, host: &Authority, name: &str, secure: bool) -> Option<&Arc<Site>> {
+    fn reached_by(&self, host: &Authority, name: &str, secure: bool) -> Option<&Arc<UpstreamRegistry>> {
         let at_80 = || {
             let host = canonical(host.as_str())?;
             let host = host.strip_suffix(":80").unwrap_or(&host);
@@ -130,7 +130,7 @@ impl Doors {
     }
 
     /// The token service of `site`, if it is on this host.
-    pub(super) fn realm_at<'a>(&self, host: &str, site: &'a Arc<Site>) -> Option<&'a Origin> {
+    pub(super) fn realm_at<'a>(&self, host: &str, site: &'a Arc<UpstreamRegistry>) -> Option<&'a Origin> {
         let here = self
             .by_realm
             .get(host)
@@ -139,12 +139,12 @@ impl Doors {
     }
 
     /// Every upstream.
-    pub fn all(&self) -> &[Arc<Site>] {
+    pub fn all(&self) -> &[Arc<UpstreamRegistry>] {
         &self.all
     }
 
     /// The upstream meant by a client that names none.
-    pub fn default_site(&self) -> &Arc<Site> {
+    pub fn default_site(&self) -> &Arc<UpstreamRegistry> {
         &self.default
     }
 
@@ -155,7 +155,7 @@ impl Doors {
         host: Option<&Authority>,
         absolute: bool,
         peer: &Peer,
-    ) -> Result<Option<(&Arc<Site>, Door)>, Turned> {
+    ) -> Result<Option<(&Arc<UpstreamRegistry>, Door)>, Turned> {
         let Some(host) = host else {
             // HTTP/1.0 without a Host can only mean the cache, so the connection must not say otherwise.
             let named =
@@ -193,7 +193,10 @@ impl Doors {
 
     /// Through which of the cache's own doors the client came: `?ns=`, a path that begins with an upstream's name, or
     /// the mirror.
-    pub(super) fn open(&self, head: &http::request::Parts) -> Result<(Arc<Site>, Operation, Door), Turned> {
+    pub(super) fn open(
+        &self,
+        head: &http::request::Parts,
+    ) -> Result<(Arc<UpstreamRegistry>, Operation, Door), Turned> {
         let (method, path, query) = (&head.method, head.uri.path(), head.uri.query());
         let (_, namespace) = Query::parse(query)?;
         let prefixed = self.prefixed(method, path, query);
@@ -236,7 +239,7 @@ impl Doors {
         method: &http::Method,
         path: &str,
         query: Option<&str>,
-    ) -> Option<Result<(&Arc<Site>, Operation), Malformed>> {
+    ) -> Option<Result<(&Arc<UpstreamRegistry>, Operation), Malformed>> {
         let (first, rest) = path.strip_prefix("/v2/")?.split_once('/')?;
         let site = self.named(first)?;
         match Operation::parse(method, &format!("/v2/{rest}"), query) {
@@ -249,7 +252,7 @@ impl Doors {
 
     /// Refuses `ns` where the host of the request is an upstream's own, unless both name it: the registry may itself stand
     /// for others, and what it answers for one of them is not its own image.
-    pub(super) fn agree(&self, site: &Arc<Site>, query: Option<&str>) -> Result<(), Turned> {
+    pub(super) fn agree(&self, site: &Arc<UpstreamRegistry>, query: Option<&str>) -> Result<(), Turned> {
         let (_, namespace) = Query::parse(query)?;
         let Some(namespace) = namespace else { return Ok(()) };
         if self
@@ -282,7 +285,7 @@ impl Doors {
 }
 
 /// The operation with the repository's name as the upstream knows it.
-pub(super) fn in_full(site: &Site, operation: Operation) -> Result<Operation, Turned> {
+pub(super) fn in_full(site: &UpstreamRegistry, operation: Operation) -> Result<Operation, Turned> {
     let Some(repository) = operation.repository().cloned() else {
         return Ok(operation);
     };

@@ -16,8 +16,8 @@ use crate::oci::accept::AcceptError;
 use crate::oci::path;
 use crate::oci::query::{Query, QueryError};
 use crate::oci::{Accept, Cause, ErrorCode, Malformed, Operation, RangeRequest, Repository};
-use crate::proxy::writing::{Change, Writes};
-use crate::proxy::{Request, Site, is_local_token};
+use crate::proxy::invalidation::{WriteEffect, WriteSnapshot};
+use crate::proxy::{Request, UpstreamRegistry, is_local_token};
 use crate::queue;
 use crate::trace_context::Trace;
 use crate::upstream::origin::Origin;
@@ -248,7 +248,7 @@ pub(super) enum Wanted {
 
 impl Wanted {
     /// Of which upstream, about which repository, and by which door.
-    pub(super) fn subject(&self) -> (&Arc<Site>, Option<&Repository>, Door) {
+    pub(super) fn subject(&self) -> (&Arc<UpstreamRegistry>, Option<&Repository>, Door) {
         match self {
             Self::Read(request, door) | Self::Knock(request, door) => {
                 (&request.site, request.operation.repository(), *door)
@@ -262,7 +262,7 @@ impl Wanted {
 
 /// A request that is handed on to the registry.
 pub(super) struct Passage {
-    pub(super) site: Arc<Site>,
+    pub(super) site: Arc<UpstreamRegistry>,
     pub(super) door: Door,
     /// Where its path names one.
     pub(super) repository: Option<Repository>,
@@ -275,7 +275,7 @@ pub(super) struct Passage {
     /// Where the client thinks it is.
     pub(super) base: String,
     /// What will be different at the registry.
-    pub(super) change: Option<Change>,
+    pub(super) change: Option<WriteEffect>,
 }
 
 /// Reads a request's head.
@@ -349,13 +349,13 @@ pub(super) fn read(
 
 fn request(
     head: &Parts,
-    site: Arc<Site>,
+    site: Arc<UpstreamRegistry>,
     operation: Operation,
     (now, trace, peer): (SystemTime, &Trace, &Peer),
 ) -> Result<Request, Turned> {
     let writes = operation
         .repository()
-        .map_or_else(Writes::default, |repository| site.writes(repository));
+        .map_or_else(WriteSnapshot::default, |repository| site.writes(repository));
     Ok(Request {
         site,
         operation,
@@ -374,7 +374,7 @@ fn request(
 
 fn pass(
     head: &Parts,
-    site: Arc<Site>,
+    site: Arc<UpstreamRegistry>,
     door: Door,
     host: Option<&Authority>,
     peer: &Peer,
@@ -413,12 +413,12 @@ fn pass(
         door,
         beside: None,
         base: format!("{scheme}://{}", host.map_or("", Authority::as_str)),
-        change: Change::of(&head.method, path, head.uri.query())?,
+        change: WriteEffect::of(&head.method, path, head.uri.query())?,
     })
 }
 
 /// The repositories from which a blob is to be mounted (spec, end-11).
-fn mounted_from(head: &Parts, site: &Site) -> Result<Vec<Repository>, Turned> {
+fn mounted_from(head: &Parts, site: &UpstreamRegistry) -> Result<Vec<Repository>, Turned> {
     let named = Query::values(head.uri.query(), "from")?;
     let named = named.iter().filter(|name| !name.is_empty());
     named

@@ -14,7 +14,7 @@ use super::received::Received;
 use super::told::Told;
 use super::{Body, Front, Place, reply};
 use crate::oci::LoginRequest;
-use crate::proxy::{LoggedIn, Pull};
+use crate::proxy::{ProxyService, TokenOutcome};
 use crate::upstream::origin::Origin;
 use crate::upstream::pass::Passing;
 
@@ -26,7 +26,7 @@ impl Front {
     /// Answers a question to the token service at `realm`, by that or in its place.
     pub(super) async fn log_in(
         &self,
-        pull: &Arc<Pull>,
+        pull: &Arc<ProxyService>,
         passage: Passage,
         realm: &Origin,
         place: &Place<'_>,
@@ -49,13 +49,13 @@ impl Front {
             base: passage.base,
         };
         match pull.log_in(&passage.site, realm, asked, passing).await {
-            Ok(LoggedIn::Answered(answered)) => {
+            Ok(TokenOutcome::Upstream(answered)) => {
                 let mut response = Response::new(Body::whole(answered.body));
                 *response.status_mut() = answered.status;
                 *response.headers_mut() = answered.headers;
                 (response, Told::passed())
             }
-            Ok(LoggedIn::Local(cause, token)) => {
+            Ok(TokenOutcome::Local(cause, token)) => {
                 let mut response = Response::new(Body::whole(token));
                 let json = HeaderValue::from_static("application/json");
                 response.headers_mut().insert(CONTENT_TYPE, json);

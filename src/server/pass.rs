@@ -8,15 +8,15 @@ use super::gate::Passage;
 use super::received::Received;
 use super::{Body, Front, Place};
 use crate::oci::Cause;
-use crate::proxy::writing::Written;
-use crate::proxy::{Pull, is_local_token};
+use crate::proxy::invalidation::WriteOutcome;
+use crate::proxy::{ProxyService, is_local_token};
 use crate::upstream::pass::{PassedOn, Passing};
 
 impl Front {
     /// Hands a request on. `Err` if the registry gave no answer.
     pub(super) async fn pass(
         &self,
-        pull: &Pull,
+        pull: &ProxyService,
         passage: Passage,
         place: &Place<'_>,
         body: Received,
@@ -71,13 +71,15 @@ impl Front {
 }
 
 /// What became of a write that was handed on.
-fn outcome(passed: Result<&PassedOn, &Cause>) -> Written {
+fn outcome(passed: Result<&PassedOn, &Cause>) -> WriteOutcome {
     match passed {
-        Ok(passed) if is_registrys_refusal(passed.status) => Written::Refused,
-        Ok(passed) if passed.status.is_success() => Written::Done,
+        Ok(passed) if is_registrys_refusal(passed.status) => WriteOutcome::Rejected,
+        Ok(passed) if passed.status.is_success() => WriteOutcome::Succeeded,
         // There was no connection, so nothing was sent.
-        Err(Cause::Refused | Cause::Unreachable | Cause::Dns | Cause::ConnectTimeout) => Written::Refused,
-        Ok(_) | Err(_) => Written::Perhaps,
+        Err(Cause::Refused | Cause::Unreachable | Cause::Dns | Cause::ConnectTimeout) => {
+            WriteOutcome::Rejected
+        }
+        Ok(_) | Err(_) => WriteOutcome::Unknown,
     }
 }
 

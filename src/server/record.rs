@@ -17,7 +17,7 @@ use super::connections::InFlight;
 use super::door::{Door, Peer};
 use super::told::Told;
 use super::{Body, told};
-use crate::proxy::Site;
+use crate::proxy::UpstreamRegistry;
 use crate::telemetry::{Answered, Ended, Events, Kind, agent};
 use crate::trace_context::Trace;
 
@@ -33,7 +33,7 @@ struct Record {
     began: Instant,
     first_byte: Option<Duration>,
     /// To which upstream, by which door; `None` where the request was turned away before.
-    site: Option<Arc<Site>>,
+    site: Option<Arc<UpstreamRegistry>>,
     door: Option<Door>,
     kind: Kind,
     image: String,
@@ -75,7 +75,7 @@ impl Open {
     }
 
     /// To which upstream the request leads, if to any, and by which door.
-    pub(super) fn leads_to(&mut self, site: Option<&Arc<Site>>, door: Door) {
+    pub(super) fn leads_to(&mut self, site: Option<&Arc<UpstreamRegistry>>, door: Door) {
         if let Some(record) = &mut self.0 {
             (record.site, record.door) = (site.cloned(), Some(door));
         }

@@ -20,8 +20,8 @@ use crate::oci::header::{
     CACHE_STATUS, DOCKER_CONTENT_DIGEST, DOCKER_DISTRIBUTION_API_VERSION, OCI_FILTERS_APPLIED,
 };
 use crate::oci::{Digest, Problem};
-use crate::proxy::passing::Passed;
-use crate::proxy::{How, Listing, Outcome, Reason};
+use crate::proxy::passthrough::Passthrough;
+use crate::proxy::{Listing, ProxyResponse, ServeInfo, ServeReason};
 use crate::store::AsyncStore;
 use crate::store::manifests::HeldManifest;
 use crate::telemetry;
@@ -34,41 +34,46 @@ const OCTETS: HeaderValue = HeaderValue::from_static("application/octet-stream")
 const JSON: HeaderValue = HeaderValue::from_static("application/json");
 
 /// How an outcome counts, and its reason's name.
-pub(super) fn told(outcome: &Outcome) -> (telemetry::Outcome, &'static str) {
+pub(super) fn told(outcome: &ProxyResponse) -> (telemetry::Outcome, &'static str) {
     let how = match outcome {
-        Outcome::Ping => return (telemetry::Outcome::Local, "ping"),
-        Outcome::Challenged(_) => return (telemetry::Outcome::Local, "challenge"),
-        Outcome::ManifestHead { .. } => return (telemetry::Outcome::Miss, "head"),
-        Outcome::Passed(_) => return (telemetry::Outcome::Miss, Reason::Passed.name()),
-        Outcome::Refused(refused) => return (telemetry::Outcome::Refused, refused.refusal.name()),
-        Outcome::Manifest(_, how)
-        | Outcome::Blob { how, .. }
-        | Outcome::Listing(_, how)
-        | Outcome::LongList(_, how) => how,
+        ProxyResponse::Ping => return (telemetry::Outcome::Local, "ping"),
+        ProxyResponse::Challenged(_) => return (telemetry::Outcome::Local, "challenge"),
+        ProxyResponse::ManifestHead { .. } => return (telemetry::Outcome::Miss, "head"),
+        ProxyResponse::Passthrough(_) => return (telemetry::Outcome::Miss, ServeReason::Passthrough.name()),
+        ProxyResponse::Denied(refused) => return (telemetry::Outcome::Refused, refused.refusal.name()),
+        ProxyResponse::Manifest(_, how)
+        | ProxyResponse::Blob { how, .. }
+        | ProxyResponse::Listing(_, how)
+        | ProxyResponse::StreamedList(_, how) => how,
     };
     let result = match how.reason {
-        Reason::Held(served) if served.cause().is_some() || served.may_be_outdated() => {
+        ServeReason::Cached(served) if served.cause().is_some() || served.may_be_outdated() => {
             telemetry::Outcome::Stale
         }
-        Reason::Held(_) => telemetry::Outcome::Hit,
-        Reason::Joined => telemetry::Outcome::Coalesced,
-        Reason::Fetched(_) | Reason::Passed => telemetry::Outcome::Miss,
+        ServeReason::Cached(_) => telemetry::Outcome::Hit,
+        ServeReason::Collapsed => telemetry::Outcome::Coalesced,
+        ServeReason::Fetched(_) | ServeReason::Passthrough => telemetry::Outcome::Miss,
     };
     (result, how.reason.name())
 }
 
 /// The response to a request that was understood.
-pub(super) fn answer(outcome: Outcome, asked: &Asked, front: &Front, store: &AsyncStore) -> Response<Body> {
+pub(super) fn answer(
+    outcome: ProxyResponse,
+    asked: &Asked,
+    front: &Front,
+    store: &AsyncStore,
+) -> Response<Body> {
     match outcome {
-        Outcome::Ping => {
+        ProxyResponse::Ping => {
             let mut response = respond(StatusCode::OK, Body::whole("{}".into()));
             response.headers_mut().insert(CONTENT_TYPE, JSON);
             sized(&mut response, 2, asked.head);
             response
         }
-        Outcome::Challenged(lines) => refusal::challenged(lines, asked),
-        Outcome::Manifest(manifest, how) => manifest_answer(&manifest, how, asked),
-        Outcome::ManifestHead {
+        ProxyResponse::Challenged(lines) => refusal::challenged(lines, asked),
+        ProxyResponse::Manifest(manifest, how) => manifest_answer(&manifest, how, asked),
+        ProxyResponse::ManifestHead {
             digest,
             media_type,
             size,
@@ -90,7 +95,7 @@ pub(super) fn answer(outcome: Outcome, asked: &Asked, front: &Front, store: &Asy
             }
             response
         }
-        Outcome::Blob {
+        ProxyResponse::Blob {
             digest,
             size,
             content,
@@ -104,13 +109,13 @@ pub(super) fn answer(outcome: Outcome, asked: &Asked, front: &Front, store: &Asy
             store,
         }
         .with(content),
-        Outcome::Listing(listing, how) => {
+        ProxyResponse::Listing(listing, how) => {
             let (size, bytes) = (listing.bytes.len() as u64, listing.bytes.clone());
             let mut response = respond(StatusCode::OK, Body::whole(bytes));
             sized(&mut response, size, asked.head);
             listing_answer(response, &listing, how, asked)
         }
-        Outcome::LongList(list, how) => {
+        ProxyResponse::StreamedList(list, how) => {
             let (size, head) = (list.size, list.head().clone());
             let body = if asked.head {
                 Body::empty()
@@ -123,8 +128,8 @@ pub(super) fn answer(outcome: Outcome, asked: &Asked, front: &Front, store: &Asy
             }
             listing_answer(response, &head, how, asked)
         }
-        Outcome::Passed(passed) => passed_answer(passed, front),
-        Outcome::Refused(refused) => refusal::answer(&refused, asked),
+        ProxyResponse::Passthrough(passed) => passed_answer(passed, front),
+        ProxyResponse::Denied(refused) => refusal::answer(&refused, asked),
     }
 }
 
@@ -161,7 +166,7 @@ pub(super) fn turned(turned: &Turned, method: &Method) -> Response<Body> {
     response
 }
 
-fn manifest_answer(manifest: &HeldManifest, how: How, asked: &Asked) -> Response<Body> {
+fn manifest_answer(manifest: &HeldManifest, how: ServeInfo, asked: &Asked) -> Response<Body> {
     let etag = etag(&manifest.digest);
     let mut response = if asked.has_already(&etag) {
         respond(StatusCode::NOT_MODIFIED, Body::empty())
@@ -182,7 +187,7 @@ fn manifest_answer(manifest: &HeldManifest, how: How, asked: &Asked) -> Response
 fn listing_answer(
     mut response: Response<Body>,
     listing: &Listing,
-    how: How,
+    how: ServeInfo,
     asked: &Asked,
 ) -> Response<Body> {
     let headers = response.headers_mut();
@@ -197,7 +202,7 @@ fn listing_answer(
     response
 }
 
-fn passed_answer(passed: Passed, front: &Front) -> Response<Body> {
+fn passed_answer(passed: Passthrough, front: &Front) -> Response<Body> {
     let body = match passed.body {
         Some(fetched) => Body::fetched(*fetched, passed.size, front.events.clone()),
         None => Body::empty(),

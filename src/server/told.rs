@@ -8,7 +8,7 @@ use http::Uri;
 
 use crate::oci::{Cause, Digest, Operation, Reference};
 use crate::policy::Refusal;
-use crate::proxy::{Outcome, Reason};
+use crate::proxy::{ProxyResponse, ServeReason};
 use crate::store::tags::NEVER_CONFIRMED;
 use crate::telemetry;
 
@@ -25,17 +25,17 @@ pub(super) struct Told {
 }
 
 impl Told {
-    pub(super) fn of(outcome: &Outcome) -> Self {
+    pub(super) fn of(outcome: &ProxyResponse) -> Self {
         let (result, reason) = reply::told(outcome);
         let how = match outcome {
-            Outcome::Manifest(_, how)
-            | Outcome::Blob { how, .. }
-            | Outcome::Listing(_, how)
-            | Outcome::LongList(_, how) => Some(how),
+            ProxyResponse::Manifest(_, how)
+            | ProxyResponse::Blob { how, .. }
+            | ProxyResponse::Listing(_, how)
+            | ProxyResponse::StreamedList(_, how) => Some(how),
             _ => None,
         };
         let cause = match outcome {
-            Outcome::Refused(refused) => match refused.refusal {
+            ProxyResponse::Denied(refused) => match refused.refusal {
                 Refusal::Silent(cause) | Refusal::TooStale(cause) | Refusal::Incomplete(cause) => Some(cause),
                 Refusal::NotHeld
                 | Refusal::NotVouched
@@ -44,13 +44,13 @@ impl Told {
                 | Refusal::Absent => None,
             },
             _ => how.and_then(|how| match how.reason {
-                Reason::Held(served) => served.cause(),
+                ServeReason::Cached(served) => served.cause(),
                 _ => None,
             }),
         };
         let digest = match outcome {
-            Outcome::Manifest(manifest, _) => Some(manifest.digest),
-            Outcome::ManifestHead { digest, .. } | Outcome::Blob { digest, .. } => Some(*digest),
+            ProxyResponse::Manifest(manifest, _) => Some(manifest.digest),
+            ProxyResponse::ManifestHead { digest, .. } | ProxyResponse::Blob { digest, .. } => Some(*digest),
             _ => None,
         };
         Self {

@@ -9,7 +9,10 @@ use http_body_util::{BodyExt as _, Empty};
 use ifnewer::download::Downloads;
 use ifnewer::oci::{Accept, Cause, Digest, LoginRequest, Operation, RangeRequest};
 use ifnewer::policy::rules::Rules;
-use ifnewer::proxy::{Access, Content, LoggedIn, Outcome, Pull, Reason, Request, Site, SiteStates};
+use ifnewer::proxy::{
+    Access, BlobBody, ProxyResponse, ProxyService, RegistryStates, Request, ServeReason, TokenOutcome,
+    UpstreamRegistry,
+};
 use ifnewer::queue::Peer;
 use ifnewer::store::step::Buffers;
 use ifnewer::store::volume::{Directory, Memory, Volume};
@@ -27,11 +30,11 @@ pub const PROVEN: &str = "registry.test";
 pub const SHARED: &str = "shared.test";
 
 pub struct Cache {
-    pub pull: Arc<Pull>,
-    pub proven: Arc<Site>,
-    pub shared: Arc<Site>,
+    pub pull: Arc<ProxyService>,
+    pub proven: Arc<UpstreamRegistry>,
+    pub shared: Arc<UpstreamRegistry>,
     store: Arc<Store>,
-    states: Arc<SiteStates>,
+    states: Arc<RegistryStates>,
     parts: Parts,
 }
 
@@ -121,15 +124,15 @@ impl Cache {
         let store = std::thread::scope(|scope| scope.spawn(open).join().unwrap());
         let store = Arc::new(store);
         let downloads = Downloads::new(Arc::clone(&store), Buffers::default(), 64);
-        let pull = Pull::new(Arc::clone(&store), downloads, (clock(), Events::new()));
+        let pull = ProxyService::new(Arc::clone(&store), downloads, (clock(), Events::new()));
         Cache::with_settings(Arc::new(pull), store, Arc::default(), parts, false)
     }
 
     /// The settings of `parts` over what is learned and under way. `opened`: whoever reaches the proven site is entitled.
     fn with_settings(
-        pull: Arc<Pull>,
+        pull: Arc<ProxyService>,
         store: Arc<Store>,
-        states: Arc<SiteStates>,
+        states: Arc<RegistryStates>,
         parts: Parts,
         opened: bool,
     ) -> Cache {
@@ -142,12 +145,12 @@ impl Cache {
             let access = if is_shared {
                 Access::Shared { own_credential: true }
             } else {
-                Access::Proven
+                Access::PerClient
             };
             let state = states.of(name);
             let upstream = Upstream::over(state.upstream(), settings, &parts.connector).unwrap();
             upstream.activate();
-            Site::new(Arc::new(upstream), access, Arc::clone(&rules), state)
+            UpstreamRegistry::new(Arc::new(upstream), access, Arc::clone(&rules), state)
         };
         let mut proven = site(PROVEN, opened);
         if parts.gives_tokens {
@@ -230,8 +233,8 @@ impl Cache {
             .await
             .unwrap()
         {
-            LoggedIn::Answered(reply) => reply.issued.map(|issued| issued.authorization.to_string()),
-            LoggedIn::Local(_, json) => {
+            TokenOutcome::Upstream(reply) => reply.issued.map(|issued| issued.authorization.to_string()),
+            TokenOutcome::Local(_, json) => {
                 let json: serde_json::Value = serde_json::from_slice(&json).unwrap();
                 Some(format!("Bearer {}", json["token"].as_str().unwrap()))
             }
@@ -273,50 +276,50 @@ impl Cache {
         };
         let outcome = self.pull.answer(request).await;
         let cause = match &outcome {
-            Outcome::Manifest(_, how)
-            | Outcome::Blob { how, .. }
-            | Outcome::Listing(_, how)
-            | Outcome::LongList(_, how) => match how.reason {
-                Reason::Held(served) => served.cause(),
+            ProxyResponse::Manifest(_, how)
+            | ProxyResponse::Blob { how, .. }
+            | ProxyResponse::Listing(_, how)
+            | ProxyResponse::StreamedList(_, how) => match how.reason {
+                ServeReason::Cached(served) => served.cause(),
                 _ => None,
             },
             _ => None,
         };
         let got = match outcome {
-            Outcome::Manifest(manifest, _) => {
+            ProxyResponse::Manifest(manifest, _) => {
                 Got::Content(manifest.digest, (!wish.head).then(|| manifest.bytes.clone()))
             }
-            Outcome::ManifestHead { digest, .. } => Got::Content(digest, None),
-            Outcome::Blob { digest, content, .. } => match whole(content).await {
+            ProxyResponse::ManifestHead { digest, .. } => Got::Content(digest, None),
+            ProxyResponse::Blob { digest, content, .. } => match whole(content).await {
                 Ok(bytes) => Got::Content(digest, bytes),
                 Err(why) => Got::No(why),
             },
-            Outcome::Listing(..) => Got::List,
-            Outcome::Refused(refused) => Got::No(refused.refusal.name()),
+            ProxyResponse::Listing(..) => Got::List,
+            ProxyResponse::Denied(refused) => Got::No(refused.refusal.name()),
             _ => panic!("an outcome of another kind"),
         };
         (got, cause)
     }
 }
 
-async fn whole(content: Content) -> Result<Option<Bytes>, &'static str> {
+async fn whole(content: BlobBody) -> Result<Option<Bytes>, &'static str> {
     let mut bytes = BytesMut::new();
     match content {
-        Content::Head => return Ok(None),
-        Content::Memory(held) => return Ok(Some(held)),
-        Content::File(held) => {
+        BlobBody::Head => return Ok(None),
+        BlobBody::Memory(held) => return Ok(Some(held)),
+        BlobBody::File(held) => {
             bytes.resize(usize::try_from(held.size).unwrap(), 0);
             let mut at = 0;
             while at < bytes.len() {
                 at += held.file.read_at(&mut bytes[at..], at as u64).unwrap();
             }
         }
-        Content::Download(mut reader) => {
+        BlobBody::Download(mut reader) => {
             while let Some(chunk) = reader.next().await {
                 bytes.extend_from_slice(&chunk.map_err(|_| "broken")?);
             }
         }
-        Content::Passing(mut passing) => {
+        BlobBody::Passthrough(mut passing) => {
             while let Some(chunk) = passing.next().await {
                 bytes.extend_from_slice(&chunk.map_err(|_| "broken")?);
             }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ifnewer::oci::Digest;
-use ifnewer::proxy::writing::{Change, Written};
+use ifnewer::proxy::invalidation::{WriteEffect, WriteOutcome};
 use tokio::task::JoinHandle;
 
 use super::cache::{Cache, Got, PROVEN, SHARED, Wish};
@@ -161,10 +161,10 @@ async fn question_before_a_push() -> (Registry, Arc<Cache>, JoinHandle<Got>, Wis
 }
 
 async fn pushes(cache: &Cache, registry: &Registry) -> Digest {
-    let change = Change::Tags("acme/present".parse().unwrap(), vec!["1".parse().unwrap()]);
+    let change = WriteEffect::Tags("acme/present".parse().unwrap(), vec!["1".parse().unwrap()]);
     let handed = cache.pull.hands_on(&cache.proven, change).await;
     let new = registry.push("acme/present", "1", "new", &[40]);
-    cache.pull.written(handed, Written::Done).await;
+    cache.pull.written(handed, WriteOutcome::Succeeded).await;
     new
 }
 
@@ -196,7 +196,7 @@ async fn t16_tag_cached_during_a_push_is_in_doubt_after_a_kill() {
     let (registry, cache) = stocked();
     registry.lets("alice", "acme/present");
     registry.push("acme/present", "1", "old", &[40]);
-    let change = Change::Tags("acme/present".parse().unwrap(), vec!["1".parse().unwrap()]);
+    let change = WriteEffect::Tags("acme/present".parse().unwrap(), vec!["1".parse().unwrap()]);
     let handed = cache.pull.hands_on(&cache.proven, change).await;
     // Not cached when the push was handed on, so nothing was in doubt then.
     gets(&cache, tag("acme/present", "1", alice())).await;

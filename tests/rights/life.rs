@@ -10,8 +10,8 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use ifnewer::oci::Digest;
-use ifnewer::proxy::Site;
-use ifnewer::proxy::writing::{Change, Written};
+use ifnewer::proxy::UpstreamRegistry;
+use ifnewer::proxy::invalidation::{WriteEffect, WriteOutcome};
 use serde_json::Value;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
@@ -298,7 +298,7 @@ impl Life {
         (site, (*self.dice.pick(&REPOSITORIES), *self.dice.pick(&TAGS)))
     }
 
-    fn site(&self, place: Place) -> Arc<Site> {
+    fn site(&self, place: Place) -> Arc<UpstreamRegistry> {
         let site = if place.0 == SHARED {
             &self.cache.shared
         } else {
@@ -406,7 +406,7 @@ impl Life {
         let handed = self
             .cache
             .pull
-            .hands_on(&site, Change::Tags(repository, vec![tag]))
+            .hands_on(&site, WriteEffect::Tags(repository, vec![tag]))
             .await;
         drop(site);
         if self.dice.roll(3) == 0 {
@@ -421,17 +421,17 @@ impl Life {
                 if self.dice.roll(3) == 0 {
                     self.pulls_of(Some(place)).await;
                 }
-                self.cache.pull.written(handed, Written::Done).await;
+                self.cache.pull.written(handed, WriteOutcome::Succeeded).await;
                 self.acknowledged.insert(place, version);
                 self.count("acknowledged write");
             }
             3 => {
-                self.cache.pull.written(handed, Written::Refused).await;
+                self.cache.pull.written(handed, WriteOutcome::Rejected).await;
                 self.count("refused write");
             }
             4 => {
                 let version = self.write(place.1);
-                self.cache.pull.written(handed, Written::Perhaps).await;
+                self.cache.pull.written(handed, WriteOutcome::Unknown).await;
                 self.unknown.insert(place, version);
                 self.count("write of unknown outcome");
             }

@@ -11,7 +11,7 @@ use crate::admin::format;
 use crate::clock::Clock;
 use crate::oci::manifest::{Kind, Role};
 use crate::oci::{AnyDigest, Digest, Operation, Reference};
-use crate::proxy::{Content, Outcome, Pull};
+use crate::proxy::{BlobBody, ProxyResponse, ProxyService};
 use crate::store::manifests::HeldManifest;
 
 /// Layers of one image at a time.
@@ -22,7 +22,7 @@ const DEPTH_MAX: u32 = 2;
 
 /// The whole road of one pull.
 pub(super) async fn run(
-    pull: &Arc<Pull>,
+    pull: &Arc<ProxyService>,
     job: &Arc<PullJob>,
     spec: PullSpec,
     clock: Clock,
@@ -107,7 +107,7 @@ fn list(job: &PullJob, stored: &HeldManifest, platform: Option<&str>) {
 }
 
 async fn layers(
-    pull: &Arc<Pull>,
+    pull: &Arc<ProxyService>,
     job: &Arc<PullJob>,
     spec: &Arc<PullSpec>,
     stored: &HeldManifest,
@@ -147,7 +147,7 @@ async fn layers(
 }
 
 async fn layer(
-    pull: &Arc<Pull>,
+    pull: &Arc<ProxyService>,
     job: &PullJob,
     spec: &PullSpec,
     digest: Digest,
@@ -159,21 +159,21 @@ async fn layer(
         digest: AnyDigest::Known(digest),
     };
     match pull.answer(request(spec, operation, clock)).await {
-        Outcome::Blob { content, .. } => match content {
-            Content::Head | Content::Memory(_) | Content::File(_) => {
+        ProxyResponse::Blob { content, .. } => match content {
+            BlobBody::Head | BlobBody::Memory(_) | BlobBody::File(_) => {
                 job.mark(&digest, LayerState::Held);
                 Ok(())
             }
-            Content::Download(mut reader) => match reader.settled().await {
+            BlobBody::Download(mut reader) => match reader.settled().await {
                 Ok(_) => {
                     job.mark(&digest, LayerState::Fetched);
                     Ok(())
                 }
                 Err(failure) => Err(format!("{digest}: {failure}")),
             },
-            Content::Passing(_) => Err(format!("{digest}: the disk cannot take it")),
+            BlobBody::Passthrough(_) => Err(format!("{digest}: the disk cannot take it")),
         },
-        Outcome::Refused(refused) => Err(format!(
+        ProxyResponse::Denied(refused) => Err(format!(
             "{digest}: {}",
             format::describe_denial(refused.refusal, spec.named.site.name())
         )),
@@ -182,7 +182,7 @@ async fn layer(
 }
 
 async fn manifest(
-    pull: &Arc<Pull>,
+    pull: &Arc<ProxyService>,
     spec: &PullSpec,
     reference: Reference,
     clock: Clock,
@@ -192,8 +192,10 @@ async fn manifest(
         reference: reference.clone(),
     };
     match pull.answer(request(spec, operation, clock)).await {
-        Outcome::Manifest(manifest, how) => Ok((manifest, how.reason.name())),
-        Outcome::Refused(refused) => Err(format::describe_denial(refused.refusal, spec.named.site.name())),
+        ProxyResponse::Manifest(manifest, how) => Ok((manifest, how.reason.name())),
+        ProxyResponse::Denied(refused) => {
+            Err(format::describe_denial(refused.refusal, spec.named.site.name()))
+        }
         _ => Err(format!("{reference} cannot be stored")),
     }
 }

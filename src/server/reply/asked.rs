@@ -10,12 +10,12 @@ use http::request::Parts;
 use crate::oci::query::Query;
 use crate::oci::range::{ByteRange, Sent};
 use crate::oci::{ErrorCode, Operation, RangeRequest, Reference};
-use crate::proxy::{Request, Site};
+use crate::proxy::{Request, UpstreamRegistry};
 use crate::upstream::Answer;
 
 /// What of a request shapes its answer.
 pub(in crate::server) struct Asked {
-    site: Arc<Site>,
+    site: Arc<UpstreamRegistry>,
     /// As the client wrote it, so that links lead back through the door it came by.
     path: String,
     /// The `ns` of the client's query, if it sent one.

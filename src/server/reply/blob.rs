@@ -7,7 +7,7 @@ use http::{HeaderValue, Response, StatusCode};
 use super::{Asked, OCTETS, etag, how, named, problem, put, respond};
 use crate::oci::range::{Sent, Span, content_range, unsatisfied};
 use crate::oci::{Digest, ErrorCode, Problem};
-use crate::proxy::{Content, How};
+use crate::proxy::{BlobBody, ServeInfo};
 use crate::server::body::{PartsFrom, Plan};
 use crate::server::{Body, Front};
 use crate::store::AsyncStore;
@@ -18,7 +18,7 @@ pub(super) struct Answered<'a> {
     pub(super) digest: Digest,
     /// In bytes; unknown only while it comes from an upstream that does not say it.
     pub(super) size: Option<u64>,
-    pub(super) how: How,
+    pub(super) how: ServeInfo,
     pub(super) asked: &'a Asked,
     pub(super) front: &'a Front,
     pub(super) store: &'a AsyncStore,
@@ -26,7 +26,7 @@ pub(super) struct Answered<'a> {
 
 impl Answered<'_> {
     /// The answer with this content.
-    pub(super) fn with(&self, content: Content) -> Response<Body> {
+    pub(super) fn with(&self, content: BlobBody) -> Response<Body> {
         let etag = etag(&self.digest);
         if self.asked.has_already(&etag) {
             let mut response = respond(StatusCode::NOT_MODIFIED, Body::empty());
@@ -34,16 +34,18 @@ impl Answered<'_> {
             how::tell(response.headers_mut(), self.how, self.asked);
             return response;
         }
-        let is_held = !matches!(content, Content::Download(_));
+        let is_held = !matches!(content, BlobBody::Download(_));
         let sent = match self.size {
             // What passes through is verified as a whole, so it is sent as a whole.
-            Some(size) if !matches!(content, Content::Passing(_)) => self.asked.sent(size, &etag, is_held),
+            Some(size) if !matches!(content, BlobBody::Passthrough(_)) => {
+                self.asked.sent(size, &etag, is_held)
+            }
             _ => Sent::Whole,
         };
         let mut response = match (sent, content) {
             (Sent::Nothing, _) => return self.unsatisfiable(),
-            (Sent::Parts(spans), Content::Memory(bytes)) => self.parts(spans, PartsFrom::Memory(bytes)),
-            (Sent::Parts(spans), Content::File(held)) => {
+            (Sent::Parts(spans), BlobBody::Memory(bytes)) => self.parts(spans, PartsFrom::Memory(bytes)),
+            (Sent::Parts(spans), BlobBody::File(held)) => {
                 let (buffers, events) = (self.front.buffers.clone(), self.front.events.clone());
                 self.parts(spans, PartsFrom::File(held.file, buffers, events))
             }
@@ -57,16 +59,16 @@ impl Answered<'_> {
         response
     }
 
-    fn whole(&self, content: Content) -> Response<Body> {
+    fn whole(&self, content: BlobBody) -> Response<Body> {
         let events = self.front.events.clone();
         let body = match content {
             _ if self.asked.head => Body::empty(),
-            Content::Head => Body::empty(),
-            Content::Memory(bytes) => self.memory(bytes),
-            Content::File(held) if self.front.sound.knows(&self.digest) => {
+            BlobBody::Head => Body::empty(),
+            BlobBody::Memory(bytes) => self.memory(bytes),
+            BlobBody::File(held) if self.front.sound.knows(&self.digest) => {
                 Body::file(held.file, 0, held.size, self.front.buffers.clone(), events)
             }
-            Content::File(held) => Body::checked(
+            BlobBody::File(held) => Body::checked(
                 self.digest,
                 held.file,
                 held.size,
@@ -75,8 +77,8 @@ impl Answered<'_> {
                 self.front.sound.clone(),
                 self.store.clone(),
             ),
-            Content::Download(reader) => Body::download(reader, self.size, events),
-            Content::Passing(passing) => Body::passing(*passing, self.size, events),
+            BlobBody::Download(reader) => Body::download(reader, self.size, events),
+            BlobBody::Passthrough(passing) => Body::passing(*passing, self.size, events),
         };
         let mut response = respond(StatusCode::OK, body);
         response.headers_mut().insert(CONTENT_TYPE, OCTETS);
@@ -91,16 +93,16 @@ impl Answered<'_> {
         Body::whole(bytes)
     }
 
-    fn part(&self, span: Span, content: Content) -> Response<Body> {
+    fn part(&self, span: Span, content: BlobBody) -> Response<Body> {
         let Span { start, end_exclusive } = span;
         let events = self.front.events.clone();
         let body = match content {
-            Content::Memory(bytes) => self.memory(within(&bytes, span)),
-            Content::File(held) => {
+            BlobBody::Memory(bytes) => self.memory(within(&bytes, span)),
+            BlobBody::File(held) => {
                 let buffers = self.front.buffers.clone();
                 Body::file(held.file, start, end_exclusive, buffers, events)
             }
-            Content::Download(reader) => {
+            BlobBody::Download(reader) => {
                 let reader = reader.within(start, end_exclusive);
                 let reader = if self.asked.is_open_ended() {
                     reader.patient()
@@ -110,7 +112,7 @@ impl Answered<'_> {
                 Body::download(reader, Some(span.len()), events)
             }
             // Neither has parts: `Head` answers no GET, and `Passing` is whole or nothing.
-            Content::Head | Content::Passing(_) => Body::empty(),
+            BlobBody::Head | BlobBody::Passthrough(_) => Body::empty(),
         };
         let mut response = respond(StatusCode::PARTIAL_CONTENT, body);
         let headers = response.headers_mut();

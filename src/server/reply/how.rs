@@ -8,20 +8,20 @@ use http::header::{AGE, WARNING};
 use super::{Asked, put};
 use crate::oci::header::CACHE_STATUS;
 use crate::policy::{Served, Why};
-use crate::proxy::{How, Reason};
+use crate::proxy::{ServeInfo, ServeReason};
 use crate::store::tags::NEVER_CONFIRMED;
 
 /// RFC 9211 `Cache-Status`, `Age`, and `Warning` where the client may get something outdated.
-pub(super) fn tell(headers: &mut HeaderMap, how: How, asked: &Asked) {
+pub(super) fn tell(headers: &mut HeaderMap, how: ServeInfo, asked: &Asked) {
     let status = match how.reason {
-        Reason::Held(served) => match served.cause() {
+        ServeReason::Cached(served) => match served.cause() {
             Some(cause) => format!("ifnewer; hit; detail={}-{}", served.name(), cause.name()),
             None => format!("ifnewer; hit; detail={}", served.name()),
         },
-        Reason::Fetched(Why::Newer) => "ifnewer; fwd=stale; detail=newer".to_owned(),
-        Reason::Fetched(why) => format!("ifnewer; fwd=miss; detail={}", why.name()),
-        Reason::Joined => "ifnewer; fwd=miss; collapsed; detail=joined".to_owned(),
-        Reason::Passed => "ifnewer; fwd=bypass; detail=passed".to_owned(),
+        ServeReason::Fetched(Why::Newer) => "ifnewer; fwd=stale; detail=newer".to_owned(),
+        ServeReason::Fetched(why) => format!("ifnewer; fwd=miss; detail={}", why.name()),
+        ServeReason::Collapsed => "ifnewer; fwd=miss; collapsed; detail=joined".to_owned(),
+        ServeReason::Passthrough => "ifnewer; fwd=bypass; detail=passed".to_owned(),
     };
     put(headers, CACHE_STATUS, &status);
     let Some(confirmed_at) = how.confirmed_at else {
@@ -29,7 +29,7 @@ pub(super) fn tell(headers: &mut HeaderMap, how: How, asked: &Asked) {
     };
     let age =
         (confirmed_at != NEVER_CONFIRMED).then(|| asked.now.duration_since(confirmed_at).unwrap_or_default());
-    if let Reason::Held(served) = how.reason {
+    if let ServeReason::Cached(served) = how.reason {
         if let Some(age) = age {
             headers.insert(AGE, age.as_secs().into());
         }

@@ -9,10 +9,10 @@ use super::{Asked, Body, problem, put};
 use crate::oci::header::CACHE_STATUS;
 use crate::oci::{Cause, ErrorCode, Problem};
 use crate::policy::Refusal;
-use crate::proxy::Refused;
+use crate::proxy::Denied;
 use crate::upstream::Said;
 
-pub(super) fn answer(refused: &Refused, asked: &Asked) -> Response<Body> {
+pub(super) fn answer(refused: &Denied, asked: &Asked) -> Response<Body> {
     let (status, code, sentence) = refusal(refused, asked);
     let (upstream, answer) = (asked.upstream(), refused.answer.as_deref());
     // A refusal is told in our words alone: asked by HEAD or by GET, held or not, it must look the same.
@@ -86,7 +86,7 @@ pub(in crate::server) fn not_passed(upstream: &str, cause: Cause, head: bool) ->
 }
 
 /// Each refusal's status, code and sentence. Exhaustive: a new refusal does not compile until it has its own.
-fn refusal(refused: &Refused, asked: &Asked) -> (StatusCode, ErrorCode, String) {
+fn refusal(refused: &Denied, asked: &Asked) -> (StatusCode, ErrorCode, String) {
     let answer = refused.answer.as_deref();
     let unknown = asked.unknown(answer);
     let (upstream, image) = (asked.upstream(), asked.image());

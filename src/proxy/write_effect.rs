@@ -2,7 +2,7 @@
 
 use http::Method;
 
-use super::Site;
+use super::UpstreamRegistry;
 use crate::oci::{AnyDigest, Digest, Malformed, Operation, Query, QueryError, Reference, Repository, Tag};
 use crate::store::invalidations::DoubtKey;
 
@@ -11,15 +11,15 @@ const PUSHED_TAGS_MAX: usize = 64;
 
 /// What a write changes of what may be held.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Change {
+pub enum WriteEffect {
     /// These tags name something else, or nothing. A manifest that is pushed by digest alone changes no tag, and may refer
     /// to another, so a list of referrers may have grown.
     Tags(Repository, Vec<Tag>),
     /// A manifest or a blob is gone, and with a manifest all tags that named it.
-    Gone(Repository, Digest),
+    Deleted(Repository, Digest),
 }
 
-impl Change {
+impl WriteEffect {
     /// What a request changes, if that is anything that may be held. A part of an upload changes nothing. Refuses what names a
     /// manifest or a blob that cannot be read here: the registry may read it.
     pub fn of(method: &Method, path: &str, query: Option<&str>) -> Result<Option<Self>, Malformed> {
@@ -54,19 +54,19 @@ impl Change {
             | Operation::Blob {
                 repository,
                 digest: AnyDigest::Known(digest),
-            } if deletes => Some(Self::Gone(repository, digest)),
+            } if deletes => Some(Self::Deleted(repository, digest)),
             _ => None,
         })
     }
 
     pub(super) fn repository(&self) -> &Repository {
         match self {
-            Self::Tags(repository, _) | Self::Gone(repository, _) => repository,
+            Self::Tags(repository, _) | Self::Deleted(repository, _) => repository,
         }
     }
 
     /// What of the cache it puts in doubt. A list of referrers is only ever good while nothing was written.
-    pub(super) fn doubted(&self, site: &Site) -> Vec<DoubtKey> {
+    pub(super) fn doubted(&self, site: &UpstreamRegistry) -> Vec<DoubtKey> {
         let key = |reference| DoubtKey {
             upstream: site.name().into(),
             repository: self.repository().clone(),
@@ -74,7 +74,7 @@ impl Change {
         };
         match self {
             Self::Tags(_, tags) => tags.iter().map(|tag| key(tag.clone().into())).collect(),
-            Self::Gone(_, digest) => vec![key((*digest).into())],
+            Self::Deleted(_, digest) => vec![key((*digest).into())],
         }
     }
 }
@@ -99,9 +99,9 @@ mod tests {
         let digest = format!("sha256:{}", "a".repeat(64));
         let tags = |names: &[&str]| {
             let tags = names.iter().map(|name| name.parse().unwrap()).collect();
-            Some(Change::Tags("team/demo".parse().unwrap(), tags))
+            Some(WriteEffect::Tags("team/demo".parse().unwrap(), tags))
         };
-        let gone = Some(Change::Gone(
+        let gone = Some(WriteEffect::Deleted(
             "team/demo".parse().unwrap(),
             digest.parse().unwrap(),
         ));
@@ -129,17 +129,21 @@ mod tests {
             (Method::GET, "/v2/team/demo/manifests/1".to_owned(), None),
             (Method::POST, "/token".to_owned(), None),
         ] {
-            assert_eq!(Change::of(&method, &path, None), Ok(change), "{method} {path}");
+            assert_eq!(
+                WriteEffect::of(&method, &path, None),
+                Ok(change),
+                "{method} {path}"
+            );
         }
     }
 
     #[test]
     fn t16_each_tag_of_a_push_by_digest_is_changed() {
         let path = format!("/v2/team/demo/manifests/sha256:{}", "a".repeat(64));
-        let of = |path: &str, query: &str| Change::of(&Method::PUT, path, Some(query));
+        let of = |path: &str, query: &str| WriteEffect::of(&Method::PUT, path, Some(query));
         let tags = |names: &[&str]| {
             let tags = names.iter().map(|name| name.parse().unwrap()).collect();
-            Ok(Some(Change::Tags("team/demo".parse().unwrap(), tags)))
+            Ok(Some(WriteEffect::Tags("team/demo".parse().unwrap(), tags)))
         };
         for (query, names) in [
             ("tag=1", &["1"][..]),
@@ -164,7 +168,7 @@ mod tests {
             "/v2/team/demo/manifests/sha256:1",
         ] {
             for method in [Method::PUT, Method::DELETE] {
-                assert!(Change::of(&method, path, None).is_err(), "{method} {path}");
+                assert!(WriteEffect::of(&method, path, None).is_err(), "{method} {path}");
             }
         }
     }

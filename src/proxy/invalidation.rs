@@ -15,10 +15,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
 
-use super::asking::report;
-pub use super::change::Change;
-use super::fetching::Wanted;
-use super::{Pull, Site};
+use super::manifest_fetch::UpstreamRequest;
+use super::revalidate::report;
+pub use super::write_effect::WriteEffect;
+use super::{ProxyService, UpstreamRegistry};
 use crate::oci::{Digest, MediaType, Reference, Repository};
 use crate::store::Store;
 use crate::store::invalidations::DoubtKey;
@@ -36,14 +36,14 @@ const SETTLED_AFTER: Duration = Duration::from_secs(60);
 /// Which writes there were in a repository when a request came: compared with a later value, whether there was one in
 /// between.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub struct Writes {
+pub struct WriteSnapshot {
     /// How many may have been done.
     ended: u64,
     /// How many were begun; `None` while one is under way.
     begun: Option<u64>,
 }
 
-impl Writes {
+impl WriteSnapshot {
     /// How many may have been done.
     pub(super) fn ended(self) -> u64 {
         self.ended
@@ -51,7 +51,7 @@ impl Writes {
 }
 
 /// Counts the writes at an upstream, by repository.
-pub(super) struct Writings([Counter; COUNTERS]);
+pub(super) struct WriteGenerations([Counter; COUNTERS]);
 
 #[derive(Default)]
 struct Counter {
@@ -60,27 +60,27 @@ struct Counter {
     under_way: AtomicU64,
 }
 
-impl Default for Writings {
+impl Default for WriteGenerations {
     fn default() -> Self {
         Self(std::array::from_fn(|_| Counter::default()))
     }
 }
 
-impl Writings {
+impl WriteGenerations {
     /// How many were begun.
     fn begun(&self, repository: &Repository) -> u64 {
         self.counter(repository)
             .map_or(0, |counter| counter.begun.load(Ordering::SeqCst))
     }
 
-    pub(super) fn now(&self, repository: &Repository) -> Writes {
+    pub(super) fn now(&self, repository: &Repository) -> WriteSnapshot {
         let Some(counter) = self.counter(repository) else {
-            return Writes::default();
+            return WriteSnapshot::default();
         };
         let ended = counter.ended.load(Ordering::SeqCst);
         let begun = counter.begun.load(Ordering::SeqCst);
         let is_quiet = counter.under_way.load(Ordering::SeqCst) == 0;
-        Writes {
+        WriteSnapshot {
             ended,
             begun: is_quiet.then_some(begun),
         }
@@ -117,20 +117,20 @@ impl Writings {
 
 /// What became of a write.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Written {
+pub enum WriteOutcome {
     /// The registry took it.
-    Done,
+    Succeeded,
     /// The registry refused it, or never saw it.
-    Refused,
+    Rejected,
     /// It may have been done.
-    Perhaps,
+    Unknown,
 }
 
 /// A write that is handed on. Dropped without a word of what became of it, as when its client leaves, it may have been
 /// done.
-pub struct Handed {
-    site: Arc<Site>,
-    change: Change,
+pub struct PendingWrite {
+    site: Arc<UpstreamRegistry>,
+    change: WriteEffect,
     /// Which write it is, in the count of those begun.
     nth: u64,
     /// The doubts that are of this write alone.
@@ -138,7 +138,7 @@ pub struct Handed {
     is_refused: bool,
 }
 
-impl Drop for Handed {
+impl Drop for PendingWrite {
     fn drop(&mut self) {
         let (writings, repository) = (self.site.writings(), self.change.repository());
         if !self.is_refused {
@@ -148,10 +148,10 @@ impl Drop for Handed {
     }
 }
 
-impl Pull {
+impl ProxyService {
     /// A write is about to be handed on. When this returns, what it may change is in doubt, and stays so over a crash.
-    pub async fn hands_on(&self, site: &Arc<Site>, change: Change) -> Handed {
-        let mut handed = Handed {
+    pub async fn hands_on(&self, site: &Arc<UpstreamRegistry>, change: WriteEffect) -> PendingWrite {
+        let mut handed = PendingWrite {
             nth: site.writings().begin(change.repository()),
             site: Arc::clone(site),
             own_doubts: Vec::new(),
@@ -181,18 +181,18 @@ impl Pull {
     }
 
     /// What became of a write. When this returns, no asker is told what was true before one that was done.
-    pub async fn written(&self, mut handed: Handed, written: Written) {
+    pub async fn written(&self, mut handed: PendingWrite, written: WriteOutcome) {
         let site = Arc::clone(&handed.site);
         match written {
-            Written::Perhaps => {}
-            Written::Refused => {
+            WriteOutcome::Unknown => {}
+            WriteOutcome::Rejected => {
                 handed.is_refused = true;
                 for key in std::mem::take(&mut handed.own_doubts) {
                     let is_alone = Self::is_alone(&handed);
                     self.settle(key, is_alone).await;
                 }
             }
-            Written::Done => {
+            WriteOutcome::Succeeded => {
                 // First, so that an answer on its way is not learned from; whoever learned before that is undone below.
                 site.writings().note(handed.change.repository());
                 let change = handed.change.clone();
@@ -203,7 +203,7 @@ impl Pull {
     }
 
     /// Whether no write was begun after this one.
-    fn is_alone(handed: &Handed) -> impl FnOnce(SystemTime) -> bool + Send + 'static {
+    fn is_alone(handed: &PendingWrite) -> impl FnOnce(SystemTime) -> bool + Send + 'static {
         let (site, repository, nth) = (
             Arc::clone(&handed.site),
             handed.change.repository().clone(),
@@ -224,7 +224,12 @@ impl Pull {
     }
 
     /// Whether a write may have changed this upstream since it was asked for last.
-    pub(super) fn is_in_doubt(&self, site: &Site, repository: &Repository, reference: Reference) -> bool {
+    pub(super) fn is_in_doubt(
+        &self,
+        site: &UpstreamRegistry,
+        repository: &Repository,
+        reference: Reference,
+    ) -> bool {
         self.store.has_doubts() && {
             let key = DoubtKey {
                 upstream: site.name().into(),
@@ -236,7 +241,7 @@ impl Pull {
     }
 
     /// The upstream has confirmed `reference`: a doubt from before the question is settled.
-    pub(super) async fn confirmed(&self, wanted: &Wanted, reference: Reference) {
+    pub(super) async fn confirmed(&self, wanted: &UpstreamRequest, reference: Reference) {
         if !self.store.has_doubts() {
             return;
         }
@@ -259,13 +264,13 @@ impl Pull {
     }
 
     /// Whether a write was under way at any time since the request came.
-    fn is_overlapped(wanted: &Wanted) -> bool {
+    fn is_overlapped(wanted: &UpstreamRequest) -> bool {
         let begun = wanted.site.writings().begun(&wanted.repository);
         wanted.writes.begun != Some(begun)
     }
 
     /// Puts a tag in doubt of which something was learned beside a write.
-    async fn doubt_beside_write(&self, wanted: &Wanted, reference: &Reference) {
+    async fn doubt_beside_write(&self, wanted: &UpstreamRequest, reference: &Reference) {
         if !Self::is_overlapped(wanted) || !matches!(reference, Reference::Tag(_)) {
             return;
         }
@@ -282,12 +287,12 @@ impl Pull {
     /// Keeps which digest a tag names now, unless something was written in the repository since it was asked for.
     pub(super) async fn learn_name_unless_written(
         self: &Arc<Self>,
-        wanted: &Wanted,
+        wanted: &UpstreamRequest,
         reference: &Reference,
         digest: Digest,
         media_type: Option<&MediaType>,
     ) {
-        let Wanted { site, repository, .. } = wanted;
+        let UpstreamRequest { site, repository, .. } = wanted;
         let is_same = || site.writes(repository).ended == wanted.writes.ended;
         if is_same() {
             self.doubt_beside_write(wanted, reference).await;
@@ -299,7 +304,7 @@ impl Pull {
         // The write may have come between the look and the learning. Bytes were kept with the proof of where they are
         // from, so that is taken back too; what is still there costs one question to be known again.
         if !is_same() {
-            let change = Change::Gone(repository.clone(), digest);
+            let change = WriteEffect::Deleted(repository.clone(), digest);
             let site = Arc::clone(site);
             let forgotten = self.store.write(move |store| forget(store, &site, change)).await;
             report(forgotten, "forget what was learned during a write");
@@ -307,11 +312,11 @@ impl Pull {
     }
 }
 
-fn forget(store: &Store, site: &Site, change: Change) -> Result<(), crate::store::Fault> {
+fn forget(store: &Store, site: &UpstreamRegistry, change: WriteEffect) -> Result<(), crate::store::Fault> {
     let upstream: Arc<str> = site.name().into();
     match change {
         // What is known of referrers is good only for as long as nothing was written.
-        Change::Tags(repository, tags) => {
+        WriteEffect::Tags(repository, tags) => {
             let mut outcome = Ok(());
             for tag in tags {
                 let key = TagKey {
@@ -323,7 +328,7 @@ fn forget(store: &Store, site: &Site, change: Change) -> Result<(), crate::store
             }
             outcome
         }
-        Change::Gone(repository, digest) => {
+        WriteEffect::Deleted(repository, digest) => {
             store.note_gone(&upstream, &repository, &digest)?;
             let key = DoubtKey {
                 upstream: Arc::clone(&upstream),

@@ -23,7 +23,7 @@ use quick_cache::sync::Cache;
 use tokio::time::Instant;
 use zeroize::Zeroizing;
 
-use super::{Pull, Site};
+use super::{ProxyService, UpstreamRegistry};
 use crate::oci::{Cause, LoginRequest, Repository};
 use crate::policy::authz::Principal;
 use crate::upstream::TokenReply;
@@ -48,23 +48,23 @@ pub fn is_local_token(shown: &HeaderValue) -> bool {
 }
 
 /// What became of a question to a token service.
-pub enum LoggedIn {
+pub enum TokenOutcome {
     /// The service answered.
-    Answered(TokenReply),
+    Upstream(TokenReply),
     /// It was silent for this reason; a token of ours as its answer would be, in JSON.
     Local(Cause, Bytes),
 }
 
 /// Whose tokens are.
-pub(super) struct Logins {
-    known: Cache<Token, Arc<Given>>,
+pub(super) struct LocalTokens {
+    known: Cache<Token, Arc<IssuedToken>>,
     made: AtomicU64,
 }
 
 /// An upstream, and a token as the principal that shows it.
 type Token = (Arc<str>, [u8; 32]);
 
-struct Given {
+struct IssuedToken {
     /// The token service that gave it, or in whose place we did. Another one has other accounts.
     realm: Origin,
     /// `None` for nobody's.
@@ -74,7 +74,7 @@ struct Given {
     until: Instant,
 }
 
-impl Default for Logins {
+impl Default for LocalTokens {
     fn default() -> Self {
         Self {
             known: Cache::new(KNOWN_MAX),
@@ -83,28 +83,28 @@ impl Default for Logins {
     }
 }
 
-impl Logins {
-    fn given(&self, site: &Site, token: &Principal) -> Option<Arc<Given>> {
+impl LocalTokens {
+    fn given(&self, site: &UpstreamRegistry, token: &Principal) -> Option<Arc<IssuedToken>> {
         let given = self.known.get(&(site.name().into(), *token.as_bytes()))?;
         (site.realm() == Some(&given.realm) && given.until > Instant::now()).then_some(given)
     }
 
-    fn note(&self, site: &Site, token: &Principal, given: Given) {
+    fn note(&self, site: &UpstreamRegistry, token: &Principal, given: IssuedToken) {
         self.known
             .insert((site.name().into(), *token.as_bytes()), Arc::new(given));
     }
 }
 
-impl Pull {
+impl ProxyService {
     /// Hands a client's question on to the upstream's token service, and learns from the answer, also where the client is
     /// gone by then. `Err` only where the process ends.
     pub async fn log_in(
         self: &Arc<Self>,
-        site: &Arc<Site>,
+        site: &Arc<UpstreamRegistry>,
         realm: &Origin,
         asked: LoginRequest,
         passing: Passing,
-    ) -> Result<LoggedIn, Cause> {
+    ) -> Result<TokenOutcome, Cause> {
         let (pull, site, realm) = (Arc::clone(self), Arc::clone(site), realm.clone());
         let answered = tokio::spawn(async move {
             let account = asked
@@ -118,10 +118,10 @@ impl Pull {
                         pull.learn_login(&site, &realm, (account, asked.repositories), &reply, asked_at)
                             .await;
                     }
-                    LoggedIn::Answered(reply)
+                    TokenOutcome::Upstream(reply)
                 }
                 Err(cause) => {
-                    LoggedIn::Local(cause, pull.local_token(&site, realm, account, asked.repositories))
+                    TokenOutcome::Local(cause, pull.local_token(&site, realm, account, asked.repositories))
                 }
             }
         });
@@ -131,7 +131,7 @@ impl Pull {
     /// The account that is asking in this repository with this token, if the token was given for it.
     pub(super) fn account(
         &self,
-        site: &Site,
+        site: &UpstreamRegistry,
         repository: &Repository,
         shown: Option<&HeaderValue>,
     ) -> Option<[u8; 32]> {
@@ -141,7 +141,7 @@ impl Pull {
     }
 
     /// Whether a client shows a token of ours that is no good, here or any more: as good as none.
-    pub(super) fn is_spent(&self, site: &Site, shown: &HeaderValue) -> bool {
+    pub(super) fn is_spent(&self, site: &UpstreamRegistry, shown: &HeaderValue) -> bool {
         is_local_token(shown)
             && self
                 .logins
@@ -151,7 +151,7 @@ impl Pull {
 
     async fn learn_login(
         &self,
-        site: &Arc<Site>,
+        site: &Arc<UpstreamRegistry>,
         realm: &Origin,
         (account, repositories): ([u8; 32], Vec<Repository>),
         reply: &TokenReply,
@@ -165,7 +165,7 @@ impl Pull {
             return;
         };
         self.learn_yes_login(site, account, asked_at).await;
-        let given = Given {
+        let given = IssuedToken {
             realm: realm.clone(),
             account: Some(account),
             repositories,
@@ -176,7 +176,7 @@ impl Pull {
 
     fn local_token(
         &self,
-        site: &Site,
+        site: &UpstreamRegistry,
         realm: Origin,
         account: Option<[u8; 32]>,
         repositories: Vec<Repository>,
@@ -187,7 +187,7 @@ impl Pull {
             .principals
             .keyed(format!("local token {nth} at {now:?}").as_bytes());
         let token = Zeroizing::new(format!("{PREFIX}{}", BASE64_URL_SAFE_NO_PAD.encode(unguessable)));
-        let given = Given {
+        let given = IssuedToken {
             realm,
             account,
             repositories,

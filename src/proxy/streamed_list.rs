@@ -8,7 +8,7 @@ use bytes::Bytes;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::listing::{Listing, is_tags};
-use super::{Pull, asking};
+use super::{ProxyService, revalidate};
 use crate::oci::Cause;
 use crate::store::listings::{KeptListing, LISTING_KEPT_BYTES_MAX, ListingKey};
 use crate::upstream::Fetched;
@@ -18,36 +18,36 @@ use crate::upstream::Fetched;
 const COPIES_MAX: usize = 4;
 
 /// Places for copies of long lists.
-pub(super) struct Copies(Arc<Semaphore>);
+pub(super) struct CopyPermits(Arc<Semaphore>);
 
-impl Default for Copies {
+impl Default for CopyPermits {
     fn default() -> Self {
         Self(Arc::new(Semaphore::new(COPIES_MAX)))
     }
 }
 
 /// A list on its way from the upstream.
-pub struct LongList {
+pub struct StreamedList {
     /// Its type, next page and filters; of its bytes those that have arrived.
     pub(super) head: Listing,
     /// Its size in bytes, if the upstream said it.
     pub size: Option<u64>,
     rest: Fetched,
     given: bool,
-    copy: Option<Copy>,
+    copy: Option<CacheCopy>,
 }
 
-struct Copy {
+struct CacheCopy {
     bytes: Vec<u8>,
-    pull: Arc<Pull>,
+    pull: Arc<ProxyService>,
     key: ListingKey,
     _place: OwnedSemaphorePermit,
 }
 
-impl LongList {
+impl StreamedList {
     /// `key`: as what it is kept, if it may be; `head`: what has arrived; `size`: of the whole, if it is known.
     pub(super) fn new(
-        pull: &Arc<Pull>,
+        pull: &Arc<ProxyService>,
         key: Option<ListingKey>,
         (head, size): (Listing, Option<u64>),
         rest: Fetched,
@@ -55,7 +55,7 @@ impl LongList {
         let fits = size.is_none_or(|size| size <= LISTING_KEPT_BYTES_MAX as u64);
         let copy = key.filter(|_| fits).and_then(|key| {
             let place = Arc::clone(&pull.list_copies.0).try_acquire_owned().ok()?;
-            Some(Copy {
+            Some(CacheCopy {
                 bytes: head.bytes.to_vec(),
                 pull: Arc::clone(pull),
                 key,
@@ -101,7 +101,7 @@ impl LongList {
     }
 }
 
-impl Copy {
+impl CacheCopy {
     /// Apart from the client, which has its bytes.
     fn keep(self, head: &Listing) {
         let (media_type, next, filters) = (head.media_type.clone(), head.next.clone(), head.filters.clone());
@@ -121,7 +121,7 @@ impl Copy {
                     Ok(())
                 }
             });
-            asking::report(kept.await, "keep a long list");
+            revalidate::report(kept.await, "keep a long list");
         });
     }
 }

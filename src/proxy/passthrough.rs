@@ -4,10 +4,10 @@ use std::sync::Arc;
 
 use tokio::time::Instant;
 
-use super::fetching::Wanted;
 use super::manifest::refused;
-use super::{Outcome, Pull, Request};
-pub use crate::download::Verifying as Passing;
+use super::manifest_fetch::UpstreamRequest;
+use super::{ProxyResponse, ProxyService, Request};
+pub use crate::download::Verifying as VerifyingStream;
 use crate::oci::{Cause, MediaType, Operation, Reference, Repository};
 use crate::policy::Refusal;
 use crate::queue::{Class, Demand};
@@ -15,7 +15,7 @@ use crate::upstream::{Answer, Caller, Fetched, Said};
 
 /// An answer passed on as it comes: its digest is of an algorithm that cannot be verified here or not that of its bytes,
 /// or it is too large to be kept.
-pub struct Passed {
+pub struct Passthrough {
     /// The digest asked for, as written.
     pub digest: Option<String>,
     /// The media type, as sent.
@@ -28,12 +28,12 @@ pub struct Passed {
 
 /// Asks for content that cannot be verified. Nothing is kept, so the upstream's word is asked for each time.
 pub(super) async fn unverifiable(
-    pull: &Arc<Pull>,
+    pull: &Arc<ProxyService>,
     request: &Request,
     repository: &Repository,
     caller: &Caller,
     size_max: u64,
-) -> Outcome {
+) -> ProxyResponse {
     let asked_at = Instant::now();
     let Request {
         site,
@@ -53,14 +53,20 @@ pub(super) async fn unverifiable(
         let answer = site.upstream().head(caller, operation, accept).await;
         return if answer.said.is_yes() || answer.silence() == Some(Cause::Unverifiable) {
             let (media_type, size) = (answer.media_type, answer.length);
-            Outcome::Passed(Passed {
+            ProxyResponse::Passthrough(Passthrough {
                 digest: digest.or(answer.named.map(|named| named.to_string())),
                 media_type,
                 size,
                 body: None,
             })
         } else {
-            not_passed(pull, &Wanted::of(request, repository, caller), answer, asked_at).await
+            not_passed(
+                pull,
+                &UpstreamRequest::of(request, repository, caller),
+                answer,
+                asked_at,
+            )
+            .await
         };
     }
     let place = match operation {
@@ -91,13 +97,21 @@ pub(super) async fn unverifiable(
         Ok(fetched) if is_page(&fetched) && matches!(operation, Operation::Manifest { .. }) => {
             refused(Refusal::Silent(Cause::NotRegistry), None, false)
         }
-        Ok(fetched) => Outcome::Passed(Passed {
+        Ok(fetched) => ProxyResponse::Passthrough(Passthrough {
             digest: digest.or(fetched.digest.map(|digest| digest.to_string())),
             media_type: fetched.media_type.clone(),
             size: fetched.length,
             body: Some(Box::new(fetched)),
         }),
-        Err(answer) => not_passed(pull, &Wanted::of(request, repository, caller), answer, asked_at).await,
+        Err(answer) => {
+            not_passed(
+                pull,
+                &UpstreamRequest::of(request, repository, caller),
+                answer,
+                asked_at,
+            )
+            .await
+        }
     }
 }
 
@@ -106,7 +120,12 @@ fn is_page(fetched: &Fetched) -> bool {
 }
 
 /// A denial ends the caller's grant, as that of content that can be verified does.
-async fn not_passed(pull: &Arc<Pull>, wanted: &Wanted, answer: Answer, asked_at: Instant) -> Outcome {
+async fn not_passed(
+    pull: &Arc<ProxyService>,
+    wanted: &UpstreamRequest,
+    answer: Answer,
+    asked_at: Instant,
+) -> ProxyResponse {
     pull.learn(wanted, &answer, asked_at).await;
     let refusal = match answer.said {
         Said::Absent => Refusal::Absent,

@@ -9,7 +9,7 @@ use std::time::Duration;
 use http::{HeaderMap, HeaderValue, Uri, header};
 
 use super::manifest::refused;
-use super::{Outcome, Pull, Request, Site};
+use super::{ProxyResponse, ProxyService, Request, UpstreamRegistry};
 use crate::age;
 use crate::oci::challenge::Challenge;
 use crate::oci::{Accept, Operation};
@@ -28,23 +28,23 @@ const BUDGET: Duration = Duration::from_secs(2);
 const HTTPS: u16 = 443;
 
 /// An upstream, and its settings.
-pub(super) type Key = (Arc<str>, (u64, u64));
+pub(super) type ChallengeKey = (Arc<str>, (u64, u64));
 
-impl Pull {
+impl ProxyService {
     /// What the registry answers to who has no credential.
-    pub async fn knock(self: &Arc<Self>, request: &Request) -> Outcome {
+    pub async fn knock(self: &Arc<Self>, request: &Request) -> ProxyResponse {
         if request.site.is_shared() {
             // Whoever reaches us is entitled, and must not be sent for a credential.
-            return Outcome::Ping;
+            return ProxyResponse::Ping;
         }
         match self.challenge(&request.site).await {
-            Ok(kept) if kept.lines.is_empty() => Outcome::Ping,
+            Ok(kept) if kept.lines.is_empty() => ProxyResponse::Ping,
             Ok(kept) => {
                 let lines = kept
                     .lines
                     .iter()
                     .filter_map(|line| HeaderValue::from_str(line).ok());
-                Outcome::Challenged(lines.collect())
+                ProxyResponse::Challenged(lines.collect())
             }
             Err(answer) => refused(Refusal::Silent(answer.cause()), Some(answer), false),
         }
@@ -52,7 +52,7 @@ impl Pull {
 
     /// Whether the registry sends clients to this host and port for a token. It is asked only if a client of its own is
     /// here, or anyone could have us ask it.
-    pub async fn is_realm(self: &Arc<Self>, site: &Arc<Site>, host: &str, port: u16) -> bool {
+    pub async fn is_realm(self: &Arc<Self>, site: &Arc<UpstreamRegistry>, host: &str, port: u16) -> bool {
         let realms = match self.kept_challenge(site.name().to_owned()).await {
             Some(kept) => realms(&kept),
             None if site.is_visited() => {
@@ -65,7 +65,7 @@ impl Pull {
     }
 
     /// Sees to it that the challenge is known soon, for a client that does not ask for it but will follow one.
-    pub fn expect_challenge(self: &Arc<Self>, site: &Arc<Site>) {
+    pub fn expect_challenge(self: &Arc<Self>, site: &Arc<UpstreamRegistry>) {
         site.visit();
         if self
             .store
@@ -78,7 +78,10 @@ impl Pull {
         }
     }
 
-    async fn challenge(self: &Arc<Self>, site: &Arc<Site>) -> Result<Arc<KeptChallenge>, Arc<Answer>> {
+    async fn challenge(
+        self: &Arc<Self>,
+        site: &Arc<UpstreamRegistry>,
+    ) -> Result<Arc<KeptChallenge>, Arc<Answer>> {
         let kept = self.kept_challenge(site.name().to_owned()).await;
         let now = self.clock.now();
         let is_fresh = |kept: &Arc<KeptChallenge>| age::is_within(kept.given_at, RENEW_AFTER, now);
@@ -118,7 +121,10 @@ impl Pull {
         }
     }
 
-    async fn ask_for_challenge(&self, site: &Arc<Site>) -> Result<Arc<KeptChallenge>, Arc<Answer>> {
+    async fn ask_for_challenge(
+        &self,
+        site: &Arc<UpstreamRegistry>,
+    ) -> Result<Arc<KeptChallenge>, Arc<Answer>> {
         let caller = self.principals.stranger(&Trace::begun());
         let asked = site
             .upstream()
@@ -142,7 +148,7 @@ impl Pull {
             .store
             .write(move |store| store.keep_challenge(site.name(), challenge))
             .await;
-        super::asking::report(done, "keep a registry's challenge");
+        super::revalidate::report(done, "keep a registry's challenge");
         Ok(Arc::new(kept))
     }
 }

@@ -7,10 +7,10 @@ use bytes::Bytes;
 use http::HeaderValue;
 use tokio::time::Instant;
 
-use super::asking::Key;
 use super::detached::detached;
-use super::writing::Writes;
-use super::{Pull, Request, Site};
+use super::invalidation::WriteSnapshot;
+use super::revalidate::CoalesceKey;
+use super::{ProxyService, Request, UpstreamRegistry};
 use crate::download::Requester;
 use crate::oci::manifest::MANIFEST_BYTES_MAX;
 use crate::oci::{
@@ -23,8 +23,8 @@ use crate::upstream::{Answer, Caller, Credential, Fetched, Said};
 
 /// A manifest asked for.
 #[derive(Clone)]
-pub(super) struct Wanted {
-    pub(super) site: Arc<Site>,
+pub(super) struct UpstreamRequest {
+    pub(super) site: Arc<UpstreamRegistry>,
     pub(super) repository: Repository,
     pub(super) operation: Operation,
     pub(super) accept: Accept,
@@ -32,7 +32,7 @@ pub(super) struct Wanted {
     /// When the [`Request`] arrived that it is for: no request to the upstream is older.
     pub(super) asked_at: SystemTime,
     /// As in that request.
-    pub(super) writes: Writes,
+    pub(super) writes: WriteSnapshot,
     /// As in the [`Request`] that it is for.
     pub(super) for_push: bool,
     /// The digest that the upstream's response to a HEAD named, where a tag is fetched because it moved.
@@ -41,7 +41,7 @@ pub(super) struct Wanted {
     pub(super) is_strangers: bool,
 }
 
-impl Wanted {
+impl UpstreamRequest {
     pub(super) fn of(request: &Request, repository: &Repository, caller: &Caller) -> Self {
         Self {
             site: Arc::clone(&request.site),
@@ -94,13 +94,13 @@ impl Wanted {
     }
 }
 
-impl Pull {
+impl ProxyService {
     /// Fetches a manifest, keeps it and what it shows; one fetch for all who may share it.
     pub(super) async fn fetch_manifest(
         self: &Arc<Self>,
-        wanted: Wanted,
+        wanted: UpstreamRequest,
     ) -> Result<Arc<HeldManifest>, Arc<Answer>> {
-        let key = Key::new(self, &wanted);
+        let key = CoalesceKey::new(self, &wanted);
         let (demand, is_made_up) = (self.demand(&wanted), self.may_be_made_up(&wanted));
         let flight = self.manifests.share_for(key, demand, |waiters| {
             if !is_made_up {
@@ -108,7 +108,7 @@ impl Pull {
             }
             let pull = Arc::clone(self);
             async move {
-                let Wanted {
+                let UpstreamRequest {
                     site,
                     operation,
                     accept,
@@ -152,7 +152,11 @@ impl Pull {
 
     /// The manifest that the HEAD named, where the GET by tag brought one that the tag named before: a replica of the
     /// registry that lags behind sent it. A manifest that is new here may be newer than the HEAD, and stays.
-    async fn not_replaced(self: &Arc<Self>, wanted: &Wanted, received: HeldManifest) -> HeldManifest {
+    async fn not_replaced(
+        self: &Arc<Self>,
+        wanted: &UpstreamRequest,
+        received: HeldManifest,
+    ) -> HeldManifest {
         let Some(named) = wanted.named.filter(|named| *named != received.digest) else {
             return received;
         };
@@ -163,11 +167,11 @@ impl Pull {
             repository: wanted.repository.clone(),
             reference: Reference::Digest(AnyDigest::Known(named)),
         };
-        let by_digest = Wanted {
+        let by_digest = UpstreamRequest {
             operation,
             ..wanted.clone()
         };
-        let Wanted {
+        let UpstreamRequest {
             site, accept, caller, ..
         } = wanted;
         let fetched = site
@@ -181,7 +185,7 @@ impl Pull {
     }
 
     /// Whether the tag is known to have named this digest.
-    async fn is_known_of_tag(self: &Arc<Self>, wanted: &Wanted, digest: Digest) -> bool {
+    async fn is_known_of_tag(self: &Arc<Self>, wanted: &UpstreamRequest, digest: Digest) -> bool {
         let Operation::Manifest {
             reference: Reference::Tag(tag),
             ..
@@ -202,7 +206,7 @@ impl Pull {
     /// something, or it was seen there before.
     async fn shows_right(
         self: &Arc<Self>,
-        wanted: &Wanted,
+        wanted: &UpstreamRequest,
         manifest: &HeldManifest,
         is_registrys: bool,
     ) -> bool {
@@ -217,7 +221,7 @@ impl Pull {
     /// The manifest that came with the answer, where a GET had to stand in for the HEAD: it is not fetched twice.
     pub(super) async fn brought(
         self: &Arc<Self>,
-        wanted: &Wanted,
+        wanted: &UpstreamRequest,
         answer: &Answer,
     ) -> Option<Arc<HeldManifest>> {
         let (bytes, media_type) = answer.body.clone()?;
@@ -234,10 +238,10 @@ impl Pull {
     /// that named it. What the disk cannot take, and what nothing proves to be the registry's, is served and not kept.
     async fn keep(
         self: &Arc<Self>,
-        wanted: &Wanted,
+        wanted: &UpstreamRequest,
         received: Result<HeldManifest, Cause>,
     ) -> Result<Arc<HeldManifest>, Arc<Answer>> {
-        let Wanted {
+        let UpstreamRequest {
             site,
             repository,
             operation,
@@ -280,7 +284,7 @@ impl Pull {
             Ok(kept) => Arc::clone(kept),
             Err(_) => manifest,
         };
-        super::asking::report(kept, "keep a manifest");
+        super::revalidate::report(kept, "keep a manifest");
         // As for a list of the referrers API: a registry may have an answer for those who may not read the repository.
         let is_believed =
             !wanted.is_for_referrers_tag() || self.standing_of(wanted).await != Standing::Unknown;
@@ -297,10 +301,10 @@ impl Pull {
     /// Reads a manifest and holds it against everything that was said of it.
     ///
     /// The bytes are believed, never a header: by digest they must hash to it; by tag they must hash to what the same
-    /// answer's `Docker-Content-Digest` says, where it says anything, or else to what a HEAD names. And they must be a
+    /// answer's `Docker-BlobBody-Digest` says, where it says anything, or else to what a HEAD names. And they must be a
     /// manifest: an HTML page with status 200 is not one.
-    async fn receive(&self, wanted: &Wanted, fetched: Fetched) -> Result<HeldManifest, Cause> {
-        let Wanted {
+    async fn receive(&self, wanted: &UpstreamRequest, fetched: Fetched) -> Result<HeldManifest, Cause> {
+        let UpstreamRequest {
             site,
             operation,
             accept,

@@ -16,9 +16,9 @@ use tokio::sync::{oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout_at};
 
-use super::fetching::Wanted;
-use super::prefetch::Begun;
-use super::{Pull, Site};
+use super::manifest_fetch::UpstreamRequest;
+use super::prefetch::StartedDownloads;
+use super::{ProxyService, UpstreamRegistry};
 use crate::oci::{AnyDigest, Cause, Digest, Operation, Reference, Repository};
 use crate::store::manifests::HeldManifest;
 
@@ -43,21 +43,21 @@ const FOUND_MAX: usize = 4096;
 type Image = (Arc<str>, Repository, Digest);
 
 /// The images whose rest the upstream was lately seen to have.
-pub(super) struct Found(Cache<Image, std::time::SystemTime>);
+pub(super) struct ProbedImages(Cache<Image, std::time::SystemTime>);
 
-impl Default for Found {
+impl Default for ProbedImages {
     fn default() -> Self {
         Self(Cache::new(FOUND_MAX))
     }
 }
 
-impl Pull {
+impl ProxyService {
     /// `Ok` if nothing that `manifest` points to is known to be missing upstream; else how the upstream failed.
     /// `instead` is the image that would be served instead. `begin_for`: what is missing is begun, and for so long the
     /// check waits for its turn to come.
     pub(super) async fn check(
         self: &Arc<Self>,
-        wanted: Wanted,
+        wanted: UpstreamRequest,
         begin_for: Option<Duration>,
         manifest: &Arc<HeldManifest>,
         instead: &Arc<HeldManifest>,
@@ -82,7 +82,7 @@ impl Pull {
     /// The images of `index` for the platforms of which `instead` has been pulled.
     pub(super) async fn platforms_in_use(
         self: &Arc<Self>,
-        site: &Arc<Site>,
+        site: &Arc<UpstreamRegistry>,
         repository: &Repository,
         index: &HeldManifest,
         instead: &Arc<HeldManifest>,
@@ -110,7 +110,7 @@ impl Pull {
 
     pub(super) async fn child(
         self: &Arc<Self>,
-        of: &Wanted,
+        of: &UpstreamRequest,
         digest: Digest,
     ) -> Result<Arc<HeldManifest>, Cause> {
         let held = self.look_up(&of.site, &of.repository, move |cached| {
@@ -124,7 +124,7 @@ impl Pull {
             repository: of.repository.clone(),
             reference: Reference::Digest(AnyDigest::Known(digest)),
         };
-        let wanted = Wanted {
+        let wanted = UpstreamRequest {
             operation,
             ..of.clone()
         };
@@ -133,14 +133,14 @@ impl Pull {
 
     async fn check_blobs(
         self: &Arc<Self>,
-        of: &Wanted,
+        of: &UpstreamRequest,
         begin_for: Option<Duration>,
         manifest: &Arc<HeldManifest>,
     ) -> Result<(), Cause> {
         let missing = self.missing(of, manifest).await;
         let mut begun = match begin_for {
             Some(_) => self.prefetch(of.clone(), manifest).await,
-            None => Begun::default(),
+            None => StartedDownloads::default(),
         };
         let patience = Instant::now() + begin_for.unwrap_or_default();
         let progress = Arc::new(watch::Sender::new(Instant::now()));
@@ -168,12 +168,12 @@ impl Pull {
         Ok(())
     }
 
-    async fn has_blob(self: Arc<Self>, of: Wanted, digest: Digest) -> Result<(), Cause> {
+    async fn has_blob(self: Arc<Self>, of: UpstreamRequest, digest: Digest) -> Result<(), Cause> {
         let operation = Operation::Blob {
             repository: of.repository.clone(),
             digest: AnyDigest::Known(digest),
         };
-        let wanted = Wanted { operation, ..of };
+        let wanted = UpstreamRequest { operation, ..of };
         let Some(answer) = self.question(&wanted).landed().await else {
             return Err(Cause::Busy);
         };
@@ -207,7 +207,7 @@ async fn said_to_get(
 }
 
 /// A no to a blob of an image whose manifest it gave just now: that image is broken there.
-fn lacks(of: &Wanted, digest: &Digest, cause: Cause) {
+fn lacks(of: &UpstreamRequest, digest: &Digest, cause: Cause) {
     tracing::info!(upstream = of.site.name(), repository = %of.repository, blob = %digest, %cause,
         "the upstream names a newer image but cannot give this part of it; the last complete one is served");
 }

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use http::HeaderValue;
 
-use super::{Outcome, Pull, Refused, Request, Site};
+use super::{Denied, ProxyResponse, ProxyService, Request, UpstreamRegistry};
 use crate::oci::{Cause, Repository};
 use crate::policy::Refusal;
 use crate::store::challenges::KeptChallenge;
@@ -17,9 +17,14 @@ use crate::upstream::{Answer, Said};
 /// Stands for the repository in a kept challenge. No repository's name has such a character.
 const BLANK: &str = "{}";
 
-impl Pull {
+impl ProxyService {
     /// Keeps how this upstream asks for a credential in a repository, for all its repositories.
-    pub(super) async fn keep_challenge(&self, site: &Arc<Site>, repository: &Repository, answer: &Answer) {
+    pub(super) async fn keep_challenge(
+        &self,
+        site: &Arc<UpstreamRegistry>,
+        repository: &Repository,
+        answer: &Answer,
+    ) {
         let lines: Vec<String> = answer
             .challenge
             .iter()
@@ -39,7 +44,7 @@ impl Pull {
             .store
             .write(move |store| store.keep_challenge(&key, kept))
             .await;
-        super::asking::report(done, "keep how an upstream asks for a credential");
+        super::revalidate::report(done, "keep how an upstream asks for a credential");
     }
 
     /// What is kept under `key` of how an upstream asks for a credential.
@@ -48,8 +53,12 @@ impl Pull {
     }
 
     /// `outcome`, or the upstream's challenge in its place where the upstream was silent and there is no credential.
-    pub(super) async fn or_challenge(self: &Arc<Self>, request: &Request, outcome: Outcome) -> Outcome {
-        let Outcome::Refused(Refused { refusal, answer, .. }) = &outcome else {
+    pub(super) async fn or_challenge(
+        self: &Arc<Self>,
+        request: &Request,
+        outcome: ProxyResponse,
+    ) -> ProxyResponse {
+        let ProxyResponse::Denied(Denied { refusal, answer, .. }) = &outcome else {
             return outcome;
         };
         let answered = answer.as_ref().is_some_and(|answer| answer.silence().is_none());
@@ -81,7 +90,7 @@ impl Pull {
                 .collect(),
             ..Answer::silent(Cause::Offline)
         };
-        Outcome::Refused(Refused {
+        ProxyResponse::Denied(Denied {
             refusal: Refusal::Challenged,
             answer: Some(Arc::new(answer)),
             own_credential: false,
@@ -91,12 +100,12 @@ impl Pull {
 
 /// Beside the challenge of the upstream as a whole, which is kept under its name: this one names a scope. No upstream's
 /// name has a slash.
-fn key(site: &Site) -> String {
+fn key(site: &UpstreamRegistry) -> String {
     format!("{}/", site.name())
 }
 
 /// A challenge with one repository's name in the place of another's, as in `scope="repository:library/alpine:pull"`.
-fn renamed(site: &Site, line: &str, (from, to): (&str, &str)) -> String {
+fn renamed(site: &UpstreamRegistry, line: &str, (from, to): (&str, &str)) -> String {
     let scope = |prefix: Option<&Repository>, name: &str| match prefix {
         Some(prefix) => format!("repository:{prefix}/{name}:"),
         None => format!("repository:{name}:"),

@@ -6,8 +6,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use http::HeaderValue;
 
-use super::logins::is_local_token;
-use super::writing::{Writes, Writings};
+use super::invalidation::{WriteGenerations, WriteSnapshot};
+use super::local_tokens::is_local_token;
 use crate::oci::digest::keyed;
 use crate::oci::{NameError, Repository, Tag};
 use crate::policy::authz::Principal;
@@ -21,24 +21,24 @@ use crate::upstream::{Caller, Credential, LearnedState, Upstream};
 const HUB: &str = "docker.io";
 
 /// A configured upstream: its settings, which a reload exchanges, over the state that belongs to its name.
-pub struct Site {
+pub struct UpstreamRegistry {
     upstream: Arc<Upstream>,
     access: Access,
     realm: Option<Origin>,
     rules: Arc<Rules>,
-    state: Arc<SiteState>,
+    state: Arc<RegistryState>,
 }
 
 /// State of an upstream, learned, that outlives reloads.
 #[derive(Default)]
-pub struct SiteState {
+pub struct RegistryState {
     upstream: LearnedState,
     /// Whether a client came that believes to speak with it.
     visited: AtomicBool,
-    writings: Writings,
+    writings: WriteGenerations,
 }
 
-impl SiteState {
+impl RegistryState {
     /// The part of it that the client side has.
     pub fn upstream(&self) -> &LearnedState {
         &self.upstream
@@ -48,11 +48,11 @@ impl SiteState {
 /// The states of all upstreams of this process, by name. Names come from the operator's configuration alone, which
 /// bounds their number; the state of an upstream that was removed waits for its return.
 #[derive(Default)]
-pub struct SiteStates(Mutex<HashMap<String, Arc<SiteState>>>);
+pub struct RegistryStates(Mutex<HashMap<String, Arc<RegistryState>>>);
 
-impl SiteStates {
+impl RegistryStates {
     /// The state of the upstream of this name.
-    pub fn of(&self, name: &str) -> Arc<SiteState> {
+    pub fn of(&self, name: &str) -> Arc<RegistryState> {
         let mut states = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         Arc::clone(states.entry(name.to_owned()).or_default())
     }
@@ -112,7 +112,7 @@ impl Principals {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Access {
     /// Each client's own: a hit is proven with its credential.
-    Proven,
+    PerClient,
     /// Whoever reaches the listener is entitled. `own_credential`: the proxy has one of its own to show upstream.
     Shared {
         /// Whether the proxy has a credential of its own.
@@ -120,9 +120,14 @@ pub enum Access {
     },
 }
 
-impl Site {
+impl UpstreamRegistry {
     /// An upstream over its state, whose right counts there, and the rules for its images.
-    pub fn new(upstream: Arc<Upstream>, access: Access, rules: Arc<Rules>, state: Arc<SiteState>) -> Self {
+    pub fn new(
+        upstream: Arc<Upstream>,
+        access: Access,
+        rules: Arc<Rules>,
+        state: Arc<RegistryState>,
+    ) -> Self {
         Self {
             upstream,
             access,
@@ -152,11 +157,11 @@ impl Site {
     }
 
     /// Which writes there were in this repository: compared with a later value, whether there was one in between.
-    pub fn writes(&self, repository: &Repository) -> Writes {
+    pub fn writes(&self, repository: &Repository) -> WriteSnapshot {
         self.state.writings.now(repository)
     }
 
-    pub(super) fn writings(&self) -> &Writings {
+    pub(super) fn writings(&self) -> &WriteGenerations {
         &self.state.writings
     }
 
@@ -193,7 +198,7 @@ impl Site {
     /// Who is shown to it: `client` (each its own credential), `own` (the proxy's), `anonymous`.
     pub fn identity(&self) -> &'static str {
         match self.access {
-            Access::Proven => "client",
+            Access::PerClient => "client",
             Access::Shared { own_credential: true } => "own",
             Access::Shared {
                 own_credential: false,
@@ -231,10 +236,10 @@ impl Site {
                 };
                 (principals.proxy, credential)
             }
-            (Access::Proven, Some(value)) if !is_local_token(value) => {
+            (Access::PerClient, Some(value)) if !is_local_token(value) => {
                 (principals.credential(value), Credential::Client(value.clone()))
             }
-            (Access::Proven, _) => (principals.anonymous, Credential::Anonymous),
+            (Access::PerClient, _) => (principals.anonymous, Credential::Anonymous),
         };
         Caller {
             principal: *principal.as_bytes(),

@@ -5,10 +5,10 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::fetching::Wanted;
-use super::logins::is_local_token;
-use super::writing::Writes;
-use super::{Context, Pull, Request, Site};
+use super::invalidation::WriteSnapshot;
+use super::local_tokens::is_local_token;
+use super::manifest_fetch::UpstreamRequest;
+use super::{AuthContext, ProxyService, Request, UpstreamRegistry};
 use crate::oci::{Accept, AnyDigest, Cause, Digest, MediaType, Operation, Reference, Repository};
 use crate::policy::{Heard, Situation, Standing, Subject, Verdict, Whose, decide};
 use crate::queue::{Class, Demand};
@@ -22,13 +22,13 @@ const EVIDENCE_BYTES_MIN: u64 = 64;
 
 /// Which askers may share one question: same thing, same media types, same principal.
 #[derive(Clone, PartialEq, Eq, Hash)]
-pub(super) struct Key {
+pub(super) struct CoalesceKey {
     upstream: Arc<str>,
     path: String,
     accept: u64,
     principal: [u8; 32],
     /// Who asks after a write does not wait for an answer from before it.
-    writes: Writes,
+    writes: WriteSnapshot,
     /// Nor, after a reload, for one to other settings.
     settings: (u64, u64),
     for_push: bool,
@@ -37,8 +37,8 @@ pub(super) struct Key {
     denied_at: Option<Instant>,
 }
 
-impl Key {
-    pub(super) fn new(pull: &Pull, wanted: &Wanted) -> Self {
+impl CoalesceKey {
+    pub(super) fn new(pull: &ProxyService, wanted: &UpstreamRequest) -> Self {
         Self {
             upstream: wanted.site.name().into(),
             path: wanted.operation.path_and_query(),
@@ -54,14 +54,14 @@ impl Key {
 }
 
 /// What came of asking.
-pub struct Asked {
+pub struct Revalidated {
     /// In the decision's words.
     pub heard: Heard,
     /// In the upstream's own, if it said anything.
     pub answer: Option<Arc<Answer>>,
 }
 
-impl Asked {
+impl Revalidated {
     /// Whether the upstream may have said yes, and nothing proves that it was the registry.
     pub(super) fn is_unproven(&self) -> bool {
         let answer = self.answer.as_ref();
@@ -70,21 +70,21 @@ impl Asked {
     }
 }
 
-impl Pull {
+impl ProxyService {
     /// Asks the upstream. Where the situation could be served without an answer, it waits no longer than `budget`, and
     /// shorter or not at all while the upstream is known not to respond.
     pub(super) async fn ask(
         self: &Arc<Self>,
         request: &Request,
         repository: &Repository,
-        context: &Context,
+        context: &AuthContext,
         situation: &Situation,
         budget: Duration,
-    ) -> Asked {
+    ) -> Revalidated {
         let silence = situation.having_heard(Heard::Silent(Cause::Budget));
         let can_do_without = matches!(decide(&silence), Verdict::Serve(_));
         let upstream = request.site.upstream();
-        let mut wanted = Wanted::of(request, repository, &context.caller);
+        let mut wanted = UpstreamRequest::of(request, repository, &context.caller);
         let rule = request.site.rule(repository, request.tag());
         wanted.is_strangers = context.is_stranger(rule, request.now);
         let wait = if can_do_without {
@@ -95,7 +95,7 @@ impl Pull {
         let wait = match wait {
             Ok(wait) => wait,
             Err(cause) => {
-                return Asked {
+                return Revalidated {
                     heard: Heard::Silent(cause),
                     answer: None,
                 };
@@ -119,7 +119,7 @@ impl Pull {
                 }
                 // The late answer still has its effects.
                 waiters.detach();
-                return Asked {
+                return Revalidated {
                     heard: Heard::Silent(Cause::Budget),
                     answer: None,
                 };
@@ -134,17 +134,17 @@ impl Pull {
                 // if there is one to be had.
                 let is_local = request.authorization.as_ref().is_some_and(is_local_token);
                 if is_local && matches!(heard, Heard::Refused(_)) && upstream.has_silent_realm() {
-                    return Asked {
+                    return Revalidated {
                         heard: Heard::Silent(Cause::TokenService),
                         answer: None,
                     };
                 }
-                Asked {
+                Revalidated {
                     heard,
                     answer: Some(answer),
                 }
             }
-            None => Asked {
+            None => Revalidated {
                 heard: Heard::Silent(Cause::Busy),
                 answer: None,
             },
@@ -156,7 +156,7 @@ impl Pull {
     async fn proven_answer(
         self: &Arc<Self>,
         flight: Flight<Arc<Answer>>,
-        wanted: &Wanted,
+        wanted: &UpstreamRequest,
         standing: Standing,
     ) -> Option<Arc<Answer>> {
         let answer = flight.landed().await?;
@@ -186,14 +186,14 @@ impl Pull {
     /// Whether a request may be made up: for a digest that no manifest here names. It comes last, and ends with the last
     /// that waits for it. Anything else goes on once it was sent: a registry that first fetches for itself takes longer
     /// than its clients wait, and they come again.
-    pub(super) fn may_be_made_up(&self, wanted: &Wanted) -> bool {
+    pub(super) fn may_be_made_up(&self, wanted: &UpstreamRequest) -> bool {
         may_be_made_up(&wanted.operation, wanted.is_strangers, |digest| {
             self.is_named_there(wanted, digest)
         })
     }
 
     /// What is asked of admission for this request.
-    pub(super) fn demand(&self, wanted: &Wanted) -> Demand {
+    pub(super) fn demand(&self, wanted: &UpstreamRequest) -> Demand {
         let demand = wanted.caller.demand(&wanted.operation);
         let is_last = demand.class == Class::Interactive && self.may_be_made_up(wanted);
         Demand {
@@ -203,8 +203,8 @@ impl Pull {
     }
 
     /// One question for all who may share it, and what is learnt from its answer, late as it may come.
-    pub(super) fn question(self: &Arc<Self>, wanted: &Wanted) -> Flight<Arc<Answer>> {
-        let key = Key::new(self, wanted);
+    pub(super) fn question(self: &Arc<Self>, wanted: &UpstreamRequest) -> Flight<Arc<Answer>> {
+        let key = CoalesceKey::new(self, wanted);
         let is_made_up = self.may_be_made_up(wanted);
         self.questions.share_for(key, self.demand(wanted), |waiters| {
             if !is_made_up {
@@ -212,7 +212,7 @@ impl Pull {
             }
             let (pull, wanted) = (Arc::clone(self), wanted.clone());
             async move {
-                let Wanted {
+                let UpstreamRequest {
                     site,
                     repository,
                     operation,
@@ -280,7 +280,7 @@ impl Pull {
     /// that says yes to everything, and repeats the digest, would pass. Where the content was seen here before and the
     /// length stated is right, it is the registry that knows it. Where it is cached or arriving and the length is not
     /// right, only the bytes can tell. What is neither has to come from the upstream anyway.
-    async fn weighed(self: &Arc<Self>, wanted: &Wanted, answer: Answer) -> (Answer, bool) {
+    async fn weighed(self: &Arc<Self>, wanted: &UpstreamRequest, answer: Answer) -> (Answer, bool) {
         let (Said::Is(digest), None) = (answer.said, &answer.body) else {
             return (answer, true);
         };
@@ -316,25 +316,30 @@ impl Pull {
 
     /// Whether content of this digest and size, given to this caller, shows a right to the repository: the digest is one
     /// of the repository's, so that the caller did not make it up, and it is longer than what is the same everywhere.
-    pub(super) async fn is_evidence(self: &Arc<Self>, wanted: &Wanted, digest: Digest, size: u64) -> bool {
+    pub(super) async fn is_evidence(
+        self: &Arc<Self>,
+        wanted: &UpstreamRequest,
+        digest: Digest,
+        size: u64,
+    ) -> bool {
         size >= EVIDENCE_BYTES_MIN
             && (self.is_named_there(wanted, digest)
                 || self.has_seen(&wanted.site, &wanted.repository, digest).await)
     }
 
     /// Whether a manifest that was given to somebody with a right to the repository names this content.
-    pub(super) fn is_named_there(&self, wanted: &Wanted, digest: Digest) -> bool {
+    pub(super) fn is_named_there(&self, wanted: &UpstreamRequest, digest: Digest) -> bool {
         self.sizes.of(&wanted.site, &wanted.repository, digest).is_some()
     }
 
     /// Whether this caller has shown a right in the repository lately.
-    pub(super) async fn is_vouched(self: &Arc<Self>, wanted: &Wanted) -> bool {
+    pub(super) async fn is_vouched(self: &Arc<Self>, wanted: &UpstreamRequest) -> bool {
         self.standing_of(wanted).await == Standing::Vouched
     }
 
     /// What this caller has shown by now of a right in the repository.
-    pub(super) async fn standing_of(self: &Arc<Self>, wanted: &Wanted) -> Standing {
-        let Wanted {
+    pub(super) async fn standing_of(self: &Arc<Self>, wanted: &UpstreamRequest) -> Standing {
+        let UpstreamRequest {
             site,
             repository,
             caller,
@@ -359,11 +364,11 @@ impl Pull {
     /// is given what the unproven yes to a manifest names, for the bytes will be held against it.
     pub(super) async fn heard_by(
         self: &Arc<Self>,
-        wanted: &Wanted,
+        wanted: &UpstreamRequest,
         answer: &Answer,
         standing: Standing,
     ) -> Heard {
-        let Wanted { site, repository, .. } = wanted;
+        let UpstreamRequest { site, repository, .. } = wanted;
         let is_manifest = matches!(wanted.operation, Operation::Manifest { .. });
         match answer.said {
             Said::Unproven(digest) if is_manifest && standing == Standing::Vouched => Heard::Named {
@@ -377,7 +382,7 @@ impl Pull {
     /// In the decision's words, what `answer` means for this repository.
     pub(super) async fn heard(
         self: &Arc<Self>,
-        site: &Arc<Site>,
+        site: &Arc<UpstreamRegistry>,
         repository: &Repository,
         answer: &Answer,
     ) -> Heard {
@@ -399,7 +404,7 @@ impl Pull {
     /// held, for were the promise broken, the held copy could no longer be found by its tag.
     async fn may_name(
         self: &Arc<Self>,
-        site: &Arc<Site>,
+        site: &Arc<UpstreamRegistry>,
         repository: &Repository,
         reference: &Reference,
         accept: &Accept,
@@ -418,12 +423,12 @@ impl Pull {
     /// Keeps which digest a tag names now, and that the digest was seen in this repository.
     pub(super) async fn learn_name(
         self: &Arc<Self>,
-        wanted: &Wanted,
+        wanted: &UpstreamRequest,
         reference: &Reference,
         digest: Digest,
         media_type: Option<&MediaType>,
     ) {
-        let Wanted {
+        let UpstreamRequest {
             site,
             repository,
             accept,
@@ -455,7 +460,12 @@ impl Pull {
     }
 
     /// Keeps the proof that the upstream has `digest` in this repository.
-    pub(super) async fn note_seen(&self, site: &Arc<Site>, repository: &Repository, digest: Digest) {
+    pub(super) async fn note_seen(
+        &self,
+        site: &Arc<UpstreamRegistry>,
+        repository: &Repository,
+        digest: Digest,
+    ) {
         const DEED: &str = "keep that a digest was seen in a repository";
         match self.store.note_seen(site.name(), repository, &digest) {
             Noted::Known => {}
@@ -478,7 +488,7 @@ impl Pull {
     /// Whether `digest` was seen in this repository.
     pub(super) async fn has_seen(
         self: &Arc<Self>,
-        site: &Arc<Site>,
+        site: &Arc<UpstreamRegistry>,
         repository: &Repository,
         digest: Digest,
     ) -> bool {
@@ -487,7 +497,7 @@ impl Pull {
     }
 }
 
-/// See [`Pull::may_be_made_up`]. Whether a digest is named here is no stranger's to find out by how soon, and for how
+/// See [`ProxyService::may_be_made_up`]. Whether a digest is named here is no stranger's to find out by how soon, and for how
 /// long, the upstream is asked about it.
 fn may_be_made_up(operation: &Operation, is_strangers: bool, is_named: impl FnOnce(Digest) -> bool) -> bool {
     match operation {

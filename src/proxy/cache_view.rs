@@ -4,20 +4,20 @@
 use std::fmt::Display;
 use std::sync::Arc;
 
-use super::{Pull, Site};
+use super::{ProxyService, UpstreamRegistry};
 use crate::oci::{Digest, Repository};
 use crate::store::manifests::HeldManifest;
 use crate::store::{Fault, View};
 
 /// The cached content of one repository, through one view of the store.
-pub(super) struct Cached<'a> {
-    pub(super) pull: &'a Pull,
+pub(super) struct CacheView<'a> {
+    pub(super) pull: &'a ProxyService,
     pub(super) view: &'a View<'a>,
-    pub(super) site: &'a Site,
+    pub(super) site: &'a UpstreamRegistry,
     pub(super) repository: &'a Repository,
 }
 
-impl Cached<'_> {
+impl CacheView<'_> {
     pub(super) fn manifest(&self, digest: &Digest) -> Option<Arc<HeldManifest>> {
         let image = format_args!("{}@{digest}", self.repository);
         self.pull.cached(self.site, &image, self.view.manifest(digest))
@@ -29,11 +29,11 @@ impl Cached<'_> {
     }
 }
 
-impl Pull {
+impl ProxyService {
     /// What was read for `image`; nothing after an error, which is logged. (The store counts it.)
     pub(super) fn cached<T>(
         &self,
-        site: &Site,
+        site: &UpstreamRegistry,
         image: &dyn Display,
         read: Result<Option<T>, Fault>,
     ) -> Option<T> {
@@ -50,12 +50,12 @@ impl Pull {
     /// effect but its result.
     pub(super) async fn look_up<T: Send + 'static>(
         self: &Arc<Self>,
-        site: &Arc<Site>,
+        site: &Arc<UpstreamRegistry>,
         repository: &Repository,
-        look: impl Fn(&Cached<'_>) -> T + Send + 'static,
+        look: impl Fn(&CacheView<'_>) -> T + Send + 'static,
     ) -> T {
         let found = self.store.in_memory(|view| {
-            look(&Cached {
+            look(&CacheView {
                 pull: self,
                 view,
                 site,
@@ -67,7 +67,7 @@ impl Pull {
         }
         let (pull, site, repository) = (Arc::clone(self), Arc::clone(site), repository.clone());
         let on_disk = self.store.on_disk(move |view| {
-            look(&Cached {
+            look(&CacheView {
                 pull: &pull,
                 view,
                 site: &site,
@@ -80,7 +80,7 @@ impl Pull {
 
     pub(super) async fn cached_manifest(
         self: &Arc<Self>,
-        site: &Arc<Site>,
+        site: &Arc<UpstreamRegistry>,
         repository: &Repository,
         digest: &Digest,
     ) -> Option<Arc<HeldManifest>> {

@@ -7,9 +7,9 @@ use std::sync::Arc;
 use http::HeaderValue;
 use quick_cache::sync::Cache;
 
-use super::fetching::Wanted;
-use super::prefetch::Key;
-use super::{Outcome, Pull, Request, Site};
+use super::manifest_fetch::UpstreamRequest;
+use super::prefetch::ContentKey;
+use super::{ProxyResponse, ProxyService, Request, UpstreamRegistry};
 use crate::oci::manifest::{Descriptor, Kind, Role};
 use crate::oci::{
     Accept, AnyDigest, Digest, Manifest, Operation, Query, RangeRequest, Reference, Repository,
@@ -30,9 +30,9 @@ const BLOB_BYTES_MAX: u64 = 32 * 1024 * 1024;
 
 /// The attestations of images, by image.
 pub(super) struct Attestations {
-    known: Cache<Key, Digest>,
+    known: Cache<ContentKey, Digest>,
     /// Those that were brought, with what refers to them.
-    brought: Cache<Key, ()>,
+    brought: Cache<ContentKey, ()>,
 }
 
 impl Default for Attestations {
@@ -46,7 +46,7 @@ impl Default for Attestations {
 
 impl Attestations {
     /// Remembers what an index lists.
-    pub(super) fn learn(&self, site: &Site, repository: &Repository, index: &HeldManifest) {
+    pub(super) fn learn(&self, site: &UpstreamRegistry, repository: &Repository, index: &HeldManifest) {
         if index.manifest.kind != Kind::Index {
             return;
         }
@@ -64,29 +64,34 @@ impl Attestations {
     }
 
     /// The attestation of this image, if it was not brought yet.
-    fn lacking(&self, site: &Site, repository: &Repository, image: &Digest) -> Option<(Key, Digest)> {
+    fn lacking(
+        &self,
+        site: &UpstreamRegistry,
+        repository: &Repository,
+        image: &Digest,
+    ) -> Option<(ContentKey, Digest)> {
         let key = (site.name().into(), repository.clone(), *image);
         let attestation = self.known.get(&key)?;
         self.brought.get(&key).is_none().then_some((key, attestation))
     }
 
     /// Whether an image has an attestation that was not brought yet.
-    pub(super) fn lacks(&self, site: &Site, repository: &Repository, image: &Digest) -> bool {
+    pub(super) fn lacks(&self, site: &UpstreamRegistry, repository: &Repository, image: &Digest) -> bool {
         self.lacking(site, repository, image).is_some()
     }
 }
 
-impl Pull {
+impl ProxyService {
     /// Brings the attestation of an image, with its blobs and with what refers to it, on the right of a client that was
     /// given the image.
     pub async fn bring_attestation(self: &Arc<Self>, request: &Request, image: &Digest) {
         if let Some(repository) = request.operation.repository() {
-            let of = Wanted::of(request, repository, &self.caller(request));
+            let of = UpstreamRequest::of(request, repository, &self.caller(request));
             self.bring_attached(&of, image).await;
         }
     }
 
-    pub(super) async fn bring_attached(self: &Arc<Self>, of: &Wanted, image: &Digest) {
+    pub(super) async fn bring_attached(self: &Arc<Self>, of: &UpstreamRequest, image: &Digest) {
         let Some((key, attestation)) = self.attestations.lacking(&of.site, &of.repository, image) else {
             return;
         };
@@ -96,15 +101,15 @@ impl Pull {
     }
 
     /// Brings what refers to a manifest, or that nothing does. Says whether the upstream has answered.
-    async fn bring_referrers(self: &Arc<Self>, of: &Wanted, subject: Digest) -> bool {
+    async fn bring_referrers(self: &Arc<Self>, of: &UpstreamRequest, subject: Digest) -> bool {
         let operation = Operation::Referrers {
             repository: of.repository.clone(),
             digest: AnyDigest::Known(subject),
             query: Query::default(),
         };
         let listed = match self.ask_as(of, operation).await {
-            Outcome::Listing(listing, _) => Manifest::read(&listing.bytes).ok(),
-            Outcome::Refused(refused) if refused.refusal == Refusal::Absent => {
+            ProxyResponse::Listing(listing, _) => Manifest::read(&listing.bytes).ok(),
+            ProxyResponse::Denied(refused) if refused.refusal == Refusal::Absent => {
                 let Ok(tag) = subject.to_string().replacen(':', "-", 1).parse() else {
                     return true;
                 };
@@ -113,8 +118,8 @@ impl Pull {
                     reference: Reference::Tag(tag),
                 };
                 match self.ask_as(of, operation).await {
-                    Outcome::Manifest(held, _) => Some(held.manifest.clone()),
-                    Outcome::Refused(refused) => return refused.refusal == Refusal::Absent,
+                    ProxyResponse::Manifest(held, _) => Some(held.manifest.clone()),
+                    ProxyResponse::Denied(refused) => return refused.refusal == Refusal::Absent,
                     _ => None,
                 }
             }
@@ -131,8 +136,8 @@ impl Pull {
     }
 
     /// Brings a manifest that is no image, with its blobs. Says whether it is here.
-    async fn bring_artifact(self: &Arc<Self>, of: &Wanted, digest: Digest) -> bool {
-        let of = Wanted {
+    async fn bring_artifact(self: &Arc<Self>, of: &UpstreamRequest, digest: Digest) -> bool {
+        let of = UpstreamRequest {
             accept: Accept::manifests(),
             ..of.clone()
         };
@@ -156,7 +161,7 @@ impl Pull {
     }
 
     /// The outcome of a client's request, put on its right by the cache itself.
-    async fn ask_as(self: &Arc<Self>, of: &Wanted, operation: Operation) -> Outcome {
+    async fn ask_as(self: &Arc<Self>, of: &UpstreamRequest, operation: Operation) -> ProxyResponse {
         let authorization: Option<HeaderValue> = match &of.caller.credential {
             Credential::Client(shown) => Some(shown.clone()),
             Credential::Anonymous | Credential::Own => None,

@@ -9,26 +9,26 @@ use tokio::sync::OwnedMutexGuard;
 type Locks<K> = HashMap<K, Arc<tokio::sync::Mutex<()>>>;
 
 /// The locks that are held or waited for.
-pub(super) struct Turns<K>(Arc<Mutex<Locks<K>>>);
+pub(super) struct KeyedLocks<K>(Arc<Mutex<Locks<K>>>);
 
-impl<K> Default for Turns<K> {
+impl<K> Default for KeyedLocks<K> {
     fn default() -> Self {
         Self(Arc::default())
     }
 }
 
 /// The lock of one key. Given back when dropped.
-pub(super) struct Turn<K: Eq + Hash> {
+pub(super) struct KeyedGuard<K: Eq + Hash> {
     key: K,
     lock: Option<OwnedMutexGuard<()>>,
     locks: Arc<Mutex<Locks<K>>>,
 }
 
-impl<K: Eq + Hash + Clone> Turns<K> {
+impl<K: Eq + Hash + Clone> KeyedLocks<K> {
     /// Waits for the lock of `key`.
-    pub(super) async fn turn(&self, key: K) -> Turn<K> {
+    pub(super) async fn turn(&self, key: K) -> KeyedGuard<K> {
         // Made first: a caller that leaves while it waits takes its lock away with it.
-        let mut turn = Turn {
+        let mut turn = KeyedGuard {
             key: key.clone(),
             lock: None,
             locks: Arc::clone(&self.0),
@@ -39,7 +39,7 @@ impl<K: Eq + Hash + Clone> Turns<K> {
     }
 }
 
-impl<K: Eq + Hash> Drop for Turn<K> {
+impl<K: Eq + Hash> Drop for KeyedGuard<K> {
     fn drop(&mut self) {
         drop(self.lock.take());
         let mut locks = locked(&self.locks);
@@ -64,7 +64,7 @@ mod tests {
 
     #[tokio::test]
     async fn t07_a_lock_is_waited_for_by_its_own_key_alone() {
-        let turns = Turns::default();
+        let turns = KeyedLocks::default();
         let first = turns.turn("a").await;
         let _other = turns.turn("b").await;
         let mut waiting = Box::pin(turns.turn("a"));
@@ -78,7 +78,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_waiter_that_leaves_leaves_no_lock_behind() {
-        let turns = Turns::default();
+        let turns = KeyedLocks::default();
         let first = turns.turn("a").await;
         let mut waiting = Box::pin(turns.turn("a"));
         assert!(futures_now(&mut waiting).is_none());

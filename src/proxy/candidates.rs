@@ -3,8 +3,8 @@
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use super::cached::Cached;
-use super::{Context, Pull, Request, Site};
+use super::cache_view::CacheView;
+use super::{AuthContext, ProxyService, Request, UpstreamRegistry};
 use crate::oci::{Accept, AnyDigest, Digest, Repository, Tag};
 use crate::policy::rules::Rule;
 use crate::policy::{Held, Holding, Rest, Situation, Subject};
@@ -13,23 +13,23 @@ use crate::store::tags::{Named, TagKey, TagReader};
 
 /// A manifest in the store, and when the upstream last confirmed that the tag names it.
 #[derive(Clone)]
-pub(super) struct Copy {
+pub(super) struct CachedManifest {
     pub(super) manifest: Arc<HeldManifest>,
     pub(super) confirmed_at: SystemTime,
 }
 
 /// What could be served: the newest copy, and where that is not whole, the last one that is.
-pub(super) struct Copies {
-    pub(super) newest: Copy,
+pub(super) struct Candidates {
+    pub(super) newest: CachedManifest,
     /// Whether the tag was seen to name something else since the newest copy was confirmed.
     is_moved: bool,
     pub(super) rest: Rest,
-    pub(super) earlier: Option<Copy>,
+    pub(super) earlier: Option<CachedManifest>,
     /// Whether a write may have changed upstream what the newest is named by.
     pub(super) is_in_doubt: bool,
 }
 
-impl Copies {
+impl Candidates {
     /// As the decision sees it.
     pub(super) fn held(&self) -> Held {
         Held {
@@ -51,7 +51,7 @@ impl Copies {
     }
 
     /// The copy that is whole, if there is one: the image that would be served instead of one that cannot be had.
-    pub(super) fn whole(&self) -> Option<&Copy> {
+    pub(super) fn whole(&self) -> Option<&CachedManifest> {
         match self.rest {
             Rest::Held => Some(&self.newest),
             Rest::Missing { .. } => self.earlier.as_ref(),
@@ -59,15 +59,15 @@ impl Copies {
     }
 }
 
-impl Pull {
+impl ProxyService {
     /// The copies of a tag for a client that takes `accept`, or for the operator (`None`).
     pub(super) async fn copies_of_tag(
         self: &Arc<Self>,
-        site: &Arc<Site>,
+        site: &Arc<UpstreamRegistry>,
         repository: &Repository,
         tag: &Tag,
         accept: Option<&Accept>,
-    ) -> Option<Copies> {
+    ) -> Option<Candidates> {
         let key = TagKey {
             upstream: site.name().into(),
             repository: repository.clone(),
@@ -84,11 +84,11 @@ impl Pull {
     /// The copy of a manifest asked for by digest, and whether the digest was seen in the repository.
     pub(super) async fn copy_of_digest(
         self: &Arc<Self>,
-        site: &Arc<Site>,
+        site: &Arc<UpstreamRegistry>,
         repository: &Repository,
         digest: &Digest,
         now: SystemTime,
-    ) -> (Option<Copies>, bool) {
+    ) -> (Option<Candidates>, bool) {
         let digest = *digest;
         self.look_up(site, repository, move |cached| {
             (cached.copy_of_digest(&digest, now), cached.has_seen(&digest))
@@ -98,8 +98,8 @@ impl Pull {
 
     pub(super) async fn digest_situation(
         self: &Arc<Self>,
-        site: &Arc<Site>,
-        (context, rule): (&Context, &Rule),
+        site: &Arc<UpstreamRegistry>,
+        (context, rule): (&AuthContext, &Rule),
         repository: &Repository,
         digest: &AnyDigest,
         now: SystemTime,
@@ -108,14 +108,14 @@ impl Pull {
             AnyDigest::Known(digest) => self.copy_of_digest(site, repository, digest, now).await,
             AnyDigest::Foreign(_) => (None, false),
         };
-        let held = copies.as_ref().map(Copies::held);
+        let held = copies.as_ref().map(Candidates::held);
         context.situation(rule, Subject::Manifest, held, seen, now)
     }
 
     /// How much is held of what an upstream named.
     pub(super) async fn holding(
         self: &Arc<Self>,
-        site: &Arc<Site>,
+        site: &Arc<UpstreamRegistry>,
         repository: &Repository,
         digest: &Digest,
     ) -> Holding {
@@ -127,7 +127,7 @@ impl Pull {
     /// Whether the image can be pulled whole without another word of the upstream.
     pub(super) async fn is_whole(
         self: &Arc<Self>,
-        site: &Arc<Site>,
+        site: &Arc<UpstreamRegistry>,
         repository: &Repository,
         manifest: &Arc<HeldManifest>,
     ) -> bool {
@@ -137,9 +137,9 @@ impl Pull {
     }
 }
 
-impl Cached<'_> {
+impl CacheView<'_> {
     /// The copies of a tag for this reader, in the order of [`crate::store::tags::newest`].
-    fn copies_of_tag(&self, key: &TagKey, reader: TagReader<'_>) -> Option<Copies> {
+    fn copies_of_tag(&self, key: &TagKey, reader: TagReader<'_>) -> Option<Candidates> {
         let Self {
             pull,
             view,
@@ -154,7 +154,7 @@ impl Cached<'_> {
         let is_in_doubt = pull.is_in_doubt(site, repository, key.tag.clone().into())
             || pull.is_in_doubt(site, repository, newest.manifest.digest.into());
         if self.is_whole(&newest.manifest) {
-            return Some(Copies {
+            return Some(Candidates {
                 newest,
                 is_moved,
                 rest: Rest::Held,
@@ -165,7 +165,7 @@ impl Cached<'_> {
         let is_whole = |manifest: &HeldManifest| self.is_whole(manifest);
         let complete = view.last_complete(&record, reader, &is_whole);
         let earlier = complete.and_then(|named| self.copy(&named));
-        Some(Copies {
+        Some(Candidates {
             newest,
             is_moved,
             rest: Rest::Missing {
@@ -176,27 +176,27 @@ impl Cached<'_> {
         })
     }
 
-    fn copy(&self, named: &Named) -> Option<Copy> {
+    fn copy(&self, named: &Named) -> Option<CachedManifest> {
         let manifest = self.manifest(&named.digest)?;
         let confirmed_at = named.confirmed_at;
-        Some(Copy {
+        Some(CachedManifest {
             manifest,
             confirmed_at,
         })
     }
 
-    fn copy_of_digest(&self, digest: &Digest, now: SystemTime) -> Option<Copies> {
+    fn copy_of_digest(&self, digest: &Digest, now: SystemTime) -> Option<Candidates> {
         let manifest = self.manifest(digest)?;
         let rest = if self.is_whole(&manifest) {
             Rest::Held
         } else {
             Rest::Missing { earlier: None }
         };
-        let newest = Copy {
+        let newest = CachedManifest {
             manifest,
             confirmed_at: now,
         };
-        Some(Copies {
+        Some(Candidates {
             newest,
             is_moved: false,
             rest,

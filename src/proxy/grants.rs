@@ -13,9 +13,9 @@ use quick_cache::sync::Cache;
 use tokio::time::Instant;
 
 use super::detached::detached;
-use super::fetching::Wanted;
-use super::turns::{Turn, Turns};
-use super::{Pull, Site};
+use super::keyed_lock::{KeyedGuard, KeyedLocks};
+use super::manifest_fetch::UpstreamRequest;
+use super::{ProxyService, UpstreamRegistry};
 use crate::age;
 use crate::oci::{Operation, Repository};
 use crate::policy::authz::Evidence;
@@ -36,38 +36,38 @@ const TRY_AFTER: Duration = Duration::from_secs(3600);
 /// Refusals remembered, for answers that were overtaken.
 const REFUSED_MAX: usize = 16_384;
 
-type Place = (Arc<str>, Repository);
+type RepositoryKey = (Arc<str>, Repository);
 /// Without a repository: to get a token.
-type Right = (Arc<str>, Option<Repository>, [u8; 32]);
+type GrantKey = (Arc<str>, Option<Repository>, [u8; 32]);
 
 /// Whom the upstream refused where, and when it was heard.
-pub(super) struct Refused {
-    last: Cache<Right, Instant>,
-    doubted: Cache<Place, Instant>,
-    tried: Cache<Place, Instant>,
+pub(super) struct RecentDenials {
+    last: Cache<GrantKey, Instant>,
+    doubted: Cache<RepositoryKey, Instant>,
+    tried: Cache<RepositoryKey, Instant>,
     /// A look at `last` and the note that follows from it are one step, in memory.
     grants: Mutex<()>,
     /// The same for public marks, by repository: a mark is written to the disk in this step.
-    publics: Turns<Place>,
+    publics: KeyedLocks<RepositoryKey>,
 }
 
-impl Default for Refused {
+impl Default for RecentDenials {
     fn default() -> Self {
         Self {
             last: Cache::new(REFUSED_MAX),
             doubted: Cache::new(REFUSED_MAX),
             tried: Cache::new(REFUSED_MAX),
             grants: Mutex::default(),
-            publics: Turns::default(),
+            publics: KeyedLocks::default(),
         }
     }
 }
 
-impl Pull {
+impl ProxyService {
     /// What is known of a principal's right in a repository, and of its account's.
     pub(super) async fn evidence(
         self: &Arc<Self>,
-        site: &Arc<Site>,
+        site: &Arc<UpstreamRegistry>,
         repository: &Repository,
         principal: [u8; 32],
         account: Option<[u8; 32]>,
@@ -96,7 +96,7 @@ impl Pull {
 
     async fn evidence_sought(
         self: &Arc<Self>,
-        site: &Arc<Site>,
+        site: &Arc<UpstreamRegistry>,
         repository: &Repository,
         principal: [u8; 32],
         account: Option<[u8; 32]>,
@@ -128,7 +128,7 @@ impl Pull {
     /// When the repository was last proven readable by anyone, if that still holds.
     pub(super) async fn public_since(
         self: &Arc<Self>,
-        site: &Arc<Site>,
+        site: &Arc<UpstreamRegistry>,
         repository: &Repository,
     ) -> Option<SystemTime> {
         self.look_up(site, repository, |cached| {
@@ -139,7 +139,12 @@ impl Pull {
 
     /// Keeps what an answer shows of the caller's right, also where the caller is gone by then. `asked_at` is when the
     /// question was put.
-    pub(super) async fn learn(self: &Arc<Self>, wanted: &Wanted, answer: &Answer, asked_at: Instant) {
+    pub(super) async fn learn(
+        self: &Arc<Self>,
+        wanted: &UpstreamRequest,
+        answer: &Answer,
+        asked_at: Instant,
+    ) {
         match answer.said {
             Said::Is(_) => self.learn_yes(wanted, asked_at).await,
             Said::Forbidden => {
@@ -152,7 +157,7 @@ impl Pull {
 
     /// The upstream said yes to this caller in this repository: by the registry's own marks, or by bytes that were
     /// verified. Never because of a status alone. It is learned also where the caller is gone by then.
-    pub(super) async fn learn_yes(self: &Arc<Self>, wanted: &Wanted, asked_at: Instant) {
+    pub(super) async fn learn_yes(self: &Arc<Self>, wanted: &UpstreamRequest, asked_at: Instant) {
         if !matches!(
             wanted.operation,
             Operation::Manifest { .. } | Operation::Blob { .. }
@@ -163,8 +168,8 @@ impl Pull {
         detached(async move { pull.note_right(&wanted, asked_at).await }).await;
     }
 
-    async fn note_right(self: &Arc<Self>, wanted: &Wanted, asked_at: Instant) {
-        let Wanted {
+    async fn note_right(self: &Arc<Self>, wanted: &UpstreamRequest, asked_at: Instant) {
+        let UpstreamRequest {
             site,
             repository,
             caller,
@@ -195,7 +200,7 @@ impl Pull {
     /// Notes the yes to a question that was put at `asked_at`, by the clock and by the process's own time.
     async fn note_yes(
         &self,
-        site: &Arc<Site>,
+        site: &Arc<UpstreamRegistry>,
         repository: Option<&Repository>,
         principal: [u8; 32],
         (at, asked_at): (SystemTime, Instant),
@@ -212,8 +217,8 @@ impl Pull {
         }
     }
 
-    async fn learn_no(self: &Arc<Self>, wanted: &Wanted, answer: &Answer) {
-        let Wanted {
+    async fn learn_no(self: &Arc<Self>, wanted: &UpstreamRequest, answer: &Answer) {
+        let UpstreamRequest {
             site,
             repository,
             caller,
@@ -247,7 +252,12 @@ impl Pull {
     /// After a refusal: a repository that was closed refuses those with a credential first, and what everyone could read
     /// there must not stay readable because nobody asks as everyone. After a yes to a token: clients get a new one for
     /// every pull, also those without a login, so no grant of theirs outlasts it; what is public must be known to be.
-    fn ask_as_everybody(self: &Arc<Self>, wanted: &Wanted, asked: &Cache<Place, Instant>, after: Duration) {
+    fn ask_as_everybody(
+        self: &Arc<Self>,
+        wanted: &UpstreamRequest,
+        asked: &Cache<RepositoryKey, Instant>,
+        after: Duration,
+    ) {
         let place = (Arc::from(wanted.site.name()), wanted.repository.clone());
         let now = Instant::now();
         let lately = |at: Instant| now.saturating_duration_since(at) < after;
@@ -256,7 +266,7 @@ impl Pull {
         }
         asked.insert(place, now);
         let caller = self.principals.stranger(&wanted.caller.trace);
-        let wanted = Wanted {
+        let wanted = UpstreamRequest {
             caller,
             ..wanted.clone()
         };
@@ -275,7 +285,7 @@ impl Pull {
     /// The token service gave this account a token, asked at this time, by the clock and by the process's own.
     pub(super) async fn learn_yes_login(
         &self,
-        site: &Arc<Site>,
+        site: &Arc<UpstreamRegistry>,
         account: [u8; 32],
         asked_at: (SystemTime, Instant),
     ) {
@@ -283,12 +293,17 @@ impl Pull {
     }
 
     /// The token service refused this account. Its grants are worth nothing without it.
-    pub(super) async fn learn_no_login(&self, site: &Arc<Site>, account: [u8; 32]) {
+    pub(super) async fn learn_no_login(&self, site: &Arc<UpstreamRegistry>, account: [u8; 32]) {
         self.drop_right(site, None, account).await;
     }
 
     /// On the disk before the client hears of its refusal.
-    async fn drop_right(&self, site: &Arc<Site>, repository: Option<&Repository>, principal: [u8; 32]) {
+    async fn drop_right(
+        &self,
+        site: &Arc<UpstreamRegistry>,
+        repository: Option<&Repository>,
+        principal: [u8; 32],
+    ) {
         let dropping = {
             let _order = self.refused.order();
             self.refused
@@ -305,12 +320,12 @@ impl Pull {
     }
 
     /// Whether the upstream has refused this caller in this repository since `at`.
-    pub(super) fn refused_since(&self, wanted: &Wanted, at: Instant) -> bool {
+    pub(super) fn refused_since(&self, wanted: &UpstreamRequest, at: Instant) -> bool {
         self.denied_at(wanted).is_some_and(|denied| denied >= at)
     }
 
     /// When the upstream last denied this caller this repository.
-    pub(super) fn denied_at(&self, wanted: &Wanted) -> Option<Instant> {
+    pub(super) fn denied_at(&self, wanted: &UpstreamRequest) -> Option<Instant> {
         let (site, repository) = (&wanted.site, &wanted.repository);
         let right = if is_anonymous(wanted) {
             self.right_of_all(site, repository)
@@ -322,33 +337,33 @@ impl Pull {
 
     /// The right of whoever has no credential. The cache asks without one also in its own name (`shared`), and a reload
     /// may come between that and a client's question.
-    fn right_of_all(&self, site: &Site, repository: &Repository) -> Right {
+    fn right_of_all(&self, site: &UpstreamRegistry, repository: &Repository) -> GrantKey {
         right(site, Some(repository), self.principals.anonymous())
     }
 
     /// Whether a no was heard since the question was put.
-    fn overtaken(&self, right: &Right, asked_at: Instant) -> bool {
+    fn overtaken(&self, right: &GrantKey, asked_at: Instant) -> bool {
         let last = self.refused.last.get(right);
         last.is_some_and(|heard| heard >= asked_at)
     }
 
     async fn note_public(
         &self,
-        site: &Arc<Site>,
+        site: &Arc<UpstreamRegistry>,
         repository: &Repository,
         since: Option<SystemTime>,
-        turn: Turn<Place>,
+        turn: KeyedGuard<RepositoryKey>,
     ) {
         let (site, repository) = (Arc::clone(site), repository.clone());
         let noted = write_in_turn(&self.store, turn, move |store| {
             store.note_public(site.name(), &repository, since)
         });
         let noted = noted.await;
-        super::asking::report(noted, "keep whether a repository is public");
+        super::revalidate::report(noted, "keep whether a repository is public");
     }
 }
 
-impl Refused {
+impl RecentDenials {
     fn order(&self) -> MutexGuard<'_, ()> {
         self.grants.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -357,7 +372,7 @@ impl Refused {
 /// A write that ends its turn: also where nobody waits for it, the next in turn comes after it.
 async fn write_in_turn<T: Send + 'static>(
     store: &AsyncStore,
-    turn: Turn<Place>,
+    turn: KeyedGuard<RepositoryKey>,
     deed: impl FnOnce(&Store) -> T + Send + 'static,
 ) -> T {
     let write = store.write(move |store| {
@@ -368,12 +383,12 @@ async fn write_in_turn<T: Send + 'static>(
     write.await
 }
 
-fn place(site: &Site, repository: &Repository) -> Place {
+fn place(site: &UpstreamRegistry, repository: &Repository) -> RepositoryKey {
     (site.name().into(), repository.clone())
 }
 
 fn grant<'a>(
-    site: &'a Site,
+    site: &'a UpstreamRegistry,
     repository: Option<&'a Repository>,
     principal: &'a [u8; 32],
 ) -> crate::store::grants::Right<'a> {
@@ -384,7 +399,7 @@ fn grant<'a>(
     }
 }
 
-fn right(site: &Site, repository: Option<&Repository>, principal: [u8; 32]) -> Right {
+fn right(site: &UpstreamRegistry, repository: Option<&Repository>, principal: [u8; 32]) -> GrantKey {
     (site.name().into(), repository.cloned(), principal)
 }
 
@@ -395,14 +410,14 @@ fn renews(noted: Option<SystemTime>, asked_at: SystemTime, now: SystemTime) -> b
 }
 
 /// RFC 6750: what a token service gives, for minutes. Other credentials are the same at the next pull.
-fn is_token(wanted: &Wanted) -> bool {
+fn is_token(wanted: &UpstreamRequest) -> bool {
     let scheme = wanted
         .shown()
         .and_then(|shown| shown.as_bytes().split(|byte| *byte == b' ').next());
     scheme.is_some_and(|scheme| scheme.eq_ignore_ascii_case(b"Bearer"))
 }
 
-fn is_anonymous(wanted: &Wanted) -> bool {
+fn is_anonymous(wanted: &UpstreamRequest) -> bool {
     matches!(wanted.caller.credential, Credential::Anonymous)
 }
 
@@ -431,9 +446,9 @@ mod tests {
     #[tokio::test]
     async fn t08_no_waits_for_the_write_of_a_yes_whose_client_left() {
         let store = AsyncStore::new(Arc::new(spawn_blocking(store).await.unwrap()));
-        let place: Place = ("docker.io".into(), "library/alpine".parse().unwrap());
+        let place: RepositoryKey = ("docker.io".into(), "library/alpine".parse().unwrap());
         let mut context = Context::from_waker(Waker::noop());
-        let turns = Turns::default();
+        let turns = KeyedLocks::default();
         let (let_go, is_let_go) = channel::<()>();
         let turn = turns.turn(place.clone()).await;
         {
