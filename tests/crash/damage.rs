@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use crate::proxy::{Proxy, Setup, files_below};
-use crate::upstream::{sha256, within};
+use crate::registry::{sha256, within};
 use crate::world::{Chance, REPOSITORY, World, asks, is_sealed, pull, until_kept};
 
 const IMAGES: usize = 40;

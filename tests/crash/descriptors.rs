@@ -5,7 +5,7 @@ use std::process::Command;
 
 use crate::full::{all_whole, until_caching};
 use crate::proxy::{Program, Session};
-use crate::upstream::within;
+use crate::registry::within;
 use crate::world::{REPOSITORY, World, tag};
 
 /// Fewer than one for each of those who come at once.

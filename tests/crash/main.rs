@@ -22,10 +22,10 @@
     reason = "a quoted path is a TOML string"
 )]
 
-#[path = "../system/proxy/mod.rs"]
+#[path = "../support/proxy/mod.rs"]
 mod proxy;
-#[path = "../system/upstream/mod.rs"]
-mod upstream;
+#[path = "../support/registry/mod.rs"]
+mod registry;
 
 mod damage;
 mod descriptors;

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use tokio::task::JoinSet;
 
 use crate::proxy::{Program, Proxy, Setup};
-use crate::upstream::{Blob, Upstream, noise};
+use crate::registry::{Blob, Upstream, noise};
 
 const LIMIT_BYTES: u64 = 160 * 1024 * 1024;
 

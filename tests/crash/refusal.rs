@@ -7,7 +7,7 @@ use std::time::Duration;
 use tempfile::NamedTempFile;
 
 use crate::proxy::Program;
-use crate::upstream::within;
+use crate::registry::within;
 
 /// Refuses until it is ended or dropped.
 pub struct Refusal {

@@ -5,9 +5,9 @@ use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use crate::memory::memory;
 use crate::proxy::{Ask, Program, Proxy, Setup};
-use crate::upstream::{noise, sha256};
+use crate::registry::{noise, sha256};
+use crate::robustness::memory::memory;
 use crate::world::{REPOSITORY, World, sealed};
 
 /// The goals; the time and the memory of the largest store for which they hold.

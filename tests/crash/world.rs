@@ -7,7 +7,7 @@ use std::time::Duration;
 use tokio::task::JoinSet;
 
 use crate::proxy::{Ask, Proxy, Setup};
-use crate::upstream::{Image, Upstream, noise, sha256, within};
+use crate::registry::{Image, Upstream, noise, sha256, within};
 
 pub const REPOSITORY: &str = "library/demo";
 

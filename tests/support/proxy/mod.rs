@@ -1,0 +1,212 @@
+//! The program under test: the real binary with a configuration of its own, on free ports, in a folder of its own.
+//!
+//! `Setup::over(&upstream).start().await` waits until it announced its ports; dropping it kills it. What it said on
+//! standard error is printed when a test fails.
+
+mod check;
+mod client;
+mod identity;
+mod program;
+mod raw;
+mod reply;
+mod setup;
+
+pub use client::{Ask, Flow, Session};
+pub use identity::{Authority, Identity};
+pub use program::Program;
+pub use raw::{RawReply, raw};
+pub use reply::Reply;
+pub use setup::{Setup, files_below};
+
+use crate::registry::{Image, Upstream};
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+/// The running program.
+pub struct Proxy {
+    program: Program,
+    registry: SocketAddr,
+    admin: SocketAddr,
+    setup: Setup,
+}
+
+impl Proxy {
+    /// With docker.io at this upstream and everything else as it comes.
+    pub async fn over(upstream: &Upstream) -> Proxy {
+        Setup::over(upstream).start().await
+    }
+
+    /// A request to the registry port.
+    pub fn ask(&self, method: &str, path: &str) -> Ask {
+        Ask::new(self.registry, method, path).with_usual_accept()
+    }
+
+    /// `GET` on the registry port.
+    pub fn get(&self, path: &str) -> Ask {
+        self.ask("GET", path)
+    }
+
+    /// `HEAD` on the registry port.
+    pub fn head(&self, path: &str) -> Ask {
+        self.ask("HEAD", path)
+    }
+
+    /// `GET` on the admin port.
+    pub fn admin(&self, path: &str) -> Ask {
+        Ask::new(self.admin, "GET", path).unchecked()
+    }
+
+    /// The registry port.
+    pub fn registry_address(&self) -> SocketAddr {
+        self.registry
+    }
+
+    /// The admin port.
+    pub fn admin_address(&self) -> SocketAddr {
+        self.admin
+    }
+
+    /// The process.
+    pub fn program(&self) -> &Program {
+        &self.program
+    }
+
+    /// What it was started with.
+    pub fn setup(&self) -> &Setup {
+        &self.setup
+    }
+
+    /// The certificate authority the program made for itself.
+    pub fn ca_pem(&self) -> String {
+        std::fs::read_to_string(self.setup.folder().join("certs/ca.pem")).unwrap()
+    }
+
+    /// `GET` of a manifest.
+    pub fn manifest(&self, repository: &str, reference: &str) -> Ask {
+        self.get(&manifest_path(repository, reference))
+    }
+
+    /// `GET` of a blob.
+    pub fn blob(&self, repository: &str, digest: &str) -> Ask {
+        self.get(&blob_path(repository, digest))
+    }
+
+    /// Pulls as a client does: the manifest by tag, then its blobs; everything must come, whole and right.
+    pub async fn pull(&self, repository: &str, tag: &str, image: &Image) -> Reply {
+        self.pull_with(repository, tag, image, |ask| ask).await
+    }
+
+    /// `pull`, each request changed by `dress` (credentials, say).
+    pub async fn pull_with(
+        &self,
+        repository: &str,
+        tag: &str,
+        image: &Image,
+        dress: impl Fn(Ask) -> Ask,
+    ) -> Reply {
+        let reply = dress(self.manifest(repository, tag)).await;
+        reply.is_image(image);
+        for blob in &image.blobs {
+            dress(self.blob(repository, &blob.digest)).await.is_blob(blob);
+        }
+        for blob in &image.blobs {
+            self.until_kept(&blob.digest).await;
+        }
+        reply
+    }
+
+    /// Ends it as a service manager does, and starts it again on the same folder.
+    pub async fn restart(self) -> Proxy {
+        let setup = self.setup.clone();
+        self.restart_as(setup).await
+    }
+
+    /// `restart` with another configuration over the same folder.
+    pub async fn restart_as(mut self, setup: Setup) -> Proxy {
+        self.program.terminate();
+        let ended = self.program.exit().await;
+        assert_eq!(ended, Some(0), "an orderly end");
+        setup.start().await
+    }
+
+    /// kill -9, and starts it again on the same folder.
+    pub async fn crash(mut self) -> Proxy {
+        self.program.kill();
+        self.setup.clone().start().await
+    }
+
+    /// kill -9.
+    #[allow(dead_code, reason = "tests/crash uses it")]
+    pub fn kill(&mut self) {
+        self.program.kill();
+    }
+
+    /// Asks for the process to end.
+    pub fn terminate(&self) {
+        self.program.terminate();
+    }
+
+    /// Waits until the process ended; its exit code.
+    pub async fn exit(&mut self) -> Option<i32> {
+        self.program.exit().await
+    }
+
+    /// Waits until a blob is on the disk: clients have their last byte before that.
+    pub async fn until_kept(&self, digest: &str) -> PathBuf {
+        crate::registry::within("the blob to be on the disk", async {
+            loop {
+                if let Some(path) = self.setup.kept_blob(digest) {
+                    return path;
+                }
+                tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+            }
+        })
+        .await
+    }
+
+    /// Asks this often for something that needs no upstream: what was sent before has had its turn by then.
+    pub async fn has_turned(&self, times: usize) {
+        for _ in 0..times {
+            assert_eq!(self.get("/v2/").await.status, 200);
+        }
+    }
+
+    /// Waits until the registry port takes no new connection.
+    pub async fn until_closed(&self) {
+        crate::registry::within("the port to be closed", async {
+            while tokio::net::TcpStream::connect(self.registry).await.is_ok() {
+                tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+            }
+        })
+        .await;
+    }
+
+    /// Repeats a request until its reply satisfies the test; for what happens in the background.
+    pub async fn until(
+        &self,
+        what: &str,
+        ask: impl Fn(&Proxy) -> Ask,
+        enough: impl Fn(&Reply) -> bool,
+    ) -> Reply {
+        crate::registry::within(what, async {
+            loop {
+                let reply = ask(self).await;
+                if enough(&reply) {
+                    return reply;
+                }
+                tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+            }
+        })
+        .await
+    }
+}
+
+/// `/v2/…/manifests/…`
+pub fn manifest_path(repository: &str, reference: &str) -> String {
+    format!("/v2/{repository}/manifests/{reference}")
+}
+
+/// `/v2/…/blobs/…`
+pub fn blob_path(repository: &str, digest: &str) -> String {
+    format!("/v2/{repository}/blobs/{digest}")
+}

@@ -1,0 +1,206 @@
+//! The process: started, listened to, signalled, and never left behind.
+
+use crate::registry::within;
+use rustix::process::{Pid, Signal, kill_process};
+use std::io::{BufRead as _, BufReader, Read};
+use std::net::SocketAddr;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use tokio::sync::watch;
+
+/// A running or ended process of the program.
+pub struct Program {
+    child: Child,
+    stdout: Lines,
+    stderr: Lines,
+}
+
+impl Program {
+    /// Starts the binary with an environment of nothing but `HOME`, `PATH` and what is given.
+    pub fn start(arguments: &[&str], home: &Path, environment: &[(String, String)]) -> Program {
+        Program::start_by(&[], arguments, home, environment)
+    }
+
+    /// `start`, by a command to which the binary and its arguments are appended.
+    pub fn start_by(
+        starter: &[&str],
+        arguments: &[&str],
+        home: &Path,
+        environment: &[(String, String)],
+    ) -> Program {
+        let mut words = starter
+            .iter()
+            .chain(&[env!("CARGO_BIN_EXE_ifnewer")])
+            .chain(arguments);
+        let mut command = Command::new(words.next().unwrap());
+        command
+            .args(words)
+            .envs(environment.iter().map(|(name, value)| (name, value)));
+        Program::spawn(command, home)
+    }
+
+    /// Starts what becomes the binary after some preparation.
+    pub fn start_with(starter: &str, arguments: &[&str], home: &Path) -> Program {
+        let mut command = Command::new(starter);
+        command.args(arguments);
+        Program::spawn(command, home)
+    }
+
+    fn spawn(mut command: Command, home: &Path) -> Program {
+        let given: Vec<_> = command
+            .get_envs()
+            .filter_map(|(name, value)| Some((name.to_owned(), value?.to_owned())))
+            .collect();
+        let mut child = command
+            .current_dir(home)
+            .env_clear()
+            .env("HOME", home)
+            .env("PATH", "/usr/bin:/bin")
+            .env("IFNEWER_LOG", "info,ifnewer=debug")
+            .env("RUST_BACKTRACE", "1")
+            .envs(given)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let stdout = Lines::of(child.stdout.take().unwrap());
+        let stderr = Lines::of(child.stderr.take().unwrap());
+        Program {
+            child,
+            stdout,
+            stderr,
+        }
+    }
+
+    /// The process id.
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// The address on the line of standard output that starts so.
+    pub async fn announced(&self, prefix: &str) -> SocketAddr {
+        match self.stdout.find(prefix, |line| line.starts_with(prefix)).await {
+            Some(line) => line[prefix.len()..].trim().parse().unwrap(),
+            None => panic!("it ended before `{prefix}`"),
+        }
+    }
+
+    /// Waits until it says so on standard output.
+    pub async fn prints(&self, part: &str) -> String {
+        let line = self.stdout.find(part, |line| line.contains(part)).await;
+        line.unwrap_or_else(|| panic!("it ended before it printed `{part}`"))
+    }
+
+    /// Waits until it says so on standard error.
+    pub async fn says(&self, part: &str) -> String {
+        let line = self.stderr.find(part, |line| line.contains(part)).await;
+        line.unwrap_or_else(|| panic!("it ended before it said `{part}`"))
+    }
+
+    /// Standard output so far.
+    pub fn stdout(&self) -> String {
+        self.stdout.text()
+    }
+
+    /// Standard error so far.
+    pub fn stderr(&self) -> String {
+        self.stderr.text()
+    }
+
+    /// SIGTERM.
+    pub fn terminate(&self) {
+        self.signal(Signal::TERM);
+    }
+
+    /// SIGHUP.
+    pub fn reload(&self) {
+        self.signal(Signal::HUP);
+    }
+
+    /// SIGKILL, and waits for the end.
+    pub fn kill(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+
+    /// Waits for the end; the exit code, `None` if a signal ended it. Its output is complete then.
+    pub async fn exit(&mut self) -> Option<i32> {
+        self.stdout.ended().await;
+        self.stderr.ended().await;
+        self.child.wait().unwrap().code()
+    }
+
+    fn signal(&self, signal: Signal) {
+        kill_process(
+            Pid::from_raw(i32::try_from(self.child.id()).unwrap()).unwrap(),
+            signal,
+        )
+        .unwrap();
+    }
+}
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        self.kill();
+        if std::thread::panicking() {
+            eprintln!(
+                "--- the program's standard output\n{}--- and standard error\n{}---",
+                self.stdout(),
+                self.stderr()
+            );
+        }
+    }
+}
+
+/// The lines of a pipe as they come.
+struct Lines {
+    heard: watch::Sender<Heard>,
+}
+
+#[derive(Default)]
+struct Heard {
+    lines: Vec<String>,
+    ended: bool,
+}
+
+impl Lines {
+    fn of(pipe: impl Read + Send + 'static) -> Lines {
+        let heard = watch::Sender::new(Heard::default());
+        let teller = heard.clone();
+        std::thread::spawn(move || {
+            for line in BufReader::new(pipe).split(b'\n').map_while(Result::ok) {
+                teller.send_modify(|heard| heard.lines.push(String::from_utf8_lossy(&line).into_owned()));
+            }
+            teller.send_modify(|heard| heard.ended = true);
+        });
+        Lines { heard }
+    }
+
+    async fn find(&self, what: &str, matches: impl Fn(&str) -> bool) -> Option<String> {
+        let mut heard = self.heard.subscribe();
+        let found = |heard: &Heard| heard.lines.iter().find(|line| matches(line)).cloned();
+        let heard = within(
+            what,
+            heard.wait_for(|heard| heard.ended || found(heard).is_some()),
+        )
+        .await
+        .unwrap();
+        found(&heard)
+    }
+
+    async fn ended(&self) {
+        let mut heard = self.heard.subscribe();
+        within("the process to end", heard.wait_for(|heard| heard.ended))
+            .await
+            .unwrap();
+    }
+
+    fn text(&self) -> String {
+        self.heard
+            .borrow()
+            .lines
+            .iter()
+            .fold(String::new(), |text, line| text + line + "\n")
+    }
+}

@@ -1,0 +1,36 @@
+//! Bytes on a socket, for what no HTTP client would send.
+
+use crate::registry::within;
+use std::net::SocketAddr;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
+
+/// What came back until the other side closed.
+#[derive(Clone, Debug)]
+pub struct RawReply {
+    pub text: String,
+}
+
+impl RawReply {
+    /// The status of the first reply; `None` if the connection was closed without one.
+    pub fn status(&self) -> Option<u16> {
+        self.text.strip_prefix("HTTP/1.1 ")?.get(..3)?.parse().ok()
+    }
+
+    /// How many replies came.
+    pub fn replies(&self) -> usize {
+        self.text.matches("HTTP/1.1 ").count()
+    }
+}
+
+/// Sends these bytes and reads until the other side closes.
+pub async fn raw(address: SocketAddr, bytes: &[u8]) -> RawReply {
+    let mut stream = TcpStream::connect(address).await.unwrap();
+    // The other side may answer and close before it took everything.
+    let _ = stream.write_all(bytes).await;
+    let mut read = Vec::new();
+    let _ = within("the connection to be closed", stream.read_to_end(&mut read)).await;
+    RawReply {
+        text: String::from_utf8_lossy(&read).into_owned(),
+    }
+}

@@ -1,0 +1,120 @@
+//! The page without a browser: whole without scripts, safe to show, and its forms do what they say.
+
+use crate::proxy::{Ask, Proxy, Reply};
+use crate::registry::{Image, Upstream};
+
+async fn page(proxy: &Proxy, path: &str) -> String {
+    let reply = proxy.admin(path).await;
+    assert_eq!(reply.status, 200, "{reply:#?}");
+    assert_eq!(reply.header("content-type"), Some("text/html; charset=utf-8"));
+    let policy = reply.header("content-security-policy").unwrap();
+    assert!(
+        policy.starts_with("default-src 'none'; ") && !policy.contains("unsafe"),
+        "{policy}"
+    );
+    let text = String::from_utf8(reply.body.to_vec()).unwrap();
+    for foreign in [" style=", "onclick", "<style", "src=\"http", "href=\"http"] {
+        assert!(!text.contains(foreign), "{foreign}");
+    }
+    text
+}
+
+/// The secret in the page's forms.
+fn secret(page: &str) -> String {
+    let (_, rest) = page.split_once("name=\"secret\" value=\"").unwrap();
+    rest.split('"').next().unwrap().to_owned()
+}
+
+async fn submit(proxy: &Proxy, fields: &str) -> Reply {
+    Ask::new(proxy.admin_address(), "POST", "/act")
+        .header("content-type", "application/x-www-form-urlencoded")
+        .body(fields.as_bytes())
+        .unchecked()
+        .await
+}
+
+#[tokio::test]
+async fn the_page_says_it_all_without_scripts_and_its_forms_work() {
+    let upstream = Upstream::start().await;
+    let image = upstream.push("library/demo", "latest", Image::with_layers(&["one"]));
+    let proxy = Proxy::over(&upstream).await;
+    proxy.pull("library/demo", "latest", &image).await;
+    let shown = page(&proxy, "/").await;
+    for part in [
+        "Healthy",
+        "Byte hit ratio",
+        "not held yet: fetched from docker.io",
+        &image.digest,
+        "registry-mirrors",
+        "/ca.pem",
+    ] {
+        assert!(shown.contains(part), "{part}: {shown}");
+    }
+    let registry = proxy.registry_address().to_string();
+    assert!(shown.contains(&registry), "the snippets name this cache");
+    // Podman does not say to a mirror which registry it means.
+    let mirror = format!("{registry}/docker.io");
+    assert!(shown.contains(&mirror), "{shown}");
+
+    let secret = secret(&shown);
+    let offline = submit(&proxy, &format!("secret={secret}&deed=offline")).await;
+    assert_eq!(offline.status, 303, "{offline:#?}");
+    let after = page(&proxy, offline.header("location").unwrap()).await;
+    assert!(
+        after.contains("Offline: no upstream is asked until") && after.contains("Go online"),
+        "{after}"
+    );
+    submit(&proxy, &format!("secret={secret}&deed=online")).await;
+    let asked = page(&proxy, "/?remove=docker.io/library/demo:latest").await;
+    assert!(asked.contains("This frees"), "{asked}");
+    let removed = submit(
+        &proxy,
+        &format!("secret={secret}&deed=remove&image=docker.io%2Flibrary%2Fdemo%3Alatest"),
+    )
+    .await;
+    let after = page(&proxy, removed.header("location").unwrap()).await;
+    assert!(
+        after.contains("Removed docker.io/library/demo:latest") && after.contains("No image is held yet."),
+        "{after}"
+    );
+}
+
+#[tokio::test]
+async fn a_form_without_the_pages_secret_does_nothing() {
+    let upstream = Upstream::start().await;
+    let proxy = Proxy::over(&upstream).await;
+    for fields in ["deed=offline", "secret=&deed=offline", "secret=AAAA&deed=offline"] {
+        assert_eq!(submit(&proxy, fields).await.status, 403, "{fields}");
+    }
+    assert_eq!(proxy.admin("/api/v1/offline").await.json()["offline"], false);
+}
+
+#[tokio::test]
+async fn what_clients_send_is_shown_as_text() {
+    let upstream = Upstream::start().await;
+    let proxy = Proxy::over(&upstream).await;
+    let evil = "<script>alert(1)</script>\"'";
+    proxy
+        .manifest("library/absent", "latest")
+        .header("user-agent", evil)
+        .await;
+    for path in ["/", "/?images=%3Cscript%3E&decisions=%22%3E%3Cscript%3E"] {
+        let shown = page(&proxy, path).await;
+        assert!(
+            !shown.contains("<script>alert") && !shown.contains("\"><script>"),
+            "{shown}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn image_names_break_between_components_and_not_inside_words() {
+    let upstream = Upstream::start().await;
+    let image = upstream.push("team/service/api", "v1", Image::with_layers(&["one"]));
+    let proxy = Proxy::over(&upstream).await;
+    proxy.pull("team/service/api", "v1", &image).await;
+    let page = page(&proxy, "/").await;
+    let (name, tag) = ("team/<wbr>service/<wbr>api", "<wbr>:");
+    assert!(page.contains(&format!("{name}{tag}v1")), "the decisions");
+    assert!(page.contains(&format!("{name}{tag}<strong>v1")), "the images");
+}

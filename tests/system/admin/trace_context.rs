@@ -1,0 +1,123 @@
+//! A client's trace goes on upstream: W3C Trace Context.
+
+use crate::forwarding::host_routing::two_upstreams;
+use crate::proxy::{Proxy, manifest_path};
+use crate::registry::{Image, Seen, Upstream};
+
+const TRACE: &str = "4bf92f3577b34da6a3ce929d0e0e4736";
+const PARENT: &str = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+
+/// Trace, parent and flags that a request upstream carries.
+fn carried(seen: &Seen) -> (String, String, String) {
+    let line = seen
+        .header("traceparent")
+        .unwrap_or_else(|| panic!("no trace: {seen:#?}"));
+    let parts: Vec<&str> = line.split('-').collect();
+    assert_eq!((parts.len(), parts[0]), (4, "00"), "{line}");
+    (parts[1].to_owned(), parts[2].to_owned(), parts[3].to_owned())
+}
+
+#[tokio::test]
+async fn what_is_asked_upstream_for_a_client_carries_its_trace() {
+    let upstream = Upstream::start().await;
+    upstream.requires_token();
+    upstream.makes_public("library/demo");
+    let image = upstream.push("library/demo", "latest", Image::with_layers(&["one"]));
+    let proxy = Proxy::over(&upstream).await;
+    let traced = |ask: crate::proxy::Ask| {
+        ask.header("traceparent", PARENT)
+            .header("tracestate", "shop=1,rojo=2")
+    };
+    traced(proxy.manifest("library/demo", "latest"))
+        .await
+        .is_image(&image);
+    // The first time it is fetched at once; the second time it is asked about.
+    traced(proxy.manifest("library/demo", "latest"))
+        .await
+        .is_image(&image);
+    traced(proxy.blob("library/demo", &image.blobs[0].digest))
+        .await
+        .is_blob(&image.blobs[0]);
+
+    let of_client: Vec<Seen> = upstream
+        .requests()
+        .into_iter()
+        .filter(|seen| carried(seen).0 == TRACE)
+        .collect();
+    for (method, part) in [
+        ("HEAD", "/manifests/"),
+        ("GET", "/manifests/"),
+        ("GET", "/blobs/"),
+        ("GET", "/token"),
+    ] {
+        assert!(
+            of_client
+                .iter()
+                .any(|seen| seen.method == method && seen.path.contains(part)),
+            "{method} {part} without the client's trace: {:#?}",
+            upstream.requests()
+        );
+    }
+    for seen in &of_client {
+        let (_, parent, flags) = carried(seen);
+        assert_ne!(
+            parent, "00f067aa0ba902b7",
+            "the client's own part, not ours: {seen:#?}"
+        );
+        assert_eq!(flags, "01");
+        assert_eq!(seen.header("tracestate"), Some("shop=1,rojo=2"));
+    }
+    let log = proxy.admin("/api/v1/events").await.json();
+    assert_eq!(log["events"][0]["trace_id"], TRACE, "{log}");
+}
+
+#[tokio::test]
+async fn a_client_without_a_trace_gets_one_that_its_log_line_names() {
+    let upstream = Upstream::start().await;
+    let image = upstream.push("library/demo", "latest", Image::with_layers(&["one"]));
+    let proxy = Proxy::over(&upstream).await;
+    let mut traces = Vec::new();
+    for _ in 0..2 {
+        upstream.clear_log();
+        proxy.manifest("library/demo", "latest").await.is_image(&image);
+        let (trace, _, flags) = carried(&upstream.requests()[0]);
+        assert_eq!(flags, "00", "nobody records it");
+        let told = proxy.admin("/api/v1/events").await.json()["events"][0]["trace_id"].clone();
+        assert_eq!(told, trace.as_str());
+        traces.push(trace);
+    }
+    assert_ne!(traces[0], traces[1]);
+}
+
+#[tokio::test]
+async fn a_push_that_is_handed_on_carries_the_trace_under_a_part_of_ours() {
+    let (_hub, other, proxy) = two_upstreams().await;
+    let ask = proxy
+        .ask("POST", "/v2/team/demo/blobs/uploads/")
+        .tls(&proxy.ca_pem(), &["http/1.1"])
+        .server_name("ghcr.io")
+        .unchecked();
+    assert_eq!(ask.header("traceparent", PARENT).await.status, 202);
+    let requests = other.requests();
+    let posted = requests.iter().find(|seen| seen.method == "POST").unwrap();
+    let (trace, parent, _) = carried(posted);
+    assert_eq!(trace, TRACE);
+    assert_ne!(parent, "00f067aa0ba902b7");
+}
+
+#[tokio::test]
+async fn storage_elsewhere_is_not_told_of_the_trace() {
+    let (upstream, storage) = (Upstream::start().await, Upstream::start().await);
+    let image = upstream.push("library/demo", "latest", Image::with_layers(&["one"]));
+    upstream.redirects_blobs_to(&storage);
+    let proxy = Proxy::over(&upstream).await;
+    proxy.ask("GET", &manifest_path("library/demo", "latest")).await;
+    let blob = &image.blobs[0];
+    proxy.blob("library/demo", &blob.digest).await.is_blob(blob);
+    let requests = storage.requests();
+    assert!(!requests.is_empty());
+    assert!(
+        requests.iter().all(|seen| seen.header("traceparent").is_none()),
+        "{requests:#?}"
+    );
+}

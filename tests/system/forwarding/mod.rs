@@ -1,0 +1,8 @@
+//! Routing to an upstream, CONNECT, and writes that are forwarded to the registry.
+
+pub mod connect;
+pub mod host_routing;
+pub mod host_spellings;
+pub mod routing;
+pub mod write_invalidation;
+pub mod writes;

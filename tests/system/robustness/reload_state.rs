@@ -1,0 +1,222 @@
+//! What is learned of an upstream outlives a reload: neither a revoked right nor a pushed-over tag comes back by it.
+
+use crate::proxy::{Ask, Proxy, Setup, blob_path, manifest_path};
+use crate::registry::{Image, Seen, Upstream};
+
+/// Reads the configuration again, and waits until it is in effect. Once for each process.
+pub async fn reload(proxy: &Proxy) {
+    proxy.program().reload();
+    proxy.program().says("the configuration was read again").await;
+}
+
+async fn reload_as(proxy: &Proxy, setup: &Setup) {
+    proxy.setup().file("ifnewer.toml", &setup.toml());
+    reload(proxy).await;
+}
+
+fn alice(ask: Ask) -> Ask {
+    ask.basic("alice", "a-secret")
+}
+
+fn bob(ask: Ask) -> Ask {
+    ask.basic("bob", "b-secret")
+}
+
+async fn private() -> (Upstream, Image) {
+    let upstream = Upstream::start().await;
+    upstream.requires_token();
+    upstream.lets("alice", "a-secret", "acme/app");
+    upstream.lets("bob", "b-secret", "bob/own");
+    let image = upstream.push("acme/app", "1", Image::with_layers(&["private bytes"]));
+    upstream.push("acme/app", "2", image.clone());
+    (upstream, image)
+}
+
+async fn gets_nothing(proxy: &Proxy, image: &Image, dress: fn(Ask) -> Ask) {
+    for path in [
+        manifest_path("acme/app", "1"),
+        manifest_path("acme/app", &image.digest),
+        blob_path("acme/app", &image.layer(0).digest),
+    ] {
+        let reply = dress(proxy.get(&path)).await;
+        assert!(
+            matches!(reply.status, 401 | 403 | 502..=504),
+            "{path}: {reply:#?}"
+        );
+        reply.is_refused(reply.status);
+    }
+}
+
+fn is_of_2(seen: &Seen) -> bool {
+    seen.path.ends_with("/manifests/2")
+}
+
+#[tokio::test]
+async fn t01_right_revoked_after_a_reload_stays_revoked_by_a_late_yes() {
+    let (upstream, image) = private().await;
+    let proxy = Proxy::over(&upstream).await;
+    proxy.pull_with("acme/app", "1", &image, alice).await;
+    let gate = upstream.holds_answers(is_of_2);
+    let late = tokio::spawn(alice(proxy.manifest("acme/app", "2")).into_reply());
+    gate.reached().await;
+    reload(&proxy).await;
+    upstream.revokes("alice");
+    let denied = alice(proxy.manifest("acme/app", "1")).await;
+    denied.is_refused(denied.status);
+    // The older question is answered last, and with a yes.
+    upstream.lets("alice", "a-secret", "acme/app");
+    gate.release();
+    late.await.unwrap();
+    upstream.refuses();
+    gets_nothing(&proxy, &image, alice).await;
+    let proxy = proxy.restart().await;
+    gets_nothing(&proxy, &image, alice).await;
+}
+
+#[tokio::test]
+async fn t01_slow_question_before_a_reload_brings_no_pushed_tag_back() {
+    let (hub, other) = (Upstream::start().await, Upstream::start().await);
+    let setup = Setup::over(&hub)
+        .also("ghcr.io", &other)
+        .default_keys("policy = \"if-not-present\"");
+    let proxy = setup.start().await;
+    let old = other.push("team/demo", "1", Image::with_layers(&["old"]));
+    let path = manifest_path("team/demo", "1");
+    let gate = other.holds_bodies(|seen| seen.method == "GET" && seen.path.ends_with("/manifests/1"));
+    let early = tokio::spawn(proxy.get(&format!("{path}?ns=ghcr.io")).into_reply());
+    gate.reached().await;
+    reload(&proxy).await;
+    let new = Image::with_layers(&["new"]);
+    other.push_untagged("team/demo", new.clone());
+    let put = proxy.ask("PUT", &path).header("host", "ghcr.io");
+    let put = put.header("content-type", &new.media_type).body(&new.manifest);
+    assert_eq!(put.unchecked().await.status, 201);
+    gate.release();
+    assert_eq!(early.await.unwrap().body, old.manifest);
+    for _ in 0..2 {
+        proxy.pull("ghcr.io/team/demo", "1", &new).await;
+    }
+    proxy.restart().await.pull("ghcr.io/team/demo", "1", &new).await;
+}
+
+#[tokio::test]
+async fn t01_retry_after_is_kept_over_a_reload() {
+    let upstream = Upstream::start().await;
+    let image = upstream.push("library/demo", "1", Image::with_layers(&["one"]));
+    let proxy = Proxy::over(&upstream).await;
+    proxy.pull("library/demo", "1", &image).await;
+    upstream.rate_limits(Some("300"));
+    proxy.manifest("library/demo", "1").await.is_stale();
+    reload(&proxy).await;
+    upstream.recovers();
+    upstream.clear_log();
+    proxy.manifest("library/demo", "1").await.is_stale();
+    assert_eq!(upstream.requests().len(), 0, "{:#?}", upstream.requests());
+}
+
+#[tokio::test]
+async fn o03_open_breaker_and_tokens_are_kept_over_a_reload() {
+    let (upstream, image) = private().await;
+    let proxy = Proxy::over(&upstream).await;
+    proxy.pull_with("acme/app", "1", &image, alice).await;
+    let tokens = upstream.token_requests().len();
+    reload(&proxy).await;
+    let tag = || alice(proxy.manifest("acme/app", "1"));
+    tag().await.is_unchanged();
+    assert_eq!(upstream.token_requests().len(), tokens, "the token is still good");
+
+    let proxy = proxy.restart().await;
+    let tag = || alice(proxy.manifest("acme/app", "1"));
+    upstream.refuses();
+    for _ in 0..3 {
+        tag().await.is_stale();
+    }
+    assert!(tag().await.cache_status().contains("breaker"));
+    reload(&proxy).await;
+    assert!(tag().await.cache_status().contains("breaker"));
+    let state = proxy.admin("/api/v1/upstreams").await.json();
+    assert!(state.to_string().contains("refused"), "{state:#}");
+    upstream.recovers();
+    proxy
+        .until(
+            "the probe to find the upstream",
+            |_| tag(),
+            |reply| reply.cache_status().contains("unchanged"),
+        )
+        .await;
+}
+
+#[tokio::test]
+async fn o03_quirk_is_kept_over_a_reload() {
+    let upstream = Upstream::start().await;
+    let image = upstream.push("library/demo", "1", Image::with_layers(&["one"]));
+    upstream.head_not_allowed();
+    let proxy = Proxy::over(&upstream).await;
+    proxy.pull("library/demo", "1", &image).await;
+    proxy.pull("library/demo", "1", &image).await.is_unchanged();
+    reload(&proxy).await;
+    upstream.clear_log();
+    proxy.pull("library/demo", "1", &image).await.is_unchanged();
+    assert_eq!(upstream.heads("library/demo"), 0);
+}
+
+#[tokio::test]
+async fn o03_yes_under_shared_is_no_clients_grant_once_it_is_proven() {
+    let (upstream, image) = private().await;
+    let setup = Setup::over(&upstream);
+    setup.file("password", "a-secret");
+    let keys = format!(
+        "access = \"shared\"\nusername = \"alice\"\npassword_file = {:?}",
+        setup.folder().join("password")
+    );
+    let shared = setup.clone().upstream_keys("docker.io", &keys);
+    let proxy = shared.start().await;
+    proxy.pull("acme/app", "1", &image).await;
+    let gate = upstream.holds_answers(is_of_2);
+    let late = tokio::spawn(proxy.manifest("acme/app", "2").into_reply());
+    gate.reached().await;
+    reload_as(&proxy, &setup).await;
+    gate.release();
+    late.await.unwrap();
+    for dress in [bob, |ask| ask] {
+        gets_nothing(&proxy, &image, dress).await;
+    }
+    upstream.refuses();
+    for dress in [alice, bob, |ask| ask] {
+        gets_nothing(&proxy, &image, dress).await;
+    }
+}
+
+#[tokio::test]
+async fn o03_upstream_removed_and_added_again_keeps_its_denials() {
+    let (upstream, image) = private().await;
+    let hub = Upstream::start().await;
+    let setup = Setup::over(&hub).also("reg.test", &upstream);
+    let proxy = setup.clone().start().await;
+    let path = |tag: &str| format!("{}?ns=reg.test", manifest_path("acme/app", tag));
+    alice(proxy.get(&path("1"))).await.is_image(&image);
+    let is_known = |status| matches!(status, 200 | 401 | 403);
+    let gate = upstream.holds_answers(is_of_2);
+    let late = tokio::spawn(alice(proxy.get(&path("2"))).into_reply());
+    gate.reached().await;
+    upstream.revokes("alice");
+    let denied = alice(proxy.get(&path("1"))).await;
+    denied.is_refused(denied.status);
+    reload_as(&proxy, &setup.clone().without("reg.test")).await;
+    let gone = |proxy: &Proxy| alice(proxy.get(&path("1"))).unchecked();
+    proxy
+        .until("it to be gone", gone, |reply| !is_known(reply.status))
+        .await;
+    proxy.setup().file("ifnewer.toml", &setup.toml());
+    proxy.program().reload();
+    let back = |proxy: &Proxy| alice(proxy.get(&path("1"))).unchecked();
+    proxy
+        .until("it to be back", back, |reply| is_known(reply.status))
+        .await;
+    upstream.lets("alice", "a-secret", "acme/app");
+    gate.release();
+    late.await.unwrap();
+    upstream.refuses();
+    let reply = alice(proxy.get(&path("1"))).await;
+    assert_ne!(reply.status, 200, "{reply:#?}");
+}
