@@ -1,4 +1,4 @@
-//! The road of a request: collect the [`Situation`], let [`decide`] judge it, carry the verdict out.
+//! The road of a request: collect the [`CacheState`], let [`decide`] judge it, carry the verdict out.
 //!
 //! Everything here is about *one* repository of *one* upstream: which door the client came through was settled before,
 //! and how the outcome looks in HTTP is settled after. The road never weighs evidence itself; it only gathers it.
@@ -56,9 +56,9 @@ pub use streamed_list::StreamedList;
 use crate::clock::Clock;
 use crate::download::{Downloads, Reader};
 use crate::oci::{Accept, Digest, MediaType, Operation, RangeRequest, Reference, Repository};
-use crate::policy::authz::Evidence;
-use crate::policy::rules::Rule;
-use crate::policy::{Refusal, Served, Situation, Verdict, Why, decide};
+use crate::policy::authz::GrantEvidence;
+use crate::policy::rules::EffectivePolicy;
+use crate::policy::{CacheState, Decision, DenyReason, HitReason, MissReason, decide};
 use crate::queue::Peer;
 use crate::single_flight::Flights;
 use crate::store::blobs::HeldBlob;
@@ -193,9 +193,9 @@ pub struct ServeInfo {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ServeReason {
     /// From the store.
-    Cached(Served),
+    Cached(HitReason),
     /// From the upstream, for this client.
-    Fetched(Why),
+    Fetched(MissReason),
     /// From the upstream, in a transfer that another client had begun.
     Collapsed,
     /// From the upstream, not to be stored.
@@ -218,7 +218,7 @@ impl ServeReason {
 #[derive(Debug)]
 pub struct Denied {
     /// Why.
-    pub refusal: Refusal,
+    pub refusal: DenyReason,
     /// What the upstream answered.
     pub answer: Option<Arc<Answer>>,
     /// Whether the credential refused was the proxy's own.
@@ -300,7 +300,7 @@ impl ProxyService {
         reference: &Reference,
         authorization: Option<&HeaderValue>,
         now: SystemTime,
-    ) -> (Situation, Verdict, Arc<str>) {
+    ) -> (CacheState, Decision, Arc<str>) {
         let tag = match reference {
             Reference::Tag(tag) => Some(tag),
             Reference::Digest(_) => None,
@@ -312,7 +312,7 @@ impl ProxyService {
             Reference::Tag(tag) => {
                 let copies = self.copies_of_tag(site, repository, tag, None).await;
                 let held = copies.as_ref().map(candidates::Candidates::held);
-                context.situation(rule, crate::policy::Subject::Tag, held, true, now)
+                context.situation(rule, crate::policy::ContentKind::Tag, held, true, now)
             }
             Reference::Digest(digest) => {
                 self.digest_situation(site, (&context, rule), repository, digest, now)
@@ -377,41 +377,41 @@ impl ProxyService {
 /// Who asks in which repository, and with what right.
 struct AuthContext {
     caller: Caller,
-    evidence: Evidence,
+    evidence: GrantEvidence,
 }
 
 impl AuthContext {
     /// Whether this caller has shown no right in the repository, not even one that has lapsed. What such a one asks for by
     /// digest is looked up only after the upstream's yes, and asked about in one way whatever is held: neither how long a
     /// no takes nor what the upstream sees of it tells what is held.
-    fn is_stranger(&self, rule: &Rule, now: SystemTime) -> bool {
-        let subject = crate::policy::Subject::Manifest;
+    fn is_stranger(&self, rule: &EffectivePolicy, now: SystemTime) -> bool {
+        let subject = crate::policy::ContentKind::Manifest;
         let situation = self.situation(rule, subject, None, true, now);
-        situation.standing == crate::policy::Standing::Unknown
+        situation.standing == crate::policy::Authorization::Unknown
     }
 
     fn situation(
         &self,
-        rule: &Rule,
-        subject: crate::policy::Subject,
-        held: Option<crate::policy::Held>,
+        rule: &EffectivePolicy,
+        subject: crate::policy::ContentKind,
+        held: Option<crate::policy::CachedEntry>,
         seen: bool,
         now: SystemTime,
-    ) -> Situation {
-        let lifetimes = crate::policy::authz::Lifetimes {
+    ) -> CacheState {
+        let lifetimes = crate::policy::authz::GrantTtls {
             grant: rule.grant,
             offline_grant: rule.offline_grant,
         };
-        let evidence = Evidence {
+        let evidence = GrantEvidence {
             seen,
             ..self.evidence
         };
-        Situation {
+        CacheState {
             policy: rule.policy,
             subject,
             held,
             standing: crate::policy::authz::standing(&evidence, &lifetimes, now),
-            heard: crate::policy::Heard::Nothing,
+            heard: crate::policy::Revalidation::NotDone,
             absent: rule.absent,
             fresh: rule.fresh,
             stale: rule.stale,

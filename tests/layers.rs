@@ -224,7 +224,7 @@ fn an_upward_use_is_caught() {
 fn resources_do_not_know_each_other() {
     for (file, text) in [
         ("store/blobs.rs", "use crate::upstream::Answer;"),
-        ("store/blobs.rs", "use crate::policy::Verdict;"),
+        ("store/blobs.rs", "use crate::policy::Decision;"),
         ("upstream/client.rs", "use crate::{oci, store};"),
         ("telemetry.rs", "use crate::store::Fault;"),
     ] {
@@ -250,7 +250,10 @@ fn what_is_allowed_is_not_caught() {
             "proxy.rs",
             "use crate::{download::Reader, oci, store::{Fault, blobs}};",
         ),
-        ("policy/rules.rs", "use super::Rule;\nuse crate::oci::Tag;"),
+        (
+            "policy/rules.rs",
+            "use super::EffectivePolicy;\nuse crate::oci::Tag;",
+        ),
         ("store/index/keeper.rs", "use super::super::Fault;\nuse sled::Db;"),
         (
             "oci/digest.rs",

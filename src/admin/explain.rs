@@ -12,7 +12,8 @@ use super::format::{
 use super::image_ref::ImageRef;
 use crate::oci::{Algorithm, Cause, Digest};
 use crate::policy::{
-    Absence, Heard, Held, Holding, Policy, Rest, Situation, Standing, Subject, Verdict, Whose, decide,
+    Authorization, CacheState, CachedEntry, Completeness, ContentKind, CredentialOwner, Decision, OnNotFound,
+    Policy, Presence, Revalidation, decide,
 };
 use crate::server::Registry;
 use crate::store::tags::NEVER_CONFIRMED;
@@ -70,7 +71,9 @@ pub(super) async fn explain(
     let silent = site.upstream().silent_now();
     // A silence that is known already is heard before anybody is asked.
     let told = match (verdict, silent) {
-        (Verdict::Ask, Some(cause)) => decide(&situation.having_heard(Heard::Silent(cause))),
+        (Decision::Revalidate, Some(cause)) => {
+            decide(&situation.with_revalidation(Revalidation::Unavailable(cause)))
+        }
         _ => verdict,
     };
     Explanation {
@@ -80,7 +83,7 @@ pub(super) async fn explain(
         held: situation.held.map(|held| CachedCopy {
             digest: held.digest.to_string(),
             confirmed_at: confirmed(held.confirmed_at),
-            whole: held.rest == Rest::Held,
+            whole: held.rest == Completeness::Complete,
         }),
         standing: standing(situation.standing),
         fresh_seconds: situation.fresh.as_secs(),
@@ -91,28 +94,28 @@ pub(super) async fn explain(
         sentence: sentence(told, site.name()),
         because: reasons(&situation, site.name(), &rule, authorization.is_some(), silent),
         then: match told {
-            Verdict::Ask | Verdict::Check(_) => what_ifs(&situation, site.name()),
-            Verdict::Serve(_) | Verdict::Fetch(_) | Verdict::Refuse(_) => Vec::new(),
+            Decision::Revalidate | Decision::ProbeLayers(_) => what_ifs(&situation, site.name()),
+            Decision::Serve(_) | Decision::Fetch(_) | Decision::Deny(_) => Vec::new(),
         },
         explanation: facts(verdict, &situation),
     }
 }
 
 /// The facts of a decision in one line, each under the name that it has in the log, the configuration or the API.
-fn facts(verdict: Verdict, situation: &Situation) -> String {
+fn facts(verdict: Decision, situation: &CacheState) -> String {
     let subject = match situation.subject {
-        Subject::Tag => "tag",
-        Subject::Manifest => "manifest",
-        Subject::Blob => "blob",
+        ContentKind::Tag => "tag",
+        ContentKind::Manifest => "manifest",
+        ContentKind::Blob => "blob",
     };
     let seconds = |duration: std::time::Duration| format!("{}s", duration.as_secs());
     let held = situation.held.map_or_else(
         || "held=none".to_owned(),
         |held| {
             let whole = match held.rest {
-                Rest::Held => "yes",
-                Rest::Missing { earlier: Some(_) } => "no, an earlier image is",
-                Rest::Missing { earlier: None } => "no",
+                Completeness::Complete => "yes",
+                Completeness::Incomplete { previous: Some(_) } => "no, an earlier image is",
+                Completeness::Incomplete { previous: None } => "no",
             };
             let confirmed_at = confirmed(held.confirmed_at).unwrap_or_else(|| "never".to_owned());
             format!("held={} whole={whole} confirmed_at={confirmed_at}", held.digest)
@@ -130,23 +133,23 @@ fn facts(verdict: Verdict, situation: &Situation) -> String {
     )
 }
 
-fn sentence(verdict: Verdict, upstream: &str) -> String {
+fn sentence(verdict: Decision, upstream: &str) -> String {
     match verdict {
-        Verdict::Ask => {
+        Decision::Revalidate => {
             format!("ask {upstream} by HEAD which digest it names now, with the client's own credential")
         }
-        Verdict::Serve(how) => describe_serve(how, upstream),
-        Verdict::Check(how) => format!(
+        Decision::Serve(how) => describe_serve(how, upstream),
+        Decision::ProbeLayers(how) => format!(
             "{}, if {upstream} has the rest of it",
             describe_serve(how, upstream)
         ),
-        Verdict::Fetch(why) => describe_fetch(why, upstream),
-        Verdict::Refuse(refusal) => describe_denial(refusal, upstream),
+        Decision::Fetch(why) => describe_fetch(why, upstream),
+        Decision::Deny(refusal) => describe_denial(refusal, upstream),
     }
 }
 
 fn reasons(
-    situation: &Situation,
+    situation: &CacheState,
     upstream: &str,
     rule: &Arc<str>,
     has_credential: bool,
@@ -163,37 +166,37 @@ fn reasons(
         "a client without a credential"
     };
     lines.push(match situation.standing {
-        Standing::Vouched => format!("{upstream} has lately let {who} read this repository"),
-        Standing::Lapsed => {
+        Authorization::Granted => format!("{upstream} has lately let {who} read this repository"),
+        Authorization::Expired => {
             format!("{upstream} let {who} read this repository, too long ago to count while it answers")
         }
-        Standing::Unknown => format!("{upstream} never let {who} read this repository"),
+        Authorization::Unknown => format!("{upstream} never let {who} read this repository"),
     });
     if let Some(cause) = silent {
         lines.push(format!("{upstream} {cause}"));
     }
-    if situation.absent == Absence::Serve {
+    if situation.absent == OnNotFound::ServeStale {
         lines.push(format!("what is gone at {upstream} is kept, as the rule says"));
     }
     lines
 }
 
-fn describe_copy(held: &Held, situation: &Situation) -> String {
+fn describe_copy(held: &CachedEntry, situation: &CacheState) -> String {
     let digest = short_digest(&held.digest.to_string());
     let whole = match held.rest {
-        Rest::Held => "held whole",
-        Rest::Missing { earlier: Some(_) } => "held in part, and an earlier image whole",
-        Rest::Missing { earlier: None } => "held in part",
+        Completeness::Complete => "held whole",
+        Completeness::Incomplete { previous: Some(_) } => "held in part, and an earlier image whole",
+        Completeness::Incomplete { previous: None } => "held in part",
     };
     let age = situation
         .now
         .duration_since(held.confirmed_at)
         .unwrap_or_default();
     match situation.subject {
-        Subject::Tag if held.confirmed_at == NEVER_CONFIRMED => {
+        ContentKind::Tag if held.confirmed_at == NEVER_CONFIRMED => {
             format!("{digest} is {whole}, imported and never confirmed")
         }
-        Subject::Tag => {
+        ContentKind::Tag => {
             let moved = if held.is_moved {
                 "; another client was told of another image since, so it is not fresh"
             } else {
@@ -201,26 +204,26 @@ fn describe_copy(held: &Held, situation: &Situation) -> String {
             };
             format!("{digest} is {whole}, confirmed {} ago{moved}", duration(age))
         }
-        Subject::Manifest | Subject::Blob => format!("{digest} is {whole}"),
+        ContentKind::Manifest | ContentKind::Blob => format!("{digest} is {whole}"),
     }
 }
 
 /// Each thing the upstream may say, judged.
-fn what_ifs(situation: &Situation, upstream: &str) -> Vec<WhatIf> {
+fn what_ifs(situation: &CacheState, upstream: &str) -> Vec<WhatIf> {
     let same = situation
         .held
         .map_or_else(|| Digest::of(Algorithm::Sha256, b""), |held| held.digest);
     let other = Digest::of(Algorithm::Sha256, b"another image");
-    let named = |digest, holding| Heard::Named { digest, holding };
+    let named = |digest, holding| Revalidation::Digest { digest, holding };
     let mut heard = Vec::new();
     if situation.held.is_some() {
-        heard.push(("the same digest", named(same, Holding::Whole)));
+        heard.push(("the same digest", named(same, Presence::Complete)));
     }
     heard.extend([
-        ("another digest", named(other, Holding::Nothing)),
-        ("401 or 403", Heard::Refused(Whose::Client)),
-        ("404", Heard::Absent),
-        ("nothing usable", Heard::Silent(Cause::Timeout)),
+        ("another digest", named(other, Presence::None)),
+        ("401 or 403", Revalidation::Denied(CredentialOwner::Client)),
+        ("404", Revalidation::NotFound),
+        ("nothing usable", Revalidation::Unavailable(Cause::Timeout)),
     ]);
     if situation.policy == Policy::Never {
         heard.clear();
@@ -229,15 +232,15 @@ fn what_ifs(situation: &Situation, upstream: &str) -> Vec<WhatIf> {
         .into_iter()
         .map(|(upstream_says, heard)| WhatIf {
             upstream_says,
-            client_gets: sentence(decide(&situation.having_heard(heard)), upstream),
+            client_gets: sentence(decide(&situation.with_revalidation(heard)), upstream),
         })
         .collect()
 }
 
-fn standing(standing: Standing) -> &'static str {
+fn standing(standing: Authorization) -> &'static str {
     match standing {
-        Standing::Unknown => "unknown",
-        Standing::Lapsed => "lapsed",
-        Standing::Vouched => "vouched",
+        Authorization::Unknown => "unknown",
+        Authorization::Expired => "lapsed",
+        Authorization::Granted => "vouched",
     }
 }

@@ -3,7 +3,7 @@
 use std::time::{Duration, SystemTime};
 
 use crate::oci::Cause;
-use crate::policy::{Refusal, Served, Why};
+use crate::policy::{DenyReason, HitReason, MissReason};
 use crate::store::tags::NEVER_CONFIRMED;
 use crate::telemetry::{Decision, Ended, Outcome};
 
@@ -118,62 +118,64 @@ fn describe_complete(decision: &Decision) -> String {
 }
 
 /// What a verdict to serve means.
-pub(super) fn describe_serve(served: Served, upstream: &str) -> String {
+pub(super) fn describe_serve(served: HitReason, upstream: &str) -> String {
     let after =
         |cause: Option<Cause>| cause.map_or(String::new(), |cause| format!(", because {upstream} {cause}"));
     match served {
-        Served::Fresh => {
+        HitReason::Fresh => {
             "serve the held copy without asking: it was confirmed less than `fresh` ago".to_owned()
         }
-        Served::Unchanged => "serve the held copy: the tag still names it".to_owned(),
-        Served::Moved => "serve the image that the tag names now, which is held too".to_owned(),
-        Served::Immutable => "serve it without asking: what is asked by digest cannot change".to_owned(),
-        Served::Unasked => {
+        HitReason::Revalidated => "serve the held copy: the tag still names it".to_owned(),
+        HitReason::TagMoved => "serve the image that the tag names now, which is held too".to_owned(),
+        HitReason::Immutable => "serve it without asking: what is asked by digest cannot change".to_owned(),
+        HitReason::NotRevalidated => {
             "serve the held copy without asking for a newer one, as the policy says".to_owned()
         }
-        Served::Stale(cause) => format!("serve the held copy with a warning{}", after(Some(cause))),
-        Served::PastGrant(cause) => format!("serve it on a right shown before{}", after(Some(cause))),
-        Served::NewUnavailable(cause) => format!(
+        HitReason::StaleIfError(cause) => format!("serve the held copy with a warning{}", after(Some(cause))),
+        HitReason::ExpiredGrant(cause) => format!("serve it on a right shown before{}", after(Some(cause))),
+        HitReason::StaleOnFetchError(cause) => format!(
             "serve the held copy with a warning, not the newer one{}",
             after(Some(cause))
         ),
-        Served::LastComplete(cause) => format!(
+        HitReason::PreviousComplete(cause) => format!(
             "serve the last image that is held whole, with a warning{}",
             after(cause)
         ),
-        Served::KeptAbsent => {
+        HitReason::RetainedDeleted => {
             "serve the held copy with a warning: the rule says to keep what is gone".to_owned()
         }
-        Served::CredentialRefused => {
+        HitReason::CacheCredentialRejected => {
             "serve the held copy with a warning: the cache's own credential is refused".to_owned()
         }
     }
 }
 
 /// Why something would be fetched.
-pub(super) fn describe_fetch(why: Why, upstream: &str) -> String {
+pub(super) fn describe_fetch(why: MissReason, upstream: &str) -> String {
     match why {
-        Why::NotHeld => format!("fetch it from {upstream}: it is not held"),
-        Why::Newer => format!("fetch the newer one from {upstream}"),
-        Why::Unnamed => format!("fetch it from {upstream}, which does not say which digest it is"),
+        MissReason::NotCached => format!("fetch it from {upstream}: it is not held"),
+        MissReason::NewDigest => format!("fetch the newer one from {upstream}"),
+        MissReason::NoDigest => format!("fetch it from {upstream}, which does not say which digest it is"),
     }
 }
 
 /// Why it would be refused.
-pub(super) fn describe_denial(refusal: Refusal, upstream: &str) -> String {
+pub(super) fn describe_denial(refusal: DenyReason, upstream: &str) -> String {
     match refusal {
-        Refusal::NotHeld => "refuse: it is not held, and the policy `never` forbids asking".to_owned(),
-        Refusal::NotVouched => format!(
+        DenyReason::NotCached => "refuse: it is not held, and the policy `never` forbids asking".to_owned(),
+        DenyReason::NotAuthorized => format!(
             "refuse: {upstream} never said yes to this principal for this, and the policy `never` forbids asking"
         ),
-        Refusal::Forbidden => format!("refuse: {upstream} does not let this credential read it"),
-        Refusal::Challenged => format!("refuse: {upstream} wants a credential first"),
-        Refusal::Absent => format!("refuse: {upstream} says there is no such image"),
-        Refusal::Silent(cause) => format!("refuse: {upstream} {cause}, and nothing may be served instead"),
-        Refusal::TooStale(cause) => {
+        DenyReason::Forbidden => format!("refuse: {upstream} does not let this credential read it"),
+        DenyReason::AuthRequired => format!("refuse: {upstream} wants a credential first"),
+        DenyReason::NotFound => format!("refuse: {upstream} says there is no such image"),
+        DenyReason::UpstreamUnavailable(cause) => {
+            format!("refuse: {upstream} {cause}, and nothing may be served instead")
+        }
+        DenyReason::StaleLimitExceeded(cause) => {
             format!("refuse: {upstream} {cause}, and the held copy is older than `stale` allows")
         }
-        Refusal::Incomplete(cause) => {
+        DenyReason::Incomplete(cause) => {
             format!("refuse: {upstream} {cause}, and only a part of the image is held")
         }
     }

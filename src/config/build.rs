@@ -12,7 +12,7 @@ use super::table::Table;
 use super::upstream::{self, Configured};
 use super::value;
 use super::{Admin, Config, Listen, Log, OwnCertificate, Sources, StoreSize, Tls};
-use crate::policy::rules::{Changes, Pattern, Rule, Rules};
+use crate::policy::rules::{EffectivePolicy, ImagePattern, PolicyOverrides, Rules};
 
 /// The name of a folder of certificates that nobody has named.
 pub(super) const CERTIFICATES: &str = "certs";
@@ -199,7 +199,7 @@ fn log(table: &Table, report: &mut Report<'_>) -> Result<Log, Told> {
     })
 }
 
-fn default_rule(table: &Table, report: &mut Report<'_>) -> Result<Rule, Told> {
+fn default_rule(table: &Table, report: &mut Report<'_>) -> Result<EffectivePolicy, Told> {
     let policy = table.text(report, "policy", &value::POLICY);
     let fresh = table.text(report, "fresh", &value::DURATION);
     let stale = table.text(report, "stale", &value::STALENESS);
@@ -208,7 +208,7 @@ fn default_rule(table: &Table, report: &mut Report<'_>) -> Result<Rule, Told> {
     let grant = table.text(report, "grant", &value::DURATION);
     let offline_grant = table.text(report, "offline_grant", &value::DURATION);
     let prefetch = table.switch(report, "prefetch");
-    let rule = Rule {
+    let rule = EffectivePolicy {
         name: Arc::from("default"),
         policy: policy?,
         fresh: fresh?,
@@ -224,7 +224,7 @@ fn default_rule(table: &Table, report: &mut Report<'_>) -> Result<Rule, Told> {
 }
 
 /// What an upstream's section or a `[[rule]]` changes.
-pub(super) fn changes(table: &Table, report: &mut Report<'_>) -> Result<Changes, Told> {
+pub(super) fn changes(table: &Table, report: &mut Report<'_>) -> Result<PolicyOverrides, Told> {
     let policy = table.text_if_set(report, "policy", &value::POLICY);
     let fresh = table.text_if_set(report, "fresh", &value::DURATION);
     let stale = table.text_if_set(report, "stale", &value::STALENESS);
@@ -233,7 +233,7 @@ pub(super) fn changes(table: &Table, report: &mut Report<'_>) -> Result<Changes,
     let grant = table.text_if_set(report, "grant", &value::DURATION);
     let offline_grant = table.text_if_set(report, "offline_grant", &value::DURATION);
     let prefetch = table.switch_if_set(report, "prefetch");
-    Ok(Changes {
+    Ok(PolicyOverrides {
         policy: policy?,
         fresh: fresh?,
         stale: stale?,
@@ -246,7 +246,7 @@ pub(super) fn changes(table: &Table, report: &mut Report<'_>) -> Result<Changes,
 }
 
 /// A right that outlives an outage's limit would make that limit a false promise.
-fn refuse_longer_grant(table: &Table, rule: &Rule, report: &mut Report<'_>) {
+fn refuse_longer_grant(table: &Table, rule: &EffectivePolicy, report: &mut Report<'_>) {
     if rule.grant > rule.offline_grant {
         let key = if table.is_given("grant") {
             "grant"
@@ -282,7 +282,7 @@ fn default_upstream(
 
 fn rules(
     document: &Document,
-    default: Result<Rule, Told>,
+    default: Result<EffectivePolicy, Told>,
     configured: &[Configured],
     report: &mut Report<'_>,
 ) -> Result<Rules, Told> {
@@ -332,7 +332,7 @@ fn rules(
 fn refuse_idle_pattern(
     table: &Table,
     at: &At,
-    pattern: &Pattern,
+    pattern: &ImagePattern,
     configured: &[Configured],
     seen: &[(String, String)],
     report: &mut Report<'_>,

@@ -10,7 +10,7 @@ use super::keys::Section;
 use super::table::Table;
 use super::upstream::Configured;
 use super::{names, value};
-use crate::policy::rules::Images;
+use crate::policy::rules::ImageMatcher;
 
 /// What `htpasswd -B` makes by itself; anything below is no protection at all.
 const COST_MIN: u32 = 5;
@@ -44,7 +44,7 @@ pub struct Allow {
     /// Names; one that ends in `*` stands for all that begin so.
     pub who: Vec<String>,
     /// What they may pull.
-    pub images: Images,
+    pub images: ImageMatcher,
 }
 
 impl Allow {
@@ -148,7 +148,7 @@ fn allow(table: &Table, configured: &[Configured], report: &mut Report<'_>) -> R
         }
     }
     let globs: Vec<_> = images.into_iter().map(|(_, glob)| glob).collect();
-    let images = Images::new(&globs)
+    let images = ImageMatcher::new(&globs)
         .map_err(|error| report.tell(table.at("images"), table.path("images"), error.to_string(), None))?;
     Ok(Allow {
         who: who.into_iter().map(|(_, who)| who).collect(),

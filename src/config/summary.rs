@@ -6,7 +6,7 @@ use std::time::Duration;
 use bytesize::ByteSize;
 
 use super::{Access, Admin, Config, LogFormat, Plain, Proxy, UpstreamConfig};
-use crate::policy::rules::Rule;
+use crate::policy::rules::EffectivePolicy;
 
 /// Prints the effective configuration, without secrets.
 pub struct Summary<'a>(pub(super) &'a Config);
@@ -88,7 +88,7 @@ impl Display for Summary<'_> {
     }
 }
 
-fn write_upstream(f: &mut Formatter<'_>, upstream: &UpstreamConfig, rule: &Rule) -> fmt::Result {
+fn write_upstream(f: &mut Formatter<'_>, upstream: &UpstreamConfig, rule: &EffectivePolicy) -> fmt::Result {
     let urls: Vec<_> = upstream.urls.iter().map(ToString::to_string).collect();
     write!(f, "  {}  {}", upstream.name, urls.join(", "))?;
     match (upstream.access, &upstream.credential) {

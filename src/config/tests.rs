@@ -14,7 +14,7 @@ mod printed;
 use std::fmt::Write as _;
 
 use super::*;
-use crate::policy::{Absence, Policy};
+use crate::policy::{OnNotFound, Policy};
 
 const FIXTURE: &str = include_str!("../../config/ifnewer.toml");
 
@@ -94,7 +94,7 @@ fn an_empty_file_works() {
     let rule = config.rules.otherwise("docker.io");
     assert_eq!(
         (&*rule.name, rule.policy, rule.absent),
-        ("default", Policy::IfNewer, Absence::Refuse)
+        ("default", Policy::IfNewer, OnNotFound::Refuse)
     );
     assert_eq!(
         (rule.fresh, rule.stale, rule.budget),
@@ -256,7 +256,7 @@ fn rules_hold_in_their_order() {
     let stable = find("ghcr.io", "acme/web", "v1");
     assert_eq!(
         (&*stable.name, stable.absent),
-        ("rule 2: docker.io/nginx, ghcr.io/acme/*", Absence::Serve)
+        ("rule 2: docker.io/nginx, ghcr.io/acme/*", OnNotFound::ServeStale)
     );
     assert_eq!(
         &*find("docker.io", "library/nginx", "v1").name,

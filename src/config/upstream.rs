@@ -12,7 +12,7 @@ use super::keys::Section;
 use super::table::Table;
 use super::{address, names, value};
 use crate::oci::Repository;
-use crate::policy::rules::Changes;
+use crate::policy::rules::PolicyOverrides;
 use crate::upstream::{ClientCertificate, HelperName, RedirectRule};
 
 /// An upstream that exists without being configured.
@@ -158,7 +158,7 @@ pub enum Proxy {
 pub(super) struct Configured {
     pub(super) name: Arc<str>,
     pub(super) table: Table,
-    pub(super) changes: Changes,
+    pub(super) changes: PolicyOverrides,
     pub(super) hosts: Vec<(At, String)>,
     pub(super) urls: Vec<(At, String)>,
     /// `None`: it does not exist, or something is wrong with it, which was told.

@@ -11,8 +11,8 @@ use super::address::{address, host, proxy_url, url};
 use super::network::{Network, Tunnel, network, redirect, tunnel};
 use super::{Access, Admin, LogFormat, Plain, Proxy};
 use crate::oci::Repository;
-use crate::policy::rules::{Pattern, Staleness};
-use crate::policy::{Absence, Policy};
+use crate::policy::rules::{ImagePattern, StaleLimit};
+use crate::policy::{OnNotFound, Policy};
 use crate::upstream::{HelperName, HelperNameError, RedirectRule};
 
 /// A value that is written as text.
@@ -46,12 +46,12 @@ pub(super) const DURATION: Text<Duration> = Text {
     parse: duration,
 };
 
-pub(super) const STALENESS: Text<Staleness> = Text {
+pub(super) const STALENESS: Text<StaleLimit> = Text {
     expected: "a duration or \"forever\"",
     example: r#""7d""#,
     parse: |text| match text {
-        "forever" => Ok(Staleness::Forever),
-        text => duration(text).map(Staleness::For),
+        "forever" => Ok(StaleLimit::Unlimited),
+        text => duration(text).map(StaleLimit::Within),
     },
 };
 
@@ -186,10 +186,10 @@ pub(super) const POLICY: Text<Policy> = Text {
     parse: |text| choice(text, &Policy::ALL.map(|policy| (policy.name(), policy))),
 };
 
-pub(super) const ABSENT: Text<Absence> = Text {
+pub(super) const ABSENT: Text<OnNotFound> = Text {
     expected: "a choice",
     example: r#""refuse""#,
-    parse: |text| choice(text, &Absence::ALL.map(|absence| (absence.name(), absence))),
+    parse: |text| choice(text, &OnNotFound::ALL.map(|absence| (absence.name(), absence))),
 };
 
 pub(super) const ACCESS: Text<Access> = Text {
@@ -347,10 +347,10 @@ pub(super) const HELPER: Text<HelperName> = Text {
     },
 };
 
-pub(super) const PATTERN: Text<Pattern> = Text {
+pub(super) const PATTERN: Text<ImagePattern> = Text {
     expected: "a glob over images",
     example: r#""ghcr.io/acme/*:nightly-*""#,
-    parse: |text| match Pattern::from_str(text) {
+    parse: |text| match ImagePattern::from_str(text) {
         Ok(pattern) => Ok(pattern),
         Err(error) => wrong(error.to_string(), r#"write it as in "ghcr.io/acme/*:nightly-*""#),
     },

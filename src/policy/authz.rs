@@ -10,7 +10,7 @@ use std::time::{Duration, SystemTime};
 
 use crate::age;
 use crate::oci::digest::keyed;
-use crate::policy::Standing;
+use crate::policy::Authorization;
 
 /// Who asks: HMAC-SHA-256 of the credential under the install secret. Tells nothing about the credential, and nothing
 /// on another installation.
@@ -59,7 +59,7 @@ impl fmt::Debug for Principal {
 
 /// What is known of a principal's right to read one thing in one repository.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Evidence {
+pub struct GrantEvidence {
     /// The upstream is configured with `access = "shared"`: whoever reaches the listener is entitled.
     pub shared: bool,
     /// When the upstream last said yes to this principal in this repository.
@@ -77,7 +77,7 @@ pub struct Evidence {
 
 /// How long the upstream's yes is good for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Lifetimes {
+pub struct GrantTtls {
     /// While the upstream answers.
     pub grant: Duration,
     /// While it is silent. Also how long a repository counts as public before it is asked again.
@@ -85,16 +85,16 @@ pub struct Lifetimes {
 }
 
 /// Weighs the evidence.
-pub fn standing(evidence: &Evidence, lifetimes: &Lifetimes, now: SystemTime) -> Standing {
+pub fn standing(evidence: &GrantEvidence, lifetimes: &GrantTtls, now: SystemTime) -> Authorization {
     if !evidence.seen {
-        return Standing::Unknown;
+        return Authorization::Unknown;
     }
     let recently = |at: Option<SystemTime>, lifetime| at.is_some_and(|at| age::is_within(at, lifetime, now));
     if evidence.shared
         || recently(evidence.public_at, lifetimes.offline_grant)
         || recently(evidence.granted_at, lifetimes.grant)
     {
-        return Standing::Vouched;
+        return Authorization::Granted;
     }
     // Good only while the upstream cannot be asked, so a clock that was set back takes nothing away.
     let in_outage = |at: Option<SystemTime>| {
@@ -104,16 +104,16 @@ pub fn standing(evidence: &Evidence, lifetimes: &Lifetimes, now: SystemTime) -> 
     let account = in_outage(evidence.taken_at) && in_outage(evidence.account_at);
     // What everyone could read once is no secret in an outage, however long ago that was.
     if evidence.public_at.is_some() || account || in_outage(evidence.granted_at) {
-        return Standing::Lapsed;
+        return Authorization::Expired;
     }
-    Standing::Unknown
+    Authorization::Unknown
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    const LIFETIMES: Lifetimes = Lifetimes {
+    const LIFETIMES: GrantTtls = GrantTtls {
         grant: Duration::from_secs(300),
         offline_grant: Duration::from_secs(43_200),
     };
@@ -132,103 +132,103 @@ mod tests {
 
     #[test]
     fn standing_follows_the_evidence() {
-        let nothing = Evidence {
+        let nothing = GrantEvidence {
             seen: true,
-            ..Evidence::default()
+            ..GrantEvidence::default()
         };
         let ahead = |seconds| Some(now() + Duration::from_secs(seconds));
         let table = [
-            ("no evidence", nothing, Standing::Unknown),
+            ("no evidence", nothing, Authorization::Unknown),
             (
                 "granted just now",
-                Evidence {
+                GrantEvidence {
                     granted_at: ago(0),
                     ..nothing
                 },
-                Standing::Vouched,
+                Authorization::Granted,
             ),
             (
                 "granted within the grant",
-                Evidence {
+                GrantEvidence {
                     granted_at: ago(299),
                     ..nothing
                 },
-                Standing::Vouched,
+                Authorization::Granted,
             ),
             (
                 "granted too long ago",
-                Evidence {
+                GrantEvidence {
                     granted_at: ago(300),
                     ..nothing
                 },
-                Standing::Lapsed,
+                Authorization::Expired,
             ),
             (
                 "granted before any outage",
-                Evidence {
+                GrantEvidence {
                     granted_at: ago(43_200),
                     ..nothing
                 },
-                Standing::Unknown,
+                Authorization::Unknown,
             ),
             (
                 "granted in the future, the clock was set back by an hour",
-                Evidence {
+                GrantEvidence {
                     granted_at: ahead(3600),
                     ..nothing
                 },
-                Standing::Lapsed,
+                Authorization::Expired,
             ),
             (
                 "granted in the future, by more than an hour",
-                Evidence {
+                GrantEvidence {
                     granted_at: ahead(3601),
                     ..nothing
                 },
-                Standing::Unknown,
+                Authorization::Unknown,
             ),
             (
                 "public in the future",
-                Evidence {
+                GrantEvidence {
                     public_at: ahead(9),
                     ..nothing
                 },
-                Standing::Lapsed,
+                Authorization::Expired,
             ),
             (
                 "public",
-                Evidence {
+                GrantEvidence {
                     public_at: ago(43_199),
                     ..nothing
                 },
-                Standing::Vouched,
+                Authorization::Granted,
             ),
             (
                 "public long ago",
-                Evidence {
+                GrantEvidence {
                     public_at: ago(9_000_000),
                     ..nothing
                 },
-                Standing::Lapsed,
+                Authorization::Expired,
             ),
             (
                 "shared",
-                Evidence {
+                GrantEvidence {
                     shared: true,
                     ..nothing
                 },
-                Standing::Vouched,
+                Authorization::Granted,
             ),
         ];
         for (name, evidence, expected) in table {
             assert_eq!(standing(&evidence, &LIFETIMES, now()), expected, "{name}");
-            let unseen = Evidence {
+            let unseen = GrantEvidence {
                 seen: false,
                 ..evidence
             };
             assert_eq!(
                 standing(&unseen, &LIFETIMES, now()),
-                Standing::Unknown,
+                Authorization::Unknown,
                 "{name}, never seen here"
             );
         }
@@ -237,18 +237,28 @@ mod tests {
     #[test]
     fn another_token_of_the_same_credential_is_good_in_an_outage_alone_and_only_while_that_is_taken() {
         let table = [
-            ("still taken", ago(43_199), ago(0), Standing::Lapsed),
-            ("refused since", None, ago(0), Standing::Unknown),
-            ("taken before any outage", ago(43_200), ago(0), Standing::Unknown),
-            ("read before any outage", ago(0), ago(43_200), Standing::Unknown),
-            ("never read here", ago(0), None, Standing::Unknown),
+            ("still taken", ago(43_199), ago(0), Authorization::Expired),
+            ("refused since", None, ago(0), Authorization::Unknown),
+            (
+                "taken before any outage",
+                ago(43_200),
+                ago(0),
+                Authorization::Unknown,
+            ),
+            (
+                "read before any outage",
+                ago(0),
+                ago(43_200),
+                Authorization::Unknown,
+            ),
+            ("never read here", ago(0), None, Authorization::Unknown),
         ];
         for (name, taken_at, account_at, expected) in table {
-            let evidence = Evidence {
+            let evidence = GrantEvidence {
                 seen: true,
                 taken_at,
                 account_at,
-                ..Evidence::default()
+                ..GrantEvidence::default()
             };
             assert_eq!(standing(&evidence, &LIFETIMES, now()), expected, "{name}");
         }

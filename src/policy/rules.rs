@@ -22,7 +22,7 @@ use std::time::Duration;
 
 use globset::{Candidate, Glob, GlobBuilder, GlobMatcher, GlobSet, GlobSetBuilder};
 
-use super::{Absence, Policy};
+use super::{OnNotFound, Policy};
 use crate::oci::{Repository, Tag};
 
 /// Docker Hub, where a one-component name is short for one under [`HUB_LIBRARY`].
@@ -34,7 +34,7 @@ const GLOB_BYTES_MAX: usize = 512;
 
 /// What holds for an image, complete: every setting has a value.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Rule {
+pub struct EffectivePolicy {
     /// Which rule this is, for the log and the admin API: `default`, `upstream docker.io`,
     /// `rule 2: ghcr.io/acme/*:nightly-*`.
     pub name: Arc<str>,
@@ -47,7 +47,7 @@ pub struct Rule {
     /// How long a client that could get a held copy waits for the upstream's word.
     pub budget: Duration,
     /// What to do with a held tag that the upstream says is gone.
-    pub absent: Absence,
+    pub absent: OnNotFound,
     /// How long the upstream's yes to a principal is good while the upstream answers.
     pub grant: Duration,
     /// How long it is good while the upstream is silent.
@@ -58,53 +58,53 @@ pub struct Rule {
 
 /// What a `[[rule]]` or an upstream's own settings change; what is `None` stays as it was.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Changes {
-    /// See [`Rule::policy`].
+pub struct PolicyOverrides {
+    /// See [`EffectivePolicy::policy`].
     pub policy: Option<Policy>,
-    /// See [`Rule::fresh`].
+    /// See [`EffectivePolicy::fresh`].
     pub fresh: Option<Duration>,
-    /// See [`Rule::stale`].
-    pub stale: Option<Staleness>,
-    /// See [`Rule::budget`].
+    /// See [`EffectivePolicy::stale`].
+    pub stale: Option<StaleLimit>,
+    /// See [`EffectivePolicy::budget`].
     pub budget: Option<Duration>,
-    /// See [`Rule::absent`].
-    pub absent: Option<Absence>,
-    /// See [`Rule::grant`].
+    /// See [`EffectivePolicy::absent`].
+    pub absent: Option<OnNotFound>,
+    /// See [`EffectivePolicy::grant`].
     pub grant: Option<Duration>,
-    /// See [`Rule::offline_grant`].
+    /// See [`EffectivePolicy::offline_grant`].
     pub offline_grant: Option<Duration>,
-    /// See [`Rule::prefetch`].
+    /// See [`EffectivePolicy::prefetch`].
     pub prefetch: Option<bool>,
 }
 
 /// How old a copy may be that is served while the upstream is silent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Staleness {
+pub enum StaleLimit {
     /// Confirmed less than this ago.
-    For(Duration),
+    Within(Duration),
     /// However old it is.
-    Forever,
+    Unlimited,
 }
 
-impl Staleness {
+impl StaleLimit {
     /// The limit, if there is one.
     pub fn limit(self) -> Option<Duration> {
         match self {
-            Self::For(limit) => Some(limit),
-            Self::Forever => None,
+            Self::Within(limit) => Some(limit),
+            Self::Unlimited => None,
         }
     }
 }
 
-impl Rule {
+impl EffectivePolicy {
     /// This rule with `changes`, under another name.
     #[must_use]
-    pub fn changed(&self, name: Arc<str>, changes: &Changes) -> Self {
+    pub fn changed(&self, name: Arc<str>, changes: &PolicyOverrides) -> Self {
         Self {
             name,
             policy: changes.policy.unwrap_or(self.policy),
             fresh: changes.fresh.unwrap_or(self.fresh),
-            stale: changes.stale.map_or(self.stale, Staleness::limit),
+            stale: changes.stale.map_or(self.stale, StaleLimit::limit),
             budget: changes.budget.unwrap_or(self.budget),
             absent: changes.absent.unwrap_or(self.absent),
             grant: changes.grant.unwrap_or(self.grant),
@@ -116,13 +116,13 @@ impl Rule {
 
 /// A glob over `upstream/repository:tag`, compiled.
 #[derive(Clone, Debug)]
-pub struct Pattern {
+pub struct ImagePattern {
     text: Arc<str>,
     name: Glob,
     tag: Option<GlobMatcher>,
 }
 
-impl Pattern {
+impl ImagePattern {
     /// The text as written.
     pub fn as_str(&self) -> &str {
         &self.text
@@ -148,43 +148,43 @@ impl Pattern {
     }
 }
 
-impl fmt::Display for Pattern {
+impl fmt::Display for ImagePattern {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.text)
     }
 }
 
-impl FromStr for Pattern {
-    type Err = PatternError;
+impl FromStr for ImagePattern {
+    type Err = ImagePatternError;
 
-    fn from_str(text: &str) -> Result<Self, PatternError> {
+    fn from_str(text: &str) -> Result<Self, ImagePatternError> {
         if text.is_empty() {
-            return Err(PatternError::Empty);
+            return Err(ImagePatternError::Empty);
         }
         if text.len() > GLOB_BYTES_MAX {
-            return Err(PatternError::TooLong);
+            return Err(ImagePatternError::TooLong);
         }
         if text.contains('@') {
-            return Err(PatternError::Digest);
+            return Err(ImagePatternError::Digest);
         }
         if text.contains("://") {
-            return Err(PatternError::Url);
+            return Err(ImagePatternError::Url);
         }
         let (name, tag) = match text.rsplit_once(':') {
             Some((name, tag)) if !tag.contains('/') => (name, Some(tag)),
             _ => (text, None),
         };
         if name.is_empty() || tag == Some("") {
-            return Err(PatternError::Empty);
+            return Err(ImagePatternError::Empty);
         }
         if name
             .split_once('/')
             .is_some_and(|(_, repository)| repository.contains(':'))
         {
-            return Err(PatternError::SlashInTag);
+            return Err(ImagePatternError::SlashInTag);
         }
         if !name.contains(['/', '*']) {
-            return Err(PatternError::NoRepository);
+            return Err(ImagePatternError::NoRepository);
         }
         let tag = tag
             .map(|tag| compile(tag).map(|glob| glob.compile_matcher()))
@@ -197,20 +197,20 @@ impl FromStr for Pattern {
     }
 }
 
-fn compile(glob: &str) -> Result<Glob, PatternError> {
+fn compile(glob: &str) -> Result<Glob, ImagePatternError> {
     GlobBuilder::new(glob)
         .literal_separator(false)
         .build()
-        .map_err(|error| PatternError::Glob(error.kind().to_string()))
+        .map_err(|error| ImagePatternError::Glob(error.kind().to_string()))
 }
 
 /// Images by their names, whatever the tag: `docker.io/library/*`.
 #[derive(Clone, Debug)]
-pub struct Images(GlobSet);
+pub struct ImageMatcher(GlobSet);
 
-impl Images {
+impl ImageMatcher {
     /// Those whose name one of the globs matches. What a glob says about tags does not count.
-    pub fn new(globs: &[Pattern]) -> Result<Self, PatternError> {
+    pub fn new(globs: &[ImagePattern]) -> Result<Self, ImagePatternError> {
         let mut names = GlobSetBuilder::new();
         for glob in globs {
             names.add(glob.name.clone());
@@ -218,7 +218,7 @@ impl Images {
         let names = names.build();
         names
             .map(Self)
-            .map_err(|error| PatternError::Together(error.kind().to_string()))
+            .map_err(|error| ImagePatternError::Together(error.kind().to_string()))
     }
 
     /// Whether this repository is among them. Docker Hub's one-component images answer to both names.
@@ -231,7 +231,7 @@ impl Images {
 
 /// Why a text is not a glob over images. The operator's mistake.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum PatternError {
+pub enum ImagePatternError {
     /// Nothing before or after the `:`.
     #[error("the glob has an empty part")]
     Empty,
@@ -261,28 +261,28 @@ pub enum PatternError {
 /// The rules, ready to be asked. Cheap to ask, and free where there are no rules.
 #[derive(Clone)]
 pub struct Rules {
-    default: Rule,
-    upstreams: HashMap<Arc<str>, Terms>,
+    default: EffectivePolicy,
+    upstreams: HashMap<Arc<str>, UpstreamPolicies>,
     names: GlobSet,
     rule_names: Vec<Arc<str>>,
     /// In the order of `names`; the number is the rule's.
-    patterns: Vec<(Pattern, usize)>,
+    patterns: Vec<(ImagePattern, usize)>,
 }
 
 /// What holds at one upstream: without a matching rule, and with each.
 #[derive(Clone, Debug)]
-struct Terms {
-    otherwise: Rule,
-    by_rule: Vec<Rule>,
+struct UpstreamPolicies {
+    otherwise: EffectivePolicy,
+    by_rule: Vec<EffectivePolicy>,
 }
 
 impl Rules {
     /// Merges the default, what each upstream changes, and the rules in their order.
     pub fn new(
-        default: Rule,
-        upstreams: impl IntoIterator<Item = (Arc<str>, Changes)>,
-        rules: Vec<(Vec<Pattern>, Changes)>,
-    ) -> Result<Self, PatternError> {
+        default: EffectivePolicy,
+        upstreams: impl IntoIterator<Item = (Arc<str>, PolicyOverrides)>,
+        rules: Vec<(Vec<ImagePattern>, PolicyOverrides)>,
+    ) -> Result<Self, ImagePatternError> {
         let rule_names: Vec<_> = rules
             .iter()
             .enumerate()
@@ -292,7 +292,7 @@ impl Rules {
             .into_iter()
             .map(|(upstream, changes)| {
                 let named = rule_names.iter().zip(rules.iter().map(|(_, changes)| changes));
-                let terms = Terms::new(&default, &upstream, &changes, named);
+                let terms = UpstreamPolicies::new(&default, &upstream, &changes, named);
                 (upstream, terms)
             })
             .collect();
@@ -307,7 +307,7 @@ impl Rules {
         }
         let names = names
             .build()
-            .map_err(|error| PatternError::Together(error.kind().to_string()))?;
+            .map_err(|error| ImagePatternError::Together(error.kind().to_string()))?;
         Ok(Self {
             default,
             upstreams,
@@ -318,7 +318,7 @@ impl Rules {
     }
 
     /// One rule for everything.
-    pub fn only(default: Rule) -> Self {
+    pub fn only(default: EffectivePolicy) -> Self {
         Self {
             default,
             upstreams: HashMap::new(),
@@ -330,7 +330,7 @@ impl Rules {
 
     /// What holds for an image; `tag` is `None` for what is asked by digest. At an upstream that was not given to
     /// [`Rules::new`], the default.
-    pub fn find(&self, upstream: &str, repository: &Repository, tag: Option<&Tag>) -> &Rule {
+    pub fn find(&self, upstream: &str, repository: &Repository, tag: Option<&Tag>) -> &EffectivePolicy {
         let Some(terms) = self.upstreams.get(upstream) else {
             return &self.default;
         };
@@ -367,21 +367,21 @@ impl Rules {
     }
 
     /// The default that holds at an upstream where no rule matches.
-    pub fn otherwise(&self, upstream: &str) -> &Rule {
+    pub fn otherwise(&self, upstream: &str) -> &EffectivePolicy {
         self.upstreams
             .get(upstream)
             .map_or(&self.default, |terms| &terms.otherwise)
     }
 }
 
-impl Terms {
+impl UpstreamPolicies {
     fn new<'a>(
-        default: &Rule,
+        default: &EffectivePolicy,
         upstream: &str,
-        changes: &Changes,
-        rules: impl Iterator<Item = (&'a Arc<str>, &'a Changes)>,
+        changes: &PolicyOverrides,
+        rules: impl Iterator<Item = (&'a Arc<str>, &'a PolicyOverrides)>,
     ) -> Self {
-        let otherwise = if *changes == Changes::default() {
+        let otherwise = if *changes == PolicyOverrides::default() {
             default.clone()
         } else {
             default.changed(Arc::from(format!("upstream {upstream}")), changes)
@@ -394,8 +394,8 @@ impl Terms {
 }
 
 /// Operators count from one.
-fn rule_name(number: usize, patterns: &[Pattern]) -> Arc<str> {
-    let images: Vec<&str> = patterns.iter().map(Pattern::as_str).collect();
+fn rule_name(number: usize, patterns: &[ImagePattern]) -> Arc<str> {
+    let images: Vec<&str> = patterns.iter().map(ImagePattern::as_str).collect();
     Arc::from(format!("rule {}: {}", number + 1, images.join(", ")))
 }
 

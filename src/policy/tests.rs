@@ -24,23 +24,23 @@ fn new_digest() -> Digest {
 const CAUSE: Cause = Cause::Refused;
 
 /// What can be missing of an image, and which earlier one may stand in.
-fn rests() -> [Rest; 4] {
-    let missing = |earlier| Rest::Missing { earlier };
+fn rests() -> [Completeness; 4] {
+    let missing = |previous| Completeness::Incomplete { previous };
     let (recently, long_ago) = (now() - Duration::from_secs(1), now() - 10 * STALE);
     [
-        Rest::Held,
+        Completeness::Complete,
         missing(None),
         missing(Some(recently)),
         missing(Some(long_ago)),
     ]
 }
 
-fn names(digest: Digest, holding: Holding) -> Heard {
-    Heard::Named { digest, holding }
+fn names(digest: Digest, holding: Presence) -> Revalidation {
+    Revalidation::Digest { digest, holding }
 }
 
 /// The whole input space: each field takes every value that the decision can tell apart.
-fn every_situation() -> Vec<Situation> {
+fn every_situation() -> Vec<CacheState> {
     let ages = [
         now() - Duration::from_secs(1),
         now() - FRESH,
@@ -53,7 +53,7 @@ fn every_situation() -> Vec<Situation> {
     for confirmed_at in ages {
         for (is_moved, is_in_doubt) in [(false, false), (true, false), (false, true), (true, true)] {
             helds.extend(rests().map(|rest| {
-                Some(Held {
+                Some(CachedEntry {
                     digest: old_digest(),
                     confirmed_at,
                     is_moved,
@@ -64,30 +64,34 @@ fn every_situation() -> Vec<Situation> {
         }
     }
     let hearings = [
-        Heard::Nothing,
-        names(old_digest(), Holding::Whole),
-        names(old_digest(), Holding::Manifest),
-        names(new_digest(), Holding::Whole),
-        names(new_digest(), Holding::Manifest),
-        names(new_digest(), Holding::Nothing),
-        Heard::Unnamed,
-        Heard::Absent,
-        Heard::Refused(Whose::Client),
-        Heard::Refused(Whose::Proxy),
-        Heard::Silent(CAUSE),
-        Heard::Silent(Cause::RateLimited),
-        Heard::Undelivered(CAUSE),
+        Revalidation::NotDone,
+        names(old_digest(), Presence::Complete),
+        names(old_digest(), Presence::ManifestOnly),
+        names(new_digest(), Presence::Complete),
+        names(new_digest(), Presence::ManifestOnly),
+        names(new_digest(), Presence::None),
+        Revalidation::NoDigest,
+        Revalidation::NotFound,
+        Revalidation::Denied(CredentialOwner::Client),
+        Revalidation::Denied(CredentialOwner::Proxy),
+        Revalidation::Unavailable(CAUSE),
+        Revalidation::Unavailable(Cause::RateLimited),
+        Revalidation::FetchFailed(CAUSE),
     ];
     let mut all = Vec::new();
     for policy in Policy::ALL {
-        for subject in [Subject::Tag, Subject::Manifest, Subject::Blob] {
+        for subject in [ContentKind::Tag, ContentKind::Manifest, ContentKind::Blob] {
             for &held in helds.iter().filter(|held| can_be(subject, **held)) {
-                for standing in [Standing::Unknown, Standing::Lapsed, Standing::Vouched] {
+                for standing in [
+                    Authorization::Unknown,
+                    Authorization::Expired,
+                    Authorization::Granted,
+                ] {
                     for heard in hearings {
-                        for absent in Absence::ALL {
+                        for absent in OnNotFound::ALL {
                             for fresh in [Duration::ZERO, FRESH] {
                                 for stale in [None, Some(STALE)] {
-                                    all.push(Situation {
+                                    all.push(CacheState {
                                         policy,
                                         subject,
                                         held,
@@ -110,28 +114,28 @@ fn every_situation() -> Vec<Situation> {
 }
 
 /// Only a tag moves and has an earlier image, and a blob points to nothing.
-fn can_be(subject: Subject, held: Option<Held>) -> bool {
-    if subject != Subject::Tag && held.is_some_and(|held| held.is_moved) {
+fn can_be(subject: ContentKind, held: Option<CachedEntry>) -> bool {
+    if subject != ContentKind::Tag && held.is_some_and(|held| held.is_moved) {
         return false;
     }
     match (subject, held.map(|held| held.rest)) {
-        (Subject::Tag, _) | (_, None | Some(Rest::Held)) => true,
-        (Subject::Manifest, Some(Rest::Missing { earlier })) => earlier.is_none(),
-        (Subject::Blob, Some(Rest::Missing { .. })) => false,
+        (ContentKind::Tag, _) | (_, None | Some(Completeness::Complete)) => true,
+        (ContentKind::Manifest, Some(Completeness::Incomplete { previous })) => previous.is_none(),
+        (ContentKind::Blob, Some(Completeness::Incomplete { .. })) => false,
     }
 }
 
-fn is_whole(s: &Situation) -> bool {
-    s.held.is_some_and(|held| held.rest == Rest::Held)
+fn is_whole(s: &CacheState) -> bool {
+    s.held.is_some_and(|held| held.rest == Completeness::Complete)
 }
 
-fn has_whole(s: &Situation) -> bool {
+fn has_whole(s: &CacheState) -> bool {
     s.held
-        .is_some_and(|held| held.rest != Rest::Missing { earlier: None })
+        .is_some_and(|held| held.rest != Completeness::Incomplete { previous: None })
 }
 
 /// Checks `law` in every situation where `applies` holds, and that there is at least one such situation.
-fn law(name: &str, applies: impl Fn(&Situation) -> bool, law: impl Fn(&Situation, Verdict) -> bool) {
+fn law(name: &str, applies: impl Fn(&CacheState) -> bool, law: impl Fn(&CacheState, Decision) -> bool) {
     let mut checked = 0;
     for situation in every_situation().into_iter().filter(|s| applies(s)) {
         let verdict = decide(&situation);
@@ -144,20 +148,23 @@ fn law(name: &str, applies: impl Fn(&Situation) -> bool, law: impl Fn(&Situation
     assert!(checked > 0, "{name}: applies to no situation");
 }
 
-fn in_doubt(s: &Situation) -> bool {
+fn in_doubt(s: &CacheState) -> bool {
     s.held.is_some_and(|held| held.is_in_doubt)
 }
 
-fn serves(verdict: Verdict) -> bool {
-    matches!(verdict, Verdict::Serve(_))
+fn serves(verdict: Decision) -> bool {
+    matches!(verdict, Decision::Serve(_))
 }
 
-fn named(s: &Situation) -> bool {
-    matches!(s.heard, Heard::Named { .. } | Heard::Unnamed)
+fn named(s: &CacheState) -> bool {
+    matches!(s.heard, Revalidation::Digest { .. } | Revalidation::NoDigest)
 }
 
-fn no_answer(s: &Situation) -> bool {
-    matches!(s.heard, Heard::Silent(_) | Heard::Undelivered(_))
+fn no_answer(s: &CacheState) -> bool {
+    matches!(
+        s.heard,
+        Revalidation::Unavailable(_) | Revalidation::FetchFailed(_)
+    )
 }
 
 #[test]
@@ -177,8 +184,8 @@ fn nothing_is_served_that_is_not_held() {
         "serve needs a copy",
         |s| s.held.is_none(),
         |s, v| {
-            let named = matches!(s.heard, Heard::Named { holding, .. } if holding != Holding::Nothing);
-            !serves(v) || named && s.subject == Subject::Tag
+            let named = matches!(s.heard, Revalidation::Digest { holding, .. } if holding != Presence::None);
+            !serves(v) || named && s.subject == ContentKind::Tag
         },
     );
 }
@@ -187,8 +194,8 @@ fn nothing_is_served_that_is_not_held() {
 fn a_refusal_of_the_clients_credential_is_never_answered_from_the_cache() {
     law(
         "401/403 is final",
-        |s| s.heard == Heard::Refused(Whose::Client),
-        |_, v| v == Verdict::Refuse(Refusal::Forbidden),
+        |s| s.heard == Revalidation::Denied(CredentialOwner::Client),
+        |_, v| v == Decision::Deny(DenyReason::Forbidden),
     );
 }
 
@@ -196,7 +203,7 @@ fn a_refusal_of_the_clients_credential_is_never_answered_from_the_cache() {
 fn a_stranger_gets_nothing_without_the_upstreams_yes() {
     law(
         "a stranger is not served",
-        |s| s.standing == Standing::Unknown && !named(s),
+        |s| s.standing == Authorization::Unknown && !named(s),
         |_, v| !serves(v),
     );
 }
@@ -205,13 +212,17 @@ fn a_stranger_gets_nothing_without_the_upstreams_yes() {
 fn r01_under_never_a_refusal_tells_a_stranger_nothing() {
     law(
         "one refusal, held or not",
-        |s| s.standing == Standing::Unknown && s.policy == Policy::Never && s.heard == Heard::Nothing,
-        |_, v| v == Verdict::Refuse(Refusal::NotVouched),
+        |s| {
+            s.standing == Authorization::Unknown
+                && s.policy == Policy::Never
+                && s.heard == Revalidation::NotDone
+        },
+        |_, v| v == Decision::Deny(DenyReason::NotAuthorized),
     );
     law(
         "and only strangers get it",
-        |s| s.standing != Standing::Unknown,
-        |_, v| v != Verdict::Refuse(Refusal::NotVouched),
+        |s| s.standing != Authorization::Unknown,
+        |_, v| v != Decision::Deny(DenyReason::NotAuthorized),
     );
 }
 
@@ -219,7 +230,11 @@ fn r01_under_never_a_refusal_tells_a_stranger_nothing() {
 fn a_lapsed_grant_is_good_only_while_the_upstream_cannot_be_asked() {
     law(
         "a lapsed grant does not serve before asking",
-        |s| s.standing == Standing::Lapsed && s.heard == Heard::Nothing && s.policy != Policy::Never,
+        |s| {
+            s.standing == Authorization::Expired
+                && s.heard == Revalidation::NotDone
+                && s.policy != Policy::Never
+        },
         |_, v| !serves(v),
     );
 }
@@ -228,7 +243,7 @@ fn a_lapsed_grant_is_good_only_while_the_upstream_cannot_be_asked() {
 fn policy_always_serves_a_tag_only_on_a_yes_given_now() {
     law(
         "always needs a yes",
-        |s| s.policy == Policy::Always && s.subject == Subject::Tag && !named(s),
+        |s| s.policy == Policy::Always && s.subject == ContentKind::Tag && !named(s),
         |_, v| !serves(v),
     );
 }
@@ -237,8 +252,8 @@ fn policy_always_serves_a_tag_only_on_a_yes_given_now() {
 fn policy_never_contacts_nobody() {
     law(
         "never neither asks nor fetches",
-        |s| s.policy == Policy::Never && s.heard == Heard::Nothing,
-        |_, v| !matches!(v, Verdict::Ask | Verdict::Fetch(_)),
+        |s| s.policy == Policy::Never && s.heard == Revalidation::NotDone,
+        |_, v| !matches!(v, Decision::Revalidate | Decision::Fetch(_)),
     );
 }
 
@@ -246,8 +261,8 @@ fn policy_never_contacts_nobody() {
 fn t16_what_is_in_doubt_is_served_unasked_under_no_policy_but_never() {
     law(
         "in doubt, the upstream is asked",
-        |s| in_doubt(s) && s.heard == Heard::Nothing && s.policy != Policy::Never,
-        |_, v| v == Verdict::Ask,
+        |s| in_doubt(s) && s.heard == Revalidation::NotDone && s.policy != Policy::Never,
+        |_, v| v == Decision::Revalidate,
     );
 }
 
@@ -257,13 +272,15 @@ fn t16_a_tag_in_doubt_is_not_answered_with_the_old_copy_once_it_moved() {
         "in doubt, the newest word counts",
         |s| {
             in_doubt(s)
-                && s.subject == Subject::Tag
-                && matches!(s.heard, Heard::Named { digest, .. } if digest == new_digest())
+                && s.subject == ContentKind::Tag
+                && matches!(s.heard, Revalidation::Digest { digest, .. } if digest == new_digest())
         },
         |_, v| {
             matches!(
                 v,
-                Verdict::Fetch(_) | Verdict::Serve(Served::Moved) | Verdict::Check(Served::Moved)
+                Decision::Fetch(_)
+                    | Decision::Serve(HitReason::TagMoved)
+                    | Decision::ProbeLayers(HitReason::TagMoved)
             )
         },
     );
@@ -275,11 +292,11 @@ fn t16_a_doubt_takes_nothing_away_in_an_outage() {
         .into_iter()
         .filter(|s| in_doubt(s) && no_answer(s))
     {
-        let held = situation.held.map(|held| Held {
+        let held = situation.held.map(|held| CachedEntry {
             is_in_doubt: false,
             ..held
         });
-        let without = Situation { held, ..situation };
+        let without = CacheState { held, ..situation };
         assert_eq!(decide(&situation), decide(&without), "{situation:#?}");
     }
 }
@@ -291,10 +308,10 @@ fn a_tag_older_than_stale_is_not_served_on_silence() {
         |s| {
             let too_old = |at| at <= now() - STALE || at > now() + age::AHEAD_MAX;
             let old = s.held.is_some_and(|held| match held.rest {
-                Rest::Missing { earlier: Some(at) } => too_old(at),
+                Completeness::Incomplete { previous: Some(at) } => too_old(at),
                 _ => too_old(held.confirmed_at),
             });
-            s.stale.is_some() && old && no_answer(s) && s.subject == Subject::Tag
+            s.stale.is_some() && old && no_answer(s) && s.subject == ContentKind::Tag
         },
         |_, v| !serves(v),
     );
@@ -304,23 +321,27 @@ fn a_tag_older_than_stale_is_not_served_on_silence() {
 fn an_absent_thing_is_served_only_where_the_rule_keeps_it() {
     law(
         "404 refuses",
-        |s| s.heard == Heard::Absent && s.absent == Absence::Refuse,
-        |_, v| v == Verdict::Refuse(Refusal::Absent),
+        |s| s.heard == Revalidation::NotFound && s.absent == OnNotFound::Refuse,
+        |_, v| v == Decision::Deny(DenyReason::NotFound),
     );
 }
 
 #[test]
 fn an_absence_and_a_silence_are_never_taken_for_each_other() {
     law("silence is not absence", no_answer, |_, v| {
-        v != Verdict::Refuse(Refusal::Absent)
+        v != Decision::Deny(DenyReason::NotFound)
     });
     law(
         "absence is not silence",
-        |s| s.heard == Heard::Absent,
+        |s| s.heard == Revalidation::NotFound,
         |_, v| {
             !matches!(
                 v,
-                Verdict::Refuse(Refusal::Silent(_) | Refusal::TooStale(_) | Refusal::Incomplete(_))
+                Decision::Deny(
+                    DenyReason::UpstreamUnavailable(_)
+                        | DenyReason::StaleLimitExceeded(_)
+                        | DenyReason::Incomplete(_)
+                )
             )
         },
     );
@@ -330,15 +351,15 @@ fn an_absence_and_a_silence_are_never_taken_for_each_other() {
 fn nothing_is_asked_twice() {
     law(
         "one question",
-        |s| s.heard != Heard::Nothing,
-        |_, v| v != Verdict::Ask,
+        |s| s.heard != Revalidation::NotDone,
+        |_, v| v != Decision::Revalidate,
     );
 }
 
 #[test]
 fn a_failed_fetch_is_not_followed_by_another() {
     law("no second fetch", no_answer, |_, v| {
-        !matches!(v, Verdict::Fetch(_))
+        !matches!(v, Decision::Fetch(_))
     });
 }
 
@@ -347,11 +368,11 @@ fn a_moved_tag_is_not_answered_with_the_old_copy() {
     law(
         "newer wins",
         |s| {
-            matches!(s.heard, Heard::Named { digest, .. } if digest == new_digest())
-                && s.subject == Subject::Tag
+            matches!(s.heard, Revalidation::Digest { digest, .. } if digest == new_digest())
+                && s.subject == ContentKind::Tag
                 && matches!(s.policy, Policy::Always | Policy::IfNewer)
         },
-        |_, v| !matches!(v, Verdict::Serve(served) | Verdict::Check(served) if served != Served::Moved),
+        |_, v| !matches!(v, Decision::Serve(served) | Decision::ProbeLayers(served) if served != HitReason::TagMoved),
     );
 }
 
@@ -361,17 +382,17 @@ fn half_an_image_is_served_only_on_the_upstreams_word() {
         "a tag that is not whole is not served on silence",
         |s| {
             no_answer(s)
-                && s.subject == Subject::Tag
-                && s.heard != Heard::Silent(Cause::RateLimited)
+                && s.subject == ContentKind::Tag
+                && s.heard != Revalidation::Unavailable(Cause::RateLimited)
                 && s.held.is_some()
                 && !has_whole(s)
         },
-        |_, v| matches!(v, Verdict::Refuse(_)),
+        |_, v| matches!(v, Decision::Deny(_)),
     );
     law(
         "nor before asking",
-        |s| s.heard == Heard::Nothing && s.subject == Subject::Tag && !is_whole(s),
-        |_, v| !matches!(v, Verdict::Serve(served) if served != Served::LastComplete(None)),
+        |s| s.heard == Revalidation::NotDone && s.subject == ContentKind::Tag && !is_whole(s),
+        |_, v| !matches!(v, Decision::Serve(served) if served != HitReason::PreviousComplete(None)),
     );
 }
 
@@ -382,20 +403,20 @@ fn half_an_image_is_served_only_on_the_upstreams_word() {
 fn m02_by_digest_what_is_cached_is_served_whatever_its_parts() {
     law(
         "the rest plays no part",
-        |s| s.subject == Subject::Manifest && s.held.is_some() && !is_whole(s),
+        |s| s.subject == ContentKind::Manifest && s.held.is_some() && !is_whole(s),
         |s, v| {
-            let rest = Rest::Held;
-            let held = s.held.map(|held| Held { rest, ..held });
-            v == decide(&Situation { held, ..*s })
+            let rest = Completeness::Complete;
+            let held = s.held.map(|held| CachedEntry { rest, ..held });
+            v == decide(&CacheState { held, ..*s })
         },
     );
     law(
         "silence serves the entitled",
         |s| {
-            s.subject == Subject::Manifest
-                && matches!(s.heard, Heard::Silent(_))
+            s.subject == ContentKind::Manifest
+                && matches!(s.heard, Revalidation::Unavailable(_))
                 && s.held.is_some()
-                && s.standing != Standing::Unknown
+                && s.standing != Authorization::Unknown
                 && s.policy != Policy::Always
         },
         |_, v| serves(v),
@@ -410,19 +431,23 @@ fn half_an_image_is_not_served_where_a_whole_one_is_held() {
         |s, v| {
             let moved_to_whole = matches!(
                 s.heard,
-                Heard::Named {
-                    holding: Holding::Whole,
+                Revalidation::Digest {
+                    holding: Presence::Complete,
                     ..
                 }
             );
             moved_to_whole
-                || !matches!(v, Verdict::Serve(served) if !matches!(served, Served::LastComplete(_)))
+                || !matches!(v, Decision::Serve(served) if !matches!(served, HitReason::PreviousComplete(_)))
         },
     );
     law(
         "a new one is not believed whole",
-        |s| has_whole(s) && s.heard == names(new_digest(), Holding::Manifest) && s.subject == Subject::Tag,
-        |s, v| matches!(v, Verdict::Check(_)) || s.policy == Policy::IfNotPresent && is_whole(s),
+        |s| {
+            has_whole(s)
+                && s.heard == names(new_digest(), Presence::ManifestOnly)
+                && s.subject == ContentKind::Tag
+        },
+        |s, v| matches!(v, Decision::ProbeLayers(_)) || s.policy == Policy::IfNotPresent && is_whole(s),
     );
 }
 
@@ -434,13 +459,13 @@ fn a_whole_image_is_never_checked_again() {
             is_whole(s)
                 && !matches!(
                     s.heard,
-                    Heard::Named {
-                        holding: Holding::Manifest,
+                    Revalidation::Digest {
+                        holding: Presence::ManifestOnly,
                         ..
                     }
                 )
         },
-        |_, v| !matches!(v, Verdict::Check(_)),
+        |_, v| !matches!(v, Decision::ProbeLayers(_)),
     );
 }
 
@@ -448,8 +473,8 @@ fn a_whole_image_is_never_checked_again() {
 fn what_may_be_outdated_says_so() {
     law(
         "a tag served on silence is marked",
-        |s| s.subject == Subject::Tag && (no_answer(s) || s.heard == Heard::Absent),
-        |_, v| !matches!(v, Verdict::Serve(served) if !served.may_be_outdated()),
+        |s| s.subject == ContentKind::Tag && (no_answer(s) || s.heard == Revalidation::NotFound),
+        |_, v| !matches!(v, Decision::Serve(served) if !served.may_be_outdated()),
     );
 }
 
@@ -461,16 +486,16 @@ fn a_fresh_tag_is_not_asked_about() {
         "fresh asks nothing",
         |s| {
             s.policy == Policy::IfNewer
-                && s.subject == Subject::Tag
-                && s.standing == Standing::Vouched
+                && s.subject == ContentKind::Tag
+                && s.standing == Authorization::Granted
                 && s.fresh == FRESH
-                && s.heard == Heard::Nothing
+                && s.heard == Revalidation::NotDone
                 && is_whole(s)
                 && s.held.is_some_and(|h| {
                     h.confirmed_at == now() - Duration::from_secs(1) && !h.is_moved && !h.is_in_doubt
                 })
         },
-        |_, v| v == Verdict::Serve(Served::Fresh),
+        |_, v| v == Decision::Serve(HitReason::Fresh),
     );
 }
 
@@ -479,16 +504,16 @@ fn o01_a_tag_that_another_client_saw_move_is_not_fresh() {
     law(
         "moved is not fresh",
         |s| s.held.is_some_and(|h| h.is_moved),
-        |_, v| v != Verdict::Serve(Served::Fresh),
+        |_, v| v != Decision::Serve(HitReason::Fresh),
     );
     law(
         "and nothing else changes",
         |s| s.held.is_some_and(|h| h.is_moved),
         |s, v| {
             let is_moved = false;
-            let held = s.held.map(|held| Held { is_moved, ..held });
-            let unmoved = decide(&Situation { held, ..*s });
-            v == unmoved || unmoved == Verdict::Serve(Served::Fresh) && v == Verdict::Ask
+            let held = s.held.map(|held| CachedEntry { is_moved, ..held });
+            let unmoved = decide(&CacheState { held, ..*s });
+            v == unmoved || unmoved == Decision::Serve(HitReason::Fresh) && v == Decision::Revalidate
         },
     );
 }
@@ -498,7 +523,7 @@ fn a_clock_that_stepped_back_makes_nothing_fresh() {
     law(
         "the future is not fresh",
         |s| s.held.is_some_and(|h| h.confirmed_at > now()),
-        |_, v| v != Verdict::Serve(Served::Fresh),
+        |_, v| v != Decision::Serve(HitReason::Fresh),
     );
 }
 
@@ -507,14 +532,14 @@ fn content_by_digest_is_not_asked_about_for_the_vouched() {
     law(
         "immutable",
         |s| {
-            s.subject != Subject::Tag
+            s.subject != ContentKind::Tag
                 && s.held.is_some()
-                && s.standing == Standing::Vouched
-                && s.heard == Heard::Nothing
+                && s.standing == Authorization::Granted
+                && s.heard == Revalidation::NotDone
                 && s.policy != Policy::Never
                 && !in_doubt(s)
         },
-        |_, v| v == Verdict::Serve(Served::Immutable),
+        |_, v| v == Decision::Serve(HitReason::Immutable),
     );
 }
 
@@ -522,16 +547,19 @@ fn content_by_digest_is_not_asked_about_for_the_vouched() {
 fn what_is_held_is_not_fetched() {
     law(
         "an unchanged digest is served",
-        |s| matches!(s.heard, Heard::Named { digest, .. } if digest == old_digest()) && s.held.is_some(),
-        |_, v| serves(v) || matches!(v, Verdict::Check(_)),
+        |s| {
+            matches!(s.heard, Revalidation::Digest { digest, .. } if digest == old_digest())
+                && s.held.is_some()
+        },
+        |_, v| serves(v) || matches!(v, Decision::ProbeLayers(_)),
     );
     law(
         "a digest held under another name is served",
         |s| {
-            matches!(s.heard, Heard::Named { holding, .. } if holding != Holding::Nothing)
-                && s.subject == Subject::Tag
+            matches!(s.heard, Revalidation::Digest { holding, .. } if holding != Presence::None)
+                && s.subject == ContentKind::Tag
         },
-        |_, v| serves(v) || matches!(v, Verdict::Check(_)),
+        |_, v| serves(v) || matches!(v, Decision::ProbeLayers(_)),
     );
 }
 
@@ -539,8 +567,8 @@ fn what_is_held_is_not_fetched() {
 fn what_is_not_held_is_not_asked_about_first() {
     law(
         "the fetch is the question",
-        |s| s.held.is_none() && s.heard == Heard::Nothing && s.policy != Policy::Never,
-        |_, v| v == Verdict::Fetch(Why::NotHeld),
+        |s| s.held.is_none() && s.heard == Revalidation::NotDone && s.policy != Policy::Never,
+        |_, v| v == Decision::Fetch(MissReason::NotCached),
     );
 }
 
@@ -549,7 +577,7 @@ fn if_not_present_never_fetches_what_is_present() {
     law(
         "present is enough",
         |s| s.policy == Policy::IfNotPresent && s.held.is_some() && !in_doubt(s),
-        |_, v| !matches!(v, Verdict::Fetch(_)),
+        |_, v| !matches!(v, Decision::Fetch(_)),
     );
 }
 
@@ -558,9 +586,9 @@ fn the_entitled_are_served_through_an_outage() {
     law(
         "silence serves the entitled",
         |s| {
-            matches!(s.heard, Heard::Silent(_))
+            matches!(s.heard, Revalidation::Unavailable(_))
                 && has_whole(s)
-                && s.standing != Standing::Unknown
+                && s.standing != Authorization::Unknown
                 && s.policy != Policy::Always
                 && s.stale.is_none()
         },
@@ -573,9 +601,9 @@ fn our_own_refused_credential_does_not_stop_the_entitled() {
     law(
         "the operator's mistake",
         |s| {
-            s.heard == Heard::Refused(Whose::Proxy)
+            s.heard == Revalidation::Denied(CredentialOwner::Proxy)
                 && has_whole(s)
-                && s.standing != Standing::Unknown
+                && s.standing != Authorization::Unknown
                 && s.policy != Policy::Always
                 && s.stale.is_none()
         },
@@ -587,14 +615,14 @@ fn our_own_refused_credential_does_not_stop_the_entitled() {
 fn less_standing_never_serves_more() {
     for situation in every_situation() {
         for (less, more) in [
-            (Standing::Unknown, Standing::Lapsed),
-            (Standing::Lapsed, Standing::Vouched),
+            (Authorization::Unknown, Authorization::Expired),
+            (Authorization::Expired, Authorization::Granted),
         ] {
-            let with_less = decide(&Situation {
+            let with_less = decide(&CacheState {
                 standing: less,
                 ..situation
             });
-            let with_more = decide(&Situation {
+            let with_more = decide(&CacheState {
                 standing: more,
                 ..situation
             });
@@ -612,55 +640,59 @@ fn less_standing_never_serves_more() {
 /// differ, pull; (5) if the remote digest cannot be had, use the held image.
 #[test]
 fn the_rule_as_it_was_asked_for() {
-    let situation = Situation {
+    let situation = CacheState {
         policy: Policy::IfNewer,
-        subject: Subject::Tag,
-        held: Some(Held {
+        subject: ContentKind::Tag,
+        held: Some(CachedEntry {
             digest: old_digest(),
             confirmed_at: now() - STALE,
             is_moved: false,
-            rest: Rest::Held,
+            rest: Completeness::Complete,
             is_in_doubt: false,
         }),
-        standing: Standing::Vouched,
-        heard: Heard::Nothing,
-        absent: Absence::Refuse,
+        standing: Authorization::Granted,
+        heard: Revalidation::NotDone,
+        absent: OnNotFound::Refuse,
         fresh: Duration::ZERO,
         stale: None,
         now: now(),
     };
-    let not_held = Situation {
+    let not_held = CacheState {
         held: None,
         ..situation
     };
-    let same = names(old_digest(), Holding::Whole);
-    let other = names(new_digest(), Holding::Nothing);
+    let same = names(old_digest(), Presence::Complete);
+    let other = names(new_digest(), Presence::None);
     let table = [
-        ("1. not held: pull", not_held, Verdict::Fetch(Why::NotHeld)),
+        (
+            "1. not held: pull",
+            not_held,
+            Decision::Fetch(MissReason::NotCached),
+        ),
         (
             "3. held: take the digest of the remote one",
             situation,
-            Verdict::Ask,
+            Decision::Revalidate,
         ),
         (
             "4. the same: use the held one",
-            situation.having_heard(same),
-            Verdict::Serve(Served::Unchanged),
+            situation.with_revalidation(same),
+            Decision::Serve(HitReason::Revalidated),
         ),
         (
             "4. they differ: pull",
-            situation.having_heard(other),
-            Verdict::Fetch(Why::Newer),
+            situation.with_revalidation(other),
+            Decision::Fetch(MissReason::NewDigest),
         ),
         (
             "5. the remote digest cannot be had: use the held one",
-            situation.having_heard(Heard::Silent(Cause::Timeout)),
-            Verdict::Serve(Served::Stale(Cause::Timeout)),
+            situation.with_revalidation(Revalidation::Unavailable(Cause::Timeout)),
+            Decision::Serve(HitReason::StaleIfError(Cause::Timeout)),
         ),
         (
             "and never around the authentication of a private registry",
-            situation.having_heard(Heard::Refused(Whose::Client)),
-            Verdict::Refuse(Refusal::Forbidden),
+            situation.with_revalidation(Revalidation::Denied(CredentialOwner::Client)),
+            Decision::Deny(DenyReason::Forbidden),
         ),
     ];
     for (step, situation, expected) in table {
@@ -673,8 +705,8 @@ fn policies_are_read_back_from_their_names() {
     for policy in Policy::ALL {
         assert_eq!(policy.to_string().parse(), Ok(policy));
     }
-    assert_eq!("If-Newer".parse::<Policy>(), Err(UnknownWord));
-    for absence in Absence::ALL {
+    assert_eq!("If-Newer".parse::<Policy>(), Err(UnknownValue));
+    for absence in OnNotFound::ALL {
         assert_eq!(absence.name().parse(), Ok(absence));
     }
 }

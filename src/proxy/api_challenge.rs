@@ -13,7 +13,7 @@ use super::{ProxyResponse, ProxyService, Request, UpstreamRegistry};
 use crate::age;
 use crate::oci::challenge::Challenge;
 use crate::oci::{Accept, Operation};
-use crate::policy::Refusal;
+use crate::policy::DenyReason;
 use crate::store::challenges::KeptChallenge;
 use crate::trace_context::Trace;
 use crate::upstream::Answer;
@@ -46,7 +46,11 @@ impl ProxyService {
                     .filter_map(|line| HeaderValue::from_str(line).ok());
                 ProxyResponse::Challenged(lines.collect())
             }
-            Err(answer) => refused(Refusal::Silent(answer.cause()), Some(answer), false),
+            Err(answer) => refused(
+                DenyReason::UpstreamUnavailable(answer.cause()),
+                Some(answer),
+                false,
+            ),
         }
     }
 

@@ -14,7 +14,7 @@ use crate::oci::manifest::{Descriptor, Kind, Role};
 use crate::oci::{
     Accept, AnyDigest, Digest, Manifest, Operation, Query, RangeRequest, Reference, Repository,
 };
-use crate::policy::Refusal;
+use crate::policy::DenyReason;
 use crate::queue::Peer;
 use crate::store::manifests::HeldManifest;
 use crate::upstream::Credential;
@@ -109,7 +109,7 @@ impl ProxyService {
         };
         let listed = match self.ask_as(of, operation).await {
             ProxyResponse::Listing(listing, _) => Manifest::read(&listing.bytes).ok(),
-            ProxyResponse::Denied(refused) if refused.refusal == Refusal::Absent => {
+            ProxyResponse::Denied(refused) if refused.refusal == DenyReason::NotFound => {
                 let Ok(tag) = subject.to_string().replacen(':', "-", 1).parse() else {
                     return true;
                 };
@@ -119,7 +119,7 @@ impl ProxyService {
                 };
                 match self.ask_as(of, operation).await {
                     ProxyResponse::Manifest(held, _) => Some(held.manifest.clone()),
-                    ProxyResponse::Denied(refused) => return refused.refusal == Refusal::Absent,
+                    ProxyResponse::Denied(refused) => return refused.refusal == DenyReason::NotFound,
                     _ => None,
                 }
             }

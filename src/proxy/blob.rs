@@ -16,9 +16,10 @@ use super::{
 };
 use crate::download::{AHEAD_BYTES_MAX, Failure, Joined, Reader, WITHHELD_BYTES, Wish};
 use crate::oci::{AnyDigest, Cause, Digest, MediaType, RangeRequest, Repository};
-use crate::policy::rules::Rule;
+use crate::policy::rules::EffectivePolicy;
 use crate::policy::{
-    Heard, Held, Refusal, Rest, Served, Situation, Standing, Subject, Verdict, Whose, Why, decide,
+    Authorization, CacheState, CachedEntry, Completeness, ContentKind, CredentialOwner, Decision, DenyReason,
+    HitReason, MissReason, Revalidation, decide,
 };
 use crate::queue::{Class, Demand, NoPlace};
 use crate::upstream::Answer;
@@ -74,13 +75,15 @@ impl ProxyService {
         let (copy, seen) = self.held_content(request, repository, digest).await;
         let situation = road.situation(copy.is_some(), seen);
         match (decide(&situation), copy) {
-            (Verdict::Serve(served), Some((_, size))) if request.for_push => {
+            (Decision::Serve(served), Some((_, size))) if request.for_push => {
                 road.for_push(&situation, size, served).await
             }
-            (Verdict::Serve(served), Some((bytes, size))) => road.serve(bytes, size, served),
-            (Verdict::Refuse(refusal), _) => refused(refusal, None, false),
-            (Verdict::Ask, copy) => road.after_asking(situation, copy).await,
-            (Verdict::Fetch(_) | Verdict::Serve(_) | Verdict::Check(_), _) => road.fetch(situation).await,
+            (Decision::Serve(served), Some((bytes, size))) => road.serve(bytes, size, served),
+            (Decision::Deny(refusal), _) => refused(refusal, None, false),
+            (Decision::Revalidate, copy) => road.after_asking(situation, copy).await,
+            (Decision::Fetch(_) | Decision::Serve(_) | Decision::ProbeLayers(_), _) => {
+                road.fetch(situation).await
+            }
         }
     }
 
@@ -122,30 +125,32 @@ struct BlobRequest<'a> {
     request: &'a Request,
     repository: &'a Repository,
     context: &'a AuthContext,
-    rule: &'a Rule,
+    rule: &'a EffectivePolicy,
     digest: Digest,
 }
 
 impl BlobRequest<'_> {
-    fn situation(&self, is_held: bool, seen: bool) -> Situation {
-        let held = is_held.then_some(Held {
+    fn situation(&self, is_held: bool, seen: bool) -> CacheState {
+        let held = is_held.then_some(CachedEntry {
             digest: self.digest,
             confirmed_at: self.request.now,
             is_moved: false,
-            rest: Rest::Held,
+            rest: Completeness::Complete,
             is_in_doubt: self
                 .pull
                 .is_in_doubt(&self.request.site, self.repository, self.digest.into()),
         });
         self.context
-            .situation(self.rule, Subject::Blob, held, seen, self.request.now)
+            .situation(self.rule, ContentKind::Blob, held, seen, self.request.now)
     }
 
     /// For one who has shown no right here: see [`AuthContext::is_stranger`].
     async fn introduced(&self) -> ProxyResponse {
         let now = self.request.now;
-        let unseen = self.context.situation(self.rule, Subject::Blob, None, false, now);
-        if let Verdict::Refuse(refusal) = decide(&unseen) {
+        let unseen = self
+            .context
+            .situation(self.rule, ContentKind::Blob, None, false, now);
+        if let Decision::Deny(refusal) = decide(&unseen) {
             return refused(refusal, None, false);
         }
         let asked = self.ask(&unseen).await;
@@ -157,7 +162,7 @@ impl BlobRequest<'_> {
                 self.pass_through(unseen).await
             };
         }
-        if !matches!(asked.heard, Heard::Named { .. } | Heard::Unnamed) {
+        if !matches!(asked.heard, Revalidation::Digest { .. } | Revalidation::NoDigest) {
             return refuse_unheld(unseen, asked.heard, asked.answer);
         }
         let (held, _) = self
@@ -165,17 +170,19 @@ impl BlobRequest<'_> {
             .held_content(self.request, self.repository, self.digest)
             .await;
         match held {
-            Some((_, size)) if self.request.for_push => self.serve(BlobBody::Head, size, Served::Immutable),
-            Some((content, size)) => self.serve(content, size, Served::Immutable),
+            Some((_, size)) if self.request.for_push => {
+                self.serve(BlobBody::Head, size, HitReason::Immutable)
+            }
+            Some((content, size)) => self.serve(content, size, HitReason::Immutable),
             None if self.request.head => self.head_said(unseen, asked),
             None => {
-                let standing = Standing::Vouched;
-                self.fetch(Situation { standing, ..unseen }).await
+                let standing = Authorization::Granted;
+                self.fetch(CacheState { standing, ..unseen }).await
             }
         }
     }
 
-    async fn after_asking(&self, situation: Situation, content: Option<(BlobBody, u64)>) -> ProxyResponse {
+    async fn after_asking(&self, situation: CacheState, content: Option<(BlobBody, u64)>) -> ProxyResponse {
         let mut asked = self.ask(&situation).await;
         if asked.is_unproven() && self.request.head {
             return self.head_given(asked.answer.and_then(|answer| answer.length));
@@ -185,9 +192,9 @@ impl BlobRequest<'_> {
         {
             asked = self.proven(Sample::of_content(content).await).await;
         }
-        match (decide(&situation.having_heard(asked.heard)), content) {
-            (Verdict::Serve(served), Some((content, size))) => self.serve(content, size, served),
-            (Verdict::Refuse(refusal), _) => refused(refusal, asked.answer, is_own(asked.heard)),
+        match (decide(&situation.with_revalidation(asked.heard)), content) {
+            (Decision::Serve(served), Some((content, size))) => self.serve(content, size, served),
+            (Decision::Deny(refusal), _) => refused(refusal, asked.answer, is_own(asked.heard)),
             // The copy went away while the question was out.
             _ => self.fetch(situation).await,
         }
@@ -195,10 +202,10 @@ impl BlobRequest<'_> {
 
     /// A held blob may have been collected by the registry, and a push that leaves it out would fail there. While the
     /// registry is silent there is no push to spoil.
-    async fn for_push(&self, situation: &Situation, size: u64, served: Served) -> ProxyResponse {
+    async fn for_push(&self, situation: &CacheState, size: u64, served: HitReason) -> ProxyResponse {
         let asked = self.ask(situation).await;
         match asked.heard {
-            Heard::Absent => {
+            Revalidation::NotFound => {
                 let own = Arc::clone(&self.request.site);
                 let (repository, digest) = (self.repository.clone(), self.digest);
                 let gone = self
@@ -207,15 +214,15 @@ impl BlobRequest<'_> {
                     .write(move |store| store.note_gone(own.name(), &repository, &digest))
                     .await;
                 super::revalidate::report(gone, "forget a blob that the registry no longer has");
-                refused(Refusal::Absent, asked.answer, false)
+                refused(DenyReason::NotFound, asked.answer, false)
             }
-            Heard::Refused(_) => refused(Refusal::Forbidden, asked.answer, is_own(asked.heard)),
+            Revalidation::Denied(_) => refused(DenyReason::Forbidden, asked.answer, is_own(asked.heard)),
             _ => self.serve(BlobBody::Head, size, served),
         }
     }
 
     /// Asks whether this principal may read this blob here. A yes is the proof that the upstream has it here.
-    async fn ask(&self, situation: &Situation) -> Revalidated {
+    async fn ask(&self, situation: &CacheState) -> Revalidated {
         self.pull
             .ask(
                 self.request,
@@ -227,7 +234,7 @@ impl BlobRequest<'_> {
             .await
     }
 
-    fn serve(&self, content: BlobBody, size: u64, served: Served) -> ProxyResponse {
+    fn serve(&self, content: BlobBody, size: u64, served: HitReason) -> ProxyResponse {
         self.outcome(content, Some(size), ServeReason::Cached(served))
     }
 
@@ -248,7 +255,7 @@ impl BlobRequest<'_> {
         }
     }
 
-    async fn fetch(&self, situation: Situation) -> ProxyResponse {
+    async fn fetch(&self, situation: CacheState) -> ProxyResponse {
         if self.request.head {
             return self.head(situation).await;
         }
@@ -264,23 +271,25 @@ impl BlobRequest<'_> {
             Some(Failure::Refused(answer)) => answer.cause(),
             _ => Cause::Busy,
         };
-        refused(Refusal::Silent(cause), None, false)
+        refused(DenyReason::UpstreamUnavailable(cause), None, false)
     }
 
-    async fn head(&self, situation: Situation) -> ProxyResponse {
+    async fn head(&self, situation: CacheState) -> ProxyResponse {
         // Verified and seen here, and not named yet.
-        if situation.standing == Standing::Vouched
+        if situation.standing == Authorization::Granted
             && let Some(size) = self.pull.downloads.verified_size(&self.digest)
         {
-            return self.serve(BlobBody::Head, size, Served::Immutable);
+            return self.serve(BlobBody::Head, size, HitReason::Immutable);
         }
         let asked = self.ask(&situation).await;
         self.head_said(situation, asked)
     }
 
-    fn head_said(&self, situation: Situation, asked: Revalidated) -> ProxyResponse {
+    fn head_said(&self, situation: CacheState, asked: Revalidated) -> ProxyResponse {
         match (asked.heard, &asked.answer) {
-            (Heard::Named { .. } | Heard::Unnamed, Some(answer)) => self.head_given(answer.length),
+            (Revalidation::Digest { .. } | Revalidation::NoDigest, Some(answer)) => {
+                self.head_given(answer.length)
+            }
             // Passed on as the upstream's word: nothing is noted because of it.
             (_, Some(answer)) if asked.is_unproven() => self.head_given(answer.length),
             (heard, _) => refuse_unheld(situation, heard, asked.answer),
@@ -288,21 +297,21 @@ impl BlobRequest<'_> {
     }
 
     fn head_given(&self, size: Option<u64>) -> ProxyResponse {
-        self.outcome(BlobBody::Head, size, ServeReason::Fetched(Why::NotHeld))
+        self.outcome(BlobBody::Head, size, ServeReason::Fetched(MissReason::NotCached))
     }
 
     /// What asking comes to once the upstream was asked for the bytes as well.
     async fn proven(&self, sample: Option<Sample>) -> Revalidated {
         let Some(sample) = sample else {
             return Revalidated {
-                heard: Heard::Silent(Cause::NotRegistry),
+                heard: Revalidation::Unavailable(Cause::NotRegistry),
                 answer: None,
             };
         };
         let of = self.wanted();
         match self.pull.prove(&of, self.digest, &sample).await {
             Ok(()) => Revalidated {
-                heard: Heard::Unnamed,
+                heard: Revalidation::NoDigest,
                 answer: None,
             },
             Err(answer) => Revalidated {
@@ -316,15 +325,20 @@ impl BlobRequest<'_> {
         UpstreamRequest::of(self.request, self.repository, &self.context.caller)
     }
 
-    async fn join(&self, situation: Situation) -> Result<ProxyResponse, Arc<Failure>> {
+    async fn join(&self, situation: CacheState) -> Result<ProxyResponse, Arc<Failure>> {
         let of = self.wanted();
         let wish = self.wish();
         match self.pull.downloads.join(self.digest, of.requester(), wish).await {
             Joined::Leader(leader) => {
                 let source = UpstreamSource::new(self.pull, of, self.digest).for_leader(&leader);
                 let reader = leader.start(source);
-                self.read(reader, ServeReason::Fetched(Why::NotHeld), situation, true)
-                    .await
+                self.read(
+                    reader,
+                    ServeReason::Fetched(MissReason::NotCached),
+                    situation,
+                    true,
+                )
+                .await
             }
             Joined::Follower {
                 reader,
@@ -389,10 +403,10 @@ impl BlobRequest<'_> {
     /// Nobody follows on another's right: `None` if this principal has its own, else the refusal.
     async fn own_right(
         &self,
-        situation: Situation,
+        situation: CacheState,
         sample: impl Future<Output = Option<Sample>>,
     ) -> Option<ProxyResponse> {
-        if situation.standing == Standing::Vouched || self.may_follow_here() {
+        if situation.standing == Authorization::Granted || self.may_follow_here() {
             return None;
         }
         let mut asked = self.ask(&situation).await;
@@ -400,7 +414,7 @@ impl BlobRequest<'_> {
             asked = self.proven(sample.await).await;
         }
         match asked.heard {
-            Heard::Named { .. } | Heard::Unnamed => None,
+            Revalidation::Digest { .. } | Revalidation::NoDigest => None,
             heard => Some(refuse_unheld(situation, heard, asked.answer)),
         }
     }
@@ -414,15 +428,17 @@ impl BlobRequest<'_> {
     /// Whether this principal may read in this repository.
     fn may_read_here(&self) -> bool {
         let now = self.request.now;
-        let here = self.context.situation(self.rule, Subject::Blob, None, true, now);
-        here.standing == Standing::Vouched
+        let here = self
+            .context
+            .situation(self.rule, ContentKind::Blob, None, true, now);
+        here.standing == Authorization::Granted
     }
 
     async fn read(
         &self,
         mut reader: Reader,
         reason: ServeReason,
-        situation: Situation,
+        situation: CacheState,
         leads: bool,
     ) -> Result<ProxyResponse, Arc<Failure>> {
         let opened = async {
@@ -451,15 +467,19 @@ impl BlobRequest<'_> {
                 Ok(self.pass_through(situation).await)
             }
             Failure::Crowded(full) => Ok(crowded(NoPlace::Full(*full))),
-            Failure::Broken(cause) => Ok(refused(Refusal::Silent(*cause), None, false)),
-            Failure::Wrong(_) => Ok(refused(Refusal::Silent(Cause::WrongDigest), None, false)),
+            Failure::Broken(cause) => Ok(refused(DenyReason::UpstreamUnavailable(*cause), None, false)),
+            Failure::Wrong(_) => Ok(refused(
+                DenyReason::UpstreamUnavailable(Cause::WrongDigest),
+                None,
+                false,
+            )),
             Failure::Store(_) | Failure::Stranded(_) => Ok(self.pass_through(situation).await),
         }
     }
 
     /// The upstream's bytes as they come, verified on their way: where the disk cannot take them, and where nothing but
     /// the bytes can prove the right to them. What they prove is noted once they are verified.
-    async fn pass_through(&self, situation: Situation) -> ProxyResponse {
+    async fn pass_through(&self, situation: CacheState) -> ProxyResponse {
         let Request {
             site,
             operation,
@@ -495,10 +515,10 @@ impl BlobRequest<'_> {
             match passing.next().await.transpose() {
                 Ok(bytes) if passing.is_over() => BlobBody::Memory(bytes.unwrap_or_default()),
                 Ok(_) | Err(Cause::WrongDigest) if is_page => {
-                    return refuse_unheld(situation, Heard::Silent(Cause::NotRegistry), None);
+                    return refuse_unheld(situation, Revalidation::Unavailable(Cause::NotRegistry), None);
                 }
-                Ok(_) => return refuse_unheld(situation, Heard::Silent(Cause::Malformed), None),
-                Err(cause) => return refuse_unheld(situation, Heard::Silent(cause), None),
+                Ok(_) => return refuse_unheld(situation, Revalidation::Unavailable(Cause::Malformed), None),
+                Err(cause) => return refuse_unheld(situation, Revalidation::Unavailable(cause), None),
             }
         } else {
             BlobBody::Passthrough(Box::new(passing))
@@ -510,7 +530,11 @@ impl BlobRequest<'_> {
 /// Too many downloads wait already.
 fn crowded(refused_place: NoPlace) -> ProxyResponse {
     let answer = Answer::unplaced(refused_place);
-    refused(Refusal::Silent(answer.cause()), Some(Arc::new(answer)), false)
+    refused(
+        DenyReason::UpstreamUnavailable(answer.cause()),
+        Some(Arc::new(answer)),
+        false,
+    )
 }
 
 /// Waits for the upstream's answer, and says whether the download waits for a place instead.
@@ -544,19 +568,19 @@ async fn begun(reader: &mut Reader) -> Result<(), Arc<Failure>> {
         .unwrap_or(Ok(()))
 }
 
-fn refuse_unheld(situation: Situation, heard: Heard, answer: Option<Arc<Answer>>) -> ProxyResponse {
-    let situation = Situation {
+fn refuse_unheld(situation: CacheState, heard: Revalidation, answer: Option<Arc<Answer>>) -> ProxyResponse {
+    let situation = CacheState {
         held: None,
         ..situation
     }
-    .having_heard(heard);
+    .with_revalidation(heard);
     match decide(&situation) {
-        Verdict::Refuse(refusal) => refused(refusal, answer, is_own(heard)),
+        Decision::Deny(refusal) => refused(refusal, answer, is_own(heard)),
         // A yes where a no was expected: the upstream contradicts itself.
-        _ => refused(Refusal::Silent(Cause::Malformed), answer, false),
+        _ => refused(DenyReason::UpstreamUnavailable(Cause::Malformed), answer, false),
     }
 }
 
-fn is_own(heard: Heard) -> bool {
-    heard == Heard::Refused(Whose::Proxy)
+fn is_own(heard: Revalidation) -> bool {
+    heard == Revalidation::Denied(CredentialOwner::Proxy)
 }

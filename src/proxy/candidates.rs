@@ -6,8 +6,8 @@ use std::time::SystemTime;
 use super::cache_view::CacheView;
 use super::{AuthContext, ProxyService, Request, UpstreamRegistry};
 use crate::oci::{Accept, AnyDigest, Digest, Repository, Tag};
-use crate::policy::rules::Rule;
-use crate::policy::{Held, Holding, Rest, Situation, Subject};
+use crate::policy::rules::EffectivePolicy;
+use crate::policy::{CacheState, CachedEntry, Completeness, ContentKind, Presence};
 use crate::store::manifests::HeldManifest;
 use crate::store::tags::{Named, TagKey, TagReader};
 
@@ -23,7 +23,7 @@ pub(super) struct Candidates {
     pub(super) newest: CachedManifest,
     /// Whether the tag was seen to name something else since the newest copy was confirmed.
     is_moved: bool,
-    pub(super) rest: Rest,
+    pub(super) rest: Completeness,
     pub(super) earlier: Option<CachedManifest>,
     /// Whether a write may have changed upstream what the newest is named by.
     pub(super) is_in_doubt: bool,
@@ -31,8 +31,8 @@ pub(super) struct Candidates {
 
 impl Candidates {
     /// As the decision sees it.
-    pub(super) fn held(&self) -> Held {
-        Held {
+    pub(super) fn held(&self) -> CachedEntry {
+        CachedEntry {
             digest: self.newest.manifest.digest,
             confirmed_at: self.newest.confirmed_at,
             is_moved: self.is_moved,
@@ -44,7 +44,7 @@ impl Candidates {
     /// The same of an index that only lists manifests: each is asked for by itself, by those who want it.
     pub(super) fn of_list(self) -> Self {
         Self {
-            rest: Rest::Held,
+            rest: Completeness::Complete,
             earlier: None,
             ..self
         }
@@ -53,8 +53,8 @@ impl Candidates {
     /// The copy that is whole, if there is one: the image that would be served instead of one that cannot be had.
     pub(super) fn whole(&self) -> Option<&CachedManifest> {
         match self.rest {
-            Rest::Held => Some(&self.newest),
-            Rest::Missing { .. } => self.earlier.as_ref(),
+            Completeness::Complete => Some(&self.newest),
+            Completeness::Incomplete { .. } => self.earlier.as_ref(),
         }
     }
 }
@@ -99,17 +99,17 @@ impl ProxyService {
     pub(super) async fn digest_situation(
         self: &Arc<Self>,
         site: &Arc<UpstreamRegistry>,
-        (context, rule): (&AuthContext, &Rule),
+        (context, rule): (&AuthContext, &EffectivePolicy),
         repository: &Repository,
         digest: &AnyDigest,
         now: SystemTime,
-    ) -> Situation {
+    ) -> CacheState {
         let (copies, seen) = match digest {
             AnyDigest::Known(digest) => self.copy_of_digest(site, repository, digest, now).await,
             AnyDigest::Foreign(_) => (None, false),
         };
         let held = copies.as_ref().map(Candidates::held);
-        context.situation(rule, Subject::Manifest, held, seen, now)
+        context.situation(rule, ContentKind::Manifest, held, seen, now)
     }
 
     /// How much is held of what an upstream named.
@@ -118,7 +118,7 @@ impl ProxyService {
         site: &Arc<UpstreamRegistry>,
         repository: &Repository,
         digest: &Digest,
-    ) -> Holding {
+    ) -> Presence {
         let digest = *digest;
         self.look_up(site, repository, move |cached| cached.holding(&digest))
             .await
@@ -157,7 +157,7 @@ impl CacheView<'_> {
             return Some(Candidates {
                 newest,
                 is_moved,
-                rest: Rest::Held,
+                rest: Completeness::Complete,
                 earlier: None,
                 is_in_doubt,
             });
@@ -168,8 +168,8 @@ impl CacheView<'_> {
         Some(Candidates {
             newest,
             is_moved,
-            rest: Rest::Missing {
-                earlier: earlier.as_ref().map(|copy| copy.confirmed_at),
+            rest: Completeness::Incomplete {
+                previous: earlier.as_ref().map(|copy| copy.confirmed_at),
             },
             earlier,
             is_in_doubt,
@@ -188,9 +188,9 @@ impl CacheView<'_> {
     fn copy_of_digest(&self, digest: &Digest, now: SystemTime) -> Option<Candidates> {
         let manifest = self.manifest(digest)?;
         let rest = if self.is_whole(&manifest) {
-            Rest::Held
+            Completeness::Complete
         } else {
-            Rest::Missing { earlier: None }
+            Completeness::Incomplete { previous: None }
         };
         let newest = CachedManifest {
             manifest,
@@ -207,14 +207,14 @@ impl CacheView<'_> {
         })
     }
 
-    fn holding(&self, digest: &Digest) -> Holding {
+    fn holding(&self, digest: &Digest) -> Presence {
         if !self.has_seen(digest) {
-            return Holding::Nothing;
+            return Presence::None;
         }
         match self.manifest(digest) {
-            Some(manifest) if self.is_whole(&manifest) => Holding::Whole,
-            Some(_) => Holding::Manifest,
-            None => Holding::Nothing,
+            Some(manifest) if self.is_whole(&manifest) => Presence::Complete,
+            Some(_) => Presence::ManifestOnly,
+            None => Presence::None,
         }
     }
 

@@ -10,7 +10,7 @@ use http::HeaderValue;
 
 use super::{Denied, ProxyResponse, ProxyService, Request, UpstreamRegistry};
 use crate::oci::{Cause, Repository};
-use crate::policy::Refusal;
+use crate::policy::DenyReason;
 use crate::store::challenges::KeptChallenge;
 use crate::upstream::{Answer, Said};
 
@@ -63,9 +63,11 @@ impl ProxyService {
         };
         let answered = answer.as_ref().is_some_and(|answer| answer.silence().is_none());
         let unasked = match refusal {
-            Refusal::Silent(_) | Refusal::TooStale(_) | Refusal::Incomplete(_) => !answered,
-            Refusal::NotHeld | Refusal::NotVouched => true,
-            Refusal::Forbidden | Refusal::Challenged | Refusal::Absent => false,
+            DenyReason::UpstreamUnavailable(_)
+            | DenyReason::StaleLimitExceeded(_)
+            | DenyReason::Incomplete(_) => !answered,
+            DenyReason::NotCached | DenyReason::NotAuthorized => true,
+            DenyReason::Forbidden | DenyReason::AuthRequired | DenyReason::NotFound => false,
         };
         let Some(repository) = request.operation.repository().filter(|_| unasked) else {
             return outcome;
@@ -91,7 +93,7 @@ impl ProxyService {
             ..Answer::silent(Cause::Offline)
         };
         ProxyResponse::Denied(Denied {
-            refusal: Refusal::Challenged,
+            refusal: DenyReason::AuthRequired,
             answer: Some(Arc::new(answer)),
             own_credential: false,
         })

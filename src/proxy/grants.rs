@@ -18,7 +18,7 @@ use super::manifest_fetch::UpstreamRequest;
 use super::{ProxyService, UpstreamRegistry};
 use crate::age;
 use crate::oci::{Operation, Repository};
-use crate::policy::authz::Evidence;
+use crate::policy::authz::GrantEvidence;
 use crate::store::{AsyncStore, Store};
 use crate::upstream::{Answer, Credential, Said};
 
@@ -71,12 +71,12 @@ impl ProxyService {
         repository: &Repository,
         principal: [u8; 32],
         account: Option<[u8; 32]>,
-    ) -> Evidence {
+    ) -> GrantEvidence {
         let here = Some(repository);
         let known =
             |repository, principal: &[u8; 32]| self.store.grant_in_memory(grant(site, repository, principal));
         let in_memory = || {
-            Some(Evidence {
+            Some(GrantEvidence {
                 shared: site.is_shared(),
                 granted_at: known(here, &principal)?,
                 taken_at: account.map_or(Some(None), |account| known(None, &account))?,
@@ -100,7 +100,7 @@ impl ProxyService {
         repository: &Repository,
         principal: [u8; 32],
         account: Option<[u8; 32]>,
-    ) -> Evidence {
+    ) -> GrantEvidence {
         let of_account = async {
             let Some(account) = account else {
                 return (None, None);
@@ -115,7 +115,7 @@ impl ProxyService {
             of_account,
             self.public_since(site, repository),
         );
-        Evidence {
+        GrantEvidence {
             shared: site.is_shared(),
             granted_at,
             taken_at,

@@ -14,7 +14,9 @@ use super::tag_list::ListError;
 use super::{ProxyResponse, ProxyService, Request, ServeInfo, ServeReason, StreamedList, page};
 use crate::oci::header::next_link;
 use crate::oci::{Cause, MediaType, Operation, Repository};
-use crate::policy::{Heard, Held, Policy, Rest, Situation, Subject, Verdict, decide};
+use crate::policy::{
+    CacheState, CachedEntry, Completeness, ContentKind, Decision, Policy, Revalidation, decide,
+};
 use crate::store::listings::{KeptListing, ListingKey};
 use crate::upstream::{Answer, Fetched};
 
@@ -37,7 +39,7 @@ pub struct Listing {
 }
 
 /// A page, or what the upstream said instead.
-pub(super) type ListResult = Result<Listing, (Heard, Option<Arc<Answer>>)>;
+pub(super) type ListResult = Result<Listing, (Revalidation, Option<Arc<Answer>>)>;
 
 impl ProxyService {
     pub(super) async fn listing(
@@ -62,19 +64,19 @@ impl ProxyService {
             kept = self.kept_page(request, repository, (&key, is_unasked)).await;
         }
         let in_situation = |kept: Option<&CachedPage>| {
-            let held = kept.map(|(_, source)| Held {
+            let held = kept.map(|(_, source)| CachedEntry {
                 digest: source.digest,
                 confirmed_at: source.listed_at,
                 is_moved: false,
-                rest: Rest::Held,
+                rest: Completeness::Complete,
                 is_in_doubt: false,
             });
-            context.situation(rule, Subject::Tag, held, true, request.now)
+            context.situation(rule, ContentKind::Tag, held, true, request.now)
         };
         let mut situation = in_situation(kept.as_ref());
         match decide(&situation) {
-            Verdict::Refuse(refusal) => return refused(refusal, None, false),
-            Verdict::Serve(served) if served.cause().is_none() && is_unasked => {
+            Decision::Deny(refusal) => return refused(refusal, None, false),
+            Decision::Serve(served) if served.cause().is_none() && is_unasked => {
                 return serve(kept, ServeReason::Cached(served));
             }
             _ => {}
@@ -89,12 +91,12 @@ impl ProxyService {
         if kept.is_some() {
             wanted.caller.waits_until = None;
         }
-        let can_do_without = |situation: &Situation| {
-            let unavailable = situation.having_heard(Heard::Silent(Cause::Budget));
-            matches!(decide(&unavailable), Verdict::Serve(_))
+        let can_do_without = |situation: &CacheState| {
+            let unavailable = situation.with_revalidation(Revalidation::Unavailable(Cause::Budget));
+            matches!(decide(&unavailable), Decision::Serve(_))
         };
         let heard = match wait {
-            Err(cause) if can_do_without(&situation) => Err((Heard::Silent(cause), None)),
+            Err(cause) if can_do_without(&situation) => Err((Revalidation::Unavailable(cause), None)),
             wait => {
                 let wait = wait.unwrap_or(rule.budget);
                 let listing = self.shared_tags(&wanted, (!is_stranger).then(|| key.clone()));
@@ -109,30 +111,32 @@ impl ProxyService {
                     }
                     if can_do_without(&situation) {
                         // The request goes on; the next asker finds its result.
-                        Err((Heard::Silent(Cause::Budget), None))
+                        Err((Revalidation::Unavailable(Cause::Budget), None))
                     } else {
                         listing.await
                     }
                 }
             }
         };
-        if !is_stranger && kept.is_none() && matches!(heard, Err((Heard::Silent(_), _))) {
+        if !is_stranger && kept.is_none() && matches!(heard, Err((Revalidation::Unavailable(_), _))) {
             kept = self.kept_page(request, repository, (&key, true)).await;
             situation = in_situation(kept.as_ref());
         }
         let how = ServeInfo {
-            reason: ServeReason::Fetched(crate::policy::Why::Unnamed),
+            reason: ServeReason::Fetched(crate::policy::MissReason::NoDigest),
             confirmed_at: Some(request.now),
         };
         match heard {
             Ok(FetchedList::Buffered(listing)) => ProxyResponse::Listing(listing, how),
             Ok(FetchedList::Streamed(list)) => ProxyResponse::StreamedList(list, how),
-            Err((heard, answer)) => match decide(&situation.having_heard(heard)) {
-                Verdict::Serve(served) => serve(kept, ServeReason::Cached(served)),
-                Verdict::Refuse(refusal) => refused(refusal, answer, false),
-                Verdict::Ask | Verdict::Fetch(_) | Verdict::Check(_) => {
-                    refused(crate::policy::Refusal::Silent(Cause::Malformed), answer, false)
-                }
+            Err((heard, answer)) => match decide(&situation.with_revalidation(heard)) {
+                Decision::Serve(served) => serve(kept, ServeReason::Cached(served)),
+                Decision::Deny(refusal) => refused(refusal, answer, false),
+                Decision::Revalidate | Decision::Fetch(_) | Decision::ProbeLayers(_) => refused(
+                    crate::policy::DenyReason::UpstreamUnavailable(Cause::Malformed),
+                    answer,
+                    false,
+                ),
             },
         }
     }
@@ -209,7 +213,7 @@ impl ProxyService {
     async fn asked(
         self: &Arc<Self>,
         wanted: &UpstreamRequest,
-    ) -> Result<Fetched, (Heard, Option<Arc<Answer>>)> {
+    ) -> Result<Fetched, (Revalidation, Option<Arc<Answer>>)> {
         let UpstreamRequest {
             site,
             repository,
@@ -266,8 +270,8 @@ fn named_as_here(wanted: &UpstreamRequest, list: Bytes) -> Bytes {
     renamed(list, &there, &wanted.repository)
 }
 
-fn malformed(cause: Cause) -> (Heard, Option<Arc<Answer>>) {
-    (Heard::Silent(cause), None)
+fn malformed(cause: Cause) -> (Revalidation, Option<Arc<Answer>>) {
+    (Revalidation::Unavailable(cause), None)
 }
 
 impl Listing {
@@ -324,7 +328,7 @@ fn serve(kept: Option<CachedPage>, reason: ServeReason) -> ProxyResponse {
             let confirmed_at = Some(source.listed_at);
             ProxyResponse::Listing(listing, ServeInfo { reason, confirmed_at })
         }
-        None => refused(crate::policy::Refusal::NotHeld, None, false),
+        None => refused(crate::policy::DenyReason::NotCached, None, false),
     }
 }
 

@@ -9,8 +9,11 @@ use super::manifest_fetch::UpstreamRequest;
 use super::revalidate::Revalidated;
 use super::{AuthContext, Denied, ProxyResponse, ProxyService, Request, ServeInfo, ServeReason, passthrough};
 use crate::oci::{AnyDigest, Cause, Digest, Reference, Repository, Tag};
-use crate::policy::rules::Rule;
-use crate::policy::{Heard, Refusal, Served, Situation, Standing, Subject, Verdict, Whose, Why, decide};
+use crate::policy::rules::EffectivePolicy;
+use crate::policy::{
+    Authorization, CacheState, ContentKind, CredentialOwner, Decision, DenyReason, HitReason, MissReason,
+    Revalidation, decide,
+};
 use crate::store::manifests::HeldManifest;
 use crate::store::tags::TagKey;
 use crate::upstream::{Answer, Said};
@@ -59,7 +62,7 @@ impl ProxyService {
         let accept = Some(&request.accept);
         let copies = self.copies_of_tag(&request.site, repository, tag, accept).await;
         let held = copies.as_ref().map(Candidates::held);
-        let situation = context.situation(rule, Subject::Tag, held, true, request.now);
+        let situation = context.situation(rule, ContentKind::Tag, held, true, request.now);
         let road = ManifestRequest::new(self, request, repository, context, rule);
         road.carry_out(situation, copies).await
     }
@@ -70,7 +73,7 @@ impl ProxyService {
         request: &Request,
         repository: &Repository,
         context: &AuthContext,
-        situation: Situation,
+        situation: CacheState,
         copies: Option<Candidates>,
     ) -> ProxyResponse {
         let rule = request.site.rule(repository, request.tag());
@@ -94,7 +97,7 @@ impl ProxyService {
             .copy_of_digest(&request.site, repository, &digest, request.now)
             .await;
         let held = copies.as_ref().map(Candidates::held);
-        let situation = context.situation(rule, Subject::Manifest, held, seen, request.now);
+        let situation = context.situation(rule, ContentKind::Manifest, held, seen, request.now);
         let road = ManifestRequest::new(self, request, repository, context, rule);
         road.carry_out(situation, copies).await
     }
@@ -106,7 +109,7 @@ struct ManifestRequest<'a> {
     request: &'a Request,
     repository: &'a Repository,
     context: &'a AuthContext,
-    rule: &'a Rule,
+    rule: &'a EffectivePolicy,
     /// Until when a client waits that could be given a copy.
     deadline: Instant,
 }
@@ -117,7 +120,7 @@ impl<'a> ManifestRequest<'a> {
         request: &'a Request,
         repository: &'a Repository,
         context: &'a AuthContext,
-        rule: &'a Rule,
+        rule: &'a EffectivePolicy,
     ) -> Self {
         Self {
             pull,
@@ -137,15 +140,15 @@ impl<'a> ManifestRequest<'a> {
     }
 
     /// Decide, ask if need be, decide again, fetch or check if need be, and decide once more if that failed.
-    async fn carry_out(&self, situation: Situation, copies: Option<Candidates>) -> ProxyResponse {
+    async fn carry_out(&self, situation: CacheState, copies: Option<Candidates>) -> ProxyResponse {
         match decide(&situation) {
-            Verdict::Ask => self.after_asking(situation, copies).await,
+            Decision::Revalidate => self.after_asking(situation, copies).await,
             // A head alone is asked for by those who only compare; a GET would count as a pull at Docker Hub.
-            Verdict::Fetch(_) if self.request.head => self.head_of_unheld(situation).await,
-            Verdict::Fetch(why) => self.fetch(why, situation, copies).await,
-            Verdict::Serve(served) => self.serve(served, copies, None),
-            Verdict::Check(served) => self.check(served, situation, copies, None).await,
-            Verdict::Refuse(refusal) => refused(refusal, None, false),
+            Decision::Fetch(_) if self.request.head => self.head_of_unheld(situation).await,
+            Decision::Fetch(why) => self.fetch(why, situation, copies).await,
+            Decision::Serve(served) => self.serve(served, copies, None),
+            Decision::ProbeLayers(served) => self.check(served, situation, copies, None).await,
+            Decision::Deny(refusal) => refused(refusal, None, false),
         }
     }
 
@@ -154,12 +157,12 @@ impl<'a> ManifestRequest<'a> {
         let (site, repository, now) = (&self.request.site, self.repository, self.request.now);
         let unseen = self
             .context
-            .situation(self.rule, Subject::Manifest, None, false, now);
-        if let Verdict::Refuse(refusal) = decide(&unseen) {
+            .situation(self.rule, ContentKind::Manifest, None, false, now);
+        if let Decision::Deny(refusal) = decide(&unseen) {
             return refused(refusal, None, false);
         }
         let asked = self.ask(&unseen).await;
-        if !matches!(asked.heard, Heard::Named { .. } | Heard::Unnamed) {
+        if !matches!(asked.heard, Revalidation::Digest { .. } | Revalidation::NoDigest) {
             return self.after_answer(unseen, None, asked).await;
         }
         let (copies, _) = self.pull.copy_of_digest(site, repository, &digest, now).await;
@@ -169,22 +172,22 @@ impl<'a> ManifestRequest<'a> {
         let held = copies.as_ref().map(Candidates::held);
         let situation = self
             .context
-            .situation(self.rule, Subject::Manifest, held, true, now);
+            .situation(self.rule, ContentKind::Manifest, held, true, now);
         self.after_answer(situation, copies, asked).await
     }
 
-    async fn after_asking(&self, situation: Situation, copies: Option<Candidates>) -> ProxyResponse {
+    async fn after_asking(&self, situation: CacheState, copies: Option<Candidates>) -> ProxyResponse {
         let asked = self.ask(&situation).await;
         self.after_answer(situation, copies, asked).await
     }
 
     async fn after_answer(
         &self,
-        situation: Situation,
+        situation: CacheState,
         copies: Option<Candidates>,
         asked: Revalidated,
     ) -> ProxyResponse {
-        if asked.heard == Heard::Silent(Cause::Unverifiable) {
+        if asked.heard == Revalidation::Unavailable(Cause::Unverifiable) {
             return self.pass().await;
         }
         if asked.is_unproven()
@@ -193,27 +196,31 @@ impl<'a> ManifestRequest<'a> {
             // Whoever sent it, it is what this caller was given. Nothing cached is shown for it.
             return self.manifest(manifest, ServeReason::Passthrough);
         }
-        let situation = situation.having_heard(asked.heard);
+        let situation = situation.with_revalidation(asked.heard);
         match decide(&situation) {
-            Verdict::Serve(Served::Moved) => self.serve_moved(situation, copies, asked).await,
-            Verdict::Serve(served) => self.serve(served, copies, Some(asked.heard)),
-            Verdict::Check(served) => self.check(served, situation, copies, asked.answer).await,
-            Verdict::Fetch(why) => match self.brought(asked.answer.as_deref()).await {
+            Decision::Serve(HitReason::TagMoved) => self.serve_moved(situation, copies, asked).await,
+            Decision::Serve(served) => self.serve(served, copies, Some(asked.heard)),
+            Decision::ProbeLayers(served) => self.check(served, situation, copies, asked.answer).await,
+            Decision::Fetch(why) => match self.brought(asked.answer.as_deref()).await {
                 Some(manifest) => self.fetched(manifest, why, situation, copies).await,
                 None => self.fetch(why, situation, copies).await,
             },
-            Verdict::Refuse(refusal) => {
-                if refusal == Refusal::Absent {
+            Decision::Deny(refusal) => {
+                if refusal == DenyReason::NotFound {
                     self.forget(&situation).await;
                 }
                 refused(refusal, asked.answer, own_credential(asked.heard))
             }
             // A law of the decision: nothing is asked twice.
-            Verdict::Ask => refused(Refusal::Silent(Cause::Malformed), asked.answer, false),
+            Decision::Revalidate => refused(
+                DenyReason::UpstreamUnavailable(Cause::Malformed),
+                asked.answer,
+                false,
+            ),
         }
     }
 
-    async fn ask(&self, situation: &Situation) -> Revalidated {
+    async fn ask(&self, situation: &CacheState) -> Revalidated {
         self.pull
             .ask(
                 self.request,
@@ -231,9 +238,9 @@ impl<'a> ManifestRequest<'a> {
 
     /// A tag deleted upstream must not come back with the next outage. Only a principal that may read the repository
     /// is believed: some registries say 404 to all others.
-    async fn forget(&self, situation: &Situation) {
+    async fn forget(&self, situation: &CacheState) {
         let Some(tag) = self.request.tag() else { return };
-        if situation.standing == Standing::Unknown || situation.held.is_none() {
+        if situation.standing == Authorization::Unknown || situation.held.is_none() {
             return;
         }
         let key = TagKey {
@@ -246,14 +253,14 @@ impl<'a> ManifestRequest<'a> {
     }
 
     /// The head of something not held, as the upstream gives it; fetched whole where the head does not say enough.
-    async fn head_of_unheld(&self, situation: Situation) -> ProxyResponse {
+    async fn head_of_unheld(&self, situation: CacheState) -> ProxyResponse {
         let asked = self.ask(&situation).await;
         self.head_said(situation, asked).await
     }
 
-    async fn head_said(&self, situation: Situation, asked: Revalidated) -> ProxyResponse {
+    async fn head_said(&self, situation: CacheState, asked: Revalidated) -> ProxyResponse {
         if let Some(manifest) = self.brought(asked.answer.as_deref()).await {
-            return self.manifest(manifest, ServeReason::Fetched(Why::Unnamed));
+            return self.manifest(manifest, ServeReason::Fetched(MissReason::NoDigest));
         }
         if let Some(answer) = &asked.answer
             && let (Said::Is(digest), Some(media_type), Some(size)) =
@@ -265,33 +272,33 @@ impl<'a> ManifestRequest<'a> {
                 size,
             };
         }
-        if asked.heard == Heard::Silent(Cause::Unverifiable) {
+        if asked.heard == Revalidation::Unavailable(Cause::Unverifiable) {
             return self.pass().await;
         }
-        let situation = situation.having_heard(asked.heard);
+        let situation = situation.with_revalidation(asked.heard);
         match decide(&situation) {
-            Verdict::Refuse(refusal) => refused(refusal, asked.answer, own_credential(asked.heard)),
-            _ => self.fetch(Why::Unnamed, situation, None).await,
+            Decision::Deny(refusal) => refused(refusal, asked.answer, own_credential(asked.heard)),
+            _ => self.fetch(MissReason::NoDigest, situation, None).await,
         }
     }
 
     /// The manifest that the tag names now is held: look it up once more, for it may just have been evicted.
     async fn serve_moved(
         &self,
-        situation: Situation,
+        situation: CacheState,
         copies: Option<Candidates>,
         asked: Revalidated,
     ) -> ProxyResponse {
         match self.named(asked.heard).await {
-            Some(manifest) => self.manifest(manifest, ServeReason::Cached(Served::Moved)),
-            None => self.fetch(Why::Newer, situation, copies).await,
+            Some(manifest) => self.manifest(manifest, ServeReason::Cached(HitReason::TagMoved)),
+            None => self.fetch(MissReason::NewDigest, situation, copies).await,
         }
     }
 
     /// The manifest of the digest that was named just now.
-    async fn named(&self, heard: Heard) -> Option<Arc<HeldManifest>> {
+    async fn named(&self, heard: Revalidation) -> Option<Arc<HeldManifest>> {
         match heard {
-            Heard::Named { digest, .. } => {
+            Revalidation::Digest { digest, .. } => {
                 self.pull
                     .cached_manifest(&self.request.site, self.repository, &digest)
                     .await
@@ -303,18 +310,18 @@ impl<'a> ManifestRequest<'a> {
     /// Serves a manifest of which not all is held, if the upstream has the rest.
     async fn check(
         &self,
-        served: Served,
-        situation: Situation,
+        served: HitReason,
+        situation: CacheState,
         copies: Option<Candidates>,
         answer: Option<Arc<Answer>>,
     ) -> ProxyResponse {
         let newest = copies.as_ref().map(|copies| Arc::clone(&copies.newest.manifest));
         let manifest = match served {
-            Served::Moved => self.named(situation.heard).await,
+            HitReason::TagMoved => self.named(situation.heard).await,
             _ => newest,
         };
         let Some(manifest) = manifest else {
-            return self.fetch(Why::Newer, situation, copies).await;
+            return self.fetch(MissReason::NewDigest, situation, copies).await;
         };
         match self.rest_of(&manifest, copies.as_ref()).await {
             Ok(()) => self.manifest(manifest, ServeReason::Cached(served)),
@@ -340,10 +347,15 @@ impl<'a> ManifestRequest<'a> {
         checked.unwrap_or(Err(Cause::Budget))
     }
 
-    async fn fetch(&self, why: Why, situation: Situation, copies: Option<Candidates>) -> ProxyResponse {
+    async fn fetch(
+        &self,
+        why: MissReason,
+        situation: CacheState,
+        copies: Option<Candidates>,
+    ) -> ProxyResponse {
         let can_do_without = matches!(
-            decide(&situation.having_heard(Heard::Undelivered(Cause::Budget))),
-            Verdict::Serve(_)
+            decide(&situation.with_revalidation(Revalidation::FetchFailed(Cause::Budget))),
+            Decision::Serve(_)
         );
         let mut wanted = self.wanted().naming(situation.heard);
         let fetched = if can_do_without {
@@ -392,8 +404,8 @@ impl<'a> ManifestRequest<'a> {
     async fn fetched(
         &self,
         manifest: Arc<HeldManifest>,
-        why: Why,
-        situation: Situation,
+        why: MissReason,
+        situation: CacheState,
         copies: Option<Candidates>,
     ) -> ProxyResponse {
         match self.rest_of(&manifest, copies.as_ref()).await {
@@ -411,7 +423,7 @@ impl<'a> ManifestRequest<'a> {
     /// A refusal of the fetch is a refusal; anything else leaves what is held.
     async fn after_failed_fetch(
         &self,
-        situation: Situation,
+        situation: CacheState,
         copies: Option<Candidates>,
         answer: Arc<Answer>,
     ) -> ProxyResponse {
@@ -421,48 +433,57 @@ impl<'a> ManifestRequest<'a> {
             .await;
         let heard = match heard {
             // Named by the HEAD, absent a moment later: the new one cannot be had.
-            Heard::Absent if copies.is_some() => Heard::Undelivered(Cause::Status(404)),
-            Heard::Silent(cause) if copies.is_some() => Heard::Undelivered(cause),
-            Heard::Named { .. } | Heard::Unnamed | Heard::Nothing => Heard::Undelivered(Cause::Malformed),
+            Revalidation::NotFound if copies.is_some() => Revalidation::FetchFailed(Cause::Status(404)),
+            Revalidation::Unavailable(cause) if copies.is_some() => Revalidation::FetchFailed(cause),
+            Revalidation::Digest { .. } | Revalidation::NoDigest | Revalidation::NotDone => {
+                Revalidation::FetchFailed(Cause::Malformed)
+            }
             heard => heard,
         };
-        match decide(&situation.having_heard(heard)) {
-            Verdict::Serve(served) => self.serve(served, copies, Some(heard)),
-            Verdict::Refuse(refusal) => refused(refusal, Some(answer), own_credential(heard)),
+        match decide(&situation.with_revalidation(heard)) {
+            Decision::Serve(served) => self.serve(served, copies, Some(heard)),
+            Decision::Deny(refusal) => refused(refusal, Some(answer), own_credential(heard)),
             // Laws of the decision: no second question, no second fetch.
-            Verdict::Ask | Verdict::Fetch(_) | Verdict::Check(_) => {
-                refused(Refusal::Silent(Cause::Malformed), Some(answer), false)
-            }
+            Decision::Revalidate | Decision::Fetch(_) | Decision::ProbeLayers(_) => refused(
+                DenyReason::UpstreamUnavailable(Cause::Malformed),
+                Some(answer),
+                false,
+            ),
         }
     }
 
     /// What is held whole, in place of something newer that could not be had.
     fn instead(
         &self,
-        situation: Situation,
+        situation: CacheState,
         copies: Option<Candidates>,
         cause: Cause,
         answer: Option<Arc<Answer>>,
     ) -> ProxyResponse {
         // The upstream has just said yes to this principal, so its standing is as good as can be.
-        let heard = Heard::Undelivered(cause);
-        match decide(&Situation {
-            standing: Standing::Vouched,
+        let heard = Revalidation::FetchFailed(cause);
+        match decide(&CacheState {
+            standing: Authorization::Granted,
             heard,
             ..situation
         }) {
-            Verdict::Serve(served) => self.serve(served, copies, Some(heard)),
-            Verdict::Refuse(refusal) => refused(refusal, answer, false),
+            Decision::Serve(served) => self.serve(served, copies, Some(heard)),
+            Decision::Deny(refusal) => refused(refusal, answer, false),
             // Laws of the decision: no second question, no second fetch.
-            Verdict::Ask | Verdict::Fetch(_) | Verdict::Check(_) => {
-                refused(Refusal::Silent(cause), answer, false)
+            Decision::Revalidate | Decision::Fetch(_) | Decision::ProbeLayers(_) => {
+                refused(DenyReason::UpstreamUnavailable(cause), answer, false)
             }
         }
     }
 
-    fn serve(&self, served: Served, copies: Option<Candidates>, heard: Option<Heard>) -> ProxyResponse {
+    fn serve(
+        &self,
+        served: HitReason,
+        copies: Option<Candidates>,
+        heard: Option<Revalidation>,
+    ) -> ProxyResponse {
         let copy = match (served, copies) {
-            (Served::LastComplete(_), Some(copies)) => copies.earlier,
+            (HitReason::PreviousComplete(_), Some(copies)) => copies.earlier,
             (_, Some(copies)) => Some(copies.newest),
             (_, None) => None,
         };
@@ -472,9 +493,9 @@ impl<'a> ManifestRequest<'a> {
         }) = copy
         else {
             // A law of the decision: nothing is served that is not held.
-            return refused(Refusal::NotHeld, None, false);
+            return refused(DenyReason::NotCached, None, false);
         };
-        let confirmed_now = matches!(heard, Some(Heard::Named { .. })) && !served.may_be_outdated();
+        let confirmed_now = matches!(heard, Some(Revalidation::Digest { .. })) && !served.may_be_outdated();
         let confirmed_at = if confirmed_now {
             self.request.now
         } else {
@@ -490,11 +511,15 @@ impl<'a> ManifestRequest<'a> {
     }
 }
 
-fn own_credential(heard: Heard) -> bool {
-    heard == Heard::Refused(Whose::Proxy)
+fn own_credential(heard: Revalidation) -> bool {
+    heard == Revalidation::Denied(CredentialOwner::Proxy)
 }
 
-pub(super) fn refused(refusal: Refusal, answer: Option<Arc<Answer>>, own_credential: bool) -> ProxyResponse {
+pub(super) fn refused(
+    refusal: DenyReason,
+    answer: Option<Arc<Answer>>,
+    own_credential: bool,
+) -> ProxyResponse {
     ProxyResponse::Denied(Denied {
         refusal,
         answer,

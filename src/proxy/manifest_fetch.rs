@@ -16,7 +16,7 @@ use crate::oci::manifest::MANIFEST_BYTES_MAX;
 use crate::oci::{
     Accept, Algorithm, AnyDigest, Cause, Digest, Manifest, MediaType, Operation, Reference, Repository,
 };
-use crate::policy::{Heard, Standing};
+use crate::policy::{Authorization, Revalidation};
 use crate::store::manifests::HeldManifest;
 use crate::store::tags::TagKey;
 use crate::upstream::{Answer, Caller, Credential, Fetched, Said};
@@ -58,9 +58,9 @@ impl UpstreamRequest {
     }
 
     /// A fetch of the tag because it moved, as this response to a HEAD says.
-    pub(super) fn naming(self, heard: Heard) -> Self {
+    pub(super) fn naming(self, heard: Revalidation) -> Self {
         let named = match heard {
-            Heard::Named { digest, .. } => Some(digest),
+            Revalidation::Digest { digest, .. } => Some(digest),
             _ => None,
         };
         Self { named, ..self }
@@ -287,7 +287,7 @@ impl ProxyService {
         super::revalidate::report(kept, "keep a manifest");
         // As for a list of the referrers API: a registry may have an answer for those who may not read the repository.
         let is_believed =
-            !wanted.is_for_referrers_tag() || self.standing_of(wanted).await != Standing::Unknown;
+            !wanted.is_for_referrers_tag() || self.standing_of(wanted).await != Authorization::Unknown;
         if let Operation::Manifest { reference, .. } = operation
             && is_believed
         {

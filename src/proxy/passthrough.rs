@@ -9,7 +9,7 @@ use super::manifest_fetch::UpstreamRequest;
 use super::{ProxyResponse, ProxyService, Request};
 pub use crate::download::Verifying as VerifyingStream;
 use crate::oci::{Cause, MediaType, Operation, Reference, Repository};
-use crate::policy::Refusal;
+use crate::policy::DenyReason;
 use crate::queue::{Class, Demand};
 use crate::upstream::{Answer, Caller, Fetched, Said};
 
@@ -79,7 +79,11 @@ pub(super) async fn unverifiable(
                 Ok(place) => Some(place),
                 Err(full) => {
                     let answer = Answer::unplaced(full);
-                    return refused(Refusal::Silent(answer.cause()), Some(Arc::new(answer)), false);
+                    return refused(
+                        DenyReason::UpstreamUnavailable(answer.cause()),
+                        Some(Arc::new(answer)),
+                        false,
+                    );
                 }
             }
         }
@@ -92,10 +96,10 @@ pub(super) async fn unverifiable(
     });
     match fetched {
         Ok(fetched) if fetched.length.is_some_and(|length| length > size_max) => {
-            refused(Refusal::Silent(Cause::TooLarge), None, false)
+            refused(DenyReason::UpstreamUnavailable(Cause::TooLarge), None, false)
         }
         Ok(fetched) if is_page(&fetched) && matches!(operation, Operation::Manifest { .. }) => {
-            refused(Refusal::Silent(Cause::NotRegistry), None, false)
+            refused(DenyReason::UpstreamUnavailable(Cause::NotRegistry), None, false)
         }
         Ok(fetched) => ProxyResponse::Passthrough(Passthrough {
             digest: digest.or(fetched.digest.map(|digest| digest.to_string())),
@@ -128,9 +132,9 @@ async fn not_passed(
 ) -> ProxyResponse {
     pull.learn(wanted, &answer, asked_at).await;
     let refusal = match answer.said {
-        Said::Absent => Refusal::Absent,
-        Said::Forbidden => Refusal::Forbidden,
-        _ => Refusal::Silent(answer.cause()),
+        Said::Absent => DenyReason::NotFound,
+        Said::Forbidden => DenyReason::Forbidden,
+        _ => DenyReason::UpstreamUnavailable(answer.cause()),
     };
     refused(refusal, Some(Arc::new(answer)), false)
 }

@@ -23,9 +23,10 @@ use super::manifest_fetch::UpstreamRequest;
 use super::revalidate::CoalesceKey;
 use super::{AuthContext, ProxyResponse, ProxyService, Request, ServeInfo, ServeReason, UpstreamRegistry};
 use crate::oci::{Algorithm, AnyDigest, Cause, Digest, Operation, Query, Repository, Tag};
-use crate::policy::rules::Rule;
+use crate::policy::rules::EffectivePolicy;
 use crate::policy::{
-    Heard, Held, Policy, Refusal, Rest, Served, Situation, Standing, Subject, Verdict, Whose, Why, decide,
+    Authorization, CacheState, CachedEntry, Completeness, ContentKind, CredentialOwner, Decision, DenyReason,
+    HitReason, MissReason, Policy, Revalidation, decide,
 };
 use crate::store::listings::{KeptAbsence, KeptAnswer, ListingKey};
 use crate::upstream::{Answer, Said};
@@ -72,11 +73,11 @@ struct ReferrersRequest<'a> {
     pull: &'a Arc<ProxyService>,
     request: &'a Request,
     repository: &'a Repository,
-    rule: &'a Rule,
+    rule: &'a EffectivePolicy,
     key: ListingKey,
     stand_in: Option<Fallback>,
     /// Before anything was asked.
-    situation: Situation,
+    situation: CacheState,
     /// Whether the upstream answered so lately that it is not asked again.
     is_fresh: bool,
 }
@@ -99,14 +100,14 @@ impl ProxyService {
         let lookup = ReferrersRequest::new(self, request, repository, (&context, rule), subject, query).await;
         let heard = match lookup.before_asking(&context, false) {
             Precheck::Respond(outcome) => return *outcome,
-            Precheck::Unavailable(cause) => Err((Heard::Silent(cause), None)),
+            Precheck::Unavailable(cause) => Err((Revalidation::Unavailable(cause), None)),
             Precheck::Request(wait) => lookup.list(&context, wait).await,
         };
         match heard {
             Ok(listing) => {
                 lookup.confirm();
                 let how = ServeInfo {
-                    reason: ServeReason::Fetched(Why::Unnamed),
+                    reason: ServeReason::Fetched(MissReason::NoDigest),
                     confirmed_at: Some(request.now),
                 };
                 ProxyResponse::Listing(listing, how)
@@ -129,7 +130,7 @@ impl ProxyService {
         let copies = self.copies_of_tag(&request.site, repository, tag, accept).await;
         if let Some(copies) = copies.map(Candidates::of_list) {
             let held = Some(copies.held());
-            let mut situation = context.situation(rule, Subject::Tag, held, true, request.now);
+            let mut situation = context.situation(rule, ContentKind::Tag, held, true, request.now);
             if self.is_subject_cached(&request.site, repository, subject).await {
                 situation.fresh = situation.fresh.max(rule.grant);
             }
@@ -149,7 +150,9 @@ impl ProxyService {
         let is_kept = matches!(lookup.stand_in, Some(Fallback::Cached(_)));
         let wait = match lookup.before_asking(context, is_kept) {
             Precheck::Respond(outcome) => return *outcome,
-            Precheck::Unavailable(cause) => return lookup.conclude(Heard::Silent(cause), None).await,
+            Precheck::Unavailable(cause) => {
+                return lookup.conclude(Revalidation::Unavailable(cause), None).await;
+            }
             Precheck::Request(wait) => wait,
         };
         // A 404 was had by GET before, so a HEAD is enough to hear that it still holds.
@@ -157,27 +160,31 @@ impl ProxyService {
             let asked = self
                 .ask(request, repository, context, &lookup.situation, rule.budget)
                 .await;
-            if !matches!(asked.heard, Heard::Named { .. } | Heard::Unnamed) {
+            if !matches!(asked.heard, Revalidation::Digest { .. } | Revalidation::NoDigest) {
                 return lookup.conclude(asked.heard, asked.answer).await;
             }
         }
-        let unheld = context.situation(rule, Subject::Tag, None, true, request.now);
+        let unheld = context.situation(rule, ContentKind::Tag, None, true, request.now);
         let fetching = self.judged(request, repository, context, unheld, None);
         let outcome = if lookup.can_do_without() {
             if let Ok(outcome) = timeout(wait, fetching).await {
                 outcome
             } else {
                 lookup.expired(context, wait);
-                return lookup.conclude(Heard::Silent(Cause::Budget), None).await;
+                return lookup
+                    .conclude(Revalidation::Unavailable(Cause::Budget), None)
+                    .await;
             }
         } else {
             fetching.await
         };
         match outcome {
             ProxyResponse::Denied(refused) => match refused.refusal {
-                Refusal::Absent => lookup.conclude(Heard::Absent, refused.answer).await,
-                Refusal::Silent(cause) if lookup.can_do_without() => {
-                    lookup.conclude(Heard::Silent(cause), refused.answer).await
+                DenyReason::NotFound => lookup.conclude(Revalidation::NotFound, refused.answer).await,
+                DenyReason::UpstreamUnavailable(cause) if lookup.can_do_without() => {
+                    lookup
+                        .conclude(Revalidation::Unavailable(cause), refused.answer)
+                        .await
                 }
                 _ => ProxyResponse::Denied(refused),
             },
@@ -224,7 +231,7 @@ impl<'a> ReferrersRequest<'a> {
         pull: &'a Arc<ProxyService>,
         request: &'a Request,
         repository: &'a Repository,
-        (context, rule): (&'a AuthContext, &'a Rule),
+        (context, rule): (&'a AuthContext, &'a EffectivePolicy),
         subject: Option<Digest>,
         query: &Query,
     ) -> Self {
@@ -284,7 +291,7 @@ impl<'a> ReferrersRequest<'a> {
         let held = stand_in
             .as_ref()
             .map(|stand_in| stand_in.held(fresh_since, request.now));
-        let mut situation = context.situation(rule, Subject::Tag, held, true, request.now);
+        let mut situation = context.situation(rule, ContentKind::Tag, held, true, request.now);
         situation.fresh = fresh_since.map_or(Duration::ZERO, |_| rule.grant);
         // Its subject is served by digest for however long the upstream is unavailable.
         situation.stale = None;
@@ -303,8 +310,8 @@ impl<'a> ReferrersRequest<'a> {
     /// `by_head`: whether a HEAD is sent first.
     fn before_asking(&self, context: &AuthContext, by_head: bool) -> Precheck {
         match decide(&self.situation) {
-            Verdict::Refuse(refusal) => return Precheck::Respond(Box::new(refused(refusal, None, false))),
-            Verdict::Serve(served) if self.is_fresh || self.rule.policy == Policy::Never => {
+            Decision::Deny(refusal) => return Precheck::Respond(Box::new(refused(refusal, None, false))),
+            Decision::Serve(served) if self.is_fresh || self.rule.policy == Policy::Never => {
                 return Precheck::Respond(Box::new(self.answer(served)));
             }
             _ => {}
@@ -326,8 +333,10 @@ impl<'a> ReferrersRequest<'a> {
     }
 
     fn can_do_without(&self) -> bool {
-        let unavailable = self.situation.having_heard(Heard::Silent(Cause::Budget));
-        matches!(decide(&unavailable), Verdict::Serve(_))
+        let unavailable = self
+            .situation
+            .with_revalidation(Revalidation::Unavailable(Cause::Budget));
+        matches!(decide(&unavailable), Decision::Serve(_))
     }
 
     /// Fetches the list, waiting no longer than `wait` where there is something else to answer. The fetch goes on.
@@ -339,7 +348,7 @@ impl<'a> ReferrersRequest<'a> {
             let pull = Arc::clone(self.pull);
             async move { pull.list(&wanted, key).await }
         });
-        let unavailable = |cause| Err((Heard::Silent(cause), None));
+        let unavailable = |cause| Err((Revalidation::Unavailable(cause), None));
         if !self.can_do_without() {
             return flight.landed().await.unwrap_or_else(|| unavailable(Cause::Busy));
         }
@@ -352,42 +361,46 @@ impl<'a> ReferrersRequest<'a> {
     }
 
     /// What is answered after the upstream gave no list.
-    async fn conclude(&self, heard: Heard, answer: Option<Arc<Answer>>) -> ProxyResponse {
-        let is_absent = heard == Heard::Absent;
-        match decide(&self.situation.having_heard(heard)) {
-            Verdict::Serve(served) => {
+    async fn conclude(&self, heard: Revalidation, answer: Option<Arc<Answer>>) -> ProxyResponse {
+        let is_absent = heard == Revalidation::NotFound;
+        match decide(&self.situation.with_revalidation(heard)) {
+            Decision::Serve(served) => {
                 if is_absent && !matches!(self.stand_in, Some(Fallback::Cached(KeptAnswer::List(_)))) {
                     self.keep_absent(answer.as_deref()).await;
                 }
                 self.answer(served)
             }
-            Verdict::Refuse(refusal) => {
+            Decision::Deny(refusal) => {
                 if is_absent {
                     self.keep_absent(answer.as_deref()).await;
                 }
-                refused(refusal, answer, heard == Heard::Refused(Whose::Proxy))
+                refused(
+                    refusal,
+                    answer,
+                    heard == Revalidation::Denied(CredentialOwner::Proxy),
+                )
             }
             // Laws of the decision: no second question, no fetch.
-            Verdict::Ask | Verdict::Fetch(_) | Verdict::Check(_) => {
-                refused(Refusal::Silent(Cause::Malformed), answer, false)
+            Decision::Revalidate | Decision::Fetch(_) | Decision::ProbeLayers(_) => {
+                refused(DenyReason::UpstreamUnavailable(Cause::Malformed), answer, false)
             }
         }
     }
 
-    fn answer(&self, served: Served) -> ProxyResponse {
+    fn answer(&self, served: HitReason) -> ProxyResponse {
         match &self.stand_in {
             Some(Fallback::Cached(KeptAnswer::List(kept))) => given(kept, ServeReason::Cached(served)),
             Some(Fallback::Cached(KeptAnswer::Absent(absence))) => absent(absence.code.clone()),
             Some(Fallback::Assumed) => absent(None),
             // A law of the decision: nothing is served that is not held.
-            None => refused(Refusal::NotHeld, None, false),
+            None => refused(DenyReason::NotCached, None, false),
         }
     }
 
     /// Whether the answer to this caller may become the answer to others. Some registries say 404 to all who may not read
     /// the repository, and others give them an empty list.
     fn is_believed(&self) -> bool {
-        self.situation.standing != Standing::Unknown
+        self.situation.standing != Authorization::Unknown
     }
 
     /// Keeps a 404.
@@ -427,7 +440,7 @@ impl<'a> ReferrersRequest<'a> {
 
 impl Fallback {
     /// As the decision sees it.
-    fn held(&self, fresh_since: Option<SystemTime>, now: SystemTime) -> Held {
+    fn held(&self, fresh_since: Option<SystemTime>, now: SystemTime) -> CachedEntry {
         let (digest, answered_at) = match self {
             Self::Cached(KeptAnswer::List(kept)) => (kept.digest, kept.listed_at),
             Self::Cached(KeptAnswer::Absent(absence)) => {
@@ -435,11 +448,11 @@ impl Fallback {
             }
             Self::Assumed => (Digest::of(Algorithm::Sha256, &[]), now),
         };
-        Held {
+        CachedEntry {
             digest,
             confirmed_at: fresh_since.unwrap_or(answered_at),
             is_moved: false,
-            rest: Rest::Held,
+            rest: Completeness::Complete,
             is_in_doubt: false,
         }
     }
@@ -453,5 +466,5 @@ fn absent(code: Option<String>) -> ProxyResponse {
         code,
         ..Answer::silent(Cause::Malformed)
     };
-    refused(Refusal::Absent, Some(Arc::new(answer)), false)
+    refused(DenyReason::NotFound, Some(Arc::new(answer)), false)
 }

@@ -7,7 +7,7 @@ use super::manifest_fetch::UpstreamRequest;
 use super::revalidate::Revalidated;
 use super::{ProxyService, Request};
 use crate::oci::{Cause, Digest, Operation};
-use crate::policy::{Heard, Standing};
+use crate::policy::{Authorization, Revalidation};
 use crate::store::manifests::HeldManifest;
 
 /// What came of asking.
@@ -43,16 +43,16 @@ impl ProxyService {
             return Refreshed::Unavailable(Cause::Busy);
         };
         // Whoever could be told something is the operator, who is entitled to all that is held.
-        let heard = self.heard_by(&wanted, &answer, Standing::Vouched).await;
+        let heard = self.heard_by(&wanted, &answer, Authorization::Granted).await;
         let asked = Revalidated {
             heard,
             answer: Some(answer),
         };
         match (asked.heard, held) {
-            (Heard::Named { digest, .. }, Some(held)) if digest == held.digest => {
+            (Revalidation::Digest { digest, .. }, Some(held)) if digest == held.digest => {
                 Refreshed::Unchanged(digest)
             }
-            (Heard::Named { .. } | Heard::Unnamed, _) => {
+            (Revalidation::Digest { .. } | Revalidation::NoDigest, _) => {
                 let refreshed = self.refetch(&wanted, &asked).await;
                 let whole = copies.as_ref().and_then(Candidates::whole);
                 if let (Ok(manifest), true) = (&refreshed, request.site.rule(repository, Some(tag)).prefetch)
@@ -68,10 +68,12 @@ impl ProxyService {
                     Err(cause) => Refreshed::FetchFailed(cause),
                 }
             }
-            (Heard::Absent, _) => Refreshed::NotFound,
-            (Heard::Refused(_), _) => Refreshed::Denied,
-            (Heard::Silent(cause) | Heard::Undelivered(cause), _) => Refreshed::Unavailable(cause),
-            (Heard::Nothing, _) => Refreshed::Unavailable(Cause::Malformed),
+            (Revalidation::NotFound, _) => Refreshed::NotFound,
+            (Revalidation::Denied(_), _) => Refreshed::Denied,
+            (Revalidation::Unavailable(cause) | Revalidation::FetchFailed(cause), _) => {
+                Refreshed::Unavailable(cause)
+            }
+            (Revalidation::NotDone, _) => Refreshed::Unavailable(Cause::Malformed),
         }
     }
 

@@ -11,7 +11,7 @@ use super::local_tokens::is_local_token;
 use crate::oci::digest::keyed;
 use crate::oci::{NameError, Repository, Tag};
 use crate::policy::authz::Principal;
-use crate::policy::rules::{Rule, Rules};
+use crate::policy::rules::{EffectivePolicy, Rules};
 use crate::queue::{Class, Peer};
 use crate::trace_context::Trace;
 use crate::upstream::origin::Origin;
@@ -138,7 +138,7 @@ impl UpstreamRegistry {
     }
 
     /// The rule that holds for an image; without a tag, for what is asked by digest.
-    pub fn rule(&self, repository: &Repository, tag: Option<&Tag>) -> &Rule {
+    pub fn rule(&self, repository: &Repository, tag: Option<&Tag>) -> &EffectivePolicy {
         self.rules.find(self.name(), repository, tag)
     }
 

@@ -10,7 +10,9 @@ use super::local_tokens::is_local_token;
 use super::manifest_fetch::UpstreamRequest;
 use super::{AuthContext, ProxyService, Request, UpstreamRegistry};
 use crate::oci::{Accept, AnyDigest, Cause, Digest, MediaType, Operation, Reference, Repository};
-use crate::policy::{Heard, Situation, Standing, Subject, Verdict, Whose, decide};
+use crate::policy::{
+    Authorization, CacheState, ContentKind, CredentialOwner, Decision, Revalidation, decide,
+};
 use crate::queue::{Class, Demand};
 use crate::single_flight::Flight;
 use crate::store::membership::Noted;
@@ -56,7 +58,7 @@ impl CoalesceKey {
 /// What came of asking.
 pub struct Revalidated {
     /// In the decision's words.
-    pub heard: Heard,
+    pub heard: Revalidation,
     /// In the upstream's own, if it said anything.
     pub answer: Option<Arc<Answer>>,
 }
@@ -65,7 +67,7 @@ impl Revalidated {
     /// Whether the upstream may have said yes, and nothing proves that it was the registry.
     pub(super) fn is_unproven(&self) -> bool {
         let answer = self.answer.as_ref();
-        matches!(self.heard, Heard::Silent(Cause::NotRegistry))
+        matches!(self.heard, Revalidation::Unavailable(Cause::NotRegistry))
             && answer.is_some_and(|answer| matches!(answer.said, Said::Unproven(_)))
     }
 }
@@ -78,11 +80,11 @@ impl ProxyService {
         request: &Request,
         repository: &Repository,
         context: &AuthContext,
-        situation: &Situation,
+        situation: &CacheState,
         budget: Duration,
     ) -> Revalidated {
-        let silence = situation.having_heard(Heard::Silent(Cause::Budget));
-        let can_do_without = matches!(decide(&silence), Verdict::Serve(_));
+        let silence = situation.with_revalidation(Revalidation::Unavailable(Cause::Budget));
+        let can_do_without = matches!(decide(&silence), Decision::Serve(_));
         let upstream = request.site.upstream();
         let mut wanted = UpstreamRequest::of(request, repository, &context.caller);
         let rule = request.site.rule(repository, request.tag());
@@ -96,7 +98,7 @@ impl ProxyService {
             Ok(wait) => wait,
             Err(cause) => {
                 return Revalidated {
-                    heard: Heard::Silent(cause),
+                    heard: Revalidation::Unavailable(cause),
                     answer: None,
                 };
             }
@@ -120,7 +122,7 @@ impl ProxyService {
                 // The late answer still has its effects.
                 waiters.detach();
                 return Revalidated {
-                    heard: Heard::Silent(Cause::Budget),
+                    heard: Revalidation::Unavailable(Cause::Budget),
                     answer: None,
                 };
             }
@@ -133,9 +135,9 @@ impl ProxyService {
                 // A no to the stranger who asked in the place of a token of ours: it sends the client for a better one,
                 // if there is one to be had.
                 let is_local = request.authorization.as_ref().is_some_and(is_local_token);
-                if is_local && matches!(heard, Heard::Refused(_)) && upstream.has_silent_realm() {
+                if is_local && matches!(heard, Revalidation::Denied(_)) && upstream.has_silent_realm() {
                     return Revalidated {
-                        heard: Heard::Silent(Cause::TokenService),
+                        heard: Revalidation::Unavailable(Cause::TokenService),
                         answer: None,
                     };
                 }
@@ -145,7 +147,7 @@ impl ProxyService {
                 }
             }
             None => Revalidated {
-                heard: Heard::Silent(Cause::Busy),
+                heard: Revalidation::Unavailable(Cause::Busy),
                 answer: None,
             },
         }
@@ -157,11 +159,11 @@ impl ProxyService {
         self: &Arc<Self>,
         flight: Flight<Arc<Answer>>,
         wanted: &UpstreamRequest,
-        standing: Standing,
+        standing: Authorization,
     ) -> Option<Arc<Answer>> {
         let answer = flight.landed().await?;
         let is_manifest = matches!(wanted.operation, Operation::Manifest { .. });
-        if !is_manifest || standing == Standing::Vouched || !matches!(answer.said, Said::Unproven(_)) {
+        if !is_manifest || standing == Authorization::Granted || !matches!(answer.said, Said::Unproven(_)) {
             return Some(answer);
         }
         if answer.body.is_some() {
@@ -334,11 +336,11 @@ impl ProxyService {
 
     /// Whether this caller has shown a right in the repository lately.
     pub(super) async fn is_vouched(self: &Arc<Self>, wanted: &UpstreamRequest) -> bool {
-        self.standing_of(wanted).await == Standing::Vouched
+        self.standing_of(wanted).await == Authorization::Granted
     }
 
     /// What this caller has shown by now of a right in the repository.
-    pub(super) async fn standing_of(self: &Arc<Self>, wanted: &UpstreamRequest) -> Standing {
+    pub(super) async fn standing_of(self: &Arc<Self>, wanted: &UpstreamRequest) -> Authorization {
         let UpstreamRequest {
             site,
             repository,
@@ -356,7 +358,7 @@ impl ProxyService {
         let context = self
             .context_of(site, repository, wanted.shown(), (caller.peer, &caller.trace))
             .await;
-        let situation = context.situation(rule, Subject::Tag, None, true, self.clock.now());
+        let situation = context.situation(rule, ContentKind::Tag, None, true, self.clock.now());
         situation.standing
     }
 
@@ -366,15 +368,17 @@ impl ProxyService {
         self: &Arc<Self>,
         wanted: &UpstreamRequest,
         answer: &Answer,
-        standing: Standing,
-    ) -> Heard {
+        standing: Authorization,
+    ) -> Revalidation {
         let UpstreamRequest { site, repository, .. } = wanted;
         let is_manifest = matches!(wanted.operation, Operation::Manifest { .. });
         match answer.said {
-            Said::Unproven(digest) if is_manifest && standing == Standing::Vouched => Heard::Named {
-                digest,
-                holding: self.holding(site, repository, &digest).await,
-            },
+            Said::Unproven(digest) if is_manifest && standing == Authorization::Granted => {
+                Revalidation::Digest {
+                    digest,
+                    holding: self.holding(site, repository, &digest).await,
+                }
+            }
             _ => self.heard(site, repository, answer).await,
         }
     }
@@ -385,18 +389,20 @@ impl ProxyService {
         site: &Arc<UpstreamRegistry>,
         repository: &Repository,
         answer: &Answer,
-    ) -> Heard {
+    ) -> Revalidation {
         match answer.said {
-            Said::Unproven(_) | Said::Unnamed => Heard::Silent(Cause::NotRegistry),
-            Said::Is(digest) => Heard::Named {
+            Said::Unproven(_) | Said::Unnamed => Revalidation::Unavailable(Cause::NotRegistry),
+            Said::Is(digest) => Revalidation::Digest {
                 digest,
                 holding: self.holding(site, repository, &digest).await,
             },
-            Said::Absent => Heard::Absent,
+            Said::Absent => Revalidation::NotFound,
             // Any other 4xx (451, 423, …) is a no of some kind too, and a held copy must never hide a no.
-            Said::Forbidden | Said::Other(_) if site.has_own_credential() => Heard::Refused(Whose::Proxy),
-            Said::Forbidden | Said::Other(_) => Heard::Refused(Whose::Client),
-            Said::Silent(cause) => Heard::Silent(cause),
+            Said::Forbidden | Said::Other(_) if site.has_own_credential() => {
+                Revalidation::Denied(CredentialOwner::Proxy)
+            }
+            Said::Forbidden | Said::Other(_) => Revalidation::Denied(CredentialOwner::Client),
+            Said::Silent(cause) => Revalidation::Unavailable(cause),
         }
     }
 

@@ -7,12 +7,12 @@ use super::manifest_fetch::UpstreamRequest;
 use super::revalidate::CoalesceKey;
 use super::{ProxyService, StreamedList};
 use crate::oci::Cause;
-use crate::policy::Heard;
+use crate::policy::Revalidation;
 use crate::store::listings::ListingKey;
 use crate::upstream::Answer;
 
 /// What the upstream said instead of a list.
-pub(super) type ListError = (Heard, Option<Arc<Answer>>);
+pub(super) type ListError = (Revalidation, Option<Arc<Answer>>);
 
 /// The response, for each that waits for it.
 #[derive(Clone)]
@@ -54,7 +54,7 @@ impl ProxyService {
                     None => self.tags(wanted, key).await,
                 }
             }
-            None => Err((Heard::Silent(Cause::Busy), None)),
+            None => Err((Revalidation::Unavailable(Cause::Busy), None)),
         }
     }
 }

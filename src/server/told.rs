@@ -7,7 +7,7 @@ use std::time::SystemTime;
 use http::Uri;
 
 use crate::oci::{Cause, Digest, Operation, Reference};
-use crate::policy::Refusal;
+use crate::policy::DenyReason;
 use crate::proxy::{ProxyResponse, ServeReason};
 use crate::store::tags::NEVER_CONFIRMED;
 use crate::telemetry;
@@ -36,12 +36,14 @@ impl Told {
         };
         let cause = match outcome {
             ProxyResponse::Denied(refused) => match refused.refusal {
-                Refusal::Silent(cause) | Refusal::TooStale(cause) | Refusal::Incomplete(cause) => Some(cause),
-                Refusal::NotHeld
-                | Refusal::NotVouched
-                | Refusal::Forbidden
-                | Refusal::Challenged
-                | Refusal::Absent => None,
+                DenyReason::UpstreamUnavailable(cause)
+                | DenyReason::StaleLimitExceeded(cause)
+                | DenyReason::Incomplete(cause) => Some(cause),
+                DenyReason::NotCached
+                | DenyReason::NotAuthorized
+                | DenyReason::Forbidden
+                | DenyReason::AuthRequired
+                | DenyReason::NotFound => None,
             },
             _ => how.and_then(|how| match how.reason {
                 ServeReason::Cached(served) => served.cause(),

@@ -5,7 +5,8 @@ use std::time::{Duration, SystemTime};
 
 use ifnewer::oci::{Algorithm, Cause, Digest};
 use ifnewer::policy::{
-    Absence, Heard, Held, Holding, Policy, Rest, Situation, Standing, Subject, Verdict, Whose, decide,
+    Authorization, CacheState, CachedEntry, Completeness, ContentKind, CredentialOwner, Decision, OnNotFound,
+    Policy, Presence, Revalidation, decide,
 };
 
 use crate::text::{read, root};
@@ -38,8 +39,8 @@ fn tables() -> String {
         &mut out,
         "The image is held, and the registry has lately shown that this client may read it",
         &rows(),
-        |row| Situation {
-            standing: Standing::Vouched,
+        |row| CacheState {
+            standing: Authorization::Granted,
             ..situation(row, whole)
         },
     );
@@ -54,8 +55,8 @@ fn tables() -> String {
         &mut out,
         "The image is not held, and the registry has lately shown that this client may read it",
         &possible,
-        |row| Situation {
-            standing: Standing::Vouched,
+        |row| CacheState {
+            standing: Authorization::Granted,
             ..situation(row, None)
         },
     );
@@ -66,8 +67,8 @@ fn tables() -> String {
 /// What the registry says, and what else tells the case apart.
 struct Row {
     words: &'static str,
-    heard: Heard,
-    absent: Absence,
+    heard: Revalidation,
+    absent: OnNotFound,
     confirmed_long_ago: bool,
     also_without_a_copy: bool,
 }
@@ -76,7 +77,7 @@ fn rows() -> Vec<Row> {
     let row = |words, heard| Row {
         words,
         heard,
-        absent: Absence::Refuse,
+        absent: OnNotFound::Refuse,
         confirmed_long_ago: false,
         also_without_a_copy: false,
     };
@@ -84,51 +85,54 @@ fn rows() -> Vec<Row> {
         also_without_a_copy: true,
         ..row(words, heard)
     };
-    let holding = Holding::Nothing;
+    let holding = Presence::None;
     vec![
         row(
             "the same digest",
-            Heard::Named {
+            Revalidation::Digest {
                 digest: old(),
-                holding: Holding::Whole,
+                holding: Presence::Complete,
             },
         ),
         also(
             "another digest",
-            Heard::Named {
+            Revalidation::Digest {
                 digest: Digest::of(Algorithm::Sha256, b"new"),
                 holding,
             },
         ),
         row(
             "another digest, but the new image cannot be had",
-            Heard::Undelivered(Cause::Reset),
+            Revalidation::FetchFailed(Cause::Reset),
         ),
-        also("401 or 403", Heard::Refused(Whose::Client)),
+        also("401 or 403", Revalidation::Denied(CredentialOwner::Client)),
         row(
             "401 or 403 to the cache's own credential",
-            Heard::Refused(Whose::Proxy),
+            Revalidation::Denied(CredentialOwner::Proxy),
         ),
-        also("404", Heard::Absent),
+        also("404", Revalidation::NotFound),
         Row {
-            absent: Absence::Serve,
-            ..row("404, with `absent = \"serve\"`", Heard::Absent)
+            absent: OnNotFound::ServeStale,
+            ..row("404, with `absent = \"serve\"`", Revalidation::NotFound)
         },
-        also("silence", Heard::Silent(Cause::Timeout)),
+        also("silence", Revalidation::Unavailable(Cause::Timeout)),
         Row {
             confirmed_long_ago: true,
-            ..row("silence, and `stale` is over", Heard::Silent(Cause::Timeout))
+            ..row(
+                "silence, and `stale` is over",
+                Revalidation::Unavailable(Cause::Timeout),
+            )
         },
     ]
 }
 
-fn table(out: &mut String, title: &str, rows: &[Row], situation: impl Fn(&Row) -> Situation) {
+fn table(out: &mut String, title: &str, rows: &[Row], situation: impl Fn(&Row) -> CacheState) {
     writeln!(out, "\n{title}:\n").unwrap();
     let policies = Policy::ALL.map(|policy| format!("`{policy}`")).join(" | ");
     writeln!(out, "| the registry says | {policies} |\n|---|---|---|---|---|").unwrap();
     for row in rows {
         let cells = Policy::ALL.map(|policy| {
-            cell(Situation {
+            cell(CacheState {
                 policy,
                 ..situation(row)
             })
@@ -138,32 +142,32 @@ fn table(out: &mut String, title: &str, rows: &[Row], situation: impl Fn(&Row) -
 }
 
 /// The end of it: the registry is asked if the decision wants that, as the road of a request does.
-fn cell(s: Situation) -> String {
-    let first = decide(&Situation {
-        heard: Heard::Nothing,
+fn cell(s: CacheState) -> String {
+    let first = decide(&CacheState {
+        heard: Revalidation::NotDone,
         ..s
     });
     let (asked, verdict) = match first {
         // What is not held is fetched, which asks: what comes of it is decided again.
-        Verdict::Ask | Verdict::Fetch(_) => (true, decide(&s)),
+        Decision::Revalidate | Decision::Fetch(_) => (true, decide(&s)),
         other => (false, other),
     };
     let name = verdict.name();
     match verdict {
-        Verdict::Serve(_) if asked => format!("held copy, `{name}`"),
-        Verdict::Serve(_) => format!("held copy, `{name}`; nobody is asked"),
-        Verdict::Fetch(_) => format!("new copy, `{name}`"),
-        Verdict::Refuse(_) if asked => format!("no, `{name}`"),
-        Verdict::Refuse(_) => format!("no, `{name}`; nobody is asked"),
-        Verdict::Ask | Verdict::Check(_) => panic!("no end: {verdict:?}"),
+        Decision::Serve(_) if asked => format!("held copy, `{name}`"),
+        Decision::Serve(_) => format!("held copy, `{name}`; nobody is asked"),
+        Decision::Fetch(_) => format!("new copy, `{name}`"),
+        Decision::Deny(_) if asked => format!("no, `{name}`"),
+        Decision::Deny(_) => format!("no, `{name}`; nobody is asked"),
+        Decision::Revalidate | Decision::ProbeLayers(_) => panic!("no end: {verdict:?}"),
     }
 }
 
-fn situation(row: &Row, copy: Option<Held>) -> Situation {
-    Situation {
+fn situation(row: &Row, copy: Option<CachedEntry>) -> CacheState {
+    CacheState {
         policy: Policy::IfNewer,
-        subject: Subject::Tag,
-        held: copy.map(|copy| Held {
+        subject: ContentKind::Tag,
+        held: copy.map(|copy| CachedEntry {
             confirmed_at: if row.confirmed_long_ago {
                 now() - 2 * STALE
             } else {
@@ -171,7 +175,7 @@ fn situation(row: &Row, copy: Option<Held>) -> Situation {
             },
             ..copy
         }),
-        standing: Standing::Unknown,
+        standing: Authorization::Unknown,
         heard: row.heard,
         absent: row.absent,
         fresh: Duration::ZERO,
@@ -180,12 +184,12 @@ fn situation(row: &Row, copy: Option<Held>) -> Situation {
     }
 }
 
-fn held(digest: Digest, confirmed_at: SystemTime) -> Held {
-    Held {
+fn held(digest: Digest, confirmed_at: SystemTime) -> CachedEntry {
+    CachedEntry {
         digest,
         confirmed_at,
         is_moved: false,
-        rest: Rest::Held,
+        rest: Completeness::Complete,
         is_in_doubt: false,
     }
 }

@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 
 use ifnewer::oci::{Cause, Digest};
-use ifnewer::policy::rules::{Changes, Rule, Rules};
-use ifnewer::policy::{Absence, Policy};
+use ifnewer::policy::rules::{EffectivePolicy, PolicyOverrides, Rules};
+use ifnewer::policy::{OnNotFound, Policy};
 use tokio::task::JoinSet;
 
 use super::cache::{Cache, Got, PROVEN, SHARED, Wish};
@@ -73,21 +73,21 @@ async fn nor_by_a_token_that_is_new_for_each_pull_nor_by_one_of_ours_in_an_outag
 
 /// `sealed`: the repository `acme/never` is never asked about; else it is filled like any other.
 pub fn rules(sealed: bool) -> Rules {
-    let default = Rule {
+    let default = EffectivePolicy {
         name: Arc::from("default"),
         policy: Policy::IfNewer,
         fresh: Duration::ZERO,
         stale: None,
         budget: Duration::from_secs(2),
-        absent: Absence::Refuse,
+        absent: OnNotFound::Refuse,
         grant: GRANT,
         offline_grant: OFFLINE_GRANT,
         prefetch: false,
     };
-    let of = |images: &str, changes: Changes| (vec![images.parse().unwrap()], changes);
-    let with_policy = |policy| Changes {
+    let of = |images: &str, changes: PolicyOverrides| (vec![images.parse().unwrap()], changes);
+    let with_policy = |policy| PolicyOverrides {
         policy: Some(policy),
-        ..Changes::default()
+        ..PolicyOverrides::default()
     };
     let rules = vec![
         of(
@@ -97,21 +97,21 @@ pub fn rules(sealed: bool) -> Rules {
         of("registry.test/acme/present", with_policy(Policy::IfNotPresent)),
         of(
             "registry.test/acme/fresh",
-            Changes {
+            PolicyOverrides {
                 fresh: Some(Duration::from_secs(60)),
                 prefetch: Some(true),
-                ..Changes::default()
+                ..PolicyOverrides::default()
             },
         ),
         of(
             "registry.test/acme/kept",
-            Changes {
-                absent: Some(Absence::Serve),
-                ..Changes::default()
+            PolicyOverrides {
+                absent: Some(OnNotFound::ServeStale),
+                ..PolicyOverrides::default()
             },
         ),
     ];
-    let upstreams = [PROVEN, SHARED].map(|name| (Arc::from(name), Changes::default()));
+    let upstreams = [PROVEN, SHARED].map(|name| (Arc::from(name), PolicyOverrides::default()));
     Rules::new(default, upstreams, rules).unwrap()
 }
 

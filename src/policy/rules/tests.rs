@@ -10,28 +10,28 @@ use super::*;
 
 const MINUTE: Duration = Duration::from_secs(60);
 
-fn default() -> Rule {
-    Rule {
+fn default() -> EffectivePolicy {
+    EffectivePolicy {
         name: Arc::from("default"),
         policy: Policy::IfNewer,
         fresh: Duration::ZERO,
         stale: None,
         budget: Duration::from_secs(2),
-        absent: Absence::Refuse,
+        absent: OnNotFound::Refuse,
         grant: 5 * MINUTE,
         offline_grant: 720 * MINUTE,
         prefetch: true,
     }
 }
 
-fn policy(policy: Policy) -> Changes {
-    Changes {
+fn policy(policy: Policy) -> PolicyOverrides {
+    PolicyOverrides {
         policy: Some(policy),
-        ..Changes::default()
+        ..PolicyOverrides::default()
     }
 }
 
-fn pattern(text: &str) -> Pattern {
+fn pattern(text: &str) -> ImagePattern {
     text.parse().unwrap_or_else(|error| panic!("{text}: {error}"))
 }
 
@@ -44,7 +44,7 @@ fn rules(globs: &[&str]) -> Rules {
     let names = ["docker.io", "ghcr.io", "localhost:5000"];
     Rules::new(
         default(),
-        names.map(|name| (Arc::from(name), Changes::default())),
+        names.map(|name| (Arc::from(name), PolicyOverrides::default())),
         rules,
     )
     .unwrap()
@@ -165,24 +165,24 @@ fn the_first_match_wins_also_by_the_short_name_of_the_hub() {
 
 #[test]
 fn a_rule_changes_only_what_it_says() {
-    let upstream = Changes {
+    let upstream = PolicyOverrides {
         grant: Some(MINUTE),
-        stale: Some(Staleness::For(9 * MINUTE)),
-        ..Changes::default()
+        stale: Some(StaleLimit::Within(9 * MINUTE)),
+        ..PolicyOverrides::default()
     };
-    let rule = Changes {
+    let rule = PolicyOverrides {
         fresh: Some(MINUTE),
         ..policy(Policy::Always)
     };
-    let forever = Changes {
-        stale: Some(Staleness::Forever),
-        ..Changes::default()
+    let forever = PolicyOverrides {
+        stale: Some(StaleLimit::Unlimited),
+        ..PolicyOverrides::default()
     };
     let rules = Rules::new(
         default(),
         [
             (Arc::from("ghcr.io"), upstream),
-            (Arc::from("quay.io"), Changes::default()),
+            (Arc::from("quay.io"), PolicyOverrides::default()),
         ],
         vec![
             (vec![pattern("*/a/*"), pattern("*/b/*")], rule),
@@ -192,7 +192,7 @@ fn a_rule_changes_only_what_it_says() {
     .unwrap();
     let find = |upstream, repository: &str| rules.find(upstream, &repository.parse().unwrap(), None).clone();
 
-    let at_ghcr = Rule {
+    let at_ghcr = EffectivePolicy {
         name: Arc::from("upstream ghcr.io"),
         stale: Some(9 * MINUTE),
         grant: MINUTE,
@@ -203,7 +203,7 @@ fn a_rule_changes_only_what_it_says() {
     let name = Arc::from("rule 1: */a/*, */b/*");
     assert_eq!(
         find("ghcr.io", "b/y"),
-        Rule {
+        EffectivePolicy {
             name,
             policy: Policy::Always,
             fresh: MINUTE,
@@ -212,7 +212,7 @@ fn a_rule_changes_only_what_it_says() {
     );
     assert_eq!(
         find("ghcr.io", "c/y"),
-        Rule {
+        EffectivePolicy {
             name: Arc::from("rule 2: */c/*"),
             stale: None,
             ..at_ghcr
@@ -239,23 +239,23 @@ fn one_rule_for_everything_needs_no_upstreams() {
 fn what_can_match_no_image_is_refused() {
     let long = "a/".repeat(300);
     let table = [
-        ("", PatternError::Empty),
-        (":v1", PatternError::Empty),
-        ("ghcr.io/acme/web:", PatternError::Empty),
-        (long.as_str(), PatternError::TooLong),
-        ("ghcr.io/acme/web@sha256:00", PatternError::Digest),
-        ("https://ghcr.io/acme", PatternError::Url),
-        ("ghcr.io", PatternError::NoRepository),
-        ("nginx:v1", PatternError::NoRepository),
-        ("ghcr.io/a:b/c", PatternError::SlashInTag),
-        ("{ghcr.io/a:b,quay.io/c}", PatternError::SlashInTag),
+        ("", ImagePatternError::Empty),
+        (":v1", ImagePatternError::Empty),
+        ("ghcr.io/acme/web:", ImagePatternError::Empty),
+        (long.as_str(), ImagePatternError::TooLong),
+        ("ghcr.io/acme/web@sha256:00", ImagePatternError::Digest),
+        ("https://ghcr.io/acme", ImagePatternError::Url),
+        ("ghcr.io", ImagePatternError::NoRepository),
+        ("nginx:v1", ImagePatternError::NoRepository),
+        ("ghcr.io/a:b/c", ImagePatternError::SlashInTag),
+        ("{ghcr.io/a:b,quay.io/c}", ImagePatternError::SlashInTag),
     ];
     for (text, expected) in table {
-        assert_eq!(text.parse::<Pattern>().unwrap_err(), expected, "{text}");
+        assert_eq!(text.parse::<ImagePattern>().unwrap_err(), expected, "{text}");
     }
     for text in ["ghcr.io/[", "ghcr.io/{a", "ghcr.io/a:["] {
         assert!(
-            matches!(text.parse::<Pattern>(), Err(PatternError::Glob(_))),
+            matches!(text.parse::<ImagePattern>(), Err(ImagePatternError::Glob(_))),
             "{text}"
         );
     }

@@ -7,7 +7,7 @@ use http::header::{AGE, WARNING};
 
 use super::{Asked, put};
 use crate::oci::header::CACHE_STATUS;
-use crate::policy::{Served, Why};
+use crate::policy::{HitReason, MissReason};
 use crate::proxy::{ServeInfo, ServeReason};
 use crate::store::tags::NEVER_CONFIRMED;
 
@@ -18,7 +18,7 @@ pub(super) fn tell(headers: &mut HeaderMap, how: ServeInfo, asked: &Asked) {
             Some(cause) => format!("ifnewer; hit; detail={}-{}", served.name(), cause.name()),
             None => format!("ifnewer; hit; detail={}", served.name()),
         },
-        ServeReason::Fetched(Why::Newer) => "ifnewer; fwd=stale; detail=newer".to_owned(),
+        ServeReason::Fetched(MissReason::NewDigest) => "ifnewer; fwd=stale; detail=newer".to_owned(),
         ServeReason::Fetched(why) => format!("ifnewer; fwd=miss; detail={}", why.name()),
         ServeReason::Collapsed => "ifnewer; fwd=miss; collapsed; detail=joined".to_owned(),
         ServeReason::Passthrough => "ifnewer; fwd=bypass; detail=passed".to_owned(),
@@ -40,7 +40,7 @@ pub(super) fn tell(headers: &mut HeaderMap, how: ServeInfo, asked: &Asked) {
 }
 
 /// RFC 7234 §5.5.7's 299, which podman and containerd show to the user.
-fn warning(served: Served, upstream: &str, age: Option<Duration>) -> String {
+fn warning(served: HitReason, upstream: &str, age: Option<Duration>) -> String {
     let confirmed = match age {
         Some(age) => {
             let age = humantime::format_duration(Duration::from_secs(age.as_secs()));
@@ -49,17 +49,17 @@ fn warning(served: Served, upstream: &str, age: Option<Duration>) -> String {
         None => "imported and never confirmed".to_owned(),
     };
     let why = match served {
-        Served::NewUnavailable(cause) => {
+        HitReason::StaleOnFetchError(cause) => {
             format!("{upstream} has a newer image that could not be had: it {cause}")
         }
-        Served::LastComplete(cause) => {
+        HitReason::PreviousComplete(cause) => {
             let cause = cause.map_or_else(|| "is not asked".to_owned(), |cause| cause.to_string());
             format!(
                 "the newest image is not held whole and {upstream} {cause}; this is the last complete one"
             )
         }
-        Served::KeptAbsent => format!("{upstream} no longer has this tag"),
-        Served::CredentialRefused => format!("{upstream} refuses the credential of the cache"),
+        HitReason::RetainedDeleted => format!("{upstream} no longer has this tag"),
+        HitReason::CacheCredentialRejected => format!("{upstream} refuses the credential of the cache"),
         other => match other.cause() {
             Some(cause) => format!("{upstream} {cause}"),
             None => format!("{upstream} was not asked"),

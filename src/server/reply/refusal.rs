@@ -8,7 +8,7 @@ use hyper::ext::ReasonPhrase;
 use super::{Asked, Body, problem, put};
 use crate::oci::header::CACHE_STATUS;
 use crate::oci::{Cause, ErrorCode, Problem};
-use crate::policy::Refusal;
+use crate::policy::DenyReason;
 use crate::proxy::Denied;
 use crate::upstream::Said;
 
@@ -17,21 +17,23 @@ pub(super) fn answer(refused: &Denied, asked: &Asked) -> Response<Body> {
     let (upstream, answer) = (asked.upstream(), refused.answer.as_deref());
     // A refusal is told in our words alone: asked by HEAD or by GET, held or not, it must look the same.
     let theirs = match refused.refusal {
-        Refusal::Silent(_) | Refusal::TooStale(_) | Refusal::Incomplete(_) => {
-            answer.and_then(|answer| answer.message.as_deref())
-        }
-        Refusal::NotHeld
-        | Refusal::NotVouched
-        | Refusal::Forbidden
-        | Refusal::Challenged
-        | Refusal::Absent => None,
+        DenyReason::UpstreamUnavailable(_)
+        | DenyReason::StaleLimitExceeded(_)
+        | DenyReason::Incomplete(_) => answer.and_then(|answer| answer.message.as_deref()),
+        DenyReason::NotCached
+        | DenyReason::NotAuthorized
+        | DenyReason::Forbidden
+        | DenyReason::AuthRequired
+        | DenyReason::NotFound => None,
     };
     let message = match theirs {
         Some(theirs) => format!("{sentence} ({upstream}: {theirs})"),
         None => sentence,
     };
     let mut response = problem(status, &Problem::new(code, message), asked.head);
-    if let Refusal::Silent(cause) | Refusal::TooStale(cause) | Refusal::Incomplete(cause) = refused.refusal
+    if let DenyReason::UpstreamUnavailable(cause)
+    | DenyReason::StaleLimitExceeded(cause)
+    | DenyReason::Incomplete(cause) = refused.refusal
         && status.is_server_error()
     {
         // Docker shows the status line of a 5xx, and never its body.
@@ -92,14 +94,14 @@ fn refusal(refused: &Denied, asked: &Asked) -> (StatusCode, ErrorCode, String) {
     let (upstream, image) = (asked.upstream(), asked.image());
     match refused.refusal {
         // The same words for what is absent and what is not for this client: a stranger learns nothing.
-        Refusal::NotHeld | Refusal::NotVouched => (
+        DenyReason::NotCached | DenyReason::NotAuthorized => (
             StatusCode::NOT_FOUND,
             unknown,
             format!(
                 "{upstream}/{image} is not held for you here, and the policy `never` forbids asking {upstream}"
             ),
         ),
-        Refusal::Challenged => (
+        DenyReason::AuthRequired => (
             StatusCode::UNAUTHORIZED,
             ErrorCode::Unauthorized,
             format!(
@@ -107,24 +109,24 @@ fn refusal(refused: &Denied, asked: &Asked) -> (StatusCode, ErrorCode, String) {
                  before may be enough"
             ),
         ),
-        Refusal::Absent if unknown == ErrorCode::Unsupported => (
+        DenyReason::NotFound if unknown == ErrorCode::Unsupported => (
             StatusCode::NOT_FOUND,
             unknown,
             format!("{upstream} has no list of what refers to a manifest of {image}"),
         ),
-        Refusal::Absent => (
+        DenyReason::NotFound => (
             StatusCode::NOT_FOUND,
             unknown,
             format!("{upstream} says that {image} does not exist"),
         ),
-        Refusal::Forbidden if refused.own_credential => (
+        DenyReason::Forbidden if refused.own_credential => (
             StatusCode::FORBIDDEN,
             ErrorCode::Denied,
             format!(
                 "{upstream} refuses the credential that ifnewer is configured with; check [upstream.\"{upstream}\"]"
             ),
         ),
-        Refusal::Forbidden => match answer.and_then(|answer| answer.status) {
+        DenyReason::Forbidden => match answer.and_then(|answer| answer.status) {
             Some(StatusCode::FORBIDDEN) => (
                 StatusCode::FORBIDDEN,
                 ErrorCode::Denied,
@@ -141,7 +143,7 @@ fn refusal(refused: &Denied, asked: &Asked) -> (StatusCode, ErrorCode, String) {
                 format!("{upstream} wants a credential that may read {image}"),
             ),
         },
-        Refusal::Silent(cause) => {
+        DenyReason::UpstreamUnavailable(cause) => {
             if let Some(Said::Other(status)) = answer.map(|answer| answer.said) {
                 (
                     status,
@@ -159,14 +161,14 @@ fn refusal(refused: &Denied, asked: &Asked) -> (StatusCode, ErrorCode, String) {
                 (status, code, sentence)
             }
         }
-        Refusal::TooStale(cause) => {
+        DenyReason::StaleLimitExceeded(cause) => {
             let (status, code) = silence(cause);
             let sentence = format!(
                 "{upstream} {cause}, and the held copy of {image} was confirmed longer ago than `stale` allows"
             );
             (status, code, sentence)
         }
-        Refusal::Incomplete(cause) => {
+        DenyReason::Incomplete(cause) => {
             let (status, code) = silence(cause);
             let sentence = format!(
                 "{upstream} {cause}, and of {image} only a part is held: no client could pull it whole"
