@@ -26,8 +26,8 @@ use crate::server::accept::Accepting;
 use crate::server::listen::{Listener, Passed, SocketFile, bind, bind_unix, listeners};
 use crate::server::tls::{ServerTls, TlsError};
 use crate::server::{Doors, Egress, Entry, Front, Passwords, Registry, Sound, Tunnels};
+use crate::store::fs::DirectoryFs;
 use crate::store::step::Buffers;
-use crate::store::volume::Directory;
 use crate::store::{Limits as StoreLimits, OpenError, Settings as StoreSettings, Store};
 use crate::telemetry::{Events, Exchange};
 use crate::terminal;
@@ -251,9 +251,9 @@ fn adjust(store: &Store, new: &Config) {
 }
 
 fn open_store(config: &Config, descriptors: usize, clock: Clock) -> Result<(Arc<Store>, Offline), RunError> {
-    let volume = Arc::new(Directory::open(&config.data)?);
+    let fs = Arc::new(DirectoryFs::open(&config.data)?);
     let settings = store_settings(config, descriptors);
-    let store = Store::open(&settings, volume, clock.now())?;
+    let store = Store::open(&settings, fs, clock.now())?;
     let offline = as_left(&store);
     Ok((Arc::new(store), offline))
 }

@@ -42,10 +42,9 @@ pub mod challenges;
 mod checksummed_json;
 pub mod completeness;
 mod error;
-mod errors;
 mod evict;
+pub mod fs;
 pub mod grants;
-mod guard;
 mod held;
 mod index;
 pub mod ingest;
@@ -63,14 +62,11 @@ mod scrub;
 mod secret;
 pub mod step;
 pub mod tags;
-mod underway;
 pub mod usage;
 pub mod usage_report;
 pub mod uses;
 pub mod verify;
 mod view;
-pub mod volume;
-mod watched;
 
 #[cfg(test)]
 mod tests;
@@ -89,9 +85,12 @@ use crate::oci::Digest;
 pub use self::async_store::AsyncStore;
 use self::checksummed_json::to_millis;
 pub use self::error::{Fault, OpenError, Trouble};
-pub use self::errors::LogLimit;
 use self::evict::Evictor;
 pub use self::evict::{Evictions, YOUNG};
+use self::fs::FileSystem;
+pub use self::fs::disk_errors::LogLimit;
+use self::fs::monitored::{DiskHealth, MonitoredFs};
+use self::fs::timed::{PendingIo, TimedFs};
 pub use self::index::thread::IndexState;
 use self::index::thread::{Home, IndexHandle};
 use self::lock::Lock;
@@ -99,12 +98,9 @@ use self::pins::Pins;
 pub use self::room::Limits;
 use self::room::Room;
 pub use self::scrub::Scrubbed;
-use self::underway::{Noting, Underway};
 use self::usage::{Counters, Usage};
 use self::uses::Uses;
 pub use self::view::View;
-use self::volume::Volume;
-use self::watched::{Refusal, Watched};
 
 const QUARANTINE_FOLDER: &str = "quarantine";
 
@@ -140,9 +136,9 @@ impl Default for Settings {
 
 /// Everything held. One per data folder.
 pub struct Store {
-    volume: Arc<Watched>,
-    refusal: Refusal,
-    underway: Underway,
+    fs: Arc<MonitoredFs>,
+    disk_health: DiskHealth,
+    pending_io: PendingIo,
     blobs: Arc<blobs::Blobs>,
     manifests: Arc<manifests::Manifests>,
     tags: Arc<tags::Refs>,
@@ -172,11 +168,11 @@ pub struct Store {
 }
 
 impl Store {
-    /// Opens the store on `volume`, taking its folder for this process. Waits neither for the index nor for the counts.
-    pub fn open(settings: &Settings, volume: Arc<dyn Volume>, now: SystemTime) -> Result<Self, OpenError> {
-        Self::open_with(settings, volume, now, |volume| {
-            volume.folder().map_or(Home::Memory, |folder| Home::Folder {
-                volume: Arc::clone(volume),
+    /// Opens the store on `fs`, taking its folder for this process. Waits neither for the index nor for the counts.
+    pub fn open(settings: &Settings, fs: Arc<dyn FileSystem>, now: SystemTime) -> Result<Self, OpenError> {
+        Self::open_with(settings, fs, now, |fs| {
+            fs.folder().map_or(Home::Memory, |folder| Home::Folder {
+                fs: Arc::clone(fs),
                 index: folder.join("index"),
                 opened_at: to_millis(now) / 1000,
             })
@@ -185,30 +181,30 @@ impl Store {
 
     fn open_with(
         settings: &Settings,
-        volume: Arc<dyn Volume>,
+        fs: Arc<dyn FileSystem>,
         now: SystemTime,
-        home: impl FnOnce(&Arc<dyn Volume>) -> Home,
+        home: impl FnOnce(&Arc<dyn FileSystem>) -> Home,
     ) -> Result<Self, OpenError> {
-        let lock = volume.folder().map(Lock::take).transpose()?;
-        let refusal = Refusal::default();
-        let underway = Underway::default();
-        let noting = Arc::new(Noting::new(volume, &underway));
-        let watched = Arc::new(Watched::new(noting, &refusal));
-        let volume: Arc<dyn Volume> = Arc::clone(&watched) as _;
-        let secret = secret::read_or_make(volume.as_ref())?;
-        let leftovers = leftover::Leftovers::find(volume.as_ref(), now);
-        let index = IndexHandle::start(home(&volume))
+        let lock = fs.folder().map(Lock::take).transpose()?;
+        let disk_health = DiskHealth::default();
+        let pending_io = PendingIo::default();
+        let timed = Arc::new(TimedFs::new(fs, &pending_io));
+        let monitored = Arc::new(MonitoredFs::new(timed, &disk_health));
+        let fs: Arc<dyn FileSystem> = Arc::clone(&monitored) as _;
+        let secret = secret::read_or_make(fs.as_ref())?;
+        let leftovers = leftover::Leftovers::find(fs.as_ref(), now);
+        let index = IndexHandle::start(home(&fs))
             .map_err(|error| Fault::io("start the thread of", "index", &error))?;
         let index = Arc::new(index);
         let usage = Arc::new(Counters::default());
-        let tags = Arc::new(tags::Refs::new(&volume, &index, &usage));
+        let tags = Arc::new(tags::Refs::new(&fs, &index, &usage));
         let stop = Arc::new(AtomicBool::new(false));
         let grants = Arc::new(grants::Grants::new(&index));
         let removed = Arc::new(completeness::Removed::default());
-        let seen = Arc::new(membership::SeenFiles::new(&volume, &removed));
+        let seen = Arc::new(membership::SeenFiles::new(&fs, &removed));
         let scan = {
-            let (volume, usage, tags, seen, stop) = (
-                Arc::clone(&volume),
+            let (fs, usage, tags, seen, stop) = (
+                Arc::clone(&fs),
                 Arc::clone(&usage),
                 Arc::clone(&tags),
                 Arc::clone(&seen),
@@ -217,7 +213,7 @@ impl Store {
             let grants = Arc::clone(&grants);
             begin("store-scan", move || {
                 grants.prune(now);
-                usage::count_existing(volume.as_ref(), &usage, &stop);
+                usage::count_existing(fs.as_ref(), &usage, &stop);
                 if tags.heal_index(&stop) && !grants.is_listed() {
                     grants.prune(now);
                 }
@@ -225,27 +221,25 @@ impl Store {
             })?
         };
         let uses = Arc::new(Uses::new(now));
-        let pins = Arc::new(Pins::read(&volume, &uses));
-        let room = Arc::new(Room::new(settings.limits, &volume, &usage));
+        let pins = Arc::new(Pins::read(&fs, &uses));
+        let room = Arc::new(Room::new(settings.limits, &fs, &usage));
         let blobs = Arc::new(blobs::Blobs::new(
             settings,
-            &volume,
+            &fs,
             &index,
             (&usage, &removed),
             leftovers,
             &uses,
-            &refusal,
+            &disk_health,
         ));
-        let manifests = Arc::new(manifests::Manifests::new(
-            settings, &volume, &usage, &uses, &removed,
-        ));
-        let evictor = Evictor::new(&volume, &blobs, &manifests, &tags, &pins, &uses, &room, &stop);
+        let manifests = Arc::new(manifests::Manifests::new(settings, &fs, &usage, &uses, &removed));
+        let evictor = Evictor::new(&fs, &blobs, &manifests, &tags, &pins, &uses, &room, &stop);
         let evictor = Arc::new(evictor);
         let evicting = {
             let evictor = Arc::clone(&evictor);
             begin("store-evict", move || evictor.run())?
         };
-        let scrub = scrub::Scrub::new(settings.scrub_rate, &volume, &blobs, &manifests, &uses, &stop);
+        let scrub = scrub::Scrub::new(settings.scrub_rate, &fs, &blobs, &manifests, &uses, &stop);
         let scrub = Arc::new(scrub);
         let scrubbing = {
             let scrub = Arc::clone(&scrub);
@@ -255,9 +249,9 @@ impl Store {
             blobs,
             manifests,
             seen,
-            listings: listings::Listings::new(&volume),
-            challenges: challenges::Challenges::new(&volume),
-            doubts: invalidations::Doubts::new(&volume),
+            listings: listings::Listings::new(&fs),
+            challenges: challenges::Challenges::new(&fs),
+            doubts: invalidations::Doubts::new(&fs),
             tags,
             grants,
             wholes: completeness::Wholes::new(&removed),
@@ -274,9 +268,9 @@ impl Store {
             threads: vec![scan, evicting, scrubbing],
             healing: Mutex::default(),
             verifying: verify::Verifying::default(),
-            volume: watched,
-            refusal,
-            underway,
+            fs: monitored,
+            disk_health,
+            pending_io,
             index,
             _lock: lock,
         };
@@ -288,14 +282,14 @@ impl Store {
     pub fn close(&self) {
         self.stop.store(true, Ordering::Relaxed);
         self.evictor.wake();
-        self.uses.write(self.volume.as_ref());
+        self.uses.write(self.fs.as_ref());
         self.index.flush();
     }
 
     /// What is to be done from time to time; to be called every few seconds. Blocks.
     pub fn tend(&self, now: SystemTime) {
         self.uses.tell(now);
-        self.volume.probe();
+        self.fs.probe();
         self.evictor.wake_if_needed();
         self.index.send_removals();
         self.heal();
@@ -337,8 +331,13 @@ impl Store {
 
     /// What keeps the store from doing its work, if anything does. It serves what it can all the same.
     pub fn troubles(&self) -> Vec<Trouble> {
-        let mut troubles: Vec<_> = self.refusal.now().map(Trouble::Disk).into_iter().collect();
-        if let Some((operation, took)) = self.underway.slow(Instant::now()) {
+        let mut troubles: Vec<_> = self
+            .disk_health
+            .last_error()
+            .map(Trouble::Disk)
+            .into_iter()
+            .collect();
+        if let Some((operation, took)) = self.pending_io.slow(Instant::now()) {
             let seconds = took.as_secs();
             troubles.push(Trouble::Slow { operation, seconds });
         }
@@ -358,7 +357,7 @@ impl Store {
 
     /// Errors of the disk since the start, by operation.
     pub fn errors(&self) -> Vec<(&'static str, u64)> {
-        self.volume.errors()
+        self.fs.errors()
     }
 
     /// Changes how many bytes in a second are read again in the background; 0 is none.
@@ -414,7 +413,7 @@ impl Drop for Store {
 impl std::fmt::Debug for Store {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Store")
-            .field("folder", &self.volume.folder())
+            .field("folder", &self.fs.folder())
             .finish_non_exhaustive()
     }
 }
@@ -428,7 +427,7 @@ fn begin(name: &str, work: impl FnOnce() + Send + 'static) -> Result<JoinHandle<
 
 /// Moves a damaged file out of the way, for whoever wants to look into it; it is a miss from now on. Says whether it was
 /// this call that did it.
-fn quarantine(volume: &dyn Volume, path: &Path, why: &str) -> bool {
+fn quarantine(fs: &dyn FileSystem, path: &Path, why: &str) -> bool {
     tracing::error!(path = %path.display(), "{why}; it is set aside in {QUARANTINE_FOLDER} and fetched again when asked for");
     let (tree, name) = (path.iter().next(), path.file_name());
     let name = [tree, name].map(|part| part.unwrap_or_default().to_string_lossy());
@@ -436,21 +435,21 @@ fn quarantine(volume: &dyn Volume, path: &Path, why: &str) -> bool {
     // A blob and a manifest may have one digest, and what was fetched again may be damaged again.
     let again = (2..=QUARANTINED_AGAIN_MAX).map(|nth| PathBuf::from(format!("{}-{nth}", name.display())));
     let mut names = std::iter::once(name.clone()).chain(again);
-    let free = names.find(|name| volume.open(name).is_err()).unwrap_or(name);
+    let free = names.find(|name| fs.open(name).is_err()).unwrap_or(name);
     // What cannot be moved may yet be removed; and what stays is found damaged again.
-    let moved = volume.rename(path, &free);
-    moved.or_else(|_| volume.remove(path)).is_ok()
+    let moved = fs.rename(path, &free);
+    moved.or_else(|_| fs.remove(path)).is_ok()
 }
 
 /// The size of a file, if it is there.
-fn size_of(volume: &dyn Volume, path: &Path) -> Option<u64> {
-    volume.open(path).and_then(|file| file.size()).ok()
+fn size_of(fs: &dyn FileSystem, path: &Path) -> Option<u64> {
+    fs.open(path).and_then(|file| file.size()).ok()
 }
 
 /// Removes a file; says how long it was, if it was there.
-fn remove_file(volume: &dyn Volume, path: &Path) -> Result<Option<u64>, Fault> {
-    let size = size_of(volume, path);
-    match volume.remove(path) {
+fn remove_file(fs: &dyn FileSystem, path: &Path) -> Result<Option<u64>, Fault> {
+    let size = size_of(fs, path);
+    match fs.remove(path) {
         Ok(()) => Ok(Some(size.unwrap_or(0))),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(Fault::io("remove", path, &error)),

@@ -20,9 +20,9 @@ use super::import::{self, Imported, Wish};
 use super::{Image, layout};
 use crate::oci::{Accept, Algorithm, AnyDigest, Digest, Hasher, MediaType, Reference};
 use crate::store::blobs::Verified;
+use crate::store::fs::{FileSystem, MemoryFs};
 use crate::store::listings::KeptListing;
 use crate::store::tags::{NEVER_CONFIRMED, TagKey, Variant};
-use crate::store::volume::{Memory, Volume};
 use crate::store::{Settings, Store};
 
 const IMAGE: &str = "application/vnd.oci.image.manifest.v1+json";
@@ -70,20 +70,20 @@ fn key(name: &str) -> TagKey {
 
 /// A store, and what keeps it from the disk.
 struct Ground {
-    volume: Arc<Memory>,
+    fs: Arc<MemoryFs>,
     store: Store,
 }
 
 impl Ground {
     fn new() -> Self {
-        let volume = Arc::new(Memory::new());
+        let fs = Arc::new(MemoryFs::new());
         let store = Store::open(
             &Settings::default(),
-            Arc::clone(&volume) as Arc<dyn Volume>,
+            Arc::clone(&fs) as Arc<dyn FileSystem>,
             now(),
         )
         .unwrap();
-        Self { volume, store }
+        Self { fs, store }
     }
 
     fn holds_blob(&self, bytes: &[u8]) {
@@ -461,13 +461,13 @@ fn a_blob_that_changed_on_the_disk_breaks_the_archive_off() {
     let plan = Plan::new(&ground.store, &images, Platforms::Held, now()).unwrap();
     let of = digest(b"layer");
     let path = format!("blobs/sha256/{}/{}", &of.hex()[..2], of.hex());
-    ground.volume.remove(path.as_ref()).unwrap();
-    let file = ground.volume.create(path.as_ref()).unwrap();
+    ground.fs.remove(path.as_ref()).unwrap();
+    let file = ground.fs.create(path.as_ref()).unwrap();
     file.write_at(b"reyal", 0).unwrap();
     drop(ground.store.remove_blob(&digest(b"nothing")));
     let store = Store::open(
         &Settings::default(),
-        Arc::clone(&ground.volume) as Arc<dyn Volume>,
+        Arc::clone(&ground.fs) as Arc<dyn FileSystem>,
         now(),
     )
     .unwrap();

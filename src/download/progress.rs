@@ -7,7 +7,7 @@ use tokio::sync::watch;
 use super::{Failure, Requester, Shared, WITHHELD_BYTES};
 use crate::oci::Digest;
 use crate::queue::Waiters;
-use crate::store::volume::VolumeFile;
+use crate::store::fs::FsFile;
 
 /// One transfer.
 pub(super) struct Download {
@@ -26,7 +26,7 @@ pub(super) struct Download {
 pub struct Opened {
     /// The size of the whole blob, where the upstream said it.
     pub size: Option<u64>,
-    pub(super) file: Arc<dyn VolumeFile>,
+    pub(super) file: Arc<dyn FsFile>,
     pub(super) attempt: Attempt,
 }
 

@@ -18,8 +18,8 @@ use super::{Ahead, Chunks, Failure, Shared};
 use crate::oci::{Cause, Digest};
 use crate::queue::{Waiter, Waiters};
 use crate::store::Fault;
+use crate::store::fs::FsFile;
 use crate::store::step::{Buffers, STEP_BYTES, read_step};
-use crate::store::volume::VolumeFile;
 
 /// A part that begins so far from what has arrived is far ahead.
 pub const FAR_AHEAD_BYTES: u64 = 8 * 1024 * 1024;
@@ -68,7 +68,7 @@ impl Part {
 }
 
 enum Look {
-    Readable(Arc<dyn VolumeFile>, u64),
+    Readable(Arc<dyn FsFile>, u64),
     Wait { readable: u64 },
     End,
     Failed(Arc<Failure>),
@@ -236,11 +236,7 @@ impl Reader {
         Look::Wait { readable }
     }
 
-    pub(super) async fn read(
-        &mut self,
-        file: &Arc<dyn VolumeFile>,
-        until: u64,
-    ) -> Result<Bytes, Arc<Failure>> {
+    pub(super) async fn read(&mut self, file: &Arc<dyn FsFile>, until: u64) -> Result<Bytes, Arc<Failure>> {
         let wanted = usize::try_from(until - self.position)
             .unwrap_or(STEP_BYTES)
             .min(self.step_bytes);

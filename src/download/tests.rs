@@ -27,7 +27,7 @@ use crate::oci::{Algorithm, Hasher};
 use crate::queue::{Class, Peer};
 use crate::store::Settings;
 use crate::store::blobs::Verified;
-use crate::store::volume::{Memory, Volume};
+use crate::store::fs::{FileSystem, MemoryFs};
 use crate::upstream::Said;
 
 const MIB: usize = 1024 * 1024;
@@ -137,12 +137,12 @@ fn digest(bytes: &[u8]) -> Digest {
 }
 
 fn downloads() -> Downloads {
-    downloads_on(&Arc::new(Memory::new()))
+    downloads_on(&Arc::new(MemoryFs::new()))
 }
 
 /// As after a start of the process.
-fn downloads_on(disk: &Arc<Memory>) -> Downloads {
-    let disk = Arc::clone(disk) as Arc<dyn Volume>;
+fn downloads_on(disk: &Arc<MemoryFs>) -> Downloads {
+    let disk = Arc::clone(disk) as Arc<dyn FileSystem>;
     let store = Store::open(&Settings::default(), disk, SystemTime::UNIX_EPOCH).unwrap();
     Downloads::new(Arc::new(store), Buffers::default(), 16)
 }

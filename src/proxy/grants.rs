@@ -432,12 +432,12 @@ mod tests {
 
     use super::*;
     use crate::store::Settings;
-    use crate::store::volume::Memory;
+    use crate::store::fs::MemoryFs;
 
     fn store() -> Store {
         Store::open(
             &Settings::default(),
-            Arc::new(Memory::new()),
+            Arc::new(MemoryFs::new()),
             SystemTime::UNIX_EPOCH,
         )
         .unwrap()

@@ -18,8 +18,8 @@ use crate::oci::{Cause, Digest, Hasher};
 use crate::proxy::StreamedList;
 use crate::proxy::passthrough::VerifyingStream;
 use crate::store::AsyncStore;
+use crate::store::fs::FsFile;
 use crate::store::step::{Buffers, STEP_BYTES, held_bytes, read_cached, read_waiting};
-use crate::store::volume::VolumeFile;
 use crate::telemetry::{BytesFrom, Ended, Events};
 use crate::upstream::Fetched;
 use crate::upstream::pass::PassedOn;
@@ -130,7 +130,7 @@ impl Body {
 
     /// The bytes of `file` from `start` up to, not including, `end`.
     pub(super) fn file(
-        file: Arc<dyn VolumeFile>,
+        file: Arc<dyn FsFile>,
         start: u64,
         end: u64,
         buffers: Buffers,
@@ -149,7 +149,7 @@ impl Body {
     /// A whole blob that this process has not read before: hashed on the way, its end withheld until it is right.
     pub(super) fn checked(
         digest: Digest,
-        file: Arc<dyn VolumeFile>,
+        file: Arc<dyn FsFile>,
         size: u64,
         buffers: Buffers,
         events: Events,
@@ -386,7 +386,7 @@ impl Checked {
 }
 
 struct File {
-    from: Arc<dyn VolumeFile>,
+    from: Arc<dyn FsFile>,
     position: u64,
     end: u64,
     buffers: Buffers,

@@ -11,13 +11,13 @@ use quick_cache::sync::Cache;
 
 use super::cache_key::{counted, weighted};
 use super::completeness::Removed;
+use super::fs::monitored::DiskHealth;
+use super::fs::{FileSystem, FsFile};
 pub use super::held::HeldBlob;
 use super::index::thread::IndexHandle;
 use super::leftover::Leftovers;
 use super::usage::{Counters, Kind};
 use super::uses::{Used, Uses};
-use super::volume::{Volume, VolumeFile};
-use super::watched::Refusal;
 use super::{Fault, Settings, Store, content_path, remove_file, size_of};
 use crate::oci::{Algorithm, Digest, Hasher};
 
@@ -132,12 +132,12 @@ impl Weighter<Digest, Bytes> for ByLength {
 }
 
 pub(super) struct Blobs {
-    pub(super) volume: Arc<dyn Volume>,
+    pub(super) fs: Arc<dyn FileSystem>,
     pub(super) leftovers: Leftovers,
     index: Arc<IndexHandle>,
     usage: Arc<Counters>,
     uses: Arc<Uses>,
-    refusal: Refusal,
+    disk_health: DiskHealth,
     open: Cache<Digest, HeldBlob>,
     small: Cache<Digest, Bytes, ByLength>,
     /// Held while a name is looked for and given.
@@ -150,20 +150,20 @@ pub(super) struct Blobs {
 impl Blobs {
     pub(super) fn new(
         settings: &Settings,
-        volume: &Arc<dyn Volume>,
+        fs: &Arc<dyn FileSystem>,
         index: &Arc<IndexHandle>,
         (usage, removed): (&Arc<Counters>, &Arc<Removed>),
         leftovers: Leftovers,
         uses: &Arc<Uses>,
-        refusal: &Refusal,
+        disk_health: &DiskHealth,
     ) -> Self {
         Self {
-            volume: Arc::clone(volume),
+            fs: Arc::clone(fs),
             leftovers,
             index: Arc::clone(index),
             usage: Arc::clone(usage),
             uses: Arc::clone(uses),
-            refusal: refusal.clone(),
+            disk_health: disk_health.clone(),
             open: counted(settings.open_blobs_max),
             small: weighted(settings.small_blob_cache_bytes_max, 4096, ByLength),
             naming: Mutex::default(),
@@ -175,7 +175,7 @@ impl Blobs {
     /// The blob, if its file is open and nothing suggests that it cannot be read.
     pub(super) fn ready(&self, digest: &Digest) -> Option<HeldBlob> {
         let held = self.open.get(digest)?;
-        (!held.is_unreadable() && !self.refusal.is_any()).then_some(held)
+        (!held.is_unreadable() && !self.disk_health.is_failing()).then_some(held)
     }
 
     /// Whether the blob's file is open.
@@ -201,7 +201,7 @@ impl Blobs {
                 return Ok(None);
             }
             // On a failing disk an open file may be past reading: better known before it is promised to anyone.
-            if self.refusal.is_any()
+            if self.disk_health.is_failing()
                 && held.size > 0
                 && let Err(error) = held.file.read_at(&mut [0], 0)
             {
@@ -211,7 +211,7 @@ impl Blobs {
             return Ok(Some(held));
         }
         let removals = self.removals.load(Ordering::SeqCst);
-        let file = match self.volume.open(&path) {
+        let file = match self.fs.open(&path) {
             Ok(file) => file,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(Fault::io("open", path, &error)),
@@ -223,8 +223,7 @@ impl Blobs {
         }
         let held = HeldBlob::new(size, file);
         self.open.insert(*digest, held.clone());
-        if self.removals.load(Ordering::SeqCst) != removals && size_of(self.volume.as_ref(), &path).is_none()
-        {
+        if self.removals.load(Ordering::SeqCst) != removals && size_of(self.fs.as_ref(), &path).is_none() {
             // It can be read to its end, but it is not held: kept open, it would take its place for nothing.
             self.open.remove(digest);
         }
@@ -233,8 +232,7 @@ impl Blobs {
 
     /// Whether the blob is here; not opened for good, so that a look at many pushes nothing out of the open ones.
     pub(super) fn has(&self, digest: &Digest) -> bool {
-        self.open.peek(digest).is_some()
-            || size_of(self.volume.as_ref(), &content_path(TREE, digest)).is_some()
+        self.open.peek(digest).is_some() || size_of(self.fs.as_ref(), &content_path(TREE, digest)).is_some()
     }
 
     pub(super) fn find_small(&self, digest: &Digest) -> Option<Bytes> {
@@ -265,7 +263,7 @@ impl Blobs {
         let path = content_path(TREE, digest);
         let removed = self
             .usage
-            .removing(Kind::Blob, &path, || remove_file(self.volume.as_ref(), &path));
+            .removing(Kind::Blob, &path, || remove_file(self.fs.as_ref(), &path));
         self.forget(digest);
         removed
     }
@@ -280,7 +278,7 @@ impl Blobs {
         if !is_free() || self.is_in_use(digest) {
             return Ok(None);
         }
-        let size = size_of(self.volume.as_ref(), &content_path(TREE, digest)).unwrap_or(0);
+        let size = size_of(self.fs.as_ref(), &content_path(TREE, digest)).unwrap_or(0);
         self.remove(digest).map(|_| Some(size))
     }
 
@@ -293,7 +291,7 @@ impl Blobs {
 
     pub(super) fn quarantine(&self, digest: &Digest, why: &str) {
         self.usage
-            .quarantining(Kind::Blob, self.volume.as_ref(), &content_path(TREE, digest), why);
+            .quarantining(Kind::Blob, self.fs.as_ref(), &content_path(TREE, digest), why);
         self.forget(digest);
     }
 
@@ -301,10 +299,10 @@ impl Blobs {
     fn name(&self, from: &Path, to: &Path, size: u64) -> Result<(), Fault> {
         let _naming = self.naming.lock().unwrap_or_else(PoisonError::into_inner);
         self.usage.adding(Kind::Blob, to, size, || {
-            if size_of(self.volume.as_ref(), to).is_some() {
+            if size_of(self.fs.as_ref(), to).is_some() {
                 return Ok(false);
             }
-            let named = self.volume.rename(from, to);
+            let named = self.fs.rename(from, to);
             named
                 .map(|()| true)
                 .map_err(|error| Fault::io("name", to, &error))
@@ -315,7 +313,7 @@ impl Blobs {
     pub(super) fn admit(
         &self,
         from: &Path,
-        file: &Arc<dyn VolumeFile>,
+        file: &Arc<dyn FsFile>,
         proof: Verified,
     ) -> Result<HeldBlob, Fault> {
         let digest = proof.digest;
@@ -332,12 +330,13 @@ impl Blobs {
         }
         file.sync()
             .map_err(|error| Fault::io("make durable", &path, &error))?;
-        file.seal().map_err(|error| Fault::io("seal", &path, &error))?;
+        file.make_read_only()
+            .map_err(|error| Fault::io("seal", &path, &error))?;
         self.index
             .put(size_key(&digest), proof.size.to_be_bytes().to_vec());
         self.name(from, &path, proof.size)?;
         let folder = path.parent().unwrap_or(Path::new(TREE));
-        if let Err(error) = self.volume.sync_folder(folder) {
+        if let Err(error) = self.fs.sync_dir(folder) {
             // The fault to tell is the first one; what could not be removed is found and verified later.
             let _ = self.remove(&digest);
             return Err(Fault::io("make durable the name of", &path, &error));

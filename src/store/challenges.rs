@@ -12,7 +12,7 @@ use std::time::SystemTime;
 use serde::{Deserialize, Serialize};
 
 use super::checksummed_json::{RECORD_BYTES_MAX, from_millis, opened, sealed, to_millis};
-use super::volume::Volume;
+use super::fs::FileSystem;
 use super::{Fault, Store, named_path};
 
 /// Longer challenges are not kept.
@@ -49,15 +49,15 @@ impl Store {
 }
 
 pub(super) struct Challenges {
-    volume: Arc<dyn Volume>,
+    fs: Arc<dyn FileSystem>,
     /// As many as there are upstreams. `None`: looked for, and not there.
     ready: Mutex<HashMap<String, Option<Arc<KeptChallenge>>>>,
 }
 
 impl Challenges {
-    pub(super) fn new(volume: &Arc<dyn Volume>) -> Self {
+    pub(super) fn new(fs: &Arc<dyn FileSystem>) -> Self {
         Self {
-            volume: Arc::clone(volume),
+            fs: Arc::clone(fs),
             ready: Mutex::default(),
         }
     }
@@ -76,7 +76,7 @@ impl Challenges {
         if let Some(known) = self.ready(upstream) {
             return known;
         }
-        let found = match self.volume.read_whole(&path(upstream), RECORD_BYTES_MAX) {
+        let found = match self.fs.read_file(&path(upstream), RECORD_BYTES_MAX) {
             Ok(bytes) => read(upstream, &bytes).map(Arc::new),
             Err(error) if error.kind() == io::ErrorKind::NotFound => None,
             // Perhaps it can be read later.
@@ -103,8 +103,8 @@ impl Challenges {
             return Ok(());
         }
         let path = path(upstream);
-        self.volume
-            .write_whole(&path, &file)
+        self.fs
+            .write_durable(&path, &file)
             .map_err(|error| Fault::io("write", path, &error))
     }
 }

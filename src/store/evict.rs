@@ -20,6 +20,7 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use super::blobs::Blobs;
+use super::fs::FileSystem;
 use super::manifests::Manifests;
 use super::pins::{Pin, Pins};
 use super::plan::{Plan, Step, plan};
@@ -27,7 +28,6 @@ use super::room::{Need, Pressure, Reservation, Room};
 use super::tags::{Refs, TagKey};
 use super::usage_report::Freed;
 use super::uses::Uses;
-use super::volume::Volume;
 use super::{Fault, QUARANTINE_FOLDER};
 
 /// Nothing is evicted that arrived or was used this recently.
@@ -73,7 +73,7 @@ struct Totals {
 }
 
 pub(super) struct Evictor {
-    pub(super) volume: Arc<dyn Volume>,
+    pub(super) fs: Arc<dyn FileSystem>,
     pub(super) blobs: Arc<Blobs>,
     pub(super) manifests: Arc<Manifests>,
     pub(super) tags: Arc<Refs>,
@@ -136,7 +136,7 @@ impl Evictor {
         reason = "it removes from all of them; called once"
     )]
     pub(super) fn new(
-        volume: &Arc<dyn Volume>,
+        fs: &Arc<dyn FileSystem>,
         blobs: &Arc<Blobs>,
         manifests: &Arc<Manifests>,
         tags: &Arc<Refs>,
@@ -146,7 +146,7 @@ impl Evictor {
         stop: &Arc<AtomicBool>,
     ) -> Self {
         Self {
-            volume: Arc::clone(volume),
+            fs: Arc::clone(fs),
             blobs: Arc::clone(blobs),
             manifests: Arc::clone(manifests),
             tags: Arc::clone(tags),
@@ -406,7 +406,7 @@ impl Evictor {
     fn sync_tag_removals(&self) -> Result<(), Fault> {
         let mut folders = self.state.unsynced.lock().unwrap_or_else(PoisonError::into_inner);
         while let Some(folder) = folders.pop_first() {
-            match self.volume.sync_folder(&folder) {
+            match self.fs.sync_dir(&folder) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => {
                     let fault = Fault::io("make durable", &folder, &error);
                     folders.insert(folder);
@@ -422,18 +422,18 @@ impl Evictor {
     fn prune_quarantine(&self, age: Duration) {
         let folder = Path::new(QUARANTINE_FOLDER);
         let now = self.uses.now();
-        for entry in self.volume.list(folder).unwrap_or_default() {
+        for entry in self.fs.list(folder).unwrap_or_default() {
             let old = entry.modified.and_then(|at| now.duration_since(at).ok());
             if !entry.is_folder && old.is_some_and(|old| old > age) {
                 // What cannot be removed now is tried again the next time.
-                let _ = self.volume.remove(&folder.join(&entry.name));
+                let _ = self.fs.remove(&folder.join(&entry.name));
             }
         }
     }
 
     /// What is to be done now and then, whether or not room is needed.
     pub(super) fn tidy(&self) {
-        self.uses.write(self.volume.as_ref());
+        self.uses.write(self.fs.as_ref());
         self.prune_quarantine(QUARANTINED_FOR);
     }
 }

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::io::Errno;
 
-use super::volume::{VolumeFile, read_all};
+use super::fs::{FsFile, read_all};
 
 /// A blob that can be read. Stays readable while it is used, even when it is removed meanwhile.
 #[derive(Clone)]
@@ -15,12 +15,12 @@ pub struct HeldBlob {
     /// In bytes.
     pub size: u64,
     /// Its bytes.
-    pub file: Arc<dyn VolumeFile>,
+    pub file: Arc<dyn FsFile>,
     is_unreadable: Arc<AtomicBool>,
 }
 
 impl HeldBlob {
-    pub(super) fn new(size: u64, file: Arc<dyn VolumeFile>) -> Self {
+    pub(super) fn new(size: u64, file: Arc<dyn FsFile>) -> Self {
         let is_unreadable = Arc::new(AtomicBool::new(false));
         let file = Arc::new(BlobFile {
             file,
@@ -46,7 +46,7 @@ impl HeldBlob {
 
 /// Notes that the disk could not read it, for whoever asks for the blob next.
 struct BlobFile {
-    file: Arc<dyn VolumeFile>,
+    file: Arc<dyn FsFile>,
     is_unreadable: Arc<AtomicBool>,
 }
 
@@ -60,7 +60,7 @@ impl BlobFile {
     }
 }
 
-impl VolumeFile for BlobFile {
+impl FsFile for BlobFile {
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
         self.file.write_at(bytes, offset)
     }
@@ -85,8 +85,8 @@ impl VolumeFile for BlobFile {
         self.file.reserve(bytes)
     }
 
-    fn seal(&self) -> io::Result<()> {
-        self.file.seal()
+    fn make_read_only(&self) -> io::Result<()> {
+        self.file.make_read_only()
     }
 }
 
@@ -101,13 +101,13 @@ impl fmt::Debug for HeldBlob {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::store::volume::{Memory, Volume};
+    use crate::store::fs::{FileSystem, MemoryFs};
     use std::path::Path;
 
     /// Of its bytes, the disk has lost all from the fifth on.
-    struct Bad(Arc<dyn VolumeFile>);
+    struct Bad(Arc<dyn FsFile>);
 
-    impl VolumeFile for Bad {
+    impl FsFile for Bad {
         fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
             self.0.write_at(bytes, offset)
         }
@@ -129,14 +129,14 @@ mod tests {
         fn reserve(&self, bytes: u64) -> io::Result<()> {
             self.0.reserve(bytes)
         }
-        fn seal(&self) -> io::Result<()> {
-            self.0.seal()
+        fn make_read_only(&self) -> io::Result<()> {
+            self.0.make_read_only()
         }
     }
 
     #[test]
     fn only_an_error_of_the_disk_makes_it_unreadable() {
-        let file = Memory::new().create(Path::new("file")).unwrap();
+        let file = MemoryFs::new().create(Path::new("file")).unwrap();
         file.write_at(b"0123456789", 0).unwrap();
         let held = HeldBlob::new(10, Arc::new(Bad(file)));
         assert!(held.file.read_at_cached(&mut [0], 7).is_err());

@@ -108,7 +108,7 @@ fn said(panic: &(dyn Any + Send)) -> String {
         .collect()
 }
 
-/// An index that is gone with the process: for tests, and for a volume that is no folder.
+/// An index that is gone with the process: for tests, and for a file system that is no folder.
 #[derive(Clone, Default)]
 pub(super) struct MemoryIndex {
     pairs: BTreeMap<Vec<u8>, Vec<u8>>,

@@ -15,9 +15,9 @@ use serde::{Deserialize, Serialize};
 use super::blobs::{Blobs, HeldBlob, Verified, WrongDigest};
 use super::checksummed_json::sealed;
 use super::evict::Evictor;
+use super::fs::{FileSystem, FsFile, temp_path};
 use super::leftover::Kept;
 use super::room::Reservation;
-use super::volume::{Volume, VolumeFile, unnamed_path};
 use super::{Fault, Store};
 use crate::oci::{Digest, Hasher};
 
@@ -27,7 +27,7 @@ pub const MARK_BYTES: u64 = 1024 * 1024;
 /// Room for a blob of unknown size is set aside in steps of this many bytes, where there is so much; else as it comes.
 const ROOM_STEP_BYTES: u64 = 8 * 1024 * 1024;
 
-/// How many names are tried for an ingest; see [`unnamed_path`].
+/// How many names are tried for an ingest; see [`temp_path`].
 const INGEST_TRIES_MAX: u32 = 64;
 
 impl Store {
@@ -63,7 +63,7 @@ pub struct Ingest {
     pub(super) blobs: Arc<Blobs>,
     pub(super) digest: Digest,
     pub(super) folder: PathBuf,
-    pub(super) file: Arc<dyn VolumeFile>,
+    pub(super) file: Arc<dyn FsFile>,
     pub(super) marks: Marks,
     pub(super) is_left: bool,
     pub(super) room: Space,
@@ -102,7 +102,7 @@ impl Space {
 #[derive(Clone, Default)]
 pub(super) struct Marks {
     /// `None` before the first, and after one that could not be written.
-    pub(super) file: Option<Arc<dyn VolumeFile>>,
+    pub(super) file: Option<Arc<dyn FsFile>>,
     /// The length of the list in bytes.
     pub(super) length: u64,
     /// How much of the blob the last one covers.
@@ -119,7 +119,7 @@ impl fmt::Debug for Ingest {
 
 impl Ingest {
     fn begin(blobs: &Arc<Blobs>, digest: &Digest, size: Option<u64>, room: Space) -> Result<Self, Fault> {
-        let (folder, file) = create(blobs.volume.as_ref())?;
+        let (folder, file) = create(blobs.fs.as_ref())?;
         let ingest = Self {
             blobs: Arc::clone(blobs),
             digest: *digest,
@@ -138,16 +138,13 @@ impl Ingest {
             size,
         });
         let path = ingest.folder.join("meta");
-        let noted = blobs
-            .volume
-            .create(&path)
-            .and_then(|file| file.write_at(&meta, 0));
+        let noted = blobs.fs.create(&path).and_then(|file| file.write_at(&meta, 0));
         noted.map_err(|error| Fault::io("write", &path, &error))?;
         Ok(ingest)
     }
 
     /// The file being written, for the writer and for readers.
-    pub fn file(&self) -> Arc<dyn VolumeFile> {
+    pub fn file(&self) -> Arc<dyn FsFile> {
         Arc::clone(&self.file)
     }
 
@@ -188,7 +185,7 @@ impl Ingest {
         let path = self.folder.join("marks");
         let file = match self.marks.file.take() {
             Some(file) => Ok(file),
-            None if self.marks.last == 0 => self.blobs.volume.create(&path),
+            None if self.marks.last == 0 => self.blobs.fs.create(&path),
             None => return,
         };
         let line = format!("{written} {}\n", hasher.clone().finish());
@@ -212,16 +209,16 @@ impl Ingest {
             digest: self.digest,
             bytes: self.marks.last,
         };
-        let (volume, folder) = (self.blobs.volume.as_ref(), kept.folder());
+        let (fs, folder) = (self.blobs.fs.as_ref(), kept.folder());
         if self.folder != folder {
             // Of two interrupted downloads of one blob the later one is kept.
-            let _ = volume.remove_folder_all(&folder);
-            if volume.rename(&self.folder, &folder).is_err() {
+            let _ = fs.remove_dir_all(&folder);
+            if fs.rename(&self.folder, &folder).is_err() {
                 return;
             }
         }
         self.is_left = true;
-        self.blobs.leftovers.put(volume, kept);
+        self.blobs.leftovers.put(fs, kept);
     }
 }
 
@@ -229,17 +226,17 @@ impl Drop for Ingest {
     fn drop(&mut self) {
         if !self.is_left {
             // What stays is found when the store is next opened.
-            let _ = self.blobs.volume.remove_folder_all(&self.folder);
+            let _ = self.blobs.fs.remove_dir_all(&self.folder);
         }
     }
 }
 
-fn create(volume: &dyn Volume) -> Result<(PathBuf, Arc<dyn VolumeFile>), Fault> {
+fn create(fs: &dyn FileSystem) -> Result<(PathBuf, Arc<dyn FsFile>), Fault> {
     let mut tries = 0;
     loop {
-        let folder = unnamed_path();
+        let folder = temp_path();
         let path = folder.join("data");
-        match volume.create(&path) {
+        match fs.create(&path) {
             Ok(file) => return Ok((folder, file)),
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists && tries < INGEST_TRIES_MAX => {
                 tries += 1;

@@ -15,8 +15,8 @@ use std::time::SystemTime;
 use serde::{Deserialize, Serialize};
 
 use super::checksummed_json::{RECORD_BYTES_MAX, checksum, from_millis, opened, sealed, to_millis};
+use super::fs::FileSystem;
 use super::tags::TagKey;
-use super::volume::Volume;
 use super::{Fault, Store, named_path, remove_file};
 use crate::oci::{AnyDigest, Reference, Repository, Tag};
 
@@ -130,7 +130,7 @@ impl Store {
         for (key, since) in self.doubts.read() {
             if self.has_cached(&key) || self.may_be_indexed(&key) {
                 self.doubts.lock().insert(key, since);
-            } else if let Err(fault) = remove_file(self.doubts.volume.as_ref(), &key.path()) {
+            } else if let Err(fault) = remove_file(self.doubts.fs.as_ref(), &key.path()) {
                 tracing::debug!(%fault, "a doubt about what is no longer cached stays");
             }
         }
@@ -140,7 +140,7 @@ impl Store {
 }
 
 pub(super) struct Doubts {
-    volume: Arc<dyn Volume>,
+    fs: Arc<dyn FileSystem>,
     known: Mutex<HashMap<DoubtKey, SystemTime>>,
     /// Of `known`: most of the time there is none, and nothing to look for.
     count: AtomicUsize,
@@ -149,9 +149,9 @@ pub(super) struct Doubts {
 }
 
 impl Doubts {
-    pub(super) fn new(volume: &Arc<dyn Volume>) -> Self {
+    pub(super) fn new(fs: &Arc<dyn FileSystem>) -> Self {
         Self {
-            volume: Arc::clone(volume),
+            fs: Arc::clone(fs),
             known: Mutex::default(),
             count: AtomicUsize::new(0),
             writers: std::array::from_fn(|_| Mutex::default()),
@@ -187,8 +187,8 @@ impl Doubts {
             reference: key.reference.to_string(),
             since_ms: to_millis(since),
         });
-        self.volume
-            .write_whole(&path, &record)
+        self.fs
+            .write_durable(&path, &record)
             .map_err(|error| Fault::io("write", path, &error))?;
         Ok(is_new)
     }
@@ -203,7 +203,7 @@ impl Doubts {
             return Ok(());
         }
         // The file first: a crash in between leaves a doubt too many, which costs a question.
-        remove_file(self.volume.as_ref(), &path)?;
+        remove_file(self.fs.as_ref(), &path)?;
         let mut known = self.lock();
         known.remove(key);
         self.count.store(known.len(), Ordering::Release);
@@ -212,10 +212,10 @@ impl Doubts {
 
     fn read(&self) -> Vec<(DoubtKey, SystemTime)> {
         let mut found = Vec::new();
-        for folder in self.volume.list(Path::new(TREE)).unwrap_or_default() {
+        for folder in self.fs.list(Path::new(TREE)).unwrap_or_default() {
             let folder = Path::new(TREE).join(folder.name);
-            for file in self.volume.list(&folder).unwrap_or_default() {
-                let bytes = self.volume.read_whole(&folder.join(file.name), RECORD_BYTES_MAX);
+            for file in self.fs.list(&folder).unwrap_or_default() {
+                let bytes = self.fs.read_file(&folder.join(file.name), RECORD_BYTES_MAX);
                 found.extend(bytes.ok().and_then(|bytes| DoubtKey::read(&bytes)));
                 if found.len() >= DOUBTS_MAX {
                     return found;

@@ -14,9 +14,9 @@ use std::time::{Duration, SystemTime};
 
 use super::blobs::{Blobs, TREE};
 use super::checksummed_json::{RECORD_BYTES_MAX, opened};
+use super::fs::{FileSystem, FsFile, INGEST_DIR, read_all};
 use super::ingest::{Ingest, Marks, Meta, Space};
 use super::step::STEP_BYTES;
-use super::volume::{UNNAMED_FOLDER, Volume, VolumeFile, read_all};
 use super::{Store, content_path};
 use crate::oci::{Digest, Hasher};
 
@@ -45,8 +45,8 @@ impl Store {
     /// Removes all leftovers; says how many bytes they had.
     pub fn remove_leftovers(&self) -> u64 {
         let leftovers = std::mem::take(&mut *self.blobs.leftovers.kept());
-        let volume = self.blobs.volume.as_ref();
-        leftovers.iter().map(|kept| kept.remove(volume)).sum()
+        let fs = self.blobs.fs.as_ref();
+        leftovers.iter().map(|kept| kept.remove(fs)).sum()
     }
 }
 
@@ -55,7 +55,7 @@ pub struct Leftover {
     blobs: Arc<Blobs>,
     kept: Option<Kept>,
     size: Option<u64>,
-    file: Arc<dyn VolumeFile>,
+    file: Arc<dyn FsFile>,
     list: Marks,
     marks: Vec<Mark>,
     /// For the whole.
@@ -98,10 +98,10 @@ impl Leftover {
     fn take(blobs: &Arc<Blobs>, digest: &Digest) -> Option<Self> {
         let kept = blobs.leftovers.take(digest)?;
         let read = || {
-            let (volume, folder) = (blobs.volume.as_ref(), kept.folder());
-            let meta: Meta = opened(&volume.read_whole(&folder.join("meta"), RECORD_BYTES_MAX).ok()?)?;
-            let file = volume.open_for_writing(&folder.join("data")).ok()?;
-            let list = volume.open_for_writing(&folder.join("marks")).ok()?;
+            let (fs, folder) = (blobs.fs.as_ref(), kept.folder());
+            let meta: Meta = opened(&fs.read_file(&folder.join("meta"), RECORD_BYTES_MAX).ok()?)?;
+            let file = fs.open_for_writing(&folder.join("data")).ok()?;
+            let list = fs.open_for_writing(&folder.join("marks")).ok()?;
             let text = read_all(list.as_ref(), MARKS_BYTES_MAX).ok()?;
             let below = meta
                 .size
@@ -116,7 +116,7 @@ impl Leftover {
             Some((meta.size, file, list, marks))
         };
         let Some((size, file, list, marks)) = read() else {
-            kept.remove(blobs.volume.as_ref());
+            kept.remove(blobs.fs.as_ref());
             return None;
         };
         Some(Self {
@@ -141,14 +141,14 @@ impl Leftover {
     }
 
     /// The file, for readers of what is proven by [`Self::read_again`].
-    pub fn file(&self) -> Arc<dyn VolumeFile> {
+    pub fn file(&self) -> Arc<dyn FsFile> {
         Arc::clone(&self.file)
     }
 
     /// Removes it: it is of no use.
     pub fn discard(mut self) {
         if let Some(kept) = self.kept.take() {
-            kept.remove(self.blobs.volume.as_ref());
+            kept.remove(self.blobs.fs.as_ref());
         }
     }
 
@@ -196,14 +196,14 @@ impl Leftover {
 impl Drop for Leftover {
     fn drop(&mut self) {
         if let Some(kept) = self.kept.take() {
-            self.blobs.leftovers.put(self.blobs.volume.as_ref(), kept);
+            self.blobs.leftovers.put(self.blobs.fs.as_ref(), kept);
         }
     }
 }
 
 /// Hashes the bytes of a span.
 fn read_span(
-    file: &dyn VolumeFile,
+    file: &dyn FsFile,
     (mut at, until): (u64, u64),
     buffer: &mut [u8],
     hasher: &mut Hasher,
@@ -263,27 +263,27 @@ impl Kept {
     pub(super) fn folder(&self) -> PathBuf {
         let mut name = self.digest.algorithm().to_string();
         let _ = write!(name, "-{}", self.digest.hex());
-        Path::new(UNNAMED_FOLDER).join(name)
+        Path::new(INGEST_DIR).join(name)
     }
 
     /// Says how many bytes it had.
-    fn remove(&self, volume: &dyn Volume) -> u64 {
+    fn remove(&self, fs: &dyn FileSystem) -> u64 {
         // What stays is found again at the next start.
-        let _ = volume.remove_folder_all(&self.folder());
+        let _ = fs.remove_dir_all(&self.folder());
         self.bytes
     }
 }
 
 impl Leftovers {
     /// Looks through what an earlier process was writing: what can be continued is kept, the rest is removed.
-    pub(super) fn find(volume: &dyn Volume, now: SystemTime) -> Self {
-        let entries = volume.list(Path::new(UNNAMED_FOLDER)).unwrap_or_default();
+    pub(super) fn find(fs: &dyn FileSystem, now: SystemTime) -> Self {
+        let entries = fs.list(Path::new(INGEST_DIR)).unwrap_or_default();
         let mut found = Vec::new();
         for entry in entries {
-            let path = Path::new(UNNAMED_FOLDER).join(&entry.name);
-            match identify(volume, &path, now).filter(|_| entry.is_folder) {
+            let path = Path::new(INGEST_DIR).join(&entry.name);
+            match identify(fs, &path, now).filter(|_| entry.is_folder) {
                 Some((kept, written_at)) => found.push((written_at, path, kept)),
-                None => remove(volume, &path, entry.is_folder),
+                None => remove(fs, &path, entry.is_folder),
             }
         }
         found.sort_by_key(|(written_at, ..)| *written_at);
@@ -291,24 +291,23 @@ impl Leftovers {
         for (_, path, kept) in found {
             let folder = kept.folder();
             if path == folder
-                || (volume.list(&folder).is_ok_and(|there| there.is_empty())
-                    && volume.rename(&path, &folder).is_ok())
+                || (fs.list(&folder).is_ok_and(|there| there.is_empty()) && fs.rename(&path, &folder).is_ok())
             {
-                leftovers.put(volume, kept);
+                leftovers.put(fs, kept);
             } else {
-                remove(volume, &path, true);
+                remove(fs, &path, true);
             }
         }
         leftovers
     }
 
-    pub(super) fn put(&self, volume: &dyn Volume, kept: Kept) {
+    pub(super) fn put(&self, fs: &dyn FileSystem, kept: Kept) {
         let mut all = self.kept();
         all.retain(|other| other.digest != kept.digest);
         all.push(kept);
         let bytes = |all: &Vec<Kept>| all.iter().map(|kept| kept.bytes).sum::<u64>();
         while all.len() > LEFTOVERS_MAX || (bytes(&all) > LEFTOVER_BYTES_MAX && all.len() > 1) {
-            all.remove(0).remove(volume);
+            all.remove(0).remove(fs);
         }
     }
 
@@ -325,23 +324,23 @@ impl Leftovers {
 }
 
 /// Which blob the ingest in `folder` is of, and when it was written; `None` for one that is of no use.
-fn identify(volume: &dyn Volume, folder: &Path, now: SystemTime) -> Option<(Kept, Option<SystemTime>)> {
-    let meta: Meta = opened(&volume.read_whole(&folder.join("meta"), RECORD_BYTES_MAX).ok()?)?;
+fn identify(fs: &dyn FileSystem, folder: &Path, now: SystemTime) -> Option<(Kept, Option<SystemTime>)> {
+    let meta: Meta = opened(&fs.read_file(&folder.join("meta"), RECORD_BYTES_MAX).ok()?)?;
     let digest: Digest = meta.digest.parse().ok()?;
     let data = folder.join("data");
-    let bytes = volume.open(&data).and_then(|file| file.size()).ok()?;
-    let written_at = volume.modified(&data).ok()?;
+    let bytes = fs.open(&data).and_then(|file| file.size()).ok()?;
+    let written_at = fs.modified(&data).ok()?;
     let is_old = written_at.is_some_and(|at| now.duration_since(at).is_ok_and(|age| age > LEFTOVER_AGE_MAX));
-    let is_held = volume.open(&content_path(TREE, &digest)).is_ok();
-    let has_marks = volume.open(&folder.join("marks")).is_ok();
+    let is_held = fs.open(&content_path(TREE, &digest)).is_ok();
+    let has_marks = fs.open(&folder.join("marks")).is_ok();
     (has_marks && !is_old && !is_held).then_some((Kept { digest, bytes }, written_at))
 }
 
-fn remove(volume: &dyn Volume, path: &Path, is_folder: bool) {
+fn remove(fs: &dyn FileSystem, path: &Path, is_folder: bool) {
     let removed = if is_folder {
-        volume.remove_folder_all(path)
+        fs.remove_dir_all(path)
     } else {
-        volume.remove(path)
+        fs.remove(path)
     };
     if let Err(error) = removed {
         tracing::warn!(%error, path = %path.display(), "could not remove what an earlier process was writing");

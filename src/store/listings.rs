@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 
 use super::cache_key::weighted;
 use super::checksummed_json::{from_millis, opened, sealed, to_millis};
-use super::volume::Volume;
+use super::fs::FileSystem;
 use super::{Fault, Store};
 use crate::oci::{Algorithm, Digest, MediaType};
 
@@ -185,16 +185,16 @@ impl Weighter<ListingKey, KeptAnswer> for ByLength {
 }
 
 pub(super) struct Listings {
-    volume: Arc<dyn Volume>,
+    fs: Arc<dyn FileSystem>,
     ready: Cache<ListingKey, KeptAnswer, ByLength>,
     /// What is in the places of long lists, which are too long to be ready.
     written: Cache<ListingKey, (Digest, SystemTime)>,
 }
 
 impl Listings {
-    pub(super) fn new(volume: &Arc<dyn Volume>) -> Self {
+    pub(super) fn new(fs: &Arc<dyn FileSystem>) -> Self {
         Self {
-            volume: Arc::clone(volume),
+            fs: Arc::clone(fs),
             ready: weighted(READY_BYTES_MAX, 16 * 1024, ByLength),
             written: Cache::new(WRITTEN_MAX),
         }
@@ -226,7 +226,7 @@ impl Listings {
     fn read_at(&self, key: &ListingKey, place: Place) -> Result<Option<KeptAnswer>, Fault> {
         let path = place.path(key);
         let bytes_max = RECORD_BYTES_MAX + place.bytes_max();
-        match self.volume.read_whole(&path, bytes_max) {
+        match self.fs.read_file(&path, bytes_max) {
             Ok(bytes) => Ok(read(key, &Bytes::from(bytes))),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(Fault::io("read", path, &error)),
@@ -258,7 +258,7 @@ impl Listings {
             return Ok(());
         }
         let path = place.path(key);
-        let placed = self.volume.place(&path, &file);
+        let placed = self.fs.write_atomic(&path, &file);
         placed.map_err(|error| {
             self.written.remove(key);
             Fault::io("write", path, &error)

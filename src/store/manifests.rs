@@ -13,9 +13,9 @@ use super::blobs::WrongDigest;
 use super::cache_key::weighted;
 use super::checksummed_json::{RECORD_BYTES_MAX, opened, sealed};
 use super::completeness::Removed;
+use super::fs::FileSystem;
 use super::usage::{Counters, Kind};
 use super::uses::{Used, Uses};
-use super::volume::Volume;
 use super::{Fault, Settings, Store, content_path, remove_file, size_of};
 use crate::oci::manifest::{Kind as ManifestKind, MANIFEST_BYTES_MAX};
 use crate::oci::{AnyDigest, Digest, Manifest, MediaType, Repository};
@@ -122,7 +122,7 @@ impl Weighter<Digest, Arc<HeldManifest>> for ByLength {
 }
 
 pub(super) struct Manifests {
-    volume: Arc<dyn Volume>,
+    fs: Arc<dyn FileSystem>,
     usage: Arc<Counters>,
     uses: Arc<Uses>,
     ready: Cache<Digest, Arc<HeldManifest>, ByLength>,
@@ -133,13 +133,13 @@ pub(super) struct Manifests {
 impl Manifests {
     pub(super) fn new(
         settings: &Settings,
-        volume: &Arc<dyn Volume>,
+        fs: &Arc<dyn FileSystem>,
         usage: &Arc<Counters>,
         uses: &Arc<Uses>,
         removed: &Arc<Removed>,
     ) -> Self {
         Self {
-            volume: Arc::clone(volume),
+            fs: Arc::clone(fs),
             usage: Arc::clone(usage),
             uses: Arc::clone(uses),
             ready: weighted(settings.manifest_cache_bytes_max, 4096, ByLength),
@@ -158,7 +158,7 @@ impl Manifests {
             return Ok(Some(held));
         }
         let path = content_path(TREE, digest);
-        let bytes = match self.volume.read_whole(&path, MANIFEST_BYTES_MAX as u64) {
+        let bytes = match self.fs.read_file(&path, MANIFEST_BYTES_MAX as u64) {
             Ok(bytes) => Bytes::from(bytes),
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(error) if error.kind() == io::ErrorKind::FileTooLarge => Bytes::new(),
@@ -191,8 +191,7 @@ impl Manifests {
 
     /// Whether the manifest is here.
     pub(super) fn has(&self, digest: &Digest) -> bool {
-        self.ready.peek(digest).is_some()
-            || size_of(self.volume.as_ref(), &content_path(TREE, digest)).is_some()
+        self.ready.peek(digest).is_some() || size_of(self.fs.as_ref(), &content_path(TREE, digest)).is_some()
     }
 
     /// Writes a record anew that was lost or damaged. Where a writer is at it, or the disk refuses, that is left for later.
@@ -201,7 +200,7 @@ impl Manifests {
             return;
         };
         // Not beside a manifest that was removed meanwhile.
-        if size_of(self.volume.as_ref(), &content_path(TREE, digest)).is_some() {
+        if size_of(self.fs.as_ref(), &content_path(TREE, digest)).is_some() {
             tracing::warn!(%digest, "the record beside a manifest was lost or damaged; it is written anew");
             let media_type = media_type.as_str().to_owned();
             let record = Meta {
@@ -213,12 +212,7 @@ impl Manifests {
     }
 
     fn record(&self, digest: &Digest) -> Option<Meta> {
-        opened(
-            &self
-                .volume
-                .read_whole(&record_path(digest), RECORD_BYTES_MAX)
-                .ok()?,
-        )
+        opened(&self.fs.read_file(&record_path(digest), RECORD_BYTES_MAX).ok()?)
     }
 
     fn keep(&self, checked: HeldManifest, seen_in: SeenIn) -> Result<Arc<HeldManifest>, Fault> {
@@ -242,14 +236,14 @@ impl Manifests {
         let _writing = self.writing(&digest);
         let path = content_path(TREE, &digest);
         // In memory it may outlive its file by a moment.
-        let is_filed = size_of(self.volume.as_ref(), &path).is_some();
+        let is_filed = size_of(self.fs.as_ref(), &path).is_some();
         if let Some(held) = self.find(&digest)?.filter(|_| is_filed) {
             self.extend_record(&held, seen_in)?;
             return Ok(held);
         }
         let size = checked.bytes.len() as u64;
         let written = self.usage.adding(Kind::Manifest, &path, size, || {
-            self.volume.place(&path, &checked.bytes).map(|()| true)
+            self.fs.write_atomic(&path, &checked.bytes).map(|()| true)
         });
         written.map_err(|error| Fault::io("write", &path, &error))?;
         let record = Meta {
@@ -281,7 +275,7 @@ impl Manifests {
     /// Makes the folder durable too, and with it the name of the manifest.
     fn write_record(&self, digest: &Digest, record: &Meta) -> Result<(), Fault> {
         let path = record_path(digest);
-        let written = self.volume.write_whole(&path, &sealed(record));
+        let written = self.fs.write_durable(&path, &sealed(record));
         written.map_err(|error| Fault::io("write", path, &error))
     }
 
@@ -300,7 +294,7 @@ impl Manifests {
         if !is_free() {
             return Ok(None);
         }
-        let size = size_of(self.volume.as_ref(), &content_path(TREE, digest)).unwrap_or(0);
+        let size = size_of(self.fs.as_ref(), &content_path(TREE, digest)).unwrap_or(0);
         self.remove_alone(digest).map(|_| Some(size))
     }
 
@@ -319,23 +313,19 @@ impl Manifests {
         let path = content_path(TREE, digest);
         let was_there = self
             .usage
-            .removing(Kind::Manifest, &path, || remove_file(self.volume.as_ref(), &path))?;
+            .removing(Kind::Manifest, &path, || remove_file(self.fs.as_ref(), &path))?;
         // After the file, so that nobody reads it into memory in between; who was quicker is told by `keep`.
         self.ready.remove(digest);
         self.removed.note(digest);
         // Without its manifest the record says nothing.
-        let _ = self.volume.remove(&record_path(digest));
+        let _ = self.fs.remove(&record_path(digest));
         Ok(was_there)
     }
 
     pub(super) fn quarantine(&self, digest: &Digest, why: &str) {
         self.ready.remove(digest);
-        self.usage.quarantining(
-            Kind::Manifest,
-            self.volume.as_ref(),
-            &content_path(TREE, digest),
-            why,
-        );
+        self.usage
+            .quarantining(Kind::Manifest, self.fs.as_ref(), &content_path(TREE, digest), why);
         self.removed.note(digest);
     }
 }

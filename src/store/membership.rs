@@ -34,7 +34,7 @@ use quick_cache::sync::Cache;
 use super::cache_key::{Place, PlaceRef, weighted};
 use super::checksummed_json::{checksum, from_millis, hex, to_millis};
 use super::completeness::Removed;
-use super::volume::Volume;
+use super::fs::FileSystem;
 use super::{Fault, Store, named_path};
 use crate::oci::{Digest, Repository};
 
@@ -163,7 +163,7 @@ impl Weighter<Place, Ready> for ByDigests {
 }
 
 pub(super) struct SeenFiles {
-    volume: Arc<dyn Volume>,
+    fs: Arc<dyn FileSystem>,
     ready: Cache<Place, Ready, ByDigests>,
     in_use: in_use::InUse,
     /// About how much the files take.
@@ -175,16 +175,16 @@ pub(super) struct SeenFiles {
 }
 
 impl SeenFiles {
-    pub(super) fn new(volume: &Arc<dyn Volume>, removed: &Arc<Removed>) -> Self {
+    pub(super) fn new(fs: &Arc<dyn FileSystem>, removed: &Arc<Removed>) -> Self {
         Self {
             removed: Arc::clone(removed),
-            ..Self::with_room(volume, prune::SEEN_BYTES_MAX)
+            ..Self::with_room(fs, prune::SEEN_BYTES_MAX)
         }
     }
 
-    fn with_room(volume: &Arc<dyn Volume>, bytes_max: u64) -> Self {
+    fn with_room(fs: &Arc<dyn FileSystem>, bytes_max: u64) -> Self {
         Self {
-            volume: Arc::clone(volume),
+            fs: Arc::clone(fs),
             ready: weighted(READY_DIGESTS_MAX, 2 * PLACE_WEIGHT, ByDigests),
             in_use: in_use::InUse::default(),
             bytes: AtomicU64::new(0),
@@ -230,7 +230,7 @@ impl SeenFiles {
                 });
             }
             let path = path(&place);
-            let text = match self.volume.read_whole(&path, FILE_BYTES_MAX) {
+            let text = match self.fs.read_file(&path, FILE_BYTES_MAX) {
                 Ok(text) => text,
                 Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
                 Err(error) => return Err(Fault::io("read", &path, &error)),
@@ -238,7 +238,7 @@ impl SeenFiles {
             let (seen, lines) = Seen::of_lines(&place, &text);
             if lines > seen.digests.len() + SURPLUS_LINES_MAX {
                 // It is as good as before where this fails, only longer.
-                let _ = self.volume.write_whole(&path, &seen.to_lines(&place));
+                let _ = self.fs.write_durable(&path, &seen.to_lines(&place));
             }
             let weight = weight(&seen);
             let seen = Arc::new(SharedSeen {

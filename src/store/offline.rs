@@ -6,7 +6,7 @@
 use std::io;
 use std::path::Path;
 
-use super::volume::Volume as _;
+use super::fs::FileSystem as _;
 use super::{Fault, Store, remove_file};
 
 const FILE: &str = "offline";
@@ -17,7 +17,7 @@ impl Store {
     /// What the operator wanted last.
     pub fn is_offline_kept(&self) -> bool {
         // A file that is there and cannot be opened still says yes.
-        let opened = self.volume.open(Path::new(FILE));
+        let opened = self.fs.open(Path::new(FILE));
         !matches!(opened, Err(error) if error.kind() == io::ErrorKind::NotFound)
     }
 
@@ -26,13 +26,13 @@ impl Store {
         let path = Path::new(FILE);
         if on {
             return self
-                .volume
-                .write_whole(path, TEXT)
+                .fs
+                .write_durable(path, TEXT)
                 .map_err(|error| Fault::io("write", path, &error));
         }
-        remove_file(&*self.volume, path)?;
-        self.volume
-            .sync_folder(Path::new(""))
+        remove_file(&*self.fs, path)?;
+        self.fs
+            .sync_dir(Path::new(""))
             .map_err(|error| Fault::io("sync the folder of", path, &error))
     }
 }

@@ -9,9 +9,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockWriteGuard};
 use serde::{Deserialize, Serialize};
 
 use super::checksummed_json::{RECORD_BYTES_MAX, opened, sealed};
+use super::fs::FileSystem;
 use super::tags::TagKey;
 use super::uses::Uses;
-use super::volume::Volume;
 use super::{Fault, Store, named_path, quarantine, remove_file};
 use crate::oci::Digest;
 
@@ -62,7 +62,7 @@ impl Store {
 }
 
 pub(super) struct Pins {
-    volume: Arc<dyn Volume>,
+    fs: Arc<dyn FileSystem>,
     uses: Arc<Uses>,
     /// With the file of each. Not held while a file is written or removed.
     known: RwLock<BTreeMap<Pin, PathBuf>>,
@@ -74,13 +74,13 @@ pub(super) struct Pins {
 
 impl Pins {
     /// Reads the pins. One that cannot be read is told, and set aside.
-    pub(super) fn read(volume: &Arc<dyn Volume>, uses: &Arc<Uses>) -> Self {
+    pub(super) fn read(fs: &Arc<dyn FileSystem>, uses: &Arc<Uses>) -> Self {
         let mut known = BTreeMap::new();
-        for folder in volume.list(Path::new(TREE)).unwrap_or_default() {
+        for folder in fs.list(Path::new(TREE)).unwrap_or_default() {
             let folder = Path::new(TREE).join(folder.name);
-            for file in volume.list(&folder).unwrap_or_default() {
+            for file in fs.list(&folder).unwrap_or_default() {
                 let path = folder.join(file.name);
-                let Ok(bytes) = volume.read_whole(&path, RECORD_BYTES_MAX) else {
+                let Ok(bytes) = fs.read_file(&path, RECORD_BYTES_MAX) else {
                     tracing::error!(path = %path.display(), "a pin cannot be read; what it kept may be evicted");
                     continue;
                 };
@@ -90,7 +90,7 @@ impl Pins {
                     }
                     None => {
                         quarantine(
-                            volume.as_ref(),
+                            fs.as_ref(),
                             &path,
                             "a pin is damaged, and what it kept may be evicted",
                         );
@@ -99,7 +99,7 @@ impl Pins {
             }
         }
         Self {
-            volume: Arc::clone(volume),
+            fs: Arc::clone(fs),
             uses: Arc::clone(uses),
             known: RwLock::new(known),
             changing: Mutex::default(),
@@ -146,7 +146,7 @@ impl Pins {
         }
         // What was found to be free before goes now, and not after it is said to be pinned.
         drop(self.evicting());
-        let written = self.volume.write_whole(&path, &sealed(&Record::of(pin)));
+        let written = self.fs.write_durable(&path, &sealed(&Record::of(pin)));
         written.map_err(|error| {
             self.change().remove(pin);
             Fault::io("write", &path, &error)
@@ -163,12 +163,12 @@ impl Pins {
         let Some(path) = path else {
             return Ok(false);
         };
-        remove_file(self.volume.as_ref(), &path)?;
+        remove_file(self.fs.as_ref(), &path)?;
         self.change().remove(pin);
         // A power cut would bring it back.
         if let Some(folder) = path.parent() {
-            self.volume
-                .sync_folder(folder)
+            self.fs
+                .sync_dir(folder)
                 .map_err(|error| Fault::io("make durable", folder, &error))?;
         }
         Ok(true)

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::Fault;
+use super::fs::FileSystem;
 use super::usage::Counters;
-use super::volume::Volume;
 
 /// Eviction in the background begins at this share of the size, and ends at the lower one: so that a pull seldom waits
 /// for it, and it does not run for every pull.
@@ -61,7 +61,7 @@ pub(super) struct Need {
 }
 
 pub(super) struct Room {
-    volume: Arc<dyn Volume>,
+    fs: Arc<dyn FileSystem>,
     usage: Arc<Counters>,
     bytes_max: AtomicU64,
     free_bytes_min: AtomicU64,
@@ -94,9 +94,9 @@ impl Drop for Reservation {
 }
 
 impl Room {
-    pub(super) fn new(limits: Limits, volume: &Arc<dyn Volume>, usage: &Arc<Counters>) -> Self {
+    pub(super) fn new(limits: Limits, fs: &Arc<dyn FileSystem>, usage: &Arc<Counters>) -> Self {
         Self {
-            volume: Arc::clone(volume),
+            fs: Arc::clone(fs),
             usage: Arc::clone(usage),
             bytes_max: AtomicU64::new(limits.bytes_max),
             free_bytes_min: AtomicU64::new(limits.free_bytes_min),
@@ -175,12 +175,12 @@ impl Room {
     }
 
     pub(super) fn free_bytes(&self) -> Result<u64, Fault> {
-        let measured = self.volume.free_bytes();
+        let measured = self.fs.free_bytes();
         if let Ok(bytes) = &measured {
             self.free_bytes.store(*bytes, Ordering::Relaxed);
         }
         measured.map_err(|error| {
-            let folder = self.volume.folder().unwrap_or(Path::new(""));
+            let folder = self.fs.folder().unwrap_or(Path::new(""));
             Fault::io("measure the free space of", folder, &error)
         })
     }

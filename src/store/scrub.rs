@@ -13,8 +13,8 @@ use serde::{Deserialize, Serialize};
 
 use super::blobs::{self, Blobs};
 use super::checksummed_json::{RECORD_BYTES_MAX, from_millis, opened, sealed, to_millis};
+use super::fs::FileSystem;
 use super::uses::Uses;
-use super::volume::Volume;
 use super::{content_path, manifests};
 use crate::oci::{Algorithm, Digest, Hasher};
 
@@ -53,7 +53,7 @@ pub struct Scrubbed {
 }
 
 pub(super) struct Scrub {
-    volume: Arc<dyn Volume>,
+    fs: Arc<dyn FileSystem>,
     blobs: Arc<Blobs>,
     manifests: Arc<manifests::Manifests>,
     uses: Arc<Uses>,
@@ -81,14 +81,14 @@ struct Totals {
 impl Scrub {
     pub(super) fn new(
         rate: u64,
-        volume: &Arc<dyn Volume>,
+        fs: &Arc<dyn FileSystem>,
         blobs: &Arc<Blobs>,
         manifests: &Arc<manifests::Manifests>,
         uses: &Arc<Uses>,
         stop: &Arc<AtomicBool>,
     ) -> Self {
         Self {
-            volume: Arc::clone(volume),
+            fs: Arc::clone(fs),
             blobs: Arc::clone(blobs),
             manifests: Arc::clone(manifests),
             uses: Arc::clone(uses),
@@ -142,7 +142,7 @@ impl Scrub {
                 continue;
             }
             let folder = Path::new(tree).join(algorithm.to_string()).join(&shard);
-            for entry in self.volume.list(&folder).unwrap_or_default() {
+            for entry in self.fs.list(&folder).unwrap_or_default() {
                 if self.is_stopped() || self.rate.load(Ordering::Relaxed) == 0 {
                     self.note(&progress);
                     return;
@@ -185,7 +185,7 @@ impl Scrub {
     pub(super) fn read_all(&self, mut read: impl FnMut(&Digest, u64, bool)) -> bool {
         for (tree, algorithm, shard) in shards() {
             let folder = Path::new(tree).join(algorithm.to_string()).join(&shard);
-            for entry in self.volume.list(&folder).unwrap_or_default() {
+            for entry in self.fs.list(&folder).unwrap_or_default() {
                 if self.is_stopped() {
                     return false;
                 }
@@ -231,7 +231,7 @@ impl Scrub {
 
     /// `None` where it was stopped.
     fn hash(&self, path: &Path, algorithm: Algorithm, pace: Pace) -> io::Result<Option<Digest>> {
-        let file = self.volume.open(path)?;
+        let file = self.fs.open(path)?;
         let mut hasher = Hasher::new(algorithm);
         let mut buffer = vec![0; STEP_BYTES];
         let mut at = 0;
@@ -274,13 +274,13 @@ impl Scrub {
     }
 
     fn progress(&self) -> Progress {
-        let record = self.volume.read_whole(Path::new(PROGRESS), RECORD_BYTES_MAX);
+        let record = self.fs.read_file(Path::new(PROGRESS), RECORD_BYTES_MAX);
         record.ok().and_then(|record| opened(&record)).unwrap_or_default()
     }
 
     /// What cannot be noted is read again.
     fn note(&self, progress: &Progress) {
-        let _ = self.volume.place(Path::new(PROGRESS), &sealed(progress));
+        let _ = self.fs.write_atomic(Path::new(PROGRESS), &sealed(progress));
     }
 }
 

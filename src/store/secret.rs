@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::path::Path;
 
-use super::volume::Volume;
+use super::fs::FileSystem;
 use super::{Fault, OpenError};
 
 const NAME: &str = "install-secret";
@@ -14,14 +14,13 @@ const RANDOM_SOURCE: &str = "/dev/urandom";
 const FOREIGN_MODE: u32 = 0o077;
 
 /// Reads the secret, or makes it at the first start.
-pub(super) fn read_or_make(volume: &dyn Volume) -> Result<[u8; 32], OpenError> {
+pub(super) fn read_or_make(fs: &dyn FileSystem) -> Result<[u8; 32], OpenError> {
     let path = Path::new(NAME);
     let shown = || {
-        volume
-            .folder()
+        fs.folder()
             .map_or_else(|| path.to_owned(), |folder| folder.join(path))
     };
-    let failed = |what: &'static str, error: &io::Error| match volume.folder() {
+    let failed = |what: &'static str, error: &io::Error| match fs.folder() {
         Some(folder) => OpenError::Folder {
             folder: folder.to_owned(),
             path: shown(),
@@ -29,9 +28,9 @@ pub(super) fn read_or_make(volume: &dyn Volume) -> Result<[u8; 32], OpenError> {
         },
         None => Fault::io(what, path, error).into(),
     };
-    match volume.read_whole(path, 32) {
+    match fs.read_file(path, 32) {
         Ok(bytes) => {
-            let mode = volume
+            let mode = fs
                 .mode(path)
                 .map_err(|error| Fault::io("read the mode of", path, &error))?;
             if let Some(mode) = mode.filter(|mode| mode & FOREIGN_MODE != 0) {
@@ -43,8 +42,7 @@ pub(super) fn read_or_make(volume: &dyn Volume) -> Result<[u8; 32], OpenError> {
         }
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
             let secret = random().map_err(|error| Fault::io("read", RANDOM_SOURCE, &error))?;
-            volume
-                .write_whole(path, &secret)
+            fs.write_durable(path, &secret)
                 .map_err(|error| failed("write", &error))?;
             Ok(secret)
         }

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use bytes::Bytes;
 use tokio::task::spawn_blocking;
 
-use super::volume::VolumeFile;
+use super::fs::FsFile;
 
 /// How much is read at a time.
 pub const STEP_BYTES: usize = 256 * 1024;
@@ -99,24 +99,14 @@ impl Drop for Buffer {
 }
 
 /// Reads up to `length` bytes at `offset` if the kernel has them at hand; otherwise [`io::ErrorKind::WouldBlock`].
-pub fn read_cached(
-    file: &dyn VolumeFile,
-    offset: u64,
-    length: usize,
-    buffers: &Buffers,
-) -> io::Result<Bytes> {
+pub fn read_cached(file: &dyn FsFile, offset: u64, length: usize, buffers: &Buffers) -> io::Result<Bytes> {
     let mut buffer = buffers.take(length.min(STEP_BYTES));
     let read = file.read_at_cached(buffer.space(), offset)?;
     not_short(buffer, read)
 }
 
 /// Reads up to `length` bytes at `offset`, waiting for the disk.
-pub fn read_waiting(
-    file: &dyn VolumeFile,
-    offset: u64,
-    length: usize,
-    buffers: &Buffers,
-) -> io::Result<Bytes> {
+pub fn read_waiting(file: &dyn FsFile, offset: u64, length: usize, buffers: &Buffers) -> io::Result<Bytes> {
     let mut buffer = buffers.take(length.min(STEP_BYTES));
     let read = file.read_at(buffer.space(), offset)?;
     not_short(buffer, read)
@@ -124,7 +114,7 @@ pub fn read_waiting(
 
 /// Reads up to `length` bytes at `offset`: here if the kernel has them, on the blocking pool if it must wait.
 pub async fn read_step(
-    file: &Arc<dyn VolumeFile>,
+    file: &Arc<dyn FsFile>,
     offset: u64,
     length: usize,
     buffers: &Buffers,

@@ -19,11 +19,11 @@ use quick_cache::sync::Cache;
 
 use super::cache_key::counted;
 use super::checksummed_json::{RECORD_BYTES_MAX, checksum};
+use super::fs::FileSystem;
 use super::index::thread::{IndexHandle, VALUE_BYTES_MAX};
 use super::invalidations::DoubtKey;
 use super::manifests::HeldManifest;
 use super::usage::{Counters, Kind};
-use super::volume::Volume;
 use super::{AsyncStore, Fault, Store, View, remove_file};
 use crate::oci::{AnyDigest, Digest};
 
@@ -194,7 +194,7 @@ struct Removed {
 }
 
 pub(super) struct Refs {
-    volume: Arc<dyn Volume>,
+    fs: Arc<dyn FileSystem>,
     index: Arc<IndexHandle>,
     usage: Arc<Counters>,
     ready: Cache<TagKey, Arc<TagRecord>>,
@@ -206,9 +206,9 @@ pub(super) struct Refs {
 }
 
 impl Refs {
-    pub(super) fn new(volume: &Arc<dyn Volume>, index: &Arc<IndexHandle>, usage: &Arc<Counters>) -> Self {
+    pub(super) fn new(fs: &Arc<dyn FileSystem>, index: &Arc<IndexHandle>, usage: &Arc<Counters>) -> Self {
         Self {
-            volume: Arc::clone(volume),
+            fs: Arc::clone(fs),
             index: Arc::clone(index),
             usage: Arc::clone(usage),
             ready: counted(READY_MAX),
@@ -388,7 +388,7 @@ impl Refs {
         let Some(folder) = path.parent() else {
             return false;
         };
-        match self.volume.sync_folder(folder) {
+        match self.fs.sync_dir(folder) {
             Ok(()) => true,
             Err(error) => error.kind() == io::ErrorKind::NotFound,
         }
@@ -429,7 +429,7 @@ impl Refs {
         remove_indexed: impl FnOnce(&IndexHandle, Vec<u8>) -> T,
     ) -> (Result<Gone, Fault>, T) {
         let had_file = self.usage.removing(Kind::Tag, path, || {
-            remove_file(self.volume.as_ref(), path).map(|size| size.map(|_| 0))
+            remove_file(self.fs.as_ref(), path).map(|size| size.map(|_| 0))
         });
         let removing = remove_indexed(&self.index, key.to_index());
         self.removals.fetch_add(1, Ordering::SeqCst);
@@ -445,7 +445,7 @@ impl Refs {
 
     fn read_file(&self, key: &TagKey) -> Result<Option<TagRecord>, Fault> {
         let path = key.path();
-        match self.volume.read_whole(&path, RECORD_BYTES_MAX) {
+        match self.fs.read_file(&path, RECORD_BYTES_MAX) {
             Ok(bytes) => {
                 let found = TagRecord::of_file(&bytes).filter(|(named, _)| named == key);
                 if found.is_none() {
@@ -465,8 +465,8 @@ impl Refs {
     fn write_file(&self, key: &TagKey, record: &TagRecord, path: &Path) -> Result<(), Fault> {
         let bytes = record.to_file(key);
         let written = self.usage.adding(Kind::Tag, path, 0, || {
-            let is_new = self.volume.open(path).is_err();
-            self.volume.write_whole(path, &bytes).map(|()| is_new)
+            let is_new = self.fs.open(path).is_err();
+            self.fs.write_durable(path, &bytes).map(|()| is_new)
         });
         written.map_err(|error| Fault::io("write", path, &error))
     }
@@ -474,7 +474,7 @@ impl Refs {
     fn quarantine(&self, path: &Path) {
         self.usage.quarantining(
             Kind::Tag,
-            self.volume.as_ref(),
+            self.fs.as_ref(),
             path,
             "the record of a tag is damaged",
         );
@@ -566,14 +566,14 @@ impl Refs {
         stop: &AtomicBool,
         mut each: impl FnMut(TagKey, TagRecord, Option<SystemTime>),
     ) -> bool {
-        for folder in self.volume.list(Path::new(TREE)).unwrap_or_default() {
+        for folder in self.fs.list(Path::new(TREE)).unwrap_or_default() {
             let folder = Path::new(TREE).join(folder.name);
-            for file in self.volume.list(&folder).unwrap_or_default() {
+            for file in self.fs.list(&folder).unwrap_or_default() {
                 if stop.load(Ordering::Relaxed) {
                     return false;
                 }
                 // What is damaged or gone is found so by whoever asks for that tag.
-                let bytes = self.volume.read_whole(&folder.join(file.name), RECORD_BYTES_MAX);
+                let bytes = self.fs.read_file(&folder.join(file.name), RECORD_BYTES_MAX);
                 if let Some((key, record)) = bytes.ok().and_then(|bytes| TagRecord::of_file(&bytes)) {
                     each(key, record, file.modified);
                 }

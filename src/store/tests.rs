@@ -1,4 +1,4 @@
-//! The promises of the store, on every volume. What only a real folder has (a lock, an index that stays) is in [`folder`];
+//! The promises of the store, on every file system. What only a real folder has (a lock, an index that stays) is in [`folder`];
 //! what a power cut leaves, at each call that writes, is in [`power_cut`].
 #![allow(
     clippy::unwrap_used,
@@ -31,9 +31,9 @@ use std::time::{Duration, SystemTime};
 use bytes::Bytes;
 
 use super::blobs::Verified;
+use super::fs::{DirectoryFs, FileSystem, MemoryFs};
 use super::manifests::HeldManifest;
 use super::tags::{TagKey, Variant};
-use super::volume::{Directory, Memory, Volume};
 use super::*;
 use crate::oci::{Algorithm, Digest, Hasher, MediaType, Repository};
 
@@ -42,29 +42,29 @@ pub(super) const IMAGE: &str = "application/vnd.oci.image.manifest.v1+json";
 
 /// Where a store is opened, again and again.
 pub(super) struct Ground {
-    pub(super) volume: Arc<dyn Volume>,
+    pub(super) fs: Arc<dyn FileSystem>,
     pub(super) folder: Option<tempfile::TempDir>,
 }
 
 impl Ground {
     pub(super) fn directory() -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let volume = Directory::open(folder.path().join("data")).unwrap();
+        let fs = DirectoryFs::open(folder.path().join("data")).unwrap();
         Self {
-            volume: Arc::new(volume),
+            fs: Arc::new(fs),
             folder: Some(folder),
         }
     }
 
     pub(super) fn memory() -> Self {
         Self {
-            volume: Arc::new(Memory::new()),
+            fs: Arc::new(MemoryFs::new()),
             folder: None,
         }
     }
 
     pub(super) fn open(&self) -> Store {
-        Store::open(&Settings::default(), Arc::clone(&self.volume), at(0)).unwrap()
+        Store::open(&Settings::default(), Arc::clone(&self.fs), at(0)).unwrap()
     }
 
     /// With room for so many bytes, and everything there counted.
@@ -77,7 +77,7 @@ impl Ground {
             limits,
             ..Settings::default()
         };
-        let store = Store::open(&settings, Arc::clone(&self.volume), now).unwrap();
+        let store = Store::open(&settings, Arc::clone(&self.fs), now).unwrap();
         counted_usage(&store);
         store
     }
@@ -87,7 +87,7 @@ impl Ground {
         let mut found = Vec::new();
         let mut folders = vec![PathBuf::from(folder)];
         while let Some(folder) = folders.pop() {
-            for entry in self.volume.list(&folder).unwrap() {
+            for entry in self.fs.list(&folder).unwrap() {
                 let path = folder.join(entry.name);
                 if entry.is_folder {
                     folders.push(path);
@@ -102,14 +102,14 @@ impl Ground {
 
     /// The transfers being written. (The index thread may be writing a file of its own there.)
     fn ingests(&self) -> usize {
-        let entries = self.volume.list(Path::new("ingest")).unwrap();
+        let entries = self.fs.list(Path::new("ingest")).unwrap();
         entries.iter().filter(|entry| entry.is_folder).count()
     }
 
     /// Writes over a file, also over one that is read-only.
     pub(super) fn overwrite(&self, path: &Path, bytes: &[u8]) {
-        self.volume.remove(path).unwrap();
-        self.volume.create(path).unwrap().write_at(bytes, 0).unwrap();
+        self.fs.remove(path).unwrap();
+        self.fs.create(path).unwrap().write_at(bytes, 0).unwrap();
     }
 }
 
@@ -184,7 +184,7 @@ pub(super) fn keep_manifest(store: &Store, bytes: &Bytes, repo: &str) -> Result<
 
 pub(super) fn read_blob(store: &Store, of: &Digest) -> Option<Vec<u8>> {
     let held = store.blob(of).unwrap()?;
-    let bytes = volume::read_all(held.file.as_ref(), u64::MAX).unwrap();
+    let bytes = fs::read_all(held.file.as_ref(), u64::MAX).unwrap();
     assert_eq!(bytes.len() as u64, held.size);
     Some(bytes)
 }

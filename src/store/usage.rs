@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{PoisonError, RwLock};
 
-use super::volume::{Entry, Volume};
+use super::fs::{Entry, FileSystem};
 use super::{quarantine, size_of};
 
 /// How much is held.
@@ -130,10 +130,10 @@ impl Counters {
     }
 
     /// Sets a damaged file aside.
-    pub(super) fn quarantining(&self, kind: Kind, volume: &dyn Volume, path: &Path, why: &str) {
+    pub(super) fn quarantining(&self, kind: Kind, fs: &dyn FileSystem, path: &Path, why: &str) {
         let moved = self.removing(kind, path, || -> Result<_, Infallible> {
-            let size = size_of(volume, path);
-            Ok(quarantine(volume, path, why).then(|| size.unwrap_or(0)))
+            let size = size_of(fs, path);
+            Ok(quarantine(fs, path, why).then(|| size.unwrap_or(0)))
         });
         match moved {
             Ok(_) => {}
@@ -165,7 +165,7 @@ fn position(kind: Kind, path: &Path) -> u32 {
 }
 
 /// Counts what is there already, folder by folder.
-pub(super) fn count_existing(volume: &dyn Volume, counters: &Counters, stop: &AtomicBool) {
+pub(super) fn count_existing(fs: &dyn FileSystem, counters: &Counters, stop: &AtomicBool) {
     for (kind, tree) in TREES {
         for shard in 0..SHARDS {
             if stop.load(Ordering::Relaxed) {
@@ -174,7 +174,7 @@ pub(super) fn count_existing(volume: &dyn Volume, counters: &Counters, stop: &At
             let folder = Path::new(tree).join(format!("{shard:02x}"));
             let mut counted = counters.counted.write().unwrap_or_else(PoisonError::into_inner);
             // A folder that cannot be read counts as empty: the counts are for the eye and for eviction.
-            let entries = volume.list(&folder).unwrap_or_default();
+            let entries = fs.list(&folder).unwrap_or_default();
             let files = entries.iter().filter(|entry| is_content(entry));
             let (count, bytes) = files.fold((0, 0), |(count, bytes), file| (count + 1, bytes + file.size));
             let tally = counters.tally(kind);

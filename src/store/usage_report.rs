@@ -19,8 +19,8 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+use super::fs::FileSystem;
 use super::tags::{TagKey, TagRecord};
-use super::volume::Volume;
 use super::{Fault, Store, content_path, size_of};
 use crate::oci::manifest::Role;
 use crate::oci::{Algorithm, AnyDigest, Digest};
@@ -256,9 +256,9 @@ impl Store {
     fn needed_by_untagged(&self, candidates: &BTreeMap<Digest, Content>, needed: &mut HashSet<Digest>) {
         for algorithm in [Algorithm::Sha256, Algorithm::Sha512] {
             let tree = format!("manifests/{algorithm}");
-            for folder in self.volume.list(Path::new(&tree)).unwrap_or_default() {
+            for folder in self.fs.list(Path::new(&tree)).unwrap_or_default() {
                 let folder = Path::new(&tree).join(folder.name);
-                for file in self.volume.list(&folder).unwrap_or_default() {
+                for file in self.fs.list(&folder).unwrap_or_default() {
                     let Some(digest) = Digest::from_hex(algorithm, &file.name).ok() else {
                         continue;
                     };
@@ -323,7 +323,7 @@ impl Store {
             }
             let size = *sizes
                 .entry(child_digest)
-                .or_insert_with(|| size_of(self.volume.as_ref(), &content_path("blobs", &child_digest)));
+                .or_insert_with(|| size_of(self.fs.as_ref(), &content_path("blobs", &child_digest)));
             if let Some(bytes) = size {
                 let blob = Content {
                     bytes,

@@ -12,7 +12,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
 use super::checksummed_json::{from_millis, to_millis};
-use super::volume::Volume;
+use super::fs::FileSystem;
 use super::{Store, blobs, content_path, manifests};
 use crate::oci::Digest;
 
@@ -46,7 +46,7 @@ impl Used {
 impl Store {
     /// When this was last given to a client, or arrived; `None` where it is not held.
     pub fn last_use(&self, used: Used) -> Option<SystemTime> {
-        let modified = self.volume.modified(&used.path()).ok()?;
+        let modified = self.fs.modified(&used.path()).ok()?;
         Some(self.uses.last(used, modified))
     }
 
@@ -135,11 +135,11 @@ impl Uses {
     }
 
     /// Writes what was noted since the last time.
-    pub(super) fn write(&self, volume: &dyn Volume) {
+    pub(super) fn write(&self, fs: &dyn FileSystem) {
         let batch = std::mem::take(&mut *self.unwritten());
         for (used, at) in batch {
             // Gone meanwhile, or not to be written: it counts as used when its file says.
-            let _ = volume.set_modified(&used.path(), at);
+            let _ = fs.set_modified(&used.path(), at);
         }
     }
 

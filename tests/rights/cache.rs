@@ -14,8 +14,8 @@ use ifnewer::proxy::{
     UpstreamRegistry,
 };
 use ifnewer::queue::Peer;
+use ifnewer::store::fs::{DirectoryFs, FileSystem, MemoryFs};
 use ifnewer::store::step::Buffers;
-use ifnewer::store::volume::{Directory, Memory, Volume};
 use ifnewer::store::{Settings as StoreSettings, Store};
 use ifnewer::telemetry::Events;
 use ifnewer::trace_context::Trace;
@@ -49,8 +49,8 @@ struct Parts {
 
 #[derive(Clone)]
 enum Disk {
-    Memory(Arc<Memory>),
-    Given(Arc<dyn Volume>),
+    Memory(Arc<MemoryFs>),
+    Given(Arc<dyn FileSystem>),
     Folder(Arc<tempfile::TempDir>),
 }
 
@@ -78,17 +78,17 @@ impl Cache {
         Cache::start(Parts {
             connector: Connector::with_dial(registry.dial()),
             rules,
-            disk: Disk::Memory(Arc::new(Memory::new())),
+            disk: Disk::Memory(Arc::new(MemoryFs::new())),
             gives_tokens: false,
         })
     }
 
     /// On a disk of the test's own.
-    pub fn over(registry: &Registry, rules: Rules, disk: &Arc<impl Volume>) -> Cache {
+    pub fn over(registry: &Registry, rules: Rules, disk: &Arc<impl FileSystem>) -> Cache {
         Cache::start(Parts {
             connector: Connector::with_dial(registry.dial()),
             rules,
-            disk: Disk::Given(Arc::clone(disk) as Arc<dyn Volume>),
+            disk: Disk::Given(Arc::clone(disk) as Arc<dyn FileSystem>),
             gives_tokens: false,
         })
     }
@@ -114,13 +114,13 @@ impl Cache {
     }
 
     fn start(parts: Parts) -> Cache {
-        let volume: Arc<dyn Volume> = match &parts.disk {
-            Disk::Memory(memory) => Arc::clone(memory) as Arc<dyn Volume>,
+        let fs: Arc<dyn FileSystem> = match &parts.disk {
+            Disk::Memory(memory) => Arc::clone(memory) as Arc<dyn FileSystem>,
             Disk::Given(given) => Arc::clone(given),
-            Disk::Folder(folder) => Arc::new(Directory::open(folder_path(folder)).unwrap()),
+            Disk::Folder(folder) => Arc::new(DirectoryFs::open(folder_path(folder)).unwrap()),
         };
         // On a thread that may block.
-        let open = || Store::open(&StoreSettings::default(), volume, now()).unwrap();
+        let open = || Store::open(&StoreSettings::default(), fs, now()).unwrap();
         let store = std::thread::scope(|scope| scope.spawn(open).join().unwrap());
         let store = Arc::new(store);
         let downloads = Downloads::new(Arc::clone(&store), Buffers::default(), 64);

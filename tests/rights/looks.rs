@@ -6,11 +6,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::SystemTime;
 
-use ifnewer::store::volume::{Entry, Memory, Volume, VolumeFile};
+use ifnewer::store::fs::{Entry, FileSystem, FsFile, MemoryFs};
 
 #[derive(Default)]
 pub struct Counted {
-    disk: Memory,
+    disk: MemoryFs,
     looks: AtomicUsize,
 }
 
@@ -20,22 +20,22 @@ impl Counted {
         self.looks.load(Ordering::Relaxed)
     }
 
-    fn look(&self) -> &Memory {
+    fn look(&self) -> &MemoryFs {
         self.looks.fetch_add(1, Ordering::Relaxed);
         &self.disk
     }
 }
 
-impl Volume for Counted {
+impl FileSystem for Counted {
     fn folder(&self) -> Option<&Path> {
         self.disk.folder()
     }
 
-    fn create(&self, path: &Path) -> io::Result<Arc<dyn VolumeFile>> {
+    fn create(&self, path: &Path) -> io::Result<Arc<dyn FsFile>> {
         self.look().create(path)
     }
 
-    fn open(&self, path: &Path) -> io::Result<Arc<dyn VolumeFile>> {
+    fn open(&self, path: &Path) -> io::Result<Arc<dyn FsFile>> {
         self.look().open(path)
     }
 
@@ -55,12 +55,12 @@ impl Volume for Counted {
         self.look().remove(path)
     }
 
-    fn remove_folder_all(&self, path: &Path) -> io::Result<()> {
-        self.look().remove_folder_all(path)
+    fn remove_dir_all(&self, path: &Path) -> io::Result<()> {
+        self.look().remove_dir_all(path)
     }
 
-    fn sync_folder(&self, path: &Path) -> io::Result<()> {
-        self.disk.sync_folder(path)
+    fn sync_dir(&self, path: &Path) -> io::Result<()> {
+        self.disk.sync_dir(path)
     }
 
     fn list(&self, path: &Path) -> io::Result<Vec<Entry>> {

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, SystemTime};
 
-use ifnewer::store::volume::{Entry, Memory, Volume, VolumeFile};
+use ifnewer::store::fs::{Entry, FileSystem, FsFile, MemoryFs};
 use tokio::sync::Notify;
 
 use super::cache::{Cache, Got, PROVEN, Wish};
@@ -18,7 +18,7 @@ const COLD: usize = 100;
 /// A disk whose calls do not come back while it is closed.
 #[derive(Default)]
 struct Gated {
-    disk: Memory,
+    disk: MemoryFs,
     is_closed: Mutex<bool>,
     opened: Condvar,
     reached: Notify,
@@ -34,7 +34,7 @@ impl Gated {
         self.opened.notify_all();
     }
 
-    fn pass(&self) -> &Memory {
+    fn pass(&self) -> &MemoryFs {
         let closed = self.is_closed.lock().unwrap();
         if *closed {
             self.reached.notify_one();
@@ -44,16 +44,16 @@ impl Gated {
     }
 }
 
-impl Volume for Gated {
+impl FileSystem for Gated {
     fn folder(&self) -> Option<&Path> {
         self.disk.folder()
     }
 
-    fn create(&self, path: &Path) -> io::Result<Arc<dyn VolumeFile>> {
+    fn create(&self, path: &Path) -> io::Result<Arc<dyn FsFile>> {
         self.pass().create(path)
     }
 
-    fn open(&self, path: &Path) -> io::Result<Arc<dyn VolumeFile>> {
+    fn open(&self, path: &Path) -> io::Result<Arc<dyn FsFile>> {
         self.pass().open(path)
     }
 
@@ -73,12 +73,12 @@ impl Volume for Gated {
         self.pass().remove(path)
     }
 
-    fn remove_folder_all(&self, path: &Path) -> io::Result<()> {
-        self.pass().remove_folder_all(path)
+    fn remove_dir_all(&self, path: &Path) -> io::Result<()> {
+        self.pass().remove_dir_all(path)
     }
 
-    fn sync_folder(&self, path: &Path) -> io::Result<()> {
-        self.pass().sync_folder(path)
+    fn sync_dir(&self, path: &Path) -> io::Result<()> {
+        self.pass().sync_dir(path)
     }
 
     fn list(&self, path: &Path) -> io::Result<Vec<Entry>> {

@@ -169,7 +169,7 @@ fn a_size_that_nobody_has_room_for_is_refused_at_once() {
     let name = layout::blob_name(&digest(b"huge"));
     archive.extend(head(tar::EntryType::Regular, &name, 1 << 62));
     let ground = Ground::new();
-    ground.volume.set_bytes_max(1 << 20);
+    ground.fs.set_bytes_max(1 << 20);
     let refused = ground.import(&archive).unwrap_err();
     assert!(matches!(refused, Refused::Store(_)), "{refused}");
     assert!(
@@ -184,11 +184,11 @@ fn a_store_that_is_full_takes_nothing_and_is_as_it_was() {
     let layer = vec![7; 1 << 20];
     let image = manifest(b"config", &layer);
     let archive = Archive::of(&image, &[b"config", &layer]).bytes();
-    ground.volume.set_bytes_max(1 << 19);
+    ground.fs.set_bytes_max(1 << 19);
     let refused = ground.import(&archive).unwrap_err();
     assert!(matches!(refused, Refused::Store(_)), "{refused}");
     assert!(ground.blob(b"config").is_none() && ground.tagged(NAME).is_none());
-    ground.volume.set_bytes_max(u64::MAX);
+    ground.fs.set_bytes_max(u64::MAX);
     ground.import(&archive).unwrap();
     assert!(ground.is_whole(NAME, &image));
 }
@@ -360,7 +360,7 @@ proptest! {
             }
         }
         let ground = Ground::new();
-        ground.volume.set_bytes_max(1 << 24);
+        ground.fs.set_bytes_max(1 << 24);
         if let Ok(imported) = ground.import(&archive) {
             // Its name may be another one now; its content is not.
             let taken = &imported.images[0];

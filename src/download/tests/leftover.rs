@@ -25,14 +25,14 @@ async fn interrupted_by(downloads: &Downloads, digest: Digest, bytes: &[u8], tot
     assert!(matches!(*failed, Failure::Broken(_)), "{failed}");
 }
 
-fn left(disk: &Memory) -> Vec<PathBuf> {
+fn left(disk: &MemoryFs) -> Vec<PathBuf> {
     let ingest = Path::new("ingest");
     let folders = disk.list(ingest).unwrap().into_iter();
     folders.map(|entry| ingest.join(entry.name)).collect()
 }
 
 /// Turns the byte at `offset` of what is left.
-fn damage(disk: &Memory, offset: u64) {
+fn damage(disk: &MemoryFs, offset: u64) {
     let file = disk.open(&left(disk)[0].join("data")).unwrap();
     let mut byte = [0];
     file.read_at(&mut byte, offset).unwrap();
@@ -42,7 +42,7 @@ fn damage(disk: &Memory, offset: u64) {
 #[tokio::test(start_paused = true)]
 async fn the_next_asker_goes_on_in_this_process_and_in_the_next() {
     for restarted in [false, true] {
-        let (disk, blob) = (Arc::new(Memory::new()), content(WHOLE));
+        let (disk, blob) = (Arc::new(MemoryFs::new()), content(WHOLE));
         let mut downloads = downloads_on(&disk);
         interrupted(&downloads, &blob, 2 * MIB + 5).await;
         if restarted {
@@ -61,7 +61,7 @@ async fn the_next_asker_goes_on_in_this_process_and_in_the_next() {
 
 #[tokio::test(start_paused = true)]
 async fn after_a_kill_it_goes_on_from_the_last_mark() {
-    let (disk, blob) = (Arc::new(Memory::new()), content(WHOLE));
+    let (disk, blob) = (Arc::new(MemoryFs::new()), content(WHOLE));
     let (killed, script) = (downloads_on(&disk), Script::default());
     let wire = script.stream(0, Some(WHOLE));
     let mut reader = leader(&killed, digest(&blob)).start(script);
@@ -86,7 +86,7 @@ async fn after_a_kill_it_goes_on_from_the_last_mark() {
 
 #[tokio::test(start_paused = true)]
 async fn who_is_refused_gets_nothing_of_it_and_the_next_one_does() {
-    let (disk, blob) = (Arc::new(Memory::new()), content(WHOLE));
+    let (disk, blob) = (Arc::new(MemoryFs::new()), content(WHOLE));
     let downloads = downloads_on(&disk);
     interrupted(&downloads, &blob, 2 * MIB).await;
     let script = Script::default();
@@ -108,7 +108,7 @@ async fn who_is_refused_gets_nothing_of_it_and_the_next_one_does() {
 #[tokio::test(start_paused = true)]
 async fn what_the_disk_changed_is_fetched_again_and_reaches_nobody() {
     for damaged in [0, MIB - 1, MIB + 10_000] {
-        let (disk, blob) = (Arc::new(Memory::new()), content(WHOLE));
+        let (disk, blob) = (Arc::new(MemoryFs::new()), content(WHOLE));
         interrupted(&downloads_on(&disk), &blob, 2 * MIB).await;
         damage(&disk, damaged as u64);
         let (downloads, script) = (downloads_on(&disk), Script::default());
@@ -125,7 +125,7 @@ async fn what_the_disk_changed_is_fetched_again_and_reaches_nobody() {
 
 #[tokio::test(start_paused = true)]
 async fn an_upstream_without_ranges_is_read_past_what_is_there() {
-    let (disk, blob) = (Arc::new(Memory::new()), content(WHOLE));
+    let (disk, blob) = (Arc::new(MemoryFs::new()), content(WHOLE));
     let downloads = downloads_on(&disk);
     interrupted(&downloads, &blob, 2 * MIB).await;
     let script = Script::default();
@@ -137,7 +137,7 @@ async fn an_upstream_without_ranges_is_read_past_what_is_there() {
 
 #[tokio::test(start_paused = true)]
 async fn an_upstream_that_dislikes_ranges_is_asked_for_everything() {
-    let (disk, blob) = (Arc::new(Memory::new()), content(WHOLE));
+    let (disk, blob) = (Arc::new(MemoryFs::new()), content(WHOLE));
     let downloads = downloads_on(&disk);
     interrupted(&downloads, &blob, 2 * MIB).await;
     let script = Script::default();
@@ -150,7 +150,7 @@ async fn an_upstream_that_dislikes_ranges_is_asked_for_everything() {
 
 #[tokio::test(start_paused = true)]
 async fn what_was_announced_with_another_size_is_of_no_use() {
-    let (disk, blob) = (Arc::new(Memory::new()), content(WHOLE));
+    let (disk, blob) = (Arc::new(MemoryFs::new()), content(WHOLE));
     let downloads = downloads_on(&disk);
     interrupted_by(&downloads, digest(&blob), &blob[..2 * MIB], WHOLE + 1).await;
     let script = Script::default();
@@ -163,7 +163,7 @@ async fn what_was_announced_with_another_size_is_of_no_use() {
 
 #[tokio::test(start_paused = true)]
 async fn what_was_received_wrong_is_fetched_once_from_the_start() {
-    let (disk, blob) = (Arc::new(Memory::new()), content(WHOLE));
+    let (disk, blob) = (Arc::new(MemoryFs::new()), content(WHOLE));
     let downloads = downloads_on(&disk);
     let mut wrong = blob.clone();
     wrong[7] ^= 1;
@@ -187,7 +187,7 @@ async fn what_was_received_wrong_is_fetched_once_from_the_start() {
 
 #[tokio::test]
 async fn wrong_bytes_leave_nothing() {
-    let (disk, mut blob) = (Arc::new(Memory::new()), content(WHOLE));
+    let (disk, mut blob) = (Arc::new(MemoryFs::new()), content(WHOLE));
     let (downloads, script, wanted) = (downloads_on(&disk), Script::default(), digest(&blob));
     blob[7] ^= 1;
     script.ending(0, Some(WHOLE), &blob);

@@ -5,7 +5,7 @@ use crate::queue::NoPlace;
 
 /// As after a start of the process, with so many places.
 fn downloads_of(places: usize) -> Downloads {
-    let disk = Arc::new(Memory::new()) as Arc<dyn Volume>;
+    let disk = Arc::new(MemoryFs::new()) as Arc<dyn FileSystem>;
     let store = Store::open(&Settings::default(), disk, SystemTime::UNIX_EPOCH).unwrap();
     Downloads::new(Arc::new(store), Buffers::default(), places)
 }

@@ -5,32 +5,32 @@ use std::path::Path;
 
 use super::ahead::Parts;
 use super::*;
-use crate::store::volume::{Entry, VolumeFile};
+use crate::store::fs::{Entry, FsFile};
 
 /// Takes so many bytes of each file and no more; has room for another only where nothing was left.
 struct Small {
-    disk: Arc<Memory>,
+    disk: Arc<MemoryFs>,
     bytes_max: u64,
 }
 
 struct SmallFile {
-    disk: Arc<Memory>,
-    file: Arc<dyn VolumeFile>,
+    disk: Arc<MemoryFs>,
+    file: Arc<dyn FsFile>,
     bytes_max: u64,
 }
 
-impl Volume for Small {
+impl FileSystem for Small {
     fn folder(&self) -> Option<&Path> {
         None
     }
-    fn create(&self, path: &Path) -> io::Result<Arc<dyn VolumeFile>> {
+    fn create(&self, path: &Path) -> io::Result<Arc<dyn FsFile>> {
         Ok(Arc::new(SmallFile {
             disk: Arc::clone(&self.disk),
             file: self.disk.create(path)?,
             bytes_max: self.bytes_max,
         }))
     }
-    fn open(&self, path: &Path) -> io::Result<Arc<dyn VolumeFile>> {
+    fn open(&self, path: &Path) -> io::Result<Arc<dyn FsFile>> {
         self.disk.open(path)
     }
     fn append(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {
@@ -42,11 +42,11 @@ impl Volume for Small {
     fn remove(&self, path: &Path) -> io::Result<()> {
         self.disk.remove(path)
     }
-    fn remove_folder_all(&self, path: &Path) -> io::Result<()> {
-        self.disk.remove_folder_all(path)
+    fn remove_dir_all(&self, path: &Path) -> io::Result<()> {
+        self.disk.remove_dir_all(path)
     }
-    fn sync_folder(&self, path: &Path) -> io::Result<()> {
-        self.disk.sync_folder(path)
+    fn sync_dir(&self, path: &Path) -> io::Result<()> {
+        self.disk.sync_dir(path)
     }
     fn list(&self, path: &Path) -> io::Result<Vec<Entry>> {
         self.disk.list(path)
@@ -59,7 +59,7 @@ impl Volume for Small {
     }
 }
 
-impl VolumeFile for SmallFile {
+impl FsFile for SmallFile {
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
         if offset + bytes.len() as u64 > self.bytes_max {
             return Err(io::ErrorKind::StorageFull.into());
@@ -85,14 +85,14 @@ impl VolumeFile for SmallFile {
         }
         self.file.reserve(bytes)
     }
-    fn seal(&self) -> io::Result<()> {
-        self.file.seal()
+    fn make_read_only(&self) -> io::Result<()> {
+        self.file.make_read_only()
     }
 }
 
 fn downloads_on_a_small_disk(bytes_max: usize) -> Downloads {
     let disk = Arc::new(Small {
-        disk: Arc::new(Memory::new()),
+        disk: Arc::new(MemoryFs::new()),
         bytes_max: bytes_max as u64,
     });
     let store = Store::open(&Settings::default(), disk, SystemTime::UNIX_EPOCH).unwrap();
@@ -195,10 +195,10 @@ async fn a_blob_of_unknown_size_that_finds_no_room_is_read_to_its_end_and_not_ke
         limits,
         ..Settings::default()
     };
-    let disk = Arc::new(Memory::new());
+    let disk = Arc::new(MemoryFs::new());
     let store = Store::open(
         &settings,
-        Arc::clone(&disk) as Arc<dyn Volume>,
+        Arc::clone(&disk) as Arc<dyn FileSystem>,
         SystemTime::UNIX_EPOCH,
     )
     .unwrap();
@@ -242,7 +242,7 @@ async fn t08_disk_without_room_does_not_break_who_began_queued() {
         limits,
         ..Settings::default()
     };
-    let disk = Arc::new(Memory::new()) as Arc<dyn Volume>;
+    let disk = Arc::new(MemoryFs::new()) as Arc<dyn FileSystem>;
     let store = Store::open(&settings, disk, SystemTime::UNIX_EPOCH).unwrap();
     // Before everything is counted there is room.
     while !store.usage().is_complete {

@@ -3,10 +3,10 @@
 use std::path::Path;
 use std::sync::atomic::Ordering;
 
+use super::super::fs::Entry;
 use super::super::pins::Pin;
 use super::super::plan::{Content, Image, Listed, Snapshot};
 use super::super::uses::Used;
-use super::super::volume::Entry;
 use super::super::{blobs, manifests};
 use super::Evictor;
 use crate::oci::manifest::MANIFEST_BYTES_MAX;
@@ -29,7 +29,7 @@ impl Evictor {
         let mut listed = Vec::new();
         self.walk(manifests::TREE, |path, entry, digest| {
             let content = self.content(Used::Manifest(digest), entry, false);
-            let bytes = self.volume.read_whole(path, MANIFEST_BYTES_MAX as u64).ok();
+            let bytes = self.fs.read_file(path, MANIFEST_BYTES_MAX as u64).ok();
             // A damaged one leads nowhere; it is found damaged by whoever asks for it.
             let manifest = bytes.and_then(|bytes| Manifest::read(&bytes).ok());
             let (children, subject) = manifest.map_or_else(Default::default, |manifest| {
@@ -70,9 +70,9 @@ impl Evictor {
     fn walk(&self, tree: &str, mut each: impl FnMut(&Path, &Entry, Digest)) {
         for algorithm in [Algorithm::Sha256, Algorithm::Sha512] {
             let tree = Path::new(tree).join(algorithm.to_string());
-            for folder in self.volume.list(&tree).unwrap_or_default() {
+            for folder in self.fs.list(&tree).unwrap_or_default() {
                 let folder = tree.join(folder.name);
-                for entry in self.volume.list(&folder).unwrap_or_default() {
+                for entry in self.fs.list(&folder).unwrap_or_default() {
                     if self.stop.load(Ordering::Relaxed) {
                         return;
                     }

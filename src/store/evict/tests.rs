@@ -93,11 +93,11 @@ fn evict_looks_during(
     held: impl Fn(&Store),
     write: impl Fn(&Store) + Sync,
 ) -> (Store, bool) {
-    let volume = Arc::new(CutVolume::new(usize::MAX));
-    let store = Store::open(&Settings::default(), Arc::clone(&volume) as _, at(0)).unwrap();
+    let fs = Arc::new(CutVolume::new(usize::MAX));
+    let store = Store::open(&Settings::default(), Arc::clone(&fs) as _, at(0)).unwrap();
     held(&store);
     store.tend(at(7200));
-    let gate = volume.gate(tree);
+    let gate = fs.gate(tree);
     let plan = std::thread::scope(|scope| {
         scope.spawn(|| write(&store));
         gate.wait();
@@ -140,8 +140,8 @@ fn manifest_of_a_tag_written_after_the_look_stays() {
 
 #[test]
 fn power_cut_after_an_eviction_brings_back_no_tag() {
-    let volume = Arc::new(CutVolume::new(usize::MAX));
-    let store = Store::open(&Settings::default(), Arc::clone(&volume) as _, at(0)).unwrap();
+    let fs = Arc::new(CutVolume::new(usize::MAX));
+    let store = Store::open(&Settings::default(), Arc::clone(&fs) as _, at(0)).unwrap();
     keep_manifest(&store, &manifest(1), "library/alpine").unwrap();
     let tags = ["1", "2", "3", "4"].map(key);
     for tag in &tags {
@@ -156,7 +156,7 @@ fn power_cut_after_an_eviction_brings_back_no_tag() {
     for chance in 0..8 {
         let store = Store::open(
             &Settings::default(),
-            Arc::new(volume.after_by_chance(chance)),
+            Arc::new(fs.after_by_chance(chance)),
             at(7200),
         )
         .unwrap();

@@ -6,8 +6,8 @@ use serde::{Deserialize, Serialize};
 
 use super::{Index, IndexFault, disk};
 use crate::store::checksummed_json::{RECORD_BYTES_MAX, hex, opened, sealed};
+use crate::store::fs::FileSystem;
 use crate::store::secret::random;
-use crate::store::volume::Volume;
 
 const STORE_ID: &str = "store-id";
 const IDENTITY_KEY: &[u8] = b"m\0store-id";
@@ -21,10 +21,10 @@ struct Identity {
 
 /// Compares the identities inside and beside the index, and steps both to the next generation: the inner one first, so
 /// that a stop in between is no loss.
-pub(super) fn identify(volume: &dyn Volume, index: &mut dyn Index) -> Result<(), IndexFault> {
+pub(super) fn identify(fs: &dyn FileSystem, index: &mut dyn Index) -> Result<(), IndexFault> {
     let path = Path::new(STORE_ID);
-    let beside: Option<Identity> = volume
-        .read_whole(path, RECORD_BYTES_MAX)
+    let beside: Option<Identity> = fs
+        .read_file(path, RECORD_BYTES_MAX)
         .ok()
         .and_then(|record| opened(&record));
     let inside: Option<Identity> = index.get(IDENTITY_KEY)?.and_then(|record| opened(&record));
@@ -51,15 +51,15 @@ pub(super) fn identify(volume: &dyn Volume, index: &mut dyn Index) -> Result<(),
     let record = sealed(&Identity { id, generation });
     index.put(IDENTITY_KEY, &record)?;
     index.sync()?;
-    if let Err(error) = volume.write_whole(path, &record) {
+    if let Err(error) = fs.write_durable(path, &record) {
         tracing::warn!(%error, "could not write {STORE_ID}; a loss of the index might go unnoticed");
     }
     Ok(())
 }
 
 /// Sees to it that the index as it is on the disk belongs to another store when it is opened again.
-pub(super) fn disown(volume: &dyn Volume) -> Result<(), IndexFault> {
+pub(super) fn disown(fs: &dyn FileSystem) -> Result<(), IndexFault> {
     let id = hex(&random::<16>().map_err(disk)?);
     let record = sealed(&Identity { id, generation: 0 });
-    volume.write_whole(Path::new(STORE_ID), &record).map_err(disk)
+    fs.write_durable(Path::new(STORE_ID), &record).map_err(disk)
 }

@@ -225,10 +225,10 @@ impl Keeper {
         for key in keys {
             self.interim.write(key, None);
         }
-        let Home::Folder { volume, .. } = &self.home else {
+        let Home::Folder { fs, .. } = &self.home else {
             return true;
         };
-        let disowned = disown(volume.as_ref());
+        let disowned = disown(fs.as_ref());
         if let Err(fault) = &disowned {
             tracing::error!(%fault, "that a right was taken back cannot be written down: a crash now would bring it back");
         }
@@ -390,14 +390,14 @@ impl Keeper {
     }
 
     fn try_open(&mut self) -> Result<Box<dyn Index>, IndexFault> {
-        let (volume, folder) = match &self.home {
+        let (fs, folder) = match &self.home {
             Home::Memory => return Ok(Box::new(MemoryIndex::default())),
             #[cfg(test)]
             Home::Given(index) => {
                 let given = index.lock().ok().and_then(|mut index| index.take());
                 return given.ok_or(IndexFault::Busy);
             }
-            Home::Folder { volume, index, .. } => (Arc::clone(volume), index.clone()),
+            Home::Folder { fs, index, .. } => (Arc::clone(fs), index.clone()),
         };
         recover(&folder)?;
         let Opened { index, is_emptied } = SledIndex::open(&folder)?;
@@ -407,7 +407,7 @@ impl Keeper {
         }
         let mut index: Box<dyn Index> = Box::new(index);
         let readied = guarded(|| {
-            identify(volume.as_ref(), index.as_mut())?;
+            identify(fs.as_ref(), index.as_mut())?;
             self.interim.replay(index.as_mut())
         });
         match readied {

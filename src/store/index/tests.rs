@@ -7,7 +7,7 @@ use super::compaction::{Compaction, FILE_BYTES_MIN, Next, recover};
 use super::interim::Interim;
 use super::thread::{Home, IndexHandle, VALUE_BYTES_MAX};
 use super::*;
-use crate::store::volume::Directory;
+use crate::store::fs::DirectoryFs;
 
 #[derive(Clone, Debug)]
 enum Step {
@@ -236,7 +236,7 @@ fn opened(path: &Path) -> SledIndex {
 
 fn handle(folder: &Path) -> IndexHandle {
     let home = Home::Folder {
-        volume: Arc::new(Directory::open(folder.to_owned()).unwrap()),
+        fs: Arc::new(DirectoryFs::open(folder.to_owned()).unwrap()),
         index: folder.join("index"),
         opened_at: 0,
     };

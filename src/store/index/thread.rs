@@ -13,8 +13,8 @@ use std::time::Duration;
 use super::Pair;
 use super::keeper::Keeper;
 use super::unsent::Unsent;
-use crate::store::guard::assert_may_block;
-use crate::store::volume::Volume;
+use crate::store::fs::FileSystem;
+use crate::store::fs::assert_may_block;
 
 const QUEUE_MESSAGES_MAX: usize = 4096;
 
@@ -44,9 +44,9 @@ pub enum IndexState {
 
 /// Where an index lives.
 pub(in crate::store) enum Home {
-    /// In a folder of this machine, beside the files of `volume`.
+    /// In a folder of this machine, beside the files of `fs`.
     Folder {
-        volume: Arc<dyn Volume>,
+        fs: Arc<dyn FileSystem>,
         index: PathBuf,
         /// Seconds since 1970, for the names of what is set aside.
         opened_at: u64,

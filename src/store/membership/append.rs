@@ -100,7 +100,7 @@ impl SeenFiles {
         self.bytes
             .fetch_add(lines.len() as u64 + block, Ordering::Relaxed);
         let path = path(place);
-        let appended = self.volume.append(&path, lines.as_bytes());
+        let appended = self.fs.append(&path, lines.as_bytes());
         let is_owing = appended.is_err() && {
             // For the next attempt, before what was learned since.
             seen.write(|seen| {
@@ -135,7 +135,7 @@ mod tests {
     #![allow(clippy::unwrap_used, clippy::panic, reason = "tests may fail loudly")]
     use super::*;
     use crate::oci::Algorithm;
-    use crate::store::volume::{Memory, Volume};
+    use crate::store::fs::{FileSystem, MemoryFs};
 
     const UPSTREAM: &str = "docker.io";
 
@@ -143,9 +143,9 @@ mod tests {
         Digest::of(Algorithm::Sha256, &number.to_be_bytes())
     }
 
-    fn seen_on(disk: &Arc<Memory>) -> SeenFiles {
-        let volume = Arc::clone(disk) as Arc<dyn Volume>;
-        SeenFiles::with_room(&volume, u64::MAX)
+    fn seen_on(disk: &Arc<MemoryFs>) -> SeenFiles {
+        let fs = Arc::clone(disk) as Arc<dyn FileSystem>;
+        SeenFiles::with_room(&fs, u64::MAX)
     }
 
     fn has(seen: &SeenFiles, repository: &Repository, number: usize) -> bool {
@@ -159,7 +159,7 @@ mod tests {
 
     #[test]
     fn t08_queued_proof_is_not_written_over_its_deletion() {
-        let disk = Arc::new(Memory::new());
+        let disk = Arc::new(MemoryFs::new());
         let seen = seen_on(&disk);
         let app: Repository = "acme/app".parse().unwrap();
         assert!(!has(&seen, &app, 1));
@@ -175,7 +175,7 @@ mod tests {
 
     #[test]
     fn t08_deletion_that_no_disk_took_is_written_later() {
-        let disk = Arc::new(Memory::new());
+        let disk = Arc::new(MemoryFs::new());
         let seen = seen_on(&disk);
         let app: Repository = "acme/app".parse().unwrap();
         seen.note(UPSTREAM, &app, &digest(0)).unwrap();

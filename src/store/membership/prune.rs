@@ -92,7 +92,7 @@ impl SeenFiles {
 
     /// Says whether it is gone.
     fn remove_unless_held(&self, file: &File, is_held: &dyn Fn(&Digest) -> bool) -> bool {
-        let Ok(text) = self.volume.read_whole(&file.path, FILE_BYTES_MAX) else {
+        let Ok(text) = self.fs.read_file(&file.path, FILE_BYTES_MAX) else {
             return false;
         };
         // One that does not say whose it is proves nothing.
@@ -105,8 +105,8 @@ impl SeenFiles {
         }
         let _order = self.order.write().unwrap_or_else(PoisonError::into_inner);
         // Whoever wrote to it since the look has use for it.
-        let size = self.volume.open(&file.path).and_then(|file| file.size());
-        if size.ok() != Some(text.len() as u64) || self.volume.remove(&file.path).is_err() {
+        let size = self.fs.open(&file.path).and_then(|file| file.size());
+        if size.ok() != Some(text.len() as u64) || self.fs.remove(&file.path).is_err() {
             return false;
         }
         if let Some(place) = place {
@@ -122,12 +122,12 @@ impl SeenFiles {
 
     fn files(&self, stop: &AtomicBool) -> Vec<File> {
         let mut files = Vec::new();
-        for folder in self.volume.list(Path::new(TREE)).unwrap_or_default() {
+        for folder in self.fs.list(Path::new(TREE)).unwrap_or_default() {
             if stop.load(Ordering::Relaxed) {
                 break;
             }
             let folder = Path::new(TREE).join(folder.name);
-            let entries = self.volume.list(&folder).unwrap_or_default();
+            let entries = self.fs.list(&folder).unwrap_or_default();
             files.extend(entries.into_iter().map(|entry| File {
                 path: folder.join(entry.name),
                 bytes: entry.size,
@@ -154,7 +154,7 @@ mod tests {
 
     use super::*;
     use crate::oci::{Algorithm, Repository};
-    use crate::store::volume::{Memory, Volume};
+    use crate::store::fs::{FileSystem, MemoryFs};
 
     const UPSTREAM: &str = "docker.io";
 
@@ -171,14 +171,14 @@ mod tests {
     }
 
     /// Room for so many repositories, on a disk.
-    fn seen_with(disk: &Arc<Memory>, repositories: u64) -> SeenFiles {
-        let volume = Arc::clone(disk) as Arc<dyn Volume>;
-        let seen = SeenFiles::with_room(&volume, repositories * BLOCK_BYTES);
+    fn seen_with(disk: &Arc<MemoryFs>, repositories: u64) -> SeenFiles {
+        let fs = Arc::clone(disk) as Arc<dyn FileSystem>;
+        let seen = SeenFiles::with_room(&fs, repositories * BLOCK_BYTES);
         seen.count(&AtomicBool::new(false));
         seen
     }
 
-    fn note(seen: &SeenFiles, disk: &Memory, number: u64) {
+    fn note(seen: &SeenFiles, disk: &MemoryFs, number: u64) {
         let repository = repository(number);
         seen.note(UPSTREAM, &repository, &digest(number)).unwrap();
         let path = super::super::path(&Place::of(UPSTREAM, &repository));
@@ -193,7 +193,7 @@ mod tests {
 
     #[test]
     fn a_stranger_who_asks_for_everything_fills_no_disk() {
-        let disk = Arc::new(Memory::new());
+        let disk = Arc::new(MemoryFs::new());
         let seen = seen_with(&disk, 100);
         for number in 0..1000 {
             note(&seen, &disk, number);
@@ -214,7 +214,7 @@ mod tests {
 
     #[test]
     fn the_oldest_proofs_that_open_nothing_make_room() {
-        let disk = Arc::new(Memory::new());
+        let disk = Arc::new(MemoryFs::new());
         let seen = seen_with(&disk, 100);
         for number in 0..100 {
             note(&seen, &disk, number);
@@ -239,7 +239,7 @@ mod tests {
 
     #[test]
     fn what_was_written_within_the_hour_stays() {
-        let disk = Arc::new(Memory::new());
+        let disk = Arc::new(MemoryFs::new());
         let seen = seen_with(&disk, 100);
         for number in 0..100 {
             note(&seen, &disk, number);
@@ -250,7 +250,7 @@ mod tests {
 
     #[test]
     fn what_is_written_to_between_the_look_and_the_removal_stays() {
-        let disk = Arc::new(Memory::new());
+        let disk = Arc::new(MemoryFs::new());
         let seen = seen_with(&disk, 100);
         for number in 0..94 {
             note(&seen, &disk, number);
@@ -267,7 +267,7 @@ mod tests {
 
     #[test]
     fn what_takes_a_right_back_is_written_though_there_is_no_room() {
-        let disk = Arc::new(Memory::new());
+        let disk = Arc::new(MemoryFs::new());
         let seen = seen_with(&disk, 10);
         let first = repository(0);
         seen.note_public(UPSTREAM, &first, Some(at(7))).unwrap();

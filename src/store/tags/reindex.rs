@@ -100,7 +100,7 @@ impl Refs {
             {
                 let _writing = self.writing(path);
                 // A tag that was removed since must not come back.
-                let is_there = self.volume.open(path).is_ok();
+                let is_there = self.fs.open(path).is_ok();
                 if !is_there
                     || self
                         .index

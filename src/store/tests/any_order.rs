@@ -77,7 +77,7 @@ fn things_of(image: u32) -> [Thing; 3] {
 }
 
 struct Play {
-    volume: Arc<CutVolume>,
+    fs: Arc<CutVolume>,
     store: Option<Store>,
     now: u64,
     /// What each image that is listed had when last looked at.
@@ -86,9 +86,9 @@ struct Play {
 
 impl Play {
     fn new() -> Self {
-        let volume = Arc::new(CutVolume::new(usize::MAX));
+        let fs = Arc::new(CutVolume::new(usize::MAX));
         let mut play = Self {
-            volume,
+            fs,
             store: None,
             now: 0,
             had: vec![None; usize::try_from(IMAGES).unwrap()],
@@ -99,7 +99,7 @@ impl Play {
 
     fn open(&mut self) {
         let ground = Ground {
-            volume: Arc::clone(&self.volume) as Arc<dyn Volume>,
+            fs: Arc::clone(&self.fs) as Arc<dyn FileSystem>,
             folder: None,
         };
         self.store = Some(ground.open_with_room(BYTES_MAX, at(self.now)));
@@ -172,7 +172,7 @@ impl Play {
             }
             Step::PowerCut(chance) => {
                 self.store = None;
-                self.volume = Arc::new(self.volume.after_by_chance(*chance));
+                self.fs = Arc::new(self.fs.after_by_chance(*chance));
                 self.open();
             }
         }

@@ -96,7 +96,7 @@ fn a_dropped_ingest_leaves_nothing() {
 #[test]
 fn what_a_stopped_process_left_in_ingest_is_removed() {
     everywhere(|ground| {
-        ground.volume.create(Path::new("ingest/00000000/data")).unwrap();
+        ground.fs.create(Path::new("ingest/00000000/data")).unwrap();
         let store = ground.open();
         assert_eq!(ground.ingests(), 0);
         keep_blob(&store, b"layer").unwrap();
@@ -153,6 +153,6 @@ fn a_removed_blob_is_a_miss_but_its_readers_read_on() {
         assert!(store.remove_blob(&digest(b"layer")).unwrap());
         assert!(!store.remove_blob(&digest(b"layer")).unwrap());
         assert!(store.blob(&digest(b"layer")).unwrap().is_none());
-        assert_eq!(volume::read_all(held.file.as_ref(), 5).unwrap(), b"layer");
+        assert_eq!(fs::read_all(held.file.as_ref(), 5).unwrap(), b"layer");
     });
 }

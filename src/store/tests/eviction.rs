@@ -217,15 +217,15 @@ fn what_is_being_read_is_not_evicted() {
 
 #[test]
 fn a_disk_that_others_fill_is_relieved_too() {
-    let memory = Arc::new(Memory::new());
+    let memory = Arc::new(MemoryFs::new());
     let ground = Ground {
-        volume: Arc::clone(&memory) as Arc<dyn Volume>,
+        fs: Arc::clone(&memory) as Arc<dyn FileSystem>,
         folder: None,
     };
     let store = ground.open_with_room(u64::MAX, at(0));
     pull(&store, 0, None, 0).unwrap();
     pull(&store, 1, None, LATER).unwrap();
-    memory.set_bytes_max(u64::MAX - ground.volume.free_bytes().unwrap() + 800);
+    memory.set_bytes_max(u64::MAX - ground.fs.free_bytes().unwrap() + 800);
     pull(&store, 2, None, 3 * LATER).unwrap();
     assert!(!is_listed(&store, 0));
     assert!(store.evictions().for_free > 0 && store.evictions().for_size == 0);
@@ -269,7 +269,7 @@ fn a_manifest_evicted_and_kept_again_is_on_the_disk_again() {
             keep_manifest(&store, &bytes, "library/alpine").unwrap();
             // As one does who read it just before it went.
             let path = content_path("manifests", &digest(&bytes));
-            ground.volume.remove(&path).unwrap();
+            ground.fs.remove(&path).unwrap();
             assert!(store.manifest(&digest(&bytes)).unwrap().is_some(), "from memory");
             keep_manifest(&store, &bytes, "library/alpine").unwrap();
         }
@@ -308,7 +308,7 @@ fn a_blob_of_unknown_size_takes_only_the_room_there_is() {
 
 #[test]
 fn a_blob_of_unknown_size_leaves_free_what_is_to_be_left() {
-    let disk = Arc::new(Memory::new());
+    let disk = Arc::new(MemoryFs::new());
     let limits = Limits {
         bytes_max: u64::MAX,
         free_bytes_min: 40_000,
@@ -317,7 +317,7 @@ fn a_blob_of_unknown_size_leaves_free_what_is_to_be_left() {
         limits,
         ..Settings::default()
     };
-    let store = Store::open(&settings, Arc::clone(&disk) as Arc<dyn Volume>, at(0)).unwrap();
+    let store = Store::open(&settings, Arc::clone(&disk) as Arc<dyn FileSystem>, at(0)).unwrap();
     let before = disk.free_bytes().unwrap();
     disk.set_bytes_max(u64::MAX - before + 100_000);
     let mut ingest = store.begin(&digest(b"whatever comes"), None).unwrap();

@@ -55,7 +55,7 @@ fn wait_until(what: &str, is_so: impl Fn() -> bool) {
 fn a_second_opening_is_refused_and_names_the_process() {
     let ground = Ground::directory();
     let store = ground.open();
-    let second = Store::open(&Settings::default(), Arc::clone(&ground.volume), at(0)).unwrap_err();
+    let second = Store::open(&Settings::default(), Arc::clone(&ground.fs), at(0)).unwrap_err();
     let pid = std::process::id();
     assert_eq!(
         second,
@@ -100,7 +100,7 @@ fn a_secret_that_others_may_read_is_refused_with_the_remedy() {
     drop(ground.open());
     let path = data(&ground).join("install-secret");
     fs::set_permissions(&path, Permissions::from_mode(0o640)).unwrap();
-    let refused = Store::open(&Settings::default(), Arc::clone(&ground.volume), at(0)).unwrap_err();
+    let refused = Store::open(&Settings::default(), Arc::clone(&ground.fs), at(0)).unwrap_err();
     assert_eq!(
         refused,
         OpenError::SecretReadable {
@@ -123,7 +123,7 @@ fn a_secret_of_the_wrong_length_is_refused() {
         drop(ground.open());
         let path = data(&ground).join("install-secret");
         fs::write(&path, wrong).unwrap();
-        let refused = Store::open(&Settings::default(), Arc::clone(&ground.volume), at(0)).unwrap_err();
+        let refused = Store::open(&Settings::default(), Arc::clone(&ground.fs), at(0)).unwrap_err();
         assert_eq!(refused, OpenError::SecretDamaged { path });
     }
 }
@@ -215,7 +215,7 @@ fn the_index_of_another_store_is_not_used() {
     let store = ground.open();
     assert_found_again(&store);
     assert_eq!(store.grant(UPSTREAM, &repository("acme/others"), &[9; 32]), None);
-    let names = ground.volume.list(Path::new("")).unwrap();
+    let names = ground.fs.list(Path::new("")).unwrap();
     assert_eq!(
         names
             .iter()

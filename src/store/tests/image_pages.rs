@@ -3,27 +3,27 @@
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::*;
-use crate::store::volume::{Entry, VolumeFile};
+use crate::store::fs::{Entry, FsFile};
 
 const TAGS: u32 = 700;
 
-/// A volume that counts the files opened.
+/// a file system that counts the files opened.
 #[derive(Default)]
 struct Counting {
-    inner: Memory,
+    inner: MemoryFs,
     opened: AtomicUsize,
 }
 
-impl Volume for Counting {
+impl FileSystem for Counting {
     fn folder(&self) -> Option<&Path> {
         self.inner.folder()
     }
 
-    fn create(&self, path: &Path) -> io::Result<Arc<dyn VolumeFile>> {
+    fn create(&self, path: &Path) -> io::Result<Arc<dyn FsFile>> {
         self.inner.create(path)
     }
 
-    fn open(&self, path: &Path) -> io::Result<Arc<dyn VolumeFile>> {
+    fn open(&self, path: &Path) -> io::Result<Arc<dyn FsFile>> {
         self.opened.fetch_add(1, Ordering::SeqCst);
         self.inner.open(path)
     }
@@ -40,12 +40,12 @@ impl Volume for Counting {
         self.inner.remove(path)
     }
 
-    fn remove_folder_all(&self, path: &Path) -> io::Result<()> {
-        self.inner.remove_folder_all(path)
+    fn remove_dir_all(&self, path: &Path) -> io::Result<()> {
+        self.inner.remove_dir_all(path)
     }
 
-    fn sync_folder(&self, path: &Path) -> io::Result<()> {
-        self.inner.sync_folder(path)
+    fn sync_dir(&self, path: &Path) -> io::Result<()> {
+        self.inner.sync_dir(path)
     }
 
     fn list(&self, path: &Path) -> io::Result<Vec<Entry>> {
@@ -74,8 +74,8 @@ fn keep(store: &Store, number: u32) {
 }
 
 /// A store with many tags, its index and its counts made.
-fn filled(volume: &Arc<Counting>) -> Store {
-    let store = Store::open(&Settings::default(), Arc::clone(volume) as Arc<dyn Volume>, at(0)).unwrap();
+fn filled(fs: &Arc<Counting>) -> Store {
+    let store = Store::open(&Settings::default(), Arc::clone(fs) as Arc<dyn FileSystem>, at(0)).unwrap();
     for number in 0..TAGS {
         keep(&store, number);
     }
@@ -92,14 +92,14 @@ fn tags(page: &[(TagKey, crate::store::tags::TagRecord)]) -> Vec<String> {
 
 #[test]
 fn t18_one_page_of_images_reads_only_what_it_shows() {
-    let volume = Arc::new(Counting::default());
-    let store = filled(&volume);
+    let fs = Arc::new(Counting::default());
+    let store = filled(&fs);
     store.shares();
 
-    let before = volume.opened.load(Ordering::SeqCst);
+    let before = fs.opened.load(Ordering::SeqCst);
     let page = store.stocked_from(600, 10);
     let shares = store.shares();
-    let opened = volume.opened.load(Ordering::SeqCst) - before;
+    let opened = fs.opened.load(Ordering::SeqCst) - before;
     assert!(opened <= 3 * 10, "{opened} files were opened for ten images");
     let names: Vec<_> = page.iter().map(|image| image.key.tag.to_string()).collect();
     assert_eq!(names, (600..610).map(tag).collect::<Vec<_>>());
@@ -109,8 +109,8 @@ fn t18_one_page_of_images_reads_only_what_it_shows() {
 
 #[test]
 fn t18_a_change_is_seen_in_what_images_share() {
-    let volume = Arc::new(Counting::default());
-    let store = filled(&volume);
+    let fs = Arc::new(Counting::default());
+    let store = filled(&fs);
     let blob = digest(&1_u32.to_be_bytes());
     assert_eq!(store.shares().holders(&blob), 1);
     store
@@ -127,8 +127,8 @@ fn t18_a_change_is_seen_in_what_images_share() {
 
 #[test]
 fn t18_pages_follow_each_other_on_index_and_files() {
-    let volume = Arc::new(Counting::default());
-    let store = filled(&volume);
+    let fs = Arc::new(Counting::default());
+    let store = filled(&fs);
     let all: Vec<_> = (0..TAGS).map(tag).collect();
     for skip in [0, 1, 255, 256, 257, 699, 700, 900] {
         let from = all.get(skip..).unwrap_or_default();

@@ -79,7 +79,7 @@ fn a_killed_process_leaves_what_it_had_marked() {
             ingest.wrote(((at + 1) * MARK / 4) as u64, &hasher);
         }
         // It is neither left nor dropped.
-        let next = ground.volume.list(Path::new("ingest")).unwrap();
+        let next = ground.fs.list(Path::new("ingest")).unwrap();
         assert_eq!(next.iter().filter(|entry| entry.is_folder).count(), 1);
         std::mem::forget(ingest);
         drop(store);
@@ -141,14 +141,10 @@ fn what_is_too_little_damaged_or_held_already_is_removed() {
 fn what_is_older_than_a_day_is_removed_at_the_start() {
     let (ground, blob) = (Ground::directory(), content(2 * MARK));
     leave(&ground.open(), &blob, MARK);
-    let written_at = ground
-        .volume
-        .modified(&ground.files("ingest")[0])
-        .unwrap()
-        .unwrap();
+    let written_at = ground.fs.modified(&ground.files("ingest")[0]).unwrap().unwrap();
     let open = |hours: u64| {
         let now = written_at + Duration::from_secs(hours * 3600);
-        Store::open(&Settings::default(), Arc::clone(&ground.volume), now).unwrap()
+        Store::open(&Settings::default(), Arc::clone(&ground.fs), now).unwrap()
     };
     assert_eq!(left(&open(23), &blob), Some(MARK_BYTES));
     assert_eq!(left(&open(25), &blob), None);

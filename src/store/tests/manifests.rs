@@ -64,7 +64,7 @@ fn a_manifest_without_its_record_keeps_the_type_it_states_of_itself() {
     everywhere(|ground| {
         let bytes = manifest(1);
         keep_manifest(&ground.open(), &bytes, "library/alpine").unwrap();
-        ground.volume.remove(&ground.files("manifests")[1]).unwrap();
+        ground.fs.remove(&ground.files("manifests")[1]).unwrap();
         let store = ground.open();
         assert_eq!(
             store.manifest(&digest(&bytes)).unwrap().unwrap().media_type,
@@ -87,7 +87,7 @@ fn the_record_of_a_manifest_that_was_damaged_is_written_anew() {
     ground.overwrite(&record(), b"damaged");
     let held = ground.open().manifest(&digest(&bytes)).unwrap().unwrap();
     assert_eq!(held.media_type, image());
-    let after = ground.volume.read_whole(&record(), 4096).unwrap();
+    let after = ground.fs.read_file(&record(), 4096).unwrap();
     assert!(
         checksummed_json::opened::<serde_json::Value>(&after).is_some(),
         "no record"
@@ -102,8 +102,8 @@ fn the_record_of_a_manifest_names_each_repository_once() {
             keep_manifest(&store, &bytes, repo).unwrap();
         }
         let record = ground
-            .volume
-            .read_whole(&ground.files("manifests")[1], 10_000)
+            .fs
+            .read_file(&ground.files("manifests")[1], 10_000)
             .unwrap();
         let record = String::from_utf8(record).unwrap();
         assert_eq!(record.matches("library/alpine").count(), 1, "{record}");

@@ -21,10 +21,7 @@ fn what_was_seen_in_a_repository_is_proof_there_and_nowhere_else() {
         assert!(!store.has_seen(UPSTREAM, &alpine, &digest(b"other")));
         assert!(!store.has_seen(UPSTREAM, &other, &of));
         assert!(!store.has_seen("ghcr.io", &alpine, &of));
-        let file = ground
-            .volume
-            .read_whole(&ground.files("seen")[0], 10_000)
-            .unwrap();
+        let file = ground.fs.read_file(&ground.files("seen")[0], 10_000).unwrap();
         assert_eq!(
             String::from_utf8(file).unwrap().matches(&of.to_string()).count(),
             1,
@@ -42,13 +39,13 @@ fn a_torn_or_wrong_line_is_ignored_and_spoils_no_other() {
         drop(store);
         let file = ground.files("seen").remove(0);
         let line = format!("{} 00000000\n", digest(b"2"));
-        ground.volume.append(&file, line.as_bytes()).unwrap();
+        ground.fs.append(&file, line.as_bytes()).unwrap();
         ground
-            .volume
+            .fs
             .append(&file, b"\xff\xfe nonsense\npublic 17 deadbeef\n")
             .unwrap();
         ground
-            .volume
+            .fs
             .append(&file, format!("{}", digest(b"3")).as_bytes())
             .unwrap();
         let store = ground.open();
@@ -70,13 +67,13 @@ fn a_line_copied_from_another_repository_proves_nothing() {
         let file = ground.files("seen").remove(0);
         store.note_seen(UPSTREAM, &mine, &digest(b"open")).unwrap();
         drop(store);
-        let lines = ground.volume.read_whole(&file, 10_000).unwrap();
+        let lines = ground.fs.read_file(&file, 10_000).unwrap();
         let target = ground
             .files("seen")
             .into_iter()
             .find(|path| *path != file)
             .unwrap();
-        ground.volume.append(&target, &lines).unwrap();
+        ground.fs.append(&target, &lines).unwrap();
         let store = ground.open();
         assert!(store.has_seen(UPSTREAM, &mine, &digest(b"open")));
         assert!(!store.has_seen(UPSTREAM, &mine, &digest(b"secret")));
@@ -121,14 +118,14 @@ fn a_file_of_proofs_with_many_useless_lines_is_written_anew() {
         drop(store);
         let file = ground.files("seen").remove(0);
         ground
-            .volume
+            .fs
             .append(&file, "useless\n".repeat(2000).as_bytes())
             .unwrap();
         for _ in 0..2 {
             let store = ground.open();
             assert!(store.has_seen(UPSTREAM, &alpine, &digest(b"layer")));
             assert_eq!(store.public_since(UPSTREAM, &alpine), Some(at(0)));
-            assert!(ground.volume.read_whole(&file, 1000).is_ok(), "short again");
+            assert!(ground.fs.read_file(&file, 1000).is_ok(), "short again");
             drop(store);
         }
     });

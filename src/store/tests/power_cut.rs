@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Barrier, Mutex};
 
 use super::*;
-use crate::store::volume::{Entry, VolumeFile};
+use crate::store::fs::{Entry, FsFile};
 
 /// Counts the calls that write, and lets none through after the last.
 struct Power {
@@ -108,8 +108,8 @@ impl CutVolume {
     }
 
     /// The disk as it is found when the power is back.
-    fn after(&self) -> Memory {
-        let found = Memory::new();
+    fn after(&self) -> MemoryFs {
+        let found = MemoryFs::new();
         for (path, file) in self.durable.lock().unwrap().iter() {
             let bytes = file.durable.lock().unwrap();
             found.create(path).unwrap().write_at(&bytes, 0).unwrap();
@@ -137,12 +137,12 @@ impl CutVolume {
     }
 }
 
-impl Volume for CutVolume {
+impl FileSystem for CutVolume {
     fn folder(&self) -> Option<&Path> {
         None
     }
 
-    fn create(&self, path: &Path) -> io::Result<Arc<dyn VolumeFile>> {
+    fn create(&self, path: &Path) -> io::Result<Arc<dyn FsFile>> {
         self.power.spend()?;
         let mut names = self.names.lock().unwrap();
         if names.contains_key(path) {
@@ -153,7 +153,7 @@ impl Volume for CutVolume {
         Ok(Arc::new(Handle(file)))
     }
 
-    fn open(&self, path: &Path) -> io::Result<Arc<dyn VolumeFile>> {
+    fn open(&self, path: &Path) -> io::Result<Arc<dyn FsFile>> {
         Ok(Arc::new(Handle(self.find(path)?)))
     }
 
@@ -208,7 +208,7 @@ impl Volume for CutVolume {
             .ok_or_else(|| io::ErrorKind::NotFound.into())
     }
 
-    fn remove_folder_all(&self, path: &Path) -> io::Result<()> {
+    fn remove_dir_all(&self, path: &Path) -> io::Result<()> {
         self.power.spend()?;
         self.names
             .lock()
@@ -217,7 +217,7 @@ impl Volume for CutVolume {
         Ok(())
     }
 
-    fn sync_folder(&self, path: &Path) -> io::Result<()> {
+    fn sync_dir(&self, path: &Path) -> io::Result<()> {
         self.power.spend()?;
         let names = self.names.lock().unwrap();
         let mut durable = self.durable.lock().unwrap();
@@ -266,7 +266,7 @@ impl Volume for CutVolume {
 /// An open file.
 struct Handle(Arc<CutFile>);
 
-impl VolumeFile for Handle {
+impl FsFile for Handle {
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
         let cut = self.0.power.is_cut();
         let written = if cut { &bytes[..bytes.len() / 2] } else { bytes };
@@ -307,7 +307,7 @@ impl VolumeFile for Handle {
         self.0.power.spend()
     }
 
-    fn seal(&self) -> io::Result<()> {
+    fn make_read_only(&self) -> io::Result<()> {
         self.0.power.spend()
     }
 }
@@ -328,9 +328,9 @@ struct Acknowledged {
 
 impl Acknowledged {
     /// Goes on after a failure, as the program does.
-    fn play(volume: Arc<dyn Volume>) -> Self {
+    fn play(fs: Arc<dyn FileSystem>) -> Self {
         let mut done = Self::default();
-        let Ok(store) = Store::open(&Settings::default(), volume, at(0)) else {
+        let Ok(store) = Store::open(&Settings::default(), fs, at(0)) else {
             return done;
         };
         let alpine = repository("library/alpine");
@@ -376,7 +376,7 @@ impl Acknowledged {
             Some(named) => assert!([digest(b"old"), digest(b"new")].contains(&named)),
         }
         assert_eq!(
-            store.volume.list(Path::new("quarantine")).unwrap(),
+            store.fs.list(Path::new("quarantine")).unwrap(),
             [],
             "nothing is damaged, only missing"
         );
@@ -386,13 +386,13 @@ impl Acknowledged {
 #[test]
 fn whatever_call_the_power_fails_at_nothing_acknowledged_is_lost_and_nothing_is_wrong() {
     for last in 0.. {
-        let volume = Arc::new(CutVolume::new(last));
-        let acknowledged = Acknowledged::play(Arc::clone(&volume) as Arc<dyn Volume>);
-        let found = Arc::new(volume.after());
+        let fs = Arc::new(CutVolume::new(last));
+        let acknowledged = Acknowledged::play(Arc::clone(&fs) as Arc<dyn FileSystem>);
+        let found = Arc::new(fs.after());
         let store = Store::open(&Settings::default(), found, at(9)).unwrap();
         acknowledged.assert_kept(&store);
         drop(store);
-        if acknowledged.second_blob && volume.power.calls.load(Ordering::SeqCst) <= last {
+        if acknowledged.second_blob && fs.power.calls.load(Ordering::SeqCst) <= last {
             assert!(last > 30, "the scenario writes in {last} calls only");
             return;
         }

@@ -6,15 +6,15 @@ use crate::store::index::slow::slow_home;
 use crate::store::index::thread::Home;
 use crate::store::invalidations::DoubtKey;
 
-fn opened(volume: &Arc<dyn Volume>, home: Home) -> Store {
-    Store::open_with(&Settings::default(), Arc::clone(volume), at(0), |_| home).unwrap()
+fn opened(fs: &Arc<dyn FileSystem>, home: Home) -> Store {
+    Store::open_with(&Settings::default(), Arc::clone(fs), at(0), |_| home).unwrap()
 }
 
 #[test]
 fn t08_removed_tag_stays_removed_after_a_crash() {
-    let volume: Arc<dyn Volume> = Arc::new(Memory::new());
+    let fs: Arc<dyn FileSystem> = Arc::new(MemoryFs::new());
     let flushed = Flushed::default();
-    let store = opened(&volume, flushed.home());
+    let store = opened(&fs, flushed.home());
     let doubt = DoubtKey::from(&key("3"));
     store.keep_tag(&key("3"), variant(1, b"image", 1)).unwrap();
     store.index.flush();
@@ -23,15 +23,15 @@ fn t08_removed_tag_stays_removed_after_a_crash() {
     let after_crash = flushed.now();
     assert_eq!(store.doubted_since(&doubt), None);
     drop(store);
-    let store = opened(&volume, after_crash.home());
+    let store = opened(&fs, after_crash.home());
     assert!(store.tag(&key("3")).unwrap().is_none());
 }
 
 #[test]
 fn t08_tag_whose_removal_is_not_flushed_is_in_doubt() {
-    let volume: Arc<dyn Volume> = Arc::new(Memory::new());
+    let fs: Arc<dyn FileSystem> = Arc::new(MemoryFs::new());
     let (home, flushes) = slow_home();
-    let store = opened(&volume, home);
+    let store = opened(&fs, home);
     let doubt = DoubtKey::from(&key("3"));
     store.keep_tag(&key("3"), variant(1, b"image", 1)).unwrap();
     flushes.begun();

@@ -29,9 +29,9 @@ fn confirming_a_tag_moves_its_time_and_not_its_file() {
         let store = ground.open();
         store.keep_tag(&key("3"), variant(1, b"old", 1)).unwrap();
         let file = ground.files("refs").remove(0);
-        let before = ground.volume.read_whole(&file, 10_000).unwrap();
+        let before = ground.fs.read_file(&file, 10_000).unwrap();
         store.keep_tag(&key("3"), variant(1, b"old", 60)).unwrap();
-        assert_eq!(ground.volume.read_whole(&file, 10_000).unwrap(), before);
+        assert_eq!(ground.fs.read_file(&file, 10_000).unwrap(), before);
         let expected = Variant {
             first_held_at: at(1),
             ..variant(1, b"old", 60)
@@ -65,7 +65,7 @@ fn a_damaged_tag_file_is_quarantined_and_a_miss_unless_the_index_knows() {
             .keep_tag(&key("3"), variant(1, b"image", 1))
             .unwrap();
         let file = ground.files("refs").remove(0);
-        let mut bytes = ground.volume.read_whole(&file, 10_000).unwrap();
+        let mut bytes = ground.fs.read_file(&file, 10_000).unwrap();
         bytes[30] ^= 1;
         ground.overwrite(&file, &bytes);
         let store = ground.open();
@@ -96,7 +96,7 @@ fn the_file_of_another_tag_proves_nothing() {
             .unwrap();
         let from = ground.files("refs").remove(0);
         let to = key("4").path();
-        ground.volume.rename(&from, &to).unwrap();
+        ground.fs.rename(&from, &to).unwrap();
         assert!(ground.open().tag(&key("4")).unwrap().is_none());
     });
 }
@@ -203,7 +203,7 @@ fn a_list_is_kept_until_a_newer_one_comes() {
         assert_eq!(store.listing(&key("/v2/library/alpine/tags/list?n=1")), Ok(None));
         drop(store);
         let file = ground.files("listings").remove(0);
-        let mut bytes = ground.volume.read_whole(&file, 10_000).unwrap();
+        let mut bytes = ground.fs.read_file(&file, 10_000).unwrap();
         *bytes.last_mut().unwrap() ^= 1;
         ground.overwrite(&file, &bytes);
         assert_eq!(

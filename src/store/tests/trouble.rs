@@ -4,10 +4,10 @@ use super::*;
 
 #[test]
 fn a_full_disk_is_told_of_and_used_again_when_there_is_room() {
-    let memory = Arc::new(Memory::new());
+    let memory = Arc::new(MemoryFs::new());
     let store = Store::open(
         &Settings::default(),
-        Arc::clone(&memory) as Arc<dyn Volume>,
+        Arc::clone(&memory) as Arc<dyn FileSystem>,
         at(0),
     )
     .unwrap();
@@ -44,11 +44,11 @@ fn a_full_disk_is_told_of_and_used_again_when_there_is_room() {
 
 #[test]
 fn e21_second_damage_of_one_name_keeps_the_first() {
-    let memory = Memory::new();
+    let memory = MemoryFs::new();
     let hex = "ab".repeat(32);
     for tree in ["blobs", "manifests", "blobs"] {
         let path = Path::new(tree).join("sha256/ab").join(&hex);
-        memory.place(&path, b"damaged").unwrap();
+        memory.write_atomic(&path, b"damaged").unwrap();
         assert!(quarantine(&memory, &path, "it is damaged"));
     }
     let names = memory.list(Path::new("quarantine")).unwrap();

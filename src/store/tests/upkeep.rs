@@ -61,10 +61,10 @@ fn some_of_each(store: &Store) -> (Bytes, Bytes, Bytes) {
 fn later(ground: &Ground, seconds: u64) -> Store {
     for tree in ["blobs", "manifests"] {
         for path in ground.files(tree) {
-            ground.volume.set_modified(&path, at(0)).unwrap();
+            ground.fs.set_modified(&path, at(0)).unwrap();
         }
     }
-    Store::open(&Settings::default(), Arc::clone(&ground.volume), at(seconds)).unwrap()
+    Store::open(&Settings::default(), Arc::clone(&ground.fs), at(seconds)).unwrap()
 }
 
 #[test]

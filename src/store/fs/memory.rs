@@ -1,4 +1,4 @@
-//! A volume that is gone with the process.
+//! a file system that is gone with the process.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -7,11 +7,11 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::SystemTime;
 
-use super::{Entry, Volume, VolumeFile};
+use super::{Entry, FileSystem, FsFile};
 
 /// Files in memory, for tests. Everything counts as durable at once.
 #[derive(Default)]
-pub struct Memory {
+pub struct MemoryFs {
     files: Mutex<BTreeMap<PathBuf, Arc<MemoryFile>>>,
     extent: Arc<Extent>,
 }
@@ -43,8 +43,8 @@ impl Extent {
     }
 }
 
-impl Memory {
-    /// An empty volume.
+impl MemoryFs {
+    /// An empty file system.
     pub fn new() -> Self {
         Self::default()
     }
@@ -75,12 +75,12 @@ impl Memory {
     }
 }
 
-impl Volume for Memory {
+impl FileSystem for MemoryFs {
     fn folder(&self) -> Option<&Path> {
         None
     }
 
-    fn create(&self, path: &Path) -> io::Result<Arc<dyn VolumeFile>> {
+    fn create(&self, path: &Path) -> io::Result<Arc<dyn FsFile>> {
         let mut files = self.files();
         if files.contains_key(path) {
             return Err(io::ErrorKind::AlreadyExists.into());
@@ -90,7 +90,7 @@ impl Volume for Memory {
         Ok(Arc::new(Handle(file)))
     }
 
-    fn open(&self, path: &Path) -> io::Result<Arc<dyn VolumeFile>> {
+    fn open(&self, path: &Path) -> io::Result<Arc<dyn FsFile>> {
         Ok(Arc::new(Handle(self.find(path)?)))
     }
 
@@ -137,12 +137,12 @@ impl Volume for Memory {
             .ok_or_else(|| io::ErrorKind::NotFound.into())
     }
 
-    fn remove_folder_all(&self, path: &Path) -> io::Result<()> {
+    fn remove_dir_all(&self, path: &Path) -> io::Result<()> {
         self.files().retain(|file, _| !file.starts_with(path));
         Ok(())
     }
 
-    fn sync_folder(&self, _: &Path) -> io::Result<()> {
+    fn sync_dir(&self, _: &Path) -> io::Result<()> {
         Ok(())
     }
 
@@ -218,7 +218,7 @@ impl Drop for MemoryFile {
 /// An open file: as on a disk, whoever has it open is not who has it listed.
 struct Handle(Arc<MemoryFile>);
 
-impl VolumeFile for Handle {
+impl FsFile for Handle {
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
         if self.0.sealed.load(Ordering::Relaxed) {
             return Err(io::ErrorKind::PermissionDenied.into());
@@ -273,7 +273,7 @@ impl VolumeFile for Handle {
         Ok(())
     }
 
-    fn seal(&self) -> io::Result<()> {
+    fn make_read_only(&self) -> io::Result<()> {
         self.0.sealed.store(true, Ordering::Relaxed);
         Ok(())
     }

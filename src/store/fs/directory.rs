@@ -7,25 +7,25 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use super::{Entry, Volume, VolumeFile};
+use super::{Entry, FileSystem, FsFile};
 use crate::store::OpenError;
 
 /// Nobody else reads the data folder: it holds what private repositories were seen to have.
-const FOLDER_MODE: u32 = 0o700;
+const DIR_MODE: u32 = 0o700;
 const FILE_MODE: u32 = 0o600;
-const SEALED_MODE: u32 = 0o400;
+const READ_ONLY_MODE: u32 = 0o400;
 
-/// A folder of this machine as a [`Volume`].
+/// A folder of this machine as a [`FileSystem`].
 #[derive(Debug)]
-pub struct Directory {
+pub struct DirectoryFs {
     root: PathBuf,
 }
 
-impl Directory {
+impl DirectoryFs {
     /// Opens `root`, making it (mode 0700) when it is missing. An existing folder keeps its mode.
     pub fn open(root: impl Into<PathBuf>) -> Result<Self, OpenError> {
         let root = root.into();
-        match make_folder(&root) {
+        match make_dir(&root) {
             Ok(()) if root.is_dir() => Ok(Self { root }),
             made => {
                 let kind = made.map_or_else(|error| error.kind(), |()| io::ErrorKind::NotADirectory);
@@ -48,10 +48,10 @@ impl Directory {
     }
 
     /// Does `deed`, and once more with the folder of `path` made if it was missing.
-    fn with_folder<T>(path: &Path, deed: impl Fn() -> io::Result<T>) -> io::Result<T> {
+    fn with_parent_dir<T>(path: &Path, deed: impl Fn() -> io::Result<T>) -> io::Result<T> {
         match deed() {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                path.parent().map_or(Ok(()), make_folder)?;
+                path.parent().map_or(Ok(()), make_dir)?;
                 deed()
             }
             done => done,
@@ -61,20 +61,20 @@ impl Directory {
 
 /// Makes a folder and those above it, each name durable in the one above: a file made durable in a folder that is not
 /// is lost with it.
-fn make_folder(path: &Path) -> io::Result<()> {
+fn make_dir(path: &Path) -> io::Result<()> {
     if path.as_os_str().is_empty() || path.is_dir() {
         return Ok(());
     }
     let parent = path.parent().unwrap_or(Path::new("/"));
-    make_folder(parent)?;
-    match DirBuilder::new().mode(FOLDER_MODE).create(path) {
+    make_dir(parent)?;
+    match DirBuilder::new().mode(DIR_MODE).create(path) {
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
         Err(error) => Err(error),
-        Ok(()) => sync_folder_at(parent),
+        Ok(()) => sync_dir_at(parent),
     }
 }
 
-fn sync_folder_at(path: &Path) -> io::Result<()> {
+fn sync_dir_at(path: &Path) -> io::Result<()> {
     let path = if path.as_os_str().is_empty() {
         Path::new(".")
     } else {
@@ -83,24 +83,24 @@ fn sync_folder_at(path: &Path) -> io::Result<()> {
     File::open(path)?.sync_all()
 }
 
-impl Volume for Directory {
+impl FileSystem for DirectoryFs {
     fn folder(&self) -> Option<&Path> {
         Some(&self.root)
     }
 
-    fn create(&self, path: &Path) -> io::Result<Arc<dyn VolumeFile>> {
+    fn create(&self, path: &Path) -> io::Result<Arc<dyn FsFile>> {
         let path = self.at(path);
         let mut options = OpenOptions::new();
         options.read(true).write(true).create_new(true).mode(FILE_MODE);
-        let file = Self::with_folder(&path, || options.open(&path))?;
+        let file = Self::with_parent_dir(&path, || options.open(&path))?;
         Ok(Arc::new(DirectoryFile(file)))
     }
 
-    fn open(&self, path: &Path) -> io::Result<Arc<dyn VolumeFile>> {
+    fn open(&self, path: &Path) -> io::Result<Arc<dyn FsFile>> {
         Ok(Arc::new(DirectoryFile(File::open(self.at(path))?)))
     }
 
-    fn open_for_writing(&self, path: &Path) -> io::Result<Arc<dyn VolumeFile>> {
+    fn open_for_writing(&self, path: &Path) -> io::Result<Arc<dyn FsFile>> {
         let file = OpenOptions::new().read(true).write(true).open(self.at(path))?;
         Ok(Arc::new(DirectoryFile(file)))
     }
@@ -116,14 +116,14 @@ impl Volume for Directory {
         let (mut file, is_new) = match options.open(&path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 options.create(true);
-                (Self::with_folder(&path, || options.open(&path))?, true)
+                (Self::with_parent_dir(&path, || options.open(&path))?, true)
             }
             opened => (opened?, false),
         };
         file.write_all(bytes)?;
         file.sync_data()?;
         if is_new {
-            path.parent().map_or(Ok(()), sync_folder_at)
+            path.parent().map_or(Ok(()), sync_dir_at)
         } else {
             Ok(())
         }
@@ -134,7 +134,7 @@ impl Volume for Directory {
         match fs::rename(&from, &to) {
             // Tells not which of the two is missing: make the folder, and let the second try tell.
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                to.parent().map_or(Ok(()), make_folder)?;
+                to.parent().map_or(Ok(()), make_dir)?;
                 fs::rename(&from, &to)
             }
             done => done,
@@ -145,15 +145,15 @@ impl Volume for Directory {
         fs::remove_file(self.at(path))
     }
 
-    fn remove_folder_all(&self, path: &Path) -> io::Result<()> {
+    fn remove_dir_all(&self, path: &Path) -> io::Result<()> {
         match fs::remove_dir_all(self.at(path)) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
             done => done,
         }
     }
 
-    fn sync_folder(&self, path: &Path) -> io::Result<()> {
-        sync_folder_at(&self.at(path))
+    fn sync_dir(&self, path: &Path) -> io::Result<()> {
+        sync_dir_at(&self.at(path))
     }
 
     fn list(&self, path: &Path) -> io::Result<Vec<Entry>> {
@@ -197,7 +197,7 @@ impl Volume for Directory {
 
 struct DirectoryFile(File);
 
-impl VolumeFile for DirectoryFile {
+impl FsFile for DirectoryFile {
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
         self.0.write_all_at(bytes, offset)
     }
@@ -250,7 +250,7 @@ impl VolumeFile for DirectoryFile {
         Ok(())
     }
 
-    fn seal(&self) -> io::Result<()> {
-        self.0.set_permissions(Permissions::from_mode(SEALED_MODE))
+    fn make_read_only(&self) -> io::Result<()> {
+        self.0.set_permissions(Permissions::from_mode(READ_ONLY_MODE))
     }
 }

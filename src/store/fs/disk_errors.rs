@@ -44,9 +44,9 @@ impl LogLimit {
     }
 }
 
-/// An operation on the volume, as the metric names it.
+/// An operation on the file system, as the metric names it.
 #[derive(Clone, Copy)]
-pub(super) enum Operation {
+pub(in crate::store) enum IoOperation {
     Open,
     Read,
     List,
@@ -56,7 +56,7 @@ pub(super) enum Operation {
     Remove,
 }
 
-impl Operation {
+impl IoOperation {
     const ALL: [Self; 7] = [
         Self::Open,
         Self::Read,
@@ -86,17 +86,17 @@ impl Operation {
 
 /// The errors since the start. Clones count into the same.
 #[derive(Clone, Default)]
-pub(super) struct Errors(Arc<Counted>);
+pub(in crate::store) struct DiskErrors(Arc<Counted>);
 
 #[derive(Default)]
 struct Counted {
-    by_operation: [AtomicU64; Operation::ALL.len()],
+    by_operation: [AtomicU64; IoOperation::ALL.len()],
     logged: LogLimit,
 }
 
-impl Errors {
+impl DiskErrors {
     /// Counts `error`, if it is one of the disk and no ordinary result such as "there is no such file".
-    pub(super) fn note(&self, operation: Operation, path: &Path, error: &io::Error) {
+    pub(in crate::store) fn note(&self, operation: IoOperation, path: &Path, error: &io::Error) {
         if is_ordinary(error) {
             return;
         }
@@ -114,8 +114,8 @@ impl Errors {
     }
 
     /// How many there were, by operation.
-    pub(super) fn totals(&self) -> Vec<(&'static str, u64)> {
-        let counts = Operation::ALL.iter().zip(&self.0.by_operation);
+    pub(in crate::store) fn totals(&self) -> Vec<(&'static str, u64)> {
+        let counts = IoOperation::ALL.iter().zip(&self.0.by_operation);
         counts
             .map(|(operation, count)| (operation.name(), count.load(Ordering::Relaxed)))
             .collect()
@@ -140,8 +140,8 @@ mod tests {
 
     #[test]
     fn e16_a_missing_file_is_no_error_of_the_disk() {
-        let errors = Errors::default();
-        let note = |kind: io::ErrorKind| errors.note(Operation::Open, Path::new("x"), &kind.into());
+        let errors = DiskErrors::default();
+        let note = |kind: io::ErrorKind| errors.note(IoOperation::Open, Path::new("x"), &kind.into());
         note(io::ErrorKind::NotFound);
         assert!(errors.totals().iter().all(|(_, count)| *count == 0));
         note(io::ErrorKind::PermissionDenied);
