@@ -4,7 +4,7 @@
 //! * `serving`: a thread of its own, connections, places. * `health`: what is answered whatever the rest waits for.
 //! * `guard`: who may come, and who may change something. * `routes`: which path is what. * `reply`:
 //!   how it is answered.
-//! * `metrics`, `status`, `images`, `keeping`, `why`, `upstreams`, `transfers`, `events`, `work`, `archive`: one kind of thing each; `words`: the same
+//! * `metrics`, `status`, `images`, `keeping`, `why`, `upstreams`, `transfers`, `telemetry`, `work`, `archive`: one kind of thing each; `words`: the same
 //!   words everywhere. * `page`: all of it for people. * `probe`, `client`: asking a running cache from the command line.
 //!
 //! The page and the command line know nothing that the API does not say. `openapi.json` describes it, and the tests hold
@@ -47,7 +47,7 @@ use crate::clock::Clock;
 use crate::server::tls::ServerTls;
 use crate::server::{Egress, Registry};
 use crate::store::LogLimit;
-use crate::telemetry::Events;
+use crate::telemetry::Telemetry;
 use crate::upstream::Offline;
 use concurrency_limit::ConcurrencyLimit;
 use health::{BlockingReads, Heartbeat};
@@ -71,7 +71,7 @@ pub struct AdminDeps {
     /// The registry now in effect.
     pub registry: Arc<ArcSwap<Registry>>,
     /// What was counted.
-    pub events: Events,
+    pub telemetry: Telemetry,
     /// The budget of response bytes.
     pub egress: Egress,
     /// The time of day.
@@ -148,7 +148,7 @@ impl Admin {
     pub async fn sample(self) {
         loop {
             let fetched = self.registry.load().pull.downloads().fetched_bytes();
-            self.events.sample(self.clock.now(), fetched);
+            self.telemetry.sample_history(self.clock.now(), fetched);
             tokio::select! {
                 () = self.ending.cancelled() => return,
                 () = tokio::time::sleep(SAMPLE_EVERY) => {}

@@ -14,7 +14,7 @@ use ifnewer::otlp;
 use ifnewer::process::{RunError, serve};
 use ifnewer::server::listen::Passed;
 use ifnewer::setup::{Done, Refused, Root};
-use ifnewer::telemetry::Events;
+use ifnewer::telemetry::Telemetry;
 use ifnewer::{admin, ca, cli, demo, doctor, setup, terminal};
 use listenfd::ListenFd;
 use tracing_subscriber::EnvFilter;
@@ -119,10 +119,10 @@ async fn serve_until_ended(
     passed: Passed,
     descriptors: usize,
 ) -> ExitCode {
-    let events = Events::new();
+    let telemetry = Telemetry::new();
     #[cfg(feature = "otlp")]
     let recording = match cli::collector() {
-        Some(collector) => match otlp::record(&collector, &events) {
+        Some(collector) => match otlp::start(&collector, &telemetry) {
             Ok(recording) => Some(recording),
             Err(error) => return fail(MISTAKEN, &error),
         },
@@ -140,7 +140,7 @@ async fn serve_until_ended(
         descriptors,
         || load(&options),
         Clock::system(),
-        events,
+        telemetry,
     )
     .await;
     #[cfg(feature = "otlp")]

@@ -24,20 +24,20 @@ use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 use crate::oci::Cause;
-use crate::telemetry::{Events, SPANS_WAITING_MAX, Span, SpanKind};
+use crate::telemetry::{SPANS_WAITING_MAX, Span, SpanKind, Telemetry};
 use crate::upstream::pass::Passing;
 use crate::upstream::{Connector, Origin, OriginError, Settings, SettingsError, Upstream};
 
 /// Parts of traces sent together at most.
 const BATCH_MAX: usize = 512;
 /// How long a part waits for others to be sent with.
-const GATHER: Duration = Duration::from_secs(1);
+const BATCH_DELAY: Duration = Duration::from_secs(1);
 /// How long the collector is waited for.
-const EXPORT_WITHIN: Duration = Duration::from_secs(5);
+const EXPORT_TIMEOUT: Duration = Duration::from_secs(5);
 /// The same, at the end of the process.
-const FINISH_WITHIN: Duration = Duration::from_secs(2);
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(2);
 /// Answers of a collector are short.
-const ANSWER_BYTES_MAX: usize = 64 * 1024;
+const RESPONSE_BYTES_MAX: usize = 64 * 1024;
 
 /// Why traces cannot be sent. The operator's fault.
 #[derive(Debug, thiserror::Error)]
@@ -59,23 +59,23 @@ pub enum OtlpError {
 }
 
 /// Traces are sent until it is finished.
-pub struct Recording {
-    ending: CancellationToken,
-    sending: JoinHandle<()>,
+pub struct OtlpExporter {
+    shutdown: CancellationToken,
+    task: JoinHandle<()>,
 }
 
-impl Recording {
+impl OtlpExporter {
     /// Sends what waits, but not for long.
     pub async fn finish(self) {
-        self.ending.cancel();
-        if timeout(FINISH_WITHIN, self.sending).await.is_err() {
+        self.shutdown.cancel();
+        if timeout(SHUTDOWN_TIMEOUT, self.task).await.is_err() {
             tracing::warn!("the last traces were not sent: the OTLP collector does not answer");
         }
     }
 }
 
-/// Sends what `events` tells of traces to the collector at this URL (`http://…/v1/traces`), as this service.
-pub fn record((url, service): &(String, String), events: &Events) -> Result<Recording, OtlpError> {
+/// Sends what `telemetry` tells of traces to the collector at this URL (`http://…/v1/traces`), as this service.
+pub fn start((url, service): &(String, String), telemetry: &Telemetry) -> Result<OtlpExporter, OtlpError> {
     let wrong = |error| OtlpError::Url {
         url: url.clone(),
         error,
@@ -91,7 +91,7 @@ pub fn record((url, service): &(String, String), events: &Events) -> Result<Reco
     )?;
     let mut exporter = SpanExporter::builder()
         .with_http()
-        .with_http_client(Collector(collector))
+        .with_http_client(OtlpClient(collector))
         .with_endpoint(url)
         .with_protocol(Protocol::HttpBinary)
         .build()?;
@@ -102,24 +102,26 @@ pub fn record((url, service): &(String, String), events: &Events) -> Result<Reco
         .build();
     exporter.set_resource(&resource);
     let (queue, waiting) = mpsc::channel(SPANS_WAITING_MAX);
-    events.record(queue);
-    let ending = CancellationToken::new();
-    let sending = tokio::spawn(send(exporter, waiting, events.clone(), ending.clone()));
+    telemetry.set_span_sink(queue);
+    let shutdown = CancellationToken::new();
+    let task = tokio::spawn(send(exporter, waiting, telemetry.clone(), shutdown.clone()));
     tracing::info!(collector = %url, "traces are sent");
-    Ok(Recording { ending, sending })
+    Ok(OtlpExporter { shutdown, task })
 }
 
 async fn send(
     exporter: SpanExporter,
     mut waiting: mpsc::Receiver<Span>,
-    events: Events,
-    ending: CancellationToken,
+    telemetry: Telemetry,
+    shutdown: CancellationToken,
 ) {
     let scope = InstrumentationScope::builder("ifnewer").build();
-    let mut is_well = true;
+    let mut is_healthy = true;
     loop {
         let mut batch = Vec::new();
-        let gathered = ending.run_until_cancelled(gather(&mut waiting, &mut batch)).await;
+        let gathered = shutdown
+            .run_until_cancelled(fill_batch(&mut waiting, &mut batch))
+            .await;
         if gathered.is_none() {
             waiting.close();
         }
@@ -132,18 +134,18 @@ async fn send(
             return;
         }
         let count = batch.len() as u64;
-        let batch = batch.into_iter().map(|span| written(span, &scope)).collect();
-        let why = match timeout(EXPORT_WITHIN, exporter.export(batch)).await {
+        let batch = batch.into_iter().map(|span| span_data(span, &scope)).collect();
+        let why = match timeout(EXPORT_TIMEOUT, exporter.export(batch)).await {
             Ok(Ok(())) => None,
             Ok(Err(error)) => Some(error.to_string()),
             Err(_) => Some(Cause::Timeout.to_string()),
         };
         if why.is_some() {
-            events.spans_dropped(count);
+            telemetry.record_spans_dropped(count);
         }
         match &why {
-            None if !is_well => tracing::info!("the OTLP collector takes traces again"),
-            Some(why) if is_well => {
+            None if !is_healthy => tracing::info!("the OTLP collector takes traces again"),
+            Some(why) if is_healthy => {
                 tracing::warn!(
                     why,
                     "the OTLP collector takes no traces; they are dropped and counted"
@@ -151,12 +153,12 @@ async fn send(
             }
             _ => {}
         }
-        is_well = why.is_none();
+        is_healthy = why.is_none();
     }
 }
 
 /// Waits for one, and then a moment for more. Cut short, it leaves in `batch` what came.
-async fn gather(waiting: &mut mpsc::Receiver<Span>, batch: &mut Vec<Span>) {
+async fn fill_batch(waiting: &mut mpsc::Receiver<Span>, batch: &mut Vec<Span>) {
     if waiting.recv_many(batch, BATCH_MAX).await == 0 {
         return;
     }
@@ -164,10 +166,10 @@ async fn gather(waiting: &mut mpsc::Receiver<Span>, batch: &mut Vec<Span>) {
         while batch.len() < BATCH_MAX && waiting.recv_many(batch, BATCH_MAX - batch.len()).await > 0 {}
     };
     // Enough time or enough of them: both are well.
-    let _ = timeout(GATHER, more).await;
+    let _ = timeout(BATCH_DELAY, more).await;
 }
 
-fn written(span: Span, scope: &InstrumentationScope) -> SpanData {
+fn span_data(span: Span, scope: &InstrumentationScope) -> SpanData {
     let trace = &span.trace;
     let (id, part) = (
         TraceId::from_bytes(trace.id().to_bytes()),
@@ -189,24 +191,24 @@ fn written(span: Span, scope: &InstrumentationScope) -> SpanData {
         start_time: span.ended.checked_sub(span.took).unwrap_or(span.ended),
         end_time: span.ended,
         attributes: span
-            .facts
+            .attributes
             .into_iter()
             .map(|(name, value)| KeyValue::new(name, value))
             .collect(),
         dropped_attributes_count: 0,
         events: SpanEvents::default(),
         links: SpanLinks::default(),
-        status: span.fault.map_or(Status::Unset, Status::error),
+        status: span.error.map_or(Status::Unset, Status::error),
         instrumentation_scope: scope.clone(),
     }
 }
 
 /// The collector, reached as an upstream is.
 #[derive(Debug)]
-struct Collector(Upstream);
+struct OtlpClient(Upstream);
 
 #[async_trait::async_trait]
-impl HttpClient for Collector {
+impl HttpClient for OtlpClient {
     async fn send_bytes(&self, request: Request<Bytes>) -> Result<Response<Bytes>, HttpError> {
         let (head, body) = request.into_parts();
         let passing = Passing {
@@ -224,7 +226,7 @@ impl HttpClient for Collector {
         let mut bytes = Vec::new();
         while let Some(chunk) = answer.chunk().await {
             bytes.extend_from_slice(&chunk.map_err(|cause| cause.to_string())?);
-            if bytes.len() > ANSWER_BYTES_MAX {
+            if bytes.len() > RESPONSE_BYTES_MAX {
                 return Err("the collector's answer does not end".into());
             }
         }

@@ -29,7 +29,7 @@ use crate::server::{Doors, Egress, Entry, Front, Passwords, Registry, Sound, Tun
 use crate::store::fs::DirectoryFs;
 use crate::store::step::Buffers;
 use crate::store::{Limits as StoreLimits, OpenError, Settings as StoreSettings, Store};
-use crate::telemetry::{Events, Exchange};
+use crate::telemetry::{Telemetry, UpstreamRecord};
 use crate::terminal;
 use crate::upstream::origin::Origin;
 use crate::upstream::tunnel::Way;
@@ -91,14 +91,14 @@ pub enum RunError {
 
 /// Serves until a signal ends it, on the sockets that were `passed` to the process, if any. It may have so many
 /// `descriptors` open. `reload` reads the configuration again, on SIGHUP. What happens is told to
-/// `events`.
+/// `telemetry`.
 pub async fn serve(
     config: Config,
     passed: Passed,
     descriptors: usize,
     reload: impl Fn() -> Result<Config, Faults>,
     clock: Clock,
-    events: Events,
+    telemetry: Telemetry,
 ) -> Result<(), RunError> {
     let token = admin_token(&config)?;
     let mut signals = Signals::new()?;
@@ -106,7 +106,7 @@ pub async fn serve(
     // The lock first: a second process must refuse before it disturbs anything of the first.
     let (store, offline) = block_in_place(|| open_store(&config, descriptors, clock))?;
     let told = Told {
-        events,
+        telemetry,
         offline,
         served: Arc::new(Proofs(Arc::clone(&store))),
         clock,
@@ -120,7 +120,7 @@ pub async fn serve(
     let registry = Arc::new(ArcSwap::from_pointee(registry));
     let front = Front {
         registry: Arc::clone(&registry),
-        events: told.events.clone(),
+        telemetry: told.telemetry.clone(),
         buffers,
         egress: egress.clone(),
         sound: Sound::default(),
@@ -146,7 +146,7 @@ pub async fn serve(
     }
     let admin = Admin::new(AdminDeps {
         registry: Arc::clone(&registry),
-        events: told.events.clone(),
+        telemetry: told.telemetry.clone(),
         egress,
         clock,
         offline: told.offline.clone(),
@@ -320,7 +320,7 @@ fn admin_token(config: &Config) -> Result<Option<Zeroizing<String>>, RunError> {
 
 /// What every upstream shares, over all configurations of this process.
 struct Told {
-    events: Events,
+    telemetry: Telemetry,
     offline: Offline,
     served: Arc<dyn Memory>,
     clock: Clock,
@@ -329,9 +329,9 @@ struct Told {
 impl Told {
     /// Tells of exchanges with an upstream.
     fn observer(&self) -> Observer {
-        let (events, clock) = (self.events.clone(), self.clock);
+        let (telemetry, clock) = (self.telemetry.clone(), self.clock);
         Observer::new(move |exchanged| {
-            events.exchanged(&Exchange {
+            telemetry.record_upstream(&UpstreamRecord {
                 upstream: exchanged.upstream,
                 operation: exchanged.operation,
                 code: exchanged.code,
@@ -356,7 +356,7 @@ impl Lasting {
         let pull = ProxyService::new(
             Arc::clone(store),
             downloads.clone(),
-            (told.clock, told.events.clone()),
+            (told.clock, told.telemetry.clone()),
         );
         Self {
             pull: Arc::new(pull),

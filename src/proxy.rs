@@ -66,7 +66,7 @@ use crate::store::challenges::KeptChallenge;
 use crate::store::manifests::HeldManifest;
 use crate::store::uses::Used;
 use crate::store::{AsyncStore, LogLimit, Store};
-use crate::telemetry::Events;
+use crate::telemetry::Telemetry;
 use crate::trace_context::Trace;
 use crate::upstream::{Answer, Caller};
 
@@ -80,7 +80,7 @@ pub struct ProxyService {
     store: AsyncStore,
     downloads: Downloads,
     clock: Clock,
-    events: Events,
+    telemetry: Telemetry,
     principals: registry::Principals,
     sizes: sizes::SizeHints,
     arriving: possession::ActiveDownloads,
@@ -227,13 +227,13 @@ pub struct Denied {
 
 impl ProxyService {
     /// A road over `store`, whose install secret keys the principals.
-    pub fn new(store: Arc<Store>, downloads: Downloads, (clock, events): (Clock, Events)) -> Self {
+    pub fn new(store: Arc<Store>, downloads: Downloads, (clock, telemetry): (Clock, Telemetry)) -> Self {
         let principals = registry::Principals::new(*store.install_secret());
         Self {
             store: AsyncStore::new(store),
             downloads,
             clock,
-            events,
+            telemetry,
             principals,
             sizes: sizes::SizeHints::default(),
             arriving: possession::ActiveDownloads::default(),

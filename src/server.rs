@@ -53,7 +53,7 @@ pub(crate) use idle::{Pardoned, Watched};
 use crate::clock::Clock;
 use crate::proxy::ProxyService;
 use crate::store::step::Buffers;
-use crate::telemetry::{Events, Kind};
+use crate::telemetry::{ResourceKind, Telemetry};
 use crate::trace_context::Trace;
 use received::Received;
 use told::Told;
@@ -87,7 +87,7 @@ pub struct Front {
     /// The registry now in effect.
     pub registry: Arc<ArcSwap<Registry>>,
     /// What is told.
-    pub events: Events,
+    pub telemetry: Telemetry,
     /// Buffers for reading blobs.
     pub buffers: Buffers,
     /// The budget of response bytes.
@@ -106,14 +106,14 @@ impl Front {
         let (head, body) = request.into_parts();
         let (body, ended) = Received::new(body);
         let at = self.clock.now();
-        let trace = self.events.trace(&head.headers);
+        let trace = self.telemetry.trace(&head.headers);
         let place = Place {
             head: &head,
             peer,
             at,
             trace: &trace,
         };
-        let mut record = record::Open::new(&self.events, &head, peer, (at, began, &trace));
+        let mut record = record::Open::new(&self.telemetry, &head, peer, (at, began, &trace));
         let (response, told) = self.respond(&registry, &place, body, &mut record).await;
         let mut response = record.answered(told, &head.method, response);
         response.body_mut().count(self.egress.body(peer.address));
@@ -161,7 +161,7 @@ impl Front {
                 (reply::answer(outcome, &asked, self, pull.store()), told)
             }
             Wanted::Knock(request, _) => {
-                record.asks_for(by_path(Kind::Ping));
+                record.asks_for(by_path(ResourceKind::Ping));
                 let asked = reply::Asked::new(head, &request);
                 let outcome = pull.knock(&request).await;
                 let told = Told::of(&outcome);
@@ -231,13 +231,13 @@ struct Place<'a> {
     trace: &'a Trace,
 }
 
-fn passed_kind(passage: &Passage, head: &Parts) -> Kind {
+fn passed_kind(passage: &Passage, head: &Parts) -> ResourceKind {
     let path = head.uri.path();
     if passage.change.is_some() || path.contains("/blobs/uploads") {
-        Kind::Write
+        ResourceKind::Write
     } else if matches!(path, "/v2" | "/v2/") {
-        Kind::Ping
+        ResourceKind::Ping
     } else {
-        Kind::Other
+        ResourceKind::Other
     }
 }

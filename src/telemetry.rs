@@ -10,11 +10,11 @@
 
 mod clients;
 mod connections;
-mod exposition;
-mod journal;
-mod levels;
+mod decision_log;
+mod gauges;
+mod history;
 mod metrics;
-mod series;
+mod prometheus_text;
 mod spans;
 
 use std::net::IpAddr;
@@ -25,11 +25,11 @@ use http::HeaderMap;
 use tokio::sync::{broadcast, mpsc};
 
 pub use clients::{Client, agent};
-pub use connections::{Closed, ConnectionState, OpenConnection, TokenRefused};
-pub use journal::Decision;
-pub use levels::{AllowanceLevel, Levels, QueueLevel};
-pub use metrics::Tunnel;
-pub use series::Totals;
+pub use connections::{CloseReason, ConnectionState, OpenConnection, TokenRejection};
+pub use decision_log::DecisionRecord;
+pub use gauges::{Gauges, QueueGauges, QuotaGauge};
+pub use history::Totals;
+pub use metrics::TunnelCounter;
 pub use spans::{SPANS_WAITING_MAX, Span, SpanKind};
 
 use crate::oci::{Cause, Digest};
@@ -38,7 +38,7 @@ use metrics::Metrics;
 
 /// The access record of one answer to a client, after its last byte.
 #[derive(Debug)]
-pub struct Answered<'a> {
+pub struct AccessRecord<'a> {
     /// When the request arrived.
     pub at: SystemTime,
     /// The upstream's name; `-` where none was reached.
@@ -46,12 +46,12 @@ pub struct Answered<'a> {
     /// Through which door the client came; `-` where it was turned away before.
     pub door: &'static str,
     /// What was asked for.
-    pub kind: Kind,
+    pub kind: ResourceKind,
     /// What the client asked for: `repository:tag`, `repository@digest`, or the path where neither was understood.
     /// Never in a label.
     pub image: &'a str,
     /// Whether bytes came from the store, the upstream, or neither: as decided, however the answer then ended.
-    pub result: Outcome,
+    pub result: CacheResult,
     /// The reason's name.
     pub reason: &'static str,
     /// Why the upstream gave no usable answer, where that matters.
@@ -67,7 +67,7 @@ pub struct Answered<'a> {
     /// From the request's head to the end of the answer.
     pub took: Duration,
     /// How the answer ended.
-    pub ended: Ended,
+    pub ended: BodyEnd,
     /// Bytes of the body that were handed to the connection.
     pub bytes: u64,
     /// What broke it, in words.
@@ -80,20 +80,20 @@ pub struct Answered<'a> {
     pub trace: &'a Trace,
 }
 
-impl Answered<'_> {
+impl AccessRecord<'_> {
     /// The result as it is counted: what did not reach its client whole is no hit.
-    fn result(&self) -> Outcome {
+    fn result(&self) -> CacheResult {
         match self.ended {
-            Ended::Complete => self.result,
-            Ended::Aborted => Outcome::Aborted,
-            Ended::Upstream | Ended::Disk | Ended::Damage => Outcome::Failed,
+            BodyEnd::Complete => self.result,
+            BodyEnd::Aborted => CacheResult::Aborted,
+            BodyEnd::Upstream | BodyEnd::Disk | BodyEnd::Damage => CacheResult::Failed,
         }
     }
 }
 
 /// How the body of an answer ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Ended {
+pub enum BodyEnd {
     /// Its last byte was handed to the connection.
     Complete,
     /// The connection or the stream ended before it.
@@ -106,7 +106,7 @@ pub enum Ended {
     Damage,
 }
 
-impl Ended {
+impl BodyEnd {
     /// All of them.
     const ALL: [Self; 5] = [
         Self::Complete,
@@ -135,7 +135,7 @@ impl Ended {
 
 /// One exchange with an upstream, after it.
 #[derive(Clone, Debug)]
-pub struct Exchange<'a> {
+pub struct UpstreamRecord<'a> {
     /// The upstream's name.
     pub upstream: &'a str,
     /// What was asked.
@@ -152,7 +152,7 @@ pub struct Exchange<'a> {
 
 /// What kind of thing was asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
+pub enum ResourceKind {
     /// `/v2/`
     Ping,
     /// A manifest by tag.
@@ -171,7 +171,7 @@ pub enum Kind {
     Other,
 }
 
-impl Kind {
+impl ResourceKind {
     /// The name in the log, the metrics and the admin API.
     pub fn name(self) -> &'static str {
         match self {
@@ -189,7 +189,7 @@ impl Kind {
 
 /// How an answer came about, coarsely: what a hit ratio is made of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Outcome {
+pub enum CacheResult {
     /// Served from the store.
     Hit,
     /// Served from the store while the upstream could not be asked.
@@ -210,7 +210,7 @@ pub enum Outcome {
     Failed,
 }
 
-impl Outcome {
+impl CacheResult {
     /// The name in the log, the metrics and the admin API.
     pub fn name(self) -> &'static str {
         match self {
@@ -229,7 +229,7 @@ impl Outcome {
 
 /// Where response bytes come from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum BytesFrom {
+pub enum ByteSource {
     /// The store.
     Disk,
     /// A download that may be shared.
@@ -240,114 +240,117 @@ pub enum BytesFrom {
 
 /// Counts and tells. Cheap to clone; every clone counts into the same.
 #[derive(Clone, Default)]
-pub struct Events {
+pub struct Telemetry {
     metrics: Arc<Metrics>,
-    journal: journal::Journal,
+    decision_log: decision_log::DecisionLog,
     clients: clients::Clients,
-    series: series::Series,
+    history: history::History,
     spans: spans::Spans,
 }
 
-impl Events {
+impl Telemetry {
     /// Nothing counted yet.
     pub fn new() -> Self {
         Self::default()
     }
 
     /// Notes a client, as soon as its request is there.
-    pub fn saw(&self, client: IpAddr, agent: &str, at: SystemTime, pulled: Option<&str>) {
-        self.clients.saw(client, agent, at, pulled);
+    pub fn record_client(&self, client: IpAddr, agent: &str, at: SystemTime, pulled: Option<&str>) {
+        self.clients.record(client, agent, at, pulled);
     }
 
     /// Tells of an answer that has ended. A pull is where a decision was made, so it is told at `info` and kept in the
     /// journal; so is what went wrong; the rest is told at `debug`.
-    pub fn answered(&self, answered: &Answered<'_>) {
-        self.metrics.answered(answered);
-        self.span(answered.trace, || Span::of_answer(answered));
-        log(answered);
-        let is_decision = matches!(answered.kind, Kind::Tag | Kind::Manifest | Kind::Write);
-        if is_decision || answered.status >= 400 || answered.ended != Ended::Complete {
-            self.journal.keep(Decision::of(answered));
+    pub fn record_access(&self, record: &AccessRecord<'_>) {
+        self.metrics.record_access(record);
+        self.record_span(record.trace, || Span::of_access(record));
+        log(record);
+        let is_decision = matches!(
+            record.kind,
+            ResourceKind::Tag | ResourceKind::Manifest | ResourceKind::Write
+        );
+        if is_decision || record.status >= 400 || record.ended != BodyEnd::Complete {
+            self.decision_log.push(DecisionRecord::of(record));
         }
     }
 
     /// Which trace a request belongs to. One that begins here is recorded where someone records.
     pub fn trace(&self, headers: &HeaderMap) -> Trace {
-        Trace::of_request(headers, self.spans.is_recorded())
+        Trace::of_request(headers, self.spans.has_sink())
     }
 
-    /// From now on, whoever holds the other end of `queue` records what is told with [`Events::span`]. Never waited for:
+    /// From now on, whoever holds the other end of `queue` records what is told with [`Telemetry::record_span`]. Never waited for:
     /// what does not fit is counted and dropped.
-    pub fn record(&self, queue: mpsc::Sender<Span>) {
-        self.spans.record(queue);
+    pub fn set_span_sink(&self, queue: mpsc::Sender<Span>) {
+        self.spans.set_sink(queue);
     }
 
     /// Tells of a part of a trace, if it is recorded. `span` is made only then.
-    pub fn span(&self, trace: &Trace, span: impl FnOnce() -> Span) {
-        if trace.is_recorded() && !self.spans.tell(span) {
+    pub fn record_span(&self, trace: &Trace, span: impl FnOnce() -> Span) {
+        if trace.is_recorded() && !self.spans.send(span) {
             self.metrics.span_dropped(1);
         }
     }
 
     /// Counts parts of traces that could not be handed to whoever records them.
-    pub fn spans_dropped(&self, count: u64) {
+    pub fn record_spans_dropped(&self, count: u64) {
         self.metrics.span_dropped(count);
     }
 
     /// Counts a connection that was closed because its address had too many.
-    pub fn connection_refused(&self) {
+    pub fn record_connection_refused(&self) {
         self.metrics.connection_refused();
     }
 
     /// Counts a connection of a listener until what is given is dropped.
-    pub fn connection(&self, listener: &'static str, state: ConnectionState) -> OpenConnection {
+    pub fn count_connection(&self, listener: &'static str, state: ConnectionState) -> OpenConnection {
         self.metrics.connections.open(listener, state)
     }
 
     /// Counts a connection that was closed to make room for another.
-    pub fn connection_closed(&self, listener: &'static str, why: Closed) {
-        self.metrics.connections.closed(listener, why);
+    pub fn record_connection_closed(&self, listener: &'static str, reason: CloseReason) {
+        self.metrics.connections.closed(listener, reason);
     }
 
     /// Counts an admin token that was refused.
-    pub fn admin_token_refused(&self, why: TokenRefused) {
-        self.metrics.connections.token_refused(why);
+    pub fn record_admin_token_refused(&self, reason: TokenRejection) {
+        self.metrics.connections.token_refused(reason);
     }
 
     /// Counts bytes of a blob sent.
-    pub fn sent(&self, from: BytesFrom, bytes: u64) {
-        self.metrics.sent(from, bytes);
+    pub fn add_bytes_sent(&self, from: ByteSource, bytes: u64) {
+        self.metrics.add_bytes_sent(from, bytes);
     }
 
     /// A tunnel is open until what is given is dropped.
-    pub fn tunnel(&self) -> Tunnel {
+    pub fn count_tunnel(&self) -> TunnelCounter {
         self.metrics.tunnel()
     }
 
     /// Tells of an exchange with an upstream.
-    pub fn exchanged(&self, exchange: &Exchange<'_>) {
-        self.metrics.exchanged(exchange);
-        self.span(exchange.trace, || Span::of_exchange(exchange));
+    pub fn record_upstream(&self, record: &UpstreamRecord<'_>) {
+        self.metrics.record_upstream(record);
+        self.record_span(record.trace, || Span::of_upstream(record));
     }
 
     /// The metrics as text in the `OpenMetrics` format, with the levels of this moment.
-    pub fn text(&self, levels: &Levels) -> String {
-        self.metrics.text(levels, &self.clients.seen())
+    pub fn open_metrics_text(&self, gauges: &Gauges) -> String {
+        self.metrics.open_metrics_text(gauges, &self.clients.seen())
     }
 
     /// The same in the format that is older than `OpenMetrics`, for those who do not ask for that.
-    pub fn plain_text(&self, levels: &Levels) -> String {
-        exposition::plain(&self.text(levels))
+    pub fn prometheus_text(&self, gauges: &Gauges) -> String {
+        prometheus_text::plain(&self.open_metrics_text(gauges))
     }
 
     /// The decisions remembered, the newest first.
-    pub fn decisions(&self) -> Vec<Arc<Decision>> {
-        self.journal.newest_first()
+    pub fn decisions(&self) -> Vec<Arc<DecisionRecord>> {
+        self.decision_log.newest_first()
     }
 
     /// Hears of each decision from now on.
-    pub fn watch(&self) -> broadcast::Receiver<Arc<Decision>> {
-        self.journal.watch()
+    pub fn subscribe(&self) -> broadcast::Receiver<Arc<DecisionRecord>> {
+        self.decision_log.subscribe()
     }
 
     /// Who was seen, the last first.
@@ -364,19 +367,20 @@ impl Events {
     }
 
     /// Notes the totals of this moment for the plots. To be called a few times a minute.
-    pub fn sample(&self, now: SystemTime, fetched_bytes: u64) {
-        self.series.note(now, self.totals(fetched_bytes));
+    pub fn sample_history(&self, now: SystemTime, fetched_bytes: u64) {
+        self.history.record(now, self.totals(fetched_bytes));
     }
 
     /// What came in each of the last `count` spans of so many minutes, the oldest first.
-    pub fn spans(&self, now: SystemTime, count: u64, minutes: u64, fetched_bytes: u64) -> Vec<Totals> {
-        self.series.spans(now, count, minutes, self.totals(fetched_bytes))
+    pub fn history(&self, now: SystemTime, count: u64, minutes: u64, fetched_bytes: u64) -> Vec<Totals> {
+        self.history
+            .spans(now, count, minutes, self.totals(fetched_bytes))
     }
 }
 
 /// The line of the access log.
-fn log(answered: &Answered<'_>) {
-    let Answered {
+fn log(record: &AccessRecord<'_>) {
+    let AccessRecord {
         upstream,
         door,
         image,
@@ -385,16 +389,19 @@ fn log(answered: &Answered<'_>) {
         bytes,
         error,
         ..
-    } = *answered;
-    let (result, ended) = (answered.result().name(), answered.ended.name());
-    let (cause, trace_id) = (answered.cause.map(Cause::name), answered.trace.id());
-    let client = answered.client.map(tracing::field::display);
-    let (ms, first_byte_ms) = (milliseconds(answered.took), milliseconds(answered.first_byte));
-    let is_pull = matches!(answered.kind, Kind::Tag | Kind::Write | Kind::Connect);
-    if answered.ended.is_failure() {
+    } = *record;
+    let (result, ended) = (record.result().name(), record.ended.name());
+    let (cause, trace_id) = (record.cause.map(Cause::name), record.trace.id());
+    let client = record.client.map(tracing::field::display);
+    let (ms, first_byte_ms) = (milliseconds(record.took), milliseconds(record.first_byte));
+    let is_pull = matches!(
+        record.kind,
+        ResourceKind::Tag | ResourceKind::Write | ResourceKind::Connect
+    );
+    if record.ended.is_failure() {
         tracing::warn!(upstream, door, image, status, result, reason, cause, ended, bytes, ms, first_byte_ms, client,
             error, %trace_id, "an answer broke off; the client was told by the connection's end");
-    } else if is_pull || status >= 500 || answered.ended == Ended::Aborted {
+    } else if is_pull || status >= 500 || record.ended == BodyEnd::Aborted {
         tracing::info!(upstream, door, image, status, result, reason, cause, ended, bytes, ms, first_byte_ms, client,
             %trace_id, "answered");
     } else {

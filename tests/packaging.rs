@@ -17,7 +17,9 @@ use std::process::Command;
 use std::time::{Duration, SystemTime};
 
 use ifnewer::config::{Config, KEYS};
-use ifnewer::telemetry::{AllowanceLevel, Answered, Ended, Events, Exchange, Kind, Levels, Outcome};
+use ifnewer::telemetry::{
+    AccessRecord, BodyEnd, CacheResult, Gauges, QuotaGauge, ResourceKind, Telemetry, UpstreamRecord,
+};
 use ifnewer::trace_context::Trace;
 
 fn packaging(name: &str) -> PathBuf {
@@ -30,14 +32,14 @@ fn text(name: &str) -> String {
 
 /// What is told of a cache in which everything has happened once, for a metric without samples is not told.
 fn scrape() -> String {
-    let events = Events::new();
-    events.answered(&Answered {
+    let telemetry = Telemetry::new();
+    telemetry.record_access(&AccessRecord {
         at: SystemTime::UNIX_EPOCH,
         upstream: "docker.io",
         door: "mirror",
-        kind: Kind::Tag,
+        kind: ResourceKind::Tag,
         image: "library/demo:latest",
-        result: Outcome::Stale,
+        result: CacheResult::Stale,
         reason: "stale",
         cause: None,
         digest: None,
@@ -45,20 +47,20 @@ fn scrape() -> String {
         status: 200,
         first_byte: Duration::from_millis(1),
         took: Duration::from_millis(1),
-        ended: Ended::Complete,
+        ended: BodyEnd::Complete,
         bytes: 1,
         error: None,
         client: Some(Ipv4Addr::LOCALHOST.into()),
         agent: "docker/27.3.1",
         trace: &Trace::begun(),
     });
-    events.saw(
+    telemetry.record_client(
         Ipv4Addr::LOCALHOST.into(),
         "docker/27.3.1",
         SystemTime::UNIX_EPOCH,
         None,
     );
-    events.exchanged(&Exchange {
+    telemetry.record_upstream(&UpstreamRecord {
         upstream: "docker.io",
         operation: "manifest-head",
         code: "200",
@@ -66,10 +68,10 @@ fn scrape() -> String {
         took: Duration::from_millis(1),
         trace: &Trace::begun(),
     });
-    drop(events.tunnel());
-    events.text(&Levels {
+    drop(telemetry.count_tunnel());
+    telemetry.open_metrics_text(&Gauges {
         upstreams: vec![("docker.io".into(), true)],
-        allowances: vec![AllowanceLevel {
+        quotas: vec![QuotaGauge {
             upstream: "docker.io".into(),
             credential: "anonymous",
             limit: Some(200),
@@ -80,7 +82,7 @@ fn scrape() -> String {
         store_errors: vec![("read", 1)],
         longest_idle: Some(Duration::from_secs(60)),
         certificates: vec![("server", SystemTime::UNIX_EPOCH)],
-        ..Levels::default()
+        ..Gauges::default()
     })
 }
 

@@ -33,7 +33,7 @@ use super::response::Problem;
 use crate::config::Listen;
 use crate::oci::digest::keyed;
 use crate::store::LogLimit;
-use crate::telemetry::{Events, TokenRefused};
+use crate::telemetry::{Telemetry, TokenRejection};
 
 /// How a connection reached the listener.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -114,7 +114,12 @@ impl AdminAuth {
     }
 
     /// Lets a request in, or says why not. The form of a page is looked at apart, by [`Self::authorize_form`].
-    pub(super) fn authorize(&self, head: &Parts, caller: Caller, events: &Events) -> Result<(), Problem> {
+    pub(super) fn authorize(
+        &self,
+        head: &Parts,
+        caller: Caller,
+        telemetry: &Telemetry,
+    ) -> Result<(), Problem> {
         let listener = caller.listener;
         if listener != ListenerKind::Socket {
             self.host(head, listener)?;
@@ -122,7 +127,7 @@ impl AdminAuth {
         let path = head.uri.path();
         let is_open = matches!(path, "/healthz" | "/readyz" | "/metrics");
         if !is_open && listener != ListenerKind::Socket {
-            self.token(&head.headers, caller.client, events)?;
+            self.token(&head.headers, caller.client, telemetry)?;
         }
         if head.method == Method::GET || head.method == Method::HEAD {
             return Ok(());
@@ -206,7 +211,12 @@ impl AdminAuth {
 
     /// Wants the token. Each address may be wrong so often; then its tokens are not compared for a while, and those of
     /// others are.
-    fn token(&self, headers: &HeaderMap, client: Option<IpAddr>, events: &Events) -> Result<(), Problem> {
+    fn token(
+        &self,
+        headers: &HeaderMap,
+        client: Option<IpAddr>,
+        telemetry: &Telemetry,
+    ) -> Result<(), Problem> {
         let Some(token) = &self.token else { return Ok(()) };
         let now = Instant::now();
         let Some(sent) = token_of(headers) else {
@@ -214,7 +224,7 @@ impl AdminAuth {
         };
         let wait = client.and_then(|client| self.failed_tokens.wait(client, now));
         if let Some(wait) = wait {
-            events.admin_token_refused(TokenRefused::TooMany);
+            telemetry.record_admin_token_refused(TokenRejection::TooMany);
             let detail = "too many wrong admin tokens came from this address; wait a moment";
             let problem = Problem::new(StatusCode::TOO_MANY_REQUESTS, detail);
             return Err(problem.retry_after(wait.as_secs() + 1));
@@ -222,7 +232,7 @@ impl AdminAuth {
         if self.is_same(&sent, token) {
             return Ok(());
         }
-        events.admin_token_refused(TokenRefused::Wrong);
+        telemetry.record_admin_token_refused(TokenRejection::Wrong);
         let wrong = client.map_or(1, |client| self.failed_tokens.note(client, now));
         if let Some(skipped) = self.logged.admits() {
             let client = client.map(tracing::field::display);
@@ -299,7 +309,7 @@ mod tests {
         }
         let (head, ()) = request.body(()).unwrap().into_parts();
         let client = (listener != ListenerKind::Socket).then_some(IpAddr::V4(std::net::Ipv4Addr::LOCALHOST));
-        auth.authorize(&head, Caller { listener, client }, &Events::new())
+        auth.authorize(&head, Caller { listener, client }, &Telemetry::new())
             .err()
             .map(|problem| problem.status.as_u16())
     }

@@ -14,7 +14,7 @@ use super::concurrency_limit::Permit;
 use super::format::{describe_decision, rfc3339};
 use super::response::{ApiResponse, Problem, event_stream};
 use crate::oci::{Cause, Query};
-use crate::telemetry::{Client, Decision, Kind};
+use crate::telemetry::{Client, DecisionRecord, ResourceKind};
 
 /// Decisions in one answer, unless `limit` says fewer.
 const EVENTS_MAX: usize = 1_000;
@@ -54,13 +54,15 @@ pub(super) struct Event {
 }
 
 impl Event {
-    pub(super) fn of(decision: &Decision) -> Self {
+    pub(super) fn of(decision: &DecisionRecord) -> Self {
         let parts = decision
             .image
             .split_once('@')
             .or_else(|| decision.image.rsplit_once(':'));
         let (repository, reference) = match decision.kind {
-            Kind::Tag | Kind::Manifest | Kind::Blob => parts.unwrap_or((&decision.image, "")),
+            ResourceKind::Tag | ResourceKind::Manifest | ResourceKind::Blob => {
+                parts.unwrap_or((&decision.image, ""))
+            }
             _ => (&*decision.image, ""),
         };
         Self {
@@ -138,7 +140,7 @@ impl Filter {
         }
     }
 
-    fn admits(&self, decision: &Decision) -> bool {
+    fn admits(&self, decision: &DecisionRecord) -> bool {
         let is =
             |wanted: &Option<String>, found: &str| wanted.as_deref().is_none_or(|wanted| wanted == found);
         let image = || {
@@ -148,7 +150,7 @@ impl Filter {
         };
         decision.id > self.since
             && (!self.only_pulls
-                || decision.kind == Kind::Tag
+                || decision.kind == ResourceKind::Tag
                 || decision.status >= 400
                 || decision.ended.is_failure())
             && (self.image.is_empty() || image())
@@ -169,7 +171,7 @@ impl Filter {
 impl Admin {
     /// The decisions wanted, the newest first.
     pub(super) fn decisions(&self, filter: &Filter) -> Vec<Event> {
-        let decisions = self.events.decisions();
+        let decisions = self.telemetry.decisions();
         let wanted = decisions.iter().filter(|decision| filter.admits(decision));
         wanted
             .take(filter.limit)
@@ -186,7 +188,7 @@ impl Admin {
         };
         let (lines, replies) = mpsc::channel(LINES_MAX);
         // Before the look at what is kept, so that nothing falls in between.
-        let news = self.events.watch();
+        let news = self.telemetry.subscribe();
         let missed = match filter.since {
             0 => Vec::new(),
             _ => self.decisions(&Filter {
@@ -200,7 +202,7 @@ impl Admin {
 
     /// Who was seen, the last first.
     pub(super) fn clients_seen(&self, now: SystemTime) -> Vec<ClientView> {
-        self.events
+        self.telemetry
             .clients()
             .iter()
             .map(|client| ClientView::of(client, now))
@@ -211,7 +213,7 @@ impl Admin {
 async fn send(
     permit: Permit,
     lines: mpsc::Sender<Bytes>,
-    mut news: tokio::sync::broadcast::Receiver<Arc<Decision>>,
+    mut news: tokio::sync::broadcast::Receiver<Arc<DecisionRecord>>,
     missed: Vec<Event>,
     filter: Filter,
     ending: tokio_util::sync::CancellationToken,

@@ -5,7 +5,7 @@ use std::time::{Duration, SystemTime};
 use crate::oci::Cause;
 use crate::policy::{DenyReason, HitReason, MissReason};
 use crate::store::tags::NEVER_CONFIRMED;
-use crate::telemetry::{Decision, Ended, Outcome};
+use crate::telemetry::{BodyEnd, CacheResult, DecisionRecord};
 
 /// RFC 3339, in seconds.
 pub(super) fn rfc3339(at: SystemTime) -> String {
@@ -55,18 +55,18 @@ pub fn short_digest(digest: &str) -> String {
 }
 
 /// Why a client got what it got, or did not get it whole, as the end of a story about `upstream`.
-pub(super) fn describe_decision(decision: &Decision) -> String {
+pub(super) fn describe_decision(decision: &DecisionRecord) -> String {
     let so_far = bytes(decision.bytes);
     let upstream = &*decision.upstream;
     match decision.ended {
-        Ended::Complete => describe_complete(decision),
-        Ended::Aborted if decision.reason == "client-left" => {
+        BodyEnd::Complete => describe_complete(decision),
+        BodyEnd::Aborted if decision.reason == "client-left" => {
             "the client left before it was answered".to_owned()
         }
-        Ended::Aborted => format!("the client left after {so_far}"),
-        Ended::Upstream => format!("{upstream} broke off after {so_far}; the client has a part only"),
-        Ended::Disk => format!("the disk failed after {so_far}; the client has a part only"),
-        Ended::Damage => {
+        BodyEnd::Aborted => format!("the client left after {so_far}"),
+        BodyEnd::Upstream => format!("{upstream} broke off after {so_far}; the client has a part only"),
+        BodyEnd::Disk => format!("the disk failed after {so_far}; the client has a part only"),
+        BodyEnd::Damage => {
             format!(
                 "the cached bytes were damaged; the client has {so_far} of them, and the next one gets new ones"
             )
@@ -74,7 +74,7 @@ pub(super) fn describe_decision(decision: &Decision) -> String {
     }
 }
 
-fn describe_complete(decision: &Decision) -> String {
+fn describe_complete(decision: &DecisionRecord) -> String {
     let upstream = &*decision.upstream;
     let silent = |what: &str| match decision.cause {
         Some(cause) => format!("{upstream} {cause}: {what}"),
@@ -86,7 +86,7 @@ fn describe_complete(decision: &Decision) -> String {
         (_, "immutable") => "asked for by digest, which cannot change".to_owned(),
         (_, "unasked") => "held, and the policy says not to ask".to_owned(),
         (_, "moved") => format!("{upstream} names another digest now, which is held as well"),
-        (Outcome::Stale, "stale") => silent("served the held copy"),
+        (CacheResult::Stale, "stale") => silent("served the held copy"),
         (_, "past-grant") => silent("served by digest, on a right shown before"),
         (_, "new-unavailable") => silent("there is a newer image that could not be had; served the held one"),
         (_, "last-complete") => silent("the newest image is not held whole; served the last one that is"),
@@ -94,25 +94,25 @@ fn describe_complete(decision: &Decision) -> String {
         (_, "credential-refused") => {
             format!("{upstream} refuses the credential of the cache; served the held copy")
         }
-        (Outcome::Miss, "not-held") => format!("not held yet: fetched from {upstream}"),
-        (Outcome::Miss, "newer") => format!("newer at {upstream}: fetched"),
-        (Outcome::Miss, "unnamed") => format!("{upstream} does not say which digest it is: fetched"),
-        (Outcome::Miss, "head") => format!("asked {upstream} for the head alone"),
+        (CacheResult::Miss, "not-held") => format!("not held yet: fetched from {upstream}"),
+        (CacheResult::Miss, "newer") => format!("newer at {upstream}: fetched"),
+        (CacheResult::Miss, "unnamed") => format!("{upstream} does not say which digest it is: fetched"),
+        (CacheResult::Miss, "head") => format!("asked {upstream} for the head alone"),
         (_, "joined") => "joined a download under way".to_owned(),
         (_, "passed") => "passed through, not stored".to_owned(),
         (_, "local-token") => silent("gave a token of ours"),
-        (Outcome::Refused, "forbidden") => {
+        (CacheResult::Refused, "forbidden") => {
             format!("refused: {upstream} does not let this credential read it")
         }
-        (Outcome::Refused, "challenged") => format!("{upstream} wants a credential first"),
-        (Outcome::Refused, "absent") => format!("refused: {upstream} says there is no such image"),
-        (Outcome::Refused, "silent") => silent("nothing is held that may be served instead"),
-        (Outcome::Refused, "too-stale") => silent("the held copy is older than `stale` allows"),
-        (Outcome::Refused, "incomplete") => silent("only a part of the image is held"),
-        (Outcome::Refused, "not-held" | "not-vouched") => {
+        (CacheResult::Refused, "challenged") => format!("{upstream} wants a credential first"),
+        (CacheResult::Refused, "absent") => format!("refused: {upstream} says there is no such image"),
+        (CacheResult::Refused, "silent") => silent("nothing is held that may be served instead"),
+        (CacheResult::Refused, "too-stale") => silent("the held copy is older than `stale` allows"),
+        (CacheResult::Refused, "incomplete") => silent("only a part of the image is held"),
+        (CacheResult::Refused, "not-held" | "not-vouched") => {
             "refused: the policy `never` forbids asking".to_owned()
         }
-        (Outcome::Refused, reason) => format!("refused: {reason}"),
+        (CacheResult::Refused, reason) => format!("refused: {reason}"),
         (_, reason) => reason.to_owned(),
     }
 }

@@ -147,7 +147,7 @@ impl AdminServer {
             closes_at_address: true,
         };
         Self {
-            connections: Connections::new("admin", bounds, admin.events.clone()),
+            connections: Connections::new("admin", bounds, admin.telemetry.clone()),
             requests: ConcurrencyLimit::new(connections / 2, connections / 4),
             admin,
             workers,
@@ -201,7 +201,7 @@ impl AdminServer {
     }
 
     fn refuse(&self, caller: Caller) {
-        self.admin.events.connection_refused();
+        self.admin.telemetry.record_connection_refused();
         if let Some(skipped) = self.admin.refusal_log.admits() {
             let client = caller.client.map(tracing::field::display);
             tracing::warn!(
@@ -246,7 +246,7 @@ impl AdminServer {
         let (head, body) = request.into_parts();
         let (admin, auth) = (&self.admin, &self.admin.auth);
         if let Some(endpoint) = HealthEndpoint::of(&head) {
-            let reply = match auth.authorize(&head, caller, &admin.events) {
+            let reply = match auth.authorize(&head, caller, &admin.telemetry) {
                 Ok(()) => admin.health(endpoint).await,
                 Err(problem) => Err(problem),
             };
@@ -260,7 +260,7 @@ impl AdminServer {
         if let Some(delay) = auth.delay(&head, caller) {
             tokio::time::sleep(delay).await;
         }
-        if let Err(problem) = auth.authorize(&head, caller, &admin.events) {
+        if let Err(problem) = auth.authorize(&head, caller, &admin.telemetry) {
             return Admin::finish(&head, Err(problem)).map(PermittedBody::without_permit);
         }
         let admin = self.admin.clone();

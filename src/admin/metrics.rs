@@ -10,7 +10,7 @@ use super::response::{ApiResponse, full};
 use super::{Admin, upstreams};
 use crate::queue::{Class, Counts, Queue};
 use crate::server::Registry;
-use crate::telemetry::{Levels, QueueLevel};
+use crate::telemetry::{Gauges, QueueGauges};
 
 /// The type of what everybody else gets.
 const PLAIN_METRICS: &str = "text/plain; version=0.0.4; charset=utf-8";
@@ -29,15 +29,23 @@ pub(super) fn wants_openmetrics(head: &Parts) -> bool {
 impl Admin {
     /// May wait for locks.
     pub(super) fn metrics(&self, as_openmetrics: bool, now: SystemTime) -> ApiResponse {
-        let levels = self.levels(now);
+        let gauges = self.gauges(now);
         if as_openmetrics {
-            full(StatusCode::OK, OPENMETRICS, self.events.text(&levels))
+            full(
+                StatusCode::OK,
+                OPENMETRICS,
+                self.telemetry.open_metrics_text(&gauges),
+            )
         } else {
-            full(StatusCode::OK, PLAIN_METRICS, self.events.plain_text(&levels))
+            full(
+                StatusCode::OK,
+                PLAIN_METRICS,
+                self.telemetry.prometheus_text(&gauges),
+            )
         }
     }
 
-    fn levels(&self, now: SystemTime) -> Levels {
+    fn gauges(&self, now: SystemTime) -> Gauges {
         let registry = self.registry.load();
         let (store, downloads) = (registry.pull.store(), registry.pull.downloads());
         let (usage, evicted) = (store.usage(), store.evictions());
@@ -56,7 +64,7 @@ impl Admin {
             .map(|transfer| transfer.readers.saturating_sub(1) as u64)
             .sum();
         let outstanding = self.egress.outstanding();
-        Levels {
+        Gauges {
             egress_bytes: outstanding.bytes,
             egress_waiting: outstanding.waiting,
             store_bytes: usage.blob_bytes + usage.manifest_bytes,
@@ -79,14 +87,14 @@ impl Admin {
             offline: self.offline.is_on(),
             open_breakers: open_breakers.collect(),
             upstreams: upstreams.collect(),
-            allowances: upstreams::allowances(&registry, now),
+            quotas: upstreams::allowances(&registry, now),
             certificates: self.tls.load().good_until(),
         }
     }
 }
 
 /// The queues: of requests to all upstreams together, and of downloads.
-fn queues(registry: &Registry) -> Vec<QueueLevel> {
+fn queues(registry: &Registry) -> Vec<QueueGauges> {
     let sites = registry.doors.all().iter();
     let requests: Vec<&Queue> = sites.flat_map(|site| site.upstream().queues()).collect();
     vec![
@@ -95,10 +103,10 @@ fn queues(registry: &Registry) -> Vec<QueueLevel> {
     ]
 }
 
-fn level(queue: &'static str, queues: &[&Queue]) -> QueueLevel {
+fn level(queue: &'static str, queues: &[&Queue]) -> QueueGauges {
     let sum = |count: &dyn Fn(&Counts) -> u64| queues.iter().map(|queue| count(&queue.counts())).sum();
     let waiting = |class| queues.iter().map(|queue| queue.waiting_in(class) as u64).sum();
-    QueueLevel {
+    QueueGauges {
         queue,
         waiting: Class::ALL.map(|class| (class.name(), waiting(class))).to_vec(),
         granted: sum(&|counts| counts.granted),

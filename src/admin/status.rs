@@ -148,7 +148,7 @@ impl Admin {
         let registry = self.registry.load();
         let store = registry.pull.store();
         let fetched = registry.pull.downloads().fetched_bytes();
-        let day = self.events.spans(now, 1, 24 * 60, fetched);
+        let day = self.telemetry.history(now, 1, 24 * 60, fetched);
         let problems = self.problems();
         let offline = self.offline.is_on();
         let uptime = now.duration_since(self.started_at).unwrap_or_default();
@@ -162,7 +162,7 @@ impl Admin {
             problems,
             offline,
             store: StoreStatus::of(store),
-            since_start: Counters::of(&self.events.totals(fetched)),
+            since_start: Counters::of(&self.telemetry.totals(fetched)),
             last_day: Counters::of(&day.first().copied().unwrap_or_default()),
             quota: self.quota(),
             transfers: registry.pull.downloads().count(),
@@ -252,7 +252,7 @@ impl Admin {
     pub(super) fn series(&self, (count, minutes): (u64, u64), now: SystemTime) -> Vec<Point> {
         let registry = self.registry.load();
         let fetched = registry.pull.downloads().fetched_bytes();
-        let spans = self.events.spans(now, count, minutes, fetched);
+        let spans = self.telemetry.history(now, count, minutes, fetched);
         let length = Duration::from_secs(60 * minutes);
         let last = u32::try_from(spans.len()).unwrap_or(u32::MAX).saturating_sub(1);
         let ends = (0..=last)

@@ -10,7 +10,7 @@ use crate::oci::Cause;
 use crate::proxy::UpstreamRegistry;
 use crate::queue::Queue;
 use crate::server::Registry;
-use crate::telemetry::AllowanceLevel;
+use crate::telemetry::QuotaGauge;
 
 /// All upstreams, as JSON. Credentials are told by kind, a client's by an id that means nothing elsewhere.
 pub(super) fn to_json(registry: &Registry, now: SystemTime) -> Value {
@@ -69,12 +69,12 @@ fn upstream_json(site: &UpstreamRegistry, downloads: &Queue, now: SystemTime) ->
 }
 
 /// What is left of whose allowance: of several clients, of the one with the fewest pulls left.
-pub(super) fn allowances(registry: &Registry, now: SystemTime) -> Vec<AllowanceLevel> {
+pub(super) fn allowances(registry: &Registry, now: SystemTime) -> Vec<QuotaGauge> {
     let mut levels = Vec::new();
     for site in registry.doors.all() {
         let mut fewest = BTreeMap::new();
         for allowance in site.upstream().state().allowances {
-            let level = AllowanceLevel {
+            let level = QuotaGauge {
                 upstream: site.name().into(),
                 credential: allowance.who.name(),
                 limit: allowance.limit.limit,

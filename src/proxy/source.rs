@@ -178,18 +178,20 @@ impl Source for UpstreamSource {
             ..
         } = &self.of;
         self.pull.arriving.forget(site, repository, self.digest);
-        self.pull.events.span(&caller.trace, || telemetry::Span {
-            trace: caller.trace.clone(),
-            name: "download",
-            kind: SpanKind::Internal,
-            ended: self.pull.clock.now(),
-            took: self.began.elapsed(),
-            facts: vec![
-                ("ifnewer.upstream", site.name().to_owned()),
-                ("ifnewer.image", format!("{repository}@{}", self.digest)),
-            ],
-            fault: failure.map(ToString::to_string),
-        });
+        self.pull
+            .telemetry
+            .record_span(&caller.trace, || telemetry::Span {
+                trace: caller.trace.clone(),
+                name: "download",
+                kind: SpanKind::Internal,
+                ended: self.pull.clock.now(),
+                took: self.began.elapsed(),
+                attributes: vec![
+                    ("ifnewer.upstream", site.name().to_owned()),
+                    ("ifnewer.image", format!("{repository}@{}", self.digest)),
+                ],
+                error: failure.map(ToString::to_string),
+            });
     }
 }
 

@@ -78,7 +78,7 @@ impl Accepting {
             closes_at_address: false,
         };
         Self(Arc::new(Inner {
-            connections: Connections::new("registry", bounds, front.events.clone()),
+            connections: Connections::new("registry", bounds, front.telemetry.clone()),
             front,
             tls,
             plain,
@@ -155,7 +155,7 @@ impl Accepting {
     }
 
     fn refuse(&self, peer: From, refused: Refused) {
-        self.0.front.events.connection_refused();
+        self.0.front.telemetry.record_connection_refused();
         if let Some(skipped) = self.0.refused.admits() {
             let (connections, reason) = (self.0.limits.connections_per_peer_max, refused.name());
             tracing::warn!(%peer, connections, reason, skipped,

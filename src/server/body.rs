@@ -20,7 +20,7 @@ use crate::proxy::passthrough::VerifyingStream;
 use crate::store::AsyncStore;
 use crate::store::fs::FsFile;
 use crate::store::step::{Buffers, STEP_BYTES, held_bytes, read_cached, read_waiting};
-use crate::telemetry::{BytesFrom, Ended, Events};
+use crate::telemetry::{BodyEnd, ByteSource, Telemetry};
 use crate::upstream::Fetched;
 use crate::upstream::pass::PassedOn;
 
@@ -55,7 +55,7 @@ enum Kind {
     Flow {
         flow: Flow,
         size: Option<u64>,
-        events: Events,
+        telemetry: Telemetry,
     },
     Passed {
         flow: Flow,
@@ -81,12 +81,12 @@ pub enum Broken {
 }
 
 impl Broken {
-    fn ended(&self) -> Ended {
+    fn ended(&self) -> BodyEnd {
         match self {
-            Self::Rotten(_) => Ended::Damage,
-            Self::File(_) => Ended::Disk,
-            Self::Download(failure) if failure.is_of_disk() => Ended::Disk,
-            Self::Download(_) | Self::Upstream(_) => Ended::Upstream,
+            Self::Rotten(_) => BodyEnd::Damage,
+            Self::File(_) => BodyEnd::Disk,
+            Self::Download(failure) if failure.is_of_disk() => BodyEnd::Disk,
+            Self::Download(_) | Self::Upstream(_) => BodyEnd::Upstream,
         }
     }
 }
@@ -134,14 +134,14 @@ impl Body {
         start: u64,
         end: u64,
         buffers: Buffers,
-        events: Events,
+        telemetry: Telemetry,
     ) -> Self {
         Self::of(Kind::File(File {
             from: file,
             position: start,
             end,
             buffers,
-            events,
+            telemetry,
             waiting: None,
         }))
     }
@@ -152,7 +152,7 @@ impl Body {
         file: Arc<dyn FsFile>,
         size: u64,
         buffers: Buffers,
-        events: Events,
+        telemetry: Telemetry,
         sound: Sound,
         store: AsyncStore,
     ) -> Self {
@@ -161,7 +161,7 @@ impl Body {
             position: 0,
             end: size,
             buffers,
-            events,
+            telemetry,
             waiting: None,
         };
         let hasher = Some(Hasher::new(digest.algorithm()));
@@ -180,22 +180,22 @@ impl Body {
     }
 
     /// What is handed back, of `size` bytes if that was said.
-    pub(super) fn passed(passed: PassedOn, size: Option<u64>, events: &Events) -> Self {
+    pub(super) fn passed(passed: PassedOn, size: Option<u64>, telemetry: &Telemetry) -> Self {
         let flow = flow(
-            (passed, events.clone()),
-            |(mut passed, events): (PassedOn, Events), _| async move {
+            (passed, telemetry.clone()),
+            |(mut passed, telemetry): (PassedOn, Telemetry), _| async move {
                 let next = passed.chunk().await.map(|next| next.map_err(Broken::Upstream));
                 if let Some(Ok(bytes)) = &next {
-                    events.sent(BytesFrom::Passed, bytes.len() as u64);
+                    telemetry.add_bytes_sent(ByteSource::Passed, bytes.len() as u64);
                 }
-                ((passed, events), next)
+                ((passed, telemetry), next)
             },
         );
         Self::of(Kind::Passed { flow, size })
     }
 
     /// What a download brings, of which `size` bytes are wanted.
-    pub(super) fn download(reader: Reader, size: Option<u64>, events: Events) -> Self {
+    pub(super) fn download(reader: Reader, size: Option<u64>, telemetry: Telemetry) -> Self {
         let flow = flow(reader, |mut reader: Reader, step_bytes| async move {
             let next = reader
                 .next_within(step_bytes)
@@ -203,34 +203,50 @@ impl Body {
                 .map(|next| next.map_err(Broken::Download));
             (reader, next)
         });
-        Self::of(Kind::Flow { flow, size, events })
+        Self::of(Kind::Flow {
+            flow,
+            size,
+            telemetry,
+        })
     }
 
     /// What passes through unstored but verified.
-    pub(super) fn passing(passing: VerifyingStream, size: Option<u64>, events: Events) -> Self {
+    pub(super) fn passing(passing: VerifyingStream, size: Option<u64>, telemetry: Telemetry) -> Self {
         let flow = flow(passing, |mut passing: VerifyingStream, _| async move {
             let next = passing.next().await.map(|next| next.map_err(Broken::Upstream));
             (passing, next)
         });
-        Self::of(Kind::Flow { flow, size, events })
+        Self::of(Kind::Flow {
+            flow,
+            size,
+            telemetry,
+        })
     }
 
     /// A list that passes through, of `size` bytes if that was said.
-    pub(super) fn long_list(list: StreamedList, size: Option<u64>, events: Events) -> Self {
+    pub(super) fn long_list(list: StreamedList, size: Option<u64>, telemetry: Telemetry) -> Self {
         let flow = flow(list, |mut list: StreamedList, _| async move {
             let next = list.next().await.map(|next| next.map_err(Broken::Upstream));
             (list, next)
         });
-        Self::of(Kind::Flow { flow, size, events })
+        Self::of(Kind::Flow {
+            flow,
+            size,
+            telemetry,
+        })
     }
 
     /// What passes through as it is.
-    pub(super) fn fetched(fetched: Fetched, size: Option<u64>, events: Events) -> Self {
+    pub(super) fn fetched(fetched: Fetched, size: Option<u64>, telemetry: Telemetry) -> Self {
         let flow = flow(fetched, |mut fetched: Fetched, _| async move {
             let next = fetched.chunk().await.map(|next| next.map_err(Broken::Upstream));
             (fetched, next)
         });
-        Self::of(Kind::Flow { flow, size, events })
+        Self::of(Kind::Flow {
+            flow,
+            size,
+            telemetry,
+        })
     }
 }
 
@@ -390,7 +406,7 @@ struct File {
     position: u64,
     end: u64,
     buffers: Buffers,
-    events: Events,
+    telemetry: Telemetry,
     waiting: Option<JoinHandle<io::Result<Bytes>>>,
 }
 
@@ -429,7 +445,8 @@ impl File {
     fn advance(&mut self, read: io::Result<Bytes>) -> io::Result<Bytes> {
         let bytes = read?;
         self.position += bytes.len() as u64;
-        self.events.sent(BytesFrom::Disk, bytes.len() as u64);
+        self.telemetry
+            .add_bytes_sent(ByteSource::Disk, bytes.len() as u64);
         Ok(bytes)
     }
 }
@@ -443,12 +460,16 @@ impl Kind {
             Self::Parts(parts) => {
                 ready!(parts.poll(context, step_bytes)).map(|read| read.map_err(Broken::File))
             }
-            Self::Flow { flow, size, events } => {
+            Self::Flow {
+                flow,
+                size,
+                telemetry,
+            } => {
                 let next = ready!(flow.as_mut().poll(context, step_bytes));
                 if let Some(Ok(bytes)) = &next {
                     let length = bytes.len() as u64;
                     *size = size.map(|size| size.saturating_sub(length));
-                    events.sent(BytesFrom::Download, length);
+                    telemetry.add_bytes_sent(ByteSource::Download, length);
                 }
                 next
             }
@@ -513,11 +534,11 @@ impl http_body::Body for Body {
                     record.sent(bytes.len());
                     // Written before the last bytes leave: whoever has them finds the record.
                     if kind.is_spent() {
-                        record.end(Ended::Complete, None);
+                        record.end(BodyEnd::Complete, None);
                     }
                 }
                 Some(Err(broken)) => record.end(broken.ended(), Some(broken)),
-                None => record.end(Ended::Complete, None),
+                None => record.end(BodyEnd::Complete, None),
             }
         }
         Poll::Ready(next.map(|next| next.map(Frame::data)))

@@ -32,7 +32,7 @@ use super::tls::Shaken;
 use super::told::Told;
 use super::{Body, Registry, reply};
 use crate::config::{Tunnel, host_part};
-use crate::telemetry::{self, Kind, Outcome};
+use crate::telemetry::{self, CacheResult, ResourceKind};
 use crate::trace_context::TraceId;
 use crate::upstream::Stream;
 use crate::upstream::tunnel;
@@ -83,7 +83,7 @@ enum Passage {
 /// One of the places for tunnels. Free before it is counted as free: who sees one, finds one.
 struct Place {
     _permit: OwnedSemaphorePermit,
-    counted: telemetry::Tunnel,
+    counted: telemetry::TunnelCounter,
     _request: InFlight,
 }
 
@@ -95,15 +95,15 @@ impl Connection {
         let (head, _) = request.into_parts();
         let target = head.uri.authority().map_or("", Authority::as_str).to_owned();
         let front = self.accepting.front();
-        let trace = front.events.trace(&head.headers);
+        let trace = front.telemetry.trace(&head.headers);
         let mut record = Open::new(
-            &front.events,
+            &front.telemetry,
             &head,
             &self.peer,
             (front.clock.now(), began, &trace),
         );
         record.leads_to(None, Door::Connect);
-        record.asks_for((Kind::Connect, target.clone()));
+        record.asks_for((ResourceKind::Connect, target.clone()));
         let registry = front.registry.load_full();
         let way = self.way(&head, &registry).await;
         let (response, told) = match way {
@@ -112,7 +112,7 @@ impl Connection {
                 registry.pull.expect_challenge(&site);
                 let intercepted = Arc::clone(&self).intercepted(name, shown, upgrade);
                 self.tasks.spawn(intercepted);
-                let told = Told::connected(Outcome::Local, "intercepted");
+                let told = Told::connected(CacheResult::Local, "intercepted");
                 (Response::new(Body::empty()), told)
             }
             Ok(Passage::Tunnel(stream, place)) => {
@@ -123,7 +123,7 @@ impl Connection {
                 };
                 let tunnelled = Arc::clone(&self).tunnelled(stream, place, upgrade, carried);
                 self.tasks.spawn(tunnelled);
-                let told = Told::connected(Outcome::Passed, "tunnelled");
+                let told = Told::connected(CacheResult::Passed, "tunnelled");
                 (Response::new(Body::empty()), told)
             }
             Err(turned) => {
@@ -182,7 +182,7 @@ impl Connection {
         let place = Arc::clone(self.accepting.tunnels()).try_acquire_owned();
         let place = Place {
             _permit: place.map_err(|_| Turned::TunnelsBusy)?,
-            counted: self.accepting.front().events.tunnel(),
+            counted: self.accepting.front().telemetry.count_tunnel(),
             _request: self.peer.connection.request(),
         };
         let stream = registry.tunnels.way.open(host, port, nearest).await;
@@ -286,7 +286,7 @@ struct Carried {
 }
 
 impl Carried {
-    fn log(&self, client: Option<IpAddr>, counted: &telemetry::Tunnel, ended: &'static str) {
+    fn log(&self, client: Option<IpAddr>, counted: &telemetry::TunnelCounter, ended: &'static str) {
         let (to_host, to_client) = counted.carried();
         let (client, ms) = (
             client.map(tracing::field::display),
@@ -301,7 +301,7 @@ impl Carried {
 async fn carry(
     client: TokioIo<Upgraded>,
     host: Box<dyn Stream>,
-    counted: &telemetry::Tunnel,
+    counted: &telemetry::TunnelCounter,
     quiet_max: Duration,
 ) -> &'static str {
     let (from_client, to_client) = tokio::io::split(client);

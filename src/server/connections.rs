@@ -24,7 +24,7 @@ use tokio_util::sync::CancellationToken;
 use self::places::{Place, Places};
 use self::victim::{Candidate, Choice, Newcomer, is_many, victim};
 use crate::store::LogLimit;
-use crate::telemetry::{Closed, ConnectionState, Events, OpenConnection};
+use crate::telemetry::{CloseReason, ConnectionState, OpenConnection, Telemetry};
 
 /// A connection that is closed to make room has finished what it was sending within this.
 const CLOSED_WITHIN: Duration = Duration::from_millis(500);
@@ -52,7 +52,7 @@ pub(crate) struct Connections(Arc<Inner>);
 struct Inner {
     listener: &'static str,
     bounds: Bounds,
-    events: Events,
+    telemetry: Telemetry,
     closed: LogLimit,
     began: Instant,
     places: Places,
@@ -128,11 +128,11 @@ pub(crate) enum Entering {
 
 impl Connections {
     /// No connection yet. `listener` names the kind of listener in the log and the metrics.
-    pub(crate) fn new(listener: &'static str, bounds: Bounds, events: Events) -> Self {
+    pub(crate) fn new(listener: &'static str, bounds: Bounds, telemetry: Telemetry) -> Self {
         Self(Arc::new(Inner {
             listener,
             bounds,
-            events,
+            telemetry,
             closed: LogLimit::default(),
             began: Instant::now(),
             places: Places::new(bounds.places),
@@ -174,7 +174,7 @@ impl Connections {
             address,
             ip,
         };
-        let events = &self.0.events;
+        let telemetry = &self.0.telemetry;
         if let Ok(permit) = seat {
             return Entering::Seated(Seat {
                 _permit: permit,
@@ -184,7 +184,7 @@ impl Connections {
         registered.waiting += 1;
         drop(registered);
         Entering::Waits(Wait {
-            _counted: events.connection(self.0.listener, ConnectionState::Waiting),
+            _counted: telemetry.count_connection(self.0.listener, ConnectionState::Waiting),
             present: Some(present),
             connections: self.clone(),
         })
@@ -200,7 +200,7 @@ impl Connections {
                 let has_many = is_many(present, self.0.bounds.places);
                 let newcomer = if has_many { Newcomer::Many } else { Newcomer::Few };
                 let acquired = self.0.places.acquire(has_many);
-                self.freed(acquired, None, newcomer, Closed::NoPlace).await
+                self.freed(acquired, None, newcomer, CloseReason::NoPlace).await
             }
         };
         self.slot(seat, place)
@@ -228,7 +228,10 @@ impl Connections {
             entry,
             place,
             _seat: seat,
-            _counted: self.0.events.connection(self.0.listener, ConnectionState::Open),
+            _counted: self
+                .0
+                .telemetry
+                .count_connection(self.0.listener, ConnectionState::Open),
         }
     }
 
@@ -238,7 +241,7 @@ impl Connections {
         acquired: impl Future<Output = Option<T>>,
         of: Option<&Arc<Address>>,
         newcomer: Newcomer,
-        why: Closed,
+        why: CloseReason,
     ) -> Option<T> {
         let _wanted = Wanted::count(&self.0.wanted);
         let mut acquired = pin!(acquired);
@@ -268,11 +271,11 @@ impl Connections {
     pub(crate) fn accept_failed(&self, error: &io::Error) {
         let errno = error.raw_os_error().map(Errno::from_raw_os_error);
         if matches!(errno, Some(Errno::MFILE | Errno::NFILE)) {
-            self.close_one(None, Newcomer::Few, Closed::NoDescriptor);
+            self.close_one(None, Newcomer::Few, CloseReason::NoDescriptor);
         }
     }
 
-    fn close_one(&self, of: Option<&Arc<Address>>, newcomer: Newcomer, why: Closed) -> Choice<()> {
+    fn close_one(&self, of: Option<&Arc<Address>>, newcomer: Newcomer, why: CloseReason) -> Choice<()> {
         let now = Instant::now();
         let registered = self.registered();
         let candidates = registered.open.values().filter_map(|entry| {
@@ -350,7 +353,12 @@ impl Wait {
         let permit = if connections.0.bounds.closes_at_address {
             let acquired = async { seats.acquire_owned().await.ok() };
             let address = Some(&present.address);
-            let freed = connections.freed(acquired, address, Newcomer::SameAddress, Closed::NoPlaceOfAddress);
+            let freed = connections.freed(
+                acquired,
+                address,
+                Newcomer::SameAddress,
+                CloseReason::NoPlaceOfAddress,
+            );
             timeout(patience, freed).await.ok()??
         } else {
             timeout(patience, seats.acquire_owned()).await.ok()?.ok()?
@@ -421,10 +429,10 @@ impl Entry {
         Duration::from_micros(self.connections.micros(now).saturating_sub(since))
     }
 
-    fn close(&self, why: Closed, now: Instant) {
+    fn close(&self, why: CloseReason, now: Instant) {
         self.closing.cancel();
         let inner = &self.connections.0;
-        inner.events.connection_closed(inner.listener, why);
+        inner.telemetry.record_connection_closed(inner.listener, why);
         if let Some(skipped) = inner.closed.admits() {
             let client = self.ip.map(tracing::field::display);
             let quiet_ms = self.quiet_for(now).as_millis();

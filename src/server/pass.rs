@@ -62,7 +62,7 @@ impl Front {
         let has_body =
             !matches!(status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED) && length != Some(0);
         if has_body {
-            *response.body_mut() = Body::passed(passed, length, &self.events);
+            *response.body_mut() = Body::passed(passed, length, &self.telemetry);
         }
         // Ours to say, and said by hyper.
         response.headers_mut().remove(HeaderName::from_static("alt-svc"));

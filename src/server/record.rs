@@ -18,7 +18,7 @@ use super::door::{Door, Peer};
 use super::told::Told;
 use super::{Body, told};
 use crate::proxy::UpstreamRegistry;
-use crate::telemetry::{Answered, Ended, Events, Kind, agent};
+use crate::telemetry::{AccessRecord, BodyEnd, ResourceKind, Telemetry, agent};
 use crate::trace_context::Trace;
 
 /// What is recorded for a client that left before its answer had a head, as nginx does.
@@ -28,14 +28,14 @@ const CLIENT_LEFT: u16 = 499;
 pub(super) struct Open(Option<Box<Record>>);
 
 struct Record {
-    events: Events,
+    telemetry: Telemetry,
     at: SystemTime,
     began: Instant,
     first_byte: Option<Duration>,
     /// To which upstream, by which door; `None` where the request was turned away before.
     site: Option<Arc<UpstreamRegistry>>,
     door: Option<Door>,
-    kind: Kind,
+    kind: ResourceKind,
     image: String,
     told: Told,
     status: u16,
@@ -50,19 +50,19 @@ struct Record {
 impl Open {
     /// The record of a request that has just come in, and of which its path is known.
     pub(super) fn new(
-        events: &Events,
+        telemetry: &Telemetry,
         head: &Parts,
         peer: &Peer,
         (at, began, trace): (SystemTime, Instant, &Trace),
     ) -> Self {
         Self(Some(Box::new(Record {
-            events: events.clone(),
+            telemetry: telemetry.clone(),
             at,
             began,
             first_byte: None,
             site: None,
             door: None,
-            kind: Kind::Other,
+            kind: ResourceKind::Other,
             image: told::path(&head.uri),
             told: Told::turned("client-left"),
             status: CLIENT_LEFT,
@@ -82,7 +82,7 @@ impl Open {
     }
 
     /// What is asked for.
-    pub(super) fn asks_for(&mut self, (kind, image): (Kind, String)) {
+    pub(super) fn asks_for(&mut self, (kind, image): (ResourceKind, String)) {
         if let Some(record) = &mut self.0 {
             (record.kind, record.image) = (kind, image);
         }
@@ -109,7 +109,7 @@ impl Open {
             )
             || http_body::Body::is_end_stream(response.body());
         if has_none {
-            self.end(Ended::Complete, None);
+            self.end(BodyEnd::Complete, None);
         } else {
             response.body_mut().record(self);
         }
@@ -124,7 +124,7 @@ impl Open {
     }
 
     /// Writes the record, unless it was written before.
-    pub(super) fn end(&mut self, ended: Ended, error: Option<&dyn Display>) {
+    pub(super) fn end(&mut self, ended: BodyEnd, error: Option<&dyn Display>) {
         if let Some(record) = self.0.take() {
             record.write(ended, error);
         }
@@ -133,7 +133,7 @@ impl Open {
 
 impl Drop for Open {
     fn drop(&mut self) {
-        self.end(Ended::Aborted, None);
+        self.end(BodyEnd::Aborted, None);
     }
 }
 
@@ -141,16 +141,16 @@ impl Record {
     /// Notes the client: it is seen when its answer begins, though the answer may take long.
     fn saw(&self) {
         if let Some(client) = self.client {
-            let pulled = (self.kind == Kind::Tag).then_some(&*self.image);
-            self.events.saw(client, &self.agent, self.at, pulled);
+            let pulled = (self.kind == ResourceKind::Tag).then_some(&*self.image);
+            self.telemetry.record_client(client, &self.agent, self.at, pulled);
         }
     }
 
-    fn write(&self, ended: Ended, error: Option<&dyn Display>) {
+    fn write(&self, ended: BodyEnd, error: Option<&dyn Display>) {
         let took = self.began.elapsed();
         let confirmed_at = self.told.confirmed_at;
         let error = error.map(ToString::to_string);
-        self.events.answered(&Answered {
+        self.telemetry.record_access(&AccessRecord {
             at: self.at,
             upstream: self.site.as_ref().map_or("-", |site| site.name()),
             door: self.door.map_or("-", Door::name),

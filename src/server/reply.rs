@@ -34,13 +34,15 @@ const OCTETS: HeaderValue = HeaderValue::from_static("application/octet-stream")
 const JSON: HeaderValue = HeaderValue::from_static("application/json");
 
 /// How an outcome counts, and its reason's name.
-pub(super) fn told(outcome: &ProxyResponse) -> (telemetry::Outcome, &'static str) {
+pub(super) fn told(outcome: &ProxyResponse) -> (telemetry::CacheResult, &'static str) {
     let how = match outcome {
-        ProxyResponse::Ping => return (telemetry::Outcome::Local, "ping"),
-        ProxyResponse::Challenged(_) => return (telemetry::Outcome::Local, "challenge"),
-        ProxyResponse::ManifestHead { .. } => return (telemetry::Outcome::Miss, "head"),
-        ProxyResponse::Passthrough(_) => return (telemetry::Outcome::Miss, ServeReason::Passthrough.name()),
-        ProxyResponse::Denied(refused) => return (telemetry::Outcome::Refused, refused.refusal.name()),
+        ProxyResponse::Ping => return (telemetry::CacheResult::Local, "ping"),
+        ProxyResponse::Challenged(_) => return (telemetry::CacheResult::Local, "challenge"),
+        ProxyResponse::ManifestHead { .. } => return (telemetry::CacheResult::Miss, "head"),
+        ProxyResponse::Passthrough(_) => {
+            return (telemetry::CacheResult::Miss, ServeReason::Passthrough.name());
+        }
+        ProxyResponse::Denied(refused) => return (telemetry::CacheResult::Refused, refused.refusal.name()),
         ProxyResponse::Manifest(_, how)
         | ProxyResponse::Blob { how, .. }
         | ProxyResponse::Listing(_, how)
@@ -48,11 +50,11 @@ pub(super) fn told(outcome: &ProxyResponse) -> (telemetry::Outcome, &'static str
     };
     let result = match how.reason {
         ServeReason::Cached(served) if served.cause().is_some() || served.may_be_outdated() => {
-            telemetry::Outcome::Stale
+            telemetry::CacheResult::Stale
         }
-        ServeReason::Cached(_) => telemetry::Outcome::Hit,
-        ServeReason::Collapsed => telemetry::Outcome::Coalesced,
-        ServeReason::Fetched(_) | ServeReason::Passthrough => telemetry::Outcome::Miss,
+        ServeReason::Cached(_) => telemetry::CacheResult::Hit,
+        ServeReason::Collapsed => telemetry::CacheResult::Coalesced,
+        ServeReason::Fetched(_) | ServeReason::Passthrough => telemetry::CacheResult::Miss,
     };
     (result, how.reason.name())
 }
@@ -120,7 +122,7 @@ pub(super) fn answer(
             let body = if asked.head {
                 Body::empty()
             } else {
-                Body::long_list(*list, size, front.events.clone())
+                Body::long_list(*list, size, front.telemetry.clone())
             };
             let mut response = respond(StatusCode::OK, body);
             if let Some(size) = size {
@@ -204,7 +206,7 @@ fn listing_answer(
 
 fn passed_answer(passed: Passthrough, front: &Front) -> Response<Body> {
     let body = match passed.body {
-        Some(fetched) => Body::fetched(*fetched, passed.size, front.events.clone()),
+        Some(fetched) => Body::fetched(*fetched, passed.size, front.telemetry.clone()),
         None => Body::empty(),
     };
     let mut response = respond(StatusCode::OK, body);

@@ -16,7 +16,7 @@ use super::reply;
 
 /// What is told of an outcome.
 pub(super) struct Told {
-    pub(super) result: telemetry::Outcome,
+    pub(super) result: telemetry::CacheResult,
     pub(super) reason: &'static str,
     pub(super) cause: Option<Cause>,
     pub(super) digest: Option<Digest>,
@@ -69,13 +69,13 @@ impl Told {
     /// Of a request that was handed on.
     pub(super) fn passed() -> Self {
         Self {
-            result: telemetry::Outcome::Passed,
+            result: telemetry::CacheResult::Passed,
             ..Self::turned("passed")
         }
     }
 
     /// Of a `CONNECT` that was granted.
-    pub(super) fn connected(result: telemetry::Outcome, reason: &'static str) -> Self {
+    pub(super) fn connected(result: telemetry::CacheResult, reason: &'static str) -> Self {
         Self {
             result,
             ..Self::turned(reason)
@@ -85,7 +85,7 @@ impl Told {
     /// Of a token of ours, where the token service was silent for this reason.
     pub(super) fn local_token(cause: Cause) -> Self {
         Self {
-            result: telemetry::Outcome::Local,
+            result: telemetry::CacheResult::Local,
             cause: Some(cause),
             ..Self::turned("local-token")
         }
@@ -102,7 +102,7 @@ impl Told {
     /// Of a request that was turned away, and why.
     pub(super) fn turned(reason: &'static str) -> Self {
         Self {
-            result: telemetry::Outcome::Refused,
+            result: telemetry::CacheResult::Refused,
             reason,
             cause: None,
             digest: None,
@@ -112,20 +112,25 @@ impl Told {
 }
 
 /// What kind of thing was asked for, and its name: `repository:tag`, `repository@digest`.
-pub(super) fn subject(operation: &Operation) -> (telemetry::Kind, String) {
+pub(super) fn subject(operation: &Operation) -> (telemetry::ResourceKind, String) {
     match operation {
-        Operation::Ping => (telemetry::Kind::Ping, "/v2/".to_owned()),
+        Operation::Ping => (telemetry::ResourceKind::Ping, "/v2/".to_owned()),
         Operation::Manifest {
             repository,
             reference: Reference::Tag(tag),
-        } => (telemetry::Kind::Tag, format!("{repository}:{tag}")),
+        } => (telemetry::ResourceKind::Tag, format!("{repository}:{tag}")),
         Operation::Manifest {
             repository,
             reference: Reference::Digest(digest),
-        } => (telemetry::Kind::Manifest, format!("{repository}@{digest}")),
-        Operation::Blob { repository, digest } => (telemetry::Kind::Blob, format!("{repository}@{digest}")),
+        } => (
+            telemetry::ResourceKind::Manifest,
+            format!("{repository}@{digest}"),
+        ),
+        Operation::Blob { repository, digest } => {
+            (telemetry::ResourceKind::Blob, format!("{repository}@{digest}"))
+        }
         Operation::Tags { repository, .. } | Operation::Referrers { repository, .. } => {
-            (telemetry::Kind::Listing, repository.to_string())
+            (telemetry::ResourceKind::Listing, repository.to_string())
         }
     }
 }

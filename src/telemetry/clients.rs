@@ -35,7 +35,7 @@ pub struct Client {
 pub(super) struct Clients(Arc<Mutex<HashMap<(IpAddr, &'static str), Client>>>);
 
 impl Clients {
-    pub(super) fn saw(&self, address: IpAddr, agent: &str, at: SystemTime, pulled: Option<&str>) {
+    pub(super) fn record(&self, address: IpAddr, agent: &str, at: SystemTime, pulled: Option<&str>) {
         let kind = kind_of(agent);
         let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if known.len() >= CLIENTS_MAX && !known.contains_key(&(address, kind)) {
@@ -125,9 +125,9 @@ mod tests {
     fn a_client_is_known_by_its_program_and_machine() {
         let (clients, here) = (Clients::default(), IpAddr::V4(Ipv4Addr::LOCALHOST));
         let docker = "docker/20.10.24+dfsg1 go/go1.19.8 UpstreamClient(Docker-Client/28.2.2)";
-        clients.saw(here, docker, at(1), Some("library/alpine:3"));
-        clients.saw(here, docker, at(2), None);
-        clients.saw(here, "containerd/1.6.20~ds1", at(3), None);
+        clients.record(here, docker, at(1), Some("library/alpine:3"));
+        clients.record(here, docker, at(2), None);
+        clients.record(here, "containerd/1.6.20~ds1", at(3), None);
         let seen = clients.seen();
         assert_eq!(seen.len(), 2);
         assert_eq!((seen[0].kind, seen[1].kind), ("containerd", "docker"));
@@ -139,7 +139,7 @@ mod tests {
     fn strangers_cannot_make_it_grow() {
         let clients = Clients::default();
         for number in 0..u32::try_from(CLIENTS_MAX).unwrap() + 9 {
-            clients.saw(IpAddr::V4(number.into()), "x", at(u64::from(number)), None);
+            clients.record(IpAddr::V4(number.into()), "x", at(u64::from(number)), None);
         }
         assert_eq!(clients.seen().len(), CLIENTS_MAX);
         let long = http::HeaderValue::from_str(&"a".repeat(500)).unwrap();

@@ -8,7 +8,7 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 
-type Level = Gauge<u64, AtomicU64>;
+type IntGauge = Gauge<u64, AtomicU64>;
 
 /// Where a connection is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,14 +30,14 @@ impl ConnectionState {
 
 /// Why an admin token was refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum TokenRefused {
+pub enum TokenRejection {
     /// It is another one.
     Wrong,
     /// Its address has sent too many wrong ones: it was not compared.
     TooMany,
 }
 
-impl TokenRefused {
+impl TokenRejection {
     fn name(self) -> &'static str {
         match self {
             Self::Wrong => "wrong",
@@ -48,7 +48,7 @@ impl TokenRefused {
 
 /// Why a quiet connection was closed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Closed {
+pub enum CloseReason {
     /// The process had no place for another connection.
     NoPlace,
     /// Its address had no place for another connection.
@@ -57,7 +57,7 @@ pub enum Closed {
     NoDescriptor,
 }
 
-impl Closed {
+impl CloseReason {
     /// The name in the log and the metrics.
     pub fn name(self) -> &'static str {
         match self {
@@ -86,7 +86,7 @@ struct ReasonLabels {
 }
 
 /// A connection that is counted until this is dropped.
-pub struct OpenConnection(Level);
+pub struct OpenConnection(IntGauge);
 
 impl Drop for OpenConnection {
     fn drop(&mut self) {
@@ -97,7 +97,7 @@ impl Drop for OpenConnection {
 /// What is counted of connections.
 #[derive(Default)]
 pub(super) struct Connections {
-    open: Family<StateLabels, Level>,
+    open: Family<StateLabels, IntGauge>,
     closed: Family<ClosedLabels, Counter>,
     admin_tokens: Family<ReasonLabels, Counter>,
 }
@@ -110,15 +110,15 @@ impl Connections {
         OpenConnection(level)
     }
 
-    pub(super) fn closed(&self, listener: &'static str, why: Closed) {
-        let reason = why.name();
+    pub(super) fn closed(&self, listener: &'static str, reason: CloseReason) {
+        let reason = reason.name();
         self.closed
             .get_or_create(&ClosedLabels { listener, reason })
             .inc();
     }
 
-    pub(super) fn token_refused(&self, why: TokenRefused) {
-        let reason = why.name();
+    pub(super) fn token_refused(&self, reason: TokenRejection) {
+        let reason = reason.name();
         self.admin_tokens.get_or_create(&ReasonLabels { reason }).inc();
     }
 

@@ -1,6 +1,6 @@
 //! The counts, in the conventions of Prometheus: base units, `_total`, one unit to a name. `names` has those.
 
-mod names;
+mod register;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -15,9 +15,11 @@ use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
 
 use super::connections::Connections;
-use super::{Answered, BytesFrom, Client, Ended, Exchange, Kind, Levels, Outcome, Totals};
+use super::{
+    AccessRecord, BodyEnd, ByteSource, CacheResult, Client, Gauges, ResourceKind, Totals, UpstreamRecord,
+};
 
-type Level = Gauge<u64, AtomicU64>;
+type IntGauge = Gauge<u64, AtomicU64>;
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct RequestLabels {
@@ -65,14 +67,14 @@ struct BreakerLabels {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct ExchangeLabels {
+struct UpstreamRequestLabels {
     registry: Arc<str>,
     op: &'static str,
     code: Arc<str>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct AllowanceLabels {
+struct QuotaLabels {
     registry: Arc<str>,
     credential: &'static str,
 }
@@ -105,14 +107,14 @@ struct ClientLabels {
 }
 
 /// Counts what a tunnel carries.
-pub struct Tunnel {
+pub struct TunnelCounter {
     sent: Counter,
     received: Counter,
-    open: Level,
+    open: IntGauge,
     carried: [AtomicU64; 2],
 }
 
-impl Tunnel {
+impl TunnelCounter {
     /// Counts bytes carried to the host.
     pub fn to_host(&self, bytes: u64) {
         self.sent.inc_by(bytes);
@@ -134,7 +136,7 @@ impl Tunnel {
     }
 }
 
-impl Drop for Tunnel {
+impl Drop for TunnelCounter {
     fn drop(&mut self) {
         self.open.dec();
     }
@@ -151,43 +153,43 @@ pub(super) struct Metrics {
     download_bytes: Counter,
     passed_bytes: Counter,
     tunnel_bytes: Family<DirectionLabels, Counter>,
-    tunnels: Level,
+    tunnels: IntGauge,
     fetched_bytes: Counter,
     digest_mismatches: Counter,
-    exchanges: Family<ExchangeLabels, Counter>,
-    exchange_seconds: Family<UpstreamLabels, Histogram>,
-    store_bytes: Level,
-    store_bytes_max: Level,
-    store_degraded: Level,
+    upstream_requests: Family<UpstreamRequestLabels, Counter>,
+    upstream_seconds: Family<UpstreamLabels, Histogram>,
+    store_bytes: IntGauge,
+    store_bytes_max: IntGauge,
+    store_degraded: IntGauge,
     store_errors: Family<OperationLabels, Counter>,
     evicted: Family<LimitLabels, Counter>,
     evicted_bytes: Counter,
     without_room: Counter,
     scrub_damaged: Counter,
-    store_objects: Level,
-    store_tags: Level,
-    egress_bytes: Level,
-    egress_waiting: Level,
-    queue_waiting: Family<QueueClassLabels, Level>,
+    store_objects: IntGauge,
+    store_tags: IntGauge,
+    egress_bytes: IntGauge,
+    egress_waiting: IntGauge,
+    queue_waiting: Family<QueueClassLabels, IntGauge>,
     queue_granted: Family<QueueLabels, Counter>,
     queue_waited: Family<QueueLabels, Counter<f64, AtomicU64>>,
     queue_refused: Family<QueueReasonLabels, Counter>,
     queue_abandoned: Family<QueueLabels, Counter>,
     given_up: Counter,
-    transfers: Level,
-    waiters: Level,
-    offline: Level,
-    upstream_up: Family<UpstreamLabels, Level>,
-    open_breakers: Family<BreakerLabels, Level>,
-    rate_limit: Family<AllowanceLabels, Level>,
-    rate_limit_remaining: Family<AllowanceLabels, Level>,
-    rate_limit_reset: Family<AllowanceLabels, Level>,
-    client_seen: Family<ClientLabels, Level>,
+    transfers: IntGauge,
+    waiters: IntGauge,
+    offline: IntGauge,
+    upstream_up: Family<UpstreamLabels, IntGauge>,
+    open_breakers: Family<BreakerLabels, IntGauge>,
+    rate_limit: Family<QuotaLabels, IntGauge>,
+    rate_limit_remaining: Family<QuotaLabels, IntGauge>,
+    rate_limit_reset: Family<QuotaLabels, IntGauge>,
+    client_seen: Family<ClientLabels, IntGauge>,
     spans_dropped: Counter,
     connections_refused: Counter,
     pub(super) connections: Connections,
     longest_idle: Gauge<f64, AtomicU64>,
-    certificates: Family<CertificateLabels, Level>,
+    certificates: Family<CertificateLabels, IntGauge>,
     totals: Counts,
     registry: Registry,
 }
@@ -215,32 +217,32 @@ impl Default for Metrics {
             download_bytes: bytes.get_or_create_owned(&SourceLabels { source: "download" }),
             passed_bytes: bytes.get_or_create_owned(&SourceLabels { source: "passed" }),
             tunnel_bytes: Family::default(),
-            tunnels: Level::default(),
+            tunnels: IntGauge::default(),
             fetched_bytes: Counter::default(),
             digest_mismatches: Counter::default(),
-            exchanges: Family::default(),
-            exchange_seconds: Family::new_with_constructor(latency),
-            store_bytes: Level::default(),
-            store_bytes_max: Level::default(),
-            store_degraded: Level::default(),
+            upstream_requests: Family::default(),
+            upstream_seconds: Family::new_with_constructor(latency),
+            store_bytes: IntGauge::default(),
+            store_bytes_max: IntGauge::default(),
+            store_degraded: IntGauge::default(),
             store_errors: Family::default(),
             evicted: Family::default(),
             evicted_bytes: Counter::default(),
             without_room: Counter::default(),
             scrub_damaged: Counter::default(),
-            store_objects: Level::default(),
-            store_tags: Level::default(),
-            egress_bytes: Level::default(),
-            egress_waiting: Level::default(),
+            store_objects: IntGauge::default(),
+            store_tags: IntGauge::default(),
+            egress_bytes: IntGauge::default(),
+            egress_waiting: IntGauge::default(),
             queue_waiting: Family::default(),
             queue_granted: Family::default(),
             queue_waited: Family::default(),
             queue_refused: Family::default(),
             queue_abandoned: Family::default(),
             given_up: Counter::default(),
-            transfers: Level::default(),
-            waiters: Level::default(),
-            offline: Level::default(),
+            transfers: IntGauge::default(),
+            waiters: IntGauge::default(),
+            offline: IntGauge::default(),
             upstream_up: Family::default(),
             open_breakers: Family::default(),
             rate_limit: Family::default(),
@@ -255,7 +257,10 @@ impl Default for Metrics {
             totals: Counts::default(),
             registry: Registry::with_prefix("ifnewer"),
         };
-        for ended in Ended::ALL.into_iter().filter(|ended| *ended != Ended::Complete) {
+        for ended in BodyEnd::ALL
+            .into_iter()
+            .filter(|ended| *ended != BodyEnd::Complete)
+        {
             let _at_zero = metrics.incomplete_of(ended);
         }
         metrics.register_front(bytes);
@@ -266,50 +271,50 @@ impl Default for Metrics {
 }
 
 impl Metrics {
-    pub(super) fn answered(&self, answered: &Answered<'_>) {
+    pub(super) fn record_access(&self, record: &AccessRecord<'_>) {
         let labels = RequestLabels {
-            registry: answered.upstream.into(),
-            door: answered.door,
-            kind: answered.kind.name(),
-            result: answered.result().name(),
-            reason: answered.reason,
+            registry: record.upstream.into(),
+            door: record.door,
+            kind: record.kind.name(),
+            result: record.result().name(),
+            reason: record.reason,
         };
         self.requests.get_or_create(&labels).inc();
-        self.seconds.observe(answered.first_byte.as_secs_f64());
-        self.response_seconds.observe(answered.took.as_secs_f64());
-        if answered.ended != Ended::Complete {
-            self.incomplete_of(answered.ended).inc();
+        self.seconds.observe(record.first_byte.as_secs_f64());
+        self.response_seconds.observe(record.took.as_secs_f64());
+        if record.ended != BodyEnd::Complete {
+            self.incomplete_of(record.ended).inc();
         }
-        if let (Outcome::Stale, Some(age)) = (answered.result, answered.age) {
+        if let (CacheResult::Stale, Some(age)) = (record.result, record.age) {
             self.stale_age_seconds.observe(age.as_secs_f64());
         }
-        if answered.kind == Kind::Tag {
+        if record.kind == ResourceKind::Tag {
             let one = |count: &AtomicU64| count.fetch_add(1, Ordering::Relaxed);
             one(&self.totals.pulls);
-            match answered.result() {
-                Outcome::Hit => one(&self.totals.hits),
-                Outcome::Stale => one(&self.totals.stale),
-                Outcome::Refused => one(&self.totals.refused),
-                Outcome::Miss
-                | Outcome::Coalesced
-                | Outcome::Local
-                | Outcome::Passed
-                | Outcome::Aborted
-                | Outcome::Failed => 0,
+            match record.result() {
+                CacheResult::Hit => one(&self.totals.hits),
+                CacheResult::Stale => one(&self.totals.stale),
+                CacheResult::Refused => one(&self.totals.refused),
+                CacheResult::Miss
+                | CacheResult::Coalesced
+                | CacheResult::Local
+                | CacheResult::Passed
+                | CacheResult::Aborted
+                | CacheResult::Failed => 0,
             };
         }
     }
 
-    fn incomplete_of(&self, ended: Ended) -> Counter {
+    fn incomplete_of(&self, ended: BodyEnd) -> Counter {
         let labels = EndedLabels { ended: ended.name() };
         self.incomplete.get_or_create_owned(&labels)
     }
 
-    pub(super) fn sent(&self, from: BytesFrom, bytes: u64) {
+    pub(super) fn add_bytes_sent(&self, from: ByteSource, bytes: u64) {
         match from {
-            BytesFrom::Disk => self.disk_bytes.inc_by(bytes),
-            BytesFrom::Download => self.download_bytes.inc_by(bytes),
-            BytesFrom::Passed => self.passed_bytes.inc_by(bytes),
+            ByteSource::Disk => self.disk_bytes.inc_by(bytes),
+            ByteSource::Download => self.download_bytes.inc_by(bytes),
+            ByteSource::Passed => self.passed_bytes.inc_by(bytes),
         };
     }
 
@@ -321,13 +326,13 @@ impl Metrics {
         self.connections_refused.inc();
     }
 
-    pub(super) fn tunnel(&self) -> Tunnel {
+    pub(super) fn tunnel(&self) -> TunnelCounter {
         self.tunnels.inc();
         let counter = |direction| {
             self.tunnel_bytes
                 .get_or_create_owned(&DirectionLabels { direction })
         };
-        Tunnel {
+        TunnelCounter {
             sent: counter("to-host"),
             received: counter("to-client"),
             open: self.tunnels.clone(),
@@ -335,16 +340,16 @@ impl Metrics {
         }
     }
 
-    pub(super) fn exchanged(&self, exchange: &Exchange<'_>) {
-        let registry: Arc<str> = exchange.upstream.into();
-        let labels = ExchangeLabels {
+    pub(super) fn record_upstream(&self, record: &UpstreamRecord<'_>) {
+        let registry: Arc<str> = record.upstream.into();
+        let labels = UpstreamRequestLabels {
             registry: Arc::clone(&registry),
-            op: exchange.operation,
-            code: exchange.code.into(),
+            op: record.operation,
+            code: record.code.into(),
         };
-        self.exchanges.get_or_create(&labels).inc();
-        let seconds = self.exchange_seconds.get_or_create(&UpstreamLabels { registry });
-        seconds.observe(exchange.took.as_secs_f64());
+        self.upstream_requests.get_or_create(&labels).inc();
+        let seconds = self.upstream_seconds.get_or_create(&UpstreamLabels { registry });
+        seconds.observe(record.took.as_secs_f64());
     }
 
     /// All but the bytes fetched, which are counted elsewhere.
@@ -360,9 +365,9 @@ impl Metrics {
         }
     }
 
-    fn tell_queues(&self, levels: &Levels) {
-        raise(&self.given_up, levels.given_up);
-        for level in &levels.queues {
+    fn set_queue_gauges(&self, gauges: &Gauges) {
+        raise_to(&self.given_up, gauges.given_up);
+        for level in &gauges.queues {
             let queue = level.queue;
             for (class, count) in &level.waiting {
                 let labels = QueueClassLabels { queue, class };
@@ -370,54 +375,54 @@ impl Metrics {
             }
             for (reason, count) in &level.refused {
                 let labels = QueueReasonLabels { queue, reason };
-                raise(&self.queue_refused.get_or_create(&labels), *count);
+                raise_to(&self.queue_refused.get_or_create(&labels), *count);
             }
             let labels = QueueLabels { queue };
-            raise(&self.queue_granted.get_or_create(&labels), level.granted);
+            raise_to(&self.queue_granted.get_or_create(&labels), level.granted);
             let waited = self.queue_waited.get_or_create(&labels);
             waited.inc_by((level.waited.as_secs_f64() - waited.get()).max(0.0));
-            raise(&self.queue_abandoned.get_or_create(&labels), level.abandoned);
+            raise_to(&self.queue_abandoned.get_or_create(&labels), level.abandoned);
         }
     }
 
-    pub(super) fn text(&self, levels: &Levels, clients: &[Client]) -> String {
-        self.store_bytes.set(levels.store_bytes);
-        self.store_bytes_max.set(levels.store_bytes_max);
-        self.store_degraded.set(u64::from(levels.is_store_degraded));
-        for (op, count) in &levels.store_errors {
-            raise(&self.store_errors.get_or_create(&OperationLabels { op }), *count);
+    pub(super) fn open_metrics_text(&self, gauges: &Gauges, clients: &[Client]) -> String {
+        self.store_bytes.set(gauges.store_bytes);
+        self.store_bytes_max.set(gauges.store_bytes_max);
+        self.store_degraded.set(u64::from(gauges.is_store_degraded));
+        for (op, count) in &gauges.store_errors {
+            raise_to(&self.store_errors.get_or_create(&OperationLabels { op }), *count);
         }
-        for (limit, count) in &levels.evicted {
-            raise(&self.evicted.get_or_create(&LimitLabels { limit }), *count);
+        for (limit, count) in &gauges.evicted {
+            raise_to(&self.evicted.get_or_create(&LimitLabels { limit }), *count);
         }
-        raise(&self.evicted_bytes, levels.evicted_bytes);
-        raise(&self.without_room, levels.without_room);
-        raise(&self.scrub_damaged, levels.scrub_damaged);
-        self.store_objects.set(levels.store_objects);
-        self.store_tags.set(levels.store_tags);
-        self.egress_bytes.set(levels.egress_bytes);
-        self.egress_waiting.set(levels.egress_waiting);
-        self.tell_queues(levels);
-        self.transfers.set(levels.transfers);
-        self.waiters.set(levels.waiters);
-        self.offline.set(u64::from(levels.offline));
-        raise(&self.fetched_bytes, levels.fetched_bytes);
-        raise(&self.digest_mismatches, levels.digest_mismatches);
-        for (name, up) in &levels.upstreams {
+        raise_to(&self.evicted_bytes, gauges.evicted_bytes);
+        raise_to(&self.without_room, gauges.without_room);
+        raise_to(&self.scrub_damaged, gauges.scrub_damaged);
+        self.store_objects.set(gauges.store_objects);
+        self.store_tags.set(gauges.store_tags);
+        self.egress_bytes.set(gauges.egress_bytes);
+        self.egress_waiting.set(gauges.egress_waiting);
+        self.set_queue_gauges(gauges);
+        self.transfers.set(gauges.transfers);
+        self.waiters.set(gauges.waiters);
+        self.offline.set(u64::from(gauges.offline));
+        raise_to(&self.fetched_bytes, gauges.fetched_bytes);
+        raise_to(&self.digest_mismatches, gauges.digest_mismatches);
+        for (name, up) in &gauges.upstreams {
             let labels = UpstreamLabels {
                 registry: Arc::clone(name),
             };
             self.upstream_up.get_or_create(&labels).set(u64::from(*up));
         }
-        for (registry, scope, open) in &levels.open_breakers {
+        for (registry, scope, open) in &gauges.open_breakers {
             let labels = BreakerLabels {
                 registry: Arc::clone(registry),
                 scope,
             };
             self.open_breakers.get_or_create(&labels).set(*open);
         }
-        for level in &levels.allowances {
-            let labels = AllowanceLabels {
+        for level in &gauges.quotas {
+            let labels = QuotaLabels {
                 registry: Arc::clone(&level.upstream),
                 credential: level.credential,
             };
@@ -438,9 +443,9 @@ impl Metrics {
             seen.set(unix_seconds(client.last_at));
         }
         // No number is how an unknown one is written.
-        let idle = levels.longest_idle.map_or(f64::NAN, |idle| idle.as_secs_f64());
+        let idle = gauges.longest_idle.map_or(f64::NAN, |idle| idle.as_secs_f64());
         self.longest_idle.set(idle);
-        for (certificate, good_until) in &levels.certificates {
+        for (certificate, good_until) in &gauges.certificates {
             let labels = CertificateLabels { certificate };
             let level = self.certificates.get_or_create(&labels);
             level.set(unix_seconds(*good_until));
@@ -459,6 +464,6 @@ fn unix_seconds(at: SystemTime) -> u64 {
 }
 
 /// A counter that is kept elsewhere: it never goes back.
-fn raise(counter: &Counter, to: u64) {
+fn raise_to(counter: &Counter, to: u64) {
     counter.inc_by(to.saturating_sub(counter.get()));
 }

@@ -5,7 +5,7 @@ use std::time::{Duration, SystemTime};
 
 use tokio::sync::mpsc;
 
-use super::{Answered, Exchange};
+use super::{AccessRecord, UpstreamRecord};
 use crate::trace_context::Trace;
 
 /// Parts of traces that wait to be recorded; further ones are dropped and counted.
@@ -25,9 +25,9 @@ pub struct Span {
     /// How long it took.
     pub took: Duration,
     /// What else there is to say, by the names of OpenTelemetry's conventions where it has one. No credential.
-    pub facts: Vec<(&'static str, String)>,
+    pub attributes: Vec<(&'static str, String)>,
     /// Why it went wrong.
-    pub fault: Option<String>,
+    pub error: Option<String>,
 }
 
 /// Whose part of a trace it is.
@@ -43,65 +43,61 @@ pub enum SpanKind {
 
 impl Span {
     /// An answer, up to the end of its body.
-    pub(super) fn of_answer(answered: &Answered<'_>) -> Self {
-        let mut facts = vec![
-            ("http.response.status_code", answered.status.to_string()),
-            ("ifnewer.upstream", answered.upstream.to_owned()),
-            ("ifnewer.door", answered.door.to_owned()),
-            ("ifnewer.image", answered.image.to_owned()),
-            ("ifnewer.result", answered.result().name().to_owned()),
-            ("ifnewer.reason", answered.reason.to_owned()),
-            ("ifnewer.ended", answered.ended.name().to_owned()),
-            ("http.response.body.size", answered.bytes.to_string()),
+    pub(super) fn of_access(record: &AccessRecord<'_>) -> Self {
+        let mut attributes = vec![
+            ("http.response.status_code", record.status.to_string()),
+            ("ifnewer.upstream", record.upstream.to_owned()),
+            ("ifnewer.door", record.door.to_owned()),
+            ("ifnewer.image", record.image.to_owned()),
+            ("ifnewer.result", record.result().name().to_owned()),
+            ("ifnewer.reason", record.reason.to_owned()),
+            ("ifnewer.ended", record.ended.name().to_owned()),
+            ("http.response.body.size", record.bytes.to_string()),
         ];
-        facts.extend(
-            answered
-                .client
-                .map(|client| ("client.address", client.to_string())),
-        );
-        facts.extend(
-            answered
+        attributes.extend(record.client.map(|client| ("client.address", client.to_string())));
+        attributes.extend(
+            record
                 .cause
                 .map(|cause| ("ifnewer.cause", cause.name().to_owned())),
         );
         Self {
-            trace: answered.trace.clone(),
-            name: answered.kind.name(),
+            trace: record.trace.clone(),
+            name: record.kind.name(),
             kind: SpanKind::Server,
-            ended: answered.at + answered.took,
-            took: answered.took,
-            facts,
-            fault: fault(answered),
+            ended: record.at + record.took,
+            took: record.took,
+            attributes,
+            error: error_of(record),
         }
     }
 
-    pub(super) fn of_exchange(exchange: &Exchange<'_>) -> Self {
-        let is_answer = exchange.code.bytes().all(|byte| byte.is_ascii_digit());
-        let code = if is_answer {
+    pub(super) fn of_upstream(record: &UpstreamRecord<'_>) -> Self {
+        let is_status = record.code.bytes().all(|byte| byte.is_ascii_digit());
+        let code = if is_status {
             "http.response.status_code"
         } else {
             "error.type"
         };
         Self {
-            trace: exchange.trace.clone(),
-            name: exchange.operation,
+            trace: record.trace.clone(),
+            name: record.operation,
             kind: SpanKind::Client,
-            ended: exchange.ended,
-            took: exchange.took,
-            facts: vec![
-                ("ifnewer.upstream", exchange.upstream.to_owned()),
-                (code, exchange.code.to_owned()),
+            ended: record.ended,
+            took: record.took,
+            attributes: vec![
+                ("ifnewer.upstream", record.upstream.to_owned()),
+                (code, record.code.to_owned()),
             ],
-            fault: (!is_answer || exchange.code.starts_with('5')).then(|| exchange.code.to_owned()),
+            error: (!is_status || record.code.starts_with('5')).then(|| record.code.to_owned()),
         }
     }
 }
 
-fn fault(answered: &Answered<'_>) -> Option<String> {
-    if answered.ended.is_failure() {
-        return Some(answered.ended.name().to_owned());
+fn error_of(record: &AccessRecord<'_>) -> Option<String> {
+    if record.ended.is_failure() {
+        return Some(record.ended.name().to_owned());
     }
-    (answered.status >= 500).then(|| answered.reason.to_owned())
+    (record.status >= 500).then(|| record.reason.to_owned())
 }
 
 /// The way to whoever records. Clones share it.
@@ -109,17 +105,17 @@ fn fault(answered: &Answered<'_>) -> Option<String> {
 pub(super) struct Spans(Arc<OnceLock<mpsc::Sender<Span>>>);
 
 impl Spans {
-    pub(super) fn is_recorded(&self) -> bool {
+    pub(super) fn has_sink(&self) -> bool {
         self.0.get().is_some()
     }
 
-    pub(super) fn record(&self, queue: mpsc::Sender<Span>) {
+    pub(super) fn set_sink(&self, queue: mpsc::Sender<Span>) {
         // Whoever came first stays: there is one recorder to a process.
         let _ = self.0.set(queue);
     }
 
     /// Says whether it fitted, or nobody records.
-    pub(super) fn tell(&self, span: impl FnOnce() -> Span) -> bool {
+    pub(super) fn send(&self, span: impl FnOnce() -> Span) -> bool {
         self.0.get().is_none_or(|queue| match queue.try_reserve() {
             Ok(place) => {
                 place.send(span());

@@ -17,7 +17,7 @@ use ifnewer::queue::Peer;
 use ifnewer::store::fs::{DirectoryFs, FileSystem, MemoryFs};
 use ifnewer::store::step::Buffers;
 use ifnewer::store::{Settings as StoreSettings, Store};
-use ifnewer::telemetry::Events;
+use ifnewer::telemetry::Telemetry;
 use ifnewer::trace_context::Trace;
 use ifnewer::upstream::pass::Passing;
 use ifnewer::upstream::{Connector, OwnCredential, ProxyChoice, Settings, Upstream};
@@ -124,7 +124,7 @@ impl Cache {
         let store = std::thread::scope(|scope| scope.spawn(open).join().unwrap());
         let store = Arc::new(store);
         let downloads = Downloads::new(Arc::clone(&store), Buffers::default(), 64);
-        let pull = ProxyService::new(Arc::clone(&store), downloads, (clock(), Events::new()));
+        let pull = ProxyService::new(Arc::clone(&store), downloads, (clock(), Telemetry::new()));
         Cache::with_settings(Arc::new(pull), store, Arc::default(), parts, false)
     }
 

@@ -167,11 +167,11 @@ impl Life {
     /// Answers are on their way while the registry answers others at once: what happens meanwhile, in any order, and then
     /// mostly an outage, in which there is nothing but what was learned.
     async fn live_with_late_answers(&mut self) {
-        let mut events = [0, 1, 2, 3];
-        for last in (1..events.len()).rev() {
-            events.swap(last, self.dice.roll(last + 1));
+        let mut telemetry = [0, 1, 2, 3];
+        for last in (1..telemetry.len()).rev() {
+            telemetry.swap(last, self.dice.roll(last + 1));
         }
-        for event in events {
+        for event in telemetry {
             if self.dice.roll(3) == 0 || !self.is_held_back {
                 continue;
             }

@@ -15,7 +15,7 @@ use crate::oci::range::{Span, content_range};
 use crate::server::reply::within;
 use crate::store::fs::FsFile;
 use crate::store::step::Buffers;
-use crate::telemetry::Events;
+use crate::telemetry::Telemetry;
 
 /// Hexadecimal digits in a boundary: with them it has 48 characters, of the 70 allowed.
 const BOUNDARY_HEX: usize = 40;
@@ -80,19 +80,19 @@ pub(in crate::server) enum From {
     /// In memory.
     Memory(Bytes),
     /// In its file.
-    File(Arc<dyn FsFile>, Buffers, Events),
+    File(Arc<dyn FsFile>, Buffers, Telemetry),
 }
 
 impl From {
     fn part(&self, span: Span) -> Part {
         match self {
             Self::Memory(bytes) => Part::Memory(within(bytes, span)),
-            Self::File(file, buffers, events) => Part::File(Box::new(File {
+            Self::File(file, buffers, telemetry) => Part::File(Box::new(File {
                 from: Arc::clone(file),
                 position: span.start,
                 end: span.end_exclusive,
                 buffers: buffers.clone(),
-                events: events.clone(),
+                telemetry: telemetry.clone(),
                 waiting: None,
             })),
         }

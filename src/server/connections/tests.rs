@@ -21,7 +21,7 @@ fn connections(places: usize, per_address: usize, waiting: usize) -> Connections
         waiting,
         closes_at_address: false,
     };
-    Connections::new("registry", bounds, Events::new())
+    Connections::new("registry", bounds, Telemetry::new())
 }
 
 impl Connections {
@@ -220,7 +220,7 @@ async fn t10_a_request_between_choice_and_close_is_answered() {
     let connections = connections(1, 1, 8);
     let slot = connections.open(host(1)).await;
     let handle = slot.handle();
-    slot.entry.close(Closed::NoPlace, Instant::now());
+    slot.entry.close(CloseReason::NoPlace, Instant::now());
     // Chosen as quiet; its request comes before it is told.
     let request = handle.request();
     handle.closing().await;
@@ -291,7 +291,7 @@ async fn t14_at_its_limit_an_address_makes_room_by_itself() {
         waiting: 8,
         closes_at_address: true,
     };
-    let connections = Connections::new("admin", bounds, Events::new());
+    let connections = Connections::new("admin", bounds, Telemetry::new());
     let other = connections.open(host(9)).await;
     let (old, young) = (connections.open(host(1)).await, connections.open(host(1)).await);
     let _busy = young.handle().request();

@@ -11,7 +11,7 @@ use crate::proxy::{BlobBody, ServeInfo};
 use crate::server::body::{PartsFrom, Plan};
 use crate::server::{Body, Front};
 use crate::store::AsyncStore;
-use crate::telemetry::BytesFrom;
+use crate::telemetry::ByteSource;
 
 /// A blob to be sent.
 pub(super) struct Answered<'a> {
@@ -46,8 +46,8 @@ impl Answered<'_> {
             (Sent::Nothing, _) => return self.unsatisfiable(),
             (Sent::Parts(spans), BlobBody::Memory(bytes)) => self.parts(spans, PartsFrom::Memory(bytes)),
             (Sent::Parts(spans), BlobBody::File(held)) => {
-                let (buffers, events) = (self.front.buffers.clone(), self.front.events.clone());
-                self.parts(spans, PartsFrom::File(held.file, buffers, events))
+                let (buffers, telemetry) = (self.front.buffers.clone(), self.front.telemetry.clone());
+                self.parts(spans, PartsFrom::File(held.file, buffers, telemetry))
             }
             (Sent::Part(span), content) => self.part(span, content),
             (_, content) => self.whole(content),
@@ -60,25 +60,25 @@ impl Answered<'_> {
     }
 
     fn whole(&self, content: BlobBody) -> Response<Body> {
-        let events = self.front.events.clone();
+        let telemetry = self.front.telemetry.clone();
         let body = match content {
             _ if self.asked.head => Body::empty(),
             BlobBody::Head => Body::empty(),
             BlobBody::Memory(bytes) => self.memory(bytes),
             BlobBody::File(held) if self.front.sound.knows(&self.digest) => {
-                Body::file(held.file, 0, held.size, self.front.buffers.clone(), events)
+                Body::file(held.file, 0, held.size, self.front.buffers.clone(), telemetry)
             }
             BlobBody::File(held) => Body::checked(
                 self.digest,
                 held.file,
                 held.size,
                 self.front.buffers.clone(),
-                events,
+                telemetry,
                 self.front.sound.clone(),
                 self.store.clone(),
             ),
-            BlobBody::Download(reader) => Body::download(reader, self.size, events),
-            BlobBody::Passthrough(passing) => Body::passing(*passing, self.size, events),
+            BlobBody::Download(reader) => Body::download(reader, self.size, telemetry),
+            BlobBody::Passthrough(passing) => Body::passing(*passing, self.size, telemetry),
         };
         let mut response = respond(StatusCode::OK, body);
         response.headers_mut().insert(CONTENT_TYPE, OCTETS);
@@ -89,18 +89,20 @@ impl Answered<'_> {
     }
 
     fn memory(&self, bytes: Bytes) -> Body {
-        self.front.events.sent(BytesFrom::Disk, bytes.len() as u64);
+        self.front
+            .telemetry
+            .add_bytes_sent(ByteSource::Disk, bytes.len() as u64);
         Body::whole(bytes)
     }
 
     fn part(&self, span: Span, content: BlobBody) -> Response<Body> {
         let Span { start, end_exclusive } = span;
-        let events = self.front.events.clone();
+        let telemetry = self.front.telemetry.clone();
         let body = match content {
             BlobBody::Memory(bytes) => self.memory(within(&bytes, span)),
             BlobBody::File(held) => {
                 let buffers = self.front.buffers.clone();
-                Body::file(held.file, start, end_exclusive, buffers, events)
+                Body::file(held.file, start, end_exclusive, buffers, telemetry)
             }
             BlobBody::Download(reader) => {
                 let reader = reader.within(start, end_exclusive);
@@ -109,7 +111,7 @@ impl Answered<'_> {
                 } else {
                     reader
                 };
-                Body::download(reader, Some(span.len()), events)
+                Body::download(reader, Some(span.len()), telemetry)
             }
             // Neither has parts: `Head` answers no GET, and `Passing` is whole or nothing.
             BlobBody::Head | BlobBody::Passthrough(_) => Body::empty(),

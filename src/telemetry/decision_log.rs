@@ -7,7 +7,7 @@ use std::time::SystemTime;
 
 use tokio::sync::broadcast;
 
-use super::{Answered, Ended, Kind, Outcome, milliseconds};
+use super::{AccessRecord, BodyEnd, CacheResult, ResourceKind, milliseconds};
 use crate::oci::{Cause, Digest};
 use crate::trace_context::TraceId;
 
@@ -15,11 +15,11 @@ use crate::trace_context::TraceId;
 const DECISIONS_MAX: usize = 2_000;
 
 /// Decisions that a slow watcher may fall behind before it misses some.
-const BEHIND_MAX: usize = 256;
+const SUBSCRIBER_LAG_MAX: usize = 256;
 
 /// One decision, as it was told.
 #[derive(Clone, Debug)]
-pub struct Decision {
+pub struct DecisionRecord {
     /// Counts up from 1; a gap is a decision that was forgotten.
     pub id: u64,
     /// When the request arrived.
@@ -31,9 +31,9 @@ pub struct Decision {
     /// `repository:tag` or `repository@digest`; the path where neither was understood.
     pub image: Box<str>,
     /// What kind of thing was asked for.
-    pub kind: Kind,
+    pub kind: ResourceKind,
     /// How the answer came about, or that it was not received whole.
-    pub result: Outcome,
+    pub result: CacheResult,
     /// The reason's name.
     pub reason: &'static str,
     /// Why the upstream gave no usable answer, where that matters.
@@ -47,7 +47,7 @@ pub struct Decision {
     /// Milliseconds from the request's head to the answer's head.
     pub first_byte_ms: f64,
     /// How the answer ended.
-    pub ended: Ended,
+    pub ended: BodyEnd,
     /// Bytes of the body that were handed to the connection.
     pub bytes: u64,
     /// Who asked.
@@ -58,80 +58,80 @@ pub struct Decision {
     pub trace: TraceId,
 }
 
-impl Decision {
-    pub(super) fn of(answered: &Answered<'_>) -> Self {
+impl DecisionRecord {
+    pub(super) fn of(record: &AccessRecord<'_>) -> Self {
         Self {
             id: 0,
-            at: answered.at,
-            upstream: answered.upstream.into(),
-            door: answered.door,
-            image: answered.image.into(),
-            kind: answered.kind,
-            result: answered.result(),
-            reason: answered.reason,
-            cause: answered.cause,
-            digest: answered.digest,
-            status: answered.status,
-            ms: milliseconds(answered.took),
-            first_byte_ms: milliseconds(answered.first_byte),
-            ended: answered.ended,
-            bytes: answered.bytes,
-            client: answered.client,
-            agent: answered.agent.into(),
-            trace: answered.trace.id(),
+            at: record.at,
+            upstream: record.upstream.into(),
+            door: record.door,
+            image: record.image.into(),
+            kind: record.kind,
+            result: record.result(),
+            reason: record.reason,
+            cause: record.cause,
+            digest: record.digest,
+            status: record.status,
+            ms: milliseconds(record.took),
+            first_byte_ms: milliseconds(record.first_byte),
+            ended: record.ended,
+            bytes: record.bytes,
+            client: record.client,
+            agent: record.agent.into(),
+            trace: record.trace.id(),
         }
     }
 }
 
 /// The last decisions, and a way to hear of new ones.
 #[derive(Clone)]
-pub(super) struct Journal {
-    kept: Arc<Mutex<Kept>>,
-    news: broadcast::Sender<Arc<Decision>>,
+pub(super) struct DecisionLog {
+    recorded: Arc<Mutex<Recorded>>,
+    sender: broadcast::Sender<Arc<DecisionRecord>>,
 }
 
 #[derive(Default)]
-struct Kept {
+struct Recorded {
     last_id: u64,
-    decisions: VecDeque<Arc<Decision>>,
+    decisions: VecDeque<Arc<DecisionRecord>>,
 }
 
-impl Default for Journal {
+impl Default for DecisionLog {
     fn default() -> Self {
         Self {
-            kept: Arc::default(),
-            news: broadcast::channel(BEHIND_MAX).0,
+            recorded: Arc::default(),
+            sender: broadcast::channel(SUBSCRIBER_LAG_MAX).0,
         }
     }
 }
 
-impl Journal {
+impl DecisionLog {
     /// Keeps a decision, and numbers it.
-    pub(super) fn keep(&self, mut decision: Decision) {
-        let mut kept = self.kept();
-        kept.last_id += 1;
-        decision.id = kept.last_id;
+    pub(super) fn push(&self, mut decision: DecisionRecord) {
+        let mut recorded = self.recorded();
+        recorded.last_id += 1;
+        decision.id = recorded.last_id;
         let decision = Arc::new(decision);
-        if kept.decisions.len() >= DECISIONS_MAX {
-            kept.decisions.pop_front();
+        if recorded.decisions.len() >= DECISIONS_MAX {
+            recorded.decisions.pop_front();
         }
-        kept.decisions.push_back(Arc::clone(&decision));
+        recorded.decisions.push_back(Arc::clone(&decision));
         // Told under the lock, so that those who watch hear them in order. Nobody watching is no fault.
-        let _ = self.news.send(decision);
+        let _ = self.sender.send(decision);
     }
 
     /// The decisions kept, the newest first.
-    pub(super) fn newest_first(&self) -> Vec<Arc<Decision>> {
-        self.kept().decisions.iter().rev().cloned().collect()
+    pub(super) fn newest_first(&self) -> Vec<Arc<DecisionRecord>> {
+        self.recorded().decisions.iter().rev().cloned().collect()
     }
 
-    pub(super) fn watch(&self) -> broadcast::Receiver<Arc<Decision>> {
-        self.news.subscribe()
+    pub(super) fn subscribe(&self) -> broadcast::Receiver<Arc<DecisionRecord>> {
+        self.sender.subscribe()
     }
 
     /// A push or a pop is done or not done: nothing is left half done by a panic elsewhere.
-    fn kept(&self) -> MutexGuard<'_, Kept> {
-        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
+    fn recorded(&self) -> MutexGuard<'_, Recorded> {
+        self.recorded.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -140,22 +140,22 @@ mod tests {
     #![allow(clippy::unwrap_used, reason = "tests may fail loudly")]
     use super::*;
 
-    fn decision(image: &str) -> Decision {
-        Decision {
+    fn decision(image: &str) -> DecisionRecord {
+        DecisionRecord {
             id: 0,
             at: SystemTime::UNIX_EPOCH,
             upstream: "docker.io".into(),
             door: "mirror",
             image: image.into(),
-            kind: Kind::Tag,
-            result: Outcome::Hit,
+            kind: ResourceKind::Tag,
+            result: CacheResult::Hit,
             reason: "unchanged",
             cause: None,
             digest: None,
             status: 200,
             ms: 1.0,
             first_byte_ms: 1.0,
-            ended: Ended::Complete,
+            ended: BodyEnd::Complete,
             bytes: 0,
             client: None,
             agent: "".into(),
@@ -165,23 +165,23 @@ mod tests {
 
     #[test]
     fn the_oldest_go_first_and_numbers_count_on() {
-        let journal = Journal::default();
+        let log = DecisionLog::default();
         for number in 0..=DECISIONS_MAX {
-            journal.keep(decision(&number.to_string()));
+            log.push(decision(&number.to_string()));
         }
-        let kept = journal.newest_first();
-        assert_eq!(kept.len(), DECISIONS_MAX);
-        assert_eq!(kept.first().unwrap().id, DECISIONS_MAX as u64 + 1);
-        assert_eq!(&*kept.last().unwrap().image, "1");
+        let recorded = log.newest_first();
+        assert_eq!(recorded.len(), DECISIONS_MAX);
+        assert_eq!(recorded.first().unwrap().id, DECISIONS_MAX as u64 + 1);
+        assert_eq!(&*recorded.last().unwrap().image, "1");
     }
 
     #[test]
     fn who_watches_hears_what_comes_after() {
-        let journal = Journal::default();
-        journal.keep(decision("before"));
-        let mut news = journal.watch();
-        journal.keep(decision("after"));
-        assert_eq!(&*news.try_recv().unwrap().image, "after");
-        assert!(news.try_recv().is_err());
+        let log = DecisionLog::default();
+        log.push(decision("before"));
+        let mut sender = log.subscribe();
+        log.push(decision("after"));
+        assert_eq!(&*sender.try_recv().unwrap().image, "after");
+        assert!(sender.try_recv().is_err());
     }
 }

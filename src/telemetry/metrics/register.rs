@@ -83,13 +83,13 @@ impl Metrics {
         registry.register(
             "upstream_requests",
             "Exchanges with upstreams: what was asked, and the status or the kind of silence that came of it",
-            self.exchanges.clone(),
+            self.upstream_requests.clone(),
         );
         registry.register_with_unit(
             "upstream_request_duration",
             "From asking an upstream to its answer's head, tokens and redirects included",
             Unit::Seconds,
-            self.exchange_seconds.clone(),
+            self.upstream_seconds.clone(),
         );
         registry.register_with_unit(
             "fetched",

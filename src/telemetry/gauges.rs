@@ -5,7 +5,7 @@ use std::time::{Duration, SystemTime};
 
 /// What is known only when someone looks: read at each scrape.
 #[derive(Clone, Debug, Default)]
-pub struct Levels {
+pub struct Gauges {
     /// Bytes of blobs and manifests held.
     pub store_bytes: u64,
     /// Bytes that may be held.
@@ -34,7 +34,7 @@ pub struct Levels {
     /// Responses that wait for others to end before they read.
     pub egress_waiting: u64,
     /// The queues of requests and transfers.
-    pub queues: Vec<QueueLevel>,
+    pub queues: Vec<QueueGauges>,
     /// Transfers given up, for no client waited for them.
     pub given_up: u64,
     /// Transfers under way.
@@ -54,12 +54,12 @@ pub struct Levels {
     /// Until when each certificate shown to clients is good: the end of its chain that ends first.
     pub certificates: Vec<(&'static str, SystemTime)>,
     /// What is left of whose allowance.
-    pub allowances: Vec<AllowanceLevel>,
+    pub quotas: Vec<QuotaGauge>,
 }
 
 /// A queue, and what became of those that waited in it since the start.
 #[derive(Clone, Debug)]
-pub struct QueueLevel {
+pub struct QueueGauges {
     /// `requests`, of all upstreams together, or `downloads`.
     pub queue: &'static str,
     /// Requests that wait, by class.
@@ -76,7 +76,7 @@ pub struct QueueLevel {
 
 /// What an upstream last said of an allowance.
 #[derive(Clone, Debug)]
-pub struct AllowanceLevel {
+pub struct QuotaGauge {
     /// The upstream's name.
     pub upstream: Arc<str>,
     /// Whose it is: `anonymous`, `own`, or `client` for all clients with a credential of their own.

@@ -63,11 +63,11 @@ struct Minute {
 
 /// The last day.
 #[derive(Clone, Default)]
-pub(super) struct Series(Arc<Mutex<VecDeque<Minute>>>);
+pub(super) struct History(Arc<Mutex<VecDeque<Minute>>>);
 
-impl Series {
+impl History {
     /// Notes the totals of this moment. To be called a few times a minute.
-    pub(super) fn note(&self, now: SystemTime, totals: Totals) {
+    pub(super) fn record(&self, now: SystemTime, totals: Totals) {
         let number = minute_of(now);
         let mut minutes = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         match minutes.back_mut() {
@@ -118,14 +118,14 @@ mod tests {
 
     #[test]
     fn each_span_has_what_came_in_it() {
-        let (series, minute) = (Series::default(), |n: u64| {
+        let (history, minute) = (History::default(), |n: u64| {
             SystemTime::UNIX_EPOCH + MINUTE * u32::try_from(n).unwrap_or(0)
         });
         for (at, count) in [(100, 5), (101, 5), (102, 9)] {
-            series.note(minute(at), totals(count));
+            history.record(minute(at), totals(count));
         }
         let spans = |count, minutes| {
-            let spans = series.spans(minute(102), count, minutes, totals(10));
+            let spans = history.spans(minute(102), count, minutes, totals(10));
             spans.iter().map(|span| span.pulls).collect::<Vec<_>>()
         };
         assert_eq!(spans(4, 1), [0, 5, 0, 5]);
@@ -134,16 +134,16 @@ mod tests {
 
     #[test]
     fn a_day_is_all_that_is_kept_and_a_clock_set_back_spoils_nothing() {
-        let series = Series::default();
+        let history = History::default();
         for number in 0..3_000 {
-            series.note(SystemTime::UNIX_EPOCH + MINUTE * number, totals(1));
+            history.record(SystemTime::UNIX_EPOCH + MINUTE * number, totals(1));
         }
-        series.note(SystemTime::UNIX_EPOCH, totals(2));
-        let kept = series
+        history.record(SystemTime::UNIX_EPOCH, totals(2));
+        let recorded = history
             .0
             .lock()
-            .map(|kept| (kept.len(), kept.back().map(|last| last.number)));
-        assert_eq!(kept.ok(), Some((MINUTES_MAX, Some(2_999))));
+            .map(|recorded| (recorded.len(), recorded.back().map(|last| last.number)));
+        assert_eq!(recorded.ok(), Some((MINUTES_MAX, Some(2_999))));
     }
 
     #[test]
