@@ -61,7 +61,7 @@ use crate::queue::{Demand, Full, NoPlace, Place as Admitted, Queue, Waiter, Wait
 use crate::store::blobs::{HeldBlob, Mismatch};
 use crate::store::step::Buffers;
 use crate::store::{Fault, Store};
-use crate::upstream::{Answer, Fetched};
+use crate::upstream::{ResponseStream, UpstreamResponse};
 
 use self::joining::Looking;
 pub use self::progress::Opened;
@@ -147,7 +147,7 @@ pub struct Requester {
 pub trait Source: Send + 'static {
     /// Opens the blob from byte `from` on. A stream that starts earlier is accepted; the surplus is skipped. Called again after
     /// a stream broke, it should turn to another address if it has one.
-    fn open(&mut self, from: u64) -> impl Future<Output = Result<Stream, Answer>> + Send;
+    fn open(&mut self, from: u64) -> impl Future<Output = Result<Stream, UpstreamResponse>> + Send;
 
     /// The size that a manifest states: a hint, and no promise of the upstream's.
     fn stated_size(&self) -> Option<u64> {
@@ -193,9 +193,9 @@ pub trait Chunks: Send {
     fn chunk(&mut self) -> Chunk<'_>;
 }
 
-impl Chunks for Fetched {
+impl Chunks for ResponseStream {
     fn chunk(&mut self) -> Chunk<'_> {
-        Box::pin(Fetched::chunk(self))
+        Box::pin(ResponseStream::chunk(self))
     }
 }
 
@@ -204,7 +204,7 @@ impl Chunks for Fetched {
 pub enum Failure {
     /// The upstream refused the leader, or was silent, before the first byte. It concerns the leader's right alone:
     /// others join again with their own.
-    Refused(Box<Answer>),
+    Refused(Box<UpstreamResponse>),
     /// The upstream broke off, and resuming did not help.
     Broken(Cause),
     /// The upstream sent other bytes than it was asked for.
@@ -224,7 +224,7 @@ pub enum Failure {
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Refused(answer) => write!(f, "the upstream did not begin: {}", answer.said),
+            Self::Refused(answer) => write!(f, "the upstream did not begin: {}", answer.kind),
             Self::Broken(cause) => write!(f, "the upstream {cause}"),
             Self::Wrong(mismatch) => write!(f, "the upstream sent wrong bytes: {mismatch}"),
             Self::Unstorable(fault) | Self::Store(fault) => write!(f, "{fault}"),

@@ -25,8 +25,8 @@ use tokio_util::sync::CancellationToken;
 
 use crate::oci::Cause;
 use crate::telemetry::{SPANS_WAITING_MAX, Span, SpanKind, Telemetry};
-use crate::upstream::pass::Passing;
-use crate::upstream::{Connector, Origin, OriginError, Settings, SettingsError, Upstream};
+use crate::upstream::forward::ForwardRequest;
+use crate::upstream::{Origin, OriginError, Settings, SettingsError, Transport, Upstream};
 
 /// Parts of traces sent together at most.
 const BATCH_MAX: usize = 512;
@@ -87,7 +87,7 @@ pub fn start((url, service): &(String, String), telemetry: &Telemetry) -> Result
     let origin: Origin = base.parse().map_err(wrong)?;
     let collector = Upstream::new(
         Settings::new("OTLP collector", vec![origin]),
-        &Connector::system(),
+        &Transport::system(),
     )?;
     let mut exporter = SpanExporter::builder()
         .with_http()
@@ -211,7 +211,7 @@ struct OtlpClient(Upstream);
 impl HttpClient for OtlpClient {
     async fn send_bytes(&self, request: Request<Bytes>) -> Result<Response<Bytes>, HttpError> {
         let (head, body) = request.into_parts();
-        let passing = Passing {
+        let forwarded = ForwardRequest {
             method: head.method,
             path_and_query: head
                 .uri
@@ -222,7 +222,11 @@ impl HttpClient for OtlpClient {
             body: Full::new(body).map_err(|never| match never {}).boxed_unsync(),
             base: String::new(),
         };
-        let mut answer = self.0.pass(passing).await.map_err(|cause| cause.to_string())?;
+        let mut answer = self
+            .0
+            .forward(forwarded)
+            .await
+            .map_err(|cause| cause.to_string())?;
         let mut bytes = Vec::new();
         while let Some(chunk) = answer.chunk().await {
             bytes.extend_from_slice(&chunk.map_err(|cause| cause.to_string())?);

@@ -31,11 +31,11 @@ use crate::store::step::Buffers;
 use crate::store::{Limits as StoreLimits, OpenError, Settings as StoreSettings, Store};
 use crate::telemetry::{Telemetry, UpstreamRecord};
 use crate::terminal;
+use crate::upstream::TunnelDialer;
 use crate::upstream::origin::Origin;
-use crate::upstream::tunnel::Way;
 use crate::upstream::{
-    Connector, CredentialSource, LearnedState, Memory, Observer, Offline, OriginError, ProxyChoice, Settings,
-    SettingsError, Upstream,
+    CredentialSource, LearnedState, Observer, Offline, OriginError, ProxyChoice, ServedStore, Settings,
+    SettingsError, Transport, Upstream,
 };
 use proofs::Proofs;
 use signals::{Signals, Wanted};
@@ -322,7 +322,7 @@ fn admin_token(config: &Config) -> Result<Option<Zeroizing<String>>, RunError> {
 struct Told {
     telemetry: Telemetry,
     offline: Offline,
-    served: Arc<dyn Memory>,
+    served: Arc<dyn ServedStore>,
     clock: Clock,
 }
 
@@ -348,7 +348,7 @@ struct Lasting {
     pull: Arc<ProxyService>,
     sites: RegistryStates,
     passwords: Arc<Passwords>,
-    connector: Connector,
+    connector: Transport,
 }
 
 impl Lasting {
@@ -362,7 +362,7 @@ impl Lasting {
             pull: Arc::new(pull),
             sites: RegistryStates::default(),
             passwords: Arc::default(),
-            connector: Connector::system(),
+            connector: Transport::system(),
         }
     }
 }
@@ -393,7 +393,7 @@ fn registry(config: &Config, lasting: &Lasting, told: &Told) -> Result<Registry,
         .find(|site| is_default(site))
         .or(sites.first().map(|(s, _)| s));
     let default = Arc::clone(default.ok_or(RunError::NoUpstream)?);
-    let way = Way::new(&lasting.connector).map_err(|error| RunError::Upstream {
+    let way = TunnelDialer::new(&lasting.connector).map_err(|error| RunError::Upstream {
         name: Arc::from("[connect]"),
         error,
     })?;
@@ -446,8 +446,8 @@ fn site(
 pub fn upstream(
     config: &UpstreamConfig,
     fetches_max: usize,
-    (connector, state): (&Connector, &LearnedState),
-    (offline, observer, served): (Offline, Observer, Option<Arc<dyn Memory>>),
+    (connector, state): (&Transport, &LearnedState),
+    (offline, observer, served): (Offline, Observer, Option<Arc<dyn ServedStore>>),
 ) -> Result<Upstream, RunError> {
     let refused = |error| RunError::Upstream {
         name: Arc::clone(&config.name),
@@ -494,7 +494,7 @@ pub fn upstream(
     settings
         .token_hosts
         .extend(config.token_host().map(str::to_owned));
-    Upstream::over(state, settings, connector).map_err(refused)
+    Upstream::with_state(state, settings, connector).map_err(refused)
 }
 
 fn operate(

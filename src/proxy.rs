@@ -68,7 +68,7 @@ use crate::store::uses::Used;
 use crate::store::{AsyncStore, LogLimit, Store};
 use crate::telemetry::Telemetry;
 use crate::trace_context::Trace;
-use crate::upstream::{Answer, Caller};
+use crate::upstream::{Caller, UpstreamResponse};
 
 /// How long a rate limit is waited out for a client that cannot be served from the cache. Dockerd and containerd give
 /// up on a response after 30 s, of which the request that follows the pause needs some.
@@ -91,13 +91,13 @@ pub struct ProxyService {
     referrers_confirmed: referrers::ConfirmedReferrers,
     refused: grants::RecentDenials,
     logins: local_tokens::LocalTokens,
-    questions: Flights<revalidate::CoalesceKey, Arc<Answer>>,
+    questions: Flights<revalidate::CoalesceKey, Arc<UpstreamResponse>>,
     /// By whether the response is kept as well: a caller without a right may have one by the time another joins.
     lists: Flights<(revalidate::CoalesceKey, bool), listing::ListResult>,
     tag_lists: Flights<(revalidate::CoalesceKey, bool), tag_list::SharedList>,
     unreadable: LogLimit,
-    challenges: Flights<api_challenge::ChallengeKey, Result<Arc<KeptChallenge>, Arc<Answer>>>,
-    manifests: Flights<revalidate::CoalesceKey, Result<Arc<HeldManifest>, Arc<Answer>>>,
+    challenges: Flights<api_challenge::ChallengeKey, Result<Arc<KeptChallenge>, Arc<UpstreamResponse>>>,
+    manifests: Flights<revalidate::CoalesceKey, Result<Arc<HeldManifest>, Arc<UpstreamResponse>>>,
 }
 
 /// A request, whichever door it came through.
@@ -220,7 +220,7 @@ pub struct Denied {
     /// Why.
     pub refusal: DenyReason,
     /// What the upstream answered.
-    pub answer: Option<Arc<Answer>>,
+    pub answer: Option<Arc<UpstreamResponse>>,
     /// Whether the credential refused was the proxy's own.
     pub own_credential: bool,
 }
@@ -369,7 +369,7 @@ impl ProxyService {
         reason: (Peer, &Trace),
     ) -> Caller {
         let mut caller = site.caller(&self.principals, authorization, reason);
-        caller.waits_until = Some(Instant::now() + LIMIT_WITHIN);
+        caller.wait_deadline = Some(Instant::now() + LIMIT_WITHIN);
         caller
     }
 }

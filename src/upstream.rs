@@ -1,13 +1,13 @@
 //! The network outwards: one [`Upstream`] per configured registry, asked by HEAD and GET.
 //!
-//! A caller gets what the registry *said* ([`Said`]): yes and which digest, absent, forbidden; or that it was silent,
+//! A caller gets what the registry *said* ([`ResponseKind`]): yes and which digest, absent, forbidden; or that it was silent,
 //! and why ([`Cause`]). The three are never confused, for the first two are answers and only the last lets a held copy
 //! be served. Tokens, redirects, retries, rate limits, odd registries and the breaker are dealt with in here.
 //!
 //! Deliberately not here: what to do with an answer (`policy`), keeping bytes (`store`), sharing a transfer
 //! (`download`). Bodies are not verified; whoever keeps them hashes them.
 //!
-//! Reading order: `answer` (what can be said) → `proof` (when a 2xx is a yes) → `question` (HEAD and its substitutes) → `exchange` (credential,
+//! Reading order: `answer` (what can be said) → `proof` (when a 2xx is a yes) → `question` (HEAD and its substitutes) → `auth_client` (credential,
 //! challenge, token) → `token` → `client` (one request) → `line` (one connection) → `dial`, `tcp`, `tls`; `health` (which failures are known, and of what), `probe` (whether they are over), `limits`, `retry_after`, `quirk`, `state` (what outlives reloads), `route`,
 //! `location`, `no_proxy`, `origin`, `target` (where redirects may lead) and `zone` are small and stand alone. Beside all that: `pass` (what is not asked by us but handed on),
 //! `realm` (the same at a token service) and `tunnel` (what is not even read).
@@ -25,84 +25,84 @@ use crate::oci::operation::Operation;
 use crate::queue::{Place, Waiters};
 use crate::trace_context::Trace;
 
-pub mod answer;
-mod client;
-pub mod dial;
-mod exchange;
-mod fetched;
+mod auth_client;
+mod connector;
+mod credentials;
+mod dialer;
+mod failover;
+pub mod forward;
 mod health;
-mod limits;
-mod line;
+mod http_client;
+pub mod ip_scope;
 mod location;
 mod no_proxy;
+mod observer;
 pub mod origin;
-mod own;
-pub mod pass;
 mod probe;
 mod proof;
-mod question;
-mod quirk;
-mod realm;
-mod redirected;
+mod proxy_rules;
+mod quirks;
+mod rate_limit;
+mod redirect_auth;
+mod redirect_rules;
+mod registry_request;
+pub mod response;
+mod response_stream;
 mod retry_after;
-mod route;
 mod settings;
 mod state;
-mod switch;
-mod target;
 mod tcp;
 mod tls;
 mod token;
-pub mod tunnel;
-mod urls;
-pub mod zone;
+mod token_forward;
 
-pub use answer::{Answer, Said};
-pub use dial::{Connector, Dial, DialError, Dialled, Dialling, Stream};
-pub use fetched::{Address, Fetched, Part};
-pub use health::{Kind, Scope, Wait};
-pub use limits::{Allowance, Pause, Who};
-pub use origin::{Origin, OriginError};
-pub use own::{
-    CredentialSource, DockerConfig, DockerConfigError, HelperName, HelperNameError, OwnCredential,
+pub use connector::{Transport, TunnelDialer};
+pub use credentials::{
+    CredentialSource, DockerConfig, DockerConfigError, HelperName, HelperNameError, UpstreamCredential,
 };
-pub use quirk::Quirk;
-pub use realm::{Issued, TokenReply};
-pub use route::{ProxyChoice, ProxyError};
-pub use settings::{Caller, Credential, FETCHES_MAX, Settings, SettingsError, Timeouts};
+pub use dialer::{DialError, DialFuture, DialedStream, Dialer, Stream};
+pub use failover::ServedStore;
+pub use health::{FailureScope, RequestKind, WaitLimit};
+pub use observer::{ObservedRequest, Observer};
+pub use origin::{Origin, OriginError};
+pub use proxy_rules::{ProxyChoice, ProxyError};
+pub use quirks::Quirk;
+pub use rate_limit::{Pause, PullQuota, QuotaOwner};
+pub use redirect_rules::{AddressLimit, HostPattern, Network, NetworkError, RedirectRule, RedirectTarget};
+pub use response::{ResponseKind, UpstreamResponse};
+pub use response_stream::{RangeSpec, ResponseStream, UrlIndex};
+pub use settings::{Caller, Credential, FETCHES_MAX, Offline, Settings, SettingsError, Timeouts};
 pub use state::LearnedState;
-pub use switch::{Exchanged, Observer, Offline};
-pub use target::{HostPattern, Limit, Network, NetworkError, RedirectRule, RedirectTarget};
 pub use tls::{ClientCertificate, ClientCertificateError, TlsError};
-pub use urls::Memory;
+pub use token_forward::{ForwardedToken, TokenResponse};
 
-use client::Http;
+use http_client::HttpClient;
 
-use exchange::Exchange;
-use health::{Asker, Ended, Failing, SHORT_WAIT};
-use limits::{Lane, Turn};
-use line::{Line, LineSettings};
-use question::Question;
-use route::Routes;
-use state::{Connection, Learned, Pending};
+use auth_client::AuthClient;
+use connector::{ConnectorSettings, UpstreamConnector};
+use failover::{FailoverRound, RoundResult, ServedHistory, UrlOutcome};
+use health::{FailingScope, RequestOutcome, SHORT_WAIT, WaitQuery};
+use proxy_rules::ProxyRules;
+use rate_limit::{LimitClass, SendPermit};
+use registry_request::RegistryRequest;
+use state::{ConnectionSettings, InFlightRequest, Learned};
 use token::Tokens;
-use urls::{Outcome, Reported, Round, Served};
 
 /// How an upstream is doing, for the operator.
 #[derive(Clone, Debug)]
-pub struct State {
+pub struct UpstreamStatus {
     /// `Some` while the circuit breaker of the upstream as a whole is open.
-    pub open: Option<Failure>,
+    pub open: Option<ScopeFailure>,
     /// All that has no response, the widest scope first; of repositories some.
-    pub failures: Vec<Failure>,
+    pub failures: Vec<ScopeFailure>,
     /// The last silence, and how long ago it was.
-    pub last_silence: Option<(Cause, Duration)>,
+    pub last_failure: Option<(Cause, Duration)>,
     /// Its reason in words, with the host that failed.
     pub last_detail: Option<Arc<str>>,
     /// The last question that it answered without sending anything: how long that took, and how long ago it was.
     pub last_head: Option<(Duration, Duration)>,
     /// What it last said of its callers' allowances.
-    pub allowances: Vec<Allowance>,
+    pub quotas: Vec<PullQuota>,
     /// What the registry does its own way.
     pub quirks: Vec<Quirk>,
     /// Requests under way, without the transfers of blobs.
@@ -113,9 +113,9 @@ pub struct State {
 
 /// A part of an upstream that fails, for the operator.
 #[derive(Clone, Debug)]
-pub struct Failure {
+pub struct ScopeFailure {
     /// What of it.
-    pub scope: Scope,
+    pub scope: FailureScope,
     /// Why.
     pub cause: Cause,
     /// How long its circuit breaker has been open; `None`: it is suspected.
@@ -123,7 +123,7 @@ pub struct Failure {
 }
 
 /// Repositories that fail, as told to the operator.
-const FAILURES_TOLD_MAX: usize = 32;
+const FAILURES_REPORTED_MAX: usize = 32;
 
 /// One registry. Cheap to clone.
 #[derive(Clone)]
@@ -134,15 +134,15 @@ struct Inner {
     /// Its name as admission has it.
     group: Arc<str>,
     urls: Vec<Origin>,
-    exchange: Exchange,
-    passing: pass::Client,
+    auth_client: AuthClient,
+    forward_client: forward::Client,
     timeouts: Timeouts,
     manifest_bytes_max: usize,
     fetches_max: usize,
-    served: Served,
+    served: ServedHistory,
     offline: Offline,
     observer: Observer,
-    connection: Arc<Connection>,
+    connection: Arc<ConnectionSettings>,
     learned: Arc<Learned>,
 }
 
@@ -157,55 +157,55 @@ impl fmt::Debug for Upstream {
 
 impl Upstream {
     /// Sets an upstream up of which nothing is known yet, and puts it into effect. Makes no connection.
-    pub fn new(settings: Settings, connector: &Connector) -> Result<Upstream, SettingsError> {
-        Self::over(&LearnedState::default(), settings, connector)
+    pub fn new(settings: Settings, transport: &Transport) -> Result<Upstream, SettingsError> {
+        Self::with_state(&LearnedState::default(), settings, transport)
     }
 
     /// Sets an upstream up over what is known of it. Where other settings are in effect, [`Upstream::activate`] exchanges
     /// them for these.
-    pub fn over(
+    pub fn with_state(
         state: &LearnedState,
         settings: Settings,
-        connector: &Connector,
+        transport: &Transport,
     ) -> Result<Upstream, SettingsError> {
         let learned = Arc::clone(&state.0);
         let connection = learned.connection(&settings);
         if settings.urls.is_empty() {
             return Err(SettingsError::NoUrl);
         }
-        let line = LineSettings {
+        let connector_settings = ConnectorSettings {
             roots: &settings.roots,
             client_certificate: settings.client_certificate,
-            routes: Routes::new(&settings.proxy)?,
+            proxy_rules: ProxyRules::new(&settings.proxy)?,
             origins: settings.urls.clone(),
             hosts: settings.token_hosts.clone(),
             redirects: settings.redirects,
-            patience: settings.timeouts.connect,
+            connect_timeout: settings.timeouts.connect,
         };
-        let names = own::Names::new(&settings.name, settings.hosts, settings.urls.first());
-        let exchange = Exchange {
-            http: Http::new(Line::new(connector, line)?),
+        let names = credentials::Names::new(&settings.name, settings.hosts, settings.urls.first());
+        let auth_client = AuthClient {
+            http: HttpClient::new(UpstreamConnector::new(transport, connector_settings)?),
             tokens: Tokens::new(
                 Arc::clone(&learned.tokens),
                 settings.token_hosts,
                 settings.timeouts.token,
             ),
-            own: learned.own(settings.credential, names),
-            own_holder: Mutex::default(),
-            headers_within: settings.timeouts.headers,
+            credentials: learned.credentials(settings.credential, names),
+            configured_owner: Mutex::default(),
+            headers_timeout: settings.timeouts.headers,
         };
-        let passing = pass::client(exchange.http.line());
-        let is_first = !learned.is_in_use();
+        let forward_client = forward::client(auth_client.http.connector());
+        let is_first = !learned.has_been_active();
         let upstream = Upstream(Arc::new(Inner {
-            passing,
+            forward_client,
             group: settings.name.as_str().into(),
             name: settings.name,
             urls: settings.urls,
-            exchange,
+            auth_client,
             timeouts: settings.timeouts,
             manifest_bytes_max: settings.manifest_bytes_max,
             fetches_max: settings.fetches_max,
-            served: Served::new(settings.served),
+            served: ServedHistory::new(settings.served),
             offline: settings.offline,
             observer: settings.observer,
             connection,
@@ -225,7 +225,12 @@ impl Upstream {
     /// Tells the settings that decide what an answer means from any others: whoever asks under other ones does not wait
     /// for an answer to these.
     pub fn settings_id(&self) -> (u64, u64) {
-        let own = self.0.exchange.own.as_ref().map_or(0, |own| own.serial());
+        let own = self
+            .0
+            .auth_client
+            .credentials
+            .as_ref()
+            .map_or(0, |own| own.serial());
         (self.0.connection.id, own)
     }
 
@@ -235,7 +240,7 @@ impl Upstream {
     }
 
     /// The name of a repository where it is another one there.
-    pub fn names_there<'a>(&'a self, repository: &'a Repository) -> impl Iterator<Item = Repository> + 'a {
+    pub fn upstream_names<'a>(&'a self, repository: &'a Repository) -> impl Iterator<Item = Repository> + 'a {
         let elsewhere = |url: &&Origin| url.repository_prefix().is_some();
         let urls = self.0.urls.iter().filter(elsewhere);
         urls.map(|url| url.name_of(repository))
@@ -244,13 +249,18 @@ impl Upstream {
     /// What the upstream says about `operation` without sending it: which digest a tag names, whether a blob may be
     /// read. Asks also while a circuit breaker is open; an asker with a cached copy looks at [`Upstream::wait`] first.
     /// A rate limit is waited out as long as the caller waits.
-    pub async fn head(&self, caller: &Caller, operation: &Operation, accept: &Accept) -> Answer {
+    pub async fn head(&self, caller: &Caller, operation: &Operation, accept: &Accept) -> UpstreamResponse {
         self.head_for(caller, operation, accept, false).await
     }
 
     /// The same for who pushes: a no to the HEAD is the answer, though a GET might say yes. What the registry itself
     /// takes for missing has to be pushed.
-    pub async fn head_for_push(&self, caller: &Caller, operation: &Operation, accept: &Accept) -> Answer {
+    pub async fn head_for_push(
+        &self,
+        caller: &Caller,
+        operation: &Operation,
+        accept: &Accept,
+    ) -> UpstreamResponse {
         self.head_for(caller, operation, accept, true).await
     }
 
@@ -259,12 +269,12 @@ impl Upstream {
         caller: &Caller,
         operation: &Operation,
         accept: &Accept,
-        takes_heads_word: bool,
-    ) -> Answer {
+        trusts_head: bool,
+    ) -> UpstreamResponse {
         loop {
             // Boxed, for the futures of the callers nest deeply.
-            let answer = Box::pin(self.head_now(caller, operation, accept, takes_heads_word)).await;
-            if !passes(&answer, caller).await {
+            let answer = Box::pin(self.head_now(caller, operation, accept, trusts_head)).await;
+            if !pause_ended(&answer, caller).await {
                 return answer;
             }
         }
@@ -275,17 +285,16 @@ impl Upstream {
         caller: &Caller,
         operation: &Operation,
         accept: &Accept,
-        takes_heads_word: bool,
-    ) -> Answer {
+        trusts_head: bool,
+    ) -> UpstreamResponse {
         if let Some(cause) = self.0.offline.cause() {
-            return Answer::silent(cause);
+            return UpstreamResponse::unavailable(cause);
         }
         let _place = match self.admit(caller, operation).await {
             Ok(place) => place,
             Err(answer) => return *answer,
         };
-        self.head_round(caller, (operation, accept), takes_heads_word)
-            .await
+        self.head_round(caller, (operation, accept), trusts_head).await
     }
 
     /// The HEAD to one URL after the other, until one has the last word.
@@ -293,23 +302,25 @@ impl Upstream {
         &self,
         caller: &Caller,
         (operation, accept): (&Operation, &Accept),
-        takes_heads_word: bool,
-    ) -> Answer {
-        let pending = self.0.sent(Kind::of_request(operation, true), operation, caller);
-        let mut round = Round::new(urls::Request::First);
+        trusts_head: bool,
+    ) -> UpstreamResponse {
+        let pending = self
+            .0
+            .sent(RequestKind::of_request(operation, true), operation, caller);
+        let mut round = FailoverRound::new(failover::Attempt::First);
         for origin in &self.0.urls {
-            let lane = Lane::of(operation, self.0.answers_no_heads(origin, operation));
+            let class = LimitClass::of(operation, self.0.head_needs_get(origin, operation));
             let limits = &self.0.learned.limits;
-            let answer = match limits.admit(origin, lane, caller, Instant::now()) {
-                Err(pause) => Answer::paused(pause),
-                Ok(turn) => {
+            let answer = match limits.admit(origin, class, caller, Instant::now()) {
+                Err(pause) => UpstreamResponse::paused(pause),
+                Ok(permit) => {
                     let (began, trace) = (Instant::now(), caller.trace.within());
-                    let mut question = self.question((origin, &pending), caller, (operation, accept), &trace);
-                    question.takes_heads_word = takes_heads_word;
-                    let answer = question.head().await;
-                    self.0.tell((operation, true), Some(&answer), began, &trace);
-                    let answer = self.0.note((origin, lane), caller, turn, answer);
-                    if answer.silence().is_none()
+                    let mut request = self.request((origin, &pending), caller, (operation, accept), &trace);
+                    request.trusts_head = trusts_head;
+                    let answer = request.head().await;
+                    self.0.observe((operation, true), Some(&answer), began, &trace);
+                    let answer = self.0.record_limits((origin, class), caller, permit, answer);
+                    if answer.failure().is_none()
                         && let Some(mut health) = self.0.health()
                     {
                         health.last_head = Some((began.elapsed(), Instant::now()));
@@ -318,80 +329,91 @@ impl Upstream {
                 }
             };
             match self.outcome(origin, operation, &answer).await {
-                Outcome::Yes => return self.served(pending, (origin, operation), answer).await,
-                outcome if round.take(origin, outcome, answer) => break,
+                UrlOutcome::Yes => return self.finish_success(pending, (origin, operation), answer).await,
+                outcome if round.add(origin, outcome, answer) => break,
                 _ => {}
             }
         }
-        self.ended(pending, round)
+        self.finish_failure(pending, round)
     }
 
     /// The nearest zone that the upstream turned out to be in: where it leads may be no nearer.
-    pub fn nearest(&self) -> zone::Zone {
-        self.0.exchange.http.line().nearest()
+    pub fn innermost_scope(&self) -> ip_scope::IpScope {
+        self.0.auth_client.http.connector().innermost_scope()
     }
 
     /// Why the upstream as a whole is known to have no response, while it has none: [`Cause::BreakerOpen`] or
     /// [`Cause::Offline`].
-    pub fn silent_now(&self) -> Option<Cause> {
+    pub fn unavailable_now(&self) -> Option<Cause> {
         if let Some(cause) = self.0.offline.cause() {
             return Some(cause);
         }
-        self.0.health()?.detector.open().map(|_| Cause::BreakerOpen)
+        self.0
+            .health()?
+            .detector
+            .open_breaker()
+            .map(|_| Cause::BreakerOpen)
     }
 
     /// How long an asker with a cached copy waits for a response to this; `Err`: not at all, and nothing is sent.
-    pub fn wait(
+    pub fn wait_limit(
         &self,
         caller: &Caller,
         (operation, is_head): (&Operation, bool),
-        budget: Duration,
+        timeout: Duration,
     ) -> Result<Duration, Cause> {
         if let Some(cause) = self.0.offline.cause() {
             return Err(cause);
         }
-        let asker = Asker {
-            kind: Kind::of_request(operation, is_head),
+        let query = WaitQuery {
+            kind: RequestKind::of_request(operation, is_head),
             operation,
             principal: caller.principal,
-            needs_token: self.0.exchange.needs_token(&self.0.urls, caller, operation),
+            needs_token: self.0.auth_client.needs_token(&self.0.urls, caller, operation),
         };
         let Some(mut health) = self.0.health() else {
-            return Ok(budget);
+            return Ok(timeout);
         };
-        let wait = health.detector.wait(&asker, budget, Instant::now());
-        if wait != Wait::Budget {
+        let wait = health.detector.wait(&query, timeout, Instant::now());
+        if wait != WaitLimit::Full {
             self.0.learned.start_probing(&mut health);
         }
         match wait {
-            Wait::Budget => Ok(budget),
-            Wait::Short => Ok(budget.min(SHORT_WAIT)),
-            Wait::Nothing => Err(Cause::BreakerOpen),
+            WaitLimit::Full => Ok(timeout),
+            WaitLimit::Short => Ok(timeout.min(SHORT_WAIT)),
+            WaitLimit::None => Err(Cause::BreakerOpen),
         }
     }
 
     /// An asker with a cached copy waited so long for a request of this caller's, and no response came.
-    pub fn expired(&self, caller: &Caller, operation: &Operation, waited: Duration) {
+    pub fn record_timeout(&self, caller: &Caller, operation: &Operation, waited: Duration) {
         let Some(mut health) = self.0.health() else { return };
         let now = Instant::now();
-        let changes = health.detector.expired(caller.principal, operation, waited, now);
-        self.0.took_in(&mut health, changes);
+        let changes = health
+            .detector
+            .record_timeout(caller.principal, operation, waited, now);
+        self.0.apply_changes(&mut health, changes);
     }
 
     /// How the upstream is doing.
-    pub fn state(&self) -> State {
+    pub fn status(&self) -> UpstreamStatus {
         let now = Instant::now();
         let health = self.0.health();
         let health = health.as_deref();
         let ago = |at| now.saturating_duration_since(at);
-        let told = |failing: Failing| Failure {
+        let failed = |failing: FailingScope| ScopeFailure {
             scope: failing.scope,
             cause: failing.cause,
             open: failing.open_since.map(ago),
         };
         let detector = health.map(|health| &health.detector);
-        let failures =
-            detector.map(|detector| detector.failing().take(FAILURES_TOLD_MAX).map(told).collect());
+        let failures = detector.map(|detector| {
+            detector
+                .failing()
+                .take(FAILURES_REPORTED_MAX)
+                .map(failed)
+                .collect()
+        });
         let learned = &self.0.learned;
         let mut quirks: Vec<_> = self
             .0
@@ -401,26 +423,29 @@ impl Upstream {
             .collect();
         quirks.sort_unstable();
         quirks.dedup();
-        State {
-            open: detector.and_then(health::Detector::open).map(told),
+        UpstreamStatus {
+            open: detector
+                .and_then(health::FailureDetector::open_breaker)
+                .map(failed),
             failures: failures.unwrap_or_default(),
-            last_silence: health
-                .and_then(|health| health.last_silence)
+            last_failure: health
+                .and_then(|health| health.last_failure)
                 .map(|(cause, at)| (cause, ago(at))),
             last_detail: health.and_then(|health| health.last_detail.clone()),
             last_head: health
                 .and_then(|health| health.last_head)
                 .map(|(took, at)| (took, ago(at))),
-            allowances: learned.limits.allowances(now),
+            quotas: learned.limits.quotas(now),
             quirks,
-            in_flight: learned.questions.in_use() + learned.lists.in_use(),
-            waiting: learned.questions.waiting() + learned.lists.waiting(),
+            in_flight: learned.requests.in_use() + learned.lists.in_use(),
+            waiting: learned.requests.waiting() + learned.lists.waiting(),
         }
     }
 
     /// How many circuit breakers are open, by the name of what they concern.
     pub fn open_breakers(&self) -> Vec<(&'static str, u64)> {
-        let names = std::iter::once(Scope::Connection.name()).chain(Kind::ALL.map(Kind::name));
+        let names =
+            std::iter::once(FailureScope::Connection.name()).chain(RequestKind::ALL.map(RequestKind::name));
         let mut counts: Vec<_> = names.map(|name| (name, 0)).collect();
         if let Some(health) = self.0.health() {
             for failing in health
@@ -437,15 +462,15 @@ impl Upstream {
         counts
     }
 
-    fn question<'a>(
+    fn request<'a>(
         &'a self,
-        (origin, pending): (&'a Origin, &'a Pending<'a>),
+        (origin, pending): (&'a Origin, &'a InFlightRequest<'a>),
         caller: &'a Caller,
         (operation, accept): (&'a Operation, &'a Accept),
         trace: &'a Trace,
-    ) -> Question<'a> {
-        Question {
-            exchange: &self.0.exchange,
+    ) -> RegistryRequest<'a> {
+        RegistryRequest {
+            auth_client: &self.0.auth_client,
             pending,
             quirks: self.0.learned.quirks.at(origin),
             origin,
@@ -454,27 +479,33 @@ impl Upstream {
             accept,
             manifest_bytes_max: self.0.manifest_bytes_max,
             trace,
-            takes_heads_word: false,
+            trusts_head: false,
         }
     }
 
     /// A place among the requests to this upstream. Being queued is no failure, and lasts as long as the request that
     /// waits.
-    pub async fn admit(&self, caller: &Caller, operation: &Operation) -> Result<Place, Box<Answer>> {
+    pub async fn admit(
+        &self,
+        caller: &Caller,
+        operation: &Operation,
+    ) -> Result<Place, Box<UpstreamResponse>> {
         let (alone, _waiter) = Waiters::alone(caller.demand(operation));
         let waiters = caller.waiters.as_ref().unwrap_or(&alone);
         let learned = &self.0.learned;
         let places = match operation {
             Operation::Tags { .. } | Operation::Referrers { .. } => &learned.lists,
-            Operation::Ping | Operation::Manifest { .. } | Operation::Blob { .. } => &learned.questions,
+            Operation::Ping | Operation::Manifest { .. } | Operation::Blob { .. } => &learned.requests,
         };
         let place = places.acquire(&self.0.group, waiters);
-        place.await.map_err(|refused| Box::new(Answer::unplaced(refused)))
+        place
+            .await
+            .map_err(|refused| Box::new(UpstreamResponse::not_admitted(refused)))
     }
 
     /// The queues of requests: lists, and all others without the transfers of blobs.
     pub fn queues(&self) -> [&crate::queue::Queue; 2] {
-        [&self.0.learned.questions, &self.0.learned.lists]
+        [&self.0.learned.requests, &self.0.learned.lists]
     }
 
     /// Requests under way at once, and as many blob transfers.
@@ -483,84 +514,104 @@ impl Upstream {
     }
 
     /// What the answer of one URL comes down to.
-    async fn outcome(&self, origin: &Origin, operation: &Operation, answer: &Answer) -> Outcome {
+    async fn outcome(&self, origin: &Origin, operation: &Operation, answer: &UpstreamResponse) -> UrlOutcome {
         let named = (self.0.name.as_str(), origin);
         self.0.served.outcome(named, operation, answer).await
     }
 
     /// A URL said yes: what follows for the others, and for the health of the upstream.
-    async fn served<T>(&self, pending: Pending<'_>, (origin, operation): (&Origin, &Operation), yes: T) -> T {
-        pending.ended(Ended::Response);
+    async fn finish_success<T>(
+        &self,
+        pending: InFlightRequest<'_>,
+        (origin, operation): (&Origin, &Operation),
+        yes: T,
+    ) -> T {
+        pending.finish(RequestOutcome::Response);
         if self.0.urls.len() > 1 {
-            self.0.served.note(&self.0.name, origin, operation).await;
+            self.0.served.record(&self.0.name, origin, operation).await;
         }
         yes
     }
 
     /// No URL said yes.
-    fn ended(&self, pending: Pending<'_>, round: Round) -> Answer {
-        let Reported {
+    fn finish_failure(&self, pending: InFlightRequest<'_>, round: FailoverRound) -> UpstreamResponse {
+        let RoundResult {
             answer,
             is_unavailable,
             unavailable,
-            asked,
-        } = round.end();
-        if !asked {
+            is_sent,
+        } = round.finish();
+        if !is_sent {
             return answer;
         }
-        if let Some(cause) = answer.silence().filter(|_| is_unavailable)
+        if let Some(cause) = answer.failure().filter(|_| is_unavailable)
             // Other connections are in effect by now, of which this says nothing.
             && let Some(mut health) = self.0.health()
         {
             let now = Instant::now();
-            health.last_silence = Some((cause, now));
-            health.unavailable = unavailable;
+            health.last_failure = Some((cause, now));
+            health.unavailable_urls = unavailable;
             health.last_detail.clone_from(&answer.detail);
             let detail = answer.detail.as_deref();
-            if health.is_news(cause, detail, now) {
+            if health.should_log(cause, detail, now) {
                 tracing::warn!(upstream = self.0.name, %cause, detail, "unavailable");
             }
         }
-        pending.ended(Ended::of(&answer, is_unavailable));
+        pending.finish(RequestOutcome::of(&answer, is_unavailable));
         answer
     }
 }
 
 impl Inner {
-    fn tell(&self, asked: (&Operation, bool), answer: Option<&Answer>, began: Instant, trace: &Trace) {
+    fn observe(
+        &self,
+        sent: (&Operation, bool),
+        answer: Option<&UpstreamResponse>,
+        began: Instant,
+        trace: &Trace,
+    ) {
         self.observer
-            .tell(&self.name, asked, answer, began.elapsed(), trace);
+            .record(&self.name, sent, answer, began.elapsed(), trace);
     }
 
     /// Whether a HEAD of this would be answered by a GET, as this upstream is known to need.
-    fn answers_no_heads(&self, origin: &Origin, operation: &Operation) -> bool {
+    fn head_needs_get(&self, origin: &Origin, operation: &Operation) -> bool {
         let (now, quirks) = (Instant::now(), self.learned.quirks.at(origin));
         matches!(operation, Operation::Manifest { .. })
             && (quirks.has(Quirk::HeadRefused, now) || quirks.has(Quirk::NoDigest, now))
     }
 
     /// Keeps what an answer says about limits, and passes it on with the pause that follows.
-    fn note(&self, (origin, lane): (&Origin, Lane), caller: &Caller, turn: Turn, answer: Answer) -> Answer {
+    fn record_limits(
+        &self,
+        (origin, class): (&Origin, LimitClass),
+        caller: &Caller,
+        permit: SendPermit,
+        answer: UpstreamResponse,
+    ) -> UpstreamResponse {
         self.learned
             .limits
-            .note(caller, &answer.rate_limit, Instant::now());
+            .record(caller, &answer.rate_limit, Instant::now());
         // A pause that is there already is that of the token service.
-        if let Some(cause) = answer.asks_to_wait().filter(|_| answer.pause.is_none()) {
-            let told = (cause, answer.stated_wait);
-            let pause = self.learned.limits.limited((origin, lane), caller, turn, told);
-            return answer.within(pause);
+        if let Some(cause) = answer.backoff_cause().filter(|_| answer.pause.is_none()) {
+            let failed = (cause, answer.stated_wait);
+            let pause = self
+                .learned
+                .limits
+                .limited((origin, class), caller, permit, failed);
+            return answer.with_pause(pause);
         }
-        if answer.silence().is_none() {
-            turn.passed();
+        if answer.failure().is_none() {
+            permit.not_limited();
         }
         answer
     }
 }
 
 /// Whether the pause within which this is the answer passes while the caller waits; returns when it has.
-async fn passes(answer: &Answer, caller: &Caller) -> bool {
-    match (&answer.pause, caller.waits_until) {
-        (Some(pause), Some(until)) => pause.passes(until).await,
+async fn pause_ended(answer: &UpstreamResponse, caller: &Caller) -> bool {
+    match (&answer.pause, caller.wait_deadline) {
+        (Some(pause), Some(until)) => pause.wait_until_open(until).await,
         _ => false,
     }
 }

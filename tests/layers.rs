@@ -143,11 +143,11 @@ const HTTP: &[&str] = &[
     "admin.rs",
     "admin/",
     "demo/registry.rs",
-    "upstream/client.rs",
-    "upstream/line.rs",
-    "upstream/pass.rs",
+    "upstream/http_client.rs",
+    "upstream/connector.rs",
+    "upstream/forward.rs",
     "upstream/tcp.rs",
-    "upstream/route.rs",
+    "upstream/proxy_rules.rs",
     "doctor/wire.rs",
 ];
 
@@ -223,9 +223,9 @@ fn an_upward_use_is_caught() {
 #[test]
 fn resources_do_not_know_each_other() {
     for (file, text) in [
-        ("store/blobs.rs", "use crate::upstream::Answer;"),
+        ("store/blobs.rs", "use crate::upstream::UpstreamResponse;"),
         ("store/blobs.rs", "use crate::policy::Decision;"),
-        ("upstream/client.rs", "use crate::{oci, store};"),
+        ("upstream/http_client.rs", "use crate::{oci, store};"),
         ("telemetry.rs", "use crate::store::Fault;"),
     ] {
         assert_eq!(breaches(file, text).len(), 1, "{file}: {text}");
@@ -279,8 +279,8 @@ fn a_crate_outside_its_file_is_caught() {
     for (file, text) in [
         ("store/tags.rs", "use sled::Tree;"),
         ("proxy/blob.rs", "fn f(_: hyper::Error) {}"),
-        ("upstream/exchange.rs", "use {bytes::Bytes, hyper_util::rt};"),
-        ("upstream/client.rs", "use ::rustls::ClientConfig;"),
+        ("upstream/auth_client.rs", "use {bytes::Bytes, hyper_util::rt};"),
+        ("upstream/http_client.rs", "use ::rustls::ClientConfig;"),
         ("process.rs", "use tokio_rustls::rustls::ServerConfig;"),
         ("policy/authz.rs", "use hmac;"),
         ("policy.rs", "use tokio::sync::Mutex;"),

@@ -68,7 +68,7 @@ pub(super) async fn explain(
         .pull
         .why(site, &named.repository, &named.reference, authorization, now)
         .await;
-    let silent = site.upstream().silent_now();
+    let silent = site.upstream().unavailable_now();
     // A silence that is known already is heard before anybody is asked.
     let told = match (verdict, silent) {
         (Decision::Revalidate, Some(cause)) => {

@@ -50,7 +50,7 @@ impl Admin {
         let (store, downloads) = (registry.pull.store(), registry.pull.downloads());
         let (usage, evicted) = (store.usage(), store.evictions());
         let upstreams = registry.doors.all().iter().map(|site| {
-            let is_up = site.upstream().silent_now().is_none();
+            let is_up = site.upstream().unavailable_now().is_none();
             (site.name().into(), is_up)
         });
         let open_breakers = registry.doors.all().iter().flat_map(|site| {

@@ -177,7 +177,7 @@ impl Admin {
             problems.push("Offline mode is on: no upstream is asked".to_owned());
         }
         for site in registry.doors.all() {
-            if let Some(open) = site.upstream().state().open {
+            if let Some(open) = site.upstream().status().open {
                 let (cause, scope) = (open.cause, open.scope);
                 let words = duration(open.open.unwrap_or_default());
                 problems.push(format!(
@@ -203,11 +203,11 @@ impl Admin {
         let sites = registry.doors.all().iter();
         let told = sites.flat_map(|site| {
             let upstream = site.name().to_owned();
-            let allowances = site.upstream().state().allowances;
+            let allowances = site.upstream().status().quotas;
             allowances.into_iter().filter_map(move |allowance| {
                 Some(Quota {
                     upstream: upstream.clone(),
-                    credential: allowance.who.to_string(),
+                    credential: allowance.owner.to_string(),
                     remaining: allowance.limit.remaining?,
                     limit: allowance.limit.limit,
                     window_seconds: allowance.limit.window_s,

@@ -22,8 +22,8 @@ pub(super) fn to_json(registry: &Registry, now: SystemTime) -> Value {
 }
 
 fn upstream_json(site: &UpstreamRegistry, downloads: &Queue, now: SystemTime) -> Value {
-    let (name, state) = (site.name(), site.upstream().state());
-    let last = state.last_silence.map(|(cause, _)| cause);
+    let (name, state) = (site.name(), site.upstream().status());
+    let last = state.last_failure.map(|(cause, _)| cause);
     let silence = |(cause, ago): (Cause, Duration)| {
         let detail = state.last_detail.as_deref().filter(|_| last == Some(cause));
         json!({ "cause": cause.name(), "text": format!("{name} {cause}"), "detail": detail, "seconds": ago.as_secs() })
@@ -40,11 +40,11 @@ fn upstream_json(site: &UpstreamRegistry, downloads: &Queue, now: SystemTime) ->
         })
         .collect();
     let allowances: Vec<Value> = state
-        .allowances
+        .quotas
         .iter()
         .map(|allowance| {
             json!({
-                "credential": allowance.who.to_string(),
+                "credential": allowance.owner.to_string(),
                 "limit": allowance.limit.limit,
                 "remaining": allowance.limit.remaining,
                 "window_seconds": allowance.limit.window_s,
@@ -58,7 +58,7 @@ fn upstream_json(site: &UpstreamRegistry, downloads: &Queue, now: SystemTime) ->
         "name": name,
         "silent": state.open.map(|open| silence((open.cause, open.open.unwrap_or_default()))),
         "failures": failures,
-        "last_silence": state.last_silence.map(silence),
+        "last_silence": state.last_failure.map(silence),
         "last_head": state.last_head.map(|(took, ago)| json!({ "ms": took.as_millis(), "seconds_ago": ago.as_secs() })),
         "identity": site.identity(),
         "in_flight": state.in_flight + downloads.in_use_of(name),
@@ -73,10 +73,10 @@ pub(super) fn allowances(registry: &Registry, now: SystemTime) -> Vec<QuotaGauge
     let mut levels = Vec::new();
     for site in registry.doors.all() {
         let mut fewest = BTreeMap::new();
-        for allowance in site.upstream().state().allowances {
+        for allowance in site.upstream().status().quotas {
             let level = QuotaGauge {
                 upstream: site.name().into(),
-                credential: allowance.who.name(),
+                credential: allowance.owner.name(),
                 limit: allowance.limit.limit,
                 remaining: allowance.limit.remaining,
                 resets_at: allowance.resets_at(now),

@@ -13,7 +13,7 @@ use crate::oci::header::CACHE_STATUS;
 use crate::oci::{Accept, Algorithm, AnyDigest, Digest, Manifest, Operation, Reference, Repository};
 use crate::queue::{Class, Peer};
 use crate::trace_context::Trace;
-use crate::upstream::{Answer, Caller, Connector, Credential, ProxyChoice, Settings, Upstream};
+use crate::upstream::{Caller, Credential, ProxyChoice, Settings, Transport, Upstream, UpstreamResponse};
 
 /// The largest thing the demo has.
 const BYTES_MAX: usize = 64 * 1024 * 1024;
@@ -54,7 +54,7 @@ impl Client {
         let mut settings = Settings::new("the cache", vec![url]);
         settings.roots = vec![ca.to_vec()];
         settings.proxy = ProxyChoice::None;
-        let cache = Upstream::new(settings, &Connector::system()).map_err(|error| wrong(&error))?;
+        let cache = Upstream::new(settings, &Transport::system()).map_err(|error| wrong(&error))?;
         let credential =
             authorization.map_or(Credential::Anonymous, |value| Credential::Client(value.clone()));
         Ok(Self {
@@ -66,7 +66,7 @@ impl Client {
                 class: Class::Interactive,
                 waiters: None,
                 trace: Trace::begun(),
-                waits_until: None,
+                wait_deadline: None,
             },
         })
     }
@@ -85,7 +85,7 @@ impl Client {
         if let Err(answer) = self.bring(repository, tag, &mut got).await {
             got.digest = None;
             got.status = answer.status.map_or(0, |status| status.as_u16());
-            got.message = answer.message.clone().unwrap_or_else(|| answer.said.to_string());
+            got.message = answer.message.clone().unwrap_or_else(|| answer.kind.to_string());
         }
         got.took = began.elapsed();
         got
@@ -96,7 +96,7 @@ impl Client {
         repository: &Repository,
         tag: &Reference,
         got: &mut Got,
-    ) -> Result<(), Box<Answer>> {
+    ) -> Result<(), Box<UpstreamResponse>> {
         let operation = Operation::Manifest {
             repository: repository.clone(),
             reference: tag.clone(),
@@ -113,7 +113,7 @@ impl Client {
             .get(CACHE_STATUS)
             .and_then(|value| value.to_str().ok());
         status.unwrap_or_default().clone_into(&mut got.cache_status);
-        let broken = |cause| Box::new(Answer::silent(cause));
+        let broken = |cause| Box::new(UpstreamResponse::unavailable(cause));
         let wrong = || broken(crate::oci::Cause::WrongDigest);
         let promised = fetched.digest;
         let bytes = fetched.collect(BYTES_MAX).await.map_err(broken)?;

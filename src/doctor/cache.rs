@@ -12,7 +12,7 @@ use crate::oci::{Accept, Cause, Operation, Reference, Repository, Tag, TlsFault}
 use crate::process;
 use crate::queue::{Class, Peer};
 use crate::trace_context::Trace;
-use crate::upstream::{Caller, Connector, Credential, LearnedState, Upstream};
+use crate::upstream::{Caller, Credential, LearnedState, Transport, Upstream};
 
 /// A name that nobody has: whatever the registry answers, it answers.
 const NOBODYS: &str = "ifnewer/doctor";
@@ -124,7 +124,7 @@ pub(super) async fn ready(patient: &Patient<'_>) -> Check {
 
 /// Each upstream, asked from here with the configuration's proxy and roots; and what it says is left of its allowance.
 pub(super) async fn upstreams(patient: &Patient<'_>) -> Vec<Check> {
-    let connector = Connector::system();
+    let connector = Transport::system();
     let mut asked = JoinSet::new();
     for (position, upstream) in patient.config.upstreams.iter().enumerate() {
         let name = format!("upstream {}", upstream.name);
@@ -234,10 +234,10 @@ async fn upstream(name: String, upstream: &Upstream, operation: Option<Operation
         class: Class::Interactive,
         waiters: None,
         trace: Trace::begun(),
-        waits_until: None,
+        wait_deadline: None,
     };
     let answer = upstream.head(&anonymous, &operation, &Accept::any()).await;
-    if let Some(cause) = answer.silence() {
+    if let Some(cause) = answer.failure() {
         let registry = upstream.name();
         let detail = answer.detail.as_deref();
         let detail = detail.map_or_else(String::new, |detail| format!(" ({detail})"));
@@ -247,7 +247,7 @@ async fn upstream(name: String, upstream: &Upstream, operation: Option<Operation
             remedy(registry, cause),
         );
     }
-    let allowances = upstream.state().allowances;
+    let allowances = upstream.status().quotas;
     let limit = allowances
         .iter()
         .find_map(|allowance| Some((allowance.limit.remaining?, allowance.limit.limit?)));

@@ -17,7 +17,7 @@ use tokio::time::{Instant, sleep, timeout};
 use super::{Source, Stream};
 use crate::oci::Cause;
 use crate::queue::Waiters;
-use crate::upstream::{Answer, Said};
+use crate::upstream::{ResponseKind, UpstreamResponse};
 
 /// Chunks of one transfer on their way from the network to the disk; a full queue slows the upstream, not the memory.
 pub(super) const QUEUE_CHUNKS_MAX: usize = 16;
@@ -213,7 +213,7 @@ impl<S: Source> Receiving<'_, S> {
                 Err(answer) => {
                     wait = asked_to_wait(&answer);
                     // A no is believed sooner than a silence.
-                    let tries = if answer.silence().is_some() { 1 } else { 3 };
+                    let tries = if answer.failure().is_some() { 1 } else { 3 };
                     (answer.cause(), tries)
                 }
             };
@@ -261,8 +261,8 @@ impl<S: Source> Receiving<'_, S> {
 }
 
 /// How long the upstream asks us to wait.
-fn asked_to_wait(answer: &Answer) -> Duration {
-    let silent = matches!(answer.said, Said::Silent(_));
+fn asked_to_wait(answer: &UpstreamResponse) -> Duration {
+    let silent = matches!(answer.kind, ResponseKind::Unavailable(_));
     let seconds = answer
         .retry_after
         .as_ref()

@@ -28,7 +28,7 @@ use crate::queue::{Class, Peer};
 use crate::store::Settings;
 use crate::store::blobs::Verified;
 use crate::store::fs::{FileSystem, MemoryFs};
-use crate::upstream::Said;
+use crate::upstream::ResponseKind;
 
 const MIB: usize = 1024 * 1024;
 
@@ -46,15 +46,15 @@ impl Chunks for Arriving {
 /// Answers each opening with the next of its script; after the last one it is silent.
 #[derive(Clone, Default)]
 struct Script {
-    answers: Arc<Mutex<VecDeque<Result<Stream, Answer>>>>,
+    answers: Arc<Mutex<VecDeque<Result<Stream, UpstreamResponse>>>>,
     asked: Arc<Mutex<Vec<u64>>>,
 }
 
 impl Source for Script {
-    fn open(&mut self, from: u64) -> impl Future<Output = Result<Stream, Answer>> + Send {
+    fn open(&mut self, from: u64) -> impl Future<Output = Result<Stream, UpstreamResponse>> + Send {
         self.asked.lock().unwrap().push(from);
         let answer = self.answers.lock().unwrap().pop_front();
-        async move { answer.unwrap_or(Err(Answer::silent(Cause::Refused))) }
+        async move { answer.unwrap_or(Err(UpstreamResponse::unavailable(Cause::Refused))) }
     }
 }
 
@@ -83,10 +83,10 @@ impl Script {
     }
 
     fn silence(&self, cause: Cause) {
-        self.answer(Answer::silent(cause));
+        self.answer(UpstreamResponse::unavailable(cause));
     }
 
-    fn answer(&self, answer: Answer) {
+    fn answer(&self, answer: UpstreamResponse) {
         self.answers.lock().unwrap().push_back(Err(answer));
     }
 

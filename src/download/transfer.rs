@@ -15,7 +15,7 @@ use crate::queue::NoPlace;
 use crate::store::blobs::Verified;
 use crate::store::ingest::Ingest;
 use crate::store::leftover::{Leftover, Resumed};
-use crate::upstream::{Answer, Said};
+use crate::upstream::{ResponseKind, UpstreamResponse};
 
 /// Runs one transfer to its end and leaves the map.
 pub(super) async fn run<S: Source>(place: Place, mut source: S) {
@@ -212,13 +212,13 @@ async fn keep(place: &Place, ingest: Ingest, verified: Verified) {
     place.leave();
 }
 
-fn refused(answer: Answer) -> Failure {
+fn refused(answer: UpstreamResponse) -> Failure {
     Failure::Refused(Box::new(answer))
 }
 
-fn dislikes_ranges(answer: &Answer) -> bool {
+fn dislikes_ranges(answer: &UpstreamResponse) -> bool {
     matches!(
-        answer.said,
-        Said::Other(_) | Said::Silent(Cause::Malformed | Cause::Status(501))
+        answer.kind,
+        ResponseKind::Other(_) | ResponseKind::Unavailable(Cause::Malformed | Cause::Status(501))
     )
 }

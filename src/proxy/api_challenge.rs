@@ -16,7 +16,7 @@ use crate::oci::{Accept, Operation};
 use crate::policy::DenyReason;
 use crate::store::challenges::KeptChallenge;
 use crate::trace_context::Trace;
-use crate::upstream::Answer;
+use crate::upstream::UpstreamResponse;
 
 /// A challenge this old is asked for again. Registries change theirs once in years.
 const RENEW_AFTER: Duration = Duration::from_secs(600);
@@ -85,7 +85,7 @@ impl ProxyService {
     async fn challenge(
         self: &Arc<Self>,
         site: &Arc<UpstreamRegistry>,
-    ) -> Result<Arc<KeptChallenge>, Arc<Answer>> {
+    ) -> Result<Arc<KeptChallenge>, Arc<UpstreamResponse>> {
         let kept = self.kept_challenge(site.name().to_owned()).await;
         let now = self.clock.now();
         let is_fresh = |kept: &Arc<KeptChallenge>| age::is_within(kept.given_at, RENEW_AFTER, now);
@@ -94,7 +94,9 @@ impl ProxyService {
         }
         let caller = self.principals.stranger(&Trace::begun());
         let wait = match &kept {
-            Some(_) => site.upstream().wait(&caller, (&Operation::Ping, false), BUDGET),
+            Some(_) => site
+                .upstream()
+                .wait_limit(&caller, (&Operation::Ping, false), BUDGET),
             None => Ok(BUDGET),
         };
         let wait = match (wait, &kept) {
@@ -111,7 +113,7 @@ impl ProxyService {
             Some(_) => {
                 let answer = tokio::time::timeout(wait, flight.landed()).await;
                 if answer.is_err() {
-                    site.upstream().expired(&caller, &Operation::Ping, wait);
+                    site.upstream().record_timeout(&caller, &Operation::Ping, wait);
                 }
                 answer.ok().flatten()
             }
@@ -121,14 +123,14 @@ impl ProxyService {
             (Some(Ok(new)), _) => Ok(new),
             (_, Some(kept)) => Ok(kept),
             (Some(Err(answer)), None) => Err(answer),
-            (None, None) => Err(Arc::new(Answer::silent(crate::oci::Cause::Busy))),
+            (None, None) => Err(Arc::new(UpstreamResponse::unavailable(crate::oci::Cause::Busy))),
         }
     }
 
     async fn ask_for_challenge(
         &self,
         site: &Arc<UpstreamRegistry>,
-    ) -> Result<Arc<KeptChallenge>, Arc<Answer>> {
+    ) -> Result<Arc<KeptChallenge>, Arc<UpstreamResponse>> {
         let caller = self.principals.stranger(&Trace::begun());
         let asked = site
             .upstream()

@@ -164,7 +164,7 @@ impl ProxyService {
     async fn ask_as(self: &Arc<Self>, of: &UpstreamRequest, operation: Operation) -> ProxyResponse {
         let authorization: Option<HeaderValue> = match &of.caller.credential {
             Credential::Client(shown) => Some(shown.clone()),
-            Credential::Anonymous | Credential::Own => None,
+            Credential::Anonymous | Credential::Configured => None,
         };
         let request = Request {
             site: Arc::clone(&of.site),

@@ -22,7 +22,7 @@ use crate::policy::{
     HitReason, MissReason, Revalidation, decide,
 };
 use crate::queue::{Class, Demand, NoPlace};
-use crate::upstream::Answer;
+use crate::upstream::UpstreamResponse;
 
 /// How often one joins again after a leader failed on a right that was its own. Each time another leads.
 const JOINS_MAX: usize = 4;
@@ -529,7 +529,7 @@ impl BlobRequest<'_> {
 
 /// Too many downloads wait already.
 fn crowded(refused_place: NoPlace) -> ProxyResponse {
-    let answer = Answer::unplaced(refused_place);
+    let answer = UpstreamResponse::not_admitted(refused_place);
     refused(
         DenyReason::UpstreamUnavailable(answer.cause()),
         Some(Arc::new(answer)),
@@ -568,7 +568,11 @@ async fn begun(reader: &mut Reader) -> Result<(), Arc<Failure>> {
         .unwrap_or(Ok(()))
 }
 
-fn refuse_unheld(situation: CacheState, heard: Revalidation, answer: Option<Arc<Answer>>) -> ProxyResponse {
+fn refuse_unheld(
+    situation: CacheState,
+    heard: Revalidation,
+    answer: Option<Arc<UpstreamResponse>>,
+) -> ProxyResponse {
     let situation = CacheState {
         held: None,
         ..situation

@@ -12,7 +12,7 @@ use super::{Denied, ProxyResponse, ProxyService, Request, UpstreamRegistry};
 use crate::oci::{Cause, Repository};
 use crate::policy::DenyReason;
 use crate::store::challenges::KeptChallenge;
-use crate::upstream::{Answer, Said};
+use crate::upstream::{ResponseKind, UpstreamResponse};
 
 /// Stands for the repository in a kept challenge. No repository's name has such a character.
 const BLANK: &str = "{}";
@@ -23,7 +23,7 @@ impl ProxyService {
         &self,
         site: &Arc<UpstreamRegistry>,
         repository: &Repository,
-        answer: &Answer,
+        answer: &UpstreamResponse,
     ) {
         let lines: Vec<String> = answer
             .challenge
@@ -61,7 +61,7 @@ impl ProxyService {
         let ProxyResponse::Denied(Denied { refusal, answer, .. }) = &outcome else {
             return outcome;
         };
-        let answered = answer.as_ref().is_some_and(|answer| answer.silence().is_none());
+        let answered = answer.as_ref().is_some_and(|answer| answer.failure().is_none());
         let unasked = match refusal {
             DenyReason::UpstreamUnavailable(_)
             | DenyReason::StaleLimitExceeded(_)
@@ -85,12 +85,12 @@ impl ProxyService {
             .lines
             .iter()
             .map(|line| renamed(&request.site, line, (BLANK, repository.as_str())));
-        let answer = Answer {
-            said: Said::Forbidden,
+        let answer = UpstreamResponse {
+            kind: ResponseKind::Denied,
             challenge: lines
                 .filter_map(|line| HeaderValue::try_from(line).ok())
                 .collect(),
-            ..Answer::silent(Cause::Offline)
+            ..UpstreamResponse::unavailable(Cause::Offline)
         };
         ProxyResponse::Denied(Denied {
             refusal: DenyReason::AuthRequired,

@@ -20,7 +20,7 @@ use crate::age;
 use crate::oci::{Operation, Repository};
 use crate::policy::authz::GrantEvidence;
 use crate::store::{AsyncStore, Store};
-use crate::upstream::{Answer, Credential, Said};
+use crate::upstream::{Credential, ResponseKind, UpstreamResponse};
 
 /// How much older than now a kept grant or public mark may be before it is written again: a busy tag must not mean a
 /// write per pull.
@@ -142,16 +142,20 @@ impl ProxyService {
     pub(super) async fn learn(
         self: &Arc<Self>,
         wanted: &UpstreamRequest,
-        answer: &Answer,
+        answer: &UpstreamResponse,
         asked_at: Instant,
     ) {
-        match answer.said {
-            Said::Is(_) => self.learn_yes(wanted, asked_at).await,
-            Said::Forbidden => {
+        match answer.kind {
+            ResponseKind::Digest(_) => self.learn_yes(wanted, asked_at).await,
+            ResponseKind::Denied => {
                 let (pull, wanted, answer) = (Arc::clone(self), wanted.clone(), answer.clone());
                 detached(async move { pull.learn_no(&wanted, &answer).await }).await;
             }
-            Said::Unproven(_) | Said::Unnamed | Said::Absent | Said::Silent(_) | Said::Other(_) => {}
+            ResponseKind::UnprovenDigest(_)
+            | ResponseKind::NoDigest
+            | ResponseKind::NotFound
+            | ResponseKind::Unavailable(_)
+            | ResponseKind::Other(_) => {}
         }
     }
 
@@ -217,7 +221,7 @@ impl ProxyService {
         }
     }
 
-    async fn learn_no(self: &Arc<Self>, wanted: &UpstreamRequest, answer: &Answer) {
+    async fn learn_no(self: &Arc<Self>, wanted: &UpstreamRequest, answer: &UpstreamResponse) {
         let UpstreamRequest {
             site,
             repository,
@@ -274,7 +278,8 @@ impl ProxyService {
         let (pull, asked) = (Arc::clone(self), self.question(&wanted));
         tokio::spawn(async move {
             let answer = asked.landed().await;
-            let is_unproven = answer.is_some_and(|answer| matches!(answer.said, Said::Unproven(_)));
+            let is_unproven =
+                answer.is_some_and(|answer| matches!(answer.kind, ResponseKind::UnprovenDigest(_)));
             if is_unproven && matches!(wanted.operation, Operation::Manifest { .. }) {
                 // Only the bytes can prove it.
                 let _ = pull.fetch_manifest(wanted).await;

@@ -177,7 +177,7 @@ impl ProxyService {
         let Some(answer) = self.question(&wanted).landed().await else {
             return Err(Cause::Busy);
         };
-        if answer.said.is_yes() {
+        if answer.kind.is_success() {
             Ok(())
         } else {
             lacks(&wanted, &digest, answer.cause());

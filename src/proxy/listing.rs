@@ -18,7 +18,7 @@ use crate::policy::{
     CacheState, CachedEntry, Completeness, ContentKind, Decision, Policy, Revalidation, decide,
 };
 use crate::store::listings::{KeptListing, ListingKey};
-use crate::upstream::{Answer, Fetched};
+use crate::upstream::{ResponseStream, UpstreamResponse};
 
 /// A list of tags is received whole up to this size; a longer one is passed on as it arrives.
 const LISTING_WHOLE_BYTES_MAX: usize = 512 * 1024;
@@ -39,7 +39,7 @@ pub struct Listing {
 }
 
 /// A page, or what the upstream said instead.
-pub(super) type ListResult = Result<Listing, (Revalidation, Option<Arc<Answer>>)>;
+pub(super) type ListResult = Result<Listing, (Revalidation, Option<Arc<UpstreamResponse>>)>;
 
 impl ProxyService {
     pub(super) async fn listing(
@@ -83,13 +83,13 @@ impl ProxyService {
         }
         let mut wanted = UpstreamRequest::of(request, repository, &context.caller);
         let upstream = request.site.upstream();
-        let wait = upstream.wait(&wanted.caller, (&wanted.operation, false), rule.budget);
+        let wait = upstream.wait_limit(&wanted.caller, (&wanted.operation, false), rule.budget);
         if !is_stranger && kept.is_none() && wait != Ok(rule.budget) {
             kept = self.kept_page(request, repository, (&key, true)).await;
             situation = in_situation(kept.as_ref());
         }
         if kept.is_some() {
-            wanted.caller.waits_until = None;
+            wanted.caller.wait_deadline = None;
         }
         let can_do_without = |situation: &CacheState| {
             let unavailable = situation.with_revalidation(Revalidation::Unavailable(Cause::Budget));
@@ -104,7 +104,7 @@ impl ProxyService {
                 if let Ok(heard) = timeout(wait, listing.as_mut()).await {
                     heard
                 } else {
-                    upstream.expired(&wanted.caller, &wanted.operation, wait);
+                    upstream.record_timeout(&wanted.caller, &wanted.operation, wait);
                     if !is_stranger && kept.is_none() {
                         kept = self.kept_page(request, repository, (&key, true)).await;
                         situation = in_situation(kept.as_ref());
@@ -213,7 +213,7 @@ impl ProxyService {
     async fn asked(
         self: &Arc<Self>,
         wanted: &UpstreamRequest,
-    ) -> Result<Fetched, (Revalidation, Option<Arc<Answer>>)> {
+    ) -> Result<ResponseStream, (Revalidation, Option<Arc<UpstreamResponse>>)> {
         let UpstreamRequest {
             site,
             repository,
@@ -266,11 +266,11 @@ pub(super) enum FetchedList {
 /// With the client's name of the repository, where it is another one at the registry.
 fn named_as_here(wanted: &UpstreamRequest, list: Bytes) -> Bytes {
     let upstream = wanted.site.upstream();
-    let there: Vec<_> = upstream.names_there(&wanted.repository).collect();
+    let there: Vec<_> = upstream.upstream_names(&wanted.repository).collect();
     renamed(list, &there, &wanted.repository)
 }
 
-fn malformed(cause: Cause) -> (Revalidation, Option<Arc<Answer>>) {
+fn malformed(cause: Cause) -> (Revalidation, Option<Arc<UpstreamResponse>>) {
     (Revalidation::Unavailable(cause), None)
 }
 
@@ -348,7 +348,7 @@ pub(super) fn given(kept: &KeptListing, reason: ServeReason) -> ProxyResponse {
 }
 
 /// What the headers say of a list.
-fn head_of(fetched: &Fetched, operation: &Operation) -> Result<Listing, Cause> {
+fn head_of(fetched: &ResponseStream, operation: &Operation) -> Result<Listing, Cause> {
     let filters = fetched.headers.get(crate::oci::header::OCI_FILTERS_APPLIED);
     let media_type = match operation {
         Operation::Referrers { .. } => "application/vnd.oci.image.index.v1+json",

@@ -26,9 +26,9 @@ use zeroize::Zeroizing;
 use super::{ProxyService, UpstreamRegistry};
 use crate::oci::{Cause, LoginRequest, Repository};
 use crate::policy::authz::Principal;
-use crate::upstream::TokenReply;
+use crate::upstream::TokenResponse;
+use crate::upstream::forward::ForwardRequest;
 use crate::upstream::origin::Origin;
-use crate::upstream::pass::Passing;
 
 /// How a token of ours begins. None of these ever leaves for an upstream, whichever cache made it.
 const PREFIX: &str = "ifnewer-local-";
@@ -50,7 +50,7 @@ pub fn is_local_token(shown: &HeaderValue) -> bool {
 /// What became of a question to a token service.
 pub enum TokenOutcome {
     /// The service answered.
-    Upstream(TokenReply),
+    Upstream(TokenResponse),
     /// It was silent for this reason; a token of ours as its answer would be, in JSON.
     Local(Cause, Bytes),
 }
@@ -103,7 +103,7 @@ impl ProxyService {
         site: &Arc<UpstreamRegistry>,
         realm: &Origin,
         asked: LoginRequest,
-        passing: Passing,
+        passing: ForwardRequest,
     ) -> Result<TokenOutcome, Cause> {
         let (pull, site, realm) = (Arc::clone(self), Arc::clone(site), realm.clone());
         let answered = tokio::spawn(async move {
@@ -112,7 +112,7 @@ impl ProxyService {
                 .as_deref()
                 .map(|secret| *pull.principals.account(secret).as_bytes());
             let asked_at = (pull.clock.now(), Instant::now());
-            match site.upstream().ask_realm(&realm, passing).await {
+            match site.upstream().forward_token_request(&realm, passing).await {
                 Ok(reply) => {
                     if let Some(account) = account {
                         pull.learn_login(&site, &realm, (account, asked.repositories), &reply, asked_at)
@@ -154,7 +154,7 @@ impl ProxyService {
         site: &Arc<UpstreamRegistry>,
         realm: &Origin,
         (account, repositories): ([u8; 32], Vec<Repository>),
-        reply: &TokenReply,
+        reply: &TokenResponse,
         asked_at: (SystemTime, Instant),
     ) {
         if matches!(reply.status, StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN) {

@@ -16,7 +16,7 @@ use crate::policy::{
 };
 use crate::store::manifests::HeldManifest;
 use crate::store::tags::TagKey;
-use crate::upstream::{Answer, Said};
+use crate::upstream::{ResponseKind, UpstreamResponse};
 
 /// A manifest that is too large to be kept is passed on as it comes, up to this size. Larger ones, no client takes.
 const PASSED_MANIFEST_BYTES_MAX: u64 = 16 * 1024 * 1024;
@@ -232,7 +232,7 @@ impl<'a> ManifestRequest<'a> {
             .await
     }
 
-    async fn brought(&self, answer: Option<&Answer>) -> Option<Arc<HeldManifest>> {
+    async fn brought(&self, answer: Option<&UpstreamResponse>) -> Option<Arc<HeldManifest>> {
         self.pull.brought(&self.wanted(), answer?).await
     }
 
@@ -263,8 +263,8 @@ impl<'a> ManifestRequest<'a> {
             return self.manifest(manifest, ServeReason::Fetched(MissReason::NoDigest));
         }
         if let Some(answer) = &asked.answer
-            && let (Said::Is(digest), Some(media_type), Some(size)) =
-                (answer.said, &answer.media_type, answer.length)
+            && let (ResponseKind::Digest(digest), Some(media_type), Some(size)) =
+                (answer.kind, &answer.media_type, answer.length)
         {
             return ProxyResponse::ManifestHead {
                 digest,
@@ -313,7 +313,7 @@ impl<'a> ManifestRequest<'a> {
         served: HitReason,
         situation: CacheState,
         copies: Option<Candidates>,
-        answer: Option<Arc<Answer>>,
+        answer: Option<Arc<UpstreamResponse>>,
     ) -> ProxyResponse {
         let newest = copies.as_ref().map(|copies| Arc::clone(&copies.newest.manifest));
         let manifest = match served {
@@ -338,7 +338,7 @@ impl<'a> ManifestRequest<'a> {
             return Ok(());
         }
         let mut wanted = self.wanted();
-        wanted.caller.waits_until = Some(self.deadline);
+        wanted.caller.wait_deadline = Some(self.deadline);
         // Most of the time is left for questions about those whose turn has not come.
         let begin_for = self.rule.prefetch.then(|| self.rule.budget / 3);
         let checking = self.pull.check(wanted, begin_for, manifest, &instead.manifest);
@@ -361,17 +361,17 @@ impl<'a> ManifestRequest<'a> {
         let fetched = if can_do_without {
             let (upstream, began) = (self.request.site.upstream(), Instant::now());
             let budget = self.deadline.saturating_duration_since(began);
-            let wait = match upstream.wait(&wanted.caller, (&wanted.operation, false), budget) {
+            let wait = match upstream.wait_limit(&wanted.caller, (&wanted.operation, false), budget) {
                 Ok(wait) => wait,
                 Err(cause) => return self.instead(situation, copies, cause, None),
             };
-            wanted.caller.waits_until = Some(self.deadline);
+            wanted.caller.wait_deadline = Some(self.deadline);
             let (caller, operation) = (wanted.caller.clone(), wanted.operation.clone());
             if let Ok(fetched) = timeout_at(began + wait, self.pull.fetch_manifest(wanted)).await {
                 fetched
             } else {
                 // The fetch goes on; the next asker finds its result.
-                upstream.expired(&caller, &operation, wait);
+                upstream.record_timeout(&caller, &operation, wait);
                 return self.instead(situation, copies, Cause::Budget, None);
             }
         } else {
@@ -425,7 +425,7 @@ impl<'a> ManifestRequest<'a> {
         &self,
         situation: CacheState,
         copies: Option<Candidates>,
-        answer: Arc<Answer>,
+        answer: Arc<UpstreamResponse>,
     ) -> ProxyResponse {
         let heard = self
             .pull
@@ -458,7 +458,7 @@ impl<'a> ManifestRequest<'a> {
         situation: CacheState,
         copies: Option<Candidates>,
         cause: Cause,
-        answer: Option<Arc<Answer>>,
+        answer: Option<Arc<UpstreamResponse>>,
     ) -> ProxyResponse {
         // The upstream has just said yes to this principal, so its standing is as good as can be.
         let heard = Revalidation::FetchFailed(cause);
@@ -517,7 +517,7 @@ fn own_credential(heard: Revalidation) -> bool {
 
 pub(super) fn refused(
     refusal: DenyReason,
-    answer: Option<Arc<Answer>>,
+    answer: Option<Arc<UpstreamResponse>>,
     own_credential: bool,
 ) -> ProxyResponse {
     ProxyResponse::Denied(Denied {

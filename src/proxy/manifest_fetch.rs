@@ -19,7 +19,7 @@ use crate::oci::{
 use crate::policy::{Authorization, Revalidation};
 use crate::store::manifests::HeldManifest;
 use crate::store::tags::TagKey;
-use crate::upstream::{Answer, Caller, Credential, Fetched, Said};
+use crate::upstream::{Caller, Credential, ResponseKind, ResponseStream, UpstreamResponse};
 
 /// A manifest asked for.
 #[derive(Clone)]
@@ -80,7 +80,7 @@ impl UpstreamRequest {
     pub(super) fn shown(&self) -> Option<&HeaderValue> {
         match &self.caller.credential {
             Credential::Client(shown) => Some(shown),
-            Credential::Anonymous | Credential::Own => None,
+            Credential::Anonymous | Credential::Configured => None,
         }
     }
 
@@ -99,7 +99,7 @@ impl ProxyService {
     pub(super) async fn fetch_manifest(
         self: &Arc<Self>,
         wanted: UpstreamRequest,
-    ) -> Result<Arc<HeldManifest>, Arc<Answer>> {
+    ) -> Result<Arc<HeldManifest>, Arc<UpstreamResponse>> {
         let key = CoalesceKey::new(self, &wanted);
         let (demand, is_made_up) = (self.demand(&wanted), self.may_be_made_up(&wanted));
         let flight = self.manifests.share_for(key, demand, |waiters| {
@@ -124,7 +124,7 @@ impl ProxyService {
                 let got = waiters.while_wanted(getting).await?;
                 Some(match got {
                     Ok(fetched) => {
-                        let is_registrys = !fetched.is_elsewheres;
+                        let is_registrys = !fetched.is_redirect_target;
                         let received = pull.receive(&wanted, fetched).await;
                         let received = match received {
                             Ok(manifest) => Ok(pull.not_replaced(&wanted, manifest).await),
@@ -147,7 +147,7 @@ impl ProxyService {
         flight
             .landed()
             .await
-            .unwrap_or_else(|| Err(Arc::new(Answer::silent(Cause::Busy))))
+            .unwrap_or_else(|| Err(Arc::new(UpstreamResponse::unavailable(Cause::Busy))))
     }
 
     /// The manifest that the HEAD named, where the GET by tag brought one that the tag named before: a replica of the
@@ -222,11 +222,11 @@ impl ProxyService {
     pub(super) async fn brought(
         self: &Arc<Self>,
         wanted: &UpstreamRequest,
-        answer: &Answer,
+        answer: &UpstreamResponse,
     ) -> Option<Arc<HeldManifest>> {
         let (bytes, media_type) = answer.body.clone()?;
-        let named = match answer.said {
-            Said::Is(digest) | Said::Unproven(digest) => Some(digest),
+        let named = match answer.kind {
+            ResponseKind::Digest(digest) | ResponseKind::UnprovenDigest(digest) => Some(digest),
             _ => None,
         };
         let received = verify(bytes, named, Some(&media_type), &wanted.operation);
@@ -240,7 +240,7 @@ impl ProxyService {
         self: &Arc<Self>,
         wanted: &UpstreamRequest,
         received: Result<HeldManifest, Cause>,
-    ) -> Result<Arc<HeldManifest>, Arc<Answer>> {
+    ) -> Result<Arc<HeldManifest>, Arc<UpstreamResponse>> {
         let UpstreamRequest {
             site,
             repository,
@@ -252,7 +252,7 @@ impl ProxyService {
                 tracing::error!(upstream = site.name(), %repository, path = %operation.path_and_query(),
                     "the upstream sent a manifest whose digest is not the one it named; nothing was stored");
             }
-            Arc::new(Answer::silent(cause))
+            Arc::new(UpstreamResponse::unavailable(cause))
         })?;
         let manifest = Arc::new(manifest);
         if !self.is_vouched(wanted).await {
@@ -303,7 +303,11 @@ impl ProxyService {
     /// The bytes are believed, never a header: by digest they must hash to it; by tag they must hash to what the same
     /// answer's `Docker-BlobBody-Digest` says, where it says anything, or else to what a HEAD names. And they must be a
     /// manifest: an HTML page with status 200 is not one.
-    async fn receive(&self, wanted: &UpstreamRequest, fetched: Fetched) -> Result<HeldManifest, Cause> {
+    async fn receive(
+        &self,
+        wanted: &UpstreamRequest,
+        fetched: ResponseStream,
+    ) -> Result<HeldManifest, Cause> {
         let UpstreamRequest {
             site,
             operation,
@@ -317,7 +321,7 @@ impl ProxyService {
         let mut received = verify(bytes.clone(), header, media_type.as_ref(), operation);
         if matches!(received, Err(Cause::WrongDigest))
             && by_tag(operation)
-            && let Said::Is(named) = site.upstream().head(caller, operation, accept).await.said
+            && let ResponseKind::Digest(named) = site.upstream().head(caller, operation, accept).await.kind
         {
             received = verify(bytes, Some(named), media_type.as_ref(), operation);
         }

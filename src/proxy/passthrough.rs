@@ -11,7 +11,7 @@ pub use crate::download::Verifying as VerifyingStream;
 use crate::oci::{Cause, MediaType, Operation, Reference, Repository};
 use crate::policy::DenyReason;
 use crate::queue::{Class, Demand};
-use crate::upstream::{Answer, Caller, Fetched, Said};
+use crate::upstream::{Caller, ResponseKind, ResponseStream, UpstreamResponse};
 
 /// An answer passed on as it comes: its digest is of an algorithm that cannot be verified here or not that of its bytes,
 /// or it is too large to be kept.
@@ -23,7 +23,7 @@ pub struct Passthrough {
     /// The size of the body in bytes, if it was said.
     pub size: Option<u64>,
     /// The body; `None` where only the head was asked for.
-    pub body: Option<Box<Fetched>>,
+    pub body: Option<Box<ResponseStream>>,
 }
 
 /// Asks for content that cannot be verified. Nothing is kept, so the upstream's word is asked for each time.
@@ -51,10 +51,10 @@ pub(super) async fn unverifiable(
     };
     if request.head {
         let answer = site.upstream().head(caller, operation, accept).await;
-        return if answer.said.is_yes() || answer.silence() == Some(Cause::Unverifiable) {
+        return if answer.kind.is_success() || answer.failure() == Some(Cause::Unverifiable) {
             let (media_type, size) = (answer.media_type, answer.length);
             ProxyResponse::Passthrough(Passthrough {
-                digest: digest.or(answer.named.map(|named| named.to_string())),
+                digest: digest.or(answer.header_digest.map(|named| named.to_string())),
                 media_type,
                 size,
                 body: None,
@@ -78,7 +78,7 @@ pub(super) async fn unverifiable(
             match pull.downloads.admit(site.name(), demand).await {
                 Ok(place) => Some(place),
                 Err(full) => {
-                    let answer = Answer::unplaced(full);
+                    let answer = UpstreamResponse::not_admitted(full);
                     return refused(
                         DenyReason::UpstreamUnavailable(answer.cause()),
                         Some(Arc::new(answer)),
@@ -119,7 +119,7 @@ pub(super) async fn unverifiable(
     }
 }
 
-fn is_page(fetched: &Fetched) -> bool {
+fn is_page(fetched: &ResponseStream) -> bool {
     fetched.media_type.as_ref().is_some_and(MediaType::is_page)
 }
 
@@ -127,13 +127,13 @@ fn is_page(fetched: &Fetched) -> bool {
 async fn not_passed(
     pull: &Arc<ProxyService>,
     wanted: &UpstreamRequest,
-    answer: Answer,
+    answer: UpstreamResponse,
     asked_at: Instant,
 ) -> ProxyResponse {
     pull.learn(wanted, &answer, asked_at).await;
-    let refusal = match answer.said {
-        Said::Absent => DenyReason::NotFound,
-        Said::Forbidden => DenyReason::Forbidden,
+    let refusal = match answer.kind {
+        ResponseKind::NotFound => DenyReason::NotFound,
+        ResponseKind::Denied => DenyReason::Forbidden,
         _ => DenyReason::UpstreamUnavailable(answer.cause()),
     };
     refused(refusal, Some(Arc::new(answer)), false)

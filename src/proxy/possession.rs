@@ -16,7 +16,7 @@ use super::{BlobBody, ProxyService, UpstreamRegistry};
 use crate::download::Reader;
 use crate::oci::{Cause, Digest, Repository};
 use crate::store::blobs::HeldBlob;
-use crate::upstream::{Answer, Part};
+use crate::upstream::{RangeSpec, UpstreamResponse};
 
 /// How much is compared. More than any page and any archive have in common at their beginning.
 const SAMPLE_BYTES: u64 = 4096;
@@ -117,7 +117,7 @@ impl ProxyService {
         of: &UpstreamRequest,
         digest: Digest,
         sample: &Sample,
-    ) -> Result<(), Answer> {
+    ) -> Result<(), UpstreamResponse> {
         let UpstreamRequest {
             site,
             operation,
@@ -126,7 +126,7 @@ impl ProxyService {
             ..
         } = of;
         let asked_at = Instant::now();
-        let part = Part {
+        let part = RangeSpec {
             from: 0,
             until: Some(sample.0.len() as u64),
             after: None,
@@ -146,11 +146,11 @@ impl ProxyService {
             let mut left = sample.0.clone();
             while !left.is_empty() {
                 let Some(Ok(chunk)) = fetched.chunk().await else {
-                    return Err(Answer::silent(Cause::NotRegistry));
+                    return Err(UpstreamResponse::unavailable(Cause::NotRegistry));
                 };
                 let length = chunk.len().min(left.len());
                 if chunk.slice(..length) != left.split_to(length) {
-                    return Err(Answer::silent(Cause::NotRegistry));
+                    return Err(UpstreamResponse::unavailable(Cause::NotRegistry));
                 }
             }
         }

@@ -261,7 +261,7 @@ impl ProxyService {
             digest: AnyDigest::Known(digest),
         };
         let mut wanted = UpstreamRequest { operation, ..of };
-        wanted.caller.waits_until = Some(Instant::now() + LIMIT_WITHIN);
+        wanted.caller.wait_deadline = Some(Instant::now() + LIMIT_WITHIN);
         (wanted.caller.peer, wanted.caller.class) = (Peer::Background, Class::Background);
         let wish = Wish {
             demand: wanted.caller.demand(&wanted.operation),

@@ -29,7 +29,7 @@ use crate::policy::{
     HitReason, MissReason, Policy, Revalidation, decide,
 };
 use crate::store::listings::{KeptAbsence, KeptAnswer, ListingKey};
-use crate::upstream::{Answer, Said};
+use crate::upstream::{ResponseKind, UpstreamResponse};
 
 /// The one parameter that only leaves something out of a list. Whoever sends it filters the answer all the same.
 const FILTER: &str = "artifactType";
@@ -320,7 +320,7 @@ impl<'a> ReferrersRequest<'a> {
             return Precheck::Request(self.rule.budget);
         }
         let (upstream, asked) = (self.request.site.upstream(), (&self.request.operation, by_head));
-        match upstream.wait(&context.caller, asked, self.rule.budget) {
+        match upstream.wait_limit(&context.caller, asked, self.rule.budget) {
             Ok(wait) => Precheck::Request(wait),
             Err(cause) => Precheck::Unavailable(cause),
         }
@@ -329,7 +329,7 @@ impl<'a> ReferrersRequest<'a> {
     /// The upstream was waited for so long, and no response came.
     fn expired(&self, context: &AuthContext, waited: Duration) {
         let upstream = self.request.site.upstream();
-        upstream.expired(&context.caller, &self.request.operation, waited);
+        upstream.record_timeout(&context.caller, &self.request.operation, waited);
     }
 
     fn can_do_without(&self) -> bool {
@@ -361,7 +361,7 @@ impl<'a> ReferrersRequest<'a> {
     }
 
     /// What is answered after the upstream gave no list.
-    async fn conclude(&self, heard: Revalidation, answer: Option<Arc<Answer>>) -> ProxyResponse {
+    async fn conclude(&self, heard: Revalidation, answer: Option<Arc<UpstreamResponse>>) -> ProxyResponse {
         let is_absent = heard == Revalidation::NotFound;
         match decide(&self.situation.with_revalidation(heard)) {
             Decision::Serve(served) => {
@@ -404,7 +404,7 @@ impl<'a> ReferrersRequest<'a> {
     }
 
     /// Keeps a 404.
-    async fn keep_absent(&self, answer: Option<&Answer>) {
+    async fn keep_absent(&self, answer: Option<&UpstreamResponse>) {
         if !self.is_believed() || !self.is_unwritten() {
             return;
         }
@@ -460,11 +460,11 @@ impl Fallback {
 
 /// 404, as the registry gave it.
 fn absent(code: Option<String>) -> ProxyResponse {
-    let answer = Answer {
-        said: Said::Absent,
+    let answer = UpstreamResponse {
+        kind: ResponseKind::NotFound,
         status: Some(StatusCode::NOT_FOUND),
         code,
-        ..Answer::silent(Cause::Malformed)
+        ..UpstreamResponse::unavailable(Cause::Malformed)
     };
     refused(DenyReason::NotFound, Some(Arc::new(answer)), false)
 }

@@ -103,7 +103,7 @@ impl Principals {
             class: Class::Background,
             waiters: None,
             trace: trace.clone(),
-            waits_until: None,
+            wait_deadline: None,
         }
     }
 }
@@ -230,7 +230,7 @@ impl UpstreamRegistry {
         let (principal, credential) = match (self.access, authorization) {
             (Access::Shared { own_credential }, _) => {
                 let credential = if own_credential {
-                    Credential::Own
+                    Credential::Configured
                 } else {
                     Credential::Anonymous
                 };
@@ -248,7 +248,7 @@ impl UpstreamRegistry {
             class: Class::Interactive,
             waiters: None,
             trace: trace.clone(),
-            waits_until: None,
+            wait_deadline: None,
         }
     }
 }

@@ -17,7 +17,7 @@ use crate::queue::{Class, Demand};
 use crate::single_flight::Flight;
 use crate::store::membership::Noted;
 use crate::store::tags::{TagKey, Variant};
-use crate::upstream::{Answer, Caller, Said};
+use crate::upstream::{Caller, ResponseKind, UpstreamResponse};
 
 /// Shorter content proves nothing: an empty blob, an empty object and an empty layer are the same everywhere.
 const EVIDENCE_BYTES_MIN: u64 = 64;
@@ -60,7 +60,7 @@ pub struct Revalidated {
     /// In the decision's words.
     pub heard: Revalidation,
     /// In the upstream's own, if it said anything.
-    pub answer: Option<Arc<Answer>>,
+    pub answer: Option<Arc<UpstreamResponse>>,
 }
 
 impl Revalidated {
@@ -68,7 +68,7 @@ impl Revalidated {
     pub(super) fn is_unproven(&self) -> bool {
         let answer = self.answer.as_ref();
         matches!(self.heard, Revalidation::Unavailable(Cause::NotRegistry))
-            && answer.is_some_and(|answer| matches!(answer.said, Said::Unproven(_)))
+            && answer.is_some_and(|answer| matches!(answer.kind, ResponseKind::UnprovenDigest(_)))
     }
 }
 
@@ -90,7 +90,7 @@ impl ProxyService {
         let rule = request.site.rule(repository, request.tag());
         wanted.is_strangers = context.is_stranger(rule, request.now);
         let wait = if can_do_without {
-            upstream.wait(&wanted.caller, (&wanted.operation, true), budget)
+            upstream.wait_limit(&wanted.caller, (&wanted.operation, true), budget)
         } else {
             Ok(budget)
         };
@@ -105,7 +105,7 @@ impl ProxyService {
         };
         if can_do_without {
             // The cached copy is the answer to a rate limit.
-            wanted.caller.waits_until = None;
+            wanted.caller.wait_deadline = None;
             wanted.caller.class = Class::Held;
         }
         let flight = self.question(&wanted);
@@ -117,7 +117,7 @@ impl ProxyService {
             } else {
                 // A request that is queued here says nothing of the upstream.
                 if !waiters.is_queued() {
-                    upstream.expired(&wanted.caller, &wanted.operation, wait);
+                    upstream.record_timeout(&wanted.caller, &wanted.operation, wait);
                 }
                 // The late answer still has its effects.
                 waiters.detach();
@@ -135,7 +135,7 @@ impl ProxyService {
                 // A no to the stranger who asked in the place of a token of ours: it sends the client for a better one,
                 // if there is one to be had.
                 let is_local = request.authorization.as_ref().is_some_and(is_local_token);
-                if is_local && matches!(heard, Revalidation::Denied(_)) && upstream.has_silent_realm() {
+                if is_local && matches!(heard, Revalidation::Denied(_)) && upstream.has_failed_realm() {
                     return Revalidated {
                         heard: Revalidation::Unavailable(Cause::TokenService),
                         answer: None,
@@ -157,24 +157,27 @@ impl ProxyService {
     /// by a GET, whose bytes tell; nothing is held against another question for it.
     async fn proven_answer(
         self: &Arc<Self>,
-        flight: Flight<Arc<Answer>>,
+        flight: Flight<Arc<UpstreamResponse>>,
         wanted: &UpstreamRequest,
         standing: Authorization,
-    ) -> Option<Arc<Answer>> {
+    ) -> Option<Arc<UpstreamResponse>> {
         let answer = flight.landed().await?;
         let is_manifest = matches!(wanted.operation, Operation::Manifest { .. });
-        if !is_manifest || standing == Authorization::Granted || !matches!(answer.said, Said::Unproven(_)) {
+        if !is_manifest
+            || standing == Authorization::Granted
+            || !matches!(answer.kind, ResponseKind::UnprovenDigest(_))
+        {
             return Some(answer);
         }
         if answer.body.is_some() {
             return Some(answer);
         }
         Some(match self.fetch_manifest(wanted.clone()).await {
-            Ok(manifest) => Arc::new(Answer {
-                said: if self.is_vouched(wanted).await {
-                    Said::Is(manifest.digest)
+            Ok(manifest) => Arc::new(UpstreamResponse {
+                kind: if self.is_vouched(wanted).await {
+                    ResponseKind::Digest(manifest.digest)
                 } else {
-                    Said::Unproven(manifest.digest)
+                    ResponseKind::UnprovenDigest(manifest.digest)
                 },
                 media_type: Some(manifest.media_type.clone()),
                 length: Some(manifest.bytes.len() as u64),
@@ -205,7 +208,7 @@ impl ProxyService {
     }
 
     /// One question for all who may share it, and what is learnt from its answer, late as it may come.
-    pub(super) fn question(self: &Arc<Self>, wanted: &UpstreamRequest) -> Flight<Arc<Answer>> {
+    pub(super) fn question(self: &Arc<Self>, wanted: &UpstreamRequest) -> Flight<Arc<UpstreamResponse>> {
         let key = CoalesceKey::new(self, wanted);
         let is_made_up = self.may_be_made_up(wanted);
         self.questions.share_for(key, self.demand(wanted), |waiters| {
@@ -236,12 +239,12 @@ impl ProxyService {
                 };
                 let answer = waiters.while_wanted(asking).await?;
                 let (answer, is_evidence) = pull.weighed(&wanted, answer).await;
-                if is_evidence || !answer.said.is_yes() {
+                if is_evidence || !answer.kind.is_success() {
                     pull.learn(&wanted, &answer, asked_at).await;
                 }
                 let is_believed = is_evidence || pull.is_vouched(&wanted).await;
-                match (operation, answer.said) {
-                    (Operation::Manifest { reference, .. }, Said::Is(digest)) if is_believed => {
+                match (operation, answer.kind) {
+                    (Operation::Manifest { reference, .. }, ResponseKind::Digest(digest)) if is_believed => {
                         if pull.may_name(site, repository, reference, accept, &digest).await {
                             let media_type = answer.media_type.as_ref();
                             pull.learn_name_unless_written(&wanted, reference, digest, media_type)
@@ -251,7 +254,7 @@ impl ProxyService {
                         }
                     }
                     // Good for comparing where the digest is known to be here and the principal to be let in.
-                    (Operation::Manifest { reference, .. }, Said::Unproven(digest))
+                    (Operation::Manifest { reference, .. }, ResponseKind::UnprovenDigest(digest))
                         if pull.has_seen(site, repository, digest).await
                             && pull.is_vouched(&wanted).await
                             && pull.may_name(site, repository, reference, accept, &digest).await =>
@@ -266,7 +269,7 @@ impl ProxyService {
                             digest: AnyDigest::Known(digest),
                             ..
                         },
-                        Said::Is(_),
+                        ResponseKind::Digest(_),
                     ) if is_believed => {
                         pull.note_seen(site, repository, *digest).await;
                         pull.confirmed(&wanted, (*digest).into()).await;
@@ -282,8 +285,12 @@ impl ProxyService {
     /// that says yes to everything, and repeats the digest, would pass. Where the content was seen here before and the
     /// length stated is right, it is the registry that knows it. Where it is cached or arriving and the length is not
     /// right, only the bytes can tell. What is neither has to come from the upstream anyway.
-    async fn weighed(self: &Arc<Self>, wanted: &UpstreamRequest, answer: Answer) -> (Answer, bool) {
-        let (Said::Is(digest), None) = (answer.said, &answer.body) else {
+    async fn weighed(
+        self: &Arc<Self>,
+        wanted: &UpstreamRequest,
+        answer: UpstreamResponse,
+    ) -> (UpstreamResponse, bool) {
+        let (ResponseKind::Digest(digest), None) = (answer.kind, &answer.body) else {
             return (answer, true);
         };
         let cached = match &wanted.operation {
@@ -309,8 +316,8 @@ impl ProxyService {
         if is_evidence || shows_nothing || self.is_vouched(wanted).await {
             return (answer, is_evidence);
         }
-        let unproven = Answer {
-            said: Said::Unproven(digest),
+        let unproven = UpstreamResponse {
+            kind: ResponseKind::UnprovenDigest(digest),
             ..answer
         };
         (unproven, false)
@@ -367,13 +374,13 @@ impl ProxyService {
     pub(super) async fn heard_by(
         self: &Arc<Self>,
         wanted: &UpstreamRequest,
-        answer: &Answer,
+        answer: &UpstreamResponse,
         standing: Authorization,
     ) -> Revalidation {
         let UpstreamRequest { site, repository, .. } = wanted;
         let is_manifest = matches!(wanted.operation, Operation::Manifest { .. });
-        match answer.said {
-            Said::Unproven(digest) if is_manifest && standing == Authorization::Granted => {
+        match answer.kind {
+            ResponseKind::UnprovenDigest(digest) if is_manifest && standing == Authorization::Granted => {
                 Revalidation::Digest {
                     digest,
                     holding: self.holding(site, repository, &digest).await,
@@ -388,21 +395,23 @@ impl ProxyService {
         self: &Arc<Self>,
         site: &Arc<UpstreamRegistry>,
         repository: &Repository,
-        answer: &Answer,
+        answer: &UpstreamResponse,
     ) -> Revalidation {
-        match answer.said {
-            Said::Unproven(_) | Said::Unnamed => Revalidation::Unavailable(Cause::NotRegistry),
-            Said::Is(digest) => Revalidation::Digest {
+        match answer.kind {
+            ResponseKind::UnprovenDigest(_) | ResponseKind::NoDigest => {
+                Revalidation::Unavailable(Cause::NotRegistry)
+            }
+            ResponseKind::Digest(digest) => Revalidation::Digest {
                 digest,
                 holding: self.holding(site, repository, &digest).await,
             },
-            Said::Absent => Revalidation::NotFound,
+            ResponseKind::NotFound => Revalidation::NotFound,
             // Any other 4xx (451, 423, …) is a no of some kind too, and a held copy must never hide a no.
-            Said::Forbidden | Said::Other(_) if site.has_own_credential() => {
+            ResponseKind::Denied | ResponseKind::Other(_) if site.has_own_credential() => {
                 Revalidation::Denied(CredentialOwner::Proxy)
             }
-            Said::Forbidden | Said::Other(_) => Revalidation::Denied(CredentialOwner::Client),
-            Said::Silent(cause) => Revalidation::Unavailable(cause),
+            ResponseKind::Denied | ResponseKind::Other(_) => Revalidation::Denied(CredentialOwner::Client),
+            ResponseKind::Unavailable(cause) => Revalidation::Unavailable(cause),
         }
     }
 

@@ -12,7 +12,7 @@ use crate::download::{self, Ahead, Chunks, Failure, Leader, Source, Stream};
 use crate::oci::{Cause, Digest};
 use crate::queue::{Class, Demand, Waiters};
 use crate::telemetry::{self, SpanKind};
-use crate::upstream::{Address, Answer, Credential, Fetched, Part, Said};
+use crate::upstream::{Credential, RangeSpec, ResponseKind, ResponseStream, UpstreamResponse, UrlIndex};
 
 /// How long a rate limit is waited out in the middle of a transfer. Clients that have had bytes wait longer than for a
 /// response.
@@ -26,7 +26,7 @@ pub(super) struct UpstreamSource {
     /// When it was first asked: what follows from the answer is learned once.
     asked_at: Option<Instant>,
     /// Where the bytes came from last.
-    last: Option<Address>,
+    last: Option<UrlIndex>,
     began: Instant,
     /// The requests that wait for what it brings.
     waiters: Option<Waiters>,
@@ -70,7 +70,7 @@ impl UpstreamSource {
         had_one
     }
 
-    async fn get(&self, part: Part) -> Result<Fetched, Answer> {
+    async fn get(&self, part: RangeSpec) -> Result<ResponseStream, UpstreamResponse> {
         let UpstreamRequest {
             site,
             operation,
@@ -82,7 +82,7 @@ impl UpstreamSource {
     }
 
     /// A transfer of its own, in its turn among the others.
-    async fn whole(&self, part: Part) -> Option<Box<dyn Chunks>> {
+    async fn whole(&self, part: RangeSpec) -> Option<Box<dyn Chunks>> {
         let UpstreamRequest {
             site,
             operation,
@@ -106,8 +106,8 @@ impl UpstreamSource {
 }
 
 impl Source for UpstreamSource {
-    async fn open(&mut self, from: u64) -> Result<Stream, Answer> {
-        let part = Part {
+    async fn open(&mut self, from: u64) -> Result<Stream, UpstreamResponse> {
+        let part = RangeSpec {
             from,
             until: None,
             after: self.last,
@@ -116,18 +116,18 @@ impl Source for UpstreamSource {
         let now = Instant::now();
         let asked_at = *self.asked_at.get_or_insert(now);
         if !first {
-            self.of.caller.waits_until = Some(now + RESUME_LIMIT_WITHIN);
+            self.of.caller.wait_deadline = Some(now + RESUME_LIMIT_WITHIN);
         }
         let mut answer = match &self.waiters {
             // What follows from an answer is learned whoever waits for it.
             Some(waiters) if first => match waiters.while_wanted(self.get(part)).await {
                 Some(answer) => answer,
-                None => return Err(Answer::silent(Cause::Busy)),
+                None => return Err(UpstreamResponse::unavailable(Cause::Busy)),
             },
             _ => self.get(part).await,
         };
         if !first
-            && matches!(&answer, Err(answer) if answer.said == Said::Forbidden)
+            && matches!(&answer, Err(answer) if answer.kind == ResponseKind::Denied)
             && self.forgo_credential()
         {
             answer = self.get(part).await;
@@ -135,7 +135,7 @@ impl Source for UpstreamSource {
         let UpstreamRequest { site, repository, .. } = &self.of;
         match answer {
             Ok(fetched) => {
-                self.last = Some(fetched.address);
+                self.last = Some(fetched.url);
                 if first {
                     self.pull.arriving.note(site, repository, self.digest);
                 }
@@ -200,7 +200,7 @@ impl Ahead for UpstreamSource {
     fn open(&mut self, from: u64, until: Option<u64>) -> download::Part<'_> {
         Box::pin(async move {
             let is_whole = from == 0 && until.is_none();
-            let part = Part {
+            let part = RangeSpec {
                 from,
                 until,
                 after: None,

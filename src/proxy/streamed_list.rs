@@ -11,7 +11,7 @@ use super::listing::{Listing, is_tags};
 use super::{ProxyService, revalidate};
 use crate::oci::Cause;
 use crate::store::listings::{KeptListing, LISTING_KEPT_BYTES_MAX, ListingKey};
-use crate::upstream::Fetched;
+use crate::upstream::ResponseStream;
 
 /// Long lists copied at a time. With more, the others are passed on and not kept, so the copies of all take at most
 /// this many times [`LISTING_KEPT_BYTES_MAX`].
@@ -32,7 +32,7 @@ pub struct StreamedList {
     pub(super) head: Listing,
     /// Its size in bytes, if the upstream said it.
     pub size: Option<u64>,
-    rest: Fetched,
+    rest: ResponseStream,
     given: bool,
     copy: Option<CacheCopy>,
 }
@@ -50,7 +50,7 @@ impl StreamedList {
         pull: &Arc<ProxyService>,
         key: Option<ListingKey>,
         (head, size): (Listing, Option<u64>),
-        rest: Fetched,
+        rest: ResponseStream,
     ) -> Self {
         let fits = size.is_none_or(|size| size <= LISTING_KEPT_BYTES_MAX as u64);
         let copy = key.filter(|_| fits).and_then(|key| {
@@ -65,7 +65,7 @@ impl StreamedList {
         Self {
             head,
             size,
-            rest: rest.without_place(),
+            rest: rest.without_permit(),
             given: false,
             copy,
         }

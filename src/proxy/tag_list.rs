@@ -9,10 +9,10 @@ use super::{ProxyService, StreamedList};
 use crate::oci::Cause;
 use crate::policy::Revalidation;
 use crate::store::listings::ListingKey;
-use crate::upstream::Answer;
+use crate::upstream::UpstreamResponse;
 
 /// What the upstream said instead of a list.
-pub(super) type ListError = (Revalidation, Option<Arc<Answer>>);
+pub(super) type ListError = (Revalidation, Option<Arc<UpstreamResponse>>);
 
 /// The response, for each that waits for it.
 #[derive(Clone)]

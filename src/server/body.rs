@@ -21,8 +21,8 @@ use crate::store::AsyncStore;
 use crate::store::fs::FsFile;
 use crate::store::step::{Buffers, STEP_BYTES, held_bytes, read_cached, read_waiting};
 use crate::telemetry::{BodyEnd, ByteSource, Telemetry};
-use crate::upstream::Fetched;
-use crate::upstream::pass::PassedOn;
+use crate::upstream::ResponseStream;
+use crate::upstream::forward::ForwardResponse;
 
 use super::egress::{Account, Charge};
 use super::idle::{Pardon, Pardoned};
@@ -180,10 +180,10 @@ impl Body {
     }
 
     /// What is handed back, of `size` bytes if that was said.
-    pub(super) fn passed(passed: PassedOn, size: Option<u64>, telemetry: &Telemetry) -> Self {
+    pub(super) fn passed(passed: ForwardResponse, size: Option<u64>, telemetry: &Telemetry) -> Self {
         let flow = flow(
             (passed, telemetry.clone()),
-            |(mut passed, telemetry): (PassedOn, Telemetry), _| async move {
+            |(mut passed, telemetry): (ForwardResponse, Telemetry), _| async move {
                 let next = passed.chunk().await.map(|next| next.map_err(Broken::Upstream));
                 if let Some(Ok(bytes)) = &next {
                     telemetry.add_bytes_sent(ByteSource::Passed, bytes.len() as u64);
@@ -237,8 +237,8 @@ impl Body {
     }
 
     /// What passes through as it is.
-    pub(super) fn fetched(fetched: Fetched, size: Option<u64>, telemetry: Telemetry) -> Self {
-        let flow = flow(fetched, |mut fetched: Fetched, _| async move {
+    pub(super) fn fetched(fetched: ResponseStream, size: Option<u64>, telemetry: Telemetry) -> Self {
+        let flow = flow(fetched, |mut fetched: ResponseStream, _| async move {
             let next = fetched.chunk().await.map(|next| next.map_err(Broken::Upstream));
             (fetched, next)
         });

@@ -35,8 +35,8 @@ use crate::config::{Tunnel, host_part};
 use crate::telemetry::{self, CacheResult, ResourceKind};
 use crate::trace_context::TraceId;
 use crate::upstream::Stream;
-use crate::upstream::tunnel;
-use crate::upstream::zone::Zone;
+use crate::upstream::TunnelDialer;
+use crate::upstream::ip_scope::IpScope;
 
 /// How much of each direction of a tunnel is in memory.
 const STEP_BYTES: usize = 16 * 1024;
@@ -47,25 +47,25 @@ const LAST_BYTES_WITHIN: Duration = Duration::from_secs(1);
 /// Where tunnels may lead besides the upstreams' own token services, and how.
 pub struct Tunnels {
     allowed: Vec<Tunnel>,
-    way: tunnel::Way,
+    way: TunnelDialer,
 }
 
 impl Tunnels {
     /// To those of `allowed`, by `way`.
-    pub fn new(allowed: Vec<Tunnel>, way: tunnel::Way) -> Self {
+    pub fn new(allowed: Vec<Tunnel>, way: TunnelDialer) -> Self {
         Self { allowed, way }
     }
 
     /// How near the operator lets a tunnel to this host lead; `None` if nowhere. Who names a host means it, wherever it
     /// is; who names many does not mean this machine.
-    fn nearest(&self, host: &str, port: u16) -> Option<Zone> {
+    fn nearest(&self, host: &str, port: u16) -> Option<IpScope> {
         let rules = self.allowed.iter().filter(|rule| rule.allows(host, port));
         rules
             .map(|rule| {
                 if rule.is_exact() {
-                    Zone::Link
+                    IpScope::LinkLocal
                 } else {
-                    Zone::Private
+                    IpScope::Private
                 }
             })
             .max()
@@ -269,10 +269,10 @@ impl Connection {
 }
 
 /// How near a tunnel may lead to the host where an upstream sends clients for a token: no nearer than it is itself.
-async fn token_service(registry: &Arc<Registry>, host: &str, port: u16) -> Option<Zone> {
+async fn token_service(registry: &Arc<Registry>, host: &str, port: u16) -> Option<IpScope> {
     for site in registry.doors.all() {
         if registry.pull.is_realm(site, host, port).await {
-            return Some(site.upstream().nearest());
+            return Some(site.upstream().innermost_scope());
         }
     }
     None

@@ -15,8 +15,8 @@ use super::told::Told;
 use super::{Body, Front, Place, reply};
 use crate::oci::LoginRequest;
 use crate::proxy::{ProxyService, TokenOutcome};
+use crate::upstream::forward::ForwardRequest;
 use crate::upstream::origin::Origin;
-use crate::upstream::pass::Passing;
 
 /// A form with a password or a refresh token.
 const FORM_BYTES_MAX: usize = 64 * 1024;
@@ -41,7 +41,7 @@ impl Front {
         let path = head.uri.path_and_query().map_or("/", |path| path.as_str());
         let mut headers = head.headers.clone();
         place.trace.write(&mut headers);
-        let passing = Passing {
+        let passing = ForwardRequest {
             method: head.method.clone(),
             path_and_query: path.to_owned(),
             headers,

@@ -10,7 +10,7 @@ use super::{Body, Front, Place};
 use crate::oci::Cause;
 use crate::proxy::invalidation::WriteOutcome;
 use crate::proxy::{ProxyService, is_local_token};
-use crate::upstream::pass::{PassedOn, Passing};
+use crate::upstream::forward::{ForwardRequest, ForwardResponse};
 
 impl Front {
     /// Hands a request on. `Err` if the registry gave no answer.
@@ -29,7 +29,7 @@ impl Front {
             headers.remove(AUTHORIZATION);
         }
         place.trace.write(&mut headers);
-        let passing = Passing {
+        let passing = ForwardRequest {
             method: head.method.clone(),
             path_and_query: path.to_owned(),
             headers,
@@ -44,8 +44,8 @@ impl Front {
         let pardoned = place.peer.pardon.hold();
         let upstream = passage.site.upstream();
         let passed = match &passage.beside {
-            Some(realm) => upstream.pass_beside(realm, passing).await,
-            None => upstream.pass(passing).await,
+            Some(realm) => upstream.forward_to_realm(realm, passing).await,
+            None => upstream.forward(passing).await,
         };
         drop(pardoned);
         if let Some(handed) = handed {
@@ -54,7 +54,7 @@ impl Front {
         passed.map(|passed| self.handed_back(passed))
     }
 
-    fn handed_back(&self, passed: PassedOn) -> Response<Body> {
+    fn handed_back(&self, passed: ForwardResponse) -> Response<Body> {
         let (status, length) = (passed.status, passed.length);
         let mut response = Response::new(Body::empty());
         *response.status_mut() = status;
@@ -71,7 +71,7 @@ impl Front {
 }
 
 /// What became of a write that was handed on.
-fn outcome(passed: Result<&PassedOn, &Cause>) -> WriteOutcome {
+fn outcome(passed: Result<&ForwardResponse, &Cause>) -> WriteOutcome {
     match passed {
         Ok(passed) if is_registrys_refusal(passed.status) => WriteOutcome::Rejected,
         Ok(passed) if passed.status.is_success() => WriteOutcome::Succeeded,

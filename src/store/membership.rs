@@ -108,8 +108,8 @@ impl Store {
     }
 
     /// Keeps that this URL of the upstream has served the repository. Written once for each.
-    pub fn note_served(&self, upstream: &str, url: &str, repository: &Repository) -> Result<(), Fault> {
-        self.seen.note_served(upstream, url, repository)
+    pub fn record_served(&self, upstream: &str, url: &str, repository: &Repository) -> Result<(), Fault> {
+        self.seen.record_served(upstream, url, repository)
     }
 }
 
@@ -355,7 +355,7 @@ impl SeenFiles {
         }
     }
 
-    fn note_served(&self, upstream: &str, url: &str, repository: &Repository) -> Result<(), Fault> {
+    fn record_served(&self, upstream: &str, url: &str, repository: &Repository) -> Result<(), Fault> {
         let _order = self.order.read().unwrap_or_else(PoisonError::into_inner);
         let seen = self.known_or_loaded(upstream, repository)?;
         let has_room = self.has_room();

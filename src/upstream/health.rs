@@ -1,6 +1,6 @@
 //! Failure detection and circuit breaking for one upstream: a pure state machine, told the time.
 //!
-//! A failure is attributed to a [`Scope`]: all connections, one kind of request, or one kind of request in one repository.
+//! A failure is attributed to a [`FailureScope`]: all connections, one kind of request, or one kind of request in one repository.
 //! A scope is closed, suspected, open or half-open. While it is suspected or half-open, an asker with a cached copy waits
 //! for [`SHORT_WAIT`], and its request still goes out. While it is open, such an asker waits for nothing, and a probe sends
 //! what had no response. A request without a cached copy is always sent, and its response counts as a probe's would.
@@ -25,16 +25,16 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::answer::{Answer, Said};
+use super::response::{ResponseKind, UpstreamResponse};
 use crate::oci::cause::Cause;
 use crate::oci::name::Repository;
 use crate::oci::operation::Operation;
 
+mod breaker;
 mod scope;
-mod trouble;
 
-pub use scope::{Kind, Scope};
-use trouble::{Bounded, Extent, Nature, Trouble};
+use breaker::{Bounded, Breaker, FailureMode, Granularity};
+pub use scope::{FailureScope, RequestKind};
 
 /// How long an asker with a cached copy waits for an upstream that is suspected or slow.
 pub(super) const SHORT_WAIT: Duration = Duration::from_millis(50);
@@ -43,7 +43,7 @@ const REPOSITORIES_MAX: usize = 512;
 /// Repositories of one upstream that are probed, those first that clients asked for last.
 const PROBED_MAX: usize = 8;
 /// A repository that no client asked for so long is probed no more, and a slow response is so long a sign of the next.
-const FORGOTTEN_AFTER: Duration = Duration::from_secs(600);
+const FORGET_AFTER: Duration = Duration::from_secs(600);
 /// A response that takes longer is worth a look whether it is the upstream that is slow, or one repository of it …
 const SLOW_MIN: Duration = Duration::from_millis(250);
 /// … so often at most.
@@ -51,18 +51,18 @@ const CHECK_INTERVAL: Duration = Duration::from_secs(5);
 
 /// How long an asker with a cached copy waits for the upstream's response.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Wait {
+pub enum WaitLimit {
     /// The whole budget.
-    Budget,
+    Full,
     /// `SHORT_WAIT` at most.
     Short,
     /// Not at all: nothing is sent for it.
-    Nothing,
+    None,
 }
 
 /// What became of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Ended {
+pub(super) enum RequestOutcome {
     /// A response that the registry had to look something up for.
     Response,
     /// 401 or 403.
@@ -77,12 +77,12 @@ pub(super) enum Ended {
     Unknown,
 }
 
-impl Ended {
+impl RequestOutcome {
     /// What the response of all URLs together comes down to; `is_unavailable`: no URL gave a usable one.
-    pub(super) fn of(answer: &Answer, is_unavailable: bool) -> Self {
-        let cause = match answer.said {
-            Said::Silent(cause) => cause,
-            Said::Forbidden => return Self::Denied,
+    pub(super) fn of(answer: &UpstreamResponse, is_unavailable: bool) -> Self {
+        let cause = match answer.kind {
+            ResponseKind::Unavailable(cause) => cause,
+            ResponseKind::Denied => return Self::Denied,
             _ => return Self::Response,
         };
         match cause {
@@ -96,7 +96,7 @@ impl Ended {
             _ if !is_unavailable => Self::Unknown,
             // The redirect is a response, and storage behind one repository says nothing of the others.
             Cause::Refused | Cause::Unreachable | Cause::Dns | Cause::Tls(_) | Cause::ConnectTimeout
-                if answer.is_elsewheres =>
+                if answer.is_redirect_target =>
             {
                 Self::ServerError(cause)
             }
@@ -129,16 +129,16 @@ impl Ended {
 
 /// What an operator is told: a circuit breaker that opened or closed.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Change {
-    pub(super) scope: Scope,
+pub(super) struct BreakerChange {
+    pub(super) scope: FailureScope,
     /// Why it opened; `None`: it closed.
     pub(super) opened: Option<Cause>,
 }
 
 /// A scope that is not closed.
 #[derive(Clone, Debug)]
-pub(super) struct Failing {
-    pub(super) scope: Scope,
+pub(super) struct FailingScope {
+    pub(super) scope: FailureScope,
     pub(super) cause: Cause,
     /// Since when it is open or half-open; `None`: it is suspected.
     pub(super) open_since: Option<Instant>,
@@ -147,12 +147,12 @@ pub(super) struct Failing {
 
 /// A request that was sent and has no final response.
 #[derive(Debug)]
-struct Pending {
-    kind: Kind,
+struct PendingRequest {
+    kind: RequestKind,
     operation: Operation,
     principal: [u8; 32],
     /// `None` while nothing is sent for it (a credential helper runs).
-    waits_for: Option<Peer>,
+    waiting_on: Option<WaitingOn>,
     /// Since when it waits for that.
     since: Instant,
     /// When an asker's wait for it last ended without a response.
@@ -161,25 +161,25 @@ struct Pending {
 
 /// Whose response is waited for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Peer {
+enum WaitingOn {
     Registry,
     TokenService,
 }
 
-impl Pending {
+impl PendingRequest {
     /// Whose response is missing: the token service has a kind of its own.
-    fn waiting(&self) -> Option<Kind> {
-        self.waits_for.map(|peer| match peer {
-            Peer::Registry => self.kind,
-            Peer::TokenService => Kind::Token,
+    fn waiting_kind(&self) -> Option<RequestKind> {
+        self.waiting_on.map(|peer| match peer {
+            WaitingOn::Registry => self.kind,
+            WaitingOn::TokenService => RequestKind::Token,
         })
     }
 }
 
 /// What is known of one kind of request, whatever the repository.
 #[derive(Debug, Default)]
-struct Whole {
-    trouble: Option<Trouble>,
+struct KindHealth {
+    breaker: Option<Breaker>,
     responded_at: Option<Instant>,
     /// How long the last response took, and when it came. A slow one that a quick one overtook does not count.
     took: Option<(Duration, Instant)>,
@@ -192,33 +192,33 @@ struct Whole {
 
 /// What is known of one kind of request in one repository.
 #[derive(Debug, Default)]
-struct Part {
-    trouble: Option<Trouble>,
+struct RepositoryHealth {
+    breaker: Option<Breaker>,
     took: Option<(Duration, Instant)>,
 }
 
-impl Part {
+impl RepositoryHealth {
     fn is_empty(&self) -> bool {
-        self.trouble.is_none() && self.took.is_none()
+        self.breaker.is_none() && self.took.is_none()
     }
 }
 
 /// The state machine.
 #[derive(Debug)]
-pub(super) struct Detector {
-    connection: Option<Trouble>,
-    whole: [Whole; Kind::COUNT],
-    parts: Bounded<(Kind, Repository), Part>,
-    pending: HashMap<u64, Pending>,
+pub(super) struct FailureDetector {
+    connection: Option<Breaker>,
+    kinds: [KindHealth; RequestKind::COUNT],
+    repositories: Bounded<(RequestKind, Repository), RepositoryHealth>,
+    pending: HashMap<u64, PendingRequest>,
     next: u64,
 }
 
-impl Default for Detector {
+impl Default for FailureDetector {
     fn default() -> Self {
         Self {
             connection: None,
-            whole: std::array::from_fn(|_| Whole::default()),
-            parts: Bounded::new(REPOSITORIES_MAX),
+            kinds: std::array::from_fn(|_| KindHealth::default()),
+            repositories: Bounded::new(REPOSITORIES_MAX),
             pending: HashMap::new(),
             next: 0,
         }
@@ -227,37 +227,37 @@ impl Default for Detector {
 
 /// A request that was sent, as its outcome is attributed.
 #[derive(Clone, Copy)]
-struct Sent<'a> {
-    kind: Kind,
+struct SentRequest<'a> {
+    kind: RequestKind,
     operation: &'a Operation,
     principal: [u8; 32],
 }
 
 /// What an asker with a cached copy is about to send.
-pub(super) struct Asker<'a> {
-    pub(super) kind: Kind,
+pub(super) struct WaitQuery<'a> {
+    pub(super) kind: RequestKind,
     pub(super) operation: &'a Operation,
     pub(super) principal: [u8; 32],
     /// Whether a token must be fetched first, should the registry want one.
     pub(super) needs_token: bool,
 }
 
-impl Detector {
+impl FailureDetector {
     /// A request is sent.
     pub(super) fn sent(
         &mut self,
-        kind: Kind,
+        kind: RequestKind,
         operation: &Operation,
         principal: [u8; 32],
         now: Instant,
     ) -> u64 {
         let id = self.next;
         self.next += 1;
-        let pending = Pending {
+        let pending = PendingRequest {
             kind,
             operation: operation.clone(),
             principal,
-            waits_for: Some(Peer::Registry),
+            waiting_on: Some(WaitingOn::Registry),
             since: now,
             counted_at: None,
         };
@@ -266,136 +266,152 @@ impl Detector {
     }
 
     /// The request waits for something of ours, or goes out after it.
-    pub(super) fn held(&mut self, id: u64, is_held: bool, now: Instant) {
+    pub(super) fn set_paused(&mut self, id: u64, is_paused: bool, now: Instant) {
         if let Some(pending) = self.pending.get_mut(&id) {
-            pending.waits_for = (!is_held).then_some(Peer::Registry);
+            pending.waiting_on = (!is_paused).then_some(WaitingOn::Registry);
             pending.since = now;
         }
     }
 
     /// The request waits for a token.
-    pub(super) fn token_wanted(&mut self, id: u64, now: Instant) {
+    pub(super) fn waiting_for_token(&mut self, id: u64, now: Instant) {
         if let Some(pending) = self.pending.get_mut(&id) {
-            pending.waits_for = Some(Peer::TokenService);
+            pending.waiting_on = Some(WaitingOn::TokenService);
             pending.since = now;
         }
     }
 
     /// The token service responded or not, and the request goes on.
-    pub(super) fn token_ended(&mut self, id: u64, ended: Ended, now: Instant) -> Vec<Change> {
+    pub(super) fn token_finished(
+        &mut self,
+        id: u64,
+        ended: RequestOutcome,
+        now: Instant,
+    ) -> Vec<BreakerChange> {
         let Some(pending) = self.pending.get_mut(&id) else {
             return Vec::new();
         };
         let since = std::mem::replace(&mut pending.since, now);
-        pending.waits_for = Some(Peer::Registry);
+        pending.waiting_on = Some(WaitingOn::Registry);
         let (operation, principal) = (pending.operation.clone(), pending.principal);
-        let sent = Sent {
-            kind: Kind::Token,
+        let sent = SentRequest {
+            kind: RequestKind::Token,
             operation: &operation,
             principal,
         };
-        self.took_in(sent, ended, (since, now))
+        self.record(sent, ended, (since, now))
     }
 
     /// What became of the request.
-    pub(super) fn ended(&mut self, id: u64, ended: Ended, now: Instant) -> Vec<Change> {
+    pub(super) fn finish(&mut self, id: u64, ended: RequestOutcome, now: Instant) -> Vec<BreakerChange> {
         match self.pending.remove(&id) {
-            Some(Pending {
+            Some(PendingRequest {
                 kind,
                 operation,
                 principal,
                 since,
                 ..
             }) => {
-                let sent = Sent {
+                let sent = SentRequest {
                     kind,
                     operation: &operation,
                     principal,
                 };
-                self.took_in(sent, ended, (since, now))
+                self.record(sent, ended, (since, now))
             }
             None => Vec::new(),
         }
     }
 
     /// The request was given up; nothing is known of its response.
-    pub(super) fn abandoned(&mut self, id: u64) {
+    pub(super) fn cancel(&mut self, id: u64) {
         self.pending.remove(&id);
     }
 
     /// An asker waited so long for a request of this principal's, and no response came. One that waits for a place and
     /// was not sent is no sign of the upstream.
-    pub(super) fn expired(
+    pub(super) fn record_timeout(
         &mut self,
         principal: [u8; 32],
         operation: &Operation,
         waited: Duration,
         now: Instant,
-    ) -> Vec<Change> {
-        let mut silent = Vec::new();
+    ) -> Vec<BreakerChange> {
+        let mut timed_out = Vec::new();
         for pending in self.pending.values_mut() {
-            let is_own = pending.principal == principal && pending.operation == *operation;
+            let is_same = pending.principal == principal && pending.operation == *operation;
             let is_old = now.saturating_duration_since(pending.since) >= waited / 2;
             // Many askers may wait for one request, and it is one failure.
             let is_counted = pending
                 .counted_at
                 .is_some_and(|at| at >= pending.since && now.saturating_duration_since(at) < SHORT_WAIT / 2);
-            if let Some(kind) = pending.waiting().filter(|_| is_own && is_old && !is_counted) {
+            if let Some(kind) = pending
+                .waiting_kind()
+                .filter(|_| is_same && is_old && !is_counted)
+            {
                 pending.counted_at = Some(now);
-                silent.push((kind, pending.since));
+                timed_out.push((kind, pending.since));
             }
         }
         let mut changes = Vec::new();
-        for (kind, since) in silent {
-            let sent = Sent {
+        for (kind, since) in timed_out {
+            let sent = SentRequest {
                 kind,
                 operation,
                 principal,
             };
-            changes.extend(self.took_in(sent, Ended::NoResponse(Cause::Budget), (since, now)));
+            changes.extend(self.record(sent, RequestOutcome::NoResponse(Cause::Budget), (since, now)));
         }
         changes
     }
 
-    fn took_in(&mut self, sent: Sent<'_>, ended: Ended, (since, now): (Instant, Instant)) -> Vec<Change> {
-        let Sent { kind, operation, .. } = sent;
+    fn record(
+        &mut self,
+        sent: SentRequest<'_>,
+        ended: RequestOutcome,
+        (since, now): (Instant, Instant),
+    ) -> Vec<BreakerChange> {
+        let SentRequest { kind, operation, .. } = sent;
         let mut changes = Vec::new();
         match ended {
-            Ended::Unknown => return changes,
-            Ended::NoConnection(cause) => {
-                let as_new = || Trouble::new((Nature::Silence, Extent::Everything), operation, now);
-                let trouble = self.connection.get_or_insert_with(as_new);
-                if trouble.fail(cause, (operation, None), now) {
-                    changes.push(opened(Scope::Connection, cause));
+            RequestOutcome::Unknown => return changes,
+            RequestOutcome::NoConnection(cause) => {
+                let as_new =
+                    || Breaker::new((FailureMode::NoResponse, Granularity::Everything), operation, now);
+                let breaker = self.connection.get_or_insert_with(as_new);
+                if breaker.fail(cause, (operation, None), now) {
+                    changes.push(opened(FailureScope::Connection, cause));
                 }
             }
-            Ended::NoResponse(cause) => self.no_response(sent, cause, (since, now), &mut changes),
-            Ended::ServerError(cause) => {
-                self.responded(kind, operation, (since, now), &mut changes);
-                self.fails(sent, (Nature::Error, cause), now, &mut changes);
+            RequestOutcome::NoResponse(cause) => {
+                self.record_no_response(sent, cause, (since, now), &mut changes)
             }
-            Ended::Denied => {
-                closes(&mut self.connection, Scope::Connection, &mut changes);
-                let whole = self.whole_mut(kind);
-                whole.responded_at = Some(now);
-                if let Some(trouble) = &mut whole.trouble {
-                    trouble.half_opens();
+            RequestOutcome::ServerError(cause) => {
+                self.record_response(kind, operation, (since, now), &mut changes);
+                self.record_failure(sent, (FailureMode::Error, cause), now, &mut changes);
+            }
+            RequestOutcome::Denied => {
+                close(&mut self.connection, FailureScope::Connection, &mut changes);
+                let by_kind = self.kind_health_mut(kind);
+                by_kind.responded_at = Some(now);
+                if let Some(breaker) = &mut by_kind.breaker {
+                    breaker.half_open();
                 }
-                self.edit(kind, operation, |part, _| {
-                    if let Some(trouble) = &mut part.trouble {
-                        trouble.half_opens();
+                self.update_repository(kind, operation, |entry, _| {
+                    if let Some(breaker) = &mut entry.breaker {
+                        breaker.half_open();
                     }
                 });
             }
-            Ended::Response => {
-                self.responded(kind, operation, (since, now), &mut changes);
-                self.edit(kind, operation, |part, scope| {
-                    if part
-                        .trouble
+            RequestOutcome::Response => {
+                self.record_response(kind, operation, (since, now), &mut changes);
+                self.update_repository(kind, operation, |entry, scope| {
+                    if entry
+                        .breaker
                         .as_ref()
-                        .is_some_and(|trouble| trouble.ends_by(operation))
+                        .is_some_and(|breaker| breaker.is_closed_by(operation))
                     {
-                        closes(&mut part.trouble, scope, &mut changes);
+                        close(&mut entry.breaker, scope, &mut changes);
                     }
                 });
             }
@@ -404,92 +420,98 @@ impl Detector {
     }
 
     /// Some response: neither the connections nor this kind of request as a whole are at fault.
-    fn responded(
+    fn record_response(
         &mut self,
-        kind: Kind,
+        kind: RequestKind,
         operation: &Operation,
         (since, now): (Instant, Instant),
-        changes: &mut Vec<Change>,
+        changes: &mut Vec<BreakerChange>,
     ) {
         let took = now.saturating_duration_since(since);
-        closes(&mut self.connection, Scope::Connection, changes);
-        let whole = self.whole_mut(kind);
-        closes(&mut whole.trouble, Scope::Kind(kind), changes);
-        whole.responded_at = Some(now);
-        let is_overtaken = whole.took.is_some_and(|(quick, at)| at > since && quick < took);
-        if !is_overtaken {
-            whole.took = Some((took, now));
+        close(&mut self.connection, FailureScope::Connection, changes);
+        let by_kind = self.kind_health_mut(kind);
+        close(&mut by_kind.breaker, FailureScope::RequestKind(kind), changes);
+        by_kind.responded_at = Some(now);
+        let is_outpaced = by_kind.took.is_some_and(|(quick, at)| at > since && quick < took);
+        if !is_outpaced {
+            by_kind.took = Some((took, now));
         }
         if took < SLOW_MIN {
-            whole.witness = Some(operation.clone());
-            whole.check = None;
-        } else if !is_overtaken
-            && let Some(witness) = &whole.witness
+            by_kind.witness = Some(operation.clone());
+            by_kind.check = None;
+        } else if !is_outpaced
+            && let Some(witness) = &by_kind.witness
             && witness.repository() != operation.repository()
-            && whole
+            && by_kind
                 .checked_at
                 .is_none_or(|at| now.saturating_duration_since(at) >= CHECK_INTERVAL)
         {
-            whole.check = Some(witness.clone());
+            by_kind.check = Some(witness.clone());
         }
-        self.edit(kind, operation, |part, _| {
-            part.took = (took > SHORT_WAIT).then_some((took, now));
+        self.update_repository(kind, operation, |entry, _| {
+            entry.took = (took > SHORT_WAIT).then_some((took, now));
         });
     }
 
-    fn no_response(
+    fn record_no_response(
         &mut self,
-        sent: Sent<'_>,
+        sent: SentRequest<'_>,
         cause: Cause,
         (since, now): (Instant, Instant),
-        changes: &mut Vec<Change>,
+        changes: &mut Vec<BreakerChange>,
     ) {
-        let Sent { kind, operation, .. } = sent;
-        self.fails(sent, (Nature::Silence, cause), now, changes);
-        let whole = self.whole_mut(kind);
-        if whole.responded_at.is_some_and(|at| at > since) {
+        let SentRequest { kind, operation, .. } = sent;
+        self.record_failure(sent, (FailureMode::NoResponse, cause), now, changes);
+        let by_kind = self.kind_health_mut(kind);
+        if by_kind.responded_at.is_some_and(|at| at > since) {
             return;
         }
-        let witness = whole
+        let witness = by_kind
             .witness
             .clone()
-            .filter(|witness| whole.trouble.is_none() && witness.repository() != operation.repository());
-        let as_new = || Trouble::new((Nature::Silence, Extent::Repositories), operation, now);
-        let trouble = whole.trouble.get_or_insert_with(as_new);
-        if trouble.fail(cause, (operation, shown_by(sent, cause)), now) {
-            changes.push(opened(Scope::Kind(kind), cause));
+            .filter(|witness| by_kind.breaker.is_none() && witness.repository() != operation.repository());
+        let as_new = || {
+            Breaker::new(
+                (FailureMode::NoResponse, Granularity::Repositories),
+                operation,
+                now,
+            )
+        };
+        let breaker = by_kind.breaker.get_or_insert_with(as_new);
+        if breaker.fail(cause, (operation, principal(sent, cause)), now) {
+            changes.push(opened(FailureScope::RequestKind(kind), cause));
         }
         if let Some(witness) = witness {
-            trouble.probes_first(witness);
+            breaker.set_next_probe(witness);
         }
     }
 
     /// A failure in one repository.
-    fn fails(
+    fn record_failure(
         &mut self,
-        sent: Sent<'_>,
-        (nature, cause): (Nature, Cause),
+        sent: SentRequest<'_>,
+        (mode, cause): (FailureMode, Cause),
         now: Instant,
-        changes: &mut Vec<Change>,
+        changes: &mut Vec<BreakerChange>,
     ) {
-        let Sent { kind, operation, .. } = sent;
-        let shown_by = match nature {
-            Nature::Error => Some(sent.principal),
-            Nature::Silence => shown_by(sent, cause),
+        let SentRequest { kind, operation, .. } = sent;
+        let principal = match mode {
+            FailureMode::Error => Some(sent.principal),
+            FailureMode::NoResponse => principal(sent, cause),
         };
-        self.edit(kind, operation, |part, scope| {
-            if part
-                .trouble
+        self.update_repository(kind, operation, |entry, scope| {
+            if entry
+                .breaker
                 .as_ref()
-                .is_some_and(|trouble| trouble.nature() != nature)
+                .is_some_and(|breaker| breaker.mode() != mode)
             {
-                closes(&mut part.trouble, scope.clone(), changes);
+                close(&mut entry.breaker, scope.clone(), changes);
             }
-            let as_new = || Trouble::new((nature, Extent::Requests), operation, now);
-            if part
-                .trouble
+            let as_new = || Breaker::new((mode, Granularity::Requests), operation, now);
+            if entry
+                .breaker
                 .get_or_insert_with(as_new)
-                .fail(cause, (operation, shown_by), now)
+                .fail(cause, (operation, principal), now)
             {
                 changes.push(opened(scope, cause));
             }
@@ -497,231 +519,247 @@ impl Detector {
     }
 
     /// How long an asker with a cached copy waits.
-    pub(super) fn wait(&mut self, asker: &Asker<'_>, budget: Duration, now: Instant) -> Wait {
-        let operation = asker.operation;
-        let mut wait = waits(&mut self.connection, asker, now);
-        let kinds = [Some(asker.kind), asker.needs_token.then_some(Kind::Token)];
+    pub(super) fn wait(&mut self, query: &WaitQuery<'_>, timeout: Duration, now: Instant) -> WaitLimit {
+        let operation = query.operation;
+        let mut wait = wait_for(&mut self.connection, query, now);
+        let kinds = [Some(query.kind), query.needs_token.then_some(RequestKind::Token)];
         for kind in kinds.into_iter().flatten() {
-            let whole = waits(&mut self.whole_mut(kind).trouble, asker, now);
-            let mut part = Wait::Budget;
+            let by_kind = wait_for(&mut self.kind_health_mut(kind).breaker, query, now);
+            let mut entry = WaitLimit::Full;
             let repository = operation.repository().cloned();
-            if let Some(known) = repository.and_then(|name| self.parts.get_mut(&(kind, name))) {
-                part = waits(&mut known.trouble, asker, now);
-                if is_patient(kind) && is_slow(known.took, budget, now) {
-                    part = part.shorter(Wait::Short);
+            if let Some(known) = repository.and_then(|name| self.repositories.get_mut(&(kind, name))) {
+                entry = wait_for(&mut known.breaker, query, now);
+                if is_late_response_useful(kind) && is_slow(known.took, timeout, now) {
+                    entry = entry.shorter(WaitLimit::Short);
                 }
             }
-            let slow = if is_patient(kind) && is_slow(self.whole(kind).took, budget, now) {
-                Wait::Short
+            let slow = if is_late_response_useful(kind) && is_slow(self.kind_health(kind).took, timeout, now)
+            {
+                WaitLimit::Short
             } else {
-                Wait::Budget
+                WaitLimit::Full
             };
-            wait = wait.shorter(whole).shorter(part).shorter(slow);
+            wait = wait.shorter(by_kind).shorter(entry).shorter(slow);
         }
         wait
     }
 
     /// The failure of the upstream as a whole that is open, the widest first.
-    pub(super) fn open(&self) -> Option<Failing> {
+    pub(super) fn open_breaker(&self) -> Option<FailingScope> {
         self.failing().find(|failing| {
             failing.open_since.is_some()
                 && !failing.is_half_open
-                && !matches!(failing.scope, Scope::Repository(..))
+                && !matches!(failing.scope, FailureScope::Repository(..))
         })
     }
 
     /// Every scope that is not closed, the widest first.
-    pub(super) fn failing(&self) -> impl Iterator<Item = Failing> + '_ {
-        let connection = self.connection.iter().map(|trouble| (Scope::Connection, trouble));
-        let whole = Kind::ALL.iter().filter_map(|kind| {
-            let trouble = self.whole(*kind).trouble.as_ref()?;
-            Some((Scope::Kind(*kind), trouble))
+    pub(super) fn failing(&self) -> impl Iterator<Item = FailingScope> + '_ {
+        let connection = self
+            .connection
+            .iter()
+            .map(|breaker| (FailureScope::Connection, breaker));
+        let by_kind = RequestKind::ALL.iter().filter_map(|kind| {
+            let breaker = self.kind_health(*kind).breaker.as_ref()?;
+            Some((FailureScope::RequestKind(*kind), breaker))
         });
-        let parts = self.parts.iter().filter_map(|((kind, name), part)| {
-            Some((Scope::Repository(*kind, name.clone()), part.trouble.as_ref()?))
+        let by_repository = self.repositories.iter().filter_map(|((kind, name), entry)| {
+            Some((
+                FailureScope::Repository(*kind, name.clone()),
+                entry.breaker.as_ref()?,
+            ))
         });
         connection
-            .chain(whole)
-            .chain(parts)
-            .map(|(scope, trouble)| Failing {
+            .chain(by_kind)
+            .chain(by_repository)
+            .map(|(scope, breaker)| FailingScope {
                 scope,
-                cause: trouble.cause(),
-                open_since: trouble.open_since(),
-                is_half_open: trouble.is_half_open(),
+                cause: breaker.cause(),
+                open_since: breaker.open_since(),
+                is_half_open: breaker.is_half_open(),
             })
     }
 
     /// The probe that is due next, and when. Forgets repositories that no client asks for.
-    pub(super) fn next_probe(&mut self, now: Instant) -> Option<(Instant, Scope)> {
-        let is_forgotten = |part: &Part| {
+    pub(super) fn next_probe(&mut self, now: Instant) -> Option<(Instant, FailureScope)> {
+        let is_forgotten = |entry: &RepositoryHealth| {
             let is_quiet =
-                |trouble: &Trouble| now.saturating_duration_since(trouble.asked_at()) >= FORGOTTEN_AFTER;
-            part.trouble.as_ref().is_some_and(is_quiet)
+                |breaker: &Breaker| now.saturating_duration_since(breaker.requested_at()) >= FORGET_AFTER;
+            entry.breaker.as_ref().is_some_and(is_quiet)
         };
-        self.parts.retain(|part| !is_forgotten(part));
-        if let Some(trouble) = &self.connection {
-            return Some((trouble.due(), Scope::Connection));
+        self.repositories.retain(|entry| !is_forgotten(entry));
+        if let Some(breaker) = &self.connection {
+            return Some((breaker.due(), FailureScope::Connection));
         }
-        let whole = Kind::ALL.iter().filter_map(|kind| {
-            let whole = self.whole(*kind);
-            let check = whole.check.as_ref().map(|_| now);
-            let due = check.or_else(|| whole.trouble.as_ref().map(Trouble::due))?;
-            Some((due, Scope::Kind(*kind)))
+        let by_kind = RequestKind::ALL.iter().filter_map(|kind| {
+            let by_kind = self.kind_health(*kind);
+            let check = by_kind.check.as_ref().map(|_| now);
+            let due = check.or_else(|| by_kind.breaker.as_ref().map(Breaker::due))?;
+            Some((due, FailureScope::RequestKind(*kind)))
         });
-        let mut parts: Vec<_> = self
-            .parts
+        let mut by_repository: Vec<_> = self
+            .repositories
             .iter()
-            .filter(|((kind, _), _)| self.whole(*kind).trouble.is_none())
-            .filter_map(|(key, part)| Some((key, part.trouble.as_ref()?)))
-            .filter(|(_, trouble)| trouble.is_probed())
+            .filter(|((kind, _), _)| self.kind_health(*kind).breaker.is_none())
+            .filter_map(|(key, entry)| Some((key, entry.breaker.as_ref()?)))
+            .filter(|(_, breaker)| breaker.is_probed())
             .collect();
-        parts.sort_by_key(|(_, trouble)| std::cmp::Reverse(trouble.asked_at()));
-        let parts = parts
+        by_repository.sort_by_key(|(_, breaker)| std::cmp::Reverse(breaker.requested_at()));
+        let by_repository = by_repository
             .into_iter()
             .take(PROBED_MAX)
-            .map(|((kind, name), trouble)| (trouble.due(), Scope::Repository(*kind, name.clone())));
-        whole.chain(parts).min_by_key(|(due, _)| *due)
+            .map(|((kind, name), breaker)| (breaker.due(), FailureScope::Repository(*kind, name.clone())));
+        by_kind.chain(by_repository).min_by_key(|(due, _)| *due)
     }
 
     /// A probe of this scope is sent: for what.
-    pub(super) fn probed(&mut self, scope: &Scope, now: Instant) -> Option<Operation> {
-        if let Scope::Kind(kind) = scope {
-            let whole = self.whole_mut(*kind);
-            if let Some(check) = whole.check.take() {
-                whole.checked_at = Some(now);
+    pub(super) fn take_probe(&mut self, scope: &FailureScope, now: Instant) -> Option<Operation> {
+        if let FailureScope::RequestKind(kind) = scope {
+            let by_kind = self.kind_health_mut(*kind);
+            if let Some(check) = by_kind.check.take() {
+                by_kind.checked_at = Some(now);
                 return Some(check);
             }
         }
-        Some(self.trouble_mut(scope)?.probed(now))
+        Some(self.breaker_mut(scope)?.take_probe(now))
     }
 
     /// A probe of this scope that began then has ended. If it brought neither a response nor a failure, the next request
     /// decides: what the probe was told, as a stranger or within a pause, may concern nobody else. So it is with all
     /// within the scope, which is not probed meanwhile.
-    pub(super) fn probe_ended(&mut self, scope: &Scope, began: Instant) {
-        let has_failed = |trouble: &Trouble| trouble.failed_at() >= began;
+    pub(super) fn probe_ended(&mut self, scope: &FailureScope, began: Instant) {
+        let has_failed = |breaker: &Breaker| breaker.failed_at() >= began;
         let is_open_still = self
-            .trouble_mut(scope)
-            .is_some_and(|trouble| !has_failed(trouble));
+            .breaker_mut(scope)
+            .is_some_and(|breaker| !has_failed(breaker));
         if !is_open_still || self.connection.as_ref().is_some_and(has_failed) {
             return;
         }
         let connection = self
             .connection
             .iter_mut()
-            .map(|trouble| (Scope::Connection, trouble));
-        let whole = self.whole.iter_mut().zip(Kind::ALL);
-        let whole = whole.filter_map(|(whole, kind)| Some((Scope::Kind(kind), whole.trouble.as_mut()?)));
-        let parts = self.parts.iter_mut().filter_map(|((kind, name), part)| {
-            Some((Scope::Repository(*kind, name.clone()), part.trouble.as_mut()?))
+            .map(|breaker| (FailureScope::Connection, breaker));
+        let by_kind = self.kinds.iter_mut().zip(RequestKind::ALL);
+        let by_kind = by_kind
+            .filter_map(|(by_kind, kind)| Some((FailureScope::RequestKind(kind), by_kind.breaker.as_mut()?)));
+        let by_repository = self.repositories.iter_mut().filter_map(|((kind, name), entry)| {
+            Some((
+                FailureScope::Repository(*kind, name.clone()),
+                entry.breaker.as_mut()?,
+            ))
         });
-        for (inner, trouble) in connection.chain(whole).chain(parts) {
-            if inner.is_within(scope) && !has_failed(trouble) {
-                trouble.half_opens();
+        for (inner, breaker) in connection.chain(by_kind).chain(by_repository) {
+            if inner.is_within(scope) && !has_failed(breaker) {
+                breaker.half_open();
             }
         }
     }
 
-    fn trouble_mut(&mut self, scope: &Scope) -> Option<&mut Trouble> {
+    fn breaker_mut(&mut self, scope: &FailureScope) -> Option<&mut Breaker> {
         match scope {
-            Scope::Connection => self.connection.as_mut(),
-            Scope::Kind(kind) => self.whole_mut(*kind).trouble.as_mut(),
-            Scope::Repository(kind, name) => {
-                let part = self.parts.get_mut(&(*kind, name.clone()));
-                part.and_then(|part| part.trouble.as_mut())
+            FailureScope::Connection => self.connection.as_mut(),
+            FailureScope::RequestKind(kind) => self.kind_health_mut(*kind).breaker.as_mut(),
+            FailureScope::Repository(kind, name) => {
+                let entry = self.repositories.get_mut(&(*kind, name.clone()));
+                entry.and_then(|entry| entry.breaker.as_mut())
             }
         }
     }
 
     /// A probe without a kind of request found the upstream, or its token service, alive.
-    pub(super) fn is_back(&mut self, scope: &Scope) -> Vec<Change> {
+    pub(super) fn recovered(&mut self, scope: &FailureScope) -> Vec<BreakerChange> {
         let mut changes = Vec::new();
         match scope {
-            Scope::Connection => closes(&mut self.connection, Scope::Connection, &mut changes),
-            Scope::Kind(kind) => {
-                let whole = self.whole_mut(*kind);
-                closes(&mut whole.trouble, scope.clone(), &mut changes);
+            FailureScope::Connection => close(&mut self.connection, FailureScope::Connection, &mut changes),
+            FailureScope::RequestKind(kind) => {
+                let by_kind = self.kind_health_mut(*kind);
+                close(&mut by_kind.breaker, scope.clone(), &mut changes);
             }
-            Scope::Repository(kind, name) => {
+            FailureScope::Repository(kind, name) => {
                 let key = (*kind, name.clone());
-                if let Some(part) = self.parts.get_mut(&key) {
-                    closes(&mut part.trouble, scope.clone(), &mut changes);
+                if let Some(entry) = self.repositories.get_mut(&key) {
+                    close(&mut entry.breaker, scope.clone(), &mut changes);
                 }
             }
         }
         changes
     }
 
-    fn whole(&self, kind: Kind) -> &Whole {
-        kind.of(&self.whole)
+    fn kind_health(&self, kind: RequestKind) -> &KindHealth {
+        kind.of(&self.kinds)
     }
 
-    fn whole_mut(&mut self, kind: Kind) -> &mut Whole {
-        kind.of_mut(&mut self.whole)
+    fn kind_health_mut(&mut self, kind: RequestKind) -> &mut KindHealth {
+        kind.of_mut(&mut self.kinds)
     }
 
     /// Changes what is known of a repository, and keeps it only if there is something to know.
-    fn edit(&mut self, kind: Kind, operation: &Operation, change: impl FnOnce(&mut Part, Scope)) {
+    fn update_repository(
+        &mut self,
+        kind: RequestKind,
+        operation: &Operation,
+        change: impl FnOnce(&mut RepositoryHealth, FailureScope),
+    ) {
         let Some(name) = operation.repository() else {
             return;
         };
         let key = (kind, name.clone());
-        let mut part = self.parts.remove(&key).unwrap_or_default();
-        change(&mut part, Scope::Repository(kind, name.clone()));
-        if !part.is_empty() {
-            self.parts.insert(key, part);
+        let mut entry = self.repositories.remove(&key).unwrap_or_default();
+        change(&mut entry, FailureScope::Repository(kind, name.clone()));
+        if !entry.is_empty() {
+            self.repositories.insert(key, entry);
         }
     }
 }
 
-impl Wait {
+impl WaitLimit {
     /// The shorter of two.
     fn shorter(self, other: Self) -> Self {
         match (self, other) {
-            (Self::Nothing, _) | (_, Self::Nothing) => Self::Nothing,
+            (Self::None, _) | (_, Self::None) => Self::None,
             (Self::Short, _) | (_, Self::Short) => Self::Short,
-            (Self::Budget, Self::Budget) => Self::Budget,
+            (Self::Full, Self::Full) => Self::Full,
         }
     }
 }
 
-fn opened(scope: Scope, cause: Cause) -> Change {
-    Change {
+fn opened(scope: FailureScope, cause: Cause) -> BreakerChange {
+    BreakerChange {
         scope,
         opened: Some(cause),
     }
 }
 
-fn closes(trouble: &mut Option<Trouble>, scope: Scope, changes: &mut Vec<Change>) {
-    if trouble
+fn close(breaker: &mut Option<Breaker>, scope: FailureScope, changes: &mut Vec<BreakerChange>) {
+    if breaker
         .take()
-        .is_some_and(|trouble| trouble.open_since().is_some())
+        .is_some_and(|breaker| breaker.open_since().is_some())
     {
-        changes.push(Change { scope, opened: None });
+        changes.push(BreakerChange { scope, opened: None });
     }
 }
 
-fn waits(trouble: &mut Option<Trouble>, asker: &Asker<'_>, now: Instant) -> Wait {
-    trouble.as_mut().map_or(Wait::Budget, |trouble| {
-        trouble.wait((asker.operation, asker.principal), now)
+fn wait_for(breaker: &mut Option<Breaker>, query: &WaitQuery<'_>, now: Instant) -> WaitLimit {
+    breaker.as_mut().map_or(WaitLimit::Full, |breaker| {
+        breaker.wait((query.operation, query.principal), now)
     })
 }
 
 /// Whose request it was, where the failure may be the upstream's way with that: it hung up.
-fn shown_by(sent: Sent<'_>, cause: Cause) -> Option<[u8; 32]> {
+fn principal(sent: SentRequest<'_>, cause: Cause) -> Option<[u8; 32]> {
     (cause == Cause::Reset).then_some(sent.principal)
 }
 
 /// Whether a late response of this kind still serves the next asker as well. Of a manifest that is fetched because the tag
 /// moved, the asker is given an older one instead; a token is good for many requests.
-fn is_patient(kind: Kind) -> bool {
-    !matches!(kind, Kind::Get | Kind::Token)
+fn is_late_response_useful(kind: RequestKind) -> bool {
+    !matches!(kind, RequestKind::Get | RequestKind::Token)
 }
 
 /// Whether so slow a response is a sign that the next one uses up most of the budget.
-fn is_slow(took: Option<(Duration, Instant)>, budget: Duration, now: Instant) -> bool {
+fn is_slow(took: Option<(Duration, Instant)>, timeout: Duration, now: Instant) -> bool {
     took.is_some_and(|(took, at)| {
-        took > budget / 2 && took > SHORT_WAIT && now.saturating_duration_since(at) < FORGOTTEN_AFTER
+        took > timeout / 2 && took > SHORT_WAIT && now.saturating_duration_since(at) < FORGET_AFTER
     })
 }
 

@@ -8,7 +8,7 @@ use std::net::IpAddr;
 use http::Uri;
 
 use super::origin::{address, port_of};
-use super::target::Network;
+use super::redirect_rules::Network;
 
 /// The entries of one `NO_PROXY`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

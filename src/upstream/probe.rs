@@ -12,10 +12,10 @@ use http::{HeaderMap, Method};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout, timeout_at};
 
-use super::client::{Follow, Request};
-use super::exchange;
-use super::fetched::Part;
-use super::health::{Kind, Scope};
+use super::auth_client;
+use super::health::{FailureScope, RequestKind};
+use super::http_client::{Follow, HttpRequest};
+use super::response_stream::RangeSpec;
 use super::settings::{Caller, Credential};
 use super::state::Learned;
 use super::{Inner, Upstream};
@@ -25,30 +25,30 @@ use crate::queue::{Class, Peer};
 use crate::trace_context::Trace;
 
 /// How long a response to a probe is waited for.
-const PROBE_WITHIN: Duration = Duration::from_secs(10);
+const PROBE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Probes what has no response until all of it has, or the upstream is no longer configured.
-pub(super) async fn probes(learned: Weak<Learned>, changed: Arc<tokio::sync::Notify>) {
+pub(super) async fn run_probes(learned: Weak<Learned>, changed: Arc<tokio::sync::Notify>) {
     let mut under_way = JoinSet::new();
     loop {
         while under_way.try_join_next().is_some() {}
         let due = {
             let Some(learned) = learned.upgrade() else { return };
-            let Some(inner) = learned.in_effect() else {
-                learned.stopped_probing();
+            let Some(inner) = learned.active_upstream() else {
+                learned.probing_stopped();
                 return;
             };
             match learned.next_probe(&inner) {
                 None => return,
                 Some((due, _)) if due > Instant::now() => due,
                 Some((due, scope)) => {
-                    let operation = learned.probed(&inner, &scope);
+                    let operation = learned.take_probe(&inner, &scope);
                     // Switched off by the operator: not even a probe goes out.
                     if let Some(operation) = operation.filter(|_| !inner.offline.is_on()) {
                         let (upstream, began) = (Upstream(inner), Instant::now());
                         under_way.spawn(async move {
                             let probe = Box::pin(upstream.probe(&scope, operation));
-                            if timeout(PROBE_WITHIN, probe).await == Ok(Ended::ByItself) {
+                            if timeout(PROBE_TIMEOUT, probe).await == Ok(ProbeOutcome::Attributed) {
                                 upstream.0.probe_ended(&scope, began);
                             }
                         });
@@ -64,51 +64,52 @@ pub(super) async fn probes(learned: Weak<Learned>, changed: Arc<tokio::sync::Not
 
 /// How a probe ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Ended {
+enum ProbeOutcome {
     /// With a response, a failure that was attributed, or without having had anything to ask.
-    ByItself,
+    Attributed,
     /// Without a response or with a server error, and nothing was attributed.
-    InSilence,
+    NoResponse,
 }
 
 impl Upstream {
     /// One probe. Its response is attributed as a client's would be.
-    async fn probe(&self, scope: &Scope, operation: Operation) -> Ended {
+    async fn probe(&self, scope: &FailureScope, operation: Operation) -> ProbeOutcome {
         let kind = match scope {
-            Scope::Connection => return self.0.probe_connection().await,
-            Scope::Kind(Kind::Token) | Scope::Repository(Kind::Token, _) => {
+            FailureScope::Connection => return self.0.probe_connection().await,
+            FailureScope::RequestKind(RequestKind::Token)
+            | FailureScope::Repository(RequestKind::Token, _) => {
                 return self.0.probe_realm(scope).await;
             }
-            Scope::Kind(kind) | Scope::Repository(kind, _) => *kind,
+            FailureScope::RequestKind(kind) | FailureScope::Repository(kind, _) => *kind,
         };
-        let caller = self.0.own_caller();
+        let caller = self.0.background_caller();
         let accept = Accept::manifests();
         match kind {
-            Kind::Head | Kind::Blob => {
+            RequestKind::Head | RequestKind::Blob => {
                 let asked = (&operation, &accept);
                 drop(Box::pin(self.head_round(&caller, asked, true)).await);
             }
-            Kind::Get | Kind::List | Kind::Ping | Kind::Token => {
+            RequestKind::Get | RequestKind::List | RequestKind::Ping | RequestKind::Token => {
                 let asked = (&operation, &accept);
-                drop(Box::pin(self.get_round(&caller, asked, Part::default())).await);
+                drop(Box::pin(self.get_round(&caller, asked, RangeSpec::default())).await);
             }
         }
-        Ended::ByItself
+        ProbeOutcome::Attributed
     }
 }
 
 impl Inner {
     /// The cache itself: with its own credential, if it has one.
-    fn own_caller(&self) -> Caller {
-        let credential = match self.exchange.own {
-            Some(_) => Credential::Own,
+    fn background_caller(&self) -> Caller {
+        let credential = match self.auth_client.credentials {
+            Some(_) => Credential::Configured,
             None => Credential::Anonymous,
         };
         Caller {
-            principal: self.learned.principal_of(&credential),
+            principal: self.learned.principal_for(&credential),
             credential,
             trace: Trace::begun(),
-            waits_until: None,
+            wait_deadline: None,
             peer: Peer::Background,
             class: Class::Background,
             waiters: None,
@@ -116,21 +117,21 @@ impl Inner {
     }
 
     /// Any response from a URL that was unavailable will do.
-    async fn probe_connection(&self) -> Ended {
-        let unavailable = self.health().map(|health| health.unavailable.clone());
+    async fn probe_connection(&self) -> ProbeOutcome {
+        let unavailable = self.health().map(|health| health.unavailable_urls.clone());
         let unavailable = unavailable.unwrap_or_default();
         let mut ended = if unavailable.is_empty() {
-            Ended::ByItself
+            ProbeOutcome::Attributed
         } else {
-            Ended::InSilence
+            ProbeOutcome::NoResponse
         };
         for uri in unavailable.iter().filter_map(|origin| origin.join("/v2/")) {
-            match self.reply_from(uri).await {
-                Some(reply) if exchange::is_registry(&reply) => {
-                    self.is_back(&Scope::Connection);
-                    return Ended::ByItself;
+            match self.fetch(uri).await {
+                Some(reply) if auth_client::is_registry(&reply) => {
+                    self.recovered(&FailureScope::Connection);
+                    return ProbeOutcome::Attributed;
                 }
-                Some(_) => ended = Ended::ByItself,
+                Some(_) => ended = ProbeOutcome::Attributed,
                 None => {}
             }
         }
@@ -138,33 +139,33 @@ impl Inner {
     }
 
     /// A realm whose last word was an answer, to anybody, is not asked again: the next client's own request decides.
-    async fn probe_realm(&self, scope: &Scope) -> Ended {
-        let Some(realm) = self.exchange.tokens.unanswered_realm() else {
-            return Ended::ByItself;
+    async fn probe_realm(&self, scope: &FailureScope) -> ProbeOutcome {
+        let Some(realm) = self.auth_client.tokens.realm_to_probe() else {
+            return ProbeOutcome::Attributed;
         };
-        match self.reply_from(realm).await {
-            Some(reply) if exchange::is_alive(&reply) => {
-                self.is_back(scope);
-                Ended::ByItself
+        match self.fetch(realm).await {
+            Some(reply) if auth_client::is_alive(&reply) => {
+                self.recovered(scope);
+                ProbeOutcome::Attributed
             }
-            Some(reply) if reply.status.is_server_error() => Ended::InSilence,
-            Some(_) => Ended::ByItself,
-            None => Ended::InSilence,
+            Some(reply) if reply.status.is_server_error() => ProbeOutcome::NoResponse,
+            Some(_) => ProbeOutcome::Attributed,
+            None => ProbeOutcome::NoResponse,
         }
     }
 
-    async fn reply_from(&self, uri: http::Uri) -> Option<super::client::Reply> {
+    async fn fetch(&self, uri: http::Uri) -> Option<super::http_client::HttpResponse> {
         let mut headers = HeaderMap::new();
         Trace::begun().write(&mut headers);
-        let request = Request {
+        let request = HttpRequest {
             method: Method::GET,
             uri,
             headers,
             body: Bytes::new(),
             follow: Follow::SameOrigin,
-            elsewhere: None,
-            within: self.timeouts.token,
+            other_origin: None,
+            timeout: self.timeouts.token,
         };
-        self.exchange.http.send(request).await.ok()
+        self.auth_client.http.send(request).await.ok()
     }
 }

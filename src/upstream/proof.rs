@@ -3,7 +3,7 @@
 //! RFC 9110 §15.3 lets anything in front of a registry answer 2xx: a login page, a captive portal, a firewall. So the
 //! status alone proves nothing. A proof is a response of the registry's own origin that carries its marks: the digest
 //! (`Docker-Content-Digest`, equal to the one asked for where one was) and, for a manifest, a manifest's media type.
-//! Whatever else may be a yes is [`Said::Unproven`]: it opens nothing by itself.
+//! Whatever else may be a yes is [`ResponseKind::UnprovenDigest`]: it opens nothing by itself.
 //!
 //! Bytes that hash to a digest prove those bytes. They prove a right to the repository only where the one who asks did not
 //! choose them: a manifest that the registry's own origin sends and that points to something, or content that was seen in
@@ -12,7 +12,7 @@
 use http::header::CONTENT_TYPE;
 use http::{HeaderMap, StatusCode};
 
-use super::answer::{Said, header_digest};
+use super::response::{ResponseKind, header_digest};
 use crate::oci::cause::Cause;
 use crate::oci::digest::AnyDigest;
 use crate::oci::header::DOCKER_DISTRIBUTION_API_VERSION;
@@ -26,13 +26,13 @@ pub(super) enum Sender {
     /// The registry's own.
     Registry,
     /// Another one, to which the registry redirected the request.
-    Elsewhere,
+    OtherOrigin,
 }
 
 impl Sender {
-    pub(super) fn of(abroad: bool) -> Sender {
-        if abroad {
-            Sender::Elsewhere
+    pub(super) fn of(from_other_origin: bool) -> Sender {
+        if from_other_origin {
+            Sender::OtherOrigin
         } else {
             Sender::Registry
         }
@@ -40,16 +40,21 @@ impl Sender {
 }
 
 /// What a 2xx says about `operation`.
-pub(super) fn read(operation: &Operation, status: StatusCode, headers: &HeaderMap, sender: Sender) -> Said {
+pub(super) fn read(
+    operation: &Operation,
+    status: StatusCode,
+    headers: &HeaderMap,
+    sender: Sender,
+) -> ResponseKind {
     // Only of a blob are parts asked for.
     let is_part = status == StatusCode::PARTIAL_CONTENT && matches!(operation, Operation::Blob { .. });
     if !(status == StatusCode::OK || is_part) || is_page(headers) {
-        return Said::Silent(Cause::NotRegistry);
+        return ResponseKind::Unavailable(Cause::NotRegistry);
     }
     match operation {
         Operation::Manifest { reference, .. } => manifest(reference, headers, sender),
         Operation::Blob { digest, .. } => blob(digest, headers, sender),
-        Operation::Ping | Operation::Tags { .. } | Operation::Referrers { .. } => Said::Unnamed,
+        Operation::Ping | Operation::Tags { .. } | Operation::Referrers { .. } => ResponseKind::NoDigest,
     }
 }
 
@@ -59,35 +64,35 @@ pub(super) fn is_by_manifest(manifest: &Manifest, sender: Sender) -> bool {
     sender == Sender::Registry && !manifest.children.is_empty()
 }
 
-fn manifest(reference: &Reference, headers: &HeaderMap, sender: Sender) -> Said {
+fn manifest(reference: &Reference, headers: &HeaderMap, sender: Sender) -> ResponseKind {
     let asked = match reference {
         Reference::Tag(_) => None,
         Reference::Digest(AnyDigest::Known(asked)) => Some(*asked),
-        Reference::Digest(AnyDigest::Foreign(_)) => return Said::Unnamed,
+        Reference::Digest(AnyDigest::Foreign(_)) => return ResponseKind::NoDigest,
     };
     let media_type = media_type(headers);
     // The digest of signed schema 1 is that of its payload and not of its bytes, which alone tell whether it is signed.
     if media_type.as_ref().is_some_and(MediaType::is_schema_1) {
-        return Said::Silent(Cause::Unverifiable);
+        return ResponseKind::Unavailable(Cause::Unverifiable);
     }
     let is_typed = media_type.is_some_and(|media_type| media_type.is_manifest());
     let named = header_digest(headers).filter(|named| asked.is_none_or(|asked| asked == *named));
     match (named.filter(|_| is_typed), sender) {
-        (Some(named), Sender::Registry) => Said::Is(named),
-        (Some(named), Sender::Elsewhere) => Said::Unproven(named),
+        (Some(named), Sender::Registry) => ResponseKind::Digest(named),
+        (Some(named), Sender::OtherOrigin) => ResponseKind::UnprovenDigest(named),
         // Only the bytes can tell.
-        (None, _) => Said::Unnamed,
+        (None, _) => ResponseKind::NoDigest,
     }
 }
 
-fn blob(asked: &AnyDigest, headers: &HeaderMap, sender: Sender) -> Said {
+fn blob(asked: &AnyDigest, headers: &HeaderMap, sender: Sender) -> ResponseKind {
     let AnyDigest::Known(asked) = asked else {
-        return Said::Unnamed;
+        return ResponseKind::NoDigest;
     };
     if sender == Sender::Registry && header_digest(headers) == Some(*asked) {
-        Said::Is(*asked)
+        ResponseKind::Digest(*asked)
     } else {
-        Said::Unproven(*asked)
+        ResponseKind::UnprovenDigest(*asked)
     }
 }
 
@@ -103,7 +108,7 @@ pub(super) fn is_page(headers: &HeaderMap) -> bool {
 }
 
 /// Whether an error response looks like that of a registry, not of something in front of it.
-pub(super) fn is_registrys(headers: &HeaderMap) -> bool {
+pub(super) fn has_registry_headers(headers: &HeaderMap) -> bool {
     let json = headers
         .get(CONTENT_TYPE)
         .is_some_and(|value| value.as_bytes().windows(4).any(|part| part == b"json"));
@@ -111,8 +116,10 @@ pub(super) fn is_registrys(headers: &HeaderMap) -> bool {
 }
 
 /// Whether a 404 is that of a page and not the registry's. In front of a registry that is down, a balancer answers so.
-pub(super) fn is_absent_page(status: StatusCode, headers: &HeaderMap) -> bool {
-    matches!(status, StatusCode::NOT_FOUND | StatusCode::GONE) && is_page(headers) && !is_registrys(headers)
+pub(super) fn is_not_found_page(status: StatusCode, headers: &HeaderMap) -> bool {
+    matches!(status, StatusCode::NOT_FOUND | StatusCode::GONE)
+        && is_page(headers)
+        && !has_registry_headers(headers)
 }
 
 #[cfg(test)]
@@ -170,7 +177,7 @@ mod tests {
         let mut proven = 0;
         for operation in operations() {
             for status in 200..300 {
-                for sender in [Sender::Registry, Sender::Elsewhere] {
+                for sender in [Sender::Registry, Sender::OtherOrigin] {
                     for media_type in types {
                         for named in digests {
                             let status = StatusCode::from_u16(status).unwrap();
@@ -183,18 +190,24 @@ mod tests {
                                     ..
                                 }
                             );
-                            if let Said::Is(digest) = said {
+                            if let ResponseKind::Digest(digest) = said {
                                 proven += 1;
                                 assert_eq!(sender, Sender::Registry, "{case}");
                                 assert_eq!(Some(digest), named, "{case}");
                                 assert!(by_tag || named == digests[1], "{case}");
                             }
                             if !matches!(status.as_u16(), 200 | 206) || media_type.contains("html") {
-                                assert!(!said.is_yes(), "{case}");
+                                assert!(!said.is_success(), "{case}");
                             }
                             if matches!(operation, Operation::Manifest { .. }) && media_type != MANIFEST_TYPE
                             {
-                                assert!(!matches!(said, Said::Is(_) | Said::Unproven(_)), "{case}");
+                                assert!(
+                                    !matches!(
+                                        said,
+                                        ResponseKind::Digest(_) | ResponseKind::UnprovenDigest(_)
+                                    ),
+                                    "{case}"
+                                );
                             }
                         }
                     }

@@ -3,18 +3,20 @@
 
 use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use http::HeaderValue;
 use tokio::time::Instant;
 
+use super::credentials::CredentialSource;
+use super::failover::ServedStore;
+use super::observer::Observer;
 use super::origin::Origin;
-use super::own::CredentialSource;
-use super::route::{ProxyChoice, ProxyError};
-use super::switch::{Observer, Offline};
-use super::target::RedirectRule;
+use super::proxy_rules::{ProxyChoice, ProxyError};
+use super::redirect_rules::RedirectRule;
 use super::tls::{ClientCertificate, TlsError};
-use super::urls::Memory;
+use crate::oci::Cause;
 use crate::oci::operation::Operation;
 use crate::queue::{Class, Demand, Peer, Waiters, flow};
 use crate::trace_context::Trace;
@@ -29,7 +31,7 @@ pub struct Settings {
     pub roots: Vec<Vec<u8>>,
     /// The proxy it is reached through.
     pub proxy: ProxyChoice,
-    /// Where our own credential comes from, used for callers with [`Credential::Own`].
+    /// Where our own credential comes from, used for callers with [`Credential::Configured`].
     pub credential: Option<CredentialSource>,
     /// Further host names that mean this upstream, by which a credential may be found.
     pub hosts: Vec<String>,
@@ -50,7 +52,7 @@ pub struct Settings {
     /// Hears of each exchange.
     pub observer: Observer,
     /// Keeps which of several URLs have served which repositories.
-    pub served: Option<Arc<dyn Memory>>,
+    pub served: Option<Arc<dyn ServedStore>>,
 }
 
 impl Settings {
@@ -78,6 +80,27 @@ impl Settings {
 
 /// Questions under way at once, and as many transfers, unless the operator says otherwise.
 pub const FETCHES_MAX: usize = 64;
+
+/// While it is on, no upstream is asked anything: each is silent, because of [`Cause::Offline`]. Transfers under way go
+/// on until they break. Clones are the same switch.
+#[derive(Clone, Debug, Default)]
+pub struct Offline(Arc<AtomicBool>);
+
+impl Offline {
+    /// Turns it on or off; says how it was before.
+    pub fn set(&self, on: bool) -> bool {
+        self.0.swap(on, Ordering::Relaxed)
+    }
+
+    /// Whether it is on.
+    pub fn is_on(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn cause(&self) -> Option<Cause> {
+        self.is_on().then_some(Cause::Offline)
+    }
+}
 
 /// How long to wait for an upstream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -120,7 +143,7 @@ pub struct Caller {
     /// Which trace its reason belongs to.
     pub trace: Trace,
     /// Until when a rate limit of the upstream may be waited out for it; `None`: not at all.
-    pub waits_until: Option<Instant>,
+    pub wait_deadline: Option<Instant>,
 }
 
 impl Caller {
@@ -150,7 +173,7 @@ pub enum Credential {
     /// The client's `Authorization`, as it came.
     Client(HeaderValue),
     /// [`Settings::credential`].
-    Own,
+    Configured,
 }
 
 impl fmt::Debug for Credential {
@@ -158,7 +181,7 @@ impl fmt::Debug for Credential {
         f.write_str(match self {
             Credential::Anonymous => "anonymous",
             Credential::Client(_) => "client",
-            Credential::Own => "own",
+            Credential::Configured => "own",
         })
     }
 }

@@ -13,14 +13,14 @@ use tokio::sync::Notify;
 use tokio::task::AbortHandle;
 use tokio::time::Instant;
 
-use super::health::{Change, Detector, Ended, Kind, Scope};
-use super::limits::Limits;
+use super::credentials::{CredentialProvider, CredentialSource, Names};
+use super::health::{BreakerChange, FailureDetector, FailureScope, RequestKind, RequestOutcome};
 use super::origin::Origin;
-use super::own::{CredentialSource, Names, Own};
-use super::quirk::Quirks;
-use super::route::ProxyChoice;
+use super::proxy_rules::ProxyChoice;
+use super::quirks::Quirks;
+use super::rate_limit::RateLimits;
+use super::redirect_rules::RedirectRule;
 use super::settings::{Caller, Credential, Settings};
-use super::target::RedirectRule;
 use super::tls::ClientCertificate;
 use super::token::TokenCache;
 use super::{Inner, Upstream, probe};
@@ -29,12 +29,12 @@ use crate::oci::operation::Operation;
 use crate::queue::Queue;
 
 /// How often the same reason for which an upstream is unavailable is logged.
-const LOGGED_AGAIN_AFTER: Duration = Duration::from_secs(60);
+const LOG_INTERVAL: Duration = Duration::from_secs(60);
 /// How often the circuit breaker of a repository is logged, whichever it is: clients choose the names.
-const REPOSITORY_LOGGED_AFTER: Duration = Duration::from_secs(10);
+const REPOSITORY_LOG_INTERVAL: Duration = Duration::from_secs(10);
 
 /// One place for lists to so many for other requests.
-const LISTS_SHARE: usize = 8;
+const LIST_PERMIT_RATIO: usize = 8;
 
 /// The state of one upstream. Clones are the same state.
 #[derive(Clone, Default)]
@@ -42,10 +42,10 @@ pub struct LearnedState(pub(super) Arc<Learned>);
 
 #[derive(Default)]
 pub(super) struct Learned {
-    pub(super) limits: Limits,
+    pub(super) limits: RateLimits,
     pub(super) quirks: Quirks,
     pub(super) tokens: Arc<TokenCache>,
-    pub(super) questions: Queue,
+    pub(super) requests: Queue,
     /// Lists have places of their own, so that however many there are keep no tag waiting.
     pub(super) lists: Queue,
     health: Mutex<Health>,
@@ -58,25 +58,25 @@ pub(super) struct Learned {
 #[derive(Default)]
 struct Active {
     upstream: Weak<Inner>,
-    connection: Option<Arc<Connection>>,
-    own: Option<Arc<Own>>,
+    connection: Option<Arc<ConnectionSettings>>,
+    credentials: Option<Arc<CredentialProvider>>,
 }
 
 #[derive(Default)]
 pub(super) struct Health {
-    pub(super) detector: Detector,
-    pub(super) last_silence: Option<(Cause, Instant)>,
+    pub(super) detector: FailureDetector,
+    pub(super) last_failure: Option<(Cause, Instant)>,
     /// Its reason in words.
     pub(super) last_detail: Option<Arc<str>>,
     /// The reason that was logged last.
     logged: Option<(Cause, Option<Arc<str>>, Instant)>,
     pub(super) last_head: Option<(Duration, Instant)>,
     /// The URLs that were unavailable when the upstream was so last.
-    pub(super) unavailable: Vec<Origin>,
+    pub(super) unavailable_urls: Vec<Origin>,
     /// The principal of callers without a credential, whose limits a probe keeps to …
     anonymous: [u8; 32],
     /// … and that of callers with the proxy's own.
-    own: [u8; 32],
+    configured: [u8; 32],
     repository_logged: Option<Instant>,
     prober: Option<AbortHandle>,
     /// Whose health it is.
@@ -85,23 +85,23 @@ pub(super) struct Health {
 
 impl Health {
     /// Whether the operator has something to mend and was not told of it lately.
-    pub(super) fn is_news(&mut self, cause: Cause, detail: Option<&str>, now: Instant) -> bool {
+    pub(super) fn should_log(&mut self, cause: Cause, detail: Option<&str>, now: Instant) -> bool {
         if !matches!(cause, Cause::Tls(_) | Cause::Redirects(_) | Cause::TokenService) {
             return false;
         }
-        let is_news = self.logged.as_ref().is_none_or(|(last, reason, at)| {
+        let should_log = self.logged.as_ref().is_none_or(|(last, reason, at)| {
             *last != cause
                 || reason.as_deref() != detail
-                || now.saturating_duration_since(*at) >= LOGGED_AGAIN_AFTER
+                || now.saturating_duration_since(*at) >= LOG_INTERVAL
         });
-        if is_news {
+        if should_log {
             self.logged = Some((cause, detail.map(Arc::from), now));
         }
-        is_news
+        should_log
     }
 
     fn may_log_repository(&mut self, now: Instant) -> bool {
-        let is_due = |at| now.saturating_duration_since(at) >= REPOSITORY_LOGGED_AFTER;
+        let is_due = |at| now.saturating_duration_since(at) >= REPOSITORY_LOG_INTERVAL;
         let may_log = self.repository_logged.is_none_or(is_due);
         if may_log {
             self.repository_logged = Some(now);
@@ -111,7 +111,7 @@ impl Health {
 }
 
 /// The settings that decide where an upstream is and whether it can be reached.
-pub(super) struct Connection {
+pub(super) struct ConnectionSettings {
     /// Tells it from every other of this process.
     pub(super) id: u64,
     urls: Vec<Origin>,
@@ -120,12 +120,12 @@ pub(super) struct Connection {
     token_hosts: Vec<String>,
     redirects: Vec<RedirectRule>,
     client_certificate: Option<ClientCertificate>,
-    connect_within: Duration,
+    connect_timeout: Duration,
 }
 
-impl Connection {
+impl ConnectionSettings {
     pub(super) fn of(settings: &Settings) -> Self {
-        static MADE: AtomicU64 = AtomicU64::new(1);
+        static NEXT_ID: AtomicU64 = AtomicU64::new(1);
         // Without `..`: a new setting is either named here or is known to change nothing of what was learned.
         let Settings {
             name: _,
@@ -145,14 +145,14 @@ impl Connection {
             served: _,
         } = settings;
         Self {
-            id: MADE.fetch_add(1, Ordering::Relaxed),
+            id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
             urls: urls.clone(),
             roots: roots.clone(),
             proxy: proxy.clone(),
             token_hosts: token_hosts.clone(),
             redirects: redirects.clone(),
             client_certificate: client_certificate.clone(),
-            connect_within: timeouts.connect,
+            connect_timeout: timeouts.connect,
         }
     }
 
@@ -163,14 +163,14 @@ impl Connection {
             && self.token_hosts == other.token_hosts
             && self.redirects == other.redirects
             && self.client_certificate == other.client_certificate
-            && self.connect_within == other.connect_within
+            && self.connect_timeout == other.connect_timeout
     }
 }
 
 impl Learned {
     /// The connection settings in effect if these are the same, else these.
-    pub(super) fn connection(&self, settings: &Settings) -> Arc<Connection> {
-        let new = Connection::of(settings);
+    pub(super) fn connection(&self, settings: &Settings) -> Arc<ConnectionSettings> {
+        let new = ConnectionSettings::of(settings);
         let active = self.active().connection.clone();
         active
             .filter(|active| active.is_same(&new))
@@ -178,16 +178,20 @@ impl Learned {
     }
 
     /// The own credentials in effect, with all that is cached of them, if they come from the same source; else new ones.
-    pub(super) fn own(&self, source: Option<CredentialSource>, names: Names) -> Option<Arc<Own>> {
+    pub(super) fn credentials(
+        &self,
+        source: Option<CredentialSource>,
+        names: Names,
+    ) -> Option<Arc<CredentialProvider>> {
         let source = source?;
-        let active = self.active().own.clone();
+        let active = self.active().credentials.clone();
         active
             .filter(|active| active.is_from(&source, &names))
-            .or_else(|| Some(Arc::new(Own::new(source, names))))
+            .or_else(|| Some(Arc::new(CredentialProvider::new(source, names))))
     }
 
     /// Whether some settings are in effect, or were.
-    pub(super) fn is_in_use(&self) -> bool {
+    pub(super) fn has_been_active(&self) -> bool {
         self.active().connection.is_some()
     }
 
@@ -196,7 +200,7 @@ impl Learned {
     }
 
     /// The health of who has these connection settings; `None` if others are in effect by now.
-    pub(super) fn health(&self, connection: &Connection) -> Option<MutexGuard<'_, Health>> {
+    pub(super) fn health(&self, connection: &ConnectionSettings) -> Option<MutexGuard<'_, Health>> {
         // Every change under this lock is complete in one statement; a panic elsewhere leaves nothing half done.
         let health = self.health.lock().unwrap_or_else(PoisonError::into_inner);
         (health.connection == connection.id).then_some(health)
@@ -208,18 +212,18 @@ impl Learned {
         if is_running {
             self.changed.notify_one();
         } else if health.detector.next_probe(Instant::now()).is_some() {
-            let probes = probe::probes(Arc::downgrade(self), Arc::clone(&self.changed));
+            let probes = probe::run_probes(Arc::downgrade(self), Arc::clone(&self.changed));
             health.prober = Some(tokio::spawn(probes).abort_handle());
         }
     }
 
     /// The settings in effect.
-    pub(super) fn in_effect(&self) -> Option<Arc<Inner>> {
+    pub(super) fn active_upstream(&self) -> Option<Arc<Inner>> {
         self.active().upstream.upgrade()
     }
 
     /// The probe that is due next, and when. Without one, the probing ends.
-    pub(super) fn next_probe(&self, inner: &Inner) -> Option<(Instant, Scope)> {
+    pub(super) fn next_probe(&self, inner: &Inner) -> Option<(Instant, FailureScope)> {
         let mut health = self.health(&inner.connection)?;
         let next = health.detector.next_probe(Instant::now());
         if next.is_none() {
@@ -229,21 +233,21 @@ impl Learned {
     }
 
     /// A probe is sent: for what.
-    pub(super) fn probed(&self, inner: &Inner, scope: &Scope) -> Option<Operation> {
+    pub(super) fn take_probe(&self, inner: &Inner, scope: &FailureScope) -> Option<Operation> {
         let mut health = self.health(&inner.connection)?;
-        health.detector.probed(scope, Instant::now())
+        health.detector.take_probe(scope, Instant::now())
     }
 
     /// The probing ends, whatever has no response.
-    pub(super) fn stopped_probing(&self) {
+    pub(super) fn probing_stopped(&self) {
         self.any_health().prober = None;
     }
 
     /// The principal of those who show this, where it is not a client's own.
-    pub(super) fn principal_of(&self, credential: &Credential) -> [u8; 32] {
+    pub(super) fn principal_for(&self, credential: &Credential) -> [u8; 32] {
         let health = self.any_health();
         match credential {
-            Credential::Own => health.own,
+            Credential::Configured => health.configured,
             Credential::Anonymous | Credential::Client(_) => health.anonymous,
         }
     }
@@ -264,51 +268,51 @@ impl Drop for Learned {
 
 /// A request that was sent, as the detection of failures sees it. Dropped without a word, nothing is known of its
 /// response.
-pub(super) struct Pending<'a> {
+pub(super) struct InFlightRequest<'a> {
     inner: &'a Inner,
     id: Option<u64>,
 }
 
-impl Pending<'_> {
+impl InFlightRequest<'_> {
     /// A credential is looked up before anything is sent, or was.
-    pub(super) fn held(&self, is_held: bool) {
+    pub(super) fn set_paused(&self, is_paused: bool) {
         self.change(|detector, id, now| {
-            detector.held(id, is_held, now);
+            detector.set_paused(id, is_paused, now);
             Vec::new()
         });
     }
 
     /// A token is fetched first.
-    pub(super) fn token_wanted(&self) {
+    pub(super) fn waiting_for_token(&self) {
         self.change(|detector, id, now| {
-            detector.token_wanted(id, now);
+            detector.waiting_for_token(id, now);
             Vec::new()
         });
     }
 
     /// What became of the request for a token.
-    pub(super) fn token_ended(&self, ended: Ended) {
-        self.change(|detector, id, now| detector.token_ended(id, ended, now));
+    pub(super) fn token_finished(&self, ended: RequestOutcome) {
+        self.change(|detector, id, now| detector.token_finished(id, ended, now));
     }
 
     /// What became of the request.
-    pub(super) fn ended(mut self, ended: Ended) {
-        self.change(|detector, id, now| detector.ended(id, ended, now));
+    pub(super) fn finish(mut self, ended: RequestOutcome) {
+        self.change(|detector, id, now| detector.finish(id, ended, now));
         self.id = None;
     }
 
-    fn change(&self, change: impl FnOnce(&mut Detector, u64, Instant) -> Vec<Change>) {
+    fn change(&self, change: impl FnOnce(&mut FailureDetector, u64, Instant) -> Vec<BreakerChange>) {
         if let (Some(id), Some(mut health)) = (self.id, self.inner.health()) {
             let changes = change(&mut health.detector, id, Instant::now());
-            self.inner.took_in(&mut health, changes);
+            self.inner.apply_changes(&mut health, changes);
         }
     }
 }
 
-impl Drop for Pending<'_> {
+impl Drop for InFlightRequest<'_> {
     fn drop(&mut self) {
         if let (Some(id), Some(mut health)) = (self.id, self.inner.health()) {
-            health.detector.abandoned(id);
+            health.detector.cancel(id);
         }
     }
 }
@@ -320,39 +324,44 @@ impl Inner {
     }
 
     /// A request is sent.
-    pub(super) fn sent(&self, kind: Kind, operation: &Operation, caller: &Caller) -> Pending<'_> {
+    pub(super) fn sent(
+        &self,
+        kind: RequestKind,
+        operation: &Operation,
+        caller: &Caller,
+    ) -> InFlightRequest<'_> {
         let id = self.health().map(|mut health| {
             match caller.credential {
                 Credential::Anonymous => health.anonymous = caller.principal,
-                Credential::Own => health.own = caller.principal,
+                Credential::Configured => health.configured = caller.principal,
                 Credential::Client(_) => {}
             }
             health
                 .detector
                 .sent(kind, operation, caller.principal, Instant::now())
         });
-        Pending { inner: self, id }
+        InFlightRequest { inner: self, id }
     }
 
     /// A probe found a scope alive.
-    pub(super) fn is_back(&self, scope: &Scope) {
+    pub(super) fn recovered(&self, scope: &FailureScope) {
         if let Some(mut health) = self.health() {
-            let changes = health.detector.is_back(scope);
-            self.took_in(&mut health, changes);
+            let changes = health.detector.recovered(scope);
+            self.apply_changes(&mut health, changes);
         }
     }
 
     /// A probe that began then has ended, and this was not what its response closed.
-    pub(super) fn probe_ended(&self, scope: &Scope, began: Instant) {
+    pub(super) fn probe_ended(&self, scope: &FailureScope, began: Instant) {
         if let Some(mut health) = self.health() {
             health.detector.probe_ended(scope, began);
         }
     }
 
     /// What follows from a change of the health.
-    pub(super) fn took_in(&self, health: &mut Health, changes: Vec<Change>) {
-        for Change { scope, opened } in changes {
-            if matches!(scope, Scope::Repository(..)) && !health.may_log_repository(Instant::now()) {
+    pub(super) fn apply_changes(&self, health: &mut Health, changes: Vec<BreakerChange>) {
+        for BreakerChange { scope, opened } in changes {
+            if matches!(scope, FailureScope::Repository(..)) && !health.may_log_repository(Instant::now()) {
                 continue;
             }
             let (upstream, detail) = (&self.name, health.last_detail.as_deref());
@@ -370,25 +379,29 @@ impl Upstream {
     /// Puts these settings into effect over the state of the upstream. Needs a runtime if something has no response.
     pub fn activate(&self) {
         let (inner, learned) = (&self.0, &self.0.learned);
-        let own = inner.exchange.own.clone();
+        let own = inner.auth_client.credentials.clone();
         if let Some(own) = &own {
-            own.look_again();
+            own.check_soon();
         }
-        learned.limits.set_own(own.as_ref().map_or(0, |own| own.serial()));
-        learned.questions.resize(inner.fetches_max);
-        learned.lists.resize(inner.fetches_max.div_ceil(LISTS_SHARE));
+        learned
+            .limits
+            .set_configured_serial(own.as_ref().map_or(0, |own| own.serial()));
+        learned.requests.resize(inner.fetches_max);
+        learned
+            .lists
+            .resize(inner.fetches_max.div_ceil(LIST_PERMIT_RATIO));
         *learned.active() = Active {
             upstream: Arc::downgrade(inner),
             connection: Some(Arc::clone(&inner.connection)),
-            own,
+            credentials: own,
         };
         let mut health = learned.health.lock().unwrap_or_else(PoisonError::into_inner);
         if health.connection != inner.connection.id {
             health.connection = inner.connection.id;
-            health.detector = Detector::default();
-            (health.last_silence, health.last_head) = (None, None);
+            health.detector = FailureDetector::default();
+            (health.last_failure, health.last_head) = (None, None);
             (health.last_detail, health.logged) = (None, None);
-            learned.tokens.note_realm(None, false);
+            learned.tokens.record_realm(None, false);
             return;
         }
         learned.start_probing(&mut health);

@@ -12,9 +12,10 @@ use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::client::legacy::connect::dns::{GaiResolver, Name};
 use tower_service::Service;
 
-use super::dial::{Dial, DialError, Dialled, Dialling, io_cause};
+use super::dialer::{DialError, DialFuture, DialedStream, Dialer};
 use super::origin::address;
-use super::target::Limit;
+use super::redirect_rules::AddressLimit;
+use super::tls::io_cause;
 use crate::oci::cause::Cause;
 
 /// TCP keepalive: a peer that vanished is noticed after about a minute.
@@ -22,16 +23,16 @@ const KEEPALIVE: Duration = Duration::from_secs(30);
 /// Linux `TCP_USER_TIMEOUT`: bytes sent and not acknowledged for so long mean the peer is gone.
 const UNACKNOWLEDGED_MAX: Duration = Duration::from_secs(30);
 
-/// [`Dial`] by TCP.
-pub(super) struct Tcp;
+/// [`Dialer`] by TCP.
+pub(super) struct TcpDialer;
 
-impl Dial for Tcp {
-    fn dial(&self, to: &Uri, limit: &Limit, patience: Duration) -> Dialling {
+impl Dialer for TcpDialer {
+    fn dial(&self, to: &Uri, limit: &AddressLimit, timeout: Duration) -> DialFuture {
         let (to, limit) = (to.clone(), limit.clone());
         Box::pin(async move {
             // hyper's connector does not resolve what is an address already, so that is judged here.
             if let Some(refused) = to.host().and_then(address).filter(|ip| !limit.allows(*ip)) {
-                return Err(DialError::too_near(refused));
+                return Err(DialError::scope_denied(refused));
             }
             let mut tcp = HttpConnector::new_with_resolver(Resolver {
                 system: GaiResolver::new(),
@@ -44,11 +45,11 @@ impl Dial for Tcp {
             tcp.set_keepalive_retries(Some(3));
             #[cfg(any(target_os = "android", target_os = "fuchsia", target_os = "linux"))]
             tcp.set_tcp_user_timeout(Some(UNACKNOWLEDGED_MAX));
-            tcp.set_connect_timeout(Some(patience));
+            tcp.set_connect_timeout(Some(timeout));
             let stream = tcp.call(to).await.map_err(dial_error)?;
             let stream = stream.into_inner();
             let peer = stream.peer_addr().ok().map(|peer| peer.ip());
-            Ok(Dialled {
+            Ok(DialedStream {
                 stream: Box::new(stream),
                 peer,
             })
@@ -63,7 +64,7 @@ fn dial_error(error: impl Error + Send + Sync + 'static) -> DialError {
         if let Some(resolving) = one.downcast_ref::<ResolveError>() {
             match resolving {
                 ResolveError::Failed(_) => cause = Cause::Dns,
-                ResolveError::TooNear(address) => return DialError::too_near(*address),
+                ResolveError::ScopeDenied(address) => return DialError::scope_denied(*address),
             }
             break;
         }
@@ -85,7 +86,7 @@ fn dial_error(error: impl Error + Send + Sync + 'static) -> DialError {
 #[derive(Clone)]
 struct Resolver<S> {
     system: S,
-    limit: Limit,
+    limit: AddressLimit,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -93,7 +94,7 @@ enum ResolveError {
     #[error("the name has no address")]
     Failed(#[source] io::Error),
     #[error("the name leads to {0}, which is nearer than the registry")]
-    TooNear(IpAddr),
+    ScopeDenied(IpAddr),
 }
 
 impl<S> Service<Name> for Resolver<S>
@@ -118,7 +119,7 @@ where
             let first = found.first().map(SocketAddr::ip);
             let allowed: Vec<_> = found.into_iter().filter(|one| limit.allows(one.ip())).collect();
             match first {
-                Some(refused) if allowed.is_empty() => Err(ResolveError::TooNear(refused)),
+                Some(refused) if allowed.is_empty() => Err(ResolveError::ScopeDenied(refused)),
                 _ => Ok(allowed.into_iter()),
             }
         })
@@ -129,7 +130,7 @@ where
 mod tests {
     #![allow(clippy::unwrap_used, reason = "tests may fail loudly")]
     use super::*;
-    use crate::upstream::zone::Zone;
+    use crate::upstream::ip_scope::IpScope;
 
     /// A name server that says another thing each time, the last one for ever.
     #[derive(Clone)]
@@ -159,14 +160,14 @@ mod tests {
                 addresses(&["127.0.0.1:443"]),
                 addresses(&["169.254.169.254:443", "8.8.8.8:443", "[::ffff:10.0.0.1]:443"]),
             ]),
-            limit: Zone::Public.into(),
+            limit: IpScope::Public.into(),
         };
         let mut look_up = async || {
             let found = resolver.call("rebinding.example".parse().unwrap()).await;
             found.map(Iterator::collect::<Vec<_>>)
         };
         assert_eq!(look_up().await.unwrap(), addresses(&["8.8.8.8:443"]));
-        assert!(matches!(look_up().await, Err(ResolveError::TooNear(_))));
+        assert!(matches!(look_up().await, Err(ResolveError::ScopeDenied(_))));
         assert_eq!(look_up().await.unwrap(), addresses(&["8.8.8.8:443"]));
     }
 }

@@ -46,12 +46,12 @@ pub(super) fn settings(urls: &[&Registry]) -> Settings {
 
 /// An upstream of these registries, in this order, over sockets.
 pub(super) fn upstream(urls: &[&Registry]) -> Upstream {
-    Upstream::new(settings(urls), &Connector::system()).unwrap()
+    Upstream::new(settings(urls), &Transport::system()).unwrap()
 }
 
 /// The same over pipes, for tests with a paused clock.
 pub(super) fn piped(registry: &Registry) -> Upstream {
-    Upstream::new(settings(&[registry]), &Connector::with_dial(registry.dial())).unwrap()
+    Upstream::new(settings(&[registry]), &Transport::with_dialer(registry.dial())).unwrap()
 }
 
 pub(super) fn anonymous() -> Caller {
@@ -62,7 +62,7 @@ pub(super) fn anonymous() -> Caller {
         class: Class::Interactive,
         waiters: None,
         trace: Trace::begun(),
-        waits_until: None,
+        wait_deadline: None,
     }
 }
 
@@ -78,7 +78,7 @@ pub(super) fn client(authorization: &str) -> Caller {
         class: Class::Interactive,
         waiters: None,
         trace: Trace::begun(),
-        waits_until: None,
+        wait_deadline: None,
     }
 }
 
@@ -107,19 +107,19 @@ pub(super) fn accept() -> Accept {
 #[test]
 fn nothing_that_is_shown_contains_a_credential() {
     let settings = Settings {
-        credential: Some(OwnCredential::new("robot", "canary").into()),
+        credential: Some(UpstreamCredential::new("robot", "canary").into()),
         ..Settings::new("a", vec!["https://a.example".parse().unwrap()])
     };
     let shown = format!("{:?} {:?}", settings.credential, client("Basic canary"));
-    let upstream = Upstream::new(settings, &Connector::system()).unwrap();
-    let shown = format!("{shown} {upstream:?} {:?}", upstream.state());
+    let upstream = Upstream::new(settings, &Transport::system()).unwrap();
+    let shown = format!("{shown} {upstream:?} {:?}", upstream.status());
     assert!(!shown.contains("canary") && !shown.contains("robot"), "{shown}");
 }
 
 #[test]
 fn an_upstream_without_a_url_is_refused() {
     assert_eq!(
-        Upstream::new(Settings::new("a", Vec::new()), &Connector::system()).err(),
+        Upstream::new(Settings::new("a", Vec::new()), &Transport::system()).err(),
         Some(SettingsError::NoUrl)
     );
 }

@@ -24,14 +24,33 @@ use tokio::time::Instant;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
-use super::dial::{DialError, Stream, io_cause};
+use super::dialer::{DialError, Stream};
 use crate::oci::cause::{Cause, TlsFault};
-pub(super) use fault::classify;
+use fault::classify;
 pub(super) use verify::Trust;
 
 /// The reason in words within an I/O error, if it is one of TLS.
 pub(super) fn reason(error: &io::Error) -> Option<String> {
     fault::of(error).map(|(_, detail)| detail)
+}
+
+/// What an I/O error on an open or opening connection says about the other end.
+pub(super) fn io_cause(error: &io::Error) -> Cause {
+    let tls = error.get_ref().and_then(|error| error.downcast_ref());
+    if let Some(tls) = tls {
+        return Cause::Tls(classify(tls).0);
+    }
+    match error.kind() {
+        io::ErrorKind::ConnectionRefused => Cause::Refused,
+        io::ErrorKind::HostUnreachable
+        | io::ErrorKind::NetworkUnreachable
+        | io::ErrorKind::NetworkDown
+        | io::ErrorKind::AddrNotAvailable
+        | io::ErrorKind::PermissionDenied => Cause::Unreachable,
+        io::ErrorKind::TimedOut => Cause::Timeout,
+        io::ErrorKind::InvalidData => Cause::Tls(TlsFault::Other),
+        _ => Cause::Reset,
+    }
 }
 
 /// TLS cannot be set up. The operator's fault, or the build's.
@@ -104,7 +123,7 @@ impl fmt::Debug for ClientCertificate {
 /// TLS with the trust of one upstream.
 pub(super) struct Tls {
     connector: TlsConnector,
-    shown: Arc<Shown>,
+    client_auth: Arc<ClientAuth>,
 }
 
 impl Tls {
@@ -115,24 +134,27 @@ impl Tls {
         certificate: Option<ClientCertificate>,
     ) -> Result<Tls, TlsError> {
         let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-        let shown = Arc::new(Shown {
+        let client_auth = Arc::new(ClientAuth {
             certificate,
-            is_asked_for: AtomicBool::new(false),
-            ended: Mutex::default(),
+            is_requested: AtomicBool::new(false),
+            last_close: Mutex::default(),
         });
         let mut config = ClientConfig::builder_with_provider(provider)
             .with_safe_default_protocol_versions()
             .map_err(|error| TlsError::Provider(error.to_string()))?
             .dangerous()
             .with_custom_certificate_verifier(trust.verifier()?)
-            .with_client_cert_resolver(Arc::clone(&shown) as Arc<dyn ResolvesClientCert>);
+            .with_client_cert_resolver(Arc::clone(&client_auth) as Arc<dyn ResolvesClientCert>);
         config.alpn_protocols = protocols.iter().map(|protocol| protocol.to_vec()).collect();
         let connector = TlsConnector::from(Arc::new(config));
-        Ok(Tls { connector, shown })
+        Ok(Tls {
+            connector,
+            client_auth,
+        })
     }
 
     /// The handshake with the host of `to`. The flag says whether h2 was agreed on.
-    pub(super) async fn secure(
+    pub(super) async fn handshake(
         &self,
         to: &Uri,
         stream: Box<dyn Stream>,
@@ -144,52 +166,62 @@ impl Tls {
             .trim_end_matches(']');
         let name = ServerName::try_from(host.to_owned())
             .map_err(|error| DialError::new(Cause::Tls(TlsFault::WrongName), error))?;
-        let handshake = self.connector.connect(name, stream).await;
-        let stream = handshake.map_err(|error| self.shown.failed(error))?;
+        let connected = self.connector.connect(name, stream).await;
+        let stream = connected.map_err(|error| self.client_auth.handshake_error(error))?;
         let h2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");
-        let watched = Watched {
+        let monitored = MonitoredStream {
             stream,
             to: to.authority().cloned(),
             has_read: false,
-            shown: Arc::clone(&self.shown),
+            client_auth: Arc::clone(&self.client_auth),
         };
-        Ok((Box::new(watched), h2))
+        Ok((Box::new(monitored), h2))
     }
 
     /// Why the server at `to` ended a connection after the handshake, no earlier than `since`. In TLS 1.3 it judges a
     /// client certificate, or that there is none, when the handshake is over here (RFC 8446 §4.4.2.4).
-    pub(super) fn ended(&self, to: &Uri, since: Instant) -> Option<(TlsFault, String)> {
-        let mut ended = self.shown.ended.lock().unwrap_or_else(PoisonError::into_inner);
+    pub(super) fn close_reason(&self, to: &Uri, since: Instant) -> Option<(TlsFault, String)> {
+        let mut ended = self
+            .client_auth
+            .last_close
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         let ended = ended.take_if(|ended| Some(&ended.by) == to.authority() && ended.at >= since)?;
         Some((ended.fault, ended.detail))
     }
 }
 
 /// A connection in TLS that notes why the server ended it: the HTTP client tells of it as of any broken connection.
-struct Watched {
+struct MonitoredStream {
     stream: TlsStream<Box<dyn Stream>>,
     to: Option<Authority>,
     has_read: bool,
-    shown: Arc<Shown>,
+    client_auth: Arc<ClientAuth>,
 }
 
-impl Watched {
-    fn noted<T>(&self, polled: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
+impl MonitoredStream {
+    fn record_error<T>(&self, polled: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
         if let Poll::Ready(Err(error)) = &polled {
-            self.note(fault::of(error));
+            self.record_close(fault::of(error));
         }
         polled
     }
 
     /// Without an alert, what is left of a server's no is that it asked for a certificate and then said nothing.
-    fn note(&self, said: Option<(TlsFault, String)>) {
-        let is_asked_for = self.shown.is_asked_for.load(Ordering::Relaxed);
-        let unsaid =
-            || (is_asked_for && !self.has_read).then(|| self.shown.refused("the connection was closed"));
-        let mut ended = self.shown.ended.lock().unwrap_or_else(PoisonError::into_inner);
-        if let (Some((fault, detail)), Some(by)) = (said.or_else(unsaid), self.to.clone()) {
+    fn record_close(&self, alert: Option<(TlsFault, String)>) {
+        let is_requested = self.client_auth.is_requested.load(Ordering::Relaxed);
+        let inferred = || {
+            (is_requested && !self.has_read)
+                .then(|| self.client_auth.certificate_rejected("the connection was closed"))
+        };
+        let mut ended = self
+            .client_auth
+            .last_close
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        if let (Some((fault, detail)), Some(by)) = (alert.or_else(inferred), self.to.clone()) {
             let at = Instant::now();
-            *ended = Some(Ended {
+            *ended = Some(ServerClose {
                 by,
                 at,
                 fault,
@@ -199,7 +231,7 @@ impl Watched {
     }
 }
 
-impl AsyncRead for Watched {
+impl AsyncRead for MonitoredStream {
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -209,22 +241,22 @@ impl AsyncRead for Watched {
         let polled = Pin::new(&mut self.stream).poll_read(cx, buf);
         match &polled {
             Poll::Ready(Ok(())) if buf.filled().len() > before => self.has_read = true,
-            Poll::Ready(Ok(())) if !self.has_read => self.note(None),
+            Poll::Ready(Ok(())) if !self.has_read => self.record_close(None),
             Poll::Ready(_) | Poll::Pending => {}
         }
-        self.noted(polled)
+        self.record_error(polled)
     }
 }
 
-impl AsyncWrite for Watched {
+impl AsyncWrite for MonitoredStream {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         let polled = Pin::new(&mut self.stream).poll_write(cx, buf);
-        self.noted(polled)
+        self.record_error(polled)
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let polled = Pin::new(&mut self.stream).poll_flush(cx);
-        self.noted(polled)
+        self.record_error(polled)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -234,24 +266,24 @@ impl AsyncWrite for Watched {
 
 /// The client certificate, whether a server has asked for one, and the last alert after a handshake.
 #[derive(Debug)]
-struct Shown {
+struct ClientAuth {
     certificate: Option<ClientCertificate>,
-    is_asked_for: AtomicBool,
-    ended: Mutex<Option<Ended>>,
+    is_requested: AtomicBool,
+    last_close: Mutex<Option<ServerClose>>,
 }
 
 /// How a server ended a connection after the handshake.
 #[derive(Debug)]
-struct Ended {
+struct ServerClose {
     by: Authority,
     at: Instant,
     fault: TlsFault,
     detail: String,
 }
 
-impl Shown {
+impl ClientAuth {
     /// A server asked for a client certificate, and then there was this.
-    fn refused(&self, then: &str) -> (TlsFault, String) {
+    fn certificate_rejected(&self, then: &str) -> (TlsFault, String) {
         let detail = match self.certificate {
             Some(_) => format!(
                 "the server asked for a client certificate, was shown `client_certificate`, and refused it ({then})"
@@ -264,7 +296,7 @@ impl Shown {
     }
 
     /// Many servers end a handshake without the certificate that they asked for by an alert that says nothing, or by none.
-    fn failed(&self, error: io::Error) -> DialError {
+    fn handshake_error(&self, error: io::Error) -> DialError {
         let (mut cause, mut detail) = match fault::of(&error) {
             Some((fault, detail)) => (Cause::Tls(fault), detail),
             None if error.kind() == io::ErrorKind::UnexpectedEof => (
@@ -273,12 +305,12 @@ impl Shown {
             ),
             None => (io_cause(&error), error.to_string()),
         };
-        let is_unsaid = matches!(
+        let is_unspecific = matches!(
             cause,
             Cause::Reset | Cause::Tls(TlsFault::Version | TlsFault::Other)
         );
-        if self.is_asked_for.load(Ordering::Relaxed) && is_unsaid {
-            let (fault, refused) = self.refused(&detail);
+        if self.is_requested.load(Ordering::Relaxed) && is_unspecific {
+            let (fault, refused) = self.certificate_rejected(&detail);
             (cause, detail) = (Cause::Tls(fault), refused);
         }
         DialError {
@@ -289,9 +321,9 @@ impl Shown {
     }
 }
 
-impl ResolvesClientCert for Shown {
+impl ResolvesClientCert for ClientAuth {
     fn resolve(&self, _: &[&[u8]], schemes: &[SignatureScheme]) -> Option<Arc<CertifiedKey>> {
-        self.is_asked_for.store(true, Ordering::Relaxed);
+        self.is_requested.store(true, Ordering::Relaxed);
         let own = &self.certificate.as_ref()?.0;
         own.key.choose_scheme(schemes).map(|_| Arc::clone(own))
     }

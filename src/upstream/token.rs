@@ -17,10 +17,10 @@ use quick_cache::sync::Cache;
 use tokio::time::Instant;
 use zeroize::Zeroizing;
 
-use super::client::{Follow, Http, Reply, Request, Unavailable};
-use super::limits::{Pause, Windows};
+use super::credentials::UpstreamCredential;
+use super::http_client::{Follow, HttpClient, HttpFailure, HttpRequest, HttpResponse};
 use super::origin::{Origin, is_one_of, same_host};
-use super::own::OwnCredential;
+use super::rate_limit::{Pause, Windows};
 use super::retry_after::{is_limit_by_body, stated_wait};
 use crate::oci::cause::Cause;
 use crate::oci::error::Problem;
@@ -28,10 +28,10 @@ use crate::oci::name::Repository;
 use crate::oci::operation::Operation;
 use crate::trace_context::Trace;
 
-mod wire;
+mod protocol;
 
-use wire::{Realm, encoded, query, realm_allowed, with_query};
-pub(super) use wire::{basic, parse};
+pub(super) use protocol::parse;
+use protocol::{Realm, encoded, query, realm_allowed, with_query};
 
 /// Tokens kept, over all holders.
 const TOKENS_MAX: usize = 4096;
@@ -42,35 +42,35 @@ const REFRESH_BEFORE: Duration = Duration::from_secs(10);
 
 /// Whose token it is. Own, anonymous and client credentials never share, whatever the principal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) struct Holder {
-    pub(super) kind: HolderKind,
+pub(super) struct TokenOwner {
+    pub(super) kind: TokenOwnerKind,
     pub(super) principal: [u8; 32],
 }
 
 /// Which credential a token was fetched with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) enum HolderKind {
+pub(super) enum TokenOwnerKind {
     Anonymous,
     Client,
-    Own,
+    Configured,
 }
 
 /// What a token is for.
 #[derive(Clone, PartialEq, Eq, Hash)]
-pub(super) struct Key {
+pub(super) struct TokenKey {
     realm: Realm,
     service: Option<String>,
     /// Sorted, each once.
     scopes: Vec<String>,
-    holder: Holder,
+    owner: TokenOwner,
 }
 
 /// What is sent to the token service.
-pub(super) enum Login<'a> {
+pub(super) enum TokenCredential<'a> {
     Anonymous,
     /// A client's `Authorization: Basic`, as it came.
     Basic(&'a HeaderValue),
-    Own(&'a OwnCredential),
+    Configured(&'a UpstreamCredential),
 }
 
 /// Why there is no token.
@@ -79,28 +79,28 @@ pub(super) enum TokenFailure {
     /// 401 or 403: the credential is wrong.
     Denied(StatusCode),
     /// It limits the rate of requests.
-    Limited(Pause),
+    RateLimited(Pause),
     /// No response, in words for the operator.
-    Silent(Arc<str>),
+    NoResponse(Arc<str>),
     /// A response that is of no use, in words for the operator.
-    Failed(Arc<str>),
+    Unusable(Arc<str>),
     /// The registry names its token service by http, where no credential is sent, and by https it does not answer.
     PlainRealm,
 }
 
 /// What a token service answered instead of a token.
-enum NoToken {
+enum FetchError {
     Denied(StatusCode),
     /// And how long it says to wait.
-    Limited(Option<Duration>),
+    RateLimited(Option<Duration>),
     /// No response, in words for the operator.
-    Silent(Arc<str>),
+    NoResponse(Arc<str>),
     /// A response that is of no use, in words for the operator.
-    Failed(Arc<str>),
+    Unusable(Arc<str>),
 }
 
-fn unavailable(reason: &str) -> NoToken {
-    NoToken::Failed(reason.into())
+fn unavailable(reason: &str) -> FetchError {
+    FetchError::Unusable(reason.into())
 }
 
 struct Token {
@@ -124,7 +124,7 @@ impl Token {
 }
 
 /// One key's token, and the flight that fetches it.
-struct Slot {
+struct TokenSlot {
     /// Counts fetches that ended, so that who waited for one knows that its failure is theirs too.
     fetches: AtomicU64,
     state: tokio::sync::Mutex<Result<Option<Token>, TokenFailure>>,
@@ -132,8 +132,8 @@ struct Slot {
 
 /// What worked for a repository the last time, so that the next request goes out authorised at once.
 #[derive(Clone)]
-pub(super) struct Remembered {
-    pub(super) key: Key,
+pub(super) struct LastToken {
+    pub(super) key: TokenKey,
     /// The registry's challenge before any token was sent.
     pub(super) challenge: Arc<[HeaderValue]>,
 }
@@ -142,29 +142,29 @@ pub(super) struct Remembered {
 #[derive(Default)]
 struct Realms {
     /// The one that was asked last, while it has not answered.
-    asked: Option<Uri>,
+    pending: Option<Uri>,
     /// The one that gave no usable answer, if the last word of any was that.
-    silent: Option<Uri>,
+    failed: Option<Uri>,
 }
 
 /// The tokens kept for one upstream. A token goes only to the address for which it was got: another one may be another
 /// registry by now.
 pub(super) struct TokenCache {
-    slots: Cache<Key, Arc<Slot>>,
-    remembered: Cache<(Origin, Repository, Holder), Remembered>,
+    slots: Cache<TokenKey, Arc<TokenSlot>>,
+    last_tokens: Cache<(Origin, Repository, TokenOwner), LastToken>,
     /// At which other registry, to which this one redirects, which token worked.
-    elsewhere: Cache<(Origin, Repository, Holder), (Origin, Key)>,
+    other_registries: Cache<(Origin, Repository, TokenOwner), (Origin, TokenKey)>,
     realms: std::sync::Mutex<Realms>,
     /// The pauses of token services, by host and holder.
-    windows: Windows<(Option<Authority>, Holder)>,
+    windows: Windows<(Option<Authority>, TokenOwner)>,
 }
 
 impl Default for TokenCache {
     fn default() -> TokenCache {
         TokenCache {
             slots: Cache::new(TOKENS_MAX),
-            remembered: Cache::new(TOKENS_MAX),
-            elsewhere: Cache::new(TOKENS_MAX),
+            last_tokens: Cache::new(TOKENS_MAX),
+            other_registries: Cache::new(TOKENS_MAX),
             realms: std::sync::Mutex::default(),
             windows: Windows::default(),
         }
@@ -173,18 +173,18 @@ impl Default for TokenCache {
 
 impl TokenCache {
     /// A realm is asked.
-    fn asks_realm(&self, realm: Uri) {
+    fn realm_requested(&self, realm: Uri) {
         if let Ok(mut realms) = self.realms.lock() {
-            realms.asked = Some(realm);
+            realms.pending = Some(realm);
         }
     }
 
     /// A realm was asked, and gave no usable answer or one.
-    pub(super) fn note_realm(&self, realm: Option<Uri>, is_silent: bool) {
+    pub(super) fn record_realm(&self, realm: Option<Uri>, has_failed: bool) {
         if let Ok(mut realms) = self.realms.lock() {
             *realms = Realms {
-                asked: None,
-                silent: realm.filter(|_| is_silent),
+                pending: None,
+                failed: realm.filter(|_| has_failed),
             };
         }
     }
@@ -192,13 +192,13 @@ impl TokenCache {
 
 /// The tokens of one upstream, as its settings let them be got.
 pub(super) struct Tokens {
-    kept: Arc<TokenCache>,
+    cache: Arc<TokenCache>,
     /// Configured hosts a realm may be on.
     hosts: Vec<String>,
-    within: Duration,
+    timeout: Duration,
 }
 
-impl Key {
+impl TokenKey {
     /// The key of a challenge; `None` if the realm must not be asked (see [`realm_allowed`]). A challenge without a
     /// scope gets the one every registry means (Artifact Registry gives no anonymous token without).
     pub(super) fn of(
@@ -206,8 +206,8 @@ impl Key {
         origin: &Origin,
         (realm, service, scopes): (&str, Option<&str>, &[String]),
         repository: Option<&Repository>,
-        holder: Holder,
-    ) -> Option<Key> {
+        owner: TokenOwner,
+    ) -> Option<TokenKey> {
         let realm = realm_allowed(origin, realm, &tokens.hosts)?;
         let mut scopes: Vec<String> = scopes.iter().filter(|scope| !scope.is_empty()).cloned().collect();
         if scopes.is_empty() {
@@ -215,27 +215,31 @@ impl Key {
         }
         scopes.sort();
         scopes.dedup();
-        Some(Key {
+        Some(TokenKey {
             realm,
             service: service.map(str::to_owned),
             scopes,
-            holder,
+            owner,
         })
     }
 }
 
 impl Tokens {
-    pub(super) fn new(kept: Arc<TokenCache>, hosts: Vec<String>, within: Duration) -> Tokens {
-        Tokens { kept, hosts, within }
+    pub(super) fn new(cache: Arc<TokenCache>, hosts: Vec<String>, timeout: Duration) -> Tokens {
+        Tokens {
+            cache,
+            hosts,
+            timeout,
+        }
     }
 
     /// A token for `key`: the one kept, unless it is about to expire or was just `rejected`; else a new one, fetched
     /// once however many wait for it. Who waited for a fetch that failed shares its failure.
     pub(super) async fn get(
         &self,
-        http: &Http,
-        key: &Key,
-        login: Login<'_>,
+        http: &HttpClient,
+        key: &TokenKey,
+        credential: TokenCredential<'_>,
         (rejected, trace): (Option<&HeaderValue>, &Trace),
     ) -> Result<HeaderValue, TokenFailure> {
         let slot = self.slot(key);
@@ -248,30 +252,30 @@ impl Tokens {
             Err(failure) if slot.fetches.load(Ordering::Acquire) != seen => return Err(failure.clone()),
             Ok(_) | Err(_) => {}
         }
-        let place = (key.realm.uri.authority().cloned(), key.holder);
-        let turn = self
-            .kept
+        let window_key = (key.realm.uri.authority().cloned(), key.owner);
+        let permit = self
+            .cache
             .windows
-            .admit(&place, Instant::now())
-            .map_err(TokenFailure::Limited)?;
-        self.kept.asks_realm(key.realm.uri.clone());
-        let fetched = match self.fetch(http, key, login, trace).await {
+            .admit(&window_key, Instant::now())
+            .map_err(TokenFailure::RateLimited)?;
+        self.cache.realm_requested(key.realm.uri.clone());
+        let fetched = match self.fetch(http, key, credential, trace).await {
             Ok(token) => {
-                turn.passed();
+                permit.not_limited();
                 Ok(token)
             }
-            Err(NoToken::Denied(status)) => {
-                turn.passed();
+            Err(FetchError::Denied(status)) => {
+                permit.not_limited();
                 Err(TokenFailure::Denied(status))
             }
-            Err(NoToken::Limited(stated)) => {
+            Err(FetchError::RateLimited(stated)) => {
                 let pause = self
-                    .kept
+                    .cache
                     .windows
-                    .limited(&place, turn, Cause::RateLimited, stated);
-                Err(TokenFailure::Limited(pause))
+                    .limited(&window_key, permit, Cause::RateLimited, stated);
+                Err(TokenFailure::RateLimited(pause))
             }
-            Err(NoToken::Silent(_) | NoToken::Failed(_)) if key.realm.is_named_plain => {
+            Err(FetchError::NoResponse(_) | FetchError::Unusable(_)) if key.realm.is_upgraded => {
                 tracing::warn!(
                     asked = %key.realm.uri,
                     "the registry's token realm begins with http://; credentials are not sent in clear text, and https at \
@@ -279,14 +283,14 @@ impl Tokens {
                 );
                 Err(TokenFailure::PlainRealm)
             }
-            Err(NoToken::Silent(reason)) => Err(TokenFailure::Silent(reason)),
-            Err(NoToken::Failed(reason)) => Err(TokenFailure::Failed(reason)),
+            Err(FetchError::NoResponse(reason)) => Err(TokenFailure::NoResponse(reason)),
+            Err(FetchError::Unusable(reason)) => Err(TokenFailure::Unusable(reason)),
         };
-        self.note_realm(
+        self.record_realm(
             Some(key.realm.uri.clone()),
             matches!(
                 fetched,
-                Err(TokenFailure::Silent(_) | TokenFailure::Failed(_) | TokenFailure::PlainRealm)
+                Err(TokenFailure::NoResponse(_) | TokenFailure::Unusable(_) | TokenFailure::PlainRealm)
             ),
         );
         let header = fetched.as_ref().map(Token::header).map_err(Clone::clone);
@@ -296,43 +300,43 @@ impl Tokens {
     }
 
     /// The token kept for `key`, if it is usable and nobody fetches another one.
-    pub(super) fn kept(&self, key: &Key, rejected: Option<&HeaderValue>) -> Option<HeaderValue> {
-        let slot = self.kept.slots.get(key)?;
+    pub(super) fn cached(&self, key: &TokenKey, rejected: Option<&HeaderValue>) -> Option<HeaderValue> {
+        let slot = self.cache.slots.get(key)?;
         let state = slot.state.try_lock().ok()?;
         let token = state.as_ref().ok()?.as_ref()?;
         let is_usable = token.usable_until > Instant::now() && !token.is(rejected);
         is_usable.then(|| token.header())
     }
 
-    fn slot(&self, key: &Key) -> Arc<Slot> {
+    fn slot(&self, key: &TokenKey) -> Arc<TokenSlot> {
         let new = || {
-            Ok::<_, std::convert::Infallible>(Arc::new(Slot {
+            Ok::<_, std::convert::Infallible>(Arc::new(TokenSlot {
                 fetches: AtomicU64::new(0),
                 state: tokio::sync::Mutex::new(Ok(None)),
             }))
         };
-        match self.kept.slots.get_or_insert_with(key, new) {
+        match self.cache.slots.get_or_insert_with(key, new) {
             Ok(slot) => slot,
             Err(never) => match never {},
         }
     }
 
     /// What worked for this repository and holder at this address, if its realm may still be asked.
-    pub(super) fn remembered(
+    pub(super) fn last_token(
         &self,
         origin: &Origin,
         repository: &Repository,
-        holder: Holder,
-    ) -> Option<Remembered> {
-        let key = (origin.clone(), repository.clone(), holder);
-        let known = self.kept.remembered.get(&key)?;
+        owner: TokenOwner,
+    ) -> Option<LastToken> {
+        let key = (origin.clone(), repository.clone(), owner);
+        let known = self.cache.last_tokens.get(&key)?;
         realm_allowed(origin, &known.key.realm.uri.to_string(), &self.hosts)?;
         Some(known)
     }
 
     /// Whether `other`, to which the registry at `origin` redirects, is one that the operator named: its response is the
     /// registry's own, also where it wants no token.
-    pub(super) fn names(&self, origin: &Origin, other: &Origin) -> bool {
+    pub(super) fn is_named(&self, origin: &Origin, other: &Origin) -> bool {
         let Some(uri) = other.join("/") else { return false };
         (origin.is_plain() || !other.is_plain()) && is_one_of(&self.hosts, &uri)
     }
@@ -347,81 +351,91 @@ impl Tokens {
     }
 
     /// A token of `key` is for `other`, to which the registry redirects this.
-    pub(super) fn remember_elsewhere(
+    pub(super) fn remember_other_registry(
         &self,
         origin: &Origin,
         operation: &Operation,
         other: &Origin,
-        key: Key,
+        key: TokenKey,
     ) {
         if let Some(repository) = operation.repository() {
-            let place = (origin.clone(), repository.clone(), key.holder);
-            self.kept.elsewhere.insert(place, (other.clone(), key));
+            let window_key = (origin.clone(), repository.clone(), key.owner);
+            self.cache
+                .other_registries
+                .insert(window_key, (other.clone(), key));
         }
     }
 
     /// The same, if the other registry is still trusted with it.
-    pub(super) fn known_elsewhere(
+    pub(super) fn other_registry(
         &self,
         origin: &Origin,
         operation: &Operation,
-        holder: Holder,
-    ) -> Option<(Origin, Key)> {
-        let place = (origin.clone(), operation.repository()?.clone(), holder);
-        let (other, key) = self.kept.elsewhere.get(&place)?;
+        owner: TokenOwner,
+    ) -> Option<(Origin, TokenKey)> {
+        let window_key = (origin.clone(), operation.repository()?.clone(), owner);
+        let (other, key) = self.cache.other_registries.get(&window_key)?;
         realm_allowed(&other, &key.realm.uri.to_string(), &self.hosts)?;
         self.trusts(origin, &other).then_some((other, key))
     }
 
     /// A token of `key` was accepted for this repository.
-    pub(super) fn remember(&self, origin: &Origin, repository: &Repository, remembered: Remembered) {
-        let key = (origin.clone(), repository.clone(), remembered.key.holder);
-        self.kept.remembered.insert(key, remembered);
+    pub(super) fn set_last_token(&self, origin: &Origin, repository: &Repository, remembered: LastToken) {
+        let key = (origin.clone(), repository.clone(), remembered.key.owner);
+        self.cache.last_tokens.insert(key, remembered);
     }
 
     /// A token of `key` was not accepted, though it was new.
-    pub(super) fn forget(&self, origin: &Origin, repository: Option<&Repository>, key: &Key) {
-        self.kept.slots.remove(key);
+    pub(super) fn forget(&self, origin: &Origin, repository: Option<&Repository>, key: &TokenKey) {
+        self.cache.slots.remove(key);
         if let Some(repository) = repository {
-            let key = (origin.clone(), repository.clone(), key.holder);
-            self.kept.remembered.remove(&key);
+            let key = (origin.clone(), repository.clone(), key.owner);
+            self.cache.last_tokens.remove(&key);
         }
     }
 
     /// A realm was asked, and gave no usable answer or one.
-    pub(super) fn note_realm(&self, realm: Option<Uri>, is_silent: bool) {
-        self.kept.note_realm(realm, is_silent);
+    pub(super) fn record_realm(&self, realm: Option<Uri>, has_failed: bool) {
+        self.cache.record_realm(realm, has_failed);
     }
 
     /// The realm that gave no usable answer when it was asked last.
-    pub(super) fn silent_realm(&self) -> Option<Uri> {
-        self.kept.realms.lock().ok()?.silent.clone()
+    pub(super) fn failed_realm(&self) -> Option<Uri> {
+        self.cache.realms.lock().ok()?.failed.clone()
     }
 
     /// A realm of which no answer is the last that is known.
-    pub(super) fn unanswered_realm(&self) -> Option<Uri> {
-        let realms = self.kept.realms.lock().ok()?;
-        realms.asked.as_ref().or(realms.silent.as_ref()).cloned()
+    pub(super) fn realm_to_probe(&self) -> Option<Uri> {
+        let realms = self.cache.realms.lock().ok()?;
+        realms.pending.as_ref().or(realms.failed.as_ref()).cloned()
     }
 
-    async fn fetch(&self, http: &Http, key: &Key, login: Login<'_>, trace: &Trace) -> Result<Token, NoToken> {
+    async fn fetch(
+        &self,
+        http: &HttpClient,
+        key: &TokenKey,
+        credential: TokenCredential<'_>,
+        trace: &Trace,
+    ) -> Result<Token, FetchError> {
         let mut headers = HeaderMap::new();
         trace.write(&mut headers);
-        match &login {
-            Login::Anonymous => {}
-            Login::Basic(header) => {
+        match &credential {
+            TokenCredential::Anonymous => {}
+            TokenCredential::Basic(header) => {
                 headers.insert(AUTHORIZATION, (*header).clone());
             }
-            Login::Own(own) if own.is_identity_token() => return self.post(http, key, own, trace).await,
-            Login::Own(own) => {
+            TokenCredential::Configured(own) if own.is_identity_token() => {
+                return self.post(http, key, own, trace).await;
+            }
+            TokenCredential::Configured(own) => {
                 headers.insert(AUTHORIZATION, own.basic());
             }
         }
         let uri = with_query(&key.realm.uri, &query(key.service.as_deref(), &key.scopes))
             .ok_or_else(|| unavailable("its address cannot be asked"))?;
         let reply = self.send(http, Method::GET, uri, headers, Bytes::new()).await?;
-        match (reply.status, login) {
-            (StatusCode::NOT_FOUND | StatusCode::METHOD_NOT_ALLOWED, Login::Own(own)) => {
+        match (reply.status, credential) {
+            (StatusCode::NOT_FOUND | StatusCode::METHOD_NOT_ALLOWED, TokenCredential::Configured(own)) => {
                 self.post(http, key, own, trace).await
             }
             _ => self.read(reply).await,
@@ -431,11 +445,11 @@ impl Tokens {
     /// The POST form of OAuth 2.0, for services that have no GET and for identity tokens.
     async fn post(
         &self,
-        http: &Http,
-        key: &Key,
-        own: &OwnCredential,
+        http: &HttpClient,
+        key: &TokenKey,
+        own: &UpstreamCredential,
         trace: &Trace,
-    ) -> Result<Token, NoToken> {
+    ) -> Result<Token, FetchError> {
         let mut form = vec![("client_id", "ifnewer"), ("scope", "")];
         let scopes = key.scopes.join(" ");
         if let Some((_, scope)) = form.last_mut() {
@@ -471,39 +485,39 @@ impl Tokens {
 
     async fn send(
         &self,
-        http: &Http,
+        http: &HttpClient,
         method: Method,
         uri: Uri,
         headers: HeaderMap,
         body: Bytes,
-    ) -> Result<Reply, NoToken> {
-        let request = Request {
+    ) -> Result<HttpResponse, FetchError> {
+        let request = HttpRequest {
             method,
             uri,
             headers,
             body,
             follow: Follow::SameOrigin,
-            elsewhere: None,
-            within: self.within,
+            other_origin: None,
+            timeout: self.timeout,
         };
         http.send(request).await.map_err(|error| {
-            let Unavailable { cause, detail, .. } = error;
+            let HttpFailure { cause, detail, .. } = error;
             tracing::debug!(%cause, detail = detail.as_deref(), "the token service gave no answer");
-            NoToken::Silent(detail.unwrap_or_else(|| format!("it {cause}").into()))
+            FetchError::NoResponse(detail.unwrap_or_else(|| format!("it {cause}").into()))
         })
     }
 
-    async fn read(&self, reply: Reply) -> Result<Token, NoToken> {
+    async fn read(&self, reply: HttpResponse) -> Result<Token, FetchError> {
         let (status, headers) = (reply.status, reply.headers.clone());
-        let body = reply.collect(TOKEN_BODY_BYTES_MAX, self.within).await;
+        let body = reply.collect(TOKEN_BODY_BYTES_MAX, self.timeout).await;
         if status != StatusCode::OK {
             let body = body.unwrap_or_default();
             let (code, message) = Problem::read(&body).unzip();
             return Err(match status.as_u16() {
                 _ if is_limit_by_body(status, &headers, code.as_deref(), message.as_deref()) => {
-                    NoToken::Limited(stated_wait(&headers, &body))
+                    FetchError::RateLimited(stated_wait(&headers, &body))
                 }
-                401 | 403 => NoToken::Denied(status),
+                401 | 403 => FetchError::Denied(status),
                 status => unavailable(&format!("it answered {status}")),
             });
         }
@@ -519,7 +533,7 @@ impl Tokens {
 impl fmt::Debug for Tokens {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Tokens")
-            .field("kept", &self.kept.slots.len())
+            .field("kept", &self.cache.slots.len())
             .finish_non_exhaustive()
     }
 }
@@ -528,8 +542,8 @@ impl fmt::Debug for Tokens {
 impl From<&TokenFailure> for Cause {
     fn from(failure: &TokenFailure) -> Self {
         match failure {
-            TokenFailure::Limited(_) => Cause::RateLimited,
-            TokenFailure::Denied(_) | TokenFailure::Silent(_) | TokenFailure::Failed(_) => {
+            TokenFailure::RateLimited(_) => Cause::RateLimited,
+            TokenFailure::Denied(_) | TokenFailure::NoResponse(_) | TokenFailure::Unusable(_) => {
                 Cause::TokenService
             }
             TokenFailure::PlainRealm => Cause::PlainRealm,

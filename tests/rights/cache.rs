@@ -19,8 +19,8 @@ use ifnewer::store::step::Buffers;
 use ifnewer::store::{Settings as StoreSettings, Store};
 use ifnewer::telemetry::Telemetry;
 use ifnewer::trace_context::Trace;
-use ifnewer::upstream::pass::Passing;
-use ifnewer::upstream::{Connector, OwnCredential, ProxyChoice, Settings, Upstream};
+use ifnewer::upstream::forward::ForwardRequest;
+use ifnewer::upstream::{ProxyChoice, Settings, Transport, Upstream, UpstreamCredential};
 
 use super::registry::{CLIENT, OCI_MANIFEST, Registry, clock, now};
 
@@ -41,7 +41,7 @@ pub struct Cache {
 #[derive(Clone)]
 struct Parts {
     /// As in the program, one for all upstreams and reloads: to make it reads the system's certificates.
-    connector: Connector,
+    connector: Transport,
     rules: Rules,
     disk: Disk,
     gives_tokens: bool,
@@ -76,7 +76,7 @@ pub struct Wish {
 impl Cache {
     pub fn new(registry: &Registry, rules: Rules) -> Cache {
         Cache::start(Parts {
-            connector: Connector::with_dial(registry.dial()),
+            connector: Transport::with_dialer(registry.dial()),
             rules,
             disk: Disk::Memory(Arc::new(MemoryFs::new())),
             gives_tokens: false,
@@ -86,7 +86,7 @@ impl Cache {
     /// On a disk of the test's own.
     pub fn over(registry: &Registry, rules: Rules, disk: &Arc<impl FileSystem>) -> Cache {
         Cache::start(Parts {
-            connector: Connector::with_dial(registry.dial()),
+            connector: Transport::with_dialer(registry.dial()),
             rules,
             disk: Disk::Given(Arc::clone(disk) as Arc<dyn FileSystem>),
             gives_tokens: false,
@@ -96,7 +96,7 @@ impl Cache {
     /// On a real folder, where grants outlive a restart.
     pub fn on_disk(registry: &Registry, rules: Rules) -> Cache {
         Cache::start(Parts {
-            connector: Connector::with_dial(registry.dial()),
+            connector: Transport::with_dialer(registry.dial()),
             rules,
             disk: Disk::Folder(Arc::new(tempfile::tempdir().unwrap())),
             gives_tokens: false,
@@ -106,7 +106,7 @@ impl Cache {
     /// On a real folder, with tokens of ours while the token service is silent.
     pub fn giving_tokens(registry: &Registry, rules: Rules) -> Cache {
         Cache::start(Parts {
-            connector: Connector::with_dial(registry.dial()),
+            connector: Transport::with_dialer(registry.dial()),
             rules,
             disk: Disk::Folder(Arc::new(tempfile::tempdir().unwrap())),
             gives_tokens: true,
@@ -140,7 +140,7 @@ impl Cache {
         let site = |name: &str, is_shared: bool| {
             let mut settings = Settings::new(name, vec![format!("http://{name}").parse().unwrap()]);
             settings.proxy = ProxyChoice::None;
-            let own = is_shared.then(|| OwnCredential::new("service", "service-secret"));
+            let own = is_shared.then(|| UpstreamCredential::new("service", "service-secret"));
             settings.credential = own.map(Into::into);
             let access = if is_shared {
                 Access::Shared { own_credential: true }
@@ -148,7 +148,7 @@ impl Cache {
                 Access::PerClient
             };
             let state = states.of(name);
-            let upstream = Upstream::over(state.upstream(), settings, &parts.connector).unwrap();
+            let upstream = Upstream::with_state(state.upstream(), settings, &parts.connector).unwrap();
             upstream.activate();
             UpstreamRegistry::new(Arc::new(upstream), access, Arc::clone(&rules), state)
         };
@@ -220,7 +220,7 @@ impl Cache {
             headers.insert(header::AUTHORIZATION, HeaderValue::from_str(account).unwrap());
         }
         let asked = LoginRequest::read(headers.get(header::AUTHORIZATION), Some(&query), b"");
-        let passing = Passing {
+        let passing = ForwardRequest {
             method: Method::GET,
             path_and_query: format!("/token?{query}"),
             headers,

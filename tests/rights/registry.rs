@@ -19,7 +19,7 @@ use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
 use ifnewer::clock::Clock;
 use ifnewer::oci::{Algorithm, Cause, Digest};
-use ifnewer::upstream::{Dial, DialError, Dialled, Dialling, Limit};
+use ifnewer::upstream::{AddressLimit, DialError, DialFuture, DialedStream, Dialer};
 use tokio::task::AbortHandle;
 
 pub const OCI_MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
@@ -277,7 +277,7 @@ impl Registry {
         place.tags.insert(tag.to_owned(), digest);
     }
 
-    pub fn dial(&self) -> Arc<dyn Dial> {
+    pub fn dial(&self) -> Arc<dyn Dialer> {
         Arc::new(Pipes(self.clone()))
     }
 
@@ -513,8 +513,8 @@ fn manifest(config: &[u8], layers: &[Bytes]) -> Bytes {
 
 struct Pipes(Registry);
 
-impl Dial for Pipes {
-    fn dial(&self, _: &Uri, _: &Limit, _: Duration) -> Dialling {
+impl Dialer for Pipes {
+    fn dial(&self, _: &Uri, _: &AddressLimit, _: Duration) -> DialFuture {
         let (registry, taken) = (self.0.clone(), self.0.clone());
         Box::pin(async move {
             if registry.state().mood == Mood::Gone {
@@ -544,7 +544,7 @@ impl Dial for Pipes {
             state.connections.retain(|one| !one.is_finished());
             state.connections.push(connection.abort_handle());
             drop(state);
-            Ok(Dialled {
+            Ok(DialedStream {
                 stream: Box::new(ours),
                 peer: None,
             })

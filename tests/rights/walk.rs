@@ -308,7 +308,9 @@ impl Walk {
 
     fn is_silent(&self) -> bool {
         let sites = [&self.cache.proven, &self.cache.shared];
-        sites.iter().any(|site| site.upstream().silent_now().is_some())
+        sites
+            .iter()
+            .any(|site| site.upstream().unavailable_now().is_some())
     }
 
     async fn restart(&mut self) {

@@ -15,9 +15,9 @@ async fn interrupted_by(downloads: &Downloads, digest: Digest, bytes: &[u8], tot
     let script = Script::default();
     script.breaking(0, total, bytes);
     for _ in 0..10 {
-        script.answer(Answer {
-            said: Said::Absent,
-            ..Answer::silent(Cause::Malformed)
+        script.answer(UpstreamResponse {
+            kind: ResponseKind::NotFound,
+            ..UpstreamResponse::unavailable(Cause::Malformed)
         });
     }
     let reader = leader(downloads, digest).start(script);
@@ -90,14 +90,14 @@ async fn who_is_refused_gets_nothing_of_it_and_the_next_one_does() {
     let downloads = downloads_on(&disk);
     interrupted(&downloads, &blob, 2 * MIB).await;
     let script = Script::default();
-    script.answer(Answer {
-        said: Said::Forbidden,
-        ..Answer::silent(Cause::Malformed)
+    script.answer(UpstreamResponse {
+        kind: ResponseKind::Denied,
+        ..UpstreamResponse::unavailable(Cause::Malformed)
     });
     let reader = leader(&downloads, digest(&blob)).start(script);
     let (bytes, end) = drain(reader).await;
     assert_eq!(bytes, b"");
-    assert!(matches!(&*end.unwrap_err(), Failure::Refused(answer) if answer.said == Said::Forbidden));
+    assert!(matches!(&*end.unwrap_err(), Failure::Refused(answer) if answer.kind == ResponseKind::Denied));
     let script = Script::default();
     script.ending(2 * MIB, Some(WHOLE), &blob[2 * MIB..]);
     let reader = leader(&downloads, digest(&blob)).start(script.clone());

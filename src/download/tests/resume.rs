@@ -136,9 +136,9 @@ async fn errors_midway_are_waited_out_as_long_as_they_ask_for() {
     let (downloads, script, blob) = (downloads(), Script::default(), content(1000));
     script.breaking(0, 1000, &blob[..400]);
     script.silence(Cause::Status(503));
-    script.answer(Answer {
+    script.answer(UpstreamResponse {
         retry_after: Some("9".parse().unwrap()),
-        ..Answer::silent(Cause::RateLimited)
+        ..UpstreamResponse::unavailable(Cause::RateLimited)
     });
     script.ending(400, Some(1000), &blob[400..]);
     let began = Instant::now();
@@ -152,9 +152,9 @@ async fn errors_midway_are_waited_out_as_long_as_they_ask_for() {
 async fn whoever_asks_us_to_wait_for_hours_is_not_waited_for() {
     let (downloads, script, blob) = (downloads(), Script::default(), content(1000));
     script.breaking(0, 1000, &blob[..400]);
-    script.answer(Answer {
+    script.answer(UpstreamResponse {
         retry_after: Some("3600".parse().unwrap()),
-        ..Answer::silent(Cause::RateLimited)
+        ..UpstreamResponse::unavailable(Cause::RateLimited)
     });
     let reader = leader(&downloads, digest(&blob)).start(script.clone());
     let failed = stepped(failure(reader)).await;
@@ -167,9 +167,9 @@ async fn a_no_midway_is_believed_sooner_than_a_silence() {
     let (downloads, script, blob) = (downloads(), Script::default(), content(1000));
     script.breaking(0, 1000, &blob[..400]);
     for _ in 0..20 {
-        script.answer(Answer {
-            said: Said::Absent,
-            ..Answer::silent(Cause::Malformed)
+        script.answer(UpstreamResponse {
+            kind: ResponseKind::NotFound,
+            ..UpstreamResponse::unavailable(Cause::Malformed)
         });
     }
     let reader = leader(&downloads, digest(&blob)).start(script.clone());

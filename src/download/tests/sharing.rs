@@ -93,7 +93,7 @@ async fn a_refusal_is_told_with_the_upstreams_answer() {
     script.silence(Cause::RateLimited);
     let reader = leader(&downloads, digest(b"x")).start(script.clone());
     match &*failure(reader).await {
-        Failure::Refused(answer) => assert_eq!(answer.said, Said::Silent(Cause::RateLimited)),
+        Failure::Refused(answer) => assert_eq!(answer.kind, ResponseKind::Unavailable(Cause::RateLimited)),
         other => panic!("{other}"),
     }
     assert_eq!(

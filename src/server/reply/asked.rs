@@ -11,7 +11,7 @@ use crate::oci::query::Query;
 use crate::oci::range::{ByteRange, Sent};
 use crate::oci::{ErrorCode, Operation, RangeRequest, Reference};
 use crate::proxy::{Request, UpstreamRegistry};
-use crate::upstream::Answer;
+use crate::upstream::UpstreamResponse;
 
 /// What of a request shapes its answer.
 pub(in crate::server) struct Asked {
@@ -91,7 +91,7 @@ impl Asked {
     /// For referrers, `NAME_UNKNOWN` says that the repository does not exist, any other code that this registry has no
     /// such lists, and then clients look for a tag instead: so it is passed on where the upstream said it, and else not
     /// used.
-    pub(super) fn unknown(&self, answer: Option<&Answer>) -> ErrorCode {
+    pub(super) fn unknown(&self, answer: Option<&UpstreamResponse>) -> ErrorCode {
         let names_repository = || {
             let code = answer.and_then(|answer| answer.code.as_deref());
             code == Some(ErrorCode::NameUnknown.as_str())

@@ -10,7 +10,7 @@ use crate::oci::header::CACHE_STATUS;
 use crate::oci::{Cause, ErrorCode, Problem};
 use crate::policy::DenyReason;
 use crate::proxy::Denied;
-use crate::upstream::Said;
+use crate::upstream::ResponseKind;
 
 pub(super) fn answer(refused: &Denied, asked: &Asked) -> Response<Body> {
     let (status, code, sentence) = refusal(refused, asked);
@@ -144,7 +144,7 @@ fn refusal(refused: &Denied, asked: &Asked) -> (StatusCode, ErrorCode, String) {
             ),
         },
         DenyReason::UpstreamUnavailable(cause) => {
-            if let Some(Said::Other(status)) = answer.map(|answer| answer.said) {
+            if let Some(ResponseKind::Other(status)) = answer.map(|answer| answer.kind) {
                 (
                     status,
                     ErrorCode::Unknown,

@@ -157,8 +157,8 @@ fn r06_which_url_has_served_a_repository_outlives_a_restart() {
             !store.has_served(UPSTREAM, origin, &app),
             "nothing is known of it"
         );
-        store.note_served(UPSTREAM, origin, &app).unwrap();
-        store.note_served(UPSTREAM, origin, &app).unwrap();
+        store.record_served(UPSTREAM, origin, &app).unwrap();
+        store.record_served(UPSTREAM, origin, &app).unwrap();
         store.note_seen(UPSTREAM, &app, &digest(b"layer")).unwrap();
         store.note_seen(UPSTREAM, &older, &digest(b"layer")).unwrap();
         drop(store);

@@ -7,7 +7,7 @@ use crate::oci::operation::Operation;
 
 /// Kinds of request that fail apart from each other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Kind {
+pub enum RequestKind {
     /// Which digest a tag names.
     Head,
     /// A manifest.
@@ -22,7 +22,7 @@ pub enum Kind {
     Token,
 }
 
-impl Kind {
+impl RequestKind {
     pub(super) const COUNT: usize = 6;
     /// All of them, those that most pulls need first.
     pub const ALL: [Self; Self::COUNT] = [
@@ -86,21 +86,21 @@ impl Kind {
 
 /// What of an upstream a failure concerns.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub enum Scope {
+pub enum FailureScope {
     /// Every request: no connection comes about.
     Connection,
     /// Requests of one kind, for any repository.
-    Kind(Kind),
+    RequestKind(RequestKind),
     /// Requests of one kind in one repository.
-    Repository(Kind, Repository),
+    Repository(RequestKind, Repository),
 }
 
-impl Scope {
+impl FailureScope {
     /// Whether all of this is of `other` as well.
     pub(super) fn is_within(&self, other: &Self) -> bool {
         match (self, other) {
             (_, Self::Connection) => true,
-            (Self::Repository(kind, _), Self::Kind(other)) => kind == other,
+            (Self::Repository(kind, _), Self::RequestKind(other)) => kind == other,
             _ => self == other,
         }
     }
@@ -109,18 +109,18 @@ impl Scope {
     pub const fn name(&self) -> &'static str {
         match self {
             Self::Connection => "connection",
-            Self::Kind(kind) | Self::Repository(kind, _) => kind.name(),
+            Self::RequestKind(kind) | Self::Repository(kind, _) => kind.name(),
         }
     }
 }
 
 /// `connection`, `head`, `head library/demo`.
-impl fmt::Display for Scope {
+impl fmt::Display for FailureScope {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.name())?;
         match self {
             Self::Repository(_, repository) => write!(f, " {repository}"),
-            Self::Connection | Self::Kind(_) => Ok(()),
+            Self::Connection | Self::RequestKind(_) => Ok(()),
         }
     }
 }

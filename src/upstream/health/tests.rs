@@ -9,7 +9,7 @@ use std::sync::LazyLock;
 
 use http::Method;
 
-use super::trouble::{FAILURES_MAX, WINDOW};
+use super::breaker::{FAILURES_MAX, WINDOW};
 use super::*;
 use crate::oci::cause::RedirectFault;
 
@@ -34,8 +34,12 @@ impl Asked {
         })
     }
 
-    fn kind(self) -> Kind {
-        if self.is_list { Kind::List } else { Kind::Head }
+    fn kind(self) -> RequestKind {
+        if self.is_list {
+            RequestKind::List
+        } else {
+            RequestKind::Head
+        }
     }
 
     fn operation(self) -> &'static Operation {
@@ -80,31 +84,31 @@ enum Event {
 use Event::{Abandoned, Answered, Denied, Expired, ExpiredQueued, Failed, TimedOut};
 
 struct World {
-    detector: Detector,
+    detector: FailureDetector,
     now: Instant,
 }
 
 impl World {
     fn new() -> Self {
         Self {
-            detector: Detector::default(),
+            detector: FailureDetector::default(),
             now: Instant::now(),
         }
     }
 
     /// Sends a request for it, and what happens happens.
-    fn happens(&mut self, event: Event, asked: Asked) -> Vec<Change> {
+    fn happens(&mut self, event: Event, asked: Asked) -> Vec<BreakerChange> {
         self.happens_to(event, (asked.kind(), asked.operation(), asked.principal()))
     }
 
     fn happens_to(
         &mut self,
         event: Event,
-        (kind, operation, principal): (Kind, &Operation, [u8; 32]),
-    ) -> Vec<Change> {
+        (kind, operation, principal): (RequestKind, &Operation, [u8; 32]),
+    ) -> Vec<BreakerChange> {
         if event == ExpiredQueued {
             self.now += LATE;
-            return self.detector.expired(principal, operation, LATE, self.now);
+            return self.detector.record_timeout(principal, operation, LATE, self.now);
         }
         let id = self.detector.sent(kind, operation, principal, self.now);
         self.now += match event {
@@ -112,43 +116,43 @@ impl World {
             _ => Duration::from_millis(1),
         };
         let ended = match event {
-            Answered => Ended::Response,
-            Denied => Ended::Denied,
-            Failed => Ended::ServerError(Cause::Status(500)),
-            TimedOut => Ended::NoResponse(Cause::Timeout),
+            Answered => RequestOutcome::Response,
+            Denied => RequestOutcome::Denied,
+            Failed => RequestOutcome::ServerError(Cause::Status(500)),
+            TimedOut => RequestOutcome::NoResponse(Cause::Timeout),
             Expired => {
-                let changes = self.detector.expired(principal, operation, LATE, self.now);
-                self.detector.abandoned(id);
+                let changes = self.detector.record_timeout(principal, operation, LATE, self.now);
+                self.detector.cancel(id);
                 return changes;
             }
             Abandoned | ExpiredQueued => {
-                self.detector.abandoned(id);
+                self.detector.cancel(id);
                 return Vec::new();
             }
         };
-        self.detector.ended(id, ended, self.now)
+        self.detector.finish(id, ended, self.now)
     }
 
-    fn wait(&mut self, asked: Asked) -> Wait {
+    fn wait(&mut self, asked: Asked) -> WaitLimit {
         self.wait_of(asked.kind(), asked.operation(), asked.principal())
     }
 
-    fn wait_for(&mut self, kind: Kind, operation: &Operation) -> Wait {
+    fn wait_for(&mut self, kind: RequestKind, operation: &Operation) -> WaitLimit {
         self.wait_of(kind, operation, [0; 32])
     }
 
-    fn wait_of(&mut self, kind: Kind, operation: &Operation, principal: [u8; 32]) -> Wait {
-        let asker = Asker {
+    fn wait_of(&mut self, kind: RequestKind, operation: &Operation, principal: [u8; 32]) -> WaitLimit {
+        let query = WaitQuery {
             kind,
             operation,
             principal,
             needs_token: false,
         };
-        self.detector.wait(&asker, BUDGET, self.now)
+        self.detector.wait(&query, BUDGET, self.now)
     }
 
-    fn expires(&mut self, operation: &Operation) -> Vec<Change> {
-        self.happens_to(Expired, (Kind::Head, operation, [0; 32]))
+    fn expires(&mut self, operation: &Operation) -> Vec<BreakerChange> {
+        self.happens_to(Expired, (RequestKind::Head, operation, [0; 32]))
     }
 }
 
@@ -206,8 +210,14 @@ fn t05_laws_of_every_short_history() {
             let after: Vec<_> = Asked::all().map(|other| world.wait(other)).collect();
             let own = world.wait(*asked);
             match event {
-                Answered => assert_eq!(own, Wait::Budget, "a response ends every suspicion: {history:?}"),
-                Expired | TimedOut => assert_ne!(own, Wait::Budget, "a silence is one at once: {history:?}"),
+                Answered => assert_eq!(
+                    own,
+                    WaitLimit::Full,
+                    "a response ends every suspicion: {history:?}"
+                ),
+                Expired | TimedOut => {
+                    assert_ne!(own, WaitLimit::Full, "a silence is one at once: {history:?}")
+                }
                 Abandoned | ExpiredQueued => {
                     assert_eq!(after, before, "what was not sent is no sign: {history:?}");
                 }
@@ -218,7 +228,7 @@ fn t05_laws_of_every_short_history() {
                     assert_eq!(after[n], before[n], "other kinds are as before: {history:?}");
                 }
             }
-            let is_failing = after.iter().any(|wait| *wait != Wait::Budget);
+            let is_failing = after.iter().any(|wait| *wait != WaitLimit::Full);
             let probe = world.detector.next_probe(world.now);
             assert!(
                 !is_failing || probe.is_some_and(|(due, _)| due <= world.now + Duration::from_secs(1)),
@@ -242,9 +252,9 @@ fn t04_one_bad_repository_leaves_others_alone() {
             world.happens(*event, *a);
             errors_alone &= matches!(event, Answered | Failed | Denied);
             let wait = world.wait(b);
-            assert_ne!(wait, Wait::Nothing, "it is asked all the same: {history:?}");
+            assert_ne!(wait, WaitLimit::None, "it is asked all the same: {history:?}");
             if errors_alone {
-                assert_eq!(wait, Wait::Budget, "a 5xx is a response: {history:?}");
+                assert_eq!(wait, WaitLimit::Full, "a 5xx is a response: {history:?}");
             }
             // Without a look at what fails, the history would not go on as it was.
             let mut copy = World::new();
@@ -252,7 +262,11 @@ fn t04_one_bad_repository_leaves_others_alone() {
                 copy.happens(*event, *a);
             }
             copy.happens(Answered, b);
-            assert_eq!(copy.wait(b), Wait::Budget, "its own response tells: {history:?}");
+            assert_eq!(
+                copy.wait(b),
+                WaitLimit::Full,
+                "its own response tells: {history:?}"
+            );
         }
     }
 }
@@ -261,15 +275,15 @@ fn t04_one_bad_repository_leaves_others_alone() {
 fn t04_responses_meanwhile_keep_a_silence_to_its_repository() {
     let (mut world, a, b) = (World::new(), tag("a"), tag("b"));
     for _ in 0..10 {
-        let id = world.detector.sent(Kind::Head, &a, [0; 32], world.now);
+        let id = world.detector.sent(RequestKind::Head, &a, [0; 32], world.now);
         world.now += Duration::from_secs(1);
-        world.happens_to(Answered, (Kind::Head, &b, [1; 32]));
+        world.happens_to(Answered, (RequestKind::Head, &b, [1; 32]));
         world.now += Duration::from_secs(1);
-        world.detector.expired([0; 32], &a, BUDGET, world.now);
-        world.detector.abandoned(id);
-        assert_eq!(world.wait_for(Kind::Head, &b), Wait::Budget);
+        world.detector.record_timeout([0; 32], &a, BUDGET, world.now);
+        world.detector.cancel(id);
+        assert_eq!(world.wait_for(RequestKind::Head, &b), WaitLimit::Full);
     }
-    assert_eq!(world.wait_for(Kind::Head, &a), Wait::Nothing);
+    assert_eq!(world.wait_for(RequestKind::Head, &a), WaitLimit::None);
 }
 
 #[test]
@@ -278,145 +292,173 @@ fn t05_twenty_silent_images_cost_one_budget() {
     let mut waits = Vec::new();
     for n in 0..20 {
         let image = tag(&format!("library/{n}"));
-        let wait = world.wait_for(Kind::Head, &image);
+        let wait = world.wait_for(RequestKind::Head, &image);
         waits.push(wait);
         let waited = match wait {
-            Wait::Budget => BUDGET,
-            Wait::Short => SHORT_WAIT,
-            Wait::Nothing => continue,
+            WaitLimit::Full => BUDGET,
+            WaitLimit::Short => SHORT_WAIT,
+            WaitLimit::None => continue,
         };
-        world.detector.sent(Kind::Head, &image, [0; 32], world.now);
+        world.detector.sent(RequestKind::Head, &image, [0; 32], world.now);
         world.now += waited;
-        world.detector.expired([0; 32], &image, waited, world.now);
+        world.detector.record_timeout([0; 32], &image, waited, world.now);
     }
     assert_eq!(
         waits[..4],
-        [Wait::Budget, Wait::Short, Wait::Short, Wait::Nothing]
+        [
+            WaitLimit::Full,
+            WaitLimit::Short,
+            WaitLimit::Short,
+            WaitLimit::None
+        ]
     );
-    assert!(waits[4..].iter().all(|wait| *wait == Wait::Nothing));
-    let open = world.detector.open().unwrap();
-    assert_eq!((open.scope, open.cause), (Scope::Kind(Kind::Head), Cause::Budget));
+    assert!(waits[4..].iter().all(|wait| *wait == WaitLimit::None));
+    let open = world.detector.open_breaker().unwrap();
+    assert_eq!(
+        (open.scope, open.cause),
+        (FailureScope::RequestKind(RequestKind::Head), Cause::Budget)
+    );
 }
 
 #[test]
 fn t05_one_request_that_hangs_is_waited_for_once() {
     // One tag, polled: all its askers share one request.
     let (mut world, tag) = (World::new(), tag("a"));
-    world.detector.sent(Kind::Head, &tag, [0; 32], world.now);
+    world.detector.sent(RequestKind::Head, &tag, [0; 32], world.now);
     let mut waits = Vec::new();
     for _ in 0..4 {
-        let wait = world.wait_for(Kind::Head, &tag);
+        let wait = world.wait_for(RequestKind::Head, &tag);
         waits.push(wait);
         let waited = match wait {
-            Wait::Budget => BUDGET,
-            Wait::Short => SHORT_WAIT,
-            Wait::Nothing => continue,
+            WaitLimit::Full => BUDGET,
+            WaitLimit::Short => SHORT_WAIT,
+            WaitLimit::None => continue,
         };
         world.now += waited;
-        world.detector.expired([0; 32], &tag, waited, world.now);
+        world.detector.record_timeout([0; 32], &tag, waited, world.now);
     }
-    assert_eq!(waits, [Wait::Budget, Wait::Short, Wait::Short, Wait::Nothing]);
+    assert_eq!(
+        waits,
+        [
+            WaitLimit::Full,
+            WaitLimit::Short,
+            WaitLimit::Short,
+            WaitLimit::None
+        ]
+    );
 }
 
 #[test]
 fn t05_many_askers_of_one_request_are_one_silence() {
     let (mut world, tag) = (World::new(), tag("a"));
-    world.detector.sent(Kind::Head, &tag, [0; 32], world.now);
+    world.detector.sent(RequestKind::Head, &tag, [0; 32], world.now);
     world.now += BUDGET;
     for _ in 0..10 {
-        world.detector.expired([0; 32], &tag, BUDGET, world.now);
+        world.detector.record_timeout([0; 32], &tag, BUDGET, world.now);
     }
-    assert_eq!(world.wait_for(Kind::Head, &tag), Wait::Short);
+    assert_eq!(world.wait_for(RequestKind::Head, &tag), WaitLimit::Short);
 }
 
 #[test]
 fn t05_slow_responses_shorten_the_wait_until_a_quick_one() {
     let (mut world, a, b) = (World::new(), tag("a"), tag("b"));
     let mut takes = |millis: u64, of: &Operation| {
-        let id = world.detector.sent(Kind::Head, of, [0; 32], world.now);
+        let id = world.detector.sent(RequestKind::Head, of, [0; 32], world.now);
         world.now += Duration::from_millis(millis);
-        world.detector.ended(id, Ended::Response, world.now);
-        (world.wait_for(Kind::Head, &a), world.wait_for(Kind::Head, &b))
+        world.detector.finish(id, RequestOutcome::Response, world.now);
+        (
+            world.wait_for(RequestKind::Head, &a),
+            world.wait_for(RequestKind::Head, &b),
+        )
     };
-    assert_eq!(takes(900, &a), (Wait::Budget, Wait::Budget));
-    assert_eq!(takes(1_900, &a), (Wait::Short, Wait::Short));
-    assert_eq!(takes(100, &b), (Wait::Short, Wait::Budget));
-    assert_eq!(takes(100, &a), (Wait::Budget, Wait::Budget));
+    assert_eq!(takes(900, &a), (WaitLimit::Full, WaitLimit::Full));
+    assert_eq!(takes(1_900, &a), (WaitLimit::Short, WaitLimit::Short));
+    assert_eq!(takes(100, &b), (WaitLimit::Short, WaitLimit::Full));
+    assert_eq!(takes(100, &a), (WaitLimit::Full, WaitLimit::Full));
 }
 
 #[test]
 fn t04_a_slow_repository_has_another_one_looked_at() {
     let (mut world, a, b) = (World::new(), tag("a"), tag("b"));
-    world.happens_to(Answered, (Kind::Head, &b, [0; 32]));
-    let id = world.detector.sent(Kind::Head, &a, [0; 32], world.now);
+    world.happens_to(Answered, (RequestKind::Head, &b, [0; 32]));
+    let id = world.detector.sent(RequestKind::Head, &a, [0; 32], world.now);
     world.now += Duration::from_millis(1_900);
-    world.detector.ended(id, Ended::Response, world.now);
-    let scope = Scope::Kind(Kind::Head);
+    world.detector.finish(id, RequestOutcome::Response, world.now);
+    let scope = FailureScope::RequestKind(RequestKind::Head);
     assert_eq!(
         world.detector.next_probe(world.now),
         Some((world.now, scope.clone()))
     );
-    assert_eq!(world.detector.probed(&scope, world.now), Some(b.clone()));
-    world.happens_to(Answered, (Kind::Head, &b, [0; 32]));
-    assert_eq!(world.wait_for(Kind::Head, &b), Wait::Budget);
-    assert_eq!(world.wait_for(Kind::Head, &a), Wait::Short);
+    assert_eq!(world.detector.take_probe(&scope, world.now), Some(b.clone()));
+    world.happens_to(Answered, (RequestKind::Head, &b, [0; 32]));
+    assert_eq!(world.wait_for(RequestKind::Head, &b), WaitLimit::Full);
+    assert_eq!(world.wait_for(RequestKind::Head, &a), WaitLimit::Short);
     assert_eq!(world.detector.next_probe(world.now), None);
 }
 
 #[test]
 fn t04_a_silent_repository_has_another_one_looked_at_first() {
     let (mut world, a, b) = (World::new(), tag("a"), tag("b"));
-    world.happens_to(Answered, (Kind::Head, &b, [0; 32]));
+    world.happens_to(Answered, (RequestKind::Head, &b, [0; 32]));
     world.expires(&a);
-    let scope = Scope::Kind(Kind::Head);
+    let scope = FailureScope::RequestKind(RequestKind::Head);
     let (due, probed) = world.detector.next_probe(world.now).unwrap();
     assert_eq!((due, &probed), (world.now, &scope));
-    assert_eq!(world.detector.probed(&scope, world.now), Some(b));
-    assert_eq!(world.detector.probed(&scope, world.now), Some(a));
+    assert_eq!(world.detector.take_probe(&scope, world.now), Some(b));
+    assert_eq!(world.detector.take_probe(&scope, world.now), Some(a));
 }
 
 #[test]
 fn t05_what_a_client_was_turned_away_with_is_probed_next() {
-    let (mut world, scope) = (World::new(), Scope::Kind(Kind::Head));
+    let (mut world, scope) = (World::new(), FailureScope::RequestKind(RequestKind::Head));
     for name in ["a", "b", "a"] {
         world.expires(&tag(name));
     }
     let c = tag("c");
-    assert_eq!(world.wait_for(Kind::Head, &c), Wait::Nothing);
-    assert_eq!(world.detector.probed(&scope, world.now), Some(c));
-    assert_eq!(world.detector.probed(&scope, world.now), Some(tag("a")));
+    assert_eq!(world.wait_for(RequestKind::Head, &c), WaitLimit::None);
+    assert_eq!(world.detector.take_probe(&scope, world.now), Some(c));
+    assert_eq!(world.detector.take_probe(&scope, world.now), Some(tag("a")));
 }
 
 #[test]
 fn t05_a_token_service_fails_apart_from_the_registry() {
     let mut world = World::new();
     for name in ["a", "b", "a"] {
-        let id = world.detector.sent(Kind::Head, &tag(name), [0; 32], world.now);
+        let id = world
+            .detector
+            .sent(RequestKind::Head, &tag(name), [0; 32], world.now);
         world.now += Duration::from_millis(5);
-        world.detector.token_wanted(id, world.now);
+        world.detector.waiting_for_token(id, world.now);
         world.now += BUDGET;
-        world.detector.expired([0; 32], &tag(name), BUDGET, world.now);
-        world.detector.abandoned(id);
+        world
+            .detector
+            .record_timeout([0; 32], &tag(name), BUDGET, world.now);
+        world.detector.cancel(id);
     }
     let c = tag("c");
     let mut waits = |needs_token| {
-        let asker = Asker {
-            kind: Kind::Head,
+        let query = WaitQuery {
+            kind: RequestKind::Head,
             operation: &c,
             principal: [0; 32],
             needs_token,
         };
-        world.detector.wait(&asker, BUDGET, world.now)
+        world.detector.wait(&query, BUDGET, world.now)
     };
-    assert_eq!((waits(true), waits(false)), (Wait::Nothing, Wait::Budget));
+    assert_eq!((waits(true), waits(false)), (WaitLimit::None, WaitLimit::Full));
     // An answer of the registry's to one with a token of his own says nothing of the token service.
-    world.happens_to(Answered, (Kind::Head, &c, [1; 32]));
-    assert_eq!(world.detector.open().unwrap().scope, Scope::Kind(Kind::Token));
-    let id = world.detector.sent(Kind::Head, &c, [0; 32], world.now);
-    world.detector.token_wanted(id, world.now);
-    let closed = world.detector.token_ended(id, Ended::Response, world.now);
+    world.happens_to(Answered, (RequestKind::Head, &c, [1; 32]));
+    assert_eq!(
+        world.detector.open_breaker().unwrap().scope,
+        FailureScope::RequestKind(RequestKind::Token)
+    );
+    let id = world.detector.sent(RequestKind::Head, &c, [0; 32], world.now);
+    world.detector.waiting_for_token(id, world.now);
+    let closed = world
+        .detector
+        .token_finished(id, RequestOutcome::Response, world.now);
     assert_eq!(closed.len(), 1, "{closed:?}");
-    assert!(world.detector.open().is_none());
+    assert!(world.detector.open_breaker().is_none());
 }
 
 #[test]
@@ -427,19 +469,27 @@ fn t05_a_denial_half_opens_and_the_next_request_decides() {
     }
     let a = tag("a");
     for _ in 0..3 {
-        world.happens_to(Denied, (Kind::Head, &a, [0; 32]));
-        assert_eq!(world.wait_for(Kind::Head, &a), Wait::Short, "it is asked");
+        world.happens_to(Denied, (RequestKind::Head, &a, [0; 32]));
+        assert_eq!(
+            world.wait_for(RequestKind::Head, &a),
+            WaitLimit::Short,
+            "it is asked"
+        );
         world.expires(&a);
-        assert_eq!(world.wait_for(Kind::Head, &a), Wait::Nothing, "at once");
+        assert_eq!(world.wait_for(RequestKind::Head, &a), WaitLimit::None, "at once");
     }
-    world.happens_to(Denied, (Kind::Head, &a, [0; 32]));
-    world.happens_to(Answered, (Kind::Head, &a, [0; 32]));
-    assert_eq!(world.wait_for(Kind::Head, &a), Wait::Budget);
+    world.happens_to(Denied, (RequestKind::Head, &a, [0; 32]));
+    world.happens_to(Answered, (RequestKind::Head, &a, [0; 32]));
+    assert_eq!(world.wait_for(RequestKind::Head, &a), WaitLimit::Full);
 }
 
 #[test]
 fn t05_probe_that_says_nothing_half_opens() {
-    let (mut world, a, scope) = (World::new(), tag("a"), Scope::Kind(Kind::Head));
+    let (mut world, a, scope) = (
+        World::new(),
+        tag("a"),
+        FailureScope::RequestKind(RequestKind::Head),
+    );
     for name in ["a", "b", "a"] {
         world.expires(&tag(name));
     }
@@ -447,10 +497,18 @@ fn t05_probe_that_says_nothing_half_opens() {
         let began = world.now;
         world.expires(&a);
         world.detector.probe_ended(&scope, began);
-        assert_eq!(world.wait_for(Kind::Head, &a), Wait::Nothing, "it failed");
+        assert_eq!(
+            world.wait_for(RequestKind::Head, &a),
+            WaitLimit::None,
+            "it failed"
+        );
         let began = world.now + LATE;
         world.detector.probe_ended(&scope, began);
-        assert_eq!(world.wait_for(Kind::Head, &tag("c")), Wait::Short, "it is asked");
+        assert_eq!(
+            world.wait_for(RequestKind::Head, &tag("c")),
+            WaitLimit::Short,
+            "it is asked"
+        );
     }
 }
 
@@ -460,25 +518,27 @@ fn t04_errors_of_one_principal_keep_no_other_waiting() {
     for cause in [Cause::Status(500), Cause::Reset] {
         let mut world = World::new();
         let fails = |world: &mut World, name: &str, principal| {
-            let id = world.detector.sent(Kind::Head, &tag(name), principal, world.now);
+            let id = world
+                .detector
+                .sent(RequestKind::Head, &tag(name), principal, world.now);
             let ended = match cause {
-                Cause::Reset => Ended::NoResponse(cause),
-                _ => Ended::ServerError(cause),
+                Cause::Reset => RequestOutcome::NoResponse(cause),
+                _ => RequestOutcome::ServerError(cause),
             };
-            world.detector.ended(id, ended, world.now);
+            world.detector.finish(id, ended, world.now);
         };
         for name in ["a", "a", "a", "b", "b", "b"] {
             fails(&mut world, name, theirs);
         }
         for name in ["a", "b"] {
-            let wait = world.wait_of(Kind::Head, &tag(name), theirs);
-            assert_eq!(wait, Wait::Nothing, "{cause}");
-            let wait = world.wait_of(Kind::Head, &tag(name), ours);
-            assert_eq!(wait, Wait::Budget, "{cause}");
+            let wait = world.wait_of(RequestKind::Head, &tag(name), theirs);
+            assert_eq!(wait, WaitLimit::None, "{cause}");
+            let wait = world.wait_of(RequestKind::Head, &tag(name), ours);
+            assert_eq!(wait, WaitLimit::Full, "{cause}");
         }
         fails(&mut world, "a", ours);
-        let wait = world.wait_of(Kind::Head, &tag("a"), ours);
-        assert_eq!(wait, Wait::Nothing, "{cause}: it is no other's alone");
+        let wait = world.wait_of(RequestKind::Head, &tag("a"), ours);
+        assert_eq!(wait, WaitLimit::None, "{cause}: it is no other's alone");
     }
 }
 
@@ -486,10 +546,10 @@ fn t04_errors_of_one_principal_keep_no_other_waiting() {
 fn t05_silence_of_one_principal_concerns_all() {
     let mut world = World::new();
     for _ in 0..3 {
-        world.happens_to(TimedOut, (Kind::Head, &tag("a"), [1; 32]));
+        world.happens_to(TimedOut, (RequestKind::Head, &tag("a"), [1; 32]));
         world.now -= LATE;
     }
-    assert_eq!(world.wait_for(Kind::Head, &tag("a")), Wait::Nothing);
+    assert_eq!(world.wait_for(RequestKind::Head, &tag("a")), WaitLimit::None);
 }
 
 #[test]
@@ -500,33 +560,36 @@ fn t04_an_error_concerns_what_was_asked_for_alone() {
         operation("/v2/a/manifests/good"),
     );
     for n in 0..FAILURES_MAX {
-        assert_eq!(world.wait_for(Kind::Head, &bad), Wait::Budget, "{n}");
-        world.happens_to(Failed, (Kind::Head, &bad, [0; 32]));
+        assert_eq!(world.wait_for(RequestKind::Head, &bad), WaitLimit::Full, "{n}");
+        world.happens_to(Failed, (RequestKind::Head, &bad, [0; 32]));
     }
-    assert_eq!(world.wait_for(Kind::Head, &bad), Wait::Nothing);
-    assert_eq!(world.wait_for(Kind::Head, &good), Wait::Budget);
-    world.happens_to(Answered, (Kind::Head, &good, [0; 32]));
-    assert_eq!(world.wait_for(Kind::Head, &bad), Wait::Nothing);
-    world.happens_to(Answered, (Kind::Head, &bad, [0; 32]));
-    assert_eq!(world.wait_for(Kind::Head, &bad), Wait::Budget);
+    assert_eq!(world.wait_for(RequestKind::Head, &bad), WaitLimit::None);
+    assert_eq!(world.wait_for(RequestKind::Head, &good), WaitLimit::Full);
+    world.happens_to(Answered, (RequestKind::Head, &good, [0; 32]));
+    assert_eq!(world.wait_for(RequestKind::Head, &bad), WaitLimit::None);
+    world.happens_to(Answered, (RequestKind::Head, &bad, [0; 32]));
+    assert_eq!(world.wait_for(RequestKind::Head, &bad), WaitLimit::Full);
 }
 
 #[test]
 fn no_connection_concerns_every_request() {
     let (mut world, a) = (World::new(), tag("a"));
     let fails = |world: &mut World| {
-        let id = world.detector.sent(Kind::Head, &a, [0; 32], world.now);
+        let id = world.detector.sent(RequestKind::Head, &a, [0; 32], world.now);
         world
             .detector
-            .ended(id, Ended::NoConnection(Cause::Refused), world.now)
+            .finish(id, RequestOutcome::NoConnection(Cause::Refused), world.now)
     };
     assert_eq!(fails(&mut world), []);
     assert_eq!(fails(&mut world), []);
-    assert_eq!(fails(&mut world), [opened(Scope::Connection, Cause::Refused)]);
+    assert_eq!(
+        fails(&mut world),
+        [opened(FailureScope::Connection, Cause::Refused)]
+    );
     for asked in Asked::all() {
-        assert_eq!(world.wait(asked), Wait::Nothing);
+        assert_eq!(world.wait(asked), WaitLimit::None);
     }
-    let closed = world.happens_to(Denied, (Kind::List, &a, [0; 32]));
+    let closed = world.happens_to(Denied, (RequestKind::List, &a, [0; 32]));
     assert_eq!(closed.len(), 1, "any response shows a connection");
     // Far apart they open nothing.
     for _ in 0..10 {
@@ -539,34 +602,44 @@ fn no_connection_concerns_every_request() {
 #[test]
 fn a_limit_or_a_broken_object_is_a_response() {
     for (cause, expected) in [
-        (Cause::RateLimited, Ended::Response),
-        (Cause::Malformed, Ended::Response),
-        (Cause::TooLarge, Ended::Response),
-        (Cause::Redirects(RedirectFault::TooMany), Ended::Response),
-        (Cause::Busy, Ended::Unknown),
-        (Cause::NotRegistry, Ended::Unknown),
-        (Cause::TokenService, Ended::Unknown),
-        (Cause::Reset, Ended::NoResponse(Cause::Reset)),
-        (Cause::Status(503), Ended::ServerError(Cause::Status(503))),
-        (Cause::Dns, Ended::NoConnection(Cause::Dns)),
+        (Cause::RateLimited, RequestOutcome::Response),
+        (Cause::Malformed, RequestOutcome::Response),
+        (Cause::TooLarge, RequestOutcome::Response),
+        (Cause::Redirects(RedirectFault::TooMany), RequestOutcome::Response),
+        (Cause::Busy, RequestOutcome::Unknown),
+        (Cause::NotRegistry, RequestOutcome::Unknown),
+        (Cause::TokenService, RequestOutcome::Unknown),
+        (Cause::Reset, RequestOutcome::NoResponse(Cause::Reset)),
+        (
+            Cause::Status(503),
+            RequestOutcome::ServerError(Cause::Status(503)),
+        ),
+        (Cause::Dns, RequestOutcome::NoConnection(Cause::Dns)),
     ] {
-        assert_eq!(Ended::of(&Answer::silent(cause), true), expected, "{cause}");
+        assert_eq!(
+            RequestOutcome::of(&UpstreamResponse::unavailable(cause), true),
+            expected,
+            "{cause}"
+        );
     }
-    let storage = Answer {
-        is_elsewheres: true,
-        ..Answer::silent(Cause::Refused)
+    let storage = UpstreamResponse {
+        is_redirect_target: true,
+        ..UpstreamResponse::unavailable(Cause::Refused)
     };
-    assert_eq!(Ended::of(&storage, true), Ended::ServerError(Cause::Refused));
     assert_eq!(
-        Ended::of(&Answer::silent(Cause::Timeout), false),
-        Ended::Unknown,
+        RequestOutcome::of(&storage, true),
+        RequestOutcome::ServerError(Cause::Refused)
+    );
+    assert_eq!(
+        RequestOutcome::of(&UpstreamResponse::unavailable(Cause::Timeout), false),
+        RequestOutcome::Unknown,
         "another URL has the last word"
     );
 }
 
 #[test]
 fn probes_come_each_second_while_clients_ask_and_rarely_otherwise() {
-    let (mut world, scope) = (World::new(), Scope::Kind(Kind::Head));
+    let (mut world, scope) = (World::new(), FailureScope::RequestKind(RequestKind::Head));
     for name in ["a", "b", "a"] {
         world.expires(&tag(name));
     }
@@ -574,18 +647,18 @@ fn probes_come_each_second_while_clients_ask_and_rarely_otherwise() {
         let (due, _) = world.detector.next_probe(world.now).unwrap();
         let wait = due.saturating_duration_since(world.now);
         world.now = due.max(world.now);
-        world.detector.probed(&scope, world.now);
+        world.detector.take_probe(&scope, world.now);
         wait.as_secs()
     };
     waits(&mut world);
     let quiet: Vec<_> = (0..8).map(|_| waits(&mut world)).collect();
     assert_eq!(quiet, [1, 2, 4, 8, 16, 30, 30, 30]);
     world.now += Duration::from_secs(10);
-    world.wait_for(Kind::Head, &tag("a"));
+    world.wait_for(RequestKind::Head, &tag("a"));
     assert_eq!(waits(&mut world), 0, "a request after a quiet time starts one");
     for _ in 0..5 {
         world.now += Duration::from_millis(100);
-        world.wait_for(Kind::Head, &tag("a"));
+        world.wait_for(RequestKind::Head, &tag("a"));
         let (due, _) = world.detector.next_probe(world.now).unwrap();
         assert!(due <= world.now + Duration::from_secs(1));
         waits(&mut world);
@@ -598,12 +671,12 @@ fn t05_names_that_strangers_choose_take_bounded_memory() {
     for n in 0..3_000 {
         let name = tag(&format!("made/up-{n}"));
         let event = if n % 2 == 0 { Failed } else { TimedOut };
-        world.happens_to(event, (Kind::Head, &name, [0; 32]));
+        world.happens_to(event, (RequestKind::Head, &name, [0; 32]));
         world.now -= LATE / 2;
     }
-    assert_eq!(world.detector.parts.len(), REPOSITORIES_MAX);
+    assert_eq!(world.detector.repositories.len(), REPOSITORIES_MAX);
     assert!(world.detector.pending.is_empty());
-    world.now += FORGOTTEN_AFTER * 2;
+    world.now += FORGET_AFTER * 2;
     world.detector.next_probe(world.now);
-    assert_eq!(world.detector.parts.len(), 0);
+    assert_eq!(world.detector.repositories.len(), 0);
 }

@@ -56,8 +56,8 @@ async fn a_part_nobody_asked_for_is_refused() {
             .get(&anonymous(), &blob("bytes"), &accept(), from)
             .await;
         assert_eq!(
-            refused.unwrap_err().said,
-            Said::Silent(Cause::Malformed),
+            refused.unwrap_err().kind,
+            ResponseKind::Unavailable(Cause::Malformed),
             "{from:?} {range}"
         );
     }
@@ -70,8 +70,8 @@ async fn a_range_beyond_the_end_is_passed_on() {
         .get(&anonymous(), &blob("bytes"), &accept(), Some(9))
         .await;
     assert_eq!(
-        refused.unwrap_err().said,
-        Said::Other(http::StatusCode::RANGE_NOT_SATISFIABLE)
+        refused.unwrap_err().kind,
+        ResponseKind::Other(http::StatusCode::RANGE_NOT_SATISFIABLE)
     );
 }
 
@@ -133,8 +133,8 @@ async fn a_coded_body_is_refused_and_identity_is_none() {
         match result {
             Ok(_) => assert!(good, "{coding}"),
             Err(answer) => assert_eq!(
-                (answer.said, good),
-                (Said::Silent(Cause::Malformed), false),
+                (answer.kind, good),
+                (ResponseKind::Unavailable(Cause::Malformed), false),
                 "{coding}"
             ),
         }
@@ -167,11 +167,11 @@ async fn a_manifest_too_large_to_hash_is_no_answer() {
         manifest_bytes_max: 100,
         ..settings(&[&registry])
     };
-    let answer = Upstream::new(settings, &Connector::system())
+    let answer = Upstream::new(settings, &Transport::system())
         .unwrap()
         .head(&anonymous(), &tag(), &accept())
         .await;
-    assert_eq!(answer.said, Said::Silent(Cause::TooLarge));
+    assert_eq!(answer.kind, ResponseKind::Unavailable(Cause::TooLarge));
 }
 
 #[tokio::test]
@@ -183,7 +183,7 @@ async fn headers_beyond_the_limit_are_refused() {
     })
     .await;
     let answer = upstream(&[&registry]).head(&anonymous(), &tag(), &accept()).await;
-    assert_eq!(answer.said, Said::Silent(Cause::Malformed));
+    assert_eq!(answer.kind, ResponseKind::Unavailable(Cause::Malformed));
 }
 
 #[tokio::test]
@@ -193,7 +193,7 @@ async fn a_part_is_asked_for_and_no_more() {
         answer(206).header("content-range", "bytes 1-2/5").body("yt")
     })
     .await;
-    let part = Part {
+    let part = RangeSpec {
         from: 1,
         until: Some(3),
         after: None,
@@ -213,16 +213,16 @@ async fn after_a_break_the_next_address_is_asked_first() {
     let play = |_: &registry::Seen| answer(206).header("content-range", "bytes 2-4/5").body("tes");
     let (one, two) = (Registry::start(play).await, Registry::start(play).await);
     let upstream = upstream(&[&one, &two]);
-    let mut part = Part {
+    let mut part = RangeSpec {
         from: 2,
-        ..Part::default()
+        ..RangeSpec::default()
     };
     for asked in [(1, 0), (1, 1), (2, 1)] {
         let fetched = upstream
             .get_part(&anonymous(), &blob("bytes"), &accept(), part)
             .await
             .unwrap();
-        part.after = Some(fetched.address);
+        part.after = Some(fetched.url);
         assert_eq!((one.seen().len(), two.seen().len()), asked);
     }
 }
@@ -235,20 +235,23 @@ async fn after_a_break_a_no_is_not_the_last_word_while_there_is_another_address(
     })
     .await;
     let lacking = Registry::start(|_| answer(404)).await;
-    let resumed = Part {
+    let resumed = RangeSpec {
         from: 2,
         until: None,
-        after: Some(Address(0)),
+        after: Some(UrlIndex(0)),
     };
     let get = async |upstream: Upstream, part| {
         upstream
             .get_part(&anonymous(), &blob("bytes"), &accept(), part)
             .await
-            .map(|fetched| fetched.address)
-            .map_err(|answer| answer.said)
+            .map(|fetched| fetched.url)
+            .map_err(|answer| answer.kind)
     };
-    assert_eq!(get(upstream(&[&good, &lacking]), resumed).await, Ok(Address(0)));
-    assert_eq!(get(upstream(&[&lacking]), resumed).await, Err(Said::Absent));
-    let first = Part::default();
-    assert_eq!(get(upstream(&[&lacking, &good]), first).await, Ok(Address(1)));
+    assert_eq!(get(upstream(&[&good, &lacking]), resumed).await, Ok(UrlIndex(0)));
+    assert_eq!(
+        get(upstream(&[&lacking]), resumed).await,
+        Err(ResponseKind::NotFound)
+    );
+    let first = RangeSpec::default();
+    assert_eq!(get(upstream(&[&lacking, &good]), first).await, Ok(UrlIndex(1)));
 }

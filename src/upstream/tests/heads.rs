@@ -13,7 +13,7 @@ async fn a_good_registry_is_asked_once_and_politely() {
     .await;
     let upstream = upstream(&[&registry]);
     let answer = upstream.head(&anonymous(), &tag(), &accept()).await;
-    assert_eq!(answer.said, Said::Is(digest(MANIFEST)));
+    assert_eq!(answer.kind, ResponseKind::Digest(digest(MANIFEST)));
     assert_eq!(answer.length, Some(MANIFEST.len() as u64));
     assert_eq!(
         answer
@@ -23,7 +23,7 @@ async fn a_good_registry_is_asked_once_and_politely() {
         Some(OCI_MANIFEST)
     );
     assert_eq!(answer.rate_limit.remaining, Some(99));
-    assert_eq!(upstream.state().allowances[0].limit.limit, Some(100));
+    assert_eq!(upstream.status().quotas[0].limit.limit, Some(100));
     assert!(answer.body.is_none());
     let seen = &registry.seen()[0];
     assert_eq!(
@@ -50,7 +50,7 @@ async fn a_refused_head_becomes_a_get_and_is_remembered() {
         let upstream = upstream(&[&registry]);
         for _ in 0..2 {
             let answer = upstream.head(&anonymous(), &tag(), &accept()).await;
-            assert_eq!(answer.said, Said::Is(digest(MANIFEST)));
+            assert_eq!(answer.kind, ResponseKind::Digest(digest(MANIFEST)));
             let (bytes, media_type) = answer.body.unwrap();
             assert_eq!(
                 (bytes.as_ref(), media_type.as_str()),
@@ -59,7 +59,7 @@ async fn a_refused_head_becomes_a_get_and_is_remembered() {
         }
         let methods: Vec<_> = registry.seen().iter().map(|seen| seen.method.clone()).collect();
         assert_eq!(methods, [Method::HEAD, Method::GET, Method::GET]);
-        assert_eq!(upstream.state().quirks, [Quirk::HeadRefused]);
+        assert_eq!(upstream.status().quirks, [Quirk::HeadRefused]);
     }
 }
 
@@ -82,12 +82,12 @@ async fn without_a_usable_digest_the_body_is_hashed() {
         .await;
         let upstream = upstream(&[&registry]);
         let answer = upstream.head(&anonymous(), &tag(), &accept()).await;
-        assert_eq!(answer.said, Said::Is(digest(MANIFEST)), "{header:?}");
+        assert_eq!(answer.kind, ResponseKind::Digest(digest(MANIFEST)), "{header:?}");
         assert!(
             answer.body.is_some(),
             "the type is in the manifest if not in the header"
         );
-        assert_eq!(upstream.state().quirks, [Quirk::NoDigest]);
+        assert_eq!(upstream.status().quirks, [Quirk::NoDigest]);
     }
 }
 
@@ -96,7 +96,7 @@ async fn two_digests_that_differ_are_none() {
     let registry =
         Registry::start(|_| manifest().header("docker-content-digest", &digest("other").to_string())).await;
     let answer = upstream(&[&registry]).head(&anonymous(), &tag(), &accept()).await;
-    assert_eq!(answer.said, Said::Is(digest(MANIFEST)));
+    assert_eq!(answer.kind, ResponseKind::Digest(digest(MANIFEST)));
     assert_eq!(registry.seen().len(), 2, "the body was hashed");
 }
 
@@ -120,8 +120,8 @@ async fn a_web_page_is_no_manifest_and_teaches_nothing() {
         } else {
             Cause::Malformed
         };
-        assert_eq!(answer.said, Said::Silent(cause), "{body}");
-        assert!(upstream.state().quirks.is_empty());
+        assert_eq!(answer.kind, ResponseKind::Unavailable(cause), "{body}");
+        assert!(upstream.status().quirks.is_empty());
     }
 }
 
@@ -145,7 +145,7 @@ async fn a_manifest_by_digest_without_header_is_hashed() {
     let answer = upstream(&[&registry])
         .head(&anonymous(), &by_digest, &accept())
         .await;
-    assert_eq!(answer.said, Said::Is(digest(MANIFEST)));
+    assert_eq!(answer.kind, ResponseKind::Digest(digest(MANIFEST)));
     assert_eq!(registry.seen().len(), 2);
 }
 
@@ -163,7 +163,7 @@ async fn a_manifest_by_digest_with_other_bytes_is_wrong() {
     let answer = upstream(&[&registry])
         .head(&anonymous(), &by_digest, &accept())
         .await;
-    assert_eq!(answer.said, Said::Silent(Cause::WrongDigest));
+    assert_eq!(answer.kind, ResponseKind::Unavailable(Cause::WrongDigest));
 }
 
 #[tokio::test]
@@ -177,7 +177,7 @@ async fn the_bytes_are_believed_and_not_the_header() {
     })
     .await;
     let answer = upstream(&[&registry]).head(&anonymous(), &tag(), &accept()).await;
-    assert_eq!(answer.said, Said::Is(digest(MANIFEST)));
+    assert_eq!(answer.kind, ResponseKind::Digest(digest(MANIFEST)));
 }
 
 #[tokio::test]
@@ -187,16 +187,16 @@ async fn r05_a_404_of_a_manifest_is_checked_by_one_get() {
     let upstream = upstream(&[&registry]);
     for _ in 0..3 {
         assert_eq!(
-            upstream.head(&anonymous(), &tag(), &accept()).await.said,
-            Said::Absent
+            upstream.head(&anonymous(), &tag(), &accept()).await.kind,
+            ResponseKind::NotFound
         );
     }
     let methods: Vec<_> = registry.seen().iter().map(|seen| seen.method.clone()).collect();
     assert_eq!(methods, [Method::HEAD, Method::GET, Method::HEAD, Method::HEAD]);
-    let said = upstream.head_for_push(&anonymous(), &tag(), &accept()).await.said;
+    let said = upstream.head_for_push(&anonymous(), &tag(), &accept()).await.kind;
     assert_eq!(
         (said, registry.seen().len()),
-        (Said::Absent, 5),
+        (ResponseKind::NotFound, 5),
         "who pushes is told what the HEAD says"
     );
 }
@@ -216,8 +216,8 @@ async fn r05_a_head_that_lies_about_a_manifest_is_found_out_once() {
         for name in ["latest", "latest", "other"] {
             let tag = operation(&format!("/v2/library/a/manifests/{name}"));
             assert_eq!(
-                upstream.head(&anonymous(), &tag, &accept()).await.said,
-                Said::Is(digest(MANIFEST))
+                upstream.head(&anonymous(), &tag, &accept()).await.kind,
+                ResponseKind::Digest(digest(MANIFEST))
             );
         }
         let quirk = if status == 403 {
@@ -225,7 +225,7 @@ async fn r05_a_head_that_lies_about_a_manifest_is_found_out_once() {
         } else {
             Quirk::HeadUntrue
         };
-        assert_eq!(upstream.state().quirks, [quirk]);
+        assert_eq!(upstream.status().quirks, [quirk]);
     }
 }
 
@@ -233,14 +233,14 @@ async fn r05_a_head_that_lies_about_a_manifest_is_found_out_once() {
 async fn r02_a_denied_head_is_overruled_by_a_yes_or_a_limit_of_its_status() {
     let limit = r#"{"errors":[{"code":"TOOMANYREQUESTS"}]}"#;
     for (head, get, body, said) in [
-        (403, 429, limit, Said::Forbidden),
-        (403, 503, "", Said::Forbidden),
-        (403, 500, "", Said::Forbidden),
-        (403, 423, "", Said::Forbidden),
-        (403, 403, "", Said::Forbidden),
-        (403, 403, limit, Said::Silent(Cause::RateLimited)),
-        (403, 404, "", Said::Absent),
-        (404, 429, limit, Said::Silent(Cause::RateLimited)),
+        (403, 429, limit, ResponseKind::Denied),
+        (403, 503, "", ResponseKind::Denied),
+        (403, 500, "", ResponseKind::Denied),
+        (403, 423, "", ResponseKind::Denied),
+        (403, 403, "", ResponseKind::Denied),
+        (403, 403, limit, ResponseKind::Unavailable(Cause::RateLimited)),
+        (403, 404, "", ResponseKind::NotFound),
+        (404, 429, limit, ResponseKind::Unavailable(Cause::RateLimited)),
     ] {
         let registry = Registry::start(move |seen| {
             let is_head = seen.method == Method::HEAD;
@@ -256,7 +256,7 @@ async fn r02_a_denied_head_is_overruled_by_a_yes_or_a_limit_of_its_status() {
             // Each has limits of its own: a pause of one would keep the next from being sent.
             let upstream = upstream(&[&registry]);
             let answer = upstream.head(&anonymous(), &what, &accept()).await;
-            assert_eq!(answer.said, said, "{head} {get} {body} {what:?}");
+            assert_eq!(answer.kind, said, "{head} {get} {body} {what:?}");
         }
     }
 }
@@ -271,10 +271,10 @@ async fn r04_head_403_known_as_untrue_is_no_denial() {
     .await;
     let upstream = upstream(&[&registry]);
     let yes = upstream.head(&anonymous(), &tag(), &accept()).await;
-    assert_eq!(yes.said, Said::Is(digest(MANIFEST)));
+    assert_eq!(yes.kind, ResponseKind::Digest(digest(MANIFEST)));
     let other = operation("/v2/library/a/manifests/other");
     let limited = upstream.head(&anonymous(), &other, &accept()).await;
-    assert_eq!(limited.said, Said::Silent(Cause::Status(503)));
+    assert_eq!(limited.kind, ResponseKind::Unavailable(Cause::Status(503)));
 }
 
 #[tokio::test]
@@ -284,8 +284,8 @@ async fn a_page_with_status_404_deletes_nothing() {
     let said = upstream(&[&registry])
         .head(&anonymous(), &tag(), &accept())
         .await
-        .said;
-    assert_eq!(said, Said::Silent(Cause::NotRegistry));
+        .kind;
+    assert_eq!(said, ResponseKind::Unavailable(Cause::NotRegistry));
 }
 
 #[tokio::test]
@@ -302,8 +302,8 @@ async fn r04_a_head_of_a_blob_that_is_refused_is_checked_by_one_byte() {
         for _ in 0..2 {
             let answer = upstream.head(&anonymous(), &blob("layer"), &accept()).await;
             assert_eq!(
-                (answer.said, answer.length),
-                (Said::Unproven(digest("layer")), Some(1234))
+                (answer.kind, answer.length),
+                (ResponseKind::UnprovenDigest(digest("layer")), Some(1234))
             );
         }
         // A 500 is tried once more before it is believed.
@@ -322,7 +322,7 @@ async fn r04_a_head_of_a_blob_that_is_refused_is_checked_by_one_byte() {
         } else {
             Quirk::BlobHeadRefused
         };
-        assert_eq!(upstream.state().quirks, [quirk]);
+        assert_eq!(upstream.status().quirks, [quirk]);
     }
 }
 
@@ -332,7 +332,7 @@ async fn a_blob_denied_is_denied() {
     let upstream = upstream(&[&registry]);
     for _ in 0..2 {
         let answer = upstream.head(&anonymous(), &blob("layer"), &accept()).await;
-        assert_eq!((answer.said, answer.challenge.len()), (Said::Forbidden, 1));
+        assert_eq!((answer.kind, answer.challenge.len()), (ResponseKind::Denied, 1));
     }
     assert_eq!(registry.seen().len(), 3, "checked by a GET once");
 }
@@ -340,17 +340,20 @@ async fn a_blob_denied_is_denied() {
 #[tokio::test]
 async fn every_status_has_its_meaning() {
     for (status, said) in [
-        (400, Said::Other(http::StatusCode::BAD_REQUEST)),
-        (401, Said::Forbidden),
-        (403, Said::Forbidden),
-        (404, Said::Absent),
-        (407, Said::Silent(Cause::Status(407))),
-        (410, Said::Absent),
-        (429, Said::Silent(Cause::RateLimited)),
-        (451, Said::Other(http::StatusCode::UNAVAILABLE_FOR_LEGAL_REASONS)),
-        (500, Said::Silent(Cause::Status(500))),
-        (503, Said::Silent(Cause::Status(503))),
-        (304, Said::Silent(Cause::Malformed)),
+        (400, ResponseKind::Other(http::StatusCode::BAD_REQUEST)),
+        (401, ResponseKind::Denied),
+        (403, ResponseKind::Denied),
+        (404, ResponseKind::NotFound),
+        (407, ResponseKind::Unavailable(Cause::Status(407))),
+        (410, ResponseKind::NotFound),
+        (429, ResponseKind::Unavailable(Cause::RateLimited)),
+        (
+            451,
+            ResponseKind::Other(http::StatusCode::UNAVAILABLE_FOR_LEGAL_REASONS),
+        ),
+        (500, ResponseKind::Unavailable(Cause::Status(500))),
+        (503, ResponseKind::Unavailable(Cause::Status(503))),
+        (304, ResponseKind::Unavailable(Cause::Malformed)),
     ] {
         let registry = Registry::start(move |_| {
             answer(status)
@@ -359,7 +362,7 @@ async fn every_status_has_its_meaning() {
         })
         .await;
         let answer = upstream(&[&registry]).head(&anonymous(), &tag(), &accept()).await;
-        assert_eq!(answer.said, said, "{status}");
+        assert_eq!(answer.kind, said, "{status}");
     }
 }
 
@@ -374,7 +377,7 @@ async fn an_errors_text_is_kept() {
         .await
         .unwrap_err();
     assert_eq!(
-        (refused.said, refused.message.as_deref()),
-        (Said::Absent, Some("manifest unknown to us"))
+        (refused.kind, refused.message.as_deref()),
+        (ResponseKind::NotFound, Some("manifest unknown to us"))
     );
 }

@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 
-use super::super::zone::Zone;
+use super::super::ip_scope::IpScope;
 use super::registry::{Registry, answer, manifest};
 use crate::oci::cause::RedirectFault;
 use http::{Method, Uri};
@@ -69,8 +69,8 @@ async fn a_head_follows_too() {
         upstream(&[&registry])
             .head(&anonymous(), &tag(), &accept())
             .await
-            .said,
-        Said::Is(digest(MANIFEST))
+            .kind,
+        ResponseKind::Digest(digest(MANIFEST))
     );
     assert_eq!(
         registry.asked(),
@@ -93,7 +93,7 @@ async fn redirects_that_lead_nowhere_end() {
         .await;
         let answer = upstream(&[&registry]).head(&anonymous(), &tag(), &accept()).await;
         assert!(
-            matches!(answer.said, Said::Silent(Cause::Redirects(_))),
+            matches!(answer.kind, ResponseKind::Unavailable(Cause::Redirects(_))),
             "{location:?}"
         );
         assert!(registry.seen().len() <= 11);
@@ -130,7 +130,10 @@ async fn storage_that_refuses_is_asked_for_anew_and_is_no_denial() {
     let refused = super::upstream(&[&registry])
         .get(&anonymous(), &blob("bytes"), &accept(), None)
         .await;
-    assert_eq!(refused.unwrap_err().said, Said::Silent(Cause::Status(403)));
+    assert_eq!(
+        refused.unwrap_err().kind,
+        ResponseKind::Unavailable(Cause::Status(403))
+    );
 }
 
 #[tokio::test]
@@ -143,7 +146,11 @@ async fn r01_a_refusal_of_the_redirects_target_is_no_yes_and_no_denial() {
             let answer = upstream(&[&registry])
                 .head(&anonymous(), &operation, &accept())
                 .await;
-            assert_eq!(answer.said, Said::Silent(Cause::Status(status)), "{operation:?}");
+            assert_eq!(
+                answer.kind,
+                ResponseKind::Unavailable(Cause::Status(status)),
+                "{operation:?}"
+            );
             assert!(answer.challenge.is_empty());
         }
     }
@@ -161,8 +168,8 @@ async fn storage_that_refuses_head_is_asked_for_one_byte() {
     let upstream = upstream(&[&registry]);
     for _ in 0..2 {
         let answer = upstream.head(&anonymous(), &blob("bytes"), &accept()).await;
-        let said = Said::Unproven(digest("bytes"));
-        assert_eq!((answer.said, answer.length), (said, Some(1234)));
+        let said = ResponseKind::UnprovenDigest(digest("bytes"));
+        assert_eq!((answer.kind, answer.length), (said, Some(1234)));
     }
     assert_eq!(registry.seen().len(), 3, "and that is remembered");
 }
@@ -183,10 +190,10 @@ async fn r01_what_another_origin_answers_proves_nothing_without_bytes() {
     })
     .await;
     let upstream = upstream(&[&registry]);
-    let said = upstream.head(&anonymous(), &blob("bytes"), &accept()).await.said;
-    assert_eq!(said, Said::Unproven(digest("bytes")));
-    let said = upstream.head(&anonymous(), &tag(), &accept()).await.said;
-    assert_eq!(said, Said::Unproven(digest(MANIFEST)));
+    let said = upstream.head(&anonymous(), &blob("bytes"), &accept()).await.kind;
+    assert_eq!(said, ResponseKind::UnprovenDigest(digest("bytes")));
+    let said = upstream.head(&anonymous(), &tag(), &accept()).await.kind;
+    assert_eq!(said, ResponseKind::UnprovenDigest(digest(MANIFEST)));
 }
 
 #[tokio::test]
@@ -195,8 +202,8 @@ async fn an_address_nearer_than_allowed_is_not_dialled() {
     let port = registry.url().rsplit_once(':').unwrap().1.to_owned();
     for host in ["127.0.0.1", "localhost", "[::ffff:127.0.0.1]", "0.0.0.0"] {
         let uri = format!("http://{host}:{port}/").parse().unwrap();
-        let dialled = tcp::Tcp
-            .dial(&uri, &Zone::Private.into(), Duration::from_secs(3))
+        let dialled = tcp::TcpDialer
+            .dial(&uri, &IpScope::Private.into(), Duration::from_secs(3))
             .await;
         assert_eq!(
             dialled.err().map(|error| error.cause),
@@ -206,8 +213,8 @@ async fn an_address_nearer_than_allowed_is_not_dialled() {
     }
     let uri = registry.url().parse().unwrap();
     assert!(
-        tcp::Tcp
-            .dial(&uri, &Zone::Loopback.into(), Duration::from_secs(3))
+        tcp::TcpDialer
+            .dial(&uri, &IpScope::Loopback.into(), Duration::from_secs(3))
             .await
             .is_ok()
     );
@@ -217,21 +224,21 @@ async fn an_address_nearer_than_allowed_is_not_dialled() {
 struct Public {
     dialled: Mutex<Vec<String>>,
     at: &'static [(&'static str, &'static str)],
-    pipes: Arc<dyn Dial>,
+    pipes: Arc<dyn Dialer>,
 }
 
-impl Dial for Public {
-    fn dial(&self, to: &Uri, limit: &Limit, patience: Duration) -> Dialling {
+impl Dialer for Public {
+    fn dial(&self, to: &Uri, limit: &AddressLimit, patience: Duration) -> DialFuture {
         let host = to.host().unwrap().to_owned();
         let at = self.at.iter().find(|(name, _)| *name == host);
         let at: IpAddr = at.map_or("8.8.8.8", |(_, at)| at).parse().unwrap();
         if !limit.allows(at) {
-            return Box::pin(async move { Err(DialError::too_near(at)) });
+            return Box::pin(async move { Err(DialError::scope_denied(at)) });
         }
         self.dialled.lock().unwrap().push(host);
         let dialling = self.pipes.dial(to, limit, patience);
         Box::pin(async move {
-            Ok(Dialled {
+            Ok(DialedStream {
                 peer: Some(at),
                 ..dialling.await?
             })
@@ -240,7 +247,7 @@ impl Dial for Public {
 }
 
 /// A registry at a public address that redirects everything to this place, with these rules.
-async fn redirected(to: &'static str, redirects: &[RedirectRule]) -> (Answer, Vec<String>) {
+async fn redirected(to: &'static str, redirects: &[RedirectRule]) -> (UpstreamResponse, Vec<String>) {
     let registry = Registry::start(move |seen| {
         if seen.uri.path().starts_with("/v2/") {
             answer(307).header("location", to)
@@ -264,7 +271,7 @@ async fn redirected(to: &'static str, redirects: &[RedirectRule]) -> (Answer, Ve
     };
     let upstream = Upstream::new(
         settings,
-        &Connector::with_dial(Arc::clone(&dial) as Arc<dyn Dial>),
+        &Transport::with_dialer(Arc::clone(&dial) as Arc<dyn Dialer>),
     )
     .unwrap();
     let answer = upstream.head(&anonymous(), &tag(), &accept()).await;
@@ -279,7 +286,7 @@ async fn r13_a_private_address_only_where_redirects_names_it() {
         to: RedirectTarget::Host(HostPattern::read("storage.corp").unwrap(), None),
     }];
     let (answer, dialled) = redirected("http://storage.corp/x", &named).await;
-    assert_eq!(answer.said, Said::Unproven(digest(MANIFEST)));
+    assert_eq!(answer.kind, ResponseKind::UnprovenDigest(digest(MANIFEST)));
     assert_eq!(dialled, ["registry.example", "storage.corp"]);
     for (to, entry) in [
         ("http://storage.corp/x", "storage.corp"),
@@ -287,8 +294,8 @@ async fn r13_a_private_address_only_where_redirects_names_it() {
     ] {
         let (answer, dialled) = redirected(to, &[]).await;
         assert_eq!(
-            answer.said,
-            Said::Silent(Cause::Redirects(RedirectFault::TooNear)),
+            answer.kind,
+            ResponseKind::Unavailable(Cause::Redirects(RedirectFault::TooNear)),
             "{to}"
         );
         assert_eq!(dialled, ["registry.example"]);
@@ -298,7 +305,7 @@ async fn r13_a_private_address_only_where_redirects_names_it() {
     // The name that is allowed opens no other.
     let (answer, _) = redirected("http://169.254.169.254/latest/meta-data", &named).await;
     assert_eq!(
-        answer.said,
-        Said::Silent(Cause::Redirects(RedirectFault::TooNear))
+        answer.kind,
+        ResponseKind::Unavailable(Cause::Redirects(RedirectFault::TooNear))
     );
 }

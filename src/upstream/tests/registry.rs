@@ -18,7 +18,7 @@ use hyper_util::server::conn::auto;
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 
-use super::super::{Dial, Dialled, Dialling, Limit};
+use super::super::{AddressLimit, DialFuture, DialedStream, Dialer};
 use super::{MANIFEST, OCI_MANIFEST, digest};
 use crate::oci::cause::Cause;
 
@@ -204,26 +204,26 @@ impl Registry {
     }
 
     /// In-memory pipes to this registry, whatever the address.
-    pub(in crate::upstream) fn dial(&self) -> Arc<dyn Dial> {
+    pub(in crate::upstream) fn dial(&self) -> Arc<dyn Dialer> {
         Arc::new(Pipes(Arc::clone(&self.stage)))
     }
 
     /// Serves one connection that somebody else accepted (and perhaps put TLS on).
     pub(in crate::upstream) fn serve(
         &self,
-        stream: impl super::super::dial::Stream + 'static,
+        stream: impl super::super::dialer::Stream + 'static,
     ) -> impl Future<Output = ()> + Send {
         serve(
             Arc::clone(&self.stage),
-            Box::new(stream) as Box<dyn super::super::dial::Stream>,
+            Box::new(stream) as Box<dyn super::super::dialer::Stream>,
         )
     }
 }
 
 struct Pipes(Arc<Stage>);
 
-impl Dial for Pipes {
-    fn dial(&self, _: &Uri, _: &Limit, _: Duration) -> Dialling {
+impl Dialer for Pipes {
+    fn dial(&self, _: &Uri, _: &AddressLimit, _: Duration) -> DialFuture {
         let stage = Arc::clone(&self.0);
         Box::pin(async move {
             if stage.refuses.load(Ordering::SeqCst) {
@@ -231,7 +231,7 @@ impl Dial for Pipes {
             }
             let (ours, theirs) = tokio::io::duplex(64 * 1024);
             tokio::spawn(serve(stage, theirs));
-            Ok(Dialled {
+            Ok(DialedStream {
                 stream: Box::new(ours),
                 peer: None,
             })
@@ -239,7 +239,7 @@ impl Dial for Pipes {
     }
 }
 
-async fn serve(stage: Arc<Stage>, stream: impl super::super::dial::Stream + 'static) {
+async fn serve(stage: Arc<Stage>, stream: impl super::super::dialer::Stream + 'static) {
     let service = service_fn(move |request: Request<Incoming>| act(Arc::clone(&stage), request));
     let _ = auto::Builder::new(TokioExecutor::new())
         .serve_connection(TokioIo::new(stream), service)

@@ -5,7 +5,7 @@ use super::*;
 
 /// As a reload makes it, with pipes to `registry`.
 fn reloaded(state: &LearnedState, settings: Settings, registry: &Registry) -> Upstream {
-    let upstream = Upstream::over(state, settings, &Connector::with_dial(registry.dial())).unwrap();
+    let upstream = Upstream::with_state(state, settings, &Transport::with_dialer(registry.dial())).unwrap();
     upstream.activate();
     upstream
 }
@@ -20,14 +20,14 @@ fn at(urls: &[&str]) -> Settings {
 
 fn own(password: &str) -> Settings {
     Settings {
-        credential: Some(OwnCredential::new("robot", password).into()),
+        credential: Some(UpstreamCredential::new("robot", password).into()),
         ..at(&["http://a.example"])
     }
 }
 
 fn as_own() -> Caller {
     Caller {
-        credential: Credential::Own,
+        credential: Credential::Configured,
         ..anonymous()
     }
 }
@@ -42,7 +42,7 @@ async fn o03_retry_after_outlives_a_reload_by_address_not_by_position() {
 
     let same = reloaded(&state, at(&["http://a.example"]), &registry);
     let limited = same.head(&anonymous(), &tag(), &accept()).await;
-    assert_eq!(limited.said, Said::Silent(Cause::RateLimited));
+    assert_eq!(limited.kind, ResponseKind::Unavailable(Cause::RateLimited));
     assert_eq!(registry.seen().len(), 1, "it asked to be left alone");
 
     let both = reloaded(&state, at(&["http://b.example", "http://a.example"]), &registry);
@@ -79,15 +79,15 @@ async fn o03_open_breaker_outlives_a_reload_and_its_probe_finds_the_upstream() {
     for _ in 0..3 {
         before.head(&anonymous(), &tag(), &accept()).await;
     }
-    assert_eq!(before.silent_now(), Some(Cause::BreakerOpen));
+    assert_eq!(before.unavailable_now(), Some(Cause::BreakerOpen));
 
     let after = reloaded(&state, at(&["http://a.example"]), &registry);
     drop(before);
-    assert_eq!(after.silent_now(), Some(Cause::BreakerOpen));
-    assert!(after.state().last_silence.is_some());
+    assert_eq!(after.unavailable_now(), Some(Cause::BreakerOpen));
+    assert!(after.status().last_failure.is_some());
     registry.refuses(false);
     tokio::time::sleep(Duration::from_secs(3)).await;
-    assert_eq!(after.silent_now(), None, "the probe goes on");
+    assert_eq!(after.unavailable_now(), None, "the probe goes on");
 }
 
 #[tokio::test(start_paused = true)]
@@ -102,10 +102,10 @@ async fn o03_upstream_removed_and_added_again_is_probed_again() {
     drop(before);
     tokio::time::sleep(Duration::from_secs(100)).await;
     let after = reloaded(&state, at(&["http://a.example"]), &registry);
-    assert_eq!(after.silent_now(), Some(Cause::BreakerOpen));
+    assert_eq!(after.unavailable_now(), Some(Cause::BreakerOpen));
     registry.refuses(false);
     tokio::time::sleep(Duration::from_secs(3)).await;
-    assert_eq!(after.silent_now(), None);
+    assert_eq!(after.unavailable_now(), None);
 }
 
 #[tokio::test(start_paused = true)]
@@ -118,16 +118,16 @@ async fn o03_breaker_of_another_address_is_closed_and_late_silences_do_not_count
         before.head(&anonymous(), &tag(), &accept()).await;
     }
     let after = reloaded(&state, at(&["http://b.example"]), &registry);
-    assert_eq!(after.silent_now(), None);
+    assert_eq!(after.unavailable_now(), None);
     for _ in 0..5 {
         before.head(&anonymous(), &tag(), &accept()).await;
     }
     assert_eq!(
-        after.silent_now(),
+        after.unavailable_now(),
         None,
         "the old address says nothing of the new one"
     );
-    assert!(after.state().last_silence.is_none());
+    assert!(after.status().last_failure.is_none());
 }
 
 #[tokio::test(start_paused = true)]
@@ -181,8 +181,8 @@ async fn o03_tokens_outlive_a_reload_unless_the_own_credential_changed() {
         let said = reloaded(&state, own(password), &registry)
             .head(&as_own(), &tag(), &accept())
             .await
-            .said;
-        assert_eq!(said, Said::Is(digest(MANIFEST)));
+            .kind;
+        assert_eq!(said, ResponseKind::Digest(digest(MANIFEST)));
         assert_eq!(registry.count("/token"), tokens, "{password}");
         let shown = registry
             .seen()
@@ -191,7 +191,7 @@ async fn o03_tokens_outlive_a_reload_unless_the_own_credential_changed() {
             .authorization()
             .unwrap()
             .to_owned();
-        let basic = token::basic("robot", password);
+        let basic = credentials::basic("robot", password);
         assert_eq!(shown, format!("Bearer of-{}", &basic.to_str().unwrap()[6..]));
     }
 }
@@ -214,11 +214,11 @@ async fn o03_a_token_is_shown_to_no_other_address_and_no_realm_that_lost_trust()
     let state = LearnedState::default();
     let heads = |settings: Settings| {
         let upstream = reloaded(&state, settings, &registry);
-        async move { upstream.head(&anonymous(), &tag(), &accept()).await.said }
+        async move { upstream.head(&anonymous(), &tag(), &accept()).await.kind }
     };
     let here = || trusting("http://a.example", &["tokens.test"]);
     for _ in 0..2 {
-        assert_eq!(heads(here()).await, Said::Is(digest(MANIFEST)));
+        assert_eq!(heads(here()).await, ResponseKind::Digest(digest(MANIFEST)));
     }
     assert_eq!((registry.seen().len(), registry.count("/token")), (4, 1));
 
@@ -230,7 +230,10 @@ async fn o03_a_token_is_shown_to_no_other_address_and_no_realm_that_lost_trust()
     );
 
     let asked = registry.count("/token");
-    assert_eq!(heads(trusting("http://a.example", &[])).await, Said::Forbidden);
+    assert_eq!(
+        heads(trusting("http://a.example", &[])).await,
+        ResponseKind::Denied
+    );
     assert_eq!(registry.count("/token"), asked);
     assert_eq!(registry.seen().last().unwrap().authorization(), None);
 }

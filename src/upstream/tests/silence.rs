@@ -8,8 +8,8 @@ use super::*;
 #[tokio::test(start_paused = true)]
 async fn a_server_error_is_tried_once_more() {
     for (errors, said) in [
-        (1, Said::Is(digest(MANIFEST))),
-        (9, Said::Silent(Cause::Status(502))),
+        (1, ResponseKind::Digest(digest(MANIFEST))),
+        (9, ResponseKind::Unavailable(Cause::Status(502))),
     ] {
         let registry = Registry::start(move |seen| {
             if seen.nth < errors {
@@ -20,7 +20,7 @@ async fn a_server_error_is_tried_once_more() {
         })
         .await;
         assert_eq!(
-            piped(&registry).head(&anonymous(), &tag(), &accept()).await.said,
+            piped(&registry).head(&anonymous(), &tag(), &accept()).await.kind,
             said
         );
         assert_eq!(registry.seen().len(), 2);
@@ -33,8 +33,8 @@ async fn a_connection_that_dies_before_an_answer_is_replaced_once() {
     let upstream = upstream(&[&registry]);
     for _ in 0..2 {
         assert_eq!(
-            upstream.head(&anonymous(), &tag(), &accept()).await.said,
-            Said::Is(digest(MANIFEST))
+            upstream.head(&anonymous(), &tag(), &accept()).await.kind,
+            ResponseKind::Digest(digest(MANIFEST))
         );
     }
     assert_eq!(registry.seen().len(), 3);
@@ -43,7 +43,7 @@ async fn a_connection_that_dies_before_an_answer_is_replaced_once() {
     let answer = super::upstream(&[&registry])
         .head(&anonymous(), &tag(), &accept())
         .await;
-    assert_eq!(answer.said, Said::Silent(Cause::Reset));
+    assert_eq!(answer.kind, ResponseKind::Unavailable(Cause::Reset));
     assert_eq!(registry.seen().len(), 2);
 }
 
@@ -58,21 +58,24 @@ async fn a_closed_port_refuses() {
         proxy: ProxyChoice::None,
         ..Settings::new("a", urls[..1].to_vec())
     };
-    let upstream = Upstream::new(closed, &Connector::system()).unwrap();
+    let upstream = Upstream::new(closed, &Transport::system()).unwrap();
     assert_eq!(
-        upstream.head(&anonymous(), &tag(), &accept()).await.said,
-        Said::Silent(Cause::Refused)
+        upstream.head(&anonymous(), &tag(), &accept()).await.kind,
+        ResponseKind::Unavailable(Cause::Refused)
     );
-    assert!(matches!(upstream.state().last_silence, Some((Cause::Refused, _))));
+    assert!(matches!(
+        upstream.status().last_failure,
+        Some((Cause::Refused, _))
+    ));
 
     let both = Settings {
         proxy: ProxyChoice::None,
         ..Settings::new("a", urls)
     };
-    let upstream = Upstream::new(both, &Connector::system()).unwrap();
+    let upstream = Upstream::new(both, &Transport::system()).unwrap();
     assert_eq!(
-        upstream.head(&anonymous(), &tag(), &accept()).await.said,
-        Said::Is(digest(MANIFEST))
+        upstream.head(&anonymous(), &tag(), &accept()).await.kind,
+        ResponseKind::Digest(digest(MANIFEST))
     );
 }
 
@@ -87,8 +90,8 @@ async fn r06_urls_are_asked_in_order_until_one_says_yes() {
         .await;
         let last = Registry::start(|_| manifest()).await;
         let upstream = upstream(&[&silent, &answering, &last]);
-        let said = upstream.head(&anonymous(), &tag(), &accept()).await.said;
-        assert_eq!(said, Said::Is(digest(MANIFEST)));
+        let said = upstream.head(&anonymous(), &tag(), &accept()).await.kind;
+        assert_eq!(said, ResponseKind::Digest(digest(MANIFEST)));
         assert!(upstream.get(&anonymous(), &tag(), &accept(), None).await.is_ok());
         assert_eq!(last.seen().is_empty(), second == 200, "a yes ends it");
     }
@@ -103,7 +106,7 @@ async fn a_silence_is_reported_by_the_first_address() {
     let answer = upstream(&[&first, &second])
         .head(&anonymous(), &tag(), &accept())
         .await;
-    assert_eq!(answer.said, Said::Silent(Cause::Status(503)));
+    assert_eq!(answer.kind, ResponseKind::Unavailable(Cause::Status(503)));
 }
 
 #[tokio::test(start_paused = true)]
@@ -115,28 +118,28 @@ async fn a_rate_limited_caller_waits_and_others_do_not() {
     .await;
     let upstream = piped(&registry);
     let (fast, slow) = (client("Bearer fast"), client("Bearer slow"));
-    let limited = Said::Silent(Cause::RateLimited);
+    let limited = ResponseKind::Unavailable(Cause::RateLimited);
     let first = upstream.head(&fast, &tag(), &accept()).await;
     assert_eq!(
-        (first.said, first.retry_after),
+        (first.kind, first.retry_after),
         (limited, Some(HeaderValue::from_static("20")))
     );
     tokio::time::advance(Duration::from_secs(5)).await;
     let again = upstream.head(&fast, &tag(), &accept()).await;
     assert_eq!(
-        (again.said, again.retry_after),
+        (again.kind, again.retry_after),
         (limited, Some(HeaderValue::from_static("15"))),
         "what is left of it"
     );
     assert_eq!(registry.seen().len(), 1, "not asked within the window");
     assert_eq!(
-        upstream.head(&slow, &tag(), &accept()).await.said,
-        Said::Is(digest(MANIFEST))
+        upstream.head(&slow, &tag(), &accept()).await.kind,
+        ResponseKind::Digest(digest(MANIFEST))
     );
     tokio::time::advance(Duration::from_secs(16)).await;
     assert_eq!(
-        upstream.head(&fast, &tag(), &accept()).await.said,
-        Said::Is(digest(MANIFEST))
+        upstream.head(&fast, &tag(), &accept()).await.kind,
+        ResponseKind::Digest(digest(MANIFEST))
     );
 }
 
@@ -168,7 +171,7 @@ const BUDGET: Duration = Duration::from_secs(2);
 
 /// How long an asker with a cached copy of the tag waits.
 fn waits(upstream: &Upstream) -> Result<Duration, Cause> {
-    upstream.wait(&anonymous(), (&tag(), true), BUDGET)
+    upstream.wait_limit(&anonymous(), (&tag(), true), BUDGET)
 }
 
 #[tokio::test(start_paused = true)]
@@ -177,24 +180,27 @@ async fn the_breaker_opens_after_three_silences_and_a_probe_closes_it() {
     registry.refuses(true);
     let upstream = piped(&registry);
     for _ in 0..3 {
-        assert_eq!(upstream.silent_now(), None);
+        assert_eq!(upstream.unavailable_now(), None);
         assert_eq!(
-            upstream.head(&anonymous(), &tag(), &accept()).await.said,
-            Said::Silent(Cause::Refused)
+            upstream.head(&anonymous(), &tag(), &accept()).await.kind,
+            ResponseKind::Unavailable(Cause::Refused)
         );
     }
-    assert_eq!(upstream.silent_now(), Some(Cause::BreakerOpen));
-    let open = upstream.state().open.unwrap();
-    assert_eq!((open.scope, open.cause), (Scope::Connection, Cause::Refused));
+    assert_eq!(upstream.unavailable_now(), Some(Cause::BreakerOpen));
+    let open = upstream.status().open.unwrap();
+    assert_eq!(
+        (open.scope, open.cause),
+        (FailureScope::Connection, Cause::Refused)
+    );
     tokio::time::sleep(Duration::from_secs(100)).await;
     assert_eq!(
-        upstream.silent_now(),
+        upstream.unavailable_now(),
         Some(Cause::BreakerOpen),
         "it is still away"
     );
     registry.refuses(false);
     tokio::time::sleep(Duration::from_secs(31)).await;
-    assert_eq!(upstream.silent_now(), None, "noticed within half a minute");
+    assert_eq!(upstream.unavailable_now(), None, "noticed within half a minute");
     assert_eq!(registry.asked(), ["GET /v2/"], "by one probe");
 }
 
@@ -208,10 +214,10 @@ async fn a_caller_that_asks_all_the_same_closes_the_breaker_by_its_success() {
     }
     registry.refuses(false);
     assert_eq!(
-        upstream.head(&anonymous(), &tag(), &accept()).await.said,
-        Said::Is(digest(MANIFEST))
+        upstream.head(&anonymous(), &tag(), &accept()).await.kind,
+        ResponseKind::Digest(digest(MANIFEST))
     );
-    assert_eq!(upstream.silent_now(), None);
+    assert_eq!(upstream.unavailable_now(), None);
     tokio::time::sleep(Duration::from_secs(100)).await;
     assert_eq!(registry.seen().len(), 1, "nothing is left to probe");
 }
@@ -231,7 +237,7 @@ async fn a_silent_token_service_is_probed_itself() {
     let upstream = piped(&registry);
     for _ in 0..3 {
         let answer = upstream.head(&anonymous(), &tag(), &accept()).await;
-        assert_eq!(answer.said, Said::Silent(Cause::TokenService));
+        assert_eq!(answer.kind, ResponseKind::Unavailable(Cause::TokenService));
     }
     tokio::time::sleep(Duration::from_secs(100)).await;
     assert_eq!(
@@ -283,7 +289,7 @@ async fn t05_login_page_for_a_probe_half_opens() {
     })
     .await;
     let (upstream, caller) = (piped(&registry), client("Bearer a"));
-    let waits = || upstream.wait(&caller, (&tag(), true), BUDGET);
+    let waits = || upstream.wait_limit(&caller, (&tag(), true), BUDGET);
     for _ in 0..3 {
         upstream.head(&caller, &tag(), &accept()).await;
     }
@@ -310,13 +316,13 @@ async fn t05_probe_keeps_to_the_limits_of_who_it_asks_as() {
     })
     .await;
     let settings = Settings {
-        credential: Some(OwnCredential::new("robot", "secret").into()),
+        credential: Some(UpstreamCredential::new("robot", "secret").into()),
         ..settings(&[&registry])
     };
-    let upstream = Upstream::new(settings, &Connector::with_dial(registry.dial())).unwrap();
+    let upstream = Upstream::new(settings, &Transport::with_dialer(registry.dial())).unwrap();
     let caller = Caller {
         principal: [7; 32],
-        credential: Credential::Own,
+        credential: Credential::Configured,
         ..anonymous()
     };
     for _ in 0..3 {
@@ -328,7 +334,7 @@ async fn t05_probe_keeps_to_the_limits_of_who_it_asks_as() {
     let before = registry.seen().len();
     tokio::time::sleep(Duration::from_secs(100)).await;
     assert_eq!(registry.seen().len(), before);
-    let wait = upstream.wait(&caller, (&tag(), true), BUDGET);
+    let wait = upstream.wait_limit(&caller, (&tag(), true), BUDGET);
     assert_eq!(wait, Ok(Duration::from_millis(50)), "its own request decides");
 }
 
@@ -350,15 +356,15 @@ async fn an_upstream_that_is_dropped_is_not_probed() {
 async fn no_answer_in_time_is_a_silence() {
     // A stream nobody reads: connected, and then nothing.
     struct Hole;
-    impl Dial for Hole {
-        fn dial(&self, _: &Uri, _: &Limit, _: Duration) -> Dialling {
+    impl Dialer for Hole {
+        fn dial(&self, _: &Uri, _: &AddressLimit, _: Duration) -> DialFuture {
             Box::pin(async {
                 let (ours, theirs) = tokio::io::duplex(1024);
                 tokio::spawn(async move {
                     let _theirs = theirs;
                     std::future::pending::<()>().await;
                 });
-                Ok(Dialled {
+                Ok(DialedStream {
                     stream: Box::new(ours),
                     peer: None,
                 })
@@ -374,11 +380,11 @@ async fn no_answer_in_time_is_a_silence() {
         if let Some(within) = within {
             settings.timeouts.headers = Duration::from_secs(within);
         }
-        let upstream = Upstream::new(settings, &Connector::with_dial(Arc::new(Hole))).unwrap();
+        let upstream = Upstream::new(settings, &Transport::with_dialer(Arc::new(Hole))).unwrap();
         for operation in [tag(), blob("bytes")] {
             let before = Instant::now();
             let got = upstream.get(&anonymous(), &operation, &accept(), None).await;
-            assert_eq!(got.unwrap_err().said, Said::Silent(Cause::Timeout));
+            assert_eq!(got.unwrap_err().kind, ResponseKind::Unavailable(Cause::Timeout));
             assert_eq!(before.elapsed().as_secs(), within.unwrap_or(25));
         }
     }
@@ -387,8 +393,8 @@ async fn no_answer_in_time_is_a_silence() {
 #[tokio::test(start_paused = true)]
 async fn a_dial_that_hangs_is_given_up_soon() {
     struct Hang;
-    impl Dial for Hang {
-        fn dial(&self, _: &Uri, _: &Limit, _: Duration) -> Dialling {
+    impl Dialer for Hang {
+        fn dial(&self, _: &Uri, _: &AddressLimit, _: Duration) -> DialFuture {
             Box::pin(std::future::pending())
         }
     }
@@ -396,10 +402,10 @@ async fn a_dial_that_hangs_is_given_up_soon() {
         proxy: ProxyChoice::None,
         ..Settings::new("a", vec!["http://a.example".parse().unwrap()])
     };
-    let upstream = Upstream::new(settings, &Connector::with_dial(Arc::new(Hang))).unwrap();
+    let upstream = Upstream::new(settings, &Transport::with_dialer(Arc::new(Hang))).unwrap();
     let before = Instant::now();
     let answer = upstream.head(&anonymous(), &tag(), &accept()).await;
-    assert_eq!(answer.said, Said::Silent(Cause::ConnectTimeout));
+    assert_eq!(answer.kind, ResponseKind::Unavailable(Cause::ConnectTimeout));
     assert_eq!(before.elapsed().as_secs(), 3);
 }
 
@@ -422,7 +428,7 @@ async fn t02_a_request_waits_for_its_place_without_a_limit() {
     for _ in 0..FETCHES_MAX - FETCHES_MAX / 8 {
         held.push(upstream.get(&caller, &manifest, &accept, None).await.unwrap());
     }
-    assert_eq!(upstream.state().in_flight, held.len());
+    assert_eq!(upstream.status().in_flight, held.len());
     let mut waiting = std::pin::pin!(upstream.get(&caller, &manifest, &accept, None));
     let an_hour = Duration::from_secs(3600);
     assert!(tokio::time::timeout(an_hour, &mut waiting).await.is_err());
@@ -431,7 +437,7 @@ async fn t02_a_request_waits_for_its_place_without_a_limit() {
         ..caller.clone()
     };
     let answer = upstream.head(&revalidating, &tag(), &accept).await;
-    assert_eq!(answer.said, Said::Is(digest(MANIFEST)));
+    assert_eq!(answer.kind, ResponseKind::Digest(digest(MANIFEST)));
     drop(
         upstream
             .get(&caller, &blob("bytes"), &accept, None)
@@ -443,22 +449,22 @@ async fn t02_a_request_waits_for_its_place_without_a_limit() {
 }
 
 /// What it takes to ask for so many images with a cached copy, one after the other, of an upstream behind this dial.
-async fn job_over(dial: Arc<dyn Dial>) -> Duration {
+async fn job_over(dial: Arc<dyn Dialer>) -> Duration {
     let settings = Settings {
         proxy: ProxyChoice::None,
         ..Settings::new("a", vec!["http://a.example".parse().unwrap()])
     };
-    let upstream = Upstream::new(settings, &Connector::with_dial(dial)).unwrap();
+    let upstream = Upstream::new(settings, &Transport::with_dialer(dial)).unwrap();
     let began = Instant::now();
     for n in 0..20 {
         let image = operation(&format!("/v2/library/{n}/manifests/1"));
-        let Ok(wait) = upstream.wait(&anonymous(), (&image, true), BUDGET) else {
+        let Ok(wait) = upstream.wait_limit(&anonymous(), (&image, true), BUDGET) else {
             continue;
         };
         let (asked, of) = (upstream.clone(), image.clone());
         let asking = tokio::spawn(async move { asked.head(&anonymous(), &of, &accept()).await });
         if tokio::time::timeout(wait, asking).await.is_err() {
-            upstream.expired(&anonymous(), &image, wait);
+            upstream.record_timeout(&anonymous(), &image, wait);
         }
     }
     began.elapsed()
@@ -467,8 +473,8 @@ async fn job_over(dial: Arc<dyn Dial>) -> Duration {
 #[tokio::test(start_paused = true)]
 async fn t05_dropped_syns_cost_one_budget() {
     struct Hang;
-    impl Dial for Hang {
-        fn dial(&self, _: &Uri, _: &Limit, _: Duration) -> Dialling {
+    impl Dialer for Hang {
+        fn dial(&self, _: &Uri, _: &AddressLimit, _: Duration) -> DialFuture {
             Box::pin(std::future::pending())
         }
     }
@@ -479,9 +485,9 @@ async fn t05_dropped_syns_cost_one_budget() {
 #[tokio::test(start_paused = true)]
 async fn t05_slow_heads_cost_one_response() {
     /// Each connection comes about after 1.9 s.
-    struct Late(Arc<dyn Dial>);
-    impl Dial for Late {
-        fn dial(&self, uri: &Uri, limit: &Limit, within: Duration) -> Dialling {
+    struct Late(Arc<dyn Dialer>);
+    impl Dialer for Late {
+        fn dial(&self, uri: &Uri, limit: &AddressLimit, within: Duration) -> DialFuture {
             let dialling = self.0.dial(uri, limit, within);
             Box::pin(async move {
                 tokio::time::sleep(Duration::from_millis(1_900)).await;

@@ -6,7 +6,7 @@ use std::time::Duration;
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
 
-use super::super::token::{Holder, HolderKind, Key, Login, TokenFailure};
+use super::super::token::{TokenCredential, TokenFailure, TokenKey, TokenOwner, TokenOwnerKind};
 use super::registry::{Play, Registry, Seen, answer, manifest, token};
 use super::*;
 
@@ -25,7 +25,7 @@ async fn an_anonymous_caller_gets_a_token_and_keeps_it() {
     let upstream = upstream(&[&registry]);
     for _ in 0..3 {
         let answer = upstream.head(&anonymous(), &tag(), &accept()).await;
-        assert_eq!(answer.said, Said::Is(digest(MANIFEST)));
+        assert_eq!(answer.kind, ResponseKind::Digest(digest(MANIFEST)));
     }
     let manifest = "HEAD /v2/library/a/manifests/latest";
     assert_eq!(
@@ -50,8 +50,8 @@ async fn a_token_without_expires_in_lives_a_minute_and_is_replaced_before() {
     assert_eq!(registry.count("/token"), 1);
     tokio::time::advance(Duration::from_secs(2)).await;
     assert_eq!(
-        upstream.head(&anonymous(), &tag(), &accept()).await.said,
-        Said::Is(digest(MANIFEST))
+        upstream.head(&anonymous(), &tag(), &accept()).await.kind,
+        ResponseKind::Digest(digest(MANIFEST))
     );
     assert_eq!(registry.count("/token"), 2);
     let unauthorised = registry
@@ -74,7 +74,7 @@ async fn a_second_401_is_the_registrys_word_and_the_first_challenge_is_passed_on
     })
     .await;
     let answer = upstream(&[&registry]).head(&anonymous(), &tag(), &accept()).await;
-    assert_eq!(answer.said, Said::Forbidden);
+    assert_eq!(answer.kind, ResponseKind::Denied);
     assert_eq!(answer.status, Some(http::StatusCode::UNAUTHORIZED));
     assert_eq!(answer.challenge.len(), 2);
     assert!(
@@ -99,8 +99,8 @@ async fn a_token_that_was_revoked_is_replaced_once() {
     let upstream = upstream(&[&registry]);
     for _ in 0..3 {
         assert_eq!(
-            upstream.head(&anonymous(), &tag(), &accept()).await.said,
-            Said::Is(digest(MANIFEST))
+            upstream.head(&anonymous(), &tag(), &accept()).await.kind,
+            ResponseKind::Digest(digest(MANIFEST))
         );
     }
     let shown: Vec<_> = registry
@@ -144,15 +144,15 @@ async fn a_clients_bearer_goes_as_it_is_and_is_never_exchanged() {
     let registry = Registry::start(bearer).await;
     let upstream = upstream(&[&registry]);
     assert_eq!(
-        upstream.head(&client("Bearer bad"), &tag(), &accept()).await.said,
-        Said::Forbidden
+        upstream.head(&client("Bearer bad"), &tag(), &accept()).await.kind,
+        ResponseKind::Denied
     );
     assert_eq!(
         upstream
             .head(&client("Bearer good"), &tag(), &accept())
             .await
-            .said,
-        Said::Is(digest(MANIFEST))
+            .kind,
+        ResponseKind::Digest(digest(MANIFEST))
     );
     assert_eq!(registry.count("/token"), 0);
 }
@@ -163,7 +163,7 @@ async fn a_clients_basic_is_shown_to_the_registry_and_then_to_its_realm() {
     let answer = upstream(&[&registry])
         .head(&client("Basic dTpw"), &tag(), &accept())
         .await;
-    assert_eq!(answer.said, Said::Is(digest(MANIFEST)));
+    assert_eq!(answer.kind, ResponseKind::Digest(digest(MANIFEST)));
     let shown: Vec<_> = registry
         .seen()
         .iter()
@@ -182,12 +182,12 @@ async fn a_clients_basic_is_shown_to_the_registry_and_then_to_its_realm() {
 #[tokio::test]
 async fn our_own_account_is_used_only_for_callers_that_say_so() {
     let registry = Registry::start(bearer).await;
-    let own = OwnCredential::new("robot", "secret");
+    let own = UpstreamCredential::new("robot", "secret");
     let settings = Settings {
         credential: Some(own.into()),
         ..settings(&[&registry])
     };
-    let upstream = Upstream::new(settings, &Connector::system()).unwrap();
+    let upstream = Upstream::new(settings, &Transport::system()).unwrap();
     upstream.head(&anonymous(), &tag(), &accept()).await;
     assert!(
         registry
@@ -197,12 +197,12 @@ async fn our_own_account_is_used_only_for_callers_that_say_so() {
     );
     let caller = Caller {
         principal: [0; 32],
-        credential: Credential::Own,
+        credential: Credential::Configured,
         peer: Peer::Local,
         class: Class::Interactive,
         waiters: None,
         trace: Trace::begun(),
-        waits_until: None,
+        wait_deadline: None,
     };
     upstream.head(&caller, &tag(), &accept()).await;
     let basic = format!("Basic {}", BASE64_STANDARD.encode("robot:secret"));
@@ -226,25 +226,25 @@ async fn our_own_account_is_posted_where_the_realm_has_no_get() {
         _ => bearer(seen),
     })
     .await;
-    let own = OwnCredential::new("robot", "a&b");
+    let own = UpstreamCredential::new("robot", "a&b");
     let settings = Settings {
         credential: Some(own.into()),
         ..settings(&[&registry])
     };
     let caller = Caller {
         principal: [0; 32],
-        credential: Credential::Own,
+        credential: Credential::Configured,
         peer: Peer::Local,
         class: Class::Interactive,
         waiters: None,
         trace: Trace::begun(),
-        waits_until: None,
+        wait_deadline: None,
     };
-    let answer = Upstream::new(settings, &Connector::system())
+    let answer = Upstream::new(settings, &Transport::system())
         .unwrap()
         .head(&caller, &tag(), &accept())
         .await;
-    assert_eq!(answer.said, Said::Is(digest(MANIFEST)));
+    assert_eq!(answer.kind, ResponseKind::Digest(digest(MANIFEST)));
     let posted = registry
         .seen()
         .into_iter()
@@ -274,7 +274,7 @@ async fn a_realm_elsewhere_is_never_asked() {
         let answer = upstream(&[&registry])
             .head(&client("Basic dTpw"), &tag(), &accept())
             .await;
-        assert_eq!(answer.said, Said::Forbidden, "{realm}");
+        assert_eq!(answer.kind, ResponseKind::Denied, "{realm}");
         assert_eq!(answer.challenge, [challenge.as_str()], "passed on as it came");
         assert_eq!(registry.seen().len(), 1, "{realm}");
     }
@@ -296,7 +296,7 @@ async fn a_token_service_is_not_followed_elsewhere() {
         let answer = upstream(&[&registry])
             .head(&client("Basic dTpw"), &tag(), &accept())
             .await;
-        assert_eq!(answer.said, Said::Silent(Cause::TokenService));
+        assert_eq!(answer.kind, ResponseKind::Unavailable(Cause::TokenService));
         assert_eq!(registry.count(last), 1, "{last}");
         assert!(elsewhere.seen().is_empty());
     }
@@ -305,18 +305,22 @@ async fn a_token_service_is_not_followed_elsewhere() {
 #[tokio::test]
 async fn what_the_token_service_says_decides() {
     for (status, body, said) in [
-        (401, "", Said::Forbidden),
-        (403, "", Said::Forbidden),
-        (429, "", Said::Silent(Cause::RateLimited)),
-        (500, "", Said::Silent(Cause::TokenService)),
-        (404, "", Said::Silent(Cause::TokenService)),
-        (200, "{}", Said::Silent(Cause::TokenService)),
-        (200, "<html>", Said::Silent(Cause::TokenService)),
-        (200, "{\"token\":\"a\\nb\"}", Said::Silent(Cause::TokenService)),
+        (401, "", ResponseKind::Denied),
+        (403, "", ResponseKind::Denied),
+        (429, "", ResponseKind::Unavailable(Cause::RateLimited)),
+        (500, "", ResponseKind::Unavailable(Cause::TokenService)),
+        (404, "", ResponseKind::Unavailable(Cause::TokenService)),
+        (200, "{}", ResponseKind::Unavailable(Cause::TokenService)),
+        (200, "<html>", ResponseKind::Unavailable(Cause::TokenService)),
+        (
+            200,
+            "{\"token\":\"a\\nb\"}",
+            ResponseKind::Unavailable(Cause::TokenService),
+        ),
         (
             200,
             r#"{"access_token":"good","expires_in":"300"}"#,
-            Said::Is(digest(MANIFEST)),
+            ResponseKind::Digest(digest(MANIFEST)),
         ),
     ] {
         let registry = Registry::start(move |seen| match seen.path() {
@@ -325,8 +329,8 @@ async fn what_the_token_service_says_decides() {
         })
         .await;
         let answer = upstream(&[&registry]).head(&anonymous(), &tag(), &accept()).await;
-        assert_eq!(answer.said, said, "{status} {body}");
-        if said == Said::Forbidden {
+        assert_eq!(answer.kind, said, "{status} {body}");
+        if said == ResponseKind::Denied {
             assert_eq!(answer.challenge.len(), 1, "the registry's own challenge");
         }
     }
@@ -359,7 +363,7 @@ async fn a_ping_shows_the_challenge_instead_of_answering_it() {
     let answer = upstream(&[&registry])
         .head(&anonymous(), &Operation::Ping, &accept())
         .await;
-    assert_eq!((answer.said, answer.challenge.len()), (Said::Forbidden, 1));
+    assert_eq!((answer.kind, answer.challenge.len()), (ResponseKind::Denied, 1));
     assert_eq!(registry.asked(), ["GET /v2/"]);
 }
 
@@ -382,11 +386,11 @@ async fn one_fetch_for_many_askers_but_never_for_two_principals() {
             let upstream = Arc::clone(&upstream);
             askers.spawn(async move {
                 let (caller, said) = if asker % 2 == 0 {
-                    (client("Basic Ym9iOmI="), Said::Is(digest(MANIFEST)))
+                    (client("Basic Ym9iOmI="), ResponseKind::Digest(digest(MANIFEST)))
                 } else {
-                    (client("Basic ZXZlOmU="), Said::Forbidden)
+                    (client("Basic ZXZlOmU="), ResponseKind::Denied)
                 };
-                assert_eq!(upstream.head(&caller, &tag(), &accept()).await.said, said);
+                assert_eq!(upstream.head(&caller, &tag(), &accept()).await.kind, said);
             });
         }
         while let Some(asked) = askers.join_next().await {
@@ -400,27 +404,27 @@ async fn one_fetch_for_many_askers_but_never_for_two_principals() {
 async fn who_waited_for_a_token_that_failed_shares_the_failure() {
     let registry = Registry::start(|_| answer(500)).await;
     let upstream = upstream(&[&registry]);
-    let Exchange { http, tokens, .. } = &upstream.0.exchange;
-    let holder = Holder {
-        kind: HolderKind::Anonymous,
+    let AuthClient { http, tokens, .. } = &upstream.0.auth_client;
+    let holder = TokenOwner {
+        kind: TokenOwnerKind::Anonymous,
         principal: [0; 32],
     };
     let realm = format!("{}/token", registry.url());
-    let key = Key::of(tokens, &upstream.0.urls[0], (&realm, None, &[]), None, holder).unwrap();
+    let key = TokenKey::of(tokens, &upstream.0.urls[0], (&realm, None, &[]), None, holder).unwrap();
     // All three are polled before the first answer can arrive: one fetches, two wait for it.
     let trace = Trace::begun();
-    let get = || tokens.get(http, &key, Login::Anonymous, (None, &trace));
+    let get = || tokens.get(http, &key, TokenCredential::Anonymous, (None, &trace));
     let (one, two, three) = tokio::join!(get(), get(), get());
     for failed in [one, two, three] {
         assert!(matches!(
             failed,
-            Err(TokenFailure::Failed(_) | TokenFailure::Silent(_))
+            Err(TokenFailure::Unusable(_) | TokenFailure::NoResponse(_))
         ));
     }
     assert_eq!(registry.seen().len(), 1);
     assert!(matches!(
         get().await,
-        Err(TokenFailure::Failed(_) | TokenFailure::Silent(_))
+        Err(TokenFailure::Unusable(_) | TokenFailure::NoResponse(_))
     ));
     assert_eq!(registry.seen().len(), 2, "who comes later asks anew");
 }

@@ -136,7 +136,7 @@ pub(super) fn of(error: &io::Error) -> Option<(TlsFault, String)> {
 }
 
 /// What an error of rustls comes down to.
-pub(in crate::upstream) fn classify(error: &Error) -> (TlsFault, String) {
+pub(super) fn classify(error: &Error) -> (TlsFault, String) {
     let text = |fault, detail: &str| (fault, detail.to_owned());
     match error {
         Error::InvalidCertificate(CertificateError::Other(other)) => {

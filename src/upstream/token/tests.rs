@@ -1,8 +1,9 @@
 #![allow(clippy::unwrap_used, reason = "tests may fail loudly")]
 use std::time::Duration;
 
+use super::super::credentials::basic;
 use super::super::origin::Origin;
-use super::wire::{basic, encoded, parse, realm_allowed, with_query};
+use super::protocol::{encoded, parse, realm_allowed, with_query};
 
 #[test]
 fn a_realm_must_belong_to_the_registry() {
@@ -93,10 +94,7 @@ fn r16_a_realm_by_http_is_asked_by_https() {
         ("https://[::1]:5000", "http://[::1]/t", "https://[::1]:5000/t"),
     ] {
         let found = realm_allowed(&origin.parse().unwrap(), realm, &[]).unwrap();
-        assert_eq!(
-            (found.uri.to_string().as_str(), found.is_named_plain),
-            (asked, true)
-        );
+        assert_eq!((found.uri.to_string().as_str(), found.is_upgraded), (asked, true));
     }
     let plain = realm_allowed(
         &"http://reg.example".parse().unwrap(),
@@ -104,10 +102,7 @@ fn r16_a_realm_by_http_is_asked_by_https() {
         &[],
     )
     .unwrap();
-    assert_eq!(
-        (plain.uri.scheme_str(), plain.is_named_plain),
-        (Some("http"), false)
-    );
+    assert_eq!((plain.uri.scheme_str(), plain.is_upgraded), (Some("http"), false));
 }
 
 #[test]

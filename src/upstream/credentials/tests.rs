@@ -22,9 +22,9 @@ fn found(config: &str, of: &[&str], name: &str) -> String {
         .unwrap()
         .find(&names(of), Some(&repository(name)))
     {
-        Found::Credential(credential) => credential.username().to_owned(),
-        Found::Helper { helper, server } => format!("{helper} < {server}"),
-        Found::Nothing => "nothing".to_owned(),
+        Match::Credential(credential) => credential.username().to_owned(),
+        Match::Helper { helper, server } => format!("{helper} < {server}"),
+        Match::Nothing => "nothing".to_owned(),
     }
 }
 
@@ -87,7 +87,7 @@ fn a_store_for_all_is_asked_where_nothing_else_fits() {
 fn an_identity_token_is_known_as_one() {
     let config = r#"{"auths": {"a.example.com": {"auth": "PHRva2VuPjo=", "identitytoken": "refresh"}}}"#;
     let config = DockerConfig::read(config).unwrap();
-    let Found::Credential(credential) = config.find(&names(&["a.example.com"]), None) else {
+    let Match::Credential(credential) = config.find(&names(&["a.example.com"]), None) else {
         panic!("there is one")
     };
     assert!(credential.is_identity_token());
@@ -106,10 +106,10 @@ fn program(folder: &Path, script: &str) -> String {
 async fn a_helper_is_told_the_registry_on_its_input_and_believed_within_limits() {
     let folder = tempfile::tempdir().unwrap();
     let run = |script: &str| helper::run(program(folder.path(), script), "reg.example.com".to_owned());
-    let given = run(
+    let output = run(
         r#"read server; test "$1" = get && printf '{"ServerURL":"x","Username":"AWS","Secret":"%s"}' "$server""#,
     );
-    let credential = given.await.unwrap().unwrap();
+    let credential = output.await.unwrap().unwrap();
     assert_eq!(
         (credential.username(), credential.password()),
         ("AWS", "reg.example.com")
@@ -137,24 +137,24 @@ async fn a_helper_is_told_the_registry_on_its_input_and_believed_within_limits()
 }
 
 /// Helpers that answer from a list, the last one again and again, and how often they were asked.
-fn scripted(answers: &[Result<&'static str, &'static str>]) -> (Helpers, Arc<Mutex<usize>>) {
-    let (asked, answers) = (Arc::new(Mutex::new(0)), answers.to_vec());
+fn scripted(outputs: &[Result<&'static str, &'static str>]) -> (Helpers, Arc<Mutex<usize>>) {
+    let (asked, outputs) = (Arc::new(Mutex::new(0)), outputs.to_vec());
     let count = Arc::clone(&asked);
-    let ask = move |_, _| {
+    let run_helper = move |_, _| {
         let mut count = count.lock().unwrap();
-        let answer = answers.get(*count).or(answers.last()).copied().unwrap();
+        let answer = outputs.get(*count).or(outputs.last()).copied().unwrap();
         *count += 1;
         let answer = match answer {
             Ok("") => Ok(None),
-            Ok(secret) => Ok(Some(OwnCredential::new("robot", secret))),
+            Ok(secret) => Ok(Some(UpstreamCredential::new("robot", secret))),
             Err(error) => Err(error.to_owned()),
         };
-        Box::pin(async move { answer }) as helper::Asking
+        Box::pin(async move { answer }) as helper::HelperFuture
     };
-    (Helpers::asking(Box::new(ask)), asked)
+    (Helpers::with_runner(Box::new(run_helper)), asked)
 }
 
-async fn get(helpers: &Helpers) -> Result<String, Unavailable> {
+async fn get(helpers: &Helpers) -> Result<String, CredentialUnavailable> {
     let credential = helpers.get(&"test".parse().unwrap(), "reg").await?;
     Ok(credential.map_or_else(String::new, |credential| credential.password().to_owned()))
 }
@@ -185,14 +185,14 @@ async fn a_refused_answer_is_asked_for_once_more_and_then_left_alone() {
         .await
         .unwrap()
         .unwrap();
-    helpers.look_again(&refused);
+    helpers.check_soon(&refused);
     assert_eq!(get(&helpers).await.unwrap(), "two");
     let refused = helpers
         .get(&"test".parse().unwrap(), "reg")
         .await
         .unwrap()
         .unwrap();
-    helpers.look_again(&refused);
+    helpers.check_soon(&refused);
     for _ in 0..3 {
         assert_eq!(get(&helpers).await.unwrap(), "two");
     }
@@ -202,7 +202,7 @@ async fn a_refused_answer_is_asked_for_once_more_and_then_left_alone() {
 #[tokio::test(start_paused = true)]
 async fn a_helper_that_never_gave_anything_is_a_failure_and_one_that_has_nothing_is_none() {
     let (failing, _) = scripted(&[Err("no session")]);
-    assert_eq!(get(&failing).await, Err(Unavailable));
+    assert_eq!(get(&failing).await, Err(CredentialUnavailable));
     let (empty, _) = scripted(&[Ok("")]);
     assert_eq!(get(&empty).await.unwrap(), "");
 }
@@ -216,7 +216,7 @@ async fn a_password_file_is_read_again_when_it_changed_and_kept_while_it_is_gone
         username: "robot".to_owned(),
         path: path.clone(),
     };
-    let own = Own::new(source, Names::new("reg.example.com", Vec::new(), None));
+    let own = CredentialProvider::new(source, Names::new("reg.example.com", Vec::new(), None));
     let one = own.current(None).await.unwrap().unwrap();
     assert_eq!(one.password(), "one");
     assert!(own.renewed(None, &one).await.is_none(), "nothing changed");
@@ -224,8 +224,8 @@ async fn a_password_file_is_read_again_when_it_changed_and_kept_while_it_is_gone
     let two = own.renewed(None, &one).await.unwrap();
     assert_eq!(two.password(), "another");
     assert_ne!(
-        one.holder(),
-        two.holder(),
+        one.principal(),
+        two.principal(),
         "no token of one is used for the other"
     );
     std::fs::remove_file(&path).unwrap();

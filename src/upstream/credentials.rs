@@ -6,8 +6,8 @@
 //! * `docker_config`: the file that `docker login` writes. * `helper`: the programs named `docker-credential-…`.
 
 mod docker_config;
-mod file;
 mod helper;
+mod reloading_file;
 #[cfg(test)]
 mod tests;
 
@@ -16,6 +16,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use base64::Engine as _;
+use base64::prelude::BASE64_STANDARD;
 use http::HeaderValue;
 use zeroize::Zeroizing;
 
@@ -23,31 +25,30 @@ pub use docker_config::{DockerConfig, DockerConfigError};
 pub use helper::{HelperName, HelperNameError};
 
 use super::origin::Origin;
-use super::token;
 use crate::oci::name::Repository;
-use docker_config::Found;
-use file::Watched;
+use docker_config::Match;
 use helper::Helpers;
+use reloading_file::ReloadingFile;
 
 /// The name that means an identity (refresh) token, as docker's configuration has it.
 const IDENTITY_TOKEN: &str = "<token>";
 
 /// A user name and password of our own. Wiped when dropped, never shown.
-pub struct OwnCredential {
+pub struct UpstreamCredential {
     username: String,
     password: Zeroizing<String>,
     /// Tells it from every other, also from one read later: no token got with one is used for another.
     serial: u64,
 }
 
-impl OwnCredential {
+impl UpstreamCredential {
     /// `username` `<token>` means that the password is an identity (refresh) token, as docker's configuration has it.
-    pub fn new(username: impl Into<String>, password: impl Into<String>) -> OwnCredential {
-        static MADE: AtomicU64 = AtomicU64::new(1);
-        OwnCredential {
+    pub fn new(username: impl Into<String>, password: impl Into<String>) -> UpstreamCredential {
+        static NEXT_SERIAL: AtomicU64 = AtomicU64::new(1);
+        UpstreamCredential {
             username: username.into(),
             password: Zeroizing::new(password.into()),
-            serial: MADE.fetch_add(1, Ordering::Relaxed),
+            serial: NEXT_SERIAL.fetch_add(1, Ordering::Relaxed),
         }
     }
 
@@ -64,26 +65,36 @@ impl OwnCredential {
     }
 
     pub(super) fn basic(&self) -> HeaderValue {
-        token::basic(&self.username, &self.password)
+        basic(&self.username, &self.password)
     }
 
     /// In the place of a principal: whose tokens are kept under it.
-    pub(super) fn holder(&self) -> [u8; 32] {
-        let mut holder = [0; 32];
-        for (to, from) in holder.iter_mut().zip(self.serial.to_be_bytes()) {
+    pub(super) fn principal(&self) -> [u8; 32] {
+        let mut principal = [0; 32];
+        for (to, from) in principal.iter_mut().zip(self.serial.to_be_bytes()) {
             *to = from;
         }
-        holder
+        principal
     }
 
-    fn says_the_same_as(&self, other: &OwnCredential) -> bool {
+    fn is_same_as(&self, other: &UpstreamCredential) -> bool {
         self.username == other.username && self.password == other.password
     }
 }
 
-impl fmt::Debug for OwnCredential {
+/// `Authorization: Basic …` of a user name and password (RFC 7617 §2), marked sensitive.
+pub(super) fn basic(username: &str, password: &str) -> HeaderValue {
+    let text = Zeroizing::new(format!("{username}:{password}"));
+    let text = Zeroizing::new(format!("Basic {}", BASE64_STANDARD.encode(text.as_bytes())));
+    // Base64 is always a legal header value.
+    let mut header = HeaderValue::from_str(&text).unwrap_or_else(|_| HeaderValue::from_static(""));
+    header.set_sensitive(true);
+    header
+}
+
+impl fmt::Debug for UpstreamCredential {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("OwnCredential")
+        f.write_str("UpstreamCredential")
     }
 }
 
@@ -91,7 +102,7 @@ impl fmt::Debug for OwnCredential {
 #[derive(Debug)]
 pub enum CredentialSource {
     /// Always this one.
-    Fixed(OwnCredential),
+    Fixed(UpstreamCredential),
     /// A user, and the file with its password.
     PasswordFile {
         /// The user.
@@ -109,18 +120,18 @@ pub enum CredentialSource {
     Helper(HelperName),
 }
 
-impl From<OwnCredential> for CredentialSource {
-    fn from(credential: OwnCredential) -> Self {
+impl From<UpstreamCredential> for CredentialSource {
+    fn from(credential: UpstreamCredential) -> Self {
         Self::Fixed(credential)
     }
 }
 
 /// The proxy's own credential cannot be had; told in the log when it happened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Unavailable;
+pub(super) struct CredentialUnavailable;
 
 /// The proxy's own credentials for one upstream.
-pub(super) struct Own {
+pub(super) struct CredentialProvider {
     source: Source,
     names: Names,
     serial: u64,
@@ -153,44 +164,44 @@ impl Names {
 }
 
 enum Source {
-    Fixed(Arc<OwnCredential>),
+    Fixed(Arc<UpstreamCredential>),
     Password {
         username: String,
-        file: Watched<OwnCredential>,
+        file: ReloadingFile<UpstreamCredential>,
     },
-    Docker(Watched<DockerConfig>, Helpers),
+    Docker(ReloadingFile<DockerConfig>, Helpers),
     Helper(HelperName, Helpers),
 }
 
-impl Own {
-    pub(super) fn new(source: CredentialSource, names: Names) -> Own {
-        static MADE: AtomicU64 = AtomicU64::new(1);
+impl CredentialProvider {
+    pub(super) fn new(source: CredentialSource, names: Names) -> CredentialProvider {
+        static NEXT_SERIAL: AtomicU64 = AtomicU64::new(1);
         let source = match source {
             CredentialSource::Fixed(credential) => Source::Fixed(Arc::new(credential)),
             CredentialSource::PasswordFile { username, path } => {
                 let known_as = username.clone();
                 let read = move |text: &str| {
                     let password = text.trim_end_matches(['\r', '\n']);
-                    let credential = OwnCredential::new(username.clone(), password);
+                    let credential = UpstreamCredential::new(username.clone(), password);
                     (!password.is_empty())
                         .then_some(credential)
                         .ok_or_else(|| "it is empty".to_owned())
                 };
                 Source::Password {
                     username: known_as,
-                    file: Watched::new(path, Box::new(read)),
+                    file: ReloadingFile::new(path, Box::new(read)),
                 }
             }
             CredentialSource::DockerConfig { path } => {
                 let read = |text: &str| DockerConfig::read(text).map_err(|error| error.to_string());
-                Source::Docker(Watched::new(path, Box::new(read)), Helpers::default())
+                Source::Docker(ReloadingFile::new(path, Box::new(read)), Helpers::default())
             }
             CredentialSource::Helper(name) => Source::Helper(name, Helpers::default()),
         };
-        Own {
+        CredentialProvider {
             source,
             names,
-            serial: MADE.fetch_add(1, Ordering::Relaxed),
+            serial: NEXT_SERIAL.fetch_add(1, Ordering::Relaxed),
         }
     }
 
@@ -202,7 +213,7 @@ impl Own {
     /// Whether these settings mean just this.
     pub(super) fn is_from(&self, source: &CredentialSource, names: &Names) -> bool {
         let is_same = match (&self.source, source) {
-            (Source::Fixed(known), CredentialSource::Fixed(given)) => known.says_the_same_as(given),
+            (Source::Fixed(known), CredentialSource::Fixed(given)) => known.is_same_as(given),
             (
                 Source::Password { username, file },
                 CredentialSource::PasswordFile {
@@ -218,10 +229,10 @@ impl Own {
     }
 
     /// The next one who asks looks at the file, if there is one.
-    pub(super) fn look_again(&self) {
+    pub(super) fn check_soon(&self) {
         match &self.source {
-            Source::Password { file, .. } => file.look_again(),
-            Source::Docker(file, _) => file.look_again(),
+            Source::Password { file, .. } => file.check_soon(),
+            Source::Docker(file, _) => file.check_soon(),
             Source::Fixed(_) | Source::Helper(..) => {}
         }
     }
@@ -230,14 +241,14 @@ impl Own {
     pub(super) async fn current(
         &self,
         repository: Option<&Repository>,
-    ) -> Result<Option<Arc<OwnCredential>>, Unavailable> {
+    ) -> Result<Option<Arc<UpstreamCredential>>, CredentialUnavailable> {
         match &self.source {
             Source::Fixed(credential) => Ok(Some(Arc::clone(credential))),
             Source::Password { file, .. } => file.get().await.map(Some),
             Source::Docker(file, helpers) => match file.get().await?.find(&self.names.all, repository) {
-                Found::Credential(credential) => Ok(Some(credential)),
-                Found::Helper { helper, server } => helpers.get(&helper, &server).await,
-                Found::Nothing => Ok(None),
+                Match::Credential(credential) => Ok(Some(credential)),
+                Match::Helper { helper, server } => helpers.get(&helper, &server).await,
+                Match::Nothing => Ok(None),
             },
             Source::Helper(name, helpers) => helpers.get(name, &self.names.server).await,
         }
@@ -247,18 +258,18 @@ impl Own {
     pub(super) async fn renewed(
         &self,
         repository: Option<&Repository>,
-        used: &OwnCredential,
-    ) -> Option<Arc<OwnCredential>> {
+        used: &UpstreamCredential,
+    ) -> Option<Arc<UpstreamCredential>> {
         match &self.source {
             Source::Fixed(_) => return None,
-            Source::Password { file, .. } => file.look_again(),
+            Source::Password { file, .. } => file.check_soon(),
             Source::Docker(file, helpers) => {
-                file.look_again();
-                helpers.look_again(used);
+                file.check_soon();
+                helpers.check_soon(used);
             }
-            Source::Helper(_, helpers) => helpers.look_again(used),
+            Source::Helper(_, helpers) => helpers.check_soon(used),
         }
         let renewed = self.current(repository).await.ok()??;
-        (!renewed.says_the_same_as(used)).then_some(renewed)
+        (!renewed.is_same_as(used)).then_some(renewed)
     }
 }

@@ -29,7 +29,7 @@ pub struct ProxyError;
 
 /// The rules of one upstream.
 #[derive(Debug)]
-pub(super) struct Routes {
+pub(super) struct ProxyRules {
     matcher: Option<Matcher>,
     without: NoProxy,
     /// The proxy was named for this upstream, so even a loopback address goes through it.
@@ -38,7 +38,7 @@ pub(super) struct Routes {
 
 /// The way to one destination.
 #[derive(Clone, Debug)]
-pub(super) enum Route {
+pub(super) enum ProxyRoute {
     /// Straight to it.
     Direct,
     /// An HTTP proxy is asked for each plain request (absolute form, RFC 9112 §3.2.2).
@@ -60,8 +60,8 @@ pub(super) struct Proxy {
     pub(super) authorization: Option<HeaderValue>,
 }
 
-impl Routes {
-    pub(super) fn new(choice: &ProxyChoice) -> Result<Routes, ProxyError> {
+impl ProxyRules {
+    pub(super) fn new(choice: &ProxyChoice) -> Result<ProxyRules, ProxyError> {
         match choice {
             ProxyChoice::Environment => {
                 #[expect(
@@ -69,9 +69,9 @@ impl Routes {
                     reason = "the proxy variables, of no other program's making"
                 )]
                 let variable = |name: &str| std::env::var(name).ok();
-                Ok(Routes::of_environment(variable))
+                Ok(ProxyRules::of_environment(variable))
             }
-            ProxyChoice::None => Ok(Routes {
+            ProxyChoice::None => Ok(ProxyRules {
                 matcher: None,
                 without: NoProxy::default(),
                 named: false,
@@ -84,7 +84,7 @@ impl Routes {
                 if !understood {
                     return Err(ProxyError);
                 }
-                Ok(Routes {
+                Ok(ProxyRules {
                     matcher: Some(matcher),
                     without: NoProxy::default(),
                     named: true,
@@ -95,7 +95,7 @@ impl Routes {
 
     /// An empty variable is unset, so it does not hide the one in the other case. A CGI program's `HTTP_PROXY` is a header
     /// of its client (CVE-2016-5385), so no proxy is taken from the environment there.
-    fn of_environment(variable: impl Fn(&str) -> Option<String>) -> Routes {
+    fn of_environment(variable: impl Fn(&str) -> Option<String>) -> ProxyRules {
         let value = |name: &str| {
             let cases = [name.to_owned(), name.to_ascii_lowercase()];
             let given = cases.iter().filter_map(|name| variable(name));
@@ -111,7 +111,7 @@ impl Routes {
                 .https(value("HTTPS_PROXY"))
                 .build()
         });
-        Routes {
+        ProxyRules {
             matcher,
             without: NoProxy::read(&value("NO_PROXY")),
             named: false,
@@ -119,10 +119,10 @@ impl Routes {
     }
 
     /// The way to `destination`.
-    pub(super) fn to(&self, destination: &Uri) -> Route {
+    pub(super) fn to(&self, destination: &Uri) -> ProxyRoute {
         let host = destination.host().unwrap_or_default();
         if !self.named && (is_loopback(host) || self.without.contains(destination)) {
-            return Route::Direct;
+            return ProxyRoute::Direct;
         }
         match self
             .matcher
@@ -130,18 +130,18 @@ impl Routes {
             .and_then(|matcher| matcher.intercept(destination))
         {
             Some(found) => through(&found, destination),
-            None => Route::Direct,
+            None => ProxyRoute::Direct,
         }
     }
 }
 
-fn through(found: &Intercept, destination: &Uri) -> Route {
+fn through(found: &Intercept, destination: &Uri) -> ProxyRoute {
     let scheme = found.uri().scheme_str().unwrap_or("http");
     if scheme.starts_with("socks") {
         let login = found
             .raw_auth()
             .map(|(user, password)| (user.to_owned(), password.to_owned()));
-        return Route::Socks {
+        return ProxyRoute::Socks {
             proxy: found.uri().clone(),
             login,
             remote_dns: scheme == "socks5h",
@@ -156,9 +156,9 @@ fn through(found: &Intercept, destination: &Uri) -> Route {
         authorization,
     };
     if destination.scheme_str() == Some("https") {
-        Route::Tunnel(proxy)
+        ProxyRoute::Tunnel(proxy)
     } else {
-        Route::Forward(proxy)
+        ProxyRoute::Forward(proxy)
     }
 }
 
@@ -167,12 +167,12 @@ mod tests {
     #![allow(clippy::unwrap_used, clippy::panic, reason = "tests may fail loudly")]
     use super::*;
 
-    fn of(variables: &[(&str, &str)]) -> Routes {
+    fn of(variables: &[(&str, &str)]) -> ProxyRules {
         let find = |name: &str| variables.iter().find(|(known, _)| *known == name);
-        Routes::of_environment(|name| find(name).map(|(_, value)| (*value).to_owned()))
+        ProxyRules::of_environment(|name| find(name).map(|(_, value)| (*value).to_owned()))
     }
 
-    fn environment() -> Routes {
+    fn environment() -> ProxyRules {
         of(&[
             ("ALL_PROXY", "http://proxy.example:3128"),
             ("NO_PROXY", "corp.example"),
@@ -184,9 +184,9 @@ mod tests {
 
     #[test]
     fn r11_an_empty_variable_is_unset() {
-        let port = |routes: &Routes, url| match routes.to(&Uri::from_static(url)) {
-            Route::Forward(proxy) | Route::Tunnel(proxy) => proxy.uri.port_u16(),
-            Route::Direct | Route::Socks { .. } => None,
+        let port = |routes: &ProxyRules, url| match routes.to(&Uri::from_static(url)) {
+            ProxyRoute::Forward(proxy) | ProxyRoute::Tunnel(proxy) => proxy.uri.port_u16(),
+            ProxyRoute::Direct | ProxyRoute::Socks { .. } => None,
         };
         #[rustfmt::skip]
         let table: &[Row] = &[
@@ -225,7 +225,7 @@ mod tests {
             "http://a.localhost/",
         ] {
             assert!(
-                matches!(environment().to(&text.parse().unwrap()), Route::Direct),
+                matches!(environment().to(&text.parse().unwrap()), ProxyRoute::Direct),
                 "{text}"
             );
         }
@@ -234,10 +234,10 @@ mod tests {
     #[test]
     fn https_is_tunnelled_and_http_is_forwarded() {
         let https = environment().to(&Uri::from_static("https://ghcr.io/"));
-        assert!(matches!(https, Route::Tunnel(proxy) if proxy.uri == "http://proxy.example:3128/"));
+        assert!(matches!(https, ProxyRoute::Tunnel(proxy) if proxy.uri == "http://proxy.example:3128/"));
         assert!(matches!(
             environment().to(&Uri::from_static("http://reg.example/")),
-            Route::Forward(_)
+            ProxyRoute::Forward(_)
         ));
     }
 
@@ -245,14 +245,14 @@ mod tests {
     fn no_proxy_is_kept() {
         assert!(matches!(
             environment().to(&Uri::from_static("https://reg.corp.example/")),
-            Route::Direct
+            ProxyRoute::Direct
         ));
     }
 
     #[test]
     fn a_proxy_named_for_the_upstream_takes_even_loopback() {
-        let routes = Routes::new(&ProxyChoice::Url("http://user:secret@127.0.0.1:3128".into())).unwrap();
-        let Route::Forward(proxy) = routes.to(&Uri::from_static("http://127.0.0.1:5000/")) else {
+        let routes = ProxyRules::new(&ProxyChoice::Url("http://user:secret@127.0.0.1:3128".into())).unwrap();
+        let ProxyRoute::Forward(proxy) = routes.to(&Uri::from_static("http://127.0.0.1:5000/")) else {
             panic!("not forwarded")
         };
         assert_eq!(proxy.authorization.as_ref().unwrap(), "Basic dXNlcjpzZWNyZXQ=");
@@ -271,11 +271,11 @@ mod tests {
             "socks5h://u:p@proxy:1080",
             "proxy:3128",
         ] {
-            assert!(Routes::new(&ProxyChoice::Url(url.into())).is_ok(), "{url}");
+            assert!(ProxyRules::new(&ProxyChoice::Url(url.into())).is_ok(), "{url}");
         }
         for url in ["", "ftp://proxy", "socks4://proxy", "http://", "not a url"] {
             assert_eq!(
-                Routes::new(&ProxyChoice::Url(url.into())).err(),
+                ProxyRules::new(&ProxyChoice::Url(url.into())).err(),
                 Some(ProxyError),
                 "{url}"
             );
@@ -284,10 +284,10 @@ mod tests {
 
     #[test]
     fn none_is_none() {
-        let routes = Routes::new(&ProxyChoice::None).unwrap();
+        let routes = ProxyRules::new(&ProxyChoice::None).unwrap();
         assert!(matches!(
             routes.to(&Uri::from_static("https://ghcr.io/")),
-            Route::Direct
+            ProxyRoute::Direct
         ));
     }
 }

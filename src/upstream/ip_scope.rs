@@ -8,7 +8,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 /// From far to near; the order is the rule.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Zone {
+pub enum IpScope {
     /// Routed on the internet.
     Public,
     /// RFC 1918, RFC 6598 (carrier-grade NAT), RFC 4193 and other networks that are not routed.
@@ -16,12 +16,12 @@ pub enum Zone {
     /// This machine.
     Loopback,
     /// Link-local, where clouds keep the metadata services that hand out credentials; multicast and broadcast too.
-    Link,
+    LinkLocal,
 }
 
-impl Zone {
+impl IpScope {
     /// The zone of an address. IPv4 inside IPv6 (mapped, NAT64) is seen through.
-    pub fn of(address: IpAddr) -> Zone {
+    pub fn of(address: IpAddr) -> IpScope {
         match address.to_canonical() {
             IpAddr::V4(v4) => of_v4(v4),
             IpAddr::V6(v6) => of_v6(v6),
@@ -29,35 +29,35 @@ impl Zone {
     }
 }
 
-fn of_v4(address: Ipv4Addr) -> Zone {
+fn of_v4(address: Ipv4Addr) -> IpScope {
     let [a, b, c, _] = address.octets();
     if address.is_link_local() || address.is_multicast() || a >= 240 {
-        Zone::Link
+        IpScope::LinkLocal
     } else if address.is_loopback() || a == 0 {
         // 0.0.0.0 connects to this machine on Linux.
-        Zone::Loopback
+        IpScope::Loopback
     } else if address.is_private()
         || (a == 100 && b & 0xc0 == 64)
         || (a == 198 && b & 0xfe == 18)
         || (a, b, c) == (192, 0, 0)
     {
-        Zone::Private
+        IpScope::Private
     } else {
-        Zone::Public
+        IpScope::Public
     }
 }
 
-fn of_v6(address: Ipv6Addr) -> Zone {
+fn of_v6(address: Ipv6Addr) -> IpScope {
     match address.octets() {
-        _ if address.is_loopback() || address.is_unspecified() => Zone::Loopback,
+        _ if address.is_loopback() || address.is_unspecified() => IpScope::Loopback,
         // NAT64 (RFC 6052) and 6to4 (RFC 3056) carry an IPv4 destination.
         [0, 0x64, 0xff, 0x9b, 0, 0, 0, 0, 0, 0, 0, 0, v4 @ ..] => of_v4(v4.into()),
         [0x20, 0x02, a, b, c, d, ..] => of_v4([a, b, c, d].into()),
-        [0xff, ..] => Zone::Link,
-        [0xfe, next, ..] if next & 0xc0 == 0x80 => Zone::Link,
-        [0xfe, next, ..] if next & 0xc0 == 0xc0 => Zone::Private,
-        [first, ..] if first & 0xfe == 0xfc => Zone::Private,
-        _ => Zone::Public,
+        [0xff, ..] => IpScope::LinkLocal,
+        [0xfe, next, ..] if next & 0xc0 == 0x80 => IpScope::LinkLocal,
+        [0xfe, next, ..] if next & 0xc0 == 0xc0 => IpScope::Private,
+        [first, ..] if first & 0xfe == 0xfc => IpScope::Private,
+        _ => IpScope::Public,
     }
 }
 
@@ -70,7 +70,7 @@ mod tests {
     fn every_address_has_its_zone() {
         for (zone, addresses) in [
             (
-                Zone::Public,
+                IpScope::Public,
                 &[
                     "1.1.1.1",
                     "100.128.0.1",
@@ -81,7 +81,7 @@ mod tests {
                 ][..],
             ),
             (
-                Zone::Private,
+                IpScope::Private,
                 &[
                     "10.0.0.1",
                     "172.16.0.1",
@@ -93,7 +93,7 @@ mod tests {
                 ],
             ),
             (
-                Zone::Loopback,
+                IpScope::Loopback,
                 &[
                     "127.0.0.1",
                     "127.9.9.9",
@@ -105,7 +105,7 @@ mod tests {
                 ],
             ),
             (
-                Zone::Link,
+                IpScope::LinkLocal,
                 &[
                     "169.254.169.254",
                     "224.0.0.1",
@@ -117,7 +117,7 @@ mod tests {
             ),
         ] {
             for address in addresses {
-                assert_eq!(Zone::of(address.parse().unwrap()), zone, "{address}");
+                assert_eq!(IpScope::of(address.parse().unwrap()), zone, "{address}");
             }
         }
     }

@@ -12,7 +12,7 @@ use serde::Deserialize;
 use zeroize::Zeroizing;
 
 use super::helper::HelperName;
-use super::{IDENTITY_TOKEN, OwnCredential};
+use super::{IDENTITY_TOKEN, UpstreamCredential};
 use crate::oci::name::Repository;
 
 /// What docker and its helpers call Docker Hub.
@@ -23,7 +23,7 @@ const HUB_HOSTS: [&str; 3] = ["docker.io", "index.docker.io", "registry-1.docker
 /// Docker's configuration, as far as it is about credentials.
 pub struct DockerConfig {
     /// By host, or host and path.
-    credentials: HashMap<String, Arc<OwnCredential>>,
+    credentials: HashMap<String, Arc<UpstreamCredential>>,
     /// By host, or host and path: the helper, and what it calls the registry.
     helpers: HashMap<String, (HelperName, String)>,
     /// For all others: the helper, and how the registries were written that it is known to have.
@@ -45,8 +45,8 @@ pub enum DockerConfigError {
 }
 
 /// What is to be used for a repository.
-pub(super) enum Found {
-    Credential(Arc<OwnCredential>),
+pub(super) enum Match {
+    Credential(Arc<UpstreamCredential>),
     Helper { helper: HelperName, server: String },
     Nothing,
 }
@@ -110,7 +110,7 @@ impl DockerConfig {
 
     /// What is for `repository` of the registry with these names: the longest key that fits, a helper before what the
     /// file itself has; and where none fits, the store for all.
-    pub(super) fn find(&self, names: &[String], repository: Option<&Repository>) -> Found {
+    pub(super) fn find(&self, names: &[String], repository: Option<&Repository>) -> Match {
         let path = repository.map(Repository::as_str).unwrap_or_default();
         let mut below = Some(path).filter(|path| !path.is_empty());
         loop {
@@ -118,27 +118,27 @@ impl DockerConfig {
                 let host = place(name);
                 let key = below.map_or_else(|| host.clone(), |path| format!("{host}/{path}"));
                 if let Some((helper, server)) = self.helpers.get(&key) {
-                    return Found::Helper {
+                    return Match::Helper {
                         helper: helper.clone(),
                         server: server.clone(),
                     };
                 }
                 if let Some(credential) = self.credentials.get(&key) {
-                    return Found::Credential(Arc::clone(credential));
+                    return Match::Credential(Arc::clone(credential));
                 }
             }
             let Some(path) = below else { break };
             below = path.rsplit_once('/').map(|(parent, _)| parent);
         }
         let Some((helper, known)) = &self.store else {
-            return Found::Nothing;
+            return Match::Nothing;
         };
         let written = names.iter().find_map(|name| known.get(&place(name)).cloned());
         let usual = || match names.first() {
             Some(name) if is_hub(name) => HUB_SERVER.to_owned(),
             name => name.cloned().unwrap_or_default(),
         };
-        Found::Helper {
+        Match::Helper {
             helper: helper.clone(),
             server: written.unwrap_or_else(usual),
         }
@@ -146,16 +146,16 @@ impl DockerConfig {
 }
 
 impl Entry {
-    fn credential(self, key: &str) -> Result<Option<OwnCredential>, DockerConfigError> {
+    fn credential(self, key: &str) -> Result<Option<UpstreamCredential>, DockerConfigError> {
         if !self.identitytoken.is_empty() {
-            return Ok(Some(OwnCredential::new(
+            return Ok(Some(UpstreamCredential::new(
                 IDENTITY_TOKEN,
                 self.identitytoken.as_str(),
             )));
         }
         if self.auth.is_empty() {
             let is_given = !self.username.is_empty() && !self.password.is_empty();
-            return Ok(is_given.then(|| OwnCredential::new(self.username, self.password.as_str())));
+            return Ok(is_given.then(|| UpstreamCredential::new(self.username, self.password.as_str())));
         }
         let wrong = || DockerConfigError::Auth(key.to_owned());
         let pair = BASE64_STANDARD
@@ -166,7 +166,7 @@ impl Entry {
         let (username, password) = pair.split_once(':').ok_or_else(wrong)?;
         // docker pads with NUL, and writes a lone colon where there is nothing.
         let password = password.trim_end_matches('\0');
-        Ok((!username.is_empty()).then(|| OwnCredential::new(username, password)))
+        Ok((!username.is_empty()).then(|| UpstreamCredential::new(username, password)))
     }
 }
 

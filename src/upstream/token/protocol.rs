@@ -2,8 +2,6 @@
 
 use std::time::Duration;
 
-use base64::Engine as _;
-use base64::prelude::BASE64_STANDARD;
 use http::uri::Scheme;
 use http::{HeaderValue, Uri};
 use zeroize::Zeroizing;
@@ -22,7 +20,7 @@ const LIFE_MAX: Duration = Duration::from_secs(12 * 3600);
 pub(super) struct Realm {
     pub(super) uri: Uri,
     /// The registry, which is reached by https, names it by http. It is asked by https.
-    pub(super) is_named_plain: bool,
+    pub(super) is_upgraded: bool,
 }
 
 /// Whether a credential may be sent to `realm` by order of the registry at `origin`: https (or http to a registry
@@ -38,9 +36,9 @@ pub(super) fn realm_allowed(origin: &Origin, realm: &str, hosts: &[String]) -> O
         "http" => true,
         _ => return None,
     };
-    let is_named_plain = plain && !origin.is_plain();
-    let uri = if is_named_plain {
-        by_https(origin, &named)?
+    let is_upgraded = plain && !origin.is_plain();
+    let uri = if is_upgraded {
+        upgrade_to_https(origin, &named)?
     } else {
         named
     };
@@ -52,12 +50,12 @@ pub(super) fn realm_allowed(origin: &Origin, realm: &str, hosts: &[String]) -> O
         || same_site(origin.host(), host)
         || (is_loopback(origin.host()) && is_loopback(host))
         || is_one_of(hosts, &uri);
-    known.then_some(Realm { uri, is_named_plain })
+    known.then_some(Realm { uri, is_upgraded })
 }
 
 /// The same place by https: at the registry's own port where it is the registry's host, for the port named is that of the
 /// side without TLS; elsewhere at the port named, unless that is the one of http.
-fn by_https(origin: &Origin, named: &Uri) -> Option<Uri> {
+fn upgrade_to_https(origin: &Origin, named: &Uri) -> Option<Uri> {
     let own = origin.root().join("/")?;
     let authority = if same_host(&own, named) {
         own.authority()?.clone()
@@ -137,14 +135,4 @@ pub(super) fn encoded(pairs: &[(&str, &str)]) -> String {
         }
     }
     text
-}
-
-/// `Authorization: Basic …` of a user name and password (RFC 7617 §2), marked sensitive.
-pub(in crate::upstream) fn basic(username: &str, password: &str) -> HeaderValue {
-    let text = Zeroizing::new(format!("{username}:{password}"));
-    let text = Zeroizing::new(format!("Basic {}", BASE64_STANDARD.encode(text.as_bytes())));
-    // Base64 is always a legal header value.
-    let mut header = HeaderValue::from_str(&text).unwrap_or_else(|_| HeaderValue::from_static(""));
-    header.set_sensitive(true);
-    header
 }

@@ -11,51 +11,51 @@ use tokio::task::spawn_blocking;
 use tokio::time::Instant;
 use zeroize::Zeroizing;
 
-use super::Unavailable;
+use super::CredentialUnavailable;
 
 /// A file looked at less than this ago is taken not to have changed.
-const LOOK_AFTER: Duration = Duration::from_secs(5);
+const CHECK_INTERVAL: Duration = Duration::from_secs(5);
 
 /// Longer files are something else.
 const FILE_BYTES_MAX: u64 = 4 * 1024 * 1024;
 
 /// Understands the text of a file, or says what is wrong with it, without quoting it.
-type Understand<T> = Box<dyn Fn(&str) -> Result<T, String> + Send + Sync>;
+type Parse<T> = Box<dyn Fn(&str) -> Result<T, String> + Send + Sync>;
 
 /// What a file says, as it was when last looked at.
-pub(super) struct Watched<T> {
+pub(super) struct ReloadingFile<T> {
     path: PathBuf,
-    understand: Understand<T>,
-    kept: Mutex<Kept<T>>,
+    parse: Parse<T>,
+    loaded: Mutex<Loaded<T>>,
     /// One look at a time.
-    look: tokio::sync::Mutex<()>,
+    checking: tokio::sync::Mutex<()>,
 }
 
-struct Kept<T> {
+struct Loaded<T> {
     value: Option<Arc<T>>,
-    mark: Option<Mark>,
-    looked_at: Option<Instant>,
+    version: Option<FileVersion>,
+    checked_at: Option<Instant>,
 }
 
 /// What changes when a file is written or exchanged.
 #[derive(Clone, Copy, PartialEq, Eq)]
-struct Mark {
+struct FileVersion {
     file: u64,
     bytes: u64,
     modified: Option<SystemTime>,
 }
 
-impl<T> Watched<T> {
-    pub(super) fn new(path: PathBuf, understand: Understand<T>) -> Self {
+impl<T> ReloadingFile<T> {
+    pub(super) fn new(path: PathBuf, parse: Parse<T>) -> Self {
         Self {
             path,
-            understand,
-            kept: Mutex::new(Kept {
+            parse,
+            loaded: Mutex::new(Loaded {
                 value: None,
-                mark: None,
-                looked_at: None,
+                version: None,
+                checked_at: None,
             }),
-            look: tokio::sync::Mutex::default(),
+            checking: tokio::sync::Mutex::default(),
         }
     }
 
@@ -64,66 +64,70 @@ impl<T> Watched<T> {
     }
 
     /// What the file says. While it cannot be read, what it said before.
-    pub(super) async fn get(&self) -> Result<Arc<T>, Unavailable> {
+    pub(super) async fn get(&self) -> Result<Arc<T>, CredentialUnavailable> {
         if let Some(value) = self.recent() {
             return Ok(value);
         }
-        let _one = self.look.lock().await;
+        let _one = self.checking.lock().await;
         if let Some(value) = self.recent() {
             return Ok(value);
         }
-        let (path, known) = (self.path.clone(), self.kept().mark);
+        let (path, known) = (self.path.clone(), self.loaded().version);
         let read = spawn_blocking(move || read_if_changed(&path, known)).await;
-        let news = match read {
+        let update = match read {
             Ok(Ok(None)) => Ok(None),
-            Ok(Ok(Some((mark, text)))) => (self.understand)(&text).map(|value| Some((mark, value))),
+            Ok(Ok(Some((version, text)))) => (self.parse)(&text).map(|value| Some((version, value))),
             Ok(Err(error)) => Err(error.to_string()),
             Err(_) => Err("reading it ended without an answer".to_owned()),
         };
-        let mut kept = self.kept();
-        kept.looked_at = Some(Instant::now());
-        match news {
+        let mut loaded = self.loaded();
+        loaded.checked_at = Some(Instant::now());
+        match update {
             Ok(None) => {}
-            Ok(Some((mark, value))) => {
-                kept.mark = Some(mark);
-                kept.value = Some(Arc::new(value));
+            Ok(Some((version, value))) => {
+                loaded.version = Some(version);
+                loaded.value = Some(Arc::new(value));
             }
             Err(error) => {
                 let path = self.path.display();
                 tracing::warn!(%path, error, "the file with the proxy's own credential cannot be used; what it said before stays");
             }
         }
-        kept.value.clone().ok_or(Unavailable)
+        loaded.value.clone().ok_or(CredentialUnavailable)
     }
 
     /// The next one who asks looks at the file.
-    pub(super) fn look_again(&self) {
-        self.kept().looked_at = None;
+    pub(super) fn check_soon(&self) {
+        self.loaded().checked_at = None;
     }
 
     fn recent(&self) -> Option<Arc<T>> {
-        let kept = self.kept();
-        let is_recent = |at: Instant| at.elapsed() < LOOK_AFTER;
-        kept.value
+        let loaded = self.loaded();
+        let is_recent = |at: Instant| at.elapsed() < CHECK_INTERVAL;
+        loaded
+            .value
             .clone()
-            .filter(|_| kept.looked_at.is_some_and(is_recent))
+            .filter(|_| loaded.checked_at.is_some_and(is_recent))
     }
 
     /// Every change under this lock is complete in itself.
-    fn kept(&self) -> std::sync::MutexGuard<'_, Kept<T>> {
-        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
+    fn loaded(&self) -> std::sync::MutexGuard<'_, Loaded<T>> {
+        self.loaded.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-fn read_if_changed(path: &PathBuf, known: Option<Mark>) -> io::Result<Option<(Mark, Zeroizing<String>)>> {
+fn read_if_changed(
+    path: &PathBuf,
+    known: Option<FileVersion>,
+) -> io::Result<Option<(FileVersion, Zeroizing<String>)>> {
     let file = File::open(path)?;
     let about = file.metadata()?;
-    let mark = Mark {
+    let version = FileVersion {
         file: about.ino(),
         bytes: about.len(),
         modified: about.modified().ok(),
     };
-    if known == Some(mark) {
+    if known == Some(version) {
         return Ok(None);
     }
     let mut text = Zeroizing::new(String::new());
@@ -134,5 +138,5 @@ fn read_if_changed(path: &PathBuf, known: Option<Mark>) -> io::Result<Option<(Ma
             format!("longer than {FILE_BYTES_MAX} bytes"),
         ));
     }
-    Ok(Some((mark, text)))
+    Ok(Some((version, text)))
 }

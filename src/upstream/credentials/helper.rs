@@ -16,19 +16,19 @@ use tokio::process::Command;
 use tokio::time::{Instant, timeout};
 use zeroize::Zeroizing;
 
-use super::{OwnCredential, Unavailable};
+use super::{CredentialUnavailable, UpstreamCredential};
 
 /// How long a helper may take.
-const WITHIN: Duration = Duration::from_secs(15);
+const RUN_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// Longest answer of a helper.
-const ANSWER_BYTES_MAX: usize = 64 * 1024;
+const OUTPUT_BYTES_MAX: usize = 64 * 1024;
 
 /// How long an answer is used. The shortest-lived that are known (Artifact Registry's) live for an hour, ECR's for twelve.
-const GOOD_FOR: Duration = Duration::from_secs(30 * 60);
+const OUTPUT_TTL: Duration = Duration::from_secs(30 * 60);
 
 /// How long a helper is left alone that failed, had nothing, or gave again what the registry refuses.
-const ASK_AFTER: Duration = Duration::from_secs(30);
+const RETRY_AFTER: Duration = Duration::from_secs(30);
 
 /// Longest error of a helper that is told on.
 const ERROR_CHARS_MAX: usize = 200;
@@ -68,55 +68,56 @@ impl fmt::Display for HelperName {
 
 /// What helpers have given, by helper and registry.
 pub(super) struct Helpers {
-    answers: Mutex<HashMap<(HelperName, String), Arc<Place>>>,
-    ask: Ask,
+    outputs: Mutex<HashMap<(HelperName, String), Arc<HelperSlot>>>,
+    run_helper: RunHelper,
 }
 
 /// Asks the program (first) about a registry (second). `Err` says in words what went wrong.
-pub(super) type Ask = Box<dyn Fn(String, String) -> Asking + Send + Sync>;
+pub(super) type RunHelper = Box<dyn Fn(String, String) -> HelperFuture + Send + Sync>;
 
 /// The answer, on its way.
-pub(super) type Asking = Pin<Box<dyn Future<Output = Result<Option<OwnCredential>, String>> + Send>>;
+pub(super) type HelperFuture =
+    Pin<Box<dyn Future<Output = Result<Option<UpstreamCredential>, String>> + Send>>;
 
 /// One helper's answer about one registry.
 #[derive(Default)]
-struct Place {
-    state: tokio::sync::Mutex<State>,
+struct HelperSlot {
+    state: tokio::sync::Mutex<HelperState>,
     /// The serial of the credential that was refused.
     refused: Mutex<Option<u64>>,
 }
 
 #[derive(Default)]
-struct State {
-    answer: Option<Given>,
+struct HelperState {
+    output: Option<HelperOutput>,
     /// Until when it is left alone: it failed, or was asked because of a refusal.
-    rests_until: Option<Instant>,
+    retry_at: Option<Instant>,
 }
 
-struct Given {
+struct HelperOutput {
     /// `None`: it has none.
-    credential: Option<Arc<OwnCredential>>,
+    credential: Option<Arc<UpstreamCredential>>,
     at: Instant,
 }
 
 #[derive(Deserialize)]
 #[serde(rename_all = "PascalCase")]
-struct Answer {
+struct HelperResponse {
     username: String,
     secret: Zeroizing<String>,
 }
 
 impl Default for Helpers {
     fn default() -> Self {
-        Self::asking(Box::new(|program, server| Box::pin(run(program, server))))
+        Self::with_runner(Box::new(|program, server| Box::pin(run(program, server))))
     }
 }
 
 impl Helpers {
-    pub(super) fn asking(ask: Ask) -> Self {
+    pub(super) fn with_runner(run_helper: RunHelper) -> Self {
         Self {
-            answers: Mutex::default(),
-            ask,
+            outputs: Mutex::default(),
+            run_helper,
         }
     }
 
@@ -125,65 +126,65 @@ impl Helpers {
         &self,
         helper: &HelperName,
         server: &str,
-    ) -> Result<Option<Arc<OwnCredential>>, Unavailable> {
-        let place = self.place(helper, server);
-        let mut state = place.state.lock().await;
-        let refused = *place.refused.lock().unwrap_or_else(PoisonError::into_inner);
-        let (is_refused, is_due) = match &state.answer {
+    ) -> Result<Option<Arc<UpstreamCredential>>, CredentialUnavailable> {
+        let slot = self.slot(helper, server);
+        let mut state = slot.state.lock().await;
+        let refused = *slot.refused.lock().unwrap_or_else(PoisonError::into_inner);
+        let (is_refused, is_due) = match &state.output {
             None => (false, true),
-            Some(Given { credential: None, at }) => (false, at.elapsed() >= ASK_AFTER),
-            Some(Given {
-                credential: Some(kept),
+            Some(HelperOutput { credential: None, at }) => (false, at.elapsed() >= RETRY_AFTER),
+            Some(HelperOutput {
+                credential: Some(loaded),
                 at,
             }) => {
-                let is_refused = refused == Some(kept.serial);
-                (is_refused, is_refused || at.elapsed() >= GOOD_FOR)
+                let is_refused = refused == Some(loaded.serial);
+                (is_refused, is_refused || at.elapsed() >= OUTPUT_TTL)
             }
         };
         let now = Instant::now();
-        if is_due && state.rests_until.is_none_or(|until| until <= now) {
-            state.rests_until = is_refused.then(|| now + ASK_AFTER);
-            match (self.ask)(helper.to_string(), server.to_owned()).await {
+        if is_due && state.retry_at.is_none_or(|until| until <= now) {
+            state.retry_at = is_refused.then(|| now + RETRY_AFTER);
+            match (self.run_helper)(helper.to_string(), server.to_owned()).await {
                 Ok(answer) => state.take(answer),
                 Err(error) => {
-                    state.rests_until = Some(now + ASK_AFTER);
+                    state.retry_at = Some(now + RETRY_AFTER);
                     tracing::warn!(%helper, server, error, "the credential helper gave no credential; what it gave before stays");
                 }
             }
         }
-        let given = state.answer.as_ref().ok_or(Unavailable)?;
-        Ok(given.credential.clone())
+        let output = state.output.as_ref().ok_or(CredentialUnavailable)?;
+        Ok(output.credential.clone())
     }
 
     /// The registry has refused what was given: it is not used again without asking the helper.
-    pub(super) fn look_again(&self, used: &OwnCredential) {
-        let answers = self.answers.lock().unwrap_or_else(PoisonError::into_inner);
-        for place in answers.values() {
-            *place.refused.lock().unwrap_or_else(PoisonError::into_inner) = Some(used.serial);
+    pub(super) fn check_soon(&self, used: &UpstreamCredential) {
+        let outputs = self.outputs.lock().unwrap_or_else(PoisonError::into_inner);
+        for slot in outputs.values() {
+            *slot.refused.lock().unwrap_or_else(PoisonError::into_inner) = Some(used.serial);
         }
     }
 
-    fn place(&self, helper: &HelperName, server: &str) -> Arc<Place> {
-        let mut answers = self.answers.lock().unwrap_or_else(PoisonError::into_inner);
+    fn slot(&self, helper: &HelperName, server: &str) -> Arc<HelperSlot> {
+        let mut outputs = self.outputs.lock().unwrap_or_else(PoisonError::into_inner);
         let key = (helper.clone(), server.to_owned());
-        Arc::clone(answers.entry(key).or_default())
+        Arc::clone(outputs.entry(key).or_default())
     }
 }
 
-impl State {
+impl HelperState {
     /// What says the same as before is the same: the tokens got with it stay good.
-    fn take(&mut self, new: Option<OwnCredential>) {
-        let old = self.answer.take().and_then(|given| given.credential);
+    fn take(&mut self, new: Option<UpstreamCredential>) {
+        let old = self.output.take().and_then(|output| output.credential);
         let credential = match (new, old) {
-            (Some(new), Some(old)) if new.says_the_same_as(&old) => Some(old),
+            (Some(new), Some(old)) if new.is_same_as(&old) => Some(old),
             (new, _) => new.map(Arc::new),
         };
         let at = Instant::now();
-        self.answer = Some(Given { credential, at });
+        self.output = Some(HelperOutput { credential, at });
     }
 }
 
-pub(super) async fn run(program: String, server: String) -> Result<Option<OwnCredential>, String> {
+pub(super) async fn run(program: String, server: String) -> Result<Option<UpstreamCredential>, String> {
     let mut command = Command::new(&program);
     command.arg("get").kill_on_drop(true);
     command
@@ -194,39 +195,39 @@ pub(super) async fn run(program: String, server: String) -> Result<Option<OwnCre
         .spawn()
         .map_err(|error| format!("cannot run it: {error}"))?;
     let (stdin, stdout) = (child.stdin.take(), child.stdout.take());
-    let asking = async {
+    let running = async {
         if let Some(mut stdin) = stdin {
             // One that needs no input may have closed it.
             let _ = stdin.write_all(server.as_bytes()).await;
         }
-        let mut said = Zeroizing::new(Vec::new());
+        let mut stdout_bytes = Zeroizing::new(Vec::new());
         if let Some(stdout) = stdout {
-            let limit = ANSWER_BYTES_MAX as u64 + 1;
+            let limit = OUTPUT_BYTES_MAX as u64 + 1;
             stdout
                 .take(limit)
-                .read_to_end(&mut said)
+                .read_to_end(&mut stdout_bytes)
                 .await
                 .map_err(|error| error.to_string())?;
         }
-        if said.len() > ANSWER_BYTES_MAX {
-            return Err(format!("its answer is longer than {ANSWER_BYTES_MAX} bytes"));
+        if stdout_bytes.len() > OUTPUT_BYTES_MAX {
+            return Err(format!("its answer is longer than {OUTPUT_BYTES_MAX} bytes"));
         }
         let status = child.wait().await.map_err(|error| error.to_string())?;
-        understand(status.success(), &said)
+        parse_output(status.success(), &stdout_bytes)
     };
-    timeout(WITHIN, asking)
+    timeout(RUN_TIMEOUT, running)
         .await
-        .unwrap_or_else(|_| Err(format!("no answer within {} s", WITHIN.as_secs())))
+        .unwrap_or_else(|_| Err(format!("no answer within {} s", RUN_TIMEOUT.as_secs())))
 }
 
-fn understand(succeeded: bool, said: &[u8]) -> Result<Option<OwnCredential>, String> {
+fn parse_output(succeeded: bool, stdout_bytes: &[u8]) -> Result<Option<UpstreamCredential>, String> {
     if succeeded {
-        let answer: Answer =
-            serde_json::from_slice(said).map_err(|_| "its answer is not a credential".to_owned())?;
+        let answer: HelperResponse =
+            serde_json::from_slice(stdout_bytes).map_err(|_| "its answer is not a credential".to_owned())?;
         let is_empty = answer.secret.is_empty();
-        return Ok((!is_empty).then(|| OwnCredential::new(answer.username, answer.secret.as_str())));
+        return Ok((!is_empty).then(|| UpstreamCredential::new(answer.username, answer.secret.as_str())));
     }
-    let text = String::from_utf8_lossy(said);
+    let text = String::from_utf8_lossy(stdout_bytes);
     if text.to_ascii_lowercase().contains(NOT_FOUND) {
         return Ok(None);
     }

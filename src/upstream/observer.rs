@@ -1,39 +1,16 @@
-//! What an operator may do to all upstreams at once, and what hears of their answers.
+//! Observer of the requests to upstreams, for logs, metrics and traces.
 
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use super::answer::Answer;
-use crate::oci::Cause;
+use super::response::UpstreamResponse;
 use crate::oci::operation::Operation;
 use crate::trace_context::Trace;
 
-/// While it is on, no upstream is asked anything: each is silent, because of [`Cause::Offline`]. Transfers under way go
-/// on until they break. Clones are the same switch.
-#[derive(Clone, Debug, Default)]
-pub struct Offline(Arc<AtomicBool>);
-
-impl Offline {
-    /// Turns it on or off; says how it was before.
-    pub fn set(&self, on: bool) -> bool {
-        self.0.swap(on, Ordering::Relaxed)
-    }
-
-    /// Whether it is on.
-    pub fn is_on(&self) -> bool {
-        self.0.load(Ordering::Relaxed)
-    }
-
-    pub(super) fn cause(&self) -> Option<Cause> {
-        self.is_on().then_some(Cause::Offline)
-    }
-}
-
 /// One exchange with an upstream, after it.
 #[derive(Clone, Debug)]
-pub struct Exchanged<'a> {
+pub struct ObservedRequest<'a> {
     /// The upstream's name.
     pub upstream: &'a str,
     /// What was asked: `manifest-head`, `manifest-get`, `blob-head`, `blob-get`, `list`.
@@ -48,34 +25,34 @@ pub struct Exchanged<'a> {
 
 /// Hears of each exchange; nobody does by default.
 #[derive(Clone, Default)]
-pub struct Observer(Option<Arc<Hear>>);
+pub struct Observer(Option<Arc<Callback>>);
 
-type Hear = dyn Fn(&Exchanged<'_>) + Send + Sync;
+type Callback = dyn Fn(&ObservedRequest<'_>) + Send + Sync;
 
 impl Observer {
-    /// Tells `hear`, which must not wait.
-    pub fn new(hear: impl Fn(&Exchanged<'_>) + Send + Sync + 'static) -> Self {
-        Self(Some(Arc::new(hear)))
+    /// Tells `callback`, which must not wait.
+    pub fn new(callback: impl Fn(&ObservedRequest<'_>) + Send + Sync + 'static) -> Self {
+        Self(Some(Arc::new(callback)))
     }
 
     /// Tells of an answer, or that one began to come (`None`).
-    pub(super) fn tell(
+    pub(super) fn record(
         &self,
         upstream: &str,
         (operation, is_head): (&Operation, bool),
-        answer: Option<&Answer>,
+        answer: Option<&UpstreamResponse>,
         took: Duration,
         trace: &Trace,
     ) {
-        let Some(hear) = &self.0 else { return };
+        let Some(callback) = &self.0 else { return };
         let status = answer.and_then(|answer| answer.status);
-        let silence = answer.and_then(Answer::silence);
-        let code = match (status, silence) {
+        let failure = answer.and_then(UpstreamResponse::failure);
+        let code = match (status, failure) {
             (Some(status), _) => status.as_str().to_owned(),
             (None, Some(cause)) => cause.name().to_owned(),
             (None, None) => "200".to_owned(),
         };
-        hear(&Exchanged {
+        callback(&ObservedRequest {
             upstream,
             operation: name(operation, is_head),
             code: &code,

@@ -6,8 +6,8 @@ use std::net::IpAddr;
 use globset::{GlobBuilder, GlobMatcher};
 use http::Uri;
 
+use super::ip_scope::IpScope;
 use super::origin::{address, port_of};
-use super::zone::Zone;
 
 /// A network in CIDR form (RFC 4632, RFC 4291 §2.3), or one address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -137,7 +137,7 @@ pub enum RedirectTarget {
 
 impl RedirectRule {
     /// The nearest zone to which it lets `to` lead by its name.
-    fn zone(&self, to: &Uri) -> Option<Zone> {
+    fn zone(&self, to: &Uri) -> Option<IpScope> {
         let RedirectTarget::Host(host, port) = &self.to else {
             return None;
         };
@@ -151,9 +151,9 @@ impl RedirectRule {
             return None;
         }
         Some(match (address(&name), host.is_exact()) {
-            (Some(_), true) => Zone::Link,
-            (None, true) => Zone::Loopback,
-            (_, false) => Zone::Private,
+            (Some(_), true) => IpScope::LinkLocal,
+            (None, true) => IpScope::Loopback,
+            (_, false) => IpScope::Private,
         })
     }
 
@@ -171,17 +171,18 @@ fn is_plain(to: &Uri) -> bool {
 
 /// Which addresses a connection may lead to.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Limit {
+pub struct AddressLimit {
     /// All that are no nearer than this one.
-    zone: Option<Zone>,
+    zone: Option<IpScope>,
     /// And these.
     networks: Vec<Network>,
 }
 
-impl Limit {
+impl AddressLimit {
     /// Whether this address may be connected to.
     pub fn allows(&self, address: IpAddr) -> bool {
-        self.zone.is_some_and(|nearest| Zone::of(address) <= nearest)
+        self.zone
+            .is_some_and(|innermost| IpScope::of(address) <= innermost)
             || self.networks.iter().any(|network| network.contains(address))
     }
 
@@ -191,10 +192,10 @@ impl Limit {
     }
 }
 
-impl From<Zone> for Limit {
-    fn from(nearest: Zone) -> Limit {
-        Limit {
-            zone: Some(nearest),
+impl From<IpScope> for AddressLimit {
+    fn from(innermost: IpScope) -> AddressLimit {
+        AddressLimit {
+            zone: Some(innermost),
             networks: Vec::new(),
         }
     }
@@ -217,27 +218,27 @@ impl RedirectRules {
             })
     }
 
-    /// Where a connection to `to` may lead: no nearer than `nearest`, and where the rules allow it. A `downgrade` from https
+    /// Where a connection to `to` may lead: no nearer than `innermost`, and where the rules allow it. A `downgrade` from https
     /// to http may lead only where a rule allows plain HTTP.
-    pub(super) fn limit(&self, to: &Uri, nearest: Zone, downgrade: bool) -> Limit {
+    pub(super) fn limit(&self, to: &Uri, innermost: IpScope, downgrade: bool) -> AddressLimit {
         let rules = || self.0.iter().filter(|rule| rule.plain || !downgrade);
         let named = rules()
             .filter(|rule| !rule.plain || is_plain(to))
             .filter_map(|rule| rule.zone(to));
-        Limit {
-            zone: named.chain((!downgrade).then_some(nearest)).max(),
+        AddressLimit {
+            zone: named.chain((!downgrade).then_some(innermost)).max(),
             networks: rules().filter_map(RedirectRule::network).collect(),
         }
     }
 }
 
 /// The entry of `redirects` that would allow `to`, which was refused at `address`, if it is known.
-pub(super) fn entry(to: &Uri, at: Option<IpAddr>, downgrade: bool) -> String {
+pub(super) fn allow_entry(to: &Uri, at: Option<IpAddr>, downgrade: bool) -> String {
     let host = to.host().unwrap_or_default().to_ascii_lowercase();
     let scheme = if downgrade { "http://" } else { "" };
     match at {
         // A name alone never leads there.
-        Some(at) if Zone::of(at) == Zone::Link && address(&host).is_none() => {
+        Some(at) if IpScope::of(at) == IpScope::LinkLocal && address(&host).is_none() => {
             format!("{scheme}{at}/{}", if at.is_ipv4() { 32 } else { 128 })
         }
         _ => match to.port_u16() {
@@ -479,7 +480,7 @@ mod tests {
             let downgrade = is_plain(&to);
             let follows = !downgrade || rules.allow_plain(&to);
             let reaches = rules
-                .limit(&to, Zone::Public, downgrade)
+                .limit(&to, IpScope::Public, downgrade)
                 .allows(at.parse().unwrap());
             assert_eq!(follows && reaches, *allowed, "{target} at {at} by {rules:?}");
         }
@@ -501,9 +502,9 @@ mod tests {
             ),
         ] {
             let (to, at) = (target.parse().unwrap(), at.parse().unwrap());
-            assert_eq!(entry(&to, Some(at), downgrade), named);
+            assert_eq!(allow_entry(&to, Some(at), downgrade), named);
         }
         let to = "http://minio.corp:9000/x".parse().unwrap();
-        assert_eq!(entry(&to, None, true), "http://minio.corp:9000");
+        assert_eq!(allow_entry(&to, None, true), "http://minio.corp:9000");
     }
 }

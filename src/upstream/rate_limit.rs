@@ -24,17 +24,17 @@ use crate::oci::operation::Operation;
 mod window;
 
 pub use window::Pause;
-pub(super) use window::Turn;
+pub(super) use window::SendPermit;
 use window::Window;
 
 /// Windows remembered, per upstream.
 const WINDOWS_MAX: usize = 4096;
 /// Callers whose allowance is remembered, per upstream; the one heard of longest ago gives way.
-const ALLOWANCES_MAX: usize = 64;
+const QUOTAS_MAX: usize = 64;
 
 /// Questions that an upstream counts together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) enum Lane {
+pub(super) enum LimitClass {
     /// Which digest a tag names now.
     Heads,
     /// Manifests: pulls, at Docker Hub.
@@ -45,37 +45,37 @@ pub(super) enum Lane {
     Lists,
 }
 
-impl Lane {
+impl LimitClass {
     /// Where a question belongs; `transfers` for a GET, or a HEAD that this upstream is known to refuse.
-    pub(super) fn of(operation: &Operation, transfers: bool) -> Lane {
+    pub(super) fn of(operation: &Operation, transfers: bool) -> LimitClass {
         match operation {
-            Operation::Manifest { .. } if transfers => Lane::Manifests,
-            Operation::Manifest { .. } => Lane::Heads,
-            Operation::Blob { .. } => Lane::Blobs,
-            Operation::Ping | Operation::Tags { .. } | Operation::Referrers { .. } => Lane::Lists,
+            Operation::Manifest { .. } if transfers => LimitClass::Manifests,
+            Operation::Manifest { .. } => LimitClass::Heads,
+            Operation::Blob { .. } => LimitClass::Blobs,
+            Operation::Ping | Operation::Tags { .. } | Operation::Referrers { .. } => LimitClass::Lists,
         }
     }
 }
 
 /// Whose allowance it is, told without telling the credential.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Who {
+pub enum QuotaOwner {
     /// Whoever comes without a credential.
     Anonymous,
     /// The proxy itself, with the credential it is configured with.
-    Own,
+    Configured,
     /// A client's credential: the beginning of its HMAC, which means nothing outside of this installation.
     Client(u32),
 }
 
-impl Who {
-    fn of(caller: &Caller) -> Who {
+impl QuotaOwner {
+    fn of(caller: &Caller) -> QuotaOwner {
         match caller.credential {
-            Credential::Anonymous => Who::Anonymous,
-            Credential::Own => Who::Own,
+            Credential::Anonymous => QuotaOwner::Anonymous,
+            Credential::Configured => QuotaOwner::Configured,
             Credential::Client(_) => {
                 let [a, b, c, d, ..] = caller.principal;
-                Who::Client(u32::from_be_bytes([a, b, c, d]))
+                QuotaOwner::Client(u32::from_be_bytes([a, b, c, d]))
             }
         }
     }
@@ -83,18 +83,18 @@ impl Who {
     /// The label for metrics: clients are one, so that their number stays small.
     pub const fn name(self) -> &'static str {
         match self {
-            Who::Anonymous => "anonymous",
-            Who::Own => "own",
-            Who::Client(_) => "client",
+            QuotaOwner::Anonymous => "anonymous",
+            QuotaOwner::Configured => "own",
+            QuotaOwner::Client(_) => "client",
         }
     }
 }
 
 /// `anonymous`, `own`, `client-1a2b3c4d`.
-impl fmt::Display for Who {
+impl fmt::Display for QuotaOwner {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Who::Client(id) => write!(f, "client-{id:08x}"),
+            QuotaOwner::Client(id) => write!(f, "client-{id:08x}"),
             other => f.write_str(other.name()),
         }
     }
@@ -102,16 +102,16 @@ impl fmt::Display for Who {
 
 /// What an upstream last said of a caller's allowance.
 #[derive(Clone, Debug)]
-pub struct Allowance {
+pub struct PullQuota {
     /// Whose it is.
-    pub who: Who,
+    pub owner: QuotaOwner,
     /// What was said.
     pub limit: RateLimit,
     /// How long ago.
     pub ago: Duration,
 }
 
-impl Allowance {
+impl PullQuota {
     /// When all pulls are allowed again at the latest, as far as was said.
     pub fn resets_at(&self, now: SystemTime) -> Option<SystemTime> {
         let full = Duration::from_secs(self.limit.full_after_s()?);
@@ -130,106 +130,112 @@ impl<K: Eq + Hash + Clone> Default for Windows<K> {
 
 impl<K: Eq + Hash + Clone> Windows<K> {
     /// Lets a request through, or says until when not.
-    pub(super) fn admit(&self, key: &K, now: Instant) -> Result<Turn, Pause> {
+    pub(super) fn admit(&self, key: &K, now: Instant) -> Result<SendPermit, Pause> {
         self.0
             .get(key)
-            .map_or_else(|| Ok(Turn::free()), |window| window.admit(now))
+            .map_or_else(|| Ok(SendPermit::unlimited()), |window| window.admit(now))
     }
 
     /// The request of this turn was limited, or answered by a 503 that states a wait.
-    pub(super) fn limited(&self, key: &K, turn: Turn, cause: Cause, stated: Option<Duration>) -> Pause {
+    pub(super) fn limited(
+        &self,
+        key: &K,
+        permit: SendPermit,
+        cause: Cause,
+        stated: Option<Duration>,
+    ) -> Pause {
         let new = || Ok::<_, Infallible>(Arc::new(Window::new(Instant::now())));
         match self.0.get_or_insert_with(key, new) {
-            Ok(window) => turn.limited(&window, cause, stated),
+            Ok(window) => permit.limited(&window, cause, stated),
             Err(never) => match never {},
         }
     }
 
-    fn closed(&self, key: &K, now: Instant) -> Option<Pause> {
-        self.0.get(key)?.closed(now)
+    fn current_pause(&self, key: &K, now: Instant) -> Option<Pause> {
+        self.0.get(key)?.current_pause(now)
     }
 }
 
 /// What is known of one upstream's limits.
 #[derive(Default)]
-pub(super) struct Limits {
+pub(super) struct RateLimits {
     /// By address, kind of request and principal.
-    windows: Windows<(Origin, Lane, [u8; 32])>,
+    windows: Windows<(Origin, LimitClass, [u8; 32])>,
     /// The own credential that a window is for, so that another one does not wait for it.
-    own: AtomicU64,
-    allowances: Mutex<Vec<Said>>,
+    configured_serial: AtomicU64,
+    quotas: Mutex<Vec<QuotaRecord>>,
 }
 
-struct Said {
+struct QuotaRecord {
     principal: [u8; 32],
-    who: Who,
+    owner: QuotaOwner,
     limit: RateLimit,
     at: Instant,
 }
 
-impl Limits {
-    /// Callers with [`Credential::Own`] show the credential of this serial from now on.
-    pub(super) fn set_own(&self, serial: u64) {
-        self.own.store(serial, Ordering::Relaxed);
+impl RateLimits {
+    /// Callers with [`Credential::Configured`] show the credential of this serial from now on.
+    pub(super) fn set_configured_serial(&self, serial: u64) {
+        self.configured_serial.store(serial, Ordering::Relaxed);
     }
 
-    fn key(&self, origin: &Origin, lane: Lane, caller: &Caller) -> (Origin, Lane, [u8; 32]) {
+    fn key(&self, origin: &Origin, class: LimitClass, caller: &Caller) -> (Origin, LimitClass, [u8; 32]) {
         let mut principal = caller.principal;
-        if matches!(caller.credential, Credential::Own) {
-            let serial = self.own.load(Ordering::Relaxed).to_be_bytes();
+        if matches!(caller.credential, Credential::Configured) {
+            let serial = self.configured_serial.load(Ordering::Relaxed).to_be_bytes();
             for (to, from) in principal.iter_mut().zip(serial) {
                 *to ^= from;
             }
         }
-        (origin.clone(), lane, principal)
+        (origin.clone(), class, principal)
     }
 
     /// Lets `caller` put such a question to this address now, or says how long not.
     pub(super) fn admit(
         &self,
         origin: &Origin,
-        lane: Lane,
+        class: LimitClass,
         caller: &Caller,
         now: Instant,
-    ) -> Result<Turn, Pause> {
-        let key = |lane| self.key(origin, lane, caller);
-        if lane == Lane::Manifests
-            && let Some(pause) = self.windows.closed(&key(Lane::Heads), now)
+    ) -> Result<SendPermit, Pause> {
+        let key = |class| self.key(origin, class, caller);
+        if class == LimitClass::Manifests
+            && let Some(pause) = self.windows.current_pause(&key(LimitClass::Heads), now)
         {
             return Err(pause);
         }
-        self.windows.admit(&key(lane), now)
+        self.windows.admit(&key(class), now)
     }
 
     /// The question of this turn was limited: the address is left alone with such questions of this caller.
     pub(super) fn limited(
         &self,
-        (origin, lane): (&Origin, Lane),
+        (origin, class): (&Origin, LimitClass),
         caller: &Caller,
-        turn: Turn,
+        permit: SendPermit,
         (cause, stated): (Cause, Option<Duration>),
     ) -> Pause {
         self.windows
-            .limited(&self.key(origin, lane, caller), turn, cause, stated)
+            .limited(&self.key(origin, class, caller), permit, cause, stated)
     }
 
     /// Keeps what an answer says of the caller's allowance, if anything.
-    pub(super) fn note(&self, caller: &Caller, seen: &RateLimit, now: Instant) {
-        if seen.is_unknown() {
+    pub(super) fn record(&self, caller: &Caller, headers: &RateLimit, now: Instant) {
+        if headers.is_unknown() {
             return;
         }
-        let said = Said {
+        let said = QuotaRecord {
             principal: caller.principal,
-            who: Who::of(caller),
-            limit: seen.clone(),
+            owner: QuotaOwner::of(caller),
+            limit: headers.clone(),
             at: now,
         };
-        let mut known = self.allowances.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut known = self.quotas.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(place) = known.iter_mut().find(|known| known.principal == caller.principal) {
             *place = said;
             return;
         }
-        if known.len() >= ALLOWANCES_MAX {
+        if known.len() >= QUOTAS_MAX {
             let oldest = known.iter().enumerate().min_by_key(|(_, known)| known.at);
             if let Some(oldest) = oldest.map(|(place, _)| place) {
                 known.swap_remove(oldest);
@@ -239,18 +245,18 @@ impl Limits {
     }
 
     /// The allowances known, in the order of their callers.
-    pub(super) fn allowances(&self, now: Instant) -> Vec<Allowance> {
-        let known = self.allowances.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut allowances: Vec<Allowance> = known
+    pub(super) fn quotas(&self, now: Instant) -> Vec<PullQuota> {
+        let known = self.quotas.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut quotas: Vec<PullQuota> = known
             .iter()
-            .map(|said| Allowance {
-                who: said.who,
+            .map(|said| PullQuota {
+                owner: said.owner,
                 limit: said.limit.clone(),
                 ago: now.saturating_duration_since(said.at),
             })
             .collect();
-        allowances.sort_by_key(|allowance| allowance.who);
-        allowances
+        quotas.sort_by_key(|quota| quota.owner);
+        quotas
     }
 }
 
@@ -270,7 +276,7 @@ mod tests {
             class: Class::Interactive,
             waiters: None,
             trace: Trace::begun(),
-            waits_until: None,
+            wait_deadline: None,
         }
     }
 
@@ -286,26 +292,31 @@ mod tests {
         let (now, minute) = (Instant::now(), Duration::from_secs(60));
         let address = |text: &str| text.parse::<Origin>().unwrap();
         let (here, there) = (address("https://a.example"), address("https://b.example"));
-        let all = [Lane::Heads, Lane::Manifests, Lane::Blobs, Lane::Lists];
+        let all = [
+            LimitClass::Heads,
+            LimitClass::Manifests,
+            LimitClass::Blobs,
+            LimitClass::Lists,
+        ];
         for (limited, stopped) in [
-            (Lane::Heads, &[Lane::Heads, Lane::Manifests][..]),
-            (Lane::Manifests, &[Lane::Manifests]),
-            (Lane::Blobs, &[Lane::Blobs]),
-            (Lane::Lists, &[Lane::Lists]),
+            (LimitClass::Heads, &[LimitClass::Heads, LimitClass::Manifests][..]),
+            (LimitClass::Manifests, &[LimitClass::Manifests]),
+            (LimitClass::Blobs, &[LimitClass::Blobs]),
+            (LimitClass::Lists, &[LimitClass::Lists]),
         ] {
-            let limits = Limits::default();
-            let turn = limits.admit(&here, limited, &client(1), now).unwrap();
+            let limits = RateLimits::default();
+            let permit = limits.admit(&here, limited, &client(1), now).unwrap();
             let told = (Cause::RateLimited, Some(minute));
-            limits.limited((&here, limited), &client(1), turn, told);
-            for lane in all {
-                let waits = |origin, id, now| limits.admit(origin, lane, &client(id), now).is_err();
+            limits.limited((&here, limited), &client(1), permit, told);
+            for class in all {
+                let waits = |origin, id, now| limits.admit(origin, class, &client(id), now).is_err();
                 let later = Instant::now() + minute;
                 assert_eq!(
                     waits(&here, 1, now),
-                    stopped.contains(&lane),
-                    "{limited:?} {lane:?}"
+                    stopped.contains(&class),
+                    "{limited:?} {class:?}"
                 );
-                assert!(!waits(&here, 1, later), "{limited:?} {lane:?}");
+                assert!(!waits(&here, 1, later), "{limited:?} {class:?}");
                 assert!(!waits(&here, 2, now), "another caller");
                 assert!(!waits(&there, 1, now), "another address");
             }
@@ -314,7 +325,7 @@ mod tests {
 
     #[test]
     fn allowances_are_kept_by_caller_told_without_the_credential_and_bounded() {
-        let (limits, now) = (Limits::default(), Instant::now());
+        let (limits, now) = (RateLimits::default(), Instant::now());
         let anonymous = Caller {
             principal: [0; 32],
             credential: Credential::Anonymous,
@@ -322,26 +333,27 @@ mod tests {
             class: Class::Interactive,
             waiters: None,
             trace: Trace::begun(),
-            waits_until: None,
+            wait_deadline: None,
         };
-        limits.note(&anonymous, &remaining(99), now);
-        limits.note(&anonymous, &remaining(98), now);
-        limits.note(&anonymous, &RateLimit::default(), now);
-        limits.note(&client(0xab), &remaining(7), now);
+        limits.record(&anonymous, &remaining(99), now);
+        limits.record(&anonymous, &remaining(98), now);
+        limits.record(&anonymous, &RateLimit::default(), now);
+        limits.record(&client(0xab), &remaining(7), now);
         let told: Vec<String> = limits
-            .allowances(now)
+            .quotas(now)
             .iter()
-            .map(|one| format!("{} {:?}", one.who, one.limit.remaining))
+            .map(|one| format!("{} {:?}", one.owner, one.limit.remaining))
             .collect();
         assert_eq!(told, ["anonymous Some(98)", "client-abababab Some(7)"]);
 
         for (id, second) in (1..=200).zip(1..) {
-            limits.note(&client(id), &remaining(1), now + Duration::from_secs(second));
+            limits.record(&client(id), &remaining(1), now + Duration::from_secs(second));
         }
-        let kept = limits.allowances(now);
-        assert_eq!(kept.len(), ALLOWANCES_MAX);
+        let kept = limits.quotas(now);
+        assert_eq!(kept.len(), QUOTAS_MAX);
         assert!(
-            kept.iter().any(|one| one.who == Who::Client(0xc8c8_c8c8)),
+            kept.iter()
+                .any(|one| one.owner == QuotaOwner::Client(0xc8c8_c8c8)),
             "the newest is kept"
         );
     }

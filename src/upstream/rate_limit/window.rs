@@ -22,7 +22,7 @@ const STATED_MIN: Duration = Duration::from_millis(100);
 /// … and the longest.
 const STATED_MAX: Duration = Duration::from_secs(3600);
 /// The longest for a 503, whose `Retry-After` is a guess when the service will be back.
-const UNAVAILABLE_MAX: Duration = Duration::from_secs(60);
+const STATED_503_MAX: Duration = Duration::from_secs(60);
 /// Requests at a time at which a slow start is over.
 const SLOW_START_MAX: u32 = 16;
 /// How often a waiting request looks again, should a notification have gone to a request that was then cancelled.
@@ -45,9 +45,9 @@ struct State {
     /// Pauses in a row without a response that was no limit.
     limited: u32,
     /// How many requests may be out at a time; `None`: any number.
-    slots: Option<u32>,
+    concurrency_max: Option<u32>,
     /// How many of this round are.
-    out: u32,
+    in_flight: u32,
 }
 
 /// A window that lets no request through now.
@@ -60,7 +60,7 @@ pub struct Pause {
 
 /// The permission to send one request. Dropped without a word, it says nothing of the limit.
 #[derive(Debug)]
-pub(in crate::upstream) struct Turn {
+pub(in crate::upstream) struct SendPermit {
     window: Option<Arc<Window>>,
     round: u64,
 }
@@ -85,7 +85,7 @@ impl Pause {
     }
 
     /// Waits until a request may be tried again; `false` if that is not before `deadline`.
-    pub(in crate::upstream) async fn passes(&self, deadline: Instant) -> bool {
+    pub(in crate::upstream) async fn wait_until_open(&self, deadline: Instant) -> bool {
         loop {
             let freed = self.window.freed.notified();
             tokio::pin!(freed);
@@ -107,17 +107,17 @@ impl Pause {
     }
 }
 
-impl Turn {
+impl SendPermit {
     /// For requests of which no window is known.
-    pub(super) fn free() -> Turn {
-        Turn {
+    pub(super) fn unlimited() -> SendPermit {
+        SendPermit {
             window: None,
             round: 0,
         }
     }
 
     /// The response was no limit.
-    pub(in crate::upstream) fn passed(mut self) {
+    pub(in crate::upstream) fn not_limited(mut self) {
         if let Some(window) = self.window.take() {
             window.state().end(self.round, true);
             // The slot of this one, and one more.
@@ -140,7 +140,7 @@ impl Turn {
     }
 }
 
-impl Drop for Turn {
+impl Drop for SendPermit {
     fn drop(&mut self) {
         if let Some(window) = self.window.take() {
             window.state().end(self.round, false);
@@ -156,8 +156,8 @@ impl Window {
             cause: Cause::RateLimited,
             round: 0,
             limited: 0,
-            slots: None,
-            out: 0,
+            concurrency_max: None,
+            in_flight: 0,
         };
         Window {
             state: Mutex::new(state),
@@ -166,12 +166,12 @@ impl Window {
     }
 
     /// Lets a request through, or says until when not.
-    pub(super) fn admit(self: &Arc<Self>, now: Instant) -> Result<Turn, Pause> {
+    pub(super) fn admit(self: &Arc<Self>, now: Instant) -> Result<SendPermit, Pause> {
         let mut state = self.state();
         match state.is_open(now) {
             Ok(()) => {
-                state.out = state.out.saturating_add(1);
-                Ok(Turn {
+                state.in_flight = state.in_flight.saturating_add(1);
+                Ok(SendPermit {
                     window: Some(Arc::clone(self)),
                     round: state.round,
                 })
@@ -185,7 +185,7 @@ impl Window {
     }
 
     /// The pause, if it is closed; not during a slow start.
-    pub(super) fn closed(self: &Arc<Self>, now: Instant) -> Option<Pause> {
+    pub(super) fn current_pause(self: &Arc<Self>, now: Instant) -> Option<Pause> {
         let state = self.state();
         (state.closed_until > now).then(|| Pause {
             window: Arc::clone(self),
@@ -206,7 +206,10 @@ impl State {
         if self.closed_until > now {
             return Err(self.closed_until);
         }
-        if self.slots.is_some_and(|slots| self.out >= slots) {
+        if self
+            .concurrency_max
+            .is_some_and(|concurrency_max| self.in_flight >= concurrency_max)
+        {
             return Err(now);
         }
         Ok(())
@@ -216,13 +219,13 @@ impl State {
         if round != self.round {
             return;
         }
-        self.out = self.out.saturating_sub(1);
+        self.in_flight = self.in_flight.saturating_sub(1);
         if passed {
             self.limited = 0;
-            self.slots = self
-                .slots
-                .map(|slots| slots + 1)
-                .filter(|slots| *slots <= SLOW_START_MAX);
+            self.concurrency_max = self
+                .concurrency_max
+                .map(|concurrency_max| concurrency_max + 1)
+                .filter(|concurrency_max| *concurrency_max <= SLOW_START_MAX);
         }
     }
 
@@ -230,7 +233,7 @@ impl State {
         if round == self.round {
             self.round += 1;
             self.limited = self.limited.saturating_add(1);
-            (self.slots, self.out) = (Some(1), 0);
+            (self.concurrency_max, self.in_flight) = (Some(1), 0);
             self.cause = cause;
             self.closed_until = now + pause(cause, stated, self.limited);
         } else if stated.is_some() {
@@ -249,7 +252,7 @@ fn pause(cause: Cause, stated: Option<Duration>, nth: u32) -> Duration {
     let stated_max = if cause == Cause::RateLimited {
         STATED_MAX
     } else {
-        UNAVAILABLE_MAX
+        STATED_503_MAX
     };
     match (stated, nth) {
         (None, nth) => doubled(nth.saturating_sub(1)),
@@ -265,8 +268,8 @@ mod tests {
     #![allow(clippy::unwrap_used, reason = "tests may fail loudly")]
     use super::*;
 
-    fn limited(window: &Arc<Window>, turn: Turn, stated: Option<Duration>) -> Duration {
-        let pause = turn.limited(window, Cause::RateLimited, stated);
+    fn limited(window: &Arc<Window>, permit: SendPermit, stated: Option<Duration>) -> Duration {
+        let pause = permit.limited(window, Cause::RateLimited, stated);
         pause.left(Instant::now())
     }
 
@@ -274,22 +277,26 @@ mod tests {
     async fn r02_pauses_double_only_while_limits_go_on_and_are_capped() {
         let window = Arc::new(Window::new(Instant::now()));
         for seconds in [1, 2, 4, 8, 16, 30, 30] {
-            let turn = window.admit(Instant::now()).unwrap();
-            assert_eq!(limited(&window, turn, None), Duration::from_secs(seconds));
+            let permit = window.admit(Instant::now()).unwrap();
+            assert_eq!(limited(&window, permit, None), Duration::from_secs(seconds));
             assert!(window.admit(Instant::now()).is_err());
             tokio::time::advance(Duration::from_secs(seconds)).await;
         }
-        window.admit(Instant::now()).unwrap().passed();
-        let turn = window.admit(Instant::now()).unwrap();
-        assert_eq!(limited(&window, turn, None), Duration::from_secs(1), "begun anew");
+        window.admit(Instant::now()).unwrap().not_limited();
+        let permit = window.admit(Instant::now()).unwrap();
+        assert_eq!(
+            limited(&window, permit, None),
+            Duration::from_secs(1),
+            "begun anew"
+        );
     }
 
     #[tokio::test(start_paused = true)]
     async fn r02_a_burst_of_limits_is_one_pause() {
         let window = Arc::new(Window::new(Instant::now()));
-        let turns: Vec<_> = (0..20).map(|_| window.admit(Instant::now()).unwrap()).collect();
-        for turn in turns {
-            assert_eq!(limited(&window, turn, None), Duration::from_secs(1));
+        let permits: Vec<_> = (0..20).map(|_| window.admit(Instant::now()).unwrap()).collect();
+        for permit in permits {
+            assert_eq!(limited(&window, permit, None), Duration::from_secs(1));
         }
     }
 
@@ -319,14 +326,14 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn r02_after_a_pause_one_request_goes_first_then_ever_more() {
         let window = Arc::new(Window::new(Instant::now()));
-        let turn = window.admit(Instant::now()).unwrap();
-        limited(&window, turn, None);
+        let permit = window.admit(Instant::now()).unwrap();
+        limited(&window, permit, None);
         tokio::time::advance(Duration::from_secs(1)).await;
         let free = || std::iter::from_fn(|| window.admit(Instant::now()).ok()).collect::<Vec<_>>();
         for expected in [1, 2, 4, 8, 16] {
-            let turns = free();
-            assert_eq!(turns.len(), expected);
-            turns.into_iter().for_each(Turn::passed);
+            let permits = free();
+            assert_eq!(permits.len(), expected);
+            permits.into_iter().for_each(SendPermit::not_limited);
         }
         let open: Vec<_> = (0..100).map(|_| window.admit(Instant::now())).collect();
         assert!(open.iter().all(Result::is_ok), "the slow start is over");
@@ -335,18 +342,18 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn r02_a_request_that_is_cancelled_leaves_its_place() {
         let window = Arc::new(Window::new(Instant::now()));
-        let turn = window.admit(Instant::now()).unwrap();
-        limited(&window, turn, None);
+        let permit = window.admit(Instant::now()).unwrap();
+        limited(&window, permit, None);
         let waiting = |window: &Arc<Window>| window.admit(Instant::now()).unwrap_err();
         assert!(
-            !waiting(&window).passes(Instant::now()).await,
+            !waiting(&window).wait_until_open(Instant::now()).await,
             "no patience at all"
         );
         let deadline = Instant::now() + Duration::from_secs(20);
-        assert!(waiting(&window).passes(deadline).await);
+        assert!(waiting(&window).wait_until_open(deadline).await);
         let first = window.admit(Instant::now()).unwrap();
         let second = waiting(&window);
-        let second = tokio::spawn(async move { second.passes(deadline).await });
+        let second = tokio::spawn(async move { second.wait_until_open(deadline).await });
         tokio::task::yield_now().await;
         drop(first);
         assert!(second.await.unwrap());
@@ -355,10 +362,10 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn r02_a_pause_beyond_the_deadline_is_not_waited_for() {
         let window = Arc::new(Window::new(Instant::now()));
-        let turn = window.admit(Instant::now()).unwrap();
-        let pause = turn.limited(&window, Cause::RateLimited, Some(Duration::from_secs(30)));
+        let permit = window.admit(Instant::now()).unwrap();
+        let pause = permit.limited(&window, Cause::RateLimited, Some(Duration::from_secs(30)));
         let began = Instant::now();
-        assert!(!pause.passes(began + Duration::from_secs(20)).await);
+        assert!(!pause.wait_until_open(began + Duration::from_secs(20)).await);
         assert_eq!(began.elapsed(), Duration::ZERO);
     }
 }

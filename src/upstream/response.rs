@@ -1,4 +1,4 @@
-//! What an upstream said to a question: status and headers become an [`Answer`]. Pure.
+//! What an upstream said to a question: status and headers become an [`UpstreamResponse`]. Pure.
 
 use std::fmt;
 use std::sync::Arc;
@@ -16,16 +16,16 @@ use crate::oci::manifest::MediaType;
 use crate::oci::operation::Operation;
 use crate::queue::NoPlace;
 
-use super::client::{Unavailable, content_length};
-use super::limits::Pause;
+use super::http_client::{HttpFailure, content_length};
 use super::proof::{self, Sender};
+use super::rate_limit::Pause;
 use super::retry_after::is_limit;
 
 /// The answer to one question.
 #[derive(Clone)]
-pub struct Answer {
+pub struct UpstreamResponse {
     /// What it comes down to.
-    pub said: Said,
+    pub kind: ResponseKind,
     /// The status, if there was one.
     pub status: Option<StatusCode>,
     /// Every `WWW-Authenticate` line, bytes intact, to be passed on with a 401. Lines written before a token was sent
@@ -35,8 +35,8 @@ pub struct Answer {
     pub retry_after: Option<HeaderValue>,
     /// `Content-Type` of the manifest or blob, without parameters.
     pub media_type: Option<MediaType>,
-    /// `Docker-Content-Digest`, if there is one that can be computed: a label, whatever [`Self::said`] makes of it.
-    pub named: Option<Digest>,
+    /// `Docker-Content-Digest`, if there is one that can be computed: a label, whatever [`Self::kind`] makes of it.
+    pub header_digest: Option<Digest>,
     /// Length in bytes of the manifest or blob asked about, not of the answer.
     pub length: Option<u64>,
     /// What the upstream says is left of the caller's allowance.
@@ -48,7 +48,7 @@ pub struct Answer {
     /// Why there is no usable answer, in words for the operator: it may name hosts that a client does not know.
     pub detail: Option<Arc<str>>,
     /// Whether it is another host that gave none, to which the upstream redirected the request.
-    pub is_elsewheres: bool,
+    pub is_redirect_target: bool,
     /// The whole manifest, where a GET had to stand in for the HEAD: it need not be fetched again.
     pub body: Option<(Bytes, MediaType)>,
     /// The pause that the upstream asked for, or within which it was not asked at all.
@@ -60,61 +60,61 @@ pub struct Answer {
 /// What an answer comes down to. A denial, an absence and a silence can never be confused, and neither can a yes that
 /// is proven and one that is not.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Said {
+pub enum ResponseKind {
     /// Yes, and this is the digest: proven by the registry's own marks, or by bytes that hash to it.
-    Is(Digest),
+    Digest(Digest),
     /// A 200 that may be a yes for this digest: of another origin after a redirect, or without the registry's marks. No
     /// grant, no publicness and no membership follow from it.
-    Unproven(Digest),
+    UnprovenDigest(Digest),
     /// A 200 to what has no digest that we can use: a list, a ping, content of a foreign algorithm. Opens nothing.
-    Unnamed,
+    NoDigest,
     /// 404 or 410.
-    Absent,
+    NotFound,
     /// 401 or 403: not to this caller.
-    Forbidden,
+    Denied,
     /// Nothing usable, and why.
-    Silent(Cause),
+    Unavailable(Cause),
     /// Any other 4xx, to be passed on.
     Other(StatusCode),
 }
 
-impl fmt::Display for Said {
+impl fmt::Display for ResponseKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Is(digest) => write!(f, "it names {digest}"),
-            Self::Unproven(digest) => write!(f, "it may name {digest}, and does not prove it"),
-            Self::Unnamed => f.write_str("it names no digest"),
-            Self::Absent => f.write_str("it says that there is no such thing"),
-            Self::Forbidden => f.write_str("it does not let this client read it"),
-            Self::Silent(cause) => write!(f, "it {cause}"),
+            Self::Digest(digest) => write!(f, "it names {digest}"),
+            Self::UnprovenDigest(digest) => write!(f, "it may name {digest}, and does not prove it"),
+            Self::NoDigest => f.write_str("it names no digest"),
+            Self::NotFound => f.write_str("it says that there is no such thing"),
+            Self::Denied => f.write_str("it does not let this client read it"),
+            Self::Unavailable(cause) => write!(f, "it {cause}"),
             Self::Other(status) => write!(f, "it answered {status}"),
         }
     }
 }
 
-impl Said {
+impl ResponseKind {
     /// Whether it may be a yes, proven or not.
-    pub fn is_yes(self) -> bool {
-        matches!(self, Self::Is(_) | Self::Unproven(_) | Self::Unnamed)
+    pub fn is_success(self) -> bool {
+        matches!(self, Self::Digest(_) | Self::UnprovenDigest(_) | Self::NoDigest)
     }
 }
 
-impl Answer {
+impl UpstreamResponse {
     /// No usable answer.
-    pub fn silent(cause: Cause) -> Answer {
-        Answer {
-            said: Said::Silent(cause),
+    pub fn unavailable(cause: Cause) -> UpstreamResponse {
+        UpstreamResponse {
+            kind: ResponseKind::Unavailable(cause),
             status: None,
             challenge: Vec::new(),
             retry_after: None,
             media_type: None,
-            named: None,
+            header_digest: None,
             length: None,
             rate_limit: RateLimit::default(),
             code: None,
             message: None,
             detail: None,
-            is_elsewheres: false,
+            is_redirect_target: false,
             body: None,
             pause: None,
             stated_wait: None,
@@ -122,52 +122,58 @@ impl Answer {
     }
 
     /// No usable answer, with the reason in words.
-    pub(super) fn unavailable(unavailable: Unavailable) -> Answer {
-        Answer {
+    pub(super) fn from_failure(unavailable: HttpFailure) -> UpstreamResponse {
+        UpstreamResponse {
             detail: unavailable.detail,
-            is_elsewheres: unavailable.is_elsewheres,
-            ..Answer::silent(unavailable.cause)
+            is_redirect_target: unavailable.is_redirect_target,
+            ..UpstreamResponse::unavailable(unavailable.cause)
         }
     }
 
     /// Why this answer brings nothing: its silence, or the status that said no.
     pub fn cause(&self) -> Cause {
-        match (self.said, self.status) {
-            (Said::Silent(cause), _) => cause,
-            (Said::Unproven(_), _) => Cause::NotRegistry,
-            (Said::Other(status), _) | (_, Some(status)) => Cause::Status(status.as_u16()),
-            (Said::Is(_) | Said::Unnamed | Said::Absent | Said::Forbidden, None) => Cause::Malformed,
+        match (self.kind, self.status) {
+            (ResponseKind::Unavailable(cause), _) => cause,
+            (ResponseKind::UnprovenDigest(_), _) => Cause::NotRegistry,
+            (ResponseKind::Other(status), _) | (_, Some(status)) => Cause::Status(status.as_u16()),
+            (
+                ResponseKind::Digest(_)
+                | ResponseKind::NoDigest
+                | ResponseKind::NotFound
+                | ResponseKind::Denied,
+                None,
+            ) => Cause::Malformed,
         }
     }
 
     /// Not asked, for there is no place among the requests to the upstream.
-    pub fn unplaced(refused: NoPlace) -> Answer {
+    pub fn not_admitted(refused: NoPlace) -> UpstreamResponse {
         match refused {
-            NoPlace::Abandoned => Answer::silent(Cause::Busy),
+            NoPlace::Abandoned => UpstreamResponse::unavailable(Cause::Busy),
             NoPlace::Full(full) => {
                 let cause = if full.is_clients_own {
                     Cause::ClientQueueFull
                 } else {
                     Cause::QueueFull
                 };
-                Answer {
+                UpstreamResponse {
                     retry_after: Some(HeaderValue::from(full.retry_after.as_secs().max(1))),
-                    ..Answer::silent(cause)
+                    ..UpstreamResponse::unavailable(cause)
                 }
             }
         }
     }
 
     /// Not asked, for the upstream said to wait.
-    pub(super) fn paused(pause: Pause) -> Answer {
-        Answer::silent(pause.cause()).within(pause)
+    pub(super) fn paused(pause: Pause) -> UpstreamResponse {
+        UpstreamResponse::unavailable(pause.cause()).with_pause(pause)
     }
 
     /// The same, with what is left of the pause to be passed on.
-    pub(super) fn within(self, pause: Pause) -> Answer {
+    pub(super) fn with_pause(self, pause: Pause) -> UpstreamResponse {
         let left = pause.left(Instant::now());
         let seconds = left.as_secs() + u64::from(left.subsec_nanos() > 0);
-        Answer {
+        UpstreamResponse {
             retry_after: Some(HeaderValue::from(seconds)),
             pause: Some(pause),
             ..self
@@ -175,10 +181,12 @@ impl Answer {
     }
 
     /// What is to be waited for: a limit, or a 503 that says how long.
-    pub(super) fn asks_to_wait(&self) -> Option<Cause> {
-        match self.said {
-            Said::Silent(Cause::RateLimited) => Some(Cause::RateLimited),
-            Said::Silent(cause @ Cause::Status(503)) if self.stated_wait.is_some() => Some(cause),
+    pub(super) fn backoff_cause(&self) -> Option<Cause> {
+        match self.kind {
+            ResponseKind::Unavailable(Cause::RateLimited) => Some(Cause::RateLimited),
+            ResponseKind::Unavailable(cause @ Cause::Status(503)) if self.stated_wait.is_some() => {
+                Some(cause)
+            }
             _ => None,
         }
     }
@@ -189,29 +197,31 @@ impl Answer {
         status: StatusCode,
         headers: &HeaderMap,
         sender: Sender,
-    ) -> Answer {
-        let said = match status.as_u16() {
+    ) -> UpstreamResponse {
+        let kind = match status.as_u16() {
             200..=299 => proof::read(operation, status, headers, sender),
-            _ if is_limit(status, headers) => Said::Silent(Cause::RateLimited),
-            401 | 403 => Said::Forbidden,
-            404 | 410 if proof::is_absent_page(status, headers) => Said::Silent(Cause::NotRegistry),
-            404 | 410 => Said::Absent,
+            _ if is_limit(status, headers) => ResponseKind::Unavailable(Cause::RateLimited),
+            401 | 403 => ResponseKind::Denied,
+            404 | 410 if proof::is_not_found_page(status, headers) => {
+                ResponseKind::Unavailable(Cause::NotRegistry)
+            }
+            404 | 410 => ResponseKind::NotFound,
             // 407 and 408 are a proxy's word, and a redirect that leads nowhere is nobody's.
-            407 | 408 | 500..=599 => Said::Silent(Cause::Status(status.as_u16())),
-            400..=499 => Said::Other(status),
-            _ => Said::Silent(Cause::Malformed),
+            407 | 408 | 500..=599 => ResponseKind::Unavailable(Cause::Status(status.as_u16())),
+            400..=499 => ResponseKind::Other(status),
+            _ => ResponseKind::Unavailable(Cause::Malformed),
         };
-        Answer {
-            said,
+        UpstreamResponse {
+            kind,
             status: Some(status),
             challenge: headers.get_all(WWW_AUTHENTICATE).iter().cloned().collect(),
             // With an answer it means nothing.
             retry_after: headers
                 .get(RETRY_AFTER)
-                .filter(|_| matches!(said, Said::Silent(_)))
+                .filter(|_| matches!(kind, ResponseKind::Unavailable(_)))
                 .cloned(),
             media_type: proof::media_type(headers).filter(|_| status.is_success()),
-            named: header_digest(headers).filter(|_| status.is_success()),
+            header_digest: header_digest(headers).filter(|_| status.is_success()),
             length: if status == StatusCode::OK {
                 content_length(headers)
             } else {
@@ -221,7 +231,7 @@ impl Answer {
             code: None,
             message: None,
             detail: None,
-            is_elsewheres: false,
+            is_redirect_target: false,
             body: None,
             pause: None,
             stated_wait: None,
@@ -229,18 +239,18 @@ impl Answer {
     }
 
     /// Whether the upstream gave no usable answer.
-    pub fn silence(&self) -> Option<Cause> {
-        match self.said {
-            Said::Silent(cause) => Some(cause),
+    pub fn failure(&self) -> Option<Cause> {
+        match self.kind {
+            ResponseKind::Unavailable(cause) => Some(cause),
             _ => None,
         }
     }
 }
 
-impl fmt::Debug for Answer {
+impl fmt::Debug for UpstreamResponse {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Answer")
-            .field("said", &self.said)
+        f.debug_struct("UpstreamResponse")
+            .field("kind", &self.kind)
             .field("status", &self.status)
             .field("challenge", &self.challenge)
             .field("length", &self.length)

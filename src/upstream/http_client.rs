@@ -21,12 +21,12 @@ use hyper_util::client::legacy::Client;
 use hyper_util::rt::{TokioExecutor, TokioTimer};
 use tokio::time::{Instant, timeout};
 
-use super::dial::{DialError, io_cause};
-use super::line::Line;
+use super::connector::UpstreamConnector;
+use super::dialer::DialError;
 use super::location::resolve;
 use super::origin::same_origin;
-use super::target::entry;
-use super::tls;
+use super::redirect_rules::allow_entry;
+use super::tls::{self, io_cause};
 use crate::oci::cause::{Cause, RedirectFault, TlsFault};
 use crate::trace_context::{TRACEPARENT, TRACESTATE};
 
@@ -37,7 +37,7 @@ const HEADER_BYTES_MAX: usize = 64 * 1024;
 /// Read buffer of an HTTP/1 connection. Larger than the headers may be, for the sake of bodies.
 const READ_BYTES_MAX: usize = 256 * 1024;
 /// How long a connection waits for its next request.
-const POOL_IDLE: Duration = Duration::from_secs(60);
+const POOL_IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 /// Connections kept waiting per host.
 pub(super) const POOL_IDLE_MAX: usize = 32;
 /// h2 flow control windows: one stream fills a 1 Gbit/s line at 30 ms.
@@ -49,58 +49,58 @@ const PING_INTERVAL: Duration = Duration::from_secs(15);
 const PING_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The HTTP client of one upstream.
-pub(super) struct Http {
-    pooled: Client<Line, Full<Bytes>>,
+pub(super) struct HttpClient {
+    pooled: Client<UpstreamConnector, Full<Bytes>>,
     /// Opens a connection for each request: for the second attempt after a pooled connection turned out dead.
-    fresh: Client<Line, Full<Bytes>>,
-    line: Line,
+    unpooled: Client<UpstreamConnector, Full<Bytes>>,
+    connector: UpstreamConnector,
 }
 
 /// A request as callers describe it.
-pub(super) struct Request {
+pub(super) struct HttpRequest {
     pub(super) method: Method,
     pub(super) uri: Uri,
     pub(super) headers: HeaderMap,
     pub(super) body: Bytes,
     pub(super) follow: Follow,
     /// The `Authorization` for one other origin, should a redirect lead there.
-    pub(super) elsewhere: Option<(Uri, HeaderValue)>,
+    pub(super) other_origin: Option<(Uri, HeaderValue)>,
     /// From the call to the last answer's headers, redirects included.
-    pub(super) within: Duration,
+    pub(super) timeout: Duration,
 }
 
 /// No usable answer: the cause for everyone, and the reason in words for the operator.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Unavailable {
+pub(super) struct HttpFailure {
     pub(super) cause: Cause,
     /// With the host that failed, and what its certificate or its redirect says.
     pub(super) detail: Option<Arc<str>>,
     /// It is another host, to which a response of the upstream's redirected the request.
-    pub(super) is_elsewheres: bool,
+    pub(super) is_redirect_target: bool,
 }
 
-impl From<Cause> for Unavailable {
+impl From<Cause> for HttpFailure {
     fn from(cause: Cause) -> Self {
-        Unavailable {
+        HttpFailure {
             cause,
             detail: None,
-            is_elsewheres: false,
+            is_redirect_target: false,
         }
     }
 }
 
-impl Unavailable {
-    /// What an error of the client's says about a request to `uri` over `line`, made at `since`.
+impl HttpFailure {
+    /// What an error of the client's says about a request to `uri` over `connector`, made at `since`.
     pub(super) fn of(
         error: &(dyn Error + 'static),
         uri: &Uri,
-        (line, since): (&Line, Instant),
-    ) -> Unavailable {
+        (connector, since): (&UpstreamConnector, Instant),
+    ) -> HttpFailure {
         let authority = uri.authority().map_or("", |authority| authority.as_str());
         let (mut cause, mut reason) = (cause_of(error), reason_of(error));
         // The HTTP client hands on the text of an error at best, and often only that the connection is gone.
         if matches!(cause, Cause::Reset | Cause::Tls(TlsFault::Other))
-            && let Some((fault, detail)) = line.ended(uri, since)
+            && let Some((fault, detail)) = connector.close_reason(uri, since)
         {
             (cause, reason) = (Cause::Tls(fault), Some(detail));
         }
@@ -108,9 +108,9 @@ impl Unavailable {
             Some(reason) => format!("{authority}: {reason}"),
             None => authority.to_owned(),
         };
-        Unavailable {
+        HttpFailure {
             detail: Some(detail.into()),
-            ..Unavailable::from(cause)
+            ..HttpFailure::from(cause)
         }
     }
 }
@@ -125,40 +125,40 @@ pub(super) enum Follow {
 }
 
 /// The answer to a request.
-pub(super) struct Reply {
+pub(super) struct HttpResponse {
     pub(super) status: StatusCode,
     pub(super) headers: HeaderMap,
     pub(super) body: Incoming,
     /// Another origin answered, after a redirect, and was not shown an `Authorization` of its own: its 401 or 403 is not
     /// the registry's word.
-    pub(super) abroad: bool,
+    pub(super) from_other_origin: bool,
     /// The URL that answered, if it is of another origin than the one asked.
-    pub(super) at: Option<Uri>,
+    pub(super) final_url: Option<Uri>,
 }
 
-impl Http {
-    pub(super) fn new(line: Line) -> Http {
-        Http {
-            pooled: client(line.clone(), POOL_IDLE_MAX),
-            fresh: client(line.clone(), 0),
-            line,
+impl HttpClient {
+    pub(super) fn new(connector: UpstreamConnector) -> HttpClient {
+        HttpClient {
+            pooled: client(connector.clone(), POOL_IDLE_MAX),
+            unpooled: client(connector.clone(), 0),
+            connector,
         }
     }
 
     /// The way out that its connections take.
-    pub(super) fn line(&self) -> &Line {
-        &self.line
+    pub(super) fn connector(&self) -> &UpstreamConnector {
+        &self.connector
     }
 
     /// Sends a request and follows redirects until something else is answered.
-    pub(super) async fn send(&self, request: Request) -> Result<Reply, Unavailable> {
-        let within = request.within;
+    pub(super) async fn send(&self, request: HttpRequest) -> Result<HttpResponse, HttpFailure> {
+        let within = request.timeout;
         timeout(within, self.follow(request))
             .await
             .unwrap_or_else(|_| Err(Cause::Timeout.into()))
     }
 
-    async fn follow(&self, mut request: Request) -> Result<Reply, Unavailable> {
+    async fn follow(&self, mut request: HttpRequest) -> Result<HttpResponse, HttpFailure> {
         request
             .headers
             .insert(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
@@ -166,36 +166,36 @@ impl Http {
             USER_AGENT,
             HeaderValue::from_static(concat!("ifnewer/", env!("CARGO_PKG_VERSION"))),
         );
-        let (mut abroad, mut at) = (false, None);
+        let (mut from_other_origin, mut at) = (false, None);
         for _ in 0..=REDIRECTS_MAX {
-            let sent = self.once(&request).await;
-            let reply = sent.map_err(|unavailable| Unavailable {
-                is_elsewheres: at.is_some(),
+            let sent = self.send_once(&request).await;
+            let reply = sent.map_err(|unavailable| HttpFailure {
+                is_redirect_target: at.is_some(),
                 ..unavailable
             })?;
             let (parts, body) = reply.into_parts();
             check(&parts.headers)?;
             let Some(target) = self.redirect(&request, parts.status, &parts.headers)? else {
-                return Ok(Reply {
+                return Ok(HttpResponse {
                     status: parts.status,
                     headers: parts.headers,
                     body,
-                    abroad,
-                    at,
+                    from_other_origin,
+                    final_url: at,
                 });
             };
             if !same_origin(&request.uri, &target) {
                 if request.follow == Follow::SameOrigin {
-                    return Err(elsewhere(&target));
+                    return Err(redirects_elsewhere(&target));
                 }
-                abroad = true;
+                from_other_origin = true;
                 at = Some(target.clone());
-                for ours in [AUTHORIZATION, TRACEPARENT, TRACESTATE] {
-                    request.headers.remove(ours);
+                for name in [AUTHORIZATION, TRACEPARENT, TRACESTATE] {
+                    request.headers.remove(name);
                 }
-                let elsewhere = request.elsewhere.as_ref();
+                let elsewhere = request.other_origin.as_ref();
                 if let Some((_, authorization)) = elsewhere.filter(|(other, _)| same_origin(other, &target)) {
-                    abroad = false;
+                    from_other_origin = false;
                     request.headers.insert(AUTHORIZATION, authorization.clone());
                 }
             }
@@ -207,10 +207,10 @@ impl Http {
     /// Where an answer sends us, if it does.
     fn redirect(
         &self,
-        request: &Request,
+        request: &HttpRequest,
         status: StatusCode,
         headers: &HeaderMap,
-    ) -> Result<Option<Uri>, Unavailable> {
+    ) -> Result<Option<Uri>, HttpFailure> {
         if !matches!(status.as_u16(), 301 | 302 | 303 | 307 | 308) {
             return Ok(None);
         }
@@ -219,12 +219,12 @@ impl Http {
             .and_then(|location| resolve(&request.uri, location.as_bytes()))
             .ok_or(Cause::Redirects(RedirectFault::Malformed))?;
         if request.method == Method::POST {
-            return Err(elsewhere(&target));
+            return Err(redirects_elsewhere(&target));
         }
         let downgrade = request.uri.scheme_str() == Some("https") && target.scheme_str() != Some("https");
-        if downgrade && !self.line.allows_plain(&target) {
-            let entry = entry(&target, None, true);
-            return Err(Unavailable {
+        if downgrade && !self.connector.allows_plain(&target) {
+            let entry = allow_entry(&target, None, true);
+            return Err(HttpFailure {
                 detail: Some(
                     format!(
                         "{}: it redirects to {entry}, which is not encrypted; if that is right, allow it by redirects = \
@@ -233,7 +233,7 @@ impl Http {
                     )
                     .into(),
                 ),
-                ..Unavailable::from(Cause::Redirects(RedirectFault::Downgrade))
+                ..HttpFailure::from(Cause::Redirects(RedirectFault::Downgrade))
             });
         }
         Ok(Some(target))
@@ -241,15 +241,15 @@ impl Http {
 
     /// One hop. A connection that breaks before any answer is tried once more on a fresh one, if asking twice is
     /// harmless.
-    async fn once(&self, request: &Request) -> Result<http::Response<Incoming>, Unavailable> {
+    async fn send_once(&self, request: &HttpRequest) -> Result<http::Response<Incoming>, HttpFailure> {
         let start = Instant::now();
-        let mut result = self.pooled.request(self.written(request)?).await;
+        let mut result = self.pooled.request(self.outgoing(request)?).await;
         if result
             .as_ref()
             .is_err_and(|error| cause_of(error) == Cause::Reset)
             && request.method != Method::POST
         {
-            result = self.fresh.request(self.written(request)?).await;
+            result = self.unpooled.request(self.outgoing(request)?).await;
         }
         // The query of a redirect may be a signature, and that of a token request names its holder: neither is logged.
         tracing::debug!(
@@ -261,25 +261,25 @@ impl Http {
             ms = start.elapsed().as_millis(),
             "asked"
         );
-        result.map_err(|error| Unavailable::of(&error, &request.uri, (&self.line, start)))
+        result.map_err(|error| HttpFailure::of(&error, &request.uri, (&self.connector, start)))
     }
 
-    fn written(&self, request: &Request) -> Result<http::Request<Full<Bytes>>, Cause> {
-        let mut written = http::Request::builder()
+    fn outgoing(&self, request: &HttpRequest) -> Result<http::Request<Full<Bytes>>, Cause> {
+        let mut outgoing = http::Request::builder()
             .method(request.method.clone())
             .uri(request.uri.clone())
             .body(Full::new(request.body.clone()))
             .map_err(|_| Cause::Malformed)?;
-        *written.headers_mut() = request.headers.clone();
-        if let Some(authorization) = self.line.proxy_authorization(&request.uri) {
-            written.headers_mut().insert(PROXY_AUTHORIZATION, authorization);
+        *outgoing.headers_mut() = request.headers.clone();
+        if let Some(authorization) = self.connector.proxy_authorization(&request.uri) {
+            outgoing.headers_mut().insert(PROXY_AUTHORIZATION, authorization);
         }
-        Ok(written)
+        Ok(outgoing)
     }
 }
 
-/// A client over `line` that keeps at most `idle_max` unused connections for each host.
-pub(super) fn client<B>(line: Line, idle_max: usize) -> Client<Line, B>
+/// A client over `connector` that keeps at most `idle_max` unused connections for each host.
+pub(super) fn client<B>(connector: UpstreamConnector, idle_max: usize) -> Client<UpstreamConnector, B>
 where
     B: http_body::Body + Send,
     B::Data: Send,
@@ -287,7 +287,7 @@ where
     Client::builder(TokioExecutor::new())
         .timer(TokioTimer::new())
         .pool_timer(TokioTimer::new())
-        .pool_idle_timeout(POOL_IDLE)
+        .pool_idle_timeout(POOL_IDLE_TIMEOUT)
         .pool_max_idle_per_host(idle_max)
         .http1_max_buf_size(READ_BYTES_MAX)
         .http2_max_header_list_size(u32::try_from(HEADER_BYTES_MAX).unwrap_or(u32::MAX))
@@ -295,7 +295,7 @@ where
         .http2_initial_connection_window_size(CONNECTION_WINDOW_BYTES)
         .http2_keep_alive_interval(PING_INTERVAL)
         .http2_keep_alive_timeout(PING_TIMEOUT)
-        .build(line)
+        .build(connector)
 }
 
 /// What no answer may have: a coding we did not ask for (stored bytes would not be the registry's), too much header.
@@ -316,11 +316,11 @@ fn check(headers: &HeaderMap) -> Result<(), Cause> {
     }
 }
 
-fn elsewhere(target: &Uri) -> Unavailable {
+fn redirects_elsewhere(target: &Uri) -> HttpFailure {
     let authority = target.authority().map_or("", |authority| authority.as_str());
-    Unavailable {
+    HttpFailure {
         detail: Some(format!("it redirects to {authority}, where this is not asked").into()),
-        ..Unavailable::from(Cause::Redirects(RedirectFault::Elsewhere))
+        ..HttpFailure::from(Cause::Redirects(RedirectFault::Elsewhere))
     }
 }
 
@@ -440,7 +440,7 @@ impl Body {
     }
 }
 
-impl Reply {
+impl HttpResponse {
     /// The whole body within `within`, if it is no longer than `bytes_max`: for tokens, errors and manifests.
     pub(super) async fn collect(self, bytes_max: usize, within: Duration) -> Result<Bytes, Cause> {
         let body = Body::new(self.body, content_length(&self.headers), within);

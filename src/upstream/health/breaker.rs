@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::Wait;
+use super::WaitLimit;
 use crate::oci::cause::Cause;
 use crate::oci::operation::Operation;
 
@@ -23,16 +23,16 @@ const PROBE_INTERVAL_MAX: Duration = Duration::from_secs(30);
 
 /// How a scope fails.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Nature {
+pub(super) enum FailureMode {
     /// There is no response. It takes all of the wait, and concerns all of the scope.
-    Silence,
+    NoResponse,
     /// There is a response, soon, and it says so. It concerns what was asked for alone.
     Error,
 }
 
 /// What of a scope is told apart: where several parts of it fail, all of it does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Extent {
+pub(super) enum Granularity {
     /// One request is like any other: no connection comes about.
     Everything,
     /// The repositories of a kind of request.
@@ -41,8 +41,8 @@ pub(super) enum Extent {
     Requests,
 }
 
-impl Extent {
-    fn are_parts(self, one: &Operation, other: &Operation) -> bool {
+impl Granularity {
+    fn are_distinct(self, one: &Operation, other: &Operation) -> bool {
         match self {
             Self::Everything => true,
             Self::Repositories => one.repository() != other.repository(),
@@ -61,51 +61,55 @@ enum State {
 
 /// A scope with failures and no response since.
 #[derive(Clone, Debug)]
-pub(super) struct Trouble {
+pub(super) struct Breaker {
     state: State,
-    nature: Nature,
-    extent: Extent,
+    mode: FailureMode,
+    granularity: Granularity,
     cause: Cause,
     /// When the last failures came, oldest first; never more than [`FAILURES_MAX`].
     failures: Vec<Instant>,
     failed_at: Instant,
     /// Whether some failure was none of the upstream's way with a principal: there was nothing at all.
-    is_for_all: bool,
+    affects_all: bool,
     /// Who met the others.
-    met_by: Vec<[u8; 32]>,
+    principals: Vec<[u8; 32]>,
     /// What failed last.
     failed: Operation,
     /// Whether something else in the scope failed as well.
-    is_several: bool,
+    is_widespread: bool,
     /// What the next probe sends.
-    probes: Operation,
+    probe_operation: Operation,
     began_at: Instant,
     /// When a client last asked for something that the scope shortened the wait for.
-    asked_at: Instant,
+    requested_at: Instant,
     probed_at: Option<Instant>,
     /// Probes since a client last asked.
-    unasked: u32,
+    idle_probes: u32,
 }
 
-impl Trouble {
+impl Breaker {
     /// A scope that begins to fail. [`Self::fail`] counts the first failure.
-    pub(super) fn new((nature, extent): (Nature, Extent), operation: &Operation, now: Instant) -> Self {
+    pub(super) fn new(
+        (mode, granularity): (FailureMode, Granularity),
+        operation: &Operation,
+        now: Instant,
+    ) -> Self {
         Self {
             state: State::Suspected,
-            nature,
-            extent,
+            mode,
+            granularity,
             cause: Cause::Budget,
             failures: Vec::new(),
             failed_at: now,
-            is_for_all: false,
-            met_by: Vec::new(),
+            affects_all: false,
+            principals: Vec::new(),
             failed: operation.clone(),
-            is_several: extent == Extent::Everything,
-            probes: operation.clone(),
+            is_widespread: granularity == Granularity::Everything,
+            probe_operation: operation.clone(),
             began_at: now,
-            asked_at: now,
+            requested_at: now,
             probed_at: None,
-            unasked: 0,
+            idle_probes: 0,
         }
     }
 
@@ -113,28 +117,28 @@ impl Trouble {
     pub(super) fn fail(
         &mut self,
         cause: Cause,
-        (operation, shown_by): (&Operation, Option<[u8; 32]>),
+        (operation, principal): (&Operation, Option<[u8; 32]>),
         now: Instant,
     ) -> bool {
-        let is_other = self.extent.are_parts(&self.failed, operation);
-        if self.nature == Nature::Error && is_other && self.extent == Extent::Requests {
+        let is_other = self.granularity.are_distinct(&self.failed, operation);
+        if self.mode == FailureMode::Error && is_other && self.granularity == Granularity::Requests {
             // Errors of two objects are not repetitions of one.
             if self.open_since().is_some() {
                 return false;
             }
             self.failures.clear();
-            self.met_by.clear();
+            self.principals.clear();
         } else {
-            self.is_several |= is_other;
+            self.is_widespread |= is_other;
         }
-        match shown_by {
-            None => self.is_for_all = true,
-            Some(principal) if self.met_by.contains(&principal) => {}
+        match principal {
+            None => self.affects_all = true,
+            Some(principal) if self.principals.contains(&principal) => {}
             Some(principal) => {
-                if self.met_by.len() >= PRINCIPALS_MAX {
-                    self.met_by.remove(0);
+                if self.principals.len() >= PRINCIPALS_MAX {
+                    self.principals.remove(0);
                 }
-                self.met_by.push(principal);
+                self.principals.push(principal);
             }
         }
         // What failed tells more than that a budget ran out.
@@ -143,12 +147,12 @@ impl Trouble {
         }
         self.failed = operation.clone();
         self.failed_at = now;
-        self.probes = operation.clone();
+        self.probe_operation = operation.clone();
         self.failures
             .retain(|at| now.saturating_duration_since(*at) <= WINDOW);
         self.failures.push(now);
         // One repository says nothing of the others: they are still asked.
-        let may_open = self.extent != Extent::Repositories || self.is_several;
+        let may_open = self.granularity != Granularity::Repositories || self.is_widespread;
         match self.state {
             State::Suspected if self.failures.len() >= FAILURES_MAX && may_open => {
                 self.failures.clear();
@@ -166,7 +170,7 @@ impl Trouble {
     }
 
     /// A response came that shows no more than that something is alive, or a probe that shows nothing.
-    pub(super) fn half_opens(&mut self) {
+    pub(super) fn half_open(&mut self) {
         if let State::Open(since) = self.state {
             self.state = State::HalfOpen(since);
         }
@@ -177,34 +181,36 @@ impl Trouble {
         self.failed_at
     }
 
-    pub(super) fn nature(&self) -> Nature {
-        self.nature
+    pub(super) fn mode(&self) -> FailureMode {
+        self.mode
     }
 
     /// Whether a response for `operation` ends it.
-    pub(super) fn ends_by(&self, operation: &Operation) -> bool {
-        self.nature == Nature::Silence || self.failed == *operation
+    pub(super) fn is_closed_by(&self, operation: &Operation) -> bool {
+        self.mode == FailureMode::NoResponse || self.failed == *operation
     }
 
     /// How long an asker with a cached copy waits.
-    pub(super) fn wait(&mut self, (operation, principal): (&Operation, [u8; 32]), now: Instant) -> Wait {
-        if !self.is_for_all && !self.met_by.contains(&principal) {
-            return Wait::Budget;
+    pub(super) fn wait(&mut self, (operation, principal): (&Operation, [u8; 32]), now: Instant) -> WaitLimit {
+        if !self.affects_all && !self.principals.contains(&principal) {
+            return WaitLimit::Full;
         }
         let is_open = matches!(self.state, State::Open(_));
         let is_failed = self.failed == *operation;
-        let wait = match self.nature {
-            Nature::Error if is_open && is_failed => Wait::Nothing,
-            Nature::Error => return Wait::Budget,
-            Nature::Silence if is_open && (self.is_several || is_failed) => Wait::Nothing,
+        let wait = match self.mode {
+            FailureMode::Error if is_open && is_failed => WaitLimit::None,
+            FailureMode::Error => return WaitLimit::Full,
+            FailureMode::NoResponse if is_open && (self.is_widespread || is_failed) => WaitLimit::None,
             // Such a failure comes soon, and the wait is not needed for it.
-            Nature::Silence if matches!(self.cause, Cause::Refused | Cause::Tls(_)) => Wait::Budget,
-            Nature::Silence => Wait::Short,
+            FailureMode::NoResponse if matches!(self.cause, Cause::Refused | Cause::Tls(_)) => {
+                WaitLimit::Full
+            }
+            FailureMode::NoResponse => WaitLimit::Short,
         };
-        self.asked_at = now;
-        if wait == Wait::Nothing {
+        self.requested_at = now;
+        if wait == WaitLimit::None {
             // Nothing else finds out whether this one has a response.
-            self.probes = operation.clone();
+            self.probe_operation = operation.clone();
         }
         wait
     }
@@ -224,47 +230,47 @@ impl Trouble {
         matches!(self.state, State::HalfOpen(_))
     }
 
-    pub(super) fn asked_at(&self) -> Instant {
-        self.asked_at
+    pub(super) fn requested_at(&self) -> Instant {
+        self.requested_at
     }
 
     /// The next probe is for this, at once.
-    pub(super) fn probes_first(&mut self, operation: Operation) {
-        self.probes = operation;
+    pub(super) fn set_next_probe(&mut self, operation: Operation) {
+        self.probe_operation = operation;
     }
 
     /// Whether it is probed at all: a few errors keep nothing from being sent.
     pub(super) fn is_probed(&self) -> bool {
-        self.nature == Nature::Silence || self.open_since().is_some()
+        self.mode == FailureMode::NoResponse || self.open_since().is_some()
     }
 
     /// When the next probe is sent.
     pub(super) fn due(&self) -> Instant {
         match self.probed_at {
-            None if self.probes != self.failed => self.asked_at,
+            None if self.probe_operation != self.failed => self.requested_at,
             None => self.began_at + PROBE_INTERVAL,
-            Some(at) if self.asked_at > at => at + PROBE_INTERVAL,
-            Some(at) => at + backoff(self.unasked),
+            Some(at) if self.requested_at > at => at + PROBE_INTERVAL,
+            Some(at) => at + backoff(self.idle_probes),
         }
     }
 
     /// A probe is sent: for what.
-    pub(super) fn probed(&mut self, now: Instant) -> Operation {
-        let is_asked = self.probed_at.is_none_or(|at| self.asked_at > at);
-        self.unasked = if is_asked {
+    pub(super) fn take_probe(&mut self, now: Instant) -> Operation {
+        let is_asked = self.probed_at.is_none_or(|at| self.requested_at > at);
+        self.idle_probes = if is_asked {
             0
         } else {
-            self.unasked.saturating_add(1)
+            self.idle_probes.saturating_add(1)
         };
         self.probed_at = Some(now);
-        std::mem::replace(&mut self.probes, self.failed.clone())
+        std::mem::replace(&mut self.probe_operation, self.failed.clone())
     }
 }
 
 /// The time to the probe after so many that no client asked for: 1, 2, 4, … 30 s.
-fn backoff(unasked: u32) -> Duration {
+fn backoff(idle_probes: u32) -> Duration {
     PROBE_INTERVAL
-        .saturating_mul(2_u32.saturating_pow(unasked.min(16)))
+        .saturating_mul(2_u32.saturating_pow(idle_probes.min(16)))
         .min(PROBE_INTERVAL_MAX)
 }
 

@@ -22,22 +22,22 @@ use hyper_util::client::legacy;
 use tokio::time::{Instant, timeout};
 
 use super::Upstream;
-use super::client::{self, Body, POOL_IDLE_MAX, Unavailable, content_length};
-use super::line::Line;
+use super::connector::UpstreamConnector;
+use super::http_client::{self, Body, HttpFailure, POOL_IDLE_MAX, content_length};
 use super::location::resolve;
 use super::origin::Origin;
 use crate::oci::cause::Cause;
 
 /// How long a registry may think once it has all of a request: it may be putting a large layer together.
-const REPLY_WITHIN: Duration = Duration::from_secs(15 * 60);
+const RESPONSE_TIMEOUT: Duration = Duration::from_secs(15 * 60);
 /// How long a request's body may rest on its way.
-const QUIET_MAX: Duration = Duration::from_secs(60);
+const BODY_IDLE_MAX: Duration = Duration::from_secs(60);
 
 /// The body of a request that is handed on.
-pub type Handed = UnsyncBoxBody<Bytes, Box<dyn Error + Send + Sync>>;
+pub type ForwardBody = UnsyncBoxBody<Bytes, Box<dyn Error + Send + Sync>>;
 
 /// A request that is handed on.
-pub struct Passing {
+pub struct ForwardRequest {
     /// As the client sent it.
     pub method: Method,
     /// As the client sent it: `/v2/…` at the registry, anything else beside it.
@@ -45,13 +45,13 @@ pub struct Passing {
     /// All that the client sent.
     pub headers: HeaderMap,
     /// Streamed.
-    pub body: Handed,
+    pub body: ForwardBody,
     /// Where the client thinks it is, as in `https://ghcr.io`: a `Location` at the upstream becomes one there.
     pub base: String,
 }
 
 /// An answer that is handed back.
-pub struct PassedOn {
+pub struct ForwardResponse {
     /// As the upstream sent it.
     pub status: StatusCode,
     /// All that concerns the client.
@@ -61,39 +61,43 @@ pub struct PassedOn {
     body: Body,
 }
 
-impl PassedOn {
+impl ForwardResponse {
     /// The next bytes; `None` at the end and only there.
     pub async fn chunk(&mut self) -> Option<Result<Bytes, Cause>> {
         self.body.chunk().await
     }
 }
 
-pub(super) type Client = legacy::Client<Line, Watched>;
+pub(super) type Client = legacy::Client<UpstreamConnector, ProgressBody>;
 
-pub(super) fn client(line: &Line) -> Client {
-    client::client(line.clone(), POOL_IDLE_MAX)
+pub(super) fn client(connector: &UpstreamConnector) -> Client {
+    http_client::client(connector.clone(), POOL_IDLE_MAX)
 }
 
 impl Upstream {
     /// Hands a request on to the upstream's first address, and its answer back.
-    pub async fn pass(&self, passing: Passing) -> Result<PassedOn, Cause> {
+    pub async fn forward(&self, request: ForwardRequest) -> Result<ForwardResponse, Cause> {
         let origin = self.0.urls.first().ok_or(Cause::Unreachable)?;
-        self.pass_to(origin, passing).await
+        self.forward_to(origin, request).await
     }
 
     /// The same to the host of the upstream's token service.
-    pub async fn pass_beside(&self, realm: &Origin, passing: Passing) -> Result<PassedOn, Cause> {
-        self.pass_to(&realm.root(), passing).await
+    pub async fn forward_to_realm(
+        &self,
+        realm: &Origin,
+        request: ForwardRequest,
+    ) -> Result<ForwardResponse, Cause> {
+        self.forward_to(&realm.root(), request).await
     }
 
-    async fn pass_to(&self, origin: &Origin, passing: Passing) -> Result<PassedOn, Cause> {
-        let Passing {
+    async fn forward_to(&self, origin: &Origin, request: ForwardRequest) -> Result<ForwardResponse, Cause> {
+        let ForwardRequest {
             method,
             path_and_query,
             mut headers,
             body,
             base,
-        } = passing;
+        } = request;
         let is_api = path_and_query == "/v2" || path_and_query.starts_with("/v2/");
         let uri = if is_api {
             origin.join(&path_and_query)
@@ -101,36 +105,38 @@ impl Upstream {
             origin.join_root(&path_and_query)
         };
         let uri = uri.ok_or(Cause::Malformed)?;
-        without_hop_by_hop(&mut headers);
+        remove_hop_by_hop(&mut headers);
         for name in [HOST, EXPECT, CONTENT_LENGTH] {
             headers.remove(name);
         }
-        if let Some(authorization) = self.0.exchange.http.line().proxy_authorization(&uri) {
+        if let Some(authorization) = self.0.auth_client.http.connector().proxy_authorization(&uri) {
             headers.insert(PROXY_AUTHORIZATION, authorization);
         }
         let progress = Progress::default();
-        let body = Watched {
+        let body = ProgressBody {
             body,
             progress: progress.clone(),
         };
         let is_head = method == Method::HEAD;
-        let mut request = http::Request::builder()
+        let mut outgoing = http::Request::builder()
             .method(method)
             .uri(uri.clone())
             .body(body)
             .map_err(|_| Cause::Malformed)?;
-        *request.headers_mut() = headers;
+        *outgoing.headers_mut() = headers;
         let since = Instant::now();
         let (mut head, incoming) = progress
-            .awaiting(self.0.passing.request(request))
+            .awaiting(self.0.forward_client.request(outgoing))
             .await?
-            .map_err(|error| Unavailable::of(&error, &uri, (self.0.exchange.http.line(), since)).cause)?
+            .map_err(|error| {
+                HttpFailure::of(&error, &uri, (self.0.auth_client.http.connector(), since)).cause
+            })?
             .into_parts();
-        without_hop_by_hop(&mut head.headers);
-        relocate(&mut head.headers, origin, &uri, &base);
+        remove_hop_by_hop(&mut head.headers);
+        rewrite_location(&mut head.headers, origin, &uri, &base);
         let length = content_length(&head.headers);
         let promised = length.filter(|_| !is_head && head.status != StatusCode::NOT_MODIFIED);
-        Ok(PassedOn {
+        Ok(ForwardResponse {
             status: head.status,
             headers: head.headers,
             length,
@@ -140,7 +146,7 @@ impl Upstream {
 }
 
 /// RFC 9110 §7.6.1: what is between two neighbours only.
-fn without_hop_by_hop(headers: &mut HeaderMap) {
+fn remove_hop_by_hop(headers: &mut HeaderMap) {
     let named: Vec<HeaderName> = headers
         .get_all(CONNECTION)
         .iter()
@@ -166,7 +172,7 @@ fn without_hop_by_hop(headers: &mut HeaderMap) {
 
 /// A `Location` at the upstream's own address leads the client on through us, at the address that it knows; one
 /// elsewhere (signed storage) stays as it is.
-fn relocate(headers: &mut HeaderMap, origin: &Origin, asked: &Uri, base: &str) {
+fn rewrite_location(headers: &mut HeaderMap, origin: &Origin, asked: &Uri, base: &str) {
     let Some(location) = headers.get(LOCATION).map(HeaderValue::as_bytes) else {
         return;
     };
@@ -198,7 +204,7 @@ impl Progress {
 
     fn deadline(&self) -> Instant {
         let (at, ended) = *self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        at + if ended { REPLY_WITHIN } else { QUIET_MAX }
+        at + if ended { RESPONSE_TIMEOUT } else { BODY_IDLE_MAX }
     }
 
     /// Waits as long as the body moves, and then for the reply.
@@ -217,12 +223,12 @@ impl Progress {
 }
 
 /// A body that tells when it moves.
-pub(super) struct Watched {
-    body: Handed,
+pub(super) struct ProgressBody {
+    body: ForwardBody,
     progress: Progress,
 }
 
-impl http_body::Body for Watched {
+impl http_body::Body for ProgressBody {
     type Data = Bytes;
     type Error = Box<dyn Error + Send + Sync>;
 
@@ -276,14 +282,14 @@ mod tests {
             ),
         ] {
             let mut headers = HeaderMap::from_iter([(LOCATION, sent.parse().unwrap())]);
-            relocate(&mut headers, &origin, &asked, "https://reg.example");
+            rewrite_location(&mut headers, &origin, &asked, "https://reg.example");
             assert_eq!(headers[LOCATION], expected, "{sent}");
         }
         let plain: Origin = "https://reg.example".parse().unwrap();
         let asked = Uri::from_static("https://reg.example/v2/team/demo/blobs/uploads/");
         for sent in ["/v2/a?b", "https://reg.example/v2/a?b"] {
             let mut headers = HeaderMap::from_iter([(LOCATION, sent.parse().unwrap())]);
-            relocate(&mut headers, &plain, &asked, "https://reg.example");
+            rewrite_location(&mut headers, &plain, &asked, "https://reg.example");
             assert_eq!(
                 headers[LOCATION], sent,
                 "what is right stays as it was, byte for byte"
@@ -305,7 +311,7 @@ mod tests {
         .map(|(name, value)| (HeaderName::from_static(name), HeaderValue::from_static(value)))
         .into_iter()
         .collect();
-        without_hop_by_hop(&mut headers);
+        remove_hop_by_hop(&mut headers);
         let mut left: Vec<_> = headers.keys().map(HeaderName::as_str).collect();
         left.sort_unstable();
         assert_eq!(left, ["authorization", "content-range"]);
@@ -316,9 +322,9 @@ mod tests {
         let progress = Progress::default();
         let started = Instant::now();
         let waited = progress.awaiting(std::future::pending::<()>()).await;
-        assert_eq!((waited, started.elapsed()), (Err(Cause::Timeout), QUIET_MAX));
+        assert_eq!((waited, started.elapsed()), (Err(Cause::Timeout), BODY_IDLE_MAX));
         progress.moved(true);
-        let late = tokio::time::sleep(REPLY_WITHIN / 2);
+        let late = tokio::time::sleep(RESPONSE_TIMEOUT / 2);
         assert!(progress.awaiting(late).await.is_ok());
     }
 }

@@ -6,13 +6,13 @@ use bytes::Bytes;
 use http::{HeaderMap, StatusCode};
 use tokio::time::Instant;
 
-use super::answer::Answer;
-use super::client::Body;
-use super::health::Kind;
-use super::limits::Lane;
+use super::failover::{self, FailoverRound};
+use super::health::RequestKind;
+use super::http_client::Body;
+use super::rate_limit::LimitClass;
+use super::response::UpstreamResponse;
 use super::settings::Caller;
-use super::urls::{self, Round};
-use super::{Upstream, passes};
+use super::{Upstream, pause_ended};
 use crate::oci::accept::Accept;
 use crate::oci::cause::Cause;
 use crate::oci::digest::Digest;
@@ -23,20 +23,20 @@ use crate::queue::Place;
 
 /// One of an upstream's addresses, by its position.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Address(pub(super) usize);
+pub struct UrlIndex(pub(super) usize);
 
 /// Which bytes are asked for, and where not to begin.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Part {
+pub struct RangeSpec {
     /// The first byte.
     pub from: u64,
     /// The byte after the last; `None`: to the end.
     pub until: Option<u64>,
     /// The address that broke off last time: the next ones are asked before it.
-    pub after: Option<Address>,
+    pub after: Option<UrlIndex>,
 }
 
-impl Part {
+impl RangeSpec {
     /// The `Range` header, unless everything is asked for.
     pub(super) fn range(&self) -> Option<String> {
         match (self.from, self.until) {
@@ -48,7 +48,7 @@ impl Part {
 }
 
 /// What a GET brought. Dropping it ends the transfer. Nothing in it is verified: digest and length are promises.
-pub struct Fetched {
+pub struct ResponseStream {
     /// 200, or 206 if a range was asked for and given.
     pub status: StatusCode,
     /// `Docker-Content-Digest`, if there is one that can be computed.
@@ -64,29 +64,29 @@ pub struct Fetched {
     /// What the upstream says is left of the caller's allowance.
     pub rate_limit: RateLimit,
     /// Which of the upstream's addresses it came from.
-    pub address: Address,
+    pub url: UrlIndex,
     /// Whether another origin sent it, to which the registry redirected the request.
-    pub is_elsewheres: bool,
+    pub is_redirect_target: bool,
     /// All headers of the answer. Only named ones may be passed on (`Link`, `OCI-Filters-Applied`).
     pub headers: HeaderMap,
     pub(super) body: Body,
     /// Held until the transfer ends.
-    pub(super) place: Option<Place>,
+    pub(super) permit: Option<Place>,
 }
 
 impl Upstream {
     /// Fetches `operation`, from byte `from` on if given (`Range: bytes=N-`; an upstream that ignores it answers from
-    /// the start, see [`Fetched::start`]). `Err` is whatever is not a 200 or 206.
+    /// the start, see [`ResponseStream::start`]). `Err` is whatever is not a 200 or 206.
     pub async fn get(
         &self,
         caller: &Caller,
         operation: &Operation,
         accept: &Accept,
         from: Option<u64>,
-    ) -> Result<Fetched, Answer> {
-        let part = Part {
+    ) -> Result<ResponseStream, UpstreamResponse> {
+        let part = RangeSpec {
             from: from.unwrap_or(0),
-            ..Part::default()
+            ..RangeSpec::default()
         };
         self.get_part(caller, operation, accept, part).await
     }
@@ -99,11 +99,11 @@ impl Upstream {
         caller: &Caller,
         operation: &Operation,
         accept: &Accept,
-        part: Part,
-    ) -> Result<Fetched, Answer> {
+        part: RangeSpec,
+    ) -> Result<ResponseStream, UpstreamResponse> {
         loop {
             match Box::pin(self.get_now(caller, operation, accept, part)).await {
-                Err(answer) if passes(&answer, caller).await => {}
+                Err(answer) if pause_ended(&answer, caller).await => {}
                 got => return got,
             }
         }
@@ -114,19 +114,19 @@ impl Upstream {
         caller: &Caller,
         operation: &Operation,
         accept: &Accept,
-        part: Part,
-    ) -> Result<Fetched, Answer> {
+        part: RangeSpec,
+    ) -> Result<ResponseStream, UpstreamResponse> {
         if let Some(cause) = self.0.offline.cause() {
-            return Err(Answer::silent(cause));
+            return Err(UpstreamResponse::unavailable(cause));
         }
         // Who fetches a blob has a place among the downloads, which lasts as long as the transfer.
-        let place = if matches!(operation, Operation::Blob { .. }) {
+        let permit = if matches!(operation, Operation::Blob { .. }) {
             None
         } else {
             Some(self.admit(caller, operation).await.map_err(|answer| *answer)?)
         };
         let mut fetched = self.get_round(caller, (operation, accept), part).await?;
-        fetched.place = place;
+        fetched.permit = permit;
         Ok(fetched)
     }
 
@@ -135,63 +135,70 @@ impl Upstream {
         &self,
         caller: &Caller,
         (operation, accept): (&Operation, &Accept),
-        part: Part,
-    ) -> Result<Fetched, Answer> {
-        let pending = self.0.sent(Kind::of_request(operation, false), operation, caller);
-        let resumed = part.after.map(|Address(last)| last + 1);
-        let request = resumed.map_or(urls::Request::First, |_| urls::Request::Resumed);
-        let (count, lane) = (self.0.urls.len(), Lane::of(operation, true));
-        let mut round = Round::new(request);
+        part: RangeSpec,
+    ) -> Result<ResponseStream, UpstreamResponse> {
+        let pending = self
+            .0
+            .sent(RequestKind::of_request(operation, false), operation, caller);
+        let resumed = part.after.map(|UrlIndex(last)| last + 1);
+        let attempt = resumed.map_or(failover::Attempt::First, |_| failover::Attempt::Resumed);
+        let (count, class) = (self.0.urls.len(), LimitClass::of(operation, true));
+        let mut round = FailoverRound::new(attempt);
         for step in 0..count {
             let position = (resumed.unwrap_or(0) + step) % count;
             let Some(origin) = self.0.urls.get(position) else {
                 continue;
             };
             let limits = &self.0.learned.limits;
-            let got = match limits.admit(origin, lane, caller, Instant::now()) {
-                Err(pause) => Err(Answer::paused(pause).into()),
-                Ok(turn) => {
+            let got = match limits.admit(origin, class, caller, Instant::now()) {
+                Err(pause) => Err(UpstreamResponse::paused(pause).into()),
+                Ok(permit) => {
                     let (began, trace) = (Instant::now(), caller.trace.within());
-                    let question = self.question((origin, &pending), caller, (operation, accept), &trace);
-                    let got = question.get(part, Address(position), self.0.timeouts.idle).await;
-                    let told = got.as_ref().err().map(Box::as_ref);
-                    self.0.tell((operation, false), told, began, &trace);
+                    let request = self.request((origin, &pending), caller, (operation, accept), &trace);
+                    let got = request.get(part, UrlIndex(position), self.0.timeouts.idle).await;
+                    let failed = got.as_ref().err().map(Box::as_ref);
+                    self.0.observe((operation, false), failed, began, &trace);
                     match got {
                         Ok(fetched) => {
-                            limits.note(caller, &fetched.rate_limit, Instant::now());
-                            turn.passed();
+                            limits.record(caller, &fetched.rate_limit, Instant::now());
+                            permit.not_limited();
                             Ok(fetched)
                         }
-                        Err(answer) => Err(Box::new(self.0.note((origin, lane), caller, turn, *answer))),
+                        Err(answer) => Err(Box::new(self.0.record_limits(
+                            (origin, class),
+                            caller,
+                            permit,
+                            *answer,
+                        ))),
                     }
                 }
             };
             match got {
-                Ok(fetched) => return Ok(self.served(pending, (origin, operation), fetched).await),
+                Ok(fetched) => return Ok(self.finish_success(pending, (origin, operation), fetched).await),
                 Err(answer) => {
                     let outcome = self.outcome(origin, operation, &answer).await;
-                    if round.take(origin, outcome, *answer) {
+                    if round.add(origin, outcome, *answer) {
                         break;
                     }
                 }
             }
         }
-        Err(self.ended(pending, round))
+        Err(self.finish_failure(pending, round))
     }
 }
 
-impl Fetched {
+impl ResponseStream {
     /// Gives its place back before the transfer ends: what a client takes at its own pace holds none from others.
     #[must_use]
-    pub fn without_place(self) -> Self {
-        Self { place: None, ..self }
+    pub fn without_permit(self) -> Self {
+        Self { permit: None, ..self }
     }
 
     /// Holds a place among the downloads until the transfer ends.
     #[must_use]
-    pub fn holding(self, place: Place) -> Self {
+    pub fn holding(self, permit: Place) -> Self {
         Self {
-            place: Some(place),
+            permit: Some(permit),
             ..self
         }
     }
@@ -204,16 +211,16 @@ impl Fetched {
 
     /// The whole body; [`Cause::TooLarge`] as soon as it is known to be longer than `bytes_max`.
     pub async fn collect(self, bytes_max: usize) -> Result<Bytes, Cause> {
-        let Fetched { body, place, .. } = self;
+        let ResponseStream { body, permit, .. } = self;
         let collected = body.collect(bytes_max).await;
-        drop(place);
+        drop(permit);
         collected
     }
 }
 
-impl fmt::Debug for Fetched {
+impl fmt::Debug for ResponseStream {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Fetched")
+        f.debug_struct("ResponseStream")
             .field("status", &self.status)
             .field("digest", &self.digest)
             .field("length", &self.length)

@@ -6,14 +6,14 @@ use http::{HeaderMap, HeaderValue, Method, StatusCode};
 use tokio::time::Instant;
 
 use super::Caller;
-use super::answer::{Answer, Said, header_digest};
-use super::client::{Body, Reply, content_length};
-use super::exchange::{Ask, Exchange, Refusal};
-use super::fetched::{Address, Fetched, Part};
+use super::auth_client::{AuthClient, ErrorResponse, RequestSpec};
+use super::http_client::{Body, HttpResponse, content_length};
 use super::origin::Origin;
 use super::proof::{self, Sender};
-use super::quirk::{Quirk, QuirksAt};
-use super::state::Pending;
+use super::quirks::{Quirk, QuirksAt};
+use super::response::{ResponseKind, UpstreamResponse, header_digest};
+use super::response_stream::{RangeSpec, ResponseStream, UrlIndex};
+use super::state::InFlightRequest;
 use crate::oci::accept::Accept;
 use crate::oci::cause::Cause;
 use crate::oci::digest::{Algorithm, AnyDigest, Digest};
@@ -25,9 +25,9 @@ use crate::oci::range::parse_content_range;
 use crate::trace_context::Trace;
 
 /// One question, with everything it needs.
-pub(super) struct Question<'a> {
-    pub(super) exchange: &'a Exchange,
-    pub(super) pending: &'a Pending<'a>,
+pub(super) struct RegistryRequest<'a> {
+    pub(super) auth_client: &'a AuthClient,
+    pub(super) pending: &'a InFlightRequest<'a>,
     pub(super) quirks: QuirksAt<'a>,
     pub(super) origin: &'a Origin,
     pub(super) caller: &'a Caller,
@@ -36,81 +36,83 @@ pub(super) struct Question<'a> {
     pub(super) manifest_bytes_max: usize,
     pub(super) trace: &'a Trace,
     /// A no is not checked by a GET. Who pushes needs to know what the registry takes for there.
-    pub(super) takes_heads_word: bool,
+    pub(super) trusts_head: bool,
 }
 
-impl Question<'_> {
+impl RegistryRequest<'_> {
     /// Which digest, or whether at all; costs no transfer where the registry plays along.
-    pub(super) async fn head(&self) -> Answer {
+    pub(super) async fn head(&self) -> UpstreamResponse {
         match self.operation {
             Operation::Manifest { reference, .. } => self.head_manifest(reference).await,
             Operation::Blob { .. } => self.head_blob().await,
             // Some registries know no HEAD here, and the bodies are small.
             Operation::Ping | Operation::Tags { .. } | Operation::Referrers { .. } => self
-                .ask(Method::GET, None)
+                .send(Method::GET, None)
                 .await
-                .map_or_else(|refusal| refusal.answer, |reply| self.read(&reply)),
+                .map_or_else(|error| error.answer, |reply| self.read(&reply)),
         }
     }
 
-    async fn head_manifest(&self, reference: &Reference) -> Answer {
+    async fn head_manifest(&self, reference: &Reference) -> UpstreamResponse {
         let now = Instant::now();
         if self.quirks.has(Quirk::HeadRefused, now) || self.quirks.has(Quirk::NoDigest, now) {
             return self.get_manifest(reference, None).await;
         }
-        let refusal = match self.ask(Method::HEAD, None).await {
+        let error = match self.send(Method::HEAD, None).await {
             Ok(reply) => {
                 let answer = self.read(&reply);
                 let is_ok = reply.status == StatusCode::OK;
                 drop(reply);
-                return match answer.said {
-                    Said::Is(_) | Said::Unproven(_) => answer,
-                    Said::Unnamed if self.is_foreign() => answer,
+                return match answer.kind {
+                    ResponseKind::Digest(_) | ResponseKind::UnprovenDigest(_) => answer,
+                    ResponseKind::NoDigest if self.has_unsupported_digest() => answer,
                     // The label may be wrong: the bytes tell.
-                    Said::Silent(Cause::Unverifiable) => self.get_manifest(reference, None).await,
+                    ResponseKind::Unavailable(Cause::Unverifiable) => {
+                        self.get_manifest(reference, None).await
+                    }
                     // Without the registry's marks, also as a page, it may be a HEAD that is merely labelled wrong.
                     _ if is_ok => self.get_manifest(reference, Some(Quirk::NoDigest)).await,
                     _ => answer,
                 };
             }
-            Err(refusal) => *refusal,
+            Err(error) => *error,
         };
-        let quirk = match refusal.answer.said {
-            Said::Forbidden => Quirk::HeadForbidden,
+        let quirk = match error.answer.kind {
+            ResponseKind::Denied => Quirk::HeadForbidden,
             _ => Quirk::HeadUntrue,
         };
         let known = self.quirks.has(quirk, now);
-        match refusal.answer.status.map(|status| status.as_u16()) {
+        match error.answer.status.map(|status| status.as_u16()) {
             Some(405 | 501) => self.get_manifest(reference, Some(Quirk::HeadRefused)).await,
             Some(400 | 403 | 404 | 410 | 500) if known || self.may_check(now) => {
                 let checked = self.get_manifest(reference, Some(quirk)).await;
-                truer(refusal.answer, checked, known)
+                choose_response(error.answer, checked, known)
             }
             // The body says whether it is a limit, and a HEAD has none.
             Some(status)
-                if refusal.of_registry
+                if error.is_from_registry
                     && status != StatusCode::UNAUTHORIZED
-                    && matches!(refusal.answer.said, Said::Forbidden | Said::Other(_)) =>
+                    && matches!(error.answer.kind, ResponseKind::Denied | ResponseKind::Other(_)) =>
             {
-                match self.ask(Method::GET, None).await {
-                    Err(by_get) if by_get.answer.asks_to_wait().is_some() => {
-                        truer(refusal.answer, by_get.answer, false)
+                match self.send(Method::GET, None).await {
+                    Err(get_error) if get_error.answer.backoff_cause().is_some() => {
+                        choose_response(error.answer, get_error.answer, false)
                     }
-                    Ok(_) | Err(_) => refusal.answer,
+                    Ok(_) | Err(_) => error.answer,
                 }
             }
-            _ => refusal.answer,
+            _ => error.answer,
         }
     }
 
     /// Whether a HEAD that says no is worth a GET of the same: see [`QuirksAt::may_check`].
     fn may_check(&self, now: Instant) -> bool {
         let path = self.operation.path_and_query();
-        !self.takes_heads_word && self.quirks.may_check(self.caller.principal, path, now)
+        !self.trusts_head && self.quirks.may_check(self.caller.principal, path, now)
     }
 
     /// Whether what is asked about has a digest that cannot be verified here.
-    fn is_foreign(&self) -> bool {
+    fn has_unsupported_digest(&self) -> bool {
         matches!(
             self.operation,
             Operation::Manifest {
@@ -124,24 +126,24 @@ impl Question<'_> {
     }
 
     /// A GET that stands in for a HEAD: the digest is computed over the bytes, and the bytes are kept.
-    async fn get_manifest(&self, reference: &Reference, teaches: Option<Quirk>) -> Answer {
-        let reply = match self.ask(Method::GET, None).await {
+    async fn get_manifest(&self, reference: &Reference, proves: Option<Quirk>) -> UpstreamResponse {
+        let reply = match self.send(Method::GET, None).await {
             Ok(reply) => reply,
-            Err(refusal) => return refusal.answer,
+            Err(error) => return error.answer,
         };
         if !matches!(reply.status, StatusCode::OK) {
-            return Answer::silent(Cause::NotRegistry);
+            return UpstreamResponse::unavailable(Cause::NotRegistry);
         }
         let answer = self.read(&reply);
         let is_page = proof::is_page(&reply.headers);
-        let sender = Sender::of(reply.abroad);
-        let promised = header_digest(&reply.headers);
+        let sender = Sender::of(reply.from_other_origin);
+        let stated = header_digest(&reply.headers);
         let bytes = match reply
-            .collect(self.manifest_bytes_max, self.exchange.headers_within)
+            .collect(self.manifest_bytes_max, self.auth_client.headers_timeout)
             .await
         {
             Ok(bytes) => bytes,
-            Err(cause) => return Answer::silent(cause),
+            Err(cause) => return UpstreamResponse::unavailable(cause),
         };
         // A login page or an error with status 200 is no manifest, and must not become a "newer" one.
         let manifest = Manifest::read(&bytes).ok();
@@ -153,8 +155,8 @@ impl Question<'_> {
         };
         let is_signed = |manifest: &Manifest| manifest.is_signed_schema_1(sent);
         if !is_asked_for && manifest.as_ref().is_some_and(is_signed) {
-            return Answer {
-                said: Said::Silent(Cause::Unverifiable),
+            return UpstreamResponse {
+                kind: ResponseKind::Unavailable(Cause::Unverifiable),
                 ..answer
             };
         }
@@ -168,7 +170,7 @@ impl Question<'_> {
             (!is_page && manifest.has_shape_of(&media_type)).then_some(media_type)
         });
         let Some(media_type) = media_type else {
-            return Answer::silent(if is_page {
+            return UpstreamResponse::unavailable(if is_page {
                 Cause::NotRegistry
             } else {
                 Cause::Malformed
@@ -180,26 +182,26 @@ impl Question<'_> {
             }
             Reference::Digest(AnyDigest::Foreign(_)) => return answer,
             Reference::Tag(_) => {
-                let algorithm = promised.map_or(Algorithm::Sha256, |promised| promised.algorithm());
+                let algorithm = stated.map_or(Algorithm::Sha256, |stated| stated.algorithm());
                 (Digest::of(algorithm, &bytes), None)
             }
         };
         if asked.is_some_and(|asked| asked != digest) {
-            return Answer::silent(Cause::WrongDigest);
+            return UpstreamResponse::unavailable(Cause::WrongDigest);
         }
-        if promised.is_some_and(|promised| promised.algorithm() == digest.algorithm() && promised != digest) {
+        if stated.is_some_and(|stated| stated.algorithm() == digest.algorithm() && stated != digest) {
             tracing::warn!(origin = %self.origin, path = self.operation.path_and_query(), computed = %digest,
                 "the registry's digest header is not that of the manifest it sent");
         }
-        if let Some(quirk) = teaches {
+        if let Some(quirk) = proves {
             self.quirks.learn(quirk, Instant::now());
         }
         let is_proof = manifest.is_some_and(|manifest| proof::is_by_manifest(&manifest, sender));
-        Answer {
-            said: if is_proof {
-                Said::Is(digest)
+        UpstreamResponse {
+            kind: if is_proof {
+                ResponseKind::Digest(digest)
             } else {
-                Said::Unproven(digest)
+                ResponseKind::UnprovenDigest(digest)
             },
             length: Some(bytes.len() as u64),
             body: Some((bytes, media_type.clone())),
@@ -210,85 +212,86 @@ impl Question<'_> {
 
     /// Whether the registry has the blob for this caller. A yes should say how long it is, and one without the registry's
     /// marks proves nothing, so where the HEAD says less a GET of one byte is sent as well, and that counts.
-    async fn head_blob(&self) -> Answer {
+    async fn head_blob(&self) -> UpstreamResponse {
         let now = Instant::now();
         if self.quirks.has(Quirk::BlobHeadRefused, now) || self.quirks.has(Quirk::BlobHeadUntrue, now) {
-            return self.probe_blob(None).await;
+            return self.get_first_byte(None).await;
         }
-        let refusal = match self.ask(Method::HEAD, None).await {
+        let error = match self.send(Method::HEAD, None).await {
             Ok(reply) => {
                 let answer = self.read(&reply);
                 let is_ok = reply.status == StatusCode::OK;
                 drop(reply);
                 let has_length = answer.length.is_some_and(|length| length > 0);
-                return match answer.said {
-                    Said::Is(_) if !has_length => {
-                        let probed = self.probe_blob(Some(Quirk::BlobHeadRefused)).await;
-                        let is_yes = probed.said.is_yes();
+                return match answer.kind {
+                    ResponseKind::Digest(_) if !has_length => {
+                        let probed = self.get_first_byte(Some(Quirk::BlobHeadRefused)).await;
+                        let is_yes = probed.kind.is_success();
                         // A length of 0 is that of an empty response, unless the blob is empty.
-                        let own = answer.length.filter(|_| self.is_of_nothing());
+                        let own = answer.length.filter(|_| self.is_empty_blob());
                         let length = probed.length.filter(|_| is_yes).or(own);
-                        Answer { length, ..answer }
+                        UpstreamResponse { length, ..answer }
                     }
-                    Said::Silent(Cause::NotRegistry) | Said::Unproven(_) if is_ok && !has_length => {
-                        self.probe_blob(Some(Quirk::BlobHeadRefused)).await
+                    ResponseKind::Unavailable(Cause::NotRegistry) | ResponseKind::UnprovenDigest(_)
+                        if is_ok && !has_length =>
+                    {
+                        self.get_first_byte(Some(Quirk::BlobHeadRefused)).await
                     }
                     _ => answer,
                 };
             }
-            Err(refusal) => *refusal,
+            Err(error) => *error,
         };
-        match refusal.answer.status.map(|status| status.as_u16()) {
+        match error.answer.status.map(|status| status.as_u16()) {
             // Signed URLs hold for one method, so storage may refuse the HEAD of what it gives to a GET.
-            _ if refusal.abroad => self.probe_blob(Some(Quirk::BlobHeadRefused)).await,
-            Some(405 | 501) => self.probe_blob(Some(Quirk::BlobHeadRefused)).await,
+            _ if error.from_other_origin => self.get_first_byte(Some(Quirk::BlobHeadRefused)).await,
+            Some(405 | 501) => self.get_first_byte(Some(Quirk::BlobHeadRefused)).await,
             Some(status @ (400 | 401 | 403 | 404 | 410 | 500)) if self.may_check(now) => {
                 let quirk = if matches!(status, 404 | 410) {
                     Quirk::BlobHeadUntrue
                 } else {
                     Quirk::BlobHeadRefused
                 };
-                let checked = self.probe_blob(Some(quirk)).await;
-                truer(refusal.answer, checked, false)
+                let checked = self.get_first_byte(Some(quirk)).await;
+                choose_response(error.answer, checked, false)
             }
-            _ => refusal.answer,
+            _ => error.answer,
         }
     }
 
     /// A GET of one byte that stands in for the HEAD of a blob.
-    async fn probe_blob(&self, teaches: Option<Quirk>) -> Answer {
+    async fn get_first_byte(&self, proves: Option<Quirk>) -> UpstreamResponse {
         let range = Some(HeaderValue::from_static("bytes=0-0"));
-        let reply = match self.ask(Method::GET, range).await {
+        let reply = match self.send(Method::GET, range).await {
             Ok(reply) => reply,
             // An empty blob has no first byte; whether it is one, its digest tells.
-            Err(refusal)
-                if refusal.answer.status == Some(StatusCode::RANGE_NOT_SATISFIABLE)
-                    && self.is_of_nothing() =>
+            Err(error)
+                if error.answer.status == Some(StatusCode::RANGE_NOT_SATISFIABLE) && self.is_empty_blob() =>
             {
-                return Answer {
+                return UpstreamResponse {
                     length: Some(0),
-                    ..self.read_as(StatusCode::OK, &HeaderMap::new(), Sender::Elsewhere)
+                    ..self.read_as(StatusCode::OK, &HeaderMap::new(), Sender::OtherOrigin)
                 };
             }
-            Err(refusal) => return refusal.answer,
+            Err(error) => return error.answer,
         };
         let length = match reply.status {
             StatusCode::PARTIAL_CONTENT => match content_range(&reply.headers) {
                 Some((0, total)) => total,
-                _ => return Answer::silent(Cause::Malformed),
+                _ => return UpstreamResponse::unavailable(Cause::Malformed),
             },
             _ => content_length(&reply.headers),
         };
         let answer = self.read(&reply);
-        if answer.said.is_yes()
-            && let Some(quirk) = teaches
+        if answer.kind.is_success()
+            && let Some(quirk) = proves
         {
             self.quirks.learn(quirk, Instant::now());
         }
-        Answer { length, ..answer }
+        UpstreamResponse { length, ..answer }
     }
 
-    fn is_of_nothing(&self) -> bool {
+    fn is_empty_blob(&self) -> bool {
         let Operation::Blob {
             digest: AnyDigest::Known(digest),
             ..
@@ -299,65 +302,73 @@ impl Question<'_> {
         Digest::of(digest.algorithm(), b"") == *digest
     }
 
-    fn read(&self, reply: &Reply) -> Answer {
-        self.read_as(reply.status, &reply.headers, Sender::of(reply.abroad))
+    fn read(&self, reply: &HttpResponse) -> UpstreamResponse {
+        self.read_as(reply.status, &reply.headers, Sender::of(reply.from_other_origin))
     }
 
-    fn read_as(&self, status: StatusCode, headers: &HeaderMap, sender: Sender) -> Answer {
-        Answer::read(self.operation, status, headers, sender)
+    fn read_as(&self, status: StatusCode, headers: &HeaderMap, sender: Sender) -> UpstreamResponse {
+        UpstreamResponse::read(self.operation, status, headers, sender)
     }
 
-    /// The bytes; only those of `part` if the registry knows how.
+    /// The bytes; only those of `range_spec` if the registry knows how.
     pub(super) async fn get(
         &self,
-        part: Part,
-        address: Address,
+        range_spec: RangeSpec,
+        url: UrlIndex,
         idle: std::time::Duration,
-    ) -> Result<Fetched, Box<Answer>> {
-        let range = part.range().map(HeaderValue::try_from);
-        let range = range.transpose().map_err(|_| Answer::silent(Cause::Malformed))?;
+    ) -> Result<ResponseStream, Box<UpstreamResponse>> {
+        let range = range_spec.range().map(HeaderValue::try_from);
+        let range = range
+            .transpose()
+            .map_err(|_| UpstreamResponse::unavailable(Cause::Malformed))?;
         let ranged = range.is_some();
         let reply = self
-            .ask(Method::GET, range)
+            .send(Method::GET, range)
             .await
-            .map_err(|refusal| refusal.answer)?;
+            .map_err(|error| error.answer)?;
         // The bytes of a manifest or a blob tell what they are, whatever their label; of a list there is nothing else.
         let has_digest = matches!(
             self.operation,
             Operation::Manifest { .. } | Operation::Blob { .. }
         );
         if !has_digest && proof::is_page(&reply.headers) {
-            return Err(Answer::silent(Cause::NotRegistry).into());
+            return Err(UpstreamResponse::unavailable(Cause::NotRegistry).into());
         }
         let length = content_length(&reply.headers);
         let (start, total) = match (reply.status, ranged) {
             (StatusCode::OK, _) => (0, length),
             (StatusCode::PARTIAL_CONTENT, true) => match content_range(&reply.headers) {
-                Some((start, total)) if start == part.from => (start, total),
-                _ => return Err(Answer::silent(Cause::Malformed).into()),
+                Some((start, total)) if start == range_spec.from => (start, total),
+                _ => return Err(UpstreamResponse::unavailable(Cause::Malformed).into()),
             },
-            (StatusCode::PARTIAL_CONTENT, false) => return Err(Answer::silent(Cause::Malformed).into()),
-            _ => return Err(Answer::silent(Cause::NotRegistry).into()),
+            (StatusCode::PARTIAL_CONTENT, false) => {
+                return Err(UpstreamResponse::unavailable(Cause::Malformed).into());
+            }
+            _ => return Err(UpstreamResponse::unavailable(Cause::NotRegistry).into()),
         };
         let media_type = proof::media_type(&reply.headers);
-        Ok(Fetched {
+        Ok(ResponseStream {
             status: reply.status,
             digest: header_digest(&reply.headers),
             media_type,
             length,
             start,
             total,
-            is_elsewheres: reply.abroad,
+            is_redirect_target: reply.from_other_origin,
             rate_limit: RateLimit::read(&reply.headers),
-            address,
+            url,
             body: Body::new(reply.body, length, idle),
             headers: reply.headers,
-            place: None,
+            permit: None,
         })
     }
 
-    async fn ask(&self, method: Method, range: Option<HeaderValue>) -> Result<Reply, Box<Refusal>> {
-        let ask = Ask {
+    async fn send(
+        &self,
+        method: Method,
+        range: Option<HeaderValue>,
+    ) -> Result<HttpResponse, Box<ErrorResponse>> {
+        let spec = RequestSpec {
             method,
             operation: self.operation,
             accept: self.accept,
@@ -365,7 +376,7 @@ impl Question<'_> {
             trace: self.trace,
             pending: self.pending,
         };
-        self.exchange.ask(self.origin, self.caller, &ask).await
+        self.auth_client.send(self.origin, self.caller, &spec).await
     }
 }
 
@@ -373,14 +384,14 @@ impl Question<'_> {
 /// upstream are known to lie.
 ///
 /// A registry may deny the HEAD and limit only GETs. Such a limit says nothing of the right, so the denial stands.
-fn truer(head: Answer, get: Answer, is_known_to_lie: bool) -> Answer {
-    let head_is_usable = head.silence().is_none() && !is_known_to_lie;
-    let is_limit = get.asks_to_wait().is_some();
-    let get_counts = match (head.said, get.said) {
+fn choose_response(head: UpstreamResponse, get: UpstreamResponse, is_known_to_lie: bool) -> UpstreamResponse {
+    let head_is_usable = head.failure().is_none() && !is_known_to_lie;
+    let is_limit = get.backoff_cause().is_some();
+    let get_counts = match (head.kind, get.kind) {
         // A limit with the status of a denial shows in the body alone, and the response to a HEAD has none.
-        (Said::Forbidden, Said::Silent(_)) => is_limit && get.status == head.status,
-        (Said::Forbidden, Said::Other(_)) => false,
-        (_, Said::Silent(_)) => is_limit,
+        (ResponseKind::Denied, ResponseKind::Unavailable(_)) => is_limit && get.status == head.status,
+        (ResponseKind::Denied, ResponseKind::Other(_)) => false,
+        (_, ResponseKind::Unavailable(_)) => is_limit,
         _ => true,
     };
     if head_is_usable && !get_counts { head } else { get }

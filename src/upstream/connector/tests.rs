@@ -20,7 +20,7 @@ use tokio_rustls::TlsAcceptor;
 use super::*;
 use crate::upstream::tests::registry::{Registry, answer, manifest};
 use crate::upstream::tests::{MANIFEST, accept, anonymous, digest, tag};
-use crate::upstream::{ProxyChoice, Said, Settings, SettingsError, TlsError, Upstream};
+use crate::upstream::{ProxyChoice, ResponseKind, Settings, SettingsError, TlsError, Upstream};
 
 /// A registry behind TLS for `localhost`, and the CA that vouches for it.
 struct Secure {
@@ -85,12 +85,12 @@ impl Secure {
     }
 }
 
-async fn said(settings: Settings) -> Said {
-    Upstream::new(settings, &Connector::system())
+async fn said(settings: Settings) -> ResponseKind {
+    Upstream::new(settings, &Transport::system())
         .unwrap()
         .head(&anonymous(), &tag(), &accept())
         .await
-        .said
+        .kind
 }
 
 #[tokio::test]
@@ -103,7 +103,7 @@ async fn a_further_root_is_trusted_and_h2_is_spoken_where_it_is_offered() {
         let secure = Secure::start(Registry::start(|_| manifest()).await, protocols).await;
         assert_eq!(
             said(secure.settings("localhost")).await,
-            Said::Is(digest(MANIFEST))
+            ResponseKind::Digest(digest(MANIFEST))
         );
         assert_eq!(secure.registry.seen()[0].version, version);
     }
@@ -118,11 +118,11 @@ async fn an_unknown_ca_or_another_name_is_a_silence_by_tls() {
     };
     assert_eq!(
         said(strange).await,
-        Said::Silent(Cause::Tls(TlsFault::UnknownIssuer))
+        ResponseKind::Unavailable(Cause::Tls(TlsFault::UnknownIssuer))
     );
     assert_eq!(
         said(secure.settings("127.0.0.1")).await,
-        Said::Silent(Cause::Tls(TlsFault::WrongName))
+        ResponseKind::Unavailable(Cause::Tls(TlsFault::WrongName))
     );
     let plain = Registry::start(|_| manifest()).await;
     let url = plain.url().replace("http:", "https:").parse().unwrap();
@@ -130,7 +130,10 @@ async fn an_unknown_ca_or_another_name_is_a_silence_by_tls() {
         urls: vec![url],
         ..secure.settings("localhost")
     };
-    assert_eq!(said(plain).await, Said::Silent(Cause::Tls(TlsFault::NotTls)));
+    assert_eq!(
+        said(plain).await,
+        ResponseKind::Unavailable(Cause::Tls(TlsFault::NotTls))
+    );
     assert!(secure.registry.seen().is_empty());
 }
 
@@ -142,7 +145,7 @@ async fn a_redirect_never_leaves_tls() {
     let secure = Secure::start(registry, &[b"h2"]).await;
     assert_eq!(
         said(secure.settings("localhost")).await,
-        Said::Silent(Cause::Redirects(RedirectFault::Downgrade))
+        ResponseKind::Unavailable(Cause::Redirects(RedirectFault::Downgrade))
     );
     assert!(plain.seen().is_empty());
 }
@@ -153,7 +156,7 @@ fn a_root_that_is_none_is_named() {
         roots: vec![vec![1, 2, 3]],
         ..Settings::new("a", vec!["https://a".parse().unwrap()])
     };
-    let error = Upstream::new(settings, &Connector::system()).err();
+    let error = Upstream::new(settings, &Transport::system()).err();
     assert_eq!(error, Some(SettingsError::Tls(TlsError::Root(0))));
 }
 
@@ -165,7 +168,7 @@ async fn a_plain_upstream_is_asked_through_its_proxy_in_absolute_form() {
         proxy: ProxyChoice::Url(through),
         ..Settings::new("a", vec!["http://reg.example".parse().unwrap()])
     };
-    assert_eq!(said(settings).await, Said::Is(digest(MANIFEST)));
+    assert_eq!(said(settings).await, ResponseKind::Digest(digest(MANIFEST)));
     let seen = &proxy.seen()[0];
     assert_eq!(seen.uri, "http://reg.example/v2/library/a/manifests/latest");
     assert_eq!(seen.header("proxy-authorization"), Some("Basic dXNlcjpzZWNyZXQ="));
@@ -174,8 +177,11 @@ async fn a_plain_upstream_is_asked_through_its_proxy_in_absolute_form() {
 #[tokio::test]
 async fn a_tls_upstream_is_asked_through_a_tunnel() {
     for (reply, expected) in [
-        ("HTTP/1.1 200 OK\r\n\r\n", Said::Is(digest(MANIFEST))),
-        ("HTTP/1.1 407 No\r\n\r\n", Said::Silent(Cause::Unreachable)),
+        ("HTTP/1.1 200 OK\r\n\r\n", ResponseKind::Digest(digest(MANIFEST))),
+        (
+            "HTTP/1.1 407 No\r\n\r\n",
+            ResponseKind::Unavailable(Cause::Unreachable),
+        ),
     ] {
         let secure = Secure::start(Registry::start(|_| manifest()).await, &[b"h2"]).await;
         let target = secure.address;

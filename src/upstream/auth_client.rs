@@ -1,0 +1,590 @@
+//! One question to one address of an upstream, with whatever authorisation it takes.
+//!
+//! The order of things: the credential or the token that worked last time goes out with the first request; a 401 with
+//! a Bearer challenge is answered once with a new token; a second 401 is the registry's word. A client's own Bearer
+//! token is sent as it is and never exchanged.
+
+use std::hash::{BuildHasher as _, RandomState};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use http::header::{ACCEPT, AUTHORIZATION, RANGE, WWW_AUTHENTICATE};
+use http::{HeaderMap, HeaderValue, Method, StatusCode, Uri};
+
+use super::credentials::{CredentialProvider, UpstreamCredential};
+use super::health::RequestOutcome;
+use super::http_client::{Follow, HttpClient, HttpRequest, HttpResponse};
+use super::origin::Origin;
+use super::proof::{self, Sender};
+use super::redirect_auth::{OriginAuthorization, OtherRegistry, RedirectCredential};
+use super::response::{ResponseKind, UpstreamResponse};
+use super::retry_after::{is_limit_by_body, stated_wait};
+use super::state::InFlightRequest;
+use super::token::{LastToken, TokenCredential, TokenFailure, TokenKey, TokenOwner, TokenOwnerKind, Tokens};
+use super::{Caller, Credential};
+use crate::oci::accept::Accept;
+use crate::oci::cause::Cause;
+use crate::oci::challenge::Challenge;
+use crate::oci::error::Problem;
+use crate::oci::name::Repository;
+use crate::oci::operation::Operation;
+use crate::trace_context::Trace;
+
+/// Body of an error answer that is read for its text.
+const ERROR_BODY_BYTES_MAX: usize = 64 * 1024;
+/// How long an error's text is waited for.
+const ERROR_BODY_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// What it takes to ask: shared by all questions to one upstream.
+pub(super) struct AuthClient {
+    pub(super) http: HttpClient,
+    pub(super) tokens: Tokens,
+    pub(super) credentials: Option<Arc<CredentialProvider>>,
+    /// Whose tokens those of the own credential are that was used last: to look it up may take long.
+    pub(super) configured_owner: Mutex<Option<TokenOwner>>,
+    /// From a request to its answer's headers, redirects included.
+    pub(super) headers_timeout: Duration,
+}
+
+/// A question.
+pub(super) struct RequestSpec<'a> {
+    pub(super) method: Method,
+    pub(super) operation: &'a Operation,
+    pub(super) accept: &'a Accept,
+    pub(super) range: Option<HeaderValue>,
+    pub(super) trace: &'a Trace,
+    pub(super) pending: &'a InFlightRequest<'a>,
+}
+
+/// Anything but a 2xx.
+pub(super) struct ErrorResponse {
+    pub(super) answer: UpstreamResponse,
+    /// The registry redirected the request, and it is another origin that refuses.
+    pub(super) from_other_origin: bool,
+    /// The response looks like that of a registry, not of something in front of it.
+    pub(super) is_from_registry: bool,
+    /// The response is of another origin, to which the registry redirected.
+    pub(super) other_registry: Option<OtherRegistry>,
+    /// The token sent may merely be too old.
+    may_be_expired: bool,
+    pub(super) challenges: Vec<Challenge>,
+}
+
+impl ErrorResponse {
+    /// RFC 6750 §3.1: the token is expired or revoked, which says nothing about the right to read.
+    fn says_invalid_token(&self) -> bool {
+        self.challenges.iter().any(
+            |challenge| matches!(challenge, Challenge::Bearer { error: Some(error), .. } if error == "invalid_token"),
+        )
+    }
+}
+
+impl From<UpstreamResponse> for ErrorResponse {
+    fn from(answer: UpstreamResponse) -> Self {
+        ErrorResponse {
+            answer,
+            from_other_origin: false,
+            is_from_registry: true,
+            other_registry: None,
+            may_be_expired: false,
+            challenges: Vec::new(),
+        }
+    }
+}
+
+/// What a caller's credential means for the exchange.
+struct CallerAuth<'a> {
+    /// Sent when no token is at hand.
+    header: Option<HeaderValue>,
+    /// How to get a token; `None` if the caller brought one.
+    token_source: Option<(TokenOwner, CallerCredential<'a>)>,
+}
+
+#[derive(Clone, Copy)]
+pub(super) enum CallerCredential<'a> {
+    Anonymous,
+    Basic(&'a HeaderValue),
+    Configured(&'a UpstreamCredential),
+}
+
+impl<'a> CallerCredential<'a> {
+    pub(super) fn login(self) -> TokenCredential<'a> {
+        match self {
+            CallerCredential::Anonymous => TokenCredential::Anonymous,
+            CallerCredential::Basic(header) => TokenCredential::Basic(header),
+            CallerCredential::Configured(own) => TokenCredential::Configured(own),
+        }
+    }
+}
+
+impl AuthClient {
+    /// Asks. If the proxy's own credential is refused and there is a newer one by now, asks once more with that. What is
+    /// below is boxed: the compiler limits how deep futures may be nested.
+    pub(super) async fn send(
+        &self,
+        origin: &Origin,
+        caller: &Caller,
+        spec: &RequestSpec<'_>,
+    ) -> Result<HttpResponse, Box<ErrorResponse>> {
+        let (Credential::Configured, Some(own)) = (&caller.credential, &self.credentials) else {
+            return Box::pin(self.send_with_retry(origin, caller, None, spec)).await;
+        };
+        let repository = spec.operation.repository().map(|name| origin.name_of(name));
+        let repository = repository.as_ref();
+        let no_credential = |_| unavailable(Cause::OwnCredential);
+        spec.pending.set_paused(true);
+        let credential = own.current(repository).await;
+        spec.pending.set_paused(false);
+        let credential = credential.map_err(no_credential)?;
+        if let Some(credential) = &credential {
+            let mut last = self
+                .configured_owner
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner);
+            *last = Some(configured_owner(credential));
+        }
+        let first = Box::pin(self.send_with_retry(origin, caller, credential.as_deref(), spec)).await;
+        if let (Err(error), Some(used)) = (&first, &credential)
+            && error.answer.kind == ResponseKind::Denied
+            && let Some(renewed) = own.renewed(repository, used).await
+        {
+            return Box::pin(self.send_with_retry(origin, caller, Some(&renewed), spec)).await;
+        }
+        first
+    }
+
+    /// Asks, and once more after a short wait if the registry stumbled (5xx without a `Retry-After`).
+    async fn send_with_retry(
+        &self,
+        origin: &Origin,
+        caller: &Caller,
+        own: Option<&UpstreamCredential>,
+        spec: &RequestSpec<'_>,
+    ) -> Result<HttpResponse, Box<ErrorResponse>> {
+        let first = self.send_authorized(origin, caller, own, spec).await;
+        match &first {
+            Err(error) if is_transient(&error.answer) => {
+                tokio::time::sleep(jitter()).await;
+                self.send_authorized(origin, caller, own, spec).await
+            }
+            Ok(_) | Err(_) => first,
+        }
+    }
+
+    async fn send_authorized(
+        &self,
+        origin: &Origin,
+        caller: &Caller,
+        own: Option<&UpstreamCredential>,
+        spec: &RequestSpec<'_>,
+    ) -> Result<HttpResponse, Box<ErrorResponse>> {
+        let uri = origin
+            .join(&spec.operation.path_and_query())
+            .ok_or_else(|| unavailable(Cause::Malformed))?;
+        let caller_auth = caller_auth(caller, own);
+        let Some((owner, login)) = caller_auth.token_source else {
+            let token = caller_auth.header.as_ref();
+            return self
+                .send_across_redirect((origin, &uri), spec, token, RedirectCredential::Token(token))
+                .await;
+        };
+        let credential = RedirectCredential::TokenCredential(owner, login);
+        let repository = spec.operation.repository();
+        let remembered = repository.and_then(|name| self.tokens.last_token(origin, name, owner));
+        let (remembered, token) = match remembered {
+            Some(known) => self.renewed(origin, known, login, spec).await?,
+            None => (None, None),
+        };
+        let error = match self
+            .send_across_redirect(
+                (origin, &uri),
+                spec,
+                token.as_ref().or(caller_auth.header.as_ref()),
+                credential,
+            )
+            .await
+        {
+            Ok(reply) => return Ok(reply),
+            Err(error) => error,
+        };
+        if error.other_registry.is_some() {
+            return Err(error);
+        }
+        let unauthorised = error.answer.status == Some(StatusCode::UNAUTHORIZED) && !error.from_other_origin;
+        if matches!(spec.operation, Operation::Ping)
+            || !(unauthorised || (error.may_be_expired && token.is_some()))
+        {
+            return Err(error);
+        }
+        let Some(key) = self
+            .key(origin, &error, spec, owner)
+            .or(remembered.as_ref().map(|known| known.key.clone()))
+        else {
+            return Err(error);
+        };
+        let challenge = match remembered {
+            Some(known) => known.challenge,
+            None => error.answer.challenge.clone().into(),
+        };
+        let fresh = match self.token(&key, login, token.as_ref(), spec).await {
+            Ok(fresh) => fresh,
+            Err(TokenFailure::Denied(_)) => return Err(denied(error, &challenge)),
+            // The token had not run out, and the registry had an answer to it.
+            Err(_) if token.is_some() && unauthorised && !error.says_invalid_token() => {
+                return Err(denied(error, &challenge));
+            }
+            Err(failure) => return Err(token_failure_response(&failure)),
+        };
+        let second = self
+            .send_across_redirect((origin, &uri), spec, Some(&fresh), credential)
+            .await;
+        match second {
+            Err(error)
+                if error.answer.status == Some(StatusCode::UNAUTHORIZED)
+                    && error.other_registry.is_none() =>
+            {
+                self.tokens.forget(origin, repository, &key);
+                Err(denied(error, &challenge))
+            }
+            accepted => {
+                if let Some(repository) = repository {
+                    self.tokens
+                        .set_last_token(origin, repository, LastToken { key, challenge });
+                }
+                accepted
+            }
+        }
+    }
+
+    /// The token that worked last time, or its successor.
+    async fn renewed(
+        &self,
+        origin: &Origin,
+        known: LastToken,
+        login: CallerCredential<'_>,
+        spec: &RequestSpec<'_>,
+    ) -> Result<(Option<LastToken>, Option<HeaderValue>), Box<ErrorResponse>> {
+        match self.token(&known.key, login, None, spec).await {
+            Ok(header) => Ok((Some(known), Some(header))),
+            Err(TokenFailure::Denied(_)) => {
+                self.tokens
+                    .forget(origin, spec.operation.repository(), &known.key);
+                Ok((None, None))
+            }
+            Err(failure) => Err(token_failure_response(&failure)),
+        }
+    }
+
+    /// A token for `key`, fetched if need be.
+    pub(super) async fn token(
+        &self,
+        key: &TokenKey,
+        login: CallerCredential<'_>,
+        rejected: Option<&HeaderValue>,
+        spec: &RequestSpec<'_>,
+    ) -> Result<HeaderValue, TokenFailure> {
+        if let Some(kept) = self.tokens.cached(key, rejected) {
+            return Ok(kept);
+        }
+        spec.pending.waiting_for_token();
+        let got = self
+            .tokens
+            .get(&self.http, key, login.login(), (rejected, spec.trace))
+            .await;
+        spec.pending.token_finished(match &got {
+            Ok(_) | Err(TokenFailure::Denied(_)) => RequestOutcome::Response,
+            // Also where nothing was sent within a pause: it is over the sooner.
+            Err(TokenFailure::RateLimited(_)) => RequestOutcome::Unknown,
+            Err(TokenFailure::Unusable(_)) => RequestOutcome::ServerError(Cause::TokenService),
+            Err(failure @ (TokenFailure::NoResponse(_) | TokenFailure::PlainRealm)) => {
+                RequestOutcome::NoResponse(failure.into())
+            }
+        });
+        got
+    }
+
+    /// Whether a request of this caller's would need a new token, should the registry want one.
+    pub(super) fn needs_token(&self, urls: &[Origin], caller: &Caller, operation: &Operation) -> bool {
+        let brings_one = match &caller.credential {
+            Credential::Client(header) => !is_basic(header),
+            Credential::Configured | Credential::Anonymous => false,
+        };
+        let own = || {
+            *self
+                .configured_owner
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+        };
+        let owner = match &caller.credential {
+            Credential::Client(_) => token_owner(caller, TokenOwnerKind::Client),
+            Credential::Configured => own().unwrap_or_else(|| token_owner(caller, TokenOwnerKind::Anonymous)),
+            Credential::Anonymous => token_owner(caller, TokenOwnerKind::Anonymous),
+        };
+        let has_one = |origin: &Origin, name: &Repository| {
+            let known = self.tokens.last_token(origin, name, owner);
+            known.is_some_and(|known| self.tokens.cached(&known.key, None).is_some())
+        };
+        let is_held = || {
+            let name = operation.repository();
+            name.is_some_and(|name| urls.iter().any(|origin| has_one(origin, name)))
+        };
+        !brings_one && !is_held()
+    }
+
+    pub(super) fn key(
+        &self,
+        origin: &Origin,
+        error: &ErrorResponse,
+        spec: &RequestSpec<'_>,
+        owner: TokenOwner,
+    ) -> Option<TokenKey> {
+        error.challenges.iter().find_map(|challenge| {
+            let Challenge::Bearer { realm, service, scopes, .. } = challenge else { return None };
+            let key = TokenKey::of(
+                &self.tokens,
+                origin,
+                (realm, service.as_deref(), scopes),
+                spec.operation.repository(),
+                owner,
+            );
+            if key.is_none() {
+                tracing::warn!(
+                    %origin,
+                    realm,
+                    "the registry wants a token from a host that is not trusted for it; name it in `token_hosts` if it is right"
+                );
+            }
+            key
+        })
+    }
+
+    /// One request, and one more from the registry's own URL if the storage it sent us to refused: signed URLs expire.
+    pub(super) async fn send_following_storage(
+        &self,
+        uri: &Uri,
+        spec: &RequestSpec<'_>,
+        authorization: Option<&HeaderValue>,
+        elsewhere: Option<&OriginAuthorization>,
+    ) -> Result<HttpResponse, Box<ErrorResponse>> {
+        match self.send_once(uri, spec, authorization, elsewhere).await {
+            // A challenge is answered, not asked for again.
+            Err(error)
+                if error.from_other_origin && spec.method == Method::GET && error.challenges.is_empty() =>
+            {
+                self.send_once(uri, spec, authorization, elsewhere).await
+            }
+            result => result,
+        }
+    }
+
+    async fn send_once(
+        &self,
+        uri: &Uri,
+        spec: &RequestSpec<'_>,
+        authorization: Option<&HeaderValue>,
+        elsewhere: Option<&OriginAuthorization>,
+    ) -> Result<HttpResponse, Box<ErrorResponse>> {
+        let mut headers = HeaderMap::new();
+        for line in spec.accept.lines() {
+            headers.append(ACCEPT, line.clone());
+        }
+        headers.extend(spec.range.clone().map(|range| (RANGE, range)));
+        headers.extend(authorization.cloned().map(|value| (AUTHORIZATION, value)));
+        spec.trace.write(&mut headers);
+        let request = HttpRequest {
+            method: spec.method.clone(),
+            uri: uri.clone(),
+            headers,
+            body: bytes::Bytes::new(),
+            follow: Follow::Anywhere,
+            other_origin: elsewhere.cloned(),
+            timeout: self.headers_timeout,
+        };
+        let sent = self.http.send(request).await;
+        let reply =
+            sent.map_err(|unavailable| Box::new(UpstreamResponse::from_failure(unavailable).into()))?;
+        if reply.status.is_success() {
+            return Ok(reply);
+        }
+        Err(error_response(spec, reply).await)
+    }
+}
+
+/// `own`: the proxy's own credential for what is asked, where there is one.
+fn caller_auth<'a>(caller: &'a Caller, own: Option<&'a UpstreamCredential>) -> CallerAuth<'a> {
+    match (&caller.credential, own) {
+        (Credential::Configured, Some(own)) => CallerAuth {
+            header: (!own.is_identity_token()).then(|| own.basic()),
+            token_source: Some((configured_owner(own), CallerCredential::Configured(own))),
+        },
+        (Credential::Anonymous, _) | (Credential::Configured, None) => CallerAuth {
+            header: None,
+            token_source: Some((
+                token_owner(caller, TokenOwnerKind::Anonymous),
+                CallerCredential::Anonymous,
+            )),
+        },
+        (Credential::Client(header), _) => {
+            let mut sent = header.clone();
+            sent.set_sensitive(true);
+            CallerAuth {
+                header: Some(sent),
+                token_source: is_basic(header).then(|| {
+                    (
+                        token_owner(caller, TokenOwnerKind::Client),
+                        CallerCredential::Basic(header),
+                    )
+                }),
+            }
+        }
+    }
+}
+
+fn token_owner(caller: &Caller, kind: TokenOwnerKind) -> TokenOwner {
+    TokenOwner {
+        kind,
+        principal: caller.principal,
+    }
+}
+
+fn configured_owner(own: &UpstreamCredential) -> TokenOwner {
+    TokenOwner {
+        kind: TokenOwnerKind::Configured,
+        principal: own.principal(),
+    }
+}
+
+fn is_basic(header: &HeaderValue) -> bool {
+    let scheme = header.as_bytes().get(..6);
+    scheme.is_some_and(|scheme| scheme.eq_ignore_ascii_case(b"basic "))
+}
+
+/// Whether this is a registry's response, an error or not: the connection came about. A captive portal's page is not it.
+pub(super) fn is_registry(reply: &HttpResponse) -> bool {
+    is_alive(reply) || reply.status.is_server_error()
+}
+
+/// Whether a registry or its token service responds again. A captive portal's page is not it.
+pub(super) fn is_alive(reply: &HttpResponse) -> bool {
+    let sender = Sender::of(reply.from_other_origin);
+    match UpstreamResponse::read(&Operation::Ping, reply.status, &reply.headers, sender).kind {
+        ResponseKind::Unavailable(cause) => cause == Cause::RateLimited,
+        _ => !reply.from_other_origin,
+    }
+}
+
+/// What a status other than 2xx means, with the text of its body.
+async fn error_response(spec: &RequestSpec<'_>, reply: HttpResponse) -> Box<ErrorResponse> {
+    let (status, from_other_origin) = (reply.status, reply.from_other_origin);
+    let elsewhere = reply
+        .final_url
+        .as_ref()
+        .and_then(Origin::of_uri)
+        .map(|origin| OtherRegistry {
+            origin,
+            challenge: reply.headers.get_all(WWW_AUTHENTICATE).iter().cloned().collect(),
+        });
+    let mut answer = UpstreamResponse::read(
+        spec.operation,
+        status,
+        &reply.headers,
+        Sender::of(from_other_origin),
+    );
+    let challenges = if status == StatusCode::UNAUTHORIZED {
+        Challenge::read(&reply.headers)
+    } else {
+        Vec::new()
+    };
+    let is_from_registry = proof::has_registry_headers(&reply.headers);
+    let mut expired = status == StatusCode::BAD_REQUEST;
+    let headers = reply.headers.clone();
+    answer.stated_wait = stated_wait(&headers, b"");
+    if spec.method == Method::GET
+        && let Ok(body) = reply.collect(ERROR_BODY_BYTES_MAX, ERROR_BODY_TIMEOUT).await
+    {
+        (answer.code, answer.message) = Problem::read(&body).unzip();
+        answer.stated_wait = stated_wait(&headers, &body);
+        answer.kind = kind_by_body(answer.kind, &headers, &answer);
+        expired |= status == StatusCode::FORBIDDEN
+            && body.windows(7).any(|part| part.eq_ignore_ascii_case(b"expired"));
+    }
+    // Storage behind a registry knows nothing of callers and little of blobs, and a login page knows nothing of either:
+    // the refusal is a failure and no denial. Only another registry says of a manifest that it is not there.
+    let is_registrys_404 = is_from_registry
+        && answer.kind == ResponseKind::NotFound
+        && !matches!(spec.operation, Operation::Blob { .. });
+    let is_redirect_target = from_other_origin
+        && status.is_client_error()
+        && status != StatusCode::RANGE_NOT_SATISFIABLE
+        && answer.kind != ResponseKind::Unavailable(Cause::RateLimited)
+        && !is_registrys_404;
+    if is_redirect_target {
+        answer.kind = ResponseKind::Unavailable(Cause::Status(status.as_u16()));
+        answer.challenge = Vec::new();
+        expired = false;
+    }
+    Box::new(ErrorResponse {
+        answer,
+        from_other_origin: is_redirect_target,
+        is_from_registry,
+        other_registry: elsewhere,
+        may_be_expired: expired,
+        challenges,
+    })
+}
+
+/// What the response comes down to now that its error code is known: a limit, or a denial after all.
+fn kind_by_body(by_headers: ResponseKind, headers: &HeaderMap, answer: &UpstreamResponse) -> ResponseKind {
+    let (code, message) = (answer.code.as_deref(), answer.message.as_deref());
+    let Some(status) = answer.status else {
+        return by_headers;
+    };
+    let limited = is_limit_by_body(status, headers, code, message);
+    match by_headers {
+        _ if limited => ResponseKind::Unavailable(Cause::RateLimited),
+        ResponseKind::Unavailable(Cause::RateLimited) => ResponseKind::Denied,
+        other => other,
+    }
+}
+
+fn unavailable(cause: Cause) -> Box<ErrorResponse> {
+    Box::new(UpstreamResponse::unavailable(cause).into())
+}
+
+pub(super) fn token_failure_response(failure: &TokenFailure) -> Box<ErrorResponse> {
+    Box::new(ErrorResponse::from(match failure {
+        TokenFailure::RateLimited(pause) => UpstreamResponse::paused(pause.clone()),
+        TokenFailure::Denied(_) | TokenFailure::PlainRealm => UpstreamResponse::unavailable(failure.into()),
+        TokenFailure::NoResponse(reason) | TokenFailure::Unusable(reason) => UpstreamResponse {
+            detail: Some(format!("the token service: {reason}").into()),
+            ..UpstreamResponse::unavailable(failure.into())
+        },
+    }))
+}
+
+/// A denial with the challenge as it was before any token was sent. One with `error="…"` in it makes containerd give
+/// up without trying the credentials it has.
+pub(super) fn denied(mut error: Box<ErrorResponse>, challenge: &[HeaderValue]) -> Box<ErrorResponse> {
+    if error.answer.kind == ResponseKind::Unavailable(Cause::RateLimited) {
+        return error;
+    }
+    error.answer.kind = ResponseKind::Denied;
+    if !challenge.is_empty() {
+        error.answer.challenge = challenge.to_vec();
+    }
+    error
+}
+
+/// 501 is no stumble but "never", and who names a time wants to be left alone until then.
+fn is_transient(answer: &UpstreamResponse) -> bool {
+    let server = matches!(
+        answer.kind,
+        ResponseKind::Unavailable(Cause::Status(500 | 502..=599))
+    );
+    server && answer.retry_after.is_none()
+}
+
+/// 50 to 150 ms, so that many caches do not come back together.
+fn jitter() -> Duration {
+    Duration::from_millis(50 + RandomState::new().hash_one(()) % 101)
+}

@@ -1,0 +1,481 @@
+//! One upstream's way out: a URI becomes a connection hyper can use, straight or through a proxy, plain or in TLS.
+//!
+//! It also keeps redirects and token realms from leading nearer than the upstream itself (see [`IpScope`]).
+
+use std::error::Error;
+use std::fmt;
+use std::io;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use http::{HeaderValue, Uri};
+use hyper::rt::{Read, ReadBufCursor, Write};
+use hyper_util::client::legacy::connect::proxy::{SocksV5, Tunnel};
+use hyper_util::client::legacy::connect::{Connected, Connection};
+use hyper_util::rt::TokioIo;
+use tokio::time::Instant;
+use tower_service::Service;
+
+use super::dialer::{DialError, DialedStream, Dialer, Stream};
+use super::ip_scope::IpScope;
+use super::origin::{Origin, address, is_one_of, port_of, same_host};
+use super::proxy_rules::{ProxyChoice, ProxyRoute, ProxyRules};
+use super::redirect_rules::{AddressLimit, RedirectRule, RedirectRules, allow_entry};
+use super::settings::{SettingsError, Timeouts};
+use super::tcp::TcpDialer;
+use super::tls::{ClientCertificate, Tls, TlsError, Trust, io_cause};
+use crate::oci::cause::{Cause, RedirectFault, TlsFault};
+
+/// What all upstreams share: the way to dial and the certificates that the operating system trusts.
+#[derive(Clone)]
+pub struct Transport {
+    dial: Arc<dyn Dialer>,
+    trust: Trust,
+}
+
+impl Transport {
+    /// TCP, with the roots of the operating system, or the bundled ones where there are none (scratch images).
+    /// Reads files; never touches the network.
+    pub fn system() -> Transport {
+        Transport {
+            dial: Arc::new(TcpDialer),
+            trust: Trust::system(),
+        }
+    }
+
+    /// As [`Transport::system`] with another way to dial, for tests.
+    pub fn with_dialer(dial: Arc<dyn Dialer>) -> Transport {
+        Transport {
+            dial,
+            trust: Trust::system(),
+        }
+    }
+}
+
+impl Transport {
+    pub(super) fn dial(&self) -> Arc<dyn Dialer> {
+        Arc::clone(&self.dial)
+    }
+
+    pub(super) fn trust(&self) -> &Trust {
+        &self.trust
+    }
+}
+
+impl fmt::Debug for Transport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Transport")
+            .field("anchors", &self.trust.anchors())
+            .finish_non_exhaustive()
+    }
+}
+
+/// What a [`UpstreamConnector`] is made of.
+pub(super) struct ConnectorSettings<'a> {
+    /// Further trusted roots, DER.
+    pub(super) roots: &'a [Vec<u8>],
+    /// For the configured addresses alone.
+    pub(super) client_certificate: Option<ClientCertificate>,
+    pub(super) proxy_rules: ProxyRules,
+    /// Configured addresses: connections to these may lead anywhere.
+    pub(super) origins: Vec<Origin>,
+    /// Further hosts the operator trusts, wherever they are.
+    pub(super) hosts: Vec<String>,
+    /// Where redirects may lead besides.
+    pub(super) redirects: Vec<RedirectRule>,
+    /// For everything up to the end of the TLS handshake.
+    pub(super) connect_timeout: Duration,
+}
+
+/// One upstream's way out: a URI becomes a connection hyper can use.
+#[derive(Clone)]
+pub(super) struct UpstreamConnector(Arc<Inner>);
+
+struct Inner {
+    dial: Arc<dyn Dialer>,
+    /// Offers h2 and HTTP/1.1.
+    tls: Tls,
+    /// The same with the client certificate.
+    client_auth_tls: Tls,
+    /// Offers HTTP/1.1 only, which is what `CONNECT` is written in.
+    proxy_tls: Tls,
+    proxy_rules: ProxyRules,
+    configured: Vec<Uri>,
+    hosts: Vec<String>,
+    redirects: RedirectRules,
+    /// The nearest zone one of our own addresses turned out to be in, as `IpScope as u8`.
+    innermost_scope: AtomicU8,
+    connect_timeout: Duration,
+}
+
+impl UpstreamConnector {
+    pub(super) fn new(
+        transport: &Transport,
+        settings: ConnectorSettings<'_>,
+    ) -> Result<UpstreamConnector, TlsError> {
+        let trust = transport.trust().with(settings.roots)?;
+        let both: &[&[u8]] = &[b"h2", b"http/1.1"];
+        Ok(UpstreamConnector(Arc::new(Inner {
+            dial: transport.dial(),
+            tls: Tls::new(&trust, both, None)?,
+            client_auth_tls: Tls::new(&trust, both, settings.client_certificate)?,
+            proxy_tls: Tls::new(&trust, &[b"http/1.1"], None)?,
+            proxy_rules: settings.proxy_rules,
+            configured: settings
+                .origins
+                .iter()
+                .filter_map(|origin| origin.join("/"))
+                .collect(),
+            hosts: settings.hosts,
+            redirects: RedirectRules(settings.redirects),
+            innermost_scope: AtomicU8::new(IpScope::Public as u8),
+            connect_timeout: settings.connect_timeout,
+        })))
+    }
+
+    /// The bare bytes to the host and port of `to`, which no limit of this line's own upstream concerns; no nearer than
+    /// `innermost_scope`.
+    pub(super) async fn connect_raw(
+        &self,
+        to: &Uri,
+        innermost_scope: IpScope,
+    ) -> Result<Box<dyn Stream>, DialError> {
+        let reached = tokio::time::timeout(
+            self.0.connect_timeout,
+            self.0.dial_route(to, &innermost_scope.into()),
+        )
+        .await;
+        let (stream, _) = reached.unwrap_or_else(|_| Err(Cause::ConnectTimeout.into()))?;
+        Ok(stream)
+    }
+
+    /// The nearest zone that this line's own upstream turned out to be in.
+    pub(super) fn innermost_scope(&self) -> IpScope {
+        self.0.innermost_scope()
+    }
+
+    /// Whether a redirect may leave https for `to`.
+    pub(super) fn allows_plain(&self, to: &Uri) -> bool {
+        self.0.redirects.allow_plain(to)
+    }
+
+    /// Why the server at `to` ended a connection after the TLS handshake, no earlier than `since`.
+    pub(super) fn close_reason(&self, to: &Uri, since: Instant) -> Option<(TlsFault, String)> {
+        self.0.tls_for(to).close_reason(to, since)
+    }
+
+    /// What an HTTP proxy wants to see on a plain request to `destination` that it forwards.
+    pub(super) fn proxy_authorization(&self, destination: &Uri) -> Option<HeaderValue> {
+        match self.0.proxy_rules.to(destination) {
+            ProxyRoute::Forward(proxy) => proxy.authorization,
+            ProxyRoute::Direct | ProxyRoute::Tunnel(_) | ProxyRoute::Socks { .. } => None,
+        }
+    }
+}
+
+impl Inner {
+    /// Where a connection to `to` may lead: anywhere for addresses and hosts the operator named; for all others no nearer
+    /// than those, and where `redirects` allows it.
+    fn limit(&self, to: &Uri) -> AddressLimit {
+        if self.is_configured(to) || is_one_of(&self.hosts, to) {
+            return IpScope::LinkLocal.into();
+        }
+        self.redirects
+            .limit(to, self.innermost_scope(), self.is_downgrade(to))
+    }
+
+    fn tls_for(&self, to: &Uri) -> &Tls {
+        if self.is_configured(to) {
+            &self.client_auth_tls
+        } else {
+            &self.tls
+        }
+    }
+
+    /// Plain HTTP, where the upstream itself has only https addresses.
+    fn is_downgrade(&self, to: &Uri) -> bool {
+        let is_plain = |uri: &Uri| uri.scheme_str() == Some("http");
+        is_plain(to) && !self.configured.is_empty() && !self.configured.iter().any(is_plain)
+    }
+
+    /// A refused address, with what would allow it.
+    fn with_allow_hint(&self, mut error: DialError, to: &Uri) -> DialError {
+        if error.cause != Cause::Redirects(RedirectFault::TooNear) {
+            return error;
+        }
+        let address = error.denied_address();
+        let entry = allow_entry(to, address, self.is_downgrade(to));
+        let address = address.map_or_else(|| "an address".to_owned(), |address| address.to_string());
+        error.detail = Some(
+            format!(
+                "it leads to {address}, which is nearer than the registry itself or not where plain http is allowed; if \
+                 that is right, allow it by redirects = [\"{entry}\"]"
+            )
+            .into(),
+        );
+        error
+    }
+
+    fn innermost_scope(&self) -> IpScope {
+        let innermost_scope = self.innermost_scope.load(Ordering::Relaxed);
+        [
+            IpScope::Public,
+            IpScope::Private,
+            IpScope::Loopback,
+            IpScope::LinkLocal,
+        ]
+        .into_iter()
+        .find(|zone| *zone as u8 == innermost_scope)
+        .unwrap_or(IpScope::Public)
+    }
+
+    fn is_configured(&self, to: &Uri) -> bool {
+        self.configured
+            .iter()
+            .any(|own| same_host(own, to) && port_of(own) == port_of(to))
+    }
+
+    async fn dial(&self, to: &Uri, limit: &AddressLimit) -> Result<Box<dyn Stream>, DialError> {
+        let DialedStream { stream, peer } = self.dial.dial(to, limit, self.connect_timeout).await?;
+        if let Some(peer) = peer
+            && self.is_configured(to)
+        {
+            self.innermost_scope
+                .fetch_max(IpScope::of(peer) as u8, Ordering::Relaxed);
+        }
+        Ok(stream)
+    }
+
+    /// The stream to `to`, before TLS, and whether it is an HTTP proxy's that wants the absolute form.
+    async fn dial_route(
+        self: &Arc<Self>,
+        to: &Uri,
+        limit: &AddressLimit,
+    ) -> Result<(Box<dyn Stream>, bool), DialError> {
+        let route = self.proxy_rules.to(to);
+        if !matches!(route, ProxyRoute::Direct) {
+            match to.host().and_then(address) {
+                Some(address) if !limit.allows(address) => return Err(DialError::scope_denied(address)),
+                None if !limit.is_for_names() => {
+                    return Err(Cause::Redirects(RedirectFault::TooNear).into());
+                }
+                Some(_) | None => {}
+            }
+        }
+        let proxy_connector = ProxyConnector(Arc::clone(self));
+        Ok(match route {
+            ProxyRoute::Direct => (self.dial(to, limit).await?, false),
+            ProxyRoute::Forward(proxy) => (proxy_connector.clone().call(proxy.uri).await?.into_inner(), true),
+            ProxyRoute::Tunnel(proxy) => {
+                let mut tunnel = Tunnel::new(proxy.uri, proxy_connector);
+                if let Some(authorization) = proxy.authorization {
+                    tunnel = tunnel.with_auth(authorization);
+                }
+                (
+                    tunnel.call(to.clone()).await.map_err(proxy_error)?.into_inner(),
+                    false,
+                )
+            }
+            ProxyRoute::Socks {
+                proxy,
+                login,
+                remote_dns,
+            } => {
+                let mut socks = SocksV5::new(proxy, proxy_connector).local_dns(!remote_dns);
+                if let Some((user, password)) = login {
+                    socks = socks.with_auth(user, password);
+                }
+                (
+                    socks.call(to.clone()).await.map_err(proxy_error)?.into_inner(),
+                    false,
+                )
+            }
+        })
+    }
+
+    async fn connect(self: Arc<Self>, to: Uri) -> Result<ConnectedStream, DialError> {
+        let reached = self.dial_route(&to, &self.limit(&to)).await;
+        let (stream, is_forward_proxy) = reached.map_err(|error| self.with_allow_hint(error, &to))?;
+        if to.scheme_str() != Some("https") {
+            return Ok(ConnectedStream {
+                io: TokioIo::new(stream),
+                h2: false,
+                is_forward_proxy,
+            });
+        }
+        let (stream, h2) = self.tls_for(&to).handshake(&to, stream).await?;
+        Ok(ConnectedStream {
+            io: TokioIo::new(stream),
+            h2,
+            is_forward_proxy: false,
+        })
+    }
+}
+
+/// A failure of a proxy, or behind it: as precise as the chain of errors is.
+fn proxy_error<E: Error + Send + Sync + 'static>(error: E) -> DialError {
+    let mut next: Option<&(dyn Error + 'static)> = Some(&error);
+    let (mut cause, mut detail) = (Cause::Unreachable, None);
+    while let Some(one) = next {
+        if let Some(dialled) = one.downcast_ref::<DialError>() {
+            cause = dialled.cause;
+            detail.clone_from(&dialled.detail);
+            break;
+        }
+        if let Some(io) = one.downcast_ref::<io::Error>() {
+            cause = io_cause(io);
+        }
+        next = one.source();
+    }
+    let detail = detail.unwrap_or_else(|| format!("through the proxy: {error}").into());
+    DialError {
+        detail: Some(detail),
+        ..DialError::new(cause, error)
+    }
+}
+
+impl Service<Uri> for UpstreamConnector {
+    type Response = ConnectedStream;
+    type Error = DialError;
+    type Future = Pin<Box<dyn Future<Output = Result<ConnectedStream, DialError>> + Send>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), DialError>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, to: Uri) -> Self::Future {
+        let inner = Arc::clone(&self.0);
+        Box::pin(async move {
+            let connect_timeout = inner.connect_timeout;
+            let connected = tokio::time::timeout(connect_timeout, inner.connect(to)).await;
+            connected.unwrap_or_else(|_| Err(Cause::ConnectTimeout.into()))
+        })
+    }
+}
+
+/// The way to the proxy itself, which the operator chose: no limit on where it is.
+#[derive(Clone)]
+struct ProxyConnector(Arc<Inner>);
+
+impl Service<Uri> for ProxyConnector {
+    type Response = TokioIo<Box<dyn Stream>>;
+    type Error = DialError;
+    type Future = Pin<Box<dyn Future<Output = Result<TokioIo<Box<dyn Stream>>, DialError>> + Send>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), DialError>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, proxy: Uri) -> Self::Future {
+        let inner = Arc::clone(&self.0);
+        Box::pin(async move {
+            let DialedStream { mut stream, .. } = inner
+                .dial
+                .dial(&proxy, &IpScope::LinkLocal.into(), inner.connect_timeout)
+                .await?;
+            if proxy.scheme_str() == Some("https") {
+                (stream, _) = inner
+                    .proxy_tls
+                    .handshake(&proxy, stream)
+                    .await
+                    .map_err(|mut error| {
+                        let detail = error.detail.as_deref().unwrap_or_default();
+                        error.detail = Some(format!("of the proxy: {detail}").into());
+                        error
+                    })?;
+            }
+            Ok(TokioIo::new(stream))
+        })
+    }
+}
+
+/// A finished connection, as hyper wants it.
+pub(super) struct ConnectedStream {
+    io: TokioIo<Box<dyn Stream>>,
+    h2: bool,
+    /// The other end is a proxy that wants the absolute form.
+    is_forward_proxy: bool,
+}
+
+impl Connection for ConnectedStream {
+    fn connected(&self) -> Connected {
+        let connected = Connected::new().proxy(self.is_forward_proxy);
+        if self.h2 {
+            connected.negotiated_h2()
+        } else {
+            connected
+        }
+    }
+}
+
+impl Read for ConnectedStream {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: ReadBufCursor<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_read(cx, buf)
+    }
+}
+
+impl Write for ConnectedStream {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.io).poll_write(cx, buf)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_shutdown(cx)
+    }
+}
+
+/// The way out of a tunnel: straight, or through the proxy of the environment.
+#[derive(Clone)]
+pub struct TunnelDialer(UpstreamConnector);
+
+impl TunnelDialer {
+    /// Makes no connection.
+    pub fn new(transport: &Transport) -> Result<TunnelDialer, SettingsError> {
+        let settings = ConnectorSettings {
+            roots: &[],
+            proxy_rules: ProxyRules::new(&ProxyChoice::Environment)?,
+            origins: Vec::new(),
+            hosts: Vec::new(),
+            client_certificate: None,
+            redirects: Vec::new(),
+            connect_timeout: Timeouts::default().connect,
+        };
+        Ok(TunnelDialer(UpstreamConnector::new(transport, settings)?))
+    }
+
+    /// A stream to a host and port, no nearer than `innermost_scope`; [`Cause::Redirects`] if it were. A name is judged by the
+    /// address that is connected to, so one that changes its mind gains nothing.
+    pub async fn open(
+        &self,
+        host: &str,
+        port: u16,
+        innermost_scope: IpScope,
+    ) -> Result<Box<dyn Stream>, Cause> {
+        let host = if host.contains(':') {
+            format!("[{host}]")
+        } else {
+            host.to_owned()
+        };
+        let to: Uri = format!("https://{host}:{port}/")
+            .parse()
+            .map_err(|_| Cause::Malformed)?;
+        self.0
+            .connect_raw(&to, innermost_scope)
+            .await
+            .map_err(|error| error.cause)
+    }
+}
+
+#[cfg(test)]
+mod tests;

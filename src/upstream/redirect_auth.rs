@@ -1,0 +1,158 @@
+//! Authorization at another registry, to which this one redirects: lscr.io to ghcr.io, or another port of one host.
+//!
+//! The other registry is asked with a token of its own challenge, and only where it is the same host or one that the
+//! operator named in `token_hosts`: its response then counts as the registry's own. A token of one registry is never
+//! shown to the other. What a client shows instead of a login it got for the name of the upstream, and the operator lets
+//! the other registry have credentials for that name.
+
+use http::{HeaderValue, StatusCode, Uri};
+
+use super::auth_client::{
+    AuthClient, CallerCredential, ErrorResponse, RequestSpec, denied, token_failure_response,
+};
+use super::http_client::HttpResponse;
+use super::origin::Origin;
+use super::response::ResponseKind;
+use super::token::{TokenFailure, TokenOwner};
+
+/// What a request may be authorised with at the other registry.
+#[derive(Clone, Copy)]
+pub(super) enum RedirectCredential<'a> {
+    /// A token for this.
+    TokenCredential(TokenOwner, CallerCredential<'a>),
+    /// The client's own, as it came.
+    Token(Option<&'a HeaderValue>),
+}
+
+/// A response of another origin.
+pub(super) struct OtherRegistry {
+    pub(super) origin: Origin,
+    /// Its `WWW-Authenticate`.
+    pub(super) challenge: Vec<HeaderValue>,
+}
+
+/// The `Authorization` for one other origin.
+pub(super) type OriginAuthorization = (Uri, HeaderValue);
+
+impl AuthClient {
+    /// Asks the registry, and where it redirects to another one that wants a token of its own, once more with that.
+    pub(super) async fn send_across_redirect(
+        &self,
+        (origin, uri): (&Origin, &Uri),
+        spec: &RequestSpec<'_>,
+        authorization: Option<&HeaderValue>,
+        credential: RedirectCredential<'_>,
+    ) -> Result<HttpResponse, Box<ErrorResponse>> {
+        let known = self.other_registry_token(origin, spec, credential).await;
+        let first = self
+            .send_following_storage(uri, spec, authorization, known.as_ref())
+            .await;
+        let mut error = match first {
+            Err(error) if error.answer.status == Some(StatusCode::UNAUTHORIZED) => error,
+            Ok(reply) => {
+                let named = reply.final_url.as_ref().and_then(Origin::of_uri);
+                let named = named.filter(|at| self.tokens.is_named(origin, at));
+                let trusted = known.as_ref().and_then(|(place, _)| Origin::of_uri(place));
+                return Ok(match named.or(trusted) {
+                    Some(trusted) => accept_as_own(reply, &trusted),
+                    None => reply,
+                });
+            }
+            Err(error) => return Err(error),
+        };
+        let Some(other) = error.other_registry.take() else {
+            return Err(error);
+        };
+        let is_trusted = self.tokens.trusts(origin, &other.origin);
+        if !is_trusted && !error.challenges.is_empty() {
+            tracing::warn!(
+                %origin,
+                other = %other.origin,
+                "the registry redirects to another one that wants a token of its own; name it in `token_hosts` if it is right"
+            );
+        }
+        let token = match credential {
+            _ if !is_trusted => None,
+            RedirectCredential::Token(token) => token.cloned(),
+            RedirectCredential::TokenCredential(owner, login) => {
+                match self.key(&other.origin, &error, spec, owner) {
+                    None => None,
+                    Some(key) => {
+                        let rejected = known.as_ref().map(|(_, token)| token);
+                        match self.token(&key, login, rejected, spec).await {
+                            Ok(token) => {
+                                self.tokens.remember_other_registry(
+                                    origin,
+                                    spec.operation,
+                                    &other.origin,
+                                    key,
+                                );
+                                Some(token)
+                            }
+                            Err(TokenFailure::Denied(_)) => return Err(denied_by(error, other)),
+                            Err(failure) => return Err(token_failure_response(&failure)),
+                        }
+                    }
+                }
+            }
+        };
+        let (Some(token), Some(place)) = (token, other.origin.join("/")) else {
+            error.other_registry = Some(other);
+            return Err(error);
+        };
+        match self
+            .send_following_storage(uri, spec, authorization, Some(&(place, token)))
+            .await
+        {
+            Err(error) if is_denial(&error, &other) => Err(denied_by(error, other)),
+            second => second.map(|reply| accept_as_own(reply, &other.origin)),
+        }
+    }
+
+    /// The token that worked at the other registry the last time, or its successor.
+    async fn other_registry_token(
+        &self,
+        origin: &Origin,
+        spec: &RequestSpec<'_>,
+        credential: RedirectCredential<'_>,
+    ) -> Option<OriginAuthorization> {
+        let RedirectCredential::TokenCredential(owner, login) = credential else {
+            return None;
+        };
+        let (other, key) = self.tokens.other_registry(origin, spec.operation, owner)?;
+        let got = self.token(&key, login, None, spec).await;
+        Some((other.join("/")?, got.ok()?))
+    }
+}
+
+/// A response of the other registry, to a token of its own, is as good as the registry's own.
+fn accept_as_own(reply: HttpResponse, other: &Origin) -> HttpResponse {
+    let is_other = reply
+        .final_url
+        .as_ref()
+        .and_then(Origin::of_uri)
+        .is_some_and(|at| at == *other);
+    HttpResponse {
+        from_other_origin: reply.from_other_origin && !is_other,
+        ..reply
+    }
+}
+
+/// Whether it is the other registry that refuses, to a token of its own, and not storage behind it.
+fn is_denial(error: &ErrorResponse, other: &OtherRegistry) -> bool {
+    let status = error.answer.status;
+    let is_other = error
+        .other_registry
+        .as_ref()
+        .is_none_or(|at| at.origin == other.origin);
+    is_other && matches!(status, Some(StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN))
+}
+
+/// The other registry denies this caller, with its challenge as it was before any token was sent.
+fn denied_by(error: Box<ErrorResponse>, other: OtherRegistry) -> Box<ErrorResponse> {
+    let mut error = denied(error, &other.challenge);
+    error.answer.kind = ResponseKind::Denied;
+    error.from_other_origin = false;
+    error.other_registry = Some(other);
+    error
+}
