@@ -60,7 +60,7 @@ use crate::oci::{Cause, Digest, Repository};
 use crate::queue::{Demand, Full, NoPlace, Place as Admitted, Queue, Waiter, Waiters};
 use crate::store::blobs::{HeldBlob, Mismatch};
 use crate::store::step::Buffers;
-use crate::store::{Fault, Store};
+use crate::store::{Store, StoreError};
 use crate::upstream::{ResponseStream, UpstreamResponse};
 
 use self::joining::Looking;
@@ -210,9 +210,9 @@ pub enum Failure {
     /// The upstream sent other bytes than it was asked for.
     Wrong(Mismatch),
     /// The disk could not take it before the first byte: it can still be passed through.
-    Unstorable(Fault),
+    Unstorable(StoreError),
     /// The file could not be read.
-    Store(Fault),
+    Store(StoreError),
     /// The disk failed in the middle: its readers go on without it.
     Stranded(Box<Stranded>),
     /// Whoever was to lead went away before it began, or nobody waits for it any more.

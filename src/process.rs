@@ -261,7 +261,7 @@ fn open_store(config: &Config, descriptors: usize, clock: Clock) -> Result<(Arc<
 /// An operator who switched offline mode on before an upgrade must not find upstreams asked after it.
 fn as_left(store: &Store) -> Offline {
     let offline = Offline::default();
-    if store.is_offline_kept() {
+    if store.is_offline_persisted() {
         tracing::warn!(
             "offline mode is on, as it was left: no upstream is asked until `ifnewer offline off`"
         );
@@ -296,9 +296,9 @@ async fn tend(store: Arc<Store>, clock: Clock, ending: CancellationToken) {
         tends = tends.wrapping_add(1);
         let (store, now) = (Arc::clone(&store), clock.now());
         let tended = tokio::task::spawn_blocking(move || {
-            store.tend(now);
+            store.tick(now);
             if tends.is_multiple_of(TIDY_EVERY_TENDS) {
-                store.tidy();
+                store.housekeeping();
             }
         });
         if tended.await.is_err() {

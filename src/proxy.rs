@@ -62,8 +62,8 @@ use crate::policy::{CacheState, Decision, DenyReason, HitReason, MissReason, dec
 use crate::queue::Peer;
 use crate::single_flight::Flights;
 use crate::store::blobs::HeldBlob;
-use crate::store::challenges::KeptChallenge;
-use crate::store::manifests::HeldManifest;
+use crate::store::challenges::StoredChallenge;
+use crate::store::manifests::StoredManifest;
 use crate::store::uses::Used;
 use crate::store::{AsyncStore, LogLimit, Store};
 use crate::telemetry::Telemetry;
@@ -96,8 +96,8 @@ pub struct ProxyService {
     lists: Flights<(revalidate::CoalesceKey, bool), listing::ListResult>,
     tag_lists: Flights<(revalidate::CoalesceKey, bool), tag_list::SharedList>,
     unreadable: LogLimit,
-    challenges: Flights<api_challenge::ChallengeKey, Result<Arc<KeptChallenge>, Arc<UpstreamResponse>>>,
-    manifests: Flights<revalidate::CoalesceKey, Result<Arc<HeldManifest>, Arc<UpstreamResponse>>>,
+    challenges: Flights<api_challenge::ChallengeKey, Result<Arc<StoredChallenge>, Arc<UpstreamResponse>>>,
+    manifests: Flights<revalidate::CoalesceKey, Result<Arc<StoredManifest>, Arc<UpstreamResponse>>>,
 }
 
 /// A request, whichever door it came through.
@@ -135,7 +135,7 @@ pub enum ProxyResponse {
     /// `GET /v2/`: the registry wants a credential, and says how in these lines of `WWW-Authenticate`.
     Challenged(Vec<HeaderValue>),
     /// A manifest, whole.
-    Manifest(Arc<HeldManifest>, ServeInfo),
+    Manifest(Arc<StoredManifest>, ServeInfo),
     /// The head of a manifest that is not held: as the upstream gave it.
     ManifestHead {
         /// Which manifest.

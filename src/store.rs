@@ -25,7 +25,7 @@
 //! The laws. Bytes before names: a file is written under `ingest/`, fsynced, renamed and its folder fsynced before
 //! anything refers to it. A blob is visible only with proof of its digest ([`blobs::Verified`]). Small records carry a
 //! checksum. What is damaged is a miss and goes to `quarantine/`. The index answers nothing alone: a miss there is
-//! looked up in the files. Whatever fails here is a [`Fault`]: ours, told, and never a reason to fail a pull.
+//! looked up in the files. Whatever fails here is a [`StoreError`]: ours, told, and never a reason to fail a pull.
 //!
 //! Hot reads come from memory: open handles, manifests, tags, proofs and grants are kept in bounded caches that are
 //! looked up by borrowed keys. Everything that may touch the disk blocks: async tasks come in by [`AsyncStore`] alone.
@@ -84,7 +84,7 @@ use crate::oci::Digest;
 
 pub use self::async_store::AsyncStore;
 use self::checksummed_json::to_millis;
-pub use self::error::{Fault, OpenError, Trouble};
+pub use self::error::{OpenError, StoreError, Trouble};
 use self::evict::Evictor;
 pub use self::evict::{Evictions, YOUNG};
 use self::fs::FileSystem;
@@ -141,15 +141,15 @@ pub struct Store {
     pending_io: PendingIo,
     blobs: Arc<blobs::Blobs>,
     manifests: Arc<manifests::Manifests>,
-    tags: Arc<tags::Refs>,
-    seen: Arc<membership::SeenFiles>,
+    tags: Arc<tags::Tags>,
+    membership: Arc<membership::MembershipStore>,
     listings: listings::Listings,
     challenges: challenges::Challenges,
-    doubts: invalidations::Doubts,
+    invalidations: invalidations::Invalidations,
     grants: Arc<grants::Grants>,
-    wholes: completeness::Wholes,
-    removed: Arc<completeness::Removed>,
-    shares: usage_report::KnownShares,
+    complete_images: completeness::CompleteImages,
+    removed: Arc<completeness::RemovedDigests>,
+    reference_counts: usage_report::ReferenceCountCache,
     usage: Arc<Counters>,
     uses: Arc<Uses>,
     pins: Arc<Pins>,
@@ -160,7 +160,7 @@ pub struct Store {
     stop: Arc<AtomicBool>,
     threads: Vec<JoinHandle<()>>,
     /// Fills an index that lost something.
-    healing: Mutex<Option<JoinHandle<()>>>,
+    reindexing: Mutex<Option<JoinHandle<()>>>,
     verifying: verify::Verifying,
     // Last but for the lock, so that the database is closed while the folder is still ours.
     index: Arc<IndexHandle>,
@@ -191,33 +191,33 @@ impl Store {
         let timed = Arc::new(TimedFs::new(fs, &pending_io));
         let monitored = Arc::new(MonitoredFs::new(timed, &disk_health));
         let fs: Arc<dyn FileSystem> = Arc::clone(&monitored) as _;
-        let secret = secret::read_or_make(fs.as_ref())?;
+        let secret = secret::read_or_create(fs.as_ref())?;
         let leftovers = leftover::Leftovers::find(fs.as_ref(), now);
         let index = IndexHandle::start(home(&fs))
-            .map_err(|error| Fault::io("start the thread of", "index", &error))?;
+            .map_err(|error| StoreError::io("start the thread of", "index", &error))?;
         let index = Arc::new(index);
         let usage = Arc::new(Counters::default());
-        let tags = Arc::new(tags::Refs::new(&fs, &index, &usage));
+        let tags = Arc::new(tags::Tags::new(&fs, &index, &usage));
         let stop = Arc::new(AtomicBool::new(false));
         let grants = Arc::new(grants::Grants::new(&index));
-        let removed = Arc::new(completeness::Removed::default());
-        let seen = Arc::new(membership::SeenFiles::new(&fs, &removed));
+        let removed = Arc::new(completeness::RemovedDigests::default());
+        let membership = Arc::new(membership::MembershipStore::new(&fs, &removed));
         let scan = {
-            let (fs, usage, tags, seen, stop) = (
+            let (fs, usage, tags, membership, stop) = (
                 Arc::clone(&fs),
                 Arc::clone(&usage),
                 Arc::clone(&tags),
-                Arc::clone(&seen),
+                Arc::clone(&membership),
                 Arc::clone(&stop),
             );
             let grants = Arc::clone(&grants);
-            begin("store-scan", move || {
+            spawn_thread("store-scan", move || {
                 grants.prune(now);
                 usage::count_existing(fs.as_ref(), &usage, &stop);
-                if tags.heal_index(&stop) && !grants.is_listed() {
+                if tags.reindex(&stop) && !grants.is_filter_complete() {
                     grants.prune(now);
                 }
-                seen.count(&stop);
+                membership.count(&stop);
             })?
         };
         let uses = Arc::new(Uses::new(now));
@@ -237,26 +237,26 @@ impl Store {
         let evictor = Arc::new(evictor);
         let evicting = {
             let evictor = Arc::clone(&evictor);
-            begin("store-evict", move || evictor.run())?
+            spawn_thread("store-evict", move || evictor.run())?
         };
         let scrub = scrub::Scrub::new(settings.scrub_rate, &fs, &blobs, &manifests, &uses, &stop);
         let scrub = Arc::new(scrub);
         let scrubbing = {
             let scrub = Arc::clone(&scrub);
-            begin("store-scrub", move || scrub.run())?
+            spawn_thread("store-scrub", move || scrub.run())?
         };
         let store = Self {
             blobs,
             manifests,
-            seen,
+            membership,
             listings: listings::Listings::new(&fs),
             challenges: challenges::Challenges::new(&fs),
-            doubts: invalidations::Doubts::new(&fs),
+            invalidations: invalidations::Invalidations::new(&fs),
             tags,
             grants,
-            wholes: completeness::Wholes::new(&removed),
+            complete_images: completeness::CompleteImages::new(&removed),
             removed,
-            shares: usage_report::KnownShares::default(),
+            reference_counts: usage_report::ReferenceCountCache::default(),
             usage,
             uses,
             pins,
@@ -266,7 +266,7 @@ impl Store {
             secret,
             stop,
             threads: vec![scan, evicting, scrubbing],
-            healing: Mutex::default(),
+            reindexing: Mutex::default(),
             verifying: verify::Verifying::default(),
             fs: monitored,
             disk_health,
@@ -274,7 +274,7 @@ impl Store {
             index,
             _lock: lock,
         };
-        store.load_doubts();
+        store.load_invalidations();
         Ok(store)
     }
 
@@ -287,35 +287,35 @@ impl Store {
     }
 
     /// What is to be done from time to time; to be called every few seconds. Blocks.
-    pub fn tend(&self, now: SystemTime) {
+    pub fn tick(&self, now: SystemTime) {
         self.uses.tell(now);
         self.fs.probe();
         self.evictor.wake_if_needed();
         self.index.send_removals();
-        self.heal();
+        self.rebuild_index_if_needed();
     }
 
     /// Fills the index from the files where it has lost something since the start.
-    fn heal(&self) {
+    fn rebuild_index_if_needed(&self) {
         let is_lacking = self.usage.read().is_complete
             && self.index.state() == IndexState::Ready
             && !self.index.is_complete();
-        let mut healing = self.healing.lock().unwrap_or_else(PoisonError::into_inner);
-        if !is_lacking || healing.as_ref().is_some_and(|thread| !thread.is_finished()) {
+        let mut reindexing = self.reindexing.lock().unwrap_or_else(PoisonError::into_inner);
+        if !is_lacking || reindexing.as_ref().is_some_and(|thread| !thread.is_finished()) {
             return;
         }
         let (tags, stop) = (Arc::clone(&self.tags), Arc::clone(&self.stop));
         let thread = std::thread::Builder::new().name("store-heal".to_owned());
         // Where there is no thread to be had, the next call tries again.
-        *healing = thread.spawn(move || _ = tags.heal_index(&stop)).ok();
+        *reindexing = thread.spawn(move || _ = tags.reindex(&stop)).ok();
     }
 
     /// Writes down what is kept in memory until now, and clears away what nobody needs. To be called every few minutes.
-    pub fn tidy(&self) {
+    pub fn housekeeping(&self) {
         self.evictor.tidy();
         let is_held = |digest: &Digest| self.blobs.has(digest) || self.manifests.has(digest);
-        self.seen.append_owing();
-        self.seen.prune(self.uses.now(), &is_held, &self.stop);
+        self.membership.append_pending();
+        self.membership.prune(self.uses.now(), &is_held, &self.stop);
     }
 
     /// Changes how much may be held; what is too much then goes.
@@ -348,7 +348,7 @@ impl Store {
             troubles.push(Trouble::Index { reason });
         }
         if self.evictor.is_short() {
-            troubles.push(Trouble::NoRoom {
+            troubles.push(Trouble::OverQuota {
                 limits: self.room.limits(),
             });
         }
@@ -391,7 +391,7 @@ impl Store {
     }
 
     /// How many bytes the disk still takes.
-    pub fn free_bytes(&self) -> Result<u64, Fault> {
+    pub fn free_bytes(&self) -> Result<u64, StoreError> {
         self.room.free_bytes()
     }
 }
@@ -401,8 +401,8 @@ impl Drop for Store {
         self.stop.store(true, Ordering::Relaxed);
         self.evictor.wake();
         self.scrub.wake();
-        let healing = self.healing.get_mut().unwrap_or_else(PoisonError::into_inner);
-        let others = [healing.take(), self.verifying.take()].into_iter().flatten();
+        let reindexing = self.reindexing.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let others = [reindexing.take(), self.verifying.take()].into_iter().flatten();
         for thread in self.threads.drain(..).chain(others) {
             // A panic there has been told by the panic hook.
             let _ = thread.join();
@@ -419,10 +419,10 @@ impl std::fmt::Debug for Store {
 }
 
 /// Begins what is done in the background.
-fn begin(name: &str, work: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, Fault> {
+fn spawn_thread(name: &str, work: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, StoreError> {
     let thread = std::thread::Builder::new().name(name.to_owned());
     let begun = thread.spawn(work);
-    begun.map_err(|error| Fault::io("start a thread", name, &error))
+    begun.map_err(|error| StoreError::io("start a thread", name, &error))
 }
 
 /// Moves a damaged file out of the way, for whoever wants to look into it; it is a miss from now on. Says whether it was
@@ -447,12 +447,12 @@ fn size_of(fs: &dyn FileSystem, path: &Path) -> Option<u64> {
 }
 
 /// Removes a file; says how long it was, if it was there.
-fn remove_file(fs: &dyn FileSystem, path: &Path) -> Result<Option<u64>, Fault> {
+fn remove_file(fs: &dyn FileSystem, path: &Path) -> Result<Option<u64>, StoreError> {
     let size = size_of(fs, path);
     match fs.remove(path) {
         Ok(()) => Ok(Some(size.unwrap_or(0))),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(Fault::io("remove", path, &error)),
+        Err(error) => Err(StoreError::io("remove", path, &error)),
     }
 }
 
@@ -466,7 +466,7 @@ fn content_path(tree: &str, digest: &Digest) -> PathBuf {
 }
 
 /// `<tree>/<first two digits>/<hash>` for what is named by text.
-fn named_path(tree: &str, parts: &[&str]) -> PathBuf {
+fn hashed_path(tree: &str, parts: &[&str]) -> PathBuf {
     let hash = Digest::of(crate::oci::Algorithm::Sha256, parts.join("\0").as_bytes()).hex();
     let shard = hash.get(..2).unwrap_or_default();
     [tree, shard, &hash].iter().collect()

@@ -226,7 +226,7 @@ fn resources_do_not_know_each_other() {
         ("store/blobs.rs", "use crate::upstream::UpstreamResponse;"),
         ("store/blobs.rs", "use crate::policy::Decision;"),
         ("upstream/http_client.rs", "use crate::{oci, store};"),
-        ("telemetry.rs", "use crate::store::Fault;"),
+        ("telemetry.rs", "use crate::store::StoreError;"),
     ] {
         assert_eq!(breaches(file, text).len(), 1, "{file}: {text}");
     }
@@ -248,13 +248,16 @@ fn what_is_allowed_is_not_caught() {
     for (file, text) in [
         (
             "proxy.rs",
-            "use crate::{download::Reader, oci, store::{Fault, blobs}};",
+            "use crate::{download::Reader, oci, store::{StoreError, blobs}};",
         ),
         (
             "policy/rules.rs",
             "use super::EffectivePolicy;\nuse crate::oci::Tag;",
         ),
-        ("store/index/keeper.rs", "use super::super::Fault;\nuse sled::Db;"),
+        (
+            "store/index/keeper.rs",
+            "use super::super::StoreError;\nuse sled::Db;",
+        ),
         (
             "oci/digest.rs",
             "use sha2::Digest as _; // not crate::store::x\n/// [`crate::store`]",

@@ -21,7 +21,7 @@ use crate::archive::import::{self, Imported, Wish};
 use crate::archive::pipe::{Sink, Spring, pipe};
 use crate::oci::Query;
 use crate::server::Registry;
-use crate::store::Fault;
+use crate::store::StoreError;
 
 /// The type of an archive.
 pub(super) const TAR: &str = "application/x-tar";
@@ -185,7 +185,7 @@ impl From<import::Refused> for Problem {
             import::Refused::Unnamed { .. } | import::Refused::Unknown(_) => {
                 Self::bad_request(refused.to_string())
             }
-            import::Refused::Store(Fault::NoRoom { .. } | Fault::Full { .. }) => {
+            import::Refused::Store(StoreError::OverQuota { .. } | StoreError::Full { .. }) => {
                 Self::new(StatusCode::INSUFFICIENT_STORAGE, refused.to_string())
             }
             import::Refused::Store(_) => Self::new(StatusCode::INTERNAL_SERVER_ERROR, refused.to_string()),

@@ -16,10 +16,10 @@ use crate::oci::manifest::{Kind, Role};
 use crate::oci::{AnyDigest, Digest, Query, Reference, Repository};
 use crate::server::Registry;
 use crate::store::Store;
-use crate::store::manifests::HeldManifest;
+use crate::store::manifests::StoredManifest;
 use crate::store::pins::Pin;
-use crate::store::tags::{NEVER_CONFIRMED, Named, Past, TagKey, TagReader, TagRecord};
-use crate::store::usage_report::{Shares, Stocked};
+use crate::store::tags::{HistoryEntry, NEVER_CONFIRMED, ResolvedTag, TagKey, TagReader, TagRecord};
+use crate::store::usage_report::{ReferenceCounts, TagUsage};
 use crate::store::uses::Used;
 
 /// Images on one page of the list, unless `limit` says fewer.
@@ -198,7 +198,7 @@ pub(super) fn list(registry: &Registry, query: &ListQuery, now: SystemTime) -> (
     let store = registry.pull.store().blocking();
     let usage = store.usage();
     let (page, total) = if query.by == Sort::Name && query.is_all() && usage.is_complete {
-        let page = store.stocked_from(query.offset, query.limit);
+        let page = store.tag_usages(query.offset, query.limit);
         let counted = usize::try_from(usage.tags).unwrap_or(usize::MAX);
         let seen = if page.is_empty() {
             0
@@ -209,18 +209,18 @@ pub(super) fn list(registry: &Registry, query: &ListQuery, now: SystemTime) -> (
     } else {
         let (keys, total) = match query.by {
             Sort::Name => first_by_name(store, query),
-            Sort::Size => first_by(store, query, Stocked::bytes),
+            Sort::Size => first_by(store, query, TagUsage::bytes),
             Sort::Confirmed => first_by(store, query, |image| {
                 newest(registry, image).map(|named| named.confirmed_at)
             }),
         };
-        let stocked = keys.iter().filter_map(|key| store.stocked(key).ok().flatten());
+        let stocked = keys.iter().filter_map(|key| store.tag_usage(key).ok().flatten());
         (stocked.collect(), total)
     };
     if page.is_empty() {
         return (Vec::new(), total);
     }
-    let shares = store.shares();
+    let shares = store.reference_counts();
     let lines = page
         .iter()
         .filter_map(|image| summary(registry, &shares, image, now));
@@ -247,14 +247,14 @@ fn first_by_name(store: &Store, query: &ListQuery) -> (Vec<TagKey>, usize) {
 fn first_by<W: Ord>(
     store: &Store,
     query: &ListQuery,
-    weight: impl Fn(&Stocked) -> W,
+    weight: impl Fn(&TagUsage) -> W,
 ) -> (Vec<TagKey>, usize) {
     let mut first: Vec<(Reverse<W>, TagKey)> = Vec::new();
     let (mut total, end) = (0, query.end());
     store.each_tag(|key, record| {
         if query.matches(&key) {
             total += 1;
-            let image = store.stock(key, record);
+            let image = store.usage_of(key, record);
             first.push((Reverse(weight(&image)), image.key));
             if first.len() / 2 > end {
                 first.sort();
@@ -288,14 +288,15 @@ pub(super) fn details(
         ));
     };
     let store = registry.pull.store().blocking();
-    let Some(stocked) = store.stocked(&key)? else {
+    let Some(stocked) = store.tag_usage(&key)? else {
         return Err(not_cached(&key, store));
     };
-    let (stocked, shares) = (&stocked, store.shares());
+    let (stocked, shares) = (&stocked, store.reference_counts());
     let image = summary(registry, &shares, stocked, now).ok_or_else(|| not_cached(&key, store))?;
     let held = |digest: &Digest| store.manifest(digest).ok().flatten();
-    let whole =
-        |manifest: &HeldManifest| store.is_whole(&key.upstream, &key.repository, manifest, &|_| false);
+    let whole = |manifest: &StoredManifest| {
+        store.is_image_complete(&key.upstream, &key.repository, manifest, &|_| false)
+    };
     let variants = stocked.record.variants.iter().map(|variant| {
         let manifest = held(&variant.digest);
         Variation {
@@ -304,8 +305,8 @@ pub(super) fn details(
             held: manifest.is_some(),
             whole: manifest.is_some_and(|manifest| whole(&manifest)),
             confirmed_at: confirmed(variant.confirmed_at),
-            first_seen_at: rfc3339(variant.first_held_at),
-            earlier: variant.earlier.as_ref().map(|earlier| PreviousImage {
+            first_seen_at: rfc3339(variant.first_seen_at),
+            earlier: variant.previous.as_ref().map(|earlier| PreviousImage {
                 digest: earlier.digest.to_string(),
                 confirmed_at: confirmed(earlier.confirmed_at),
             }),
@@ -344,7 +345,7 @@ pub(super) fn not_cached(key: &TagKey, store: &Store) -> Problem {
 
 /// Of all variants together, the last first.
 fn history(record: &TagRecord) -> Vec<PastImage> {
-    let mut all: Vec<&Past> = record
+    let mut all: Vec<&HistoryEntry> = record
         .variants
         .iter()
         .flat_map(|variant| &variant.history)
@@ -352,19 +353,24 @@ fn history(record: &TagRecord) -> Vec<PastImage> {
     all.sort_by_key(|past| Reverse(past.confirmed_at));
     let views = all.iter().map(|past| PastImage {
         digest: past.digest.to_string(),
-        first_seen_at: rfc3339(past.first_held_at),
+        first_seen_at: rfc3339(past.first_seen_at),
         confirmed_at: rfc3339(past.confirmed_at),
     });
     views.collect()
 }
 
 /// The image that a client of today is given for the tag.
-fn newest(registry: &Registry, image: &Stocked) -> Option<Named> {
+fn newest(registry: &Registry, image: &TagUsage) -> Option<ResolvedTag> {
     let store = registry.pull.store().blocking();
-    store.named(&image.key, &image.record, TagReader::Operator)
+    store.resolve_tag(&image.key, &image.record, TagReader::Operator)
 }
 
-fn summary(registry: &Registry, shares: &Shares, image: &Stocked, now: SystemTime) -> Option<Image> {
+fn summary(
+    registry: &Registry,
+    shares: &ReferenceCounts,
+    image: &TagUsage,
+    now: SystemTime,
+) -> Option<Image> {
     let (key, named) = (&image.key, newest(registry, image)?);
     let store = registry.pull.store().blocking();
     let site = registry.doors.named(&key.upstream);
@@ -375,9 +381,9 @@ fn summary(registry: &Registry, shares: &Shares, image: &Stocked, now: SystemTim
         .checked_add(fresh)
         .filter(|until| *until > now && !named.is_moved);
     let manifest = store.manifest(&named.digest).ok().flatten();
-    let whole = manifest
-        .as_ref()
-        .is_some_and(|manifest| store.is_whole(&key.upstream, &key.repository, manifest, &|_| false));
+    let whole = manifest.as_ref().is_some_and(|manifest| {
+        store.is_image_complete(&key.upstream, &key.repository, manifest, &|_| false)
+    });
     let (bytes, unique_bytes) = shares.sizes(image);
     Some(Image {
         name: full_name(key),
@@ -409,13 +415,13 @@ fn summary(registry: &Registry, shares: &Shares, image: &Stocked, now: SystemTim
 }
 
 /// Of an index, the platforms that can be pulled from here alone.
-fn platforms(registry: &Registry, key: &TagKey, manifest: &Arc<HeldManifest>) -> Vec<String> {
+fn platforms(registry: &Registry, key: &TagKey, manifest: &Arc<StoredManifest>) -> Vec<String> {
     if manifest.manifest.kind != Kind::Index {
         return Vec::new();
     }
     let store = registry.pull.store().blocking();
     let view = store.view();
-    let whole = view.whole_children(&key.upstream, &key.repository, manifest);
+    let whole = view.complete_children(&key.upstream, &key.repository, manifest);
     let named = whole.filter_map(|child| child.platform.as_ref().map(ToString::to_string));
     named.collect()
 }
@@ -423,9 +429,9 @@ fn platforms(registry: &Registry, key: &TagKey, manifest: &Arc<HeldManifest>) ->
 /// What a manifest is made of; of an index, the manifests, and of those held what they are made of.
 fn collect_parts(
     registry: &Registry,
-    shares: &Shares,
-    image: &Stocked,
-    manifest: &HeldManifest,
+    shares: &ReferenceCounts,
+    image: &TagUsage,
+    manifest: &StoredManifest,
     platform: Option<&str>,
     parts: &mut Vec<Part>,
 ) {
@@ -447,7 +453,7 @@ fn collect_parts(
             platform: platform.map(str::to_owned),
             bytes: content.map(|content| content.bytes).or(child.size),
             held: content.is_some(),
-            shared_with: known.map_or(0, |digest| shares.holders(&digest).saturating_sub(1)),
+            shared_with: known.map_or(0, |digest| shares.count(&digest).saturating_sub(1)),
         });
         // Two levels are an index and its images; nothing deeper is shown.
         let is_index = manifest.manifest.kind == Kind::Index;
@@ -495,7 +501,7 @@ pub(super) fn remove(
             format!("{} is pinned; unpin it first", full_name(key)),
         ));
     }
-    let freed = store.let_go(&keys, is_trial)?;
+    let freed = store.delete_images(&keys, is_trial)?;
     if !is_trial {
         tracing::info!(image = %named, tags = freed.tags, bytes = freed.bytes, "let go of at the operator's wish");
     }

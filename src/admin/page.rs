@@ -143,7 +143,7 @@ async fn removal_preview(admin: &Admin, image: &str) -> Result<RemovalPreview, P
     let Some(key) = named.tag_key() else {
         return Err(Problem::bad_request("name a tag"));
     };
-    let freed = blocking(move || Ok(registry.pull.store().blocking().let_go(&[key], true)?)).await?;
+    let freed = blocking(move || Ok(registry.pull.store().blocking().delete_images(&[key], true)?)).await?;
     Ok(RemovalPreview {
         image: named.to_string(),
         tags: freed.tags,
@@ -177,7 +177,8 @@ pub(super) async fn submit_form(admin: &Admin, body: &[u8]) -> Result<ApiRespons
             let Some(key) = named.tag_key() else {
                 return Err(Problem::bad_request("name a tag"));
             };
-            let freed = blocking(move || Ok(registry.pull.store().blocking().let_go(&[key], false)?)).await?;
+            let freed =
+                blocking(move || Ok(registry.pull.store().blocking().delete_images(&[key], false)?)).await?;
             format!("Removed {named}; {} freed.", bytes(freed.bytes))
         }
         deed @ ("pin" | "unpin") => {

@@ -138,8 +138,8 @@ impl Problem {
     }
 }
 
-impl From<crate::store::Fault> for Problem {
-    fn from(fault: crate::store::Fault) -> Self {
+impl From<crate::store::StoreError> for Problem {
+    fn from(fault: crate::store::StoreError) -> Self {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, fault.to_string())
     }
 }

@@ -388,7 +388,8 @@ impl Admin {
     pub(super) async fn switch_offline(&self, on: bool) -> Result<bool, Problem> {
         let was = self.offline.set(on);
         let registry = self.registry.load_full();
-        if let Err(fault) = blocking(move || Ok(registry.pull.store().blocking().keep_offline(on))).await? {
+        if let Err(fault) = blocking(move || Ok(registry.pull.store().blocking().persist_offline(on))).await?
+        {
             tracing::error!(%fault, offline = on, "switched, and after a restart it will be as it was");
         }
         if was != on {

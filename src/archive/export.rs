@@ -15,9 +15,9 @@ use super::layout::{self, Entry, INDEX_FILE, LAYOUT_FILE, blob_name};
 use super::{DEPTH_MAX, Image, listed};
 use crate::oci::{Digest, Hasher};
 use crate::store::blobs::HeldBlob;
-use crate::store::manifests::HeldManifest;
+use crate::store::manifests::StoredManifest;
 use crate::store::uses::Used;
-use crate::store::{Fault, Store};
+use crate::store::{Store, StoreError};
 
 use self::look::Look;
 pub(super) use self::look::referrers_of;
@@ -48,7 +48,7 @@ pub enum Refused {
     },
     /// The disk cannot be read.
     #[error(transparent)]
-    Store(#[from] Fault),
+    Store(#[from] StoreError),
 }
 
 /// Which platforms of an index are wanted.
@@ -69,7 +69,7 @@ pub struct Plan {
 
 #[derive(Clone, Debug)]
 enum Part {
-    Manifest(Arc<HeldManifest>),
+    Manifest(Arc<StoredManifest>),
     Blob { digest: Digest, size: u64 },
 }
 

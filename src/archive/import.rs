@@ -23,7 +23,7 @@ use std::time::SystemTime;
 
 use super::{Image, listed};
 use crate::oci::Digest;
-use crate::store::{Fault, Store};
+use crate::store::{Store, StoreError};
 
 use self::follow::{Found, FoundImage};
 use self::receive::receive;
@@ -96,7 +96,7 @@ pub enum Refused {
     },
     /// Our own fault: no room, or a disk that refuses.
     #[error(transparent)]
-    Store(#[from] Fault),
+    Store(#[from] StoreError),
 }
 
 fn named(name: Option<&str>) -> String {

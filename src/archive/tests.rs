@@ -21,7 +21,7 @@ use super::{Image, layout};
 use crate::oci::{Accept, Algorithm, AnyDigest, Digest, Hasher, MediaType, Reference};
 use crate::store::blobs::Verified;
 use crate::store::fs::{FileSystem, MemoryFs};
-use crate::store::listings::KeptListing;
+use crate::store::listings::StoredListing;
 use crate::store::tags::{NEVER_CONFIRMED, TagKey, Variant};
 use crate::store::{Settings, Store};
 
@@ -101,7 +101,7 @@ impl Ground {
         self.holds_blob(bytes);
         let image = named(name).unwrap();
         self.store
-            .note_seen(&image.upstream, &image.repository, &digest(bytes))
+            .add_member(&image.upstream, &image.repository, &digest(bytes))
             .unwrap();
     }
 
@@ -109,7 +109,7 @@ impl Ground {
         let image = named(name).unwrap();
         let bytes = Bytes::copy_from_slice(manifest);
         self.store
-            .keep_manifest(
+            .put_manifest(
                 bytes,
                 media_type.parse().unwrap(),
                 digest(manifest),
@@ -118,7 +118,7 @@ impl Ground {
             )
             .unwrap();
         self.store
-            .note_seen(&image.upstream, &image.repository, &digest(manifest))
+            .add_member(&image.upstream, &image.repository, &digest(manifest))
             .unwrap();
     }
 
@@ -127,13 +127,13 @@ impl Ground {
             accept: Accept::manifests().key(),
             digest: digest(manifest),
             media_type: media_type.parse().unwrap(),
-            takes_indexes: true,
+            accepts_indexes: true,
             confirmed_at,
-            first_held_at: now(),
-            earlier: None,
+            first_seen_at: now(),
+            previous: None,
             history: Vec::new(),
         };
-        self.store.keep_tag(&key(name), variant).unwrap();
+        self.store.put_tag(&key(name), variant).unwrap();
     }
 
     /// An image of one layer, tagged.
@@ -195,13 +195,13 @@ impl Ground {
             return false;
         };
         self.store
-            .is_whole(&image.upstream, &image.repository, &held, &|_| false)
+            .is_image_complete(&image.upstream, &image.repository, &held, &|_| false)
     }
 
-    fn has_seen(&self, name: &str, bytes: &[u8]) -> bool {
+    fn is_member(&self, name: &str, bytes: &[u8]) -> bool {
         let image = named(name).unwrap();
         self.store
-            .has_seen(&image.upstream, &image.repository, &digest(bytes))
+            .is_member(&image.upstream, &image.repository, &digest(bytes))
     }
 }
 
@@ -337,7 +337,7 @@ fn an_imported_tag_is_nobodys_word_but_the_operators() {
     to.import(&archive).unwrap();
     let image = named(NAME).unwrap();
     assert_eq!(to.tagged(NAME).unwrap().confirmed_at, NEVER_CONFIRMED);
-    assert!(to.has_seen(NAME, b"layer") && to.has_seen(NAME, &old));
+    assert!(to.is_member(NAME, b"layer") && to.is_member(NAME, &old));
     assert_eq!(
         to.store.public_since(&image.upstream, &image.repository),
         None,
@@ -356,7 +356,7 @@ fn an_imported_tag_is_nobodys_word_but_the_operators() {
     // What the upstream confirmed meanwhile is not made doubtful by importing the same.
     to.has_tag(NAME, IMAGE, &old, now());
     to.store
-        .note_public(&image.upstream, &image.repository, Some(now()))
+        .set_public(&image.upstream, &image.repository, Some(now()))
         .unwrap();
     to.import_as(&archive, None, true).unwrap();
     assert_eq!(to.tagged(NAME).unwrap().confirmed_at, now());
@@ -377,7 +377,7 @@ fn an_import_names_the_tag_for_every_set_of_media_types() {
         accept: 7,
         ..to.tagged(NAME).unwrap()
     };
-    to.store.keep_tag(&key(NAME), variant).unwrap();
+    to.store.put_tag(&key(NAME), variant).unwrap();
     to.import(&archive).unwrap();
     let record = to.store.tag(&key(NAME)).unwrap().unwrap();
     let digests: Vec<Digest> = record.variants.iter().map(|variant| variant.digest).collect();
@@ -404,7 +404,7 @@ fn referrers_come_along_and_are_listed_and_name_nothing() {
     listed["annotations"] =
         json!({ "io.containerd.image.name": "docker.io/library/alpine:latest", "by": "me" });
     let listing = json!({ "schemaVersion": 2, "mediaType": INDEX, "manifests": [listed] }).to_string();
-    let listing = KeptListing::new(
+    let listing = StoredListing::new(
         Bytes::from(listing),
         INDEX.parse::<MediaType>().unwrap(),
         None,
@@ -412,7 +412,7 @@ fn referrers_come_along_and_are_listed_and_name_nothing() {
         now(),
     );
     let asked = export::referrers_of(&named(NAME).unwrap(), digest(&subject));
-    from.store.keep_listing(&asked, listing).unwrap();
+    from.store.put_listing(&asked, listing).unwrap();
 
     let archive = from.export(&[NAME], Platforms::Held).unwrap();
     let to = Ground::new();
@@ -422,7 +422,7 @@ fn referrers_come_along_and_are_listed_and_name_nothing() {
         1,
         "a signature's annotation names no image: {imported:?}"
     );
-    assert!(to.has_seen(NAME, &signature) && to.has_seen(NAME, b"signature"));
+    assert!(to.is_member(NAME, &signature) && to.is_member(NAME, b"signature"));
     let kept = to.store.listing(&asked).unwrap().unwrap();
     let entries = layout::read_index(&kept.bytes).unwrap();
     assert_eq!(entries[0].digest, digest(&signature));

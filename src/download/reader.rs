@@ -17,7 +17,7 @@ use super::stranded::{Alone, Rest};
 use super::{Ahead, Chunks, Failure, Shared};
 use crate::oci::{Cause, Digest};
 use crate::queue::{Waiter, Waiters};
-use crate::store::Fault;
+use crate::store::StoreError;
 use crate::store::fs::FsFile;
 use crate::store::step::{Buffers, STEP_BYTES, read_step};
 
@@ -308,6 +308,6 @@ impl Reader {
     }
 }
 
-fn unreadable(error: &io::Error) -> Fault {
-    Fault::io("read the ingest of a download", "ingest", error)
+fn unreadable(error: &io::Error) -> StoreError {
+    StoreError::io("read the ingest of a download", "ingest", error)
 }

@@ -16,11 +16,11 @@ use super::progress::{Download, Opened, Progress};
 use super::reader::{Part, Reader};
 use super::{Failure, Verifying};
 use crate::oci::{Digest, Hasher};
-use crate::store::Fault;
+use crate::store::StoreError;
 
 /// What the writer had when its disk failed.
 pub struct Stranded {
-    fault: Fault,
+    fault: StoreError,
     digest: Digest,
     opened: Option<Opened>,
     written: u64,
@@ -44,7 +44,7 @@ impl fmt::Display for Stranded {
 
 impl Stranded {
     /// `written` bytes are in the file, and `hasher` has taken them.
-    pub(super) fn new(fault: Fault, download: &Download, written: u64, hasher: Hasher) -> Self {
+    pub(super) fn new(fault: StoreError, download: &Download, written: u64, hasher: Hasher) -> Self {
         let opened = match &*download.progress.borrow() {
             Progress::Filling(opened, _) => Some(opened.clone()),
             _ => None,

@@ -10,7 +10,7 @@ use super::progress::Download;
 use super::receive::{Piece, QUEUE_CHUNKS_MAX};
 use super::{Failure, Stranded};
 use crate::oci::Hasher;
-use crate::store::Fault;
+use crate::store::StoreError;
 use crate::store::blobs::Verified;
 use crate::store::ingest::Ingest;
 use crate::store::leftover::Resumed;
@@ -103,7 +103,7 @@ impl Writer {
         None
     }
 
-    fn write(&mut self, chunk: &[u8]) -> Result<(), Fault> {
+    fn write(&mut self, chunk: &[u8]) -> Result<(), StoreError> {
         let Some(File {
             ingest,
             hasher,
@@ -117,7 +117,7 @@ impl Writer {
         ingest
             .file()
             .write_at(chunk, *written)
-            .map_err(|error| Fault::io("write a blob", self.download.digest.to_string(), &error))?;
+            .map_err(|error| StoreError::io("write a blob", self.download.digest.to_string(), &error))?;
         *written = until;
         self.download.publish(until);
         self.download.counts.fetched(chunk.len() as u64);
@@ -126,7 +126,7 @@ impl Writer {
         Ok(())
     }
 
-    fn stranded(&mut self, fault: Fault) -> Failure {
+    fn stranded(&mut self, fault: StoreError) -> Failure {
         let Some(file) = self.file.take() else {
             return Failure::Abandoned;
         };

@@ -14,7 +14,7 @@ use crate::age;
 use crate::oci::challenge::Challenge;
 use crate::oci::{Accept, Operation};
 use crate::policy::DenyReason;
-use crate::store::challenges::KeptChallenge;
+use crate::store::challenges::StoredChallenge;
 use crate::trace_context::Trace;
 use crate::upstream::UpstreamResponse;
 
@@ -85,10 +85,10 @@ impl ProxyService {
     async fn challenge(
         self: &Arc<Self>,
         site: &Arc<UpstreamRegistry>,
-    ) -> Result<Arc<KeptChallenge>, Arc<UpstreamResponse>> {
+    ) -> Result<Arc<StoredChallenge>, Arc<UpstreamResponse>> {
         let kept = self.kept_challenge(site.name().to_owned()).await;
         let now = self.clock.now();
-        let is_fresh = |kept: &Arc<KeptChallenge>| age::is_within(kept.given_at, RENEW_AFTER, now);
+        let is_fresh = |kept: &Arc<StoredChallenge>| age::is_within(kept.given_at, RENEW_AFTER, now);
         if let Some(kept) = kept.as_ref().filter(|kept| is_fresh(kept)) {
             return Ok(Arc::clone(kept));
         }
@@ -130,7 +130,7 @@ impl ProxyService {
     async fn ask_for_challenge(
         &self,
         site: &Arc<UpstreamRegistry>,
-    ) -> Result<Arc<KeptChallenge>, Arc<UpstreamResponse>> {
+    ) -> Result<Arc<StoredChallenge>, Arc<UpstreamResponse>> {
         let caller = self.principals.stranger(&Trace::begun());
         let asked = site
             .upstream()
@@ -145,14 +145,14 @@ impl ProxyService {
                 .collect(),
             Err(answer) => return Err(Arc::new(answer)),
         };
-        let kept = KeptChallenge {
+        let kept = StoredChallenge {
             lines,
             given_at: self.clock.now(),
         };
         let (site, challenge) = (Arc::clone(site), kept.clone());
         let done = self
             .store
-            .write(move |store| store.keep_challenge(site.name(), challenge))
+            .write(move |store| store.put_challenge(site.name(), challenge))
             .await;
         super::revalidate::report(done, "keep a registry's challenge");
         Ok(Arc::new(kept))
@@ -160,7 +160,7 @@ impl ProxyService {
 }
 
 /// Where a challenge sends clients: hosts in lower case, without brackets, and ports. Only by https.
-fn realms(kept: &KeptChallenge) -> Vec<(String, u16)> {
+fn realms(kept: &StoredChallenge) -> Vec<(String, u16)> {
     let mut headers = HeaderMap::new();
     for line in &kept.lines {
         if let Ok(value) = HeaderValue::from_str(line) {

@@ -16,7 +16,7 @@ use crate::oci::{
 };
 use crate::policy::DenyReason;
 use crate::queue::Peer;
-use crate::store::manifests::HeldManifest;
+use crate::store::manifests::StoredManifest;
 use crate::upstream::Credential;
 
 /// Images of which it is remembered what attests them.
@@ -46,7 +46,7 @@ impl Default for Attestations {
 
 impl Attestations {
     /// Remembers what an index lists.
-    pub(super) fn learn(&self, site: &UpstreamRegistry, repository: &Repository, index: &HeldManifest) {
+    pub(super) fn learn(&self, site: &UpstreamRegistry, repository: &Repository, index: &StoredManifest) {
         if index.manifest.kind != Kind::Index {
             return;
         }

@@ -96,7 +96,7 @@ impl ProxyService {
     ) -> (Option<(BlobBody, u64)>, bool) {
         let head = request.head;
         self.look_up(&request.site, repository, move |cached| {
-            (cached.content(&digest, head), cached.has_seen(&digest))
+            (cached.content(&digest, head), cached.is_member(&digest))
         })
         .await
     }
@@ -211,7 +211,7 @@ impl BlobRequest<'_> {
                 let gone = self
                     .pull
                     .store
-                    .write(move |store| store.note_gone(own.name(), &repository, &digest))
+                    .write(move |store| store.remove_member(own.name(), &repository, &digest))
                     .await;
                 super::revalidate::report(gone, "forget a blob that the registry no longer has");
                 refused(DenyReason::NotFound, asked.answer, false)

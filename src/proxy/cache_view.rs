@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use super::{ProxyService, UpstreamRegistry};
 use crate::oci::{Digest, Repository};
-use crate::store::manifests::HeldManifest;
-use crate::store::{Fault, View};
+use crate::store::manifests::StoredManifest;
+use crate::store::{StoreError, View};
 
 /// The cached content of one repository, through one view of the store.
 pub(super) struct CacheView<'a> {
@@ -18,14 +18,14 @@ pub(super) struct CacheView<'a> {
 }
 
 impl CacheView<'_> {
-    pub(super) fn manifest(&self, digest: &Digest) -> Option<Arc<HeldManifest>> {
+    pub(super) fn manifest(&self, digest: &Digest) -> Option<Arc<StoredManifest>> {
         let image = format_args!("{}@{digest}", self.repository);
         self.pull.cached(self.site, &image, self.view.manifest(digest))
     }
 
     /// Whether `digest` was seen in this repository.
-    pub(super) fn has_seen(&self, digest: &Digest) -> bool {
-        self.view.has_seen(self.site.name(), self.repository, digest)
+    pub(super) fn is_member(&self, digest: &Digest) -> bool {
+        self.view.is_member(self.site.name(), self.repository, digest)
     }
 }
 
@@ -35,7 +35,7 @@ impl ProxyService {
         &self,
         site: &UpstreamRegistry,
         image: &dyn Display,
-        read: Result<Option<T>, Fault>,
+        read: Result<Option<T>, StoreError>,
     ) -> Option<T> {
         read.unwrap_or_else(|fault| {
             if let Some(skipped) = self.unreadable.admits() {
@@ -83,7 +83,7 @@ impl ProxyService {
         site: &Arc<UpstreamRegistry>,
         repository: &Repository,
         digest: &Digest,
-    ) -> Option<Arc<HeldManifest>> {
+    ) -> Option<Arc<StoredManifest>> {
         let digest = *digest;
         self.look_up(site, repository, move |cached| cached.manifest(&digest))
             .await

@@ -8,13 +8,13 @@ use super::{AuthContext, ProxyService, Request, UpstreamRegistry};
 use crate::oci::{Accept, AnyDigest, Digest, Repository, Tag};
 use crate::policy::rules::EffectivePolicy;
 use crate::policy::{CacheState, CachedEntry, Completeness, ContentKind, Presence};
-use crate::store::manifests::HeldManifest;
-use crate::store::tags::{Named, TagKey, TagReader};
+use crate::store::manifests::StoredManifest;
+use crate::store::tags::{ResolvedTag, TagKey, TagReader};
 
 /// A manifest in the store, and when the upstream last confirmed that the tag names it.
 #[derive(Clone)]
 pub(super) struct CachedManifest {
-    pub(super) manifest: Arc<HeldManifest>,
+    pub(super) manifest: Arc<StoredManifest>,
     pub(super) confirmed_at: SystemTime,
 }
 
@@ -91,7 +91,7 @@ impl ProxyService {
     ) -> (Option<Candidates>, bool) {
         let digest = *digest;
         self.look_up(site, repository, move |cached| {
-            (cached.copy_of_digest(&digest, now), cached.has_seen(&digest))
+            (cached.copy_of_digest(&digest, now), cached.is_member(&digest))
         })
         .await
     }
@@ -129,7 +129,7 @@ impl ProxyService {
         self: &Arc<Self>,
         site: &Arc<UpstreamRegistry>,
         repository: &Repository,
-        manifest: &Arc<HeldManifest>,
+        manifest: &Arc<StoredManifest>,
     ) -> bool {
         let manifest = Arc::clone(manifest);
         self.look_up(site, repository, move |cached| cached.is_whole(&manifest))
@@ -148,7 +148,7 @@ impl CacheView<'_> {
         } = *self;
         let image = format_args!("{repository}:{}", key.tag);
         let record = pull.cached(site, &image, view.tag(key))?;
-        let named = view.named(key, &record, reader)?;
+        let named = view.resolve_tag(key, &record, reader)?;
         let newest = self.copy(&named)?;
         let is_moved = named.is_moved;
         let is_in_doubt = pull.is_in_doubt(site, repository, key.tag.clone().into())
@@ -162,7 +162,7 @@ impl CacheView<'_> {
                 is_in_doubt,
             });
         }
-        let is_whole = |manifest: &HeldManifest| self.is_whole(manifest);
+        let is_whole = |manifest: &StoredManifest| self.is_whole(manifest);
         let complete = view.last_complete(&record, reader, &is_whole);
         let earlier = complete.and_then(|named| self.copy(&named));
         Some(Candidates {
@@ -176,7 +176,7 @@ impl CacheView<'_> {
         })
     }
 
-    fn copy(&self, named: &Named) -> Option<CachedManifest> {
+    fn copy(&self, named: &ResolvedTag) -> Option<CachedManifest> {
         let manifest = self.manifest(&named.digest)?;
         let confirmed_at = named.confirmed_at;
         Some(CachedManifest {
@@ -208,7 +208,7 @@ impl CacheView<'_> {
     }
 
     fn holding(&self, digest: &Digest) -> Presence {
-        if !self.has_seen(digest) {
+        if !self.is_member(digest) {
             return Presence::None;
         }
         match self.manifest(digest) {
@@ -221,14 +221,14 @@ impl CacheView<'_> {
     /// Whether this blob is arriving, for this repository or for one that has it as well.
     pub(super) fn is_arriving(&self, digest: &Digest) -> bool {
         let is_here =
-            || self.pull.arriving.is_in(self.site, self.repository, *digest) || self.has_seen(digest);
+            || self.pull.arriving.is_in(self.site, self.repository, *digest) || self.is_member(digest);
         self.pull.downloads.is_arriving(digest) && is_here()
     }
 
-    pub(super) fn is_whole(&self, manifest: &HeldManifest) -> bool {
+    pub(super) fn is_whole(&self, manifest: &StoredManifest) -> bool {
         let arriving = |digest: &Digest| self.is_arriving(digest);
         self.view
-            .is_whole(self.site.name(), self.repository, manifest, &arriving)
+            .is_image_complete(self.site.name(), self.repository, manifest, &arriving)
     }
 }
 

@@ -11,7 +11,7 @@ use http::HeaderValue;
 use super::{Denied, ProxyResponse, ProxyService, Request, UpstreamRegistry};
 use crate::oci::{Cause, Repository};
 use crate::policy::DenyReason;
-use crate::store::challenges::KeptChallenge;
+use crate::store::challenges::StoredChallenge;
 use crate::upstream::{ResponseKind, UpstreamResponse};
 
 /// Stands for the repository in a kept challenge. No repository's name has such a character.
@@ -35,20 +35,20 @@ impl ProxyService {
         if lines.is_empty() || known.is_some_and(|known| known.lines == lines) {
             return;
         }
-        let kept = KeptChallenge {
+        let kept = StoredChallenge {
             lines,
             given_at: self.clock.now(),
         };
         let key = key(site);
         let done = self
             .store
-            .write(move |store| store.keep_challenge(&key, kept))
+            .write(move |store| store.put_challenge(&key, kept))
             .await;
         super::revalidate::report(done, "keep how an upstream asks for a credential");
     }
 
     /// What is kept under `key` of how an upstream asks for a credential.
-    pub(super) async fn kept_challenge(&self, key: String) -> Option<Arc<KeptChallenge>> {
+    pub(super) async fn kept_challenge(&self, key: String) -> Option<Arc<StoredChallenge>> {
         self.store.read(move |view| view.challenge(&key)).await
     }
 

@@ -186,7 +186,7 @@ impl ProxyService {
             if renews(public_since, at, now) {
                 let turn = self.refused.publics.turn(place(site, repository)).await;
                 if !self.overtaken(&self.right_of_all(site, repository), asked_at) {
-                    self.note_public(site, repository, Some(at), turn).await;
+                    self.set_public(site, repository, Some(at), turn).await;
                 }
             }
         } else {
@@ -216,7 +216,7 @@ impl ProxyService {
         if renews(self.store.grant(granted).await, at, now) {
             let _order = self.refused.order();
             if !self.overtaken(&right(site, repository, principal), asked_at) {
-                self.store.note_grant(granted, at);
+                self.store.put_grant(granted, at);
             }
         }
     }
@@ -234,7 +234,7 @@ impl ProxyService {
             let right = self.right_of_all(site, repository);
             self.refused.last.insert(right, Instant::now());
             if self.public_since(site, repository).await.is_some() {
-                self.note_public(site, repository, None, turn).await;
+                self.set_public(site, repository, None, turn).await;
             }
             return;
         }
@@ -314,7 +314,7 @@ impl ProxyService {
             self.refused
                 .last
                 .insert(right(site, repository, principal), Instant::now());
-            self.store.drop_grant(grant(site, repository, &principal))
+            self.store.revoke_grant(grant(site, repository, &principal))
         };
         if !dropping.await {
             tracing::error!(
@@ -352,7 +352,7 @@ impl ProxyService {
         last.is_some_and(|heard| heard >= asked_at)
     }
 
-    async fn note_public(
+    async fn set_public(
         &self,
         site: &Arc<UpstreamRegistry>,
         repository: &Repository,
@@ -361,7 +361,7 @@ impl ProxyService {
     ) {
         let (site, repository) = (Arc::clone(site), repository.clone());
         let noted = write_in_turn(&self.store, turn, move |store| {
-            store.note_public(site.name(), &repository, since)
+            store.set_public(site.name(), &repository, since)
         });
         let noted = noted.await;
         super::revalidate::report(noted, "keep whether a repository is public");
@@ -396,8 +396,8 @@ fn grant<'a>(
     site: &'a UpstreamRegistry,
     repository: Option<&'a Repository>,
     principal: &'a [u8; 32],
-) -> crate::store::grants::Right<'a> {
-    crate::store::grants::Right {
+) -> crate::store::grants::GrantId<'a> {
+    crate::store::grants::GrantId {
         upstream: site.name(),
         repository,
         principal,

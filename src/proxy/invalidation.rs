@@ -21,7 +21,7 @@ pub use super::write_effect::WriteEffect;
 use super::{ProxyService, UpstreamRegistry};
 use crate::oci::{Digest, MediaType, Reference, Repository};
 use crate::store::Store;
-use crate::store::invalidations::DoubtKey;
+use crate::store::invalidations::InvalidationKey;
 use crate::store::tags::TagKey;
 
 /// Repositories that share a counter only learn a little less than they could.
@@ -134,7 +134,7 @@ pub struct PendingWrite {
     /// Which write it is, in the count of those begun.
     nth: u64,
     /// The doubts that are of this write alone.
-    own_doubts: Vec<DoubtKey>,
+    own_doubts: Vec<InvalidationKey>,
     is_refused: bool,
 }
 
@@ -166,7 +166,7 @@ impl ProxyService {
         let doubted = self.store.write(move |store| {
             let (mut own, mut outcome) = (Vec::new(), Ok(()));
             for key in keys.into_iter().filter(|key| store.has_cached(key)) {
-                match store.doubt(&key, now) {
+                match store.invalidate(&key, now) {
                     Ok(true) => own.push(key),
                     Ok(false) => {}
                     Err(fault) => outcome = Err(fault),
@@ -212,13 +212,17 @@ impl ProxyService {
         move |_| site.writings().begun(&repository) == nth
     }
 
-    async fn settle(&self, key: DoubtKey, is_settled: impl FnOnce(SystemTime) -> bool + Send + 'static) {
-        if self.store.doubted_since(&key).is_none() {
+    async fn settle(
+        &self,
+        key: InvalidationKey,
+        is_settled: impl FnOnce(SystemTime) -> bool + Send + 'static,
+    ) {
+        if self.store.invalidated_since(&key).is_none() {
             return;
         }
         let settled = self
             .store
-            .write(move |store| store.settle_doubt(&key, is_settled))
+            .write(move |store| store.clear_invalidation(&key, is_settled))
             .await;
         report(settled, "settle a doubt");
     }
@@ -230,23 +234,23 @@ impl ProxyService {
         repository: &Repository,
         reference: Reference,
     ) -> bool {
-        self.store.has_doubts() && {
-            let key = DoubtKey {
+        self.store.has_invalidations() && {
+            let key = InvalidationKey {
                 upstream: site.name().into(),
                 repository: repository.clone(),
                 reference,
             };
-            self.store.doubted_since(&key).is_some()
+            self.store.invalidated_since(&key).is_some()
         }
     }
 
     /// The upstream has confirmed `reference`: a doubt from before the question is settled.
     pub(super) async fn confirmed(&self, wanted: &UpstreamRequest, reference: Reference) {
-        if !self.store.has_doubts() {
+        if !self.store.has_invalidations() {
             return;
         }
         let Some(begun) = wanted.writes.begun else { return };
-        let key = DoubtKey {
+        let key = InvalidationKey {
             upstream: wanted.site.name().into(),
             repository: wanted.repository.clone(),
             reference,
@@ -274,13 +278,13 @@ impl ProxyService {
         if !Self::is_overlapped(wanted) || !matches!(reference, Reference::Tag(_)) {
             return;
         }
-        let key = DoubtKey {
+        let key = InvalidationKey {
             upstream: wanted.site.name().into(),
             repository: wanted.repository.clone(),
             reference: reference.clone(),
         };
         let now = self.clock.now();
-        let doubted = self.store.write(move |store| store.doubt(&key, now)).await;
+        let doubted = self.store.write(move |store| store.invalidate(&key, now)).await;
         report(doubted, "keep that a write may change what is cached");
     }
 
@@ -312,7 +316,11 @@ impl ProxyService {
     }
 }
 
-fn forget(store: &Store, site: &UpstreamRegistry, change: WriteEffect) -> Result<(), crate::store::Fault> {
+fn forget(
+    store: &Store,
+    site: &UpstreamRegistry,
+    change: WriteEffect,
+) -> Result<(), crate::store::StoreError> {
     let upstream: Arc<str> = site.name().into();
     match change {
         // What is known of referrers is good only for as long as nothing was written.
@@ -329,13 +337,13 @@ fn forget(store: &Store, site: &UpstreamRegistry, change: WriteEffect) -> Result
             outcome
         }
         WriteEffect::Deleted(repository, digest) => {
-            store.note_gone(&upstream, &repository, &digest)?;
-            let key = DoubtKey {
+            store.remove_member(&upstream, &repository, &digest)?;
+            let key = InvalidationKey {
                 upstream: Arc::clone(&upstream),
                 repository: repository.clone(),
                 reference: digest.into(),
             };
-            store.settle_doubt(&key, |_| true)?;
+            store.clear_invalidation(&key, |_| true)?;
             let mut after = None;
             loop {
                 let page = store.tags(after.as_ref(), TAGS_PAGE);

@@ -20,7 +20,7 @@ use super::manifest_fetch::UpstreamRequest;
 use super::prefetch::StartedDownloads;
 use super::{ProxyService, UpstreamRegistry};
 use crate::oci::{AnyDigest, Cause, Digest, Operation, Reference, Repository};
-use crate::store::manifests::HeldManifest;
+use crate::store::manifests::StoredManifest;
 
 /// Questions at a time about one image.
 const QUESTIONS_MAX: usize = 8;
@@ -59,8 +59,8 @@ impl ProxyService {
         self: &Arc<Self>,
         wanted: UpstreamRequest,
         begin_for: Option<Duration>,
-        manifest: &Arc<HeldManifest>,
-        instead: &Arc<HeldManifest>,
+        manifest: &Arc<StoredManifest>,
+        instead: &Arc<StoredManifest>,
     ) -> Result<(), Cause> {
         let (site, repository) = (&wanted.site, &wanted.repository);
         let image: Image = (site.name().into(), repository.clone(), manifest.digest);
@@ -84,14 +84,14 @@ impl ProxyService {
         self: &Arc<Self>,
         site: &Arc<UpstreamRegistry>,
         repository: &Repository,
-        index: &HeldManifest,
-        instead: &Arc<HeldManifest>,
+        index: &StoredManifest,
+        instead: &Arc<StoredManifest>,
     ) -> Vec<Digest> {
         let instead = Arc::clone(instead);
         let in_use = self.look_up(site, repository, move |cached| {
             let whole = cached
                 .view
-                .whole_children(cached.site.name(), cached.repository, &instead);
+                .complete_children(cached.site.name(), cached.repository, &instead);
             whole
                 .filter_map(|child| child.platform.clone())
                 .collect::<Vec<_>>()
@@ -112,9 +112,9 @@ impl ProxyService {
         self: &Arc<Self>,
         of: &UpstreamRequest,
         digest: Digest,
-    ) -> Result<Arc<HeldManifest>, Cause> {
+    ) -> Result<Arc<StoredManifest>, Cause> {
         let held = self.look_up(&of.site, &of.repository, move |cached| {
-            let held = cached.has_seen(&digest).then(|| cached.manifest(&digest));
+            let held = cached.is_member(&digest).then(|| cached.manifest(&digest));
             held.flatten()
         });
         if let Some(manifest) = held.await {
@@ -135,7 +135,7 @@ impl ProxyService {
         self: &Arc<Self>,
         of: &UpstreamRequest,
         begin_for: Option<Duration>,
-        manifest: &Arc<HeldManifest>,
+        manifest: &Arc<StoredManifest>,
     ) -> Result<(), Cause> {
         let missing = self.missing(of, manifest).await;
         let mut begun = match begin_for {

@@ -17,7 +17,7 @@ use crate::oci::{Cause, MediaType, Operation, Repository};
 use crate::policy::{
     CacheState, CachedEntry, Completeness, ContentKind, Decision, Policy, Revalidation, decide,
 };
-use crate::store::listings::{KeptListing, ListingKey};
+use crate::store::listings::{ListingKey, StoredListing};
 use crate::upstream::{ResponseStream, UpstreamResponse};
 
 /// A list of tags is received whole up to this size; a longer one is passed on as it arrives.
@@ -247,7 +247,7 @@ impl ProxyService {
                 next,
                 filters,
             } = page;
-            store.keep_listing(&key, KeptListing::new(bytes, media_type, next, filters, now))
+            store.put_listing(&key, StoredListing::new(bytes, media_type, next, filters, now))
         });
         super::revalidate::report(kept.await, "keep a list");
         Ok(listing)
@@ -255,7 +255,7 @@ impl ProxyService {
 }
 
 /// A page for an outage, and the kept page that says how old it is.
-type CachedPage = (Listing, Arc<KeptListing>);
+type CachedPage = (Listing, Arc<StoredListing>);
 
 /// A list of tags from the upstream.
 pub(super) enum FetchedList {
@@ -332,7 +332,7 @@ fn serve(kept: Option<CachedPage>, reason: ServeReason) -> ProxyResponse {
     }
 }
 
-fn page_of(kept: &KeptListing) -> Listing {
+fn page_of(kept: &StoredListing) -> Listing {
     Listing {
         bytes: kept.bytes.clone(),
         media_type: kept.media_type.clone(),
@@ -342,7 +342,7 @@ fn page_of(kept: &KeptListing) -> Listing {
 }
 
 /// A page that was kept.
-pub(super) fn given(kept: &KeptListing, reason: ServeReason) -> ProxyResponse {
+pub(super) fn given(kept: &StoredListing, reason: ServeReason) -> ProxyResponse {
     let confirmed_at = Some(kept.listed_at);
     ProxyResponse::Listing(page_of(kept), ServeInfo { reason, confirmed_at })
 }

@@ -14,7 +14,7 @@ use crate::policy::{
     Authorization, CacheState, ContentKind, CredentialOwner, Decision, DenyReason, HitReason, MissReason,
     Revalidation, decide,
 };
-use crate::store::manifests::HeldManifest;
+use crate::store::manifests::StoredManifest;
 use crate::store::tags::TagKey;
 use crate::upstream::{ResponseKind, UpstreamResponse};
 
@@ -232,7 +232,7 @@ impl<'a> ManifestRequest<'a> {
             .await
     }
 
-    async fn brought(&self, answer: Option<&UpstreamResponse>) -> Option<Arc<HeldManifest>> {
+    async fn brought(&self, answer: Option<&UpstreamResponse>) -> Option<Arc<StoredManifest>> {
         self.pull.brought(&self.wanted(), answer?).await
     }
 
@@ -296,7 +296,7 @@ impl<'a> ManifestRequest<'a> {
     }
 
     /// The manifest of the digest that was named just now.
-    async fn named(&self, heard: Revalidation) -> Option<Arc<HeldManifest>> {
+    async fn named(&self, heard: Revalidation) -> Option<Arc<StoredManifest>> {
         match heard {
             Revalidation::Digest { digest, .. } => {
                 self.pull
@@ -330,7 +330,11 @@ impl<'a> ManifestRequest<'a> {
     }
 
     /// Whether the upstream has what of `manifest` is not held; asked only where there is something else to serve.
-    async fn rest_of(&self, manifest: &Arc<HeldManifest>, copies: Option<&Candidates>) -> Result<(), Cause> {
+    async fn rest_of(
+        &self,
+        manifest: &Arc<StoredManifest>,
+        copies: Option<&Candidates>,
+    ) -> Result<(), Cause> {
         let Some(instead) = copies.and_then(Candidates::whole) else {
             return Ok(());
         };
@@ -403,7 +407,7 @@ impl<'a> ManifestRequest<'a> {
 
     async fn fetched(
         &self,
-        manifest: Arc<HeldManifest>,
+        manifest: Arc<StoredManifest>,
         why: MissReason,
         situation: CacheState,
         copies: Option<Candidates>,
@@ -415,7 +419,7 @@ impl<'a> ManifestRequest<'a> {
     }
 
     /// What the upstream has just confirmed or given.
-    fn manifest(&self, manifest: Arc<HeldManifest>, reason: ServeReason) -> ProxyResponse {
+    fn manifest(&self, manifest: Arc<StoredManifest>, reason: ServeReason) -> ProxyResponse {
         let confirmed_at = self.request.tag().map(|_| self.request.now);
         ProxyResponse::Manifest(manifest, ServeInfo { reason, confirmed_at })
     }

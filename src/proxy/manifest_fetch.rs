@@ -17,7 +17,7 @@ use crate::oci::{
     Accept, Algorithm, AnyDigest, Cause, Digest, Manifest, MediaType, Operation, Reference, Repository,
 };
 use crate::policy::{Authorization, Revalidation};
-use crate::store::manifests::HeldManifest;
+use crate::store::manifests::StoredManifest;
 use crate::store::tags::TagKey;
 use crate::upstream::{Caller, Credential, ResponseKind, ResponseStream, UpstreamResponse};
 
@@ -99,7 +99,7 @@ impl ProxyService {
     pub(super) async fn fetch_manifest(
         self: &Arc<Self>,
         wanted: UpstreamRequest,
-    ) -> Result<Arc<HeldManifest>, Arc<UpstreamResponse>> {
+    ) -> Result<Arc<StoredManifest>, Arc<UpstreamResponse>> {
         let key = CoalesceKey::new(self, &wanted);
         let (demand, is_made_up) = (self.demand(&wanted), self.may_be_made_up(&wanted));
         let flight = self.manifests.share_for(key, demand, |waiters| {
@@ -155,8 +155,8 @@ impl ProxyService {
     async fn not_replaced(
         self: &Arc<Self>,
         wanted: &UpstreamRequest,
-        received: HeldManifest,
-    ) -> HeldManifest {
+        received: StoredManifest,
+    ) -> StoredManifest {
         let Some(named) = wanted.named.filter(|named| *named != received.digest) else {
             return received;
         };
@@ -199,7 +199,7 @@ impl ProxyService {
             tag: tag.clone(),
         };
         let record = self.store.read(move |view| view.tag(&key)).await;
-        matches!(record, Ok(Some(record)) if record.has_named(&digest))
+        matches!(record, Ok(Some(record)) if record.has_pointed_to(&digest))
     }
 
     /// Whether a verified manifest shows a right to the repository: the registry's own origin sent it and it points to
@@ -207,7 +207,7 @@ impl ProxyService {
     async fn shows_right(
         self: &Arc<Self>,
         wanted: &UpstreamRequest,
-        manifest: &HeldManifest,
+        manifest: &StoredManifest,
         is_registrys: bool,
     ) -> bool {
         let is_placeholder = manifest.manifest.children.is_empty();
@@ -223,7 +223,7 @@ impl ProxyService {
         self: &Arc<Self>,
         wanted: &UpstreamRequest,
         answer: &UpstreamResponse,
-    ) -> Option<Arc<HeldManifest>> {
+    ) -> Option<Arc<StoredManifest>> {
         let (bytes, media_type) = answer.body.clone()?;
         let named = match answer.kind {
             ResponseKind::Digest(digest) | ResponseKind::UnprovenDigest(digest) => Some(digest),
@@ -239,8 +239,8 @@ impl ProxyService {
     async fn keep(
         self: &Arc<Self>,
         wanted: &UpstreamRequest,
-        received: Result<HeldManifest, Cause>,
-    ) -> Result<Arc<HeldManifest>, Arc<UpstreamResponse>> {
+        received: Result<StoredManifest, Cause>,
+    ) -> Result<Arc<StoredManifest>, Arc<UpstreamResponse>> {
         let UpstreamRequest {
             site,
             repository,
@@ -264,13 +264,13 @@ impl ProxyService {
             let manifest = Arc::clone(&manifest);
             self.store
                 .write(move |store| {
-                    let HeldManifest {
+                    let StoredManifest {
                         digest,
                         bytes,
                         media_type,
                         ..
                     } = manifest.as_ref();
-                    store.keep_manifest(
+                    store.put_manifest(
                         bytes.clone(),
                         media_type.clone(),
                         *digest,
@@ -307,7 +307,7 @@ impl ProxyService {
         &self,
         wanted: &UpstreamRequest,
         fetched: ResponseStream,
-    ) -> Result<HeldManifest, Cause> {
+    ) -> Result<StoredManifest, Cause> {
         let UpstreamRequest {
             site,
             operation,
@@ -348,7 +348,7 @@ fn verify(
     header: Option<Digest>,
     media_type: Option<&MediaType>,
     operation: &Operation,
-) -> Result<HeldManifest, Cause> {
+) -> Result<StoredManifest, Cause> {
     let asked = match operation {
         Operation::Manifest {
             reference: Reference::Digest(AnyDigest::Known(digest)),
@@ -382,7 +382,7 @@ fn verify(
     if asked.is_none() && (is_page || !manifest.has_shape_of(&media_type)) {
         return Err(Cause::Malformed);
     }
-    Ok(HeldManifest {
+    Ok(StoredManifest {
         digest,
         bytes,
         media_type,

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use super::listing::Listing;
 use crate::oci::{Operation, Query, Repository};
-use crate::store::listings::KeptListing;
+use crate::store::listings::StoredListing;
 
 /// Kept pages put together for one.
 const PAGES_MAX: usize = 256;
@@ -44,15 +44,15 @@ impl PageRequest {
 pub(super) fn derived(
     repository: &Repository,
     query: &Query,
-    kept: impl Fn(&str) -> Option<Arc<KeptListing>>,
-) -> Option<(Listing, Arc<KeptListing>)> {
+    kept: impl Fn(&str) -> Option<Arc<StoredListing>>,
+) -> Option<(Listing, Arc<StoredListing>)> {
     let wish = PageRequest::of(query)?;
     let path = |query: Query| {
         let repository = repository.clone();
         Operation::Tags { repository, query }.path_and_query()
     };
     let mut next = Some(path(Query::default()));
-    let (mut tags, mut oldest) = (Vec::new(), None::<Arc<KeptListing>>);
+    let (mut tags, mut oldest) = (Vec::new(), None::<Arc<StoredListing>>);
     let mut name = Value::Null;
     let mut media_type = None;
     for _ in 0..PAGES_MAX {
@@ -72,7 +72,7 @@ pub(super) fn derived(
                 .map(|(query, _)| path(query))
                 .unwrap_or_default()
         });
-        let is_older = |oldest: &Arc<KeptListing>| page.listed_at < oldest.listed_at;
+        let is_older = |oldest: &Arc<StoredListing>| page.listed_at < oldest.listed_at;
         if oldest.as_ref().is_none_or(is_older) {
             oldest = Some(page);
         }
@@ -125,19 +125,19 @@ mod tests {
 
     use super::*;
 
-    fn kept(pages: &[(&str, &str, Option<&str>)]) -> HashMap<String, Arc<KeptListing>> {
+    fn kept(pages: &[(&str, &str, Option<&str>)]) -> HashMap<String, Arc<StoredListing>> {
         let mut at = SystemTime::UNIX_EPOCH;
         let page = |(path, bytes, next): &(&str, &str, Option<&str>)| {
             at += Duration::from_secs(1);
             let media_type = "application/json".parse().unwrap();
             let next = next.map(str::to_owned);
-            let listing = KeptListing::new(bytes.as_bytes().to_vec().into(), media_type, next, None, at);
+            let listing = StoredListing::new(bytes.as_bytes().to_vec().into(), media_type, next, None, at);
             ((*path).to_owned(), Arc::new(listing))
         };
         pages.iter().map(page).collect()
     }
 
-    fn ask(pages: &HashMap<String, Arc<KeptListing>>, query: &str) -> Option<(Value, Option<String>)> {
+    fn ask(pages: &HashMap<String, Arc<StoredListing>>, query: &str) -> Option<(Value, Option<String>)> {
         let query = Query::parse(Some(query)).unwrap().0;
         let (listing, _) = derived(&"team/app".parse().unwrap(), &query, |path| {
             pages.get(path).cloned()

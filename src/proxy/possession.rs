@@ -172,7 +172,7 @@ impl ProxyService {
             self.learn_yes(of, asked_at).await;
         }
         if self.is_named_there(of, digest) || self.is_vouched(of).await {
-            self.note_seen(&of.site, &of.repository, digest).await;
+            self.add_member(&of.site, &of.repository, digest).await;
             self.confirmed(of, digest.into()).await;
         }
     }

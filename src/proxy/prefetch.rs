@@ -22,7 +22,7 @@ use crate::download::{Failure, Joined, Wish};
 use crate::oci::manifest::Role;
 use crate::oci::{AnyDigest, Cause, Digest, Operation, Repository};
 use crate::queue::{Class, Peer};
-use crate::store::manifests::HeldManifest;
+use crate::store::manifests::StoredManifest;
 
 /// Downloads begun ahead, at a time, of one image: as many as its own client would run.
 const BLOBS_PER_IMAGE_MAX: usize = 3;
@@ -93,7 +93,7 @@ impl ProxyService {
     pub(super) async fn missing(
         self: &Arc<Self>,
         of: &UpstreamRequest,
-        manifest: &Arc<HeldManifest>,
+        manifest: &Arc<StoredManifest>,
     ) -> Vec<(Digest, Role)> {
         let manifest = Arc::clone(manifest);
         self.look_up(&of.site, &of.repository, move |cached| {
@@ -114,7 +114,7 @@ impl ProxyService {
     pub(super) async fn note_manifest_given(
         self: &Arc<Self>,
         request: &Request,
-        manifest: &Arc<HeldManifest>,
+        manifest: &Arc<StoredManifest>,
     ) {
         let Some(repository) = request.operation.repository().filter(|_| !request.head) else {
             return;
@@ -176,7 +176,7 @@ impl ProxyService {
     pub(super) async fn prefetch(
         self: &Arc<Self>,
         of: UpstreamRequest,
-        manifest: &Arc<HeldManifest>,
+        manifest: &Arc<StoredManifest>,
     ) -> StartedDownloads {
         let missing = self.missing(&of, manifest).await;
         self.begin(of, manifest, missing)
@@ -185,7 +185,7 @@ impl ProxyService {
     fn begin(
         self: &Arc<Self>,
         of: UpstreamRequest,
-        manifest: &Arc<HeldManifest>,
+        manifest: &Arc<StoredManifest>,
         missing: Vec<(Digest, Role)>,
     ) -> StartedDownloads {
         let image: ContentKey = (of.site.name().into(), of.repository.clone(), manifest.digest);
@@ -287,7 +287,7 @@ impl ProxyService {
         }
         // It came here under another repository. Its client may have it from there as well and never ask: a base layer
         // that many images share. Without the upstream's word that this repository has it too, the image is not whole.
-        if !self.has_seen(&wanted.site, &wanted.repository, digest).await {
+        if !self.is_member(&wanted.site, &wanted.repository, digest).await {
             self.question(&wanted).landed().await;
         }
     }

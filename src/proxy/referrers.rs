@@ -28,7 +28,7 @@ use crate::policy::{
     Authorization, CacheState, CachedEntry, Completeness, ContentKind, CredentialOwner, Decision, DenyReason,
     HitReason, MissReason, Policy, Revalidation, decide,
 };
-use crate::store::listings::{KeptAbsence, KeptAnswer, ListingKey};
+use crate::store::listings::{ListingKey, StoredListResponse, StoredNotFound};
 use crate::upstream::{ResponseKind, UpstreamResponse};
 
 /// The one parameter that only leaves something out of a list. Whoever sends it filters the answer all the same.
@@ -53,7 +53,7 @@ impl Default for ConfirmedReferrers {
 /// What can be answered without the upstream.
 enum Fallback {
     /// What it last answered.
-    Cached(KeptAnswer),
+    Cached(StoredListResponse),
     /// Nothing is kept, and the subject is cached.
     Assumed,
 }
@@ -207,12 +207,12 @@ impl ProxyService {
 
 impl CacheView<'_> {
     fn has_subject(&self, subject: &Digest) -> bool {
-        self.has_seen(subject) && self.manifest(subject).is_some()
+        self.is_member(subject) && self.manifest(subject).is_some()
     }
 
-    fn answer(&self, key: &ListingKey) -> Option<KeptAnswer> {
+    fn answer(&self, key: &ListingKey) -> Option<StoredListResponse> {
         self.pull
-            .cached(self.site, self.repository, self.view.listing_answer(key))
+            .cached(self.site, self.repository, self.view.listing_response(key))
     }
 }
 
@@ -221,9 +221,9 @@ struct CachedReferrers {
     /// Whether the subject is cached.
     is_cached: bool,
     /// The last answer to this question.
-    own: Option<KeptAnswer>,
+    own: Option<StoredListResponse>,
     /// The last answer to the question without a filter, where this one has one and no answer.
-    whole: Option<(ListingKey, KeptAnswer)>,
+    whole: Option<(ListingKey, StoredListResponse)>,
 }
 
 impl<'a> ReferrersRequest<'a> {
@@ -278,7 +278,7 @@ impl<'a> ReferrersRequest<'a> {
         // But it is longer, so as long as the upstream can filter it, it is asked to.
         let found = own.or_else(|| {
             let (key, answer) = found.whole?;
-            let is_absent = matches!(answer, KeptAnswer::Absent(_));
+            let is_absent = matches!(answer, StoredListResponse::NotFound(_));
             Some((answer, confirmed(&key).filter(|_| is_absent)))
         });
         // A caller without a right sees no difference between what is kept and what is not.
@@ -365,7 +365,8 @@ impl<'a> ReferrersRequest<'a> {
         let is_absent = heard == Revalidation::NotFound;
         match decide(&self.situation.with_revalidation(heard)) {
             Decision::Serve(served) => {
-                if is_absent && !matches!(self.stand_in, Some(Fallback::Cached(KeptAnswer::List(_)))) {
+                if is_absent && !matches!(self.stand_in, Some(Fallback::Cached(StoredListResponse::List(_))))
+                {
                     self.keep_absent(answer.as_deref()).await;
                 }
                 self.answer(served)
@@ -389,8 +390,10 @@ impl<'a> ReferrersRequest<'a> {
 
     fn answer(&self, served: HitReason) -> ProxyResponse {
         match &self.stand_in {
-            Some(Fallback::Cached(KeptAnswer::List(kept))) => given(kept, ServeReason::Cached(served)),
-            Some(Fallback::Cached(KeptAnswer::Absent(absence))) => absent(absence.code.clone()),
+            Some(Fallback::Cached(StoredListResponse::List(kept))) => {
+                given(kept, ServeReason::Cached(served))
+            }
+            Some(Fallback::Cached(StoredListResponse::NotFound(absence))) => absent(absence.code.clone()),
             Some(Fallback::Assumed) => absent(None),
             // A law of the decision: nothing is served that is not held.
             None => refused(DenyReason::NotCached, None, false),
@@ -409,15 +412,15 @@ impl<'a> ReferrersRequest<'a> {
             return;
         }
         let code = answer.and_then(|answer| answer.code.clone());
-        let absence = KeptAbsence {
+        let absence = StoredNotFound {
             code: code.filter(|code| code.len() <= CODE_BYTES_MAX),
-            answered_at: self.pull.clock.now(),
+            received_at: self.pull.clock.now(),
         };
         let key = self.key.clone();
         let kept = self
             .pull
             .store
-            .write(move |store| store.keep_listing_absent(&key, absence))
+            .write(move |store| store.put_listing_not_found(&key, absence))
             .await;
         super::revalidate::report(kept, "keep that there is no such list");
         self.confirm();
@@ -442,9 +445,9 @@ impl Fallback {
     /// As the decision sees it.
     fn held(&self, fresh_since: Option<SystemTime>, now: SystemTime) -> CachedEntry {
         let (digest, answered_at) = match self {
-            Self::Cached(KeptAnswer::List(kept)) => (kept.digest, kept.listed_at),
-            Self::Cached(KeptAnswer::Absent(absence)) => {
-                (Digest::of(Algorithm::Sha256, &[]), absence.answered_at)
+            Self::Cached(StoredListResponse::List(kept)) => (kept.digest, kept.listed_at),
+            Self::Cached(StoredListResponse::NotFound(absence)) => {
+                (Digest::of(Algorithm::Sha256, &[]), absence.received_at)
             }
             Self::Assumed => (Digest::of(Algorithm::Sha256, &[]), now),
         };

@@ -8,7 +8,7 @@ use super::revalidate::Revalidated;
 use super::{ProxyService, Request};
 use crate::oci::{Cause, Digest, Operation};
 use crate::policy::{Authorization, Revalidation};
-use crate::store::manifests::HeldManifest;
+use crate::store::manifests::StoredManifest;
 
 /// What came of asking.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -81,7 +81,7 @@ impl ProxyService {
         self: &Arc<Self>,
         wanted: &UpstreamRequest,
         asked: &Revalidated,
-    ) -> Result<Arc<HeldManifest>, Cause> {
+    ) -> Result<Arc<StoredManifest>, Cause> {
         let brought = match &asked.answer {
             Some(answer) => self.brought(wanted, answer).await,
             None => None,
@@ -99,8 +99,8 @@ impl ProxyService {
     fn prefetch_in_use(
         self: &Arc<Self>,
         wanted: UpstreamRequest,
-        manifest: Arc<HeldManifest>,
-        instead: Option<Arc<HeldManifest>>,
+        manifest: Arc<StoredManifest>,
+        instead: Option<Arc<StoredManifest>>,
     ) {
         self.attestations
             .learn(&wanted.site, &wanted.repository, &manifest);

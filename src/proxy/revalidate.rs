@@ -15,7 +15,7 @@ use crate::policy::{
 };
 use crate::queue::{Class, Demand};
 use crate::single_flight::Flight;
-use crate::store::membership::Noted;
+use crate::store::membership::MembershipUpdate;
 use crate::store::tags::{TagKey, Variant};
 use crate::upstream::{Caller, ResponseKind, UpstreamResponse};
 
@@ -250,12 +250,12 @@ impl ProxyService {
                             pull.learn_name_unless_written(&wanted, reference, digest, media_type)
                                 .await;
                         } else {
-                            pull.note_seen(site, repository, digest).await;
+                            pull.add_member(site, repository, digest).await;
                         }
                     }
                     // Good for comparing where the digest is known to be here and the principal to be let in.
                     (Operation::Manifest { reference, .. }, ResponseKind::UnprovenDigest(digest))
-                        if pull.has_seen(site, repository, digest).await
+                        if pull.is_member(site, repository, digest).await
                             && pull.is_vouched(&wanted).await
                             && pull.may_name(site, repository, reference, accept, &digest).await =>
                     {
@@ -271,7 +271,7 @@ impl ProxyService {
                         },
                         ResponseKind::Digest(_),
                     ) if is_believed => {
-                        pull.note_seen(site, repository, *digest).await;
+                        pull.add_member(site, repository, *digest).await;
                         pull.confirmed(&wanted, (*digest).into()).await;
                     }
                     _ => {}
@@ -333,7 +333,7 @@ impl ProxyService {
     ) -> bool {
         size >= EVIDENCE_BYTES_MIN
             && (self.is_named_there(wanted, digest)
-                || self.has_seen(&wanted.site, &wanted.repository, digest).await)
+                || self.is_member(&wanted.site, &wanted.repository, digest).await)
     }
 
     /// Whether a manifest that was given to somebody with a right to the repository names this content.
@@ -450,7 +450,7 @@ impl ProxyService {
             asked_at,
             ..
         } = wanted;
-        self.note_seen(site, repository, digest).await;
+        self.add_member(site, repository, digest).await;
         let (Reference::Tag(tag), Some(media_type)) = (reference, media_type) else {
             return;
         };
@@ -464,36 +464,36 @@ impl ProxyService {
             accept: accept.key(),
             digest,
             media_type: media_type.clone(),
-            takes_indexes: accept.lists_indexes(),
+            accepts_indexes: accept.lists_indexes(),
             confirmed_at: *asked_at,
-            first_held_at: now,
-            earlier: None,
+            first_seen_at: now,
+            previous: None,
             history: Vec::new(),
         };
-        let kept = self.store.keep_answer(key, variant, now).await;
+        let kept = self.store.record_response(key, variant, now).await;
         report(kept, "keep which digest a tag names");
     }
 
     /// Keeps the proof that the upstream has `digest` in this repository.
-    pub(super) async fn note_seen(
+    pub(super) async fn add_member(
         &self,
         site: &Arc<UpstreamRegistry>,
         repository: &Repository,
         digest: Digest,
     ) {
         const DEED: &str = "keep that a digest was seen in a repository";
-        match self.store.note_seen(site.name(), repository, &digest) {
-            Noted::Known => {}
+        match self.store.add_member(site.name(), repository, &digest) {
+            MembershipUpdate::Known => {}
             // What follows finds it in memory, and nobody waits for the disk.
-            Noted::Unwritten(unwritten) => {
+            MembershipUpdate::Pending(unwritten) => {
                 let store = self.store.clone();
-                tokio::spawn(async move { report(store.write_down(unwritten).await, DEED) });
+                tokio::spawn(async move { report(store.persist_membership(unwritten).await, DEED) });
             }
-            Noted::NotInMemory => {
+            MembershipUpdate::NotInMemory => {
                 let (site, repository) = (Arc::clone(site), repository.clone());
                 let noted = self
                     .store
-                    .write(move |store| store.note_seen(site.name(), &repository, &digest))
+                    .write(move |store| store.add_member(site.name(), &repository, &digest))
                     .await;
                 report(noted, DEED);
             }
@@ -501,13 +501,13 @@ impl ProxyService {
     }
 
     /// Whether `digest` was seen in this repository.
-    pub(super) async fn has_seen(
+    pub(super) async fn is_member(
         self: &Arc<Self>,
         site: &Arc<UpstreamRegistry>,
         repository: &Repository,
         digest: Digest,
     ) -> bool {
-        self.look_up(site, repository, move |cached| cached.has_seen(&digest))
+        self.look_up(site, repository, move |cached| cached.is_member(&digest))
             .await
     }
 }
@@ -534,7 +534,7 @@ fn may_be_made_up(operation: &Operation, is_strangers: bool, is_named: impl FnOn
 }
 
 /// A cache that cannot remember is slower, not broken: tell it and go on.
-pub(super) fn report<T>(done: Result<T, crate::store::Fault>, deed: &str) {
+pub(super) fn report<T>(done: Result<T, crate::store::StoreError>, deed: &str) {
     if let Err(fault) = done {
         tracing::warn!(%fault, "could not {deed}");
     }

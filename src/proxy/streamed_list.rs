@@ -10,11 +10,11 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use super::listing::{Listing, is_tags};
 use super::{ProxyService, revalidate};
 use crate::oci::Cause;
-use crate::store::listings::{KeptListing, LISTING_KEPT_BYTES_MAX, ListingKey};
+use crate::store::listings::{LISTING_BYTES_MAX, ListingKey, StoredListing};
 use crate::upstream::ResponseStream;
 
 /// Long lists copied at a time. With more, the others are passed on and not kept, so the copies of all take at most
-/// this many times [`LISTING_KEPT_BYTES_MAX`].
+/// this many times [`LISTING_BYTES_MAX`].
 const COPIES_MAX: usize = 4;
 
 /// Places for copies of long lists.
@@ -52,7 +52,7 @@ impl StreamedList {
         (head, size): (Listing, Option<u64>),
         rest: ResponseStream,
     ) -> Self {
-        let fits = size.is_none_or(|size| size <= LISTING_KEPT_BYTES_MAX as u64);
+        let fits = size.is_none_or(|size| size <= LISTING_BYTES_MAX as u64);
         let copy = key.filter(|_| fits).and_then(|key| {
             let place = Arc::clone(&pull.list_copies.0).try_acquire_owned().ok()?;
             Some(CacheCopy {
@@ -84,7 +84,7 @@ impl StreamedList {
         let next = self.rest.chunk().await;
         match (&next, self.copy.take()) {
             (Some(Ok(chunk)), Some(mut copy)) => {
-                if copy.bytes.len() + chunk.len() <= LISTING_KEPT_BYTES_MAX {
+                if copy.bytes.len() + chunk.len() <= LISTING_BYTES_MAX {
                     copy.bytes.extend_from_slice(chunk);
                     // A body whose stated length has been given is asked for nothing more.
                     if self.size == Some(copy.bytes.len() as u64) {
@@ -115,8 +115,8 @@ impl CacheCopy {
             let now = pull.clock.now();
             let kept = pull.store.write(move |store| {
                 if is_tags(&bytes) {
-                    let listing = KeptListing::new(bytes.into(), media_type, next, filters, now);
-                    store.keep_listing(&key, listing)
+                    let listing = StoredListing::new(bytes.into(), media_type, next, filters, now);
+                    store.put_listing(&key, listing)
                 } else {
                     Ok(())
                 }

@@ -4,7 +4,7 @@ use http::Method;
 
 use super::UpstreamRegistry;
 use crate::oci::{AnyDigest, Digest, Malformed, Operation, Query, QueryError, Reference, Repository, Tag};
-use crate::store::invalidations::DoubtKey;
+use crate::store::invalidations::InvalidationKey;
 
 /// Tags that one push may name in its query.
 const PUSHED_TAGS_MAX: usize = 64;
@@ -66,8 +66,8 @@ impl WriteEffect {
     }
 
     /// What of the cache it puts in doubt. A list of referrers is only ever good while nothing was written.
-    pub(super) fn doubted(&self, site: &UpstreamRegistry) -> Vec<DoubtKey> {
-        let key = |reference| DoubtKey {
+    pub(super) fn doubted(&self, site: &UpstreamRegistry) -> Vec<InvalidationKey> {
+        let key = |reference| InvalidationKey {
             upstream: site.name().into(),
             repository: self.repository().clone(),
             reference,

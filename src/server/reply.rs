@@ -23,7 +23,7 @@ use crate::oci::{Digest, Problem};
 use crate::proxy::passthrough::Passthrough;
 use crate::proxy::{Listing, ProxyResponse, ServeInfo, ServeReason};
 use crate::store::AsyncStore;
-use crate::store::manifests::HeldManifest;
+use crate::store::manifests::StoredManifest;
 use crate::telemetry;
 
 pub(super) use asked::Asked;
@@ -168,7 +168,7 @@ pub(super) fn turned(turned: &Turned, method: &Method) -> Response<Body> {
     response
 }
 
-fn manifest_answer(manifest: &HeldManifest, how: ServeInfo, asked: &Asked) -> Response<Body> {
+fn manifest_answer(manifest: &StoredManifest, how: ServeInfo, asked: &Asked) -> Response<Body> {
     let etag = etag(&manifest.digest);
     let mut response = if asked.has_already(&etag) {
         respond(StatusCode::NOT_MODIFIED, Body::empty())

@@ -12,7 +12,7 @@ use std::time::SystemTime;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::{JoinError, spawn_blocking};
 
-use super::invalidations::DoubtKey;
+use super::invalidations::InvalidationKey;
 use super::uses::Used;
 use super::{Evictions, Limits, Scrubbed, Store, Trouble, Usage, View};
 
@@ -60,8 +60,8 @@ impl AsyncStore {
 
     /// What `read` finds on the disk, for what [`Self::in_memory`] did not know.
     pub async fn on_disk<T: Send + 'static>(&self, read: impl FnOnce(&View<'_>) -> T + Send + 'static) -> T {
-        let place = Arc::clone(&self.reads).acquire_owned().await.ok();
-        self.on_thread(place, move |store| read(&store.view())).await
+        let permit = Arc::clone(&self.reads).acquire_owned().await.ok();
+        self.on_thread(permit, move |store| read(&store.view())).await
     }
 
     /// What the index says in time.
@@ -69,33 +69,33 @@ impl AsyncStore {
         &self,
         wait: impl FnOnce(&Store) -> T + Send + 'static,
     ) -> T {
-        let place = Arc::clone(&self.index_waits).acquire_owned().await.ok();
-        self.on_thread(place, wait).await
+        let permit = Arc::clone(&self.index_waits).acquire_owned().await.ok();
+        self.on_thread(permit, wait).await
     }
 
     /// Does something to the store. It is done also where the caller does not wait for the end.
-    pub async fn write<T: Send + 'static>(&self, deed: impl FnOnce(&Store) -> T + Send + 'static) -> T {
-        if let Ok(place) = Arc::clone(&self.writes).try_acquire_owned() {
-            return self.on_thread(Some(place), deed).await;
+    pub async fn write<T: Send + 'static>(&self, operation: impl FnOnce(&Store) -> T + Send + 'static) -> T {
+        if let Ok(permit) = Arc::clone(&self.writes).try_acquire_owned() {
+            return self.on_thread(Some(permit), operation).await;
         }
         let own = self.clone();
         let queued = tokio::spawn(async move {
-            let place = Arc::clone(&own.writes).acquire_owned().await.ok();
-            own.on_thread(place, deed).await
+            let permit = Arc::clone(&own.writes).acquire_owned().await.ok();
+            own.on_thread(permit, operation).await
         });
         finished(queued.await).await
     }
 
     async fn on_thread<T: Send + 'static>(
         &self,
-        place: Option<OwnedSemaphorePermit>,
-        deed: impl FnOnce(&Store) -> T + Send + 'static,
+        permit: Option<OwnedSemaphorePermit>,
+        operation: impl FnOnce(&Store) -> T + Send + 'static,
     ) -> T {
         let store = Arc::clone(&self.store);
         let work = spawn_blocking(move || {
             // Its place is free when the work ends, not when its caller leaves.
-            let _place = place;
-            deed(&store)
+            let _permit = permit;
+            operation(&store)
         });
         finished(work.await).await
     }
@@ -116,13 +116,13 @@ impl AsyncStore {
     }
 
     /// Whether anything is in doubt.
-    pub fn has_doubts(&self) -> bool {
-        self.store.has_doubts()
+    pub fn has_invalidations(&self) -> bool {
+        self.store.has_invalidations()
     }
 
     /// Since when `key` is in doubt.
-    pub fn doubted_since(&self, key: &DoubtKey) -> Option<SystemTime> {
-        self.store.doubted_since(key)
+    pub fn invalidated_since(&self, key: &InvalidationKey) -> Option<SystemTime> {
+        self.store.invalidated_since(key)
     }
 
     /// What keeps the store from doing its work, if anything does.

@@ -9,8 +9,8 @@ use bytes::Bytes;
 use quick_cache::Weighter;
 use quick_cache::sync::Cache;
 
-use super::cache_key::{counted, weighted};
-use super::completeness::Removed;
+use super::cache_key::{bounded_cache, weighted_cache};
+use super::completeness::RemovedDigests;
 use super::fs::monitored::DiskHealth;
 use super::fs::{FileSystem, FsFile};
 pub use super::held::HeldBlob;
@@ -18,7 +18,7 @@ use super::index::thread::IndexHandle;
 use super::leftover::Leftovers;
 use super::usage::{Counters, Kind};
 use super::uses::{Used, Uses};
-use super::{Fault, Settings, Store, content_path, remove_file, size_of};
+use super::{Settings, Store, StoreError, content_path, remove_file, size_of};
 use crate::oci::{Algorithm, Digest, Hasher};
 
 /// A blob of at most this size is kept in memory as a whole. Image configurations are a few KiB.
@@ -97,7 +97,7 @@ impl Verified {
 
 impl Store {
     /// The blob, if it is held.
-    pub fn blob(&self, digest: &Digest) -> Result<Option<HeldBlob>, Fault> {
+    pub fn blob(&self, digest: &Digest) -> Result<Option<HeldBlob>, StoreError> {
         self.blobs.find(digest)
     }
 
@@ -112,7 +112,7 @@ impl Store {
     }
 
     /// Removes a blob; says whether it was there. Whoever reads it now reads it to its end.
-    pub fn remove_blob(&self, digest: &Digest) -> Result<bool, Fault> {
+    pub fn remove_blob(&self, digest: &Digest) -> Result<bool, StoreError> {
         self.blobs.remove(digest)
     }
 
@@ -142,7 +142,7 @@ pub(super) struct Blobs {
     small: Cache<Digest, Bytes, ByLength>,
     /// Held while a name is looked for and given.
     naming: Mutex<()>,
-    removed: Arc<Removed>,
+    removed: Arc<RemovedDigests>,
     /// How many names were taken away: whoever opened a file in between looks once more.
     removals: AtomicU64,
 }
@@ -152,7 +152,7 @@ impl Blobs {
         settings: &Settings,
         fs: &Arc<dyn FileSystem>,
         index: &Arc<IndexHandle>,
-        (usage, removed): (&Arc<Counters>, &Arc<Removed>),
+        (usage, removed): (&Arc<Counters>, &Arc<RemovedDigests>),
         leftovers: Leftovers,
         uses: &Arc<Uses>,
         disk_health: &DiskHealth,
@@ -164,8 +164,8 @@ impl Blobs {
             usage: Arc::clone(usage),
             uses: Arc::clone(uses),
             disk_health: disk_health.clone(),
-            open: counted(settings.open_blobs_max),
-            small: weighted(settings.small_blob_cache_bytes_max, 4096, ByLength),
+            open: bounded_cache(settings.open_blobs_max),
+            small: weighted_cache(settings.small_blob_cache_bytes_max, 4096, ByLength),
             naming: Mutex::default(),
             removed: Arc::clone(removed),
             removals: AtomicU64::new(0),
@@ -193,7 +193,7 @@ impl Blobs {
         (open.size > SMALL_BLOB_BYTES_MAX).then_some(None)
     }
 
-    pub(super) fn find(&self, digest: &Digest) -> Result<Option<HeldBlob>, Fault> {
+    pub(super) fn find(&self, digest: &Digest) -> Result<Option<HeldBlob>, StoreError> {
         let path = content_path(TREE, digest);
         if let Some(held) = self.open.get(digest) {
             if held.is_unreadable() {
@@ -206,7 +206,7 @@ impl Blobs {
                 && let Err(error) = held.file.read_at(&mut [0], 0)
             {
                 self.open.remove(digest);
-                return Err(Fault::io("read", path, &error));
+                return Err(StoreError::io("read", path, &error));
             }
             return Ok(Some(held));
         }
@@ -214,9 +214,11 @@ impl Blobs {
         let file = match self.fs.open(&path) {
             Ok(file) => file,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(Fault::io("open", path, &error)),
+            Err(error) => return Err(StoreError::io("open", path, &error)),
         };
-        let size = file.size().map_err(|error| Fault::io("measure", &path, &error))?;
+        let size = file
+            .size()
+            .map_err(|error| StoreError::io("measure", &path, &error))?;
         if self.known_size(digest).is_some_and(|known| known != size) {
             self.quarantine(digest, "a blob has another size than when it was verified");
             return Ok(None);
@@ -259,7 +261,7 @@ impl Blobs {
         Some(u64::from_be_bytes(value.try_into().ok()?))
     }
 
-    fn remove(&self, digest: &Digest) -> Result<bool, Fault> {
+    fn remove(&self, digest: &Digest) -> Result<bool, StoreError> {
         let path = content_path(TREE, digest);
         let removed = self
             .usage
@@ -273,7 +275,7 @@ impl Blobs {
         &self,
         digest: &Digest,
         is_free: impl FnOnce() -> bool,
-    ) -> Result<Option<u64>, Fault> {
+    ) -> Result<Option<u64>, StoreError> {
         let _naming = self.naming.lock().unwrap_or_else(PoisonError::into_inner);
         if !is_free() || self.is_in_use(digest) {
             return Ok(None);
@@ -296,7 +298,7 @@ impl Blobs {
     }
 
     /// Gives a verified file the blob's name, unless another was quicker.
-    fn name(&self, from: &Path, to: &Path, size: u64) -> Result<(), Fault> {
+    fn name(&self, from: &Path, to: &Path, size: u64) -> Result<(), StoreError> {
         let _naming = self.naming.lock().unwrap_or_else(PoisonError::into_inner);
         self.usage.adding(Kind::Blob, to, size, || {
             if size_of(self.fs.as_ref(), to).is_some() {
@@ -305,7 +307,7 @@ impl Blobs {
             let named = self.fs.rename(from, to);
             named
                 .map(|()| true)
-                .map_err(|error| Fault::io("name", to, &error))
+                .map_err(|error| StoreError::io("name", to, &error))
         })
     }
 
@@ -315,23 +317,25 @@ impl Blobs {
         from: &Path,
         file: &Arc<dyn FsFile>,
         proof: Verified,
-    ) -> Result<HeldBlob, Fault> {
+    ) -> Result<HeldBlob, StoreError> {
         let digest = proof.digest;
         let path = content_path(TREE, &digest);
         self.uses.note_arrival(Used::Blob(digest));
         if let Some(held) = self.find(&digest)? {
             return Ok(held);
         }
-        let written = file.size().map_err(|error| Fault::io("measure", &path, &error))?;
+        let written = file
+            .size()
+            .map_err(|error| StoreError::io("measure", &path, &error))?;
         if written != proof.size {
-            return Err(Fault::Corrupt {
+            return Err(StoreError::Corrupt {
                 path: from.to_owned(),
             });
         }
         file.sync()
-            .map_err(|error| Fault::io("make durable", &path, &error))?;
+            .map_err(|error| StoreError::io("make durable", &path, &error))?;
         file.make_read_only()
-            .map_err(|error| Fault::io("seal", &path, &error))?;
+            .map_err(|error| StoreError::io("seal", &path, &error))?;
         self.index
             .put(size_key(&digest), proof.size.to_be_bytes().to_vec());
         self.name(from, &path, proof.size)?;
@@ -339,7 +343,7 @@ impl Blobs {
         if let Err(error) = self.fs.sync_dir(folder) {
             // The fault to tell is the first one; what could not be removed is found and verified later.
             let _ = self.remove(&digest);
-            return Err(Fault::io("make durable the name of", &path, &error));
+            return Err(StoreError::io("make durable the name of", &path, &error));
         }
         let held = HeldBlob::new(proof.size, Arc::clone(file));
         self.open.insert(digest, held.clone());

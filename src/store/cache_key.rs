@@ -13,19 +13,19 @@ const SHARDS: usize = 16;
 
 /// A repository of an upstream.
 #[derive(Clone, PartialEq, Eq)]
-pub(super) struct Place {
+pub(super) struct RepoKey {
     pub(super) upstream: Arc<str>,
     pub(super) repository: Repository,
 }
 
-/// [`Place`], borrowed.
+/// [`RepoKey`], borrowed.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
-pub(super) struct PlaceRef<'a> {
+pub(super) struct RepoKeyRef<'a> {
     pub(super) upstream: &'a str,
     pub(super) repository: &'a str,
 }
 
-impl Place {
+impl RepoKey {
     pub(super) fn of(upstream: &str, repository: &Repository) -> Self {
         Self {
             upstream: upstream.into(),
@@ -33,15 +33,15 @@ impl Place {
         }
     }
 
-    pub(super) fn borrowed(&self) -> PlaceRef<'_> {
-        PlaceRef {
+    pub(super) fn borrowed(&self) -> RepoKeyRef<'_> {
+        RepoKeyRef {
             upstream: &self.upstream,
             repository: self.repository.as_str(),
         }
     }
 }
 
-impl<'a> PlaceRef<'a> {
+impl<'a> RepoKeyRef<'a> {
     pub(super) fn new(upstream: &'a str, repository: &'a Repository) -> Self {
         Self {
             upstream,
@@ -50,14 +50,14 @@ impl<'a> PlaceRef<'a> {
     }
 }
 
-impl Hash for Place {
+impl Hash for RepoKey {
     fn hash<H: Hasher>(&self, state: &mut H) {
         self.borrowed().hash(state);
     }
 }
 
-impl Equivalent<Place> for PlaceRef<'_> {
-    fn equivalent(&self, key: &Place) -> bool {
+impl Equivalent<RepoKey> for RepoKeyRef<'_> {
+    fn equivalent(&self, key: &RepoKey) -> bool {
         *self == key.borrowed()
     }
 }
@@ -73,14 +73,14 @@ pub(super) struct GrantKey {
 /// [`GrantKey`], borrowed; the token service is the empty repository.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct GrantRef<'a> {
-    pub(super) place: PlaceRef<'a>,
+    pub(super) repo: RepoKeyRef<'a>,
     pub(super) principal: &'a [u8; 32],
 }
 
 impl GrantKey {
     pub(super) fn borrowed(&self) -> GrantRef<'_> {
         GrantRef {
-            place: PlaceRef {
+            repo: RepoKeyRef {
                 upstream: &self.upstream,
                 repository: self.repository.as_ref().map_or("", Repository::as_str),
             },
@@ -92,7 +92,7 @@ impl GrantKey {
 impl GrantRef<'_> {
     pub(super) fn owned(&self, repository: Option<&Repository>) -> GrantKey {
         GrantKey {
-            upstream: self.place.upstream.into(),
+            upstream: self.repo.upstream.into(),
             repository: repository.cloned(),
             principal: *self.principal,
         }
@@ -114,21 +114,21 @@ impl Equivalent<GrantKey> for GrantRef<'_> {
 /// A digest in a repository.
 #[derive(Clone, PartialEq, Eq)]
 pub(super) struct ImageKey {
-    pub(super) place: Place,
+    pub(super) repo: RepoKey,
     pub(super) digest: Digest,
 }
 
 /// [`ImageKey`], borrowed.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct ImageRef<'a> {
-    pub(super) place: PlaceRef<'a>,
+    pub(super) repo: RepoKeyRef<'a>,
     pub(super) digest: &'a Digest,
 }
 
 impl ImageKey {
     fn borrowed(&self) -> ImageRef<'_> {
         ImageRef {
-            place: self.place.borrowed(),
+            repo: self.repo.borrowed(),
             digest: &self.digest,
         }
     }
@@ -147,7 +147,7 @@ impl Equivalent<ImageKey> for ImageRef<'_> {
 }
 
 /// A cache of at most `weight_max`, of entries that weigh about `entry_weight` each.
-pub(super) fn weighted<K: Eq + Hash, V: Clone, W: Weighter<K, V> + Clone>(
+pub(super) fn weighted_cache<K: Eq + Hash, V: Clone, W: Weighter<K, V> + Clone>(
     weight_max: u64,
     entry_weight: u64,
     weighter: W,
@@ -173,6 +173,6 @@ pub(super) fn weighted<K: Eq + Hash, V: Clone, W: Weighter<K, V> + Clone>(
 }
 
 /// A cache of at most `items_max` entries.
-pub(super) fn counted<K: Eq + Hash, V: Clone>(items_max: usize) -> Cache<K, V, UnitWeighter> {
-    weighted(items_max as u64, 1, UnitWeighter)
+pub(super) fn bounded_cache<K: Eq + Hash, V: Clone>(items_max: usize) -> Cache<K, V, UnitWeighter> {
+    weighted_cache(items_max as u64, 1, UnitWeighter)
 }

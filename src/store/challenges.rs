@@ -11,18 +11,18 @@ use std::time::SystemTime;
 
 use serde::{Deserialize, Serialize};
 
-use super::checksummed_json::{RECORD_BYTES_MAX, from_millis, opened, sealed, to_millis};
+use super::checksummed_json::{RECORD_BYTES_MAX, decode, encode, from_millis, to_millis};
 use super::fs::FileSystem;
-use super::{Fault, Store, named_path};
+use super::{Store, StoreError, hashed_path};
 
 /// Longer challenges are not kept.
-pub const CHALLENGE_KEPT_BYTES_MAX: usize = 64 * 1024;
+pub const CHALLENGE_BYTES_MAX: usize = 64 * 1024;
 
 const TREE: &str = "challenges";
 
 /// What an upstream says to who has no credential.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct KeptChallenge {
+pub struct StoredChallenge {
     /// The lines of `WWW-Authenticate`, byte for byte; none where it wants no credential.
     pub lines: Vec<String>,
     /// When it said so.
@@ -38,20 +38,20 @@ struct Record {
 
 impl Store {
     /// What the upstream last said, as far as that is kept.
-    pub fn challenge(&self, upstream: &str) -> Option<Arc<KeptChallenge>> {
+    pub fn challenge(&self, upstream: &str) -> Option<Arc<StoredChallenge>> {
         self.challenges.find(upstream)
     }
 
     /// Keeps what it says now. Known at once, even where the disk then fails.
-    pub fn keep_challenge(&self, upstream: &str, challenge: KeptChallenge) -> Result<(), Fault> {
-        self.challenges.keep(upstream, challenge)
+    pub fn put_challenge(&self, upstream: &str, challenge: StoredChallenge) -> Result<(), StoreError> {
+        self.challenges.put(upstream, challenge)
     }
 }
 
 pub(super) struct Challenges {
     fs: Arc<dyn FileSystem>,
     /// As many as there are upstreams. `None`: looked for, and not there.
-    ready: Mutex<HashMap<String, Option<Arc<KeptChallenge>>>>,
+    ready: Mutex<HashMap<String, Option<Arc<StoredChallenge>>>>,
 }
 
 impl Challenges {
@@ -64,15 +64,15 @@ impl Challenges {
 
     /// What the upstream last said; `None` where that takes the file to know.
     #[expect(clippy::option_option, reason = "whether it is known, and what is known")]
-    pub(super) fn ready(&self, upstream: &str) -> Option<Option<Arc<KeptChallenge>>> {
-        self.known().get(upstream).cloned()
+    pub(super) fn ready(&self, upstream: &str) -> Option<Option<Arc<StoredChallenge>>> {
+        self.entries().get(upstream).cloned()
     }
 
-    fn known(&self) -> MutexGuard<'_, HashMap<String, Option<Arc<KeptChallenge>>>> {
+    fn entries(&self) -> MutexGuard<'_, HashMap<String, Option<Arc<StoredChallenge>>>> {
         self.ready.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn find(&self, upstream: &str) -> Option<Arc<KeptChallenge>> {
+    fn find(&self, upstream: &str) -> Option<Arc<StoredChallenge>> {
         if let Some(known) = self.ready(upstream) {
             return known;
         }
@@ -83,40 +83,40 @@ impl Challenges {
             Err(_) => return None,
         };
         // Not over what was kept meanwhile.
-        self.known().entry(upstream.to_owned()).or_insert(found).clone()
+        self.entries().entry(upstream.to_owned()).or_insert(found).clone()
     }
 
-    fn keep(&self, upstream: &str, challenge: KeptChallenge) -> Result<(), Fault> {
-        if challenge.lines.iter().map(String::len).sum::<usize>() > CHALLENGE_KEPT_BYTES_MAX {
+    fn put(&self, upstream: &str, challenge: StoredChallenge) -> Result<(), StoreError> {
+        if challenge.lines.iter().map(String::len).sum::<usize>() > CHALLENGE_BYTES_MAX {
             return Ok(());
         }
         let before = self.find(upstream);
-        let is_news = before.is_none_or(|before| before.lines != challenge.lines);
-        let file = sealed(&Record {
+        let is_changed = before.is_none_or(|before| before.lines != challenge.lines);
+        let file = encode(&Record {
             upstream: upstream.to_owned(),
             lines: challenge.lines.clone(),
             given_at_ms: to_millis(challenge.given_at),
         });
-        self.known()
+        self.entries()
             .insert(upstream.to_owned(), Some(Arc::new(challenge)));
-        if !is_news {
+        if !is_changed {
             return Ok(());
         }
         let path = path(upstream);
         self.fs
             .write_durable(&path, &file)
-            .map_err(|error| Fault::io("write", path, &error))
+            .map_err(|error| StoreError::io("write", path, &error))
     }
 }
 
-fn read(upstream: &str, file: &[u8]) -> Option<KeptChallenge> {
-    let record: Record = opened(file)?;
-    (record.upstream == upstream).then(|| KeptChallenge {
+fn read(upstream: &str, file: &[u8]) -> Option<StoredChallenge> {
+    let record: Record = decode(file)?;
+    (record.upstream == upstream).then(|| StoredChallenge {
         lines: record.lines,
         given_at: from_millis(record.given_at_ms),
     })
 }
 
 fn path(upstream: &str) -> PathBuf {
-    named_path(TREE, &[upstream])
+    hashed_path(TREE, &[upstream])
 }

@@ -40,7 +40,7 @@ pub(super) fn hex(bytes: &[u8]) -> String {
 }
 
 /// `value`, which must serialise as a non-empty object, with its checksum.
-pub(super) fn sealed(value: &impl Serialize) -> Vec<u8> {
+pub(super) fn encode(value: &impl Serialize) -> Vec<u8> {
     // Structs of strings and numbers always serialise; an empty record would be read as damaged.
     let mut text = serde_json::to_string(value).unwrap_or_default();
     text.pop();
@@ -52,7 +52,7 @@ pub(super) fn sealed(value: &impl Serialize) -> Vec<u8> {
 }
 
 /// The value of a record whose checksum is right and whose members are there.
-pub(super) fn opened<T: DeserializeOwned>(record: &[u8]) -> Option<T> {
+pub(super) fn decode<T: DeserializeOwned>(record: &[u8]) -> Option<T> {
     let text = record.strip_suffix(END.as_bytes())?;
     let (text, sum) = text.split_at_checked(text.len().checked_sub(CHECKSUM_HEX)?)?;
     let text = text.strip_suffix(MEMBER.as_bytes())?;
@@ -94,32 +94,32 @@ mod tests {
         fn what_is_sealed_opens_again(map in proptest::collection::btree_map(".{0,8}", ".{0,40}", 1..6)) {
             let map: BTreeMap<String, String> = map.into_iter().filter(|(key, _)| key != "checksum").collect();
             prop_assume!(!map.is_empty());
-            let record = sealed(&map);
-            let mut found: BTreeMap<String, String> = opened(&record).unwrap();
+            let record = encode(&map);
+            let mut found: BTreeMap<String, String> = decode(&record).unwrap();
             found.remove("checksum");
             prop_assert_eq!(found, map);
         }
 
         #[test]
         fn any_changed_byte_is_noticed(place in 0_usize..64, change in 1_u8..) {
-            let mut record = sealed(&BTreeMap::from([("name", "value of some length that is enough")]));
+            let mut record = encode(&BTreeMap::from([("name", "value of some length that is enough")]));
             let place = place % record.len();
             record[place] ^= change;
-            prop_assert_eq!(opened::<BTreeMap<String, String>>(&record), None);
+            prop_assert_eq!(decode::<BTreeMap<String, String>>(&record), None);
         }
 
         #[test]
         fn garbage_is_no_record(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
-            prop_assert_eq!(opened::<BTreeMap<String, String>>(&bytes), None);
+            prop_assert_eq!(decode::<BTreeMap<String, String>>(&bytes), None);
         }
     }
 
     #[test]
     fn a_cut_record_is_noticed() {
-        let record = sealed(&BTreeMap::from([("name", "value")]));
+        let record = encode(&BTreeMap::from([("name", "value")]));
         for length in 0..record.len() {
             assert_eq!(
-                opened::<BTreeMap<String, String>>(&record[..length]),
+                decode::<BTreeMap<String, String>>(&record[..length]),
                 None,
                 "{length}"
             );

@@ -5,7 +5,7 @@
 //! else this repository's readers could not have it. Of an index one image is enough: which one a client wants is not
 //! known, and most are only ever pulled for one platform.
 //!
-//! What was found whole stays so until a part of it is removed (`Removed`); so a hot tag costs one look-up, also while
+//! What was found whole stays so until a part of it is removed (`RemovedDigests`); so a hot tag costs one look-up, also while
 //! other content is evicted.
 
 use std::cell::{Cell, RefCell};
@@ -15,14 +15,14 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 use quick_cache::sync::Cache;
 
-use super::cache_key::{ImageKey, ImageRef, Place, PlaceRef, counted};
-use super::manifests::HeldManifest;
+use super::cache_key::{ImageKey, ImageRef, RepoKey, RepoKeyRef, bounded_cache};
+use super::manifests::StoredManifest;
 use super::{Store, View};
 use crate::oci::manifest::{Descriptor, Kind, Role};
 use crate::oci::{AnyDigest, Digest, Repository};
 
 /// Images remembered as whole.
-const WHOLE_MAX: usize = 16_384;
+const COMPLETE_MAX: usize = 16_384;
 
 /// Removals remembered. After so many, what was found whole is looked at once more.
 const REMOVED_MAX: usize = 65_536;
@@ -31,69 +31,70 @@ const REMOVED_MAX: usize = 65_536;
 const INDEX_DEPTH_MAX: u32 = 2;
 
 /// Blobs that are not held but arriving count as held, where what arrives may be read in the repository looked at.
-pub type Arriving<'a> = &'a dyn Fn(&Digest) -> bool;
+pub type InFlight<'a> = &'a dyn Fn(&Digest) -> bool;
 
 /// Where an image is looked at.
 #[derive(Clone, Copy)]
-struct Look<'a> {
+struct Scope<'a> {
     upstream: &'a str,
     repository: &'a Repository,
-    arriving: Arriving<'a>,
+    in_flight: InFlight<'a>,
     /// What was looked at, where that is to be remembered.
-    parts: Option<&'a RefCell<Vec<Part>>>,
+    prefixes: Option<&'a RefCell<Vec<DigestPrefix>>>,
 }
 
 impl Store {
-    /// [`View::is_whole`] of everything that is held. Blocks.
-    pub fn is_whole(
+    /// [`View::is_image_complete`] of everything that is held. Blocks.
+    pub fn is_image_complete(
         &self,
         upstream: &str,
         repository: &Repository,
-        manifest: &HeldManifest,
-        arriving: Arriving<'_>,
+        manifest: &StoredManifest,
+        in_flight: InFlight<'_>,
     ) -> bool {
-        self.view().is_whole(upstream, repository, manifest, arriving)
+        self.view()
+            .is_image_complete(upstream, repository, manifest, in_flight)
     }
 }
 
 impl View<'_> {
-    /// Whether all that `manifest` points to is held, or `arriving`, and was seen in this repository.
-    pub fn is_whole(
+    /// Whether all that `manifest` points to is held, or `in_flight`, and was seen in this repository.
+    pub fn is_image_complete(
         &self,
         upstream: &str,
         repository: &Repository,
-        manifest: &HeldManifest,
-        arriving: Arriving<'_>,
+        manifest: &StoredManifest,
+        in_flight: InFlight<'_>,
     ) -> bool {
         if self
             .store
-            .wholes
-            .knows(PlaceRef::new(upstream, repository), &manifest.digest)
+            .complete_images
+            .contains(RepoKeyRef::new(upstream, repository), &manifest.digest)
         {
             return true;
         }
         // Read first: a removal during the look makes what was found outdated, not wrong.
         let removals = self.store.removed.count();
-        let lacks_some = Cell::new(false);
-        let parts = RefCell::default();
-        let look = Look {
+        let lacks_any = Cell::new(false);
+        let prefixes = RefCell::default();
+        let scope = Scope {
             upstream,
             repository,
-            arriving: &|digest| {
-                lacks_some.set(true);
-                arriving(digest)
+            in_flight: &|digest| {
+                lacks_any.set(true);
+                in_flight(digest)
             },
-            parts: Some(&parts),
+            prefixes: Some(&prefixes),
         };
-        let is_whole = self.is_whole_to(look, manifest, INDEX_DEPTH_MAX);
+        let is_complete = self.is_complete_in(scope, manifest, INDEX_DEPTH_MAX);
         // What is only arriving may yet fail.
-        if is_whole && !lacks_some.get() && self.is_complete() {
-            let place = Place::of(upstream, repository);
+        if is_complete && !lacks_any.get() && self.needed_no_disk() {
+            let repo = RepoKey::of(upstream, repository);
             self.store
-                .wholes
-                .note(place, manifest.digest, removals, parts.into_inner());
+                .complete_images
+                .note(repo, manifest.digest, removals, prefixes.into_inner());
         }
-        is_whole
+        is_complete
     }
 
     /// The blobs that `manifest` points to and that are missing here, in its order: the config first.
@@ -101,49 +102,49 @@ impl View<'_> {
         &'a self,
         upstream: &'a str,
         repository: &'a Repository,
-        manifest: &'a HeldManifest,
-        arriving: Arriving<'a>,
+        manifest: &'a StoredManifest,
+        in_flight: InFlight<'a>,
     ) -> impl Iterator<Item = &'a Descriptor> {
-        let look = Look {
+        let scope = Scope {
             upstream,
             repository,
-            arriving,
-            parts: None,
+            in_flight,
+            prefixes: None,
         };
         let blobs = manifest.manifest.children.iter();
-        blobs.filter(move |child| child.role != Role::Manifest && !self.has_blob(look, child))
+        blobs.filter(move |child| child.role != Role::Manifest && !self.has_blob(scope, child))
     }
 
     /// The images of an index that can be pulled whole.
-    pub fn whole_children<'a>(
+    pub fn complete_children<'a>(
         &'a self,
         upstream: &'a str,
         repository: &'a Repository,
-        index: &'a HeldManifest,
+        index: &'a StoredManifest,
     ) -> impl Iterator<Item = &'a Descriptor> {
-        let look = Look {
+        let scope = Scope {
             upstream,
             repository,
-            arriving: &|_| false,
-            parts: None,
+            in_flight: &|_| false,
+            prefixes: None,
         };
         let children = index.manifest.children.iter();
-        children.filter(move |child| is_image(child) && self.has_manifest(look, child, INDEX_DEPTH_MAX))
+        children.filter(move |child| is_image(child) && self.has_manifest(scope, child, INDEX_DEPTH_MAX))
     }
 
-    fn is_whole_to(&self, look: Look<'_>, manifest: &HeldManifest, depth: u32) -> bool {
+    fn is_complete_in(&self, scope: Scope<'_>, manifest: &StoredManifest, depth: u32) -> bool {
         let children = &manifest.manifest.children;
         let mut blobs = children.iter().filter(|child| child.role != Role::Manifest);
-        if !blobs.all(|child| self.has_blob(look, child)) {
+        if !blobs.all(|child| self.has_blob(scope, child)) {
             return false;
         }
         let mut images = children.iter().filter(|child| is_image(child)).peekable();
         manifest.manifest.kind != Kind::Index
             || images.peek().is_none()
-            || images.any(|child| self.has_manifest(look, child, depth))
+            || images.any(|child| self.has_manifest(scope, child, depth))
     }
 
-    fn has_blob(&self, look: Look<'_>, child: &Descriptor) -> bool {
+    fn has_blob(&self, scope: Scope<'_>, child: &Descriptor) -> bool {
         // Its own place is named in the manifest; the registry need not have it.
         if child.foreign {
             return true;
@@ -151,18 +152,18 @@ impl View<'_> {
         let AnyDigest::Known(digest) = &child.digest else {
             return false;
         };
-        look.note(digest);
-        let is_held = self.has_seen(look.upstream, look.repository, digest) && self.has_blob_file(digest);
-        is_held || (look.arriving)(digest)
+        scope.note(digest);
+        let is_held = self.is_member(scope.upstream, scope.repository, digest) && self.has_blob_file(digest);
+        is_held || (scope.in_flight)(digest)
     }
 
-    fn has_manifest(&self, look: Look<'_>, child: &Descriptor, depth: u32) -> bool {
+    fn has_manifest(&self, scope: Scope<'_>, child: &Descriptor, depth: u32) -> bool {
         let (AnyDigest::Known(digest), Some(depth)) = (&child.digest, depth.checked_sub(1)) else {
             return false;
         };
-        look.note(digest);
-        self.has_seen(look.upstream, look.repository, digest)
-            && matches!(self.manifest(digest), Ok(Some(held)) if self.is_whole_to(look, &held, depth))
+        scope.note(digest);
+        self.is_member(scope.upstream, scope.repository, digest)
+            && matches!(self.manifest(digest), Ok(Some(held)) if self.is_complete_in(scope, &held, depth))
     }
 }
 
@@ -172,25 +173,25 @@ fn is_image(child: &Descriptor) -> bool {
     child.role == Role::Manifest && child.platform.as_ref().is_none_or(is_known)
 }
 
-impl Look<'_> {
+impl Scope<'_> {
     fn note(&self, digest: &Digest) {
-        if let Some(parts) = self.parts {
-            parts.borrow_mut().push(part(digest));
+        if let Some(prefixes) = self.prefixes {
+            prefixes.borrow_mut().push(prefix(digest));
         }
     }
 }
 
 /// The beginning of a digest, which tells content apart well enough: taken for another, it is looked at once more.
-type Part = u64;
+type DigestPrefix = u64;
 
-fn part(digest: &Digest) -> Part {
+fn prefix(digest: &Digest) -> DigestPrefix {
     let first = digest.as_bytes().first_chunk();
     first.map_or(0, |first| u64::from_be_bytes(*first))
 }
 
 /// The content removed of late.
 #[derive(Default)]
-pub(super) struct Removed {
+pub(super) struct RemovedDigests {
     count: AtomicU64,
     recent: RwLock<Recent>,
 }
@@ -200,10 +201,10 @@ struct Recent {
     /// What was removed earlier is forgotten.
     since: u64,
     /// Which removal it was.
-    nth: HashMap<Part, u64>,
+    nth: HashMap<DigestPrefix, u64>,
 }
 
-impl Removed {
+impl RemovedDigests {
     /// A blob or manifest was removed, or is no longer known to be in a repository.
     pub(super) fn note(&self, digest: &Digest) {
         let mut recent = self.recent.write().unwrap_or_else(PoisonError::into_inner);
@@ -212,7 +213,7 @@ impl Removed {
             recent.nth.clear();
             recent.since = nth;
         }
-        recent.nth.insert(part(digest), nth);
+        recent.nth.insert(prefix(digest), nth);
     }
 
     fn count(&self) -> u64 {
@@ -220,57 +221,57 @@ impl Removed {
     }
 
     /// How many removals there were by now, if none since `count` was of one of these parts.
-    fn none_since(&self, count: u64, parts: &[Part]) -> Option<u64> {
+    fn none_since(&self, count: u64, prefixes: &[DigestPrefix]) -> Option<u64> {
         let recent = self.recent.read().unwrap_or_else(PoisonError::into_inner);
-        let is_gone = |part: &Part| recent.nth.get(part).is_some_and(|nth| *nth > count);
-        (count >= recent.since && !parts.iter().any(is_gone)).then(|| self.count())
+        let is_gone = |prefix: &DigestPrefix| recent.nth.get(prefix).is_some_and(|nth| *nth > count);
+        (count >= recent.since && !prefixes.iter().any(is_gone)).then(|| self.count())
     }
 }
 
 /// An image found whole.
-struct Whole {
+struct CompleteImage {
     /// Of the removals up to this one, none was of a part.
     removals: AtomicU64,
-    parts: Box<[Part]>,
+    prefixes: Box<[DigestPrefix]>,
 }
 
 /// The images found whole.
-pub(super) struct Wholes {
-    known: Cache<ImageKey, Arc<Whole>>,
-    removed: Arc<Removed>,
+pub(super) struct CompleteImages {
+    entries: Cache<ImageKey, Arc<CompleteImage>>,
+    removed: Arc<RemovedDigests>,
 }
 
-impl Wholes {
-    pub(super) fn new(removed: &Arc<Removed>) -> Self {
+impl CompleteImages {
+    pub(super) fn new(removed: &Arc<RemovedDigests>) -> Self {
         Self {
-            known: counted(WHOLE_MAX),
+            entries: bounded_cache(COMPLETE_MAX),
             removed: Arc::clone(removed),
         }
     }
 
-    fn knows(&self, place: PlaceRef<'_>, digest: &Digest) -> bool {
-        let image = ImageRef { place, digest };
-        let Some(whole) = self.known.get(&image) else {
+    fn contains(&self, repo: RepoKeyRef<'_>, digest: &Digest) -> bool {
+        let image = ImageRef { repo, digest };
+        let Some(entry) = self.entries.get(&image) else {
             return false;
         };
-        let removals = whole.removals.load(Ordering::Acquire);
+        let removals = entry.removals.load(Ordering::Acquire);
         if removals == self.removed.count() {
             return true;
         }
-        if let Some(now) = self.removed.none_since(removals, &whole.parts) {
-            whole.removals.store(now, Ordering::Release);
+        if let Some(now) = self.removed.none_since(removals, &entry.prefixes) {
+            entry.removals.store(now, Ordering::Release);
             return true;
         }
-        self.known.remove(&image);
+        self.entries.remove(&image);
         false
     }
 
-    fn note(&self, place: Place, digest: Digest, removals: u64, parts: Vec<Part>) {
-        let whole = Whole {
+    fn note(&self, repo: RepoKey, digest: Digest, removals: u64, prefixes: Vec<DigestPrefix>) {
+        let entry = CompleteImage {
             removals: removals.into(),
-            parts: parts.into(),
+            prefixes: prefixes.into(),
         };
-        self.known.insert(ImageKey { place, digest }, Arc::new(whole));
+        self.entries.insert(ImageKey { repo, digest }, Arc::new(entry));
     }
 }
 
@@ -285,31 +286,31 @@ mod tests {
 
     #[test]
     fn e10_removal_of_other_content_leaves_an_image_complete() {
-        let removed = Arc::new(Removed::default());
-        let wholes = Wholes::new(&removed);
+        let removed = Arc::new(RemovedDigests::default());
+        let complete = CompleteImages::new(&removed);
         let repository = "library/alpine".parse().unwrap();
-        let place = || Place::of("docker.io", &repository);
+        let repo = || RepoKey::of("docker.io", &repository);
         let image = digest(0);
-        let parts = vec![part(&digest(1)), part(&digest(2))];
-        wholes.note(place(), image, removed.count(), parts.clone());
+        let prefixes = vec![prefix(&digest(1)), prefix(&digest(2))];
+        complete.note(repo(), image, removed.count(), prefixes.clone());
         for other in 10..10_010 {
             removed.note(&digest(other));
-            assert!(wholes.knows(place().borrowed(), &image));
+            assert!(complete.contains(repo().borrowed(), &image));
         }
         removed.note(&digest(2));
-        assert!(!wholes.knows(place().borrowed(), &image));
+        assert!(!complete.contains(repo().borrowed(), &image));
 
         // A removal during the look counts.
         let before = removed.count();
         removed.note(&digest(1));
-        wholes.note(place(), image, before, parts.clone());
-        assert!(!wholes.knows(place().borrowed(), &image));
+        complete.note(repo(), image, before, prefixes.clone());
+        assert!(!complete.contains(repo().borrowed(), &image));
 
         // What is forgotten may have been a part.
-        wholes.note(place(), image, removed.count(), parts);
+        complete.note(repo(), image, removed.count(), prefixes);
         for other in 0..=REMOVED_MAX as u64 {
             removed.note(&digest(100_000 + other));
         }
-        assert!(!wholes.knows(place().borrowed(), &image));
+        assert!(!complete.contains(repo().borrowed(), &image));
     }
 }

@@ -24,7 +24,7 @@ pub enum OpenError {
     },
     /// The folder cannot be used.
     #[error(
-        "the data folder {} cannot be used: {}: {kind}; {}", .folder.display(), .path.display(), cure(*kind)
+        "the data folder {} cannot be used: {}: {kind}; {}", .folder.display(), .path.display(), remedy(*kind)
     )]
     Folder {
         /// The data folder.
@@ -50,11 +50,11 @@ pub enum OpenError {
     },
     /// Something below the folder cannot be used.
     #[error(transparent)]
-    Fault(#[from] Fault),
+    StoreError(#[from] StoreError),
 }
 
 /// What to do about a data folder, by what the system says.
-fn cure(kind: io::ErrorKind) -> &'static str {
+fn remedy(kind: io::ErrorKind) -> &'static str {
     match kind {
         io::ErrorKind::PermissionDenied => {
             "let this user write there, or choose another folder with `data` (--data PATH, IFNEWER_DATA=PATH)"
@@ -71,7 +71,7 @@ fn cure(kind: io::ErrorKind) -> &'static str {
 
 /// What went wrong on our side of a pull.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Fault {
+pub enum StoreError {
     /// No room: no bytes, no inodes, or no quota.
     #[error(
         "the disk is full: could not {what} {}: {reason}; free some space (`df`, and `df -i`) or lower `store.size`",
@@ -116,7 +116,7 @@ pub enum Fault {
         "no room for {bytes} bytes within `store.{limit}`: what is held is pinned, in use or younger than an hour; {}",
         if *limit == "size" { "raise `store.size`" } else { "free some of the disk or lower `store.free`" }
     )]
-    NoRoom {
+    OverQuota {
         /// How large it is, as far as is known.
         bytes: u64,
         /// The setting that is in the way.
@@ -124,7 +124,7 @@ pub enum Fault {
     },
     /// The bytes to be kept are not those of the digest they were to be kept under. Nothing was kept.
     #[error(transparent)]
-    WrongBytes(#[from] Box<WrongDigest>),
+    DigestMismatch(#[from] Box<WrongDigest>),
     /// The bytes to be kept as a manifest are none. Nothing was kept.
     #[error("{digest} is not a manifest: {reason}")]
     NotAManifest {
@@ -135,7 +135,7 @@ pub enum Fault {
     },
 }
 
-impl Fault {
+impl StoreError {
     /// The fault behind `error`, met when trying to do `what` (a verb, such as "write") with the file `path`.
     pub fn io(what: &'static str, path: impl AsRef<Path>, error: &io::Error) -> Self {
         let path = path.as_ref().to_owned();
@@ -167,7 +167,7 @@ pub enum Trouble {
     },
     /// The disk refuses to be written.
     #[error("{0}; what is held is served, the rest passes through unstored; tried again every few seconds")]
-    Disk(Fault),
+    Disk(StoreError),
     /// The disk hangs, or is very slow.
     #[error(
         "the disk has not finished to {operation} a file for {seconds} s; what is in memory is served, and what needs \
@@ -185,7 +185,7 @@ pub enum Trouble {
          younger than an hour; pulls pass through unstored until that changes",
         .limits.bytes_max, .limits.free_bytes_min
     )]
-    NoRoom {
+    OverQuota {
         /// As set.
         limits: Limits,
     },

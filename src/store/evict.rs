@@ -25,10 +25,10 @@ use super::manifests::Manifests;
 use super::pins::{Pin, Pins};
 use super::plan::{Plan, Step, plan};
 use super::room::{Need, Pressure, Reservation, Room};
-use super::tags::{Refs, TagKey};
-use super::usage_report::Freed;
+use super::tags::{TagKey, Tags};
+use super::usage_report::Reclaimed;
 use super::uses::Uses;
-use super::{Fault, QUARANTINE_FOLDER};
+use super::{QUARANTINE_FOLDER, StoreError};
 
 /// Nothing is evicted that arrived or was used this recently.
 pub const YOUNG: Duration = Duration::from_secs(3600);
@@ -76,7 +76,7 @@ pub(super) struct Evictor {
     pub(super) fs: Arc<dyn FileSystem>,
     pub(super) blobs: Arc<Blobs>,
     pub(super) manifests: Arc<Manifests>,
-    pub(super) tags: Arc<Refs>,
+    pub(super) tags: Arc<Tags>,
     pub(super) pins: Arc<Pins>,
     pub(super) uses: Arc<Uses>,
     pub(super) room: Arc<Room>,
@@ -106,7 +106,7 @@ struct Futile {
 
 /// How a round ended.
 enum Round {
-    Freed,
+    Reclaimed,
     /// Only so many bytes may go, now or once more.
     TooLittle(u64),
     /// Something was needed meanwhile.
@@ -115,11 +115,11 @@ enum Round {
 
 /// What came of a plan.
 struct Done {
-    freed: Freed,
+    freed: Reclaimed,
     is_whole: bool,
 }
 
-impl Freed {
+impl Reclaimed {
     fn count(&mut self, step: &Step, bytes: u64) {
         self.bytes += bytes;
         match step {
@@ -139,7 +139,7 @@ impl Evictor {
         fs: &Arc<dyn FileSystem>,
         blobs: &Arc<Blobs>,
         manifests: &Arc<Manifests>,
-        tags: &Arc<Refs>,
+        tags: &Arc<Tags>,
         pins: &Arc<Pins>,
         uses: &Arc<Uses>,
         room: &Arc<Room>,
@@ -159,7 +159,7 @@ impl Evictor {
     }
 
     /// Sets room aside for a blob, evicting for it if need be.
-    pub(super) fn reserve(&self, bytes: u64) -> Result<Reservation, Fault> {
+    pub(super) fn reserve(&self, bytes: u64) -> Result<Reservation, StoreError> {
         let need = match self.room.reserve(bytes) {
             Ok(reservation) => {
                 self.wake_if_needed();
@@ -172,7 +172,7 @@ impl Evictor {
         }
         self.room.reserve(bytes).map_err(|need| {
             self.state.totals.refused.fetch_add(1, Ordering::Relaxed);
-            Fault::NoRoom {
+            StoreError::OverQuota {
                 bytes,
                 limit: need.pressure.name(),
             }
@@ -262,7 +262,7 @@ impl Evictor {
         for _ in 0..ROUNDS_MAX {
             let least = if is_all_or_nothing { need.bytes_min } else { 0 };
             match self.round(need, least) {
-                Ok(Round::Freed) => {
+                Ok(Round::Reclaimed) => {
                     self.state.is_short.store(false, Ordering::Relaxed);
                     return;
                 }
@@ -288,14 +288,14 @@ impl Evictor {
         }
     }
 
-    fn round(&self, need: Need, least: u64) -> Result<Round, Fault> {
+    fn round(&self, need: Need, least: u64) -> Result<Round, StoreError> {
         self.uses.watch();
         let done = self.watched_round(need, least);
         self.uses.stop_watching();
         done
     }
 
-    fn watched_round(&self, need: Need, least: u64) -> Result<Round, Fault> {
+    fn watched_round(&self, need: Need, least: u64) -> Result<Round, StoreError> {
         if need.pressure == Pressure::Free {
             self.prune_quarantine(YOUNG);
         }
@@ -320,21 +320,21 @@ impl Evictor {
         let done = self.carry_out(plan, Some(need.pressure))?;
         Ok(match (done.is_whole, enough) {
             (false, _) => Round::Disturbed,
-            (true, true) => Round::Freed,
+            (true, true) => Round::Reclaimed,
             // All that was allowed is gone now.
             (true, false) => Round::TooLittle(0),
         })
     }
 
     /// Removes what the plan says, in its order. Not whole where something was needed meanwhile: the rest stays.
-    fn carry_out(&self, plan: Plan, pressure: Option<Pressure>) -> Result<Done, Fault> {
+    fn carry_out(&self, plan: Plan, pressure: Option<Pressure>) -> Result<Done, StoreError> {
         let done = self.remove_steps(plan, pressure);
         // Also of a round that ended early: the next one, or the next process, removes the contents of those tags.
         self.sync_tag_removals()?;
         done
     }
 
-    fn remove_steps(&self, plan: Plan, pressure: Option<Pressure>) -> Result<Done, Fault> {
+    fn remove_steps(&self, plan: Plan, pressure: Option<Pressure>) -> Result<Done, StoreError> {
         let totals = &self.state.totals;
         let objects = match pressure {
             None => &totals.collected,
@@ -343,7 +343,7 @@ impl Evictor {
         };
         let why = pressure.map_or("unused", Pressure::name);
         let mut done = Done {
-            freed: Freed::default(),
+            freed: Reclaimed::default(),
             is_whole: true,
         };
         for step in plan.steps {
@@ -385,7 +385,7 @@ impl Evictor {
             }
             done.freed.count(&step, freed);
         }
-        let Freed {
+        let Reclaimed {
             tags,
             manifests,
             blobs,
@@ -403,12 +403,12 @@ impl Evictor {
     }
 
     /// Makes the removal of every evicted tag durable: after a power cut no tag comes back to an image that is half gone.
-    fn sync_tag_removals(&self) -> Result<(), Fault> {
+    fn sync_tag_removals(&self) -> Result<(), StoreError> {
         let mut folders = self.state.unsynced.lock().unwrap_or_else(PoisonError::into_inner);
         while let Some(folder) = folders.pop_first() {
             match self.fs.sync_dir(&folder) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                    let fault = Fault::io("make durable", &folder, &error);
+                    let fault = StoreError::io("make durable", &folder, &error);
                     folders.insert(folder);
                     return Err(fault);
                 }

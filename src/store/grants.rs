@@ -13,8 +13,8 @@ use std::time::{Duration, SystemTime};
 
 use quick_cache::sync::Cache;
 
-use self::filter::Listed;
-use super::cache_key::{GrantKey, GrantRef, PlaceRef, counted};
+use self::filter::GrantFilter;
+use super::cache_key::{GrantKey, GrantRef, RepoKeyRef, bounded_cache};
 use super::checksummed_json::{from_millis, to_millis};
 use super::index::thread::{Expunging, IndexHandle};
 use super::{AsyncStore, Store};
@@ -27,20 +27,20 @@ const GRANTS_MAX: usize = 65_536;
 const READY_MAX: usize = 65_536;
 
 /// No configuration makes use of an older one.
-const KEPT_FOR: Duration = Duration::from_secs(30 * 24 * 3600);
+const RETENTION: Duration = Duration::from_secs(30 * 24 * 3600);
 
 /// So many new grants later, the old ones are looked through.
 const PRUNE_EVERY: u64 = 16_384;
 
 /// How often a look-up begins again because a grant was taken back meanwhile.
-const LOOK_UPS_MAX: usize = 4;
+const LOOKUP_ATTEMPTS_MAX: usize = 4;
 
 const KEY_PREFIX: u8 = b'g';
 const SCAN_PAGE: usize = 1000;
 
 /// A principal's right: to a repository, or (without one) to a token of the upstream's token service.
 #[derive(Clone, Copy)]
-pub struct Right<'a> {
+pub struct GrantId<'a> {
     /// The name of the upstream.
     pub upstream: &'a str,
     /// The repository there.
@@ -67,33 +67,33 @@ impl Store {
 
 impl AsyncStore {
     /// When the upstream last said yes; `None` where it takes the index to know.
-    pub fn grant_in_memory(&self, right: Right<'_>) -> Option<Option<SystemTime>> {
-        self.store.grants.known(right.key(), || right.owned())
+    pub fn grant_in_memory(&self, id: GrantId<'_>) -> Option<Option<SystemTime>> {
+        self.store.grants.in_memory(id.key(), || id.owned())
     }
 
     /// When the upstream last said yes, as far as the index says in time.
-    pub async fn grant(&self, right: Right<'_>) -> Option<SystemTime> {
-        if let Some(known) = self.grant_in_memory(right) {
+    pub async fn grant(&self, id: GrantId<'_>) -> Option<SystemTime> {
+        if let Some(known) = self.grant_in_memory(id) {
             return known;
         }
-        let key = right.owned();
+        let key = id.owned();
         self.on_index(move |store| store.grants.find(&key)).await
     }
 
     /// Keeps that the upstream said yes at `at`.
-    pub fn note_grant(&self, right: Right<'_>, at: SystemTime) {
-        self.store.grants.note(right, at);
+    pub fn put_grant(&self, id: GrantId<'_>, at: SystemTime) {
+        self.store.grants.put(id, at);
     }
 
     /// Forgets the upstream's yes: at once, and when the future ends so that no crash brings it back, if that says `true`.
-    pub fn drop_grant(&self, right: Right<'_>) -> impl Future<Output = bool> + Send + use<> {
-        let forgetting = self.store.grants.forget(right);
+    pub fn revoke_grant(&self, id: GrantId<'_>) -> impl Future<Output = bool> + Send + use<> {
+        let revocation = self.store.grants.revoke(id);
         let own = self.clone();
         async move {
-            match forgetting {
+            match revocation {
                 None => true,
-                Some(forgetting) => {
-                    own.on_index(move |store| store.grants.forgotten(forgetting))
+                Some(revocation) => {
+                    own.on_index(move |store| store.grants.finish_revocation(revocation))
                         .await
                 }
             }
@@ -102,80 +102,80 @@ impl AsyncStore {
 }
 
 /// A right that is being taken back.
-struct Forgetting {
+struct Revocation {
     key: GrantKey,
     expunging: Expunging,
 }
 
 /// What is known of a right.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Known {
-    At(SystemTime),
-    Never,
+enum CachedGrant {
+    Granted(SystemTime),
+    Absent,
     /// Not durably so yet, as far as is known.
-    TakenBack,
+    Revoked,
 }
 
-impl Known {
+impl CachedGrant {
     fn at(self) -> Option<SystemTime> {
         match self {
-            Self::At(at) => Some(at),
-            Self::Never | Self::TakenBack => None,
+            Self::Granted(at) => Some(at),
+            Self::Absent | Self::Revoked => None,
         }
     }
 }
 
 pub(super) struct Grants {
     index: Arc<IndexHandle>,
-    ready: Cache<GrantKey, Known>,
+    ready: Cache<GrantKey, CachedGrant>,
     /// Held for a change of `ready` and the message to the index that belongs to it, so that both come in one order.
     order: Mutex<()>,
     /// How often a right was taken back: a look-up that was overtaken by one looks again.
-    taken_back: AtomicU64,
-    listed: Listed,
-    noted: AtomicU64,
+    revocations: AtomicU64,
+    filter: GrantFilter,
+    puts: AtomicU64,
 }
 
 impl Grants {
     pub(super) fn new(index: &Arc<IndexHandle>) -> Self {
         Self {
             index: Arc::clone(index),
-            ready: counted(READY_MAX),
+            ready: bounded_cache(READY_MAX),
             order: Mutex::default(),
-            taken_back: AtomicU64::new(0),
-            listed: Listed::default(),
-            noted: AtomicU64::new(0),
+            revocations: AtomicU64::new(0),
+            filter: GrantFilter::default(),
+            puts: AtomicU64::new(0),
         }
     }
 
     /// What memory knows of a right; `None` where it takes the index to know.
     #[expect(clippy::option_option, reason = "whether it is known, and what is known")]
-    fn known(&self, key: GrantRef<'_>, owned: impl FnOnce() -> GrantKey) -> Option<Option<SystemTime>> {
+    fn in_memory(&self, key: GrantRef<'_>, owned: impl FnOnce() -> GrantKey) -> Option<Option<SystemTime>> {
         if let Some(known) = self.ready.get(&key) {
             return Some(known.at());
         }
-        if !self.listed.lacks(&index_key(key)) {
+        if !self.filter.excludes(&index_key(key)) {
             return None;
         }
         // Not over what was noted meanwhile.
-        let known = self
-            .ready
-            .get_or_insert_with(&owned(), || Ok::<_, std::convert::Infallible>(Known::Never));
-        Some(known.ok().and_then(Known::at))
+        let known = self.ready.get_or_insert_with(&owned(), || {
+            Ok::<_, std::convert::Infallible>(CachedGrant::Absent)
+        });
+        Some(known.ok().and_then(CachedGrant::at))
     }
 
     /// Blocks.
     fn find(&self, key: &GrantKey) -> Option<SystemTime> {
-        for _ in 0..LOOK_UPS_MAX {
-            if let Some(known) = self.known(key.borrowed(), || key.clone()) {
+        for _ in 0..LOOKUP_ATTEMPTS_MAX {
+            if let Some(known) = self.in_memory(key.borrowed(), || key.clone()) {
                 return known;
             }
-            let taken_back = self.taken_back.load(Ordering::SeqCst);
+            let revocations = self.revocations.load(Ordering::SeqCst);
             let value = self.index.get(index_key(key.borrowed())).ok()?;
             let at = value.and_then(|value| Some(from_millis(u64::from_be_bytes(value.try_into().ok()?))));
             let _order = self.order();
-            if self.taken_back.load(Ordering::SeqCst) == taken_back {
-                let found = at.map_or(Known::Never, Known::At);
+            if self.revocations.load(Ordering::SeqCst) == revocations {
+                let found = at.map_or(CachedGrant::Absent, CachedGrant::Granted);
                 // Not over what was noted meanwhile.
                 let known = self
                     .ready
@@ -186,15 +186,15 @@ impl Grants {
         None
     }
 
-    fn note(self: &Arc<Self>, right: Right<'_>, at: SystemTime) {
-        let key = index_key(right.key());
+    fn put(self: &Arc<Self>, id: GrantId<'_>, at: SystemTime) {
+        let key = index_key(id.key());
         {
             let _order = self.order();
-            self.listed.add(&key);
+            self.filter.add(&key);
             self.index.put(key, to_millis(at).to_be_bytes().to_vec());
-            self.ready.insert(right.owned(), Known::At(at));
+            self.ready.insert(id.owned(), CachedGrant::Granted(at));
         }
-        if self.noted.fetch_add(1, Ordering::Relaxed) % PRUNE_EVERY == PRUNE_EVERY - 1 {
+        if self.puts.fetch_add(1, Ordering::Relaxed) % PRUNE_EVERY == PRUNE_EVERY - 1 {
             let own = Arc::downgrade(self);
             let pruning = std::thread::Builder::new()
                 .name("grants-prune".to_owned())
@@ -206,26 +206,26 @@ impl Grants {
 
     /// Begins to take a right back; `None` where it is known that there is none. A second refusal, while the first is not
     /// durable yet, is one more: its client waits as well.
-    fn forget(&self, right: Right<'_>) -> Option<Forgetting> {
-        let key = right.owned();
+    fn revoke(&self, id: GrantId<'_>) -> Option<Revocation> {
+        let key = id.owned();
         let _order = self.order();
-        if self.ready.get(&key) == Some(Known::Never) {
+        if self.ready.get(&key) == Some(CachedGrant::Absent) {
             return None;
         }
-        self.taken_back.fetch_add(1, Ordering::SeqCst);
-        self.ready.insert(key.clone(), Known::TakenBack);
-        let expunging = self.index.expunge(index_key(right.key()));
-        Some(Forgetting { key, expunging })
+        self.revocations.fetch_add(1, Ordering::SeqCst);
+        self.ready.insert(key.clone(), CachedGrant::Revoked);
+        let expunging = self.index.expunge(index_key(id.key()));
+        Some(Revocation { key, expunging })
     }
 
     /// Waits for it to be durable; `false` if that is not sure. Blocks.
-    fn forgotten(&self, forgetting: Forgetting) -> bool {
-        let Forgetting { key, expunging } = forgetting;
+    fn finish_revocation(&self, revocation: Revocation) -> bool {
+        let Revocation { key, expunging } = revocation;
         let is_expunged = self.index.expunged(expunging);
         if is_expunged {
             let _order = self.order();
-            if self.ready.peek(&key) == Some(Known::TakenBack) {
-                self.ready.insert(key, Known::Never);
+            if self.ready.peek(&key) == Some(CachedGrant::Revoked) {
+                self.ready.insert(key, CachedGrant::Absent);
             }
         }
         is_expunged
@@ -236,31 +236,31 @@ impl Grants {
     }
 
     /// Whether memory knows which grants are in the index.
-    pub(super) fn is_listed(&self) -> bool {
-        self.listed.is_complete()
+    pub(super) fn is_filter_complete(&self) -> bool {
+        self.filter.is_complete()
     }
 
     /// Removes from the index what is too old, and what is too many, the oldest first, and lists the rest. Blocks.
     pub(super) fn prune(&self, now: SystemTime) {
         // In turn with `note`: a grant is either put before the look begins, or listed by it.
-        let listing = {
+        let rebuild = {
             let order = self.order();
-            self.listed.begin(&order)
+            self.filter.begin(&order)
         };
-        let Some(mut listing) = listing else {
+        let Some(mut rebuild) = rebuild else {
             return;
         };
-        let oldest = to_millis(now.checked_sub(KEPT_FOR).unwrap_or(SystemTime::UNIX_EPOCH));
+        let oldest = to_millis(now.checked_sub(RETENTION).unwrap_or(SystemTime::UNIX_EPOCH));
         let mut kept: Vec<(u64, Vec<u8>)> = Vec::new();
         let mut after = Vec::new();
         while let Ok(page) = self.index.scan(vec![KEY_PREFIX], after.clone(), SCAN_PAGE) {
             let Some((last, _)) = page.last() else {
-                listing.finish();
+                rebuild.finish();
                 break;
             };
             after.clone_from(last);
             for (key, value) in page {
-                listing.add(&key);
+                rebuild.add(&key);
                 let at = value.try_into().map_or(0, u64::from_be_bytes);
                 if at < oldest {
                     self.index.remove(key);
@@ -277,11 +277,11 @@ impl Grants {
     }
 }
 
-impl<'a> Right<'a> {
+impl<'a> GrantId<'a> {
     fn key(&self) -> GrantRef<'a> {
         let repository = self.repository.map_or("", Repository::as_str);
         GrantRef {
-            place: PlaceRef {
+            repo: RepoKeyRef {
                 upstream: self.upstream,
                 repository,
             },
@@ -297,9 +297,9 @@ impl<'a> Right<'a> {
 fn index_key(key: GrantRef<'_>) -> Vec<u8> {
     [
         &[KEY_PREFIX],
-        key.place.upstream.as_bytes(),
+        key.repo.upstream.as_bytes(),
         b"\0",
-        key.place.repository.as_bytes(),
+        key.repo.repository.as_bytes(),
         b"\0",
         key.principal,
     ]
@@ -316,27 +316,27 @@ impl Store {
         principal: &[u8; 32],
     ) -> Option<SystemTime> {
         self.grants
-            .find(&Right::to(upstream, repository, principal).owned())
+            .find(&GrantId::to(upstream, repository, principal).owned())
     }
 
-    pub(super) fn note_grant(
+    pub(super) fn put_grant(
         &self,
         upstream: &str,
         repository: &Repository,
         principal: &[u8; 32],
         at: SystemTime,
     ) {
-        self.grants.note(Right::to(upstream, repository, principal), at);
+        self.grants.put(GrantId::to(upstream, repository, principal), at);
     }
 
-    pub(super) fn drop_grant(&self, upstream: &str, repository: &Repository, principal: &[u8; 32]) -> bool {
-        let forgetting = self.grants.forget(Right::to(upstream, repository, principal));
-        forgetting.is_none_or(|forgetting| self.grants.forgotten(forgetting))
+    pub(super) fn revoke_grant(&self, upstream: &str, repository: &Repository, principal: &[u8; 32]) -> bool {
+        let revocation = self.grants.revoke(GrantId::to(upstream, repository, principal));
+        revocation.is_none_or(|revocation| self.grants.finish_revocation(revocation))
     }
 }
 
 #[cfg(test)]
-impl<'a> Right<'a> {
+impl<'a> GrantId<'a> {
     fn to(upstream: &'a str, repository: &'a Repository, principal: &'a [u8; 32]) -> Self {
         Self {
             upstream,
@@ -355,8 +355,8 @@ mod tests {
 
     const NOW: SystemTime = SystemTime::UNIX_EPOCH;
 
-    fn look(grants: &Grants, right: Right<'_>) -> Option<Option<SystemTime>> {
-        grants.known(right.key(), || right.owned())
+    fn cached(grants: &Grants, id: GrantId<'_>) -> Option<Option<SystemTime>> {
+        grants.in_memory(id.key(), || id.owned())
     }
 
     #[test]
@@ -365,25 +365,25 @@ mod tests {
         let grants = Arc::new(Grants::new(&index));
         grants.prune(NOW);
         let repository = "acme/app".parse().unwrap();
-        let right = |principal| Right::to("ghcr.io", &repository, principal);
+        let id = |principal| GrantId::to("ghcr.io", &repository, principal);
         let (alice, bob) = (&[1; 32], &[2; 32]);
-        grants.note(right(alice), NOW);
-        assert_eq!(look(&grants, right(alice)), Some(Some(NOW)));
-        let first = grants.forget(right(alice)).unwrap();
+        grants.put(id(alice), NOW);
+        assert_eq!(cached(&grants, id(alice)), Some(Some(NOW)));
+        let first = grants.revoke(id(alice)).unwrap();
         flushes.begun();
         // Nothing of this asks the index, which is in its flush.
-        assert_eq!(look(&grants, right(alice)), Some(None));
-        assert_eq!(look(&grants, right(bob)), Some(None));
-        grants.note(right(bob), NOW);
-        assert_eq!(look(&grants, right(bob)), Some(Some(NOW)));
+        assert_eq!(cached(&grants, id(alice)), Some(None));
+        assert_eq!(cached(&grants, id(bob)), Some(None));
+        grants.put(id(bob), NOW);
+        assert_eq!(cached(&grants, id(bob)), Some(Some(NOW)));
         // Refused again meanwhile, the client waits as well.
-        let second = grants.forget(right(alice)).unwrap();
+        let second = grants.revoke(id(alice)).unwrap();
         flushes.let_through();
-        assert!(grants.forgotten(first));
+        assert!(grants.finish_revocation(first));
         flushes.begun();
         flushes.let_through();
-        assert!(grants.forgotten(second));
-        assert!(grants.forget(right(alice)).is_none());
+        assert!(grants.finish_revocation(second));
+        assert!(grants.revoke(id(alice)).is_none());
         drop(flushes);
     }
 
@@ -392,16 +392,16 @@ mod tests {
         let (index, flushes) = slow_index();
         drop(flushes);
         let repository = "acme/app".parse().unwrap();
-        let right = |principal| Right::to("ghcr.io", &repository, principal);
+        let id = |principal| GrantId::to("ghcr.io", &repository, principal);
         let (alice, bob) = (&[1; 32], &[2; 32]);
-        Arc::new(Grants::new(&index)).note(right(alice), NOW);
+        Arc::new(Grants::new(&index)).put(id(alice), NOW);
         let grants = Arc::new(Grants::new(&index));
         // Before the index was looked through, only it knows.
-        assert_eq!(look(&grants, right(alice)), None);
-        assert_eq!(look(&grants, right(bob)), None);
+        assert_eq!(cached(&grants, id(alice)), None);
+        assert_eq!(cached(&grants, id(bob)), None);
         grants.prune(NOW);
-        assert_eq!(look(&grants, right(alice)), None);
-        assert_eq!(grants.find(&right(alice).owned()), Some(NOW));
-        assert_eq!(look(&grants, right(bob)), Some(None));
+        assert_eq!(cached(&grants, id(alice)), None);
+        assert_eq!(grants.find(&id(alice).owned()), Some(NOW));
+        assert_eq!(cached(&grants, id(bob)), Some(None));
     }
 }

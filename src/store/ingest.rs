@@ -13,12 +13,12 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use super::blobs::{Blobs, HeldBlob, Verified, WrongDigest};
-use super::checksummed_json::sealed;
+use super::checksummed_json::encode;
 use super::evict::Evictor;
 use super::fs::{FileSystem, FsFile, temp_path};
 use super::leftover::Kept;
 use super::room::Reservation;
-use super::{Fault, Store};
+use super::{Store, StoreError};
 use crate::oci::{Digest, Hasher};
 
 /// How far two marks are apart: so much of a download, at most, is lost with the process.
@@ -33,15 +33,17 @@ const INGEST_TRIES_MAX: u32 = 64;
 impl Store {
     /// Begins to write a blob. `size`, where it is known, is reserved at once: a full disk shows before the first byte.
     /// What interrupted downloads left and what is used least make room for it, which may take a while.
-    pub fn begin(&self, digest: &Digest, size: Option<u64>) -> Result<Ingest, Fault> {
+    pub fn begin(&self, digest: &Digest, size: Option<u64>) -> Result<Ingest, StoreError> {
         let wanted = size.unwrap_or(0);
         let room = match Space::of(&self.evictor, wanted) {
-            Err(Fault::NoRoom { .. }) if self.remove_leftovers() > 0 => Space::of(&self.evictor, wanted)?,
+            Err(StoreError::OverQuota { .. }) if self.remove_leftovers() > 0 => {
+                Space::of(&self.evictor, wanted)?
+            }
             reserved => reserved?,
         };
         match Ingest::begin(&self.blobs, digest, size, room) {
             // Others fill the disk as well: once more, with what can be spared given to them.
-            Err(Fault::Full { .. })
+            Err(StoreError::Full { .. })
                 if self.remove_leftovers() > 0 || self.evictor.relieve_full_disk(wanted) =>
             {
                 Ingest::begin(&self.blobs, digest, size, Space::of(&self.evictor, wanted)?)
@@ -76,14 +78,14 @@ pub(super) struct Space {
 }
 
 impl Space {
-    pub(super) fn of(evictor: &Arc<Evictor>, bytes: u64) -> Result<Self, Fault> {
+    pub(super) fn of(evictor: &Arc<Evictor>, bytes: u64) -> Result<Self, StoreError> {
         Ok(Self {
             evictor: Arc::clone(evictor),
             reserved: evictor.reserve(bytes)?,
         })
     }
 
-    fn grow(&mut self, bytes: u64) -> Result<(), Fault> {
+    fn grow(&mut self, bytes: u64) -> Result<(), StoreError> {
         let lacking = bytes.saturating_sub(self.reserved.bytes());
         if lacking == 0 {
             return Ok(());
@@ -118,7 +120,12 @@ impl fmt::Debug for Ingest {
 }
 
 impl Ingest {
-    fn begin(blobs: &Arc<Blobs>, digest: &Digest, size: Option<u64>, room: Space) -> Result<Self, Fault> {
+    fn begin(
+        blobs: &Arc<Blobs>,
+        digest: &Digest,
+        size: Option<u64>,
+        room: Space,
+    ) -> Result<Self, StoreError> {
         let (folder, file) = create(blobs.fs.as_ref())?;
         let ingest = Self {
             blobs: Arc::clone(blobs),
@@ -131,15 +138,15 @@ impl Ingest {
         };
         if let Some(size) = size {
             let reserved = ingest.file.reserve(size);
-            reserved.map_err(|error| Fault::io("reserve room for", &ingest.folder, &error))?;
+            reserved.map_err(|error| StoreError::io("reserve room for", &ingest.folder, &error))?;
         }
-        let meta = sealed(&Meta {
+        let meta = encode(&Meta {
             digest: digest.to_string(),
             size,
         });
         let path = ingest.folder.join("meta");
         let noted = blobs.fs.create(&path).and_then(|file| file.write_at(&meta, 0));
-        noted.map_err(|error| Fault::io("write", &path, &error))?;
+        noted.map_err(|error| StoreError::io("write", &path, &error))?;
         Ok(ingest)
     }
 
@@ -150,7 +157,7 @@ impl Ingest {
 
     /// Sees to it that there is room for the first `bytes`: by the size that was announced there is, without one it is
     /// looked for as the bytes come. To be asked before they are written.
-    pub fn make_room(&mut self, bytes: u64) -> Result<(), Fault> {
+    pub fn make_room(&mut self, bytes: u64) -> Result<(), StoreError> {
         self.room.grow(bytes)
     }
 
@@ -172,7 +179,7 @@ impl Ingest {
     }
 
     /// Makes the blob durable and gives it its name. After an error nothing is held: the first failed fsync is final.
-    pub fn commit(self, proof: Verified) -> Result<HeldBlob, Fault> {
+    pub fn commit(self, proof: Verified) -> Result<HeldBlob, StoreError> {
         if proof.digest() != self.digest {
             let (expected, found) = (self.digest, proof.digest());
             return Err(Box::new(WrongDigest { expected, found }).into());
@@ -231,7 +238,7 @@ impl Drop for Ingest {
     }
 }
 
-fn create(fs: &dyn FileSystem) -> Result<(PathBuf, Arc<dyn FsFile>), Fault> {
+fn create(fs: &dyn FileSystem) -> Result<(PathBuf, Arc<dyn FsFile>), StoreError> {
     let mut tries = 0;
     loop {
         let folder = temp_path();
@@ -241,7 +248,7 @@ fn create(fs: &dyn FileSystem) -> Result<(PathBuf, Arc<dyn FsFile>), Fault> {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists && tries < INGEST_TRIES_MAX => {
                 tries += 1;
             }
-            Err(error) => return Err(Fault::io("create", path, &error)),
+            Err(error) => return Err(StoreError::io("create", path, &error)),
         }
     }
 }

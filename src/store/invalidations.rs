@@ -4,7 +4,7 @@
 //! good what was pushed over or deleted. It is settled by the response to the write, or by a revalidation asked later.
 //!
 //! One small file for each, and all of them in memory. Only what is cached can be in doubt, which bounds their number,
-//! and so does `DOUBTS_MAX`.
+//! and so does `INVALIDATIONS_MAX`.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -14,14 +14,14 @@ use std::time::SystemTime;
 
 use serde::{Deserialize, Serialize};
 
-use super::checksummed_json::{RECORD_BYTES_MAX, checksum, from_millis, opened, sealed, to_millis};
+use super::checksummed_json::{RECORD_BYTES_MAX, checksum, decode, encode, from_millis, to_millis};
 use super::fs::FileSystem;
 use super::tags::TagKey;
-use super::{Fault, Store, named_path, remove_file};
+use super::{Store, StoreError, hashed_path, remove_file};
 use crate::oci::{AnyDigest, Reference, Repository, Tag};
 
 /// Doubts kept. A further write is handed on without one.
-const DOUBTS_MAX: usize = 65_536;
+const INVALIDATIONS_MAX: usize = 65_536;
 
 const STRIPES: usize = 64;
 
@@ -29,7 +29,7 @@ const TREE: &str = "doubts";
 
 /// What is in doubt.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct DoubtKey {
+pub struct InvalidationKey {
     /// The name of the upstream.
     pub upstream: Arc<str>,
     /// The repository there.
@@ -46,7 +46,7 @@ struct Record {
     since_ms: u64,
 }
 
-impl DoubtKey {
+impl InvalidationKey {
     fn tag_key(&self, tag: &Tag) -> TagKey {
         TagKey {
             upstream: Arc::clone(&self.upstream),
@@ -57,11 +57,11 @@ impl DoubtKey {
 
     fn path(&self) -> PathBuf {
         let reference = self.reference.to_string();
-        named_path(TREE, &[&self.upstream, self.repository.as_str(), &reference])
+        hashed_path(TREE, &[&self.upstream, self.repository.as_str(), &reference])
     }
 
     fn read(file: &[u8]) -> Option<(Self, SystemTime)> {
-        let record: Record = opened(file)?;
+        let record: Record = decode(file)?;
         let key = Self {
             upstream: record.upstream.into(),
             repository: record.repository.parse().ok()?,
@@ -71,7 +71,7 @@ impl DoubtKey {
     }
 }
 
-impl From<&TagKey> for DoubtKey {
+impl From<&TagKey> for InvalidationKey {
     fn from(key: &TagKey) -> Self {
         Self {
             upstream: Arc::clone(&key.upstream),
@@ -83,12 +83,12 @@ impl From<&TagKey> for DoubtKey {
 
 impl Store {
     /// Puts `key` in doubt, durably when this returns. `true` if it was not in doubt before.
-    pub fn doubt(&self, key: &DoubtKey, since: SystemTime) -> Result<bool, Fault> {
-        self.doubts.add(key, since)
+    pub fn invalidate(&self, key: &InvalidationKey, since: SystemTime) -> Result<bool, StoreError> {
+        self.invalidations.add(key, since)
     }
 
     /// Whether anything of `key` is cached, or may be. Blocks.
-    pub fn has_cached(&self, key: &DoubtKey) -> bool {
+    pub fn has_cached(&self, key: &InvalidationKey) -> bool {
         match &key.reference {
             Reference::Tag(tag) => !matches!(self.tag(&key.tag_key(tag)), Ok(None)),
             Reference::Digest(AnyDigest::Known(digest)) => {
@@ -99,89 +99,89 @@ impl Store {
     }
 
     /// Since when it is in doubt.
-    pub fn doubted_since(&self, key: &DoubtKey) -> Option<SystemTime> {
-        self.doubts.since(key)
+    pub fn invalidated_since(&self, key: &InvalidationKey) -> Option<SystemTime> {
+        self.invalidations.since(key)
     }
 
     /// Whether anything is in doubt.
-    pub fn has_doubts(&self) -> bool {
-        self.doubts.count.load(Ordering::Acquire) > 0
+    pub fn has_invalidations(&self) -> bool {
+        self.invalidations.count.load(Ordering::Acquire) > 0
     }
 
-    /// Ends the doubt if `is_settled`, given since when it is in doubt; in turn with [`Self::doubt`].
-    pub fn settle_doubt(
+    /// Ends the doubt if `is_superseded`, given since when it is in doubt; in turn with [`Self::invalidation`].
+    pub fn clear_invalidation(
         &self,
-        key: &DoubtKey,
-        is_settled: impl FnOnce(SystemTime) -> bool,
-    ) -> Result<(), Fault> {
-        self.doubts.settle(key, is_settled)
+        key: &InvalidationKey,
+        is_superseded: impl FnOnce(SystemTime) -> bool,
+    ) -> Result<(), StoreError> {
+        self.invalidations.clear(key, is_superseded)
     }
 
     /// Whether the index may have a tag of which it does not tell now.
-    fn may_be_indexed(&self, key: &DoubtKey) -> bool {
+    fn may_be_indexed(&self, key: &InvalidationKey) -> bool {
         match &key.reference {
-            Reference::Tag(tag) => self.tags.is_index_silent(&key.tag_key(tag)),
+            Reference::Tag(tag) => self.tags.is_index_unavailable(&key.tag_key(tag)),
             Reference::Digest(_) => false,
         }
     }
 
     /// Reads the doubts of earlier processes; those about what is no longer cached are removed.
-    pub(super) fn load_doubts(&self) {
-        for (key, since) in self.doubts.read() {
+    pub(super) fn load_invalidations(&self) {
+        for (key, since) in self.invalidations.read() {
             if self.has_cached(&key) || self.may_be_indexed(&key) {
-                self.doubts.lock().insert(key, since);
-            } else if let Err(fault) = remove_file(self.doubts.fs.as_ref(), &key.path()) {
+                self.invalidations.lock().insert(key, since);
+            } else if let Err(fault) = remove_file(self.invalidations.fs.as_ref(), &key.path()) {
                 tracing::debug!(%fault, "a doubt about what is no longer cached stays");
             }
         }
-        let count = self.doubts.lock().len();
-        self.doubts.count.store(count, Ordering::Release);
+        let count = self.invalidations.lock().len();
+        self.invalidations.count.store(count, Ordering::Release);
     }
 }
 
-pub(super) struct Doubts {
+pub(super) struct Invalidations {
     fs: Arc<dyn FileSystem>,
-    known: Mutex<HashMap<DoubtKey, SystemTime>>,
-    /// Of `known`: most of the time there is none, and nothing to look for.
+    entries: Mutex<HashMap<InvalidationKey, SystemTime>>,
+    /// Of `entries`: most of the time there is none, and nothing to look for.
     count: AtomicUsize,
     /// Held while a file is written or removed. Readers do not wait for it.
     writers: [Mutex<()>; STRIPES],
 }
 
-impl Doubts {
+impl Invalidations {
     pub(super) fn new(fs: &Arc<dyn FileSystem>) -> Self {
         Self {
             fs: Arc::clone(fs),
-            known: Mutex::default(),
+            entries: Mutex::default(),
             count: AtomicUsize::new(0),
             writers: std::array::from_fn(|_| Mutex::default()),
         }
     }
 
-    fn since(&self, key: &DoubtKey) -> Option<SystemTime> {
+    fn since(&self, key: &InvalidationKey) -> Option<SystemTime> {
         if self.count.load(Ordering::Acquire) == 0 {
             return None;
         }
         self.lock().get(key).copied()
     }
 
-    fn add(&self, key: &DoubtKey, since: SystemTime) -> Result<bool, Fault> {
+    fn add(&self, key: &InvalidationKey, since: SystemTime) -> Result<bool, StoreError> {
         let path = key.path();
-        let _writing = self.writing(&path);
+        let _writing = self.lock_writer(&path);
         let is_new = {
-            let mut known = self.lock();
-            if known.len() >= DOUBTS_MAX && !known.contains_key(key) {
-                return Err(Fault::io(
+            let mut entries = self.lock();
+            if entries.len() >= INVALIDATIONS_MAX && !entries.contains_key(key) {
+                return Err(StoreError::io(
                     "write",
                     path,
-                    &std::io::Error::other(format!("{DOUBTS_MAX} tags are in doubt already")),
+                    &std::io::Error::other(format!("{INVALIDATIONS_MAX} tags are in doubt already")),
                 ));
             }
-            let is_new = known.insert(key.clone(), since).is_none();
-            self.count.store(known.len(), Ordering::Release);
+            let is_new = entries.insert(key.clone(), since).is_none();
+            self.count.store(entries.len(), Ordering::Release);
             is_new
         };
-        let record = sealed(&Record {
+        let record = encode(&Record {
             upstream: key.upstream.to_string(),
             repository: key.repository.as_str().to_owned(),
             reference: key.reference.to_string(),
@@ -189,35 +189,39 @@ impl Doubts {
         });
         self.fs
             .write_durable(&path, &record)
-            .map_err(|error| Fault::io("write", path, &error))?;
+            .map_err(|error| StoreError::io("write", path, &error))?;
         Ok(is_new)
     }
 
-    fn settle(&self, key: &DoubtKey, is_settled: impl FnOnce(SystemTime) -> bool) -> Result<(), Fault> {
+    fn clear(
+        &self,
+        key: &InvalidationKey,
+        is_superseded: impl FnOnce(SystemTime) -> bool,
+    ) -> Result<(), StoreError> {
         if self.since(key).is_none() {
             return Ok(());
         }
         let path = key.path();
-        let _writing = self.writing(&path);
-        if !self.since(key).is_some_and(is_settled) {
+        let _writing = self.lock_writer(&path);
+        if !self.since(key).is_some_and(is_superseded) {
             return Ok(());
         }
         // The file first: a crash in between leaves a doubt too many, which costs a question.
         remove_file(self.fs.as_ref(), &path)?;
-        let mut known = self.lock();
-        known.remove(key);
-        self.count.store(known.len(), Ordering::Release);
+        let mut entries = self.lock();
+        entries.remove(key);
+        self.count.store(entries.len(), Ordering::Release);
         Ok(())
     }
 
-    fn read(&self) -> Vec<(DoubtKey, SystemTime)> {
+    fn read(&self) -> Vec<(InvalidationKey, SystemTime)> {
         let mut found = Vec::new();
         for folder in self.fs.list(Path::new(TREE)).unwrap_or_default() {
             let folder = Path::new(TREE).join(folder.name);
             for file in self.fs.list(&folder).unwrap_or_default() {
                 let bytes = self.fs.read_file(&folder.join(file.name), RECORD_BYTES_MAX);
-                found.extend(bytes.ok().and_then(|bytes| DoubtKey::read(&bytes)));
-                if found.len() >= DOUBTS_MAX {
+                found.extend(bytes.ok().and_then(|bytes| InvalidationKey::read(&bytes)));
+                if found.len() >= INVALIDATIONS_MAX {
                     return found;
                 }
             }
@@ -225,14 +229,14 @@ impl Doubts {
         found
     }
 
-    fn writing(&self, path: &Path) -> Option<MutexGuard<'_, ()>> {
+    fn lock_writer(&self, path: &Path) -> Option<MutexGuard<'_, ()>> {
         let sum = checksum(path.as_os_str().as_encoded_bytes());
         let stripe = self.writers.get(usize::from(sum.first().copied()?) % STRIPES)?;
         Some(stripe.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// The map is whole between any two statements under its lock.
-    fn lock(&self) -> MutexGuard<'_, HashMap<DoubtKey, SystemTime>> {
-        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, HashMap<InvalidationKey, SystemTime>> {
+        self.entries.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

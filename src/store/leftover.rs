@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use super::blobs::{Blobs, TREE};
-use super::checksummed_json::{RECORD_BYTES_MAX, opened};
+use super::checksummed_json::{RECORD_BYTES_MAX, decode};
 use super::fs::{FileSystem, FsFile, INGEST_DIR, read_all};
 use super::ingest::{Ingest, Marks, Meta, Space};
 use super::step::STEP_BYTES;
@@ -99,7 +99,7 @@ impl Leftover {
         let kept = blobs.leftovers.take(digest)?;
         let read = || {
             let (fs, folder) = (blobs.fs.as_ref(), kept.folder());
-            let meta: Meta = opened(&fs.read_file(&folder.join("meta"), RECORD_BYTES_MAX).ok()?)?;
+            let meta: Meta = decode(&fs.read_file(&folder.join("meta"), RECORD_BYTES_MAX).ok()?)?;
             let file = fs.open_for_writing(&folder.join("data")).ok()?;
             let list = fs.open_for_writing(&folder.join("marks")).ok()?;
             let text = read_all(list.as_ref(), MARKS_BYTES_MAX).ok()?;
@@ -325,7 +325,7 @@ impl Leftovers {
 
 /// Which blob the ingest in `folder` is of, and when it was written; `None` for one that is of no use.
 fn identify(fs: &dyn FileSystem, folder: &Path, now: SystemTime) -> Option<(Kept, Option<SystemTime>)> {
-    let meta: Meta = opened(&fs.read_file(&folder.join("meta"), RECORD_BYTES_MAX).ok()?)?;
+    let meta: Meta = decode(&fs.read_file(&folder.join("meta"), RECORD_BYTES_MAX).ok()?)?;
     let digest: Digest = meta.digest.parse().ok()?;
     let data = folder.join("data");
     let bytes = fs.open(&data).and_then(|file| file.size()).ok()?;

@@ -16,14 +16,14 @@ use quick_cache::Weighter;
 use quick_cache::sync::Cache;
 use serde::{Deserialize, Serialize};
 
-use super::cache_key::weighted;
-use super::checksummed_json::{from_millis, opened, sealed, to_millis};
+use super::cache_key::weighted_cache;
+use super::checksummed_json::{decode, encode, from_millis, to_millis};
 use super::fs::FileSystem;
-use super::{Fault, Store};
+use super::{Store, StoreError};
 use crate::oci::{Algorithm, Digest, MediaType};
 
 /// A longer list is not kept. The longest of 20,000 images at gcr.io has 5.9 MB.
-pub const LISTING_KEPT_BYTES_MAX: usize = 8 * 1024 * 1024;
+pub const LISTING_BYTES_MAX: usize = 8 * 1024 * 1024;
 
 /// A list longer than this goes to the places of the long ones. With it, neither kind ever takes more than 2 GiB.
 const SHORT_BYTES_MAX: usize = 512 * 1024;
@@ -58,7 +58,7 @@ pub struct ListingKey {
 
 /// A page of a list, as the upstream last gave it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct KeptListing {
+pub struct StoredListing {
     /// Of these bytes, to compare lists by.
     pub digest: Digest,
     /// The list, as sent.
@@ -73,7 +73,7 @@ pub struct KeptListing {
     pub listed_at: SystemTime,
 }
 
-impl KeptListing {
+impl StoredListing {
     /// A list given at `listed_at`.
     pub fn new(
         bytes: Bytes,
@@ -95,35 +95,35 @@ impl KeptListing {
 
 /// The upstream said that there is no such list (404).
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct KeptAbsence {
+pub struct StoredNotFound {
     /// The registry's error code, where it gave one.
     pub code: Option<String>,
     /// When the upstream said so.
-    pub answered_at: SystemTime,
+    pub received_at: SystemTime,
 }
 
 /// What the upstream last answered to a question for a list.
 #[derive(Clone, Debug)]
-pub enum KeptAnswer {
+pub enum StoredListResponse {
     /// A page of a list.
-    List(Arc<KeptListing>),
+    List(Arc<StoredListing>),
     /// 404.
-    Absent(KeptAbsence),
+    NotFound(StoredNotFound),
 }
 
-impl KeptAnswer {
+impl StoredListResponse {
     /// When the upstream gave it.
-    pub fn answered_at(&self) -> SystemTime {
+    pub fn received_at(&self) -> SystemTime {
         match self {
             Self::List(listing) => listing.listed_at,
-            Self::Absent(absence) => absence.answered_at,
+            Self::NotFound(absence) => absence.received_at,
         }
     }
 
     fn bytes(&self) -> &[u8] {
         match self {
             Self::List(listing) => &listing.bytes,
-            Self::Absent(_) => &[],
+            Self::NotFound(_) => &[],
         }
     }
 
@@ -131,8 +131,8 @@ impl KeptAnswer {
     fn is_same(&self, other: &Self) -> bool {
         match (self, other) {
             (Self::List(one), Self::List(other)) => one.digest == other.digest,
-            (Self::Absent(one), Self::Absent(other)) => one.code == other.code,
-            (Self::List(_), Self::Absent(_)) | (Self::Absent(_), Self::List(_)) => false,
+            (Self::NotFound(one), Self::NotFound(other)) => one.code == other.code,
+            (Self::List(_), Self::NotFound(_)) | (Self::NotFound(_), Self::List(_)) => false,
         }
     }
 }
@@ -155,38 +155,39 @@ struct Record {
 
 impl Store {
     /// The last list given to this question, if it is still kept and no 404 came since.
-    pub fn listing(&self, key: &ListingKey) -> Result<Option<Arc<KeptListing>>, Fault> {
+    pub fn listing(&self, key: &ListingKey) -> Result<Option<Arc<StoredListing>>, StoreError> {
         self.view().listing(key)
     }
 
     /// The last answer to this question, if it is still kept.
-    pub fn listing_answer(&self, key: &ListingKey) -> Result<Option<KeptAnswer>, Fault> {
+    pub fn listing_response(&self, key: &ListingKey) -> Result<Option<StoredListResponse>, StoreError> {
         self.listings.find(key)
     }
 
-    /// Keeps a list in place of the last answer. One longer than [`LISTING_KEPT_BYTES_MAX`] is not kept.
-    pub fn keep_listing(&self, key: &ListingKey, listing: KeptListing) -> Result<(), Fault> {
-        self.listings.keep(key, KeptAnswer::List(Arc::new(listing)))
+    /// Keeps a list in place of the last answer. One longer than [`LISTING_BYTES_MAX`] is not kept.
+    pub fn put_listing(&self, key: &ListingKey, listing: StoredListing) -> Result<(), StoreError> {
+        self.listings
+            .put(key, StoredListResponse::List(Arc::new(listing)))
     }
 
     /// Keeps in place of the last answer that there is no such list.
-    pub fn keep_listing_absent(&self, key: &ListingKey, absence: KeptAbsence) -> Result<(), Fault> {
-        self.listings.keep(key, KeptAnswer::Absent(absence))
+    pub fn put_listing_not_found(&self, key: &ListingKey, absence: StoredNotFound) -> Result<(), StoreError> {
+        self.listings.put(key, StoredListResponse::NotFound(absence))
     }
 }
 
 #[derive(Clone)]
 struct ByLength;
 
-impl Weighter<ListingKey, KeptAnswer> for ByLength {
-    fn weight(&self, key: &ListingKey, answer: &KeptAnswer) -> u64 {
-        (answer.bytes().len() + key.path.len()) as u64 + 512
+impl Weighter<ListingKey, StoredListResponse> for ByLength {
+    fn weight(&self, key: &ListingKey, response: &StoredListResponse) -> u64 {
+        (response.bytes().len() + key.path.len()) as u64 + 512
     }
 }
 
 pub(super) struct Listings {
     fs: Arc<dyn FileSystem>,
-    ready: Cache<ListingKey, KeptAnswer, ByLength>,
+    ready: Cache<ListingKey, StoredListResponse, ByLength>,
     /// What is in the places of long lists, which are too long to be ready.
     written: Cache<ListingKey, (Digest, SystemTime)>,
 }
@@ -195,87 +196,90 @@ impl Listings {
     pub(super) fn new(fs: &Arc<dyn FileSystem>) -> Self {
         Self {
             fs: Arc::clone(fs),
-            ready: weighted(READY_BYTES_MAX, 16 * 1024, ByLength),
+            ready: weighted_cache(READY_BYTES_MAX, 16 * 1024, ByLength),
             written: Cache::new(WRITTEN_MAX),
         }
     }
 
     /// The last answer, if it is in memory.
-    pub(super) fn ready(&self, key: &ListingKey) -> Option<KeptAnswer> {
+    pub(super) fn ready(&self, key: &ListingKey) -> Option<StoredListResponse> {
         self.ready.get(key)
     }
 
-    fn find(&self, key: &ListingKey) -> Result<Option<KeptAnswer>, Fault> {
-        if let Some(answer) = self.ready.get(key) {
-            return Ok(Some(answer));
+    fn find(&self, key: &ListingKey) -> Result<Option<StoredListResponse>, StoreError> {
+        if let Some(response) = self.ready.get(key) {
+            return Ok(Some(response));
         }
-        let short = self.read_at(key, Place::Short)?;
-        let long = self.read_at(key, Place::Long)?;
+        let short = self.read_at(key, Slot::Short)?;
+        let long = self.read_at(key, Slot::Long)?;
         // A list that grew or shrank has left an older one in a place of the other kind.
-        let newest = short.into_iter().chain(long).max_by_key(KeptAnswer::answered_at);
-        let Some(answer) = newest else {
+        let newest = short
+            .into_iter()
+            .chain(long)
+            .max_by_key(StoredListResponse::received_at);
+        let Some(response) = newest else {
             return Ok(None);
         };
-        if Place::of(&answer) == Place::Long {
-            return Ok(Some(answer));
+        if Slot::of(&response) == Slot::Long {
+            return Ok(Some(response));
         }
         // Not over what was kept meanwhile.
-        self.ready.get_or_insert_with(key, || Ok(answer)).map(Some)
+        self.ready.get_or_insert_with(key, || Ok(response)).map(Some)
     }
 
-    fn read_at(&self, key: &ListingKey, place: Place) -> Result<Option<KeptAnswer>, Fault> {
-        let path = place.path(key);
-        let bytes_max = RECORD_BYTES_MAX + place.bytes_max();
+    fn read_at(&self, key: &ListingKey, slot: Slot) -> Result<Option<StoredListResponse>, StoreError> {
+        let path = slot.path(key);
+        let bytes_max = RECORD_BYTES_MAX + slot.bytes_max();
         match self.fs.read_file(&path, bytes_max) {
             Ok(bytes) => Ok(read(key, &Bytes::from(bytes))),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(error) => Err(Fault::io("read", path, &error)),
+            Err(error) => Err(StoreError::io("read", path, &error)),
         }
     }
 
-    fn keep(&self, key: &ListingKey, answer: KeptAnswer) -> Result<(), Fault> {
-        if answer.bytes().len() > LISTING_KEPT_BYTES_MAX {
+    fn put(&self, key: &ListingKey, response: StoredListResponse) -> Result<(), StoreError> {
+        if response.bytes().len() > LISTING_BYTES_MAX {
             return Ok(());
         }
-        let place = Place::of(&answer);
+        let slot = Slot::of(&response);
         let before = self.ready.get(key);
-        let mut file = sealed(&record(key, &answer));
-        file.extend_from_slice(answer.bytes());
-        let mut is_news =
-            before.is_none_or(|before| !before.is_same(&answer) || is_hours_older(&before, &answer));
-        if let (Place::Long, KeptAnswer::List(listing)) = (place, &answer) {
+        let mut file = encode(&record(key, &response));
+        file.extend_from_slice(response.bytes());
+        let mut is_changed =
+            before.is_none_or(|before| !before.is_same(&response) || needs_rewrite(&before, &response));
+        if let (Slot::Long, StoredListResponse::List(listing)) = (slot, &response) {
             self.ready.remove(key);
             let (digest, now) = (listing.digest, listing.listed_at);
-            is_news = self.written.get(key).is_none_or(|(written, at)| {
+            is_changed = self.written.get(key).is_none_or(|(written, at)| {
                 written != digest || now.duration_since(at).map_or(true, |age| age >= REWRITE_AFTER)
             });
             self.written.insert(key.clone(), (digest, now));
         } else {
             self.written.remove(key);
-            self.ready.insert(key.clone(), answer);
+            self.ready.insert(key.clone(), response);
         }
-        if !is_news {
+        if !is_changed {
             return Ok(());
         }
-        let path = place.path(key);
+        let path = slot.path(key);
         let placed = self.fs.write_atomic(&path, &file);
         placed.map_err(|error| {
             self.written.remove(key);
-            Fault::io("write", path, &error)
+            StoreError::io("write", path, &error)
         })
     }
 }
 
 /// Where an answer is kept.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Place {
+enum Slot {
     Short,
     Long,
 }
 
-impl Place {
-    fn of(answer: &KeptAnswer) -> Self {
-        if answer.bytes().len() > SHORT_BYTES_MAX {
+impl Slot {
+    fn of(response: &StoredListResponse) -> Self {
+        if response.bytes().len() > SHORT_BYTES_MAX {
             Self::Long
         } else {
             Self::Short
@@ -285,13 +289,13 @@ impl Place {
     const fn bytes_max(self) -> u64 {
         match self {
             Self::Short => SHORT_BYTES_MAX as u64,
-            Self::Long => LISTING_KEPT_BYTES_MAX as u64,
+            Self::Long => LISTING_BYTES_MAX as u64,
         }
     }
 
     fn path(self, key: &ListingKey) -> PathBuf {
-        let question = [&key.upstream, "\0", &key.path].concat();
-        let mut slot = Digest::of(Algorithm::Sha256, question.as_bytes()).hex();
+        let request = [&key.upstream, "\0", &key.path].concat();
+        let mut slot = Digest::of(Algorithm::Sha256, request.as_bytes()).hex();
         let name = match self {
             Self::Short => {
                 slot.truncate(SLOT_HEX);
@@ -307,15 +311,15 @@ impl Place {
 }
 
 /// The same answer again is written again only to keep its time from falling far behind.
-fn is_hours_older(before: &KeptAnswer, now: &KeptAnswer) -> bool {
-    let age = now.answered_at().duration_since(before.answered_at());
+fn needs_rewrite(before: &StoredListResponse, now: &StoredListResponse) -> bool {
+    let age = now.received_at().duration_since(before.received_at());
     age.map_or(true, |age| age >= REWRITE_AFTER)
 }
 
-fn record(key: &ListingKey, answer: &KeptAnswer) -> Record {
-    let (listing, absent) = match answer {
-        KeptAnswer::List(listing) => (Some(listing), None),
-        KeptAnswer::Absent(absence) => (None, Some(absence.code.clone().unwrap_or_default())),
+fn record(key: &ListingKey, response: &StoredListResponse) -> Record {
+    let (listing, absent) = match response {
+        StoredListResponse::List(listing) => (Some(listing), None),
+        StoredListResponse::NotFound(absence) => (None, Some(absence.code.clone().unwrap_or_default())),
     };
     Record {
         upstream: key.upstream.to_string(),
@@ -324,30 +328,30 @@ fn record(key: &ListingKey, answer: &KeptAnswer) -> Record {
         media_type: listing.map_or_else(String::new, |listing| listing.media_type.as_str().to_owned()),
         next: listing.and_then(|listing| listing.next.clone()),
         filters: listing.and_then(|listing| listing.filters.clone()),
-        listed_at_ms: to_millis(answer.answered_at()),
+        listed_at_ms: to_millis(response.received_at()),
         absent,
     }
 }
 
 /// `None` for a damaged file, and for the answer to another question in the same place.
-fn read(key: &ListingKey, file: &Bytes) -> Option<KeptAnswer> {
+fn read(key: &ListingKey, file: &Bytes) -> Option<StoredListResponse> {
     let end = file.iter().position(|byte| *byte == b'\n')? + 1;
-    let record: Record = opened(file.get(..end)?)?;
+    let record: Record = decode(file.get(..end)?)?;
     if record.path != key.path || *record.upstream != *key.upstream {
         return None;
     }
-    let answered_at = from_millis(record.listed_at_ms);
+    let received_at = from_millis(record.listed_at_ms);
     if let Some(code) = record.absent {
         let code = Some(code).filter(|code| !code.is_empty());
-        return Some(KeptAnswer::Absent(KeptAbsence { code, answered_at }));
+        return Some(StoredListResponse::NotFound(StoredNotFound { code, received_at }));
     }
     let media_type = record.media_type.parse().ok()?;
-    let listing = KeptListing::new(
+    let listing = StoredListing::new(
         file.slice(end..),
         media_type,
         record.next,
         record.filters,
-        answered_at,
+        received_at,
     );
-    (listing.digest.to_string() == record.digest).then(|| KeptAnswer::List(Arc::new(listing)))
+    (listing.digest.to_string() == record.digest).then(|| StoredListResponse::List(Arc::new(listing)))
 }

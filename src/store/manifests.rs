@@ -10,18 +10,18 @@ use quick_cache::sync::Cache;
 use serde::{Deserialize, Serialize};
 
 use super::blobs::WrongDigest;
-use super::cache_key::weighted;
-use super::checksummed_json::{RECORD_BYTES_MAX, opened, sealed};
-use super::completeness::Removed;
+use super::cache_key::weighted_cache;
+use super::checksummed_json::{RECORD_BYTES_MAX, decode, encode};
+use super::completeness::RemovedDigests;
 use super::fs::FileSystem;
 use super::usage::{Counters, Kind};
 use super::uses::{Used, Uses};
-use super::{Fault, Settings, Store, content_path, remove_file, size_of};
+use super::{Settings, Store, StoreError, content_path, remove_file, size_of};
 use crate::oci::manifest::{Kind as ManifestKind, MANIFEST_BYTES_MAX};
 use crate::oci::{AnyDigest, Digest, Manifest, MediaType, Repository};
 
 /// How many repositories a manifest's record names; the oldest go first.
-pub const SEEN_IN_MAX: usize = 256;
+pub const SOURCES_MAX: usize = 256;
 
 pub(super) const TREE: &str = "manifests";
 
@@ -30,7 +30,7 @@ const STRIPES: usize = 16;
 
 /// A manifest with all that is needed to serve it.
 #[derive(Clone, Debug)]
-pub struct HeldManifest {
+pub struct StoredManifest {
     /// Of exactly these bytes.
     pub digest: Digest,
     /// As the upstream sent them.
@@ -41,9 +41,9 @@ pub struct HeldManifest {
     pub manifest: Manifest,
 }
 
-impl HeldManifest {
+impl StoredManifest {
     /// Reads and verifies: the bytes must be those of `digest`, and a manifest.
-    pub fn check(bytes: Bytes, media_type: MediaType, digest: Digest) -> Result<Self, Fault> {
+    pub fn verify(bytes: Bytes, media_type: MediaType, digest: Digest) -> Result<Self, StoreError> {
         let manifest = read(&bytes, digest)?;
         Ok(Self {
             digest,
@@ -54,7 +54,7 @@ impl HeldManifest {
     }
 }
 
-fn read(bytes: &Bytes, digest: Digest) -> Result<Manifest, Fault> {
+fn read(bytes: &Bytes, digest: Digest) -> Result<Manifest, StoreError> {
     let found = Digest::of(digest.algorithm(), bytes);
     if found != digest {
         return Err(Box::new(WrongDigest {
@@ -63,7 +63,7 @@ fn read(bytes: &Bytes, digest: Digest) -> Result<Manifest, Fault> {
         })
         .into());
     }
-    Manifest::read(bytes).map_err(|error| Fault::NotAManifest {
+    Manifest::read(bytes).map_err(|error| StoreError::NotAManifest {
         digest,
         reason: error.to_string(),
     })
@@ -71,42 +71,43 @@ fn read(bytes: &Bytes, digest: Digest) -> Result<Manifest, Fault> {
 
 /// The record beside a manifest.
 #[derive(Serialize, Deserialize)]
-struct Meta {
+struct ManifestMetadata {
     media_type: String,
-    seen_in: Vec<SeenIn>,
+    #[serde(rename = "seen_in")]
+    sources: Vec<SourceRepository>,
 }
 
 #[derive(PartialEq, Eq, Serialize, Deserialize)]
-struct SeenIn {
+struct SourceRepository {
     upstream: String,
     repository: String,
 }
 
 impl Store {
     /// The manifest, if it is held: verified when it comes from the disk, ready when it comes from memory.
-    pub fn manifest(&self, digest: &Digest) -> Result<Option<Arc<HeldManifest>>, Fault> {
+    pub fn manifest(&self, digest: &Digest) -> Result<Option<Arc<StoredManifest>>, StoreError> {
         self.manifests.find(digest)
     }
 
     /// Keeps a manifest that `upstream` has in `repository`. One that is held already keeps its media type.
-    pub fn keep_manifest(
+    pub fn put_manifest(
         &self,
         bytes: Bytes,
         media_type: MediaType,
         digest: Digest,
         upstream: &str,
         repository: &Repository,
-    ) -> Result<Arc<HeldManifest>, Fault> {
-        let seen_in = SeenIn {
+    ) -> Result<Arc<StoredManifest>, StoreError> {
+        let source = SourceRepository {
             upstream: upstream.to_owned(),
             repository: repository.as_str().to_owned(),
         };
         self.manifests
-            .keep(HeldManifest::check(bytes, media_type, digest)?, seen_in)
+            .put(StoredManifest::verify(bytes, media_type, digest)?, source)
     }
 
     /// Removes a manifest; says whether it was there.
-    pub fn remove_manifest(&self, digest: &Digest) -> Result<bool, Fault> {
+    pub fn remove_manifest(&self, digest: &Digest) -> Result<bool, StoreError> {
         self.manifests.remove(digest)
     }
 }
@@ -114,9 +115,9 @@ impl Store {
 #[derive(Clone)]
 struct ByLength;
 
-impl Weighter<Digest, Arc<HeldManifest>> for ByLength {
+impl Weighter<Digest, Arc<StoredManifest>> for ByLength {
     /// The bytes, and about as much for what was read from them.
-    fn weight(&self, _: &Digest, held: &Arc<HeldManifest>) -> u64 {
+    fn weight(&self, _: &Digest, held: &Arc<StoredManifest>) -> u64 {
         held.bytes.len() as u64 + 192 * held.manifest.children.len() as u64 + 512
     }
 }
@@ -125,9 +126,9 @@ pub(super) struct Manifests {
     fs: Arc<dyn FileSystem>,
     usage: Arc<Counters>,
     uses: Arc<Uses>,
-    ready: Cache<Digest, Arc<HeldManifest>, ByLength>,
-    records: [Mutex<()>; STRIPES],
-    removed: Arc<Removed>,
+    ready: Cache<Digest, Arc<StoredManifest>, ByLength>,
+    writers: [Mutex<()>; STRIPES],
+    removed: Arc<RemovedDigests>,
 }
 
 impl Manifests {
@@ -136,24 +137,24 @@ impl Manifests {
         fs: &Arc<dyn FileSystem>,
         usage: &Arc<Counters>,
         uses: &Arc<Uses>,
-        removed: &Arc<Removed>,
+        removed: &Arc<RemovedDigests>,
     ) -> Self {
         Self {
             fs: Arc::clone(fs),
             usage: Arc::clone(usage),
             uses: Arc::clone(uses),
-            ready: weighted(settings.manifest_cache_bytes_max, 4096, ByLength),
-            records: std::array::from_fn(|_| Mutex::default()),
+            ready: weighted_cache(settings.manifest_cache_bytes_max, 4096, ByLength),
+            writers: std::array::from_fn(|_| Mutex::default()),
             removed: Arc::clone(removed),
         }
     }
 
     /// The manifest, if it is in memory.
-    pub(super) fn ready(&self, digest: &Digest) -> Option<Arc<HeldManifest>> {
+    pub(super) fn ready(&self, digest: &Digest) -> Option<Arc<StoredManifest>> {
         self.ready.get(digest)
     }
 
-    pub(super) fn find(&self, digest: &Digest) -> Result<Option<Arc<HeldManifest>>, Fault> {
+    pub(super) fn find(&self, digest: &Digest) -> Result<Option<Arc<StoredManifest>>, StoreError> {
         if let Some(held) = self.ready.get(digest) {
             return Ok(Some(held));
         }
@@ -162,24 +163,24 @@ impl Manifests {
             Ok(bytes) => Bytes::from(bytes),
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(error) if error.kind() == io::ErrorKind::FileTooLarge => Bytes::new(),
-            Err(error) => return Err(Fault::io("read", path, &error)),
+            Err(error) => return Err(StoreError::io("read", path, &error)),
         };
         let Ok(manifest) = read(&bytes, *digest) else {
             self.quarantine(digest, "a manifest is not what its name says");
             return Ok(None);
         };
-        let recorded = self
-            .record(digest)
-            .and_then(|record| record.media_type.parse().ok());
-        let is_recorded = recorded.is_some();
-        let Some(media_type) = recorded.or_else(|| media_type(&manifest)) else {
+        let stored = self
+            .metadata(digest)
+            .and_then(|metadata| metadata.media_type.parse().ok());
+        let is_stored = stored.is_some();
+        let Some(media_type) = stored.or_else(|| media_type(&manifest)) else {
             self.quarantine(digest, "the media type of a manifest is lost");
             return Ok(None);
         };
-        if !is_recorded {
-            self.mend_record(digest, &media_type);
+        if !is_stored {
+            self.repair_metadata(digest, &media_type);
         }
-        let held = Arc::new(HeldManifest {
+        let held = Arc::new(StoredManifest {
             digest: *digest,
             bytes,
             media_type,
@@ -195,7 +196,7 @@ impl Manifests {
     }
 
     /// Writes a record anew that was lost or damaged. Where a writer is at it, or the disk refuses, that is left for later.
-    fn mend_record(&self, digest: &Digest, media_type: &MediaType) {
+    fn repair_metadata(&self, digest: &Digest, media_type: &MediaType) {
         let Some(Ok(_writing)) = self.stripe(digest).map(Mutex::try_lock) else {
             return;
         };
@@ -203,19 +204,23 @@ impl Manifests {
         if size_of(self.fs.as_ref(), &content_path(TREE, digest)).is_some() {
             tracing::warn!(%digest, "the record beside a manifest was lost or damaged; it is written anew");
             let media_type = media_type.as_str().to_owned();
-            let record = Meta {
+            let metadata = ManifestMetadata {
                 media_type,
-                seen_in: Vec::new(),
+                sources: Vec::new(),
             };
-            let _ = self.write_record(digest, &record);
+            let _ = self.write_metadata(digest, &metadata);
         }
     }
 
-    fn record(&self, digest: &Digest) -> Option<Meta> {
-        opened(&self.fs.read_file(&record_path(digest), RECORD_BYTES_MAX).ok()?)
+    fn metadata(&self, digest: &Digest) -> Option<ManifestMetadata> {
+        decode(&self.fs.read_file(&metadata_path(digest), RECORD_BYTES_MAX).ok()?)
     }
 
-    fn keep(&self, checked: HeldManifest, seen_in: SeenIn) -> Result<Arc<HeldManifest>, Fault> {
+    fn put(
+        &self,
+        checked: StoredManifest,
+        source: SourceRepository,
+    ) -> Result<Arc<StoredManifest>, StoreError> {
         let digest = checked.digest;
         let children = checked.manifest.children.iter();
         let children = children.filter_map(|child| match &child.digest {
@@ -225,63 +230,67 @@ impl Manifests {
         let children: Vec<Digest> = children.collect();
         self.uses.note_arrival(Used::Manifest(digest));
         self.uses.needed(children.iter().copied());
-        let kept = self.write(checked, seen_in);
+        let written = self.write(checked, source);
         // An eviction that began since the first note, and listed the manifests before the write, knows of neither.
         self.uses.needed(children);
-        kept
+        written
     }
 
-    fn write(&self, checked: HeldManifest, seen_in: SeenIn) -> Result<Arc<HeldManifest>, Fault> {
+    fn write(
+        &self,
+        checked: StoredManifest,
+        source: SourceRepository,
+    ) -> Result<Arc<StoredManifest>, StoreError> {
         let digest = checked.digest;
-        let _writing = self.writing(&digest);
+        let _writing = self.lock_writer(&digest);
         let path = content_path(TREE, &digest);
         // In memory it may outlive its file by a moment.
-        let is_filed = size_of(self.fs.as_ref(), &path).is_some();
-        if let Some(held) = self.find(&digest)?.filter(|_| is_filed) {
-            self.extend_record(&held, seen_in)?;
+        let is_on_disk = size_of(self.fs.as_ref(), &path).is_some();
+        if let Some(held) = self.find(&digest)?.filter(|_| is_on_disk) {
+            self.add_source(&held, source)?;
             return Ok(held);
         }
         let size = checked.bytes.len() as u64;
         let written = self.usage.adding(Kind::Manifest, &path, size, || {
             self.fs.write_atomic(&path, &checked.bytes).map(|()| true)
         });
-        written.map_err(|error| Fault::io("write", &path, &error))?;
-        let record = Meta {
+        written.map_err(|error| StoreError::io("write", &path, &error))?;
+        let metadata = ManifestMetadata {
             media_type: checked.media_type.as_str().to_owned(),
-            seen_in: vec![seen_in],
+            sources: vec![source],
         };
-        self.write_record(&digest, &record)?;
+        self.write_metadata(&digest, &metadata)?;
         let held = Arc::new(checked);
         self.ready.insert(digest, Arc::clone(&held));
         Ok(held)
     }
 
-    fn extend_record(&self, held: &HeldManifest, seen_in: SeenIn) -> Result<(), Fault> {
-        let recorded = self.record(&held.digest);
-        let is_whole = recorded.is_some();
-        let mut record = recorded.unwrap_or_else(|| Meta {
+    fn add_source(&self, held: &StoredManifest, source: SourceRepository) -> Result<(), StoreError> {
+        let stored = self.metadata(&held.digest);
+        let is_complete = stored.is_some();
+        let mut metadata = stored.unwrap_or_else(|| ManifestMetadata {
             media_type: held.media_type.as_str().to_owned(),
-            seen_in: Vec::new(),
+            sources: Vec::new(),
         });
-        if is_whole && record.seen_in.contains(&seen_in) {
+        if is_complete && metadata.sources.contains(&source) {
             return Ok(());
         }
-        record.seen_in.push(seen_in);
-        let surplus = record.seen_in.len().saturating_sub(SEEN_IN_MAX);
-        record.seen_in.drain(..surplus);
-        self.write_record(&held.digest, &record)
+        metadata.sources.push(source);
+        let surplus = metadata.sources.len().saturating_sub(SOURCES_MAX);
+        metadata.sources.drain(..surplus);
+        self.write_metadata(&held.digest, &metadata)
     }
 
     /// Makes the folder durable too, and with it the name of the manifest.
-    fn write_record(&self, digest: &Digest, record: &Meta) -> Result<(), Fault> {
-        let path = record_path(digest);
-        let written = self.fs.write_durable(&path, &sealed(record));
-        written.map_err(|error| Fault::io("write", path, &error))
+    fn write_metadata(&self, digest: &Digest, metadata: &ManifestMetadata) -> Result<(), StoreError> {
+        let path = metadata_path(digest);
+        let written = self.fs.write_durable(&path, &encode(metadata));
+        written.map_err(|error| StoreError::io("write", path, &error))
     }
 
-    fn remove(&self, digest: &Digest) -> Result<bool, Fault> {
-        let _writing = self.writing(digest);
-        self.remove_alone(digest)
+    fn remove(&self, digest: &Digest) -> Result<bool, StoreError> {
+        let _writing = self.lock_writer(digest);
+        self.remove_locked(digest)
     }
 
     /// Removes a manifest if it `is_free` to go, and says how long it was; `None` where it is not.
@@ -289,27 +298,27 @@ impl Manifests {
         &self,
         digest: &Digest,
         is_free: impl FnOnce() -> bool,
-    ) -> Result<Option<u64>, Fault> {
-        let _writing = self.writing(digest);
+    ) -> Result<Option<u64>, StoreError> {
+        let _writing = self.lock_writer(digest);
         if !is_free() {
             return Ok(None);
         }
         let size = size_of(self.fs.as_ref(), &content_path(TREE, digest)).unwrap_or(0);
-        self.remove_alone(digest).map(|_| Some(size))
+        self.remove_locked(digest).map(|_| Some(size))
     }
 
     /// Writers of one manifest and its record come one after the other.
-    fn writing(&self, digest: &Digest) -> Option<MutexGuard<'_, ()>> {
+    fn lock_writer(&self, digest: &Digest) -> Option<MutexGuard<'_, ()>> {
         let stripe = self.stripe(digest)?;
         Some(stripe.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     fn stripe(&self, digest: &Digest) -> Option<&Mutex<()>> {
         let stripe = digest.as_bytes().first().copied().unwrap_or_default();
-        self.records.get(usize::from(stripe) % STRIPES)
+        self.writers.get(usize::from(stripe) % STRIPES)
     }
 
-    fn remove_alone(&self, digest: &Digest) -> Result<bool, Fault> {
+    fn remove_locked(&self, digest: &Digest) -> Result<bool, StoreError> {
         let path = content_path(TREE, digest);
         let was_there = self
             .usage
@@ -318,7 +327,7 @@ impl Manifests {
         self.ready.remove(digest);
         self.removed.note(digest);
         // Without its manifest the record says nothing.
-        let _ = self.fs.remove(&record_path(digest));
+        let _ = self.fs.remove(&metadata_path(digest));
         Ok(was_there)
     }
 
@@ -342,7 +351,7 @@ fn media_type(manifest: &Manifest) -> Option<MediaType> {
     })
 }
 
-fn record_path(digest: &Digest) -> PathBuf {
+fn metadata_path(digest: &Digest) -> PathBuf {
     let path = content_path(TREE, digest);
     let folder = path.parent().unwrap_or(Path::new(TREE));
     folder.join(format!("{}.meta", digest.hex()))

@@ -19,7 +19,7 @@ mod append;
 mod in_use;
 mod prune;
 
-pub use self::append::{Noted, Unwritten};
+pub use self::append::{MembershipUpdate, PendingAppend};
 
 use std::collections::HashSet;
 use std::io;
@@ -31,24 +31,24 @@ use std::time::{Duration, SystemTime};
 use quick_cache::Weighter;
 use quick_cache::sync::Cache;
 
-use super::cache_key::{Place, PlaceRef, weighted};
+use super::cache_key::{RepoKey, RepoKeyRef, weighted_cache};
 use super::checksummed_json::{checksum, from_millis, hex, to_millis};
-use super::completeness::Removed;
+use super::completeness::RemovedDigests;
 use super::fs::FileSystem;
-use super::{Fault, Store, named_path};
+use super::{Store, StoreError, hashed_path};
 use crate::oci::{Digest, Repository};
 
 /// How many digests one repository's file names. Beyond it, proofs are kept in memory only.
-pub const SEEN_DIGESTS_MAX: usize = 200_000;
+pub const REPO_DIGESTS_MAX: usize = 200_000;
 
-/// Enough for [`SEEN_DIGESTS_MAX`] lines of the longest digest, twice.
+/// Enough for [`REPO_DIGESTS_MAX`] lines of the longest digest, twice.
 const FILE_BYTES_MAX: u64 = 64 * 1024 * 1024;
 
 /// Digests kept ready in memory, of all repositories together: some 20 MiB.
 const READY_DIGESTS_MAX: u64 = 262_144;
 
 /// What a repository without digests counts for.
-const PLACE_WEIGHT: u64 = 8;
+const REPO_WEIGHT: u64 = 8;
 
 /// URLs of one upstream that have served one repository. More are not kept: their noes then count as noes of a stranger.
 const SERVED_URLS_MAX: usize = 32;
@@ -64,129 +64,146 @@ const CHECKSUM_HEX: usize = 8;
 
 impl Store {
     /// Whether the upstream was seen to have `digest` in this repository.
-    pub fn has_seen(&self, upstream: &str, repository: &Repository, digest: &Digest) -> bool {
-        self.seen
-            .of(upstream, repository)
-            .is_some_and(|seen| seen.read(|seen| seen.digests.contains(digest)))
+    pub fn is_member(&self, upstream: &str, repository: &Repository, digest: &Digest) -> bool {
+        self.membership
+            .get(upstream, repository)
+            .is_some_and(|repo| repo.read(|repo| repo.digests.contains(digest)))
     }
 
     /// Keeps the proof that the upstream has `digest` in this repository. Written once for each.
-    pub fn note_seen(&self, upstream: &str, repository: &Repository, digest: &Digest) -> Result<(), Fault> {
-        self.seen.note(upstream, repository, digest)
+    pub fn add_member(
+        &self,
+        upstream: &str,
+        repository: &Repository,
+        digest: &Digest,
+    ) -> Result<(), StoreError> {
+        self.membership.add(upstream, repository, digest)
     }
 
     /// The upstream no longer has `digest` in this repository: it was deleted there.
-    pub fn note_gone(&self, upstream: &str, repository: &Repository, digest: &Digest) -> Result<(), Fault> {
-        self.seen.note_gone(upstream, repository, digest)
+    pub fn remove_member(
+        &self,
+        upstream: &str,
+        repository: &Repository,
+        digest: &Digest,
+    ) -> Result<(), StoreError> {
+        self.membership.remove_member(upstream, repository, digest)
     }
 
     /// When the repository was last proven readable by anyone, if that still holds.
     pub fn public_since(&self, upstream: &str, repository: &Repository) -> Option<SystemTime> {
-        self.seen.of(upstream, repository)?.read(|seen| seen.public)
+        self.membership
+            .get(upstream, repository)?
+            .read(|repo| repo.public)
     }
 
     /// Keeps that the repository is public, proven at `since`, or that it is not (`None`).
-    pub fn note_public(
+    pub fn set_public(
         &self,
         upstream: &str,
         repository: &Repository,
         since: Option<SystemTime>,
-    ) -> Result<(), Fault> {
-        self.seen.note_public(upstream, repository, since)
+    ) -> Result<(), StoreError> {
+        self.membership.set_public(upstream, repository, since)
     }
 
     /// Whether this URL of the upstream has served the repository. Also true where nothing is known of any URL, and the
     /// repository has been served: that was before URLs were noted.
     pub fn has_served(&self, upstream: &str, url: &str, repository: &Repository) -> bool {
-        let Some(seen) = self.seen.of(upstream, repository) else {
+        let Some(repo) = self.membership.get(upstream, repository) else {
             return true;
         };
-        seen.read(|seen| {
-            let is_older = seen.served.is_empty() && (!seen.digests.is_empty() || seen.public.is_some());
-            is_older || seen.served.iter().any(|served| served == url)
+        repo.read(|repo| {
+            let is_older = repo.served.is_empty() && (!repo.digests.is_empty() || repo.public.is_some());
+            is_older || repo.served.iter().any(|served| served == url)
         })
     }
 
     /// Keeps that this URL of the upstream has served the repository. Written once for each.
-    pub fn record_served(&self, upstream: &str, url: &str, repository: &Repository) -> Result<(), Fault> {
-        self.seen.record_served(upstream, url, repository)
+    pub fn record_served(
+        &self,
+        upstream: &str,
+        url: &str,
+        repository: &Repository,
+    ) -> Result<(), StoreError> {
+        self.membership.record_served(upstream, url, repository)
     }
 }
 
 /// One repository's proofs.
 #[derive(Debug, Default)]
-struct Seen {
+struct RepoDigests {
     digests: HashSet<Digest>,
     public: Option<SystemTime>,
     /// What the file says of it.
-    written_public: Option<SystemTime>,
+    persisted_public: Option<SystemTime>,
     /// The URLs that have served it, of an upstream with several.
     served: Vec<String>,
     /// Whether the file has its first line.
-    is_headed: bool,
+    has_header: bool,
     /// Lines that are not in the file yet, in order.
-    unwritten: Vec<String>,
+    pending_lines: Vec<String>,
 }
 
-/// [`Seen`], shared by all who look at one repository.
+/// [`RepoDigests`], shared by all who look at one repository.
 #[derive(Default)]
-struct SharedSeen {
-    seen: RwLock<Seen>,
+struct SharedRepoDigests {
+    repo: RwLock<RepoDigests>,
     /// Held while lines are appended, so that they come in order.
     appending: Mutex<()>,
 }
 
-impl SharedSeen {
-    fn read<T>(&self, look: impl FnOnce(&Seen) -> T) -> T {
-        look(&self.seen.read().unwrap_or_else(PoisonError::into_inner))
+impl SharedRepoDigests {
+    fn read<T>(&self, look: impl FnOnce(&RepoDigests) -> T) -> T {
+        look(&self.repo.read().unwrap_or_else(PoisonError::into_inner))
     }
 
-    fn write<T>(&self, change: impl FnOnce(&mut Seen) -> T) -> T {
-        change(&mut self.seen.write().unwrap_or_else(PoisonError::into_inner))
+    fn write<T>(&self, change: impl FnOnce(&mut RepoDigests) -> T) -> T {
+        change(&mut self.repo.write().unwrap_or_else(PoisonError::into_inner))
     }
 }
 
 /// A cached repository with its weight when it was put there, which must not change in place.
 #[derive(Clone)]
-struct Ready {
-    seen: Arc<SharedSeen>,
+struct CachedRepo {
+    repo: Arc<SharedRepoDigests>,
     weight: u64,
 }
 
 #[derive(Clone)]
 struct ByDigests;
 
-impl Weighter<Place, Ready> for ByDigests {
-    fn weight(&self, _: &Place, ready: &Ready) -> u64 {
+impl Weighter<RepoKey, CachedRepo> for ByDigests {
+    fn weight(&self, _: &RepoKey, ready: &CachedRepo) -> u64 {
         ready.weight
     }
 }
 
-pub(super) struct SeenFiles {
+pub(super) struct MembershipStore {
     fs: Arc<dyn FileSystem>,
-    ready: Cache<Place, Ready, ByDigests>,
-    in_use: in_use::InUse,
+    ready: Cache<RepoKey, CachedRepo, ByDigests>,
+    in_use: in_use::LiveRepos,
     /// About how much the files take.
     bytes: AtomicU64,
     bytes_max: u64,
     /// Whoever writes down something holds it to read, whoever removes a file to write.
     order: RwLock<()>,
-    removed: Arc<Removed>,
+    removed: Arc<RemovedDigests>,
 }
 
-impl SeenFiles {
-    pub(super) fn new(fs: &Arc<dyn FileSystem>, removed: &Arc<Removed>) -> Self {
+impl MembershipStore {
+    pub(super) fn new(fs: &Arc<dyn FileSystem>, removed: &Arc<RemovedDigests>) -> Self {
         Self {
             removed: Arc::clone(removed),
-            ..Self::with_room(fs, prune::SEEN_BYTES_MAX)
+            ..Self::with_quota(fs, prune::MEMBERSHIP_BYTES_MAX)
         }
     }
 
-    fn with_room(fs: &Arc<dyn FileSystem>, bytes_max: u64) -> Self {
+    fn with_quota(fs: &Arc<dyn FileSystem>, bytes_max: u64) -> Self {
         Self {
             fs: Arc::clone(fs),
-            ready: weighted(READY_DIGESTS_MAX, 2 * PLACE_WEIGHT, ByDigests),
-            in_use: in_use::InUse::default(),
+            ready: weighted_cache(READY_DIGESTS_MAX, 2 * REPO_WEIGHT, ByDigests),
+            in_use: in_use::LiveRepos::default(),
             bytes: AtomicU64::new(0),
             bytes_max,
             order: RwLock::default(),
@@ -195,124 +212,137 @@ impl SeenFiles {
     }
 
     /// Whether `digest` was seen; `None` where that takes the file to know.
-    pub(super) fn is_ready_with(
+    pub(super) fn contains_in_memory(
         &self,
         upstream: &str,
         repository: &Repository,
         digest: &Digest,
     ) -> Option<bool> {
-        let ready = self.ready.get(&PlaceRef::new(upstream, repository))?;
-        Some(ready.seen.read(|seen| seen.digests.contains(digest)))
+        let ready = self.ready.get(&RepoKeyRef::new(upstream, repository))?;
+        Some(ready.repo.read(|repo| repo.digests.contains(digest)))
     }
 
     /// Since when the repository is public, if it is; `None` where that takes the file to know.
     #[expect(clippy::option_option, reason = "whether it is known, and what is known")]
-    pub(super) fn ready_public(&self, upstream: &str, repository: &Repository) -> Option<Option<SystemTime>> {
-        let ready = self.ready.get(&PlaceRef::new(upstream, repository))?;
-        Some(ready.seen.read(|seen| seen.public))
+    pub(super) fn public_in_memory(
+        &self,
+        upstream: &str,
+        repository: &Repository,
+    ) -> Option<Option<SystemTime>> {
+        let ready = self.ready.get(&RepoKeyRef::new(upstream, repository))?;
+        Some(ready.repo.read(|repo| repo.public))
     }
 
     /// `None` where the file cannot be read now: no proof, and nothing remembered of it.
-    fn of(&self, upstream: &str, repository: &Repository) -> Option<Arc<SharedSeen>> {
-        let known = self.ready.get(&PlaceRef::new(upstream, repository));
+    fn get(&self, upstream: &str, repository: &Repository) -> Option<Arc<SharedRepoDigests>> {
+        let known = self.ready.get(&RepoKeyRef::new(upstream, repository));
         known
-            .map(|ready| ready.seen)
+            .map(|ready| ready.repo)
             .or_else(|| self.load(upstream, repository).ok())
     }
 
-    fn load(&self, upstream: &str, repository: &Repository) -> Result<Arc<SharedSeen>, Fault> {
-        let place = Place::of(upstream, repository);
-        let ready = self.ready.get_or_insert_with(&place, || {
-            if let Some(seen) = self.in_use.find(&place) {
-                return Ok(Ready {
-                    weight: seen.read(weight),
-                    seen,
+    fn load(&self, upstream: &str, repository: &Repository) -> Result<Arc<SharedRepoDigests>, StoreError> {
+        let key = RepoKey::of(upstream, repository);
+        let ready = self.ready.get_or_insert_with(&key, || {
+            if let Some(repo) = self.in_use.find(&key) {
+                return Ok(CachedRepo {
+                    weight: repo.read(weight),
+                    repo,
                 });
             }
-            let path = path(&place);
+            let path = path(&key);
             let text = match self.fs.read_file(&path, FILE_BYTES_MAX) {
                 Ok(text) => text,
                 Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
-                Err(error) => return Err(Fault::io("read", &path, &error)),
+                Err(error) => return Err(StoreError::io("read", &path, &error)),
             };
-            let (seen, lines) = Seen::of_lines(&place, &text);
-            if lines > seen.digests.len() + SURPLUS_LINES_MAX {
+            let (repo, lines) = RepoDigests::from_lines(&key, &text);
+            if lines > repo.digests.len() + SURPLUS_LINES_MAX {
                 // It is as good as before where this fails, only longer.
-                let _ = self.fs.write_durable(&path, &seen.to_lines(&place));
+                let _ = self.fs.write_durable(&path, &repo.to_lines(&key));
             }
-            let weight = weight(&seen);
-            let seen = Arc::new(SharedSeen {
-                seen: RwLock::new(seen),
+            let weight = weight(&repo);
+            let repo = Arc::new(SharedRepoDigests {
+                repo: RwLock::new(repo),
                 appending: Mutex::default(),
             });
-            self.in_use.enter(&place, &seen);
-            Ok(Ready { seen, weight })
+            self.in_use.enter(&key, &repo);
+            Ok(CachedRepo { repo, weight })
         })?;
-        Ok(ready.seen)
+        Ok(ready.repo)
     }
 
-    fn known_or_loaded(&self, upstream: &str, repository: &Repository) -> Result<Arc<SharedSeen>, Fault> {
-        match self.ready.get(&PlaceRef::new(upstream, repository)) {
-            Some(ready) => Ok(ready.seen),
+    fn get_or_load(
+        &self,
+        upstream: &str,
+        repository: &Repository,
+    ) -> Result<Arc<SharedRepoDigests>, StoreError> {
+        match self.ready.get(&RepoKeyRef::new(upstream, repository)) {
+            Some(ready) => Ok(ready.repo),
             None => self.load(upstream, repository),
         }
     }
 
-    fn note(&self, upstream: &str, repository: &Repository, digest: &Digest) -> Result<(), Fault> {
+    fn add(&self, upstream: &str, repository: &Repository, digest: &Digest) -> Result<(), StoreError> {
         let _order = self.order.read().unwrap_or_else(PoisonError::into_inner);
-        let seen = self.known_or_loaded(upstream, repository)?;
-        match self.take_in(upstream, repository, digest, &seen) {
-            Some(place) => self.append(&place, &seen),
+        let repo = self.get_or_load(upstream, repository)?;
+        match self.add_in_memory(upstream, repository, digest, &repo) {
+            Some(key) => self.append(&key, &repo),
             None => Ok(()),
         }
     }
 
     /// Keeps the proof in memory. Its place, if it is to be written down.
-    fn take_in(
+    fn add_in_memory(
         &self,
         upstream: &str,
         repository: &Repository,
         digest: &Digest,
-        seen: &Arc<SharedSeen>,
-    ) -> Option<Place> {
-        if seen.read(|seen| seen.digests.contains(digest)) {
+        repo: &Arc<SharedRepoDigests>,
+    ) -> Option<RepoKey> {
+        if repo.read(|repo| repo.digests.contains(digest)) {
             return None;
         }
-        let has_room = self.has_room();
-        let (is_new, count) = seen.write(|seen| {
-            let is_new = seen.digests.insert(*digest);
-            let count = seen.digests.len();
-            if is_new && has_room && count <= SEEN_DIGESTS_MAX {
-                seen.unwritten.push(digest.to_string());
+        let has_quota = self.has_quota();
+        let (is_new, count) = repo.write(|repo| {
+            let is_new = repo.digests.insert(*digest);
+            let count = repo.digests.len();
+            if is_new && has_quota && count <= REPO_DIGESTS_MAX {
+                repo.pending_lines.push(digest.to_string());
             }
             (is_new, count)
         });
         if !is_new {
             return None;
         }
-        let place = Place::of(upstream, repository);
-        let weight = seen.read(weight);
+        let key = RepoKey::of(upstream, repository);
+        let weight = repo.read(weight);
         self.ready.insert(
-            place.clone(),
-            Ready {
-                seen: Arc::clone(seen),
+            key.clone(),
+            CachedRepo {
+                repo: Arc::clone(repo),
                 weight,
             },
         );
-        if count > SEEN_DIGESTS_MAX {
+        if count > REPO_DIGESTS_MAX {
             tracing::warn!(upstream, %repository, "too many digests were seen here to keep the proof of one more");
             return None;
         }
-        has_room.then_some(place)
+        has_quota.then_some(key)
     }
 
-    fn note_gone(&self, upstream: &str, repository: &Repository, digest: &Digest) -> Result<(), Fault> {
+    fn remove_member(
+        &self,
+        upstream: &str,
+        repository: &Repository,
+        digest: &Digest,
+    ) -> Result<(), StoreError> {
         let _order = self.order.read().unwrap_or_else(PoisonError::into_inner);
-        let seen = self.known_or_loaded(upstream, repository)?;
-        let was_seen = seen.write(|seen| {
-            let was_seen = seen.digests.remove(digest);
+        let repo = self.get_or_load(upstream, repository)?;
+        let was_seen = repo.write(|repo| {
+            let was_seen = repo.digests.remove(digest);
             if was_seen {
-                seen.unwritten.push(format!("gone {digest}"));
+                repo.pending_lines.push(format!("gone {digest}"));
             }
             was_seen
         });
@@ -320,21 +350,21 @@ impl SeenFiles {
             return Ok(());
         }
         self.removed.note(digest);
-        self.append(&Place::of(upstream, repository), &seen)
+        self.append(&RepoKey::of(upstream, repository), &repo)
     }
 
-    fn note_public(
+    fn set_public(
         &self,
         upstream: &str,
         repository: &Repository,
         since: Option<SystemTime>,
-    ) -> Result<(), Fault> {
+    ) -> Result<(), StoreError> {
         let _order = self.order.read().unwrap_or_else(PoisonError::into_inner);
-        let seen = self.known_or_loaded(upstream, repository)?;
-        let has_room = since.is_none() || self.has_room();
-        let is_news = seen.write(|seen| {
-            seen.public = since;
-            let is_news = match (seen.written_public, since) {
+        let repo = self.get_or_load(upstream, repository)?;
+        let has_quota = since.is_none() || self.has_quota();
+        let is_changed = repo.write(|repo| {
+            repo.public = since;
+            let is_changed = match (repo.persisted_public, since) {
                 (None, None) => false,
                 // Also when the clock was set back: what is written must not be in the future.
                 (Some(written), Some(since)) => since
@@ -342,54 +372,54 @@ impl SeenFiles {
                     .map_or(true, |age| age >= PUBLIC_AGAIN_AFTER),
                 (Some(_), None) | (None, Some(_)) => true,
             };
-            if is_news {
-                seen.written_public = since;
-                seen.unwritten.extend(has_room.then(|| public_line(since)));
+            if is_changed {
+                repo.persisted_public = since;
+                repo.pending_lines.extend(has_quota.then(|| public_line(since)));
             }
-            is_news && has_room
+            is_changed && has_quota
         });
-        if is_news {
-            self.append(&Place::of(upstream, repository), &seen)
+        if is_changed {
+            self.append(&RepoKey::of(upstream, repository), &repo)
         } else {
             Ok(())
         }
     }
 
-    fn record_served(&self, upstream: &str, url: &str, repository: &Repository) -> Result<(), Fault> {
+    fn record_served(&self, upstream: &str, url: &str, repository: &Repository) -> Result<(), StoreError> {
         let _order = self.order.read().unwrap_or_else(PoisonError::into_inner);
-        let seen = self.known_or_loaded(upstream, repository)?;
-        let has_room = self.has_room();
-        let is_news = seen.write(|seen| {
-            let is_news = seen.take_in_served(url) && has_room;
-            seen.unwritten.extend(is_news.then(|| served_line(url)));
-            is_news
+        let repo = self.get_or_load(upstream, repository)?;
+        let has_quota = self.has_quota();
+        let is_changed = repo.write(|repo| {
+            let is_changed = repo.add_served(url) && has_quota;
+            repo.pending_lines.extend(is_changed.then(|| served_line(url)));
+            is_changed
         });
-        if is_news {
-            self.append(&Place::of(upstream, repository), &seen)
+        if is_changed {
+            self.append(&RepoKey::of(upstream, repository), &repo)
         } else {
             Ok(())
         }
     }
 }
 
-impl Seen {
+impl RepoDigests {
     /// What the lines of a file say, and how many there are.
-    fn of_lines(place: &Place, text: &[u8]) -> (Self, usize) {
-        let mut seen = Self::default();
+    fn from_lines(key: &RepoKey, text: &[u8]) -> (Self, usize) {
+        let mut repo = Self::default();
         let mut lines = 0;
         for line in text.split(|byte| *byte == b'\n').filter(|line| !line.is_empty()) {
             lines += 1;
-            if let Some(content) = content_of(place, line) {
-                seen.take_in(content);
+            if let Some(content) = content_of(key, line) {
+                repo.apply_line(content);
             }
         }
-        seen.written_public = seen.public;
-        (seen, lines)
+        repo.persisted_public = repo.public;
+        (repo, lines)
     }
 
-    fn take_in(&mut self, content: &str) {
+    fn apply_line(&mut self, content: &str) {
         match content.split_once(' ') {
-            Some(("repository", _)) => self.is_headed = true,
+            Some(("repository", _)) => self.has_header = true,
             Some(("public", seconds)) => {
                 self.public = seconds
                     .parse()
@@ -397,7 +427,7 @@ impl Seen {
                     .map(|seconds: u64| from_millis(seconds.saturating_mul(1000)));
             }
             Some(("served", url)) => {
-                self.take_in_served(url);
+                self.add_served(url);
             }
             Some(("gone", digest)) => {
                 if let Ok(digest) = digest.parse() {
@@ -415,50 +445,51 @@ impl Seen {
     }
 
     /// Whether that is news.
-    fn take_in_served(&mut self, url: &str) -> bool {
-        let is_news = self.served.len() < SERVED_URLS_MAX && !self.served.iter().any(|served| served == url);
-        if is_news {
+    fn add_served(&mut self, url: &str) -> bool {
+        let is_changed =
+            self.served.len() < SERVED_URLS_MAX && !self.served.iter().any(|served| served == url);
+        if is_changed {
             self.served.push(url.to_owned());
         }
-        is_news
+        is_changed
     }
 
     /// The file is gone, and with it all that is written down.
-    fn lose_file(&mut self) {
+    fn forget_file(&mut self) {
         *self = Self {
-            unwritten: std::mem::take(&mut self.unwritten),
+            pending_lines: std::mem::take(&mut self.pending_lines),
             ..Self::default()
         };
-        for line in self.unwritten.clone() {
-            self.take_in(&line);
+        for line in self.pending_lines.clone() {
+            self.apply_line(&line);
         }
-        self.written_public = self.public;
+        self.persisted_public = self.public;
     }
 
-    fn to_lines(&self, place: &Place) -> Vec<u8> {
+    fn to_lines(&self, key: &RepoKey) -> Vec<u8> {
         let mut lines = String::new();
-        push_line(&mut lines, place, &head_line(place));
-        push_line(&mut lines, place, &public_line(self.public));
+        push_line(&mut lines, key, &header_line(key));
+        push_line(&mut lines, key, &public_line(self.public));
         for url in &self.served {
-            push_line(&mut lines, place, &served_line(url));
+            push_line(&mut lines, key, &served_line(url));
         }
         for digest in &self.digests {
-            push_line(&mut lines, place, &digest.to_string());
+            push_line(&mut lines, key, &digest.to_string());
         }
         lines.into_bytes()
     }
 }
 
-fn weight(seen: &Seen) -> u64 {
-    seen.digests.len() as u64 + PLACE_WEIGHT
+fn weight(repo: &RepoDigests) -> u64 {
+    repo.digests.len() as u64 + REPO_WEIGHT
 }
 
-fn path(place: &Place) -> PathBuf {
-    named_path(TREE, &[&place.upstream, place.repository.as_str()])
+fn path(key: &RepoKey) -> PathBuf {
+    hashed_path(TREE, &[&key.upstream, key.repository.as_str()])
 }
 
-fn head_line(place: &Place) -> String {
-    format!("repository {} {}", place.upstream, place.repository)
+fn header_line(key: &RepoKey) -> String {
+    format!("repository {} {}", key.upstream, key.repository)
 }
 
 fn public_line(since: Option<SystemTime>) -> String {
@@ -472,23 +503,23 @@ fn served_line(url: &str) -> String {
     format!("served {url}")
 }
 
-fn push_line(lines: &mut String, place: &Place, content: &str) {
+fn push_line(lines: &mut String, key: &RepoKey, content: &str) {
     lines.push('\n');
     lines.push_str(content);
     lines.push(' ');
-    lines.push_str(&line_checksum(place, content));
+    lines.push_str(&line_checksum(key, content));
     lines.push('\n');
 }
 
 /// The content of a line whose checksum is right.
-fn content_of<'a>(place: &Place, line: &'a [u8]) -> Option<&'a str> {
+fn content_of<'a>(key: &RepoKey, line: &'a [u8]) -> Option<&'a str> {
     let line = std::str::from_utf8(line).ok()?;
     let (content, sum) = line.rsplit_once(' ')?;
-    (sum == line_checksum(place, content)).then_some(content)
+    (sum == line_checksum(key, content)).then_some(content)
 }
 
-fn line_checksum(place: &Place, content: &str) -> String {
-    let text = [&place.upstream, "\0", place.repository.as_str(), "\0", content].concat();
+fn line_checksum(key: &RepoKey, content: &str) -> String {
+    let text = [&key.upstream, "\0", key.repository.as_str(), "\0", content].concat();
     let mut sum = hex(&checksum(text.as_bytes()));
     sum.truncate(CHECKSUM_HEX);
     sum

@@ -7,7 +7,7 @@ use std::io;
 use std::path::Path;
 
 use super::fs::FileSystem as _;
-use super::{Fault, Store, remove_file};
+use super::{Store, StoreError, remove_file};
 
 const FILE: &str = "offline";
 
@@ -15,24 +15,24 @@ const TEXT: &[u8] = b"While this file is here, ifnewer asks no upstream. `ifnewe
 
 impl Store {
     /// What the operator wanted last.
-    pub fn is_offline_kept(&self) -> bool {
+    pub fn is_offline_persisted(&self) -> bool {
         // A file that is there and cannot be opened still says yes.
         let opened = self.fs.open(Path::new(FILE));
         !matches!(opened, Err(error) if error.kind() == io::ErrorKind::NotFound)
     }
 
     /// Keeps what the operator wants. Durable when it returns.
-    pub fn keep_offline(&self, on: bool) -> Result<(), Fault> {
+    pub fn persist_offline(&self, on: bool) -> Result<(), StoreError> {
         let path = Path::new(FILE);
         if on {
             return self
                 .fs
                 .write_durable(path, TEXT)
-                .map_err(|error| Fault::io("write", path, &error));
+                .map_err(|error| StoreError::io("write", path, &error));
         }
         remove_file(&*self.fs, path)?;
         self.fs
             .sync_dir(Path::new(""))
-            .map_err(|error| Fault::io("sync the folder of", path, &error))
+            .map_err(|error| StoreError::io("sync the folder of", path, &error))
     }
 }

@@ -8,11 +8,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockWriteGuard};
 
 use serde::{Deserialize, Serialize};
 
-use super::checksummed_json::{RECORD_BYTES_MAX, opened, sealed};
+use super::checksummed_json::{RECORD_BYTES_MAX, decode, encode};
 use super::fs::FileSystem;
 use super::tags::TagKey;
 use super::uses::Uses;
-use super::{Fault, Store, named_path, quarantine, remove_file};
+use super::{Store, StoreError, hashed_path, quarantine, remove_file};
 use crate::oci::Digest;
 
 const TREE: &str = "pins";
@@ -41,12 +41,12 @@ enum Record {
 
 impl Store {
     /// Keeps this from eviction; says whether it was news. Durable when it returns.
-    pub fn pin(&self, pin: &Pin) -> Result<bool, Fault> {
+    pub fn pin(&self, pin: &Pin) -> Result<bool, StoreError> {
         self.pins.add(pin)
     }
 
     /// Ends a pin; says whether there was one. Durable when it returns.
-    pub fn unpin(&self, pin: &Pin) -> Result<bool, Fault> {
+    pub fn unpin(&self, pin: &Pin) -> Result<bool, StoreError> {
         self.pins.remove(pin)
     }
 
@@ -84,7 +84,7 @@ impl Pins {
                     tracing::error!(path = %path.display(), "a pin cannot be read; what it kept may be evicted");
                     continue;
                 };
-                match opened(&bytes).and_then(|record: Record| record.pin()) {
+                match decode(&bytes).and_then(|record: Record| record.pin()) {
                     Some(pin) => {
                         known.insert(pin, path);
                     }
@@ -132,7 +132,7 @@ impl Pins {
         self.known.write().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn add(&self, pin: &Pin) -> Result<bool, Fault> {
+    fn add(&self, pin: &Pin) -> Result<bool, StoreError> {
         let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
         if self.has(pin) {
             return Ok(false);
@@ -146,15 +146,15 @@ impl Pins {
         }
         // What was found to be free before goes now, and not after it is said to be pinned.
         drop(self.evicting());
-        let written = self.fs.write_durable(&path, &sealed(&Record::of(pin)));
+        let written = self.fs.write_durable(&path, &encode(&Record::of(pin)));
         written.map_err(|error| {
             self.change().remove(pin);
-            Fault::io("write", &path, &error)
+            StoreError::io("write", &path, &error)
         })?;
         Ok(true)
     }
 
-    fn remove(&self, pin: &Pin) -> Result<bool, Fault> {
+    fn remove(&self, pin: &Pin) -> Result<bool, StoreError> {
         let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
         let path = {
             let known = self.known.read().unwrap_or_else(PoisonError::into_inner);
@@ -169,7 +169,7 @@ impl Pins {
         if let Some(folder) = path.parent() {
             self.fs
                 .sync_dir(folder)
-                .map_err(|error| Fault::io("make durable", folder, &error))?;
+                .map_err(|error| StoreError::io("make durable", folder, &error))?;
         }
         Ok(true)
     }
@@ -178,8 +178,8 @@ impl Pins {
 impl Pin {
     fn path(&self) -> PathBuf {
         match self {
-            Self::Tag(key) => named_path(TREE, &[&key.upstream, key.repository.as_str(), key.tag.as_str()]),
-            Self::Digest(digest) => named_path(TREE, &[&digest.to_string()]),
+            Self::Tag(key) => hashed_path(TREE, &[&key.upstream, key.repository.as_str(), key.tag.as_str()]),
+            Self::Digest(digest) => hashed_path(TREE, &[&digest.to_string()]),
         }
     }
 }

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::Fault;
+use super::StoreError;
 use super::fs::FileSystem;
 use super::usage::Counters;
 
@@ -174,14 +174,14 @@ impl Room {
         Some(self.free_bytes.load(Ordering::Relaxed)).filter(|bytes| *bytes != u64::MAX)
     }
 
-    pub(super) fn free_bytes(&self) -> Result<u64, Fault> {
+    pub(super) fn free_bytes(&self) -> Result<u64, StoreError> {
         let measured = self.fs.free_bytes();
         if let Ok(bytes) = &measured {
             self.free_bytes.store(*bytes, Ordering::Relaxed);
         }
         measured.map_err(|error| {
             let folder = self.fs.folder().unwrap_or(Path::new(""));
-            Fault::io("measure the free space of", folder, &error)
+            StoreError::io("measure the free space of", folder, &error)
         })
     }
 }

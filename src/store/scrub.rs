@@ -12,7 +12,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::blobs::{self, Blobs};
-use super::checksummed_json::{RECORD_BYTES_MAX, from_millis, opened, sealed, to_millis};
+use super::checksummed_json::{RECORD_BYTES_MAX, decode, encode, from_millis, to_millis};
 use super::fs::FileSystem;
 use super::uses::Uses;
 use super::{content_path, manifests};
@@ -275,12 +275,12 @@ impl Scrub {
 
     fn progress(&self) -> Progress {
         let record = self.fs.read_file(Path::new(PROGRESS), RECORD_BYTES_MAX);
-        record.ok().and_then(|record| opened(&record)).unwrap_or_default()
+        record.ok().and_then(|record| decode(&record)).unwrap_or_default()
     }
 
     /// What cannot be noted is read again.
     fn note(&self, progress: &Progress) {
-        let _ = self.fs.write_atomic(Path::new(PROGRESS), &sealed(progress));
+        let _ = self.fs.write_atomic(Path::new(PROGRESS), &encode(progress));
     }
 }
 

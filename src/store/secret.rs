@@ -5,16 +5,16 @@ use std::io::{self, Read};
 use std::path::Path;
 
 use super::fs::FileSystem;
-use super::{Fault, OpenError};
+use super::{OpenError, StoreError};
 
 const NAME: &str = "install-secret";
 const RANDOM_SOURCE: &str = "/dev/urandom";
 
 /// Bits that let anyone but the owner read or write.
-const FOREIGN_MODE: u32 = 0o077;
+const GROUP_OTHER_BITS: u32 = 0o077;
 
 /// Reads the secret, or makes it at the first start.
-pub(super) fn read_or_make(fs: &dyn FileSystem) -> Result<[u8; 32], OpenError> {
+pub(super) fn read_or_create(fs: &dyn FileSystem) -> Result<[u8; 32], OpenError> {
     let path = Path::new(NAME);
     let shown = || {
         fs.folder()
@@ -26,14 +26,14 @@ pub(super) fn read_or_make(fs: &dyn FileSystem) -> Result<[u8; 32], OpenError> {
             path: shown(),
             kind: error.kind(),
         },
-        None => Fault::io(what, path, error).into(),
+        None => StoreError::io(what, path, error).into(),
     };
     match fs.read_file(path, 32) {
         Ok(bytes) => {
             let mode = fs
                 .mode(path)
-                .map_err(|error| Fault::io("read the mode of", path, &error))?;
-            if let Some(mode) = mode.filter(|mode| mode & FOREIGN_MODE != 0) {
+                .map_err(|error| StoreError::io("read the mode of", path, &error))?;
+            if let Some(mode) = mode.filter(|mode| mode & GROUP_OTHER_BITS != 0) {
                 return Err(OpenError::SecretReadable { path: shown(), mode });
             }
             bytes
@@ -41,7 +41,7 @@ pub(super) fn read_or_make(fs: &dyn FileSystem) -> Result<[u8; 32], OpenError> {
                 .map_err(|_| OpenError::SecretDamaged { path: shown() })
         }
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            let secret = random().map_err(|error| Fault::io("read", RANDOM_SOURCE, &error))?;
+            let secret = random().map_err(|error| StoreError::io("read", RANDOM_SOURCE, &error))?;
             fs.write_durable(path, &secret)
                 .map_err(|error| failed("write", &error))?;
             Ok(secret)

@@ -17,21 +17,21 @@ use std::time::SystemTime;
 
 use quick_cache::sync::Cache;
 
-use super::cache_key::counted;
+use super::cache_key::bounded_cache;
 use super::checksummed_json::{RECORD_BYTES_MAX, checksum};
 use super::fs::FileSystem;
 use super::index::thread::{IndexHandle, VALUE_BYTES_MAX};
-use super::invalidations::DoubtKey;
-use super::manifests::HeldManifest;
+use super::invalidations::InvalidationKey;
+use super::manifests::StoredManifest;
 use super::usage::{Counters, Kind};
-use super::{AsyncStore, Fault, Store, View, remove_file};
+use super::{AsyncStore, Store, StoreError, View, remove_file};
 use crate::oci::{AnyDigest, Digest};
 
 pub use self::record::{
-    Earlier, HISTORY_MAX, NEVER_CONFIRMED, Past, TagKey, TagRecord, VARIANTS_MAX, Variant,
+    HISTORY_MAX, HistoryEntry, NEVER_CONFIRMED, Previous, TagKey, TagRecord, VARIANTS_MAX, Variant,
 };
 use self::record::{KEY_PREFIX, TREE};
-pub use self::resolve::{Named, TagReader};
+pub use self::resolve::{ResolvedTag, TagReader};
 
 /// Tags kept ready in memory.
 const READY_MAX: usize = 16_384;
@@ -40,32 +40,42 @@ const STRIPES: usize = 64;
 
 impl Store {
     /// What is known of a tag: from memory, else from its file and the index together.
-    pub fn tag(&self, key: &TagKey) -> Result<Option<Arc<TagRecord>>, Fault> {
+    pub fn tag(&self, key: &TagKey) -> Result<Option<Arc<TagRecord>>, StoreError> {
         self.tags.find(key)
     }
 
     /// Keeps what a tag names since `variant.confirmed_at`. Known to readers at once, even where the disk then fails.
-    pub fn keep_tag(&self, key: &TagKey, variant: Variant) -> Result<(), Fault> {
-        let answered_at = variant.confirmed_at;
-        self.keep_answer(key, variant, answered_at)
+    pub fn put_tag(&self, key: &TagKey, variant: Variant) -> Result<(), StoreError> {
+        let received_at = variant.confirmed_at;
+        self.record_response(key, variant, received_at)
     }
 
-    /// Keeps what the upstream answered at `answered_at` to a request sent at `variant.confirmed_at`, unless a later one
+    /// Keeps what the upstream answered at `received_at` to a request sent at `variant.confirmed_at`, unless a later one
     /// is known. Known to readers at once, even where the disk then fails.
-    pub fn keep_answer(&self, key: &TagKey, variant: Variant, answered_at: SystemTime) -> Result<(), Fault> {
+    pub fn record_response(
+        &self,
+        key: &TagKey,
+        variant: Variant,
+        received_at: SystemTime,
+    ) -> Result<(), StoreError> {
         let digest = variant.digest;
         self.uses.needed([digest]);
         let view = self.view();
-        let is_whole = |digest: &Digest| view.is_whole_here(key, digest);
-        let kept = self.tags.keep(key, variant, answered_at, &is_whole);
+        let is_complete = |digest: &Digest| view.is_tag_complete(key, digest);
+        let kept = self.tags.put(key, variant, received_at, &is_complete);
         // An eviction that began since the first note, and listed the tags before the write, knows of neither.
         self.uses.needed([digest]);
         kept
     }
 
-    /// [`View::named`] in everything that is held. Blocks.
-    pub fn named(&self, key: &TagKey, record: &TagRecord, reader: TagReader<'_>) -> Option<Named> {
-        self.view().named(key, record, reader)
+    /// [`View::resolve_tag`] in everything that is held. Blocks.
+    pub fn resolve_tag(
+        &self,
+        key: &TagKey,
+        record: &TagRecord,
+        reader: TagReader<'_>,
+    ) -> Option<ResolvedTag> {
+        self.view().resolve_tag(key, record, reader)
     }
 
     /// [`View::last_complete`] in everything that is held. Blocks.
@@ -73,22 +83,24 @@ impl Store {
         &self,
         record: &TagRecord,
         reader: TagReader<'_>,
-        is_complete: &dyn Fn(&HeldManifest) -> bool,
-    ) -> Option<Named> {
+        is_complete: &dyn Fn(&StoredManifest) -> bool,
+    ) -> Option<ResolvedTag> {
         self.view().last_complete(record, reader, is_complete)
     }
 
     /// Forgets a tag, and a doubt about it, so that no crash brings it back; says whether it was known. Where that is not
     /// sure, the tag is in doubt: after a restart it is revalidated before it is served.
-    pub fn remove_tag(&self, key: &TagKey) -> Result<bool, Fault> {
-        let doubt = DoubtKey::from(key);
-        let since = self.doubted_since(&doubt);
+    pub fn remove_tag(&self, key: &TagKey) -> Result<bool, StoreError> {
+        let invalidation = InvalidationKey::from(key);
+        let since = self.invalidated_since(&invalidation);
         let removed = self.tags.remove(key, since.is_some());
         match &removed {
             // A doubt of a later write is not settled by this one.
-            Ok(removed) if removed.is_durable => self.settle_doubt(&doubt, |now| Some(now) == since)?,
+            Ok(removed) if removed.is_durable => {
+                self.clear_invalidation(&invalidation, |now| Some(now) == since)?
+            }
             _ if since.is_none() => {
-                self.doubt(&doubt, self.uses.now())?;
+                self.invalidate(&invalidation, self.uses.now())?;
             }
             _ => {}
         }
@@ -109,35 +121,40 @@ impl Store {
 }
 
 impl AsyncStore {
-    /// [`Store::keep_answer`]: in memory, where it changes nothing that is in the tag's file.
-    pub async fn keep_answer(
+    /// [`Store::record_response`]: in memory, where it changes nothing that is in the tag's file.
+    pub async fn record_response(
         &self,
         key: TagKey,
         variant: Variant,
-        answered_at: SystemTime,
-    ) -> Result<(), Fault> {
+        received_at: SystemTime,
+    ) -> Result<(), StoreError> {
         self.store.uses.needed([variant.digest]);
-        let kept = self.in_memory(|view| self.store.tags.keep_ready(&key, &variant, answered_at, view));
+        let kept = self.in_memory(|view| self.store.tags.put_in_memory(&key, &variant, received_at, view));
         if kept == Some(true) {
             return Ok(());
         }
-        self.write(move |store| store.keep_answer(&key, variant, answered_at))
+        self.write(move |store| store.record_response(&key, variant, received_at))
             .await
     }
 }
 
 impl View<'_> {
     /// Whether the manifest is held, and with all that it points to.
-    fn is_whole_here(&self, key: &TagKey, digest: &Digest) -> bool {
+    fn is_tag_complete(&self, key: &TagKey, digest: &Digest) -> bool {
         let manifest = self.manifest(digest).ok().flatten();
-        manifest.is_some_and(|held| self.is_whole(&key.upstream, &key.repository, &held, &|_| false))
+        manifest.is_some_and(|held| self.is_image_complete(&key.upstream, &key.repository, &held, &|_| false))
     }
 
     /// What a tag names for this reader: the newest that is cached, or if nothing is, the newest. See `newest`.
-    pub fn named(&self, key: &TagKey, record: &TagRecord, reader: TagReader<'_>) -> Option<Named> {
+    pub fn resolve_tag(
+        &self,
+        key: &TagKey,
+        record: &TagRecord,
+        reader: TagReader<'_>,
+    ) -> Option<ResolvedTag> {
         let lists = |index: &Digest, image: &Digest| self.lists(index, image);
         let cached = |digest: &Digest| {
-            self.has_seen(&key.upstream, &key.repository, digest)
+            self.is_member(&key.upstream, &key.repository, digest)
                 && matches!(self.manifest(digest), Ok(Some(_)))
         };
         // One answer leaves no choice, whether it is cached or not.
@@ -153,12 +170,12 @@ impl View<'_> {
         &self,
         record: &TagRecord,
         reader: TagReader<'_>,
-        is_complete: &dyn Fn(&HeldManifest) -> bool,
-    ) -> Option<Named> {
+        is_complete: &dyn Fn(&StoredManifest) -> bool,
+    ) -> Option<ResolvedTag> {
         let lists = |index: &Digest, image: &Digest| self.lists(index, image);
         let complete =
             |digest: &Digest| matches!(self.manifest(digest), Ok(Some(held)) if is_complete(&held));
-        record.newest_or_before(reader, &lists, &complete)
+        record.newest_or_previous(reader, &lists, &complete)
     }
 
     fn lists(&self, index: &Digest, image: &Digest) -> Option<bool> {
@@ -169,7 +186,7 @@ impl View<'_> {
 }
 
 /// Tags passed over at a time.
-const SKIPPED_PER_LOOK: usize = 256;
+const SKIP_PAGE: usize = 256;
 
 /// A tag as it was found on the disk.
 struct Loaded {
@@ -181,19 +198,19 @@ struct Loaded {
 }
 
 /// Where a tag was when it was taken away.
-struct Gone {
+struct UnlinkedTag {
     had_file: bool,
     was_ready: bool,
 }
 
 /// A tag that was taken away.
-struct Removed {
+struct RemovedTag {
     was_known: bool,
     /// Whether no crash brings it back.
     is_durable: bool,
 }
 
-pub(super) struct Refs {
+pub(super) struct Tags {
     fs: Arc<dyn FileSystem>,
     index: Arc<IndexHandle>,
     usage: Arc<Counters>,
@@ -202,19 +219,19 @@ pub(super) struct Refs {
     /// How many tags were taken away: whoever read one in between looks again.
     removals: AtomicU64,
     /// Held while the index is filled from the files.
-    healing: Mutex<()>,
+    reindexing: Mutex<()>,
 }
 
-impl Refs {
+impl Tags {
     pub(super) fn new(fs: &Arc<dyn FileSystem>, index: &Arc<IndexHandle>, usage: &Arc<Counters>) -> Self {
         Self {
             fs: Arc::clone(fs),
             index: Arc::clone(index),
             usage: Arc::clone(usage),
-            ready: counted(READY_MAX),
+            ready: bounded_cache(READY_MAX),
             writers: std::array::from_fn(|_| Mutex::default()),
             removals: AtomicU64::new(0),
-            healing: Mutex::default(),
+            reindexing: Mutex::default(),
         }
     }
 
@@ -223,7 +240,7 @@ impl Refs {
         self.ready.get(key)
     }
 
-    fn find(&self, key: &TagKey) -> Result<Option<Arc<TagRecord>>, Fault> {
+    fn find(&self, key: &TagKey) -> Result<Option<Arc<TagRecord>>, StoreError> {
         if let Some(record) = self.ready.get(key) {
             return Ok(Some(record));
         }
@@ -233,7 +250,7 @@ impl Refs {
         };
         if self.removals.load(Ordering::SeqCst) != removals {
             // Perhaps this one, after it was read and before it was put into memory: in turn with its writers, then.
-            let _writing = self.writing(&key.path());
+            let _writing = self.lock_writer(&key.path());
             self.ready.remove(key);
             match self.load(key)? {
                 Some(again) => loaded = again,
@@ -246,16 +263,16 @@ impl Refs {
         Ok(Some(loaded.record))
     }
 
-    fn load(&self, key: &TagKey) -> Result<Option<Loaded>, Fault> {
+    fn load(&self, key: &TagKey) -> Result<Option<Loaded>, StoreError> {
         let (filed, indexed) = (self.read_file(key)?, self.read_index(key));
         let (has_file, is_indexed) = (filed.is_some(), indexed.is_some());
-        let Some(record) = TagRecord::of_both(filed, indexed) else {
+        let Some(record) = TagRecord::merge(filed, indexed) else {
             return Ok(None);
         };
         // Not over what a writer has put there meanwhile.
         let record = self
             .ready
-            .get_or_insert_with(key, || Ok::<_, Fault>(Arc::new(record)))?;
+            .get_or_insert_with(key, || Ok::<_, StoreError>(Arc::new(record)))?;
         Ok(Some(Loaded {
             record,
             has_file,
@@ -266,7 +283,7 @@ impl Refs {
     /// Writes a tag to where it was missing, in turn with its other writers.
     fn complete(&self, key: &TagKey, loaded: &Loaded) {
         let path = key.path();
-        let _writing = self.writing(&path);
+        let _writing = self.lock_writer(&path);
         // Newer than what was loaded, if another writer was quicker; gone, if it was removed.
         let Some(record) = self.ready.get(key) else { return };
         if !loaded.is_indexed {
@@ -280,23 +297,29 @@ impl Refs {
     }
 
     /// [`Self::keep`] where the answer changes nothing that is in the file, and nobody writes to the tag. Whether it is kept.
-    fn keep_ready(&self, key: &TagKey, variant: &Variant, answered_at: SystemTime, view: &View<'_>) -> bool {
-        let Some(_writing) = self.try_writing(&key.path()) else {
+    fn put_in_memory(
+        &self,
+        key: &TagKey,
+        variant: &Variant,
+        received_at: SystemTime,
+        view: &View<'_>,
+    ) -> bool {
+        let Some(_writing) = self.try_lock_writer(&key.path()) else {
             return false;
         };
         let Some(before) = self.ready.get(key) else {
             return false;
         };
-        let is_whole = |digest: &Digest| view.is_whole_here(key, digest);
-        let Some(record) = before.answered(variant.clone(), answered_at, &is_whole) else {
-            return view.is_complete();
+        let is_complete = |digest: &Digest| view.is_tag_complete(key, digest);
+        let Some(record) = before.with_response(variant.clone(), received_at, &is_complete) else {
+            return view.needed_no_disk();
         };
         let accept = variant.accept;
-        let is_same = match (before.of_accept(accept), record.of_accept(accept)) {
-            (Some(old), Some(new)) => new.is_filed_as(old),
+        let is_same = match (before.for_accept(accept), record.for_accept(accept)) {
+            (Some(old), Some(new)) => new.equals_on_disk(old),
             _ => false,
         };
-        if !is_same || !view.is_complete() {
+        if !is_same || !view.needed_no_disk() {
             return false;
         }
         self.write_index(key, &record);
@@ -304,15 +327,15 @@ impl Refs {
         true
     }
 
-    fn keep(
+    fn put(
         &self,
         key: &TagKey,
         variant: Variant,
-        answered_at: SystemTime,
-        is_whole: &dyn Fn(&Digest) -> bool,
-    ) -> Result<(), Fault> {
+        received_at: SystemTime,
+        is_complete: &dyn Fn(&Digest) -> bool,
+    ) -> Result<(), StoreError> {
         let path = key.path();
-        let _writing = self.writing(&path);
+        let _writing = self.lock_writer(&path);
         let loaded = match self.ready.get(key) {
             Some(record) => Some(Loaded {
                 record,
@@ -324,22 +347,23 @@ impl Refs {
         };
         let before = loaded.as_ref().map(|loaded| loaded.record.as_ref());
         let accept = variant.accept;
-        let Some(record) = before
-            .unwrap_or(&TagRecord::default())
-            .answered(variant, answered_at, is_whole)
+        let Some(record) =
+            before
+                .unwrap_or(&TagRecord::default())
+                .with_response(variant, received_at, is_complete)
         else {
             return Ok(());
         };
         let record = Arc::new(record);
-        let old = before.and_then(|before| before.of_accept(accept));
-        let is_same = match (old, record.of_accept(accept)) {
-            (Some(old), Some(new)) => new.is_filed_as(old),
+        let old = before.and_then(|before| before.for_accept(accept));
+        let is_same = match (old, record.for_accept(accept)) {
+            (Some(old), Some(new)) => new.equals_on_disk(old),
             _ => false,
         };
-        let is_news = !is_same || loaded.as_ref().is_some_and(|loaded| !loaded.has_file);
+        let is_changed = !is_same || loaded.as_ref().is_some_and(|loaded| !loaded.has_file);
         self.ready.insert(key.clone(), Arc::clone(&record));
         self.write_index(key, &record);
-        if is_news {
+        if is_changed {
             self.write_file(key, &record, &path)
         } else {
             Ok(())
@@ -347,13 +371,13 @@ impl Refs {
     }
 
     /// Writers of one tag come one after the other.
-    fn writing(&self, path: &Path) -> Option<MutexGuard<'_, ()>> {
+    fn lock_writer(&self, path: &Path) -> Option<MutexGuard<'_, ()>> {
         let stripe = self.stripe(path)?;
         Some(stripe.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// [`Self::writing`], unless there is another writer.
-    fn try_writing(&self, path: &Path) -> Option<MutexGuard<'_, ()>> {
+    fn try_lock_writer(&self, path: &Path) -> Option<MutexGuard<'_, ()>> {
         match self.stripe(path)?.try_lock() {
             Ok(writing) => Some(writing),
             Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
@@ -366,18 +390,18 @@ impl Refs {
         self.writers.get(usize::from(sum.first().copied()?) % STRIPES)
     }
 
-    /// Forgets a tag. `is_in_doubt`: an earlier removal of its file may not be durable.
-    fn remove(&self, key: &TagKey, is_in_doubt: bool) -> Result<Removed, Fault> {
+    /// Forgets a tag. `is_invalidated`: an earlier removal of its file may not be durable.
+    fn remove(&self, key: &TagKey, is_invalidated: bool) -> Result<RemovedTag, StoreError> {
         let path = key.path();
         let (gone, expunging) = {
-            let _writing = self.writing(&path);
-            self.remove_alone(key, &path, IndexHandle::expunge)
+            let _writing = self.lock_writer(&path);
+            self.remove_locked(key, &path, IndexHandle::expunge)
         };
-        let Gone { had_file, was_ready } = gone?;
-        let is_unlinked = !(had_file || is_in_doubt) || self.sync_folder_of(&path);
+        let UnlinkedTag { had_file, was_ready } = gone?;
+        let is_unlinked = !(had_file || is_invalidated) || self.sync_folder_of(&path);
         // Its other writers do not wait for that, and all removals share one flush.
         let is_expunged = self.index.expunged(expunging);
-        Ok(Removed {
+        Ok(RemovedTag {
             was_known: had_file || was_ready,
             is_durable: is_unlinked && is_expunged,
         })
@@ -400,20 +424,20 @@ impl Refs {
         key: &TagKey,
         names: &[Digest],
         is_free: impl FnOnce() -> bool,
-    ) -> Result<Option<u64>, Fault> {
+    ) -> Result<Option<u64>, StoreError> {
         let path = key.path();
-        let _writing = self.writing(&path);
+        let _writing = self.lock_writer(&path);
         let filed = self.read_file(key)?;
-        let known = filed.map(|filed| self.named(key, &filed));
+        let known = filed.map(|filed| self.digests_of(key, &filed));
         if !is_free() || known.is_some_and(|known| known != names) {
             return Ok(None);
         }
-        let (gone, ()) = self.remove_alone(key, &path, IndexHandle::remove);
+        let (gone, ()) = self.remove_locked(key, &path, IndexHandle::remove);
         gone.map(|_| Some(0))
     }
 
     /// What a tag names, by its file or, where more is known, by memory; in order.
-    pub(super) fn named(&self, key: &TagKey, filed: &TagRecord) -> Vec<Digest> {
+    pub(super) fn digests_of(&self, key: &TagKey, filed: &TagRecord) -> Vec<Digest> {
         let ready = self.ready.get(key);
         let mut named = ready.as_deref().unwrap_or(filed).digests();
         named.sort_unstable();
@@ -422,32 +446,32 @@ impl Refs {
     }
 
     /// The file first, and memory last: who read the file just before is made to look again.
-    fn remove_alone<T>(
+    fn remove_locked<T>(
         &self,
         key: &TagKey,
         path: &Path,
-        remove_indexed: impl FnOnce(&IndexHandle, Vec<u8>) -> T,
-    ) -> (Result<Gone, Fault>, T) {
+        remove_from_index: impl FnOnce(&IndexHandle, Vec<u8>) -> T,
+    ) -> (Result<UnlinkedTag, StoreError>, T) {
         let had_file = self.usage.removing(Kind::Tag, path, || {
             remove_file(self.fs.as_ref(), path).map(|size| size.map(|_| 0))
         });
-        let removing = remove_indexed(&self.index, key.to_index());
+        let removing = remove_from_index(&self.index, key.to_index());
         self.removals.fetch_add(1, Ordering::SeqCst);
         let was_ready = self.ready.remove(key).is_some();
-        let gone = had_file.map(|had_file| Gone { had_file, was_ready });
+        let gone = had_file.map(|had_file| UnlinkedTag { had_file, was_ready });
         (gone, removing)
     }
 
     /// Whether the index does not say what it has of a tag.
-    pub(super) fn is_index_silent(&self, key: &TagKey) -> bool {
+    pub(super) fn is_index_unavailable(&self, key: &TagKey) -> bool {
         self.index.get(key.to_index()).is_err()
     }
 
-    fn read_file(&self, key: &TagKey) -> Result<Option<TagRecord>, Fault> {
+    fn read_file(&self, key: &TagKey) -> Result<Option<TagRecord>, StoreError> {
         let path = key.path();
         match self.fs.read_file(&path, RECORD_BYTES_MAX) {
             Ok(bytes) => {
-                let found = TagRecord::of_file(&bytes).filter(|(named, _)| named == key);
+                let found = TagRecord::from_file(&bytes).filter(|(named, _)| named == key);
                 if found.is_none() {
                     self.quarantine(&path);
                 }
@@ -458,17 +482,17 @@ impl Refs {
                 self.quarantine(&path);
                 Ok(None)
             }
-            Err(error) => Err(Fault::io("read", path, &error)),
+            Err(error) => Err(StoreError::io("read", path, &error)),
         }
     }
 
-    fn write_file(&self, key: &TagKey, record: &TagRecord, path: &Path) -> Result<(), Fault> {
+    fn write_file(&self, key: &TagKey, record: &TagRecord, path: &Path) -> Result<(), StoreError> {
         let bytes = record.to_file(key);
         let written = self.usage.adding(Kind::Tag, path, 0, || {
             let is_new = self.fs.open(path).is_err();
             self.fs.write_durable(path, &bytes).map(|()| is_new)
         });
-        written.map_err(|error| Fault::io("write", path, &error))
+        written.map_err(|error| StoreError::io("write", path, &error))
     }
 
     fn quarantine(&self, path: &Path) {
@@ -482,7 +506,7 @@ impl Refs {
 
     fn read_index(&self, key: &TagKey) -> Option<TagRecord> {
         let value = self.index.get(key.to_index()).ok()??;
-        TagRecord::of_index(&value)
+        TagRecord::from_index(&value)
     }
 
     fn write_index(&self, key: &TagKey, record: &TagRecord) {
@@ -496,10 +520,10 @@ impl Refs {
         {
             let tags = pairs.into_iter();
             return tags
-                .filter_map(|(key, value)| Some((TagKey::of_index(&key)?, TagRecord::of_index(&value)?)))
+                .filter_map(|(key, value)| Some((TagKey::from_index(&key)?, TagRecord::from_index(&value)?)))
                 .collect();
         }
-        let after = TagKey::of_index(after);
+        let after = TagKey::from_index(after);
         self.list_files(|key| after.as_ref().is_none_or(|after| key > after), limit)
     }
 
@@ -525,7 +549,7 @@ impl Refs {
         while left > 0 {
             let pairs = self
                 .index
-                .scan(vec![KEY_PREFIX], last.clone(), left.min(SKIPPED_PER_LOOK))
+                .scan(vec![KEY_PREFIX], last.clone(), left.min(SKIP_PAGE))
                 .ok()?;
             let Some((key, _)) = pairs.last() else { break };
             last.clone_from(key);
@@ -535,16 +559,16 @@ impl Refs {
     }
 
     /// The first `limit` of the tags wanted, from their files. No more than twice as many are in memory.
-    fn list_files(&self, is_wanted: impl Fn(&TagKey) -> bool, limit: usize) -> Vec<(TagKey, TagRecord)> {
+    fn list_files(&self, matches: impl Fn(&TagKey) -> bool, limit: usize) -> Vec<(TagKey, TagRecord)> {
         let mut first = Vec::new();
         let shorten = |tags: &mut Vec<(TagKey, TagRecord)>| {
             tags.sort_by(|(a, _), (b, _)| a.cmp(b));
             tags.truncate(limit);
         };
         self.walk_with_times(&AtomicBool::new(false), |key, filed, _| {
-            if is_wanted(&key) {
+            if matches(&key) {
                 let indexed = self.read_index(&key);
-                let whole = TagRecord::of_both(Some(filed), indexed).unwrap_or_default();
+                let whole = TagRecord::merge(Some(filed), indexed).unwrap_or_default();
                 first.push((key, whole));
                 if first.len() / 2 > limit {
                     shorten(&mut first);
@@ -574,7 +598,7 @@ impl Refs {
                 }
                 // What is damaged or gone is found so by whoever asks for that tag.
                 let bytes = self.fs.read_file(&folder.join(file.name), RECORD_BYTES_MAX);
-                if let Some((key, record)) = bytes.ok().and_then(|bytes| TagRecord::of_file(&bytes)) {
+                if let Some((key, record)) = bytes.ok().and_then(|bytes| TagRecord::from_file(&bytes)) {
                     each(key, record, file.modified);
                 }
             }

@@ -32,7 +32,7 @@ use bytes::Bytes;
 
 use super::blobs::Verified;
 use super::fs::{DirectoryFs, FileSystem, MemoryFs};
-use super::manifests::HeldManifest;
+use super::manifests::StoredManifest;
 use super::tags::{TagKey, Variant};
 use super::*;
 use crate::oci::{Algorithm, Digest, Hasher, MediaType, Repository};
@@ -155,10 +155,10 @@ pub(super) fn variant(accept: u64, content: &[u8], seconds: u64) -> Variant {
         accept,
         digest: digest(content),
         media_type: image(),
-        takes_indexes: true,
+        accepts_indexes: true,
         confirmed_at: at(seconds),
-        first_held_at: at(seconds),
-        earlier: None,
+        first_seen_at: at(seconds),
+        previous: None,
         history: Vec::new(),
     }
 }
@@ -169,17 +169,21 @@ pub(super) fn verified(bytes: &[u8]) -> Verified {
     Verified::check(hasher, &digest(bytes), bytes.len() as u64, None).unwrap()
 }
 
-pub(super) fn keep_blob(store: &Store, bytes: &[u8]) -> Result<(), Fault> {
+pub(super) fn keep_blob(store: &Store, bytes: &[u8]) -> Result<(), StoreError> {
     let ingest = store.begin(&digest(bytes), Some(bytes.len() as u64))?;
     ingest
         .file()
         .write_at(bytes, 0)
-        .map_err(|error| Fault::io("write", "ingest", &error))?;
+        .map_err(|error| StoreError::io("write", "ingest", &error))?;
     ingest.commit(verified(bytes)).map(drop)
 }
 
-pub(super) fn keep_manifest(store: &Store, bytes: &Bytes, repo: &str) -> Result<Arc<HeldManifest>, Fault> {
-    store.keep_manifest(bytes.clone(), image(), digest(bytes), UPSTREAM, &repository(repo))
+pub(super) fn put_manifest(
+    store: &Store,
+    bytes: &Bytes,
+    repo: &str,
+) -> Result<Arc<StoredManifest>, StoreError> {
+    store.put_manifest(bytes.clone(), image(), digest(bytes), UPSTREAM, &repository(repo))
 }
 
 pub(super) fn read_blob(store: &Store, of: &Digest) -> Option<Vec<u8>> {
@@ -190,10 +194,10 @@ pub(super) fn read_blob(store: &Store, of: &Digest) -> Option<Vec<u8>> {
 }
 
 /// What a tag named once, told once.
-pub(super) fn past(content: &[u8], seconds: u64) -> crate::store::tags::Past {
-    crate::store::tags::Past {
+pub(super) fn past(content: &[u8], seconds: u64) -> crate::store::tags::HistoryEntry {
+    crate::store::tags::HistoryEntry {
         digest: digest(content),
-        first_held_at: at(seconds),
+        first_seen_at: at(seconds),
         confirmed_at: at(seconds),
     }
 }

@@ -4,7 +4,7 @@
 //! manifest to every tag and index that names it. So the size of an image is told twice: all of it, and what of it no
 //! other image needs.
 //!
-//! A page of images costs what it shows. Only what is shared is a matter of all images: [`Shares`] counts that in some
+//! A page of images costs what it shows. Only what is shared is a matter of all images: [`ReferenceCounts`] counts that in some
 //! 16 bytes for each digest, and is kept until something changes. Tags are always gone through a page at a time.
 //!
 //! What goes with an image is what nothing else needs: no other tag, and no manifest that was pulled by its digest alone.
@@ -21,14 +21,14 @@ use tokio::time::Instant;
 
 use super::fs::FileSystem;
 use super::tags::{TagKey, TagRecord};
-use super::{Fault, Store, content_path, size_of};
+use super::{Store, StoreError, content_path, size_of};
 use crate::oci::manifest::Role;
 use crate::oci::{Algorithm, AnyDigest, Digest};
 
 /// Tags looked at for what they share. In a store with more, what only later ones need counts as nobody's.
 pub const TAGS_MAX: usize = 50_000;
 
-const TAGS_PER_LOOK: usize = 256;
+const TAGS_PER_PAGE: usize = 256;
 
 /// How deep indexes may lie in each other.
 const DEPTH_MAX: u32 = 3;
@@ -36,26 +36,26 @@ const DEPTH_MAX: u32 = 3;
 /// In a store with more tags, a count of what is shared is used for a while after a change, so that counting takes at most
 /// a twentieth of the time.
 const EXACT_TAGS_MAX: usize = 1_000;
-const REST_AFTER_COUNTING: u32 = 20;
+const RECOUNT_PAUSE_FACTOR: u32 = 20;
 
 /// How many tags need each digest held.
 #[derive(Debug, Default)]
-pub struct Shares {
+pub struct ReferenceCounts {
     /// By a keyed hash of the digest: a stranger cannot make two digests count as one.
     counts: HashMap<u64, u32>,
     keys: RandomState,
 }
 
-impl Shares {
+impl ReferenceCounts {
     /// How many images need what is held under this digest.
-    pub fn holders(&self, digest: &Digest) -> usize {
+    pub fn count(&self, digest: &Digest) -> usize {
         let count = self.counts.get(&self.keys.hash_one(digest));
         count.map_or(0, |count| usize::try_from(*count).unwrap_or(usize::MAX))
     }
 
     /// The bytes of an image: all that is held of it, and what of that no other image needs.
-    pub fn sizes(&self, image: &Stocked) -> (u64, u64) {
-        let own = |(digest, _): &(&Digest, &Content)| self.holders(digest) <= 1;
+    pub fn sizes(&self, image: &TagUsage) -> (u64, u64) {
+        let own = |(digest, _): &(&Digest, &Content)| self.count(digest) <= 1;
         let own = image.content.iter().filter(own);
         (image.bytes(), own.map(|(_, content)| content.bytes).sum())
     }
@@ -68,12 +68,12 @@ impl Shares {
     }
 }
 
-/// The last [`Shares`] counted.
+/// The last [`ReferenceCounts`] counted.
 #[derive(Default)]
-pub(super) struct KnownShares(Mutex<Option<Counted>>);
+pub(super) struct ReferenceCountCache(Mutex<Option<Counted>>);
 
 struct Counted {
-    shares: Arc<Shares>,
+    counts: Arc<ReferenceCounts>,
     /// The count of changes before the look.
     changes: u64,
     tags: usize,
@@ -82,15 +82,15 @@ struct Counted {
 }
 
 impl Counted {
-    fn is_good(&self, changes: u64) -> bool {
+    fn is_current(&self, changes: u64) -> bool {
         self.changes == changes
-            || (self.tags > EXACT_TAGS_MAX && self.ended.elapsed() < self.took * REST_AFTER_COUNTING)
+            || (self.tags > EXACT_TAGS_MAX && self.ended.elapsed() < self.took * RECOUNT_PAUSE_FACTOR)
     }
 }
 
 /// A tag, and what of it is held.
 #[derive(Debug)]
-pub struct Stocked {
+pub struct TagUsage {
     /// Which.
     pub key: TagKey,
     /// What is known of it.
@@ -110,7 +110,7 @@ pub struct Content {
 
 /// What went, or would go.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Freed {
+pub struct Reclaimed {
     /// Tags forgotten.
     pub tags: u64,
     /// Manifests removed.
@@ -121,7 +121,7 @@ pub struct Freed {
     pub bytes: u64,
 }
 
-impl Stocked {
+impl TagUsage {
     /// The bytes of all that is held of it.
     pub fn bytes(&self) -> u64 {
         self.content.values().map(|content| content.bytes).sum()
@@ -133,8 +133,8 @@ impl Store {
     pub fn each_tag(&self, mut each: impl FnMut(TagKey, TagRecord) -> ControlFlow<()>) {
         let mut after: Option<TagKey> = None;
         loop {
-            let page = self.tags(after.as_ref(), TAGS_PER_LOOK);
-            let is_last = page.len() < TAGS_PER_LOOK;
+            let page = self.tags(after.as_ref(), TAGS_PER_PAGE);
+            let is_last = page.len() < TAGS_PER_PAGE;
             after = page.last().map(|(key, _)| key.clone());
             for (key, record) in page {
                 if each(key, record).is_break() {
@@ -148,17 +148,21 @@ impl Store {
     }
 
     /// What is shared. One look at everything after a change, and none until the next. Blocks.
-    pub fn shares(&self) -> Arc<Shares> {
+    pub fn reference_counts(&self) -> Arc<ReferenceCounts> {
         // Held during the look: those that wait want the same.
-        let mut known = self.shares.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut known = self
+            .reference_counts
+            .0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         // Read first: a change during the look makes what was found outdated, not wrong.
         let (changes, began) = (self.usage.changes(), Instant::now());
-        if let Some(known) = known.as_ref().filter(|known| known.is_good(changes)) {
-            return Arc::clone(&known.shares);
+        if let Some(known) = known.as_ref().filter(|known| known.is_current(changes)) {
+            return Arc::clone(&known.counts);
         }
-        let (mut shares, mut tags, mut sizes) = (Shares::default(), 0, HashMap::new());
+        let (mut counts, mut tags, mut sizes) = (ReferenceCounts::default(), 0, HashMap::new());
         self.each_tag(|_, record| {
-            shares.add(self.content(&record, &mut sizes).keys());
+            counts.add(self.content(&record, &mut sizes).keys());
             tags += 1;
             if tags < TAGS_MAX {
                 ControlFlow::Continue(())
@@ -166,26 +170,26 @@ impl Store {
                 ControlFlow::Break(())
             }
         });
-        let shares = Arc::new(shares);
+        let counts = Arc::new(counts);
         *known = Some(Counted {
-            shares: Arc::clone(&shares),
+            counts: Arc::clone(&counts),
             changes,
             tags,
             ended: Instant::now(),
             took: began.elapsed(),
         });
-        shares
+        counts
     }
 
     /// At most `limit` images in the order of their names, after the first `skip`. Blocks.
-    pub fn stocked_from(&self, skip: usize, limit: usize) -> Vec<Stocked> {
+    pub fn tag_usages(&self, skip: usize, limit: usize) -> Vec<TagUsage> {
         let tags = self.tags_from(skip, limit).into_iter();
-        tags.map(|(key, record)| self.stock(key, record)).collect()
+        tags.map(|(key, record)| self.usage_of(key, record)).collect()
     }
 
     /// What of a tag is held. Blocks.
-    pub fn stock(&self, key: TagKey, record: TagRecord) -> Stocked {
-        Stocked {
+    pub fn usage_of(&self, key: TagKey, record: TagRecord) -> TagUsage {
+        TagUsage {
             key,
             content: self.content(&record, &mut HashMap::new()),
             record,
@@ -193,18 +197,18 @@ impl Store {
     }
 
     /// What of one tag is held. Blocks.
-    pub fn stocked(&self, key: &TagKey) -> Result<Option<Stocked>, Fault> {
+    pub fn tag_usage(&self, key: &TagKey) -> Result<Option<TagUsage>, StoreError> {
         let record = self.tag(key)?;
-        Ok(record.map(|record| self.stock(key.clone(), (*record).clone())))
+        Ok(record.map(|record| self.usage_of(key.clone(), (*record).clone())))
     }
 
-    /// Forgets these tags and removes what nothing else needs; with `is_trial`, only says what that would be. A client
+    /// Forgets these tags and removes what nothing else needs; with `is_dry_run`, only says what that would be. A client
     /// that reads such a blob now reads it to its end. Blocks.
-    pub fn let_go(&self, keys: &[TagKey], is_trial: bool) -> Result<Freed, Fault> {
+    pub fn delete_images(&self, keys: &[TagKey], is_dry_run: bool) -> Result<Reclaimed, StoreError> {
         let going: HashSet<&TagKey> = keys.iter().collect();
         let (mut candidates, mut found) = (BTreeMap::new(), Vec::new());
         for key in &going {
-            if let Some(image) = self.stocked(key)? {
+            if let Some(image) = self.tag_usage(key)? {
                 candidates.extend(image.content);
                 found.push(*key);
             }
@@ -222,11 +226,11 @@ impl Store {
             ControlFlow::Continue(())
         });
         self.needed_by_untagged(&candidates, &mut needed);
-        let mut freed = Freed {
+        let mut reclaimed = Reclaimed {
             tags: found.len() as u64,
-            ..Freed::default()
+            ..Reclaimed::default()
         };
-        if !is_trial {
+        if !is_dry_run {
             for key in found {
                 self.remove_tag(key)?;
             }
@@ -235,21 +239,21 @@ impl Store {
             if needed.contains(&digest) {
                 continue;
             }
-            let was_there = match (is_trial, content.is_manifest) {
+            let was_there = match (is_dry_run, content.is_manifest) {
                 (true, _) => true,
                 (false, true) => self.remove_manifest(&digest)?,
                 (false, false) => self.remove_blob(&digest)?,
             };
             if was_there {
-                freed.bytes += content.bytes;
+                reclaimed.bytes += content.bytes;
                 *if content.is_manifest {
-                    &mut freed.manifests
+                    &mut reclaimed.manifests
                 } else {
-                    &mut freed.blobs
+                    &mut reclaimed.blobs
                 } += 1;
             }
         }
-        Ok(freed)
+        Ok(reclaimed)
     }
 
     /// Adds what manifests need that no tag leads to: they were pulled by their digest.
@@ -286,8 +290,8 @@ impl Store {
         let mut content = BTreeMap::new();
         for variant in &record.variants {
             self.gather(&variant.digest, DEPTH_MAX, &mut content, sizes);
-            if let Some(earlier) = &variant.earlier {
-                self.gather(&earlier.digest, DEPTH_MAX, &mut content, sizes);
+            if let Some(previous) = &variant.previous {
+                self.gather(&previous.digest, DEPTH_MAX, &mut content, sizes);
             }
         }
         content

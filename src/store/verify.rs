@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
 use super::scrub::Scrub;
-use super::{Fault, Store};
+use super::{Store, StoreError};
 use crate::oci::Digest;
 
 /// Damaged content named in the answer; more is only counted.
@@ -36,7 +36,7 @@ pub(super) struct Verifying {
 
 impl Store {
     /// Begins to read everything; says whether that is news, for there is one at a time.
-    pub fn begin_verification(&self) -> Result<bool, Fault> {
+    pub fn begin_verification(&self) -> Result<bool, StoreError> {
         self.verifying.begin(&self.scrub)
     }
 
@@ -53,7 +53,7 @@ impl Store {
 }
 
 impl Verifying {
-    fn begin(&self, scrub: &Arc<Scrub>) -> Result<bool, Fault> {
+    fn begin(&self, scrub: &Arc<Scrub>) -> Result<bool, StoreError> {
         let mut thread = lock(&self.thread);
         if thread.as_ref().is_some_and(|thread| !thread.is_finished()) {
             return Ok(false);
@@ -87,7 +87,7 @@ impl Verifying {
                     "everything held was read at the operator's wish"
                 );
             });
-        let begun = begun.map_err(|error| Fault::io("start the thread to read", "blobs", &error))?;
+        let begun = begun.map_err(|error| StoreError::io("start the thread to read", "blobs", &error))?;
         *thread = Some(begun);
         Ok(true)
     }

@@ -11,24 +11,24 @@ use std::time::SystemTime;
 use bytes::Bytes;
 
 use super::blobs::HeldBlob;
-use super::challenges::KeptChallenge;
-use super::invalidations::DoubtKey;
-use super::listings::{KeptAnswer, KeptListing, ListingKey};
-use super::manifests::HeldManifest;
+use super::challenges::StoredChallenge;
+use super::invalidations::InvalidationKey;
+use super::listings::{ListingKey, StoredListResponse, StoredListing};
+use super::manifests::StoredManifest;
 use super::tags::{TagKey, TagRecord};
-use super::{Fault, Store};
+use super::{Store, StoreError};
 use crate::oci::{Digest, Repository};
 
 /// What the store holds, as far as this view reaches.
 pub struct View<'a> {
     pub(super) store: &'a Store,
-    reach: Reach,
+    source: Source,
     /// Whether a look-up had to go beyond memory.
-    lacks: Cell<bool>,
+    needs_disk: Cell<bool>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Reach {
+enum Source {
     Memory,
     Disk,
 }
@@ -36,29 +36,29 @@ enum Reach {
 impl Store {
     /// Everything that is held. Blocks.
     pub fn view(&self) -> View<'_> {
-        View::new(self, Reach::Disk)
+        View::new(self, Source::Disk)
     }
 }
 
 impl<'a> View<'a> {
-    fn new(store: &'a Store, reach: Reach) -> Self {
+    fn new(store: &'a Store, source: Source) -> Self {
         Self {
             store,
-            reach,
-            lacks: Cell::new(false),
+            source,
+            needs_disk: Cell::new(false),
         }
     }
 
     /// What `read` finds in memory; `None` where it takes the disk to know.
     pub(super) fn in_memory<T>(store: &'a Store, read: impl FnOnce(&Self) -> T) -> Option<T> {
-        let view = Self::new(store, Reach::Memory);
+        let view = Self::new(store, Source::Memory);
         let found = read(&view);
-        (!view.lacks.get()).then_some(found)
+        (!view.needs_disk.get()).then_some(found)
     }
 
     /// Whether what was found so far is complete: not so after a look-up in memory mode that needed the disk.
-    pub(super) fn is_complete(&self) -> bool {
-        !self.lacks.get()
+    pub(super) fn needed_no_disk(&self) -> bool {
+        !self.needs_disk.get()
     }
 
     /// `ready` is what the caches know; `stored` looks at the disk too.
@@ -68,17 +68,17 @@ impl<'a> View<'a> {
         ready: impl FnOnce(&Store) -> Option<T>,
         stored: impl FnOnce(&Store) -> T,
     ) -> T {
-        match self.reach {
-            Reach::Disk => stored(self.store),
-            Reach::Memory => ready(self.store).unwrap_or_else(|| {
-                self.lacks.set(true);
+        match self.source {
+            Source::Disk => stored(self.store),
+            Source::Memory => ready(self.store).unwrap_or_else(|| {
+                self.needs_disk.set(true);
                 unknown
             }),
         }
     }
 
     /// The manifest, if it is held.
-    pub fn manifest(&self, digest: &Digest) -> Result<Option<Arc<HeldManifest>>, Fault> {
+    pub fn manifest(&self, digest: &Digest) -> Result<Option<Arc<StoredManifest>>, StoreError> {
         self.find(
             Ok(None),
             |store| store.manifests.ready(digest).map(|held| Ok(Some(held))),
@@ -87,7 +87,7 @@ impl<'a> View<'a> {
     }
 
     /// The blob, if it is held.
-    pub fn blob(&self, digest: &Digest) -> Result<Option<HeldBlob>, Fault> {
+    pub fn blob(&self, digest: &Digest) -> Result<Option<HeldBlob>, StoreError> {
         self.find(
             Ok(None),
             |store| store.blobs.ready(digest).map(|held| Ok(Some(held))),
@@ -113,11 +113,11 @@ impl<'a> View<'a> {
     }
 
     /// Whether the upstream was seen to have `digest` in this repository.
-    pub fn has_seen(&self, upstream: &str, repository: &Repository, digest: &Digest) -> bool {
+    pub fn is_member(&self, upstream: &str, repository: &Repository, digest: &Digest) -> bool {
         self.find(
             false,
-            |store| store.seen.is_ready_with(upstream, repository, digest),
-            |store| store.has_seen(upstream, repository, digest),
+            |store| store.membership.contains_in_memory(upstream, repository, digest),
+            |store| store.is_member(upstream, repository, digest),
         )
     }
 
@@ -125,13 +125,13 @@ impl<'a> View<'a> {
     pub fn public_since(&self, upstream: &str, repository: &Repository) -> Option<SystemTime> {
         self.find(
             None,
-            |store| store.seen.ready_public(upstream, repository),
+            |store| store.membership.public_in_memory(upstream, repository),
             |store| store.public_since(upstream, repository),
         )
     }
 
     /// What is known of a tag.
-    pub fn tag(&self, key: &TagKey) -> Result<Option<Arc<TagRecord>>, Fault> {
+    pub fn tag(&self, key: &TagKey) -> Result<Option<Arc<TagRecord>>, StoreError> {
         self.find(
             Ok(None),
             |store| store.tags.ready(key).map(|record| Ok(Some(record))),
@@ -140,24 +140,24 @@ impl<'a> View<'a> {
     }
 
     /// The last answer to a question for a list, if it is still kept.
-    pub fn listing_answer(&self, key: &ListingKey) -> Result<Option<KeptAnswer>, Fault> {
+    pub fn listing_response(&self, key: &ListingKey) -> Result<Option<StoredListResponse>, StoreError> {
         self.find(
             Ok(None),
             |store| store.listings.ready(key).map(|answer| Ok(Some(answer))),
-            |store| store.listing_answer(key),
+            |store| store.listing_response(key),
         )
     }
 
     /// The last list given to this question, if it is still kept and no 404 came since.
-    pub fn listing(&self, key: &ListingKey) -> Result<Option<Arc<KeptListing>>, Fault> {
-        Ok(match self.listing_answer(key)? {
-            Some(KeptAnswer::List(listing)) => Some(listing),
-            Some(KeptAnswer::Absent(_)) | None => None,
+    pub fn listing(&self, key: &ListingKey) -> Result<Option<Arc<StoredListing>>, StoreError> {
+        Ok(match self.listing_response(key)? {
+            Some(StoredListResponse::List(listing)) => Some(listing),
+            Some(StoredListResponse::NotFound(_)) | None => None,
         })
     }
 
     /// What the upstream last said to a request without a credential, as far as that is kept.
-    pub fn challenge(&self, upstream: &str) -> Option<Arc<KeptChallenge>> {
+    pub fn challenge(&self, upstream: &str) -> Option<Arc<StoredChallenge>> {
         self.find(
             None,
             |store| store.challenges.ready(upstream),
@@ -166,7 +166,7 @@ impl<'a> View<'a> {
     }
 
     /// Since when `key` is in doubt. All doubts are in memory.
-    pub fn doubted_since(&self, key: &DoubtKey) -> Option<SystemTime> {
-        self.store.doubted_since(key)
+    pub fn invalidated_since(&self, key: &InvalidationKey) -> Option<SystemTime> {
+        self.store.invalidated_since(key)
     }
 }

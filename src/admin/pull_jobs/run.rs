@@ -12,7 +12,7 @@ use crate::clock::Clock;
 use crate::oci::manifest::{Kind, Role};
 use crate::oci::{AnyDigest, Digest, Operation, Reference};
 use crate::proxy::{BlobBody, ProxyResponse, ProxyService};
-use crate::store::manifests::HeldManifest;
+use crate::store::manifests::StoredManifest;
 
 /// Layers of one image at a time.
 const LAYERS_PARALLEL_MAX: usize = 3;
@@ -80,7 +80,7 @@ pub(super) async fn run(
     Ok(())
 }
 
-fn list(job: &PullJob, stored: &HeldManifest, platform: Option<&str>) {
+fn list(job: &PullJob, stored: &StoredManifest, platform: Option<&str>) {
     let mut progress = job.progress();
     for child in &stored.manifest.children {
         let AnyDigest::Known(digest) = child.digest else {
@@ -110,7 +110,7 @@ async fn layers(
     pull: &Arc<ProxyService>,
     job: &Arc<PullJob>,
     spec: &Arc<PullSpec>,
-    stored: &HeldManifest,
+    stored: &StoredManifest,
     clock: Clock,
 ) -> Result<(), String> {
     let permits = Arc::new(Semaphore::new(LAYERS_PARALLEL_MAX));
@@ -186,7 +186,7 @@ async fn manifest(
     spec: &PullSpec,
     reference: Reference,
     clock: Clock,
-) -> Result<(Arc<HeldManifest>, &'static str), String> {
+) -> Result<(Arc<StoredManifest>, &'static str), String> {
     let operation = Operation::Manifest {
         repository: spec.named.repository.clone(),
         reference: reference.clone(),

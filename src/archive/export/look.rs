@@ -8,9 +8,9 @@ use crate::archive::{DEPTH_MAX, Image};
 use crate::oci::manifest::{Descriptor, Kind, Role};
 use crate::oci::{AnyDigest, Digest, Operation, Query, Reference};
 use crate::store::listings::ListingKey;
-use crate::store::manifests::HeldManifest;
+use crate::store::manifests::StoredManifest;
 use crate::store::tags::{TagKey, TagReader};
-use crate::store::{Fault, Store};
+use crate::store::{Store, StoreError};
 
 /// The look at one image.
 pub(super) struct Look<'a> {
@@ -22,7 +22,7 @@ pub(super) struct Look<'a> {
 
 impl Look<'_> {
     /// What the image's name stands for: of a tag the image that it names for the operator.
-    pub(super) fn root(&self) -> Result<Arc<HeldManifest>, Refused> {
+    pub(super) fn root(&self) -> Result<Arc<StoredManifest>, Refused> {
         let not_held = || Refused::NotHeld(self.image.name.clone());
         let tag = match &self.image.reference {
             Reference::Digest(AnyDigest::Known(digest)) => {
@@ -37,14 +37,14 @@ impl Look<'_> {
             tag,
         };
         let record = self.store.tag(&key)?.ok_or_else(not_held)?;
-        let named = self.store.named(&key, &record, TagReader::Operator);
+        let named = self.store.resolve_tag(&key, &record, TagReader::Operator);
         match named {
             Some(named) => self.manifest(&named.digest)?.ok_or_else(not_held),
             None => Err(not_held()),
         }
     }
 
-    fn manifest(&self, digest: &Digest) -> Result<Option<Arc<HeldManifest>>, Fault> {
+    fn manifest(&self, digest: &Digest) -> Result<Option<Arc<StoredManifest>>, StoreError> {
         if !self.is_seen(digest) {
             return Ok(None);
         }
@@ -53,11 +53,11 @@ impl Look<'_> {
 
     fn is_seen(&self, digest: &Digest) -> bool {
         self.store
-            .has_seen(&self.image.upstream, &self.image.repository, digest)
+            .is_member(&self.image.upstream, &self.image.repository, digest)
     }
 
     /// Adds a manifest and everything it needs.
-    pub(super) fn add(&mut self, held: &Arc<HeldManifest>, depth: u32) -> Result<(), Refused> {
+    pub(super) fn add(&mut self, held: &Arc<StoredManifest>, depth: u32) -> Result<(), Refused> {
         self.parts.push(Part::Manifest(Arc::clone(held)));
         let children = &held.manifest.children;
         let mut missing = Vec::new();
@@ -124,7 +124,7 @@ impl Look<'_> {
         }
     }
 
-    fn blob(&self, child: &Descriptor) -> Result<Option<Part>, Fault> {
+    fn blob(&self, child: &Descriptor) -> Result<Option<Part>, StoreError> {
         let AnyDigest::Known(digest) = child.digest else {
             return Ok(None);
         };

@@ -12,10 +12,10 @@ use crate::archive::layout::{self, Entry};
 use crate::archive::{DEPTH_MAX, Image};
 use crate::oci::manifest::{Kind, MANIFEST_BYTES_MAX, Role};
 use crate::oci::{Accept, AnyDigest, Digest, MediaType, Reference};
-use crate::store::listings::KeptListing;
-use crate::store::manifests::HeldManifest;
+use crate::store::listings::StoredListing;
+use crate::store::manifests::StoredManifest;
 use crate::store::tags::{NEVER_CONFIRMED, TagKey, Variant};
-use crate::store::{Fault, Store};
+use crate::store::{Store, StoreError};
 
 /// What `index.json` leads to.
 pub(super) struct Found {
@@ -115,12 +115,12 @@ impl Found {
         for found in &self.images {
             let (upstream, repository) = (&found.image.upstream, &found.image.repository);
             for digest in &found.blobs {
-                store.note_seen(upstream, repository, digest)?;
+                store.add_member(upstream, repository, digest)?;
             }
             for (digest, media_type) in &found.manifests {
                 let held = read_manifest(store, digest, media_type)?;
-                store.keep_manifest(held.bytes, held.media_type, *digest, upstream, repository)?;
-                store.note_seen(upstream, repository, digest)?;
+                store.put_manifest(held.bytes, held.media_type, *digest, upstream, repository)?;
+                store.add_member(upstream, repository, digest)?;
             }
             for (subject, entries) in &found.referrers {
                 let key = referrers_of(&found.image, *subject);
@@ -129,28 +129,26 @@ impl Found {
                     && let Ok(media_type) = "application/vnd.oci.image.index.v1+json".parse()
                 {
                     let bytes = Bytes::from(layout::index_document(entries.iter()));
-                    let listing = KeptListing::new(bytes, media_type, None, None, NEVER_CONFIRMED);
-                    store.keep_listing(&key, listing)?;
+                    let listing = StoredListing::new(bytes, media_type, None, None, NEVER_CONFIRMED);
+                    store.put_listing(&key, listing)?;
                 }
             }
             if wish.is_public && store.public_since(upstream, repository).is_none() {
                 // Long ago: it opens the repository in an outage, and is asked about while the upstream answers.
-                store.note_public(upstream, repository, Some(NEVER_CONFIRMED))?;
+                store.set_public(upstream, repository, Some(NEVER_CONFIRMED))?;
             }
         }
         Ok(())
     }
 
     pub(super) fn keep_tags(&self, store: &Store, now: SystemTime) -> Result<(), Refused> {
-        self.images
-            .iter()
-            .try_for_each(|found| found.keep_tag(store, now))
+        self.images.iter().try_for_each(|found| found.put_tag(store, now))
     }
 }
 
 impl FoundImage {
     /// A tag that names this already was perhaps confirmed, which the archive knows nothing of.
-    fn keep_tag(&self, store: &Store, now: SystemTime) -> Result<(), Refused> {
+    fn put_tag(&self, store: &Store, now: SystemTime) -> Result<(), Refused> {
         let Some(key) = self.key() else { return Ok(()) };
         let record = store.tag(&key)?;
         let names_it = |variant: &Variant| variant.digest == self.root;
@@ -164,18 +162,18 @@ impl FoundImage {
             accept: Accept::manifests().key(),
             digest: self.root,
             media_type: media_type.clone(),
-            takes_indexes: true,
+            accepts_indexes: true,
             confirmed_at: NEVER_CONFIRMED,
-            first_held_at: now,
-            earlier: None,
+            first_seen_at: now,
+            previous: None,
             history: Vec::new(),
         };
-        Ok(store.keep_tag(&key, variant)?)
+        Ok(store.put_tag(&key, variant)?)
     }
 }
 
 /// The manifest, from the bytes that were received, or where it was held before.
-fn read_manifest(store: &Store, digest: &Digest, media_type: &MediaType) -> Result<HeldManifest, Refused> {
+fn read_manifest(store: &Store, digest: &Digest, media_type: &MediaType) -> Result<StoredManifest, Refused> {
     let wrong = |reason: String| Refused::Manifest {
         digest: *digest,
         reason,
@@ -191,7 +189,7 @@ fn read_manifest(store: &Store, digest: &Digest, media_type: &MediaType) -> Resu
         let bytes = held.read_whole(MANIFEST_BYTES_MAX as u64);
         Bytes::from(bytes.map_err(|error| wrong(error.to_string()))?)
     };
-    let held = HeldManifest::check(bytes, media_type.clone(), *digest);
+    let held = StoredManifest::verify(bytes, media_type.clone(), *digest);
     let held = held.map_err(|fault| wrong(fault.to_string()))?;
     match &held.manifest.media_type {
         Some(own) if own != media_type => Err(wrong(format!(
@@ -233,7 +231,7 @@ struct Look<'a> {
 }
 
 impl Look<'_> {
-    fn manifest(&self, digest: &Digest, media_type: &MediaType) -> Result<HeldManifest, Refused> {
+    fn manifest(&self, digest: &Digest, media_type: &MediaType) -> Result<StoredManifest, Refused> {
         if !self.brought.objects.contains_key(digest) {
             return Err(Refused::Manifest {
                 digest: *digest,
@@ -260,7 +258,7 @@ impl Look<'_> {
     }
 
     /// Whether an import changes nothing.
-    fn was_held(&self, found: &FoundImage) -> Result<bool, Fault> {
+    fn was_held(&self, found: &FoundImage) -> Result<bool, StoreError> {
         let Some(key) = found.key() else { return Ok(false) };
         let record = self.store.tag(&key)?;
         let names_it = |variant: &Variant| variant.digest == found.root;
@@ -271,7 +269,7 @@ impl Look<'_> {
                 .objects
                 .get(digest)
                 .is_some_and(|object| object.is_new);
-            !is_new && self.store.has_seen(&key.upstream, &key.repository, digest)
+            !is_new && self.store.is_member(&key.upstream, &key.repository, digest)
         };
         Ok(record.is_some_and(|record| record.variants.iter().any(names_it))
             && manifests.chain(&found.blobs).all(was_here))

@@ -11,7 +11,7 @@ use crate::oci::manifest::MANIFEST_BYTES_MAX;
 use crate::oci::{Digest, Hasher};
 use crate::store::blobs::Verified;
 use crate::store::ingest::Ingest;
-use crate::store::{Fault, Store};
+use crate::store::{Store, StoreError};
 
 /// What may stand between two files: headers, long names, extended attributes. The tar crate keeps it in memory.
 const HEAD_BYTES_MAX: u64 = 64 * 1024;
@@ -141,7 +141,7 @@ fn blob(store: &Store, entry: &mut impl Read, digest: Digest, size: u64) -> Resu
         hasher.update(bytes);
         if let Some(file) = &file {
             let written = file.write_at(bytes, received);
-            written.map_err(|error| Fault::io("write", layout::blob_name(&digest), &error))?;
+            written.map_err(|error| StoreError::io("write", layout::blob_name(&digest), &error))?;
         }
         received += count as u64;
     }

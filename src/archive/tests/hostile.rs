@@ -85,7 +85,7 @@ fn refused(archive: impl Read) -> Refused {
     assert!(ground.tagged(NAME).is_none(), "{refused}");
     for blob in [&b"config"[..], b"layer", &manifest(b"config", b"layer")] {
         assert!(ground.blob(blob).is_none(), "{refused}");
-        assert!(!ground.has_seen(NAME, blob), "{refused}");
+        assert!(!ground.is_member(NAME, blob), "{refused}");
     }
     let image = named(NAME).unwrap();
     assert_eq!(
@@ -297,11 +297,11 @@ fn what_an_archive_only_names_is_not_opened_by_it() {
     let archive = Archive::of(&manifest(b"config", b"layer"), &[b"config"]).bytes();
     let refused = ground.import_as(&archive, None, true).unwrap_err();
     assert!(matches!(refused, Refused::Incomplete { .. }), "{refused}");
-    assert!(!ground.has_seen(NAME, b"layer"));
+    assert!(!ground.is_member(NAME, b"layer"));
     assert_eq!(ground.blob(b"layer").unwrap(), b"layer", "what was held stays");
     // With its bytes it proves nothing new: whoever made the archive had them.
     ground.import_as(&Archive::whole().bytes(), None, true).unwrap();
-    assert!(ground.has_seen(NAME, b"layer"));
+    assert!(ground.is_member(NAME, b"layer"));
     // And an archive that claims to have them has to have them.
     let mut liar = Archive::of(&manifest(b"config", b"layer"), &[b"config"]);
     liar.file(&layout::blob_name(&digest(b"layer")), b"loyer");

@@ -8,24 +8,24 @@ use std::sync::PoisonError;
 use std::time::{Duration, SystemTime};
 
 use super::super::plan::{Plan, Snapshot, plan};
-use super::super::usage_report::Freed;
-use super::super::{Fault, Store};
+use super::super::usage_report::Reclaimed;
+use super::super::{Store, StoreError};
 use super::{Done, Evictor, ROUNDS_MAX, YOUNG};
 
 impl Store {
     /// Removes what no tag leads to and was not used for `unused_for`, at least for [`YOUNG`]; with `is_trial`, only
     /// says what that would be. What is pinned or being read stays. Blocks.
-    pub fn collect(&self, unused_for: Duration, is_trial: bool) -> Result<Freed, Fault> {
+    pub fn collect(&self, unused_for: Duration, is_trial: bool) -> Result<Reclaimed, StoreError> {
         self.evictor.collect(unused_for.max(YOUNG), is_trial)
     }
 }
 
 impl Evictor {
-    fn collect(&self, unused_for: Duration, is_trial: bool) -> Result<Freed, Fault> {
+    fn collect(&self, unused_for: Duration, is_trial: bool) -> Result<Reclaimed, StoreError> {
         let _one_at_a_time = self.state.round.lock().unwrap_or_else(PoisonError::into_inner);
         let now = self.uses.now();
         let spared_since = now.checked_sub(unused_for).unwrap_or(SystemTime::UNIX_EPOCH);
-        let mut freed = Freed::default();
+        let mut freed = Reclaimed::default();
         for _ in 0..ROUNDS_MAX {
             self.uses.watch();
             let mut snapshot = self.look();
@@ -69,7 +69,7 @@ fn keep_tagged(snapshot: &mut Snapshot) {
 }
 
 fn trial(plan: &Plan) -> Done {
-    let mut freed = Freed::default();
+    let mut freed = Reclaimed::default();
     for step in &plan.steps {
         freed.count(step, 0);
     }

@@ -19,7 +19,7 @@ impl Evictor {
         self.tags.walk_with_times(&self.stop, |key, record, modified| {
             let is_pinned = self.pins.has(&Pin::Tag(key.clone()));
             images.push(Image {
-                names: exactly(self.tags.named(&key, &record)),
+                names: exactly(self.tags.digests_of(&key, &record)),
                 // Written when what it names changed; its uses are those of its manifests.
                 used_at: self.uses.believed(modified),
                 is_pinned,

@@ -4,7 +4,7 @@
     reason = "tests may fail loudly"
 )]
 use super::super::tests::power_cut::CutVolume;
-use super::super::tests::{Ground, UPSTREAM, at, digest, keep_blob, keep_manifest, key, manifest, variant};
+use super::super::tests::{Ground, UPSTREAM, at, digest, keep_blob, key, manifest, put_manifest, variant};
 use super::super::uses::Used;
 use super::*;
 use crate::store::{Settings, Store};
@@ -12,9 +12,9 @@ use crate::store::{Settings, Store};
 /// An image that is old enough to go, and what a round would do about it.
 fn about_to_go(store: &Store) -> Plan {
     keep_blob(store, &1_u32.to_be_bytes()).unwrap();
-    keep_manifest(store, &manifest(1), "library/alpine").unwrap();
-    store.keep_tag(&key("1"), variant(1, &manifest(1), 0)).unwrap();
-    store.tend(at(7200));
+    put_manifest(store, &manifest(1), "library/alpine").unwrap();
+    store.put_tag(&key("1"), variant(1, &manifest(1), 0)).unwrap();
+    store.tick(at(7200));
     store.evictor.uses.watch();
     let plan = plan(&store.evictor.look(), u64::MAX, at(3600));
     assert_eq!(plan.steps.len(), 3, "a tag, a manifest and a blob");
@@ -56,14 +56,14 @@ fn an_image_used_between_the_look_and_the_removal_stays() {
 #[test]
 fn an_image_fetched_again_between_the_look_and_the_removal_stays() {
     stays_whole_if("kept again", |store| {
-        keep_manifest(store, &manifest(1), "library/alpine").unwrap();
+        put_manifest(store, &manifest(1), "library/alpine").unwrap();
     });
 }
 
 #[test]
 fn a_tag_that_moves_or_is_pinned_between_the_look_and_the_removal_stays() {
     stays_whole_if("moved", |store| {
-        store.keep_tag(&key("1"), variant(1, b"another", 7200)).unwrap();
+        store.put_tag(&key("1"), variant(1, b"another", 7200)).unwrap();
     });
     stays_whole_if("pinned", |store| {
         store.pin(&Pin::Tag(key("1"))).unwrap();
@@ -80,7 +80,7 @@ fn a_layer_that_a_new_manifest_needs_stays_though_its_old_image_goes() {
     let plan = about_to_go(&store);
     let layer = digest(&1_u32.to_be_bytes());
     let newer = format!(r#"{{"schemaVersion":2,"layers":[{{"digest":"{layer}","size":4}}]}}"#);
-    keep_manifest(&store, &newer.into_bytes().into(), "library/alpine").unwrap();
+    put_manifest(&store, &newer.into_bytes().into(), "library/alpine").unwrap();
     assert!(!carries_out(&store, plan));
     assert!(store.blob(&layer).unwrap().is_some());
     assert!(store.tag(&key("1")).unwrap().is_none());
@@ -96,7 +96,7 @@ fn evict_looks_during(
     let fs = Arc::new(CutVolume::new(usize::MAX));
     let store = Store::open(&Settings::default(), Arc::clone(&fs) as _, at(0)).unwrap();
     held(&store);
-    store.tend(at(7200));
+    store.tick(at(7200));
     let gate = fs.gate(tree);
     let plan = std::thread::scope(|scope| {
         scope.spawn(|| write(&store));
@@ -118,7 +118,7 @@ fn layer_of_a_manifest_written_after_the_look_stays() {
         "manifests",
         |store| keep_blob(store, &layer).unwrap(),
         |store| {
-            keep_manifest(store, &manifest(1), "library/alpine").unwrap();
+            put_manifest(store, &manifest(1), "library/alpine").unwrap();
         },
     );
     assert!(!is_whole);
@@ -130,9 +130,9 @@ fn manifest_of_a_tag_written_after_the_look_stays() {
     let (store, is_whole) = evict_looks_during(
         "refs",
         |store| {
-            keep_manifest(store, &manifest(1), "library/alpine").unwrap();
+            put_manifest(store, &manifest(1), "library/alpine").unwrap();
         },
-        |store| store.keep_tag(&key("1"), variant(1, &manifest(1), 0)).unwrap(),
+        |store| store.put_tag(&key("1"), variant(1, &manifest(1), 0)).unwrap(),
     );
     assert!(!is_whole);
     assert!(store.manifest(&digest(&manifest(1))).unwrap().is_some());
@@ -142,12 +142,12 @@ fn manifest_of_a_tag_written_after_the_look_stays() {
 fn power_cut_after_an_eviction_brings_back_no_tag() {
     let fs = Arc::new(CutVolume::new(usize::MAX));
     let store = Store::open(&Settings::default(), Arc::clone(&fs) as _, at(0)).unwrap();
-    keep_manifest(&store, &manifest(1), "library/alpine").unwrap();
+    put_manifest(&store, &manifest(1), "library/alpine").unwrap();
     let tags = ["1", "2", "3", "4"].map(key);
     for tag in &tags {
-        store.keep_tag(tag, variant(1, &manifest(1), 0)).unwrap();
+        store.put_tag(tag, variant(1, &manifest(1), 0)).unwrap();
     }
-    store.tend(at(7200));
+    store.tick(at(7200));
     store.evictor.uses.watch();
     let mut plan = plan(&store.evictor.look(), u64::MAX, at(3600));
     // The round is stopped before the manifest goes.

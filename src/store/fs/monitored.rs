@@ -15,7 +15,7 @@ use rustix::io::Errno;
 use super::assert_may_block;
 use super::disk_errors::{DiskErrors, IoOperation};
 use super::{Entry, FileSystem, FsFile};
-use crate::store::Fault;
+use crate::store::StoreError;
 
 /// Written to find out whether the disk takes bytes again; never left there.
 const PROBE: &str = "probe";
@@ -27,12 +27,12 @@ pub(in crate::store) struct DiskHealth(Arc<DiskState>);
 
 #[derive(Default)]
 struct DiskState {
-    last: Mutex<Option<Fault>>,
+    last: Mutex<Option<StoreError>>,
     is_failing: AtomicBool,
 }
 
 impl DiskHealth {
-    fn lock(&self) -> MutexGuard<'_, Option<Fault>> {
+    fn lock(&self) -> MutexGuard<'_, Option<StoreError>> {
         self.0.last.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -42,7 +42,7 @@ impl DiskHealth {
     }
 
     /// What the disk refuses, if it does.
-    pub(in crate::store) fn last_error(&self) -> Option<Fault> {
+    pub(in crate::store) fn last_error(&self) -> Option<StoreError> {
         self.lock().clone()
     }
 
@@ -50,7 +50,7 @@ impl DiskHealth {
         if !is_disk_failure(error) {
             return;
         }
-        let fault = Fault::io(what, path, error);
+        let fault = StoreError::io(what, path, error);
         let before = self.lock().replace(fault.clone());
         self.0.is_failing.store(true, Ordering::Relaxed);
         if before.is_none() {

@@ -7,7 +7,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 /// The hashes of all grants in the index, and of some that are no longer there. Some 1.5 MiB at most: the index has no more
 /// than [`super::GRANTS_MAX`] grants, and those noted until the next look through them.
 #[derive(Default)]
-pub(super) struct Listed {
+pub(super) struct GrantFilter {
     hasher: RandomState,
     sets: Mutex<Sets>,
 }
@@ -21,18 +21,18 @@ struct Sets {
 }
 
 /// A look through the index. Dropped unfinished, it changes nothing.
-pub(super) struct Listing<'a> {
-    listed: &'a Listed,
+pub(super) struct FilterRebuild<'a> {
+    filter: &'a GrantFilter,
     is_finished: bool,
 }
 
-impl Listed {
+impl GrantFilter {
     fn sets(&self) -> MutexGuard<'_, Sets> {
         self.sets.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Whether the index has no grant of this key for sure.
-    pub(super) fn lacks(&self, key: &[u8]) -> bool {
+    pub(super) fn excludes(&self, key: &[u8]) -> bool {
         let hash = self.hasher.hash_one(key);
         let sets = self.sets();
         sets.now.as_ref().is_some_and(|now| !now.contains(&hash))
@@ -54,24 +54,24 @@ impl Listed {
 
     /// Begins a look through the index, unless there is one already. `_order` is what [`Self::add`] and the put that follows
     /// it are done under: a put that came later than the look would be in the index and not in the list.
-    pub(super) fn begin(&self, _order: &MutexGuard<'_, ()>) -> Option<Listing<'_>> {
+    pub(super) fn begin(&self, _order: &MutexGuard<'_, ()>) -> Option<FilterRebuild<'_>> {
         let mut sets = self.sets();
         if sets.next.is_some() {
             return None;
         }
         sets.next = Some(HashSet::new());
-        Some(Listing {
-            listed: self,
+        Some(FilterRebuild {
+            filter: self,
             is_finished: false,
         })
     }
 }
 
-impl Listing<'_> {
+impl FilterRebuild<'_> {
     /// The index has a grant of this key.
     pub(super) fn add(&mut self, key: &[u8]) {
-        let hash = self.listed.hasher.hash_one(key);
-        if let Some(next) = &mut self.listed.sets().next {
+        let hash = self.filter.hasher.hash_one(key);
+        if let Some(next) = &mut self.filter.sets().next {
             next.insert(hash);
         }
     }
@@ -82,9 +82,9 @@ impl Listing<'_> {
     }
 }
 
-impl Drop for Listing<'_> {
+impl Drop for FilterRebuild<'_> {
     fn drop(&mut self) {
-        let mut sets = self.listed.sets();
+        let mut sets = self.filter.sets();
         let next = sets.next.take();
         if self.is_finished {
             sets.now = next;

@@ -5,7 +5,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use super::{Index, IndexFault, disk};
-use crate::store::checksummed_json::{RECORD_BYTES_MAX, hex, opened, sealed};
+use crate::store::checksummed_json::{RECORD_BYTES_MAX, decode, encode, hex};
 use crate::store::fs::FileSystem;
 use crate::store::secret::random;
 
@@ -26,8 +26,8 @@ pub(super) fn identify(fs: &dyn FileSystem, index: &mut dyn Index) -> Result<(),
     let beside: Option<Identity> = fs
         .read_file(path, RECORD_BYTES_MAX)
         .ok()
-        .and_then(|record| opened(&record));
-    let inside: Option<Identity> = index.get(IDENTITY_KEY)?.and_then(|record| opened(&record));
+        .and_then(|record| decode(&record));
+    let inside: Option<Identity> = index.get(IDENTITY_KEY)?.and_then(|record| decode(&record));
     match (&beside, &inside) {
         (Some(beside), Some(inside)) if beside.id != inside.id => {
             return Err(IndexFault::Foreign("belongs to another store"));
@@ -48,7 +48,7 @@ pub(super) fn identify(fs: &dyn FileSystem, index: &mut dyn Index) -> Result<(),
         Some(identity) => identity.id,
         None => hex(&random::<16>().map_err(disk)?),
     };
-    let record = sealed(&Identity { id, generation });
+    let record = encode(&Identity { id, generation });
     index.put(IDENTITY_KEY, &record)?;
     index.sync()?;
     if let Err(error) = fs.write_durable(path, &record) {
@@ -60,6 +60,6 @@ pub(super) fn identify(fs: &dyn FileSystem, index: &mut dyn Index) -> Result<(),
 /// Sees to it that the index as it is on the disk belongs to another store when it is opened again.
 pub(super) fn disown(fs: &dyn FileSystem) -> Result<(), IndexFault> {
     let id = hex(&random::<16>().map_err(disk)?);
-    let record = sealed(&Identity { id, generation: 0 });
+    let record = encode(&Identity { id, generation: 0 });
     fs.write_durable(Path::new(STORE_ID), &record).map_err(disk)
 }

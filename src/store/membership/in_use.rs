@@ -6,59 +6,59 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
-use super::SharedSeen;
-use crate::store::cache_key::Place;
+use super::SharedRepoDigests;
+use crate::store::cache_key::RepoKey;
 
 /// At this many, those no longer used are looked for; and at twice as many as were left then.
 const SWEEP_MIN: usize = 1024;
 
 #[derive(Default)]
-pub(super) struct InUse(Mutex<Places>);
+pub(super) struct LiveRepos(Mutex<Repos>);
 
 #[derive(Default)]
-struct Places {
-    used: HashMap<Place, Weak<SharedSeen>>,
+struct Repos {
+    used: HashMap<RepoKey, Weak<SharedRepoDigests>>,
     /// Those whose file lacks a line that takes something back: only memory knows it.
-    owing: HashMap<Place, Arc<SharedSeen>>,
+    pending: HashMap<RepoKey, Arc<SharedRepoDigests>>,
     sweep_at: usize,
 }
 
-impl InUse {
-    pub(super) fn find(&self, place: &Place) -> Option<Arc<SharedSeen>> {
-        self.lock().used.get(place)?.upgrade()
+impl LiveRepos {
+    pub(super) fn find(&self, key: &RepoKey) -> Option<Arc<SharedRepoDigests>> {
+        self.lock().used.get(key)?.upgrade()
     }
 
     /// Notes what was loaded; not at the same time as another load of the same repository.
-    pub(super) fn enter(&self, place: &Place, seen: &Arc<SharedSeen>) {
-        let mut places = self.lock();
-        if places.used.len() >= places.sweep_at.max(SWEEP_MIN) {
-            places.used.retain(|_, used| used.strong_count() > 0);
-            places.sweep_at = 2 * places.used.len();
+    pub(super) fn enter(&self, key: &RepoKey, repo: &Arc<SharedRepoDigests>) {
+        let mut repos = self.lock();
+        if repos.used.len() >= repos.sweep_at.max(SWEEP_MIN) {
+            repos.used.retain(|_, used| used.strong_count() > 0);
+            repos.sweep_at = 2 * repos.used.len();
         }
-        places.used.insert(place.clone(), Arc::downgrade(seen));
+        repos.used.insert(key.clone(), Arc::downgrade(repo));
     }
 
     /// Keeps those whose file could not be appended to, or no longer does.
-    pub(super) fn set_owing(&self, place: &Place, seen: &Arc<SharedSeen>, is_owing: bool) {
-        let mut places = self.lock();
-        if is_owing {
-            places.owing.insert(place.clone(), Arc::clone(seen));
-        } else if !places.owing.is_empty() {
-            places.owing.remove(place);
+    pub(super) fn set_pending(&self, key: &RepoKey, repo: &Arc<SharedRepoDigests>, is_pending: bool) {
+        let mut repos = self.lock();
+        if is_pending {
+            repos.pending.insert(key.clone(), Arc::clone(repo));
+        } else if !repos.pending.is_empty() {
+            repos.pending.remove(key);
         }
     }
 
     /// Those whose file lacks a line that takes something back.
-    pub(super) fn owing(&self) -> Vec<(Place, Arc<SharedSeen>)> {
-        let places = self.lock();
-        let owing = places.owing.iter();
-        owing
-            .map(|(place, seen)| (place.clone(), Arc::clone(seen)))
+    pub(super) fn pending(&self) -> Vec<(RepoKey, Arc<SharedRepoDigests>)> {
+        let repos = self.lock();
+        let pending = repos.pending.iter();
+        pending
+            .map(|(key, repo)| (key.clone(), Arc::clone(repo)))
             .collect()
     }
 
     /// The map is whole between any two statements under its lock.
-    fn lock(&self) -> MutexGuard<'_, Places> {
+    fn lock(&self) -> MutexGuard<'_, Repos> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

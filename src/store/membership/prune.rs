@@ -11,13 +11,13 @@ use std::sync::PoisonError;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::SystemTime;
 
-use super::{FILE_BYTES_MAX, Seen, SeenFiles, TREE, content_of, head_line};
+use super::{FILE_BYTES_MAX, MembershipStore, RepoDigests, TREE, content_of, header_line};
 use crate::oci::Digest;
-use crate::store::cache_key::{Place, PlaceRef};
+use crate::store::cache_key::{RepoKey, RepoKeyRef};
 use crate::store::evict::YOUNG;
 
 /// Proofs on the disk, of all repositories together; at [`BLOCK_BYTES`] for each, those of a quarter of a million.
-pub(in crate::store) const SEEN_BYTES_MAX: u64 = 1024 * 1024 * 1024;
+pub(in crate::store) const MEMBERSHIP_BYTES_MAX: u64 = 1024 * 1024 * 1024;
 
 /// What a file takes at least.
 pub(super) const BLOCK_BYTES: u64 = 4096;
@@ -38,7 +38,7 @@ impl File {
     }
 }
 
-impl SeenFiles {
+impl MembershipStore {
     /// Counts what is there already.
     pub(in crate::store) fn count(&self, stop: &AtomicBool) {
         let files = self.files(stop);
@@ -47,15 +47,15 @@ impl SeenFiles {
     }
 
     /// Whether something more may be written down that can be asked for again.
-    pub(super) fn has_room(&self) -> bool {
+    pub(super) fn has_quota(&self) -> bool {
         self.bytes.load(Ordering::Relaxed) < self.bytes_max
     }
 
-    /// Lets go of what is too much. `is_held`: whether the content of this digest is here. Blocks.
+    /// Lets go of what is too much. `is_cached`: whether the content of this digest is here. Blocks.
     pub(in crate::store) fn prune(
         &self,
         now: SystemTime,
-        is_held: &dyn Fn(&Digest) -> bool,
+        is_cached: &dyn Fn(&Digest) -> bool,
         stop: &AtomicBool,
     ) {
         let share = |percent| self.bytes_max / 100 * percent;
@@ -72,7 +72,7 @@ impl SeenFiles {
             if bytes <= share(END_PERCENT) || stop.load(Ordering::Relaxed) {
                 break;
             }
-            if self.remove_unless_held(file, is_held) {
+            if self.remove_unless_cached(file, is_cached) {
                 bytes -= file.counted();
             }
         }
@@ -83,7 +83,7 @@ impl SeenFiles {
                 "let go of proofs of repositories of which nothing is held"
             );
         }
-        if !self.has_room() {
+        if !self.has_quota() {
             tracing::warn!(
                 "the proofs of what repositories have take all the room they may; new ones are lost at a restart"
             );
@@ -91,15 +91,15 @@ impl SeenFiles {
     }
 
     /// Says whether it is gone.
-    fn remove_unless_held(&self, file: &File, is_held: &dyn Fn(&Digest) -> bool) -> bool {
+    fn remove_unless_cached(&self, file: &File, is_cached: &dyn Fn(&Digest) -> bool) -> bool {
         let Ok(text) = self.fs.read_file(&file.path, FILE_BYTES_MAX) else {
             return false;
         };
         // One that does not say whose it is proves nothing.
-        let place = text.split(|byte| *byte == b'\n').find_map(place_of_head);
-        if let Some(place) = &place {
-            let (seen, _) = Seen::of_lines(place, &text);
-            if seen.digests.iter().any(is_held) {
+        let key = text.split(|byte| *byte == b'\n').find_map(key_of_header);
+        if let Some(key) = &key {
+            let (repo, _) = RepoDigests::from_lines(key, &text);
+            if repo.digests.iter().any(is_cached) {
                 return false;
             }
         }
@@ -109,13 +109,13 @@ impl SeenFiles {
         if size.ok() != Some(text.len() as u64) || self.fs.remove(&file.path).is_err() {
             return false;
         }
-        if let Some(place) = place {
+        if let Some(key) = key {
             // Those who hold it still begin a new file.
-            if let Some(seen) = self.in_use.find(&place) {
-                seen.write(Seen::lose_file);
+            if let Some(repo) = self.in_use.find(&key) {
+                repo.write(RepoDigests::forget_file);
             }
             self.ready
-                .remove(&PlaceRef::new(&place.upstream, &place.repository));
+                .remove(&RepoKeyRef::new(&key.upstream, &key.repository));
         }
         true
     }
@@ -139,11 +139,11 @@ impl SeenFiles {
 }
 
 /// Whose file it is, by its first line.
-fn place_of_head(line: &[u8]) -> Option<Place> {
+fn key_of_header(line: &[u8]) -> Option<RepoKey> {
     let text = std::str::from_utf8(line).ok()?;
     let mut words = text.strip_prefix("repository ")?.split(' ');
-    let place = Place::of(words.next()?, &words.next()?.parse().ok()?);
-    (content_of(&place, line)? == head_line(&place)).then_some(place)
+    let key = RepoKey::of(words.next()?, &words.next()?.parse().ok()?);
+    (content_of(&key, line)? == header_line(&key)).then_some(key)
 }
 
 #[cfg(test)]
@@ -171,37 +171,37 @@ mod tests {
     }
 
     /// Room for so many repositories, on a disk.
-    fn seen_with(disk: &Arc<MemoryFs>, repositories: u64) -> SeenFiles {
+    fn membership_with(disk: &Arc<MemoryFs>, repositories: u64) -> MembershipStore {
         let fs = Arc::clone(disk) as Arc<dyn FileSystem>;
-        let seen = SeenFiles::with_room(&fs, repositories * BLOCK_BYTES);
-        seen.count(&AtomicBool::new(false));
-        seen
+        let repo = MembershipStore::with_quota(&fs, repositories * BLOCK_BYTES);
+        repo.count(&AtomicBool::new(false));
+        repo
     }
 
-    fn note(seen: &SeenFiles, disk: &MemoryFs, number: u64) {
+    fn note(repo: &MembershipStore, disk: &MemoryFs, number: u64) {
         let repository = repository(number);
-        seen.note(UPSTREAM, &repository, &digest(number)).unwrap();
-        let path = super::super::path(&Place::of(UPSTREAM, &repository));
+        repo.add(UPSTREAM, &repository, &digest(number)).unwrap();
+        let path = super::super::path(&RepoKey::of(UPSTREAM, &repository));
         // A disk in memory has no clock: written in the order of their numbers.
         let _ = disk.set_modified(&path, at(number));
     }
 
-    fn has(seen: &SeenFiles, number: u64) -> bool {
-        let seen = seen.of(UPSTREAM, &repository(number)).unwrap();
-        seen.read(|seen| seen.digests.contains(&digest(number)))
+    fn has(repo: &MembershipStore, number: u64) -> bool {
+        let repo = repo.get(UPSTREAM, &repository(number)).unwrap();
+        repo.read(|repo| repo.digests.contains(&digest(number)))
     }
 
     #[test]
     fn a_stranger_who_asks_for_everything_fills_no_disk() {
         let disk = Arc::new(MemoryFs::new());
-        let seen = seen_with(&disk, 100);
+        let repo = membership_with(&disk, 100);
         for number in 0..1000 {
-            note(&seen, &disk, number);
-            assert!(has(&seen, number), "in memory it is known all the same");
+            note(&repo, &disk, number);
+            assert!(has(&repo, number), "in memory it is known all the same");
         }
-        let files = seen.files(&AtomicBool::new(false));
+        let files = repo.files(&AtomicBool::new(false));
         assert!(files.len() <= 100, "{}", files.len());
-        let again = seen_with(&disk, 100);
+        let again = membership_with(&disk, 100);
         assert!(
             has(&again, 0) && !has(&again, 999),
             "what found no room is lost at a restart"
@@ -215,70 +215,70 @@ mod tests {
     #[test]
     fn the_oldest_proofs_that_open_nothing_make_room() {
         let disk = Arc::new(MemoryFs::new());
-        let seen = seen_with(&disk, 100);
+        let repo = membership_with(&disk, 100);
         for number in 0..100 {
-            note(&seen, &disk, number);
+            note(&repo, &disk, number);
         }
         let held = [digest(3), digest(5)];
         let long_after = at(1_000_000);
-        seen.prune(
+        repo.prune(
             long_after,
             &|digest| held.contains(digest),
             &AtomicBool::new(false),
         );
-        assert!(has(&seen, 3) && has(&seen, 5), "what opens something stays");
+        assert!(has(&repo, 3) && has(&repo, 5), "what opens something stays");
         assert!(
-            !has(&seen, 0) && !has(&seen, 10),
+            !has(&repo, 0) && !has(&repo, 10),
             "neither on the disk nor in memory"
         );
-        assert!(has(&seen, 90), "no more goes than has to");
-        note(&seen, &disk, 200);
-        let again = seen_with(&disk, 100);
+        assert!(has(&repo, 90), "no more goes than has to");
+        note(&repo, &disk, 200);
+        let again = membership_with(&disk, 100);
         assert!(has(&again, 200) && has(&again, 3) && !has(&again, 0));
     }
 
     #[test]
     fn what_was_written_within_the_hour_stays() {
         let disk = Arc::new(MemoryFs::new());
-        let seen = seen_with(&disk, 100);
+        let repo = membership_with(&disk, 100);
         for number in 0..100 {
-            note(&seen, &disk, number);
+            note(&repo, &disk, number);
         }
-        seen.prune(at(99), &|_| false, &AtomicBool::new(false));
-        assert!((0..90).all(|number| has(&seen_with(&disk, 100), number)));
+        repo.prune(at(99), &|_| false, &AtomicBool::new(false));
+        assert!((0..90).all(|number| has(&membership_with(&disk, 100), number)));
     }
 
     #[test]
     fn what_is_written_to_between_the_look_and_the_removal_stays() {
         let disk = Arc::new(MemoryFs::new());
-        let seen = seen_with(&disk, 100);
+        let repo = membership_with(&disk, 100);
         for number in 0..94 {
-            note(&seen, &disk, number);
+            note(&repo, &disk, number);
         }
-        let is_held = |_: &Digest| {
+        let is_cached = |_: &Digest| {
             // Now the look at the first is over but for the answer.
-            seen.note(UPSTREAM, &repository(0), &digest(1000)).unwrap();
+            repo.add(UPSTREAM, &repository(0), &digest(1000)).unwrap();
             false
         };
-        seen.prune(at(1_000_000), &is_held, &AtomicBool::new(false));
-        let again = seen_with(&disk, 1000);
+        repo.prune(at(1_000_000), &is_cached, &AtomicBool::new(false));
+        let again = membership_with(&disk, 1000);
         assert!(has(&again, 0) && !has(&again, 1));
     }
 
     #[test]
     fn what_takes_a_right_back_is_written_though_there_is_no_room() {
         let disk = Arc::new(MemoryFs::new());
-        let seen = seen_with(&disk, 10);
+        let repo = membership_with(&disk, 10);
         let first = repository(0);
-        seen.note_public(UPSTREAM, &first, Some(at(7))).unwrap();
+        repo.set_public(UPSTREAM, &first, Some(at(7))).unwrap();
         for number in 0..100 {
-            note(&seen, &disk, number);
+            note(&repo, &disk, number);
         }
-        assert!(!seen.has_room());
-        seen.note_public(UPSTREAM, &first, None).unwrap();
-        seen.note_gone(UPSTREAM, &first, &digest(0)).unwrap();
-        let again = seen_with(&disk, 10);
-        let again = again.of(UPSTREAM, &first).unwrap();
-        assert!(again.read(|seen| seen.public.is_none() && seen.digests.is_empty()));
+        assert!(!repo.has_quota());
+        repo.set_public(UPSTREAM, &first, None).unwrap();
+        repo.remove_member(UPSTREAM, &first, &digest(0)).unwrap();
+        let again = membership_with(&disk, 10);
+        let again = again.get(UPSTREAM, &first).unwrap();
+        assert!(again.read(|repo| repo.public.is_none() && repo.digests.is_empty()));
     }
 }

@@ -1,5 +1,5 @@
 #![allow(clippy::unwrap_used, reason = "tests may fail loudly")]
-use super::super::tests::{Ground, at, digest, keep_blob, keep_manifest, manifest};
+use super::super::tests::{Ground, at, digest, keep_blob, manifest, put_manifest};
 use super::*;
 
 const RATE: u64 = u64::MAX;
@@ -12,7 +12,7 @@ fn what_the_disk_changed_is_set_aside_before_anyone_asks() {
         for blob in [&large[..], b"small"] {
             keep_blob(&store, blob).unwrap();
         }
-        keep_manifest(&store, &manifest(1), "library/alpine").unwrap();
+        put_manifest(&store, &manifest(1), "library/alpine").unwrap();
         let damaged = content_path(blobs::TREE, &digest(&large));
         ground.overwrite(&damaged, &[&large[1..], b"!"].concat());
         // Without waking the thread: this one reads.
@@ -29,7 +29,7 @@ fn what_the_disk_changed_is_set_aside_before_anyone_asks() {
         assert!(store.blob(&digest(&large)).unwrap().is_none());
         assert!(store.blob(&digest(b"small")).unwrap().is_some());
         assert!(!store.scrub.is_due(), "not again for a week");
-        store.tend(at(8 * 24 * 3600));
+        store.tick(at(8 * 24 * 3600));
         assert!(store.scrub.is_due());
     }
 }

@@ -5,7 +5,7 @@
 //! was last and when first said (8 each), a byte of flags, and the image before it, or none. Digest and media type begin with a byte that
 //! says which they are. Numbers have their highest byte first.
 
-use super::record::{Earlier, TagRecord, VARIANTS_MAX, Variant};
+use super::record::{Previous, TagRecord, VARIANTS_MAX, Variant};
 use crate::oci::{Digest, MediaType};
 use crate::store::checksummed_json::{from_millis, to_millis};
 
@@ -17,8 +17,8 @@ const KNOWN_TYPES: [&str; 4] = [
     "application/vnd.docker.distribution.manifest.v2+json",
 ];
 
-const HAS_EARLIER: u8 = 1;
-const TAKES_INDEXES: u8 = 2;
+const HAS_PREVIOUS: u8 = 1;
+const ACCEPTS_INDEXES: u8 = 2;
 
 impl TagRecord {
     /// As many variants, the newest first, as fit into `bytes_max`.
@@ -35,7 +35,7 @@ impl TagRecord {
         packed
     }
 
-    pub(super) fn of_index(mut packed: &[u8]) -> Option<Self> {
+    pub(super) fn from_index(mut packed: &[u8]) -> Option<Self> {
         let mut variants = Vec::new();
         while !packed.is_empty() {
             variants.push(unpack(&mut packed)?);
@@ -49,12 +49,12 @@ fn pack(variant: &Variant, packed: &mut Vec<u8>) {
     packed.extend_from_slice(&variant.accept.to_be_bytes());
     pack_name(&variant.digest, &variant.media_type, packed);
     packed.extend_from_slice(&to_millis(variant.confirmed_at).to_be_bytes());
-    packed.extend_from_slice(&to_millis(variant.first_held_at).to_be_bytes());
-    let has_earlier = u8::from(variant.earlier.is_some()) * HAS_EARLIER;
-    packed.push(has_earlier | (u8::from(variant.takes_indexes) * TAKES_INDEXES));
-    if let Some(earlier) = &variant.earlier {
-        pack_name(&earlier.digest, &earlier.media_type, packed);
-        packed.extend_from_slice(&to_millis(earlier.confirmed_at).to_be_bytes());
+    packed.extend_from_slice(&to_millis(variant.first_seen_at).to_be_bytes());
+    let has_previous = u8::from(variant.previous.is_some()) * HAS_PREVIOUS;
+    packed.push(has_previous | (u8::from(variant.accepts_indexes) * ACCEPTS_INDEXES));
+    if let Some(previous) = &variant.previous {
+        pack_name(&previous.digest, &previous.media_type, packed);
+        packed.extend_from_slice(&to_millis(previous.confirmed_at).to_be_bytes());
     }
 }
 
@@ -81,11 +81,11 @@ fn pack_name(digest: &Digest, media_type: &MediaType, packed: &mut Vec<u8>) {
 fn unpack(packed: &mut &[u8]) -> Option<Variant> {
     let accept = number(packed)?;
     let (digest, media_type) = unpack_name(packed)?;
-    let (confirmed_at, first_held_at) = (from_millis(number(packed)?), from_millis(number(packed)?));
+    let (confirmed_at, first_seen_at) = (from_millis(number(packed)?), from_millis(number(packed)?));
     let [flags] = *take(packed)?;
-    let earlier = if flags & HAS_EARLIER != 0 {
+    let previous = if flags & HAS_PREVIOUS != 0 {
         let (digest, media_type) = unpack_name(packed)?;
-        Some(Earlier {
+        Some(Previous {
             digest,
             media_type,
             confirmed_at: from_millis(number(packed)?),
@@ -97,10 +97,10 @@ fn unpack(packed: &mut &[u8]) -> Option<Variant> {
         accept,
         digest,
         media_type,
-        takes_indexes: flags & TAKES_INDEXES != 0,
+        accepts_indexes: flags & ACCEPTS_INDEXES != 0,
         confirmed_at,
-        first_held_at,
-        earlier,
+        first_seen_at,
+        previous,
         // Only the file has it.
         history: Vec::new(),
     })
@@ -149,17 +149,17 @@ mod tests {
             accept,
             digest: Digest::of(algorithm, &accept.to_be_bytes()),
             media_type: media_type.parse().unwrap(),
-            takes_indexes: accept == 1,
+            accepts_indexes: accept == 1,
             confirmed_at: at(2_000_000_000),
-            first_held_at: at(1),
-            earlier: None,
+            first_seen_at: at(1),
+            previous: None,
             history: Vec::new(),
         };
         let mut variants = vec![
             variant(1, Algorithm::Sha256, KNOWN_TYPES[1]),
             variant(u64::MAX >> 1, Algorithm::Sha512, "application/x.of-our-own+json"),
         ];
-        variants[0].earlier = Some(Earlier {
+        variants[0].previous = Some(Previous {
             digest: Digest::of(Algorithm::Sha512, b"before"),
             media_type: KNOWN_TYPES[3].parse().unwrap(),
             confirmed_at: at(7),
@@ -170,7 +170,7 @@ mod tests {
     #[test]
     fn a_record_comes_back_as_it_went() {
         let record = record();
-        assert_eq!(TagRecord::of_index(&record.to_index(4000)), Some(record));
+        assert_eq!(TagRecord::from_index(&record.to_index(4000)), Some(record));
     }
 
     #[test]
@@ -179,7 +179,7 @@ mod tests {
         let packed = record.to_index(4000);
         record.variants.truncate(1);
         assert_eq!(
-            TagRecord::of_index(&record.to_index(packed.len() - 1)),
+            TagRecord::from_index(&record.to_index(packed.len() - 1)),
             Some(record)
         );
     }
@@ -195,7 +195,7 @@ mod tests {
         .to_index(4000)
         .len();
         for length in (1..whole).filter(|length| *length != first) {
-            assert_eq!(TagRecord::of_index(&packed[..length]), None, "{length}");
+            assert_eq!(TagRecord::from_index(&packed[..length]), None, "{length}");
         }
     }
 
@@ -203,7 +203,7 @@ mod tests {
     fn a_usual_tag_takes_less_than_eighty_bytes() {
         let mut record = record();
         record.variants.truncate(1);
-        record.variants[0].earlier = None;
+        record.variants[0].previous = None;
         assert!(record.to_index(4000).len() < 80);
     }
 }

@@ -11,7 +11,7 @@
 use std::cmp::Reverse;
 use std::time::{Duration, SystemTime};
 
-use super::record::{Earlier, HISTORY_MAX, NEVER_CONFIRMED, Past, TagRecord, VARIANTS_MAX, Variant};
+use super::record::{HISTORY_MAX, HistoryEntry, NEVER_CONFIRMED, Previous, TagRecord, VARIANTS_MAX, Variant};
 use crate::oci::Digest;
 use crate::store::checksummed_json::{from_millis, to_millis};
 
@@ -19,32 +19,32 @@ use crate::store::checksummed_json::{from_millis, to_millis};
 const TICK: Duration = Duration::from_millis(1);
 
 impl TagRecord {
-    /// This record after a response that arrived at `answered_at`. `variant.confirmed_at` is when its request was sent.
+    /// This record after a response that arrived at `received_at`. `variant.confirmed_at` is when its request was sent.
     /// `None` where a later request with the same `Accept` set was answered otherwise already.
-    pub(super) fn answered(
+    pub(super) fn with_response(
         &self,
         mut variant: Variant,
-        answered_at: SystemTime,
-        is_whole: &dyn Fn(&Digest) -> bool,
+        received_at: SystemTime,
+        is_complete: &dyn Fn(&Digest) -> bool,
     ) -> Option<Self> {
         let own = |old: &&Variant| old.accept == variant.accept;
         if variant.confirmed_at == NEVER_CONFIRMED {
             // An operator's word is about the tag, whatever media types are accepted.
             let before = self.variants.iter().find(own);
-            let variant = before.map_or(variant.clone(), |before| variant.replacing(before, is_whole));
+            let variant = before.map_or(variant.clone(), |before| variant.replacing(before, is_complete));
             return Some(Self {
                 variants: vec![variant],
             });
         }
-        let answered_at = in_millis(answered_at);
-        let asked_at = in_millis(variant.confirmed_at).min(answered_at);
-        variant.confirmed_at = if self.has_named(&variant.digest) {
-            asked_at
+        let received_at = in_millis(received_at);
+        let requested_at = in_millis(variant.confirmed_at).min(received_at);
+        variant.confirmed_at = if self.has_pointed_to(&variant.digest) {
+            requested_at
         } else {
-            answered_at
+            received_at
         };
-        variant.first_held_at = in_millis(variant.first_held_at);
-        let mut others = self.not_after(answered_at, asked_at);
+        variant.first_seen_at = in_millis(variant.first_seen_at);
+        let mut others = self.not_after(received_at, requested_at);
         if let Some(at) = others.iter().position(|old| own(&old)) {
             let before = others.remove(at);
             if before.digest == variant.digest {
@@ -52,15 +52,15 @@ impl TagRecord {
             } else if before.confirmed_at > variant.confirmed_at {
                 return None;
             }
-            variant = variant.replacing(&before, is_whole);
+            variant = variant.replacing(&before, is_complete);
         }
         others.insert(0, variant);
-        Some(Self::of_variants(others))
+        Some(Self::from_variants(others))
     }
 
     /// At most [`VARIANTS_MAX`] of these variants, the last confirmed first. Of those that name the same digest the older
     /// ones go first: a client that sends many `Accept` sets does not drive out what the tag named for others.
-    pub(super) fn of_variants(mut variants: Vec<Variant>) -> Self {
+    pub(super) fn from_variants(mut variants: Vec<Variant>) -> Self {
         variants.sort_by_key(|variant| Reverse(variant.confirmed_at));
         while variants.len() > VARIANTS_MAX {
             let is_repeated = |at: &usize| {
@@ -75,26 +75,26 @@ impl TagRecord {
     }
 
     /// Whether the tag is known to name this digest, or to have named it.
-    pub fn has_named(&self, digest: &Digest) -> bool {
+    pub fn has_pointed_to(&self, digest: &Digest) -> bool {
         self.variants.iter().any(|variant| {
-            let earlier = variant.earlier.iter().map(|earlier| &earlier.digest);
+            let previous = variant.previous.iter().map(|previous| &previous.digest);
             let past = variant.history.iter().map(|past| &past.digest);
-            variant.digest == *digest || earlier.chain(past).any(|named| named == digest)
+            variant.digest == *digest || previous.chain(past).any(|named| named == digest)
         })
     }
 
-    /// The variants, none of them confirmed after `answered_at`; those that were, just before `asked_at`.
-    fn not_after(&self, answered_at: SystemTime, asked_at: SystemTime) -> Vec<Variant> {
+    /// The variants, none of them confirmed after `received_at`; those that were, just before `requested_at`.
+    fn not_after(&self, received_at: SystemTime, requested_at: SystemTime) -> Vec<Variant> {
         let mut variants = self.variants.clone();
         variants.sort_by_key(|variant| Reverse(variant.confirmed_at));
-        let mut latest = asked_at;
+        let mut latest = requested_at;
         for variant in &mut variants {
-            if variant.confirmed_at > answered_at {
+            if variant.confirmed_at > received_at {
                 latest = latest.checked_sub(TICK).unwrap_or(NEVER_CONFIRMED);
                 variant.confirmed_at = latest;
-                variant.first_held_at = variant.first_held_at.min(latest);
-                if let Some(earlier) = &mut variant.earlier {
-                    earlier.confirmed_at = earlier.confirmed_at.min(latest);
+                variant.first_seen_at = variant.first_seen_at.min(latest);
+                if let Some(previous) = &mut variant.previous {
+                    previous.confirmed_at = previous.confirmed_at.min(latest);
                 }
             }
         }
@@ -103,32 +103,32 @@ impl TagRecord {
 }
 
 impl Variant {
-    /// This variant in place of `before`. Of the two it keeps a whole image in reach for as long as itself `is_whole` not.
-    fn replacing(mut self, before: &Self, is_whole: &dyn Fn(&Digest) -> bool) -> Self {
+    /// This variant in place of `before`. Of the two it keeps a whole image in reach for as long as itself `is_complete` not.
+    fn replacing(mut self, before: &Self, is_complete: &dyn Fn(&Digest) -> bool) -> Self {
         if self.digest == before.digest {
-            self.first_held_at = before.first_held_at;
+            self.first_seen_at = before.first_seen_at;
         }
         self.history.clone_from(&before.history);
         if self.digest != before.digest {
-            let past = Past {
+            let past = HistoryEntry {
                 digest: before.digest,
-                first_held_at: before.first_held_at,
+                first_seen_at: before.first_seen_at,
                 confirmed_at: before.confirmed_at,
             };
             self.history.insert(0, past);
             self.history.truncate(HISTORY_MAX);
         }
-        self.earlier = if is_whole(&self.digest) {
+        self.previous = if is_complete(&self.digest) {
             None
-        } else if before.digest != self.digest && is_whole(&before.digest) {
-            Some(Earlier {
+        } else if before.digest != self.digest && is_complete(&before.digest) {
+            Some(Previous {
                 digest: before.digest,
                 media_type: before.media_type.clone(),
                 confirmed_at: before.confirmed_at,
             })
         } else {
-            let other = |earlier: &Earlier| earlier.digest != self.digest;
-            before.earlier.clone().filter(other)
+            let other = |previous: &Previous| previous.digest != self.digest;
+            before.previous.clone().filter(other)
         };
         self
     }

@@ -7,8 +7,8 @@ use std::time::SystemTime;
 use serde::{Deserialize, Serialize};
 
 use crate::oci::{Digest, MediaType, Repository, Tag};
-use crate::store::checksummed_json::{from_millis, opened, sealed, to_millis};
-use crate::store::named_path;
+use crate::store::checksummed_json::{decode, encode, from_millis, to_millis};
+use crate::store::hashed_path;
 
 /// How many sets of accepted media types a tag is remembered for. Clients in use send fewer.
 pub const VARIANTS_MAX: usize = 8;
@@ -45,31 +45,31 @@ pub struct Variant {
     pub media_type: MediaType,
     /// Whether the set lists both types of index ([`crate::oci::Accept::lists_indexes`]): an image that it was given is
     /// then what the tag names, and not one given in place of an index.
-    pub takes_indexes: bool,
+    pub accepts_indexes: bool,
     /// When the last request was sent that the upstream answered so; [`NEVER_CONFIRMED`] if an operator said so.
     pub confirmed_at: SystemTime,
     /// When it first said so.
-    pub first_held_at: SystemTime,
+    pub first_seen_at: SystemTime,
     /// The last image that the tag named before and that was whole; kept until this one is whole too.
-    pub earlier: Option<Earlier>,
+    pub previous: Option<Previous>,
     /// What it named before, the last first, at most [`HISTORY_MAX`]; for people to read. Nothing of it is kept for that.
-    pub history: Vec<Past>,
+    pub history: Vec<HistoryEntry>,
 }
 
 /// What a tag named once, and from when until when the upstream said so.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Past {
+pub struct HistoryEntry {
     /// Which image.
     pub digest: Digest,
     /// When the upstream first said so.
-    pub first_held_at: SystemTime,
+    pub first_seen_at: SystemTime,
     /// When it last said so.
     pub confirmed_at: SystemTime,
 }
 
 /// What a tag named before.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Earlier {
+pub struct Previous {
     /// Which image.
     pub digest: Digest,
     /// As the upstream named it.
@@ -87,30 +87,30 @@ pub struct TagRecord {
 
 impl Variant {
     /// Whether the file says the same of it, but for when it was confirmed.
-    pub(super) fn is_filed_as(&self, filed: &Self) -> bool {
-        self.names_the_same(filed)
-            && self.takes_indexes == filed.takes_indexes
-            && self.earlier == filed.earlier
+    pub(super) fn equals_on_disk(&self, filed: &Self) -> bool {
+        self.same_target(filed)
+            && self.accepts_indexes == filed.accepts_indexes
+            && self.previous == filed.previous
     }
 
-    fn names_the_same(&self, other: &Self) -> bool {
+    fn same_target(&self, other: &Self) -> bool {
         self.digest == other.digest && self.media_type == other.media_type
     }
 
     /// Whether this variant, of the index, is at least as new as that of the file.
     fn supersedes(&self, filed: &Self) -> bool {
-        self.names_the_same(filed) || self.confirmed_at > filed.confirmed_at
+        self.same_target(filed) || self.confirmed_at > filed.confirmed_at
     }
 }
 
 impl TagRecord {
-    pub(super) fn of_accept(&self, accept: u64) -> Option<&Variant> {
+    pub(super) fn for_accept(&self, accept: u64) -> Option<&Variant> {
         self.variants.iter().find(|variant| variant.accept == accept)
     }
 
     /// The record of the file and that of the index as one. Where they name the same, the index has the newer time;
     /// where not, one of them missed a write (a stop in between, a full disk), and the later confirmation counts.
-    pub(super) fn of_both(file: Option<Self>, index: Option<Self>) -> Option<Self> {
+    pub(super) fn merge(file: Option<Self>, index: Option<Self>) -> Option<Self> {
         let (file, index) = match (file, index) {
             (None, None) => return None,
             (Some(record), None) | (None, Some(record)) => return Some(record),
@@ -131,13 +131,13 @@ impl TagRecord {
                 Some(_) => {}
             }
         }
-        Some(Self::of_variants(variants))
+        Some(Self::from_variants(variants))
     }
 
     /// Every digest that it names, whose content eviction keeps with the tag.
     pub(in crate::store) fn digests(&self) -> Vec<Digest> {
-        let earlier = |variant: &Variant| variant.earlier.as_ref().map(|earlier| earlier.digest);
-        let named = |variant: &Variant| [Some(variant.digest), earlier(variant)];
+        let previous = |variant: &Variant| variant.previous.as_ref().map(|previous| previous.digest);
+        let named = |variant: &Variant| [Some(variant.digest), previous(variant)];
         self.variants.iter().flat_map(named).flatten().collect()
     }
 
@@ -156,32 +156,32 @@ struct VariantRecord {
     accept: String,
     digest: String,
     media_type: String,
-    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-    takes_indexes: bool,
+    #[serde(default, rename = "takes_indexes", skip_serializing_if = "std::ops::Not::not")]
+    accepts_indexes: bool,
     confirmed_at_ms: u64,
     first_held_at_ms: u64,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    earlier: Option<EarlierRecord>,
+    #[serde(default, rename = "earlier", skip_serializing_if = "Option::is_none")]
+    previous: Option<PreviousRecord>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    history: Vec<PastRecord>,
+    history: Vec<HistoryRecord>,
 }
 
 #[derive(Serialize, Deserialize)]
-struct PastRecord {
+struct HistoryRecord {
     digest: String,
     first_held_at_ms: u64,
     confirmed_at_ms: u64,
 }
 
 #[derive(Serialize, Deserialize)]
-struct EarlierRecord {
+struct PreviousRecord {
     digest: String,
     media_type: String,
     confirmed_at_ms: u64,
 }
 
 #[derive(Serialize, Deserialize)]
-struct RefRecord {
+struct TagFile {
     upstream: String,
     repository: String,
     tag: String,
@@ -191,7 +191,7 @@ struct RefRecord {
 impl TagKey {
     /// Its file.
     pub(in crate::store) fn path(&self) -> PathBuf {
-        named_path(
+        hashed_path(
             TREE,
             &[&self.upstream, self.repository.as_str(), self.tag.as_str()],
         )
@@ -203,7 +203,7 @@ impl TagKey {
         [&[KEY_PREFIX], names.as_bytes()].concat()
     }
 
-    pub(super) fn of_index(key: &[u8]) -> Option<Self> {
+    pub(super) fn from_index(key: &[u8]) -> Option<Self> {
         let names = std::str::from_utf8(key.strip_prefix(&[KEY_PREFIX])?).ok()?;
         let mut names = names.split('\0');
         let (upstream, repository, tag) = (names.next()?, names.next()?, names.next()?);
@@ -217,7 +217,7 @@ impl TagKey {
 
 impl TagRecord {
     pub(super) fn to_file(&self, key: &TagKey) -> Vec<u8> {
-        sealed(&RefRecord {
+        encode(&TagFile {
             upstream: key.upstream.to_string(),
             repository: key.repository.as_str().to_owned(),
             tag: key.tag.as_str().to_owned(),
@@ -225,21 +225,21 @@ impl TagRecord {
         })
     }
 
-    pub(super) fn of_file(bytes: &[u8]) -> Option<(TagKey, Self)> {
-        let record: RefRecord = opened(bytes)?;
+    pub(super) fn from_file(bytes: &[u8]) -> Option<(TagKey, Self)> {
+        let record: TagFile = decode(bytes)?;
         let key = TagKey {
             upstream: record.upstream.into(),
             repository: record.repository.parse().ok()?,
             tag: record.tag.parse().ok()?,
         };
-        Some((key, Self::of_records(&record.variants)))
+        Some((key, Self::from_records(&record.variants)))
     }
 
-    fn of_records(records: &[VariantRecord]) -> Self {
+    fn from_records(records: &[VariantRecord]) -> Self {
         Self {
             variants: records
                 .iter()
-                .filter_map(Variant::of_record)
+                .filter_map(Variant::from_record)
                 .take(VARIANTS_MAX)
                 .collect(),
         }
@@ -250,26 +250,26 @@ impl TagRecord {
     }
 }
 
-impl Past {
-    fn to_record(&self) -> PastRecord {
-        PastRecord {
+impl HistoryEntry {
+    fn to_record(&self) -> HistoryRecord {
+        HistoryRecord {
             digest: self.digest.to_string(),
-            first_held_at_ms: to_millis(self.first_held_at),
+            first_held_at_ms: to_millis(self.first_seen_at),
             confirmed_at_ms: to_millis(self.confirmed_at),
         }
     }
 
-    fn of_record(record: &PastRecord) -> Option<Self> {
+    fn from_record(record: &HistoryRecord) -> Option<Self> {
         Some(Self {
             digest: record.digest.parse().ok()?,
-            first_held_at: from_millis(record.first_held_at_ms),
+            first_seen_at: from_millis(record.first_held_at_ms),
             confirmed_at: from_millis(record.confirmed_at_ms),
         })
     }
 }
 
-impl Earlier {
-    fn of_record(record: &EarlierRecord) -> Option<Self> {
+impl Previous {
+    fn from_record(record: &PreviousRecord) -> Option<Self> {
         Some(Self {
             digest: record.digest.parse().ok()?,
             media_type: record.media_type.parse().ok()?,
@@ -284,31 +284,31 @@ impl Variant {
             accept: format!("{:016x}", self.accept),
             digest: self.digest.to_string(),
             media_type: self.media_type.as_str().to_owned(),
-            takes_indexes: self.takes_indexes,
+            accepts_indexes: self.accepts_indexes,
             confirmed_at_ms: to_millis(self.confirmed_at),
-            first_held_at_ms: to_millis(self.first_held_at),
-            earlier: self.earlier.as_ref().map(|earlier| EarlierRecord {
-                digest: earlier.digest.to_string(),
-                media_type: earlier.media_type.as_str().to_owned(),
-                confirmed_at_ms: to_millis(earlier.confirmed_at),
+            first_held_at_ms: to_millis(self.first_seen_at),
+            previous: self.previous.as_ref().map(|previous| PreviousRecord {
+                digest: previous.digest.to_string(),
+                media_type: previous.media_type.as_str().to_owned(),
+                confirmed_at_ms: to_millis(previous.confirmed_at),
             }),
-            history: self.history.iter().map(Past::to_record).collect(),
+            history: self.history.iter().map(HistoryEntry::to_record).collect(),
         }
     }
 
-    fn of_record(record: &VariantRecord) -> Option<Self> {
+    fn from_record(record: &VariantRecord) -> Option<Self> {
         Some(Self {
             accept: u64::from_str_radix(&record.accept, 16).ok()?,
             digest: record.digest.parse().ok()?,
             media_type: record.media_type.parse().ok()?,
-            takes_indexes: record.takes_indexes,
+            accepts_indexes: record.accepts_indexes,
             confirmed_at: from_millis(record.confirmed_at_ms),
-            first_held_at: from_millis(record.first_held_at_ms),
-            earlier: record.earlier.as_ref().and_then(Earlier::of_record),
+            first_seen_at: from_millis(record.first_held_at_ms),
+            previous: record.previous.as_ref().and_then(Previous::from_record),
             history: record
                 .history
                 .iter()
-                .filter_map(Past::of_record)
+                .filter_map(HistoryEntry::from_record)
                 .take(HISTORY_MAX)
                 .collect(),
         })

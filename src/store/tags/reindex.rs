@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime};
 
 use super::record::KEY_PREFIX;
-use super::{Refs, TagKey, TagRecord};
+use super::{TagKey, TagRecord, Tags};
 use crate::store::IndexState;
 use crate::store::checksummed_json::{checksum, to_millis};
 use crate::store::index::thread::VALUE_BYTES_MAX;
@@ -21,7 +21,7 @@ const PAGE: usize = 1000;
 const PAUSE: Duration = Duration::from_millis(5);
 
 /// What the index says of a tag, as short as it can be: there is one for every tag.
-struct Known {
+struct IndexedTag {
     /// Which tag: the beginning of the name of its file.
     name: u64,
     /// What it names: see [`sum`].
@@ -30,7 +30,7 @@ struct Known {
     confirmed_at_ms: u64,
 }
 
-impl Known {
+impl IndexedTag {
     /// Whether the index misses nothing that the file, written at `modified`, says.
     fn covers(&self, filed: &TagRecord, modified: Option<SystemTime>) -> bool {
         modified.is_some_and(|modified| self.confirmed_at_ms > to_millis(modified))
@@ -38,11 +38,11 @@ impl Known {
     }
 }
 
-impl Refs {
+impl Tags {
     /// Puts into the index whatever the files know and it does not. Says whether it came to the end.
-    pub(in crate::store) fn heal_index(&self, stop: &AtomicBool) -> bool {
+    pub(in crate::store) fn reindex(&self, stop: &AtomicBool) -> bool {
         // One after the other: who comes second finds it done.
-        let _healing = self.healing.lock().unwrap_or_else(PoisonError::into_inner);
+        let _healing = self.reindexing.lock().unwrap_or_else(PoisonError::into_inner);
         if self.index.is_complete() {
             return true;
         }
@@ -53,12 +53,12 @@ impl Refs {
         let walked = self.walk_with_times(stop, |key, filed, modified| {
             let path = key.path();
             let Some(known) = &known else {
-                return self.complete_index(&key, &path);
+                return self.update_index(&key, &path);
             };
             let at = known.binary_search_by_key(&name(&path), |known| known.name);
             match at.ok().and_then(|at| known.get(at)) {
                 None => self.fill_index(&key, &path, &filed, stop),
-                Some(known) if !known.covers(&filed, modified) => self.complete_index(&key, &path),
+                Some(known) if !known.covers(&filed, modified) => self.update_index(&key, &path),
                 Some(_) => {}
             }
         });
@@ -69,8 +69,8 @@ impl Refs {
         walked
     }
 
-    /// What the index says of every tag, in the order of [`Known::name`]; `None` where it does not answer.
-    fn known(&self, stop: &AtomicBool) -> Option<Vec<Known>> {
+    /// What the index says of every tag, in the order of [`IndexedTag::name`]; `None` where it does not answer.
+    fn known(&self, stop: &AtomicBool) -> Option<Vec<IndexedTag>> {
         let mut known = Vec::new();
         let mut after = Vec::new();
         while !stop.load(Ordering::Relaxed) {
@@ -79,10 +79,10 @@ impl Refs {
             after.clone_from(last);
             for (key, value) in page {
                 // A record that says nothing to us covers nothing.
-                let record = TagRecord::of_index(&value).unwrap_or_default();
-                if let Some(key) = TagKey::of_index(&key) {
+                let record = TagRecord::from_index(&value).unwrap_or_default();
+                if let Some(key) = TagKey::from_index(&key) {
                     let confirmed = record.variants.iter().map(|variant| variant.confirmed_at);
-                    known.push(Known {
+                    known.push(IndexedTag {
                         name: name(&key.path()),
                         names: sum(&record),
                         confirmed_at_ms: confirmed.max().map_or(0, to_millis),
@@ -98,7 +98,7 @@ impl Refs {
     fn fill_index(&self, key: &TagKey, path: &Path, filed: &TagRecord, stop: &AtomicBool) {
         while !stop.load(Ordering::Relaxed) {
             {
-                let _writing = self.writing(path);
+                let _writing = self.lock_writer(path);
                 // A tag that was removed since must not come back.
                 let is_there = self.fs.open(path).is_ok();
                 if !is_there
@@ -114,14 +114,14 @@ impl Refs {
     }
 
     /// A tag of which the index knows something else than the file.
-    fn complete_index(&self, key: &TagKey, path: &Path) {
-        let _writing = self.writing(path);
+    fn update_index(&self, key: &TagKey, path: &Path) {
+        let _writing = self.lock_writer(path);
         let Ok(Some(filed)) = self.read_file(key) else {
             return;
         };
         let indexed = self.read_index(key);
         if !indexed.as_ref().is_some_and(|indexed| indexed.covers(&filed))
-            && let Some(whole) = TagRecord::of_both(Some(filed), indexed)
+            && let Some(whole) = TagRecord::merge(Some(filed), indexed)
         {
             self.write_index(key, &whole);
         }

@@ -23,7 +23,7 @@
 
 use std::time::SystemTime;
 
-use super::record::{Earlier, TagRecord, Variant};
+use super::record::{Previous, TagRecord, Variant};
 use crate::oci::{Accept, Digest, MediaType};
 
 #[cfg(test)]
@@ -40,7 +40,7 @@ pub enum TagReader<'a> {
 
 /// What a tag names for a reader.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Named {
+pub struct ResolvedTag {
     /// Which image.
     pub digest: Digest,
     /// As the upstream named it.
@@ -76,21 +76,21 @@ impl TagRecord {
         reader: TagReader<'_>,
         lists: Lists<'_>,
         eligible: Eligible<'_>,
-    ) -> Option<Named> {
+    ) -> Option<ResolvedTag> {
         let responses = self.variants.iter().map(Response::of);
         self.choose(responses.collect(), reader, lists, eligible)
     }
 
     /// The same among what the tag named before, too: for what is complete.
-    pub(super) fn newest_or_before(
+    pub(super) fn newest_or_previous(
         &self,
         reader: TagReader<'_>,
         lists: Lists<'_>,
         eligible: Eligible<'_>,
-    ) -> Option<Named> {
+    ) -> Option<ResolvedTag> {
         let before = self.variants.iter().filter_map(|variant| {
-            let earlier = variant.earlier.as_ref()?;
-            Some(Response::before(variant, earlier))
+            let previous = variant.previous.as_ref()?;
+            Some(Response::before(variant, previous))
         });
         let responses = self.variants.iter().map(Response::of).chain(before);
         self.choose(responses.collect(), reader, lists, eligible)
@@ -102,7 +102,7 @@ impl TagRecord {
         reader: TagReader<'_>,
         lists: Lists<'_>,
         eligible: Eligible<'_>,
-    ) -> Option<Named> {
+    ) -> Option<ResolvedTag> {
         responses.retain(|response| response.is_for(reader) && eligible(response.digest));
         let stands = |one: &&Response<'_>| !responses.iter().any(|other| other.outdates(one, lists));
         let standing = responses.iter().filter(stands);
@@ -113,7 +113,7 @@ impl TagRecord {
             .iter()
             .map(Response::of)
             .any(|other| other.outdates(chosen, lists));
-        Some(Named {
+        Some(ResolvedTag {
             digest: *chosen.digest,
             media_type: chosen.media_type.clone(),
             confirmed_at: chosen.confirmed_at,
@@ -142,19 +142,19 @@ impl<'a> Response<'a> {
             accept: variant.accept,
             confirmed_at: variant.confirmed_at,
             // Later only where the clock was set back.
-            since: variant.first_held_at.min(variant.confirmed_at),
-            may_be_substitute: !variant.takes_indexes && !variant.media_type.is_index(),
+            since: variant.first_seen_at.min(variant.confirmed_at),
+            may_be_substitute: !variant.accepts_indexes && !variant.media_type.is_index(),
         }
     }
 
-    fn before(variant: &'a Variant, earlier: &'a Earlier) -> Self {
+    fn before(variant: &'a Variant, previous: &'a Previous) -> Self {
         Self {
-            digest: &earlier.digest,
-            media_type: &earlier.media_type,
+            digest: &previous.digest,
+            media_type: &previous.media_type,
             accept: variant.accept,
-            confirmed_at: earlier.confirmed_at,
-            since: earlier.confirmed_at,
-            may_be_substitute: !variant.takes_indexes && !earlier.media_type.is_index(),
+            confirmed_at: previous.confirmed_at,
+            since: previous.confirmed_at,
+            may_be_substitute: !variant.accepts_indexes && !previous.media_type.is_index(),
         }
     }
 
@@ -183,19 +183,19 @@ impl<'a> Response<'a> {
         }
     }
 
-    /// Whether the tag has moved from `earlier` to this.
-    fn outdates(&self, earlier: &Self, lists: Lists<'_>) -> bool {
-        if self.digest == earlier.digest || self.order() <= earlier.order() {
+    /// Whether the tag has moved from `previous` to this.
+    fn outdates(&self, previous: &Self, lists: Lists<'_>) -> bool {
+        if self.digest == previous.digest || self.order() <= previous.order() {
             return false;
         }
         let is_one_of = |index: &Self, image: &Self| {
             (index.media_type.is_index() && image.may_be_substitute)
                 .then(|| lists(index.digest, image.digest))
         };
-        match is_one_of(self, earlier).or_else(|| is_one_of(earlier, self)) {
+        match is_one_of(self, previous).or_else(|| is_one_of(previous, self)) {
             None => true,
             Some(Some(is_listed)) => !is_listed,
-            Some(None) => self.since > earlier.confirmed_at,
+            Some(None) => self.since > previous.confirmed_at,
         }
     }
 }

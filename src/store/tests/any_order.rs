@@ -135,16 +135,16 @@ impl Play {
                 // It may have been let go just before, and is listed anew now.
                 self.had[usize::try_from(*number).unwrap()] = None;
                 let bytes = image_of(*number);
-                keep_manifest(self.store(), &bytes, "library/alpine").unwrap();
+                put_manifest(self.store(), &bytes, "library/alpine").unwrap();
                 let variant = variant(1, &bytes, self.now);
-                self.store().keep_tag(&tag(*number), variant).unwrap();
+                self.store().put_tag(&tag(*number), variant).unwrap();
             }
             Step::Layer(number) => match keep_blob(self.store(), &layer(*number)) {
                 Ok(()) => {
                     let usage = self.store().usage();
                     assert!(usage.blob_bytes + usage.manifest_bytes <= BYTES_MAX, "{usage:?}");
                 }
-                Err(fault) => assert!(matches!(fault, Fault::NoRoom { .. }), "{fault}"),
+                Err(fault) => assert!(matches!(fault, StoreError::OverQuota { .. }), "{fault}"),
             },
             Step::Use(number) => {
                 let used = Used::Manifest(digest(&image_of(*number)));
@@ -160,7 +160,7 @@ impl Play {
             }
             Step::Wait(seconds) => {
                 self.now += seconds;
-                self.store().tend(at(self.now));
+                self.store().tick(at(self.now));
             }
             Step::Evict => {
                 self.store().evictor.relieve_full_disk(2500);

@@ -8,9 +8,9 @@ fn each_file_is_counted_once_whenever_it_came() {
         let store = ground.open();
         for number in 0..40_u32 {
             keep_blob(&store, &number.to_be_bytes()).unwrap();
-            keep_manifest(&store, &manifest(number), "library/alpine").unwrap();
+            put_manifest(&store, &manifest(number), "library/alpine").unwrap();
             store
-                .keep_tag(&key(&format!("t{number}")), variant(1, b"image", 1))
+                .put_tag(&key(&format!("t{number}")), variant(1, b"image", 1))
                 .unwrap();
         }
         store.remove_blob(&digest(&7_u32.to_be_bytes())).unwrap();
@@ -48,15 +48,15 @@ fn many_threads_at_once_agree() {
                 scope.spawn(|| {
                     for number in 0..20_u32 {
                         keep_blob(&store, &number.to_be_bytes()).unwrap();
-                        keep_manifest(&store, &manifest(number), "library/alpine").unwrap();
+                        put_manifest(&store, &manifest(number), "library/alpine").unwrap();
                         let alpine = repository("library/alpine");
                         store
-                            .note_seen(UPSTREAM, &alpine, &digest(&number.to_be_bytes()))
+                            .add_member(UPSTREAM, &alpine, &digest(&number.to_be_bytes()))
                             .unwrap();
                         store
-                            .keep_tag(&key("3"), variant(1, &number.to_be_bytes(), 1))
+                            .put_tag(&key("3"), variant(1, &number.to_be_bytes(), 1))
                             .unwrap();
-                        assert!(store.has_seen(UPSTREAM, &alpine, &digest(&number.to_be_bytes())));
+                        assert!(store.is_member(UPSTREAM, &alpine, &digest(&number.to_be_bytes())));
                         assert_eq!(
                             read_blob(&store, &digest(&number.to_be_bytes())).unwrap(),
                             number.to_be_bytes()

@@ -33,7 +33,7 @@ fn an_unverified_blob_is_never_visible() {
             expected: digest(b"layer"),
             found: digest(b"other"),
         };
-        assert_eq!(fault, Fault::WrongBytes(Box::new(wrong)));
+        assert_eq!(fault, StoreError::DigestMismatch(Box::new(wrong)));
         assert_eq!(read_blob(&store, &digest(b"layer")), None);
         assert_eq!(ground.files("blobs"), [] as [PathBuf; 0]);
     });
@@ -47,7 +47,7 @@ fn a_blob_shorter_than_its_proof_is_never_visible() {
         ingest.file().write_at(b"lay", 0).unwrap();
         assert!(matches!(
             ingest.commit(verified(b"layer")),
-            Err(Fault::Corrupt { .. })
+            Err(StoreError::Corrupt { .. })
         ));
         assert_eq!(read_blob(&store, &digest(b"layer")), None);
     });

@@ -1,19 +1,19 @@
 //! Images: whole, or with something missing; and which one a tag keeps in reach.
 
 use super::*;
-use crate::store::tags::Earlier;
+use crate::store::tags::Previous;
 
 const PLACE: &str = "library/alpine";
 
 /// Whether the image can be pulled from this store alone, through the repository it belongs to.
-fn is_whole(store: &Store, manifest: &Bytes) -> bool {
+fn is_complete(store: &Store, manifest: &Bytes) -> bool {
     let held = store.manifest(&digest(manifest)).unwrap().unwrap();
-    store.is_whole(UPSTREAM, &repository(PLACE), &held, &|_| false)
+    store.is_image_complete(UPSTREAM, &repository(PLACE), &held, &|_| false)
 }
 
 fn see(store: &Store, content: &[u8]) {
     store
-        .note_seen(UPSTREAM, &repository(PLACE), &digest(content))
+        .add_member(UPSTREAM, &repository(PLACE), &digest(content))
         .unwrap();
 }
 
@@ -38,7 +38,7 @@ fn index(children: &[&Bytes]) -> Bytes {
 /// Keeps the manifest and, seen in its repository, its one blob.
 fn keep_image(store: &Store, number: u32) -> Bytes {
     let bytes = manifest(number);
-    keep_manifest(store, &bytes, PLACE).unwrap();
+    put_manifest(store, &bytes, PLACE).unwrap();
     keep_blob(store, &number.to_be_bytes()).unwrap();
     see(store, &number.to_be_bytes());
     bytes
@@ -49,18 +49,18 @@ fn an_image_is_whole_when_its_blobs_are_held_and_were_seen_in_its_repository() {
     everywhere(|ground| {
         let store = ground.open();
         let bytes = manifest(1);
-        keep_manifest(&store, &bytes, PLACE).unwrap();
-        assert!(!is_whole(&store, &bytes), "nothing but the manifest");
+        put_manifest(&store, &bytes, PLACE).unwrap();
+        assert!(!is_complete(&store, &bytes), "nothing but the manifest");
         see(&store, &1_u32.to_be_bytes());
-        assert!(!is_whole(&store, &bytes), "seen, not held");
+        assert!(!is_complete(&store, &bytes), "seen, not held");
         let held = store.manifest(&digest(&bytes)).unwrap().unwrap();
         let arriving = |blob: &Digest| *blob == digest(&1_u32.to_be_bytes());
-        assert!(store.is_whole(UPSTREAM, &repository(PLACE), &held, &arriving));
-        assert!(!is_whole(&store, &bytes), "arriving is not remembered as held");
+        assert!(store.is_image_complete(UPSTREAM, &repository(PLACE), &held, &arriving));
+        assert!(!is_complete(&store, &bytes), "arriving is not remembered as held");
         keep_blob(&store, &1_u32.to_be_bytes()).unwrap();
-        assert!(is_whole(&store, &bytes));
+        assert!(is_complete(&store, &bytes));
         assert!(
-            !store.is_whole(UPSTREAM, &repository("library/other"), &held, &|_| false),
+            !store.is_image_complete(UPSTREAM, &repository("library/other"), &held, &|_| false),
             "its readers have no proof of the blob"
         );
     });
@@ -71,13 +71,13 @@ fn what_was_whole_is_not_once_something_of_it_is_removed() {
     everywhere(|ground| {
         let store = ground.open();
         let bytes = keep_image(&store, 1);
-        assert!(is_whole(&store, &bytes));
+        assert!(is_complete(&store, &bytes));
         store.remove_blob(&digest(&1_u32.to_be_bytes())).unwrap();
-        assert!(!is_whole(&store, &bytes));
+        assert!(!is_complete(&store, &bytes));
         keep_blob(&store, &1_u32.to_be_bytes()).unwrap();
-        assert!(is_whole(&store, &bytes));
+        assert!(is_complete(&store, &bytes));
         store.quarantine_blob(&digest(&1_u32.to_be_bytes()));
-        assert!(!is_whole(&store, &bytes));
+        assert!(!is_complete(&store, &bytes));
     });
 }
 
@@ -86,16 +86,16 @@ fn an_index_is_whole_when_one_of_its_images_is_and_an_attestation_is_none() {
     everywhere(|ground| {
         let store = ground.open();
         let index = index(&[&manifest(1), &manifest(2), &manifest(3)]);
-        keep_manifest(&store, &index, PLACE).unwrap();
-        assert!(!is_whole(&store, &index));
+        put_manifest(&store, &index, PLACE).unwrap();
+        assert!(!is_complete(&store, &index));
         see(&store, &keep_image(&store, 3));
-        assert!(!is_whole(&store, &index), "the attestation alone");
+        assert!(!is_complete(&store, &index), "the attestation alone");
         see(&store, &keep_image(&store, 2));
-        assert!(is_whole(&store, &index));
+        assert!(is_complete(&store, &index));
         let held = store.manifest(&digest(&index)).unwrap().unwrap();
         let place = repository(PLACE);
         let view = store.view();
-        let whole = view.whole_children(UPSTREAM, &place, &held);
+        let whole = view.complete_children(UPSTREAM, &place, &held);
         let platforms: Vec<_> = whole
             .filter_map(|child| Some(child.platform.as_ref()?.to_string()))
             .collect();
@@ -108,31 +108,35 @@ fn a_tag_keeps_its_last_whole_image_until_the_newer_one_is_whole() {
     everywhere(|ground| {
         let store = ground.open();
         let (old, newer, newest) = (keep_image(&store, 1), manifest(2), manifest(3));
-        keep_manifest(&store, &newer, PLACE).unwrap();
-        keep_manifest(&store, &newest, PLACE).unwrap();
-        let earlier = Some(Earlier {
+        put_manifest(&store, &newer, PLACE).unwrap();
+        put_manifest(&store, &newest, PLACE).unwrap();
+        let previous = Some(Previous {
             digest: digest(&old),
             media_type: image(),
             confirmed_at: at(1),
         });
 
-        store.keep_tag(&key("3"), variant(1, &old, 1)).unwrap();
-        assert_eq!(only_variant(&store, "3").earlier, None);
-        store.keep_tag(&key("3"), variant(1, &newer, 2)).unwrap();
-        assert_eq!(only_variant(&store, "3").earlier, earlier);
-        store.keep_tag(&key("3"), variant(1, &newest, 3)).unwrap();
+        store.put_tag(&key("3"), variant(1, &old, 1)).unwrap();
+        assert_eq!(only_variant(&store, "3").previous, None);
+        store.put_tag(&key("3"), variant(1, &newer, 2)).unwrap();
+        assert_eq!(only_variant(&store, "3").previous, previous);
+        store.put_tag(&key("3"), variant(1, &newest, 3)).unwrap();
         assert_eq!(
-            only_variant(&store, "3").earlier,
-            earlier,
+            only_variant(&store, "3").previous,
+            previous,
             "what is not whole replaces nothing"
         );
         drop(store);
 
         let store = ground.open();
-        assert_eq!(only_variant(&store, "3").earlier, earlier, "after a restart too");
+        assert_eq!(
+            only_variant(&store, "3").previous,
+            previous,
+            "after a restart too"
+        );
         keep_image(&store, 3);
-        store.keep_tag(&key("3"), variant(1, &newest, 4)).unwrap();
-        assert_eq!(only_variant(&store, "3").earlier, None);
+        store.put_tag(&key("3"), variant(1, &newest, 4)).unwrap();
+        assert_eq!(only_variant(&store, "3").previous, None);
     });
 }
 
@@ -141,11 +145,11 @@ fn a_tag_that_moved_back_is_not_its_own_earlier_image() {
     everywhere(|ground| {
         let store = ground.open();
         let (old, newer) = (keep_image(&store, 1), manifest(2));
-        keep_manifest(&store, &newer, PLACE).unwrap();
-        store.keep_tag(&key("3"), variant(1, &old, 1)).unwrap();
-        store.keep_tag(&key("3"), variant(1, &newer, 2)).unwrap();
+        put_manifest(&store, &newer, PLACE).unwrap();
+        store.put_tag(&key("3"), variant(1, &old, 1)).unwrap();
+        store.put_tag(&key("3"), variant(1, &newer, 2)).unwrap();
         store.remove_blob(&digest(&1_u32.to_be_bytes())).unwrap();
-        store.keep_tag(&key("3"), variant(1, &old, 3)).unwrap();
-        assert_eq!(only_variant(&store, "3").earlier, None);
+        store.put_tag(&key("3"), variant(1, &old, 3)).unwrap();
+        assert_eq!(only_variant(&store, "3").previous, None);
     });
 }

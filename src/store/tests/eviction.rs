@@ -34,11 +34,11 @@ fn image_of(number: u32, base: Option<&[u8]>) -> Bytes {
 }
 
 /// Pulls an image as the road does: the manifest, the tag, the layers, and a use of each.
-fn pull(store: &Store, number: u32, base: Option<&[u8]>, seconds: u64) -> Result<(), Fault> {
+fn pull(store: &Store, number: u32, base: Option<&[u8]>, seconds: u64) -> Result<(), StoreError> {
     let bytes = image_of(number, base);
-    store.tend(at(seconds));
-    keep_manifest(store, &bytes, "library/alpine")?;
-    store.keep_tag(&key(&number.to_string()), variant(1, &bytes, seconds))?;
+    store.tick(at(seconds));
+    put_manifest(store, &bytes, "library/alpine")?;
+    store.put_tag(&key(&number.to_string()), variant(1, &bytes, seconds))?;
     store.note_use(Used::Manifest(digest(&bytes)), at(seconds));
     for blob in [Some(&layer(number)[..]), base].into_iter().flatten() {
         keep_blob(store, blob)?;
@@ -51,7 +51,7 @@ fn is_listed(store: &Store, number: u32) -> bool {
     store.tag(&key(&number.to_string())).unwrap().is_some()
 }
 
-fn is_whole(store: &Store, number: u32, base: Option<&[u8]>) -> bool {
+fn is_complete(store: &Store, number: u32, base: Option<&[u8]>) -> bool {
     is_listed(store, number)
         && store
             .manifest(&digest(&image_of(number, base)))
@@ -82,7 +82,7 @@ fn the_size_holds_and_the_least_recently_used_image_goes_whole() {
         let kept: Vec<u32> = (0..8).filter(|number| is_listed(&store, *number)).collect();
         assert!(kept.len() >= 2 && kept.ends_with(&[6, 7]), "{kept:?}");
         for number in &kept {
-            assert!(is_whole(&store, *number, Some(&base)), "{number} of {kept:?}");
+            assert!(is_complete(&store, *number, Some(&base)), "{number} of {kept:?}");
         }
         let evicted = store.evictions();
         assert!(evicted.tags >= 2 && evicted.for_size >= 2 * evicted.tags && evicted.for_free == 0);
@@ -99,7 +99,7 @@ fn an_image_that_is_used_outlives_a_younger_one_that_is_not() {
         store.note_use(Used::Manifest(digest(&image_of(0, None))), at(2 * LATER));
         pull(&store, 2, None, 4 * LATER).unwrap();
         pull(&store, 3, None, 5 * LATER).unwrap();
-        assert!(is_whole(&store, 0, None) && !is_listed(&store, 1));
+        assert!(is_complete(&store, 0, None) && !is_listed(&store, 1));
     });
 }
 
@@ -122,7 +122,7 @@ fn uses_written_down_count_after_a_restart() {
         let store = ground.open_with_room(4200, at(4 * LATER));
         pull(&store, 2, None, 4 * LATER).unwrap();
         pull(&store, 3, None, 5 * LATER).unwrap();
-        assert!(is_whole(&store, 0, None) && !is_listed(&store, 1));
+        assert!(is_complete(&store, 0, None) && !is_listed(&store, 1));
     });
 }
 
@@ -135,13 +135,13 @@ fn what_was_used_within_the_hour_stays_and_what_finds_no_room_is_told_why() {
         let refused = pull(&store, 2, None, 3500).unwrap_err();
         assert!(matches!(
             refused,
-            Fault::NoRoom {
+            StoreError::OverQuota {
                 bytes: 1000,
                 limit: "size"
             }
         ));
         assert!(refused.to_string().contains("raise `store.size`"), "{refused}");
-        assert!(is_whole(&store, 0, None) && is_whole(&store, 1, None));
+        assert!(is_complete(&store, 0, None) && is_complete(&store, 1, None));
         assert_eq!((store.evictions().tags, store.evictions().refused), (0, 1));
         // An hour after its last use, and a moment after the last look.
         pull(&store, 2, None, 3700).unwrap();
@@ -154,12 +154,12 @@ fn a_blob_larger_than_the_store_evicts_nothing() {
     everywhere(|ground| {
         let store = ground.open_with_room(3000, at(0));
         pull(&store, 0, None, 0).unwrap();
-        store.tend(at(LATER));
+        store.tick(at(LATER));
         assert!(matches!(
             keep_blob(&store, &[1; 3001]),
-            Err(Fault::NoRoom { bytes: 3001, .. })
+            Err(StoreError::OverQuota { bytes: 3001, .. })
         ));
-        assert!(is_whole(&store, 0, None));
+        assert!(is_complete(&store, 0, None));
     });
 }
 
@@ -183,7 +183,7 @@ fn a_pinned_image_stays_also_after_a_restart_until_it_is_unpinned() {
         for number in 2..6 {
             pull(&store, number, None, LATER * u64::from(number)).unwrap();
         }
-        assert!(is_whole(&store, 0, None));
+        assert!(is_complete(&store, 0, None));
         assert!(
             read_blob(&store, &digest(&layer(1))).is_some(),
             "its digest is pinned"
@@ -247,7 +247,7 @@ fn what_was_pulled_by_digest_and_what_nothing_names_go_in_their_turn() {
     everywhere(|ground| {
         let store = ground.open_with_room(4500, at(0));
         let untagged = image_of(7, None);
-        keep_manifest(&store, &untagged, "library/alpine").unwrap();
+        put_manifest(&store, &untagged, "library/alpine").unwrap();
         keep_blob(&store, &layer(7)).unwrap();
         keep_blob(&store, &[3; 1000]).unwrap();
         pull(&store, 0, None, LATER).unwrap();
@@ -266,12 +266,12 @@ fn a_manifest_evicted_and_kept_again_is_on_the_disk_again() {
         let bytes = image_of(1, None);
         {
             let store = ground.open();
-            keep_manifest(&store, &bytes, "library/alpine").unwrap();
+            put_manifest(&store, &bytes, "library/alpine").unwrap();
             // As one does who read it just before it went.
             let path = content_path("manifests", &digest(&bytes));
             ground.fs.remove(&path).unwrap();
             assert!(store.manifest(&digest(&bytes)).unwrap().is_some(), "from memory");
-            keep_manifest(&store, &bytes, "library/alpine").unwrap();
+            put_manifest(&store, &bytes, "library/alpine").unwrap();
         }
         assert!(ground.open().manifest(&digest(&bytes)).unwrap().is_some());
     });
@@ -291,7 +291,7 @@ fn a_blob_of_unknown_size_takes_only_the_room_there_is() {
     one.make_room(11 * MIB).unwrap();
     let refused = other.make_room(10 * MIB).unwrap_err();
     assert!(
-        matches!(refused, Fault::NoRoom { limit: "size", .. }),
+        matches!(refused, StoreError::OverQuota { limit: "size", .. }),
         "{refused}"
     );
     assert!(
@@ -301,7 +301,7 @@ fn a_blob_of_unknown_size_takes_only_the_room_there_is() {
     drop(one);
     other.make_room(20 * MIB).unwrap();
     let refused = other.make_room(20 * MIB + 1).unwrap_err();
-    assert!(matches!(refused, Fault::NoRoom { .. }), "{refused}");
+    assert!(matches!(refused, StoreError::OverQuota { .. }), "{refused}");
     drop(other);
     store.begin(&digest, Some(20 * MIB)).unwrap();
 }
@@ -330,7 +330,7 @@ fn a_blob_of_unknown_size_leaves_free_what_is_to_be_left() {
         written += 1000;
     };
     assert!(
-        matches!(refused, Fault::NoRoom { limit: "free", .. }),
+        matches!(refused, StoreError::OverQuota { limit: "free", .. }),
         "{refused}"
     );
     assert!(disk.free_bytes().unwrap() >= 40_000, "{written}");

@@ -12,16 +12,16 @@ fn data(ground: &Ground) -> PathBuf {
 fn filled(ground: &Ground) {
     let store = ground.open();
     keep_blob(&store, b"layer").unwrap();
-    keep_manifest(&store, &manifest(1), "library/alpine").unwrap();
-    store.keep_tag(&key("3"), variant(1, b"image", 1)).unwrap();
-    store.keep_tag(&key("3"), variant(1, b"image", 60)).unwrap();
+    put_manifest(&store, &manifest(1), "library/alpine").unwrap();
+    store.put_tag(&key("3"), variant(1, b"image", 1)).unwrap();
+    store.put_tag(&key("3"), variant(1, b"image", 60)).unwrap();
     store
-        .note_seen(UPSTREAM, &repository("library/alpine"), &digest(b"layer"))
+        .add_member(UPSTREAM, &repository("library/alpine"), &digest(b"layer"))
         .unwrap();
     store
-        .note_public(UPSTREAM, &repository("library/alpine"), Some(at(0)))
+        .set_public(UPSTREAM, &repository("library/alpine"), Some(at(0)))
         .unwrap();
-    store.note_grant(UPSTREAM, &repository("acme/secret"), &[1; 32], at(7));
+    store.put_grant(UPSTREAM, &repository("acme/secret"), &[1; 32], at(7));
     store.close();
 }
 
@@ -34,7 +34,7 @@ fn assert_found_again(store: &Store) {
     );
     assert_eq!(only_variant(store, "3").digest, digest(b"image"));
     assert_eq!(store.tags(None, 10).len(), 1);
-    assert!(store.has_seen(UPSTREAM, &repository("library/alpine"), &digest(b"layer")));
+    assert!(store.is_member(UPSTREAM, &repository("library/alpine"), &digest(b"layer")));
     assert_eq!(
         store.public_since(UPSTREAM, &repository("library/alpine")),
         Some(at(0))
@@ -135,7 +135,7 @@ fn times_and_grants_survive_reopening() {
     let store = ground.open();
     assert_found_again(&store);
     let expected = Variant {
-        first_held_at: at(1),
+        first_seen_at: at(1),
         ..variant(1, b"image", 60)
     };
     assert_eq!(only_variant(&store, "3"), expected);
@@ -189,7 +189,7 @@ fn a_damaged_index_is_set_aside_and_everything_found_again_from_the_files() {
             let store = ground.open();
             assert_found_again(&store);
             wait_until("ready", || store.index_state() == IndexState::Ready);
-            store.keep_tag(&key("3"), variant(1, b"newer", 99)).unwrap();
+            store.put_tag(&key("3"), variant(1, b"newer", 99)).unwrap();
             drop(store);
             let store = ground.open();
             let found = Variant {
@@ -209,7 +209,7 @@ fn the_index_of_another_store_is_not_used() {
     filled(&other);
     other
         .open()
-        .note_grant(UPSTREAM, &repository("acme/others"), &[9; 32], at(7));
+        .put_grant(UPSTREAM, &repository("acme/others"), &[9; 32], at(7));
     fs::remove_dir_all(data(&ground).join("index")).unwrap();
     fs::rename(data(&other).join("index"), data(&ground).join("index")).unwrap();
     let store = ground.open();
@@ -235,7 +235,7 @@ fn an_older_copy_of_the_index_is_not_used() {
     }
     ground
         .open()
-        .drop_grant(UPSTREAM, &repository("acme/secret"), &[1; 32]);
+        .revoke_grant(UPSTREAM, &repository("acme/secret"), &[1; 32]);
     fs::remove_dir_all(data(&ground).join("index")).unwrap();
     fs::create_dir(data(&ground).join("index")).unwrap();
     for name in ["db", "conf"] {
@@ -259,7 +259,7 @@ fn an_index_that_cannot_be_made_leaves_the_store_working_and_is_made_once_it_can
     let store = ground.open();
     assert_found_again(&store);
     keep_blob(&store, b"another").unwrap();
-    store.keep_tag(&key("4"), variant(1, b"image", 1)).unwrap();
+    store.put_tag(&key("4"), variant(1, b"image", 1)).unwrap();
     assert_eq!(store.tags(None, 10).len(), 2);
     assert!(matches!(store.index_state(), IndexState::Degraded { .. }));
     fs::remove_file(data(&ground).join("index")).unwrap();
@@ -269,7 +269,7 @@ fn an_index_that_cannot_be_made_leaves_the_store_working_and_is_made_once_it_can
         "it has missed what was kept meanwhile"
     );
     assert_eq!(store.tags(None, 10).len(), 2);
-    store.tend(at(2));
+    store.tick(at(2));
     wait_until("filled from the files", || store.index.is_complete());
     assert_eq!(store.tags(None, 10).len(), 2);
 }
@@ -315,8 +315,8 @@ fn a_grant_taken_back_while_the_index_is_down_does_not_return_with_it() {
     let store = ground.open();
     let degraded = || matches!(store.index_state(), IndexState::Degraded { .. });
     wait_until("degraded", degraded);
-    store.drop_grant(UPSTREAM, &repository("acme/secret"), &[1; 32]);
-    store.note_grant(UPSTREAM, &repository("acme/new"), &[2; 32], at(9));
+    store.revoke_grant(UPSTREAM, &repository("acme/secret"), &[1; 32]);
+    store.put_grant(UPSTREAM, &repository("acme/new"), &[2; 32], at(9));
     store.index.flush();
     fs::remove_file(&index).unwrap();
     fs::rename(&away, &index).unwrap();
@@ -359,7 +359,7 @@ fn a_grant_taken_back_does_not_return_though_the_process_is_killed_at_once() {
         as_killed(&ground).open().grant(UPSTREAM, &secret, &principal),
         Some(at(7))
     );
-    assert!(store.drop_grant(UPSTREAM, &secret, &principal));
+    assert!(store.revoke_grant(UPSTREAM, &secret, &principal));
     assert_eq!(
         as_killed(&ground).open().grant(UPSTREAM, &secret, &principal),
         None
@@ -378,7 +378,7 @@ fn nor_if_the_index_was_down_when_it_was_taken_back() {
         matches!(store.index_state(), IndexState::Degraded { .. })
     });
     let (secret, principal) = (repository("acme/secret"), [1; 32]);
-    assert!(store.drop_grant(UPSTREAM, &secret, &principal));
+    assert!(store.revoke_grant(UPSTREAM, &secret, &principal));
     // The disk is well again, and the old index is back, before this process has noticed.
     let left = as_killed(&ground);
     fs::remove_file(data(&left).join("index")).unwrap();
@@ -392,7 +392,7 @@ fn nor_if_the_index_was_down_when_it_was_taken_back() {
 fn an_index_that_has_grown_is_made_small_while_it_is_used() {
     let ground = Ground::directory();
     let store = ground.open();
-    store.keep_tag(&key("3"), variant(1, b"image", 1)).unwrap();
+    store.put_tag(&key("3"), variant(1, b"image", 1)).unwrap();
     let name = |number: u16| [b"x".as_slice(), &number.to_be_bytes()].concat();
     for number in 0..2000 {
         store.index.put(name(number), vec![29; 4000]);
@@ -423,7 +423,7 @@ fn an_index_that_lost_something_is_filled_again_without_anybody_asking() {
     fs::remove_file(data(&ground).join("index")).unwrap();
     wait_until("ready", || store.index_state() == IndexState::Ready);
     wait_until("complete", || {
-        store.tend(at(5));
+        store.tick(at(5));
         store.index.is_complete()
     });
 }
@@ -433,10 +433,10 @@ fn what_the_index_knows_worse_than_the_files_is_put_right_and_the_rest_is_not_to
     let ground = Ground::directory();
     let store = ground.open();
     for tag in ["old", "unknown", "newer", "strange"] {
-        store.keep_tag(&key(tag), variant(1, b"now", 100)).unwrap();
+        store.put_tag(&key(tag), variant(1, b"now", 100)).unwrap();
     }
     wait_until("complete", || {
-        store.tend(at(2));
+        store.tick(at(2));
         store.index.is_complete()
     });
     let indexed = |tag: &str| {
@@ -457,7 +457,7 @@ fn what_the_index_knows_worse_than_the_files_is_put_right_and_the_rest_is_not_to
         .index
         .put(key("strange").to_index(), b"[of another version".to_vec());
     store.index.set_complete(u64::MAX / 2);
-    assert!(store.tags.heal_index(&AtomicBool::new(false)));
+    assert!(store.tags.reindex(&AtomicBool::new(false)));
     for (tag, content) in [
         ("old", b"now".as_slice()),
         ("unknown", b"now"),

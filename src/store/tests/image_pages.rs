@@ -66,10 +66,10 @@ fn tag(number: u32) -> String {
 }
 
 fn keep(store: &Store, number: u32) {
-    keep_manifest(store, &manifest(number), "library/alpine").unwrap();
+    put_manifest(store, &manifest(number), "library/alpine").unwrap();
     keep_blob(store, &number.to_be_bytes()).unwrap();
     store
-        .keep_tag(&key(&tag(number)), variant(1, &manifest(number), 1))
+        .put_tag(&key(&tag(number)), variant(1, &manifest(number), 1))
         .unwrap();
 }
 
@@ -94,11 +94,11 @@ fn tags(page: &[(TagKey, crate::store::tags::TagRecord)]) -> Vec<String> {
 fn t18_one_page_of_images_reads_only_what_it_shows() {
     let fs = Arc::new(Counting::default());
     let store = filled(&fs);
-    store.shares();
+    store.reference_counts();
 
     let before = fs.opened.load(Ordering::SeqCst);
-    let page = store.stocked_from(600, 10);
-    let shares = store.shares();
+    let page = store.tag_usages(600, 10);
+    let shares = store.reference_counts();
     let opened = fs.opened.load(Ordering::SeqCst) - before;
     assert!(opened <= 3 * 10, "{opened} files were opened for ten images");
     let names: Vec<_> = page.iter().map(|image| image.key.tag.to_string()).collect();
@@ -112,17 +112,15 @@ fn t18_a_change_is_seen_in_what_images_share() {
     let fs = Arc::new(Counting::default());
     let store = filled(&fs);
     let blob = digest(&1_u32.to_be_bytes());
-    assert_eq!(store.shares().holders(&blob), 1);
-    store
-        .keep_tag(&key("other"), variant(1, &manifest(1), 1))
-        .unwrap();
-    assert_eq!(store.shares().holders(&blob), 2);
-    let image = store.stocked(&key("other")).unwrap().unwrap();
-    assert_eq!(store.shares().sizes(&image).1, 0);
+    assert_eq!(store.reference_counts().count(&blob), 1);
+    store.put_tag(&key("other"), variant(1, &manifest(1), 1)).unwrap();
+    assert_eq!(store.reference_counts().count(&blob), 2);
+    let image = store.tag_usage(&key("other")).unwrap().unwrap();
+    assert_eq!(store.reference_counts().sizes(&image).1, 0);
     store.remove_tag(&key("other")).unwrap();
-    assert_eq!(store.shares().holders(&blob), 1);
+    assert_eq!(store.reference_counts().count(&blob), 1);
     store.remove_blob(&blob).unwrap();
-    assert_eq!(store.shares().holders(&blob), 0);
+    assert_eq!(store.reference_counts().count(&blob), 0);
 }
 
 #[test]

@@ -7,7 +7,7 @@ fn a_manifest_is_served_as_it_was_kept() {
     everywhere(|ground| {
         let (bytes, store) = (manifest(1), ground.open());
         assert!(store.manifest(&digest(&bytes)).unwrap().is_none());
-        let kept = keep_manifest(&store, &bytes, "library/alpine").unwrap();
+        let kept = put_manifest(&store, &bytes, "library/alpine").unwrap();
         assert!(Arc::ptr_eq(
             &kept,
             &store.manifest(&digest(&bytes)).unwrap().unwrap()
@@ -27,14 +27,14 @@ fn bytes_of_another_digest_and_what_is_no_manifest_are_not_kept() {
         let store = ground.open();
         let repo = repository("library/alpine");
         let wrong = store
-            .keep_manifest(manifest(1), image(), digest(b"other"), UPSTREAM, &repo)
+            .put_manifest(manifest(1), image(), digest(b"other"), UPSTREAM, &repo)
             .unwrap_err();
-        assert!(matches!(wrong, Fault::WrongBytes(_)), "{wrong}");
+        assert!(matches!(wrong, StoreError::DigestMismatch(_)), "{wrong}");
         let page = Bytes::from_static(b"<html>sign in</html>");
         let none = store
-            .keep_manifest(page.clone(), image(), digest(&page), UPSTREAM, &repo)
+            .put_manifest(page.clone(), image(), digest(&page), UPSTREAM, &repo)
             .unwrap_err();
-        assert!(matches!(none, Fault::NotAManifest { .. }), "{none}");
+        assert!(matches!(none, StoreError::NotAManifest { .. }), "{none}");
         assert_eq!(ground.files("manifests"), [] as [PathBuf; 0]);
     });
 }
@@ -43,13 +43,13 @@ fn bytes_of_another_digest_and_what_is_no_manifest_are_not_kept() {
 fn a_damaged_manifest_is_quarantined_and_a_miss_until_it_is_kept_again() {
     everywhere(|ground| {
         let bytes = manifest(1);
-        keep_manifest(&ground.open(), &bytes, "library/alpine").unwrap();
+        put_manifest(&ground.open(), &bytes, "library/alpine").unwrap();
         ground.overwrite(&ground.files("manifests")[0], &manifest(2));
         let store = ground.open();
         assert!(store.manifest(&digest(&bytes)).unwrap().is_none());
         assert_eq!(ground.files("quarantine").len(), 1);
         assert_eq!(counted_usage(&store).manifests, 0);
-        keep_manifest(&store, &bytes, "library/alpine").unwrap();
+        put_manifest(&store, &bytes, "library/alpine").unwrap();
         assert_eq!(counted_usage(&store).manifests, 1);
         drop(store);
         assert_eq!(
@@ -63,14 +63,14 @@ fn a_damaged_manifest_is_quarantined_and_a_miss_until_it_is_kept_again() {
 fn a_manifest_without_its_record_keeps_the_type_it_states_of_itself() {
     everywhere(|ground| {
         let bytes = manifest(1);
-        keep_manifest(&ground.open(), &bytes, "library/alpine").unwrap();
+        put_manifest(&ground.open(), &bytes, "library/alpine").unwrap();
         ground.fs.remove(&ground.files("manifests")[1]).unwrap();
         let store = ground.open();
         assert_eq!(
             store.manifest(&digest(&bytes)).unwrap().unwrap().media_type,
             image()
         );
-        keep_manifest(&store, &bytes, "library/alpine").unwrap();
+        put_manifest(&store, &bytes, "library/alpine").unwrap();
         assert_eq!(ground.files("manifests").len(), 2, "its record is written again");
     });
 }
@@ -79,7 +79,7 @@ fn a_manifest_without_its_record_keeps_the_type_it_states_of_itself() {
 fn the_record_of_a_manifest_that_was_damaged_is_written_anew() {
     let ground = Ground::directory();
     let bytes = manifest(1);
-    drop(keep_manifest(&ground.open(), &bytes, "library/alpine").unwrap());
+    drop(put_manifest(&ground.open(), &bytes, "library/alpine").unwrap());
     let record = || {
         let mut files = ground.files("manifests").into_iter();
         files.find(|path| path.extension().is_some()).unwrap()
@@ -89,7 +89,7 @@ fn the_record_of_a_manifest_that_was_damaged_is_written_anew() {
     assert_eq!(held.media_type, image());
     let after = ground.fs.read_file(&record(), 4096).unwrap();
     assert!(
-        checksummed_json::opened::<serde_json::Value>(&after).is_some(),
+        checksummed_json::decode::<serde_json::Value>(&after).is_some(),
         "no record"
     );
 }
@@ -99,7 +99,7 @@ fn the_record_of_a_manifest_names_each_repository_once() {
     everywhere(|ground| {
         let (bytes, store) = (manifest(1), ground.open());
         for repo in ["library/alpine", "acme/alpine", "library/alpine"] {
-            keep_manifest(&store, &bytes, repo).unwrap();
+            put_manifest(&store, &bytes, repo).unwrap();
         }
         let record = ground
             .fs

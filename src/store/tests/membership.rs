@@ -11,16 +11,16 @@ fn what_was_seen_in_a_repository_is_proof_there_and_nowhere_else() {
             digest(b"layer"),
         );
         let store = ground.open();
-        assert!(!store.has_seen(UPSTREAM, &alpine, &of));
-        store.note_seen(UPSTREAM, &alpine, &of).unwrap();
-        store.note_seen(UPSTREAM, &alpine, &of).unwrap();
-        assert!(store.has_seen(UPSTREAM, &alpine, &of));
+        assert!(!store.is_member(UPSTREAM, &alpine, &of));
+        store.add_member(UPSTREAM, &alpine, &of).unwrap();
+        store.add_member(UPSTREAM, &alpine, &of).unwrap();
+        assert!(store.is_member(UPSTREAM, &alpine, &of));
         drop(store);
         let store = ground.open();
-        assert!(store.has_seen(UPSTREAM, &alpine, &of));
-        assert!(!store.has_seen(UPSTREAM, &alpine, &digest(b"other")));
-        assert!(!store.has_seen(UPSTREAM, &other, &of));
-        assert!(!store.has_seen("ghcr.io", &alpine, &of));
+        assert!(store.is_member(UPSTREAM, &alpine, &of));
+        assert!(!store.is_member(UPSTREAM, &alpine, &digest(b"other")));
+        assert!(!store.is_member(UPSTREAM, &other, &of));
+        assert!(!store.is_member("ghcr.io", &alpine, &of));
         let file = ground.fs.read_file(&ground.files("seen")[0], 10_000).unwrap();
         assert_eq!(
             String::from_utf8(file).unwrap().matches(&of.to_string()).count(),
@@ -35,7 +35,7 @@ fn a_torn_or_wrong_line_is_ignored_and_spoils_no_other() {
     everywhere(|ground| {
         let alpine = repository("library/alpine");
         let store = ground.open();
-        store.note_seen(UPSTREAM, &alpine, &digest(b"1")).unwrap();
+        store.add_member(UPSTREAM, &alpine, &digest(b"1")).unwrap();
         drop(store);
         let file = ground.files("seen").remove(0);
         let line = format!("{} 00000000\n", digest(b"2"));
@@ -49,10 +49,10 @@ fn a_torn_or_wrong_line_is_ignored_and_spoils_no_other() {
             .append(&file, format!("{}", digest(b"3")).as_bytes())
             .unwrap();
         let store = ground.open();
-        store.note_seen(UPSTREAM, &alpine, &digest(b"4")).unwrap();
+        store.add_member(UPSTREAM, &alpine, &digest(b"4")).unwrap();
         drop(store);
         let store = ground.open();
-        let seen = [b"1", b"2", b"3", b"4"].map(|bytes| store.has_seen(UPSTREAM, &alpine, &digest(bytes)));
+        let seen = [b"1", b"2", b"3", b"4"].map(|bytes| store.is_member(UPSTREAM, &alpine, &digest(bytes)));
         assert_eq!(seen, [true, false, false, true]);
         assert_eq!(store.public_since(UPSTREAM, &alpine), None);
     });
@@ -63,9 +63,9 @@ fn a_line_copied_from_another_repository_proves_nothing() {
     everywhere(|ground| {
         let (theirs, mine) = (repository("acme/secret"), repository("acme/open"));
         let store = ground.open();
-        store.note_seen(UPSTREAM, &theirs, &digest(b"secret")).unwrap();
+        store.add_member(UPSTREAM, &theirs, &digest(b"secret")).unwrap();
         let file = ground.files("seen").remove(0);
-        store.note_seen(UPSTREAM, &mine, &digest(b"open")).unwrap();
+        store.add_member(UPSTREAM, &mine, &digest(b"open")).unwrap();
         drop(store);
         let lines = ground.fs.read_file(&file, 10_000).unwrap();
         let target = ground
@@ -75,8 +75,8 @@ fn a_line_copied_from_another_repository_proves_nothing() {
             .unwrap();
         ground.fs.append(&target, &lines).unwrap();
         let store = ground.open();
-        assert!(store.has_seen(UPSTREAM, &mine, &digest(b"open")));
-        assert!(!store.has_seen(UPSTREAM, &mine, &digest(b"secret")));
+        assert!(store.is_member(UPSTREAM, &mine, &digest(b"open")));
+        assert!(!store.is_member(UPSTREAM, &mine, &digest(b"secret")));
     });
 }
 
@@ -87,7 +87,7 @@ fn a_repository_is_public_until_it_is_not() {
         let store = ground.open();
         assert_eq!(store.public_since(UPSTREAM, &alpine), None);
         for seconds in [0, 10, 20] {
-            store.note_public(UPSTREAM, &alpine, Some(at(seconds))).unwrap();
+            store.set_public(UPSTREAM, &alpine, Some(at(seconds))).unwrap();
             assert_eq!(store.public_since(UPSTREAM, &alpine), Some(at(seconds)));
         }
         drop(store);
@@ -97,11 +97,11 @@ fn a_repository_is_public_until_it_is_not() {
             Some(at(0)),
             "not written again within the hour"
         );
-        store.note_public(UPSTREAM, &alpine, Some(at(4000))).unwrap();
+        store.set_public(UPSTREAM, &alpine, Some(at(4000))).unwrap();
         drop(store);
         let store = ground.open();
         assert_eq!(store.public_since(UPSTREAM, &alpine), Some(at(4000)));
-        store.note_public(UPSTREAM, &alpine, None).unwrap();
+        store.set_public(UPSTREAM, &alpine, None).unwrap();
         assert_eq!(store.public_since(UPSTREAM, &alpine), None);
         drop(store);
         assert_eq!(ground.open().public_since(UPSTREAM, &alpine), None);
@@ -113,8 +113,8 @@ fn a_file_of_proofs_with_many_useless_lines_is_written_anew() {
     everywhere(|ground| {
         let alpine = repository("library/alpine");
         let store = ground.open();
-        store.note_seen(UPSTREAM, &alpine, &digest(b"layer")).unwrap();
-        store.note_public(UPSTREAM, &alpine, Some(at(0))).unwrap();
+        store.add_member(UPSTREAM, &alpine, &digest(b"layer")).unwrap();
+        store.set_public(UPSTREAM, &alpine, Some(at(0))).unwrap();
         drop(store);
         let file = ground.files("seen").remove(0);
         ground
@@ -123,7 +123,7 @@ fn a_file_of_proofs_with_many_useless_lines_is_written_anew() {
             .unwrap();
         for _ in 0..2 {
             let store = ground.open();
-            assert!(store.has_seen(UPSTREAM, &alpine, &digest(b"layer")));
+            assert!(store.is_member(UPSTREAM, &alpine, &digest(b"layer")));
             assert_eq!(store.public_since(UPSTREAM, &alpine), Some(at(0)));
             assert!(ground.fs.read_file(&file, 1000).is_ok(), "short again");
             drop(store);
@@ -137,12 +137,12 @@ fn a_grant_is_one_principals_in_one_repository_until_dropped() {
         let (alpine, other) = (repository("library/alpine"), repository("acme/alpine"));
         let store = ground.open();
         assert_eq!(store.grant(UPSTREAM, &alpine, &[1; 32]), None);
-        store.note_grant(UPSTREAM, &alpine, &[1; 32], at(5));
+        store.put_grant(UPSTREAM, &alpine, &[1; 32], at(5));
         assert_eq!(store.grant(UPSTREAM, &alpine, &[1; 32]), Some(at(5)));
         assert_eq!(store.grant(UPSTREAM, &alpine, &[2; 32]), None);
         assert_eq!(store.grant(UPSTREAM, &other, &[1; 32]), None);
         assert_eq!(store.grant("ghcr.io", &alpine, &[1; 32]), None);
-        store.drop_grant(UPSTREAM, &alpine, &[1; 32]);
+        store.revoke_grant(UPSTREAM, &alpine, &[1; 32]);
         assert_eq!(store.grant(UPSTREAM, &alpine, &[1; 32]), None);
     });
 }
@@ -159,8 +159,8 @@ fn r06_which_url_has_served_a_repository_outlives_a_restart() {
         );
         store.record_served(UPSTREAM, origin, &app).unwrap();
         store.record_served(UPSTREAM, origin, &app).unwrap();
-        store.note_seen(UPSTREAM, &app, &digest(b"layer")).unwrap();
-        store.note_seen(UPSTREAM, &older, &digest(b"layer")).unwrap();
+        store.add_member(UPSTREAM, &app, &digest(b"layer")).unwrap();
+        store.add_member(UPSTREAM, &older, &digest(b"layer")).unwrap();
         drop(store);
         let store = ground.open();
         let served = |url, repository| store.has_served(UPSTREAM, url, repository);

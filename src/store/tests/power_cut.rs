@@ -336,11 +336,11 @@ impl Acknowledged {
         let alpine = repository("library/alpine");
         done.secret = Some(*store.install_secret());
         done.blob = keep_blob(&store, b"layer").is_ok();
-        done.manifest = keep_manifest(&store, &manifest(1), "library/alpine").is_ok();
-        done.seen = store.note_seen(UPSTREAM, &alpine, &digest(b"layer")).is_ok();
-        done.tag = store.keep_tag(&key("3"), variant(1, b"old", 1)).is_ok();
-        done.moved = store.keep_tag(&key("3"), variant(1, b"new", 2)).is_ok();
-        done.public = store.note_public(UPSTREAM, &alpine, Some(at(0))).is_ok();
+        done.manifest = put_manifest(&store, &manifest(1), "library/alpine").is_ok();
+        done.seen = store.add_member(UPSTREAM, &alpine, &digest(b"layer")).is_ok();
+        done.tag = store.put_tag(&key("3"), variant(1, b"old", 1)).is_ok();
+        done.moved = store.put_tag(&key("3"), variant(1, b"new", 2)).is_ok();
+        done.public = store.set_public(UPSTREAM, &alpine, Some(at(0))).is_ok();
         done.second_blob = keep_blob(&store, b"another layer").is_ok();
         done
     }
@@ -362,7 +362,7 @@ impl Acknowledged {
         );
         assert!(found.is_none_or(|held| held.bytes == manifest(1) && held.media_type == image()));
         assert!(
-            !self.seen || store.has_seen(UPSTREAM, &alpine, &digest(b"layer")),
+            !self.seen || store.is_member(UPSTREAM, &alpine, &digest(b"layer")),
             "a proof is lost"
         );
         assert_eq!(store.public_since(UPSTREAM, &alpine).is_some(), self.public);

@@ -4,7 +4,7 @@ use super::*;
 use crate::store::index::losing::Flushed;
 use crate::store::index::slow::slow_home;
 use crate::store::index::thread::Home;
-use crate::store::invalidations::DoubtKey;
+use crate::store::invalidations::InvalidationKey;
 
 fn opened(fs: &Arc<dyn FileSystem>, home: Home) -> Store {
     Store::open_with(&Settings::default(), Arc::clone(fs), at(0), |_| home).unwrap()
@@ -15,13 +15,13 @@ fn t08_removed_tag_stays_removed_after_a_crash() {
     let fs: Arc<dyn FileSystem> = Arc::new(MemoryFs::new());
     let flushed = Flushed::default();
     let store = opened(&fs, flushed.home());
-    let doubt = DoubtKey::from(&key("3"));
-    store.keep_tag(&key("3"), variant(1, b"image", 1)).unwrap();
+    let invalidation = InvalidationKey::from(&key("3"));
+    store.put_tag(&key("3"), variant(1, b"image", 1)).unwrap();
     store.index.flush();
-    store.doubt(&doubt, at(1)).unwrap();
+    store.invalidate(&invalidation, at(1)).unwrap();
     assert!(store.remove_tag(&key("3")).unwrap());
     let after_crash = flushed.now();
-    assert_eq!(store.doubted_since(&doubt), None);
+    assert_eq!(store.invalidated_since(&invalidation), None);
     drop(store);
     let store = opened(&fs, after_crash.home());
     assert!(store.tag(&key("3")).unwrap().is_none());
@@ -32,12 +32,12 @@ fn t08_tag_whose_removal_is_not_flushed_is_in_doubt() {
     let fs: Arc<dyn FileSystem> = Arc::new(MemoryFs::new());
     let (home, flushes) = slow_home();
     let store = opened(&fs, home);
-    let doubt = DoubtKey::from(&key("3"));
-    store.keep_tag(&key("3"), variant(1, b"image", 1)).unwrap();
+    let invalidation = InvalidationKey::from(&key("3"));
+    store.put_tag(&key("3"), variant(1, b"image", 1)).unwrap();
     flushes.begun();
     store.index.note_stuck();
     assert!(store.remove_tag(&key("3")).unwrap());
     assert!(store.tag(&key("3")).unwrap().is_none());
-    assert!(store.doubted_since(&doubt).is_some());
+    assert!(store.invalidated_since(&invalidation).is_some());
     drop(flushes);
 }

@@ -1,7 +1,7 @@
 //! Tags and lists: what a name meant last.
 
 use super::*;
-use crate::store::listings::{KeptAbsence, KeptAnswer, KeptListing, ListingKey};
+use crate::store::listings::{ListingKey, StoredListResponse, StoredListing, StoredNotFound};
 use crate::store::tags::{TagRecord, VARIANTS_MAX};
 
 #[test]
@@ -9,8 +9,8 @@ fn a_tag_is_found_again_with_the_digest_it_named_last() {
     everywhere(|ground| {
         let store = ground.open();
         assert!(store.tag(&key("3")).unwrap().is_none());
-        store.keep_tag(&key("3"), variant(1, b"old", 1)).unwrap();
-        store.keep_tag(&key("3"), variant(1, b"new", 2)).unwrap();
+        store.put_tag(&key("3"), variant(1, b"old", 1)).unwrap();
+        store.put_tag(&key("3"), variant(1, b"new", 2)).unwrap();
         let expected = Variant {
             history: vec![past(b"old", 1)],
             ..variant(1, b"new", 2)
@@ -27,13 +27,13 @@ fn a_tag_is_found_again_with_the_digest_it_named_last() {
 fn confirming_a_tag_moves_its_time_and_not_its_file() {
     everywhere(|ground| {
         let store = ground.open();
-        store.keep_tag(&key("3"), variant(1, b"old", 1)).unwrap();
+        store.put_tag(&key("3"), variant(1, b"old", 1)).unwrap();
         let file = ground.files("refs").remove(0);
         let before = ground.fs.read_file(&file, 10_000).unwrap();
-        store.keep_tag(&key("3"), variant(1, b"old", 60)).unwrap();
+        store.put_tag(&key("3"), variant(1, b"old", 60)).unwrap();
         assert_eq!(ground.fs.read_file(&file, 10_000).unwrap(), before);
         let expected = Variant {
-            first_held_at: at(1),
+            first_seen_at: at(1),
             ..variant(1, b"old", 60)
         };
         assert_eq!(only_variant(&store, "3"), expected);
@@ -47,7 +47,7 @@ fn a_tag_keeps_the_newest_variants_and_no_more() {
         let kept = VARIANTS_MAX as u64 + 3;
         for accept in 0..kept {
             store
-                .keep_tag(&key("3"), variant(accept, b"image", accept))
+                .put_tag(&key("3"), variant(accept, b"image", accept))
                 .unwrap();
         }
         drop(store);
@@ -60,10 +60,7 @@ fn a_tag_keeps_the_newest_variants_and_no_more() {
 #[test]
 fn a_damaged_tag_file_is_quarantined_and_a_miss_unless_the_index_knows() {
     everywhere(|ground| {
-        ground
-            .open()
-            .keep_tag(&key("3"), variant(1, b"image", 1))
-            .unwrap();
+        ground.open().put_tag(&key("3"), variant(1, b"image", 1)).unwrap();
         let file = ground.files("refs").remove(0);
         let mut bytes = ground.fs.read_file(&file, 10_000).unwrap();
         bytes[30] ^= 1;
@@ -81,7 +78,7 @@ fn a_damaged_tag_file_is_quarantined_and_a_miss_unless_the_index_knows() {
             usize::from(found.is_some()),
             "written again from the index"
         );
-        store.keep_tag(&key("3"), variant(1, b"newer", 2)).unwrap();
+        store.put_tag(&key("3"), variant(1, b"newer", 2)).unwrap();
         drop(store);
         assert_eq!(only_variant(&ground.open(), "3").digest, digest(b"newer"));
     });
@@ -90,10 +87,7 @@ fn a_damaged_tag_file_is_quarantined_and_a_miss_unless_the_index_knows() {
 #[test]
 fn the_file_of_another_tag_proves_nothing() {
     everywhere(|ground| {
-        ground
-            .open()
-            .keep_tag(&key("3"), variant(1, b"image", 1))
-            .unwrap();
+        ground.open().put_tag(&key("3"), variant(1, b"image", 1)).unwrap();
         let from = ground.files("refs").remove(0);
         let to = key("4").path();
         ground.fs.rename(&from, &to).unwrap();
@@ -106,7 +100,7 @@ fn tags_are_listed_in_order_and_by_the_page() {
     everywhere(|ground| {
         let store = ground.open();
         for tag in ["b", "a", "d", "c"] {
-            store.keep_tag(&key(tag), variant(1, tag.as_bytes(), 1)).unwrap();
+            store.put_tag(&key(tag), variant(1, tag.as_bytes(), 1)).unwrap();
         }
         for store in [Some(store), None] {
             let store = store.unwrap_or_else(|| ground.open());
@@ -126,7 +120,7 @@ fn tags_are_listed_in_order_and_by_the_page() {
 fn a_removed_tag_is_unknown_for_good() {
     everywhere(|ground| {
         let store = ground.open();
-        store.keep_tag(&key("3"), variant(1, b"image", 1)).unwrap();
+        store.put_tag(&key("3"), variant(1, b"image", 1)).unwrap();
         assert!(store.remove_tag(&key("3")).unwrap());
         assert!(!store.remove_tag(&key("3")).unwrap());
         assert!(store.tag(&key("3")).unwrap().is_none());
@@ -142,27 +136,27 @@ fn that_there_is_no_list_is_kept_like_one() {
             upstream: UPSTREAM.into(),
             path: format!("/v2/library/alpine/referrers/sha256:{}", "0".repeat(64)),
         };
-        let list = KeptListing::new(Bytes::from_static(b"{}"), image(), None, None, at(1));
+        let list = StoredListing::new(Bytes::from_static(b"{}"), image(), None, None, at(1));
         for code in [None, Some("NAME_UNKNOWN".to_owned())] {
             let store = ground.open();
-            store.keep_listing(&key, list.clone()).unwrap();
-            let absence = KeptAbsence {
+            store.put_listing(&key, list.clone()).unwrap();
+            let absence = StoredNotFound {
                 code,
-                answered_at: at(2),
+                received_at: at(2),
             };
-            store.keep_listing_absent(&key, absence.clone()).unwrap();
+            store.put_listing_not_found(&key, absence.clone()).unwrap();
             drop(store);
             let store = ground.open();
             assert_eq!(store.listing(&key), Ok(None));
-            let found = store.listing_answer(&key).unwrap();
+            let found = store.listing_response(&key).unwrap();
             assert!(
-                matches!(&found, Some(KeptAnswer::Absent(found)) if *found == absence),
+                matches!(&found, Some(StoredListResponse::NotFound(found)) if *found == absence),
                 "{found:?}"
             );
             drop(store);
         }
         let store = ground.open();
-        store.keep_listing(&key, list.clone()).unwrap();
+        store.put_listing(&key, list.clone()).unwrap();
         drop(store);
         assert_eq!(*ground.open().listing(&key).unwrap().unwrap(), list);
     });
@@ -177,7 +171,7 @@ fn a_list_is_kept_until_a_newer_one_comes() {
         };
         let list = |text: &'static str, seconds| {
             let next = Some("/v2/library/alpine/tags/list?last=3".to_owned());
-            KeptListing::new(
+            StoredListing::new(
                 Bytes::from_static(text.as_bytes()),
                 image(),
                 next,
@@ -188,10 +182,10 @@ fn a_list_is_kept_until_a_newer_one_comes() {
         let store = ground.open();
         assert_eq!(store.listing(&key("/v2/library/alpine/tags/list")), Ok(None));
         store
-            .keep_listing(&key("/v2/library/alpine/tags/list"), list("{\"tags\":[]}", 1))
+            .put_listing(&key("/v2/library/alpine/tags/list"), list("{\"tags\":[]}", 1))
             .unwrap();
         store
-            .keep_listing(&key("/v2/library/alpine/tags/list"), list("{\"tags\":[\n]}", 2))
+            .put_listing(&key("/v2/library/alpine/tags/list"), list("{\"tags\":[\n]}", 2))
             .unwrap();
         drop(store);
         let store = ground.open();

@@ -14,23 +14,23 @@ fn a_full_disk_is_told_of_and_used_again_when_there_is_room() {
     keep_blob(&store, b"before").unwrap();
     assert_eq!(store.troubles(), []);
     memory.set_bytes_max(0);
-    let fault = keep_manifest(&store, &manifest(1), "library/alpine").unwrap_err();
-    assert!(matches!(fault, Fault::Full { .. }), "{fault}");
+    let fault = put_manifest(&store, &manifest(1), "library/alpine").unwrap_err();
+    assert!(matches!(fault, StoreError::Full { .. }), "{fault}");
     assert!(keep_blob(&store, b"meanwhile").is_err());
     let troubles = store.troubles();
     assert!(
-        matches!(troubles[0], Trouble::Disk(Fault::Full { .. })),
+        matches!(troubles[0], Trouble::Disk(StoreError::Full { .. })),
         "{troubles:?}"
     );
     assert_eq!(read_blob(&store, &digest(b"before")).unwrap(), b"before");
-    store.tend(at(5));
+    store.tick(at(5));
     assert!(!store.troubles().is_empty(), "it is still full");
 
     memory.set_bytes_max(u64::MAX);
-    store.tend(at(10));
+    store.tick(at(10));
     assert_eq!(store.troubles(), []);
     keep_blob(&store, b"meanwhile").unwrap();
-    keep_manifest(&store, &manifest(1), "library/alpine").unwrap();
+    put_manifest(&store, &manifest(1), "library/alpine").unwrap();
     assert_eq!(
         memory
             .list(Path::new(""))

@@ -27,7 +27,7 @@ fn a_verification_reads_everything_and_sets_aside_what_is_damaged() {
         assert_eq!(store.verification(), None);
         for number in 0_u32..5 {
             keep_blob(&store, &number.to_be_bytes()).unwrap();
-            keep_manifest(&store, &manifest(number), "library/alpine").unwrap();
+            put_manifest(&store, &manifest(number), "library/alpine").unwrap();
         }
         let verification = verified_whole(&store);
         assert_eq!((verification.objects, verification.damaged), (10, 0));
@@ -50,10 +50,10 @@ fn some_of_each(store: &Store) -> (Bytes, Bytes, Bytes) {
     );
     let signature = Bytes::from(about.strip_suffix('}').unwrap().to_owned() + &subject);
     for (bytes, number) in [(&tagged, 1_u32), (&untagged, 2), (&signature, 3)] {
-        keep_manifest(store, bytes, "library/alpine").unwrap();
+        put_manifest(store, bytes, "library/alpine").unwrap();
         keep_blob(store, &number.to_be_bytes()).unwrap();
     }
-    store.keep_tag(&key("3"), variant(1, &tagged, 1)).unwrap();
+    store.put_tag(&key("3"), variant(1, &tagged, 1)).unwrap();
     (tagged, untagged, signature)
 }
 
@@ -92,9 +92,9 @@ fn what_is_pinned_or_was_used_lately_stays() {
         let store = later(ground, 3 * 24 * 3600);
         assert_eq!(store.collect(LONG, false).unwrap().bytes, 0, "too young");
         store.note_use(Used::Manifest(digest(&untagged)), at(8 * 24 * 3600));
-        store.tend(at(9 * 24 * 3600));
+        store.tick(at(9 * 24 * 3600));
         assert_eq!(store.collect(LONG, false).unwrap().manifests, 0, "used since");
-        store.tend(at(20 * 24 * 3600));
+        store.tick(at(20 * 24 * 3600));
         store.pin(&Pin::Digest(digest(&untagged))).unwrap();
         assert_eq!(store.collect(LONG, false).unwrap().bytes, 0, "pinned");
         store.unpin(&Pin::Digest(digest(&untagged))).unwrap();
@@ -107,7 +107,7 @@ fn an_index_made_anew_has_every_tag_again_and_forgets_the_grants() {
     let ground = Ground::directory();
     let store = ground.open();
     some_of_each(&store);
-    store.note_grant(UPSTREAM, &repository("acme/secret"), &[1; 32], at(7));
+    store.put_grant(UPSTREAM, &repository("acme/secret"), &[1; 32], at(7));
     counted_usage(&store);
     store.rebuild_index();
     store.index.flush();

@@ -78,10 +78,10 @@ fn variant(client: usize, name: &str, since: u64, confirmed: u64) -> Variant {
         accept: accept.key(),
         digest: digest(name),
         media_type: media_type(name),
-        takes_indexes: accept.lists_indexes(),
+        accepts_indexes: accept.lists_indexes(),
         confirmed_at: at(confirmed),
-        first_held_at: at(since),
-        earlier: None,
+        first_seen_at: at(since),
+        previous: None,
         history: Vec::new(),
     }
 }
@@ -91,13 +91,13 @@ fn record(variants: Vec<Variant>) -> TagRecord {
 }
 
 /// What is chosen, everything being cached but `uncached`.
-fn chosen_without(record: &TagRecord, reader: TagReader<'_>, uncached: Option<&str>) -> Option<Named> {
+fn chosen_without(record: &TagRecord, reader: TagReader<'_>, uncached: Option<&str>) -> Option<ResolvedTag> {
     let is_cached = |digest: &Digest| Some(name(digest)) != uncached;
     let known = |index: &Digest, image: &Digest| is_cached(index).then(|| lists(name(index), name(image)));
     record.newest(reader, &known, &is_cached)
 }
 
-fn chosen(record: &TagRecord, reader: TagReader<'_>) -> Option<Named> {
+fn chosen(record: &TagRecord, reader: TagReader<'_>) -> Option<ResolvedTag> {
     chosen_without(record, reader, None)
 }
 
@@ -179,7 +179,7 @@ fn o01_the_choice_obeys_its_laws_over_every_small_record() {
         for later in accepted.iter().filter(later) {
             let is_substitute = |digest: &Digest| {
                 let mut of = accepted.iter().filter(|one| one.digest == *digest);
-                of.any(|one| !one.takes_indexes)
+                of.any(|one| !one.accepts_indexes)
             };
             let (index, image) = if kind {
                 (&named.digest, &later.digest)
@@ -219,7 +219,7 @@ fn o01_a_confirmation_makes_no_answer_older() {
                     continue;
                 }
                 let new = variant(client, named, 4, 4);
-                let after = before.answered(new.clone(), at(4), &|_| true).unwrap();
+                let after = before.with_response(new.clone(), at(4), &|_| true).unwrap();
                 let reader = TagReader::Client(accept);
                 let own = chosen(&after, reader).unwrap();
                 let is_own_or_better = own.digest == new.digest || own.media_type.is_index();
@@ -233,7 +233,7 @@ fn o01_a_confirmation_makes_no_answer_older() {
                 // Either it stays, or the new response is it or has ended it.
                 let is_ended = || {
                     let is_listed = lists(name(&old.digest), named);
-                    !(is_index(name(&old.digest)) && is_listed && !new.takes_indexes)
+                    !(is_index(name(&old.digest)) && is_listed && !new.accepts_indexes)
                 };
                 assert!(
                     now.digest == old.digest || now.digest == new.digest || is_ended(),
@@ -256,7 +256,7 @@ fn o01_what_is_not_cached_is_not_chosen_and_ends_what_is_fresh() {
                 assert_ne!(name(&named.digest), uncached, "{record:#?}");
                 let has_moved = record.variants.iter().any(|one| {
                     name(&one.digest) == uncached
-                        && one.first_held_at > named.confirmed_at
+                        && one.first_seen_at > named.confirmed_at
                         && !lists(name(&named.digest), uncached)
                 });
                 assert!(!has_moved || named.is_moved, "{record:#?} {reader:?} {uncached}");
@@ -334,7 +334,7 @@ impl Tag {
             let variant = variant(client, given(self.state, client), now, now);
             let mut asked = self.asked;
             asked[client] = true;
-            let record = self.record.answered(variant, at(now), &|_| true).unwrap();
+            let record = self.record.with_response(variant, at(now), &|_| true).unwrap();
             let next = Self {
                 asked,
                 record,
@@ -359,8 +359,8 @@ fn o01_after_every_short_history_the_newest_word_wins_for_every_client() {
 
 #[test]
 fn o01_the_last_complete_image_follows_the_same_order() {
-    let earlier = |name: &str, seconds| {
-        Some(Earlier {
+    let previous = |name: &str, seconds| {
+        Some(Previous {
             digest: digest(name),
             media_type: media_type(name),
             confirmed_at: at(seconds),
@@ -371,12 +371,12 @@ fn o01_the_last_complete_image_follows_the_same_order() {
     let full = &clients()[0];
     let record = record(vec![
         Variant {
-            earlier: earlier("single", 2),
+            previous: previous("single", 2),
             ..variant(1, "b", 3, 3)
         },
         variant(0, "index a", 1, 1),
     ]);
-    let found = record.newest_or_before(TagReader::Client(full), &known, &complete);
+    let found = record.newest_or_previous(TagReader::Client(full), &known, &complete);
     assert_eq!(found.map(|named| name(&named.digest)), Some("single"));
     let newest = record.newest(TagReader::Client(full), &known, &|_| true);
     assert_eq!(newest.map(|named| name(&named.digest)), Some("b"));
@@ -388,23 +388,23 @@ fn o01_a_slow_answer_that_names_what_was_replaced_is_not_the_newest() {
     let [docker, containerd, ..] = clients();
     let before = record(vec![variant(0, "index a", 1, 1)]);
     let moved = before
-        .answered(variant(0, "index b", 5, 5), at(5), &complete)
+        .with_response(variant(0, "index b", 5, 5), at(5), &complete)
         .unwrap();
     // Asked at 4, before the tag moved, and answered at 9.
     let slow = Variant {
-        first_held_at: at(9),
+        first_seen_at: at(9),
         ..variant(1, "index a", 4, 4)
     };
-    let after = moved.answered(slow, at(9), &complete).unwrap();
+    let after = moved.with_response(slow, at(9), &complete).unwrap();
     for accept in [docker, containerd] {
         let named = chosen(&after, TagReader::Client(accept)).unwrap();
         assert_eq!((name(&named.digest), named.is_moved), ("index b", false));
     }
-    let own = moved.answered(variant(0, "index a", 4, 4), at(9), &complete);
+    let own = moved.with_response(variant(0, "index a", 4, 4), at(9), &complete);
     assert_eq!(own, None, "a later request of the same set was answered already");
     // What nobody has heard of before is news, however slow the answer.
     let news = moved
-        .answered(variant(1, "single", 4, 4), at(9), &complete)
+        .with_response(variant(1, "single", 4, 4), at(9), &complete)
         .unwrap();
     let named = chosen(&news, TagReader::Client(docker)).unwrap();
     assert_eq!((name(&named.digest), named.confirmed_at), ("single", at(9)));
@@ -420,16 +420,16 @@ fn t17_after_the_clock_was_set_back_the_newest_word_still_wins() {
         (IMAGES_ALONE, "a", 100),
     ] {
         held = held
-            .answered(variant(client, named, seconds, seconds), at(seconds), &complete)
+            .with_response(variant(client, named, seconds, seconds), at(seconds), &complete)
             .unwrap();
     }
     // IMAGES_ALONE asked when the clock was at 100: the others lie before that now, in their order.
     let times: Vec<_> = held.variants.iter().map(|one| one.confirmed_at).collect();
     let millis = Duration::from_millis;
     assert_eq!(times, [at(100), at(100) - millis(1), at(100) - millis(2)]);
-    assert!(held.variants.iter().all(|one| one.first_held_at <= at(100)));
+    assert!(held.variants.iter().all(|one| one.first_seen_at <= at(100)));
     let moved = held
-        .answered(variant(1, "index b", 200, 200), at(200), &complete)
+        .with_response(variant(1, "index b", 200, 200), at(200), &complete)
         .unwrap();
     for accept in &clients()[..2] {
         let named = chosen(&moved, TagReader::Client(accept)).unwrap();
@@ -446,7 +446,7 @@ fn o01_many_accept_sets_do_not_drive_out_what_the_tag_named_for_others() {
             accept,
             ..variant(0, named, seconds, seconds)
         };
-        held = held.answered(variant, at(seconds), &complete).unwrap();
+        held = held.with_response(variant, at(seconds), &complete).unwrap();
     };
     answered(1, "index a", 1);
     for seconds in 2..100 {
