@@ -19,13 +19,13 @@ use std::sync::Arc;
 use crate::oci::{Reference, Repository};
 
 /// How deep indexes may lie in each other.
-const DEPTH_MAX: u32 = 2;
+const INDEX_DEPTH_MAX: u32 = 2;
 
 /// What is read, hashed and written at a time.
-const STEP_BYTES: usize = 256 * 1024;
+const BUFFER_BYTES: usize = 256 * 1024;
 
 /// Missing digests that are named; more are only counted.
-const NAMED_MAX: usize = 20;
+const MISSING_LISTED_MAX: usize = 20;
 
 /// An image and its whole name: what an archive must tell so that another cache knows it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -40,9 +40,13 @@ pub struct Image {
     pub reference: Reference,
 }
 
-fn listed(missing: &[String]) -> String {
-    let named: Vec<&str> = missing.iter().take(NAMED_MAX).map(String::as_str).collect();
-    match missing.len().saturating_sub(NAMED_MAX) {
+fn list_missing(missing: &[String]) -> String {
+    let named: Vec<&str> = missing
+        .iter()
+        .take(MISSING_LISTED_MAX)
+        .map(String::as_str)
+        .collect();
+    match missing.len().saturating_sub(MISSING_LISTED_MAX) {
         0 => named.join(", "),
         more => format!("{} and {more} more", named.join(", ")),
     }

@@ -17,8 +17,8 @@ use super::response::{ApiResponse, Problem, json_response, stream};
 use super::router::{blocking, bool_param};
 use crate::archive::Image;
 use crate::archive::export::{self, Plan};
-use crate::archive::import::{self, Imported, Wish};
-use crate::archive::pipe::{Sink, Spring, pipe};
+use crate::archive::import::{self, ImportOptions, Imported};
+use crate::archive::pipe::{PipeReader, PipeWriter, pipe};
 use crate::oci::Query;
 use crate::server::Registry;
 use crate::store::StoreError;
@@ -48,22 +48,22 @@ impl Admin {
             let want = |platform: &str| platforms.as_ref().is_some_and(|these| these.includes(platform));
             let wanted = match &platforms {
                 Some(_) => export::Platforms::Selected(&want),
-                None => export::Platforms::Held,
+                None => export::Platforms::Cached,
             };
             let plan = Plan::new(registry.pull.store().blocking(), &images, wanted, now)?;
             Ok((registry, plan))
         })
         .await?;
-        let (pieces, body) = pipe();
+        let (chunks, body) = pipe();
         let bytes = plan.bytes();
-        let mut sink = Sink::new(pieces);
+        let mut writer = PipeWriter::new(chunks);
         spawn_blocking(move || {
             let _permit = permit;
-            let written = plan.write(registry.pull.store().blocking(), &mut sink);
+            let written = plan.write(registry.pull.store().blocking(), &mut writer);
             if let Err(error) = &written {
                 tracing::warn!(%error, "an export broke off");
             }
-            sink.end(written);
+            writer.finish(written);
         });
         let mut reply = stream(TAR, body, bytes);
         let name = HeaderValue::from_static("attachment; filename=\"images.tar\"");
@@ -81,12 +81,12 @@ impl Admin {
             .map(str::to_owned);
         let permit = self.acquire_archive_permit()?;
         let (registry, now) = (self.registry.load_full(), self.clock.now());
-        let (pieces, archive) = pipe();
-        tokio::spawn(forward_body(body, pieces));
-        let mut archive = Spring::new(archive);
+        let (chunks, archive) = pipe();
+        tokio::spawn(forward_body(body, chunks));
+        let mut archive = PipeReader::new(archive);
         let imported = blocking(move || {
             let _permit = permit;
-            let wish = Wish {
+            let options = ImportOptions {
                 resolve: &|name| resolve(name, &registry),
                 name,
                 is_public,
@@ -95,7 +95,7 @@ impl Admin {
             Ok(import::import(
                 registry.pull.store().blocking(),
                 &mut archive,
-                &wish,
+                &options,
             )?)
         })
         .await?;
@@ -131,16 +131,16 @@ fn resolve(name: &str, registry: &Registry) -> Result<Image, String> {
 
 /// Hands a request's body on to the thread that reads it. When that has had enough, the rest is taken and thrown away for
 /// a while: a connection that is closed on a sender takes the answer away from it.
-async fn forward_body(mut body: Incoming, pieces: tokio::sync::mpsc::Sender<crate::archive::pipe::Piece>) {
+async fn forward_body(mut body: Incoming, chunks: tokio::sync::mpsc::Sender<crate::archive::pipe::Chunk>) {
     while let Some(frame) = body.frame().await {
-        let piece = match frame {
+        let chunk = match frame {
             Ok(frame) => match frame.into_data() {
                 Ok(bytes) => Ok(bytes),
                 Err(_) => continue,
             },
             Err(error) => Err(std::io::Error::other(error)),
         };
-        if pieces.send(piece).await.is_err() {
+        if chunks.send(chunk).await.is_err() {
             break;
         }
     }
@@ -167,28 +167,30 @@ fn import_response(imported: &Imported, is_public: bool) -> ApiResponse {
     }))
 }
 
-impl From<export::Refused> for Problem {
-    fn from(refused: export::Refused) -> Self {
+impl From<export::ExportError> for Problem {
+    fn from(refused: export::ExportError) -> Self {
         match refused {
-            export::Refused::NotHeld(_) => Self::not_found(refused.to_string()),
-            export::Refused::NoPlatform(_) | export::Refused::Incomplete { .. } => {
+            export::ExportError::NotHeld(_) => Self::not_found(refused.to_string()),
+            export::ExportError::NoPlatform(_) | export::ExportError::Incomplete { .. } => {
                 Self::new(StatusCode::CONFLICT, refused.to_string())
             }
-            export::Refused::Store(fault) => fault.into(),
+            export::ExportError::Store(fault) => fault.into(),
         }
     }
 }
 
-impl From<import::Refused> for Problem {
-    fn from(refused: import::Refused) -> Self {
+impl From<import::ImportError> for Problem {
+    fn from(refused: import::ImportError) -> Self {
         match &refused {
-            import::Refused::Unnamed { .. } | import::Refused::Unknown(_) => {
+            import::ImportError::Unnamed { .. } | import::ImportError::Unknown(_) => {
                 Self::bad_request(refused.to_string())
             }
-            import::Refused::Store(StoreError::OverQuota { .. } | StoreError::Full { .. }) => {
+            import::ImportError::Store(StoreError::OverQuota { .. } | StoreError::Full { .. }) => {
                 Self::new(StatusCode::INSUFFICIENT_STORAGE, refused.to_string())
             }
-            import::Refused::Store(_) => Self::new(StatusCode::INTERNAL_SERVER_ERROR, refused.to_string()),
+            import::ImportError::Store(_) => {
+                Self::new(StatusCode::INTERNAL_SERVER_ERROR, refused.to_string())
+            }
             _ => Self::new(StatusCode::UNPROCESSABLE_ENTITY, refused.to_string()),
         }
     }

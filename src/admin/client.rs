@@ -20,7 +20,7 @@ use zeroize::Zeroizing;
 
 use super::archive::TAR;
 use super::response::StreamBody;
-use crate::archive::pipe::Piece;
+use crate::archive::pipe::Chunk;
 use crate::config;
 
 /// The longest answer read.
@@ -127,10 +127,10 @@ impl Client {
         })
     }
 
-    /// `POST` of an archive, as it comes out of `pieces`. Takes as long as that.
-    pub async fn upload(&self, path: &str, pieces: mpsc::Receiver<Piece>) -> Result<Value, ClientError> {
+    /// `POST` of an archive, as it comes out of `chunks`. Takes as long as that.
+    pub async fn upload(&self, path: &str, chunks: mpsc::Receiver<Chunk>) -> Result<Value, ClientError> {
         let request = self.request(Method::POST, path, Some(TAR))?;
-        let response = self.send(request.body(StreamBody::new(pieces, None))).await?;
+        let response = self.send(request.body(StreamBody::new(chunks, None))).await?;
         self.read_json(response).await
     }
 
@@ -244,7 +244,7 @@ pub struct Download {
 }
 
 impl Download {
-    /// The next piece; `None` at the end of a whole archive.
+    /// The next chunk; `None` at the end of a whole archive.
     pub async fn next(&mut self) -> Result<Option<Bytes>, ClientError> {
         while let Some(frame) = self.body.frame().await {
             let frame = frame.map_err(|_| ClientError::Truncated {

@@ -16,7 +16,7 @@ use http_body::{Frame, SizeHint};
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
 
-use crate::archive::pipe::Piece;
+use crate::archive::pipe::Chunk;
 
 /// An answer.
 pub(super) type ApiResponse = Response<Body>;
@@ -169,11 +169,11 @@ pub(super) fn event_stream(lines: mpsc::Receiver<Bytes>) -> ApiResponse {
 }
 
 /// An archive of so many bytes, as it is written.
-pub(super) fn stream(kind: &'static str, pieces: mpsc::Receiver<Piece>, bytes: u64) -> ApiResponse {
+pub(super) fn stream(kind: &'static str, chunks: mpsc::Receiver<Chunk>, bytes: u64) -> ApiResponse {
     with_headers(
         StatusCode::OK,
         kind,
-        Body::Stream(StreamBody::new(pieces, Some(bytes))),
+        Body::Stream(StreamBody::new(chunks, Some(bytes))),
     )
 }
 
@@ -204,14 +204,14 @@ fn with_headers(status: StatusCode, kind: &'static str, body: Body) -> ApiRespon
 
 /// What comes out of a pipe, as the body of a message. An error breaks the message off.
 pub(super) struct StreamBody {
-    pieces: mpsc::Receiver<Piece>,
+    chunks: mpsc::Receiver<Chunk>,
     /// How much will come, where that is known.
     bytes: Option<u64>,
 }
 
 impl StreamBody {
-    pub(super) fn new(pieces: mpsc::Receiver<Piece>, bytes: Option<u64>) -> Self {
-        Self { pieces, bytes }
+    pub(super) fn new(chunks: mpsc::Receiver<Chunk>, bytes: Option<u64>) -> Self {
+        Self { chunks, bytes }
     }
 }
 
@@ -223,9 +223,9 @@ impl http_body::Body for StreamBody {
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, io::Error>>> {
-        self.pieces
+        self.chunks
             .poll_recv(context)
-            .map(|piece| piece.map(|piece| piece.map(Frame::data)))
+            .map(|chunk| chunk.map(|chunk| chunk.map(Frame::data)))
     }
 
     fn size_hint(&self) -> SizeHint {

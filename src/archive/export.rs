@@ -4,7 +4,7 @@
 //! manifests. What the manifests name of platforms that are not held stays out, as image-layout.md allows; their bytes,
 //! and so their digests, are never changed.
 
-mod look;
+mod resolve;
 
 use std::collections::HashSet;
 use std::io::{self, Read, Write};
@@ -12,26 +12,26 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use super::layout::{self, Entry, INDEX_FILE, LAYOUT_FILE, blob_name};
-use super::{DEPTH_MAX, Image, listed};
+use super::{INDEX_DEPTH_MAX, Image, list_missing};
 use crate::oci::{Digest, Hasher};
 use crate::store::blobs::HeldBlob;
 use crate::store::manifests::StoredManifest;
 use crate::store::uses::Used;
 use crate::store::{Store, StoreError};
 
-use self::look::Look;
-pub(super) use self::look::referrers_of;
+use self::resolve::ImageResolver;
+pub(super) use self::resolve::referrers_key;
 
 /// The unit of a tar archive, and what it ends with.
 const BLOCK_BYTES: u64 = 512;
 const END_BYTES: u64 = 2 * BLOCK_BYTES;
 
 /// A longer name takes an entry of its own (GNU tar, "long name").
-const NAME_BYTES_MAX: usize = 100;
+const TAR_NAME_BYTES_MAX: usize = 100;
 
 /// Why nothing is exported.
 #[derive(Debug, thiserror::Error)]
-pub enum Refused {
+pub enum ExportError {
     /// It is not held at all.
     #[error("{0} is not held; `ifnewer pull` it first")]
     NotHeld(String),
@@ -39,7 +39,7 @@ pub enum Refused {
     #[error("{0} is not held whole for the platform wanted; `ifnewer pull --platform …` it first")]
     NoPlatform(String),
     /// Something of it is not held.
-    #[error("{image} is not held whole: {} {}; `ifnewer pull` it first", listed(.missing), if missing.len() == 1 { "is missing" } else { "are missing" })]
+    #[error("{image} is not held whole: {} {}; `ifnewer pull` it first", list_missing(.missing), if missing.len() == 1 { "is missing" } else { "are missing" })]
     Incomplete {
         /// The image.
         image: String,
@@ -55,7 +55,7 @@ pub enum Refused {
 #[derive(Clone, Copy)]
 pub enum Platforms<'a> {
     /// Those held whole.
-    Held,
+    Cached,
     /// Those of which this says yes, all of which must be held whole.
     Selected(&'a dyn Fn(&str) -> bool),
 }
@@ -64,16 +64,16 @@ pub enum Platforms<'a> {
 #[derive(Debug)]
 pub struct Plan {
     entries: Vec<Entry>,
-    parts: Vec<Part>,
+    objects: Vec<ArchiveObject>,
 }
 
 #[derive(Clone, Debug)]
-enum Part {
+enum ArchiveObject {
     Manifest(Arc<StoredManifest>),
     Blob { digest: Digest, size: u64 },
 }
 
-impl Part {
+impl ArchiveObject {
     fn digest(&self) -> &Digest {
         match self {
             Self::Manifest(held) => &held.digest,
@@ -97,21 +97,21 @@ impl Plan {
         images: &[Image],
         platforms: Platforms<'_>,
         now: SystemTime,
-    ) -> Result<Self, Refused> {
+    ) -> Result<Self, ExportError> {
         let mut plan = Self {
             entries: Vec::new(),
-            parts: Vec::new(),
+            objects: Vec::new(),
         };
-        let mut known = HashSet::new();
+        let mut seen_digests = HashSet::new();
         for image in images {
-            let mut look = Look {
+            let mut resolver = ImageResolver {
                 store,
                 image,
                 platforms,
-                parts: Vec::new(),
+                objects: Vec::new(),
             };
-            let root = look.root()?;
-            look.add(&root, DEPTH_MAX)?;
+            let root = resolver.root()?;
+            resolver.add(&root, INDEX_DEPTH_MAX)?;
             let entry = Entry::named(
                 root.digest,
                 root.media_type.clone(),
@@ -119,17 +119,18 @@ impl Plan {
                 &image.name,
             );
             plan.entries.push(entry);
-            plan.entries.extend(look.referrers());
-            plan.parts.extend(look.parts);
+            plan.entries.extend(resolver.referrers());
+            plan.objects.extend(resolver.objects);
         }
-        plan.parts.retain(|part| known.insert(*part.digest()));
+        plan.objects
+            .retain(|object| seen_digests.insert(*object.digest()));
         let mut named = HashSet::new();
         plan.entries
             .retain(|entry| named.insert((entry.digest, entry.name.clone())));
-        for part in &plan.parts {
-            let used = match part {
-                Part::Manifest(held) => Used::Manifest(held.digest),
-                Part::Blob { digest, .. } => Used::Blob(*digest),
+        for object in &plan.objects {
+            let used = match object {
+                ArchiveObject::Manifest(held) => Used::Manifest(held.digest),
+                ArchiveObject::Blob { digest, .. } => Used::Blob(*digest),
             };
             store.note_use(used, now);
         }
@@ -142,9 +143,9 @@ impl Plan {
             entry_bytes(LAYOUT_FILE.len(), layout::layout_document().len() as u64),
             entry_bytes(INDEX_FILE.len(), self.index().len() as u64),
         ];
-        let parts = self.parts.iter();
-        let parts = parts.map(|part| entry_bytes(blob_name(part.digest()).len(), part.size()));
-        documents.into_iter().chain(parts).sum::<u64>() + END_BYTES
+        let objects = self.objects.iter();
+        let objects = objects.map(|object| entry_bytes(blob_name(object.digest()).len(), object.size()));
+        documents.into_iter().chain(objects).sum::<u64>() + END_BYTES
     }
 
     fn index(&self) -> Vec<u8> {
@@ -156,18 +157,18 @@ impl Plan {
         let mut archive = tar::Builder::new(out);
         append(&mut archive, LAYOUT_FILE, &layout::layout_document())?;
         append(&mut archive, INDEX_FILE, &self.index())?;
-        for part in &self.parts {
-            let name = blob_name(part.digest());
-            match part {
-                Part::Manifest(held) => append(&mut archive, &name, &held.bytes)?,
-                Part::Blob { digest, size } => {
+        for object in &self.objects {
+            let name = blob_name(object.digest());
+            match object {
+                ArchiveObject::Manifest(held) => append(&mut archive, &name, &held.bytes)?,
+                ArchiveObject::Blob { digest, size } => {
                     let held = store.blob(digest).map_err(io::Error::other)?;
                     let held = held.filter(|held| held.size == *size);
                     let held =
                         held.ok_or_else(|| io::Error::other(format!("{digest} has gone meanwhile")))?;
-                    let mut content = Content::new(&held, *digest);
+                    let mut content = VerifyingReader::new(&held, *digest);
                     archive.append_data(&mut header(*size), &name, &mut content)?;
-                    if !content.ended_right() {
+                    if !content.is_verified() {
                         store.quarantine_blob(digest);
                         return Err(io::Error::other(format!("{digest} is not what its name says")));
                     }
@@ -180,7 +181,7 @@ impl Plan {
 
 fn entry_bytes(name: usize, content: u64) -> u64 {
     let blocks = |bytes: u64| bytes.div_ceil(BLOCK_BYTES) * BLOCK_BYTES;
-    let long_name = if name > NAME_BYTES_MAX {
+    let long_name = if name > TAR_NAME_BYTES_MAX {
         BLOCK_BYTES + blocks(name as u64 + 1)
     } else {
         0
@@ -204,14 +205,14 @@ fn header(size: u64) -> tar::Header {
 }
 
 /// A blob as it leaves, hashed on the way.
-struct Content<'a> {
+struct VerifyingReader<'a> {
     held: &'a HeldBlob,
     digest: Digest,
     offset: u64,
     hasher: Hasher,
 }
 
-impl<'a> Content<'a> {
+impl<'a> VerifyingReader<'a> {
     fn new(held: &'a HeldBlob, digest: Digest) -> Self {
         Self {
             held,
@@ -221,12 +222,12 @@ impl<'a> Content<'a> {
         }
     }
 
-    fn ended_right(self) -> bool {
+    fn is_verified(self) -> bool {
         self.offset == self.held.size && self.hasher.finish() == self.digest
     }
 }
 
-impl Read for Content<'_> {
+impl Read for VerifyingReader<'_> {
     fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
         let read = self.held.file.read_at(into, self.offset)?;
         self.hasher.update(into.get(..read).unwrap_or_default());

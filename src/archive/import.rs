@@ -2,31 +2,31 @@
 //!
 //! The files come in any order, so all of them are received first, as blobs, each under the digest that it has. Then
 //! `index.json` is followed. Only when every image turned out whole is anything said about it: first its manifests, then
-//! that its digests are in its repository, its tag last. What the archive brought and did not need goes again; and
-//! all that it brought, if it is refused.
+//! that its digests are in its repository, its tag last. What the archive transaction and did not need goes again; and
+//! all that it transaction, if it is refused.
 //!
 //! What an import says is the operator's word, and no more than that:
 //!
 //! * The tag is there, and no upstream has confirmed it ([`crate::store::tags::NEVER_CONFIRMED`]): it is never fresh, and asked about as soon
 //!   as anyone answers.
-//! * The digests whose bytes the archive *brought* may be read through the repository, by those who may read that. What it
+//! * The digests whose bytes the archive *transaction* may be read through the repository, by those who may read that. What it
 //!   only names proves nothing, also where it is held: else an archive could name another's private layer and open it.
-//! * It grants nobody anything. With [`Wish::is_public`] the repository counts as public until the upstream says no, which
+//! * It grants nobody anything. With [`ImportOptions::is_public`] the repository counts as public until the upstream says no, which
 //!   is asked first wherever it answers.
 
-mod follow;
-mod receive;
+mod resolve;
+mod unpack;
 
 use std::collections::HashMap;
 use std::io::{self, Read};
 use std::time::SystemTime;
 
-use super::{Image, listed};
+use super::{Image, list_missing};
 use crate::oci::Digest;
 use crate::store::{Store, StoreError};
 
-use self::follow::{Found, FoundImage};
-use self::receive::receive;
+use self::resolve::{ResolvedImage, ResolvedImport};
+use self::unpack::unpack;
 
 /// Files and folders in an archive.
 pub const ENTRIES_MAX: usize = 100_000;
@@ -36,7 +36,7 @@ pub const IMAGES_MAX: usize = 1_000;
 
 /// Why an archive is not imported. No name of it is known.
 #[derive(Debug, thiserror::Error)]
-pub enum Refused {
+pub enum ImportError {
     /// It ended early, or is no tar archive. A compressed one has to be unpacked first.
     #[error("the archive cannot be read (an uncompressed tar is expected): {0}")]
     Unreadable(#[from] io::Error),
@@ -44,7 +44,7 @@ pub enum Refused {
     #[error(
         "`{name}` is {what}, which no OCI image layout has; was it written by an old `docker save`? then use `skopeo copy docker-archive:FILE oci-archive:OUT`"
     )]
-    NoPlace {
+    UnexpectedEntry {
         /// As the archive calls it.
         name: String,
         /// What is wrong.
@@ -52,13 +52,13 @@ pub enum Refused {
     },
     /// The same file twice.
     #[error("`{0}` is in the archive twice")]
-    Twice(String),
+    Duplicate(String),
     /// More than is taken.
     #[error("the archive has too many or too large {0}: at most {1} are taken")]
-    TooMuch(&'static str, u64),
+    TooMany(&'static str, u64),
     /// The bytes are not those of the name.
     #[error("the archive is damaged: {0}")]
-    WrongBytes(String),
+    DigestMismatch(String),
     /// A document of the layout is missing or wrong.
     #[error("{file}: {reason}")]
     Document {
@@ -76,7 +76,7 @@ pub enum Refused {
         reason: String,
     },
     /// An image has no name, or a short one.
-    #[error("{digest} is called {}: say what it is with `--as` (`image=`), as in docker.io/library/alpine:3.20", named(.name.as_deref()))]
+    #[error("{digest} is called {}: say what it is with `--as` (`image=`), as in docker.io/library/alpine:3.20", quoted(.name.as_deref()))]
     Unnamed {
         /// Which.
         digest: Digest,
@@ -87,7 +87,7 @@ pub enum Refused {
     #[error("{0}")]
     Unknown(String),
     /// Something of an image is not in the archive.
-    #[error("{image} is not whole in the archive: {}", listed(.missing))]
+    #[error("{image} is not whole in the archive: {}", list_missing(.missing))]
     Incomplete {
         /// The image.
         image: String,
@@ -99,12 +99,12 @@ pub enum Refused {
     Store(#[from] StoreError),
 }
 
-fn named(name: Option<&str>) -> String {
+fn quoted(name: Option<&str>) -> String {
     name.map_or_else(|| "nothing".to_owned(), |name| format!("`{name}`"))
 }
 
 /// How it is to be imported.
-pub struct Wish<'a> {
+pub struct ImportOptions<'a> {
     /// What an image is that has this name in the archive; or why there is none.
     pub resolve: &'a dyn Fn(&str) -> Result<Image, String>,
     /// The name of the archive's only image, whatever it says.
@@ -115,7 +115,7 @@ pub struct Wish<'a> {
     pub now: SystemTime,
 }
 
-/// What an archive brought.
+/// What an archive transaction.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Imported {
     /// Each image.
@@ -142,17 +142,21 @@ pub struct ImportedImage {
 }
 
 /// Imports the archive. Blocks.
-pub fn import(store: &Store, archive: impl Read, wish: &Wish<'_>) -> Result<Imported, Refused> {
-    let mut brought = Brought::new(store);
-    let index = receive(store, archive, &mut brought)?;
-    let found = Found::of(store, &brought, &index, wish)?;
-    found.keep_content(store, wish)?;
-    let imported = brought.settle(&found);
-    found.keep_tags(store, wish.now)?;
+pub fn import(
+    store: &Store,
+    archive: impl Read,
+    options: &ImportOptions<'_>,
+) -> Result<Imported, ImportError> {
+    let mut transaction = ImportTransaction::new(store);
+    let index = unpack(store, archive, &mut transaction)?;
+    let found = ResolvedImport::of(store, &transaction, &index, options)?;
+    found.store_content(store, options)?;
+    let imported = transaction.commit(&found);
+    found.store_tags(store, options.now)?;
     Ok(imported)
 }
 
-/// Something the archive brought.
+/// Something the archive transaction.
 #[derive(Clone, Copy)]
 struct Object {
     bytes: u64,
@@ -160,13 +164,13 @@ struct Object {
     is_new: bool,
 }
 
-/// What the archive brought. Dropped, all that is new goes again; whoever reads it reads it to its end.
-struct Brought<'a> {
+/// What the archive transaction. Dropped, all that is new goes again; whoever reads it reads it to its end.
+struct ImportTransaction<'a> {
     store: &'a Store,
     objects: HashMap<Digest, Object>,
 }
 
-impl<'a> Brought<'a> {
+impl<'a> ImportTransaction<'a> {
     fn new(store: &'a Store) -> Self {
         Self {
             store,
@@ -175,9 +179,9 @@ impl<'a> Brought<'a> {
     }
 
     /// Lets go of what no image needs, and of the blobs whose bytes are manifests.
-    fn settle(mut self, found: &Found) -> Imported {
+    fn commit(mut self, found: &ResolvedImport) -> Imported {
         let mut imported = Imported {
-            images: found.images.iter().map(FoundImage::told).collect(),
+            images: found.images.iter().map(ResolvedImage::report).collect(),
             ..Imported::default()
         };
         let mut objects = std::mem::take(&mut self.objects);
@@ -197,7 +201,7 @@ impl<'a> Brought<'a> {
     }
 }
 
-impl Drop for Brought<'_> {
+impl Drop for ImportTransaction<'_> {
     fn drop(&mut self) {
         for (digest, _) in self.objects.iter().filter(|(_, object)| object.is_new) {
             // What cannot be removed is named by nothing, and goes like everything that is not used.

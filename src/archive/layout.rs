@@ -24,7 +24,7 @@ const INDEX_TYPE: &str = "application/vnd.oci.image.index.v1+json";
 
 /// A file or folder of a layout, by its name in an archive.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Place {
+pub enum EntryKind {
     /// `oci-layout`.
     Layout,
     /// `index.json`.
@@ -37,7 +37,7 @@ pub enum Place {
     Docker,
 }
 
-impl Place {
+impl EntryKind {
     /// What has this name; `None` for everything that no layout has, and for every way out of it.
     pub fn of(name: &str) -> Option<Self> {
         let name = name.strip_prefix("./").unwrap_or(name);
@@ -195,13 +195,13 @@ mod tests {
 
     #[test]
     fn only_what_a_layout_has_has_a_place() {
-        let blob = Place::Blob(Digest::from_hex(Algorithm::Sha256, HEX).unwrap());
-        for (name, place) in [
-            ("oci-layout", Some(Place::Layout)),
-            ("./index.json", Some(Place::Index)),
-            ("./", Some(Place::Folder)),
-            ("blobs/sha256/", Some(Place::Folder)),
-            ("manifest.json", Some(Place::Docker)),
+        let blob = EntryKind::Blob(Digest::from_hex(Algorithm::Sha256, HEX).unwrap());
+        for (name, kind) in [
+            ("oci-layout", Some(EntryKind::Layout)),
+            ("./index.json", Some(EntryKind::Index)),
+            ("./", Some(EntryKind::Folder)),
+            ("blobs/sha256/", Some(EntryKind::Folder)),
+            ("manifest.json", Some(EntryKind::Docker)),
             (&format!("blobs/sha256/{HEX}"), Some(blob)),
             (&format!("./blobs/sha256/{HEX}"), Some(blob)),
             (&format!("blobs/sha256/{}", HEX.to_uppercase()), None),
@@ -214,7 +214,7 @@ mod tests {
             ("/etc/passwd", None),
             ("layer.tar", None),
         ] {
-            assert_eq!(Place::of(name), place, "{name}");
+            assert_eq!(EntryKind::of(name), kind, "{name}");
         }
     }
 

@@ -9,41 +9,41 @@ use bytes::{Buf as _, Bytes, BytesMut};
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 
-use super::STEP_BYTES;
+use super::BUFFER_BYTES;
 
 /// Pieces on their way at a time, of 256 KiB at most.
-const PIECES_MAX: usize = 8;
+const CHUNKS_MAX: usize = 8;
 
 /// The other end may be slow: it may be waiting for a registry. But not for ever.
 const IDLE_MAX: Duration = Duration::from_secs(300);
 
-/// A piece of an archive, or why there is no more.
-pub type Piece = io::Result<Bytes>;
+/// A chunk of an archive, or why there is no more.
+pub type Chunk = io::Result<Bytes>;
 
 /// The two ends of a pipe.
-pub fn pipe() -> (mpsc::Sender<Piece>, mpsc::Receiver<Piece>) {
-    mpsc::channel(PIECES_MAX)
+pub fn pipe() -> (mpsc::Sender<Chunk>, mpsc::Receiver<Chunk>) {
+    mpsc::channel(CHUNKS_MAX)
 }
 
 /// The writing end, for a thread that may wait.
-pub struct Sink {
-    pieces: mpsc::Sender<Piece>,
-    gathered: BytesMut,
+pub struct PipeWriter {
+    chunks: mpsc::Sender<Chunk>,
+    buffer: BytesMut,
     runtime: Handle,
 }
 
-impl Sink {
-    /// Writes into `pieces`. To be made within a runtime, and used on a thread of its blocking pool.
-    pub fn new(pieces: mpsc::Sender<Piece>) -> Self {
+impl PipeWriter {
+    /// Writes into `chunks`. To be made within a runtime, and used on a thread of its blocking pool.
+    pub fn new(chunks: mpsc::Sender<Chunk>) -> Self {
         Self {
-            pieces,
-            gathered: BytesMut::with_capacity(STEP_BYTES),
+            chunks,
+            buffer: BytesMut::with_capacity(BUFFER_BYTES),
             runtime: Handle::current(),
         }
     }
 
     /// Tells the other end how it ended: an archive whose end nobody says is a broken one.
-    pub fn end(mut self, result: io::Result<()>) {
+    pub fn finish(mut self, result: io::Result<()>) {
         let last = result.and_then(|()| self.flush()).err();
         if let Some(error) = last {
             // Whoever has gone needs no reason.
@@ -51,65 +51,65 @@ impl Sink {
         }
     }
 
-    fn send(&mut self, piece: Piece) -> io::Result<()> {
+    fn send(&mut self, chunk: Chunk) -> io::Result<()> {
         let sent = self
             .runtime
-            .block_on(async { self.pieces.send_timeout(piece, IDLE_MAX).await });
+            .block_on(async { self.chunks.send_timeout(chunk, IDLE_MAX).await });
         sent.map_err(|_| io::ErrorKind::BrokenPipe.into())
     }
 }
 
-impl Write for Sink {
+impl Write for PipeWriter {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.gathered.extend_from_slice(bytes);
-        if self.gathered.len() >= STEP_BYTES {
+        self.buffer.extend_from_slice(bytes);
+        if self.buffer.len() >= BUFFER_BYTES {
             self.flush()?;
         }
         Ok(bytes.len())
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        if self.gathered.is_empty() {
+        if self.buffer.is_empty() {
             return Ok(());
         }
-        let piece = self.gathered.split().freeze();
-        self.send(Ok(piece))
+        let chunk = self.buffer.split().freeze();
+        self.send(Ok(chunk))
     }
 }
 
 /// The reading end, for a thread that may wait.
-pub struct Spring {
-    pieces: mpsc::Receiver<Piece>,
-    rest: Bytes,
+pub struct PipeReader {
+    chunks: mpsc::Receiver<Chunk>,
+    unread: Bytes,
     runtime: Handle,
 }
 
-impl Spring {
-    /// Reads from `pieces`. To be made within a runtime, and used on a thread of its blocking pool.
-    pub fn new(pieces: mpsc::Receiver<Piece>) -> Self {
+impl PipeReader {
+    /// Reads from `chunks`. To be made within a runtime, and used on a thread of its blocking pool.
+    pub fn new(chunks: mpsc::Receiver<Chunk>) -> Self {
         Self {
-            pieces,
-            rest: Bytes::new(),
+            chunks,
+            unread: Bytes::new(),
             runtime: Handle::current(),
         }
     }
 }
 
-impl Read for Spring {
+impl Read for PipeReader {
     fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
-        while self.rest.is_empty() {
+        while self.unread.is_empty() {
             let next = self
                 .runtime
-                .block_on(async { tokio::time::timeout(IDLE_MAX, self.pieces.recv()).await });
+                .block_on(async { tokio::time::timeout(IDLE_MAX, self.chunks.recv()).await });
             match next {
-                Ok(Some(piece)) => self.rest = piece?,
+                Ok(Some(chunk)) => self.unread = chunk?,
                 Ok(None) => return Ok(0),
                 Err(_) => return Err(io::ErrorKind::TimedOut.into()),
             }
         }
-        let count = self.rest.len().min(into.len());
+        let count = self.unread.len().min(into.len());
         if let Some(into) = into.get_mut(..count) {
-            self.rest.copy_to_slice(into);
+            self.unread.copy_to_slice(into);
         }
         Ok(count)
     }

@@ -16,7 +16,7 @@ use bytes::Bytes;
 use serde_json::{Value, json};
 
 use super::export::{self, Plan, Platforms};
-use super::import::{self, Imported, Wish};
+use super::import::{self, ImportOptions, Imported};
 use super::{Image, layout};
 use crate::oci::{Accept, Algorithm, AnyDigest, Digest, Hasher, MediaType, Reference};
 use crate::store::blobs::Verified;
@@ -147,7 +147,7 @@ impl Ground {
         manifest
     }
 
-    fn export(&self, names: &[&str], platforms: Platforms<'_>) -> Result<Vec<u8>, export::Refused> {
+    fn export(&self, names: &[&str], platforms: Platforms<'_>) -> Result<Vec<u8>, export::ExportError> {
         let images: Vec<Image> = names.iter().map(|name| named(name).unwrap()).collect();
         let plan = Plan::new(&self.store, &images, platforms, now())?;
         let mut archive = Vec::new();
@@ -160,7 +160,7 @@ impl Ground {
         Ok(archive)
     }
 
-    fn import(&self, archive: &[u8]) -> Result<Imported, import::Refused> {
+    fn import(&self, archive: &[u8]) -> Result<Imported, import::ImportError> {
         self.import_as(archive, None, false)
     }
 
@@ -169,14 +169,14 @@ impl Ground {
         archive: &[u8],
         name: Option<&str>,
         is_public: bool,
-    ) -> Result<Imported, import::Refused> {
-        let wish = Wish {
+    ) -> Result<Imported, import::ImportError> {
+        let options = ImportOptions {
             resolve: &named,
             name: name.map(str::to_owned),
             is_public,
             now: now(),
         };
-        import::import(&self.store, archive, &wish)
+        import::import(&self.store, archive, &options)
     }
 
     fn tagged(&self, name: &str) -> Option<Variant> {
@@ -245,7 +245,7 @@ fn several_platforms() -> (Ground, Vec<u8>, [Vec<u8>; 3]) {
 #[test]
 fn what_one_cache_holds_another_has_byte_for_byte() {
     let (from, index, [amd64, arm64, s390x]) = several_platforms();
-    let archive = from.export(&[NAME], Platforms::Held).unwrap();
+    let archive = from.export(&[NAME], Platforms::Cached).unwrap();
     let to = Ground::new();
     let imported = to.import(&archive).unwrap();
     assert_eq!(imported.images[0].platforms, ["linux/amd64", "linux/arm64"]);
@@ -264,7 +264,7 @@ fn what_one_cache_holds_another_has_byte_for_byte() {
     assert!(to.store.manifest(&digest(&s390x)).unwrap().is_none());
     assert_eq!(to.blob(b"arm64").unwrap(), b"arm64");
     assert_eq!(
-        to.export(&[NAME], Platforms::Held).unwrap(),
+        to.export(&[NAME], Platforms::Cached).unwrap(),
         archive,
         "the same content is the same archive"
     );
@@ -294,7 +294,7 @@ fn a_platform_asked_for_comes_alone_and_whole_or_not_at_all() {
     let refused = from
         .export(&[NAME], Platforms::Selected(&only("windows/amd64")))
         .unwrap_err();
-    assert!(matches!(refused, export::Refused::NoPlatform(_)), "{refused}");
+    assert!(matches!(refused, export::ExportError::NoPlatform(_)), "{refused}");
 }
 
 #[test]
@@ -302,15 +302,15 @@ fn half_an_image_is_refused_and_what_is_missing_is_named() {
     let ground = Ground::new();
     ground.has_image(NAME, b"layer");
     ground.store.remove_blob(&digest(b"layer")).unwrap();
-    let refused = ground.export(&[NAME], Platforms::Held).unwrap_err();
+    let refused = ground.export(&[NAME], Platforms::Cached).unwrap_err();
     assert!(
         refused.to_string().contains(&digest(b"layer").to_string()),
         "{refused}"
     );
     let refused = ground
-        .export(&["docker.io/library/other:1"], Platforms::Held)
+        .export(&["docker.io/library/other:1"], Platforms::Cached)
         .unwrap_err();
-    assert!(matches!(refused, export::Refused::NotHeld(_)), "{refused}");
+    assert!(matches!(refused, export::ExportError::NotHeld(_)), "{refused}");
 }
 
 #[test]
@@ -321,7 +321,7 @@ fn what_is_only_held_for_another_repository_is_not_exported() {
     ground.has("docker.io/other/private:1", b"of another");
     ground.has_manifest(NAME, IMAGE, &manifest);
     ground.has_tag(NAME, IMAGE, &manifest, now());
-    let refused = ground.export(&[NAME], Platforms::Held).unwrap_err();
+    let refused = ground.export(&[NAME], Platforms::Cached).unwrap_err();
     assert!(
         refused.to_string().contains(&digest(b"of another").to_string()),
         "{refused}"
@@ -332,7 +332,7 @@ fn what_is_only_held_for_another_repository_is_not_exported() {
 fn an_imported_tag_is_nobodys_word_but_the_operators() {
     let from = Ground::new();
     let old = from.has_image(NAME, b"layer");
-    let archive = from.export(&[NAME], Platforms::Held).unwrap();
+    let archive = from.export(&[NAME], Platforms::Cached).unwrap();
     let to = Ground::new();
     to.import(&archive).unwrap();
     let image = named(NAME).unwrap();
@@ -370,7 +370,7 @@ fn an_imported_tag_is_nobodys_word_but_the_operators() {
 fn an_import_names_the_tag_for_every_set_of_media_types() {
     let from = Ground::new();
     let new = from.has_image(NAME, b"new");
-    let archive = from.export(&[NAME], Platforms::Held).unwrap();
+    let archive = from.export(&[NAME], Platforms::Cached).unwrap();
     let to = Ground::new();
     let old = to.has_image(NAME, b"old");
     let variant = Variant {
@@ -411,10 +411,10 @@ fn referrers_come_along_and_are_listed_and_name_nothing() {
         None,
         now(),
     );
-    let asked = export::referrers_of(&named(NAME).unwrap(), digest(&subject));
+    let asked = export::referrers_key(&named(NAME).unwrap(), digest(&subject));
     from.store.put_listing(&asked, listing).unwrap();
 
-    let archive = from.export(&[NAME], Platforms::Held).unwrap();
+    let archive = from.export(&[NAME], Platforms::Cached).unwrap();
     let to = Ground::new();
     let imported = to.import(&archive).unwrap();
     assert_eq!(
@@ -438,17 +438,23 @@ fn an_image_by_digest_has_no_tag() {
         reference: Reference::Digest(AnyDigest::Known(digest(&manifest))),
         ..named(NAME).unwrap()
     };
-    let plan = Plan::new(&from.store, std::slice::from_ref(&image), Platforms::Held, now()).unwrap();
+    let plan = Plan::new(
+        &from.store,
+        std::slice::from_ref(&image),
+        Platforms::Cached,
+        now(),
+    )
+    .unwrap();
     let mut archive = Vec::new();
     plan.write(&from.store, &mut archive).unwrap();
     let to = Ground::new();
-    let wish = Wish {
+    let options = ImportOptions {
         resolve: &|_| Ok(image.clone()),
         name: None,
         is_public: false,
         now: now(),
     };
-    import::import(&to.store, &archive[..], &wish).unwrap();
+    import::import(&to.store, &archive[..], &options).unwrap();
     assert!(to.is_whole(NAME, &manifest));
     assert!(to.tagged(NAME).is_none());
 }
@@ -458,7 +464,7 @@ fn a_blob_that_changed_on_the_disk_breaks_the_archive_off() {
     let ground = Ground::new();
     ground.has_image(NAME, b"layer");
     let images = [named(NAME).unwrap()];
-    let plan = Plan::new(&ground.store, &images, Platforms::Held, now()).unwrap();
+    let plan = Plan::new(&ground.store, &images, Platforms::Cached, now()).unwrap();
     let of = digest(b"layer");
     let path = format!("blobs/sha256/{}/{}", &of.hex()[..2], of.hex());
     ground.fs.remove(path.as_ref()).unwrap();

@@ -6,7 +6,7 @@ use proptest::prelude::*;
 use proptest::sample::Index;
 
 use super::*;
-use crate::archive::import::Refused;
+use crate::archive::import::ImportError;
 
 /// An archive in the making.
 #[derive(Default)]
@@ -73,15 +73,15 @@ fn index(media_type: &str, manifest: &[u8], name: &str) -> Vec<u8> {
 }
 
 /// The archive is refused, and leaves neither a name nor a byte.
-fn refused(archive: impl Read) -> Refused {
+fn refused(archive: impl Read) -> ImportError {
     let ground = Ground::new();
-    let wish = Wish {
+    let options = ImportOptions {
         resolve: &named,
         name: None,
         is_public: true,
         now: now(),
     };
-    let refused = import::import(&ground.store, archive, &wish).unwrap_err();
+    let refused = import::import(&ground.store, archive, &options).unwrap_err();
     assert!(ground.tagged(NAME).is_none(), "{refused}");
     for blob in [&b"config"[..], b"layer", &manifest(b"config", b"layer")] {
         assert!(ground.blob(blob).is_none(), "{refused}");
@@ -96,7 +96,7 @@ fn refused(archive: impl Read) -> Refused {
     refused
 }
 
-fn refused_with(change: impl FnOnce(&mut Archive)) -> Refused {
+fn refused_with(change: impl FnOnce(&mut Archive)) -> ImportError {
     let mut archive = Archive::whole();
     change(&mut archive);
     refused(&archive.bytes()[..])
@@ -119,7 +119,10 @@ fn names_that_climb_and_files_that_are_none_have_no_place() {
         "layer.tar",
     ] {
         let refused = refused_with(|archive| archive.file(name, b"x"));
-        assert!(matches!(&refused, Refused::NoPlace { .. }), "{name}: {refused}");
+        assert!(
+            matches!(&refused, ImportError::UnexpectedEntry { .. }),
+            "{name}: {refused}"
+        );
     }
     for kind in [
         tar::EntryType::Symlink,
@@ -134,12 +137,18 @@ fn names_that_climb_and_files_that_are_none_have_no_place() {
         let name = layout::blob_name(&digest(b"other"));
         let refused = refused_with(|archive| archive.special(kind, &name));
         assert!(
-            matches!(&refused, Refused::NoPlace { .. } | Refused::Unreadable(_)),
+            matches!(
+                &refused,
+                ImportError::UnexpectedEntry { .. } | ImportError::Unreadable(_)
+            ),
             "{kind:?}: {refused}"
         );
     }
     let refused = refused_with(|archive| archive.special(tar::EntryType::Directory, "blobs/sha256/deeper"));
-    assert!(matches!(refused, Refused::NoPlace { .. }), "{refused}");
+    assert!(
+        matches!(refused, ImportError::UnexpectedEntry { .. }),
+        "{refused}"
+    );
 }
 
 #[test]
@@ -148,7 +157,7 @@ fn bytes_of_another_digest_are_not_kept() {
         let name = layout::blob_name(&digest(b"one thing"));
         archive.file(&name, b"another");
     });
-    assert!(matches!(refused, Refused::WrongBytes(_)), "{refused}");
+    assert!(matches!(refused, ImportError::DigestMismatch(_)), "{refused}");
 }
 
 #[test]
@@ -158,7 +167,7 @@ fn the_same_file_twice_is_refused() {
         refused_with(|archive| archive.file("index.json", b"{}")),
         refused_with(|archive| archive.file("./oci-layout", b"{}")),
     ] {
-        assert!(matches!(twice, Refused::Twice(_)), "{twice}");
+        assert!(matches!(twice, ImportError::Duplicate(_)), "{twice}");
     }
 }
 
@@ -171,7 +180,7 @@ fn a_size_that_nobody_has_room_for_is_refused_at_once() {
     let ground = Ground::new();
     ground.fs.set_bytes_max(1 << 20);
     let refused = ground.import(&archive).unwrap_err();
-    assert!(matches!(refused, Refused::Store(_)), "{refused}");
+    assert!(matches!(refused, ImportError::Store(_)), "{refused}");
     assert!(
         ground.blob(b"layer").is_none(),
         "what came before it is gone again"
@@ -186,7 +195,7 @@ fn a_store_that_is_full_takes_nothing_and_is_as_it_was() {
     let archive = Archive::of(&image, &[b"config", &layer]).bytes();
     ground.fs.set_bytes_max(1 << 19);
     let refused = ground.import(&archive).unwrap_err();
-    assert!(matches!(refused, Refused::Store(_)), "{refused}");
+    assert!(matches!(refused, ImportError::Store(_)), "{refused}");
     assert!(ground.blob(b"config").is_none() && ground.tagged(NAME).is_none());
     ground.fs.set_bytes_max(u64::MAX);
     ground.import(&archive).unwrap();
@@ -210,11 +219,11 @@ fn what_has_no_end_is_given_up() {
     // So are files without number: each is counted.
     let folder = head(tar::EntryType::Directory, "blobs/", 0);
     let folders = folder.repeat(import::ENTRIES_MAX + 1);
-    assert!(matches!(refused(&folders[..]), Refused::TooMuch(..)));
+    assert!(matches!(refused(&folders[..]), ImportError::TooMany(..)));
     let document = head(tar::EntryType::Regular, "manifest.json", 1 << 40);
     let refused_document = refused((&document[..]).chain(std::io::repeat(b'a')));
     assert!(
-        matches!(refused_document, Refused::TooMuch(..)),
+        matches!(refused_document, ImportError::TooMany(..)),
         "{refused_document}"
     );
 }
@@ -226,7 +235,7 @@ fn what_breaks_off_is_no_archive() {
         refused(&whole[..length]);
     }
     let broken = (&whole[..whole.len() - 1024]).chain(Broken);
-    assert!(matches!(refused(broken), Refused::Unreadable(_)));
+    assert!(matches!(refused(broken), ImportError::Unreadable(_)));
 }
 
 struct Broken;
@@ -247,12 +256,12 @@ fn an_image_that_is_not_all_there_is_refused() {
     );
     let refused_index = refused_with(|archive| archive.0.retain(|(_, name, _)| name != "index.json"));
     assert!(
-        matches!(refused_index, Refused::Document { .. }),
+        matches!(refused_index, ImportError::Document { .. }),
         "{refused_index}"
     );
     let refused_layout = refused_with(|archive| archive.0.retain(|(_, name, _)| name != "oci-layout"));
     assert!(
-        matches!(refused_layout, Refused::Document { .. }),
+        matches!(refused_layout, ImportError::Document { .. }),
         "{refused_layout}"
     );
 }
@@ -264,13 +273,16 @@ fn types_that_are_unknown_or_contradict_each_other_are_refused() {
             archive.0[1].2 = index(media_type, &manifest(b"config", b"layer"), NAME);
         });
         assert!(
-            matches!(refused, Refused::Manifest { .. }),
+            matches!(refused, ImportError::Manifest { .. }),
             "{media_type}: {refused}"
         );
     }
     let both = br#"{"schemaVersion":2,"manifests":[],"layers":[],"config":{}}"#;
     let refused_both = refused(&Archive::of(both, &[]).bytes()[..]);
-    assert!(matches!(refused_both, Refused::Manifest { .. }), "{refused_both}");
+    assert!(
+        matches!(refused_both, ImportError::Manifest { .. }),
+        "{refused_both}"
+    );
 }
 
 #[test]
@@ -280,10 +292,10 @@ fn a_name_that_says_too_little_has_to_be_said() {
         archive.0[1].2 = index(IMAGE, &manifest(b"config", b"layer"), name);
         archive.bytes()
     };
-    assert!(matches!(refused(&short("1")[..]), Refused::Unnamed { .. }));
+    assert!(matches!(refused(&short("1")[..]), ImportError::Unnamed { .. }));
     assert!(matches!(
         refused(&short("elsewhere.example/a/b:1")[..]),
-        Refused::Unknown(_)
+        ImportError::Unknown(_)
     ));
     let ground = Ground::new();
     ground.import_as(&short("1"), Some(NAME), false).unwrap();
@@ -296,7 +308,7 @@ fn what_an_archive_only_names_is_not_opened_by_it() {
     ground.has("docker.io/acme/secret:1", b"layer");
     let archive = Archive::of(&manifest(b"config", b"layer"), &[b"config"]).bytes();
     let refused = ground.import_as(&archive, None, true).unwrap_err();
-    assert!(matches!(refused, Refused::Incomplete { .. }), "{refused}");
+    assert!(matches!(refused, ImportError::Incomplete { .. }), "{refused}");
     assert!(!ground.is_member(NAME, b"layer"));
     assert_eq!(ground.blob(b"layer").unwrap(), b"layer", "what was held stays");
     // With its bytes it proves nothing new: whoever made the archive had them.
@@ -308,7 +320,7 @@ fn what_an_archive_only_names_is_not_opened_by_it() {
     let other = Ground::new();
     other.has("docker.io/acme/secret:1", b"layer");
     let refused = other.import(&liar.bytes()).unwrap_err();
-    assert!(matches!(refused, Refused::WrongBytes(_)), "{refused}");
+    assert!(matches!(refused, ImportError::DigestMismatch(_)), "{refused}");
 }
 
 #[test]

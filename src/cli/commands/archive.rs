@@ -13,8 +13,8 @@ use tokio::task::spawn_blocking;
 use super::{Export, Failed, Import, Output, Tone, escaped, list, number, text};
 use crate::admin::client::{Client, Download};
 use crate::admin::format::{bytes, short_digest};
-use crate::archive::layout::Place;
-use crate::archive::pipe::{Sink, Spring, pipe};
+use crate::archive::layout::EntryKind;
+use crate::archive::pipe::{PipeReader, PipeWriter, pipe};
 use crate::terminal;
 
 const STANDARD: &str = "-";
@@ -69,14 +69,14 @@ pub(super) async fn import(client: &Client, words: &Import, output: &mut Output<
     }
     let source = Source::of(&words.archive)?;
     let bar = bar(output.progress, source.bytes());
-    let (pieces, archive) = pipe();
-    let mut sink = Sink::new(pieces);
+    let (chunks, archive) = pipe();
+    let mut writer = PipeWriter::new(chunks);
     let reading = {
         let bar = bar.clone();
         spawn_blocking(move || {
-            let read = source.write(&mut bar.wrap_write(&mut sink));
+            let read = source.write(&mut bar.wrap_write(&mut writer));
             let told = read.as_ref().copied();
-            sink.end(told.map_err(|error| error.kind().into()));
+            writer.finish(told.map_err(|error| error.kind().into()));
             read
         })
     };
@@ -184,25 +184,25 @@ async fn copy(
     into: &mut dyn Write,
     path: &Path,
 ) -> Result<(), Failed> {
-    while let Some(piece) = download.next().await? {
-        into.write_all(&piece).map_err(|error| failed(path, error))?;
-        bar.inc(piece.len() as u64);
+    while let Some(chunk) = download.next().await? {
+        into.write_all(&chunk).map_err(|error| failed(path, error))?;
+        bar.inc(chunk.len() as u64);
     }
     into.flush().map_err(|error| failed(path, error))
 }
 
 async fn unpacked(download: &mut Download, bar: &ProgressBar, folder: &Path) -> Result<(), Failed> {
-    let (pieces, archive) = pipe();
-    let mut archive = Spring::new(archive);
+    let (chunks, archive) = pipe();
+    let mut archive = PipeReader::new(archive);
     let into = folder.to_owned();
     let unpacking = spawn_blocking(move || unpack(&mut archive, &into));
     let mut broken = Ok(());
     loop {
         match download.next().await {
             Ok(None) => break,
-            Ok(Some(piece)) => {
-                bar.inc(piece.len() as u64);
-                if pieces.send(Ok(piece)).await.is_err() {
+            Ok(Some(chunk)) => {
+                bar.inc(chunk.len() as u64);
+                if chunks.send(Ok(chunk)).await.is_err() {
                     break;
                 }
             }
@@ -212,7 +212,7 @@ async fn unpacked(download: &mut Download, bar: &ProgressBar, folder: &Path) -> 
             }
         }
     }
-    drop(pieces);
+    drop(chunks);
     let unpacked = unpacking
         .await
         .unwrap_or_else(|error| Err(io::Error::other(error)));
@@ -226,8 +226,8 @@ fn unpack(archive: &mut impl Read, folder: &Path) -> io::Result<()> {
         let mut entry = entry?;
         let name = String::from_utf8_lossy(&entry.path_bytes()).into_owned();
         if !matches!(
-            Place::of(&name),
-            Some(Place::Layout | Place::Index | Place::Blob(_))
+            EntryKind::of(&name),
+            Some(EntryKind::Layout | EntryKind::Index | EntryKind::Blob(_))
         ) {
             return Err(io::Error::other(format!(
                 "`{name}` is no file of an OCI image layout"
@@ -298,9 +298,11 @@ fn gather(folder: &Path, name: &str, files: &mut Vec<(String, PathBuf, u64)>) ->
             continue;
         };
         let (name, metadata) = (format!("{name}{own}"), entry.metadata()?);
-        match Place::of(&name) {
-            Some(Place::Folder) if metadata.is_dir() => gather(&entry.path(), &format!("{name}/"), files)?,
-            Some(Place::Layout | Place::Index | Place::Blob(_)) if metadata.is_file() => {
+        match EntryKind::of(&name) {
+            Some(EntryKind::Folder) if metadata.is_dir() => {
+                gather(&entry.path(), &format!("{name}/"), files)?
+            }
+            Some(EntryKind::Layout | EntryKind::Index | EntryKind::Blob(_)) if metadata.is_file() => {
                 files.push((name, entry.path(), metadata.len()));
             }
             _ => {}

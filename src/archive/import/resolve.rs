@@ -1,4 +1,4 @@
-//! What `index.json` leads to: followed whole before anything is said about it.
+//! What `index.json` leads to: manifest_digests whole before anything is said about it.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::sync::Arc;
@@ -6,10 +6,10 @@ use std::time::SystemTime;
 
 use bytes::Bytes;
 
-use super::{Brought, IMAGES_MAX, ImportedImage, Refused, Wish};
-use crate::archive::export::referrers_of;
+use super::{IMAGES_MAX, ImportError, ImportOptions, ImportTransaction, ImportedImage};
+use crate::archive::export::referrers_key;
 use crate::archive::layout::{self, Entry};
-use crate::archive::{DEPTH_MAX, Image};
+use crate::archive::{INDEX_DEPTH_MAX, Image};
 use crate::oci::manifest::{Kind, MANIFEST_BYTES_MAX, Role};
 use crate::oci::{Accept, AnyDigest, Digest, MediaType, Reference};
 use crate::store::listings::StoredListing;
@@ -18,17 +18,17 @@ use crate::store::tags::{NEVER_CONFIRMED, TagKey, Variant};
 use crate::store::{Store, StoreError};
 
 /// What `index.json` leads to.
-pub(super) struct Found {
-    pub(super) images: Vec<FoundImage>,
+pub(super) struct ResolvedImport {
+    pub(super) images: Vec<ResolvedImage>,
 }
 
-pub(super) struct FoundImage {
+pub(super) struct ResolvedImage {
     image: Image,
     root: Digest,
     /// Children before those that name them.
     manifests: Vec<(Digest, MediaType)>,
     /// The same digests, for look-ups.
-    followed: HashSet<Digest>,
+    manifest_digests: HashSet<Digest>,
     blobs: BTreeSet<Digest>,
     platforms: Vec<String>,
     was_held: bool,
@@ -36,8 +36,8 @@ pub(super) struct FoundImage {
     referrers: BTreeMap<Digest, Vec<Entry>>,
 }
 
-impl FoundImage {
-    pub(super) fn told(&self) -> ImportedImage {
+impl ResolvedImage {
+    pub(super) fn report(&self) -> ImportedImage {
         ImportedImage {
             name: self.image.name.clone(),
             digest: self.root,
@@ -58,26 +58,26 @@ impl FoundImage {
     }
 }
 
-impl Found {
+impl ResolvedImport {
     pub(super) fn of(
         store: &Store,
-        brought: &Brought<'_>,
+        transaction: &ImportTransaction<'_>,
         index: &[u8],
-        wish: &Wish<'_>,
-    ) -> Result<Self, Refused> {
-        let wrong = |reason: String| Refused::Document {
+        options: &ImportOptions<'_>,
+    ) -> Result<Self, ImportError> {
+        let wrong = |reason: String| ImportError::Document {
             file: layout::INDEX_FILE,
             reason,
         };
         let entries = layout::read_index(index).map_err(wrong)?;
         if entries.len() > IMAGES_MAX {
-            return Err(Refused::TooMuch("images", IMAGES_MAX as u64));
+            return Err(ImportError::TooMany("images", IMAGES_MAX as u64));
         }
-        let look = Look { store, brought };
+        let resolver = Resolver { store, transaction };
         // What has a subject and no name is a referrer; whatever else is there has to have a name.
         let (mut images, mut referrers) = (Vec::new(), Vec::new());
         for entry in entries {
-            let held = look.manifest(&entry.digest, &entry.media_type)?;
+            let held = resolver.manifest(&entry.digest, &entry.media_type)?;
             match held.manifest.subject {
                 Some(subject) if entry.name.is_none() => referrers.push((entry, subject)),
                 _ => images.push(entry),
@@ -89,11 +89,11 @@ impl Found {
         let is_only = images.len() == 1;
         let mut found = Vec::new();
         for entry in images {
-            let image = image_of(&entry, is_only, wish)?;
-            found.push(look.follow(image, &entry)?);
+            let image = image_of(&entry, is_only, options)?;
+            found.push(resolver.resolve(image, &entry)?);
         }
         for (entry, subject) in referrers {
-            look.attach(&entry, subject, &mut found)?;
+            resolver.add_referrer(&entry, subject, &mut found)?;
         }
         Ok(Self { images: found })
     }
@@ -111,7 +111,11 @@ impl Found {
     }
 
     /// Says what is here, but for the names.
-    pub(super) fn keep_content(&self, store: &Store, wish: &Wish<'_>) -> Result<(), Refused> {
+    pub(super) fn store_content(
+        &self,
+        store: &Store,
+        options: &ImportOptions<'_>,
+    ) -> Result<(), ImportError> {
         for found in &self.images {
             let (upstream, repository) = (&found.image.upstream, &found.image.repository);
             for digest in &found.blobs {
@@ -123,7 +127,7 @@ impl Found {
                 store.add_member(upstream, repository, digest)?;
             }
             for (subject, entries) in &found.referrers {
-                let key = referrers_of(&found.image, *subject);
+                let key = referrers_key(&found.image, *subject);
                 // The upstream's own list says more.
                 if store.listing(&key)?.is_none()
                     && let Ok(media_type) = "application/vnd.oci.image.index.v1+json".parse()
@@ -133,7 +137,7 @@ impl Found {
                     store.put_listing(&key, listing)?;
                 }
             }
-            if wish.is_public && store.public_since(upstream, repository).is_none() {
+            if options.is_public && store.public_since(upstream, repository).is_none() {
                 // Long ago: it opens the repository in an outage, and is asked about while the upstream answers.
                 store.set_public(upstream, repository, Some(NEVER_CONFIRMED))?;
             }
@@ -141,14 +145,14 @@ impl Found {
         Ok(())
     }
 
-    pub(super) fn keep_tags(&self, store: &Store, now: SystemTime) -> Result<(), Refused> {
+    pub(super) fn store_tags(&self, store: &Store, now: SystemTime) -> Result<(), ImportError> {
         self.images.iter().try_for_each(|found| found.put_tag(store, now))
     }
 }
 
-impl FoundImage {
+impl ResolvedImage {
     /// A tag that names this already was perhaps confirmed, which the archive knows nothing of.
-    fn put_tag(&self, store: &Store, now: SystemTime) -> Result<(), Refused> {
+    fn put_tag(&self, store: &Store, now: SystemTime) -> Result<(), ImportError> {
         let Some(key) = self.key() else { return Ok(()) };
         let record = store.tag(&key)?;
         let names_it = |variant: &Variant| variant.digest == self.root;
@@ -173,8 +177,12 @@ impl FoundImage {
 }
 
 /// The manifest, from the bytes that were received, or where it was held before.
-fn read_manifest(store: &Store, digest: &Digest, media_type: &MediaType) -> Result<StoredManifest, Refused> {
-    let wrong = |reason: String| Refused::Manifest {
+fn read_manifest(
+    store: &Store,
+    digest: &Digest,
+    media_type: &MediaType,
+) -> Result<StoredManifest, ImportError> {
+    let wrong = |reason: String| ImportError::Manifest {
         digest: *digest,
         reason,
     };
@@ -200,15 +208,15 @@ fn read_manifest(store: &Store, digest: &Digest, media_type: &MediaType) -> Resu
 }
 
 /// What an entry is here.
-fn image_of(entry: &Entry, is_only: bool, wish: &Wish<'_>) -> Result<Image, Refused> {
-    let unnamed = || Refused::Unnamed {
+fn image_of(entry: &Entry, is_only: bool, options: &ImportOptions<'_>) -> Result<Image, ImportError> {
+    let unnamed = || ImportError::Unnamed {
         digest: entry.digest,
         name: entry.name.clone(),
     };
-    let name = match (&wish.name, &entry.name) {
+    let name = match (&options.name, &entry.name) {
         (Some(name), _) if is_only => name,
         (Some(_), _) => {
-            return Err(Refused::Unknown(
+            return Err(ImportError::Unknown(
                 "one name was given, but the archive has several images".to_owned(),
             ));
         }
@@ -216,24 +224,24 @@ fn image_of(entry: &Entry, is_only: bool, wish: &Wish<'_>) -> Result<Image, Refu
         (None, Some(name)) if name.contains('/') => name,
         (None, _) => return Err(unnamed()),
     };
-    let image = (wish.resolve)(name).map_err(Refused::Unknown)?;
+    let image = (options.resolve)(name).map_err(ImportError::Unknown)?;
     match &image.reference {
-        Reference::Digest(digest) if *digest != AnyDigest::Known(entry.digest) => Err(Refused::Unknown(
+        Reference::Digest(digest) if *digest != AnyDigest::Known(entry.digest) => Err(ImportError::Unknown(
             format!("{name} is another digest than {}", entry.digest),
         )),
         _ => Ok(image),
     }
 }
 
-struct Look<'a> {
+struct Resolver<'a> {
     store: &'a Store,
-    brought: &'a Brought<'a>,
+    transaction: &'a ImportTransaction<'a>,
 }
 
-impl Look<'_> {
-    fn manifest(&self, digest: &Digest, media_type: &MediaType) -> Result<StoredManifest, Refused> {
-        if !self.brought.objects.contains_key(digest) {
-            return Err(Refused::Manifest {
+impl Resolver<'_> {
+    fn manifest(&self, digest: &Digest, media_type: &MediaType) -> Result<StoredManifest, ImportError> {
+        if !self.transaction.objects.contains_key(digest) {
+            return Err(ImportError::Manifest {
                 digest: *digest,
                 reason: "it is not in the archive".to_owned(),
             });
@@ -241,31 +249,31 @@ impl Look<'_> {
         read_manifest(self.store, digest, media_type)
     }
 
-    fn follow(&self, image: Image, entry: &Entry) -> Result<FoundImage, Refused> {
-        let mut found = FoundImage {
+    fn resolve(&self, image: Image, entry: &Entry) -> Result<ResolvedImage, ImportError> {
+        let mut found = ResolvedImage {
             image,
             root: entry.digest,
             manifests: Vec::new(),
-            followed: HashSet::new(),
+            manifest_digests: HashSet::new(),
             blobs: BTreeSet::new(),
             platforms: Vec::new(),
             was_held: false,
             referrers: BTreeMap::new(),
         };
-        self.add(&mut found, entry.digest, &entry.media_type, DEPTH_MAX)?;
+        self.add_manifest(&mut found, entry.digest, &entry.media_type, INDEX_DEPTH_MAX)?;
         found.was_held = self.was_held(&found)?;
         Ok(found)
     }
 
     /// Whether an import changes nothing.
-    fn was_held(&self, found: &FoundImage) -> Result<bool, StoreError> {
+    fn was_held(&self, found: &ResolvedImage) -> Result<bool, StoreError> {
         let Some(key) = found.key() else { return Ok(false) };
         let record = self.store.tag(&key)?;
         let names_it = |variant: &Variant| variant.digest == found.root;
         let manifests = found.manifests.iter().map(|(digest, _)| digest);
         let was_here = |digest: &Digest| {
             let is_new = self
-                .brought
+                .transaction
                 .objects
                 .get(digest)
                 .is_some_and(|object| object.is_new);
@@ -276,14 +284,14 @@ impl Look<'_> {
     }
 
     /// Adds a manifest with all that it needs.
-    fn add(
+    fn add_manifest(
         &self,
-        found: &mut FoundImage,
+        found: &mut ResolvedImage,
         digest: Digest,
         media_type: &MediaType,
         depth: u32,
-    ) -> Result<(), Refused> {
-        if found.followed.contains(&digest) {
+    ) -> Result<(), ImportError> {
+        if found.manifest_digests.contains(&digest) {
             return Ok(());
         }
         let held = self.manifest(&digest, media_type)?;
@@ -293,7 +301,7 @@ impl Look<'_> {
             let known = child
                 .digest
                 .known()
-                .filter(|digest| self.brought.objects.contains_key(*digest));
+                .filter(|digest| self.transaction.objects.contains_key(*digest));
             match (child.role, known) {
                 (Role::Manifest, known) => {
                     children += 1;
@@ -301,11 +309,11 @@ impl Look<'_> {
                     let (Some(child_digest), Some(depth)) = (known, depth.checked_sub(1)) else {
                         continue;
                     };
-                    let media_type = child.media_type.clone().ok_or_else(|| Refused::Manifest {
+                    let media_type = child.media_type.clone().ok_or_else(|| ImportError::Manifest {
                         digest: *child_digest,
                         reason: "the index does not say its type".to_owned(),
                     })?;
-                    self.add(found, *child_digest, &media_type, depth)?;
+                    self.add_manifest(found, *child_digest, &media_type, depth)?;
                     let platform = child
                         .platform
                         .as_ref()
@@ -322,31 +330,36 @@ impl Look<'_> {
             missing.push("every image of the index".to_owned());
         }
         if !missing.is_empty() {
-            return Err(Refused::Incomplete {
+            return Err(ImportError::Incomplete {
                 image: found.image.name.clone(),
                 missing,
             });
         }
-        if found.followed.insert(digest) {
+        if found.manifest_digests.insert(digest) {
             found.manifests.push((digest, media_type.clone()));
         }
         Ok(())
     }
 
     /// Adds a referrer to the images that it refers to.
-    fn attach(&self, entry: &Entry, subject: Digest, images: &mut [FoundImage]) -> Result<(), Refused> {
-        let mut is_wanted = false;
+    fn add_referrer(
+        &self,
+        entry: &Entry,
+        subject: Digest,
+        images: &mut [ResolvedImage],
+    ) -> Result<(), ImportError> {
+        let mut is_attached = false;
         for image in images {
-            if image.followed.contains(&subject) {
-                self.add(image, entry.digest, &entry.media_type, DEPTH_MAX)?;
+            if image.manifest_digests.contains(&subject) {
+                self.add_manifest(image, entry.digest, &entry.media_type, INDEX_DEPTH_MAX)?;
                 image.referrers.entry(subject).or_default().push(entry.clone());
-                is_wanted = true;
+                is_attached = true;
             }
         }
-        if is_wanted {
+        if is_attached {
             return Ok(());
         }
-        Err(Refused::Unnamed {
+        Err(ImportError::Unnamed {
             digest: entry.digest,
             name: None,
         })

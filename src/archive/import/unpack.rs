@@ -4,9 +4,9 @@
 use std::cell::Cell;
 use std::io::{self, Read};
 
-use super::{Brought, ENTRIES_MAX, Object, Refused};
-use crate::archive::STEP_BYTES;
-use crate::archive::layout::{self, LAYOUT_BYTES_MAX, Place};
+use super::{ENTRIES_MAX, ImportError, ImportTransaction, Object};
+use crate::archive::BUFFER_BYTES;
+use crate::archive::layout::{self, EntryKind, LAYOUT_BYTES_MAX};
 use crate::oci::manifest::MANIFEST_BYTES_MAX;
 use crate::oci::{Digest, Hasher};
 use crate::store::blobs::Verified;
@@ -14,70 +14,70 @@ use crate::store::ingest::Ingest;
 use crate::store::{Store, StoreError};
 
 /// What may stand between two files: headers, long names, extended attributes. The tar crate keeps it in memory.
-const HEAD_BYTES_MAX: u64 = 64 * 1024;
+const HEADER_BYTES_MAX: u64 = 64 * 1024;
 
 /// A reader that gives out a set number of bytes, and then an error.
-struct Limited<'a, R> {
+struct HeaderLimit<'a, R> {
     inner: R,
-    left: &'a Cell<u64>,
+    remaining: &'a Cell<u64>,
 }
 
-impl<R: Read> Read for Limited<'_, R> {
+impl<R: Read> Read for HeaderLimit<'_, R> {
     fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
-        let left = usize::try_from(self.left.get()).unwrap_or(usize::MAX);
-        if left == 0 {
+        let remaining = usize::try_from(self.remaining.get()).unwrap_or(usize::MAX);
+        if remaining == 0 {
             return Err(io::Error::other("too much stands before a file"));
         }
-        let count = into.len().min(left);
+        let count = into.len().min(remaining);
         let read = self.inner.read(into.get_mut(..count).unwrap_or_default())?;
-        self.left.set(self.left.get() - read as u64);
+        self.remaining.set(self.remaining.get() - read as u64);
         Ok(read)
     }
 }
 
 /// Takes every blob; gives `index.json`.
-pub(super) fn receive(
+pub(super) fn unpack(
     store: &Store,
     archive: impl Read,
-    brought: &mut Brought<'_>,
-) -> Result<Vec<u8>, Refused> {
-    let left = Cell::new(HEAD_BYTES_MAX);
-    let mut archive = tar::Archive::new(Limited {
+    transaction: &mut ImportTransaction<'_>,
+) -> Result<Vec<u8>, ImportError> {
+    let remaining = Cell::new(HEADER_BYTES_MAX);
+    let mut archive = tar::Archive::new(HeaderLimit {
         inner: archive,
-        left: &left,
+        remaining: &remaining,
     });
     let (mut layout, mut index) = (None, None);
     for (count, entry) in archive.entries()?.enumerate() {
         let mut entry = entry?;
         if count == ENTRIES_MAX {
-            return Err(Refused::TooMuch("files", ENTRIES_MAX as u64));
+            return Err(ImportError::TooMany("files", ENTRIES_MAX as u64));
         }
-        let (place, name) = placed(&entry)?;
+        let (kind, name) = entry_kind(&entry)?;
         let size = entry.size();
         // For its content, and the rest of its last block.
-        left.set(size.saturating_add(HEAD_BYTES_MAX));
-        match place {
-            Place::Folder => {}
-            Place::Layout => document(&mut entry, &mut layout, name, LAYOUT_BYTES_MAX)?,
-            Place::Index => document(&mut entry, &mut index, name, MANIFEST_BYTES_MAX as u64)?,
-            Place::Docker => document(&mut entry, &mut None, name, MANIFEST_BYTES_MAX as u64)?,
-            Place::Blob(digest) => {
-                if brought.objects.contains_key(&digest) {
-                    return Err(Refused::Twice(name));
+        remaining.set(size.saturating_add(HEADER_BYTES_MAX));
+        match kind {
+            EntryKind::Folder => {}
+            EntryKind::Layout => document(&mut entry, &mut layout, name, LAYOUT_BYTES_MAX)?,
+            EntryKind::Index => document(&mut entry, &mut index, name, MANIFEST_BYTES_MAX as u64)?,
+            EntryKind::Docker => document(&mut entry, &mut None, name, MANIFEST_BYTES_MAX as u64)?,
+            EntryKind::Blob(digest) => {
+                if transaction.objects.contains_key(&digest) {
+                    return Err(ImportError::Duplicate(name));
                 }
                 let object = blob(store, &mut entry, digest, size)?;
-                brought.objects.insert(digest, object);
+                transaction.objects.insert(digest, object);
             }
         }
-        left.set(HEAD_BYTES_MAX);
+        remaining.set(HEADER_BYTES_MAX);
     }
-    let absent = |file| Refused::Document {
+    let absent = |file| ImportError::Document {
         file,
         reason: "it is not in the archive, so this is no OCI image layout".to_owned(),
     };
     let layout: Vec<u8> = layout.ok_or_else(|| absent(layout::LAYOUT_FILE))?;
     if !layout::is_layout(&layout) {
-        return Err(Refused::Document {
+        return Err(ImportError::Document {
             file: layout::LAYOUT_FILE,
             reason: "it is of another version than 1.0.0".to_owned(),
         });
@@ -86,18 +86,18 @@ pub(super) fn receive(
 }
 
 /// Where an entry belongs. Only files and folders of a layout do.
-fn placed<R: Read>(entry: &tar::Entry<'_, R>) -> Result<(Place, String), Refused> {
+fn entry_kind<R: Read>(entry: &tar::Entry<'_, R>) -> Result<(EntryKind, String), ImportError> {
     let path = entry.path_bytes();
     let name = String::from_utf8_lossy(&path).into_owned();
-    let kind = entry.header().entry_type();
-    let what = match Place::of(&name) {
-        Some(Place::Folder) if kind.is_dir() => return Ok((Place::Folder, name)),
-        Some(place) if place != Place::Folder && kind.is_file() => return Ok((place, name)),
-        _ if kind.is_symlink() || kind.is_hard_link() => "a link",
-        _ if kind.is_file() || kind.is_dir() => "a file or folder",
+    let tar_type = entry.header().entry_type();
+    let what = match EntryKind::of(&name) {
+        Some(EntryKind::Folder) if tar_type.is_dir() => return Ok((EntryKind::Folder, name)),
+        Some(kind) if kind != EntryKind::Folder && tar_type.is_file() => return Ok((kind, name)),
+        _ if tar_type.is_symlink() || tar_type.is_hard_link() => "a link",
+        _ if tar_type.is_file() || tar_type.is_dir() => "a file or folder",
         _ => "a device or something else",
     };
-    Err(Refused::NoPlace { name, what })
+    Err(ImportError::UnexpectedEntry { name, what })
 }
 
 fn document(
@@ -105,30 +105,30 @@ fn document(
     into: &mut Option<Vec<u8>>,
     name: String,
     bytes_max: u64,
-) -> Result<(), Refused> {
+) -> Result<(), ImportError> {
     let mut bytes = Vec::new();
     entry.take(bytes_max + 1).read_to_end(&mut bytes)?;
     if bytes.len() as u64 > bytes_max {
-        return Err(Refused::TooMuch("bytes in a document", bytes_max));
+        return Err(ImportError::TooMany("bytes in a document", bytes_max));
     }
     if into.replace(bytes).is_some() {
-        return Err(Refused::Twice(name));
+        return Err(ImportError::Duplicate(name));
     }
     Ok(())
 }
 
 /// Receives a blob by the way that every blob takes. One that is held is only read: that its bytes are here is the proof
 /// that whoever made the archive had them.
-fn blob(store: &Store, entry: &mut impl Read, digest: Digest, size: u64) -> Result<Object, Refused> {
-    let is_held = store.blob(&digest)?.is_some() || store.manifest(&digest)?.is_some();
-    let ingest = if is_held {
+fn blob(store: &Store, entry: &mut impl Read, digest: Digest, size: u64) -> Result<Object, ImportError> {
+    let is_cached = store.blob(&digest)?.is_some() || store.manifest(&digest)?.is_some();
+    let ingest = if is_cached {
         None
     } else {
         Some(store.begin(&digest, Some(size))?)
     };
     let file = ingest.as_ref().map(Ingest::file);
     let mut hasher = Hasher::new(digest.algorithm());
-    let mut step = vec![0; STEP_BYTES];
+    let mut step = vec![0; BUFFER_BYTES];
     let mut received = 0;
     loop {
         let count = match entry.read(&mut step) {
@@ -149,7 +149,7 @@ fn blob(store: &Store, entry: &mut impl Read, digest: Digest, size: u64) -> Resu
         return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
     }
     let verified = Verified::check(hasher, &digest, received, Some(size))
-        .map_err(|mismatch| Refused::WrongBytes(mismatch.to_string()))?;
+        .map_err(|mismatch| ImportError::DigestMismatch(mismatch.to_string()))?;
     let is_new = ingest.is_some();
     if let Some(ingest) = ingest {
         ingest.commit(verified)?;

@@ -2,9 +2,9 @@
 
 use std::sync::Arc;
 
-use super::{Part, Platforms, Refused};
+use super::{ArchiveObject, ExportError, Platforms};
 use crate::archive::layout::{self, Entry};
-use crate::archive::{DEPTH_MAX, Image};
+use crate::archive::{INDEX_DEPTH_MAX, Image};
 use crate::oci::manifest::{Descriptor, Kind, Role};
 use crate::oci::{AnyDigest, Digest, Operation, Query, Reference};
 use crate::store::listings::ListingKey;
@@ -13,17 +13,17 @@ use crate::store::tags::{TagKey, TagReader};
 use crate::store::{Store, StoreError};
 
 /// The look at one image.
-pub(super) struct Look<'a> {
+pub(super) struct ImageResolver<'a> {
     pub(super) store: &'a Store,
     pub(super) image: &'a Image,
     pub(super) platforms: Platforms<'a>,
-    pub(super) parts: Vec<Part>,
+    pub(super) objects: Vec<ArchiveObject>,
 }
 
-impl Look<'_> {
+impl ImageResolver<'_> {
     /// What the image's name stands for: of a tag the image that it names for the operator.
-    pub(super) fn root(&self) -> Result<Arc<StoredManifest>, Refused> {
-        let not_held = || Refused::NotHeld(self.image.name.clone());
+    pub(super) fn root(&self) -> Result<Arc<StoredManifest>, ExportError> {
+        let not_held = || ExportError::NotHeld(self.image.name.clone());
         let tag = match &self.image.reference {
             Reference::Digest(AnyDigest::Known(digest)) => {
                 return self.manifest(digest)?.ok_or_else(not_held);
@@ -45,25 +45,25 @@ impl Look<'_> {
     }
 
     fn manifest(&self, digest: &Digest) -> Result<Option<Arc<StoredManifest>>, StoreError> {
-        if !self.is_seen(digest) {
+        if !self.is_member(digest) {
             return Ok(None);
         }
         self.store.manifest(digest)
     }
 
-    fn is_seen(&self, digest: &Digest) -> bool {
+    fn is_member(&self, digest: &Digest) -> bool {
         self.store
             .is_member(&self.image.upstream, &self.image.repository, digest)
     }
 
     /// Adds a manifest and everything it needs.
-    pub(super) fn add(&mut self, held: &Arc<StoredManifest>, depth: u32) -> Result<(), Refused> {
-        self.parts.push(Part::Manifest(Arc::clone(held)));
+    pub(super) fn add(&mut self, held: &Arc<StoredManifest>, depth: u32) -> Result<(), ExportError> {
+        self.objects.push(ArchiveObject::Manifest(Arc::clone(held)));
         let children = &held.manifest.children;
         let mut missing = Vec::new();
         for child in children.iter().filter(|child| child.role != Role::Manifest) {
             match self.blob(child)? {
-                Some(part) => self.parts.push(part),
+                Some(object) => self.objects.push(object),
                 None if child.foreign => {}
                 None => missing.push(child.digest.to_string()),
             }
@@ -80,20 +80,20 @@ impl Look<'_> {
             is_empty &= !self.add_child(child, depth)?;
         }
         if is_empty {
-            return Err(Refused::NoPlatform(self.image.name.clone()));
+            return Err(ExportError::NoPlatform(self.image.name.clone()));
         }
         Ok(())
     }
 
     /// Says whether it is an image that was added.
-    fn add_child(&mut self, child: &Descriptor, depth: u32) -> Result<bool, Refused> {
+    fn add_child(&mut self, child: &Descriptor, depth: u32) -> Result<bool, ExportError> {
         let platform = child.platform.as_ref().map(ToString::to_string);
         // Attestations are listed beside the images as of an unknown platform: they come along where they are held.
         let is_image = child
             .platform
             .as_ref()
             .is_none_or(|platform| platform.os != "unknown");
-        let is_asked_for = match (self.platforms, &platform) {
+        let is_requested = match (self.platforms, &platform) {
             (Platforms::Selected(want), Some(platform)) if is_image => {
                 if !want(platform) {
                     return Ok(false);
@@ -109,37 +109,37 @@ impl Look<'_> {
             AnyDigest::Known(digest) => self.manifest(digest)?,
             AnyDigest::Foreign(_) => None,
         };
-        let before = self.parts.len();
+        let before = self.objects.len();
         let added = match held {
             Some(held) => self.add(&held, depth),
             None => Err(self.incomplete(vec![child.digest.to_string()])),
         };
         match added {
             Ok(()) => Ok(is_image),
-            Err(Refused::Incomplete { .. } | Refused::NoPlatform(_)) if !is_asked_for => {
-                self.parts.truncate(before);
+            Err(ExportError::Incomplete { .. } | ExportError::NoPlatform(_)) if !is_requested => {
+                self.objects.truncate(before);
                 Ok(false)
             }
             Err(refused) => Err(refused),
         }
     }
 
-    fn blob(&self, child: &Descriptor) -> Result<Option<Part>, StoreError> {
+    fn blob(&self, child: &Descriptor) -> Result<Option<ArchiveObject>, StoreError> {
         let AnyDigest::Known(digest) = child.digest else {
             return Ok(None);
         };
-        if !self.is_seen(&digest) {
+        if !self.is_member(&digest) {
             return Ok(None);
         }
         let held = self.store.blob(&digest)?;
-        Ok(held.map(|held| Part::Blob {
+        Ok(held.map(|held| ArchiveObject::Blob {
             digest,
             size: held.size,
         }))
     }
 
-    fn incomplete(&self, missing: Vec<String>) -> Refused {
-        Refused::Incomplete {
+    fn incomplete(&self, missing: Vec<String>) -> ExportError {
+        ExportError::Incomplete {
             image: self.image.name.clone(),
             missing,
         }
@@ -148,25 +148,25 @@ impl Look<'_> {
     /// The referrers of what was added, as the registry last listed them and as far as they are held whole.
     pub(super) fn referrers(&mut self) -> Vec<Entry> {
         let subjects: Vec<Digest> = self
-            .parts
+            .objects
             .iter()
-            .filter_map(|part| match part {
-                Part::Manifest(held) => Some(held.digest),
-                Part::Blob { .. } => None,
+            .filter_map(|object| match object {
+                ArchiveObject::Manifest(held) => Some(held.digest),
+                ArchiveObject::Blob { .. } => None,
             })
             .collect();
         let mut entries = Vec::new();
         for subject in subjects {
-            let key = referrers_of(self.image, subject);
+            let key = referrers_key(self.image, subject);
             let listing = self.store.listing(&key).ok().flatten();
             let listed = listing.and_then(|listing| layout::read_index(&listing.bytes).ok());
             for entry in listed.unwrap_or_default() {
-                let before = self.parts.len();
+                let before = self.objects.len();
                 let held = self.manifest(&entry.digest).ok().flatten();
-                if held.is_some_and(|held| self.add(&held, DEPTH_MAX).is_ok()) {
+                if held.is_some_and(|held| self.add(&held, INDEX_DEPTH_MAX).is_ok()) {
                     entries.push(entry.without_name());
                 } else {
-                    self.parts.truncate(before);
+                    self.objects.truncate(before);
                 }
             }
         }
@@ -175,7 +175,7 @@ impl Look<'_> {
 }
 
 /// The question about all that refers to `subject` in an image's repository.
-pub(in crate::archive) fn referrers_of(image: &Image, subject: Digest) -> ListingKey {
+pub(in crate::archive) fn referrers_key(image: &Image, subject: Digest) -> ListingKey {
     let operation = Operation::Referrers {
         repository: image.repository.clone(),
         digest: AnyDigest::Known(subject),

@@ -1,0 +1,211 @@
+//! Construction of the registry side from the configuration: upstreams, routes, tunnels and authentication.
+
+use std::sync::Arc;
+
+use crate::clock::Clock;
+use crate::config::{Access, Config, Credential, Proxy, UpstreamConfig};
+use crate::download::Downloads;
+use crate::policy::rules::Rules;
+use crate::proxy::{self, ProxyService, RegistryStates, UpstreamRegistry};
+use crate::server::{Doors, Entry, Passwords, Registry, Tunnels};
+use crate::store::Store;
+use crate::telemetry::{Telemetry, UpstreamRecord};
+use crate::upstream::TunnelDialer;
+use crate::upstream::origin::Origin;
+use crate::upstream::{
+    CredentialSource, LearnedState, Observer, Offline, ProxyChoice, ServedStore, Settings, Transport,
+    Upstream,
+};
+
+use super::RunError;
+use crate::oci::Repository;
+
+/// What every upstream shares, over all configurations of this process.
+pub(super) struct UpstreamTelemetry {
+    telemetry: Telemetry,
+    pub(super) offline: Offline,
+    pub(super) served: Arc<dyn ServedStore>,
+    pub(super) clock: Clock,
+}
+
+impl UpstreamTelemetry {
+    /// Tells of exchanges with an upstream.
+    pub(super) fn observer(&self) -> Observer {
+        let (telemetry, clock) = (self.telemetry.clone(), self.clock);
+        Observer::new(move |exchanged| {
+            telemetry.record_upstream(&UpstreamRecord {
+                upstream: exchanged.upstream,
+                operation: exchanged.operation,
+                code: exchanged.code,
+                ended: clock.now(),
+                took: exchanged.took,
+                trace: exchanged.trace,
+            });
+        })
+    }
+}
+
+/// What is learned and under way, over all configurations of this process: a reload exchanges settings alone.
+pub(super) struct SharedState {
+    pub(super) pull: Arc<ProxyService>,
+    pub(super) sites: RegistryStates,
+    pub(super) passwords: Arc<Passwords>,
+    pub(super) connector: Transport,
+}
+
+impl SharedState {
+    pub(super) fn new(store: &Arc<Store>, downloads: &Downloads, telemetry: &UpstreamTelemetry) -> Self {
+        let pull = ProxyService::new(
+            Arc::clone(store),
+            downloads.clone(),
+            (telemetry.clock, telemetry.telemetry.clone()),
+        );
+        Self {
+            pull: Arc::new(pull),
+            sites: RegistryStates::default(),
+            passwords: Arc::default(),
+            connector: Transport::system(),
+        }
+    }
+}
+
+/// What serves requests, from the configuration.
+pub(super) fn registry(
+    config: &Config,
+    shared: &SharedState,
+    telemetry: &UpstreamTelemetry,
+) -> Result<Registry, RunError> {
+    let rules = Arc::new(config.rules.clone());
+    let mut sites = Vec::new();
+    for upstream in &config.upstreams {
+        let fetches_max = config.limits.fetches_per_upstream_max;
+        sites.push((
+            Arc::new(site(upstream, fetches_max, &rules, (shared, telemetry))?),
+            upstream.hosts.clone(),
+        ));
+    }
+    let is_default = |site: &Arc<UpstreamRegistry>| site.name() == &*config.default_upstream;
+    let default = sites
+        .iter()
+        .map(|(site, _)| site)
+        .find(|site| is_default(site))
+        .or(sites.first().map(|(s, _)| s));
+    let default = Arc::clone(default.ok_or(RunError::NoUpstream)?);
+    let way = TunnelDialer::new(&shared.connector).map_err(|error| RunError::Upstream {
+        name: Arc::from("[connect]"),
+        error,
+    })?;
+    let entry = config.entry.as_ref();
+    let secret = *shared.pull.store().install_secret();
+    let entry = entry.map(|entry| Entry::new(entry, secret, Arc::clone(&shared.passwords)));
+    Ok(Registry {
+        doors: Doors::new(sites, default),
+        pull: Arc::clone(&shared.pull),
+        tunnels: Tunnels::new(config.tunnels.clone(), way),
+        entry: entry.transpose()?,
+    })
+}
+
+fn site(
+    config: &UpstreamConfig,
+    fetches_max: usize,
+    rules: &Arc<Rules>,
+    (shared, telemetry): (&SharedState, &UpstreamTelemetry),
+) -> Result<UpstreamRegistry, RunError> {
+    let state = shared.sites.of(&config.name);
+    let access = match config.access {
+        Access::Proven => proxy::Access::PerClient,
+        Access::Shared => proxy::Access::Shared {
+            own_credential: config.credential.is_some(),
+        },
+    };
+    let upstream = upstream(
+        config,
+        fetches_max,
+        (&shared.connector, state.upstream()),
+        (
+            telemetry.offline.clone(),
+            telemetry.observer(),
+            Some(Arc::clone(&telemetry.served)),
+        ),
+    )?;
+    let site = UpstreamRegistry::new(Arc::new(upstream), access, Arc::clone(rules), state);
+    let Some(realm) = &config.local_tokens else {
+        return Ok(site);
+    };
+    let realm = realm.parse().map_err(|error| RunError::Url {
+        name: Arc::clone(&config.name),
+        error,
+    })?;
+    Ok(site.with_local_tokens(realm))
+}
+
+/// The client side of one upstream, as its section says, over what is known of it.
+pub fn upstream(
+    config: &UpstreamConfig,
+    fetches_max: usize,
+    (connector, state): (&Transport, &LearnedState),
+    (offline, observer, served): (Offline, Observer, Option<Arc<dyn ServedStore>>),
+) -> Result<Upstream, RunError> {
+    let refused = |error| RunError::Upstream {
+        name: Arc::clone(&config.name),
+        error,
+    };
+    let urls = config
+        .urls
+        .iter()
+        .map(|url| {
+            let origin: Origin = url.address.parse()?;
+            Ok(match &url.repository_prefix {
+                Some(prefix) => origin.with_repository_prefix(prefix.clone()),
+                None => origin,
+            })
+        })
+        .collect::<Result<Vec<_>, _>>();
+    let urls = urls.map_err(|error| RunError::Url {
+        name: Arc::clone(&config.name),
+        error,
+    })?;
+    let mut settings = Settings::new(&*config.name, urls);
+    settings.fetches_max = fetches_max;
+    settings.offline = offline;
+    settings.observer = observer;
+    settings.served = served;
+    settings.roots.clone_from(&config.roots);
+    settings.client_certificate.clone_from(&config.client_certificate);
+    settings.redirects.clone_from(&config.redirects);
+    settings.timeouts.connect = config.connect_timeout;
+    settings.timeouts.headers = config.first_byte_timeout;
+    settings.proxy = match &config.proxy {
+        Proxy::Environment => ProxyChoice::Environment,
+        Proxy::None => ProxyChoice::None,
+        Proxy::Url(url) => ProxyChoice::Url(url.clone()),
+    };
+    settings.credential = config.credential.as_ref().map(|own| match own.clone() {
+        Credential::Password { username, file } => CredentialSource::PasswordFile { username, path: file },
+        Credential::DockerConfig(path) => CredentialSource::DockerConfig { path },
+        Credential::Helper(name) => CredentialSource::Helper(name),
+    });
+    settings.hosts.clone_from(&config.hosts);
+    settings.token_hosts.clone_from(&config.token_hosts);
+    // Who names it trusts it.
+    settings
+        .token_hosts
+        .extend(config.token_host().map(str::to_owned));
+    Upstream::with_state(state, settings, connector).map_err(refused)
+}
+
+/// Kept beside the proofs of what a repository has, so that both are lost together or not at all.
+pub(super) struct ServedRepositories(pub(super) Arc<Store>);
+
+impl ServedStore for ServedRepositories {
+    fn has_served(&self, upstream: &str, url: &str, repository: &Repository) -> bool {
+        self.0.has_served(upstream, url, repository)
+    }
+
+    fn record_served(&self, upstream: &str, url: &str, repository: &Repository) {
+        if let Err(fault) = self.0.record_served(upstream, url, repository) {
+            tracing::warn!(upstream, url, %repository, %fault, "the note that a URL served a repository is lost");
+        }
+    }
+}
