@@ -20,7 +20,7 @@ use listenfd::ListenFd;
 use tracing_subscriber::EnvFilter;
 
 const FAILED: u8 = 1;
-const MISTAKEN: u8 = 2;
+const USAGE_ERROR: u8 = 2;
 
 fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
@@ -28,20 +28,20 @@ fn main() -> ExitCode {
         // It quotes the command line, which may hold names that others chose.
         Err(error) if error.use_stderr() => {
             let _ = write!(terminal::stderr(), "{error}");
-            return ExitCode::from(MISTAKEN);
+            return ExitCode::from(USAGE_ERROR);
         }
         Err(help) => help.exit(),
     };
     // Before any port is bound: a wrong configuration must not take a running cache's place.
     let config = match load(&cli.options) {
         Ok(config) => config,
-        Err(faults) => return fail(MISTAKEN, &faults),
+        Err(faults) => return fail(USAGE_ERROR, &faults),
     };
     match cli.wanted() {
         Command::Check => {
             let mut out = terminal::stdout(false);
             let _ = write!(out, "{}", config.summary());
-            if let Some(lowered) = config.limits.lowered_by(take_descriptors()) {
+            if let Some(lowered) = config.limits.lowered_by(raise_fd_limit()) {
                 let _ = writeln!(
                     out,
                     "\nlimits    a process started from here has lower ones: {lowered}"
@@ -55,25 +55,25 @@ fn main() -> ExitCode {
                 let _ = write!(terminal::stdout(false), "{settings}");
                 ExitCode::SUCCESS
             }
-            Err(faults) => fail(MISTAKEN, &faults),
+            Err(faults) => fail(USAGE_ERROR, &faults),
         },
         Command::Config(cli::Settings::Reference) => {
             let _ = write!(terminal::stdout(false), "{}", ifnewer::config::reference());
             ExitCode::SUCCESS
         }
-        Command::Healthcheck => run(async {
+        Command::Healthcheck => block_on(async {
             match admin::client::check_ready(&config.listen.admin).await {
                 Ok(()) => ExitCode::SUCCESS,
                 Err(error) => fail(FAILED, &format!("ifnewer is not ready: {error}")),
             }
         }),
-        Command::Setup(words) => set_up(&config, &words),
-        Command::Ca(words) => authority(&config, words),
-        Command::Doctor(words) => match Root::at(&words.root) {
-            Ok(root) => run(examine(&config, &words, &root)),
-            Err(refused) => fail(MISTAKEN, &refused),
+        Command::Setup(args) => cmd_setup(&config, &args),
+        Command::Ca(args) => cmd_ca(&config, args),
+        Command::Doctor(args) => match Root::at(&args.root) {
+            Ok(root) => block_on(cmd_doctor(&config, &args, &root)),
+            Err(refused) => fail(USAGE_ERROR, &refused),
         },
-        Command::Demo { stay } => run(play(stay)),
+        Command::Demo { stay } => block_on(cmd_demo(stay)),
         Command::Completions { shell } => {
             cli::completions(shell, &mut terminal::stdout(false));
             ExitCode::SUCCESS
@@ -82,15 +82,15 @@ fn main() -> ExitCode {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => fail(FAILED, &format!("cannot write the manual: {error}")),
         },
-        Command::Operate(command) => run(operate(&config, command)),
+        Command::Operate(command) => block_on(cmd_operate(&config, command)),
         Command::Serve => {
-            keep_heap_small();
-            log(&config.log);
-            let descriptors = take_descriptors();
-            write_no_core();
+            limit_heap();
+            init_logging(&config.log);
+            let descriptors = raise_fd_limit();
+            disable_core_dumps();
             // Before any thread runs: it reads and clears variables.
-            let passed = passed();
-            run(serve_until_ended(cli.options, config, passed, descriptors))
+            let inherited = inherited_sockets();
+            block_on(cmd_serve(cli.options, config, inherited, descriptors))
         }
     }
 }
@@ -98,7 +98,7 @@ fn main() -> ExitCode {
 /// Starts the program again in its own place, with the settings of the allocator that it can only be started with. glibc
 /// gives each of many threads an arena of its own, and keeps in it what a peak needed. Measured with 4,000 tags: 400 views
 /// of the list leave 68 MiB, and 59 with one arena; 2,000 unread responses leave 92 MiB, and 69.
-fn keep_heap_small() {
+fn limit_heap() {
     use std::os::unix::process::CommandExt as _;
     let (Some(settings), Ok(program)) = (cli::heap_settings(), std::env::current_exe()) else {
         return;
@@ -113,18 +113,13 @@ fn keep_heap_small() {
     let _ = again.exec();
 }
 
-async fn serve_until_ended(
-    options: cli::Options,
-    config: Config,
-    passed: Passed,
-    descriptors: usize,
-) -> ExitCode {
+async fn cmd_serve(options: cli::Options, config: Config, inherited: Passed, descriptors: usize) -> ExitCode {
     let telemetry = Telemetry::new();
     #[cfg(feature = "otlp")]
     let recording = match cli::collector() {
         Some(collector) => match otlp::start(&collector, &telemetry) {
             Ok(recording) => Some(recording),
-            Err(error) => return fail(MISTAKEN, &error),
+            Err(error) => return fail(USAGE_ERROR, &error),
         },
         None => None,
     };
@@ -136,7 +131,7 @@ async fn serve_until_ended(
     }
     let served = serve(
         config,
-        passed,
+        inherited,
         descriptors,
         || load(&options),
         Clock::system(),
@@ -154,14 +149,14 @@ async fn serve_until_ended(
             | RunError::AdminToken(_)
             | RunError::Tls(_)
             | RunError::Upstream { .. }),
-        ) => fail(MISTAKEN, &error),
+        ) => fail(USAGE_ERROR, &error),
         Err(error) => fail(FAILED, &error),
     }
 }
 
-async fn examine(config: &Config, words: &cli::Doctor, root: &Root) -> ExitCode {
-    let report = doctor::examine(config, &words.options(), root, Clock::system().now()).await;
-    let _ = if words.json {
+async fn cmd_doctor(config: &Config, args: &cli::Doctor, root: &Root) -> ExitCode {
+    let report = doctor::examine(config, &args.options(), root, Clock::system().now()).await;
+    let _ = if args.json {
         writeln!(terminal::stdout(false), "{:#}", report.json())
     } else {
         write!(terminal::stdout(false), "{report}")
@@ -169,17 +164,17 @@ async fn examine(config: &Config, words: &cli::Doctor, root: &Root) -> ExitCode 
     ExitCode::from(report.exit_code())
 }
 
-fn set_up(config: &Config, words: &cli::Setup) -> ExitCode {
-    let root = match Root::at(&words.root) {
+fn cmd_setup(config: &Config, args: &cli::Setup) -> ExitCode {
+    let root = match Root::at(&args.root) {
         Ok(root) => root,
-        Err(refused) => return fail(MISTAKEN, &refused),
+        Err(refused) => return fail(USAGE_ERROR, &refused),
     };
-    let options = words.options();
-    if words.undo {
-        return tell(setup::undo(words.client, words.force, &root));
+    let options = args.options();
+    if args.undo {
+        return print_result(setup::undo(args.client, args.force, &root));
     }
-    if words.apply {
-        return tell(setup::apply(config, &options, &root));
+    if args.apply {
+        return print_result(setup::apply(config, &options, &root));
     }
     let (text, objection) = setup::show(config, &options, &root);
     let _ = write!(terminal::stdout(false), "{text}");
@@ -189,8 +184,8 @@ fn set_up(config: &Config, words: &cli::Setup) -> ExitCode {
     }
 }
 
-fn authority(config: &Config, words: cli::Ca) -> ExitCode {
-    match words {
+fn cmd_ca(config: &Config, args: cli::Ca) -> ExitCode {
+    match args {
         cli::Ca::Export { out } => match (ca::export(config), out) {
             (Ok(authority), None) => {
                 let _ = write!(terminal::stdout(false), "{}", authority.pem());
@@ -202,18 +197,18 @@ fn authority(config: &Config, words: cli::Ca) -> ExitCode {
             },
             (Err(refused), _) => fail(FAILED, &refused),
         },
-        cli::Ca::Install(words) => tell(Root::at(&words.root).and_then(|root| {
+        cli::Ca::Install(args) => print_result(Root::at(&args.root).and_then(|root| {
             let cli::Trust {
                 into,
                 address,
                 ca,
                 force,
                 ..
-            } = words;
+            } = args;
             ca::install(config, into, &ca::Trust { address, ca, force }, &root)
         })),
-        cli::Ca::Uninstall(words) => {
-            tell(Root::at(&words.root).and_then(|root| ca::uninstall(words.into, words.force, &root)))
+        cli::Ca::Uninstall(args) => {
+            print_result(Root::at(&args.root).and_then(|root| ca::uninstall(args.into, args.force, &root)))
         }
         cli::Ca::Rotate => match ca::rotate(config, Clock::system()) {
             Ok(old) => {
@@ -225,7 +220,7 @@ fn authority(config: &Config, words: cli::Ca) -> ExitCode {
     }
 }
 
-fn tell(done: Result<Done, Refused>) -> ExitCode {
+fn print_result(done: Result<Done, Refused>) -> ExitCode {
     match done {
         Ok(done) => {
             let _ = write!(terminal::stdout(false), "{done}");
@@ -236,22 +231,22 @@ fn tell(done: Result<Done, Refused>) -> ExitCode {
 }
 
 /// The sockets that the service manager opened for us. Those of other kinds are left alone.
-fn passed() -> Passed {
+fn inherited_sockets() -> Passed {
     let mut given = ListenFd::from_env();
-    let mut passed = Passed::default();
+    let mut inherited = Passed::default();
     for index in 0..given.len() {
         if let Ok(Some(listener)) = given.take_tcp_listener(index) {
-            passed.tcp.push(listener);
+            inherited.tcp.push(listener);
         } else if let Ok(Some(listener)) = given.take_unix_listener(index) {
-            passed.unix.push(listener);
+            inherited.unix.push(listener);
         }
     }
-    passed
+    inherited
 }
 
 /// As many files as the system lets us have: the limit that shells start programs with is meant for `select`. Says how
 /// many.
-fn take_descriptors() -> usize {
+fn raise_fd_limit() -> usize {
     use rustix::process::{Resource, getrlimit, setrlimit};
     let mut limit = getrlimit(Resource::Nofile);
     limit.current = limit.maximum;
@@ -264,7 +259,7 @@ fn take_descriptors() -> usize {
 }
 
 /// A core would hold the credentials that are in memory at that moment.
-fn write_no_core() {
+fn disable_core_dumps() {
     use rustix::process::{Resource, Rlimit, setrlimit};
     let none = Rlimit {
         current: Some(0),
@@ -273,7 +268,7 @@ fn write_no_core() {
     let _ = setrlimit(Resource::Core, none);
 }
 
-async fn play(stay: bool) -> ExitCode {
+async fn cmd_demo(stay: bool) -> ExitCode {
     let program = match std::env::current_exe() {
         Ok(program) => program,
         Err(error) => return fail(FAILED, &format!("this program cannot find itself: {error}")),
@@ -296,10 +291,10 @@ async fn play(stay: bool) -> ExitCode {
     }
 }
 
-async fn operate(config: &Config, command: commands::Command) -> ExitCode {
+async fn cmd_operate(config: &Config, command: commands::Command) -> ExitCode {
     let token = match admin::token(&config.listen) {
         Ok(token) => token,
-        Err(error) => return fail(MISTAKEN, &error),
+        Err(error) => return fail(USAGE_ERROR, &error),
     };
     let client = admin::client::Client::new(config.listen.admin.clone(), token);
     let is_terminal = terminal::is_stdout_terminal();
@@ -320,10 +315,10 @@ async fn operate(config: &Config, command: commands::Command) -> ExitCode {
     }
 }
 
-fn run(program: impl Future<Output = ExitCode>) -> ExitCode {
+fn block_on(command: impl Future<Output = ExitCode>) -> ExitCode {
     match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => {
-            let code = runtime.block_on(program);
+            let code = runtime.block_on(command);
             // Downloads that nobody waits for any more are given up; what they wrote is gone on with after the next start.
             runtime.shutdown_background();
             code
@@ -332,7 +327,7 @@ fn run(program: impl Future<Output = ExitCode>) -> ExitCode {
     }
 }
 
-fn log(log: &Log) {
+fn init_logging(log: &Log) {
     // The level was checked with the configuration.
     let filter = EnvFilter::try_new(&log.level).unwrap_or_else(|_| EnvFilter::new("info"));
     let subscriber = tracing_subscriber::fmt()

@@ -21,14 +21,14 @@ use super::RunError;
 use crate::oci::Repository;
 
 /// What every upstream shares, over all configurations of this process.
-pub(super) struct UpstreamTelemetry {
-    telemetry: Telemetry,
+pub(super) struct UpstreamContext {
+    pub(super) telemetry: Telemetry,
     pub(super) offline: Offline,
     pub(super) served: Arc<dyn ServedStore>,
     pub(super) clock: Clock,
 }
 
-impl UpstreamTelemetry {
+impl UpstreamContext {
     /// Tells of exchanges with an upstream.
     pub(super) fn observer(&self) -> Observer {
         let (telemetry, clock) = (self.telemetry.clone(), self.clock);
@@ -54,11 +54,11 @@ pub(super) struct SharedState {
 }
 
 impl SharedState {
-    pub(super) fn new(store: &Arc<Store>, downloads: &Downloads, telemetry: &UpstreamTelemetry) -> Self {
+    pub(super) fn new(store: &Arc<Store>, downloads: &Downloads, context: &UpstreamContext) -> Self {
         let pull = ProxyService::new(
             Arc::clone(store),
             downloads.clone(),
-            (telemetry.clock, telemetry.telemetry.clone()),
+            (context.clock, context.telemetry.clone()),
         );
         Self {
             pull: Arc::new(pull),
@@ -73,14 +73,14 @@ impl SharedState {
 pub(super) fn registry(
     config: &Config,
     shared: &SharedState,
-    telemetry: &UpstreamTelemetry,
+    context: &UpstreamContext,
 ) -> Result<Registry, RunError> {
     let rules = Arc::new(config.rules.clone());
     let mut sites = Vec::new();
     for upstream in &config.upstreams {
         let fetches_max = config.limits.fetches_per_upstream_max;
         sites.push((
-            Arc::new(site(upstream, fetches_max, &rules, (shared, telemetry))?),
+            Arc::new(site(upstream, fetches_max, &rules, (shared, context))?),
             upstream.hosts.clone(),
         ));
     }
@@ -110,7 +110,7 @@ fn site(
     config: &UpstreamConfig,
     fetches_max: usize,
     rules: &Arc<Rules>,
-    (shared, telemetry): (&SharedState, &UpstreamTelemetry),
+    (shared, context): (&SharedState, &UpstreamContext),
 ) -> Result<UpstreamRegistry, RunError> {
     let state = shared.sites.of(&config.name);
     let access = match config.access {
@@ -124,9 +124,9 @@ fn site(
         fetches_max,
         (&shared.connector, state.upstream()),
         (
-            telemetry.offline.clone(),
-            telemetry.observer(),
-            Some(Arc::clone(&telemetry.served)),
+            context.offline.clone(),
+            context.observer(),
+            Some(Arc::clone(&context.served)),
         ),
     )?;
     let site = UpstreamRegistry::new(Arc::new(upstream), access, Arc::clone(rules), state);

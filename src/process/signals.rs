@@ -1,18 +1,18 @@
 //! What ends the process, and what has it read its configuration again.
 
-use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::signal::unix::{self, SignalKind, signal};
 
 /// What a signal asks for.
-pub(super) enum Wanted {
+pub(super) enum Signal {
     Reload,
-    End,
+    Shutdown,
 }
 
 /// The signals that the process listens to.
 pub(super) struct Signals {
-    hangup: Signal,
-    terminate: Signal,
-    interrupt: Signal,
+    hangup: unix::Signal,
+    terminate: unix::Signal,
+    interrupt: unix::Signal,
 }
 
 impl Signals {
@@ -25,17 +25,17 @@ impl Signals {
     }
 
     /// Waits for one that ends the process. There is nothing left to be read again for.
-    pub(super) async fn end(&mut self) {
-        while matches!(self.next().await, Wanted::Reload) {
+    pub(super) async fn wait_for_shutdown(&mut self) {
+        while matches!(self.next().await, Signal::Reload) {
             tracing::info!("ending already: the configuration is not read again");
         }
     }
 
-    pub(super) async fn next(&mut self) -> Wanted {
+    pub(super) async fn next(&mut self) -> Signal {
         tokio::select! {
-            _ = self.hangup.recv() => Wanted::Reload,
-            _ = self.terminate.recv() => Wanted::End,
-            _ = self.interrupt.recv() => Wanted::End,
+            _ = self.hangup.recv() => Signal::Reload,
+            _ = self.terminate.recv() => Signal::Shutdown,
+            _ = self.interrupt.recv() => Signal::Shutdown,
         }
     }
 }

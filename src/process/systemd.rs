@@ -6,7 +6,7 @@ use sd_notify::NotifyState;
 
 /// Requests are answered from now on.
 pub(super) fn ready() {
-    tell(&[NotifyState::Ready]);
+    notify(&[NotifyState::Ready]);
 }
 
 /// A reload of the configuration, which the service manager waits for. Dropped when it is over, whichever way.
@@ -15,7 +15,7 @@ pub(super) struct Reloading;
 impl Reloading {
     pub(super) fn begin() -> Self {
         if let Ok(now) = NotifyState::monotonic_usec_now() {
-            tell(&[NotifyState::Reloading, now]);
+            notify(&[NotifyState::Reloading, now]);
         }
         Self
     }
@@ -29,7 +29,7 @@ impl Drop for Reloading {
 
 /// What is under way is finished, and then the process ends.
 pub(super) fn stopping() {
-    tell(&[NotifyState::Stopping]);
+    notify(&[NotifyState::Stopping]);
 }
 
 /// Shows that tasks still get their turn, if the service manager wants to see that (`WatchdogSec=`).
@@ -39,12 +39,12 @@ pub(super) async fn watchdog() {
     };
     let pause = (within / 3).max(Duration::from_millis(10));
     loop {
-        tell(&[NotifyState::Watchdog]);
+        notify(&[NotifyState::Watchdog]);
         tokio::time::sleep(pause).await;
     }
 }
 
-fn tell(states: &[NotifyState<'_>]) {
+fn notify(states: &[NotifyState<'_>]) {
     if let Err(error) = sd_notify::notify(states) {
         tracing::warn!(%error, "the service manager could not be told how it goes");
     }

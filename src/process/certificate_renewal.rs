@@ -9,36 +9,38 @@ use tokio_util::sync::CancellationToken;
 use crate::clock::Clock;
 use crate::server::tls::ServerTls;
 
-/// How often the certificates are looked at, by the time of day.
-const LOOK_EVERY: Duration = Duration::from_secs(3_600);
-/// How often the time of day is looked at: a machine may sleep, and its clock may be set.
-const WAKE_EVERY: Duration = Duration::from_secs(5);
+/// How often the certificates are checked at, by the time of day.
+const CHECK_INTERVAL: Duration = Duration::from_secs(3_600);
+/// How often the time of day is checked at: a machine may sleep, and its clock may be set.
+const WAKE_INTERVAL: Duration = Duration::from_secs(5);
 /// How often the same warning is logged.
-const WARN_EVERY: Duration = Duration::from_secs(86_400);
+const WARN_INTERVAL: Duration = Duration::from_secs(86_400);
 
 /// Looks after the certificates until the end.
-pub(super) async fn tend(tls: Arc<ArcSwap<ServerTls>>, clock: Clock, ending: CancellationToken) {
-    let (mut looked, mut warned) = (None, None);
-    while !ending.is_cancelled() {
+pub(super) async fn renewal_loop(tls: Arc<ArcSwap<ServerTls>>, clock: Clock, shutdown: CancellationToken) {
+    let (mut checked, mut warned) = (None, None);
+    while !shutdown.is_cancelled() {
         let now = clock.now();
-        if is_due(looked, now, LOOK_EVERY) {
-            looked = Some(now);
-            let warn = is_due(warned, now, WARN_EVERY);
+        if is_due(checked, now, CHECK_INTERVAL) {
+            checked = Some(now);
+            let warn = is_due(warned, now, WARN_INTERVAL);
             if warn {
                 warned = Some(now);
             }
             let tls = Arc::clone(&tls);
-            let look = move || {
-                renew(&tls);
+            let check = move || {
+                renew_if_due(&tls);
                 if warn {
                     tls.load().warn_of_ends(now);
                 }
             };
-            if tokio::task::spawn_blocking(look).await.is_err() {
+            if tokio::task::spawn_blocking(check).await.is_err() {
                 tracing::error!("looking after the certificates ended in a panic; it is tried again");
             }
         }
-        let _ = ending.run_until_cancelled(tokio::time::sleep(WAKE_EVERY)).await;
+        let _ = shutdown
+            .run_until_cancelled(tokio::time::sleep(WAKE_INTERVAL))
+            .await;
     }
 }
 
@@ -48,7 +50,7 @@ fn is_due(last: Option<SystemTime>, now: SystemTime, every: Duration) -> bool {
 }
 
 /// Puts a new server certificate into effect if the one in effect ends soon. Blocks.
-fn renew(tls: &ArcSwap<ServerTls>) {
+fn renew_if_due(tls: &ArcSwap<ServerTls>) {
     let old = tls.load_full();
     match old.renewed() {
         None => {}
@@ -105,13 +107,13 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let tls = ArcSwap::from_pointee(prepared(folder.path()));
         let (first, ca) = (end(&tls, "server"), end(&tls, "ca"));
-        renew(&tls);
+        renew_if_due(&tls);
         assert_eq!(end(&tls, "server"), first, "it is not due");
 
         // A month before its end, and long after it.
         for day in [800, 900, 1_700] {
             TODAY.store(day, Ordering::SeqCst);
-            renew(&tls);
+            renew_if_due(&tls);
             assert!(end(&tls, "server") > now() + DAY * 30, "day {day}");
         }
         assert_eq!(end(&tls, "ca"), ca, "clients trust the same CA");
@@ -123,7 +125,7 @@ mod tests {
 
         // Of the CA's end there are warnings half a year before.
         TODAY.store(3_500, Ordering::SeqCst);
-        renew(&tls);
+        renew_if_due(&tls);
         assert!(tls.load().warn_of_ends(now()));
         TODAY.store(0, Ordering::SeqCst);
     }
@@ -131,9 +133,9 @@ mod tests {
     #[test]
     fn o04_certificates_are_looked_at_again_when_the_clock_is_set() {
         let at = SystemTime::UNIX_EPOCH + DAY;
-        assert!(is_due(None, at, LOOK_EVERY));
-        assert!(!is_due(Some(at), at + LOOK_EVERY / 2, LOOK_EVERY));
-        assert!(is_due(Some(at), at + LOOK_EVERY, LOOK_EVERY));
-        assert!(is_due(Some(at), at - DAY / 2, LOOK_EVERY), "set back");
+        assert!(is_due(None, at, CHECK_INTERVAL));
+        assert!(!is_due(Some(at), at + CHECK_INTERVAL / 2, CHECK_INTERVAL));
+        assert!(is_due(Some(at), at + CHECK_INTERVAL, CHECK_INTERVAL));
+        assert!(is_due(Some(at), at - DAY / 2, CHECK_INTERVAL), "set back");
     }
 }
