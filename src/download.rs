@@ -56,7 +56,7 @@ use tokio::sync::{Notify, Semaphore};
 
 pub use view::Transfer;
 
-use crate::oci::{Cause, Digest, Repository};
+use crate::oci::{Digest, Repository, UpstreamFailure};
 use crate::queue::{Demand, Full, NoPlace, Place as Admitted, Queue, Waiter, Waiters};
 use crate::store::blobs::{HeldBlob, Mismatch};
 use crate::store::step::Buffers;
@@ -185,7 +185,7 @@ pub struct Stream {
 }
 
 /// The next bytes, on their way.
-pub type Chunk<'a> = Pin<Box<dyn Future<Output = Option<Result<Bytes, Cause>>> + Send + 'a>>;
+pub type Chunk<'a> = Pin<Box<dyn Future<Output = Option<Result<Bytes, UpstreamFailure>>> + Send + 'a>>;
 
 /// Bytes as they arrive.
 pub trait Chunks: Send {
@@ -206,7 +206,7 @@ pub enum Failure {
     /// others join again with their own.
     Refused(Box<UpstreamResponse>),
     /// The upstream broke off, and resuming did not help.
-    Broken(Cause),
+    Broken(UpstreamFailure),
     /// The upstream sent other bytes than it was asked for.
     Wrong(Mismatch),
     /// The disk could not take it before the first byte: it can still be passed through.

@@ -23,7 +23,7 @@ use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
-use crate::oci::Cause;
+use crate::oci::UpstreamFailure;
 use crate::telemetry::{SPANS_WAITING_MAX, Span, SpanKind, Telemetry};
 use crate::upstream::forward::ForwardRequest;
 use crate::upstream::{Origin, OriginError, Settings, SettingsError, Transport, Upstream};
@@ -82,7 +82,7 @@ pub fn start((url, service): &(String, String), telemetry: &Telemetry) -> Result
     };
     let uri: Uri = url
         .parse()
-        .map_err(|_| wrong(OriginError::Malformed(url.clone())))?;
+        .map_err(|_| wrong(OriginError::RequestError(url.clone())))?;
     let base = url.strip_suffix(uri.path()).unwrap_or(url);
     let origin: Origin = base.parse().map_err(wrong)?;
     let collector = Upstream::new(
@@ -138,7 +138,7 @@ async fn send(
         let why = match timeout(EXPORT_TIMEOUT, exporter.export(batch)).await {
             Ok(Ok(())) => None,
             Ok(Err(error)) => Some(error.to_string()),
-            Err(_) => Some(Cause::Timeout.to_string()),
+            Err(_) => Some(UpstreamFailure::Timeout.to_string()),
         };
         if why.is_some() {
             telemetry.record_spans_dropped(count);
@@ -173,9 +173,9 @@ fn span_data(span: Span, scope: &InstrumentationScope) -> SpanData {
     let trace = &span.trace;
     let (id, part) = (
         TraceId::from_bytes(trace.id().to_bytes()),
-        SpanId::from_bytes(trace.part().get().to_be_bytes()),
+        SpanId::from_bytes(trace.span_id().get().to_be_bytes()),
     );
-    let parent = trace.parent().map_or(SpanId::INVALID, |parent| {
+    let parent = trace.parent_span_id().map_or(SpanId::INVALID, |parent| {
         SpanId::from_bytes(parent.get().to_be_bytes())
     });
     SpanData {

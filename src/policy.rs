@@ -24,14 +24,14 @@ use std::time::{Duration, SystemTime};
 pub use decision::{Decision, DenyReason, HitReason, MissReason};
 
 use crate::age;
-use crate::oci::{Cause, Digest};
+use crate::oci::{Digest, UpstreamFailure};
 
 /// Decides what to do. Total: every situation has a verdict.
-pub fn decide(situation: &CacheState) -> Decision {
-    let s = &situation.with_invalidation_applied();
-    match s.heard {
+pub fn decide(state: &CacheState) -> Decision {
+    let s = &state.with_invalidation_applied();
+    match s.revalidation {
         Revalidation::NotDone => before_revalidation(s),
-        Revalidation::Digest { digest, holding } => on_digest(s, digest, holding),
+        Revalidation::Digest { digest, presence } => on_digest(s, digest, presence),
         Revalidation::NoDigest => on_no_digest(s),
         Revalidation::NotFound => on_not_found(s),
         Revalidation::Denied(CredentialOwner::Client) => Decision::Deny(DenyReason::Forbidden),
@@ -47,13 +47,13 @@ pub struct CacheState {
     /// The policy of the rule that matched.
     pub policy: Policy,
     /// What is asked for.
-    pub subject: ContentKind,
+    pub kind: ContentKind,
     /// The copy that could be served, if there is one.
-    pub held: Option<CachedEntry>,
+    pub cached: Option<CachedEntry>,
     /// What the upstream has shown about this principal's right to read.
-    pub standing: Authorization,
+    pub authorization: Authorization,
     /// What the upstream said to the question, once it was put.
-    pub heard: Revalidation,
+    pub revalidation: Revalidation,
     /// What to do when the upstream says that the tag is gone.
     pub absent: OnNotFound,
     /// For how long after a confirmation a tag is served without asking.
@@ -67,14 +67,14 @@ pub struct CacheState {
 impl CacheState {
     /// The same situation after something was heard.
     #[must_use]
-    pub fn with_revalidation(self, heard: Revalidation) -> Self {
-        Self { heard, ..self }
+    pub fn with_revalidation(self, revalidation: Revalidation) -> Self {
+        Self { revalidation, ..self }
     }
 
     /// A tag that a write may have changed is judged as under `if-newer`, and is fresh for nobody. Only `never`, which asks
     /// nobody, stays what it is.
     fn with_invalidation_applied(self) -> Self {
-        if self.subject != ContentKind::Tag || !self.is_in_doubt() {
+        if self.kind != ContentKind::Tag || !self.is_invalidated() {
             return self;
         }
         let policy = match self.policy {
@@ -88,21 +88,21 @@ impl CacheState {
         }
     }
 
-    fn is_in_doubt(&self) -> bool {
-        self.held.is_some_and(|held| held.is_in_doubt)
+    fn is_invalidated(&self) -> bool {
+        self.cached.is_some_and(|cached| cached.is_invalidated)
     }
 
     /// Whether the copy of a tag may be served without asking. A copy that was confirmed in the future is none: asking
     /// costs one question.
-    fn is_fresh(&self, held: CachedEntry) -> bool {
-        !held.is_moved && age::is_within(held.confirmed_at, self.fresh, self.now)
+    fn is_fresh(&self, cached: CachedEntry) -> bool {
+        !cached.is_moved && age::is_within(cached.confirmed_at, self.fresh, self.now)
     }
 
     /// What counts of the rest. By digest nothing better exists than what is cached, and its reader asks for the parts it
     /// wants: clients read manifests and configs of every platform, and layers of one. Completeness is a rule for tags.
-    fn rest(&self, held: CachedEntry) -> Completeness {
-        match self.subject {
-            ContentKind::Tag => held.rest,
+    fn completeness(&self, cached: CachedEntry) -> Completeness {
+        match self.kind {
+            ContentKind::Tag => cached.completeness,
             ContentKind::Manifest | ContentKind::Blob => Completeness::Complete,
         }
     }
@@ -214,15 +214,15 @@ pub struct CachedEntry {
     /// Whether the tag was seen to name another digest since, in a response to any client.
     pub is_moved: bool,
     /// What the manifest points to. A blob points to nothing.
-    pub rest: Completeness,
+    pub completeness: Completeness,
     /// Whether a write that was handed on may have changed it upstream, and the upstream has not been asked since.
-    pub is_in_doubt: bool,
+    pub is_invalidated: bool,
 }
 
 impl CachedEntry {
     /// Whether there is a whole image to serve, should this digest's own image turn out not to be had.
     fn has_complete_fallback(&self, digest: Digest) -> bool {
-        match self.rest {
+        match self.completeness {
             Completeness::Complete => self.digest != digest,
             Completeness::Incomplete { previous } => previous.is_some(),
         }
@@ -263,7 +263,7 @@ pub enum Revalidation {
         /// The digest named.
         digest: Digest,
         /// How much of it is in the store.
-        holding: Presence,
+        presence: Presence,
     },
     /// 2xx, but without a digest that can be verified.
     NoDigest,
@@ -272,9 +272,9 @@ pub enum Revalidation {
     /// 401 or 403 to this credential.
     Denied(CredentialOwner),
     /// No usable answer. Never a refusal and never an absence.
-    Unavailable(Cause),
+    Unavailable(UpstreamFailure),
     /// It named something new, but the fetch of it failed.
-    FetchFailed(Cause),
+    FetchFailed(UpstreamFailure),
 }
 
 /// How much of an image is in the store, the upstream having been seen to have it in this repository.
@@ -303,17 +303,17 @@ pub enum CredentialOwner {
 )]
 fn before_revalidation(s: &CacheState) -> Decision {
     // Before the look at what is held: a refusal must not tell a stranger of it.
-    if s.policy == Policy::Never && s.standing == Authorization::Unknown {
+    if s.policy == Policy::Never && s.authorization == Authorization::Unknown {
         return Decision::Deny(DenyReason::NotAuthorized);
     }
-    let Some(held) = s.held else {
+    let Some(cached) = s.cached else {
         return match s.policy {
             Policy::Never => Decision::Deny(DenyReason::NotCached),
             Policy::Always | Policy::IfNewer | Policy::IfNotPresent => Decision::Fetch(MissReason::NotCached),
         };
     };
-    match (s.policy, s.standing, s.subject) {
-        (Policy::Never, _, _) => match s.rest(held) {
+    match (s.policy, s.authorization, s.kind) {
+        (Policy::Never, _, _) => match s.completeness(cached) {
             Completeness::Complete => Decision::Serve(HitReason::NotRevalidated),
             Completeness::Incomplete { previous: Some(_) } => {
                 Decision::Serve(HitReason::PreviousComplete(None))
@@ -322,8 +322,10 @@ fn before_revalidation(s: &CacheState) -> Decision {
         },
         (_, Authorization::Unknown | Authorization::Expired, _) => Decision::Revalidate,
         // Of use only if the upstream has the rest, so it must be there to be asked.
-        (_, Authorization::Granted, _) if s.rest(held) != Completeness::Complete => Decision::Revalidate,
-        (_, Authorization::Granted, ContentKind::Manifest | ContentKind::Blob) if held.is_in_doubt => {
+        (_, Authorization::Granted, _) if s.completeness(cached) != Completeness::Complete => {
+            Decision::Revalidate
+        }
+        (_, Authorization::Granted, ContentKind::Manifest | ContentKind::Blob) if cached.is_invalidated => {
             Decision::Revalidate
         }
         (_, Authorization::Granted, ContentKind::Manifest | ContentKind::Blob) => {
@@ -332,7 +334,7 @@ fn before_revalidation(s: &CacheState) -> Decision {
         (Policy::IfNotPresent, Authorization::Granted, ContentKind::Tag) => {
             Decision::Serve(HitReason::NotRevalidated)
         }
-        (Policy::IfNewer, Authorization::Granted, ContentKind::Tag) if s.is_fresh(held) => {
+        (Policy::IfNewer, Authorization::Granted, ContentKind::Tag) if s.is_fresh(cached) => {
             Decision::Serve(HitReason::Fresh)
         }
         (Policy::Always | Policy::IfNewer, Authorization::Granted, ContentKind::Tag) => Decision::Revalidate,
@@ -340,41 +342,41 @@ fn before_revalidation(s: &CacheState) -> Decision {
 }
 
 /// A 2xx with a digest: this principal may read, so standing plays no part any more.
-fn on_digest(s: &CacheState, digest: Digest, holding: Presence) -> Decision {
-    match (s.subject, s.held) {
+fn on_digest(s: &CacheState, digest: Digest, presence: Presence) -> Decision {
+    match (s.kind, s.cached) {
         (ContentKind::Manifest | ContentKind::Blob, Some(_)) => Decision::Serve(HitReason::Immutable),
-        (ContentKind::Tag, Some(held)) if held.digest == digest => {
-            serve_or_probe_layers(held, digest, HitReason::Revalidated)
+        (ContentKind::Tag, Some(cached)) if cached.digest == digest => {
+            serve_or_probe_layers(cached, digest, HitReason::Revalidated)
         }
         // It was asked for the right to read, or for the rest, not for something newer.
-        (ContentKind::Tag, Some(held)) if s.policy == Policy::IfNotPresent => {
-            serve_or_probe_layers(held, held.digest, HitReason::NotRevalidated)
+        (ContentKind::Tag, Some(cached)) if s.policy == Policy::IfNotPresent => {
+            serve_or_probe_layers(cached, cached.digest, HitReason::NotRevalidated)
         }
-        (ContentKind::Tag, Some(held)) => match holding {
+        (ContentKind::Tag, Some(cached)) => match presence {
             Presence::Complete => Decision::Serve(HitReason::TagMoved),
-            Presence::ManifestOnly => serve_or_probe_layers(held, digest, HitReason::TagMoved),
+            Presence::ManifestOnly => serve_or_probe_layers(cached, digest, HitReason::TagMoved),
             Presence::None => Decision::Fetch(MissReason::NewDigest),
         },
-        (ContentKind::Tag, None) if holding != Presence::None => Decision::Serve(HitReason::TagMoved),
+        (ContentKind::Tag, None) if presence != Presence::None => Decision::Serve(HitReason::TagMoved),
         (_, None) => Decision::Fetch(MissReason::NotCached),
     }
 }
 
 /// A manifest without its rest is checked where something better could be served instead; where not, the upstream that
 /// has just answered is taken to have the rest.
-fn serve_or_probe_layers(held: CachedEntry, digest: Digest, served: HitReason) -> Decision {
-    if held.has_complete_fallback(digest) {
-        Decision::ProbeLayers(served)
+fn serve_or_probe_layers(cached: CachedEntry, digest: Digest, reason: HitReason) -> Decision {
+    if cached.has_complete_fallback(digest) {
+        Decision::ProbeLayers(reason)
     } else {
-        Decision::Serve(served)
+        Decision::Serve(reason)
     }
 }
 
 fn on_no_digest(s: &CacheState) -> Decision {
-    match (s.subject, s.held) {
+    match (s.kind, s.cached) {
         (ContentKind::Manifest | ContentKind::Blob, Some(_)) => Decision::Serve(HitReason::Immutable),
-        (ContentKind::Tag, Some(held)) if s.policy == Policy::IfNotPresent => {
-            serve_or_probe_layers(held, held.digest, HitReason::NotRevalidated)
+        (ContentKind::Tag, Some(cached)) if s.policy == Policy::IfNotPresent => {
+            serve_or_probe_layers(cached, cached.digest, HitReason::NotRevalidated)
         }
         (_, _) => Decision::Fetch(MissReason::NoDigest),
     }
@@ -383,10 +385,10 @@ fn on_no_digest(s: &CacheState) -> Decision {
 /// Some registries answer 404 where they mean 403, so a 404 never helps a principal that was not vouched for before.
 fn on_not_found(s: &CacheState) -> Decision {
     let keep = s.absent == OnNotFound::ServeStale
-        && s.standing != Authorization::Unknown
+        && s.authorization != Authorization::Unknown
         && s.policy != Policy::Always;
-    match s.held {
-        Some(held) if keep => Decision::Serve(match s.rest(held) {
+    match s.cached {
+        Some(cached) if keep => Decision::Serve(match s.completeness(cached) {
             Completeness::Incomplete { previous: Some(_) } => HitReason::PreviousComplete(None),
             Completeness::Complete | Completeness::Incomplete { previous: None } => {
                 HitReason::RetainedDeleted
@@ -398,36 +400,40 @@ fn on_not_found(s: &CacheState) -> Decision {
 
 /// The operator's mistake must not stop the builds of those who are entitled anyway.
 fn on_cache_credential_rejected(s: &CacheState) -> Decision {
-    match on_unavailable(s, Cause::Status(403), HitReason::CacheCredentialRejected) {
+    match on_unavailable(
+        s,
+        UpstreamFailure::Status(403),
+        HitReason::CacheCredentialRejected,
+    ) {
         serve @ Decision::Serve(_) => serve,
         _ => Decision::Deny(DenyReason::Forbidden),
     }
 }
 
 /// The upstream gave no usable answer: the held copy, for those entitled, within `stale`.
-fn on_unavailable(s: &CacheState, cause: Cause, served: HitReason) -> Decision {
-    let Some(held) = s.held else {
+fn on_unavailable(s: &CacheState, cause: UpstreamFailure, reason: HitReason) -> Decision {
+    let Some(cached) = s.cached else {
         return Decision::Deny(DenyReason::UpstreamUnavailable(cause));
     };
-    if s.policy == Policy::Always || s.standing == Authorization::Unknown {
+    if s.policy == Policy::Always || s.authorization == Authorization::Unknown {
         return Decision::Deny(DenyReason::UpstreamUnavailable(cause));
     }
-    let (confirmed_at, served) = match s.rest(held) {
-        Completeness::Complete => (held.confirmed_at, served),
+    let (confirmed_at, reason) = match s.completeness(cached) {
+        Completeness::Complete => (cached.confirmed_at, reason),
         Completeness::Incomplete { previous: Some(at) } => (at, HitReason::PreviousComplete(Some(cause))),
         // Who limits the rate of questions still gives the bytes: the Hub counts manifests alone.
-        Completeness::Incomplete { previous: None } if cause == Cause::RateLimited => {
-            (held.confirmed_at, served)
+        Completeness::Incomplete { previous: None } if cause == UpstreamFailure::RateLimited => {
+            (cached.confirmed_at, reason)
         }
         Completeness::Incomplete { previous: None } => return Decision::Deny(DenyReason::Incomplete(cause)),
     };
-    match s.subject {
+    match s.kind {
         ContentKind::Manifest | ContentKind::Blob => Decision::Serve(HitReason::ExpiredGrant(cause)),
         ContentKind::Tag => match s.stale {
             Some(limit) if !age::is_within_or_ahead(confirmed_at, limit, s.now) => {
                 Decision::Deny(DenyReason::StaleLimitExceeded(cause))
             }
-            _ => Decision::Serve(served),
+            _ => Decision::Serve(reason),
         },
     }
 }

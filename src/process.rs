@@ -19,7 +19,7 @@ use crate::admin::{self, Admin, AdminAuth, AdminDeps, TokenError};
 use crate::clock::Clock;
 use crate::config::{self, Config, Faults, Limits};
 use crate::download::Downloads;
-use crate::oci::digest::keyed;
+use crate::oci::digest::hmac_sha256;
 use crate::server::accept::Accepting;
 use crate::server::listen::{Listener, Passed, SocketFile, bind, bind_unix, listeners};
 use crate::server::tls::{ServerTls, TlsError};
@@ -323,7 +323,7 @@ fn admin_token(config: &Config) -> Result<Option<Zeroizing<String>>, RunError> {
 
 /// New with each process, and as secret as the store's own.
 fn process_secret(store: &Store, clock: Clock) -> [u8; 32] {
-    keyed(
+    hmac_sha256(
         store.install_secret(),
         format!("admin since {:?}", clock.now()).as_bytes(),
     )

@@ -55,19 +55,19 @@ pub use streamed_list::StreamedList;
 
 use crate::clock::Clock;
 use crate::download::{Downloads, Reader};
-use crate::oci::{Accept, Digest, MediaType, Operation, RangeRequest, Reference, Repository};
+use crate::oci::{Accept, Digest, Endpoint, MediaType, RangeRequest, Reference, Repository};
 use crate::policy::authz::GrantEvidence;
 use crate::policy::rules::EffectivePolicy;
 use crate::policy::{CacheState, Decision, DenyReason, HitReason, MissReason, decide};
 use crate::queue::Peer;
-use crate::single_flight::Flights;
+use crate::single_flight::SingleFlight;
 use crate::store::blobs::HeldBlob;
 use crate::store::challenges::StoredChallenge;
 use crate::store::manifests::StoredManifest;
 use crate::store::uses::Used;
 use crate::store::{AsyncStore, LogLimit, Store};
 use crate::telemetry::Telemetry;
-use crate::trace_context::Trace;
+use crate::trace_context::TraceContext;
 use crate::upstream::{Caller, UpstreamResponse};
 
 /// How long a rate limit is waited out for a client that cannot be served from the cache. Dockerd and containerd give
@@ -91,13 +91,14 @@ pub struct ProxyService {
     referrers_confirmed: referrers::ConfirmedReferrers,
     refused: grants::RecentDenials,
     logins: local_tokens::LocalTokens,
-    questions: Flights<revalidate::CoalesceKey, Arc<UpstreamResponse>>,
+    questions: SingleFlight<revalidate::CoalesceKey, Arc<UpstreamResponse>>,
     /// By whether the response is kept as well: a caller without a right may have one by the time another joins.
-    lists: Flights<(revalidate::CoalesceKey, bool), listing::ListResult>,
-    tag_lists: Flights<(revalidate::CoalesceKey, bool), tag_list::SharedList>,
+    lists: SingleFlight<(revalidate::CoalesceKey, bool), listing::ListResult>,
+    tag_lists: SingleFlight<(revalidate::CoalesceKey, bool), tag_list::SharedList>,
     unreadable: LogLimit,
-    challenges: Flights<api_challenge::ChallengeKey, Result<Arc<StoredChallenge>, Arc<UpstreamResponse>>>,
-    manifests: Flights<revalidate::CoalesceKey, Result<Arc<StoredManifest>, Arc<UpstreamResponse>>>,
+    challenges:
+        SingleFlight<api_challenge::ChallengeKey, Result<Arc<StoredChallenge>, Arc<UpstreamResponse>>>,
+    manifests: SingleFlight<revalidate::CoalesceKey, Result<Arc<StoredManifest>, Arc<UpstreamResponse>>>,
 }
 
 /// A request, whichever door it came through.
@@ -105,7 +106,7 @@ pub struct Request {
     /// The upstream it is about.
     pub site: Arc<UpstreamRegistry>,
     /// What is asked for.
-    pub operation: Operation,
+    pub endpoint: Endpoint,
     /// Whether only the head of the answer is wanted.
     pub head: bool,
     /// The media types that the client takes.
@@ -119,7 +120,7 @@ pub struct Request {
     /// Whether a yes may lead the client to leave something out of a push, so that it must be the registry's.
     pub for_push: bool,
     /// Which trace it belongs to.
-    pub trace: Trace,
+    pub trace: TraceContext,
     /// The client that sent it.
     pub peer: Peer,
     /// Which bytes of a blob are wanted.
@@ -244,12 +245,12 @@ impl ProxyService {
             referrers_confirmed: referrers::ConfirmedReferrers::default(),
             refused: grants::RecentDenials::default(),
             logins: local_tokens::LocalTokens::default(),
-            questions: Flights::default(),
-            lists: Flights::default(),
-            tag_lists: Flights::default(),
+            questions: SingleFlight::default(),
+            lists: SingleFlight::default(),
+            tag_lists: SingleFlight::default(),
             unreadable: LogLimit::default(),
-            challenges: Flights::default(),
-            manifests: Flights::default(),
+            challenges: SingleFlight::default(),
+            manifests: SingleFlight::default(),
         }
     }
 
@@ -275,15 +276,15 @@ impl ProxyService {
     }
 
     async fn outcome(self: &Arc<Self>, request: &Request) -> ProxyResponse {
-        match request.operation.clone() {
-            Operation::Ping => ProxyResponse::Ping,
-            Operation::Manifest {
+        match request.endpoint.clone() {
+            Endpoint::Ping => ProxyResponse::Ping,
+            Endpoint::Manifest {
                 repository,
                 reference,
             } => self.manifest(request, &repository, reference).await,
-            Operation::Blob { repository, digest } => self.blob(request, &repository, digest).await,
-            Operation::Tags { repository, .. } => self.listing(request, &repository).await,
-            Operation::Referrers {
+            Endpoint::Blob { repository, digest } => self.blob(request, &repository, digest).await,
+            Endpoint::Tags { repository, .. } => self.listing(request, &repository).await,
+            Endpoint::Referrers {
                 repository,
                 digest,
                 query,
@@ -306,7 +307,7 @@ impl ProxyService {
             Reference::Digest(_) => None,
         };
         let rule = site.rule(repository, tag);
-        let reason = (Peer::Local, &Trace::begun());
+        let reason = (Peer::Local, &TraceContext::new_root());
         let context = self.context_of(site, repository, authorization, reason).await;
         let situation = match reference {
             Reference::Tag(tag) => {
@@ -348,7 +349,7 @@ impl ProxyService {
         site: &Arc<UpstreamRegistry>,
         repository: &Repository,
         authorization: Option<&HeaderValue>,
-        reason: (Peer, &Trace),
+        reason: (Peer, &TraceContext),
     ) -> AuthContext {
         let caller = self.caller_of(site, authorization, reason);
         let account = self.account(site, repository, authorization);
@@ -366,7 +367,7 @@ impl ProxyService {
         &self,
         site: &UpstreamRegistry,
         authorization: Option<&HeaderValue>,
-        reason: (Peer, &Trace),
+        reason: (Peer, &TraceContext),
     ) -> Caller {
         let mut caller = site.caller(&self.principals, authorization, reason);
         caller.wait_deadline = Some(Instant::now() + LIMIT_WITHIN);
@@ -387,7 +388,7 @@ impl AuthContext {
     fn is_stranger(&self, rule: &EffectivePolicy, now: SystemTime) -> bool {
         let subject = crate::policy::ContentKind::Manifest;
         let situation = self.situation(rule, subject, None, true, now);
-        situation.standing == crate::policy::Authorization::Unknown
+        situation.authorization == crate::policy::Authorization::Unknown
     }
 
     fn situation(
@@ -403,15 +404,15 @@ impl AuthContext {
             offline_grant: rule.offline_grant,
         };
         let evidence = GrantEvidence {
-            seen,
+            is_in_repository: seen,
             ..self.evidence
         };
         CacheState {
             policy: rule.policy,
-            subject,
-            held,
-            standing: crate::policy::authz::standing(&evidence, &lifetimes, now),
-            heard: crate::policy::Revalidation::NotDone,
+            kind: subject,
+            cached: held,
+            authorization: crate::policy::authz::authorize(&evidence, &lifetimes, now),
+            revalidation: crate::policy::Revalidation::NotDone,
             absent: rule.absent,
             fresh: rule.fresh,
             stale: rule.stale,

@@ -54,7 +54,7 @@ use crate::clock::Clock;
 use crate::proxy::ProxyService;
 use crate::store::step::Buffers;
 use crate::telemetry::{ResourceKind, Telemetry};
-use crate::trace_context::Trace;
+use crate::trace_context::TraceContext;
 use received::Received;
 use told::Told;
 
@@ -152,7 +152,7 @@ impl Front {
         let by_path = |kind| (kind, told::path(&head.uri));
         match wanted {
             Wanted::Read(request, _) => {
-                record.asks_for(told::subject(&request.operation));
+                record.asks_for(told::subject(&request.endpoint));
                 let asked = reply::Asked::new(head, &request);
                 let pardoned = place.peer.pardon.hold();
                 let outcome = pull.answer(request).await;
@@ -228,7 +228,7 @@ struct Place<'a> {
     head: &'a Parts,
     peer: &'a Peer,
     at: SystemTime,
-    trace: &'a Trace,
+    trace: &'a TraceContext,
 }
 
 fn passed_kind(passage: &Passage, head: &Parts) -> ResourceKind {

@@ -32,8 +32,8 @@ pub use history::Totals;
 pub use metrics::TunnelCounter;
 pub use spans::{SPANS_WAITING_MAX, Span, SpanKind};
 
-use crate::oci::{Cause, Digest};
-use crate::trace_context::Trace;
+use crate::oci::{Digest, UpstreamFailure};
+use crate::trace_context::TraceContext;
 use metrics::Metrics;
 
 /// The access record of one answer to a client, after its last byte.
@@ -55,7 +55,7 @@ pub struct AccessRecord<'a> {
     /// The reason's name.
     pub reason: &'static str,
     /// Why the upstream gave no usable answer, where that matters.
-    pub cause: Option<Cause>,
+    pub cause: Option<UpstreamFailure>,
     /// What the client was given.
     pub digest: Option<Digest>,
     /// How long ago the upstream confirmed the tag, where it is one.
@@ -77,7 +77,7 @@ pub struct AccessRecord<'a> {
     /// With which program, cleaned by [`agent`].
     pub agent: &'a str,
     /// Which trace the request belongs to.
-    pub trace: &'a Trace,
+    pub trace: &'a TraceContext,
 }
 
 impl AccessRecord<'_> {
@@ -147,7 +147,7 @@ pub struct UpstreamRecord<'a> {
     /// From asking until then.
     pub took: Duration,
     /// Its part of the trace.
-    pub trace: &'a Trace,
+    pub trace: &'a TraceContext,
 }
 
 /// What kind of thing was asked for.
@@ -275,8 +275,8 @@ impl Telemetry {
     }
 
     /// Which trace a request belongs to. One that begins here is recorded where someone records.
-    pub fn trace(&self, headers: &HeaderMap) -> Trace {
-        Trace::of_request(headers, self.spans.has_sink())
+    pub fn trace(&self, headers: &HeaderMap) -> TraceContext {
+        TraceContext::extract(headers, self.spans.has_sink())
     }
 
     /// From now on, whoever holds the other end of `queue` records what is told with [`Telemetry::record_span`]. Never waited for:
@@ -286,8 +286,8 @@ impl Telemetry {
     }
 
     /// Tells of a part of a trace, if it is recorded. `span` is made only then.
-    pub fn record_span(&self, trace: &Trace, span: impl FnOnce() -> Span) {
-        if trace.is_recorded() && !self.spans.send(span) {
+    pub fn record_span(&self, trace: &TraceContext, span: impl FnOnce() -> Span) {
+        if trace.is_sampled() && !self.spans.send(span) {
             self.metrics.span_dropped(1);
         }
     }
@@ -391,7 +391,7 @@ fn log(record: &AccessRecord<'_>) {
         ..
     } = *record;
     let (result, ended) = (record.result().name(), record.ended.name());
-    let (cause, trace_id) = (record.cause.map(Cause::name), record.trace.id());
+    let (cause, trace_id) = (record.cause.map(UpstreamFailure::name), record.trace.id());
     let client = record.client.map(tracing::field::display);
     let (ms, first_byte_ms) = (milliseconds(record.took), milliseconds(record.first_byte));
     let is_pull = matches!(

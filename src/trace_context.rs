@@ -17,10 +17,10 @@ pub const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
 pub const TRACESTATE: HeaderName = HeaderName::from_static("tracestate");
 
 /// §3.3.1.5 asks for at least so much to be handed on; nothing asks for more.
-const STATE_BYTES_MAX: usize = 512;
+const TRACESTATE_BYTES_MAX: usize = 512;
 
 /// §3.3.1.1
-const STATE_MEMBERS_MAX: usize = 32;
+const TRACESTATE_MEMBERS_MAX: usize = 32;
 
 /// §3.3.2: whoever began the trace wants it recorded.
 const SAMPLED: u8 = 1;
@@ -31,7 +31,7 @@ pub struct TraceId(u128);
 
 impl TraceId {
     /// The id that is this number.
-    pub fn of_number(id: u128) -> Self {
+    pub fn from_u128(id: u128) -> Self {
         Self(id)
     }
 
@@ -49,53 +49,53 @@ impl fmt::Display for TraceId {
 
 /// A trace and, within it, one part of what this program does.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Trace {
+pub struct TraceContext {
     id: TraceId,
-    part: NonZeroU64,
-    parent: Option<NonZeroU64>,
+    span_id: NonZeroU64,
+    parent_span_id: Option<NonZeroU64>,
     flags: u8,
     state: Option<HeaderValue>,
 }
 
-impl Trace {
+impl TraceContext {
     /// A trace of our own, for what no client's request is the reason of. Nobody records it.
-    pub fn begun() -> Self {
+    pub fn new_root() -> Self {
         let id = u128::from(random().get()) << 64 | u128::from(random().get());
         Self {
             id: TraceId(id),
-            part: random(),
-            parent: None,
+            span_id: random(),
+            parent_span_id: None,
             flags: 0,
             state: None,
         }
     }
 
     /// The trace that a client's request belongs to; where it names none, one begun here, which is to be `recorded` or not.
-    pub fn of_request(headers: &HeaderMap, recorded: bool) -> Self {
+    pub fn extract(headers: &HeaderMap, recorded: bool) -> Self {
         let mut named = headers.get_all(TRACEPARENT).iter();
         let told = named.next().and_then(|value| parse(value.to_str().ok()?));
         match told {
             // §3.2: who finds several of them has none.
             Some((id, parent, flags)) if named.next().is_none() => Self {
                 id,
-                part: random(),
-                parent: Some(parent),
+                span_id: random(),
+                parent_span_id: Some(parent),
                 flags,
                 state: state(headers),
             },
             _ => Self {
                 flags: if recorded { SAMPLED } else { 0 },
-                ..Self::begun()
+                ..Self::new_root()
             },
         }
     }
 
     /// A part within this one.
     #[must_use]
-    pub fn within(&self) -> Self {
+    pub fn child(&self) -> Self {
         Self {
-            part: random(),
-            parent: Some(self.part),
+            span_id: random(),
+            parent_span_id: Some(self.span_id),
             ..self.clone()
         }
     }
@@ -106,23 +106,23 @@ impl Trace {
     }
 
     /// This part's own number.
-    pub fn part(&self) -> NonZeroU64 {
-        self.part
+    pub fn span_id(&self) -> NonZeroU64 {
+        self.span_id
     }
 
     /// The part that this one is within, here or at the client.
-    pub fn parent(&self) -> Option<NonZeroU64> {
-        self.parent
+    pub fn parent_span_id(&self) -> Option<NonZeroU64> {
+        self.parent_span_id
     }
 
     /// Whether whoever began the trace wants it recorded.
-    pub fn is_recorded(&self) -> bool {
+    pub fn is_sampled(&self) -> bool {
         self.flags & SAMPLED != 0
     }
 
     /// Names this part as the reason of a request, in its headers.
-    pub fn write(&self, headers: &mut HeaderMap) {
-        let parent = format!("00-{}-{:016x}-{:02x}", self.id, self.part, self.flags);
+    pub fn inject(&self, headers: &mut HeaderMap) {
+        let parent = format!("00-{}-{:016x}-{:02x}", self.id, self.span_id, self.flags);
         headers.remove(TRACESTATE);
         if let Ok(parent) = HeaderValue::try_from(parent) {
             headers.insert(TRACEPARENT, parent);
@@ -159,12 +159,12 @@ fn state(headers: &HeaderMap) -> Option<HeaderValue> {
             joined.push(b',');
         }
         joined.extend_from_slice(line.as_bytes());
-        if joined.len() > STATE_BYTES_MAX {
+        if joined.len() > TRACESTATE_BYTES_MAX {
             return None;
         }
     }
     let members = joined.split(|byte| *byte == b',').count();
-    if joined.is_empty() || members > STATE_MEMBERS_MAX {
+    if joined.is_empty() || members > TRACESTATE_MEMBERS_MAX {
         return None;
     }
     HeaderValue::from_bytes(&joined).ok()
@@ -180,15 +180,15 @@ mod tests {
     #![allow(clippy::unwrap_used, reason = "tests may fail loudly")]
     use super::*;
 
-    fn of(text: &'static str) -> Trace {
+    fn of(text: &'static str) -> TraceContext {
         let mut headers = HeaderMap::new();
         headers.insert(TRACEPARENT, HeaderValue::from_static(text));
-        Trace::of_request(&headers, false)
+        TraceContext::extract(&headers, false)
     }
 
-    fn written(trace: &Trace) -> HeaderMap {
+    fn written(trace: &TraceContext) -> HeaderMap {
         let mut headers = HeaderMap::new();
-        trace.write(&mut headers);
+        trace.inject(&mut headers);
         headers
     }
 
@@ -196,22 +196,25 @@ mod tests {
     fn a_clients_trace_goes_on_under_a_part_of_our_own() {
         let trace = of("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01");
         assert_eq!(trace.id().to_string(), "4bf92f3577b34da6a3ce929d0e0e4736");
-        assert_eq!(trace.parent().map(NonZeroU64::get), Some(0x00f0_67aa_0ba9_02b7));
-        assert!(trace.is_recorded());
+        assert_eq!(
+            trace.parent_span_id().map(NonZeroU64::get),
+            Some(0x00f0_67aa_0ba9_02b7)
+        );
+        assert!(trace.is_sampled());
 
-        let asking = trace.within();
+        let asking = trace.child();
         let headers = written(&asking);
         let told = parse(headers[TRACEPARENT].to_str().unwrap()).unwrap();
-        assert_eq!(told, (trace.id(), asking.part(), 1));
-        assert_eq!(asking.parent(), Some(trace.part()));
-        assert_ne!(asking.part(), trace.part());
+        assert_eq!(told, (trace.id(), asking.span_id(), 1));
+        assert_eq!(asking.parent_span_id(), Some(trace.span_id()));
+        assert_ne!(asking.span_id(), trace.span_id());
     }
 
     #[test]
     fn a_trace_begun_here_is_recorded_only_where_someone_records() {
-        assert!(Trace::of_request(&HeaderMap::new(), true).is_recorded());
-        assert!(!Trace::of_request(&HeaderMap::new(), false).is_recorded());
-        assert!(!of("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-00").is_recorded());
+        assert!(TraceContext::extract(&HeaderMap::new(), true).is_sampled());
+        assert!(!TraceContext::extract(&HeaderMap::new(), false).is_sampled());
+        assert!(!of("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-00").is_sampled());
     }
 
     #[test]
@@ -231,7 +234,7 @@ mod tests {
         let one = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
         twice.append(TRACEPARENT, HeaderValue::from_static(one));
         twice.append(TRACEPARENT, HeaderValue::from_static(one));
-        assert_eq!(Trace::of_request(&twice, false).parent(), None);
+        assert_eq!(TraceContext::extract(&twice, false).parent_span_id(), None);
     }
 
     #[test]
@@ -243,7 +246,7 @@ mod tests {
             for line in lines {
                 headers.append(TRACESTATE, HeaderValue::from_str(line).unwrap());
             }
-            let headers = written(&Trace::of_request(&headers, false).within());
+            let headers = written(&TraceContext::extract(&headers, false).child());
             headers
                 .get(TRACESTATE)
                 .map(|state| state.to_str().unwrap().to_owned())
@@ -258,7 +261,7 @@ mod tests {
         // Without a trace there is nothing that it could belong to.
         let mut headers = HeaderMap::new();
         headers.insert(TRACESTATE, HeaderValue::from_static("one=1"));
-        let headers = written(&Trace::of_request(&headers, false));
+        let headers = written(&TraceContext::extract(&headers, false));
         assert_eq!(headers.get(TRACESTATE), None);
     }
 }

@@ -1,7 +1,7 @@
 //! The network outwards: one [`Upstream`] per configured registry, asked by HEAD and GET.
 //!
 //! A caller gets what the registry *said* ([`ResponseKind`]): yes and which digest, absent, forbidden; or that it was silent,
-//! and why ([`Cause`]). The three are never confused, for the first two are answers and only the last lets a held copy
+//! and why ([`UpstreamFailure`]). The three are never confused, for the first two are answers and only the last lets a held copy
 //! be served. Tokens, redirects, retries, rate limits, odd registries and the breaker are dealt with in here.
 //!
 //! Deliberately not here: what to do with an answer (`policy`), keeping bytes (`store`), sharing a transfer
@@ -19,11 +19,11 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use crate::oci::accept::Accept;
-use crate::oci::cause::Cause;
+use crate::oci::endpoint::Endpoint;
+use crate::oci::failure::UpstreamFailure;
 use crate::oci::name::Repository;
-use crate::oci::operation::Operation;
 use crate::queue::{Place, Waiters};
-use crate::trace_context::Trace;
+use crate::trace_context::TraceContext;
 
 mod auth_client;
 mod connector;
@@ -96,7 +96,7 @@ pub struct UpstreamStatus {
     /// All that has no response, the widest scope first; of repositories some.
     pub failures: Vec<ScopeFailure>,
     /// The last silence, and how long ago it was.
-    pub last_failure: Option<(Cause, Duration)>,
+    pub last_failure: Option<(UpstreamFailure, Duration)>,
     /// Its reason in words, with the host that failed.
     pub last_detail: Option<Arc<str>>,
     /// The last question that it answered without sending anything: how long that took, and how long ago it was.
@@ -117,7 +117,7 @@ pub struct ScopeFailure {
     /// What of it.
     pub scope: FailureScope,
     /// Why.
-    pub cause: Cause,
+    pub cause: UpstreamFailure,
     /// How long its circuit breaker has been open; `None`: it is suspected.
     pub open: Option<Duration>,
 }
@@ -246,11 +246,11 @@ impl Upstream {
         urls.map(|url| url.name_of(repository))
     }
 
-    /// What the upstream says about `operation` without sending it: which digest a tag names, whether a blob may be
+    /// What the upstream says about `endpoint` without sending it: which digest a tag names, whether a blob may be
     /// read. Asks also while a circuit breaker is open; an asker with a cached copy looks at [`Upstream::wait`] first.
     /// A rate limit is waited out as long as the caller waits.
-    pub async fn head(&self, caller: &Caller, operation: &Operation, accept: &Accept) -> UpstreamResponse {
-        self.head_for(caller, operation, accept, false).await
+    pub async fn head(&self, caller: &Caller, endpoint: &Endpoint, accept: &Accept) -> UpstreamResponse {
+        self.head_for(caller, endpoint, accept, false).await
     }
 
     /// The same for who pushes: a no to the HEAD is the answer, though a GET might say yes. What the registry itself
@@ -258,22 +258,22 @@ impl Upstream {
     pub async fn head_for_push(
         &self,
         caller: &Caller,
-        operation: &Operation,
+        endpoint: &Endpoint,
         accept: &Accept,
     ) -> UpstreamResponse {
-        self.head_for(caller, operation, accept, true).await
+        self.head_for(caller, endpoint, accept, true).await
     }
 
     async fn head_for(
         &self,
         caller: &Caller,
-        operation: &Operation,
+        endpoint: &Endpoint,
         accept: &Accept,
         trusts_head: bool,
     ) -> UpstreamResponse {
         loop {
             // Boxed, for the futures of the callers nest deeply.
-            let answer = Box::pin(self.head_now(caller, operation, accept, trusts_head)).await;
+            let answer = Box::pin(self.head_now(caller, endpoint, accept, trusts_head)).await;
             if !pause_ended(&answer, caller).await {
                 return answer;
             }
@@ -283,42 +283,42 @@ impl Upstream {
     async fn head_now(
         &self,
         caller: &Caller,
-        operation: &Operation,
+        endpoint: &Endpoint,
         accept: &Accept,
         trusts_head: bool,
     ) -> UpstreamResponse {
         if let Some(cause) = self.0.offline.cause() {
             return UpstreamResponse::unavailable(cause);
         }
-        let _place = match self.admit(caller, operation).await {
+        let _place = match self.admit(caller, endpoint).await {
             Ok(place) => place,
             Err(answer) => return *answer,
         };
-        self.head_round(caller, (operation, accept), trusts_head).await
+        self.head_round(caller, (endpoint, accept), trusts_head).await
     }
 
     /// The HEAD to one URL after the other, until one has the last word.
     async fn head_round(
         &self,
         caller: &Caller,
-        (operation, accept): (&Operation, &Accept),
+        (endpoint, accept): (&Endpoint, &Accept),
         trusts_head: bool,
     ) -> UpstreamResponse {
         let pending = self
             .0
-            .sent(RequestKind::of_request(operation, true), operation, caller);
+            .sent(RequestKind::of_request(endpoint, true), endpoint, caller);
         let mut round = FailoverRound::new(failover::Attempt::First);
         for origin in &self.0.urls {
-            let class = LimitClass::of(operation, self.0.head_needs_get(origin, operation));
+            let class = LimitClass::of(endpoint, self.0.head_needs_get(origin, endpoint));
             let limits = &self.0.learned.limits;
             let answer = match limits.admit(origin, class, caller, Instant::now()) {
                 Err(pause) => UpstreamResponse::paused(pause),
                 Ok(permit) => {
-                    let (began, trace) = (Instant::now(), caller.trace.within());
-                    let mut request = self.request((origin, &pending), caller, (operation, accept), &trace);
+                    let (began, trace) = (Instant::now(), caller.trace.child());
+                    let mut request = self.request((origin, &pending), caller, (endpoint, accept), &trace);
                     request.trusts_head = trusts_head;
                     let answer = request.head().await;
-                    self.0.observe((operation, true), Some(&answer), began, &trace);
+                    self.0.observe((endpoint, true), Some(&answer), began, &trace);
                     let answer = self.0.record_limits((origin, class), caller, permit, answer);
                     if answer.failure().is_none()
                         && let Some(mut health) = self.0.health()
@@ -328,8 +328,8 @@ impl Upstream {
                     answer
                 }
             };
-            match self.outcome(origin, operation, &answer).await {
-                UrlOutcome::Yes => return self.finish_success(pending, (origin, operation), answer).await,
+            match self.outcome(origin, endpoint, &answer).await {
+                UrlOutcome::Yes => return self.finish_success(pending, (origin, endpoint), answer).await,
                 outcome if round.add(origin, outcome, answer) => break,
                 _ => {}
             }
@@ -342,9 +342,9 @@ impl Upstream {
         self.0.auth_client.http.connector().innermost_scope()
     }
 
-    /// Why the upstream as a whole is known to have no response, while it has none: [`Cause::BreakerOpen`] or
-    /// [`Cause::Offline`].
-    pub fn unavailable_now(&self) -> Option<Cause> {
+    /// Why the upstream as a whole is known to have no response, while it has none: [`UpstreamFailure::BreakerOpen`] or
+    /// [`UpstreamFailure::Offline`].
+    pub fn unavailable_now(&self) -> Option<UpstreamFailure> {
         if let Some(cause) = self.0.offline.cause() {
             return Some(cause);
         }
@@ -352,24 +352,24 @@ impl Upstream {
             .health()?
             .detector
             .open_breaker()
-            .map(|_| Cause::BreakerOpen)
+            .map(|_| UpstreamFailure::BreakerOpen)
     }
 
     /// How long an asker with a cached copy waits for a response to this; `Err`: not at all, and nothing is sent.
     pub fn wait_limit(
         &self,
         caller: &Caller,
-        (operation, is_head): (&Operation, bool),
+        (endpoint, is_head): (&Endpoint, bool),
         timeout: Duration,
-    ) -> Result<Duration, Cause> {
+    ) -> Result<Duration, UpstreamFailure> {
         if let Some(cause) = self.0.offline.cause() {
             return Err(cause);
         }
         let query = WaitQuery {
-            kind: RequestKind::of_request(operation, is_head),
-            operation,
+            kind: RequestKind::of_request(endpoint, is_head),
+            endpoint,
             principal: caller.principal,
-            needs_token: self.0.auth_client.needs_token(&self.0.urls, caller, operation),
+            needs_token: self.0.auth_client.needs_token(&self.0.urls, caller, endpoint),
         };
         let Some(mut health) = self.0.health() else {
             return Ok(timeout);
@@ -381,17 +381,17 @@ impl Upstream {
         match wait {
             WaitLimit::Full => Ok(timeout),
             WaitLimit::Short => Ok(timeout.min(SHORT_WAIT)),
-            WaitLimit::None => Err(Cause::BreakerOpen),
+            WaitLimit::None => Err(UpstreamFailure::BreakerOpen),
         }
     }
 
     /// An asker with a cached copy waited so long for a request of this caller's, and no response came.
-    pub fn record_timeout(&self, caller: &Caller, operation: &Operation, waited: Duration) {
+    pub fn record_timeout(&self, caller: &Caller, endpoint: &Endpoint, waited: Duration) {
         let Some(mut health) = self.0.health() else { return };
         let now = Instant::now();
         let changes = health
             .detector
-            .record_timeout(caller.principal, operation, waited, now);
+            .record_timeout(caller.principal, endpoint, waited, now);
         self.0.apply_changes(&mut health, changes);
     }
 
@@ -466,8 +466,8 @@ impl Upstream {
         &'a self,
         (origin, pending): (&'a Origin, &'a InFlightRequest<'a>),
         caller: &'a Caller,
-        (operation, accept): (&'a Operation, &'a Accept),
-        trace: &'a Trace,
+        (endpoint, accept): (&'a Endpoint, &'a Accept),
+        trace: &'a TraceContext,
     ) -> RegistryRequest<'a> {
         RegistryRequest {
             auth_client: &self.0.auth_client,
@@ -475,7 +475,7 @@ impl Upstream {
             quirks: self.0.learned.quirks.at(origin),
             origin,
             caller,
-            operation,
+            endpoint,
             accept,
             manifest_bytes_max: self.0.manifest_bytes_max,
             trace,
@@ -485,17 +485,13 @@ impl Upstream {
 
     /// A place among the requests to this upstream. Being queued is no failure, and lasts as long as the request that
     /// waits.
-    pub async fn admit(
-        &self,
-        caller: &Caller,
-        operation: &Operation,
-    ) -> Result<Place, Box<UpstreamResponse>> {
-        let (alone, _waiter) = Waiters::alone(caller.demand(operation));
+    pub async fn admit(&self, caller: &Caller, endpoint: &Endpoint) -> Result<Place, Box<UpstreamResponse>> {
+        let (alone, _waiter) = Waiters::alone(caller.demand(endpoint));
         let waiters = caller.waiters.as_ref().unwrap_or(&alone);
         let learned = &self.0.learned;
-        let places = match operation {
-            Operation::Tags { .. } | Operation::Referrers { .. } => &learned.lists,
-            Operation::Ping | Operation::Manifest { .. } | Operation::Blob { .. } => &learned.requests,
+        let places = match endpoint {
+            Endpoint::Tags { .. } | Endpoint::Referrers { .. } => &learned.lists,
+            Endpoint::Ping | Endpoint::Manifest { .. } | Endpoint::Blob { .. } => &learned.requests,
         };
         let place = places.acquire(&self.0.group, waiters);
         place
@@ -514,21 +510,21 @@ impl Upstream {
     }
 
     /// What the answer of one URL comes down to.
-    async fn outcome(&self, origin: &Origin, operation: &Operation, answer: &UpstreamResponse) -> UrlOutcome {
+    async fn outcome(&self, origin: &Origin, endpoint: &Endpoint, answer: &UpstreamResponse) -> UrlOutcome {
         let named = (self.0.name.as_str(), origin);
-        self.0.served.outcome(named, operation, answer).await
+        self.0.served.outcome(named, endpoint, answer).await
     }
 
     /// A URL said yes: what follows for the others, and for the health of the upstream.
     async fn finish_success<T>(
         &self,
         pending: InFlightRequest<'_>,
-        (origin, operation): (&Origin, &Operation),
+        (origin, endpoint): (&Origin, &Endpoint),
         yes: T,
     ) -> T {
         pending.finish(RequestOutcome::Response);
         if self.0.urls.len() > 1 {
-            self.0.served.record(&self.0.name, origin, operation).await;
+            self.0.served.record(&self.0.name, origin, endpoint).await;
         }
         yes
     }
@@ -565,19 +561,19 @@ impl Upstream {
 impl Inner {
     fn observe(
         &self,
-        sent: (&Operation, bool),
+        sent: (&Endpoint, bool),
         answer: Option<&UpstreamResponse>,
         began: Instant,
-        trace: &Trace,
+        trace: &TraceContext,
     ) {
         self.observer
             .record(&self.name, sent, answer, began.elapsed(), trace);
     }
 
     /// Whether a HEAD of this would be answered by a GET, as this upstream is known to need.
-    fn head_needs_get(&self, origin: &Origin, operation: &Operation) -> bool {
+    fn head_needs_get(&self, origin: &Origin, endpoint: &Endpoint) -> bool {
         let (now, quirks) = (Instant::now(), self.learned.quirks.at(origin));
-        matches!(operation, Operation::Manifest { .. })
+        matches!(endpoint, Endpoint::Manifest { .. })
             && (quirks.has(Quirk::HeadRefused, now) || quirks.has(Quirk::NoDigest, now))
     }
 

@@ -20,7 +20,7 @@ use ifnewer::config::{Config, KEYS};
 use ifnewer::telemetry::{
     AccessRecord, BodyEnd, CacheResult, Gauges, QuotaGauge, ResourceKind, Telemetry, UpstreamRecord,
 };
-use ifnewer::trace_context::Trace;
+use ifnewer::trace_context::TraceContext;
 
 fn packaging(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("packaging").join(name)
@@ -52,7 +52,7 @@ fn scrape() -> String {
         error: None,
         client: Some(Ipv4Addr::LOCALHOST.into()),
         agent: "docker/27.3.1",
-        trace: &Trace::begun(),
+        trace: &TraceContext::new_root(),
     });
     telemetry.record_client(
         Ipv4Addr::LOCALHOST.into(),
@@ -66,7 +66,7 @@ fn scrape() -> String {
         code: "200",
         ended: SystemTime::UNIX_EPOCH,
         took: Duration::from_millis(1),
-        trace: &Trace::begun(),
+        trace: &TraceContext::new_root(),
     });
     drop(telemetry.count_tunnel());
     telemetry.open_metrics_text(&Gauges {

@@ -31,7 +31,7 @@ use self::failed_tokens::FailedTokens;
 use super::archive::TAR;
 use super::response::Problem;
 use crate::config::Listen;
-use crate::oci::digest::keyed;
+use crate::oci::digest::hmac_sha256;
 use crate::store::LogLimit;
 use crate::telemetry::{Telemetry, TokenRejection};
 
@@ -171,7 +171,7 @@ impl AdminAuth {
 
     /// The secret that our own page puts into its forms.
     pub(super) fn form_secret(&self) -> String {
-        let sum = keyed(&self.secret, b"form");
+        let sum = hmac_sha256(&self.secret, b"form");
         base64::engine::general_purpose::URL_SAFE_NO_PAD.encode(sum)
     }
 
@@ -243,7 +243,7 @@ impl AdminAuth {
 
     /// Compared by their keyed hashes: how long that takes says nothing about where the two differ.
     fn is_same(&self, one: &str, other: &str) -> bool {
-        keyed(&self.secret, one.as_bytes()) == keyed(&self.secret, other.as_bytes())
+        hmac_sha256(&self.secret, one.as_bytes()) == hmac_sha256(&self.secret, other.as_bytes())
     }
 }
 

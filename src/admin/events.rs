@@ -13,7 +13,7 @@ use super::Admin;
 use super::concurrency_limit::Permit;
 use super::format::{describe_decision, rfc3339};
 use super::response::{ApiResponse, Problem, event_stream};
-use crate::oci::{Cause, Query};
+use crate::oci::{Query, UpstreamFailure};
 use crate::telemetry::{Client, DecisionRecord, ResourceKind};
 
 /// Decisions in one answer, unless `limit` says fewer.
@@ -76,7 +76,7 @@ impl Event {
             kind: decision.kind.name(),
             outcome: decision.result.name(),
             reason: decision.reason,
-            cause: decision.cause.map(Cause::name),
+            cause: decision.cause.map(UpstreamFailure::name),
             sentence: describe_decision(decision),
             digest: decision.digest.map(|digest| digest.to_string()),
             status: decision.status,

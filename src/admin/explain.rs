@@ -10,7 +10,7 @@ use super::format::{
     confirmed, describe_denial, describe_fetch, describe_serve, duration, rfc3339, short_digest,
 };
 use super::image_ref::ImageRef;
-use crate::oci::{Algorithm, Cause, Digest};
+use crate::oci::{Algorithm, Digest, UpstreamFailure};
 use crate::policy::{
     Authorization, CacheState, CachedEntry, Completeness, ContentKind, CredentialOwner, Decision, OnNotFound,
     Policy, Presence, Revalidation, decide,
@@ -80,16 +80,16 @@ pub(super) async fn explain(
         image: named.to_string(),
         rule: rule.to_string(),
         policy: situation.policy.name(),
-        held: situation.held.map(|held| CachedCopy {
+        held: situation.cached.map(|held| CachedCopy {
             digest: held.digest.to_string(),
             confirmed_at: confirmed(held.confirmed_at),
-            whole: held.rest == Completeness::Complete,
+            whole: held.completeness == Completeness::Complete,
         }),
-        standing: standing(situation.standing),
+        standing: standing(situation.authorization),
         fresh_seconds: situation.fresh.as_secs(),
         stale_seconds: situation.stale.map(|stale| stale.as_secs()),
         absent: situation.absent.name(),
-        upstream_silent: silent.map(Cause::name),
+        upstream_silent: silent.map(UpstreamFailure::name),
         verdict: told.name(),
         sentence: sentence(told, site.name()),
         because: reasons(&situation, site.name(), &rule, authorization.is_some(), silent),
@@ -103,16 +103,16 @@ pub(super) async fn explain(
 
 /// The facts of a decision in one line, each under the name that it has in the log, the configuration or the API.
 fn facts(verdict: Decision, situation: &CacheState) -> String {
-    let subject = match situation.subject {
+    let subject = match situation.kind {
         ContentKind::Tag => "tag",
         ContentKind::Manifest => "manifest",
         ContentKind::Blob => "blob",
     };
     let seconds = |duration: std::time::Duration| format!("{}s", duration.as_secs());
-    let held = situation.held.map_or_else(
+    let held = situation.cached.map_or_else(
         || "held=none".to_owned(),
         |held| {
-            let whole = match held.rest {
+            let whole = match held.completeness {
                 Completeness::Complete => "yes",
                 Completeness::Incomplete { previous: Some(_) } => "no, an earlier image is",
                 Completeness::Incomplete { previous: None } => "no",
@@ -125,7 +125,7 @@ fn facts(verdict: Decision, situation: &CacheState) -> String {
         "verdict={} subject={subject} policy={} standing={} fresh={} stale={} absent={} {held} now={}",
         verdict.name(),
         situation.policy.name(),
-        standing(situation.standing),
+        standing(situation.authorization),
         seconds(situation.fresh),
         situation.stale.map_or_else(|| "forever".to_owned(), seconds),
         situation.absent.name(),
@@ -153,10 +153,10 @@ fn reasons(
     upstream: &str,
     rule: &Arc<str>,
     has_credential: bool,
-    silent: Option<Cause>,
+    silent: Option<UpstreamFailure>,
 ) -> Vec<String> {
     let mut lines = vec![format!("policy {}, by {rule}", situation.policy)];
-    lines.push(match situation.held {
+    lines.push(match situation.cached {
         None => "no copy is held that this client could be given".to_owned(),
         Some(held) => describe_copy(&held, situation),
     });
@@ -165,7 +165,7 @@ fn reasons(
     } else {
         "a client without a credential"
     };
-    lines.push(match situation.standing {
+    lines.push(match situation.authorization {
         Authorization::Granted => format!("{upstream} has lately let {who} read this repository"),
         Authorization::Expired => {
             format!("{upstream} let {who} read this repository, too long ago to count while it answers")
@@ -183,7 +183,7 @@ fn reasons(
 
 fn describe_copy(held: &CachedEntry, situation: &CacheState) -> String {
     let digest = short_digest(&held.digest.to_string());
-    let whole = match held.rest {
+    let whole = match held.completeness {
         Completeness::Complete => "held whole",
         Completeness::Incomplete { previous: Some(_) } => "held in part, and an earlier image whole",
         Completeness::Incomplete { previous: None } => "held in part",
@@ -192,7 +192,7 @@ fn describe_copy(held: &CachedEntry, situation: &CacheState) -> String {
         .now
         .duration_since(held.confirmed_at)
         .unwrap_or_default();
-    match situation.subject {
+    match situation.kind {
         ContentKind::Tag if held.confirmed_at == NEVER_CONFIRMED => {
             format!("{digest} is {whole}, imported and never confirmed")
         }
@@ -211,19 +211,25 @@ fn describe_copy(held: &CachedEntry, situation: &CacheState) -> String {
 /// Each thing the upstream may say, judged.
 fn what_ifs(situation: &CacheState, upstream: &str) -> Vec<WhatIf> {
     let same = situation
-        .held
+        .cached
         .map_or_else(|| Digest::of(Algorithm::Sha256, b""), |held| held.digest);
     let other = Digest::of(Algorithm::Sha256, b"another image");
-    let named = |digest, holding| Revalidation::Digest { digest, holding };
+    let named = |digest, holding| Revalidation::Digest {
+        digest,
+        presence: holding,
+    };
     let mut heard = Vec::new();
-    if situation.held.is_some() {
+    if situation.cached.is_some() {
         heard.push(("the same digest", named(same, Presence::Complete)));
     }
     heard.extend([
         ("another digest", named(other, Presence::None)),
         ("401 or 403", Revalidation::Denied(CredentialOwner::Client)),
         ("404", Revalidation::NotFound),
-        ("nothing usable", Revalidation::Unavailable(Cause::Timeout)),
+        (
+            "nothing usable",
+            Revalidation::Unavailable(UpstreamFailure::Timeout),
+        ),
     ]);
     if situation.policy == Policy::Never {
         heard.clear();

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, SystemTime};
 
-use crate::oci::Cause;
+use crate::oci::UpstreamFailure;
 use crate::policy::{DenyReason, HitReason, MissReason};
 use crate::store::tags::NEVER_CONFIRMED;
 use crate::telemetry::{BodyEnd, CacheResult, DecisionRecord};
@@ -119,8 +119,9 @@ fn describe_complete(decision: &DecisionRecord) -> String {
 
 /// What a verdict to serve means.
 pub(super) fn describe_serve(served: HitReason, upstream: &str) -> String {
-    let after =
-        |cause: Option<Cause>| cause.map_or(String::new(), |cause| format!(", because {upstream} {cause}"));
+    let after = |cause: Option<UpstreamFailure>| {
+        cause.map_or(String::new(), |cause| format!(", because {upstream} {cause}"))
+    };
     match served {
         HitReason::Fresh => {
             "serve the held copy without asking: it was confirmed less than `fresh` ago".to_owned()

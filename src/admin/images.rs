@@ -12,7 +12,7 @@ use serde_json::json;
 use super::format::{confirmed, rfc3339};
 use super::image_ref::{ImageRef, Nearest, full_name};
 use super::response::{ApiResponse, Problem, json_response};
-use crate::oci::manifest::{Kind, Role};
+use crate::oci::manifest::{DescriptorKind, ManifestKind};
 use crate::oci::{AnyDigest, Digest, Query, Reference, Repository};
 use crate::server::Registry;
 use crate::store::Store;
@@ -416,7 +416,7 @@ fn summary(
 
 /// Of an index, the platforms that can be pulled from here alone.
 fn platforms(registry: &Registry, key: &TagKey, manifest: &Arc<StoredManifest>) -> Vec<String> {
-    if manifest.manifest.kind != Kind::Index {
+    if manifest.manifest.kind != ManifestKind::Index {
         return Vec::new();
     }
     let store = registry.pull.store().blocking();
@@ -435,20 +435,20 @@ fn collect_parts(
     platform: Option<&str>,
     parts: &mut Vec<Part>,
 ) {
-    for child in &manifest.manifest.children {
+    for child in &manifest.manifest.descriptors {
         let known = match &child.digest {
-            AnyDigest::Known(digest) => Some(*digest),
-            AnyDigest::Foreign(_) => None,
+            AnyDigest::Supported(digest) => Some(*digest),
+            AnyDigest::Unsupported(_) => None,
         };
         let content = known.and_then(|digest| image.content.get(&digest));
         let own_platform = child.platform.as_ref().map(ToString::to_string);
         let platform = own_platform.as_deref().or(platform);
         parts.push(Part {
             digest: child.digest.to_string(),
-            role: match child.role {
-                Role::Manifest => "manifest",
-                Role::Config => "config",
-                Role::Layer => "layer",
+            role: match child.kind {
+                DescriptorKind::Manifest => "manifest",
+                DescriptorKind::Config => "config",
+                DescriptorKind::Layer => "layer",
             },
             platform: platform.map(str::to_owned),
             bytes: content.map(|content| content.bytes).or(child.size),
@@ -456,10 +456,10 @@ fn collect_parts(
             shared_with: known.map_or(0, |digest| shares.count(&digest).saturating_sub(1)),
         });
         // Two levels are an index and its images; nothing deeper is shown.
-        let is_index = manifest.manifest.kind == Kind::Index;
-        if let (true, Role::Manifest, Some(digest)) = (is_index, child.role, known)
+        let is_index = manifest.manifest.kind == ManifestKind::Index;
+        if let (true, DescriptorKind::Manifest, Some(digest)) = (is_index, child.kind, known)
             && let Ok(Some(held)) = registry.pull.store().blocking().manifest(&digest)
-            && held.manifest.kind != Kind::Index
+            && held.manifest.kind != ManifestKind::Index
         {
             collect_parts(registry, shares, image, &held, platform, parts);
         }
@@ -541,7 +541,7 @@ pub(super) fn pins(registry: &Registry) -> Vec<String> {
 pub(super) fn pin(registry: &Registry, named: &ImageRef, pinned: bool) -> Result<bool, Problem> {
     let pin = match (named.tag_key(), &named.reference) {
         (Some(key), _) => Pin::Tag(key),
-        (None, Reference::Digest(AnyDigest::Known(digest))) => Pin::Digest(*digest),
+        (None, Reference::Digest(AnyDigest::Supported(digest))) => Pin::Digest(*digest),
         (None, _) => {
             return Err(Problem::bad_request(
                 "such a digest cannot be verified, so it is never held",

@@ -17,10 +17,10 @@ use super::format::rfc3339;
 use super::image_ref::ImageRef;
 use crate::clock::Clock;
 use crate::download::Downloads;
-use crate::oci::{Accept, Digest, Operation, RangeRequest};
+use crate::oci::{Accept, Digest, Endpoint, RangeRequest};
 use crate::proxy::{ProxyService, Request};
 use crate::queue::Peer;
-use crate::trace_context::Trace;
+use crate::trace_context::TraceContext;
 
 use self::run::run;
 
@@ -267,17 +267,17 @@ impl PullJob {
 }
 
 /// As a client's.
-pub(super) fn request(spec: &PullSpec, operation: Operation, clock: Clock) -> Request {
+pub(super) fn request(spec: &PullSpec, endpoint: Endpoint, clock: Clock) -> Request {
     Request {
         site: Arc::clone(&spec.named.site),
-        operation,
+        endpoint,
         head: false,
         accept: Accept::manifests(),
         authorization: spec.authorization.clone(),
         now: clock.now(),
         writes: spec.named.site.writes(&spec.named.repository),
         for_push: false,
-        trace: Trace::begun(),
+        trace: TraceContext::new_root(),
         peer: Peer::Local,
         range: RangeRequest::None,
         needs_length: false,

@@ -21,7 +21,7 @@ use super::images::{self, ListQuery};
 use super::pull_jobs::{Platforms, PullSpec, request};
 use super::response::{ApiResponse, Body, Problem, full, json_response, json_with_status};
 use super::{Admin, explain, page, status, upstreams};
-use crate::oci::{Operation, Query, Reference};
+use crate::oci::{Endpoint, Query, Reference};
 use crate::proxy::Refreshed;
 
 /// The largest body of a request.
@@ -315,7 +315,7 @@ impl Admin {
             "image": image.to_string(),
             "result": result,
             "digest": digest.map(|digest| digest.to_string()),
-            "cause": cause.map(crate::oci::Cause::name),
+            "cause": cause.map(crate::oci::UpstreamFailure::name),
             "sentence": page::describe_refresh(refreshed, image.site.name()),
         })))
     }
@@ -333,7 +333,7 @@ impl Admin {
                 "name a tag: what is asked by digest cannot change",
             ));
         }
-        let operation = Operation::Manifest {
+        let endpoint = Endpoint::Manifest {
             repository: named.repository.clone(),
             reference: named.reference.clone(),
         };
@@ -342,10 +342,7 @@ impl Admin {
             platforms: Platforms::local(),
             authorization,
         };
-        let refreshed = registry
-            .pull
-            .refresh(&request(&spec, operation, self.clock))
-            .await;
+        let refreshed = registry.pull.refresh(&request(&spec, endpoint, self.clock)).await;
         Ok((named, refreshed))
     }
 

@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime};
 use serde_json::{Value, json};
 
 use super::format::rfc3339;
-use crate::oci::Cause;
+use crate::oci::UpstreamFailure;
 use crate::proxy::UpstreamRegistry;
 use crate::queue::Queue;
 use crate::server::Registry;
@@ -24,7 +24,7 @@ pub(super) fn to_json(registry: &Registry, now: SystemTime) -> Value {
 fn upstream_json(site: &UpstreamRegistry, downloads: &Queue, now: SystemTime) -> Value {
     let (name, state) = (site.name(), site.upstream().status());
     let last = state.last_failure.map(|(cause, _)| cause);
-    let silence = |(cause, ago): (Cause, Duration)| {
+    let silence = |(cause, ago): (UpstreamFailure, Duration)| {
         let detail = state.last_detail.as_deref().filter(|_| last == Some(cause));
         json!({ "cause": cause.name(), "text": format!("{name} {cause}"), "detail": detail, "seconds": ago.as_secs() })
     };

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::oci::manifest::CHILDREN_MAX;
+use crate::oci::manifest::DESCRIPTORS_MAX;
 use crate::oci::{Algorithm, Digest, MediaType};
 
 /// The file that says what this is.
@@ -180,8 +180,8 @@ pub fn read_index(bytes: &[u8]) -> Result<Vec<Entry>, String> {
         manifests: Vec<Value>,
     }
     let index: Index = serde_json::from_slice(bytes).map_err(|error| error.to_string())?;
-    if index.manifests.len() > CHILDREN_MAX {
-        return Err(format!("it lists more than {CHILDREN_MAX} manifests"));
+    if index.manifests.len() > DESCRIPTORS_MAX {
+        return Err(format!("it lists more than {DESCRIPTORS_MAX} manifests"));
     }
     index.manifests.into_iter().map(Entry::of_descriptor).collect()
 }

@@ -435,7 +435,7 @@ fn an_image_by_digest_has_no_tag() {
     let manifest = from.has_image(NAME, b"layer");
     let image = Image {
         name: format!("docker.io/library/app@{}", digest(&manifest)),
-        reference: Reference::Digest(AnyDigest::Known(digest(&manifest))),
+        reference: Reference::Digest(AnyDigest::Supported(digest(&manifest))),
         ..named(NAME).unwrap()
     };
     let plan = Plan::new(

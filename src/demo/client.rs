@@ -10,9 +10,9 @@ use tokio::time::Instant;
 
 use super::DemoError;
 use crate::oci::header::CACHE_STATUS;
-use crate::oci::{Accept, Algorithm, AnyDigest, Digest, Manifest, Operation, Reference, Repository};
+use crate::oci::{Accept, Algorithm, AnyDigest, Digest, Endpoint, Manifest, Reference, Repository};
 use crate::queue::{Class, Peer};
-use crate::trace_context::Trace;
+use crate::trace_context::TraceContext;
 use crate::upstream::{Caller, Credential, ProxyChoice, Settings, Transport, Upstream, UpstreamResponse};
 
 /// The largest thing the demo has.
@@ -65,7 +65,7 @@ impl Client {
                 peer: Peer::Local,
                 class: Class::Interactive,
                 waiters: None,
-                trace: Trace::begun(),
+                trace: TraceContext::new_root(),
                 wait_deadline: None,
             },
         })
@@ -97,14 +97,14 @@ impl Client {
         tag: &Reference,
         got: &mut Got,
     ) -> Result<(), Box<UpstreamResponse>> {
-        let operation = Operation::Manifest {
+        let endpoint = Endpoint::Manifest {
             repository: repository.clone(),
             reference: tag.clone(),
         };
         let accept = Accept::manifests();
         let fetched = self
             .cache
-            .get(&self.caller, &operation, &accept, None)
+            .get(&self.caller, &endpoint, &accept, None)
             .await
             .map_err(Box::new)?;
         got.status = fetched.status.as_u16();
@@ -114,7 +114,7 @@ impl Client {
             .and_then(|value| value.to_str().ok());
         status.unwrap_or_default().clone_into(&mut got.cache_status);
         let broken = |cause| Box::new(UpstreamResponse::unavailable(cause));
-        let wrong = || broken(crate::oci::Cause::WrongDigest);
+        let wrong = || broken(crate::oci::UpstreamFailure::DigestMismatch);
         let promised = fetched.digest;
         let bytes = fetched.collect(BYTES_MAX).await.map_err(broken)?;
         let digest = Digest::of(Algorithm::Sha256, &bytes);
@@ -122,19 +122,19 @@ impl Client {
             return Err(wrong());
         }
         got.bytes += bytes.len() as u64;
-        let manifest = Manifest::read(&bytes).map_err(|_| broken(crate::oci::Cause::Malformed))?;
-        for child in &manifest.children {
-            let AnyDigest::Known(wanted) = child.digest else {
+        let manifest = Manifest::read(&bytes).map_err(|_| broken(crate::oci::UpstreamFailure::Malformed))?;
+        for child in &manifest.descriptors {
+            let AnyDigest::Supported(wanted) = child.digest else {
                 continue;
             };
-            let operation = Operation::Blob {
+            let endpoint = Endpoint::Blob {
                 repository: repository.clone(),
                 digest: child.digest.clone(),
             };
             let any = Accept::any();
             let fetched = self
                 .cache
-                .get(&self.caller, &operation, &any, None)
+                .get(&self.caller, &endpoint, &any, None)
                 .await
                 .map_err(Box::new)?;
             let bytes = fetched.collect(BYTES_MAX).await.map_err(broken)?;

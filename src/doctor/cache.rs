@@ -8,10 +8,10 @@ use tokio::task::JoinSet;
 use super::wire::{self, Place};
 use super::{Check, Patient, State};
 use crate::config::{Plain, UpstreamConfig};
-use crate::oci::{Accept, Cause, Operation, Reference, Repository, Tag, TlsFault};
+use crate::oci::{Accept, Endpoint, Reference, Repository, Tag, TlsFailure, UpstreamFailure};
 use crate::process;
 use crate::queue::{Class, Peer};
-use crate::trace_context::Trace;
+use crate::trace_context::TraceContext;
 use crate::upstream::{Caller, Credential, LearnedState, Transport, Upstream};
 
 /// A name that nobody has: whatever the registry answers, it answers.
@@ -135,8 +135,8 @@ pub(super) async fn upstreams(patient: &Patient<'_>) -> Vec<Check> {
             Default::default(),
         ) {
             Ok(client) => {
-                let operation = operation(upstream, &patient.options.canary);
-                asked.spawn(async move { (position, self::upstream(name, &client, operation).await) });
+                let endpoint = endpoint(upstream, &patient.options.canary);
+                asked.spawn(async move { (position, self::upstream(name, &client, endpoint).await) });
             }
             Err(error) => {
                 let check = Check::failed(name, error.to_string(), "mend its section in the configuration");
@@ -207,7 +207,7 @@ pub(super) fn together(mut check: Check, name: &str, seen: Option<&Value>) -> Ch
 }
 
 /// The canary where it is this upstream's, which is what a registry counts pulls by.
-fn operation(upstream: &UpstreamConfig, canary: &str) -> Option<Operation> {
+fn endpoint(upstream: &UpstreamConfig, canary: &str) -> Option<Endpoint> {
     let image = super::canary::Image::read(canary);
     let (repository, tag) = match image {
         Some(image) if upstream.is_called(&image.registry) && !image.reference.contains(':') => {
@@ -217,14 +217,14 @@ fn operation(upstream: &UpstreamConfig, canary: &str) -> Option<Operation> {
     };
     let repository: Repository = repository.parse().ok()?;
     let tag: Tag = tag.parse().ok()?;
-    Some(Operation::Manifest {
+    Some(Endpoint::Manifest {
         repository,
         reference: Reference::Tag(tag),
     })
 }
 
-async fn upstream(name: String, upstream: &Upstream, operation: Option<Operation>) -> Check {
-    let Some(operation) = operation else {
+async fn upstream(name: String, upstream: &Upstream, endpoint: Option<Endpoint>) -> Check {
+    let Some(endpoint) = endpoint else {
         return Check::skipped(name, "the canary has no tag to ask for");
     };
     let anonymous = Caller {
@@ -233,10 +233,10 @@ async fn upstream(name: String, upstream: &Upstream, operation: Option<Operation
         peer: Peer::Local,
         class: Class::Interactive,
         waiters: None,
-        trace: Trace::begun(),
+        trace: TraceContext::new_root(),
         wait_deadline: None,
     };
-    let answer = upstream.head(&anonymous, &operation, &Accept::any()).await;
+    let answer = upstream.head(&anonymous, &endpoint, &Accept::any()).await;
     if let Some(cause) = answer.failure() {
         let registry = upstream.name();
         let detail = answer.detail.as_deref();
@@ -263,26 +263,26 @@ async fn upstream(name: String, upstream: &Upstream, operation: Option<Operation
 }
 
 /// What to do where an upstream is unavailable. The detail beside it names what to write.
-fn remedy(registry: &str, cause: Cause) -> String {
+fn remedy(registry: &str, cause: UpstreamFailure) -> String {
     let section = format!("[upstream.\"{registry}\"]");
     match (cause, cause.setting()) {
-        (Cause::PlainRealm, _) => {
+        (UpstreamFailure::PlaintextRealm, _) => {
             "ask its operator to set the registry's external URL to https (Harbor: external_url; Artifactory: the base \
              URL, or X-Forwarded-Proto at its balancer)"
                 .to_owned()
         }
-        (Cause::Tls(TlsFault::NotYetValid | TlsFault::Expired), _) => {
+        (UpstreamFailure::Tls(TlsFailure::NotYetValid | TlsFailure::Expired), _) => {
             "have it renewed there; if the dates look right, this machine's clock is wrong".to_owned()
         }
-        (Cause::Tls(TlsFault::WrongName), _) => {
+        (UpstreamFailure::Tls(TlsFailure::WrongName), _) => {
             format!(
                 "write a name into `url` of {section} that its certificate has, or have the certificate made anew"
             )
         }
-        (Cause::Tls(TlsFault::ClientCertificate), _) => {
+        (UpstreamFailure::Tls(TlsFailure::ClientCertificate), _) => {
             format!("set `client_certificate` and `client_key` of {section}")
         }
-        (Cause::Timeout | Cause::ConnectTimeout, Some(setting)) => {
+        (UpstreamFailure::Timeout | UpstreamFailure::ConnectTimeout, Some(setting)) => {
             format!("check the way there, or allow it more time: `{setting}` of {section}")
         }
         (_, Some(setting)) => format!("set `{setting}` of {section}"),

@@ -15,7 +15,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use super::progress::{Attempt, Download, Opened, Progress};
 use super::stranded::{Alone, Rest};
 use super::{Ahead, Chunks, Failure, Shared};
-use crate::oci::{Cause, Digest};
+use crate::oci::{Digest, UpstreamFailure};
 use crate::queue::{Waiter, Waiters};
 use crate::store::StoreError;
 use crate::store::fs::FsFile;
@@ -223,7 +223,7 @@ impl Reader {
         };
         if self.given.is_some_and(|attempt| attempt != opened.attempt) {
             // What it was given belongs to a file that turned out wrong.
-            return Look::Failed(Arc::new(Failure::Broken(Cause::WrongDigest)));
+            return Look::Failed(Arc::new(Failure::Broken(UpstreamFailure::DigestMismatch)));
         }
         let until = self.end.map_or(readable, |end| readable.min(end));
         if until > self.position {

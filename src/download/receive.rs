@@ -15,7 +15,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tokio::time::{Instant, sleep, timeout};
 
 use super::{Source, Stream};
-use crate::oci::Cause;
+use crate::oci::UpstreamFailure;
 use crate::queue::Waiters;
 use crate::upstream::{ResponseKind, UpstreamResponse};
 
@@ -61,7 +61,7 @@ const PART_WAITS: Duration = Duration::from_secs(2);
 /// Why receiving ended early.
 pub(super) enum Stopped {
     /// Asking again did not help.
-    Upstream(Cause),
+    Upstream(UpstreamFailure),
     /// No request waits for it.
     Unwanted,
     /// Nobody takes the bytes any more: the writer knows why.
@@ -160,9 +160,9 @@ impl<S: Source> Receiving<'_, S> {
             let broke = match broke {
                 _ if is_whole => None,
                 // A clean end before the known end is no end.
-                None if self.total.is_some() => Some(Broke::off(Cause::Reset)),
+                None if self.total.is_some() => Some(Broke::off(UpstreamFailure::ConnectionReset)),
                 None if self.is_shorter_than_stated() && !self.has_whole().await? => {
-                    Some(Broke::off(Cause::Reset))
+                    Some(Broke::off(UpstreamFailure::ConnectionReset))
                 }
                 broke => broke,
             };
@@ -209,7 +209,7 @@ impl<S: Source> Receiving<'_, S> {
                     self.total = self.total.or(stream.total);
                     return Ok(stream);
                 }
-                Ok(_) => (Cause::Malformed, 1),
+                Ok(_) => (UpstreamFailure::Malformed, 1),
                 Err(answer) => {
                     wait = asked_to_wait(&answer);
                     // A no is believed sooner than a silence.
@@ -280,7 +280,7 @@ enum Drained {
 }
 
 struct Broke {
-    cause: Cause,
+    cause: UpstreamFailure,
     /// Bytes came, but too slowly to go on like that.
     dripped: bool,
     /// They come too slowly for what no client waits for.
@@ -288,7 +288,7 @@ struct Broke {
 }
 
 impl Broke {
-    fn off(cause: Cause) -> Self {
+    fn off(cause: UpstreamFailure) -> Self {
         Self {
             cause,
             dripped: false,
@@ -298,7 +298,7 @@ impl Broke {
 
     fn slow(is_unwaited: bool) -> Self {
         Self {
-            cause: Cause::Timeout,
+            cause: UpstreamFailure::Timeout,
             dripped: true,
             is_unwaited,
         }

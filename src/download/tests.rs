@@ -33,12 +33,12 @@ use crate::upstream::ResponseKind;
 const MIB: usize = 1024 * 1024;
 
 /// What comes down the wire next. The sender dropped is the clean end of the stream.
-type Wire = UnboundedSender<Result<Bytes, Cause>>;
+type Wire = UnboundedSender<Result<Bytes, UpstreamFailure>>;
 
-struct Arriving(UnboundedReceiver<Result<Bytes, Cause>>);
+struct Arriving(UnboundedReceiver<Result<Bytes, UpstreamFailure>>);
 
 impl Chunks for Arriving {
-    fn chunk(&mut self) -> Pin<Box<dyn Future<Output = Option<Result<Bytes, Cause>>> + Send + '_>> {
+    fn chunk(&mut self) -> Pin<Box<dyn Future<Output = Option<Result<Bytes, UpstreamFailure>>> + Send + '_>> {
         Box::pin(self.0.recv())
     }
 }
@@ -54,7 +54,11 @@ impl Source for Script {
     fn open(&mut self, from: u64) -> impl Future<Output = Result<Stream, UpstreamResponse>> + Send {
         self.asked.lock().unwrap().push(from);
         let answer = self.answers.lock().unwrap().pop_front();
-        async move { answer.unwrap_or(Err(UpstreamResponse::unavailable(Cause::Refused))) }
+        async move {
+            answer.unwrap_or(Err(UpstreamResponse::unavailable(
+                UpstreamFailure::ConnectionRefused,
+            )))
+        }
     }
 }
 
@@ -74,7 +78,7 @@ impl Script {
     fn breaking(&self, start: usize, total: usize, bytes: &[u8]) {
         let wire = self.stream(start, Some(total));
         send(&wire, bytes);
-        wire.send(Err(Cause::Reset)).unwrap();
+        wire.send(Err(UpstreamFailure::ConnectionReset)).unwrap();
     }
 
     /// A stream that gives `bytes` and ends cleanly.
@@ -82,7 +86,7 @@ impl Script {
         send(&self.stream(start, total), bytes);
     }
 
-    fn silence(&self, cause: Cause) {
+    fn silence(&self, cause: UpstreamFailure) {
         self.answer(UpstreamResponse::unavailable(cause));
     }
 

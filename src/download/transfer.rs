@@ -10,7 +10,7 @@ use super::progress::{Attempt, Download, Opened, Place};
 use super::receive::{Outgoing, QUEUE_CHUNKS_MAX, Receiving, Stopped};
 use super::writer::Writer;
 use super::{Failure, Source, Stream};
-use crate::oci::{Cause, Hasher};
+use crate::oci::{Hasher, UpstreamFailure};
 use crate::queue::NoPlace;
 use crate::store::blobs::Verified;
 use crate::store::ingest::Ingest;
@@ -124,7 +124,7 @@ async fn begin_again<S: Source>(place: &Place, source: &mut S, total: Option<u64
     let stream = source.open(0).await.map_err(refused)?;
     if stream.total != total {
         // Clients were told another size.
-        return Err(Failure::Broken(Cause::Malformed));
+        return Err(Failure::Broken(UpstreamFailure::Malformed));
     }
     start(place, stream, Attempt::Again).await
 }
@@ -219,6 +219,7 @@ fn refused(answer: UpstreamResponse) -> Failure {
 fn dislikes_ranges(answer: &UpstreamResponse) -> bool {
     matches!(
         answer.kind,
-        ResponseKind::Other(_) | ResponseKind::Unavailable(Cause::Malformed | Cause::Status(501))
+        ResponseKind::Other(_)
+            | ResponseKind::Unavailable(UpstreamFailure::Malformed | UpstreamFailure::Status(501))
     )
 }

@@ -6,7 +6,7 @@ use std::pin::Pin;
 use bytes::{Bytes, BytesMut};
 
 use super::{Chunks, WITHHELD_BYTES};
-use crate::oci::{Cause, Digest, Hasher};
+use crate::oci::{Digest, Hasher, UpstreamFailure};
 
 /// A blob, or the rest of one, that passes by.
 pub struct Verifying {
@@ -52,7 +52,7 @@ impl Verifying {
     }
 
     /// The next bytes; `None` at the verified end. After an error there is nothing more.
-    pub async fn next(&mut self) -> Option<Result<Bytes, Cause>> {
+    pub async fn next(&mut self) -> Option<Result<Bytes, UpstreamFailure>> {
         while let Some(hasher) = &mut self.hasher {
             match self.body.chunk().await {
                 Some(Ok(chunk)) => {
@@ -75,11 +75,11 @@ impl Verifying {
         None
     }
 
-    async fn verified(&mut self) -> Option<Result<Bytes, Cause>> {
+    async fn verified(&mut self) -> Option<Result<Bytes, UpstreamFailure>> {
         let hasher = self.hasher.take()?;
         let last = std::mem::take(&mut self.withheld).freeze();
         if hasher.finish() != self.digest {
-            return Some(Err(Cause::WrongDigest));
+            return Some(Err(UpstreamFailure::DigestMismatch));
         }
         if let Some(deed) = self.deed.take() {
             deed.await;

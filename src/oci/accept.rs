@@ -57,7 +57,7 @@ impl Accept {
         let types: Vec<_> = lines
             .iter()
             .filter_map(|line| line.to_str().ok())
-            .flat_map(read_line)
+            .flat_map(read_value)
             .collect();
         if types.len() > ACCEPT_TYPES_MAX {
             return Err(AcceptError::TooMany { found: types.len() });
@@ -73,7 +73,7 @@ impl Accept {
     }
 
     /// Whether a manifest of this type may be given to the client.
-    pub fn admits(&self, media_type: &MediaType) -> bool {
+    pub fn accepts(&self, media_type: &MediaType) -> bool {
         let essence = media_type.essence();
         self.0.types.is_empty()
             || self.0.types.iter().any(|known| match known.strip_suffix("/*") {
@@ -111,7 +111,7 @@ impl Accept {
     }
 
     /// The lines as they came, to pass on.
-    pub fn lines(&self) -> impl Iterator<Item = &HeaderValue> {
+    pub fn header_values(&self) -> impl Iterator<Item = &HeaderValue> {
         self.0.lines.iter()
     }
 }
@@ -142,18 +142,18 @@ pub enum AcceptError {
     },
 }
 
-fn read_line(line: &str) -> impl Iterator<Item = Box<str>> {
+fn read_value(line: &str) -> impl Iterator<Item = Box<str>> {
     line.split(',').filter_map(|item| {
         let (essence, parameters) = item.split_once(';').unwrap_or((item, ""));
         let essence = essence.trim();
         // `*` alone is what old Java clients send.
         let essence = if essence == "*" { "*/*" } else { essence };
-        (essence.contains('/') && !is_refused(parameters)).then(|| essence.to_ascii_lowercase().into())
+        (essence.contains('/') && !is_excluded(parameters)).then(|| essence.to_ascii_lowercase().into())
     })
 }
 
 /// Whether one of the parameters is `q=0`.
-fn is_refused(parameters: &str) -> bool {
+fn is_excluded(parameters: &str) -> bool {
     parameters
         .split(';')
         .filter_map(|parameter| parameter.split_once('='))

@@ -1,6 +1,6 @@
 //! Content digests, and the hashing that proves them.
 //!
-//! A [`Digest`] is one we can verify; a [`ForeignDigest`] is well formed, but its algorithm is unknown here:
+//! A [`Digest`] is one we can verify; a [`UnsupportedDigest`] is well formed, but its algorithm is unknown here:
 //! it may be passed on to an upstream and is never stored. This is the only module that hashes.
 
 use std::fmt;
@@ -52,7 +52,7 @@ impl FromStr for Algorithm {
         match text {
             "sha256" => Ok(Self::Sha256),
             "sha512" => Ok(Self::Sha512),
-            _ => Err(DigestError::Foreign),
+            _ => Err(DigestError::Unsupported),
         }
     }
 }
@@ -86,8 +86,8 @@ impl Digest {
             });
         }
         match algorithm {
-            Algorithm::Sha256 => unhex(hex).map(Self::Sha256),
-            Algorithm::Sha512 => unhex(hex).map(Self::Sha512),
+            Algorithm::Sha256 => parse_hex(hex).map(Self::Sha256),
+            Algorithm::Sha512 => parse_hex(hex).map(Self::Sha512),
         }
         .ok_or(DigestError::Hex { algorithm })
     }
@@ -144,30 +144,30 @@ impl FromStr for Digest {
 
     fn from_str(text: &str) -> Result<Self, DigestError> {
         match text.parse()? {
-            AnyDigest::Known(digest) => Ok(digest),
-            AnyDigest::Foreign(_) => Err(DigestError::Foreign),
+            AnyDigest::Supported(digest) => Ok(digest),
+            AnyDigest::Unsupported(_) => Err(DigestError::Unsupported),
         }
     }
 }
 
 /// A well-formed digest of an algorithm we cannot verify (`blake3:…`): passed through, never stored.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct ForeignDigest(Box<str>);
+pub struct UnsupportedDigest(Box<str>);
 
-impl ForeignDigest {
+impl UnsupportedDigest {
     /// The whole text, `algorithm:encoded`.
     pub fn as_str(&self) -> &str {
         &self.0
     }
 }
 
-impl fmt::Display for ForeignDigest {
+impl fmt::Display for UnsupportedDigest {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)
     }
 }
 
-impl fmt::Debug for ForeignDigest {
+impl fmt::Debug for UnsupportedDigest {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)
     }
@@ -179,32 +179,32 @@ impl fmt::Debug for ForeignDigest {
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum AnyDigest {
     /// One we can verify.
-    Known(Digest),
+    Supported(Digest),
     /// One we can only pass on.
-    Foreign(ForeignDigest),
+    Unsupported(UnsupportedDigest),
 }
 
 impl AnyDigest {
     /// The digest, if we can verify it.
-    pub const fn known(&self) -> Option<&Digest> {
+    pub const fn supported(&self) -> Option<&Digest> {
         match self {
-            Self::Known(digest) => Some(digest),
-            Self::Foreign(_) => None,
+            Self::Supported(digest) => Some(digest),
+            Self::Unsupported(_) => None,
         }
     }
 }
 
 impl From<Digest> for AnyDigest {
     fn from(digest: Digest) -> Self {
-        Self::Known(digest)
+        Self::Supported(digest)
     }
 }
 
 impl fmt::Display for AnyDigest {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Known(digest) => digest.fmt(f),
-            Self::Foreign(digest) => fmt::Display::fmt(digest, f),
+            Self::Supported(digest) => digest.fmt(f),
+            Self::Unsupported(digest) => fmt::Display::fmt(digest, f),
         }
     }
 }
@@ -218,9 +218,9 @@ impl FromStr for AnyDigest {
         }
         let (algorithm, encoded) = text.split_once(':').ok_or(DigestError::Grammar)?;
         match algorithm.parse() {
-            Ok(algorithm) => Digest::from_hex(algorithm, encoded).map(Self::Known),
+            Ok(algorithm) => Digest::from_hex(algorithm, encoded).map(Self::Supported),
             Err(_) if is_algorithm(algorithm) && is_encoded(encoded) => {
-                Ok(Self::Foreign(ForeignDigest(text.into())))
+                Ok(Self::Unsupported(UnsupportedDigest(text.into())))
             }
             Err(_) => Err(DigestError::Grammar),
         }
@@ -274,7 +274,7 @@ impl fmt::Debug for Hasher {
 }
 
 /// HMAC-SHA-256 (RFC 2104) of `message` under `secret`: names a principal without keeping its credential.
-pub fn keyed(secret: &[u8], message: &[u8]) -> [u8; 32] {
+pub fn hmac_sha256(secret: &[u8], message: &[u8]) -> [u8; 32] {
     // A key longer than a block counts as its hash, a shorter one as padded with zeros (RFC 2104 §2). Done
     // here, because a key of exactly one block is the one that `hmac` takes without a possible error.
     let hashed: [u8; 32];
@@ -317,7 +317,7 @@ pub enum DigestError {
     },
     /// A well-formed digest where only one we can verify will do.
     #[error("only sha256 and sha512 digests can be verified")]
-    Foreign,
+    Unsupported,
     /// Longer than [`DIGEST_BYTES_MAX`].
     #[error("a digest of {found} bytes is too long")]
     TooLong {
@@ -381,7 +381,7 @@ fn hex_pair(byte: u8) -> [u8; 2] {
 }
 
 /// Reads `2 × N` hex digits. Looks at all of them before judging, so that the loop has no branch.
-fn unhex<const N: usize>(hex: &str) -> Option<[u8; N]> {
+fn parse_hex<const N: usize>(hex: &str) -> Option<[u8; N]> {
     let mut bytes = [0; N];
     let mut wrong = 0;
     for (byte, pair) in bytes.iter_mut().zip(hex.as_bytes().chunks_exact(2)) {

@@ -6,9 +6,9 @@ use bytes::Bytes;
 use serde_json::{Value, json};
 
 /// Largest error body of an upstream that is read, in bytes.
-pub const PROBLEM_BYTES_MAX: usize = 64 * 1024;
+pub const ERROR_BODY_BYTES_MAX: usize = 64 * 1024;
 /// Longest message kept of an upstream's error, in bytes.
-pub const PROBLEM_MESSAGE_BYTES_MAX: usize = 512;
+pub const ERROR_MESSAGE_BYTES_MAX: usize = 512;
 
 /// The codes of the spec, and docker's older ones that clients know.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -83,7 +83,7 @@ impl fmt::Display for ErrorCode {
 /// One error, as answered to a client. With containerd the user sees the *first* registry's message: it
 /// should name the upstream and what is wrong with it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Problem {
+pub struct ErrorBody {
     /// For programs.
     pub code: ErrorCode,
     /// For people.
@@ -92,7 +92,7 @@ pub struct Problem {
     pub detail: Option<Value>,
 }
 
-impl Problem {
+impl ErrorBody {
     /// A problem without detail.
     pub fn new(code: ErrorCode, message: impl Into<String>) -> Self {
         Self {
@@ -116,7 +116,7 @@ impl Problem {
     /// Reads the spec's form, `{"message": …}` (Docker Hub's 429) and `{"details": …}`; `None` for anything
     /// else.
     pub fn read(body: &[u8]) -> Option<(String, String)> {
-        if body.len() > PROBLEM_BYTES_MAX {
+        if body.len() > ERROR_BODY_BYTES_MAX {
             return None;
         }
         let value: Value = serde_json::from_slice(body).ok()?;
@@ -141,11 +141,11 @@ impl Problem {
     }
 }
 
-/// The text without control characters, cut to [`PROBLEM_MESSAGE_BYTES_MAX`].
+/// The text without control characters, cut to [`ERROR_MESSAGE_BYTES_MAX`].
 fn clean(text: &str) -> String {
     let mut clean = String::new();
     for character in text.trim().chars().filter(|character| !character.is_control()) {
-        if clean.len() + character.len_utf8() > PROBLEM_MESSAGE_BYTES_MAX {
+        if clean.len() + character.len_utf8() > ERROR_MESSAGE_BYTES_MAX {
             break;
         }
         clean.push(character);

@@ -64,7 +64,7 @@ impl RateLimit {
     }
 
     /// In how many seconds all pulls are allowed again at the latest, as far as was said.
-    pub fn full_after_s(&self) -> Option<u64> {
+    pub fn reset_after_s(&self) -> Option<u64> {
         self.reset_s.or(self.window_s)
     }
 

@@ -21,7 +21,7 @@ pub use media_type::{MEDIA_TYPE_BYTES_MAX, MediaType, MediaTypeError};
 /// limit.
 pub const MANIFEST_BYTES_MAX: usize = 4 * 1024 * 1024;
 /// Most descriptors a manifest may have.
-pub const CHILDREN_MAX: usize = 10_000;
+pub const DESCRIPTORS_MAX: usize = 10_000;
 
 /// What a manifest says about itself.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -29,20 +29,20 @@ pub struct Manifest {
     /// Its `mediaType`, which some manifests leave out and which the `Content-Type` then tells.
     pub media_type: Option<MediaType>,
     /// What it points to and cannot be used without: config, layers or manifests, in that order.
-    pub children: Vec<Descriptor>,
+    pub descriptors: Vec<Descriptor>,
     /// The manifest this one is about, if that is named by a digest we can verify.
     pub subject: Option<Digest>,
     /// What shape it has.
-    pub kind: Kind,
-    /// How many descriptors could not be read and are missing from `children`.
-    pub odd: usize,
+    pub kind: ManifestKind,
+    /// How many descriptors could not be read and are missing from `descriptors`.
+    pub unparsed: usize,
     /// Whether signatures are part of its bytes, as in docker's signed schema 1.
     pub has_signatures: bool,
 }
 
 /// The shape of a manifest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Kind {
+pub enum ManifestKind {
     /// A list of manifests.
     Index,
     /// Config and layers, of an image or of an artifact in an image's clothes.
@@ -63,16 +63,16 @@ pub struct Descriptor {
     /// The platform it is for, in an index.
     pub platform: Option<Platform>,
     /// How it is used, and so by which endpoint it is fetched.
-    pub role: Role,
+    pub kind: DescriptorKind,
     /// Whether it names other places (`urls`) to fetch it from: the registry may not have it.
-    pub foreign: bool,
+    pub has_urls: bool,
     /// The image that this one is the attestation of, as buildx lists it beside that image.
     pub attests: Option<Digest>,
 }
 
 /// How a descriptor is used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Role {
+pub enum DescriptorKind {
     /// The config blob.
     Config,
     /// A blob: a layer, or whatever else is not a manifest.
@@ -103,7 +103,7 @@ impl fmt::Display for Platform {
 }
 
 impl Manifest {
-    /// Reads a manifest of at most [`MANIFEST_BYTES_MAX`] and [`CHILDREN_MAX`].
+    /// Reads a manifest of at most [`MANIFEST_BYTES_MAX`] and [`DESCRIPTORS_MAX`].
     pub fn read(bytes: &[u8]) -> Result<Self, ManifestError> {
         if bytes.len() > MANIFEST_BYTES_MAX {
             return Err(ManifestError::TooLarge { found: bytes.len() });
@@ -112,47 +112,47 @@ impl Manifest {
         if bytes.trim_ascii_start().first() != Some(&b'{') {
             return Err(ManifestError::Json { line: 1, column: 1 });
         }
-        let view: View = serde_json::from_slice(bytes).map_err(|error| ManifestError::Json {
+        let raw: RawManifest = serde_json::from_slice(bytes).map_err(|error| ManifestError::Json {
             line: error.line(),
             column: error.column(),
         })?;
-        if view.manifests.present && (view.layers.present || view.config.is_some()) {
+        if raw.manifests.present && (raw.layers.present || raw.config.is_some()) {
             return Err(ManifestError::Ambiguous);
         }
         let lists = [
-            view.manifests.count,
-            view.layers.count,
-            view.blobs.count,
-            view.fs_layers.count,
+            raw.manifests.count,
+            raw.layers.count,
+            raw.blobs.count,
+            raw.fs_layers.count,
         ];
         let found = lists.iter().sum();
-        if found > CHILDREN_MAX {
+        if found > DESCRIPTORS_MAX {
             return Err(ManifestError::TooMany { found });
         }
-        let media_type = view.media_type.and_then(|text| text.0?.parse::<MediaType>().ok());
-        let kind = if view.manifests.present || media_type.as_ref().is_some_and(MediaType::is_index) {
-            Kind::Index
-        } else if view.layers.present || view.config.is_some() {
-            Kind::Image
+        let media_type = raw.media_type.and_then(|text| text.0?.parse::<MediaType>().ok());
+        let kind = if raw.manifests.present || media_type.as_ref().is_some_and(MediaType::is_index) {
+            ManifestKind::Index
+        } else if raw.layers.present || raw.config.is_some() {
+            ManifestKind::Image
         } else {
-            Kind::Other
+            ManifestKind::Other
         };
-        let subject = view.subject.and_then(|subject| subject.0?.digest.parse().ok());
+        let subject = raw.subject.and_then(|subject| subject.0?.digest.parse().ok());
         let mut manifest = Self {
             media_type,
-            children: Vec::new(),
+            descriptors: Vec::new(),
             subject,
             kind,
-            odd: 0,
-            has_signatures: view.signatures.present,
+            unparsed: 0,
+            has_signatures: raw.signatures.present,
         };
-        if let Some(config) = view.config {
-            manifest.add(config.0, Role::Config);
+        if let Some(config) = raw.config {
+            manifest.add(config.0, DescriptorKind::Config);
         }
-        manifest.add_all(view.layers, Role::Layer);
-        manifest.add_all(view.blobs, Role::Layer);
-        manifest.add_all(view.fs_layers, Role::Layer);
-        manifest.add_all(view.manifests, Role::Manifest);
+        manifest.add_all(raw.layers, DescriptorKind::Layer);
+        manifest.add_all(raw.blobs, DescriptorKind::Layer);
+        manifest.add_all(raw.fs_layers, DescriptorKind::Layer);
+        manifest.add_all(raw.manifests, DescriptorKind::Manifest);
         Ok(manifest)
     }
 
@@ -177,9 +177,9 @@ impl Manifest {
             return sent;
         }
         let by_shape = || match self.kind {
-            Kind::Index => media_type::OCI_INDEX.parse().ok(),
-            Kind::Image => media_type::OCI_IMAGE.parse().ok(),
-            Kind::Other => None,
+            ManifestKind::Index => media_type::OCI_INDEX.parse().ok(),
+            ManifestKind::Image => media_type::OCI_IMAGE.parse().ok(),
+            ManifestKind::Other => None,
         };
         sent.filter(|sent| self.has_shape_of(sent)).or_else(by_shape)
     }
@@ -191,29 +191,29 @@ impl Manifest {
             .as_ref()
             .is_some_and(|stated| stated.is_manifest() && !stated.is_signed());
         let is_labelled = sent.is_some_and(MediaType::is_signed);
-        self.kind == Kind::Other && !states_another && (self.has_signatures || is_labelled)
+        self.kind == ManifestKind::Other && !states_another && (self.has_signatures || is_labelled)
     }
 
     /// Whether it has the shape that `media_type` promises: an error in JSON can be labelled as anything.
     pub fn has_shape_of(&self, media_type: &MediaType) -> bool {
         match self.kind {
-            Kind::Index => !media_type.is_image(),
-            Kind::Image => !media_type.is_index(),
-            Kind::Other => !media_type.is_image() && !media_type.is_index(),
+            ManifestKind::Index => !media_type.is_image(),
+            ManifestKind::Image => !media_type.is_index(),
+            ManifestKind::Other => !media_type.is_image() && !media_type.is_index(),
         }
     }
 
-    fn add_all<T: Into<RawDescriptor>>(&mut self, list: List<T>, role: Role) {
-        self.odd += list.odd();
+    fn add_all<T: Into<RawDescriptor>>(&mut self, list: List<T>, kind: DescriptorKind) {
+        self.unparsed += list.unparsed();
         for raw in list.readable {
-            self.add(Some(raw.into()), role);
+            self.add(Some(raw.into()), kind);
         }
     }
 
-    fn add(&mut self, raw: Option<RawDescriptor>, role: Role) {
-        match raw.and_then(|raw| raw.read(role)) {
-            Some(child) => self.children.push(child),
-            None => self.odd += 1,
+    fn add(&mut self, raw: Option<RawDescriptor>, kind: DescriptorKind) {
+        match raw.and_then(|raw| raw.read(kind)) {
+            Some(child) => self.descriptors.push(child),
+            None => self.unparsed += 1,
         }
     }
 }
@@ -235,8 +235,8 @@ pub enum ManifestError {
         /// Where in the line, from 1.
         column: usize,
     },
-    /// More descriptors than [`CHILDREN_MAX`].
-    #[error("a manifest with {found} descriptors is too large, {CHILDREN_MAX} are allowed")]
+    /// More descriptors than [`DESCRIPTORS_MAX`].
+    #[error("a manifest with {found} descriptors is too large, {DESCRIPTORS_MAX} are allowed")]
     TooMany {
         /// How many it has.
         found: usize,
@@ -249,7 +249,7 @@ pub enum ManifestError {
 /// The fields read. A field with an unexpected type counts as absent where that does no harm.
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase", expecting = "a manifest")]
-struct View {
+struct RawManifest {
     media_type: Option<Lenient<String>>,
     config: Option<Lenient<RawDescriptor>>,
     #[serde(default)]
@@ -261,7 +261,7 @@ struct View {
     blobs: List<RawDescriptor>,
     /// Of docker's schema 1.
     #[serde(default)]
-    fs_layers: List<OldLayer>,
+    fs_layers: List<Schema1Layer>,
     subject: Option<Lenient<RawDescriptor>>,
     /// Of docker's signed schema 1.
     #[serde(default)]
@@ -297,36 +297,38 @@ impl Annotations {
 }
 
 impl RawDescriptor {
-    fn read(self, role: Role) -> Option<Descriptor> {
+    fn read(self, kind: DescriptorKind) -> Option<Descriptor> {
         let media_type = self.media_type.and_then(|text| text.0?.parse::<MediaType>().ok());
         // An index may list blobs (build caches do); they are fetched as blobs.
-        let role = match (role, &media_type) {
-            (Role::Manifest, Some(media_type)) if !media_type.is_manifest() => Role::Layer,
-            (role, _) => role,
+        let kind = match (kind, &media_type) {
+            (DescriptorKind::Manifest, Some(media_type)) if !media_type.is_manifest() => {
+                DescriptorKind::Layer
+            }
+            (kind, _) => kind,
         };
         Some(Descriptor {
             digest: self.digest.parse().ok()?,
             size: self.size.and_then(|size| size.0),
             platform: self.platform.and_then(|platform| platform.0),
-            foreign: self
+            has_urls: self
                 .urls
                 .and_then(|urls| urls.0)
                 .is_some_and(|urls| !urls.is_empty()),
             attests: self.annotations.and_then(|annotations| annotations.0?.attested()),
             media_type,
-            role,
+            kind,
         })
     }
 }
 
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
-struct OldLayer {
+struct Schema1Layer {
     blob_sum: String,
 }
 
-impl From<OldLayer> for RawDescriptor {
-    fn from(layer: OldLayer) -> Self {
+impl From<Schema1Layer> for RawDescriptor {
+    fn from(layer: Schema1Layer) -> Self {
         Self {
             digest: layer.blob_sum,
             media_type: None,
@@ -356,7 +358,7 @@ impl<'de, T: Deserialize<'de>> Deserialize<'de> for Lenient<T> {
     }
 }
 
-/// A list that keeps its readable items up to [`CHILDREN_MAX`] and counts all, so that a hostile one stays
+/// A list that keeps its readable items up to [`DESCRIPTORS_MAX`] and counts all, so that a hostile one stays
 /// small.
 struct List<T> {
     present: bool,
@@ -375,7 +377,7 @@ impl<T> Default for List<T> {
 }
 
 impl<T> List<T> {
-    fn odd(&self) -> usize {
+    fn unparsed(&self) -> usize {
         self.count - self.readable.len()
     }
 }
@@ -405,13 +407,13 @@ impl<'de, T: Deserialize<'de>> Visitor<'de> for ListVisitor<T> {
             present: true,
             ..List::default()
         };
-        while read.count < CHILDREN_MAX
+        while read.count < DESCRIPTORS_MAX
             && let Some(item) = items.next_element::<Lenient<T>>()?
         {
             read.count += 1;
             read.readable.extend(item.0);
         }
-        if read.count == CHILDREN_MAX {
+        if read.count == DESCRIPTORS_MAX {
             while items.next_element::<IgnoredAny>()?.is_some() {
                 read.count += 1;
             }

@@ -165,7 +165,7 @@ impl From<Tag> for Reference {
 
 impl From<Digest> for Reference {
     fn from(digest: Digest) -> Self {
-        Self::Digest(AnyDigest::Known(digest))
+        Self::Digest(AnyDigest::Supported(digest))
     }
 }
 

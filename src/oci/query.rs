@@ -73,7 +73,7 @@ impl Query {
     }
 
     /// These parameters.
-    pub fn of(pairs: &[(&str, &str)]) -> Self {
+    pub fn from_pairs(pairs: &[(&str, &str)]) -> Self {
         let owned = |(key, value): &(&str, &str)| ((*key).to_owned(), (*value).to_owned());
         Self(pairs.iter().map(owned).collect())
     }
@@ -98,7 +98,7 @@ impl Query {
     }
 
     /// As a further parameter, what says which upstream is meant: `&ns=ghcr.io`, or nothing.
-    pub fn of_namespace(namespace: Option<&str>) -> String {
+    pub fn ns_suffix(namespace: Option<&str>) -> String {
         let mut text = String::new();
         if let Some(namespace) = namespace {
             text.push_str("&ns=");

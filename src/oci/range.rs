@@ -37,24 +37,26 @@ impl RangeRequest {
             Self::Multi(ranges) => ranges,
         };
         let sizes = ranges.iter().map(|range| match *range {
-            ByteRange::From(_) => None,
-            ByteRange::Between { first, last } => Some(last.saturating_sub(first).saturating_add(1)),
-            ByteRange::Last(bytes) => Some(bytes),
+            ByteRange::FromOffset(_) => None,
+            ByteRange::Bounded { first, last } => Some(last.saturating_sub(first).saturating_add(1)),
+            ByteRange::Suffix(bytes) => Some(bytes),
         });
         sizes.reduce(|sum, size| Some(sum?.saturating_add(size?)))?
     }
 
     /// What is to be sent of a body of `size` bytes.
-    pub fn resolve(&self, size: u64) -> Sent {
+    pub fn resolve(&self, size: u64) -> ResolvedRange {
         match self {
-            Self::None => Sent::Whole,
-            Self::Single(range) => range.resolve(size).map_or(Sent::Nothing, Sent::Part),
+            Self::None => ResolvedRange::Full,
+            Self::Single(range) => range
+                .resolve(size)
+                .map_or(ResolvedRange::Unsatisfiable, ResolvedRange::Single),
             Self::Multi(ranges) => {
-                let spans: Vec<Span> = ranges.iter().filter_map(|range| range.resolve(size)).collect();
+                let spans: Vec<ByteSpan> = ranges.iter().filter_map(|range| range.resolve(size)).collect();
                 if spans.is_empty() {
-                    Sent::Nothing
+                    ResolvedRange::Unsatisfiable
                 } else {
-                    Sent::Parts(apart(spans))
+                    ResolvedRange::Multi(coalesce(spans))
                 }
             }
         }
@@ -63,24 +65,24 @@ impl RangeRequest {
 
 /// What a [`RangeRequest`] comes to for a body of a known size.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Sent {
+pub enum ResolvedRange {
     /// All of it (200).
-    Whole,
+    Full,
     /// One part (206).
-    Part(Span),
+    Single(ByteSpan),
     /// Parts in a `multipart/byteranges` (206): in the order asked for, no byte twice. It may be one only; who asks for
     /// several ranges understands that (RFC 9110 §15.3.7.2).
-    Parts(Vec<Span>),
+    Multi(Vec<ByteSpan>),
     /// None of the bytes asked for exist (416).
-    Nothing,
+    Unsatisfiable,
 }
 
 /// The same bytes, each once: spans that overlap become one, so that no request brings more than the whole body. Those that
 /// merely touch stay as asked, because podman counts the parts (§14.2, §15.3.7.2).
-fn apart(spans: Vec<Span>) -> Vec<Span> {
-    let mut ordered: Vec<(usize, Span)> = spans.into_iter().enumerate().collect();
+fn coalesce(spans: Vec<ByteSpan>) -> Vec<ByteSpan> {
+    let mut ordered: Vec<(usize, ByteSpan)> = spans.into_iter().enumerate().collect();
     ordered.sort_by_key(|(_, span)| span.start);
-    let mut apart: Vec<(usize, Span)> = Vec::with_capacity(ordered.len());
+    let mut apart: Vec<(usize, ByteSpan)> = Vec::with_capacity(ordered.len());
     for (place, span) in ordered {
         match apart.last_mut() {
             Some((first_place, last)) if span.start < last.end_exclusive => {
@@ -98,28 +100,28 @@ fn apart(spans: Vec<Span>) -> Vec<Span> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ByteRange {
     /// `N-`: from byte N to the end.
-    From(u64),
+    FromOffset(u64),
     /// `N-M`: from byte N to byte M, both included. With M before N it can never be satisfied: the grammar
     /// calls that invalid, the conformance suite wants 416.
-    Between {
+    Bounded {
         /// The first byte.
         first: u64,
         /// The last byte.
         last: u64,
     },
     /// `-N`: the last N bytes.
-    Last(u64),
+    Suffix(u64),
 }
 
 impl ByteRange {
     /// The bytes meant in a body of `size` bytes, clipped at its end; `None` if there are none (416).
-    pub fn resolve(self, size: u64) -> Option<Span> {
+    pub fn resolve(self, size: u64) -> Option<ByteSpan> {
         let (start, end_exclusive) = match self {
-            Self::From(first) => (first, size),
-            Self::Between { first, last } => (first, last.saturating_add(1).min(size)),
-            Self::Last(bytes) => (size.saturating_sub(bytes), size),
+            Self::FromOffset(first) => (first, size),
+            Self::Bounded { first, last } => (first, last.saturating_add(1).min(size)),
+            Self::Suffix(bytes) => (size.saturating_sub(bytes), size),
         };
-        Span::new(start, end_exclusive)
+        ByteSpan::new(start, end_exclusive)
     }
 }
 
@@ -127,9 +129,9 @@ impl ByteRange {
 impl fmt::Display for ByteRange {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::From(first) => write!(f, "{first}-"),
-            Self::Between { first, last } => write!(f, "{first}-{last}"),
-            Self::Last(bytes) => write!(f, "-{bytes}"),
+            Self::FromOffset(first) => write!(f, "{first}-"),
+            Self::Bounded { first, last } => write!(f, "{first}-{last}"),
+            Self::Suffix(bytes) => write!(f, "-{bytes}"),
         }
     }
 }
@@ -137,14 +139,14 @@ impl fmt::Display for ByteRange {
 /// Bytes of a body; at least one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[expect(clippy::len_without_is_empty, reason = "a span is never empty")]
-pub struct Span {
+pub struct ByteSpan {
     /// The first byte.
     pub start: u64,
     /// The byte after the last.
     pub end_exclusive: u64,
 }
 
-impl Span {
+impl ByteSpan {
     /// The bytes from `start` to before `end_exclusive`, if that is at least one.
     pub const fn new(start: u64, end_exclusive: u64) -> Option<Self> {
         if start < end_exclusive {
@@ -161,7 +163,7 @@ impl Span {
 }
 
 /// `Content-Range` of a 206: `bytes 0-1/10`.
-pub fn content_range(span: Span, size: u64) -> String {
+pub fn content_range(span: ByteSpan, size: u64) -> String {
     format!(
         "bytes {}-{}/{size}",
         span.start,
@@ -170,17 +172,17 @@ pub fn content_range(span: Span, size: u64) -> String {
 }
 
 /// `Content-Range` of a 416: `bytes */10`.
-pub fn unsatisfied(size: u64) -> String {
+pub fn unsatisfied_content_range(size: u64) -> String {
     format!("bytes */{size}")
 }
 
 /// Reads the `Content-Range` of a 206: the bytes it holds, and the whole size unless that is `*`.
-pub fn parse_content_range(text: &str) -> Option<(Span, Option<u64>)> {
+pub fn parse_content_range(text: &str) -> Option<(ByteSpan, Option<u64>)> {
     let (unit, rest) = text.trim().split_once(' ')?;
     let (range, size) = rest.trim_start().split_once('/')?;
     let (first, last) = range.split_once('-')?;
-    let size = if size == "*" { None } else { Some(exact(size)?) };
-    let span = Span::new(exact(first)?, exact(last)?.checked_add(1)?)?;
+    let size = if size == "*" { None } else { Some(parse_u64(size)?) };
+    let span = ByteSpan::new(parse_u64(first)?, parse_u64(last)?.checked_add(1)?)?;
     let fits = size.is_none_or(|size| span.end_exclusive <= size);
     (unit.eq_ignore_ascii_case("bytes") && fits).then_some((span, size))
 }
@@ -208,11 +210,11 @@ fn read_ranges(text: &str) -> Option<RangeRequest> {
 fn read_range(text: &str) -> Option<ByteRange> {
     let (first, last) = text.split_once('-')?;
     match (first.trim_end(), last.trim_start()) {
-        ("", last) => Some(ByteRange::Last(saturated(last)?)),
-        (first, "") => Some(ByteRange::From(saturated(first)?)),
-        (first, last) => Some(ByteRange::Between {
-            first: saturated(first)?,
-            last: saturated(last)?,
+        ("", last) => Some(ByteRange::Suffix(parse_u64_saturating(last)?)),
+        (first, "") => Some(ByteRange::FromOffset(parse_u64_saturating(first)?)),
+        (first, last) => Some(ByteRange::Bounded {
+            first: parse_u64_saturating(first)?,
+            last: parse_u64_saturating(last)?,
         }),
     }
 }
@@ -222,12 +224,12 @@ fn is_number(text: &str) -> bool {
 }
 
 /// A number that we state things by.
-fn exact(text: &str) -> Option<u64> {
+fn parse_u64(text: &str) -> Option<u64> {
     is_number(text).then(|| text.parse().ok()).flatten()
 }
 
 /// A number asked for: one too large to count lies beyond the end all the same.
-fn saturated(text: &str) -> Option<u64> {
+fn parse_u64_saturating(text: &str) -> Option<u64> {
     is_number(text).then(|| text.parse().unwrap_or(u64::MAX))
 }
 

@@ -9,7 +9,7 @@ use std::fmt;
 use std::time::{Duration, SystemTime};
 
 use crate::age;
-use crate::oci::digest::keyed;
+use crate::oci::digest::hmac_sha256;
 use crate::policy::Authorization;
 
 /// Who asks: HMAC-SHA-256 of the credential under the install secret. Tells nothing about the credential, and nothing
@@ -23,7 +23,7 @@ impl Principal {
         Self::of(secret, b"credential", authorization)
     }
 
-    /// Who shows this at a token service, whatever token is given for it (see [`crate::oci::LoginRequest::secret`]).
+    /// Who shows this at a token service, whatever token is given for it (see [`crate::oci::TokenRequest::secret`]).
     pub fn of_account(secret: &[u8], login: &[u8]) -> Self {
         Self::of(secret, b"account", login)
     }
@@ -45,7 +45,7 @@ impl Principal {
 
     /// The class is part of the message, so that no credential can be made to hash to another class's principal.
     fn of(secret: &[u8], class: &[u8], authorization: &[u8]) -> Self {
-        Self(keyed(secret, &[class, b"\0", authorization].concat()))
+        Self(hmac_sha256(secret, &[class, b"\0", authorization].concat()))
     }
 }
 
@@ -66,13 +66,13 @@ pub struct GrantEvidence {
     pub granted_at: Option<SystemTime>,
     /// When the token service last gave a token for the credential that this principal's token was given for; only
     /// where that is kept (`local_tokens`).
-    pub taken_at: Option<SystemTime>,
+    pub token_issued_at: Option<SystemTime>,
     /// When the upstream last said yes to any token of that credential in this repository.
-    pub account_at: Option<SystemTime>,
+    pub account_granted_at: Option<SystemTime>,
     /// When the upstream last said yes to the anonymous principal in this repository.
-    pub public_at: Option<SystemTime>,
+    pub anonymous_granted_at: Option<SystemTime>,
     /// Whether what is asked for was seen in this repository. Always true for a tag, which is a name *of* the repository.
-    pub seen: bool,
+    pub is_in_repository: bool,
 }
 
 /// How long the upstream's yes is good for.
@@ -85,25 +85,24 @@ pub struct GrantTtls {
 }
 
 /// Weighs the evidence.
-pub fn standing(evidence: &GrantEvidence, lifetimes: &GrantTtls, now: SystemTime) -> Authorization {
-    if !evidence.seen {
+pub fn authorize(evidence: &GrantEvidence, ttls: &GrantTtls, now: SystemTime) -> Authorization {
+    if !evidence.is_in_repository {
         return Authorization::Unknown;
     }
-    let recently = |at: Option<SystemTime>, lifetime| at.is_some_and(|at| age::is_within(at, lifetime, now));
+    let recently = |at: Option<SystemTime>, ttl| at.is_some_and(|at| age::is_within(at, ttl, now));
     if evidence.shared
-        || recently(evidence.public_at, lifetimes.offline_grant)
-        || recently(evidence.granted_at, lifetimes.grant)
+        || recently(evidence.anonymous_granted_at, ttls.offline_grant)
+        || recently(evidence.granted_at, ttls.grant)
     {
         return Authorization::Granted;
     }
     // Good only while the upstream cannot be asked, so a clock that was set back takes nothing away.
-    let in_outage = |at: Option<SystemTime>| {
-        at.is_some_and(|at| age::is_within_or_ahead(at, lifetimes.offline_grant, now))
-    };
+    let in_outage =
+        |at: Option<SystemTime>| at.is_some_and(|at| age::is_within_or_ahead(at, ttls.offline_grant, now));
     // Another token of the same credential may do: only while this one cannot be asked about.
-    let account = in_outage(evidence.taken_at) && in_outage(evidence.account_at);
+    let account = in_outage(evidence.token_issued_at) && in_outage(evidence.account_granted_at);
     // What everyone could read once is no secret in an outage, however long ago that was.
-    if evidence.public_at.is_some() || account || in_outage(evidence.granted_at) {
+    if evidence.anonymous_granted_at.is_some() || account || in_outage(evidence.granted_at) {
         return Authorization::Expired;
     }
     Authorization::Unknown
@@ -113,7 +112,7 @@ pub fn standing(evidence: &GrantEvidence, lifetimes: &GrantTtls, now: SystemTime
 mod tests {
     use super::*;
 
-    const LIFETIMES: GrantTtls = GrantTtls {
+    const TTLS: GrantTtls = GrantTtls {
         grant: Duration::from_secs(300),
         offline_grant: Duration::from_secs(43_200),
     };
@@ -133,7 +132,7 @@ mod tests {
     #[test]
     fn standing_follows_the_evidence() {
         let nothing = GrantEvidence {
-            seen: true,
+            is_in_repository: true,
             ..GrantEvidence::default()
         };
         let ahead = |seconds| Some(now() + Duration::from_secs(seconds));
@@ -190,7 +189,7 @@ mod tests {
             (
                 "public in the future",
                 GrantEvidence {
-                    public_at: ahead(9),
+                    anonymous_granted_at: ahead(9),
                     ..nothing
                 },
                 Authorization::Expired,
@@ -198,7 +197,7 @@ mod tests {
             (
                 "public",
                 GrantEvidence {
-                    public_at: ago(43_199),
+                    anonymous_granted_at: ago(43_199),
                     ..nothing
                 },
                 Authorization::Granted,
@@ -206,7 +205,7 @@ mod tests {
             (
                 "public long ago",
                 GrantEvidence {
-                    public_at: ago(9_000_000),
+                    anonymous_granted_at: ago(9_000_000),
                     ..nothing
                 },
                 Authorization::Expired,
@@ -221,13 +220,13 @@ mod tests {
             ),
         ];
         for (name, evidence, expected) in table {
-            assert_eq!(standing(&evidence, &LIFETIMES, now()), expected, "{name}");
+            assert_eq!(authorize(&evidence, &TTLS, now()), expected, "{name}");
             let unseen = GrantEvidence {
-                seen: false,
+                is_in_repository: false,
                 ..evidence
             };
             assert_eq!(
-                standing(&unseen, &LIFETIMES, now()),
+                authorize(&unseen, &TTLS, now()),
                 Authorization::Unknown,
                 "{name}, never seen here"
             );
@@ -253,14 +252,14 @@ mod tests {
             ),
             ("never read here", ago(0), None, Authorization::Unknown),
         ];
-        for (name, taken_at, account_at, expected) in table {
+        for (name, token_issued_at, account_granted_at, expected) in table {
             let evidence = GrantEvidence {
-                seen: true,
-                taken_at,
-                account_at,
+                is_in_repository: true,
+                token_issued_at,
+                account_granted_at,
                 ..GrantEvidence::default()
             };
-            assert_eq!(standing(&evidence, &LIFETIMES, now()), expected, "{name}");
+            assert_eq!(authorize(&evidence, &TTLS, now()), expected, "{name}");
         }
     }
 

@@ -1,6 +1,6 @@
 //! What can be decided, each with the reason's one name: in the log, the metrics, `Cache-Status` and the admin API.
 
-use crate::oci::Cause;
+use crate::oci::UpstreamFailure;
 
 /// What to do, and why.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,7 +23,7 @@ impl Decision {
     pub fn name(self) -> &'static str {
         match self {
             Self::Revalidate => "ask",
-            Self::Serve(served) | Self::ProbeLayers(served) => served.name(),
+            Self::Serve(reason) | Self::ProbeLayers(reason) => reason.name(),
             Self::Fetch(why) => why.name(),
             Self::Deny(refusal) => refusal.name(),
         }
@@ -44,13 +44,13 @@ pub enum HitReason {
     /// The policy says not to ask for a newer one.
     NotRevalidated,
     /// The upstream is silent; the tag may have moved since.
-    StaleIfError(Cause),
+    StaleIfError(UpstreamFailure),
     /// The upstream is silent; asked for by digest, on a right shown before.
-    ExpiredGrant(Cause),
+    ExpiredGrant(UpstreamFailure),
     /// There is a newer one, but it could not be had.
-    StaleOnFetchError(Cause),
+    StaleOnFetchError(UpstreamFailure),
     /// The tag's newest image is not held whole and the rest cannot be had: the last one that is whole instead.
-    PreviousComplete(Option<Cause>),
+    PreviousComplete(Option<UpstreamFailure>),
     /// Gone upstream, and the rule says to keep serving it.
     RetainedDeleted,
     /// The upstream refuses the proxy's own credential.
@@ -93,7 +93,7 @@ impl HitReason {
     }
 
     /// Why the upstream gave no usable answer, where that is the reason.
-    pub fn cause(self) -> Option<Cause> {
+    pub fn cause(self) -> Option<UpstreamFailure> {
         match self {
             Self::StaleIfError(cause) | Self::ExpiredGrant(cause) | Self::StaleOnFetchError(cause) => {
                 Some(cause)
@@ -142,11 +142,11 @@ pub enum DenyReason {
     /// The upstream says that there is no such thing.
     NotFound,
     /// The upstream is silent, and there is nothing that may be served instead.
-    UpstreamUnavailable(Cause),
+    UpstreamUnavailable(UpstreamFailure),
     /// The upstream is silent, and the held copy was confirmed longer ago than `stale` allows.
-    StaleLimitExceeded(Cause),
+    StaleLimitExceeded(UpstreamFailure),
     /// The upstream is silent, and of the image only a part is held.
-    Incomplete(Cause),
+    Incomplete(UpstreamFailure),
 }
 
 impl DenyReason {

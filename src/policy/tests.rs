@@ -21,7 +21,7 @@ fn new_digest() -> Digest {
     Digest::of(Algorithm::Sha256, b"new")
 }
 
-const CAUSE: Cause = Cause::Refused;
+const CAUSE: UpstreamFailure = UpstreamFailure::ConnectionRefused;
 
 /// What can be missing of an image, and which earlier one may stand in.
 fn rests() -> [Completeness; 4] {
@@ -35,8 +35,8 @@ fn rests() -> [Completeness; 4] {
     ]
 }
 
-fn names(digest: Digest, holding: Presence) -> Revalidation {
-    Revalidation::Digest { digest, holding }
+fn names(digest: Digest, presence: Presence) -> Revalidation {
+    Revalidation::Digest { digest, presence }
 }
 
 /// The whole input space: each field takes every value that the decision can tell apart.
@@ -51,14 +51,14 @@ fn every_situation() -> Vec<CacheState> {
     ];
     let mut helds = vec![None];
     for confirmed_at in ages {
-        for (is_moved, is_in_doubt) in [(false, false), (true, false), (false, true), (true, true)] {
-            helds.extend(rests().map(|rest| {
+        for (is_moved, is_invalidated) in [(false, false), (true, false), (false, true), (true, true)] {
+            helds.extend(rests().map(|completeness| {
                 Some(CachedEntry {
                     digest: old_digest(),
                     confirmed_at,
                     is_moved,
-                    rest,
-                    is_in_doubt,
+                    completeness,
+                    is_invalidated,
                 })
             }));
         }
@@ -75,28 +75,28 @@ fn every_situation() -> Vec<CacheState> {
         Revalidation::Denied(CredentialOwner::Client),
         Revalidation::Denied(CredentialOwner::Proxy),
         Revalidation::Unavailable(CAUSE),
-        Revalidation::Unavailable(Cause::RateLimited),
+        Revalidation::Unavailable(UpstreamFailure::RateLimited),
         Revalidation::FetchFailed(CAUSE),
     ];
     let mut all = Vec::new();
     for policy in Policy::ALL {
-        for subject in [ContentKind::Tag, ContentKind::Manifest, ContentKind::Blob] {
-            for &held in helds.iter().filter(|held| can_be(subject, **held)) {
-                for standing in [
+        for kind in [ContentKind::Tag, ContentKind::Manifest, ContentKind::Blob] {
+            for &cached in helds.iter().filter(|cached| can_be(kind, **cached)) {
+                for authorization in [
                     Authorization::Unknown,
                     Authorization::Expired,
                     Authorization::Granted,
                 ] {
-                    for heard in hearings {
+                    for revalidation in hearings {
                         for absent in OnNotFound::ALL {
                             for fresh in [Duration::ZERO, FRESH] {
                                 for stale in [None, Some(STALE)] {
                                     all.push(CacheState {
                                         policy,
-                                        subject,
-                                        held,
-                                        standing,
-                                        heard,
+                                        kind,
+                                        cached,
+                                        authorization,
+                                        revalidation,
                                         absent,
                                         fresh,
                                         stale,
@@ -114,11 +114,11 @@ fn every_situation() -> Vec<CacheState> {
 }
 
 /// Only a tag moves and has an earlier image, and a blob points to nothing.
-fn can_be(subject: ContentKind, held: Option<CachedEntry>) -> bool {
-    if subject != ContentKind::Tag && held.is_some_and(|held| held.is_moved) {
+fn can_be(kind: ContentKind, cached: Option<CachedEntry>) -> bool {
+    if kind != ContentKind::Tag && cached.is_some_and(|cached| cached.is_moved) {
         return false;
     }
-    match (subject, held.map(|held| held.rest)) {
+    match (kind, cached.map(|cached| cached.completeness)) {
         (ContentKind::Tag, _) | (_, None | Some(Completeness::Complete)) => true,
         (ContentKind::Manifest, Some(Completeness::Incomplete { previous })) => previous.is_none(),
         (ContentKind::Blob, Some(Completeness::Incomplete { .. })) => false,
@@ -126,43 +126,44 @@ fn can_be(subject: ContentKind, held: Option<CachedEntry>) -> bool {
 }
 
 fn is_whole(s: &CacheState) -> bool {
-    s.held.is_some_and(|held| held.rest == Completeness::Complete)
+    s.cached
+        .is_some_and(|cached| cached.completeness == Completeness::Complete)
 }
 
 fn has_whole(s: &CacheState) -> bool {
-    s.held
-        .is_some_and(|held| held.rest != Completeness::Incomplete { previous: None })
+    s.cached
+        .is_some_and(|cached| cached.completeness != Completeness::Incomplete { previous: None })
 }
 
 /// Checks `law` in every situation where `applies` holds, and that there is at least one such situation.
 fn law(name: &str, applies: impl Fn(&CacheState) -> bool, law: impl Fn(&CacheState, Decision) -> bool) {
     let mut checked = 0;
-    for situation in every_situation().into_iter().filter(|s| applies(s)) {
-        let verdict = decide(&situation);
-        assert!(
-            law(&situation, verdict),
-            "{name}: {situation:#?} gave {verdict:?}"
-        );
+    for state in every_situation().into_iter().filter(|s| applies(s)) {
+        let decision = decide(&state);
+        assert!(law(&state, decision), "{name}: {state:#?} gave {decision:?}");
         checked += 1;
     }
     assert!(checked > 0, "{name}: applies to no situation");
 }
 
-fn in_doubt(s: &CacheState) -> bool {
-    s.held.is_some_and(|held| held.is_in_doubt)
+fn invalidated(s: &CacheState) -> bool {
+    s.cached.is_some_and(|cached| cached.is_invalidated)
 }
 
-fn serves(verdict: Decision) -> bool {
-    matches!(verdict, Decision::Serve(_))
+fn serves(decision: Decision) -> bool {
+    matches!(decision, Decision::Serve(_))
 }
 
 fn named(s: &CacheState) -> bool {
-    matches!(s.heard, Revalidation::Digest { .. } | Revalidation::NoDigest)
+    matches!(
+        s.revalidation,
+        Revalidation::Digest { .. } | Revalidation::NoDigest
+    )
 }
 
 fn no_answer(s: &CacheState) -> bool {
     matches!(
-        s.heard,
+        s.revalidation,
         Revalidation::Unavailable(_) | Revalidation::FetchFailed(_)
     )
 }
@@ -182,10 +183,11 @@ fn the_space_is_enumerated_whole() {
 fn nothing_is_served_that_is_not_held() {
     law(
         "serve needs a copy",
-        |s| s.held.is_none(),
+        |s| s.cached.is_none(),
         |s, v| {
-            let named = matches!(s.heard, Revalidation::Digest { holding, .. } if holding != Presence::None);
-            !serves(v) || named && s.subject == ContentKind::Tag
+            let named =
+                matches!(s.revalidation, Revalidation::Digest { presence, .. } if presence != Presence::None);
+            !serves(v) || named && s.kind == ContentKind::Tag
         },
     );
 }
@@ -194,7 +196,7 @@ fn nothing_is_served_that_is_not_held() {
 fn a_refusal_of_the_clients_credential_is_never_answered_from_the_cache() {
     law(
         "401/403 is final",
-        |s| s.heard == Revalidation::Denied(CredentialOwner::Client),
+        |s| s.revalidation == Revalidation::Denied(CredentialOwner::Client),
         |_, v| v == Decision::Deny(DenyReason::Forbidden),
     );
 }
@@ -203,7 +205,7 @@ fn a_refusal_of_the_clients_credential_is_never_answered_from_the_cache() {
 fn a_stranger_gets_nothing_without_the_upstreams_yes() {
     law(
         "a stranger is not served",
-        |s| s.standing == Authorization::Unknown && !named(s),
+        |s| s.authorization == Authorization::Unknown && !named(s),
         |_, v| !serves(v),
     );
 }
@@ -213,15 +215,15 @@ fn r01_under_never_a_refusal_tells_a_stranger_nothing() {
     law(
         "one refusal, held or not",
         |s| {
-            s.standing == Authorization::Unknown
+            s.authorization == Authorization::Unknown
                 && s.policy == Policy::Never
-                && s.heard == Revalidation::NotDone
+                && s.revalidation == Revalidation::NotDone
         },
         |_, v| v == Decision::Deny(DenyReason::NotAuthorized),
     );
     law(
         "and only strangers get it",
-        |s| s.standing != Authorization::Unknown,
+        |s| s.authorization != Authorization::Unknown,
         |_, v| v != Decision::Deny(DenyReason::NotAuthorized),
     );
 }
@@ -231,8 +233,8 @@ fn a_lapsed_grant_is_good_only_while_the_upstream_cannot_be_asked() {
     law(
         "a lapsed grant does not serve before asking",
         |s| {
-            s.standing == Authorization::Expired
-                && s.heard == Revalidation::NotDone
+            s.authorization == Authorization::Expired
+                && s.revalidation == Revalidation::NotDone
                 && s.policy != Policy::Never
         },
         |_, v| !serves(v),
@@ -243,7 +245,7 @@ fn a_lapsed_grant_is_good_only_while_the_upstream_cannot_be_asked() {
 fn policy_always_serves_a_tag_only_on_a_yes_given_now() {
     law(
         "always needs a yes",
-        |s| s.policy == Policy::Always && s.subject == ContentKind::Tag && !named(s),
+        |s| s.policy == Policy::Always && s.kind == ContentKind::Tag && !named(s),
         |_, v| !serves(v),
     );
 }
@@ -252,7 +254,7 @@ fn policy_always_serves_a_tag_only_on_a_yes_given_now() {
 fn policy_never_contacts_nobody() {
     law(
         "never neither asks nor fetches",
-        |s| s.policy == Policy::Never && s.heard == Revalidation::NotDone,
+        |s| s.policy == Policy::Never && s.revalidation == Revalidation::NotDone,
         |_, v| !matches!(v, Decision::Revalidate | Decision::Fetch(_)),
     );
 }
@@ -261,7 +263,7 @@ fn policy_never_contacts_nobody() {
 fn t16_what_is_in_doubt_is_served_unasked_under_no_policy_but_never() {
     law(
         "in doubt, the upstream is asked",
-        |s| in_doubt(s) && s.heard == Revalidation::NotDone && s.policy != Policy::Never,
+        |s| invalidated(s) && s.revalidation == Revalidation::NotDone && s.policy != Policy::Never,
         |_, v| v == Decision::Revalidate,
     );
 }
@@ -271,9 +273,9 @@ fn t16_a_tag_in_doubt_is_not_answered_with_the_old_copy_once_it_moved() {
     law(
         "in doubt, the newest word counts",
         |s| {
-            in_doubt(s)
-                && s.subject == ContentKind::Tag
-                && matches!(s.heard, Revalidation::Digest { digest, .. } if digest == new_digest())
+            invalidated(s)
+                && s.kind == ContentKind::Tag
+                && matches!(s.revalidation, Revalidation::Digest { digest, .. } if digest == new_digest())
         },
         |_, v| {
             matches!(
@@ -288,16 +290,16 @@ fn t16_a_tag_in_doubt_is_not_answered_with_the_old_copy_once_it_moved() {
 
 #[test]
 fn t16_a_doubt_takes_nothing_away_in_an_outage() {
-    for situation in every_situation()
+    for state in every_situation()
         .into_iter()
-        .filter(|s| in_doubt(s) && no_answer(s))
+        .filter(|s| invalidated(s) && no_answer(s))
     {
-        let held = situation.held.map(|held| CachedEntry {
-            is_in_doubt: false,
-            ..held
+        let cached = state.cached.map(|cached| CachedEntry {
+            is_invalidated: false,
+            ..cached
         });
-        let without = CacheState { held, ..situation };
-        assert_eq!(decide(&situation), decide(&without), "{situation:#?}");
+        let without = CacheState { cached, ..state };
+        assert_eq!(decide(&state), decide(&without), "{state:#?}");
     }
 }
 
@@ -307,11 +309,11 @@ fn a_tag_older_than_stale_is_not_served_on_silence() {
         "stale is a limit",
         |s| {
             let too_old = |at| at <= now() - STALE || at > now() + age::AHEAD_MAX;
-            let old = s.held.is_some_and(|held| match held.rest {
+            let old = s.cached.is_some_and(|cached| match cached.completeness {
                 Completeness::Incomplete { previous: Some(at) } => too_old(at),
-                _ => too_old(held.confirmed_at),
+                _ => too_old(cached.confirmed_at),
             });
-            s.stale.is_some() && old && no_answer(s) && s.subject == ContentKind::Tag
+            s.stale.is_some() && old && no_answer(s) && s.kind == ContentKind::Tag
         },
         |_, v| !serves(v),
     );
@@ -321,7 +323,7 @@ fn a_tag_older_than_stale_is_not_served_on_silence() {
 fn an_absent_thing_is_served_only_where_the_rule_keeps_it() {
     law(
         "404 refuses",
-        |s| s.heard == Revalidation::NotFound && s.absent == OnNotFound::Refuse,
+        |s| s.revalidation == Revalidation::NotFound && s.absent == OnNotFound::Refuse,
         |_, v| v == Decision::Deny(DenyReason::NotFound),
     );
 }
@@ -333,7 +335,7 @@ fn an_absence_and_a_silence_are_never_taken_for_each_other() {
     });
     law(
         "absence is not silence",
-        |s| s.heard == Revalidation::NotFound,
+        |s| s.revalidation == Revalidation::NotFound,
         |_, v| {
             !matches!(
                 v,
@@ -351,7 +353,7 @@ fn an_absence_and_a_silence_are_never_taken_for_each_other() {
 fn nothing_is_asked_twice() {
     law(
         "one question",
-        |s| s.heard != Revalidation::NotDone,
+        |s| s.revalidation != Revalidation::NotDone,
         |_, v| v != Decision::Revalidate,
     );
 }
@@ -368,11 +370,11 @@ fn a_moved_tag_is_not_answered_with_the_old_copy() {
     law(
         "newer wins",
         |s| {
-            matches!(s.heard, Revalidation::Digest { digest, .. } if digest == new_digest())
-                && s.subject == ContentKind::Tag
+            matches!(s.revalidation, Revalidation::Digest { digest, .. } if digest == new_digest())
+                && s.kind == ContentKind::Tag
                 && matches!(s.policy, Policy::Always | Policy::IfNewer)
         },
-        |_, v| !matches!(v, Decision::Serve(served) | Decision::ProbeLayers(served) if served != HitReason::TagMoved),
+        |_, v| !matches!(v, Decision::Serve(reason) | Decision::ProbeLayers(reason) if reason != HitReason::TagMoved),
     );
 }
 
@@ -382,17 +384,17 @@ fn half_an_image_is_served_only_on_the_upstreams_word() {
         "a tag that is not whole is not served on silence",
         |s| {
             no_answer(s)
-                && s.subject == ContentKind::Tag
-                && s.heard != Revalidation::Unavailable(Cause::RateLimited)
-                && s.held.is_some()
+                && s.kind == ContentKind::Tag
+                && s.revalidation != Revalidation::Unavailable(UpstreamFailure::RateLimited)
+                && s.cached.is_some()
                 && !has_whole(s)
         },
         |_, v| matches!(v, Decision::Deny(_)),
     );
     law(
         "nor before asking",
-        |s| s.heard == Revalidation::NotDone && s.subject == ContentKind::Tag && !is_whole(s),
-        |_, v| !matches!(v, Decision::Serve(served) if served != HitReason::PreviousComplete(None)),
+        |s| s.revalidation == Revalidation::NotDone && s.kind == ContentKind::Tag && !is_whole(s),
+        |_, v| !matches!(v, Decision::Serve(reason) if reason != HitReason::PreviousComplete(None)),
     );
 }
 
@@ -403,20 +405,23 @@ fn half_an_image_is_served_only_on_the_upstreams_word() {
 fn m02_by_digest_what_is_cached_is_served_whatever_its_parts() {
     law(
         "the rest plays no part",
-        |s| s.subject == ContentKind::Manifest && s.held.is_some() && !is_whole(s),
+        |s| s.kind == ContentKind::Manifest && s.cached.is_some() && !is_whole(s),
         |s, v| {
-            let rest = Completeness::Complete;
-            let held = s.held.map(|held| CachedEntry { rest, ..held });
-            v == decide(&CacheState { held, ..*s })
+            let completeness = Completeness::Complete;
+            let cached = s.cached.map(|cached| CachedEntry {
+                completeness,
+                ..cached
+            });
+            v == decide(&CacheState { cached, ..*s })
         },
     );
     law(
         "silence serves the entitled",
         |s| {
-            s.subject == ContentKind::Manifest
-                && matches!(s.heard, Revalidation::Unavailable(_))
-                && s.held.is_some()
-                && s.standing != Authorization::Unknown
+            s.kind == ContentKind::Manifest
+                && matches!(s.revalidation, Revalidation::Unavailable(_))
+                && s.cached.is_some()
+                && s.authorization != Authorization::Unknown
                 && s.policy != Policy::Always
         },
         |_, v| serves(v),
@@ -430,22 +435,22 @@ fn half_an_image_is_not_served_where_a_whole_one_is_held() {
         |s| has_whole(s) && !is_whole(s),
         |s, v| {
             let moved_to_whole = matches!(
-                s.heard,
+                s.revalidation,
                 Revalidation::Digest {
-                    holding: Presence::Complete,
+                    presence: Presence::Complete,
                     ..
                 }
             );
             moved_to_whole
-                || !matches!(v, Decision::Serve(served) if !matches!(served, HitReason::PreviousComplete(_)))
+                || !matches!(v, Decision::Serve(reason) if !matches!(reason, HitReason::PreviousComplete(_)))
         },
     );
     law(
         "a new one is not believed whole",
         |s| {
             has_whole(s)
-                && s.heard == names(new_digest(), Presence::ManifestOnly)
-                && s.subject == ContentKind::Tag
+                && s.revalidation == names(new_digest(), Presence::ManifestOnly)
+                && s.kind == ContentKind::Tag
         },
         |s, v| matches!(v, Decision::ProbeLayers(_)) || s.policy == Policy::IfNotPresent && is_whole(s),
     );
@@ -458,9 +463,9 @@ fn a_whole_image_is_never_checked_again() {
         |s| {
             is_whole(s)
                 && !matches!(
-                    s.heard,
+                    s.revalidation,
                     Revalidation::Digest {
-                        holding: Presence::ManifestOnly,
+                        presence: Presence::ManifestOnly,
                         ..
                     }
                 )
@@ -473,8 +478,8 @@ fn a_whole_image_is_never_checked_again() {
 fn what_may_be_outdated_says_so() {
     law(
         "a tag served on silence is marked",
-        |s| s.subject == ContentKind::Tag && (no_answer(s) || s.heard == Revalidation::NotFound),
-        |_, v| !matches!(v, Decision::Serve(served) if !served.may_be_outdated()),
+        |s| s.kind == ContentKind::Tag && (no_answer(s) || s.revalidation == Revalidation::NotFound),
+        |_, v| !matches!(v, Decision::Serve(reason) if !reason.may_be_outdated()),
     );
 }
 
@@ -486,13 +491,13 @@ fn a_fresh_tag_is_not_asked_about() {
         "fresh asks nothing",
         |s| {
             s.policy == Policy::IfNewer
-                && s.subject == ContentKind::Tag
-                && s.standing == Authorization::Granted
+                && s.kind == ContentKind::Tag
+                && s.authorization == Authorization::Granted
                 && s.fresh == FRESH
-                && s.heard == Revalidation::NotDone
+                && s.revalidation == Revalidation::NotDone
                 && is_whole(s)
-                && s.held.is_some_and(|h| {
-                    h.confirmed_at == now() - Duration::from_secs(1) && !h.is_moved && !h.is_in_doubt
+                && s.cached.is_some_and(|h| {
+                    h.confirmed_at == now() - Duration::from_secs(1) && !h.is_moved && !h.is_invalidated
                 })
         },
         |_, v| v == Decision::Serve(HitReason::Fresh),
@@ -503,16 +508,16 @@ fn a_fresh_tag_is_not_asked_about() {
 fn o01_a_tag_that_another_client_saw_move_is_not_fresh() {
     law(
         "moved is not fresh",
-        |s| s.held.is_some_and(|h| h.is_moved),
+        |s| s.cached.is_some_and(|h| h.is_moved),
         |_, v| v != Decision::Serve(HitReason::Fresh),
     );
     law(
         "and nothing else changes",
-        |s| s.held.is_some_and(|h| h.is_moved),
+        |s| s.cached.is_some_and(|h| h.is_moved),
         |s, v| {
             let is_moved = false;
-            let held = s.held.map(|held| CachedEntry { is_moved, ..held });
-            let unmoved = decide(&CacheState { held, ..*s });
+            let cached = s.cached.map(|cached| CachedEntry { is_moved, ..cached });
+            let unmoved = decide(&CacheState { cached, ..*s });
             v == unmoved || unmoved == Decision::Serve(HitReason::Fresh) && v == Decision::Revalidate
         },
     );
@@ -522,7 +527,7 @@ fn o01_a_tag_that_another_client_saw_move_is_not_fresh() {
 fn a_clock_that_stepped_back_makes_nothing_fresh() {
     law(
         "the future is not fresh",
-        |s| s.held.is_some_and(|h| h.confirmed_at > now()),
+        |s| s.cached.is_some_and(|h| h.confirmed_at > now()),
         |_, v| v != Decision::Serve(HitReason::Fresh),
     );
 }
@@ -532,12 +537,12 @@ fn content_by_digest_is_not_asked_about_for_the_vouched() {
     law(
         "immutable",
         |s| {
-            s.subject != ContentKind::Tag
-                && s.held.is_some()
-                && s.standing == Authorization::Granted
-                && s.heard == Revalidation::NotDone
+            s.kind != ContentKind::Tag
+                && s.cached.is_some()
+                && s.authorization == Authorization::Granted
+                && s.revalidation == Revalidation::NotDone
                 && s.policy != Policy::Never
-                && !in_doubt(s)
+                && !invalidated(s)
         },
         |_, v| v == Decision::Serve(HitReason::Immutable),
     );
@@ -548,16 +553,16 @@ fn what_is_held_is_not_fetched() {
     law(
         "an unchanged digest is served",
         |s| {
-            matches!(s.heard, Revalidation::Digest { digest, .. } if digest == old_digest())
-                && s.held.is_some()
+            matches!(s.revalidation, Revalidation::Digest { digest, .. } if digest == old_digest())
+                && s.cached.is_some()
         },
         |_, v| serves(v) || matches!(v, Decision::ProbeLayers(_)),
     );
     law(
         "a digest held under another name is served",
         |s| {
-            matches!(s.heard, Revalidation::Digest { holding, .. } if holding != Presence::None)
-                && s.subject == ContentKind::Tag
+            matches!(s.revalidation, Revalidation::Digest { presence, .. } if presence != Presence::None)
+                && s.kind == ContentKind::Tag
         },
         |_, v| serves(v) || matches!(v, Decision::ProbeLayers(_)),
     );
@@ -567,7 +572,7 @@ fn what_is_held_is_not_fetched() {
 fn what_is_not_held_is_not_asked_about_first() {
     law(
         "the fetch is the question",
-        |s| s.held.is_none() && s.heard == Revalidation::NotDone && s.policy != Policy::Never,
+        |s| s.cached.is_none() && s.revalidation == Revalidation::NotDone && s.policy != Policy::Never,
         |_, v| v == Decision::Fetch(MissReason::NotCached),
     );
 }
@@ -576,7 +581,7 @@ fn what_is_not_held_is_not_asked_about_first() {
 fn if_not_present_never_fetches_what_is_present() {
     law(
         "present is enough",
-        |s| s.policy == Policy::IfNotPresent && s.held.is_some() && !in_doubt(s),
+        |s| s.policy == Policy::IfNotPresent && s.cached.is_some() && !invalidated(s),
         |_, v| !matches!(v, Decision::Fetch(_)),
     );
 }
@@ -586,9 +591,9 @@ fn the_entitled_are_served_through_an_outage() {
     law(
         "silence serves the entitled",
         |s| {
-            matches!(s.heard, Revalidation::Unavailable(_))
+            matches!(s.revalidation, Revalidation::Unavailable(_))
                 && has_whole(s)
-                && s.standing != Authorization::Unknown
+                && s.authorization != Authorization::Unknown
                 && s.policy != Policy::Always
                 && s.stale.is_none()
         },
@@ -601,9 +606,9 @@ fn our_own_refused_credential_does_not_stop_the_entitled() {
     law(
         "the operator's mistake",
         |s| {
-            s.heard == Revalidation::Denied(CredentialOwner::Proxy)
+            s.revalidation == Revalidation::Denied(CredentialOwner::Proxy)
                 && has_whole(s)
-                && s.standing != Authorization::Unknown
+                && s.authorization != Authorization::Unknown
                 && s.policy != Policy::Always
                 && s.stale.is_none()
         },
@@ -613,22 +618,22 @@ fn our_own_refused_credential_does_not_stop_the_entitled() {
 
 #[test]
 fn less_standing_never_serves_more() {
-    for situation in every_situation() {
+    for state in every_situation() {
         for (less, more) in [
             (Authorization::Unknown, Authorization::Expired),
             (Authorization::Expired, Authorization::Granted),
         ] {
             let with_less = decide(&CacheState {
-                standing: less,
-                ..situation
+                authorization: less,
+                ..state
             });
             let with_more = decide(&CacheState {
-                standing: more,
-                ..situation
+                authorization: more,
+                ..state
             });
             assert!(
                 !serves(with_less) || serves(with_more),
-                "{situation:#?}: {with_less:?} but {with_more:?}"
+                "{state:#?}: {with_less:?} but {with_more:?}"
             );
         }
     }
@@ -640,26 +645,26 @@ fn less_standing_never_serves_more() {
 /// differ, pull; (5) if the remote digest cannot be had, use the held image.
 #[test]
 fn the_rule_as_it_was_asked_for() {
-    let situation = CacheState {
+    let state = CacheState {
         policy: Policy::IfNewer,
-        subject: ContentKind::Tag,
-        held: Some(CachedEntry {
+        kind: ContentKind::Tag,
+        cached: Some(CachedEntry {
             digest: old_digest(),
             confirmed_at: now() - STALE,
             is_moved: false,
-            rest: Completeness::Complete,
-            is_in_doubt: false,
+            completeness: Completeness::Complete,
+            is_invalidated: false,
         }),
-        standing: Authorization::Granted,
-        heard: Revalidation::NotDone,
+        authorization: Authorization::Granted,
+        revalidation: Revalidation::NotDone,
         absent: OnNotFound::Refuse,
         fresh: Duration::ZERO,
         stale: None,
         now: now(),
     };
     let not_held = CacheState {
-        held: None,
-        ..situation
+        cached: None,
+        ..state
     };
     let same = names(old_digest(), Presence::Complete);
     let other = names(new_digest(), Presence::None);
@@ -671,32 +676,32 @@ fn the_rule_as_it_was_asked_for() {
         ),
         (
             "3. held: take the digest of the remote one",
-            situation,
+            state,
             Decision::Revalidate,
         ),
         (
             "4. the same: use the held one",
-            situation.with_revalidation(same),
+            state.with_revalidation(same),
             Decision::Serve(HitReason::Revalidated),
         ),
         (
             "4. they differ: pull",
-            situation.with_revalidation(other),
+            state.with_revalidation(other),
             Decision::Fetch(MissReason::NewDigest),
         ),
         (
             "5. the remote digest cannot be had: use the held one",
-            situation.with_revalidation(Revalidation::Unavailable(Cause::Timeout)),
-            Decision::Serve(HitReason::StaleIfError(Cause::Timeout)),
+            state.with_revalidation(Revalidation::Unavailable(UpstreamFailure::Timeout)),
+            Decision::Serve(HitReason::StaleIfError(UpstreamFailure::Timeout)),
         ),
         (
             "and never around the authentication of a private registry",
-            situation.with_revalidation(Revalidation::Denied(CredentialOwner::Client)),
+            state.with_revalidation(Revalidation::Denied(CredentialOwner::Client)),
             Decision::Deny(DenyReason::Forbidden),
         ),
     ];
-    for (step, situation, expected) in table {
-        assert_eq!(decide(&situation), expected, "{step}");
+    for (step, state, expected) in table {
+        assert_eq!(decide(&state), expected, "{step}");
     }
 }
 

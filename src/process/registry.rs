@@ -35,7 +35,7 @@ impl UpstreamContext {
         Observer::new(move |exchanged| {
             telemetry.record_upstream(&UpstreamRecord {
                 upstream: exchanged.upstream,
-                operation: exchanged.operation,
+                operation: exchanged.endpoint,
                 code: exchanged.code,
                 ended: clock.now(),
                 took: exchanged.took,

@@ -12,10 +12,10 @@ use super::manifest::refused;
 use super::{ProxyResponse, ProxyService, Request, UpstreamRegistry};
 use crate::age;
 use crate::oci::challenge::Challenge;
-use crate::oci::{Accept, Operation};
+use crate::oci::{Accept, Endpoint};
 use crate::policy::DenyReason;
 use crate::store::challenges::StoredChallenge;
-use crate::trace_context::Trace;
+use crate::trace_context::TraceContext;
 use crate::upstream::UpstreamResponse;
 
 /// A challenge this old is asked for again. Registries change theirs once in years.
@@ -92,18 +92,18 @@ impl ProxyService {
         if let Some(kept) = kept.as_ref().filter(|kept| is_fresh(kept)) {
             return Ok(Arc::clone(kept));
         }
-        let caller = self.principals.stranger(&Trace::begun());
+        let caller = self.principals.stranger(&TraceContext::new_root());
         let wait = match &kept {
             Some(_) => site
                 .upstream()
-                .wait_limit(&caller, (&Operation::Ping, false), BUDGET),
+                .wait_limit(&caller, (&Endpoint::Ping, false), BUDGET),
             None => Ok(BUDGET),
         };
         let wait = match (wait, &kept) {
             (Err(_), Some(kept)) => return Ok(Arc::clone(kept)),
             (wait, _) => wait.unwrap_or(BUDGET),
         };
-        let flight = self
+        let call = self
             .challenges
             .share((site.name().into(), site.upstream().settings_id()), || {
                 let (pull, site) = (Arc::clone(self), Arc::clone(site));
@@ -111,19 +111,21 @@ impl ProxyService {
             });
         let answer = match &kept {
             Some(_) => {
-                let answer = tokio::time::timeout(wait, flight.landed()).await;
+                let answer = tokio::time::timeout(wait, call.wait()).await;
                 if answer.is_err() {
-                    site.upstream().record_timeout(&caller, &Operation::Ping, wait);
+                    site.upstream().record_timeout(&caller, &Endpoint::Ping, wait);
                 }
                 answer.ok().flatten()
             }
-            None => flight.landed().await,
+            None => call.wait().await,
         };
         match (answer, kept) {
             (Some(Ok(new)), _) => Ok(new),
             (_, Some(kept)) => Ok(kept),
             (Some(Err(answer)), None) => Err(answer),
-            (None, None) => Err(Arc::new(UpstreamResponse::unavailable(crate::oci::Cause::Busy))),
+            (None, None) => Err(Arc::new(UpstreamResponse::unavailable(
+                crate::oci::UpstreamFailure::Busy,
+            ))),
         }
     }
 
@@ -131,10 +133,10 @@ impl ProxyService {
         &self,
         site: &Arc<UpstreamRegistry>,
     ) -> Result<Arc<StoredChallenge>, Arc<UpstreamResponse>> {
-        let caller = self.principals.stranger(&Trace::begun());
+        let caller = self.principals.stranger(&TraceContext::new_root());
         let asked = site
             .upstream()
-            .get(&caller, &Operation::Ping, &Accept::any(), None)
+            .get(&caller, &Endpoint::Ping, &Accept::any(), None)
             .await;
         let lines = match asked {
             Ok(_) => Vec::new(),

@@ -10,10 +10,8 @@ use quick_cache::sync::Cache;
 use super::manifest_fetch::UpstreamRequest;
 use super::prefetch::ContentKey;
 use super::{ProxyResponse, ProxyService, Request, UpstreamRegistry};
-use crate::oci::manifest::{Descriptor, Kind, Role};
-use crate::oci::{
-    Accept, AnyDigest, Digest, Manifest, Operation, Query, RangeRequest, Reference, Repository,
-};
+use crate::oci::manifest::{Descriptor, DescriptorKind, ManifestKind};
+use crate::oci::{Accept, AnyDigest, Digest, Endpoint, Manifest, Query, RangeRequest, Reference, Repository};
 use crate::policy::DenyReason;
 use crate::queue::Peer;
 use crate::store::manifests::StoredManifest;
@@ -47,12 +45,12 @@ impl Default for Attestations {
 impl Attestations {
     /// Remembers what an index lists.
     pub(super) fn learn(&self, site: &UpstreamRegistry, repository: &Repository, index: &StoredManifest) {
-        if index.manifest.kind != Kind::Index {
+        if index.manifest.kind != ManifestKind::Index {
             return;
         }
         let upstream: Arc<str> = site.name().into();
-        for child in &index.manifest.children {
-            let (Some(image), AnyDigest::Known(attestation)) = (child.attests, &child.digest) else {
+        for child in &index.manifest.descriptors {
+            let (Some(image), AnyDigest::Supported(attestation)) = (child.attests, &child.digest) else {
                 continue;
             };
             let key = (Arc::clone(&upstream), repository.clone(), image);
@@ -85,7 +83,7 @@ impl ProxyService {
     /// Brings the attestation of an image, with its blobs and with what refers to it, on the right of a client that was
     /// given the image.
     pub async fn bring_attestation(self: &Arc<Self>, request: &Request, image: &Digest) {
-        if let Some(repository) = request.operation.repository() {
+        if let Some(repository) = request.endpoint.repository() {
             let of = UpstreamRequest::of(request, repository, &self.caller(request));
             self.bring_attached(&of, image).await;
         }
@@ -102,22 +100,22 @@ impl ProxyService {
 
     /// Brings what refers to a manifest, or that nothing does. Says whether the upstream has answered.
     async fn bring_referrers(self: &Arc<Self>, of: &UpstreamRequest, subject: Digest) -> bool {
-        let operation = Operation::Referrers {
+        let endpoint = Endpoint::Referrers {
             repository: of.repository.clone(),
-            digest: AnyDigest::Known(subject),
+            digest: AnyDigest::Supported(subject),
             query: Query::default(),
         };
-        let listed = match self.ask_as(of, operation).await {
+        let listed = match self.ask_as(of, endpoint).await {
             ProxyResponse::Listing(listing, _) => Manifest::read(&listing.bytes).ok(),
             ProxyResponse::Denied(refused) if refused.refusal == DenyReason::NotFound => {
                 let Ok(tag) = subject.to_string().replacen(':', "-", 1).parse() else {
                     return true;
                 };
-                let operation = Operation::Manifest {
+                let endpoint = Endpoint::Manifest {
                     repository: of.repository.clone(),
                     reference: Reference::Tag(tag),
                 };
-                match self.ask_as(of, operation).await {
+                match self.ask_as(of, endpoint).await {
                     ProxyResponse::Manifest(held, _) => Some(held.manifest.clone()),
                     ProxyResponse::Denied(refused) => return refused.refusal == DenyReason::NotFound,
                     _ => None,
@@ -125,10 +123,12 @@ impl ProxyService {
             }
             _ => return false,
         };
-        let children = listed.map(|listed| listed.children).unwrap_or_default();
-        let manifests = children.iter().filter(|child| child.role == Role::Manifest);
+        let children = listed.map(|listed| listed.descriptors).unwrap_or_default();
+        let manifests = children
+            .iter()
+            .filter(|child| child.kind == DescriptorKind::Manifest);
         for child in manifests.take(REFERRERS_MAX) {
-            if let AnyDigest::Known(digest) = child.digest {
+            if let AnyDigest::Supported(digest) = child.digest {
                 self.bring_artifact(of, digest).await;
             }
         }
@@ -150,8 +150,8 @@ impl ProxyService {
         };
         let missing = self.missing(&of, &held).await;
         let is_small = |child: &&Descriptor| child.size.is_some_and(|size| size <= BLOB_BYTES_MAX);
-        for child in held.manifest.children.iter().filter(is_small) {
-            if let AnyDigest::Known(blob) = child.digest
+        for child in held.manifest.descriptors.iter().filter(is_small) {
+            if let AnyDigest::Supported(blob) = child.digest
                 && missing.iter().any(|(digest, _)| *digest == blob)
             {
                 self.prefetch_blob(of.clone(), blob, None).await;
@@ -161,14 +161,14 @@ impl ProxyService {
     }
 
     /// The outcome of a client's request, put on its right by the cache itself.
-    async fn ask_as(self: &Arc<Self>, of: &UpstreamRequest, operation: Operation) -> ProxyResponse {
+    async fn ask_as(self: &Arc<Self>, of: &UpstreamRequest, endpoint: Endpoint) -> ProxyResponse {
         let authorization: Option<HeaderValue> = match &of.caller.credential {
             Credential::Client(shown) => Some(shown.clone()),
             Credential::Anonymous | Credential::Configured => None,
         };
         let request = Request {
             site: Arc::clone(&of.site),
-            operation,
+            endpoint,
             head: false,
             accept: Accept::manifests(),
             authorization,

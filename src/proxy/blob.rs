@@ -15,7 +15,7 @@ use super::{
     AuthContext, BlobBody, ProxyResponse, ProxyService, Request, ServeInfo, ServeReason, passthrough,
 };
 use crate::download::{AHEAD_BYTES_MAX, Failure, Joined, Reader, WITHHELD_BYTES, Wish};
-use crate::oci::{AnyDigest, Cause, Digest, MediaType, RangeRequest, Repository};
+use crate::oci::{AnyDigest, Digest, MediaType, RangeRequest, Repository, UpstreamFailure};
 use crate::policy::rules::EffectivePolicy;
 use crate::policy::{
     Authorization, CacheState, CachedEntry, Completeness, ContentKind, CredentialOwner, Decision, DenyReason,
@@ -55,8 +55,8 @@ impl ProxyService {
     ) -> ProxyResponse {
         let context = self.context(request, repository).await;
         let digest = match digest {
-            AnyDigest::Known(digest) => digest,
-            AnyDigest::Foreign(_) => {
+            AnyDigest::Supported(digest) => digest,
+            AnyDigest::Unsupported(_) => {
                 return passthrough::unverifiable(self, request, repository, &context.caller, u64::MAX).await;
             }
         };
@@ -135,10 +135,10 @@ impl BlobRequest<'_> {
             digest: self.digest,
             confirmed_at: self.request.now,
             is_moved: false,
-            rest: Completeness::Complete,
-            is_in_doubt: self
+            completeness: Completeness::Complete,
+            is_invalidated: self
                 .pull
-                .is_in_doubt(&self.request.site, self.repository, self.digest.into()),
+                .is_invalidated(&self.request.site, self.repository, self.digest.into()),
         });
         self.context
             .situation(self.rule, ContentKind::Blob, held, seen, self.request.now)
@@ -162,8 +162,11 @@ impl BlobRequest<'_> {
                 self.pass_through(unseen).await
             };
         }
-        if !matches!(asked.heard, Revalidation::Digest { .. } | Revalidation::NoDigest) {
-            return refuse_unheld(unseen, asked.heard, asked.answer);
+        if !matches!(
+            asked.revalidation,
+            Revalidation::Digest { .. } | Revalidation::NoDigest
+        ) {
+            return refuse_unheld(unseen, asked.revalidation, asked.answer);
         }
         let (held, _) = self
             .pull
@@ -177,7 +180,11 @@ impl BlobRequest<'_> {
             None if self.request.head => self.head_said(unseen, asked),
             None => {
                 let standing = Authorization::Granted;
-                self.fetch(CacheState { standing, ..unseen }).await
+                self.fetch(CacheState {
+                    authorization: standing,
+                    ..unseen
+                })
+                .await
             }
         }
     }
@@ -192,9 +199,9 @@ impl BlobRequest<'_> {
         {
             asked = self.proven(Sample::of_content(content).await).await;
         }
-        match (decide(&situation.with_revalidation(asked.heard)), content) {
+        match (decide(&situation.with_revalidation(asked.revalidation)), content) {
             (Decision::Serve(served), Some((content, size))) => self.serve(content, size, served),
-            (Decision::Deny(refusal), _) => refused(refusal, asked.answer, is_own(asked.heard)),
+            (Decision::Deny(refusal), _) => refused(refusal, asked.answer, is_own(asked.revalidation)),
             // The copy went away while the question was out.
             _ => self.fetch(situation).await,
         }
@@ -204,7 +211,7 @@ impl BlobRequest<'_> {
     /// registry is silent there is no push to spoil.
     async fn for_push(&self, situation: &CacheState, size: u64, served: HitReason) -> ProxyResponse {
         let asked = self.ask(situation).await;
-        match asked.heard {
+        match asked.revalidation {
             Revalidation::NotFound => {
                 let own = Arc::clone(&self.request.site);
                 let (repository, digest) = (self.repository.clone(), self.digest);
@@ -216,7 +223,9 @@ impl BlobRequest<'_> {
                 super::revalidate::report(gone, "forget a blob that the registry no longer has");
                 refused(DenyReason::NotFound, asked.answer, false)
             }
-            Revalidation::Denied(_) => refused(DenyReason::Forbidden, asked.answer, is_own(asked.heard)),
+            Revalidation::Denied(_) => {
+                refused(DenyReason::Forbidden, asked.answer, is_own(asked.revalidation))
+            }
             _ => self.serve(BlobBody::Head, size, served),
         }
     }
@@ -269,14 +278,14 @@ impl BlobRequest<'_> {
         }
         let cause = match last.as_deref() {
             Some(Failure::Refused(answer)) => answer.cause(),
-            _ => Cause::Busy,
+            _ => UpstreamFailure::Busy,
         };
         refused(DenyReason::UpstreamUnavailable(cause), None, false)
     }
 
     async fn head(&self, situation: CacheState) -> ProxyResponse {
         // Verified and seen here, and not named yet.
-        if situation.standing == Authorization::Granted
+        if situation.authorization == Authorization::Granted
             && let Some(size) = self.pull.downloads.verified_size(&self.digest)
         {
             return self.serve(BlobBody::Head, size, HitReason::Immutable);
@@ -286,13 +295,13 @@ impl BlobRequest<'_> {
     }
 
     fn head_said(&self, situation: CacheState, asked: Revalidated) -> ProxyResponse {
-        match (asked.heard, &asked.answer) {
+        match (asked.revalidation, &asked.answer) {
             (Revalidation::Digest { .. } | Revalidation::NoDigest, Some(answer)) => {
                 self.head_given(answer.length)
             }
             // Passed on as the upstream's word: nothing is noted because of it.
             (_, Some(answer)) if asked.is_unproven() => self.head_given(answer.length),
-            (heard, _) => refuse_unheld(situation, heard, asked.answer),
+            (revalidation, _) => refuse_unheld(situation, revalidation, asked.answer),
         }
     }
 
@@ -304,18 +313,18 @@ impl BlobRequest<'_> {
     async fn proven(&self, sample: Option<Sample>) -> Revalidated {
         let Some(sample) = sample else {
             return Revalidated {
-                heard: Revalidation::Unavailable(Cause::NotRegistry),
+                revalidation: Revalidation::Unavailable(UpstreamFailure::NotRegistry),
                 answer: None,
             };
         };
         let of = self.wanted();
         match self.pull.prove(&of, self.digest, &sample).await {
             Ok(()) => Revalidated {
-                heard: Revalidation::NoDigest,
+                revalidation: Revalidation::NoDigest,
                 answer: None,
             },
             Err(answer) => Revalidated {
-                heard: self.pull.heard(&of.site, self.repository, &answer).await,
+                revalidation: self.pull.heard(&of.site, self.repository, &answer).await,
                 answer: Some(Arc::new(answer)),
             },
         }
@@ -372,7 +381,7 @@ impl BlobRequest<'_> {
         Wish {
             demand: Demand {
                 class,
-                ..self.context.caller.demand(&self.request.operation)
+                ..self.context.caller.demand(&self.request.endpoint)
             },
             is_whole: bytes.is_none_or(|bytes| bytes > AHEAD_BYTES_MAX),
         }
@@ -406,16 +415,16 @@ impl BlobRequest<'_> {
         situation: CacheState,
         sample: impl Future<Output = Option<Sample>>,
     ) -> Option<ProxyResponse> {
-        if situation.standing == Authorization::Granted || self.may_follow_here() {
+        if situation.authorization == Authorization::Granted || self.may_follow_here() {
             return None;
         }
         let mut asked = self.ask(&situation).await;
         if asked.is_unproven() {
             asked = self.proven(sample.await).await;
         }
-        match asked.heard {
+        match asked.revalidation {
             Revalidation::Digest { .. } | Revalidation::NoDigest => None,
-            heard => Some(refuse_unheld(situation, heard, asked.answer)),
+            revalidation => Some(refuse_unheld(situation, revalidation, asked.answer)),
         }
     }
 
@@ -431,7 +440,7 @@ impl BlobRequest<'_> {
         let here = self
             .context
             .situation(self.rule, ContentKind::Blob, None, true, now);
-        here.standing == Authorization::Granted
+        here.authorization == Authorization::Granted
     }
 
     async fn read(
@@ -457,9 +466,9 @@ impl BlobRequest<'_> {
         match failure.as_ref() {
             Failure::Refused(answer) if leads => {
                 let site = &self.request.site;
-                let heard = self.pull.heard(site, self.repository, answer).await;
+                let revalidation = self.pull.heard(site, self.repository, answer).await;
                 let answer = Arc::new(answer.as_ref().clone());
-                Ok(refuse_unheld(situation, heard, Some(answer)))
+                Ok(refuse_unheld(situation, revalidation, Some(answer)))
             }
             Failure::Refused(_) | Failure::Abandoned => Err(failure),
             Failure::Unstorable(fault) => {
@@ -469,7 +478,7 @@ impl BlobRequest<'_> {
             Failure::Crowded(full) => Ok(crowded(NoPlace::Full(*full))),
             Failure::Broken(cause) => Ok(refused(DenyReason::UpstreamUnavailable(*cause), None, false)),
             Failure::Wrong(_) => Ok(refused(
-                DenyReason::UpstreamUnavailable(Cause::WrongDigest),
+                DenyReason::UpstreamUnavailable(UpstreamFailure::DigestMismatch),
                 None,
                 false,
             )),
@@ -482,7 +491,7 @@ impl BlobRequest<'_> {
     async fn pass_through(&self, situation: CacheState) -> ProxyResponse {
         let Request {
             site,
-            operation,
+            endpoint,
             accept,
             ..
         } = self.request;
@@ -494,14 +503,14 @@ impl BlobRequest<'_> {
         let asked_at = Instant::now();
         let fetched = site
             .upstream()
-            .get(&self.context.caller, operation, accept, None)
+            .get(&self.context.caller, endpoint, accept, None)
             .await;
         let fetched = match fetched {
             Ok(fetched) => fetched.holding(place),
             Err(answer) => {
                 self.pull.learn(&self.wanted(), &answer, asked_at).await;
-                let heard = self.pull.heard(site, self.repository, &answer).await;
-                return refuse_unheld(situation, heard, Some(Arc::new(answer)));
+                let revalidation = self.pull.heard(site, self.repository, &answer).await;
+                return refuse_unheld(situation, revalidation, Some(Arc::new(answer)));
             }
         };
         let is_page = fetched.media_type.as_ref().is_some_and(MediaType::is_page);
@@ -514,10 +523,20 @@ impl BlobRequest<'_> {
         let content = if is_page || size.is_some_and(|size| size <= WITHHELD_BYTES) {
             match passing.next().await.transpose() {
                 Ok(bytes) if passing.is_over() => BlobBody::Memory(bytes.unwrap_or_default()),
-                Ok(_) | Err(Cause::WrongDigest) if is_page => {
-                    return refuse_unheld(situation, Revalidation::Unavailable(Cause::NotRegistry), None);
+                Ok(_) | Err(UpstreamFailure::DigestMismatch) if is_page => {
+                    return refuse_unheld(
+                        situation,
+                        Revalidation::Unavailable(UpstreamFailure::NotRegistry),
+                        None,
+                    );
                 }
-                Ok(_) => return refuse_unheld(situation, Revalidation::Unavailable(Cause::Malformed), None),
+                Ok(_) => {
+                    return refuse_unheld(
+                        situation,
+                        Revalidation::Unavailable(UpstreamFailure::Malformed),
+                        None,
+                    );
+                }
                 Err(cause) => return refuse_unheld(situation, Revalidation::Unavailable(cause), None),
             }
         } else {
@@ -570,21 +589,25 @@ async fn begun(reader: &mut Reader) -> Result<(), Arc<Failure>> {
 
 fn refuse_unheld(
     situation: CacheState,
-    heard: Revalidation,
+    revalidation: Revalidation,
     answer: Option<Arc<UpstreamResponse>>,
 ) -> ProxyResponse {
     let situation = CacheState {
-        held: None,
+        cached: None,
         ..situation
     }
-    .with_revalidation(heard);
+    .with_revalidation(revalidation);
     match decide(&situation) {
-        Decision::Deny(refusal) => refused(refusal, answer, is_own(heard)),
+        Decision::Deny(refusal) => refused(refusal, answer, is_own(revalidation)),
         // A yes where a no was expected: the upstream contradicts itself.
-        _ => refused(DenyReason::UpstreamUnavailable(Cause::Malformed), answer, false),
+        _ => refused(
+            DenyReason::UpstreamUnavailable(UpstreamFailure::Malformed),
+            answer,
+            false,
+        ),
     }
 }
 
-fn is_own(heard: Revalidation) -> bool {
-    heard == Revalidation::Denied(CredentialOwner::Proxy)
+fn is_own(revalidation: Revalidation) -> bool {
+    revalidation == Revalidation::Denied(CredentialOwner::Proxy)
 }

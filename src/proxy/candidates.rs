@@ -23,10 +23,10 @@ pub(super) struct Candidates {
     pub(super) newest: CachedManifest,
     /// Whether the tag was seen to name something else since the newest copy was confirmed.
     is_moved: bool,
-    pub(super) rest: Completeness,
+    pub(super) completeness: Completeness,
     pub(super) earlier: Option<CachedManifest>,
     /// Whether a write may have changed upstream what the newest is named by.
-    pub(super) is_in_doubt: bool,
+    pub(super) is_invalidated: bool,
 }
 
 impl Candidates {
@@ -36,15 +36,15 @@ impl Candidates {
             digest: self.newest.manifest.digest,
             confirmed_at: self.newest.confirmed_at,
             is_moved: self.is_moved,
-            rest: self.rest,
-            is_in_doubt: self.is_in_doubt,
+            completeness: self.completeness,
+            is_invalidated: self.is_invalidated,
         }
     }
 
     /// The same of an index that only lists manifests: each is asked for by itself, by those who want it.
     pub(super) fn of_list(self) -> Self {
         Self {
-            rest: Completeness::Complete,
+            completeness: Completeness::Complete,
             earlier: None,
             ..self
         }
@@ -52,7 +52,7 @@ impl Candidates {
 
     /// The copy that is whole, if there is one: the image that would be served instead of one that cannot be had.
     pub(super) fn whole(&self) -> Option<&CachedManifest> {
-        match self.rest {
+        match self.completeness {
             Completeness::Complete => Some(&self.newest),
             Completeness::Incomplete { .. } => self.earlier.as_ref(),
         }
@@ -105,8 +105,8 @@ impl ProxyService {
         now: SystemTime,
     ) -> CacheState {
         let (copies, seen) = match digest {
-            AnyDigest::Known(digest) => self.copy_of_digest(site, repository, digest, now).await,
-            AnyDigest::Foreign(_) => (None, false),
+            AnyDigest::Supported(digest) => self.copy_of_digest(site, repository, digest, now).await,
+            AnyDigest::Unsupported(_) => (None, false),
         };
         let held = copies.as_ref().map(Candidates::held);
         context.situation(rule, ContentKind::Manifest, held, seen, now)
@@ -151,15 +151,15 @@ impl CacheView<'_> {
         let named = view.resolve_tag(key, &record, reader)?;
         let newest = self.copy(&named)?;
         let is_moved = named.is_moved;
-        let is_in_doubt = pull.is_in_doubt(site, repository, key.tag.clone().into())
-            || pull.is_in_doubt(site, repository, newest.manifest.digest.into());
+        let is_invalidated = pull.is_invalidated(site, repository, key.tag.clone().into())
+            || pull.is_invalidated(site, repository, newest.manifest.digest.into());
         if self.is_whole(&newest.manifest) {
             return Some(Candidates {
                 newest,
                 is_moved,
-                rest: Completeness::Complete,
+                completeness: Completeness::Complete,
                 earlier: None,
-                is_in_doubt,
+                is_invalidated,
             });
         }
         let is_whole = |manifest: &StoredManifest| self.is_whole(manifest);
@@ -168,11 +168,11 @@ impl CacheView<'_> {
         Some(Candidates {
             newest,
             is_moved,
-            rest: Completeness::Incomplete {
+            completeness: Completeness::Incomplete {
                 previous: earlier.as_ref().map(|copy| copy.confirmed_at),
             },
             earlier,
-            is_in_doubt,
+            is_invalidated,
         })
     }
 
@@ -199,11 +199,11 @@ impl CacheView<'_> {
         Some(Candidates {
             newest,
             is_moved: false,
-            rest,
+            completeness: rest,
             earlier: None,
-            is_in_doubt: self
+            is_invalidated: self
                 .pull
-                .is_in_doubt(self.site, self.repository, (*digest).into()),
+                .is_invalidated(self.site, self.repository, (*digest).into()),
         })
     }
 
@@ -235,9 +235,9 @@ impl CacheView<'_> {
 impl Request {
     /// The tag asked for, if it is one.
     pub(super) fn tag(&self) -> Option<&Tag> {
-        use crate::oci::{Operation, Reference};
-        match &self.operation {
-            Operation::Manifest {
+        use crate::oci::{Endpoint, Reference};
+        match &self.endpoint {
+            Endpoint::Manifest {
                 reference: Reference::Tag(tag),
                 ..
             } => Some(tag),

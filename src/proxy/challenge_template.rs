@@ -9,7 +9,7 @@ use std::sync::Arc;
 use http::HeaderValue;
 
 use super::{Denied, ProxyResponse, ProxyService, Request, UpstreamRegistry};
-use crate::oci::{Cause, Repository};
+use crate::oci::{Repository, UpstreamFailure};
 use crate::policy::DenyReason;
 use crate::store::challenges::StoredChallenge;
 use crate::upstream::{ResponseKind, UpstreamResponse};
@@ -69,7 +69,7 @@ impl ProxyService {
             DenyReason::NotCached | DenyReason::NotAuthorized => true,
             DenyReason::Forbidden | DenyReason::AuthRequired | DenyReason::NotFound => false,
         };
-        let Some(repository) = request.operation.repository().filter(|_| unasked) else {
+        let Some(repository) = request.endpoint.repository().filter(|_| unasked) else {
             return outcome;
         };
         if request.authorization.is_some()
@@ -90,7 +90,7 @@ impl ProxyService {
             challenge: lines
                 .filter_map(|line| HeaderValue::try_from(line).ok())
                 .collect(),
-            ..UpstreamResponse::unavailable(Cause::Offline)
+            ..UpstreamResponse::unavailable(UpstreamFailure::Offline)
         };
         ProxyResponse::Denied(Denied {
             refusal: DenyReason::AuthRequired,

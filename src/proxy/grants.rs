@@ -17,7 +17,7 @@ use super::keyed_lock::{KeyedGuard, KeyedLocks};
 use super::manifest_fetch::UpstreamRequest;
 use super::{ProxyService, UpstreamRegistry};
 use crate::age;
-use crate::oci::{Operation, Repository};
+use crate::oci::{Endpoint, Repository};
 use crate::policy::authz::GrantEvidence;
 use crate::store::{AsyncStore, Store};
 use crate::upstream::{Credential, ResponseKind, UpstreamResponse};
@@ -79,12 +79,12 @@ impl ProxyService {
             Some(GrantEvidence {
                 shared: site.is_shared(),
                 granted_at: known(here, &principal)?,
-                taken_at: account.map_or(Some(None), |account| known(None, &account))?,
-                account_at: account.map_or(Some(None), |account| known(here, &account))?,
-                public_at: self
+                token_issued_at: account.map_or(Some(None), |account| known(None, &account))?,
+                account_granted_at: account.map_or(Some(None), |account| known(here, &account))?,
+                anonymous_granted_at: self
                     .store
                     .in_memory(|view| view.public_since(site.name(), repository))?,
-                seen: false,
+                is_in_repository: false,
             })
         };
         match in_memory() {
@@ -110,7 +110,7 @@ impl ProxyService {
                 self.store.grant(grant(site, Some(repository), &account)),
             )
         };
-        let (granted_at, (taken_at, account_at), public_at) = tokio::join!(
+        let (granted_at, (token_issued_at, account_granted_at), anonymous_granted_at) = tokio::join!(
             self.store.grant(grant(site, Some(repository), &principal)),
             of_account,
             self.public_since(site, repository),
@@ -118,10 +118,10 @@ impl ProxyService {
         GrantEvidence {
             shared: site.is_shared(),
             granted_at,
-            taken_at,
-            account_at,
-            public_at,
-            seen: false,
+            token_issued_at,
+            account_granted_at,
+            anonymous_granted_at,
+            is_in_repository: false,
         }
     }
 
@@ -162,10 +162,7 @@ impl ProxyService {
     /// The upstream said yes to this caller in this repository: by the registry's own marks, or by bytes that were
     /// verified. Never because of a status alone. It is learned also where the caller is gone by then.
     pub(super) async fn learn_yes(self: &Arc<Self>, wanted: &UpstreamRequest, asked_at: Instant) {
-        if !matches!(
-            wanted.operation,
-            Operation::Manifest { .. } | Operation::Blob { .. }
-        ) {
+        if !matches!(wanted.endpoint, Endpoint::Manifest { .. } | Endpoint::Blob { .. }) {
             return;
         }
         let (pull, wanted) = (Arc::clone(self), wanted.clone());
@@ -277,10 +274,10 @@ impl ProxyService {
         // The question goes on by itself, and its answer is learnt from.
         let (pull, asked) = (Arc::clone(self), self.question(&wanted));
         tokio::spawn(async move {
-            let answer = asked.landed().await;
+            let answer = asked.wait().await;
             let is_unproven =
                 answer.is_some_and(|answer| matches!(answer.kind, ResponseKind::UnprovenDigest(_)));
-            if is_unproven && matches!(wanted.operation, Operation::Manifest { .. }) {
+            if is_unproven && matches!(wanted.endpoint, Endpoint::Manifest { .. }) {
                 // Only the bytes can prove it.
                 let _ = pull.fetch_manifest(wanted).await;
             }
@@ -349,7 +346,7 @@ impl ProxyService {
     /// Whether a no was heard since the question was put.
     fn overtaken(&self, right: &GrantKey, asked_at: Instant) -> bool {
         let last = self.refused.last.get(right);
-        last.is_some_and(|heard| heard >= asked_at)
+        last.is_some_and(|revalidation| revalidation >= asked_at)
     }
 
     async fn set_public(

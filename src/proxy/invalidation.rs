@@ -228,7 +228,7 @@ impl ProxyService {
     }
 
     /// Whether a write may have changed this upstream since it was asked for last.
-    pub(super) fn is_in_doubt(
+    pub(super) fn is_invalidated(
         &self,
         site: &UpstreamRegistry,
         repository: &Repository,

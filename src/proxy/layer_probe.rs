@@ -19,7 +19,7 @@ use tokio::time::{Instant, timeout_at};
 use super::manifest_fetch::UpstreamRequest;
 use super::prefetch::StartedDownloads;
 use super::{ProxyService, UpstreamRegistry};
-use crate::oci::{AnyDigest, Cause, Digest, Operation, Reference, Repository};
+use crate::oci::{AnyDigest, Digest, Endpoint, Reference, Repository, UpstreamFailure};
 use crate::store::manifests::StoredManifest;
 
 /// Questions at a time about one image.
@@ -61,7 +61,7 @@ impl ProxyService {
         begin_for: Option<Duration>,
         manifest: &Arc<StoredManifest>,
         instead: &Arc<StoredManifest>,
-    ) -> Result<(), Cause> {
+    ) -> Result<(), UpstreamFailure> {
         let (site, repository) = (&wanted.site, &wanted.repository);
         let image: Image = (site.name().into(), repository.clone(), manifest.digest);
         let now = self.clock.now();
@@ -97,12 +97,12 @@ impl ProxyService {
                 .collect::<Vec<_>>()
         });
         let in_use = in_use.await;
-        let children = index.manifest.children.iter();
+        let children = index.manifest.descriptors.iter();
         children
             .filter(|child| child.platform.as_ref().is_some_and(|own| in_use.contains(own)))
             .filter_map(|child| match child.digest {
-                AnyDigest::Known(digest) => Some(digest),
-                AnyDigest::Foreign(_) => None,
+                AnyDigest::Supported(digest) => Some(digest),
+                AnyDigest::Unsupported(_) => None,
             })
             .take(PLATFORMS_MAX)
             .collect()
@@ -112,7 +112,7 @@ impl ProxyService {
         self: &Arc<Self>,
         of: &UpstreamRequest,
         digest: Digest,
-    ) -> Result<Arc<StoredManifest>, Cause> {
+    ) -> Result<Arc<StoredManifest>, UpstreamFailure> {
         let held = self.look_up(&of.site, &of.repository, move |cached| {
             let held = cached.is_member(&digest).then(|| cached.manifest(&digest));
             held.flatten()
@@ -120,12 +120,12 @@ impl ProxyService {
         if let Some(manifest) = held.await {
             return Ok(manifest);
         }
-        let operation = Operation::Manifest {
+        let endpoint = Endpoint::Manifest {
             repository: of.repository.clone(),
-            reference: Reference::Digest(AnyDigest::Known(digest)),
+            reference: Reference::Digest(AnyDigest::Supported(digest)),
         };
         let wanted = UpstreamRequest {
-            operation,
+            endpoint,
             ..of.clone()
         };
         self.fetch_manifest(wanted).await.map_err(|answer| answer.cause())
@@ -136,7 +136,7 @@ impl ProxyService {
         of: &UpstreamRequest,
         begin_for: Option<Duration>,
         manifest: &Arc<StoredManifest>,
-    ) -> Result<(), Cause> {
+    ) -> Result<(), UpstreamFailure> {
         let missing = self.missing(of, manifest).await;
         let mut begun = match begin_for {
             Some(_) => self.prefetch(of.clone(), manifest).await,
@@ -149,7 +149,7 @@ impl ProxyService {
             if questions.len() >= QUESTIONS_MAX
                 && let Some(question) = questions.join_next().await
             {
-                question.unwrap_or(Err(Cause::Busy))?;
+                question.unwrap_or(Err(UpstreamFailure::Busy))?;
             }
             let (pull, of, progress) = (Arc::clone(self), of.clone(), Arc::clone(&progress));
             let begun = begun.remove(&digest);
@@ -163,19 +163,19 @@ impl ProxyService {
             });
         }
         while let Some(question) = questions.join_next().await {
-            question.unwrap_or(Err(Cause::Busy))?;
+            question.unwrap_or(Err(UpstreamFailure::Busy))?;
         }
         Ok(())
     }
 
-    async fn has_blob(self: Arc<Self>, of: UpstreamRequest, digest: Digest) -> Result<(), Cause> {
-        let operation = Operation::Blob {
+    async fn has_blob(self: Arc<Self>, of: UpstreamRequest, digest: Digest) -> Result<(), UpstreamFailure> {
+        let endpoint = Endpoint::Blob {
             repository: of.repository.clone(),
-            digest: AnyDigest::Known(digest),
+            digest: AnyDigest::Supported(digest),
         };
-        let wanted = UpstreamRequest { operation, ..of };
-        let Some(answer) = self.question(&wanted).landed().await else {
-            return Err(Cause::Busy);
+        let wanted = UpstreamRequest { endpoint, ..of };
+        let Some(answer) = self.question(&wanted).wait().await else {
+            return Err(UpstreamFailure::Busy);
         };
         if answer.kind.is_success() {
             Ok(())
@@ -189,10 +189,10 @@ impl ProxyService {
 /// What the upstream said to the `GET` of a blob that was begun. `None` if that proves nothing for this caller, or if it is
 /// not its turn yet and no other of its image has begun for a while.
 async fn said_to_get(
-    mut begun: oneshot::Receiver<Result<(), Cause>>,
+    mut begun: oneshot::Receiver<Result<(), UpstreamFailure>>,
     progress: &watch::Sender<Instant>,
     patience: Instant,
-) -> Option<Result<(), Cause>> {
+) -> Option<Result<(), UpstreamFailure>> {
     loop {
         let until = patience.min(*progress.borrow() + BEGINS_WITHIN);
         match timeout_at(until, &mut begun).await {
@@ -207,7 +207,7 @@ async fn said_to_get(
 }
 
 /// A no to a blob of an image whose manifest it gave just now: that image is broken there.
-fn lacks(of: &UpstreamRequest, digest: &Digest, cause: Cause) {
+fn lacks(of: &UpstreamRequest, digest: &Digest, cause: UpstreamFailure) {
     tracing::info!(upstream = of.site.name(), repository = %of.repository, blob = %digest, %cause,
         "the upstream names a newer image but cannot give this part of it; the last complete one is served");
 }

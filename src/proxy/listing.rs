@@ -13,7 +13,7 @@ use super::manifest_fetch::UpstreamRequest;
 use super::tag_list::ListError;
 use super::{ProxyResponse, ProxyService, Request, ServeInfo, ServeReason, StreamedList, page};
 use crate::oci::header::next_link;
-use crate::oci::{Cause, MediaType, Operation, Repository};
+use crate::oci::{Endpoint, MediaType, Repository, UpstreamFailure};
 use crate::policy::{
     CacheState, CachedEntry, Completeness, ContentKind, Decision, Policy, Revalidation, decide,
 };
@@ -51,7 +51,7 @@ impl ProxyService {
         let rule = request.site.rule(repository, None);
         let key = ListingKey {
             upstream: request.site.name().into(),
-            path: request.operation.path_and_query(),
+            path: request.endpoint.path_and_query(),
         };
         // A list is like a tag: a name of the repository whose content changes. It has no digest of its own that could
         // be compared, so it is always fetched, and what was kept serves only while the upstream is unavailable.
@@ -68,8 +68,8 @@ impl ProxyService {
                 digest: source.digest,
                 confirmed_at: source.listed_at,
                 is_moved: false,
-                rest: Completeness::Complete,
-                is_in_doubt: false,
+                completeness: Completeness::Complete,
+                is_invalidated: false,
             });
             context.situation(rule, ContentKind::Tag, held, true, request.now)
         };
@@ -83,7 +83,7 @@ impl ProxyService {
         }
         let mut wanted = UpstreamRequest::of(request, repository, &context.caller);
         let upstream = request.site.upstream();
-        let wait = upstream.wait_limit(&wanted.caller, (&wanted.operation, false), rule.budget);
+        let wait = upstream.wait_limit(&wanted.caller, (&wanted.endpoint, false), rule.budget);
         if !is_stranger && kept.is_none() && wait != Ok(rule.budget) {
             kept = self.kept_page(request, repository, (&key, true)).await;
             situation = in_situation(kept.as_ref());
@@ -92,33 +92,37 @@ impl ProxyService {
             wanted.caller.wait_deadline = None;
         }
         let can_do_without = |situation: &CacheState| {
-            let unavailable = situation.with_revalidation(Revalidation::Unavailable(Cause::Budget));
+            let unavailable =
+                situation.with_revalidation(Revalidation::Unavailable(UpstreamFailure::RevalidateTimeout));
             matches!(decide(&unavailable), Decision::Serve(_))
         };
-        let heard = match wait {
+        let revalidation = match wait {
             Err(cause) if can_do_without(&situation) => Err((Revalidation::Unavailable(cause), None)),
             wait => {
                 let wait = wait.unwrap_or(rule.budget);
                 let listing = self.shared_tags(&wanted, (!is_stranger).then(|| key.clone()));
                 tokio::pin!(listing);
-                if let Ok(heard) = timeout(wait, listing.as_mut()).await {
-                    heard
+                if let Ok(revalidation) = timeout(wait, listing.as_mut()).await {
+                    revalidation
                 } else {
-                    upstream.record_timeout(&wanted.caller, &wanted.operation, wait);
+                    upstream.record_timeout(&wanted.caller, &wanted.endpoint, wait);
                     if !is_stranger && kept.is_none() {
                         kept = self.kept_page(request, repository, (&key, true)).await;
                         situation = in_situation(kept.as_ref());
                     }
                     if can_do_without(&situation) {
                         // The request goes on; the next asker finds its result.
-                        Err((Revalidation::Unavailable(Cause::Budget), None))
+                        Err((
+                            Revalidation::Unavailable(UpstreamFailure::RevalidateTimeout),
+                            None,
+                        ))
                     } else {
                         listing.await
                     }
                 }
             }
         };
-        if !is_stranger && kept.is_none() && matches!(heard, Err((Revalidation::Unavailable(_), _))) {
+        if !is_stranger && kept.is_none() && matches!(revalidation, Err((Revalidation::Unavailable(_), _))) {
             kept = self.kept_page(request, repository, (&key, true)).await;
             situation = in_situation(kept.as_ref());
         }
@@ -126,14 +130,14 @@ impl ProxyService {
             reason: ServeReason::Fetched(crate::policy::MissReason::NoDigest),
             confirmed_at: Some(request.now),
         };
-        match heard {
+        match revalidation {
             Ok(FetchedList::Buffered(listing)) => ProxyResponse::Listing(listing, how),
             Ok(FetchedList::Streamed(list)) => ProxyResponse::StreamedList(list, how),
-            Err((heard, answer)) => match decide(&situation.with_revalidation(heard)) {
+            Err((revalidation, answer)) => match decide(&situation.with_revalidation(revalidation)) {
                 Decision::Serve(served) => serve(kept, ServeReason::Cached(served)),
                 Decision::Deny(refusal) => refused(refusal, answer, false),
                 Decision::Revalidate | Decision::Fetch(_) | Decision::ProbeLayers(_) => refused(
-                    crate::policy::DenyReason::UpstreamUnavailable(Cause::Malformed),
+                    crate::policy::DenyReason::UpstreamUnavailable(UpstreamFailure::Malformed),
                     answer,
                     false,
                 ),
@@ -149,8 +153,8 @@ impl ProxyService {
         (key, derived): (&ListingKey, bool),
     ) -> Option<CachedPage> {
         let key = key.clone();
-        let query = match &request.operation {
-            Operation::Tags { query, .. } if derived => Some(query.clone()),
+        let query = match &request.endpoint {
+            Endpoint::Tags { query, .. } if derived => Some(query.clone()),
             _ => None,
         };
         self.look_up(&request.site, repository, move |cached| {
@@ -175,7 +179,7 @@ impl ProxyService {
         key: Option<ListingKey>,
     ) -> ListResult {
         let fetched = self.asked(wanted).await?;
-        let head = head_of(&fetched, &wanted.operation).map_err(malformed)?;
+        let head = head_of(&fetched, &wanted.endpoint).map_err(malformed)?;
         let bytes = fetched.collect(REFERRERS_BYTES_MAX).await.map_err(malformed)?;
         let bytes = named_as_here(wanted, bytes);
         self.keep_list(key, Listing { bytes, ..head }).await
@@ -188,7 +192,7 @@ impl ProxyService {
         key: Option<ListingKey>,
     ) -> Result<FetchedList, ListError> {
         let mut fetched = self.asked(wanted).await?;
-        let mut head = head_of(&fetched, &wanted.operation).map_err(malformed)?;
+        let mut head = head_of(&fetched, &wanted.endpoint).map_err(malformed)?;
         let mut begun = Vec::new();
         while begun.len() <= LISTING_WHOLE_BYTES_MAX {
             let Some(chunk) = fetched.chunk().await else {
@@ -199,7 +203,7 @@ impl ProxyService {
         }
         // Whether it is a list can no longer be told by its end: a page of something in front begins otherwise.
         if !begins_as_list(&begun) {
-            return Err(malformed(Cause::Malformed));
+            return Err(malformed(UpstreamFailure::Malformed));
         }
         // The name stands before the tags.
         let begun = Bytes::from(begun);
@@ -217,18 +221,18 @@ impl ProxyService {
         let UpstreamRequest {
             site,
             repository,
-            operation,
+            endpoint,
             accept,
             caller,
             ..
         } = wanted;
         let asked_at = Instant::now();
-        match site.upstream().get(caller, operation, accept, None).await {
+        match site.upstream().get(caller, endpoint, accept, None).await {
             Ok(fetched) => Ok(fetched),
             Err(answer) => {
                 self.learn(wanted, &answer, asked_at).await;
-                let heard = self.heard(site, repository, &answer).await;
-                Err((heard, Some(Arc::new(answer))))
+                let revalidation = self.heard(site, repository, &answer).await;
+                Err((revalidation, Some(Arc::new(answer))))
             }
         }
     }
@@ -236,7 +240,7 @@ impl ProxyService {
     /// It must be a list, whatever its status says: neither a captive portal's page nor an error with status 200 is one.
     async fn keep_list(&self, key: Option<ListingKey>, listing: Listing) -> ListResult {
         if !listing.is_list() {
-            return Err(malformed(Cause::Malformed));
+            return Err(malformed(UpstreamFailure::Malformed));
         }
         let Some(key) = key else { return Ok(listing) };
         let (page, now) = (listing.clone(), self.clock.now());
@@ -270,7 +274,7 @@ fn named_as_here(wanted: &UpstreamRequest, list: Bytes) -> Bytes {
     renamed(list, &there, &wanted.repository)
 }
 
-fn malformed(cause: Cause) -> (Revalidation, Option<Arc<UpstreamResponse>>) {
+fn malformed(cause: UpstreamFailure) -> (Revalidation, Option<Arc<UpstreamResponse>>) {
     (Revalidation::Unavailable(cause), None)
 }
 
@@ -348,15 +352,15 @@ pub(super) fn given(kept: &StoredListing, reason: ServeReason) -> ProxyResponse 
 }
 
 /// What the headers say of a list.
-fn head_of(fetched: &ResponseStream, operation: &Operation) -> Result<Listing, Cause> {
+fn head_of(fetched: &ResponseStream, endpoint: &Endpoint) -> Result<Listing, UpstreamFailure> {
     let filters = fetched.headers.get(crate::oci::header::OCI_FILTERS_APPLIED);
-    let media_type = match operation {
-        Operation::Referrers { .. } => "application/vnd.oci.image.index.v1+json",
+    let media_type = match endpoint {
+        Endpoint::Referrers { .. } => "application/vnd.oci.image.index.v1+json",
         _ => "application/json",
     };
     Ok(Listing {
         bytes: Bytes::new(),
-        media_type: media_type.parse().map_err(|_| Cause::Malformed)?,
+        media_type: media_type.parse().map_err(|_| UpstreamFailure::Malformed)?,
         next: next_link(&fetched.headers),
         filters: filters.and_then(|value| value.to_str().ok()).map(str::to_owned),
     })

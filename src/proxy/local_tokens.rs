@@ -24,7 +24,7 @@ use tokio::time::Instant;
 use zeroize::Zeroizing;
 
 use super::{ProxyService, UpstreamRegistry};
-use crate::oci::{Cause, LoginRequest, Repository};
+use crate::oci::{Repository, TokenRequest, UpstreamFailure};
 use crate::policy::authz::Principal;
 use crate::upstream::TokenResponse;
 use crate::upstream::forward::ForwardRequest;
@@ -52,7 +52,7 @@ pub enum TokenOutcome {
     /// The service answered.
     Upstream(TokenResponse),
     /// It was silent for this reason; a token of ours as its answer would be, in JSON.
-    Local(Cause, Bytes),
+    Local(UpstreamFailure, Bytes),
 }
 
 /// Whose tokens are.
@@ -102,13 +102,13 @@ impl ProxyService {
         self: &Arc<Self>,
         site: &Arc<UpstreamRegistry>,
         realm: &Origin,
-        asked: LoginRequest,
+        asked: TokenRequest,
         passing: ForwardRequest,
-    ) -> Result<TokenOutcome, Cause> {
+    ) -> Result<TokenOutcome, UpstreamFailure> {
         let (pull, site, realm) = (Arc::clone(self), Arc::clone(site), realm.clone());
         let answered = tokio::spawn(async move {
             let account = asked
-                .secret
+                .credential
                 .as_deref()
                 .map(|secret| *pull.principals.account(secret).as_bytes());
             let asked_at = (pull.clock.now(), Instant::now());
@@ -125,7 +125,7 @@ impl ProxyService {
                 }
             }
         });
-        answered.await.map_err(|_| Cause::Busy)
+        answered.await.map_err(|_| UpstreamFailure::Busy)
     }
 
     /// The account that is asking in this repository with this token, if the token was given for it.

@@ -8,7 +8,7 @@ use super::candidates::{CachedManifest, Candidates};
 use super::manifest_fetch::UpstreamRequest;
 use super::revalidate::Revalidated;
 use super::{AuthContext, Denied, ProxyResponse, ProxyService, Request, ServeInfo, ServeReason, passthrough};
-use crate::oci::{AnyDigest, Cause, Digest, Reference, Repository, Tag};
+use crate::oci::{AnyDigest, Digest, Reference, Repository, Tag, UpstreamFailure};
 use crate::policy::rules::EffectivePolicy;
 use crate::policy::{
     Authorization, CacheState, ContentKind, CredentialOwner, Decision, DenyReason, HitReason, MissReason,
@@ -31,10 +31,10 @@ impl ProxyService {
         let context = self.context(request, repository).await;
         match reference {
             Reference::Tag(tag) => self.by_tag(request, repository, &context, &tag).await,
-            Reference::Digest(AnyDigest::Known(digest)) => {
+            Reference::Digest(AnyDigest::Supported(digest)) => {
                 self.by_digest(request, repository, &context, digest).await
             }
-            Reference::Digest(AnyDigest::Foreign(_)) => {
+            Reference::Digest(AnyDigest::Unsupported(_)) => {
                 passthrough::unverifiable(
                     self,
                     request,
@@ -162,7 +162,10 @@ impl<'a> ManifestRequest<'a> {
             return refused(refusal, None, false);
         }
         let asked = self.ask(&unseen).await;
-        if !matches!(asked.heard, Revalidation::Digest { .. } | Revalidation::NoDigest) {
+        if !matches!(
+            asked.revalidation,
+            Revalidation::Digest { .. } | Revalidation::NoDigest
+        ) {
             return self.after_answer(unseen, None, asked).await;
         }
         let (copies, _) = self.pull.copy_of_digest(site, repository, &digest, now).await;
@@ -187,7 +190,7 @@ impl<'a> ManifestRequest<'a> {
         copies: Option<Candidates>,
         asked: Revalidated,
     ) -> ProxyResponse {
-        if asked.heard == Revalidation::Unavailable(Cause::Unverifiable) {
+        if asked.revalidation == Revalidation::Unavailable(UpstreamFailure::Unverifiable) {
             return self.pass().await;
         }
         if asked.is_unproven()
@@ -196,10 +199,10 @@ impl<'a> ManifestRequest<'a> {
             // Whoever sent it, it is what this caller was given. Nothing cached is shown for it.
             return self.manifest(manifest, ServeReason::Passthrough);
         }
-        let situation = situation.with_revalidation(asked.heard);
+        let situation = situation.with_revalidation(asked.revalidation);
         match decide(&situation) {
             Decision::Serve(HitReason::TagMoved) => self.serve_moved(situation, copies, asked).await,
-            Decision::Serve(served) => self.serve(served, copies, Some(asked.heard)),
+            Decision::Serve(served) => self.serve(served, copies, Some(asked.revalidation)),
             Decision::ProbeLayers(served) => self.check(served, situation, copies, asked.answer).await,
             Decision::Fetch(why) => match self.brought(asked.answer.as_deref()).await {
                 Some(manifest) => self.fetched(manifest, why, situation, copies).await,
@@ -209,11 +212,11 @@ impl<'a> ManifestRequest<'a> {
                 if refusal == DenyReason::NotFound {
                     self.forget(&situation).await;
                 }
-                refused(refusal, asked.answer, own_credential(asked.heard))
+                refused(refusal, asked.answer, own_credential(asked.revalidation))
             }
             // A law of the decision: nothing is asked twice.
             Decision::Revalidate => refused(
-                DenyReason::UpstreamUnavailable(Cause::Malformed),
+                DenyReason::UpstreamUnavailable(UpstreamFailure::Malformed),
                 asked.answer,
                 false,
             ),
@@ -240,7 +243,7 @@ impl<'a> ManifestRequest<'a> {
     /// is believed: some registries say 404 to all others.
     async fn forget(&self, situation: &CacheState) {
         let Some(tag) = self.request.tag() else { return };
-        if situation.standing == Authorization::Unknown || situation.held.is_none() {
+        if situation.authorization == Authorization::Unknown || situation.cached.is_none() {
             return;
         }
         let key = TagKey {
@@ -272,12 +275,12 @@ impl<'a> ManifestRequest<'a> {
                 size,
             };
         }
-        if asked.heard == Revalidation::Unavailable(Cause::Unverifiable) {
+        if asked.revalidation == Revalidation::Unavailable(UpstreamFailure::Unverifiable) {
             return self.pass().await;
         }
-        let situation = situation.with_revalidation(asked.heard);
+        let situation = situation.with_revalidation(asked.revalidation);
         match decide(&situation) {
-            Decision::Deny(refusal) => refused(refusal, asked.answer, own_credential(asked.heard)),
+            Decision::Deny(refusal) => refused(refusal, asked.answer, own_credential(asked.revalidation)),
             _ => self.fetch(MissReason::NoDigest, situation, None).await,
         }
     }
@@ -289,15 +292,15 @@ impl<'a> ManifestRequest<'a> {
         copies: Option<Candidates>,
         asked: Revalidated,
     ) -> ProxyResponse {
-        match self.named(asked.heard).await {
+        match self.named(asked.revalidation).await {
             Some(manifest) => self.manifest(manifest, ServeReason::Cached(HitReason::TagMoved)),
             None => self.fetch(MissReason::NewDigest, situation, copies).await,
         }
     }
 
     /// The manifest of the digest that was named just now.
-    async fn named(&self, heard: Revalidation) -> Option<Arc<StoredManifest>> {
-        match heard {
+    async fn named(&self, revalidation: Revalidation) -> Option<Arc<StoredManifest>> {
+        match revalidation {
             Revalidation::Digest { digest, .. } => {
                 self.pull
                     .cached_manifest(&self.request.site, self.repository, &digest)
@@ -317,7 +320,7 @@ impl<'a> ManifestRequest<'a> {
     ) -> ProxyResponse {
         let newest = copies.as_ref().map(|copies| Arc::clone(&copies.newest.manifest));
         let manifest = match served {
-            HitReason::TagMoved => self.named(situation.heard).await,
+            HitReason::TagMoved => self.named(situation.revalidation).await,
             _ => newest,
         };
         let Some(manifest) = manifest else {
@@ -334,7 +337,7 @@ impl<'a> ManifestRequest<'a> {
         &self,
         manifest: &Arc<StoredManifest>,
         copies: Option<&Candidates>,
-    ) -> Result<(), Cause> {
+    ) -> Result<(), UpstreamFailure> {
         let Some(instead) = copies.and_then(Candidates::whole) else {
             return Ok(());
         };
@@ -348,7 +351,7 @@ impl<'a> ManifestRequest<'a> {
         let checking = self.pull.check(wanted, begin_for, manifest, &instead.manifest);
         // What was asked goes on being asked; the next who comes finds the answers.
         let checked = timeout_at(self.deadline, checking).await;
-        checked.unwrap_or(Err(Cause::Budget))
+        checked.unwrap_or(Err(UpstreamFailure::RevalidateTimeout))
     }
 
     async fn fetch(
@@ -358,25 +361,27 @@ impl<'a> ManifestRequest<'a> {
         copies: Option<Candidates>,
     ) -> ProxyResponse {
         let can_do_without = matches!(
-            decide(&situation.with_revalidation(Revalidation::FetchFailed(Cause::Budget))),
+            decide(
+                &situation.with_revalidation(Revalidation::FetchFailed(UpstreamFailure::RevalidateTimeout))
+            ),
             Decision::Serve(_)
         );
-        let mut wanted = self.wanted().naming(situation.heard);
+        let mut wanted = self.wanted().naming(situation.revalidation);
         let fetched = if can_do_without {
             let (upstream, began) = (self.request.site.upstream(), Instant::now());
             let budget = self.deadline.saturating_duration_since(began);
-            let wait = match upstream.wait_limit(&wanted.caller, (&wanted.operation, false), budget) {
+            let wait = match upstream.wait_limit(&wanted.caller, (&wanted.endpoint, false), budget) {
                 Ok(wait) => wait,
                 Err(cause) => return self.instead(situation, copies, cause, None),
             };
             wanted.caller.wait_deadline = Some(self.deadline);
-            let (caller, operation) = (wanted.caller.clone(), wanted.operation.clone());
+            let (caller, endpoint) = (wanted.caller.clone(), wanted.endpoint.clone());
             if let Ok(fetched) = timeout_at(began + wait, self.pull.fetch_manifest(wanted)).await {
                 fetched
             } else {
                 // The fetch goes on; the next asker finds its result.
-                upstream.record_timeout(&caller, &operation, wait);
-                return self.instead(situation, copies, Cause::Budget, None);
+                upstream.record_timeout(&caller, &endpoint, wait);
+                return self.instead(situation, copies, UpstreamFailure::RevalidateTimeout, None);
             }
         } else {
             self.pull.fetch_manifest(wanted).await
@@ -384,8 +389,8 @@ impl<'a> ManifestRequest<'a> {
         match fetched {
             Ok(manifest) => self.fetched(manifest, why, situation, copies).await,
             Err(answer)
-                if answer.cause() == Cause::Unverifiable
-                    || (answer.cause() == Cause::TooLarge && copies.is_none()) =>
+                if answer.cause() == UpstreamFailure::Unverifiable
+                    || (answer.cause() == UpstreamFailure::TooLarge && copies.is_none()) =>
             {
                 self.pass().await
             }
@@ -431,25 +436,27 @@ impl<'a> ManifestRequest<'a> {
         copies: Option<Candidates>,
         answer: Arc<UpstreamResponse>,
     ) -> ProxyResponse {
-        let heard = self
+        let revalidation = self
             .pull
             .heard(&self.request.site, self.repository, &answer)
             .await;
-        let heard = match heard {
+        let revalidation = match revalidation {
             // Named by the HEAD, absent a moment later: the new one cannot be had.
-            Revalidation::NotFound if copies.is_some() => Revalidation::FetchFailed(Cause::Status(404)),
+            Revalidation::NotFound if copies.is_some() => {
+                Revalidation::FetchFailed(UpstreamFailure::Status(404))
+            }
             Revalidation::Unavailable(cause) if copies.is_some() => Revalidation::FetchFailed(cause),
             Revalidation::Digest { .. } | Revalidation::NoDigest | Revalidation::NotDone => {
-                Revalidation::FetchFailed(Cause::Malformed)
+                Revalidation::FetchFailed(UpstreamFailure::Malformed)
             }
-            heard => heard,
+            revalidation => revalidation,
         };
-        match decide(&situation.with_revalidation(heard)) {
-            Decision::Serve(served) => self.serve(served, copies, Some(heard)),
-            Decision::Deny(refusal) => refused(refusal, Some(answer), own_credential(heard)),
+        match decide(&situation.with_revalidation(revalidation)) {
+            Decision::Serve(served) => self.serve(served, copies, Some(revalidation)),
+            Decision::Deny(refusal) => refused(refusal, Some(answer), own_credential(revalidation)),
             // Laws of the decision: no second question, no second fetch.
             Decision::Revalidate | Decision::Fetch(_) | Decision::ProbeLayers(_) => refused(
-                DenyReason::UpstreamUnavailable(Cause::Malformed),
+                DenyReason::UpstreamUnavailable(UpstreamFailure::Malformed),
                 Some(answer),
                 false,
             ),
@@ -461,17 +468,17 @@ impl<'a> ManifestRequest<'a> {
         &self,
         situation: CacheState,
         copies: Option<Candidates>,
-        cause: Cause,
+        cause: UpstreamFailure,
         answer: Option<Arc<UpstreamResponse>>,
     ) -> ProxyResponse {
         // The upstream has just said yes to this principal, so its standing is as good as can be.
-        let heard = Revalidation::FetchFailed(cause);
+        let revalidation = Revalidation::FetchFailed(cause);
         match decide(&CacheState {
-            standing: Authorization::Granted,
-            heard,
+            authorization: Authorization::Granted,
+            revalidation,
             ..situation
         }) {
-            Decision::Serve(served) => self.serve(served, copies, Some(heard)),
+            Decision::Serve(served) => self.serve(served, copies, Some(revalidation)),
             Decision::Deny(refusal) => refused(refusal, answer, false),
             // Laws of the decision: no second question, no second fetch.
             Decision::Revalidate | Decision::Fetch(_) | Decision::ProbeLayers(_) => {
@@ -484,7 +491,7 @@ impl<'a> ManifestRequest<'a> {
         &self,
         served: HitReason,
         copies: Option<Candidates>,
-        heard: Option<Revalidation>,
+        revalidation: Option<Revalidation>,
     ) -> ProxyResponse {
         let copy = match (served, copies) {
             (HitReason::PreviousComplete(_), Some(copies)) => copies.earlier,
@@ -499,7 +506,8 @@ impl<'a> ManifestRequest<'a> {
             // A law of the decision: nothing is served that is not held.
             return refused(DenyReason::NotCached, None, false);
         };
-        let confirmed_now = matches!(heard, Some(Revalidation::Digest { .. })) && !served.may_be_outdated();
+        let confirmed_now =
+            matches!(revalidation, Some(Revalidation::Digest { .. })) && !served.may_be_outdated();
         let confirmed_at = if confirmed_now {
             self.request.now
         } else {
@@ -515,8 +523,8 @@ impl<'a> ManifestRequest<'a> {
     }
 }
 
-fn own_credential(heard: Revalidation) -> bool {
-    heard == Revalidation::Denied(CredentialOwner::Proxy)
+fn own_credential(revalidation: Revalidation) -> bool {
+    revalidation == Revalidation::Denied(CredentialOwner::Proxy)
 }
 
 pub(super) fn refused(

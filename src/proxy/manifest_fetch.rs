@@ -14,7 +14,8 @@ use super::{ProxyService, Request, UpstreamRegistry};
 use crate::download::Requester;
 use crate::oci::manifest::MANIFEST_BYTES_MAX;
 use crate::oci::{
-    Accept, Algorithm, AnyDigest, Cause, Digest, Manifest, MediaType, Operation, Reference, Repository,
+    Accept, Algorithm, AnyDigest, Digest, Endpoint, Manifest, MediaType, Reference, Repository,
+    UpstreamFailure,
 };
 use crate::policy::{Authorization, Revalidation};
 use crate::store::manifests::StoredManifest;
@@ -26,7 +27,7 @@ use crate::upstream::{Caller, Credential, ResponseKind, ResponseStream, Upstream
 pub(super) struct UpstreamRequest {
     pub(super) site: Arc<UpstreamRegistry>,
     pub(super) repository: Repository,
-    pub(super) operation: Operation,
+    pub(super) endpoint: Endpoint,
     pub(super) accept: Accept,
     pub(super) caller: Caller,
     /// When the [`Request`] arrived that it is for: no request to the upstream is older.
@@ -46,7 +47,7 @@ impl UpstreamRequest {
         Self {
             site: Arc::clone(&request.site),
             repository: repository.clone(),
-            operation: request.operation.clone(),
+            endpoint: request.endpoint.clone(),
             accept: request.accept.clone(),
             caller: caller.clone(),
             asked_at: request.now,
@@ -58,8 +59,8 @@ impl UpstreamRequest {
     }
 
     /// A fetch of the tag because it moved, as this response to a HEAD says.
-    pub(super) fn naming(self, heard: Revalidation) -> Self {
-        let named = match heard {
+    pub(super) fn naming(self, revalidation: Revalidation) -> Self {
+        let named = match revalidation {
             Revalidation::Digest { digest, .. } => Some(digest),
             _ => None,
         };
@@ -67,8 +68,8 @@ impl UpstreamRequest {
     }
 
     fn is_for_referrers_tag(&self) -> bool {
-        match &self.operation {
-            Operation::Manifest {
+        match &self.endpoint {
+            Endpoint::Manifest {
                 reference: Reference::Tag(tag),
                 ..
             } => tag.is_referrers_tag(),
@@ -102,7 +103,7 @@ impl ProxyService {
     ) -> Result<Arc<StoredManifest>, Arc<UpstreamResponse>> {
         let key = CoalesceKey::new(self, &wanted);
         let (demand, is_made_up) = (self.demand(&wanted), self.may_be_made_up(&wanted));
-        let flight = self.manifests.share_for(key, demand, |waiters| {
+        let call = self.manifests.share_for(key, demand, |waiters| {
             if !is_made_up {
                 waiters.detach();
             }
@@ -110,7 +111,7 @@ impl ProxyService {
             async move {
                 let UpstreamRequest {
                     site,
-                    operation,
+                    endpoint,
                     accept,
                     caller,
                     ..
@@ -120,7 +121,7 @@ impl ProxyService {
                     waiters: Some(waiters.clone()),
                     ..caller.clone()
                 };
-                let getting = site.upstream().get(&caller, operation, accept, None);
+                let getting = site.upstream().get(&caller, endpoint, accept, None);
                 let got = waiters.while_wanted(getting).await?;
                 Some(match got {
                     Ok(fetched) => {
@@ -144,10 +145,9 @@ impl ProxyService {
                 })
             }
         });
-        flight
-            .landed()
+        call.wait()
             .await
-            .unwrap_or_else(|| Err(Arc::new(UpstreamResponse::unavailable(Cause::Busy))))
+            .unwrap_or_else(|| Err(Arc::new(UpstreamResponse::unavailable(UpstreamFailure::Busy))))
     }
 
     /// The manifest that the HEAD named, where the GET by tag brought one that the tag named before: a replica of the
@@ -163,12 +163,12 @@ impl ProxyService {
         if !self.is_known_of_tag(wanted, received.digest).await {
             return received;
         }
-        let operation = Operation::Manifest {
+        let endpoint = Endpoint::Manifest {
             repository: wanted.repository.clone(),
-            reference: Reference::Digest(AnyDigest::Known(named)),
+            reference: Reference::Digest(AnyDigest::Supported(named)),
         };
         let by_digest = UpstreamRequest {
-            operation,
+            endpoint,
             ..wanted.clone()
         };
         let UpstreamRequest {
@@ -176,7 +176,7 @@ impl ProxyService {
         } = wanted;
         let fetched = site
             .upstream()
-            .get(caller, &by_digest.operation, accept, None)
+            .get(caller, &by_digest.endpoint, accept, None)
             .await;
         match fetched {
             Ok(fetched) => self.receive(&by_digest, fetched).await.unwrap_or(received),
@@ -186,10 +186,10 @@ impl ProxyService {
 
     /// Whether the tag is known to have named this digest.
     async fn is_known_of_tag(self: &Arc<Self>, wanted: &UpstreamRequest, digest: Digest) -> bool {
-        let Operation::Manifest {
+        let Endpoint::Manifest {
             reference: Reference::Tag(tag),
             ..
-        } = &wanted.operation
+        } = &wanted.endpoint
         else {
             return false;
         };
@@ -210,7 +210,7 @@ impl ProxyService {
         manifest: &StoredManifest,
         is_registrys: bool,
     ) -> bool {
-        let is_placeholder = manifest.manifest.children.is_empty();
+        let is_placeholder = manifest.manifest.descriptors.is_empty();
         !is_placeholder
             && (is_registrys
                 || self
@@ -229,7 +229,7 @@ impl ProxyService {
             ResponseKind::Digest(digest) | ResponseKind::UnprovenDigest(digest) => Some(digest),
             _ => None,
         };
-        let received = verify(bytes, named, Some(&media_type), &wanted.operation);
+        let received = verify(bytes, named, Some(&media_type), &wanted.endpoint);
         let (pull, wanted) = (Arc::clone(self), wanted.clone());
         detached(async move { pull.keep(&wanted, received).await.ok() }).await
     }
@@ -239,17 +239,17 @@ impl ProxyService {
     async fn keep(
         self: &Arc<Self>,
         wanted: &UpstreamRequest,
-        received: Result<StoredManifest, Cause>,
+        received: Result<StoredManifest, UpstreamFailure>,
     ) -> Result<Arc<StoredManifest>, Arc<UpstreamResponse>> {
         let UpstreamRequest {
             site,
             repository,
-            operation,
+            endpoint,
             ..
         } = wanted;
         let manifest = received.map_err(|cause| {
-            if cause == Cause::WrongDigest {
-                tracing::error!(upstream = site.name(), %repository, path = %operation.path_and_query(),
+            if cause == UpstreamFailure::DigestMismatch {
+                tracing::error!(upstream = site.name(), %repository, path = %endpoint.path_and_query(),
                     "the upstream sent a manifest whose digest is not the one it named; nothing was stored");
             }
             Arc::new(UpstreamResponse::unavailable(cause))
@@ -288,7 +288,7 @@ impl ProxyService {
         // As for a list of the referrers API: a registry may have an answer for those who may not read the repository.
         let is_believed =
             !wanted.is_for_referrers_tag() || self.standing_of(wanted).await != Authorization::Unknown;
-        if let Operation::Manifest { reference, .. } = operation
+        if let Endpoint::Manifest { reference, .. } = endpoint
             && is_believed
         {
             let media_type = Some(&served.media_type);
@@ -307,10 +307,10 @@ impl ProxyService {
         &self,
         wanted: &UpstreamRequest,
         fetched: ResponseStream,
-    ) -> Result<StoredManifest, Cause> {
+    ) -> Result<StoredManifest, UpstreamFailure> {
         let UpstreamRequest {
             site,
-            operation,
+            endpoint,
             accept,
             caller,
             ..
@@ -318,25 +318,25 @@ impl ProxyService {
         let (header, media_type) = (fetched.digest, fetched.media_type.clone());
         let is_page = media_type.as_ref().is_some_and(MediaType::is_page);
         let bytes = fetched.collect(MANIFEST_BYTES_MAX).await?;
-        let mut received = verify(bytes.clone(), header, media_type.as_ref(), operation);
-        if matches!(received, Err(Cause::WrongDigest))
-            && by_tag(operation)
-            && let ResponseKind::Digest(named) = site.upstream().head(caller, operation, accept).await.kind
+        let mut received = verify(bytes.clone(), header, media_type.as_ref(), endpoint);
+        if matches!(received, Err(UpstreamFailure::DigestMismatch))
+            && by_tag(endpoint)
+            && let ResponseKind::Digest(named) = site.upstream().head(caller, endpoint, accept).await.kind
         {
-            received = verify(bytes, Some(named), media_type.as_ref(), operation);
+            received = verify(bytes, Some(named), media_type.as_ref(), endpoint);
         }
         if is_page {
-            received.map_err(|_| Cause::NotRegistry)
+            received.map_err(|_| UpstreamFailure::NotRegistry)
         } else {
             received
         }
     }
 }
 
-fn by_tag(operation: &Operation) -> bool {
+fn by_tag(endpoint: &Endpoint) -> bool {
     matches!(
-        operation,
-        Operation::Manifest {
+        endpoint,
+        Endpoint::Manifest {
             reference: Reference::Tag(_),
             ..
         }
@@ -347,11 +347,11 @@ fn verify(
     bytes: Bytes,
     header: Option<Digest>,
     media_type: Option<&MediaType>,
-    operation: &Operation,
-) -> Result<StoredManifest, Cause> {
-    let asked = match operation {
-        Operation::Manifest {
-            reference: Reference::Digest(AnyDigest::Known(digest)),
+    endpoint: &Endpoint,
+) -> Result<StoredManifest, UpstreamFailure> {
+    let asked = match endpoint {
+        Endpoint::Manifest {
+            reference: Reference::Digest(AnyDigest::Supported(digest)),
             ..
         } => Some(*digest),
         _ => None,
@@ -365,22 +365,22 @@ fn verify(
         && let Ok(manifest) = &read
         && manifest.is_signed_schema_1(media_type)
     {
-        return Err(Cause::Unverifiable);
+        return Err(UpstreamFailure::Unverifiable);
     }
     if !is_right {
-        return Err(Cause::WrongDigest);
+        return Err(UpstreamFailure::DigestMismatch);
     }
-    let manifest = read.map_err(|_| Cause::Malformed)?;
+    let manifest = read.map_err(|_| UpstreamFailure::Malformed)?;
     let is_page = media_type.is_some_and(MediaType::is_page);
     let media_type = if asked.is_some() {
         manifest.type_by_digest(media_type)
     } else {
         manifest.type_sent_as(media_type)
     };
-    let media_type = media_type.ok_or(Cause::Malformed)?;
+    let media_type = media_type.ok_or(UpstreamFailure::Malformed)?;
     // Of a tag nothing but the answer says what it names, so label and shape have to agree.
     if asked.is_none() && (is_page || !manifest.has_shape_of(&media_type)) {
-        return Err(Cause::Malformed);
+        return Err(UpstreamFailure::Malformed);
     }
     Ok(StoredManifest {
         digest,

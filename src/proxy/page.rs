@@ -9,7 +9,7 @@ use std::sync::Arc;
 use serde_json::{Value, json};
 
 use super::listing::Listing;
-use crate::oci::{Operation, Query, Repository};
+use crate::oci::{Endpoint, Query, Repository};
 use crate::store::listings::StoredListing;
 
 /// Kept pages put together for one.
@@ -49,7 +49,7 @@ pub(super) fn derived(
     let wish = PageRequest::of(query)?;
     let path = |query: Query| {
         let repository = repository.clone();
-        Operation::Tags { repository, query }.path_and_query()
+        Endpoint::Tags { repository, query }.path_and_query()
     };
     let mut next = Some(path(Query::default()));
     let (mut tags, mut oldest) = (Vec::new(), None::<Arc<StoredListing>>);
@@ -89,7 +89,7 @@ pub(super) fn derived(
         let mut text = "?".to_owned();
         let n = wish.n.unwrap_or_default().to_string();
         let last = page.last().map(String::as_str).unwrap_or_default();
-        text.push_str(&Query::of(&[("n", &n), ("last", last)]).render());
+        text.push_str(&Query::from_pairs(&[("n", &n), ("last", last)]).render());
         text
     });
     let listing = Listing {

@@ -8,7 +8,7 @@ use super::manifest::refused;
 use super::manifest_fetch::UpstreamRequest;
 use super::{ProxyResponse, ProxyService, Request};
 pub use crate::download::Verifying as VerifyingStream;
-use crate::oci::{Cause, MediaType, Operation, Reference, Repository};
+use crate::oci::{Endpoint, MediaType, Reference, Repository, UpstreamFailure};
 use crate::policy::DenyReason;
 use crate::queue::{Class, Demand};
 use crate::upstream::{Caller, ResponseKind, ResponseStream, UpstreamResponse};
@@ -37,21 +37,21 @@ pub(super) async fn unverifiable(
     let asked_at = Instant::now();
     let Request {
         site,
-        operation,
+        endpoint,
         accept,
         ..
     } = request;
-    let digest = match operation {
-        Operation::Manifest {
+    let digest = match endpoint {
+        Endpoint::Manifest {
             reference: Reference::Digest(digest),
             ..
         }
-        | Operation::Blob { digest, .. } => Some(digest.to_string()),
+        | Endpoint::Blob { digest, .. } => Some(digest.to_string()),
         _ => None,
     };
     if request.head {
-        let answer = site.upstream().head(caller, operation, accept).await;
-        return if answer.kind.is_success() || answer.failure() == Some(Cause::Unverifiable) {
+        let answer = site.upstream().head(caller, endpoint, accept).await;
+        return if answer.kind.is_success() || answer.failure() == Some(UpstreamFailure::Unverifiable) {
             let (media_type, size) = (answer.media_type, answer.length);
             ProxyResponse::Passthrough(Passthrough {
                 digest: digest.or(answer.header_digest.map(|named| named.to_string())),
@@ -69,11 +69,11 @@ pub(super) async fn unverifiable(
             .await
         };
     }
-    let place = match operation {
-        Operation::Blob { .. } => {
+    let place = match endpoint {
+        Endpoint::Blob { .. } => {
             let demand = Demand {
                 class: Class::Bulk,
-                ..caller.demand(operation)
+                ..caller.demand(endpoint)
             };
             match pull.downloads.admit(site.name(), demand).await {
                 Ok(place) => Some(place),
@@ -89,18 +89,22 @@ pub(super) async fn unverifiable(
         }
         _ => None,
     };
-    let fetched = site.upstream().get(caller, operation, accept, None).await;
+    let fetched = site.upstream().get(caller, endpoint, accept, None).await;
     let fetched = fetched.map(|fetched| match place {
         Some(place) => fetched.holding(place),
         None => fetched,
     });
     match fetched {
-        Ok(fetched) if fetched.length.is_some_and(|length| length > size_max) => {
-            refused(DenyReason::UpstreamUnavailable(Cause::TooLarge), None, false)
-        }
-        Ok(fetched) if is_page(&fetched) && matches!(operation, Operation::Manifest { .. }) => {
-            refused(DenyReason::UpstreamUnavailable(Cause::NotRegistry), None, false)
-        }
+        Ok(fetched) if fetched.length.is_some_and(|length| length > size_max) => refused(
+            DenyReason::UpstreamUnavailable(UpstreamFailure::TooLarge),
+            None,
+            false,
+        ),
+        Ok(fetched) if is_page(&fetched) && matches!(endpoint, Endpoint::Manifest { .. }) => refused(
+            DenyReason::UpstreamUnavailable(UpstreamFailure::NotRegistry),
+            None,
+            false,
+        ),
         Ok(fetched) => ProxyResponse::Passthrough(Passthrough {
             digest: digest.or(fetched.digest.map(|digest| digest.to_string())),
             media_type: fetched.media_type.clone(),

@@ -14,7 +14,7 @@ use tokio::time::Instant;
 use super::manifest_fetch::UpstreamRequest;
 use super::{BlobBody, ProxyService, UpstreamRegistry};
 use crate::download::Reader;
-use crate::oci::{Cause, Digest, Repository};
+use crate::oci::{Digest, Repository, UpstreamFailure};
 use crate::store::blobs::HeldBlob;
 use crate::upstream::{RangeSpec, UpstreamResponse};
 
@@ -120,7 +120,7 @@ impl ProxyService {
     ) -> Result<(), UpstreamResponse> {
         let UpstreamRequest {
             site,
-            operation,
+            endpoint,
             accept,
             caller,
             ..
@@ -135,10 +135,10 @@ impl ProxyService {
             // As short as a question, and queued as one.
             let _place = site
                 .upstream()
-                .admit(caller, operation)
+                .admit(caller, endpoint)
                 .await
                 .map_err(|answer| *answer)?;
-            let answered = site.upstream().get_part(caller, operation, accept, part).await;
+            let answered = site.upstream().get_part(caller, endpoint, accept, part).await;
             if let Err(answer) = &answered {
                 self.learn(of, answer, asked_at).await;
             }
@@ -146,11 +146,11 @@ impl ProxyService {
             let mut left = sample.0.clone();
             while !left.is_empty() {
                 let Some(Ok(chunk)) = fetched.chunk().await else {
-                    return Err(UpstreamResponse::unavailable(Cause::NotRegistry));
+                    return Err(UpstreamResponse::unavailable(UpstreamFailure::NotRegistry));
                 };
                 let length = chunk.len().min(left.len());
                 if chunk.slice(..length) != left.split_to(length) {
-                    return Err(UpstreamResponse::unavailable(Cause::NotRegistry));
+                    return Err(UpstreamResponse::unavailable(UpstreamFailure::NotRegistry));
                 }
             }
         }

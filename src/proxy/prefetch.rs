@@ -19,8 +19,8 @@ use super::manifest_fetch::UpstreamRequest;
 use super::source::UpstreamSource;
 use super::{LIMIT_WITHIN, ProxyService, Request};
 use crate::download::{Failure, Joined, Wish};
-use crate::oci::manifest::Role;
-use crate::oci::{AnyDigest, Cause, Digest, Operation, Repository};
+use crate::oci::manifest::DescriptorKind;
+use crate::oci::{AnyDigest, Digest, Endpoint, Repository, UpstreamFailure};
 use crate::queue::{Class, Peer};
 use crate::store::manifests::StoredManifest;
 
@@ -54,7 +54,7 @@ enum Parent {
 
 /// The downloads begun, each with what the upstream said to its `GET`. Dropped unanswered: nothing that concerns the
 /// caller.
-pub(super) type StartedDownloads = HashMap<Digest, oneshot::Receiver<Result<(), Cause>>>;
+pub(super) type StartedDownloads = HashMap<Digest, oneshot::Receiver<Result<(), UpstreamFailure>>>;
 
 impl Default for Prefetching {
     fn default() -> Self {
@@ -94,7 +94,7 @@ impl ProxyService {
         self: &Arc<Self>,
         of: &UpstreamRequest,
         manifest: &Arc<StoredManifest>,
-    ) -> Vec<(Digest, Role)> {
+    ) -> Vec<(Digest, DescriptorKind)> {
         let manifest = Arc::clone(manifest);
         self.look_up(&of.site, &of.repository, move |cached| {
             let arriving = |digest: &Digest| cached.is_arriving(digest);
@@ -102,8 +102,8 @@ impl ProxyService {
                 .view
                 .missing_blobs(cached.site.name(), cached.repository, &manifest, &arriving)
                 .filter_map(|child| match child.digest {
-                    AnyDigest::Known(digest) => Some((digest, child.role)),
-                    AnyDigest::Foreign(_) => None,
+                    AnyDigest::Supported(digest) => Some((digest, child.kind)),
+                    AnyDigest::Unsupported(_) => None,
                 })
                 .collect()
         })
@@ -116,7 +116,7 @@ impl ProxyService {
         request: &Request,
         manifest: &Arc<StoredManifest>,
     ) {
-        let Some(repository) = request.operation.repository().filter(|_| !request.head) else {
+        let Some(repository) = request.endpoint.repository().filter(|_| !request.head) else {
             return;
         };
         let site = &request.site;
@@ -132,17 +132,19 @@ impl ProxyService {
         let upstream: Arc<str> = site.name().into();
         for child in manifest
             .manifest
-            .children
+            .descriptors
             .iter()
-            .filter(|child| child.role == Role::Layer)
+            .filter(|child| child.kind == DescriptorKind::Layer)
         {
-            if let AnyDigest::Known(layer) = child.digest {
+            if let AnyDigest::Supported(layer) = child.digest {
                 let key = (Arc::clone(&upstream), repository.clone(), layer);
                 self.prefetching.note_lacking(key, manifest.digest);
             }
         }
         let missing = self.missing(&of, manifest).await;
-        if let Some((config, _)) = missing.into_iter().find(|(_, role)| *role == Role::Config)
+        if let Some((config, _)) = missing
+            .into_iter()
+            .find(|(_, role)| *role == DescriptorKind::Config)
             && let Ok(place) = Arc::clone(&self.prefetching.images).try_acquire_owned()
         {
             let pull = Arc::clone(self);
@@ -155,7 +157,7 @@ impl ProxyService {
 
     /// A client was given a blob: if it is a layer of an image that lacks something, the rest is begun.
     pub(super) fn note_blob_given(self: &Arc<Self>, request: &Request, digest: Digest) {
-        let Some(repository) = request.operation.repository().filter(|_| !request.head) else {
+        let Some(repository) = request.endpoint.repository().filter(|_| !request.head) else {
             return;
         };
         let layer: ContentKey = (request.site.name().into(), repository.clone(), digest);
@@ -186,7 +188,7 @@ impl ProxyService {
         self: &Arc<Self>,
         of: UpstreamRequest,
         manifest: &Arc<StoredManifest>,
-        missing: Vec<(Digest, Role)>,
+        missing: Vec<(Digest, DescriptorKind)>,
     ) -> StartedDownloads {
         let image: ContentKey = (of.site.name().into(), of.repository.clone(), manifest.digest);
         let lacks_attestation = self
@@ -214,8 +216,8 @@ impl ProxyService {
             if lacks_attestation {
                 pull.bring_attached(&of, &manifest.digest).await;
             }
-            for child in &manifest.manifest.children {
-                if let AnyDigest::Known(digest) = child.digest {
+            for child in &manifest.manifest.descriptors {
+                if let AnyDigest::Supported(digest) = child.digest {
                     let key = (Arc::clone(&image.0), image.1.clone(), digest);
                     pull.prefetching.lacking.remove(&key);
                 }
@@ -230,7 +232,7 @@ impl ProxyService {
     async fn prefetch_blobs(
         self: &Arc<Self>,
         of: &UpstreamRequest,
-        blobs: Vec<(Digest, oneshot::Sender<Result<(), Cause>>)>,
+        blobs: Vec<(Digest, oneshot::Sender<Result<(), UpstreamFailure>>)>,
     ) {
         let own = Arc::new(Semaphore::new(BLOBS_PER_IMAGE_MAX));
         for (digest, opened) in blobs {
@@ -254,17 +256,17 @@ impl ProxyService {
         self: &Arc<Self>,
         of: UpstreamRequest,
         digest: Digest,
-        opened: Option<oneshot::Sender<Result<(), Cause>>>,
+        opened: Option<oneshot::Sender<Result<(), UpstreamFailure>>>,
     ) {
-        let operation = Operation::Blob {
+        let endpoint = Endpoint::Blob {
             repository: of.repository.clone(),
-            digest: AnyDigest::Known(digest),
+            digest: AnyDigest::Supported(digest),
         };
-        let mut wanted = UpstreamRequest { operation, ..of };
+        let mut wanted = UpstreamRequest { endpoint, ..of };
         wanted.caller.wait_deadline = Some(Instant::now() + LIMIT_WITHIN);
         (wanted.caller.peer, wanted.caller.class) = (Peer::Background, Class::Background);
         let wish = Wish {
-            demand: wanted.caller.demand(&wanted.operation),
+            demand: wanted.caller.demand(&wanted.endpoint),
             is_whole: true,
         };
         let settled = match self.downloads.join(digest, wanted.requester(), wish).await {
@@ -288,15 +290,15 @@ impl ProxyService {
         // It came here under another repository. Its client may have it from there as well and never ask: a base layer
         // that many images share. Without the upstream's word that this repository has it too, the image is not whole.
         if !self.is_member(&wanted.site, &wanted.repository, digest).await {
-            self.question(&wanted).landed().await;
+            self.question(&wanted).wait().await;
         }
     }
 }
 
-fn cause_of(failure: &Failure) -> Cause {
+fn cause_of(failure: &Failure) -> UpstreamFailure {
     match failure {
         Failure::Refused(answer) => answer.cause(),
         Failure::Broken(cause) => *cause,
-        _ => Cause::Busy,
+        _ => UpstreamFailure::Busy,
     }
 }

@@ -22,7 +22,7 @@ use super::manifest::refused;
 use super::manifest_fetch::UpstreamRequest;
 use super::revalidate::CoalesceKey;
 use super::{AuthContext, ProxyResponse, ProxyService, Request, ServeInfo, ServeReason, UpstreamRegistry};
-use crate::oci::{Algorithm, AnyDigest, Cause, Digest, Operation, Query, Repository, Tag};
+use crate::oci::{Algorithm, AnyDigest, Digest, Endpoint, Query, Repository, Tag, UpstreamFailure};
 use crate::policy::rules::EffectivePolicy;
 use crate::policy::{
     Authorization, CacheState, CachedEntry, Completeness, ContentKind, CredentialOwner, Decision, DenyReason,
@@ -63,7 +63,7 @@ enum Precheck {
     /// The answer.
     Respond(Box<ProxyResponse>),
     /// The upstream is known to be unavailable, and there is something else to answer.
-    Unavailable(Cause),
+    Unavailable(UpstreamFailure),
     /// Nothing that is enough. So long is the upstream waited for, where there is something else to answer.
     Request(Duration),
 }
@@ -94,16 +94,16 @@ impl ProxyService {
         let context = self.context(request, repository).await;
         let rule = request.site.rule(repository, None);
         let subject = match subject {
-            AnyDigest::Known(digest) => Some(*digest),
-            AnyDigest::Foreign(_) => None,
+            AnyDigest::Supported(digest) => Some(*digest),
+            AnyDigest::Unsupported(_) => None,
         };
         let lookup = ReferrersRequest::new(self, request, repository, (&context, rule), subject, query).await;
-        let heard = match lookup.before_asking(&context, false) {
+        let revalidation = match lookup.before_asking(&context, false) {
             Precheck::Respond(outcome) => return *outcome,
             Precheck::Unavailable(cause) => Err((Revalidation::Unavailable(cause), None)),
             Precheck::Request(wait) => lookup.list(&context, wait).await,
         };
-        match heard {
+        match revalidation {
             Ok(listing) => {
                 lookup.confirm();
                 let how = ServeInfo {
@@ -112,7 +112,7 @@ impl ProxyService {
                 };
                 ProxyResponse::Listing(listing, how)
             }
-            Err((heard, answer)) => lookup.conclude(heard, answer).await,
+            Err((revalidation, answer)) => lookup.conclude(revalidation, answer).await,
         }
     }
 
@@ -160,8 +160,11 @@ impl ProxyService {
             let asked = self
                 .ask(request, repository, context, &lookup.situation, rule.budget)
                 .await;
-            if !matches!(asked.heard, Revalidation::Digest { .. } | Revalidation::NoDigest) {
-                return lookup.conclude(asked.heard, asked.answer).await;
+            if !matches!(
+                asked.revalidation,
+                Revalidation::Digest { .. } | Revalidation::NoDigest
+            ) {
+                return lookup.conclude(asked.revalidation, asked.answer).await;
             }
         }
         let unheld = context.situation(rule, ContentKind::Tag, None, true, request.now);
@@ -172,7 +175,10 @@ impl ProxyService {
             } else {
                 lookup.expired(context, wait);
                 return lookup
-                    .conclude(Revalidation::Unavailable(Cause::Budget), None)
+                    .conclude(
+                        Revalidation::Unavailable(UpstreamFailure::RevalidateTimeout),
+                        None,
+                    )
                     .await;
             }
         } else {
@@ -238,7 +244,7 @@ impl<'a> ReferrersRequest<'a> {
         let site = &request.site;
         let key = ListingKey {
             upstream: site.name().into(),
-            path: request.operation.path_and_query(),
+            path: request.endpoint.path_and_query(),
         };
         // The whole list holds what a filter leaves of it.
         let whole = (!query.is_empty() && query.has_only(FILTER))
@@ -246,9 +252,9 @@ impl<'a> ReferrersRequest<'a> {
             .flatten();
         let whole = whole.map(|subject| ListingKey {
             upstream: site.name().into(),
-            path: Operation::Referrers {
+            path: Endpoint::Referrers {
                 repository: repository.clone(),
-                digest: AnyDigest::Known(subject),
+                digest: AnyDigest::Supported(subject),
                 query: Query::default(),
             }
             .path_and_query(),
@@ -319,7 +325,7 @@ impl<'a> ReferrersRequest<'a> {
         if !self.can_do_without() {
             return Precheck::Request(self.rule.budget);
         }
-        let (upstream, asked) = (self.request.site.upstream(), (&self.request.operation, by_head));
+        let (upstream, asked) = (self.request.site.upstream(), (&self.request.endpoint, by_head));
         match upstream.wait_limit(&context.caller, asked, self.rule.budget) {
             Ok(wait) => Precheck::Request(wait),
             Err(cause) => Precheck::Unavailable(cause),
@@ -329,13 +335,13 @@ impl<'a> ReferrersRequest<'a> {
     /// The upstream was waited for so long, and no response came.
     fn expired(&self, context: &AuthContext, waited: Duration) {
         let upstream = self.request.site.upstream();
-        upstream.record_timeout(&context.caller, &self.request.operation, waited);
+        upstream.record_timeout(&context.caller, &self.request.endpoint, waited);
     }
 
     fn can_do_without(&self) -> bool {
         let unavailable = self
             .situation
-            .with_revalidation(Revalidation::Unavailable(Cause::Budget));
+            .with_revalidation(Revalidation::Unavailable(UpstreamFailure::RevalidateTimeout));
         matches!(decide(&unavailable), Decision::Serve(_))
     }
 
@@ -343,27 +349,34 @@ impl<'a> ReferrersRequest<'a> {
     async fn list(&self, context: &AuthContext, wait: Duration) -> super::listing::ListResult {
         let wanted = UpstreamRequest::of(self.request, self.repository, &context.caller);
         let shared = (CoalesceKey::new(self.pull, &wanted), self.is_believed());
-        let flight = self.pull.lists.share(shared, || {
+        let call = self.pull.lists.share(shared, || {
             let key = self.is_believed().then(|| self.key.clone());
             let pull = Arc::clone(self.pull);
             async move { pull.list(&wanted, key).await }
         });
         let unavailable = |cause| Err((Revalidation::Unavailable(cause), None));
         if !self.can_do_without() {
-            return flight.landed().await.unwrap_or_else(|| unavailable(Cause::Busy));
+            return call
+                .wait()
+                .await
+                .unwrap_or_else(|| unavailable(UpstreamFailure::Busy));
         }
-        if let Ok(listed) = timeout(wait, flight.landed()).await {
-            listed.unwrap_or_else(|| unavailable(Cause::Busy))
+        if let Ok(listed) = timeout(wait, call.wait()).await {
+            listed.unwrap_or_else(|| unavailable(UpstreamFailure::Busy))
         } else {
             self.expired(context, wait);
-            unavailable(Cause::Budget)
+            unavailable(UpstreamFailure::RevalidateTimeout)
         }
     }
 
     /// What is answered after the upstream gave no list.
-    async fn conclude(&self, heard: Revalidation, answer: Option<Arc<UpstreamResponse>>) -> ProxyResponse {
-        let is_absent = heard == Revalidation::NotFound;
-        match decide(&self.situation.with_revalidation(heard)) {
+    async fn conclude(
+        &self,
+        revalidation: Revalidation,
+        answer: Option<Arc<UpstreamResponse>>,
+    ) -> ProxyResponse {
+        let is_absent = revalidation == Revalidation::NotFound;
+        match decide(&self.situation.with_revalidation(revalidation)) {
             Decision::Serve(served) => {
                 if is_absent && !matches!(self.stand_in, Some(Fallback::Cached(StoredListResponse::List(_))))
                 {
@@ -378,13 +391,15 @@ impl<'a> ReferrersRequest<'a> {
                 refused(
                     refusal,
                     answer,
-                    heard == Revalidation::Denied(CredentialOwner::Proxy),
+                    revalidation == Revalidation::Denied(CredentialOwner::Proxy),
                 )
             }
             // Laws of the decision: no second question, no fetch.
-            Decision::Revalidate | Decision::Fetch(_) | Decision::ProbeLayers(_) => {
-                refused(DenyReason::UpstreamUnavailable(Cause::Malformed), answer, false)
-            }
+            Decision::Revalidate | Decision::Fetch(_) | Decision::ProbeLayers(_) => refused(
+                DenyReason::UpstreamUnavailable(UpstreamFailure::Malformed),
+                answer,
+                false,
+            ),
         }
     }
 
@@ -403,7 +418,7 @@ impl<'a> ReferrersRequest<'a> {
     /// Whether the answer to this caller may become the answer to others. Some registries say 404 to all who may not read
     /// the repository, and others give them an empty list.
     fn is_believed(&self) -> bool {
-        self.situation.standing != Authorization::Unknown
+        self.situation.authorization != Authorization::Unknown
     }
 
     /// Keeps a 404.
@@ -455,8 +470,8 @@ impl Fallback {
             digest,
             confirmed_at: fresh_since.unwrap_or(answered_at),
             is_moved: false,
-            rest: Completeness::Complete,
-            is_in_doubt: false,
+            completeness: Completeness::Complete,
+            is_invalidated: false,
         }
     }
 }
@@ -467,7 +482,7 @@ fn absent(code: Option<String>) -> ProxyResponse {
         kind: ResponseKind::NotFound,
         status: Some(StatusCode::NOT_FOUND),
         code,
-        ..UpstreamResponse::unavailable(Cause::Malformed)
+        ..UpstreamResponse::unavailable(UpstreamFailure::Malformed)
     };
     refused(DenyReason::NotFound, Some(Arc::new(answer)), false)
 }

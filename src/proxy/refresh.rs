@@ -6,7 +6,7 @@ use super::candidates::Candidates;
 use super::manifest_fetch::UpstreamRequest;
 use super::revalidate::Revalidated;
 use super::{ProxyService, Request};
-use crate::oci::{Cause, Digest, Operation};
+use crate::oci::{Digest, Endpoint, UpstreamFailure};
 use crate::policy::{Authorization, Revalidation};
 use crate::store::manifests::StoredManifest;
 
@@ -22,33 +22,33 @@ pub enum Refreshed {
     /// The upstream refuses the credential used.
     Denied,
     /// The upstream gave no usable answer.
-    Unavailable(Cause),
+    Unavailable(UpstreamFailure),
     /// There is something newer, and it could not be had.
-    FetchFailed(Cause),
+    FetchFailed(UpstreamFailure),
 }
 
 impl ProxyService {
     /// Asks the upstream what the tag of `request` names now, and fetches it if that is not held. What is asked about by
-    /// digest cannot change: that is answered with [`Refreshed::Silent`] and [`Cause::Malformed`].
+    /// digest cannot change: that is answered with [`Refreshed::Silent`] and [`UpstreamFailure::Malformed`].
     pub async fn refresh(self: &Arc<Self>, request: &Request) -> Refreshed {
-        let (Some(tag), Operation::Manifest { repository, .. }) = (request.tag(), &request.operation) else {
-            return Refreshed::Unavailable(Cause::Malformed);
+        let (Some(tag), Endpoint::Manifest { repository, .. }) = (request.tag(), &request.endpoint) else {
+            return Refreshed::Unavailable(UpstreamFailure::Malformed);
         };
         let context = self.context(request, repository).await;
         let accept = Some(&request.accept);
         let copies = self.copies_of_tag(&request.site, repository, tag, accept).await;
         let held = copies.as_ref().map(Candidates::held);
         let wanted = UpstreamRequest::of(request, repository, &context.caller);
-        let Some(answer) = self.question(&wanted).landed().await else {
-            return Refreshed::Unavailable(Cause::Busy);
+        let Some(answer) = self.question(&wanted).wait().await else {
+            return Refreshed::Unavailable(UpstreamFailure::Busy);
         };
         // Whoever could be told something is the operator, who is entitled to all that is held.
-        let heard = self.heard_by(&wanted, &answer, Authorization::Granted).await;
+        let revalidation = self.heard_by(&wanted, &answer, Authorization::Granted).await;
         let asked = Revalidated {
-            heard,
+            revalidation,
             answer: Some(answer),
         };
-        match (asked.heard, held) {
+        match (asked.revalidation, held) {
             (Revalidation::Digest { digest, .. }, Some(held)) if digest == held.digest => {
                 Refreshed::Unchanged(digest)
             }
@@ -73,7 +73,7 @@ impl ProxyService {
             (Revalidation::Unavailable(cause) | Revalidation::FetchFailed(cause), _) => {
                 Refreshed::Unavailable(cause)
             }
-            (Revalidation::NotDone, _) => Refreshed::Unavailable(Cause::Malformed),
+            (Revalidation::NotDone, _) => Refreshed::Unavailable(UpstreamFailure::Malformed),
         }
     }
 
@@ -81,7 +81,7 @@ impl ProxyService {
         self: &Arc<Self>,
         wanted: &UpstreamRequest,
         asked: &Revalidated,
-    ) -> Result<Arc<StoredManifest>, Cause> {
+    ) -> Result<Arc<StoredManifest>, UpstreamFailure> {
         let brought = match &asked.answer {
             Some(answer) => self.brought(wanted, answer).await,
             None => None,
@@ -89,7 +89,7 @@ impl ProxyService {
         match brought {
             Some(manifest) => Ok(manifest),
             None => self
-                .fetch_manifest(wanted.clone().naming(asked.heard))
+                .fetch_manifest(wanted.clone().naming(asked.revalidation))
                 .await
                 .map_err(|answer| answer.cause()),
         }

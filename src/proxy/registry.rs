@@ -8,12 +8,12 @@ use http::HeaderValue;
 
 use super::invalidation::{WriteGenerations, WriteSnapshot};
 use super::local_tokens::is_local_token;
-use crate::oci::digest::keyed;
+use crate::oci::digest::hmac_sha256;
 use crate::oci::{NameError, Repository, Tag};
 use crate::policy::authz::Principal;
 use crate::policy::rules::{EffectivePolicy, Rules};
 use crate::queue::{Class, Peer};
-use crate::trace_context::Trace;
+use crate::trace_context::TraceContext;
 use crate::upstream::origin::Origin;
 use crate::upstream::{Caller, Credential, LearnedState, Upstream};
 
@@ -91,11 +91,11 @@ impl Principals {
 
     /// What nobody without the secret can work out.
     pub(super) fn keyed(&self, message: &[u8]) -> [u8; 32] {
-        keyed(&self.secret, message)
+        hmac_sha256(&self.secret, message)
     }
 
     /// Who asks upstream without a credential, and on nobody's behalf.
-    pub(super) fn stranger(&self, trace: &Trace) -> Caller {
+    pub(super) fn stranger(&self, trace: &TraceContext) -> Caller {
         Caller {
             principal: *self.anonymous.as_bytes(),
             credential: Credential::Anonymous,
@@ -225,7 +225,7 @@ impl UpstreamRegistry {
         &self,
         principals: &Principals,
         authorization: Option<&HeaderValue>,
-        (peer, trace): (Peer, &Trace),
+        (peer, trace): (Peer, &TraceContext),
     ) -> Caller {
         let (principal, credential) = match (self.access, authorization) {
             (Access::Shared { own_credential }, _) => {

@@ -9,12 +9,12 @@ use super::invalidation::WriteSnapshot;
 use super::local_tokens::is_local_token;
 use super::manifest_fetch::UpstreamRequest;
 use super::{AuthContext, ProxyService, Request, UpstreamRegistry};
-use crate::oci::{Accept, AnyDigest, Cause, Digest, MediaType, Operation, Reference, Repository};
+use crate::oci::{Accept, AnyDigest, Digest, Endpoint, MediaType, Reference, Repository, UpstreamFailure};
 use crate::policy::{
     Authorization, CacheState, ContentKind, CredentialOwner, Decision, Revalidation, decide,
 };
 use crate::queue::{Class, Demand};
-use crate::single_flight::Flight;
+use crate::single_flight::SharedCall;
 use crate::store::membership::MembershipUpdate;
 use crate::store::tags::{TagKey, Variant};
 use crate::upstream::{Caller, ResponseKind, UpstreamResponse};
@@ -43,7 +43,7 @@ impl CoalesceKey {
     pub(super) fn new(pull: &ProxyService, wanted: &UpstreamRequest) -> Self {
         Self {
             upstream: wanted.site.name().into(),
-            path: wanted.operation.path_and_query(),
+            path: wanted.endpoint.path_and_query(),
             accept: wanted.accept.key(),
             principal: wanted.caller.principal,
             writes: wanted.writes,
@@ -58,7 +58,7 @@ impl CoalesceKey {
 /// What came of asking.
 pub struct Revalidated {
     /// In the decision's words.
-    pub heard: Revalidation,
+    pub revalidation: Revalidation,
     /// In the upstream's own, if it said anything.
     pub answer: Option<Arc<UpstreamResponse>>,
 }
@@ -67,8 +67,10 @@ impl Revalidated {
     /// Whether the upstream may have said yes, and nothing proves that it was the registry.
     pub(super) fn is_unproven(&self) -> bool {
         let answer = self.answer.as_ref();
-        matches!(self.heard, Revalidation::Unavailable(Cause::NotRegistry))
-            && answer.is_some_and(|answer| matches!(answer.kind, ResponseKind::UnprovenDigest(_)))
+        matches!(
+            self.revalidation,
+            Revalidation::Unavailable(UpstreamFailure::NotRegistry)
+        ) && answer.is_some_and(|answer| matches!(answer.kind, ResponseKind::UnprovenDigest(_)))
     }
 }
 
@@ -83,14 +85,15 @@ impl ProxyService {
         situation: &CacheState,
         budget: Duration,
     ) -> Revalidated {
-        let silence = situation.with_revalidation(Revalidation::Unavailable(Cause::Budget));
+        let silence =
+            situation.with_revalidation(Revalidation::Unavailable(UpstreamFailure::RevalidateTimeout));
         let can_do_without = matches!(decide(&silence), Decision::Serve(_));
         let upstream = request.site.upstream();
         let mut wanted = UpstreamRequest::of(request, repository, &context.caller);
         let rule = request.site.rule(repository, request.tag());
         wanted.is_strangers = context.is_stranger(rule, request.now);
         let wait = if can_do_without {
-            upstream.wait_limit(&wanted.caller, (&wanted.operation, true), budget)
+            upstream.wait_limit(&wanted.caller, (&wanted.endpoint, true), budget)
         } else {
             Ok(budget)
         };
@@ -98,7 +101,7 @@ impl ProxyService {
             Ok(wait) => wait,
             Err(cause) => {
                 return Revalidated {
-                    heard: Revalidation::Unavailable(cause),
+                    revalidation: Revalidation::Unavailable(cause),
                     answer: None,
                 };
             }
@@ -108,21 +111,21 @@ impl ProxyService {
             wanted.caller.wait_deadline = None;
             wanted.caller.class = Class::Held;
         }
-        let flight = self.question(&wanted);
-        let waiters = flight.waiters().clone();
-        let asking = self.proven_answer(flight, &wanted, situation.standing);
+        let call = self.question(&wanted);
+        let waiters = call.waiters().clone();
+        let asking = self.proven_answer(call, &wanted, situation.authorization);
         let answer = if can_do_without {
             if let Ok(answer) = tokio::time::timeout(wait, asking).await {
                 answer
             } else {
                 // A request that is queued here says nothing of the upstream.
                 if !waiters.is_queued() {
-                    upstream.record_timeout(&wanted.caller, &wanted.operation, wait);
+                    upstream.record_timeout(&wanted.caller, &wanted.endpoint, wait);
                 }
                 // The late answer still has its effects.
                 waiters.detach();
                 return Revalidated {
-                    heard: Revalidation::Unavailable(Cause::Budget),
+                    revalidation: Revalidation::Unavailable(UpstreamFailure::RevalidateTimeout),
                     answer: None,
                 };
             }
@@ -131,23 +134,24 @@ impl ProxyService {
         };
         match answer {
             Some(answer) => {
-                let heard = self.heard_by(&wanted, &answer, situation.standing).await;
+                let revalidation = self.heard_by(&wanted, &answer, situation.authorization).await;
                 // A no to the stranger who asked in the place of a token of ours: it sends the client for a better one,
                 // if there is one to be had.
                 let is_local = request.authorization.as_ref().is_some_and(is_local_token);
-                if is_local && matches!(heard, Revalidation::Denied(_)) && upstream.has_failed_realm() {
+                if is_local && matches!(revalidation, Revalidation::Denied(_)) && upstream.has_failed_realm()
+                {
                     return Revalidated {
-                        heard: Revalidation::Unavailable(Cause::TokenService),
+                        revalidation: Revalidation::Unavailable(UpstreamFailure::TokenService),
                         answer: None,
                     };
                 }
                 Revalidated {
-                    heard,
+                    revalidation,
                     answer: Some(answer),
                 }
             }
             None => Revalidated {
-                heard: Revalidation::Unavailable(Cause::Busy),
+                revalidation: Revalidation::Unavailable(UpstreamFailure::Busy),
                 answer: None,
             },
         }
@@ -157,12 +161,12 @@ impl ProxyService {
     /// by a GET, whose bytes tell; nothing is held against another question for it.
     async fn proven_answer(
         self: &Arc<Self>,
-        flight: Flight<Arc<UpstreamResponse>>,
+        call: SharedCall<Arc<UpstreamResponse>>,
         wanted: &UpstreamRequest,
         standing: Authorization,
     ) -> Option<Arc<UpstreamResponse>> {
-        let answer = flight.landed().await?;
-        let is_manifest = matches!(wanted.operation, Operation::Manifest { .. });
+        let answer = call.wait().await?;
+        let is_manifest = matches!(wanted.endpoint, Endpoint::Manifest { .. });
         if !is_manifest
             || standing == Authorization::Granted
             || !matches!(answer.kind, ResponseKind::UnprovenDigest(_))
@@ -192,14 +196,14 @@ impl ProxyService {
     /// that waits for it. Anything else goes on once it was sent: a registry that first fetches for itself takes longer
     /// than its clients wait, and they come again.
     pub(super) fn may_be_made_up(&self, wanted: &UpstreamRequest) -> bool {
-        may_be_made_up(&wanted.operation, wanted.is_strangers, |digest| {
+        may_be_made_up(&wanted.endpoint, wanted.is_strangers, |digest| {
             self.is_named_there(wanted, digest)
         })
     }
 
     /// What is asked of admission for this request.
     pub(super) fn demand(&self, wanted: &UpstreamRequest) -> Demand {
-        let demand = wanted.caller.demand(&wanted.operation);
+        let demand = wanted.caller.demand(&wanted.endpoint);
         let is_last = demand.class == Class::Interactive && self.may_be_made_up(wanted);
         Demand {
             class: if is_last { Class::Bulk } else { demand.class },
@@ -208,7 +212,7 @@ impl ProxyService {
     }
 
     /// One question for all who may share it, and what is learnt from its answer, late as it may come.
-    pub(super) fn question(self: &Arc<Self>, wanted: &UpstreamRequest) -> Flight<Arc<UpstreamResponse>> {
+    pub(super) fn question(self: &Arc<Self>, wanted: &UpstreamRequest) -> SharedCall<Arc<UpstreamResponse>> {
         let key = CoalesceKey::new(self, wanted);
         let is_made_up = self.may_be_made_up(wanted);
         self.questions.share_for(key, self.demand(wanted), |waiters| {
@@ -220,7 +224,7 @@ impl ProxyService {
                 let UpstreamRequest {
                     site,
                     repository,
-                    operation,
+                    endpoint,
                     accept,
                     caller,
                     ..
@@ -232,9 +236,9 @@ impl ProxyService {
                 };
                 let asking = async {
                     if wanted.for_push {
-                        site.upstream().head_for_push(&caller, operation, accept).await
+                        site.upstream().head_for_push(&caller, endpoint, accept).await
                     } else {
-                        site.upstream().head(&caller, operation, accept).await
+                        site.upstream().head(&caller, endpoint, accept).await
                     }
                 };
                 let answer = waiters.while_wanted(asking).await?;
@@ -243,8 +247,8 @@ impl ProxyService {
                     pull.learn(&wanted, &answer, asked_at).await;
                 }
                 let is_believed = is_evidence || pull.is_vouched(&wanted).await;
-                match (operation, answer.kind) {
-                    (Operation::Manifest { reference, .. }, ResponseKind::Digest(digest)) if is_believed => {
+                match (endpoint, answer.kind) {
+                    (Endpoint::Manifest { reference, .. }, ResponseKind::Digest(digest)) if is_believed => {
                         if pull.may_name(site, repository, reference, accept, &digest).await {
                             let media_type = answer.media_type.as_ref();
                             pull.learn_name_unless_written(&wanted, reference, digest, media_type)
@@ -254,7 +258,7 @@ impl ProxyService {
                         }
                     }
                     // Good for comparing where the digest is known to be here and the principal to be let in.
-                    (Operation::Manifest { reference, .. }, ResponseKind::UnprovenDigest(digest))
+                    (Endpoint::Manifest { reference, .. }, ResponseKind::UnprovenDigest(digest))
                         if pull.is_member(site, repository, digest).await
                             && pull.is_vouched(&wanted).await
                             && pull.may_name(site, repository, reference, accept, &digest).await =>
@@ -265,8 +269,8 @@ impl ProxyService {
                     }
                     // The proof that the upstream has this blob here.
                     (
-                        Operation::Blob {
-                            digest: AnyDigest::Known(digest),
+                        Endpoint::Blob {
+                            digest: AnyDigest::Supported(digest),
                             ..
                         },
                         ResponseKind::Digest(_),
@@ -293,15 +297,15 @@ impl ProxyService {
         let (ResponseKind::Digest(digest), None) = (answer.kind, &answer.body) else {
             return (answer, true);
         };
-        let cached = match &wanted.operation {
-            Operation::Manifest {
+        let cached = match &wanted.endpoint {
+            Endpoint::Manifest {
                 reference: Reference::Digest(_),
                 ..
             } => self
                 .cached_manifest(&wanted.site, &wanted.repository, &digest)
                 .await
                 .map(|manifest| manifest.bytes.len() as u64),
-            Operation::Blob { .. } => {
+            Endpoint::Blob { .. } => {
                 let found = self.store.read(move |view| view.blob(&digest)).await;
                 let image = format_args!("{}@{digest}", wanted.repository);
                 self.cached(&wanted.site, &image, found).map(|held| held.size)
@@ -354,8 +358,8 @@ impl ProxyService {
             caller,
             ..
         } = wanted;
-        let tag = match &wanted.operation {
-            Operation::Manifest {
+        let tag = match &wanted.endpoint {
+            Endpoint::Manifest {
                 reference: Reference::Tag(tag),
                 ..
             } => Some(tag),
@@ -366,7 +370,7 @@ impl ProxyService {
             .context_of(site, repository, wanted.shown(), (caller.peer, &caller.trace))
             .await;
         let situation = context.situation(rule, ContentKind::Tag, None, true, self.clock.now());
-        situation.standing
+        situation.authorization
     }
 
     /// In the decision's words, what `answer` means for this repository to one of this standing: who has a right of late
@@ -378,12 +382,12 @@ impl ProxyService {
         standing: Authorization,
     ) -> Revalidation {
         let UpstreamRequest { site, repository, .. } = wanted;
-        let is_manifest = matches!(wanted.operation, Operation::Manifest { .. });
+        let is_manifest = matches!(wanted.endpoint, Endpoint::Manifest { .. });
         match answer.kind {
             ResponseKind::UnprovenDigest(digest) if is_manifest && standing == Authorization::Granted => {
                 Revalidation::Digest {
                     digest,
-                    holding: self.holding(site, repository, &digest).await,
+                    presence: self.holding(site, repository, &digest).await,
                 }
             }
             _ => self.heard(site, repository, answer).await,
@@ -399,11 +403,11 @@ impl ProxyService {
     ) -> Revalidation {
         match answer.kind {
             ResponseKind::UnprovenDigest(_) | ResponseKind::NoDigest => {
-                Revalidation::Unavailable(Cause::NotRegistry)
+                Revalidation::Unavailable(UpstreamFailure::NotRegistry)
             }
             ResponseKind::Digest(digest) => Revalidation::Digest {
                 digest,
-                holding: self.holding(site, repository, &digest).await,
+                presence: self.holding(site, repository, &digest).await,
             },
             ResponseKind::NotFound => Revalidation::NotFound,
             // Any other 4xx (451, 423, …) is a no of some kind too, and a held copy must never hide a no.
@@ -514,21 +518,21 @@ impl ProxyService {
 
 /// See [`ProxyService::may_be_made_up`]. Whether a digest is named here is no stranger's to find out by how soon, and for how
 /// long, the upstream is asked about it.
-fn may_be_made_up(operation: &Operation, is_strangers: bool, is_named: impl FnOnce(Digest) -> bool) -> bool {
-    match operation {
-        Operation::Manifest {
-            reference: Reference::Digest(AnyDigest::Known(digest)),
+fn may_be_made_up(endpoint: &Endpoint, is_strangers: bool, is_named: impl FnOnce(Digest) -> bool) -> bool {
+    match endpoint {
+        Endpoint::Manifest {
+            reference: Reference::Digest(AnyDigest::Supported(digest)),
             ..
         }
-        | Operation::Blob {
-            digest: AnyDigest::Known(digest),
+        | Endpoint::Blob {
+            digest: AnyDigest::Supported(digest),
             ..
         } => is_strangers || !is_named(*digest),
-        Operation::Manifest {
-            reference: Reference::Digest(AnyDigest::Foreign(_)),
+        Endpoint::Manifest {
+            reference: Reference::Digest(AnyDigest::Unsupported(_)),
             ..
         }
-        | Operation::Blob { .. } => true,
+        | Endpoint::Blob { .. } => true,
         _ => false,
     }
 }
@@ -555,8 +559,8 @@ mod tests {
             (format!("/v2/team/demo/manifests/{digest}"), true),
             ("/v2/team/demo/manifests/1".to_owned(), false),
         ] {
-            let operation = Operation::parse(&Method::HEAD, &path, None).unwrap();
-            let may_be = |is_strangers, is_named| may_be_made_up(&operation, is_strangers, |_| is_named);
+            let endpoint = Endpoint::parse(&Method::HEAD, &path, None).unwrap();
+            let may_be = |is_strangers, is_named| may_be_made_up(&endpoint, is_strangers, |_| is_named);
             assert_eq!(may_be(true, true), may_be(true, false), "{path}");
             assert_eq!(may_be(true, true), by_digest, "{path}");
             assert_eq!((may_be(false, true), may_be(false, false)), (false, by_digest));

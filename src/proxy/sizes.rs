@@ -25,8 +25,8 @@ impl Default for SizeHints {
 impl SizeHints {
     pub(super) fn learn(&self, site: &UpstreamRegistry, repository: &Repository, manifest: &Manifest) {
         let upstream: Arc<str> = site.name().into();
-        for child in &manifest.children {
-            if let (AnyDigest::Known(digest), Some(size)) = (&child.digest, child.size) {
+        for child in &manifest.descriptors {
+            if let (AnyDigest::Supported(digest), Some(size)) = (&child.digest, child.size) {
                 self.0
                     .insert((Arc::clone(&upstream), repository.clone(), *digest), size);
             }

@@ -9,7 +9,7 @@ use tokio::time::Instant;
 use super::ProxyService;
 use super::manifest_fetch::UpstreamRequest;
 use crate::download::{self, Ahead, Chunks, Failure, Leader, Source, Stream};
-use crate::oci::{Cause, Digest};
+use crate::oci::{Digest, UpstreamFailure};
 use crate::queue::{Class, Demand, Waiters};
 use crate::telemetry::{self, SpanKind};
 use crate::upstream::{Credential, RangeSpec, ResponseKind, ResponseStream, UpstreamResponse, UrlIndex};
@@ -34,7 +34,7 @@ pub(super) struct UpstreamSource {
 
 impl UpstreamSource {
     pub(super) fn new(pull: &Arc<ProxyService>, mut of: UpstreamRequest, digest: Digest) -> Self {
-        of.caller.trace = of.caller.trace.within();
+        of.caller.trace = of.caller.trace.child();
         Self {
             pull: Arc::clone(pull),
             of,
@@ -73,25 +73,25 @@ impl UpstreamSource {
     async fn get(&self, part: RangeSpec) -> Result<ResponseStream, UpstreamResponse> {
         let UpstreamRequest {
             site,
-            operation,
+            endpoint,
             accept,
             caller,
             ..
         } = &self.of;
-        site.upstream().get_part(caller, operation, accept, part).await
+        site.upstream().get_part(caller, endpoint, accept, part).await
     }
 
     /// A transfer of its own, in its turn among the others.
     async fn whole(&self, part: RangeSpec) -> Option<Box<dyn Chunks>> {
         let UpstreamRequest {
             site,
-            operation,
+            endpoint,
             caller,
             ..
         } = &self.of;
         let demand = Demand {
             class: Class::Bulk,
-            ..caller.demand(operation)
+            ..caller.demand(endpoint)
         };
         let place = self.pull.downloads.admit(site.name(), demand).await.ok()?;
         let asked_at = Instant::now();
@@ -122,7 +122,7 @@ impl Source for UpstreamSource {
             // What follows from an answer is learned whoever waits for it.
             Some(waiters) if first => match waiters.while_wanted(self.get(part)).await {
                 Some(answer) => answer,
-                None => return Err(UpstreamResponse::unavailable(Cause::Busy)),
+                None => return Err(UpstreamResponse::unavailable(UpstreamFailure::Busy)),
             },
             _ => self.get(part).await,
         };

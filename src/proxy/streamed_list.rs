@@ -9,7 +9,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::listing::{Listing, is_tags};
 use super::{ProxyService, revalidate};
-use crate::oci::Cause;
+use crate::oci::UpstreamFailure;
 use crate::store::listings::{LISTING_BYTES_MAX, ListingKey, StoredListing};
 use crate::upstream::ResponseStream;
 
@@ -77,7 +77,7 @@ impl StreamedList {
     }
 
     /// The next bytes; `None` at the end and only there.
-    pub async fn next(&mut self) -> Option<Result<Bytes, Cause>> {
+    pub async fn next(&mut self) -> Option<Result<Bytes, UpstreamFailure>> {
         if !std::mem::replace(&mut self.given, true) {
             return Some(Ok(self.head.bytes.clone()));
         }

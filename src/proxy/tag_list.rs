@@ -6,7 +6,7 @@ use super::listing::{FetchedList, Listing};
 use super::manifest_fetch::UpstreamRequest;
 use super::revalidate::CoalesceKey;
 use super::{ProxyService, StreamedList};
-use crate::oci::Cause;
+use crate::oci::UpstreamFailure;
 use crate::policy::Revalidation;
 use crate::store::listings::ListingKey;
 use crate::upstream::UpstreamResponse;
@@ -30,7 +30,7 @@ impl ProxyService {
         wanted: &UpstreamRequest,
         key: Option<ListingKey>,
     ) -> Result<FetchedList, ListError> {
-        let flight = self
+        let call = self
             .tag_lists
             .share((CoalesceKey::new(self, wanted), key.is_some()), || {
                 let (pull, wanted, key) = (Arc::clone(self), wanted.clone(), key.clone());
@@ -44,7 +44,7 @@ impl ProxyService {
                     }
                 }
             });
-        match flight.landed().await {
+        match call.wait().await {
             Some(SharedList::Buffered(listing)) => Ok(FetchedList::Buffered(listing)),
             Some(SharedList::Failed(unlisted)) => Err(unlisted),
             Some(SharedList::Streamed(list)) => {
@@ -54,7 +54,7 @@ impl ProxyService {
                     None => self.tags(wanted, key).await,
                 }
             }
-            None => Err((Revalidation::Unavailable(Cause::Busy), None)),
+            None => Err((Revalidation::Unavailable(UpstreamFailure::Busy), None)),
         }
     }
 }

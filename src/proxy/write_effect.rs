@@ -3,7 +3,7 @@
 use http::Method;
 
 use super::UpstreamRegistry;
-use crate::oci::{AnyDigest, Digest, Malformed, Operation, Query, QueryError, Reference, Repository, Tag};
+use crate::oci::{AnyDigest, Digest, Endpoint, Query, QueryError, Reference, Repository, RequestError, Tag};
 use crate::store::invalidations::InvalidationKey;
 
 /// Tags that one push may name in its query.
@@ -22,18 +22,18 @@ pub enum WriteEffect {
 impl WriteEffect {
     /// What a request changes, if that is anything that may be held. A part of an upload changes nothing. Refuses what names a
     /// manifest or a blob that cannot be read here: the registry may read it.
-    pub fn of(method: &Method, path: &str, query: Option<&str>) -> Result<Option<Self>, Malformed> {
+    pub fn of(method: &Method, path: &str, query: Option<&str>) -> Result<Option<Self>, RequestError> {
         let deletes = *method == Method::DELETE;
         if !deletes && *method != Method::PUT {
             return Ok(None);
         }
-        let operation = match Operation::parse(&Method::GET, path, None) {
-            Ok(operation) => operation,
-            Err(Malformed::Path | Malformed::Write { .. }) => return Ok(None),
+        let endpoint = match Endpoint::parse(&Method::GET, path, None) {
+            Ok(endpoint) => endpoint,
+            Err(RequestError::Path | RequestError::Write { .. }) => return Ok(None),
             Err(malformed) => return Err(malformed),
         };
-        Ok(match operation {
-            Operation::Manifest {
+        Ok(match endpoint {
+            Endpoint::Manifest {
                 repository,
                 reference,
             } if !deletes => {
@@ -43,17 +43,17 @@ impl WriteEffect {
                 }
                 Some(Self::Tags(repository, tags))
             }
-            Operation::Manifest {
+            Endpoint::Manifest {
                 repository,
                 reference: Reference::Tag(tag),
             } => Some(Self::Tags(repository, vec![tag])),
-            Operation::Manifest {
+            Endpoint::Manifest {
                 repository,
-                reference: Reference::Digest(AnyDigest::Known(digest)),
+                reference: Reference::Digest(AnyDigest::Supported(digest)),
             }
-            | Operation::Blob {
+            | Endpoint::Blob {
                 repository,
-                digest: AnyDigest::Known(digest),
+                digest: AnyDigest::Supported(digest),
             } if deletes => Some(Self::Deleted(repository, digest)),
             _ => None,
         })
@@ -80,12 +80,12 @@ impl WriteEffect {
 }
 
 /// The tags that the query of a push names (`?tag=`, draft of the distribution specification 1.2).
-fn pushed_tags(query: Option<&str>) -> Result<Vec<Tag>, Malformed> {
+fn pushed_tags(query: Option<&str>) -> Result<Vec<Tag>, RequestError> {
     let tags = Query::values(query, "tag")?;
     if tags.len() > PUSHED_TAGS_MAX {
         return Err(QueryError::TooManyTags.into());
     }
-    let tags = tags.iter().map(|tag| tag.parse().map_err(Malformed::Tag));
+    let tags = tags.iter().map(|tag| tag.parse().map_err(RequestError::Tag));
     tags.collect()
 }
 

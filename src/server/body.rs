@@ -14,7 +14,7 @@ use quick_cache::sync::Cache;
 use tokio::task::{JoinHandle, spawn_blocking};
 
 use crate::download::{Failure, Reader};
-use crate::oci::{Cause, Digest, Hasher};
+use crate::oci::{Digest, Hasher, UpstreamFailure};
 use crate::proxy::StreamedList;
 use crate::proxy::passthrough::VerifyingStream;
 use crate::store::AsyncStore;
@@ -77,7 +77,7 @@ pub enum Broken {
     Download(Arc<Failure>),
     /// The upstream broke off.
     #[error("the upstream {0}")]
-    Upstream(Cause),
+    Upstream(UpstreamFailure),
 }
 
 impl Broken {

@@ -18,7 +18,7 @@ use x509_parser::extensions::GeneralName;
 use x509_parser::prelude::FromDer as _;
 
 use super::tls::{TlsError, provider};
-use crate::oci::digest::keyed;
+use crate::oci::digest::hmac_sha256;
 
 /// Certificates found right that are known again without another check.
 const KNOWN_MAX: usize = 4096;
@@ -39,7 +39,7 @@ impl Certificate {
             let length = (der.len() as u64).to_be_bytes();
             length.into_iter().chain(der.iter().copied())
         });
-        let digest = keyed(b"client certificate", &text.collect::<Vec<_>>());
+        let digest = hmac_sha256(b"client certificate", &text.collect::<Vec<_>>());
         Self { chain, digest }
     }
 }

@@ -17,7 +17,7 @@ use super::gate::Turned;
 use super::idle::Pardon;
 use crate::config::{canonical, host_part};
 use crate::oci::query::Query;
-use crate::oci::{Malformed, Operation, Repository};
+use crate::oci::{Endpoint, Repository, RequestError};
 use crate::proxy::UpstreamRegistry;
 use crate::upstream::origin::Origin;
 
@@ -196,21 +196,21 @@ impl Doors {
     pub(super) fn open(
         &self,
         head: &http::request::Parts,
-    ) -> Result<(Arc<UpstreamRegistry>, Operation, Door), Turned> {
+    ) -> Result<(Arc<UpstreamRegistry>, Endpoint, Door), Turned> {
         let (method, path, query) = (&head.method, head.uri.path(), head.uri.query());
         let (_, namespace) = Query::parse(query)?;
         let prefixed = self.prefixed(method, path, query);
         let Some(namespace) = namespace else {
             if let Some(prefixed) = prefixed {
-                let (site, operation) = prefixed?;
-                return Ok((Arc::clone(site), in_full(site, operation)?, Door::Prefix));
+                let (site, endpoint) = prefixed?;
+                return Ok((Arc::clone(site), in_full(site, endpoint)?, Door::Prefix));
             }
-            let operation = Operation::parse(method, path, query)?;
-            if let Some(name) = operation.repository().and_then(|name| self.foreign(name)) {
+            let endpoint = Endpoint::parse(method, path, query)?;
+            if let Some(name) = endpoint.repository().and_then(|name| self.foreign(name)) {
                 return Err(Turned::UnknownUpstream(name.to_owned()));
             }
             let site = &self.default;
-            return Ok((Arc::clone(site), in_full(site, operation)?, Door::Mirror));
+            return Ok((Arc::clone(site), in_full(site, endpoint)?, Door::Mirror));
         };
         if canonical(&namespace).is_none() {
             return Err(Turned::NoHostInNs(namespace));
@@ -219,8 +219,8 @@ impl Doors {
             return Err(Turned::UnknownUpstream(namespace));
         };
         // containerd appends `ns` also where the path of its mirror (`override_path`) names the registry already.
-        let operation = match prefixed.transpose()? {
-            Some((other, operation)) if Arc::ptr_eq(site, other) => operation,
+        let endpoint = match prefixed.transpose()? {
+            Some((other, endpoint)) if Arc::ptr_eq(site, other) => endpoint,
             Some((other, _)) => {
                 return Err(Turned::TwoUpstreams {
                     at: "the path",
@@ -228,9 +228,9 @@ impl Doors {
                     namespace,
                 });
             }
-            None => Operation::parse(method, path, query)?,
+            None => Endpoint::parse(method, path, query)?,
         };
-        Ok((Arc::clone(site), in_full(site, operation)?, Door::Namespace))
+        Ok((Arc::clone(site), in_full(site, endpoint)?, Door::Namespace))
     }
 
     /// What is asked for if the path begins with an upstream's name and goes on with a repository.
@@ -239,11 +239,11 @@ impl Doors {
         method: &http::Method,
         path: &str,
         query: Option<&str>,
-    ) -> Option<Result<(&Arc<UpstreamRegistry>, Operation), Malformed>> {
+    ) -> Option<Result<(&Arc<UpstreamRegistry>, Endpoint), RequestError>> {
         let (first, rest) = path.strip_prefix("/v2/")?.split_once('/')?;
         let site = self.named(first)?;
-        match Operation::parse(method, &format!("/v2/{rest}"), query) {
-            Ok(operation) if operation.repository().is_some() => Some(Ok((site, operation))),
+        match Endpoint::parse(method, &format!("/v2/{rest}"), query) {
+            Ok(endpoint) if endpoint.repository().is_some() => Some(Ok((site, endpoint))),
             // A name with a port is no repository's, so the path has no other reading.
             Err(malformed) if first.parse::<Repository>().is_err() => Some(Err(malformed)),
             _ => None,
@@ -285,14 +285,14 @@ impl Doors {
 }
 
 /// The operation with the repository's name as the upstream knows it.
-pub(super) fn in_full(site: &UpstreamRegistry, operation: Operation) -> Result<Operation, Turned> {
-    let Some(repository) = operation.repository().cloned() else {
-        return Ok(operation);
+pub(super) fn in_full(site: &UpstreamRegistry, endpoint: Endpoint) -> Result<Endpoint, Turned> {
+    let Some(repository) = endpoint.repository().cloned() else {
+        return Ok(endpoint);
     };
     let repository = site
         .full_name(repository)
-        .map_err(|error| Turned::Malformed(Malformed::Repository(error)))?;
-    Ok(operation.with_repository(repository))
+        .map_err(|error| Turned::RequestError(RequestError::Repository(error)))?;
+    Ok(endpoint.with_repository(repository))
 }
 
 /// Whether the target of a request has the form that is sent to a proxy. HTTP/2 has no other.

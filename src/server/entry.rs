@@ -29,7 +29,7 @@ use super::gate::Turned;
 use super::tls::TlsError;
 use crate::config::{Allow, Entry as Settings, User};
 use crate::oci::Repository;
-use crate::oci::digest::keyed;
+use crate::oci::digest::hmac_sha256;
 
 /// bcrypt reads no more of a password. A longer one would open with anything after that.
 const PASSWORD_BYTES_MAX: usize = 72;
@@ -183,7 +183,7 @@ impl Entry {
         let (Some(line), None) = (lines.next(), lines.next()) else {
             return Ok(None);
         };
-        let right = keyed(&self.secret, &[b"entry\0", line.as_bytes()].concat());
+        let right = hmac_sha256(&self.secret, &[b"entry\0", line.as_bytes()].concat());
         if let Some(user) = self.known(&right) {
             return Ok(Some(user));
         }
@@ -199,7 +199,7 @@ impl Entry {
             .as_ref()
             .map_or_else(|| self.nobody.clone(), |user| user.hash.clone());
         // Wrong for this hash: what a reload changes is checked again.
-        let wrong = keyed(
+        let wrong = hmac_sha256(
             &self.secret,
             &[b"wrong\0", hash.as_bytes(), b"\0", line.as_bytes()].concat(),
         );

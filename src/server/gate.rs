@@ -15,11 +15,11 @@ use super::door::{Door, Doors, Peer, in_full, is_absolute, name_of};
 use crate::oci::accept::AcceptError;
 use crate::oci::path;
 use crate::oci::query::{Query, QueryError};
-use crate::oci::{Accept, Cause, ErrorCode, Malformed, Operation, RangeRequest, Repository};
+use crate::oci::{Accept, Endpoint, ErrorCode, RangeRequest, Repository, RequestError, UpstreamFailure};
 use crate::proxy::invalidation::{WriteEffect, WriteSnapshot};
 use crate::proxy::{Request, UpstreamRegistry, is_local_token};
 use crate::queue;
-use crate::trace_context::Trace;
+use crate::trace_context::TraceContext;
 use crate::upstream::origin::Origin;
 
 /// The largest body of a request that needs none; more is not read but answered with 413.
@@ -33,7 +33,7 @@ const LONE_COLON: &str = "Og==";
 pub(super) enum Turned {
     /// Not a request of the distribution specification.
     #[error("{0}")]
-    Malformed(#[from] Malformed),
+    RequestError(#[from] RequestError),
     /// The query cannot be read.
     #[error("{0}")]
     Query(#[from] QueryError),
@@ -67,7 +67,7 @@ pub(super) enum Turned {
     TunnelsBusy,
     /// The host cannot be reached, or not there.
     #[error("no tunnel to {0}: the host {1}")]
-    TunnelFailed(String, Cause),
+    TunnelFailed(String, UpstreamFailure),
     /// An upstream's own name cannot be served.
     #[error("{0}")]
     NoCertificate(String),
@@ -144,7 +144,7 @@ impl Turned {
     /// The status to answer with.
     pub(super) fn status(&self) -> StatusCode {
         match self {
-            Self::Malformed(malformed) => malformed.status(),
+            Self::RequestError(malformed) => malformed.status(),
             Self::Query(_)
             | Self::Accept(_)
             | Self::Host
@@ -164,9 +164,11 @@ impl Turned {
             | Self::NotByThisDoor
             | Self::NoTunnel(_)
             | Self::NoCertificate(_)
-            | Self::TunnelFailed(_, Cause::Redirects(_)) => StatusCode::FORBIDDEN,
+            | Self::TunnelFailed(_, UpstreamFailure::Redirects(_)) => StatusCode::FORBIDDEN,
             Self::TunnelsBusy | Self::EntryBusy => StatusCode::SERVICE_UNAVAILABLE,
-            Self::TunnelFailed(_, Cause::Timeout | Cause::ConnectTimeout) => StatusCode::GATEWAY_TIMEOUT,
+            Self::TunnelFailed(_, UpstreamFailure::Timeout | UpstreamFailure::ConnectTimeout) => {
+                StatusCode::GATEWAY_TIMEOUT
+            }
             Self::TunnelFailed(..) => StatusCode::BAD_GATEWAY,
             Self::ReadOnly(_) => StatusCode::METHOD_NOT_ALLOWED,
             Self::UnknownUpstream(_) => StatusCode::NOT_FOUND,
@@ -176,7 +178,7 @@ impl Turned {
     /// The code of the distribution specification.
     pub(super) fn code(&self) -> ErrorCode {
         match self {
-            Self::Malformed(malformed) => malformed.code(),
+            Self::RequestError(malformed) => malformed.code(),
             Self::Unauthenticated | Self::ProxyUnauthenticated | Self::PasswordTooLong { .. } => {
                 ErrorCode::Unauthorized
             }
@@ -187,7 +189,7 @@ impl Turned {
             | Self::NotByThisDoor
             | Self::NoTunnel(_)
             | Self::NoCertificate(_)
-            | Self::TunnelFailed(_, Cause::Redirects(_)) => ErrorCode::Denied,
+            | Self::TunnelFailed(_, UpstreamFailure::Redirects(_)) => ErrorCode::Denied,
             Self::TunnelsBusy | Self::EntryBusy | Self::TunnelFailed(..) => ErrorCode::Unavailable,
             Self::UnknownUpstream(_) => ErrorCode::NameUnknown,
             Self::NoHostInNs(_) | Self::TwoUpstreams { .. } => ErrorCode::NameInvalid,
@@ -204,8 +206,8 @@ impl Turned {
     /// The name in the log and the metrics.
     pub(super) fn name(&self) -> &'static str {
         match self {
-            Self::Malformed(Malformed::Write { .. }) | Self::ReadOnly(_) => "write",
-            Self::Malformed(_) | Self::Query(_) | Self::Accept(_) | Self::NoHostInNs(_) => "malformed",
+            Self::RequestError(RequestError::Write { .. }) | Self::ReadOnly(_) => "write",
+            Self::RequestError(_) | Self::Query(_) | Self::Accept(_) | Self::NoHostInNs(_) => "malformed",
             Self::TwoUpstreams { .. } => "two-upstreams",
             Self::Host => "host",
             Self::Misdirected => "misdirected",
@@ -251,7 +253,7 @@ impl Wanted {
     pub(super) fn subject(&self) -> (&Arc<UpstreamRegistry>, Option<&Repository>, Door) {
         match self {
             Self::Read(request, door) | Self::Knock(request, door) => {
-                (&request.site, request.operation.repository(), *door)
+                (&request.site, request.endpoint.repository(), *door)
             }
             Self::Pass(passage) | Self::Login(passage, _) => {
                 (&passage.site, passage.repository.as_ref(), passage.door)
@@ -283,7 +285,7 @@ pub(super) fn read(
     head: &Parts,
     peer: &Peer,
     doors: &Doors,
-    (now, trace): (SystemTime, &Trace),
+    (now, trace): (SystemTime, &TraceContext),
 ) -> Result<Wanted, Turned> {
     let host = host(head, peer.secure)?;
     let intercepted = doors.intercepted(host.as_ref(), is_absolute(head), peer)?;
@@ -292,11 +294,11 @@ pub(super) fn read(
     if !peer.may_speak {
         return Err(Turned::Plain);
     }
-    path::check(head.uri.path()).map_err(Malformed::from)?;
+    path::check(head.uri.path()).map_err(RequestError::from)?;
     let Some((site, door)) = intercepted else {
-        let (site, operation, door) = doors.open(head)?;
+        let (site, endpoint, door) = doors.open(head)?;
         return Ok(Wanted::Read(
-            request(head, site, operation, (now, trace, peer))?,
+            request(head, site, endpoint, (now, trace, peer))?,
             door,
         ));
     };
@@ -321,44 +323,44 @@ pub(super) fn read(
             });
         }
     }
-    let operation = match Operation::parse(&head.method, head.uri.path(), head.uri.query()) {
-        Ok(operation) => operation,
-        Err(Malformed::Path | Malformed::Write { .. }) => {
+    let endpoint = match Endpoint::parse(&head.method, head.uri.path(), head.uri.query()) {
+        Ok(endpoint) => endpoint,
+        Err(RequestError::Path | RequestError::Write { .. }) => {
             return pass(head, site, door, host.as_ref(), peer).map(Wanted::Pass);
         }
         Err(malformed) => return Err(malformed.into()),
     };
-    if operation.repository().is_none() {
+    if endpoint.repository().is_none() {
         // A login asks whether its credential is right, which only the registry knows.
         let shown = head.headers.get(AUTHORIZATION);
         if shown.is_some_and(|shown| !is_local_token(shown)) {
             return pass(head, site, door, host.as_ref(), peer).map(Wanted::Pass);
         }
         return Ok(Wanted::Knock(
-            request(head, site, operation, (now, trace, peer))?,
+            request(head, site, endpoint, (now, trace, peer))?,
             door,
         ));
     }
     doors.agree(&site, head.uri.query())?;
-    let operation = in_full(&site, operation)?;
-    let mut request = request(head, site, operation, (now, trace, peer))?;
+    let endpoint = in_full(&site, endpoint)?;
+    let mut request = request(head, site, endpoint, (now, trace, peer))?;
     // Who pushes asks so which layers the registry has already; who pulls has no need to.
-    request.for_push = request.head && matches!(request.operation, Operation::Blob { .. });
+    request.for_push = request.head && matches!(request.endpoint, Endpoint::Blob { .. });
     Ok(Wanted::Read(request, door))
 }
 
 fn request(
     head: &Parts,
     site: Arc<UpstreamRegistry>,
-    operation: Operation,
-    (now, trace, peer): (SystemTime, &Trace, &Peer),
+    endpoint: Endpoint,
+    (now, trace, peer): (SystemTime, &TraceContext, &Peer),
 ) -> Result<Request, Turned> {
-    let writes = operation
+    let writes = endpoint
         .repository()
         .map_or_else(WriteSnapshot::default, |repository| site.writes(repository));
     Ok(Request {
         site,
-        operation,
+        endpoint,
         head: head.method == Method::HEAD,
         accept: Accept::read(&head.headers)?,
         authorization: authorization(&head.headers),
@@ -381,12 +383,12 @@ fn pass(
 ) -> Result<Passage, Turned> {
     let is_known = is_write(&head.method) || matches!(head.method, Method::GET | Method::HEAD);
     if !is_known {
-        return Err(Malformed::Method.into());
+        return Err(RequestError::Method.into());
     }
     let path = head.uri.path();
     // A path that climbs could leave the part of its host that is this registry.
     if path.split('/').any(|part| matches!(part, "." | "..")) || path.to_ascii_lowercase().contains("%2e") {
-        return Err(Malformed::Path.into());
+        return Err(RequestError::Path.into());
     }
     // Only what names no repository means the same there.
     let is_elsewhere = || {
@@ -424,7 +426,7 @@ fn mounted_from(head: &Parts, site: &UpstreamRegistry) -> Result<Vec<Repository>
     named
         .map(|name| {
             let source = name.parse().and_then(|source| site.full_name(source));
-            source.map_err(|error| Malformed::Repository(error).into())
+            source.map_err(|error| RequestError::Repository(error).into())
         })
         .collect()
 }

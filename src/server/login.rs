@@ -13,7 +13,7 @@ use super::gate::{Passage, Turned};
 use super::received::Received;
 use super::told::Told;
 use super::{Body, Front, Place, reply};
-use crate::oci::LoginRequest;
+use crate::oci::TokenRequest;
 use crate::proxy::{ProxyService, TokenOutcome};
 use crate::upstream::forward::ForwardRequest;
 use crate::upstream::origin::Origin;
@@ -37,10 +37,10 @@ impl Front {
             let turned = Turned::Body(head.method.clone());
             return (reply::turned(&turned, &head.method), Told::turned(turned.name()));
         };
-        let asked = LoginRequest::read(head.headers.get(AUTHORIZATION), head.uri.query(), &form);
+        let asked = TokenRequest::read(head.headers.get(AUTHORIZATION), head.uri.query(), &form);
         let path = head.uri.path_and_query().map_or("/", |path| path.as_str());
         let mut headers = head.headers.clone();
-        place.trace.write(&mut headers);
+        place.trace.inject(&mut headers);
         let passing = ForwardRequest {
             method: head.method.clone(),
             path_and_query: path.to_owned(),

@@ -7,7 +7,7 @@ use http_body_util::BodyExt as _;
 use super::gate::Passage;
 use super::received::Received;
 use super::{Body, Front, Place};
-use crate::oci::Cause;
+use crate::oci::UpstreamFailure;
 use crate::proxy::invalidation::WriteOutcome;
 use crate::proxy::{ProxyService, is_local_token};
 use crate::upstream::forward::{ForwardRequest, ForwardResponse};
@@ -20,7 +20,7 @@ impl Front {
         passage: Passage,
         place: &Place<'_>,
         body: Received,
-    ) -> Result<Response<Body>, Cause> {
+    ) -> Result<Response<Body>, UpstreamFailure> {
         let head = place.head;
         let path = head.uri.path_and_query().map_or("/", |path| path.as_str());
         let mut headers = head.headers.clone();
@@ -28,7 +28,7 @@ impl Front {
         if headers.get_all(AUTHORIZATION).iter().any(is_local_token) {
             headers.remove(AUTHORIZATION);
         }
-        place.trace.write(&mut headers);
+        place.trace.inject(&mut headers);
         let passing = ForwardRequest {
             method: head.method.clone(),
             path_and_query: path.to_owned(),
@@ -71,14 +71,17 @@ impl Front {
 }
 
 /// What became of a write that was handed on.
-fn outcome(passed: Result<&ForwardResponse, &Cause>) -> WriteOutcome {
+fn outcome(passed: Result<&ForwardResponse, &UpstreamFailure>) -> WriteOutcome {
     match passed {
         Ok(passed) if is_registrys_refusal(passed.status) => WriteOutcome::Rejected,
         Ok(passed) if passed.status.is_success() => WriteOutcome::Succeeded,
         // There was no connection, so nothing was sent.
-        Err(Cause::Refused | Cause::Unreachable | Cause::Dns | Cause::ConnectTimeout) => {
-            WriteOutcome::Rejected
-        }
+        Err(
+            UpstreamFailure::ConnectionRefused
+            | UpstreamFailure::Unreachable
+            | UpstreamFailure::Dns
+            | UpstreamFailure::ConnectTimeout,
+        ) => WriteOutcome::Rejected,
         Ok(_) | Err(_) => WriteOutcome::Unknown,
     }
 }

@@ -19,7 +19,7 @@ use super::told::Told;
 use super::{Body, told};
 use crate::proxy::UpstreamRegistry;
 use crate::telemetry::{AccessRecord, BodyEnd, ResourceKind, Telemetry, agent};
-use crate::trace_context::Trace;
+use crate::trace_context::TraceContext;
 
 /// What is recorded for a client that left before its answer had a head, as nginx does.
 const CLIENT_LEFT: u16 = 499;
@@ -42,7 +42,7 @@ struct Record {
     bytes: u64,
     client: Option<IpAddr>,
     agent: Box<str>,
-    trace: Trace,
+    trace: TraceContext,
     /// The connection is busy until the record is written.
     _request: InFlight,
 }
@@ -53,7 +53,7 @@ impl Open {
         telemetry: &Telemetry,
         head: &Parts,
         peer: &Peer,
-        (at, began, trace): (SystemTime, Instant, &Trace),
+        (at, began, trace): (SystemTime, Instant, &TraceContext),
     ) -> Self {
         Self(Some(Box::new(Record {
             telemetry: telemetry.clone(),

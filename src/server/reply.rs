@@ -19,7 +19,7 @@ use super::{Body, Front};
 use crate::oci::header::{
     CACHE_STATUS, DOCKER_CONTENT_DIGEST, DOCKER_DISTRIBUTION_API_VERSION, OCI_FILTERS_APPLIED,
 };
-use crate::oci::{Digest, Problem};
+use crate::oci::{Digest, ErrorBody};
 use crate::proxy::passthrough::Passthrough;
 use crate::proxy::{Listing, ProxyResponse, ServeInfo, ServeReason};
 use crate::store::AsyncStore;
@@ -139,7 +139,7 @@ pub(super) fn answer(
 pub(super) fn turned(turned: &Turned, method: &Method) -> Response<Body> {
     let mut response = problem(
         turned.status(),
-        &Problem::new(turned.code(), turned.to_string()),
+        &ErrorBody::new(turned.code(), turned.to_string()),
         *method == Method::HEAD,
     );
     if turned.status() == StatusCode::METHOD_NOT_ALLOWED {
@@ -237,7 +237,7 @@ fn respond(status: StatusCode, body: Body) -> Response<Body> {
     response
 }
 
-fn problem(status: StatusCode, problem: &Problem, head: bool) -> Response<Body> {
+fn problem(status: StatusCode, problem: &ErrorBody, head: bool) -> Response<Body> {
     let bytes = problem.body();
     let length = bytes.len() as u64;
     let mut response = respond(status, if head { Body::empty() } else { Body::whole(bytes) });

@@ -58,7 +58,7 @@ pub enum TlsError {
     },
     /// A file that is not what it should be.
     #[error("{} does not hold {what}: {detail}", path.display())]
-    Malformed {
+    RequestError {
         /// The file.
         path: PathBuf,
         /// What it should hold.

@@ -6,7 +6,7 @@ use std::time::SystemTime;
 
 use http::Uri;
 
-use crate::oci::{Cause, Digest, Operation, Reference};
+use crate::oci::{Digest, Endpoint, Reference, UpstreamFailure};
 use crate::policy::DenyReason;
 use crate::proxy::{ProxyResponse, ServeReason};
 use crate::store::tags::NEVER_CONFIRMED;
@@ -18,7 +18,7 @@ use super::reply;
 pub(super) struct Told {
     pub(super) result: telemetry::CacheResult,
     pub(super) reason: &'static str,
-    pub(super) cause: Option<Cause>,
+    pub(super) cause: Option<UpstreamFailure>,
     pub(super) digest: Option<Digest>,
     /// When the upstream last confirmed the tag that was served.
     pub(super) confirmed_at: Option<SystemTime>,
@@ -83,7 +83,7 @@ impl Told {
     }
 
     /// Of a token of ours, where the token service was silent for this reason.
-    pub(super) fn local_token(cause: Cause) -> Self {
+    pub(super) fn local_token(cause: UpstreamFailure) -> Self {
         Self {
             result: telemetry::CacheResult::Local,
             cause: Some(cause),
@@ -92,7 +92,7 @@ impl Told {
     }
 
     /// Of a request that could not be handed on.
-    pub(super) fn not_passed(cause: Cause) -> Self {
+    pub(super) fn not_passed(cause: UpstreamFailure) -> Self {
         Self {
             cause: Some(cause),
             ..Self::turned(cause.name())
@@ -112,24 +112,24 @@ impl Told {
 }
 
 /// What kind of thing was asked for, and its name: `repository:tag`, `repository@digest`.
-pub(super) fn subject(operation: &Operation) -> (telemetry::ResourceKind, String) {
-    match operation {
-        Operation::Ping => (telemetry::ResourceKind::Ping, "/v2/".to_owned()),
-        Operation::Manifest {
+pub(super) fn subject(endpoint: &Endpoint) -> (telemetry::ResourceKind, String) {
+    match endpoint {
+        Endpoint::Ping => (telemetry::ResourceKind::Ping, "/v2/".to_owned()),
+        Endpoint::Manifest {
             repository,
             reference: Reference::Tag(tag),
         } => (telemetry::ResourceKind::Tag, format!("{repository}:{tag}")),
-        Operation::Manifest {
+        Endpoint::Manifest {
             repository,
             reference: Reference::Digest(digest),
         } => (
             telemetry::ResourceKind::Manifest,
             format!("{repository}@{digest}"),
         ),
-        Operation::Blob { repository, digest } => {
+        Endpoint::Blob { repository, digest } => {
             (telemetry::ResourceKind::Blob, format!("{repository}@{digest}"))
         }
-        Operation::Tags { repository, .. } | Operation::Referrers { repository, .. } => {
+        Endpoint::Tags { repository, .. } | Endpoint::Referrers { repository, .. } => {
             (telemetry::ResourceKind::Listing, repository.to_string())
         }
     }

@@ -18,7 +18,7 @@ use quick_cache::sync::Cache;
 use super::cache_key::{ImageKey, ImageRef, RepoKey, RepoKeyRef, bounded_cache};
 use super::manifests::StoredManifest;
 use super::{Store, View};
-use crate::oci::manifest::{Descriptor, Kind, Role};
+use crate::oci::manifest::{Descriptor, DescriptorKind, ManifestKind};
 use crate::oci::{AnyDigest, Digest, Repository};
 
 /// Images remembered as whole.
@@ -111,8 +111,8 @@ impl View<'_> {
             in_flight,
             prefixes: None,
         };
-        let blobs = manifest.manifest.children.iter();
-        blobs.filter(move |child| child.role != Role::Manifest && !self.has_blob(scope, child))
+        let blobs = manifest.manifest.descriptors.iter();
+        blobs.filter(move |child| child.kind != DescriptorKind::Manifest && !self.has_blob(scope, child))
     }
 
     /// The images of an index that can be pulled whole.
@@ -128,28 +128,30 @@ impl View<'_> {
             in_flight: &|_| false,
             prefixes: None,
         };
-        let children = index.manifest.children.iter();
+        let children = index.manifest.descriptors.iter();
         children.filter(move |child| is_image(child) && self.has_manifest(scope, child, INDEX_DEPTH_MAX))
     }
 
     fn is_complete_in(&self, scope: Scope<'_>, manifest: &StoredManifest, depth: u32) -> bool {
-        let children = &manifest.manifest.children;
-        let mut blobs = children.iter().filter(|child| child.role != Role::Manifest);
+        let children = &manifest.manifest.descriptors;
+        let mut blobs = children
+            .iter()
+            .filter(|child| child.kind != DescriptorKind::Manifest);
         if !blobs.all(|child| self.has_blob(scope, child)) {
             return false;
         }
         let mut images = children.iter().filter(|child| is_image(child)).peekable();
-        manifest.manifest.kind != Kind::Index
+        manifest.manifest.kind != ManifestKind::Index
             || images.peek().is_none()
             || images.any(|child| self.has_manifest(scope, child, depth))
     }
 
     fn has_blob(&self, scope: Scope<'_>, child: &Descriptor) -> bool {
         // Its own place is named in the manifest; the registry need not have it.
-        if child.foreign {
+        if child.has_urls {
             return true;
         }
-        let AnyDigest::Known(digest) = &child.digest else {
+        let AnyDigest::Supported(digest) = &child.digest else {
             return false;
         };
         scope.note(digest);
@@ -158,7 +160,7 @@ impl View<'_> {
     }
 
     fn has_manifest(&self, scope: Scope<'_>, child: &Descriptor, depth: u32) -> bool {
-        let (AnyDigest::Known(digest), Some(depth)) = (&child.digest, depth.checked_sub(1)) else {
+        let (AnyDigest::Supported(digest), Some(depth)) = (&child.digest, depth.checked_sub(1)) else {
             return false;
         };
         scope.note(digest);
@@ -170,7 +172,7 @@ impl View<'_> {
 /// Not an attestation, which `BuildKit` lists beside the images as of an unknown platform.
 fn is_image(child: &Descriptor) -> bool {
     let is_known = |platform: &crate::oci::manifest::Platform| platform.os != "unknown";
-    child.role == Role::Manifest && child.platform.as_ref().is_none_or(is_known)
+    child.kind == DescriptorKind::Manifest && child.platform.as_ref().is_none_or(is_known)
 }
 
 impl Scope<'_> {

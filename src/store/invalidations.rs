@@ -91,10 +91,10 @@ impl Store {
     pub fn has_cached(&self, key: &InvalidationKey) -> bool {
         match &key.reference {
             Reference::Tag(tag) => !matches!(self.tag(&key.tag_key(tag)), Ok(None)),
-            Reference::Digest(AnyDigest::Known(digest)) => {
+            Reference::Digest(AnyDigest::Supported(digest)) => {
                 self.blobs.has(digest) || self.manifests.has(digest)
             }
-            Reference::Digest(AnyDigest::Foreign(_)) => false,
+            Reference::Digest(AnyDigest::Unsupported(_)) => false,
         }
     }
 

@@ -17,7 +17,7 @@ use super::fs::FileSystem;
 use super::usage::{Counters, Kind};
 use super::uses::{Used, Uses};
 use super::{Settings, Store, StoreError, content_path, remove_file, size_of};
-use crate::oci::manifest::{Kind as ManifestKind, MANIFEST_BYTES_MAX};
+use crate::oci::manifest::{MANIFEST_BYTES_MAX, ManifestKind};
 use crate::oci::{AnyDigest, Digest, Manifest, MediaType, Repository};
 
 /// How many repositories a manifest's record names; the oldest go first.
@@ -118,7 +118,7 @@ struct ByLength;
 impl Weighter<Digest, Arc<StoredManifest>> for ByLength {
     /// The bytes, and about as much for what was read from them.
     fn weight(&self, _: &Digest, held: &Arc<StoredManifest>) -> u64 {
-        held.bytes.len() as u64 + 192 * held.manifest.children.len() as u64 + 512
+        held.bytes.len() as u64 + 192 * held.manifest.descriptors.len() as u64 + 512
     }
 }
 
@@ -222,10 +222,10 @@ impl Manifests {
         source: SourceRepository,
     ) -> Result<Arc<StoredManifest>, StoreError> {
         let digest = checked.digest;
-        let children = checked.manifest.children.iter();
+        let children = checked.manifest.descriptors.iter();
         let children = children.filter_map(|child| match &child.digest {
-            AnyDigest::Known(child) => Some(*child),
-            AnyDigest::Foreign(_) => None,
+            AnyDigest::Supported(child) => Some(*child),
+            AnyDigest::Unsupported(_) => None,
         });
         let children: Vec<Digest> = children.collect();
         self.uses.note_arrival(Used::Manifest(digest));

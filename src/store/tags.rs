@@ -180,8 +180,13 @@ impl View<'_> {
 
     fn lists(&self, index: &Digest, image: &Digest) -> Option<bool> {
         let held = self.manifest(index).ok().flatten()?;
-        let image = AnyDigest::Known(*image);
-        Some(held.manifest.children.iter().any(|child| child.digest == image))
+        let image = AnyDigest::Supported(*image);
+        Some(
+            held.manifest
+                .descriptors
+                .iter()
+                .any(|child| child.digest == image),
+        )
     }
 }
 

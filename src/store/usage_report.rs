@@ -22,7 +22,7 @@ use tokio::time::Instant;
 use super::fs::FileSystem;
 use super::tags::{TagKey, TagRecord};
 use super::{Store, StoreError, content_path, size_of};
-use crate::oci::manifest::Role;
+use crate::oci::manifest::DescriptorKind;
 use crate::oci::{Algorithm, AnyDigest, Digest};
 
 /// Tags looked at for what they share. In a store with more, what only later ones need counts as nobody's.
@@ -272,7 +272,7 @@ impl Store {
                     if let Ok(Some(held)) = self.manifest(&digest) {
                         needed.extend(
                             held.manifest
-                                .children
+                                .descriptors
                                 .iter()
                                 .filter_map(|child| known(&child.digest)),
                         );
@@ -315,11 +315,11 @@ impl Store {
             is_manifest: true,
         };
         content.insert(*digest, manifest);
-        for child in &held.manifest.children {
+        for child in &held.manifest.descriptors {
             let Some(child_digest) = known(&child.digest) else {
                 continue;
             };
-            if child.role == Role::Manifest {
+            if child.kind == DescriptorKind::Manifest {
                 if let Some(depth) = depth.checked_sub(1) {
                     self.gather(&child_digest, depth, content, sizes);
                 }
@@ -341,7 +341,7 @@ impl Store {
 
 fn known(digest: &AnyDigest) -> Option<Digest> {
     match digest {
-        AnyDigest::Known(digest) => Some(*digest),
-        AnyDigest::Foreign(_) => None,
+        AnyDigest::Supported(digest) => Some(*digest),
+        AnyDigest::Unsupported(_) => None,
     }
 }

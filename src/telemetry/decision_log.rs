@@ -8,7 +8,7 @@ use std::time::SystemTime;
 use tokio::sync::broadcast;
 
 use super::{AccessRecord, BodyEnd, CacheResult, ResourceKind, milliseconds};
-use crate::oci::{Cause, Digest};
+use crate::oci::{Digest, UpstreamFailure};
 use crate::trace_context::TraceId;
 
 /// Decisions remembered; the oldest go first.
@@ -37,7 +37,7 @@ pub struct DecisionRecord {
     /// The reason's name.
     pub reason: &'static str,
     /// Why the upstream gave no usable answer, where that matters.
-    pub cause: Option<Cause>,
+    pub cause: Option<UpstreamFailure>,
     /// What the client was given.
     pub digest: Option<Digest>,
     /// The status sent.
@@ -159,7 +159,7 @@ mod tests {
             bytes: 0,
             client: None,
             agent: "".into(),
-            trace: TraceId::of_number(7),
+            trace: TraceId::from_u128(7),
         }
     }
 

@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime};
 use tokio::sync::mpsc;
 
 use super::{AccessRecord, UpstreamRecord};
-use crate::trace_context::Trace;
+use crate::trace_context::TraceContext;
 
 /// Parts of traces that wait to be recorded; further ones are dropped and counted.
 pub const SPANS_WAITING_MAX: usize = 4096;
@@ -15,7 +15,7 @@ pub const SPANS_WAITING_MAX: usize = 4096;
 #[derive(Debug)]
 pub struct Span {
     /// Which part of which trace.
-    pub trace: Trace,
+    pub trace: TraceContext,
     /// What was done, from a small set: a name of something asked for would have no bound.
     pub name: &'static str,
     /// Whose part it is.

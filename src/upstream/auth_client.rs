@@ -23,12 +23,12 @@ use super::state::InFlightRequest;
 use super::token::{LastToken, TokenCredential, TokenFailure, TokenKey, TokenOwner, TokenOwnerKind, Tokens};
 use super::{Caller, Credential};
 use crate::oci::accept::Accept;
-use crate::oci::cause::Cause;
 use crate::oci::challenge::Challenge;
-use crate::oci::error::Problem;
+use crate::oci::endpoint::Endpoint;
+use crate::oci::error::ErrorBody;
+use crate::oci::failure::UpstreamFailure;
 use crate::oci::name::Repository;
-use crate::oci::operation::Operation;
-use crate::trace_context::Trace;
+use crate::trace_context::TraceContext;
 
 /// Body of an error answer that is read for its text.
 const ERROR_BODY_BYTES_MAX: usize = 64 * 1024;
@@ -49,10 +49,10 @@ pub(super) struct AuthClient {
 /// A question.
 pub(super) struct RequestSpec<'a> {
     pub(super) method: Method,
-    pub(super) operation: &'a Operation,
+    pub(super) endpoint: &'a Endpoint,
     pub(super) accept: &'a Accept,
     pub(super) range: Option<HeaderValue>,
-    pub(super) trace: &'a Trace,
+    pub(super) trace: &'a TraceContext,
     pub(super) pending: &'a InFlightRequest<'a>,
 }
 
@@ -129,9 +129,9 @@ impl AuthClient {
         let (Credential::Configured, Some(own)) = (&caller.credential, &self.credentials) else {
             return Box::pin(self.send_with_retry(origin, caller, None, spec)).await;
         };
-        let repository = spec.operation.repository().map(|name| origin.name_of(name));
+        let repository = spec.endpoint.repository().map(|name| origin.name_of(name));
         let repository = repository.as_ref();
-        let no_credential = |_| unavailable(Cause::OwnCredential);
+        let no_credential = |_| unavailable(UpstreamFailure::CacheCredential);
         spec.pending.set_paused(true);
         let credential = own.current(repository).await;
         spec.pending.set_paused(false);
@@ -179,8 +179,8 @@ impl AuthClient {
         spec: &RequestSpec<'_>,
     ) -> Result<HttpResponse, Box<ErrorResponse>> {
         let uri = origin
-            .join(&spec.operation.path_and_query())
-            .ok_or_else(|| unavailable(Cause::Malformed))?;
+            .join(&spec.endpoint.path_and_query())
+            .ok_or_else(|| unavailable(UpstreamFailure::Malformed))?;
         let caller_auth = caller_auth(caller, own);
         let Some((owner, login)) = caller_auth.token_source else {
             let token = caller_auth.header.as_ref();
@@ -189,7 +189,7 @@ impl AuthClient {
                 .await;
         };
         let credential = RedirectCredential::TokenCredential(owner, login);
-        let repository = spec.operation.repository();
+        let repository = spec.endpoint.repository();
         let remembered = repository.and_then(|name| self.tokens.last_token(origin, name, owner));
         let (remembered, token) = match remembered {
             Some(known) => self.renewed(origin, known, login, spec).await?,
@@ -211,7 +211,7 @@ impl AuthClient {
             return Err(error);
         }
         let unauthorised = error.answer.status == Some(StatusCode::UNAUTHORIZED) && !error.from_other_origin;
-        if matches!(spec.operation, Operation::Ping)
+        if matches!(spec.endpoint, Endpoint::Ping)
             || !(unauthorised || (error.may_be_expired && token.is_some()))
         {
             return Err(error);
@@ -267,8 +267,7 @@ impl AuthClient {
         match self.token(&known.key, login, None, spec).await {
             Ok(header) => Ok((Some(known), Some(header))),
             Err(TokenFailure::Denied(_)) => {
-                self.tokens
-                    .forget(origin, spec.operation.repository(), &known.key);
+                self.tokens.forget(origin, spec.endpoint.repository(), &known.key);
                 Ok((None, None))
             }
             Err(failure) => Err(token_failure_response(&failure)),
@@ -295,7 +294,7 @@ impl AuthClient {
             Ok(_) | Err(TokenFailure::Denied(_)) => RequestOutcome::Response,
             // Also where nothing was sent within a pause: it is over the sooner.
             Err(TokenFailure::RateLimited(_)) => RequestOutcome::Unknown,
-            Err(TokenFailure::Unusable(_)) => RequestOutcome::ServerError(Cause::TokenService),
+            Err(TokenFailure::Unusable(_)) => RequestOutcome::ServerError(UpstreamFailure::TokenService),
             Err(failure @ (TokenFailure::NoResponse(_) | TokenFailure::PlainRealm)) => {
                 RequestOutcome::NoResponse(failure.into())
             }
@@ -304,7 +303,7 @@ impl AuthClient {
     }
 
     /// Whether a request of this caller's would need a new token, should the registry want one.
-    pub(super) fn needs_token(&self, urls: &[Origin], caller: &Caller, operation: &Operation) -> bool {
+    pub(super) fn needs_token(&self, urls: &[Origin], caller: &Caller, endpoint: &Endpoint) -> bool {
         let brings_one = match &caller.credential {
             Credential::Client(header) => !is_basic(header),
             Credential::Configured | Credential::Anonymous => false,
@@ -325,7 +324,7 @@ impl AuthClient {
             known.is_some_and(|known| self.tokens.cached(&known.key, None).is_some())
         };
         let is_held = || {
-            let name = operation.repository();
+            let name = endpoint.repository();
             name.is_some_and(|name| urls.iter().any(|origin| has_one(origin, name)))
         };
         !brings_one && !is_held()
@@ -344,7 +343,7 @@ impl AuthClient {
                 &self.tokens,
                 origin,
                 (realm, service.as_deref(), scopes),
-                spec.operation.repository(),
+                spec.endpoint.repository(),
                 owner,
             );
             if key.is_none() {
@@ -385,12 +384,12 @@ impl AuthClient {
         elsewhere: Option<&OriginAuthorization>,
     ) -> Result<HttpResponse, Box<ErrorResponse>> {
         let mut headers = HeaderMap::new();
-        for line in spec.accept.lines() {
+        for line in spec.accept.header_values() {
             headers.append(ACCEPT, line.clone());
         }
         headers.extend(spec.range.clone().map(|range| (RANGE, range)));
         headers.extend(authorization.cloned().map(|value| (AUTHORIZATION, value)));
-        spec.trace.write(&mut headers);
+        spec.trace.inject(&mut headers);
         let request = HttpRequest {
             method: spec.method.clone(),
             uri: uri.clone(),
@@ -467,8 +466,8 @@ pub(super) fn is_registry(reply: &HttpResponse) -> bool {
 /// Whether a registry or its token service responds again. A captive portal's page is not it.
 pub(super) fn is_alive(reply: &HttpResponse) -> bool {
     let sender = Sender::of(reply.from_other_origin);
-    match UpstreamResponse::read(&Operation::Ping, reply.status, &reply.headers, sender).kind {
-        ResponseKind::Unavailable(cause) => cause == Cause::RateLimited,
+    match UpstreamResponse::read(&Endpoint::Ping, reply.status, &reply.headers, sender).kind {
+        ResponseKind::Unavailable(cause) => cause == UpstreamFailure::RateLimited,
         _ => !reply.from_other_origin,
     }
 }
@@ -485,7 +484,7 @@ async fn error_response(spec: &RequestSpec<'_>, reply: HttpResponse) -> Box<Erro
             challenge: reply.headers.get_all(WWW_AUTHENTICATE).iter().cloned().collect(),
         });
     let mut answer = UpstreamResponse::read(
-        spec.operation,
+        spec.endpoint,
         status,
         &reply.headers,
         Sender::of(from_other_origin),
@@ -502,7 +501,7 @@ async fn error_response(spec: &RequestSpec<'_>, reply: HttpResponse) -> Box<Erro
     if spec.method == Method::GET
         && let Ok(body) = reply.collect(ERROR_BODY_BYTES_MAX, ERROR_BODY_TIMEOUT).await
     {
-        (answer.code, answer.message) = Problem::read(&body).unzip();
+        (answer.code, answer.message) = ErrorBody::read(&body).unzip();
         answer.stated_wait = stated_wait(&headers, &body);
         answer.kind = kind_by_body(answer.kind, &headers, &answer);
         expired |= status == StatusCode::FORBIDDEN
@@ -512,14 +511,14 @@ async fn error_response(spec: &RequestSpec<'_>, reply: HttpResponse) -> Box<Erro
     // the refusal is a failure and no denial. Only another registry says of a manifest that it is not there.
     let is_registrys_404 = is_from_registry
         && answer.kind == ResponseKind::NotFound
-        && !matches!(spec.operation, Operation::Blob { .. });
+        && !matches!(spec.endpoint, Endpoint::Blob { .. });
     let is_redirect_target = from_other_origin
         && status.is_client_error()
         && status != StatusCode::RANGE_NOT_SATISFIABLE
-        && answer.kind != ResponseKind::Unavailable(Cause::RateLimited)
+        && answer.kind != ResponseKind::Unavailable(UpstreamFailure::RateLimited)
         && !is_registrys_404;
     if is_redirect_target {
-        answer.kind = ResponseKind::Unavailable(Cause::Status(status.as_u16()));
+        answer.kind = ResponseKind::Unavailable(UpstreamFailure::Status(status.as_u16()));
         answer.challenge = Vec::new();
         expired = false;
     }
@@ -541,13 +540,13 @@ fn kind_by_body(by_headers: ResponseKind, headers: &HeaderMap, answer: &Upstream
     };
     let limited = is_limit_by_body(status, headers, code, message);
     match by_headers {
-        _ if limited => ResponseKind::Unavailable(Cause::RateLimited),
-        ResponseKind::Unavailable(Cause::RateLimited) => ResponseKind::Denied,
+        _ if limited => ResponseKind::Unavailable(UpstreamFailure::RateLimited),
+        ResponseKind::Unavailable(UpstreamFailure::RateLimited) => ResponseKind::Denied,
         other => other,
     }
 }
 
-fn unavailable(cause: Cause) -> Box<ErrorResponse> {
+fn unavailable(cause: UpstreamFailure) -> Box<ErrorResponse> {
     Box::new(UpstreamResponse::unavailable(cause).into())
 }
 
@@ -565,7 +564,7 @@ pub(super) fn token_failure_response(failure: &TokenFailure) -> Box<ErrorRespons
 /// A denial with the challenge as it was before any token was sent. One with `error="…"` in it makes containerd give
 /// up without trying the credentials it has.
 pub(super) fn denied(mut error: Box<ErrorResponse>, challenge: &[HeaderValue]) -> Box<ErrorResponse> {
-    if error.answer.kind == ResponseKind::Unavailable(Cause::RateLimited) {
+    if error.answer.kind == ResponseKind::Unavailable(UpstreamFailure::RateLimited) {
         return error;
     }
     error.answer.kind = ResponseKind::Denied;
@@ -579,7 +578,7 @@ pub(super) fn denied(mut error: Box<ErrorResponse>, challenge: &[HeaderValue]) -
 fn is_transient(answer: &UpstreamResponse) -> bool {
     let server = matches!(
         answer.kind,
-        ResponseKind::Unavailable(Cause::Status(500 | 502..=599))
+        ResponseKind::Unavailable(UpstreamFailure::Status(500 | 502..=599))
     );
     server && answer.retry_after.is_none()
 }

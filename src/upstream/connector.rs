@@ -27,7 +27,7 @@ use super::redirect_rules::{AddressLimit, RedirectRule, RedirectRules, allow_ent
 use super::settings::{SettingsError, Timeouts};
 use super::tcp::TcpDialer;
 use super::tls::{ClientCertificate, Tls, TlsError, Trust, io_cause};
-use crate::oci::cause::{Cause, RedirectFault, TlsFault};
+use crate::oci::failure::{RedirectFailure, TlsFailure, UpstreamFailure};
 
 /// What all upstreams share: the way to dial and the certificates that the operating system trusts.
 #[derive(Clone)]
@@ -148,7 +148,7 @@ impl UpstreamConnector {
             self.0.dial_route(to, &innermost_scope.into()),
         )
         .await;
-        let (stream, _) = reached.unwrap_or_else(|_| Err(Cause::ConnectTimeout.into()))?;
+        let (stream, _) = reached.unwrap_or_else(|_| Err(UpstreamFailure::ConnectTimeout.into()))?;
         Ok(stream)
     }
 
@@ -163,7 +163,7 @@ impl UpstreamConnector {
     }
 
     /// Why the server at `to` ended a connection after the TLS handshake, no earlier than `since`.
-    pub(super) fn close_reason(&self, to: &Uri, since: Instant) -> Option<(TlsFault, String)> {
+    pub(super) fn close_reason(&self, to: &Uri, since: Instant) -> Option<(TlsFailure, String)> {
         self.0.tls_for(to).close_reason(to, since)
     }
 
@@ -203,7 +203,7 @@ impl Inner {
 
     /// A refused address, with what would allow it.
     fn with_allow_hint(&self, mut error: DialError, to: &Uri) -> DialError {
-        if error.cause != Cause::Redirects(RedirectFault::TooNear) {
+        if error.cause != UpstreamFailure::Redirects(RedirectFailure::NarrowerScope) {
             return error;
         }
         let address = error.denied_address();
@@ -260,7 +260,7 @@ impl Inner {
             match to.host().and_then(address) {
                 Some(address) if !limit.allows(address) => return Err(DialError::scope_denied(address)),
                 None if !limit.is_for_names() => {
-                    return Err(Cause::Redirects(RedirectFault::TooNear).into());
+                    return Err(UpstreamFailure::Redirects(RedirectFailure::NarrowerScope).into());
                 }
                 Some(_) | None => {}
             }
@@ -318,7 +318,7 @@ impl Inner {
 /// A failure of a proxy, or behind it: as precise as the chain of errors is.
 fn proxy_error<E: Error + Send + Sync + 'static>(error: E) -> DialError {
     let mut next: Option<&(dyn Error + 'static)> = Some(&error);
-    let (mut cause, mut detail) = (Cause::Unreachable, None);
+    let (mut cause, mut detail) = (UpstreamFailure::Unreachable, None);
     while let Some(one) = next {
         if let Some(dialled) = one.downcast_ref::<DialError>() {
             cause = dialled.cause;
@@ -351,7 +351,7 @@ impl Service<Uri> for UpstreamConnector {
         Box::pin(async move {
             let connect_timeout = inner.connect_timeout;
             let connected = tokio::time::timeout(connect_timeout, inner.connect(to)).await;
-            connected.unwrap_or_else(|_| Err(Cause::ConnectTimeout.into()))
+            connected.unwrap_or_else(|_| Err(UpstreamFailure::ConnectTimeout.into()))
         })
     }
 }
@@ -454,14 +454,14 @@ impl TunnelDialer {
         Ok(TunnelDialer(UpstreamConnector::new(transport, settings)?))
     }
 
-    /// A stream to a host and port, no nearer than `innermost_scope`; [`Cause::Redirects`] if it were. A name is judged by the
+    /// A stream to a host and port, no nearer than `innermost_scope`; [`UpstreamFailure::Redirects`] if it were. A name is judged by the
     /// address that is connected to, so one that changes its mind gains nothing.
     pub async fn open(
         &self,
         host: &str,
         port: u16,
         innermost_scope: IpScope,
-    ) -> Result<Box<dyn Stream>, Cause> {
+    ) -> Result<Box<dyn Stream>, UpstreamFailure> {
         let host = if host.contains(':') {
             format!("[{host}]")
         } else {
@@ -469,7 +469,7 @@ impl TunnelDialer {
         };
         let to: Uri = format!("https://{host}:{port}/")
             .parse()
-            .map_err(|_| Cause::Malformed)?;
+            .map_err(|_| UpstreamFailure::Malformed)?;
         self.0
             .connect_raw(&to, innermost_scope)
             .await

@@ -14,7 +14,7 @@ use http::Uri;
 use tokio::io::{AsyncRead, AsyncWrite};
 
 use super::redirect_rules::AddressLimit;
-use crate::oci::cause::{Cause, RedirectFault};
+use crate::oci::failure::{RedirectFailure, UpstreamFailure};
 
 /// Anything bytes go through.
 pub trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
@@ -42,7 +42,7 @@ pub trait Dialer: Send + Sync + 'static {
 #[derive(Debug)]
 pub struct DialError {
     /// For the decision.
-    pub cause: Cause,
+    pub cause: UpstreamFailure,
     /// The reason in words, for the operator: it may name hosts, addresses and certificates.
     pub detail: Option<Arc<str>>,
     /// For the log.
@@ -62,7 +62,7 @@ impl Error for DialError {
 }
 
 impl DialError {
-    pub(super) fn new(cause: Cause, source: impl Into<Box<dyn Error + Send + Sync>>) -> DialError {
+    pub(super) fn new(cause: UpstreamFailure, source: impl Into<Box<dyn Error + Send + Sync>>) -> DialError {
         DialError {
             cause,
             detail: None,
@@ -73,7 +73,7 @@ impl DialError {
     /// The address that `limit` did not allow.
     pub fn scope_denied(address: IpAddr) -> DialError {
         DialError {
-            cause: Cause::Redirects(RedirectFault::TooNear),
+            cause: UpstreamFailure::Redirects(RedirectFailure::NarrowerScope),
             detail: None,
             source: Some(ScopeDenied(address).into()),
         }
@@ -90,8 +90,8 @@ impl DialError {
 #[error("{0} is nearer than the registry itself")]
 struct ScopeDenied(IpAddr);
 
-impl From<Cause> for DialError {
-    fn from(cause: Cause) -> Self {
+impl From<UpstreamFailure> for DialError {
+    fn from(cause: UpstreamFailure) -> Self {
         DialError {
             cause,
             detail: None,

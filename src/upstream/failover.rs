@@ -14,9 +14,9 @@ use tokio::time::Instant;
 use super::origin::Origin;
 use super::rate_limit::Pause;
 use super::response::{ResponseKind, UpstreamResponse};
-use crate::oci::cause::Cause;
+use crate::oci::endpoint::Endpoint;
+use crate::oci::failure::UpstreamFailure;
 use crate::oci::name::Repository;
-use crate::oci::operation::Operation;
 
 /// Pairs of URL and repository kept in memory, per upstream.
 const SERVED_MAX: usize = 4096;
@@ -118,7 +118,7 @@ impl FailoverRound {
         let outcomes: Vec<_> = self.responses.iter().map(|(outcome, _)| *outcome).collect();
         let answered = outcomes.iter().any(|one| *one != UrlOutcome::Unavailable);
         let mut answer = choose(&outcomes, self.attempt).map_or_else(
-            || UpstreamResponse::unavailable(Cause::Unreachable),
+            || UpstreamResponse::unavailable(UpstreamFailure::Unreachable),
             |position| self.responses.swap_remove(position).1,
         );
         let is_sent = answer.pause.is_none() || answer.status.is_some();
@@ -156,11 +156,11 @@ impl ServedHistory {
         }
     }
 
-    /// What `answer` to `operation` comes down to, given by the URL `origin` of `upstream`.
+    /// What `answer` to `endpoint` comes down to, given by the URL `origin` of `upstream`.
     pub(super) async fn outcome(
         &self,
         (upstream, origin): (&str, &Origin),
-        operation: &Operation,
+        endpoint: &Endpoint,
         answer: &UpstreamResponse,
     ) -> UrlOutcome {
         match answer.kind {
@@ -170,16 +170,16 @@ impl ServedHistory {
             ResponseKind::Unavailable(_) => UrlOutcome::Unavailable,
             ResponseKind::NotFound => UrlOutcome::No,
             ResponseKind::Other(status) if is_unsupported_request(status) => UrlOutcome::No,
-            ResponseKind::Denied | ResponseKind::Other(_) => match operation.repository() {
+            ResponseKind::Denied | ResponseKind::Other(_) => match endpoint.repository() {
                 Some(repository) if self.has_served(upstream, origin, repository).await => UrlOutcome::Denied,
                 Some(_) | None => UrlOutcome::No,
             },
         }
     }
 
-    /// Keeps that `origin` has served the repository of `operation`: before anything follows from it.
-    pub(super) async fn record(&self, upstream: &str, origin: &Origin, operation: &Operation) {
-        let (Operation::Manifest { repository, .. } | Operation::Blob { repository, .. }) = operation else {
+    /// Keeps that `origin` has served the repository of `endpoint`: before anything follows from it.
+    pub(super) async fn record(&self, upstream: &str, origin: &Origin, endpoint: &Endpoint) {
+        let (Endpoint::Manifest { repository, .. } | Endpoint::Blob { repository, .. }) = endpoint else {
             return;
         };
         let key = (origin.to_string(), repository.clone());

@@ -26,7 +26,7 @@ use super::connector::UpstreamConnector;
 use super::http_client::{self, Body, HttpFailure, POOL_IDLE_MAX, content_length};
 use super::location::resolve;
 use super::origin::Origin;
-use crate::oci::cause::Cause;
+use crate::oci::failure::UpstreamFailure;
 
 /// How long a registry may think once it has all of a request: it may be putting a large layer together.
 const RESPONSE_TIMEOUT: Duration = Duration::from_secs(15 * 60);
@@ -63,7 +63,7 @@ pub struct ForwardResponse {
 
 impl ForwardResponse {
     /// The next bytes; `None` at the end and only there.
-    pub async fn chunk(&mut self) -> Option<Result<Bytes, Cause>> {
+    pub async fn chunk(&mut self) -> Option<Result<Bytes, UpstreamFailure>> {
         self.body.chunk().await
     }
 }
@@ -76,8 +76,8 @@ pub(super) fn client(connector: &UpstreamConnector) -> Client {
 
 impl Upstream {
     /// Hands a request on to the upstream's first address, and its answer back.
-    pub async fn forward(&self, request: ForwardRequest) -> Result<ForwardResponse, Cause> {
-        let origin = self.0.urls.first().ok_or(Cause::Unreachable)?;
+    pub async fn forward(&self, request: ForwardRequest) -> Result<ForwardResponse, UpstreamFailure> {
+        let origin = self.0.urls.first().ok_or(UpstreamFailure::Unreachable)?;
         self.forward_to(origin, request).await
     }
 
@@ -86,11 +86,15 @@ impl Upstream {
         &self,
         realm: &Origin,
         request: ForwardRequest,
-    ) -> Result<ForwardResponse, Cause> {
+    ) -> Result<ForwardResponse, UpstreamFailure> {
         self.forward_to(&realm.root(), request).await
     }
 
-    async fn forward_to(&self, origin: &Origin, request: ForwardRequest) -> Result<ForwardResponse, Cause> {
+    async fn forward_to(
+        &self,
+        origin: &Origin,
+        request: ForwardRequest,
+    ) -> Result<ForwardResponse, UpstreamFailure> {
         let ForwardRequest {
             method,
             path_and_query,
@@ -104,7 +108,7 @@ impl Upstream {
         } else {
             origin.join_root(&path_and_query)
         };
-        let uri = uri.ok_or(Cause::Malformed)?;
+        let uri = uri.ok_or(UpstreamFailure::Malformed)?;
         remove_hop_by_hop(&mut headers);
         for name in [HOST, EXPECT, CONTENT_LENGTH] {
             headers.remove(name);
@@ -122,7 +126,7 @@ impl Upstream {
             .method(method)
             .uri(uri.clone())
             .body(body)
-            .map_err(|_| Cause::Malformed)?;
+            .map_err(|_| UpstreamFailure::Malformed)?;
         *outgoing.headers_mut() = headers;
         let since = Instant::now();
         let (mut head, incoming) = progress
@@ -208,7 +212,7 @@ impl Progress {
     }
 
     /// Waits as long as the body moves, and then for the reply.
-    async fn awaiting<T>(&self, reply: impl Future<Output = T>) -> Result<T, Cause> {
+    async fn awaiting<T>(&self, reply: impl Future<Output = T>) -> Result<T, UpstreamFailure> {
         let mut reply = pin!(reply);
         loop {
             let deadline = self.deadline();
@@ -216,7 +220,7 @@ impl Progress {
             match timeout(left, reply.as_mut()).await {
                 Ok(reply) => return Ok(reply),
                 Err(_) if self.deadline() > deadline => {}
-                Err(_) => return Err(Cause::Timeout),
+                Err(_) => return Err(UpstreamFailure::Timeout),
             }
         }
     }
@@ -322,7 +326,10 @@ mod tests {
         let progress = Progress::default();
         let started = Instant::now();
         let waited = progress.awaiting(std::future::pending::<()>()).await;
-        assert_eq!((waited, started.elapsed()), (Err(Cause::Timeout), BODY_IDLE_MAX));
+        assert_eq!(
+            (waited, started.elapsed()),
+            (Err(UpstreamFailure::Timeout), BODY_IDLE_MAX)
+        );
         progress.moved(true);
         let late = tokio::time::sleep(RESPONSE_TIMEOUT / 2);
         assert!(progress.awaiting(late).await.is_ok());

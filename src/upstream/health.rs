@@ -26,9 +26,9 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::response::{ResponseKind, UpstreamResponse};
-use crate::oci::cause::Cause;
+use crate::oci::endpoint::Endpoint;
+use crate::oci::failure::UpstreamFailure;
 use crate::oci::name::Repository;
-use crate::oci::operation::Operation;
 
 mod breaker;
 mod scope;
@@ -68,11 +68,11 @@ pub(super) enum RequestOutcome {
     /// 401 or 403.
     Denied,
     /// 5xx or 408, or a redirect to what cannot be reached.
-    ServerError(Cause),
+    ServerError(UpstreamFailure),
     /// Nothing came within the time limit, or the connection broke.
-    NoResponse(Cause),
+    NoResponse(UpstreamFailure),
     /// No connection came about.
-    NoConnection(Cause),
+    NoConnection(UpstreamFailure),
     /// Nothing was sent, or what came says nothing of the registry.
     Unknown,
 }
@@ -87,42 +87,42 @@ impl RequestOutcome {
         };
         match cause {
             // Those bring the registry's own words, whatever they are worth to the asker.
-            Cause::RateLimited
-            | Cause::Malformed
-            | Cause::TooLarge
-            | Cause::Redirects(_)
-            | Cause::WrongDigest
-            | Cause::Unverifiable => Self::Response,
+            UpstreamFailure::RateLimited
+            | UpstreamFailure::Malformed
+            | UpstreamFailure::TooLarge
+            | UpstreamFailure::Redirects(_)
+            | UpstreamFailure::DigestMismatch
+            | UpstreamFailure::Unverifiable => Self::Response,
             _ if !is_unavailable => Self::Unknown,
             // The redirect is a response, and storage behind one repository says nothing of the others.
-            Cause::Refused | Cause::Unreachable | Cause::Dns | Cause::Tls(_) | Cause::ConnectTimeout
+            UpstreamFailure::ConnectionRefused | UpstreamFailure::Unreachable | UpstreamFailure::Dns | UpstreamFailure::Tls(_) | UpstreamFailure::ConnectTimeout
                 if answer.is_redirect_target =>
             {
                 Self::ServerError(cause)
             }
-            Cause::Refused
-            | Cause::Unreachable
-            | Cause::Dns
-            | Cause::Tls(_)
-            | Cause::ConnectTimeout
+            UpstreamFailure::ConnectionRefused
+            | UpstreamFailure::Unreachable
+            | UpstreamFailure::Dns
+            | UpstreamFailure::Tls(_)
+            | UpstreamFailure::ConnectTimeout
             // The proxy on the way to every upstream wants a credential.
-            | Cause::Status(407) => Self::NoConnection(cause),
-            Cause::Timeout | Cause::Reset => Self::NoResponse(cause),
-            Cause::Status(status) if status >= 500 || status == 408 => Self::ServerError(cause),
+            | UpstreamFailure::Status(407) => Self::NoConnection(cause),
+            UpstreamFailure::Timeout | UpstreamFailure::ConnectionReset => Self::NoResponse(cause),
+            UpstreamFailure::Status(status) if status >= 500 || status == 408 => Self::ServerError(cause),
             // A refusal by storage behind the registry is about one object.
-            Cause::Status(_)
+            UpstreamFailure::Status(_)
             // Attributed where the token is fetched.
-            | Cause::TokenService
-            | Cause::PlainRealm
+            | UpstreamFailure::TokenService
+            | UpstreamFailure::PlaintextRealm
             // A page that strangers are sent to must not keep those with a right from a fresh response.
-            | Cause::NotRegistry
-            | Cause::Budget
-            | Cause::BreakerOpen
-            | Cause::Offline
-            | Cause::OwnCredential
-            | Cause::Busy
-            | Cause::ClientQueueFull
-            | Cause::QueueFull => Self::Unknown,
+            | UpstreamFailure::NotRegistry
+            | UpstreamFailure::RevalidateTimeout
+            | UpstreamFailure::BreakerOpen
+            | UpstreamFailure::Offline
+            | UpstreamFailure::CacheCredential
+            | UpstreamFailure::Busy
+            | UpstreamFailure::ClientQueueFull
+            | UpstreamFailure::QueueFull => Self::Unknown,
         }
     }
 }
@@ -132,14 +132,14 @@ impl RequestOutcome {
 pub(super) struct BreakerChange {
     pub(super) scope: FailureScope,
     /// Why it opened; `None`: it closed.
-    pub(super) opened: Option<Cause>,
+    pub(super) opened: Option<UpstreamFailure>,
 }
 
 /// A scope that is not closed.
 #[derive(Clone, Debug)]
 pub(super) struct FailingScope {
     pub(super) scope: FailureScope,
-    pub(super) cause: Cause,
+    pub(super) cause: UpstreamFailure,
     /// Since when it is open or half-open; `None`: it is suspected.
     pub(super) open_since: Option<Instant>,
     pub(super) is_half_open: bool,
@@ -149,7 +149,7 @@ pub(super) struct FailingScope {
 #[derive(Debug)]
 struct PendingRequest {
     kind: RequestKind,
-    operation: Operation,
+    endpoint: Endpoint,
     principal: [u8; 32],
     /// `None` while nothing is sent for it (a credential helper runs).
     waiting_on: Option<WaitingOn>,
@@ -184,9 +184,9 @@ struct KindHealth {
     /// How long the last response took, and when it came. A slow one that a quick one overtook does not count.
     took: Option<(Duration, Instant)>,
     /// What had a quick response last: worth a probe when another repository has none, or a slow one.
-    witness: Option<Operation>,
+    witness: Option<Endpoint>,
     /// A probe because of a slow response.
-    check: Option<Operation>,
+    check: Option<Endpoint>,
     checked_at: Option<Instant>,
 }
 
@@ -229,14 +229,14 @@ impl Default for FailureDetector {
 #[derive(Clone, Copy)]
 struct SentRequest<'a> {
     kind: RequestKind,
-    operation: &'a Operation,
+    endpoint: &'a Endpoint,
     principal: [u8; 32],
 }
 
 /// What an asker with a cached copy is about to send.
 pub(super) struct WaitQuery<'a> {
     pub(super) kind: RequestKind,
-    pub(super) operation: &'a Operation,
+    pub(super) endpoint: &'a Endpoint,
     pub(super) principal: [u8; 32],
     /// Whether a token must be fetched first, should the registry want one.
     pub(super) needs_token: bool,
@@ -247,7 +247,7 @@ impl FailureDetector {
     pub(super) fn sent(
         &mut self,
         kind: RequestKind,
-        operation: &Operation,
+        endpoint: &Endpoint,
         principal: [u8; 32],
         now: Instant,
     ) -> u64 {
@@ -255,7 +255,7 @@ impl FailureDetector {
         self.next += 1;
         let pending = PendingRequest {
             kind,
-            operation: operation.clone(),
+            endpoint: endpoint.clone(),
             principal,
             waiting_on: Some(WaitingOn::Registry),
             since: now,
@@ -293,10 +293,10 @@ impl FailureDetector {
         };
         let since = std::mem::replace(&mut pending.since, now);
         pending.waiting_on = Some(WaitingOn::Registry);
-        let (operation, principal) = (pending.operation.clone(), pending.principal);
+        let (endpoint, principal) = (pending.endpoint.clone(), pending.principal);
         let sent = SentRequest {
             kind: RequestKind::Token,
-            operation: &operation,
+            endpoint: &endpoint,
             principal,
         };
         self.record(sent, ended, (since, now))
@@ -307,14 +307,14 @@ impl FailureDetector {
         match self.pending.remove(&id) {
             Some(PendingRequest {
                 kind,
-                operation,
+                endpoint,
                 principal,
                 since,
                 ..
             }) => {
                 let sent = SentRequest {
                     kind,
-                    operation: &operation,
+                    endpoint: &endpoint,
                     principal,
                 };
                 self.record(sent, ended, (since, now))
@@ -333,13 +333,13 @@ impl FailureDetector {
     pub(super) fn record_timeout(
         &mut self,
         principal: [u8; 32],
-        operation: &Operation,
+        endpoint: &Endpoint,
         waited: Duration,
         now: Instant,
     ) -> Vec<BreakerChange> {
         let mut timed_out = Vec::new();
         for pending in self.pending.values_mut() {
-            let is_same = pending.principal == principal && pending.operation == *operation;
+            let is_same = pending.principal == principal && pending.endpoint == *endpoint;
             let is_old = now.saturating_duration_since(pending.since) >= waited / 2;
             // Many askers may wait for one request, and it is one failure.
             let is_counted = pending
@@ -357,10 +357,14 @@ impl FailureDetector {
         for (kind, since) in timed_out {
             let sent = SentRequest {
                 kind,
-                operation,
+                endpoint,
                 principal,
             };
-            changes.extend(self.record(sent, RequestOutcome::NoResponse(Cause::Budget), (since, now)));
+            changes.extend(self.record(
+                sent,
+                RequestOutcome::NoResponse(UpstreamFailure::RevalidateTimeout),
+                (since, now),
+            ));
         }
         changes
     }
@@ -371,15 +375,15 @@ impl FailureDetector {
         ended: RequestOutcome,
         (since, now): (Instant, Instant),
     ) -> Vec<BreakerChange> {
-        let SentRequest { kind, operation, .. } = sent;
+        let SentRequest { kind, endpoint, .. } = sent;
         let mut changes = Vec::new();
         match ended {
             RequestOutcome::Unknown => return changes,
             RequestOutcome::NoConnection(cause) => {
                 let as_new =
-                    || Breaker::new((FailureMode::NoResponse, Granularity::Everything), operation, now);
+                    || Breaker::new((FailureMode::NoResponse, Granularity::Everything), endpoint, now);
                 let breaker = self.connection.get_or_insert_with(as_new);
-                if breaker.fail(cause, (operation, None), now) {
+                if breaker.fail(cause, (endpoint, None), now) {
                     changes.push(opened(FailureScope::Connection, cause));
                 }
             }
@@ -387,7 +391,7 @@ impl FailureDetector {
                 self.record_no_response(sent, cause, (since, now), &mut changes)
             }
             RequestOutcome::ServerError(cause) => {
-                self.record_response(kind, operation, (since, now), &mut changes);
+                self.record_response(kind, endpoint, (since, now), &mut changes);
                 self.record_failure(sent, (FailureMode::Error, cause), now, &mut changes);
             }
             RequestOutcome::Denied => {
@@ -397,19 +401,19 @@ impl FailureDetector {
                 if let Some(breaker) = &mut by_kind.breaker {
                     breaker.half_open();
                 }
-                self.update_repository(kind, operation, |entry, _| {
+                self.update_repository(kind, endpoint, |entry, _| {
                     if let Some(breaker) = &mut entry.breaker {
                         breaker.half_open();
                     }
                 });
             }
             RequestOutcome::Response => {
-                self.record_response(kind, operation, (since, now), &mut changes);
-                self.update_repository(kind, operation, |entry, scope| {
+                self.record_response(kind, endpoint, (since, now), &mut changes);
+                self.update_repository(kind, endpoint, |entry, scope| {
                     if entry
                         .breaker
                         .as_ref()
-                        .is_some_and(|breaker| breaker.is_closed_by(operation))
+                        .is_some_and(|breaker| breaker.is_closed_by(endpoint))
                     {
                         close(&mut entry.breaker, scope, &mut changes);
                     }
@@ -423,7 +427,7 @@ impl FailureDetector {
     fn record_response(
         &mut self,
         kind: RequestKind,
-        operation: &Operation,
+        endpoint: &Endpoint,
         (since, now): (Instant, Instant),
         changes: &mut Vec<BreakerChange>,
     ) {
@@ -437,18 +441,18 @@ impl FailureDetector {
             by_kind.took = Some((took, now));
         }
         if took < SLOW_MIN {
-            by_kind.witness = Some(operation.clone());
+            by_kind.witness = Some(endpoint.clone());
             by_kind.check = None;
         } else if !is_outpaced
             && let Some(witness) = &by_kind.witness
-            && witness.repository() != operation.repository()
+            && witness.repository() != endpoint.repository()
             && by_kind
                 .checked_at
                 .is_none_or(|at| now.saturating_duration_since(at) >= CHECK_INTERVAL)
         {
             by_kind.check = Some(witness.clone());
         }
-        self.update_repository(kind, operation, |entry, _| {
+        self.update_repository(kind, endpoint, |entry, _| {
             entry.took = (took > SHORT_WAIT).then_some((took, now));
         });
     }
@@ -456,11 +460,11 @@ impl FailureDetector {
     fn record_no_response(
         &mut self,
         sent: SentRequest<'_>,
-        cause: Cause,
+        cause: UpstreamFailure,
         (since, now): (Instant, Instant),
         changes: &mut Vec<BreakerChange>,
     ) {
-        let SentRequest { kind, operation, .. } = sent;
+        let SentRequest { kind, endpoint, .. } = sent;
         self.record_failure(sent, (FailureMode::NoResponse, cause), now, changes);
         let by_kind = self.kind_health_mut(kind);
         if by_kind.responded_at.is_some_and(|at| at > since) {
@@ -469,16 +473,16 @@ impl FailureDetector {
         let witness = by_kind
             .witness
             .clone()
-            .filter(|witness| by_kind.breaker.is_none() && witness.repository() != operation.repository());
+            .filter(|witness| by_kind.breaker.is_none() && witness.repository() != endpoint.repository());
         let as_new = || {
             Breaker::new(
                 (FailureMode::NoResponse, Granularity::Repositories),
-                operation,
+                endpoint,
                 now,
             )
         };
         let breaker = by_kind.breaker.get_or_insert_with(as_new);
-        if breaker.fail(cause, (operation, principal(sent, cause)), now) {
+        if breaker.fail(cause, (endpoint, principal(sent, cause)), now) {
             changes.push(opened(FailureScope::RequestKind(kind), cause));
         }
         if let Some(witness) = witness {
@@ -490,16 +494,16 @@ impl FailureDetector {
     fn record_failure(
         &mut self,
         sent: SentRequest<'_>,
-        (mode, cause): (FailureMode, Cause),
+        (mode, cause): (FailureMode, UpstreamFailure),
         now: Instant,
         changes: &mut Vec<BreakerChange>,
     ) {
-        let SentRequest { kind, operation, .. } = sent;
+        let SentRequest { kind, endpoint, .. } = sent;
         let principal = match mode {
             FailureMode::Error => Some(sent.principal),
             FailureMode::NoResponse => principal(sent, cause),
         };
-        self.update_repository(kind, operation, |entry, scope| {
+        self.update_repository(kind, endpoint, |entry, scope| {
             if entry
                 .breaker
                 .as_ref()
@@ -507,11 +511,11 @@ impl FailureDetector {
             {
                 close(&mut entry.breaker, scope.clone(), changes);
             }
-            let as_new = || Breaker::new((mode, Granularity::Requests), operation, now);
+            let as_new = || Breaker::new((mode, Granularity::Requests), endpoint, now);
             if entry
                 .breaker
                 .get_or_insert_with(as_new)
-                .fail(cause, (operation, principal), now)
+                .fail(cause, (endpoint, principal), now)
             {
                 changes.push(opened(scope, cause));
             }
@@ -520,13 +524,13 @@ impl FailureDetector {
 
     /// How long an asker with a cached copy waits.
     pub(super) fn wait(&mut self, query: &WaitQuery<'_>, timeout: Duration, now: Instant) -> WaitLimit {
-        let operation = query.operation;
+        let endpoint = query.endpoint;
         let mut wait = wait_for(&mut self.connection, query, now);
         let kinds = [Some(query.kind), query.needs_token.then_some(RequestKind::Token)];
         for kind in kinds.into_iter().flatten() {
             let by_kind = wait_for(&mut self.kind_health_mut(kind).breaker, query, now);
             let mut entry = WaitLimit::Full;
-            let repository = operation.repository().cloned();
+            let repository = endpoint.repository().cloned();
             if let Some(known) = repository.and_then(|name| self.repositories.get_mut(&(kind, name))) {
                 entry = wait_for(&mut known.breaker, query, now);
                 if is_late_response_useful(kind) && is_slow(known.took, timeout, now) {
@@ -613,7 +617,7 @@ impl FailureDetector {
     }
 
     /// A probe of this scope is sent: for what.
-    pub(super) fn take_probe(&mut self, scope: &FailureScope, now: Instant) -> Option<Operation> {
+    pub(super) fn take_probe(&mut self, scope: &FailureScope, now: Instant) -> Option<Endpoint> {
         if let FailureScope::RequestKind(kind) = scope {
             let by_kind = self.kind_health_mut(*kind);
             if let Some(check) = by_kind.check.take() {
@@ -697,10 +701,10 @@ impl FailureDetector {
     fn update_repository(
         &mut self,
         kind: RequestKind,
-        operation: &Operation,
+        endpoint: &Endpoint,
         change: impl FnOnce(&mut RepositoryHealth, FailureScope),
     ) {
-        let Some(name) = operation.repository() else {
+        let Some(name) = endpoint.repository() else {
             return;
         };
         let key = (kind, name.clone());
@@ -723,7 +727,7 @@ impl WaitLimit {
     }
 }
 
-fn opened(scope: FailureScope, cause: Cause) -> BreakerChange {
+fn opened(scope: FailureScope, cause: UpstreamFailure) -> BreakerChange {
     BreakerChange {
         scope,
         opened: Some(cause),
@@ -741,13 +745,13 @@ fn close(breaker: &mut Option<Breaker>, scope: FailureScope, changes: &mut Vec<B
 
 fn wait_for(breaker: &mut Option<Breaker>, query: &WaitQuery<'_>, now: Instant) -> WaitLimit {
     breaker.as_mut().map_or(WaitLimit::Full, |breaker| {
-        breaker.wait((query.operation, query.principal), now)
+        breaker.wait((query.endpoint, query.principal), now)
     })
 }
 
 /// Whose request it was, where the failure may be the upstream's way with that: it hung up.
-fn principal(sent: SentRequest<'_>, cause: Cause) -> Option<[u8; 32]> {
-    (cause == Cause::Reset).then_some(sent.principal)
+fn principal(sent: SentRequest<'_>, cause: UpstreamFailure) -> Option<[u8; 32]> {
+    (cause == UpstreamFailure::ConnectionReset).then_some(sent.principal)
 }
 
 /// Whether a late response of this kind still serves the next asker as well. Of a manifest that is fetched because the tag

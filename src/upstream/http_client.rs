@@ -27,7 +27,7 @@ use super::location::resolve;
 use super::origin::same_origin;
 use super::redirect_rules::allow_entry;
 use super::tls::{self, io_cause};
-use crate::oci::cause::{Cause, RedirectFault, TlsFault};
+use crate::oci::failure::{RedirectFailure, TlsFailure, UpstreamFailure};
 use crate::trace_context::{TRACEPARENT, TRACESTATE};
 
 /// Hops followed after the first request.
@@ -72,15 +72,15 @@ pub(super) struct HttpRequest {
 /// No usable answer: the cause for everyone, and the reason in words for the operator.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct HttpFailure {
-    pub(super) cause: Cause,
+    pub(super) cause: UpstreamFailure,
     /// With the host that failed, and what its certificate or its redirect says.
     pub(super) detail: Option<Arc<str>>,
     /// It is another host, to which a response of the upstream's redirected the request.
     pub(super) is_redirect_target: bool,
 }
 
-impl From<Cause> for HttpFailure {
-    fn from(cause: Cause) -> Self {
+impl From<UpstreamFailure> for HttpFailure {
+    fn from(cause: UpstreamFailure) -> Self {
         HttpFailure {
             cause,
             detail: None,
@@ -99,10 +99,12 @@ impl HttpFailure {
         let authority = uri.authority().map_or("", |authority| authority.as_str());
         let (mut cause, mut reason) = (cause_of(error), reason_of(error));
         // The HTTP client hands on the text of an error at best, and often only that the connection is gone.
-        if matches!(cause, Cause::Reset | Cause::Tls(TlsFault::Other))
-            && let Some((fault, detail)) = connector.close_reason(uri, since)
+        if matches!(
+            cause,
+            UpstreamFailure::ConnectionReset | UpstreamFailure::Tls(TlsFailure::Other)
+        ) && let Some((fault, detail)) = connector.close_reason(uri, since)
         {
-            (cause, reason) = (Cause::Tls(fault), Some(detail));
+            (cause, reason) = (UpstreamFailure::Tls(fault), Some(detail));
         }
         let detail = match reason {
             Some(reason) => format!("{authority}: {reason}"),
@@ -155,7 +157,7 @@ impl HttpClient {
         let within = request.timeout;
         timeout(within, self.follow(request))
             .await
-            .unwrap_or_else(|_| Err(Cause::Timeout.into()))
+            .unwrap_or_else(|_| Err(UpstreamFailure::Timeout.into()))
     }
 
     async fn follow(&self, mut request: HttpRequest) -> Result<HttpResponse, HttpFailure> {
@@ -201,7 +203,7 @@ impl HttpClient {
             }
             request.uri = target;
         }
-        Err(Cause::Redirects(RedirectFault::TooMany).into())
+        Err(UpstreamFailure::Redirects(RedirectFailure::TooMany).into())
     }
 
     /// Where an answer sends us, if it does.
@@ -217,7 +219,7 @@ impl HttpClient {
         let location = headers.get(LOCATION);
         let target = location
             .and_then(|location| resolve(&request.uri, location.as_bytes()))
-            .ok_or(Cause::Redirects(RedirectFault::Malformed))?;
+            .ok_or(UpstreamFailure::Redirects(RedirectFailure::Malformed))?;
         if request.method == Method::POST {
             return Err(redirects_elsewhere(&target));
         }
@@ -233,7 +235,7 @@ impl HttpClient {
                     )
                     .into(),
                 ),
-                ..HttpFailure::from(Cause::Redirects(RedirectFault::Downgrade))
+                ..HttpFailure::from(UpstreamFailure::Redirects(RedirectFailure::Downgrade))
             });
         }
         Ok(Some(target))
@@ -246,7 +248,7 @@ impl HttpClient {
         let mut result = self.pooled.request(self.outgoing(request)?).await;
         if result
             .as_ref()
-            .is_err_and(|error| cause_of(error) == Cause::Reset)
+            .is_err_and(|error| cause_of(error) == UpstreamFailure::ConnectionReset)
             && request.method != Method::POST
         {
             result = self.unpooled.request(self.outgoing(request)?).await;
@@ -264,12 +266,12 @@ impl HttpClient {
         result.map_err(|error| HttpFailure::of(&error, &request.uri, (&self.connector, start)))
     }
 
-    fn outgoing(&self, request: &HttpRequest) -> Result<http::Request<Full<Bytes>>, Cause> {
+    fn outgoing(&self, request: &HttpRequest) -> Result<http::Request<Full<Bytes>>, UpstreamFailure> {
         let mut outgoing = http::Request::builder()
             .method(request.method.clone())
             .uri(request.uri.clone())
             .body(Full::new(request.body.clone()))
-            .map_err(|_| Cause::Malformed)?;
+            .map_err(|_| UpstreamFailure::Malformed)?;
         *outgoing.headers_mut() = request.headers.clone();
         if let Some(authorization) = self.connector.proxy_authorization(&request.uri) {
             outgoing.headers_mut().insert(PROXY_AUTHORIZATION, authorization);
@@ -299,20 +301,20 @@ where
 }
 
 /// What no answer may have: a coding we did not ask for (stored bytes would not be the registry's), too much header.
-fn check(headers: &HeaderMap) -> Result<(), Cause> {
+fn check(headers: &HeaderMap) -> Result<(), UpstreamFailure> {
     let bytes: usize = headers
         .iter()
         .map(|(name, value)| name.as_str().len() + value.len() + 4)
         .sum();
     if bytes > HEADER_BYTES_MAX {
-        return Err(Cause::Malformed);
+        return Err(UpstreamFailure::Malformed);
     }
     let identity =
         |value: &HeaderValue| value.is_empty() || value.as_bytes().eq_ignore_ascii_case(b"identity");
     if headers.get_all(CONTENT_ENCODING).iter().all(identity) {
         Ok(())
     } else {
-        Err(Cause::Malformed)
+        Err(UpstreamFailure::Malformed)
     }
 }
 
@@ -320,14 +322,14 @@ fn redirects_elsewhere(target: &Uri) -> HttpFailure {
     let authority = target.authority().map_or("", |authority| authority.as_str());
     HttpFailure {
         detail: Some(format!("it redirects to {authority}, where this is not asked").into()),
-        ..HttpFailure::from(Cause::Redirects(RedirectFault::Elsewhere))
+        ..HttpFailure::from(UpstreamFailure::Redirects(RedirectFailure::OtherHost))
     }
 }
 
 /// The reason behind an error of hyper's, however deep it lies.
-pub(super) fn cause_of(error: &(dyn Error + 'static)) -> Cause {
+pub(super) fn cause_of(error: &(dyn Error + 'static)) -> UpstreamFailure {
     let mut next = Some(error);
-    let mut cause = Cause::Reset;
+    let mut cause = UpstreamFailure::ConnectionReset;
     while let Some(one) = next {
         if let Some(dialled) = one.downcast_ref::<DialError>() {
             return dialled.cause;
@@ -337,10 +339,10 @@ pub(super) fn cause_of(error: &(dyn Error + 'static)) -> Cause {
         }
         if let Some(http) = one.downcast_ref::<hyper::Error>() {
             if http.is_parse() || http.is_user() {
-                return Cause::Malformed;
+                return UpstreamFailure::Malformed;
             }
             if http.is_timeout() {
-                cause = Cause::Timeout;
+                cause = UpstreamFailure::Timeout;
             }
         }
         next = one.source();
@@ -391,12 +393,14 @@ impl Body {
     }
 
     /// The next bytes; `None` at the proper end. After an error there is nothing more.
-    pub(super) async fn chunk(&mut self) -> Option<Result<Bytes, Cause>> {
+    pub(super) async fn chunk(&mut self) -> Option<Result<Bytes, UpstreamFailure>> {
         while !self.ended {
             let frame = match timeout(self.idle, self.incoming.frame()).await {
-                Err(_) => return Some(self.fail(Cause::Timeout)),
+                Err(_) => return Some(self.fail(UpstreamFailure::Timeout)),
                 Ok(Some(Err(error))) => return Some(self.fail(cause_of(&error))),
-                Ok(None) if self.left.is_some_and(|left| left > 0) => return Some(self.fail(Cause::Reset)),
+                Ok(None) if self.left.is_some_and(|left| left > 0) => {
+                    return Some(self.fail(UpstreamFailure::ConnectionReset));
+                }
                 Ok(None) => break,
                 Ok(Some(Ok(frame))) => frame,
             };
@@ -408,7 +412,7 @@ impl Body {
             if let Some(left) = &mut self.left {
                 match left.checked_sub(bytes.len() as u64) {
                     Some(rest) => *left = rest,
-                    None => return Some(self.fail(Cause::Malformed)),
+                    None => return Some(self.fail(UpstreamFailure::Malformed)),
                 }
             }
             return Some(Ok(bytes));
@@ -417,22 +421,22 @@ impl Body {
         None
     }
 
-    fn fail(&mut self, cause: Cause) -> Result<Bytes, Cause> {
+    fn fail(&mut self, cause: UpstreamFailure) -> Result<Bytes, UpstreamFailure> {
         self.ended = true;
         Err(cause)
     }
 
     /// The whole body, if it is no longer than `bytes_max`.
-    pub(super) async fn collect(mut self, bytes_max: usize) -> Result<Bytes, Cause> {
+    pub(super) async fn collect(mut self, bytes_max: usize) -> Result<Bytes, UpstreamFailure> {
         if self.left.is_some_and(|left| left > bytes_max as u64) {
-            return Err(Cause::TooLarge);
+            return Err(UpstreamFailure::TooLarge);
         }
         let mut whole =
             Vec::with_capacity(self.left.and_then(|left| usize::try_from(left).ok()).unwrap_or(0));
         while let Some(chunk) = self.chunk().await {
             let chunk = chunk?;
             if whole.len() + chunk.len() > bytes_max {
-                return Err(Cause::TooLarge);
+                return Err(UpstreamFailure::TooLarge);
             }
             whole.extend_from_slice(&chunk);
         }
@@ -442,10 +446,10 @@ impl Body {
 
 impl HttpResponse {
     /// The whole body within `within`, if it is no longer than `bytes_max`: for tokens, errors and manifests.
-    pub(super) async fn collect(self, bytes_max: usize, within: Duration) -> Result<Bytes, Cause> {
+    pub(super) async fn collect(self, bytes_max: usize, within: Duration) -> Result<Bytes, UpstreamFailure> {
         let body = Body::new(self.body, content_length(&self.headers), within);
         timeout(within, body.collect(bytes_max))
             .await
-            .unwrap_or(Err(Cause::Timeout))
+            .unwrap_or(Err(UpstreamFailure::Timeout))
     }
 }

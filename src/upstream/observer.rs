@@ -5,8 +5,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::response::UpstreamResponse;
-use crate::oci::operation::Operation;
-use crate::trace_context::Trace;
+use crate::oci::endpoint::Endpoint;
+use crate::trace_context::TraceContext;
 
 /// One exchange with an upstream, after it.
 #[derive(Clone, Debug)]
@@ -14,13 +14,13 @@ pub struct ObservedRequest<'a> {
     /// The upstream's name.
     pub upstream: &'a str,
     /// What was asked: `manifest-head`, `manifest-get`, `blob-head`, `blob-get`, `list`.
-    pub operation: &'static str,
+    pub endpoint: &'static str,
     /// The status, or the kind of silence.
     pub code: &'a str,
     /// From asking to the answer's head.
     pub took: Duration,
     /// Its part of the trace.
-    pub trace: &'a Trace,
+    pub trace: &'a TraceContext,
 }
 
 /// Hears of each exchange; nobody does by default.
@@ -39,10 +39,10 @@ impl Observer {
     pub(super) fn record(
         &self,
         upstream: &str,
-        (operation, is_head): (&Operation, bool),
+        (endpoint, is_head): (&Endpoint, bool),
         answer: Option<&UpstreamResponse>,
         took: Duration,
-        trace: &Trace,
+        trace: &TraceContext,
     ) {
         let Some(callback) = &self.0 else { return };
         let status = answer.and_then(|answer| answer.status);
@@ -54,7 +54,7 @@ impl Observer {
         };
         callback(&ObservedRequest {
             upstream,
-            operation: name(operation, is_head),
+            endpoint: name(endpoint, is_head),
             code: &code,
             took,
             trace,
@@ -72,12 +72,12 @@ impl fmt::Debug for Observer {
     }
 }
 
-fn name(operation: &Operation, is_head: bool) -> &'static str {
-    match operation {
-        Operation::Manifest { .. } if is_head => "manifest-head",
-        Operation::Manifest { .. } => "manifest-get",
-        Operation::Blob { .. } if is_head => "blob-head",
-        Operation::Blob { .. } => "blob-get",
-        Operation::Ping | Operation::Tags { .. } | Operation::Referrers { .. } => "list",
+fn name(endpoint: &Endpoint, is_head: bool) -> &'static str {
+    match endpoint {
+        Endpoint::Manifest { .. } if is_head => "manifest-head",
+        Endpoint::Manifest { .. } => "manifest-get",
+        Endpoint::Blob { .. } if is_head => "blob-head",
+        Endpoint::Blob { .. } => "blob-get",
+        Endpoint::Ping | Endpoint::Tags { .. } | Endpoint::Referrers { .. } => "list",
     }
 }

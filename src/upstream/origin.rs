@@ -31,7 +31,7 @@ pub struct Origin {
 pub enum OriginError {
     /// Not a URL at all.
     #[error("`{0}` is not a URL")]
-    Malformed(String),
+    RequestError(String),
     /// Neither `http` nor `https`.
     #[error("`{0}` must begin with https:// or http://")]
     Scheme(String),
@@ -58,14 +58,14 @@ impl FromStr for Origin {
         }
         let uri: Uri = text
             .parse()
-            .map_err(|_| OriginError::Malformed(text.to_owned()))?;
+            .map_err(|_| OriginError::RequestError(text.to_owned()))?;
         let scheme = match uri.scheme() {
             Some(scheme) if *scheme == Scheme::HTTP || *scheme == Scheme::HTTPS => scheme.clone(),
             _ => return Err(OriginError::Scheme(text.to_owned())),
         };
         let authority = match uri.authority() {
             Some(authority) if !authority.host().is_empty() => authority.clone(),
-            _ => return Err(OriginError::Malformed(text.to_owned())),
+            _ => return Err(OriginError::RequestError(text.to_owned())),
         };
         let prefix = uri.path().trim_end_matches('/').to_owned();
         Ok(Origin {
@@ -319,8 +319,8 @@ mod tests {
             ("https://user:secret@a", OriginError::Userinfo),
             ("https://a?b", OriginError::Query("https://a?b".into())),
             ("https://a#b", OriginError::Query("https://a#b".into())),
-            ("https:// a", OriginError::Malformed("https:// a".into())),
-            ("https://", OriginError::Malformed("https://".into())),
+            ("https:// a", OriginError::RequestError("https:// a".into())),
+            ("https://", OriginError::RequestError("https://".into())),
         ] {
             assert_eq!(text.parse::<Origin>(), Err(error), "{text}");
         }

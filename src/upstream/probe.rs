@@ -20,9 +20,9 @@ use super::settings::{Caller, Credential};
 use super::state::Learned;
 use super::{Inner, Upstream};
 use crate::oci::accept::Accept;
-use crate::oci::operation::Operation;
+use crate::oci::endpoint::Endpoint;
 use crate::queue::{Class, Peer};
-use crate::trace_context::Trace;
+use crate::trace_context::TraceContext;
 
 /// How long a response to a probe is waited for.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -42,12 +42,12 @@ pub(super) async fn run_probes(learned: Weak<Learned>, changed: Arc<tokio::sync:
                 None => return,
                 Some((due, _)) if due > Instant::now() => due,
                 Some((due, scope)) => {
-                    let operation = learned.take_probe(&inner, &scope);
+                    let endpoint = learned.take_probe(&inner, &scope);
                     // Switched off by the operator: not even a probe goes out.
-                    if let Some(operation) = operation.filter(|_| !inner.offline.is_on()) {
+                    if let Some(endpoint) = endpoint.filter(|_| !inner.offline.is_on()) {
                         let (upstream, began) = (Upstream(inner), Instant::now());
                         under_way.spawn(async move {
-                            let probe = Box::pin(upstream.probe(&scope, operation));
+                            let probe = Box::pin(upstream.probe(&scope, endpoint));
                             if timeout(PROBE_TIMEOUT, probe).await == Ok(ProbeOutcome::Attributed) {
                                 upstream.0.probe_ended(&scope, began);
                             }
@@ -73,7 +73,7 @@ enum ProbeOutcome {
 
 impl Upstream {
     /// One probe. Its response is attributed as a client's would be.
-    async fn probe(&self, scope: &FailureScope, operation: Operation) -> ProbeOutcome {
+    async fn probe(&self, scope: &FailureScope, endpoint: Endpoint) -> ProbeOutcome {
         let kind = match scope {
             FailureScope::Connection => return self.0.probe_connection().await,
             FailureScope::RequestKind(RequestKind::Token)
@@ -86,11 +86,11 @@ impl Upstream {
         let accept = Accept::manifests();
         match kind {
             RequestKind::Head | RequestKind::Blob => {
-                let asked = (&operation, &accept);
+                let asked = (&endpoint, &accept);
                 drop(Box::pin(self.head_round(&caller, asked, true)).await);
             }
             RequestKind::Get | RequestKind::List | RequestKind::Ping | RequestKind::Token => {
-                let asked = (&operation, &accept);
+                let asked = (&endpoint, &accept);
                 drop(Box::pin(self.get_round(&caller, asked, RangeSpec::default())).await);
             }
         }
@@ -108,7 +108,7 @@ impl Inner {
         Caller {
             principal: self.learned.principal_for(&credential),
             credential,
-            trace: Trace::begun(),
+            trace: TraceContext::new_root(),
             wait_deadline: None,
             peer: Peer::Background,
             class: Class::Background,
@@ -156,7 +156,7 @@ impl Inner {
 
     async fn fetch(&self, uri: http::Uri) -> Option<super::http_client::HttpResponse> {
         let mut headers = HeaderMap::new();
-        Trace::begun().write(&mut headers);
+        TraceContext::new_root().inject(&mut headers);
         let request = HttpRequest {
             method: Method::GET,
             uri,

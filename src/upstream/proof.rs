@@ -13,12 +13,12 @@ use http::header::CONTENT_TYPE;
 use http::{HeaderMap, StatusCode};
 
 use super::response::{ResponseKind, header_digest};
-use crate::oci::cause::Cause;
 use crate::oci::digest::AnyDigest;
+use crate::oci::endpoint::Endpoint;
+use crate::oci::failure::UpstreamFailure;
 use crate::oci::header::DOCKER_DISTRIBUTION_API_VERSION;
 use crate::oci::manifest::{Manifest, MediaType};
 use crate::oci::name::Reference;
-use crate::oci::operation::Operation;
 
 /// Which origin sent a response.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,41 +39,41 @@ impl Sender {
     }
 }
 
-/// What a 2xx says about `operation`.
+/// What a 2xx says about `endpoint`.
 pub(super) fn read(
-    operation: &Operation,
+    endpoint: &Endpoint,
     status: StatusCode,
     headers: &HeaderMap,
     sender: Sender,
 ) -> ResponseKind {
     // Only of a blob are parts asked for.
-    let is_part = status == StatusCode::PARTIAL_CONTENT && matches!(operation, Operation::Blob { .. });
+    let is_part = status == StatusCode::PARTIAL_CONTENT && matches!(endpoint, Endpoint::Blob { .. });
     if !(status == StatusCode::OK || is_part) || is_page(headers) {
-        return ResponseKind::Unavailable(Cause::NotRegistry);
+        return ResponseKind::Unavailable(UpstreamFailure::NotRegistry);
     }
-    match operation {
-        Operation::Manifest { reference, .. } => manifest(reference, headers, sender),
-        Operation::Blob { digest, .. } => blob(digest, headers, sender),
-        Operation::Ping | Operation::Tags { .. } | Operation::Referrers { .. } => ResponseKind::NoDigest,
+    match endpoint {
+        Endpoint::Manifest { reference, .. } => manifest(reference, headers, sender),
+        Endpoint::Blob { digest, .. } => blob(digest, headers, sender),
+        Endpoint::Ping | Endpoint::Tags { .. } | Endpoint::Referrers { .. } => ResponseKind::NoDigest,
     }
 }
 
 /// Whether these bytes of a manifest are the registry's yes: sent by its own origin, and pointing to something. A
 /// placeholder of something in front of it points to nothing.
 pub(super) fn is_by_manifest(manifest: &Manifest, sender: Sender) -> bool {
-    sender == Sender::Registry && !manifest.children.is_empty()
+    sender == Sender::Registry && !manifest.descriptors.is_empty()
 }
 
 fn manifest(reference: &Reference, headers: &HeaderMap, sender: Sender) -> ResponseKind {
     let asked = match reference {
         Reference::Tag(_) => None,
-        Reference::Digest(AnyDigest::Known(asked)) => Some(*asked),
-        Reference::Digest(AnyDigest::Foreign(_)) => return ResponseKind::NoDigest,
+        Reference::Digest(AnyDigest::Supported(asked)) => Some(*asked),
+        Reference::Digest(AnyDigest::Unsupported(_)) => return ResponseKind::NoDigest,
     };
     let media_type = media_type(headers);
     // The digest of signed schema 1 is that of its payload and not of its bytes, which alone tell whether it is signed.
     if media_type.as_ref().is_some_and(MediaType::is_schema_1) {
-        return ResponseKind::Unavailable(Cause::Unverifiable);
+        return ResponseKind::Unavailable(UpstreamFailure::Unverifiable);
     }
     let is_typed = media_type.is_some_and(|media_type| media_type.is_manifest());
     let named = header_digest(headers).filter(|named| asked.is_none_or(|asked| asked == *named));
@@ -86,7 +86,7 @@ fn manifest(reference: &Reference, headers: &HeaderMap, sender: Sender) -> Respo
 }
 
 fn blob(asked: &AnyDigest, headers: &HeaderMap, sender: Sender) -> ResponseKind {
-    let AnyDigest::Known(asked) = asked else {
+    let AnyDigest::Supported(asked) = asked else {
         return ResponseKind::NoDigest;
     };
     if sender == Sender::Registry && header_digest(headers) == Some(*asked) {
@@ -132,7 +132,7 @@ mod tests {
 
     const MANIFEST_TYPE: &str = "application/vnd.oci.image.manifest.v1+json";
 
-    fn operations() -> Vec<Operation> {
+    fn operations() -> Vec<Endpoint> {
         let digest = digest("asked");
         [
             "/v2/".to_owned(),
@@ -143,7 +143,7 @@ mod tests {
             format!("/v2/a/referrers/{digest}"),
         ]
         .iter()
-        .map(|path| Operation::parse(&Method::GET, path, None).unwrap())
+        .map(|path| Endpoint::parse(&Method::GET, path, None).unwrap())
         .collect()
     }
 
@@ -175,17 +175,17 @@ mod tests {
         ];
         let digests = [None, Some(digest("asked")), Some(digest("other"))];
         let mut proven = 0;
-        for operation in operations() {
+        for endpoint in operations() {
             for status in 200..300 {
                 for sender in [Sender::Registry, Sender::OtherOrigin] {
                     for media_type in types {
                         for named in digests {
                             let status = StatusCode::from_u16(status).unwrap();
-                            let said = read(&operation, status, &headers(media_type, named), sender);
-                            let case = format!("{operation:?} {status} {sender:?} {media_type} {named:?}");
+                            let said = read(&endpoint, status, &headers(media_type, named), sender);
+                            let case = format!("{endpoint:?} {status} {sender:?} {media_type} {named:?}");
                             let by_tag = matches!(
-                                operation,
-                                Operation::Manifest {
+                                endpoint,
+                                Endpoint::Manifest {
                                     reference: Reference::Tag(_),
                                     ..
                                 }
@@ -199,8 +199,7 @@ mod tests {
                             if !matches!(status.as_u16(), 200 | 206) || media_type.contains("html") {
                                 assert!(!said.is_success(), "{case}");
                             }
-                            if matches!(operation, Operation::Manifest { .. }) && media_type != MANIFEST_TYPE
-                            {
+                            if matches!(endpoint, Endpoint::Manifest { .. }) && media_type != MANIFEST_TYPE {
                                 assert!(
                                     !matches!(
                                         said,

@@ -17,9 +17,9 @@ use tokio::time::Instant;
 
 use super::origin::Origin;
 use super::settings::{Caller, Credential};
-use crate::oci::cause::Cause;
+use crate::oci::endpoint::Endpoint;
+use crate::oci::failure::UpstreamFailure;
 use crate::oci::header::RateLimit;
-use crate::oci::operation::Operation;
 
 mod window;
 
@@ -47,12 +47,12 @@ pub(super) enum LimitClass {
 
 impl LimitClass {
     /// Where a question belongs; `transfers` for a GET, or a HEAD that this upstream is known to refuse.
-    pub(super) fn of(operation: &Operation, transfers: bool) -> LimitClass {
-        match operation {
-            Operation::Manifest { .. } if transfers => LimitClass::Manifests,
-            Operation::Manifest { .. } => LimitClass::Heads,
-            Operation::Blob { .. } => LimitClass::Blobs,
-            Operation::Ping | Operation::Tags { .. } | Operation::Referrers { .. } => LimitClass::Lists,
+    pub(super) fn of(endpoint: &Endpoint, transfers: bool) -> LimitClass {
+        match endpoint {
+            Endpoint::Manifest { .. } if transfers => LimitClass::Manifests,
+            Endpoint::Manifest { .. } => LimitClass::Heads,
+            Endpoint::Blob { .. } => LimitClass::Blobs,
+            Endpoint::Ping | Endpoint::Tags { .. } | Endpoint::Referrers { .. } => LimitClass::Lists,
         }
     }
 }
@@ -114,7 +114,7 @@ pub struct PullQuota {
 impl PullQuota {
     /// When all pulls are allowed again at the latest, as far as was said.
     pub fn resets_at(&self, now: SystemTime) -> Option<SystemTime> {
-        let full = Duration::from_secs(self.limit.full_after_s()?);
+        let full = Duration::from_secs(self.limit.reset_after_s()?);
         now.checked_add(full)?.checked_sub(self.ago)
     }
 }
@@ -141,7 +141,7 @@ impl<K: Eq + Hash + Clone> Windows<K> {
         &self,
         key: &K,
         permit: SendPermit,
-        cause: Cause,
+        cause: UpstreamFailure,
         stated: Option<Duration>,
     ) -> Pause {
         let new = || Ok::<_, Infallible>(Arc::new(Window::new(Instant::now())));
@@ -213,7 +213,7 @@ impl RateLimits {
         (origin, class): (&Origin, LimitClass),
         caller: &Caller,
         permit: SendPermit,
-        (cause, stated): (Cause, Option<Duration>),
+        (cause, stated): (UpstreamFailure, Option<Duration>),
     ) -> Pause {
         self.windows
             .limited(&self.key(origin, class, caller), permit, cause, stated)
@@ -265,7 +265,7 @@ mod tests {
     #![allow(clippy::unwrap_used, reason = "tests may fail loudly")]
     use super::*;
     use crate::queue::{Class, Peer};
-    use crate::trace_context::Trace;
+    use crate::trace_context::TraceContext;
     use http::HeaderValue;
 
     fn client(id: u8) -> Caller {
@@ -275,7 +275,7 @@ mod tests {
             peer: Peer::Local,
             class: Class::Interactive,
             waiters: None,
-            trace: Trace::begun(),
+            trace: TraceContext::new_root(),
             wait_deadline: None,
         }
     }
@@ -306,7 +306,7 @@ mod tests {
         ] {
             let limits = RateLimits::default();
             let permit = limits.admit(&here, limited, &client(1), now).unwrap();
-            let told = (Cause::RateLimited, Some(minute));
+            let told = (UpstreamFailure::RateLimited, Some(minute));
             limits.limited((&here, limited), &client(1), permit, told);
             for class in all {
                 let waits = |origin, id, now| limits.admit(origin, class, &client(id), now).is_err();
@@ -332,7 +332,7 @@ mod tests {
             peer: Peer::Local,
             class: Class::Interactive,
             waiters: None,
-            trace: Trace::begun(),
+            trace: TraceContext::new_root(),
             wait_deadline: None,
         };
         limits.record(&anonymous, &remaining(99), now);

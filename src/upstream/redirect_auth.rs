@@ -83,7 +83,7 @@ impl AuthClient {
                             Ok(token) => {
                                 self.tokens.remember_other_registry(
                                     origin,
-                                    spec.operation,
+                                    spec.endpoint,
                                     &other.origin,
                                     key,
                                 );
@@ -119,7 +119,7 @@ impl AuthClient {
         let RedirectCredential::TokenCredential(owner, login) = credential else {
             return None;
         };
-        let (other, key) = self.tokens.other_registry(origin, spec.operation, owner)?;
+        let (other, key) = self.tokens.other_registry(origin, spec.endpoint, owner)?;
         let got = self.token(&key, login, None, spec).await;
         Some((other.join("/")?, got.ok()?))
     }

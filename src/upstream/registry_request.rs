@@ -15,14 +15,14 @@ use super::response::{ResponseKind, UpstreamResponse, header_digest};
 use super::response_stream::{RangeSpec, ResponseStream, UrlIndex};
 use super::state::InFlightRequest;
 use crate::oci::accept::Accept;
-use crate::oci::cause::Cause;
 use crate::oci::digest::{Algorithm, AnyDigest, Digest};
+use crate::oci::endpoint::Endpoint;
+use crate::oci::failure::UpstreamFailure;
 use crate::oci::header::RateLimit;
 use crate::oci::manifest::Manifest;
 use crate::oci::name::Reference;
-use crate::oci::operation::Operation;
 use crate::oci::range::parse_content_range;
-use crate::trace_context::Trace;
+use crate::trace_context::TraceContext;
 
 /// One question, with everything it needs.
 pub(super) struct RegistryRequest<'a> {
@@ -31,10 +31,10 @@ pub(super) struct RegistryRequest<'a> {
     pub(super) quirks: QuirksAt<'a>,
     pub(super) origin: &'a Origin,
     pub(super) caller: &'a Caller,
-    pub(super) operation: &'a Operation,
+    pub(super) endpoint: &'a Endpoint,
     pub(super) accept: &'a Accept,
     pub(super) manifest_bytes_max: usize,
-    pub(super) trace: &'a Trace,
+    pub(super) trace: &'a TraceContext,
     /// A no is not checked by a GET. Who pushes needs to know what the registry takes for there.
     pub(super) trusts_head: bool,
 }
@@ -42,11 +42,11 @@ pub(super) struct RegistryRequest<'a> {
 impl RegistryRequest<'_> {
     /// Which digest, or whether at all; costs no transfer where the registry plays along.
     pub(super) async fn head(&self) -> UpstreamResponse {
-        match self.operation {
-            Operation::Manifest { reference, .. } => self.head_manifest(reference).await,
-            Operation::Blob { .. } => self.head_blob().await,
+        match self.endpoint {
+            Endpoint::Manifest { reference, .. } => self.head_manifest(reference).await,
+            Endpoint::Blob { .. } => self.head_blob().await,
             // Some registries know no HEAD here, and the bodies are small.
-            Operation::Ping | Operation::Tags { .. } | Operation::Referrers { .. } => self
+            Endpoint::Ping | Endpoint::Tags { .. } | Endpoint::Referrers { .. } => self
                 .send(Method::GET, None)
                 .await
                 .map_or_else(|error| error.answer, |reply| self.read(&reply)),
@@ -67,7 +67,7 @@ impl RegistryRequest<'_> {
                     ResponseKind::Digest(_) | ResponseKind::UnprovenDigest(_) => answer,
                     ResponseKind::NoDigest if self.has_unsupported_digest() => answer,
                     // The label may be wrong: the bytes tell.
-                    ResponseKind::Unavailable(Cause::Unverifiable) => {
+                    ResponseKind::Unavailable(UpstreamFailure::Unverifiable) => {
                         self.get_manifest(reference, None).await
                     }
                     // Without the registry's marks, also as a page, it may be a HEAD that is merely labelled wrong.
@@ -107,19 +107,19 @@ impl RegistryRequest<'_> {
 
     /// Whether a HEAD that says no is worth a GET of the same: see [`QuirksAt::may_check`].
     fn may_check(&self, now: Instant) -> bool {
-        let path = self.operation.path_and_query();
+        let path = self.endpoint.path_and_query();
         !self.trusts_head && self.quirks.may_check(self.caller.principal, path, now)
     }
 
     /// Whether what is asked about has a digest that cannot be verified here.
     fn has_unsupported_digest(&self) -> bool {
         matches!(
-            self.operation,
-            Operation::Manifest {
-                reference: Reference::Digest(AnyDigest::Foreign(_)),
+            self.endpoint,
+            Endpoint::Manifest {
+                reference: Reference::Digest(AnyDigest::Unsupported(_)),
                 ..
-            } | Operation::Blob {
-                digest: AnyDigest::Foreign(_),
+            } | Endpoint::Blob {
+                digest: AnyDigest::Unsupported(_),
                 ..
             }
         )
@@ -132,7 +132,7 @@ impl RegistryRequest<'_> {
             Err(error) => return error.answer,
         };
         if !matches!(reply.status, StatusCode::OK) {
-            return UpstreamResponse::unavailable(Cause::NotRegistry);
+            return UpstreamResponse::unavailable(UpstreamFailure::NotRegistry);
         }
         let answer = self.read(&reply);
         let is_page = proof::is_page(&reply.headers);
@@ -149,14 +149,14 @@ impl RegistryRequest<'_> {
         let manifest = Manifest::read(&bytes).ok();
         let sent = answer.media_type.as_ref();
         let is_asked_for = match reference {
-            Reference::Digest(AnyDigest::Known(asked)) => Digest::of(asked.algorithm(), &bytes) == *asked,
-            Reference::Digest(AnyDigest::Foreign(_)) => true,
+            Reference::Digest(AnyDigest::Supported(asked)) => Digest::of(asked.algorithm(), &bytes) == *asked,
+            Reference::Digest(AnyDigest::Unsupported(_)) => true,
             Reference::Tag(_) => false,
         };
         let is_signed = |manifest: &Manifest| manifest.is_signed_schema_1(sent);
         if !is_asked_for && manifest.as_ref().is_some_and(is_signed) {
             return UpstreamResponse {
-                kind: ResponseKind::Unavailable(Cause::Unverifiable),
+                kind: ResponseKind::Unavailable(UpstreamFailure::Unverifiable),
                 ..answer
             };
         }
@@ -171,26 +171,26 @@ impl RegistryRequest<'_> {
         });
         let Some(media_type) = media_type else {
             return UpstreamResponse::unavailable(if is_page {
-                Cause::NotRegistry
+                UpstreamFailure::NotRegistry
             } else {
-                Cause::Malformed
+                UpstreamFailure::Malformed
             });
         };
         let (digest, asked) = match reference {
-            Reference::Digest(AnyDigest::Known(asked)) => {
+            Reference::Digest(AnyDigest::Supported(asked)) => {
                 (Digest::of(asked.algorithm(), &bytes), Some(*asked))
             }
-            Reference::Digest(AnyDigest::Foreign(_)) => return answer,
+            Reference::Digest(AnyDigest::Unsupported(_)) => return answer,
             Reference::Tag(_) => {
                 let algorithm = stated.map_or(Algorithm::Sha256, |stated| stated.algorithm());
                 (Digest::of(algorithm, &bytes), None)
             }
         };
         if asked.is_some_and(|asked| asked != digest) {
-            return UpstreamResponse::unavailable(Cause::WrongDigest);
+            return UpstreamResponse::unavailable(UpstreamFailure::DigestMismatch);
         }
         if stated.is_some_and(|stated| stated.algorithm() == digest.algorithm() && stated != digest) {
-            tracing::warn!(origin = %self.origin, path = self.operation.path_and_query(), computed = %digest,
+            tracing::warn!(origin = %self.origin, path = self.endpoint.path_and_query(), computed = %digest,
                 "the registry's digest header is not that of the manifest it sent");
         }
         if let Some(quirk) = proves {
@@ -232,7 +232,8 @@ impl RegistryRequest<'_> {
                         let length = probed.length.filter(|_| is_yes).or(own);
                         UpstreamResponse { length, ..answer }
                     }
-                    ResponseKind::Unavailable(Cause::NotRegistry) | ResponseKind::UnprovenDigest(_)
+                    ResponseKind::Unavailable(UpstreamFailure::NotRegistry)
+                    | ResponseKind::UnprovenDigest(_)
                         if is_ok && !has_length =>
                     {
                         self.get_first_byte(Some(Quirk::BlobHeadRefused)).await
@@ -278,7 +279,7 @@ impl RegistryRequest<'_> {
         let length = match reply.status {
             StatusCode::PARTIAL_CONTENT => match content_range(&reply.headers) {
                 Some((0, total)) => total,
-                _ => return UpstreamResponse::unavailable(Cause::Malformed),
+                _ => return UpstreamResponse::unavailable(UpstreamFailure::Malformed),
             },
             _ => content_length(&reply.headers),
         };
@@ -292,10 +293,10 @@ impl RegistryRequest<'_> {
     }
 
     fn is_empty_blob(&self) -> bool {
-        let Operation::Blob {
-            digest: AnyDigest::Known(digest),
+        let Endpoint::Blob {
+            digest: AnyDigest::Supported(digest),
             ..
-        } = self.operation
+        } = self.endpoint
         else {
             return false;
         };
@@ -307,7 +308,7 @@ impl RegistryRequest<'_> {
     }
 
     fn read_as(&self, status: StatusCode, headers: &HeaderMap, sender: Sender) -> UpstreamResponse {
-        UpstreamResponse::read(self.operation, status, headers, sender)
+        UpstreamResponse::read(self.endpoint, status, headers, sender)
     }
 
     /// The bytes; only those of `range_spec` if the registry knows how.
@@ -320,31 +321,28 @@ impl RegistryRequest<'_> {
         let range = range_spec.range().map(HeaderValue::try_from);
         let range = range
             .transpose()
-            .map_err(|_| UpstreamResponse::unavailable(Cause::Malformed))?;
+            .map_err(|_| UpstreamResponse::unavailable(UpstreamFailure::Malformed))?;
         let ranged = range.is_some();
         let reply = self
             .send(Method::GET, range)
             .await
             .map_err(|error| error.answer)?;
         // The bytes of a manifest or a blob tell what they are, whatever their label; of a list there is nothing else.
-        let has_digest = matches!(
-            self.operation,
-            Operation::Manifest { .. } | Operation::Blob { .. }
-        );
+        let has_digest = matches!(self.endpoint, Endpoint::Manifest { .. } | Endpoint::Blob { .. });
         if !has_digest && proof::is_page(&reply.headers) {
-            return Err(UpstreamResponse::unavailable(Cause::NotRegistry).into());
+            return Err(UpstreamResponse::unavailable(UpstreamFailure::NotRegistry).into());
         }
         let length = content_length(&reply.headers);
         let (start, total) = match (reply.status, ranged) {
             (StatusCode::OK, _) => (0, length),
             (StatusCode::PARTIAL_CONTENT, true) => match content_range(&reply.headers) {
                 Some((start, total)) if start == range_spec.from => (start, total),
-                _ => return Err(UpstreamResponse::unavailable(Cause::Malformed).into()),
+                _ => return Err(UpstreamResponse::unavailable(UpstreamFailure::Malformed).into()),
             },
             (StatusCode::PARTIAL_CONTENT, false) => {
-                return Err(UpstreamResponse::unavailable(Cause::Malformed).into());
+                return Err(UpstreamResponse::unavailable(UpstreamFailure::Malformed).into());
             }
-            _ => return Err(UpstreamResponse::unavailable(Cause::NotRegistry).into()),
+            _ => return Err(UpstreamResponse::unavailable(UpstreamFailure::NotRegistry).into()),
         };
         let media_type = proof::media_type(&reply.headers);
         Ok(ResponseStream {
@@ -370,7 +368,7 @@ impl RegistryRequest<'_> {
     ) -> Result<HttpResponse, Box<ErrorResponse>> {
         let spec = RequestSpec {
             method,
-            operation: self.operation,
+            endpoint: self.endpoint,
             accept: self.accept,
             range,
             trace: self.trace,

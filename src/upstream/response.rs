@@ -9,11 +9,11 @@ use http::header::{RETRY_AFTER, WWW_AUTHENTICATE};
 use http::{HeaderMap, HeaderValue, StatusCode};
 use tokio::time::Instant;
 
-use crate::oci::cause::Cause;
 use crate::oci::digest::Digest;
+use crate::oci::endpoint::Endpoint;
+use crate::oci::failure::UpstreamFailure;
 use crate::oci::header::{DOCKER_CONTENT_DIGEST, RateLimit};
 use crate::oci::manifest::MediaType;
-use crate::oci::operation::Operation;
 use crate::queue::NoPlace;
 
 use super::http_client::{HttpFailure, content_length};
@@ -73,7 +73,7 @@ pub enum ResponseKind {
     /// 401 or 403: not to this caller.
     Denied,
     /// Nothing usable, and why.
-    Unavailable(Cause),
+    Unavailable(UpstreamFailure),
     /// Any other 4xx, to be passed on.
     Other(StatusCode),
 }
@@ -101,7 +101,7 @@ impl ResponseKind {
 
 impl UpstreamResponse {
     /// No usable answer.
-    pub fn unavailable(cause: Cause) -> UpstreamResponse {
+    pub fn unavailable(cause: UpstreamFailure) -> UpstreamResponse {
         UpstreamResponse {
             kind: ResponseKind::Unavailable(cause),
             status: None,
@@ -131,30 +131,30 @@ impl UpstreamResponse {
     }
 
     /// Why this answer brings nothing: its silence, or the status that said no.
-    pub fn cause(&self) -> Cause {
+    pub fn cause(&self) -> UpstreamFailure {
         match (self.kind, self.status) {
             (ResponseKind::Unavailable(cause), _) => cause,
-            (ResponseKind::UnprovenDigest(_), _) => Cause::NotRegistry,
-            (ResponseKind::Other(status), _) | (_, Some(status)) => Cause::Status(status.as_u16()),
+            (ResponseKind::UnprovenDigest(_), _) => UpstreamFailure::NotRegistry,
+            (ResponseKind::Other(status), _) | (_, Some(status)) => UpstreamFailure::Status(status.as_u16()),
             (
                 ResponseKind::Digest(_)
                 | ResponseKind::NoDigest
                 | ResponseKind::NotFound
                 | ResponseKind::Denied,
                 None,
-            ) => Cause::Malformed,
+            ) => UpstreamFailure::Malformed,
         }
     }
 
     /// Not asked, for there is no place among the requests to the upstream.
     pub fn not_admitted(refused: NoPlace) -> UpstreamResponse {
         match refused {
-            NoPlace::Abandoned => UpstreamResponse::unavailable(Cause::Busy),
+            NoPlace::Abandoned => UpstreamResponse::unavailable(UpstreamFailure::Busy),
             NoPlace::Full(full) => {
                 let cause = if full.is_clients_own {
-                    Cause::ClientQueueFull
+                    UpstreamFailure::ClientQueueFull
                 } else {
-                    Cause::QueueFull
+                    UpstreamFailure::QueueFull
                 };
                 UpstreamResponse {
                     retry_after: Some(HeaderValue::from(full.retry_after.as_secs().max(1))),
@@ -181,35 +181,35 @@ impl UpstreamResponse {
     }
 
     /// What is to be waited for: a limit, or a 503 that says how long.
-    pub(super) fn backoff_cause(&self) -> Option<Cause> {
+    pub(super) fn backoff_cause(&self) -> Option<UpstreamFailure> {
         match self.kind {
-            ResponseKind::Unavailable(Cause::RateLimited) => Some(Cause::RateLimited),
-            ResponseKind::Unavailable(cause @ Cause::Status(503)) if self.stated_wait.is_some() => {
+            ResponseKind::Unavailable(UpstreamFailure::RateLimited) => Some(UpstreamFailure::RateLimited),
+            ResponseKind::Unavailable(cause @ UpstreamFailure::Status(503)) if self.stated_wait.is_some() => {
                 Some(cause)
             }
             _ => None,
         }
     }
 
-    /// What status and headers say about `operation`, and who sent them.
+    /// What status and headers say about `endpoint`, and who sent them.
     pub(super) fn read(
-        operation: &Operation,
+        endpoint: &Endpoint,
         status: StatusCode,
         headers: &HeaderMap,
         sender: Sender,
     ) -> UpstreamResponse {
         let kind = match status.as_u16() {
-            200..=299 => proof::read(operation, status, headers, sender),
-            _ if is_limit(status, headers) => ResponseKind::Unavailable(Cause::RateLimited),
+            200..=299 => proof::read(endpoint, status, headers, sender),
+            _ if is_limit(status, headers) => ResponseKind::Unavailable(UpstreamFailure::RateLimited),
             401 | 403 => ResponseKind::Denied,
             404 | 410 if proof::is_not_found_page(status, headers) => {
-                ResponseKind::Unavailable(Cause::NotRegistry)
+                ResponseKind::Unavailable(UpstreamFailure::NotRegistry)
             }
             404 | 410 => ResponseKind::NotFound,
             // 407 and 408 are a proxy's word, and a redirect that leads nowhere is nobody's.
-            407 | 408 | 500..=599 => ResponseKind::Unavailable(Cause::Status(status.as_u16())),
+            407 | 408 | 500..=599 => ResponseKind::Unavailable(UpstreamFailure::Status(status.as_u16())),
             400..=499 => ResponseKind::Other(status),
-            _ => ResponseKind::Unavailable(Cause::Malformed),
+            _ => ResponseKind::Unavailable(UpstreamFailure::Malformed),
         };
         UpstreamResponse {
             kind,
@@ -239,7 +239,7 @@ impl UpstreamResponse {
     }
 
     /// Whether the upstream gave no usable answer.
-    pub fn failure(&self) -> Option<Cause> {
+    pub fn failure(&self) -> Option<UpstreamFailure> {
         match self.kind {
             ResponseKind::Unavailable(cause) => Some(cause),
             _ => None,

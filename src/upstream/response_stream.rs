@@ -14,11 +14,11 @@ use super::response::UpstreamResponse;
 use super::settings::Caller;
 use super::{Upstream, pause_ended};
 use crate::oci::accept::Accept;
-use crate::oci::cause::Cause;
 use crate::oci::digest::Digest;
+use crate::oci::endpoint::Endpoint;
+use crate::oci::failure::UpstreamFailure;
 use crate::oci::header::RateLimit;
 use crate::oci::manifest::MediaType;
-use crate::oci::operation::Operation;
 use crate::queue::Place;
 
 /// One of an upstream's addresses, by its position.
@@ -75,12 +75,12 @@ pub struct ResponseStream {
 }
 
 impl Upstream {
-    /// Fetches `operation`, from byte `from` on if given (`Range: bytes=N-`; an upstream that ignores it answers from
+    /// Fetches `endpoint`, from byte `from` on if given (`Range: bytes=N-`; an upstream that ignores it answers from
     /// the start, see [`ResponseStream::start`]). `Err` is whatever is not a 200 or 206.
     pub async fn get(
         &self,
         caller: &Caller,
-        operation: &Operation,
+        endpoint: &Endpoint,
         accept: &Accept,
         from: Option<u64>,
     ) -> Result<ResponseStream, UpstreamResponse> {
@@ -88,21 +88,21 @@ impl Upstream {
             from: from.unwrap_or(0),
             ..RangeSpec::default()
         };
-        self.get_part(caller, operation, accept, part).await
+        self.get_part(caller, endpoint, accept, part).await
     }
 
-    /// Fetches a part of `operation`, not first from where it broke off. Among several URLs a no is then not final: the
+    /// Fetches a part of `endpoint`, not first from where it broke off. Among several URLs a no is then not final: the
     /// one that began it has said yes, and a mirror may lack what another has. A rate limit is waited out as long as the
     /// caller waits.
     pub async fn get_part(
         &self,
         caller: &Caller,
-        operation: &Operation,
+        endpoint: &Endpoint,
         accept: &Accept,
         part: RangeSpec,
     ) -> Result<ResponseStream, UpstreamResponse> {
         loop {
-            match Box::pin(self.get_now(caller, operation, accept, part)).await {
+            match Box::pin(self.get_now(caller, endpoint, accept, part)).await {
                 Err(answer) if pause_ended(&answer, caller).await => {}
                 got => return got,
             }
@@ -112,7 +112,7 @@ impl Upstream {
     async fn get_now(
         &self,
         caller: &Caller,
-        operation: &Operation,
+        endpoint: &Endpoint,
         accept: &Accept,
         part: RangeSpec,
     ) -> Result<ResponseStream, UpstreamResponse> {
@@ -120,12 +120,12 @@ impl Upstream {
             return Err(UpstreamResponse::unavailable(cause));
         }
         // Who fetches a blob has a place among the downloads, which lasts as long as the transfer.
-        let permit = if matches!(operation, Operation::Blob { .. }) {
+        let permit = if matches!(endpoint, Endpoint::Blob { .. }) {
             None
         } else {
-            Some(self.admit(caller, operation).await.map_err(|answer| *answer)?)
+            Some(self.admit(caller, endpoint).await.map_err(|answer| *answer)?)
         };
-        let mut fetched = self.get_round(caller, (operation, accept), part).await?;
+        let mut fetched = self.get_round(caller, (endpoint, accept), part).await?;
         fetched.permit = permit;
         Ok(fetched)
     }
@@ -134,15 +134,15 @@ impl Upstream {
     pub(super) async fn get_round(
         &self,
         caller: &Caller,
-        (operation, accept): (&Operation, &Accept),
+        (endpoint, accept): (&Endpoint, &Accept),
         part: RangeSpec,
     ) -> Result<ResponseStream, UpstreamResponse> {
         let pending = self
             .0
-            .sent(RequestKind::of_request(operation, false), operation, caller);
+            .sent(RequestKind::of_request(endpoint, false), endpoint, caller);
         let resumed = part.after.map(|UrlIndex(last)| last + 1);
         let attempt = resumed.map_or(failover::Attempt::First, |_| failover::Attempt::Resumed);
-        let (count, class) = (self.0.urls.len(), LimitClass::of(operation, true));
+        let (count, class) = (self.0.urls.len(), LimitClass::of(endpoint, true));
         let mut round = FailoverRound::new(attempt);
         for step in 0..count {
             let position = (resumed.unwrap_or(0) + step) % count;
@@ -153,11 +153,11 @@ impl Upstream {
             let got = match limits.admit(origin, class, caller, Instant::now()) {
                 Err(pause) => Err(UpstreamResponse::paused(pause).into()),
                 Ok(permit) => {
-                    let (began, trace) = (Instant::now(), caller.trace.within());
-                    let request = self.request((origin, &pending), caller, (operation, accept), &trace);
+                    let (began, trace) = (Instant::now(), caller.trace.child());
+                    let request = self.request((origin, &pending), caller, (endpoint, accept), &trace);
                     let got = request.get(part, UrlIndex(position), self.0.timeouts.idle).await;
                     let failed = got.as_ref().err().map(Box::as_ref);
-                    self.0.observe((operation, false), failed, began, &trace);
+                    self.0.observe((endpoint, false), failed, began, &trace);
                     match got {
                         Ok(fetched) => {
                             limits.record(caller, &fetched.rate_limit, Instant::now());
@@ -174,9 +174,9 @@ impl Upstream {
                 }
             };
             match got {
-                Ok(fetched) => return Ok(self.finish_success(pending, (origin, operation), fetched).await),
+                Ok(fetched) => return Ok(self.finish_success(pending, (origin, endpoint), fetched).await),
                 Err(answer) => {
-                    let outcome = self.outcome(origin, operation, &answer).await;
+                    let outcome = self.outcome(origin, endpoint, &answer).await;
                     if round.add(origin, outcome, *answer) {
                         break;
                     }
@@ -204,13 +204,13 @@ impl ResponseStream {
     }
 
     /// The next bytes; `None` at the end and only there. A body shorter than its `Content-Length` is an error
-    /// ([`Cause::Reset`]), as is one that pauses for longer than the idle limit ([`Cause::Timeout`]).
-    pub async fn chunk(&mut self) -> Option<Result<Bytes, Cause>> {
+    /// ([`UpstreamFailure::ConnectionReset`]), as is one that pauses for longer than the idle limit ([`UpstreamFailure::Timeout`]).
+    pub async fn chunk(&mut self) -> Option<Result<Bytes, UpstreamFailure>> {
         self.body.chunk().await
     }
 
-    /// The whole body; [`Cause::TooLarge`] as soon as it is known to be longer than `bytes_max`.
-    pub async fn collect(self, bytes_max: usize) -> Result<Bytes, Cause> {
+    /// The whole body; [`UpstreamFailure::TooLarge`] as soon as it is known to be longer than `bytes_max`.
+    pub async fn collect(self, bytes_max: usize) -> Result<Bytes, UpstreamFailure> {
         let ResponseStream { body, permit, .. } = self;
         let collected = body.collect(bytes_max).await;
         drop(permit);

@@ -16,10 +16,10 @@ use super::origin::Origin;
 use super::proxy_rules::{ProxyChoice, ProxyError};
 use super::redirect_rules::RedirectRule;
 use super::tls::{ClientCertificate, TlsError};
-use crate::oci::Cause;
-use crate::oci::operation::Operation;
+use crate::oci::UpstreamFailure;
+use crate::oci::endpoint::Endpoint;
 use crate::queue::{Class, Demand, Peer, Waiters, flow};
-use crate::trace_context::Trace;
+use crate::trace_context::TraceContext;
 
 /// What an upstream is, as configured.
 pub struct Settings {
@@ -81,7 +81,7 @@ impl Settings {
 /// Questions under way at once, and as many transfers, unless the operator says otherwise.
 pub const FETCHES_MAX: usize = 64;
 
-/// While it is on, no upstream is asked anything: each is silent, because of [`Cause::Offline`]. Transfers under way go
+/// While it is on, no upstream is asked anything: each is silent, because of [`UpstreamFailure::Offline`]. Transfers under way go
 /// on until they break. Clones are the same switch.
 #[derive(Clone, Debug, Default)]
 pub struct Offline(Arc<AtomicBool>);
@@ -97,8 +97,8 @@ impl Offline {
         self.0.load(Ordering::Relaxed)
     }
 
-    pub(super) fn cause(&self) -> Option<Cause> {
-        self.is_on().then_some(Cause::Offline)
+    pub(super) fn cause(&self) -> Option<UpstreamFailure> {
+        self.is_on().then_some(UpstreamFailure::Offline)
     }
 }
 
@@ -141,19 +141,19 @@ pub struct Caller {
     /// The requests that wait for its outcome, where several share it.
     pub waiters: Option<Waiters>,
     /// Which trace its reason belongs to.
-    pub trace: Trace,
+    pub trace: TraceContext,
     /// Until when a rate limit of the upstream may be waited out for it; `None`: not at all.
     pub wait_deadline: Option<Instant>,
 }
 
 impl Caller {
-    /// What is asked of admission for `operation`: the flows of a client are its principals, repositories and kinds of
+    /// What is asked of admission for `endpoint`: the flows of a client are its principals, repositories and kinds of
     /// request.
-    pub fn demand(&self, operation: &Operation) -> Demand {
-        let kind = std::mem::discriminant(operation);
+    pub fn demand(&self, endpoint: &Endpoint) -> Demand {
+        let kind = std::mem::discriminant(endpoint);
         Demand {
             peer: self.peer,
-            flow: flow((self.principal, operation.repository(), kind)),
+            flow: flow((self.principal, endpoint.repository(), kind)),
             class: self.class,
         }
     }

@@ -24,8 +24,8 @@ use super::settings::{Caller, Credential, Settings};
 use super::tls::ClientCertificate;
 use super::token::TokenCache;
 use super::{Inner, Upstream, probe};
-use crate::oci::cause::Cause;
-use crate::oci::operation::Operation;
+use crate::oci::endpoint::Endpoint;
+use crate::oci::failure::UpstreamFailure;
 use crate::queue::Queue;
 
 /// How often the same reason for which an upstream is unavailable is logged.
@@ -65,11 +65,11 @@ struct Active {
 #[derive(Default)]
 pub(super) struct Health {
     pub(super) detector: FailureDetector,
-    pub(super) last_failure: Option<(Cause, Instant)>,
+    pub(super) last_failure: Option<(UpstreamFailure, Instant)>,
     /// Its reason in words.
     pub(super) last_detail: Option<Arc<str>>,
     /// The reason that was logged last.
-    logged: Option<(Cause, Option<Arc<str>>, Instant)>,
+    logged: Option<(UpstreamFailure, Option<Arc<str>>, Instant)>,
     pub(super) last_head: Option<(Duration, Instant)>,
     /// The URLs that were unavailable when the upstream was so last.
     pub(super) unavailable_urls: Vec<Origin>,
@@ -85,8 +85,11 @@ pub(super) struct Health {
 
 impl Health {
     /// Whether the operator has something to mend and was not told of it lately.
-    pub(super) fn should_log(&mut self, cause: Cause, detail: Option<&str>, now: Instant) -> bool {
-        if !matches!(cause, Cause::Tls(_) | Cause::Redirects(_) | Cause::TokenService) {
+    pub(super) fn should_log(&mut self, cause: UpstreamFailure, detail: Option<&str>, now: Instant) -> bool {
+        if !matches!(
+            cause,
+            UpstreamFailure::Tls(_) | UpstreamFailure::Redirects(_) | UpstreamFailure::TokenService
+        ) {
             return false;
         }
         let should_log = self.logged.as_ref().is_none_or(|(last, reason, at)| {
@@ -233,7 +236,7 @@ impl Learned {
     }
 
     /// A probe is sent: for what.
-    pub(super) fn take_probe(&self, inner: &Inner, scope: &FailureScope) -> Option<Operation> {
+    pub(super) fn take_probe(&self, inner: &Inner, scope: &FailureScope) -> Option<Endpoint> {
         let mut health = self.health(&inner.connection)?;
         health.detector.take_probe(scope, Instant::now())
     }
@@ -327,7 +330,7 @@ impl Inner {
     pub(super) fn sent(
         &self,
         kind: RequestKind,
-        operation: &Operation,
+        endpoint: &Endpoint,
         caller: &Caller,
     ) -> InFlightRequest<'_> {
         let id = self.health().map(|mut health| {
@@ -338,7 +341,7 @@ impl Inner {
             }
             health
                 .detector
-                .sent(kind, operation, caller.principal, Instant::now())
+                .sent(kind, endpoint, caller.principal, Instant::now())
         });
         InFlightRequest { inner: self, id }
     }

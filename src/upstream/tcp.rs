@@ -16,7 +16,7 @@ use super::dialer::{DialError, DialFuture, DialedStream, Dialer};
 use super::origin::address;
 use super::redirect_rules::AddressLimit;
 use super::tls::io_cause;
-use crate::oci::cause::Cause;
+use crate::oci::failure::UpstreamFailure;
 
 /// TCP keepalive: a peer that vanished is noticed after about a minute.
 const KEEPALIVE: Duration = Duration::from_secs(30);
@@ -59,18 +59,18 @@ impl Dialer for TcpDialer {
 
 fn dial_error(error: impl Error + Send + Sync + 'static) -> DialError {
     let mut next: Option<&(dyn Error + 'static)> = Some(&error);
-    let mut cause = Cause::Unreachable;
+    let mut cause = UpstreamFailure::Unreachable;
     while let Some(one) = next {
         if let Some(resolving) = one.downcast_ref::<ResolveError>() {
             match resolving {
-                ResolveError::Failed(_) => cause = Cause::Dns,
+                ResolveError::Failed(_) => cause = UpstreamFailure::Dns,
                 ResolveError::ScopeDenied(address) => return DialError::scope_denied(*address),
             }
             break;
         }
         if let Some(io) = one.downcast_ref::<io::Error>() {
             cause = if io.kind() == io::ErrorKind::TimedOut {
-                Cause::ConnectTimeout
+                UpstreamFailure::ConnectTimeout
             } else {
                 io_cause(io)
             };

@@ -61,7 +61,7 @@ pub(super) fn anonymous() -> Caller {
         peer: Peer::Local,
         class: Class::Interactive,
         waiters: None,
-        trace: Trace::begun(),
+        trace: TraceContext::new_root(),
         wait_deadline: None,
     }
 }
@@ -77,21 +77,21 @@ pub(super) fn client(authorization: &str) -> Caller {
         peer: Peer::Local,
         class: Class::Interactive,
         waiters: None,
-        trace: Trace::begun(),
+        trace: TraceContext::new_root(),
         wait_deadline: None,
     }
 }
 
-pub(super) fn operation(path: &str) -> Operation {
-    Operation::parse(&Method::GET, path, None).unwrap()
+pub(super) fn endpoint(path: &str) -> Endpoint {
+    Endpoint::parse(&Method::GET, path, None).unwrap()
 }
 
-pub(super) fn tag() -> Operation {
-    operation("/v2/library/a/manifests/latest")
+pub(super) fn tag() -> Endpoint {
+    endpoint("/v2/library/a/manifests/latest")
 }
 
-pub(super) fn blob(bytes: &str) -> Operation {
-    operation(&format!("/v2/library/a/blobs/{}", digest(bytes)))
+pub(super) fn blob(bytes: &str) -> Endpoint {
+    endpoint(&format!("/v2/library/a/blobs/{}", digest(bytes)))
 }
 
 pub(super) fn accept() -> Accept {

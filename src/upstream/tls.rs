@@ -1,6 +1,6 @@
 //! TLS towards upstreams: trust anchors, pinned certificates, client certificates, and the reason of a failure in words.
 //!
-//! * `verify`: which server certificate is accepted. * `fault`: from an error of rustls to a [`TlsFault`] and its detail.
+//! * `verify`: which server certificate is accepted. * `fault`: from an error of rustls to a [`TlsFailure`] and its detail.
 
 mod fault;
 mod verify;
@@ -25,7 +25,7 @@ use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
 use super::dialer::{DialError, Stream};
-use crate::oci::cause::{Cause, TlsFault};
+use crate::oci::failure::{TlsFailure, UpstreamFailure};
 use fault::classify;
 pub(super) use verify::Trust;
 
@@ -35,21 +35,21 @@ pub(super) fn reason(error: &io::Error) -> Option<String> {
 }
 
 /// What an I/O error on an open or opening connection says about the other end.
-pub(super) fn io_cause(error: &io::Error) -> Cause {
+pub(super) fn io_cause(error: &io::Error) -> UpstreamFailure {
     let tls = error.get_ref().and_then(|error| error.downcast_ref());
     if let Some(tls) = tls {
-        return Cause::Tls(classify(tls).0);
+        return UpstreamFailure::Tls(classify(tls).0);
     }
     match error.kind() {
-        io::ErrorKind::ConnectionRefused => Cause::Refused,
+        io::ErrorKind::ConnectionRefused => UpstreamFailure::ConnectionRefused,
         io::ErrorKind::HostUnreachable
         | io::ErrorKind::NetworkUnreachable
         | io::ErrorKind::NetworkDown
         | io::ErrorKind::AddrNotAvailable
-        | io::ErrorKind::PermissionDenied => Cause::Unreachable,
-        io::ErrorKind::TimedOut => Cause::Timeout,
-        io::ErrorKind::InvalidData => Cause::Tls(TlsFault::Other),
-        _ => Cause::Reset,
+        | io::ErrorKind::PermissionDenied => UpstreamFailure::Unreachable,
+        io::ErrorKind::TimedOut => UpstreamFailure::Timeout,
+        io::ErrorKind::InvalidData => UpstreamFailure::Tls(TlsFailure::Other),
+        _ => UpstreamFailure::ConnectionReset,
     }
 }
 
@@ -165,7 +165,7 @@ impl Tls {
             .trim_start_matches('[')
             .trim_end_matches(']');
         let name = ServerName::try_from(host.to_owned())
-            .map_err(|error| DialError::new(Cause::Tls(TlsFault::WrongName), error))?;
+            .map_err(|error| DialError::new(UpstreamFailure::Tls(TlsFailure::WrongName), error))?;
         let connected = self.connector.connect(name, stream).await;
         let stream = connected.map_err(|error| self.client_auth.handshake_error(error))?;
         let h2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");
@@ -180,7 +180,7 @@ impl Tls {
 
     /// Why the server at `to` ended a connection after the handshake, no earlier than `since`. In TLS 1.3 it judges a
     /// client certificate, or that there is none, when the handshake is over here (RFC 8446 §4.4.2.4).
-    pub(super) fn close_reason(&self, to: &Uri, since: Instant) -> Option<(TlsFault, String)> {
+    pub(super) fn close_reason(&self, to: &Uri, since: Instant) -> Option<(TlsFailure, String)> {
         let mut ended = self
             .client_auth
             .last_close
@@ -208,7 +208,7 @@ impl MonitoredStream {
     }
 
     /// Without an alert, what is left of a server's no is that it asked for a certificate and then said nothing.
-    fn record_close(&self, alert: Option<(TlsFault, String)>) {
+    fn record_close(&self, alert: Option<(TlsFailure, String)>) {
         let is_requested = self.client_auth.is_requested.load(Ordering::Relaxed);
         let inferred = || {
             (is_requested && !self.has_read)
@@ -277,13 +277,13 @@ struct ClientAuth {
 struct ServerClose {
     by: Authority,
     at: Instant,
-    fault: TlsFault,
+    fault: TlsFailure,
     detail: String,
 }
 
 impl ClientAuth {
     /// A server asked for a client certificate, and then there was this.
-    fn certificate_rejected(&self, then: &str) -> (TlsFault, String) {
+    fn certificate_rejected(&self, then: &str) -> (TlsFailure, String) {
         let detail = match self.certificate {
             Some(_) => format!(
                 "the server asked for a client certificate, was shown `client_certificate`, and refused it ({then})"
@@ -292,26 +292,26 @@ impl ClientAuth {
                 "the server asked for a client certificate ({then}); set `client_certificate` and `client_key`"
             ),
         };
-        (TlsFault::ClientCertificate, detail)
+        (TlsFailure::ClientCertificate, detail)
     }
 
     /// Many servers end a handshake without the certificate that they asked for by an alert that says nothing, or by none.
     fn handshake_error(&self, error: io::Error) -> DialError {
         let (mut cause, mut detail) = match fault::of(&error) {
-            Some((fault, detail)) => (Cause::Tls(fault), detail),
+            Some((fault, detail)) => (UpstreamFailure::Tls(fault), detail),
             None if error.kind() == io::ErrorKind::UnexpectedEof => (
-                Cause::Reset,
+                UpstreamFailure::ConnectionReset,
                 "the connection was closed during the TLS handshake".to_owned(),
             ),
             None => (io_cause(&error), error.to_string()),
         };
         let is_unspecific = matches!(
             cause,
-            Cause::Reset | Cause::Tls(TlsFault::Version | TlsFault::Other)
+            UpstreamFailure::ConnectionReset | UpstreamFailure::Tls(TlsFailure::Version | TlsFailure::Other)
         );
         if self.is_requested.load(Ordering::Relaxed) && is_unspecific {
             let (fault, refused) = self.certificate_rejected(&detail);
-            (cause, detail) = (Cause::Tls(fault), refused);
+            (cause, detail) = (UpstreamFailure::Tls(fault), refused);
         }
         DialError {
             cause,

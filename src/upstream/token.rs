@@ -22,11 +22,11 @@ use super::http_client::{Follow, HttpClient, HttpFailure, HttpRequest, HttpRespo
 use super::origin::{Origin, is_one_of, same_host};
 use super::rate_limit::{Pause, Windows};
 use super::retry_after::{is_limit_by_body, stated_wait};
-use crate::oci::cause::Cause;
-use crate::oci::error::Problem;
+use crate::oci::endpoint::Endpoint;
+use crate::oci::error::ErrorBody;
+use crate::oci::failure::UpstreamFailure;
 use crate::oci::name::Repository;
-use crate::oci::operation::Operation;
-use crate::trace_context::Trace;
+use crate::trace_context::TraceContext;
 
 mod protocol;
 
@@ -240,7 +240,7 @@ impl Tokens {
         http: &HttpClient,
         key: &TokenKey,
         credential: TokenCredential<'_>,
-        (rejected, trace): (Option<&HeaderValue>, &Trace),
+        (rejected, trace): (Option<&HeaderValue>, &TraceContext),
     ) -> Result<HeaderValue, TokenFailure> {
         let slot = self.slot(key);
         let seen = slot.fetches.load(Ordering::Acquire);
@@ -269,10 +269,10 @@ impl Tokens {
                 Err(TokenFailure::Denied(status))
             }
             Err(FetchError::RateLimited(stated)) => {
-                let pause = self
-                    .cache
-                    .windows
-                    .limited(&window_key, permit, Cause::RateLimited, stated);
+                let pause =
+                    self.cache
+                        .windows
+                        .limited(&window_key, permit, UpstreamFailure::RateLimited, stated);
                 Err(TokenFailure::RateLimited(pause))
             }
             Err(FetchError::NoResponse(_) | FetchError::Unusable(_)) if key.realm.is_upgraded => {
@@ -354,11 +354,11 @@ impl Tokens {
     pub(super) fn remember_other_registry(
         &self,
         origin: &Origin,
-        operation: &Operation,
+        endpoint: &Endpoint,
         other: &Origin,
         key: TokenKey,
     ) {
-        if let Some(repository) = operation.repository() {
+        if let Some(repository) = endpoint.repository() {
             let window_key = (origin.clone(), repository.clone(), key.owner);
             self.cache
                 .other_registries
@@ -370,10 +370,10 @@ impl Tokens {
     pub(super) fn other_registry(
         &self,
         origin: &Origin,
-        operation: &Operation,
+        endpoint: &Endpoint,
         owner: TokenOwner,
     ) -> Option<(Origin, TokenKey)> {
-        let window_key = (origin.clone(), operation.repository()?.clone(), owner);
+        let window_key = (origin.clone(), endpoint.repository()?.clone(), owner);
         let (other, key) = self.cache.other_registries.get(&window_key)?;
         realm_allowed(&other, &key.realm.uri.to_string(), &self.hosts)?;
         self.trusts(origin, &other).then_some((other, key))
@@ -415,10 +415,10 @@ impl Tokens {
         http: &HttpClient,
         key: &TokenKey,
         credential: TokenCredential<'_>,
-        trace: &Trace,
+        trace: &TraceContext,
     ) -> Result<Token, FetchError> {
         let mut headers = HeaderMap::new();
-        trace.write(&mut headers);
+        trace.inject(&mut headers);
         match &credential {
             TokenCredential::Anonymous => {}
             TokenCredential::Basic(header) => {
@@ -448,7 +448,7 @@ impl Tokens {
         http: &HttpClient,
         key: &TokenKey,
         own: &UpstreamCredential,
-        trace: &Trace,
+        trace: &TraceContext,
     ) -> Result<Token, FetchError> {
         let mut form = vec![("client_id", "ifnewer"), ("scope", "")];
         let scopes = key.scopes.join(" ");
@@ -466,7 +466,7 @@ impl Tokens {
             ]);
         }
         let mut headers = HeaderMap::new();
-        trace.write(&mut headers);
+        trace.inject(&mut headers);
         headers.insert(
             CONTENT_TYPE,
             HeaderValue::from_static("application/x-www-form-urlencoded"),
@@ -512,7 +512,7 @@ impl Tokens {
         let body = reply.collect(TOKEN_BODY_BYTES_MAX, self.timeout).await;
         if status != StatusCode::OK {
             let body = body.unwrap_or_default();
-            let (code, message) = Problem::read(&body).unzip();
+            let (code, message) = ErrorBody::read(&body).unzip();
             return Err(match status.as_u16() {
                 _ if is_limit_by_body(status, &headers, code.as_deref(), message.as_deref()) => {
                     FetchError::RateLimited(stated_wait(&headers, &body))
@@ -539,14 +539,14 @@ impl fmt::Debug for Tokens {
 }
 
 /// The cause that goes with a failure to get a token.
-impl From<&TokenFailure> for Cause {
+impl From<&TokenFailure> for UpstreamFailure {
     fn from(failure: &TokenFailure) -> Self {
         match failure {
-            TokenFailure::RateLimited(_) => Cause::RateLimited,
+            TokenFailure::RateLimited(_) => UpstreamFailure::RateLimited,
             TokenFailure::Denied(_) | TokenFailure::NoResponse(_) | TokenFailure::Unusable(_) => {
-                Cause::TokenService
+                UpstreamFailure::TokenService
             }
-            TokenFailure::PlainRealm => Cause::PlainRealm,
+            TokenFailure::PlainRealm => UpstreamFailure::PlaintextRealm,
         }
     }
 }

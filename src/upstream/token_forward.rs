@@ -15,8 +15,8 @@ use super::forward::ForwardRequest;
 use super::origin::Origin;
 use super::retry_after::{is_limit, is_limit_by_body};
 use super::token::{TOKEN_BODY_BYTES_MAX, parse};
-use crate::oci::cause::Cause;
-use crate::oci::error::Problem;
+use crate::oci::error::ErrorBody;
+use crate::oci::failure::UpstreamFailure;
 
 /// What the token service answered.
 pub struct TokenResponse {
@@ -44,13 +44,13 @@ impl Upstream {
         &self,
         realm: &Origin,
         mut request: ForwardRequest,
-    ) -> Result<TokenResponse, Cause> {
+    ) -> Result<TokenResponse, UpstreamFailure> {
         if let Some(cause) = self.0.offline.cause() {
             return Err(cause);
         }
         request.headers.remove(ACCEPT_ENCODING);
         let forwarded = timeout(self.0.timeouts.token, self.token_response(realm, request)).await;
-        let reply = forwarded.unwrap_or(Err(Cause::Timeout));
+        let reply = forwarded.unwrap_or(Err(UpstreamFailure::Timeout));
         self.0
             .auth_client
             .tokens
@@ -63,11 +63,15 @@ impl Upstream {
         self.0.auth_client.tokens.failed_realm().is_some()
     }
 
-    async fn token_response(&self, realm: &Origin, request: ForwardRequest) -> Result<TokenResponse, Cause> {
+    async fn token_response(
+        &self,
+        realm: &Origin,
+        request: ForwardRequest,
+    ) -> Result<TokenResponse, UpstreamFailure> {
         let mut response = self.forward_to_realm(realm, request).await?;
         match response.status.as_u16() {
-            _ if is_limit(response.status, &response.headers) => return Err(Cause::RateLimited),
-            status @ 500.. => return Err(Cause::Status(status)),
+            _ if is_limit(response.status, &response.headers) => return Err(UpstreamFailure::RateLimited),
+            status @ 500.. => return Err(UpstreamFailure::Status(status)),
             _ => {}
         }
         // Reserved whole, so that no copy of it is left behind by its growing.
@@ -75,15 +79,15 @@ impl Upstream {
         while let Some(chunk) = response.chunk().await {
             let chunk = chunk?;
             if body.len() + chunk.len() > TOKEN_BODY_BYTES_MAX {
-                return Err(Cause::TooLarge);
+                return Err(UpstreamFailure::TooLarge);
             }
             body.extend_from_slice(&chunk);
         }
         if !response.status.is_success() {
-            let (code, message) = Problem::read(&body).unzip();
+            let (code, message) = ErrorBody::read(&body).unzip();
             let (code, message) = (code.as_deref(), message.as_deref());
             if is_limit_by_body(response.status, &response.headers, code, message) {
-                return Err(Cause::RateLimited);
+                return Err(UpstreamFailure::RateLimited);
             }
         }
         let issued = parse(&body).filter(|_| response.status == StatusCode::OK);

@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 use std::time::{Duration, SystemTime};
 
-use ifnewer::oci::{Algorithm, Cause, Digest};
+use ifnewer::oci::{Algorithm, Digest, UpstreamFailure};
 use ifnewer::policy::{
     Authorization, CacheState, CachedEntry, Completeness, ContentKind, CredentialOwner, Decision, OnNotFound,
     Policy, Presence, Revalidation, decide,
@@ -19,8 +19,8 @@ const STALE: Duration = Duration::from_secs(3_600);
 fn the_tables_of_policies_are_the_programs_own_decisions() {
     let path = root().join("docs/policies.md");
     let document = read(&path);
-    let (before, rest) = document.split_once(BEGIN).unwrap();
-    let (found, after) = rest.split_once(END).unwrap();
+    let (before, completeness) = document.split_once(BEGIN).unwrap();
+    let (found, after) = completeness.split_once(END).unwrap();
     let made = tables();
     if std::env::var_os("UPDATE_DOCS").is_some() {
         std::fs::write(&path, format!("{before}{BEGIN}{made}{END}{after}")).unwrap();
@@ -40,15 +40,15 @@ fn tables() -> String {
         "The image is held, and the registry has lately shown that this client may read it",
         &rows(),
         |row| CacheState {
-            standing: Authorization::Granted,
-            ..situation(row, whole)
+            authorization: Authorization::Granted,
+            ..state(row, whole)
         },
     );
     table(
         &mut out,
         "The image is held, and nothing is known of this client",
         &rows(),
-        |row| situation(row, whole),
+        |row| state(row, whole),
     );
     let possible: Vec<_> = rows().into_iter().filter(|row| row.also_without_a_copy).collect();
     table(
@@ -56,8 +56,8 @@ fn tables() -> String {
         "The image is not held, and the registry has lately shown that this client may read it",
         &possible,
         |row| CacheState {
-            standing: Authorization::Granted,
-            ..situation(row, None)
+            authorization: Authorization::Granted,
+            ..state(row, None)
         },
     );
     out.push('\n');
@@ -67,43 +67,43 @@ fn tables() -> String {
 /// What the registry says, and what else tells the case apart.
 struct Row {
     words: &'static str,
-    heard: Revalidation,
+    revalidation: Revalidation,
     absent: OnNotFound,
     confirmed_long_ago: bool,
     also_without_a_copy: bool,
 }
 
 fn rows() -> Vec<Row> {
-    let row = |words, heard| Row {
+    let row = |words, revalidation| Row {
         words,
-        heard,
+        revalidation,
         absent: OnNotFound::Refuse,
         confirmed_long_ago: false,
         also_without_a_copy: false,
     };
-    let also = |words, heard| Row {
+    let also = |words, revalidation| Row {
         also_without_a_copy: true,
-        ..row(words, heard)
+        ..row(words, revalidation)
     };
-    let holding = Presence::None;
+    let presence = Presence::None;
     vec![
         row(
             "the same digest",
             Revalidation::Digest {
                 digest: old(),
-                holding: Presence::Complete,
+                presence: Presence::Complete,
             },
         ),
         also(
             "another digest",
             Revalidation::Digest {
                 digest: Digest::of(Algorithm::Sha256, b"new"),
-                holding,
+                presence,
             },
         ),
         row(
             "another digest, but the new image cannot be had",
-            Revalidation::FetchFailed(Cause::Reset),
+            Revalidation::FetchFailed(UpstreamFailure::ConnectionReset),
         ),
         also("401 or 403", Revalidation::Denied(CredentialOwner::Client)),
         row(
@@ -115,28 +115,23 @@ fn rows() -> Vec<Row> {
             absent: OnNotFound::ServeStale,
             ..row("404, with `absent = \"serve\"`", Revalidation::NotFound)
         },
-        also("silence", Revalidation::Unavailable(Cause::Timeout)),
+        also("silence", Revalidation::Unavailable(UpstreamFailure::Timeout)),
         Row {
             confirmed_long_ago: true,
             ..row(
                 "silence, and `stale` is over",
-                Revalidation::Unavailable(Cause::Timeout),
+                Revalidation::Unavailable(UpstreamFailure::Timeout),
             )
         },
     ]
 }
 
-fn table(out: &mut String, title: &str, rows: &[Row], situation: impl Fn(&Row) -> CacheState) {
+fn table(out: &mut String, title: &str, rows: &[Row], state: impl Fn(&Row) -> CacheState) {
     writeln!(out, "\n{title}:\n").unwrap();
     let policies = Policy::ALL.map(|policy| format!("`{policy}`")).join(" | ");
     writeln!(out, "| the registry says | {policies} |\n|---|---|---|---|---|").unwrap();
     for row in rows {
-        let cells = Policy::ALL.map(|policy| {
-            cell(CacheState {
-                policy,
-                ..situation(row)
-            })
-        });
+        let cells = Policy::ALL.map(|policy| cell(CacheState { policy, ..state(row) }));
         writeln!(out, "| {} | {} |", row.words, cells.join(" | ")).unwrap();
     }
 }
@@ -144,30 +139,30 @@ fn table(out: &mut String, title: &str, rows: &[Row], situation: impl Fn(&Row) -
 /// The end of it: the registry is asked if the decision wants that, as the road of a request does.
 fn cell(s: CacheState) -> String {
     let first = decide(&CacheState {
-        heard: Revalidation::NotDone,
+        revalidation: Revalidation::NotDone,
         ..s
     });
-    let (asked, verdict) = match first {
+    let (asked, decision) = match first {
         // What is not held is fetched, which asks: what comes of it is decided again.
         Decision::Revalidate | Decision::Fetch(_) => (true, decide(&s)),
         other => (false, other),
     };
-    let name = verdict.name();
-    match verdict {
+    let name = decision.name();
+    match decision {
         Decision::Serve(_) if asked => format!("held copy, `{name}`"),
         Decision::Serve(_) => format!("held copy, `{name}`; nobody is asked"),
         Decision::Fetch(_) => format!("new copy, `{name}`"),
         Decision::Deny(_) if asked => format!("no, `{name}`"),
         Decision::Deny(_) => format!("no, `{name}`; nobody is asked"),
-        Decision::Revalidate | Decision::ProbeLayers(_) => panic!("no end: {verdict:?}"),
+        Decision::Revalidate | Decision::ProbeLayers(_) => panic!("no end: {decision:?}"),
     }
 }
 
-fn situation(row: &Row, copy: Option<CachedEntry>) -> CacheState {
+fn state(row: &Row, copy: Option<CachedEntry>) -> CacheState {
     CacheState {
         policy: Policy::IfNewer,
-        subject: ContentKind::Tag,
-        held: copy.map(|copy| CachedEntry {
+        kind: ContentKind::Tag,
+        cached: copy.map(|copy| CachedEntry {
             confirmed_at: if row.confirmed_long_ago {
                 now() - 2 * STALE
             } else {
@@ -175,8 +170,8 @@ fn situation(row: &Row, copy: Option<CachedEntry>) -> CacheState {
             },
             ..copy
         }),
-        standing: Authorization::Unknown,
-        heard: row.heard,
+        authorization: Authorization::Unknown,
+        revalidation: row.revalidation,
         absent: row.absent,
         fresh: Duration::ZERO,
         stale: Some(STALE),
@@ -189,8 +184,8 @@ fn held(digest: Digest, confirmed_at: SystemTime) -> CachedEntry {
         digest,
         confirmed_at,
         is_moved: false,
-        rest: Completeness::Complete,
-        is_in_doubt: false,
+        completeness: Completeness::Complete,
+        is_invalidated: false,
     }
 }
 

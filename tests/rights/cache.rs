@@ -7,7 +7,7 @@ use bytes::{Bytes, BytesMut};
 use http::{HeaderMap, HeaderValue, Method, header};
 use http_body_util::{BodyExt as _, Empty};
 use ifnewer::download::Downloads;
-use ifnewer::oci::{Accept, Cause, Digest, LoginRequest, Operation, RangeRequest};
+use ifnewer::oci::{Accept, Digest, Endpoint, RangeRequest, TokenRequest, UpstreamFailure};
 use ifnewer::policy::rules::Rules;
 use ifnewer::proxy::{
     Access, BlobBody, ProxyResponse, ProxyService, RegistryStates, Request, ServeReason, TokenOutcome,
@@ -18,7 +18,7 @@ use ifnewer::store::fs::{DirectoryFs, FileSystem, MemoryFs};
 use ifnewer::store::step::Buffers;
 use ifnewer::store::{Settings as StoreSettings, Store};
 use ifnewer::telemetry::Telemetry;
-use ifnewer::trace_context::Trace;
+use ifnewer::trace_context::TraceContext;
 use ifnewer::upstream::forward::ForwardRequest;
 use ifnewer::upstream::{ProxyChoice, Settings, Transport, Upstream, UpstreamCredential};
 
@@ -219,7 +219,7 @@ impl Cache {
         if !account.is_empty() {
             headers.insert(header::AUTHORIZATION, HeaderValue::from_str(account).unwrap());
         }
-        let asked = LoginRequest::read(headers.get(header::AUTHORIZATION), Some(&query), b"");
+        let asked = TokenRequest::read(headers.get(header::AUTHORIZATION), Some(&query), b"");
         let passing = ForwardRequest {
             method: Method::GET,
             path_and_query: format!("/token?{query}"),
@@ -246,7 +246,7 @@ impl Cache {
     }
 
     /// What a client gets, and why the upstream was not asked, or gave no usable answer, where that is the reason.
-    pub async fn get_with_cause(&self, wish: &Wish) -> (Got, Option<Cause>) {
+    pub async fn get_with_cause(&self, wish: &Wish) -> (Got, Option<UpstreamFailure>) {
         let method = if wish.head { Method::HEAD } else { Method::GET };
         let mut headers = HeaderMap::new();
         headers.append(header::ACCEPT, HeaderValue::from_static(OCI_MANIFEST));
@@ -256,20 +256,20 @@ impl Cache {
             &self.proven
         };
         let authorization = (!wish.shows.is_empty()).then(|| HeaderValue::from_str(&wish.shows).unwrap());
-        let operation = Operation::parse(&method, &wish.path, None).unwrap();
+        let endpoint = Endpoint::parse(&method, &wish.path, None).unwrap();
         let request = Request {
-            writes: operation
+            writes: endpoint
                 .repository()
                 .map(|repository| site.writes(repository))
                 .unwrap_or_default(),
             site: Arc::clone(site),
-            operation,
+            endpoint,
             head: wish.head,
             accept: Accept::read(&headers).unwrap(),
             authorization,
             now: now(),
             for_push: false,
-            trace: Trace::begun(),
+            trace: TraceContext::new_root(),
             peer: Peer::Local,
             range: RangeRequest::None,
             needs_length: false,

@@ -18,7 +18,7 @@ use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
 use ifnewer::clock::Clock;
-use ifnewer::oci::{Algorithm, Cause, Digest};
+use ifnewer::oci::{Algorithm, Digest, UpstreamFailure};
 use ifnewer::upstream::{AddressLimit, DialError, DialFuture, DialedStream, Dialer};
 use tokio::task::AbortHandle;
 
@@ -519,7 +519,7 @@ impl Dialer for Pipes {
         Box::pin(async move {
             if registry.state().mood == Mood::Gone {
                 return Err(DialError {
-                    cause: Cause::Refused,
+                    cause: UpstreamFailure::ConnectionRefused,
                     detail: None,
                     source: None,
                 });

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use ifnewer::oci::{Cause, Digest};
+use ifnewer::oci::{Digest, UpstreamFailure};
 use ifnewer::policy::rules::{EffectivePolicy, PolicyOverrides, Rules};
 use ifnewer::policy::{OnNotFound, Policy};
 use tokio::task::JoinSet;
@@ -352,7 +352,7 @@ impl Walk {
                 let (got, cause) = cache.get_with_cause(&step.wish).await;
                 // A client whose limit was reached asks again slowly, one request at first. Until its turn it is as in an
                 // outage; but the registry must have told somebody so.
-                step.silent |= cause == Some(Cause::RateLimited) && registry.state().has_limited;
+                step.silent |= cause == Some(UpstreamFailure::RateLimited) && registry.state().has_limited;
                 (step, got, now())
             });
         }

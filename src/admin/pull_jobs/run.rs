@@ -9,8 +9,8 @@ use tokio::task::JoinSet;
 use super::{Layer, LayerState, PullJob, PullSpec, request};
 use crate::admin::format;
 use crate::clock::Clock;
-use crate::oci::manifest::{Kind, Role};
-use crate::oci::{AnyDigest, Digest, Operation, Reference};
+use crate::oci::manifest::{DescriptorKind, ManifestKind};
+use crate::oci::{AnyDigest, Digest, Endpoint, Reference};
 use crate::proxy::{BlobBody, ProxyResponse, ProxyService};
 use crate::store::manifests::StoredManifest;
 
@@ -38,12 +38,12 @@ pub(super) async fn run(
     let mut manifests = VecDeque::from([(first, None::<String>, DEPTH_MAX)]);
     let mut found_none = true;
     while let Some((stored, platform, depth)) = manifests.pop_front() {
-        if stored.manifest.kind == Kind::Index {
+        if stored.manifest.kind == ManifestKind::Index {
             for child in stored
                 .manifest
-                .children
+                .descriptors
                 .iter()
-                .filter(|child| child.role == Role::Manifest)
+                .filter(|child| child.kind == DescriptorKind::Manifest)
             {
                 // It comes with the image that it attests.
                 if child.attests.is_some() {
@@ -65,13 +65,13 @@ pub(super) async fn run(
         found_none = false;
         list(job, &stored, platform.as_deref());
         layers(pull, job, &spec, &stored, clock).await?;
-        let reference = Reference::Digest(AnyDigest::Known(stored.digest));
-        let operation = Operation::Manifest {
+        let reference = Reference::Digest(AnyDigest::Supported(stored.digest));
+        let endpoint = Endpoint::Manifest {
             repository: spec.named.repository.clone(),
             reference,
         };
         // An image without its attestation is whole all the same, so that it cannot be had fails nothing.
-        pull.bring_attestation(&request(&spec, operation, clock), &stored.digest)
+        pull.bring_attestation(&request(&spec, endpoint, clock), &stored.digest)
             .await;
     }
     if found_none {
@@ -82,12 +82,12 @@ pub(super) async fn run(
 
 fn list(job: &PullJob, stored: &StoredManifest, platform: Option<&str>) {
     let mut progress = job.progress();
-    for child in &stored.manifest.children {
-        let AnyDigest::Known(digest) = child.digest else {
+    for child in &stored.manifest.descriptors {
+        let AnyDigest::Supported(digest) = child.digest else {
             continue;
         };
-        if child.role == Role::Manifest
-            || child.foreign
+        if child.kind == DescriptorKind::Manifest
+            || child.has_urls
             || progress.layers.iter().any(|layer| layer.digest == digest)
         {
             continue;
@@ -96,7 +96,7 @@ fn list(job: &PullJob, stored: &StoredManifest, platform: Option<&str>) {
             digest,
             size: child.size,
             platform: platform.map(str::to_owned),
-            role: if child.role == Role::Config {
+            role: if child.kind == DescriptorKind::Config {
                 "config"
             } else {
                 "layer"
@@ -115,11 +115,11 @@ async fn layers(
 ) -> Result<(), String> {
     let permits = Arc::new(Semaphore::new(LAYERS_PARALLEL_MAX));
     let mut tasks = JoinSet::new();
-    for child in &stored.manifest.children {
-        let AnyDigest::Known(digest) = child.digest else {
+    for child in &stored.manifest.descriptors {
+        let AnyDigest::Supported(digest) = child.digest else {
             continue;
         };
-        if child.role == Role::Manifest || child.foreign {
+        if child.kind == DescriptorKind::Manifest || child.has_urls {
             continue;
         }
         let (pull, job, spec, permits) = (
@@ -154,11 +154,11 @@ async fn layer(
     clock: Clock,
 ) -> Result<(), String> {
     job.mark(&digest, LayerState::Fetching);
-    let operation = Operation::Blob {
+    let endpoint = Endpoint::Blob {
         repository: spec.named.repository.clone(),
-        digest: AnyDigest::Known(digest),
+        digest: AnyDigest::Supported(digest),
     };
-    match pull.answer(request(spec, operation, clock)).await {
+    match pull.answer(request(spec, endpoint, clock)).await {
         ProxyResponse::Blob { content, .. } => match content {
             BlobBody::Head | BlobBody::Memory(_) | BlobBody::File(_) => {
                 job.mark(&digest, LayerState::Held);
@@ -187,11 +187,11 @@ async fn manifest(
     reference: Reference,
     clock: Clock,
 ) -> Result<(Arc<StoredManifest>, &'static str), String> {
-    let operation = Operation::Manifest {
+    let endpoint = Endpoint::Manifest {
         repository: spec.named.repository.clone(),
         reference: reference.clone(),
     };
-    match pull.answer(request(spec, operation, clock)).await {
+    match pull.answer(request(spec, endpoint, clock)).await {
         ProxyResponse::Manifest(manifest, how) => Ok((manifest, how.reason.name())),
         ProxyResponse::Denied(refused) => {
             Err(format::describe_denial(refused.refusal, spec.named.site.name()))

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use super::{ArchiveObject, ExportError, Platforms};
 use crate::archive::layout::{self, Entry};
 use crate::archive::{INDEX_DEPTH_MAX, Image};
-use crate::oci::manifest::{Descriptor, Kind, Role};
-use crate::oci::{AnyDigest, Digest, Operation, Query, Reference};
+use crate::oci::manifest::{Descriptor, DescriptorKind, ManifestKind};
+use crate::oci::{AnyDigest, Digest, Endpoint, Query, Reference};
 use crate::store::listings::ListingKey;
 use crate::store::manifests::StoredManifest;
 use crate::store::tags::{TagKey, TagReader};
@@ -25,10 +25,10 @@ impl ImageResolver<'_> {
     pub(super) fn root(&self) -> Result<Arc<StoredManifest>, ExportError> {
         let not_held = || ExportError::NotHeld(self.image.name.clone());
         let tag = match &self.image.reference {
-            Reference::Digest(AnyDigest::Known(digest)) => {
+            Reference::Digest(AnyDigest::Supported(digest)) => {
                 return self.manifest(digest)?.ok_or_else(not_held);
             }
-            Reference::Digest(AnyDigest::Foreign(_)) => return Err(not_held()),
+            Reference::Digest(AnyDigest::Unsupported(_)) => return Err(not_held()),
             Reference::Tag(tag) => tag.clone(),
         };
         let key = TagKey {
@@ -59,12 +59,15 @@ impl ImageResolver<'_> {
     /// Adds a manifest and everything it needs.
     pub(super) fn add(&mut self, held: &Arc<StoredManifest>, depth: u32) -> Result<(), ExportError> {
         self.objects.push(ArchiveObject::Manifest(Arc::clone(held)));
-        let children = &held.manifest.children;
+        let children = &held.manifest.descriptors;
         let mut missing = Vec::new();
-        for child in children.iter().filter(|child| child.role != Role::Manifest) {
+        for child in children
+            .iter()
+            .filter(|child| child.kind != DescriptorKind::Manifest)
+        {
             match self.blob(child)? {
                 Some(object) => self.objects.push(object),
-                None if child.foreign => {}
+                None if child.has_urls => {}
                 None => missing.push(child.digest.to_string()),
             }
         }
@@ -73,9 +76,9 @@ impl ImageResolver<'_> {
         }
         let manifests: Vec<_> = children
             .iter()
-            .filter(|child| child.role == Role::Manifest)
+            .filter(|child| child.kind == DescriptorKind::Manifest)
             .collect();
-        let mut is_empty = held.manifest.kind == Kind::Index && !manifests.is_empty();
+        let mut is_empty = held.manifest.kind == ManifestKind::Index && !manifests.is_empty();
         for child in manifests {
             is_empty &= !self.add_child(child, depth)?;
         }
@@ -106,8 +109,8 @@ impl ImageResolver<'_> {
             return Ok(false);
         };
         let held = match &child.digest {
-            AnyDigest::Known(digest) => self.manifest(digest)?,
-            AnyDigest::Foreign(_) => None,
+            AnyDigest::Supported(digest) => self.manifest(digest)?,
+            AnyDigest::Unsupported(_) => None,
         };
         let before = self.objects.len();
         let added = match held {
@@ -125,7 +128,7 @@ impl ImageResolver<'_> {
     }
 
     fn blob(&self, child: &Descriptor) -> Result<Option<ArchiveObject>, StoreError> {
-        let AnyDigest::Known(digest) = child.digest else {
+        let AnyDigest::Supported(digest) = child.digest else {
             return Ok(None);
         };
         if !self.is_member(&digest) {
@@ -176,13 +179,13 @@ impl ImageResolver<'_> {
 
 /// The question about all that refers to `subject` in an image's repository.
 pub(in crate::archive) fn referrers_key(image: &Image, subject: Digest) -> ListingKey {
-    let operation = Operation::Referrers {
+    let endpoint = Endpoint::Referrers {
         repository: image.repository.clone(),
-        digest: AnyDigest::Known(subject),
+        digest: AnyDigest::Supported(subject),
         query: Query::default(),
     };
     ListingKey {
         upstream: Arc::clone(&image.upstream),
-        path: operation.path_and_query(),
+        path: endpoint.path_and_query(),
     }
 }

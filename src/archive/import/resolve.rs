@@ -10,7 +10,7 @@ use super::{IMAGES_MAX, ImportError, ImportOptions, ImportTransaction, ImportedI
 use crate::archive::export::referrers_key;
 use crate::archive::layout::{self, Entry};
 use crate::archive::{INDEX_DEPTH_MAX, Image};
-use crate::oci::manifest::{Kind, MANIFEST_BYTES_MAX, Role};
+use crate::oci::manifest::{DescriptorKind, MANIFEST_BYTES_MAX, ManifestKind};
 use crate::oci::{Accept, AnyDigest, Digest, MediaType, Reference};
 use crate::store::listings::StoredListing;
 use crate::store::manifests::StoredManifest;
@@ -226,9 +226,9 @@ fn image_of(entry: &Entry, is_only: bool, options: &ImportOptions<'_>) -> Result
     };
     let image = (options.resolve)(name).map_err(ImportError::Unknown)?;
     match &image.reference {
-        Reference::Digest(digest) if *digest != AnyDigest::Known(entry.digest) => Err(ImportError::Unknown(
-            format!("{name} is another digest than {}", entry.digest),
-        )),
+        Reference::Digest(digest) if *digest != AnyDigest::Supported(entry.digest) => Err(
+            ImportError::Unknown(format!("{name} is another digest than {}", entry.digest)),
+        ),
         _ => Ok(image),
     }
 }
@@ -296,14 +296,14 @@ impl Resolver<'_> {
         }
         let held = self.manifest(&digest, media_type)?;
         let mut missing = Vec::new();
-        let (mut children, mut is_empty) = (0, held.manifest.kind == Kind::Index);
-        for child in &held.manifest.children {
+        let (mut children, mut is_empty) = (0, held.manifest.kind == ManifestKind::Index);
+        for child in &held.manifest.descriptors {
             let known = child
                 .digest
-                .known()
+                .supported()
                 .filter(|digest| self.transaction.objects.contains_key(*digest));
-            match (child.role, known) {
-                (Role::Manifest, known) => {
+            match (child.kind, known) {
+                (DescriptorKind::Manifest, known) => {
                     children += 1;
                     // Of an index one image is enough; which of them are here is told.
                     let (Some(child_digest), Some(depth)) = (known, depth.checked_sub(1)) else {
@@ -322,7 +322,7 @@ impl Resolver<'_> {
                     is_empty &= child.platform.is_some() && platform.is_none();
                 }
                 (_, Some(digest)) => _ = found.blobs.insert(*digest),
-                (_, None) if child.foreign => {}
+                (_, None) if child.has_urls => {}
                 (_, None) => missing.push(child.digest.to_string()),
             }
         }

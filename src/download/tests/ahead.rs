@@ -102,7 +102,7 @@ async fn a_part_that_is_refused_or_breaks_off_comes_from_the_fill() {
         if let Some(part) = part {
             send(&part, &blob[FAR..FAR + 300]);
             came = take(&mut reader, 300).await;
-            part.send(Err(Cause::Reset)).unwrap();
+            part.send(Err(UpstreamFailure::ConnectionReset)).unwrap();
         }
         send(&wire, &blob);
         drop(wire);

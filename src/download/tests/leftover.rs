@@ -17,7 +17,7 @@ async fn interrupted_by(downloads: &Downloads, digest: Digest, bytes: &[u8], tot
     for _ in 0..10 {
         script.answer(UpstreamResponse {
             kind: ResponseKind::NotFound,
-            ..UpstreamResponse::unavailable(Cause::Malformed)
+            ..UpstreamResponse::unavailable(UpstreamFailure::Malformed)
         });
     }
     let reader = leader(downloads, digest).start(script);
@@ -92,7 +92,7 @@ async fn who_is_refused_gets_nothing_of_it_and_the_next_one_does() {
     let script = Script::default();
     script.answer(UpstreamResponse {
         kind: ResponseKind::Denied,
-        ..UpstreamResponse::unavailable(Cause::Malformed)
+        ..UpstreamResponse::unavailable(UpstreamFailure::Malformed)
     });
     let reader = leader(&downloads, digest(&blob)).start(script);
     let (bytes, end) = drain(reader).await;
@@ -141,7 +141,7 @@ async fn an_upstream_that_dislikes_ranges_is_asked_for_everything() {
     let downloads = downloads_on(&disk);
     interrupted(&downloads, &blob, 2 * MIB).await;
     let script = Script::default();
-    script.silence(Cause::Status(501));
+    script.silence(UpstreamFailure::Status(501));
     script.ending(0, Some(WHOLE), &blob);
     let reader = leader(&downloads, digest(&blob)).start(script.clone());
     assert_eq!(whole(reader).await, blob);

@@ -39,12 +39,15 @@ async fn a_stream_that_starts_too_late_is_not_used() {
 
 #[tokio::test(start_paused = true)]
 async fn resumes_in_a_row_without_a_byte_end_it() {
-    for (answer, cause) in [(None, Cause::Refused), (Some(()), Cause::Reset)] {
+    for (answer, cause) in [
+        (None, UpstreamFailure::ConnectionRefused),
+        (Some(()), UpstreamFailure::ConnectionReset),
+    ] {
         let (downloads, script, blob) = (downloads(), Script::default(), content(1000));
         script.breaking(0, 1000, &blob[..400]);
         for _ in 0..20 {
             match answer {
-                None => script.silence(Cause::Refused),
+                None => script.silence(UpstreamFailure::ConnectionRefused),
                 Some(()) => script.breaking(400, 1000, b""),
             }
         }
@@ -126,7 +129,10 @@ async fn dripping_for_ever_is_no_progress() {
         .collect();
     let reader = leader(&downloads, digest(&blob)).start(script.clone());
     let failed = stepped(failure(reader)).await;
-    assert!(matches!(*failed, Failure::Broken(Cause::Timeout)), "{failed}");
+    assert!(
+        matches!(*failed, Failure::Broken(UpstreamFailure::Timeout)),
+        "{failed}"
+    );
     assert_eq!(script.asked().len(), 8);
     drop(wires);
 }
@@ -135,10 +141,10 @@ async fn dripping_for_ever_is_no_progress() {
 async fn errors_midway_are_waited_out_as_long_as_they_ask_for() {
     let (downloads, script, blob) = (downloads(), Script::default(), content(1000));
     script.breaking(0, 1000, &blob[..400]);
-    script.silence(Cause::Status(503));
+    script.silence(UpstreamFailure::Status(503));
     script.answer(UpstreamResponse {
         retry_after: Some("9".parse().unwrap()),
-        ..UpstreamResponse::unavailable(Cause::RateLimited)
+        ..UpstreamResponse::unavailable(UpstreamFailure::RateLimited)
     });
     script.ending(400, Some(1000), &blob[400..]);
     let began = Instant::now();
@@ -154,11 +160,14 @@ async fn whoever_asks_us_to_wait_for_hours_is_not_waited_for() {
     script.breaking(0, 1000, &blob[..400]);
     script.answer(UpstreamResponse {
         retry_after: Some("3600".parse().unwrap()),
-        ..UpstreamResponse::unavailable(Cause::RateLimited)
+        ..UpstreamResponse::unavailable(UpstreamFailure::RateLimited)
     });
     let reader = leader(&downloads, digest(&blob)).start(script.clone());
     let failed = stepped(failure(reader)).await;
-    assert!(matches!(*failed, Failure::Broken(Cause::RateLimited)), "{failed}");
+    assert!(
+        matches!(*failed, Failure::Broken(UpstreamFailure::RateLimited)),
+        "{failed}"
+    );
     assert_eq!(script.asked(), [0, 400]);
 }
 
@@ -169,7 +178,7 @@ async fn a_no_midway_is_believed_sooner_than_a_silence() {
     for _ in 0..20 {
         script.answer(UpstreamResponse {
             kind: ResponseKind::NotFound,
-            ..UpstreamResponse::unavailable(Cause::Malformed)
+            ..UpstreamResponse::unavailable(UpstreamFailure::Malformed)
         });
     }
     let reader = leader(&downloads, digest(&blob)).start(script.clone());
@@ -228,7 +237,10 @@ async fn wrong_bytes_of_two_answers_are_fetched_once_more_and_only_who_had_some_
     stepped(begun_again(&waiting)).await;
     assert_eq!(stepped(whole(waiting)).await, blob);
     let (_, end) = stepped(drain(first)).await;
-    assert!(matches!(*end.unwrap_err(), Failure::Broken(Cause::WrongDigest)));
+    assert!(matches!(
+        *end.unwrap_err(),
+        Failure::Broken(UpstreamFailure::DigestMismatch)
+    ));
     downloads.idle().await;
     assert_eq!(held(&downloads, digest(&blob)).unwrap(), blob);
     assert_eq!(script.asked(), [0, 300_000, 0]);
@@ -257,7 +269,7 @@ async fn a_source_that_gives_a_few_bytes_at_a_time_is_left_in_the_end() {
     let reader = leader(&downloads, digest(&blob)).start(script.clone());
     assert!(matches!(
         &*stepped(failure(reader)).await,
-        Failure::Broken(Cause::Reset)
+        Failure::Broken(UpstreamFailure::ConnectionReset)
     ));
     assert_eq!(script.asked().len(), 65);
 }

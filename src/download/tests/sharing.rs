@@ -53,7 +53,7 @@ async fn a_leader_that_goes_away_fails_its_followers_and_the_next_one_leads() {
 #[tokio::test]
 async fn a_failed_transfer_is_gone_before_its_readers_hear_of_it() {
     let (downloads, script, blob) = (downloads(), Script::default(), content(1000));
-    script.silence(Cause::Refused);
+    script.silence(UpstreamFailure::ConnectionRefused);
     let leader = leader(&downloads, digest(&blob));
     let mut waiting = follower(&downloads, digest(&blob));
     let _first = leader.start(script);
@@ -75,7 +75,9 @@ async fn leaving_comes_before_telling() {
     // While the map is locked nobody can leave it, so nobody may be told.
     let running = downloads.shared.running();
     let leaving = std::thread::spawn(move || {
-        leader.place.fail(Failure::Broken(Cause::Reset));
+        leader
+            .place
+            .fail(Failure::Broken(UpstreamFailure::ConnectionReset));
     });
     for _ in 0..1000 {
         std::thread::yield_now();
@@ -90,10 +92,13 @@ async fn leaving_comes_before_telling() {
 #[tokio::test]
 async fn a_refusal_is_told_with_the_upstreams_answer() {
     let (downloads, script) = (downloads(), Script::default());
-    script.silence(Cause::RateLimited);
+    script.silence(UpstreamFailure::RateLimited);
     let reader = leader(&downloads, digest(b"x")).start(script.clone());
     match &*failure(reader).await {
-        Failure::Refused(answer) => assert_eq!(answer.kind, ResponseKind::Unavailable(Cause::RateLimited)),
+        Failure::Refused(answer) => assert_eq!(
+            answer.kind,
+            ResponseKind::Unavailable(UpstreamFailure::RateLimited)
+        ),
         other => panic!("{other}"),
     }
     assert_eq!(

@@ -151,7 +151,10 @@ async fn a_wrong_rest_reaches_nobody_whole() {
     send(&parts.part(), &wrong[600_000..]);
     let (_downloads, first, _) = stranded(&blob, 600_000, &parts);
     let (bytes, end) = drain(first).await;
-    assert!(matches!(*end.unwrap_err(), Failure::Broken(Cause::WrongDigest)));
+    assert!(matches!(
+        *end.unwrap_err(),
+        Failure::Broken(UpstreamFailure::DigestMismatch)
+    ));
     assert!(bytes.len() <= MIB - usize::try_from(WITHHELD_BYTES).unwrap());
 }
 
@@ -221,7 +224,7 @@ async fn a_blob_of_unknown_size_that_finds_no_room_is_read_to_its_end_and_not_ke
 #[tokio::test]
 async fn t08_leaders_refusal_does_not_break_who_follows() {
     let (downloads, script, blob) = (downloads(), Script::default(), content(MIB));
-    script.silence(Cause::Refused);
+    script.silence(UpstreamFailure::ConnectionRefused);
     let parts = Parts::default();
     send(&parts.part(), &blob);
     let leader = leader(&downloads, digest(&blob));

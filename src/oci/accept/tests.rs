@@ -44,12 +44,12 @@ fn the_lines_are_passed_on_as_they_came() {
     let lines = ["a/B;q=0.3, c/d", "nonsense", "x/y"];
     assert_eq!(
         accept(&lines)
-            .lines()
+            .header_values()
             .map(|line| line.to_str().unwrap())
             .collect::<Vec<_>>(),
         lines
     );
-    assert_eq!(Accept::any().lines().count(), 0);
+    assert_eq!(Accept::any().header_values().count(), 0);
 }
 
 #[test]
@@ -68,17 +68,17 @@ fn a_type_is_admitted_by_name_by_wildcard_or_by_silence() {
         let index: MediaType = "application/vnd.oci.image.index.v1+json; charset=utf-8"
             .parse()
             .unwrap();
-        assert_eq!(accept(lines).admits(&index), admitted, "{lines:?}");
+        assert_eq!(accept(lines).accepts(&index), admitted, "{lines:?}");
     }
 }
 
 #[test]
 fn our_own_set_admits_every_manifest_of_today() {
     for name in MediaType::CURRENT_MANIFESTS {
-        assert!(Accept::manifests().admits(&name.parse().unwrap()));
+        assert!(Accept::manifests().accepts(&name.parse().unwrap()));
     }
     let lines: Vec<_> = Accept::manifests()
-        .lines()
+        .header_values()
         .map(|line| line.to_str().unwrap().to_owned())
         .collect();
     assert_eq!(

@@ -12,7 +12,7 @@ use super::*;
 
 #[test]
 fn a_body_is_the_json_of_the_spec() {
-    let mut problem = Problem::new(ErrorCode::ManifestUnknown, "docker.io has no \"x\"");
+    let mut problem = ErrorBody::new(ErrorCode::ManifestUnknown, "docker.io has no \"x\"");
     assert_eq!(
         &problem.body()[..],
         br#"{"errors":[{"code":"MANIFEST_UNKNOWN","message":"docker.io has no \"x\""}]}"#
@@ -50,7 +50,7 @@ fn an_upstream_s_error_is_read_in_every_known_form() {
         (r#"{"message":" a\u001b[31m\r\nb\u0000 "}"#, "UNKNOWN", "a[31mb"),
     ] {
         assert_eq!(
-            Problem::read(body.as_bytes()),
+            ErrorBody::read(body.as_bytes()),
             Some((code.into(), message.into())),
             "{body}"
         );
@@ -65,27 +65,27 @@ fn an_upstream_s_error_is_read_in_every_known_form() {
         r#"{"errors":{}}"#,
         r#"{"errors":[{"code":7}]}"#,
     ] {
-        assert_eq!(Problem::read(body.as_bytes()), None, "{body}");
+        assert_eq!(ErrorBody::read(body.as_bytes()), None, "{body}");
     }
 }
 
 #[test]
 fn a_long_message_is_cut_between_characters_and_a_huge_body_not_read() {
     let long = json!({ "message": "é".repeat(400) }).to_string();
-    assert_eq!(Problem::read(long.as_bytes()).unwrap().1, "é".repeat(256));
-    let huge = json!({ "message": "a".repeat(PROBLEM_BYTES_MAX) }).to_string();
-    assert_eq!(Problem::read(huge.as_bytes()), None);
+    assert_eq!(ErrorBody::read(long.as_bytes()).unwrap().1, "é".repeat(256));
+    let huge = json!({ "message": "a".repeat(ERROR_BODY_BYTES_MAX) }).to_string();
+    assert_eq!(ErrorBody::read(huge.as_bytes()), None);
 }
 
 proptest! {
     #[test]
     fn what_we_answer_is_read_back(message in "[ -~é]{0,100}") {
-        let problem = Problem::new(ErrorCode::Unavailable, message.trim());
-        prop_assert_eq!(Problem::read(&problem.body()), Some(("UNAVAILABLE".into(), message.trim().into())));
+        let problem = ErrorBody::new(ErrorCode::Unavailable, message.trim());
+        prop_assert_eq!(ErrorBody::read(&problem.body()), Some(("UNAVAILABLE".into(), message.trim().into())));
     }
 
     #[test]
     fn no_body_panics(bytes: Vec<u8>) {
-        let _any = Problem::read(&bytes);
+        let _any = ErrorBody::read(&bytes);
     }
 }

@@ -24,11 +24,11 @@ fn read(value: &Value) -> Result<Manifest, ManifestError> {
     Manifest::read(value.to_string().as_bytes())
 }
 
-fn roles(manifest: &Manifest) -> Vec<(Role, AnyDigest)> {
+fn roles(manifest: &Manifest) -> Vec<(DescriptorKind, AnyDigest)> {
     manifest
-        .children
+        .descriptors
         .iter()
-        .map(|child| (child.role, child.digest.clone()))
+        .map(|child| (child.kind, child.digest.clone()))
         .collect()
 }
 
@@ -44,22 +44,22 @@ fn an_image_names_its_config_and_layers_in_order() {
     }))
     .unwrap();
     assert_eq!(
-        (image.kind, image.odd, image.subject),
-        (Kind::Image, 0, Some(digest("subject")))
+        (image.kind, image.unparsed, image.subject),
+        (ManifestKind::Image, 0, Some(digest("subject")))
     );
     assert_eq!(
         roles(&image),
         [
-            (Role::Config, digest("config").into()),
-            (Role::Layer, digest("one").into()),
-            (Role::Layer, digest("two").into())
+            (DescriptorKind::Config, digest("config").into()),
+            (DescriptorKind::Layer, digest("one").into()),
+            (DescriptorKind::Layer, digest("two").into())
         ]
     );
     assert_eq!(
         image
-            .children
+            .descriptors
             .iter()
-            .map(|child| (child.size, child.foreign))
+            .map(|child| (child.size, child.has_urls))
             .collect::<Vec<_>>(),
         [(Some(6), false), (Some(3), false), (None, true)]
     );
@@ -76,18 +76,26 @@ fn an_index_names_its_manifests_and_their_platforms() {
     // A build cache lists blobs in an index.
     let index = read(&json!({ "manifests": [arm, untyped, descriptor("blob")] })).unwrap();
     assert_eq!(
-        (index.kind, index.media_type.is_none(), index.odd),
-        (Kind::Index, true, 0)
+        (index.kind, index.media_type.is_none(), index.unparsed),
+        (ManifestKind::Index, true, 0)
     );
     assert_eq!(
-        index.children.iter().map(|child| child.role).collect::<Vec<_>>(),
-        [Role::Manifest, Role::Manifest, Role::Layer]
+        index
+            .descriptors
+            .iter()
+            .map(|child| child.kind)
+            .collect::<Vec<_>>(),
+        [
+            DescriptorKind::Manifest,
+            DescriptorKind::Manifest,
+            DescriptorKind::Layer
+        ]
     );
     assert_eq!(
-        index.children[0].platform.as_ref().unwrap().to_string(),
+        index.descriptors[0].platform.as_ref().unwrap().to_string(),
         "linux/arm/v7"
     );
-    assert_eq!(index.children[1].platform, None);
+    assert_eq!(index.descriptors[1].platform, None);
 }
 
 #[test]
@@ -101,20 +109,20 @@ fn one_odd_descriptor_is_counted_and_the_others_stay() {
         ],
     }))
     .unwrap();
-    assert_eq!((image.kind, image.odd), (Kind::Image, 6));
+    assert_eq!((image.kind, image.unparsed), (ManifestKind::Image, 6));
     assert_eq!(
         roles(&image),
         [
-            (Role::Layer, digest("one").into()),
-            (Role::Layer, digest("two").into()),
-            (Role::Layer, "blake3:00".parse().unwrap())
+            (DescriptorKind::Layer, digest("one").into()),
+            (DescriptorKind::Layer, digest("two").into()),
+            (DescriptorKind::Layer, "blake3:00".parse().unwrap())
         ]
     );
     assert_eq!(
         (
-            image.children[1].size,
-            image.children[1].media_type.clone(),
-            image.children[1].foreign
+            image.descriptors[1].size,
+            image.descriptors[1].media_type.clone(),
+            image.descriptors[1].has_urls
         ),
         (None, None, false)
     );
@@ -126,21 +134,28 @@ fn other_shapes_are_other_and_say_what_they_can() {
         read(&json!({ "schemaVersion": 1, "fsLayers": [{ "blobSum": digest("old").to_string() }, {}] }))
             .unwrap();
     assert_eq!(
-        (old.kind, roles(&old), old.odd),
-        (Kind::Other, vec![(Role::Layer, digest("old").into())], 1)
+        (old.kind, roles(&old), old.unparsed),
+        (
+            ManifestKind::Other,
+            vec![(DescriptorKind::Layer, digest("old").into())],
+            1
+        )
     );
     let artifact = read(&json!({
         "mediaType": "application/vnd.oci.artifact.manifest.v1+json", "blobs": [descriptor("b")],
     }))
     .unwrap();
-    assert_eq!((artifact.kind, artifact.children.len()), (Kind::Other, 1));
+    assert_eq!(
+        (artifact.kind, artifact.descriptors.len()),
+        (ManifestKind::Other, 1)
+    );
     let empty = read(&json!({ "mediaType": 7, "layers": null, "manifests": null, "subject": "x" })).unwrap();
     assert_eq!(
-        (empty.kind, empty.children.len(), empty.odd, empty.subject),
-        (Kind::Other, 0, 0, None)
+        (empty.kind, empty.descriptors.len(), empty.unparsed, empty.subject),
+        (ManifestKind::Other, 0, 0, None)
     );
     let empty_index = json!({ "mediaType": "application/vnd.oci.image.index.v1+json" });
-    assert_eq!(read(&empty_index).unwrap().kind, Kind::Index);
+    assert_eq!(read(&empty_index).unwrap().kind, ManifestKind::Index);
 }
 
 #[test]
@@ -175,18 +190,20 @@ fn what_is_too_large_is_refused() {
         Err(ManifestError::TooLarge { found })
     );
     assert_eq!(
-        read(&json!({ "layers": vec![0; CHILDREN_MAX] })).unwrap().odd,
-        CHILDREN_MAX
+        read(&json!({ "layers": vec![0; DESCRIPTORS_MAX] }))
+            .unwrap()
+            .unparsed,
+        DESCRIPTORS_MAX
     );
-    let found = CHILDREN_MAX + 5;
+    let found = DESCRIPTORS_MAX + 5;
     assert_eq!(
         read(&json!({ "layers": vec![0; found] })),
         Err(ManifestError::TooMany { found })
     );
     assert_eq!(
-        read(&json!({ "layers": vec![0; CHILDREN_MAX], "blobs": [0] })),
+        read(&json!({ "layers": vec![0; DESCRIPTORS_MAX], "blobs": [0] })),
         Err(ManifestError::TooMany {
-            found: CHILDREN_MAX + 1
+            found: DESCRIPTORS_MAX + 1
         })
     );
 }
@@ -277,7 +294,7 @@ proptest! {
         ], 0..40)
     ) {
         let image = read(&json!({ "layers": layers })).unwrap();
-        prop_assert_eq!(image.children.len() + image.odd, layers.len());
+        prop_assert_eq!(image.descriptors.len() + image.unparsed, layers.len());
     }
 
     #[test]

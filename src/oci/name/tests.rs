@@ -87,7 +87,7 @@ fn a_colon_makes_a_reference_a_digest() {
     assert!(matches!("latest".parse(), Ok(Reference::Tag(_))));
     assert!(matches!(
         "blake3:00".parse(),
-        Ok(Reference::Digest(AnyDigest::Foreign(_)))
+        Ok(Reference::Digest(AnyDigest::Unsupported(_)))
     ));
     assert!(matches!(
         "sha256:00".parse::<Reference>(),

@@ -8,7 +8,7 @@
 
 use proptest::prelude::*;
 
-use super::ByteRange::{Between, From, Last};
+use super::ByteRange::{Bounded, FromOffset, Suffix};
 use super::*;
 
 fn read(text: &str) -> RangeRequest {
@@ -19,21 +19,21 @@ fn read(text: &str) -> RangeRequest {
 fn ranges_of_the_grammar_are_read_and_others_ignored() {
     let single = RangeRequest::Single;
     for (text, request) in [
-        ("bytes=0-1", single(Between { first: 0, last: 1 })),
-        ("Bytes = 5 - ", single(From(5))),
-        ("bytes=-7", single(Last(7))),
-        ("bytes=500-0", single(Between { first: 500, last: 0 })),
-        ("bytes=,1-,", single(From(1))),
+        ("bytes=0-1", single(Bounded { first: 0, last: 1 })),
+        ("Bytes = 5 - ", single(FromOffset(5))),
+        ("bytes=-7", single(Suffix(7))),
+        ("bytes=500-0", single(Bounded { first: 500, last: 0 })),
+        ("bytes=,1-,", single(FromOffset(1))),
         (
             "bytes=0-99999999999999999999",
-            single(Between {
+            single(Bounded {
                 first: 0,
                 last: u64::MAX,
             }),
         ),
         (
             "bytes=0-1, 4-",
-            RangeRequest::Multi(vec![Between { first: 0, last: 1 }, From(4)]),
+            RangeRequest::Multi(vec![Bounded { first: 0, last: 1 }, FromOffset(4)]),
         ),
         ("", RangeRequest::None),
         ("bytes", RangeRequest::None),
@@ -64,46 +64,46 @@ fn a_range_is_clipped_to_the_body_or_unsatisfiable() {
     for (range, size, bytes) in [
         // The cases of the conformance suite, with a body of 4,000 bytes.
         (
-            Between {
+            Bounded {
                 first: 500,
                 last: 1499,
             },
             4000,
             Some((500, 1500)),
         ),
-        (From(500), 4000, Some((500, 4000))),
-        (Last(500), 4000, Some((3500, 4000))),
+        (FromOffset(500), 4000, Some((500, 4000))),
+        (Suffix(500), 4000, Some((3500, 4000))),
         (
-            Between {
+            Bounded {
                 first: 2000,
                 last: 5000,
             },
             4000,
             Some((2000, 4000)),
         ),
-        (Between { first: 500, last: 0 }, 4000, None),
+        (Bounded { first: 500, last: 0 }, 4000, None),
         (
-            Between {
+            Bounded {
                 first: 5000,
                 last: 10_000,
             },
             4000,
             None,
         ),
-        (From(3999), 4000, Some((3999, 4000))),
-        (From(4000), 4000, None),
-        (Last(0), 4000, None),
-        (Last(9999), 4000, Some((0, 4000))),
+        (FromOffset(3999), 4000, Some((3999, 4000))),
+        (FromOffset(4000), 4000, None),
+        (Suffix(0), 4000, None),
+        (Suffix(9999), 4000, Some((0, 4000))),
         (
-            Between {
+            Bounded {
                 first: 0,
                 last: u64::MAX,
             },
             4000,
             Some((0, 4000)),
         ),
-        (From(0), 0, None),
-        (Last(1), 0, None),
+        (FromOffset(0), 0, None),
+        (Suffix(1), 0, None),
     ] {
         let span = range.resolve(size);
         assert_eq!(
@@ -116,9 +116,9 @@ fn a_range_is_clipped_to_the_body_or_unsatisfiable() {
 
 #[test]
 fn content_range_is_written_and_read() {
-    let span = Span::new(0, 2).unwrap();
+    let span = ByteSpan::new(0, 2).unwrap();
     assert_eq!(
-        (content_range(span, 10), unsatisfied(10)),
+        (content_range(span, 10), unsatisfied_content_range(10)),
         ("bytes 0-1/10".into(), "bytes */10".into())
     );
     assert_eq!(parse_content_range("bytes 0-1/10"), Some((span, Some(10))));
@@ -143,7 +143,7 @@ fn content_range_is_written_and_read() {
 proptest! {
     #[test]
     fn a_span_lies_in_the_body_and_survives_text(first: u64, last: u64, size: u64) {
-        for range in [From(first), Between { first, last }, Last(last)] {
+        for range in [FromOffset(first), Bounded { first, last }, Suffix(last)] {
             if let Some(span) = range.resolve(size) {
                 prop_assert!(span.start < span.end_exclusive && span.end_exclusive <= size);
                 prop_assert_eq!(parse_content_range(&content_range(span, size)), Some((span, Some(size))));
@@ -158,26 +158,28 @@ proptest! {
     }
 }
 
-fn sent(text: &str, size: u64) -> Sent {
+fn sent(text: &str, size: u64) -> ResolvedRange {
     read(text).resolve(size)
 }
 
-fn parts(spans: &[(u64, u64)]) -> Sent {
-    let spans = spans.iter().map(|(start, end)| Span::new(*start, *end).unwrap());
-    Sent::Parts(spans.collect())
+fn parts(spans: &[(u64, u64)]) -> ResolvedRange {
+    let spans = spans
+        .iter()
+        .map(|(start, end)| ByteSpan::new(*start, *end).unwrap());
+    ResolvedRange::Multi(spans.collect())
 }
 
 #[test]
 fn what_cannot_be_satisfied_is_left_out_and_416_only_when_nothing_is_left() {
     for (text, expected) in [
-        ("bytes=0-0", Sent::Part(Span::new(0, 1).unwrap())),
-        ("bytes=10-", Sent::Nothing),
+        ("bytes=0-0", ResolvedRange::Single(ByteSpan::new(0, 1).unwrap())),
+        ("bytes=10-", ResolvedRange::Unsatisfiable),
         ("bytes=0-1,4-5", parts(&[(0, 2), (4, 6)])),
         ("bytes=4-5,0-1", parts(&[(4, 6), (0, 2)])),
         ("bytes=0-1,10-20", parts(&[(0, 2)])),
         ("bytes=0-1,8-20,-1", parts(&[(0, 2), (8, 10)])),
-        ("bytes=10-,20-30,-0", Sent::Nothing),
-        ("lines=0-1,2-3", Sent::Whole),
+        ("bytes=10-,20-30,-0", ResolvedRange::Unsatisfiable),
+        ("lines=0-1,2-3", ResolvedRange::Full),
     ] {
         assert_eq!(sent(text, 10), expected, "{text}");
     }
@@ -209,8 +211,8 @@ proptest! {
             .filter(|byte| *byte < size)
             .collect();
         let brought: Vec<u64> = match sent(&format!("bytes={}", text.join(",")), size) {
-            Sent::Parts(spans) => spans.iter().flat_map(|span| span.start..span.end_exclusive).collect(),
-            Sent::Nothing => Vec::new(),
+            ResolvedRange::Multi(spans) => spans.iter().flat_map(|span| span.start..span.end_exclusive).collect(),
+            ResolvedRange::Unsatisfiable => Vec::new(),
             other => panic!("{other:?}"),
         };
         let once: std::collections::BTreeSet<u64> = brought.iter().copied().collect();

@@ -11,7 +11,7 @@ use bytes::Bytes;
 
 use super::File;
 use crate::oci::Digest;
-use crate::oci::range::{Span, content_range};
+use crate::oci::range::{ByteSpan, content_range};
 use crate::server::reply::within;
 use crate::store::fs::FsFile;
 use crate::store::step::Buffers;
@@ -22,7 +22,7 @@ const BOUNDARY_HEX: usize = 40;
 
 /// The parts to be sent of a blob, and how they are kept apart.
 pub(in crate::server) struct Plan {
-    spans: Vec<Span>,
+    spans: Vec<ByteSpan>,
     size: u64,
     boundary: String,
 }
@@ -32,7 +32,7 @@ impl Plan {
     ///
     /// The boundary is made of the digest: no blob holds its own, so none can end a part early, and the same question
     /// has the same answer.
-    pub(in crate::server) fn new(digest: &Digest, size: u64, spans: Vec<Span>) -> Self {
+    pub(in crate::server) fn new(digest: &Digest, size: u64, spans: Vec<ByteSpan>) -> Self {
         let mut boundary = digest.hex();
         boundary.truncate(BOUNDARY_HEX);
         boundary.insert_str(0, "ifnewer-");
@@ -55,7 +55,7 @@ impl Plan {
         parts.sum::<u64>() + self.end().len() as u64
     }
 
-    fn head(&self, span: Span, is_first: bool) -> String {
+    fn head(&self, span: ByteSpan, is_first: bool) -> String {
         let mut head = String::with_capacity(160);
         if !is_first {
             head.push_str("\r\n");
@@ -84,7 +84,7 @@ pub(in crate::server) enum From {
 }
 
 impl From {
-    fn part(&self, span: Span) -> Part {
+    fn part(&self, span: ByteSpan) -> Part {
         match self {
             Self::Memory(bytes) => Part::Memory(within(bytes, span)),
             Self::File(file, buffers, telemetry) => Part::File(Box::new(File {
@@ -108,7 +108,7 @@ enum Part {
 pub(super) struct Parts {
     plan: Plan,
     from: From,
-    waiting: VecDeque<Span>,
+    waiting: VecDeque<ByteSpan>,
     now: Option<Part>,
     left: u64,
 }

@@ -8,8 +8,8 @@ use http::header::{IF_NONE_MATCH, IF_RANGE, RANGE};
 use http::request::Parts;
 
 use crate::oci::query::Query;
-use crate::oci::range::{ByteRange, Sent};
-use crate::oci::{ErrorCode, Operation, RangeRequest, Reference};
+use crate::oci::range::{ByteRange, ResolvedRange};
+use crate::oci::{Endpoint, ErrorCode, RangeRequest, Reference};
 use crate::proxy::{Request, UpstreamRegistry};
 use crate::upstream::UpstreamResponse;
 
@@ -20,7 +20,7 @@ pub(in crate::server) struct Asked {
     path: String,
     /// The `ns` of the client's query, if it sent one.
     namespace: Option<String>,
-    pub(super) operation: Operation,
+    pub(super) endpoint: Endpoint,
     pub(super) head: bool,
     if_none_match: Option<HeaderValue>,
     if_range: Option<HeaderValue>,
@@ -30,8 +30,8 @@ pub(in crate::server) struct Asked {
 
 impl Asked {
     pub(in crate::server) fn new(head: &Parts, request: &Request) -> Self {
-        let (path, namespace) = match request.operation {
-            Operation::Tags { .. } | Operation::Referrers { .. } => {
+        let (path, namespace) = match request.endpoint {
+            Endpoint::Tags { .. } | Endpoint::Referrers { .. } => {
                 let query = Query::parse(head.uri.query());
                 let namespace = query.ok().and_then(|(_, namespace)| namespace);
                 (head.uri.path().to_owned(), namespace)
@@ -42,7 +42,7 @@ impl Asked {
             site: Arc::clone(&request.site),
             path,
             namespace,
-            operation: request.operation.clone(),
+            endpoint: request.endpoint.clone(),
             head: request.head,
             if_none_match: head.headers.get(IF_NONE_MATCH).cloned(),
             if_range: head.headers.get(IF_RANGE).cloned(),
@@ -63,24 +63,24 @@ impl Asked {
         if query.is_empty() {
             return None;
         }
-        let namespace = Query::of_namespace(self.namespace.as_deref());
+        let namespace = Query::ns_suffix(self.namespace.as_deref());
         Some(format!("{}{}{namespace}", self.path, query))
     }
 
     /// What was asked for, in words: written only for those who are told no.
     pub(super) fn image(&self) -> String {
-        match &self.operation {
-            Operation::Ping => String::new(),
-            Operation::Manifest {
+        match &self.endpoint {
+            Endpoint::Ping => String::new(),
+            Endpoint::Manifest {
                 repository,
                 reference: Reference::Tag(tag),
             } => format!("{repository}:{tag}"),
-            Operation::Manifest {
+            Endpoint::Manifest {
                 repository,
                 reference: Reference::Digest(digest),
             }
-            | Operation::Blob { repository, digest } => format!("{repository}@{digest}"),
-            Operation::Tags { repository, .. } | Operation::Referrers { repository, .. } => {
+            | Endpoint::Blob { repository, digest } => format!("{repository}@{digest}"),
+            Endpoint::Tags { repository, .. } | Endpoint::Referrers { repository, .. } => {
                 repository.to_string()
             }
         }
@@ -96,23 +96,23 @@ impl Asked {
             let code = answer.and_then(|answer| answer.code.as_deref());
             code == Some(ErrorCode::NameUnknown.as_str())
         };
-        match &self.operation {
-            Operation::Blob { .. } => ErrorCode::BlobUnknown,
-            Operation::Manifest { .. } => ErrorCode::ManifestUnknown,
-            Operation::Referrers { .. } if !names_repository() => ErrorCode::Unsupported,
-            Operation::Ping | Operation::Tags { .. } | Operation::Referrers { .. } => ErrorCode::NameUnknown,
+        match &self.endpoint {
+            Endpoint::Blob { .. } => ErrorCode::BlobUnknown,
+            Endpoint::Manifest { .. } => ErrorCode::ManifestUnknown,
+            Endpoint::Referrers { .. } if !names_repository() => ErrorCode::Unsupported,
+            Endpoint::Ping | Endpoint::Tags { .. } | Endpoint::Referrers { .. } => ErrorCode::NameUnknown,
         }
     }
 
     /// Whether one range without an end is asked for: most clients that send one read a little of it and close.
     pub(super) fn is_open_ended(&self) -> bool {
-        matches!(self.range, RangeRequest::Single(ByteRange::From(_)))
+        matches!(self.range, RangeRequest::Single(ByteRange::FromOffset(_)))
     }
 
     /// What is to be sent of a blob of `size` bytes. A `Range` counts for GET alone (RFC 9110 §14.2), and an `If-Range`
     /// that names another content, weakly or by a date, means the whole (§13.1.5). So do several ranges of what is not
     /// held yet.
-    pub(super) fn sent(&self, size: u64, etag: &str, is_held: bool) -> Sent {
+    pub(super) fn sent(&self, size: u64, etag: &str, is_held: bool) -> ResolvedRange {
         let unchanged = self
             .if_range
             .as_ref()
@@ -121,7 +121,7 @@ impl Asked {
         if unchanged && is_answered && !self.head {
             self.range.resolve(size)
         } else {
-            Sent::Whole
+            ResolvedRange::Full
         }
     }
 

@@ -5,8 +5,8 @@ use http::header::{ACCEPT_RANGES, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE};
 use http::{HeaderValue, Response, StatusCode};
 
 use super::{Asked, OCTETS, etag, how, named, problem, put, respond};
-use crate::oci::range::{Sent, Span, content_range, unsatisfied};
-use crate::oci::{Digest, ErrorCode, Problem};
+use crate::oci::range::{ByteSpan, ResolvedRange, content_range, unsatisfied_content_range};
+use crate::oci::{Digest, ErrorBody, ErrorCode};
 use crate::proxy::{BlobBody, ServeInfo};
 use crate::server::body::{PartsFrom, Plan};
 use crate::server::{Body, Front};
@@ -40,16 +40,18 @@ impl Answered<'_> {
             Some(size) if !matches!(content, BlobBody::Passthrough(_)) => {
                 self.asked.sent(size, &etag, is_held)
             }
-            _ => Sent::Whole,
+            _ => ResolvedRange::Full,
         };
         let mut response = match (sent, content) {
-            (Sent::Nothing, _) => return self.unsatisfiable(),
-            (Sent::Parts(spans), BlobBody::Memory(bytes)) => self.parts(spans, PartsFrom::Memory(bytes)),
-            (Sent::Parts(spans), BlobBody::File(held)) => {
+            (ResolvedRange::Unsatisfiable, _) => return self.unsatisfiable(),
+            (ResolvedRange::Multi(spans), BlobBody::Memory(bytes)) => {
+                self.parts(spans, PartsFrom::Memory(bytes))
+            }
+            (ResolvedRange::Multi(spans), BlobBody::File(held)) => {
                 let (buffers, telemetry) = (self.front.buffers.clone(), self.front.telemetry.clone());
                 self.parts(spans, PartsFrom::File(held.file, buffers, telemetry))
             }
-            (Sent::Part(span), content) => self.part(span, content),
+            (ResolvedRange::Single(span), content) => self.part(span, content),
             (_, content) => self.whole(content),
         };
         let headers = response.headers_mut();
@@ -95,8 +97,8 @@ impl Answered<'_> {
         Body::whole(bytes)
     }
 
-    fn part(&self, span: Span, content: BlobBody) -> Response<Body> {
-        let Span { start, end_exclusive } = span;
+    fn part(&self, span: ByteSpan, content: BlobBody) -> Response<Body> {
+        let ByteSpan { start, end_exclusive } = span;
         let telemetry = self.front.telemetry.clone();
         let body = match content {
             BlobBody::Memory(bytes) => self.memory(within(&bytes, span)),
@@ -128,7 +130,7 @@ impl Answered<'_> {
         response
     }
 
-    fn parts(&self, spans: Vec<Span>, from: PartsFrom) -> Response<Body> {
+    fn parts(&self, spans: Vec<ByteSpan>, from: PartsFrom) -> Response<Body> {
         let plan = Plan::new(&self.digest, self.size.unwrap_or_default(), spans);
         let (content_type, length) = (plan.content_type(), plan.length());
         let mut response = respond(StatusCode::PARTIAL_CONTENT, Body::parts(plan, from));
@@ -147,16 +149,20 @@ impl Answered<'_> {
         );
         let mut response = problem(
             StatusCode::RANGE_NOT_SATISFIABLE,
-            &Problem::new(ErrorCode::SizeInvalid, message),
+            &ErrorBody::new(ErrorCode::SizeInvalid, message),
             self.asked.head,
         );
-        put(response.headers_mut(), CONTENT_RANGE, &unsatisfied(size));
+        put(
+            response.headers_mut(),
+            CONTENT_RANGE,
+            &unsatisfied_content_range(size),
+        );
         response
     }
 }
 
 /// The bytes of a span, as far as there are any.
-pub(in crate::server) fn within(bytes: &Bytes, span: Span) -> Bytes {
+pub(in crate::server) fn within(bytes: &Bytes, span: ByteSpan) -> Bytes {
     let at = |offset: u64| usize::try_from(offset).map_or(bytes.len(), |offset| offset.min(bytes.len()));
     bytes.slice(at(span.start)..at(span.end_exclusive))
 }

@@ -7,7 +7,7 @@ use hyper::ext::ReasonPhrase;
 
 use super::{Asked, Body, problem, put};
 use crate::oci::header::CACHE_STATUS;
-use crate::oci::{Cause, ErrorCode, Problem};
+use crate::oci::{ErrorBody, ErrorCode, UpstreamFailure};
 use crate::policy::DenyReason;
 use crate::proxy::Denied;
 use crate::upstream::ResponseKind;
@@ -30,7 +30,7 @@ pub(super) fn answer(refused: &Denied, asked: &Asked) -> Response<Body> {
         Some(theirs) => format!("{sentence} ({upstream}: {theirs})"),
         None => sentence,
     };
-    let mut response = problem(status, &Problem::new(code, message), asked.head);
+    let mut response = problem(status, &ErrorBody::new(code, message), asked.head);
     if let DenyReason::UpstreamUnavailable(cause)
     | DenyReason::StaleLimitExceeded(cause)
     | DenyReason::Incomplete(cause) = refused.refusal
@@ -72,7 +72,7 @@ pub(super) fn answer(refused: &Denied, asked: &Asked) -> Response<Body> {
 /// The registry's own challenge, as it would give it.
 pub(super) fn challenged(lines: Vec<HeaderValue>, asked: &Asked) -> Response<Body> {
     let message = format!("{} wants a credential", asked.upstream());
-    let said = Problem::new(ErrorCode::Unauthorized, message);
+    let said = ErrorBody::new(ErrorCode::Unauthorized, message);
     let mut response = problem(StatusCode::UNAUTHORIZED, &said, asked.head);
     for line in lines {
         response.headers_mut().append(WWW_AUTHENTICATE, line);
@@ -81,10 +81,10 @@ pub(super) fn challenged(lines: Vec<HeaderValue>, asked: &Asked) -> Response<Bod
 }
 
 /// The response to a request that the registry was to answer, and did not.
-pub(in crate::server) fn not_passed(upstream: &str, cause: Cause, head: bool) -> Response<Body> {
+pub(in crate::server) fn not_passed(upstream: &str, cause: UpstreamFailure, head: bool) -> Response<Body> {
     let (status, code) = silence(cause);
     let message = format!("{upstream} {cause}, and only it can answer this");
-    problem(status, &Problem::new(code, message), head)
+    problem(status, &ErrorBody::new(code, message), head)
 }
 
 /// Each refusal's status, code and sentence. Exhaustive: a new refusal does not compile until it has its own.
@@ -178,18 +178,19 @@ fn refusal(refused: &Denied, asked: &Asked) -> (StatusCode, ErrorCode, String) {
     }
 }
 
-fn silence(cause: Cause) -> (StatusCode, ErrorCode) {
+fn silence(cause: UpstreamFailure) -> (StatusCode, ErrorCode) {
     match cause {
-        Cause::RateLimited => (StatusCode::TOO_MANY_REQUESTS, ErrorCode::TooManyRequests),
-        Cause::Timeout | Cause::ConnectTimeout | Cause::Budget => {
+        UpstreamFailure::RateLimited => (StatusCode::TOO_MANY_REQUESTS, ErrorCode::TooManyRequests),
+        UpstreamFailure::Timeout | UpstreamFailure::ConnectTimeout | UpstreamFailure::RevalidateTimeout => {
             (StatusCode::GATEWAY_TIMEOUT, ErrorCode::Unavailable)
         }
-        Cause::ClientQueueFull | Cause::QueueFull => {
+        UpstreamFailure::ClientQueueFull | UpstreamFailure::QueueFull => {
             (StatusCode::SERVICE_UNAVAILABLE, ErrorCode::TooManyRequests)
         }
-        Cause::BreakerOpen | Cause::Busy | Cause::Offline | Cause::Status(503) => {
-            (StatusCode::SERVICE_UNAVAILABLE, ErrorCode::Unavailable)
-        }
+        UpstreamFailure::BreakerOpen
+        | UpstreamFailure::Busy
+        | UpstreamFailure::Offline
+        | UpstreamFailure::Status(503) => (StatusCode::SERVICE_UNAVAILABLE, ErrorCode::Unavailable),
         _ => (StatusCode::BAD_GATEWAY, ErrorCode::Unavailable),
     }
 }

@@ -33,10 +33,13 @@ impl Evictor {
             // A damaged one leads nowhere; it is found damaged by whoever asks for it.
             let manifest = bytes.and_then(|bytes| Manifest::read(&bytes).ok());
             let (children, subject) = manifest.map_or_else(Default::default, |manifest| {
-                let known = manifest.children.iter().filter_map(|child| match &child.digest {
-                    AnyDigest::Known(digest) => Some(*digest),
-                    AnyDigest::Foreign(_) => None,
-                });
+                let known = manifest
+                    .descriptors
+                    .iter()
+                    .filter_map(|child| match &child.digest {
+                        AnyDigest::Supported(digest) => Some(*digest),
+                        AnyDigest::Unsupported(_) => None,
+                    });
                 (exactly(known.collect()), manifest.subject)
             });
             listed.push(Listed {

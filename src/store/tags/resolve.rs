@@ -169,7 +169,7 @@ impl<'a> Response<'a> {
 
     fn is_for(&self, reader: TagReader<'_>) -> bool {
         match reader {
-            TagReader::Client(accept) => self.accept == accept.key() || accept.admits(self.media_type),
+            TagReader::Client(accept) => self.accept == accept.key() || accept.accepts(self.media_type),
             TagReader::Operator => true,
         }
     }

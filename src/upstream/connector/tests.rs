@@ -118,11 +118,11 @@ async fn an_unknown_ca_or_another_name_is_a_silence_by_tls() {
     };
     assert_eq!(
         said(strange).await,
-        ResponseKind::Unavailable(Cause::Tls(TlsFault::UnknownIssuer))
+        ResponseKind::Unavailable(UpstreamFailure::Tls(TlsFailure::UnknownIssuer))
     );
     assert_eq!(
         said(secure.settings("127.0.0.1")).await,
-        ResponseKind::Unavailable(Cause::Tls(TlsFault::WrongName))
+        ResponseKind::Unavailable(UpstreamFailure::Tls(TlsFailure::WrongName))
     );
     let plain = Registry::start(|_| manifest()).await;
     let url = plain.url().replace("http:", "https:").parse().unwrap();
@@ -132,7 +132,7 @@ async fn an_unknown_ca_or_another_name_is_a_silence_by_tls() {
     };
     assert_eq!(
         said(plain).await,
-        ResponseKind::Unavailable(Cause::Tls(TlsFault::NotTls))
+        ResponseKind::Unavailable(UpstreamFailure::Tls(TlsFailure::NotTls))
     );
     assert!(secure.registry.seen().is_empty());
 }
@@ -145,7 +145,7 @@ async fn a_redirect_never_leaves_tls() {
     let secure = Secure::start(registry, &[b"h2"]).await;
     assert_eq!(
         said(secure.settings("localhost")).await,
-        ResponseKind::Unavailable(Cause::Redirects(RedirectFault::Downgrade))
+        ResponseKind::Unavailable(UpstreamFailure::Redirects(RedirectFailure::Downgrade))
     );
     assert!(plain.seen().is_empty());
 }
@@ -180,7 +180,7 @@ async fn a_tls_upstream_is_asked_through_a_tunnel() {
         ("HTTP/1.1 200 OK\r\n\r\n", ResponseKind::Digest(digest(MANIFEST))),
         (
             "HTTP/1.1 407 No\r\n\r\n",
-            ResponseKind::Unavailable(Cause::Unreachable),
+            ResponseKind::Unavailable(UpstreamFailure::Unreachable),
         ),
     ] {
         let secure = Secure::start(Registry::start(|_| manifest()).await, &[b"h2"]).await;

@@ -35,7 +35,7 @@ pub struct DockerConfig {
 pub enum DockerConfigError {
     /// Not JSON, or not of this shape.
     #[error("line {0} is not what docker writes")]
-    Malformed(usize),
+    RequestError(usize),
     /// An `auth` that is not base64 of user and password.
     #[error("`auth` of `{0}` is not the base64 of a user, a colon and a password")]
     Auth(String),
@@ -75,7 +75,7 @@ impl DockerConfig {
     /// Reads it.
     pub fn read(text: &str) -> Result<Self, DockerConfigError> {
         let file: File =
-            serde_json::from_str(text).map_err(|error| DockerConfigError::Malformed(error.line()))?;
+            serde_json::from_str(text).map_err(|error| DockerConfigError::RequestError(error.line()))?;
         let mut credentials = HashMap::new();
         let mut known = HashMap::new();
         for (key, entry) in file.auths {

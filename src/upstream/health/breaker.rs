@@ -7,8 +7,8 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::WaitLimit;
-use crate::oci::cause::Cause;
-use crate::oci::operation::Operation;
+use crate::oci::endpoint::Endpoint;
+use crate::oci::failure::UpstreamFailure;
 
 /// So many failures …
 pub(super) const FAILURES_MAX: usize = 3;
@@ -42,7 +42,7 @@ pub(super) enum Granularity {
 }
 
 impl Granularity {
-    fn are_distinct(self, one: &Operation, other: &Operation) -> bool {
+    fn are_distinct(self, one: &Endpoint, other: &Endpoint) -> bool {
         match self {
             Self::Everything => true,
             Self::Repositories => one.repository() != other.repository(),
@@ -65,7 +65,7 @@ pub(super) struct Breaker {
     state: State,
     mode: FailureMode,
     granularity: Granularity,
-    cause: Cause,
+    cause: UpstreamFailure,
     /// When the last failures came, oldest first; never more than [`FAILURES_MAX`].
     failures: Vec<Instant>,
     failed_at: Instant,
@@ -74,11 +74,11 @@ pub(super) struct Breaker {
     /// Who met the others.
     principals: Vec<[u8; 32]>,
     /// What failed last.
-    failed: Operation,
+    failed: Endpoint,
     /// Whether something else in the scope failed as well.
     is_widespread: bool,
     /// What the next probe sends.
-    probe_operation: Operation,
+    probe_operation: Endpoint,
     began_at: Instant,
     /// When a client last asked for something that the scope shortened the wait for.
     requested_at: Instant,
@@ -91,21 +91,21 @@ impl Breaker {
     /// A scope that begins to fail. [`Self::fail`] counts the first failure.
     pub(super) fn new(
         (mode, granularity): (FailureMode, Granularity),
-        operation: &Operation,
+        endpoint: &Endpoint,
         now: Instant,
     ) -> Self {
         Self {
             state: State::Suspected,
             mode,
             granularity,
-            cause: Cause::Budget,
+            cause: UpstreamFailure::RevalidateTimeout,
             failures: Vec::new(),
             failed_at: now,
             affects_all: false,
             principals: Vec::new(),
-            failed: operation.clone(),
+            failed: endpoint.clone(),
             is_widespread: granularity == Granularity::Everything,
-            probe_operation: operation.clone(),
+            probe_operation: endpoint.clone(),
             began_at: now,
             requested_at: now,
             probed_at: None,
@@ -116,11 +116,11 @@ impl Breaker {
     /// One more failure, and of whom if it may be theirs alone; `true` if that opened the scope.
     pub(super) fn fail(
         &mut self,
-        cause: Cause,
-        (operation, principal): (&Operation, Option<[u8; 32]>),
+        cause: UpstreamFailure,
+        (endpoint, principal): (&Endpoint, Option<[u8; 32]>),
         now: Instant,
     ) -> bool {
-        let is_other = self.granularity.are_distinct(&self.failed, operation);
+        let is_other = self.granularity.are_distinct(&self.failed, endpoint);
         if self.mode == FailureMode::Error && is_other && self.granularity == Granularity::Requests {
             // Errors of two objects are not repetitions of one.
             if self.open_since().is_some() {
@@ -142,12 +142,12 @@ impl Breaker {
             }
         }
         // What failed tells more than that a budget ran out.
-        if cause != Cause::Budget {
+        if cause != UpstreamFailure::RevalidateTimeout {
             self.cause = cause;
         }
-        self.failed = operation.clone();
+        self.failed = endpoint.clone();
         self.failed_at = now;
-        self.probe_operation = operation.clone();
+        self.probe_operation = endpoint.clone();
         self.failures
             .retain(|at| now.saturating_duration_since(*at) <= WINDOW);
         self.failures.push(now);
@@ -185,24 +185,29 @@ impl Breaker {
         self.mode
     }
 
-    /// Whether a response for `operation` ends it.
-    pub(super) fn is_closed_by(&self, operation: &Operation) -> bool {
-        self.mode == FailureMode::NoResponse || self.failed == *operation
+    /// Whether a response for `endpoint` ends it.
+    pub(super) fn is_closed_by(&self, endpoint: &Endpoint) -> bool {
+        self.mode == FailureMode::NoResponse || self.failed == *endpoint
     }
 
     /// How long an asker with a cached copy waits.
-    pub(super) fn wait(&mut self, (operation, principal): (&Operation, [u8; 32]), now: Instant) -> WaitLimit {
+    pub(super) fn wait(&mut self, (endpoint, principal): (&Endpoint, [u8; 32]), now: Instant) -> WaitLimit {
         if !self.affects_all && !self.principals.contains(&principal) {
             return WaitLimit::Full;
         }
         let is_open = matches!(self.state, State::Open(_));
-        let is_failed = self.failed == *operation;
+        let is_failed = self.failed == *endpoint;
         let wait = match self.mode {
             FailureMode::Error if is_open && is_failed => WaitLimit::None,
             FailureMode::Error => return WaitLimit::Full,
             FailureMode::NoResponse if is_open && (self.is_widespread || is_failed) => WaitLimit::None,
             // Such a failure comes soon, and the wait is not needed for it.
-            FailureMode::NoResponse if matches!(self.cause, Cause::Refused | Cause::Tls(_)) => {
+            FailureMode::NoResponse
+                if matches!(
+                    self.cause,
+                    UpstreamFailure::ConnectionRefused | UpstreamFailure::Tls(_)
+                ) =>
+            {
                 WaitLimit::Full
             }
             FailureMode::NoResponse => WaitLimit::Short,
@@ -210,12 +215,12 @@ impl Breaker {
         self.requested_at = now;
         if wait == WaitLimit::None {
             // Nothing else finds out whether this one has a response.
-            self.probe_operation = operation.clone();
+            self.probe_operation = endpoint.clone();
         }
         wait
     }
 
-    pub(super) fn cause(&self) -> Cause {
+    pub(super) fn cause(&self) -> UpstreamFailure {
         self.cause
     }
 
@@ -235,8 +240,8 @@ impl Breaker {
     }
 
     /// The next probe is for this, at once.
-    pub(super) fn set_next_probe(&mut self, operation: Operation) {
-        self.probe_operation = operation;
+    pub(super) fn set_next_probe(&mut self, endpoint: Endpoint) {
+        self.probe_operation = endpoint;
     }
 
     /// Whether it is probed at all: a few errors keep nothing from being sent.
@@ -255,7 +260,7 @@ impl Breaker {
     }
 
     /// A probe is sent: for what.
-    pub(super) fn take_probe(&mut self, now: Instant) -> Operation {
+    pub(super) fn take_probe(&mut self, now: Instant) -> Endpoint {
         let is_asked = self.probed_at.is_none_or(|at| self.requested_at > at);
         self.idle_probes = if is_asked {
             0

@@ -2,8 +2,8 @@
 
 use std::fmt;
 
+use crate::oci::endpoint::Endpoint;
 use crate::oci::name::Repository;
-use crate::oci::operation::Operation;
 
 /// Kinds of request that fail apart from each other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -34,14 +34,14 @@ impl RequestKind {
         Self::Token,
     ];
 
-    /// The kind of a request for `operation`; `is_head`: without its content.
-    pub(in crate::upstream) fn of_request(operation: &Operation, is_head: bool) -> Self {
-        match operation {
-            Operation::Manifest { .. } if is_head => Self::Head,
-            Operation::Manifest { .. } => Self::Get,
-            Operation::Blob { .. } => Self::Blob,
-            Operation::Tags { .. } | Operation::Referrers { .. } => Self::List,
-            Operation::Ping => Self::Ping,
+    /// The kind of a request for `endpoint`; `is_head`: without its content.
+    pub(in crate::upstream) fn of_request(endpoint: &Endpoint, is_head: bool) -> Self {
+        match endpoint {
+            Endpoint::Manifest { .. } if is_head => Self::Head,
+            Endpoint::Manifest { .. } => Self::Get,
+            Endpoint::Blob { .. } => Self::Blob,
+            Endpoint::Tags { .. } | Endpoint::Referrers { .. } => Self::List,
+            Endpoint::Ping => Self::Ping,
         }
     }
 

@@ -11,7 +11,7 @@ use http::Method;
 
 use super::breaker::{FAILURES_MAX, WINDOW};
 use super::*;
-use crate::oci::cause::RedirectFault;
+use crate::oci::failure::RedirectFailure;
 
 const BUDGET: Duration = Duration::from_secs(2);
 /// The wait for a response that does not come.
@@ -42,13 +42,13 @@ impl Asked {
         }
     }
 
-    fn operation(self) -> &'static Operation {
-        static ALL: LazyLock<[Operation; 4]> = LazyLock::new(|| {
+    fn endpoint(self) -> &'static Endpoint {
+        static ALL: LazyLock<[Endpoint; 4]> = LazyLock::new(|| {
             [
-                operation("/v2/a/manifests/1"),
-                operation("/v2/b/manifests/1"),
-                operation("/v2/a/tags/list"),
-                operation("/v2/b/tags/list"),
+                endpoint("/v2/a/manifests/1"),
+                endpoint("/v2/b/manifests/1"),
+                endpoint("/v2/a/tags/list"),
+                endpoint("/v2/b/tags/list"),
             ]
         });
         &ALL[usize::from(self.is_list) * 2 + usize::from(self.is_b)]
@@ -59,12 +59,12 @@ impl Asked {
     }
 }
 
-fn operation(path: &str) -> Operation {
-    Operation::parse(&Method::GET, path, None).unwrap()
+fn endpoint(path: &str) -> Endpoint {
+    Endpoint::parse(&Method::GET, path, None).unwrap()
 }
 
-fn tag(repository: &str) -> Operation {
-    operation(&format!("/v2/{repository}/manifests/1"))
+fn tag(repository: &str) -> Endpoint {
+    endpoint(&format!("/v2/{repository}/manifests/1"))
 }
 
 /// What happens to a request, after [`Self::after`].
@@ -98,19 +98,19 @@ impl World {
 
     /// Sends a request for it, and what happens happens.
     fn happens(&mut self, event: Event, asked: Asked) -> Vec<BreakerChange> {
-        self.happens_to(event, (asked.kind(), asked.operation(), asked.principal()))
+        self.happens_to(event, (asked.kind(), asked.endpoint(), asked.principal()))
     }
 
     fn happens_to(
         &mut self,
         event: Event,
-        (kind, operation, principal): (RequestKind, &Operation, [u8; 32]),
+        (kind, endpoint, principal): (RequestKind, &Endpoint, [u8; 32]),
     ) -> Vec<BreakerChange> {
         if event == ExpiredQueued {
             self.now += LATE;
-            return self.detector.record_timeout(principal, operation, LATE, self.now);
+            return self.detector.record_timeout(principal, endpoint, LATE, self.now);
         }
-        let id = self.detector.sent(kind, operation, principal, self.now);
+        let id = self.detector.sent(kind, endpoint, principal, self.now);
         self.now += match event {
             TimedOut | Expired => LATE,
             _ => Duration::from_millis(1),
@@ -118,10 +118,10 @@ impl World {
         let ended = match event {
             Answered => RequestOutcome::Response,
             Denied => RequestOutcome::Denied,
-            Failed => RequestOutcome::ServerError(Cause::Status(500)),
-            TimedOut => RequestOutcome::NoResponse(Cause::Timeout),
+            Failed => RequestOutcome::ServerError(UpstreamFailure::Status(500)),
+            TimedOut => RequestOutcome::NoResponse(UpstreamFailure::Timeout),
             Expired => {
-                let changes = self.detector.record_timeout(principal, operation, LATE, self.now);
+                let changes = self.detector.record_timeout(principal, endpoint, LATE, self.now);
                 self.detector.cancel(id);
                 return changes;
             }
@@ -134,25 +134,25 @@ impl World {
     }
 
     fn wait(&mut self, asked: Asked) -> WaitLimit {
-        self.wait_of(asked.kind(), asked.operation(), asked.principal())
+        self.wait_of(asked.kind(), asked.endpoint(), asked.principal())
     }
 
-    fn wait_for(&mut self, kind: RequestKind, operation: &Operation) -> WaitLimit {
-        self.wait_of(kind, operation, [0; 32])
+    fn wait_for(&mut self, kind: RequestKind, endpoint: &Endpoint) -> WaitLimit {
+        self.wait_of(kind, endpoint, [0; 32])
     }
 
-    fn wait_of(&mut self, kind: RequestKind, operation: &Operation, principal: [u8; 32]) -> WaitLimit {
+    fn wait_of(&mut self, kind: RequestKind, endpoint: &Endpoint, principal: [u8; 32]) -> WaitLimit {
         let query = WaitQuery {
             kind,
-            operation,
+            endpoint,
             principal,
             needs_token: false,
         };
         self.detector.wait(&query, BUDGET, self.now)
     }
 
-    fn expires(&mut self, operation: &Operation) -> Vec<BreakerChange> {
-        self.happens_to(Expired, (RequestKind::Head, operation, [0; 32]))
+    fn expires(&mut self, endpoint: &Endpoint) -> Vec<BreakerChange> {
+        self.happens_to(Expired, (RequestKind::Head, endpoint, [0; 32]))
     }
 }
 
@@ -316,7 +316,10 @@ fn t05_twenty_silent_images_cost_one_budget() {
     let open = world.detector.open_breaker().unwrap();
     assert_eq!(
         (open.scope, open.cause),
-        (FailureScope::RequestKind(RequestKind::Head), Cause::Budget)
+        (
+            FailureScope::RequestKind(RequestKind::Head),
+            UpstreamFailure::RevalidateTimeout
+        )
     );
 }
 
@@ -362,7 +365,7 @@ fn t05_many_askers_of_one_request_are_one_silence() {
 #[test]
 fn t05_slow_responses_shorten_the_wait_until_a_quick_one() {
     let (mut world, a, b) = (World::new(), tag("a"), tag("b"));
-    let mut takes = |millis: u64, of: &Operation| {
+    let mut takes = |millis: u64, of: &Endpoint| {
         let id = world.detector.sent(RequestKind::Head, of, [0; 32], world.now);
         world.now += Duration::from_millis(millis);
         world.detector.finish(id, RequestOutcome::Response, world.now);
@@ -439,7 +442,7 @@ fn t05_a_token_service_fails_apart_from_the_registry() {
     let mut waits = |needs_token| {
         let query = WaitQuery {
             kind: RequestKind::Head,
-            operation: &c,
+            endpoint: &c,
             principal: [0; 32],
             needs_token,
         };
@@ -515,14 +518,14 @@ fn t05_probe_that_says_nothing_half_opens() {
 #[test]
 fn t04_errors_of_one_principal_keep_no_other_waiting() {
     let (ours, theirs) = ([0; 32], [1; 32]);
-    for cause in [Cause::Status(500), Cause::Reset] {
+    for cause in [UpstreamFailure::Status(500), UpstreamFailure::ConnectionReset] {
         let mut world = World::new();
         let fails = |world: &mut World, name: &str, principal| {
             let id = world
                 .detector
                 .sent(RequestKind::Head, &tag(name), principal, world.now);
             let ended = match cause {
-                Cause::Reset => RequestOutcome::NoResponse(cause),
+                UpstreamFailure::ConnectionReset => RequestOutcome::NoResponse(cause),
                 _ => RequestOutcome::ServerError(cause),
             };
             world.detector.finish(id, ended, world.now);
@@ -555,10 +558,7 @@ fn t05_silence_of_one_principal_concerns_all() {
 #[test]
 fn t04_an_error_concerns_what_was_asked_for_alone() {
     let mut world = World::new();
-    let (bad, good) = (
-        operation("/v2/a/manifests/bad"),
-        operation("/v2/a/manifests/good"),
-    );
+    let (bad, good) = (endpoint("/v2/a/manifests/bad"), endpoint("/v2/a/manifests/good"));
     for n in 0..FAILURES_MAX {
         assert_eq!(world.wait_for(RequestKind::Head, &bad), WaitLimit::Full, "{n}");
         world.happens_to(Failed, (RequestKind::Head, &bad, [0; 32]));
@@ -576,15 +576,20 @@ fn no_connection_concerns_every_request() {
     let (mut world, a) = (World::new(), tag("a"));
     let fails = |world: &mut World| {
         let id = world.detector.sent(RequestKind::Head, &a, [0; 32], world.now);
-        world
-            .detector
-            .finish(id, RequestOutcome::NoConnection(Cause::Refused), world.now)
+        world.detector.finish(
+            id,
+            RequestOutcome::NoConnection(UpstreamFailure::ConnectionRefused),
+            world.now,
+        )
     };
     assert_eq!(fails(&mut world), []);
     assert_eq!(fails(&mut world), []);
     assert_eq!(
         fails(&mut world),
-        [opened(FailureScope::Connection, Cause::Refused)]
+        [opened(
+            FailureScope::Connection,
+            UpstreamFailure::ConnectionRefused
+        )]
     );
     for asked in Asked::all() {
         assert_eq!(world.wait(asked), WaitLimit::None);
@@ -602,19 +607,28 @@ fn no_connection_concerns_every_request() {
 #[test]
 fn a_limit_or_a_broken_object_is_a_response() {
     for (cause, expected) in [
-        (Cause::RateLimited, RequestOutcome::Response),
-        (Cause::Malformed, RequestOutcome::Response),
-        (Cause::TooLarge, RequestOutcome::Response),
-        (Cause::Redirects(RedirectFault::TooMany), RequestOutcome::Response),
-        (Cause::Busy, RequestOutcome::Unknown),
-        (Cause::NotRegistry, RequestOutcome::Unknown),
-        (Cause::TokenService, RequestOutcome::Unknown),
-        (Cause::Reset, RequestOutcome::NoResponse(Cause::Reset)),
+        (UpstreamFailure::RateLimited, RequestOutcome::Response),
+        (UpstreamFailure::Malformed, RequestOutcome::Response),
+        (UpstreamFailure::TooLarge, RequestOutcome::Response),
         (
-            Cause::Status(503),
-            RequestOutcome::ServerError(Cause::Status(503)),
+            UpstreamFailure::Redirects(RedirectFailure::TooMany),
+            RequestOutcome::Response,
         ),
-        (Cause::Dns, RequestOutcome::NoConnection(Cause::Dns)),
+        (UpstreamFailure::Busy, RequestOutcome::Unknown),
+        (UpstreamFailure::NotRegistry, RequestOutcome::Unknown),
+        (UpstreamFailure::TokenService, RequestOutcome::Unknown),
+        (
+            UpstreamFailure::ConnectionReset,
+            RequestOutcome::NoResponse(UpstreamFailure::ConnectionReset),
+        ),
+        (
+            UpstreamFailure::Status(503),
+            RequestOutcome::ServerError(UpstreamFailure::Status(503)),
+        ),
+        (
+            UpstreamFailure::Dns,
+            RequestOutcome::NoConnection(UpstreamFailure::Dns),
+        ),
     ] {
         assert_eq!(
             RequestOutcome::of(&UpstreamResponse::unavailable(cause), true),
@@ -624,14 +638,14 @@ fn a_limit_or_a_broken_object_is_a_response() {
     }
     let storage = UpstreamResponse {
         is_redirect_target: true,
-        ..UpstreamResponse::unavailable(Cause::Refused)
+        ..UpstreamResponse::unavailable(UpstreamFailure::ConnectionRefused)
     };
     assert_eq!(
         RequestOutcome::of(&storage, true),
-        RequestOutcome::ServerError(Cause::Refused)
+        RequestOutcome::ServerError(UpstreamFailure::ConnectionRefused)
     );
     assert_eq!(
-        RequestOutcome::of(&UpstreamResponse::unavailable(Cause::Timeout), false),
+        RequestOutcome::of(&UpstreamResponse::unavailable(UpstreamFailure::Timeout), false),
         RequestOutcome::Unknown,
         "another URL has the last word"
     );

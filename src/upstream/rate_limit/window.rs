@@ -11,7 +11,7 @@ use std::time::Duration;
 use tokio::sync::Notify;
 use tokio::time::{Instant, timeout_at};
 
-use crate::oci::cause::Cause;
+use crate::oci::failure::UpstreamFailure;
 
 /// The first pause where the upstream states none; doubled while limited responses go on …
 const PAUSE_MIN: Duration = Duration::from_secs(1);
@@ -39,7 +39,7 @@ pub(super) struct Window {
 struct State {
     closed_until: Instant,
     /// Why: a limit, or a 503.
-    cause: Cause,
+    cause: UpstreamFailure,
     /// Counts the pauses, so that a response to a request from before the last one is known.
     round: u64,
     /// Pauses in a row without a response that was no limit.
@@ -54,7 +54,7 @@ struct State {
 #[derive(Clone, Debug)]
 pub struct Pause {
     window: Arc<Window>,
-    cause: Cause,
+    cause: UpstreamFailure,
     until: Instant,
 }
 
@@ -75,7 +75,7 @@ impl Eq for Pause {}
 
 impl Pause {
     /// What closed it.
-    pub(in crate::upstream) fn cause(&self) -> Cause {
+    pub(in crate::upstream) fn cause(&self) -> UpstreamFailure {
         self.cause
     }
 
@@ -127,7 +127,12 @@ impl SendPermit {
     }
 
     /// The response was a limit, or a 503 that states a wait. `window` is that of the same key as this turn.
-    pub(super) fn limited(mut self, window: &Arc<Window>, cause: Cause, stated: Option<Duration>) -> Pause {
+    pub(super) fn limited(
+        mut self,
+        window: &Arc<Window>,
+        cause: UpstreamFailure,
+        stated: Option<Duration>,
+    ) -> Pause {
         self.window = None;
         let now = Instant::now();
         let mut state = window.state();
@@ -153,7 +158,7 @@ impl Window {
     pub(super) fn new(now: Instant) -> Window {
         let state = State {
             closed_until: now,
-            cause: Cause::RateLimited,
+            cause: UpstreamFailure::RateLimited,
             round: 0,
             limited: 0,
             concurrency_max: None,
@@ -229,7 +234,7 @@ impl State {
         }
     }
 
-    fn close(&mut self, round: u64, cause: Cause, stated: Option<Duration>, now: Instant) {
+    fn close(&mut self, round: u64, cause: UpstreamFailure, stated: Option<Duration>, now: Instant) {
         if round == self.round {
             self.round += 1;
             self.limited = self.limited.saturating_add(1);
@@ -243,13 +248,13 @@ impl State {
 }
 
 /// How long the `nth` pause in a row is. An upstream that states a wait which proves too short is left alone longer.
-fn pause(cause: Cause, stated: Option<Duration>, nth: u32) -> Duration {
+fn pause(cause: UpstreamFailure, stated: Option<Duration>, nth: u32) -> Duration {
     let doubled = |times: u32| {
         PAUSE_MIN
             .saturating_mul(2_u32.saturating_pow(times.min(16)))
             .min(PAUSE_MAX)
     };
-    let stated_max = if cause == Cause::RateLimited {
+    let stated_max = if cause == UpstreamFailure::RateLimited {
         STATED_MAX
     } else {
         STATED_503_MAX
@@ -269,7 +274,7 @@ mod tests {
     use super::*;
 
     fn limited(window: &Arc<Window>, permit: SendPermit, stated: Option<Duration>) -> Duration {
-        let pause = permit.limited(window, Cause::RateLimited, stated);
+        let pause = permit.limited(window, UpstreamFailure::RateLimited, stated);
         pause.left(Instant::now())
     }
 
@@ -302,7 +307,7 @@ mod tests {
 
     #[test]
     fn r02_stated_waits_are_clamped_and_a_liar_is_left_alone_longer() {
-        let (ms, limit) = (Duration::from_millis, Cause::RateLimited);
+        let (ms, limit) = (Duration::from_millis, UpstreamFailure::RateLimited);
         for (cause, stated, nth, wait) in [
             (limit, ms(0), 1, ms(100)),
             (limit, ms(500), 1, ms(500)),
@@ -312,8 +317,8 @@ mod tests {
             (limit, ms(0), 3, ms(2000)),
             (limit, ms(0), 60, ms(30_000)),
             (limit, ms(90_000), 3, ms(90_000)),
-            (Cause::Status(503), ms(5000), 1, ms(5000)),
-            (Cause::Status(503), Duration::MAX, 1, ms(60_000)),
+            (UpstreamFailure::Status(503), ms(5000), 1, ms(5000)),
+            (UpstreamFailure::Status(503), Duration::MAX, 1, ms(60_000)),
         ] {
             assert_eq!(
                 pause(cause, Some(stated), nth),
@@ -363,7 +368,11 @@ mod tests {
     async fn r02_a_pause_beyond_the_deadline_is_not_waited_for() {
         let window = Arc::new(Window::new(Instant::now()));
         let permit = window.admit(Instant::now()).unwrap();
-        let pause = permit.limited(&window, Cause::RateLimited, Some(Duration::from_secs(30)));
+        let pause = permit.limited(
+            &window,
+            UpstreamFailure::RateLimited,
+            Some(Duration::from_secs(30)),
+        );
         let began = Instant::now();
         assert!(!pause.wait_until_open(began + Duration::from_secs(20)).await);
         assert_eq!(began.elapsed(), Duration::ZERO);

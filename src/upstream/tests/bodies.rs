@@ -57,7 +57,7 @@ async fn a_part_nobody_asked_for_is_refused() {
             .await;
         assert_eq!(
             refused.unwrap_err().kind,
-            ResponseKind::Unavailable(Cause::Malformed),
+            ResponseKind::Unavailable(UpstreamFailure::Malformed),
             "{from:?} {range}"
         );
     }
@@ -97,7 +97,7 @@ async fn a_short_body_is_an_error_and_never_an_end() {
                 Err(cause) => end = Some(cause),
             }
         }
-        assert_eq!(end, Some(Cause::Reset), "{length:?}");
+        assert_eq!(end, Some(UpstreamFailure::ConnectionReset), "{length:?}");
         assert!(b"bytes".starts_with(&bytes));
     }
 }
@@ -112,7 +112,7 @@ async fn a_body_that_stops_flowing_is_given_up() {
         .unwrap();
     assert_eq!(fetched.chunk().await, Some(Ok("bytes".into())));
     let before = Instant::now();
-    assert_eq!(fetched.chunk().await, Some(Err(Cause::Timeout)));
+    assert_eq!(fetched.chunk().await, Some(Err(UpstreamFailure::Timeout)));
     assert_eq!(before.elapsed().as_secs(), Timeouts::default().idle.as_secs());
     assert_eq!(fetched.chunk().await, None);
 }
@@ -134,7 +134,7 @@ async fn a_coded_body_is_refused_and_identity_is_none() {
             Ok(_) => assert!(good, "{coding}"),
             Err(answer) => assert_eq!(
                 (answer.kind, good),
-                (ResponseKind::Unavailable(Cause::Malformed), false),
+                (ResponseKind::Unavailable(UpstreamFailure::Malformed), false),
                 "{coding}"
             ),
         }
@@ -156,7 +156,7 @@ async fn what_is_collected_is_limited() {
             .get(&anonymous(), &tag(), &accept(), None)
             .await
             .unwrap();
-        assert_eq!(fetched.collect(4).await, Err(Cause::TooLarge));
+        assert_eq!(fetched.collect(4).await, Err(UpstreamFailure::TooLarge));
     }
 }
 
@@ -171,7 +171,7 @@ async fn a_manifest_too_large_to_hash_is_no_answer() {
         .unwrap()
         .head(&anonymous(), &tag(), &accept())
         .await;
-    assert_eq!(answer.kind, ResponseKind::Unavailable(Cause::TooLarge));
+    assert_eq!(answer.kind, ResponseKind::Unavailable(UpstreamFailure::TooLarge));
 }
 
 #[tokio::test]
@@ -183,7 +183,7 @@ async fn headers_beyond_the_limit_are_refused() {
     })
     .await;
     let answer = upstream(&[&registry]).head(&anonymous(), &tag(), &accept()).await;
-    assert_eq!(answer.kind, ResponseKind::Unavailable(Cause::Malformed));
+    assert_eq!(answer.kind, ResponseKind::Unavailable(UpstreamFailure::Malformed));
 }
 
 #[tokio::test]

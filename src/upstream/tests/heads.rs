@@ -116,9 +116,9 @@ async fn a_web_page_is_no_manifest_and_teaches_nothing() {
         let upstream = upstream(&[&registry]);
         let answer = upstream.head(&anonymous(), &tag(), &accept()).await;
         let cause = if media_type == "text/html" {
-            Cause::NotRegistry
+            UpstreamFailure::NotRegistry
         } else {
-            Cause::Malformed
+            UpstreamFailure::Malformed
         };
         assert_eq!(answer.kind, ResponseKind::Unavailable(cause), "{body}");
         assert!(upstream.status().quirks.is_empty());
@@ -141,7 +141,7 @@ async fn a_manifest_sent_as_text_has_the_type_it_names_itself() {
 #[tokio::test]
 async fn a_manifest_by_digest_without_header_is_hashed() {
     let registry = Registry::start(|_| answer(200).body(MANIFEST)).await;
-    let by_digest = operation(&format!("/v2/library/a/manifests/{}", digest(MANIFEST)));
+    let by_digest = endpoint(&format!("/v2/library/a/manifests/{}", digest(MANIFEST)));
     let answer = upstream(&[&registry])
         .head(&anonymous(), &by_digest, &accept())
         .await;
@@ -159,11 +159,14 @@ async fn a_manifest_by_digest_with_other_bytes_is_wrong() {
         }
     })
     .await;
-    let by_digest = operation(&format!("/v2/library/a/manifests/{}", digest("other")));
+    let by_digest = endpoint(&format!("/v2/library/a/manifests/{}", digest("other")));
     let answer = upstream(&[&registry])
         .head(&anonymous(), &by_digest, &accept())
         .await;
-    assert_eq!(answer.kind, ResponseKind::Unavailable(Cause::WrongDigest));
+    assert_eq!(
+        answer.kind,
+        ResponseKind::Unavailable(UpstreamFailure::DigestMismatch)
+    );
 }
 
 #[tokio::test]
@@ -214,7 +217,7 @@ async fn r05_a_head_that_lies_about_a_manifest_is_found_out_once() {
         .await;
         let upstream = upstream(&[&registry]);
         for name in ["latest", "latest", "other"] {
-            let tag = operation(&format!("/v2/library/a/manifests/{name}"));
+            let tag = endpoint(&format!("/v2/library/a/manifests/{name}"));
             assert_eq!(
                 upstream.head(&anonymous(), &tag, &accept()).await.kind,
                 ResponseKind::Digest(digest(MANIFEST))
@@ -238,9 +241,19 @@ async fn r02_a_denied_head_is_overruled_by_a_yes_or_a_limit_of_its_status() {
         (403, 500, "", ResponseKind::Denied),
         (403, 423, "", ResponseKind::Denied),
         (403, 403, "", ResponseKind::Denied),
-        (403, 403, limit, ResponseKind::Unavailable(Cause::RateLimited)),
+        (
+            403,
+            403,
+            limit,
+            ResponseKind::Unavailable(UpstreamFailure::RateLimited),
+        ),
         (403, 404, "", ResponseKind::NotFound),
-        (404, 429, limit, ResponseKind::Unavailable(Cause::RateLimited)),
+        (
+            404,
+            429,
+            limit,
+            ResponseKind::Unavailable(UpstreamFailure::RateLimited),
+        ),
     ] {
         let registry = Registry::start(move |seen| {
             let is_head = seen.method == Method::HEAD;
@@ -272,9 +285,12 @@ async fn r04_head_403_known_as_untrue_is_no_denial() {
     let upstream = upstream(&[&registry]);
     let yes = upstream.head(&anonymous(), &tag(), &accept()).await;
     assert_eq!(yes.kind, ResponseKind::Digest(digest(MANIFEST)));
-    let other = operation("/v2/library/a/manifests/other");
+    let other = endpoint("/v2/library/a/manifests/other");
     let limited = upstream.head(&anonymous(), &other, &accept()).await;
-    assert_eq!(limited.kind, ResponseKind::Unavailable(Cause::Status(503)));
+    assert_eq!(
+        limited.kind,
+        ResponseKind::Unavailable(UpstreamFailure::Status(503))
+    );
 }
 
 #[tokio::test]
@@ -285,7 +301,7 @@ async fn a_page_with_status_404_deletes_nothing() {
         .head(&anonymous(), &tag(), &accept())
         .await
         .kind;
-    assert_eq!(said, ResponseKind::Unavailable(Cause::NotRegistry));
+    assert_eq!(said, ResponseKind::Unavailable(UpstreamFailure::NotRegistry));
 }
 
 #[tokio::test]
@@ -344,16 +360,16 @@ async fn every_status_has_its_meaning() {
         (401, ResponseKind::Denied),
         (403, ResponseKind::Denied),
         (404, ResponseKind::NotFound),
-        (407, ResponseKind::Unavailable(Cause::Status(407))),
+        (407, ResponseKind::Unavailable(UpstreamFailure::Status(407))),
         (410, ResponseKind::NotFound),
-        (429, ResponseKind::Unavailable(Cause::RateLimited)),
+        (429, ResponseKind::Unavailable(UpstreamFailure::RateLimited)),
         (
             451,
             ResponseKind::Other(http::StatusCode::UNAVAILABLE_FOR_LEGAL_REASONS),
         ),
-        (500, ResponseKind::Unavailable(Cause::Status(500))),
-        (503, ResponseKind::Unavailable(Cause::Status(503))),
-        (304, ResponseKind::Unavailable(Cause::Malformed)),
+        (500, ResponseKind::Unavailable(UpstreamFailure::Status(500))),
+        (503, ResponseKind::Unavailable(UpstreamFailure::Status(503))),
+        (304, ResponseKind::Unavailable(UpstreamFailure::Malformed)),
     ] {
         let registry = Registry::start(move |_| {
             answer(status)

@@ -4,7 +4,7 @@ use std::net::IpAddr;
 
 use super::super::ip_scope::IpScope;
 use super::registry::{Registry, answer, manifest};
-use crate::oci::cause::RedirectFault;
+use crate::oci::failure::RedirectFailure;
 use http::{Method, Uri};
 
 use std::sync::Mutex;
@@ -93,7 +93,10 @@ async fn redirects_that_lead_nowhere_end() {
         .await;
         let answer = upstream(&[&registry]).head(&anonymous(), &tag(), &accept()).await;
         assert!(
-            matches!(answer.kind, ResponseKind::Unavailable(Cause::Redirects(_))),
+            matches!(
+                answer.kind,
+                ResponseKind::Unavailable(UpstreamFailure::Redirects(_))
+            ),
             "{location:?}"
         );
         assert!(registry.seen().len() <= 11);
@@ -132,24 +135,24 @@ async fn storage_that_refuses_is_asked_for_anew_and_is_no_denial() {
         .await;
     assert_eq!(
         refused.unwrap_err().kind,
-        ResponseKind::Unavailable(Cause::Status(403))
+        ResponseKind::Unavailable(UpstreamFailure::Status(403))
     );
 }
 
 #[tokio::test]
 async fn r01_a_refusal_of_the_redirects_target_is_no_yes_and_no_denial() {
-    for operation in [blob("bytes"), tag(), operation("/v2/library/a/tags/list")] {
+    for endpoint in [blob("bytes"), tag(), endpoint("/v2/library/a/tags/list")] {
         for status in [400, 401, 403, 404, 405] {
             let elsewhere = Registry::start(move |_| answer(status)).await;
             let away = elsewhere.url();
             let registry = Registry::start(move |_| answer(302).header("location", &away)).await;
             let answer = upstream(&[&registry])
-                .head(&anonymous(), &operation, &accept())
+                .head(&anonymous(), &endpoint, &accept())
                 .await;
             assert_eq!(
                 answer.kind,
-                ResponseKind::Unavailable(Cause::Status(status)),
-                "{operation:?}"
+                ResponseKind::Unavailable(UpstreamFailure::Status(status)),
+                "{endpoint:?}"
             );
             assert!(answer.challenge.is_empty());
         }
@@ -207,7 +210,7 @@ async fn an_address_nearer_than_allowed_is_not_dialled() {
             .await;
         assert_eq!(
             dialled.err().map(|error| error.cause),
-            Some(Cause::Redirects(RedirectFault::TooNear)),
+            Some(UpstreamFailure::Redirects(RedirectFailure::NarrowerScope)),
             "{host}"
         );
     }
@@ -295,7 +298,7 @@ async fn r13_a_private_address_only_where_redirects_names_it() {
         let (answer, dialled) = redirected(to, &[]).await;
         assert_eq!(
             answer.kind,
-            ResponseKind::Unavailable(Cause::Redirects(RedirectFault::TooNear)),
+            ResponseKind::Unavailable(UpstreamFailure::Redirects(RedirectFailure::NarrowerScope)),
             "{to}"
         );
         assert_eq!(dialled, ["registry.example"]);
@@ -306,6 +309,6 @@ async fn r13_a_private_address_only_where_redirects_names_it() {
     let (answer, _) = redirected("http://169.254.169.254/latest/meta-data", &named).await;
     assert_eq!(
         answer.kind,
-        ResponseKind::Unavailable(Cause::Redirects(RedirectFault::TooNear))
+        ResponseKind::Unavailable(UpstreamFailure::Redirects(RedirectFailure::NarrowerScope))
     );
 }

@@ -20,7 +20,7 @@ use tokio::task::JoinHandle;
 
 use super::super::{AddressLimit, DialFuture, DialedStream, Dialer};
 use super::{MANIFEST, OCI_MANIFEST, digest};
-use crate::oci::cause::Cause;
+use crate::oci::failure::UpstreamFailure;
 
 /// A request as the registry saw it.
 #[derive(Clone, Debug)]
@@ -227,7 +227,7 @@ impl Dialer for Pipes {
         let stage = Arc::clone(&self.0);
         Box::pin(async move {
             if stage.refuses.load(Ordering::SeqCst) {
-                return Err(Cause::Refused.into());
+                return Err(UpstreamFailure::ConnectionRefused.into());
             }
             let (ours, theirs) = tokio::io::duplex(64 * 1024);
             tokio::spawn(serve(stage, theirs));

@@ -42,7 +42,10 @@ async fn o03_retry_after_outlives_a_reload_by_address_not_by_position() {
 
     let same = reloaded(&state, at(&["http://a.example"]), &registry);
     let limited = same.head(&anonymous(), &tag(), &accept()).await;
-    assert_eq!(limited.kind, ResponseKind::Unavailable(Cause::RateLimited));
+    assert_eq!(
+        limited.kind,
+        ResponseKind::Unavailable(UpstreamFailure::RateLimited)
+    );
     assert_eq!(registry.seen().len(), 1, "it asked to be left alone");
 
     let both = reloaded(&state, at(&["http://b.example", "http://a.example"]), &registry);
@@ -79,11 +82,11 @@ async fn o03_open_breaker_outlives_a_reload_and_its_probe_finds_the_upstream() {
     for _ in 0..3 {
         before.head(&anonymous(), &tag(), &accept()).await;
     }
-    assert_eq!(before.unavailable_now(), Some(Cause::BreakerOpen));
+    assert_eq!(before.unavailable_now(), Some(UpstreamFailure::BreakerOpen));
 
     let after = reloaded(&state, at(&["http://a.example"]), &registry);
     drop(before);
-    assert_eq!(after.unavailable_now(), Some(Cause::BreakerOpen));
+    assert_eq!(after.unavailable_now(), Some(UpstreamFailure::BreakerOpen));
     assert!(after.status().last_failure.is_some());
     registry.refuses(false);
     tokio::time::sleep(Duration::from_secs(3)).await;
@@ -102,7 +105,7 @@ async fn o03_upstream_removed_and_added_again_is_probed_again() {
     drop(before);
     tokio::time::sleep(Duration::from_secs(100)).await;
     let after = reloaded(&state, at(&["http://a.example"]), &registry);
-    assert_eq!(after.unavailable_now(), Some(Cause::BreakerOpen));
+    assert_eq!(after.unavailable_now(), Some(UpstreamFailure::BreakerOpen));
     registry.refuses(false);
     tokio::time::sleep(Duration::from_secs(3)).await;
     assert_eq!(after.unavailable_now(), None);

@@ -9,7 +9,7 @@ use super::*;
 async fn a_server_error_is_tried_once_more() {
     for (errors, said) in [
         (1, ResponseKind::Digest(digest(MANIFEST))),
-        (9, ResponseKind::Unavailable(Cause::Status(502))),
+        (9, ResponseKind::Unavailable(UpstreamFailure::Status(502))),
     ] {
         let registry = Registry::start(move |seen| {
             if seen.nth < errors {
@@ -43,7 +43,10 @@ async fn a_connection_that_dies_before_an_answer_is_replaced_once() {
     let answer = super::upstream(&[&registry])
         .head(&anonymous(), &tag(), &accept())
         .await;
-    assert_eq!(answer.kind, ResponseKind::Unavailable(Cause::Reset));
+    assert_eq!(
+        answer.kind,
+        ResponseKind::Unavailable(UpstreamFailure::ConnectionReset)
+    );
     assert_eq!(registry.seen().len(), 2);
 }
 
@@ -61,11 +64,11 @@ async fn a_closed_port_refuses() {
     let upstream = Upstream::new(closed, &Transport::system()).unwrap();
     assert_eq!(
         upstream.head(&anonymous(), &tag(), &accept()).await.kind,
-        ResponseKind::Unavailable(Cause::Refused)
+        ResponseKind::Unavailable(UpstreamFailure::ConnectionRefused)
     );
     assert!(matches!(
         upstream.status().last_failure,
-        Some((Cause::Refused, _))
+        Some((UpstreamFailure::ConnectionRefused, _))
     ));
 
     let both = Settings {
@@ -106,7 +109,10 @@ async fn a_silence_is_reported_by_the_first_address() {
     let answer = upstream(&[&first, &second])
         .head(&anonymous(), &tag(), &accept())
         .await;
-    assert_eq!(answer.kind, ResponseKind::Unavailable(Cause::Status(503)));
+    assert_eq!(
+        answer.kind,
+        ResponseKind::Unavailable(UpstreamFailure::Status(503))
+    );
 }
 
 #[tokio::test(start_paused = true)]
@@ -118,7 +124,7 @@ async fn a_rate_limited_caller_waits_and_others_do_not() {
     .await;
     let upstream = piped(&registry);
     let (fast, slow) = (client("Bearer fast"), client("Bearer slow"));
-    let limited = ResponseKind::Unavailable(Cause::RateLimited);
+    let limited = ResponseKind::Unavailable(UpstreamFailure::RateLimited);
     let first = upstream.head(&fast, &tag(), &accept()).await;
     assert_eq!(
         (first.kind, first.retry_after),
@@ -170,7 +176,7 @@ async fn rate_limits_never_open_the_breaker() {
 const BUDGET: Duration = Duration::from_secs(2);
 
 /// How long an asker with a cached copy of the tag waits.
-fn waits(upstream: &Upstream) -> Result<Duration, Cause> {
+fn waits(upstream: &Upstream) -> Result<Duration, UpstreamFailure> {
     upstream.wait_limit(&anonymous(), (&tag(), true), BUDGET)
 }
 
@@ -183,19 +189,19 @@ async fn the_breaker_opens_after_three_silences_and_a_probe_closes_it() {
         assert_eq!(upstream.unavailable_now(), None);
         assert_eq!(
             upstream.head(&anonymous(), &tag(), &accept()).await.kind,
-            ResponseKind::Unavailable(Cause::Refused)
+            ResponseKind::Unavailable(UpstreamFailure::ConnectionRefused)
         );
     }
-    assert_eq!(upstream.unavailable_now(), Some(Cause::BreakerOpen));
+    assert_eq!(upstream.unavailable_now(), Some(UpstreamFailure::BreakerOpen));
     let open = upstream.status().open.unwrap();
     assert_eq!(
         (open.scope, open.cause),
-        (FailureScope::Connection, Cause::Refused)
+        (FailureScope::Connection, UpstreamFailure::ConnectionRefused)
     );
     tokio::time::sleep(Duration::from_secs(100)).await;
     assert_eq!(
         upstream.unavailable_now(),
-        Some(Cause::BreakerOpen),
+        Some(UpstreamFailure::BreakerOpen),
         "it is still away"
     );
     registry.refuses(false);
@@ -237,12 +243,15 @@ async fn a_silent_token_service_is_probed_itself() {
     let upstream = piped(&registry);
     for _ in 0..3 {
         let answer = upstream.head(&anonymous(), &tag(), &accept()).await;
-        assert_eq!(answer.kind, ResponseKind::Unavailable(Cause::TokenService));
+        assert_eq!(
+            answer.kind,
+            ResponseKind::Unavailable(UpstreamFailure::TokenService)
+        );
     }
     tokio::time::sleep(Duration::from_secs(100)).await;
     assert_eq!(
         waits(&upstream),
-        Err(Cause::BreakerOpen),
+        Err(UpstreamFailure::BreakerOpen),
         "an answer to /v2/ is not enough"
     );
     down.store(false, std::sync::atomic::Ordering::SeqCst);
@@ -265,10 +274,10 @@ async fn t05_token_service_that_answered_another_is_asked() {
     for _ in 0..3 {
         upstream.head(&anonymous(), &tag(), &accept()).await;
     }
-    assert_eq!(waits(&upstream), Err(Cause::BreakerOpen));
+    assert_eq!(waits(&upstream), Err(UpstreamFailure::BreakerOpen));
     // The last word of the token service is no failure, so there is nothing to probe.
     status.store(429, std::sync::atomic::Ordering::SeqCst);
-    let other = operation("/v2/library/b/manifests/latest");
+    let other = endpoint("/v2/library/b/manifests/latest");
     upstream.head(&anonymous(), &other, &accept()).await;
     tokio::time::sleep(Duration::from_secs(31)).await;
     assert!(waits(&upstream).is_ok());
@@ -293,7 +302,7 @@ async fn t05_login_page_for_a_probe_half_opens() {
     for _ in 0..3 {
         upstream.head(&caller, &tag(), &accept()).await;
     }
-    assert_eq!(waits(), Err(Cause::BreakerOpen));
+    assert_eq!(waits(), Err(UpstreamFailure::BreakerOpen));
     is_up.store(true, std::sync::atomic::Ordering::SeqCst);
     tokio::time::sleep(Duration::from_secs(31)).await;
     assert_eq!(waits(), Ok(Duration::from_millis(50)));
@@ -329,7 +338,7 @@ async fn t05_probe_keeps_to_the_limits_of_who_it_asks_as() {
         upstream.head(&caller, &tag(), &accept()).await;
     }
     is_up.store(true, std::sync::atomic::Ordering::SeqCst);
-    let other = operation("/v2/library/b/manifests/latest");
+    let other = endpoint("/v2/library/b/manifests/latest");
     upstream.head(&caller, &other, &accept()).await;
     let before = registry.seen().len();
     tokio::time::sleep(Duration::from_secs(100)).await;
@@ -345,7 +354,7 @@ async fn an_upstream_that_is_dropped_is_not_probed() {
     for _ in 0..3 {
         upstream.head(&anonymous(), &tag(), &accept()).await;
     }
-    assert_eq!(waits(&upstream), Err(Cause::BreakerOpen));
+    assert_eq!(waits(&upstream), Err(UpstreamFailure::BreakerOpen));
     let before = registry.seen().len();
     drop(upstream);
     tokio::time::sleep(Duration::from_secs(100)).await;
@@ -381,10 +390,13 @@ async fn no_answer_in_time_is_a_silence() {
             settings.timeouts.headers = Duration::from_secs(within);
         }
         let upstream = Upstream::new(settings, &Transport::with_dialer(Arc::new(Hole))).unwrap();
-        for operation in [tag(), blob("bytes")] {
+        for endpoint in [tag(), blob("bytes")] {
             let before = Instant::now();
-            let got = upstream.get(&anonymous(), &operation, &accept(), None).await;
-            assert_eq!(got.unwrap_err().kind, ResponseKind::Unavailable(Cause::Timeout));
+            let got = upstream.get(&anonymous(), &endpoint, &accept(), None).await;
+            assert_eq!(
+                got.unwrap_err().kind,
+                ResponseKind::Unavailable(UpstreamFailure::Timeout)
+            );
             assert_eq!(before.elapsed().as_secs(), within.unwrap_or(25));
         }
     }
@@ -405,7 +417,10 @@ async fn a_dial_that_hangs_is_given_up_soon() {
     let upstream = Upstream::new(settings, &Transport::with_dialer(Arc::new(Hang))).unwrap();
     let before = Instant::now();
     let answer = upstream.head(&anonymous(), &tag(), &accept()).await;
-    assert_eq!(answer.kind, ResponseKind::Unavailable(Cause::ConnectTimeout));
+    assert_eq!(
+        answer.kind,
+        ResponseKind::Unavailable(UpstreamFailure::ConnectTimeout)
+    );
     assert_eq!(before.elapsed().as_secs(), 3);
 }
 
@@ -457,7 +472,7 @@ async fn job_over(dial: Arc<dyn Dialer>) -> Duration {
     let upstream = Upstream::new(settings, &Transport::with_dialer(dial)).unwrap();
     let began = Instant::now();
     for n in 0..20 {
-        let image = operation(&format!("/v2/library/{n}/manifests/1"));
+        let image = endpoint(&format!("/v2/library/{n}/manifests/1"));
         let Ok(wait) = upstream.wait_limit(&anonymous(), (&image, true), BUDGET) else {
             continue;
         };

@@ -201,7 +201,7 @@ async fn our_own_account_is_used_only_for_callers_that_say_so() {
         peer: Peer::Local,
         class: Class::Interactive,
         waiters: None,
-        trace: Trace::begun(),
+        trace: TraceContext::new_root(),
         wait_deadline: None,
     };
     upstream.head(&caller, &tag(), &accept()).await;
@@ -237,7 +237,7 @@ async fn our_own_account_is_posted_where_the_realm_has_no_get() {
         peer: Peer::Local,
         class: Class::Interactive,
         waiters: None,
-        trace: Trace::begun(),
+        trace: TraceContext::new_root(),
         wait_deadline: None,
     };
     let answer = Upstream::new(settings, &Transport::system())
@@ -296,7 +296,10 @@ async fn a_token_service_is_not_followed_elsewhere() {
         let answer = upstream(&[&registry])
             .head(&client("Basic dTpw"), &tag(), &accept())
             .await;
-        assert_eq!(answer.kind, ResponseKind::Unavailable(Cause::TokenService));
+        assert_eq!(
+            answer.kind,
+            ResponseKind::Unavailable(UpstreamFailure::TokenService)
+        );
         assert_eq!(registry.count(last), 1, "{last}");
         assert!(elsewhere.seen().is_empty());
     }
@@ -307,15 +310,23 @@ async fn what_the_token_service_says_decides() {
     for (status, body, said) in [
         (401, "", ResponseKind::Denied),
         (403, "", ResponseKind::Denied),
-        (429, "", ResponseKind::Unavailable(Cause::RateLimited)),
-        (500, "", ResponseKind::Unavailable(Cause::TokenService)),
-        (404, "", ResponseKind::Unavailable(Cause::TokenService)),
-        (200, "{}", ResponseKind::Unavailable(Cause::TokenService)),
-        (200, "<html>", ResponseKind::Unavailable(Cause::TokenService)),
+        (429, "", ResponseKind::Unavailable(UpstreamFailure::RateLimited)),
+        (500, "", ResponseKind::Unavailable(UpstreamFailure::TokenService)),
+        (404, "", ResponseKind::Unavailable(UpstreamFailure::TokenService)),
+        (
+            200,
+            "{}",
+            ResponseKind::Unavailable(UpstreamFailure::TokenService),
+        ),
+        (
+            200,
+            "<html>",
+            ResponseKind::Unavailable(UpstreamFailure::TokenService),
+        ),
         (
             200,
             "{\"token\":\"a\\nb\"}",
-            ResponseKind::Unavailable(Cause::TokenService),
+            ResponseKind::Unavailable(UpstreamFailure::TokenService),
         ),
         (
             200,
@@ -361,7 +372,7 @@ async fn a_challenge_without_scope_gets_the_usual_one() {
 async fn a_ping_shows_the_challenge_instead_of_answering_it() {
     let registry = Registry::start(bearer).await;
     let answer = upstream(&[&registry])
-        .head(&anonymous(), &Operation::Ping, &accept())
+        .head(&anonymous(), &Endpoint::Ping, &accept())
         .await;
     assert_eq!((answer.kind, answer.challenge.len()), (ResponseKind::Denied, 1));
     assert_eq!(registry.asked(), ["GET /v2/"]);
@@ -412,7 +423,7 @@ async fn who_waited_for_a_token_that_failed_shares_the_failure() {
     let realm = format!("{}/token", registry.url());
     let key = TokenKey::of(tokens, &upstream.0.urls[0], (&realm, None, &[]), None, holder).unwrap();
     // All three are polled before the first answer can arrive: one fetches, two wait for it.
-    let trace = Trace::begun();
+    let trace = TraceContext::new_root();
     let get = || tokens.get(http, &key, TokenCredential::Anonymous, (None, &trace));
     let (one, two, three) = tokio::join!(get(), get(), get());
     for failed in [one, two, three] {

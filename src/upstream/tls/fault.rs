@@ -1,4 +1,4 @@
-//! The reason of a TLS failure: from an error of rustls to a [`TlsFault`] for everyone, and to a sentence with names and
+//! The reason of a TLS failure: from an error of rustls to a [`TlsFailure`] for everyone, and to a sentence with names and
 //! dates for the operator.
 
 use std::fmt;
@@ -16,7 +16,7 @@ use x509_parser::extensions::GeneralName;
 use x509_parser::prelude::FromDer as _;
 use x509_parser::x509::X509Name;
 
-use crate::oci::cause::TlsFault;
+use crate::oci::failure::TlsFailure;
 
 /// Names of a certificate that are told.
 const NAMES_MAX: usize = 5;
@@ -26,7 +26,7 @@ const NAME_CHARS_MAX: usize = 100;
 /// A server certificate that was refused, and why. The certificate is at hand only where it is judged.
 #[derive(Debug)]
 struct Untrusted {
-    fault: TlsFault,
+    fault: TlsFailure,
     detail: String,
 }
 
@@ -50,9 +50,9 @@ pub(super) fn untrusted(
     };
     let read = X509Certificate::from_der(certificate).map(|(_, read)| read).ok();
     let (fault, detail) = match why {
-        CertificateError::Expired => (TlsFault::Expired, "its certificate has expired".to_owned()),
+        CertificateError::Expired => (TlsFailure::Expired, "its certificate has expired".to_owned()),
         CertificateError::ExpiredContext { not_after, .. } => (
-            TlsFault::Expired,
+            TlsFailure::Expired,
             format!(
                 "{} expired on {}",
                 which(read.as_ref(), *not_after),
@@ -60,18 +60,18 @@ pub(super) fn untrusted(
             ),
         ),
         CertificateError::NotValidYet => (
-            TlsFault::NotYetValid,
+            TlsFailure::NotYetValid,
             "its certificate is not valid yet".to_owned(),
         ),
         CertificateError::NotValidYetContext { not_before, .. } => (
-            TlsFault::NotYetValid,
+            TlsFailure::NotYetValid,
             format!(
                 "its certificate is valid from {} on; is a clock wrong?",
                 date(*not_before)
             ),
         ),
         CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. } => (
-            TlsFault::WrongName,
+            TlsFailure::WrongName,
             format!(
                 "its certificate is for {}, not for {}",
                 read.as_ref().map_or_else(|| "other names".to_owned(), names),
@@ -83,12 +83,12 @@ pub(super) fn untrusted(
                 && is_self_signed(certificate, name, now) =>
         {
             (
-                TlsFault::SelfSigned,
+                TlsFailure::SelfSigned,
                 "its certificate is self-signed; if it is the right one, name it in `ca_file`".to_owned(),
             )
         }
         CertificateError::UnknownIssuer | CertificateError::BadSignature => (
-            TlsFault::UnknownIssuer,
+            TlsFailure::UnknownIssuer,
             format!(
                 "its certificate is issued by {}, an unknown authority; if it is the right one, name the \
                      authority's certificate in `ca_file`",
@@ -97,15 +97,15 @@ pub(super) fn untrusted(
             ),
         ),
         CertificateError::InvalidPurpose | CertificateError::InvalidPurposeContext { .. } => (
-            TlsFault::WrongPurpose,
+            TlsFailure::WrongPurpose,
             "its certificate is not made for servers (extended key usage)".to_owned(),
         ),
         CertificateError::Other(_) if read.as_ref().is_some_and(|read| read.is_ca()) => (
-            TlsFault::WrongPurpose,
+            TlsFailure::WrongPurpose,
             "its certificate is that of an authority (CA:TRUE); if it is the right one, name it in `ca_file`"
                 .to_owned(),
         ),
-        other => (TlsFault::Other, other.to_string()),
+        other => (TlsFailure::Other, other.to_string()),
     };
     let untrusted = Untrusted { fault, detail };
     Error::InvalidCertificate(CertificateError::Other(OtherError(Arc::new(untrusted))))
@@ -130,19 +130,19 @@ fn is_self_signed(certificate: &CertificateDer<'_>, name: &ServerName<'_>, now: 
 }
 
 /// The reason within an I/O error, if it is one of TLS.
-pub(super) fn of(error: &io::Error) -> Option<(TlsFault, String)> {
+pub(super) fn of(error: &io::Error) -> Option<(TlsFailure, String)> {
     let error = error.get_ref()?.downcast_ref::<Error>()?;
     Some(classify(error))
 }
 
 /// What an error of rustls comes down to.
-pub(super) fn classify(error: &Error) -> (TlsFault, String) {
+pub(super) fn classify(error: &Error) -> (TlsFailure, String) {
     let text = |fault, detail: &str| (fault, detail.to_owned());
     match error {
         Error::InvalidCertificate(CertificateError::Other(other)) => {
             match other.0.downcast_ref::<Untrusted>() {
                 Some(untrusted) => (untrusted.fault, untrusted.detail.clone()),
-                None => (TlsFault::Other, other.0.to_string()),
+                None => (TlsFailure::Other, other.0.to_string()),
             }
         }
         Error::AlertReceived(
@@ -156,14 +156,14 @@ pub(super) fn classify(error: &Error) -> (TlsFault, String) {
             | AlertDescription::UnknownCA
             | AlertDescription::AccessDenied,
         ) => (
-            TlsFault::ClientCertificate,
+            TlsFailure::ClientCertificate,
             format!(
                 "the server wants another client certificate, or one at all ({error}); see `client_certificate` and \
                  `client_key`"
             ),
         ),
         Error::AlertReceived(AlertDescription::UnrecognisedName) => {
-            text(TlsFault::WrongName, "the server knows no host of this name")
+            text(TlsFailure::WrongName, "the server knows no host of this name")
         }
         Error::AlertReceived(
             AlertDescription::ProtocolVersion
@@ -171,16 +171,16 @@ pub(super) fn classify(error: &Error) -> (TlsFault, String) {
             | AlertDescription::InsufficientSecurity,
         )
         | Error::PeerIncompatible(_) => (
-            TlsFault::Version,
+            TlsFailure::Version,
             format!("no protocol version (TLS 1.2, 1.3) and cipher suite in common: {error}"),
         ),
         Error::InvalidMessage(
             InvalidMessage::InvalidContentType | InvalidMessage::UnknownProtocolVersion,
         ) => text(
-            TlsFault::NotTls,
+            TlsFailure::NotTls,
             "what answers there is not TLS; if it is plain HTTP, write http:// in `url`",
         ),
-        error => (TlsFault::Other, error.to_string()),
+        error => (TlsFailure::Other, error.to_string()),
     }
 }
 

@@ -144,7 +144,9 @@ fn accepted<'a>(record: &'a TagRecord, reader: TagReader<'_>) -> Vec<&'a Variant
     let variants = record.variants.iter();
     variants
         .filter(|variant| match reader {
-            TagReader::Client(accept) => variant.accept == accept.key() || accept.admits(&variant.media_type),
+            TagReader::Client(accept) => {
+                variant.accept == accept.key() || accept.accepts(&variant.media_type)
+            }
             TagReader::Operator => true,
         })
         .collect()
@@ -305,8 +307,8 @@ impl Tag {
             // One of an index's images, given to those that take no index: nobody can tell whether the tag names it.
             let is_alike = lists(chosen, self.state) && !self.asked[0] && !self.asked[1];
             let is_true = is_alike || chosen == self.state || chosen == given(self.state, IMAGES_ALONE);
-            let is_known =
-                (0..4).any(|other| self.asked[other] && accept.admits(&media_type(given(self.state, other))));
+            let is_known = (0..4)
+                .any(|other| self.asked[other] && accept.accepts(&media_type(given(self.state, other))));
             assert!(is_true || !is_known, "{}", case());
             assert!(is_true || named.is_moved, "{}", case());
             // Its own kind, where a client that is given the same has asked.

@@ -15,31 +15,34 @@ pub const SCOPES_MAX: usize = 16;
 
 /// A question to a token service.
 #[derive(Default)]
-pub struct LoginRequest {
+pub struct TokenRequest {
     /// What identifies who asks: the same for a password in `Authorization: Basic` and in a form, another for a
     /// refresh token. `None` without a credential, or with one of a kind that is not known.
-    pub secret: Option<Zeroizing<Vec<u8>>>,
+    pub credential: Option<Zeroizing<Vec<u8>>>,
     /// In which repositories something is to be pulled.
     pub repositories: Vec<Repository>,
 }
 
-impl LoginRequest {
+impl TokenRequest {
     /// Reads it from where clients put it. What cannot be read counts as not there.
     pub fn read(authorization: Option<&HeaderValue>, query: Option<&str>, form: &[u8]) -> Self {
         let query = Pairs::read(query.unwrap_or_default());
         let form = Pairs::read(std::str::from_utf8(form).unwrap_or_default());
-        let secret = match authorization {
+        let credential = match authorization {
             Some(shown) => basic(shown),
-            None => form.secret(),
+            None => form.credential(),
         };
         let mut repositories: Vec<Repository> = Vec::new();
         let scopes = query.all("scope").chain(form.all("scope"));
-        for repository in scopes.flat_map(|line| line.split(' ')).filter_map(pulled) {
+        for repository in scopes.flat_map(|line| line.split(' ')).filter_map(pull_scope) {
             if repositories.len() < SCOPES_MAX && !repositories.contains(&repository) {
                 repositories.push(repository);
             }
         }
-        Self { secret, repositories }
+        Self {
+            credential,
+            repositories,
+        }
     }
 }
 
@@ -60,13 +63,13 @@ impl Pairs {
         named.map(|(_, value)| value.as_str())
     }
 
-    fn secret(&self) -> Option<Zeroizing<Vec<u8>>> {
+    fn credential(&self) -> Option<Zeroizing<Vec<u8>>> {
         match self.all("grant_type").next()? {
             "password" => {
                 let (user, password) = (self.all("username").next()?, self.all("password").next()?);
-                Some(secret(b"password", &[user.as_bytes(), b":", password.as_bytes()]))
+                Some(tagged(b"password", &[user.as_bytes(), b":", password.as_bytes()]))
             }
-            "refresh_token" => Some(secret(
+            "refresh_token" => Some(tagged(
                 b"refresh",
                 &[self.all("refresh_token").next()?.as_bytes()],
             )),
@@ -79,11 +82,11 @@ impl Pairs {
 fn basic(shown: &HeaderValue) -> Option<Zeroizing<Vec<u8>>> {
     let (scheme, encoded) = shown.to_str().ok()?.split_once(' ')?;
     let plain = Zeroizing::new(BASE64_STANDARD.decode(encoded.trim()).ok()?);
-    (scheme.eq_ignore_ascii_case("basic") && *plain != b":").then(|| secret(b"password", &[&plain]))
+    (scheme.eq_ignore_ascii_case("basic") && *plain != b":").then(|| tagged(b"password", &[&plain]))
 }
 
 /// The kind is part of it, so that a password is never taken for a refresh token.
-fn secret(kind: &[u8], parts: &[&[u8]]) -> Zeroizing<Vec<u8>> {
+fn tagged(kind: &[u8], parts: &[&[u8]]) -> Zeroizing<Vec<u8>> {
     let mut bytes = Zeroizing::new(Vec::with_capacity(
         kind.len() + 1 + parts.iter().map(|part| part.len()).sum::<usize>(),
     ));
@@ -95,7 +98,7 @@ fn secret(kind: &[u8], parts: &[&[u8]]) -> Zeroizing<Vec<u8>> {
 
 /// The repository of a scope that is for pulling: `repository:NAME:ACTIONS`, where NAME may hold a port, so that the
 /// actions come after the last colon.
-fn pulled(scope: &str) -> Option<Repository> {
+fn pull_scope(scope: &str) -> Option<Repository> {
     let (kind, rest) = scope.split_once(':')?;
     let (name, actions) = rest.rsplit_once(':')?;
     let pulls = actions.split(',').any(|action| matches!(action, "pull" | "*"));
@@ -114,24 +117,24 @@ mod tests {
 
     #[test]
     fn one_password_is_one_secret_however_it_is_shown() {
-        let by_header = LoginRequest::read(Some(&shown("Basic Ym9iOnB3IDE=")), None, b"");
-        let by_form = LoginRequest::read(
+        let by_header = TokenRequest::read(Some(&shown("Basic Ym9iOnB3IDE=")), None, b"");
+        let by_form = TokenRequest::read(
             None,
             None,
             b"grant_type=password&username=bob&password=pw+1&scope=",
         );
-        assert!(by_header.secret.is_some());
-        assert_eq!(by_header.secret, by_form.secret);
-        let by_token = LoginRequest::read(None, None, b"grant_type=refresh_token&refresh_token=bob:pw%201");
-        assert!(by_token.secret.is_some());
-        assert_ne!(by_token.secret, by_form.secret);
+        assert!(by_header.credential.is_some());
+        assert_eq!(by_header.credential, by_form.credential);
+        let by_token = TokenRequest::read(None, None, b"grant_type=refresh_token&refresh_token=bob:pw%201");
+        assert!(by_token.credential.is_some());
+        assert_ne!(by_token.credential, by_form.credential);
     }
 
     #[test]
     fn what_is_no_credential_is_nobodys() {
         for header in ["Basic Og==", "Basic", "Basic ???", "Bearer Ym9iOnB3"] {
             assert_eq!(
-                LoginRequest::read(Some(&shown(header)), None, b"").secret,
+                TokenRequest::read(Some(&shown(header)), None, b"").credential,
                 None,
                 "{header}"
             );
@@ -142,14 +145,14 @@ mod tests {
             b"\xff\xfe",
             b"username=bob&password=x",
         ] {
-            assert_eq!(LoginRequest::read(None, None, form).secret, None);
+            assert_eq!(TokenRequest::read(None, None, form).credential, None);
         }
     }
 
     #[test]
     fn repositories_are_read_from_scopes_that_pull() {
         let read = |query: &str, form: &[u8]| {
-            let asked = LoginRequest::read(None, Some(query), form);
+            let asked = TokenRequest::read(None, Some(query), form);
             asked
                 .repositories
                 .iter()

@@ -12,11 +12,11 @@ use super::*;
 
 const HEX: &str = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
 
-fn get(target: &str) -> Result<Operation, Malformed> {
+fn get(target: &str) -> Result<Endpoint, RequestError> {
     let (path, query) = target
         .split_once('?')
         .map_or((target, None), |(path, query)| (path, Some(query)));
-    Operation::parse(&Method::GET, path, query)
+    Endpoint::parse(&Method::GET, path, query)
 }
 
 #[test]
@@ -53,12 +53,12 @@ fn every_endpoint_is_read_and_written_as_the_upstream_is_asked() {
     ] {
         assert_eq!(get(sent).unwrap().path_and_query(), asked, "{sent}");
     }
-    let head = Operation::parse(&Method::HEAD, &format!("/v2/a/b/blobs/sha256:{HEX}"), None).unwrap();
+    let head = Endpoint::parse(&Method::HEAD, &format!("/v2/a/b/blobs/sha256:{HEX}"), None).unwrap();
     assert_eq!(head.repository().unwrap().as_str(), "a/b");
     assert!(matches!(
         head,
-        Operation::Blob {
-            digest: AnyDigest::Known(_),
+        Endpoint::Blob {
+            digest: AnyDigest::Supported(_),
             ..
         }
     ));
@@ -111,24 +111,24 @@ fn what_is_no_endpoint_is_refused_with_code_and_status() {
 fn a_tag_with_a_slash_is_refused() {
     assert_eq!(
         get("/v2/a/manifests/b/c"),
-        Err(Malformed::Tag(NameError::Character { at: 1 }))
+        Err(RequestError::Tag(NameError::Character { at: 1 }))
     );
 }
 
 #[test]
 fn a_write_is_told_from_a_senseless_verb() {
     for method in [Method::POST, Method::PUT, Method::PATCH, Method::DELETE] {
-        let write = Malformed::Write {
+        let write = RequestError::Write {
             method: method.clone(),
         };
+        assert_eq!(Endpoint::parse(&method, "/v2/a/blobs/uploads/", None), Err(write));
         assert_eq!(
-            Operation::parse(&method, "/v2/a/blobs/uploads/", None),
-            Err(write)
+            Endpoint::parse(&method, "/metrics", None),
+            Err(RequestError::Path)
         );
-        assert_eq!(Operation::parse(&method, "/metrics", None), Err(Malformed::Path));
     }
     for method in [Method::OPTIONS, Method::TRACE, Method::CONNECT] {
-        assert_eq!(Operation::parse(&method, "/v2/", None), Err(Malformed::Method));
+        assert_eq!(Endpoint::parse(&method, "/v2/", None), Err(RequestError::Method));
     }
 }
 
@@ -138,8 +138,8 @@ fn another_repository_changes_nothing_else() {
     let full = asked.with_repository("library/alpine".parse().unwrap());
     assert_eq!(full.path_and_query(), "/v2/library/alpine/tags/list?n=3");
     assert_eq!(
-        Operation::Ping.with_repository("a".parse().unwrap()),
-        Operation::Ping
+        Endpoint::Ping.with_repository("a".parse().unwrap()),
+        Endpoint::Ping
     );
 }
 
@@ -154,19 +154,19 @@ proptest! {
         let repository: Repository = name.parse().unwrap();
         let digest: AnyDigest = super::super::Digest::Sha256(bytes).into();
         let query = Query::parse(Some(&format!("n=7&last={}", last.replace(['&', '%'], "")))).unwrap().0;
-        for operation in [
-            Operation::Manifest { repository: repository.clone(), reference: Reference::Tag(tag.parse().unwrap()) },
-            Operation::Manifest { repository: repository.clone(), reference: Reference::Digest(digest.clone()) },
-            Operation::Blob { repository: repository.clone(), digest: digest.clone() },
-            Operation::Tags { repository: repository.clone(), query: query.clone() },
-            Operation::Referrers { repository: repository.clone(), digest: digest.clone(), query: query.clone() },
+        for endpoint in [
+            Endpoint::Manifest { repository: repository.clone(), reference: Reference::Tag(tag.parse().unwrap()) },
+            Endpoint::Manifest { repository: repository.clone(), reference: Reference::Digest(digest.clone()) },
+            Endpoint::Blob { repository: repository.clone(), digest: digest.clone() },
+            Endpoint::Tags { repository: repository.clone(), query: query.clone() },
+            Endpoint::Referrers { repository: repository.clone(), digest: digest.clone(), query: query.clone() },
         ] {
-            prop_assert_eq!(get(&operation.path_and_query()), Ok(operation));
+            prop_assert_eq!(get(&endpoint.path_and_query()), Ok(endpoint));
         }
     }
 
     #[test]
     fn no_path_panics(path in "\\PC{0,40}|/v2/[a-z/%:._-]{0,40}", query in "\\PC{0,40}") {
-        let _any = Operation::parse(&Method::GET, &path, Some(&query));
+        let _any = Endpoint::parse(&Method::GET, &path, Some(&query));
     }
 }

@@ -7,23 +7,23 @@ use std::fmt;
 
 /// Why a registry gave no usable answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Cause {
+pub enum UpstreamFailure {
     /// Nobody listens at its address.
-    Refused,
+    ConnectionRefused,
     /// The connection broke before the answer was whole.
-    Reset,
+    ConnectionReset,
     /// No route to its address.
     Unreachable,
     /// Its name was not resolved.
     Dns,
     /// No trusted TLS connection came about.
-    Tls(TlsFault),
+    Tls(TlsFailure),
     /// No connection within its time limit.
     ConnectTimeout,
     /// Connected, but the answer or the next part of it did not come in time.
     Timeout,
     /// A copy is held and the time set aside for asking is used up.
-    Budget,
+    RevalidateTimeout,
     /// It failed so often that it is left alone for a while.
     BreakerOpen,
     /// It limits the rate of requests: by 429 or otherwise, or it did so and the wait is not over.
@@ -33,9 +33,9 @@ pub enum Cause {
     /// Its token service gave no token.
     TokenService,
     /// It names its token service by http, where no credential is sent.
-    PlainRealm,
+    PlaintextRealm,
     /// The cache's own credential for it could not be had.
-    OwnCredential,
+    CacheCredential,
     /// Its answer cannot be understood.
     Malformed,
     /// What answered in its place is no registry: a login page, a captive portal, a firewall.
@@ -43,9 +43,9 @@ pub enum Cause {
     /// Its answer is larger than the limit.
     TooLarge,
     /// It redirected too often, or to where it must not.
-    Redirects(RedirectFault),
+    Redirects(RedirectFailure),
     /// The bytes are not those of the digest.
-    WrongDigest,
+    DigestMismatch,
     /// Its digest is not that of its bytes: docker's signed schema 1. It can only be passed on.
     Unverifiable,
     /// The operator switched asking off.
@@ -58,29 +58,29 @@ pub enum Cause {
     QueueFull,
 }
 
-impl Cause {
+impl UpstreamFailure {
     /// The label for metrics and `Cache-Status`; stable, and without the status number to bound their count.
     pub const fn name(self) -> &'static str {
         match self {
-            Self::Refused => "refused",
-            Self::Reset => "reset",
+            Self::ConnectionRefused => "refused",
+            Self::ConnectionReset => "reset",
             Self::Unreachable => "unreachable",
             Self::Dns => "dns",
             Self::Tls(_) => "tls",
             Self::ConnectTimeout => "connect-timeout",
             Self::Timeout => "timeout",
-            Self::Budget => "budget",
+            Self::RevalidateTimeout => "budget",
             Self::BreakerOpen => "breaker-open",
             Self::RateLimited => "rate-limited",
             Self::Status(_) => "status",
             Self::TokenService => "token-service",
-            Self::PlainRealm => "plain-realm",
-            Self::OwnCredential => "own-credential",
+            Self::PlaintextRealm => "plain-realm",
+            Self::CacheCredential => "own-credential",
             Self::Malformed => "malformed",
             Self::NotRegistry => "not-registry",
             Self::TooLarge => "too-large",
             Self::Redirects(_) => "redirects",
-            Self::WrongDigest => "wrong-digest",
+            Self::DigestMismatch => "wrong-digest",
             Self::Unverifiable => "unverifiable",
             Self::Offline => "offline",
             Self::Busy => "busy",
@@ -94,10 +94,10 @@ impl Cause {
         match self {
             Self::Timeout => Some("first_byte_timeout"),
             Self::ConnectTimeout => Some("connect_timeout"),
-            Self::Tls(TlsFault::UnknownIssuer | TlsFault::SelfSigned) => Some("ca_file"),
-            Self::Tls(TlsFault::ClientCertificate) => Some("client_certificate"),
-            Self::Tls(TlsFault::NotTls) => Some("url"),
-            Self::Redirects(RedirectFault::Downgrade | RedirectFault::TooNear) => Some("redirects"),
+            Self::Tls(TlsFailure::UnknownIssuer | TlsFailure::SelfSigned) => Some("ca_file"),
+            Self::Tls(TlsFailure::ClientCertificate) => Some("client_certificate"),
+            Self::Tls(TlsFailure::NotTls) => Some("url"),
+            Self::Redirects(RedirectFailure::Downgrade | RedirectFailure::NarrowerScope) => Some("redirects"),
             _ => None,
         }
     }
@@ -105,7 +105,7 @@ impl Cause {
 
 /// Why no trusted TLS connection came about. Hosts, names and dates are told to the operator alone, beside the cause.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum TlsFault {
+pub enum TlsFailure {
     /// The certificate has no subject alternative name (RFC 5280 §4.2.1.6) for the host.
     WrongName,
     /// The certificate has expired.
@@ -128,7 +128,7 @@ pub enum TlsFault {
     Other,
 }
 
-impl TlsFault {
+impl TlsFailure {
     const fn phrase(self) -> &'static str {
         match self {
             Self::WrongName => "could not be trusted: its TLS certificate is for another name",
@@ -147,7 +147,7 @@ impl TlsFault {
 
 /// Why a redirect is not followed. Its target is told to the operator alone, beside the cause.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum RedirectFault {
+pub enum RedirectFailure {
     /// One redirect after the other.
     TooMany,
     /// No `Location`, or one that is no http(s) URL.
@@ -155,50 +155,50 @@ pub enum RedirectFault {
     /// From https to plain http, and `redirects` names no such place.
     Downgrade,
     /// To an address nearer than the registry's own, and `redirects` does not name it.
-    TooNear,
+    NarrowerScope,
     /// To another place, where only the same one makes sense.
-    Elsewhere,
+    OtherHost,
 }
 
-impl RedirectFault {
+impl RedirectFailure {
     const fn phrase(self) -> &'static str {
         match self {
             Self::TooMany => "redirected too often",
             Self::Malformed => "redirected to nowhere",
             Self::Downgrade => "redirected to plain http",
-            Self::TooNear => "redirected to an address that is not allowed",
-            Self::Elsewhere => "redirected to another host where that is not allowed",
+            Self::NarrowerScope => "redirected to an address that is not allowed",
+            Self::OtherHost => "redirected to another host where that is not allowed",
         }
     }
 }
 
 /// The end of a sentence that begins with the upstream's name: "ghcr.io" + "refused the connection".
-impl fmt::Display for Cause {
+impl fmt::Display for UpstreamFailure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Self::Refused => "refused the connection",
-            Self::Reset => "broke the connection",
+            Self::ConnectionRefused => "refused the connection",
+            Self::ConnectionReset => "broke the connection",
             Self::Unreachable => "cannot be reached",
             Self::Dns => "has a name that could not be resolved",
             Self::Tls(fault) => fault.phrase(),
             Self::ConnectTimeout => "did not take the connection in time",
             Self::Timeout => "did not answer in time",
-            Self::Budget => "did not answer within the budget",
+            Self::RevalidateTimeout => "did not answer within the budget",
             Self::BreakerOpen => "failed repeatedly and is being left alone for a while",
             Self::RateLimited => "limits the rate of requests",
             Self::Status(status) => return write!(f, "answered {status}"),
             Self::TokenService => "has a token service that gave no token",
-            Self::PlainRealm => {
+            Self::PlaintextRealm => {
                 "names its token service by http://, where no credential is sent; its external URL should be https"
             }
-            Self::OwnCredential => "could not be asked, for the cache's own credential could not be had",
+            Self::CacheCredential => "could not be asked, for the cache's own credential could not be had",
             Self::Malformed => "gave an answer that makes no sense",
             Self::NotRegistry => {
                 "gave an answer that is not a registry's (a login page, a captive portal or a firewall?)"
             }
             Self::TooLarge => "gave an answer larger than the limit",
             Self::Redirects(fault) => fault.phrase(),
-            Self::WrongDigest => "sent bytes that do not match their digest",
+            Self::DigestMismatch => "sent bytes that do not match their digest",
             Self::Unverifiable => "gave a manifest whose digest cannot be verified (docker's signed schema 1)",
             Self::Offline => "is not asked while offline mode is on",
             Self::Busy => "has too many requests of ours under way",
@@ -215,16 +215,24 @@ mod tests {
     #[test]
     fn a_cause_ends_a_sentence_and_labels_a_metric() {
         for (cause, name, sentence) in [
-            (Cause::Refused, "refused", "refused the connection"),
-            (Cause::Status(503), "status", "answered 503"),
             (
-                Cause::Tls(TlsFault::Expired),
+                UpstreamFailure::ConnectionRefused,
+                "refused",
+                "refused the connection",
+            ),
+            (UpstreamFailure::Status(503), "status", "answered 503"),
+            (
+                UpstreamFailure::Tls(TlsFailure::Expired),
                 "tls",
                 "could not be trusted: its TLS certificate has expired",
             ),
-            (Cause::Budget, "budget", "did not answer within the budget"),
             (
-                Cause::ConnectTimeout,
+                UpstreamFailure::RevalidateTimeout,
+                "budget",
+                "did not answer within the budget",
+            ),
+            (
+                UpstreamFailure::ConnectTimeout,
                 "connect-timeout",
                 "did not take the connection in time",
             ),

@@ -16,7 +16,7 @@ use super::query::{Query, QueryError};
 
 /// A read request.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub enum Operation {
+pub enum Endpoint {
     /// `/v2/` (end-1): is this a registry, and how does it authenticate?
     Ping,
     /// A manifest by tag or digest (end-3).
@@ -51,17 +51,17 @@ pub enum Operation {
     },
 }
 
-impl Operation {
+impl Endpoint {
     /// Reads a request line: method, path as sent, and query without its `?`.
     ///
     /// A name may hold the words `manifests`, `blobs`, `referrers` and `tags`, so the *last* such word
     /// decides. Percent-encoding is refused, as no name needs it, except `%3A` for the colon of a digest. The
     /// query counts for tags and referrers only; `ns` is left out of it ([`Query::parse`] tells it).
-    pub fn parse(method: &Method, path: &str, query: Option<&str>) -> Result<Self, Malformed> {
+    pub fn parse(method: &Method, path: &str, query: Option<&str>) -> Result<Self, RequestError> {
         let rest = if path == "/v2" {
             ""
         } else {
-            path.strip_prefix("/v2/").ok_or(Malformed::Path)?
+            path.strip_prefix("/v2/").ok_or(RequestError::Path)?
         };
         check_method(method)?;
         if rest.is_empty() {
@@ -79,13 +79,13 @@ impl Operation {
             Resource::Manifests => Ok(Self::Manifest {
                 repository: repository(name)?,
                 reference: with_colon(reference).parse().map_err(|error| match error {
-                    ReferenceError::Tag(error) => Malformed::Tag(error),
-                    ReferenceError::Digest(error) => Malformed::Digest(error),
+                    ReferenceError::Tag(error) => RequestError::Tag(error),
+                    ReferenceError::Digest(error) => RequestError::Digest(error),
                 })?,
             }),
             // Asking how far an upload has come belongs to a push, whatever its verb.
             Resource::Blobs if reference == "uploads" || reference.starts_with("uploads/") => {
-                Err(Malformed::Write {
+                Err(RequestError::Write {
                     method: method.clone(),
                 })
             }
@@ -101,7 +101,7 @@ impl Operation {
         }
     }
 
-    /// The repository asked about; none for [`Operation::Ping`].
+    /// The repository asked about; none for [`Endpoint::Ping`].
     pub const fn repository(&self) -> Option<&Repository> {
         match self {
             Self::Ping => None,
@@ -147,7 +147,7 @@ impl Operation {
 
 /// Why a request is not one we answer. The fault of the client.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Malformed {
+pub enum RequestError {
     /// No such endpoint.
     #[error("there is no such endpoint")]
     Path,
@@ -177,7 +177,7 @@ pub enum Malformed {
     Method,
 }
 
-impl Malformed {
+impl RequestError {
     /// The code for the error body.
     pub const fn code(&self) -> ErrorCode {
         match self {
@@ -201,13 +201,13 @@ impl Malformed {
     }
 }
 
-fn check_method(method: &Method) -> Result<(), Malformed> {
+fn check_method(method: &Method) -> Result<(), RequestError> {
     match *method {
         Method::GET | Method::HEAD => Ok(()),
-        Method::POST | Method::PUT | Method::PATCH | Method::DELETE => Err(Malformed::Write {
+        Method::POST | Method::PUT | Method::PATCH | Method::DELETE => Err(RequestError::Write {
             method: method.clone(),
         }),
-        _ => Err(Malformed::Method),
+        _ => Err(RequestError::Method),
     }
 }
 
@@ -227,7 +227,7 @@ impl Resource {
 }
 
 /// Name, resource and reference of a path, divided at the last `/<resource>/`.
-fn split_at_last_resource(rest: &str) -> Result<(&str, Resource, &str), Malformed> {
+fn split_at_last_resource(rest: &str) -> Result<(&str, Resource, &str), RequestError> {
     // A right reference has no slash, so the two last slashes nearly always enclose the resource.
     if let Some((before, reference)) = rest.rsplit_once('/')
         && let Some((name, word)) = before.rsplit_once('/')
@@ -246,11 +246,11 @@ fn split_at_last_resource(rest: &str) -> Result<(&str, Resource, &str), Malforme
                 .map(|(name, reference)| (name, resource, reference))
         })
         .max_by_key(|(name, ..)| name.len())
-        .ok_or(Malformed::Path)
+        .ok_or(RequestError::Path)
 }
 
-fn repository(name: &str) -> Result<Repository, Malformed> {
-    name.parse().map_err(Malformed::Repository)
+fn repository(name: &str) -> Result<Repository, RequestError> {
+    name.parse().map_err(RequestError::Repository)
 }
 
 /// The reference with a percent-encoded colon decoded; some HTTP libraries encode it.
