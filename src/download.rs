@@ -58,8 +58,8 @@ pub use view::Transfer;
 
 use crate::oci::{Digest, Repository, UpstreamFailure};
 use crate::queue::{Demand, Full, NoPlace, Place as Admitted, Queue, Waiter, Waiters};
-use crate::store::blobs::{HeldBlob, Mismatch};
-use crate::store::step::Buffers;
+use crate::store::blobs::{BlobHandle, Mismatch};
+use crate::store::file_read::BufferPool;
 use crate::store::{Store, StoreError};
 use crate::upstream::{ResponseStream, UpstreamResponse};
 
@@ -90,7 +90,7 @@ pub struct Downloads {
 
 struct Shared {
     store: Arc<Store>,
-    buffers: Buffers,
+    buffers: BufferPool,
     running: Mutex<Running>,
     left: Notify,
     queue: Queue,
@@ -119,7 +119,7 @@ pub struct Wish {
 /// What one finds on joining.
 pub enum Joined {
     /// It became held meanwhile.
-    Held(HeldBlob),
+    Held(BlobHandle),
     /// Nobody is fetching it: this caller must.
     Leader(Leader),
     /// It is being fetched.
@@ -246,7 +246,7 @@ impl Failure {
 
 impl Downloads {
     /// No transfers yet; blobs go to `store`. Of more than `transfers_max` at once, the further ones wait for a place.
-    pub fn new(store: Arc<Store>, buffers: Buffers, transfers_max: usize) -> Self {
+    pub fn new(store: Arc<Store>, buffers: BufferPool, transfers_max: usize) -> Self {
         let shared = Shared {
             store,
             buffers,

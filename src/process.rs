@@ -24,8 +24,8 @@ use crate::server::accept::Accepting;
 use crate::server::listen::{Listener, Passed, SocketFile, bind, bind_unix, listeners};
 use crate::server::tls::{ServerTls, TlsError};
 use crate::server::{Egress, Front, Sound};
+use crate::store::file_read::BufferPool;
 use crate::store::fs::DirectoryFs;
-use crate::store::step::Buffers;
 use crate::store::{Limits as StoreLimits, OpenError, Settings as StoreSettings, Store};
 use crate::telemetry::Telemetry;
 use crate::terminal;
@@ -105,7 +105,7 @@ pub async fn serve(
         served: Arc::new(ServedRepositories(Arc::clone(&store))),
         clock,
     };
-    let (buffers, egress) = (Buffers::default(), Egress::default());
+    let (buffers, egress) = (BufferPool::default(), Egress::default());
     let downloads = Downloads::new(Arc::clone(&store), buffers.clone(), limits.fetches_max);
     let shared = SharedState::new(&store, &downloads, &context);
     let build = |config: &Config| registry(config, &shared, &context);

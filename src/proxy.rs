@@ -61,10 +61,10 @@ use crate::policy::rules::EffectivePolicy;
 use crate::policy::{CacheState, Decision, DenyReason, HitReason, MissReason, decide};
 use crate::queue::Peer;
 use crate::single_flight::SingleFlight;
-use crate::store::blobs::HeldBlob;
+use crate::store::access_times::ContentId;
+use crate::store::blobs::BlobHandle;
 use crate::store::challenges::StoredChallenge;
 use crate::store::manifests::StoredManifest;
-use crate::store::uses::Used;
 use crate::store::{AsyncStore, LogLimit, Store};
 use crate::telemetry::Telemetry;
 use crate::trace_context::TraceContext;
@@ -174,7 +174,7 @@ pub enum BlobBody {
     /// From memory.
     Memory(Bytes),
     /// From its file.
-    File(HeldBlob),
+    File(BlobHandle),
     /// From a download under way.
     Download(Reader),
     /// From the upstream, because the disk cannot take it.
@@ -263,11 +263,11 @@ impl ProxyService {
         let outcome = self.outcome(&request).await;
         match &outcome {
             ProxyResponse::Manifest(manifest, _) => {
-                self.store.note_use(Used::Manifest(manifest.digest), now);
+                self.store.touch(ContentId::Manifest(manifest.digest), now);
                 self.note_manifest_given(&request, manifest).await;
             }
             ProxyResponse::Blob { digest, .. } => {
-                self.store.note_use(Used::Blob(*digest), now);
+                self.store.touch(ContentId::Blob(*digest), now);
                 self.note_blob_given(&request, *digest);
             }
             _ => {}

@@ -52,7 +52,7 @@ pub(crate) use idle::{Pardoned, Watched};
 
 use crate::clock::Clock;
 use crate::proxy::ProxyService;
-use crate::store::step::Buffers;
+use crate::store::file_read::BufferPool;
 use crate::telemetry::{ResourceKind, Telemetry};
 use crate::trace_context::TraceContext;
 use received::Received;
@@ -88,8 +88,8 @@ pub struct Front {
     pub registry: Arc<ArcSwap<Registry>>,
     /// What is told.
     pub telemetry: Telemetry,
-    /// Buffers for reading blobs.
-    pub buffers: Buffers,
+    /// BufferPool for reading blobs.
+    pub buffers: BufferPool,
     /// The budget of response bytes.
     pub egress: Egress,
     /// The held blobs found right since the start.

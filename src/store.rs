@@ -35,7 +35,9 @@
 //!
 //! Not here: whether a caller may read.
 
+pub mod access_times;
 mod async_store;
+mod blob_handle;
 pub mod blobs;
 mod cache_key;
 pub mod challenges;
@@ -43,28 +45,25 @@ mod checksummed_json;
 pub mod completeness;
 mod error;
 mod evict;
+pub mod file_read;
 pub mod fs;
 pub mod grants;
-mod held;
 mod index;
 pub mod ingest;
 pub mod invalidations;
-pub mod leftover;
 pub mod listings;
 mod lock;
 pub mod manifests;
 pub mod membership;
 mod offline;
+pub mod partial;
 pub mod pins;
-mod plan;
-mod room;
+mod quota;
 mod scrub;
 mod secret;
-pub mod step;
 pub mod tags;
 pub mod usage;
 pub mod usage_report;
-pub mod uses;
 pub mod verify;
 mod view;
 
@@ -82,24 +81,24 @@ use tokio::time::Instant;
 
 use crate::oci::Digest;
 
+use self::access_times::AccessTimes;
 pub use self::async_store::AsyncStore;
 use self::checksummed_json::to_millis;
-pub use self::error::{OpenError, StoreError, Trouble};
+pub use self::error::{HealthIssue, OpenError, StoreError};
 use self::evict::Evictor;
-pub use self::evict::{Evictions, YOUNG};
+pub use self::evict::{EVICTION_MIN_AGE, Evictions};
 use self::fs::FileSystem;
 pub use self::fs::disk_errors::LogLimit;
 use self::fs::monitored::{DiskHealth, MonitoredFs};
 use self::fs::timed::{PendingIo, TimedFs};
-pub use self::index::thread::IndexState;
-use self::index::thread::{Home, IndexHandle};
+pub use self::index::handle::IndexState;
+use self::index::handle::{IndexHandle, Location};
 use self::lock::Lock;
 use self::pins::Pins;
-pub use self::room::Limits;
-use self::room::Room;
-pub use self::scrub::Scrubbed;
+pub use self::quota::Limits;
+use self::quota::Quota;
+pub use self::scrub::ScrubTotals;
 use self::usage::{Counters, Usage};
-use self::uses::Uses;
 pub use self::view::View;
 
 const QUARANTINE_FOLDER: &str = "quarantine";
@@ -151,9 +150,9 @@ pub struct Store {
     removed: Arc<completeness::RemovedDigests>,
     reference_counts: usage_report::ReferenceCountCache,
     usage: Arc<Counters>,
-    uses: Arc<Uses>,
+    access_times: Arc<AccessTimes>,
     pins: Arc<Pins>,
-    room: Arc<Room>,
+    quota: Arc<Quota>,
     evictor: Arc<Evictor>,
     scrub: Arc<scrub::Scrub>,
     secret: [u8; 32],
@@ -161,7 +160,7 @@ pub struct Store {
     threads: Vec<JoinHandle<()>>,
     /// Fills an index that lost something.
     reindexing: Mutex<Option<JoinHandle<()>>>,
-    verifying: verify::Verifying,
+    verify_job: verify::VerifyJob,
     // Last but for the lock, so that the database is closed while the folder is still ours.
     index: Arc<IndexHandle>,
     _lock: Option<Lock>,
@@ -171,7 +170,7 @@ impl Store {
     /// Opens the store on `fs`, taking its folder for this process. Waits neither for the index nor for the counts.
     pub fn open(settings: &Settings, fs: Arc<dyn FileSystem>, now: SystemTime) -> Result<Self, OpenError> {
         Self::open_with(settings, fs, now, |fs| {
-            fs.folder().map_or(Home::Memory, |folder| Home::Folder {
+            fs.folder().map_or(Location::Memory, |folder| Location::Folder {
                 fs: Arc::clone(fs),
                 index: folder.join("index"),
                 opened_at: to_millis(now) / 1000,
@@ -183,7 +182,7 @@ impl Store {
         settings: &Settings,
         fs: Arc<dyn FileSystem>,
         now: SystemTime,
-        home: impl FnOnce(&Arc<dyn FileSystem>) -> Home,
+        location: impl FnOnce(&Arc<dyn FileSystem>) -> Location,
     ) -> Result<Self, OpenError> {
         let lock = fs.folder().map(Lock::take).transpose()?;
         let disk_health = DiskHealth::default();
@@ -192,8 +191,8 @@ impl Store {
         let monitored = Arc::new(MonitoredFs::new(timed, &disk_health));
         let fs: Arc<dyn FileSystem> = Arc::clone(&monitored) as _;
         let secret = secret::read_or_create(fs.as_ref())?;
-        let leftovers = leftover::Leftovers::find(fs.as_ref(), now);
-        let index = IndexHandle::start(home(&fs))
+        let partials = partial::PartialDownloads::find(fs.as_ref(), now);
+        let index = IndexHandle::start(location(&fs))
             .map_err(|error| StoreError::io("start the thread of", "index", &error))?;
         let index = Arc::new(index);
         let usage = Arc::new(Counters::default());
@@ -220,26 +219,41 @@ impl Store {
                 membership.count(&stop);
             })?
         };
-        let uses = Arc::new(Uses::new(now));
-        let pins = Arc::new(Pins::read(&fs, &uses));
-        let room = Arc::new(Room::new(settings.limits, &fs, &usage));
+        let access_times = Arc::new(AccessTimes::new(now));
+        let pins = Arc::new(Pins::read(&fs, &access_times));
+        let quota = Arc::new(Quota::new(settings.limits, &fs, &usage));
         let blobs = Arc::new(blobs::Blobs::new(
             settings,
             &fs,
             &index,
             (&usage, &removed),
-            leftovers,
-            &uses,
+            partials,
+            &access_times,
             &disk_health,
         ));
-        let manifests = Arc::new(manifests::Manifests::new(settings, &fs, &usage, &uses, &removed));
-        let evictor = Evictor::new(&fs, &blobs, &manifests, &tags, &pins, &uses, &room, &stop);
+        let manifests = Arc::new(manifests::Manifests::new(
+            settings,
+            &fs,
+            &usage,
+            &access_times,
+            &removed,
+        ));
+        let evictor = Evictor::new(
+            &fs,
+            &blobs,
+            &manifests,
+            &tags,
+            &pins,
+            &access_times,
+            &quota,
+            &stop,
+        );
         let evictor = Arc::new(evictor);
         let evicting = {
             let evictor = Arc::clone(&evictor);
             spawn_thread("store-evict", move || evictor.run())?
         };
-        let scrub = scrub::Scrub::new(settings.scrub_rate, &fs, &blobs, &manifests, &uses, &stop);
+        let scrub = scrub::Scrub::new(settings.scrub_rate, &fs, &blobs, &manifests, &access_times, &stop);
         let scrub = Arc::new(scrub);
         let scrubbing = {
             let scrub = Arc::clone(&scrub);
@@ -258,16 +272,16 @@ impl Store {
             removed,
             reference_counts: usage_report::ReferenceCountCache::default(),
             usage,
-            uses,
+            access_times,
             pins,
-            room,
+            quota,
             evictor,
             scrub,
             secret,
             stop,
             threads: vec![scan, evicting, scrubbing],
             reindexing: Mutex::default(),
-            verifying: verify::Verifying::default(),
+            verify_job: verify::VerifyJob::default(),
             fs: monitored,
             disk_health,
             pending_io,
@@ -282,16 +296,16 @@ impl Store {
     pub fn close(&self) {
         self.stop.store(true, Ordering::Relaxed);
         self.evictor.wake();
-        self.uses.write(self.fs.as_ref());
+        self.access_times.write(self.fs.as_ref());
         self.index.flush();
     }
 
     /// What is to be done from time to time; to be called every few seconds. Blocks.
     pub fn tick(&self, now: SystemTime) {
-        self.uses.tell(now);
+        self.access_times.set_now(now);
         self.fs.probe();
         self.evictor.wake_if_needed();
-        self.index.send_removals();
+        self.index.send_pending_removals();
         self.rebuild_index_if_needed();
     }
 
@@ -315,44 +329,45 @@ impl Store {
         self.evictor.tidy();
         let is_held = |digest: &Digest| self.blobs.has(digest) || self.manifests.has(digest);
         self.membership.append_pending();
-        self.membership.prune(self.uses.now(), &is_held, &self.stop);
+        self.membership
+            .prune(self.access_times.now(), &is_held, &self.stop);
     }
 
     /// Changes how much may be held; what is too much then goes.
     pub fn set_limits(&self, limits: Limits) {
-        self.room.set_limits(limits);
+        self.quota.set_limits(limits);
         self.evictor.wake_if_needed();
     }
 
     /// How much may be held.
     pub fn limits(&self) -> Limits {
-        self.room.limits()
+        self.quota.limits()
     }
 
     /// What keeps the store from doing its work, if anything does. It serves what it can all the same.
-    pub fn troubles(&self) -> Vec<Trouble> {
-        let mut troubles: Vec<_> = self
+    pub fn health_issues(&self) -> Vec<HealthIssue> {
+        let mut issues: Vec<_> = self
             .disk_health
             .last_error()
-            .map(Trouble::Disk)
+            .map(HealthIssue::Disk)
             .into_iter()
             .collect();
         if let Some((operation, took)) = self.pending_io.slow(Instant::now()) {
             let seconds = took.as_secs();
-            troubles.push(Trouble::Slow { operation, seconds });
+            issues.push(HealthIssue::Slow { operation, seconds });
         }
         if let IndexState::Degraded { reason } = self.index.state() {
-            troubles.push(Trouble::Index { reason });
+            issues.push(HealthIssue::Index { reason });
         } else if self.index.is_stuck() {
             let reason = "it does not answer".to_owned();
-            troubles.push(Trouble::Index { reason });
+            issues.push(HealthIssue::Index { reason });
         }
         if self.evictor.is_short() {
-            troubles.push(Trouble::OverQuota {
-                limits: self.room.limits(),
+            issues.push(HealthIssue::OverQuota {
+                limits: self.quota.limits(),
             });
         }
-        troubles
+        issues
     }
 
     /// Errors of the disk since the start, by operation.
@@ -366,7 +381,7 @@ impl Store {
     }
 
     /// What was read again since the start.
-    pub fn scrubbed(&self) -> Scrubbed {
+    pub fn scrubbed(&self) -> ScrubTotals {
         self.scrub.scrubbed()
     }
 
@@ -392,7 +407,7 @@ impl Store {
 
     /// How many bytes the disk still takes.
     pub fn free_bytes(&self) -> Result<u64, StoreError> {
-        self.room.free_bytes()
+        self.quota.free_bytes()
     }
 }
 
@@ -402,7 +417,7 @@ impl Drop for Store {
         self.evictor.wake();
         self.scrub.wake();
         let reindexing = self.reindexing.get_mut().unwrap_or_else(PoisonError::into_inner);
-        let others = [reindexing.take(), self.verifying.take()].into_iter().flatten();
+        let others = [reindexing.take(), self.verify_job.take()].into_iter().flatten();
         for thread in self.threads.drain(..).chain(others) {
             // A panic there has been told by the panic hook.
             let _ = thread.join();

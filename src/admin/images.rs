@@ -16,11 +16,11 @@ use crate::oci::manifest::{DescriptorKind, ManifestKind};
 use crate::oci::{AnyDigest, Digest, Query, Reference, Repository};
 use crate::server::Registry;
 use crate::store::Store;
+use crate::store::access_times::ContentId;
 use crate::store::manifests::StoredManifest;
 use crate::store::pins::Pin;
 use crate::store::tags::{HistoryEntry, NEVER_CONFIRMED, ResolvedTag, TagKey, TagReader, TagRecord};
 use crate::store::usage_report::{ReferenceCounts, TagUsage};
-use crate::store::uses::Used;
 
 /// Images on one page of the list, unless `limit` says fewer.
 pub(super) const IMAGES_MAX: usize = 1_000;
@@ -404,7 +404,7 @@ fn summary(
             age.unwrap_or_default().as_secs()
         }),
         fresh_until: fresh_until.map(rfc3339),
-        last_pulled_at: store.last_use(Used::Manifest(named.digest)).map(rfc3339),
+        last_pulled_at: store.last_access(ContentId::Manifest(named.digest)).map(rfc3339),
         rule: rule.map_or_else(
             || "its upstream is not configured any more".to_owned(),
             |rule| rule.name.to_string(),

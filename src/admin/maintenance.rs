@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use super::Admin;
 use super::response::{ApiResponse, Problem, json_response, json_with_status};
 use super::router::{blocking, parse_json};
-use crate::store::{Store, YOUNG};
+use crate::store::{EVICTION_MIN_AGE, Store};
 
 /// What was not used for so long goes, if nothing else is said.
 const UNUSED_FOR_DEFAULT: Duration = Duration::from_secs(7 * 24 * 3600);
@@ -35,7 +35,7 @@ impl Admin {
             blocking(move || Ok(registry.pull.store().blocking().collect(unused_for, is_trial)?)).await?;
         Ok(json_response(&json!({
             "dry_run": is_trial,
-            "unused_seconds": unused_for.max(YOUNG).as_secs(),
+            "unused_seconds": unused_for.max(EVICTION_MIN_AGE).as_secs(),
             "manifests": freed.manifests,
             "blobs": freed.blobs,
             "bytes_freed": freed.bytes,
@@ -72,10 +72,10 @@ impl Admin {
 
 fn progress(store: &Store) -> Value {
     let verification = store.verification().unwrap_or_default();
-    let named = verification.named.iter().map(ToString::to_string);
+    let named = verification.damaged_digests.iter().map(ToString::to_string);
     json!({
         "running": verification.is_running,
-        "complete": verification.is_whole,
+        "complete": verification.is_complete,
         "objects": verification.objects,
         "bytes": verification.bytes,
         "damaged": verification.damaged,

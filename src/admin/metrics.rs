@@ -75,7 +75,7 @@ impl Admin {
             without_room: evicted.refused,
             scrub_damaged: store.scrubbed().damaged,
             store_errors: store.errors(),
-            is_store_degraded: !store.troubles().is_empty(),
+            is_store_degraded: !store.health_issues().is_empty(),
             store_objects: usage.blobs + usage.manifests,
             store_tags: usage.tags,
             queues: queues(&registry),

@@ -78,7 +78,7 @@ impl StoreStatus {
         let (usage, limits, evicted) = (store.usage(), store.limits(), store.evictions());
         let scrubbed = store.scrubbed();
         Self {
-            troubles: store.troubles().iter().map(ToString::to_string).collect(),
+            troubles: store.health_issues().iter().map(ToString::to_string).collect(),
             bytes: usage.blob_bytes + usage.manifest_bytes,
             blobs: usage.blobs,
             blob_bytes: usage.blob_bytes,
@@ -186,7 +186,7 @@ impl Admin {
                 ));
             }
         }
-        for trouble in registry.pull.store().troubles() {
+        for trouble in registry.pull.store().health_issues() {
             problems.push(format!("degraded: {trouble}"));
         }
         if let Some(quota) = self.quota().filter(|quota| quota.remaining == 0) {

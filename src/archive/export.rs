@@ -14,9 +14,9 @@ use std::time::SystemTime;
 use super::layout::{self, Entry, INDEX_FILE, LAYOUT_FILE, blob_name};
 use super::{INDEX_DEPTH_MAX, Image, list_missing};
 use crate::oci::{Digest, Hasher};
-use crate::store::blobs::HeldBlob;
+use crate::store::access_times::ContentId;
+use crate::store::blobs::BlobHandle;
 use crate::store::manifests::StoredManifest;
-use crate::store::uses::Used;
 use crate::store::{Store, StoreError};
 
 use self::resolve::ImageResolver;
@@ -129,10 +129,10 @@ impl Plan {
             .retain(|entry| named.insert((entry.digest, entry.name.clone())));
         for object in &plan.objects {
             let used = match object {
-                ArchiveObject::Manifest(held) => Used::Manifest(held.digest),
-                ArchiveObject::Blob { digest, .. } => Used::Blob(*digest),
+                ArchiveObject::Manifest(held) => ContentId::Manifest(held.digest),
+                ArchiveObject::Blob { digest, .. } => ContentId::Blob(*digest),
             };
-            store.note_use(used, now);
+            store.touch(used, now);
         }
         Ok(plan)
     }
@@ -206,14 +206,14 @@ fn header(size: u64) -> tar::Header {
 
 /// A blob as it leaves, hashed on the way.
 struct VerifyingReader<'a> {
-    held: &'a HeldBlob,
+    held: &'a BlobHandle,
     digest: Digest,
     offset: u64,
     hasher: Hasher,
 }
 
 impl<'a> VerifyingReader<'a> {
-    fn new(held: &'a HeldBlob, digest: Digest) -> Self {
+    fn new(held: &'a BlobHandle, digest: Digest) -> Self {
         Self {
             held,
             digest,

@@ -186,7 +186,7 @@ impl Ground {
 
     fn blob(&self, bytes: &[u8]) -> Option<Vec<u8>> {
         let held = self.store.blob(&digest(bytes)).unwrap()?;
-        Some(held.read_whole(u64::MAX).unwrap())
+        Some(held.read_all(u64::MAX).unwrap())
     }
 
     fn is_whole(&self, name: &str, manifest: &[u8]) -> bool {

@@ -18,8 +18,8 @@ use super::{Ahead, Chunks, Failure, Shared};
 use crate::oci::{Digest, UpstreamFailure};
 use crate::queue::{Waiter, Waiters};
 use crate::store::StoreError;
+use crate::store::file_read::{BufferPool, READ_CHUNK_BYTES, read_chunk};
 use crate::store::fs::FsFile;
-use crate::store::step::{Buffers, STEP_BYTES, read_step};
 
 /// A part that begins so far from what has arrived is far ahead.
 pub const FAR_AHEAD_BYTES: u64 = 8 * 1024 * 1024;
@@ -34,7 +34,7 @@ pub struct Reader {
     /// Whether its own request leads the transfer.
     pub(super) leads: bool,
     pub(super) progress: watch::Receiver<Progress>,
-    buffers: Buffers,
+    buffers: BufferPool,
     pub(super) position: u64,
     pub(super) end: Option<u64>,
     step_bytes: usize,
@@ -83,7 +83,7 @@ impl Reader {
             buffers: shared.buffers.clone(),
             position: 0,
             end: None,
-            step_bytes: STEP_BYTES,
+            step_bytes: READ_CHUNK_BYTES,
             given: None,
             ahead: None,
             ahead_places: Arc::clone(&shared.ahead_places),
@@ -105,7 +105,7 @@ impl Reader {
             buffers: self.buffers.clone(),
             position: 0,
             end: Some(length),
-            step_bytes: STEP_BYTES,
+            step_bytes: READ_CHUNK_BYTES,
             given: None,
             ahead: None,
             ahead_places: Arc::clone(&self.ahead_places),
@@ -180,7 +180,7 @@ impl Reader {
 
     /// The next bytes, as soon as there are any; `None` at the end. After an error there is nothing more.
     pub async fn next(&mut self) -> Option<Result<Bytes, Arc<Failure>>> {
-        self.next_within(STEP_BYTES).await
+        self.next_within(READ_CHUNK_BYTES).await
     }
 
     /// As [`Self::next`], at most `step_bytes` of what is in the file.
@@ -238,9 +238,9 @@ impl Reader {
 
     pub(super) async fn read(&mut self, file: &Arc<dyn FsFile>, until: u64) -> Result<Bytes, Arc<Failure>> {
         let wanted = usize::try_from(until - self.position)
-            .unwrap_or(STEP_BYTES)
+            .unwrap_or(READ_CHUNK_BYTES)
             .min(self.step_bytes);
-        let bytes = read_step(file, self.position, wanted, &self.buffers)
+        let bytes = read_chunk(file, self.position, wanted, &self.buffers)
             .await
             .map_err(|error| Arc::new(Failure::Store(unreadable(&error))))?;
         self.position += bytes.len() as u64;

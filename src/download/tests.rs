@@ -148,7 +148,7 @@ fn downloads() -> Downloads {
 fn downloads_on(disk: &Arc<MemoryFs>) -> Downloads {
     let disk = Arc::clone(disk) as Arc<dyn FileSystem>;
     let store = Store::open(&Settings::default(), disk, SystemTime::UNIX_EPOCH).unwrap();
-    Downloads::new(Arc::new(store), Buffers::default(), 16)
+    Downloads::new(Arc::new(store), BufferPool::default(), 16)
 }
 
 fn wish() -> Wish {

@@ -14,7 +14,7 @@ use crate::oci::{Hasher, UpstreamFailure};
 use crate::queue::NoPlace;
 use crate::store::blobs::Verified;
 use crate::store::ingest::Ingest;
-use crate::store::leftover::{Leftover, Resumed};
+use crate::store::partial::{PartialDownload, Resumed};
 use crate::upstream::{ResponseKind, UpstreamResponse};
 
 /// Runs one transfer to its end and leaves the map.
@@ -64,9 +64,9 @@ struct Begun {
 
 async fn begin<S: Source>(place: &Place, source: &mut S) -> Result<Begun, Failure> {
     let (store, digest) = (Arc::clone(&place.shared.store), place.download.digest);
-    let leftover = spawn_blocking(move || store.leftover(&digest)).await;
-    if let Ok(Some(leftover)) = leftover
-        && let Some(begun) = go_on(place, source, leftover).await?
+    let partial = spawn_blocking(move || store.take_partial(&digest)).await;
+    if let Ok(Some(partial)) = partial
+        && let Some(begun) = go_on(place, source, partial).await?
     {
         return Ok(begun);
     }
@@ -79,36 +79,36 @@ async fn begin<S: Source>(place: &Place, source: &mut S) -> Result<Begun, Failur
 async fn go_on<S: Source>(
     place: &Place,
     source: &mut S,
-    leftover: Leftover,
+    partial: PartialDownload,
 ) -> Result<Option<Begun>, Failure> {
-    let stream = match source.open(leftover.bytes()).await {
+    let stream = match source.open(partial.bytes()).await {
         Ok(stream) => stream,
         // It is the range that it does not like.
         Err(answer) if dislikes_ranges(&answer) => {
-            leftover.discard();
+            partial.discard();
             return Ok(None);
         }
         Err(answer) => return Err(refused(answer)),
     };
     // The whole may be anything, and what is there already is shown to nobody because of it.
-    if stream.start == 0 && leftover.bytes() > 0 {
-        leftover.discard();
+    if stream.start == 0 && partial.bytes() > 0 {
+        partial.discard();
         return start(place, stream, Attempt::First).await.map(Some);
     }
     let same = |(one, other): (u64, u64)| one == other;
-    if !stream.total.zip(leftover.size()).is_none_or(same) {
-        leftover.discard();
+    if !stream.total.zip(partial.size()).is_none_or(same) {
+        partial.discard();
         return Ok(None);
     }
-    let total = stream.total.or(leftover.size());
+    let total = stream.total.or(partial.size());
     place.download.begin(Opened {
         size: total,
-        file: leftover.file(),
+        file: partial.file(),
         attempt: Attempt::First,
     });
     // Readers get what is proven at once, while the upstream's bytes wait in the connection.
     let download = Arc::clone(&place.download);
-    let read = spawn_blocking(move || leftover.read_again(|bytes| download.publish(bytes)));
+    let read = spawn_blocking(move || partial.reverify(|bytes| download.publish(bytes)));
     let Ok(Some(resumed)) = read.await else {
         return Err(Failure::Abandoned);
     };

@@ -13,7 +13,7 @@ use crate::oci::Hasher;
 use crate::store::StoreError;
 use crate::store::blobs::Verified;
 use crate::store::ingest::Ingest;
-use crate::store::leftover::Resumed;
+use crate::store::partial::Resumed;
 
 /// Writes and hashes, in steps on the blocking pool. Between two steps a transfer holds no thread, so their number does not
 /// limit that of the transfers. Publishes each chunk before it is hashed: readers need not wait for the hash, only the
@@ -113,7 +113,7 @@ impl Writer {
             return Ok(());
         };
         let until = *written + chunk.len() as u64;
-        ingest.make_room(until)?;
+        ingest.ensure_reserved(until)?;
         ingest
             .file()
             .write_at(chunk, *written)
@@ -122,7 +122,7 @@ impl Writer {
         self.download.publish(until);
         self.download.counts.fetched(chunk.len() as u64);
         hasher.update(chunk);
-        ingest.wrote(until, hasher);
+        ingest.checkpoint_if_due(until, hasher);
         Ok(())
     }
 
@@ -153,7 +153,7 @@ impl Drop for Writer {
             written,
         }) = self.file.take()
         {
-            ingest.leave(written, &hasher);
+            ingest.suspend(written, &hasher);
         }
     }
 }

@@ -15,7 +15,7 @@ use super::manifest_fetch::UpstreamRequest;
 use super::{BlobBody, ProxyService, UpstreamRegistry};
 use crate::download::Reader;
 use crate::oci::{Digest, Repository, UpstreamFailure};
-use crate::store::blobs::HeldBlob;
+use crate::store::blobs::BlobHandle;
 use crate::upstream::{RangeSpec, UpstreamResponse};
 
 /// How much is compared. More than any page and any archive have in common at their beginning.
@@ -77,7 +77,7 @@ impl Sample {
         }
     }
 
-    pub(super) fn of_file(held: &HeldBlob) -> impl Future<Output = Option<Self>> + Send + use<> {
+    pub(super) fn of_file(held: &BlobHandle) -> impl Future<Output = Option<Self>> + Send + use<> {
         let (size, file) = (held.size, Arc::clone(&held.file));
         async move {
             let length = usize::try_from(size.min(SAMPLE_BYTES)).ok()?;

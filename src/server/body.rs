@@ -18,8 +18,8 @@ use crate::oci::{Digest, Hasher, UpstreamFailure};
 use crate::proxy::StreamedList;
 use crate::proxy::passthrough::VerifyingStream;
 use crate::store::AsyncStore;
+use crate::store::file_read::{BufferPool, READ_CHUNK_BYTES, buffer_bytes, read_blocking, read_nowait};
 use crate::store::fs::FsFile;
-use crate::store::step::{Buffers, STEP_BYTES, held_bytes, read_cached, read_waiting};
 use crate::telemetry::{BodyEnd, ByteSource, Telemetry};
 use crate::upstream::ResponseStream;
 use crate::upstream::forward::ForwardResponse;
@@ -133,7 +133,7 @@ impl Body {
         file: Arc<dyn FsFile>,
         start: u64,
         end: u64,
-        buffers: Buffers,
+        buffers: BufferPool,
         telemetry: Telemetry,
     ) -> Self {
         Self::of(Kind::File(File {
@@ -151,7 +151,7 @@ impl Body {
         digest: Digest,
         file: Arc<dyn FsFile>,
         size: u64,
-        buffers: Buffers,
+        buffers: BufferPool,
         telemetry: Telemetry,
         sound: Sound,
         store: AsyncStore,
@@ -254,10 +254,10 @@ impl Body {
     /// The next chunk, read within the budget and counted on it.
     fn poll_step(&mut self, context: &mut Context<'_>) -> Poll<Next> {
         let (Some(account), false) = (&mut self.account, self.kind.is_in_memory()) else {
-            return self.poll_source(context, STEP_BYTES);
+            return self.poll_source(context, READ_CHUNK_BYTES);
         };
         if self.kind.is_spent() {
-            return self.poll_source(context, STEP_BYTES);
+            return self.poll_source(context, READ_CHUNK_BYTES);
         }
         let charge = match self.charge.take() {
             Some(charge) => charge,
@@ -265,7 +265,7 @@ impl Body {
         };
         match self.poll_source(context, charge.bytes()) {
             Poll::Ready(Some(Ok(chunk))) => {
-                let held = held_bytes(chunk.len());
+                let held = buffer_bytes(chunk.len());
                 Poll::Ready(Some(Ok(charge.onto(chunk, held))))
             }
             Poll::Pending => {
@@ -405,7 +405,7 @@ struct File {
     from: Arc<dyn FsFile>,
     position: u64,
     end: u64,
-    buffers: Buffers,
+    buffers: BufferPool,
     telemetry: Telemetry,
     waiting: Option<JoinHandle<io::Result<Bytes>>>,
 }
@@ -425,12 +425,12 @@ impl File {
                 self.waiting = None;
                 read.unwrap_or_else(|_| Err(io::ErrorKind::Interrupted.into()))
             }
-            None => read_cached(self.from.as_ref(), self.position, wanted, &self.buffers),
+            None => read_nowait(self.from.as_ref(), self.position, wanted, &self.buffers),
         };
         match read {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                 let (file, buffers, position) = (Arc::clone(&self.from), self.buffers.clone(), self.position);
-                let read = move || read_waiting(file.as_ref(), position, wanted, &buffers);
+                let read = move || read_blocking(file.as_ref(), position, wanted, &buffers);
                 let waiting = self.waiting.insert(spawn_blocking(read));
                 let read = ready!(Pin::new(waiting).poll(context));
                 self.waiting = None;

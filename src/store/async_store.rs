@@ -12,9 +12,9 @@ use std::time::SystemTime;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::{JoinError, spawn_blocking};
 
+use super::access_times::ContentId;
 use super::invalidations::InvalidationKey;
-use super::uses::Used;
-use super::{Evictions, Limits, Scrubbed, Store, Trouble, Usage, View};
+use super::{Evictions, HealthIssue, Limits, ScrubTotals, Store, Usage, View};
 
 /// Reads of the disk at a time. Others wait their turn, without a thread.
 const READS_MAX: usize = 64;
@@ -111,8 +111,8 @@ impl AsyncStore {
     }
 
     /// Notes that a client was given this at `now`.
-    pub fn note_use(&self, used: Used, now: SystemTime) {
-        self.store.note_use(used, now);
+    pub fn touch(&self, used: ContentId, now: SystemTime) {
+        self.store.touch(used, now);
     }
 
     /// Whether anything is in doubt.
@@ -126,8 +126,8 @@ impl AsyncStore {
     }
 
     /// What keeps the store from doing its work, if anything does.
-    pub fn troubles(&self) -> Vec<Trouble> {
-        self.store.troubles()
+    pub fn health_issues(&self) -> Vec<HealthIssue> {
+        self.store.health_issues()
     }
 
     /// Errors of the disk since the start, by operation.
@@ -152,7 +152,7 @@ impl AsyncStore {
 
     /// How many bytes the disk still took when that was last measured, some seconds ago.
     pub fn free_bytes(&self) -> Option<u64> {
-        self.store.room.known_free_bytes()
+        self.store.quota.last_free_bytes()
     }
 
     /// How much is pinned.
@@ -161,7 +161,7 @@ impl AsyncStore {
     }
 
     /// What was read again since the start.
-    pub fn scrubbed(&self) -> Scrubbed {
+    pub fn scrubbed(&self) -> ScrubTotals {
         self.store.scrubbed()
     }
 }

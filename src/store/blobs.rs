@@ -9,15 +9,15 @@ use bytes::Bytes;
 use quick_cache::Weighter;
 use quick_cache::sync::Cache;
 
+use super::access_times::{AccessTimes, ContentId};
+pub use super::blob_handle::BlobHandle;
 use super::cache_key::{bounded_cache, weighted_cache};
 use super::completeness::RemovedDigests;
 use super::fs::monitored::DiskHealth;
 use super::fs::{FileSystem, FsFile};
-pub use super::held::HeldBlob;
-use super::index::thread::IndexHandle;
-use super::leftover::Leftovers;
-use super::usage::{Counters, Kind};
-use super::uses::{Used, Uses};
+use super::index::handle::IndexHandle;
+use super::partial::PartialDownloads;
+use super::usage::{ContentKind, Counters};
 use super::{Settings, Store, StoreError, content_path, remove_file, size_of};
 use crate::oci::{Algorithm, Digest, Hasher};
 
@@ -97,13 +97,13 @@ impl Verified {
 
 impl Store {
     /// The blob, if it is held.
-    pub fn blob(&self, digest: &Digest) -> Result<Option<HeldBlob>, StoreError> {
+    pub fn blob(&self, digest: &Digest) -> Result<Option<BlobHandle>, StoreError> {
         self.blobs.find(digest)
     }
 
     /// The blob, if its file is open: from memory alone, so it never blocks. `None` says nothing of the disk.
-    pub fn blob_in_memory(&self, digest: &Digest) -> Option<HeldBlob> {
-        self.blobs.ready(digest)
+    pub fn blob_in_memory(&self, digest: &Digest) -> Option<BlobHandle> {
+        self.blobs.in_memory(digest)
     }
 
     /// The whole blob from memory, if it is held and at most [`SMALL_BLOB_BYTES_MAX`] long. Read and verified the first time.
@@ -133,15 +133,15 @@ impl Weighter<Digest, Bytes> for ByLength {
 
 pub(super) struct Blobs {
     pub(super) fs: Arc<dyn FileSystem>,
-    pub(super) leftovers: Leftovers,
+    pub(super) partials: PartialDownloads,
     index: Arc<IndexHandle>,
     usage: Arc<Counters>,
-    uses: Arc<Uses>,
+    access_times: Arc<AccessTimes>,
     disk_health: DiskHealth,
-    open: Cache<Digest, HeldBlob>,
+    open: Cache<Digest, BlobHandle>,
     small: Cache<Digest, Bytes, ByLength>,
     /// Held while a name is looked for and given.
-    naming: Mutex<()>,
+    rename_lock: Mutex<()>,
     removed: Arc<RemovedDigests>,
     /// How many names were taken away: whoever opened a file in between looks once more.
     removals: AtomicU64,
@@ -153,39 +153,39 @@ impl Blobs {
         fs: &Arc<dyn FileSystem>,
         index: &Arc<IndexHandle>,
         (usage, removed): (&Arc<Counters>, &Arc<RemovedDigests>),
-        leftovers: Leftovers,
-        uses: &Arc<Uses>,
+        partials: PartialDownloads,
+        access_times: &Arc<AccessTimes>,
         disk_health: &DiskHealth,
     ) -> Self {
         Self {
             fs: Arc::clone(fs),
-            leftovers,
+            partials,
             index: Arc::clone(index),
             usage: Arc::clone(usage),
-            uses: Arc::clone(uses),
+            access_times: Arc::clone(access_times),
             disk_health: disk_health.clone(),
             open: bounded_cache(settings.open_blobs_max),
             small: weighted_cache(settings.small_blob_cache_bytes_max, 4096, ByLength),
-            naming: Mutex::default(),
+            rename_lock: Mutex::default(),
             removed: Arc::clone(removed),
             removals: AtomicU64::new(0),
         }
     }
 
     /// The blob, if its file is open and nothing suggests that it cannot be read.
-    pub(super) fn ready(&self, digest: &Digest) -> Option<HeldBlob> {
+    pub(super) fn in_memory(&self, digest: &Digest) -> Option<BlobHandle> {
         let held = self.open.get(digest)?;
         (!held.is_unreadable() && !self.disk_health.is_failing()).then_some(held)
     }
 
     /// Whether the blob's file is open.
-    pub(super) fn is_ready(&self, digest: &Digest) -> bool {
+    pub(super) fn is_open(&self, digest: &Digest) -> bool {
         self.open.peek(digest).is_some()
     }
 
     /// [`Self::find_small`], where memory is enough to know.
     #[expect(clippy::option_option, reason = "whether it is known, and what is known")]
-    pub(super) fn ready_small(&self, digest: &Digest) -> Option<Option<Bytes>> {
+    pub(super) fn small_in_memory(&self, digest: &Digest) -> Option<Option<Bytes>> {
         if let Some(bytes) = self.small.get(digest) {
             return Some(Some(bytes));
         }
@@ -193,7 +193,7 @@ impl Blobs {
         (open.size > SMALL_BLOB_BYTES_MAX).then_some(None)
     }
 
-    pub(super) fn find(&self, digest: &Digest) -> Result<Option<HeldBlob>, StoreError> {
+    pub(super) fn find(&self, digest: &Digest) -> Result<Option<BlobHandle>, StoreError> {
         let path = content_path(TREE, digest);
         if let Some(held) = self.open.get(digest) {
             if held.is_unreadable() {
@@ -223,7 +223,7 @@ impl Blobs {
             self.quarantine(digest, "a blob has another size than when it was verified");
             return Ok(None);
         }
-        let held = HeldBlob::new(size, file);
+        let held = BlobHandle::new(size, file);
         self.open.insert(*digest, held.clone());
         if self.removals.load(Ordering::SeqCst) != removals && size_of(self.fs.as_ref(), &path).is_none() {
             // It can be read to its end, but it is not held: kept open, it would take its place for nothing.
@@ -246,7 +246,7 @@ impl Blobs {
         if held.size > SMALL_BLOB_BYTES_MAX {
             return None;
         }
-        let bytes = Bytes::from(held.read_whole(SMALL_BLOB_BYTES_MAX).ok()?);
+        let bytes = Bytes::from(held.read_all(SMALL_BLOB_BYTES_MAX).ok()?);
         if Digest::of(digest.algorithm(), &bytes) != *digest {
             self.quarantine(digest, "a blob is not what its name says");
             return None;
@@ -265,8 +265,8 @@ impl Blobs {
         let path = content_path(TREE, digest);
         let removed = self
             .usage
-            .removing(Kind::Blob, &path, || remove_file(self.fs.as_ref(), &path));
-        self.forget(digest);
+            .on_remove(ContentKind::Blob, &path, || remove_file(self.fs.as_ref(), &path));
+        self.drop_from_caches(digest);
         removed
     }
 
@@ -276,7 +276,7 @@ impl Blobs {
         digest: &Digest,
         is_free: impl FnOnce() -> bool,
     ) -> Result<Option<u64>, StoreError> {
-        let _naming = self.naming.lock().unwrap_or_else(PoisonError::into_inner);
+        let _rename_lock = self.rename_lock.lock().unwrap_or_else(PoisonError::into_inner);
         if !is_free() || self.is_in_use(digest) {
             return Ok(None);
         }
@@ -292,15 +292,19 @@ impl Blobs {
     }
 
     pub(super) fn quarantine(&self, digest: &Digest, why: &str) {
-        self.usage
-            .quarantining(Kind::Blob, self.fs.as_ref(), &content_path(TREE, digest), why);
-        self.forget(digest);
+        self.usage.quarantine(
+            ContentKind::Blob,
+            self.fs.as_ref(),
+            &content_path(TREE, digest),
+            why,
+        );
+        self.drop_from_caches(digest);
     }
 
     /// Gives a verified file the blob's name, unless another was quicker.
-    fn name(&self, from: &Path, to: &Path, size: u64) -> Result<(), StoreError> {
-        let _naming = self.naming.lock().unwrap_or_else(PoisonError::into_inner);
-        self.usage.adding(Kind::Blob, to, size, || {
+    fn link(&self, from: &Path, to: &Path, size: u64) -> Result<(), StoreError> {
+        let _rename_lock = self.rename_lock.lock().unwrap_or_else(PoisonError::into_inner);
+        self.usage.on_add(ContentKind::Blob, to, size, || {
             if size_of(self.fs.as_ref(), to).is_some() {
                 return Ok(false);
             }
@@ -312,15 +316,15 @@ impl Blobs {
     }
 
     /// Makes the verified file at `from` durable and gives it the blob's name. After an error nothing is held.
-    pub(super) fn admit(
+    pub(super) fn commit(
         &self,
         from: &Path,
         file: &Arc<dyn FsFile>,
         proof: Verified,
-    ) -> Result<HeldBlob, StoreError> {
+    ) -> Result<BlobHandle, StoreError> {
         let digest = proof.digest;
         let path = content_path(TREE, &digest);
-        self.uses.note_arrival(Used::Blob(digest));
+        self.access_times.record_arrival(ContentId::Blob(digest));
         if let Some(held) = self.find(&digest)? {
             return Ok(held);
         }
@@ -338,19 +342,19 @@ impl Blobs {
             .map_err(|error| StoreError::io("seal", &path, &error))?;
         self.index
             .put(size_key(&digest), proof.size.to_be_bytes().to_vec());
-        self.name(from, &path, proof.size)?;
+        self.link(from, &path, proof.size)?;
         let folder = path.parent().unwrap_or(Path::new(TREE));
         if let Err(error) = self.fs.sync_dir(folder) {
             // The fault to tell is the first one; what could not be removed is found and verified later.
             let _ = self.remove(&digest);
             return Err(StoreError::io("make durable the name of", &path, &error));
         }
-        let held = HeldBlob::new(proof.size, Arc::clone(file));
+        let held = BlobHandle::new(proof.size, Arc::clone(file));
         self.open.insert(digest, held.clone());
         Ok(held)
     }
 
-    fn forget(&self, digest: &Digest) {
+    fn drop_from_caches(&self, digest: &Digest) {
         self.removals.fetch_add(1, Ordering::SeqCst);
         self.removed.note(digest);
         self.open.remove(digest);

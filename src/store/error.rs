@@ -158,7 +158,7 @@ impl StoreError {
 
 /// What keeps the store from doing its work. For the operator.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Trouble {
+pub enum HealthIssue {
     /// Times and grants are not kept.
     #[error("the index is down; serving from the files ({reason})")]
     Index {

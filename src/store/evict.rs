@@ -9,8 +9,9 @@
 //!
 //! A round runs on a thread of its own before the store is full, and on the thread of a pull that finds no room.
 
-mod collect;
-mod look;
+mod gc;
+mod plan;
+mod snapshot;
 
 use std::collections::BTreeSet;
 use std::io;
@@ -19,28 +20,28 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
+use self::plan::{Plan, Step, plan};
+use super::access_times::AccessTimes;
 use super::blobs::Blobs;
 use super::fs::FileSystem;
 use super::manifests::Manifests;
 use super::pins::{Pin, Pins};
-use super::plan::{Plan, Step, plan};
-use super::room::{Need, Pressure, Reservation, Room};
+use super::quota::{Quota, QuotaKind, Reservation, Shortfall};
 use super::tags::{TagKey, Tags};
 use super::usage_report::Reclaimed;
-use super::uses::Uses;
 use super::{QUARANTINE_FOLDER, StoreError};
 
 /// Nothing is evicted that arrived or was used this recently.
-pub const YOUNG: Duration = Duration::from_secs(3600);
+pub const EVICTION_MIN_AGE: Duration = Duration::from_secs(3600);
 
 /// How often a round is begun again because something planned to go was needed meanwhile.
 const ROUNDS_MAX: u32 = 4;
 
 /// Where nothing could be evicted, no other look is taken so soon.
-const FUTILE_FOR: Duration = Duration::from_secs(10);
+const NO_PROGRESS_PAUSE: Duration = Duration::from_secs(10);
 
 /// What was set aside as damaged is kept this long for whoever wants to look into it, if there is room.
-const QUARANTINED_FOR: Duration = Duration::from_secs(7 * 24 * 3600);
+const QUARANTINE_AGE_MAX: Duration = Duration::from_secs(7 * 24 * 3600);
 
 /// What eviction did since the start.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -78,8 +79,8 @@ pub(super) struct Evictor {
     pub(super) manifests: Arc<Manifests>,
     pub(super) tags: Arc<Tags>,
     pub(super) pins: Arc<Pins>,
-    pub(super) uses: Arc<Uses>,
-    pub(super) room: Arc<Room>,
+    pub(super) access_times: Arc<AccessTimes>,
+    pub(super) quota: Arc<Quota>,
     pub(super) stop: Arc<AtomicBool>,
     state: State,
 }
@@ -88,17 +89,17 @@ pub(super) struct Evictor {
 struct State {
     totals: Totals,
     /// One round at a time; holds until when looking again is futile, and for how little.
-    round: Mutex<Option<Futile>>,
+    round: Mutex<Option<NoProgress>>,
     /// The folders from which tags were removed, not durably yet.
     unsynced: Mutex<BTreeSet<PathBuf>>,
     /// The last round freed too little.
     is_short: AtomicBool,
-    is_wanted: Mutex<bool>,
-    wanted: Condvar,
+    is_requested: Mutex<bool>,
+    requested: Condvar,
 }
 
 #[derive(Clone, Copy)]
-struct Futile {
+struct NoProgress {
     until: SystemTime,
     /// So many bytes could be freed, no more.
     bytes: u64,
@@ -110,13 +111,13 @@ enum Round {
     /// Only so many bytes may go, now or once more.
     TooLittle(u64),
     /// Something was needed meanwhile.
-    Disturbed,
+    Conflict,
 }
 
 /// What came of a plan.
-struct Done {
+struct PlanOutcome {
     freed: Reclaimed,
-    is_whole: bool,
+    is_complete: bool,
 }
 
 impl Reclaimed {
@@ -141,8 +142,8 @@ impl Evictor {
         manifests: &Arc<Manifests>,
         tags: &Arc<Tags>,
         pins: &Arc<Pins>,
-        uses: &Arc<Uses>,
-        room: &Arc<Room>,
+        access_times: &Arc<AccessTimes>,
+        quota: &Arc<Quota>,
         stop: &Arc<AtomicBool>,
     ) -> Self {
         Self {
@@ -151,8 +152,8 @@ impl Evictor {
             manifests: Arc::clone(manifests),
             tags: Arc::clone(tags),
             pins: Arc::clone(pins),
-            uses: Arc::clone(uses),
-            room: Arc::clone(room),
+            access_times: Arc::clone(access_times),
+            quota: Arc::clone(quota),
             stop: Arc::clone(stop),
             state: State::default(),
         }
@@ -160,21 +161,21 @@ impl Evictor {
 
     /// Sets room aside for a blob, evicting for it if need be.
     pub(super) fn reserve(&self, bytes: u64) -> Result<Reservation, StoreError> {
-        let need = match self.room.reserve(bytes) {
+        let shortfall = match self.quota.reserve(bytes) {
             Ok(reservation) => {
                 self.wake_if_needed();
                 return Ok(reservation);
             }
-            Err(need) => need,
+            Err(shortfall) => shortfall,
         };
-        if self.room.could_hold(bytes) {
-            self.make_room(need, true);
+        if self.quota.fits_limit(bytes) {
+            self.make_room(shortfall, true);
         }
-        self.room.reserve(bytes).map_err(|need| {
+        self.quota.reserve(bytes).map_err(|shortfall| {
             self.state.totals.refused.fetch_add(1, Ordering::Relaxed);
             StoreError::OverQuota {
                 bytes,
-                limit: need.pressure.name(),
+                limit: shortfall.quota_kind.name(),
             }
         })
     }
@@ -182,12 +183,12 @@ impl Evictor {
     /// Frees as much as a full disk lacks for `bytes` more; says whether it freed anything.
     pub(super) fn relieve_full_disk(&self, bytes: u64) -> bool {
         let before = self.totals().bytes;
-        let need = Need {
-            pressure: Pressure::Free,
+        let shortfall = Shortfall {
+            quota_kind: QuotaKind::Free,
             bytes_min: 1,
-            bytes_wanted: bytes.max(1),
+            bytes_target: bytes.max(1),
         };
-        self.make_room(need, false);
+        self.make_room(shortfall, false);
         self.totals().bytes > before
     }
 
@@ -212,7 +213,7 @@ impl Evictor {
 
     /// Wakes the thread if there is something to do for it.
     pub(super) fn wake_if_needed(&self) {
-        match self.room.need_in_background() {
+        match self.quota.background_shortfall() {
             Some(_) => self.wake(),
             None => self.state.is_short.store(false, Ordering::Relaxed),
         }
@@ -221,61 +222,63 @@ impl Evictor {
     pub(super) fn wake(&self) {
         *self
             .state
-            .is_wanted
+            .is_requested
             .lock()
             .unwrap_or_else(PoisonError::into_inner) = true;
-        self.state.wanted.notify_one();
+        self.state.requested.notify_one();
     }
 
     /// The thread's work, until told to stop.
     pub(super) fn run(&self) {
         loop {
-            let wanted = self
+            let requested = self
                 .state
-                .is_wanted
+                .is_requested
                 .lock()
                 .unwrap_or_else(PoisonError::into_inner);
-            let mut wanted = self
+            let mut requested = self
                 .state
-                .wanted
-                .wait_while(wanted, |wanted| !*wanted)
+                .requested
+                .wait_while(requested, |requested| !*requested)
                 .unwrap_or_else(PoisonError::into_inner);
-            *wanted = false;
-            drop(wanted);
+            *requested = false;
+            drop(requested);
             if self.stop.load(Ordering::Relaxed) {
                 return;
             }
-            if let Some(need) = self.room.need_in_background() {
-                self.make_room(need, false);
+            if let Some(shortfall) = self.quota.background_shortfall() {
+                self.make_room(shortfall, false);
             }
         }
     }
 
-    /// Evicts for `need`. `is_all_or_nothing`: nothing is gained by freeing less than the least.
-    fn make_room(&self, need: Need, is_all_or_nothing: bool) {
-        let mut futile = self.state.round.lock().unwrap_or_else(PoisonError::into_inner);
-        let now = self.uses.now();
-        if futile.is_some_and(|futile| now < futile.until && futile.bytes < need.bytes_min) {
+    /// Evicts for `shortfall`. `is_all_or_nothing`: nothing is gained by freeing less than the least.
+    fn make_room(&self, shortfall: Shortfall, is_all_or_nothing: bool) {
+        let mut no_progress = self.state.round.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = self.access_times.now();
+        if no_progress
+            .is_some_and(|no_progress| now < no_progress.until && no_progress.bytes < shortfall.bytes_min)
+        {
             return;
         }
-        *futile = None;
+        *no_progress = None;
         for _ in 0..ROUNDS_MAX {
-            let least = if is_all_or_nothing { need.bytes_min } else { 0 };
-            match self.round(need, least) {
+            let least = if is_all_or_nothing { shortfall.bytes_min } else { 0 };
+            match self.round(shortfall, least) {
                 Ok(Round::Reclaimed) => {
                     self.state.is_short.store(false, Ordering::Relaxed);
                     return;
                 }
-                Ok(Round::Disturbed) => {}
+                Ok(Round::Conflict) => {}
                 Ok(Round::TooLittle(bytes)) => {
                     if !self.state.is_short.swap(true, Ordering::Relaxed) {
                         tracing::warn!(
-                            limit = need.pressure.name(),
+                            limit = shortfall.quota_kind.name(),
                             "too little may be evicted: the rest is pinned, in use or younger than an hour"
                         );
                     }
-                    *futile = Some(Futile {
-                        until: now + FUTILE_FOR,
+                    *no_progress = Some(NoProgress {
+                        until: now + NO_PROGRESS_PAUSE,
                         bytes,
                     });
                     return;
@@ -288,20 +291,22 @@ impl Evictor {
         }
     }
 
-    fn round(&self, need: Need, least: u64) -> Result<Round, StoreError> {
-        self.uses.watch();
-        let done = self.watched_round(need, least);
-        self.uses.stop_watching();
+    fn round(&self, shortfall: Shortfall, least: u64) -> Result<Round, StoreError> {
+        self.access_times.start_tracking();
+        let done = self.tracked_round(shortfall, least);
+        self.access_times.stop_tracking();
         done
     }
 
-    fn watched_round(&self, need: Need, least: u64) -> Result<Round, StoreError> {
-        if need.pressure == Pressure::Free {
-            self.prune_quarantine(YOUNG);
+    fn tracked_round(&self, shortfall: Shortfall, least: u64) -> Result<Round, StoreError> {
+        if shortfall.quota_kind == QuotaKind::Free {
+            self.prune_quarantine(EVICTION_MIN_AGE);
         }
-        let now = self.uses.now();
-        let spared_since = now.checked_sub(YOUNG).unwrap_or(SystemTime::UNIX_EPOCH);
-        let snapshot = self.look();
+        let now = self.access_times.now();
+        let protected_since = now
+            .checked_sub(EVICTION_MIN_AGE)
+            .unwrap_or(SystemTime::UNIX_EPOCH);
+        let snapshot = self.snapshot();
         let unpinned = snapshot.images.iter().filter(|image| !image.is_pinned);
         let longest_idle = unpinned
             .map(|image| now.duration_since(image.used_at).unwrap_or_default())
@@ -312,14 +317,14 @@ impl Evictor {
             .longest_idle
             .lock()
             .unwrap_or_else(PoisonError::into_inner) = longest_idle;
-        let plan = plan(&snapshot, need.bytes_wanted, spared_since);
+        let plan = plan(&snapshot, shortfall.bytes_target, protected_since);
         if plan.bytes < least {
             return Ok(Round::TooLittle(plan.bytes));
         }
-        let enough = plan.bytes >= need.bytes_min;
-        let done = self.carry_out(plan, Some(need.pressure))?;
-        Ok(match (done.is_whole, enough) {
-            (false, _) => Round::Disturbed,
+        let enough = plan.bytes >= shortfall.bytes_min;
+        let done = self.execute(plan, Some(shortfall.quota_kind))?;
+        Ok(match (done.is_complete, enough) {
+            (false, _) => Round::Conflict,
             (true, true) => Round::Reclaimed,
             // All that was allowed is gone now.
             (true, false) => Round::TooLittle(0),
@@ -327,24 +332,24 @@ impl Evictor {
     }
 
     /// Removes what the plan says, in its order. Not whole where something was needed meanwhile: the rest stays.
-    fn carry_out(&self, plan: Plan, pressure: Option<Pressure>) -> Result<Done, StoreError> {
-        let done = self.remove_steps(plan, pressure);
+    fn execute(&self, plan: Plan, quota_kind: Option<QuotaKind>) -> Result<PlanOutcome, StoreError> {
+        let done = self.execute_steps(plan, quota_kind);
         // Also of a round that ended early: the next one, or the next process, removes the contents of those tags.
         self.sync_tag_removals()?;
         done
     }
 
-    fn remove_steps(&self, plan: Plan, pressure: Option<Pressure>) -> Result<Done, StoreError> {
+    fn execute_steps(&self, plan: Plan, quota_kind: Option<QuotaKind>) -> Result<PlanOutcome, StoreError> {
         let totals = &self.state.totals;
-        let objects = match pressure {
+        let objects = match quota_kind {
             None => &totals.collected,
-            Some(Pressure::Size) => &totals.for_size,
-            Some(Pressure::Free) => &totals.for_free,
+            Some(QuotaKind::Size) => &totals.for_size,
+            Some(QuotaKind::Free) => &totals.for_free,
         };
-        let why = pressure.map_or("unused", Pressure::name);
-        let mut done = Done {
+        let why = quota_kind.map_or("unused", QuotaKind::name);
+        let mut done = PlanOutcome {
             freed: Reclaimed::default(),
-            is_whole: true,
+            is_complete: true,
         };
         for step in plan.steps {
             if self.stop.load(Ordering::Relaxed) {
@@ -354,7 +359,7 @@ impl Evictor {
                 Step::Tag(key, names) => {
                     let is_free = || {
                         !self.pins.has(&Pin::Tag(key.clone()))
-                            && !names.iter().any(|name| self.uses.was_needed(name))
+                            && !names.iter().any(|name| self.access_times.was_needed(name))
                     };
                     let _evicting = self.pins.evicting();
                     let gone = self.tags.evict(key, names, is_free)?;
@@ -366,7 +371,8 @@ impl Evictor {
                 Step::Manifest(digest) | Step::Blob(digest) => {
                     self.sync_tag_removals()?;
                     let _evicting = self.pins.evicting();
-                    let is_free = || !self.uses.was_needed(digest) && !self.pins.has(&Pin::Digest(*digest));
+                    let is_free =
+                        || !self.access_times.was_needed(digest) && !self.pins.has(&Pin::Digest(*digest));
                     match step {
                         Step::Manifest(_) => self.manifests.evict(digest, is_free)?,
                         _ => self.blobs.evict(digest, is_free)?,
@@ -374,7 +380,7 @@ impl Evictor {
                 }
             };
             let Some(freed) = gone else {
-                done.is_whole = false;
+                done.is_complete = false;
                 break;
             };
             if matches!(step, Step::Tag(..)) {
@@ -421,7 +427,7 @@ impl Evictor {
     /// Removes what was set aside as damaged, if it is older than `age`.
     fn prune_quarantine(&self, age: Duration) {
         let folder = Path::new(QUARANTINE_FOLDER);
-        let now = self.uses.now();
+        let now = self.access_times.now();
         for entry in self.fs.list(folder).unwrap_or_default() {
             let old = entry.modified.and_then(|at| now.duration_since(at).ok());
             if !entry.is_folder && old.is_some_and(|old| old > age) {
@@ -433,8 +439,8 @@ impl Evictor {
 
     /// What is to be done now and then, whether or not room is needed.
     pub(super) fn tidy(&self) {
-        self.uses.write(self.fs.as_ref());
-        self.prune_quarantine(QUARANTINED_FOR);
+        self.access_times.write(self.fs.as_ref());
+        self.prune_quarantine(QUARANTINE_AGE_MAX);
     }
 }
 

@@ -130,7 +130,7 @@ pub trait FsFile: Send + Sync {
 
     /// Reads what is in memory already; [`io::ErrorKind::WouldBlock`] when the disk would have to be waited for, or
     /// where the system cannot tell.
-    fn read_at_cached(&self, into: &mut [u8], offset: u64) -> io::Result<usize>;
+    fn read_at_nowait(&self, into: &mut [u8], offset: u64) -> io::Result<usize>;
 
     /// The size in bytes.
     fn size(&self) -> io::Result<u64>;

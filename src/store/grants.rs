@@ -16,7 +16,7 @@ use quick_cache::sync::Cache;
 use self::filter::GrantFilter;
 use super::cache_key::{GrantKey, GrantRef, RepoKeyRef, bounded_cache};
 use super::checksummed_json::{from_millis, to_millis};
-use super::index::thread::{Expunging, IndexHandle};
+use super::index::handle::{DurableRemoval, IndexHandle};
 use super::{AsyncStore, Store};
 use crate::oci::Repository;
 
@@ -104,7 +104,7 @@ impl AsyncStore {
 /// A right that is being taken back.
 struct Revocation {
     key: GrantKey,
-    expunging: Expunging,
+    expunging: DurableRemoval,
 }
 
 /// What is known of a right.
@@ -214,14 +214,14 @@ impl Grants {
         }
         self.revocations.fetch_add(1, Ordering::SeqCst);
         self.ready.insert(key.clone(), CachedGrant::Revoked);
-        let expunging = self.index.expunge(index_key(id.key()));
+        let expunging = self.index.remove_durable(index_key(id.key()));
         Some(Revocation { key, expunging })
     }
 
     /// Waits for it to be durable; `false` if that is not sure. Blocks.
     fn finish_revocation(&self, revocation: Revocation) -> bool {
         let Revocation { key, expunging } = revocation;
-        let is_expunged = self.index.expunged(expunging);
+        let is_expunged = self.index.wait_durable(expunging);
         if is_expunged {
             let _order = self.order();
             if self.ready.peek(&key) == Some(CachedGrant::Revoked) {

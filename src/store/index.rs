@@ -4,7 +4,7 @@
 //! and lost acknowledged data in 33 of 40 power cuts; damaged files make it panic, or open empty without a word; after
 //! one full disk it stays broken until it is opened again.
 //!
-//! What follows from that: one thread owns the database ([`keeper`]). It flushes and then fsyncs sled's file itself;
+//! What follows from that: one thread owns the database ([`worker`]). It flushes and then fsyncs sled's file itself;
 //! it opens under `catch_unwind` with a time limit; what is damaged is set aside under another name, and a fresh index
 //! fills from the files while the store serves. Each record carries a checksum. A miss here is never final, for a
 //! partial loss cannot be noticed: whoever asks looks at the files too.
@@ -12,11 +12,11 @@
 //! Not here: anything that must not be lost. That is in the blobs, manifests, refs and seen files.
 
 mod compaction;
+pub(super) mod handle;
 mod identity;
-mod interim;
-mod keeper;
-pub(super) mod thread;
-mod unsent;
+mod pending_removals;
+mod worker;
+mod write_buffer;
 
 use std::any::Any;
 use std::collections::BTreeMap;
@@ -33,8 +33,8 @@ use std::time::Duration;
 /// objects took some 20 MiB more when idle; with 8 MiB all of it was read no faster than with 2.
 const CACHE_BYTES: u64 = 2 * 1024 * 1024;
 
-/// How often a page is used for one reading or writing of a record: see [`SledIndex::settle`].
-const USES: usize = 4;
+/// How often a page is used for one reading or writing of a record: see [`SledIndex::touch_page`].
+const PAGE_TOUCHES: usize = 4;
 
 /// sled collects garbage only in this flusher, so it is never switched off.
 const FLUSH_EVERY_MS: u64 = 500;
@@ -42,32 +42,32 @@ const FLUSH_EVERY_MS: u64 = 500;
 const OPEN_MAX: Duration = Duration::from_secs(60);
 
 /// How many damaged indexes are kept for whoever wants to look into them.
-const BROKEN_MAX: usize = 2;
+const QUARANTINED_MAX: usize = 2;
 
-const BROKEN_PREFIX: &str = "index.broken-";
+const QUARANTINE_PREFIX: &str = "index.broken-";
 
 /// Keys and values, ordered by key. Whoever calls it seals the values.
 pub(super) trait Index: Send {
-    fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, IndexFault>;
-    fn put(&mut self, key: &[u8], value: &[u8]) -> Result<(), IndexFault>;
-    fn remove(&mut self, key: &[u8]) -> Result<(), IndexFault>;
+    fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, IndexError>;
+    fn put(&mut self, key: &[u8], value: &[u8]) -> Result<(), IndexError>;
+    fn remove(&mut self, key: &[u8]) -> Result<(), IndexError>;
     /// At most `limit` pairs whose key begins with `prefix` and is greater than `after`.
-    fn scan(&self, prefix: &[u8], after: &[u8], limit: usize) -> Result<Vec<Pair>, IndexFault>;
+    fn scan(&self, prefix: &[u8], after: &[u8], limit: usize) -> Result<Vec<Pair>, IndexError>;
     /// Makes everything put so far durable.
-    fn sync(&mut self) -> Result<(), IndexFault>;
+    fn sync(&mut self) -> Result<(), IndexError>;
     /// How long its file is; 0 for one without.
     fn file_bytes(&self) -> u64 {
         0
     }
     /// Ends its use after a fault; says whether its files may be opened again in this process.
-    fn abandon(self: Box<Self>, fault: &IndexFault) -> bool;
+    fn abandon(self: Box<Self>, fault: &IndexError) -> bool;
 }
 
 pub(super) type Pair = (Vec<u8>, Vec<u8>);
 
 /// Why the index does not answer. Ours, and never a reason to fail a pull.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub(super) enum IndexFault {
+pub(super) enum IndexError {
     /// The disk refuses: full, read-only, failing. Opening it again later may help.
     #[error("the disk refuses: {reason}")]
     Disk {
@@ -87,19 +87,19 @@ pub(super) enum IndexFault {
     Busy,
 }
 
-impl IndexFault {
-    fn is_lasting(&self) -> bool {
+impl IndexError {
+    fn is_permanent(&self) -> bool {
         matches!(self, Self::Damaged(_) | Self::Foreign(_))
     }
 }
 
-/// Runs `deed`; a panic in it is damage.
-pub(super) fn guarded<T>(deed: impl FnOnce() -> Result<T, IndexFault>) -> Result<T, IndexFault> {
-    catch_unwind(AssertUnwindSafe(deed))
-        .unwrap_or_else(|panic| Err(IndexFault::Damaged(said(panic.as_ref()))))
+/// Runs `op`; a panic in it is damage.
+pub(super) fn catch_panic<T>(op: impl FnOnce() -> Result<T, IndexError>) -> Result<T, IndexError> {
+    catch_unwind(AssertUnwindSafe(op))
+        .unwrap_or_else(|panic| Err(IndexError::Damaged(panic_message(panic.as_ref()))))
 }
 
-fn said(panic: &(dyn Any + Send)) -> String {
+fn panic_message(panic: &(dyn Any + Send)) -> String {
     let text = panic.downcast_ref::<String>().map(String::as_str);
     text.or_else(|| panic.downcast_ref::<&str>().copied())
         .unwrap_or("it panicked")
@@ -115,32 +115,32 @@ pub(super) struct MemoryIndex {
 }
 
 impl Index for MemoryIndex {
-    fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, IndexFault> {
+    fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, IndexError> {
         Ok(self.pairs.get(key).cloned())
     }
 
-    fn put(&mut self, key: &[u8], value: &[u8]) -> Result<(), IndexFault> {
+    fn put(&mut self, key: &[u8], value: &[u8]) -> Result<(), IndexError> {
         self.pairs.insert(key.to_vec(), value.to_vec());
         Ok(())
     }
 
-    fn remove(&mut self, key: &[u8]) -> Result<(), IndexFault> {
+    fn remove(&mut self, key: &[u8]) -> Result<(), IndexError> {
         self.pairs.remove(key);
         Ok(())
     }
 
-    fn scan(&self, prefix: &[u8], after: &[u8], limit: usize) -> Result<Vec<Pair>, IndexFault> {
+    fn scan(&self, prefix: &[u8], after: &[u8], limit: usize) -> Result<Vec<Pair>, IndexError> {
         let start = lower_bound(prefix, after);
         let pairs = self.pairs.range::<[u8], _>((start, Bound::Unbounded));
         let pairs = pairs.take_while(|(key, _)| key.starts_with(prefix)).take(limit);
         Ok(pairs.map(|(key, value)| (key.clone(), value.clone())).collect())
     }
 
-    fn sync(&mut self) -> Result<(), IndexFault> {
+    fn sync(&mut self) -> Result<(), IndexError> {
         Ok(())
     }
 
-    fn abandon(self: Box<Self>, _: &IndexFault) -> bool {
+    fn abandon(self: Box<Self>, _: &IndexError) -> bool {
         true
     }
 }
@@ -170,7 +170,7 @@ pub(super) struct Opened {
 
 impl SledIndex {
     /// Opens the index in `folder`, or makes one.
-    pub(super) fn open(folder: &Path) -> Result<Opened, IndexFault> {
+    pub(super) fn open(folder: &Path) -> Result<Opened, IndexError> {
         let existed = fs::metadata(folder.join("db")).is_ok_and(|metadata| metadata.len() > 0);
         // sled would make it readable by everyone.
         DirBuilder::new()
@@ -179,7 +179,7 @@ impl SledIndex {
             .create(folder)
             .map_err(disk)?;
         let db = open_within(folder.to_owned(), OPEN_MAX)?;
-        let opened = guarded(|| {
+        let opened = catch_panic(|| {
             sync_paths(folder)?;
             let log = File::open(folder.join("db")).map_err(disk)?;
             Ok((log, existed && !db.was_recovered()))
@@ -196,33 +196,33 @@ impl SledIndex {
         }
     }
 
-    fn db(&self) -> Result<&sled::Db, IndexFault> {
-        self.db.as_ref().ok_or(IndexFault::Busy)
+    fn db(&self) -> Result<&sled::Db, IndexError> {
+        self.db.as_ref().ok_or(IndexError::Busy)
     }
 
     /// Makes sled count the page of `key`. It does not count a page when it reads it in, only when that is used again, and
     /// lets go of others only after 64 uses in one of 256 parts of its cache: of a look at a million records nearly all
     /// would stay in memory for good, whatever the size of the cache.
-    fn settle(&self, key: &[u8], uses: usize) -> Result<(), IndexFault> {
-        for _ in 0..uses {
-            self.db()?.get(key).map_err(sled_fault)?;
+    fn touch_page(&self, key: &[u8], times: usize) -> Result<(), IndexError> {
+        for _ in 0..times {
+            self.db()?.get(key).map_err(sled_error)?;
         }
         Ok(())
     }
 }
 
 /// Opens sled on a thread of its own: on damaged files it can panic, and it can take for ever.
-fn open_within(folder: PathBuf, limit: Duration) -> Result<sled::Db, IndexFault> {
+fn open_within(folder: PathBuf, limit: Duration) -> Result<sled::Db, IndexError> {
     let (send, receive) = mpsc::sync_channel(1);
     let open = move || {
         let config = sled::Config::new()
             .path(folder)
             .cache_capacity(CACHE_BYTES)
             .flush_every_ms(Some(FLUSH_EVERY_MS));
-        let opened = guarded(|| config.open().map_err(sled_fault));
+        let opened = catch_panic(|| config.open().map_err(sled_error));
         if let Err(mpsc::SendError(Ok(late))) = send.send(opened) {
             // Nobody waits any more, and its folder has been set aside.
-            close(late, &IndexFault::Busy);
+            close(late, &IndexError::Busy);
         }
     };
     std::thread::Builder::new()
@@ -230,7 +230,7 @@ fn open_within(folder: PathBuf, limit: Duration) -> Result<sled::Db, IndexFault>
         .spawn(open)
         .map_err(disk)?;
     receive.recv_timeout(limit).unwrap_or_else(|_| {
-        Err(IndexFault::Damaged(format!(
+        Err(IndexError::Damaged(format!(
             "it did not open within {} s",
             limit.as_secs()
         )))
@@ -238,7 +238,7 @@ fn open_within(folder: PathBuf, limit: Duration) -> Result<sled::Db, IndexFault>
 }
 
 /// What sled 0.34 leaves undone when it makes its files.
-fn sync_paths(folder: &Path) -> Result<(), IndexFault> {
+fn sync_paths(folder: &Path) -> Result<(), IndexError> {
     let parent = folder.parent().unwrap_or(folder);
     let paths = [
         folder.join("conf"),
@@ -258,10 +258,10 @@ fn sync_paths(folder: &Path) -> Result<(), IndexFault> {
 
 /// Drops sled where nothing can unwind through it. On a failing disk it is leaked instead: its drop would panic, and a
 /// second panic on the way would end the process. Says whether it was dropped.
-fn close(db: sled::Db, fault: &IndexFault) -> bool {
+fn close(db: sled::Db, fault: &IndexError) -> bool {
     if matches!(
         fault,
-        IndexFault::Disk { is_failing: true, .. } | IndexFault::Damaged(_)
+        IndexError::Disk { is_failing: true, .. } | IndexError::Damaged(_)
     ) {
         std::mem::forget(db);
         return false;
@@ -270,68 +270,68 @@ fn close(db: sled::Db, fault: &IndexFault) -> bool {
 }
 
 #[expect(clippy::needless_pass_by_value, reason = "a function for `map_err`")]
-fn disk(error: io::Error) -> IndexFault {
+fn disk(error: io::Error) -> IndexError {
     let is_failing = error.raw_os_error() == Some(rustix::io::Errno::IO.raw_os_error());
-    IndexFault::Disk {
+    IndexError::Disk {
         reason: error.to_string(),
         is_failing,
     }
 }
 
-fn sled_fault(error: sled::Error) -> IndexFault {
+fn sled_error(error: sled::Error) -> IndexError {
     match error {
         // sled gives this refusal no kind of its own.
-        sled::Error::Io(error) if error.to_string().contains("could not acquire lock") => IndexFault::Busy,
-        sled::Error::Io(error) => match error.raw_os_error().or_else(|| told_code(&error)) {
+        sled::Error::Io(error) if error.to_string().contains("could not acquire lock") => IndexError::Busy,
+        sled::Error::Io(error) => match error.raw_os_error().or_else(|| os_error_code(&error)) {
             Some(code) => disk(io::Error::from_raw_os_error(code)),
-            None => IndexFault::Damaged(error.to_string()),
+            None => IndexError::Damaged(error.to_string()),
         },
-        other => IndexFault::Damaged(other.to_string()),
+        other => IndexError::Damaged(other.to_string()),
     }
 }
 
 /// sled hands out an error of the system a second time as its text alone.
-fn told_code(error: &io::Error) -> Option<i32> {
+fn os_error_code(error: &io::Error) -> Option<i32> {
     let text = error.to_string();
     let (_, rest) = text.split_once("Os { code: ")?;
     rest.split_once(',')?.0.parse().ok()
 }
 
 impl Index for SledIndex {
-    fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, IndexFault> {
-        let value = self.db()?.get(key).map_err(sled_fault)?;
-        self.settle(key, USES)?;
+    fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, IndexError> {
+        let value = self.db()?.get(key).map_err(sled_error)?;
+        self.touch_page(key, PAGE_TOUCHES)?;
         Ok(value.map(|value| value.to_vec()))
     }
 
-    fn put(&mut self, key: &[u8], value: &[u8]) -> Result<(), IndexFault> {
-        self.db()?.insert(key, value).map_err(sled_fault)?;
-        self.settle(key, USES)
+    fn put(&mut self, key: &[u8], value: &[u8]) -> Result<(), IndexError> {
+        self.db()?.insert(key, value).map_err(sled_error)?;
+        self.touch_page(key, PAGE_TOUCHES)
     }
 
-    fn remove(&mut self, key: &[u8]) -> Result<(), IndexFault> {
-        self.db()?.remove(key).map_err(sled_fault).map(drop)
+    fn remove(&mut self, key: &[u8]) -> Result<(), IndexError> {
+        self.db()?.remove(key).map_err(sled_error).map(drop)
     }
 
-    fn scan(&self, prefix: &[u8], after: &[u8], limit: usize) -> Result<Vec<Pair>, IndexFault> {
+    fn scan(&self, prefix: &[u8], after: &[u8], limit: usize) -> Result<Vec<Pair>, IndexError> {
         let range = self
             .db()?
             .range::<&[u8], _>((lower_bound(prefix, after), Bound::Unbounded));
         let mut found = Vec::new();
         for pair in range.take(limit) {
-            let (key, value) = pair.map_err(sled_fault)?;
+            let (key, value) = pair.map_err(sled_error)?;
             if !key.starts_with(prefix) {
                 break;
             }
             // Its neighbours use the same page.
-            self.settle(&key, 1)?;
+            self.touch_page(&key, 1)?;
             found.push((key.to_vec(), value.to_vec()));
         }
         Ok(found)
     }
 
-    fn sync(&mut self) -> Result<(), IndexFault> {
-        self.db()?.flush().map_err(sled_fault)?;
+    fn sync(&mut self) -> Result<(), IndexError> {
+        self.db()?.flush().map_err(sled_error)?;
         self.log.sync_all().map_err(disk)
     }
 
@@ -339,7 +339,7 @@ impl Index for SledIndex {
         self.log.metadata().map_or(0, |metadata| metadata.len())
     }
 
-    fn abandon(mut self: Box<Self>, fault: &IndexFault) -> bool {
+    fn abandon(mut self: Box<Self>, fault: &IndexError) -> bool {
         self.db.take().is_none_or(|db| close(db, fault))
     }
 }
@@ -347,15 +347,15 @@ impl Index for SledIndex {
 impl Drop for SledIndex {
     fn drop(&mut self) {
         if let Some(db) = self.db.take() {
-            close(db, &IndexFault::Busy);
+            close(db, &IndexError::Busy);
         }
     }
 }
 
 /// Gives a damaged index another name, and removes all but the newest of those set aside before.
-pub(super) fn set_aside(folder: &Path, opened_at: u64, count: u32) -> Result<PathBuf, IndexFault> {
+pub(super) fn quarantine(folder: &Path, opened_at: u64, count: u32) -> Result<PathBuf, IndexError> {
     let parent = folder.parent().unwrap_or(folder);
-    let mut aside = parent.join(format!("{BROKEN_PREFIX}{opened_at:012}-{count:04}"));
+    let mut aside = parent.join(format!("{QUARANTINE_PREFIX}{opened_at:012}-{count:04}"));
     if fs::symlink_metadata(&aside).is_ok() {
         // Two starts within one second.
         aside.as_mut_os_string().push("-again");
@@ -368,9 +368,9 @@ pub(super) fn set_aside(folder: &Path, opened_at: u64, count: u32) -> Result<Pat
         return Ok(aside);
     };
     let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
-    let mut broken: Vec<String> = names.filter(|name| name.starts_with(BROKEN_PREFIX)).collect();
+    let mut broken: Vec<String> = names.filter(|name| name.starts_with(QUARANTINE_PREFIX)).collect();
     broken.sort();
-    for name in broken.iter().rev().skip(BROKEN_MAX) {
+    for name in broken.iter().rev().skip(QUARANTINED_MAX) {
         // What cannot be removed now is tried again the next time.
         let _ = fs::remove_dir_all(parent.join(name));
     }
@@ -378,7 +378,7 @@ pub(super) fn set_aside(folder: &Path, opened_at: u64, count: u32) -> Result<Pat
 }
 
 #[cfg(test)]
-pub(in crate::store) mod losing;
+pub(in crate::store) mod lossy;
 #[cfg(test)]
 pub(in crate::store) mod slow;
 #[cfg(test)]

@@ -1,8 +1,8 @@
 //! A blob being written.
 //!
-//! An ingest is a folder of three files: `data`, the bytes so far; `meta`, which blob they are to be; `marks`, a line for
-//! every [`MARK_BYTES`] with the digest of all bytes up to there. Nothing of it is fsynced before the blob is whole:
-//! a download must not wait for the disk. Instead nothing of it is believed afterwards (see `leftover`): what a power cut
+//! An ingest is a folder of three files: `data`, the bytes so far; `meta`, which blob they are to be; `checkpoints`, a line for
+//! every [`CHECKPOINT_BYTES`] with the digest of all bytes up to there. Nothing of it is fsynced before the blob is whole:
+//! a download must not wait for the disk. Instead nothing of it is believed afterwards (see `partial`): what a power cut
 //! turned into zeros does not agree with its mark. The length of `data` says nothing, so the marks are counted in bytes.
 
 use std::fmt;
@@ -12,20 +12,20 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use super::blobs::{Blobs, HeldBlob, Verified, WrongDigest};
+use super::blobs::{BlobHandle, Blobs, Verified, WrongDigest};
 use super::checksummed_json::encode;
 use super::evict::Evictor;
 use super::fs::{FileSystem, FsFile, temp_path};
-use super::leftover::Kept;
-use super::room::Reservation;
+use super::partial::PartialEntry;
+use super::quota::Reservation;
 use super::{Store, StoreError};
 use crate::oci::{Digest, Hasher};
 
 /// How far two marks are apart: so much of a download, at most, is lost with the process.
-pub const MARK_BYTES: u64 = 1024 * 1024;
+pub const CHECKPOINT_BYTES: u64 = 1024 * 1024;
 
 /// Room for a blob of unknown size is set aside in steps of this many bytes, where there is so much; else as it comes.
-const ROOM_STEP_BYTES: u64 = 8 * 1024 * 1024;
+const RESERVE_STEP_BYTES: u64 = 8 * 1024 * 1024;
 
 /// How many names are tried for an ingest; see [`temp_path`].
 const INGEST_TRIES_MAX: u32 = 64;
@@ -35,18 +35,23 @@ impl Store {
     /// What interrupted downloads left and what is used least make room for it, which may take a while.
     pub fn begin(&self, digest: &Digest, size: Option<u64>) -> Result<Ingest, StoreError> {
         let wanted = size.unwrap_or(0);
-        let room = match Space::of(&self.evictor, wanted) {
-            Err(StoreError::OverQuota { .. }) if self.remove_leftovers() > 0 => {
-                Space::of(&self.evictor, wanted)?
+        let reservation = match SpaceReservation::of(&self.evictor, wanted) {
+            Err(StoreError::OverQuota { .. }) if self.remove_partials() > 0 => {
+                SpaceReservation::of(&self.evictor, wanted)?
             }
             reserved => reserved?,
         };
-        match Ingest::begin(&self.blobs, digest, size, room) {
+        match Ingest::begin(&self.blobs, digest, size, reservation) {
             // Others fill the disk as well: once more, with what can be spared given to them.
             Err(StoreError::Full { .. })
-                if self.remove_leftovers() > 0 || self.evictor.relieve_full_disk(wanted) =>
+                if self.remove_partials() > 0 || self.evictor.relieve_full_disk(wanted) =>
             {
-                Ingest::begin(&self.blobs, digest, size, Space::of(&self.evictor, wanted)?)
+                Ingest::begin(
+                    &self.blobs,
+                    digest,
+                    size,
+                    SpaceReservation::of(&self.evictor, wanted)?,
+                )
             }
             begun => begun,
         }
@@ -66,18 +71,18 @@ pub struct Ingest {
     pub(super) digest: Digest,
     pub(super) folder: PathBuf,
     pub(super) file: Arc<dyn FsFile>,
-    pub(super) marks: Marks,
-    pub(super) is_left: bool,
-    pub(super) room: Space,
+    pub(super) checkpoints: Checkpoints,
+    pub(super) is_suspended: bool,
+    pub(super) reservation: SpaceReservation,
 }
 
 /// The room of one blob: counted as taken until the blob itself is.
-pub(super) struct Space {
+pub(super) struct SpaceReservation {
     evictor: Arc<Evictor>,
     reserved: Reservation,
 }
 
-impl Space {
+impl SpaceReservation {
     pub(super) fn of(evictor: &Arc<Evictor>, bytes: u64) -> Result<Self, StoreError> {
         Ok(Self {
             evictor: Arc::clone(evictor),
@@ -91,8 +96,8 @@ impl Space {
             return Ok(());
         }
         // Nothing is evicted for what may never come.
-        let step = self.evictor.room.reserve(lacking.max(ROOM_STEP_BYTES));
-        self.reserved.absorb(match step {
+        let step = self.evictor.quota.reserve(lacking.max(RESERVE_STEP_BYTES));
+        self.reserved.merge(match step {
             Ok(step) => step,
             Err(_) => self.evictor.reserve(lacking)?,
         });
@@ -102,7 +107,7 @@ impl Space {
 
 /// The list of marks, as it is written.
 #[derive(Clone, Default)]
-pub(super) struct Marks {
+pub(super) struct Checkpoints {
     /// `None` before the first, and after one that could not be written.
     pub(super) file: Option<Arc<dyn FsFile>>,
     /// The length of the list in bytes.
@@ -124,7 +129,7 @@ impl Ingest {
         blobs: &Arc<Blobs>,
         digest: &Digest,
         size: Option<u64>,
-        room: Space,
+        reservation: SpaceReservation,
     ) -> Result<Self, StoreError> {
         let (folder, file) = create(blobs.fs.as_ref())?;
         let ingest = Self {
@@ -132,9 +137,9 @@ impl Ingest {
             digest: *digest,
             folder,
             file,
-            marks: Marks::default(),
-            is_left: false,
-            room,
+            checkpoints: Checkpoints::default(),
+            is_suspended: false,
+            reservation,
         };
         if let Some(size) = size {
             let reserved = ingest.file.reserve(size);
@@ -157,51 +162,54 @@ impl Ingest {
 
     /// Sees to it that there is room for the first `bytes`: by the size that was announced there is, without one it is
     /// looked for as the bytes come. To be asked before they are written.
-    pub fn make_room(&mut self, bytes: u64) -> Result<(), StoreError> {
-        self.room.grow(bytes)
+    pub fn ensure_reserved(&mut self, bytes: u64) -> Result<(), StoreError> {
+        self.reservation.grow(bytes)
     }
 
-    /// The first `written` bytes are in the file, and `hasher` has taken them: noted every [`MARK_BYTES`].
-    pub fn wrote(&mut self, written: u64, hasher: &Hasher) {
-        if written.saturating_sub(self.marks.last) >= MARK_BYTES {
-            self.mark(written, hasher);
+    /// The first `written` bytes are in the file, and `hasher` has taken them: noted every [`CHECKPOINT_BYTES`].
+    pub fn checkpoint_if_due(&mut self, written: u64, hasher: &Hasher) {
+        if written.saturating_sub(self.checkpoints.last) >= CHECKPOINT_BYTES {
+            self.write_checkpoint(written, hasher);
         }
     }
 
     /// Leaves what was written to whoever asks for the blob next. The hasher has taken the first `written` bytes.
-    pub fn leave(mut self, written: u64, hasher: &Hasher) {
-        if written > self.marks.last {
-            self.mark(written, hasher);
+    pub fn suspend(mut self, written: u64, hasher: &Hasher) {
+        if written > self.checkpoints.last {
+            self.write_checkpoint(written, hasher);
         }
-        if self.marks.last > 0 {
-            self.put_away();
+        if self.checkpoints.last > 0 {
+            self.persist_partial();
         }
     }
 
     /// Makes the blob durable and gives it its name. After an error nothing is held: the first failed fsync is final.
-    pub fn commit(self, proof: Verified) -> Result<HeldBlob, StoreError> {
+    pub fn commit(self, proof: Verified) -> Result<BlobHandle, StoreError> {
         if proof.digest() != self.digest {
             let (expected, found) = (self.digest, proof.digest());
             return Err(Box::new(WrongDigest { expected, found }).into());
         }
-        self.blobs.admit(&self.folder.join("data"), &self.file, proof)
+        self.blobs.commit(&self.folder.join("data"), &self.file, proof)
     }
 
     /// A mark that cannot be written costs a later download some bytes, and this one nothing.
-    fn mark(&mut self, written: u64, hasher: &Hasher) {
+    fn write_checkpoint(&mut self, written: u64, hasher: &Hasher) {
         let path = self.folder.join("marks");
-        let file = match self.marks.file.take() {
+        let file = match self.checkpoints.file.take() {
             Some(file) => Ok(file),
-            None if self.marks.last == 0 => self.blobs.fs.create(&path),
+            None if self.checkpoints.last == 0 => self.blobs.fs.create(&path),
             None => return,
         };
         let line = format!("{written} {}\n", hasher.clone().finish());
-        let noted = file.and_then(|file| file.write_at(line.as_bytes(), self.marks.length).map(|()| file));
+        let noted = file.and_then(|file| {
+            file.write_at(line.as_bytes(), self.checkpoints.length)
+                .map(|()| file)
+        });
         match noted {
             Ok(file) => {
-                self.marks = Marks {
+                self.checkpoints = Checkpoints {
                     file: Some(file),
-                    length: self.marks.length + line.len() as u64,
+                    length: self.checkpoints.length + line.len() as u64,
                     last: written,
                 };
             }
@@ -211,12 +219,12 @@ impl Ingest {
         }
     }
 
-    fn put_away(&mut self) {
-        let kept = Kept {
+    fn persist_partial(&mut self) {
+        let entry = PartialEntry {
             digest: self.digest,
-            bytes: self.marks.last,
+            bytes: self.checkpoints.last,
         };
-        let (fs, folder) = (self.blobs.fs.as_ref(), kept.folder());
+        let (fs, folder) = (self.blobs.fs.as_ref(), entry.folder());
         if self.folder != folder {
             // Of two interrupted downloads of one blob the later one is kept.
             let _ = fs.remove_dir_all(&folder);
@@ -224,14 +232,14 @@ impl Ingest {
                 return;
             }
         }
-        self.is_left = true;
-        self.blobs.leftovers.put(fs, kept);
+        self.is_suspended = true;
+        self.blobs.partials.put(fs, entry);
     }
 }
 
 impl Drop for Ingest {
     fn drop(&mut self) {
-        if !self.is_left {
+        if !self.is_suspended {
             // What stays is found when the store is next opened.
             let _ = self.blobs.fs.remove_dir_all(&self.folder);
         }

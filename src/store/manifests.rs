@@ -9,13 +9,13 @@ use quick_cache::Weighter;
 use quick_cache::sync::Cache;
 use serde::{Deserialize, Serialize};
 
+use super::access_times::{AccessTimes, ContentId};
 use super::blobs::WrongDigest;
 use super::cache_key::weighted_cache;
 use super::checksummed_json::{RECORD_BYTES_MAX, decode, encode};
 use super::completeness::RemovedDigests;
 use super::fs::FileSystem;
-use super::usage::{Counters, Kind};
-use super::uses::{Used, Uses};
+use super::usage::{ContentKind, Counters};
 use super::{Settings, Store, StoreError, content_path, remove_file, size_of};
 use crate::oci::manifest::{MANIFEST_BYTES_MAX, ManifestKind};
 use crate::oci::{AnyDigest, Digest, Manifest, MediaType, Repository};
@@ -125,7 +125,7 @@ impl Weighter<Digest, Arc<StoredManifest>> for ByLength {
 pub(super) struct Manifests {
     fs: Arc<dyn FileSystem>,
     usage: Arc<Counters>,
-    uses: Arc<Uses>,
+    access_times: Arc<AccessTimes>,
     ready: Cache<Digest, Arc<StoredManifest>, ByLength>,
     writers: [Mutex<()>; STRIPES],
     removed: Arc<RemovedDigests>,
@@ -136,13 +136,13 @@ impl Manifests {
         settings: &Settings,
         fs: &Arc<dyn FileSystem>,
         usage: &Arc<Counters>,
-        uses: &Arc<Uses>,
+        access_times: &Arc<AccessTimes>,
         removed: &Arc<RemovedDigests>,
     ) -> Self {
         Self {
             fs: Arc::clone(fs),
             usage: Arc::clone(usage),
-            uses: Arc::clone(uses),
+            access_times: Arc::clone(access_times),
             ready: weighted_cache(settings.manifest_cache_bytes_max, 4096, ByLength),
             writers: std::array::from_fn(|_| Mutex::default()),
             removed: Arc::clone(removed),
@@ -228,11 +228,11 @@ impl Manifests {
             AnyDigest::Unsupported(_) => None,
         });
         let children: Vec<Digest> = children.collect();
-        self.uses.note_arrival(Used::Manifest(digest));
-        self.uses.needed(children.iter().copied());
+        self.access_times.record_arrival(ContentId::Manifest(digest));
+        self.access_times.mark_needed(children.iter().copied());
         let written = self.write(checked, source);
         // An eviction that began since the first note, and listed the manifests before the write, knows of neither.
-        self.uses.needed(children);
+        self.access_times.mark_needed(children);
         written
     }
 
@@ -251,7 +251,7 @@ impl Manifests {
             return Ok(held);
         }
         let size = checked.bytes.len() as u64;
-        let written = self.usage.adding(Kind::Manifest, &path, size, || {
+        let written = self.usage.on_add(ContentKind::Manifest, &path, size, || {
             self.fs.write_atomic(&path, &checked.bytes).map(|()| true)
         });
         written.map_err(|error| StoreError::io("write", &path, &error))?;
@@ -320,9 +320,9 @@ impl Manifests {
 
     fn remove_locked(&self, digest: &Digest) -> Result<bool, StoreError> {
         let path = content_path(TREE, digest);
-        let was_there = self
-            .usage
-            .removing(Kind::Manifest, &path, || remove_file(self.fs.as_ref(), &path))?;
+        let was_there = self.usage.on_remove(ContentKind::Manifest, &path, || {
+            remove_file(self.fs.as_ref(), &path)
+        })?;
         // After the file, so that nobody reads it into memory in between; who was quicker is told by `keep`.
         self.ready.remove(digest);
         self.removed.note(digest);
@@ -333,8 +333,12 @@ impl Manifests {
 
     pub(super) fn quarantine(&self, digest: &Digest, why: &str) {
         self.ready.remove(digest);
-        self.usage
-            .quarantining(Kind::Manifest, self.fs.as_ref(), &content_path(TREE, digest), why);
+        self.usage.quarantine(
+            ContentKind::Manifest,
+            self.fs.as_ref(),
+            &content_path(TREE, digest),
+            why,
+        );
         self.removed.note(digest);
     }
 }

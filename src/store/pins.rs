@@ -8,10 +8,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockWriteGuard};
 
 use serde::{Deserialize, Serialize};
 
+use super::access_times::AccessTimes;
 use super::checksummed_json::{RECORD_BYTES_MAX, decode, encode};
 use super::fs::FileSystem;
 use super::tags::TagKey;
-use super::uses::Uses;
 use super::{Store, StoreError, hashed_path, quarantine, remove_file};
 use crate::oci::Digest;
 
@@ -63,7 +63,7 @@ impl Store {
 
 pub(super) struct Pins {
     fs: Arc<dyn FileSystem>,
-    uses: Arc<Uses>,
+    access_times: Arc<AccessTimes>,
     /// With the file of each. Not held while a file is written or removed.
     known: RwLock<BTreeMap<Pin, PathBuf>>,
     /// Changes come one after the other.
@@ -74,7 +74,7 @@ pub(super) struct Pins {
 
 impl Pins {
     /// Reads the pins. One that cannot be read is told, and set aside.
-    pub(super) fn read(fs: &Arc<dyn FileSystem>, uses: &Arc<Uses>) -> Self {
+    pub(super) fn read(fs: &Arc<dyn FileSystem>, access_times: &Arc<AccessTimes>) -> Self {
         let mut known = BTreeMap::new();
         for folder in fs.list(Path::new(TREE)).unwrap_or_default() {
             let folder = Path::new(TREE).join(folder.name);
@@ -100,7 +100,7 @@ impl Pins {
         }
         Self {
             fs: Arc::clone(fs),
-            uses: Arc::clone(uses),
+            access_times: Arc::clone(access_times),
             known: RwLock::new(known),
             changing: Mutex::default(),
             evicting: Mutex::default(),
@@ -142,7 +142,7 @@ impl Pins {
         self.change().insert(pin.clone(), path.clone());
         // After the insertion: an eviction that begins later finds the pin.
         if let Pin::Digest(digest) = pin {
-            self.uses.needed([*digest]);
+            self.access_times.mark_needed([*digest]);
         }
         // What was found to be free before goes now, and not after it is said to be pinned.
         drop(self.evicting());

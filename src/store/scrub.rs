@@ -11,26 +11,26 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use super::access_times::AccessTimes;
 use super::blobs::{self, Blobs};
 use super::checksummed_json::{RECORD_BYTES_MAX, decode, encode, from_millis, to_millis};
 use super::fs::FileSystem;
-use super::uses::Uses;
 use super::{content_path, manifests};
 use crate::oci::{Algorithm, Digest, Hasher};
 
 /// Read at a time, and then paused for.
-const STEP_BYTES: usize = 256 * 1024;
+const CHUNK_BYTES: usize = 256 * 1024;
 
 /// What was read through is left alone for so long.
-const AGAIN_AFTER: Duration = Duration::from_secs(7 * 24 * 3600);
+const SCRUB_INTERVAL: Duration = Duration::from_secs(7 * 24 * 3600);
 
 /// Between two looks whether there is something to do.
-const IDLE: Duration = Duration::from_secs(60);
+const CHECK_INTERVAL: Duration = Duration::from_secs(60);
 
-const PROGRESS: &str = "scrub";
+const PROGRESS_FILE: &str = "scrub";
 
 /// How often the progress is written, in files read.
-const NOTE_EVERY_FILES: u64 = 256;
+const PROGRESS_EVERY_FILES: u64 = 256;
 
 /// How far it came.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -43,7 +43,7 @@ struct Progress {
 
 /// What the scrub did since the start.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Scrubbed {
+pub struct ScrubTotals {
     /// Blobs and manifests read.
     pub objects: u64,
     /// Their bytes.
@@ -56,7 +56,7 @@ pub(super) struct Scrub {
     fs: Arc<dyn FileSystem>,
     blobs: Arc<Blobs>,
     manifests: Arc<manifests::Manifests>,
-    uses: Arc<Uses>,
+    access_times: Arc<AccessTimes>,
     stop: Arc<AtomicBool>,
     /// Bytes in a second; 0 is off.
     rate: AtomicU64,
@@ -66,9 +66,9 @@ pub(super) struct Scrub {
 
 /// How fast it is read.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Pace {
-    Set,
-    Full,
+enum ReadRate {
+    Limited,
+    Unlimited,
 }
 
 #[derive(Default)]
@@ -84,14 +84,14 @@ impl Scrub {
         fs: &Arc<dyn FileSystem>,
         blobs: &Arc<Blobs>,
         manifests: &Arc<manifests::Manifests>,
-        uses: &Arc<Uses>,
+        access_times: &Arc<AccessTimes>,
         stop: &Arc<AtomicBool>,
     ) -> Self {
         Self {
             fs: Arc::clone(fs),
             blobs: Arc::clone(blobs),
             manifests: Arc::clone(manifests),
-            uses: Arc::clone(uses),
+            access_times: Arc::clone(access_times),
             stop: Arc::clone(stop),
             rate: AtomicU64::new(rate),
             totals: Totals::default(),
@@ -104,9 +104,9 @@ impl Scrub {
         self.wake();
     }
 
-    pub(super) fn scrubbed(&self) -> Scrubbed {
+    pub(super) fn scrubbed(&self) -> ScrubTotals {
         let read = |count: &AtomicU64| count.load(Ordering::Relaxed);
-        Scrubbed {
+        ScrubTotals {
             objects: read(&self.totals.objects),
             bytes: read(&self.totals.bytes),
             damaged: read(&self.totals.damaged),
@@ -116,20 +116,20 @@ impl Scrub {
     /// The thread's work, until told to stop.
     pub(super) fn run(&self) {
         // Whoever asks first after a start is not to wait for the disk.
-        self.pause(IDLE);
+        self.pause(CHECK_INTERVAL);
         while !self.is_stopped() {
             if self.rate.load(Ordering::Relaxed) > 0 && self.is_due() {
                 self.round();
             }
-            self.pause(IDLE);
+            self.pause(CHECK_INTERVAL);
         }
     }
 
     fn is_due(&self) -> bool {
         let ended_at = self.progress().ended_at_ms.map(from_millis);
-        let age = ended_at.map(|ended_at| self.uses.now().duration_since(ended_at));
+        let age = ended_at.map(|ended_at| self.access_times.now().duration_since(ended_at));
         // One that ended in the future was noted by another clock.
-        age.is_none_or(|age| age.is_ok_and(|age| age >= AGAIN_AFTER) || !self.progress().after.is_empty())
+        age.is_none_or(|age| age.is_ok_and(|age| age >= SCRUB_INTERVAL) || !self.progress().after.is_empty())
     }
 
     /// Reads everything that comes after what was last read.
@@ -144,7 +144,7 @@ impl Scrub {
             let folder = Path::new(tree).join(algorithm.to_string()).join(&shard);
             for entry in self.fs.list(&folder).unwrap_or_default() {
                 if self.is_stopped() || self.rate.load(Ordering::Relaxed) == 0 {
-                    self.note(&progress);
+                    self.write_progress(&progress);
                     return;
                 }
                 let here = place(&entry.name);
@@ -154,20 +154,20 @@ impl Scrub {
                 if here <= progress.after {
                     continue;
                 }
-                self.read(tree, &digest, Pace::Set);
+                self.read(tree, &digest, ReadRate::Limited);
                 progress.after = here;
                 files += 1;
-                if files % NOTE_EVERY_FILES == 0 {
-                    self.note(&progress);
+                if files % PROGRESS_EVERY_FILES == 0 {
+                    self.write_progress(&progress);
                 }
             }
         }
-        let ended_at_ms = Some(to_millis(self.uses.now()));
-        self.note(&Progress {
+        let ended_at_ms = Some(to_millis(self.access_times.now()));
+        self.write_progress(&Progress {
             after: String::new(),
             ended_at_ms,
         });
-        let Scrubbed {
+        let ScrubTotals {
             objects,
             bytes,
             damaged,
@@ -192,8 +192,8 @@ impl Scrub {
                 let Ok(digest) = format!("{algorithm}:{}", entry.name).parse() else {
                     continue;
                 };
-                if let Some(is_right) = self.read(tree, &digest, Pace::Full) {
-                    read(&digest, entry.size, is_right);
+                if let Some(is_intact) = self.read(tree, &digest, ReadRate::Unlimited) {
+                    read(&digest, entry.size, is_intact);
                 }
             }
         }
@@ -201,9 +201,9 @@ impl Scrub {
     }
 
     /// Whether it is right; `None` where that cannot be said.
-    fn read(&self, tree: &str, digest: &Digest, pace: Pace) -> Option<bool> {
+    fn read(&self, tree: &str, digest: &Digest, read_rate: ReadRate) -> Option<bool> {
         let path = content_path(tree, digest);
-        match self.hash(&path, digest.algorithm(), pace) {
+        match self.hash(&path, digest.algorithm(), read_rate) {
             Ok(Some(found)) => {
                 self.totals.objects.fetch_add(1, Ordering::Relaxed);
                 if found == *digest {
@@ -230,10 +230,10 @@ impl Scrub {
     }
 
     /// `None` where it was stopped.
-    fn hash(&self, path: &Path, algorithm: Algorithm, pace: Pace) -> io::Result<Option<Digest>> {
+    fn hash(&self, path: &Path, algorithm: Algorithm, read_rate: ReadRate) -> io::Result<Option<Digest>> {
         let file = self.fs.open(path)?;
         let mut hasher = Hasher::new(algorithm);
-        let mut buffer = vec![0; STEP_BYTES];
+        let mut buffer = vec![0; CHUNK_BYTES];
         let mut at = 0;
         loop {
             let read = match file.read_at(&mut buffer, at) {
@@ -244,7 +244,7 @@ impl Scrub {
             hasher.update(buffer.get(..read).unwrap_or_default());
             at += read as u64;
             self.totals.bytes.fetch_add(read as u64, Ordering::Relaxed);
-            if pace == Pace::Set {
+            if read_rate == ReadRate::Limited {
                 let rate = self.rate.load(Ordering::Relaxed).max(1);
                 let micros = (read as u64).saturating_mul(1_000_000) / rate;
                 self.pause(Duration::from_micros(micros));
@@ -274,13 +274,13 @@ impl Scrub {
     }
 
     fn progress(&self) -> Progress {
-        let record = self.fs.read_file(Path::new(PROGRESS), RECORD_BYTES_MAX);
+        let record = self.fs.read_file(Path::new(PROGRESS_FILE), RECORD_BYTES_MAX);
         record.ok().and_then(|record| decode(&record)).unwrap_or_default()
     }
 
     /// What cannot be noted is read again.
-    fn note(&self, progress: &Progress) {
-        let _ = self.fs.write_atomic(Path::new(PROGRESS), &encode(progress));
+    fn write_progress(&self, progress: &Progress) {
+        let _ = self.fs.write_atomic(Path::new(PROGRESS_FILE), &encode(progress));
     }
 }
 

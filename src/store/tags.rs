@@ -20,10 +20,10 @@ use quick_cache::sync::Cache;
 use super::cache_key::bounded_cache;
 use super::checksummed_json::{RECORD_BYTES_MAX, checksum};
 use super::fs::FileSystem;
-use super::index::thread::{IndexHandle, VALUE_BYTES_MAX};
+use super::index::handle::{IndexHandle, VALUE_BYTES_MAX};
 use super::invalidations::InvalidationKey;
 use super::manifests::StoredManifest;
-use super::usage::{Counters, Kind};
+use super::usage::{ContentKind, Counters};
 use super::{AsyncStore, Store, StoreError, View, remove_file};
 use crate::oci::{AnyDigest, Digest};
 
@@ -59,12 +59,12 @@ impl Store {
         received_at: SystemTime,
     ) -> Result<(), StoreError> {
         let digest = variant.digest;
-        self.uses.needed([digest]);
+        self.access_times.mark_needed([digest]);
         let view = self.view();
         let is_complete = |digest: &Digest| view.is_tag_complete(key, digest);
         let kept = self.tags.put(key, variant, received_at, &is_complete);
         // An eviction that began since the first note, and listed the tags before the write, knows of neither.
-        self.uses.needed([digest]);
+        self.access_times.mark_needed([digest]);
         kept
     }
 
@@ -100,7 +100,7 @@ impl Store {
                 self.clear_invalidation(&invalidation, |now| Some(now) == since)?
             }
             _ if since.is_none() => {
-                self.invalidate(&invalidation, self.uses.now())?;
+                self.invalidate(&invalidation, self.access_times.now())?;
             }
             _ => {}
         }
@@ -128,7 +128,7 @@ impl AsyncStore {
         variant: Variant,
         received_at: SystemTime,
     ) -> Result<(), StoreError> {
-        self.store.uses.needed([variant.digest]);
+        self.store.access_times.mark_needed([variant.digest]);
         let kept = self.in_memory(|view| self.store.tags.put_in_memory(&key, &variant, received_at, view));
         if kept == Some(true) {
             return Ok(());
@@ -400,12 +400,12 @@ impl Tags {
         let path = key.path();
         let (gone, expunging) = {
             let _writing = self.lock_writer(&path);
-            self.remove_locked(key, &path, IndexHandle::expunge)
+            self.remove_locked(key, &path, IndexHandle::remove_durable)
         };
         let UnlinkedTag { had_file, was_ready } = gone?;
         let is_unlinked = !(had_file || is_invalidated) || self.sync_folder_of(&path);
         // Its other writers do not wait for that, and all removals share one flush.
-        let is_expunged = self.index.expunged(expunging);
+        let is_expunged = self.index.wait_durable(expunging);
         Ok(RemovedTag {
             was_known: had_file || was_ready,
             is_durable: is_unlinked && is_expunged,
@@ -457,14 +457,14 @@ impl Tags {
         path: &Path,
         remove_from_index: impl FnOnce(&IndexHandle, Vec<u8>) -> T,
     ) -> (Result<UnlinkedTag, StoreError>, T) {
-        let had_file = self.usage.removing(Kind::Tag, path, || {
+        let had_file = self.usage.on_remove(ContentKind::Tag, path, || {
             remove_file(self.fs.as_ref(), path).map(|size| size.map(|_| 0))
         });
-        let removing = remove_from_index(&self.index, key.to_index());
+        let on_remove = remove_from_index(&self.index, key.to_index());
         self.removals.fetch_add(1, Ordering::SeqCst);
         let was_ready = self.ready.remove(key).is_some();
         let gone = had_file.map(|had_file| UnlinkedTag { had_file, was_ready });
-        (gone, removing)
+        (gone, on_remove)
     }
 
     /// Whether the index does not say what it has of a tag.
@@ -493,7 +493,7 @@ impl Tags {
 
     fn write_file(&self, key: &TagKey, record: &TagRecord, path: &Path) -> Result<(), StoreError> {
         let bytes = record.to_file(key);
-        let written = self.usage.adding(Kind::Tag, path, 0, || {
+        let written = self.usage.on_add(ContentKind::Tag, path, 0, || {
             let is_new = self.fs.open(path).is_err();
             self.fs.write_durable(path, &bytes).map(|()| is_new)
         });
@@ -501,8 +501,8 @@ impl Tags {
     }
 
     fn quarantine(&self, path: &Path) {
-        self.usage.quarantining(
-            Kind::Tag,
+        self.usage.quarantine(
+            ContentKind::Tag,
             self.fs.as_ref(),
             path,
             "the record of a tag is damaged",

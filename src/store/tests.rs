@@ -14,14 +14,14 @@ mod blobs;
 mod completeness;
 mod eviction;
 mod folder;
+mod health;
 mod image_pages;
-mod leftovers;
 mod manifests;
 mod membership;
+mod partial;
 pub(super) mod power_cut;
 mod removals;
 mod tags;
-mod trouble;
 mod upkeep;
 
 use std::path::Path;

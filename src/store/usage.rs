@@ -27,25 +27,25 @@ pub struct Usage {
 
 /// What is counted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Kind {
+pub(super) enum ContentKind {
     Blob,
     Manifest,
     Tag,
 }
 
 /// The trees in the order in which they are counted.
-const TREES: [(Kind, &str); 5] = [
-    (Kind::Blob, "blobs/sha256"),
-    (Kind::Blob, "blobs/sha512"),
-    (Kind::Manifest, "manifests/sha256"),
-    (Kind::Manifest, "manifests/sha512"),
-    (Kind::Tag, "refs"),
+const TREES: [(ContentKind, &str); 5] = [
+    (ContentKind::Blob, "blobs/sha256"),
+    (ContentKind::Blob, "blobs/sha512"),
+    (ContentKind::Manifest, "manifests/sha256"),
+    (ContentKind::Manifest, "manifests/sha512"),
+    (ContentKind::Tag, "refs"),
 ];
 
 const SHARDS: u32 = 256;
 
 #[derive(Default)]
-struct Tally {
+struct Counter {
     count: AtomicU64,
     bytes: AtomicU64,
 }
@@ -54,9 +54,9 @@ struct Tally {
 /// where its folder has been counted already: so each counts once.
 #[derive(Default)]
 pub(super) struct Counters {
-    blobs: Tally,
-    manifests: Tally,
-    tags: Tally,
+    blobs: Counter,
+    manifests: Counter,
+    tags: Counter,
     /// How often something came, went or was written anew.
     changes: AtomicU64,
     is_complete: AtomicBool,
@@ -85,42 +85,42 @@ impl Counters {
         self.changes.load(Ordering::Acquire)
     }
 
-    /// Does `deed`, which gives the file `path` of `bytes` its name; counts it if `deed` says that it is new.
-    pub(super) fn adding<E>(
+    /// Does `op`, which gives the file `path` of `bytes` its name; counts it if `op` says that it is new.
+    pub(super) fn on_add<E>(
         &self,
-        kind: Kind,
+        kind: ContentKind,
         path: &Path,
         bytes: u64,
-        deed: impl FnOnce() -> Result<bool, E>,
+        op: impl FnOnce() -> Result<bool, E>,
     ) -> Result<(), E> {
         let counted = self.counted.read().unwrap_or_else(PoisonError::into_inner);
-        let is_new = deed()?;
+        let is_new = op()?;
         self.changes.fetch_add(1, Ordering::Release);
         if is_new && position(kind, path) < *counted {
-            let tally = self.tally(kind);
-            tally.count.fetch_add(1, Ordering::Relaxed);
-            tally.bytes.fetch_add(bytes, Ordering::Relaxed);
+            let counter = self.counter(kind);
+            counter.count.fetch_add(1, Ordering::Relaxed);
+            counter.bytes.fetch_add(bytes, Ordering::Relaxed);
         }
         Ok(())
     }
 
-    /// Does `deed`, which takes the file `path` away; `deed` says how many bytes it had, if it was there.
-    pub(super) fn removing<E>(
+    /// Does `op`, which takes the file `path` away; `op` says how many bytes it had, if it was there.
+    pub(super) fn on_remove<E>(
         &self,
-        kind: Kind,
+        kind: ContentKind,
         path: &Path,
-        deed: impl FnOnce() -> Result<Option<u64>, E>,
+        op: impl FnOnce() -> Result<Option<u64>, E>,
     ) -> Result<bool, E> {
         let counted = self.counted.read().unwrap_or_else(PoisonError::into_inner);
-        let Some(bytes) = deed()? else { return Ok(false) };
+        let Some(bytes) = op()? else { return Ok(false) };
         self.changes.fetch_add(1, Ordering::Release);
         if position(kind, path) < *counted {
-            let tally = self.tally(kind);
+            let counter = self.counter(kind);
             // A file that was changed behind our back is as long as it is, not as long as it was counted.
-            let _ = tally
+            let _ = counter
                 .count
                 .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |count| count.checked_sub(1));
-            let _ = tally
+            let _ = counter
                 .bytes
                 .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |all| {
                     Some(all.saturating_sub(bytes))
@@ -130,8 +130,8 @@ impl Counters {
     }
 
     /// Sets a damaged file aside.
-    pub(super) fn quarantining(&self, kind: Kind, fs: &dyn FileSystem, path: &Path, why: &str) {
-        let moved = self.removing(kind, path, || -> Result<_, Infallible> {
+    pub(super) fn quarantine(&self, kind: ContentKind, fs: &dyn FileSystem, path: &Path, why: &str) {
+        let moved = self.on_remove(kind, path, || -> Result<_, Infallible> {
             let size = size_of(fs, path);
             Ok(quarantine(fs, path, why).then(|| size.unwrap_or(0)))
         });
@@ -140,17 +140,17 @@ impl Counters {
         }
     }
 
-    fn tally(&self, kind: Kind) -> &Tally {
+    fn counter(&self, kind: ContentKind) -> &Counter {
         match kind {
-            Kind::Blob => &self.blobs,
-            Kind::Manifest => &self.manifests,
-            Kind::Tag => &self.tags,
+            ContentKind::Blob => &self.blobs,
+            ContentKind::Manifest => &self.manifests,
+            ContentKind::Tag => &self.tags,
         }
     }
 }
 
 /// Where the folder of `path` comes in the order of counting.
-fn position(kind: Kind, path: &Path) -> u32 {
+fn position(kind: ContentKind, path: &Path) -> u32 {
     let folder = path.parent().unwrap_or(Path::new(""));
     let shard = folder
         .file_name()
@@ -177,9 +177,9 @@ pub(super) fn count_existing(fs: &dyn FileSystem, counters: &Counters, stop: &At
             let entries = fs.list(&folder).unwrap_or_default();
             let files = entries.iter().filter(|entry| is_content(entry));
             let (count, bytes) = files.fold((0, 0), |(count, bytes), file| (count + 1, bytes + file.size));
-            let tally = counters.tally(kind);
-            tally.count.fetch_add(count, Ordering::Relaxed);
-            tally.bytes.fetch_add(bytes, Ordering::Relaxed);
+            let counter = counters.counter(kind);
+            counter.count.fetch_add(count, Ordering::Relaxed);
+            counter.bytes.fetch_add(bytes, Ordering::Relaxed);
             *counted += 1;
         }
     }

@@ -9,7 +9,7 @@ use super::{Store, StoreError};
 use crate::oci::Digest;
 
 /// Damaged content named in the answer; more is only counted.
-const NAMED_MAX: usize = 100;
+const DAMAGED_LISTED_MAX: usize = 100;
 
 /// How far a verification came.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -17,7 +17,7 @@ pub struct Verification {
     /// Whether it goes on.
     pub is_running: bool,
     /// Whether it came to its end.
-    pub is_whole: bool,
+    pub is_complete: bool,
     /// Blobs and manifests read.
     pub objects: u64,
     /// Their bytes.
@@ -25,11 +25,11 @@ pub struct Verification {
     /// How many of them were damaged; they are set aside, and fetched again when asked for.
     pub damaged: u64,
     /// Which: the first hundred.
-    pub named: Vec<Digest>,
+    pub damaged_digests: Vec<Digest>,
 }
 
 #[derive(Default)]
-pub(super) struct Verifying {
+pub(super) struct VerifyJob {
     state: Arc<Mutex<Verification>>,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
@@ -37,13 +37,13 @@ pub(super) struct Verifying {
 impl Store {
     /// Begins to read everything; says whether that is news, for there is one at a time.
     pub fn begin_verification(&self) -> Result<bool, StoreError> {
-        self.verifying.begin(&self.scrub)
+        self.verify_job.begin(&self.scrub)
     }
 
     /// How far the last verification came; `None` if there was none since the start.
     pub fn verification(&self) -> Option<Verification> {
-        let begun = lock(&self.verifying.thread).is_some();
-        begun.then(|| lock(&self.verifying.state).clone())
+        let begun = lock(&self.verify_job.thread).is_some();
+        begun.then(|| lock(&self.verify_job.state).clone())
     }
 
     /// Sets the index aside and fills a new one from the files, while everything is served. Grants are asked for anew.
@@ -52,7 +52,7 @@ impl Store {
     }
 }
 
-impl Verifying {
+impl VerifyJob {
     fn begin(&self, scrub: &Arc<Scrub>) -> Result<bool, StoreError> {
         let mut thread = lock(&self.thread);
         if thread.as_ref().is_some_and(|thread| !thread.is_finished()) {
@@ -66,24 +66,24 @@ impl Verifying {
         let begun = std::thread::Builder::new()
             .name("store-verify".to_owned())
             .spawn(move || {
-                let is_whole = scrub.read_all(|digest, bytes, is_right| {
+                let is_complete = scrub.read_all(|digest, bytes, is_intact| {
                     let mut state = lock(&state);
                     state.objects += 1;
                     state.bytes += bytes;
-                    if !is_right {
+                    if !is_intact {
                         state.damaged += 1;
-                        if state.named.len() < NAMED_MAX {
-                            state.named.push(*digest);
+                        if state.damaged_digests.len() < DAMAGED_LISTED_MAX {
+                            state.damaged_digests.push(*digest);
                         }
                     }
                 });
                 let mut state = lock(&state);
-                (state.is_running, state.is_whole) = (false, is_whole);
+                (state.is_running, state.is_complete) = (false, is_complete);
                 let (objects, damaged) = (state.objects, state.damaged);
                 tracing::info!(
                     objects,
                     damaged,
-                    is_whole,
+                    is_complete,
                     "everything held was read at the operator's wish"
                 );
             });

@@ -10,7 +10,7 @@ use std::time::SystemTime;
 
 use bytes::Bytes;
 
-use super::blobs::HeldBlob;
+use super::blobs::BlobHandle;
 use super::challenges::StoredChallenge;
 use super::invalidations::InvalidationKey;
 use super::listings::{ListingKey, StoredListResponse, StoredListing};
@@ -87,10 +87,10 @@ impl<'a> View<'a> {
     }
 
     /// The blob, if it is held.
-    pub fn blob(&self, digest: &Digest) -> Result<Option<HeldBlob>, StoreError> {
+    pub fn blob(&self, digest: &Digest) -> Result<Option<BlobHandle>, StoreError> {
         self.find(
             Ok(None),
-            |store| store.blobs.ready(digest).map(|held| Ok(Some(held))),
+            |store| store.blobs.in_memory(digest).map(|held| Ok(Some(held))),
             |store| store.blobs.find(digest),
         )
     }
@@ -99,7 +99,7 @@ impl<'a> View<'a> {
     pub fn small_blob(&self, digest: &Digest) -> Option<Bytes> {
         self.find(
             None,
-            |store| store.blobs.ready_small(digest),
+            |store| store.blobs.small_in_memory(digest),
             |store| store.blobs.find_small(digest),
         )
     }
@@ -107,7 +107,7 @@ impl<'a> View<'a> {
     pub(super) fn has_blob_file(&self, digest: &Digest) -> bool {
         self.find(
             false,
-            |store| store.blobs.is_ready(digest).then_some(true),
+            |store| store.blobs.is_open(digest).then_some(true),
             |store| store.blobs.has(digest),
         )
     }

@@ -14,8 +14,8 @@ use ifnewer::proxy::{
     UpstreamRegistry,
 };
 use ifnewer::queue::Peer;
+use ifnewer::store::file_read::BufferPool;
 use ifnewer::store::fs::{DirectoryFs, FileSystem, MemoryFs};
-use ifnewer::store::step::Buffers;
 use ifnewer::store::{Settings as StoreSettings, Store};
 use ifnewer::telemetry::Telemetry;
 use ifnewer::trace_context::TraceContext;
@@ -123,7 +123,7 @@ impl Cache {
         let open = || Store::open(&StoreSettings::default(), fs, now()).unwrap();
         let store = std::thread::scope(|scope| scope.spawn(open).join().unwrap());
         let store = Arc::new(store);
-        let downloads = Downloads::new(Arc::clone(&store), Buffers::default(), 64);
+        let downloads = Downloads::new(Arc::clone(&store), BufferPool::default(), 64);
         let pull = ProxyService::new(Arc::clone(&store), downloads, (clock(), Telemetry::new()));
         Cache::with_settings(Arc::new(pull), store, Arc::default(), parts, false)
     }

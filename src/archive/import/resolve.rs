@@ -194,7 +194,7 @@ fn read_manifest(
     } else {
         let held = store.blob(digest)?;
         let held = held.ok_or_else(|| wrong("it has gone meanwhile".to_owned()))?;
-        let bytes = held.read_whole(MANIFEST_BYTES_MAX as u64);
+        let bytes = held.read_all(MANIFEST_BYTES_MAX as u64);
         Bytes::from(bytes.map_err(|error| wrong(error.to_string()))?)
     };
     let held = StoredManifest::verify(bytes, media_type.clone(), *digest);

@@ -7,7 +7,7 @@ use crate::queue::NoPlace;
 fn downloads_of(places: usize) -> Downloads {
     let disk = Arc::new(MemoryFs::new()) as Arc<dyn FileSystem>;
     let store = Store::open(&Settings::default(), disk, SystemTime::UNIX_EPOCH).unwrap();
-    Downloads::new(Arc::new(store), Buffers::default(), places)
+    Downloads::new(Arc::new(store), BufferPool::default(), places)
 }
 
 fn part() -> Wish {
@@ -158,8 +158,8 @@ async fn t08_a_small_part_that_was_read_leads_to_no_more() {
     downloads.idle().await;
     assert!(wire.is_closed(), "the transfer has ended");
     assert!(downloads.shared.store.blob(&digest(&blob)).unwrap().is_none());
-    let leftover = downloads.shared.store.leftover(&digest(&blob)).unwrap();
-    assert!(leftover.bytes() > 0, "what came is gone on with");
+    let partial = downloads.shared.store.take_partial(&digest(&blob)).unwrap();
+    assert!(partial.bytes() > 0, "what came is gone on with");
 }
 
 #[tokio::test]

@@ -69,8 +69,8 @@ impl FsFile for SmallFile {
     fn read_at(&self, into: &mut [u8], offset: u64) -> io::Result<usize> {
         self.file.read_at(into, offset)
     }
-    fn read_at_cached(&self, into: &mut [u8], offset: u64) -> io::Result<usize> {
-        self.file.read_at_cached(into, offset)
+    fn read_at_nowait(&self, into: &mut [u8], offset: u64) -> io::Result<usize> {
+        self.file.read_at_nowait(into, offset)
     }
     fn size(&self) -> io::Result<u64> {
         self.file.size()
@@ -96,7 +96,7 @@ fn downloads_on_a_small_disk(bytes_max: usize) -> Downloads {
         bytes_max: bytes_max as u64,
     });
     let store = Store::open(&Settings::default(), disk, SystemTime::UNIX_EPOCH).unwrap();
-    Downloads::new(Arc::new(store), Buffers::default(), 16)
+    Downloads::new(Arc::new(store), BufferPool::default(), 16)
 }
 
 #[tokio::test]
@@ -107,14 +107,14 @@ async fn a_full_disk_gives_up_what_was_left_first() {
     ingest.file().write_at(&left[..500], 0).unwrap();
     let mut hasher = Hasher::new(Algorithm::Sha256);
     hasher.update(&left[..500]);
-    ingest.leave(500, &hasher);
+    ingest.suspend(500, &hasher);
     let script = Script::default();
     script.ending(0, Some(blob.len()), &blob);
     let reader = leader(&downloads, digest(&blob)).start(script);
     assert_eq!(whole(reader).await, blob);
     downloads.idle().await;
     assert_eq!(held(&downloads, digest(&blob)).unwrap(), blob);
-    assert!(store.leftover(&digest(&left)).is_none());
+    assert!(store.take_partial(&digest(&left)).is_none());
 }
 
 /// A transfer whose disk takes `room` bytes, its leader, and a follower that has read nothing yet.
@@ -208,7 +208,7 @@ async fn a_blob_of_unknown_size_that_finds_no_room_is_read_to_its_end_and_not_ke
     while !store.usage().is_complete {
         tokio::task::yield_now().await;
     }
-    let downloads = Downloads::new(Arc::new(store), Buffers::default(), 16);
+    let downloads = Downloads::new(Arc::new(store), BufferPool::default(), 16);
     let (bytes, script) = (content(3 * MIB), Script::default());
     script.ending(0, None, &bytes);
     let reader = leader(&downloads, digest(&bytes)).start(script.clone());
@@ -251,7 +251,7 @@ async fn t08_disk_without_room_does_not_break_who_began_queued() {
     while !store.usage().is_complete {
         std::thread::yield_now();
     }
-    let downloads = Downloads::new(Arc::new(store), Buffers::default(), 16);
+    let downloads = Downloads::new(Arc::new(store), BufferPool::default(), 16);
     let (blob, script, parts) = (content(3 * MIB), Script::default(), Parts::default());
     script.ending(0, Some(blob.len()), &blob);
     send(&parts.part(), &blob);

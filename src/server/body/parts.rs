@@ -13,8 +13,8 @@ use super::File;
 use crate::oci::Digest;
 use crate::oci::range::{ByteSpan, content_range};
 use crate::server::reply::within;
+use crate::store::file_read::BufferPool;
 use crate::store::fs::FsFile;
-use crate::store::step::Buffers;
 use crate::telemetry::Telemetry;
 
 /// Hexadecimal digits in a boundary: with them it has 48 characters, of the 70 allowed.
@@ -80,7 +80,7 @@ pub(in crate::server) enum From {
     /// In memory.
     Memory(Bytes),
     /// In its file.
-    File(Arc<dyn FsFile>, Buffers, Telemetry),
+    File(Arc<dyn FsFile>, BufferPool, Telemetry),
 }
 
 impl From {

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashMap, VecDeque};
 
 use super::{Address, BODIES_MAX, BYTES_MAX};
-use crate::store::step::STEP_BYTES;
+use crate::store::file_read::READ_CHUNK_BYTES;
 
 /// The middle step, for a few hundred bodies of one address.
 const STEP_BYTES_SHORT: usize = 64 * 1024;
@@ -21,7 +21,7 @@ const ROOMY_BODIES_MAX: usize = 512;
 const STEPS_LEFT: usize = 32;
 
 /// One body may have two large steps outstanding: one being written, one ready.
-const BODY_BYTES_MAX: usize = 2 * STEP_BYTES;
+const BODY_BYTES_MAX: usize = 2 * READ_CHUNK_BYTES;
 
 /// A place in the queue.
 pub(super) type Ticket = u64;
@@ -185,7 +185,7 @@ fn step(left: usize, bodies: usize, own: usize) -> Option<usize> {
         STEP_BYTES_MIN
     };
     let step = match left / STEPS_LEFT {
-        STEP_BYTES.. => STEP_BYTES,
+        READ_CHUNK_BYTES.. => READ_CHUNK_BYTES,
         STEP_BYTES_SHORT.. => STEP_BYTES_SHORT,
         _ => least,
     };

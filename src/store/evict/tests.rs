@@ -3,9 +3,9 @@
     clippy::indexing_slicing,
     reason = "tests may fail loudly"
 )]
+use super::super::access_times::ContentId;
 use super::super::tests::power_cut::CutVolume;
 use super::super::tests::{Ground, UPSTREAM, at, digest, keep_blob, key, manifest, put_manifest, variant};
-use super::super::uses::Used;
 use super::*;
 use crate::store::{Settings, Store};
 
@@ -15,8 +15,8 @@ fn about_to_go(store: &Store) -> Plan {
     put_manifest(store, &manifest(1), "library/alpine").unwrap();
     store.put_tag(&key("1"), variant(1, &manifest(1), 0)).unwrap();
     store.tick(at(7200));
-    store.evictor.uses.watch();
-    let plan = plan(&store.evictor.look(), u64::MAX, at(3600));
+    store.evictor.access_times.start_tracking();
+    let plan = plan(&store.evictor.snapshot(), u64::MAX, at(3600));
     assert_eq!(plan.steps.len(), 3, "a tag, a manifest and a blob");
     plan
 }
@@ -24,12 +24,12 @@ fn about_to_go(store: &Store) -> Plan {
 fn carries_out(store: &Store, plan: Plan) -> bool {
     store
         .evictor
-        .carry_out(plan, Some(Pressure::Size))
+        .execute(plan, Some(QuotaKind::Size))
         .unwrap()
-        .is_whole
+        .is_complete
 }
 
-fn is_whole(store: &Store) -> bool {
+fn is_complete(store: &Store) -> bool {
     store.tag(&key("1")).unwrap().is_some()
         && store.manifest(&digest(&manifest(1))).unwrap().is_some()
         && store.blob(&digest(&1_u32.to_be_bytes())).unwrap().is_some()
@@ -42,14 +42,14 @@ fn stays_whole_if(what: &str, happens: impl Fn(&Store)) {
         let plan = about_to_go(&store);
         happens(&store);
         assert!(!carries_out(&store, plan), "{what}");
-        assert!(is_whole(&store), "{what}");
+        assert!(is_complete(&store), "{what}");
     }
 }
 
 #[test]
 fn an_image_used_between_the_look_and_the_removal_stays() {
     stays_whole_if("used", |store| {
-        store.note_use(Used::Manifest(digest(&manifest(1))), at(7200));
+        store.touch(ContentId::Manifest(digest(&manifest(1))), at(7200));
     });
 }
 
@@ -101,40 +101,40 @@ fn evict_looks_during(
     let plan = std::thread::scope(|scope| {
         scope.spawn(|| write(&store));
         gate.wait();
-        store.evictor.uses.watch();
-        let plan = plan(&store.evictor.look(), u64::MAX, at(3600));
+        store.evictor.access_times.start_tracking();
+        let plan = plan(&store.evictor.snapshot(), u64::MAX, at(3600));
         gate.wait();
         plan
     });
     assert_eq!(plan.steps.len(), 1);
-    let is_whole = carries_out(&store, plan);
-    (store, is_whole)
+    let is_complete = carries_out(&store, plan);
+    (store, is_complete)
 }
 
 #[test]
 fn layer_of_a_manifest_written_after_the_look_stays() {
     let layer = 1_u32.to_be_bytes();
-    let (store, is_whole) = evict_looks_during(
+    let (store, is_complete) = evict_looks_during(
         "manifests",
         |store| keep_blob(store, &layer).unwrap(),
         |store| {
             put_manifest(store, &manifest(1), "library/alpine").unwrap();
         },
     );
-    assert!(!is_whole);
+    assert!(!is_complete);
     assert!(store.blob(&digest(&layer)).unwrap().is_some());
 }
 
 #[test]
 fn manifest_of_a_tag_written_after_the_look_stays() {
-    let (store, is_whole) = evict_looks_during(
+    let (store, is_complete) = evict_looks_during(
         "refs",
         |store| {
             put_manifest(store, &manifest(1), "library/alpine").unwrap();
         },
         |store| store.put_tag(&key("1"), variant(1, &manifest(1), 0)).unwrap(),
     );
-    assert!(!is_whole);
+    assert!(!is_complete);
     assert!(store.manifest(&digest(&manifest(1))).unwrap().is_some());
 }
 
@@ -148,8 +148,8 @@ fn power_cut_after_an_eviction_brings_back_no_tag() {
         store.put_tag(tag, variant(1, &manifest(1), 0)).unwrap();
     }
     store.tick(at(7200));
-    store.evictor.uses.watch();
-    let mut plan = plan(&store.evictor.look(), u64::MAX, at(3600));
+    store.evictor.access_times.start_tracking();
+    let mut plan = plan(&store.evictor.snapshot(), u64::MAX, at(3600));
     // The round is stopped before the manifest goes.
     plan.steps.retain(|step| matches!(step, Step::Tag(..)));
     assert!(carries_out(&store, plan));

@@ -47,12 +47,12 @@ impl DirectoryFs {
         self.root.join(path)
     }
 
-    /// Does `deed`, and once more with the folder of `path` made if it was missing.
-    fn with_parent_dir<T>(path: &Path, deed: impl Fn() -> io::Result<T>) -> io::Result<T> {
-        match deed() {
+    /// Does `op`, and once more with the folder of `path` made if it was missing.
+    fn with_parent_dir<T>(path: &Path, op: impl Fn() -> io::Result<T>) -> io::Result<T> {
+        match op() {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 path.parent().map_or(Ok(()), make_dir)?;
-                deed()
+                op()
             }
             done => done,
         }
@@ -207,7 +207,7 @@ impl FsFile for DirectoryFile {
     }
 
     #[cfg(target_os = "linux")]
-    fn read_at_cached(&self, into: &mut [u8], offset: u64) -> io::Result<usize> {
+    fn read_at_nowait(&self, into: &mut [u8], offset: u64) -> io::Result<usize> {
         use rustix::io::{Errno, ReadWriteFlags, preadv2};
         let mut into = [io::IoSliceMut::new(into)];
         preadv2(&self.0, &mut into, offset, ReadWriteFlags::NOWAIT).map_err(|errno| match errno {
@@ -220,7 +220,7 @@ impl FsFile for DirectoryFile {
     }
 
     #[cfg(not(target_os = "linux"))]
-    fn read_at_cached(&self, _: &mut [u8], _: u64) -> io::Result<usize> {
+    fn read_at_nowait(&self, _: &mut [u8], _: u64) -> io::Result<usize> {
         Err(io::ErrorKind::WouldBlock.into())
     }
 

@@ -249,7 +249,7 @@ impl FsFile for Handle {
         Ok(length)
     }
 
-    fn read_at_cached(&self, into: &mut [u8], offset: u64) -> io::Result<usize> {
+    fn read_at_nowait(&self, into: &mut [u8], offset: u64) -> io::Result<usize> {
         self.read_at(into, offset)
     }
 

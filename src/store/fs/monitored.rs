@@ -269,8 +269,8 @@ impl FsFile for MonitoredFile {
         self.record_read(self.inner.read_at(into, offset))
     }
 
-    fn read_at_cached(&self, into: &mut [u8], offset: u64) -> io::Result<usize> {
-        self.record_read(self.inner.read_at_cached(into, offset))
+    fn read_at_nowait(&self, into: &mut [u8], offset: u64) -> io::Result<usize> {
+        self.record_read(self.inner.read_at_nowait(into, offset))
     }
 
     fn size(&self) -> io::Result<u64> {

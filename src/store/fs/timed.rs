@@ -157,9 +157,9 @@ impl FsFile for TimedFile {
         self.pending.run("read", || self.inner.read_at(into, offset))
     }
 
-    fn read_at_cached(&self, into: &mut [u8], offset: u64) -> io::Result<usize> {
+    fn read_at_nowait(&self, into: &mut [u8], offset: u64) -> io::Result<usize> {
         // It never waits for the disk.
-        self.inner.read_at_cached(into, offset)
+        self.inner.read_at_nowait(into, offset)
     }
 
     fn size(&self) -> io::Result<u64> {

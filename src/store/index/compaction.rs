@@ -8,7 +8,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use super::{Index, IndexFault, SledIndex, disk, sync_paths};
+use super::{Index, IndexError, SledIndex, disk, sync_paths};
 
 /// A smaller file is left as it is.
 pub(super) const FILE_BYTES_MIN: u64 = if cfg!(test) { 4 << 20 } else { 64 << 20 };
@@ -32,7 +32,7 @@ pub(super) enum Next {
     /// Everything is copied: [`Compaction::swap`].
     Swap,
     /// Not worth it.
-    Nothing,
+    NotNeeded,
 }
 
 impl Compaction {
@@ -46,7 +46,7 @@ impl Compaction {
     }
 
     /// Looks at one page of `index`: first at all of it to measure, then once more to copy.
-    pub(super) fn step(&mut self, index: &dyn Index) -> Result<Next, IndexFault> {
+    pub(super) fn step(&mut self, index: &dyn Index) -> Result<Next, IndexError> {
         let page = index.scan(b"", &self.after, PAGE)?;
         let is_last = page.len() < PAGE;
         for (key, value) in page {
@@ -59,9 +59,9 @@ impl Compaction {
         match &mut self.copy {
             _ if !is_last => Ok(Next::Step),
             Some(copy) => copy.sync().map(|()| Next::Swap),
-            None if index.file_bytes() / GROWTH_MAX <= self.live_bytes => Ok(Next::Nothing),
+            None if index.file_bytes() / GROWTH_MAX <= self.live_bytes => Ok(Next::NotNeeded),
             None => {
-                let aside = aside(&self.folder, "new");
+                let aside = sibling(&self.folder, "new");
                 remove(&aside)?;
                 self.copy = Some(SledIndex::open(&aside)?.index);
                 self.after.clear();
@@ -71,7 +71,7 @@ impl Compaction {
     }
 
     /// What is written to the index meanwhile; `None` removes.
-    pub(super) fn write(&mut self, key: &[u8], value: Option<&[u8]>) -> Result<(), IndexFault> {
+    pub(super) fn write(&mut self, key: &[u8], value: Option<&[u8]>) -> Result<(), IndexError> {
         match (&mut self.copy, value) {
             (None, _) => Ok(()),
             (Some(copy), Some(value)) => copy.put(key, value),
@@ -80,16 +80,16 @@ impl Compaction {
     }
 
     /// Closes the copy; whatever is left of it goes when the index is next opened.
-    pub(super) fn abandon(self, fault: &IndexFault) {
+    pub(super) fn abandon(self, fault: &IndexError) {
         if let Some(copy) = self.copy {
             Box::new(copy).abandon(fault);
         }
     }
 
     /// Puts the copy in the place of the index, which is closed.
-    pub(super) fn swap(mut self) -> Result<(), IndexFault> {
+    pub(super) fn swap(mut self) -> Result<(), IndexError> {
         drop(self.copy.take());
-        let (old, new) = (aside(&self.folder, "old"), aside(&self.folder, "new"));
+        let (old, new) = (sibling(&self.folder, "old"), sibling(&self.folder, "new"));
         fs::rename(&self.folder, &old).map_err(disk)?;
         fs::rename(&new, &self.folder).map_err(disk)?;
         // The new names before the old content goes.
@@ -99,23 +99,23 @@ impl Compaction {
 }
 
 /// Ends what a stop interrupted; to be called before the index in `folder` is opened.
-pub(super) fn recover(folder: &Path) -> Result<(), IndexFault> {
-    let old = aside(folder, "old");
+pub(super) fn recover(folder: &Path) -> Result<(), IndexError> {
+    let old = sibling(folder, "old");
     if fs::symlink_metadata(folder).is_err() && fs::symlink_metadata(&old).is_ok() {
         fs::rename(&old, folder).map_err(disk)?;
     }
     remove(&old)?;
-    remove(&aside(folder, "new"))
+    remove(&sibling(folder, "new"))
 }
 
-fn remove(folder: &Path) -> Result<(), IndexFault> {
+fn remove(folder: &Path) -> Result<(), IndexError> {
     match fs::remove_dir_all(folder) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(disk(error)),
         _ => Ok(()),
     }
 }
 
-fn aside(folder: &Path, kind: &str) -> PathBuf {
+fn sibling(folder: &Path, kind: &str) -> PathBuf {
     let mut aside = folder.as_os_str().to_owned();
     aside.push(".");
     aside.push(kind);

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Index, IndexFault, disk};
+use super::{Index, IndexError, disk};
 use crate::store::checksummed_json::{RECORD_BYTES_MAX, decode, encode, hex};
 use crate::store::fs::FileSystem;
 use crate::store::secret::random;
@@ -21,7 +21,7 @@ struct Identity {
 
 /// Compares the identities inside and beside the index, and steps both to the next generation: the inner one first, so
 /// that a stop in between is no loss.
-pub(super) fn identify(fs: &dyn FileSystem, index: &mut dyn Index) -> Result<(), IndexFault> {
+pub(super) fn identify(fs: &dyn FileSystem, index: &mut dyn Index) -> Result<(), IndexError> {
     let path = Path::new(STORE_ID);
     let beside: Option<Identity> = fs
         .read_file(path, RECORD_BYTES_MAX)
@@ -30,10 +30,10 @@ pub(super) fn identify(fs: &dyn FileSystem, index: &mut dyn Index) -> Result<(),
     let inside: Option<Identity> = index.get(IDENTITY_KEY)?.and_then(|record| decode(&record));
     match (&beside, &inside) {
         (Some(beside), Some(inside)) if beside.id != inside.id => {
-            return Err(IndexFault::Foreign("belongs to another store"));
+            return Err(IndexError::Foreign("belongs to another store"));
         }
         (Some(beside), Some(inside)) if beside.generation > inside.generation => {
-            return Err(IndexFault::Foreign("is older than its store"));
+            return Err(IndexError::Foreign("is older than its store"));
         }
         _ => {}
     }
@@ -58,7 +58,7 @@ pub(super) fn identify(fs: &dyn FileSystem, index: &mut dyn Index) -> Result<(),
 }
 
 /// Sees to it that the index as it is on the disk belongs to another store when it is opened again.
-pub(super) fn disown(fs: &dyn FileSystem) -> Result<(), IndexFault> {
+pub(super) fn disown(fs: &dyn FileSystem) -> Result<(), IndexError> {
     let id = hex(&random::<16>().map_err(disk)?);
     let record = encode(&Identity { id, generation: 0 });
     fs.write_durable(Path::new(STORE_ID), &record).map_err(disk)

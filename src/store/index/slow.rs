@@ -4,8 +4,8 @@
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 
-use super::thread::{Home, IndexHandle};
-use super::{Index, IndexFault, MemoryIndex, Pair};
+use super::handle::{IndexHandle, Location};
+use super::{Index, IndexError, MemoryIndex, Pair};
 
 /// The other end of the index.
 pub(in crate::store) struct Flushes {
@@ -33,12 +33,12 @@ struct SlowIndex {
 
 /// An index whose flushes are led by the test. When the other end is gone, they end at once.
 pub(in crate::store) fn slow_index() -> (Arc<IndexHandle>, Flushes) {
-    let (home, flushes) = slow_home();
-    (Arc::new(IndexHandle::start(home).unwrap()), flushes)
+    let (location, flushes) = slow_location();
+    (Arc::new(IndexHandle::start(location).unwrap()), flushes)
 }
 
 /// Where such an index lives.
-pub(in crate::store) fn slow_home() -> (Home, Flushes) {
+pub(in crate::store) fn slow_location() -> (Location, Flushes) {
     let (begun, is_begun) = channel();
     let (let_through, through) = channel();
     let index = SlowIndex {
@@ -46,33 +46,33 @@ pub(in crate::store) fn slow_home() -> (Home, Flushes) {
         begun,
         through: Mutex::new(through),
     };
-    let home = Home::Given(Mutex::new(Some(Box::new(index))));
+    let location = Location::Given(Mutex::new(Some(Box::new(index))));
     let flushes = Flushes {
         begun: is_begun,
         through: let_through,
     };
-    (home, flushes)
+    (location, flushes)
 }
 
 impl Index for SlowIndex {
-    fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, IndexFault> {
+    fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, IndexError> {
         self.inner.get(key)
     }
-    fn put(&mut self, key: &[u8], value: &[u8]) -> Result<(), IndexFault> {
+    fn put(&mut self, key: &[u8], value: &[u8]) -> Result<(), IndexError> {
         self.inner.put(key, value)
     }
-    fn remove(&mut self, key: &[u8]) -> Result<(), IndexFault> {
+    fn remove(&mut self, key: &[u8]) -> Result<(), IndexError> {
         self.inner.remove(key)
     }
-    fn scan(&self, prefix: &[u8], after: &[u8], limit: usize) -> Result<Vec<Pair>, IndexFault> {
+    fn scan(&self, prefix: &[u8], after: &[u8], limit: usize) -> Result<Vec<Pair>, IndexError> {
         self.inner.scan(prefix, after, limit)
     }
-    fn sync(&mut self) -> Result<(), IndexFault> {
+    fn sync(&mut self) -> Result<(), IndexError> {
         let _gone = self.begun.send(());
         let _gone = self.through.lock().unwrap().recv();
         Ok(())
     }
-    fn abandon(self: Box<Self>, _: &IndexFault) -> bool {
+    fn abandon(self: Box<Self>, _: &IndexError) -> bool {
         true
     }
 }

@@ -4,8 +4,8 @@ use std::sync::Arc;
 use proptest::prelude::*;
 
 use super::compaction::{Compaction, FILE_BYTES_MIN, Next, recover};
-use super::interim::Interim;
-use super::thread::{Home, IndexHandle, VALUE_BYTES_MAX};
+use super::handle::{IndexHandle, Location, VALUE_BYTES_MAX};
+use super::write_buffer::WriteBuffer;
 use super::*;
 use crate::store::fs::DirectoryFs;
 
@@ -60,15 +60,15 @@ proptest! {
 
 #[test]
 fn a_panic_in_the_index_is_damage_and_not_the_end() {
-    let fault = guarded(|| -> Result<(), IndexFault> { std::panic::panic_any("torn page") }).unwrap_err();
-    assert_eq!(fault, IndexFault::Damaged("torn page".to_owned()));
+    let fault = catch_panic(|| -> Result<(), IndexError> { std::panic::panic_any("torn page") }).unwrap_err();
+    assert_eq!(fault, IndexError::Damaged("torn page".to_owned()));
 }
 
 #[test]
 fn a_second_handle_is_busy_and_not_damaged() {
     let folder = tempfile::tempdir().unwrap();
     let first = SledIndex::open(folder.path()).unwrap();
-    assert_eq!(SledIndex::open(folder.path()).err(), Some(IndexFault::Busy));
+    assert_eq!(SledIndex::open(folder.path()).err(), Some(IndexError::Busy));
     drop(first);
 }
 
@@ -78,7 +78,7 @@ fn the_newest_two_of_those_set_aside_are_kept() {
     let index = folder.path().join("index");
     for count in 1..=4 {
         fs::create_dir(&index).unwrap();
-        set_aside(&index, 1_700_000_000, count).unwrap();
+        quarantine(&index, 1_700_000_000, count).unwrap();
     }
     let mut names: Vec<_> = fs::read_dir(folder.path())
         .unwrap()
@@ -163,7 +163,7 @@ fn what_is_not_grown_is_left_as_it_is() {
             last => break last,
         }
     };
-    assert!(matches!(last, Next::Nothing));
+    assert!(matches!(last, Next::NotNeeded));
 }
 
 #[test]
@@ -202,25 +202,29 @@ fn a_swap_that_was_stopped_leaves_the_old_index_or_the_new_one() {
 fn what_was_written_while_the_index_was_down_is_put_into_it_also_removals() {
     let mut index = MemoryIndex::default();
     index.put(b"grant", b"yes").unwrap();
-    let mut interim = Interim::default();
-    interim.write(b"grant".to_vec(), None);
-    interim.write(b"tag".to_vec(), Some(b"3".to_vec()));
-    assert_eq!(interim.get(b"grant"), Some(&None));
-    assert_eq!(interim.get(b"other"), None, "the index may know it");
-    interim.replay(&mut index).unwrap();
+    let mut write_buffer = WriteBuffer::default();
+    write_buffer.write(b"grant".to_vec(), None);
+    write_buffer.write(b"tag".to_vec(), Some(b"3".to_vec()));
+    assert_eq!(write_buffer.get(b"grant"), Some(&None));
+    assert_eq!(write_buffer.get(b"other"), None, "the index may know it");
+    write_buffer.replay(&mut index).unwrap();
     assert_eq!(index.get(b"grant").unwrap(), None);
     assert_eq!(index.get(b"tag").unwrap().unwrap(), b"3");
-    assert!(!interim.is_over());
+    assert!(!write_buffer.is_overflowed());
 }
 
 #[test]
 fn an_index_that_missed_more_than_is_remembered_is_not_believed() {
-    let mut interim = Interim::default();
+    let mut write_buffer = WriteBuffer::default();
     for key in 0_u32..5000 {
-        interim.write(key.to_be_bytes().to_vec(), Some(vec![0; 4000]));
+        write_buffer.write(key.to_be_bytes().to_vec(), Some(vec![0; 4000]));
     }
-    assert!(interim.is_over());
-    assert_eq!(interim.get(&0_u32.to_be_bytes()), None, "and takes no memory");
+    assert!(write_buffer.is_overflowed());
+    assert_eq!(
+        write_buffer.get(&0_u32.to_be_bytes()),
+        None,
+        "and takes no memory"
+    );
 }
 
 /// Opened as soon as another handle of this process has let go.
@@ -228,19 +232,19 @@ fn opened(path: &Path) -> SledIndex {
     loop {
         match SledIndex::open(path) {
             Ok(opened) => return opened.index,
-            Err(IndexFault::Busy) => std::thread::yield_now(),
+            Err(IndexError::Busy) => std::thread::yield_now(),
             Err(fault) => panic!("{fault}"),
         }
     }
 }
 
 fn handle(folder: &Path) -> IndexHandle {
-    let home = Home::Folder {
+    let location = Location::Folder {
         fs: Arc::new(DirectoryFs::open(folder.to_owned()).unwrap()),
         index: folder.join("index"),
         opened_at: 0,
     };
-    IndexHandle::start(home).unwrap()
+    IndexHandle::start(location).unwrap()
 }
 
 #[test]
@@ -281,7 +285,7 @@ fn an_index_that_takes_too_long_to_open_is_damaged_and_lets_go_of_its_files() {
     let path = folder.path().join("index");
     let fault = open_within(path.clone(), Duration::ZERO).err();
     let why = "it did not open within 0 s".to_owned();
-    assert_eq!(fault, Some(IndexFault::Damaged(why)));
+    assert_eq!(fault, Some(IndexError::Damaged(why)));
     // The one that was given up may still be at work on its files for a moment.
     let opens = || {
         std::thread::sleep(Duration::from_millis(10));
@@ -293,42 +297,42 @@ fn an_index_that_takes_too_long_to_open_is_damaged_and_lets_go_of_its_files() {
 #[test]
 fn an_error_of_the_system_that_sled_hands_out_as_text_is_the_disks_and_no_damage() {
     let told = sled::Error::Io(io::Error::from_raw_os_error(122)).clone();
-    let quota = IndexFault::Disk {
+    let quota = IndexError::Disk {
         reason: io::Error::from_raw_os_error(122).to_string(),
         is_failing: false,
     };
-    assert_eq!(sled_fault(told), quota);
+    assert_eq!(sled_error(told), quota);
     let told = sled::Error::Io(io::Error::from_raw_os_error(5)).clone();
     assert!(matches!(
-        sled_fault(told),
-        IndexFault::Disk { is_failing: true, .. }
+        sled_error(told),
+        IndexError::Disk { is_failing: true, .. }
     ));
 }
 
 #[test]
 fn t07_revocations_that_wait_share_one_flush() {
     let (index, flushes) = slow::slow_index();
-    let first = index.expunge(vec![0]);
+    let first = index.remove_durable(vec![0]);
     flushes.begun();
-    let others: Vec<_> = (1..=16).map(|key| index.expunge(vec![key])).collect();
+    let others: Vec<_> = (1..=16).map(|key| index.remove_durable(vec![key])).collect();
     flushes.let_through();
-    assert!(index.expunged(first));
+    assert!(index.wait_durable(first));
     flushes.begun();
     flushes.let_through();
     for other in others {
-        assert!(index.expunged(other));
+        assert!(index.wait_durable(other));
     }
 }
 
 #[test]
 fn t07_a_stuck_index_is_waited_for_by_nobody_else() {
     let (index, flushes) = slow::slow_index();
-    let first = index.expunge(vec![0]);
+    let first = index.remove_durable(vec![0]);
     flushes.begun();
     index.note_stuck();
     // Removed when the thread comes to it, and not said to be durable before.
-    let second = index.expunge(vec![1]);
-    assert!(!index.expunged(second));
+    let second = index.remove_durable(vec![1]);
+    assert!(!index.wait_durable(second));
     assert!(index.get(vec![2]).is_err());
     flushes.let_through();
     flushes.begun();
@@ -347,16 +351,19 @@ fn t08_removal_without_room_in_the_queue_is_sent_later() {
     flushes.begun();
     while index.put_if_absent(b"filler".to_vec(), vec![0]) {}
     // Its caller no longer waits.
-    drop(index.expunge(held.clone()));
-    drop(index.expunge(other.clone()));
+    drop(index.remove_durable(held.clone()));
+    drop(index.remove_durable(other.clone()));
     assert_eq!(index.get(held.clone()), Ok(None));
     drop(flushes);
     index.flush();
     assert_eq!(index.get(held.clone()), Ok(None));
-    assert_eq!(index.scan(Vec::new(), Vec::new(), 9), Err(thread::NoAnswer));
+    assert_eq!(
+        index.scan(Vec::new(), Vec::new(), 9),
+        Err(handle::IndexUnavailable)
+    );
     // What is put there afterwards stays.
     index.put(other.clone(), vec![2]);
-    index.send_removals();
+    index.send_pending_removals();
     let pairs = index.scan(Vec::new(), Vec::new(), 9).unwrap();
     assert_eq!(pairs, [(b"filler".to_vec(), vec![0]), (other, vec![2])]);
 }
@@ -367,14 +374,14 @@ fn t08_too_many_removals_without_room_make_a_new_index() {
     index.put(b"held".to_vec(), vec![1]);
     flushes.begun();
     while index.put_if_absent(b"filler".to_vec(), vec![0]) {}
-    for number in 0..=unsent::REMOVALS_MAX {
-        drop(index.expunge(number.to_be_bytes().to_vec()));
+    for number in 0..=pending_removals::REMOVALS_MAX {
+        drop(index.remove_durable(number.to_be_bytes().to_vec()));
     }
-    assert_eq!(index.get(b"held".to_vec()), Err(thread::NoAnswer));
+    assert_eq!(index.get(b"held".to_vec()), Err(handle::IndexUnavailable));
     let losses = index.losses();
     drop(flushes);
     index.flush();
-    index.send_removals();
+    index.send_pending_removals();
     assert!(index.losses() > losses);
     assert_ne!(index.get(b"held".to_vec()), Ok(Some(vec![1])));
 }

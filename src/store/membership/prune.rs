@@ -14,7 +14,7 @@ use std::time::SystemTime;
 use super::{FILE_BYTES_MAX, MembershipStore, RepoDigests, TREE, content_of, header_line};
 use crate::oci::Digest;
 use crate::store::cache_key::{RepoKey, RepoKeyRef};
-use crate::store::evict::YOUNG;
+use crate::store::evict::EVICTION_MIN_AGE;
 
 /// Proofs on the disk, of all repositories together; at [`BLOCK_BYTES`] for each, those of a quarter of a million.
 pub(in crate::store) const MEMBERSHIP_BYTES_MAX: u64 = 1024 * 1024 * 1024;
@@ -67,7 +67,10 @@ impl MembershipStore {
         let mut bytes: u64 = files.iter().map(File::counted).sum();
         let before = bytes;
         files.sort_by_key(|file| file.modified);
-        let is_young = |file: &File| now.duration_since(file.modified).is_ok_and(|age| age < YOUNG);
+        let is_young = |file: &File| {
+            now.duration_since(file.modified)
+                .is_ok_and(|age| age < EVICTION_MIN_AGE)
+        };
         for file in files.iter().filter(|file| !is_young(file)) {
             if bytes <= share(END_PERCENT) || stop.load(Ordering::Relaxed) {
                 break;

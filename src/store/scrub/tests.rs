@@ -18,7 +18,7 @@ fn what_the_disk_changed_is_set_aside_before_anyone_asks() {
         // Without waking the thread: this one reads.
         store.scrub.rate.store(RATE, Ordering::Relaxed);
         store.scrub.round();
-        let Scrubbed {
+        let ScrubTotals {
             objects,
             bytes,
             damaged,
@@ -50,7 +50,7 @@ fn a_restart_goes_on_where_it_was() {
                 after,
                 ended_at_ms: None,
             };
-            store.scrub.note(&progress);
+            store.scrub.write_progress(&progress);
         }
         let store = ground.open();
         assert!(store.scrub.is_due());
@@ -67,5 +67,5 @@ fn switched_off_it_reads_nothing() {
     let store = ground.open();
     keep_blob(&store, b"layer").unwrap();
     store.scrub.round();
-    assert_eq!(store.scrubbed(), Scrubbed::default());
+    assert_eq!(store.scrubbed(), ScrubTotals::default());
 }

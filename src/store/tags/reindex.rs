@@ -13,7 +13,7 @@ use super::record::KEY_PREFIX;
 use super::{TagKey, TagRecord, Tags};
 use crate::store::IndexState;
 use crate::store::checksummed_json::{checksum, to_millis};
-use crate::store::index::thread::VALUE_BYTES_MAX;
+use crate::store::index::handle::VALUE_BYTES_MAX;
 
 const PAGE: usize = 1000;
 

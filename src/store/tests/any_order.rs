@@ -7,8 +7,8 @@ use proptest::prelude::*;
 
 use super::power_cut::CutVolume;
 use super::*;
+use crate::store::access_times::ContentId;
 use crate::store::pins::Pin;
-use crate::store::uses::Used;
 
 const IMAGES: u32 = 5;
 const BYTES_MAX: u64 = 6000;
@@ -147,8 +147,8 @@ impl Play {
                 Err(fault) => assert!(matches!(fault, StoreError::OverQuota { .. }), "{fault}"),
             },
             Step::Use(number) => {
-                let used = Used::Manifest(digest(&image_of(*number)));
-                self.store().note_use(used, at(self.now));
+                let used = ContentId::Manifest(digest(&image_of(*number)));
+                self.store().touch(used, at(self.now));
             }
             // A pin keeps what is there; what goes at this very moment is gone.
             Step::Pin(number) => {

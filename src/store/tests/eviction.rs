@@ -1,8 +1,8 @@
 //! Room is made by letting go of what was used least, image by image.
 
 use super::*;
+use crate::store::access_times::ContentId;
 use crate::store::pins::Pin;
-use crate::store::uses::Used;
 
 const LAYER_BYTES: usize = 1000;
 /// Long after the files were written, and two hours apart.
@@ -39,10 +39,10 @@ fn pull(store: &Store, number: u32, base: Option<&[u8]>, seconds: u64) -> Result
     store.tick(at(seconds));
     put_manifest(store, &bytes, "library/alpine")?;
     store.put_tag(&key(&number.to_string()), variant(1, &bytes, seconds))?;
-    store.note_use(Used::Manifest(digest(&bytes)), at(seconds));
+    store.touch(ContentId::Manifest(digest(&bytes)), at(seconds));
     for blob in [Some(&layer(number)[..]), base].into_iter().flatten() {
         keep_blob(store, blob)?;
-        store.note_use(Used::Blob(digest(blob)), at(seconds));
+        store.touch(ContentId::Blob(digest(blob)), at(seconds));
     }
     Ok(())
 }
@@ -96,7 +96,7 @@ fn an_image_that_is_used_outlives_a_younger_one_that_is_not() {
         let store = ground.open_with_room(4200, at(0));
         pull(&store, 0, None, 0).unwrap();
         pull(&store, 1, None, LATER).unwrap();
-        store.note_use(Used::Manifest(digest(&image_of(0, None))), at(2 * LATER));
+        store.touch(ContentId::Manifest(digest(&image_of(0, None))), at(2 * LATER));
         pull(&store, 2, None, 4 * LATER).unwrap();
         pull(&store, 3, None, 5 * LATER).unwrap();
         assert!(is_complete(&store, 0, None) && !is_listed(&store, 1));
@@ -112,10 +112,10 @@ fn uses_written_down_count_after_a_restart() {
                 pull(&store, number, None, LATER * u64::from(number)).unwrap();
             }
             for used in [
-                Used::Manifest(digest(&image_of(0, None))),
-                Used::Blob(digest(&layer(0))),
+                ContentId::Manifest(digest(&image_of(0, None))),
+                ContentId::Blob(digest(&layer(0))),
             ] {
-                store.note_use(used, at(2 * LATER));
+                store.touch(used, at(2 * LATER));
             }
             store.close();
         }
@@ -284,12 +284,12 @@ fn a_blob_of_unknown_size_takes_only_the_room_there_is() {
     let store = ground.open_with_room(20 * MIB, at(0));
     let digest = digest(b"whatever comes");
     let mut one = store.begin(&digest, None).unwrap();
-    one.make_room(MIB).unwrap();
+    one.ensure_reserved(MIB).unwrap();
     let mut other = store.begin(&digest, None).unwrap();
-    other.make_room(9 * MIB).unwrap();
+    other.ensure_reserved(9 * MIB).unwrap();
     // Both were given more than they asked for, and yet never more than there is.
-    one.make_room(11 * MIB).unwrap();
-    let refused = other.make_room(10 * MIB).unwrap_err();
+    one.ensure_reserved(11 * MIB).unwrap();
+    let refused = other.ensure_reserved(10 * MIB).unwrap_err();
     assert!(
         matches!(refused, StoreError::OverQuota { limit: "size", .. }),
         "{refused}"
@@ -299,8 +299,8 @@ fn a_blob_of_unknown_size_takes_only_the_room_there_is() {
         "what is set aside is taken"
     );
     drop(one);
-    other.make_room(20 * MIB).unwrap();
-    let refused = other.make_room(20 * MIB + 1).unwrap_err();
+    other.ensure_reserved(20 * MIB).unwrap();
+    let refused = other.ensure_reserved(20 * MIB + 1).unwrap_err();
     assert!(matches!(refused, StoreError::OverQuota { .. }), "{refused}");
     drop(other);
     store.begin(&digest, Some(20 * MIB)).unwrap();
@@ -323,7 +323,7 @@ fn a_blob_of_unknown_size_leaves_free_what_is_to_be_left() {
     let mut ingest = store.begin(&digest(b"whatever comes"), None).unwrap();
     let mut written = 0;
     let refused = loop {
-        match ingest.make_room(written + 1000) {
+        match ingest.ensure_reserved(written + 1000) {
             Ok(()) => ingest.file().write_at(&[1; 1000], written).unwrap(),
             Err(refused) => break refused,
         }

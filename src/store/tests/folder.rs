@@ -298,7 +298,7 @@ fn a_held_file_is_read_from_the_page_cache_or_says_that_it_is_not_there() {
     keep_blob(&store, b"layer").unwrap();
     let held = store.blob(&digest(b"layer")).unwrap().unwrap();
     let mut bytes = [0; 16];
-    match held.file.read_at_cached(&mut bytes, 1) {
+    match held.file.read_at_nowait(&mut bytes, 1) {
         Ok(read) => assert_eq!(&bytes[..read], b"ayer"),
         Err(error) => assert_eq!(error.kind(), io::ErrorKind::WouldBlock),
     }

@@ -1,20 +1,20 @@
 //! A tag that was removed stays removed, whatever the index has lost.
 
 use super::*;
-use crate::store::index::losing::Flushed;
-use crate::store::index::slow::slow_home;
-use crate::store::index::thread::Home;
+use crate::store::index::handle::Location;
+use crate::store::index::lossy::Flushed;
+use crate::store::index::slow::slow_location;
 use crate::store::invalidations::InvalidationKey;
 
-fn opened(fs: &Arc<dyn FileSystem>, home: Home) -> Store {
-    Store::open_with(&Settings::default(), Arc::clone(fs), at(0), |_| home).unwrap()
+fn opened(fs: &Arc<dyn FileSystem>, location: Location) -> Store {
+    Store::open_with(&Settings::default(), Arc::clone(fs), at(0), |_| location).unwrap()
 }
 
 #[test]
 fn t08_removed_tag_stays_removed_after_a_crash() {
     let fs: Arc<dyn FileSystem> = Arc::new(MemoryFs::new());
     let flushed = Flushed::default();
-    let store = opened(&fs, flushed.home());
+    let store = opened(&fs, flushed.location());
     let invalidation = InvalidationKey::from(&key("3"));
     store.put_tag(&key("3"), variant(1, b"image", 1)).unwrap();
     store.index.flush();
@@ -23,15 +23,15 @@ fn t08_removed_tag_stays_removed_after_a_crash() {
     let after_crash = flushed.now();
     assert_eq!(store.invalidated_since(&invalidation), None);
     drop(store);
-    let store = opened(&fs, after_crash.home());
+    let store = opened(&fs, after_crash.location());
     assert!(store.tag(&key("3")).unwrap().is_none());
 }
 
 #[test]
 fn t08_tag_whose_removal_is_not_flushed_is_in_doubt() {
     let fs: Arc<dyn FileSystem> = Arc::new(MemoryFs::new());
-    let (home, flushes) = slow_home();
-    let store = opened(&fs, home);
+    let (location, flushes) = slow_location();
+    let store = opened(&fs, location);
     let invalidation = InvalidationKey::from(&key("3"));
     store.put_tag(&key("3"), variant(1, b"image", 1)).unwrap();
     flushes.begun();

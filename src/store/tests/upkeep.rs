@@ -1,8 +1,8 @@
 //! What the operator has the store do: verify, let go of what is unused, make the index anew.
 
 use super::*;
+use crate::store::access_times::ContentId;
 use crate::store::pins::Pin;
-use crate::store::uses::Used;
 use crate::store::verify::Verification;
 
 const LONG: Duration = Duration::from_secs(7 * 24 * 3600);
@@ -12,7 +12,7 @@ fn verified_whole(store: &Store) -> Verification {
     for _ in 0..10_000 {
         let verification = store.verification().unwrap();
         if !verification.is_running {
-            assert!(verification.is_whole);
+            assert!(verification.is_complete);
             return verification;
         }
         std::thread::sleep(Duration::from_millis(1));
@@ -34,7 +34,7 @@ fn a_verification_reads_everything_and_sets_aside_what_is_damaged() {
         ground.overwrite(&ground.files("blobs")[2], b"????");
         let verification = verified_whole(&store);
         assert_eq!((verification.objects, verification.damaged), (10, 1));
-        let damaged = verification.named[0];
+        let damaged = verification.damaged_digests[0];
         assert!(store.blob(&damaged).unwrap().is_none(), "it is a miss");
         assert_eq!(verified_whole(&store).objects, 9);
     });
@@ -91,7 +91,7 @@ fn what_is_pinned_or_was_used_lately_stays() {
         let (_, untagged, _) = some_of_each(&ground.open());
         let store = later(ground, 3 * 24 * 3600);
         assert_eq!(store.collect(LONG, false).unwrap().bytes, 0, "too young");
-        store.note_use(Used::Manifest(digest(&untagged)), at(8 * 24 * 3600));
+        store.touch(ContentId::Manifest(digest(&untagged)), at(8 * 24 * 3600));
         store.tick(at(9 * 24 * 3600));
         assert_eq!(store.collect(LONG, false).unwrap().manifests, 0, "used since");
         store.tick(at(20 * 24 * 3600));

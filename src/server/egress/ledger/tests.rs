@@ -50,7 +50,7 @@ fn t03_ordinary_readers_have_large_steps() {
     let mut ledger = Ledger::<()>::default();
     for _ in 0..64 {
         assert!(ledger.enter(address(1)));
-        assert_eq!(ledger.reserve(address(1), 0), Some(STEP_BYTES));
+        assert_eq!(ledger.reserve(address(1), 0), Some(READ_CHUNK_BYTES));
     }
     // 10 jobs × 40 layers, each with one step outstanding.
     let mut ledger = Ledger::<()>::default();

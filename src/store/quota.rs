@@ -33,14 +33,14 @@ impl Default for Limits {
 
 /// Why something has to go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub(super) enum Pressure {
+pub(super) enum QuotaKind {
     /// The store is at its size.
     Size,
     /// The disk has too little free space left.
     Free,
 }
 
-impl Pressure {
+impl QuotaKind {
     /// Its name in the log, the metrics and the status.
     pub(super) fn name(self) -> &'static str {
         match self {
@@ -52,15 +52,15 @@ impl Pressure {
 
 /// So much has to go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Need {
-    pub(super) pressure: Pressure,
+pub(super) struct Shortfall {
+    pub(super) quota_kind: QuotaKind,
     /// For what was asked to have room.
     pub(super) bytes_min: u64,
     /// To be left alone for a while after it.
-    pub(super) bytes_wanted: u64,
+    pub(super) bytes_target: u64,
 }
 
-pub(super) struct Room {
+pub(super) struct Quota {
     fs: Arc<dyn FileSystem>,
     usage: Arc<Counters>,
     bytes_max: AtomicU64,
@@ -72,7 +72,7 @@ pub(super) struct Room {
 
 /// Room set aside for what is being written; given back when dropped.
 pub(super) struct Reservation {
-    room: Arc<Room>,
+    quota: Arc<Quota>,
     bytes: u64,
 }
 
@@ -82,18 +82,18 @@ impl Reservation {
     }
 
     /// Takes over what another one set aside.
-    pub(super) fn absorb(&mut self, mut other: Self) {
+    pub(super) fn merge(&mut self, mut other: Self) {
         self.bytes += std::mem::take(&mut other.bytes);
     }
 }
 
 impl Drop for Reservation {
     fn drop(&mut self) {
-        self.room.reserved.fetch_sub(self.bytes, Ordering::SeqCst);
+        self.quota.reserved.fetch_sub(self.bytes, Ordering::SeqCst);
     }
 }
 
-impl Room {
+impl Quota {
     pub(super) fn new(limits: Limits, fs: &Arc<dyn FileSystem>, usage: &Arc<Counters>) -> Self {
         Self {
             fs: Arc::clone(fs),
@@ -119,32 +119,32 @@ impl Room {
     }
 
     /// Sets room aside for `bytes`, or says what has to go first.
-    pub(super) fn reserve(self: &Arc<Self>, bytes: u64) -> Result<Reservation, Need> {
+    pub(super) fn reserve(self: &Arc<Self>, bytes: u64) -> Result<Reservation, Shortfall> {
         // Two that reserve at once see each other: one of them may then be sent to evict in vain, none gets too much.
         self.reserved.fetch_add(bytes, Ordering::SeqCst);
         let reservation = Reservation {
-            room: Arc::clone(self),
+            quota: Arc::clone(self),
             bytes,
         };
-        match self.need(bytes, 100) {
-            Some(need) => Err(need),
+        match self.shortfall(bytes, 100) {
+            Some(shortfall) => Err(shortfall),
             None => Ok(reservation),
         }
     }
 
     /// What has to go when nobody asks for room.
-    pub(super) fn need_in_background(&self) -> Option<Need> {
-        self.need(self.limits().free_bytes_min / 20, BEGIN_PERCENT)
+    pub(super) fn background_shortfall(&self) -> Option<Shortfall> {
+        self.shortfall(self.limits().free_bytes_min / 20, BEGIN_PERCENT)
     }
 
     /// Whether so much could ever fit.
-    pub(super) fn could_hold(&self, bytes: u64) -> bool {
+    pub(super) fn fits_limit(&self, bytes: u64) -> bool {
         bytes <= self.limits().bytes_max
     }
 
     /// What has to go for what is held and reserved to stay below `percent` of the size, and for `coming` bytes of it
     /// not to take what is to be left free.
-    fn need(&self, coming: u64, percent: u64) -> Option<Need> {
+    fn shortfall(&self, coming: u64, percent: u64) -> Option<Shortfall> {
         let limits = self.limits();
         let usage = self.usage.read();
         let taken = usage
@@ -154,23 +154,23 @@ impl Room {
         let over = |percent| taken.saturating_sub(share(limits.bytes_max, percent));
         // What has not been counted cannot be known to be too much.
         if usage.is_complete && over(percent) > 0 {
-            return Some(Need {
-                pressure: Pressure::Size,
+            return Some(Shortfall {
+                quota_kind: QuotaKind::Size,
                 bytes_min: over(percent),
-                bytes_wanted: over(END_PERCENT),
+                bytes_target: over(END_PERCENT),
             });
         }
         let free = self.free_bytes().unwrap_or(u64::MAX);
         let left = limits.free_bytes_min.saturating_add(coming);
-        (free < left).then(|| Need {
-            pressure: Pressure::Free,
+        (free < left).then(|| Shortfall {
+            quota_kind: QuotaKind::Free,
             bytes_min: left - free,
-            bytes_wanted: (left - free).saturating_add(limits.free_bytes_min / 10),
+            bytes_target: (left - free).saturating_add(limits.free_bytes_min / 10),
         })
     }
 
     /// What was measured last, if anything was.
-    pub(super) fn known_free_bytes(&self) -> Option<u64> {
+    pub(super) fn last_free_bytes(&self) -> Option<u64> {
         Some(self.free_bytes.load(Ordering::Relaxed)).filter(|bytes| *bytes != u64::MAX)
     }
 

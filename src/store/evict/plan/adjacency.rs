@@ -1,52 +1,52 @@
 //! Places of things among all that is held, by the million and in little memory: in a store of a million objects, a map
 //! by digest and a list of its own for each object took half a gigabyte while room was made.
 
-use super::{At, Content};
+use super::{Node, NodeId};
 use crate::oci::Digest;
 
 /// A place as it is stored. No file system here holds 2³² files in such a tree; one that is further would be lost sight
 /// of, and so stay.
-fn narrow(at: At) -> Option<u32> {
+fn narrow(at: NodeId) -> Option<u32> {
     u32::try_from(at).ok()
 }
 
-fn wide(at: u32) -> At {
-    at as At
+fn wide(at: u32) -> NodeId {
+    at as NodeId
 }
 
 /// Which digest is where.
-pub(super) struct ByDigest(Vec<u32>);
+pub(super) struct DigestIndex(Vec<u32>);
 
-impl ByDigest {
+impl DigestIndex {
     /// Of the nodes at `places`, no two of which have the same digest.
-    pub(super) fn of(nodes: &[&Content], places: std::ops::Range<At>) -> Self {
+    pub(super) fn of(nodes: &[&Node], places: std::ops::Range<NodeId>) -> Self {
         let mut sorted: Vec<u32> = places.filter_map(narrow).collect();
         sorted.sort_unstable_by_key(|at| digest(nodes, *at));
         Self(sorted)
     }
 
     /// Where it is, among the same nodes.
-    pub(super) fn find(&self, nodes: &[&Content], wanted: &Digest) -> Option<At> {
+    pub(super) fn find(&self, nodes: &[&Node], wanted: &Digest) -> Option<NodeId> {
         let sorted = &self.0;
         let found = sorted.binary_search_by_key(&Some(wanted), |at| digest(nodes, *at));
         sorted.get(found.ok()?).copied().map(wide)
     }
 }
 
-fn digest<'a>(nodes: &[&'a Content], at: u32) -> Option<&'a Digest> {
+fn digest<'a>(nodes: &[&'a Node], at: u32) -> Option<&'a Digest> {
     nodes.get(wide(at)).map(|content| &content.digest)
 }
 
 /// For each place a list of places.
-pub(super) struct Lists {
+pub(super) struct Adjacency {
     /// Where the list of each place ends; it begins where that of the one before it ends.
     ends: Vec<u32>,
     items: Vec<u32>,
 }
 
-impl Lists {
+impl Adjacency {
     /// `count` lists of what the pairs name: whose list, and what is in it. Sorted, each item once.
-    pub(super) fn of(count: usize, pairs: impl Iterator<Item = (At, At)>) -> Self {
+    pub(super) fn of(count: usize, pairs: impl Iterator<Item = (NodeId, NodeId)>) -> Self {
         let mut pairs: Vec<(u32, u32)> = pairs
             .filter_map(|(of, item)| Some((narrow(of)?, narrow(item)?)))
             .collect();
@@ -60,15 +60,15 @@ impl Lists {
     }
 
     /// The list of a place.
-    pub(super) fn at(&self, of: At) -> impl Iterator<Item = At> + '_ {
-        let end = |at: At| self.ends.get(at).copied().map(wide);
+    pub(super) fn at(&self, of: NodeId) -> impl Iterator<Item = NodeId> + '_ {
+        let end = |at: NodeId| self.ends.get(at).copied().map(wide);
         let from = of.checked_sub(1).map_or(Some(0), end);
         let list = from.zip(end(of)).and_then(|(from, to)| self.items.get(from..to));
         list.unwrap_or_default().iter().copied().map(wide)
     }
 
     /// Every pair: whose list, and what is in it.
-    pub(super) fn pairs(&self) -> impl Iterator<Item = (At, At)> + '_ {
+    pub(super) fn pairs(&self) -> impl Iterator<Item = (NodeId, NodeId)> + '_ {
         (0..self.ends.len()).flat_map(|of| self.at(of).map(move |item| (of, item)))
     }
 }
@@ -84,7 +84,7 @@ mod tests {
     #[test]
     fn each_list_has_its_own_once_and_in_order() {
         let pairs = [(2, 9), (0, 4), (2, 1), (2, 9), (7, 7)];
-        let lists = Lists::of(4, pairs.into_iter());
+        let lists = Adjacency::of(4, pairs.into_iter());
         let list = |of| lists.at(of).collect::<Vec<_>>();
         assert_eq!((list(0), list(1), list(2)), (vec![4], vec![], vec![1, 9]));
         assert_eq!((list(3), list(4)), (vec![], vec![]), "nobody's, and no place");
@@ -93,15 +93,15 @@ mod tests {
 
     #[test]
     fn a_digest_is_found_in_its_own_part_alone() {
-        let held = |name: &str| Content {
+        let held = |name: &str| Node {
             digest: Digest::of(Algorithm::Sha256, name.as_bytes()),
             bytes: 1,
             used_at: SystemTime::UNIX_EPOCH,
-            is_kept: false,
+            is_protected: false,
         };
         let contents = ["a", "b", "c", "d", "a"].map(held);
-        let nodes: Vec<&Content> = contents.iter().collect();
-        let (first, second) = (ByDigest::of(&nodes, 0..3), ByDigest::of(&nodes, 3..5));
+        let nodes: Vec<&Node> = contents.iter().collect();
+        let (first, second) = (DigestIndex::of(&nodes, 0..3), DigestIndex::of(&nodes, 3..5));
         let found = |name: &str| {
             let digest = held(name).digest;
             (first.find(&nodes, &digest), second.find(&nodes, &digest))

@@ -12,45 +12,45 @@ use tokio::task::spawn_blocking;
 use super::fs::FsFile;
 
 /// How much is read at a time.
-pub const STEP_BYTES: usize = 256 * 1024;
+pub const READ_CHUNK_BYTES: usize = 256 * 1024;
 
 /// Steps of this size or less are read into a buffer of the exact size: they are for small blobs, and for when memory is
 /// short.
-const EXACT_BYTES_MAX: usize = 64 * 1024;
+const SMALL_READ_BYTES_MAX: usize = 64 * 1024;
 
 /// How many idle buffers are kept: 4 MiB.
 const IDLE_BUFFERS_MAX: usize = 16;
 
 /// The memory that a chunk of so many bytes keeps.
-pub const fn held_bytes(length: usize) -> usize {
-    if length <= EXACT_BYTES_MAX {
+pub const fn buffer_bytes(length: usize) -> usize {
+    if length <= SMALL_READ_BYTES_MAX {
         length
     } else {
-        STEP_BYTES
+        READ_CHUNK_BYTES
     }
 }
 
-/// Buffers of [`STEP_BYTES`] that are used again, so that they are neither allocated nor cleared for every step.
+/// Buffers of [`READ_CHUNK_BYTES`] that are used again, so that they are neither allocated nor cleared for every step.
 #[derive(Clone, Default)]
-pub struct Buffers {
+pub struct BufferPool {
     idle: Arc<Mutex<Vec<Vec<u8>>>>,
 }
 
-impl Buffers {
+impl BufferPool {
     fn take(&self, length: usize) -> Buffer {
-        if length <= EXACT_BYTES_MAX {
+        if length <= SMALL_READ_BYTES_MAX {
             return Buffer {
                 bytes: vec![0; length],
                 used: length,
-                home: None,
+                pool: None,
             };
         }
         let idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
-        let bytes = idle.unwrap_or_else(|| vec![0; STEP_BYTES]);
+        let bytes = idle.unwrap_or_else(|| vec![0; READ_CHUNK_BYTES]);
         Buffer {
             used: length.min(bytes.len()),
             bytes,
-            home: Some(self.clone()),
+            pool: Some(self.clone()),
         }
     }
 
@@ -66,7 +66,7 @@ impl Buffers {
 struct Buffer {
     bytes: Vec<u8>,
     used: usize,
-    home: Option<Buffers>,
+    pool: Option<BufferPool>,
 }
 
 impl Buffer {
@@ -76,7 +76,7 @@ impl Buffer {
 
     fn filled(mut self, length: usize) -> Bytes {
         self.used = length.min(self.used);
-        if self.home.is_some() && self.used <= EXACT_BYTES_MAX {
+        if self.pool.is_some() && self.used <= SMALL_READ_BYTES_MAX {
             // A short read must not keep a whole buffer.
             return Bytes::copy_from_slice(self.as_ref());
         }
@@ -92,37 +92,42 @@ impl AsRef<[u8]> for Buffer {
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        if let Some(home) = self.home.take() {
-            home.put_back(std::mem::take(&mut self.bytes));
+        if let Some(pool) = self.pool.take() {
+            pool.put_back(std::mem::take(&mut self.bytes));
         }
     }
 }
 
 /// Reads up to `length` bytes at `offset` if the kernel has them at hand; otherwise [`io::ErrorKind::WouldBlock`].
-pub fn read_cached(file: &dyn FsFile, offset: u64, length: usize, buffers: &Buffers) -> io::Result<Bytes> {
-    let mut buffer = buffers.take(length.min(STEP_BYTES));
-    let read = file.read_at_cached(buffer.space(), offset)?;
+pub fn read_nowait(file: &dyn FsFile, offset: u64, length: usize, buffers: &BufferPool) -> io::Result<Bytes> {
+    let mut buffer = buffers.take(length.min(READ_CHUNK_BYTES));
+    let read = file.read_at_nowait(buffer.space(), offset)?;
     not_short(buffer, read)
 }
 
 /// Reads up to `length` bytes at `offset`, waiting for the disk.
-pub fn read_waiting(file: &dyn FsFile, offset: u64, length: usize, buffers: &Buffers) -> io::Result<Bytes> {
-    let mut buffer = buffers.take(length.min(STEP_BYTES));
+pub fn read_blocking(
+    file: &dyn FsFile,
+    offset: u64,
+    length: usize,
+    buffers: &BufferPool,
+) -> io::Result<Bytes> {
+    let mut buffer = buffers.take(length.min(READ_CHUNK_BYTES));
     let read = file.read_at(buffer.space(), offset)?;
     not_short(buffer, read)
 }
 
 /// Reads up to `length` bytes at `offset`: here if the kernel has them, on the blocking pool if it must wait.
-pub async fn read_step(
+pub async fn read_chunk(
     file: &Arc<dyn FsFile>,
     offset: u64,
     length: usize,
-    buffers: &Buffers,
+    buffers: &BufferPool,
 ) -> io::Result<Bytes> {
-    match read_cached(file.as_ref(), offset, length, buffers) {
+    match read_nowait(file.as_ref(), offset, length, buffers) {
         Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
             let (file, buffers) = (Arc::clone(file), buffers.clone());
-            spawn_blocking(move || read_waiting(file.as_ref(), offset, length, &buffers))
+            spawn_blocking(move || read_blocking(file.as_ref(), offset, length, &buffers))
                 .await
                 .unwrap_or_else(|_| Err(io::ErrorKind::Interrupted.into()))
         }

@@ -1,4 +1,4 @@
-//! The handle by which others ask the thread that owns the index ([`super::keeper`]).
+//! The handle by which others ask the thread that owns the index ([`super::worker`]).
 //!
 //! Reads wait for a reply, but not for long: they are made for what is not in memory, and a miss is safe. Writes do not
 //! wait at all. Where the thread lets someone wait in vain, nobody else waits for it until it has done something again.
@@ -11,8 +11,8 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use super::Pair;
-use super::keeper::Keeper;
-use super::unsent::Unsent;
+use super::pending_removals::PendingRemovals;
+use super::worker::Worker;
 use crate::store::fs::FileSystem;
 use crate::store::fs::assert_may_block;
 
@@ -21,11 +21,11 @@ const QUEUE_MESSAGES_MAX: usize = 4096;
 /// A record of a page or more would make sled write a file of its own for it.
 pub(in crate::store) const VALUE_BYTES_MAX: usize = 4000;
 
-const REPLY_WITHIN: Duration = Duration::from_secs(2);
+const REPLY_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// How often a full queue is tried, and how long in between, for what may not be dropped.
-const INSIST_TRIES: u32 = 100;
-const INSIST_PAUSE: Duration = Duration::from_millis(20);
+const SEND_TRIES: u32 = 100;
+const SEND_PAUSE: Duration = Duration::from_millis(20);
 
 /// How the index is.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -43,7 +43,7 @@ pub enum IndexState {
 }
 
 /// Where an index lives.
-pub(in crate::store) enum Home {
+pub(in crate::store) enum Location {
     /// In a folder of this machine, beside the files of `fs`.
     Folder {
         fs: Arc<dyn FileSystem>,
@@ -59,12 +59,12 @@ pub(in crate::store) enum Home {
 
 pub(super) type Reply<T> = SyncSender<T>;
 
-type Answer<T> = Result<T, NoAnswer>;
+type Response<T> = Result<T, IndexUnavailable>;
 
 pub(super) enum Message {
     Get {
         key: Vec<u8>,
-        reply: Reply<Answer<Option<Vec<u8>>>>,
+        reply: Reply<Response<Option<Vec<u8>>>>,
     },
     Put {
         key: Vec<u8>,
@@ -78,7 +78,7 @@ pub(super) enum Message {
         key: Vec<u8>,
     },
     /// Removes so that no crash brings it back; the reply says whether that worked out.
-    Expunge {
+    RemoveDurable {
         key: Vec<u8>,
         reply: Reply<bool>,
     },
@@ -86,7 +86,7 @@ pub(super) enum Message {
         prefix: Vec<u8>,
         after: Vec<u8>,
         limit: usize,
-        reply: Reply<Answer<Vec<Pair>>>,
+        reply: Reply<Response<Vec<Pair>>>,
     },
     Flush {
         reply: Reply<()>,
@@ -99,12 +99,12 @@ pub(super) enum Message {
 
 /// The index is slow or down: whether it holds what was asked for is not known.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in crate::store) struct NoAnswer;
+pub(in crate::store) struct IndexUnavailable;
 
 /// A removal that is to be durable.
-pub(in crate::store) struct Expunging {
+pub(in crate::store) struct DurableRemoval {
     /// With its key, where the queue was full.
-    unsent: Option<(Vec<u8>, Message)>,
+    pending_removals: Option<(Vec<u8>, Message)>,
     answer: Receiver<bool>,
 }
 
@@ -117,7 +117,7 @@ pub(super) struct Shared {
     /// How often something that was put may have been lost.
     losses: AtomicU64,
     /// One more than the losses after which everything had been put again.
-    healed: AtomicU64,
+    complete_after: AtomicU64,
 }
 
 impl Shared {
@@ -126,7 +126,7 @@ impl Shared {
             state: Mutex::new(IndexState::Opening),
             is_stuck: AtomicBool::new(false),
             losses: AtomicU64::new(0),
-            healed: AtomicU64::new(0),
+            complete_after: AtomicU64::new(0),
         }
     }
 
@@ -134,7 +134,7 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(super) fn note_loss(&self) {
+    pub(super) fn record_loss(&self) {
         self.losses.fetch_add(1, Ordering::AcqRel);
     }
 }
@@ -143,23 +143,23 @@ impl Shared {
 pub(in crate::store) struct IndexHandle {
     sender: SyncSender<Message>,
     shared: Arc<Shared>,
-    unsent: Unsent,
+    pending_removals: PendingRemovals,
     thread: Option<JoinHandle<()>>,
 }
 
 impl IndexHandle {
     /// Starts the thread, which opens the index; nobody waits for that.
-    pub(in crate::store) fn start(home: Home) -> std::io::Result<Self> {
+    pub(in crate::store) fn start(location: Location) -> std::io::Result<Self> {
         let (sender, receiver) = sync_channel(QUEUE_MESSAGES_MAX);
         let shared = Arc::new(Shared::new());
-        let keeper = Keeper::new(home, Arc::clone(&shared), sender.clone());
+        let worker = Worker::new(location, Arc::clone(&shared), sender.clone());
         let thread = std::thread::Builder::new()
             .name("index".to_owned())
-            .spawn(move || keeper.run(&receiver))?;
+            .spawn(move || worker.run(&receiver))?;
         Ok(Self {
             sender,
             shared,
-            unsent: Unsent::default(),
+            pending_removals: PendingRemovals::default(),
             thread: Some(thread),
         })
     }
@@ -171,7 +171,7 @@ impl IndexHandle {
 
     /// Whether it is known to name every tag that has a file.
     pub(in crate::store) fn is_complete(&self) -> bool {
-        self.shared.healed.load(Ordering::Acquire) == self.losses() + 1
+        self.shared.complete_after.load(Ordering::Acquire) == self.losses() + 1
     }
 
     /// How often something that was put may have been lost; for [`Self::set_complete`].
@@ -181,23 +181,23 @@ impl IndexHandle {
 
     /// Says that every tag that has a file has been put, since there were so many `losses`.
     pub(in crate::store) fn set_complete(&self, losses: u64) {
-        self.shared.healed.store(losses + 1, Ordering::Release);
+        self.shared.complete_after.store(losses + 1, Ordering::Release);
     }
 
     /// The value of `key`. `None` may also mean that the index has lost it.
-    pub(in crate::store) fn get(&self, key: Vec<u8>) -> Result<Option<Vec<u8>>, NoAnswer> {
-        if !self.unsent.is_empty() {
-            let (is_over, is_removed) = self
-                .unsent
-                .change(|removals| (removals.is_over(), removals.has(&key)));
+    pub(in crate::store) fn get(&self, key: Vec<u8>) -> Result<Option<Vec<u8>>, IndexUnavailable> {
+        if !self.pending_removals.is_empty() {
+            let (is_overflowed, is_removed) = self
+                .pending_removals
+                .change(|removals| (removals.is_overflowed(), removals.has(&key)));
             if is_removed {
                 return Ok(None);
             }
-            if is_over {
-                return Err(NoAnswer);
+            if is_overflowed {
+                return Err(IndexUnavailable);
             }
         }
-        self.ask(|reply| Message::Get { key, reply })
+        self.request(|reply| Message::Get { key, reply })
     }
 
     /// Writes sooner or later. A value too long for a record is not written.
@@ -205,13 +205,13 @@ impl IndexHandle {
         if value.len() > VALUE_BYTES_MAX {
             return;
         }
-        if self.unsent.is_empty() {
-            self.tell(Message::Put { key, value });
+        if self.pending_removals.is_empty() {
+            self.send(Message::Put { key, value });
             return;
         }
-        self.unsent.change(|removals| {
+        self.pending_removals.change(|removals| {
             let name = key.clone();
-            if self.tell(Message::Put { key, value }) {
+            if self.send(Message::Put { key, value }) {
                 removals.end(&name);
             }
         });
@@ -220,7 +220,7 @@ impl IndexHandle {
     /// [`Self::put`], unless it has something of `key`. `false` where it does not keep up: to be tried again.
     pub(in crate::store) fn put_if_absent(&self, key: Vec<u8>, value: Vec<u8>) -> bool {
         // What it has there is to be removed: the removal comes first.
-        if !self.unsent.is_empty() && self.unsent.change(|removals| removals.has(&key)) {
+        if !self.pending_removals.is_empty() && self.pending_removals.change(|removals| removals.has(&key)) {
             return false;
         }
         let put = self.sender.try_send(Message::PutIfAbsent { key, value });
@@ -229,35 +229,42 @@ impl IndexHandle {
 
     /// Removes sooner or later.
     pub(in crate::store) fn remove(&self, key: Vec<u8>) {
-        self.tell(Message::Remove { key });
+        self.send(Message::Remove { key });
     }
 
     /// Removes so that no crash and no power cut can bring it back. Does not wait: the removal takes its place in the queue
     /// before this returns, so that what is asked or written afterwards comes after it. Where the queue is full, no look-up
-    /// finds the key from now on, and [`Self::send_removals`] removes it.
-    pub(in crate::store) fn expunge(&self, key: Vec<u8>) -> Expunging {
+    /// finds the key from now on, and [`Self::send_pending_removals`] removes it.
+    pub(in crate::store) fn remove_durable(&self, key: Vec<u8>) -> DurableRemoval {
         let (reply, answer) = sync_channel(1);
         let name = key.clone();
-        let unsent = match self.sender.try_send(Message::Expunge { key, reply }) {
+        let pending_removals = match self.sender.try_send(Message::RemoveDurable { key, reply }) {
             Err(TrySendError::Full(message)) => {
-                self.unsent.change(|removals| removals.add(name.clone()));
+                self.pending_removals
+                    .change(|removals| removals.add(name.clone()));
                 Some((name, message))
             }
             Ok(()) | Err(TrySendError::Disconnected(_)) => None,
         };
-        Expunging { unsent, answer }
+        DurableRemoval {
+            pending_removals,
+            answer,
+        }
     }
 
     /// Waits, not for ever, for the end of a removal; `false` if it is not sure to be durable. A thread that lets others wait
     /// in vain removes it when it comes to it, and is not waited for.
-    pub(in crate::store) fn expunged(&self, expunging: Expunging) -> bool {
+    pub(in crate::store) fn wait_durable(&self, durable_removals: DurableRemoval) -> bool {
         assert_may_block();
-        let Expunging { unsent, answer } = expunging;
-        let is_sent = unsent.is_none_or(|(key, message)| self.insist_on_removal(&key, message));
+        let DurableRemoval {
+            pending_removals,
+            answer,
+        } = durable_removals;
+        let is_sent = pending_removals.is_none_or(|(key, message)| self.send_removal(&key, message));
         if !is_sent || self.is_stuck() {
             return false;
         }
-        answer.recv_timeout(REPLY_WITHIN).unwrap_or_else(|error| {
+        answer.recv_timeout(REPLY_TIMEOUT).unwrap_or_else(|error| {
             if error == RecvTimeoutError::Timeout {
                 self.note_stuck();
             }
@@ -271,12 +278,12 @@ impl IndexHandle {
         prefix: Vec<u8>,
         after: Vec<u8>,
         limit: usize,
-    ) -> Result<Vec<Pair>, NoAnswer> {
+    ) -> Result<Vec<Pair>, IndexUnavailable> {
         // What waits to be removed could fill a page, and a page without it would look like the end.
-        if !self.unsent.is_empty() {
-            return Err(NoAnswer);
+        if !self.pending_removals.is_empty() {
+            return Err(IndexUnavailable);
         }
-        self.ask(|reply| Message::Scan {
+        self.request(|reply| Message::Scan {
             prefix,
             after,
             limit,
@@ -286,20 +293,22 @@ impl IndexHandle {
 
     /// Sets the index aside; a new one fills from the files.
     pub(in crate::store) fn rebuild(&self) {
-        self.shared.note_loss();
-        self.tell(Message::Rebuild);
+        self.shared.record_loss();
+        self.send(Message::Rebuild);
     }
 
-    fn ask<T>(&self, question: impl FnOnce(Reply<Answer<T>>) -> Message) -> Answer<T> {
+    fn request<T>(&self, question: impl FnOnce(Reply<Response<T>>) -> Message) -> Response<T> {
         assert_may_block();
         if self.is_stuck() {
-            return Err(NoAnswer);
+            return Err(IndexUnavailable);
         }
         let (reply, answer) = sync_channel(1);
-        self.sender.try_send(question(reply)).map_err(|_| NoAnswer)?;
-        answer.recv_timeout(REPLY_WITHIN).unwrap_or_else(|_| {
+        self.sender
+            .try_send(question(reply))
+            .map_err(|_| IndexUnavailable)?;
+        answer.recv_timeout(REPLY_TIMEOUT).unwrap_or_else(|_| {
             self.note_stuck();
-            Err(NoAnswer)
+            Err(IndexUnavailable)
         })
     }
 
@@ -316,20 +325,20 @@ impl IndexHandle {
     pub(in crate::store) fn flush(&self) {
         assert_may_block();
         let (reply, answer) = sync_channel(1);
-        if self.insist(Message::Flush { reply }) {
-            let _ = answer.recv_timeout(REPLY_WITHIN * 5);
+        if self.send_blocking(Message::Flush { reply }) {
+            let _ = answer.recv_timeout(REPLY_TIMEOUT * 5);
         }
     }
 
     /// Sends the removals for which there was no room, as far as there is room now. To be called every few seconds.
-    pub(in crate::store) fn send_removals(&self) {
-        if self.unsent.is_empty() {
+    pub(in crate::store) fn send_pending_removals(&self) {
+        if self.pending_removals.is_empty() {
             return;
         }
-        self.unsent.change(|removals| {
-            if removals.is_over() {
+        self.pending_removals.change(|removals| {
+            if removals.is_overflowed() {
                 if self.sender.try_send(Message::Rebuild).is_ok() {
-                    self.shared.note_loss();
+                    self.shared.record_loss();
                     removals.end_all();
                 }
                 return;
@@ -337,15 +346,17 @@ impl IndexHandle {
             removals.end_sent(|key| {
                 let (reply, _) = sync_channel(1);
                 let key = key.to_vec();
-                self.sender.try_send(Message::Expunge { key, reply }).is_ok()
+                self.sender
+                    .try_send(Message::RemoveDurable { key, reply })
+                    .is_ok()
             });
         });
     }
 
-    /// [`Self::insist`], unless the removal was sent by then, or something was put in the place of what it removes.
-    fn insist_on_removal(&self, key: &[u8], mut message: Message) -> bool {
-        for _ in 0..INSIST_TRIES {
-            let sent = self.unsent.change(|removals| {
+    /// [`Self::send_blocking`], unless the removal was sent by then, or something was put in the place of what it removes.
+    fn send_removal(&self, key: &[u8], mut message: Message) -> bool {
+        for _ in 0..SEND_TRIES {
+            let sent = self.pending_removals.change(|removals| {
                 if !removals.has(key) {
                     return Err(None);
                 }
@@ -363,30 +374,30 @@ impl IndexHandle {
                 Err(None) => return false,
                 Err(Some(back)) => message = back,
             }
-            std::thread::sleep(INSIST_PAUSE);
+            std::thread::sleep(SEND_PAUSE);
         }
         false
     }
 
     /// Tells what may not be dropped because the queue is full.
-    fn insist(&self, mut message: Message) -> bool {
-        for _ in 0..INSIST_TRIES {
+    fn send_blocking(&self, mut message: Message) -> bool {
+        for _ in 0..SEND_TRIES {
             match self.sender.try_send(message) {
                 Ok(()) => return true,
                 Err(TrySendError::Disconnected(_)) => return false,
                 Err(TrySendError::Full(back)) => message = back,
             }
-            std::thread::sleep(INSIST_PAUSE);
+            std::thread::sleep(SEND_PAUSE);
         }
         false
     }
 
     /// A full queue means a disk that does not keep up: what is written here may be lost, and waiting for it may not.
     /// `false` where it is lost.
-    fn tell(&self, message: Message) -> bool {
+    fn send(&self, message: Message) -> bool {
         let is_full = matches!(self.sender.try_send(message), Err(TrySendError::Full(_)));
         if is_full {
-            self.shared.note_loss();
+            self.shared.record_loss();
             tracing::debug!("the index does not keep up; a write was dropped");
         }
         !is_full

@@ -1,7 +1,7 @@
 //! What interrupted downloads leave: found again, bounded, and believed only where it agrees with its marks.
 
 use super::*;
-use crate::store::ingest::MARK_BYTES;
+use crate::store::ingest::CHECKPOINT_BYTES;
 
 const MARK: usize = 1024 * 1024;
 
@@ -20,12 +20,12 @@ fn hashed(bytes: &[u8]) -> Hasher {
 fn leave(store: &Store, blob: &[u8], length: usize) {
     let ingest = store.begin(&digest(blob), Some(blob.len() as u64)).unwrap();
     ingest.file().write_at(&blob[..length], 0).unwrap();
-    ingest.leave(length as u64, &hashed(&blob[..length]));
+    ingest.suspend(length as u64, &hashed(&blob[..length]));
 }
 
 /// What may be gone on with.
 fn left(store: &Store, blob: &[u8]) -> Option<u64> {
-    store.leftover(&digest(blob)).map(|leftover| leftover.bytes())
+    store.take_partial(&digest(blob)).map(|leftover| leftover.bytes())
 }
 
 #[test]
@@ -34,20 +34,23 @@ fn what_was_left_is_gone_on_with_and_committed() {
         let blob = content(3 * MARK);
         leave(&ground.open(), &blob, 2 * MARK);
         let store = ground.open();
-        let leftover = store.leftover(&digest(&blob)).unwrap();
+        let leftover = store.take_partial(&digest(&blob)).unwrap();
         assert_eq!(
             (leftover.bytes(), leftover.size()),
-            (2 * MARK_BYTES, Some(3 * MARK_BYTES))
+            (2 * CHECKPOINT_BYTES, Some(3 * CHECKPOINT_BYTES))
         );
         assert_eq!(left(&store, &blob), None, "taken");
         let mut proven = Vec::new();
-        let resumed = leftover.read_again(|bytes| proven.push(bytes)).unwrap();
-        assert_eq!((resumed.written, proven), (2 * MARK_BYTES, vec![2 * MARK_BYTES]));
+        let resumed = leftover.reverify(|bytes| proven.push(bytes)).unwrap();
+        assert_eq!(
+            (resumed.written, proven),
+            (2 * CHECKPOINT_BYTES, vec![2 * CHECKPOINT_BYTES])
+        );
         let mut hasher = resumed.hasher;
         hasher.update(&blob[2 * MARK..]);
         let file = resumed.ingest.file();
-        file.write_at(&blob[2 * MARK..], 2 * MARK_BYTES).unwrap();
-        let proof = Verified::check(hasher, &digest(&blob), 3 * MARK_BYTES, None).unwrap();
+        file.write_at(&blob[2 * MARK..], 2 * CHECKPOINT_BYTES).unwrap();
+        let proof = Verified::check(hasher, &digest(&blob), 3 * CHECKPOINT_BYTES, None).unwrap();
         resumed.ingest.commit(proof).unwrap();
         assert_eq!(read_blob(&store, &digest(&blob)).unwrap(), blob);
         assert_eq!((ground.ingests(), left(&store, &blob)), (0, None));
@@ -60,9 +63,9 @@ fn what_was_taken_and_not_used_is_there_for_the_next() {
         let (store, blob) = (ground.open(), content(2 * MARK));
         leave(&store, &blob, MARK + 7);
         for _ in 0..2 {
-            assert_eq!(left(&store, &blob), Some(MARK_BYTES + 7));
+            assert_eq!(left(&store, &blob), Some(CHECKPOINT_BYTES + 7));
         }
-        store.leftover(&digest(&blob)).unwrap().discard();
+        store.take_partial(&digest(&blob)).unwrap().discard();
         assert_eq!((left(&store, &blob), ground.ingests()), (None, 0));
     });
 }
@@ -76,7 +79,7 @@ fn a_killed_process_leaves_what_it_had_marked() {
         for (at, part) in blob[..3 * MARK].chunks(MARK / 4).enumerate() {
             ingest.file().write_at(part, (at * MARK / 4) as u64).unwrap();
             hasher.update(part);
-            ingest.wrote(((at + 1) * MARK / 4) as u64, &hasher);
+            ingest.checkpoint_if_due(((at + 1) * MARK / 4) as u64, &hasher);
         }
         // It is neither left nor dropped.
         let next = ground.fs.list(Path::new("ingest")).unwrap();
@@ -84,10 +87,13 @@ fn a_killed_process_leaves_what_it_had_marked() {
         std::mem::forget(ingest);
         drop(store);
         let store = ground.open();
-        let leftover = store.leftover(&digest(&blob)).unwrap();
+        let leftover = store.take_partial(&digest(&blob)).unwrap();
         let mut proven = Vec::new();
-        leftover.read_again(|bytes| proven.push(bytes)).unwrap();
-        assert_eq!(proven, [MARK_BYTES, 2 * MARK_BYTES, 3 * MARK_BYTES]);
+        leftover.reverify(|bytes| proven.push(bytes)).unwrap();
+        assert_eq!(
+            proven,
+            [CHECKPOINT_BYTES, 2 * CHECKPOINT_BYTES, 3 * CHECKPOINT_BYTES]
+        );
     });
 }
 
@@ -100,13 +106,13 @@ fn only_what_agrees_with_its_marks_is_believed() {
             for marks in 1..=2 {
                 let part = &blob[..marks * MARK];
                 ingest.file().write_at(part, 0).unwrap();
-                ingest.wrote(part.len() as u64, &hashed(part));
+                ingest.checkpoint_if_due(part.len() as u64, &hashed(part));
             }
             ingest.file().write_at(&[!blob[damaged]], damaged as u64).unwrap();
-            ingest.leave(2 * MARK_BYTES, &hashed(&blob[..2 * MARK]));
+            ingest.suspend(2 * CHECKPOINT_BYTES, &hashed(&blob[..2 * MARK]));
             drop(store);
-            let leftover = ground.open().leftover(&digest(&blob)).unwrap();
-            let resumed = leftover.read_again(|_| {}).unwrap();
+            let leftover = ground.open().take_partial(&digest(&blob)).unwrap();
+            let resumed = leftover.reverify(|_| {}).unwrap();
             assert_eq!(resumed.written, believed as u64);
             assert_eq!(resumed.hasher.finish(), digest(&blob[..believed]));
         });
@@ -118,7 +124,7 @@ fn what_is_too_little_damaged_or_held_already_is_removed() {
     everywhere(|ground| {
         let (store, blob) = (ground.open(), content(2 * MARK));
         let ingest = store.begin(&digest(b"x"), None).unwrap();
-        ingest.leave(0, &hashed(b""));
+        ingest.suspend(0, &hashed(b""));
         assert_eq!(ground.ingests(), 0, "no byte of it");
         drop(store);
         for spoiled in ["meta", "marks", "data"] {
@@ -146,7 +152,7 @@ fn what_is_older_than_a_day_is_removed_at_the_start() {
         let now = written_at + Duration::from_secs(hours * 3600);
         Store::open(&Settings::default(), Arc::clone(&ground.fs), now).unwrap()
     };
-    assert_eq!(left(&open(23), &blob), Some(MARK_BYTES));
+    assert_eq!(left(&open(23), &blob), Some(CHECKPOINT_BYTES));
     assert_eq!(left(&open(25), &blob), None);
     assert_eq!(ground.ingests(), 0);
 }
@@ -164,7 +170,7 @@ fn there_are_never_many_and_the_oldest_goes_first() {
         assert_eq!(ground.ingests(), 32);
         assert_eq!(left(&store, &blobs[7]), None);
         assert_eq!(left(&store, &blobs[8]), Some(50));
-        assert_eq!(store.remove_leftovers(), 32 * 50);
+        assert_eq!(store.remove_partials(), 32 * 50);
         assert_eq!(ground.ingests(), 0);
     });
 }

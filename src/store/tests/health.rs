@@ -12,23 +12,23 @@ fn a_full_disk_is_told_of_and_used_again_when_there_is_room() {
     )
     .unwrap();
     keep_blob(&store, b"before").unwrap();
-    assert_eq!(store.troubles(), []);
+    assert_eq!(store.health_issues(), []);
     memory.set_bytes_max(0);
     let fault = put_manifest(&store, &manifest(1), "library/alpine").unwrap_err();
     assert!(matches!(fault, StoreError::Full { .. }), "{fault}");
     assert!(keep_blob(&store, b"meanwhile").is_err());
-    let troubles = store.troubles();
+    let health_issues = store.health_issues();
     assert!(
-        matches!(troubles[0], Trouble::Disk(StoreError::Full { .. })),
-        "{troubles:?}"
+        matches!(health_issues[0], HealthIssue::Disk(StoreError::Full { .. })),
+        "{health_issues:?}"
     );
     assert_eq!(read_blob(&store, &digest(b"before")).unwrap(), b"before");
     store.tick(at(5));
-    assert!(!store.troubles().is_empty(), "it is still full");
+    assert!(!store.health_issues().is_empty(), "it is still full");
 
     memory.set_bytes_max(u64::MAX);
     store.tick(at(10));
-    assert_eq!(store.troubles(), []);
+    assert_eq!(store.health_issues(), []);
     keep_blob(&store, b"meanwhile").unwrap();
     put_manifest(&store, &manifest(1), "library/alpine").unwrap();
     assert_eq!(

@@ -2,7 +2,7 @@
 //!
 //! What was written is made durable when nothing has been asked for a moment, or after so many writes. A fault ends the
 //! index's use: it is closed or, damaged, set aside, and opened again after a pause. Until then what is written is
-//! remembered ([`super::interim`]), and what was not written meanwhile is [`NoAnswer`]. When nobody asks for anything,
+//! remembered ([`super::write_buffer`]), and what was not written meanwhile is [`IndexUnavailable`]. When nobody asks for anything,
 //! a file that has grown too large is made small again ([`super::compaction`]).
 
 use std::sync::Arc;
@@ -11,10 +11,10 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender};
 use std::time::Duration;
 
 use super::compaction::{Compaction, FILE_BYTES_MIN, Next, recover};
+use super::handle::{IndexState, IndexUnavailable, Location, Message, Reply, Shared};
 use super::identity::{disown, identify};
-use super::interim::Interim;
-use super::thread::{Home, IndexState, Message, NoAnswer, Reply, Shared};
-use super::{Index, IndexFault, MemoryIndex, Opened, SledIndex, guarded, set_aside};
+use super::write_buffer::WriteBuffer;
+use super::{Index, IndexError, MemoryIndex, Opened, SledIndex, catch_panic, quarantine};
 use crate::store::checksummed_json::checksum;
 
 /// Nothing asked for this long: time to make durable what was written.
@@ -24,11 +24,11 @@ const SYNC_AFTER_IDLE: Duration = Duration::from_millis(100);
 const SYNC_AFTER_WRITES: u32 = 2048;
 
 /// Messages served between a removal that is to be durable and its flush, for others to share it.
-const BEFORE_EXPUNGING_MAX: usize = 1024;
+const REMOVAL_BATCH_MAX: usize = 1024;
 
 /// How often the size of the file is looked at, if nobody asks for anything; and the pause between two steps then.
-const LOOK_AFTER_IDLE: Duration = Duration::from_millis(if cfg!(test) { 100 } else { 600_000 });
-const STEP_AFTER_IDLE: Duration = Duration::from_millis(5);
+const SIZE_CHECK_INTERVAL: Duration = Duration::from_millis(if cfg!(test) { 100 } else { 600_000 });
+const COMPACTION_STEP_PAUSE: Duration = Duration::from_millis(5);
 
 /// A swapped index is opened again this often before it counts as busy, and with what pause.
 const SWAP_TRIES: u32 = 50;
@@ -43,34 +43,34 @@ const BUSY_MAX: u32 = 10;
 const CHECKSUM_BYTES: usize = 8;
 
 /// The thread's own state.
-pub(super) struct Keeper {
-    home: Home,
+pub(super) struct Worker {
+    location: Location,
     shared: Arc<Shared>,
     sender: SyncSender<Message>,
     index: Option<Box<dyn Index>>,
     back_off: Duration,
-    set_aside: u32,
+    quarantined: u32,
     busy: u32,
     unsynced: u32,
     /// What was removed and is not durably so yet, each with who waits for it.
-    expunging: Vec<(Vec<u8>, Reply<bool>)>,
-    interim: Interim,
+    durable_removals: Vec<(Vec<u8>, Reply<bool>)>,
+    write_buffer: WriteBuffer,
     compaction: Option<Compaction>,
 }
 
-impl Keeper {
-    pub(super) fn new(home: Home, shared: Arc<Shared>, sender: SyncSender<Message>) -> Self {
+impl Worker {
+    pub(super) fn new(location: Location, shared: Arc<Shared>, sender: SyncSender<Message>) -> Self {
         Self {
-            home,
+            location,
             shared,
             sender,
             index: None,
             back_off: REOPEN_FIRST,
-            set_aside: 0,
+            quarantined: 0,
             busy: 0,
             unsynced: 0,
-            expunging: Vec::new(),
-            interim: Interim::default(),
+            durable_removals: Vec::new(),
+            write_buffer: WriteBuffer::default(),
             compaction: None,
         }
     }
@@ -82,13 +82,13 @@ impl Keeper {
         loop {
             let pause = match (self.unsynced, &self.compaction) {
                 (1.., _) => SYNC_AFTER_IDLE,
-                (0, Some(_)) => STEP_AFTER_IDLE,
-                (0, None) => LOOK_AFTER_IDLE,
+                (0, Some(_)) => COMPACTION_STEP_PAUSE,
+                (0, None) => SIZE_CHECK_INTERVAL,
             };
             let message = match receiver.recv_timeout(pause) {
                 Ok(message) => Some(message),
                 Err(RecvTimeoutError::Timeout) => {
-                    self.use_idleness();
+                    self.on_idle();
                     continue;
                 }
                 Err(RecvTimeoutError::Disconnected) => None,
@@ -98,8 +98,8 @@ impl Keeper {
                 Some(message) => self.serve(message),
             }
             // Those who wait for a removal share one flush with all who asked for one by now.
-            for _ in 0..BEFORE_EXPUNGING_MAX {
-                if self.expunging.is_empty() || is_closed {
+            for _ in 0..REMOVAL_BATCH_MAX {
+                if self.durable_removals.is_empty() || is_closed {
                     break;
                 }
                 match receiver.try_recv() {
@@ -108,7 +108,7 @@ impl Keeper {
                     Err(_) => break,
                 }
             }
-            self.expunge();
+            self.remove_durable();
             if is_closed {
                 break;
             }
@@ -125,21 +125,25 @@ impl Keeper {
         match message {
             Message::Get { key, reply } => {
                 let found = self.with(|index| index.get(&key));
-                let found = found.or_else(|| self.interim.get(&key).cloned());
-                let _ = reply.send(found.map(|value| self.unsealed(&key, value?)).ok_or(NoAnswer));
+                let found = found.or_else(|| self.write_buffer.get(&key).cloned());
+                let _ = reply.send(
+                    found
+                        .map(|value| self.decode_record(&key, value?))
+                        .ok_or(IndexUnavailable),
+                );
             }
             Message::Put { key, value } => self.put(key, value),
             Message::PutIfAbsent { key, value } => {
                 let found = self.with(|index| index.get(&key));
-                let found = found.or_else(|| self.interim.get(&key).cloned()).flatten();
+                let found = found.or_else(|| self.write_buffer.get(&key).cloned()).flatten();
                 if found.is_none() {
                     self.put(key, value);
                 }
             }
             Message::Remove { key } => self.write(key, None),
-            Message::Expunge { key, reply } => {
+            Message::RemoveDurable { key, reply } => {
                 self.write(key.clone(), None);
-                self.expunging.push((key, reply));
+                self.durable_removals.push((key, reply));
             }
             Message::Scan {
                 prefix,
@@ -151,10 +155,10 @@ impl Keeper {
                 let found = found.map(|pairs| {
                     let pairs = pairs.into_iter();
                     pairs
-                        .filter_map(|(key, value)| unsealed(&key, value).map(|value| (key, value)))
+                        .filter_map(|(key, value)| decode_record(&key, value).map(|value| (key, value)))
                         .collect()
                 });
-                let _ = reply.send(found.ok_or(NoAnswer));
+                let _ = reply.send(found.ok_or(IndexUnavailable));
             }
             Message::Flush { reply } => {
                 self.sync();
@@ -163,19 +167,19 @@ impl Keeper {
             Message::Reopen if self.index.is_none() => self.open(),
             Message::Rebuild => {
                 if let Some(index) = self.index.take() {
-                    index.abandon(&IndexFault::Busy);
+                    index.abandon(&IndexError::Busy);
                 }
-                self.end_compaction(&IndexFault::Busy);
-                self.put_aside(&IndexFault::Foreign("is to be made anew"));
-                self.shared.note_loss();
+                self.end_compaction(&IndexError::Busy);
+                self.quarantine(&IndexError::Foreign("is to be made anew"));
+                self.shared.record_loss();
                 self.open();
             }
             Message::Reopen | Message::Close => {}
         }
     }
 
-    fn unsealed(&mut self, key: &[u8], value: Vec<u8>) -> Option<Vec<u8>> {
-        let value = unsealed(key, value);
+    fn decode_record(&mut self, key: &[u8], value: Vec<u8>) -> Option<Vec<u8>> {
+        let value = decode_record(key, value);
         if value.is_none() {
             tracing::warn!("a record of the index is damaged; it is read from its file");
             self.write(key.to_vec(), None);
@@ -195,37 +199,38 @@ impl Keeper {
             None => index.remove(&key),
         });
         if written.is_none() {
-            self.interim.write(key, value);
+            self.write_buffer.write(key, value);
             return;
         }
         self.unsynced += 1;
         if let Some(compaction) = &mut self.compaction
-            && let Err(fault) = guarded(|| compaction.write(&key, value.as_deref()))
+            && let Err(fault) = catch_panic(|| compaction.write(&key, value.as_deref()))
         {
             self.end_compaction(&fault);
         }
     }
 
     /// Makes durable, with one flush, what was removed to be expunged, and tells all who wait for it.
-    fn expunge(&mut self) {
-        if self.expunging.is_empty() {
+    fn remove_durable(&mut self) {
+        if self.durable_removals.is_empty() {
             return;
         }
         let is_synced = self.sync();
-        let (keys, replies): (Vec<_>, Vec<_>) = std::mem::take(&mut self.expunging).into_iter().unzip();
-        let is_expunged = is_synced || self.outlaw(keys);
+        let (keys, replies): (Vec<_>, Vec<_>) =
+            std::mem::take(&mut self.durable_removals).into_iter().unzip();
+        let is_durable = is_synced || self.invalidate_on_disk(keys);
         for reply in replies {
-            let _ = reply.send(is_expunged);
+            let _ = reply.send(is_durable);
         }
     }
 
     /// Where the index cannot make a removal durable, it is not used again as it is on the disk: grants are lost by that,
     /// but one that was taken back does not return.
-    fn outlaw(&mut self, keys: Vec<Vec<u8>>) -> bool {
+    fn invalidate_on_disk(&mut self, keys: Vec<Vec<u8>>) -> bool {
         for key in keys {
-            self.interim.write(key, None);
+            self.write_buffer.write(key, None);
         }
-        let Home::Folder { fs, .. } = &self.home else {
+        let Location::Folder { fs, .. } = &self.location else {
             return true;
         };
         let disowned = disown(fs.as_ref());
@@ -236,12 +241,12 @@ impl Keeper {
     }
 
     /// Nobody asks for anything: makes durable what was written, else sees to the size.
-    fn use_idleness(&mut self) {
+    fn on_idle(&mut self) {
         if self.unsynced > 0 {
             self.sync();
             return;
         }
-        let (Some(index), Home::Folder { index: folder, .. }) = (&self.index, &self.home) else {
+        let (Some(index), Location::Folder { index: folder, .. }) = (&self.index, &self.location) else {
             return;
         };
         let Some(compaction) = &mut self.compaction else {
@@ -250,15 +255,15 @@ impl Keeper {
             }
             return;
         };
-        match guarded(|| compaction.step(index.as_ref())) {
+        match catch_panic(|| compaction.step(index.as_ref())) {
             Ok(Next::Step) => {}
-            Ok(Next::Nothing) => self.compaction = None,
+            Ok(Next::NotNeeded) => self.compaction = None,
             Ok(Next::Swap) => self.swap(),
             Err(fault) => self.end_compaction(&fault),
         }
     }
 
-    fn end_compaction(&mut self, fault: &IndexFault) {
+    fn end_compaction(&mut self, fault: &IndexError) {
         if let Some(compaction) = self.compaction.take() {
             tracing::warn!(%fault, "the index could not be made smaller; it is tried again later");
             compaction.abandon(fault);
@@ -273,14 +278,14 @@ impl Keeper {
         let before = self.index.as_ref().map_or(0, |index| index.file_bytes());
         self.sync();
         if let Some(index) = self.index.take() {
-            index.abandon(&IndexFault::Busy);
+            index.abandon(&IndexError::Busy);
         }
-        if let Err(fault) = guarded(|| compaction.swap()) {
+        if let Err(fault) = catch_panic(|| compaction.swap()) {
             tracing::warn!(%fault, "the index could not be swapped for a smaller one");
         }
         for _ in 0..SWAP_TRIES {
             match self.try_open() {
-                Err(IndexFault::Busy) => std::thread::sleep(SWAP_PAUSE),
+                Err(IndexError::Busy) => std::thread::sleep(SWAP_PAUSE),
                 Ok(index) => {
                     let after = index.file_bytes();
                     tracing::info!(before, after, "the index was made smaller");
@@ -299,10 +304,10 @@ impl Keeper {
         self.with(|index| index.sync()).is_some()
     }
 
-    /// Does `deed` with the index, if there is one; a fault ends its use for now.
-    fn with<T>(&mut self, deed: impl FnOnce(&mut Box<dyn Index>) -> Result<T, IndexFault>) -> Option<T> {
+    /// Does `op` with the index, if there is one; a fault ends its use for now.
+    fn with<T>(&mut self, op: impl FnOnce(&mut Box<dyn Index>) -> Result<T, IndexError>) -> Option<T> {
         let index = self.index.as_mut()?;
-        match guarded(|| deed(index)) {
+        match catch_panic(|| op(index)) {
             Ok(done) => Some(done),
             Err(fault) => {
                 self.fail(&fault);
@@ -311,19 +316,19 @@ impl Keeper {
         }
     }
 
-    fn fail(&mut self, fault: &IndexFault) {
+    fn fail(&mut self, fault: &IndexError) {
         self.end_compaction(fault);
         let may_reopen = self.index.take().is_none_or(|index| index.abandon(fault));
         // Files that a leaked handle still locks cannot be opened again: they are as good as damaged.
-        if !may_reopen || fault.is_lasting() {
-            self.put_aside(fault);
+        if !may_reopen || fault.is_permanent() {
+            self.quarantine(fault);
         }
         self.degrade(fault);
     }
 
-    fn degrade(&mut self, fault: &IndexFault) {
+    fn degrade(&mut self, fault: &IndexError) {
         self.unsynced = 0;
-        self.shared.note_loss();
+        self.shared.record_loss();
         tracing::warn!(%fault, "the index is down; serving from the files, opening it again in {} s", self.back_off.as_secs());
         *self.shared.state() = IndexState::Degraded {
             reason: fault.to_string(),
@@ -341,12 +346,12 @@ impl Keeper {
         }
     }
 
-    fn put_aside(&mut self, fault: &IndexFault) {
-        let Home::Folder { index, opened_at, .. } = &self.home else {
+    fn quarantine(&mut self, fault: &IndexError) {
+        let Location::Folder { index, opened_at, .. } = &self.location else {
             return;
         };
-        self.set_aside += 1;
-        match set_aside(index, *opened_at, self.set_aside) {
+        self.quarantined += 1;
+        match quarantine(index, *opened_at, self.quarantined) {
             Ok(aside) => {
                 tracing::error!(%fault, aside = %aside.display(), "set the index aside; a new one fills from the files");
             }
@@ -356,16 +361,16 @@ impl Keeper {
 
     /// Opens the index; a damaged one is set aside and a fresh one opened in its place, once.
     fn open(&mut self) {
-        if self.interim.is_over() {
-            self.put_aside(&IndexFault::Foreign("has missed too much"));
+        if self.write_buffer.is_overflowed() {
+            self.quarantine(&IndexError::Foreign("has missed too much"));
         }
         let opened = match self.try_open() {
-            Err(fault) if fault.is_lasting() => {
-                self.put_aside(&fault);
+            Err(fault) if fault.is_permanent() => {
+                self.quarantine(&fault);
                 self.try_open()
             }
-            Err(IndexFault::Busy) if self.busy >= BUSY_MAX => {
-                self.put_aside(&IndexFault::Busy);
+            Err(IndexError::Busy) if self.busy >= BUSY_MAX => {
+                self.quarantine(&IndexError::Busy);
                 self.try_open()
             }
             opened => opened,
@@ -373,49 +378,49 @@ impl Keeper {
         match opened {
             Ok(index) => {
                 self.index = Some(index);
-                self.interim = Interim::default();
+                self.write_buffer = WriteBuffer::default();
                 self.back_off = REOPEN_FIRST;
                 self.busy = 0;
                 *self.shared.state() = IndexState::Ready;
             }
             Err(fault) => {
-                self.busy += u32::from(fault == IndexFault::Busy);
-                if fault.is_lasting() {
+                self.busy += u32::from(fault == IndexError::Busy);
+                if fault.is_permanent() {
                     // The fresh one too.
-                    self.put_aside(&fault);
+                    self.quarantine(&fault);
                 }
                 self.degrade(&fault);
             }
         }
     }
 
-    fn try_open(&mut self) -> Result<Box<dyn Index>, IndexFault> {
-        let (fs, folder) = match &self.home {
-            Home::Memory => return Ok(Box::new(MemoryIndex::default())),
+    fn try_open(&mut self) -> Result<Box<dyn Index>, IndexError> {
+        let (fs, folder) = match &self.location {
+            Location::Memory => return Ok(Box::new(MemoryIndex::default())),
             #[cfg(test)]
-            Home::Given(index) => {
+            Location::Given(index) => {
                 let given = index.lock().ok().and_then(|mut index| index.take());
-                return given.ok_or(IndexFault::Busy);
+                return given.ok_or(IndexError::Busy);
             }
-            Home::Folder { fs, index, .. } => (Arc::clone(fs), index.clone()),
+            Location::Folder { fs, index, .. } => (Arc::clone(fs), index.clone()),
         };
         recover(&folder)?;
         let Opened { index, is_emptied } = SledIndex::open(&folder)?;
         if is_emptied {
             tracing::warn!("the index had files but is empty; it fills again from the files of the store");
-            self.shared.note_loss();
+            self.shared.record_loss();
         }
         let mut index: Box<dyn Index> = Box::new(index);
-        let readied = guarded(|| {
+        let readied = catch_panic(|| {
             identify(fs.as_ref(), index.as_mut())?;
-            self.interim.replay(index.as_mut())
+            self.write_buffer.replay(index.as_mut())
         });
         match readied {
             Ok(()) => Ok(index),
             Err(fault) => {
                 // As in `fail`; what is lasting is set aside by whoever opened it.
-                if !index.abandon(&fault) && !fault.is_lasting() {
-                    self.put_aside(&fault);
+                if !index.abandon(&fault) && !fault.is_permanent() {
+                    self.quarantine(&fault);
                 }
                 Err(fault)
             }
@@ -427,7 +432,7 @@ fn record_checksum(key: &[u8], value: &[u8]) -> [u8; CHECKSUM_BYTES] {
     checksum(&[key, value].concat())
 }
 
-fn unsealed(key: &[u8], mut value: Vec<u8>) -> Option<Vec<u8>> {
+fn decode_record(key: &[u8], mut value: Vec<u8>) -> Option<Vec<u8>> {
     let length = value.len().checked_sub(CHECKSUM_BYTES)?;
     let (content, sum) = value.split_at_checked(length)?;
     let is_right = record_checksum(key, content) == sum;

@@ -11,7 +11,7 @@ use super::fs::{FsFile, read_all};
 
 /// A blob that can be read. Stays readable while it is used, even when it is removed meanwhile.
 #[derive(Clone)]
-pub struct HeldBlob {
+pub struct BlobHandle {
     /// In bytes.
     pub size: u64,
     /// Its bytes.
@@ -19,7 +19,7 @@ pub struct HeldBlob {
     is_unreadable: Arc<AtomicBool>,
 }
 
-impl HeldBlob {
+impl BlobHandle {
     pub(super) fn new(size: u64, file: Arc<dyn FsFile>) -> Self {
         let is_unreadable = Arc::new(AtomicBool::new(false));
         let file = Arc::new(BlobFile {
@@ -34,7 +34,7 @@ impl HeldBlob {
     }
 
     /// All of it, if it has at most `bytes_max`.
-    pub fn read_whole(&self, bytes_max: u64) -> io::Result<Vec<u8>> {
+    pub fn read_all(&self, bytes_max: u64) -> io::Result<Vec<u8>> {
         read_all(self.file.as_ref(), bytes_max)
     }
 
@@ -51,7 +51,7 @@ struct BlobFile {
 }
 
 impl BlobFile {
-    fn noting<T>(&self, read: io::Result<T>) -> io::Result<T> {
+    fn note_io_error<T>(&self, read: io::Result<T>) -> io::Result<T> {
         read.inspect_err(|error| {
             if error.raw_os_error() == Some(Errno::IO.raw_os_error()) {
                 self.is_unreadable.store(true, Ordering::Relaxed);
@@ -66,11 +66,11 @@ impl FsFile for BlobFile {
     }
 
     fn read_at(&self, into: &mut [u8], offset: u64) -> io::Result<usize> {
-        self.noting(self.file.read_at(into, offset))
+        self.note_io_error(self.file.read_at(into, offset))
     }
 
-    fn read_at_cached(&self, into: &mut [u8], offset: u64) -> io::Result<usize> {
-        self.noting(self.file.read_at_cached(into, offset))
+    fn read_at_nowait(&self, into: &mut [u8], offset: u64) -> io::Result<usize> {
+        self.note_io_error(self.file.read_at_nowait(into, offset))
     }
 
     fn size(&self) -> io::Result<u64> {
@@ -90,7 +90,7 @@ impl FsFile for BlobFile {
     }
 }
 
-impl fmt::Debug for HeldBlob {
+impl fmt::Debug for BlobHandle {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("HeldBlob")
             .field("size", &self.size)
@@ -117,7 +117,7 @@ mod tests {
                 _ => Err(Errno::IO.into()),
             }
         }
-        fn read_at_cached(&self, _: &mut [u8], _: u64) -> io::Result<usize> {
+        fn read_at_nowait(&self, _: &mut [u8], _: u64) -> io::Result<usize> {
             Err(io::ErrorKind::WouldBlock.into())
         }
         fn size(&self) -> io::Result<u64> {
@@ -138,8 +138,8 @@ mod tests {
     fn only_an_error_of_the_disk_makes_it_unreadable() {
         let file = MemoryFs::new().create(Path::new("file")).unwrap();
         file.write_at(b"0123456789", 0).unwrap();
-        let held = HeldBlob::new(10, Arc::new(Bad(file)));
-        assert!(held.file.read_at_cached(&mut [0], 7).is_err());
+        let held = BlobHandle::new(10, Arc::new(Bad(file)));
+        assert!(held.file.read_at_nowait(&mut [0], 7).is_err());
         assert!(held.file.read_at(&mut [0], 0).is_ok());
         assert!(!held.is_unreadable());
         assert!(held.file.read_at(&mut [0], 7).is_err());

@@ -30,27 +30,27 @@ fn key(tag: &str) -> TagKey {
     }
 }
 
-fn content(name: &str, bytes: u64, used: u64) -> Content {
-    Content {
+fn content(name: &str, bytes: u64, used: u64) -> Node {
+    Node {
         digest: digest(name),
         bytes,
         used_at: at(used),
-        is_kept: false,
+        is_protected: false,
     }
 }
 
-fn listed(name: &str, used: u64, children: &[&str]) -> Listed {
-    Listed {
+fn listed(name: &str, used: u64, children: &[&str]) -> ManifestNode {
+    ManifestNode {
         content: content(name, 1, used),
         children: children.iter().map(|name| digest(name)).collect(),
         subject: None,
     }
 }
 
-fn image(tag: &str, names: &[&str]) -> Image {
+fn image(tag: &str, targets: &[&str]) -> Image {
     Image {
         key: key(tag),
-        names: names.iter().map(|name| digest(name)).collect(),
+        targets: targets.iter().map(|name| digest(name)).collect(),
         used_at: at(0),
         is_pinned: false,
     }
@@ -60,9 +60,9 @@ fn steps(snapshot: &Snapshot, bytes: u64) -> Vec<Step> {
     plan(snapshot, bytes, at(SPARED_SINCE)).steps
 }
 
-fn tag(tag: &str, names: &[&str]) -> Step {
-    let Image { key, names, .. } = image(tag, names);
-    Step::Tag(key, names)
+fn tag(tag: &str, targets: &[&str]) -> Step {
+    let Image { key, targets, .. } = image(tag, targets);
+    Step::Tag(key, targets)
 }
 
 fn manifest(name: &str) -> Step {
@@ -118,14 +118,14 @@ fn what_was_used_lately_is_pinned_or_is_in_use_stays_with_all_it_needs() {
     snapshot.images[0].is_pinned = true;
     assert_eq!(steps(&snapshot, u64::MAX), []);
     snapshot.images[0].is_pinned = false;
-    snapshot.manifests[1].content.is_kept = true;
+    snapshot.manifests[1].content.is_protected = true;
     assert_eq!(
         steps(&snapshot, u64::MAX),
         [],
         "a tag is not forgotten for nothing"
     );
-    snapshot.manifests[1].content.is_kept = false;
-    snapshot.blobs[2].is_kept = true;
+    snapshot.manifests[1].content.is_protected = false;
+    snapshot.blobs[2].is_protected = true;
     assert_eq!(
         steps(&snapshot, u64::MAX),
         [tag("new", &["m-new"]), manifest("m-new")]
@@ -231,39 +231,41 @@ fn any_snapshot() -> impl Strategy<Value = Snapshot> {
             let listed = manifests
                 .into_iter()
                 .enumerate()
-                .map(|(at, (used, pick, few_blobs, few_manifests, subject, is_kept))| {
-                    let mut children = Vec::new();
-                    for _ in 0..few_blobs {
-                        children.push(digest(&format!("b{}", picks.select(0..blobs.len() + 2))));
-                    }
-                    if at + 1 < count {
-                        for _ in 0..few_manifests {
-                            children.push(digest(&name(pick.select(at + 1..=count))));
+                .map(
+                    |(at, (used, pick, few_blobs, few_manifests, subject, is_protected))| {
+                        let mut children = Vec::new();
+                        for _ in 0..few_blobs {
+                            children.push(digest(&format!("b{}", picks.select(0..blobs.len() + 2))));
                         }
-                    }
-                    Listed {
-                        content: Content {
-                            is_kept,
-                            ..content(&name(at), 1, used)
-                        },
-                        children,
-                        subject: subject.map(|subject| digest(&name(subject.index(count)))),
-                    }
-                })
+                        if at + 1 < count {
+                            for _ in 0..few_manifests {
+                                children.push(digest(&name(pick.select(at + 1..=count))));
+                            }
+                        }
+                        ManifestNode {
+                            content: Node {
+                                is_protected,
+                                ..content(&name(at), 1, used)
+                            },
+                            children,
+                            subject: subject.map(|subject| digest(&name(subject.index(count)))),
+                        }
+                    },
+                )
                 .collect();
             let blobs = blobs
                 .into_iter()
                 .enumerate()
-                .map(|(at, (used, bytes, is_kept))| Content {
-                    is_kept,
+                .map(|(at, (used, bytes, is_protected))| Node {
+                    is_protected,
                     ..content(&format!("b{at}"), bytes, used)
                 });
             let images = images
                 .into_iter()
                 .enumerate()
-                .map(|(at, (names, used, is_pinned))| Image {
+                .map(|(at, (targets, used, is_pinned))| Image {
                     key: key(&format!("t{at}")),
-                    names: names
+                    targets: targets
                         .iter()
                         .map(|index| digest(&name(index.index(count + 1))))
                         .collect(),
@@ -287,8 +289,8 @@ fn at_time(seconds: u64) -> SystemTime {
 /// The snapshot again, said another way: by name, without places and counts.
 struct Model<'a> {
     snapshot: &'a Snapshot,
-    manifests: BTreeMap<Digest, &'a Listed>,
-    blobs: BTreeMap<Digest, &'a Content>,
+    manifests: BTreeMap<Digest, &'a ManifestNode>,
+    blobs: BTreeMap<Digest, &'a Node>,
 }
 
 impl<'a> Model<'a> {
@@ -301,7 +303,7 @@ impl<'a> Model<'a> {
         }
     }
 
-    fn contents(&self) -> impl Iterator<Item = &Content> {
+    fn contents(&self) -> impl Iterator<Item = &Node> {
         let manifests = self.manifests.values().map(|listed| &listed.content);
         manifests.chain(self.blobs.values().copied())
     }
@@ -331,7 +333,7 @@ impl<'a> Model<'a> {
     fn image_used(&self, image: &Image) -> SystemTime {
         let newest = self.used(
             image
-                .names
+                .targets
                 .iter()
                 .copied()
                 .filter(|name| self.manifests.contains_key(name)),
@@ -339,18 +341,22 @@ impl<'a> Model<'a> {
         newest.map_or(image.used_at, |newest| newest.max(image.used_at))
     }
 
-    fn is_spared(&self, image: &Image) -> bool {
+    fn is_protected(&self, image: &Image) -> bool {
         image.is_pinned || self.image_used(image) > at(SPARED_SINCE)
     }
 
     /// All that must stay, however much is asked for.
     fn untouchable(&self) -> BTreeSet<Digest> {
-        let images = self.snapshot.images.iter().filter(|image| self.is_spared(image));
-        let named = images.flat_map(|image| image.names.iter().copied());
+        let images = self
+            .snapshot
+            .images
+            .iter()
+            .filter(|image| self.is_protected(image));
+        let named = images.flat_map(|image| image.targets.iter().copied());
         let named = named.filter(|name| self.manifests.contains_key(name));
         let kept = self
             .contents()
-            .filter(|content| content.is_kept || content.used_at > at(SPARED_SINCE));
+            .filter(|content| content.is_protected || content.used_at > at(SPARED_SINCE));
         self.closure(
             named
                 .chain(kept.map(|content| content.digest))
@@ -386,22 +392,22 @@ proptest! {
         // What stays is as whole as it was.
         let staying: Vec<&Image> = snapshot.images.iter().filter(|image| !forgotten.contains(&image.key)).collect();
         for image in &staying {
-            let names = image.names.iter().copied().filter(|name| model.manifests.contains_key(name));
-            prop_assert!(model.closure(names).is_disjoint(&removed), "{} is broken", image.key.tag);
+            let targets = image.targets.iter().copied().filter(|name| model.manifests.contains_key(name));
+            prop_assert!(model.closure(targets).is_disjoint(&removed), "{} is broken", image.key.tag);
         }
         for listed in model.manifests.values().filter(|listed| !removed.contains(&listed.content.digest)) {
             prop_assert!(model.closure(listed.children.iter().copied()).is_disjoint(&removed));
         }
-        for image in snapshot.images.iter().filter(|image| model.is_spared(image)) {
+        for image in snapshot.images.iter().filter(|image| model.is_protected(image)) {
             prop_assert!(!forgotten.contains(&image.key));
         }
         let untouchable = model.untouchable();
         prop_assert!(untouchable.is_disjoint(&removed));
         // Enough, or everything allowed; a referrer stays as long as what it is about.
-        let leads_to_what_was_used = |content: &Content| {
+        let leads_to_what_was_used = |content: &Node| {
             model.manifests.contains_key(&content.digest) && model.used([content.digest]) > Some(at(SPARED_SINCE))
         };
-        let about_what_stays = |content: &Content| {
+        let about_what_stays = |content: &Node| {
             if leads_to_what_was_used(content) { return true; }
             let mut at = model.manifests.get(&content.digest).and_then(|listed| listed.subject);
             for _ in 0..snapshot.manifests.len() {
@@ -421,13 +427,13 @@ proptest! {
         // The least recently used first: an older one stays only where nothing is won by letting it go.
         let newest = snapshot.images.iter().filter(|image| forgotten.contains(&image.key)).map(|image| model.image_used(image)).max();
         for older in staying.iter().filter(|image| !image.is_pinned && newest.is_some_and(|newest| model.image_used(image) < newest)) {
-            let others = staying.iter().filter(|image| image.key != older.key).flat_map(|image| image.names.iter().copied());
+            let others = staying.iter().filter(|image| image.key != older.key).flat_map(|image| image.targets.iter().copied());
             let manifests = model.manifests.values().filter(|listed| !removed.contains(&listed.content.digest));
             let others: Vec<_> = others.chain(untouchable.iter().copied())
-                .chain(manifests.filter(|listed| !older.names.contains(&listed.content.digest)).map(|listed| listed.content.digest)).collect();
+                .chain(manifests.filter(|listed| !older.targets.contains(&listed.content.digest)).map(|listed| listed.content.digest)).collect();
             let needed = model.closure(others);
-            let names = older.names.iter().copied().filter(|name| model.manifests.contains_key(name));
-            let own = model.closure(names);
+            let targets = older.targets.iter().copied().filter(|name| model.manifests.contains_key(name));
+            let own = model.closure(targets);
             let own: Vec<_> = own.difference(&needed).collect();
             prop_assert!(own.is_empty(), "{} is older and has {own:?} of its own", older.key.tag);
         }
@@ -442,9 +448,9 @@ proptest! {
         let (one, other) = (plan(&snapshot, wanted, at(SPARED_SINCE)), plan(&turned, wanted, at(SPARED_SINCE)));
         prop_assert_eq!(one.bytes, other.bytes);
         let sorted = |plan: &Plan| {
-            let mut names: Vec<String> = plan.steps.iter().map(|step| format!("{step:?}")).collect();
-            names.sort();
-            names
+            let mut targets: Vec<String> = plan.steps.iter().map(|step| format!("{step:?}")).collect();
+            targets.sort();
+            targets
         };
         prop_assert_eq!(sorted(&one), sorted(&other));
     }

@@ -10,39 +10,39 @@
 //!
 //! Not here: looking at the disk and removing anything from it. That is [`super::evict`].
 
-mod places;
+mod adjacency;
 
 use std::cmp::Reverse;
 use std::time::SystemTime;
 
-use self::places::{ByDigest, Lists};
-use super::tags::TagKey;
+use self::adjacency::{Adjacency, DigestIndex};
 use crate::oci::Digest;
+use crate::store::tags::TagKey;
 
 /// A tag with what it names.
 #[derive(Clone, Debug)]
 pub(super) struct Image {
     pub(super) key: TagKey,
     /// The digests that it names, held or not.
-    pub(super) names: Vec<Digest>,
+    pub(super) targets: Vec<Digest>,
     pub(super) used_at: SystemTime,
     pub(super) is_pinned: bool,
 }
 
 /// A manifest or a blob.
 #[derive(Clone, Debug)]
-pub(super) struct Content {
+pub(super) struct Node {
     pub(super) digest: Digest,
     pub(super) bytes: u64,
     pub(super) used_at: SystemTime,
     /// Pinned by its digest, or being read now.
-    pub(super) is_kept: bool,
+    pub(super) is_protected: bool,
 }
 
 /// A manifest, and what hangs on it.
 #[derive(Clone, Debug)]
-pub(super) struct Listed {
-    pub(super) content: Content,
+pub(super) struct ManifestNode {
+    pub(super) content: Node,
     pub(super) children: Vec<Digest>,
     pub(super) subject: Option<Digest>,
 }
@@ -51,8 +51,8 @@ pub(super) struct Listed {
 #[derive(Clone, Debug, Default)]
 pub(super) struct Snapshot {
     pub(super) images: Vec<Image>,
-    pub(super) manifests: Vec<Listed>,
-    pub(super) blobs: Vec<Content>,
+    pub(super) manifests: Vec<ManifestNode>,
+    pub(super) blobs: Vec<Node>,
 }
 
 /// One thing to let go.
@@ -72,66 +72,66 @@ pub(super) struct Plan {
     pub(super) bytes: u64,
 }
 
-/// Frees `bytes`, or as much as may be let go. What was used after `spared_since` stays.
-pub(super) fn plan(snapshot: &Snapshot, bytes: u64, spared_since: SystemTime) -> Plan {
+/// Frees `bytes`, or as much as may be let go. What was used after `protected_since` stays.
+pub(super) fn plan(snapshot: &Snapshot, bytes: u64, protected_since: SystemTime) -> Plan {
     let mut graph = Graph::of(snapshot);
-    let units = graph.units(spared_since);
-    let mut letting_go = LettingGo {
-        is_spared: graph.spared(spared_since),
-        is_gone: vec![false; graph.nodes.len()],
-        holders: std::mem::take(&mut graph.holders),
+    let candidates = graph.candidates(protected_since);
+    let mut builder = PlanBuilder {
+        is_protected: graph.protected(protected_since),
+        is_evicted: vec![false; graph.nodes.len()],
+        refcounts: std::mem::take(&mut graph.refcounts),
         plan: Plan::default(),
     };
     let mut idle = Vec::new();
-    for unit in &units {
-        if letting_go.plan.bytes >= bytes {
+    for candidate in &candidates {
+        if builder.plan.bytes >= bytes {
             break;
         }
-        let before = letting_go.plan.bytes;
-        let at = letting_go.plan.steps.len();
-        letting_go.unit(&graph, unit);
-        if letting_go.plan.bytes == before {
-            idle.push((at, unit));
+        let before = builder.plan.bytes;
+        let at = builder.plan.steps.len();
+        builder.evict(&graph, candidate);
+        if builder.plan.bytes == before {
+            idle.push((at, candidate));
         }
     }
-    letting_go.without_idle_tags(&graph, &idle)
+    builder.without_useless_tags(&graph, &idle)
 }
 
 /// A place in [`Graph::nodes`]: first the manifests, then the blobs.
-type At = usize;
+type NodeId = usize;
 
 struct Graph<'a> {
     snapshot: &'a Snapshot,
-    nodes: Vec<&'a Content>,
-    manifests: ByDigest,
+    nodes: Vec<&'a Node>,
+    manifests: DigestIndex,
     /// What each manifest needs.
-    children: Lists,
+    children: Adjacency,
     /// Which manifests need it.
-    parents: Lists,
+    parents: Adjacency,
     /// Which manifests are about it.
-    referrers: Lists,
+    referrers: Adjacency,
     /// How many images and manifests need it.
-    holders: Vec<u32>,
+    refcounts: Vec<u32>,
     /// What each image names.
-    named: Lists,
+    targets: Adjacency,
 }
 
 /// What is let go as one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Unit {
+enum Candidate {
     /// A place in [`Snapshot::images`].
     Image(usize),
     /// A manifest or blob that nothing else needs.
-    Alone(At),
+    Unreferenced(NodeId),
 }
 
 impl<'a> Graph<'a> {
     fn of(snapshot: &'a Snapshot) -> Self {
         let listed = snapshot.manifests.iter().map(|listed| &listed.content);
-        let nodes: Vec<&Content> = listed.chain(&snapshot.blobs).collect();
+        let nodes: Vec<&Node> = listed.chain(&snapshot.blobs).collect();
         let (count, first_blob) = (nodes.len(), snapshot.manifests.len());
-        let manifests = ByDigest::of(&nodes, 0..first_blob);
-        let blobs = ByDigest::of(&nodes, first_blob..count);
+        let manifests = DigestIndex::of(&nodes, 0..first_blob);
+        let blobs = DigestIndex::of(&nodes, first_blob..count);
         let listed = || snapshot.manifests.iter().enumerate();
         let manifest = |digest: &Digest| manifests.find(&nodes, digest);
         // One digest may be held both ways: some clients fetch a manifest as a blob.
@@ -142,20 +142,20 @@ impl<'a> Graph<'a> {
                 .filter(move |child| *child != at)
                 .map(move |child| (at, child))
         });
-        let children = Lists::of(first_blob, needs);
-        let parents = Lists::of(count, children.pairs().map(|(parent, child)| (child, parent)));
+        let children = Adjacency::of(first_blob, needs);
+        let parents = Adjacency::of(count, children.pairs().map(|(parent, child)| (child, parent)));
         let about = listed().filter_map(|(at, listed)| Some((manifest(&listed.subject?)?, at)));
-        let referrers = Lists::of(first_blob, about);
+        let referrers = Adjacency::of(first_blob, about);
         let images = snapshot.images.iter().enumerate();
         let leads = images.flat_map(|(place, image)| {
-            let manifests = image.names.iter().filter_map(manifest);
+            let manifests = image.targets.iter().filter_map(manifest);
             manifests.map(move |at| (place, at))
         });
-        let named = Lists::of(snapshot.images.len(), leads);
-        let mut holders = vec![0_u32; count];
-        for (_, at) in children.pairs().chain(named.pairs()) {
-            if let Some(holders) = holders.get_mut(at) {
-                *holders = holders.saturating_add(1);
+        let targets = Adjacency::of(snapshot.images.len(), leads);
+        let mut refcounts = vec![0_u32; count];
+        for (_, at) in children.pairs().chain(targets.pairs()) {
+            if let Some(refcounts) = refcounts.get_mut(at) {
+                *refcounts = refcounts.saturating_add(1);
             }
         }
         Self {
@@ -165,65 +165,67 @@ impl<'a> Graph<'a> {
             children,
             parents,
             referrers,
-            holders,
-            named,
+            refcounts,
+            targets,
         }
     }
 
     /// What may be let go, the least recently used first.
-    fn units(&self, spared_since: SystemTime) -> Vec<Unit> {
-        let used = self.used_with_ancestors();
-        let mut units = self.all_units(&used);
+    fn candidates(&self, protected_since: SystemTime) -> Vec<Candidate> {
+        let used = self.effective_access_times();
+        let mut candidates = self.all_candidates(&used);
         // A referrer is used whenever its subject is: handed down from the most recently used unit on.
-        units.sort_by_key(|(unit, at)| (Reverse(*at), self.name(*unit)));
-        let mut handed_down = vec![None; self.nodes.len()];
-        for (unit, used_at) in &units {
-            let mut reached = self.roots(*unit);
+        candidates.sort_by_key(|(candidate, at)| (Reverse(*at), self.name(*candidate)));
+        let mut inherited = vec![None; self.nodes.len()];
+        for (candidate, used_at) in &candidates {
+            let mut reached = self.roots(*candidate);
             while let Some(at) = reached.pop() {
-                let Some(seen @ None) = handed_down.get_mut(at) else {
+                let Some(seen @ None) = inherited.get_mut(at) else {
                     continue;
                 };
                 *seen = Some(*used_at);
                 // One that something else needs too stays and goes with that.
                 let alone = self.referrers.at(at);
-                let alone = alone.filter(|referrer| self.holders.get(*referrer) == Some(&0));
+                let alone = alone.filter(|referrer| self.refcounts.get(*referrer) == Some(&0));
                 reached.extend(self.children.at(at).chain(alone));
             }
         }
-        let mut ordered: Vec<_> = units
+        let mut ordered: Vec<_> = candidates
             .into_iter()
-            .map(|(unit, own)| {
-                let handed_down = match unit {
-                    Unit::Alone(at) => handed_down.get(at).copied().flatten(),
-                    Unit::Image(_) => None,
+            .map(|(candidate, own)| {
+                let inherited = match candidate {
+                    Candidate::Unreferenced(at) => inherited.get(at).copied().flatten(),
+                    Candidate::Image(_) => None,
                 };
-                (handed_down.unwrap_or(own).max(own), unit)
+                (inherited.unwrap_or(own).max(own), candidate)
             })
-            .filter(|(used_at, unit)| *used_at <= spared_since && !self.is_pinned(*unit))
+            .filter(|(used_at, candidate)| *used_at <= protected_since && !self.is_pinned(*candidate))
             .collect();
-        ordered.sort_by_key(|(used_at, unit)| (*used_at, self.is_referrer(*unit), self.name(*unit)));
-        ordered.into_iter().map(|(_, unit)| unit).collect()
+        ordered.sort_by_key(|(used_at, candidate)| {
+            (*used_at, self.is_referrer(*candidate), self.name(*candidate))
+        });
+        ordered.into_iter().map(|(_, candidate)| candidate).collect()
     }
 
-    fn all_units(&self, used: &[SystemTime]) -> Vec<(Unit, SystemTime)> {
-        let used_at = |at: At| used.get(at).copied();
+    fn all_candidates(&self, used: &[SystemTime]) -> Vec<(Candidate, SystemTime)> {
+        let used_at = |at: NodeId| used.get(at).copied();
         let images = self.snapshot.images.iter().enumerate();
         let images = images.map(|(place, image)| {
-            let newest = self.named.at(place).filter_map(used_at).max();
+            let newest = self.targets.at(place).filter_map(used_at).max();
             (
-                Unit::Image(place),
+                Candidate::Image(place),
                 newest.map_or(image.used_at, |newest| newest.max(image.used_at)),
             )
         });
-        let alone = (0..self.nodes.len()).filter(|at| self.holders.get(*at) == Some(&0));
-        let alone = alone.filter_map(|at| Some((Unit::Alone(at), used_at(at)?)));
+        let alone = (0..self.nodes.len()).filter(|at| self.refcounts.get(*at) == Some(&0));
+        let alone = alone.filter_map(|at| Some((Candidate::Unreferenced(at), used_at(at)?)));
         images.chain(alone).collect()
     }
 
     /// When each was last used, or a manifest that it leads to: whoever pulls one platform uses the index.
-    fn used_with_ancestors(&self) -> Vec<SystemTime> {
+    fn effective_access_times(&self) -> Vec<SystemTime> {
         let mut used: Vec<SystemTime> = self.nodes.iter().map(|content| content.used_at).collect();
-        let mut by_use: Vec<At> = (0..self.snapshot.manifests.len()).collect();
+        let mut by_use: Vec<NodeId> = (0..self.snapshot.manifests.len()).collect();
         by_use.sort_by_key(|at| Reverse(used.get(*at).copied()));
         let mut is_known = vec![false; self.nodes.len()];
         for newest in by_use {
@@ -245,44 +247,46 @@ impl<'a> Graph<'a> {
         used
     }
 
-    fn spared(&self, spared_since: SystemTime) -> Vec<bool> {
-        let is_spared = |content: &&Content| content.is_kept || content.used_at > spared_since;
-        self.nodes.iter().map(is_spared).collect()
+    fn protected(&self, protected_since: SystemTime) -> Vec<bool> {
+        let is_protected = |content: &&Node| content.is_protected || content.used_at > protected_since;
+        self.nodes.iter().map(is_protected).collect()
     }
 
-    fn roots(&self, unit: Unit) -> Vec<At> {
-        match unit {
-            Unit::Image(place) => self.named.at(place).collect(),
-            Unit::Alone(at) => vec![at],
+    fn roots(&self, candidate: Candidate) -> Vec<NodeId> {
+        match candidate {
+            Candidate::Image(place) => self.targets.at(place).collect(),
+            Candidate::Unreferenced(at) => vec![at],
         }
     }
 
-    fn is_pinned(&self, unit: Unit) -> bool {
-        match unit {
-            Unit::Image(place) => self
+    fn is_pinned(&self, candidate: Candidate) -> bool {
+        match candidate {
+            Candidate::Image(place) => self
                 .snapshot
                 .images
                 .get(place)
                 .is_some_and(|image| image.is_pinned),
-            Unit::Alone(at) => self.nodes.get(at).is_some_and(|content| content.is_kept),
+            Candidate::Unreferenced(at) => self.nodes.get(at).is_some_and(|content| content.is_protected),
         }
     }
 
-    fn is_referrer(&self, unit: Unit) -> bool {
-        let Unit::Alone(at) = unit else { return false };
+    fn is_referrer(&self, candidate: Candidate) -> bool {
+        let Candidate::Unreferenced(at) = candidate else {
+            return false;
+        };
         let subject = self.snapshot.manifests.get(at).and_then(|listed| listed.subject);
         subject.is_some_and(|subject| self.manifests.find(&self.nodes, &subject).is_some())
     }
 
     /// Orders what was used at the same moment, the same way each time.
-    fn name(&self, unit: Unit) -> (Option<&TagKey>, Option<Digest>, bool) {
-        match unit {
-            Unit::Image(place) => (
+    fn name(&self, candidate: Candidate) -> (Option<&TagKey>, Option<Digest>, bool) {
+        match candidate {
+            Candidate::Image(place) => (
                 self.snapshot.images.get(place).map(|image| &image.key),
                 None,
                 false,
             ),
-            Unit::Alone(at) => (
+            Candidate::Unreferenced(at) => (
                 None,
                 self.nodes.get(at).map(|content| content.digest),
                 self.is_blob(at),
@@ -290,40 +294,40 @@ impl<'a> Graph<'a> {
         }
     }
 
-    fn is_blob(&self, at: At) -> bool {
+    fn is_blob(&self, at: NodeId) -> bool {
         at >= self.snapshot.manifests.len()
     }
 }
 
-struct LettingGo {
-    is_spared: Vec<bool>,
-    is_gone: Vec<bool>,
-    holders: Vec<u32>,
+struct PlanBuilder {
+    is_protected: Vec<bool>,
+    is_evicted: Vec<bool>,
+    refcounts: Vec<u32>,
     plan: Plan,
 }
 
-impl LettingGo {
-    fn unit(&mut self, graph: &Graph<'_>, unit: &Unit) {
+impl PlanBuilder {
+    fn evict(&mut self, graph: &Graph<'_>, candidate: &Candidate) {
         let mut free = Vec::new();
-        match unit {
-            Unit::Image(place) => {
+        match candidate {
+            Candidate::Image(place) => {
                 let Some(image) = graph.snapshot.images.get(*place) else {
                     return;
                 };
                 self.plan
                     .steps
-                    .push(Step::Tag(image.key.clone(), image.names.clone()));
-                for at in graph.named.at(*place) {
+                    .push(Step::Tag(image.key.clone(), image.targets.clone()));
+                for at in graph.targets.at(*place) {
                     self.release(at, &mut free);
                 }
             }
-            Unit::Alone(at) => free.push(*at),
+            Candidate::Unreferenced(at) => free.push(*at),
         }
         let mut blobs = Vec::new();
         let mut next = 0;
         while let Some(at) = free.get(next).copied() {
             next += 1;
-            if self.is_spared.get(at) == Some(&true) {
+            if self.is_protected.get(at) == Some(&true) {
                 continue;
             }
             if graph.is_blob(at) {
@@ -341,20 +345,21 @@ impl LettingGo {
     }
 
     /// One holder less.
-    fn release(&mut self, at: At, free: &mut Vec<At>) {
-        if let Some(holders) = self.holders.get_mut(at) {
-            *holders = holders.saturating_sub(1);
-            if *holders == 0 {
+    fn release(&mut self, at: NodeId, free: &mut Vec<NodeId>) {
+        if let Some(refcounts) = self.refcounts.get_mut(at) {
+            *refcounts = refcounts.saturating_sub(1);
+            if *refcounts == 0 {
                 free.push(at);
             }
         }
     }
 
-    fn remove(&mut self, graph: &Graph<'_>, at: At) {
-        let (Some(content), Some(is_gone @ false)) = (graph.nodes.get(at), self.is_gone.get_mut(at)) else {
+    fn remove(&mut self, graph: &Graph<'_>, at: NodeId) {
+        let (Some(content), Some(is_evicted @ false)) = (graph.nodes.get(at), self.is_evicted.get_mut(at))
+        else {
             return;
         };
-        *is_gone = true;
+        *is_evicted = true;
         self.plan.bytes = self.plan.bytes.saturating_add(content.bytes);
         self.plan.steps.push(if graph.is_blob(at) {
             Step::Blob(content.digest)
@@ -364,26 +369,26 @@ impl LettingGo {
     }
 
     /// Takes back the tags of which everything is still there, for others need it.
-    fn without_idle_tags(mut self, graph: &Graph<'_>, idle: &[(usize, &Unit)]) -> Plan {
-        let mut taken_back = Vec::new();
-        for (step, unit) in idle {
-            if !matches!(unit, Unit::Image(_)) {
+    fn without_useless_tags(mut self, graph: &Graph<'_>, idle: &[(usize, &Candidate)]) -> Plan {
+        let mut reverted = Vec::new();
+        for (step, candidate) in idle {
+            if !matches!(candidate, Candidate::Image(_)) {
                 continue;
             }
-            let mut reached = graph.roots(**unit);
-            let mut is_whole = !reached.is_empty();
-            while let (true, Some(at)) = (is_whole, reached.pop()) {
-                is_whole = self.is_gone.get(at) == Some(&false);
+            let mut reached = graph.roots(**candidate);
+            let mut is_intact = !reached.is_empty();
+            while let (true, Some(at)) = (is_intact, reached.pop()) {
+                is_intact = self.is_evicted.get(at) == Some(&false);
                 reached.extend(graph.children.at(at));
             }
-            if is_whole {
-                taken_back.push(*step);
+            if is_intact {
+                reverted.push(*step);
             }
         }
         let mut place = 0;
         self.plan.steps.retain(|_| {
             place += 1;
-            taken_back.binary_search(&(place - 1)).is_err()
+            reverted.binary_search(&(place - 1)).is_err()
         });
         self.plan
     }

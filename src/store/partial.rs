@@ -14,56 +14,56 @@ use std::time::{Duration, SystemTime};
 
 use super::blobs::{Blobs, TREE};
 use super::checksummed_json::{RECORD_BYTES_MAX, decode};
+use super::file_read::READ_CHUNK_BYTES;
 use super::fs::{FileSystem, FsFile, INGEST_DIR, read_all};
-use super::ingest::{Ingest, Marks, Meta, Space};
-use super::step::STEP_BYTES;
+use super::ingest::{Checkpoints, Ingest, Meta, SpaceReservation};
 use super::{Store, content_path};
 use crate::oci::{Digest, Hasher};
 
 /// Leftovers kept at a time; the oldest goes first.
-const LEFTOVERS_MAX: usize = 32;
+const PARTIALS_MAX: usize = 32;
 
 /// Their bytes together.
-const LEFTOVER_BYTES_MAX: u64 = 16 * 1024 * 1024 * 1024;
+const PARTIAL_BYTES_MAX: u64 = 16 * 1024 * 1024 * 1024;
 
 /// One that was written to longer ago than this is not continued after a start.
-const LEFTOVER_AGE_MAX: Duration = Duration::from_secs(24 * 60 * 60);
+const PARTIAL_AGE_MAX: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// The marks of a blob of 128 GiB and more; a longer list is not read.
-const MARKS_BYTES_MAX: u64 = 16 * 1024 * 1024;
+const CHECKPOINTS_BYTES_MAX: u64 = 16 * 1024 * 1024;
 
 impl Store {
     /// Takes what an interrupted download of `digest` left, if anything usable: nobody else gets it meanwhile.
-    pub fn leftover(&self, digest: &Digest) -> Option<Leftover> {
-        let mut leftover = Leftover::take(&self.blobs, digest)?;
-        let bytes = leftover.size.unwrap_or(leftover.bytes());
+    pub fn take_partial(&self, digest: &Digest) -> Option<PartialDownload> {
+        let mut partial = PartialDownload::take(&self.blobs, digest)?;
+        let bytes = partial.size.unwrap_or(partial.bytes());
         // Without room for the whole it waits for the next one.
-        leftover.room = Some(Space::of(&self.evictor, bytes).ok()?);
-        Some(leftover)
+        partial.reservation = Some(SpaceReservation::of(&self.evictor, bytes).ok()?);
+        Some(partial)
     }
 
     /// Removes all leftovers; says how many bytes they had.
-    pub fn remove_leftovers(&self) -> u64 {
-        let leftovers = std::mem::take(&mut *self.blobs.leftovers.kept());
+    pub fn remove_partials(&self) -> u64 {
+        let partials = std::mem::take(&mut *self.blobs.partials.entries());
         let fs = self.blobs.fs.as_ref();
-        leftovers.iter().map(|kept| kept.remove(fs)).sum()
+        partials.iter().map(|entry| entry.remove(fs)).sum()
     }
 }
 
 /// What an interrupted download left. Dropped unused, it is there for the next one.
-pub struct Leftover {
+pub struct PartialDownload {
     blobs: Arc<Blobs>,
-    kept: Option<Kept>,
+    entry: Option<PartialEntry>,
     size: Option<u64>,
     file: Arc<dyn FsFile>,
-    list: Marks,
-    marks: Vec<Mark>,
+    list: Checkpoints,
+    checkpoints: Vec<Checkpoint>,
     /// For the whole.
-    room: Option<Space>,
+    reservation: Option<SpaceReservation>,
 }
 
 /// So many bytes have this digest.
-struct Mark {
+struct Checkpoint {
     bytes: u64,
     digest: Digest,
 }
@@ -78,7 +78,7 @@ pub struct Resumed {
     pub written: u64,
 }
 
-impl fmt::Debug for Leftover {
+impl fmt::Debug for PartialDownload {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Leftover")
             .field("bytes", &self.bytes())
@@ -94,39 +94,39 @@ impl fmt::Debug for Resumed {
     }
 }
 
-impl Leftover {
+impl PartialDownload {
     fn take(blobs: &Arc<Blobs>, digest: &Digest) -> Option<Self> {
-        let kept = blobs.leftovers.take(digest)?;
+        let entry = blobs.partials.take(digest)?;
         let read = || {
-            let (fs, folder) = (blobs.fs.as_ref(), kept.folder());
+            let (fs, folder) = (blobs.fs.as_ref(), entry.folder());
             let meta: Meta = decode(&fs.read_file(&folder.join("meta"), RECORD_BYTES_MAX).ok()?)?;
             let file = fs.open_for_writing(&folder.join("data")).ok()?;
             let list = fs.open_for_writing(&folder.join("marks")).ok()?;
-            let text = read_all(list.as_ref(), MARKS_BYTES_MAX).ok()?;
+            let text = read_all(list.as_ref(), CHECKPOINTS_BYTES_MAX).ok()?;
             let below = meta
                 .size
                 .unwrap_or(u64::MAX)
                 .min(file.size().ok()?.saturating_add(1));
-            let (marks, length) = read_marks(&text, below);
-            let list = Marks {
+            let (checkpoints, length) = read_checkpoints(&text, below);
+            let list = Checkpoints {
                 file: Some(list),
                 length,
-                last: marks.last()?.bytes,
+                last: checkpoints.last()?.bytes,
             };
-            Some((meta.size, file, list, marks))
+            Some((meta.size, file, list, checkpoints))
         };
-        let Some((size, file, list, marks)) = read() else {
-            kept.remove(blobs.fs.as_ref());
+        let Some((size, file, list, checkpoints)) = read() else {
+            entry.remove(blobs.fs.as_ref());
             return None;
         };
         Some(Self {
             blobs: Arc::clone(blobs),
-            kept: Some(kept),
+            entry: Some(entry),
             size,
             file,
             list,
-            marks,
-            room: None,
+            checkpoints,
+            reservation: None,
         })
     }
 
@@ -140,50 +140,50 @@ impl Leftover {
         self.size
     }
 
-    /// The file, for readers of what is proven by [`Self::read_again`].
+    /// The file, for readers of what is proven by [`Self::reverify`].
     pub fn file(&self) -> Arc<dyn FsFile> {
         Arc::clone(&self.file)
     }
 
     /// Removes it: it is of no use.
     pub fn discard(mut self) {
-        if let Some(kept) = self.kept.take() {
-            kept.remove(self.blobs.fs.as_ref());
+        if let Some(entry) = self.entry.take() {
+            entry.remove(self.blobs.fs.as_ref());
         }
     }
 
     /// Reads it from the start, as far as it agrees with its marks; `proven` hears of each mark that does. Blocks for as
     /// long as the disk and the hash take. `None` if it was discarded.
-    pub fn read_again(mut self, mut proven: impl FnMut(u64)) -> Option<Resumed> {
-        let (room, kept) = (self.room.take()?, self.kept.take()?);
-        let mut hasher = Hasher::new(kept.digest.algorithm());
+    pub fn reverify(mut self, mut proven: impl FnMut(u64)) -> Option<Resumed> {
+        let (reservation, entry) = (self.reservation.take()?, self.entry.take()?);
+        let mut hasher = Hasher::new(entry.digest.algorithm());
         let (mut good, mut written) = (hasher.clone(), 0);
-        let mut buffer = vec![0; STEP_BYTES];
-        for mark in &self.marks {
+        let mut buffer = vec![0; READ_CHUNK_BYTES];
+        for checkpoint in &self.checkpoints {
             let read = read_span(
                 self.file.as_ref(),
-                (written, mark.bytes),
+                (written, checkpoint.bytes),
                 &mut buffer,
                 &mut hasher,
             );
-            if read.is_err() || hasher.clone().finish() != mark.digest {
-                tracing::warn!(digest = %kept.digest, from = written, "what an interrupted download left is damaged; it is fetched again from there");
+            if read.is_err() || hasher.clone().finish() != checkpoint.digest {
+                tracing::warn!(digest = %entry.digest, from = written, "what an interrupted download left is damaged; it is fetched again from there");
                 break;
             }
-            (good, written) = (hasher.clone(), mark.bytes);
+            (good, written) = (hasher.clone(), checkpoint.bytes);
             proven(written);
         }
         let ingest = Ingest {
             blobs: Arc::clone(&self.blobs),
-            digest: kept.digest,
-            folder: kept.folder(),
+            digest: entry.digest,
+            folder: entry.folder(),
             file: Arc::clone(&self.file),
-            marks: Marks {
+            checkpoints: Checkpoints {
                 last: written,
                 ..self.list.clone()
             },
-            is_left: false,
-            room,
+            is_suspended: false,
+            reservation,
         };
         Some(Resumed {
             ingest,
@@ -193,10 +193,10 @@ impl Leftover {
     }
 }
 
-impl Drop for Leftover {
+impl Drop for PartialDownload {
     fn drop(&mut self) {
-        if let Some(kept) = self.kept.take() {
-            self.blobs.leftovers.put(self.blobs.fs.as_ref(), kept);
+        if let Some(entry) = self.entry.take() {
+            self.blobs.partials.put(self.blobs.fs.as_ref(), entry);
         }
     }
 }
@@ -210,7 +210,7 @@ fn read_span(
 ) -> io::Result<()> {
     while at < until {
         let wanted = usize::try_from(until - at)
-            .unwrap_or(STEP_BYTES)
+            .unwrap_or(READ_CHUNK_BYTES)
             .min(buffer.len());
         let space = buffer.get_mut(..wanted).unwrap_or_default();
         let read = match file.read_at(space, at) {
@@ -228,38 +228,41 @@ fn read_span(
 
 /// The marks below `size`, and the length of the text that they are in. A later one takes back those that are not before
 /// it; behind a line that is none, nothing counts.
-fn read_marks(text: &[u8], size: u64) -> (Vec<Mark>, u64) {
-    let (mut marks, mut length) = (Vec::<Mark>::new(), 0);
+fn read_checkpoints(text: &[u8], size: u64) -> (Vec<Checkpoint>, u64) {
+    let (mut checkpoints, mut length) = (Vec::<Checkpoint>::new(), 0);
     for line in text.split_inclusive(|byte| *byte == b'\n') {
-        let mark = line.strip_suffix(b"\n").and_then(|line| {
+        let checkpoint = line.strip_suffix(b"\n").and_then(|line| {
             let (bytes, digest) = std::str::from_utf8(line).ok()?.split_once(' ')?;
-            Some(Mark {
+            Some(Checkpoint {
                 bytes: bytes.parse().ok()?,
                 digest: digest.parse().ok()?,
             })
         });
-        let Some(mark) = mark else { break };
+        let Some(checkpoint) = checkpoint else { break };
         length += line.len() as u64;
-        while marks.last().is_some_and(|before| before.bytes >= mark.bytes) {
-            marks.pop();
+        while checkpoints
+            .last()
+            .is_some_and(|before| before.bytes >= checkpoint.bytes)
+        {
+            checkpoints.pop();
         }
-        if mark.bytes < size {
-            marks.push(mark);
+        if checkpoint.bytes < size {
+            checkpoints.push(checkpoint);
         }
     }
-    (marks, length)
+    (checkpoints, length)
 }
 
 /// The leftovers nobody has taken, the oldest first.
 #[derive(Default)]
-pub(super) struct Leftovers(Mutex<Vec<Kept>>);
+pub(super) struct PartialDownloads(Mutex<Vec<PartialEntry>>);
 
-pub(super) struct Kept {
+pub(super) struct PartialEntry {
     pub(super) digest: Digest,
     pub(super) bytes: u64,
 }
 
-impl Kept {
+impl PartialEntry {
     pub(super) fn folder(&self) -> PathBuf {
         let mut name = self.digest.algorithm().to_string();
         let _ = write!(name, "-{}", self.digest.hex());
@@ -274,7 +277,7 @@ impl Kept {
     }
 }
 
-impl Leftovers {
+impl PartialDownloads {
     /// Looks through what an earlier process was writing: what can be continued is kept, the rest is removed.
     pub(super) fn find(fs: &dyn FileSystem, now: SystemTime) -> Self {
         let entries = fs.list(Path::new(INGEST_DIR)).unwrap_or_default();
@@ -282,58 +285,62 @@ impl Leftovers {
         for entry in entries {
             let path = Path::new(INGEST_DIR).join(&entry.name);
             match identify(fs, &path, now).filter(|_| entry.is_folder) {
-                Some((kept, written_at)) => found.push((written_at, path, kept)),
+                Some((entry, written_at)) => found.push((written_at, path, entry)),
                 None => remove(fs, &path, entry.is_folder),
             }
         }
         found.sort_by_key(|(written_at, ..)| *written_at);
-        let leftovers = Self::default();
-        for (_, path, kept) in found {
-            let folder = kept.folder();
+        let partials = Self::default();
+        for (_, path, entry) in found {
+            let folder = entry.folder();
             if path == folder
                 || (fs.list(&folder).is_ok_and(|there| there.is_empty()) && fs.rename(&path, &folder).is_ok())
             {
-                leftovers.put(fs, kept);
+                partials.put(fs, entry);
             } else {
                 remove(fs, &path, true);
             }
         }
-        leftovers
+        partials
     }
 
-    pub(super) fn put(&self, fs: &dyn FileSystem, kept: Kept) {
-        let mut all = self.kept();
-        all.retain(|other| other.digest != kept.digest);
-        all.push(kept);
-        let bytes = |all: &Vec<Kept>| all.iter().map(|kept| kept.bytes).sum::<u64>();
-        while all.len() > LEFTOVERS_MAX || (bytes(&all) > LEFTOVER_BYTES_MAX && all.len() > 1) {
+    pub(super) fn put(&self, fs: &dyn FileSystem, entry: PartialEntry) {
+        let mut all = self.entries();
+        all.retain(|other| other.digest != entry.digest);
+        all.push(entry);
+        let bytes = |all: &Vec<PartialEntry>| all.iter().map(|entry| entry.bytes).sum::<u64>();
+        while all.len() > PARTIALS_MAX || (bytes(&all) > PARTIAL_BYTES_MAX && all.len() > 1) {
             all.remove(0).remove(fs);
         }
     }
 
-    fn take(&self, digest: &Digest) -> Option<Kept> {
-        let mut all = self.kept();
-        let place = all.iter().position(|kept| kept.digest == *digest)?;
+    fn take(&self, digest: &Digest) -> Option<PartialEntry> {
+        let mut all = self.entries();
+        let place = all.iter().position(|entry| entry.digest == *digest)?;
         Some(all.remove(place))
     }
 
     /// The list is whole between any two statements under its lock, so a poisoned lock is as good as another.
-    fn kept(&self) -> MutexGuard<'_, Vec<Kept>> {
+    fn entries(&self) -> MutexGuard<'_, Vec<PartialEntry>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 /// Which blob the ingest in `folder` is of, and when it was written; `None` for one that is of no use.
-fn identify(fs: &dyn FileSystem, folder: &Path, now: SystemTime) -> Option<(Kept, Option<SystemTime>)> {
+fn identify(
+    fs: &dyn FileSystem,
+    folder: &Path,
+    now: SystemTime,
+) -> Option<(PartialEntry, Option<SystemTime>)> {
     let meta: Meta = decode(&fs.read_file(&folder.join("meta"), RECORD_BYTES_MAX).ok()?)?;
     let digest: Digest = meta.digest.parse().ok()?;
     let data = folder.join("data");
     let bytes = fs.open(&data).and_then(|file| file.size()).ok()?;
     let written_at = fs.modified(&data).ok()?;
-    let is_old = written_at.is_some_and(|at| now.duration_since(at).is_ok_and(|age| age > LEFTOVER_AGE_MAX));
+    let is_old = written_at.is_some_and(|at| now.duration_since(at).is_ok_and(|age| age > PARTIAL_AGE_MAX));
     let is_held = fs.open(&content_path(TREE, &digest)).is_ok();
     let has_marks = fs.open(&folder.join("marks")).is_ok();
-    (has_marks && !is_old && !is_held).then_some((Kept { digest, bytes }, written_at))
+    (has_marks && !is_old && !is_held).then_some((PartialEntry { digest, bytes }, written_at))
 }
 
 fn remove(fs: &dyn FileSystem, path: &Path, is_folder: bool) {

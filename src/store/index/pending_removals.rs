@@ -10,44 +10,44 @@ pub(super) const REMOVALS_MAX: usize = 4096;
 
 /// The removals that wait for room in the queue.
 #[derive(Default)]
-pub(super) struct Unsent {
+pub(super) struct PendingRemovals {
     /// Of `removals`, and one more where the index is to be made anew: most of the time there is nothing to look for.
     count: AtomicUsize,
-    removals: Mutex<Removals>,
+    removals: Mutex<RemovalSet>,
 }
 
 #[derive(Default)]
-pub(super) struct Removals {
+pub(super) struct RemovalSet {
     keys: HashSet<Vec<u8>>,
     /// There were too many.
-    is_over: bool,
+    is_overflowed: bool,
 }
 
-impl Unsent {
+impl PendingRemovals {
     pub(super) fn is_empty(&self) -> bool {
         self.count.load(Ordering::Acquire) == 0
     }
 
     /// Changes the removals. What is sent meanwhile comes in the order of these changes.
-    pub(super) fn change<T>(&self, change: impl FnOnce(&mut Removals) -> T) -> T {
+    pub(super) fn change<T>(&self, change: impl FnOnce(&mut RemovalSet) -> T) -> T {
         let mut removals = self.lock();
         let changed = change(&mut removals);
-        let count = removals.keys.len() + usize::from(removals.is_over);
+        let count = removals.keys.len() + usize::from(removals.is_overflowed);
         self.count.store(count, Ordering::Release);
         changed
     }
 
-    fn lock(&self) -> MutexGuard<'_, Removals> {
+    fn lock(&self) -> MutexGuard<'_, RemovalSet> {
         self.removals.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Removals {
+impl RemovalSet {
     pub(super) fn add(&mut self, key: Vec<u8>) {
         if self.keys.len() < REMOVALS_MAX {
             self.keys.insert(key);
         } else {
-            self.is_over |= !self.keys.contains(&key);
+            self.is_overflowed |= !self.keys.contains(&key);
         }
     }
 
@@ -56,8 +56,8 @@ impl Removals {
     }
 
     /// Whether the index is to be made anew, and not to be read before.
-    pub(super) fn is_over(&self) -> bool {
-        self.is_over
+    pub(super) fn is_overflowed(&self) -> bool {
+        self.is_overflowed
     }
 
     /// The removal of `key` was sent, or something else was put there.

@@ -3,32 +3,32 @@
 use std::path::Path;
 use std::sync::atomic::Ordering;
 
+use super::super::access_times::ContentId;
 use super::super::fs::Entry;
 use super::super::pins::Pin;
-use super::super::plan::{Content, Image, Listed, Snapshot};
-use super::super::uses::Used;
 use super::super::{blobs, manifests};
 use super::Evictor;
+use super::plan::{Image, ManifestNode, Node, Snapshot};
 use crate::oci::manifest::MANIFEST_BYTES_MAX;
 use crate::oci::{Algorithm, AnyDigest, Digest, Manifest};
 
 impl Evictor {
-    /// What is held, and when it was used. What comes after the look is [`Uses::needed`].
-    pub(super) fn look(&self) -> Snapshot {
+    /// What is held, and when it was used. What comes after the look is [`AccessTimes::mark_needed`].
+    pub(super) fn snapshot(&self) -> Snapshot {
         let mut images = Vec::new();
         self.tags.walk_with_times(&self.stop, |key, record, modified| {
             let is_pinned = self.pins.has(&Pin::Tag(key.clone()));
             images.push(Image {
-                names: exactly(self.tags.digests_of(&key, &record)),
+                targets: exactly(self.tags.digests_of(&key, &record)),
                 // Written when what it names changed; its uses are those of its manifests.
-                used_at: self.uses.believed(modified),
+                used_at: self.access_times.plausible(modified),
                 is_pinned,
                 key,
             });
         });
         let mut listed = Vec::new();
         self.walk(manifests::TREE, |path, entry, digest| {
-            let content = self.content(Used::Manifest(digest), entry, false);
+            let content = self.content(ContentId::Manifest(digest), entry, false);
             let bytes = self.fs.read_file(path, MANIFEST_BYTES_MAX as u64).ok();
             // A damaged one leads nowhere; it is found damaged by whoever asks for it.
             let manifest = bytes.and_then(|bytes| Manifest::read(&bytes).ok());
@@ -42,7 +42,7 @@ impl Evictor {
                     });
                 (exactly(known.collect()), manifest.subject)
             });
-            listed.push(Listed {
+            listed.push(ManifestNode {
                 content,
                 children,
                 subject,
@@ -51,7 +51,7 @@ impl Evictor {
         let mut blobs = Vec::new();
         self.walk(blobs::TREE, |_, entry, digest| {
             let is_in_use = self.blobs.is_in_use(&digest);
-            blobs.push(self.content(Used::Blob(digest), entry, is_in_use));
+            blobs.push(self.content(ContentId::Blob(digest), entry, is_in_use));
         });
         Snapshot {
             images,
@@ -60,13 +60,13 @@ impl Evictor {
         }
     }
 
-    fn content(&self, used: Used, entry: &Entry, is_in_use: bool) -> Content {
-        let (Used::Blob(digest) | Used::Manifest(digest)) = used;
-        Content {
+    fn content(&self, used: ContentId, entry: &Entry, is_in_use: bool) -> Node {
+        let (ContentId::Blob(digest) | ContentId::Manifest(digest)) = used;
+        Node {
             digest,
             bytes: entry.size,
-            used_at: self.uses.last(used, entry.modified),
-            is_kept: is_in_use || self.pins.has(&Pin::Digest(digest)),
+            used_at: self.access_times.last_access(used, entry.modified),
+            is_protected: is_in_use || self.pins.has(&Pin::Digest(digest)),
         }
     }
 

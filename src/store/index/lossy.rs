@@ -3,8 +3,8 @@
 
 use std::sync::{Arc, Mutex};
 
-use super::thread::Home;
-use super::{Index, IndexFault, MemoryIndex, Pair};
+use super::handle::Location;
+use super::{Index, IndexError, MemoryIndex, Pair};
 
 /// What a crash leaves of the index.
 #[derive(Clone, Default)]
@@ -12,12 +12,12 @@ pub(in crate::store) struct Flushed(Arc<Mutex<MemoryIndex>>);
 
 impl Flushed {
     /// An index with what was flushed.
-    pub(in crate::store) fn home(&self) -> Home {
+    pub(in crate::store) fn location(&self) -> Location {
         let index = LosingIndex {
             written: self.0.lock().unwrap().clone(),
             flushed: self.clone(),
         };
-        Home::Given(Mutex::new(Some(Box::new(index))))
+        Location::Given(Mutex::new(Some(Box::new(index))))
     }
 
     /// What a crash at this moment leaves.
@@ -32,23 +32,23 @@ struct LosingIndex {
 }
 
 impl Index for LosingIndex {
-    fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, IndexFault> {
+    fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, IndexError> {
         self.written.get(key)
     }
-    fn put(&mut self, key: &[u8], value: &[u8]) -> Result<(), IndexFault> {
+    fn put(&mut self, key: &[u8], value: &[u8]) -> Result<(), IndexError> {
         self.written.put(key, value)
     }
-    fn remove(&mut self, key: &[u8]) -> Result<(), IndexFault> {
+    fn remove(&mut self, key: &[u8]) -> Result<(), IndexError> {
         self.written.remove(key)
     }
-    fn scan(&self, prefix: &[u8], after: &[u8], limit: usize) -> Result<Vec<Pair>, IndexFault> {
+    fn scan(&self, prefix: &[u8], after: &[u8], limit: usize) -> Result<Vec<Pair>, IndexError> {
         self.written.scan(prefix, after, limit)
     }
-    fn sync(&mut self) -> Result<(), IndexFault> {
+    fn sync(&mut self) -> Result<(), IndexError> {
         *self.flushed.0.lock().unwrap() = self.written.clone();
         Ok(())
     }
-    fn abandon(self: Box<Self>, _: &IndexFault) -> bool {
+    fn abandon(self: Box<Self>, _: &IndexError) -> bool {
         true
     }
 }

@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 
-use super::{Index, IndexFault};
+use super::{Index, IndexError};
 
 /// How much is remembered; an outage of the index in which more is written costs its content.
 const BYTES_MAX: usize = 16 * 1024 * 1024;
@@ -14,20 +14,20 @@ const BYTES_MAX: usize = 16 * 1024 * 1024;
 const PAIR_BYTES: usize = 128;
 
 #[derive(Default)]
-pub(super) struct Interim {
+pub(super) struct WriteBuffer {
     /// `None` is a removal.
     pairs: BTreeMap<Vec<u8>, Option<Vec<u8>>>,
     bytes: usize,
-    is_over: bool,
+    is_overflowed: bool,
 }
 
-impl Interim {
+impl WriteBuffer {
     /// `value` with its checksum, or its removal.
     pub(super) fn write(&mut self, key: Vec<u8>, value: Option<Vec<u8>>) {
         let added = PAIR_BYTES + key.len() + value.as_ref().map_or(0, Vec::len);
-        if self.is_over || self.bytes + added > BYTES_MAX {
+        if self.is_overflowed || self.bytes + added > BYTES_MAX {
             *self = Self {
-                is_over: true,
+                is_overflowed: true,
                 ..Self::default()
             };
             return;
@@ -42,12 +42,12 @@ impl Interim {
     }
 
     /// Whether more was written than is remembered: the index has missed removals.
-    pub(super) fn is_over(&self) -> bool {
-        self.is_over
+    pub(super) fn is_overflowed(&self) -> bool {
+        self.is_overflowed
     }
 
     /// Puts all of it into `index`; to be dropped once that is done.
-    pub(super) fn replay(&self, index: &mut dyn Index) -> Result<(), IndexFault> {
+    pub(super) fn replay(&self, index: &mut dyn Index) -> Result<(), IndexError> {
         for (key, value) in &self.pairs {
             match value {
                 Some(value) => index.put(key, value)?,
