@@ -160,7 +160,7 @@ pub fn rotate(config: &Config, clock: Clock) -> Result<PathBuf, RotateError> {
         folder: new.clone(),
         names: config.tls.names.clone(),
         constrained: config.tls.constrained,
-        own: None,
+        certificate: None,
     };
     ServerTls::prepare(&tls, &addresses, config.hosts(), &[], clock)?;
     let old = folder.join(format!("old-{}", stamp(clock.now())));

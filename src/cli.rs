@@ -13,7 +13,9 @@ use clap::{Args, CommandFactory as _, Parser, Subcommand};
 pub use clap_complete::Shell;
 
 use crate::ca::Store;
-use crate::config::{self, Config, DATA_OF_ROOT, Fault, Faults, Flag, Place, Sources, TEXT_BYTES_MAX};
+use crate::config::{
+    self, Config, Diagnostic, Diagnostics, Flag, Location, ROOT_DATA_DIR, Sources, TEXT_BYTES_MAX,
+};
 use crate::setup::Client;
 
 /// Read when neither `--config` nor `IFNEWER_CONFIG` names a file; it need not exist.
@@ -324,16 +326,19 @@ pub fn collector() -> Option<(String, String)> {
 }
 
 /// Reads the file, the environment and the flags. Called again on SIGHUP.
-pub fn load(options: &Options) -> Result<Config, Faults> {
+pub fn load(options: &Options) -> Result<Config, Diagnostics> {
     gathered(options, Config::gather)
 }
 
 /// The settings in effect, from the same sources.
-pub fn settings(options: &Options) -> Result<config::Settings, Faults> {
+pub fn settings(options: &Options) -> Result<config::Settings, Diagnostics> {
     gathered(options, config::Settings::read)
 }
 
-fn gathered<T>(options: &Options, read: impl FnOnce(&Sources<'_>) -> Result<T, Faults>) -> Result<T, Faults> {
+fn gathered<T>(
+    options: &Options,
+    read: impl FnOnce(&Sources<'_>) -> Result<T, Diagnostics>,
+) -> Result<T, Diagnostics> {
     #[allow(
         clippy::disallowed_methods,
         reason = "the one place where the environment is read for the configuration"
@@ -347,8 +352,8 @@ fn gathered_from<T>(
     options: &Options,
     environment: impl Iterator<Item = (OsString, OsString)>,
     is_root: bool,
-    read: impl FnOnce(&Sources<'_>) -> Result<T, Faults>,
-) -> Result<T, Faults> {
+    read: impl FnOnce(&Sources<'_>) -> Result<T, Diagnostics>,
+) -> Result<T, Diagnostics> {
     let mut variables = Vec::new();
     let mut surroundings = Surroundings {
         is_root,
@@ -363,7 +368,7 @@ fn gathered_from<T>(
                 Ok(value) => variables.push((name.to_owned(), value)),
                 Err(_) => {
                     return Err(fault(
-                        Place::Variable(name.to_owned()),
+                        Location::Variable(name.to_owned()),
                         name,
                         "the value is not UTF-8",
                         None,
@@ -385,7 +390,7 @@ fn gathered_from<T>(
     let here = Path::new(CERTIFICATES_HERE);
     read(&Sources {
         data,
-        certificates_here: may_be_ours(here).then(|| here.to_owned()),
+        working_dir_certs: may_be_ours(here).then(|| here.to_owned()),
         text: &text,
         origin: &origin,
         variables,
@@ -424,13 +429,13 @@ impl Surroundings {
         let of_user = || usable(&self.cache).or_else(|| usable(&self.home).map(|home| home.join(".cache")));
         match of_user() {
             Some(cache) if !self.is_root => cache.join("ifnewer"),
-            _ => PathBuf::from(DATA_OF_ROOT),
+            _ => PathBuf::from(ROOT_DATA_DIR),
         }
     }
 }
 
 /// The file's name and text; both empty without one.
-fn read_config(given: Option<&Path>) -> Result<(PathBuf, String), Faults> {
+fn read_config(given: Option<&Path>) -> Result<(PathBuf, String), Diagnostics> {
     let path = given.unwrap_or(Path::new(CONFIG_OF_SYSTEM));
     let mut bytes = Vec::new();
     let read = std::fs::File::open(path)
@@ -444,7 +449,7 @@ fn read_config(given: Option<&Path>) -> Result<(PathBuf, String), Faults> {
             let help = given
                 .map(|_| "`ifnewer` needs no file: without --config the built-in settings hold".to_owned());
             return Err(fault(
-                Place::File(path.to_owned()),
+                Location::File(path.to_owned()),
                 "",
                 &format!("cannot be read: {error}"),
                 help,
@@ -453,13 +458,18 @@ fn read_config(given: Option<&Path>) -> Result<(PathBuf, String), Faults> {
     }
     match String::from_utf8(bytes) {
         Ok(text) => Ok((path.to_owned(), text)),
-        Err(_) => Err(fault(Place::File(path.to_owned()), "", "is not UTF-8 text", None)),
+        Err(_) => Err(fault(
+            Location::File(path.to_owned()),
+            "",
+            "is not UTF-8 text",
+            None,
+        )),
     }
 }
 
-fn fault(place: Place, key: &str, message: &str, help: Option<String>) -> Faults {
-    Faults::one(Fault {
-        place,
+fn fault(place: Location, key: &str, message: &str, help: Option<String>) -> Diagnostics {
+    Diagnostics::one(Diagnostic {
+        location: place,
         key: key.to_owned(),
         message: message.to_owned(),
         help,

@@ -13,24 +13,24 @@
 //! * `files`: the files that are named. * `entry`: who may come in at all.
 //! * `fault`: how a mistake is told; `summary`: what is in effect, in words; `effective`: key by key, and from where.
 
+mod access;
 mod address;
-mod build;
+mod diagnostic;
 mod document;
-mod effective;
-mod entry;
-mod fault;
+mod env;
 mod files;
-mod keys;
 mod limits;
-mod names;
+mod load;
 mod network;
+mod parsers;
+mod schema;
+mod show;
 mod summary;
 mod table;
 #[cfg(test)]
 mod tests;
 mod upstream;
-mod value;
-mod variable;
+mod validate;
 
 use std::collections::HashSet;
 use std::net::SocketAddr;
@@ -38,25 +38,25 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+pub use access::{AccessConfig, Allow, User};
 pub use address::{canonical, host_part};
-pub use effective::{Settings, reference};
-pub use entry::{Allow, Entry, User};
-pub use fault::{Fault, Faults, Place};
-pub use keys::{KEYS, Key, Section};
-pub use network::{Network, Tunnel};
+pub use diagnostic::{Diagnostic, Diagnostics, Location};
+pub use env::Flag;
+pub use network::{Network, TunnelRule};
+pub use schema::{KEYS, Key, Section};
+pub use show::{Settings, reference};
 pub use summary::Summary;
-pub use upstream::{Access, Credential, Proxy, UpstreamConfig, WELL_KNOWN};
-pub use variable::Flag;
+pub use upstream::{AuthMode, Credential, Proxy, UpstreamConfig, WELL_KNOWN};
 
 use crate::policy::rules::Rules;
+use diagnostic::{Origin, Report};
 use document::Document;
-use fault::{At, Report};
 
 /// A configuration longer than this is something else.
 pub const TEXT_BYTES_MAX: usize = 1024 * 1024;
 
 /// Where the cache is when nobody says so. A user's own cache folder is for the command line to find.
-pub const DATA_OF_ROOT: &str = "/var/cache/ifnewer";
+pub const ROOT_DATA_DIR: &str = "/var/cache/ifnewer";
 
 /// Everything that can be configured, checked.
 #[derive(Clone, Debug)]
@@ -70,11 +70,11 @@ pub struct Config {
     /// Our certificates.
     pub tls: Tls,
     /// Who may come in at all; `None`: whoever reaches the listener.
-    pub entry: Option<Entry>,
+    pub access: Option<AccessConfig>,
     /// Where `CONNECT` may lead besides the upstreams.
-    pub tunnels: Vec<Tunnel>,
+    pub tunnels: Vec<TunnelRule>,
     /// How much is kept.
-    pub store: StoreSize,
+    pub store: StoreLimits,
     /// The registries that exist. Their names and hosts are all different.
     pub upstreams: Vec<UpstreamConfig>,
     /// Which rule holds for an image.
@@ -95,7 +95,7 @@ pub struct Listen {
     /// From where a connection begins with a PROXY protocol header, which is believed.
     pub proxy_protocol_from: Vec<Network>,
     /// Who may speak without TLS.
-    pub plain: Plain,
+    pub plain_http: PlainHttp,
     /// Where the admin API is.
     pub admin: Admin,
     /// The file with the token that it asks for. Read where it is used.
@@ -104,13 +104,13 @@ pub struct Listen {
 
 /// Who may speak without TLS.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Plain {
+pub enum PlainHttp {
     /// Clients on this machine.
     Loopback,
     /// Everyone.
     Any,
-    /// No one.
-    Nobody,
+    /// No client.
+    Off,
 }
 
 /// Where the admin API is.
@@ -134,12 +134,12 @@ pub struct Tls {
     /// Whether a CA that is made may vouch only for the upstreams' hosts and our own names.
     pub constrained: bool,
     /// The operator's own server certificate, used instead of ours.
-    pub own: Option<OwnCertificate>,
+    pub certificate: Option<ServerCertificate>,
 }
 
 /// A server certificate brought by the operator. The files are read where the certificate is used.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct OwnCertificate {
+pub struct ServerCertificate {
     /// The chain, PEM.
     pub certificate: PathBuf,
     /// The private key, PEM.
@@ -148,7 +148,7 @@ pub struct OwnCertificate {
 
 /// How much is kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct StoreSize {
+pub struct StoreLimits {
     /// How much the cache may hold.
     pub bytes_max: u64,
     /// How much is left free on the disk.
@@ -187,9 +187,9 @@ pub struct Limits {
     /// Tunnels at a time.
     pub tunnels_max: usize,
     /// Requests at a time to all upstreams together.
-    pub fetches_max: usize,
+    pub downloads_max: usize,
     /// Requests at a time to one upstream.
-    pub fetches_per_upstream_max: usize,
+    pub downloads_per_upstream_max: usize,
     /// For a TLS handshake.
     pub handshake_timeout: Duration,
     /// For a request's header.
@@ -207,28 +207,28 @@ impl Limits {
     /// pull takes at most (its own, that to the upstream, and the files of what is written); a tunnel takes one besides
     /// its connection. What is left is for connections that wait, for the store and for the admin listener.
     #[must_use]
-    pub fn within(self, descriptors: usize) -> Self {
+    pub fn capped_to(self, descriptors: usize) -> Self {
         Self {
             connections_max: self.connections_max.min(descriptors / 5).max(1),
             tunnels_max: self.tunnels_max.min(descriptors / 10).max(1),
-            fetches_max: self.fetches_max.min(descriptors / 10).max(1),
+            downloads_max: self.downloads_max.min(descriptors / 10).max(1),
             ..self
         }
     }
 
     /// In words, where a process that may open only so many files has lower limits than these.
-    pub fn lowered_by(&self, descriptors: usize) -> Option<String> {
-        let few = self.within(descriptors);
+    pub fn describe_caps(&self, descriptors: usize) -> Option<String> {
+        let few = self.capped_to(descriptors);
         (few != *self).then(|| {
             format!(
                 "{descriptors} file descriptors allow {} connections (connections_max = {}), {} tunnels (tunnels_max = {}) \
-                 and {} transfers (fetches_max = {})",
+                 and {} transfers (downloads_max = {})",
                 few.connections_max,
                 self.connections_max,
                 few.tunnels_max,
                 self.tunnels_max,
-                few.fetches_max,
-                self.fetches_max
+                few.downloads_max,
+                self.downloads_max
             )
         })
     }
@@ -246,7 +246,7 @@ pub struct Sources<'a> {
     pub data: PathBuf,
     /// The folder `certs` of the working directory, if there is one that may be ours: without a file, certificates are
     /// there, else in the cache's folder.
-    pub certificates_here: Option<PathBuf>,
+    pub working_dir_certs: Option<PathBuf>,
     /// The text of the file; empty without one.
     pub text: &'a str,
     /// The file's name, for the faults and for relative paths; empty without one: then relative paths start at the
@@ -261,11 +261,11 @@ pub struct Sources<'a> {
 impl Config {
     /// Reads a text without environment and flags. `origin` names it in the faults; paths in it are relative to the
     /// folder of `origin`.
-    pub fn read(text: &str, origin: &Path) -> Result<Self, Faults> {
-        let data = PathBuf::from(DATA_OF_ROOT);
+    pub fn read(text: &str, origin: &Path) -> Result<Self, Diagnostics> {
+        let data = PathBuf::from(ROOT_DATA_DIR);
         Self::gather(&Sources {
             data,
-            certificates_here: None,
+            working_dir_certs: None,
             text,
             origin,
             variables: Vec::new(),
@@ -275,25 +275,25 @@ impl Config {
 
     /// Reads everything. All faults are told at once; only where the text is not TOML, or where values are wrong on
     /// which others depend, may mending them bring up more.
-    pub fn gather(sources: &Sources<'_>) -> Result<Self, Faults> {
+    pub fn gather(sources: &Sources<'_>) -> Result<Self, Diagnostics> {
         let mut report = Report::new(sources.text, sources.origin);
         if sources.text.len() > TEXT_BYTES_MAX {
-            report.tell(
-                &At::Span(0..0),
+            report.emit(
+                &Origin::Span(0..0),
                 "",
                 format!("longer than {TEXT_BYTES_MAX} bytes"),
                 None,
             );
-            return Err(report.into_faults());
+            return Err(report.into_diagnostics());
         }
         let mut document = Document::read(sources.text, &mut report);
-        if document.is_broken {
-            return Err(report.into_faults());
+        if document.is_malformed {
+            return Err(report.into_diagnostics());
         }
-        variable::overlay(&mut document, sources, &mut report);
-        match build::build(&document, sources, &mut report) {
+        env::apply_overrides(&mut document, sources, &mut report);
+        match load::load(&document, sources, &mut report) {
             Ok(config) if report.is_empty() => Ok(config),
-            _ => Err(report.into_faults()),
+            _ => Err(report.into_diagnostics()),
         }
     }
 
@@ -316,15 +316,15 @@ impl Config {
 
     /// The CAs of client certificates, DER.
     pub fn client_roots(&self) -> &[Vec<u8>] {
-        self.entry
+        self.access
             .as_ref()
-            .map_or(&[], |entry| entry.client_roots.as_slice())
+            .map_or(&[], |access| access.client_roots.as_slice())
     }
 
     /// The upstream of that name or host.
     pub fn upstream(&self, name_or_host: &str) -> Option<&UpstreamConfig> {
         self.upstreams
             .iter()
-            .find(|upstream| upstream.is_called(name_or_host))
+            .find(|upstream| upstream.has_name(name_or_host))
     }
 }

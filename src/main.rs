@@ -41,7 +41,7 @@ fn main() -> ExitCode {
         Command::Check => {
             let mut out = terminal::stdout(false);
             let _ = write!(out, "{}", config.summary());
-            if let Some(lowered) = config.limits.lowered_by(raise_fd_limit()) {
+            if let Some(lowered) = config.limits.describe_caps(raise_fd_limit()) {
                 let _ = writeln!(
                     out,
                     "\nlimits    a process started from here has lower ones: {lowered}"

@@ -55,11 +55,11 @@ pub struct CacheState {
     /// What the upstream said to the question, once it was put.
     pub revalidation: Revalidation,
     /// What to do when the upstream says that the tag is gone.
-    pub absent: OnNotFound,
+    pub on_not_found: OnNotFound,
     /// For how long after a confirmation a tag is served without asking.
-    pub fresh: Duration,
+    pub max_age: Duration,
     /// For how long after a confirmation a tag is served while the upstream is silent; `None`: forever.
-    pub stale: Option<Duration>,
+    pub stale_if_error: Option<Duration>,
     /// The time of the request.
     pub now: SystemTime,
 }
@@ -83,7 +83,7 @@ impl CacheState {
         };
         Self {
             policy,
-            fresh: Duration::ZERO,
+            max_age: Duration::ZERO,
             ..self
         }
     }
@@ -95,7 +95,7 @@ impl CacheState {
     /// Whether the copy of a tag may be served without asking. A copy that was confirmed in the future is none: asking
     /// costs one question.
     fn is_fresh(&self, cached: CachedEntry) -> bool {
-        !cached.is_moved && age::is_within(cached.confirmed_at, self.fresh, self.now)
+        !cached.is_moved && age::is_within(cached.confirmed_at, self.max_age, self.now)
     }
 
     /// What counts of the rest. By digest nothing better exists than what is cached, and its reader asks for the parts it
@@ -172,7 +172,7 @@ impl OnNotFound {
     pub fn name(self) -> &'static str {
         match self {
             Self::Refuse => "refuse",
-            Self::ServeStale => "serve",
+            Self::ServeStale => "serve-stale",
         }
     }
 }
@@ -384,7 +384,7 @@ fn on_no_digest(s: &CacheState) -> Decision {
 
 /// Some registries answer 404 where they mean 403, so a 404 never helps a principal that was not vouched for before.
 fn on_not_found(s: &CacheState) -> Decision {
-    let keep = s.absent == OnNotFound::ServeStale
+    let keep = s.on_not_found == OnNotFound::ServeStale
         && s.authorization != Authorization::Unknown
         && s.policy != Policy::Always;
     match s.cached {
@@ -410,7 +410,7 @@ fn on_cache_credential_rejected(s: &CacheState) -> Decision {
     }
 }
 
-/// The upstream gave no usable answer: the held copy, for those entitled, within `stale`.
+/// The upstream gave no usable answer: the held copy, for those entitled, within `stale_if_error`.
 fn on_unavailable(s: &CacheState, cause: UpstreamFailure, reason: HitReason) -> Decision {
     let Some(cached) = s.cached else {
         return Decision::Deny(DenyReason::UpstreamUnavailable(cause));
@@ -429,7 +429,7 @@ fn on_unavailable(s: &CacheState, cause: UpstreamFailure, reason: HitReason) -> 
     };
     match s.kind {
         ContentKind::Manifest | ContentKind::Blob => Decision::Serve(HitReason::ExpiredGrant(cause)),
-        ContentKind::Tag => match s.stale {
+        ContentKind::Tag => match s.stale_if_error {
             Some(limit) if !age::is_within_or_ahead(confirmed_at, limit, s.now) => {
                 Decision::Deny(DenyReason::StaleLimitExceeded(cause))
             }

@@ -17,7 +17,7 @@ use zeroize::Zeroizing;
 
 use crate::admin::{self, Admin, AdminAuth, AdminDeps, TokenError};
 use crate::clock::Clock;
-use crate::config::{self, Config, Faults, Limits};
+use crate::config::{self, Config, Diagnostics, Limits};
 use crate::download::Downloads;
 use crate::oci::digest::hmac_sha256;
 use crate::server::accept::Accepting;
@@ -90,7 +90,7 @@ pub async fn serve(
     config: Config,
     inherited: Passed,
     descriptors: usize,
-    reload: impl Fn() -> Result<Config, Faults>,
+    reload: impl Fn() -> Result<Config, Diagnostics>,
     clock: Clock,
     telemetry: Telemetry,
 ) -> Result<(), RunError> {
@@ -106,7 +106,7 @@ pub async fn serve(
         clock,
     };
     let (buffers, egress) = (BufferPool::default(), Egress::default());
-    let downloads = Downloads::new(Arc::clone(&store), buffers.clone(), limits.fetches_max);
+    let downloads = Downloads::new(Arc::clone(&store), buffers.clone(), limits.downloads_max);
     let shared = SharedState::new(&store, &downloads, &context);
     let build = |config: &Config| registry(config, &shared, &context);
     let registry = build(&config)?;
@@ -129,7 +129,7 @@ pub async fn serve(
     let accepting = Accepting::new(
         front,
         Arc::clone(&tls),
-        config.listen.plain,
+        config.listen.plain_http,
         limits,
         shutdown.clone(),
     );
@@ -146,7 +146,11 @@ pub async fn serve(
         offline: context.offline.clone(),
         auth: AdminAuth::new(token, config.tls.names.clone(), process_secret(&store, clock)),
         tls: Arc::clone(&tls),
-        ca: config.tls.own.is_none().then(|| config.tls.folder.join("ca.pem")),
+        ca: config
+            .tls
+            .certificate
+            .is_none()
+            .then(|| config.tls.folder.join("ca.pem")),
         registry_addresses,
         ending: shutdown.clone(),
         connections_max: admin::connections_max(descriptors),
@@ -225,12 +229,12 @@ fn certificates(config: &Config, addresses: &[IpAddr], clock: Clock) -> Result<S
 
 /// The limits that a process with so few descriptors can keep.
 fn cap_limits_to_descriptors(config: &Config, descriptors: usize) -> Limits {
-    let limits = config.limits.within(descriptors);
+    let limits = config.limits.capped_to(descriptors);
     if limits != config.limits {
         tracing::warn!(
             descriptors,
             connections = limits.connections_max,
-            fetches = limits.fetches_max,
+            downloads = limits.downloads_max,
             "the process may open few files, which lowers [limits]; raise LimitNOFILE= of its unit"
         );
     }
@@ -273,7 +277,7 @@ fn restore_offline_mode(store: &Store) -> Offline {
     offline
 }
 
-fn log_config_error(loaded: Result<Config, Faults>) -> Option<Config> {
+fn log_config_error(loaded: Result<Config, Diagnostics>) -> Option<Config> {
     loaded
         .inspect_err(|faults| {
             tracing::error!("the new configuration is wrong; the old one stays:\n{faults}");
@@ -361,12 +365,12 @@ fn print_listening(what: &str, address: &str) {
 
 fn warn_restart_needed(old: &Config, new: &Config) {
     let limits = |config: &Config| Limits {
-        fetches_per_upstream_max: 0,
+        downloads_per_upstream_max: 0,
         ..config.limits
     };
     if old.data != new.data || old.listen != new.listen || limits(old) != limits(new) {
         tracing::warn!(
-            "`data`, [listen] and [limits] but fetches_per_upstream_max take effect at the next start"
+            "`data`, [listen] and [limits] but downloads_per_upstream_max take effect at the next start"
         );
     }
 }

@@ -209,8 +209,8 @@ impl ServeReason {
         match self {
             Self::Cached(served) => served.name(),
             Self::Fetched(why) => why.name(),
-            Self::Collapsed => "joined",
-            Self::Passthrough => "passed",
+            Self::Collapsed => "collapsed",
+            Self::Passthrough => "passthrough",
         }
     }
 }
@@ -400,8 +400,8 @@ impl AuthContext {
         now: SystemTime,
     ) -> CacheState {
         let lifetimes = crate::policy::authz::GrantTtls {
-            grant: rule.grant,
-            offline_grant: rule.offline_grant,
+            grant_ttl: rule.grant_ttl,
+            grant_ttl_offline: rule.grant_ttl_offline,
         };
         let evidence = GrantEvidence {
             is_in_repository: seen,
@@ -413,9 +413,9 @@ impl AuthContext {
             cached: held,
             authorization: crate::policy::authz::authorize(&evidence, &lifetimes, now),
             revalidation: crate::policy::Revalidation::NotDone,
-            absent: rule.absent,
-            fresh: rule.fresh,
-            stale: rule.stale,
+            on_not_found: rule.on_not_found,
+            max_age: rule.max_age,
+            stale_if_error: rule.stale_if_error,
             now,
         }
     }

@@ -75,7 +75,7 @@ impl Registry {
     pub fn activate(&self) {
         for site in self.doors.all() {
             site.upstream().activate();
-            let transfers_max = site.upstream().fetches_max();
+            let transfers_max = site.upstream().downloads_max();
             self.pull.downloads().resize_upstream(site.name(), transfers_max);
         }
     }

@@ -44,7 +44,7 @@ pub struct AccessRecord<'a> {
     /// The upstream's name; `-` where none was reached.
     pub upstream: &'a str,
     /// Through which door the client came; `-` where it was turned away before.
-    pub door: &'static str,
+    pub route: &'static str,
     /// What was asked for.
     pub kind: ResourceKind,
     /// What the client asked for: `repository:tag`, `repository@digest`, or the path where neither was understood.
@@ -217,10 +217,10 @@ impl CacheResult {
             Self::Hit => "hit",
             Self::Stale => "stale",
             Self::Miss => "miss",
-            Self::Coalesced => "coalesced",
+            Self::Coalesced => "collapsed",
             Self::Local => "local",
-            Self::Passed => "passed",
-            Self::Refused => "refused",
+            Self::Passed => "forwarded",
+            Self::Refused => "denied",
             Self::Aborted => "aborted",
             Self::Failed => "failed",
         }
@@ -382,7 +382,7 @@ impl Telemetry {
 fn log(record: &AccessRecord<'_>) {
     let AccessRecord {
         upstream,
-        door,
+        route,
         image,
         status,
         reason,
@@ -399,13 +399,13 @@ fn log(record: &AccessRecord<'_>) {
         ResourceKind::Tag | ResourceKind::Write | ResourceKind::Connect
     );
     if record.ended.is_failure() {
-        tracing::warn!(upstream, door, image, status, result, reason, cause, ended, bytes, ms, first_byte_ms, client,
+        tracing::warn!(upstream, route, image, status, result, reason, cause, ended, bytes, ms, first_byte_ms, client,
             error, %trace_id, "an answer broke off; the client was told by the connection's end");
     } else if is_pull || status >= 500 || record.ended == BodyEnd::Aborted {
-        tracing::info!(upstream, door, image, status, result, reason, cause, ended, bytes, ms, first_byte_ms, client,
+        tracing::info!(upstream, route, image, status, result, reason, cause, ended, bytes, ms, first_byte_ms, client,
             %trace_id, "answered");
     } else {
-        tracing::debug!(upstream, door, image, status, result, reason, cause, ended, bytes, ms, first_byte_ms, client,
+        tracing::debug!(upstream, route, image, status, result, reason, cause, ended, bytes, ms, first_byte_ms, client,
             %trace_id, "answered");
     }
 }

@@ -71,7 +71,7 @@ pub use rate_limit::{Pause, PullQuota, QuotaOwner};
 pub use redirect_rules::{AddressLimit, HostPattern, Network, NetworkError, RedirectRule, RedirectTarget};
 pub use response::{ResponseKind, UpstreamResponse};
 pub use response_stream::{RangeSpec, ResponseStream, UrlIndex};
-pub use settings::{Caller, Credential, FETCHES_MAX, Offline, Settings, SettingsError, Timeouts};
+pub use settings::{Caller, Credential, DOWNLOADS_MAX, Offline, Settings, SettingsError, Timeouts};
 pub use state::LearnedState;
 pub use tls::{ClientCertificate, ClientCertificateError, TlsError};
 pub use token_forward::{ForwardedToken, TokenResponse};
@@ -138,7 +138,7 @@ struct Inner {
     forward_client: forward::Client,
     timeouts: Timeouts,
     manifest_bytes_max: usize,
-    fetches_max: usize,
+    downloads_max: usize,
     served: ServedHistory,
     offline: Offline,
     observer: Observer,
@@ -204,7 +204,7 @@ impl Upstream {
             auth_client,
             timeouts: settings.timeouts,
             manifest_bytes_max: settings.manifest_bytes_max,
-            fetches_max: settings.fetches_max,
+            downloads_max: settings.downloads_max,
             served: ServedHistory::new(settings.served),
             offline: settings.offline,
             observer: settings.observer,
@@ -505,8 +505,8 @@ impl Upstream {
     }
 
     /// Requests under way at once, and as many blob transfers.
-    pub fn fetches_max(&self) -> usize {
-        self.0.fetches_max
+    pub fn downloads_max(&self) -> usize {
+        self.0.downloads_max
     }
 
     /// What the answer of one URL comes down to.

@@ -36,11 +36,11 @@ fn scrape() -> String {
     telemetry.record_access(&AccessRecord {
         at: SystemTime::UNIX_EPOCH,
         upstream: "docker.io",
-        door: "mirror",
+        route: "mirror",
         kind: ResourceKind::Tag,
         image: "library/demo:latest",
         result: CacheResult::Stale,
-        reason: "stale",
+        reason: "stale-if-error",
         cause: None,
         digest: None,
         age: Some(Duration::from_secs(60)),

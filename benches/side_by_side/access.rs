@@ -1,5 +1,5 @@
 //! What the proof of a right costs where there is nothing else to do: the same held blob, by one process, at an upstream
-//! where each client needs a right of its own and at one where whoever reaches us is entitled (`access = "shared"`).
+//! where each client needs a right of its own and at one where whoever reaches us is entitled (`auth = "shared"`).
 //! The pairs differ in nothing but that. A blob of a few bytes shows it best; a large one is what is pulled.
 
 use crate::client::{Scheme, stream, wrk};

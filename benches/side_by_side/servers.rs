@@ -215,7 +215,7 @@ pub(crate) fn run_ifnewer(folder: &Path, upstream: SocketAddr) -> Outcome<(Runni
              [listen]\nregistry = [\"127.0.0.1:0\"]\nadmin = \"127.0.0.1:0\"\n\
              [tls]\nfolder = \"{folder}/certs\"\n\
              [upstream.\"docker.io\"]\nurl = \"http://{upstream}\"\n\
-             [upstream.\"{SHARED}\"]\nurl = \"http://{upstream}\"\naccess = \"shared\"\n",
+             [upstream.\"{SHARED}\"]\nurl = \"http://{upstream}\"\nauth = \"shared\"\n",
             folder = folder.display()
         ),
     )?;

@@ -28,16 +28,16 @@ const HEARTBEAT: Duration = Duration::from_secs(15);
 /// One decision.
 #[derive(Serialize)]
 pub(super) struct Event {
-    pub(super) number: u64,
+    pub(super) id: u64,
     pub(super) time: String,
     pub(super) upstream: String,
-    pub(super) door: &'static str,
+    pub(super) route: &'static str,
     pub(super) image: String,
     pub(super) repository: String,
     /// The tag or digest; empty where neither was understood.
     pub(super) reference: String,
     pub(super) kind: &'static str,
-    pub(super) outcome: &'static str,
+    pub(super) result: &'static str,
     pub(super) reason: &'static str,
     pub(super) cause: Option<&'static str>,
     /// What happened, in words.
@@ -66,15 +66,15 @@ impl Event {
             _ => (&*decision.image, ""),
         };
         Self {
-            number: decision.id,
+            id: decision.id,
             time: humantime::format_rfc3339_millis(decision.at).to_string(),
             repository: repository.to_owned(),
             reference: reference.to_owned(),
             upstream: decision.upstream.to_string(),
-            door: decision.door,
+            route: decision.route,
             image: decision.image.to_string(),
             kind: decision.kind.name(),
-            outcome: decision.result.name(),
+            result: decision.result.name(),
             reason: decision.reason,
             cause: decision.cause.map(UpstreamFailure::name),
             sentence: describe_decision(decision),
@@ -120,7 +120,7 @@ impl Filter {
         Ok(Self {
             image: text("image").unwrap_or_default().to_lowercase(),
             upstream: text("upstream"),
-            result: text("outcome"),
+            result: text("result"),
             reason: text("reason"),
             client: text("client"),
             trace: text("trace_id"),
@@ -221,7 +221,7 @@ async fn send(
     let _permit = permit;
     let mut last = filter.since;
     for event in missed.iter().rev() {
-        last = last.max(event.number);
+        last = last.max(event.id);
         if lines.send(line(event)).await.is_err() {
             return;
         }
@@ -255,7 +255,7 @@ async fn send(
 
 fn line(event: &Event) -> Bytes {
     let data = serde_json::to_string(event).unwrap_or_default();
-    format!("id: {}\nevent: decision\ndata: {data}\n\n", event.number).into()
+    format!("id: {}\nevent: decision\ndata: {data}\n\n", event.id).into()
 }
 
 /// A client program on a machine.

@@ -24,21 +24,21 @@ pub(super) struct Explanation {
     pub(super) image: String,
     pub(super) rule: String,
     pub(super) policy: &'static str,
-    pub(super) held: Option<CachedCopy>,
-    /// `unknown`, `lapsed` or `vouched`: what the upstream has shown about this principal's right.
-    pub(super) standing: &'static str,
-    pub(super) fresh_seconds: u64,
-    pub(super) stale_seconds: Option<u64>,
-    pub(super) absent: &'static str,
-    pub(super) upstream_silent: Option<&'static str>,
+    pub(super) cached: Option<CachedCopy>,
+    /// `unknown`, `expired` or `granted`: what the upstream has shown about this principal's right.
+    pub(super) authorization: &'static str,
+    pub(super) max_age_seconds: u64,
+    pub(super) stale_if_error_seconds: Option<u64>,
+    pub(super) on_not_found: &'static str,
+    pub(super) upstream_unavailable: Option<&'static str>,
     /// The reason's name.
-    pub(super) verdict: &'static str,
+    pub(super) reason: &'static str,
     /// What would be done now.
     pub(super) sentence: String,
     /// From what that follows.
     pub(super) because: Vec<String>,
     /// What would follow from each thing the upstream may say.
-    pub(super) then: Vec<WhatIf>,
+    pub(super) what_if: Vec<WhatIf>,
     /// The verdict and the facts it follows from, as `name=value`, for a report of a fault.
     pub(super) explanation: String,
 }
@@ -47,12 +47,12 @@ pub(super) struct Explanation {
 pub(super) struct CachedCopy {
     pub(super) digest: String,
     pub(super) confirmed_at: Option<String>,
-    pub(super) whole: bool,
+    pub(super) complete: bool,
 }
 
 #[derive(Serialize)]
 pub(super) struct WhatIf {
-    pub(super) upstream_says: &'static str,
+    pub(super) upstream_response: &'static str,
     pub(super) client_gets: String,
 }
 
@@ -80,20 +80,20 @@ pub(super) async fn explain(
         image: named.to_string(),
         rule: rule.to_string(),
         policy: situation.policy.name(),
-        held: situation.cached.map(|held| CachedCopy {
+        cached: situation.cached.map(|held| CachedCopy {
             digest: held.digest.to_string(),
             confirmed_at: confirmed(held.confirmed_at),
-            whole: held.completeness == Completeness::Complete,
+            complete: held.completeness == Completeness::Complete,
         }),
-        standing: standing(situation.authorization),
-        fresh_seconds: situation.fresh.as_secs(),
-        stale_seconds: situation.stale.map(|stale| stale.as_secs()),
-        absent: situation.absent.name(),
-        upstream_silent: silent.map(UpstreamFailure::name),
-        verdict: told.name(),
+        authorization: standing(situation.authorization),
+        max_age_seconds: situation.max_age.as_secs(),
+        stale_if_error_seconds: situation.stale_if_error.map(|stale| stale.as_secs()),
+        on_not_found: situation.on_not_found.name(),
+        upstream_unavailable: silent.map(UpstreamFailure::name),
+        reason: told.name(),
         sentence: sentence(told, site.name()),
         because: reasons(&situation, site.name(), &rule, authorization.is_some(), silent),
-        then: match told {
+        what_if: match told {
             Decision::Revalidate | Decision::ProbeLayers(_) => what_ifs(&situation, site.name()),
             Decision::Serve(_) | Decision::Fetch(_) | Decision::Deny(_) => Vec::new(),
         },
@@ -110,7 +110,7 @@ fn facts(verdict: Decision, situation: &CacheState) -> String {
     };
     let seconds = |duration: std::time::Duration| format!("{}s", duration.as_secs());
     let held = situation.cached.map_or_else(
-        || "held=none".to_owned(),
+        || "cached=none".to_owned(),
         |held| {
             let whole = match held.completeness {
                 Completeness::Complete => "yes",
@@ -118,17 +118,22 @@ fn facts(verdict: Decision, situation: &CacheState) -> String {
                 Completeness::Incomplete { previous: None } => "no",
             };
             let confirmed_at = confirmed(held.confirmed_at).unwrap_or_else(|| "never".to_owned());
-            format!("held={} whole={whole} confirmed_at={confirmed_at}", held.digest)
+            format!(
+                "cached={} complete={whole} confirmed_at={confirmed_at}",
+                held.digest
+            )
         },
     );
     format!(
-        "verdict={} subject={subject} policy={} standing={} fresh={} stale={} absent={} {held} now={}",
+        "reason={} subject={subject} policy={} authorization={} max_age={} stale_if_error={} on_not_found={} {held} now={}",
         verdict.name(),
         situation.policy.name(),
         standing(situation.authorization),
-        seconds(situation.fresh),
-        situation.stale.map_or_else(|| "forever".to_owned(), seconds),
-        situation.absent.name(),
+        seconds(situation.max_age),
+        situation
+            .stale_if_error
+            .map_or_else(|| "forever".to_owned(), seconds),
+        situation.on_not_found.name(),
         rfc3339(situation.now),
     )
 }
@@ -175,7 +180,7 @@ fn reasons(
     if let Some(cause) = silent {
         lines.push(format!("{upstream} {cause}"));
     }
-    if situation.absent == OnNotFound::ServeStale {
+    if situation.on_not_found == OnNotFound::ServeStale {
         lines.push(format!("what is gone at {upstream} is kept, as the rule says"));
     }
     lines
@@ -236,8 +241,8 @@ fn what_ifs(situation: &CacheState, upstream: &str) -> Vec<WhatIf> {
     }
     heard
         .into_iter()
-        .map(|(upstream_says, heard)| WhatIf {
-            upstream_says,
+        .map(|(upstream_response, heard)| WhatIf {
+            upstream_response,
             client_gets: sentence(decide(&situation.with_revalidation(heard)), upstream),
         })
         .collect()
@@ -246,7 +251,7 @@ fn what_ifs(situation: &CacheState, upstream: &str) -> Vec<WhatIf> {
 fn standing(standing: Authorization) -> &'static str {
     match standing {
         Authorization::Unknown => "unknown",
-        Authorization::Expired => "lapsed",
-        Authorization::Granted => "vouched",
+        Authorization::Expired => "expired",
+        Authorization::Granted => "granted",
     }
 }

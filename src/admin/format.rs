@@ -81,35 +81,41 @@ fn describe_complete(decision: &DecisionRecord) -> String {
         None => what.to_owned(),
     };
     match (decision.result, decision.reason) {
-        (_, "unchanged") => format!("unchanged at {upstream}"),
+        (_, "revalidated") => format!("unchanged at {upstream}"),
         (_, "fresh") => "confirmed a moment ago, so not asked again".to_owned(),
         (_, "immutable") => "asked for by digest, which cannot change".to_owned(),
-        (_, "unasked") => "held, and the policy says not to ask".to_owned(),
-        (_, "moved") => format!("{upstream} names another digest now, which is held as well"),
-        (CacheResult::Stale, "stale") => silent("served the held copy"),
-        (_, "past-grant") => silent("served by digest, on a right shown before"),
-        (_, "new-unavailable") => silent("there is a newer image that could not be had; served the held one"),
-        (_, "last-complete") => silent("the newest image is not held whole; served the last one that is"),
-        (_, "kept-absent") => format!("gone at {upstream}, kept as the rule says"),
-        (_, "credential-refused") => {
+        (_, "not-revalidated") => "held, and the policy says not to ask".to_owned(),
+        (_, "tag-moved") => format!("{upstream} names another digest now, which is held as well"),
+        (CacheResult::Stale, "stale-if-error") => silent("served the held copy"),
+        (_, "expired-grant") => silent("served by digest, on a right shown before"),
+        (_, "stale-fetch-failed") => {
+            silent("there is a newer image that could not be had; served the held one")
+        }
+        (_, "previous-complete") => silent("the newest image is not held whole; served the last one that is"),
+        (_, "retained-deleted") => format!("gone at {upstream}, kept as the rule says"),
+        (_, "cache-credential-rejected") => {
             format!("{upstream} refuses the credential of the cache; served the held copy")
         }
-        (CacheResult::Miss, "not-held") => format!("not held yet: fetched from {upstream}"),
-        (CacheResult::Miss, "newer") => format!("newer at {upstream}: fetched"),
-        (CacheResult::Miss, "unnamed") => format!("{upstream} does not say which digest it is: fetched"),
+        (CacheResult::Miss, "not-cached") => format!("not held yet: fetched from {upstream}"),
+        (CacheResult::Miss, "new-digest") => format!("newer at {upstream}: fetched"),
+        (CacheResult::Miss, "no-digest") => format!("{upstream} does not say which digest it is: fetched"),
         (CacheResult::Miss, "head") => format!("asked {upstream} for the head alone"),
-        (_, "joined") => "joined a download under way".to_owned(),
-        (_, "passed") => "passed through, not stored".to_owned(),
+        (_, "collapsed") => "joined a download under way".to_owned(),
+        (_, "passthrough") => "passed through, not stored".to_owned(),
         (_, "local-token") => silent("gave a token of ours"),
         (CacheResult::Refused, "forbidden") => {
             format!("refused: {upstream} does not let this credential read it")
         }
-        (CacheResult::Refused, "challenged") => format!("{upstream} wants a credential first"),
-        (CacheResult::Refused, "absent") => format!("refused: {upstream} says there is no such image"),
-        (CacheResult::Refused, "silent") => silent("nothing is held that may be served instead"),
-        (CacheResult::Refused, "too-stale") => silent("the held copy is older than `stale` allows"),
+        (CacheResult::Refused, "auth-required") => format!("{upstream} wants a credential first"),
+        (CacheResult::Refused, "not-found") => format!("refused: {upstream} says there is no such image"),
+        (CacheResult::Refused, "upstream-unavailable") => {
+            silent("nothing is held that may be served instead")
+        }
+        (CacheResult::Refused, "stale-limit-exceeded") => {
+            silent("the held copy is older than `stale_if_error` allows")
+        }
         (CacheResult::Refused, "incomplete") => silent("only a part of the image is held"),
-        (CacheResult::Refused, "not-held" | "not-vouched") => {
+        (CacheResult::Refused, "not-cached" | "not-authorized") => {
             "refused: the policy `never` forbids asking".to_owned()
         }
         (CacheResult::Refused, reason) => format!("refused: {reason}"),
@@ -124,7 +130,7 @@ pub(super) fn describe_serve(served: HitReason, upstream: &str) -> String {
     };
     match served {
         HitReason::Fresh => {
-            "serve the held copy without asking: it was confirmed less than `fresh` ago".to_owned()
+            "serve the held copy without asking: it was confirmed less than `max_age` ago".to_owned()
         }
         HitReason::Revalidated => "serve the held copy: the tag still names it".to_owned(),
         HitReason::TagMoved => "serve the image that the tag names now, which is held too".to_owned(),
@@ -174,7 +180,7 @@ pub(super) fn describe_denial(refusal: DenyReason, upstream: &str) -> String {
             format!("refuse: {upstream} {cause}, and nothing may be served instead")
         }
         DenyReason::StaleLimitExceeded(cause) => {
-            format!("refuse: {upstream} {cause}, and the held copy is older than `stale` allows")
+            format!("refuse: {upstream} {cause}, and the held copy is older than `stale_if_error` allows")
         }
         DenyReason::Incomplete(cause) => {
             format!("refuse: {upstream} {cause}, and only a part of the image is held")

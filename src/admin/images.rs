@@ -39,7 +39,7 @@ pub(super) struct Image {
     /// Those that can be pulled from here alone.
     pub(super) platforms: Vec<String>,
     /// Whether it can be pulled from here alone.
-    pub(super) whole: bool,
+    pub(super) complete: bool,
     pub(super) bytes: u64,
     /// What no other image needs.
     pub(super) unique_bytes: u64,
@@ -63,7 +63,7 @@ pub(super) struct ImageDetails {
     /// For each set of media types that clients asked with.
     pub(super) variants: Vec<Variation>,
     /// What the images of its platforms are made of.
-    pub(super) parts: Vec<Part>,
+    pub(super) contents: Vec<Part>,
     /// What the tag named before, the last first.
     pub(super) history: Vec<PastImage>,
     pub(super) grants: usize,
@@ -75,12 +75,12 @@ pub(super) struct ImageDetails {
 pub(super) struct Variation {
     pub(super) digest: String,
     pub(super) media_type: String,
-    pub(super) held: bool,
-    pub(super) whole: bool,
+    pub(super) cached: bool,
+    pub(super) complete: bool,
     pub(super) confirmed_at: Option<String>,
     pub(super) first_seen_at: String,
     /// The last whole image that the tag named before.
-    pub(super) earlier: Option<PreviousImage>,
+    pub(super) previous: Option<PreviousImage>,
 }
 
 #[derive(Serialize)]
@@ -104,7 +104,7 @@ pub(super) struct Part {
     pub(super) role: &'static str,
     pub(super) platform: Option<String>,
     pub(super) bytes: Option<u64>,
-    pub(super) held: bool,
+    pub(super) cached: bool,
     /// How many other images need it.
     pub(super) shared_with: usize,
 }
@@ -302,11 +302,11 @@ pub(super) fn details(
         Variation {
             digest: variant.digest.to_string(),
             media_type: variant.media_type.as_str().to_owned(),
-            held: manifest.is_some(),
-            whole: manifest.is_some_and(|manifest| whole(&manifest)),
+            cached: manifest.is_some(),
+            complete: manifest.is_some_and(|manifest| whole(&manifest)),
             confirmed_at: confirmed(variant.confirmed_at),
             first_seen_at: rfc3339(variant.first_seen_at),
-            earlier: variant.previous.as_ref().map(|earlier| PreviousImage {
+            previous: variant.previous.as_ref().map(|earlier| PreviousImage {
                 digest: earlier.digest.to_string(),
                 confirmed_at: confirmed(earlier.confirmed_at),
             }),
@@ -319,7 +319,7 @@ pub(super) fn details(
     Ok(ImageDetails {
         image,
         variants: variants.collect(),
-        parts,
+        contents: parts,
         history: store
             .tag(&key)
             .ok()
@@ -375,7 +375,7 @@ fn summary(
     let store = registry.pull.store().blocking();
     let site = registry.doors.named(&key.upstream);
     let rule = site.map(|site| site.rule(&key.repository, Some(&key.tag)));
-    let fresh = rule.map_or(Duration::ZERO, |rule| rule.fresh);
+    let fresh = rule.map_or(Duration::ZERO, |rule| rule.max_age);
     let fresh_until = named
         .confirmed_at
         .checked_add(fresh)
@@ -395,7 +395,7 @@ fn summary(
         platforms: manifest
             .map(|manifest| platforms(registry, key, &manifest))
             .unwrap_or_default(),
-        whole,
+        complete: whole,
         bytes,
         unique_bytes,
         confirmed_at: confirmed(named.confirmed_at),
@@ -452,7 +452,7 @@ fn collect_parts(
             },
             platform: platform.map(str::to_owned),
             bytes: content.map(|content| content.bytes).or(child.size),
-            held: content.is_some(),
+            cached: content.is_some(),
             shared_with: known.map_or(0, |digest| shares.count(&digest).saturating_sub(1)),
         });
         // Two levels are an index and its images; nothing deeper is shown.

@@ -304,12 +304,12 @@ impl Admin {
         let authorization = request.authorization()?;
         let (image, refreshed) = self.refresh(&request.image, authorization).await?;
         let (result, digest, cause) = match refreshed {
-            Refreshed::Unchanged(digest) => ("unchanged", Some(digest), None),
-            Refreshed::Newer(digest) => ("newer", Some(digest), None),
-            Refreshed::NotFound => ("absent", None, None),
-            Refreshed::Denied => ("refused", None, None),
-            Refreshed::Unavailable(cause) => ("silent", None, Some(cause)),
-            Refreshed::FetchFailed(cause) => ("undelivered", None, Some(cause)),
+            Refreshed::Unchanged(digest) => ("revalidated", Some(digest), None),
+            Refreshed::Newer(digest) => ("new-digest", Some(digest), None),
+            Refreshed::NotFound => ("not-found", None, None),
+            Refreshed::Denied => ("denied", None, None),
+            Refreshed::Unavailable(cause) => ("upstream-unavailable", None, Some(cause)),
+            Refreshed::FetchFailed(cause) => ("fetch-failed", None, Some(cause)),
         };
         Ok(json_response(&json!({
             "image": image.to_string(),

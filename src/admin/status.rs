@@ -110,8 +110,8 @@ impl StoreStatus {
 pub(super) struct Counters {
     pub(super) pulls: u64,
     pub(super) hits: u64,
-    pub(super) served_while_silent: u64,
-    pub(super) refused: u64,
+    pub(super) served_stale: u64,
+    pub(super) denied: u64,
     pub(super) sent_bytes: u64,
     pub(super) fetched_bytes: u64,
     pub(super) saved_bytes: u64,
@@ -133,8 +133,8 @@ impl Counters {
         Self {
             pulls: totals.pulls,
             hits: totals.hits,
-            served_while_silent: totals.stale,
-            refused: totals.refused,
+            served_stale: totals.stale,
+            denied: totals.refused,
             sent_bytes: totals.sent_bytes,
             fetched_bytes: totals.fetched_bytes,
             saved_bytes: totals.saved_bytes(),

@@ -56,9 +56,9 @@ fn upstream_json(site: &UpstreamRegistry, downloads: &Queue, now: SystemTime) ->
         .collect();
     json!({
         "name": name,
-        "silent": state.open.map(|open| silence((open.cause, open.open.unwrap_or_default()))),
+        "unavailable": state.open.map(|open| silence((open.cause, open.open.unwrap_or_default()))),
         "failures": failures,
-        "last_silence": state.last_failure.map(silence),
+        "last_failure": state.last_failure.map(silence),
         "last_head": state.last_head.map(|(took, ago)| json!({ "ms": took.as_millis(), "seconds_ago": ago.as_secs() })),
         "identity": site.identity(),
         "in_flight": state.in_flight + downloads.in_use_of(name),

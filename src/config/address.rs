@@ -6,13 +6,13 @@ use std::str::FromStr;
 
 use http::uri::{Authority, Uri};
 
-use super::value::{Wrong, wrong};
+use super::parsers::{ParseError, invalid};
 
 /// The port of https, which a registry's name leaves out.
 const USUAL_PORT: u16 = 443;
 
 /// An IP address with its port.
-pub(super) fn address(text: &str) -> Result<SocketAddr, Wrong> {
+pub(super) fn address(text: &str) -> Result<SocketAddr, ParseError> {
     if let Ok(address) = SocketAddr::from_str(text) {
         return Ok(address);
     }
@@ -27,75 +27,75 @@ pub(super) fn address(text: &str) -> Result<SocketAddr, Wrong> {
         None if text.parse::<std::net::IpAddr>().is_ok() => format!("the port is missing: \"{text}:5000\""),
         _ => r#"write an IP address and a port, as in "127.0.0.1:5000" or "[::1]:5000""#.to_owned(),
     };
-    wrong(format!("`{text}` is not an address with a port"), help)
+    invalid(format!("`{text}` is not an address with a port"), help)
 }
 
 /// An absolute http(s) URL without trailing slash. What it says is not repeated in the fault: it may hold a password.
-pub(super) fn url(text: &str) -> Result<String, Wrong> {
+pub(super) fn url(text: &str) -> Result<String, ParseError> {
     let example = r#"write it as in "https://registry.example.org""#;
     if !text.contains("://") {
-        return wrong("the URL has no scheme", example);
+        return invalid("the URL has no scheme", example);
     }
     if text.contains('#') || text.contains('?') {
-        return wrong("an upstream's URL has no query and no fragment", example);
+        return invalid("an upstream's URL has no query and no fragment", example);
     }
     let Ok(uri) = Uri::from_str(text) else {
-        return wrong("not a URL", example);
+        return invalid("not a URL", example);
     };
     if !matches!(uri.scheme_str(), Some("http" | "https")) {
-        return wrong("an upstream's URL begins with https:// or http://", example);
+        return invalid("an upstream's URL begins with https:// or http://", example);
     }
     if uri
         .authority()
         .is_none_or(|authority| authority.as_str().contains('@'))
     {
-        return wrong(
+        return invalid(
             "a URL holds no user and no password here",
-            "use `username` and `password_file`, with access = \"shared\"",
+            "use `username` and `password_file`, with auth = \"shared\"",
         );
     }
     if !uri.authority().is_some_and(is_host) {
-        return wrong("the URL's host or port is wrong", example);
+        return invalid("the URL's host or port is wrong", example);
     }
     let text = text.trim_end_matches('/');
     if text.ends_with("/v2") {
-        return wrong("`/v2` is added by itself", "leave out `/v2`");
+        return invalid("`/v2` is added by itself", "leave out `/v2`");
     }
     Ok(text.to_owned())
 }
 
-pub(super) fn proxy_url(text: &str) -> Result<String, Wrong> {
+pub(super) fn proxy_url(text: &str) -> Result<String, ParseError> {
     let example = r#"write it as in "http://proxy.example.org:3128""#;
     let Ok(uri) = Uri::from_str(text) else {
-        return wrong("not a URL", example);
+        return invalid("not a URL", example);
     };
     if !matches!(uri.scheme_str(), Some("http" | "https" | "socks5" | "socks5h")) {
-        return wrong(
+        return invalid(
             "a proxy's URL begins with http://, https:// or socks5://",
             example,
         );
     }
     match uri.authority() {
-        Some(authority) if authority.as_str().contains('@') => wrong(
+        Some(authority) if authority.as_str().contains('@') => invalid(
             "a URL holds no user and no password here",
             "set HTTPS_PROXY for the process, and proxy = \"environment\"",
         ),
         Some(authority) if is_host(authority) => Ok(text.trim_end_matches('/').to_owned()),
-        _ => wrong("the URL's host or port is wrong", example),
+        _ => invalid("the URL's host or port is wrong", example),
     }
 }
 
 /// A host name, with a port where it is not the usual one, as it stands in an image's name.
-pub(super) fn host(text: &str) -> Result<String, Wrong> {
+pub(super) fn host(text: &str) -> Result<String, ParseError> {
     let example = r#"write it as in "registry.example.org" or "registry.example.org:5000""#;
     if text.contains("://") || text.contains('/') {
-        return wrong(
+        return invalid(
             format!("`{}` is not a host name", without_secret(text)),
             "leave out the scheme and the path",
         );
     }
     if text.chars().any(char::is_uppercase) {
-        return wrong(
+        return invalid(
             format!("the host name `{text}` has capitals"),
             format!("write \"{}\"", text.to_lowercase()),
         );
@@ -107,13 +107,13 @@ pub(super) fn host(text: &str) -> Result<String, Wrong> {
                 let port = authority
                     .port()
                     .map_or_else(String::new, |port| format!(":{port}"));
-                wrong(
+                invalid(
                     format!("the host name `{text}` ends in a dot"),
                     format!("write \"{name}{port}\""),
                 )
             }
         },
-        _ => wrong(format!("`{}` is not a host name", without_secret(text)), example),
+        _ => invalid(format!("`{}` is not a host name", without_secret(text)), example),
     }
 }
 

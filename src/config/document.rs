@@ -5,15 +5,15 @@ use std::collections::BTreeMap;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
-use super::fault::{At, Report};
-use super::keys::{KEYS, Section};
+use super::diagnostic::{Origin, Report};
+use super::parsers::nearest;
+use super::schema::{KEYS, Section};
 use super::table::{Entry, Table};
-use super::value::nearest;
 
 /// A whole configuration file.
 pub(super) struct Document {
     /// The text is not TOML: nothing was read of it.
-    pub(super) is_broken: bool,
+    pub(super) is_malformed: bool,
     fixed: BTreeMap<Section, Table>,
     /// In the order of the file.
     pub(super) upstreams: Vec<Table>,
@@ -26,22 +26,22 @@ impl Document {
     /// says little about what was meant.
     pub(super) fn read(text: &str, report: &mut Report<'_>) -> Self {
         let (root, errors) = DeTable::parse_recoverable(text);
-        tell_syntax(text, &errors, report);
+        report_syntax_errors(text, &errors, report);
         let fixed = Section::FIXED
             .into_iter()
-            .map(|section| (section, Table::new(section, "", At::Default)));
-        let is_broken = !errors.is_empty();
+            .map(|section| (section, Table::new(section, "", Origin::Default)));
+        let is_malformed = !errors.is_empty();
         let mut document = Self {
-            is_broken,
+            is_malformed,
             fixed: fixed.collect(),
             upstreams: Vec::new(),
             rules: Vec::new(),
             allows: Vec::new(),
         };
-        if !is_broken {
+        if !is_malformed {
             document.read_root(root.get_ref(), report);
             document.upstreams.sort_by_key(|table| match &table.at {
-                At::Span(span) => span.start,
+                Origin::Span(span) => span.start,
                 _ => 0,
             });
         }
@@ -53,7 +53,7 @@ impl Document {
         self.fixed
             .get(&section)
             .cloned()
-            .unwrap_or_else(|| Table::new(section, "", At::Default))
+            .unwrap_or_else(|| Table::new(section, "", Origin::Default))
     }
 
     /// Puts a value in the place of what the file says.
@@ -66,7 +66,7 @@ impl Document {
     fn read_root(&mut self, root: &DeTable<'_>, report: &mut Report<'_>) {
         for (key, value) in root {
             let name = key.get_ref().as_ref();
-            let at = At::Span(key.span());
+            let at = Origin::Span(key.span());
             let section = Section::FIXED
                 .into_iter()
                 .find(|s| *s != Section::Top && s.name() == name);
@@ -84,7 +84,7 @@ impl Document {
                 }
                 (Some(section), ..) => {
                     let message = format!("`{name}` is a section");
-                    report.tell(
+                    report.emit(
                         &at,
                         name,
                         message,
@@ -98,7 +98,7 @@ impl Document {
                         _ => "`[upstream.\"ghcr.io\"]`",
                     };
                     let message = format!("`{name}` is a list of sections");
-                    report.tell(&at, name, message, Some(format!("begin each one with {header}")));
+                    report.emit(&at, name, message, Some(format!("begin each one with {header}")));
                 }
                 (None, ..) => {
                     if let Some(top) = self.fixed.get_mut(&Section::Top) {
@@ -111,13 +111,13 @@ impl Document {
 
     fn read_upstreams(&mut self, upstreams: &DeTable<'_>, report: &mut Report<'_>) {
         for (name, value) in upstreams {
-            let at = At::Span(name.span());
+            let at = Origin::Span(name.span());
             let path = format!("upstream.\"{}\"", name.get_ref());
             match value.get_ref() {
                 DeValue::Table(keys) if is_dotted_name(keys) => {
                     let full = format!("{}.{}", name.get_ref(), first_key(keys));
                     let message = "an upstream's name with dots needs quotes";
-                    report.tell(&at, path, message, Some(format!("write [upstream.\"{full}\"]")));
+                    report.emit(&at, path, message, Some(format!("write [upstream.\"{full}\"]")));
                 }
                 DeValue::Table(keys) => {
                     let table = Table::new(Section::Upstream, name.get_ref().as_ref(), at);
@@ -126,7 +126,7 @@ impl Document {
                 }
                 _ => {
                     let help = "begin the upstream with [upstream.\"ghcr.io\"]".to_owned();
-                    report.tell(&at, path, "an upstream is a section of its own", Some(help));
+                    report.emit(&at, path, "an upstream is a section of its own", Some(help));
                 }
             }
         }
@@ -137,7 +137,7 @@ impl Document {
 fn read_numbered(section: Section, tables: &[Spanned<DeValue<'_>>], report: &mut Report<'_>) -> Vec<Table> {
     let mut read = Vec::new();
     for (index, table) in tables.iter().enumerate() {
-        let at = At::Span(table.span());
+        let at = Origin::Span(table.span());
         if let DeValue::Table(keys) = table.get_ref() {
             let number = (index + 1).to_string();
             read.push(read_table(Table::new(section, number, at), keys, report));
@@ -149,49 +149,61 @@ fn read_numbered(section: Section, tables: &[Spanned<DeValue<'_>>], report: &mut
                 "a list of what is allowed is a section"
             };
             let header = section.header().trim_matches('`');
-            report.tell(&at, name, message, Some(format!("begin each one with {header}")));
+            report.emit(&at, name, message, Some(format!("begin each one with {header}")));
         }
     }
     read
 }
 
 /// One fault a line: what follows on the same line is mostly the parser's confusion about the first.
-fn tell_syntax(text: &str, errors: &[toml::de::Error], report: &mut Report<'_>) {
-    let mut lines_told = Vec::new();
+fn report_syntax_errors(text: &str, errors: &[toml::de::Error], report: &mut Report<'_>) {
+    let mut reported_lines = Vec::new();
     for error in errors {
         let span = error.span().unwrap_or(0..0);
         let line = text
             .get(..span.start)
             .map_or(0, |before| before.matches('\n').count());
-        if lines_told.contains(&line) {
+        if reported_lines.contains(&line) {
             continue;
         }
-        lines_told.push(line);
+        reported_lines.push(line);
         let unquoted = error.message().starts_with("string values must be quoted");
         let (message, help) = match text.get(span.clone()) {
             Some(word) if unquoted => ("a text needs quotes", Some(format!("write \"{word}\""))),
             _ => (error.message(), None),
         };
-        report.tell(&At::Span(span), "", message, help);
+        report.emit(&Origin::Span(span), "", message, help);
     }
 }
 
 fn read_table(mut table: Table, keys: &DeTable<'_>, report: &mut Report<'_>) -> Table {
     for (key, value) in keys {
-        put(&mut table, key.get_ref(), &At::Span(key.span()), value, report);
+        put(
+            &mut table,
+            key.get_ref(),
+            &Origin::Span(key.span()),
+            value,
+            report,
+        );
     }
     table
 }
 
-fn put(table: &mut Table, name: &str, at: &At, value: &Spanned<DeValue<'_>>, report: &mut Report<'_>) {
+fn put(table: &mut Table, name: &str, at: &Origin, value: &Spanned<DeValue<'_>>, report: &mut Report<'_>) {
     if let Some(key) = table.section.key(name) {
         table.set(key.name, Entry::read(value));
         return;
     }
     let path = table.path(name);
+    if let Some(key) = table.section.renamed(name) {
+        let message = format!("`{name}` is now `{}`", key.name);
+        let help = format!("write `{}` in its place", key.name);
+        report.emit(at, path, message, Some(help));
+        return;
+    }
     let message = format!("unknown key `{name}`");
     let help = suggestion(table.section, name);
-    report.tell(at, path, message, Some(help));
+    report.emit(at, path, message, Some(help));
 }
 
 /// What was probably meant by a key that this section does not have.

@@ -7,15 +7,19 @@ use rustls_pki_types::CertificateDer;
 use rustls_pki_types::pem::PemObject;
 use zeroize::Zeroizing;
 
-use super::fault::{Report, Told};
+use super::diagnostic::{Report, Reported};
+use super::parsers;
 use super::table::Table;
-use super::value;
 use crate::upstream::{ClientCertificate, ClientCertificateError, DockerConfig};
 
 /// Longest file that is read whole: a password, a bundle of certificates.
 const FILE_BYTES_MAX: u64 = 4 * 1024 * 1024;
 
-pub(super) fn password_file(table: &Table, file: PathBuf, report: &mut Report<'_>) -> Result<PathBuf, Told> {
+pub(super) fn password_file(
+    table: &Table,
+    file: PathBuf,
+    report: &mut Report<'_>,
+) -> Result<PathBuf, Reported> {
     const KEY: &str = "password_file";
     let text = Zeroizing::new(read_file(table, KEY, &file, report)?);
     let message = match std::str::from_utf8(&text).map(|text| text.trim_end_matches(['\r', '\n'])) {
@@ -23,10 +27,14 @@ pub(super) fn password_file(table: &Table, file: PathBuf, report: &mut Report<'_
         Ok(_) => return Ok(report.resolve(table.at(KEY), file)),
         Err(_) => "the file is not text",
     };
-    Err(report.tell(table.at(KEY), table.path(KEY), message, None))
+    Err(report.emit(table.at(KEY), table.path(KEY), message, None))
 }
 
-pub(super) fn docker_config(table: &Table, file: PathBuf, report: &mut Report<'_>) -> Result<PathBuf, Told> {
+pub(super) fn docker_config(
+    table: &Table,
+    file: PathBuf,
+    report: &mut Report<'_>,
+) -> Result<PathBuf, Reported> {
     const KEY: &str = "docker_config";
     let text = Zeroizing::new(read_file(table, KEY, &file, report)?);
     let message = match std::str::from_utf8(&text).map(DockerConfig::read) {
@@ -36,12 +44,12 @@ pub(super) fn docker_config(table: &Table, file: PathBuf, report: &mut Report<'_
     };
     let help =
         "it should be what `docker login` writes: {\"auths\": {\"host\": {\"auth\": \"…\"}}}".to_owned();
-    Err(report.tell(table.at(KEY), table.path(KEY), message, Some(help)))
+    Err(report.emit(table.at(KEY), table.path(KEY), message, Some(help)))
 }
 
 /// The certificates in the file that `key` names, DER; none if it is not set.
-pub(super) fn roots(table: &Table, key: &str, report: &mut Report<'_>) -> Result<Vec<Vec<u8>>, Told> {
-    let Some(file) = table.text_if_set(report, key, &value::PATH)? else {
+pub(super) fn roots(table: &Table, key: &str, report: &mut Report<'_>) -> Result<Vec<Vec<u8>>, Reported> {
+    let Some(file) = table.text_if_set(report, key, &parsers::PATH)? else {
         return Ok(Vec::new());
     };
     let pem = read_file(table, key, &file, report)?;
@@ -53,11 +61,11 @@ pub(super) fn roots(table: &Table, key: &str, report: &mut Report<'_>) -> Result
         Ok(_) => {
             let help = "it should contain -----BEGIN CERTIFICATE-----".to_owned();
             let message = "there is no certificate in the file";
-            Err(report.tell(table.at(key), table.path(key), message, Some(help)))
+            Err(report.emit(table.at(key), table.path(key), message, Some(help)))
         }
         Err(error) => {
             let message = format!("the file is not PEM: {error}");
-            Err(report.tell(table.at(key), table.path(key), message, None))
+            Err(report.emit(table.at(key), table.path(key), message, None))
         }
     }
 }
@@ -67,7 +75,7 @@ pub(super) fn read_file(
     key: &str,
     path: &Path,
     report: &mut Report<'_>,
-) -> Result<Vec<u8>, Told> {
+) -> Result<Vec<u8>, Reported> {
     let path = report.resolve(table.at(key), path.to_owned());
     let mut bytes = Vec::new();
     let read =
@@ -77,16 +85,16 @@ pub(super) fn read_file(
         Ok(_) => format!("{} is longer than {FILE_BYTES_MAX} bytes", path.display()),
         Err(error) => format!("cannot read {}: {error}", path.display()),
     };
-    Err(report.tell(table.at(key), table.path(key), message, None))
+    Err(report.emit(table.at(key), table.path(key), message, None))
 }
 
 /// The client certificate and its key: both or neither, and of one pair.
 pub(super) fn client_certificate(
     table: &Table,
     report: &mut Report<'_>,
-) -> Result<Option<ClientCertificate>, Told> {
+) -> Result<Option<ClientCertificate>, Reported> {
     const KEYS: [&str; 2] = ["client_certificate", "client_key"];
-    let [certificate, key] = KEYS.map(|key| table.text_if_set(report, key, &value::PATH));
+    let [certificate, key] = KEYS.map(|key| table.text_if_set(report, key, &parsers::PATH));
     let (certificate, key) = match (certificate?, key?) {
         (None, None) => return Ok(None),
         (Some(certificate), Some(key)) => (certificate, key),
@@ -100,7 +108,7 @@ pub(super) fn client_certificate(
             let help = Some(format!(
                 "add `{missing}`: the certificate's chain and its private key, both PEM"
             ));
-            return Err(report.tell(table.at(given), table.path(given), message, help));
+            return Err(report.emit(table.at(given), table.path(given), message, help));
         }
     };
     let [of_certificate, of_key] = KEYS;
@@ -122,7 +130,7 @@ pub(super) fn client_certificate(
                     (of_key, "name the key that the certificate was made for")
                 }
             };
-            report.tell(
+            report.emit(
                 table.at(at),
                 table.path(at),
                 error.to_string(),

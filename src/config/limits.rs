@@ -3,20 +3,20 @@
 use std::time::Duration;
 
 use super::Limits;
-use super::fault::{Report, Told};
+use super::diagnostic::{Report, Reported};
+use super::parsers;
 use super::table::Table;
-use super::value;
 
 /// File descriptors that a process may have at most (`fs.nr_open` as Linux has it).
 const DESCRIPTORS_MAX: usize = 1 << 20;
 
 /// A transfer may hold 256 KiB of what it reads: so many hold 256 MiB.
-const FETCHES_MAX: usize = 1024;
+const DOWNLOADS_MAX: usize = 1024;
 
 /// A number that has no bound of its own.
 const MANY: usize = 1_000_000;
 
-pub(super) fn read(table: &Table, report: &mut Report<'_>) -> Result<Limits, Told> {
+pub(super) fn read(table: &Table, report: &mut Report<'_>) -> Result<Limits, Reported> {
     let descriptors = "a process has at most 1048576 file descriptors, and five belong to each connection";
     let connections_max = number(
         table,
@@ -38,27 +38,32 @@ pub(super) fn read(table: &Table, report: &mut Report<'_>) -> Result<Limits, Tol
     );
     let tunnels_max = number(table, report, "tunnels_max", (DESCRIPTORS_MAX / 10, descriptors));
     let memory = "each transfer may hold 256 KiB of memory, two files and a connection";
-    let fetches_max = number(table, report, "fetches_max", (FETCHES_MAX, memory));
-    let per_upstream = number(table, report, "fetches_per_upstream_max", (FETCHES_MAX, memory));
-    let handshake_timeout = table.text(report, "handshake_timeout", &value::TIMEOUT);
-    let header_timeout = table.text(report, "header_timeout", &value::TIMEOUT);
-    let idle_timeout = table.text(report, "idle_timeout", &value::TIMEOUT);
-    let write_timeout = table.text(report, "write_timeout", &value::TIMEOUT);
-    let drain = table.text(report, "drain", &value::DURATION);
+    let downloads_max = number(table, report, "downloads_max", (DOWNLOADS_MAX, memory));
+    let per_upstream = number(
+        table,
+        report,
+        "downloads_per_upstream_max",
+        (DOWNLOADS_MAX, memory),
+    );
+    let handshake_timeout = table.text(report, "handshake_timeout", &parsers::TIMEOUT);
+    let header_timeout = table.text(report, "header_timeout", &parsers::TIMEOUT);
+    let idle_timeout = table.text(report, "idle_timeout", &parsers::TIMEOUT);
+    let write_timeout = table.text(report, "write_timeout", &parsers::TIMEOUT);
+    let drain = table.text(report, "drain", &parsers::DURATION);
     let limits = Limits {
         connections_max: connections_max?,
         connections_per_peer_max: per_peer?,
-        streams_per_connection_max: streams.and_then(|number| u32::try_from(number).map_err(|_| Told))?,
+        streams_per_connection_max: streams.and_then(|number| u32::try_from(number).map_err(|_| Reported))?,
         tunnels_max: tunnels_max?,
-        fetches_max: fetches_max?,
-        fetches_per_upstream_max: per_upstream?,
+        downloads_max: downloads_max?,
+        downloads_per_upstream_max: per_upstream?,
         handshake_timeout: handshake_timeout?,
         header_timeout: header_timeout?,
         idle_timeout: idle_timeout?,
         write_timeout: write_timeout?,
         drain: drain?,
     };
-    refuse_header_timeout(table, &limits, report);
+    check_header_timeout(table, &limits, report);
     Ok(Limits {
         connections_per_peer_max: part(
             table,
@@ -72,11 +77,11 @@ pub(super) fn read(table: &Table, report: &mut Report<'_>) -> Result<Limits, Tol
             ("tunnels_max", limits.tunnels_max),
             ("connections_max", limits.connections_max),
         ),
-        fetches_per_upstream_max: part(
+        downloads_per_upstream_max: part(
             table,
             report,
-            ("fetches_per_upstream_max", limits.fetches_per_upstream_max),
-            ("fetches_max", limits.fetches_max),
+            ("downloads_per_upstream_max", limits.downloads_per_upstream_max),
+            ("downloads_max", limits.downloads_max),
         ),
         ..limits
     })
@@ -88,14 +93,14 @@ fn number(
     report: &mut Report<'_>,
     key: &str,
     (max, why): (usize, &str),
-) -> Result<usize, Told> {
+) -> Result<usize, Reported> {
     let number = table.number(report, key, 1..MANY + 1)?;
     if number <= max {
         return Ok(number);
     }
     let message = format!("{number} is more than a process can have: {why}");
     let help = format!("{max} at most");
-    Err(report.tell(table.at(key), table.path(key), message, Some(help)))
+    Err(report.emit(table.at(key), table.path(key), message, Some(help)))
 }
 
 /// What is counted within something larger. A default that is larger than the whole is lowered to it; a given one is a
@@ -106,23 +111,23 @@ fn part(
     (key, number): (&str, usize),
     (of, whole): (&str, usize),
 ) -> usize {
-    if number > whole && table.is_given(key) {
+    if number > whole && table.is_set(key) {
         let message = format!("{number} is more than `{of}` ({whole}), within which it is counted");
         let help = format!("lower it to {whole} at most, or raise `{of}`");
-        report.tell(table.at(key), table.path(key), message, Some(help));
+        report.emit(table.at(key), table.path(key), message, Some(help));
     }
     number.min(whole)
 }
 
 /// The head of a response is waited for from the request on, and a connection is made within that.
-pub(super) fn refuse_connect_timeout(
+pub(super) fn check_connect_timeout(
     table: &Table,
     connect: Duration,
     first_byte: Duration,
     report: &mut Report<'_>,
 ) {
     let (key, whole) = ("connect_timeout", "first_byte_timeout");
-    if connect <= first_byte || !table.is_given(key) || !table.is_given(whole) {
+    if connect <= first_byte || !table.is_set(key) || !table.is_set(whole) {
         return;
     }
     let words = |duration: Duration| humantime::format_duration(duration);
@@ -132,17 +137,17 @@ pub(super) fn refuse_connect_timeout(
         words(first_byte)
     );
     let help = format!("make it shorter than `{whole}`");
-    report.tell(table.at(key), table.path(key), message, Some(help));
+    report.emit(table.at(key), table.path(key), message, Some(help));
 }
 
 /// A connection on which nothing moves ends after the longer of two other timeouts, whatever is waited for.
-fn refuse_header_timeout(table: &Table, limits: &Limits, report: &mut Report<'_>) {
+fn check_header_timeout(table: &Table, limits: &Limits, report: &mut Report<'_>) {
     let key = "header_timeout";
     let (header, quiet) = (
         limits.header_timeout,
         limits.idle_timeout.max(limits.write_timeout),
     );
-    if !table.is_given(key) || header <= quiet {
+    if !table.is_set(key) || header <= quiet {
         return;
     }
     let words = |duration: Duration| humantime::format_duration(duration);
@@ -153,5 +158,5 @@ fn refuse_header_timeout(table: &Table, limits: &Limits, report: &mut Report<'_>
         words(quiet)
     );
     let help = "make it shorter, or one of those longer".to_owned();
-    report.tell(table.at(key), table.path(key), message, Some(help));
+    report.emit(table.at(key), table.path(key), message, Some(help));
 }

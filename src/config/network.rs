@@ -4,30 +4,30 @@ use std::fmt;
 use std::net::IpAddr;
 
 use super::address::{host, host_part};
-use super::value::{Wrong, wrong};
+use super::parsers::{ParseError, invalid};
 pub use crate::upstream::Network;
 use crate::upstream::{HostPattern, NetworkError, RedirectRule, RedirectTarget};
 
 /// The port of a host that is named without one.
 const HTTPS: u16 = 443;
 
-pub(super) fn network(text: &str) -> Result<Network, Wrong> {
+pub(super) fn network(text: &str) -> Result<Network, ParseError> {
     let example = r#"write it as in "10.0.0.0/8", "192.0.2.7" or "fd00::/8""#;
     match Network::read(text) {
         Ok(network) => Ok(network),
-        Err(NetworkError::Address) => wrong(format!("`{text}` is not a network"), example),
-        Err(NetworkError::Length) => wrong(format!("`{text}` has a wrong length after the `/`"), example),
+        Err(NetworkError::Address) => invalid(format!("`{text}` is not a network"), example),
+        Err(NetworkError::Length) => invalid(format!("`{text}` has a wrong length after the `/`"), example),
     }
 }
 
 /// Where a `CONNECT` may lead: a host or a glob over hosts, and a port.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Tunnel {
+pub struct TunnelRule {
     host: HostPattern,
     port: u16,
 }
 
-impl Tunnel {
+impl TunnelRule {
     /// Whether this host (lower case, without brackets) at this port is meant.
     pub fn allows(&self, host: &str, port: u16) -> bool {
         self.host.matches(host) && self.port == port
@@ -39,45 +39,45 @@ impl Tunnel {
     }
 }
 
-impl fmt::Display for Tunnel {
+impl fmt::Display for TunnelRule {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}:{}", self.host, self.port)
     }
 }
 
-pub(super) fn tunnel(text: &str) -> Result<Tunnel, Wrong> {
+pub(super) fn tunnel(text: &str) -> Result<TunnelRule, ParseError> {
     let example = r#"write it as in "auth.example.org", "*.example.org" or "example.org:8443""#;
     let (host, port) = host_pattern(text, example)?;
-    Ok(Tunnel {
+    Ok(TunnelRule {
         host,
         port: port.unwrap_or(HTTPS),
     })
 }
 
-fn host_pattern(text: &str, example: &str) -> Result<(HostPattern, Option<u16>), Wrong> {
+fn host_pattern(text: &str, example: &str) -> Result<(HostPattern, Option<u16>), ParseError> {
     // A star in the place of a label makes no difference to what a host may look like otherwise.
     host(&text.replace('*', "x"))?;
     let (name, port) = match text.rsplit_once(':') {
         Some((name, port)) if !port.ends_with(']') => match port.parse() {
             Ok(port) => (name, Some(port)),
-            Err(_) => return wrong(format!("`{text}` is not a host"), example),
+            Err(_) => return invalid(format!("`{text}` is not a host"), example),
         },
         _ => (text, None),
     };
     match HostPattern::read(name) {
         Some(host) => Ok((host, port)),
-        None => wrong(format!("`{text}` is not a glob over hosts"), example),
+        None => invalid(format!("`{text}` is not a glob over hosts"), example),
     }
 }
 
 /// A host, a glob over hosts or a network, with `http://` before it where plain HTTP is meant.
-pub(super) fn redirect(text: &str) -> Result<RedirectRule, Wrong> {
+pub(super) fn redirect(text: &str) -> Result<RedirectRule, ParseError> {
     let example = r#"write it as in "s3.example.org", "http://minio.internal:9000" or "10.20.0.0/16""#;
     let (plain, rest) = match text.split_once("://") {
         Some(("http", rest)) => (true, rest),
         Some(("https", rest)) => (false, rest),
         Some(_) => {
-            return wrong("a redirect is followed to http:// and https:// alone", example);
+            return invalid("a redirect is followed to http:// and https:// alone", example);
         }
         None => (false, text),
     };
@@ -86,7 +86,7 @@ pub(super) fn redirect(text: &str) -> Result<RedirectRule, Wrong> {
         // A URL has a port, if only the usual one.
         Ok(_) if is_url && !rest.contains('/') => {}
         Ok(network) if network.is_everything() => {
-            return wrong(
+            return invalid(
                 format!("`{text}` is every address there is"),
                 r#"name the network that the storage is in, as in "10.20.0.0/16""#,
             );
@@ -96,12 +96,12 @@ pub(super) fn redirect(text: &str) -> Result<RedirectRule, Wrong> {
             return Ok(RedirectRule { plain, to });
         }
         Err(NetworkError::Length) => {
-            return wrong(format!("`{text}` has a wrong length after the `/`"), example);
+            return invalid(format!("`{text}` has a wrong length after the `/`"), example);
         }
         Err(NetworkError::Address) => {} // A host, perhaps.
     }
     if rest.contains('/') {
-        return wrong(
+        return invalid(
             format!("`{text}` has a path"),
             "leave out the path: a host and its port are what counts",
         );
@@ -109,7 +109,7 @@ pub(super) fn redirect(text: &str) -> Result<RedirectRule, Wrong> {
     let (host, port) = host_pattern(rest, example)?;
     let is_address = host_part(rest).parse::<IpAddr>().is_ok();
     if !is_address && !rest.contains(|c: char| c.is_ascii_alphabetic()) {
-        return wrong(
+        return invalid(
             format!("`{text}` is neither a host nor a network"),
             r#"for addresses, write the network as in "10.20.0.0/16"; a glob needs a part of a name, as in "*.example.org""#,
         );

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use bytesize::ByteSize;
 
-use super::{Access, Admin, Config, LogFormat, Plain, Proxy, UpstreamConfig};
+use super::{Admin, AuthMode, Config, LogFormat, PlainHttp, Proxy, UpstreamConfig};
 use crate::policy::rules::EffectivePolicy;
 
 /// Prints the effective configuration, without secrets.
@@ -23,13 +23,13 @@ impl Display for Summary<'_> {
             .map(ToString::to_string)
             .chain(sockets)
             .collect();
-        let plain = match config.listen.plain {
-            Plain::Loopback => "plain HTTP from loopback",
-            Plain::Any => "plain HTTP from anywhere",
-            Plain::Nobody => "TLS only",
+        let plain_http = match config.listen.plain_http {
+            PlainHttp::Loopback => "plain HTTP from loopback",
+            PlainHttp::Any => "plain HTTP from anywhere",
+            PlainHttp::Off => "TLS only",
         };
         writeln!(f, "data      {}", config.data.display())?;
-        writeln!(f, "registry  {} ({plain})", addresses.join(", "))?;
+        writeln!(f, "registry  {} ({plain_http})", addresses.join(", "))?;
         match &config.listen.admin {
             Admin::Off => writeln!(f, "admin     off")?,
             Admin::Tcp(address) => writeln!(f, "admin     {address}")?,
@@ -39,19 +39,19 @@ impl Display for Summary<'_> {
             let tunnels: Vec<String> = config.tunnels.iter().map(ToString::to_string).collect();
             writeln!(f, "tunnels   {}", tunnels.join(", "))?;
         }
-        if let Some(entry) = &config.entry {
-            let lists = match entry.allows.len() {
+        if let Some(access) = &config.access {
+            let lists = match access.allows.len() {
                 0 => "each may pull everything".to_owned(),
                 1 => "1 list of what they may pull".to_owned(),
                 lists => format!("{lists} lists of what they may pull"),
             };
-            let cas = match entry.client_roots.len() {
+            let cas = match access.client_roots.len() {
                 0 => String::new(),
                 cas => format!("certificates of {cas} CAs, "),
             };
-            writeln!(f, "access    {} users, {cas}{lists}", entry.users.len())?;
+            writeln!(f, "access    {} users, {cas}{lists}", access.users.len())?;
         }
-        match &config.tls.own {
+        match &config.tls.certificate {
             Some(own) => writeln!(f, "tls       {}", own.certificate.display())?,
             None => writeln!(
                 f,
@@ -91,10 +91,10 @@ impl Display for Summary<'_> {
 fn write_upstream(f: &mut Formatter<'_>, upstream: &UpstreamConfig, rule: &EffectivePolicy) -> fmt::Result {
     let urls: Vec<_> = upstream.urls.iter().map(ToString::to_string).collect();
     write!(f, "  {}  {}", upstream.name, urls.join(", "))?;
-    match (upstream.access, &upstream.credential) {
-        (Access::Proven, _) => {}
-        (Access::Shared, None) => f.write_str(", shared")?,
-        (Access::Shared, Some(credential)) => write!(f, ", shared, as {credential}")?,
+    match (upstream.auth, &upstream.credential) {
+        (AuthMode::PerClient, _) => {}
+        (AuthMode::Shared, None) => f.write_str(", shared")?,
+        (AuthMode::Shared, Some(credential)) => write!(f, ", shared, as {credential}")?,
     }
     if let Some(realm) = &upstream.local_tokens {
         write!(f, ", local tokens for {realm}")?;
@@ -104,19 +104,21 @@ fn write_upstream(f: &mut Formatter<'_>, upstream: &UpstreamConfig, rule: &Effec
         Proxy::None => f.write_str(", no proxy")?,
         Proxy::Url(url) => write!(f, ", through {url}")?,
     }
-    let stale = rule.stale.map_or_else(|| "forever".to_owned(), in_words);
+    let stale_if_error = rule
+        .stale_if_error
+        .map_or_else(|| "forever".to_owned(), format_duration);
     writeln!(
         f,
-        ": {}, fresh {}, stale {stale}, budget {}, absent {}, grant {}, offline_grant {}",
+        ": {}, max_age {}, stale_if_error {stale_if_error}, revalidate_timeout {}, on_not_found {}, grant_ttl {}, grant_ttl_offline {}",
         rule.policy,
-        in_words(rule.fresh),
-        in_words(rule.budget),
-        rule.absent.name(),
-        in_words(rule.grant),
-        in_words(rule.offline_grant),
+        format_duration(rule.max_age),
+        format_duration(rule.revalidate_timeout),
+        rule.on_not_found.name(),
+        format_duration(rule.grant_ttl),
+        format_duration(rule.grant_ttl_offline),
     )
 }
 
-fn in_words(duration: Duration) -> String {
+fn format_duration(duration: Duration) -> String {
     humantime::format_duration(duration).to_string()
 }

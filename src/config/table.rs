@@ -6,9 +6,9 @@ use std::ops::Range;
 use toml::Spanned;
 use toml::de::DeValue;
 
-use super::fault::{At, Report, Told};
-use super::keys::Section;
-use super::value::Text;
+use super::diagnostic::{Origin, Report, Reported};
+use super::parsers::ValueParser;
+use super::schema::Section;
 
 /// A section with the values given for its keys, or their defaults.
 #[derive(Clone)]
@@ -16,14 +16,14 @@ pub(super) struct Table {
     pub(super) section: Section,
     /// The name of the upstream, or the number of the rule.
     pub(super) name: String,
-    pub(super) at: At,
+    pub(super) at: Origin,
     entries: BTreeMap<&'static str, Entry>,
 }
 
 /// A value and where it comes from.
 #[derive(Clone)]
 pub(super) struct Entry {
-    pub(super) at: At,
+    pub(super) at: Origin,
     pub(super) value: Value,
 }
 
@@ -32,22 +32,22 @@ pub(super) struct Entry {
 pub(super) enum Value {
     Text(String),
     Number(i64),
-    Switch(bool),
+    Bool(bool),
     List(Vec<Entry>),
     /// Of a kind that no key has.
     Other(&'static str),
     /// From a variable or a flag, where everything is text.
-    Untyped(String),
+    Raw(String),
 }
 
 impl Table {
     /// A section in which nothing was written: the defaults.
-    pub(super) fn new(section: Section, name: impl Into<String>, at: At) -> Self {
+    pub(super) fn new(section: Section, name: impl Into<String>, at: Origin) -> Self {
         let entries = section
             .keys()
             .filter_map(|key| {
                 let value = DeValue::parse(key.default?).ok()?;
-                Some((key.name, Entry::of_default(value.get_ref())))
+                Some((key.name, Entry::from_default(value.get_ref())))
             })
             .collect();
         Self {
@@ -70,17 +70,17 @@ impl Table {
     }
 
     /// Where a key was given; where the section begins, if it was not.
-    pub(super) fn at(&self, key: &str) -> &At {
+    pub(super) fn at(&self, key: &str) -> &Origin {
         self.entries
             .get(key)
             .map(|entry| &entry.at)
-            .filter(|at| **at != At::Default)
+            .filter(|at| **at != Origin::Default)
             .unwrap_or(&self.at)
     }
 
     /// Where a key's value comes from, be it the default.
-    pub(super) fn entry_at(&self, key: &str) -> &At {
-        self.entries.get(key).map_or(&At::Default, |entry| &entry.at)
+    pub(super) fn entry_at(&self, key: &str) -> &Origin {
+        self.entries.get(key).map_or(&Origin::Default, |entry| &entry.at)
     }
 
     /// What a key has, be it the default.
@@ -89,8 +89,10 @@ impl Table {
     }
 
     /// Whether a key was given, and not only its default holds.
-    pub(super) fn is_given(&self, key: &str) -> bool {
-        self.entries.get(key).is_some_and(|entry| entry.at != At::Default)
+    pub(super) fn is_set(&self, key: &str) -> bool {
+        self.entries
+            .get(key)
+            .is_some_and(|entry| entry.at != Origin::Default)
     }
 
     pub(super) fn set(&mut self, key: &'static str, entry: Entry) {
@@ -98,7 +100,12 @@ impl Table {
     }
 
     /// A text-shaped value that is given or has a default.
-    pub(super) fn text<T>(&self, report: &mut Report<'_>, key: &str, kind: &Text<T>) -> Result<T, Told> {
+    pub(super) fn text<T>(
+        &self,
+        report: &mut Report<'_>,
+        key: &str,
+        kind: &ValueParser<T>,
+    ) -> Result<T, Reported> {
         self.text_if_set(report, key, kind)?
             .ok_or_else(|| self.unset(report, key))
     }
@@ -108,8 +115,8 @@ impl Table {
         &self,
         report: &mut Report<'_>,
         key: &str,
-        kind: &Text<T>,
-    ) -> Result<Option<T>, Told> {
+        kind: &ValueParser<T>,
+    ) -> Result<Option<T>, Reported> {
         let Some(entry) = self.entries.get(key) else {
             return Ok(None);
         };
@@ -121,9 +128,9 @@ impl Table {
         &self,
         report: &mut Report<'_>,
         key: &str,
-        kind: &Text<T>,
+        kind: &ValueParser<T>,
         or_one: bool,
-    ) -> Result<Option<Vec<(At, T)>>, Told> {
+    ) -> Result<Option<Vec<(Origin, T)>>, Reported> {
         let Some(entry) = self.entries.get(key) else {
             return Ok(None);
         };
@@ -133,13 +140,13 @@ impl Table {
                 .iter()
                 .map(|entry| Ok((entry.at.clone(), one(report, &path, entry, kind)?)))
                 .collect(),
-            Value::Untyped(text) => text
+            Value::Raw(text) => text
                 .split(',')
                 .map(str::trim)
                 .filter(|text| !text.is_empty())
                 .map(|text| Entry {
                     at: entry.at.clone(),
-                    value: Value::Untyped(text.to_owned()),
+                    value: Value::Raw(text.to_owned()),
                 })
                 .map(|entry| Ok((entry.at.clone(), one(report, &path, &entry, kind)?)))
                 .collect(),
@@ -148,7 +155,7 @@ impl Table {
             }
             other => {
                 let message = format!("expected a list, found {}", other.kind());
-                vec![Err(report.tell(
+                vec![Err(report.emit(
                     &entry.at,
                     path,
                     message,
@@ -156,7 +163,7 @@ impl Table {
                 ))]
             }
         };
-        read.into_iter().collect::<Result<Vec<_>, Told>>().map(Some)
+        read.into_iter().collect::<Result<Vec<_>, Reported>>().map(Some)
     }
 
     /// A list that is given or has a default.
@@ -164,8 +171,8 @@ impl Table {
         &self,
         report: &mut Report<'_>,
         key: &str,
-        kind: &Text<T>,
-    ) -> Result<Vec<(At, T)>, Told> {
+        kind: &ValueParser<T>,
+    ) -> Result<Vec<(Origin, T)>, Reported> {
         self.list_if_set(report, key, kind, false)?
             .ok_or_else(|| self.unset(report, key))
     }
@@ -176,18 +183,18 @@ impl Table {
         report: &mut Report<'_>,
         key: &str,
         range: Range<usize>,
-    ) -> Result<usize, Told> {
+    ) -> Result<usize, Reported> {
         let Some(entry) = self.entries.get(key) else {
             return Err(self.unset(report, key));
         };
         let number = match &entry.value {
             Value::Number(number) => Some(*number),
-            Value::Untyped(text) => text.parse().ok(),
+            Value::Raw(text) => text.parse().ok(),
             _ => None,
         };
         let Some(number) = number else {
             let message = format!("expected a whole number, found {}", entry.value.kind());
-            return Err(report.tell(&entry.at, self.path(key), message, None));
+            return Err(report.emit(&entry.at, self.path(key), message, None));
         };
         usize::try_from(number)
             .ok()
@@ -198,28 +205,28 @@ impl Table {
                     range.start,
                     range.end.saturating_sub(1)
                 );
-                report.tell(&entry.at, self.path(key), message, None)
+                report.emit(&entry.at, self.path(key), message, None)
             })
     }
 
     /// `true` or `false`.
-    pub(super) fn switch(&self, report: &mut Report<'_>, key: &str) -> Result<bool, Told> {
-        self.switch_if_set(report, key)?
+    pub(super) fn bool(&self, report: &mut Report<'_>, key: &str) -> Result<bool, Reported> {
+        self.bool_if_set(report, key)?
             .ok_or_else(|| self.unset(report, key))
     }
 
     /// `true` or `false`, or neither.
-    pub(super) fn switch_if_set(&self, report: &mut Report<'_>, key: &str) -> Result<Option<bool>, Told> {
+    pub(super) fn bool_if_set(&self, report: &mut Report<'_>, key: &str) -> Result<Option<bool>, Reported> {
         let Some(entry) = self.entries.get(key) else {
             return Ok(None);
         };
         match &entry.value {
-            Value::Switch(on) => Ok(Some(*on)),
-            Value::Untyped(text) if text == "true" => Ok(Some(true)),
-            Value::Untyped(text) if text == "false" => Ok(Some(false)),
+            Value::Bool(on) => Ok(Some(*on)),
+            Value::Raw(text) if text == "true" => Ok(Some(true)),
+            Value::Raw(text) if text == "false" => Ok(Some(false)),
             other => {
                 let message = format!("expected true or false, found {}", other.kind());
-                Err(report.tell(
+                Err(report.emit(
                     &entry.at,
                     self.path(key),
                     message,
@@ -230,19 +237,19 @@ impl Table {
     }
 
     /// A key without default that must be given.
-    fn unset(&self, report: &mut Report<'_>, key: &str) -> Told {
-        report.tell(&self.at, self.path(key), format!("`{key}` is missing"), None)
+    fn unset(&self, report: &mut Report<'_>, key: &str) -> Reported {
+        report.emit(&self.at, self.path(key), format!("`{key}` is missing"), None)
     }
 }
 
-fn one<T>(report: &mut Report<'_>, path: &str, entry: &Entry, kind: &Text<T>) -> Result<T, Told> {
+fn one<T>(report: &mut Report<'_>, path: &str, entry: &Entry, kind: &ValueParser<T>) -> Result<T, Reported> {
     match &entry.value {
-        Value::Text(text) | Value::Untyped(text) => {
-            (kind.parse)(text).map_err(|wrong| report.tell(&entry.at, path, wrong.message, wrong.help))
+        Value::Text(text) | Value::Raw(text) => {
+            (kind.parse)(text).map_err(|error| report.emit(&entry.at, path, error.message, error.help))
         }
         other => {
             let message = format!("expected {}, found {}", kind.expected, other.kind());
-            Err(report.tell(
+            Err(report.emit(
                 &entry.at,
                 path,
                 message,
@@ -255,19 +262,21 @@ fn one<T>(report: &mut Report<'_>, path: &str, entry: &Entry, kind: &Text<T>) ->
 impl Entry {
     /// A value of the file.
     pub(super) fn read(value: &Spanned<DeValue<'_>>) -> Self {
-        Self::with(value.get_ref(), At::Span(value.span()), &Self::read)
+        Self::with(value.get_ref(), Origin::Span(value.span()), &Self::read)
     }
 
-    fn of_default(value: &DeValue<'_>) -> Self {
-        Self::with(value, At::Default, &|element| Self::of_default(element.get_ref()))
+    fn from_default(value: &DeValue<'_>) -> Self {
+        Self::with(value, Origin::Default, &|element| {
+            Self::from_default(element.get_ref())
+        })
     }
 
-    fn with(value: &DeValue<'_>, at: At, each: &dyn Fn(&Spanned<DeValue<'_>>) -> Self) -> Self {
+    fn with(value: &DeValue<'_>, at: Origin, each: &dyn Fn(&Spanned<DeValue<'_>>) -> Self) -> Self {
         let value = match value {
             DeValue::String(text) => Value::Text(text.to_string()),
             DeValue::Integer(number) => i64::from_str_radix(number.as_str(), number.radix())
                 .map_or(Value::Other("a number that is too large"), Value::Number),
-            DeValue::Boolean(on) => Value::Switch(*on),
+            DeValue::Boolean(on) => Value::Bool(*on),
             DeValue::Array(entries) => Value::List(entries.iter().map(each).collect()),
             DeValue::Float(_) => Value::Other("a fraction"),
             DeValue::Datetime(_) => Value::Other("a date"),
@@ -280,9 +289,9 @@ impl Entry {
 impl Value {
     fn kind(&self) -> &'static str {
         match self {
-            Self::Text(_) | Self::Untyped(_) => "a text",
+            Self::Text(_) | Self::Raw(_) => "a text",
             Self::Number(_) => "a number",
-            Self::Switch(_) => "true or false",
+            Self::Bool(_) => "true or false",
             Self::List(_) => "a list",
             Self::Other(kind) => kind,
         }

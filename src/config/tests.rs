@@ -6,10 +6,10 @@
     reason = "tests may fail loudly"
 )]
 
-mod bad;
 mod files;
+mod invalid;
 mod overlay;
-mod printed;
+mod rendering;
 
 use std::fmt::Write as _;
 
@@ -27,10 +27,10 @@ fn gather(
     text: &str,
     variables: &[(&str, &str)],
     flags: &[(&'static str, &'static str, &str)],
-) -> Result<Config, Faults> {
+) -> Result<Config, Diagnostics> {
     Config::gather(&Sources {
         data: PathBuf::from("/home/user/.cache/ifnewer"),
-        certificates_here: None,
+        working_dir_certs: None,
         text,
         origin: Path::new(""),
         variables: variables
@@ -62,7 +62,7 @@ fn an_empty_file_works() {
     assert_eq!(config.data, Path::new("/var/cache/ifnewer"));
     assert_eq!(&*config.default_upstream, "docker.io");
     assert_eq!(config.listen.registry, ["127.0.0.1:5000".parse().unwrap()]);
-    assert_eq!(config.listen.plain, Plain::Loopback);
+    assert_eq!(config.listen.plain_http, PlainHttp::Loopback);
     assert_eq!(config.listen.admin, Admin::Tcp("127.0.0.1:5001".parse().unwrap()));
     assert_eq!(
         config.tls,
@@ -70,12 +70,12 @@ fn an_empty_file_works() {
             folder: PathBuf::from("/etc/ifnewer/certs"),
             names: vec![],
             constrained: true,
-            own: None
+            certificate: None
         }
     );
     assert_eq!(
         config.store,
-        StoreSize {
+        StoreLimits {
             bytes_max: 50 << 30,
             free_bytes_min: 5 << 30,
             scrub_rate: 20 << 20
@@ -93,15 +93,15 @@ fn an_empty_file_works() {
 
     let rule = config.rules.otherwise("docker.io");
     assert_eq!(
-        (&*rule.name, rule.policy, rule.absent),
+        (&*rule.name, rule.policy, rule.on_not_found),
         ("default", Policy::IfNewer, OnNotFound::Refuse)
     );
     assert_eq!(
-        (rule.fresh, rule.stale, rule.budget),
+        (rule.max_age, rule.stale_if_error, rule.revalidate_timeout),
         (Duration::ZERO, None, Duration::from_secs(2))
     );
     assert_eq!(
-        (rule.grant.as_secs(), rule.offline_grant.as_secs()),
+        (rule.grant_ttl.as_secs(), rule.grant_ttl_offline.as_secs()),
         (300, 43_200)
     );
 }
@@ -117,7 +117,7 @@ fn the_well_known_upstreams_exist() {
     let hub = config.upstream("index.docker.io").unwrap();
     assert_eq!(&*hub.name, "docker.io");
     assert_eq!(urls(hub), ["https://registry-1.docker.io"]);
-    assert_eq!(hub.access, Access::Proven);
+    assert_eq!(hub.auth, AuthMode::PerClient);
     assert_eq!(hub.credential, None);
     assert_eq!(urls(config.upstream("quay.io").unwrap()), ["https://quay.io"]);
     assert!(config.upstream("example.org").is_none());
@@ -163,7 +163,7 @@ fn paths_in_the_file_start_at_its_folder() {
     let config = read("data = \"d\"\n[tls]\nfolder = \"/t\"\ncertificate = \"c.pem\"\nkey = \"../k.pem\"");
     assert_eq!(config.data, Path::new("/etc/ifnewer/d"));
     assert_eq!(config.tls.folder, Path::new("/t"));
-    let own = config.tls.own.unwrap();
+    let own = config.tls.certificate.unwrap();
     assert_eq!(
         (own.certificate, own.key),
         ("/etc/ifnewer/c.pem".into(), "/etc/ifnewer/../k.pem".into())
@@ -178,15 +178,15 @@ fn upstreams_are_added_changed_and_removed() {
         [upstream."registry.example.org:5000"]
         url = ["https://a.example.org/", "http://b.example.org:8080/registry/"]
         hosts = ["r.example.org"]
-        access = "shared"
+        auth = "shared"
         proxy = "http://proxy.example.org:3128/"
         connect_timeout = "500ms"
         policy = "always"
-        stale = "1h"
+        stale_if_error = "1h"
         [upstream."plain.example.org"]
         [upstream."docker.io"]
         url = "https://mirror.example.org"
-        offline_grant = "24h"
+        grant_ttl_offline = "24h"
         [upstream."quay.io"]
         enabled = false
         "#,
@@ -196,7 +196,7 @@ fn upstreams_are_added_changed_and_removed() {
         urls(added),
         ["https://a.example.org", "http://b.example.org:8080/registry"]
     );
-    assert_eq!(added.access, Access::Shared);
+    assert_eq!(added.auth, AuthMode::Shared);
     assert_eq!(
         added.proxy,
         Proxy::Url("http://proxy.example.org:3128".to_owned())
@@ -207,7 +207,7 @@ fn upstreams_are_added_changed_and_removed() {
         (&*rule.name, rule.policy),
         ("upstream registry.example.org:5000", Policy::Always)
     );
-    assert_eq!(rule.stale, Some(Duration::from_secs(3600)));
+    assert_eq!(rule.stale_if_error, Some(Duration::from_secs(3600)));
 
     assert_eq!(
         urls(config.upstream("plain.example.org").unwrap()),
@@ -216,7 +216,7 @@ fn upstreams_are_added_changed_and_removed() {
     let hub = config.upstream("registry-1.docker.io").unwrap();
     assert_eq!(urls(hub), ["https://mirror.example.org"]);
     assert_eq!(
-        config.rules.otherwise("docker.io").offline_grant,
+        config.rules.otherwise("docker.io").grant_ttl_offline,
         Duration::from_secs(86_400)
     );
     assert!(config.upstream("quay.io").is_none());
@@ -228,16 +228,16 @@ fn rules_hold_in_their_order() {
     let config = read(
         r#"
         [default]
-        fresh = "1m"
+        max_age = "1m"
         [upstream."ghcr.io"]
-        budget = "1s"
+        revalidate_timeout = "1s"
         [[rule]]
         images = ["ghcr.io/acme/*:nightly-*"]
         policy = "always"
         [[rule]]
         images = ["docker.io/nginx", "ghcr.io/acme/*"]
-        absent = "serve"
-        stale = "forever"
+        on_not_found = "serve-stale"
+        stale_if_error = "forever"
         "#,
     );
     let find = |upstream, repository: &str, tag: &str| {
@@ -252,10 +252,13 @@ fn rules_hold_in_their_order() {
         (&*nightly.name, nightly.policy),
         ("rule 1: ghcr.io/acme/*:nightly-*", Policy::Always)
     );
-    assert_eq!((nightly.fresh.as_secs(), nightly.budget.as_secs()), (60, 1));
+    assert_eq!(
+        (nightly.max_age.as_secs(), nightly.revalidate_timeout.as_secs()),
+        (60, 1)
+    );
     let stable = find("ghcr.io", "acme/web", "v1");
     assert_eq!(
-        (&*stable.name, stable.absent),
+        (&*stable.name, stable.on_not_found),
         ("rule 2: docker.io/nginx, ghcr.io/acme/*", OnNotFound::ServeStale)
     );
     assert_eq!(
@@ -273,7 +276,7 @@ fn the_summary_says_what_is_in_effect() {
         "registry  127.0.0.1:5000 (plain HTTP from loopback)",
         "admin     127.0.0.1:5001",
         "store     50.0 GiB, 5.0 GiB left free",
-        "  quay.io  https://quay.io: always, fresh 0s, stale forever, budget 2s, absent refuse, grant 5m, offline_grant 12h",
+        "  quay.io  https://quay.io: always, max_age 0s, stale_if_error forever, revalidate_timeout 2s, on_not_found refuse, grant_ttl 5m, grant_ttl_offline 12h",
         "  rule 1: ghcr.io/acme/*",
     ] {
         assert!(summary.lines().any(|l| l == line), "{line}\n{summary}");
@@ -306,28 +309,28 @@ proptest::proptest! {
 fn a_process_that_may_open_few_files_has_lower_limits() {
     let limits = Limits {
         connections_max: 4096,
-        fetches_max: 512,
+        downloads_max: 512,
         ..read("").limits
     };
-    assert_eq!(limits.within(1 << 20), limits);
-    let few = limits.within(1024);
+    assert_eq!(limits.capped_to(1 << 20), limits);
+    let few = limits.capped_to(1024);
     assert_eq!(
-        (few.connections_max, few.tunnels_max, few.fetches_max),
+        (few.connections_max, few.tunnels_max, few.downloads_max),
         (204, 102, 102)
     );
-    let held = few.connections_max + few.connections_waiting_max() + few.tunnels_max + 3 * few.fetches_max;
+    let held = few.connections_max + few.connections_waiting_max() + few.tunnels_max + 3 * few.downloads_max;
     assert!(held < 1024, "{held} descriptors, and some for the store");
-    assert_eq!(limits.within(0).connections_max, 1, "someone is always let in");
+    assert_eq!(limits.capped_to(0).connections_max, 1, "someone is always let in");
 }
 
 #[test]
 fn t10_a_default_limit_is_lowered_to_the_whole_it_is_part_of() {
-    let limits = read("[limits]\nconnections_max = 100\nfetches_max = 8").limits;
+    let limits = read("[limits]\nconnections_max = 100\ndownloads_max = 8").limits;
     assert_eq!(
         (
             limits.connections_per_peer_max,
             limits.tunnels_max,
-            limits.fetches_per_upstream_max
+            limits.downloads_per_upstream_max
         ),
         (100, 100, 8)
     );
@@ -339,12 +342,12 @@ fn t10_a_default_limit_is_lowered_to_the_whole_it_is_part_of() {
 #[test]
 fn t10_few_descriptors_are_told_in_words() {
     let limits = read("").limits;
-    assert_eq!(limits.lowered_by(1 << 20), None);
+    assert_eq!(limits.describe_caps(1 << 20), None);
     assert_eq!(
-        limits.lowered_by(1024).as_deref(),
+        limits.describe_caps(1024).as_deref(),
         Some(
             "1024 file descriptors allow 204 connections (connections_max = 4096), 102 tunnels (tunnels_max = 256) and 102 \
-             transfers (fetches_max = 256)"
+             transfers (downloads_max = 256)"
         )
     );
 }
@@ -355,7 +358,7 @@ fn o05_without_a_file_the_ca_has_one_place() {
         let owned = |(name, value): &(&str, &str)| ((*name).to_owned(), (*value).to_owned());
         let config = Config::gather(&Sources {
             data: PathBuf::from("/home/user/.cache/ifnewer"),
-            certificates_here: here.map(PathBuf::from),
+            working_dir_certs: here.map(PathBuf::from),
             text: "",
             origin: Path::new(origin),
             variables: variables.iter().map(owned).collect(),

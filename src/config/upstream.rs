@@ -5,12 +5,12 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::diagnostic::{Origin, Report, Reported};
 use super::document::Document;
-use super::fault::{At, Report, Told};
 use super::files::{self, docker_config, password_file};
-use super::keys::Section;
+use super::schema::Section;
 use super::table::Table;
-use super::{address, names, value};
+use super::{address, parsers, validate};
 use crate::oci::Repository;
 use crate::policy::rules::PolicyOverrides;
 use crate::upstream::{ClientCertificate, HelperName, RedirectRule};
@@ -69,11 +69,11 @@ pub struct UpstreamConfig {
     /// Further host names that mean it.
     pub hosts: Vec<String>,
     /// Whose right counts there.
-    pub access: Access,
+    pub auth: AuthMode,
     /// Where its token service is, if tokens are given in its place: an https URL with a path. Only with
-    /// [`Access::Proven`].
+    /// [`AuthMode::PerClient`].
     pub local_tokens: Option<String>,
-    /// The proxy's own credential there. Only with [`Access::Shared`].
+    /// The proxy's own credential there. Only with [`AuthMode::Shared`].
     pub credential: Option<Credential>,
     /// Hosts that credentials may be shown to for a token, besides its own host and site; with a port where it is not the
     /// usual one.
@@ -101,7 +101,7 @@ impl UpstreamConfig {
     }
 
     /// Whether this is its name or one of its hosts, in whatever spelling.
-    pub fn is_called(&self, name_or_host: &str) -> bool {
+    pub fn has_name(&self, name_or_host: &str) -> bool {
         let mut names = self.hosts.iter().map(String::as_str).chain([&*self.name]);
         names.any(|name| address::is_same_host(name, name_or_host))
     }
@@ -109,9 +109,9 @@ impl UpstreamConfig {
 
 /// Whose right to read counts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Access {
+pub enum AuthMode {
     /// Each client's own, shown by the upstream's yes to its credential.
-    Proven,
+    PerClient,
     /// Whoever reaches the listener is entitled.
     Shared,
 }
@@ -155,34 +155,34 @@ pub enum Proxy {
 }
 
 /// An upstream as read, with where it stands, for the checks that need more than one section.
-pub(super) struct Configured {
+pub(super) struct ParsedUpstream {
     pub(super) name: Arc<str>,
     pub(super) table: Table,
     pub(super) changes: PolicyOverrides,
-    pub(super) hosts: Vec<(At, String)>,
-    pub(super) urls: Vec<(At, String)>,
+    pub(super) hosts: Vec<(Origin, String)>,
+    pub(super) urls: Vec<(Origin, String)>,
     /// `None`: it does not exist, or something is wrong with it, which was told.
     state: State,
 }
 
 enum State {
-    Exists(Box<UpstreamConfig>),
+    Enabled(Box<UpstreamConfig>),
     Disabled,
-    Faulty,
+    Invalid,
 }
 
-impl Configured {
+impl ParsedUpstream {
     pub(super) fn into_config(self) -> Option<UpstreamConfig> {
         match self.state {
-            State::Exists(config) => Some(*config),
-            State::Disabled | State::Faulty => None,
+            State::Enabled(config) => Some(*config),
+            State::Disabled | State::Invalid => None,
         }
     }
 
     pub(super) fn token_host(&self) -> Option<&str> {
         match &self.state {
-            State::Exists(config) => config.token_host(),
-            State::Disabled | State::Faulty => None,
+            State::Enabled(config) => config.token_host(),
+            State::Disabled | State::Invalid => None,
         }
     }
 
@@ -192,8 +192,8 @@ impl Configured {
 }
 
 /// The well-known upstreams as changed by the file, then the others in the order of the file.
-pub(super) fn read_all(document: &Document, report: &mut Report<'_>) -> Vec<Configured> {
-    let untouched = |known: &WellKnown| Table::new(Section::Upstream, known.name, At::Default);
+pub(super) fn read_all(document: &Document, report: &mut Report<'_>) -> Vec<ParsedUpstream> {
+    let untouched = |known: &WellKnown| Table::new(Section::Upstream, known.name, Origin::Default);
     let of_file = |known: &WellKnown| {
         document
             .upstreams
@@ -210,7 +210,7 @@ pub(super) fn read_all(document: &Document, report: &mut Report<'_>) -> Vec<Conf
         .filter(|table| well_known(&table.name).is_none())
         .cloned();
     let configured: Vec<_> = known.chain(others).map(|table| read(table, report)).collect();
-    names::refuse_shared(&configured, report);
+    validate::check_hosts_unique(&configured, report);
     configured
 }
 
@@ -218,18 +218,18 @@ fn well_known(name: &str) -> Option<&'static WellKnown> {
     WELL_KNOWN.iter().find(|known| known.name == name)
 }
 
-fn read(table: Table, report: &mut Report<'_>) -> Configured {
+fn read(table: Table, report: &mut Report<'_>) -> ParsedUpstream {
     let name: Arc<str> = Arc::from(table.name.as_str());
     let is_named = check_name(&table, report);
-    let enabled = table.switch(report, "enabled");
-    let changes = super::build::changes(&table, report);
+    let enabled = table.bool(report, "enabled");
+    let changes = super::load::changes(&table, report);
     let urls = urls(&table, report);
     let prefixes = repository_prefixes(&table, urls.as_ref().map_or(0, Vec::len), report);
     let hosts = hosts(&table, report);
-    let access = table.text(report, "access", &value::ACCESS);
-    let credential = access.and_then(|access| credential(&table, access, report));
-    let local_tokens = access.and_then(|access| local_tokens(&table, access, report));
-    let token_hosts = table.list(report, "token_hosts", &value::HOST);
+    let auth = table.text(report, "auth", &parsers::AUTH);
+    let credential = auth.and_then(|auth| credential(&table, auth, report));
+    let local_tokens = auth.and_then(|auth| local_tokens(&table, auth, report));
+    let token_hosts = table.list(report, "token_hosts", &parsers::HOST);
     // Of another address in its place nothing is known.
     let own_registry = well_known(&table.name)
         .filter(|known| {
@@ -239,12 +239,12 @@ fn read(table: Table, report: &mut Report<'_>) -> Configured {
         .map(|known| known.token_hosts.iter().map(|&host| host.to_owned()));
     let roots = files::roots(&table, "ca_file", report);
     let client_certificate = files::client_certificate(&table, report);
-    let redirects = table.list(report, "redirects", &value::REDIRECT);
-    let proxy = table.text(report, "proxy", &value::PROXY);
-    let connect_timeout = table.text(report, "connect_timeout", &value::TIMEOUT);
-    let first_byte_timeout = table.text(report, "first_byte_timeout", &value::TIMEOUT);
+    let redirects = table.list(report, "redirects", &parsers::REDIRECT);
+    let proxy = table.text(report, "proxy", &parsers::PROXY);
+    let connect_timeout = table.text(report, "connect_timeout", &parsers::TIMEOUT);
+    let first_byte_timeout = table.text(report, "first_byte_timeout", &parsers::TIMEOUT);
     if let (Ok(connect), Ok(first_byte)) = (connect_timeout, first_byte_timeout) {
-        super::limits::refuse_connect_timeout(&table, connect, first_byte, report);
+        super::limits::check_connect_timeout(&table, connect, first_byte, report);
     }
 
     let found_urls = urls.as_ref().map_or_else(|_| Vec::new(), Clone::clone);
@@ -260,7 +260,7 @@ fn read(table: Table, report: &mut Report<'_>) -> Configured {
                 })
                 .collect(),
             hosts: hosts?.into_iter().map(|(_, host)| host).collect(),
-            access: access?,
+            auth: auth?,
             local_tokens: local_tokens?,
             credential: credential?,
             token_hosts: token_hosts?
@@ -278,11 +278,11 @@ fn read(table: Table, report: &mut Report<'_>) -> Configured {
     };
     let state = match (enabled, config()) {
         (Ok(false), _) => State::Disabled,
-        (Ok(true), Ok::<_, Told>(config)) => State::Exists(Box::new(config)),
-        _ => State::Faulty,
+        (Ok(true), Ok::<_, Reported>(config)) => State::Enabled(Box::new(config)),
+        _ => State::Invalid,
     };
     let changes = changes.unwrap_or_default();
-    Configured {
+    ParsedUpstream {
         name,
         table,
         changes,
@@ -293,7 +293,7 @@ fn read(table: Table, report: &mut Report<'_>) -> Configured {
 }
 
 /// An image's first component is an upstream only if it looks like a host; else it is part of a repository's name.
-fn check_name(table: &Table, report: &mut Report<'_>) -> Result<(), Told> {
+fn check_name(table: &Table, report: &mut Report<'_>) -> Result<(), Reported> {
     let name = table.name.as_str();
     let path = format!("upstream.\"{name}\"");
     match address::host(name) {
@@ -301,21 +301,21 @@ fn check_name(table: &Table, report: &mut Report<'_>) -> Result<(), Told> {
         Ok(_) => {
             let message = format!("`{name}` cannot be told from a repository's name");
             let help = "name the upstream as images do: a host name with a dot or a port".to_owned();
-            Err(report.tell(&table.at, path, message, Some(help)))
+            Err(report.emit(&table.at, path, message, Some(help)))
         }
-        Err(wrong) => Err(report.tell(&table.at, path, wrong.message, wrong.help)),
+        Err(error) => Err(report.emit(&table.at, path, error.message, error.help)),
     }
 }
 
-fn urls(table: &Table, report: &mut Report<'_>) -> Result<Vec<(At, String)>, Told> {
-    let Some(urls) = table.list_if_set(report, "url", &value::URL, true)? else {
+fn urls(table: &Table, report: &mut Report<'_>) -> Result<Vec<(Origin, String)>, Reported> {
+    let Some(urls) = table.list_if_set(report, "url", &parsers::URL, true)? else {
         let url =
             well_known(&table.name).map_or_else(|| format!("https://{}", table.name), |k| k.url.to_owned());
-        return Ok(vec![(At::Default, url)]);
+        return Ok(vec![(Origin::Default, url)]);
     };
     if urls.is_empty() {
         let help = "leave the key out for https:// and the upstream's name".to_owned();
-        return Err(report.tell(
+        return Err(report.emit(
             table.at("url"),
             table.path("url"),
             "an empty list of URLs",
@@ -324,7 +324,7 @@ fn urls(table: &Table, report: &mut Report<'_>) -> Result<Vec<(At, String)>, Tol
     }
     for (index, (at, url)) in urls.iter().enumerate() {
         if urls.iter().take(index).any(|(_, earlier)| earlier == url) {
-            report.tell(at, table.path("url"), format!("`{url}` stands here twice"), None);
+            report.emit(at, table.path("url"), format!("`{url}` stands here twice"), None);
         }
     }
     Ok(urls)
@@ -335,9 +335,9 @@ fn repository_prefixes(
     table: &Table,
     urls: usize,
     report: &mut Report<'_>,
-) -> Result<Vec<Option<Repository>>, Told> {
+) -> Result<Vec<Option<Repository>>, Reported> {
     const KEY: &str = "repository_prefix";
-    let Some(prefixes) = table.list_if_set(report, KEY, &value::REPOSITORY_PREFIX, true)? else {
+    let Some(prefixes) = table.list_if_set(report, KEY, &parsers::REPOSITORY_PREFIX, true)? else {
         return Ok(vec![None; urls]);
     };
     let count = prefixes.len();
@@ -350,44 +350,48 @@ fn repository_prefixes(
         _ => {
             let message = format!("{count} prefixes for {urls} URLs");
             let help = "write one for all of them, or one for each in the order of `url`: \"\" for none";
-            Err(report.tell(table.at(KEY), table.path(KEY), message, Some(help.to_owned())))
+            Err(report.emit(table.at(KEY), table.path(KEY), message, Some(help.to_owned())))
         }
     }
 }
 
-fn hosts(table: &Table, report: &mut Report<'_>) -> Result<Vec<(At, String)>, Told> {
-    if let Some(hosts) = table.list_if_set(report, "hosts", &value::HOST, false)? {
+fn hosts(table: &Table, report: &mut Report<'_>) -> Result<Vec<(Origin, String)>, Reported> {
+    if let Some(hosts) = table.list_if_set(report, "hosts", &parsers::HOST, false)? {
         return Ok(hosts);
     }
     let hosts = well_known(&table.name).map_or(&[][..], |known| known.hosts);
     Ok(hosts
         .iter()
-        .map(|host| (At::Default, (*host).to_owned()))
+        .map(|host| (Origin::Default, (*host).to_owned()))
         .collect())
 }
 
 /// The three ways to give one; at most one of them.
 const CREDENTIAL_KEYS: [&str; 4] = ["username", "password_file", "docker_config", "credential_helper"];
 
-fn credential(table: &Table, access: Access, report: &mut Report<'_>) -> Result<Option<Credential>, Told> {
-    let username = table.text_if_set(report, "username", &value::USERNAME);
-    let file = table.text_if_set(report, "password_file", &value::PATH);
-    let docker = table.text_if_set(report, "docker_config", &value::PATH);
-    let helper = table.text_if_set(report, "credential_helper", &value::HELPER);
-    let given = |key: &&str| table.is_given(key);
+fn credential(
+    table: &Table,
+    auth: AuthMode,
+    report: &mut Report<'_>,
+) -> Result<Option<Credential>, Reported> {
+    let username = table.text_if_set(report, "username", &parsers::USERNAME);
+    let file = table.text_if_set(report, "password_file", &parsers::PATH);
+    let docker = table.text_if_set(report, "docker_config", &parsers::PATH);
+    let helper = table.text_if_set(report, "credential_helper", &parsers::HELPER);
+    let given = |key: &&str| table.is_set(key);
     match (username?, file?, docker?, helper?) {
         (None, None, None, None) => Ok(None),
         (Some(username), Some(file), None, None) => {
-            refuse_unshared(table, access, "username", report)?;
+            require_shared_auth(table, auth, "username", report)?;
             let file = password_file(table, file, report)?;
             Ok(Some(Credential::Password { username, file }))
         }
         (None, None, Some(file), None) => {
-            refuse_unshared(table, access, "docker_config", report)?;
+            require_shared_auth(table, auth, "docker_config", report)?;
             docker_config(table, file, report).map(|file| Some(Credential::DockerConfig(file)))
         }
         (None, None, None, Some(helper)) => {
-            refuse_unshared(table, access, "credential_helper", report)?;
+            require_shared_auth(table, auth, "credential_helper", report)?;
             Ok(Some(Credential::Helper(helper)))
         }
         (username, file, None, None) if username.is_some() != file.is_some() => {
@@ -398,7 +402,7 @@ fn credential(table: &Table, access: Access, report: &mut Report<'_>) -> Result<
             };
             let message = format!("`{given}` without `{missing}`");
             let help = Some(format!("add `{missing}`"));
-            Err(report.tell(table.at(given), table.path(given), message, help))
+            Err(report.emit(table.at(given), table.path(given), message, help))
         }
         _ => {
             let keys: Vec<_> = CREDENTIAL_KEYS.into_iter().filter(given).collect();
@@ -406,28 +410,33 @@ fn credential(table: &Table, access: Access, report: &mut Report<'_>) -> Result<
             let message = format!("several credentials for one upstream: {}", keys.join(", "));
             let help = "keep one of: `username` with `password_file`, `docker_config`, `credential_helper`"
                 .to_owned();
-            Err(report.tell(table.at(last), table.path(last), message, Some(help)))
+            Err(report.emit(table.at(last), table.path(last), message, Some(help)))
         }
     }
 }
 
-fn refuse_unshared(table: &Table, access: Access, key: &str, report: &mut Report<'_>) -> Result<(), Told> {
-    if access == Access::Shared {
+fn require_shared_auth(
+    table: &Table,
+    auth: AuthMode,
+    key: &str,
+    report: &mut Report<'_>,
+) -> Result<(), Reported> {
+    if auth == AuthMode::Shared {
         return Ok(());
     }
     let message = "a credential of the proxy's own would open this upstream's private images to every client";
-    let help = "if everyone who reaches the listener may read them, add access = \"shared\"; else remove the \
+    let help = "if everyone who reaches the listener may read them, add auth = \"shared\"; else remove the \
                 credential, and clients use their own";
-    Err(report.tell(table.at(key), table.path(key), message, Some(help.to_owned())))
+    Err(report.emit(table.at(key), table.path(key), message, Some(help.to_owned())))
 }
 
-fn local_tokens(table: &Table, access: Access, report: &mut Report<'_>) -> Result<Option<String>, Told> {
+fn local_tokens(table: &Table, auth: AuthMode, report: &mut Report<'_>) -> Result<Option<String>, Reported> {
     const KEY: &str = "local_tokens";
-    let realm = table.text_if_set(report, KEY, &value::REALM)?;
-    if realm.is_some() && access == Access::Shared {
-        let message = "with access = \"shared\" no client needs a token";
+    let realm = table.text_if_set(report, KEY, &parsers::REALM)?;
+    if realm.is_some() && auth == AuthMode::Shared {
+        let message = "with auth = \"shared\" no client needs a token";
         let help = Some("leave one of the two out".to_owned());
-        return Err(report.tell(table.at(KEY), table.path(KEY), message, help));
+        return Err(report.emit(table.at(KEY), table.path(KEY), message, help));
     }
     Ok(realm)
 }

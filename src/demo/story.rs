@@ -101,23 +101,23 @@ pub(super) async fn play(
 
     let first = registry.push("library/app", "latest", &[BASE, ("code 1", 400_000)]);
     let (app, secret) = ("library/app:latest", "acme/secret:1");
-    let cold = Expected::image(&first, "not-held").costs(4, 3_500_000);
+    let cold = Expected::image(&first, "not-cached").costs(4, 3_500_000);
     stage.line("cold pull", &anyone, app, cold).await?;
     stage
         .line(
             "unchanged",
             &anyone,
             app,
-            Expected::image(&first, "unchanged").costs(1, 0),
+            Expected::image(&first, "revalidated").costs(1, 0),
         )
         .await?;
     let second = registry.push("library/app", "latest", &[BASE, ("code 2", 400_000)]);
     // Asked, fetched, and of the layers only the one that changed.
-    let newer = Expected::image(&second, "newer").costs(4, 450_000);
+    let newer = Expected::image(&second, "new-digest").costs(4, 450_000);
     stage.line("the tag moved", &anyone, app, newer).await?;
     let private = registry.push("acme/secret", "1", &[("secret code", 500_000)]);
     registry.keeps_private("acme/secret", &alice);
-    let cold = Expected::image(&private, "not-held").costs(3, 550_000);
+    let cold = Expected::image(&private, "not-cached").costs(3, 550_000);
     stage.line("private, for alice", &as_alice, secret, cold).await?;
     stage
         .line(
@@ -128,7 +128,7 @@ pub(super) async fn play(
         )
         .await?;
     registry.limits(true);
-    let held = |image: &Image, cause| Expected::image(image, "stale").because(cause);
+    let held = |image: &Image, cause| Expected::image(image, "stale-if-error").because(cause);
     stage
         .line(
             "rate limited (429)",
@@ -142,20 +142,25 @@ pub(super) async fn play(
     // Until then the limit, not the death, is why nobody asks.
     tokio::time::sleep(RETRY_AFTER + Duration::from_millis(200)).await;
     stage
-        .line("registry dead", &anyone, app, held(&second, "refused"))
+        .line("registry dead", &anyone, app, held(&second, "connection-refused"))
         .await?;
     stage
-        .line("dead, for alice", &as_alice, secret, held(&private, "refused"))
+        .line(
+            "dead, for alice",
+            &as_alice,
+            secret,
+            held(&private, "connection-refused"),
+        )
         .await?;
     stage
         .line(
             "dead, for bob",
             &as_bob,
             secret,
-            Expected::refused("silent", 502).because("refused"),
+            Expected::refused("upstream-unavailable", 502).because("connection-refused"),
         )
         .await?;
-    let unseen = Expected::refused("silent", 502).because("refused");
+    let unseen = Expected::refused("upstream-unavailable", 502).because("connection-refused");
     stage
         .line("dead, never seen", &anyone, "library/unseen:latest", unseen)
         .await?;

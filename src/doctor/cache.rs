@@ -7,7 +7,7 @@ use tokio::task::JoinSet;
 
 use super::wire::{self, Place};
 use super::{Check, Patient, State};
-use crate::config::{Plain, UpstreamConfig};
+use crate::config::{PlainHttp, UpstreamConfig};
 use crate::oci::{Accept, Endpoint, Reference, Repository, Tag, TlsFailure, UpstreamFailure};
 use crate::process;
 use crate::queue::{Class, Peer};
@@ -26,10 +26,10 @@ pub(super) async fn listeners(patient: &Patient<'_>) -> Vec<Check> {
     };
     let place = way.place();
     let mut checks = Vec::new();
-    let speaks_plain = match patient.config.listen.plain {
-        Plain::Any => true,
-        Plain::Loopback => way.is_loopback(),
-        Plain::Nobody => false,
+    let speaks_plain = match patient.config.listen.plain_http {
+        PlainHttp::Any => true,
+        PlainHttp::Loopback => way.is_loopback(),
+        PlainHttp::Off => false,
     };
     if speaks_plain {
         checks.push(match wire::get(Place::Plain(&way.host, way.port), "/v2/").await {
@@ -53,7 +53,7 @@ pub(super) async fn listeners(patient: &Patient<'_>) -> Vec<Check> {
 async fn tls(patient: &Patient<'_>, host: &str, port: u16) -> Check {
     const NAME: &str = "listener-tls";
     let config = patient.config;
-    let path = match (&patient.options.ca, &config.tls.own) {
+    let path = match (&patient.options.ca, &config.tls.certificate) {
         (Some(path), _) => path.clone(),
         (None, Some(_)) => {
             return Check::skipped(
@@ -171,8 +171,8 @@ pub(super) fn together(mut check: Check, name: &str, seen: Option<&Value>) -> Ch
     let (Some(seen), State::Ok) = (seen, check.state) else {
         return check;
     };
-    if let Some(text) = seen.pointer("/silent/text").and_then(Value::as_str) {
-        let detail = seen.pointer("/silent/detail").and_then(Value::as_str);
+    if let Some(text) = seen.pointer("/unavailable/text").and_then(Value::as_str) {
+        let detail = seen.pointer("/unavailable/detail").and_then(Value::as_str);
         let detail = detail.map_or_else(String::new, |detail| format!(" ({detail})"));
         return Check::failed(
             check.name,
@@ -210,7 +210,7 @@ pub(super) fn together(mut check: Check, name: &str, seen: Option<&Value>) -> Ch
 fn endpoint(upstream: &UpstreamConfig, canary: &str) -> Option<Endpoint> {
     let image = super::canary::Image::read(canary);
     let (repository, tag) = match image {
-        Some(image) if upstream.is_called(&image.registry) && !image.reference.contains(':') => {
+        Some(image) if upstream.has_name(&image.registry) && !image.reference.contains(':') => {
             (image.repository, image.reference)
         }
         _ => (NOBODYS.to_owned(), "latest".to_owned()),

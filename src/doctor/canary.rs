@@ -126,14 +126,14 @@ pub(super) fn verdict(image: &Image, pulled: &Result<(), String>, events: &[Valu
     });
     let told = |event: &Value| {
         format!(
-            "{} ({}, door {})",
-            field(event, "outcome"),
+            "{} ({}, route {})",
+            field(event, "result"),
             field(event, "reason"),
-            field(event, "door")
+            field(event, "route")
         )
     };
     match (pulled, seen) {
-        (Ok(()), Some(event)) if field(event, "outcome") == "refused" => Check::failed(
+        (Ok(()), Some(event)) if field(event, "result") == "denied" => Check::failed(
             NAME,
             format!(
                 "{whole} was asked of this cache, refused ({}), and pulled past it",
@@ -208,7 +208,7 @@ async fn last_event(patient: &Patient<'_>) -> io::Result<Option<u64>> {
     let reply = wire::get(place, "/api/v1/events?limit=1").await?;
     let told = reply.json().filter(|_| reply.status == 200);
     let told = told.ok_or_else(|| io::Error::other(format!("/api/v1/events answers {}", reply.status)))?;
-    let number = told.pointer("/events/0/number").and_then(Value::as_u64);
+    let number = told.pointer("/events/0/id").and_then(Value::as_u64);
     Ok(Some(number.unwrap_or(0)))
 }
 

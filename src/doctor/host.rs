@@ -90,7 +90,7 @@ pub(super) fn descriptors(patient: &Patient<'_>) -> Check {
         return Check::skipped(NAME, format!("/proc/{pid}/limits cannot be read"));
     };
     let limits = &patient.config.limits;
-    let needed = limits.connections_max as u64 + limits.fetches_max as u64 + DESCRIPTORS_BESIDES;
+    let needed = limits.connections_max as u64 + limits.downloads_max as u64 + DESCRIPTORS_BESIDES;
     if limit < needed {
         return Check::failed(
             NAME,

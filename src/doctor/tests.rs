@@ -47,7 +47,7 @@ fn an_image_is_read_by_dockers_rules() {
 }
 
 fn event(repository: &str, reference: &str, outcome: &str) -> Value {
-    json!({ "repository": repository, "reference": reference, "outcome": outcome, "reason": "r", "door": "mirror" })
+    json!({ "repository": repository, "reference": reference, "result": outcome, "reason": "r", "route": "mirror" })
 }
 
 #[test]
@@ -59,7 +59,7 @@ fn a_pull_that_we_did_not_see_is_a_failure_however_well_it_went() {
     ];
     let seen = [event("library/hello-world", "latest", "hit")];
     let by_digest = [event("library/hello-world", "sha256:ab", "hit")];
-    let refused = [event("library/hello-world", "latest", "refused")];
+    let refused = [event("library/hello-world", "latest", "denied")];
     let broken = || Err("it broke".to_owned());
 
     assert_eq!(verdict(&hello, &Ok(()), &seen).state, State::Ok);
@@ -146,17 +146,17 @@ fn the_exit_code_is_how_many_failed() {
 #[test]
 fn what_the_running_cache_finds_counts_too() {
     let told = |further: Value| {
-        let mut upstream = json!({ "name": "docker.io", "silent": null, "rate_limits": [] });
+        let mut upstream = json!({ "name": "docker.io", "unavailable": null, "rate_limits": [] });
         upstream
             .as_object_mut()
             .unwrap()
             .extend(further.as_object().unwrap().clone());
-        let seen = json!({ "upstreams": [{ "name": "ghcr.io", "silent": { "text": "x" } }, upstream] });
+        let seen = json!({ "upstreams": [{ "name": "ghcr.io", "unavailable": { "text": "x" } }, upstream] });
         cache::together(Check::ok("u", "answers"), "docker.io", Some(&seen))
     };
     assert_eq!(told(json!({})).state, State::Ok);
     let limits = |left: u64| {
-        json!({ "rate_limits": [{ "remaining": 50, "limit": 200, "credential": "own" },
+        json!({ "rate_limits": [{ "remaining": 50, "limit": 200, "credential": "cache" },
         { "remaining": left, "limit": 100, "credential": "anonymous" }, { "remaining": null }] })
     };
     let check = told(limits(7));
@@ -165,7 +165,7 @@ fn what_the_running_cache_finds_counts_too() {
         "{check:?}"
     );
     assert_eq!(told(limits(0)).state, State::Failed);
-    let check = told(json!({ "silent": { "text": "docker.io refused the connection" } }));
+    let check = told(json!({ "unavailable": { "text": "docker.io refused the connection" } }));
     assert!(
         check.state == State::Failed && check.found.contains("refused"),
         "{check:?}"

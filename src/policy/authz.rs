@@ -33,7 +33,7 @@ impl Principal {
         Self::of(secret, b"anonymous", b"")
     }
 
-    /// The proxy itself, where an upstream is configured with `access = "shared"`.
+    /// The proxy itself, where an upstream is configured with `auth = "shared"`.
     pub fn proxy(secret: &[u8]) -> Self {
         Self::of(secret, b"proxy", b"")
     }
@@ -60,7 +60,7 @@ impl fmt::Debug for Principal {
 /// What is known of a principal's right to read one thing in one repository.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct GrantEvidence {
-    /// The upstream is configured with `access = "shared"`: whoever reaches the listener is entitled.
+    /// The upstream is configured with `auth = "shared"`: whoever reaches the listener is entitled.
     pub shared: bool,
     /// When the upstream last said yes to this principal in this repository.
     pub granted_at: Option<SystemTime>,
@@ -79,9 +79,9 @@ pub struct GrantEvidence {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct GrantTtls {
     /// While the upstream answers.
-    pub grant: Duration,
+    pub grant_ttl: Duration,
     /// While it is silent. Also how long a repository counts as public before it is asked again.
-    pub offline_grant: Duration,
+    pub grant_ttl_offline: Duration,
 }
 
 /// Weighs the evidence.
@@ -91,14 +91,15 @@ pub fn authorize(evidence: &GrantEvidence, ttls: &GrantTtls, now: SystemTime) ->
     }
     let recently = |at: Option<SystemTime>, ttl| at.is_some_and(|at| age::is_within(at, ttl, now));
     if evidence.shared
-        || recently(evidence.anonymous_granted_at, ttls.offline_grant)
-        || recently(evidence.granted_at, ttls.grant)
+        || recently(evidence.anonymous_granted_at, ttls.grant_ttl_offline)
+        || recently(evidence.granted_at, ttls.grant_ttl)
     {
         return Authorization::Granted;
     }
     // Good only while the upstream cannot be asked, so a clock that was set back takes nothing away.
-    let in_outage =
-        |at: Option<SystemTime>| at.is_some_and(|at| age::is_within_or_ahead(at, ttls.offline_grant, now));
+    let in_outage = |at: Option<SystemTime>| {
+        at.is_some_and(|at| age::is_within_or_ahead(at, ttls.grant_ttl_offline, now))
+    };
     // Another token of the same credential may do: only while this one cannot be asked about.
     let account = in_outage(evidence.token_issued_at) && in_outage(evidence.account_granted_at);
     // What everyone could read once is no secret in an outage, however long ago that was.
@@ -113,8 +114,8 @@ mod tests {
     use super::*;
 
     const TTLS: GrantTtls = GrantTtls {
-        grant: Duration::from_secs(300),
-        offline_grant: Duration::from_secs(43_200),
+        grant_ttl: Duration::from_secs(300),
+        grant_ttl_offline: Duration::from_secs(43_200),
     };
 
     fn now() -> SystemTime {

@@ -22,7 +22,7 @@ impl Decision {
     /// The reason's name, as it stands in the log, the metrics, `Cache-Status` and the admin API.
     pub fn name(self) -> &'static str {
         match self {
-            Self::Revalidate => "ask",
+            Self::Revalidate => "revalidate",
             Self::Serve(reason) | Self::ProbeLayers(reason) => reason.name(),
             Self::Fetch(why) => why.name(),
             Self::Deny(refusal) => refusal.name(),
@@ -33,7 +33,7 @@ impl Decision {
 /// Why a held copy may be served.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum HitReason {
-    /// Confirmed less than `fresh` ago.
+    /// Confirmed less than `max_age` ago.
     Fresh,
     /// The upstream confirmed just now that the tag still names it.
     Revalidated,
@@ -62,16 +62,16 @@ impl HitReason {
     pub fn name(self) -> &'static str {
         match self {
             Self::Fresh => "fresh",
-            Self::Revalidated => "unchanged",
-            Self::TagMoved => "moved",
+            Self::Revalidated => "revalidated",
+            Self::TagMoved => "tag-moved",
             Self::Immutable => "immutable",
-            Self::NotRevalidated => "unasked",
-            Self::StaleIfError(_) => "stale",
-            Self::ExpiredGrant(_) => "past-grant",
-            Self::StaleOnFetchError(_) => "new-unavailable",
-            Self::PreviousComplete(_) => "last-complete",
-            Self::RetainedDeleted => "kept-absent",
-            Self::CacheCredentialRejected => "credential-refused",
+            Self::NotRevalidated => "not-revalidated",
+            Self::StaleIfError(_) => "stale-if-error",
+            Self::ExpiredGrant(_) => "expired-grant",
+            Self::StaleOnFetchError(_) => "stale-fetch-failed",
+            Self::PreviousComplete(_) => "previous-complete",
+            Self::RetainedDeleted => "retained-deleted",
+            Self::CacheCredentialRejected => "cache-credential-rejected",
         }
     }
 
@@ -119,9 +119,9 @@ impl MissReason {
     /// The name in logs, metrics and `Cache-Status`.
     pub fn name(self) -> &'static str {
         match self {
-            Self::NotCached => "not-held",
-            Self::NewDigest => "newer",
-            Self::NoDigest => "unnamed",
+            Self::NotCached => "not-cached",
+            Self::NewDigest => "new-digest",
+            Self::NoDigest => "no-digest",
         }
     }
 }
@@ -143,7 +143,7 @@ pub enum DenyReason {
     NotFound,
     /// The upstream is silent, and there is nothing that may be served instead.
     UpstreamUnavailable(UpstreamFailure),
-    /// The upstream is silent, and the held copy was confirmed longer ago than `stale` allows.
+    /// The upstream is silent, and the held copy was confirmed longer ago than `stale_if_error` allows.
     StaleLimitExceeded(UpstreamFailure),
     /// The upstream is silent, and of the image only a part is held.
     Incomplete(UpstreamFailure),
@@ -153,13 +153,13 @@ impl DenyReason {
     /// The name in logs and metrics.
     pub fn name(self) -> &'static str {
         match self {
-            Self::NotCached => "not-held",
-            Self::NotAuthorized => "not-vouched",
+            Self::NotCached => "not-cached",
+            Self::NotAuthorized => "not-authorized",
             Self::Forbidden => "forbidden",
-            Self::AuthRequired => "challenged",
-            Self::NotFound => "absent",
-            Self::UpstreamUnavailable(_) => "silent",
-            Self::StaleLimitExceeded(_) => "too-stale",
+            Self::AuthRequired => "auth-required",
+            Self::NotFound => "not-found",
+            Self::UpstreamUnavailable(_) => "upstream-unavailable",
+            Self::StaleLimitExceeded(_) => "stale-limit-exceeded",
             Self::Incomplete(_) => "incomplete",
         }
     }

@@ -41,17 +41,17 @@ pub struct EffectivePolicy {
     /// The pull policy.
     pub policy: Policy,
     /// For how long after a confirmation a tag is served without asking.
-    pub fresh: Duration,
+    pub max_age: Duration,
     /// For how long after a confirmation a tag is served while the upstream is silent; `None`: forever.
-    pub stale: Option<Duration>,
+    pub stale_if_error: Option<Duration>,
     /// How long a client that could get a held copy waits for the upstream's word.
-    pub budget: Duration,
+    pub revalidate_timeout: Duration,
     /// What to do with a held tag that the upstream says is gone.
-    pub absent: OnNotFound,
+    pub on_not_found: OnNotFound,
     /// How long the upstream's yes to a principal is good while the upstream answers.
-    pub grant: Duration,
+    pub grant_ttl: Duration,
     /// How long it is good while the upstream is silent.
-    pub offline_grant: Duration,
+    pub grant_ttl_offline: Duration,
     /// Whether the layers of an image are begun once one of them is asked for.
     pub prefetch: bool,
 }
@@ -62,17 +62,17 @@ pub struct PolicyOverrides {
     /// See [`EffectivePolicy::policy`].
     pub policy: Option<Policy>,
     /// See [`EffectivePolicy::fresh`].
-    pub fresh: Option<Duration>,
+    pub max_age: Option<Duration>,
     /// See [`EffectivePolicy::stale`].
-    pub stale: Option<StaleLimit>,
+    pub stale_if_error: Option<StaleLimit>,
     /// See [`EffectivePolicy::budget`].
-    pub budget: Option<Duration>,
+    pub revalidate_timeout: Option<Duration>,
     /// See [`EffectivePolicy::absent`].
-    pub absent: Option<OnNotFound>,
+    pub on_not_found: Option<OnNotFound>,
     /// See [`EffectivePolicy::grant`].
-    pub grant: Option<Duration>,
+    pub grant_ttl: Option<Duration>,
     /// See [`EffectivePolicy::offline_grant`].
-    pub offline_grant: Option<Duration>,
+    pub grant_ttl_offline: Option<Duration>,
     /// See [`EffectivePolicy::prefetch`].
     pub prefetch: Option<bool>,
 }
@@ -103,12 +103,14 @@ impl EffectivePolicy {
         Self {
             name,
             policy: changes.policy.unwrap_or(self.policy),
-            fresh: changes.fresh.unwrap_or(self.fresh),
-            stale: changes.stale.map_or(self.stale, StaleLimit::limit),
-            budget: changes.budget.unwrap_or(self.budget),
-            absent: changes.absent.unwrap_or(self.absent),
-            grant: changes.grant.unwrap_or(self.grant),
-            offline_grant: changes.offline_grant.unwrap_or(self.offline_grant),
+            max_age: changes.max_age.unwrap_or(self.max_age),
+            stale_if_error: changes
+                .stale_if_error
+                .map_or(self.stale_if_error, StaleLimit::limit),
+            revalidate_timeout: changes.revalidate_timeout.unwrap_or(self.revalidate_timeout),
+            on_not_found: changes.on_not_found.unwrap_or(self.on_not_found),
+            grant_ttl: changes.grant_ttl.unwrap_or(self.grant_ttl),
+            grant_ttl_offline: changes.grant_ttl_offline.unwrap_or(self.grant_ttl_offline),
             prefetch: changes.prefetch.unwrap_or(self.prefetch),
         }
     }

@@ -88,18 +88,18 @@ fn every_situation() -> Vec<CacheState> {
                     Authorization::Granted,
                 ] {
                     for revalidation in hearings {
-                        for absent in OnNotFound::ALL {
-                            for fresh in [Duration::ZERO, FRESH] {
-                                for stale in [None, Some(STALE)] {
+                        for on_not_found in OnNotFound::ALL {
+                            for max_age in [Duration::ZERO, FRESH] {
+                                for stale_if_error in [None, Some(STALE)] {
                                     all.push(CacheState {
                                         policy,
                                         kind,
                                         cached,
                                         authorization,
                                         revalidation,
-                                        absent,
-                                        fresh,
-                                        stale,
+                                        on_not_found,
+                                        max_age,
+                                        stale_if_error,
                                         now: now(),
                                     });
                                 }
@@ -313,7 +313,7 @@ fn a_tag_older_than_stale_is_not_served_on_silence() {
                 Completeness::Incomplete { previous: Some(at) } => too_old(at),
                 _ => too_old(cached.confirmed_at),
             });
-            s.stale.is_some() && old && no_answer(s) && s.kind == ContentKind::Tag
+            s.stale_if_error.is_some() && old && no_answer(s) && s.kind == ContentKind::Tag
         },
         |_, v| !serves(v),
     );
@@ -323,7 +323,7 @@ fn a_tag_older_than_stale_is_not_served_on_silence() {
 fn an_absent_thing_is_served_only_where_the_rule_keeps_it() {
     law(
         "404 refuses",
-        |s| s.revalidation == Revalidation::NotFound && s.absent == OnNotFound::Refuse,
+        |s| s.revalidation == Revalidation::NotFound && s.on_not_found == OnNotFound::Refuse,
         |_, v| v == Decision::Deny(DenyReason::NotFound),
     );
 }
@@ -493,7 +493,7 @@ fn a_fresh_tag_is_not_asked_about() {
             s.policy == Policy::IfNewer
                 && s.kind == ContentKind::Tag
                 && s.authorization == Authorization::Granted
-                && s.fresh == FRESH
+                && s.max_age == FRESH
                 && s.revalidation == Revalidation::NotDone
                 && is_whole(s)
                 && s.cached.is_some_and(|h| {
@@ -595,7 +595,7 @@ fn the_entitled_are_served_through_an_outage() {
                 && has_whole(s)
                 && s.authorization != Authorization::Unknown
                 && s.policy != Policy::Always
-                && s.stale.is_none()
+                && s.stale_if_error.is_none()
         },
         |_, v| serves(v),
     );
@@ -610,7 +610,7 @@ fn our_own_refused_credential_does_not_stop_the_entitled() {
                 && has_whole(s)
                 && s.authorization != Authorization::Unknown
                 && s.policy != Policy::Always
-                && s.stale.is_none()
+                && s.stale_if_error.is_none()
         },
         |_, v| serves(v),
     );
@@ -657,9 +657,9 @@ fn the_rule_as_it_was_asked_for() {
         }),
         authorization: Authorization::Granted,
         revalidation: Revalidation::NotDone,
-        absent: OnNotFound::Refuse,
-        fresh: Duration::ZERO,
-        stale: None,
+        on_not_found: OnNotFound::Refuse,
+        max_age: Duration::ZERO,
+        stale_if_error: None,
         now: now(),
     };
     let not_held = CacheState {

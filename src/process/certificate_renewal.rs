@@ -92,7 +92,7 @@ mod tests {
             folder: folder.to_owned(),
             names: Vec::new(),
             constrained: true,
-            own: None,
+            certificate: None,
         };
         ServerTls::prepare(&tls, &[], HashSet::new(), &[], Clock::from_fn(now)).unwrap()
     }

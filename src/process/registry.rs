@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::clock::Clock;
-use crate::config::{Access, Config, Credential, Proxy, UpstreamConfig};
+use crate::config::{AuthMode, Config, Credential, Proxy, UpstreamConfig};
 use crate::download::Downloads;
 use crate::policy::rules::Rules;
 use crate::proxy::{self, ProxyService, RegistryStates, UpstreamRegistry};
@@ -78,9 +78,9 @@ pub(super) fn registry(
     let rules = Arc::new(config.rules.clone());
     let mut sites = Vec::new();
     for upstream in &config.upstreams {
-        let fetches_max = config.limits.fetches_per_upstream_max;
+        let downloads_max = config.limits.downloads_per_upstream_max;
         sites.push((
-            Arc::new(site(upstream, fetches_max, &rules, (shared, context))?),
+            Arc::new(site(upstream, downloads_max, &rules, (shared, context))?),
             upstream.hosts.clone(),
         ));
     }
@@ -95,7 +95,7 @@ pub(super) fn registry(
         name: Arc::from("[connect]"),
         error,
     })?;
-    let entry = config.entry.as_ref();
+    let entry = config.access.as_ref();
     let secret = *shared.pull.store().install_secret();
     let entry = entry.map(|entry| Entry::new(entry, secret, Arc::clone(&shared.passwords)));
     Ok(Registry {
@@ -108,20 +108,20 @@ pub(super) fn registry(
 
 fn site(
     config: &UpstreamConfig,
-    fetches_max: usize,
+    downloads_max: usize,
     rules: &Arc<Rules>,
     (shared, context): (&SharedState, &UpstreamContext),
 ) -> Result<UpstreamRegistry, RunError> {
     let state = shared.sites.of(&config.name);
-    let access = match config.access {
-        Access::Proven => proxy::Access::PerClient,
-        Access::Shared => proxy::Access::Shared {
+    let access = match config.auth {
+        AuthMode::PerClient => proxy::Access::PerClient,
+        AuthMode::Shared => proxy::Access::Shared {
             own_credential: config.credential.is_some(),
         },
     };
     let upstream = upstream(
         config,
-        fetches_max,
+        downloads_max,
         (&shared.connector, state.upstream()),
         (
             context.offline.clone(),
@@ -143,7 +143,7 @@ fn site(
 /// The client side of one upstream, as its section says, over what is known of it.
 pub fn upstream(
     config: &UpstreamConfig,
-    fetches_max: usize,
+    downloads_max: usize,
     (connector, state): (&Transport, &LearnedState),
     (offline, observer, served): (Offline, Observer, Option<Arc<dyn ServedStore>>),
 ) -> Result<Upstream, RunError> {
@@ -167,7 +167,7 @@ pub fn upstream(
         error,
     })?;
     let mut settings = Settings::new(&*config.name, urls);
-    settings.fetches_max = fetches_max;
+    settings.downloads_max = downloads_max;
     settings.offline = offline;
     settings.observer = observer;
     settings.served = served;

@@ -238,7 +238,7 @@ impl BlobRequest<'_> {
                 self.repository,
                 self.context,
                 situation,
-                self.rule.budget,
+                self.rule.revalidate_timeout,
             )
             .await
     }
@@ -406,7 +406,7 @@ impl BlobRequest<'_> {
     /// Whether a transfer that this principal began here is still its own to read: the `GET` of the transfer is the
     /// question about its right, unless the upstream has refused it since or a grant would have lapsed by now.
     fn still_holds(&self, of: &UpstreamRequest, began: Instant) -> bool {
-        began.elapsed() < self.rule.grant && !self.pull.refused_since(of, began)
+        began.elapsed() < self.rule.grant_ttl && !self.pull.refused_since(of, began)
     }
 
     /// Nobody follows on another's right: `None` if this principal has its own, else the refusal.

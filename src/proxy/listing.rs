@@ -83,8 +83,8 @@ impl ProxyService {
         }
         let mut wanted = UpstreamRequest::of(request, repository, &context.caller);
         let upstream = request.site.upstream();
-        let wait = upstream.wait_limit(&wanted.caller, (&wanted.endpoint, false), rule.budget);
-        if !is_stranger && kept.is_none() && wait != Ok(rule.budget) {
+        let wait = upstream.wait_limit(&wanted.caller, (&wanted.endpoint, false), rule.revalidate_timeout);
+        if !is_stranger && kept.is_none() && wait != Ok(rule.revalidate_timeout) {
             kept = self.kept_page(request, repository, (&key, true)).await;
             situation = in_situation(kept.as_ref());
         }
@@ -99,7 +99,7 @@ impl ProxyService {
         let revalidation = match wait {
             Err(cause) if can_do_without(&situation) => Err((Revalidation::Unavailable(cause), None)),
             wait => {
-                let wait = wait.unwrap_or(rule.budget);
+                let wait = wait.unwrap_or(rule.revalidate_timeout);
                 let listing = self.shared_tags(&wanted, (!is_stranger).then(|| key.clone()));
                 tokio::pin!(listing);
                 if let Ok(revalidation) = timeout(wait, listing.as_mut()).await {

@@ -128,7 +128,7 @@ impl<'a> ManifestRequest<'a> {
             repository,
             context,
             rule,
-            deadline: Instant::now() + rule.budget,
+            deadline: Instant::now() + rule.revalidate_timeout,
         }
     }
 
@@ -230,7 +230,7 @@ impl<'a> ManifestRequest<'a> {
                 self.repository,
                 self.context,
                 situation,
-                self.rule.budget,
+                self.rule.revalidate_timeout,
             )
             .await
     }
@@ -347,7 +347,7 @@ impl<'a> ManifestRequest<'a> {
         let mut wanted = self.wanted();
         wanted.caller.wait_deadline = Some(self.deadline);
         // Most of the time is left for questions about those whose turn has not come.
-        let begin_for = self.rule.prefetch.then(|| self.rule.budget / 3);
+        let begin_for = self.rule.prefetch.then(|| self.rule.revalidate_timeout / 3);
         let checking = self.pull.check(wanted, begin_for, manifest, &instead.manifest);
         // What was asked goes on being asked; the next who comes finds the answers.
         let checked = timeout_at(self.deadline, checking).await;

@@ -132,7 +132,7 @@ impl ProxyService {
             let held = Some(copies.held());
             let mut situation = context.situation(rule, ContentKind::Tag, held, true, request.now);
             if self.is_subject_cached(&request.site, repository, subject).await {
-                situation.fresh = situation.fresh.max(rule.grant);
+                situation.max_age = situation.max_age.max(rule.grant_ttl);
             }
             return self
                 .judged(request, repository, context, situation, Some(copies))
@@ -158,7 +158,13 @@ impl ProxyService {
         // A 404 was had by GET before, so a HEAD is enough to hear that it still holds.
         if is_kept {
             let asked = self
-                .ask(request, repository, context, &lookup.situation, rule.budget)
+                .ask(
+                    request,
+                    repository,
+                    context,
+                    &lookup.situation,
+                    rule.revalidate_timeout,
+                )
                 .await;
             if !matches!(
                 asked.revalidation,
@@ -277,7 +283,10 @@ impl<'a> ReferrersRequest<'a> {
             let (at, writes) = pull.referrers_confirmed.0.get(key)?;
             let is_fresh = is_cached
                 && writes == request.writes.ended()
-                && request.now.duration_since(at).is_ok_and(|age| age < rule.grant);
+                && request
+                    .now
+                    .duration_since(at)
+                    .is_ok_and(|age| age < rule.grant_ttl);
             is_fresh.then_some(at)
         };
         let own = found.own.map(|answer| (answer, confirmed(&key)));
@@ -298,9 +307,9 @@ impl<'a> ReferrersRequest<'a> {
             .as_ref()
             .map(|stand_in| stand_in.held(fresh_since, request.now));
         let mut situation = context.situation(rule, ContentKind::Tag, held, true, request.now);
-        situation.fresh = fresh_since.map_or(Duration::ZERO, |_| rule.grant);
+        situation.max_age = fresh_since.map_or(Duration::ZERO, |_| rule.grant_ttl);
         // Its subject is served by digest for however long the upstream is unavailable.
-        situation.stale = None;
+        situation.stale_if_error = None;
         Self {
             pull,
             request,
@@ -323,10 +332,10 @@ impl<'a> ReferrersRequest<'a> {
             _ => {}
         }
         if !self.can_do_without() {
-            return Precheck::Request(self.rule.budget);
+            return Precheck::Request(self.rule.revalidate_timeout);
         }
         let (upstream, asked) = (self.request.site.upstream(), (&self.request.endpoint, by_head));
-        match upstream.wait_limit(&context.caller, asked, self.rule.budget) {
+        match upstream.wait_limit(&context.caller, asked, self.rule.revalidate_timeout) {
             Ok(wait) => Precheck::Request(wait),
             Err(cause) => Precheck::Unavailable(cause),
         }

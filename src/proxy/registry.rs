@@ -195,11 +195,11 @@ impl UpstreamRegistry {
         self.access == Access::Shared { own_credential: true }
     }
 
-    /// Who is shown to it: `client` (each its own credential), `own` (the proxy's), `anonymous`.
+    /// Who is shown to it: `client` (each its own credential), `cache` (the proxy's), `anonymous`.
     pub fn identity(&self) -> &'static str {
         match self.access {
             Access::PerClient => "client",
-            Access::Shared { own_credential: true } => "own",
+            Access::Shared { own_credential: true } => "cache",
             Access::Shared {
                 own_credential: false,
             } => "anonymous",

@@ -27,7 +27,7 @@ use super::idle::{Pardon, Watched};
 use super::listen::{From, Listener, Wire};
 use super::tls::{ServerTls, Shaken};
 use super::{Body, Front};
-use crate::config::{Limits, Plain};
+use crate::config::{Limits, PlainHttp};
 use crate::store::LogLimit;
 
 /// A failed `accept` (out of descriptors, mostly) is tried again after this.
@@ -53,7 +53,7 @@ struct Inner {
     front: Front,
     /// The certificate now in effect.
     tls: Arc<ArcSwap<ServerTls>>,
-    plain: Plain,
+    plain_http: PlainHttp,
     limits: Limits,
     /// Set when the process is to end.
     ending: CancellationToken,
@@ -67,7 +67,7 @@ impl Accepting {
     pub fn new(
         front: Front,
         tls: Arc<ArcSwap<ServerTls>>,
-        plain: Plain,
+        plain_http: PlainHttp,
         limits: Limits,
         ending: CancellationToken,
     ) -> Self {
@@ -81,7 +81,7 @@ impl Accepting {
             connections: Connections::new("registry", bounds, front.telemetry.clone()),
             front,
             tls,
-            plain,
+            plain_http,
             limits,
             ending,
             tunnels: Arc::new(Semaphore::new(limits.tunnels_max)),
@@ -245,10 +245,10 @@ impl Accepting {
             let stream = Watched::new(stream, patience, pardon).of(handle);
             connection.speak(stream).await
         } else {
-            let may_speak = match self.0.plain {
-                Plain::Loopback => peer.is_local(),
-                Plain::Any => true,
-                Plain::Nobody => false,
+            let may_speak = match self.0.plain_http {
+                PlainHttp::Loopback => peer.is_local(),
+                PlainHttp::Any => true,
+                PlainHttp::Off => false,
             };
             let peer = Peer {
                 address: peer.ip(),

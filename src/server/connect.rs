@@ -31,7 +31,7 @@ use super::record::Open;
 use super::tls::Shaken;
 use super::told::Told;
 use super::{Body, Registry, reply};
-use crate::config::{Tunnel, host_part};
+use crate::config::{TunnelRule, host_part};
 use crate::telemetry::{self, CacheResult, ResourceKind};
 use crate::trace_context::TraceId;
 use crate::upstream::Stream;
@@ -46,13 +46,13 @@ const LAST_BYTES_WITHIN: Duration = Duration::from_secs(1);
 
 /// Where tunnels may lead besides the upstreams' own token services, and how.
 pub struct Tunnels {
-    allowed: Vec<Tunnel>,
+    allowed: Vec<TunnelRule>,
     way: TunnelDialer,
 }
 
 impl Tunnels {
     /// To those of `allowed`, by `way`.
-    pub fn new(allowed: Vec<Tunnel>, way: TunnelDialer) -> Self {
+    pub fn new(allowed: Vec<TunnelRule>, way: TunnelDialer) -> Self {
         Self { allowed, way }
     }
 

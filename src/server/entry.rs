@@ -3,7 +3,7 @@
 //!
 //! A certificate takes no header, so `Authorization` stays the upstream's, at every door. Where there are passwords, that
 //! header is ours at the cache's own address and goes no further, whoever sends it: an upstream is then asked with the
-//! cache's own credential (`access = "shared"`) or as everybody would. By an upstream's own name the header is the
+//! cache's own credential (`auth = "shared"`) or as everybody would. By an upstream's own name the header is the
 //! upstream's, so a password is shown before, to the proxy: in the `Proxy-Authorization` of a `CONNECT`.
 
 mod checks;
@@ -27,7 +27,7 @@ use super::certificate::{Authorities, Certificate};
 use super::door::Peer;
 use super::gate::Turned;
 use super::tls::TlsError;
-use crate::config::{Allow, Entry as Settings, User};
+use crate::config::{AccessConfig as Settings, Allow, User};
 use crate::oci::Repository;
 use crate::oci::digest::hmac_sha256;
 
@@ -248,7 +248,7 @@ impl Entry {
             || self
                 .allows
                 .iter()
-                .any(|allow| allow.is_for(user) && allow.images.contain(upstream, repository))
+                .any(|allow| allow.applies_to(user) && allow.images.contain(upstream, repository))
     }
 }
 

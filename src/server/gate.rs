@@ -55,7 +55,7 @@ pub(super) enum Turned {
     #[error("the body of a {0} request may not exceed 64 KiB")]
     Body(Method),
     /// Plain HTTP from where it is not accepted.
-    #[error("plain HTTP is accepted from loopback only; use https://, or set listen.plain = \"any\"")]
+    #[error("plain HTTP is accepted from loopback only; use https://, or set listen.plain_http = \"any\"")]
     Plain,
     /// Nothing but TLS to an upstream, or to a host that is allowed, passes by `CONNECT`.
     #[error(
@@ -209,13 +209,13 @@ impl Turned {
             Self::RequestError(RequestError::Write { .. }) | Self::ReadOnly(_) => "write",
             Self::RequestError(_) | Self::Query(_) | Self::Accept(_) | Self::NoHostInNs(_) => "malformed",
             Self::TwoUpstreams { .. } => "two-upstreams",
-            Self::Host => "host",
+            Self::Host => "bad-host",
             Self::Misdirected => "misdirected",
-            Self::Framing => "framing",
-            Self::Body(_) => "body",
-            Self::Plain => "plain",
-            Self::NoTunnel(_) => "no-tunnel",
-            Self::TunnelsBusy => "tunnels-busy",
+            Self::Framing => "bad-framing",
+            Self::Body(_) => "body-too-large",
+            Self::Plain => "plain-http",
+            Self::NoTunnel(_) => "tunnel-not-allowed",
+            Self::TunnelsBusy => "too-many-tunnels",
             Self::TunnelFailed(..) => "tunnel-failed",
             Self::NoCertificate(_) => "no-certificate",
             Self::Unauthenticated => "unauthenticated",
@@ -223,9 +223,9 @@ impl Turned {
             Self::PasswordTooLong { .. } => "password-too-long",
             Self::NoClientCertificate => "no-client-certificate",
             Self::ClientCertificate(_) => "client-certificate",
-            Self::EntryBusy => "entry-busy",
+            Self::EntryBusy => "too-many-password-checks",
             Self::NotAllowed(_) => "not-allowed",
-            Self::NotByThisDoor => "not-by-this-door",
+            Self::NotByThisDoor => "password-not-possible",
             Self::UnknownUpstream(_) => "unknown-upstream",
         }
     }

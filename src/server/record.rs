@@ -153,7 +153,7 @@ impl Record {
         self.telemetry.record_access(&AccessRecord {
             at: self.at,
             upstream: self.site.as_ref().map_or("-", |site| site.name()),
-            door: self.door.map_or("-", Door::name),
+            route: self.door.map_or("-", Door::name),
             kind: self.kind,
             image: &self.image,
             result: self.told.result,

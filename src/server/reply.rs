@@ -220,7 +220,7 @@ fn passed_answer(passed: Passthrough, front: &Front) -> Response<Body> {
     if let Some(digest) = passed.digest {
         put(headers, DOCKER_CONTENT_DIGEST, &digest);
     }
-    put(headers, CACHE_STATUS, "ifnewer; fwd=bypass; detail=passed");
+    put(headers, CACHE_STATUS, "ifnewer; fwd=bypass; detail=passthrough");
     if let Some(size) = passed.size {
         headers.insert(CONTENT_LENGTH, size.into());
     }

@@ -138,7 +138,7 @@ impl ServerTls {
         };
         let own_names = names(tls, addresses);
         let authority = folder.authority(&own_names, &hosts, now);
-        let (chain, key, authority) = match (&tls.own, authority) {
+        let (chain, key, authority) = match (&tls.certificate, authority) {
             (Some(own), authority) => {
                 let authority = match authority {
                     // Brought certificates serve a cache whose folder cannot be written to; only a CA is missing then.
@@ -190,7 +190,7 @@ impl ServerTls {
             clock,
         } = &self.origin;
         let is_due = self.end("server")? < clock.now() + RENEW_BEFORE;
-        (is_due && tls.own.is_none())
+        (is_due && tls.certificate.is_none())
             .then(|| Self::prepare(tls, addresses, hosts.clone(), client_roots, *clock))
     }
 
@@ -204,7 +204,7 @@ impl ServerTls {
                 "the CA ends; run `ifnewer ca rotate`, reload, and have clients trust the new one before"
             );
         }
-        let own = self.origin.tls.own.as_ref();
+        let own = self.origin.tls.certificate.as_ref();
         let own = own.zip(ends_within("server", RENEW_BEFORE));
         if let Some((own, end)) = own {
             tracing::warn!(

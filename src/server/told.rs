@@ -70,7 +70,7 @@ impl Told {
     pub(super) fn passed() -> Self {
         Self {
             result: telemetry::CacheResult::Passed,
-            ..Self::turned("passed")
+            ..Self::turned("forwarded")
         }
     }
 

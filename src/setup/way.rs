@@ -9,7 +9,7 @@ use rustls_pki_types::CertificateDer;
 use rustls_pki_types::pem::PemObject;
 
 use super::{Client, Options, Refused};
-use crate::config::{Config, Plain, UpstreamConfig};
+use crate::config::{Config, PlainHttp, UpstreamConfig};
 
 /// Whether the client speaks TLS with us.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -128,16 +128,16 @@ impl Way {
                 options.client.name()
             )));
         }
-        let plain = match config.listen.plain {
-            Plain::Any => true,
-            Plain::Loopback => loopback,
-            Plain::Nobody => false,
+        let plain = match config.listen.plain_http {
+            PlainHttp::Any => true,
+            PlainHttp::Loopback => loopback,
+            PlainHttp::Off => false,
         };
         let scheme = scheme.unwrap_or(if plain { Scheme::Http } else { Scheme::Https });
         // dockerd does not verify certificates of 127.0.0.0/8, where a CA would be of no use to it. Of ::1 it does.
         let is_trusted = loopback && !host.starts_with('[') && options.client == Client::Docker;
         let verifies = scheme == Scheme::Https && !is_trusted;
-        let authority = match (&options.ca, &config.tls.own) {
+        let authority = match (&options.ca, &config.tls.certificate) {
             (Some(path), _) => Some(Authority::read(path)?),
             (None, None) if verifies => Some(Authority::read(&config.tls.folder.join("ca.pem"))?),
             _ => None,

@@ -27,7 +27,7 @@ pub struct DecisionRecord {
     /// The upstream's name; `-` where none was reached.
     pub upstream: Box<str>,
     /// Through which door the client came.
-    pub door: &'static str,
+    pub route: &'static str,
     /// `repository:tag` or `repository@digest`; the path where neither was understood.
     pub image: Box<str>,
     /// What kind of thing was asked for.
@@ -64,7 +64,7 @@ impl DecisionRecord {
             id: 0,
             at: record.at,
             upstream: record.upstream.into(),
-            door: record.door,
+            route: record.route,
             image: record.image.into(),
             kind: record.kind,
             result: record.result(),
@@ -145,11 +145,11 @@ mod tests {
             id: 0,
             at: SystemTime::UNIX_EPOCH,
             upstream: "docker.io".into(),
-            door: "mirror",
+            route: "mirror",
             image: image.into(),
             kind: ResourceKind::Tag,
             result: CacheResult::Hit,
-            reason: "unchanged",
+            reason: "revalidated",
             cause: None,
             digest: None,
             status: 200,

@@ -79,7 +79,7 @@ pub struct QueueGauges {
 pub struct QuotaGauge {
     /// The upstream's name.
     pub upstream: Arc<str>,
-    /// Whose it is: `anonymous`, `own`, or `client` for all clients with a credential of their own.
+    /// Whose it is: `anonymous`, `cache`, or `client` for all clients with a credential of their own.
     pub credential: &'static str,
     /// Pulls allowed in a window.
     pub limit: Option<u64>,

@@ -23,8 +23,8 @@ type IntGauge = Gauge<u64, AtomicU64>;
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct RequestLabels {
-    registry: Arc<str>,
-    door: &'static str,
+    upstream: Arc<str>,
+    route: &'static str,
     kind: &'static str,
     result: &'static str,
     reason: &'static str,
@@ -57,25 +57,25 @@ struct OperationLabels {
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct UpstreamLabels {
-    registry: Arc<str>,
+    upstream: Arc<str>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct BreakerLabels {
-    registry: Arc<str>,
+    upstream: Arc<str>,
     scope: &'static str,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct UpstreamRequestLabels {
-    registry: Arc<str>,
+    upstream: Arc<str>,
     op: &'static str,
     code: Arc<str>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct QuotaLabels {
-    registry: Arc<str>,
+    upstream: Arc<str>,
     credential: &'static str,
 }
 
@@ -215,7 +215,9 @@ impl Default for Metrics {
             stale_age_seconds: Histogram::new([60.0, 600.0, 3_600.0, 21_600.0, 86_400.0, 604_800.0]),
             disk_bytes: bytes.get_or_create_owned(&SourceLabels { source: "disk" }),
             download_bytes: bytes.get_or_create_owned(&SourceLabels { source: "download" }),
-            passed_bytes: bytes.get_or_create_owned(&SourceLabels { source: "passed" }),
+            passed_bytes: bytes.get_or_create_owned(&SourceLabels {
+                source: "passthrough",
+            }),
             tunnel_bytes: Family::default(),
             tunnels: IntGauge::default(),
             fetched_bytes: Counter::default(),
@@ -273,8 +275,8 @@ impl Default for Metrics {
 impl Metrics {
     pub(super) fn record_access(&self, record: &AccessRecord<'_>) {
         let labels = RequestLabels {
-            registry: record.upstream.into(),
-            door: record.door,
+            upstream: record.upstream.into(),
+            route: record.route,
             kind: record.kind.name(),
             result: record.result().name(),
             reason: record.reason,
@@ -341,14 +343,14 @@ impl Metrics {
     }
 
     pub(super) fn record_upstream(&self, record: &UpstreamRecord<'_>) {
-        let registry: Arc<str> = record.upstream.into();
+        let upstream: Arc<str> = record.upstream.into();
         let labels = UpstreamRequestLabels {
-            registry: Arc::clone(&registry),
+            upstream: Arc::clone(&upstream),
             op: record.operation,
             code: record.code.into(),
         };
         self.upstream_requests.get_or_create(&labels).inc();
-        let seconds = self.upstream_seconds.get_or_create(&UpstreamLabels { registry });
+        let seconds = self.upstream_seconds.get_or_create(&UpstreamLabels { upstream });
         seconds.observe(record.took.as_secs_f64());
     }
 
@@ -410,20 +412,20 @@ impl Metrics {
         raise_to(&self.digest_mismatches, gauges.digest_mismatches);
         for (name, up) in &gauges.upstreams {
             let labels = UpstreamLabels {
-                registry: Arc::clone(name),
+                upstream: Arc::clone(name),
             };
             self.upstream_up.get_or_create(&labels).set(u64::from(*up));
         }
-        for (registry, scope, open) in &gauges.open_breakers {
+        for (upstream, scope, open) in &gauges.open_breakers {
             let labels = BreakerLabels {
-                registry: Arc::clone(registry),
+                upstream: Arc::clone(upstream),
                 scope,
             };
             self.open_breakers.get_or_create(&labels).set(*open);
         }
         for level in &gauges.quotas {
             let labels = QuotaLabels {
-                registry: Arc::clone(&level.upstream),
+                upstream: Arc::clone(&level.upstream),
                 credential: level.credential,
             };
             if let Some(limit) = level.limit {

@@ -47,7 +47,7 @@ impl Span {
         let mut attributes = vec![
             ("http.response.status_code", record.status.to_string()),
             ("ifnewer.upstream", record.upstream.to_owned()),
-            ("ifnewer.door", record.door.to_owned()),
+            ("ifnewer.route", record.route.to_owned()),
             ("ifnewer.image", record.image.to_owned()),
             ("ifnewer.result", record.result().name().to_owned()),
             ("ifnewer.reason", record.reason.to_owned()),

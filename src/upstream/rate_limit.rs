@@ -84,7 +84,7 @@ impl QuotaOwner {
     pub const fn name(self) -> &'static str {
         match self {
             QuotaOwner::Anonymous => "anonymous",
-            QuotaOwner::Configured => "own",
+            QuotaOwner::Configured => "cache",
             QuotaOwner::Client(_) => "client",
         }
     }

@@ -46,7 +46,7 @@ pub struct Settings {
     /// Longest manifest read, in bytes.
     pub manifest_bytes_max: usize,
     /// Questions (HEAD, manifests, lists) under way at once, and as many blob transfers.
-    pub fetches_max: usize,
+    pub downloads_max: usize,
     /// The operator's switch.
     pub offline: Offline,
     /// Hears of each exchange.
@@ -70,7 +70,7 @@ impl Settings {
             client_certificate: None,
             timeouts: Timeouts::default(),
             manifest_bytes_max: crate::oci::manifest::MANIFEST_BYTES_MAX,
-            fetches_max: FETCHES_MAX,
+            downloads_max: DOWNLOADS_MAX,
             offline: Offline::default(),
             observer: Observer::default(),
             served: None,
@@ -79,7 +79,7 @@ impl Settings {
 }
 
 /// Questions under way at once, and as many transfers, unless the operator says otherwise.
-pub const FETCHES_MAX: usize = 64;
+pub const DOWNLOADS_MAX: usize = 64;
 
 /// While it is on, no upstream is asked anything: each is silent, because of [`UpstreamFailure::Offline`]. Transfers under way go
 /// on until they break. Clones are the same switch.
@@ -181,7 +181,7 @@ impl fmt::Debug for Credential {
         f.write_str(match self {
             Credential::Anonymous => "anonymous",
             Credential::Client(_) => "client",
-            Credential::Configured => "own",
+            Credential::Configured => "cache",
         })
     }
 }

@@ -142,7 +142,7 @@ impl ConnectionSettings {
             client_certificate,
             timeouts,
             manifest_bytes_max: _,
-            fetches_max: _,
+            downloads_max: _,
             offline: _,
             observer: _,
             served: _,
@@ -389,10 +389,10 @@ impl Upstream {
         learned
             .limits
             .set_configured_serial(own.as_ref().map_or(0, |own| own.serial()));
-        learned.requests.resize(inner.fetches_max);
+        learned.requests.resize(inner.downloads_max);
         learned
             .lists
-            .resize(inner.fetches_max.div_ceil(LIST_PERMIT_RATIO));
+            .resize(inner.downloads_max.div_ceil(LIST_PERMIT_RATIO));
         *learned.active() = Active {
             upstream: Arc::downgrade(inner),
             connection: Some(Arc::clone(&inner.connection)),

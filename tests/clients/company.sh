@@ -53,7 +53,7 @@ ca_file = "$company/ca.pem"
 
 [[rule]]
 images = ["registry.test/private/pushed*"]
-fresh = "1h"
+max_age = "1h"
 EOF
 }
 

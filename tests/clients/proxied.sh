@@ -76,7 +76,7 @@ by_default_host() {
   ctr_pulls cut.example/library/other:latest
   is_as_at_upstream cut.example/library/other:latest library/other
   expect "registries that came by ?ns=" "cut.example docker.io" \
-    "$(decisions | jq -r '[.[] | select(.door == "ns") | .upstream] | unique | join(" ")')"
+    "$(decisions | jq -r '[.[] | select(.route == "ns") | .upstream] | unique | join(" ")')"
   kill_upstream
   ctr_forgets
   for ref in docker.io/library/demo:latest cut.example/library/other:latest; do

@@ -135,7 +135,7 @@ setup_podman() {
     REGISTRY_AUTH_FILE="$scratch/no-auth.json" timeout 120 skopeo \
     --registries-conf "$setup_root/etc/containers/registries.conf.d/50-ifnewer.conf" --insecure-policy \
     copy -q docker://docker.io/library/demo:latest "dir:$scratch/copied"
-  curl -sSf "http://$(<"$state/ifnewer.admin")/api/v1/events?limit=1" | jq -e '.events[0].door == "prefix"' >/dev/null ||
+  curl -sSf "http://$(<"$state/ifnewer.admin")/api/v1/events?limit=1" | jq -e '.events[0].route == "prefix"' >/dev/null ||
     fail "the pull did not come through the door that setup wrote down"
   ifnewer_ setup podman --undo
   [[ ! -e $setup_root/etc/containers ]] || fail "undone, but something was left"
@@ -156,7 +156,7 @@ setup_containerd() {
   env HTTPS_PROXY=http://127.0.0.1:1 NO_PROXY=127.0.0.1 timeout 120 ctr -a "$scratch/containerd/sock" image pull \
     --hosts-dir "$setup_root/etc/containerd/certs.d" --snapshotter native docker.io/library/demo:latest
   curl -sSf "http://$(<"$state/ifnewer.admin")/api/v1/events?limit=100" |
-    jq -e '[.events[] | select(.door == "ns" and .reference == "latest")] | length > 0' >/dev/null ||
+    jq -e '[.events[] | select(.route == "ns" and .reference == "latest")] | length > 0' >/dev/null ||
     fail "the pull did not come with ?ns="
   stop containerd KILL
   ifnewer_ setup containerd --undo

@@ -68,7 +68,7 @@ fn tables() -> String {
 struct Row {
     words: &'static str,
     revalidation: Revalidation,
-    absent: OnNotFound,
+    on_not_found: OnNotFound,
     confirmed_long_ago: bool,
     also_without_a_copy: bool,
 }
@@ -77,7 +77,7 @@ fn rows() -> Vec<Row> {
     let row = |words, revalidation| Row {
         words,
         revalidation,
-        absent: OnNotFound::Refuse,
+        on_not_found: OnNotFound::Refuse,
         confirmed_long_ago: false,
         also_without_a_copy: false,
     };
@@ -112,14 +112,17 @@ fn rows() -> Vec<Row> {
         ),
         also("404", Revalidation::NotFound),
         Row {
-            absent: OnNotFound::ServeStale,
-            ..row("404, with `absent = \"serve\"`", Revalidation::NotFound)
+            on_not_found: OnNotFound::ServeStale,
+            ..row(
+                "404, with `on_not_found = \"serve-stale\"`",
+                Revalidation::NotFound,
+            )
         },
         also("silence", Revalidation::Unavailable(UpstreamFailure::Timeout)),
         Row {
             confirmed_long_ago: true,
             ..row(
-                "silence, and `stale` is over",
+                "silence, and `stale_if_error` is over",
                 Revalidation::Unavailable(UpstreamFailure::Timeout),
             )
         },
@@ -172,9 +175,9 @@ fn state(row: &Row, copy: Option<CachedEntry>) -> CacheState {
         }),
         authorization: Authorization::Unknown,
         revalidation: row.revalidation,
-        absent: row.absent,
-        fresh: Duration::ZERO,
-        stale: Some(STALE),
+        on_not_found: row.on_not_found,
+        max_age: Duration::ZERO,
+        stale_if_error: Some(STALE),
         now: now(),
     }
 }

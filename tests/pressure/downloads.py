@@ -15,8 +15,8 @@ PLACES = """
 [default]
 prefetch = false
 [limits]
-fetches_max = 256
-fetches_per_upstream_max = 32
+downloads_max = 256
+downloads_per_upstream_max = 32
 """
 
 
@@ -92,8 +92,8 @@ first_byte_timeout = "2s"
 [default]
 prefetch = false
 [limits]
-fetches_max = 8
-fetches_per_upstream_max = 8
+downloads_max = 8
+downloads_per_upstream_max = 8
 idle_timeout = "7s"
 write_timeout = "7s"
 """,
@@ -153,11 +153,11 @@ async def t12(lab):
 
 async def many_places(lab):
     registry = lab.registry()
-    limits = "[limits]\nfetches_max = 600\nfetches_per_upstream_max = 600\n[default]\nprefetch = false"
+    limits = "[limits]\ndownloads_max = 600\ndownloads_per_upstream_max = 600\n[default]\nprefetch = false"
     try:
         program = lab.program(registry, more=limits)
     except NotStarted:
-        lab.report(True, "fetches_max = 600 is refused")
+        lab.report(True, "downloads_max = 600 is refused")
         return
     warm = registry.push_image("library/warm", "latest", Image([("warm", 1000)]))
     await pull(program.address, "library/warm", "latest", warm)

@@ -556,7 +556,7 @@ impl Life {
             repository,
             digest: Some(digest),
             before: ask.before,
-            // Under `never` and with `absent = "serve"` a right is as good as in an outage.
+            // Under `never` and with `on_not_found = "serve-stale"` a right is as good as in an outage.
             silent: is_silent || matches!(repository, "acme/never" | "acme/kept"),
             now: at,
         };

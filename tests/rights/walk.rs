@@ -76,12 +76,12 @@ pub fn rules(sealed: bool) -> Rules {
     let default = EffectivePolicy {
         name: Arc::from("default"),
         policy: Policy::IfNewer,
-        fresh: Duration::ZERO,
-        stale: None,
-        budget: Duration::from_secs(2),
-        absent: OnNotFound::Refuse,
-        grant: GRANT,
-        offline_grant: OFFLINE_GRANT,
+        max_age: Duration::ZERO,
+        stale_if_error: None,
+        revalidate_timeout: Duration::from_secs(2),
+        on_not_found: OnNotFound::Refuse,
+        grant_ttl: GRANT,
+        grant_ttl_offline: OFFLINE_GRANT,
         prefetch: false,
     };
     let of = |images: &str, changes: PolicyOverrides| (vec![images.parse().unwrap()], changes);
@@ -98,7 +98,7 @@ pub fn rules(sealed: bool) -> Rules {
         of(
             "registry.test/acme/fresh",
             PolicyOverrides {
-                fresh: Some(Duration::from_secs(60)),
+                max_age: Some(Duration::from_secs(60)),
                 prefetch: Some(true),
                 ..PolicyOverrides::default()
             },
@@ -106,7 +106,7 @@ pub fn rules(sealed: bool) -> Rules {
         of(
             "registry.test/acme/kept",
             PolicyOverrides {
-                absent: Some(OnNotFound::ServeStale),
+                on_not_found: Some(OnNotFound::ServeStale),
                 ..PolicyOverrides::default()
             },
         ),
@@ -469,7 +469,7 @@ impl Walk {
 
     fn judge(&mut self, step: &Step, got: &Got, now: std::time::SystemTime) {
         let state = self.registry.state();
-        // With `absent = "serve"` a 404 is taken as a silence, for those who had the right before: of a tag that is gone
+        // With `on_not_found = "serve-stale"` a 404 is taken as a silence, for those who had the right before: of a tag that is gone
         // the blobs must be had too.
         let is_content = |path: &str| path.contains("/manifests/") || path.contains("/blobs/");
         let is_archive = step.repository == "acme/kept" && is_content(&step.wish.path);

@@ -21,7 +21,7 @@ fn figure(name: &str, points: &[Point]) -> Markup {
     let sent: u64 = points.iter().map(|point| point.counted.sent_bytes).sum();
     let fetched: u64 = points.iter().map(|point| point.counted.fetched_bytes).sum();
     let pulls: u64 = points.iter().map(|point| point.counted.pulls).sum();
-    let stale: u64 = points.iter().map(|point| point.counted.served_while_silent).sum();
+    let stale: u64 = points.iter().map(|point| point.counted.served_stale).sum();
     let words = format!(
         "{name}: {pulls} pulls, {} sent to clients, {} fetched from upstreams, {stale} served while silent",
         bytes(sent),
@@ -64,7 +64,7 @@ fn drawing(points: &[Point], words: &str) -> Markup {
                 @let x = place * step;
                 @if sent > fetched { rect.cache x=(x) y=(HEIGHT + 8 - sent) width=(step - 1) height=(sent - fetched) rx="1" {} }
                 @if fetched > 0 { rect.fetch x=(x) y=(HEIGHT + 8 - fetched) width=(step - 1) height=(fetched) rx="1" {} }
-                @if point.counted.served_while_silent > 0 { rect.silent x=(x) y="0" width=(step - 1) height="5" rx="1" {} }
+                @if point.counted.served_stale > 0 { rect.silent x=(x) y="0" width=(step - 1) height="5" rx="1" {} }
             }
         }
     }

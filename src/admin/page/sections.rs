@@ -47,7 +47,7 @@ pub(super) fn header(status: &Status, secret: &str) -> Markup {
 pub(super) fn numbers(status: &Status) -> Markup {
     let Counters {
         saved_bytes,
-        served_while_silent,
+        served_stale,
         pulls,
         sent_bytes,
         ..
@@ -72,7 +72,7 @@ pub(super) fn numbers(status: &Status) -> Markup {
                 }
                 div {
                     dt { "Served while silent" }
-                    dd { (served_while_silent) }
+                    dd { (served_stale) }
                     dd.note { "of " (pulls) " pulls since the start" }
                 }
                 div { (quota(status.quota.as_ref())) }
@@ -194,7 +194,7 @@ pub(super) fn decisions(events: &[Event], shown: &PageQuery) -> Markup {
                                     td.when data-label="When" { time datetime=(event.time) title=(event.time) { (clock(&event.time)) } }
                                     td data-label="Image" { (image_name(&event.upstream, &event.image)) }
                                     td data-label="What, and why" {
-                                        span class=(format!("mark {}", event.outcome)) { (event.outcome) } " "
+                                        span class=(format!("mark {}", event.result)) { (event.result) } " "
                                         (event.sentence)
                                     }
                                     td.wide.dim data-label="Client" { (event.client.as_deref().unwrap_or("–")) " " (program(&event.user_agent)) }
@@ -296,7 +296,7 @@ fn row(image: &Image, secret: &str) -> Markup {
                 }
             }
             td data-label="State" {
-                @if image.whole { span.mark.hit { "whole" } } @else { span.mark.stale title="Some of it must still be fetched" { "part" } }
+                @if image.complete { span.mark.hit { "whole" } } @else { span.mark.stale title="Some of it must still be fetched" { "part" } }
                 @if image.fresh_until.is_some() { " " span.mark.local { "fresh" } }
                 @if image.pinned { " " span.mark.local { "pinned" } }
             }

@@ -29,8 +29,8 @@ pub(super) fn section(listed: &Value) -> Markup {
             h2 #upstreams-title { "Upstreams" }
             ul.rows #upstreams-list data-live {
                 @for upstream in upstreams.into_iter().flatten() {
-                    @let silent = upstream.get("silent").filter(|silent| !silent.is_null());
-                    @let last = upstream.get("last_silence").filter(|last| !last.is_null());
+                    @let silent = upstream.get("unavailable").filter(|silent| !silent.is_null());
+                    @let last = upstream.get("last_failure").filter(|last| !last.is_null());
                     li {
                         div {
                             strong { (text(upstream, "name")) }

@@ -108,7 +108,7 @@ pub(super) async fn import(client: &Client, words: &Import, output: &mut Output<
 }
 
 fn line(image: &Value, output: &Output<'_>) -> String {
-    let was_held = image.get("already_held").and_then(Value::as_bool) == Some(true);
+    let was_held = image.get("already_cached").and_then(Value::as_bool) == Some(true);
     let platforms: Vec<&str> = list(image, "platforms")
         .iter()
         .filter_map(Value::as_str)

@@ -75,7 +75,7 @@ fn outcome(pull: &Value, output: &Output<'_>) -> String {
         );
     }
     let layers = list(pull, "layers");
-    let is_held = |layer: &&Value| text(layer, "state") == "held";
+    let is_held = |layer: &&Value| text(layer, "state") == "cached";
     let held = layers.iter().filter(is_held).count();
     let fetched: u64 = layers
         .iter()
@@ -130,7 +130,7 @@ impl Bars {
             });
             bar.set_position(number(layer, "received"));
             let state = match text(layer, "state") {
-                "held" => "already cached",
+                "cached" => "already cached",
                 "fetched" => "fetched",
                 "failed" => "failed",
                 "waiting" => "waiting",
@@ -183,7 +183,11 @@ impl Lines {
             let told = self.told.entry((id, digest.to_owned())).or_default();
             if told != state {
                 state.clone_into(told);
-                let words = if state == "held" { "already cached" } else { state };
+                let words = if state == "cached" {
+                    "already cached"
+                } else {
+                    state
+                };
                 let size = bytes(number(layer, "size"));
                 output.line(&format!(
                     "{} {} {words}, {size}",

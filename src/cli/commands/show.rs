@@ -43,7 +43,7 @@ pub(super) async fn ls(client: &Client, words: &Ls, output: &mut Output<'_>) -> 
         "policy",
     ]);
     for image in &images {
-        let is_whole = image.get("whole").and_then(Value::as_bool).unwrap_or_default();
+        let is_whole = image.get("complete").and_then(Value::as_bool).unwrap_or_default();
         table.row(vec![
             text(image, "image").to_owned(),
             short_digest(text(image, "digest")),
@@ -69,7 +69,7 @@ pub(super) async fn show(client: &Client, words: &Show, output: &mut Output<'_>)
         return output.json(&image);
     }
     output.line(&output.paint(Tone::Strong, text(&image, "image")))?;
-    let is_whole = image.get("whole").and_then(Value::as_bool).unwrap_or_default();
+    let is_whole = image.get("complete").and_then(Value::as_bool).unwrap_or_default();
     let state = if is_whole {
         output.paint(Tone::Good, "whole: it can be pulled without the upstream")
     } else {
@@ -113,7 +113,7 @@ pub(super) async fn show(client: &Client, words: &Show, output: &mut Output<'_>)
     }
     let earlier = list(&image, "variants")
         .iter()
-        .filter_map(|variant| variant.get("earlier"))
+        .filter_map(|variant| variant.get("previous"))
         .find(|one| one.is_object());
     if let Some(earlier) = earlier {
         let at = earlier
@@ -138,8 +138,8 @@ pub(super) async fn show(client: &Client, words: &Show, output: &mut Output<'_>)
     }
     output.line("")?;
     let mut table = Table::new(&["part", "digest", "platform", ">size", "held", ">shared with"]);
-    for part in list(&image, "parts") {
-        let is_held = part.get("held").and_then(Value::as_bool).unwrap_or_default();
+    for part in list(&image, "contents") {
+        let is_held = part.get("cached").and_then(Value::as_bool).unwrap_or_default();
         table.row(vec![
             text(part, "role").to_owned(),
             short_digest(text(part, "digest")),
@@ -168,12 +168,12 @@ pub(super) async fn why(client: &Client, words: &Why, output: &mut Output<'_>) -
     for line in list(&why, "because").iter().filter_map(Value::as_str) {
         output.line(&format!("  - {line}"))?;
     }
-    if !list(&why, "then").is_empty() {
+    if !list(&why, "what_if").is_empty() {
         output.line(&output.paint(Tone::Dim, "then, if the upstream says"))?;
-        for case in list(&why, "then") {
+        for case in list(&why, "what_if") {
             output.line(&format!(
                 "  {:<16} {}",
-                text(case, "upstream_says"),
+                text(case, "upstream_response"),
                 text(case, "client_gets")
             ))?;
         }
@@ -190,10 +190,10 @@ pub(super) async fn log(client: &Client, words: &Log, output: &mut Output<'_>) -
         return output.json(&events);
     }
     for event in list(&events, "events").iter().rev() {
-        let tone = match text(event, "outcome") {
-            "hit" | "coalesced" => Tone::Good,
+        let tone = match text(event, "result") {
+            "hit" | "collapsed" => Tone::Good,
             "stale" => Tone::Warm,
-            "refused" => Tone::Bad,
+            "denied" => Tone::Bad,
             _ => Tone::Strong,
         };
         let name = match text(event, "image").split_once('@') {
@@ -208,7 +208,7 @@ pub(super) async fn log(client: &Client, words: &Log, output: &mut Output<'_>) -
         output.line(&format!(
             "{}  {}  {}/{name}  {}",
             output.paint(Tone::Dim, &at),
-            output.paint(tone, &format!("{:<9}", text(event, "outcome"))),
+            output.paint(tone, &format!("{:<9}", text(event, "result"))),
             text(event, "upstream"),
             text(event, "sentence"),
         ))?;

@@ -41,8 +41,8 @@ pub(super) async fn stats(client: &Client, words: &Stats, output: &mut Output<'_
     let mut table = Table::new(&["", ">last day", ">since the start"]);
     for (name, field) in [
         ("pulls", "pulls"),
-        ("served while silent", "served_while_silent"),
-        ("refused", "refused"),
+        ("served stale", "served_stale"),
+        ("denied", "denied"),
     ] {
         table.row(vec![
             name.to_owned(),
@@ -99,14 +99,14 @@ fn upstream_table(upstreams: &Value) -> Table {
     ]);
     for upstream in list(upstreams, "upstreams") {
         let silence = |name: &str| upstream.get(name).filter(|one| one.is_object());
-        let state = match silence("silent") {
+        let state = match silence("unavailable") {
             Some(silent) => format!(
                 "silent for {}",
                 duration(Duration::from_secs(number(silent, "seconds")))
             ),
             None => "ok".to_owned(),
         };
-        let trouble = silence("last_silence").map_or_else(
+        let trouble = silence("last_failure").map_or_else(
             || "-".to_owned(),
             |last| format!("{}, {}", text(last, "cause"), ago(number(last, "seconds"))),
         );

@@ -13,7 +13,7 @@ pub(super) async fn refresh(client: &Client, words: &Refresh, output: &mut Outpu
         words.login.add_to(&mut body)?;
         let refreshed = client.post("/api/v1/refresh", &body).await?;
         let result = text(&refreshed, "result");
-        let is_done = matches!(result, "unchanged" | "newer");
+        let is_done = matches!(result, "revalidated" | "new-digest");
         undone += usize::from(!is_done);
         if words.json {
             output.json_line(&refreshed)?;

@@ -7,7 +7,7 @@ fn a_credential_is_read_from_its_file_and_never_printed() {
     let folder = tempfile::tempdir().unwrap();
     std::fs::write(folder.path().join("password"), "s3cret\n").unwrap();
     let text =
-        "[upstream.\"ghcr.io\"]\naccess = \"shared\"\nusername = \"robot\"\npassword_file = \"password\"";
+        "[upstream.\"ghcr.io\"]\nauth = \"shared\"\nusername = \"robot\"\npassword_file = \"password\"";
     let config = Config::read(text, &folder.path().join("ifnewer.toml")).unwrap();
     let credential = config.upstream("ghcr.io").unwrap().credential.as_ref().unwrap();
     let file = folder.path().join("password");
@@ -21,7 +21,7 @@ fn a_credential_is_read_from_its_file_and_never_printed() {
 #[test]
 fn what_is_wrong_with_dockers_configuration_is_told_and_none_of_it_shown() {
     let folder = tempfile::tempdir().unwrap();
-    let text = "[upstream.\"ghcr.io\"]\naccess = \"shared\"\ndocker_config = \"config.json\"";
+    let text = "[upstream.\"ghcr.io\"]\nauth = \"shared\"\ndocker_config = \"config.json\"";
     let told = |content: &str| {
         std::fs::write(folder.path().join("config.json"), content).unwrap();
         let read = Config::read(text, &folder.path().join("ifnewer.toml"));
@@ -67,11 +67,16 @@ fn users_are_read_or_what_is_wrong_with_them_is_told() {
         let read = Config::read(&text, &folder.path().join("ifnewer.toml"));
         read.map_err(|faults| faults.to_string())
     };
-    let list = "[[allow]]\nwho = [\"alice\", \"ci-*\"]\nimages = [\"docker.io/*\"]";
+    let list = "[[allow]]\nusers = [\"alice\", \"ci-*\"]\nimages = [\"docker.io/*\"]";
     let config = told(&format!("# ours\nalice:{hash}\n\nci-7:{hash}\n"), list).unwrap();
     assert!(!format!("{config:?}").contains("CCCC"));
-    let allow = &config.entry.as_ref().unwrap().allows[0];
-    assert!(allow.is_for("alice") && allow.is_for("ci-7") && !allow.is_for("alice2") && !allow.is_for("ci"));
+    let allow = &config.access.as_ref().unwrap().allows[0];
+    assert!(
+        allow.applies_to("alice")
+            && allow.applies_to("ci-7")
+            && !allow.applies_to("alice2")
+            && !allow.applies_to("ci")
+    );
     assert!(config.summary().to_string().contains("2 users, 1 list"));
 
     let weak = hash.replace("$10$", "$04$");
@@ -95,22 +100,22 @@ fn users_are_read_or_what_is_wrong_with_them_is_told() {
         ),
         (
             format!("a:{hash}"),
-            "[listen]\nplain = \"any\"",
+            "[listen]\nplain_http = \"any\"",
             "passwords would cross the network in plain text",
         ),
         (
             format!("a:{hash}"),
-            "[[allow]]\nwho = [\"a\"]",
+            "[[allow]]\nusers = [\"a\"]",
             "a list without `images` allows nothing",
         ),
         (
             format!("a:{hash}"),
-            "[[allow]]\nwho = [\"a\"]\nimages = [\"docker.io/x:1\"]",
+            "[[allow]]\nusers = [\"a\"]\nimages = [\"docker.io/x:1\"]",
             "a right is to a repository",
         ),
         (
             format!("a:{hash}"),
-            "[[allow]]\nwho = [\"a\"]\nimages = [\"docker.oi/x\"]",
+            "[[allow]]\nusers = [\"a\"]\nimages = [\"docker.oi/x\"]",
             "docker.oi",
         ),
     ] {
@@ -119,7 +124,7 @@ fn users_are_read_or_what_is_wrong_with_them_is_told() {
         assert!(!faults.contains("canary") && !faults.contains("CCCC"), "{faults}");
     }
     let alone = Config::read(
-        "[[allow]]\nwho = [\"a\"]\nimages = [\"docker.io/*\"]",
+        "[[allow]]\nusers = [\"a\"]\nimages = [\"docker.io/*\"]",
         &folder.path().join("f"),
     );
     assert!(alone.unwrap_err().to_string().contains("[[allow]] without users"));
@@ -139,11 +144,11 @@ fn cas_of_clients_open_alone_or_beside_users() {
         read.map_err(|faults| faults.to_string())
     };
     // No password crosses the network where there is none.
-    let list = "[[allow]]\nwho = [\"spiffe://example.org/*\"]\nimages = [\"docker.io/*\"]\n[listen]\nplain = \"any\"";
+    let list = "[[allow]]\nusers = [\"spiffe://example.org/*\"]\nimages = [\"docker.io/*\"]\n[listen]\nplain_http = \"any\"";
     let config = told(&(make() + &make()), list).unwrap();
-    let entry = config.entry.as_ref().unwrap();
-    assert_eq!((entry.users.len(), entry.client_roots.len()), (0, 2));
-    assert!(entry.allows[0].is_for("spiffe://example.org/ci") && !entry.allows[0].is_for("ci"));
+    let access = config.access.as_ref().unwrap();
+    assert_eq!((access.users.len(), access.client_roots.len()), (0, 2));
+    assert!(access.allows[0].applies_to("spiffe://example.org/ci") && !access.allows[0].applies_to("ci"));
     assert!(
         config
             .summary()
@@ -197,7 +202,7 @@ fn files_that_cannot_be_used_are_told() {
     ] {
         std::fs::write(folder.path().join(name), content).unwrap();
     }
-    let credential = "access = \"shared\"\nusername = \"robot\"\npassword_file =";
+    let credential = "auth = \"shared\"\nusername = \"robot\"\npassword_file =";
     let table = [
         (format!("{credential} \"empty\""), "5:17", "the file is empty"),
         (format!("{credential} \"missing\""), "5:17", "cannot read "),

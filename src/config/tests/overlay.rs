@@ -4,7 +4,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use super::gather;
-use crate::config::{Admin, KEYS, Key, Log, LogFormat, StoreSize};
+use crate::config::{Admin, KEYS, Key, Log, LogFormat, StoreLimits};
 use crate::policy::Policy;
 
 #[test]
@@ -43,7 +43,7 @@ fn a_flag_beats_a_variable_beats_the_file() {
     assert_eq!(config.listen.admin, Admin::Off);
     assert_eq!(
         config.store,
-        StoreSize {
+        StoreLimits {
             bytes_max: 2 << 30,
             free_bytes_min: 1 << 20,
             scrub_rate: 20 << 20
@@ -65,7 +65,7 @@ fn variables_of_every_kind_are_read() {
         ("IFNEWER_ADMIN", "off"),
         ("IFNEWER_LOG_FORMAT", "json"),
         ("IFNEWER_LIMITS_CONNECTIONS_MAX", "7"),
-        ("IFNEWER_DEFAULT_STALE", "7d"),
+        ("IFNEWER_DEFAULT_STALE_IF_ERROR", "7d"),
         ("IFNEWER_DEFAULT_POLICY", "if-not-present"),
         ("IFNEWER_DEFAULT_UPSTREAM", "ghcr.io"),
         ("IFNEWER_TLS_NAMES", "cache.example.org,10.0.0.1"),
@@ -101,7 +101,7 @@ fn variables_of_every_kind_are_read() {
     assert_eq!(config.data, Path::new("/home/user/.cache/ifnewer"));
     let rule = config.rules.otherwise("ghcr.io");
     assert_eq!(
-        (rule.policy, rule.stale),
+        (rule.policy, rule.stale_if_error),
         (Policy::IfNotPresent, Some(Duration::from_secs(7 * 86_400)))
     );
 }

@@ -14,12 +14,12 @@ fn default() -> EffectivePolicy {
     EffectivePolicy {
         name: Arc::from("default"),
         policy: Policy::IfNewer,
-        fresh: Duration::ZERO,
-        stale: None,
-        budget: Duration::from_secs(2),
-        absent: OnNotFound::Refuse,
-        grant: 5 * MINUTE,
-        offline_grant: 720 * MINUTE,
+        max_age: Duration::ZERO,
+        stale_if_error: None,
+        revalidate_timeout: Duration::from_secs(2),
+        on_not_found: OnNotFound::Refuse,
+        grant_ttl: 5 * MINUTE,
+        grant_ttl_offline: 720 * MINUTE,
         prefetch: true,
     }
 }
@@ -166,16 +166,16 @@ fn the_first_match_wins_also_by_the_short_name_of_the_hub() {
 #[test]
 fn a_rule_changes_only_what_it_says() {
     let upstream = PolicyOverrides {
-        grant: Some(MINUTE),
-        stale: Some(StaleLimit::Within(9 * MINUTE)),
+        grant_ttl: Some(MINUTE),
+        stale_if_error: Some(StaleLimit::Within(9 * MINUTE)),
         ..PolicyOverrides::default()
     };
     let rule = PolicyOverrides {
-        fresh: Some(MINUTE),
+        max_age: Some(MINUTE),
         ..policy(Policy::Always)
     };
     let forever = PolicyOverrides {
-        stale: Some(StaleLimit::Unlimited),
+        stale_if_error: Some(StaleLimit::Unlimited),
         ..PolicyOverrides::default()
     };
     let rules = Rules::new(
@@ -194,8 +194,8 @@ fn a_rule_changes_only_what_it_says() {
 
     let at_ghcr = EffectivePolicy {
         name: Arc::from("upstream ghcr.io"),
-        stale: Some(9 * MINUTE),
-        grant: MINUTE,
+        stale_if_error: Some(9 * MINUTE),
+        grant_ttl: MINUTE,
         ..default()
     };
     assert_eq!(find("ghcr.io", "x/y"), at_ghcr);
@@ -206,7 +206,7 @@ fn a_rule_changes_only_what_it_says() {
         EffectivePolicy {
             name,
             policy: Policy::Always,
-            fresh: MINUTE,
+            max_age: MINUTE,
             ..at_ghcr.clone()
         }
     );
@@ -214,7 +214,7 @@ fn a_rule_changes_only_what_it_says() {
         find("ghcr.io", "c/y"),
         EffectivePolicy {
             name: Arc::from("rule 2: */c/*"),
-            stale: None,
+            stale_if_error: None,
             ..at_ghcr
         }
     );

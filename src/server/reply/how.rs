@@ -18,10 +18,10 @@ pub(super) fn tell(headers: &mut HeaderMap, how: ServeInfo, asked: &Asked) {
             Some(cause) => format!("ifnewer; hit; detail={}-{}", served.name(), cause.name()),
             None => format!("ifnewer; hit; detail={}", served.name()),
         },
-        ServeReason::Fetched(MissReason::NewDigest) => "ifnewer; fwd=stale; detail=newer".to_owned(),
+        ServeReason::Fetched(MissReason::NewDigest) => "ifnewer; fwd=stale; detail=new-digest".to_owned(),
         ServeReason::Fetched(why) => format!("ifnewer; fwd=miss; detail={}", why.name()),
-        ServeReason::Collapsed => "ifnewer; fwd=miss; collapsed; detail=joined".to_owned(),
-        ServeReason::Passthrough => "ifnewer; fwd=bypass; detail=passed".to_owned(),
+        ServeReason::Collapsed => "ifnewer; fwd=miss; collapsed; detail=collapsed".to_owned(),
+        ServeReason::Passthrough => "ifnewer; fwd=bypass; detail=passthrough".to_owned(),
     };
     put(headers, CACHE_STATUS, &status);
     let Some(confirmed_at) = how.confirmed_at else {

@@ -164,7 +164,7 @@ fn refusal(refused: &Denied, asked: &Asked) -> (StatusCode, ErrorCode, String) {
         DenyReason::StaleLimitExceeded(cause) => {
             let (status, code) = silence(cause);
             let sentence = format!(
-                "{upstream} {cause}, and the held copy of {image} was confirmed longer ago than `stale` allows"
+                "{upstream} {cause}, and the held copy of {image} was confirmed longer ago than `stale_if_error` allows"
             );
             (status, code, sentence)
         }

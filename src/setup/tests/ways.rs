@@ -33,7 +33,7 @@ fn the_address_is_the_one_listened_on() {
             "http://127.0.0.1:2",
         ),
         (
-            "registry = [\"10.0.0.5:1\", \"127.0.0.1:2\"]\nplain = \"any\"",
+            "registry = [\"10.0.0.5:1\", \"127.0.0.1:2\"]\nplain_http = \"any\"",
             Client::Dind,
             "http://10.0.0.5:1",
         ),
@@ -112,7 +112,11 @@ fn another_host_needs_its_authority() {
         assert_eq!(found.url(), url);
         assert_eq!(found.authority.unwrap().pem(), CA, "no key is handed on");
     }
-    let plain = way("[listen]\nplain = \"any\"", &at(Client::Docker, "10.0.0.5:5000")).unwrap();
+    let plain = way(
+        "[listen]\nplain_http = \"any\"",
+        &at(Client::Docker, "10.0.0.5:5000"),
+    )
+    .unwrap();
     assert_eq!(
         (plain.url().as_str(), plain.authority),
         ("http://10.0.0.5:5000", None)

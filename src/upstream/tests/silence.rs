@@ -440,7 +440,7 @@ async fn t02_a_request_waits_for_its_place_without_a_limit() {
     let accept = accept();
     let mut held = Vec::new();
     // Some places are kept for revalidation.
-    for _ in 0..FETCHES_MAX - FETCHES_MAX / 8 {
+    for _ in 0..DOWNLOADS_MAX - DOWNLOADS_MAX / 8 {
         held.push(upstream.get(&caller, &manifest, &accept, None).await.unwrap());
     }
     assert_eq!(upstream.status().in_flight, held.len());

@@ -130,7 +130,7 @@ impl Reply {
     pub fn is_unchanged(&self) -> &Reply {
         assert_eq!(self.status, 200, "{self:#?}");
         assert!(
-            self.cache_status().contains("; hit") && self.cache_status().contains("unchanged"),
+            self.cache_status().contains("; hit") && self.cache_status().contains("revalidated"),
             "{self:#?}"
         );
         self.is_not_stale()

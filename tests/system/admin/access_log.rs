@@ -98,7 +98,7 @@ async fn e14_client_that_leaves_is_recorded_as_aborted_over_h1_and_h2() {
         assert_eq!(events.len(), 1, "{events:?}");
         let event = &events[0];
         assert_eq!(
-            (&event["outcome"], &event["ended"]),
+            (&event["result"], &event["ended"]),
             (&"aborted".into(), &"aborted".into())
         );
         let bytes = usize::try_from(event["bytes"].as_u64().unwrap()).unwrap();
@@ -152,7 +152,7 @@ async fn e14_hit_that_broke_off_is_no_hit() {
     }
     let events = events(&proxy, &blob).await;
     assert_eq!(events.len(), 1, "{events:?}");
-    assert_eq!(events[0]["outcome"], "failed");
+    assert_eq!(events[0]["result"], "failed");
     let sentence = events[0]["sentence"].as_str().unwrap();
     assert!(sentence.contains("damaged"), "{sentence}");
     let text = metrics(&proxy).await;

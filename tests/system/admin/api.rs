@@ -128,7 +128,7 @@ async fn every_documented_path_answers_as_documented() {
             ..reply
         },
     );
-    assert_eq!(imported["images"][0]["already_held"], true);
+    assert_eq!(imported["images"][0]["already_cached"], true);
     called.push("post /api/v1/import".to_owned());
     let reply = proxy.admin("/api/v1/pulls/1").await;
     let pulls = valid(
@@ -269,8 +269,12 @@ async fn a_decision_is_told_with_its_reason_and_the_clients_trace() {
         .json();
     let event = &told["events"][0];
     assert_eq!(
-        (&event["outcome"], &event["reason"], &event["cause"]),
-        (&json!("stale"), &json!("stale"), &json!("refused")),
+        (&event["result"], &event["reason"], &event["cause"]),
+        (
+            &json!("stale"),
+            &json!("stale-if-error"),
+            &json!("connection-refused")
+        ),
         "{told}"
     );
     assert_eq!(event["digest"], json!(image.digest));
@@ -302,7 +306,7 @@ async fn decisions_are_streamed_as_they_are_made() {
         &event,
         "stream",
     );
-    assert_eq!(event["reason"], "unchanged");
+    assert_eq!(event["reason"], "revalidated");
 }
 
 #[tokio::test]
@@ -332,7 +336,7 @@ async fn a_pull_at_the_operators_wish_brings_every_layer_and_the_second_finds_th
     let upstream = Upstream::start().await;
     let image = upstream.push("library/demo", "latest", Image::with_layers(&["one", "two"]));
     let proxy = Proxy::over(&upstream).await;
-    for expected in ["fetched", "held"] {
+    for expected in ["fetched", "cached"] {
         let begun = post(&proxy, "/api/v1/pulls", &json!({ "image": "demo" }))
             .await
             .json();
@@ -387,25 +391,25 @@ async fn a_refresh_asks_though_the_tag_is_fresh_and_brings_what_is_newer() {
     let upstream = Upstream::start().await;
     let old = upstream.push("library/demo", "latest", Image::with_layers(&["one"]));
     let proxy = Setup::over(&upstream)
-        .default_keys("fresh = \"1h\"")
+        .default_keys("max_age = \"1h\"")
         .start()
         .await;
     proxy.pull("library/demo", "latest", &old).await;
     let refresh = || post(&proxy, "/api/v1/refresh", &json!({ "image": "demo" }));
-    assert_eq!(refresh().await.json()["result"], "unchanged");
+    assert_eq!(refresh().await.json()["result"], "revalidated");
     let new = upstream.push("library/demo", "latest", Image::with_layers(&["two"]));
     proxy.manifest("library/demo", "latest").await.is_image(&old);
     let refreshed = refresh().await.json();
     assert_eq!(
         (&refreshed["result"], &refreshed["digest"]),
-        (&json!("newer"), &json!(new.digest))
+        (&json!("new-digest"), &json!(new.digest))
     );
     proxy.manifest("library/demo", "latest").await.is_image(&new);
     upstream.refuses();
     let silent = refresh().await.json();
     assert_eq!(
         (&silent["result"], &silent["cause"]),
-        (&json!("silent"), &json!("refused"))
+        (&json!("upstream-unavailable"), &json!("connection-refused"))
     );
 }
 
@@ -486,12 +490,12 @@ async fn what_is_pinned_is_said_to_be_and_is_not_let_go_of() {
 async fn why_says_in_words_what_would_be_done_and_from_what() {
     let (upstream, proxy, _image) = busy().await;
     let why = proxy.admin("/api/v1/why?image=demo").await.json();
-    assert_eq!(why["verdict"], "ask", "{why}");
-    let then: Vec<&str> = why["then"]
+    assert_eq!(why["reason"], "revalidate", "{why}");
+    let then: Vec<&str> = why["what_if"]
         .as_array()
         .unwrap()
         .iter()
-        .map(|case| case["upstream_says"].as_str().unwrap())
+        .map(|case| case["upstream_response"].as_str().unwrap())
         .collect();
     assert_eq!(
         then,

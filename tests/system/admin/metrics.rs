@@ -112,7 +112,7 @@ async fn certificates_and_quotas_say_when_they_end() {
     let ca = left("ifnewer_cert_expiry_timestamp_seconds{certificate=\"ca\"}");
     assert!((3_648.0 * day..3_651.0 * day).contains(&ca), "{ca}");
     let quota = left(
-        "ifnewer_upstream_ratelimit_reset_timestamp_seconds{registry=\"docker.io\",credential=\"anonymous\"}",
+        "ifnewer_upstream_ratelimit_reset_timestamp_seconds{upstream=\"docker.io\",credential=\"anonymous\"}",
     );
     assert!((21_000.0..=21_601.0).contains(&quota), "{quota}");
     let idle = sample(&text, "ifnewer_longest_idle_seconds");

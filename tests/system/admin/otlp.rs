@@ -256,7 +256,7 @@ async fn a_cold_pull_is_seen_as_one_trace_of_request_question_and_download() {
         (2, "00f067aa0ba902b7"),
         "{tag:#?}"
     );
-    assert_eq!(tag.fact("ifnewer.reason"), "not-held");
+    assert_eq!(tag.fact("ifnewer.reason"), "not-cached");
     assert_eq!(tag.fact("http.response.status_code"), "200");
     assert_eq!(tag.fact("ifnewer.image"), "library/demo:latest");
     assert_eq!(
@@ -298,7 +298,7 @@ async fn a_silent_registry_is_a_fault_in_the_trace() {
     let spans = collector.has(&["tag", "manifest-get"]).await;
     assert!(spans.iter().all(|span| span.failed), "{spans:#?}");
     let question = spans.iter().find(|span| span.name == "manifest-get").unwrap();
-    assert_eq!(question.fact("error.type"), "refused");
+    assert_eq!(question.fact("error.type"), "connection-refused");
 }
 
 #[tokio::test]

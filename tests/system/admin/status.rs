@@ -168,9 +168,9 @@ async fn the_quota_that_upstream_tells_is_shown_by_whose_it_is_and_without_the_c
 
     let text = String::from_utf8(proxy.admin("/metrics").await.body.to_vec()).unwrap();
     for line in [
-        "ifnewer_upstream_ratelimit_remaining{registry=\"docker.io\",credential=\"anonymous\"} 73",
-        "ifnewer_upstream_ratelimit_limit{registry=\"docker.io\",credential=\"anonymous\"} 100",
-        "ifnewer_upstream_ratelimit_remaining{registry=\"docker.io\",credential=\"client\"} 9",
+        "ifnewer_upstream_ratelimit_remaining{upstream=\"docker.io\",credential=\"anonymous\"} 73",
+        "ifnewer_upstream_ratelimit_limit{upstream=\"docker.io\",credential=\"anonymous\"} 100",
+        "ifnewer_upstream_ratelimit_remaining{upstream=\"docker.io\",credential=\"client\"} 9",
     ] {
         assert!(text.lines().any(|shown| shown == line), "{line}: {text}");
     }
@@ -220,10 +220,10 @@ async fn the_last_pulls_are_told_newest_first() {
     let told = proxy.admin("/api/v1/events").await.json();
     let told = told["events"].as_array().unwrap();
     let field = |name: &str| told.iter().map(|event| event[name].clone()).collect::<Vec<_>>();
-    assert_eq!(field("number"), [3, 2, 1]);
-    assert_eq!(field("door"), ["ns", "prefix", "mirror"]);
+    assert_eq!(field("id"), [3, 2, 1]);
+    assert_eq!(field("route"), ["ns", "prefix", "mirror"]);
     assert_eq!(field("reference"), ["absent", "latest", "latest"]);
-    assert_eq!(field("outcome"), ["refused", "hit", "miss"]);
+    assert_eq!(field("result"), ["denied", "hit", "miss"]);
     assert_eq!(field("status"), [404, 200, 200]);
     for event in told {
         assert_eq!(
@@ -236,7 +236,7 @@ async fn the_last_pulls_are_told_newest_first() {
     assert_eq!(told[0]["user_agent"], "docker/29");
 
     let some = |query: &str| proxy.admin(&format!("/api/v1/events?{query}"));
-    assert_eq!(some("limit=1").await.json()["events"][0]["number"], 3);
+    assert_eq!(some("limit=1").await.json()["events"][0]["id"], 3);
     assert_eq!(
         some("after=2").await.json()["events"].as_array().unwrap().len(),
         1

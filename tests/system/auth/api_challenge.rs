@@ -99,7 +99,7 @@ async fn where_everyone_is_entitled_nobody_is_sent_for_a_credential() {
     other.requires_basic("ann", "secret");
     let setup = Setup::empty().also("ghcr.io", &other);
     let file = setup.file("password", "secret");
-    let keys = format!("access = \"shared\"\nusername = \"ann\"\npassword_file = {file:?}");
+    let keys = format!("auth = \"shared\"\nusername = \"ann\"\npassword_file = {file:?}");
     let proxy = setup.upstream_keys("ghcr.io", &keys).start().await;
     assert_eq!(ping(&proxy).await.status, 200);
     assert_eq!(

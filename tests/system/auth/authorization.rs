@@ -247,7 +247,7 @@ async fn who_shows_no_credential_is_asked_for_one_also_while_upstream_is_down() 
     let held = proxy.manifest("acme/app", "1").await;
     held.is_refused(401);
     assert_eq!(held.header("www-authenticate"), asked.header("www-authenticate"));
-    assert!(held.cache_status().contains("challenged"), "{held:#?}");
+    assert!(held.cache_status().contains("auth-required"), "{held:#?}");
     // The same for what nobody holds, each with a scope of its own.
     for (repository, tag) in [("acme/app", "missing"), ("acme/other", "1")] {
         let other = proxy.manifest(repository, tag).await;
@@ -412,7 +412,7 @@ async fn with_shared_access_the_proxys_own_credential_serves_everybody() {
     let image = upstream.push("acme/app", "1", Image::with_layers(&["x"]));
     let setup = Setup::over(&upstream);
     let password = setup.file("password", "s-secret\n");
-    let keys = format!("access = \"shared\"\nusername = \"service\"\npassword_file = {password:?}");
+    let keys = format!("auth = \"shared\"\nusername = \"service\"\npassword_file = {password:?}");
     let proxy = setup.upstream_keys("docker.io", &keys).start().await;
 
     proxy.pull("acme/app", "1", &image).await;
@@ -420,7 +420,10 @@ async fn with_shared_access_the_proxys_own_credential_serves_everybody() {
     upstream.forbids("acme/app");
     let reply = proxy.pull("acme/app", "1", &image).await;
     assert!(
-        reply.is_hit().cache_status().contains("credential-refused"),
+        reply
+            .is_hit()
+            .cache_status()
+            .contains("cache-credential-rejected"),
         "{reply:#?}"
     );
 }

@@ -16,10 +16,10 @@ async fn guarded() -> (Upstream, Image, Proxy) {
     upstream.push("open/app", "1", image.clone());
     let setup = Setup::over(&upstream);
     let (password, users) = (setup.file("password", "s-secret"), setup.file("users", USERS));
-    let keys = format!("access = \"shared\"\nusername = \"service\"\npassword_file = {password:?}");
+    let keys = format!("auth = \"shared\"\nusername = \"service\"\npassword_file = {password:?}");
     let setup = setup.upstream_keys("docker.io", &keys).tail(&format!(
-        "[access]\nhtpasswd = {users:?}\n[[allow]]\nwho = \"alice\"\nimages = \"docker.io/*\"\n\
-         [[allow]]\nwho = \"ci-*\"\nimages = \"docker.io/open/*\""
+        "[access]\nhtpasswd = {users:?}\n[[allow]]\nusers = \"alice\"\nimages = \"docker.io/*\"\n\
+         [[allow]]\nusers = \"ci-*\"\nimages = \"docker.io/open/*\""
     ));
     (upstream, image, setup.start().await)
 }
@@ -131,7 +131,7 @@ async fn by_connect_a_password_is_shown_to_the_proxy_and_authorization_is_the_re
     let users = setup.file("users", USERS);
     let proxy = setup
         .tail(&format!(
-            "[access]\nhtpasswd = {users:?}\n[[allow]]\nwho = \"ci-*\"\nimages = \"docker.io/open/*\"\n[log]\nlevel = \"trace\""
+            "[access]\nhtpasswd = {users:?}\n[[allow]]\nusers = \"ci-*\"\nimages = \"docker.io/open/*\"\n[log]\nlevel = \"trace\""
         ))
         .start()
         .await;

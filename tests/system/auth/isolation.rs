@@ -140,7 +140,7 @@ async fn no_credential_shows_in_any_log_at_any_level_nor_in_metrics_answers_or_f
         .also("shared.test", &upstream)
         .tail("[log]\nlevel = \"trace,ifnewer=trace\"");
     let password = setup.file("password", "canary-of-service\n");
-    let keys = format!("access = \"shared\"\nusername = \"service\"\npassword_file = {password:?}");
+    let keys = format!("auth = \"shared\"\nusername = \"service\"\npassword_file = {password:?}");
     let mut proxy = setup.upstream_keys("shared.test", &keys).start().await;
 
     let alice = |ask: Ask| ask.basic("alice", "canary-of-alice");

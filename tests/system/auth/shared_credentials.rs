@@ -1,4 +1,4 @@
-//! With `access = "shared"`, the cache reads with a credential of its own, wherever that comes from.
+//! With `auth = "shared"`, the cache reads with a credential of its own, wherever that comes from.
 
 use std::os::unix::fs::PermissionsExt;
 
@@ -31,7 +31,7 @@ async fn a_credential_helper_is_asked_once_and_again_when_the_registry_refuses_w
     upstream.requires_basic("AWS", "first-secret");
     let image = upstream.push("acme/app", "1", Image::with_layers(&["x"]));
     let setup = with_helper(Setup::over(&upstream), &answer("AWS", "first-secret"));
-    let setup = setup.upstream_keys("docker.io", "access = \"shared\"\ncredential_helper = \"test\"");
+    let setup = setup.upstream_keys("docker.io", "auth = \"shared\"\ncredential_helper = \"test\"");
     let proxy = setup.start().await;
     proxy.pull("acme/app", "1", &image).await;
     proxy.pull("acme/app", "1", &image).await.is_unchanged();
@@ -58,7 +58,7 @@ async fn a_helper_that_fails_leaves_what_is_held_and_says_so() {
     upstream.requires_basic("AWS", "a-secret");
     let image = upstream.push("acme/app", "1", Image::with_layers(&["x"]));
     let setup = with_helper(Setup::over(&upstream), &answer("AWS", "a-secret"));
-    let setup = setup.upstream_keys("docker.io", "access = \"shared\"\ncredential_helper = \"test\"");
+    let setup = setup.upstream_keys("docker.io", "auth = \"shared\"\ncredential_helper = \"test\"");
     let proxy = setup.start().await;
     proxy.pull("acme/app", "1", &image).await;
 
@@ -66,7 +66,7 @@ async fn a_helper_that_fails_leaves_what_is_held_and_says_so() {
     let proxy = proxy.restart().await;
     let reply = proxy.pull("acme/app", "1", &image).await;
     assert!(
-        reply.is_stale().cache_status().contains("own-credential"),
+        reply.is_stale().cache_status().contains("cache-credential"),
         "{reply:#?}"
     );
     let missing = proxy.manifest("acme/app", "2").await;
@@ -91,7 +91,7 @@ async fn dockers_configuration_gives_each_repository_its_own_credential() {
         auth("two")
     );
     let path = setup.file("config.json", &config);
-    let keys = format!("access = \"shared\"\ndocker_config = {path:?}");
+    let keys = format!("auth = \"shared\"\ndocker_config = {path:?}");
     let proxy = setup.upstream_keys("docker.io", &keys).start().await;
     for (name, image) in &images {
         proxy.pull(name, "1", image).await;

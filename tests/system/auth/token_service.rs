@@ -191,7 +191,7 @@ async fn what_is_public_is_known_to_be_though_everyone_comes_with_a_new_token() 
     let (upstream, image) = public().await;
     upstream.lets("alice", "a-secret", "acme/app");
     let proxy = Setup::over(&upstream)
-        .default_keys("fresh = \"1h\"")
+        .default_keys("max_age = \"1h\"")
         .start()
         .await;
     let first = upstream.token_for("alice");

@@ -86,14 +86,14 @@ async fn a_newer_image_cut_off_halfway_leaves_the_last_complete_one_to_the_outag
     serves(&proxy, &new, "ifnewer").await;
     upstream.refuses();
 
-    serves(&proxy, &old, "detail=last-complete-refused").await;
+    serves(&proxy, &old, "detail=previous-complete-connection-refused").await;
     proxy.pull(DEMO, "latest", &old).await;
     let proxy = proxy.restart().await;
-    serves(&proxy, &old, "detail=last-complete").await;
+    serves(&proxy, &old, "detail=previous-complete").await;
     proxy.manifest(DEMO, &new.digest).await.is_image(&new);
     let never = proxy.setup().clone().default_keys("policy = \"never\"");
     let proxy = proxy.restart_as(never).await;
-    serves(&proxy, &old, "detail=last-complete").await;
+    serves(&proxy, &old, "detail=previous-complete").await;
 }
 
 #[tokio::test]
@@ -114,7 +114,7 @@ async fn a_newer_image_whose_layers_disappear_after_it_was_named_is_not_confirme
     // A restart forgets that the rest was seen a moment ago.
     let proxy = proxy.restart().await;
     upstream.deletes_blob(DEMO, &new.layer(1).digest);
-    serves(&proxy, &old, "detail=last-complete-status").await;
+    serves(&proxy, &old, "detail=previous-complete-http-status").await;
 }
 
 #[tokio::test]

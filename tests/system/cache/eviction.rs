@@ -95,7 +95,7 @@ async fn what_finds_no_room_passes_through_and_the_reason_is_told() {
     let passed = proxy.blob("library/demo", &second.blobs[1].digest).await;
     passed.is_blob(&second.blobs[1]);
     assert!(
-        passed.cache_status().contains("passed"),
+        passed.cache_status().contains("passthrough"),
         "{}",
         passed.cache_status()
     );

@@ -13,7 +13,10 @@ async fn a_moved_tag_costs_one_head_and_what_is_new() {
     upstream.clear_log();
 
     let reply = proxy.pull("library/demo", "latest", &new).await;
-    assert!(reply.is_fetched().cache_status().contains("newer"), "{reply:#?}");
+    assert!(
+        reply.is_fetched().cache_status().contains("new-digest"),
+        "{reply:#?}"
+    );
     assert_eq!(
         (
             upstream.heads("library/demo"),
@@ -137,7 +140,7 @@ async fn a_fresh_tag_is_not_asked_for_even_when_it_moved() {
     let upstream = Upstream::start().await;
     let old = upstream.push("library/demo", "latest", Image::with_layers(&["one"]));
     let proxy = Setup::over(&upstream)
-        .default_keys("fresh = \"1h\"")
+        .default_keys("max_age = \"1h\"")
         .start()
         .await;
     proxy.pull("library/demo", "latest", &old).await;

@@ -25,14 +25,17 @@ async fn a_rule_may_keep_what_was_deleted() {
     let upstream = Upstream::start().await;
     let image = upstream.push("library/demo", "latest", Image::with_layers(&["one"]));
     let proxy = Setup::over(&upstream)
-        .default_keys("absent = \"serve\"")
+        .default_keys("on_not_found = \"serve-stale\"")
         .start()
         .await;
     proxy.pull("library/demo", "latest", &image).await;
     upstream.deletes_tag("library/demo", "latest");
 
     let reply = proxy.pull("library/demo", "latest", &image).await;
-    assert!(reply.is_hit().cache_status().contains("absent"), "{reply:#?}");
+    assert!(
+        reply.is_hit().cache_status().contains("retained-deleted"),
+        "{reply:#?}"
+    );
     proxy.manifest("library/demo", "never-was").await.is_refused(404);
 }
 

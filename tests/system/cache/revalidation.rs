@@ -16,7 +16,7 @@ async fn the_first_pull_is_a_miss_and_says_so() {
             .await
             .is_hit()
             .cache_status()
-            .contains("unchanged")
+            .contains("revalidated")
     );
 }
 
@@ -95,7 +95,7 @@ async fn what_is_private_costs_one_head_too_and_what_is_public_and_fresh_nothing
     let upstream = Upstream::start().await;
     let image = upstream.push("library/demo", "latest", Image::with_layers(&["one", "two"]));
     let proxy = Setup::over(&upstream)
-        .default_keys("fresh = \"1h\"")
+        .default_keys("max_age = \"1h\"")
         .start()
         .await;
     proxy.pull("library/demo", "latest", &image).await;
@@ -135,7 +135,7 @@ async fn while_fresh_a_tag_costs_nothing() {
     let upstream = Upstream::start().await;
     let image = upstream.push("library/demo", "latest", Image::with_layers(&["one"]));
     let proxy = Setup::over(&upstream)
-        .default_keys("fresh = \"1h\"")
+        .default_keys("max_age = \"1h\"")
         .start()
         .await;
     proxy.pull("library/demo", "latest", &image).await;

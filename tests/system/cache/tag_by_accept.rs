@@ -186,7 +186,7 @@ async fn o01_a_newer_image_that_is_not_complete_does_not_hide_the_newest_that_is
     for accepts in [CONTAINERD, DOCKER, crane, OLD] {
         let reply = pulls(&proxy, "library/demo", accepts, &second).await;
         assert!(
-            reply.cache_status().contains("detail=last-complete"),
+            reply.cache_status().contains("detail=previous-complete"),
             "{reply:#?}"
         );
     }
@@ -195,8 +195,8 @@ async fn o01_a_newer_image_that_is_not_complete_does_not_hide_the_newest_that_is
 #[tokio::test]
 async fn o01_a_tag_seen_to_move_is_fresh_for_nobody_and_not_kept_as_present() {
     for (keys, accepts) in [
-        ("fresh = \"1h\"", CONTAINERD),
-        ("fresh = \"1h\"", OLD),
+        ("max_age = \"1h\"", CONTAINERD),
+        ("max_age = \"1h\"", OLD),
         ("policy = \"if-not-present\"", CONTAINERD),
     ] {
         let upstream = Upstream::start().await;
@@ -250,11 +250,11 @@ async fn o01_why_ls_show_and_export_mean_the_image_that_clients_are_given() {
         for found in [
             &ls["images"][0]["digest"],
             &show["digest"],
-            &why["held"]["digest"],
+            &why["cached"]["digest"],
         ] {
             assert_eq!(*found, expected, "{ls:#} {show:#} {why:#}");
         }
-        assert!(!show["parts"].as_array().unwrap().is_empty(), "{show:#}");
+        assert!(!show["contents"].as_array().unwrap().is_empty(), "{show:#}");
         let archive = proxy.setup().folder().join("demo.tar");
         done(&proxy, &["export", "demo", "-o", archive.to_str().unwrap()]).await;
         let index = in_archive(&archive, "index.json");
@@ -302,7 +302,7 @@ async fn o01_a_slow_answer_from_before_the_move_does_not_bring_the_old_image_bac
     let upstream = Upstream::start().await;
     let old = upstream.push("library/demo", "latest", single("old"));
     let proxy = Setup::over(&upstream)
-        .default_keys("budget = \"30s\"")
+        .default_keys("revalidate_timeout = \"30s\"")
         .start()
         .await;
     pulls(&proxy, "library/demo", CONTAINERD, &old).await;

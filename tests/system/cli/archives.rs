@@ -86,7 +86,7 @@ async fn an_image_is_carried_to_a_cache_that_no_registry_reaches() {
 
     let again: Value = serde_json::from_str(&done(&to, &["import", "--json", &archive]).await).unwrap();
     assert_eq!(
-        (&again["new_bytes"], &again["images"][0]["already_held"]),
+        (&again["new_bytes"], &again["images"][0]["already_cached"]),
         (&0.into(), &true.into())
     );
     let told = done(&to, &["import", &archive]).await;

@@ -166,7 +166,7 @@ async fn each_that_reads_prints_json_too() {
     for (words, field) in [
         (vec!["ls", "--json"], "/images/0/image"),
         (vec!["show", "demo", "--json"], "/digest"),
-        (vec!["why", "demo", "--json"], "/verdict"),
+        (vec!["why", "demo", "--json"], "/reason"),
         (vec!["stats", "--json"], "/status/verdict"),
         (vec!["log", "--json"], "/events/0/sentence"),
         (vec!["offline", "--json"], "/offline"),

@@ -23,11 +23,15 @@ const WRONG: &[(&str, &str, &[&str])] = &[
     ),
     (
         "a duration without a unit",
-        "[default]\nfresh = \"5\"",
-        &["fresh", "^"],
+        "[default]\nmax_age = \"5\"",
+        &["max_age", "^"],
     ),
     ("a size that is none", "[store]\nsize = \"much\"", &["size", "^"]),
-    ("a wrong type", "[default]\nbudget = 2", &["budget", "^"]),
+    (
+        "a wrong type",
+        "[default]\nrevalidate_timeout = 2",
+        &["revalidate_timeout", "^"],
+    ),
     ("no TOML", "data = = 1", &["^"]),
     (
         "an address that is none",
@@ -90,7 +94,7 @@ async fn all_mistakes_are_shown_at_once() {
     let setup = Setup::empty();
     let file = setup.file(
         "wrong.toml",
-        "[default]\nfresh = \"soon\"\npolicy = \"sometimes\"\n[store]\nsizes = 1\n",
+        "[default]\nmax_age = \"soon\"\npolicy = \"sometimes\"\n[store]\nsizes = 1\n",
     );
     let mut program = setup.run(&["check", "--config", file.to_str().unwrap()]);
     assert_eq!(program.exit().await, Some(2));

@@ -148,7 +148,7 @@ async fn a_daemon_that_pulls_through_us_is_green() {
         check(&told, "canary")["found"]
             .as_str()
             .unwrap()
-            .contains("door mirror"),
+            .contains("route mirror"),
         "{told:#}"
     );
     let asked = asked.lock().unwrap().clone();

@@ -11,7 +11,7 @@ const MIB: usize = 1024 * 1024;
 
 /// So many requests to one upstream at a time, and as many transfers.
 fn few(upstream: &Upstream, places: usize) -> Setup {
-    let limits = format!("[limits]\nfetches_per_upstream_max = {places}\n");
+    let limits = format!("[limits]\ndownloads_per_upstream_max = {places}\n");
     Setup::over(upstream).tail(&limits)
 }
 
@@ -60,7 +60,7 @@ async fn t02_forty_cold_layers_of_one_upstream_all_arrive() {
 async fn t02_head_goes_out_while_the_download_is_queued() {
     let upstream = Upstream::start().await;
     let image = upstream.push(DEMO, "latest", Image::with_layers(&["one", "two", "three"]));
-    let limits = "[limits]\nfetches_per_upstream_max = 1\nidle_timeout = \"1s\"\nwrite_timeout = \"1s\"\n";
+    let limits = "[limits]\ndownloads_per_upstream_max = 1\nidle_timeout = \"1s\"\nwrite_timeout = \"1s\"\n";
     let proxy = Setup::over(&upstream).tail(limits).start().await;
     proxy.manifest(DEMO, "latest").await.is_image(&image);
     let gate = upstream.holds_bodies(|seen| seen.path.contains("/blobs/"));
@@ -116,7 +116,7 @@ async fn t12_slow_upstream_leaves_places_to_others() {
     let image = other.push("org/app", "latest", Image::with_layers(&["one", "two"]));
     let proxy = Setup::over(&slow)
         .also("ghcr.io", &other)
-        .tail("[limits]\nfetches_max = 6\n")
+        .tail("[limits]\ndownloads_max = 6\n")
         .start()
         .await;
     proxy.manifest(DEMO, "latest").await.is_image(&held);
@@ -248,7 +248,7 @@ async fn t08_blob_without_room_arrives_after_its_early_head() {
     let upstream = Upstream::start().await;
     let layers = [b"one".to_vec(), noise(1, 3 * MIB)];
     let image = upstream.push(DEMO, "latest", Image::with_layers(&layers));
-    let limits = "[limits]\nfetches_per_upstream_max = 1\n[store]\nsize = \"2 MiB\"\nfree = \"0 B\"\n";
+    let limits = "[limits]\ndownloads_per_upstream_max = 1\n[store]\nsize = \"2 MiB\"\nfree = \"0 B\"\n";
     let proxy = Setup::over(&upstream).tail(limits).start().await;
     proxy.manifest(DEMO, "latest").await.is_image(&image);
     let gate = upstream.holds_bodies(|seen| seen.path.contains("/blobs/"));

@@ -189,7 +189,7 @@ async fn r13_plain_http_storage_only_where_redirects_names_it() {
         let listed = proxy.admin("/api/v1/upstreams").await.json();
         let hub = listed["upstreams"].as_array().unwrap();
         let hub = hub.iter().find(|one| one["name"] == "docker.io").unwrap();
-        let detail = hub["last_silence"]["detail"].as_str().unwrap();
+        let detail = hub["last_failure"]["detail"].as_str().unwrap();
         assert!(detail.contains(&entry), "{detail}");
     }
     assert!(storage.requests().is_empty());

@@ -50,7 +50,7 @@ async fn one_image_is_held_once_whatever_the_door() {
     let metrics = proxy.admin("/metrics").await;
     let text = String::from_utf8_lossy(&metrics.body).into_owned();
     for door in ["prefix", "ns", "host", "connect"] {
-        let label = format!("registry=\"ghcr.io\",door=\"{door}\",kind=\"tag\"");
+        let label = format!("upstream=\"ghcr.io\",route=\"{door}\",kind=\"tag\"");
         assert!(text.contains(&label), "{door}: {text}");
     }
 }

@@ -16,7 +16,7 @@ async fn unasked() -> (Upstream, Image, Proxy) {
     proxy.pull(REPOSITORY, "1", &old).await;
     upstream.clear_log();
     let unasked = proxy.pull(REPOSITORY, "1", &old).await;
-    assert!(unasked.cache_status().contains("unasked"), "{unasked:#?}");
+    assert!(unasked.cache_status().contains("not-revalidated"), "{unasked:#?}");
     assert_eq!(upstream.requests().len(), 0);
     (upstream, old, proxy)
 }
@@ -101,7 +101,7 @@ async fn t16_refused_push_costs_nothing_and_evicts_nothing() {
     }
     upstream.clear_log();
     let unasked = proxy.pull(REPOSITORY, "1", &old).await;
-    assert!(unasked.cache_status().contains("unasked"), "{unasked:#?}");
+    assert!(unasked.cache_status().contains("not-revalidated"), "{unasked:#?}");
     assert_eq!(upstream.requests().len(), 0);
 }
 
@@ -128,7 +128,7 @@ async fn t16_push_that_reaches_nobody_evicts_nothing_in_an_outage() {
         assert!(matches!(status, 502..=504), "{status}");
     }
     let unasked = proxy.pull(REPOSITORY, "1", &old).await;
-    assert!(unasked.cache_status().contains("unasked"), "{unasked:#?}");
+    assert!(unasked.cache_status().contains("not-revalidated"), "{unasked:#?}");
 }
 
 #[tokio::test]
@@ -175,7 +175,7 @@ async fn t16_push_by_digest_of_unknown_outcome_doubts_each_tag() {
     upstream.clear_log();
     for tag in ["1", "2"] {
         let unasked = proxy.pull(REPOSITORY, tag, &old).await;
-        assert!(unasked.cache_status().contains("unasked"), "{unasked:#?}");
+        assert!(unasked.cache_status().contains("not-revalidated"), "{unasked:#?}");
     }
     assert_eq!(upstream.requests().len(), 0, "a refused push changes nothing");
 

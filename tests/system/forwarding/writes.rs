@@ -52,7 +52,7 @@ async fn row_34_a_push_reaches_the_registry_and_the_next_pull_sees_it() {
     // Fresh for an hour: only the write itself can make it ask again.
     let setup = Setup::over(&hub)
         .also("ghcr.io", &other)
-        .default_keys("fresh = \"1h\"");
+        .default_keys("max_age = \"1h\"");
     let proxy = setup.start().await;
     for relative in [false, true] {
         if relative {
@@ -83,7 +83,7 @@ async fn row_34_a_deleted_tag_is_absent_at_once() {
     let (hub, other) = (Upstream::start().await, Upstream::start().await);
     let setup = Setup::over(&hub)
         .also("ghcr.io", &other)
-        .default_keys("fresh = \"1h\"");
+        .default_keys("max_age = \"1h\"");
     let proxy = setup.start().await;
     let image = other.push("team/demo", "1", Image::with_layers(&["one"]));
     proxy.pull("ghcr.io/team/demo", "1", &image).await;
@@ -98,7 +98,7 @@ async fn a_deleted_manifest_and_a_deleted_blob_are_absent_at_once_by_every_name(
     let (hub, other) = (Upstream::start().await, Upstream::start().await);
     let setup = Setup::over(&hub)
         .also("ghcr.io", &other)
-        .default_keys("fresh = \"1h\"");
+        .default_keys("max_age = \"1h\"");
     let proxy = setup.start().await;
     let image = other.push("team/demo", "1", Image::with_layers(&["one"]));
     proxy.pull("ghcr.io/team/demo", "1", &image).await;
@@ -126,7 +126,7 @@ async fn an_answer_from_before_a_push_does_not_bring_the_old_tag_back() {
     let (hub, other) = (Upstream::start().await, Upstream::start().await);
     let setup = Setup::over(&hub)
         .also("ghcr.io", &other)
-        .default_keys("fresh = \"1h\"");
+        .default_keys("max_age = \"1h\"");
     let proxy = setup.start().await;
     other.push("team/demo", "1", Image::with_layers(&["old"]));
     // The registry reads the tag, and its answer is on its way while the push overtakes it.
@@ -208,7 +208,7 @@ async fn the_clients_own_headers_pass_and_no_others() {
     other.lets("ann", "secret", "*");
     let setup = Setup::empty().also("ghcr.io", &other);
     let file = setup.file("password", "own");
-    let keys = format!("access = \"shared\"\nusername = \"robot\"\npassword_file = {file:?}");
+    let keys = format!("auth = \"shared\"\nusername = \"robot\"\npassword_file = {file:?}");
     let proxy = setup.upstream_keys("ghcr.io", &keys).start().await;
     let path = manifest_path("team/demo", "1");
     let put = || {

@@ -49,7 +49,10 @@ fn cause(reply: &Reply) -> String {
 
 /// One waits for its budget, two for a moment, and the others for nothing.
 fn is_waited_for_once(causes: &[String]) {
-    let waited = causes.iter().take_while(|cause| *cause == "budget").count();
+    let waited = causes
+        .iter()
+        .take_while(|cause| *cause == "revalidate-timeout")
+        .count();
     assert!((1..=3).contains(&waited), "{causes:?}");
     assert!(
         causes[waited..].iter().all(|cause| cause == "breaker-open"),
@@ -76,10 +79,10 @@ async fn t05_upstream_that_hangs_costs_one_budget() {
     let state = proxy.admin("/api/v1/upstreams").await.json();
     let upstreams = state["upstreams"].as_array().unwrap();
     let hub = upstreams.iter().find(|one| one["name"] == "docker.io").unwrap();
-    assert_eq!(hub["silent"]["cause"], "budget", "{hub:#}");
+    assert_eq!(hub["unavailable"]["cause"], "revalidate-timeout", "{hub:#}");
     assert_eq!(hub["failures"][0]["scope"], "head", "{hub:#}");
     let metrics = proxy.admin("/metrics").await;
-    let line = r#"ifnewer_upstream_circuit_breakers_open{registry="docker.io",scope="head"} "#;
+    let line = r#"ifnewer_upstream_circuit_breakers_open{upstream="docker.io",scope="head"} "#;
     let text = String::from_utf8_lossy(&metrics.body);
     assert!(text.contains(line), "{text}");
     proxy.program().says("circuit breaker opened").await;
@@ -109,7 +112,7 @@ async fn t05_silent_heads_are_probed_by_heads() {
     waits_for_nothing(&job(&proxy, &images).await);
     upstream.recovers();
     let ask = |proxy: &Proxy| proxy.manifest(&repository(0), "1");
-    let is_fresh = |reply: &Reply| reply.cache_status().contains("unchanged");
+    let is_fresh = |reply: &Reply| reply.cache_status().contains("revalidated");
     proxy.until("the recovery", ask, is_fresh).await;
 }
 
@@ -161,7 +164,7 @@ async fn t05_silent_token_service_after_a_restart_costs_one_budget() {
     assert!(state.to_string().contains(r#""scope":"token""#), "{state:#}");
     upstream.recovers();
     let ask = |proxy: &Proxy| proxy.manifest(&repository(0), "1");
-    let is_fresh = |reply: &Reply| reply.cache_status().contains("unchanged");
+    let is_fresh = |reply: &Reply| reply.cache_status().contains("revalidated");
     proxy.until("the recovery", ask, is_fresh).await;
 }
 
@@ -175,7 +178,7 @@ async fn t05_open_circuit_breaker_outlives_a_reload() {
     waits_for_nothing(&job(&proxy, &images).await);
     upstream.recovers();
     let ask = |proxy: &Proxy| proxy.manifest(&repository(0), "1");
-    let is_fresh = |reply: &Reply| reply.cache_status().contains("unchanged");
+    let is_fresh = |reply: &Reply| reply.cache_status().contains("revalidated");
     proxy.until("the recovery", ask, is_fresh).await;
 }
 
@@ -298,7 +301,7 @@ async fn t11_list_never_cached_as_such_waits_for_one_budget() {
     let upstream = Upstream::start().await;
     let image = upstream.push("library/demo", "1", Image::with_layers(&["one"]));
     let proxy = Setup::over(&upstream)
-        .default_keys("budget = \"300ms\"")
+        .default_keys("revalidate_timeout = \"300ms\"")
         .start()
         .await;
     proxy.pull("library/demo", "1", &image).await;

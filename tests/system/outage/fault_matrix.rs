@@ -175,7 +175,7 @@ fn told(reply: &Reply, is_right: impl Fn(&Reply)) -> String {
     match reply.header("warning") {
         Some(_) => how.to_owned(),
         None if !status.contains("; hit") => "whole".to_owned(),
-        None if how == "unchanged" => "unchanged".to_owned(),
+        None if how == "revalidated" => "unchanged".to_owned(),
         None => "held".to_owned(),
     }
 }

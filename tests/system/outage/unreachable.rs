@@ -9,7 +9,7 @@ async fn serves_what_is_held_when(upstream: Upstream, misbehaves: impl Fn(&Upstr
     let image = upstream.push("library/demo", "latest", Image::with_layers(&["one", "two"]));
     upstream.push("library/demo", "never-seen", Image::with_layers(&["three"]));
     let proxy = Setup::over(&upstream)
-        .default_keys("budget = \"500ms\"")
+        .default_keys("revalidate_timeout = \"500ms\"")
         .start()
         .await;
     proxy.pull("library/demo", "latest", &image).await;
@@ -142,7 +142,7 @@ async fn a_held_tag_is_answered_within_the_budget_while_upstream_hangs() {
     let upstream = Upstream::start().await;
     let image = upstream.push("library/demo", "latest", Image::with_layers(&["one"]));
     let proxy = Setup::over(&upstream)
-        .default_keys("budget = \"300ms\"")
+        .default_keys("revalidate_timeout = \"300ms\"")
         .start()
         .await;
     proxy.pull("library/demo", "latest", &image).await;
@@ -160,7 +160,7 @@ async fn the_late_answer_still_counts() {
     let old = upstream.push("library/demo", "latest", Image::with_layers(&["one"]));
     let new = upstream.push("library/demo", "next", Image::with_layers(&["two"]));
     let proxy = Setup::over(&upstream)
-        .default_keys("budget = \"300ms\"")
+        .default_keys("revalidate_timeout = \"300ms\"")
         .start()
         .await;
     proxy.pull("library/demo", "latest", &old).await;
@@ -290,7 +290,7 @@ async fn a_used_up_quota_of_pulls_does_not_stop_the_question_whether_a_tag_moved
     for _ in 0..3 {
         let reply = proxy.manifest("library/demo", "latest").await;
         let status = reply.is_image(&old).is_hit().cache_status();
-        assert!(status.ends_with("new-unavailable-rate-limited"), "{status}");
+        assert!(status.ends_with("stale-fetch-failed-rate-limited"), "{status}");
         assert!(
             reply.header("warning").unwrap().contains("docker.io"),
             "{reply:#?}"
@@ -423,7 +423,7 @@ async fn a_copy_older_than_stale_allows_is_not_served() {
     let upstream = Upstream::start().await;
     let image = upstream.push("library/demo", "latest", Image::with_layers(&["one"]));
     let proxy = Setup::over(&upstream)
-        .default_keys("stale = \"0s\"")
+        .default_keys("stale_if_error = \"0s\"")
         .start()
         .await;
     proxy.pull("library/demo", "latest", &image).await;

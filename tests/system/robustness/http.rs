@@ -128,7 +128,7 @@ async fn the_certificate_is_the_same_after_a_restart() {
 async fn who_is_not_trusted_with_plain_http_is_turned_away() {
     let upstream = Upstream::start().await;
     let proxy = Setup::over(&upstream)
-        .listen_keys("plain = \"nobody\"")
+        .listen_keys("plain_http = \"off\"")
         .start()
         .await;
     let reply = raw(

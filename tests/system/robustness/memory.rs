@@ -63,7 +63,7 @@ async fn an_idle_process_has_no_password_in_its_memory() {
     let image = upstream.push("acme/app", "1", Image::with_layers(&["x"]));
     let setup = Setup::over(&upstream).also("shared.test", &upstream);
     let password = setup.file("password", "canary-of-service\n");
-    let shared = format!("access = \"shared\"\nusername = \"service\"\npassword_file = {password:?}");
+    let shared = format!("auth = \"shared\"\nusername = \"service\"\npassword_file = {password:?}");
     let local = format!("local_tokens = \"{}/token\"", upstream.url());
     let setup = setup.upstream_keys("shared.test", &shared);
     let proxy = setup.upstream_keys("docker.io", &local).start().await;

@@ -19,7 +19,7 @@ async fn a_new_configuration_applies_to_the_next_request() {
     let ask = |proxy: &Proxy| proxy.manifest("library/demo", "latest");
     let reply = proxy
         .until("the policy", ask, |reply| {
-            reply.cache_status().contains("unasked")
+            reply.cache_status().contains("not-revalidated")
         })
         .await;
     reply.is_image(&image);

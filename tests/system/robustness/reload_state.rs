@@ -141,7 +141,7 @@ async fn o03_open_breaker_and_tokens_are_kept_over_a_reload() {
         .until(
             "the probe to find the upstream",
             |_| tag(),
-            |reply| reply.cache_status().contains("unchanged"),
+            |reply| reply.cache_status().contains("revalidated"),
         )
         .await;
 }
@@ -166,7 +166,7 @@ async fn o03_yes_under_shared_is_no_clients_grant_once_it_is_proven() {
     let setup = Setup::over(&upstream);
     setup.file("password", "a-secret");
     let keys = format!(
-        "access = \"shared\"\nusername = \"alice\"\npassword_file = {:?}",
+        "auth = \"shared\"\nusername = \"alice\"\npassword_file = {:?}",
         setup.folder().join("password")
     );
     let shared = setup.clone().upstream_keys("docker.io", &keys);

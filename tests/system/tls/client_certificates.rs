@@ -129,8 +129,8 @@ async fn a_wrong_one_ends_the_handshake_and_the_log_says_why() {
 #[tokio::test]
 async fn lists_of_what_may_be_pulled_hold_for_names_in_certificates() {
     let authority = Authority::new("clients");
-    let lists = "[[allow]]\nwho = [\"node-*\", \"spiffe://example.org/ci/*\"]\nimages = \"docker.io/acme/*\"\n\
-                 [[allow]]\nwho = \"other\"\nimages = \"docker.io/open/*\"";
+    let lists = "[[allow]]\nusers = [\"node-*\", \"spiffe://example.org/ci/*\"]\nimages = \"docker.io/acme/*\"\n\
+                 [[allow]]\nusers = \"other\"\nimages = \"docker.io/open/*\"";
     let (upstream, image, proxy) = guarded(&authority, lists).await;
     for identity in [
         authority.client("node-7"),
@@ -171,7 +171,7 @@ async fn where_there_are_passwords_too_either_opens_and_no_password_goes_further
     let setup = Setup::over(&upstream);
     let (password, users) = (setup.file("password", "s-secret"), setup.file("users", USERS));
     let ca = setup.file("clients.pem", authority.pem());
-    let keys = format!("access = \"shared\"\nusername = \"service\"\npassword_file = {password:?}");
+    let keys = format!("auth = \"shared\"\nusername = \"service\"\npassword_file = {password:?}");
     let access = format!("[access]\nhtpasswd = {users:?}\nclient_ca = {ca:?}");
     let proxy = setup
         .upstream_keys("docker.io", &keys)
@@ -238,7 +238,7 @@ async fn a_ca_taken_back_counts_for_who_is_there_already() {
 #[tokio::test]
 async fn a_resumed_session_is_still_whose_it_was() {
     let authority = Authority::new("clients");
-    let lists = "[[allow]]\nwho = \"node-7\"\nimages = \"docker.io/acme/*\"";
+    let lists = "[[allow]]\nusers = \"node-7\"\nimages = \"docker.io/acme/*\"";
     let (_upstream, image, proxy) = guarded(&authority, lists).await;
     let client = authority.client("node-7").remembering(&proxy.ca_pem());
     for resumed in [false, true, true] {

@@ -22,7 +22,7 @@ async fn last_failure(proxy: &Proxy) -> (String, String) {
     let listed = proxy.admin("/api/v1/upstreams").await.json();
     let upstreams = listed["upstreams"].as_array().unwrap();
     let hub = upstreams.iter().find(|one| one["name"] == "docker.io").unwrap();
-    let text = |name: &str| hub["last_silence"][name].as_str().unwrap_or_default().to_owned();
+    let text = |name: &str| hub["last_failure"][name].as_str().unwrap_or_default().to_owned();
     (text("text"), text("detail"))
 }
 

@@ -78,7 +78,7 @@ async fn m03_a_moved_tag_begins_the_platform_pulled_before() {
     let (upstream, old) = registry().await;
     let proxy = Setup::over(&upstream)
         .prefetching()
-        .default_keys("budget = \"20s\"")
+        .default_keys("revalidate_timeout = \"20s\"")
         .start()
         .await;
     KUBELET.pulls(&proxy, "1", &old).await;

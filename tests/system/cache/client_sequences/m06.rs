@@ -65,7 +65,7 @@ async fn m06_listed_referrers_are_as_good_as_a_404() {
 async fn m06_after_its_grant_a_404_costs_a_head_and_no_get() {
     let (upstream, image) = registry().await;
     let proxy = Setup::over(&upstream)
-        .default_keys("grant = \"0s\"")
+        .default_keys("grant_ttl = \"0s\"")
         .start()
         .await;
     DOCKERD_29.pulls(&proxy, "1", &image).await;

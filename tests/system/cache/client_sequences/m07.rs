@@ -71,7 +71,7 @@ async fn m07_the_gets_of_a_moved_tag_are_its_check() {
     let old = upstream.push(APP, "1", of_41_layers("old"));
     let proxy = Setup::over(&upstream)
         .prefetching()
-        .default_keys("budget = \"20s\"")
+        .default_keys("revalidate_timeout = \"20s\"")
         .start()
         .await;
     proxy.pull(APP, "1", &old).await;
@@ -88,7 +88,7 @@ async fn m07_a_moved_tag_that_lacks_any_layer_is_held_back() {
         let old = upstream.push(APP, "1", of_41_layers("old"));
         let proxy = Setup::over(&upstream)
             .prefetching()
-            .default_keys("budget = \"20s\"")
+            .default_keys("revalidate_timeout = \"20s\"")
             .start()
             .await;
         proxy.pull(APP, "1", &old).await;
@@ -104,7 +104,7 @@ async fn m07_slow_layers_are_not_waited_for_by_the_check() {
     let old = upstream.push(APP, "1", of_41_layers("old"));
     let proxy = Setup::over(&upstream)
         .prefetching()
-        .default_keys("budget = \"20s\"")
+        .default_keys("revalidate_timeout = \"20s\"")
         .start()
         .await;
     proxy.pull(APP, "1", &old).await;

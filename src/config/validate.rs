@@ -6,12 +6,12 @@ use std::sync::Arc;
 use http::Uri;
 
 use super::address::is_same_host;
-use super::fault::{At, Report};
-use super::upstream::Configured;
-use super::value::{Wrong, nearest};
+use super::diagnostic::{Origin, Report};
+use super::parsers::{ParseError, nearest};
+use super::upstream::ParsedUpstream;
 
 /// A name must mean one upstream, or a client's credential could be sent to the wrong one.
-pub(super) fn refuse_shared(configured: &[Configured], report: &mut Report<'_>) {
+pub(super) fn check_hosts_unique(configured: &[ParsedUpstream], report: &mut Report<'_>) {
     let mut seen: Vec<(&str, &str)> = Vec::new();
     let existing = configured.iter().filter(|upstream| !upstream.is_disabled());
     for upstream in existing.clone() {
@@ -19,7 +19,7 @@ pub(super) fn refuse_shared(configured: &[Configured], report: &mut Report<'_>) 
             let message = format!("`{}` and `{name}` are one registry", upstream.name);
             let help = "443 is the port of a name without one: keep one of the two sections".to_owned();
             let path = format!("upstream.\"{}\"", upstream.name);
-            report.tell(&upstream.table.at, path, message, Some(help));
+            report.emit(&upstream.table.at, path, message, Some(help));
         }
         seen.push((&upstream.name, &upstream.name));
     }
@@ -29,24 +29,24 @@ pub(super) fn refuse_shared(configured: &[Configured], report: &mut Report<'_>) 
                 let other = existing.clone().find(|upstream| &*upstream.name == *owner);
                 let (at, message) = match (at, other) {
                     // A host that comes with a well-known upstream: the mistake is at the other one.
-                    (At::Default, Some(other)) => (
+                    (Origin::Default, Some(other)) => (
                         &other.table.at,
                         format!("`{host}` is a host of the upstream `{}`", upstream.name),
                     ),
                     _ => (at, format!("`{host}` already means the upstream `{owner}`")),
                 };
                 let help = "a name means one upstream: leave it out in one of the two places".to_owned();
-                report.tell(at, upstream.table.path("hosts"), message, Some(help));
+                report.emit(at, upstream.table.path("hosts"), message, Some(help));
             }
             seen.push((host, &upstream.name));
         }
     }
-    refuse_shared_token_services(existing, &seen, report);
+    check_token_hosts_unique(existing, &seen, report);
 }
 
 /// The same holds for the hosts of token services that are ours too; one may be its own upstream's host.
-fn refuse_shared_token_services<'a>(
-    existing: impl Iterator<Item = &'a Configured>,
+fn check_token_hosts_unique<'a>(
+    existing: impl Iterator<Item = &'a ParsedUpstream>,
     taken: &[(&str, &str)],
     report: &mut Report<'_>,
 ) {
@@ -65,7 +65,7 @@ fn refuse_shared_token_services<'a>(
         {
             let message = format!("`{host}` already means the upstream `{owner}`");
             let help = "name a token service that is this upstream's alone, or leave the key out".to_owned();
-            report.tell(
+            report.emit(
                 upstream.table.at(KEY),
                 upstream.table.path(KEY),
                 message,
@@ -77,7 +77,11 @@ fn refuse_shared_token_services<'a>(
 }
 
 /// An upstream at our own address would have every request come round and round.
-pub(super) fn refuse_loops(configured: &[Configured], listening: &[SocketAddr], report: &mut Report<'_>) {
+pub(super) fn check_no_loop(
+    configured: &[ParsedUpstream],
+    listening: &[SocketAddr],
+    report: &mut Report<'_>,
+) {
     for upstream in configured {
         for (at, url) in &upstream.urls {
             let address = url.parse::<Uri>().ok().and_then(|uri| {
@@ -99,7 +103,7 @@ pub(super) fn refuse_loops(configured: &[Configured], listening: &[SocketAddr], 
             };
             if address.is_some_and(is_ours) {
                 let message = format!("`{url}` is ifnewer's own address: it would ask itself");
-                report.tell(
+                report.emit(
                     at,
                     upstream.table.path("url"),
                     message,
@@ -111,11 +115,11 @@ pub(super) fn refuse_loops(configured: &[Configured], listening: &[SocketAddr], 
 }
 
 /// The upstream of exactly that name, or what is wrong with the name.
-pub(super) fn find(name: &str, configured: &[Configured]) -> Result<Arc<str>, Wrong> {
+pub(super) fn find(name: &str, configured: &[ParsedUpstream]) -> Result<Arc<str>, ParseError> {
     if let Some(found) = configured.iter().find(|upstream| &*upstream.name == name) {
         return if found.is_disabled() {
             let help = Some(format!("remove enabled = false from [upstream.\"{name}\"]"));
-            Err(Wrong {
+            Err(ParseError {
                 message: format!("the upstream `{name}` is disabled"),
                 help,
             })
@@ -130,7 +134,7 @@ pub(super) fn find(name: &str, configured: &[Configured]) -> Result<Arc<str>, Wr
         (None, Some(nearest)) => format!("did you mean `{nearest}`?"),
         (None, None) => format!("add a section [upstream.\"{name}\"]"),
     };
-    Err(Wrong {
+    Err(ParseError {
         message: format!("the upstream `{name}` is not configured"),
         help: Some(help),
     })

@@ -40,11 +40,11 @@ help: did you mean `policy`? It belongs to `[default]`"#;
 
 #[test]
 fn the_caret_stands_under_the_value_after_tabs_and_wide_letters() {
-    let text = "\n".repeat(9) + "[upstream.\"ghcr.io\"]\n\t\"fresh\" = \"5 müde\"";
+    let text = "\n".repeat(9) + "[upstream.\"ghcr.io\"]\n\t\"max_age\" = \"5 müde\"";
     let expected = "
-config/ifnewer.toml:11:12: `5 müde` is not a duration
-11 | \t\"fresh\" = \"5 müde\"
-   | \t          ^^^^^^^^
+config/ifnewer.toml:11:14: `5 müde` is not a duration
+11 | \t\"max_age\" = \"5 müde\"
+   | \t            ^^^^^^^^
 help: write a number and its unit: \"500ms\", \"30s\", \"5m\", \"12h\", \"7d\"";
     assert_eq!(printed(&text), expected.trim_start());
 }
@@ -61,7 +61,7 @@ help: a password does not belong here; put it into a file and name that as `pass
 config/ifnewer.toml:3:8: a URL holds no user and no password here
 3 | url = ["https://***@ghcr.io", "http://***@b"]
   |        ^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^
-help: use `username` and `password_file`, with access = "shared""#;
+help: use `username` and `password_file`, with auth = "shared""#;
     let printed = printed(text);
     assert!(printed.starts_with(expected.trim_start()), "{printed}");
     assert!(!printed.contains("hunter2"), "{printed}");
@@ -74,7 +74,7 @@ fn a_credential_without_shared_access_is_refused_with_the_reason() {
 config/ifnewer.toml:2:12: a credential of the proxy's own would open this upstream's private images to every client
 2 | username = "robot"
   |            ^^^^^^^
-help: if everyone who reaches the listener may read them, add access = "shared"; else remove the credential, and clients use their own"#;
+help: if everyone who reaches the listener may read them, add auth = "shared"; else remove the credential, and clients use their own"#;
     assert_eq!(printed(text), expected.trim_start());
 }
 

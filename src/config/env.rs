@@ -1,11 +1,11 @@
 //! Settings from the environment and the command line: laid over what the file says.
 
 use super::Sources;
+use super::diagnostic::{Origin, Report};
 use super::document::Document;
-use super::fault::{At, Report};
-use super::keys::{KEYS, Key, OTHER_VARIABLES, SHORT_VARIABLES};
+use super::parsers::nearest;
+use super::schema::{KEYS, Key, NON_SETTING_VARIABLES, Section, VARIABLE_ALIASES};
 use super::table::{Entry, Value};
-use super::value::nearest;
 
 const PREFIX: &str = "IFNEWER_";
 
@@ -21,36 +21,50 @@ pub struct Flag {
 }
 
 /// Lays the variables over the file, then the flags over both.
-pub(super) fn overlay(document: &mut Document, sources: &Sources<'_>, report: &mut Report<'_>) {
+pub(super) fn apply_overrides(document: &mut Document, sources: &Sources<'_>, report: &mut Report<'_>) {
     for (name, value) in &sources.variables {
-        if !name.starts_with(PREFIX) || OTHER_VARIABLES.contains(&name.as_str()) || is_service_link(name) {
+        if !name.starts_with(PREFIX)
+            || NON_SETTING_VARIABLES.contains(&name.as_str())
+            || is_kubernetes_service_variable(name)
+        {
             continue;
         }
         match key_of(name) {
             // What a composed environment leaves empty is meant as unset.
             Some(_) if value.is_empty() => {}
-            Some(key) => replace(document, key, At::Variable(name.clone()), value),
+            Some(key) => replace(document, key, Origin::Variable(name.clone()), value),
             None => {
-                let at = At::Variable(name.clone());
-                report.tell(
-                    &at,
-                    name.as_str(),
-                    "no setting has this name",
-                    Some(suggestion(name)),
-                );
+                let at = Origin::Variable(name.clone());
+                let (message, help) = match renamed(name) {
+                    Some(new) => (
+                        format!("`{name}` is now `{new}`"),
+                        format!("set `{new}` in its place"),
+                    ),
+                    None => ("no setting has this name".to_owned(), suggestion(name)),
+                };
+                report.emit(&at, name.as_str(), message, Some(help));
             }
         }
     }
     for flag in &sources.flags {
         if let Some(key) = KEYS.iter().find(|key| key.path() == flag.key) {
-            replace(document, key, At::Flag(flag.name), &flag.value);
+            replace(document, key, Origin::Flag(flag.name), &flag.value);
         }
     }
 }
 
-fn replace(document: &mut Document, key: &Key, at: At, value: &str) {
-    let value = Value::Untyped(value.to_owned());
+fn replace(document: &mut Document, key: &Key, at: Origin, value: &str) {
+    let value = Value::Raw(value.to_owned());
     document.replace(key.section, key.name, Entry { at, value });
+}
+
+/// The variable of a key that was renamed.
+fn renamed(variable: &str) -> Option<String> {
+    Section::FIXED.into_iter().find_map(|section| {
+        let lower = variable.to_lowercase();
+        let old = lower.strip_prefix(&format!("ifnewer_{}_", section.name()))?;
+        section.renamed(old)?.variable()
+    })
 }
 
 fn suggestion(variable: &str) -> String {
@@ -66,7 +80,7 @@ fn suggestion(variable: &str) -> String {
 }
 
 fn key_of(variable: &str) -> Option<&'static Key> {
-    let variable = SHORT_VARIABLES
+    let variable = VARIABLE_ALIASES
         .iter()
         .find(|(short, _)| *short == variable)
         .map_or(variable, |(_, full)| full);
@@ -77,7 +91,7 @@ fn key_of(variable: &str) -> Option<&'static Key> {
 /// Kubernetes gives every pod variables about the services of its namespace. A service named `ifnewer` must not keep
 /// ifnewer from starting: `IFNEWER_SERVICE_HOST`, `IFNEWER_PORT`, `IFNEWER_PORT_5000_TCP_ADDR`, and the same for
 /// `ifnewer-…`.
-fn is_service_link(name: &str) -> bool {
+fn is_kubernetes_service_variable(name: &str) -> bool {
     let after = |word: &str| name.split_once(word).map(|(_, rest)| rest);
     name.ends_with("_SERVICE_HOST")
         || after("_SERVICE_PORT").is_some_and(|rest| rest.is_empty() || rest.starts_with('_'))

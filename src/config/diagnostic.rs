@@ -6,48 +6,48 @@ use std::path::{Path, PathBuf};
 
 /// Everything that is wrong, in the order of the file. Never empty.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Faults(Vec<Fault>);
+pub struct Diagnostics(Vec<Diagnostic>);
 
-impl Faults {
+impl Diagnostics {
     /// One fault alone.
-    pub fn one(fault: Fault) -> Self {
-        Self(vec![fault])
+    pub fn one(diagnostic: Diagnostic) -> Self {
+        Self(vec![diagnostic])
     }
 
     /// The faults, in the order of the file.
-    pub fn iter(&self) -> std::slice::Iter<'_, Fault> {
+    pub fn iter(&self) -> std::slice::Iter<'_, Diagnostic> {
         self.0.iter()
     }
 }
 
-impl<'a> IntoIterator for &'a Faults {
-    type Item = &'a Fault;
-    type IntoIter = std::slice::Iter<'a, Fault>;
+impl<'a> IntoIterator for &'a Diagnostics {
+    type Item = &'a Diagnostic;
+    type IntoIter = std::slice::Iter<'a, Diagnostic>;
 
     fn into_iter(self) -> Self::IntoIter {
         self.iter()
     }
 }
 
-impl fmt::Display for Faults {
+impl fmt::Display for Diagnostics {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for (index, fault) in self.0.iter().enumerate() {
+        for (index, diagnostic) in self.0.iter().enumerate() {
             if index > 0 {
                 f.write_str("\n\n")?;
             }
-            fault.fmt(f)?;
+            diagnostic.fmt(f)?;
         }
         Ok(())
     }
 }
 
-impl std::error::Error for Faults {}
+impl std::error::Error for Diagnostics {}
 
 /// One thing that is wrong. Printed with its line, a caret, and the remedy.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Fault {
+pub struct Diagnostic {
     /// Where it stands.
-    pub place: Place,
+    pub location: Location,
     /// The key concerned, as in `store.size`; empty where the file is not TOML.
     pub key: String,
     /// What is wrong.
@@ -58,7 +58,7 @@ pub struct Fault {
 
 /// Where a setting was given.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Place {
+pub enum Location {
     /// In the text of a configuration file.
     Text {
         /// The file, as it was named.
@@ -82,24 +82,24 @@ pub enum Place {
     Default,
 }
 
-impl fmt::Display for Fault {
+impl fmt::Display for Diagnostic {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match &self.place {
-            Place::Text {
+        match &self.location {
+            Location::Text {
                 file, line, column, ..
             } => write!(f, "{}:{line}:{column}: ", file.display())?,
-            Place::File(file) => write!(f, "{}: ", file.display())?,
-            Place::Variable(name) | Place::Flag(name) => write!(f, "{name}: ")?,
-            Place::Default => write!(f, "{}: ", self.key)?,
+            Location::File(file) => write!(f, "{}: ", file.display())?,
+            Location::Variable(name) | Location::Flag(name) => write!(f, "{name}: ")?,
+            Location::Default => write!(f, "{}: ", self.key)?,
         }
         f.write_str(&self.message)?;
-        if let Place::Text {
+        if let Location::Text {
             line,
             column,
             span,
             source,
             ..
-        } = &self.place
+        } = &self.location
         {
             let number = line.to_string();
             let before = source.chars().take(column - 1);
@@ -121,7 +121,7 @@ impl fmt::Display for Fault {
 
 /// Where a value comes from, before anything is known to be wrong with it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum At {
+pub(super) enum Origin {
     Span(Range<usize>),
     Variable(String),
     Flag(&'static str),
@@ -130,13 +130,13 @@ pub(super) enum At {
 
 /// The fault was told to the [`Report`]; the value is lost.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Told;
+pub(super) struct Reported;
 
 /// Collects the faults of one reading.
 pub(super) struct Report<'a> {
     text: &'a str,
     origin: &'a Path,
-    faults: Vec<Fault>,
+    diagnostics: Vec<Diagnostic>,
 }
 
 impl<'a> Report<'a> {
@@ -144,78 +144,79 @@ impl<'a> Report<'a> {
         Self {
             text,
             origin,
-            faults: Vec::new(),
+            diagnostics: Vec::new(),
         }
     }
 
     /// Notes a fault.
-    pub(super) fn tell(
+    pub(super) fn emit(
         &mut self,
-        at: &At,
+        at: &Origin,
         key: impl Into<String>,
         message: impl Into<String>,
         help: Option<String>,
-    ) -> Told {
-        let place = self.place(at);
-        self.faults.push(Fault {
-            place,
+    ) -> Reported {
+        let location = self.location(at);
+        self.diagnostics.push(Diagnostic {
+            location,
             key: key.into(),
             message: message.into(),
             help,
         });
-        Told
+        Reported
     }
 
     pub(super) fn is_empty(&self) -> bool {
-        self.faults.is_empty()
+        self.diagnostics.is_empty()
     }
 
     /// All faults in the order of the text; those from elsewhere come last.
-    pub(super) fn into_faults(mut self) -> Faults {
-        self.faults.sort_by_key(|fault| match &fault.place {
-            Place::Text { span, .. } => span.start,
-            _ => usize::MAX,
-        });
-        Faults(self.faults)
+    pub(super) fn into_diagnostics(mut self) -> Diagnostics {
+        self.diagnostics
+            .sort_by_key(|diagnostic| match &diagnostic.location {
+                Location::Text { span, .. } => span.start,
+                _ => usize::MAX,
+            });
+        Diagnostics(self.diagnostics)
     }
 
     /// A path as meant: relative to the file in which it stands, or to the working directory.
-    pub(super) fn resolve(&self, at: &At, path: PathBuf) -> PathBuf {
+    pub(super) fn resolve(&self, at: &Origin, path: PathBuf) -> PathBuf {
         match at {
-            At::Span(_) | At::Default => self
+            Origin::Span(_) | Origin::Default => self
                 .origin
                 .parent()
                 .map_or(path.clone(), |folder| folder.join(&path)),
-            At::Variable(_) | At::Flag(_) => path,
+            Origin::Variable(_) | Origin::Flag(_) => path,
         }
     }
 
     /// Where that is, for people.
-    pub(super) fn place(&self, at: &At) -> Place {
+    pub(super) fn location(&self, at: &Origin) -> Location {
         match at {
-            At::Span(span) => self.in_text(span),
-            At::Variable(name) => Place::Variable(name.clone()),
-            At::Flag(name) => Place::Flag((*name).to_owned()),
-            At::Default => Place::Default,
+            Origin::Span(span) => self.in_text(span),
+            Origin::Variable(name) => Location::Variable(name.clone()),
+            Origin::Flag(name) => Location::Flag((*name).to_owned()),
+            Origin::Default => Location::Default,
         }
     }
 
-    fn in_text(&self, span: &Range<usize>) -> Place {
+    fn in_text(&self, span: &Range<usize>) -> Location {
         let (before, after) = self.text.split_at_checked(span.start).unwrap_or((self.text, ""));
         let line_start = before.rsplit('\n').next().unwrap_or("");
         let line_end = after.split('\n').next().unwrap_or("");
-        Place::Text {
+        Location::Text {
             file: self.origin.to_owned(),
             line: before.matches('\n').count() + 1,
             column: line_start.chars().count() + 1,
             span: span.clone(),
-            source: shown(&format!("{line_start}{line_end}")),
+            source: sanitize(&format!("{line_start}{line_end}")),
         }
     }
 }
 
 /// A line as it may be printed. Faults end up in logs, and logs in the wrong hands.
-fn shown(line: &str) -> String {
+fn sanitize(line: &str) -> String {
     let line: String = line
         .trim_end_matches('\r')
         .chars()

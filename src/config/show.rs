@@ -5,11 +5,11 @@
 
 use std::fmt::{self, Display, Formatter, Write as _};
 
+use super::diagnostic::{Location, Report};
 use super::document::Document;
-use super::fault::{Place, Report};
-use super::keys::{KEYS, Key, Section};
+use super::schema::{KEYS, Key, Section};
 use super::table::{Table, Value};
-use super::{Config, Faults, Sources, variable};
+use super::{Config, Diagnostics, Sources, env};
 
 /// The settings in effect, printed as a configuration file.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -24,16 +24,16 @@ struct Setting {
     name: &'static str,
     /// As it would be written in the file; `None`: not set.
     value: Option<String>,
-    origin: Place,
+    origin: Location,
 }
 
 impl Settings {
     /// Reads them. A configuration that is wrong has none in effect.
-    pub fn read(sources: &Sources<'_>) -> Result<Self, Faults> {
+    pub fn read(sources: &Sources<'_>) -> Result<Self, Diagnostics> {
         let config = Config::gather(sources)?;
         let mut report = Report::new(sources.text, sources.origin);
         let mut document = Document::read(sources.text, &mut report);
-        variable::overlay(&mut document, sources, &mut report);
+        env::apply_overrides(&mut document, sources, &mut report);
         let fixed = Section::FIXED.into_iter().map(|section| {
             let header = match section {
                 Section::Top => String::new(),
@@ -75,7 +75,7 @@ fn settings(table: &Table, report: &Report<'_>, with_unset: bool) -> Vec<Setting
     let read = keys.map(|key| Setting {
         name: key.name,
         value: table.value(key.name).map(|value| written(key, value)),
-        origin: report.place(table.entry_at(key.name)),
+        origin: report.location(table.entry_at(key.name)),
     });
     read.filter(|setting| with_unset || setting.value.is_some())
         .collect()
@@ -86,14 +86,14 @@ fn written(key: &Key, value: &Value) -> String {
     match value {
         Value::Text(text) => quoted(text),
         Value::Number(number) => number.to_string(),
-        Value::Switch(on) => on.to_string(),
+        Value::Bool(on) => on.to_string(),
         Value::List(entries) => {
             let all: Vec<_> = entries.iter().map(|entry| written(key, &entry.value)).collect();
             format!("[{}]", all.join(", "))
         }
         Value::Other(kind) => (*kind).to_owned(),
         // Of which kind it is, its default says; what has none is a text.
-        Value::Untyped(text) => match key.default.and_then(|default| default.chars().next()) {
+        Value::Raw(text) => match key.default.and_then(|default| default.chars().next()) {
             Some('[') => {
                 let all: Vec<_> = text
                     .split(',')
@@ -134,15 +134,15 @@ impl Display for Settings {
 }
 
 /// Where a setting comes from, on one line.
-struct Origin<'a>(&'a Place);
+struct Origin<'a>(&'a Location);
 
 impl Display for Origin<'_> {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
         match self.0 {
-            Place::Text { file, line, .. } => write!(f, "{}:{line}", file.display()),
-            Place::File(file) => write!(f, "{}", file.display()),
-            Place::Variable(name) | Place::Flag(name) => f.write_str(name),
-            Place::Default => f.write_str("default"),
+            Location::Text { file, line, .. } => write!(f, "{}:{line}", file.display()),
+            Location::File(file) => write!(f, "{}", file.display()),
+            Location::Variable(name) | Location::Flag(name) => f.write_str(name),
+            Location::Default => f.write_str("default"),
         }
     }
 }
@@ -155,7 +155,7 @@ pub fn reference() -> String {
          An empty file works, and no file does. `ifnewer check` reads the configuration and says what is wrong;\n\
          `ifnewer config show --origin` prints every setting in effect and where it comes from: a flag, a variable, a line of\n\
          the file, or the default. They count in that order. SIGHUP reads file and certificates again; `data`, `[listen]` and\n\
-         `[limits]`, but for `fetches_per_upstream_max`, wait for a restart.\n\n\
+         `[limits]`, but for `downloads_per_upstream_max`, wait for a restart.\n\n\
          The file is `--config`, `IFNEWER_CONFIG` or `/etc/ifnewer/ifnewer.toml`. Durations are written as `\"500ms\"`, `\"30s\"`,\n\
          `\"5m\"`, `\"12h\"`, `\"7d\"`; sizes as `\"500 MiB\"`, `\"50 GiB\"`, `\"1 TB\"`. Lists in variables are separated by commas; an\n\
          empty variable counts as unset. Relative paths start at the folder of the file. The same with more words, to be\n\
@@ -203,13 +203,13 @@ mod tests {
     use crate::config::Flag;
 
     const TEXT: &str = "data = \"d\"\n[store]\nsize = \"9 GiB\"\n[connect]\ntunnel = [\"a.example\"]\n\
-                        [upstream.\"ghcr.io\"]\nurl = \"https://mirror.example\"\n[[rule]]\nimages = [\"ghcr.io/a/*\"]\nfresh = \"1m\"\n";
+                        [upstream.\"ghcr.io\"]\nurl = \"https://mirror.example\"\n[[rule]]\nimages = [\"ghcr.io/a/*\"]\nmax_age = \"1m\"\n";
 
     fn sources() -> Sources<'static> {
         let variable = |name: &str, value: &str| (name.to_owned(), value.to_owned());
         Sources {
             data: PathBuf::from("/var/cache/ifnewer"),
-            certificates_here: None,
+            working_dir_certs: None,
             text: TEXT,
             origin: Path::new("i.toml"),
             variables: vec![
@@ -244,7 +244,7 @@ mod tests {
             "#htpasswd = # not set",
             "[upstream.\"ghcr.io\"]",
             "url = \"https://mirror.example\" # i.toml:7",
-            "fresh = \"1m\" # i.toml:10",
+            "max_age = \"1m\" # i.toml:10",
         ] {
             assert!(lines.iter().any(|shown| shown == line), "{line}: {text}");
         }
@@ -277,10 +277,10 @@ mod tests {
 
     #[test]
     fn nothing_is_in_effect_of_what_is_wrong() {
-        let wrong = Sources {
+        let error = Sources {
             text: "polcy = 1",
             ..sources()
         };
-        assert!(Settings::read(&wrong).is_err());
+        assert!(Settings::read(&error).is_err());
     }
 }

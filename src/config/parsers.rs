@@ -8,45 +8,45 @@ use std::time::Duration;
 use bytesize::ByteSize;
 
 use super::address::{address, host, proxy_url, url};
-use super::network::{Network, Tunnel, network, redirect, tunnel};
-use super::{Access, Admin, LogFormat, Plain, Proxy};
+use super::network::{Network, TunnelRule, network, redirect, tunnel};
+use super::{Admin, AuthMode, LogFormat, PlainHttp, Proxy};
 use crate::oci::Repository;
 use crate::policy::rules::{ImagePattern, StaleLimit};
 use crate::policy::{OnNotFound, Policy};
 use crate::upstream::{HelperName, HelperNameError, RedirectRule};
 
 /// A value that is written as text.
-pub(super) struct Text<T> {
+pub(super) struct ValueParser<T> {
     /// What it is, with its article.
     pub(super) expected: &'static str,
     /// One, as it would be written.
     pub(super) example: &'static str,
     /// Reads it.
-    pub(super) parse: fn(&str) -> Result<T, Wrong>,
+    pub(super) parse: fn(&str) -> Result<T, ParseError>,
 }
 
 /// Why a text is not the value expected.
 #[derive(Debug)]
-pub(super) struct Wrong {
+pub(super) struct ParseError {
     pub(super) message: String,
     pub(super) help: Option<String>,
 }
 
 /// Shorthand: what is wrong, and what to write instead.
-pub(super) fn wrong<T>(message: impl Into<String>, help: impl Into<String>) -> Result<T, Wrong> {
-    Err(Wrong {
+pub(super) fn invalid<T>(message: impl Into<String>, help: impl Into<String>) -> Result<T, ParseError> {
+    Err(ParseError {
         message: message.into(),
         help: Some(help.into()),
     })
 }
 
-pub(super) const DURATION: Text<Duration> = Text {
+pub(super) const DURATION: ValueParser<Duration> = ValueParser {
     expected: "a duration",
     example: r#""5m""#,
     parse: duration,
 };
 
-pub(super) const STALENESS: Text<StaleLimit> = Text {
+pub(super) const STALENESS: ValueParser<StaleLimit> = ValueParser {
     expected: "a duration or \"forever\"",
     example: r#""7d""#,
     parse: |text| match text {
@@ -56,11 +56,11 @@ pub(super) const STALENESS: Text<StaleLimit> = Text {
 };
 
 /// A time that something may take: "0s" would mean never.
-pub(super) const TIMEOUT: Text<Duration> = Text {
+pub(super) const TIMEOUT: ValueParser<Duration> = ValueParser {
     expected: "a duration",
     example: r#""10s""#,
     parse: |text| match duration(text)? {
-        Duration::ZERO => wrong(
+        Duration::ZERO => invalid(
             "a time of zero would let nothing through",
             r#"write how long it may take, as in "10s""#,
         ),
@@ -68,23 +68,23 @@ pub(super) const TIMEOUT: Text<Duration> = Text {
     },
 };
 
-pub(super) const SIZE: Text<u64> = Text {
+pub(super) const SIZE: ValueParser<u64> = ValueParser {
     expected: "a size",
     example: r#""50 GiB""#,
     parse: size,
 };
 
 /// Bytes in a second; 0 for "off".
-pub(super) const RATE: Text<u64> = Text {
+pub(super) const RATE: ValueParser<u64> = ValueParser {
     expected: "a rate or \"off\"",
     example: r#""20 MiB/s""#,
     parse: |text| match (text, text.strip_suffix("/s")) {
         ("off", _) => Ok(0),
         (_, Some(bytes)) => match size(bytes.trim_end())? {
-            0 => wrong("a rate of zero reads nothing", r#"write "off""#),
+            0 => invalid("a rate of zero reads nothing", r#"write "off""#),
             bytes => Ok(bytes),
         },
-        (text, None) => wrong(
+        (text, None) => invalid(
             format!("`{text}` is not a rate"),
             r#"write bytes in a second, as in "20 MiB/s", or "off""#,
         ),
@@ -94,7 +94,7 @@ pub(super) const RATE: Text<u64> = Text {
 /// A store smaller than this holds no image at all.
 const STORE_BYTES_MIN: u64 = 1024 * 1024;
 
-pub(super) const STORE_SIZE: Text<u64> = Text {
+pub(super) const STORE_SIZE: ValueParser<u64> = ValueParser {
     expected: "a size",
     example: r#""50 GiB""#,
     parse: |text| match size(text)? {
@@ -104,7 +104,7 @@ pub(super) const STORE_SIZE: Text<u64> = Text {
             } else {
                 "a store holds at least \"1 MiB\"".to_owned()
             };
-            wrong(format!("{} is too small to hold an image", ByteSize(bytes)), help)
+            invalid(format!("{} is too small to hold an image", ByteSize(bytes)), help)
         }
         bytes => Ok(bytes),
     },
@@ -116,7 +116,7 @@ pub(super) enum Address {
     Unix(PathBuf),
 }
 
-pub(super) const ADDRESS: Text<Address> = Text {
+pub(super) const ADDRESS: ValueParser<Address> = ValueParser {
     expected: "an address with its port, or \"unix:/path\"",
     example: r#""127.0.0.1:5000""#,
     parse: |text| match text.strip_prefix("unix:") {
@@ -125,41 +125,41 @@ pub(super) const ADDRESS: Text<Address> = Text {
     },
 };
 
-fn unix(path: &str) -> Result<PathBuf, Wrong> {
+fn unix(path: &str) -> Result<PathBuf, ParseError> {
     if path.starts_with('/') {
         return Ok(PathBuf::from(path));
     }
-    wrong(
+    invalid(
         "the path of a unix socket must be absolute",
         r#"as in "unix:/run/ifnewer/registry.sock""#,
     )
 }
 
-pub(super) const NETWORK: Text<Network> = Text {
+pub(super) const NETWORK: ValueParser<Network> = ValueParser {
     expected: "a network",
     example: r#""10.0.0.0/8""#,
     parse: network,
 };
 
-pub(super) const TUNNEL: Text<Tunnel> = Text {
+pub(super) const TUNNEL: ValueParser<TunnelRule> = ValueParser {
     expected: "a host or a glob over hosts",
     example: r#""auth.example.org""#,
     parse: tunnel,
 };
 
-pub(super) const REDIRECT: Text<RedirectRule> = Text {
+pub(super) const REDIRECT: ValueParser<RedirectRule> = ValueParser {
     expected: "a host or a network",
     example: r#""http://minio.internal:9000""#,
     parse: redirect,
 };
 
-pub(super) const ADMIN: Text<Admin> = Text {
+pub(super) const ADMIN: ValueParser<Admin> = ValueParser {
     expected: "an address with its port, \"unix:/path\" or \"off\"",
     example: r#""127.0.0.1:5001""#,
     parse: |text| match (text, text.strip_prefix("unix:")) {
         ("off", _) => Ok(Admin::Off),
         (_, Some(path)) if path.starts_with('/') => Ok(Admin::Unix(PathBuf::from(path))),
-        (_, Some(_)) => wrong(
+        (_, Some(_)) => invalid(
             "the path of a unix socket must be absolute",
             r#"as in "unix:/run/ifnewer/admin.sock""#,
         ),
@@ -167,68 +167,73 @@ pub(super) const ADMIN: Text<Admin> = Text {
     },
 };
 
-pub(super) const PLAIN: Text<Plain> = Text {
+pub(super) const PLAIN_HTTP: ValueParser<PlainHttp> = ValueParser {
     expected: "a choice",
     example: r#""loopback""#,
     parse: |text| {
         let choices = [
-            ("loopback", Plain::Loopback),
-            ("any", Plain::Any),
-            ("nobody", Plain::Nobody),
+            ("loopback", PlainHttp::Loopback),
+            ("any", PlainHttp::Any),
+            ("off", PlainHttp::Off),
         ];
         choice(text, &choices)
     },
 };
 
-pub(super) const POLICY: Text<Policy> = Text {
+pub(super) const POLICY: ValueParser<Policy> = ValueParser {
     expected: "a policy",
     example: r#""if-newer""#,
     parse: |text| choice(text, &Policy::ALL.map(|policy| (policy.name(), policy))),
 };
 
-pub(super) const ABSENT: Text<OnNotFound> = Text {
+pub(super) const ON_NOT_FOUND: ValueParser<OnNotFound> = ValueParser {
     expected: "a choice",
     example: r#""refuse""#,
     parse: |text| choice(text, &OnNotFound::ALL.map(|absence| (absence.name(), absence))),
 };
 
-pub(super) const ACCESS: Text<Access> = Text {
+pub(super) const AUTH: ValueParser<AuthMode> = ValueParser {
     expected: "a choice",
-    example: r#""proven""#,
-    parse: |text| choice(text, &[("proven", Access::Proven), ("shared", Access::Shared)]),
+    example: r#""per-client""#,
+    parse: |text| {
+        choice(
+            text,
+            &[("per-client", AuthMode::PerClient), ("shared", AuthMode::Shared)],
+        )
+    },
 };
 
-pub(super) const LOG_FORMAT: Text<LogFormat> = Text {
+pub(super) const LOG_FORMAT: ValueParser<LogFormat> = ValueParser {
     expected: "a choice",
     example: r#""human""#,
     parse: |text| choice(text, &[("human", LogFormat::Human), ("json", LogFormat::Json)]),
 };
 
-pub(super) const LOG_LEVEL: Text<String> = Text {
+pub(super) const LOG_LEVEL: ValueParser<String> = ValueParser {
     expected: "a level or a filter",
     example: r#""info""#,
     parse: log_level,
 };
 
-pub(super) const PATH: Text<PathBuf> = Text {
+pub(super) const PATH: ValueParser<PathBuf> = ValueParser {
     expected: "a path",
     example: r#""/var/cache/ifnewer""#,
     parse: |text| match text {
-        "" => wrong("an empty path", "leave the key out, or name a file or folder"),
-        text if text.contains('\0') => wrong("no path holds a NUL", "write it without"),
-        text if text.starts_with('~') => wrong("`~` is not expanded here", "write the path in full"),
+        "" => invalid("an empty path", "leave the key out, or name a file or folder"),
+        text if text.contains('\0') => invalid("no path holds a NUL", "write it without"),
+        text if text.starts_with('~') => invalid("`~` is not expanded here", "write the path in full"),
         text => Ok(PathBuf::from(text)),
     },
 };
 
-pub(super) const URL: Text<String> = Text {
+pub(super) const URL: ValueParser<String> = ValueParser {
     expected: "a URL",
     example: r#""https://registry.example.org""#,
     parse: url,
 };
 
 /// The project of another registry. Empty: none.
-pub(super) const REPOSITORY_PREFIX: Text<Option<Repository>> = Text {
+pub(super) const REPOSITORY_PREFIX: ValueParser<Option<Repository>> = ValueParser {
     expected: "the beginning of a repository's name",
     example: r#""hub-proxy""#,
     parse: |text| {
@@ -237,15 +242,15 @@ pub(super) const REPOSITORY_PREFIX: Text<Option<Repository>> = Text {
             return Ok(None);
         }
         if text.contains("://") {
-            return wrong("the prefix is no URL", "leave out the scheme and the host");
+            return invalid("the prefix is no URL", "leave out the scheme and the host");
         }
         if text.starts_with('/') || text.ends_with('/') {
             let trimmed = text.trim_matches('/');
-            return wrong("the prefix has a slash too many", format!("write \"{trimmed}\""));
+            return invalid("the prefix has a slash too many", format!("write \"{trimmed}\""));
         }
         match text.parse::<Repository>() {
             Ok(prefix) => Ok(Some(prefix)),
-            Err(error) => wrong(
+            Err(error) => invalid(
                 format!("not the beginning of a repository's name: {error}"),
                 example,
             ),
@@ -254,7 +259,7 @@ pub(super) const REPOSITORY_PREFIX: Text<Option<Repository>> = Text {
 };
 
 /// Where a token service is: what clients will be told of it in a challenge, so with its path.
-pub(super) const REALM: Text<String> = Text {
+pub(super) const REALM: ValueParser<String> = ValueParser {
     expected: "the URL of a token service",
     example: r#""https://auth.example.org/token""#,
     parse: |text| {
@@ -264,14 +269,14 @@ pub(super) const REALM: Text<String> = Text {
         if has_path {
             return Ok(text);
         }
-        wrong(
+        invalid(
             "a token service is named as in the upstream's challenges: https, and a path",
             r#"write the realm in full, as in "https://auth.example.org/token""#,
         )
     },
 };
 
-pub(super) const PROXY: Text<Proxy> = Text {
+pub(super) const PROXY: ValueParser<Proxy> = ValueParser {
     expected: "\"environment\", \"none\" or a URL",
     example: r#""http://proxy.example.org:3128""#,
     parse: |text| match text {
@@ -285,19 +290,19 @@ pub(super) const PROXY: Text<Proxy> = Text {
     },
 };
 
-pub(super) const HOST: Text<String> = Text {
+pub(super) const HOST: ValueParser<String> = ValueParser {
     expected: "a host name",
     example: r#""registry.example.org""#,
     parse: host,
 };
 
 /// A name or an address on a certificate: without a port.
-pub(super) const CERTIFICATE_NAME: Text<String> = Text {
+pub(super) const CERTIFICATE_NAME: ValueParser<String> = ValueParser {
     expected: "a host name or an address",
     example: r#""cache.example.org""#,
     parse: |text| match text.parse::<std::net::IpAddr>() {
         Ok(_) => Ok(text.to_owned()),
-        Err(_) if text.contains(':') => wrong(
+        Err(_) if text.contains(':') => invalid(
             format!("`{text}` is not a name for a certificate"),
             "leave out the scheme and the port",
         ),
@@ -305,15 +310,15 @@ pub(super) const CERTIFICATE_NAME: Text<String> = Text {
     },
 };
 
-pub(super) const USERNAME: Text<String> = Text {
+pub(super) const USERNAME: ValueParser<String> = ValueParser {
     expected: "a user name",
     example: r#""robot""#,
     parse: |text| match text {
-        "" => wrong(
+        "" => invalid(
             "an empty user name",
             "leave the key out to go without a credential",
         ),
-        text if text.contains(':') || text.chars().any(char::is_control) => wrong(
+        text if text.contains(':') || text.chars().any(char::is_control) => invalid(
             "a user name has no `:` and no control characters",
             "the password goes into a file, named by `password_file`",
         ),
@@ -322,13 +327,13 @@ pub(super) const USERNAME: Text<String> = Text {
 };
 
 /// A user of ours (by certificate perhaps a URI), or with `*` at its end all whose names begin so.
-pub(super) const WHO: Text<String> = Text {
+pub(super) const USER: ValueParser<String> = ValueParser {
     expected: "a user's name",
     example: r#""ci-*""#,
     parse: |text| {
         let name = text.strip_suffix('*').unwrap_or(text);
         if text.is_empty() || name.contains('*') || name.chars().any(char::is_control) {
-            return wrong(
+            return invalid(
                 format!("`{text}` is no user"),
                 "write a name, or its beginning and a `*` as in \"ci-*\"",
             );
@@ -337,37 +342,49 @@ pub(super) const WHO: Text<String> = Text {
     },
 };
 
-pub(super) const HELPER: Text<HelperName> = Text {
+pub(super) const HELPER: ValueParser<HelperName> = ValueParser {
     expected: "the name of a credential helper",
     example: r#""ecr-login""#,
     parse: |text| {
         let help = r#"write what follows `docker-credential-` in the program's name, as in "ecr-login""#;
         text.parse()
-            .or_else(|error: HelperNameError| wrong(error.to_string(), help))
+            .or_else(|error: HelperNameError| invalid(error.to_string(), help))
     },
 };
 
-pub(super) const PATTERN: Text<ImagePattern> = Text {
+pub(super) const PATTERN: ValueParser<ImagePattern> = ValueParser {
     expected: "a glob over images",
     example: r#""ghcr.io/acme/*:nightly-*""#,
     parse: |text| match ImagePattern::from_str(text) {
         Ok(pattern) => Ok(pattern),
-        Err(error) => wrong(error.to_string(), r#"write it as in "ghcr.io/acme/*:nightly-*""#),
+        Err(error) => invalid(error.to_string(), r#"write it as in "ghcr.io/acme/*:nightly-*""#),
     },
 };
 
+/// Choices by their names before 0.2, each with its name today.
+const RENAMED_CHOICES: &[(&str, &str)] = &[
+    ("serve", "serve-stale"),
+    ("proven", "per-client"),
+    ("nobody", "off"),
+];
+
 /// One of the choices, or the nearest and all of them.
-pub(super) fn choice<T: Clone>(text: &str, choices: &[(&'static str, T)]) -> Result<T, Wrong> {
+pub(super) fn choice<T: Clone>(text: &str, choices: &[(&'static str, T)]) -> Result<T, ParseError> {
     if let Some((_, value)) = choices.iter().find(|(name, _)| *name == text) {
         return Ok(value.clone());
     }
     let names = choices.iter().map(|(name, _)| *name);
+    if let Some((_, new)) = RENAMED_CHOICES.iter().find(|(old, _)| *old == text)
+        && names.clone().any(|name| name == *new)
+    {
+        return invalid(format!("`{text}` is now `{new}`"), format!("write \"{new}\""));
+    }
     let quoted: Vec<String> = names.clone().map(|name| format!("\"{name}\"")).collect();
     let help = match nearest(&text.replace('_', "-"), names) {
         Some(name) => format!("did you mean \"{name}\"?"),
         None => format!("the choices are {}", quoted.join(", ")),
     };
-    wrong(format!("`{text}` is none of {}", quoted.join(", ")), help)
+    invalid(format!("`{text}` is none of {}", quoted.join(", ")), help)
 }
 
 /// The candidate that was probably meant. `None` rather than a far-fetched one.
@@ -381,33 +398,33 @@ pub(super) fn nearest<'a>(text: &str, candidates: impl IntoIterator<Item = &'a s
         .map(|(_, candidate)| candidate)
 }
 
-fn duration(text: &str) -> Result<Duration, Wrong> {
+fn duration(text: &str) -> Result<Duration, ParseError> {
     let bare = !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
     match humantime::parse_duration(text) {
         Ok(duration) if !bare => Ok(duration),
-        _ if bare => wrong(
+        _ if bare => invalid(
             format!("the duration `{text}` has no unit"),
             format!("did you mean \"{text}s\"?"),
         ),
-        _ if text == "forever" => wrong("`forever` has no meaning here", "write a duration, as in \"30d\""),
-        _ => wrong(
+        _ if text == "forever" => invalid("`forever` has no meaning here", "write a duration, as in \"30d\""),
+        _ => invalid(
             format!("`{text}` is not a duration"),
             r#"write a number and its unit: "500ms", "30s", "5m", "12h", "7d""#,
         ),
     }
 }
 
-fn size(text: &str) -> Result<u64, Wrong> {
+fn size(text: &str) -> Result<u64, ParseError> {
     match ByteSize::from_str(text) {
         Ok(size) => Ok(size.as_u64()),
-        Err(_) => wrong(
+        Err(_) => invalid(
             format!("`{text}` is not a size"),
             r#"write a number and its unit: "500 MiB", "50 GiB", "1 TB""#,
         ),
     }
 }
 
-fn log_level(text: &str) -> Result<String, Wrong> {
+fn log_level(text: &str) -> Result<String, ParseError> {
     const LEVELS: [&str; 6] = ["off", "error", "warn", "info", "debug", "trace"];
     let word = text.to_lowercase();
     if LEVELS.contains(&word.as_str()) {
@@ -419,7 +436,7 @@ fn log_level(text: &str) -> Result<String, Wrong> {
     }
     match tracing_subscriber::EnvFilter::builder().parse(text) {
         Ok(_) => Ok(text.to_owned()),
-        Err(_) => wrong(
+        Err(_) => invalid(
             format!("`{text}` is not a filter"),
             r#"write it as in "info,ifnewer::upstream=debug""#,
         ),

@@ -2,14 +2,14 @@
 
 use std::fmt;
 
-use super::Plain;
+use super::PlainHttp;
+use super::diagnostic::{Report, Reported};
 use super::document::Document;
-use super::fault::{Report, Told};
 use super::files::{read_file, roots};
-use super::keys::Section;
+use super::schema::Section;
 use super::table::Table;
-use super::upstream::Configured;
-use super::{names, value};
+use super::upstream::ParsedUpstream;
+use super::{parsers, validate};
 use crate::policy::rules::ImageMatcher;
 
 /// What `htpasswd -B` makes by itself; anything below is no protection at all.
@@ -20,7 +20,7 @@ const COST_MAX: u32 = 14;
 
 /// Who may come in.
 #[derive(Clone, Debug)]
-pub struct Entry {
+pub struct AccessConfig {
     /// Who may come in by a password; no two of the same name.
     pub users: Vec<User>,
     /// The CAs whose certificates open as well, DER. At least one of these and `users` together.
@@ -42,17 +42,17 @@ pub struct User {
 #[derive(Clone, Debug)]
 pub struct Allow {
     /// Names; one that ends in `*` stands for all that begin so.
-    pub who: Vec<String>,
+    pub users: Vec<String>,
     /// What they may pull.
     pub images: ImageMatcher,
 }
 
 impl Allow {
     /// Whether it is about this user.
-    pub fn is_for(&self, user: &str) -> bool {
-        self.who.iter().any(|who| match who.strip_suffix('*') {
+    pub fn applies_to(&self, user: &str) -> bool {
+        self.users.iter().any(|name| match name.strip_suffix('*') {
             Some(beginning) => user.starts_with(beginning),
-            None => user == who,
+            None => user == name,
         })
     }
 }
@@ -68,12 +68,12 @@ impl fmt::Debug for User {
 
 pub(super) fn read(
     document: &Document,
-    plain: Option<Plain>,
-    configured: &[Configured],
+    plain_http: Option<PlainHttp>,
+    configured: &[ParsedUpstream],
     report: &mut Report<'_>,
-) -> Result<Option<Entry>, Told> {
+) -> Result<Option<AccessConfig>, Reported> {
     let table = document.fixed(Section::Access);
-    let users = users_of(&table, plain, report);
+    let users = users_of(&table, plain_http, report);
     let client_roots = roots(&table, "client_ca", report);
     let allows: Vec<_> = document
         .allows
@@ -85,7 +85,7 @@ pub(super) fn read(
         if let Some(first) = document.allows.first() {
             let help = "name the file with the users as `htpasswd` in [access], or that with their certificates' CAs as \
                         `client_ca`";
-            return Err(report.tell(
+            return Err(report.emit(
                 &first.at,
                 "allow",
                 "[[allow]] without users",
@@ -94,26 +94,30 @@ pub(super) fn read(
         }
         return Ok(None);
     }
-    Ok(Some(Entry {
+    Ok(Some(AccessConfig {
         users,
         client_roots,
-        allows: allows.into_iter().collect::<Result<_, Told>>()?,
+        allows: allows.into_iter().collect::<Result<_, Reported>>()?,
     }))
 }
 
 /// The users of `htpasswd`; none if it is not set.
-fn users_of(table: &Table, plain: Option<Plain>, report: &mut Report<'_>) -> Result<Vec<User>, Told> {
-    let Some(file) = table.text_if_set(report, "htpasswd", &value::PATH)? else {
+fn users_of(
+    table: &Table,
+    plain_http: Option<PlainHttp>,
+    report: &mut Report<'_>,
+) -> Result<Vec<User>, Reported> {
+    let Some(file) = table.text_if_set(report, "htpasswd", &parsers::PATH)? else {
         return Ok(Vec::new());
     };
-    if plain == Some(Plain::Any) {
-        let message = "with listen.plain = \"any\", passwords would cross the network in plain text";
-        let help = "set listen.plain to \"loopback\" or \"nobody\"".to_owned();
-        return Err(report.tell(table.at("htpasswd"), table.path("htpasswd"), message, Some(help)));
+    if plain_http == Some(PlainHttp::Any) {
+        let message = "with listen.plain_http = \"any\", passwords would cross the network in plain text";
+        let help = "set listen.plain to \"loopback\" or \"off\"".to_owned();
+        return Err(report.emit(table.at("htpasswd"), table.path("htpasswd"), message, Some(help)));
     }
     let bytes = read_file(table, "htpasswd", &file, report)?;
     users(&bytes).map_err(|(message, help)| {
-        report.tell(
+        report.emit(
             table.at("htpasswd"),
             table.path("htpasswd"),
             message,
@@ -122,36 +126,36 @@ fn users_of(table: &Table, plain: Option<Plain>, report: &mut Report<'_>) -> Res
     })
 }
 
-fn allow(table: &Table, configured: &[Configured], report: &mut Report<'_>) -> Result<Allow, Told> {
-    let who = table
-        .list_if_set(report, "who", &value::WHO, true)?
+fn allow(table: &Table, configured: &[ParsedUpstream], report: &mut Report<'_>) -> Result<Allow, Reported> {
+    let users = table
+        .list_if_set(report, "users", &parsers::USER, true)?
         .unwrap_or_default();
     let images = table
-        .list_if_set(report, "images", &value::PATTERN, true)?
+        .list_if_set(report, "images", &parsers::PATTERN, true)?
         .unwrap_or_default();
-    for (key, is_empty) in [("who", who.is_empty()), ("images", images.is_empty())] {
+    for (key, is_empty) in [("users", users.is_empty()), ("images", images.is_empty())] {
         if is_empty {
             let message = format!("a list without `{key}` allows nothing");
-            return Err(report.tell(table.at(key), table.path(key), message, None));
+            return Err(report.emit(table.at(key), table.path(key), message, None));
         }
     }
     for (at, glob) in &images {
         if glob.has_tag() {
             let message = "a right is to a repository, and not to a tag: layers have none";
             let help = Some("write it without what follows the `:`".to_owned());
-            return Err(report.tell(at, table.path("images"), message, help));
+            return Err(report.emit(at, table.path("images"), message, help));
         }
         if let Some(upstream) = glob.upstream()
-            && let Err(wrong) = names::find(upstream, configured)
+            && let Err(error) = validate::find(upstream, configured)
         {
-            return Err(report.tell(at, table.path("images"), wrong.message, wrong.help));
+            return Err(report.emit(at, table.path("images"), error.message, error.help));
         }
     }
     let globs: Vec<_> = images.into_iter().map(|(_, glob)| glob).collect();
     let images = ImageMatcher::new(&globs)
-        .map_err(|error| report.tell(table.at("images"), table.path("images"), error.to_string(), None))?;
+        .map_err(|error| report.emit(table.at("images"), table.path("images"), error.to_string(), None))?;
     Ok(Allow {
-        who: who.into_iter().map(|(_, who)| who).collect(),
+        users: users.into_iter().map(|(_, name)| name).collect(),
         images,
     })
 }

@@ -3,17 +3,17 @@
 use std::path::Path;
 
 use super::gather;
-use crate::config::{Config, Faults};
+use crate::config::{Config, Diagnostics};
 
-fn faults(text: &str) -> Faults {
+fn faults(text: &str) -> Diagnostics {
     Config::read(text, Path::new("f.toml"))
         .map(|config| panic!("accepted {text}: {config:?}"))
         .unwrap_err()
 }
 
 /// The first line of each fault, without the file's name.
-fn told(faults: &Faults) -> Vec<String> {
-    let first = |fault: &crate::config::Fault| fault.to_string().lines().next().unwrap_or("").to_owned();
+fn told(faults: &Diagnostics) -> Vec<String> {
+    let first = |fault: &crate::config::Diagnostic| fault.to_string().lines().next().unwrap_or("").to_owned();
     faults
         .iter()
         .map(first)
@@ -28,7 +28,7 @@ fn every_mistake_is_told_with_its_place() {
     let table = [
         // The grammar of TOML.
         ("data = always", "1:8: a text needs quotes"),
-        ("[listen\nplain = \"any\"", "1:8: unclosed table, expected `]`"),
+        ("[listen\nplain_http = \"any\"", "1:8: unclosed table, expected `]`"),
         ("data = \"a\"\ndata = \"b\"", "2:1: duplicate key"),
         ("[store]\nsize = \"1 GiB", "2:14: invalid basic string, expected `\"`"),
         // Unknown keys and sections.
@@ -37,11 +37,11 @@ fn every_mistake_is_told_with_its_place() {
         ("[defualt]\npolicy = \"always\"", "1:2: unknown key `defualt`"),
         ("[listen]\ndefault_upstream = \"ghcr.io\"", "2:1: unknown key `default_upstream`"),
         ("[upstream.\"ghcr.io\"]\ncredential_helper = \"ecr-login\"", "2:21: a credential of the proxy's own would open this upstream's private images to every client"),
-        ("[upstream.\"ghcr.io\"]\naccess = \"shared\"\ncredential_helper = \"../evil\"", "3:21: the name of a credential helper has letters, digits, `-`, `_` and `.` only"),
-        ("[upstream.\"ghcr.io\"]\naccess = \"shared\"\ncredential_helper = \"a\"\ndocker_config = \"b\"", "3:21: several credentials for one upstream: docker_config, credential_helper"),
+        ("[upstream.\"ghcr.io\"]\nauth = \"shared\"\ncredential_helper = \"../evil\"", "3:21: the name of a credential helper has letters, digits, `-`, `_` and `.` only"),
+        ("[upstream.\"ghcr.io\"]\nauth = \"shared\"\ncredential_helper = \"a\"\ndocker_config = \"b\"", "3:21: several credentials for one upstream: docker_config, credential_helper"),
         ("[upstream.\"ghcr.io\"]\ndocker_config = \"x\"", "2:17: a credential of the proxy's own would open this upstream's private images to every client"),
         ("[upstream.\"ghcr.io\"]\npassword = \"x\"", "2:1: unknown key `password`"),
-        ("[[rule]]\nimages = [\"*\"]\ngrant = \"5m\"", "3:1: unknown key `grant`"),
+        ("[[rule]]\nimages = [\"*\"]\ngrant_ttl = \"5m\"", "3:1: unknown key `grant_ttl`"),
         // Sections of the wrong shape.
         ("listen = 5", "1:1: `listen` is a section"),
         ("[rule]\nimages = []", "1:2: `rule` is a list of sections"),
@@ -53,33 +53,33 @@ fn every_mistake_is_told_with_its_place() {
         // Kinds.
         ("data = 5", "1:8: expected a path, found a number"),
         ("[listen]\nregistry = \"127.0.0.1:5000\"", "2:12: expected a list, found a text"),
-        ("[default]\nbudget = 2", "2:10: expected a duration, found a number"),
-        ("[default]\nbudget = 2.5", "2:10: expected a duration, found a fraction"),
+        ("[default]\nrevalidate_timeout = 2", "2:22: expected a duration, found a number"),
+        ("[default]\nrevalidate_timeout = 2.5", "2:22: expected a duration, found a fraction"),
         ("[limits]\nconnections_max = \"many\"", "2:19: expected a whole number, found a text"),
         ("[limits]\nconnections_max = 0", "2:19: 0 is outside of 1 to 1000000"),
         ("[limits]\nconnections_max = 209716", "2:19: 209716 is more than a process can have: a process has at most 1048576 file descriptors, and five belong to each connection"),
-        ("[limits]\nfetches_max = 1025", "2:15: 1025 is more than a process can have: each transfer may hold 256 KiB of memory, two files and a connection"),
+        ("[limits]\ndownloads_max = 1025", "2:17: 1025 is more than a process can have: each transfer may hold 256 KiB of memory, two files and a connection"),
         ("[limits]\nconnections_max = 100\nconnections_per_peer_max = 101", "3:28: 101 is more than `connections_max` (100), within which it is counted"),
         ("[limits]\nconnections_per_peer_max = 5000", "2:28: 5000 is more than `connections_max` (4096), within which it is counted"),
         ("[limits]\nconnections_max = 100\ntunnels_max = 200", "3:15: 200 is more than `connections_max` (100), within which it is counted"),
-        ("[limits]\nfetches_max = 8\nfetches_per_upstream_max = 9", "3:28: 9 is more than `fetches_max` (8), within which it is counted"),
+        ("[limits]\ndownloads_max = 8\ndownloads_per_upstream_max = 9", "3:30: 9 is more than `downloads_max` (8), within which it is counted"),
         ("[limits]\nheader_timeout = \"2m\"", "2:18: 2m is never reached: a connection ends when nothing has moved on it for 1m, the longer of `idle_timeout` and `write_timeout`"),
         ("[upstream.\"ghcr.io\"]\nconnect_timeout = \"10s\"\nfirst_byte_timeout = \"5s\"", "2:19: 10s is never reached: `first_byte_timeout` (5s) runs from the request on and includes it"),
-        ("[limits]\nfetches_max = -5", "2:15: -5 is outside of 1 to 1000000"),
-        ("[limits]\nfetches_max = 99999999999999999999", "2:15: expected a whole number, found a number that is too large"),
+        ("[limits]\ndownloads_max = -5", "2:17: -5 is outside of 1 to 1000000"),
+        ("[limits]\ndownloads_max = 99999999999999999999", "2:17: expected a whole number, found a number that is too large"),
         ("[upstream.\"ghcr.io\"]\nenabled = \"no\"", "2:11: expected true or false, found a text"),
         ("[tls]\nnames = [\"a.example.org\", 5]", "2:27: expected a host name or an address, found a number"),
         // Durations and sizes.
-        ("[default]\nfresh = \"5\"", "2:9: the duration `5` has no unit"),
-        ("[default]\nfresh = \"5 parsecs\"", "2:9: `5 parsecs` is not a duration"),
-        ("[default]\nfresh = \"forever\"", "2:9: `forever` has no meaning here"),
-        ("[default]\nbudget = \"0s\"", "2:10: a time of zero would let nothing through"),
+        ("[default]\nmax_age = \"5\"", "2:11: the duration `5` has no unit"),
+        ("[default]\nmax_age = \"5 parsecs\"", "2:11: `5 parsecs` is not a duration"),
+        ("[default]\nmax_age = \"forever\"", "2:11: `forever` has no meaning here"),
+        ("[default]\nrevalidate_timeout = \"0s\"", "2:22: a time of zero would let nothing through"),
         ("[store]\nsize = \"big\"", "2:8: `big` is not a size"),
         ("[store]\nsize = \"50\"", "2:8: 50 B is too small to hold an image"),
         // Choices.
         ("[default]\npolicy = \"if-never\"", "2:10: `if-never` is none of \"always\", \"if-newer\", \"if-not-present\", \"never\""),
-        ("[default]\nabsent = \"keep\"", "2:10: `keep` is none of \"refuse\", \"serve\""),
-        ("[listen]\nplain = \"all\"", "2:9: `all` is none of \"loopback\", \"any\", \"nobody\""),
+        ("[default]\non_not_found = \"keep\"", "2:16: `keep` is none of \"refuse\", \"serve-stale\""),
+        ("[listen]\nplain_http = \"all\"", "2:14: `all` is none of \"loopback\", \"any\", \"off\""),
         ("[log]\nlevel = \"verbose\"", "2:9: `verbose` is none of \"off\", \"error\", \"warn\", \"info\", \"debug\", \"trace\""),
         ("[log]\nlevel = \"info,ifnewer=loud\"", "2:9: `info,ifnewer=loud` is not a filter"),
         ("[log]\nformat = \"xml\"", "2:10: `xml` is none of \"human\", \"json\""),
@@ -147,8 +147,8 @@ fn every_mistake_is_told_with_its_place() {
         ("[upstream.\"ghcr.io\"]\nusername = \"a:b\"\npassword_file = \"p\"", "2:12: a user name has no `:` and no control characters"),
         ("[upstream.\"ghcr.io\"]\nusername = \"robot\"\npassword_file = \"p\"",
             "2:12: a credential of the proxy's own would open this upstream's private images to every client"),
-        ("[default]\ngrant = \"24h\"", "2:9: `grant` (1day) is longer than `offline_grant` (12h)"),
-        ("[upstream.\"ghcr.io\"]\noffline_grant = \"1m\"", "2:17: `grant` (5m) is longer than `offline_grant` (1m)"),
+        ("[default]\ngrant_ttl = \"24h\"", "2:13: `grant_ttl` (1day) is longer than `grant_ttl_offline` (12h)"),
+        ("[upstream.\"ghcr.io\"]\ngrant_ttl_offline = \"1m\"", "2:21: `grant_ttl` (5m) is longer than `grant_ttl_offline` (1m)"),
         // Rules.
         ("[[rule]]\npolicy = \"always\"", "1:1: a rule without images never holds"),
         ("[[rule]]\nimages = []", "2:10: a rule without images never holds"),
@@ -175,7 +175,7 @@ fn a_token_service_is_named_in_full_and_is_one_upstreams_alone() {
         ("[upstream.\"ghcr.io\"]\nlocal_tokens = \"https://quay.io/v2/auth\"", "2:16: `quay.io` already means the upstream `quay.io`"),
         ("[upstream.\"a.io\"]\nlocal_tokens = \"https://x.io/t\"\n[upstream.\"b.io\"]\nlocal_tokens = \"https://x.io/t\"",
             "4:16: `x.io` already means the upstream `a.io`"),
-        ("[upstream.\"ghcr.io\"]\naccess = \"shared\"\nlocal_tokens = \"https://ghcr.io/token\"", "3:16: with access = \"shared\" no client needs a token"),
+        ("[upstream.\"ghcr.io\"]\nauth = \"shared\"\nlocal_tokens = \"https://ghcr.io/token\"", "3:16: with auth = \"shared\" no client needs a token"),
     ];
     for (text, expected) in table {
         assert_eq!(told(&faults(text)), [expected], "{text}");
@@ -194,13 +194,13 @@ size = 5
 free = \"lots\"
 [upstream.\"ghcr.io\"]
 url = \"ghcr.io\"
-fresh = \"5\"
+max_age = \"5\"
 ";
     let places: Vec<String> = told(&faults(text))
         .iter()
         .map(|line| line.split(": ").next().unwrap_or("").to_owned())
         .collect();
-    assert_eq!(places, ["2:1", "4:11", "5:10", "7:8", "8:8", "10:7", "11:9"]);
+    assert_eq!(places, ["2:1", "4:11", "5:10", "7:8", "8:8", "10:7", "11:11"]);
 }
 
 #[test]
@@ -245,4 +245,49 @@ fn a_wrong_variable_or_flag_is_told_by_its_name() {
 fn a_text_beyond_all_measure_is_refused_unread() {
     let text = "#".repeat(crate::config::TEXT_BYTES_MAX + 1);
     assert_eq!(told(&faults(&text)), ["1:1: longer than 1048576 bytes"]);
+}
+
+#[test]
+fn renamed_key_or_value_names_its_successor() {
+    for (text, fault) in [
+        ("[default]\nfresh = \"5m\"", "2:1: `fresh` is now `max_age`"),
+        (
+            "[[rule]]\nimages = [\"a/*\"]\nstale = \"1h\"",
+            "3:1: `stale` is now `stale_if_error`",
+        ),
+        (
+            "[upstream.\"ghcr.io\"]\nbudget = \"1s\"",
+            "2:1: `budget` is now `revalidate_timeout`",
+        ),
+        (
+            "[upstream.\"ghcr.io\"]\naccess = \"shared\"",
+            "2:1: `access` is now `auth`",
+        ),
+        ("[listen]\nplain = \"any\"", "2:1: `plain` is now `plain_http`"),
+        (
+            "[limits]\nfetches_max = 5",
+            "2:1: `fetches_max` is now `downloads_max`",
+        ),
+        (
+            "[default]\non_not_found = \"serve\"",
+            "2:16: `serve` is now `serve-stale`",
+        ),
+        (
+            "[upstream.\"ghcr.io\"]\nauth = \"proven\"",
+            "2:8: `proven` is now `per-client`",
+        ),
+        ("[listen]\nplain_http = \"nobody\"", "2:14: `nobody` is now `off`"),
+    ] {
+        let found = told(&faults(text));
+        assert!(
+            found.iter().any(|line| line.ends_with(fault)),
+            "{text}: {found:?}"
+        );
+    }
+    let variable = ("IFNEWER_DEFAULT_OFFLINE_GRANT", "24h");
+    assert_eq!(
+        gather("", &[variable], &[]).unwrap_err().to_string(),
+        "IFNEWER_DEFAULT_OFFLINE_GRANT: `IFNEWER_DEFAULT_OFFLINE_GRANT` is now `IFNEWER_DEFAULT_GRANT_TTL_OFFLINE`\n\
+         help: set `IFNEWER_DEFAULT_GRANT_TTL_OFFLINE` in its place"
+    );
 }
