@@ -164,6 +164,8 @@ impl Accepting {
         }
     }
 
+    /// Serves a connection until it ends. Its stages are on the heap one by one: in one future, the largest of them would
+    /// take 17 KiB for as long as the connection lasts.
     async fn serve(self, mut wire: Wire, slot: Slot, tasks: TaskTracker) {
         let accepted_from = wire.peer();
         if self.in_time(&slot.handle(), wire.announced()).await.is_none() {
@@ -174,7 +176,7 @@ impl Accepting {
             Some(client) if accepted_from.ip() != Some(client) => {
                 let announced = tokio::select! {
                     () = self.0.ending.cancelled() => return,
-                    announced = slot.announced(client, self.0.limits.idle_timeout) => announced,
+                    announced = Box::pin(slot.announced(client, self.0.limits.idle_timeout)) => announced,
                 };
                 match announced {
                     Ok(slot) => slot,
@@ -187,7 +189,7 @@ impl Accepting {
             return;
         };
         let peer = wire.peer();
-        if let Err(error) = self.speak(wire, is_tls, slot, tasks).await {
+        if let Err(error) = Box::pin(self.speak(wire, is_tls, slot, tasks)).await {
             tracing::debug!(%peer, %error, "a connection ended badly");
         }
     }
@@ -218,7 +220,7 @@ impl Accepting {
             let tls = self.tls();
             let shaken = tokio::select! {
                 () = handle.closing() => return Ok(()),
-                shaken = timeout(limits.handshake_timeout, tls.accept(wire)) => shaken?,
+                shaken = timeout(limits.handshake_timeout, Box::pin(tls.accept(wire))) => shaken?,
             };
             if let Some(why) = shaken.as_ref().err().and_then(certificate::refused) {
                 tracing::warn!(%peer, why, "a client certificate was refused");
@@ -243,7 +245,7 @@ impl Accepting {
             };
             let connection = self.connection(peer, held, tasks);
             let stream = Watched::new(stream, patience, pardon).of(handle);
-            connection.speak(stream).await
+            Box::pin(connection.speak(stream)).await
         } else {
             let may_speak = match self.0.plain_http {
                 PlainHttp::Loopback => peer.is_local(),
@@ -262,7 +264,7 @@ impl Accepting {
             };
             let connection = self.connection(peer, held, tasks);
             let stream = Watched::new(wire, patience, pardon).of(handle);
-            connection.speak(stream).await
+            Box::pin(connection.speak(stream)).await
         }
     }
 

@@ -80,6 +80,8 @@ struct Address {
     present: AtomicUsize,
     /// Those with a place of the process and without a request in flight.
     quiet: AtomicUsize,
+    /// Those that ended without a request since the last request.
+    unused: AtomicUsize,
 }
 
 /// One connection, as those see it that look for one to close.
@@ -285,6 +287,7 @@ impl Connections {
                 what: entry,
                 of_address: entry.address.quiet.load(Ordering::Relaxed),
                 quiet_for: entry.quiet_for(now),
+                is_unused: is_many(entry.address.unused.load(Ordering::Relaxed), self.0.bounds.places),
             })
         });
         match victim(candidates, self.0.bounds.places, newcomer) {
@@ -310,6 +313,7 @@ impl Address {
             seats: Arc::new(Semaphore::new(seats)),
             present: AtomicUsize::new(0),
             quiet: AtomicUsize::new(0),
+            unused: AtomicUsize::new(0),
         })
     }
 }
@@ -417,6 +421,9 @@ impl Drop for Slot {
         self.entry.connections.registered().open.remove(&self.id);
         // A request that is still counted leaves its quiet to be counted by nobody.
         self.entry.closing.cancel();
+        if !self.entry.has_requested.load(Ordering::Relaxed) {
+            self.entry.address.unused.fetch_add(1, Ordering::Relaxed);
+        }
         if self.entry.requests.swap(usize::MAX / 2, Ordering::AcqRel) == 0 {
             self.entry.address.quiet.fetch_sub(1, Ordering::Relaxed);
         }
@@ -458,6 +465,7 @@ impl Handle {
     pub(crate) fn request(&self) -> InFlight {
         if let Some(entry) = &self.0 {
             entry.has_requested.store(true, Ordering::Relaxed);
+            entry.address.unused.store(0, Ordering::Relaxed);
             if entry.requests.fetch_add(1, Ordering::AcqRel) == 0 {
                 entry.address.quiet.fetch_sub(1, Ordering::Relaxed);
             }

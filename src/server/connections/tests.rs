@@ -160,6 +160,33 @@ async fn t10_the_address_with_most_quiet_connections_makes_room() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn t10_connections_of_an_address_without_requests_have_no_grace() {
+    let connections = connections(8, 32, 8);
+    let mut open = Vec::new();
+    for _ in 0..8 {
+        open.push(connections.open(host(1)).await);
+    }
+    let waits = async |open: Vec<Slot>| {
+        let before = Instant::now();
+        let (slot, mut open) = opened_over(&connections, host(1), open).await;
+        open.push(slot);
+        (before.elapsed() >= GRACE_AMONG_MANY, open)
+    };
+    let (waited, open) = waits(open).await;
+    assert!(waited);
+    sleep(GRACE_AMONG_MANY).await;
+    let (waited, open) = waits(open).await;
+    assert!(!waited, "two have ended without a request");
+    // The newcomer is the youngest; still it has no grace.
+    let (waited, open) = waits(open.into_iter().rev().take(8).collect()).await;
+    assert!(!waited);
+    let address = Arc::clone(&open[0].entry.address);
+    assert_eq!(address.unused.load(Ordering::Relaxed), 3);
+    drop(open[0].handle().request());
+    assert_eq!(address.unused.load(Ordering::Relaxed), 0);
+}
+
+#[tokio::test(start_paused = true)]
 async fn t10_a_burst_of_many_addresses_closes_no_handshake() {
     let connections = connections(64, 1, 8);
     let mut open = Vec::new();
@@ -375,6 +402,7 @@ proptest! {
     #[test]
     fn t10_the_first_to_go_is_crowded_or_has_had_its_grace(
         quiet in proptest::collection::vec((1..6_usize, 0..3_000_u64), 0..12),
+        is_unused: bool,
         places in 1..40_usize,
         newcomer in prop_oneof![Just(Newcomer::SameAddress), Just(Newcomer::Few), Just(Newcomer::Many)],
     ) {
@@ -382,9 +410,11 @@ proptest! {
             what: (of_address, Duration::from_millis(ms)),
             of_address,
             quiet_for: Duration::from_millis(ms),
+            is_unused,
         });
         let has_many = |one: &&(usize, u64)| newcomer == Newcomer::SameAddress || one.0 > places / 8;
         let grace_of_many = match newcomer {
+            _ if is_unused => 0,
             Newcomer::SameAddress => 0,
             Newcomer::Few => GRACE_FROM_FEW.as_millis(),
             Newcomer::Many => GRACE_AMONG_MANY.as_millis(),

@@ -38,6 +38,8 @@ pub(super) struct Candidate<T> {
     /// How many such connections its address has.
     pub(super) of_address: usize,
     pub(super) quiet_for: Duration,
+    /// Whether its address opens connections and sends no request: they have no grace.
+    pub(super) is_unused: bool,
 }
 
 /// Which one goes.
@@ -82,6 +84,7 @@ pub(super) fn victim<T>(
         }
     }
     if let Some(crowded) = crowded {
+        let grace = if crowded.is_unused { Duration::ZERO } else { grace };
         let wait = grace.saturating_sub(crowded.quiet_for);
         return if wait.is_zero() {
             Choice::Close(crowded.what)
