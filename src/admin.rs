@@ -147,7 +147,7 @@ impl Admin {
     /// Notes what was counted, for the plots, until the process ends.
     pub async fn sample(self) {
         loop {
-            let fetched = self.registry.load().pull.downloads().fetched_bytes();
+            let fetched = self.registry.load().proxy.downloads().fetched_bytes();
             self.telemetry.sample_history(self.clock.now(), fetched);
             tokio::select! {
                 () = self.ending.cancelled() => return,

@@ -1,13 +1,23 @@
-//! The road of a request: collect the [`CacheState`], let [`decide`] judge it, carry the verdict out.
+//! Pull-through request handling: collect the [`CacheState`], call [`decide`], execute the decision.
 //!
-//! Everything here is about *one* repository of *one* upstream: which door the client came through was settled before,
-//! and how the outcome looks in HTTP is settled after. The road never weighs evidence itself; it only gathers it.
+//! Every function here works on one repository of one upstream. Routing has already chosen the upstream, and the
+//! server later turns the [`ProxyResponse`] into HTTP. This module collects evidence; `policy` evaluates it.
 //!
-//! * `asking`: the question put to the upstream, shared by those who may share it, and what follows from the answer.
-//! * `rights`: what its answers show of who may read, in `turns`. `logins`: whose a token is, and tokens of ours. `recalled`: how it asks for a credential, for when it is silent.
-//! * `manifest`: by tag and by digest; `copies` of it that are held, `fetching` it, the `check` of what it points to.
-//! * `blob`: held, joined or led; `possession`: the proof where a HEAD proves nothing; `source`: how a download reaches the upstream; `prefetch` begins before anybody asks. `attached`: attestations, and what refers to them. * `listing`: tags; `tag_list`, once for all who may share it; `long_list`, passed on as it arrives; `page`, cut from what is kept. * `referrers`: by their API and by their fallback tag.
-//! * `cached`: what the store holds of it, or an error of the disk, logged. * `challenge`: how the registry itself answers `/v2/`. * `change`: what a write changes. `writing`: what follows from a write that passed.
+//! * `manifest`, `blob`, `listing`, `referrers`: one pipeline for each kind of resource.
+//! * `revalidate`: the coalesced `HEAD` to the upstream and the state recorded from its response.
+//! * `candidates`: cached manifests that may answer a tag. `cache_view`: store reads; a read error is logged and
+//!   counts as a miss.
+//! * `manifest_fetch`: manifest `GET`, verification and storage. `source`: the upstream as a download source.
+//!   `layer_probe`: availability of missing layers.
+//! * `grants`: grants and denials from upstream responses. `possession`: proof by bytes where a `HEAD` proves
+//!   nothing. `local_tokens`: tokens issued while the token service is unavailable.
+//! * `api_challenge`: the registry's `/v2/` challenge. `challenge_template`: the 401 returned in an outage.
+//! * `write_effect`, `invalidation`: cached content that a push or a deletion changes.
+//! * `prefetch`, `attestations`: downloads started before a client requests them. `refresh`: revalidation requested
+//!   by the operator.
+//! * `passthrough`: responses that are never stored. `streamed_list`, `list_page`, `list_name`: long, derived and
+//!   renamed tag lists.
+//! * `registry`: settings and learned state of one upstream. `concurrency`: detached tasks and locks by key.
 
 mod api_challenge;
 mod attestations;
@@ -15,17 +25,16 @@ mod blob;
 mod cache_view;
 mod candidates;
 mod challenge_template;
-mod detached;
+mod concurrency;
 mod grants;
 pub mod invalidation;
-mod keyed_lock;
 mod layer_probe;
 mod list_name;
+mod list_page;
 mod listing;
 mod local_tokens;
 mod manifest;
 mod manifest_fetch;
-mod page;
 pub mod passthrough;
 mod possession;
 mod prefetch;
@@ -33,10 +42,8 @@ mod referrers;
 mod refresh;
 mod registry;
 mod revalidate;
-mod sizes;
 mod source;
 mod streamed_list;
-mod tag_list;
 mod write_effect;
 
 use std::sync::Arc;
@@ -70,76 +77,77 @@ use crate::telemetry::Telemetry;
 use crate::trace_context::TraceContext;
 use crate::upstream::{Caller, UpstreamResponse};
 
-/// How long a rate limit is waited out for a client that cannot be served from the cache. Dockerd and containerd give
-/// up on a response after 30 s, of which the request that follows the pause needs some.
-const LIMIT_WITHIN: Duration = Duration::from_secs(20);
+/// Longest wait for a rate limit to reset, for a client that has no cached fallback. Dockerd and containerd give up
+/// on a response after 30 s, and the request after the wait needs part of that time.
+const RATE_LIMIT_WAIT_MAX: Duration = Duration::from_secs(20);
 
-/// What the road needs of the world, and what it has under way. One for the process: settings are the [`UpstreamRegistry`]'s, and a
-/// reload exchanges those alone.
+/// The pull-through handler: store, downloads, learned state and coalesced requests. The process has one; a reload
+/// replaces only the [`UpstreamRegistry`] values.
 pub struct ProxyService {
     store: AsyncStore,
     downloads: Downloads,
     clock: Clock,
     telemetry: Telemetry,
     principals: registry::Principals,
-    sizes: sizes::SizeHints,
-    arriving: possession::ActiveDownloads,
-    found: layer_probe::ProbedImages,
+    size_hints: manifest_fetch::SizeHints,
+    active_downloads: possession::ActiveDownloads,
+    probed_images: layer_probe::ProbedImages,
     prefetching: prefetch::Prefetching,
-    list_copies: streamed_list::CopyPermits,
+    copy_permits: streamed_list::CopyPermits,
     attestations: attestations::Attestations,
-    referrers_confirmed: referrers::ConfirmedReferrers,
-    refused: grants::RecentDenials,
-    logins: local_tokens::LocalTokens,
-    questions: SingleFlight<revalidate::CoalesceKey, Arc<UpstreamResponse>>,
-    /// By whether the response is kept as well: a caller without a right may have one by the time another joins.
-    lists: SingleFlight<(revalidate::CoalesceKey, bool), listing::ListResult>,
-    tag_lists: SingleFlight<(revalidate::CoalesceKey, bool), tag_list::SharedList>,
+    confirmed_referrers: referrers::ConfirmedReferrers,
+    denials: grants::RecentDenials,
+    local_tokens: local_tokens::LocalTokens,
+    revalidations: SingleFlight<manifest_fetch::CoalesceKey, Arc<UpstreamResponse>>,
+    /// The flag says whether the response is stored. It is part of the key, because the same caller may obtain a
+    /// grant between two requests.
+    lists: SingleFlight<(manifest_fetch::CoalesceKey, bool), listing::ListResult>,
+    tag_lists: SingleFlight<(manifest_fetch::CoalesceKey, bool), listing::SharedList>,
     unreadable: LogLimit,
     challenges:
         SingleFlight<api_challenge::ChallengeKey, Result<Arc<StoredChallenge>, Arc<UpstreamResponse>>>,
-    manifests: SingleFlight<revalidate::CoalesceKey, Result<Arc<StoredManifest>, Arc<UpstreamResponse>>>,
+    manifests: SingleFlight<manifest_fetch::CoalesceKey, Result<Arc<StoredManifest>, Arc<UpstreamResponse>>>,
 }
 
-/// A request, whichever door it came through.
+/// A parsed read request, independent of how it was routed.
 pub struct Request {
-    /// The upstream it is about.
-    pub site: Arc<UpstreamRegistry>,
-    /// What is asked for.
+    /// The upstream that serves it.
+    pub registry: Arc<UpstreamRegistry>,
+    /// The endpoint and its parameters.
     pub endpoint: Endpoint,
-    /// Whether only the head of the answer is wanted.
+    /// Whether the method is `HEAD`.
     pub head: bool,
-    /// The media types that the client takes.
+    /// The media types of the `Accept` header.
     pub accept: Accept,
-    /// The client's `Authorization`, if it sent one that is not empty.
+    /// The client's `Authorization` header, if present and not empty.
     pub authorization: Option<HeaderValue>,
-    /// When it arrived.
+    /// Arrival time.
     pub now: SystemTime,
-    /// Which writes there were in the repository by then ([`UpstreamRegistry::writes`]).
+    /// Writes seen in the repository at arrival ([`UpstreamRegistry::writes`]).
     pub writes: invalidation::WriteSnapshot,
-    /// Whether a yes may lead the client to leave something out of a push, so that it must be the registry's.
+    /// Whether a success may make the client skip an upload, so that the registry itself must confirm it.
     pub for_push: bool,
-    /// Which trace it belongs to.
+    /// Trace context.
     pub trace: TraceContext,
-    /// The client that sent it.
+    /// Client connection.
     pub peer: Peer,
-    /// Which bytes of a blob are wanted.
+    /// Requested byte range of a blob.
     pub range: RangeRequest,
-    /// Whether a body without a length that breaks off looks like a whole one to the client, as in HTTP/1.0.
+    /// Whether the client cannot detect a truncated body without a length, as in HTTP/1.0.
     pub needs_length: bool,
 }
 
-/// What the client gets, before it is HTTP.
+/// Response of the proxy before its HTTP encoding.
 pub enum ProxyResponse {
-    /// `GET /v2/`: here is a registry.
+    /// `GET /v2/` with status 200.
     Ping,
-    /// `GET /v2/`: the registry wants a credential, and says how in these lines of `WWW-Authenticate`.
+    /// `GET /v2/` with status 401 and these `WWW-Authenticate` values.
     Challenged(Vec<HeaderValue>),
-    /// A manifest, whole.
+    /// A manifest with its bytes.
     Manifest(Arc<StoredManifest>, ServeInfo),
-    /// The head of a manifest that is not held: as the upstream gave it.
+    /// Headers of a manifest that is not cached, from the upstream.
     ManifestHead {
-        /// Which manifest.
+        /// Digest of the manifest.
         digest: Digest,
         /// Its media type.
         media_type: MediaType,
@@ -148,63 +156,63 @@ pub enum ProxyResponse {
     },
     /// A blob.
     Blob {
-        /// Which blob.
+        /// Digest of the blob.
         digest: Digest,
-        /// Its size in bytes; unknown only while it is being fetched from an upstream that does not say it.
+        /// Its size in bytes; unknown only during a fetch from an upstream that states no length.
         size: Option<u64>,
-        /// Where its bytes come from.
+        /// Source of its bytes.
         content: BlobBody,
-        /// Why it is served.
-        how: ServeInfo,
+        /// Reason and confirmation time.
+        info: ServeInfo,
     },
     /// A list of tags or referrers.
     Listing(Listing, ServeInfo),
-    /// A list of tags that is passed on as it arrives.
+    /// A list of tags, streamed as it arrives.
     StreamedList(Box<StreamedList>, ServeInfo),
-    /// Bytes of a kind that is never stored: passed through as they come.
+    /// Content that is never stored, forwarded as it arrives.
     Passthrough(passthrough::Passthrough),
-    /// No.
+    /// A denial or an error.
     Denied(Denied),
 }
 
-/// Where the bytes of a blob come from.
+/// Source of the bytes of a blob.
 pub enum BlobBody {
-    /// Only its head was asked for.
+    /// None: the method is `HEAD`.
     Head,
-    /// From memory.
+    /// Memory.
     Memory(Bytes),
-    /// From its file.
+    /// The blob's file.
     File(BlobHandle),
-    /// From a download under way.
+    /// A running download.
     Download(Reader),
-    /// From the upstream, because the disk cannot take it.
+    /// The upstream, because the disk cannot store the blob.
     Passthrough(Box<passthrough::VerifyingStream>),
 }
 
-/// Why a client gets bytes, and how old they are.
+/// Reason for a served response, and its age.
 #[derive(Clone, Copy, Debug)]
 pub struct ServeInfo {
     /// The reason.
     pub reason: ServeReason,
-    /// When the upstream last confirmed the tag; `None` for what is asked by digest.
+    /// When the upstream last confirmed the tag; `None` for a request by digest.
     pub confirmed_at: Option<SystemTime>,
 }
 
-/// The reason, from the cache's point of view.
+/// Cache result of a served response.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ServeReason {
-    /// From the store.
+    /// Served from the store.
     Cached(HitReason),
-    /// From the upstream, for this client.
+    /// Fetched from the upstream for this client.
     Fetched(MissReason),
-    /// From the upstream, in a transfer that another client had begun.
+    /// Joined a download that another client started.
     Collapsed,
-    /// From the upstream, not to be stored.
+    /// Forwarded from the upstream and not stored.
     Passthrough,
 }
 
 impl ServeReason {
-    /// The name in the log, the metrics and `Cache-Status`.
+    /// Name in the log, the metrics and `Cache-Status`.
     pub fn name(self) -> &'static str {
         match self {
             Self::Cached(served) => served.name(),
@@ -215,19 +223,19 @@ impl ServeReason {
     }
 }
 
-/// A refusal, with what the upstream said where it was asked.
+/// A denied request, with the upstream response that caused it.
 #[derive(Debug)]
 pub struct Denied {
-    /// Why.
-    pub refusal: DenyReason,
-    /// What the upstream answered.
+    /// Reason.
+    pub reason: DenyReason,
+    /// Upstream response, if the upstream was contacted.
     pub answer: Option<Arc<UpstreamResponse>>,
-    /// Whether the credential refused was the proxy's own.
-    pub own_credential: bool,
+    /// Whether the upstream rejected the proxy's own credential.
+    pub proxy_credential: bool,
 }
 
 impl ProxyService {
-    /// A road over `store`, whose install secret keys the principals.
+    /// A service over `store`, whose install secret keys the principals.
     pub fn new(store: Arc<Store>, downloads: Downloads, (clock, telemetry): (Clock, Telemetry)) -> Self {
         let principals = registry::Principals::new(*store.install_secret());
         Self {
@@ -236,16 +244,16 @@ impl ProxyService {
             clock,
             telemetry,
             principals,
-            sizes: sizes::SizeHints::default(),
-            arriving: possession::ActiveDownloads::default(),
-            found: layer_probe::ProbedImages::default(),
+            size_hints: manifest_fetch::SizeHints::default(),
+            active_downloads: possession::ActiveDownloads::default(),
+            probed_images: layer_probe::ProbedImages::default(),
             prefetching: prefetch::Prefetching::default(),
-            list_copies: streamed_list::CopyPermits::default(),
+            copy_permits: streamed_list::CopyPermits::default(),
             attestations: attestations::Attestations::default(),
-            referrers_confirmed: referrers::ConfirmedReferrers::default(),
-            refused: grants::RecentDenials::default(),
-            logins: local_tokens::LocalTokens::default(),
-            questions: SingleFlight::default(),
+            confirmed_referrers: referrers::ConfirmedReferrers::default(),
+            denials: grants::RecentDenials::default(),
+            local_tokens: local_tokens::LocalTokens::default(),
+            revalidations: SingleFlight::default(),
             lists: SingleFlight::default(),
             tag_lists: SingleFlight::default(),
             unreadable: LogLimit::default(),
@@ -254,28 +262,28 @@ impl ProxyService {
         }
     }
 
-    /// Answers a request. Total: whatever fails becomes a refusal with its reason.
-    pub async fn answer(self: &Arc<Self>, mut request: Request) -> ProxyResponse {
+    /// Handles a request. Every failure becomes a [`Denied`] with its reason.
+    pub async fn handle(self: &Arc<Self>, mut request: Request) -> ProxyResponse {
         let now = request.now;
         request
             .authorization
-            .take_if(|shown| self.is_spent(&request.site, shown));
-        let outcome = self.outcome(&request).await;
+            .take_if(|shown| self.is_expired_local_token(&request.registry, shown));
+        let outcome = self.dispatch(&request).await;
         match &outcome {
             ProxyResponse::Manifest(manifest, _) => {
                 self.store.touch(ContentId::Manifest(manifest.digest), now);
-                self.note_manifest_given(&request, manifest).await;
+                self.on_manifest_served(&request, manifest).await;
             }
             ProxyResponse::Blob { digest, .. } => {
                 self.store.touch(ContentId::Blob(*digest), now);
-                self.note_blob_given(&request, *digest);
+                self.on_blob_served(&request, *digest);
             }
             _ => {}
         }
-        self.or_challenge(&request, outcome).await
+        self.challenge_instead_of_error(&request, outcome).await
     }
 
-    async fn outcome(self: &Arc<Self>, request: &Request) -> ProxyResponse {
+    async fn dispatch(self: &Arc<Self>, request: &Request) -> ProxyResponse {
         match request.endpoint.clone() {
             Endpoint::Ping => ProxyResponse::Ping,
             Endpoint::Manifest {
@@ -292,11 +300,11 @@ impl ProxyService {
         }
     }
 
-    /// What would be decided now for a client with this `Authorization`, before asking anyone: for the operator's
-    /// question "why".
-    pub async fn why(
+    /// The decision that a client with this `Authorization` would get now, without any upstream request (`ifnewer
+    /// why`).
+    pub async fn explain(
         self: &Arc<Self>,
-        site: &Arc<UpstreamRegistry>,
+        registry: &Arc<UpstreamRegistry>,
         repository: &Repository,
         reference: &Reference,
         authorization: Option<&HeaderValue>,
@@ -306,37 +314,37 @@ impl ProxyService {
             Reference::Tag(tag) => Some(tag),
             Reference::Digest(_) => None,
         };
-        let rule = site.rule(repository, tag);
+        let rule = registry.rule(repository, tag);
         let reason = (Peer::Local, &TraceContext::new_root());
-        let context = self.context_of(site, repository, authorization, reason).await;
+        let context = self.context_of(registry, repository, authorization, reason).await;
         let situation = match reference {
             Reference::Tag(tag) => {
-                let copies = self.copies_of_tag(site, repository, tag, None).await;
-                let held = copies.as_ref().map(candidates::Candidates::held);
+                let candidates = self.candidates_for_tag(registry, repository, tag, None).await;
+                let held = candidates.as_ref().map(candidates::Candidates::held);
                 context.situation(rule, crate::policy::ContentKind::Tag, held, true, now)
             }
             Reference::Digest(digest) => {
-                self.digest_situation(site, (&context, rule), repository, digest, now)
+                self.digest_situation(registry, (&context, rule), repository, digest, now)
                     .await
             }
         };
         (situation, decide(&situation), Arc::clone(&rule.name))
     }
 
-    /// The store, for those who look rather than pull.
+    /// The store, for callers outside the request path.
     pub fn store(&self) -> &AsyncStore {
         &self.store
     }
 
-    /// The transfers under way.
+    /// Running downloads.
     pub fn downloads(&self) -> &Downloads {
         &self.downloads
     }
 
-    /// Who asks, and what is known of their right in this repository.
+    /// Caller of the request and the evidence of its authorization in the repository.
     async fn context(self: &Arc<Self>, request: &Request, repository: &Repository) -> AuthContext {
         self.context_of(
-            &request.site,
+            &request.registry,
             repository,
             request.authorization.as_ref(),
             (request.peer, &request.trace),
@@ -346,46 +354,48 @@ impl ProxyService {
 
     async fn context_of(
         self: &Arc<Self>,
-        site: &Arc<UpstreamRegistry>,
+        registry: &Arc<UpstreamRegistry>,
         repository: &Repository,
         authorization: Option<&HeaderValue>,
         reason: (Peer, &TraceContext),
     ) -> AuthContext {
-        let caller = self.caller_of(site, authorization, reason);
-        let account = self.account(site, repository, authorization);
-        let evidence = self.evidence(site, repository, caller.principal, account).await;
+        let caller = self.caller_of(registry, authorization, reason);
+        let account = self.account(registry, repository, authorization);
+        let evidence = self
+            .evidence(registry, repository, caller.principal, account)
+            .await;
         AuthContext { caller, evidence }
     }
 
-    /// Who asks.
+    /// Caller of the request.
     fn caller(&self, request: &Request) -> Caller {
         let reason = (request.peer, &request.trace);
-        self.caller_of(&request.site, request.authorization.as_ref(), reason)
+        self.caller_of(&request.registry, request.authorization.as_ref(), reason)
     }
 
     fn caller_of(
         &self,
-        site: &UpstreamRegistry,
+        registry: &UpstreamRegistry,
         authorization: Option<&HeaderValue>,
         reason: (Peer, &TraceContext),
     ) -> Caller {
-        let mut caller = site.caller(&self.principals, authorization, reason);
-        caller.wait_deadline = Some(Instant::now() + LIMIT_WITHIN);
+        let mut caller = registry.caller(&self.principals, authorization, reason);
+        caller.wait_deadline = Some(Instant::now() + RATE_LIMIT_WAIT_MAX);
         caller
     }
 }
 
-/// Who asks in which repository, and with what right.
+/// A caller and the evidence of its authorization in one repository.
 struct AuthContext {
     caller: Caller,
     evidence: GrantEvidence,
 }
 
 impl AuthContext {
-    /// Whether this caller has shown no right in the repository, not even one that has lapsed. What such a one asks for by
-    /// digest is looked up only after the upstream's yes, and asked about in one way whatever is held: neither how long a
-    /// no takes nor what the upstream sees of it tells what is held.
-    fn is_stranger(&self, rule: &EffectivePolicy, now: SystemTime) -> bool {
+    /// True if the caller has no grant in the repository, not even an expired one. For such a caller a digest is
+    /// looked up only after the upstream authorizes it, and the upstream request is the same whether or not the
+    /// content is cached. So neither the time of a denial nor the upstream traffic reveals what is cached.
+    fn has_no_grant(&self, rule: &EffectivePolicy, now: SystemTime) -> bool {
         let subject = crate::policy::ContentKind::Manifest;
         let situation = self.situation(rule, subject, None, true, now);
         situation.authorization == crate::policy::Authorization::Unknown
@@ -419,4 +429,16 @@ impl AuthContext {
             now,
         }
     }
+}
+
+fn denied(
+    refusal: DenyReason,
+    answer: Option<Arc<UpstreamResponse>>,
+    proxy_credential: bool,
+) -> ProxyResponse {
+    ProxyResponse::Denied(Denied {
+        reason: refusal,
+        answer,
+        proxy_credential,
+    })
 }

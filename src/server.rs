@@ -63,7 +63,7 @@ pub struct Registry {
     /// Which upstreams there are, and how a client names them.
     pub doors: Doors,
     /// The road that answers.
-    pub pull: Arc<ProxyService>,
+    pub proxy: Arc<ProxyService>,
     /// Where `CONNECT` may lead besides.
     pub tunnels: Tunnels,
     /// Who may come in; `None`: whoever reaches us.
@@ -73,10 +73,12 @@ pub struct Registry {
 impl Registry {
     /// Puts the settings of its upstreams into effect.
     pub fn activate(&self) {
-        for site in self.doors.all() {
-            site.upstream().activate();
-            let transfers_max = site.upstream().downloads_max();
-            self.pull.downloads().resize_upstream(site.name(), transfers_max);
+        for upstream_registry in self.doors.all() {
+            upstream_registry.upstream().activate();
+            let transfers_max = upstream_registry.upstream().downloads_max();
+            self.proxy
+                .downloads()
+                .resize_upstream(upstream_registry.name(), transfers_max);
         }
     }
 }
@@ -134,7 +136,7 @@ impl Front {
         record: &mut record::Open,
     ) -> (Response<Body>, Told) {
         let head = place.head;
-        let pull = &registry.pull;
+        let proxy = &registry.proxy;
         let read = gate::read(head, place.peer, &registry.doors, (place.at, place.trace));
         let read = match (&registry.entry, read) {
             (Some(entry), Ok(wanted)) => admitted(entry, place, wanted).await,
@@ -147,55 +149,58 @@ impl Front {
                 return (reply::turned(&turned, &head.method), told);
             }
         };
-        let (site, _, door) = wanted.subject();
-        record.leads_to(Some(site), door);
+        let (upstream_registry, _, door) = wanted.subject();
+        record.leads_to(Some(upstream_registry), door);
         let by_path = |kind| (kind, told::path(&head.uri));
         match wanted {
             Wanted::Read(request, _) => {
                 record.asks_for(told::subject(&request.endpoint));
                 let asked = reply::Asked::new(head, &request);
                 let pardoned = place.peer.pardon.hold();
-                let outcome = pull.answer(request).await;
+                let outcome = proxy.handle(request).await;
                 drop(pardoned);
                 let told = Told::of(&outcome);
-                (reply::answer(outcome, &asked, self, pull.store()), told)
+                (reply::answer(outcome, &asked, self, proxy.store()), told)
             }
             Wanted::Knock(request, _) => {
                 record.asks_for(by_path(ResourceKind::Ping));
                 let asked = reply::Asked::new(head, &request);
-                let outcome = pull.knock(&request).await;
+                let outcome = proxy.api_challenge(&request).await;
                 let told = Told::of(&outcome);
-                (reply::answer(outcome, &asked, self, pull.store()), told)
+                (reply::answer(outcome, &asked, self, proxy.store()), told)
             }
             Wanted::Pass(passage) => {
                 record.asks_for(by_path(passed_kind(&passage, head)));
-                let site = Arc::clone(&passage.site);
-                match self.pass(pull, passage, place, body).await {
+                let upstream_registry = Arc::clone(&passage.upstream_registry);
+                match self.pass(proxy, passage, place, body).await {
                     Ok(response) => (response, Told::passed()),
                     Err(cause) => {
                         let is_head = head.method == Method::HEAD;
-                        let response = reply::not_passed(site.name(), cause, is_head);
+                        let response = reply::not_passed(upstream_registry.name(), cause, is_head);
                         (response, Told::not_passed(cause))
                     }
                 }
             }
-            Wanted::Login(passage, realm) => self.log_in(pull, passage, &realm, place, body).await,
+            Wanted::Login(passage, realm) => self.log_in(proxy, passage, &realm, place, body).await,
         }
     }
 }
 
 /// What is wanted, if whoever asks may have it. A password of ours goes no further.
 async fn admitted(entry: &Entry, place: &Place<'_>, mut wanted: Wanted) -> Result<Wanted, Turned> {
-    let (site, repository, door) = wanted.subject();
+    let (upstream_registry, repository, door) = wanted.subject();
     let way = match door {
         Door::Mirror | Door::Namespace | Door::Prefix => Way::Own,
         Door::Host | Door::Connect => Way::Named,
     };
     let who = entry.who(place.head, place.peer, way, place.at).await?;
     if let Some(repository) = repository
-        && !entry.allows(who.name(), site.name(), repository)
+        && !entry.allows(who.name(), upstream_registry.name(), repository)
     {
-        return Err(Turned::NotAllowed(format!("{}/{repository}", site.name())));
+        return Err(Turned::NotAllowed(format!(
+            "{}/{repository}",
+            upstream_registry.name()
+        )));
     }
     if let Wanted::Pass(passage) = &wanted {
         may_pass(entry, who.name(), passage, place.head)?;
@@ -210,7 +215,7 @@ async fn admitted(entry: &Entry, place: &Place<'_>, mut wanted: Wanted) -> Resul
 
 /// Refuses what a list of repositories does not allow, or cannot be compared with.
 fn may_pass(entry: &Entry, user: &str, passage: &Passage, head: &Parts) -> Result<(), Turned> {
-    let name = passage.site.name();
+    let name = passage.upstream_registry.name();
     let refused = |what: &str| Turned::NotAllowed(format!("{name}/{what}"));
     for source in &passage.sources {
         if !entry.allows(user, name, source) {

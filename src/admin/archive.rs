@@ -50,7 +50,7 @@ impl Admin {
                 Some(_) => export::Platforms::Selected(&want),
                 None => export::Platforms::Cached,
             };
-            let plan = Plan::new(registry.pull.store().blocking(), &images, wanted, now)?;
+            let plan = Plan::new(registry.proxy.store().blocking(), &images, wanted, now)?;
             Ok((registry, plan))
         })
         .await?;
@@ -59,7 +59,7 @@ impl Admin {
         let mut writer = PipeWriter::new(chunks);
         spawn_blocking(move || {
             let _permit = permit;
-            let written = plan.write(registry.pull.store().blocking(), &mut writer);
+            let written = plan.write(registry.proxy.store().blocking(), &mut writer);
             if let Err(error) = &written {
                 tracing::warn!(%error, "an export broke off");
             }
@@ -93,7 +93,7 @@ impl Admin {
                 now,
             };
             Ok(import::import(
-                registry.pull.store().blocking(),
+                registry.proxy.store().blocking(),
                 &mut archive,
                 &options,
             )?)
@@ -118,7 +118,7 @@ impl Admin {
 fn image_of(named: ImageRef) -> Image {
     Image {
         name: named.to_string(),
-        upstream: named.site.name().into(),
+        upstream: named.upstream_registry.name().into(),
         repository: named.repository,
         reference: named.reference,
     }

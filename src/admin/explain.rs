@@ -63,12 +63,18 @@ pub(super) async fn explain(
     authorization: Option<&HeaderValue>,
     now: SystemTime,
 ) -> Explanation {
-    let site = &named.site;
+    let upstream_registry = &named.upstream_registry;
     let (situation, verdict, rule) = registry
-        .pull
-        .why(site, &named.repository, &named.reference, authorization, now)
+        .proxy
+        .explain(
+            upstream_registry,
+            &named.repository,
+            &named.reference,
+            authorization,
+            now,
+        )
         .await;
-    let silent = site.upstream().unavailable_now();
+    let silent = upstream_registry.upstream().unavailable_now();
     // A silence that is known already is heard before anybody is asked.
     let told = match (verdict, silent) {
         (Decision::Revalidate, Some(cause)) => {
@@ -91,10 +97,16 @@ pub(super) async fn explain(
         on_not_found: situation.on_not_found.name(),
         upstream_unavailable: silent.map(UpstreamFailure::name),
         reason: told.name(),
-        sentence: sentence(told, site.name()),
-        because: reasons(&situation, site.name(), &rule, authorization.is_some(), silent),
+        sentence: sentence(told, upstream_registry.name()),
+        because: reasons(
+            &situation,
+            upstream_registry.name(),
+            &rule,
+            authorization.is_some(),
+            silent,
+        ),
         what_if: match told {
-            Decision::Revalidate | Decision::ProbeLayers(_) => what_ifs(&situation, site.name()),
+            Decision::Revalidate | Decision::ProbeLayers(_) => what_ifs(&situation, upstream_registry.name()),
             Decision::Serve(_) | Decision::Fetch(_) | Decision::Deny(_) => Vec::new(),
         },
         explanation: facts(verdict, &situation),

@@ -11,7 +11,7 @@ use crate::store::tags::TagKey;
 /// An image, read.
 #[derive(Clone)]
 pub(super) struct ImageRef {
-    pub(super) site: Arc<UpstreamRegistry>,
+    pub(super) upstream_registry: Arc<UpstreamRegistry>,
     pub(super) repository: Repository,
     pub(super) reference: Reference,
 }
@@ -34,22 +34,24 @@ impl ImageRef {
             (None, Some((name, tag))) if !tag.contains('/') => (name, tag),
             _ => (image, "latest"),
         };
-        let (site, rest) = match name.split_once('/') {
+        let (upstream_registry, rest) = match name.split_once('/') {
             Some((first, rest)) => match registry.doors.named(first) {
-                Some(site) => (site, rest),
+                Some(upstream_registry) => (upstream_registry, rest),
                 None if first.contains(['.', ':']) => return Err(unknown_upstream(first, registry)),
-                None => (registry.doors.default_site(), name),
+                None => (registry.doors.default_registry(), name),
             },
-            None => (registry.doors.default_site(), name),
+            None => (registry.doors.default_registry(), name),
         };
         let wrong = |error: &dyn std::fmt::Display| {
             Problem::bad_request(format!("`{image}` is not an image: {error}"))
         };
         let repository: Repository = rest.parse().map_err(|error| wrong(&error))?;
-        let repository = site.full_name(repository).map_err(|error| wrong(&error))?;
+        let repository = upstream_registry
+            .full_name(repository)
+            .map_err(|error| wrong(&error))?;
         let reference = reference.parse().map_err(|error| wrong(&error))?;
         Ok(Self {
-            site: Arc::clone(site),
+            upstream_registry: Arc::clone(upstream_registry),
             repository,
             reference,
         })
@@ -59,7 +61,7 @@ impl ImageRef {
     pub(super) fn tag_key(&self) -> Option<TagKey> {
         match &self.reference {
             Reference::Tag(tag) => Some(TagKey {
-                upstream: self.site.name().into(),
+                upstream: self.upstream_registry.name().into(),
                 repository: self.repository.clone(),
                 tag: tag.clone(),
             }),
@@ -78,7 +80,7 @@ impl std::fmt::Display for ImageRef {
         write!(
             f,
             "{}/{}{mark}{}",
-            self.site.name(),
+            self.upstream_registry.name(),
             self.repository,
             self.reference
         )
@@ -124,8 +126,8 @@ impl<'a> Nearest<'a> {
 
 fn unknown_upstream(name: &str, registry: &Registry) -> Problem {
     let mut near = Nearest::to(name);
-    for site in registry.doors.all() {
-        near.consider(site.name().to_owned());
+    for upstream_registry in registry.doors.all() {
+        near.consider(upstream_registry.name().to_owned());
     }
     Problem {
         nearest: near.names(),

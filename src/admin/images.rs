@@ -195,7 +195,7 @@ impl ListQuery {
 
 /// The images query, and how many there are in all. Without a filter, only what is shown is looked at. Blocks.
 pub(super) fn list(registry: &Registry, query: &ListQuery, now: SystemTime) -> (Vec<Image>, usize) {
-    let store = registry.pull.store().blocking();
+    let store = registry.proxy.store().blocking();
     let usage = store.usage();
     let (page, total) = if query.by == Sort::Name && query.is_all() && usage.is_complete {
         let page = store.tag_usages(query.offset, query.limit);
@@ -287,7 +287,7 @@ pub(super) fn details(
             "name a tag: what is asked by digest has no history",
         ));
     };
-    let store = registry.pull.store().blocking();
+    let store = registry.proxy.store().blocking();
     let Some(stocked) = store.tag_usage(&key)? else {
         return Err(not_cached(&key, store));
     };
@@ -361,7 +361,7 @@ fn history(record: &TagRecord) -> Vec<PastImage> {
 
 /// The image that a client of today is given for the tag.
 fn newest(registry: &Registry, image: &TagUsage) -> Option<ResolvedTag> {
-    let store = registry.pull.store().blocking();
+    let store = registry.proxy.store().blocking();
     store.resolve_tag(&image.key, &image.record, TagReader::Operator)
 }
 
@@ -372,9 +372,10 @@ fn summary(
     now: SystemTime,
 ) -> Option<Image> {
     let (key, named) = (&image.key, newest(registry, image)?);
-    let store = registry.pull.store().blocking();
-    let site = registry.doors.named(&key.upstream);
-    let rule = site.map(|site| site.rule(&key.repository, Some(&key.tag)));
+    let store = registry.proxy.store().blocking();
+    let upstream_registry = registry.doors.named(&key.upstream);
+    let rule =
+        upstream_registry.map(|upstream_registry| upstream_registry.rule(&key.repository, Some(&key.tag)));
     let fresh = rule.map_or(Duration::ZERO, |rule| rule.max_age);
     let fresh_until = named
         .confirmed_at
@@ -419,7 +420,7 @@ fn platforms(registry: &Registry, key: &TagKey, manifest: &Arc<StoredManifest>) 
     if manifest.manifest.kind != ManifestKind::Index {
         return Vec::new();
     }
-    let store = registry.pull.store().blocking();
+    let store = registry.proxy.store().blocking();
     let view = store.view();
     let whole = view.complete_children(&key.upstream, &key.repository, manifest);
     let named = whole.filter_map(|child| child.platform.as_ref().map(ToString::to_string));
@@ -458,7 +459,7 @@ fn collect_parts(
         // Two levels are an index and its images; nothing deeper is shown.
         let is_index = manifest.manifest.kind == ManifestKind::Index;
         if let (true, DescriptorKind::Manifest, Some(digest)) = (is_index, child.kind, known)
-            && let Ok(Some(held)) = registry.pull.store().blocking().manifest(&digest)
+            && let Ok(Some(held)) = registry.proxy.store().blocking().manifest(&digest)
             && held.manifest.kind != ManifestKind::Index
         {
             collect_parts(registry, shares, image, &held, platform, parts);
@@ -473,8 +474,8 @@ pub(super) fn remove(
     all_tags: bool,
     is_trial: bool,
 ) -> Result<ApiResponse, Problem> {
-    let store = registry.pull.store().blocking();
-    let (upstream, repository) = (named.site.name(), &named.repository);
+    let store = registry.proxy.store().blocking();
+    let (upstream, repository) = (named.upstream_registry.name(), &named.repository);
     let keys: Vec<TagKey> = match (all_tags, &named.reference) {
         (true, _) => tags_of(store, upstream, repository),
         (false, Reference::Tag(_)) => {
@@ -528,7 +529,7 @@ fn tags_of(store: &Store, upstream: &str, repository: &Repository) -> Vec<TagKey
 
 /// Everything pinned, as it is named.
 pub(super) fn pins(registry: &Registry) -> Vec<String> {
-    let pins = registry.pull.store().blocking().pins();
+    let pins = registry.proxy.store().blocking().pins();
     let name = |pin: &Pin| match pin {
         Pin::Tag(key) => full_name(key),
         Pin::Digest(digest) => digest.to_string(),
@@ -548,7 +549,7 @@ pub(super) fn pin(registry: &Registry, named: &ImageRef, pinned: bool) -> Result
             ));
         }
     };
-    let store = registry.pull.store().blocking();
+    let store = registry.proxy.store().blocking();
     let was_news = if pinned {
         store.pin(&pin)?
     } else {

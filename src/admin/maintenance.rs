@@ -32,7 +32,7 @@ impl Admin {
         };
         let (registry, is_trial) = (self.registry.load_full(), request.dry_run);
         let freed =
-            blocking(move || Ok(registry.pull.store().blocking().collect(unused_for, is_trial)?)).await?;
+            blocking(move || Ok(registry.proxy.store().blocking().collect(unused_for, is_trial)?)).await?;
         Ok(json_response(&json!({
             "dry_run": is_trial,
             "unused_seconds": unused_for.max(EVICTION_MIN_AGE).as_secs(),
@@ -53,7 +53,7 @@ impl Admin {
         let request: VerifyRequest = parse_json(body)?;
         let registry = self.registry.load_full();
         blocking(move || {
-            let store = registry.pull.store().blocking();
+            let store = registry.proxy.store().blocking();
             if request.rebuild_index {
                 tracing::info!("the index is made anew at the operator's wish");
                 store.rebuild_index();
@@ -66,7 +66,7 @@ impl Admin {
 
     /// `GET /api/v1/verify`.
     pub(super) fn verification(&self) -> ApiResponse {
-        json_response(&progress(self.registry.load().pull.store().blocking()))
+        json_response(&progress(self.registry.load().proxy.store().blocking()))
     }
 }
 

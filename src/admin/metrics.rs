@@ -47,16 +47,16 @@ impl Admin {
 
     fn gauges(&self, now: SystemTime) -> Gauges {
         let registry = self.registry.load();
-        let (store, downloads) = (registry.pull.store(), registry.pull.downloads());
+        let (store, downloads) = (registry.proxy.store(), registry.proxy.downloads());
         let (usage, evicted) = (store.usage(), store.evictions());
-        let upstreams = registry.doors.all().iter().map(|site| {
-            let is_up = site.upstream().unavailable_now().is_none();
-            (site.name().into(), is_up)
+        let upstreams = registry.doors.all().iter().map(|upstream_registry| {
+            let is_up = upstream_registry.upstream().unavailable_now().is_none();
+            (upstream_registry.name().into(), is_up)
         });
-        let open_breakers = registry.doors.all().iter().flat_map(|site| {
-            let open = site.upstream().open_breakers();
+        let open_breakers = registry.doors.all().iter().flat_map(|upstream_registry| {
+            let open = upstream_registry.upstream().open_breakers();
             open.into_iter()
-                .map(|(scope, open)| (site.name().into(), scope, open))
+                .map(|(scope, open)| (upstream_registry.name().into(), scope, open))
         });
         let waiters = downloads
             .transfers()
@@ -95,11 +95,13 @@ impl Admin {
 
 /// The queues: of requests to all upstreams together, and of downloads.
 fn queues(registry: &Registry) -> Vec<QueueGauges> {
-    let sites = registry.doors.all().iter();
-    let requests: Vec<&Queue> = sites.flat_map(|site| site.upstream().queues()).collect();
+    let upstream_registries = registry.doors.all().iter();
+    let requests: Vec<&Queue> = upstream_registries
+        .flat_map(|upstream_registry| upstream_registry.upstream().queues())
+        .collect();
     vec![
         level("requests", &requests),
-        level("downloads", &[registry.pull.downloads().queue()]),
+        level("downloads", &[registry.proxy.downloads().queue()]),
     ]
 }
 

@@ -78,7 +78,7 @@ pub(super) async fn page(admin: &Admin, query: &Query, head: &Parts) -> Result<A
                     @if let Some(trial) = &confirm { (sections::confirm(trial, &secret)) }
                     (sections::numbers(&status))
                     (plot::section(&admin.series(status::HOUR, now), &admin.series(status::DAY, now)))
-                    (sections::transfers(&status::transfers(&registry), &admin.pull_jobs.list(registry.pull.downloads())))
+                    (sections::transfers(&status::transfers(&registry), &admin.pull_jobs.list(registry.proxy.downloads())))
                     (sections::decisions(&admin.decisions(&Filter::newest(DECISIONS_SHOWN, &shown.decisions)), &shown))
                     (sections::images(&listed, &shown, IMAGES_SHOWN, &secret))
                     div.pair {
@@ -143,7 +143,7 @@ async fn removal_preview(admin: &Admin, image: &str) -> Result<RemovalPreview, P
     let Some(key) = named.tag_key() else {
         return Err(Problem::bad_request("name a tag"));
     };
-    let freed = blocking(move || Ok(registry.pull.store().blocking().delete_images(&[key], true)?)).await?;
+    let freed = blocking(move || Ok(registry.proxy.store().blocking().delete_images(&[key], true)?)).await?;
     Ok(RemovalPreview {
         image: named.to_string(),
         tags: freed.tags,
@@ -169,7 +169,10 @@ pub(super) async fn submit_form(admin: &Admin, body: &[u8]) -> Result<ApiRespons
         }
         "refresh" => {
             let (named, refreshed) = admin.refresh(image, None).await?;
-            format!("{named}: {}.", describe_refresh(refreshed, named.site.name()))
+            format!(
+                "{named}: {}.",
+                describe_refresh(refreshed, named.upstream_registry.name())
+            )
         }
         "remove" => {
             let registry = admin.registry.load_full();
@@ -178,7 +181,7 @@ pub(super) async fn submit_form(admin: &Admin, body: &[u8]) -> Result<ApiRespons
                 return Err(Problem::bad_request("name a tag"));
             };
             let freed =
-                blocking(move || Ok(registry.pull.store().blocking().delete_images(&[key], false)?)).await?;
+                blocking(move || Ok(registry.proxy.store().blocking().delete_images(&[key], false)?)).await?;
             format!("Removed {named}; {} freed.", bytes(freed.bytes))
         }
         deed @ ("pin" | "unpin") => {

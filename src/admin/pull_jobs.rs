@@ -165,7 +165,7 @@ pub(super) struct PullSpec {
 
 impl PullJobs {
     /// Begins a pull; its number. `None` if too many are under way already.
-    pub(super) fn begin(&self, pull: &Arc<ProxyService>, spec: PullSpec, clock: Clock) -> Option<u64> {
+    pub(super) fn begin(&self, proxy: &Arc<ProxyService>, spec: PullSpec, clock: Clock) -> Option<u64> {
         let job = {
             let mut list = self.locked();
             if list.jobs.len() >= JOBS_MAX {
@@ -183,12 +183,12 @@ impl PullJobs {
             list.jobs.push_back(Arc::clone(&job));
             job
         };
-        let (pull, permits, id) = (Arc::clone(pull), Arc::clone(&self.permits), job.id);
+        let (proxy, permits, id) = (Arc::clone(proxy), Arc::clone(&self.permits), job.id);
         tokio::spawn(async move {
             // Never closed.
             let _permit = permits.acquire().await.ok();
             job.progress().state = State::Fetching;
-            let result = run(&pull, &job, spec, clock).await;
+            let result = run(&proxy, &job, spec, clock).await;
             let mut progress = job.progress();
             match result {
                 Ok(()) => progress.state = State::Done,
@@ -269,13 +269,13 @@ impl PullJob {
 /// As a client's.
 pub(super) fn request(spec: &PullSpec, endpoint: Endpoint, clock: Clock) -> Request {
     Request {
-        site: Arc::clone(&spec.named.site),
+        registry: Arc::clone(&spec.named.upstream_registry),
         endpoint,
         head: false,
         accept: Accept::manifests(),
         authorization: spec.authorization.clone(),
         now: clock.now(),
-        writes: spec.named.site.writes(&spec.named.repository),
+        writes: spec.named.upstream_registry.writes(&spec.named.repository),
         for_push: false,
         trace: TraceContext::new_root(),
         peer: Peer::Local,

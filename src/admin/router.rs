@@ -137,7 +137,7 @@ impl Admin {
             "/api/v1/events/stream" => self.watch(Filter::read(query)?, client)?,
             "/api/v1/clients" => json_response(&json!({ "clients": self.clients_seen(now) })),
             "/api/v1/pulls" => {
-                json_response(&json!({ "pulls": self.pull_jobs.list(registry.pull.downloads()) }))
+                json_response(&json!({ "pulls": self.pull_jobs.list(registry.proxy.downloads()) }))
             }
             "/api/v1/pins" => json_response(&json!({ "pins": images::pins(&registry) })),
             "/api/v1/verify" => self.verification(),
@@ -260,7 +260,7 @@ impl Admin {
             Some(these) => Platforms::Selected(these),
         };
         let id = self.begin_pull(&request.image, platforms, authorization)?;
-        let view = self.pull_jobs.find(id, self.registry.load().pull.downloads());
+        let view = self.pull_jobs.find(id, self.registry.load().proxy.downloads());
         Ok(json_with_status(StatusCode::ACCEPTED, &json!(view)))
     }
 
@@ -277,7 +277,7 @@ impl Admin {
             platforms,
             authorization,
         };
-        let begun = self.pull_jobs.begin(&registry.pull, spec, self.clock);
+        let begun = self.pull_jobs.begin(&registry.proxy, spec, self.clock);
         begun.ok_or_else(|| {
             Problem::new(
                 StatusCode::SERVICE_UNAVAILABLE,
@@ -291,7 +291,7 @@ impl Admin {
             .parse()
             .map_err(|_| Problem::not_found(format!("there is no pull `{id}`")))?;
         let registry = self.registry.load();
-        match self.pull_jobs.find(id, registry.pull.downloads()) {
+        match self.pull_jobs.find(id, registry.proxy.downloads()) {
             Some(view) => json_of(&view),
             None => Err(Problem::not_found(format!(
                 "there is no pull {id}, or it was long ago"
@@ -316,7 +316,7 @@ impl Admin {
             "result": result,
             "digest": digest.map(|digest| digest.to_string()),
             "cause": cause.map(crate::oci::UpstreamFailure::name),
-            "sentence": page::describe_refresh(refreshed, image.site.name()),
+            "sentence": page::describe_refresh(refreshed, image.upstream_registry.name()),
         })))
     }
 
@@ -342,7 +342,10 @@ impl Admin {
             platforms: Platforms::local(),
             authorization,
         };
-        let refreshed = registry.pull.refresh(&request(&spec, endpoint, self.clock)).await;
+        let refreshed = registry
+            .proxy
+            .refresh(&request(&spec, endpoint, self.clock))
+            .await;
         Ok((named, refreshed))
     }
 
@@ -385,7 +388,8 @@ impl Admin {
     pub(super) async fn switch_offline(&self, on: bool) -> Result<bool, Problem> {
         let was = self.offline.set(on);
         let registry = self.registry.load_full();
-        if let Err(fault) = blocking(move || Ok(registry.pull.store().blocking().persist_offline(on))).await?
+        if let Err(fault) =
+            blocking(move || Ok(registry.proxy.store().blocking().persist_offline(on))).await?
         {
             tracing::error!(%fault, offline = on, "switched, and after a restart it will be as it was");
         }

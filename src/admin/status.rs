@@ -146,8 +146,8 @@ impl Counters {
 impl Admin {
     pub(super) fn status(&self, now: SystemTime) -> Status {
         let registry = self.registry.load();
-        let store = registry.pull.store();
-        let fetched = registry.pull.downloads().fetched_bytes();
+        let store = registry.proxy.store();
+        let fetched = registry.proxy.downloads().fetched_bytes();
         let day = self.telemetry.history(now, 1, 24 * 60, fetched);
         let problems = self.problems();
         let offline = self.offline.is_on();
@@ -165,7 +165,7 @@ impl Admin {
             since_start: Counters::of(&self.telemetry.totals(fetched)),
             last_day: Counters::of(&day.first().copied().unwrap_or_default()),
             quota: self.quota(),
-            transfers: registry.pull.downloads().count(),
+            transfers: registry.proxy.downloads().count(),
         }
     }
 
@@ -176,17 +176,17 @@ impl Admin {
         if self.offline.is_on() {
             problems.push("Offline mode is on: no upstream is asked".to_owned());
         }
-        for site in registry.doors.all() {
-            if let Some(open) = site.upstream().status().open {
+        for upstream_registry in registry.doors.all() {
+            if let Some(open) = upstream_registry.upstream().status().open {
                 let (cause, scope) = (open.cause, open.scope);
                 let words = duration(open.open.unwrap_or_default());
                 problems.push(format!(
                     "{} {cause} (circuit breaker: {scope}), for {words}; what is held is served",
-                    site.name()
+                    upstream_registry.name()
                 ));
             }
         }
-        for trouble in registry.pull.store().health_issues() {
+        for trouble in registry.proxy.store().health_issues() {
             problems.push(format!("degraded: {trouble}"));
         }
         if let Some(quota) = self.quota().filter(|quota| quota.remaining == 0) {
@@ -200,10 +200,10 @@ impl Admin {
 
     fn quota(&self) -> Option<Quota> {
         let registry = self.registry.load();
-        let sites = registry.doors.all().iter();
-        let told = sites.flat_map(|site| {
-            let upstream = site.name().to_owned();
-            let allowances = site.upstream().status().quotas;
+        let upstream_registries = registry.doors.all().iter();
+        let told = upstream_registries.flat_map(|upstream_registry| {
+            let upstream = upstream_registry.name().to_owned();
+            let allowances = upstream_registry.upstream().status().quotas;
             allowances.into_iter().filter_map(move |allowance| {
                 Some(Quota {
                     upstream: upstream.clone(),
@@ -251,7 +251,7 @@ impl Admin {
     /// What was counted, span by span, the oldest first.
     pub(super) fn series(&self, (count, minutes): (u64, u64), now: SystemTime) -> Vec<Point> {
         let registry = self.registry.load();
-        let fetched = registry.pull.downloads().fetched_bytes();
+        let fetched = registry.proxy.downloads().fetched_bytes();
         let spans = self.telemetry.history(now, count, minutes, fetched);
         let length = Duration::from_secs(60 * minutes);
         let last = u32::try_from(spans.len()).unwrap_or(u32::MAX).saturating_sub(1);
@@ -285,7 +285,7 @@ pub(super) struct TransferView {
 
 /// The longest running first.
 pub(super) fn transfers(registry: &Registry) -> Vec<TransferView> {
-    let transfers = registry.pull.downloads().transfers();
+    let transfers = registry.proxy.downloads().transfers();
     transfers
         .into_iter()
         .map(|transfer| {

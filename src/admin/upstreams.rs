@@ -14,15 +14,15 @@ use crate::telemetry::QuotaGauge;
 
 /// All upstreams, as JSON. Credentials are told by kind, a client's by an id that means nothing elsewhere.
 pub(super) fn to_json(registry: &Registry, now: SystemTime) -> Value {
-    let sites = registry.doors.all().iter();
-    let upstreams: Vec<Value> = sites
-        .map(|site| upstream_json(site, registry.pull.downloads().queue(), now))
+    let upstream_registries = registry.doors.all().iter();
+    let upstreams: Vec<Value> = upstream_registries
+        .map(|upstream_registry| upstream_json(upstream_registry, registry.proxy.downloads().queue(), now))
         .collect();
     json!({ "upstreams": upstreams })
 }
 
-fn upstream_json(site: &UpstreamRegistry, downloads: &Queue, now: SystemTime) -> Value {
-    let (name, state) = (site.name(), site.upstream().status());
+fn upstream_json(upstream_registry: &UpstreamRegistry, downloads: &Queue, now: SystemTime) -> Value {
+    let (name, state) = (upstream_registry.name(), upstream_registry.upstream().status());
     let last = state.last_failure.map(|(cause, _)| cause);
     let silence = |(cause, ago): (UpstreamFailure, Duration)| {
         let detail = state.last_detail.as_deref().filter(|_| last == Some(cause));
@@ -60,7 +60,7 @@ fn upstream_json(site: &UpstreamRegistry, downloads: &Queue, now: SystemTime) ->
         "failures": failures,
         "last_failure": state.last_failure.map(silence),
         "last_head": state.last_head.map(|(took, ago)| json!({ "ms": took.as_millis(), "seconds_ago": ago.as_secs() })),
-        "identity": site.identity(),
+        "identity": upstream_registry.identity(),
         "in_flight": state.in_flight + downloads.in_use_of(name),
         "waiting": state.waiting + downloads.waiting_of(name),
         "quirks": state.quirks.iter().map(|quirk| quirk.name()).collect::<Vec<_>>(),
@@ -71,11 +71,11 @@ fn upstream_json(site: &UpstreamRegistry, downloads: &Queue, now: SystemTime) ->
 /// What is left of whose allowance: of several clients, of the one with the fewest pulls left.
 pub(super) fn allowances(registry: &Registry, now: SystemTime) -> Vec<QuotaGauge> {
     let mut levels = Vec::new();
-    for site in registry.doors.all() {
+    for upstream_registry in registry.doors.all() {
         let mut fewest = BTreeMap::new();
-        for allowance in site.upstream().status().quotas {
+        for allowance in upstream_registry.upstream().status().quotas {
             let level = QuotaGauge {
-                upstream: site.name().into(),
+                upstream: upstream_registry.name().into(),
                 credential: allowance.owner.name(),
                 limit: allowance.limit.limit,
                 remaining: allowance.limit.remaining,

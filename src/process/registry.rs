@@ -47,22 +47,22 @@ impl UpstreamContext {
 
 /// What is learned and under way, over all configurations of this process: a reload exchanges settings alone.
 pub(super) struct SharedState {
-    pub(super) pull: Arc<ProxyService>,
-    pub(super) sites: RegistryStates,
+    pub(super) proxy: Arc<ProxyService>,
+    pub(super) upstream_registries: RegistryStates,
     pub(super) passwords: Arc<Passwords>,
     pub(super) connector: Transport,
 }
 
 impl SharedState {
     pub(super) fn new(store: &Arc<Store>, downloads: &Downloads, context: &UpstreamContext) -> Self {
-        let pull = ProxyService::new(
+        let proxy = ProxyService::new(
             Arc::clone(store),
             downloads.clone(),
             (context.clock, context.telemetry.clone()),
         );
         Self {
-            pull: Arc::new(pull),
-            sites: RegistryStates::default(),
+            proxy: Arc::new(proxy),
+            upstream_registries: RegistryStates::default(),
             passwords: Arc::default(),
             connector: Transport::system(),
         }
@@ -76,47 +76,53 @@ pub(super) fn registry(
     context: &UpstreamContext,
 ) -> Result<Registry, RunError> {
     let rules = Arc::new(config.rules.clone());
-    let mut sites = Vec::new();
+    let mut upstream_registries = Vec::new();
     for upstream in &config.upstreams {
         let downloads_max = config.limits.downloads_per_upstream_max;
-        sites.push((
-            Arc::new(site(upstream, downloads_max, &rules, (shared, context))?),
+        upstream_registries.push((
+            Arc::new(upstream_registry(
+                upstream,
+                downloads_max,
+                &rules,
+                (shared, context),
+            )?),
             upstream.hosts.clone(),
         ));
     }
-    let is_default = |site: &Arc<UpstreamRegistry>| site.name() == &*config.default_upstream;
-    let default = sites
+    let is_default =
+        |upstream_registry: &Arc<UpstreamRegistry>| upstream_registry.name() == &*config.default_upstream;
+    let default = upstream_registries
         .iter()
-        .map(|(site, _)| site)
-        .find(|site| is_default(site))
-        .or(sites.first().map(|(s, _)| s));
+        .map(|(upstream_registry, _)| upstream_registry)
+        .find(|upstream_registry| is_default(upstream_registry))
+        .or(upstream_registries.first().map(|(s, _)| s));
     let default = Arc::clone(default.ok_or(RunError::NoUpstream)?);
     let way = TunnelDialer::new(&shared.connector).map_err(|error| RunError::Upstream {
         name: Arc::from("[connect]"),
         error,
     })?;
     let entry = config.access.as_ref();
-    let secret = *shared.pull.store().install_secret();
+    let secret = *shared.proxy.store().install_secret();
     let entry = entry.map(|entry| Entry::new(entry, secret, Arc::clone(&shared.passwords)));
     Ok(Registry {
-        doors: Doors::new(sites, default),
-        pull: Arc::clone(&shared.pull),
+        doors: Doors::new(upstream_registries, default),
+        proxy: Arc::clone(&shared.proxy),
         tunnels: Tunnels::new(config.tunnels.clone(), way),
         entry: entry.transpose()?,
     })
 }
 
-fn site(
+fn upstream_registry(
     config: &UpstreamConfig,
     downloads_max: usize,
     rules: &Arc<Rules>,
     (shared, context): (&SharedState, &UpstreamContext),
 ) -> Result<UpstreamRegistry, RunError> {
-    let state = shared.sites.of(&config.name);
+    let state = shared.upstream_registries.of(&config.name);
     let access = match config.auth {
         AuthMode::PerClient => proxy::Access::PerClient,
         AuthMode::Shared => proxy::Access::Shared {
-            own_credential: config.credential.is_some(),
+            proxy_credential: config.credential.is_some(),
         },
     };
     let upstream = upstream(
@@ -129,15 +135,15 @@ fn site(
             Some(Arc::clone(&context.served)),
         ),
     )?;
-    let site = UpstreamRegistry::new(Arc::new(upstream), access, Arc::clone(rules), state);
+    let upstream_registry = UpstreamRegistry::new(Arc::new(upstream), access, Arc::clone(rules), state);
     let Some(realm) = &config.local_tokens else {
-        return Ok(site);
+        return Ok(upstream_registry);
     };
     let realm = realm.parse().map_err(|error| RunError::Url {
         name: Arc::clone(&config.name),
         error,
     })?;
-    Ok(site.with_local_tokens(realm))
+    Ok(upstream_registry.with_local_tokens(realm))
 }
 
 /// The client side of one upstream, as its section says, over what is known of it.

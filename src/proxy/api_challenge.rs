@@ -1,14 +1,14 @@
-//! How the registry itself answers `/v2/`: with its own challenge, byte for byte, also while it is silent.
+//! The registry's own `/v2/` challenge, byte for byte, also during an outage.
 //!
-//! For clients that believe to speak with the registry. Docker, podman and crane learn only there how to authenticate, and
-//! what they learn is the registry's: they get their tokens where it says, and bring us those.
+//! Intercepted clients, which address the registry by its own name, need it. Docker, podman and crane learn only
+//! there how to authenticate. They fetch their tokens from the realm it names and send those tokens to this cache.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use http::{HeaderMap, HeaderValue, Uri, header};
 
-use super::manifest::refused;
+use super::denied;
 use super::{ProxyResponse, ProxyService, Request, UpstreamRegistry};
 use crate::age;
 use crate::oci::challenge::Challenge;
@@ -18,26 +18,26 @@ use crate::store::challenges::StoredChallenge;
 use crate::trace_context::TraceContext;
 use crate::upstream::UpstreamResponse;
 
-/// A challenge this old is asked for again. Registries change theirs once in years.
+/// Age at which a challenge is fetched again. Registries change theirs once in years.
 const RENEW_AFTER: Duration = Duration::from_secs(600);
 
-/// How long the registry is waited for where an older challenge will do.
-const BUDGET: Duration = Duration::from_secs(2);
+/// Timeout of the `/v2/` request if an older challenge is cached.
+const CHALLENGE_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// The port of a realm that names none.
-const HTTPS: u16 = 443;
+/// Default port of a realm.
+const HTTPS_PORT: u16 = 443;
 
-/// An upstream, and its settings.
+/// Upstream name and settings version.
 pub(super) type ChallengeKey = (Arc<str>, (u64, u64));
 
 impl ProxyService {
-    /// What the registry answers to who has no credential.
-    pub async fn knock(self: &Arc<Self>, request: &Request) -> ProxyResponse {
-        if request.site.is_shared() {
-            // Whoever reaches us is entitled, and must not be sent for a credential.
+    /// Response of the registry to a `/v2/` request without a credential.
+    pub async fn api_challenge(self: &Arc<Self>, request: &Request) -> ProxyResponse {
+        if request.registry.is_shared() {
+            // Every client that reaches the listener is authorized, so no credential is requested.
             return ProxyResponse::Ping;
         }
-        match self.challenge(&request.site).await {
+        match self.challenge(&request.registry).await {
             Ok(kept) if kept.lines.is_empty() => ProxyResponse::Ping,
             Ok(kept) => {
                 let lines = kept
@@ -46,7 +46,7 @@ impl ProxyService {
                     .filter_map(|line| HeaderValue::from_str(line).ok());
                 ProxyResponse::Challenged(lines.collect())
             }
-            Err(answer) => refused(
+            Err(answer) => denied(
                 DenyReason::UpstreamUnavailable(answer.cause()),
                 Some(answer),
                 false,
@@ -54,13 +54,18 @@ impl ProxyService {
         }
     }
 
-    /// Whether the registry sends clients to this host and port for a token. It is asked only if a client of its own is
-    /// here, or anyone could have us ask it.
-    pub async fn is_realm(self: &Arc<Self>, site: &Arc<UpstreamRegistry>, host: &str, port: u16) -> bool {
-        let realms = match self.kept_challenge(site.name().to_owned()).await {
+    /// Whether the registry's challenge names this host and port as token realm. The registry is contacted only if a
+    /// client was intercepted for it, because otherwise any client could trigger that request.
+    pub async fn is_token_realm(
+        self: &Arc<Self>,
+        registry: &Arc<UpstreamRegistry>,
+        host: &str,
+        port: u16,
+    ) -> bool {
+        let realms = match self.cached_challenge(registry.name().to_owned()).await {
             Some(kept) => realms(&kept),
-            None if site.is_visited() => {
-                let challenge = self.challenge(site).await;
+            None if registry.is_intercepted() => {
+                let challenge = self.challenge(registry).await;
                 challenge.map_or_else(|_| Vec::new(), |kept| realms(&kept))
             }
             None => Vec::new(),
@@ -68,52 +73,54 @@ impl ProxyService {
         realms.iter().any(|realm| realm.0 == host && realm.1 == port)
     }
 
-    /// Sees to it that the challenge is known soon, for a client that does not ask for it but will follow one.
-    pub fn expect_challenge(self: &Arc<Self>, site: &Arc<UpstreamRegistry>) {
-        site.visit();
+    /// Fetches the challenge in the background, for a client that does not request `/v2/` but will follow a
+    /// challenge.
+    pub fn prefetch_challenge(self: &Arc<Self>, registry: &Arc<UpstreamRegistry>) {
+        registry.mark_intercepted();
         if self
             .store
-            .in_memory(|view| view.challenge(site.name()))
+            .in_memory(|view| view.challenge(registry.name()))
             .flatten()
             .is_none()
         {
-            let (pull, site) = (Arc::clone(self), Arc::clone(site));
-            tokio::spawn(async move { pull.challenge(&site).await.is_ok() });
+            let (proxy, registry) = (Arc::clone(self), Arc::clone(registry));
+            tokio::spawn(async move { proxy.challenge(&registry).await.is_ok() });
         }
     }
 
     async fn challenge(
         self: &Arc<Self>,
-        site: &Arc<UpstreamRegistry>,
+        registry: &Arc<UpstreamRegistry>,
     ) -> Result<Arc<StoredChallenge>, Arc<UpstreamResponse>> {
-        let kept = self.kept_challenge(site.name().to_owned()).await;
+        let kept = self.cached_challenge(registry.name().to_owned()).await;
         let now = self.clock.now();
         let is_fresh = |kept: &Arc<StoredChallenge>| age::is_within(kept.given_at, RENEW_AFTER, now);
         if let Some(kept) = kept.as_ref().filter(|kept| is_fresh(kept)) {
             return Ok(Arc::clone(kept));
         }
-        let caller = self.principals.stranger(&TraceContext::new_root());
+        let caller = self.principals.anonymous_caller(&TraceContext::new_root());
         let wait = match &kept {
-            Some(_) => site
+            Some(_) => registry
                 .upstream()
-                .wait_limit(&caller, (&Endpoint::Ping, false), BUDGET),
-            None => Ok(BUDGET),
+                .wait_limit(&caller, (&Endpoint::Ping, false), CHALLENGE_TIMEOUT),
+            None => Ok(CHALLENGE_TIMEOUT),
         };
         let wait = match (wait, &kept) {
             (Err(_), Some(kept)) => return Ok(Arc::clone(kept)),
-            (wait, _) => wait.unwrap_or(BUDGET),
+            (wait, _) => wait.unwrap_or(CHALLENGE_TIMEOUT),
         };
-        let call = self
-            .challenges
-            .share((site.name().into(), site.upstream().settings_id()), || {
-                let (pull, site) = (Arc::clone(self), Arc::clone(site));
-                async move { pull.ask_for_challenge(&site).await }
-            });
+        let call = self.challenges.share(
+            (registry.name().into(), registry.upstream().settings_id()),
+            || {
+                let (proxy, registry) = (Arc::clone(self), Arc::clone(registry));
+                async move { proxy.request_challenge(&registry).await }
+            },
+        );
         let answer = match &kept {
             Some(_) => {
                 let answer = tokio::time::timeout(wait, call.wait()).await;
                 if answer.is_err() {
-                    site.upstream().record_timeout(&caller, &Endpoint::Ping, wait);
+                    registry.upstream().record_timeout(&caller, &Endpoint::Ping, wait);
                 }
                 answer.ok().flatten()
             }
@@ -129,12 +136,12 @@ impl ProxyService {
         }
     }
 
-    async fn ask_for_challenge(
+    async fn request_challenge(
         &self,
-        site: &Arc<UpstreamRegistry>,
+        registry: &Arc<UpstreamRegistry>,
     ) -> Result<Arc<StoredChallenge>, Arc<UpstreamResponse>> {
-        let caller = self.principals.stranger(&TraceContext::new_root());
-        let asked = site
+        let caller = self.principals.anonymous_caller(&TraceContext::new_root());
+        let asked = registry
             .upstream()
             .get(&caller, &Endpoint::Ping, &Accept::any(), None)
             .await;
@@ -151,17 +158,17 @@ impl ProxyService {
             lines,
             given_at: self.clock.now(),
         };
-        let (site, challenge) = (Arc::clone(site), kept.clone());
+        let (registry, challenge) = (Arc::clone(registry), kept.clone());
         let done = self
             .store
-            .write(move |store| store.put_challenge(site.name(), challenge))
+            .write(move |store| store.put_challenge(registry.name(), challenge))
             .await;
-        super::revalidate::report(done, "keep a registry's challenge");
+        super::cache_view::log_store_error(done, "store API challenge");
         Ok(Arc::new(kept))
     }
 }
 
-/// Where a challenge sends clients: hosts in lower case, without brackets, and ports. Only by https.
+/// Token realms of a challenge: host in lower case without brackets, and port. Only https.
 fn realms(kept: &StoredChallenge) -> Vec<(String, u16)> {
     let mut headers = HeaderMap::new();
     for line in &kept.lines {
@@ -180,7 +187,7 @@ fn realms(kept: &StoredChallenge) -> Vec<(String, u16)> {
             .trim_end_matches(']')
             .to_ascii_lowercase();
         let host = host.strip_suffix('.').map(str::to_owned).unwrap_or(host);
-        Some((host, uri.port_u16().unwrap_or(HTTPS)))
+        Some((host, uri.port_u16().unwrap_or(HTTPS_PORT)))
     };
     Challenge::read(&headers).iter().filter_map(realm).collect()
 }

@@ -1,6 +1,7 @@
-//! Attestations: what buildx lists beside an image in its index, and what refers to that.
+//! Attestation prefetch: attestations that buildx lists beside an image in its index, and their referrers.
 //!
-//! A platform is pulled by its own digest, so that an index was read before is what tells which attestation is its own.
+//! Clients pull a platform by its digest. So the attestation of that platform is known only from an index served
+//! earlier.
 
 use std::sync::Arc;
 
@@ -17,107 +18,126 @@ use crate::queue::Peer;
 use crate::store::manifests::StoredManifest;
 use crate::upstream::Credential;
 
-/// Images of which it is remembered what attests them.
-const ATTESTED_MAX: usize = 16_384;
+/// Images whose attestation is remembered.
+const ATTESTATIONS_MAX: usize = 16_384;
 
-/// Manifests brought along that refer to one attestation.
+/// Referrers fetched for one attestation.
 const REFERRERS_MAX: usize = 8;
 
-/// A larger blob of an attestation, or of what refers to it, is left to the client that asks for it.
+/// Larger blobs of an attestation or a referrer are fetched only on a client's request.
 const BLOB_BYTES_MAX: u64 = 32 * 1024 * 1024;
 
-/// The attestations of images, by image.
+/// Attestation digests by image.
 pub(super) struct Attestations {
-    known: Cache<ContentKey, Digest>,
-    /// Those that were brought, with what refers to them.
-    brought: Cache<ContentKey, ()>,
+    by_image: Cache<ContentKey, Digest>,
+    /// Images whose attestation and referrers were fetched.
+    fetched: Cache<ContentKey, ()>,
 }
 
 impl Default for Attestations {
     fn default() -> Self {
         Self {
-            known: Cache::new(ATTESTED_MAX),
-            brought: Cache::new(ATTESTED_MAX),
+            by_image: Cache::new(ATTESTATIONS_MAX),
+            fetched: Cache::new(ATTESTATIONS_MAX),
         }
     }
 }
 
 impl Attestations {
-    /// Remembers what an index lists.
-    pub(super) fn learn(&self, site: &UpstreamRegistry, repository: &Repository, index: &StoredManifest) {
+    /// Records the attestations that an index lists.
+    pub(super) fn record(
+        &self,
+        registry: &UpstreamRegistry,
+        repository: &Repository,
+        index: &StoredManifest,
+    ) {
         if index.manifest.kind != ManifestKind::Index {
             return;
         }
-        let upstream: Arc<str> = site.name().into();
+        let upstream: Arc<str> = registry.name().into();
         for child in &index.manifest.descriptors {
             let (Some(image), AnyDigest::Supported(attestation)) = (child.attests, &child.digest) else {
                 continue;
             };
             let key = (Arc::clone(&upstream), repository.clone(), image);
-            if self.known.get(&key) == Some(*attestation) {
+            if self.by_image.get(&key) == Some(*attestation) {
                 return;
             }
-            self.known.insert(key, *attestation);
+            self.by_image.insert(key, *attestation);
         }
     }
 
-    /// The attestation of this image, if it was not brought yet.
-    fn lacking(
+    /// The attestation of this image, if it was not fetched yet.
+    fn pending(
         &self,
-        site: &UpstreamRegistry,
+        registry: &UpstreamRegistry,
         repository: &Repository,
         image: &Digest,
     ) -> Option<(ContentKey, Digest)> {
-        let key = (site.name().into(), repository.clone(), *image);
-        let attestation = self.known.get(&key)?;
-        self.brought.get(&key).is_none().then_some((key, attestation))
+        let key = (registry.name().into(), repository.clone(), *image);
+        let attestation = self.by_image.get(&key)?;
+        self.fetched.get(&key).is_none().then_some((key, attestation))
     }
 
-    /// Whether an image has an attestation that was not brought yet.
-    pub(super) fn lacks(&self, site: &UpstreamRegistry, repository: &Repository, image: &Digest) -> bool {
-        self.lacking(site, repository, image).is_some()
+    /// Whether the image has an attestation that was not fetched yet.
+    pub(super) fn has_pending(
+        &self,
+        registry: &UpstreamRegistry,
+        repository: &Repository,
+        image: &Digest,
+    ) -> bool {
+        self.pending(registry, repository, image).is_some()
     }
 }
 
 impl ProxyService {
-    /// Brings the attestation of an image, with its blobs and with what refers to it, on the right of a client that was
-    /// given the image.
-    pub async fn bring_attestation(self: &Arc<Self>, request: &Request, image: &Digest) {
+    /// Fetches the attestation of an image, its blobs and its referrers, with the credential of a client that was
+    /// served the image.
+    pub async fn fetch_attestation(self: &Arc<Self>, request: &Request, image: &Digest) {
         if let Some(repository) = request.endpoint.repository() {
-            let of = UpstreamRequest::of(request, repository, &self.caller(request));
-            self.bring_attached(&of, image).await;
+            let upstream_request = UpstreamRequest::of(request, repository, &self.caller(request));
+            self.fetch_attestation_of(&upstream_request, image).await;
         }
     }
 
-    pub(super) async fn bring_attached(self: &Arc<Self>, of: &UpstreamRequest, image: &Digest) {
-        let Some((key, attestation)) = self.attestations.lacking(&of.site, &of.repository, image) else {
+    pub(super) async fn fetch_attestation_of(
+        self: &Arc<Self>,
+        upstream_request: &UpstreamRequest,
+        image: &Digest,
+    ) {
+        let Some((key, attestation)) =
+            self.attestations
+                .pending(&upstream_request.registry, &upstream_request.repository, image)
+        else {
             return;
         };
-        if self.bring_artifact(of, attestation).await && self.bring_referrers(of, attestation).await {
-            self.attestations.brought.insert(key, ());
+        if self.fetch_artifact(upstream_request, attestation).await
+            && self.fetch_referrers(upstream_request, attestation).await
+        {
+            self.attestations.fetched.insert(key, ());
         }
     }
 
-    /// Brings what refers to a manifest, or that nothing does. Says whether the upstream has answered.
-    async fn bring_referrers(self: &Arc<Self>, of: &UpstreamRequest, subject: Digest) -> bool {
+    /// Fetches the referrers of a manifest. Returns whether the upstream responded, also with an empty list or a 404.
+    async fn fetch_referrers(self: &Arc<Self>, upstream_request: &UpstreamRequest, subject: Digest) -> bool {
         let endpoint = Endpoint::Referrers {
-            repository: of.repository.clone(),
+            repository: upstream_request.repository.clone(),
             digest: AnyDigest::Supported(subject),
             query: Query::default(),
         };
-        let listed = match self.ask_as(of, endpoint).await {
+        let listed = match self.handle_as(upstream_request, endpoint).await {
             ProxyResponse::Listing(listing, _) => Manifest::read(&listing.bytes).ok(),
-            ProxyResponse::Denied(refused) if refused.refusal == DenyReason::NotFound => {
+            ProxyResponse::Denied(denied) if denied.reason == DenyReason::NotFound => {
                 let Ok(tag) = subject.to_string().replacen(':', "-", 1).parse() else {
                     return true;
                 };
                 let endpoint = Endpoint::Manifest {
-                    repository: of.repository.clone(),
+                    repository: upstream_request.repository.clone(),
                     reference: Reference::Tag(tag),
                 };
-                match self.ask_as(of, endpoint).await {
+                match self.handle_as(upstream_request, endpoint).await {
                     ProxyResponse::Manifest(held, _) => Some(held.manifest.clone()),
-                    ProxyResponse::Denied(refused) => return refused.refusal == DenyReason::NotFound,
+                    ProxyResponse::Denied(denied) => return denied.reason == DenyReason::NotFound,
                     _ => None,
                 }
             }
@@ -129,57 +149,61 @@ impl ProxyService {
             .filter(|child| child.kind == DescriptorKind::Manifest);
         for child in manifests.take(REFERRERS_MAX) {
             if let AnyDigest::Supported(digest) = child.digest {
-                self.bring_artifact(of, digest).await;
+                self.fetch_artifact(upstream_request, digest).await;
             }
         }
         true
     }
 
-    /// Brings a manifest that is no image, with its blobs. Says whether it is here.
-    async fn bring_artifact(self: &Arc<Self>, of: &UpstreamRequest, digest: Digest) -> bool {
-        let of = UpstreamRequest {
+    /// Fetches an artifact manifest and its blobs. Returns whether the manifest is available here.
+    async fn fetch_artifact(self: &Arc<Self>, upstream_request: &UpstreamRequest, digest: Digest) -> bool {
+        let upstream_request = UpstreamRequest {
             accept: Accept::manifests(),
-            ..of.clone()
+            ..upstream_request.clone()
         };
-        let held = match self.child(&of, digest).await {
+        let held = match self.child_manifest(&upstream_request, digest).await {
             Ok(held) => held,
             Err(cause) => {
-                tracing::debug!(%digest, %cause, "an attestation could not be prefetched");
+                tracing::debug!(%digest, %cause, "failed to prefetch attestation");
                 return false;
             }
         };
-        let missing = self.missing(&of, &held).await;
+        let missing = self.missing_blobs_of(&upstream_request, &held).await;
         let is_small = |child: &&Descriptor| child.size.is_some_and(|size| size <= BLOB_BYTES_MAX);
         for child in held.manifest.descriptors.iter().filter(is_small) {
             if let AnyDigest::Supported(blob) = child.digest
                 && missing.iter().any(|(digest, _)| *digest == blob)
             {
-                self.prefetch_blob(of.clone(), blob, None).await;
+                self.prefetch_blob(upstream_request.clone(), blob, None).await;
             }
         }
         true
     }
 
-    /// The outcome of a client's request, put on its right by the cache itself.
-    async fn ask_as(self: &Arc<Self>, of: &UpstreamRequest, endpoint: Endpoint) -> ProxyResponse {
-        let authorization: Option<HeaderValue> = match &of.caller.credential {
+    /// Handles a request that the cache itself makes with the client's credential.
+    async fn handle_as(
+        self: &Arc<Self>,
+        upstream_request: &UpstreamRequest,
+        endpoint: Endpoint,
+    ) -> ProxyResponse {
+        let authorization: Option<HeaderValue> = match &upstream_request.caller.credential {
             Credential::Client(shown) => Some(shown.clone()),
             Credential::Anonymous | Credential::Configured => None,
         };
         let request = Request {
-            site: Arc::clone(&of.site),
+            registry: Arc::clone(&upstream_request.registry),
             endpoint,
             head: false,
             accept: Accept::manifests(),
             authorization,
             now: self.clock.now(),
-            writes: of.site.writes(&of.repository),
+            writes: upstream_request.registry.writes(&upstream_request.repository),
             for_push: false,
-            trace: of.caller.trace.clone(),
+            trace: upstream_request.caller.trace.clone(),
             peer: Peer::Background,
             range: RangeRequest::None,
             needs_length: false,
         };
-        Box::pin(self.outcome(&request)).await
+        Box::pin(self.dispatch(&request)).await
     }
 }

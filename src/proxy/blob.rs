@@ -1,4 +1,4 @@
-//! Blobs: held, joined, or led.
+//! Blob requests: serve from the store, follow a running download, or lead a new one.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -6,7 +6,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::cache_view::CacheView;
-use super::manifest::refused;
+use super::denied;
 use super::manifest_fetch::UpstreamRequest;
 use super::possession::Sample;
 use super::revalidate::Revalidated;
@@ -24,27 +24,28 @@ use crate::policy::{
 use crate::queue::{Class, Demand, NoPlace};
 use crate::upstream::UpstreamResponse;
 
-/// How often one joins again after a leader failed on a right that was its own. Each time another leads.
+/// Joins after a leader failed on its own authorization. Each retry may become the leader.
 const JOINS_MAX: usize = 4;
 
-/// How long the answer with a blob waits for its first byte. Clients give up on an answer after 30 s.
-const BEGINS_WITHIN: Duration = Duration::from_secs(20);
+/// Longest wait for the first byte before the response head is sent. Clients give up after 30 s without a response.
+const FIRST_BYTE_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// How long the answer with a blob of unknown size is kept back, in the hope to learn it. Clients give up on an answer
-/// after 30 s.
-const UNSIZED_WITHIN: Duration = Duration::from_secs(5);
+/// Longest wait to learn the size of a blob before the response head is sent. Clients give up after 30 s without a
+/// response.
+const SIZE_WAIT_MAX: Duration = Duration::from_secs(5);
 
-/// How long the answer with a blob whose download waits for a place is kept back, in the hope to learn its size. Clients
-/// give up on an answer after 30 s.
-const QUEUED_WITHIN: Duration = Duration::from_secs(5);
+/// Longest wait for a queued download to start before the response head is sent. Clients give up after 30 s without a
+/// response.
+const QUEUE_WAIT_MAX: Duration = Duration::from_secs(5);
 
-/// A larger blob waits behind smaller ones.
+/// Larger blobs queue behind smaller ones.
 const SMALL_BYTES_MAX: u64 = 1024 * 1024;
 
-/// A blob that is stated to be larger does not arrive within that time at 50 Mbit/s, so it is …
-const UNSIZED_BYTES_MAX: u64 = 32 * 1024 * 1024;
-/// … kept back for no longer than this.
-const LARGE_WITHIN: Duration = Duration::from_secs(1);
+/// A blob with a larger size hint does not arrive within `SIZE_WAIT_MAX` at 50 Mbit/s. Its response head waits at
+/// most `LARGE_SIZE_WAIT_MAX`.
+const SIZE_WAIT_BYTES_MAX: u64 = 32 * 1024 * 1024;
+/// Longest wait to learn the size of a large blob.
+const LARGE_SIZE_WAIT_MAX: Duration = Duration::from_secs(1);
 
 impl ProxyService {
     pub(super) async fn blob(
@@ -57,45 +58,46 @@ impl ProxyService {
         let digest = match digest {
             AnyDigest::Supported(digest) => digest,
             AnyDigest::Unsupported(_) => {
-                return passthrough::unverifiable(self, request, repository, &context.caller, u64::MAX).await;
+                return passthrough::fetch_uncached(self, request, repository, &context.caller, u64::MAX)
+                    .await;
             }
         };
-        let rule = request.site.rule(repository, None);
-        let road = BlobRequest {
-            pull: self,
+        let rule = request.registry.rule(repository, None);
+        let blob_request = BlobRequest {
+            proxy: self,
             request,
             repository,
             context: &context,
             rule,
             digest,
         };
-        if context.is_stranger(rule, request.now) {
-            return road.introduced().await;
+        if context.has_no_grant(rule, request.now) {
+            return blob_request.authorize_first().await;
         }
-        let (copy, seen) = self.held_content(request, repository, digest).await;
-        let situation = road.situation(copy.is_some(), seen);
+        let (copy, seen) = self.cached_content(request, repository, digest).await;
+        let situation = blob_request.situation(copy.is_some(), seen);
         match (decide(&situation), copy) {
             (Decision::Serve(served), Some((_, size))) if request.for_push => {
-                road.for_push(&situation, size, served).await
+                blob_request.head_for_push(&situation, size, served).await
             }
-            (Decision::Serve(served), Some((bytes, size))) => road.serve(bytes, size, served),
-            (Decision::Deny(refusal), _) => refused(refusal, None, false),
-            (Decision::Revalidate, copy) => road.after_asking(situation, copy).await,
+            (Decision::Serve(served), Some((bytes, size))) => blob_request.serve(bytes, size, served),
+            (Decision::Deny(refusal), _) => denied(refusal, None, false),
+            (Decision::Revalidate, copy) => blob_request.revalidate_and_serve(situation, copy).await,
             (Decision::Fetch(_) | Decision::Serve(_) | Decision::ProbeLayers(_), _) => {
-                road.fetch(situation).await
+                blob_request.fetch(situation).await
             }
         }
     }
 
-    /// The content of a blob with its size, if it is held, and whether it was seen in the repository.
-    async fn held_content(
+    /// Cached content of a blob with its size, and whether the blob belongs to the repository.
+    async fn cached_content(
         self: &Arc<Self>,
         request: &Request,
         repository: &Repository,
         digest: Digest,
     ) -> (Option<(BlobBody, u64)>, bool) {
         let head = request.head;
-        self.look_up(&request.site, repository, move |cached| {
+        self.read_cache(&request.registry, repository, move |cached| {
             (cached.content(&digest, head), cached.is_member(&digest))
         })
         .await
@@ -109,7 +111,7 @@ impl CacheView<'_> {
             return Some((BlobBody::Memory(bytes), size));
         }
         let image = format_args!("{}@{digest}", self.repository);
-        let blob = self.pull.cached(self.site, &image, self.view.blob(digest))?;
+        let blob = self.proxy.cached(self.registry, &image, self.view.blob(digest))?;
         let size = blob.size;
         let content = if head {
             BlobBody::Head
@@ -121,7 +123,7 @@ impl CacheView<'_> {
 }
 
 struct BlobRequest<'a> {
-    pull: &'a Arc<ProxyService>,
+    proxy: &'a Arc<ProxyService>,
     request: &'a Request,
     repository: &'a Repository,
     context: &'a AuthContext,
@@ -130,54 +132,56 @@ struct BlobRequest<'a> {
 }
 
 impl BlobRequest<'_> {
-    fn situation(&self, is_held: bool, seen: bool) -> CacheState {
-        let held = is_held.then_some(CachedEntry {
+    fn situation(&self, is_cached: bool, seen: bool) -> CacheState {
+        let held = is_cached.then_some(CachedEntry {
             digest: self.digest,
             confirmed_at: self.request.now,
             is_moved: false,
             completeness: Completeness::Complete,
-            is_invalidated: self
-                .pull
-                .is_invalidated(&self.request.site, self.repository, self.digest.into()),
+            is_invalidated: self.proxy.is_invalidated(
+                &self.request.registry,
+                self.repository,
+                self.digest.into(),
+            ),
         });
         self.context
             .situation(self.rule, ContentKind::Blob, held, seen, self.request.now)
     }
 
-    /// For one who has shown no right here: see [`AuthContext::is_stranger`].
-    async fn introduced(&self) -> ProxyResponse {
+    /// For a caller without a grant: see [`AuthContext::has_no_grant`].
+    async fn authorize_first(&self) -> ProxyResponse {
         let now = self.request.now;
         let unseen = self
             .context
             .situation(self.rule, ContentKind::Blob, None, false, now);
         if let Decision::Deny(refusal) = decide(&unseen) {
-            return refused(refusal, None, false);
+            return denied(refusal, None, false);
         }
-        let asked = self.ask(&unseen).await;
-        if asked.is_unproven() {
-            // The upstream's own words, and its own bytes: whatever is cached plays no part.
+        let revalidated = self.revalidate(&unseen).await;
+        if revalidated.is_unproven() {
+            // Forward the upstream's own response, because it proves nothing. Cached content is not used.
             return if self.request.head {
-                self.head_given(asked.answer.and_then(|answer| answer.length))
+                self.head_given(revalidated.answer.and_then(|answer| answer.length))
             } else {
                 self.pass_through(unseen).await
             };
         }
         if !matches!(
-            asked.revalidation,
+            revalidated.revalidation,
             Revalidation::Digest { .. } | Revalidation::NoDigest
         ) {
-            return refuse_unheld(unseen, asked.revalidation, asked.answer);
+            return deny_uncached(unseen, revalidated.revalidation, revalidated.answer);
         }
         let (held, _) = self
-            .pull
-            .held_content(self.request, self.repository, self.digest)
+            .proxy
+            .cached_content(self.request, self.repository, self.digest)
             .await;
         match held {
             Some((_, size)) if self.request.for_push => {
                 self.serve(BlobBody::Head, size, HitReason::Immutable)
             }
             Some((content, size)) => self.serve(content, size, HitReason::Immutable),
-            None if self.request.head => self.head_said(unseen, asked),
+            None if self.request.head => self.respond_to_head(unseen, revalidated),
             None => {
                 let standing = Authorization::Granted;
                 self.fetch(CacheState {
@@ -189,51 +193,65 @@ impl BlobRequest<'_> {
         }
     }
 
-    async fn after_asking(&self, situation: CacheState, content: Option<(BlobBody, u64)>) -> ProxyResponse {
-        let mut asked = self.ask(&situation).await;
-        if asked.is_unproven() && self.request.head {
-            return self.head_given(asked.answer.and_then(|answer| answer.length));
+    async fn revalidate_and_serve(
+        &self,
+        situation: CacheState,
+        content: Option<(BlobBody, u64)>,
+    ) -> ProxyResponse {
+        let mut revalidated = self.revalidate(&situation).await;
+        if revalidated.is_unproven() && self.request.head {
+            return self.head_given(revalidated.answer.and_then(|answer| answer.length));
         }
-        if asked.is_unproven()
+        if revalidated.is_unproven()
             && let Some((content, _)) = &content
         {
-            asked = self.proven(Sample::of_content(content).await).await;
+            revalidated = self.prove_possession(Sample::of_content(content).await).await;
         }
-        match (decide(&situation.with_revalidation(asked.revalidation)), content) {
+        match (
+            decide(&situation.with_revalidation(revalidated.revalidation)),
+            content,
+        ) {
             (Decision::Serve(served), Some((content, size))) => self.serve(content, size, served),
-            (Decision::Deny(refusal), _) => refused(refusal, asked.answer, is_own(asked.revalidation)),
-            // The copy went away while the question was out.
+            (Decision::Deny(refusal), _) => denied(
+                refusal,
+                revalidated.answer,
+                is_proxy_credential_denied(revalidated.revalidation),
+            ),
+            // The blob was evicted during the revalidation.
             _ => self.fetch(situation).await,
         }
     }
 
-    /// A held blob may have been collected by the registry, and a push that leaves it out would fail there. While the
-    /// registry is silent there is no push to spoil.
-    async fn for_push(&self, situation: &CacheState, size: u64, served: HitReason) -> ProxyResponse {
-        let asked = self.ask(situation).await;
-        match asked.revalidation {
+    /// `HEAD` before a push. The registry may have garbage-collected a cached blob, and a push that skips its upload
+    /// would fail. While the registry is unavailable, no push can succeed anyway.
+    async fn head_for_push(&self, situation: &CacheState, size: u64, served: HitReason) -> ProxyResponse {
+        let revalidated = self.revalidate(situation).await;
+        match revalidated.revalidation {
             Revalidation::NotFound => {
-                let own = Arc::clone(&self.request.site);
+                let own = Arc::clone(&self.request.registry);
                 let (repository, digest) = (self.repository.clone(), self.digest);
                 let gone = self
-                    .pull
+                    .proxy
                     .store
                     .write(move |store| store.remove_member(own.name(), &repository, &digest))
                     .await;
-                super::revalidate::report(gone, "forget a blob that the registry no longer has");
-                refused(DenyReason::NotFound, asked.answer, false)
+                super::cache_view::log_store_error(gone, "remove membership of deleted blob");
+                denied(DenyReason::NotFound, revalidated.answer, false)
             }
-            Revalidation::Denied(_) => {
-                refused(DenyReason::Forbidden, asked.answer, is_own(asked.revalidation))
-            }
+            Revalidation::Denied(_) => denied(
+                DenyReason::Forbidden,
+                revalidated.answer,
+                is_proxy_credential_denied(revalidated.revalidation),
+            ),
             _ => self.serve(BlobBody::Head, size, served),
         }
     }
 
-    /// Asks whether this principal may read this blob here. A yes is the proof that the upstream has it here.
-    async fn ask(&self, situation: &CacheState) -> Revalidated {
-        self.pull
-            .ask(
+    /// Revalidates whether this principal may read the blob here. A success also proves that the upstream has it in
+    /// this repository.
+    async fn revalidate(&self, situation: &CacheState) -> Revalidated {
+        self.proxy
+            .revalidate(
                 self.request,
                 self.repository,
                 self.context,
@@ -244,10 +262,10 @@ impl BlobRequest<'_> {
     }
 
     fn serve(&self, content: BlobBody, size: u64, served: HitReason) -> ProxyResponse {
-        self.outcome(content, Some(size), ServeReason::Cached(served))
+        self.respond(content, Some(size), ServeReason::Cached(served))
     }
 
-    fn outcome(&self, content: BlobBody, size: Option<u64>, reason: ServeReason) -> ProxyResponse {
+    fn respond(&self, content: BlobBody, size: Option<u64>, reason: ServeReason) -> ProxyResponse {
         let content = if self.request.head {
             BlobBody::Head
         } else {
@@ -257,7 +275,7 @@ impl BlobRequest<'_> {
             digest: self.digest,
             size,
             content,
-            how: ServeInfo {
+            info: ServeInfo {
                 reason,
                 confirmed_at: None,
             },
@@ -272,7 +290,7 @@ impl BlobRequest<'_> {
         for _ in 0..JOINS_MAX {
             match self.join(situation).await {
                 Ok(outcome) => return outcome,
-                // The leader's right was not ours: join again, perhaps to lead.
+                // The leader was denied, not this caller: join again, perhaps as leader.
                 Err(failure) => last = Some(failure),
             }
         }
@@ -280,66 +298,79 @@ impl BlobRequest<'_> {
             Some(Failure::Refused(answer)) => answer.cause(),
             _ => UpstreamFailure::Busy,
         };
-        refused(DenyReason::UpstreamUnavailable(cause), None, false)
+        denied(DenyReason::UpstreamUnavailable(cause), None, false)
     }
 
     async fn head(&self, situation: CacheState) -> ProxyResponse {
-        // Verified and seen here, and not named yet.
+        // Verified, but not committed to the store yet.
         if situation.authorization == Authorization::Granted
-            && let Some(size) = self.pull.downloads.verified_size(&self.digest)
+            && let Some(size) = self.proxy.downloads.verified_size(&self.digest)
         {
             return self.serve(BlobBody::Head, size, HitReason::Immutable);
         }
-        let asked = self.ask(&situation).await;
-        self.head_said(situation, asked)
+        let revalidated = self.revalidate(&situation).await;
+        self.respond_to_head(situation, revalidated)
     }
 
-    fn head_said(&self, situation: CacheState, asked: Revalidated) -> ProxyResponse {
-        match (asked.revalidation, &asked.answer) {
+    fn respond_to_head(&self, situation: CacheState, revalidated: Revalidated) -> ProxyResponse {
+        match (revalidated.revalidation, &revalidated.answer) {
             (Revalidation::Digest { .. } | Revalidation::NoDigest, Some(answer)) => {
                 self.head_given(answer.length)
             }
-            // Passed on as the upstream's word: nothing is noted because of it.
-            (_, Some(answer)) if asked.is_unproven() => self.head_given(answer.length),
-            (revalidation, _) => refuse_unheld(situation, revalidation, asked.answer),
+            // Forwarded unproven; nothing is recorded from it.
+            (_, Some(answer)) if revalidated.is_unproven() => self.head_given(answer.length),
+            (revalidation, _) => deny_uncached(situation, revalidation, revalidated.answer),
         }
     }
 
     fn head_given(&self, size: Option<u64>) -> ProxyResponse {
-        self.outcome(BlobBody::Head, size, ServeReason::Fetched(MissReason::NotCached))
+        self.respond(BlobBody::Head, size, ServeReason::Fetched(MissReason::NotCached))
     }
 
-    /// What asking comes to once the upstream was asked for the bytes as well.
-    async fn proven(&self, sample: Option<Sample>) -> Revalidated {
+    /// Result of the revalidation after the sample was requested from the upstream.
+    async fn prove_possession(&self, sample: Option<Sample>) -> Revalidated {
         let Some(sample) = sample else {
             return Revalidated {
                 revalidation: Revalidation::Unavailable(UpstreamFailure::NotRegistry),
                 answer: None,
             };
         };
-        let of = self.wanted();
-        match self.pull.prove(&of, self.digest, &sample).await {
+        let upstream_request = self.upstream_request();
+        match self
+            .proxy
+            .request_sample(&upstream_request, self.digest, &sample)
+            .await
+        {
             Ok(()) => Revalidated {
                 revalidation: Revalidation::NoDigest,
                 answer: None,
             },
             Err(answer) => Revalidated {
-                revalidation: self.pull.heard(&of.site, self.repository, &answer).await,
+                revalidation: self
+                    .proxy
+                    .classify(&upstream_request.registry, self.repository, &answer)
+                    .await,
                 answer: Some(Arc::new(answer)),
             },
         }
     }
 
-    fn wanted(&self) -> UpstreamRequest {
+    fn upstream_request(&self) -> UpstreamRequest {
         UpstreamRequest::of(self.request, self.repository, &self.context.caller)
     }
 
     async fn join(&self, situation: CacheState) -> Result<ProxyResponse, Arc<Failure>> {
-        let of = self.wanted();
-        let wish = self.wish();
-        match self.pull.downloads.join(self.digest, of.requester(), wish).await {
+        let upstream_request = self.upstream_request();
+        let options = self.options();
+        match self
+            .proxy
+            .downloads
+            .join(self.digest, upstream_request.requester(), options)
+            .await
+        {
             Joined::Leader(leader) => {
-                let source = UpstreamSource::new(self.pull, of, self.digest).for_leader(&leader);
+                let source =
+                    UpstreamSource::new(self.proxy, upstream_request, self.digest).for_leader(&leader);
                 let reader = leader.start(source);
                 self.read(
                     reader,
@@ -352,27 +383,30 @@ impl BlobRequest<'_> {
             Joined::Follower {
                 reader,
                 began_by_same: Some(began),
-            } if self.still_holds(&of, began) => {
+            } if self.is_still_authorized(&upstream_request, began) => {
                 self.read(reader, ServeReason::Collapsed, situation, true).await
             }
             Joined::Follower { reader, .. } => {
-                if let Some(refusal) = self.own_right(situation, Sample::of_reader(&reader)).await {
+                if let Some(refusal) = self
+                    .authorize_follower(situation, Sample::of_reader(&reader))
+                    .await
+                {
                     return Ok(refusal);
                 }
                 self.read(reader, ServeReason::Collapsed, situation, false).await
             }
             Joined::Held(held) => {
-                if let Some(refusal) = self.own_right(situation, Sample::of_file(&held)).await {
+                if let Some(refusal) = self.authorize_follower(situation, Sample::of_file(&held)).await {
                     return Ok(refusal);
                 }
                 let size = held.size;
-                Ok(self.outcome(BlobBody::File(held), Some(size), ServeReason::Collapsed))
+                Ok(self.respond(BlobBody::File(held), Some(size), ServeReason::Collapsed))
             }
         }
     }
 
-    /// What this request wants of the blob, and how urgently: what is small first, what no manifest here names last.
-    fn wish(&self) -> Wish {
+    /// Priority and extent of the download: small blobs first, blobs without a size hint last.
+    fn options(&self) -> Wish {
         let class = match self.stated_size() {
             Some(size) if size <= SMALL_BYTES_MAX => Class::Interactive,
             _ => Class::Bulk,
@@ -387,55 +421,56 @@ impl BlobRequest<'_> {
         }
     }
 
-    /// The size that a manifest of this repository states.
+    /// Size hint from a manifest of this repository.
     fn stated_size(&self) -> Option<u64> {
-        self.pull
-            .sizes
-            .of(&self.request.site, self.repository, self.digest)
+        self.proxy
+            .size_hints
+            .get(&self.request.registry, self.repository, self.digest)
     }
 
-    /// Whether the answer may begin before the upstream was asked: this principal has a right to what a manifest here
-    /// names, wants it from the start, and would notice if it broke off.
-    fn may_begin_queued(&self) -> bool {
+    /// Whether the response head may be sent while the download is queued. The principal must be authorized, a
+    /// manifest here must reference the blob, the request must start at byte 0, and the client must be able to detect
+    /// a truncated body.
+    fn may_respond_while_queued(&self) -> bool {
         !self.request.needs_length
-            && self.may_read_here()
+            && self.is_authorized_here()
             && self.stated_size().is_some()
             && self.request.range == RangeRequest::None
     }
 
-    /// Whether a transfer that this principal began here is still its own to read: the `GET` of the transfer is the
-    /// question about its right, unless the upstream has refused it since or a grant would have lapsed by now.
-    fn still_holds(&self, of: &UpstreamRequest, began: Instant) -> bool {
-        began.elapsed() < self.rule.grant_ttl && !self.pull.refused_since(of, began)
+    /// Whether this principal may follow a download that it started itself. The `GET` of that download authorized it,
+    /// unless a denial followed or the grant would have expired.
+    fn is_still_authorized(&self, upstream_request: &UpstreamRequest, began: Instant) -> bool {
+        began.elapsed() < self.rule.grant_ttl && !self.proxy.denied_since(upstream_request, began)
     }
 
-    /// Nobody follows on another's right: `None` if this principal has its own, else the refusal.
-    async fn own_right(
+    /// Authorizes a follower by its own grant or by a revalidation of its own. `None` if authorized, else the denial.
+    async fn authorize_follower(
         &self,
         situation: CacheState,
         sample: impl Future<Output = Option<Sample>>,
     ) -> Option<ProxyResponse> {
-        if situation.authorization == Authorization::Granted || self.may_follow_here() {
+        if situation.authorization == Authorization::Granted || self.may_join_download() {
             return None;
         }
-        let mut asked = self.ask(&situation).await;
-        if asked.is_unproven() {
-            asked = self.proven(sample.await).await;
+        let mut revalidated = self.revalidate(&situation).await;
+        if revalidated.is_unproven() {
+            revalidated = self.prove_possession(sample.await).await;
         }
-        match asked.revalidation {
+        match revalidated.revalidation {
             Revalidation::Digest { .. } | Revalidation::NoDigest => None,
-            revalidation => Some(refuse_unheld(situation, revalidation, asked.answer)),
+            revalidation => Some(deny_uncached(situation, revalidation, revalidated.answer)),
         }
     }
 
-    /// Whether what is arriving is the upstream's response for this very repository, in which this principal may read.
-    fn may_follow_here(&self) -> bool {
-        let arriving = &self.pull.arriving;
-        self.may_read_here() && arriving.is_in(&self.request.site, self.repository, self.digest)
+    /// Whether the running download belongs to this repository and the principal is authorized there.
+    fn may_join_download(&self) -> bool {
+        let arriving = &self.proxy.active_downloads;
+        self.is_authorized_here() && arriving.contains(&self.request.registry, self.repository, self.digest)
     }
 
-    /// Whether this principal may read in this repository.
-    fn may_read_here(&self) -> bool {
+    /// Whether this principal has a current grant in this repository.
+    fn is_authorized_here(&self) -> bool {
         let now = self.request.now;
         let here = self
             .context
@@ -451,33 +486,37 @@ impl BlobRequest<'_> {
         leads: bool,
     ) -> Result<ProxyResponse, Arc<Failure>> {
         let opened = async {
-            if self.may_begin_queued() && is_still_queued(&mut reader).await {
+            if self.may_respond_while_queued() && is_still_queued(&mut reader).await {
                 return Ok(None);
             }
-            opened_with_size(&mut reader, self.stated_size()).await
+            wait_for_size(&mut reader, self.stated_size()).await
         };
         let failure = match opened.await {
             Ok(size) => {
-                let reader = reader.with_ahead(UpstreamSource::new(self.pull, self.wanted(), self.digest));
-                return Ok(self.outcome(BlobBody::Download(reader), size, reason));
+                let reader = reader.with_ahead(UpstreamSource::new(
+                    self.proxy,
+                    self.upstream_request(),
+                    self.digest,
+                ));
+                return Ok(self.respond(BlobBody::Download(reader), size, reason));
             }
             Err(failure) => failure,
         };
         match failure.as_ref() {
             Failure::Refused(answer) if leads => {
-                let site = &self.request.site;
-                let revalidation = self.pull.heard(site, self.repository, answer).await;
+                let registry = &self.request.registry;
+                let revalidation = self.proxy.classify(registry, self.repository, answer).await;
                 let answer = Arc::new(answer.as_ref().clone());
-                Ok(refuse_unheld(situation, revalidation, Some(answer)))
+                Ok(deny_uncached(situation, revalidation, Some(answer)))
             }
             Failure::Refused(_) | Failure::Abandoned => Err(failure),
             Failure::Unstorable(fault) => {
-                tracing::warn!(digest = %self.digest, %fault, "passing a blob through without storing it");
+                tracing::warn!(digest = %self.digest, %fault, "failed to store blob, forwarding it instead");
                 Ok(self.pass_through(situation).await)
             }
-            Failure::Crowded(full) => Ok(crowded(NoPlace::Full(*full))),
-            Failure::Broken(cause) => Ok(refused(DenyReason::UpstreamUnavailable(*cause), None, false)),
-            Failure::Wrong(_) => Ok(refused(
+            Failure::Crowded(full) => Ok(queue_full(NoPlace::Full(*full))),
+            Failure::Broken(cause) => Ok(denied(DenyReason::UpstreamUnavailable(*cause), None, false)),
+            Failure::Wrong(_) => Ok(denied(
                 DenyReason::UpstreamUnavailable(UpstreamFailure::DigestMismatch),
                 None,
                 false,
@@ -486,108 +525,122 @@ impl BlobRequest<'_> {
         }
     }
 
-    /// The upstream's bytes as they come, verified on their way: where the disk cannot take them, and where nothing but
-    /// the bytes can prove the right to them. What they prove is noted once they are verified.
+    /// Forwards the upstream's bytes and verifies them in transit. Used if the disk cannot store the blob, or if only
+    /// the bytes can prove access. The grant is recorded after verification.
     async fn pass_through(&self, situation: CacheState) -> ProxyResponse {
         let Request {
-            site,
+            registry,
             endpoint,
             accept,
             ..
         } = self.request;
-        let place = self.pull.downloads.admit(site.name(), self.wish().demand).await;
-        let place = match place {
-            Ok(place) => place,
-            Err(refused) => return crowded(refused),
+        let permit = self
+            .proxy
+            .downloads
+            .admit(registry.name(), self.options().demand)
+            .await;
+        let permit = match permit {
+            Ok(permit) => permit,
+            Err(denied) => return queue_full(denied),
         };
         let asked_at = Instant::now();
-        let fetched = site
+        let fetched = registry
             .upstream()
             .get(&self.context.caller, endpoint, accept, None)
             .await;
         let fetched = match fetched {
-            Ok(fetched) => fetched.holding(place),
+            Ok(fetched) => fetched.holding(permit),
             Err(answer) => {
-                self.pull.learn(&self.wanted(), &answer, asked_at).await;
-                let revalidation = self.pull.heard(site, self.repository, &answer).await;
-                return refuse_unheld(situation, revalidation, Some(Arc::new(answer)));
+                self.proxy
+                    .record_response(&self.upstream_request(), &answer, asked_at)
+                    .await;
+                let revalidation = self.proxy.classify(registry, self.repository, &answer).await;
+                return deny_uncached(situation, revalidation, Some(Arc::new(answer)));
             }
         };
         let is_page = fetched.media_type.as_ref().is_some_and(MediaType::is_page);
         let size = fetched.length;
-        let (pull, of, digest) = (Arc::clone(self.pull), self.wanted(), self.digest);
+        let (proxy, upstream_request, digest) =
+            (Arc::clone(self.proxy), self.upstream_request(), self.digest);
         let mut passing = passthrough::VerifyingStream::new(digest, fetched).when_verified(async move {
-            pull.learn_blob(&of, (digest, size.unwrap_or(0)), asked_at).await;
+            proxy
+                .record_verified_blob(&upstream_request, (digest, size.unwrap_or(0)), asked_at)
+                .await;
         });
-        // Nothing of a small blob is sent before it is verified, so its answer can still be an honest error.
+        // A small blob is sent only after verification, so a mismatch can still become an error response.
         let content = if is_page || size.is_some_and(|size| size <= WITHHELD_BYTES) {
             match passing.next().await.transpose() {
                 Ok(bytes) if passing.is_over() => BlobBody::Memory(bytes.unwrap_or_default()),
                 Ok(_) | Err(UpstreamFailure::DigestMismatch) if is_page => {
-                    return refuse_unheld(
+                    return deny_uncached(
                         situation,
                         Revalidation::Unavailable(UpstreamFailure::NotRegistry),
                         None,
                     );
                 }
                 Ok(_) => {
-                    return refuse_unheld(
+                    return deny_uncached(
                         situation,
                         Revalidation::Unavailable(UpstreamFailure::Malformed),
                         None,
                     );
                 }
-                Err(cause) => return refuse_unheld(situation, Revalidation::Unavailable(cause), None),
+                Err(cause) => return deny_uncached(situation, Revalidation::Unavailable(cause), None),
             }
         } else {
             BlobBody::Passthrough(Box::new(passing))
         };
-        self.outcome(content, size, ServeReason::Passthrough)
+        self.respond(content, size, ServeReason::Passthrough)
     }
 }
 
-/// Too many downloads wait already.
-fn crowded(refused_place: NoPlace) -> ProxyResponse {
+/// Denial for a full download queue.
+fn queue_full(refused_place: NoPlace) -> ProxyResponse {
     let answer = UpstreamResponse::not_admitted(refused_place);
-    refused(
+    denied(
         DenyReason::UpstreamUnavailable(answer.cause()),
         Some(Arc::new(answer)),
         false,
     )
 }
 
-/// Waits for the upstream's answer, and says whether the download waits for a place instead.
+/// Waits for the upstream response. Returns whether the download is still queued instead.
 async fn is_still_queued(reader: &mut Reader) -> bool {
-    let opened = tokio::time::timeout(QUEUED_WITHIN, reader.opened()).await;
+    let opened = tokio::time::timeout(QUEUE_WAIT_MAX, reader.opened()).await;
     opened.is_err() && reader.is_queued()
 }
 
-/// Waits until the blob's answer can begin: its size, where it is known by then. What a manifest `stated` is no size.
-async fn opened_with_size(reader: &mut Reader, stated: Option<u64>) -> Result<Option<u64>, Arc<Failure>> {
+/// Waits until the response head can be sent. Returns the blob's size if it is known by then; the size hint `stated`
+/// never counts as the size.
+async fn wait_for_size(reader: &mut Reader, stated: Option<u64>) -> Result<Option<u64>, Arc<Failure>> {
     match reader.opened().await?.size {
-        // Nothing of a small blob can be sent before it is verified, so its answer can still be an honest error.
+        // A small blob is sent only after verification, so a mismatch can still become an error response.
         Some(size) if size <= WITHHELD_BYTES => reader.settled().await.map(Some),
-        Some(size) => begun(reader).await.map(|()| Some(size)),
-        // Many clients want a length, and the upstream has not said it: if the transfer ends soon, it is known.
+        Some(size) => wait_for_first_byte(reader).await.map(|()| Some(size)),
+        // Many clients need a length that the upstream did not state. It is known if the download ends soon.
         None => {
-            let is_large = stated.is_some_and(|stated| stated > UNSIZED_BYTES_MAX);
-            let within = if is_large { LARGE_WITHIN } else { UNSIZED_WITHIN };
+            let is_large = stated.is_some_and(|stated| stated > SIZE_WAIT_BYTES_MAX);
+            let within = if is_large {
+                LARGE_SIZE_WAIT_MAX
+            } else {
+                SIZE_WAIT_MAX
+            };
             match tokio::time::timeout(within, reader.settled()).await {
                 Ok(settled) => settled.map(Some),
-                Err(_) => begun(reader).await.map(|()| None),
+                Err(_) => wait_for_first_byte(reader).await.map(|()| None),
             }
         }
     }
 }
 
-/// As long as there is not a byte, an upstream that breaks off is still an honest error, and no 200 that cannot be kept.
-async fn begun(reader: &mut Reader) -> Result<(), Arc<Failure>> {
-    tokio::time::timeout(BEGINS_WITHIN, reader.begun())
+/// Before the first byte, an upstream failure can still become an error response instead of a truncated 200.
+async fn wait_for_first_byte(reader: &mut Reader) -> Result<(), Arc<Failure>> {
+    tokio::time::timeout(FIRST_BYTE_TIMEOUT, reader.begun())
         .await
         .unwrap_or(Ok(()))
 }
 
-fn refuse_unheld(
+fn deny_uncached(
     situation: CacheState,
     revalidation: Revalidation,
     answer: Option<Arc<UpstreamResponse>>,
@@ -598,9 +651,9 @@ fn refuse_unheld(
     }
     .with_revalidation(revalidation);
     match decide(&situation) {
-        Decision::Deny(refusal) => refused(refusal, answer, is_own(revalidation)),
-        // A yes where a no was expected: the upstream contradicts itself.
-        _ => refused(
+        Decision::Deny(refusal) => denied(refusal, answer, is_proxy_credential_denied(revalidation)),
+        // Success where a denial was expected: the upstream contradicts itself.
+        _ => denied(
             DenyReason::UpstreamUnavailable(UpstreamFailure::Malformed),
             answer,
             false,
@@ -608,6 +661,6 @@ fn refuse_unheld(
     }
 }
 
-fn is_own(revalidation: Revalidation) -> bool {
+fn is_proxy_credential_denied(revalidation: Revalidation) -> bool {
     revalidation == Revalidation::Denied(CredentialOwner::Proxy)
 }

@@ -1,5 +1,4 @@
-//! Cached content as the road of a request reads it: an error of the store is logged, and what cannot be read counts as
-//! not cached.
+//! Store reads of the request path. A read error is logged and counts as a miss.
 
 use std::fmt::Display;
 use std::sync::Arc;
@@ -9,83 +8,91 @@ use crate::oci::{Digest, Repository};
 use crate::store::manifests::StoredManifest;
 use crate::store::{StoreError, View};
 
-/// The cached content of one repository, through one view of the store.
+/// Cached content of one repository in one view of the store.
 pub(super) struct CacheView<'a> {
-    pub(super) pull: &'a ProxyService,
+    pub(super) proxy: &'a ProxyService,
     pub(super) view: &'a View<'a>,
-    pub(super) site: &'a UpstreamRegistry,
+    pub(super) registry: &'a UpstreamRegistry,
     pub(super) repository: &'a Repository,
 }
 
 impl CacheView<'_> {
     pub(super) fn manifest(&self, digest: &Digest) -> Option<Arc<StoredManifest>> {
         let image = format_args!("{}@{digest}", self.repository);
-        self.pull.cached(self.site, &image, self.view.manifest(digest))
+        self.proxy
+            .cached(self.registry, &image, self.view.manifest(digest))
     }
 
-    /// Whether `digest` was seen in this repository.
+    /// Whether the upstream is known to have `digest` in this repository.
     pub(super) fn is_member(&self, digest: &Digest) -> bool {
-        self.view.is_member(self.site.name(), self.repository, digest)
+        self.view.is_member(self.registry.name(), self.repository, digest)
     }
 }
 
 impl ProxyService {
-    /// What was read for `image`; nothing after an error, which is logged. (The store counts it.)
+    /// The value read for `image`; `None` after an error, which is logged. The store counts the error.
     pub(super) fn cached<T>(
         &self,
-        site: &UpstreamRegistry,
+        registry: &UpstreamRegistry,
         image: &dyn Display,
         read: Result<Option<T>, StoreError>,
     ) -> Option<T> {
         read.unwrap_or_else(|fault| {
             if let Some(skipped) = self.unreadable.admits() {
-                tracing::warn!(upstream = site.name(), %image, %fault, skipped,
-                    "the store could not be read for a request; the upstream is asked as if nothing were cached");
+                tracing::warn!(upstream = registry.name(), %image, %fault, skipped,
+                    "failed to read store, treating request as a miss");
             }
             None
         })
     }
 
-    /// What `look` finds in this repository: from memory, or else from the disk, and then its caller waits. It has no
-    /// effect but its result.
-    pub(super) async fn look_up<T: Send + 'static>(
+    /// Runs `read` on this repository: from memory if possible, else on a blocking thread. `read` must have no side
+    /// effects, because it may run twice.
+    pub(super) async fn read_cache<T: Send + 'static>(
         self: &Arc<Self>,
-        site: &Arc<UpstreamRegistry>,
+        registry: &Arc<UpstreamRegistry>,
         repository: &Repository,
-        look: impl Fn(&CacheView<'_>) -> T + Send + 'static,
+        read: impl Fn(&CacheView<'_>) -> T + Send + 'static,
     ) -> T {
         let found = self.store.in_memory(|view| {
-            look(&CacheView {
-                pull: self,
+            read(&CacheView {
+                proxy: self,
                 view,
-                site,
+                registry,
                 repository,
             })
         });
         if let Some(found) = found {
             return found;
         }
-        let (pull, site, repository) = (Arc::clone(self), Arc::clone(site), repository.clone());
+        let (proxy, registry, repository) = (Arc::clone(self), Arc::clone(registry), repository.clone());
         let on_disk = self.store.on_disk(move |view| {
-            look(&CacheView {
-                pull: &pull,
+            read(&CacheView {
+                proxy: &proxy,
                 view,
-                site: &site,
+                registry: &registry,
                 repository: &repository,
             })
         });
-        // On the heap, so that the state of requests that are answered from memory stays as small as it is.
+        // Boxed, so that the future of a request served from memory stays small.
         Box::pin(on_disk).await
     }
 
     pub(super) async fn cached_manifest(
         self: &Arc<Self>,
-        site: &Arc<UpstreamRegistry>,
+        registry: &Arc<UpstreamRegistry>,
         repository: &Repository,
         digest: &Digest,
     ) -> Option<Arc<StoredManifest>> {
         let digest = *digest;
-        self.look_up(site, repository, move |cached| cached.manifest(&digest))
+        self.read_cache(registry, repository, move |cached| cached.manifest(&digest))
             .await
+    }
+}
+
+/// Logs a failed store write. The request continues, because a lost write costs only a later upstream request.
+pub(super) fn log_store_error<T>(done: Result<T, StoreError>, action: &str) {
+    if let Err(fault) = done {
+        tracing::warn!(%fault, "failed to {action}");
     }
 }

@@ -1,8 +1,8 @@
-//! How an upstream asks for a credential, from memory, for when it is silent.
+//! Challenge template: the upstream's 401 challenge from the store, for an outage.
 //!
-//! Most clients show a credential only to who asks for one. In an outage nobody but us can ask, so without this the very
-//! clients that had the right before would be told of the outage instead. The answer is the same for every repository
-//! that is not known to be public, held or not: a stranger learns nothing from it.
+//! Most clients send a credential only after a challenge. In an outage only the cache can send one; without it,
+//! clients that had a grant would get the outage error instead. The response is the same for every repository that is
+//! not known to be public, cached or not, so it reveals nothing to a client without a grant.
 
 use std::sync::Arc;
 
@@ -14,14 +14,14 @@ use crate::policy::DenyReason;
 use crate::store::challenges::StoredChallenge;
 use crate::upstream::{ResponseKind, UpstreamResponse};
 
-/// Stands for the repository in a kept challenge. No repository's name has such a character.
-const BLANK: &str = "{}";
+/// Placeholder for the repository in a stored challenge. No repository name contains these characters.
+const REPOSITORY_SLOT: &str = "{}";
 
 impl ProxyService {
-    /// Keeps how this upstream asks for a credential in a repository, for all its repositories.
-    pub(super) async fn keep_challenge(
+    /// Stores the challenge of one repository as template for all repositories of the upstream.
+    pub(super) async fn store_challenge_template(
         &self,
-        site: &Arc<UpstreamRegistry>,
+        registry: &Arc<UpstreamRegistry>,
         repository: &Repository,
         answer: &UpstreamResponse,
     ) {
@@ -29,9 +29,9 @@ impl ProxyService {
             .challenge
             .iter()
             .filter_map(|line| line.to_str().ok())
-            .map(|line| renamed(site, line, (repository.as_str(), BLANK)))
+            .map(|line| substitute_repository(registry, line, (repository.as_str(), REPOSITORY_SLOT)))
             .collect();
-        let known = self.kept_challenge(key(site)).await;
+        let known = self.cached_challenge(template_key(registry)).await;
         if lines.is_empty() || known.is_some_and(|known| known.lines == lines) {
             return;
         }
@@ -39,52 +39,56 @@ impl ProxyService {
             lines,
             given_at: self.clock.now(),
         };
-        let key = key(site);
+        let key = template_key(registry);
         let done = self
             .store
             .write(move |store| store.put_challenge(&key, kept))
             .await;
-        super::revalidate::report(done, "keep how an upstream asks for a credential");
+        super::cache_view::log_store_error(done, "store challenge template");
     }
 
-    /// What is kept under `key` of how an upstream asks for a credential.
-    pub(super) async fn kept_challenge(&self, key: String) -> Option<Arc<StoredChallenge>> {
+    /// The stored challenge of `key`.
+    pub(super) async fn cached_challenge(&self, key: String) -> Option<Arc<StoredChallenge>> {
         self.store.read(move |view| view.challenge(&key)).await
     }
 
-    /// `outcome`, or the upstream's challenge in its place where the upstream was silent and there is no credential.
-    pub(super) async fn or_challenge(
+    /// Replaces an outage error with the upstream's challenge, if the client sent no credential.
+    pub(super) async fn challenge_instead_of_error(
         self: &Arc<Self>,
         request: &Request,
         outcome: ProxyResponse,
     ) -> ProxyResponse {
-        let ProxyResponse::Denied(Denied { refusal, answer, .. }) = &outcome else {
+        let ProxyResponse::Denied(Denied {
+            reason: refusal,
+            answer,
+            ..
+        }) = &outcome
+        else {
             return outcome;
         };
         let answered = answer.as_ref().is_some_and(|answer| answer.failure().is_none());
-        let unasked = match refusal {
+        let is_unavailable = match refusal {
             DenyReason::UpstreamUnavailable(_)
             | DenyReason::StaleLimitExceeded(_)
             | DenyReason::Incomplete(_) => !answered,
             DenyReason::NotCached | DenyReason::NotAuthorized => true,
             DenyReason::Forbidden | DenyReason::AuthRequired | DenyReason::NotFound => false,
         };
-        let Some(repository) = request.endpoint.repository().filter(|_| unasked) else {
+        let Some(repository) = request.endpoint.repository().filter(|_| is_unavailable) else {
             return outcome;
         };
         if request.authorization.is_some()
-            || request.site.is_shared()
-            || self.public_since(&request.site, repository).await.is_some()
+            || request.registry.is_shared()
+            || self.public_since(&request.registry, repository).await.is_some()
         {
             return outcome;
         }
-        let Some(kept) = self.kept_challenge(key(&request.site)).await else {
+        let Some(kept) = self.cached_challenge(template_key(&request.registry)).await else {
             return outcome;
         };
-        let lines = kept
-            .lines
-            .iter()
-            .map(|line| renamed(&request.site, line, (BLANK, repository.as_str())));
+        let lines = kept.lines.iter().map(|line| {
+            substitute_repository(&request.registry, line, (REPOSITORY_SLOT, repository.as_str()))
+        });
         let answer = UpstreamResponse {
             kind: ResponseKind::Denied,
             challenge: lines
@@ -93,26 +97,26 @@ impl ProxyService {
             ..UpstreamResponse::unavailable(UpstreamFailure::Offline)
         };
         ProxyResponse::Denied(Denied {
-            refusal: DenyReason::AuthRequired,
+            reason: DenyReason::AuthRequired,
             answer: Some(Arc::new(answer)),
-            own_credential: false,
+            proxy_credential: false,
         })
     }
 }
 
-/// Beside the challenge of the upstream as a whole, which is kept under its name: this one names a scope. No upstream's
-/// name has a slash.
-fn key(site: &UpstreamRegistry) -> String {
-    format!("{}/", site.name())
+/// Key of the template. The API challenge, which has no scope, is stored under the upstream's name. No upstream name
+/// contains a slash.
+fn template_key(registry: &UpstreamRegistry) -> String {
+    format!("{}/", registry.name())
 }
 
-/// A challenge with one repository's name in the place of another's, as in `scope="repository:library/alpine:pull"`.
-fn renamed(site: &UpstreamRegistry, line: &str, (from, to): (&str, &str)) -> String {
+/// The challenge with one repository name replaced by another, as in `scope="repository:library/alpine:pull"`.
+fn substitute_repository(registry: &UpstreamRegistry, line: &str, (from, to): (&str, &str)) -> String {
     let scope = |prefix: Option<&Repository>, name: &str| match prefix {
         Some(prefix) => format!("repository:{prefix}/{name}:"),
         None => format!("repository:{name}:"),
     };
-    let prefixes = site.upstream().repository_prefixes();
+    let prefixes = registry.upstream().repository_prefixes();
     prefixes.fold(line.to_owned(), |line, prefix| {
         line.replace(&scope(prefix, from), &scope(prefix, to))
     })

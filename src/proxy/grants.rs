@@ -1,10 +1,11 @@
-//! What the upstream's answers show of who may read: a yes is a grant, a no ends it, anything else says nothing.
+//! Grants and denials from upstream responses: a success grants, a 401 or 403 revokes, any other response changes
+//! nothing.
 //!
-//! Only a yes to a manifest or a blob counts, and only one that is proven (`upstream/proof.rs`). Many registries show their lists to those who may not pull, and answer
-//! a question about referrers with an empty list whoever asks.
+//! Only a proven success for a manifest or a blob counts (`upstream/proof.rs`). Many registries return lists to
+//! clients that may not pull, and answer a referrers request with an empty list for everyone.
 //!
-//! Answers overtake each other. A yes to a question that was put before a no was heard is the older word, however late
-//! it comes, and brings no right back.
+//! Responses can arrive out of order. A success for a request that was sent before a denial arrived must not restore
+//! the grant.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
@@ -12,8 +13,7 @@ use std::time::{Duration, SystemTime};
 use quick_cache::sync::Cache;
 use tokio::time::Instant;
 
-use super::detached::detached;
-use super::keyed_lock::{KeyedGuard, KeyedLocks};
+use super::concurrency::{KeyedGuard, KeyedLocks, detached};
 use super::manifest_fetch::UpstreamRequest;
 use super::{ProxyService, UpstreamRegistry};
 use crate::age;
@@ -22,81 +22,82 @@ use crate::policy::authz::GrantEvidence;
 use crate::store::{AsyncStore, Store};
 use crate::upstream::{Credential, ResponseKind, UpstreamResponse};
 
-/// How much older than now a kept grant or public mark may be before it is written again: a busy tag must not mean a
-/// write per pull.
+/// Age at which a stored grant or public mark is written again. A busy tag must not cost a write per pull.
 const RENEW_AFTER: Duration = Duration::from_secs(60);
 
-/// How often at most a public repository is doubted because somebody with a credential was refused there. A wrong
-/// password is refused too.
-const DOUBT_AFTER: Duration = Duration::from_secs(60);
+/// Minimum interval between anonymous probes of a public repository after denied credentials. A wrong password is
+/// denied too.
+const REPROBE_INTERVAL: Duration = Duration::from_secs(60);
 
-/// How often at most a repository that is read by tokens is asked for as by everybody.
-const TRY_AFTER: Duration = Duration::from_secs(3600);
+/// Minimum interval between anonymous probes of a repository that clients read with tokens.
+const PROBE_INTERVAL: Duration = Duration::from_secs(3600);
 
-/// Refusals remembered, for answers that were overtaken.
-const REFUSED_MAX: usize = 16_384;
+/// Denials remembered to detect superseded responses.
+const DENIALS_MAX: usize = 16_384;
 
 type RepositoryKey = (Arc<str>, Repository);
-/// Without a repository: to get a token.
+/// Upstream, repository and principal. Without a repository: the grant of the token service.
 type GrantKey = (Arc<str>, Option<Repository>, [u8; 32]);
 
-/// Whom the upstream refused where, and when it was heard.
+/// Recent denials by the upstream, with their time.
 pub(super) struct RecentDenials {
-    last: Cache<GrantKey, Instant>,
-    doubted: Cache<RepositoryKey, Instant>,
-    tried: Cache<RepositoryKey, Instant>,
-    /// A look at `last` and the note that follows from it are one step, in memory.
+    denied_at: Cache<GrantKey, Instant>,
+    reprobed_at: Cache<RepositoryKey, Instant>,
+    probed_at: Cache<RepositoryKey, Instant>,
+    /// Makes the check of `denied_at` and the resulting grant update atomic in memory.
     grants: Mutex<()>,
-    /// The same for public marks, by repository: a mark is written to the disk in this step.
-    publics: KeyedLocks<RepositoryKey>,
+    /// The same for public marks, by repository. The mark is written to disk under the lock.
+    public_locks: KeyedLocks<RepositoryKey>,
 }
 
 impl Default for RecentDenials {
     fn default() -> Self {
         Self {
-            last: Cache::new(REFUSED_MAX),
-            doubted: Cache::new(REFUSED_MAX),
-            tried: Cache::new(REFUSED_MAX),
+            denied_at: Cache::new(DENIALS_MAX),
+            reprobed_at: Cache::new(DENIALS_MAX),
+            probed_at: Cache::new(DENIALS_MAX),
             grants: Mutex::default(),
-            publics: KeyedLocks::default(),
+            public_locks: KeyedLocks::default(),
         }
     }
 }
 
 impl ProxyService {
-    /// What is known of a principal's right in a repository, and of its account's.
+    /// Evidence for a principal, and for its account, in a repository.
     pub(super) async fn evidence(
         self: &Arc<Self>,
-        site: &Arc<UpstreamRegistry>,
+        registry: &Arc<UpstreamRegistry>,
         repository: &Repository,
         principal: [u8; 32],
         account: Option<[u8; 32]>,
     ) -> GrantEvidence {
         let here = Some(repository);
-        let known =
-            |repository, principal: &[u8; 32]| self.store.grant_in_memory(grant(site, repository, principal));
+        let known = |repository, principal: &[u8; 32]| {
+            self.store
+                .grant_in_memory(store_key(registry, repository, principal))
+        };
         let in_memory = || {
             Some(GrantEvidence {
-                shared: site.is_shared(),
+                shared: registry.is_shared(),
                 granted_at: known(here, &principal)?,
                 token_issued_at: account.map_or(Some(None), |account| known(None, &account))?,
                 account_granted_at: account.map_or(Some(None), |account| known(here, &account))?,
                 anonymous_granted_at: self
                     .store
-                    .in_memory(|view| view.public_since(site.name(), repository))?,
+                    .in_memory(|view| view.public_since(registry.name(), repository))?,
                 is_in_repository: false,
             })
         };
         match in_memory() {
             Some(evidence) => evidence,
-            // On the heap: it is needed once for each principal.
-            None => Box::pin(self.evidence_sought(site, repository, principal, account)).await,
+            // Boxed: needed once per principal.
+            None => Box::pin(self.read_evidence(registry, repository, principal, account)).await,
         }
     }
 
-    async fn evidence_sought(
+    async fn read_evidence(
         self: &Arc<Self>,
-        site: &Arc<UpstreamRegistry>,
+        registry: &Arc<UpstreamRegistry>,
         repository: &Repository,
         principal: [u8; 32],
         account: Option<[u8; 32]>,
@@ -106,17 +107,18 @@ impl ProxyService {
                 return (None, None);
             };
             tokio::join!(
-                self.store.grant(grant(site, None, &account)),
-                self.store.grant(grant(site, Some(repository), &account)),
+                self.store.grant(store_key(registry, None, &account)),
+                self.store.grant(store_key(registry, Some(repository), &account)),
             )
         };
         let (granted_at, (token_issued_at, account_granted_at), anonymous_granted_at) = tokio::join!(
-            self.store.grant(grant(site, Some(repository), &principal)),
+            self.store
+                .grant(store_key(registry, Some(repository), &principal)),
             of_account,
-            self.public_since(site, repository),
+            self.public_since(registry, repository),
         );
         GrantEvidence {
-            shared: site.is_shared(),
+            shared: registry.is_shared(),
             granted_at,
             token_issued_at,
             account_granted_at,
@@ -125,31 +127,34 @@ impl ProxyService {
         }
     }
 
-    /// When the repository was last proven readable by anyone, if that still holds.
+    /// When the repository was last proven readable without a credential, if that still holds.
     pub(super) async fn public_since(
         self: &Arc<Self>,
-        site: &Arc<UpstreamRegistry>,
+        registry: &Arc<UpstreamRegistry>,
         repository: &Repository,
     ) -> Option<SystemTime> {
-        self.look_up(site, repository, |cached| {
-            cached.view.public_since(cached.site.name(), cached.repository)
+        self.read_cache(registry, repository, |cached| {
+            cached
+                .view
+                .public_since(cached.registry.name(), cached.repository)
         })
         .await
     }
 
-    /// Keeps what an answer shows of the caller's right, also where the caller is gone by then. `asked_at` is when the
-    /// question was put.
-    pub(super) async fn learn(
+    /// Records the grant or denial of a response, even if the client has left. `asked_at` is the time at which the
+    /// request was sent.
+    pub(super) async fn record_response(
         self: &Arc<Self>,
-        wanted: &UpstreamRequest,
+        upstream_request: &UpstreamRequest,
         answer: &UpstreamResponse,
         asked_at: Instant,
     ) {
         match answer.kind {
-            ResponseKind::Digest(_) => self.learn_yes(wanted, asked_at).await,
+            ResponseKind::Digest(_) => self.record_grant(upstream_request, asked_at).await,
             ResponseKind::Denied => {
-                let (pull, wanted, answer) = (Arc::clone(self), wanted.clone(), answer.clone());
-                detached(async move { pull.learn_no(&wanted, &answer).await }).await;
+                let (proxy, upstream_request, answer) =
+                    (Arc::clone(self), upstream_request.clone(), answer.clone());
+                detached(async move { proxy.record_denial(&upstream_request, &answer).await }).await;
             }
             ResponseKind::UnprovenDigest(_)
             | ResponseKind::NoDigest
@@ -159,268 +164,290 @@ impl ProxyService {
         }
     }
 
-    /// The upstream said yes to this caller in this repository: by the registry's own marks, or by bytes that were
-    /// verified. Never because of a status alone. It is learned also where the caller is gone by then.
-    pub(super) async fn learn_yes(self: &Arc<Self>, wanted: &UpstreamRequest, asked_at: Instant) {
-        if !matches!(wanted.endpoint, Endpoint::Manifest { .. } | Endpoint::Blob { .. }) {
+    /// Records a grant for this caller, proven by the registry's own response headers or by verified bytes, never by
+    /// a status code alone. Recorded even if the client has left.
+    pub(super) async fn record_grant(
+        self: &Arc<Self>,
+        upstream_request: &UpstreamRequest,
+        asked_at: Instant,
+    ) {
+        if !matches!(
+            upstream_request.endpoint,
+            Endpoint::Manifest { .. } | Endpoint::Blob { .. }
+        ) {
             return;
         }
-        let (pull, wanted) = (Arc::clone(self), wanted.clone());
-        detached(async move { pull.note_right(&wanted, asked_at).await }).await;
+        let (proxy, upstream_request) = (Arc::clone(self), upstream_request.clone());
+        detached(async move { proxy.write_grants(&upstream_request, asked_at).await }).await;
     }
 
-    async fn note_right(self: &Arc<Self>, wanted: &UpstreamRequest, asked_at: Instant) {
+    async fn write_grants(self: &Arc<Self>, upstream_request: &UpstreamRequest, asked_at: Instant) {
         let UpstreamRequest {
-            site,
+            registry,
             repository,
             caller,
             ..
-        } = wanted;
+        } = upstream_request;
         let now = self.clock.now();
-        let at = wanted.asked_at.min(now);
-        let public_since = self.public_since(site, repository).await;
-        if is_anonymous(wanted) {
+        let at = upstream_request.asked_at.min(now);
+        let public_since = self.public_since(registry, repository).await;
+        if is_anonymous(upstream_request) {
             if renews(public_since, at, now) {
-                let turn = self.refused.publics.turn(place(site, repository)).await;
-                if !self.overtaken(&self.right_of_all(site, repository), asked_at) {
-                    self.set_public(site, repository, Some(at), turn).await;
+                let guard = self
+                    .denials
+                    .public_locks
+                    .lock(repository_key(registry, repository))
+                    .await;
+                if !self.is_superseded(&self.anonymous_grant_key(registry, repository), asked_at) {
+                    self.set_public(registry, repository, Some(at), guard).await;
                 }
             }
         } else {
-            let account = self.account(site, repository, wanted.shown());
+            let account = self.account(registry, repository, upstream_request.shown());
             for principal in [Some(caller.principal), account].into_iter().flatten() {
-                self.note_yes(site, Some(repository), principal, (at, asked_at))
+                self.write_grant(registry, Some(repository), principal, (at, asked_at))
                     .await;
             }
         }
-        if is_token(wanted) && !site.is_shared() && public_since.is_none() {
-            self.ask_as_everybody(wanted, &self.refused.tried, TRY_AFTER);
+        if is_bearer(upstream_request) && !registry.is_shared() && public_since.is_none() {
+            self.probe_anonymous(upstream_request, &self.denials.probed_at, PROBE_INTERVAL);
         }
     }
 
-    /// Notes the yes to a question that was put at `asked_at`, by the clock and by the process's own time.
-    async fn note_yes(
+    /// Stores a grant. `at` and `asked_at` are the time of the request, by wall clock and monotonic clock.
+    async fn write_grant(
         &self,
-        site: &Arc<UpstreamRegistry>,
+        registry: &Arc<UpstreamRegistry>,
         repository: Option<&Repository>,
         principal: [u8; 32],
         (at, asked_at): (SystemTime, Instant),
     ) {
         let now = self.clock.now();
-        // Not ahead of a clock that was set back since.
+        // Not later than a clock that was set back since.
         let at = at.min(now);
-        let granted = grant(site, repository, &principal);
+        let granted = store_key(registry, repository, &principal);
         if renews(self.store.grant(granted).await, at, now) {
-            let _order = self.refused.order();
-            if !self.overtaken(&right(site, repository, principal), asked_at) {
+            let _guard = self.denials.lock_grants();
+            if !self.is_superseded(&grant_key(registry, repository, principal), asked_at) {
                 self.store.put_grant(granted, at);
             }
         }
     }
 
-    async fn learn_no(self: &Arc<Self>, wanted: &UpstreamRequest, answer: &UpstreamResponse) {
+    async fn record_denial(self: &Arc<Self>, upstream_request: &UpstreamRequest, answer: &UpstreamResponse) {
         let UpstreamRequest {
-            site,
+            registry,
             repository,
             caller,
             ..
-        } = wanted;
-        if is_anonymous(wanted) {
-            self.keep_challenge(site, repository, answer).await;
-            let turn = self.refused.publics.turn(place(site, repository)).await;
-            let right = self.right_of_all(site, repository);
-            self.refused.last.insert(right, Instant::now());
-            if self.public_since(site, repository).await.is_some() {
-                self.set_public(site, repository, None, turn).await;
+        } = upstream_request;
+        if is_anonymous(upstream_request) {
+            self.store_challenge_template(registry, repository, answer).await;
+            let guard = self
+                .denials
+                .public_locks
+                .lock(repository_key(registry, repository))
+                .await;
+            let key = self.anonymous_grant_key(registry, repository);
+            self.denials.denied_at.insert(key, Instant::now());
+            if self.public_since(registry, repository).await.is_some() {
+                self.set_public(registry, repository, None, guard).await;
             }
             return;
         }
-        let account = self.account(site, repository, wanted.shown());
-        let own = self.drop_right(site, Some(repository), caller.principal);
+        let account = self.account(registry, repository, upstream_request.shown());
+        let own = self.revoke(registry, Some(repository), caller.principal);
         let accounts = async {
             if let Some(account) = account {
-                self.drop_right(site, Some(repository), account).await;
+                self.revoke(registry, Some(repository), account).await;
             }
         };
         tokio::join!(own, accounts);
-        if !site.is_shared() && self.public_since(site, repository).await.is_some() {
-            self.ask_as_everybody(wanted, &self.refused.doubted, DOUBT_AFTER);
+        if !registry.is_shared() && self.public_since(registry, repository).await.is_some() {
+            self.probe_anonymous(upstream_request, &self.denials.reprobed_at, REPROBE_INTERVAL);
         }
     }
 
-    /// Asks the same without a credential, in the background, unless it was done since `after`.
+    /// Sends the same request without a credential in the background, at most once per `after`.
     ///
-    /// After a refusal: a repository that was closed refuses those with a credential first, and what everyone could read
-    /// there must not stay readable because nobody asks as everyone. After a yes to a token: clients get a new one for
-    /// every pull, also those without a login, so no grant of theirs outlasts it; what is public must be known to be.
-    fn ask_as_everybody(
+    /// After a denial: a closed repository first denies requests with a credential, and its public mark would survive
+    /// if no anonymous request were sent. After a success with a token: clients without a login also fetch a new
+    /// token for each pull, so no grant outlives it, and the public mark must be established.
+    fn probe_anonymous(
         self: &Arc<Self>,
-        wanted: &UpstreamRequest,
+        upstream_request: &UpstreamRequest,
         asked: &Cache<RepositoryKey, Instant>,
         after: Duration,
     ) {
-        let place = (Arc::from(wanted.site.name()), wanted.repository.clone());
+        let key = (
+            Arc::from(upstream_request.registry.name()),
+            upstream_request.repository.clone(),
+        );
         let now = Instant::now();
         let lately = |at: Instant| now.saturating_duration_since(at) < after;
-        if asked.get(&place).is_some_and(lately) {
+        if asked.get(&key).is_some_and(lately) {
             return;
         }
-        asked.insert(place, now);
-        let caller = self.principals.stranger(&wanted.caller.trace);
-        let wanted = UpstreamRequest {
+        asked.insert(key, now);
+        let caller = self.principals.anonymous_caller(&upstream_request.caller.trace);
+        let upstream_request = UpstreamRequest {
             caller,
-            ..wanted.clone()
+            ..upstream_request.clone()
         };
-        // The question goes on by itself, and its answer is learnt from.
-        let (pull, asked) = (Arc::clone(self), self.question(&wanted));
+        // The request runs detached, and its response is recorded.
+        let (proxy, asked) = (Arc::clone(self), self.coalesced_head(&upstream_request));
         tokio::spawn(async move {
             let answer = asked.wait().await;
             let is_unproven =
                 answer.is_some_and(|answer| matches!(answer.kind, ResponseKind::UnprovenDigest(_)));
-            if is_unproven && matches!(wanted.endpoint, Endpoint::Manifest { .. }) {
-                // Only the bytes can prove it.
-                let _ = pull.fetch_manifest(wanted).await;
+            if is_unproven && matches!(upstream_request.endpoint, Endpoint::Manifest { .. }) {
+                // Only the bytes can prove the success.
+                let _ = proxy.fetch_manifest(upstream_request).await;
             }
         });
     }
 
-    /// The token service gave this account a token, asked at this time, by the clock and by the process's own.
-    pub(super) async fn learn_yes_login(
+    /// Records that the token service issued a token to this account. `asked_at` is the time of the request, by wall
+    /// clock and monotonic clock.
+    pub(super) async fn record_login(
         &self,
-        site: &Arc<UpstreamRegistry>,
+        registry: &Arc<UpstreamRegistry>,
         account: [u8; 32],
         asked_at: (SystemTime, Instant),
     ) {
-        self.note_yes(site, None, account, asked_at).await;
+        self.write_grant(registry, None, account, asked_at).await;
     }
 
-    /// The token service refused this account. Its grants are worth nothing without it.
-    pub(super) async fn learn_no_login(&self, site: &Arc<UpstreamRegistry>, account: [u8; 32]) {
-        self.drop_right(site, None, account).await;
+    /// Records that the token service denied this account. The account's grants depend on it.
+    pub(super) async fn record_login_denied(&self, registry: &Arc<UpstreamRegistry>, account: [u8; 32]) {
+        self.revoke(registry, None, account).await;
     }
 
-    /// On the disk before the client hears of its refusal.
-    async fn drop_right(
+    /// Revokes a grant. Written to disk before the client receives its denial.
+    async fn revoke(
         &self,
-        site: &Arc<UpstreamRegistry>,
+        registry: &Arc<UpstreamRegistry>,
         repository: Option<&Repository>,
         principal: [u8; 32],
     ) {
         let dropping = {
-            let _order = self.refused.order();
-            self.refused
-                .last
-                .insert(right(site, repository, principal), Instant::now());
-            self.store.revoke_grant(grant(site, repository, &principal))
+            let _guard = self.denials.lock_grants();
+            self.denials
+                .denied_at
+                .insert(grant_key(registry, repository, principal), Instant::now());
+            self.store
+                .revoke_grant(store_key(registry, repository, &principal))
         };
         if !dropping.await {
             tracing::error!(
-                upstream = site.name(),
-                "a right was taken back, and a crash soon after might bring it back"
+                upstream = registry.name(),
+                "grant revoked in memory but not persisted"
             );
         }
     }
 
-    /// Whether the upstream has refused this caller in this repository since `at`.
-    pub(super) fn refused_since(&self, wanted: &UpstreamRequest, at: Instant) -> bool {
-        self.denied_at(wanted).is_some_and(|denied| denied >= at)
+    /// Whether the upstream denied this caller in this repository since `at`.
+    pub(super) fn denied_since(&self, upstream_request: &UpstreamRequest, at: Instant) -> bool {
+        self.denied_at(upstream_request)
+            .is_some_and(|denied| denied >= at)
     }
 
-    /// When the upstream last denied this caller this repository.
-    pub(super) fn denied_at(&self, wanted: &UpstreamRequest) -> Option<Instant> {
-        let (site, repository) = (&wanted.site, &wanted.repository);
-        let right = if is_anonymous(wanted) {
-            self.right_of_all(site, repository)
+    /// When the upstream last denied this caller in this repository.
+    pub(super) fn denied_at(&self, upstream_request: &UpstreamRequest) -> Option<Instant> {
+        let (registry, repository) = (&upstream_request.registry, &upstream_request.repository);
+        let key = if is_anonymous(upstream_request) {
+            self.anonymous_grant_key(registry, repository)
         } else {
-            right(site, Some(repository), wanted.caller.principal)
+            grant_key(registry, Some(repository), upstream_request.caller.principal)
         };
-        self.refused.last.get(&right)
+        self.denials.denied_at.get(&key)
     }
 
-    /// The right of whoever has no credential. The cache asks without one also in its own name (`shared`), and a reload
-    /// may come between that and a client's question.
-    fn right_of_all(&self, site: &UpstreamRegistry, repository: &Repository) -> GrantKey {
-        right(site, Some(repository), self.principals.anonymous())
+    /// Key of anonymous access. Also used for requests that the cache sends in its own name (`shared`), because a
+    /// reload may come between such a request and a client's.
+    fn anonymous_grant_key(&self, registry: &UpstreamRegistry, repository: &Repository) -> GrantKey {
+        grant_key(registry, Some(repository), self.principals.anonymous())
     }
 
-    /// Whether a no was heard since the question was put.
-    fn overtaken(&self, right: &GrantKey, asked_at: Instant) -> bool {
-        let last = self.refused.last.get(right);
+    /// Whether a denial arrived after the request was sent.
+    fn is_superseded(&self, key: &GrantKey, asked_at: Instant) -> bool {
+        let last = self.denials.denied_at.get(key);
         last.is_some_and(|revalidation| revalidation >= asked_at)
     }
 
     async fn set_public(
         &self,
-        site: &Arc<UpstreamRegistry>,
+        registry: &Arc<UpstreamRegistry>,
         repository: &Repository,
         since: Option<SystemTime>,
-        turn: KeyedGuard<RepositoryKey>,
+        guard: KeyedGuard<RepositoryKey>,
     ) {
-        let (site, repository) = (Arc::clone(site), repository.clone());
-        let noted = write_in_turn(&self.store, turn, move |store| {
-            store.set_public(site.name(), &repository, since)
+        let (registry, repository) = (Arc::clone(registry), repository.clone());
+        let noted = write_holding_lock(&self.store, guard, move |store| {
+            store.set_public(registry.name(), &repository, since)
         });
         let noted = noted.await;
-        super::revalidate::report(noted, "keep whether a repository is public");
+        super::cache_view::log_store_error(noted, "store public mark");
     }
 }
 
 impl RecentDenials {
-    fn order(&self) -> MutexGuard<'_, ()> {
+    fn lock_grants(&self) -> MutexGuard<'_, ()> {
         self.grants.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// A write that ends its turn: also where nobody waits for it, the next in turn comes after it.
-async fn write_in_turn<T: Send + 'static>(
+/// Writes while holding the lock. The lock is released after the write, even if the caller was dropped.
+async fn write_holding_lock<T: Send + 'static>(
     store: &AsyncStore,
-    turn: KeyedGuard<RepositoryKey>,
-    deed: impl FnOnce(&Store) -> T + Send + 'static,
+    guard: KeyedGuard<RepositoryKey>,
+    op: impl FnOnce(&Store) -> T + Send + 'static,
 ) -> T {
     let write = store.write(move |store| {
-        let done = deed(store);
-        drop(turn);
+        let done = op(store);
+        drop(guard);
         done
     });
     write.await
 }
 
-fn place(site: &UpstreamRegistry, repository: &Repository) -> RepositoryKey {
-    (site.name().into(), repository.clone())
+fn repository_key(registry: &UpstreamRegistry, repository: &Repository) -> RepositoryKey {
+    (registry.name().into(), repository.clone())
 }
 
-fn grant<'a>(
-    site: &'a UpstreamRegistry,
+fn store_key<'a>(
+    registry: &'a UpstreamRegistry,
     repository: Option<&'a Repository>,
     principal: &'a [u8; 32],
 ) -> crate::store::grants::GrantId<'a> {
     crate::store::grants::GrantId {
-        upstream: site.name(),
+        upstream: registry.name(),
         repository,
         principal,
     }
 }
 
-fn right(site: &UpstreamRegistry, repository: Option<&Repository>, principal: [u8; 32]) -> GrantKey {
-    (site.name().into(), repository.cloned(), principal)
+fn grant_key(registry: &UpstreamRegistry, repository: Option<&Repository>, principal: [u8; 32]) -> GrantKey {
+    (registry.name().into(), repository.cloned(), principal)
 }
 
-/// Whether a yes to a question put at `asked_at` is worth a write: what is noted is older, and no longer lately. A moment
-/// in the future, from before the clock was set back, is written anew too.
+/// Whether a success for a request sent at `asked_at` is worth a write: the stored time is older than it and not
+/// recent. A time in the future, from before the clock was set back, is replaced too.
 fn renews(noted: Option<SystemTime>, asked_at: SystemTime, now: SystemTime) -> bool {
     noted.is_none_or(|noted| noted > now || (noted < asked_at && !age::is_within(noted, RENEW_AFTER, now)))
 }
 
-/// RFC 6750: what a token service gives, for minutes. Other credentials are the same at the next pull.
-fn is_token(wanted: &UpstreamRequest) -> bool {
-    let scheme = wanted
+/// Whether the credential is a bearer token (RFC 6750), which a token service issues for minutes. Other credentials
+/// are the same at the next pull.
+fn is_bearer(upstream_request: &UpstreamRequest) -> bool {
+    let scheme = upstream_request
         .shown()
         .and_then(|shown| shown.as_bytes().split(|byte| *byte == b' ').next());
     scheme.is_some_and(|scheme| scheme.eq_ignore_ascii_case(b"Bearer"))
 }
 
-fn is_anonymous(wanted: &UpstreamRequest) -> bool {
-    matches!(wanted.caller.credential, Credential::Anonymous)
+fn is_anonymous(upstream_request: &UpstreamRequest) -> bool {
+    matches!(upstream_request.caller.credential, Credential::Anonymous)
 }
 
 #[cfg(test)]
@@ -446,18 +473,20 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn t08_no_waits_for_the_write_of_a_yes_whose_client_left() {
+    async fn t08_denial_waits_for_grant_write_of_dropped_request() {
         let store = AsyncStore::new(Arc::new(spawn_blocking(store).await.unwrap()));
-        let place: RepositoryKey = ("docker.io".into(), "library/alpine".parse().unwrap());
+        let key: RepositoryKey = ("docker.io".into(), "library/alpine".parse().unwrap());
         let mut context = Context::from_waker(Waker::noop());
-        let turns = KeyedLocks::default();
+        let locks = KeyedLocks::default();
         let (let_go, is_let_go) = channel::<()>();
-        let turn = turns.turn(place.clone()).await;
+        let guard = locks.lock(key.clone()).await;
         {
-            let yes = pin!(write_in_turn(&store, turn, move |_| is_let_go.recv().unwrap()));
+            let yes = pin!(write_holding_lock(&store, guard, move |_| is_let_go
+                .recv()
+                .unwrap()));
             assert!(yes.poll(&mut context).is_pending());
         }
-        let mut no = pin!(turns.turn(place));
+        let mut no = pin!(locks.lock(key));
         assert!(no.as_mut().poll(&mut context).is_pending());
         let_go.send(()).unwrap();
         no.await;

@@ -1,22 +1,23 @@
-//! What a write changes: a push or a deletion passes through us, and what is cached of it is no longer what the upstream
-//! has.
+//! Invalidation of cached content by a push or a deletion that passes through the cache (RFC 9111 §4.4).
 //!
-//! The write itself is handed on and not understood; here is only what follows from it. Before it is handed on, what it may
-//! change is put in doubt, durably ([`crate::store::doubts`]): it is revalidated before it is served, and served while the
-//! upstream is unavailable. A response then says what became of the write. An acknowledged one makes the cache forget the
-//! tag, and that a deleted digest was ever seen. A refused one changes nothing, so that nobody evicts a tag by a push without
-//! the right to it. Anything else leaves the doubt.
+//! The write itself is forwarded without interpretation. Before it is forwarded, the entries that it may change are
+//! durably marked as invalidated ([`crate::store::invalidations`]). Such an entry is revalidated before it is served,
+//! and served stale while the upstream is unavailable.
 //!
-//! A response that the upstream gave before the write must not bring back what the write ended: who asked in a repository
-//! in which something was written meanwhile does not learn from the response.
+//! The response then decides. After a success, the cache removes the tag, and the membership of a deleted digest.
+//! After a rejection nothing changes, so that a client without push access cannot evict a tag. After any other result
+//! the mark remains.
+//!
+//! A response that the upstream sent before the write must not restore what the write ended. So a response is not
+//! recorded if a write ended in the repository meanwhile.
 
 use std::hash::{BuildHasher, BuildHasherDefault, DefaultHasher};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
 
+use super::cache_view::log_store_error;
 use super::manifest_fetch::UpstreamRequest;
-use super::revalidate::report;
 pub use super::write_effect::WriteEffect;
 use super::{ProxyService, UpstreamRegistry};
 use crate::oci::{Digest, MediaType, Reference, Repository};
@@ -24,33 +25,35 @@ use crate::store::Store;
 use crate::store::invalidations::InvalidationKey;
 use crate::store::tags::TagKey;
 
-/// Repositories that share a counter only learn a little less than they could.
+/// Write counters. Repositories with the same hash share a counter; the only effect is that some responses are not
+/// recorded.
 const COUNTERS: usize = 256;
 
-/// Tags looked through at a time.
-const TAGS_PAGE: usize = 1024;
+/// Tags read per page.
+const TAGS_PAGE_SIZE: usize = 1024;
 
-/// How old a doubt is before a revalidation settles it. A registry may still commit a write whose connection is gone.
-const SETTLED_AFTER: Duration = Duration::from_secs(60);
+/// Age at which a revalidation clears an invalidation mark. A registry may still commit a write whose connection is
+/// closed.
+const WRITE_SETTLE_TIME: Duration = Duration::from_secs(60);
 
-/// Which writes there were in a repository when a request came: compared with a later value, whether there was one in
-/// between.
+/// Write counters of a repository at the arrival of a request. Comparing two snapshots shows whether a write happened
+/// in between.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct WriteSnapshot {
-    /// How many may have been done.
+    /// Writes that may have taken effect.
     ended: u64,
-    /// How many were begun; `None` while one is under way.
+    /// Writes started; `None` while one is in progress.
     begun: Option<u64>,
 }
 
 impl WriteSnapshot {
-    /// How many may have been done.
+    /// Writes that may have taken effect.
     pub(super) fn ended(self) -> u64 {
         self.ended
     }
 }
 
-/// Counts the writes at an upstream, by repository.
+/// Write counters of an upstream, by repository.
 pub(super) struct WriteGenerations([Counter; COUNTERS]);
 
 #[derive(Default)]
@@ -67,7 +70,7 @@ impl Default for WriteGenerations {
 }
 
 impl WriteGenerations {
-    /// How many were begun.
+    /// Writes started.
     fn begun(&self, repository: &Repository) -> u64 {
         self.counter(repository)
             .map_or(0, |counter| counter.begun.load(Ordering::SeqCst))
@@ -92,7 +95,7 @@ impl WriteGenerations {
         self.0.get(usize::try_from(hash % COUNTERS as u64).ok()?)
     }
 
-    /// A write begins. Says how many were begun by then.
+    /// Counts a started write and returns the new count.
     fn begin(&self, repository: &Repository) -> u64 {
         let Some(counter) = self.counter(repository) else {
             return 0;
@@ -101,7 +104,7 @@ impl WriteGenerations {
         counter.begun.fetch_add(1, Ordering::SeqCst) + 1
     }
 
-    /// It may have been done: responses from before are not learned from.
+    /// Counts a write that may have taken effect. Responses from before it are no longer recorded.
     fn note(&self, repository: &Repository) {
         if let Some(counter) = self.counter(repository) {
             counter.ended.fetch_add(1, Ordering::SeqCst);
@@ -115,52 +118,52 @@ impl WriteGenerations {
     }
 }
 
-/// What became of a write.
+/// Result of a write.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum WriteOutcome {
-    /// The registry took it.
+    /// The registry accepted it.
     Succeeded,
-    /// The registry refused it, or never saw it.
+    /// The registry rejected it, or the request never reached the registry.
     Rejected,
-    /// It may have been done.
+    /// It may have taken effect.
     Unknown,
 }
 
-/// A write that is handed on. Dropped without a word of what became of it, as when its client leaves, it may have been
-/// done.
+/// A forwarded write. If it is dropped without a result, because its client left, it counts as possibly in effect.
 pub struct PendingWrite {
-    site: Arc<UpstreamRegistry>,
+    registry: Arc<UpstreamRegistry>,
     change: WriteEffect,
-    /// Which write it is, in the count of those begun.
-    nth: u64,
-    /// The doubts that are of this write alone.
+    /// Number of this write in the repository's counter.
+    generation: u64,
+    /// Invalidation marks that only this write set.
     own_doubts: Vec<InvalidationKey>,
-    is_refused: bool,
+    is_rejected: bool,
 }
 
 impl Drop for PendingWrite {
     fn drop(&mut self) {
-        let (writings, repository) = (self.site.writings(), self.change.repository());
-        if !self.is_refused {
-            writings.note(repository);
+        let (write_generations, repository) = (self.registry.write_generations(), self.change.repository());
+        if !self.is_rejected {
+            write_generations.note(repository);
         }
-        writings.leave(repository);
+        write_generations.leave(repository);
     }
 }
 
 impl ProxyService {
-    /// A write is about to be handed on. When this returns, what it may change is in doubt, and stays so over a crash.
-    pub async fn hands_on(&self, site: &Arc<UpstreamRegistry>, change: WriteEffect) -> PendingWrite {
-        let mut handed = PendingWrite {
-            nth: site.writings().begin(change.repository()),
-            site: Arc::clone(site),
+    /// Marks the entries that a write may change as invalidated. When this returns, the marks survive a crash, and
+    /// the write may be forwarded.
+    pub async fn begin_write(&self, registry: &Arc<UpstreamRegistry>, change: WriteEffect) -> PendingWrite {
+        let mut pending = PendingWrite {
+            generation: registry.write_generations().begin(change.repository()),
+            registry: Arc::clone(registry),
             own_doubts: Vec::new(),
-            is_refused: false,
+            is_rejected: false,
             change,
         };
-        let keys = handed.change.doubted(site);
+        let keys = pending.change.doubted(registry);
         if keys.is_empty() {
-            return handed;
+            return pending;
         }
         let now = self.clock.now();
         let doubted = self.store.write(move |store| {
@@ -175,68 +178,73 @@ impl ProxyService {
             (own, outcome)
         });
         let (own, outcome) = doubted.await;
-        handed.own_doubts = own;
-        report(outcome, "keep that a write may change what is cached");
-        handed
+        pending.own_doubts = own;
+        log_store_error(outcome, "store invalidation mark");
+        pending
     }
 
-    /// What became of a write. When this returns, no asker is told what was true before one that was done.
-    pub async fn written(&self, mut handed: PendingWrite, written: WriteOutcome) {
-        let site = Arc::clone(&handed.site);
-        match written {
+    /// Applies the result of a write. When this returns after a success, no client is served the state from before
+    /// the write.
+    pub async fn finish_write(&self, mut pending: PendingWrite, outcome: WriteOutcome) {
+        let registry = Arc::clone(&pending.registry);
+        match outcome {
             WriteOutcome::Unknown => {}
             WriteOutcome::Rejected => {
-                handed.is_refused = true;
-                for key in std::mem::take(&mut handed.own_doubts) {
-                    let is_alone = Self::is_alone(&handed);
+                pending.is_rejected = true;
+                for key in std::mem::take(&mut pending.own_doubts) {
+                    let is_alone = Self::is_alone(&pending);
                     self.settle(key, is_alone).await;
                 }
             }
             WriteOutcome::Succeeded => {
-                // First, so that an answer on its way is not learned from; whoever learned before that is undone below.
-                site.writings().note(handed.change.repository());
-                let change = handed.change.clone();
-                let forgotten = self.store.write(move |store| forget(store, &site, change)).await;
-                report(forgotten, "forget what was written upstream");
+                // Counted first, so that a response in flight is not recorded. Records made earlier are removed
+                // below.
+                registry.write_generations().note(pending.change.repository());
+                let change = pending.change.clone();
+                let forgotten = self
+                    .store
+                    .write(move |store| invalidate(store, &registry, change))
+                    .await;
+                log_store_error(forgotten, "remove written content");
             }
         }
     }
 
-    /// Whether no write was begun after this one.
-    fn is_alone(handed: &PendingWrite) -> impl FnOnce(SystemTime) -> bool + Send + 'static {
-        let (site, repository, nth) = (
-            Arc::clone(&handed.site),
-            handed.change.repository().clone(),
-            handed.nth,
+    /// Whether no write started after this one.
+    fn is_alone(pending: &PendingWrite) -> impl FnOnce(SystemTime) -> bool + Send + 'static {
+        let (registry, repository, generation) = (
+            Arc::clone(&pending.registry),
+            pending.change.repository().clone(),
+            pending.generation,
         );
-        move |_| site.writings().begun(&repository) == nth
+        move |_| registry.write_generations().begun(&repository) == generation
     }
 
     async fn settle(
         &self,
         key: InvalidationKey,
-        is_settled: impl FnOnce(SystemTime) -> bool + Send + 'static,
+        may_settle: impl FnOnce(SystemTime) -> bool + Send + 'static,
     ) {
         if self.store.invalidated_since(&key).is_none() {
             return;
         }
         let settled = self
             .store
-            .write(move |store| store.clear_invalidation(&key, is_settled))
+            .write(move |store| store.clear_invalidation(&key, may_settle))
             .await;
-        report(settled, "settle a doubt");
+        log_store_error(settled, "clear invalidation mark");
     }
 
-    /// Whether a write may have changed this upstream since it was asked for last.
+    /// Whether a write may have changed `reference` since its last revalidation.
     pub(super) fn is_invalidated(
         &self,
-        site: &UpstreamRegistry,
+        registry: &UpstreamRegistry,
         repository: &Repository,
         reference: Reference,
     ) -> bool {
         self.store.has_invalidations() && {
             let key = InvalidationKey {
-                upstream: site.name().into(),
+                upstream: registry.name().into(),
                 repository: repository.clone(),
                 reference,
             };
@@ -244,86 +252,104 @@ impl ProxyService {
         }
     }
 
-    /// The upstream has confirmed `reference`: a doubt from before the question is settled.
-    pub(super) async fn confirmed(&self, wanted: &UpstreamRequest, reference: Reference) {
+    /// Clears the invalidation mark of `reference`, which the upstream confirmed in a request sent after the mark.
+    pub(super) async fn settle_on_confirmation(
+        &self,
+        upstream_request: &UpstreamRequest,
+        reference: Reference,
+    ) {
         if !self.store.has_invalidations() {
             return;
         }
-        let Some(begun) = wanted.writes.begun else { return };
+        let Some(begun) = upstream_request.writes.begun else {
+            return;
+        };
         let key = InvalidationKey {
-            upstream: wanted.site.name().into(),
-            repository: wanted.repository.clone(),
+            upstream: upstream_request.registry.name().into(),
+            repository: upstream_request.repository.clone(),
             reference,
         };
-        let (site, repository, now) = (
-            Arc::clone(&wanted.site),
-            wanted.repository.clone(),
+        let (registry, repository, now) = (
+            Arc::clone(&upstream_request.registry),
+            upstream_request.repository.clone(),
             self.clock.now(),
         );
         self.settle(key, move |since| {
-            let is_old = now.duration_since(since).is_ok_and(|age| age >= SETTLED_AFTER);
-            is_old && site.writings().begun(&repository) == begun
+            let is_old = now
+                .duration_since(since)
+                .is_ok_and(|age| age >= WRITE_SETTLE_TIME);
+            is_old && registry.write_generations().begun(&repository) == begun
         })
         .await;
     }
 
-    /// Whether a write was under way at any time since the request came.
-    fn is_overlapped(wanted: &UpstreamRequest) -> bool {
-        let begun = wanted.site.writings().begun(&wanted.repository);
-        wanted.writes.begun != Some(begun)
+    /// Whether a write was in progress at any time since the request arrived.
+    fn overlaps_write(upstream_request: &UpstreamRequest) -> bool {
+        let begun = upstream_request
+            .registry
+            .write_generations()
+            .begun(&upstream_request.repository);
+        upstream_request.writes.begun != Some(begun)
     }
 
-    /// Puts a tag in doubt of which something was learned beside a write.
-    async fn doubt_beside_write(&self, wanted: &UpstreamRequest, reference: &Reference) {
-        if !Self::is_overlapped(wanted) || !matches!(reference, Reference::Tag(_)) {
+    /// Marks a tag as invalidated if its response overlapped a write.
+    async fn doubt_if_concurrent(&self, upstream_request: &UpstreamRequest, reference: &Reference) {
+        if !Self::overlaps_write(upstream_request) || !matches!(reference, Reference::Tag(_)) {
             return;
         }
         let key = InvalidationKey {
-            upstream: wanted.site.name().into(),
-            repository: wanted.repository.clone(),
+            upstream: upstream_request.registry.name().into(),
+            repository: upstream_request.repository.clone(),
             reference: reference.clone(),
         };
         let now = self.clock.now();
         let doubted = self.store.write(move |store| store.invalidate(&key, now)).await;
-        report(doubted, "keep that a write may change what is cached");
+        log_store_error(doubted, "store invalidation mark");
     }
 
-    /// Keeps which digest a tag names now, unless something was written in the repository since it was asked for.
-    pub(super) async fn learn_name_unless_written(
+    /// Records the digest of a tag, unless a write ended in the repository since the request arrived.
+    pub(super) async fn record_tag_if_current(
         self: &Arc<Self>,
-        wanted: &UpstreamRequest,
+        upstream_request: &UpstreamRequest,
         reference: &Reference,
         digest: Digest,
         media_type: Option<&MediaType>,
     ) {
-        let UpstreamRequest { site, repository, .. } = wanted;
-        let is_same = || site.writes(repository).ended == wanted.writes.ended;
+        let UpstreamRequest {
+            registry, repository, ..
+        } = upstream_request;
+        let is_same = || registry.writes(repository).ended == upstream_request.writes.ended;
         if is_same() {
-            self.doubt_beside_write(wanted, reference).await;
-            self.learn_name(wanted, reference, digest, media_type).await;
-            self.doubt_beside_write(wanted, reference).await;
-            self.confirmed(wanted, reference.clone()).await;
-            self.confirmed(wanted, digest.into()).await;
+            self.doubt_if_concurrent(upstream_request, reference).await;
+            self.record_tag(upstream_request, reference, digest, media_type)
+                .await;
+            self.doubt_if_concurrent(upstream_request, reference).await;
+            self.settle_on_confirmation(upstream_request, reference.clone())
+                .await;
+            self.settle_on_confirmation(upstream_request, digest.into()).await;
         }
-        // The write may have come between the look and the learning. Bytes were kept with the proof of where they are
-        // from, so that is taken back too; what is still there costs one question to be known again.
+        // A write may have ended between the check and the record. Membership was recorded with the bytes, so it is
+        // removed too; content that still exists costs one revalidation.
         if !is_same() {
             let change = WriteEffect::Deleted(repository.clone(), digest);
-            let site = Arc::clone(site);
-            let forgotten = self.store.write(move |store| forget(store, &site, change)).await;
-            report(forgotten, "forget what was learned during a write");
+            let registry = Arc::clone(registry);
+            let forgotten = self
+                .store
+                .write(move |store| invalidate(store, &registry, change))
+                .await;
+            log_store_error(forgotten, "remove state recorded during a write");
         }
     }
 }
 
-fn forget(
+fn invalidate(
     store: &Store,
-    site: &UpstreamRegistry,
+    registry: &UpstreamRegistry,
     change: WriteEffect,
 ) -> Result<(), crate::store::StoreError> {
-    let upstream: Arc<str> = site.name().into();
+    let upstream: Arc<str> = registry.name().into();
     match change {
-        // What is known of referrers is good only for as long as nothing was written.
+        // Referrers responses are fresh only while no write happened, so they need no removal.
         WriteEffect::Tags(repository, tags) => {
             let mut outcome = Ok(());
             for tag in tags {
@@ -346,7 +372,7 @@ fn forget(
             store.clear_invalidation(&key, |_| true)?;
             let mut after = None;
             loop {
-                let page = store.tags(after.as_ref(), TAGS_PAGE);
+                let page = store.tags(after.as_ref(), TAGS_PAGE_SIZE);
                 for (key, record) in &page {
                     let names =
                         |digest: &Digest| record.variants.iter().any(|variant| variant.digest == *digest);

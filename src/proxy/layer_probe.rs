@@ -1,12 +1,11 @@
-//! Whether the upstream has the rest of an image whose manifest is held.
+//! Layer probe: whether the upstream has the missing layers of an image whose manifest is cached.
 //!
-//! Asked only where another image could be served instead: a tag that moved to an image which cannot be completed is
-//! answered with the last complete one. Such a tag is in use here, so what is missing will be wanted: it is begun, and
-//! the response to each `GET` is the check. What has to wait for its turn, or may not be begun, is asked for by `HEAD`,
-//! with the client's own credential, so a yes is also the proof that the blob is in this repository.
+//! The probe runs only if another image could be served instead. If a tag moved to an image that cannot be completed,
+//! the previous complete image is served. Such a tag is in use here, so its missing blobs are prefetched, and the
+//! response to each `GET` is the probe. A blob that waits in the queue, or must not be prefetched, is probed by
+//! `HEAD` with the client's own credential. A success then also proves that the blob is in this repository.
 //!
-//! Of an index those images are looked at that were pulled of the earlier one: which platforms are in use here is best
-//! known from what was pulled here.
+//! Of an index, the probe checks the platforms that were pulled of the previous image, because those are in use here.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -22,76 +21,82 @@ use super::{ProxyService, UpstreamRegistry};
 use crate::oci::{AnyDigest, Digest, Endpoint, Reference, Repository, UpstreamFailure};
 use crate::store::manifests::StoredManifest;
 
-/// Questions at a time about one image.
-const QUESTIONS_MAX: usize = 8;
+/// Concurrent probes for one image.
+const PROBES_MAX: usize = 8;
 
-/// How long no download of an image begins until the check asks about those that wait for their turn.
-const BEGINS_WITHIN: Duration = Duration::from_millis(300);
+/// If no prefetch of the image starts for this long, the queued blobs are probed by `HEAD`.
+const PREFETCH_STALL_MAX: Duration = Duration::from_millis(300);
 
-/// Blobs asked about. An image with more is taken to be as good as these.
+/// Maximum number of blobs probed. The remaining blobs of a larger image are assumed to exist.
 const BLOBS_MAX: usize = 256;
 
-/// Platforms of one index looked at.
+/// Maximum number of platforms probed of one index.
 const PLATFORMS_MAX: usize = 4;
 
-/// How long a yes is good: those who only compare tags must not cost a question per layer each time.
-const GOOD_FOR: Duration = Duration::from_secs(60);
+/// Lifetime of a successful probe. Clients that only compare tags must not cost one request per layer each time.
+const PROBE_TTL: Duration = Duration::from_secs(60);
 
-/// Images remembered as found at the upstream.
-const FOUND_MAX: usize = 4096;
+/// Maximum number of remembered probes.
+const PROBED_IMAGES_MAX: usize = 4096;
 
 type Image = (Arc<str>, Repository, Digest);
 
-/// The images whose rest the upstream was lately seen to have.
+/// Images whose missing layers the upstream recently had.
 pub(super) struct ProbedImages(Cache<Image, std::time::SystemTime>);
 
 impl Default for ProbedImages {
     fn default() -> Self {
-        Self(Cache::new(FOUND_MAX))
+        Self(Cache::new(PROBED_IMAGES_MAX))
     }
 }
 
 impl ProxyService {
-    /// `Ok` if nothing that `manifest` points to is known to be missing upstream; else how the upstream failed.
-    /// `instead` is the image that would be served instead. `begin_for`: what is missing is begun, and for so long the
-    /// check waits for its turn to come.
-    pub(super) async fn check(
+    /// `Ok` unless the upstream is known to lack content of `manifest`; otherwise the failure. `fallback` is the
+    /// image that would be served instead. With `prefetch_wait` the missing blobs are prefetched, and the probe waits
+    /// at most this long for their responses.
+    pub(super) async fn probe_layers(
         self: &Arc<Self>,
-        wanted: UpstreamRequest,
-        begin_for: Option<Duration>,
+        upstream_request: UpstreamRequest,
+        prefetch_wait: Option<Duration>,
         manifest: &Arc<StoredManifest>,
-        instead: &Arc<StoredManifest>,
+        fallback: &Arc<StoredManifest>,
     ) -> Result<(), UpstreamFailure> {
-        let (site, repository) = (&wanted.site, &wanted.repository);
-        let image: Image = (site.name().into(), repository.clone(), manifest.digest);
+        let (registry, repository) = (&upstream_request.registry, &upstream_request.repository);
+        let image: Image = (registry.name().into(), repository.clone(), manifest.digest);
         let now = self.clock.now();
-        let is_good = |at| now.duration_since(at).is_ok_and(|age| age < GOOD_FOR);
-        if self.found.0.get(&image).is_some_and(is_good) || self.is_whole(site, repository, manifest).await {
+        let is_recent = |at| now.duration_since(at).is_ok_and(|age| age < PROBE_TTL);
+        if self.probed_images.0.get(&image).is_some_and(is_recent)
+            || self.is_complete(registry, repository, manifest).await
+        {
             return Ok(());
         }
-        self.attestations.learn(site, repository, manifest);
-        self.check_blobs(&wanted, begin_for, manifest).await?;
-        for digest in self.platforms_in_use(site, repository, manifest, instead).await {
-            let child = self.child(&wanted, digest).await?;
-            self.check_blobs(&wanted, begin_for, &child).await?;
+        self.attestations.record(registry, repository, manifest);
+        self.probe_blobs(&upstream_request, prefetch_wait, manifest)
+            .await?;
+        for digest in self
+            .platforms_in_use(registry, repository, manifest, fallback)
+            .await
+        {
+            let child = self.child_manifest(&upstream_request, digest).await?;
+            self.probe_blobs(&upstream_request, prefetch_wait, &child).await?;
         }
-        self.found.0.insert(image, now);
+        self.probed_images.0.insert(image, now);
         Ok(())
     }
 
-    /// The images of `index` for the platforms of which `instead` has been pulled.
+    /// Images of `index` for the platforms of which `fallback` was pulled.
     pub(super) async fn platforms_in_use(
         self: &Arc<Self>,
-        site: &Arc<UpstreamRegistry>,
+        registry: &Arc<UpstreamRegistry>,
         repository: &Repository,
         index: &StoredManifest,
-        instead: &Arc<StoredManifest>,
+        fallback: &Arc<StoredManifest>,
     ) -> Vec<Digest> {
-        let instead = Arc::clone(instead);
-        let in_use = self.look_up(site, repository, move |cached| {
+        let fallback = Arc::clone(fallback);
+        let in_use = self.read_cache(registry, repository, move |cached| {
             let whole = cached
                 .view
-                .complete_children(cached.site.name(), cached.repository, &instead);
+                .complete_children(cached.registry.name(), cached.repository, &fallback);
             whole
                 .filter_map(|child| child.platform.clone())
                 .collect::<Vec<_>>()
@@ -108,106 +113,120 @@ impl ProxyService {
             .collect()
     }
 
-    pub(super) async fn child(
+    pub(super) async fn child_manifest(
         self: &Arc<Self>,
-        of: &UpstreamRequest,
+        upstream_request: &UpstreamRequest,
         digest: Digest,
     ) -> Result<Arc<StoredManifest>, UpstreamFailure> {
-        let held = self.look_up(&of.site, &of.repository, move |cached| {
-            let held = cached.is_member(&digest).then(|| cached.manifest(&digest));
-            held.flatten()
-        });
+        let held = self.read_cache(
+            &upstream_request.registry,
+            &upstream_request.repository,
+            move |cached| {
+                let held = cached.is_member(&digest).then(|| cached.manifest(&digest));
+                held.flatten()
+            },
+        );
         if let Some(manifest) = held.await {
             return Ok(manifest);
         }
         let endpoint = Endpoint::Manifest {
-            repository: of.repository.clone(),
+            repository: upstream_request.repository.clone(),
             reference: Reference::Digest(AnyDigest::Supported(digest)),
         };
-        let wanted = UpstreamRequest {
+        let upstream_request = UpstreamRequest {
             endpoint,
-            ..of.clone()
+            ..upstream_request.clone()
         };
-        self.fetch_manifest(wanted).await.map_err(|answer| answer.cause())
+        self.fetch_manifest(upstream_request)
+            .await
+            .map_err(|answer| answer.cause())
     }
 
-    async fn check_blobs(
+    async fn probe_blobs(
         self: &Arc<Self>,
-        of: &UpstreamRequest,
-        begin_for: Option<Duration>,
+        upstream_request: &UpstreamRequest,
+        prefetch_wait: Option<Duration>,
         manifest: &Arc<StoredManifest>,
     ) -> Result<(), UpstreamFailure> {
-        let missing = self.missing(of, manifest).await;
-        let mut begun = match begin_for {
-            Some(_) => self.prefetch(of.clone(), manifest).await,
+        let missing = self.missing_blobs_of(upstream_request, manifest).await;
+        let mut begun = match prefetch_wait {
+            Some(_) => self.prefetch(upstream_request.clone(), manifest).await,
             None => StartedDownloads::default(),
         };
-        let patience = Instant::now() + begin_for.unwrap_or_default();
+        let deadline = Instant::now() + prefetch_wait.unwrap_or_default();
         let progress = Arc::new(watch::Sender::new(Instant::now()));
-        let mut questions = JoinSet::new();
+        let mut probes = JoinSet::new();
         for (digest, _) in missing.into_iter().take(BLOBS_MAX) {
-            if questions.len() >= QUESTIONS_MAX
-                && let Some(question) = questions.join_next().await
+            if probes.len() >= PROBES_MAX
+                && let Some(probe) = probes.join_next().await
             {
-                question.unwrap_or(Err(UpstreamFailure::Busy))?;
+                probe.unwrap_or(Err(UpstreamFailure::Busy))?;
             }
-            let (pull, of, progress) = (Arc::clone(self), of.clone(), Arc::clone(&progress));
+            let (proxy, upstream_request, progress) =
+                (Arc::clone(self), upstream_request.clone(), Arc::clone(&progress));
             let begun = begun.remove(&digest);
-            questions.spawn(async move {
+            probes.spawn(async move {
                 if let Some(begun) = begun
-                    && let Some(said) = said_to_get(begun, &progress, patience).await
+                    && let Some(said) = get_result(begun, &progress, deadline).await
                 {
-                    return said.inspect_err(|cause| lacks(&of, &digest, *cause));
+                    return said.inspect_err(|cause| log_missing_layer(&upstream_request, &digest, *cause));
                 }
-                pull.has_blob(of, digest).await
+                proxy.head_blob(upstream_request, digest).await
             });
         }
-        while let Some(question) = questions.join_next().await {
-            question.unwrap_or(Err(UpstreamFailure::Busy))?;
+        while let Some(probe) = probes.join_next().await {
+            probe.unwrap_or(Err(UpstreamFailure::Busy))?;
         }
         Ok(())
     }
 
-    async fn has_blob(self: Arc<Self>, of: UpstreamRequest, digest: Digest) -> Result<(), UpstreamFailure> {
+    async fn head_blob(
+        self: Arc<Self>,
+        upstream_request: UpstreamRequest,
+        digest: Digest,
+    ) -> Result<(), UpstreamFailure> {
         let endpoint = Endpoint::Blob {
-            repository: of.repository.clone(),
+            repository: upstream_request.repository.clone(),
             digest: AnyDigest::Supported(digest),
         };
-        let wanted = UpstreamRequest { endpoint, ..of };
-        let Some(answer) = self.question(&wanted).wait().await else {
+        let upstream_request = UpstreamRequest {
+            endpoint,
+            ..upstream_request
+        };
+        let Some(answer) = self.coalesced_head(&upstream_request).wait().await else {
             return Err(UpstreamFailure::Busy);
         };
         if answer.kind.is_success() {
             Ok(())
         } else {
-            lacks(&wanted, &digest, answer.cause());
+            log_missing_layer(&upstream_request, &digest, answer.cause());
             Err(answer.cause())
         }
     }
 }
 
-/// What the upstream said to the `GET` of a blob that was begun. `None` if that proves nothing for this caller, or if it is
-/// not its turn yet and no other of its image has begun for a while.
-async fn said_to_get(
+/// Result of the `GET` of a prefetched blob. `None` if the result proves nothing for this caller, or if the blob is
+/// still queued and no other blob of the image has started for a while.
+async fn get_result(
     mut begun: oneshot::Receiver<Result<(), UpstreamFailure>>,
     progress: &watch::Sender<Instant>,
-    patience: Instant,
+    deadline: Instant,
 ) -> Option<Result<(), UpstreamFailure>> {
     loop {
-        let until = patience.min(*progress.borrow() + BEGINS_WITHIN);
+        let until = deadline.min(*progress.borrow() + PREFETCH_STALL_MAX);
         match timeout_at(until, &mut begun).await {
             Ok(said) => {
                 progress.send_replace(Instant::now());
                 return said.ok();
             }
-            Err(_) if until < patience && *progress.borrow() + BEGINS_WITHIN > until => {}
+            Err(_) if until < deadline && *progress.borrow() + PREFETCH_STALL_MAX > until => {}
             Err(_) => return None,
         }
     }
 }
 
-/// A no to a blob of an image whose manifest it gave just now: that image is broken there.
-fn lacks(of: &UpstreamRequest, digest: &Digest, cause: UpstreamFailure) {
-    tracing::info!(upstream = of.site.name(), repository = %of.repository, blob = %digest, %cause,
-        "the upstream names a newer image but cannot give this part of it; the last complete one is served");
+/// The registry returned the manifest but not this blob, so the upstream image is incomplete.
+fn log_missing_layer(upstream_request: &UpstreamRequest, digest: &Digest, cause: UpstreamFailure) {
+    tracing::info!(upstream = upstream_request.registry.name(), repository = %upstream_request.repository, blob = %digest, %cause,
+        "upstream image is incomplete, serving the previous complete one");
 }

@@ -1,4 +1,4 @@
-//! The `name` of a tag list below a `repository_prefix`: the client's name of the repository, not the registry's. Pure.
+//! Repository name in a tag list below a `repository_prefix`: replaces the registry's name with the client's. Pure.
 
 use bytes::Bytes;
 
@@ -6,7 +6,7 @@ use crate::oci::Repository;
 
 const KEY: &[u8] = b"\"name\"";
 
-/// The list with `here` in the place of the first `"name"` that is one of `there`; all other bytes stay as they were.
+/// The list with `here` in place of the first `"name"` that is one of `there`. All other bytes are unchanged.
 pub(super) fn renamed(list: Bytes, there: &[Repository], here: &Repository) -> Bytes {
     let found = there.iter().find_map(|there| place_of(&list, there.as_str()));
     let Some((before, after)) = found else {
@@ -15,7 +15,7 @@ pub(super) fn renamed(list: Bytes, there: &[Repository], here: &Repository) -> B
     [before, here.as_str().as_bytes(), after].concat().into()
 }
 
-/// What stands before and after the name.
+/// Bytes before and after the name.
 fn place_of<'a>(list: &'a [u8], name: &str) -> Option<(&'a [u8], &'a [u8])> {
     let mut rest = list;
     loop {
@@ -37,7 +37,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn r15_a_tag_lists_name_is_the_clients() {
+    fn r15_tag_list_has_the_clients_repository_name() {
         let name = |text: &str| text.parse::<Repository>().unwrap();
         let there = [name("hub/library/app"), name("library/app")];
         for (sent, shown) in [

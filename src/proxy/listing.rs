@@ -1,17 +1,16 @@
-//! Lists of tags: fetched each time, once for all who may share the response, the last page kept for an outage. Those of referrers: see `referrers`.
+//! Tag lists: always fetched, coalesced, with the last page cached for an outage. Referrers lists: see `referrers`.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
 use serde::Deserialize;
 use serde::de::IgnoredAny;
 use tokio::time::{Instant, timeout};
 
+use super::denied;
 use super::list_name::renamed;
-use super::manifest::refused;
-use super::manifest_fetch::UpstreamRequest;
-use super::tag_list::ListError;
-use super::{ProxyResponse, ProxyService, Request, ServeInfo, ServeReason, StreamedList, page};
+use super::manifest_fetch::{CoalesceKey, UpstreamRequest};
+use super::{ProxyResponse, ProxyService, Request, ServeInfo, ServeReason, StreamedList, list_page};
 use crate::oci::header::next_link;
 use crate::oci::{Endpoint, MediaType, Repository, UpstreamFailure};
 use crate::policy::{
@@ -20,26 +19,38 @@ use crate::policy::{
 use crate::store::listings::{ListingKey, StoredListing};
 use crate::upstream::{ResponseStream, UpstreamResponse};
 
-/// A list of tags is received whole up to this size; a longer one is passed on as it arrives.
-const LISTING_WHOLE_BYTES_MAX: usize = 512 * 1024;
-/// The largest list of referrers.
+/// Tag lists up to this size are buffered; longer ones are streamed.
+const BUFFERED_LIST_BYTES_MAX: usize = 512 * 1024;
+/// Maximum size of a referrers list.
 const REFERRERS_BYTES_MAX: usize = 4 * 1024 * 1024;
 
-/// A page of a list.
+/// One page of a list.
 #[derive(Clone, Debug)]
 pub struct Listing {
-    /// The JSON, as the upstream sent it.
+    /// JSON body as the upstream sent it.
     pub bytes: Bytes,
-    /// Its media type.
+    /// Media type.
     pub media_type: MediaType,
-    /// Path and query of the next page, if there is one.
+    /// Path and query of the next page, if any.
     pub next: Option<String>,
-    /// The filters that the upstream says it applied.
+    /// Filters that the upstream reports as applied.
     pub filters: Option<String>,
 }
 
-/// A page, or what the upstream said instead.
+/// A page, or the revalidation result and the upstream response.
 pub(super) type ListResult = Result<Listing, (Revalidation, Option<Arc<UpstreamResponse>>)>;
+
+/// Revalidation result and upstream response of a failed list request.
+pub(super) type ListError = (Revalidation, Option<Arc<UpstreamResponse>>);
+
+/// Response shared by all coalesced callers.
+#[derive(Clone)]
+pub(super) enum SharedList {
+    Buffered(Listing),
+    /// A streamed response can be consumed by one client only; the others fetch again.
+    Streamed(Arc<Mutex<Option<Box<StreamedList>>>>),
+    Failed(ListError),
+}
 
 impl ProxyService {
     pub(super) async fn listing(
@@ -48,20 +59,22 @@ impl ProxyService {
         repository: &Repository,
     ) -> ProxyResponse {
         let context = self.context(request, repository).await;
-        let rule = request.site.rule(repository, None);
+        let rule = request.registry.rule(repository, None);
         let key = ListingKey {
-            upstream: request.site.name().into(),
+            upstream: request.registry.name().into(),
             path: request.endpoint.path_and_query(),
         };
-        // A list is like a tag: a name of the repository whose content changes. It has no digest of its own that could
-        // be compared, so it is always fetched, and what was kept serves only while the upstream is unavailable.
-        let is_unasked = rule.policy == Policy::Never;
-        // A registry may give a caller without a right an empty list, or a front may answer in its place. So such a
-        // response is passed on and not kept, and whether a list is kept changes nothing for such a caller.
-        let is_stranger = context.is_stranger(rule, request.now);
+        // Like a tag, a list is a mutable name of the repository. It has no digest to compare, so it is always
+        // fetched, and a cached list is served only while the upstream is unavailable.
+        let never_revalidates = rule.policy == Policy::Never;
+        // A registry may return an empty list to a caller without a grant, or a front may respond in its place. So
+        // that response is forwarded and not stored, and a cached list does not influence it.
+        let has_no_grant = context.has_no_grant(rule, request.now);
         let mut kept = None;
-        if !is_stranger {
-            kept = self.kept_page(request, repository, (&key, is_unasked)).await;
+        if !has_no_grant {
+            kept = self
+                .cached_page(request, repository, (&key, never_revalidates))
+                .await;
         }
         let in_situation = |kept: Option<&CachedPage>| {
             let held = kept.map(|(_, source)| CachedEntry {
@@ -75,43 +88,47 @@ impl ProxyService {
         };
         let mut situation = in_situation(kept.as_ref());
         match decide(&situation) {
-            Decision::Deny(refusal) => return refused(refusal, None, false),
-            Decision::Serve(served) if served.cause().is_none() && is_unasked => {
+            Decision::Deny(refusal) => return denied(refusal, None, false),
+            Decision::Serve(served) if served.cause().is_none() && never_revalidates => {
                 return serve(kept, ServeReason::Cached(served));
             }
             _ => {}
         }
-        let mut wanted = UpstreamRequest::of(request, repository, &context.caller);
-        let upstream = request.site.upstream();
-        let wait = upstream.wait_limit(&wanted.caller, (&wanted.endpoint, false), rule.revalidate_timeout);
-        if !is_stranger && kept.is_none() && wait != Ok(rule.revalidate_timeout) {
-            kept = self.kept_page(request, repository, (&key, true)).await;
+        let mut upstream_request = UpstreamRequest::of(request, repository, &context.caller);
+        let upstream = request.registry.upstream();
+        let wait = upstream.wait_limit(
+            &upstream_request.caller,
+            (&upstream_request.endpoint, false),
+            rule.revalidate_timeout,
+        );
+        if !has_no_grant && kept.is_none() && wait != Ok(rule.revalidate_timeout) {
+            kept = self.cached_page(request, repository, (&key, true)).await;
             situation = in_situation(kept.as_ref());
         }
         if kept.is_some() {
-            wanted.caller.wait_deadline = None;
+            upstream_request.caller.wait_deadline = None;
         }
-        let can_do_without = |situation: &CacheState| {
+        let has_fallback = |situation: &CacheState| {
             let unavailable =
                 situation.with_revalidation(Revalidation::Unavailable(UpstreamFailure::RevalidateTimeout));
             matches!(decide(&unavailable), Decision::Serve(_))
         };
         let revalidation = match wait {
-            Err(cause) if can_do_without(&situation) => Err((Revalidation::Unavailable(cause), None)),
+            Err(cause) if has_fallback(&situation) => Err((Revalidation::Unavailable(cause), None)),
             wait => {
                 let wait = wait.unwrap_or(rule.revalidate_timeout);
-                let listing = self.shared_tags(&wanted, (!is_stranger).then(|| key.clone()));
+                let listing = self.coalesced_tags(&upstream_request, (!has_no_grant).then(|| key.clone()));
                 tokio::pin!(listing);
                 if let Ok(revalidation) = timeout(wait, listing.as_mut()).await {
                     revalidation
                 } else {
-                    upstream.record_timeout(&wanted.caller, &wanted.endpoint, wait);
-                    if !is_stranger && kept.is_none() {
-                        kept = self.kept_page(request, repository, (&key, true)).await;
+                    upstream.record_timeout(&upstream_request.caller, &upstream_request.endpoint, wait);
+                    if !has_no_grant && kept.is_none() {
+                        kept = self.cached_page(request, repository, (&key, true)).await;
                         situation = in_situation(kept.as_ref());
                     }
-                    if can_do_without(&situation) {
-                        // The request goes on; the next asker finds its result.
+                    if has_fallback(&situation) {
+                        // The request continues, and the next caller uses its result.
                         Err((
                             Revalidation::Unavailable(UpstreamFailure::RevalidateTimeout),
                             None,
@@ -122,21 +139,21 @@ impl ProxyService {
                 }
             }
         };
-        if !is_stranger && kept.is_none() && matches!(revalidation, Err((Revalidation::Unavailable(_), _))) {
-            kept = self.kept_page(request, repository, (&key, true)).await;
+        if !has_no_grant && kept.is_none() && matches!(revalidation, Err((Revalidation::Unavailable(_), _))) {
+            kept = self.cached_page(request, repository, (&key, true)).await;
             situation = in_situation(kept.as_ref());
         }
-        let how = ServeInfo {
+        let info = ServeInfo {
             reason: ServeReason::Fetched(crate::policy::MissReason::NoDigest),
             confirmed_at: Some(request.now),
         };
         match revalidation {
-            Ok(FetchedList::Buffered(listing)) => ProxyResponse::Listing(listing, how),
-            Ok(FetchedList::Streamed(list)) => ProxyResponse::StreamedList(list, how),
+            Ok(FetchedList::Buffered(listing)) => ProxyResponse::Listing(listing, info),
+            Ok(FetchedList::Streamed(list)) => ProxyResponse::StreamedList(list, info),
             Err((revalidation, answer)) => match decide(&situation.with_revalidation(revalidation)) {
                 Decision::Serve(served) => serve(kept, ServeReason::Cached(served)),
-                Decision::Deny(refusal) => refused(refusal, answer, false),
-                Decision::Revalidate | Decision::Fetch(_) | Decision::ProbeLayers(_) => refused(
+                Decision::Deny(refusal) => denied(refusal, answer, false),
+                Decision::Revalidate | Decision::Fetch(_) | Decision::ProbeLayers(_) => denied(
                     crate::policy::DenyReason::UpstreamUnavailable(UpstreamFailure::Malformed),
                     answer,
                     false,
@@ -145,8 +162,9 @@ impl ProxyService {
         }
     }
 
-    /// The page as it is kept, or, if it may be `derived`, cut from what is kept of the list; and what confirms it.
-    async fn kept_page(
+    /// The cached page, or with `derived` a page derived from the cached list, and the cached page that states its
+    /// age.
+    async fn cached_page(
         self: &Arc<Self>,
         request: &Request,
         repository: &Repository,
@@ -157,9 +175,9 @@ impl ProxyService {
             Endpoint::Tags { query, .. } if derived => Some(query.clone()),
             _ => None,
         };
-        self.look_up(&request.site, repository, move |cached| {
-            let (pull, site, repository) = (cached.pull, cached.site, cached.repository);
-            if let Some(kept) = pull.cached(site, repository, cached.view.listing(&key)) {
+        self.read_cache(&request.registry, repository, move |cached| {
+            let (proxy, registry, repository) = (cached.proxy, cached.registry, cached.repository);
+            if let Some(kept) = proxy.cached(registry, repository, cached.view.listing(&key)) {
                 return Some((page_of(&kept), kept));
             }
             let kept = |path: &str| {
@@ -167,78 +185,115 @@ impl ProxyService {
                 let path = path.to_owned();
                 cached.view.listing(&ListingKey { upstream, path }).ok().flatten()
             };
-            page::derived(repository, query.as_ref()?, kept)
+            list_page::derive_page(repository, query.as_ref()?, kept)
         })
         .await
     }
 
-    /// Fetches a page of a list, and keeps it where there is a key.
-    pub(super) async fn list(
+    /// A coalesced tag list request, stored under `key` if given. The request continues if its client leaves.
+    pub(super) async fn coalesced_tags(
         self: &Arc<Self>,
-        wanted: &UpstreamRequest,
-        key: Option<ListingKey>,
-    ) -> ListResult {
-        let fetched = self.asked(wanted).await?;
-        let head = head_of(&fetched, &wanted.endpoint).map_err(malformed)?;
-        let bytes = fetched.collect(REFERRERS_BYTES_MAX).await.map_err(malformed)?;
-        let bytes = named_as_here(wanted, bytes);
-        self.keep_list(key, Listing { bytes, ..head }).await
-    }
-
-    /// The same for tags: a long list is passed on as it arrives.
-    pub(super) async fn tags(
-        self: &Arc<Self>,
-        wanted: &UpstreamRequest,
+        upstream_request: &UpstreamRequest,
         key: Option<ListingKey>,
     ) -> Result<FetchedList, ListError> {
-        let mut fetched = self.asked(wanted).await?;
-        let mut head = head_of(&fetched, &wanted.endpoint).map_err(malformed)?;
+        let call = self
+            .tag_lists
+            .share((CoalesceKey::new(self, upstream_request), key.is_some()), || {
+                let (proxy, upstream_request, key) =
+                    (Arc::clone(self), upstream_request.clone(), key.clone());
+                async move {
+                    match proxy.fetch_tags(&upstream_request, key).await {
+                        Ok(FetchedList::Buffered(listing)) => SharedList::Buffered(listing),
+                        Ok(FetchedList::Streamed(list)) => {
+                            SharedList::Streamed(Arc::new(Mutex::new(Some(list))))
+                        }
+                        Err(unlisted) => SharedList::Failed(unlisted),
+                    }
+                }
+            });
+        match call.wait().await {
+            Some(SharedList::Buffered(listing)) => Ok(FetchedList::Buffered(listing)),
+            Some(SharedList::Failed(unlisted)) => Err(unlisted),
+            Some(SharedList::Streamed(list)) => {
+                let list = list.lock().unwrap_or_else(PoisonError::into_inner).take();
+                match list {
+                    Some(list) => Ok(FetchedList::Streamed(list)),
+                    None => self.fetch_tags(upstream_request, key).await,
+                }
+            }
+            None => Err((Revalidation::Unavailable(UpstreamFailure::Busy), None)),
+        }
+    }
+
+    /// Fetches a page of a list and stores it under `key` if given.
+    pub(super) async fn fetch_list(
+        self: &Arc<Self>,
+        upstream_request: &UpstreamRequest,
+        key: Option<ListingKey>,
+    ) -> ListResult {
+        let fetched = self.get_list(upstream_request).await?;
+        let head = head_of(&fetched, &upstream_request.endpoint).map_err(malformed)?;
+        let bytes = fetched.collect(REFERRERS_BYTES_MAX).await.map_err(malformed)?;
+        let bytes = with_client_name(upstream_request, bytes);
+        self.store_list(key, Listing { bytes, ..head }).await
+    }
+
+    /// The same for tags; a long list is streamed.
+    pub(super) async fn fetch_tags(
+        self: &Arc<Self>,
+        upstream_request: &UpstreamRequest,
+        key: Option<ListingKey>,
+    ) -> Result<FetchedList, ListError> {
+        let mut fetched = self.get_list(upstream_request).await?;
+        let mut head = head_of(&fetched, &upstream_request.endpoint).map_err(malformed)?;
         let mut begun = Vec::new();
-        while begun.len() <= LISTING_WHOLE_BYTES_MAX {
+        while begun.len() <= BUFFERED_LIST_BYTES_MAX {
             let Some(chunk) = fetched.chunk().await else {
-                head.bytes = named_as_here(wanted, begun.into());
-                return self.keep_list(key, head).await.map(FetchedList::Buffered);
+                head.bytes = with_client_name(upstream_request, begun.into());
+                return self.store_list(key, head).await.map(FetchedList::Buffered);
             };
             begun.extend_from_slice(&chunk.map_err(malformed)?);
         }
-        // Whether it is a list can no longer be told by its end: a page of something in front begins otherwise.
+        // A streamed body cannot be parsed as a whole, so only its beginning is checked. An error page of a front
+        // begins otherwise.
         if !begins_as_list(&begun) {
             return Err(malformed(UpstreamFailure::Malformed));
         }
-        // The name stands before the tags.
+        // The `name` precedes the tags.
         let begun = Bytes::from(begun);
-        head.bytes = named_as_here(wanted, begun.clone());
+        head.bytes = with_client_name(upstream_request, begun.clone());
         let renamed = |size: u64| size.saturating_sub(begun.len() as u64) + head.bytes.len() as u64;
         let size = fetched.length.map(renamed);
         let list = StreamedList::new(self, key, (head, size), fetched);
         Ok(FetchedList::Streamed(Box::new(list)))
     }
 
-    async fn asked(
+    async fn get_list(
         self: &Arc<Self>,
-        wanted: &UpstreamRequest,
+        upstream_request: &UpstreamRequest,
     ) -> Result<ResponseStream, (Revalidation, Option<Arc<UpstreamResponse>>)> {
         let UpstreamRequest {
-            site,
+            registry,
             repository,
             endpoint,
             accept,
             caller,
             ..
-        } = wanted;
+        } = upstream_request;
         let asked_at = Instant::now();
-        match site.upstream().get(caller, endpoint, accept, None).await {
+        match registry.upstream().get(caller, endpoint, accept, None).await {
             Ok(fetched) => Ok(fetched),
             Err(answer) => {
-                self.learn(wanted, &answer, asked_at).await;
-                let revalidation = self.heard(site, repository, &answer).await;
+                self.record_response(upstream_request, &answer, asked_at).await;
+                let revalidation = self.classify(registry, repository, &answer).await;
                 Err((revalidation, Some(Arc::new(answer))))
             }
         }
     }
 
-    /// It must be a list, whatever its status says: neither a captive portal's page nor an error with status 200 is one.
-    async fn keep_list(&self, key: Option<ListingKey>, listing: Listing) -> ListResult {
+    /// Stores a list. The body must be a list whatever its status: a captive portal's page or an error with status
+    /// 200 is rejected.
+    async fn store_list(&self, key: Option<ListingKey>, listing: Listing) -> ListResult {
         if !listing.is_list() {
             return Err(malformed(UpstreamFailure::Malformed));
         }
@@ -253,25 +308,25 @@ impl ProxyService {
             } = page;
             store.put_listing(&key, StoredListing::new(bytes, media_type, next, filters, now))
         });
-        super::revalidate::report(kept.await, "keep a list");
+        super::cache_view::log_store_error(kept.await, "store list");
         Ok(listing)
     }
 }
 
-/// A page for an outage, and the kept page that says how old it is.
+/// A page for an outage, and the stored page that states its age.
 type CachedPage = (Listing, Arc<StoredListing>);
 
-/// A list of tags from the upstream.
+/// A tag list from the upstream.
 pub(super) enum FetchedList {
     Buffered(Listing),
     Streamed(Box<StreamedList>),
 }
 
-/// With the client's name of the repository, where it is another one at the registry.
-fn named_as_here(wanted: &UpstreamRequest, list: Bytes) -> Bytes {
-    let upstream = wanted.site.upstream();
-    let there: Vec<_> = upstream.upstream_names(&wanted.repository).collect();
-    renamed(list, &there, &wanted.repository)
+/// The list with the client's repository name, if the registry uses another.
+fn with_client_name(upstream_request: &UpstreamRequest, list: Bytes) -> Bytes {
+    let upstream = upstream_request.registry.upstream();
+    let there: Vec<_> = upstream.upstream_names(&upstream_request.repository).collect();
+    renamed(list, &there, &upstream_request.repository)
 }
 
 fn malformed(cause: UpstreamFailure) -> (Revalidation, Option<Arc<UpstreamResponse>>) {
@@ -288,11 +343,11 @@ impl Listing {
     }
 }
 
-/// Whether these are tags as the distribution spec lists them ("Listing Tags").
+/// Whether the body is a tag list of the distribution spec ("Listing Tags").
 pub(super) fn is_tags(bytes: &[u8]) -> bool {
     #[derive(Deserialize)]
     struct Page {
-        // Go writes an empty list as `null`. Named so, it may not be missing.
+        // Go encodes an empty list as `null`. With this attribute the field must be present.
         #[serde(rename = "tags", deserialize_with = "Option::deserialize")]
         _tags: Option<Vec<String>>,
         errors: Option<IgnoredAny>,
@@ -300,7 +355,7 @@ pub(super) fn is_tags(bytes: &[u8]) -> bool {
     is_object(bytes) && serde_json::from_slice(bytes).is_ok_and(|Page { errors, .. }| errors.is_none())
 }
 
-/// Whether this is an image index as the distribution spec lists referrers ("Listing Referrers").
+/// Whether the body is an image index as the distribution spec returns referrers ("Listing Referrers").
 fn is_referrers(bytes: &[u8]) -> bool {
     #[derive(Deserialize)]
     struct Page {
@@ -320,7 +375,7 @@ fn is_object(bytes: &[u8]) -> bool {
     bytes.trim_ascii_start().first() == Some(&b'{')
 }
 
-/// Whether a list of tags may begin so. An error names itself first.
+/// Whether a tag list may begin like this. An error body begins with `errors`.
 fn begins_as_list(bytes: &[u8]) -> bool {
     let first = bytes.trim_ascii_start().strip_prefix(b"{");
     first.is_some_and(|first| !first.trim_ascii_start().starts_with(br#""errors""#))
@@ -332,7 +387,7 @@ fn serve(kept: Option<CachedPage>, reason: ServeReason) -> ProxyResponse {
             let confirmed_at = Some(source.listed_at);
             ProxyResponse::Listing(listing, ServeInfo { reason, confirmed_at })
         }
-        None => refused(crate::policy::DenyReason::NotCached, None, false),
+        None => denied(crate::policy::DenyReason::NotCached, None, false),
     }
 }
 
@@ -345,13 +400,13 @@ fn page_of(kept: &StoredListing) -> Listing {
     }
 }
 
-/// A page that was kept.
-pub(super) fn given(kept: &StoredListing, reason: ServeReason) -> ProxyResponse {
+/// Response with a cached page.
+pub(super) fn cached_list_response(kept: &StoredListing, reason: ServeReason) -> ProxyResponse {
     let confirmed_at = Some(kept.listed_at);
     ProxyResponse::Listing(page_of(kept), ServeInfo { reason, confirmed_at })
 }
 
-/// What the headers say of a list.
+/// List metadata from the response headers.
 fn head_of(fetched: &ResponseStream, endpoint: &Endpoint) -> Result<Listing, UpstreamFailure> {
     let filters = fetched.headers.get(crate::oci::header::OCI_FILTERS_APPLIED);
     let media_type = match endpoint {

@@ -1,15 +1,16 @@
-//! Tokens: to whom a token service gave which, and ours in place of those that a silent one cannot give
-//! (`local_tokens`).
+//! Local tokens: issued by the cache while the upstream's token service is unavailable (`local_tokens`), and the
+//! accounts behind upstream tokens.
 //!
-//! Docker, podman and crane fetch a token before each pull. While the token service is silent they cannot, and the token
-//! of their last pull, to which the registry said yes, they no longer have. So the service's answers are looked at on
-//! their way to clients: which *account* (what was shown to it, hashed) got which token for which repositories. What the
-//! registry lets a token read is then known of the account as well, and in an outage a token of ours stands for the account.
+//! Docker, podman and crane fetch a token before each pull and do not reuse the previous one. If the token service is
+//! unavailable, they have no token that the registry accepted. So the cache inspects token responses in transit and
+//! records which *account* (hash of the presented credential) received which token for which repositories. A grant of
+//! a token then also counts for its account, and in an outage a local token stands for that account.
 //!
-//! A token of ours says only who asked; it proves nothing, and whoever asks gets one. What it opens is weighed when it is
-//! used: what is public, and what its account could read while the service took it. It is never sent upstream. A request
-//! with one asks as a stranger would, and an answer to that means that the outage is over: the client is sent for a token
-//! of the service's own.
+//! A local token identifies its account and carries no authority; every client that requests one gets one.
+//! Authorization is checked when the token is used: it covers public repositories, and those that the account could
+//! read while the token service accepted it. A local token is never sent upstream. A request with one is sent
+//! anonymously, and a denial then means that the outage is over: the client is challenged to fetch a token from the
+//! service.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -30,16 +31,16 @@ use crate::upstream::TokenResponse;
 use crate::upstream::forward::ForwardRequest;
 use crate::upstream::origin::Origin;
 
-/// How a token of ours begins. None of these ever leaves for an upstream, whichever cache made it.
+/// Prefix of local tokens. A token with this prefix is never forwarded upstream, whichever cache issued it.
 const PREFIX: &str = "ifnewer-local-";
 
-/// How long one is good: as long as Docker Hub's.
-const LIFE: Duration = Duration::from_secs(300);
+/// Token lifetime, as Docker Hub's.
+const TOKEN_TTL: Duration = Duration::from_secs(300);
 
-/// Tokens, theirs and ours, whose account is known. A forgotten one is a token as any other.
-const KNOWN_MAX: usize = 16_384;
+/// Tokens with a known account, upstream and local. A forgotten upstream token is still a valid credential.
+const TOKENS_MAX: usize = 16_384;
 
-/// Whether what a client shows is a token that a cache made.
+/// Whether the credential is a local token of any cache.
 pub fn is_local_token(shown: &HeaderValue) -> bool {
     let shown = shown.to_str().ok().and_then(|shown| shown.split_once(' '));
     shown.is_some_and(|(scheme, token)| {
@@ -47,29 +48,29 @@ pub fn is_local_token(shown: &HeaderValue) -> bool {
     })
 }
 
-/// What became of a question to a token service.
+/// Result of a token request.
 pub enum TokenOutcome {
-    /// The service answered.
+    /// Response of the token service.
     Upstream(TokenResponse),
-    /// It was silent for this reason; a token of ours as its answer would be, in JSON.
+    /// The token service was unavailable for this cause; the JSON body carries a local token.
     Local(UpstreamFailure, Bytes),
 }
 
-/// Whose tokens are.
+/// Accounts of known tokens.
 pub(super) struct LocalTokens {
     known: Cache<Token, Arc<IssuedToken>>,
-    made: AtomicU64,
+    issued: AtomicU64,
 }
 
-/// An upstream, and a token as the principal that shows it.
+/// Upstream name, and the token as a principal.
 type Token = (Arc<str>, [u8; 32]);
 
 struct IssuedToken {
-    /// The token service that gave it, or in whose place we did. Another one has other accounts.
+    /// Realm that issued it, or that the cache stood in for. Accounts of another realm are different.
     realm: Origin,
-    /// `None` for nobody's.
+    /// `None` for an anonymous token.
     account: Option<[u8; 32]>,
-    /// What it was asked for. Whether it is good for that is the registry's word.
+    /// Requested repositories. The registry decides whether the token is valid for them.
     repositories: Vec<Repository>,
     until: Instant,
 }
@@ -77,129 +78,146 @@ struct IssuedToken {
 impl Default for LocalTokens {
     fn default() -> Self {
         Self {
-            known: Cache::new(KNOWN_MAX),
-            made: AtomicU64::new(0),
+            known: Cache::new(TOKENS_MAX),
+            issued: AtomicU64::new(0),
         }
     }
 }
 
 impl LocalTokens {
-    fn given(&self, site: &UpstreamRegistry, token: &Principal) -> Option<Arc<IssuedToken>> {
-        let given = self.known.get(&(site.name().into(), *token.as_bytes()))?;
-        (site.realm() == Some(&given.realm) && given.until > Instant::now()).then_some(given)
+    fn find(&self, registry: &UpstreamRegistry, token: &Principal) -> Option<Arc<IssuedToken>> {
+        let issued_token = self.known.get(&(registry.name().into(), *token.as_bytes()))?;
+        (registry.realm() == Some(&issued_token.realm) && issued_token.until > Instant::now())
+            .then_some(issued_token)
     }
 
-    fn note(&self, site: &UpstreamRegistry, token: &Principal, given: IssuedToken) {
-        self.known
-            .insert((site.name().into(), *token.as_bytes()), Arc::new(given));
+    fn insert(&self, registry: &UpstreamRegistry, token: &Principal, issued_token: IssuedToken) {
+        self.known.insert(
+            (registry.name().into(), *token.as_bytes()),
+            Arc::new(issued_token),
+        );
     }
 }
 
 impl ProxyService {
-    /// Hands a client's question on to the upstream's token service, and learns from the answer, also where the client is
-    /// gone by then. `Err` only where the process ends.
-    pub async fn log_in(
+    /// Forwards a client's token request to the upstream's token service and records the response, even if the client
+    /// has left. `Err` only at shutdown.
+    pub async fn request_token(
         self: &Arc<Self>,
-        site: &Arc<UpstreamRegistry>,
+        registry: &Arc<UpstreamRegistry>,
         realm: &Origin,
         asked: TokenRequest,
         passing: ForwardRequest,
     ) -> Result<TokenOutcome, UpstreamFailure> {
-        let (pull, site, realm) = (Arc::clone(self), Arc::clone(site), realm.clone());
+        let (proxy, registry, realm) = (Arc::clone(self), Arc::clone(registry), realm.clone());
         let answered = tokio::spawn(async move {
             let account = asked
                 .credential
                 .as_deref()
-                .map(|secret| *pull.principals.account(secret).as_bytes());
-            let asked_at = (pull.clock.now(), Instant::now());
-            match site.upstream().forward_token_request(&realm, passing).await {
+                .map(|secret| *proxy.principals.account(secret).as_bytes());
+            let asked_at = (proxy.clock.now(), Instant::now());
+            match registry.upstream().forward_token_request(&realm, passing).await {
                 Ok(reply) => {
                     if let Some(account) = account {
-                        pull.learn_login(&site, &realm, (account, asked.repositories), &reply, asked_at)
+                        proxy
+                            .record_token_response(
+                                &registry,
+                                &realm,
+                                (account, asked.repositories),
+                                &reply,
+                                asked_at,
+                            )
                             .await;
                     }
                     TokenOutcome::Upstream(reply)
                 }
-                Err(cause) => {
-                    TokenOutcome::Local(cause, pull.local_token(&site, realm, account, asked.repositories))
-                }
+                Err(cause) => TokenOutcome::Local(
+                    cause,
+                    proxy.issue_local_token(&registry, realm, account, asked.repositories),
+                ),
             }
         });
         answered.await.map_err(|_| UpstreamFailure::Busy)
     }
 
-    /// The account that is asking in this repository with this token, if the token was given for it.
+    /// Account of this token, if the token was issued for the repository.
     pub(super) fn account(
         &self,
-        site: &UpstreamRegistry,
+        registry: &UpstreamRegistry,
         repository: &Repository,
         shown: Option<&HeaderValue>,
     ) -> Option<[u8; 32]> {
-        site.realm()?;
-        let given = self.logins.given(site, &self.principals.credential(shown?))?;
-        given.account.filter(|_| given.repositories.contains(repository))
+        registry.realm()?;
+        let issued_token = self
+            .local_tokens
+            .find(registry, &self.principals.credential(shown?))?;
+        issued_token
+            .account
+            .filter(|_| issued_token.repositories.contains(repository))
     }
 
-    /// Whether a client shows a token of ours that is no good, here or any more: as good as none.
-    pub(super) fn is_spent(&self, site: &UpstreamRegistry, shown: &HeaderValue) -> bool {
+    /// Whether the credential is a local token that is unknown or expired. It then counts as no credential.
+    pub(super) fn is_expired_local_token(&self, registry: &UpstreamRegistry, shown: &HeaderValue) -> bool {
         is_local_token(shown)
             && self
-                .logins
-                .given(site, &self.principals.credential(shown))
+                .local_tokens
+                .find(registry, &self.principals.credential(shown))
                 .is_none()
     }
 
-    async fn learn_login(
+    async fn record_token_response(
         &self,
-        site: &Arc<UpstreamRegistry>,
+        registry: &Arc<UpstreamRegistry>,
         realm: &Origin,
         (account, repositories): ([u8; 32], Vec<Repository>),
         reply: &TokenResponse,
         asked_at: (SystemTime, Instant),
     ) {
         if matches!(reply.status, StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN) {
-            return self.learn_no_login(site, account).await;
+            return self.record_login_denied(registry, account).await;
         }
         let Some(issued) = &reply.issued else { return };
         let Ok(shown) = HeaderValue::from_str(&issued.authorization) else {
             return;
         };
-        self.learn_yes_login(site, account, asked_at).await;
-        let given = IssuedToken {
+        self.record_login(registry, account, asked_at).await;
+        let issued_token = IssuedToken {
             realm: realm.clone(),
             account: Some(account),
             repositories,
             until: Instant::now() + issued.life,
         };
-        self.logins.note(site, &self.principals.credential(&shown), given);
+        self.local_tokens
+            .insert(registry, &self.principals.credential(&shown), issued_token);
     }
 
-    fn local_token(
+    fn issue_local_token(
         &self,
-        site: &UpstreamRegistry,
+        registry: &UpstreamRegistry,
         realm: Origin,
         account: Option<[u8; 32]>,
         repositories: Vec<Repository>,
     ) -> Bytes {
         let now = self.clock.now();
-        let nth = self.logins.made.fetch_add(1, Ordering::Relaxed);
+        let nth = self.local_tokens.issued.fetch_add(1, Ordering::Relaxed);
         let unguessable = self
             .principals
             .keyed(format!("local token {nth} at {now:?}").as_bytes());
         let token = Zeroizing::new(format!("{PREFIX}{}", BASE64_URL_SAFE_NO_PAD.encode(unguessable)));
-        let given = IssuedToken {
+        let issued_token = IssuedToken {
             realm,
             account,
             repositories,
-            until: Instant::now() + LIFE,
+            until: Instant::now() + TOKEN_TTL,
         };
         if let Ok(shown) = HeaderValue::from_str(&Zeroizing::new(format!("Bearer {}", *token))) {
-            self.logins.note(site, &self.principals.credential(&shown), given);
+            self.local_tokens
+                .insert(registry, &self.principals.credential(&shown), issued_token);
         }
         let answer = serde_json::json!({
             "token": *token,
             "access_token": *token,
-            "expires_in": LIFE.as_secs(),
+            "expires_in": TOKEN_TTL.as_secs(),
             "issued_at": humantime::format_rfc3339_seconds(now).to_string(),
         });
         answer.to_string().into()

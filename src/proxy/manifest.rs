@@ -1,4 +1,4 @@
-//! Manifests: by tag, where the decision lives, and by digest, where nothing can change.
+//! Manifest requests by tag and by digest.
 
 use std::sync::Arc;
 
@@ -7,7 +7,7 @@ use tokio::time::{Instant, timeout_at};
 use super::candidates::{CachedManifest, Candidates};
 use super::manifest_fetch::UpstreamRequest;
 use super::revalidate::Revalidated;
-use super::{AuthContext, Denied, ProxyResponse, ProxyService, Request, ServeInfo, ServeReason, passthrough};
+use super::{AuthContext, ProxyResponse, ProxyService, Request, ServeInfo, ServeReason, denied, passthrough};
 use crate::oci::{AnyDigest, Digest, Reference, Repository, Tag, UpstreamFailure};
 use crate::policy::rules::EffectivePolicy;
 use crate::policy::{
@@ -18,8 +18,8 @@ use crate::store::manifests::StoredManifest;
 use crate::store::tags::TagKey;
 use crate::upstream::{ResponseKind, UpstreamResponse};
 
-/// A manifest that is too large to be kept is passed on as it comes, up to this size. Larger ones, no client takes.
-const PASSED_MANIFEST_BYTES_MAX: u64 = 16 * 1024 * 1024;
+/// Largest manifest that is forwarded without being stored. No client accepts larger ones.
+const PASSTHROUGH_MANIFEST_BYTES_MAX: u64 = 16 * 1024 * 1024;
 
 impl ProxyService {
     pub(super) async fn manifest(
@@ -35,12 +35,12 @@ impl ProxyService {
                 self.by_digest(request, repository, &context, digest).await
             }
             Reference::Digest(AnyDigest::Unsupported(_)) => {
-                passthrough::unverifiable(
+                passthrough::fetch_uncached(
                     self,
                     request,
                     repository,
                     &context.caller,
-                    PASSED_MANIFEST_BYTES_MAX,
+                    PASSTHROUGH_MANIFEST_BYTES_MAX,
                 )
                 .await
             }
@@ -55,30 +55,32 @@ impl ProxyService {
         tag: &Tag,
     ) -> ProxyResponse {
         if tag.is_referrers_tag() {
-            // On the heap: few requests are for such a tag, and the state of all others stays as small as it is.
+            // Boxed: few requests are for a referrers tag, and the future of all others stays small.
             return Box::pin(self.referrers_tag(request, repository, context, tag)).await;
         }
-        let rule = request.site.rule(repository, Some(tag));
+        let rule = request.registry.rule(repository, Some(tag));
         let accept = Some(&request.accept);
-        let copies = self.copies_of_tag(&request.site, repository, tag, accept).await;
-        let held = copies.as_ref().map(Candidates::held);
+        let candidates = self
+            .candidates_for_tag(&request.registry, repository, tag, accept)
+            .await;
+        let held = candidates.as_ref().map(Candidates::held);
         let situation = context.situation(rule, ContentKind::Tag, held, true, request.now);
-        let road = ManifestRequest::new(self, request, repository, context, rule);
-        road.carry_out(situation, copies).await
+        let manifest_request = ManifestRequest::new(self, request, repository, context, rule);
+        manifest_request.execute(situation, candidates).await
     }
 
-    /// Carries out what is decided about a referrers tag.
-    pub(super) async fn judged(
+    /// Executes the decision for a referrers tag.
+    pub(super) async fn execute_referrers_tag(
         self: &Arc<Self>,
         request: &Request,
         repository: &Repository,
         context: &AuthContext,
         situation: CacheState,
-        copies: Option<Candidates>,
+        candidates: Option<Candidates>,
     ) -> ProxyResponse {
-        let rule = request.site.rule(repository, request.tag());
-        let road = ManifestRequest::new(self, request, repository, context, rule);
-        road.carry_out(situation, copies).await
+        let rule = request.registry.rule(repository, request.tag());
+        let manifest_request = ManifestRequest::new(self, request, repository, context, rule);
+        manifest_request.execute(situation, candidates).await
     }
 
     async fn by_digest(
@@ -88,42 +90,42 @@ impl ProxyService {
         context: &AuthContext,
         digest: Digest,
     ) -> ProxyResponse {
-        let rule = request.site.rule(repository, None);
-        if context.is_stranger(rule, request.now) {
-            let road = ManifestRequest::new(self, request, repository, context, rule);
-            return road.introduced(digest).await;
+        let rule = request.registry.rule(repository, None);
+        if context.has_no_grant(rule, request.now) {
+            let manifest_request = ManifestRequest::new(self, request, repository, context, rule);
+            return manifest_request.authorize_first(digest).await;
         }
-        let (copies, seen) = self
-            .copy_of_digest(&request.site, repository, &digest, request.now)
+        let (candidates, seen) = self
+            .candidate_for_digest(&request.registry, repository, &digest, request.now)
             .await;
-        let held = copies.as_ref().map(Candidates::held);
+        let held = candidates.as_ref().map(Candidates::held);
         let situation = context.situation(rule, ContentKind::Manifest, held, seen, request.now);
-        let road = ManifestRequest::new(self, request, repository, context, rule);
-        road.carry_out(situation, copies).await
+        let manifest_request = ManifestRequest::new(self, request, repository, context, rule);
+        manifest_request.execute(situation, candidates).await
     }
 }
 
-/// The facts that carrying out a verdict needs.
+/// Context of one manifest request.
 struct ManifestRequest<'a> {
-    pull: &'a Arc<ProxyService>,
+    proxy: &'a Arc<ProxyService>,
     request: &'a Request,
     repository: &'a Repository,
     context: &'a AuthContext,
     rule: &'a EffectivePolicy,
-    /// Until when a client waits that could be given a copy.
+    /// Deadline for a client that has a cached fallback.
     deadline: Instant,
 }
 
 impl<'a> ManifestRequest<'a> {
     fn new(
-        pull: &'a Arc<ProxyService>,
+        proxy: &'a Arc<ProxyService>,
         request: &'a Request,
         repository: &'a Repository,
         context: &'a AuthContext,
         rule: &'a EffectivePolicy,
     ) -> Self {
         Self {
-            pull,
+            proxy,
             request,
             repository,
             context,
@@ -132,100 +134,118 @@ impl<'a> ManifestRequest<'a> {
         }
     }
 
-    fn wanted(&self) -> UpstreamRequest {
+    fn upstream_request(&self) -> UpstreamRequest {
         UpstreamRequest {
-            is_strangers: self.context.is_stranger(self.rule, self.request.now),
+            has_no_grant: self.context.has_no_grant(self.rule, self.request.now),
             ..UpstreamRequest::of(self.request, self.repository, &self.context.caller)
         }
     }
 
-    /// Decide, ask if need be, decide again, fetch or check if need be, and decide once more if that failed.
-    async fn carry_out(&self, situation: CacheState, copies: Option<Candidates>) -> ProxyResponse {
+    /// Executes the decision: revalidates and decides again, then fetches or probes layers. If that fails, a last
+    /// decision chooses the fallback.
+    async fn execute(&self, situation: CacheState, candidates: Option<Candidates>) -> ProxyResponse {
         match decide(&situation) {
-            Decision::Revalidate => self.after_asking(situation, copies).await,
-            // A head alone is asked for by those who only compare; a GET would count as a pull at Docker Hub.
-            Decision::Fetch(_) if self.request.head => self.head_of_unheld(situation).await,
-            Decision::Fetch(why) => self.fetch(why, situation, copies).await,
-            Decision::Serve(served) => self.serve(served, copies, None),
-            Decision::ProbeLayers(served) => self.check(served, situation, copies, None).await,
-            Decision::Deny(refusal) => refused(refusal, None, false),
+            Decision::Revalidate => self.revalidate_and_serve(situation, candidates).await,
+            // Clients that only compare digests send `HEAD`; a `GET` would count as a pull at Docker Hub.
+            Decision::Fetch(_) if self.request.head => self.head_uncached(situation).await,
+            Decision::Fetch(why) => self.fetch(why, situation, candidates).await,
+            Decision::Serve(served) => self.serve(served, candidates, None),
+            Decision::ProbeLayers(served) => self.probe_and_serve(served, situation, candidates, None).await,
+            Decision::Deny(refusal) => denied(refusal, None, false),
         }
     }
 
-    /// For one who has shown no right here and asks by digest: see [`AuthContext::is_stranger`].
-    async fn introduced(&self, digest: Digest) -> ProxyResponse {
-        let (site, repository, now) = (&self.request.site, self.repository, self.request.now);
+    /// For a caller without a grant that requests a digest: see [`AuthContext::has_no_grant`].
+    async fn authorize_first(&self, digest: Digest) -> ProxyResponse {
+        let (registry, repository, now) = (&self.request.registry, self.repository, self.request.now);
         let unseen = self
             .context
             .situation(self.rule, ContentKind::Manifest, None, false, now);
         if let Decision::Deny(refusal) = decide(&unseen) {
-            return refused(refusal, None, false);
+            return denied(refusal, None, false);
         }
-        let asked = self.ask(&unseen).await;
+        let revalidated = self.revalidate(&unseen).await;
         if !matches!(
-            asked.revalidation,
+            revalidated.revalidation,
             Revalidation::Digest { .. } | Revalidation::NoDigest
         ) {
-            return self.after_answer(unseen, None, asked).await;
+            return self.on_revalidated(unseen, None, revalidated).await;
         }
-        let (copies, _) = self.pull.copy_of_digest(site, repository, &digest, now).await;
-        if copies.is_none() && self.request.head {
-            return self.head_said(unseen, asked).await;
+        let (candidates, _) = self
+            .proxy
+            .candidate_for_digest(registry, repository, &digest, now)
+            .await;
+        if candidates.is_none() && self.request.head {
+            return self.respond_to_head(unseen, revalidated).await;
         }
-        let held = copies.as_ref().map(Candidates::held);
+        let held = candidates.as_ref().map(Candidates::held);
         let situation = self
             .context
             .situation(self.rule, ContentKind::Manifest, held, true, now);
-        self.after_answer(situation, copies, asked).await
+        self.on_revalidated(situation, candidates, revalidated).await
     }
 
-    async fn after_asking(&self, situation: CacheState, copies: Option<Candidates>) -> ProxyResponse {
-        let asked = self.ask(&situation).await;
-        self.after_answer(situation, copies, asked).await
-    }
-
-    async fn after_answer(
+    async fn revalidate_and_serve(
         &self,
         situation: CacheState,
-        copies: Option<Candidates>,
-        asked: Revalidated,
+        candidates: Option<Candidates>,
     ) -> ProxyResponse {
-        if asked.revalidation == Revalidation::Unavailable(UpstreamFailure::Unverifiable) {
-            return self.pass().await;
+        let revalidated = self.revalidate(&situation).await;
+        self.on_revalidated(situation, candidates, revalidated).await
+    }
+
+    async fn on_revalidated(
+        &self,
+        situation: CacheState,
+        candidates: Option<Candidates>,
+        revalidated: Revalidated,
+    ) -> ProxyResponse {
+        if revalidated.revalidation == Revalidation::Unavailable(UpstreamFailure::Unverifiable) {
+            return self.pass_through().await;
         }
-        if asked.is_unproven()
-            && let Some(manifest) = self.brought(asked.answer.as_deref()).await
+        if revalidated.is_unproven()
+            && let Some(manifest) = self.take_inline_body(revalidated.answer.as_deref()).await
         {
-            // Whoever sent it, it is what this caller was given. Nothing cached is shown for it.
+            // Forward what this caller was given, even if the sender is not proven. Cached content is not used for
+            // it.
             return self.manifest(manifest, ServeReason::Passthrough);
         }
-        let situation = situation.with_revalidation(asked.revalidation);
+        let situation = situation.with_revalidation(revalidated.revalidation);
         match decide(&situation) {
-            Decision::Serve(HitReason::TagMoved) => self.serve_moved(situation, copies, asked).await,
-            Decision::Serve(served) => self.serve(served, copies, Some(asked.revalidation)),
-            Decision::ProbeLayers(served) => self.check(served, situation, copies, asked.answer).await,
-            Decision::Fetch(why) => match self.brought(asked.answer.as_deref()).await {
-                Some(manifest) => self.fetched(manifest, why, situation, copies).await,
-                None => self.fetch(why, situation, copies).await,
+            Decision::Serve(HitReason::TagMoved) => {
+                self.serve_updated_tag(situation, candidates, revalidated).await
+            }
+            Decision::Serve(served) => self.serve(served, candidates, Some(revalidated.revalidation)),
+            Decision::ProbeLayers(served) => {
+                self.probe_and_serve(served, situation, candidates, revalidated.answer)
+                    .await
+            }
+            Decision::Fetch(why) => match self.take_inline_body(revalidated.answer.as_deref()).await {
+                Some(manifest) => self.serve_fetched(manifest, why, situation, candidates).await,
+                None => self.fetch(why, situation, candidates).await,
             },
             Decision::Deny(refusal) => {
                 if refusal == DenyReason::NotFound {
-                    self.forget(&situation).await;
+                    self.remove_deleted_tag(&situation).await;
                 }
-                refused(refusal, asked.answer, own_credential(asked.revalidation))
+                denied(
+                    refusal,
+                    revalidated.answer,
+                    is_proxy_credential_denied(revalidated.revalidation),
+                )
             }
-            // A law of the decision: nothing is asked twice.
-            Decision::Revalidate => refused(
+            // Invariant of `decide`: no second revalidation.
+            Decision::Revalidate => denied(
                 DenyReason::UpstreamUnavailable(UpstreamFailure::Malformed),
-                asked.answer,
+                revalidated.answer,
                 false,
             ),
         }
     }
 
-    async fn ask(&self, situation: &CacheState) -> Revalidated {
-        self.pull
-            .ask(
+    async fn revalidate(&self, situation: &CacheState) -> Revalidated {
+        self.proxy
+            .revalidate(
                 self.request,
                 self.repository,
                 self.context,
@@ -235,37 +255,39 @@ impl<'a> ManifestRequest<'a> {
             .await
     }
 
-    async fn brought(&self, answer: Option<&UpstreamResponse>) -> Option<Arc<StoredManifest>> {
-        self.pull.brought(&self.wanted(), answer?).await
+    async fn take_inline_body(&self, answer: Option<&UpstreamResponse>) -> Option<Arc<StoredManifest>> {
+        self.proxy
+            .take_inline_body(&self.upstream_request(), answer?)
+            .await
     }
 
-    /// A tag deleted upstream must not come back with the next outage. Only a principal that may read the repository
-    /// is believed: some registries say 404 to all others.
-    async fn forget(&self, situation: &CacheState) {
+    /// Removes a tag that was deleted upstream, so that the next outage does not restore it. Only for a principal
+    /// with a grant, because some registries return 404 to all others.
+    async fn remove_deleted_tag(&self, situation: &CacheState) {
         let Some(tag) = self.request.tag() else { return };
         if situation.authorization == Authorization::Unknown || situation.cached.is_none() {
             return;
         }
         let key = TagKey {
-            upstream: self.request.site.name().into(),
+            upstream: self.request.registry.name().into(),
             repository: self.repository.clone(),
             tag: tag.clone(),
         };
-        let forgotten = self.pull.store.write(move |store| store.remove_tag(&key)).await;
-        super::revalidate::report(forgotten, "forget a tag that was deleted upstream");
+        let forgotten = self.proxy.store.write(move |store| store.remove_tag(&key)).await;
+        super::cache_view::log_store_error(forgotten, "remove tag that was deleted upstream");
     }
 
-    /// The head of something not held, as the upstream gives it; fetched whole where the head does not say enough.
-    async fn head_of_unheld(&self, situation: CacheState) -> ProxyResponse {
-        let asked = self.ask(&situation).await;
-        self.head_said(situation, asked).await
+    /// Responds to `HEAD` for an uncached manifest. Fetches it if the upstream's headers are incomplete.
+    async fn head_uncached(&self, situation: CacheState) -> ProxyResponse {
+        let revalidated = self.revalidate(&situation).await;
+        self.respond_to_head(situation, revalidated).await
     }
 
-    async fn head_said(&self, situation: CacheState, asked: Revalidated) -> ProxyResponse {
-        if let Some(manifest) = self.brought(asked.answer.as_deref()).await {
+    async fn respond_to_head(&self, situation: CacheState, revalidated: Revalidated) -> ProxyResponse {
+        if let Some(manifest) = self.take_inline_body(revalidated.answer.as_deref()).await {
             return self.manifest(manifest, ServeReason::Fetched(MissReason::NoDigest));
         }
-        if let Some(answer) = &asked.answer
+        if let Some(answer) = &revalidated.answer
             && let (ResponseKind::Digest(digest), Some(media_type), Some(size)) =
                 (answer.kind, &answer.media_type, answer.length)
         {
@@ -275,81 +297,90 @@ impl<'a> ManifestRequest<'a> {
                 size,
             };
         }
-        if asked.revalidation == Revalidation::Unavailable(UpstreamFailure::Unverifiable) {
-            return self.pass().await;
+        if revalidated.revalidation == Revalidation::Unavailable(UpstreamFailure::Unverifiable) {
+            return self.pass_through().await;
         }
-        let situation = situation.with_revalidation(asked.revalidation);
+        let situation = situation.with_revalidation(revalidated.revalidation);
         match decide(&situation) {
-            Decision::Deny(refusal) => refused(refusal, asked.answer, own_credential(asked.revalidation)),
+            Decision::Deny(refusal) => denied(
+                refusal,
+                revalidated.answer,
+                is_proxy_credential_denied(revalidated.revalidation),
+            ),
             _ => self.fetch(MissReason::NoDigest, situation, None).await,
         }
     }
 
-    /// The manifest that the tag names now is held: look it up once more, for it may just have been evicted.
-    async fn serve_moved(
+    /// Serves the cached manifest that the tag moved to. It is looked up again, because it may have been evicted
+    /// since.
+    async fn serve_updated_tag(
         &self,
         situation: CacheState,
-        copies: Option<Candidates>,
-        asked: Revalidated,
+        candidates: Option<Candidates>,
+        revalidated: Revalidated,
     ) -> ProxyResponse {
-        match self.named(asked.revalidation).await {
+        match self.revalidated_manifest(revalidated.revalidation).await {
             Some(manifest) => self.manifest(manifest, ServeReason::Cached(HitReason::TagMoved)),
-            None => self.fetch(MissReason::NewDigest, situation, copies).await,
+            None => self.fetch(MissReason::NewDigest, situation, candidates).await,
         }
     }
 
-    /// The manifest of the digest that was named just now.
-    async fn named(&self, revalidation: Revalidation) -> Option<Arc<StoredManifest>> {
+    /// Cached manifest of the digest from the revalidation.
+    async fn revalidated_manifest(&self, revalidation: Revalidation) -> Option<Arc<StoredManifest>> {
         match revalidation {
             Revalidation::Digest { digest, .. } => {
-                self.pull
-                    .cached_manifest(&self.request.site, self.repository, &digest)
+                self.proxy
+                    .cached_manifest(&self.request.registry, self.repository, &digest)
                     .await
             }
             _ => None,
         }
     }
 
-    /// Serves a manifest of which not all is held, if the upstream has the rest.
-    async fn check(
+    /// Serves an incomplete manifest if the upstream has its missing layers.
+    async fn probe_and_serve(
         &self,
         served: HitReason,
         situation: CacheState,
-        copies: Option<Candidates>,
+        candidates: Option<Candidates>,
         answer: Option<Arc<UpstreamResponse>>,
     ) -> ProxyResponse {
-        let newest = copies.as_ref().map(|copies| Arc::clone(&copies.newest.manifest));
+        let newest = candidates
+            .as_ref()
+            .map(|candidates| Arc::clone(&candidates.newest.manifest));
         let manifest = match served {
-            HitReason::TagMoved => self.named(situation.revalidation).await,
+            HitReason::TagMoved => self.revalidated_manifest(situation.revalidation).await,
             _ => newest,
         };
         let Some(manifest) = manifest else {
-            return self.fetch(MissReason::NewDigest, situation, copies).await;
+            return self.fetch(MissReason::NewDigest, situation, candidates).await;
         };
-        match self.rest_of(&manifest, copies.as_ref()).await {
+        match self.probe_missing_layers(&manifest, candidates.as_ref()).await {
             Ok(()) => self.manifest(manifest, ServeReason::Cached(served)),
-            Err(cause) => self.instead(situation, copies, cause, answer),
+            Err(cause) => self.serve_fallback(situation, candidates, cause, answer),
         }
     }
 
-    /// Whether the upstream has what of `manifest` is not held; asked only where there is something else to serve.
-    async fn rest_of(
+    /// Probes the missing layers of `manifest`, only if another image could be served instead.
+    async fn probe_missing_layers(
         &self,
         manifest: &Arc<StoredManifest>,
-        copies: Option<&Candidates>,
+        candidates: Option<&Candidates>,
     ) -> Result<(), UpstreamFailure> {
-        let Some(instead) = copies.and_then(Candidates::whole) else {
+        let Some(fallback) = candidates.and_then(Candidates::complete) else {
             return Ok(());
         };
-        if instead.manifest.digest == manifest.digest {
+        if fallback.manifest.digest == manifest.digest {
             return Ok(());
         }
-        let mut wanted = self.wanted();
-        wanted.caller.wait_deadline = Some(self.deadline);
-        // Most of the time is left for questions about those whose turn has not come.
-        let begin_for = self.rule.prefetch.then(|| self.rule.revalidate_timeout / 3);
-        let checking = self.pull.check(wanted, begin_for, manifest, &instead.manifest);
-        // What was asked goes on being asked; the next who comes finds the answers.
+        let mut upstream_request = self.upstream_request();
+        upstream_request.caller.wait_deadline = Some(self.deadline);
+        // Most of the time is reserved for probes of queued blobs.
+        let prefetch_wait = self.rule.prefetch.then(|| self.rule.revalidate_timeout / 3);
+        let checking = self
+            .proxy
+            .probe_layers(upstream_request, prefetch_wait, manifest, &fallback.manifest);
+        // Running probes continue, and the next request uses their results.
         let checked = timeout_at(self.deadline, checking).await;
         checked.unwrap_or(Err(UpstreamFailure::RevalidateTimeout))
     }
@@ -358,104 +389,110 @@ impl<'a> ManifestRequest<'a> {
         &self,
         why: MissReason,
         situation: CacheState,
-        copies: Option<Candidates>,
+        candidates: Option<Candidates>,
     ) -> ProxyResponse {
-        let can_do_without = matches!(
+        let has_fallback = matches!(
             decide(
                 &situation.with_revalidation(Revalidation::FetchFailed(UpstreamFailure::RevalidateTimeout))
             ),
             Decision::Serve(_)
         );
-        let mut wanted = self.wanted().naming(situation.revalidation);
-        let fetched = if can_do_without {
-            let (upstream, began) = (self.request.site.upstream(), Instant::now());
+        let mut upstream_request = self.upstream_request().naming(situation.revalidation);
+        let fetched = if has_fallback {
+            let (upstream, began) = (self.request.registry.upstream(), Instant::now());
             let budget = self.deadline.saturating_duration_since(began);
-            let wait = match upstream.wait_limit(&wanted.caller, (&wanted.endpoint, false), budget) {
+            let wait = match upstream.wait_limit(
+                &upstream_request.caller,
+                (&upstream_request.endpoint, false),
+                budget,
+            ) {
                 Ok(wait) => wait,
-                Err(cause) => return self.instead(situation, copies, cause, None),
+                Err(cause) => return self.serve_fallback(situation, candidates, cause, None),
             };
-            wanted.caller.wait_deadline = Some(self.deadline);
-            let (caller, endpoint) = (wanted.caller.clone(), wanted.endpoint.clone());
-            if let Ok(fetched) = timeout_at(began + wait, self.pull.fetch_manifest(wanted)).await {
+            upstream_request.caller.wait_deadline = Some(self.deadline);
+            let (caller, endpoint) = (upstream_request.caller.clone(), upstream_request.endpoint.clone());
+            if let Ok(fetched) = timeout_at(began + wait, self.proxy.fetch_manifest(upstream_request)).await {
                 fetched
             } else {
-                // The fetch goes on; the next asker finds its result.
+                // The fetch continues, and the next request uses its result.
                 upstream.record_timeout(&caller, &endpoint, wait);
-                return self.instead(situation, copies, UpstreamFailure::RevalidateTimeout, None);
+                return self.serve_fallback(situation, candidates, UpstreamFailure::RevalidateTimeout, None);
             }
         } else {
-            self.pull.fetch_manifest(wanted).await
+            self.proxy.fetch_manifest(upstream_request).await
         };
         match fetched {
-            Ok(manifest) => self.fetched(manifest, why, situation, copies).await,
+            Ok(manifest) => self.serve_fetched(manifest, why, situation, candidates).await,
             Err(answer)
                 if answer.cause() == UpstreamFailure::Unverifiable
-                    || (answer.cause() == UpstreamFailure::TooLarge && copies.is_none()) =>
+                    || (answer.cause() == UpstreamFailure::TooLarge && candidates.is_none()) =>
             {
-                self.pass().await
+                self.pass_through().await
             }
-            Err(answer) => self.after_failed_fetch(situation, copies, answer).await,
+            Err(answer) => self.on_fetch_failed(situation, candidates, answer).await,
         }
     }
 
-    /// What cannot be kept: the upstream's own response to this caller. Of it only a denial is noted.
-    async fn pass(&self) -> ProxyResponse {
-        passthrough::unverifiable(
-            self.pull,
+    /// Forwards the upstream's response for content that cannot be stored. Only a denial is recorded from it.
+    async fn pass_through(&self) -> ProxyResponse {
+        passthrough::fetch_uncached(
+            self.proxy,
             self.request,
             self.repository,
             &self.context.caller,
-            PASSED_MANIFEST_BYTES_MAX,
+            PASSTHROUGH_MANIFEST_BYTES_MAX,
         )
         .await
     }
 
-    async fn fetched(
+    async fn serve_fetched(
         &self,
         manifest: Arc<StoredManifest>,
         why: MissReason,
         situation: CacheState,
-        copies: Option<Candidates>,
+        candidates: Option<Candidates>,
     ) -> ProxyResponse {
-        match self.rest_of(&manifest, copies.as_ref()).await {
+        match self.probe_missing_layers(&manifest, candidates.as_ref()).await {
             Ok(()) => self.manifest(manifest, ServeReason::Fetched(why)),
-            Err(cause) => self.instead(situation, copies, cause, None),
+            Err(cause) => self.serve_fallback(situation, candidates, cause, None),
         }
     }
 
-    /// What the upstream has just confirmed or given.
+    /// Response with a manifest that the upstream has just confirmed or sent.
     fn manifest(&self, manifest: Arc<StoredManifest>, reason: ServeReason) -> ProxyResponse {
         let confirmed_at = self.request.tag().map(|_| self.request.now);
         ProxyResponse::Manifest(manifest, ServeInfo { reason, confirmed_at })
     }
 
-    /// A refusal of the fetch is a refusal; anything else leaves what is held.
-    async fn after_failed_fetch(
+    /// Handles a failed fetch: a denial denies the request, any other failure falls back to the cached manifest.
+    async fn on_fetch_failed(
         &self,
         situation: CacheState,
-        copies: Option<Candidates>,
+        candidates: Option<Candidates>,
         answer: Arc<UpstreamResponse>,
     ) -> ProxyResponse {
         let revalidation = self
-            .pull
-            .heard(&self.request.site, self.repository, &answer)
+            .proxy
+            .classify(&self.request.registry, self.repository, &answer)
             .await;
         let revalidation = match revalidation {
-            // Named by the HEAD, absent a moment later: the new one cannot be had.
-            Revalidation::NotFound if copies.is_some() => {
+            // The `HEAD` named it and the `GET` returned 404: the new manifest is not available.
+            Revalidation::NotFound if candidates.is_some() => {
                 Revalidation::FetchFailed(UpstreamFailure::Status(404))
             }
-            Revalidation::Unavailable(cause) if copies.is_some() => Revalidation::FetchFailed(cause),
+            Revalidation::Unavailable(cause) if candidates.is_some() => Revalidation::FetchFailed(cause),
             Revalidation::Digest { .. } | Revalidation::NoDigest | Revalidation::NotDone => {
                 Revalidation::FetchFailed(UpstreamFailure::Malformed)
             }
             revalidation => revalidation,
         };
         match decide(&situation.with_revalidation(revalidation)) {
-            Decision::Serve(served) => self.serve(served, copies, Some(revalidation)),
-            Decision::Deny(refusal) => refused(refusal, Some(answer), own_credential(revalidation)),
-            // Laws of the decision: no second question, no second fetch.
-            Decision::Revalidate | Decision::Fetch(_) | Decision::ProbeLayers(_) => refused(
+            Decision::Serve(served) => self.serve(served, candidates, Some(revalidation)),
+            Decision::Deny(refusal) => {
+                denied(refusal, Some(answer), is_proxy_credential_denied(revalidation))
+            }
+            // Invariants of `decide`: no second revalidation, no second fetch.
+            Decision::Revalidate | Decision::Fetch(_) | Decision::ProbeLayers(_) => denied(
                 DenyReason::UpstreamUnavailable(UpstreamFailure::Malformed),
                 Some(answer),
                 false,
@@ -463,26 +500,26 @@ impl<'a> ManifestRequest<'a> {
         }
     }
 
-    /// What is held whole, in place of something newer that could not be had.
-    fn instead(
+    /// Serves the complete cached image instead of a newer one that is not available.
+    fn serve_fallback(
         &self,
         situation: CacheState,
-        copies: Option<Candidates>,
+        candidates: Option<Candidates>,
         cause: UpstreamFailure,
         answer: Option<Arc<UpstreamResponse>>,
     ) -> ProxyResponse {
-        // The upstream has just said yes to this principal, so its standing is as good as can be.
+        // The upstream has just authorized this principal.
         let revalidation = Revalidation::FetchFailed(cause);
         match decide(&CacheState {
             authorization: Authorization::Granted,
             revalidation,
             ..situation
         }) {
-            Decision::Serve(served) => self.serve(served, copies, Some(revalidation)),
-            Decision::Deny(refusal) => refused(refusal, answer, false),
-            // Laws of the decision: no second question, no second fetch.
+            Decision::Serve(served) => self.serve(served, candidates, Some(revalidation)),
+            Decision::Deny(refusal) => denied(refusal, answer, false),
+            // Invariants of `decide`: no second revalidation, no second fetch.
             Decision::Revalidate | Decision::Fetch(_) | Decision::ProbeLayers(_) => {
-                refused(DenyReason::UpstreamUnavailable(cause), answer, false)
+                denied(DenyReason::UpstreamUnavailable(cause), answer, false)
             }
         }
     }
@@ -490,12 +527,12 @@ impl<'a> ManifestRequest<'a> {
     fn serve(
         &self,
         served: HitReason,
-        copies: Option<Candidates>,
+        candidates: Option<Candidates>,
         revalidation: Option<Revalidation>,
     ) -> ProxyResponse {
-        let copy = match (served, copies) {
-            (HitReason::PreviousComplete(_), Some(copies)) => copies.earlier,
-            (_, Some(copies)) => Some(copies.newest),
+        let copy = match (served, candidates) {
+            (HitReason::PreviousComplete(_), Some(candidates)) => candidates.earlier,
+            (_, Some(candidates)) => Some(candidates.newest),
             (_, None) => None,
         };
         let Some(CachedManifest {
@@ -503,8 +540,8 @@ impl<'a> ManifestRequest<'a> {
             confirmed_at,
         }) = copy
         else {
-            // A law of the decision: nothing is served that is not held.
-            return refused(DenyReason::NotCached, None, false);
+            // Invariant of `decide`: it serves only cached content.
+            return denied(DenyReason::NotCached, None, false);
         };
         let confirmed_now =
             matches!(revalidation, Some(Revalidation::Digest { .. })) && !served.may_be_outdated();
@@ -523,18 +560,6 @@ impl<'a> ManifestRequest<'a> {
     }
 }
 
-fn own_credential(revalidation: Revalidation) -> bool {
+fn is_proxy_credential_denied(revalidation: Revalidation) -> bool {
     revalidation == Revalidation::Denied(CredentialOwner::Proxy)
-}
-
-pub(super) fn refused(
-    refusal: DenyReason,
-    answer: Option<Arc<UpstreamResponse>>,
-    own_credential: bool,
-) -> ProxyResponse {
-    ProxyResponse::Denied(Denied {
-        refusal,
-        answer,
-        own_credential,
-    })
 }

@@ -1,15 +1,15 @@
-//! A manifest from the upstream: fetched once for all who may share it, verified, kept.
+//! Manifest fetch: coalesced `GET`, verification against digest and media type, storage.
 
 use std::sync::Arc;
 use std::time::SystemTime;
 
 use bytes::Bytes;
 use http::HeaderValue;
+use quick_cache::sync::Cache;
 use tokio::time::Instant;
 
-use super::detached::detached;
+use super::concurrency::detached;
 use super::invalidation::WriteSnapshot;
-use super::revalidate::CoalesceKey;
 use super::{ProxyService, Request, UpstreamRegistry};
 use crate::download::Requester;
 use crate::oci::manifest::MANIFEST_BYTES_MAX;
@@ -22,30 +22,30 @@ use crate::store::manifests::StoredManifest;
 use crate::store::tags::TagKey;
 use crate::upstream::{Caller, Credential, ResponseKind, ResponseStream, UpstreamResponse};
 
-/// A manifest asked for.
+/// A request to the upstream on behalf of a client.
 #[derive(Clone)]
 pub(super) struct UpstreamRequest {
-    pub(super) site: Arc<UpstreamRegistry>,
+    pub(super) registry: Arc<UpstreamRegistry>,
     pub(super) repository: Repository,
     pub(super) endpoint: Endpoint,
     pub(super) accept: Accept,
     pub(super) caller: Caller,
-    /// When the [`Request`] arrived that it is for: no request to the upstream is older.
+    /// Arrival time of the client's [`Request`]; the upstream request is not older.
     pub(super) asked_at: SystemTime,
-    /// As in that request.
+    /// As in the client's [`Request`].
     pub(super) writes: WriteSnapshot,
-    /// As in the [`Request`] that it is for.
+    /// As in the client's [`Request`].
     pub(super) for_push: bool,
-    /// The digest that the upstream's response to a HEAD named, where a tag is fetched because it moved.
+    /// For a fetch of a moved tag: the digest from the `HEAD` response.
     pub(super) named: Option<Digest>,
-    /// Whether the caller is known to have shown no right in the repository: nothing cached may make a difference to it.
-    pub(super) is_strangers: bool,
+    /// Whether the caller has no grant in the repository, so that cached content must not influence the request.
+    pub(super) has_no_grant: bool,
 }
 
 impl UpstreamRequest {
     pub(super) fn of(request: &Request, repository: &Repository, caller: &Caller) -> Self {
         Self {
-            site: Arc::clone(&request.site),
+            registry: Arc::clone(&request.registry),
             repository: repository.clone(),
             endpoint: request.endpoint.clone(),
             accept: request.accept.clone(),
@@ -54,11 +54,11 @@ impl UpstreamRequest {
             writes: request.writes,
             for_push: request.for_push,
             named: None,
-            is_strangers: false,
+            has_no_grant: false,
         }
     }
 
-    /// A fetch of the tag because it moved, as this response to a HEAD says.
+    /// A fetch of the tag after a revalidation showed that it moved.
     pub(super) fn naming(self, revalidation: Revalidation) -> Self {
         let named = match revalidation {
             Revalidation::Digest { digest, .. } => Some(digest),
@@ -77,7 +77,7 @@ impl UpstreamRequest {
         }
     }
 
-    /// The client's credential, as it is sent on.
+    /// The client's credential as forwarded upstream.
     pub(super) fn shown(&self) -> Option<&HeaderValue> {
         match &self.caller.credential {
             Credential::Client(shown) => Some(shown),
@@ -85,61 +85,101 @@ impl UpstreamRequest {
         }
     }
 
-    /// On whose right a blob is downloaded.
+    /// Identity under which a blob is downloaded.
     pub(super) fn requester(&self) -> Requester {
         Requester {
-            upstream: self.site.name().into(),
+            upstream: self.registry.name().into(),
             repository: self.repository.clone(),
             principal: self.caller.principal,
         }
     }
 }
 
+/// Coalescing key: callers with equal keys share one upstream request. They agree in path, media types and principal.
+#[derive(Clone, PartialEq, Eq, Hash)]
+pub(super) struct CoalesceKey {
+    upstream: Arc<str>,
+    path: String,
+    accept: u64,
+    principal: [u8; 32],
+    /// A request after a write must not share a response from before it.
+    writes: WriteSnapshot,
+    /// A request after a reload must not share one with other settings.
+    settings: (u64, u64),
+    for_push: bool,
+    named: Option<Digest>,
+    /// A request after a denial must not share one from before it, whose response may be an older success.
+    denied_at: Option<Instant>,
+}
+
+impl CoalesceKey {
+    pub(super) fn new(proxy: &ProxyService, upstream_request: &UpstreamRequest) -> Self {
+        Self {
+            upstream: upstream_request.registry.name().into(),
+            path: upstream_request.endpoint.path_and_query(),
+            accept: upstream_request.accept.key(),
+            principal: upstream_request.caller.principal,
+            writes: upstream_request.writes,
+            settings: upstream_request.registry.upstream().settings_id(),
+            for_push: upstream_request.for_push,
+            named: upstream_request.named,
+            denied_at: proxy.denied_at(upstream_request),
+        }
+    }
+}
+
 impl ProxyService {
-    /// Fetches a manifest, keeps it and what it shows; one fetch for all who may share it.
+    /// Fetches a manifest, stores it and records the resulting grant. Coalesced by [`CoalesceKey`].
     pub(super) async fn fetch_manifest(
         self: &Arc<Self>,
-        wanted: UpstreamRequest,
+        upstream_request: UpstreamRequest,
     ) -> Result<Arc<StoredManifest>, Arc<UpstreamResponse>> {
-        let key = CoalesceKey::new(self, &wanted);
-        let (demand, is_made_up) = (self.demand(&wanted), self.may_be_made_up(&wanted));
+        let key = CoalesceKey::new(self, &upstream_request);
+        let (demand, is_fabricated) = (
+            self.demand(&upstream_request),
+            self.may_be_fabricated(&upstream_request),
+        );
         let call = self.manifests.share_for(key, demand, |waiters| {
-            if !is_made_up {
+            if !is_fabricated {
                 waiters.detach();
             }
-            let pull = Arc::clone(self);
+            let proxy = Arc::clone(self);
             async move {
                 let UpstreamRequest {
-                    site,
+                    registry,
                     endpoint,
                     accept,
                     caller,
                     ..
-                } = &wanted;
+                } = &upstream_request;
                 let asked_at = Instant::now();
                 let caller = Caller {
                     waiters: Some(waiters.clone()),
                     ..caller.clone()
                 };
-                let getting = site.upstream().get(&caller, endpoint, accept, None);
+                let getting = registry.upstream().get(&caller, endpoint, accept, None);
                 let got = waiters.while_wanted(getting).await?;
                 Some(match got {
                     Ok(fetched) => {
-                        let is_registrys = !fetched.is_redirect_target;
-                        let received = pull.receive(&wanted, fetched).await;
+                        let is_from_registry = !fetched.is_redirect_target;
+                        let received = proxy.read_and_verify(&upstream_request, fetched).await;
                         let received = match received {
-                            Ok(manifest) => Ok(pull.not_replaced(&wanted, manifest).await),
+                            Ok(manifest) => {
+                                Ok(proxy.prefer_named_manifest(&upstream_request, manifest).await)
+                            }
                             Err(cause) => Err(cause),
                         };
                         if let Ok(manifest) = &received
-                            && pull.shows_right(&wanted, manifest, is_registrys).await
+                            && proxy
+                                .is_grant_evidence(&upstream_request, manifest, is_from_registry)
+                                .await
                         {
-                            pull.learn_yes(&wanted, asked_at).await;
+                            proxy.record_grant(&upstream_request, asked_at).await;
                         }
-                        pull.keep(&wanted, received).await
+                        proxy.store_manifest(&upstream_request, received).await
                     }
                     Err(answer) => {
-                        pull.learn(&wanted, &answer, asked_at).await;
+                        proxy.record_response(&upstream_request, &answer, asked_at).await;
                         Err(Arc::new(answer))
                     }
                 })
@@ -150,78 +190,85 @@ impl ProxyService {
             .unwrap_or_else(|| Err(Arc::new(UpstreamResponse::unavailable(UpstreamFailure::Busy))))
     }
 
-    /// The manifest that the HEAD named, where the GET by tag brought one that the tag named before: a replica of the
-    /// registry that lags behind sent it. A manifest that is new here may be newer than the HEAD, and stays.
-    async fn not_replaced(
+    /// Replaces a stale `GET` response. If the `GET` by tag returned a digest that the tag had before, a lagging
+    /// replica sent it, and the digest from the `HEAD` is fetched instead. A digest that is new here may be newer
+    /// than the `HEAD`, so it is used.
+    async fn prefer_named_manifest(
         self: &Arc<Self>,
-        wanted: &UpstreamRequest,
+        upstream_request: &UpstreamRequest,
         received: StoredManifest,
     ) -> StoredManifest {
-        let Some(named) = wanted.named.filter(|named| *named != received.digest) else {
+        let Some(named) = upstream_request.named.filter(|named| *named != received.digest) else {
             return received;
         };
-        if !self.is_known_of_tag(wanted, received.digest).await {
+        if !self.was_named_by_tag(upstream_request, received.digest).await {
             return received;
         }
         let endpoint = Endpoint::Manifest {
-            repository: wanted.repository.clone(),
+            repository: upstream_request.repository.clone(),
             reference: Reference::Digest(AnyDigest::Supported(named)),
         };
         let by_digest = UpstreamRequest {
             endpoint,
-            ..wanted.clone()
+            ..upstream_request.clone()
         };
         let UpstreamRequest {
-            site, accept, caller, ..
-        } = wanted;
-        let fetched = site
+            registry,
+            accept,
+            caller,
+            ..
+        } = upstream_request;
+        let fetched = registry
             .upstream()
             .get(caller, &by_digest.endpoint, accept, None)
             .await;
         match fetched {
-            Ok(fetched) => self.receive(&by_digest, fetched).await.unwrap_or(received),
+            Ok(fetched) => self
+                .read_and_verify(&by_digest, fetched)
+                .await
+                .unwrap_or(received),
             Err(_) => received,
         }
     }
 
-    /// Whether the tag is known to have named this digest.
-    async fn is_known_of_tag(self: &Arc<Self>, wanted: &UpstreamRequest, digest: Digest) -> bool {
+    /// Whether the tag is known to have pointed to this digest.
+    async fn was_named_by_tag(self: &Arc<Self>, upstream_request: &UpstreamRequest, digest: Digest) -> bool {
         let Endpoint::Manifest {
             reference: Reference::Tag(tag),
             ..
-        } = &wanted.endpoint
+        } = &upstream_request.endpoint
         else {
             return false;
         };
         let key = TagKey {
-            upstream: wanted.site.name().into(),
-            repository: wanted.repository.clone(),
+            upstream: upstream_request.registry.name().into(),
+            repository: upstream_request.repository.clone(),
             tag: tag.clone(),
         };
         let record = self.store.read(move |view| view.tag(&key)).await;
         matches!(record, Ok(Some(record)) if record.has_pointed_to(&digest))
     }
 
-    /// Whether a verified manifest shows a right to the repository: the registry's own origin sent it and it points to
-    /// something, or it was seen there before.
-    async fn shows_right(
+    /// Whether a verified manifest is evidence of a grant. The registry's own origin sent it and it references
+    /// content, or it is known in the repository.
+    async fn is_grant_evidence(
         self: &Arc<Self>,
-        wanted: &UpstreamRequest,
+        upstream_request: &UpstreamRequest,
         manifest: &StoredManifest,
-        is_registrys: bool,
+        is_from_registry: bool,
     ) -> bool {
         let is_placeholder = manifest.manifest.descriptors.is_empty();
         !is_placeholder
-            && (is_registrys
+            && (is_from_registry
                 || self
-                    .is_evidence(wanted, manifest.digest, manifest.bytes.len() as u64)
+                    .is_evidence(upstream_request, manifest.digest, manifest.bytes.len() as u64)
                     .await)
     }
 
-    /// The manifest that came with the answer, where a GET had to stand in for the HEAD: it is not fetched twice.
-    pub(super) async fn brought(
+    /// The manifest from a `GET` that replaced the `HEAD`, so that it is not fetched twice.
+    pub(super) async fn take_inline_body(
         self: &Arc<Self>,
-        wanted: &UpstreamRequest,
+        upstream_request: &UpstreamRequest,
         answer: &UpstreamResponse,
     ) -> Option<Arc<StoredManifest>> {
         let (bytes, media_type) = answer.body.clone()?;
@@ -229,38 +276,38 @@ impl ProxyService {
             ResponseKind::Digest(digest) | ResponseKind::UnprovenDigest(digest) => Some(digest),
             _ => None,
         };
-        let received = verify(bytes, named, Some(&media_type), &wanted.endpoint);
-        let (pull, wanted) = (Arc::clone(self), wanted.clone());
-        detached(async move { pull.keep(&wanted, received).await.ok() }).await
+        let received = verify(bytes, named, Some(&media_type), &upstream_request.endpoint);
+        let (proxy, upstream_request) = (Arc::clone(self), upstream_request.clone());
+        detached(async move { proxy.store_manifest(&upstream_request, received).await.ok() }).await
     }
 
-    /// Keeps a verified manifest for one who has a right to the repository: its bytes, that it was seen here, and the tag
-    /// that named it. What the disk cannot take, and what nothing proves to be the registry's, is served and not kept.
-    async fn keep(
+    /// Stores a verified manifest for an authorized caller: its bytes, its membership in the repository and its tag.
+    /// If the disk fails, or nothing proves that the registry sent it, it is served without being stored.
+    async fn store_manifest(
         self: &Arc<Self>,
-        wanted: &UpstreamRequest,
+        upstream_request: &UpstreamRequest,
         received: Result<StoredManifest, UpstreamFailure>,
     ) -> Result<Arc<StoredManifest>, Arc<UpstreamResponse>> {
         let UpstreamRequest {
-            site,
+            registry,
             repository,
             endpoint,
             ..
-        } = wanted;
+        } = upstream_request;
         let manifest = received.map_err(|cause| {
             if cause == UpstreamFailure::DigestMismatch {
-                tracing::error!(upstream = site.name(), %repository, path = %endpoint.path_and_query(),
-                    "the upstream sent a manifest whose digest is not the one it named; nothing was stored");
+                tracing::error!(upstream = registry.name(), %repository, path = %endpoint.path_and_query(),
+                    "upstream manifest does not match its digest, nothing stored");
             }
             Arc::new(UpstreamResponse::unavailable(cause))
         })?;
         let manifest = Arc::new(manifest);
-        if !self.is_vouched(wanted).await {
+        if !self.is_authorized(upstream_request).await {
             return Ok(manifest);
         }
-        self.sizes.learn(site, repository, &manifest.manifest);
+        self.size_hints.record(registry, repository, &manifest.manifest);
         let kept = {
-            let (site, repository) = (Arc::clone(site), repository.clone());
+            let (registry, repository) = (Arc::clone(registry), repository.clone());
             let manifest = Arc::clone(&manifest);
             self.store
                 .write(move |store| {
@@ -274,7 +321,7 @@ impl ProxyService {
                         bytes.clone(),
                         media_type.clone(),
                         *digest,
-                        site.name(),
+                        registry.name(),
                         &repository,
                     )
                 })
@@ -284,44 +331,45 @@ impl ProxyService {
             Ok(kept) => Arc::clone(kept),
             Err(_) => manifest,
         };
-        super::revalidate::report(kept, "keep a manifest");
-        // As for a list of the referrers API: a registry may have an answer for those who may not read the repository.
-        let is_believed =
-            !wanted.is_for_referrers_tag() || self.standing_of(wanted).await != Authorization::Unknown;
+        super::cache_view::log_store_error(kept, "store manifest");
+        // As for a list of the referrers API: a registry may also respond to clients that may not read the
+        // repository.
+        let is_trusted = !upstream_request.is_for_referrers_tag()
+            || self.authorization_of(upstream_request).await != Authorization::Unknown;
         if let Endpoint::Manifest { reference, .. } = endpoint
-            && is_believed
+            && is_trusted
         {
             let media_type = Some(&served.media_type);
-            self.learn_name_unless_written(wanted, reference, served.digest, media_type)
+            self.record_tag_if_current(upstream_request, reference, served.digest, media_type)
                 .await;
         }
         Ok(served)
     }
 
-    /// Reads a manifest and holds it against everything that was said of it.
+    /// Reads a manifest and verifies it.
     ///
-    /// The bytes are believed, never a header: by digest they must hash to it; by tag they must hash to what the same
-    /// answer's `Docker-BlobBody-Digest` says, where it says anything, or else to what a HEAD names. And they must be a
-    /// manifest: an HTML page with status 200 is not one.
-    async fn receive(
+    /// The bytes decide, never a header. By digest, they must hash to it. By tag, they must hash to the
+    /// `Docker-Content-Digest` of the same response, or without that header to the digest of a `HEAD`. They must also
+    /// parse as a manifest: an HTML page with status 200 is rejected.
+    async fn read_and_verify(
         &self,
-        wanted: &UpstreamRequest,
+        upstream_request: &UpstreamRequest,
         fetched: ResponseStream,
     ) -> Result<StoredManifest, UpstreamFailure> {
         let UpstreamRequest {
-            site,
+            registry,
             endpoint,
             accept,
             caller,
             ..
-        } = wanted;
+        } = upstream_request;
         let (header, media_type) = (fetched.digest, fetched.media_type.clone());
         let is_page = media_type.as_ref().is_some_and(MediaType::is_page);
         let bytes = fetched.collect(MANIFEST_BYTES_MAX).await?;
         let mut received = verify(bytes.clone(), header, media_type.as_ref(), endpoint);
         if matches!(received, Err(UpstreamFailure::DigestMismatch))
             && by_tag(endpoint)
-            && let ResponseKind::Digest(named) = site.upstream().head(caller, endpoint, accept).await.kind
+            && let ResponseKind::Digest(named) = registry.upstream().head(caller, endpoint, accept).await.kind
         {
             received = verify(bytes, Some(named), media_type.as_ref(), endpoint);
         }
@@ -378,7 +426,7 @@ fn verify(
         manifest.type_sent_as(media_type)
     };
     let media_type = media_type.ok_or(UpstreamFailure::Malformed)?;
-    // Of a tag nothing but the answer says what it names, so label and shape have to agree.
+    // By tag, only the response names the content, so its media type and shape must agree.
     if asked.is_none() && (is_page || !manifest.has_shape_of(&media_type)) {
         return Err(UpstreamFailure::Malformed);
     }
@@ -388,4 +436,41 @@ fn verify(
         media_type,
         manifest,
     })
+}
+
+/// Blobs with a remembered size hint.
+const SIZES_MAX: usize = 16_384;
+
+/// Size hints: descriptor sizes from the manifests that reference a blob.
+///
+/// The digest authenticates the bytes of a blob, but nothing authenticates the `size` of a descriptor (OCI image
+/// spec, "Descriptors"). So no `Content-Length`, quota or end of a download is derived from it. The hint shows where
+/// an early end must be checked against the digest, and whether waiting for a length is worthwhile.
+pub(super) struct SizeHints(Cache<(Arc<str>, Repository, Digest), u64>);
+
+impl Default for SizeHints {
+    fn default() -> Self {
+        Self(Cache::new(SIZES_MAX))
+    }
+}
+
+impl SizeHints {
+    pub(super) fn record(&self, registry: &UpstreamRegistry, repository: &Repository, manifest: &Manifest) {
+        let upstream: Arc<str> = registry.name().into();
+        for child in &manifest.descriptors {
+            if let (AnyDigest::Supported(digest), Some(size)) = (&child.digest, child.size) {
+                self.0
+                    .insert((Arc::clone(&upstream), repository.clone(), *digest), size);
+            }
+        }
+    }
+
+    pub(super) fn get(
+        &self,
+        registry: &UpstreamRegistry,
+        repository: &Repository,
+        digest: Digest,
+    ) -> Option<u64> {
+        self.0.get(&(registry.name().into(), repository.clone(), digest))
+    }
 }

@@ -1,10 +1,11 @@
-//! Bytes that pass through without being stored: content that cannot be verified, and content that the disk cannot take.
+//! Passthrough: content that is forwarded without being stored, because its digest cannot be verified or the disk
+//! cannot store it.
 
 use std::sync::Arc;
 
 use tokio::time::Instant;
 
-use super::manifest::refused;
+use super::denied;
 use super::manifest_fetch::UpstreamRequest;
 use super::{ProxyResponse, ProxyService, Request};
 pub use crate::download::Verifying as VerifyingStream;
@@ -13,22 +14,22 @@ use crate::policy::DenyReason;
 use crate::queue::{Class, Demand};
 use crate::upstream::{Caller, ResponseKind, ResponseStream, UpstreamResponse};
 
-/// An answer passed on as it comes: its digest is of an algorithm that cannot be verified here or not that of its bytes,
-/// or it is too large to be kept.
+/// A forwarded response. Its digest algorithm is unsupported, its digest does not match its bytes, or it is too large
+/// to store.
 pub struct Passthrough {
-    /// The digest asked for, as written.
+    /// Requested digest as written.
     pub digest: Option<String>,
-    /// The media type, as sent.
+    /// Media type as sent.
     pub media_type: Option<MediaType>,
-    /// The size of the body in bytes, if it was said.
+    /// Stated size of the body in bytes.
     pub size: Option<u64>,
-    /// The body; `None` where only the head was asked for.
+    /// Body; `None` for `HEAD`.
     pub body: Option<Box<ResponseStream>>,
 }
 
-/// Asks for content that cannot be verified. Nothing is kept, so the upstream's word is asked for each time.
-pub(super) async fn unverifiable(
-    pull: &Arc<ProxyService>,
+/// Fetches content that cannot be verified. It is never stored, so each request goes upstream.
+pub(super) async fn fetch_uncached(
+    proxy: &Arc<ProxyService>,
     request: &Request,
     repository: &Repository,
     caller: &Caller,
@@ -36,7 +37,7 @@ pub(super) async fn unverifiable(
 ) -> ProxyResponse {
     let asked_at = Instant::now();
     let Request {
-        site,
+        registry,
         endpoint,
         accept,
         ..
@@ -50,7 +51,7 @@ pub(super) async fn unverifiable(
         _ => None,
     };
     if request.head {
-        let answer = site.upstream().head(caller, endpoint, accept).await;
+        let answer = registry.upstream().head(caller, endpoint, accept).await;
         return if answer.kind.is_success() || answer.failure() == Some(UpstreamFailure::Unverifiable) {
             let (media_type, size) = (answer.media_type, answer.length);
             ProxyResponse::Passthrough(Passthrough {
@@ -60,8 +61,8 @@ pub(super) async fn unverifiable(
                 body: None,
             })
         } else {
-            not_passed(
-                pull,
+            deny_uncached(
+                proxy,
                 &UpstreamRequest::of(request, repository, caller),
                 answer,
                 asked_at,
@@ -69,17 +70,17 @@ pub(super) async fn unverifiable(
             .await
         };
     }
-    let place = match endpoint {
+    let permit = match endpoint {
         Endpoint::Blob { .. } => {
             let demand = Demand {
                 class: Class::Bulk,
                 ..caller.demand(endpoint)
             };
-            match pull.downloads.admit(site.name(), demand).await {
-                Ok(place) => Some(place),
+            match proxy.downloads.admit(registry.name(), demand).await {
+                Ok(permit) => Some(permit),
                 Err(full) => {
                     let answer = UpstreamResponse::not_admitted(full);
-                    return refused(
+                    return denied(
                         DenyReason::UpstreamUnavailable(answer.cause()),
                         Some(Arc::new(answer)),
                         false,
@@ -89,18 +90,18 @@ pub(super) async fn unverifiable(
         }
         _ => None,
     };
-    let fetched = site.upstream().get(caller, endpoint, accept, None).await;
-    let fetched = fetched.map(|fetched| match place {
-        Some(place) => fetched.holding(place),
+    let fetched = registry.upstream().get(caller, endpoint, accept, None).await;
+    let fetched = fetched.map(|fetched| match permit {
+        Some(permit) => fetched.holding(permit),
         None => fetched,
     });
     match fetched {
-        Ok(fetched) if fetched.length.is_some_and(|length| length > size_max) => refused(
+        Ok(fetched) if fetched.length.is_some_and(|length| length > size_max) => denied(
             DenyReason::UpstreamUnavailable(UpstreamFailure::TooLarge),
             None,
             false,
         ),
-        Ok(fetched) if is_page(&fetched) && matches!(endpoint, Endpoint::Manifest { .. }) => refused(
+        Ok(fetched) if is_page(&fetched) && matches!(endpoint, Endpoint::Manifest { .. }) => denied(
             DenyReason::UpstreamUnavailable(UpstreamFailure::NotRegistry),
             None,
             false,
@@ -112,8 +113,8 @@ pub(super) async fn unverifiable(
             body: Some(Box::new(fetched)),
         }),
         Err(answer) => {
-            not_passed(
-                pull,
+            deny_uncached(
+                proxy,
                 &UpstreamRequest::of(request, repository, caller),
                 answer,
                 asked_at,
@@ -127,18 +128,18 @@ fn is_page(fetched: &ResponseStream) -> bool {
     fetched.media_type.as_ref().is_some_and(MediaType::is_page)
 }
 
-/// A denial ends the caller's grant, as that of content that can be verified does.
-async fn not_passed(
-    pull: &Arc<ProxyService>,
-    wanted: &UpstreamRequest,
+/// Records a denial, which revokes the caller's grant as for verifiable content.
+async fn deny_uncached(
+    proxy: &Arc<ProxyService>,
+    upstream_request: &UpstreamRequest,
     answer: UpstreamResponse,
     asked_at: Instant,
 ) -> ProxyResponse {
-    pull.learn(wanted, &answer, asked_at).await;
+    proxy.record_response(upstream_request, &answer, asked_at).await;
     let refusal = match answer.kind {
         ResponseKind::NotFound => DenyReason::NotFound,
         ResponseKind::Denied => DenyReason::Forbidden,
         _ => DenyReason::UpstreamUnavailable(answer.cause()),
     };
-    refused(refusal, Some(Arc::new(answer)), false)
+    denied(refusal, Some(Arc::new(answer)), false)
 }

@@ -1,8 +1,8 @@
-//! Proof by possession: whether the upstream gives this principal the bytes that are cached.
+//! Proof of possession: whether the upstream sends this principal the bytes that are cached.
 //!
-//! A HEAD of a blob that was answered by storage after a redirect, or without the registry's marks, may have been
-//! answered by a login page. The first bytes of the blob cannot be: they are asked for with the principal's own
-//! credential and compared. That costs a few KiB where a transfer would cost the blob.
+//! A `HEAD` of a blob may be answered by storage after a redirect or without the registry's response headers, and
+//! then also by a login page. A login page cannot return the first bytes of the blob. They are requested with the
+//! principal's own credential and compared, which costs a few KiB instead of the whole blob.
 
 use std::sync::Arc;
 
@@ -18,41 +18,50 @@ use crate::oci::{Digest, Repository, UpstreamFailure};
 use crate::store::blobs::BlobHandle;
 use crate::upstream::{RangeSpec, UpstreamResponse};
 
-/// How much is compared. More than any page and any archive have in common at their beginning.
+/// Size of the compared sample. Larger than the common beginning of any two pages or archives.
 const SAMPLE_BYTES: u64 = 4096;
 
-/// Transfers remembered by the repository that they are led in.
-const ARRIVING_MAX: usize = 4096;
+/// Downloads remembered by repository.
+const ACTIVE_DOWNLOADS_MAX: usize = 4096;
 
-/// The transfers whose upstream response came in a repository: who may read there may follow. Their bytes are that
-/// response's, and the last of them are withheld until they are verified.
+/// Downloads by the repository of their upstream response: a principal authorized there may follow. All bytes come
+/// from that response, and the last ones are withheld until verification.
 pub(super) struct ActiveDownloads(Cache<(Arc<str>, Repository, Digest), ()>);
 
 impl Default for ActiveDownloads {
     fn default() -> Self {
-        Self(Cache::new(ARRIVING_MAX))
+        Self(Cache::new(ACTIVE_DOWNLOADS_MAX))
     }
 }
 
 impl ActiveDownloads {
-    pub(super) fn note(&self, site: &UpstreamRegistry, repository: &Repository, digest: Digest) {
-        self.0.insert(key(site, repository, digest), ());
+    pub(super) fn insert(&self, registry: &UpstreamRegistry, repository: &Repository, digest: Digest) {
+        self.0.insert(key(registry, repository, digest), ());
     }
 
-    pub(super) fn forget(&self, site: &UpstreamRegistry, repository: &Repository, digest: Digest) {
-        self.0.remove(&key(site, repository, digest));
+    pub(super) fn remove(&self, registry: &UpstreamRegistry, repository: &Repository, digest: Digest) {
+        self.0.remove(&key(registry, repository, digest));
     }
 
-    pub(super) fn is_in(&self, site: &UpstreamRegistry, repository: &Repository, digest: Digest) -> bool {
-        self.0.get(&key(site, repository, digest)).is_some()
+    pub(super) fn contains(
+        &self,
+        registry: &UpstreamRegistry,
+        repository: &Repository,
+        digest: Digest,
+    ) -> bool {
+        self.0.get(&key(registry, repository, digest)).is_some()
     }
 }
 
-fn key(site: &UpstreamRegistry, repository: &Repository, digest: Digest) -> (Arc<str>, Repository, Digest) {
-    (site.name().into(), repository.clone(), digest)
+fn key(
+    registry: &UpstreamRegistry,
+    repository: &Repository,
+    digest: Digest,
+) -> (Arc<str>, Repository, Digest) {
+    (registry.name().into(), repository.clone(), digest)
 }
 
-/// The first bytes of a blob.
+/// Sample: the first bytes of a blob.
 pub(super) struct Sample(Bytes);
 
 impl Sample {
@@ -96,7 +105,7 @@ impl Sample {
         }
     }
 
-    /// Of what is arriving, as soon as so much of it may be read.
+    /// Sample of a running download, once enough bytes may be read.
     pub(super) fn of_reader(reader: &Reader) -> impl Future<Output = Option<Self>> + Send + use<> {
         let mut reader = reader.beginning(SAMPLE_BYTES);
         async move {
@@ -110,21 +119,21 @@ impl Sample {
 }
 
 impl ProxyService {
-    /// Asks the upstream for the bytes of `sample`. If they come, that is the registry's yes to this principal for this
-    /// blob in this repository, and is noted as that.
-    pub(super) async fn prove(
+    /// Requests the bytes of `sample` from the upstream. If they match, the registry has authorized this principal
+    /// for the blob in this repository, and the grant is recorded.
+    pub(super) async fn request_sample(
         self: &Arc<Self>,
-        of: &UpstreamRequest,
+        upstream_request: &UpstreamRequest,
         digest: Digest,
         sample: &Sample,
     ) -> Result<(), UpstreamResponse> {
         let UpstreamRequest {
-            site,
+            registry,
             endpoint,
             accept,
             caller,
             ..
-        } = of;
+        } = upstream_request;
         let asked_at = Instant::now();
         let part = RangeSpec {
             from: 0,
@@ -132,15 +141,15 @@ impl ProxyService {
             after: None,
         };
         if !sample.0.is_empty() {
-            // As short as a question, and queued as one.
-            let _place = site
+            // Short like a `HEAD`, and queued like one.
+            let _permit = registry
                 .upstream()
                 .admit(caller, endpoint)
                 .await
                 .map_err(|answer| *answer)?;
-            let answered = site.upstream().get_part(caller, endpoint, accept, part).await;
+            let answered = registry.upstream().get_part(caller, endpoint, accept, part).await;
             if let Err(answer) = &answered {
-                self.learn(of, answer, asked_at).await;
+                self.record_response(upstream_request, answer, asked_at).await;
             }
             let mut fetched = answered?;
             let mut left = sample.0.clone();
@@ -154,26 +163,27 @@ impl ProxyService {
                 }
             }
         }
-        self.learn_blob(of, (digest, sample.0.len() as u64), asked_at)
+        self.record_verified_blob(upstream_request, (digest, sample.0.len() as u64), asked_at)
             .await;
         Ok(())
     }
 
-    /// Keeps what follows from verified bytes of a blob: the caller's right where they are evidence of one, and that the
-    /// upstream has the blob here, where the caller has a right or a manifest of the repository names the blob. Of bytes
-    /// that the caller chose nothing follows.
-    pub(super) async fn learn_blob(
+    /// Records the consequences of verified bytes of a blob. The caller gets a grant if the bytes are evidence of
+    /// one. The repository gets the blob as member if the caller is authorized or a manifest there references it.
+    /// Bytes that the caller may have chosen prove nothing.
+    pub(super) async fn record_verified_blob(
         self: &Arc<Self>,
-        of: &UpstreamRequest,
+        upstream_request: &UpstreamRequest,
         (digest, size): (Digest, u64),
         asked_at: Instant,
     ) {
-        if self.is_evidence(of, digest, size).await {
-            self.learn_yes(of, asked_at).await;
+        if self.is_evidence(upstream_request, digest, size).await {
+            self.record_grant(upstream_request, asked_at).await;
         }
-        if self.is_named_there(of, digest) || self.is_vouched(of).await {
-            self.add_member(&of.site, &of.repository, digest).await;
-            self.confirmed(of, digest.into()).await;
+        if self.is_referenced(upstream_request, digest) || self.is_authorized(upstream_request).await {
+            self.add_member(&upstream_request.registry, &upstream_request.repository, digest)
+                .await;
+            self.settle_on_confirmation(upstream_request, digest.into()).await;
         }
     }
 }

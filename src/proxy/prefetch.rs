@@ -1,12 +1,14 @@
-//! Blobs begun before they are asked for: whoever asks for one layer of an image wants the others next.
+//! Blob prefetch: a client that requests one layer of an image will request the others.
 //!
-//! A manifest alone is no such wish. Many clients read those of every platform and pull one, and some only look. So the
-//! config comes with its manifest, and the layers when the first of them is asked for. They come with the manifest where a
-//! tag moved of which an earlier image was pulled here whole.
+//! A manifest alone does not start the layers, because many clients read the manifests of every platform and pull
+//! one, and some only compare. So the config is prefetched with its manifest, and the layers after the first layer
+//! request. If a tag moved and its previous image was completely pulled here, the layers are prefetched with the
+//! manifest.
 //!
-//! What is begun here is an ordinary download that a client joins when it comes. It gives way to clients: it has a class of
-//! its own in the queue of downloads, a few places of each upstream, and no more than its place if the upstream drips. After the layers come the image's attestation and what
-//! refers to that: clients of today ask for them, and in an outage those that older clients left out must be here.
+//! A prefetch is an ordinary download that a client joins later. It yields to clients: it has its own queue class,
+//! few permits of each upstream, and no extra permit if the upstream is slow. After the layers come the image's
+//! attestation and its referrers. Current clients request them, and during an outage they must be cached even if
+//! earlier clients skipped them.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -17,43 +19,43 @@ use tokio::time::Instant;
 
 use super::manifest_fetch::UpstreamRequest;
 use super::source::UpstreamSource;
-use super::{LIMIT_WITHIN, ProxyService, Request};
+use super::{ProxyService, RATE_LIMIT_WAIT_MAX, Request};
 use crate::download::{Failure, Joined, Wish};
 use crate::oci::manifest::DescriptorKind;
 use crate::oci::{AnyDigest, Digest, Endpoint, Repository, UpstreamFailure};
 use crate::queue::{Class, Peer};
 use crate::store::manifests::StoredManifest;
 
-/// Downloads begun ahead, at a time, of one image: as many as its own client would run.
+/// Concurrent prefetches of one image, as many as its own client would run.
 const BLOBS_PER_IMAGE_MAX: usize = 3;
 
-/// Images whose blobs wait to be begun. Those of further ones are begun by their clients.
+/// Images that are prefetched or queued. Further images are left to their clients.
 const IMAGES_MAX: usize = 64;
 
-/// Layers of which it is remembered whose they are.
+/// Layers with a remembered image.
 const LAYERS_MAX: usize = 16_384;
 
-/// A manifest or a blob in a repository of an upstream.
+/// A manifest or a blob in one repository of an upstream.
 pub(super) type ContentKey = (Arc<str>, Repository, Digest);
 
-/// What is being prefetched, and what would be.
+/// Running prefetches and candidates for prefetch.
 pub(super) struct Prefetching {
     images: Arc<Semaphore>,
     running: Mutex<HashSet<ContentKey>>,
-    /// The manifests given to clients that lack something here, by their layers.
-    lacking: Cache<ContentKey, Parent>,
+    /// Incomplete manifests that clients were served, by layer.
+    incomplete: Cache<ContentKey, Parent>,
 }
 
-/// Which image a layer belongs to.
+/// Image of a layer.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Parent {
     One(Digest),
-    /// Several: a request for the layer does not tell which of them is wanted.
+    /// Several images: a request for the layer does not show which one the client pulls.
     Several,
 }
 
-/// The downloads begun, each with what the upstream said to its `GET`. Dropped unanswered: nothing that concerns the
-/// caller.
+/// Started downloads, each with the result of its `GET`. A sender that is dropped without a result concerns another
+/// caller's download.
 pub(super) type StartedDownloads = HashMap<Digest, oneshot::Receiver<Result<(), UpstreamFailure>>>;
 
 impl Default for Prefetching {
@@ -61,13 +63,13 @@ impl Default for Prefetching {
         Self {
             images: Arc::new(Semaphore::new(IMAGES_MAX)),
             running: Mutex::default(),
-            lacking: Cache::new(LAYERS_MAX),
+            incomplete: Cache::new(LAYERS_MAX),
         }
     }
 }
 
 impl Prefetching {
-    /// Whether the image was not under way, and is now.
+    /// Marks the image as running. Returns whether it was not running before.
     fn enter(&self, image: &ContentKey) -> bool {
         let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
         running.insert(image.clone())
@@ -78,40 +80,44 @@ impl Prefetching {
         running.remove(image);
     }
 
-    fn note_lacking(&self, layer: ContentKey, manifest: Digest) {
+    fn record_incomplete(&self, layer: ContentKey, manifest: Digest) {
         let one = Parent::One(manifest);
-        let parent = match self.lacking.get(&layer) {
+        let parent = match self.incomplete.get(&layer) {
             Some(known) if known != one => Parent::Several,
             _ => one,
         };
-        self.lacking.insert(layer, parent);
+        self.incomplete.insert(layer, parent);
     }
 }
 
 impl ProxyService {
-    /// The blobs of `manifest` that are missing here, and what they are to it.
-    pub(super) async fn missing(
+    /// Missing blobs of `manifest`, with their role.
+    pub(super) async fn missing_blobs_of(
         self: &Arc<Self>,
-        of: &UpstreamRequest,
+        upstream_request: &UpstreamRequest,
         manifest: &Arc<StoredManifest>,
     ) -> Vec<(Digest, DescriptorKind)> {
         let manifest = Arc::clone(manifest);
-        self.look_up(&of.site, &of.repository, move |cached| {
-            let arriving = |digest: &Digest| cached.is_arriving(digest);
-            cached
-                .view
-                .missing_blobs(cached.site.name(), cached.repository, &manifest, &arriving)
-                .filter_map(|child| match child.digest {
-                    AnyDigest::Supported(digest) => Some((digest, child.kind)),
-                    AnyDigest::Unsupported(_) => None,
-                })
-                .collect()
-        })
+        self.read_cache(
+            &upstream_request.registry,
+            &upstream_request.repository,
+            move |cached| {
+                let arriving = |digest: &Digest| cached.is_arriving(digest);
+                cached
+                    .view
+                    .missing_blobs(cached.registry.name(), cached.repository, &manifest, &arriving)
+                    .filter_map(|child| match child.digest {
+                        AnyDigest::Supported(digest) => Some((digest, child.kind)),
+                        AnyDigest::Unsupported(_) => None,
+                    })
+                    .collect()
+            },
+        )
         .await
     }
 
-    /// A client was given a manifest: its config is begun, and its layers are remembered.
-    pub(super) async fn note_manifest_given(
+    /// After a manifest was served: prefetches its config and remembers its layers.
+    pub(super) async fn on_manifest_served(
         self: &Arc<Self>,
         request: &Request,
         manifest: &Arc<StoredManifest>,
@@ -119,17 +125,21 @@ impl ProxyService {
         let Some(repository) = request.endpoint.repository().filter(|_| !request.head) else {
             return;
         };
-        let site = &request.site;
-        self.attestations.learn(site, repository, manifest);
-        if !site.rule(repository, request.tag()).prefetch {
+        let registry = &request.registry;
+        self.attestations.record(registry, repository, manifest);
+        if !registry.rule(repository, request.tag()).prefetch {
             return;
         }
-        let lacks_blobs = !self.is_whole(site, repository, manifest).await;
-        if !lacks_blobs && !self.attestations.lacks(site, repository, &manifest.digest) {
+        let misses_blobs = !self.is_complete(registry, repository, manifest).await;
+        if !misses_blobs
+            && !self
+                .attestations
+                .has_pending(registry, repository, &manifest.digest)
+        {
             return;
         }
-        let of = UpstreamRequest::of(request, repository, &self.caller(request));
-        let upstream: Arc<str> = site.name().into();
+        let upstream_request = UpstreamRequest::of(request, repository, &self.caller(request));
+        let upstream: Arc<str> = registry.name().into();
         for child in manifest
             .manifest
             .descriptors
@@ -138,67 +148,77 @@ impl ProxyService {
         {
             if let AnyDigest::Supported(layer) = child.digest {
                 let key = (Arc::clone(&upstream), repository.clone(), layer);
-                self.prefetching.note_lacking(key, manifest.digest);
+                self.prefetching.record_incomplete(key, manifest.digest);
             }
         }
-        let missing = self.missing(&of, manifest).await;
+        let missing = self.missing_blobs_of(&upstream_request, manifest).await;
         if let Some((config, _)) = missing
             .into_iter()
             .find(|(_, role)| *role == DescriptorKind::Config)
-            && let Ok(place) = Arc::clone(&self.prefetching.images).try_acquire_owned()
+            && let Ok(permit) = Arc::clone(&self.prefetching.images).try_acquire_owned()
         {
-            let pull = Arc::clone(self);
+            let proxy = Arc::clone(self);
             tokio::spawn(async move {
-                pull.prefetch_blob(of, config, None).await;
-                drop(place);
+                proxy.prefetch_blob(upstream_request, config, None).await;
+                drop(permit);
             });
         }
     }
 
-    /// A client was given a blob: if it is a layer of an image that lacks something, the rest is begun.
-    pub(super) fn note_blob_given(self: &Arc<Self>, request: &Request, digest: Digest) {
+    /// After a blob was served: prefetches the rest of its image if the blob is a layer of exactly one incomplete
+    /// image.
+    pub(super) fn on_blob_served(self: &Arc<Self>, request: &Request, digest: Digest) {
         let Some(repository) = request.endpoint.repository().filter(|_| !request.head) else {
             return;
         };
-        let layer: ContentKey = (request.site.name().into(), repository.clone(), digest);
-        let Some(Parent::One(image)) = self.prefetching.lacking.get(&layer) else {
+        let layer: ContentKey = (request.registry.name().into(), repository.clone(), digest);
+        let Some(Parent::One(image)) = self.prefetching.incomplete.get(&layer) else {
             return;
         };
-        let of = UpstreamRequest::of(request, repository, &self.caller(request));
-        let pull = Arc::clone(self);
-        self.prefetching.lacking.remove(&layer);
+        let upstream_request = UpstreamRequest::of(request, repository, &self.caller(request));
+        let proxy = Arc::clone(self);
+        self.prefetching.incomplete.remove(&layer);
         tokio::spawn(async move {
-            if let Some(manifest) = pull.cached_manifest(&of.site, &of.repository, &image).await {
-                pull.prefetch(of, &manifest).await;
+            if let Some(manifest) = proxy
+                .cached_manifest(&upstream_request.registry, &upstream_request.repository, &image)
+                .await
+            {
+                proxy.prefetch(upstream_request, &manifest).await;
             }
         });
     }
 
-    /// Begins to download what is missing of the image `manifest`, in a task of its own.
+    /// Prefetches the missing blobs of the image `manifest` in a detached task.
     pub(super) async fn prefetch(
         self: &Arc<Self>,
-        of: UpstreamRequest,
+        upstream_request: UpstreamRequest,
         manifest: &Arc<StoredManifest>,
     ) -> StartedDownloads {
-        let missing = self.missing(&of, manifest).await;
-        self.begin(of, manifest, missing)
+        let missing = self.missing_blobs_of(&upstream_request, manifest).await;
+        self.start_downloads(upstream_request, manifest, missing)
     }
 
-    fn begin(
+    fn start_downloads(
         self: &Arc<Self>,
-        of: UpstreamRequest,
+        upstream_request: UpstreamRequest,
         manifest: &Arc<StoredManifest>,
         missing: Vec<(Digest, DescriptorKind)>,
     ) -> StartedDownloads {
-        let image: ContentKey = (of.site.name().into(), of.repository.clone(), manifest.digest);
-        let lacks_attestation = self
-            .attestations
-            .lacks(&of.site, &of.repository, &manifest.digest);
-        if missing.is_empty() && !lacks_attestation {
+        let image: ContentKey = (
+            upstream_request.registry.name().into(),
+            upstream_request.repository.clone(),
+            manifest.digest,
+        );
+        let misses_attestation = self.attestations.has_pending(
+            &upstream_request.registry,
+            &upstream_request.repository,
+            &manifest.digest,
+        );
+        if missing.is_empty() && !misses_attestation {
             return StartedDownloads::default();
         }
-        let Ok(place) = Arc::clone(&self.prefetching.images).try_acquire_owned() else {
-            tracing::debug!(digest = %manifest.digest, "too much is prefetched already");
+        let Ok(permit) = Arc::clone(&self.prefetching.images).try_acquire_owned() else {
+            tracing::debug!(digest = %manifest.digest, "prefetch limit reached");
             return StartedDownloads::default();
         };
         if !self.prefetching.enter(&image) {
@@ -210,72 +230,81 @@ impl ProxyService {
             begun.insert(digest, receiver);
             blobs.push((digest, opened));
         }
-        let (pull, manifest) = (Arc::clone(self), Arc::clone(manifest));
+        let (proxy, manifest) = (Arc::clone(self), Arc::clone(manifest));
         tokio::spawn(async move {
-            pull.prefetch_blobs(&of, blobs).await;
-            if lacks_attestation {
-                pull.bring_attached(&of, &manifest.digest).await;
+            proxy.prefetch_blobs(&upstream_request, blobs).await;
+            if misses_attestation {
+                proxy
+                    .fetch_attestation_of(&upstream_request, &manifest.digest)
+                    .await;
             }
             for child in &manifest.manifest.descriptors {
                 if let AnyDigest::Supported(digest) = child.digest {
                     let key = (Arc::clone(&image.0), image.1.clone(), digest);
-                    pull.prefetching.lacking.remove(&key);
+                    proxy.prefetching.incomplete.remove(&key);
                 }
             }
-            pull.prefetching.leave(&image);
-            drop(place);
+            proxy.prefetching.leave(&image);
+            drop(permit);
         });
         begun
     }
 
-    /// Downloads blobs of one image, a few at a time.
+    /// Prefetches blobs of one image, with limited concurrency.
     async fn prefetch_blobs(
         self: &Arc<Self>,
-        of: &UpstreamRequest,
+        upstream_request: &UpstreamRequest,
         blobs: Vec<(Digest, oneshot::Sender<Result<(), UpstreamFailure>>)>,
     ) {
-        let own = Arc::new(Semaphore::new(BLOBS_PER_IMAGE_MAX));
+        let permits = Arc::new(Semaphore::new(BLOBS_PER_IMAGE_MAX));
         for (digest, opened) in blobs {
             // The semaphore is never closed.
-            let Ok(place) = Arc::clone(&own).acquire_owned().await else {
+            let Ok(permit) = Arc::clone(&permits).acquire_owned().await else {
                 break;
             };
-            let (pull, of) = (Arc::clone(self), of.clone());
+            let (proxy, upstream_request) = (Arc::clone(self), upstream_request.clone());
             tokio::spawn(async move {
-                pull.prefetch_blob(of, digest, Some(opened)).await;
-                drop(place);
+                proxy.prefetch_blob(upstream_request, digest, Some(opened)).await;
+                drop(permit);
             });
         }
-        // Each place free is each download ended.
+        // If all permits are free, all downloads have ended.
         let all = u32::try_from(BLOBS_PER_IMAGE_MAX).unwrap_or(u32::MAX);
-        let _ended = own.acquire_many(all).await;
+        let _ended = permits.acquire_many(all).await;
     }
 
-    /// Downloads one blob. `opened` is told what the upstream said to the `GET`, if that was the caller's own.
+    /// Prefetches one blob. `opened` receives the result of the `GET` if this call was the leader.
     pub(super) async fn prefetch_blob(
         self: &Arc<Self>,
-        of: UpstreamRequest,
+        upstream_request: UpstreamRequest,
         digest: Digest,
         opened: Option<oneshot::Sender<Result<(), UpstreamFailure>>>,
     ) {
         let endpoint = Endpoint::Blob {
-            repository: of.repository.clone(),
+            repository: upstream_request.repository.clone(),
             digest: AnyDigest::Supported(digest),
         };
-        let mut wanted = UpstreamRequest { endpoint, ..of };
-        wanted.caller.wait_deadline = Some(Instant::now() + LIMIT_WITHIN);
-        (wanted.caller.peer, wanted.caller.class) = (Peer::Background, Class::Background);
-        let wish = Wish {
-            demand: wanted.caller.demand(&wanted.endpoint),
+        let mut upstream_request = UpstreamRequest {
+            endpoint,
+            ..upstream_request
+        };
+        upstream_request.caller.wait_deadline = Some(Instant::now() + RATE_LIMIT_WAIT_MAX);
+        (upstream_request.caller.peer, upstream_request.caller.class) = (Peer::Background, Class::Background);
+        let options = Wish {
+            demand: upstream_request.caller.demand(&upstream_request.endpoint),
             is_whole: true,
         };
-        let settled = match self.downloads.join(digest, wanted.requester(), wish).await {
+        let settled = match self
+            .downloads
+            .join(digest, upstream_request.requester(), options)
+            .await
+        {
             Joined::Leader(leader) => {
-                let source = UpstreamSource::new(self, wanted.clone(), digest).for_leader(&leader);
+                let source = UpstreamSource::new(self, upstream_request.clone(), digest).for_leader(&leader);
                 let mut reader = leader.start(source);
                 if let Some(opened) = opened {
                     let said = reader.opened().await.map(drop);
-                    // The check may have ended.
+                    // The probe may have ended.
                     let _heard = opened.send(said.map_err(|failure| cause_of(&failure)));
                 }
                 reader.settled().await.map(drop)
@@ -284,13 +313,17 @@ impl ProxyService {
             Joined::Held(_) => Ok(()),
         };
         if let Err(failure) = settled {
-            tracing::debug!(%digest, %failure, "a blob could not be prefetched; it will be fetched when asked for");
+            tracing::debug!(%digest, %failure, "failed to prefetch blob");
             return;
         }
-        // It came here under another repository. Its client may have it from there as well and never ask: a base layer
-        // that many images share. Without the upstream's word that this repository has it too, the image is not whole.
-        if !self.is_member(&wanted.site, &wanted.repository, digest).await {
-            self.question(&wanted).wait().await;
+        // The blob was stored for another repository. Its client may also have it from there and never request it,
+        // like a base layer that many images share. Without confirmation that this repository has it too, the image
+        // would stay incomplete.
+        if !self
+            .is_member(&upstream_request.registry, &upstream_request.repository, digest)
+            .await
+        {
+            self.coalesced_head(&upstream_request).wait().await;
         }
     }
 }

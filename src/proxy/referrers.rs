@@ -1,12 +1,13 @@
-//! Referrers of a manifest: by the referrers API, and by the referrers tag (`sha256-<hex>`) of registries without it.
+//! Referrers of a manifest: the referrers API, and the referrers tag (`sha256-<hex>`) of registries without that API.
 //!
-//! Clients of today ask for them with every pull of an attested image, and a response other than 200 or 404 fails that
-//! pull. So the last answer is kept, a 404 too, and repeated while the upstream is unavailable; where none is kept and
-//! the subject is cached, the answer is 404 as well: a client that insists on a signature then refuses by itself.
-//! Whoever is given either has shown a right to the repository, as for everything that is cached.
+//! Current clients request referrers with every pull of an attested image, and a response other than 200 or 404 fails
+//! that pull. So the last response is cached, including a 404, and served while the upstream is unavailable. If none
+//! is cached and the subject is, the response is 404; a client that requires a signature then fails by itself. As for
+//! all cached content, both need a grant in the repository.
 //!
-//! The subject is immutable and the same pull asks again and again, so an answer is good for as long as a grant; a write
-//! that passed through here ends that at once. Afterwards the list is fetched again, and the tag revalidated by `HEAD`.
+//! The subject is immutable and one pull repeats the request, so a response is fresh for the lifetime of a grant. A
+//! write through this cache ends that at once. After that, the list is fetched again, and the tag is revalidated by
+//! `HEAD`.
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -17,10 +18,10 @@ use tokio::time::timeout;
 
 use super::cache_view::CacheView;
 use super::candidates::Candidates;
-use super::listing::given;
-use super::manifest::refused;
+use super::denied;
+use super::listing::cached_list_response;
+use super::manifest_fetch::CoalesceKey;
 use super::manifest_fetch::UpstreamRequest;
-use super::revalidate::CoalesceKey;
 use super::{AuthContext, ProxyResponse, ProxyService, Request, ServeInfo, ServeReason, UpstreamRegistry};
 use crate::oci::{Algorithm, AnyDigest, Digest, Endpoint, Query, Repository, Tag, UpstreamFailure};
 use crate::policy::rules::EffectivePolicy;
@@ -31,17 +32,17 @@ use crate::policy::{
 use crate::store::listings::{ListingKey, StoredListResponse, StoredNotFound};
 use crate::upstream::{ResponseKind, UpstreamResponse};
 
-/// The one parameter that only leaves something out of a list. Whoever sends it filters the answer all the same.
-const FILTER: &str = "artifactType";
+/// The only query parameter that filters a list. Clients that send it filter the response themselves too.
+const FILTER_PARAMETER: &str = "artifactType";
 
-/// Questions of which it is known when they were last answered.
+/// Requests with a remembered confirmation time.
 const CONFIRMED_MAX: usize = 16_384;
 
-/// An error code that is longer is not kept. Those of the spec have 23 bytes at most.
+/// Longer error codes are not stored. Those of the spec have at most 23 bytes.
 const CODE_BYTES_MAX: usize = 64;
 
-/// When the upstream last answered a question about referrers, and how often something had been written in the
-/// repository by then. In memory alone: after a restart the first question goes out.
+/// When the upstream last confirmed a referrers response, and the write counter of the repository at that time. In
+/// memory only: after a restart the first request goes upstream.
 pub(super) struct ConfirmedReferrers(Cache<ListingKey, (SystemTime, u64)>);
 
 impl Default for ConfirmedReferrers {
@@ -50,35 +51,35 @@ impl Default for ConfirmedReferrers {
     }
 }
 
-/// What can be answered without the upstream.
+/// Response available without the upstream.
 enum Fallback {
-    /// What it last answered.
+    /// The cached last response.
     Cached(StoredListResponse),
-    /// Nothing is kept, and the subject is cached.
+    /// 404, because no response is cached and the subject is.
     Assumed,
 }
 
-/// What is known before the upstream is asked.
+/// Result of the checks before any upstream request.
 enum Precheck {
-    /// The answer.
+    /// The final response.
     Respond(Box<ProxyResponse>),
-    /// The upstream is known to be unavailable, and there is something else to answer.
+    /// The upstream is known to be unavailable, and there is a fallback.
     Unavailable(UpstreamFailure),
-    /// Nothing that is enough. So long is the upstream waited for, where there is something else to answer.
+    /// An upstream request is needed. With a fallback, it may take this long.
     Request(Duration),
 }
 
-/// One question about referrers.
+/// Context of one referrers request.
 struct ReferrersRequest<'a> {
-    pull: &'a Arc<ProxyService>,
+    proxy: &'a Arc<ProxyService>,
     request: &'a Request,
     repository: &'a Repository,
     rule: &'a EffectivePolicy,
     key: ListingKey,
-    stand_in: Option<Fallback>,
-    /// Before anything was asked.
+    fallback: Option<Fallback>,
+    /// State before any upstream request.
     situation: CacheState,
-    /// Whether the upstream answered so lately that it is not asked again.
+    /// Whether the cached response is fresh.
     is_fresh: bool,
 }
 
@@ -92,31 +93,32 @@ impl ProxyService {
         query: &Query,
     ) -> ProxyResponse {
         let context = self.context(request, repository).await;
-        let rule = request.site.rule(repository, None);
+        let rule = request.registry.rule(repository, None);
         let subject = match subject {
             AnyDigest::Supported(digest) => Some(*digest),
             AnyDigest::Unsupported(_) => None,
         };
-        let lookup = ReferrersRequest::new(self, request, repository, (&context, rule), subject, query).await;
-        let revalidation = match lookup.before_asking(&context, false) {
+        let referrers_request =
+            ReferrersRequest::new(self, request, repository, (&context, rule), subject, query).await;
+        let revalidation = match referrers_request.precheck(&context, false) {
             Precheck::Respond(outcome) => return *outcome,
             Precheck::Unavailable(cause) => Err((Revalidation::Unavailable(cause), None)),
-            Precheck::Request(wait) => lookup.list(&context, wait).await,
+            Precheck::Request(wait) => referrers_request.fetch_list(&context, wait).await,
         };
         match revalidation {
             Ok(listing) => {
-                lookup.confirm();
-                let how = ServeInfo {
+                referrers_request.mark_confirmed();
+                let info = ServeInfo {
                     reason: ServeReason::Fetched(MissReason::NoDigest),
                     confirmed_at: Some(request.now),
                 };
-                ProxyResponse::Listing(listing, how)
+                ProxyResponse::Listing(listing, info)
             }
-            Err((revalidation, answer)) => lookup.conclude(revalidation, answer).await,
+            Err((revalidation, answer)) => referrers_request.respond_without_list(revalidation, answer).await,
         }
     }
 
-    /// A manifest by a referrers tag.
+    /// `GET` or `HEAD` of a manifest by a referrers tag.
     pub(super) async fn referrers_tag(
         self: &Arc<Self>,
         request: &Request,
@@ -124,21 +126,26 @@ impl ProxyService {
         context: &AuthContext,
         tag: &Tag,
     ) -> ProxyResponse {
-        let rule = request.site.rule(repository, Some(tag));
+        let rule = request.registry.rule(repository, Some(tag));
         let subject = tag.subject();
         let accept = Some(&request.accept);
-        let copies = self.copies_of_tag(&request.site, repository, tag, accept).await;
-        if let Some(copies) = copies.map(Candidates::of_list) {
-            let held = Some(copies.held());
+        let candidates = self
+            .candidates_for_tag(&request.registry, repository, tag, accept)
+            .await;
+        if let Some(candidates) = candidates.map(Candidates::without_children) {
+            let held = Some(candidates.held());
             let mut situation = context.situation(rule, ContentKind::Tag, held, true, request.now);
-            if self.is_subject_cached(&request.site, repository, subject).await {
+            if self
+                .is_subject_cached(&request.registry, repository, subject)
+                .await
+            {
                 situation.max_age = situation.max_age.max(rule.grant_ttl);
             }
             return self
-                .judged(request, repository, context, situation, Some(copies))
+                .execute_referrers_tag(request, repository, context, situation, Some(candidates))
                 .await;
         }
-        let lookup = ReferrersRequest::new(
+        let referrers_request = ReferrersRequest::new(
             self,
             request,
             repository,
@@ -147,41 +154,45 @@ impl ProxyService {
             &Query::default(),
         )
         .await;
-        let is_kept = matches!(lookup.stand_in, Some(Fallback::Cached(_)));
-        let wait = match lookup.before_asking(context, is_kept) {
+        let is_kept = matches!(referrers_request.fallback, Some(Fallback::Cached(_)));
+        let wait = match referrers_request.precheck(context, is_kept) {
             Precheck::Respond(outcome) => return *outcome,
             Precheck::Unavailable(cause) => {
-                return lookup.conclude(Revalidation::Unavailable(cause), None).await;
+                return referrers_request
+                    .respond_without_list(Revalidation::Unavailable(cause), None)
+                    .await;
             }
             Precheck::Request(wait) => wait,
         };
-        // A 404 was had by GET before, so a HEAD is enough to hear that it still holds.
+        // The cached 404 came from a `GET`, so a `HEAD` is enough to confirm it.
         if is_kept {
-            let asked = self
-                .ask(
+            let revalidated = self
+                .revalidate(
                     request,
                     repository,
                     context,
-                    &lookup.situation,
+                    &referrers_request.situation,
                     rule.revalidate_timeout,
                 )
                 .await;
             if !matches!(
-                asked.revalidation,
+                revalidated.revalidation,
                 Revalidation::Digest { .. } | Revalidation::NoDigest
             ) {
-                return lookup.conclude(asked.revalidation, asked.answer).await;
+                return referrers_request
+                    .respond_without_list(revalidated.revalidation, revalidated.answer)
+                    .await;
             }
         }
         let unheld = context.situation(rule, ContentKind::Tag, None, true, request.now);
-        let fetching = self.judged(request, repository, context, unheld, None);
-        let outcome = if lookup.can_do_without() {
+        let fetching = self.execute_referrers_tag(request, repository, context, unheld, None);
+        let outcome = if referrers_request.has_fallback() {
             if let Ok(outcome) = timeout(wait, fetching).await {
                 outcome
             } else {
-                lookup.expired(context, wait);
-                return lookup
-                    .conclude(
+                referrers_request.report_timeout(context, wait);
+                return referrers_request
+                    .respond_without_list(
                         Revalidation::Unavailable(UpstreamFailure::RevalidateTimeout),
                         None,
                     )
@@ -191,28 +202,32 @@ impl ProxyService {
             fetching.await
         };
         match outcome {
-            ProxyResponse::Denied(refused) => match refused.refusal {
-                DenyReason::NotFound => lookup.conclude(Revalidation::NotFound, refused.answer).await,
-                DenyReason::UpstreamUnavailable(cause) if lookup.can_do_without() => {
-                    lookup
-                        .conclude(Revalidation::Unavailable(cause), refused.answer)
+            ProxyResponse::Denied(denied) => match denied.reason {
+                DenyReason::NotFound => {
+                    referrers_request
+                        .respond_without_list(Revalidation::NotFound, denied.answer)
                         .await
                 }
-                _ => ProxyResponse::Denied(refused),
+                DenyReason::UpstreamUnavailable(cause) if referrers_request.has_fallback() => {
+                    referrers_request
+                        .respond_without_list(Revalidation::Unavailable(cause), denied.answer)
+                        .await
+                }
+                _ => ProxyResponse::Denied(denied),
             },
             outcome => outcome,
         }
     }
 
-    /// Whether this manifest is cached, and was seen in this repository.
+    /// Whether this manifest is cached and belongs to this repository.
     async fn is_subject_cached(
         self: &Arc<Self>,
-        site: &Arc<UpstreamRegistry>,
+        registry: &Arc<UpstreamRegistry>,
         repository: &Repository,
         subject: Option<Digest>,
     ) -> bool {
         let Some(subject) = subject else { return false };
-        self.look_up(site, repository, move |cached| cached.has_subject(&subject))
+        self.read_cache(registry, repository, move |cached| cached.has_subject(&subject))
             .await
     }
 }
@@ -222,42 +237,42 @@ impl CacheView<'_> {
         self.is_member(subject) && self.manifest(subject).is_some()
     }
 
-    fn answer(&self, key: &ListingKey) -> Option<StoredListResponse> {
-        self.pull
-            .cached(self.site, self.repository, self.view.listing_response(key))
+    fn referrers_response(&self, key: &ListingKey) -> Option<StoredListResponse> {
+        self.proxy
+            .cached(self.registry, self.repository, self.view.listing_response(key))
     }
 }
 
-/// What the store has for a question about referrers.
+/// Stored responses for a referrers request.
 struct CachedReferrers {
     /// Whether the subject is cached.
     is_cached: bool,
-    /// The last answer to this question.
-    own: Option<StoredListResponse>,
-    /// The last answer to the question without a filter, where this one has one and no answer.
-    whole: Option<(ListingKey, StoredListResponse)>,
+    /// The last response to the same request.
+    exact: Option<StoredListResponse>,
+    /// The last response to the unfiltered request, if this request has a filter and no cached response of its own.
+    unfiltered: Option<(ListingKey, StoredListResponse)>,
 }
 
 impl<'a> ReferrersRequest<'a> {
     async fn new(
-        pull: &'a Arc<ProxyService>,
+        proxy: &'a Arc<ProxyService>,
         request: &'a Request,
         repository: &'a Repository,
         (context, rule): (&'a AuthContext, &'a EffectivePolicy),
         subject: Option<Digest>,
         query: &Query,
     ) -> Self {
-        let site = &request.site;
+        let registry = &request.registry;
         let key = ListingKey {
-            upstream: site.name().into(),
+            upstream: registry.name().into(),
             path: request.endpoint.path_and_query(),
         };
-        // The whole list holds what a filter leaves of it.
-        let whole = (!query.is_empty() && query.has_only(FILTER))
+        // The unfiltered list contains every filtered one.
+        let unfiltered = (!query.is_empty() && query.has_only(FILTER_PARAMETER))
             .then_some(subject)
             .flatten();
-        let whole = whole.map(|subject| ListingKey {
-            upstream: site.name().into(),
+        let unfiltered = unfiltered.map(|subject| ListingKey {
+            upstream: registry.name().into(),
             path: Endpoint::Referrers {
                 repository: repository.clone(),
                 digest: AnyDigest::Supported(subject),
@@ -267,20 +282,22 @@ impl<'a> ReferrersRequest<'a> {
         });
         let found = {
             let key = key.clone();
-            pull.look_up(site, repository, move |cached| {
-                let own = cached.answer(&key);
-                let whole = whole.as_ref().filter(|_| own.is_none());
-                CachedReferrers {
-                    is_cached: subject.is_some_and(|subject| cached.has_subject(&subject)),
-                    whole: whole.and_then(|key| Some((key.clone(), cached.answer(key)?))),
-                    own,
-                }
-            })
-            .await
+            proxy
+                .read_cache(registry, repository, move |cached| {
+                    let exact = cached.referrers_response(&key);
+                    let unfiltered = unfiltered.as_ref().filter(|_| exact.is_none());
+                    CachedReferrers {
+                        is_cached: subject.is_some_and(|subject| cached.has_subject(&subject)),
+                        unfiltered: unfiltered
+                            .and_then(|key| Some((key.clone(), cached.referrers_response(key)?))),
+                        exact,
+                    }
+                })
+                .await
         };
         let is_cached = found.is_cached;
         let confirmed = |key: &ListingKey| {
-            let (at, writes) = pull.referrers_confirmed.0.get(key)?;
+            let (at, writes) = proxy.confirmed_referrers.0.get(key)?;
             let is_fresh = is_cached
                 && writes == request.writes.ended()
                 && request
@@ -289,82 +306,85 @@ impl<'a> ReferrersRequest<'a> {
                     .is_ok_and(|age| age < rule.grant_ttl);
             is_fresh.then_some(at)
         };
-        let own = found.own.map(|answer| (answer, confirmed(&key)));
-        // But it is longer, so as long as the upstream can filter it, it is asked to.
-        let found = own.or_else(|| {
-            let (key, answer) = found.whole?;
+        let exact = found.exact.map(|answer| (answer, confirmed(&key)));
+        // It is longer, so it is used only if the upstream cannot filter.
+        let found = exact.or_else(|| {
+            let (key, answer) = found.unfiltered?;
             let is_absent = matches!(answer, StoredListResponse::NotFound(_));
             Some((answer, confirmed(&key).filter(|_| is_absent)))
         });
-        // A caller without a right sees no difference between what is kept and what is not.
-        let (stand_in, fresh_since) = match found {
-            _ if context.is_stranger(rule, request.now) => (None, None),
+        // For a caller without a grant, cached and uncached must look the same.
+        let (fallback, fresh_since) = match found {
+            _ if context.has_no_grant(rule, request.now) => (None, None),
             Some((answer, fresh_since)) => (Some(Fallback::Cached(answer)), fresh_since),
             None if is_cached => (Some(Fallback::Assumed), None),
             None => (None, None),
         };
-        let held = stand_in
+        let held = fallback
             .as_ref()
-            .map(|stand_in| stand_in.held(fresh_since, request.now));
+            .map(|fallback| fallback.held(fresh_since, request.now));
         let mut situation = context.situation(rule, ContentKind::Tag, held, true, request.now);
         situation.max_age = fresh_since.map_or(Duration::ZERO, |_| rule.grant_ttl);
-        // Its subject is served by digest for however long the upstream is unavailable.
+        // The subject is served by digest for the whole outage, so its referrers are too.
         situation.stale_if_error = None;
         Self {
-            pull,
+            proxy,
             request,
             repository,
             rule,
             key,
-            stand_in,
+            fallback,
             situation,
             is_fresh: fresh_since.is_some(),
         }
     }
 
-    /// `by_head`: whether a HEAD is sent first.
-    fn before_asking(&self, context: &AuthContext, by_head: bool) -> Precheck {
+    /// `by_head`: whether a `HEAD` is sent first.
+    fn precheck(&self, context: &AuthContext, by_head: bool) -> Precheck {
         match decide(&self.situation) {
-            Decision::Deny(refusal) => return Precheck::Respond(Box::new(refused(refusal, None, false))),
+            Decision::Deny(refusal) => return Precheck::Respond(Box::new(denied(refusal, None, false))),
             Decision::Serve(served) if self.is_fresh || self.rule.policy == Policy::Never => {
-                return Precheck::Respond(Box::new(self.answer(served)));
+                return Precheck::Respond(Box::new(self.serve_fallback(served)));
             }
             _ => {}
         }
-        if !self.can_do_without() {
+        if !self.has_fallback() {
             return Precheck::Request(self.rule.revalidate_timeout);
         }
-        let (upstream, asked) = (self.request.site.upstream(), (&self.request.endpoint, by_head));
+        let (upstream, asked) = (
+            self.request.registry.upstream(),
+            (&self.request.endpoint, by_head),
+        );
         match upstream.wait_limit(&context.caller, asked, self.rule.revalidate_timeout) {
             Ok(wait) => Precheck::Request(wait),
             Err(cause) => Precheck::Unavailable(cause),
         }
     }
 
-    /// The upstream was waited for so long, and no response came.
-    fn expired(&self, context: &AuthContext, waited: Duration) {
-        let upstream = self.request.site.upstream();
+    /// Reports a timeout of the upstream.
+    fn report_timeout(&self, context: &AuthContext, waited: Duration) {
+        let upstream = self.request.registry.upstream();
         upstream.record_timeout(&context.caller, &self.request.endpoint, waited);
     }
 
-    fn can_do_without(&self) -> bool {
+    fn has_fallback(&self) -> bool {
         let unavailable = self
             .situation
             .with_revalidation(Revalidation::Unavailable(UpstreamFailure::RevalidateTimeout));
         matches!(decide(&unavailable), Decision::Serve(_))
     }
 
-    /// Fetches the list, waiting no longer than `wait` where there is something else to answer. The fetch goes on.
-    async fn list(&self, context: &AuthContext, wait: Duration) -> super::listing::ListResult {
-        let wanted = UpstreamRequest::of(self.request, self.repository, &context.caller);
-        let shared = (CoalesceKey::new(self.pull, &wanted), self.is_believed());
-        let call = self.pull.lists.share(shared, || {
-            let key = self.is_believed().then(|| self.key.clone());
-            let pull = Arc::clone(self.pull);
-            async move { pull.list(&wanted, key).await }
+    /// Fetches the list. With a fallback, waits at most `wait`; the fetch continues.
+    async fn fetch_list(&self, context: &AuthContext, wait: Duration) -> super::listing::ListResult {
+        let upstream_request = UpstreamRequest::of(self.request, self.repository, &context.caller);
+        let shared = (CoalesceKey::new(self.proxy, &upstream_request), self.may_store());
+        let call = self.proxy.lists.share(shared, || {
+            let key = self.may_store().then(|| self.key.clone());
+            let proxy = Arc::clone(self.proxy);
+            async move { proxy.fetch_list(&upstream_request, key).await }
         });
         let unavailable = |cause| Err((Revalidation::Unavailable(cause), None));
-        if !self.can_do_without() {
+        if !self.has_fallback() {
             return call
                 .wait()
                 .await
@@ -373,13 +393,13 @@ impl<'a> ReferrersRequest<'a> {
         if let Ok(listed) = timeout(wait, call.wait()).await {
             listed.unwrap_or_else(|| unavailable(UpstreamFailure::Busy))
         } else {
-            self.expired(context, wait);
+            self.report_timeout(context, wait);
             unavailable(UpstreamFailure::RevalidateTimeout)
         }
     }
 
-    /// What is answered after the upstream gave no list.
-    async fn conclude(
+    /// Response after the upstream returned no list.
+    async fn respond_without_list(
         &self,
         revalidation: Revalidation,
         answer: Option<Arc<UpstreamResponse>>,
@@ -387,24 +407,24 @@ impl<'a> ReferrersRequest<'a> {
         let is_absent = revalidation == Revalidation::NotFound;
         match decide(&self.situation.with_revalidation(revalidation)) {
             Decision::Serve(served) => {
-                if is_absent && !matches!(self.stand_in, Some(Fallback::Cached(StoredListResponse::List(_))))
+                if is_absent && !matches!(self.fallback, Some(Fallback::Cached(StoredListResponse::List(_))))
                 {
-                    self.keep_absent(answer.as_deref()).await;
+                    self.store_not_found(answer.as_deref()).await;
                 }
-                self.answer(served)
+                self.serve_fallback(served)
             }
             Decision::Deny(refusal) => {
                 if is_absent {
-                    self.keep_absent(answer.as_deref()).await;
+                    self.store_not_found(answer.as_deref()).await;
                 }
-                refused(
+                denied(
                     refusal,
                     answer,
                     revalidation == Revalidation::Denied(CredentialOwner::Proxy),
                 )
             }
-            // Laws of the decision: no second question, no fetch.
-            Decision::Revalidate | Decision::Fetch(_) | Decision::ProbeLayers(_) => refused(
+            // Invariants of `decide`: no second revalidation, no fetch.
+            Decision::Revalidate | Decision::Fetch(_) | Decision::ProbeLayers(_) => denied(
                 DenyReason::UpstreamUnavailable(UpstreamFailure::Malformed),
                 answer,
                 false,
@@ -412,61 +432,61 @@ impl<'a> ReferrersRequest<'a> {
         }
     }
 
-    fn answer(&self, served: HitReason) -> ProxyResponse {
-        match &self.stand_in {
+    fn serve_fallback(&self, served: HitReason) -> ProxyResponse {
+        match &self.fallback {
             Some(Fallback::Cached(StoredListResponse::List(kept))) => {
-                given(kept, ServeReason::Cached(served))
+                cached_list_response(kept, ServeReason::Cached(served))
             }
-            Some(Fallback::Cached(StoredListResponse::NotFound(absence))) => absent(absence.code.clone()),
-            Some(Fallback::Assumed) => absent(None),
-            // A law of the decision: nothing is served that is not held.
-            None => refused(DenyReason::NotCached, None, false),
+            Some(Fallback::Cached(StoredListResponse::NotFound(absence))) => not_found(absence.code.clone()),
+            Some(Fallback::Assumed) => not_found(None),
+            // Invariant of `decide`: it serves only cached content.
+            None => denied(DenyReason::NotCached, None, false),
         }
     }
 
-    /// Whether the answer to this caller may become the answer to others. Some registries say 404 to all who may not read
-    /// the repository, and others give them an empty list.
-    fn is_believed(&self) -> bool {
+    /// Whether the response to this caller may be stored for others. Some registries return 404, and others an empty
+    /// list, to callers that may not read the repository.
+    fn may_store(&self) -> bool {
         self.situation.authorization != Authorization::Unknown
     }
 
-    /// Keeps a 404.
-    async fn keep_absent(&self, answer: Option<&UpstreamResponse>) {
-        if !self.is_believed() || !self.is_unwritten() {
+    /// Stores a 404.
+    async fn store_not_found(&self, answer: Option<&UpstreamResponse>) {
+        if !self.may_store() || !self.has_no_write_since() {
             return;
         }
         let code = answer.and_then(|answer| answer.code.clone());
         let absence = StoredNotFound {
             code: code.filter(|code| code.len() <= CODE_BYTES_MAX),
-            received_at: self.pull.clock.now(),
+            received_at: self.proxy.clock.now(),
         };
         let key = self.key.clone();
         let kept = self
-            .pull
+            .proxy
             .store
             .write(move |store| store.put_listing_not_found(&key, absence))
             .await;
-        super::revalidate::report(kept, "keep that there is no such list");
-        self.confirm();
+        super::cache_view::log_store_error(kept, "store absence of list");
+        self.mark_confirmed();
     }
 
-    fn confirm(&self) {
-        if self.is_believed() && self.is_unwritten() {
+    fn mark_confirmed(&self) {
+        if self.may_store() && self.has_no_write_since() {
             let confirmed = (self.request.now, self.request.writes.ended());
-            self.pull
-                .referrers_confirmed
+            self.proxy
+                .confirmed_referrers
                 .0
                 .insert(self.key.clone(), confirmed);
         }
     }
 
-    fn is_unwritten(&self) -> bool {
-        self.request.site.writes(self.repository).ended() == self.request.writes.ended()
+    fn has_no_write_since(&self) -> bool {
+        self.request.registry.writes(self.repository).ended() == self.request.writes.ended()
     }
 }
 
 impl Fallback {
-    /// As the decision sees it.
+    /// Input of the decision.
     fn held(&self, fresh_since: Option<SystemTime>, now: SystemTime) -> CachedEntry {
         let (digest, answered_at) = match self {
             Self::Cached(StoredListResponse::List(kept)) => (kept.digest, kept.listed_at),
@@ -485,13 +505,13 @@ impl Fallback {
     }
 }
 
-/// 404, as the registry gave it.
-fn absent(code: Option<String>) -> ProxyResponse {
+/// 404 as the registry sent it.
+fn not_found(code: Option<String>) -> ProxyResponse {
     let answer = UpstreamResponse {
         kind: ResponseKind::NotFound,
         status: Some(StatusCode::NOT_FOUND),
         code,
         ..UpstreamResponse::unavailable(UpstreamFailure::Malformed)
     };
-    refused(DenyReason::NotFound, Some(Arc::new(answer)), false)
+    denied(DenyReason::NotFound, Some(Arc::new(answer)), false)
 }

@@ -1,4 +1,4 @@
-//! A tag asked about at the operator's wish, whatever the rule says about freshness.
+//! Manual revalidation of a tag, requested by the operator, regardless of freshness.
 
 use std::sync::Arc;
 
@@ -10,55 +10,60 @@ use crate::oci::{Digest, Endpoint, UpstreamFailure};
 use crate::policy::{Authorization, Revalidation};
 use crate::store::manifests::StoredManifest;
 
-/// What came of asking.
+/// Result of a refresh.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Refreshed {
-    /// The tag still names what is held.
+    /// The tag still points to the cached manifest.
     Unchanged(Digest),
-    /// It names something else, which is held now; its layers are on their way if the rule says `prefetch`.
+    /// The tag moved, and the new manifest is cached; its layers are prefetched if the policy says `prefetch`.
     Newer(Digest),
-    /// There is no such tag upstream. It is kept here until a client is told so.
+    /// The tag does not exist upstream. It stays cached until a client's request confirms that.
     NotFound,
-    /// The upstream refuses the credential used.
+    /// The upstream denied the credential.
     Denied,
-    /// The upstream gave no usable answer.
+    /// The upstream was unavailable.
     Unavailable(UpstreamFailure),
-    /// There is something newer, and it could not be had.
+    /// The tag moved, and the new manifest could not be fetched.
     FetchFailed(UpstreamFailure),
 }
 
 impl ProxyService {
-    /// Asks the upstream what the tag of `request` names now, and fetches it if that is not held. What is asked about by
-    /// digest cannot change: that is answered with [`Refreshed::Silent`] and [`UpstreamFailure::Malformed`].
+    /// Revalidates the tag of `request` and fetches its manifest if it moved. A digest cannot change, so a request by
+    /// digest returns [`Refreshed::Unavailable`] with [`Cause::Malformed`].
     pub async fn refresh(self: &Arc<Self>, request: &Request) -> Refreshed {
         let (Some(tag), Endpoint::Manifest { repository, .. }) = (request.tag(), &request.endpoint) else {
             return Refreshed::Unavailable(UpstreamFailure::Malformed);
         };
         let context = self.context(request, repository).await;
         let accept = Some(&request.accept);
-        let copies = self.copies_of_tag(&request.site, repository, tag, accept).await;
-        let held = copies.as_ref().map(Candidates::held);
-        let wanted = UpstreamRequest::of(request, repository, &context.caller);
-        let Some(answer) = self.question(&wanted).wait().await else {
+        let candidates = self
+            .candidates_for_tag(&request.registry, repository, tag, accept)
+            .await;
+        let held = candidates.as_ref().map(Candidates::held);
+        let upstream_request = UpstreamRequest::of(request, repository, &context.caller);
+        let Some(answer) = self.coalesced_head(&upstream_request).wait().await else {
             return Refreshed::Unavailable(UpstreamFailure::Busy);
         };
-        // Whoever could be told something is the operator, who is entitled to all that is held.
-        let revalidation = self.heard_by(&wanted, &answer, Authorization::Granted).await;
-        let asked = Revalidated {
+        // The result goes to the operator, who is authorized for all cached content.
+        let revalidation = self
+            .classify_for(&upstream_request, &answer, Authorization::Granted)
+            .await;
+        let revalidated = Revalidated {
             revalidation,
             answer: Some(answer),
         };
-        match (asked.revalidation, held) {
+        match (revalidated.revalidation, held) {
             (Revalidation::Digest { digest, .. }, Some(held)) if digest == held.digest => {
                 Refreshed::Unchanged(digest)
             }
             (Revalidation::Digest { .. } | Revalidation::NoDigest, _) => {
-                let refreshed = self.refetch(&wanted, &asked).await;
-                let whole = copies.as_ref().and_then(Candidates::whole);
-                if let (Ok(manifest), true) = (&refreshed, request.site.rule(repository, Some(tag)).prefetch)
+                let refreshed = self.refetch(&upstream_request, &revalidated).await;
+                let whole = candidates.as_ref().and_then(Candidates::complete);
+                if let (Ok(manifest), true) =
+                    (&refreshed, request.registry.rule(repository, Some(tag)).prefetch)
                 {
-                    self.prefetch_in_use(
-                        wanted,
+                    self.prefetch_platforms(
+                        upstream_request,
                         Arc::clone(manifest),
                         whole.map(|copy| Arc::clone(&copy.manifest)),
                     );
@@ -79,41 +84,48 @@ impl ProxyService {
 
     async fn refetch(
         self: &Arc<Self>,
-        wanted: &UpstreamRequest,
-        asked: &Revalidated,
+        upstream_request: &UpstreamRequest,
+        revalidated: &Revalidated,
     ) -> Result<Arc<StoredManifest>, UpstreamFailure> {
-        let brought = match &asked.answer {
-            Some(answer) => self.brought(wanted, answer).await,
+        let brought = match &revalidated.answer {
+            Some(answer) => self.take_inline_body(upstream_request, answer).await,
             None => None,
         };
         match brought {
             Some(manifest) => Ok(manifest),
             None => self
-                .fetch_manifest(wanted.clone().naming(asked.revalidation))
+                .fetch_manifest(upstream_request.clone().naming(revalidated.revalidation))
                 .await
                 .map_err(|answer| answer.cause()),
         }
     }
 
-    /// Begins what is missing of a newer image: of an index, of the platforms that were pulled of the earlier one.
-    fn prefetch_in_use(
+    /// Prefetches the missing blobs of a newer image. Of an index, the platforms that were pulled of the previous
+    /// image.
+    fn prefetch_platforms(
         self: &Arc<Self>,
-        wanted: UpstreamRequest,
+        upstream_request: UpstreamRequest,
         manifest: Arc<StoredManifest>,
-        instead: Option<Arc<StoredManifest>>,
+        fallback: Option<Arc<StoredManifest>>,
     ) {
-        self.attestations
-            .learn(&wanted.site, &wanted.repository, &manifest);
-        let pull = Arc::clone(self);
+        self.attestations.record(
+            &upstream_request.registry,
+            &upstream_request.repository,
+            &manifest,
+        );
+        let proxy = Arc::clone(self);
         tokio::spawn(async move {
-            pull.prefetch(wanted.clone(), &manifest).await;
-            let Some(instead) = instead else { return };
-            let (site, repository) = (&wanted.site, &wanted.repository);
-            for digest in pull.platforms_in_use(site, repository, &manifest, &instead).await {
-                match pull.child(&wanted, digest).await {
-                    Ok(child) => drop(pull.prefetch(wanted.clone(), &child).await),
+            proxy.prefetch(upstream_request.clone(), &manifest).await;
+            let Some(fallback) = fallback else { return };
+            let (registry, repository) = (&upstream_request.registry, &upstream_request.repository);
+            for digest in proxy
+                .platforms_in_use(registry, repository, &manifest, &fallback)
+                .await
+            {
+                match proxy.child_manifest(&upstream_request, digest).await {
+                    Ok(child) => drop(proxy.prefetch(upstream_request.clone(), &child).await),
                     Err(cause) => {
-                        tracing::debug!(%digest, %cause, "a platform in use could not be prefetched");
+                        tracing::debug!(%digest, %cause, "failed to prefetch platform");
                     }
                 }
             }

@@ -1,4 +1,4 @@
-//! An upstream as the road knows it: its settings, and the state that outlives them.
+//! Upstream registry: settings, and learned state that outlives a reload.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -17,10 +17,10 @@ use crate::trace_context::TraceContext;
 use crate::upstream::origin::Origin;
 use crate::upstream::{Caller, Credential, LearnedState, Upstream};
 
-/// Docker Hub, the one registry whose one-component names live under `library/`.
-const HUB: &str = "docker.io";
+/// Docker Hub, the only registry that puts one-component names under `library/`.
+const DOCKER_HUB: &str = "docker.io";
 
-/// A configured upstream: its settings, which a reload exchanges, over the state that belongs to its name.
+/// A configured upstream. A reload replaces the settings; the state belongs to the upstream's name.
 pub struct UpstreamRegistry {
     upstream: Arc<Upstream>,
     access: Access,
@@ -29,36 +29,36 @@ pub struct UpstreamRegistry {
     state: Arc<RegistryState>,
 }
 
-/// State of an upstream, learned, that outlives reloads.
+/// Learned state of an upstream that outlives reloads.
 #[derive(Default)]
 pub struct RegistryState {
     upstream: LearnedState,
-    /// Whether a client came that believes to speak with it.
-    visited: AtomicBool,
-    writings: WriteGenerations,
+    /// Whether a client was intercepted that addressed the registry by its own name.
+    intercepted: AtomicBool,
+    write_generations: WriteGenerations,
 }
 
 impl RegistryState {
-    /// The part of it that the client side has.
+    /// State of the upstream client.
     pub fn upstream(&self) -> &LearnedState {
         &self.upstream
     }
 }
 
-/// The states of all upstreams of this process, by name. Names come from the operator's configuration alone, which
-/// bounds their number; the state of an upstream that was removed waits for its return.
+/// States of all upstreams by name. The names come only from the configuration, which bounds their number. The state
+/// of a removed upstream is retained for its return.
 #[derive(Default)]
 pub struct RegistryStates(Mutex<HashMap<String, Arc<RegistryState>>>);
 
 impl RegistryStates {
-    /// The state of the upstream of this name.
+    /// State of the upstream with this name.
     pub fn of(&self, name: &str) -> Arc<RegistryState> {
         let mut states = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         Arc::clone(states.entry(name.to_owned()).or_default())
     }
 }
 
-/// Who there can be: those without a credential of their own, worked out once, and the secret that keys all others.
+/// Principals: those without a credential, derived once, and the secret that keys all others.
 pub(super) struct Principals {
     anonymous: Principal,
     proxy: Principal,
@@ -74,28 +74,28 @@ impl Principals {
         }
     }
 
-    /// Whoever shows no credential.
+    /// Principal of requests without a credential.
     pub(super) fn anonymous(&self) -> [u8; 32] {
         *self.anonymous.as_bytes()
     }
 
-    /// Who shows this `Authorization`.
+    /// Principal of this `Authorization` value.
     pub(super) fn credential(&self, shown: &HeaderValue) -> Principal {
         Principal::of_credential(&self.secret, shown.as_bytes())
     }
 
-    /// Who shows this at a token service.
+    /// Principal of this login at a token service.
     pub(super) fn account(&self, login: &[u8]) -> Principal {
         Principal::of_account(&self.secret, login)
     }
 
-    /// What nobody without the secret can work out.
+    /// Keyed hash that cannot be computed without the secret.
     pub(super) fn keyed(&self, message: &[u8]) -> [u8; 32] {
         hmac_sha256(&self.secret, message)
     }
 
-    /// Who asks upstream without a credential, and on nobody's behalf.
-    pub(super) fn stranger(&self, trace: &TraceContext) -> Caller {
+    /// Caller for an anonymous background request.
+    pub(super) fn anonymous_caller(&self, trace: &TraceContext) -> Caller {
         Caller {
             principal: *self.anonymous.as_bytes(),
             credential: Credential::Anonymous,
@@ -108,20 +108,20 @@ impl Principals {
     }
 }
 
-/// Whose right counts at an upstream.
+/// Whose authorization counts at an upstream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Access {
-    /// Each client's own: a hit is proven with its credential.
+    /// Each client's own: a hit requires a grant of its credential.
     PerClient,
-    /// Whoever reaches the listener is entitled. `own_credential`: the proxy has one of its own to show upstream.
+    /// Every client that reaches the listener is authorized.
     Shared {
-        /// Whether the proxy has a credential of its own.
-        own_credential: bool,
+        /// Whether the proxy has its own credential for the upstream.
+        proxy_credential: bool,
     },
 }
 
 impl UpstreamRegistry {
-    /// An upstream over its state, whose right counts there, and the rules for its images.
+    /// An upstream with its access mode, policies and state.
     pub fn new(
         upstream: Arc<Upstream>,
         access: Access,
@@ -137,12 +137,12 @@ impl UpstreamRegistry {
         }
     }
 
-    /// The rule that holds for an image; without a tag, for what is asked by digest.
+    /// The effective policy of an image; without a tag, of a request by digest.
     pub fn rule(&self, repository: &Repository, tag: Option<&Tag>) -> &EffectivePolicy {
         self.rules.find(self.name(), repository, tag)
     }
 
-    /// The same, with tokens of ours while the token service at `realm` is silent.
+    /// The same, with local tokens while the token service at `realm` is unavailable.
     #[must_use]
     pub fn with_local_tokens(self, realm: Origin) -> Self {
         Self {
@@ -151,67 +151,72 @@ impl UpstreamRegistry {
         }
     }
 
-    /// The token service in whose place tokens are given.
+    /// The token service for which local tokens are issued.
     pub fn realm(&self) -> Option<&Origin> {
         self.realm.as_ref()
     }
 
-    /// Which writes there were in this repository: compared with a later value, whether there was one in between.
+    /// Write counters of this repository. Comparing two snapshots shows whether a write happened in between.
     pub fn writes(&self, repository: &Repository) -> WriteSnapshot {
-        self.state.writings.now(repository)
+        self.state.write_generations.now(repository)
     }
 
-    pub(super) fn writings(&self) -> &WriteGenerations {
-        &self.state.writings
+    pub(super) fn write_generations(&self) -> &WriteGenerations {
+        &self.state.write_generations
     }
 
-    /// A client believes to speak with it, and will follow its challenge.
-    pub(super) fn visit(&self) {
-        self.state.visited.store(true, Ordering::Relaxed);
+    /// Records that a client addressed the registry by its own name and will follow its challenge.
+    pub(super) fn mark_intercepted(&self) {
+        self.state.intercepted.store(true, Ordering::Relaxed);
     }
 
-    /// Whether such a client came.
-    pub(super) fn is_visited(&self) -> bool {
-        self.state.visited.load(Ordering::Relaxed)
+    /// Whether such a client was intercepted.
+    pub(super) fn is_intercepted(&self) -> bool {
+        self.state.intercepted.load(Ordering::Relaxed)
     }
 
-    /// The upstream's name, as in references: `docker.io`.
+    /// Name of the upstream as in references: `docker.io`.
     pub fn name(&self) -> &str {
         self.upstream.name()
     }
 
-    /// The client that reaches it.
+    /// The upstream client.
     pub fn upstream(&self) -> &Arc<Upstream> {
         &self.upstream
     }
 
-    /// Whether whoever reaches the listener is entitled.
+    /// Whether every client that reaches the listener is authorized.
     pub fn is_shared(&self) -> bool {
         matches!(self.access, Access::Shared { .. })
     }
 
-    /// Whether the proxy shows a credential of its own, so that a refusal is the operator's to mend.
-    pub fn has_own_credential(&self) -> bool {
-        self.access == Access::Shared { own_credential: true }
+    /// Whether the proxy sends its own credential, so that the operator must fix a denial.
+    pub fn has_proxy_credential(&self) -> bool {
+        self.access
+            == Access::Shared {
+                proxy_credential: true,
+            }
     }
 
-    /// Who is shown to it: `client` (each its own credential), `cache` (the proxy's), `anonymous`.
+    /// Credential sent upstream: `client` (each client's own), `own` (the proxy's), `anonymous`.
     pub fn identity(&self) -> &'static str {
         match self.access {
             Access::PerClient => "client",
-            Access::Shared { own_credential: true } => "cache",
             Access::Shared {
-                own_credential: false,
+                proxy_credential: true,
+            } => "cache",
+            Access::Shared {
+                proxy_credential: false,
             } => "anonymous",
         }
     }
 
-    /// Whether this is Docker Hub, whose names follow rules of their own.
+    /// Whether this is Docker Hub, which has its own naming rules.
     pub fn is_hub(&self) -> bool {
-        self.name() == HUB
+        self.name() == DOCKER_HUB
     }
 
-    /// The repository as the upstream knows it: Docker Hub's `demo` is `library/demo`.
+    /// The repository name at the upstream: Docker Hub's `demo` is `library/demo`.
     pub fn full_name(&self, repository: Repository) -> Result<Repository, NameError> {
         if self.is_hub() && repository.is_one_component() {
             repository.with_prefix("library")
@@ -220,7 +225,7 @@ impl UpstreamRegistry {
         }
     }
 
-    /// Who asks upstream on behalf of a client that sent `authorization`.
+    /// Caller for an upstream request on behalf of a client that sent `authorization`.
     pub(super) fn caller(
         &self,
         principals: &Principals,
@@ -228,8 +233,8 @@ impl UpstreamRegistry {
         (peer, trace): (Peer, &TraceContext),
     ) -> Caller {
         let (principal, credential) = match (self.access, authorization) {
-            (Access::Shared { own_credential }, _) => {
-                let credential = if own_credential {
+            (Access::Shared { proxy_credential }, _) => {
+                let credential = if proxy_credential {
                     Credential::Configured
                 } else {
                     Credential::Anonymous

@@ -1,13 +1,13 @@
-//! The question put to the upstream, and what follows from its answer.
+//! Revalidation: a coalesced `HEAD` to the upstream, and the grants, tags and membership recorded from its response.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::invalidation::WriteSnapshot;
+use super::cache_view::log_store_error;
 use super::local_tokens::is_local_token;
-use super::manifest_fetch::UpstreamRequest;
+use super::manifest_fetch::{CoalesceKey, UpstreamRequest};
 use super::{AuthContext, ProxyService, Request, UpstreamRegistry};
 use crate::oci::{Accept, AnyDigest, Digest, Endpoint, MediaType, Reference, Repository, UpstreamFailure};
 use crate::policy::{
@@ -19,52 +19,20 @@ use crate::store::membership::MembershipUpdate;
 use crate::store::tags::{TagKey, Variant};
 use crate::upstream::{Caller, ResponseKind, UpstreamResponse};
 
-/// Shorter content proves nothing: an empty blob, an empty object and an empty layer are the same everywhere.
+/// Minimum size of content that counts as grant evidence. An empty blob, an empty JSON object and an empty layer are
+/// the same in every repository.
 const EVIDENCE_BYTES_MIN: u64 = 64;
 
-/// Which askers may share one question: same thing, same media types, same principal.
-#[derive(Clone, PartialEq, Eq, Hash)]
-pub(super) struct CoalesceKey {
-    upstream: Arc<str>,
-    path: String,
-    accept: u64,
-    principal: [u8; 32],
-    /// Who asks after a write does not wait for an answer from before it.
-    writes: WriteSnapshot,
-    /// Nor, after a reload, for one to other settings.
-    settings: (u64, u64),
-    for_push: bool,
-    named: Option<Digest>,
-    /// Nor, after a denial, for one from before it, whose answer may be an older yes.
-    denied_at: Option<Instant>,
-}
-
-impl CoalesceKey {
-    pub(super) fn new(pull: &ProxyService, wanted: &UpstreamRequest) -> Self {
-        Self {
-            upstream: wanted.site.name().into(),
-            path: wanted.endpoint.path_and_query(),
-            accept: wanted.accept.key(),
-            principal: wanted.caller.principal,
-            writes: wanted.writes,
-            settings: wanted.site.upstream().settings_id(),
-            for_push: wanted.for_push,
-            named: wanted.named,
-            denied_at: pull.denied_at(wanted),
-        }
-    }
-}
-
-/// What came of asking.
+/// Result of a revalidation.
 pub struct Revalidated {
-    /// In the decision's words.
+    /// Classification for the decision.
     pub revalidation: Revalidation,
-    /// In the upstream's own, if it said anything.
+    /// Upstream response, if there was one.
     pub answer: Option<Arc<UpstreamResponse>>,
 }
 
 impl Revalidated {
-    /// Whether the upstream may have said yes, and nothing proves that it was the registry.
+    /// Whether the response is a success without proof that the registry itself sent it.
     pub(super) fn is_unproven(&self) -> bool {
         let answer = self.answer.as_ref();
         matches!(
@@ -75,9 +43,9 @@ impl Revalidated {
 }
 
 impl ProxyService {
-    /// Asks the upstream. Where the situation could be served without an answer, it waits no longer than `budget`, and
-    /// shorter or not at all while the upstream is known not to respond.
-    pub(super) async fn ask(
+    /// Revalidates with the upstream. If the cached entry could be served without a response, the wait is at most
+    /// `budget`, and shorter or zero while the upstream is known to be unavailable.
+    pub(super) async fn revalidate(
         self: &Arc<Self>,
         request: &Request,
         repository: &Repository,
@@ -87,13 +55,17 @@ impl ProxyService {
     ) -> Revalidated {
         let silence =
             situation.with_revalidation(Revalidation::Unavailable(UpstreamFailure::RevalidateTimeout));
-        let can_do_without = matches!(decide(&silence), Decision::Serve(_));
-        let upstream = request.site.upstream();
-        let mut wanted = UpstreamRequest::of(request, repository, &context.caller);
-        let rule = request.site.rule(repository, request.tag());
-        wanted.is_strangers = context.is_stranger(rule, request.now);
-        let wait = if can_do_without {
-            upstream.wait_limit(&wanted.caller, (&wanted.endpoint, true), budget)
+        let has_fallback = matches!(decide(&silence), Decision::Serve(_));
+        let upstream = request.registry.upstream();
+        let mut upstream_request = UpstreamRequest::of(request, repository, &context.caller);
+        let rule = request.registry.rule(repository, request.tag());
+        upstream_request.has_no_grant = context.has_no_grant(rule, request.now);
+        let wait = if has_fallback {
+            upstream.wait_limit(
+                &upstream_request.caller,
+                (&upstream_request.endpoint, true),
+                budget,
+            )
         } else {
             Ok(budget)
         };
@@ -106,23 +78,23 @@ impl ProxyService {
                 };
             }
         };
-        if can_do_without {
-            // The cached copy is the answer to a rate limit.
-            wanted.caller.wait_deadline = None;
-            wanted.caller.class = Class::Held;
+        if has_fallback {
+            // Serve the cached entry instead of waiting for a rate limit.
+            upstream_request.caller.wait_deadline = None;
+            upstream_request.caller.class = Class::Held;
         }
-        let call = self.question(&wanted);
+        let call = self.coalesced_head(&upstream_request);
         let waiters = call.waiters().clone();
-        let asking = self.proven_answer(call, &wanted, situation.authorization);
-        let answer = if can_do_without {
+        let asking = self.head_or_get(call, &upstream_request, situation.authorization);
+        let answer = if has_fallback {
             if let Ok(answer) = tokio::time::timeout(wait, asking).await {
                 answer
             } else {
-                // A request that is queued here says nothing of the upstream.
+                // A request in the local queue says nothing about the upstream.
                 if !waiters.is_queued() {
-                    upstream.record_timeout(&wanted.caller, &wanted.endpoint, wait);
+                    upstream.record_timeout(&upstream_request.caller, &upstream_request.endpoint, wait);
                 }
-                // The late answer still has its effects.
+                // The response is still recorded when it arrives late.
                 waiters.detach();
                 return Revalidated {
                     revalidation: Revalidation::Unavailable(UpstreamFailure::RevalidateTimeout),
@@ -134,9 +106,12 @@ impl ProxyService {
         };
         match answer {
             Some(answer) => {
-                let revalidation = self.heard_by(&wanted, &answer, situation.authorization).await;
-                // A no to the stranger who asked in the place of a token of ours: it sends the client for a better one,
-                // if there is one to be had.
+                let revalidation = self
+                    .classify_for(&upstream_request, &answer, situation.authorization)
+                    .await;
+                // A request with a local token is sent without a credential. If the upstream denies it while the
+                // token service is unavailable, report the outage; otherwise the 401 sends the client for a real
+                // token.
                 let is_local = request.authorization.as_ref().is_some_and(is_local_token);
                 if is_local && matches!(revalidation, Revalidation::Denied(_)) && upstream.has_failed_realm()
                 {
@@ -157,16 +132,16 @@ impl ProxyService {
         }
     }
 
-    /// The answer to the question. Of a manifest and for one who has no right of late, a yes that is not proven is proven
-    /// by a GET, whose bytes tell; nothing is held against another question for it.
-    async fn proven_answer(
+    /// Response to the `HEAD`. For a caller without a current grant, an unproven success for a manifest is replaced
+    /// by a `GET`, because the bytes prove the content. A blob is not fetched for this.
+    async fn head_or_get(
         self: &Arc<Self>,
         call: SharedCall<Arc<UpstreamResponse>>,
-        wanted: &UpstreamRequest,
+        upstream_request: &UpstreamRequest,
         standing: Authorization,
     ) -> Option<Arc<UpstreamResponse>> {
         let answer = call.wait().await?;
-        let is_manifest = matches!(wanted.endpoint, Endpoint::Manifest { .. });
+        let is_manifest = matches!(upstream_request.endpoint, Endpoint::Manifest { .. });
         if !is_manifest
             || standing == Authorization::Granted
             || !matches!(answer.kind, ResponseKind::UnprovenDigest(_))
@@ -176,9 +151,9 @@ impl ProxyService {
         if answer.body.is_some() {
             return Some(answer);
         }
-        Some(match self.fetch_manifest(wanted.clone()).await {
+        Some(match self.fetch_manifest(upstream_request.clone()).await {
             Ok(manifest) => Arc::new(UpstreamResponse {
-                kind: if self.is_vouched(wanted).await {
+                kind: if self.is_authorized(upstream_request).await {
                     ResponseKind::Digest(manifest.digest)
                 } else {
                     ResponseKind::UnprovenDigest(manifest.digest)
@@ -192,132 +167,153 @@ impl ProxyService {
         })
     }
 
-    /// Whether a request may be made up: for a digest that no manifest here names. It comes last, and ends with the last
-    /// that waits for it. Anything else goes on once it was sent: a registry that first fetches for itself takes longer
-    /// than its clients wait, and they come again.
-    pub(super) fn may_be_made_up(&self, wanted: &UpstreamRequest) -> bool {
-        may_be_made_up(&wanted.endpoint, wanted.is_strangers, |digest| {
-            self.is_named_there(wanted, digest)
-        })
+    /// Whether the digest may be fabricated: no manifest seen here references it. Such a request has the lowest
+    /// priority and ends with its last waiter. Any other request continues once it was sent, because a registry that
+    /// fills its own cache first takes longer than its clients wait, and the clients retry.
+    pub(super) fn may_be_fabricated(&self, upstream_request: &UpstreamRequest) -> bool {
+        may_be_fabricated(
+            &upstream_request.endpoint,
+            upstream_request.has_no_grant,
+            |digest| self.is_referenced(upstream_request, digest),
+        )
     }
 
-    /// What is asked of admission for this request.
-    pub(super) fn demand(&self, wanted: &UpstreamRequest) -> Demand {
-        let demand = wanted.caller.demand(&wanted.endpoint);
-        let is_last = demand.class == Class::Interactive && self.may_be_made_up(wanted);
+    /// Queue demand of this request.
+    pub(super) fn demand(&self, upstream_request: &UpstreamRequest) -> Demand {
+        let demand = upstream_request.caller.demand(&upstream_request.endpoint);
+        let is_last = demand.class == Class::Interactive && self.may_be_fabricated(upstream_request);
         Demand {
             class: if is_last { Class::Bulk } else { demand.class },
             ..demand
         }
     }
 
-    /// One question for all who may share it, and what is learnt from its answer, late as it may come.
-    pub(super) fn question(self: &Arc<Self>, wanted: &UpstreamRequest) -> SharedCall<Arc<UpstreamResponse>> {
-        let key = CoalesceKey::new(self, wanted);
-        let is_made_up = self.may_be_made_up(wanted);
-        self.questions.share_for(key, self.demand(wanted), |waiters| {
-            if !is_made_up {
-                waiters.detach();
-            }
-            let (pull, wanted) = (Arc::clone(self), wanted.clone());
-            async move {
-                let UpstreamRequest {
-                    site,
-                    repository,
-                    endpoint,
-                    accept,
-                    caller,
-                    ..
-                } = &wanted;
-                let asked_at = Instant::now();
-                let caller = Caller {
-                    waiters: Some(waiters.clone()),
-                    ..caller.clone()
-                };
-                let asking = async {
-                    if wanted.for_push {
-                        site.upstream().head_for_push(&caller, endpoint, accept).await
-                    } else {
-                        site.upstream().head(&caller, endpoint, accept).await
-                    }
-                };
-                let answer = waiters.while_wanted(asking).await?;
-                let (answer, is_evidence) = pull.weighed(&wanted, answer).await;
-                if is_evidence || !answer.kind.is_success() {
-                    pull.learn(&wanted, &answer, asked_at).await;
+    /// One coalesced `HEAD` for all callers with the same key. Its response is recorded even if it arrives late.
+    pub(super) fn coalesced_head(
+        self: &Arc<Self>,
+        upstream_request: &UpstreamRequest,
+    ) -> SharedCall<Arc<UpstreamResponse>> {
+        let key = CoalesceKey::new(self, upstream_request);
+        let is_fabricated = self.may_be_fabricated(upstream_request);
+        self.revalidations
+            .share_for(key, self.demand(upstream_request), |waiters| {
+                if !is_fabricated {
+                    waiters.detach();
                 }
-                let is_believed = is_evidence || pull.is_vouched(&wanted).await;
-                match (endpoint, answer.kind) {
-                    (Endpoint::Manifest { reference, .. }, ResponseKind::Digest(digest)) if is_believed => {
-                        if pull.may_name(site, repository, reference, accept, &digest).await {
-                            let media_type = answer.media_type.as_ref();
-                            pull.learn_name_unless_written(&wanted, reference, digest, media_type)
-                                .await;
+                let (proxy, upstream_request) = (Arc::clone(self), upstream_request.clone());
+                async move {
+                    let UpstreamRequest {
+                        registry,
+                        repository,
+                        endpoint,
+                        accept,
+                        caller,
+                        ..
+                    } = &upstream_request;
+                    let asked_at = Instant::now();
+                    let caller = Caller {
+                        waiters: Some(waiters.clone()),
+                        ..caller.clone()
+                    };
+                    let asking = async {
+                        if upstream_request.for_push {
+                            registry.upstream().head_for_push(&caller, endpoint, accept).await
                         } else {
-                            pull.add_member(site, repository, digest).await;
+                            registry.upstream().head(&caller, endpoint, accept).await
                         }
+                    };
+                    let answer = waiters.while_wanted(asking).await?;
+                    let (answer, is_evidence) = proxy.check_evidence(&upstream_request, answer).await;
+                    if is_evidence || !answer.kind.is_success() {
+                        proxy.record_response(&upstream_request, &answer, asked_at).await;
                     }
-                    // Good for comparing where the digest is known to be here and the principal to be let in.
-                    (Endpoint::Manifest { reference, .. }, ResponseKind::UnprovenDigest(digest))
-                        if pull.is_member(site, repository, digest).await
-                            && pull.is_vouched(&wanted).await
-                            && pull.may_name(site, repository, reference, accept, &digest).await =>
-                    {
-                        let media_type = answer.media_type.as_ref();
-                        pull.learn_name_unless_written(&wanted, reference, digest, media_type)
-                            .await;
+                    let is_trusted = is_evidence || proxy.is_authorized(&upstream_request).await;
+                    match (endpoint, answer.kind) {
+                        (Endpoint::Manifest { reference, .. }, ResponseKind::Digest(digest))
+                            if is_trusted =>
+                        {
+                            if proxy
+                                .may_update_tag(registry, repository, reference, accept, &digest)
+                                .await
+                            {
+                                let media_type = answer.media_type.as_ref();
+                                proxy
+                                    .record_tag_if_current(&upstream_request, reference, digest, media_type)
+                                    .await;
+                            } else {
+                                proxy.add_member(registry, repository, digest).await;
+                            }
+                        }
+                        // Sufficient for a comparison if the digest is known in this repository and the principal is
+                        // authorized.
+                        (Endpoint::Manifest { reference, .. }, ResponseKind::UnprovenDigest(digest))
+                            if proxy.is_member(registry, repository, digest).await
+                                && proxy.is_authorized(&upstream_request).await
+                                && proxy
+                                    .may_update_tag(registry, repository, reference, accept, &digest)
+                                    .await =>
+                        {
+                            let media_type = answer.media_type.as_ref();
+                            proxy
+                                .record_tag_if_current(&upstream_request, reference, digest, media_type)
+                                .await;
+                        }
+                        // Proof that the upstream has this blob in this repository.
+                        (
+                            Endpoint::Blob {
+                                digest: AnyDigest::Supported(digest),
+                                ..
+                            },
+                            ResponseKind::Digest(_),
+                        ) if is_trusted => {
+                            proxy.add_member(registry, repository, *digest).await;
+                            proxy
+                                .settle_on_confirmation(&upstream_request, (*digest).into())
+                                .await;
+                        }
+                        _ => {}
                     }
-                    // The proof that the upstream has this blob here.
-                    (
-                        Endpoint::Blob {
-                            digest: AnyDigest::Supported(digest),
-                            ..
-                        },
-                        ResponseKind::Digest(_),
-                    ) if is_believed => {
-                        pull.add_member(site, repository, *digest).await;
-                        pull.confirmed(&wanted, (*digest).into()).await;
-                    }
-                    _ => {}
+                    Some(Arc::new(answer))
                 }
-                Some(Arc::new(answer))
-            }
-        })
+            })
     }
 
-    /// The answer to a question, and whether a yes is evidence of a right. Whoever asks by digest chooses it, so a front
-    /// that says yes to everything, and repeats the digest, would pass. Where the content was seen here before and the
-    /// length stated is right, it is the registry that knows it. Where it is cached or arriving and the length is not
-    /// right, only the bytes can tell. What is neither has to come from the upstream anyway.
-    async fn weighed(
+    /// The response, and whether its success is evidence of a grant. The client chooses the digest of a request, so a
+    /// front that answers 200 to everything and echoes the digest would pass.
+    ///
+    /// If the content was seen in this repository and the stated length is correct, the registry knows it. If the
+    /// content is cached or downloading and the length differs, only the bytes can prove it. Content that is neither
+    /// must be fetched from the upstream anyway.
+    async fn check_evidence(
         self: &Arc<Self>,
-        wanted: &UpstreamRequest,
+        upstream_request: &UpstreamRequest,
         answer: UpstreamResponse,
     ) -> (UpstreamResponse, bool) {
         let (ResponseKind::Digest(digest), None) = (answer.kind, &answer.body) else {
             return (answer, true);
         };
-        let cached = match &wanted.endpoint {
+        let cached = match &upstream_request.endpoint {
             Endpoint::Manifest {
                 reference: Reference::Digest(_),
                 ..
             } => self
-                .cached_manifest(&wanted.site, &wanted.repository, &digest)
+                .cached_manifest(&upstream_request.registry, &upstream_request.repository, &digest)
                 .await
                 .map(|manifest| manifest.bytes.len() as u64),
             Endpoint::Blob { .. } => {
                 let found = self.store.read(move |view| view.blob(&digest)).await;
-                let image = format_args!("{}@{digest}", wanted.repository);
-                self.cached(&wanted.site, &image, found).map(|held| held.size)
+                let image = format_args!("{}@{digest}", upstream_request.repository);
+                self.cached(&upstream_request.registry, &image, found)
+                    .map(|held| held.size)
             }
             _ => return (answer, true),
         };
         let is_evidence = match cached.filter(|size| answer.length == Some(*size)) {
-            Some(size) => self.is_evidence(wanted, digest, size).await,
+            Some(size) => self.is_evidence(upstream_request, digest, size).await,
             None => false,
         };
         let shows_nothing = cached.is_none() && !self.downloads.is_arriving(&digest);
-        if is_evidence || shows_nothing || self.is_vouched(wanted).await {
+        if is_evidence || shows_nothing || self.is_authorized(upstream_request).await {
             return (answer, is_evidence);
         }
         let unproven = UpstreamResponse {
@@ -327,77 +323,92 @@ impl ProxyService {
         (unproven, false)
     }
 
-    /// Whether content of this digest and size, given to this caller, shows a right to the repository: the digest is one
-    /// of the repository's, so that the caller did not make it up, and it is longer than what is the same everywhere.
+    /// Whether serving content of this digest and size to the caller proves access to the repository. The digest must
+    /// belong to the repository, so that the caller cannot have invented it, and the content must be longer than the
+    /// trivial content that all repositories share.
     pub(super) async fn is_evidence(
         self: &Arc<Self>,
-        wanted: &UpstreamRequest,
+        upstream_request: &UpstreamRequest,
         digest: Digest,
         size: u64,
     ) -> bool {
         size >= EVIDENCE_BYTES_MIN
-            && (self.is_named_there(wanted, digest)
-                || self.is_member(&wanted.site, &wanted.repository, digest).await)
+            && (self.is_referenced(upstream_request, digest)
+                || self
+                    .is_member(&upstream_request.registry, &upstream_request.repository, digest)
+                    .await)
     }
 
-    /// Whether a manifest that was given to somebody with a right to the repository names this content.
-    pub(super) fn is_named_there(&self, wanted: &UpstreamRequest, digest: Digest) -> bool {
-        self.sizes.of(&wanted.site, &wanted.repository, digest).is_some()
+    /// Whether a manifest served to an authorized client of this repository references this content.
+    pub(super) fn is_referenced(&self, upstream_request: &UpstreamRequest, digest: Digest) -> bool {
+        self.size_hints
+            .get(&upstream_request.registry, &upstream_request.repository, digest)
+            .is_some()
     }
 
-    /// Whether this caller has shown a right in the repository lately.
-    pub(super) async fn is_vouched(self: &Arc<Self>, wanted: &UpstreamRequest) -> bool {
-        self.standing_of(wanted).await == Authorization::Granted
+    /// Whether this caller has a current grant in the repository.
+    pub(super) async fn is_authorized(self: &Arc<Self>, upstream_request: &UpstreamRequest) -> bool {
+        self.authorization_of(upstream_request).await == Authorization::Granted
     }
 
-    /// What this caller has shown by now of a right in the repository.
-    pub(super) async fn standing_of(self: &Arc<Self>, wanted: &UpstreamRequest) -> Authorization {
+    /// Current authorization of this caller in the repository.
+    pub(super) async fn authorization_of(
+        self: &Arc<Self>,
+        upstream_request: &UpstreamRequest,
+    ) -> Authorization {
         let UpstreamRequest {
-            site,
+            registry,
             repository,
             caller,
             ..
-        } = wanted;
-        let tag = match &wanted.endpoint {
+        } = upstream_request;
+        let tag = match &upstream_request.endpoint {
             Endpoint::Manifest {
                 reference: Reference::Tag(tag),
                 ..
             } => Some(tag),
             _ => None,
         };
-        let rule = site.rule(repository, tag);
+        let rule = registry.rule(repository, tag);
         let context = self
-            .context_of(site, repository, wanted.shown(), (caller.peer, &caller.trace))
+            .context_of(
+                registry,
+                repository,
+                upstream_request.shown(),
+                (caller.peer, &caller.trace),
+            )
             .await;
         let situation = context.situation(rule, ContentKind::Tag, None, true, self.clock.now());
         situation.authorization
     }
 
-    /// In the decision's words, what `answer` means for this repository to one of this standing: who has a right of late
-    /// is given what the unproven yes to a manifest names, for the bytes will be held against it.
-    pub(super) async fn heard_by(
+    /// Classification of `answer` for a caller with this authorization. With a current grant, an unproven success for
+    /// a manifest counts as its digest, because the bytes are verified against it.
+    pub(super) async fn classify_for(
         self: &Arc<Self>,
-        wanted: &UpstreamRequest,
+        upstream_request: &UpstreamRequest,
         answer: &UpstreamResponse,
         standing: Authorization,
     ) -> Revalidation {
-        let UpstreamRequest { site, repository, .. } = wanted;
-        let is_manifest = matches!(wanted.endpoint, Endpoint::Manifest { .. });
+        let UpstreamRequest {
+            registry, repository, ..
+        } = upstream_request;
+        let is_manifest = matches!(upstream_request.endpoint, Endpoint::Manifest { .. });
         match answer.kind {
             ResponseKind::UnprovenDigest(digest) if is_manifest && standing == Authorization::Granted => {
                 Revalidation::Digest {
                     digest,
-                    presence: self.holding(site, repository, &digest).await,
+                    presence: self.presence_of(registry, repository, &digest).await,
                 }
             }
-            _ => self.heard(site, repository, answer).await,
+            _ => self.classify(registry, repository, answer).await,
         }
     }
 
-    /// In the decision's words, what `answer` means for this repository.
-    pub(super) async fn heard(
+    /// Classification of `answer` for this repository.
+    pub(super) async fn classify(
         self: &Arc<Self>,
-        site: &Arc<UpstreamRegistry>,
+        registry: &Arc<UpstreamRegistry>,
         repository: &Repository,
         answer: &UpstreamResponse,
     ) -> Revalidation {
@@ -407,11 +418,11 @@ impl ProxyService {
             }
             ResponseKind::Digest(digest) => Revalidation::Digest {
                 digest,
-                presence: self.holding(site, repository, &digest).await,
+                presence: self.presence_of(registry, repository, &digest).await,
             },
             ResponseKind::NotFound => Revalidation::NotFound,
-            // Any other 4xx (451, 423, …) is a no of some kind too, and a held copy must never hide a no.
-            ResponseKind::Denied | ResponseKind::Other(_) if site.has_own_credential() => {
+            // Any other 4xx (451, 423, …) is a denial too. A cached entry must never hide a denial.
+            ResponseKind::Denied | ResponseKind::Other(_) if registry.has_proxy_credential() => {
                 Revalidation::Denied(CredentialOwner::Proxy)
             }
             ResponseKind::Denied | ResponseKind::Other(_) => Revalidation::Denied(CredentialOwner::Client),
@@ -419,11 +430,11 @@ impl ProxyService {
         }
     }
 
-    /// Whether a tag may be said to name `digest` from now on: not while that is only a promise and another copy is
-    /// held, for were the promise broken, the held copy could no longer be found by its tag.
-    async fn may_name(
+    /// Whether the tag record may be set to `digest`. If the new manifest is not cached and another candidate is, the
+    /// record stays: if the fetch failed, the cached manifest could no longer be found by its tag.
+    async fn may_update_tag(
         self: &Arc<Self>,
-        site: &Arc<UpstreamRegistry>,
+        registry: &Arc<UpstreamRegistry>,
         repository: &Repository,
         reference: &Reference,
         accept: &Accept,
@@ -432,34 +443,34 @@ impl ProxyService {
         let Reference::Tag(tag) = reference else {
             return true;
         };
-        self.cached_manifest(site, repository, digest).await.is_some()
+        self.cached_manifest(registry, repository, digest).await.is_some()
             || self
-                .copies_of_tag(site, repository, tag, Some(accept))
+                .candidates_for_tag(registry, repository, tag, Some(accept))
                 .await
                 .is_none()
     }
 
-    /// Keeps which digest a tag names now, and that the digest was seen in this repository.
-    pub(super) async fn learn_name(
+    /// Records the digest of a tag, and that the digest belongs to this repository.
+    pub(super) async fn record_tag(
         self: &Arc<Self>,
-        wanted: &UpstreamRequest,
+        upstream_request: &UpstreamRequest,
         reference: &Reference,
         digest: Digest,
         media_type: Option<&MediaType>,
     ) {
         let UpstreamRequest {
-            site,
+            registry,
             repository,
             accept,
             asked_at,
             ..
-        } = wanted;
-        self.add_member(site, repository, digest).await;
+        } = upstream_request;
+        self.add_member(registry, repository, digest).await;
         let (Reference::Tag(tag), Some(media_type)) = (reference, media_type) else {
             return;
         };
         let key = TagKey {
-            upstream: site.name().into(),
+            upstream: registry.name().into(),
             repository: repository.clone(),
             tag: tag.clone(),
         };
@@ -475,50 +486,52 @@ impl ProxyService {
             history: Vec::new(),
         };
         let kept = self.store.record_response(key, variant, now).await;
-        report(kept, "keep which digest a tag names");
+        log_store_error(kept, "store tag");
     }
 
-    /// Keeps the proof that the upstream has `digest` in this repository.
+    /// Records that the upstream has `digest` in this repository.
     pub(super) async fn add_member(
         &self,
-        site: &Arc<UpstreamRegistry>,
+        registry: &Arc<UpstreamRegistry>,
         repository: &Repository,
         digest: Digest,
     ) {
-        const DEED: &str = "keep that a digest was seen in a repository";
-        match self.store.add_member(site.name(), repository, &digest) {
+        const ACTION: &str = "store repository membership";
+        match self.store.add_member(registry.name(), repository, &digest) {
             MembershipUpdate::Known => {}
-            // What follows finds it in memory, and nobody waits for the disk.
+            // Later steps read it from memory, so no request waits for the disk.
             MembershipUpdate::Pending(unwritten) => {
                 let store = self.store.clone();
-                tokio::spawn(async move { report(store.persist_membership(unwritten).await, DEED) });
+                tokio::spawn(
+                    async move { log_store_error(store.persist_membership(unwritten).await, ACTION) },
+                );
             }
             MembershipUpdate::NotInMemory => {
-                let (site, repository) = (Arc::clone(site), repository.clone());
+                let (registry, repository) = (Arc::clone(registry), repository.clone());
                 let noted = self
                     .store
-                    .write(move |store| store.add_member(site.name(), &repository, &digest))
+                    .write(move |store| store.add_member(registry.name(), &repository, &digest))
                     .await;
-                report(noted, DEED);
+                log_store_error(noted, ACTION);
             }
         }
     }
 
-    /// Whether `digest` was seen in this repository.
+    /// Whether the upstream is known to have `digest` in this repository.
     pub(super) async fn is_member(
         self: &Arc<Self>,
-        site: &Arc<UpstreamRegistry>,
+        registry: &Arc<UpstreamRegistry>,
         repository: &Repository,
         digest: Digest,
     ) -> bool {
-        self.look_up(site, repository, move |cached| cached.is_member(&digest))
+        self.read_cache(registry, repository, move |cached| cached.is_member(&digest))
             .await
     }
 }
 
-/// See [`ProxyService::may_be_made_up`]. Whether a digest is named here is no stranger's to find out by how soon, and for how
-/// long, the upstream is asked about it.
-fn may_be_made_up(endpoint: &Endpoint, is_strangers: bool, is_named: impl FnOnce(Digest) -> bool) -> bool {
+/// See [`ProxyService::may_be_fabricated`]. For a caller without a grant the result does not depend on whether the
+/// digest is referenced, because priority and duration of the upstream request would reveal it.
+fn may_be_fabricated(endpoint: &Endpoint, has_no_grant: bool, is_named: impl FnOnce(Digest) -> bool) -> bool {
     match endpoint {
         Endpoint::Manifest {
             reference: Reference::Digest(AnyDigest::Supported(digest)),
@@ -527,20 +540,13 @@ fn may_be_made_up(endpoint: &Endpoint, is_strangers: bool, is_named: impl FnOnce
         | Endpoint::Blob {
             digest: AnyDigest::Supported(digest),
             ..
-        } => is_strangers || !is_named(*digest),
+        } => has_no_grant || !is_named(*digest),
         Endpoint::Manifest {
             reference: Reference::Digest(AnyDigest::Unsupported(_)),
             ..
         }
         | Endpoint::Blob { .. } => true,
         _ => false,
-    }
-}
-
-/// A cache that cannot remember is slower, not broken: tell it and go on.
-pub(super) fn report<T>(done: Result<T, crate::store::StoreError>, deed: &str) {
-    if let Err(fault) = done {
-        tracing::warn!(%fault, "could not {deed}");
     }
 }
 
@@ -552,7 +558,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn r01_strangers_digest_is_made_up_whatever_is_named() {
+    fn r01_digest_without_grant_may_be_fabricated() {
         let digest = Digest::of(crate::oci::Algorithm::Sha256, b"layer");
         for (path, by_digest) in [
             (format!("/v2/team/demo/blobs/{digest}"), true),
@@ -560,7 +566,7 @@ mod tests {
             ("/v2/team/demo/manifests/1".to_owned(), false),
         ] {
             let endpoint = Endpoint::parse(&Method::HEAD, &path, None).unwrap();
-            let may_be = |is_strangers, is_named| may_be_made_up(&endpoint, is_strangers, |_| is_named);
+            let may_be = |has_no_grant, is_named| may_be_fabricated(&endpoint, has_no_grant, |_| is_named);
             assert_eq!(may_be(true, true), may_be(true, false), "{path}");
             assert_eq!(may_be(true, true), by_digest, "{path}");
             assert_eq!((may_be(false, true), may_be(false, false)), (false, by_digest));

@@ -1,4 +1,4 @@
-//! The upstream as the source of a download, and of parts that lie far ahead of one.
+//! The upstream as a download source, also for ranges far ahead of the download.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,33 +14,37 @@ use crate::queue::{Class, Demand, Waiters};
 use crate::telemetry::{self, SpanKind};
 use crate::upstream::{Credential, RangeSpec, ResponseKind, ResponseStream, UpstreamResponse, UrlIndex};
 
-/// How long a rate limit is waited out in the middle of a transfer. Clients that have had bytes wait longer than for a
-/// response.
-const RESUME_LIMIT_WITHIN: Duration = Duration::from_secs(120);
+/// Longest wait for a rate limit during a download. Clients that have received bytes wait longer than for a response
+/// head.
+const RESUME_RATE_LIMIT_WAIT_MAX: Duration = Duration::from_secs(120);
 
-/// Asked with the leader's own credential, whose yes is kept as its grant.
+/// Uses the leader's own credential; a success is recorded as the leader's grant.
 pub(super) struct UpstreamSource {
-    pull: Arc<ProxyService>,
-    of: UpstreamRequest,
+    proxy: Arc<ProxyService>,
+    upstream_request: UpstreamRequest,
     digest: Digest,
-    /// When it was first asked: what follows from the answer is learned once.
+    /// Time of the first request. Its response is recorded once.
     asked_at: Option<Instant>,
-    /// Where the bytes came from last.
-    last: Option<UrlIndex>,
+    /// URL of the last successful request.
+    last_address: Option<UrlIndex>,
     began: Instant,
-    /// The requests that wait for what it brings.
+    /// Requests waiting for this download.
     waiters: Option<Waiters>,
 }
 
 impl UpstreamSource {
-    pub(super) fn new(pull: &Arc<ProxyService>, mut of: UpstreamRequest, digest: Digest) -> Self {
-        of.caller.trace = of.caller.trace.child();
+    pub(super) fn new(
+        proxy: &Arc<ProxyService>,
+        mut upstream_request: UpstreamRequest,
+        digest: Digest,
+    ) -> Self {
+        upstream_request.caller.trace = upstream_request.caller.trace.child();
         Self {
-            pull: Arc::clone(pull),
-            of,
+            proxy: Arc::clone(proxy),
+            upstream_request,
             digest,
             asked_at: None,
-            last: None,
+            last_address: None,
             began: Instant::now(),
             waiters: None,
         }
@@ -49,22 +53,25 @@ impl UpstreamSource {
     /// The source of this leader's download.
     pub(super) fn for_leader(mut self, leader: &Leader) -> Self {
         let waiters = leader.waiters().clone();
-        if !self.pull.may_be_made_up(&self.of) {
+        if !self.proxy.may_be_fabricated(&self.upstream_request) {
             waiters.detach();
         }
         self.waiters = Some(waiters);
         self
     }
 
-    /// A client's token may be too old by the time a transfer has to be resumed. It opened the transfer, so its right is not in
-    /// question; the rest may yet be had as anyone may have it. Says whether there was a credential.
-    fn forgo_credential(&mut self) -> bool {
-        let had_one = matches!(self.of.caller.credential, Credential::Client(_));
+    /// Drops the client's credential. A token may have expired when a download is resumed. It authorized the
+    /// download, so the rest may be fetched anonymously. Returns whether there was a credential.
+    fn drop_credential(&mut self) -> bool {
+        let had_one = matches!(self.upstream_request.caller.credential, Credential::Client(_));
         if had_one {
-            self.of.caller = self.of.site.caller(
-                &self.pull.principals,
+            self.upstream_request.caller = self.upstream_request.registry.caller(
+                &self.proxy.principals,
                 None,
-                (self.of.caller.peer, &self.of.caller.trace),
+                (
+                    self.upstream_request.caller.peer,
+                    &self.upstream_request.caller.trace,
+                ),
             );
         }
         had_one
@@ -72,33 +79,35 @@ impl UpstreamSource {
 
     async fn get(&self, part: RangeSpec) -> Result<ResponseStream, UpstreamResponse> {
         let UpstreamRequest {
-            site,
+            registry,
             endpoint,
             accept,
             caller,
             ..
-        } = &self.of;
-        site.upstream().get_part(caller, endpoint, accept, part).await
+        } = &self.upstream_request;
+        registry.upstream().get_part(caller, endpoint, accept, part).await
     }
 
-    /// A transfer of its own, in its turn among the others.
-    async fn whole(&self, part: RangeSpec) -> Option<Box<dyn Chunks>> {
+    /// A complete download of its own, queued among the others.
+    async fn open_complete(&self, part: RangeSpec) -> Option<Box<dyn Chunks>> {
         let UpstreamRequest {
-            site,
+            registry,
             endpoint,
             caller,
             ..
-        } = &self.of;
+        } = &self.upstream_request;
         let demand = Demand {
             class: Class::Bulk,
             ..caller.demand(endpoint)
         };
-        let place = self.pull.downloads.admit(site.name(), demand).await.ok()?;
+        let permit = self.proxy.downloads.admit(registry.name(), demand).await.ok()?;
         let asked_at = Instant::now();
         match self.get(part).await {
-            Ok(fetched) => Some(Box::new(fetched.holding(place))),
+            Ok(fetched) => Some(Box::new(fetched.holding(permit))),
             Err(answer) => {
-                self.pull.learn(&self.of, &answer, asked_at).await;
+                self.proxy
+                    .record_response(&self.upstream_request, &answer, asked_at)
+                    .await;
                 None
             }
         }
@@ -110,16 +119,16 @@ impl Source for UpstreamSource {
         let part = RangeSpec {
             from,
             until: None,
-            after: self.last,
+            after: self.last_address,
         };
         let first = self.asked_at.is_none();
         let now = Instant::now();
         let asked_at = *self.asked_at.get_or_insert(now);
         if !first {
-            self.of.caller.wait_deadline = Some(now + RESUME_LIMIT_WITHIN);
+            self.upstream_request.caller.wait_deadline = Some(now + RESUME_RATE_LIMIT_WAIT_MAX);
         }
         let mut answer = match &self.waiters {
-            // What follows from an answer is learned whoever waits for it.
+            // The first response is recorded even without a waiting request.
             Some(waiters) if first => match waiters.while_wanted(self.get(part)).await {
                 Some(answer) => answer,
                 None => return Err(UpstreamResponse::unavailable(UpstreamFailure::Busy)),
@@ -128,16 +137,20 @@ impl Source for UpstreamSource {
         };
         if !first
             && matches!(&answer, Err(answer) if answer.kind == ResponseKind::Denied)
-            && self.forgo_credential()
+            && self.drop_credential()
         {
             answer = self.get(part).await;
         }
-        let UpstreamRequest { site, repository, .. } = &self.of;
+        let UpstreamRequest {
+            registry, repository, ..
+        } = &self.upstream_request;
         match answer {
             Ok(fetched) => {
-                self.last = Some(fetched.url);
+                self.last_address = Some(fetched.url);
                 if first {
-                    self.pull.arriving.note(site, repository, self.digest);
+                    self.proxy
+                        .active_downloads
+                        .insert(registry, repository, self.digest);
                 }
                 let start = fetched.start;
                 let total = fetched.total.or(fetched.length.map(|length| start + length));
@@ -149,7 +162,9 @@ impl Source for UpstreamSource {
             }
             Err(answer) => {
                 if first {
-                    self.pull.learn(&self.of, &answer, asked_at).await;
+                    self.proxy
+                        .record_response(&self.upstream_request, &answer, asked_at)
+                        .await;
                 }
                 Err(answer)
             }
@@ -157,37 +172,41 @@ impl Source for UpstreamSource {
     }
 
     fn stated_size(&self) -> Option<u64> {
-        let UpstreamRequest { site, repository, .. } = &self.of;
-        self.pull.sizes.of(site, repository, self.digest)
+        let UpstreamRequest {
+            registry, repository, ..
+        } = &self.upstream_request;
+        self.proxy.size_hints.get(registry, repository, self.digest)
     }
 
-    /// Only the bytes prove that it was the registry that said yes.
+    /// Only verified bytes prove that the registry sent the response.
     async fn verified(&mut self, size: u64) {
         if let Some(asked_at) = self.asked_at {
-            self.pull
-                .learn_blob(&self.of, (self.digest, size), asked_at)
+            self.proxy
+                .record_verified_blob(&self.upstream_request, (self.digest, size), asked_at)
                 .await;
         }
     }
 
     fn ended(&self, failure: Option<&Failure>) {
         let UpstreamRequest {
-            site,
+            registry,
             repository,
             caller,
             ..
-        } = &self.of;
-        self.pull.arriving.forget(site, repository, self.digest);
-        self.pull
+        } = &self.upstream_request;
+        self.proxy
+            .active_downloads
+            .remove(registry, repository, self.digest);
+        self.proxy
             .telemetry
             .record_span(&caller.trace, || telemetry::Span {
                 trace: caller.trace.clone(),
                 name: "download",
                 kind: SpanKind::Internal,
-                ended: self.pull.clock.now(),
+                ended: self.proxy.clock.now(),
                 took: self.began.elapsed(),
                 attributes: vec![
-                    ("ifnewer.upstream", site.name().to_owned()),
+                    ("ifnewer.upstream", registry.name().to_owned()),
                     ("ifnewer.image", format!("{repository}@{}", self.digest)),
                 ],
                 error: failure.map(ToString::to_string),
@@ -196,7 +215,7 @@ impl Source for UpstreamSource {
 }
 
 impl Ahead for UpstreamSource {
-    /// A whole answer (200) is no part: reading it up to the part would take as long as the fill.
+    /// A complete response (200) is not used as a range: reading up to the offset would take as long as the download.
     fn open(&mut self, from: u64, until: Option<u64>) -> download::Part<'_> {
         Box::pin(async move {
             let is_whole = from == 0 && until.is_none();
@@ -206,7 +225,7 @@ impl Ahead for UpstreamSource {
                 after: None,
             };
             if is_whole {
-                return self.whole(part).await;
+                return self.open_complete(part).await;
             }
             let fetched = self.get(part).await.ok()?;
             let is_part = fetched.status == StatusCode::PARTIAL_CONTENT;

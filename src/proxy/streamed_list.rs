@@ -1,23 +1,23 @@
-//! Lists of tags that are too long to be held in memory: passed on as they arrive.
+//! Tag lists that are too long to buffer: streamed as they arrive.
 //!
-//! A list that is not too long for that is copied on the way, and kept once it has arrived whole.
+//! A list below the storage limit is copied in transit and stored once it is complete.
 
 use std::sync::Arc;
 
 use bytes::Bytes;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
+use super::ProxyService;
 use super::listing::{Listing, is_tags};
-use super::{ProxyService, revalidate};
 use crate::oci::UpstreamFailure;
 use crate::store::listings::{LISTING_BYTES_MAX, ListingKey, StoredListing};
 use crate::upstream::ResponseStream;
 
-/// Long lists copied at a time. With more, the others are passed on and not kept, so the copies of all take at most
-/// this many times [`LISTING_BYTES_MAX`].
+/// Concurrent copies of long lists. Further lists are streamed without being stored, so all copies together take at
+/// most this many times [`LISTING_KEPT_BYTES_MAX`].
 const COPIES_MAX: usize = 4;
 
-/// Places for copies of long lists.
+/// Permits for copies of long lists.
 pub(super) struct CopyPermits(Arc<Semaphore>);
 
 impl Default for CopyPermits {
@@ -26,75 +26,75 @@ impl Default for CopyPermits {
     }
 }
 
-/// A list on its way from the upstream.
+/// A list that is being received from the upstream.
 pub struct StreamedList {
-    /// Its type, next page and filters; of its bytes those that have arrived.
+    /// Metadata, and the bytes received so far.
     pub(super) head: Listing,
-    /// Its size in bytes, if the upstream said it.
+    /// Size in bytes, if the upstream stated it.
     pub size: Option<u64>,
-    rest: ResponseStream,
-    given: bool,
+    body: ResponseStream,
+    is_head_sent: bool,
     copy: Option<CacheCopy>,
 }
 
 struct CacheCopy {
     bytes: Vec<u8>,
-    pull: Arc<ProxyService>,
+    proxy: Arc<ProxyService>,
     key: ListingKey,
-    _place: OwnedSemaphorePermit,
+    _permit: OwnedSemaphorePermit,
 }
 
 impl StreamedList {
-    /// `key`: as what it is kept, if it may be; `head`: what has arrived; `size`: of the whole, if it is known.
+    /// `key`: storage key, if it may be stored. `head`: the part received so far. `size`: total size, if known.
     pub(super) fn new(
-        pull: &Arc<ProxyService>,
+        proxy: &Arc<ProxyService>,
         key: Option<ListingKey>,
         (head, size): (Listing, Option<u64>),
-        rest: ResponseStream,
+        body: ResponseStream,
     ) -> Self {
         let fits = size.is_none_or(|size| size <= LISTING_BYTES_MAX as u64);
         let copy = key.filter(|_| fits).and_then(|key| {
-            let place = Arc::clone(&pull.list_copies.0).try_acquire_owned().ok()?;
+            let permit = Arc::clone(&proxy.copy_permits.0).try_acquire_owned().ok()?;
             Some(CacheCopy {
                 bytes: head.bytes.to_vec(),
-                pull: Arc::clone(pull),
+                proxy: Arc::clone(proxy),
                 key,
-                _place: place,
+                _permit: permit,
             })
         });
         Self {
             head,
             size,
-            rest: rest.without_permit(),
-            given: false,
+            body: body.without_permit(),
+            is_head_sent: false,
             copy,
         }
     }
 
-    /// What is known of it before it has arrived.
+    /// Metadata known before the body is complete.
     pub fn head(&self) -> &Listing {
         &self.head
     }
 
-    /// The next bytes; `None` at the end and only there.
+    /// Next chunk; `None` only at the end.
     pub async fn next(&mut self) -> Option<Result<Bytes, UpstreamFailure>> {
-        if !std::mem::replace(&mut self.given, true) {
+        if !std::mem::replace(&mut self.is_head_sent, true) {
             return Some(Ok(self.head.bytes.clone()));
         }
-        let next = self.rest.chunk().await;
+        let next = self.body.chunk().await;
         match (&next, self.copy.take()) {
             (Some(Ok(chunk)), Some(mut copy)) => {
                 if copy.bytes.len() + chunk.len() <= LISTING_BYTES_MAX {
                     copy.bytes.extend_from_slice(chunk);
-                    // A body whose stated length has been given is asked for nothing more.
+                    // A body is not polled again once its stated length was delivered.
                     if self.size == Some(copy.bytes.len() as u64) {
-                        copy.keep(&self.head);
+                        copy.store(&self.head);
                     } else {
                         self.copy = Some(copy);
                     }
                 }
             }
-            (None, Some(copy)) => copy.keep(&self.head),
+            (None, Some(copy)) => copy.store(&self.head),
             (Some(Err(_)), _) | (_, None) => {}
         }
         next
@@ -102,18 +102,18 @@ impl StreamedList {
 }
 
 impl CacheCopy {
-    /// Apart from the client, which has its bytes.
-    fn keep(self, head: &Listing) {
+    /// Stores the copy in a detached task, because the client already has its bytes.
+    fn store(self, head: &Listing) {
         let (media_type, next, filters) = (head.media_type.clone(), head.next.clone(), head.filters.clone());
         tokio::spawn(async move {
             let Self {
                 bytes,
-                pull,
+                proxy,
                 key,
-                _place,
+                _permit,
             } = self;
-            let now = pull.clock.now();
-            let kept = pull.store.write(move |store| {
+            let now = proxy.clock.now();
+            let kept = proxy.store.write(move |store| {
                 if is_tags(&bytes) {
                     let listing = StoredListing::new(bytes.into(), media_type, next, filters, now);
                     store.put_listing(&key, listing)
@@ -121,7 +121,7 @@ impl CacheCopy {
                     Ok(())
                 }
             });
-            revalidate::report(kept.await, "keep a long list");
+            super::cache_view::log_store_error(kept.await, "store long list");
         });
     }
 }

@@ -1,4 +1,4 @@
-//! The change that a write makes to what may be cached: the tags that it moves, the digest that it deletes.
+//! Effect of a write request on cached content: the tags that it moves and the digest that it deletes.
 
 use http::Method;
 
@@ -6,22 +6,22 @@ use super::UpstreamRegistry;
 use crate::oci::{AnyDigest, Digest, Endpoint, Query, QueryError, Reference, Repository, RequestError, Tag};
 use crate::store::invalidations::InvalidationKey;
 
-/// Tags that one push may name in its query.
+/// Maximum number of tags in the query of one push.
 const PUSHED_TAGS_MAX: usize = 64;
 
-/// What a write changes of what may be held.
+/// Cached content that a write changes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum WriteEffect {
-    /// These tags name something else, or nothing. A manifest that is pushed by digest alone changes no tag, and may refer
-    /// to another, so a list of referrers may have grown.
+    /// These tags point to another manifest or are deleted. A push by digest alone changes no tag, but its manifest
+    /// may have a subject, so a referrers list may have grown.
     Tags(Repository, Vec<Tag>),
-    /// A manifest or a blob is gone, and with a manifest all tags that named it.
+    /// A manifest or a blob was deleted, and with a manifest every tag that points to it.
     Deleted(Repository, Digest),
 }
 
 impl WriteEffect {
-    /// What a request changes, if that is anything that may be held. A part of an upload changes nothing. Refuses what names a
-    /// manifest or a blob that cannot be read here: the registry may read it.
+    /// Effect of a request, or `None` if it changes nothing that can be cached, such as an upload chunk. A manifest
+    /// or blob name that cannot be parsed here is rejected, because the registry may accept it.
     pub fn of(method: &Method, path: &str, query: Option<&str>) -> Result<Option<Self>, RequestError> {
         let deletes = *method == Method::DELETE;
         if !deletes && *method != Method::PUT {
@@ -65,10 +65,11 @@ impl WriteEffect {
         }
     }
 
-    /// What of the cache it puts in doubt. A list of referrers is only ever good while nothing was written.
-    pub(super) fn doubted(&self, site: &UpstreamRegistry) -> Vec<InvalidationKey> {
+    /// Cache entries that the write invalidates. Referrers lists are excluded: they are fresh only while no write
+    /// happened.
+    pub(super) fn doubted(&self, registry: &UpstreamRegistry) -> Vec<InvalidationKey> {
         let key = |reference| InvalidationKey {
-            upstream: site.name().into(),
+            upstream: registry.name().into(),
             repository: self.repository().clone(),
             reference,
         };
@@ -79,7 +80,7 @@ impl WriteEffect {
     }
 }
 
-/// The tags that the query of a push names (`?tag=`, draft of the distribution specification 1.2).
+/// Tags in the query of a push (`?tag=`, draft of the distribution specification 1.2).
 fn pushed_tags(query: Option<&str>) -> Result<Vec<Tag>, RequestError> {
     let tags = Query::values(query, "tag")?;
     if tags.len() > PUSHED_TAGS_MAX {
@@ -95,7 +96,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_what_may_be_held_is_changed() {
+    fn only_cacheable_writes_have_an_effect() {
         let digest = format!("sha256:{}", "a".repeat(64));
         let tags = |names: &[&str]| {
             let tags = names.iter().map(|name| name.parse().unwrap()).collect();
@@ -138,7 +139,7 @@ mod tests {
     }
 
     #[test]
-    fn t16_each_tag_of_a_push_by_digest_is_changed() {
+    fn t16_push_by_digest_changes_each_query_tag() {
         let path = format!("/v2/team/demo/manifests/sha256:{}", "a".repeat(64));
         let of = |path: &str, query: &str| WriteEffect::of(&Method::PUT, path, Some(query));
         let tags = |names: &[&str]| {
@@ -161,7 +162,7 @@ mod tests {
     }
 
     #[test]
-    fn t16_a_write_to_a_name_that_cannot_be_read_is_refused() {
+    fn t16_write_to_invalid_name_is_rejected() {
         for path in [
             "/v2/team/demo/manifests/1/",
             "/v2/Team/demo/manifests/1",

@@ -107,9 +107,9 @@ impl Connection {
         let registry = front.registry.load_full();
         let way = self.way(&head, &registry).await;
         let (response, told) = match way {
-            Ok(Passage::Intercept(name, site, shown)) => {
-                record.leads_to(Some(&site), Door::Connect);
-                registry.pull.expect_challenge(&site);
+            Ok(Passage::Intercept(name, upstream_registry, shown)) => {
+                record.leads_to(Some(&upstream_registry), Door::Connect);
+                registry.proxy.prefetch_challenge(&upstream_registry);
                 let intercepted = Arc::clone(&self).intercepted(name, shown, upgrade);
                 self.tasks.spawn(intercepted);
                 let told = Told::connected(CacheResult::Local, "intercepted");
@@ -162,9 +162,15 @@ impl Connection {
         if self.peer.connect.is_some() {
             return Err(Turned::NoTunnel(name));
         }
-        if let Some(site) = registry.doors.reached(&name) {
+        if let Some(upstream_registry) = registry.doors.reached(&name) {
             match self.accepting.tls().leaf(host_part(&name)) {
-                Ok(_) => return Ok(Passage::Intercept(name.into(), Arc::clone(site), shown)),
+                Ok(_) => {
+                    return Ok(Passage::Intercept(
+                        name.into(),
+                        Arc::clone(upstream_registry),
+                        shown,
+                    ));
+                }
                 Err(error) if registry.doors.named(&name).is_some() => {
                     return Err(Turned::NoCertificate(error.to_string()));
                 }
@@ -270,9 +276,9 @@ impl Connection {
 
 /// How near a tunnel may lead to the host where an upstream sends clients for a token: no nearer than it is itself.
 async fn token_service(registry: &Arc<Registry>, host: &str, port: u16) -> Option<IpScope> {
-    for site in registry.doors.all() {
-        if registry.pull.is_realm(site, host, port).await {
-            return Some(site.upstream().innermost_scope());
+    for upstream_registry in registry.doors.all() {
+        if registry.proxy.is_token_realm(upstream_registry, host, port).await {
+            return Some(upstream_registry.upstream().innermost_scope());
         }
     }
     None

@@ -81,17 +81,20 @@ pub struct Doors {
 
 impl Doors {
     /// `sites` with the further names each is known by; `default` is meant where a client names none.
-    pub fn new(sites: Vec<(Arc<UpstreamRegistry>, Vec<String>)>, default: Arc<UpstreamRegistry>) -> Self {
+    pub fn new(
+        upstream_registries: Vec<(Arc<UpstreamRegistry>, Vec<String>)>,
+        default: Arc<UpstreamRegistry>,
+    ) -> Self {
         let (mut by_name, mut by_realm) = (HashMap::new(), HashMap::new());
         let mut all = Vec::new();
-        for (site, names) in sites {
-            if let Some(realm) = site.realm() {
-                by_realm.insert(key_of(realm.authority().as_str()), Arc::clone(&site));
+        for (upstream_registry, names) in upstream_registries {
+            if let Some(realm) = upstream_registry.realm() {
+                by_realm.insert(key_of(realm.authority().as_str()), Arc::clone(&upstream_registry));
             }
-            for name in names.iter().map(String::as_str).chain([site.name()]) {
-                by_name.insert(key_of(name), Arc::clone(&site));
+            for name in names.iter().map(String::as_str).chain([upstream_registry.name()]) {
+                by_name.insert(key_of(name), Arc::clone(&upstream_registry));
             }
-            all.push(site);
+            all.push(upstream_registry);
         }
         Self {
             by_name,
@@ -130,12 +133,16 @@ impl Doors {
     }
 
     /// The token service of `site`, if it is on this host.
-    pub(super) fn realm_at<'a>(&self, host: &str, site: &'a Arc<UpstreamRegistry>) -> Option<&'a Origin> {
+    pub(super) fn realm_at<'a>(
+        &self,
+        host: &str,
+        upstream_registry: &'a Arc<UpstreamRegistry>,
+    ) -> Option<&'a Origin> {
         let here = self
             .by_realm
             .get(host)
-            .is_some_and(|found| Arc::ptr_eq(found, site));
-        site.realm().filter(|_| here)
+            .is_some_and(|found| Arc::ptr_eq(found, upstream_registry));
+        upstream_registry.realm().filter(|_| here)
     }
 
     /// Every upstream.
@@ -144,7 +151,7 @@ impl Doors {
     }
 
     /// The upstream meant by a client that names none.
-    pub fn default_site(&self) -> &Arc<UpstreamRegistry> {
+    pub fn default_registry(&self) -> &Arc<UpstreamRegistry> {
         &self.default
     }
 
@@ -163,19 +170,19 @@ impl Doors {
             return if named { Err(Turned::Host) } else { Ok(None) };
         };
         let name = name_of(host, peer.secure).ok_or(Turned::Host)?;
-        let site = self.reached_by(host, &name, peer.secure);
+        let upstream_registry = self.reached_by(host, &name, peer.secure);
         if let Some(connect) = &peer.connect {
             let server = peer.server_name.as_deref();
             if **connect != *name || server.is_some_and(|server| server != host_part(connect)) {
                 return Err(Turned::Misdirected);
             }
-            return site
-                .map(|site| Some((site, Door::Connect)))
+            return upstream_registry
+                .map(|upstream_registry| Some((upstream_registry, Door::Connect)))
                 .ok_or_else(|| Turned::UnknownUpstream(name.into_owned()));
         }
         if let Some(server) = peer.server_name.as_deref()
             && server != host_part(&name)
-            && (site.is_some() || self.is_host(server))
+            && (upstream_registry.is_some() || self.is_host(server))
         {
             return Err(Turned::Misdirected);
         }
@@ -184,8 +191,8 @@ impl Doors {
                 .server_name
                 .as_deref()
                 .is_some_and(|server| self.is_host(server));
-        match site {
-            Some(site) => Ok(Some((site, Door::Host))),
+        match upstream_registry {
+            Some(upstream_registry) => Ok(Some((upstream_registry, Door::Host))),
             None if meant_elsewhere => Err(Turned::UnknownUpstream(name.into_owned())),
             None => Ok(None),
         }
@@ -202,25 +209,33 @@ impl Doors {
         let prefixed = self.prefixed(method, path, query);
         let Some(namespace) = namespace else {
             if let Some(prefixed) = prefixed {
-                let (site, endpoint) = prefixed?;
-                return Ok((Arc::clone(site), in_full(site, endpoint)?, Door::Prefix));
+                let (upstream_registry, endpoint) = prefixed?;
+                return Ok((
+                    Arc::clone(upstream_registry),
+                    in_full(upstream_registry, endpoint)?,
+                    Door::Prefix,
+                ));
             }
             let endpoint = Endpoint::parse(method, path, query)?;
             if let Some(name) = endpoint.repository().and_then(|name| self.foreign(name)) {
                 return Err(Turned::UnknownUpstream(name.to_owned()));
             }
-            let site = &self.default;
-            return Ok((Arc::clone(site), in_full(site, endpoint)?, Door::Mirror));
+            let upstream_registry = &self.default;
+            return Ok((
+                Arc::clone(upstream_registry),
+                in_full(upstream_registry, endpoint)?,
+                Door::Mirror,
+            ));
         };
         if canonical(&namespace).is_none() {
             return Err(Turned::NoHostInNs(namespace));
         }
-        let Some(site) = self.named(&namespace) else {
+        let Some(upstream_registry) = self.named(&namespace) else {
             return Err(Turned::UnknownUpstream(namespace));
         };
         // containerd appends `ns` also where the path of its mirror (`override_path`) names the registry already.
         let endpoint = match prefixed.transpose()? {
-            Some((other, endpoint)) if Arc::ptr_eq(site, other) => endpoint,
+            Some((other, endpoint)) if Arc::ptr_eq(upstream_registry, other) => endpoint,
             Some((other, _)) => {
                 return Err(Turned::TwoUpstreams {
                     at: "the path",
@@ -230,7 +245,11 @@ impl Doors {
             }
             None => Endpoint::parse(method, path, query)?,
         };
-        Ok((Arc::clone(site), in_full(site, endpoint)?, Door::Namespace))
+        Ok((
+            Arc::clone(upstream_registry),
+            in_full(upstream_registry, endpoint)?,
+            Door::Namespace,
+        ))
     }
 
     /// What is asked for if the path begins with an upstream's name and goes on with a repository.
@@ -241,9 +260,9 @@ impl Doors {
         query: Option<&str>,
     ) -> Option<Result<(&Arc<UpstreamRegistry>, Endpoint), RequestError>> {
         let (first, rest) = path.strip_prefix("/v2/")?.split_once('/')?;
-        let site = self.named(first)?;
+        let upstream_registry = self.named(first)?;
         match Endpoint::parse(method, &format!("/v2/{rest}"), query) {
-            Ok(endpoint) if endpoint.repository().is_some() => Some(Ok((site, endpoint))),
+            Ok(endpoint) if endpoint.repository().is_some() => Some(Ok((upstream_registry, endpoint))),
             // A name with a port is no repository's, so the path has no other reading.
             Err(malformed) if first.parse::<Repository>().is_err() => Some(Err(malformed)),
             _ => None,
@@ -252,18 +271,22 @@ impl Doors {
 
     /// Refuses `ns` where the host of the request is an upstream's own, unless both name it: the registry may itself stand
     /// for others, and what it answers for one of them is not its own image.
-    pub(super) fn agree(&self, site: &Arc<UpstreamRegistry>, query: Option<&str>) -> Result<(), Turned> {
+    pub(super) fn agree(
+        &self,
+        upstream_registry: &Arc<UpstreamRegistry>,
+        query: Option<&str>,
+    ) -> Result<(), Turned> {
         let (_, namespace) = Query::parse(query)?;
         let Some(namespace) = namespace else { return Ok(()) };
         if self
             .named(&namespace)
-            .is_some_and(|other| Arc::ptr_eq(site, other))
+            .is_some_and(|other| Arc::ptr_eq(upstream_registry, other))
         {
             return Ok(());
         }
         Err(Turned::TwoUpstreams {
             at: "the host of the request",
-            name: site.name().to_owned(),
+            name: upstream_registry.name().to_owned(),
             namespace,
         })
     }
@@ -285,11 +308,11 @@ impl Doors {
 }
 
 /// The operation with the repository's name as the upstream knows it.
-pub(super) fn in_full(site: &UpstreamRegistry, endpoint: Endpoint) -> Result<Endpoint, Turned> {
+pub(super) fn in_full(upstream_registry: &UpstreamRegistry, endpoint: Endpoint) -> Result<Endpoint, Turned> {
     let Some(repository) = endpoint.repository().cloned() else {
         return Ok(endpoint);
     };
-    let repository = site
+    let repository = upstream_registry
         .full_name(repository)
         .map_err(|error| Turned::RequestError(RequestError::Repository(error)))?;
     Ok(endpoint.with_repository(repository))

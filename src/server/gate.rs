@@ -253,18 +253,20 @@ impl Wanted {
     pub(super) fn subject(&self) -> (&Arc<UpstreamRegistry>, Option<&Repository>, Door) {
         match self {
             Self::Read(request, door) | Self::Knock(request, door) => {
-                (&request.site, request.endpoint.repository(), *door)
+                (&request.registry, request.endpoint.repository(), *door)
             }
-            Self::Pass(passage) | Self::Login(passage, _) => {
-                (&passage.site, passage.repository.as_ref(), passage.door)
-            }
+            Self::Pass(passage) | Self::Login(passage, _) => (
+                &passage.upstream_registry,
+                passage.repository.as_ref(),
+                passage.door,
+            ),
         }
     }
 }
 
 /// A request that is handed on to the registry.
 pub(super) struct Passage {
-    pub(super) site: Arc<UpstreamRegistry>,
+    pub(super) upstream_registry: Arc<UpstreamRegistry>,
     pub(super) door: Door,
     /// Where its path names one.
     pub(super) repository: Option<Repository>,
@@ -295,23 +297,23 @@ pub(super) fn read(
         return Err(Turned::Plain);
     }
     path::check(head.uri.path()).map_err(RequestError::from)?;
-    let Some((site, door)) = intercepted else {
-        let (site, endpoint, door) = doors.open(head)?;
+    let Some((upstream_registry, door)) = intercepted else {
+        let (upstream_registry, endpoint, door) = doors.open(head)?;
         return Ok(Wanted::Read(
-            request(head, site, endpoint, (now, trace, peer))?,
+            request(head, upstream_registry, endpoint, (now, trace, peer))?,
             door,
         ));
     };
     // The host is the registry's own, so a prefix is part of a repository's name.
-    let site = Arc::clone(site);
+    let upstream_registry = Arc::clone(upstream_registry);
     let name = host
         .as_ref()
         .and_then(|host| name_of(host, peer.secure))
         .unwrap_or_default();
-    if let Some(realm) = doors.realm_at(&name, &site).cloned() {
+    if let Some(realm) = doors.realm_at(&name, &upstream_registry).cloned() {
         let asks = matches!(head.method, Method::GET | Method::POST) && head.uri.path() == realm.path();
         if asks || doors.named(&name).is_none() {
-            let passage = pass(head, site, door, host.as_ref(), peer)?;
+            let passage = pass(head, upstream_registry, door, host.as_ref(), peer)?;
             return Ok(if asks {
                 Wanted::Login(passage, realm)
             } else {
@@ -326,7 +328,7 @@ pub(super) fn read(
     let endpoint = match Endpoint::parse(&head.method, head.uri.path(), head.uri.query()) {
         Ok(endpoint) => endpoint,
         Err(RequestError::Path | RequestError::Write { .. }) => {
-            return pass(head, site, door, host.as_ref(), peer).map(Wanted::Pass);
+            return pass(head, upstream_registry, door, host.as_ref(), peer).map(Wanted::Pass);
         }
         Err(malformed) => return Err(malformed.into()),
     };
@@ -334,16 +336,16 @@ pub(super) fn read(
         // A login asks whether its credential is right, which only the registry knows.
         let shown = head.headers.get(AUTHORIZATION);
         if shown.is_some_and(|shown| !is_local_token(shown)) {
-            return pass(head, site, door, host.as_ref(), peer).map(Wanted::Pass);
+            return pass(head, upstream_registry, door, host.as_ref(), peer).map(Wanted::Pass);
         }
         return Ok(Wanted::Knock(
-            request(head, site, endpoint, (now, trace, peer))?,
+            request(head, upstream_registry, endpoint, (now, trace, peer))?,
             door,
         ));
     }
-    doors.agree(&site, head.uri.query())?;
-    let endpoint = in_full(&site, endpoint)?;
-    let mut request = request(head, site, endpoint, (now, trace, peer))?;
+    doors.agree(&upstream_registry, head.uri.query())?;
+    let endpoint = in_full(&upstream_registry, endpoint)?;
+    let mut request = request(head, upstream_registry, endpoint, (now, trace, peer))?;
     // Who pushes asks so which layers the registry has already; who pulls has no need to.
     request.for_push = request.head && matches!(request.endpoint, Endpoint::Blob { .. });
     Ok(Wanted::Read(request, door))
@@ -351,15 +353,17 @@ pub(super) fn read(
 
 fn request(
     head: &Parts,
-    site: Arc<UpstreamRegistry>,
+    upstream_registry: Arc<UpstreamRegistry>,
     endpoint: Endpoint,
     (now, trace, peer): (SystemTime, &TraceContext, &Peer),
 ) -> Result<Request, Turned> {
     let writes = endpoint
         .repository()
-        .map_or_else(WriteSnapshot::default, |repository| site.writes(repository));
+        .map_or_else(WriteSnapshot::default, |repository| {
+            upstream_registry.writes(repository)
+        });
     Ok(Request {
-        site,
+        registry: upstream_registry,
         endpoint,
         head: head.method == Method::HEAD,
         accept: Accept::read(&head.headers)?,
@@ -376,7 +380,7 @@ fn request(
 
 fn pass(
     head: &Parts,
-    site: Arc<UpstreamRegistry>,
+    upstream_registry: Arc<UpstreamRegistry>,
     door: Door,
     host: Option<&Authority>,
     peer: &Peer,
@@ -392,18 +396,19 @@ fn pass(
     }
     // Only what names no repository means the same there.
     let is_elsewhere = || {
-        site.upstream()
+        upstream_registry
+            .upstream()
             .repository_prefixes()
             .any(|prefix| prefix.is_some())
     };
     let names_one = path.strip_prefix("/v2/").is_some_and(|rest| !rest.is_empty());
     if names_one && is_elsewhere() {
-        return Err(Turned::ReadOnly(site.name().to_owned()));
+        return Err(Turned::ReadOnly(upstream_registry.name().to_owned()));
     }
     let scheme = if peer.secure { "https" } else { "http" };
-    let repository = repository_in(path).and_then(|named| site.full_name(named).ok());
+    let repository = repository_in(path).and_then(|named| upstream_registry.full_name(named).ok());
     let sources = if head.method == Method::POST && names_one {
-        mounted_from(head, &site)?
+        mounted_from(head, &upstream_registry)?
     } else {
         Vec::new()
     };
@@ -411,7 +416,7 @@ fn pass(
         is_unclear: repository.is_none() && may_name_one(path),
         repository,
         sources,
-        site,
+        upstream_registry,
         door,
         beside: None,
         base: format!("{scheme}://{}", host.map_or("", Authority::as_str)),
@@ -420,12 +425,14 @@ fn pass(
 }
 
 /// The repositories from which a blob is to be mounted (spec, end-11).
-fn mounted_from(head: &Parts, site: &UpstreamRegistry) -> Result<Vec<Repository>, Turned> {
+fn mounted_from(head: &Parts, upstream_registry: &UpstreamRegistry) -> Result<Vec<Repository>, Turned> {
     let named = Query::values(head.uri.query(), "from")?;
     let named = named.iter().filter(|name| !name.is_empty());
     named
         .map(|name| {
-            let source = name.parse().and_then(|source| site.full_name(source));
+            let source = name
+                .parse()
+                .and_then(|source| upstream_registry.full_name(source));
             source.map_err(|error| RequestError::Repository(error).into())
         })
         .collect()

@@ -26,7 +26,7 @@ impl Front {
     /// Answers a question to the token service at `realm`, by that or in its place.
     pub(super) async fn log_in(
         &self,
-        pull: &Arc<ProxyService>,
+        proxy: &Arc<ProxyService>,
         passage: Passage,
         realm: &Origin,
         place: &Place<'_>,
@@ -48,7 +48,10 @@ impl Front {
             body: Full::new(form).map_err(|never| match never {}).boxed_unsync(),
             base: passage.base,
         };
-        match pull.log_in(&passage.site, realm, asked, passing).await {
+        match proxy
+            .request_token(&passage.upstream_registry, realm, asked, passing)
+            .await
+        {
             Ok(TokenOutcome::Upstream(answered)) => {
                 let mut response = Response::new(Body::whole(answered.body));
                 *response.status_mut() = answered.status;
@@ -62,7 +65,7 @@ impl Front {
                 (response, Told::local_token(cause))
             }
             Err(cause) => {
-                let response = reply::not_passed(passage.site.name(), cause, false);
+                let response = reply::not_passed(passage.upstream_registry.name(), cause, false);
                 (response, Told::not_passed(cause))
             }
         }

@@ -16,7 +16,7 @@ impl Front {
     /// Hands a request on. `Err` if the registry gave no answer.
     pub(super) async fn pass(
         &self,
-        pull: &ProxyService,
+        proxy: &ProxyService,
         passage: Passage,
         place: &Place<'_>,
         body: Received,
@@ -37,19 +37,19 @@ impl Front {
             base: passage.base,
         };
         let handed = match passage.change {
-            Some(change) => Some(pull.hands_on(&passage.site, change).await),
+            Some(change) => Some(proxy.begin_write(&passage.upstream_registry, change).await),
             None => None,
         };
         // A registry may take minutes to put a large layer together; a body that rests is noticed where it is handed on.
         let pardoned = place.peer.pardon.hold();
-        let upstream = passage.site.upstream();
+        let upstream = passage.upstream_registry.upstream();
         let passed = match &passage.beside {
             Some(realm) => upstream.forward_to_realm(realm, passing).await,
             None => upstream.forward(passing).await,
         };
         drop(pardoned);
         if let Some(handed) = handed {
-            pull.written(handed, outcome(passed.as_ref())).await;
+            proxy.finish_write(handed, outcome(passed.as_ref())).await;
         }
         passed.map(|passed| self.handed_back(passed))
     }

@@ -33,7 +33,7 @@ struct Record {
     began: Instant,
     first_byte: Option<Duration>,
     /// To which upstream, by which door; `None` where the request was turned away before.
-    site: Option<Arc<UpstreamRegistry>>,
+    upstream_registry: Option<Arc<UpstreamRegistry>>,
     door: Option<Door>,
     kind: ResourceKind,
     image: String,
@@ -60,7 +60,7 @@ impl Open {
             at,
             began,
             first_byte: None,
-            site: None,
+            upstream_registry: None,
             door: None,
             kind: ResourceKind::Other,
             image: told::path(&head.uri),
@@ -75,9 +75,9 @@ impl Open {
     }
 
     /// To which upstream the request leads, if to any, and by which door.
-    pub(super) fn leads_to(&mut self, site: Option<&Arc<UpstreamRegistry>>, door: Door) {
+    pub(super) fn leads_to(&mut self, upstream_registry: Option<&Arc<UpstreamRegistry>>, door: Door) {
         if let Some(record) = &mut self.0 {
-            (record.site, record.door) = (site.cloned(), Some(door));
+            (record.upstream_registry, record.door) = (upstream_registry.cloned(), Some(door));
         }
     }
 
@@ -152,7 +152,10 @@ impl Record {
         let error = error.map(ToString::to_string);
         self.telemetry.record_access(&AccessRecord {
             at: self.at,
-            upstream: self.site.as_ref().map_or("-", |site| site.name()),
+            upstream: self
+                .upstream_registry
+                .as_ref()
+                .map_or("-", |upstream_registry| upstream_registry.name()),
             route: self.door.map_or("-", Door::name),
             kind: self.kind,
             image: &self.image,

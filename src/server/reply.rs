@@ -35,20 +35,20 @@ const JSON: HeaderValue = HeaderValue::from_static("application/json");
 
 /// How an outcome counts, and its reason's name.
 pub(super) fn told(outcome: &ProxyResponse) -> (telemetry::CacheResult, &'static str) {
-    let how = match outcome {
+    let info = match outcome {
         ProxyResponse::Ping => return (telemetry::CacheResult::Local, "ping"),
         ProxyResponse::Challenged(_) => return (telemetry::CacheResult::Local, "challenge"),
         ProxyResponse::ManifestHead { .. } => return (telemetry::CacheResult::Miss, "head"),
         ProxyResponse::Passthrough(_) => {
             return (telemetry::CacheResult::Miss, ServeReason::Passthrough.name());
         }
-        ProxyResponse::Denied(refused) => return (telemetry::CacheResult::Refused, refused.refusal.name()),
-        ProxyResponse::Manifest(_, how)
-        | ProxyResponse::Blob { how, .. }
-        | ProxyResponse::Listing(_, how)
-        | ProxyResponse::StreamedList(_, how) => how,
+        ProxyResponse::Denied(refused) => return (telemetry::CacheResult::Refused, refused.reason.name()),
+        ProxyResponse::Manifest(_, info)
+        | ProxyResponse::Blob { info, .. }
+        | ProxyResponse::Listing(_, info)
+        | ProxyResponse::StreamedList(_, info) => info,
     };
-    let result = match how.reason {
+    let result = match info.reason {
         ServeReason::Cached(served) if served.cause().is_some() || served.may_be_outdated() => {
             telemetry::CacheResult::Stale
         }
@@ -56,7 +56,7 @@ pub(super) fn told(outcome: &ProxyResponse) -> (telemetry::CacheResult, &'static
         ServeReason::Collapsed => telemetry::CacheResult::Coalesced,
         ServeReason::Fetched(_) | ServeReason::Passthrough => telemetry::CacheResult::Miss,
     };
-    (result, how.reason.name())
+    (result, info.reason.name())
 }
 
 /// The response to a request that was understood.
@@ -74,7 +74,7 @@ pub(super) fn answer(
             response
         }
         ProxyResponse::Challenged(lines) => refusal::challenged(lines, asked),
-        ProxyResponse::Manifest(manifest, how) => manifest_answer(&manifest, how, asked),
+        ProxyResponse::Manifest(manifest, info) => manifest_answer(&manifest, info, asked),
         ProxyResponse::ManifestHead {
             digest,
             media_type,
@@ -101,23 +101,23 @@ pub(super) fn answer(
             digest,
             size,
             content,
-            how,
+            info,
         } => blob::Answered {
             digest,
             size,
-            how,
+            info,
             asked,
             front,
             store,
         }
         .with(content),
-        ProxyResponse::Listing(listing, how) => {
+        ProxyResponse::Listing(listing, info) => {
             let (size, bytes) = (listing.bytes.len() as u64, listing.bytes.clone());
             let mut response = respond(StatusCode::OK, Body::whole(bytes));
             sized(&mut response, size, asked.head);
-            listing_answer(response, &listing, how, asked)
+            listing_answer(response, &listing, info, asked)
         }
-        ProxyResponse::StreamedList(list, how) => {
+        ProxyResponse::StreamedList(list, info) => {
             let (size, head) = (list.size, list.head().clone());
             let body = if asked.head {
                 Body::empty()
@@ -128,7 +128,7 @@ pub(super) fn answer(
             if let Some(size) = size {
                 response.headers_mut().insert(CONTENT_LENGTH, size.into());
             }
-            listing_answer(response, &head, how, asked)
+            listing_answer(response, &head, info, asked)
         }
         ProxyResponse::Passthrough(passed) => passed_answer(passed, front),
         ProxyResponse::Denied(refused) => refusal::answer(&refused, asked),
@@ -168,7 +168,7 @@ pub(super) fn turned(turned: &Turned, method: &Method) -> Response<Body> {
     response
 }
 
-fn manifest_answer(manifest: &StoredManifest, how: ServeInfo, asked: &Asked) -> Response<Body> {
+fn manifest_answer(manifest: &StoredManifest, info: ServeInfo, asked: &Asked) -> Response<Body> {
     let etag = etag(&manifest.digest);
     let mut response = if asked.has_already(&etag) {
         respond(StatusCode::NOT_MODIFIED, Body::empty())
@@ -182,14 +182,14 @@ fn manifest_answer(manifest: &StoredManifest, how: ServeInfo, asked: &Asked) -> 
         sized(&mut response, manifest.bytes.len() as u64, asked.head);
     }
     named(response.headers_mut(), &manifest.digest, &etag);
-    how::tell(response.headers_mut(), how, asked);
+    how::tell(response.headers_mut(), info, asked);
     response
 }
 
 fn listing_answer(
     mut response: Response<Body>,
     listing: &Listing,
-    how: ServeInfo,
+    info: ServeInfo,
     asked: &Asked,
 ) -> Response<Body> {
     let headers = response.headers_mut();
@@ -200,7 +200,7 @@ fn listing_answer(
     if let Some(filters) = &listing.filters {
         put(headers, OCI_FILTERS_APPLIED, filters);
     }
-    how::tell(headers, how, asked);
+    how::tell(headers, info, asked);
     response
 }
 

@@ -27,15 +27,15 @@ pub(super) struct Told {
 impl Told {
     pub(super) fn of(outcome: &ProxyResponse) -> Self {
         let (result, reason) = reply::told(outcome);
-        let how = match outcome {
-            ProxyResponse::Manifest(_, how)
-            | ProxyResponse::Blob { how, .. }
-            | ProxyResponse::Listing(_, how)
-            | ProxyResponse::StreamedList(_, how) => Some(how),
+        let info = match outcome {
+            ProxyResponse::Manifest(_, info)
+            | ProxyResponse::Blob { info, .. }
+            | ProxyResponse::Listing(_, info)
+            | ProxyResponse::StreamedList(_, info) => Some(info),
             _ => None,
         };
         let cause = match outcome {
-            ProxyResponse::Denied(refused) => match refused.refusal {
+            ProxyResponse::Denied(refused) => match refused.reason {
                 DenyReason::UpstreamUnavailable(cause)
                 | DenyReason::StaleLimitExceeded(cause)
                 | DenyReason::Incomplete(cause) => Some(cause),
@@ -45,7 +45,7 @@ impl Told {
                 | DenyReason::AuthRequired
                 | DenyReason::NotFound => None,
             },
-            _ => how.and_then(|how| match how.reason {
+            _ => info.and_then(|info| match info.reason {
                 ServeReason::Cached(served) => served.cause(),
                 _ => None,
             }),
@@ -60,8 +60,8 @@ impl Told {
             reason,
             cause,
             digest,
-            confirmed_at: how
-                .and_then(|how| how.confirmed_at)
+            confirmed_at: info
+                .and_then(|info| info.confirmed_at)
                 .filter(|at| *at != NEVER_CONFIRMED),
         }
     }

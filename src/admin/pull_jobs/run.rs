@@ -22,13 +22,13 @@ const DEPTH_MAX: u32 = 2;
 
 /// The whole road of one pull.
 pub(super) async fn run(
-    pull: &Arc<ProxyService>,
+    proxy: &Arc<ProxyService>,
     job: &Arc<PullJob>,
     spec: PullSpec,
     clock: Clock,
 ) -> Result<(), String> {
     let spec = Arc::new(spec);
-    let first = manifest(pull, &spec, spec.named.reference.clone(), clock).await;
+    let first = manifest(proxy, &spec, spec.named.reference.clone(), clock).await;
     let (first, reason) = first?;
     {
         let mut progress = job.progress();
@@ -57,21 +57,22 @@ pub(super) async fn run(
                     continue;
                 };
                 let reference = Reference::Digest(child.digest.clone());
-                let (stored, _) = manifest(pull, &spec, reference, clock).await?;
+                let (stored, _) = manifest(proxy, &spec, reference, clock).await?;
                 manifests.push_back((stored, platform_name, depth));
             }
             continue;
         }
         found_none = false;
         list(job, &stored, platform.as_deref());
-        layers(pull, job, &spec, &stored, clock).await?;
+        layers(proxy, job, &spec, &stored, clock).await?;
         let reference = Reference::Digest(AnyDigest::Supported(stored.digest));
         let endpoint = Endpoint::Manifest {
             repository: spec.named.repository.clone(),
             reference,
         };
         // An image without its attestation is whole all the same, so that it cannot be had fails nothing.
-        pull.bring_attestation(&request(&spec, endpoint, clock), &stored.digest)
+        proxy
+            .fetch_attestation(&request(&spec, endpoint, clock), &stored.digest)
             .await;
     }
     if found_none {
@@ -107,7 +108,7 @@ fn list(job: &PullJob, stored: &StoredManifest, platform: Option<&str>) {
 }
 
 async fn layers(
-    pull: &Arc<ProxyService>,
+    proxy: &Arc<ProxyService>,
     job: &Arc<PullJob>,
     spec: &Arc<PullSpec>,
     stored: &StoredManifest,
@@ -122,15 +123,15 @@ async fn layers(
         if child.kind == DescriptorKind::Manifest || child.has_urls {
             continue;
         }
-        let (pull, job, spec, permits) = (
-            Arc::clone(pull),
+        let (proxy, job, spec, permits) = (
+            Arc::clone(proxy),
             Arc::clone(job),
             Arc::clone(spec),
             Arc::clone(&permits),
         );
         tasks.spawn(async move {
             let _permit = permits.acquire_owned().await.ok();
-            let result = layer(&pull, &job, &spec, digest, clock).await;
+            let result = layer(&proxy, &job, &spec, digest, clock).await;
             if result.is_err() {
                 job.mark(&digest, LayerState::Failed);
             }
@@ -147,7 +148,7 @@ async fn layers(
 }
 
 async fn layer(
-    pull: &Arc<ProxyService>,
+    proxy: &Arc<ProxyService>,
     job: &PullJob,
     spec: &PullSpec,
     digest: Digest,
@@ -158,7 +159,7 @@ async fn layer(
         repository: spec.named.repository.clone(),
         digest: AnyDigest::Supported(digest),
     };
-    match pull.answer(request(spec, endpoint, clock)).await {
+    match proxy.handle(request(spec, endpoint, clock)).await {
         ProxyResponse::Blob { content, .. } => match content {
             BlobBody::Head | BlobBody::Memory(_) | BlobBody::File(_) => {
                 job.mark(&digest, LayerState::Held);
@@ -175,14 +176,14 @@ async fn layer(
         },
         ProxyResponse::Denied(refused) => Err(format!(
             "{digest}: {}",
-            format::describe_denial(refused.refusal, spec.named.site.name())
+            format::describe_denial(refused.reason, spec.named.upstream_registry.name())
         )),
         _ => Err(format!("{digest} cannot be stored")),
     }
 }
 
 async fn manifest(
-    pull: &Arc<ProxyService>,
+    proxy: &Arc<ProxyService>,
     spec: &PullSpec,
     reference: Reference,
     clock: Clock,
@@ -191,11 +192,12 @@ async fn manifest(
         repository: spec.named.repository.clone(),
         reference: reference.clone(),
     };
-    match pull.answer(request(spec, endpoint, clock)).await {
+    match proxy.handle(request(spec, endpoint, clock)).await {
         ProxyResponse::Manifest(manifest, how) => Ok((manifest, how.reason.name())),
-        ProxyResponse::Denied(refused) => {
-            Err(format::describe_denial(refused.refusal, spec.named.site.name()))
-        }
+        ProxyResponse::Denied(refused) => Err(format::describe_denial(
+            refused.reason,
+            spec.named.upstream_registry.name(),
+        )),
         _ => Err(format!("{reference} cannot be stored")),
     }
 }

@@ -15,7 +15,7 @@ use crate::upstream::UpstreamResponse;
 
 /// What of a request shapes its answer.
 pub(in crate::server) struct Asked {
-    site: Arc<UpstreamRegistry>,
+    upstream_registry: Arc<UpstreamRegistry>,
     /// As the client wrote it, so that links lead back through the door it came by.
     path: String,
     /// The `ns` of the client's query, if it sent one.
@@ -39,7 +39,7 @@ impl Asked {
             _ => (String::new(), None),
         };
         Self {
-            site: Arc::clone(&request.site),
+            upstream_registry: Arc::clone(&request.registry),
             path,
             namespace,
             endpoint: request.endpoint.clone(),
@@ -52,7 +52,7 @@ impl Asked {
     }
 
     pub(super) fn upstream(&self) -> &str {
-        self.site.name()
+        self.upstream_registry.name()
     }
 
     /// Where the next page of a list is for this client, of which the upstream said `next`: the same path it came by, with

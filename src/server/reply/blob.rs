@@ -18,7 +18,7 @@ pub(super) struct Answered<'a> {
     pub(super) digest: Digest,
     /// In bytes; unknown only while it comes from an upstream that does not say it.
     pub(super) size: Option<u64>,
-    pub(super) how: ServeInfo,
+    pub(super) info: ServeInfo,
     pub(super) asked: &'a Asked,
     pub(super) front: &'a Front,
     pub(super) store: &'a AsyncStore,
@@ -31,7 +31,7 @@ impl Answered<'_> {
         if self.asked.has_already(&etag) {
             let mut response = respond(StatusCode::NOT_MODIFIED, Body::empty());
             named(response.headers_mut(), &self.digest, &etag);
-            how::tell(response.headers_mut(), self.how, self.asked);
+            how::tell(response.headers_mut(), self.info, self.asked);
             return response;
         }
         let is_held = !matches!(content, BlobBody::Download(_));
@@ -57,7 +57,7 @@ impl Answered<'_> {
         let headers = response.headers_mut();
         named(headers, &self.digest, &etag);
         headers.insert(ACCEPT_RANGES, HeaderValue::from_static("bytes"));
-        how::tell(headers, self.how, self.asked);
+        how::tell(headers, self.info, self.asked);
         response
     }
 

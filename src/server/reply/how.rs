@@ -12,8 +12,8 @@ use crate::proxy::{ServeInfo, ServeReason};
 use crate::store::tags::NEVER_CONFIRMED;
 
 /// RFC 9211 `Cache-Status`, `Age`, and `Warning` where the client may get something outdated.
-pub(super) fn tell(headers: &mut HeaderMap, how: ServeInfo, asked: &Asked) {
-    let status = match how.reason {
+pub(super) fn tell(headers: &mut HeaderMap, info: ServeInfo, asked: &Asked) {
+    let status = match info.reason {
         ServeReason::Cached(served) => match served.cause() {
             Some(cause) => format!("ifnewer; hit; detail={}-{}", served.name(), cause.name()),
             None => format!("ifnewer; hit; detail={}", served.name()),
@@ -24,12 +24,12 @@ pub(super) fn tell(headers: &mut HeaderMap, how: ServeInfo, asked: &Asked) {
         ServeReason::Passthrough => "ifnewer; fwd=bypass; detail=passthrough".to_owned(),
     };
     put(headers, CACHE_STATUS, &status);
-    let Some(confirmed_at) = how.confirmed_at else {
+    let Some(confirmed_at) = info.confirmed_at else {
         return;
     };
     let age =
         (confirmed_at != NEVER_CONFIRMED).then(|| asked.now.duration_since(confirmed_at).unwrap_or_default());
-    if let ServeReason::Cached(served) = how.reason {
+    if let ServeReason::Cached(served) = info.reason {
         if let Some(age) = age {
             headers.insert(AGE, age.as_secs().into());
         }

@@ -16,7 +16,7 @@ pub(super) fn answer(refused: &Denied, asked: &Asked) -> Response<Body> {
     let (status, code, sentence) = refusal(refused, asked);
     let (upstream, answer) = (asked.upstream(), refused.answer.as_deref());
     // A refusal is told in our words alone: asked by HEAD or by GET, held or not, it must look the same.
-    let theirs = match refused.refusal {
+    let theirs = match refused.reason {
         DenyReason::UpstreamUnavailable(_)
         | DenyReason::StaleLimitExceeded(_)
         | DenyReason::Incomplete(_) => answer.and_then(|answer| answer.message.as_deref()),
@@ -33,7 +33,7 @@ pub(super) fn answer(refused: &Denied, asked: &Asked) -> Response<Body> {
     let mut response = problem(status, &ErrorBody::new(code, message), asked.head);
     if let DenyReason::UpstreamUnavailable(cause)
     | DenyReason::StaleLimitExceeded(cause)
-    | DenyReason::Incomplete(cause) = refused.refusal
+    | DenyReason::Incomplete(cause) = refused.reason
         && status.is_server_error()
     {
         // Docker shows the status line of a 5xx, and never its body.
@@ -64,7 +64,7 @@ pub(super) fn answer(refused: &Denied, asked: &Asked) -> Response<Body> {
     put(
         headers,
         CACHE_STATUS,
-        &format!("ifnewer; fwd=miss; detail={}", refused.refusal.name()),
+        &format!("ifnewer; fwd=miss; detail={}", refused.reason.name()),
     );
     response
 }
@@ -92,7 +92,7 @@ fn refusal(refused: &Denied, asked: &Asked) -> (StatusCode, ErrorCode, String) {
     let answer = refused.answer.as_deref();
     let unknown = asked.unknown(answer);
     let (upstream, image) = (asked.upstream(), asked.image());
-    match refused.refusal {
+    match refused.reason {
         // The same words for what is absent and what is not for this client: a stranger learns nothing.
         DenyReason::NotCached | DenyReason::NotAuthorized => (
             StatusCode::NOT_FOUND,
@@ -119,7 +119,7 @@ fn refusal(refused: &Denied, asked: &Asked) -> (StatusCode, ErrorCode, String) {
             unknown,
             format!("{upstream} says that {image} does not exist"),
         ),
-        DenyReason::Forbidden if refused.own_credential => (
+        DenyReason::Forbidden if refused.proxy_credential => (
             StatusCode::FORBIDDEN,
             ErrorCode::Denied,
             format!(

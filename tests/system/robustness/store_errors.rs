@@ -37,10 +37,7 @@ async fn e16_store_errors_of_a_pull_are_logged_and_counted() {
     let proxy = proxy.setup().clone().start().await;
 
     proxy.manifest("library/demo", "1").await.is_image(&image);
-    let line = proxy
-        .program()
-        .says("the store could not be read for a request")
-        .await;
+    let line = proxy.program().says("failed to read store").await;
     for part in [
         "upstream=\"docker.io\"",
         &format!("image=library/demo@{}", image.digest),

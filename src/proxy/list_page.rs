@@ -1,8 +1,8 @@
-//! Pages of a list of tags made from pages that are kept, for an outage: the kept list was asked for with another `n` or
-//! `last`. Pure but for the look-up of kept pages.
+//! Tag list pages derived from cached pages with another `n` or `last`, for an outage. Pure except for the lookup of
+//! cached pages.
 //!
-//! protocol: distribution-spec "Listing Tags": `n` is the most tags of a page, `last` the tag after which it begins, and
-//! `Link` names the next page where tags are left.
+//! protocol: distribution-spec "Listing Tags": `n` is the maximum number of tags of a page, `last` the tag after
+//! which it begins, and `Link` names the next page if tags remain.
 
 use std::sync::Arc;
 
@@ -12,13 +12,13 @@ use super::listing::Listing;
 use crate::oci::{Endpoint, Query, Repository};
 use crate::store::listings::StoredListing;
 
-/// Kept pages put together for one.
+/// Cached pages combined into one.
 const PAGES_MAX: usize = 256;
 
-/// Tags put together for one page; a list that is kept has fewer.
+/// Tags combined into one page; a cached list has fewer.
 const TAGS_MAX: usize = 1_000_000;
 
-/// What is asked of the list.
+/// Query parameters of a page.
 struct PageRequest {
     /// `None`: all tags.
     n: Option<usize>,
@@ -26,10 +26,10 @@ struct PageRequest {
 }
 
 impl PageRequest {
-    /// `None` if something else is asked as well, which a kept list cannot answer.
+    /// `None` if the query has other parameters, which a cached list cannot satisfy.
     fn of(query: &Query) -> Option<PageRequest> {
         query.has_only_of(&["n", "last"]).then(|| PageRequest {
-            // Too large a number is more than any list has.
+            // A number that overflows exceeds any list.
             n: query.get("n").map(|n| n.parse().unwrap_or(usize::MAX)),
             last: query
                 .get("last")
@@ -39,14 +39,14 @@ impl PageRequest {
     }
 }
 
-/// The page that `query` asks for, from the whole list or the chain of pages that begins it. With it, the page of the
-/// chain that was confirmed longest ago. `None` where not enough is kept.
-pub(super) fn derived(
+/// The page for `query`, from the complete list or the chain of pages that begins it, with the page of the chain that
+/// was confirmed longest ago. `None` if the cached pages do not suffice.
+pub(super) fn derive_page(
     repository: &Repository,
     query: &Query,
     kept: impl Fn(&str) -> Option<Arc<StoredListing>>,
 ) -> Option<(Listing, Arc<StoredListing>)> {
-    let wish = PageRequest::of(query)?;
+    let request = PageRequest::of(query)?;
     let path = |query: Query| {
         let repository = repository.clone();
         Endpoint::Tags { repository, query }.path_and_query()
@@ -60,7 +60,7 @@ pub(super) fn derived(
         let page = kept(&from)?;
         let mut list: Value = serde_json::from_slice(&page.bytes).ok()?;
         name = list.get_mut("name").map(Value::take).unwrap_or_default();
-        // The spec's `null` of old registries is an empty list.
+        // Old registries send `null` for an empty list.
         let found = list.get_mut("tags").map(Value::take);
         for tag in found.as_ref().and_then(Value::as_array).into_iter().flatten() {
             tags.push(tag.as_str()?.to_owned());
@@ -80,14 +80,14 @@ pub(super) fn derived(
             return None;
         }
     }
-    // The end of the chain is not kept.
+    // The end of the chain is not cached.
     if next.is_some() {
         return None;
     }
-    let (page, more) = page_of(&tags, &wish);
+    let (page, more) = page_of(&tags, &request);
     let link = more.then(|| {
         let mut text = "?".to_owned();
-        let n = wish.n.unwrap_or_default().to_string();
+        let n = request.n.unwrap_or_default().to_string();
         let last = page.last().map(String::as_str).unwrap_or_default();
         text.push_str(&Query::from_pairs(&[("n", &n), ("last", last)]).render());
         text
@@ -101,10 +101,10 @@ pub(super) fn derived(
     Some((listing, oldest?))
 }
 
-/// The tags after `last`, at most `n`, and whether there are more. `last` need not exist: then those that sort after it
-/// are meant. Registries sort differently, so where it does, its place in the list counts.
-fn page_of<'a>(tags: &'a [String], wish: &PageRequest) -> (&'a [String], bool) {
-    let after = match &wish.last {
+/// The tags after `last`, at most `n`, and whether more remain. If `last` is in the list, its position counts,
+/// because registries sort differently. Otherwise the tags that sort after it are returned.
+fn page_of<'a>(tags: &'a [String], request: &PageRequest) -> (&'a [String], bool) {
+    let after = match &request.last {
         None => 0,
         Some(last) => tags.iter().position(|tag| tag == last).map_or_else(
             || tags.iter().position(|tag| tag > last).unwrap_or(tags.len()),
@@ -112,7 +112,7 @@ fn page_of<'a>(tags: &'a [String], wish: &PageRequest) -> (&'a [String], bool) {
         ),
     };
     let rest = tags.get(after..).unwrap_or_default();
-    let n = wish.n.unwrap_or(usize::MAX);
+    let n = request.n.unwrap_or(usize::MAX);
     let page = rest.get(..n).unwrap_or(rest);
     (page, n > 0 && page.len() < rest.len())
 }
@@ -139,7 +139,7 @@ mod tests {
 
     fn ask(pages: &HashMap<String, Arc<StoredListing>>, query: &str) -> Option<(Value, Option<String>)> {
         let query = Query::parse(Some(query)).unwrap().0;
-        let (listing, _) = derived(&"team/app".parse().unwrap(), &query, |path| {
+        let (listing, _) = derive_page(&"team/app".parse().unwrap(), &query, |path| {
             pages.get(path).cloned()
         })?;
         let list: Value = serde_json::from_slice(&listing.bytes).unwrap();
@@ -148,7 +148,7 @@ mod tests {
     }
 
     #[test]
-    fn r10_pages_are_cut_from_a_kept_list_with_their_links() {
+    fn r10_pages_derive_from_cached_list_with_links() {
         let whole = kept(&[(
             "/v2/team/app/tags/list",
             r#"{"name":"team/app","tags":["a","b","c","d","é&x"]}"#,
@@ -182,7 +182,7 @@ mod tests {
     }
 
     #[test]
-    fn r10_a_chain_of_kept_pages_is_a_list_and_a_broken_one_is_none() {
+    fn r10_page_chain_is_a_list_unless_broken() {
         let first = (
             "/v2/team/app/tags/list",
             r#"{"name":"team/app","tags":["b","a"]}"#,
@@ -198,7 +198,7 @@ mod tests {
         assert_eq!(
             ask(&chain, "last=b"),
             Some((json!(["a", "c"]), None)),
-            "in the registry's own order"
+            "in the order of the registry"
         );
         assert_eq!(ask(&kept(&[first]), "n=1"), None);
         let circle = (

@@ -1,4 +1,4 @@
-//! A disk that counts how often it is looked at.
+//! File system that counts its reads.
 
 use std::io;
 use std::path::Path;
@@ -15,7 +15,7 @@ pub struct Counted {
 }
 
 impl Counted {
-    /// How often so far.
+    /// Reads so far.
     pub fn looks(&self) -> usize {
         self.looks.load(Ordering::Relaxed)
     }

@@ -1,32 +1,32 @@
-//! Hostile fronts: what answers in the registry's place, by itself or after a redirect, is no word of the registry. Nobody
-//! gets a private byte by it, nor learns of one.
+//! Hostile fronts: a host that responds in the registry's place, directly or after a redirect. Its response must not
+//! reveal a private byte, nor whether one is cached.
 
 use bytes::Bytes;
 use http::header::{CONTENT_TYPE, LOCATION};
 use http::{Response, StatusCode};
 use http_body_util::Full;
 
-use super::cache::{Cache, Got, PROVEN, Wish};
-use super::registry::{Mood, OCI_MANIFEST, Registry, of};
-use super::walk::{basic, rules};
+use super::cache::{Cache, ClientRequest, Got, PROVEN};
+use super::random_walk::{basic, rules};
+use super::registry::{Condition, OCI_MANIFEST, Registry, of};
 
-/// Where redirects lead.
+/// Redirect target.
 pub const ELSEWHERE: &str = "elsewhere.test";
 
-/// What stands in front.
+/// A host in front of the registry.
 #[derive(Clone, Debug)]
 pub struct Front {
     status: u16,
     media_type: &'static str,
     body: Bytes,
-    /// The answer is that of another host, to which this one redirects.
+    /// The response comes from another host after a redirect.
     redirects: bool,
-    /// Nobody reaches the registry any more, not even who has a right.
+    /// Whether the front also responds to authorized clients.
     is_for_all: bool,
 }
 
 impl Front {
-    /// The answer to a request for `site` by one who may read there or not; `None`: the registry's.
+    /// Response to a request for `site` by a client that `may` read there or not; `None`: the registry responds.
     pub fn answer(&self, site: &str, path: &str, may: bool) -> Option<Response<Full<Bytes>>> {
         if may && !self.is_for_all {
             return None;
@@ -62,7 +62,7 @@ fn fronts(size: usize) -> Vec<Front> {
                 "application/json",
                 OCI_MANIFEST,
             ] {
-                // What is no 200 is judged by its status, whatever comes with it.
+                // Other statuses than 200 are judged by the status, whatever their body.
                 let is_one_of_many = body.is_empty() && media_type.contains("json");
                 if !(matches!(status, 200 | 206) || is_one_of_many) {
                     continue;
@@ -82,8 +82,8 @@ fn fronts(size: usize) -> Vec<Front> {
     fronts
 }
 
-fn wish(path: String, head: bool, shows: &str) -> Wish {
-    Wish {
+fn client_request(path: String, head: bool, shows: &str) -> ClientRequest {
+    ClientRequest {
         site: PROVEN,
         path,
         head,
@@ -91,7 +91,7 @@ fn wish(path: String, head: bool, shows: &str) -> Wish {
     }
 }
 
-/// What a client learns: which kind of answer, and for content whether it has bytes.
+/// What a client learns: the kind of response, and for content whether it has bytes.
 fn learned(got: &Got) -> String {
     match got {
         Got::Content(_, bytes) => format!("content {}", bytes.is_some()),
@@ -101,7 +101,7 @@ fn learned(got: &Got) -> String {
 }
 
 #[tokio::test(start_paused = true)]
-async fn r01_no_front_opens_a_private_image_or_tells_of_one() {
+async fn r01_front_reveals_no_private_image() {
     let registry = Registry::new();
     for user in ["alice", "bob"] {
         registry.user(user, &format!("{user}-secret"));
@@ -128,11 +128,11 @@ async fn r01_no_front_opens_a_private_image_or_tells_of_one() {
             .collect::<Vec<_>>()
     };
     for path in all("acme/app").into_iter().rev() {
-        let got = cache.get(&wish(path, false, &alice)).await;
+        let got = cache.get(&client_request(path, false, &alice)).await;
         assert!(matches!(got, Got::Content(..)), "{got:?}");
     }
     cache
-        .get(&wish("/v2/bob/own/manifests/1".to_owned(), false, &bob))
+        .get(&client_request("/v2/bob/own/manifests/1".to_owned(), false, &bob))
         .await;
     let absent = of(b"nobody has this");
     for front in fronts(40) {
@@ -141,14 +141,14 @@ async fn r01_no_front_opens_a_private_image_or_tells_of_one() {
             for repository in ["acme/app", "bob/own"] {
                 for path in all(repository) {
                     for head in [true, false] {
-                        let got = cache.get(&wish(path.clone(), head, shows)).await;
+                        let got = cache.get(&client_request(path.clone(), head, shows)).await;
                         let is_bobs = shows == bob && path == "/v2/bob/own/manifests/1";
                         let is_given = matches!(got, Got::Content(_, Some(_)));
                         assert!(is_bobs || !is_given, "{front:?}: {path} to {shows}: {got:?}");
                         let of_nothing =
                             path.replace(path.rsplit('/').next().unwrap_or_default(), &absent.to_string());
                         if path.contains("sha256") && repository == "acme/app" {
-                            let other = cache.get(&wish(of_nothing, head, shows)).await;
+                            let other = cache.get(&client_request(of_nothing, head, shows)).await;
                             assert_eq!(learned(&got), learned(&other), "{front:?}: {path} to {shows}");
                         }
                     }
@@ -156,22 +156,29 @@ async fn r01_no_front_opens_a_private_image_or_tells_of_one() {
             }
         }
     }
-    // Nor did anything that was noted meanwhile open it.
-    for mood in [Mood::Well, Mood::Gone] {
+    // Nothing recorded meanwhile may open it either.
+    for condition in [Condition::Healthy, Condition::Down] {
         registry.state().front = None;
-        registry.mood(mood);
+        registry.condition(condition);
         for shows in ["", bob.as_str(), "Bearer made-up"] {
             for path in all("acme/app") {
-                let got = cache.get(&wish(path.clone(), false, shows)).await;
-                assert!(matches!(got, Got::No(_)), "{mood:?}: {path} to {shows}: {got:?}");
+                let got = cache.get(&client_request(path.clone(), false, shows)).await;
+                assert!(
+                    matches!(got, Got::No(_)),
+                    "{condition:?}: {path} to {shows}: {got:?}"
+                );
             }
         }
     }
     let got = cache
-        .get(&wish("/v2/acme/app/manifests/1".to_owned(), false, &alice))
+        .get(&client_request(
+            "/v2/acme/app/manifests/1".to_owned(),
+            false,
+            &alice,
+        ))
         .await;
     assert!(
         matches!(got, Got::Content(_, Some(_))),
-        "no page takes a right away: {got:?}"
+        "a page revoked a grant: {got:?}"
     );
 }

@@ -1,4 +1,4 @@
-//! A disk of which one call does not come back.
+//! File system with a blocked call.
 
 use std::io;
 use std::path::Path;
@@ -8,14 +8,14 @@ use std::time::{Duration, SystemTime};
 use ifnewer::store::fs::{Entry, FileSystem, FsFile, MemoryFs};
 use tokio::sync::Notify;
 
-use super::cache::{Cache, Got, PROVEN, Wish};
+use super::cache::{Cache, ClientRequest, Got, PROVEN};
+use super::random_walk::{basic, rules};
 use super::registry::Registry;
-use super::walk::{basic, rules};
 
-/// More cold requests than the store has places for reads.
+/// More cold requests than the store has permits for reads.
 const COLD: usize = 100;
 
-/// A disk whose calls do not come back while it is closed.
+/// File system whose calls block while it is closed.
 #[derive(Default)]
 struct Gated {
     disk: MemoryFs,
@@ -94,8 +94,8 @@ impl FileSystem for Gated {
     }
 }
 
-fn wish(user: &str, path: String) -> Wish {
-    Wish {
+fn client_request(user: &str, path: String) -> ClientRequest {
+    ClientRequest {
         site: PROVEN,
         path,
         head: false,
@@ -103,14 +103,14 @@ fn wish(user: &str, path: String) -> Wish {
     }
 }
 
-async fn got(cache: &Cache, wish: &Wish) -> Got {
-    let got = tokio::time::timeout(Duration::from_secs(30), cache.get(wish)).await;
-    got.unwrap_or_else(|_| panic!("{wish:?} waits for the disk"))
+async fn got(cache: &Cache, client_request: &ClientRequest) -> Got {
+    let got = tokio::time::timeout(Duration::from_secs(30), cache.get(client_request)).await;
+    got.unwrap_or_else(|_| panic!("{client_request:?} waits for the disk"))
 }
 
-/// On a runtime with one worker: a blocking call there would stop the test.
+/// One worker thread: a blocking call on it would stop the test.
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
-async fn t06_blocked_disk_call_stops_no_warm_request() {
+async fn t06_blocked_disk_call_does_not_block_warm_requests() {
     let registry = Registry::new();
     registry.user("alice", "alice-secret");
     for repository in ["acme/app", "acme/cold"] {
@@ -128,13 +128,13 @@ async fn t06_blocked_disk_call_stops_no_warm_request() {
     let warm: Vec<_> = ["/v2/acme/app/manifests/1".to_owned()]
         .into_iter()
         .chain(paths)
-        .map(|path| wish("alice", path))
+        .map(|path| client_request("alice", path))
         .collect();
-    // Fetched, and then read into memory.
+    // The first request fetches, the second reads into memory.
     for _ in 0..3 {
-        for wish in &warm {
-            assert!(matches!(got(&cache, wish).await, Got::Content(..)));
-            cache.pull.downloads().idle().await;
+        for client_request in &warm {
+            assert!(matches!(got(&cache, client_request).await, Got::Content(..)));
+            cache.proxy.downloads().idle().await;
         }
     }
 
@@ -143,13 +143,16 @@ async fn t06_blocked_disk_call_stops_no_warm_request() {
         let cache = Arc::clone(&cache);
         tokio::spawn(async move {
             let path = format!("/v2/acme/cold/manifests/{}", number + 1);
-            cache.get(&wish("alice", path)).await
+            cache.get(&client_request("alice", path)).await
         })
     });
     let cold: Vec<_> = cold.collect();
     disk.reached.notified().await;
-    for wish in &warm {
-        assert!(matches!(got(&cache, wish).await, Got::Content(..)), "{wish:?}");
+    for client_request in &warm {
+        assert!(
+            matches!(got(&cache, client_request).await, Got::Content(..)),
+            "{client_request:?}"
+        );
     }
 
     disk.reopen();

@@ -1,4 +1,4 @@
-//! The program under test: store and road in this process. What a client gets is read to its last byte.
+//! Program under test: store and proxy in this process. Response bodies are read to the end.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -24,13 +24,13 @@ use ifnewer::upstream::{ProxyChoice, Settings, Transport, Upstream, UpstreamCred
 
 use super::registry::{CLIENT, OCI_MANIFEST, Registry, clock, now};
 
-/// The site where each client needs a right of its own.
+/// Upstream with per-client authorization.
 pub const PROVEN: &str = "registry.test";
-/// The site where whoever reaches us is entitled.
+/// Upstream with shared access.
 pub const SHARED: &str = "shared.test";
 
 pub struct Cache {
-    pub pull: Arc<ProxyService>,
+    pub proxy: Arc<ProxyService>,
     pub proven: Arc<UpstreamRegistry>,
     pub shared: Arc<UpstreamRegistry>,
     store: Arc<Store>,
@@ -40,7 +40,7 @@ pub struct Cache {
 
 #[derive(Clone)]
 struct Parts {
-    /// As in the program, one for all upstreams and reloads: to make it reads the system's certificates.
+    /// One for all upstreams and reloads, as in the program, because creating it reads the system's certificates.
     connector: Transport,
     rules: Rules,
     disk: Disk,
@@ -54,22 +54,22 @@ enum Disk {
     Folder(Arc<tempfile::TempDir>),
 }
 
-/// What a client got.
+/// What a client received.
 #[derive(Debug)]
 pub enum Got {
-    /// Content of this digest; of a HEAD without bytes.
+    /// Content with this digest; no bytes for `HEAD`.
     Content(Digest, Option<Bytes>),
     List,
     No(&'static str),
 }
 
-/// What a client asks for.
+/// A client's request.
 #[derive(Clone, Debug)]
-pub struct Wish {
+pub struct ClientRequest {
     pub site: &'static str,
     pub path: String,
     pub head: bool,
-    /// The `Authorization` it shows; empty for none.
+    /// `Authorization` header; empty for none.
     pub shows: String,
 }
 
@@ -83,7 +83,7 @@ impl Cache {
         })
     }
 
-    /// On a disk of the test's own.
+    /// On a file system of the test.
     pub fn over(registry: &Registry, rules: Rules, disk: &Arc<impl FileSystem>) -> Cache {
         Cache::start(Parts {
             connector: Transport::with_dialer(registry.dial()),
@@ -93,7 +93,7 @@ impl Cache {
         })
     }
 
-    /// On a real folder, where grants outlive a restart.
+    /// On a real folder, so that grants survive a restart.
     pub fn on_disk(registry: &Registry, rules: Rules) -> Cache {
         Cache::start(Parts {
             connector: Transport::with_dialer(registry.dial()),
@@ -103,7 +103,7 @@ impl Cache {
         })
     }
 
-    /// On a real folder, with tokens of ours while the token service is silent.
+    /// On a real folder, with local tokens while the token service is unavailable.
     pub fn giving_tokens(registry: &Registry, rules: Rules) -> Cache {
         Cache::start(Parts {
             connector: Transport::with_dialer(registry.dial()),
@@ -119,18 +119,19 @@ impl Cache {
             Disk::Given(given) => Arc::clone(given),
             Disk::Folder(folder) => Arc::new(DirectoryFs::open(folder_path(folder)).unwrap()),
         };
-        // On a thread that may block.
+        // On a blocking thread.
         let open = || Store::open(&StoreSettings::default(), fs, now()).unwrap();
         let store = std::thread::scope(|scope| scope.spawn(open).join().unwrap());
         let store = Arc::new(store);
         let downloads = Downloads::new(Arc::clone(&store), BufferPool::default(), 64);
-        let pull = ProxyService::new(Arc::clone(&store), downloads, (clock(), Telemetry::new()));
-        Cache::with_settings(Arc::new(pull), store, Arc::default(), parts, false)
+        let proxy = ProxyService::new(Arc::clone(&store), downloads, (clock(), Telemetry::new()));
+        Cache::with_settings(Arc::new(proxy), store, Arc::default(), parts, false)
     }
 
-    /// The settings of `parts` over what is learned and under way. `opened`: whoever reaches the proven site is entitled.
+    /// New settings of `parts` over the learned state and running work. `opened`: the per-client upstream becomes
+    /// shared.
     fn with_settings(
-        pull: Arc<ProxyService>,
+        proxy: Arc<ProxyService>,
         store: Arc<Store>,
         states: Arc<RegistryStates>,
         parts: Parts,
@@ -143,7 +144,9 @@ impl Cache {
             let own = is_shared.then(|| UpstreamCredential::new("service", "service-secret"));
             settings.credential = own.map(Into::into);
             let access = if is_shared {
-                Access::Shared { own_credential: true }
+                Access::Shared {
+                    proxy_credential: true,
+                }
             } else {
                 Access::PerClient
             };
@@ -157,7 +160,7 @@ impl Cache {
             proven = proven.with_local_tokens(format!("http://{PROVEN}/token").parse().unwrap());
         }
         Cache {
-            pull,
+            proxy,
             proven: Arc::new(proven),
             shared: Arc::new(site(SHARED, true)),
             store,
@@ -166,32 +169,32 @@ impl Cache {
         }
     }
 
-    /// The same process with other settings, as after SIGHUP. Requests under way go on with this one.
+    /// The same process with other settings, as after SIGHUP. Running requests continue with this value.
     pub fn reload(&self, rules: Rules, opened: bool) -> Cache {
         let parts = Parts {
             rules,
             ..self.parts.clone()
         };
-        let (pull, store) = (Arc::clone(&self.pull), Arc::clone(&self.store));
-        Cache::with_settings(pull, store, Arc::clone(&self.states), parts, opened)
+        let (proxy, store) = (Arc::clone(&self.proxy), Arc::clone(&self.store));
+        Cache::with_settings(proxy, store, Arc::clone(&self.states), parts, opened)
     }
 
-    /// Ends without an orderly close, and starts again on the same disk. The registry has cut all connections.
+    /// Kills the process and starts it again on the same disk. The registry has cut all connections.
     pub async fn kill(self, rules: Rules) -> Cache {
         let Cache {
-            pull, store, parts, ..
+            proxy, store, parts, ..
         } = self;
-        drop(pull);
+        drop(proxy);
         Cache::start_again(store, Parts { rules, ..parts }).await
     }
 
-    /// Ends, and starts again on the same disk.
+    /// Stops the process and starts it again on the same disk.
     pub async fn restart(self, rules: Rules) -> Cache {
         let Cache {
-            pull, store, parts, ..
+            proxy, store, parts, ..
         } = self;
-        pull.downloads().idle().await;
-        drop(pull);
+        proxy.downloads().idle().await;
+        drop(proxy);
         let closing = Arc::clone(&store);
         tokio::task::spawn_blocking(move || closing.close())
             .await
@@ -200,7 +203,7 @@ impl Cache {
     }
 
     async fn start_again(store: Arc<Store>, parts: Parts) -> Cache {
-        // Tasks that still hold it end with their turn.
+        // Tasks that hold a reference end soon.
         let mut store = Some(store);
         while Arc::strong_count(store.as_ref().unwrap()) > 1 {
             tokio::time::sleep(std::time::Duration::from_millis(100)).await;
@@ -209,8 +212,8 @@ impl Cache {
         Cache::start(parts)
     }
 
-    /// What a client that fetched a token with this `Authorization` (empty for none) for a repository shows then. `None`
-    /// if it is refused.
+    /// `Authorization` of a client that fetched a token for the repository with this login (empty for none). `None`
+    /// if the login was denied.
     pub async fn log_in(&self, account: &str, repository: &str) -> Option<String> {
         let realm = self.proven.realm().unwrap();
         let query = format!("scope=repository:{repository}:pull");
@@ -228,8 +231,8 @@ impl Cache {
             base: String::new(),
         };
         match self
-            .pull
-            .log_in(&self.proven, realm, asked, passing)
+            .proxy
+            .request_token(&self.proven, realm, asked, passing)
             .await
             .unwrap()
         {
@@ -241,30 +244,35 @@ impl Cache {
         }
     }
 
-    pub async fn get(&self, wish: &Wish) -> Got {
-        self.get_with_cause(wish).await.0
+    pub async fn get(&self, client_request: &ClientRequest) -> Got {
+        self.get_with_cause(client_request).await.0
     }
 
-    /// What a client gets, and why the upstream was not asked, or gave no usable answer, where that is the reason.
-    pub async fn get_with_cause(&self, wish: &Wish) -> (Got, Option<UpstreamFailure>) {
-        let method = if wish.head { Method::HEAD } else { Method::GET };
+    /// What a client receives, and why the upstream was unavailable, if it was.
+    pub async fn get_with_cause(&self, client_request: &ClientRequest) -> (Got, Option<UpstreamFailure>) {
+        let method = if client_request.head {
+            Method::HEAD
+        } else {
+            Method::GET
+        };
         let mut headers = HeaderMap::new();
         headers.append(header::ACCEPT, HeaderValue::from_static(OCI_MANIFEST));
-        let site = if wish.site == SHARED {
+        let site = if client_request.site == SHARED {
             &self.shared
         } else {
             &self.proven
         };
-        let authorization = (!wish.shows.is_empty()).then(|| HeaderValue::from_str(&wish.shows).unwrap());
-        let endpoint = Endpoint::parse(&method, &wish.path, None).unwrap();
+        let authorization =
+            (!client_request.shows.is_empty()).then(|| HeaderValue::from_str(&client_request.shows).unwrap());
+        let endpoint = Endpoint::parse(&method, &client_request.path, None).unwrap();
         let request = Request {
             writes: endpoint
                 .repository()
                 .map(|repository| site.writes(repository))
                 .unwrap_or_default(),
-            site: Arc::clone(site),
+            registry: Arc::clone(site),
             endpoint,
-            head: wish.head,
+            head: client_request.head,
             accept: Accept::read(&headers).unwrap(),
             authorization,
             now: now(),
@@ -274,29 +282,30 @@ impl Cache {
             range: RangeRequest::None,
             needs_length: false,
         };
-        let outcome = self.pull.answer(request).await;
+        let outcome = self.proxy.handle(request).await;
         let cause = match &outcome {
-            ProxyResponse::Manifest(_, how)
-            | ProxyResponse::Blob { how, .. }
-            | ProxyResponse::Listing(_, how)
-            | ProxyResponse::StreamedList(_, how) => match how.reason {
+            ProxyResponse::Manifest(_, info)
+            | ProxyResponse::Blob { info, .. }
+            | ProxyResponse::Listing(_, info)
+            | ProxyResponse::StreamedList(_, info) => match info.reason {
                 ServeReason::Cached(served) => served.cause(),
                 _ => None,
             },
             _ => None,
         };
         let got = match outcome {
-            ProxyResponse::Manifest(manifest, _) => {
-                Got::Content(manifest.digest, (!wish.head).then(|| manifest.bytes.clone()))
-            }
+            ProxyResponse::Manifest(manifest, _) => Got::Content(
+                manifest.digest,
+                (!client_request.head).then(|| manifest.bytes.clone()),
+            ),
             ProxyResponse::ManifestHead { digest, .. } => Got::Content(digest, None),
             ProxyResponse::Blob { digest, content, .. } => match whole(content).await {
                 Ok(bytes) => Got::Content(digest, bytes),
                 Err(why) => Got::No(why),
             },
             ProxyResponse::Listing(..) => Got::List,
-            ProxyResponse::Denied(refused) => Got::No(refused.refusal.name()),
-            _ => panic!("an outcome of another kind"),
+            ProxyResponse::Denied(refused) => Got::No(refused.reason.name()),
+            _ => panic!("unexpected kind of response"),
         };
         (got, cause)
     }

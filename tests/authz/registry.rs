@@ -1,5 +1,5 @@
-//! A registry in memory, reached over pipes: a token service, rights by user and repository, outages of every kind. It
-//! remembers what it said, and to whom: that is all the model knows.
+//! In-memory registry, reached over pipes: a token service, access by user and repository, and all kinds of outages.
+//! It records each response and its recipient, which is all the model knows.
 
 use std::cell::Cell;
 use std::collections::{BTreeMap, BTreeSet};
@@ -23,21 +23,21 @@ use ifnewer::upstream::{AddressLimit, DialError, DialFuture, DialedStream, Diale
 use tokio::task::AbortHandle;
 
 pub const OCI_MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
-/// What a client's own question to the token service carries, and ours does not.
+/// Header of a client's own token request; the cache's requests lack it.
 pub const CLIENT: &str = "x-client";
 const OCI_INDEX: &str = "application/vnd.oci.image.index.v1+json";
 
 thread_local! {
-    /// The time of day, in seconds. Of this thread, so that walks beside each other have a clock each.
+    /// Wall clock in seconds. Per thread, so that parallel walks have separate clocks.
     static NOW: Cell<u64> = const { Cell::new(1_800_000_000) };
 }
 
-/// The time of day of this thread.
+/// Wall clock of this thread.
 pub fn now() -> SystemTime {
     SystemTime::UNIX_EPOCH + Duration::from_secs(NOW.get())
 }
 
-/// Sets the clock by so many seconds.
+/// Moves the clock by this many seconds.
 pub fn jump(seconds: i64) {
     NOW.set(NOW.get().saturating_add_signed(seconds));
 }
@@ -46,53 +46,53 @@ pub fn clock() -> Clock {
     Clock::from_fn(now)
 }
 
-/// What goes wrong, for everybody.
+/// Condition of the registry for all clients.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Mood {
-    Well,
-    /// Nobody listens.
-    Gone,
-    /// Requests are taken and answered only when the mood changes, with what was true when they came.
-    Stalls,
-    /// As [`Mood::Stalls`], but only for what is said to a token: the token service answers at once.
-    Holds,
+pub enum Condition {
+    Healthy,
+    /// Connections are refused.
+    Down,
+    /// Requests are accepted, and answered only when the condition changes, with the state at their arrival.
+    Stalled,
+    /// As [`Condition::Stalled`], but only for requests with a token; the token service responds at once.
+    HoldsTokenResponses,
     Status(u16),
     /// Only the token service is down.
-    NoTokens,
+    TokenServiceDown,
 }
 
-/// How a registry says no.
+/// Form of a denial.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum No {
     Unauthorized,
     Denied,
-    /// As if there were no such repository.
+    /// 404, as for an unknown repository.
     Masked,
 }
 
-/// One word of the registry.
+/// One response of the registry.
 #[derive(Clone)]
-pub struct Word {
-    /// The credential it was said to, as the client wrote it; empty for none.
+pub struct RegistryResponse {
+    /// Credential of the request as the client sent it; empty for none.
     pub to: String,
-    /// The credential for which the one shown was given by the token service, where that is known here.
+    /// Login for which the token service issued that credential, if known here.
     pub account: String,
-    /// The host that was asked.
+    /// Requested host.
     pub site: String,
-    /// Empty at the token service.
+    /// Empty for the token service.
     pub repository: String,
-    /// The digest it was about, where it named one.
+    /// Digest of the content, if named.
     pub digest: Option<Digest>,
-    /// About a manifest or a blob, and not about a list.
+    /// For a manifest or a blob, not for a list.
     pub is_content: bool,
     pub yes: bool,
-    /// When it was decided, among all words. Words stand in the order in which they were delivered.
+    /// Position among all decisions. Responses are stored in order of delivery.
     pub decided: usize,
     pub at: SystemTime,
 }
 
-/// On one line, for walks are long.
-impl fmt::Debug for Word {
+/// One line, because walks are long.
+impl fmt::Debug for RegistryResponse {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let said = if self.yes { "yes" } else { "no" };
         let kind = if self.is_content { "content" } else { "list" };
@@ -121,18 +121,18 @@ pub struct Shelf {
 }
 
 pub struct State {
-    pub mood: Mood,
-    /// What answers in its place.
-    pub front: Option<super::fronts::Front>,
+    pub condition: Condition,
+    /// Front that responds in its place.
+    pub front: Option<super::hostile_fronts::Front>,
     pub no: No,
     pub shelves: BTreeMap<String, Shelf>,
     pub public: BTreeSet<String>,
     /// user, repository
     pub rights: BTreeSet<(String, String)>,
-    /// May see lists, and nothing else.
+    /// May read lists only.
     pub lists: BTreeSet<(String, String)>,
-    pub words: Vec<Word>,
-    /// Whether it ever told anybody to ask less often.
+    pub responses: Vec<RegistryResponse>,
+    /// Whether it ever sent a rate limit.
     pub has_limited: bool,
     /// Method and path of each request.
     pub asked: Vec<String>,
@@ -146,9 +146,9 @@ pub struct State {
 #[derive(Clone)]
 struct Token {
     user: String,
-    /// The credential that the client shows.
+    /// Credential of the client.
     shown: String,
-    /// The credential that it was given for, where the client fetched it.
+    /// Login for which it was issued, if the client fetched it.
     account: String,
 }
 
@@ -161,14 +161,14 @@ pub struct Registry {
 impl Registry {
     pub fn new() -> Registry {
         let state = State {
-            mood: Mood::Well,
+            condition: Condition::Healthy,
             front: None,
             no: No::Unauthorized,
             shelves: BTreeMap::new(),
             public: BTreeSet::new(),
             rights: BTreeSet::new(),
             lists: BTreeSet::new(),
-            words: Vec::new(),
+            responses: Vec::new(),
             has_limited: false,
             asked: Vec::new(),
             decided: 0,
@@ -191,12 +191,12 @@ impl Registry {
         self.state.lock().unwrap()
     }
 
-    pub fn mood(&self, mood: Mood) {
-        self.state().mood = mood;
+    pub fn condition(&self, condition: Condition) {
+        self.state().condition = condition;
         self.changed.send_replace(());
     }
 
-    /// Cuts every connection: what was not answered never will be.
+    /// Cuts every connection; unanswered requests stay unanswered.
     pub fn cut(&self) {
         for connection in self.state().connections.drain(..) {
             connection.abort();
@@ -209,7 +209,7 @@ impl Registry {
             .insert(name.to_owned(), password.to_owned());
     }
 
-    /// A token as the user's own client gets it: what that client then shows.
+    /// `Authorization` with a token as the user's own client fetches it.
     pub fn bearer(&self, user: &str) -> String {
         let (token, shown) = (format!("direct-{user}"), format!("Bearer direct-{user}"));
         let given = Token {
@@ -221,7 +221,7 @@ impl Registry {
         shown
     }
 
-    /// The token service refuses the user's password from now on.
+    /// From now on the token service denies the user's password.
     pub fn forgets(&self, user: &str) {
         self.state().passwords.remove(user);
     }
@@ -238,7 +238,7 @@ impl Registry {
             .remove(&(user.to_owned(), repository.to_owned()));
     }
 
-    /// A new image under this tag, its layers of the given sizes; what distinguishes its bytes is `mark`.
+    /// Pushes a new image under this tag with layers of the given sizes; `mark` makes its bytes unique.
     pub fn push(&self, repository: &str, tag: &str, mark: &str, sizes: &[usize]) -> Digest {
         let blobs: Vec<Bytes> = sizes
             .iter()
@@ -268,7 +268,7 @@ impl Registry {
         digest
     }
 
-    /// The manifest of another repository's image, without any of the image's blobs: it merely names them.
+    /// Pushes the manifest of another repository's image without its blobs.
     pub fn names_what_is_in(&self, repository: &str, tag: &str, other: &str, digest: Digest) {
         let mut state = self.state();
         let manifest = state.shelves[other].manifests[&digest].clone();
@@ -284,27 +284,28 @@ impl Registry {
     async fn act(self, request: Request<Incoming>) -> Result<Response<Full<Bytes>>, Infallible> {
         let mut changed = self.changed.subscribe();
         changed.mark_unchanged();
-        let ((answer, word), mood) = {
+        let ((answer, word), condition) = {
             let mut state = self.state();
-            (state.answer(&request), state.mood)
+            (state.answer(&request), state.condition)
         };
-        let waits = mood == Mood::Stalls || (mood == Mood::Holds && word.is_some());
+        let waits = condition == Condition::Stalled
+            || (condition == Condition::HoldsTokenResponses && word.is_some());
         if waits {
             let _ = changed.changed().await;
         }
-        // Others have their turn meanwhile.
+        // Lets other tasks run.
         tokio::time::sleep(Duration::from_millis(1)).await;
-        // Who waits no longer has hung up, and this is never reached.
+        // A cancelled request never reaches this.
         self.state()
-            .words
-            .extend(word.map(|word| Word { at: now(), ..word }));
+            .responses
+            .extend(word.map(|word| RegistryResponse { at: now(), ..word }));
         Ok(answer)
     }
 }
 
 impl State {
-    #[expect(clippy::too_many_lines, reason = "one row for each kind of request")]
-    fn answer(&mut self, request: &Request<Incoming>) -> (Response<Full<Bytes>>, Option<Word>) {
+    #[expect(clippy::too_many_lines, reason = "one arm for each kind of request")]
+    fn answer(&mut self, request: &Request<Incoming>) -> (Response<Full<Bytes>>, Option<RegistryResponse>) {
         let path = request.uri().path().to_owned();
         self.asked.push(format!("{} {path}", request.method()));
         let site = request.headers()[HOST].to_str().unwrap().to_owned();
@@ -322,12 +323,13 @@ impl State {
             let may = user
                 .zip(repository)
                 .is_some_and(|right| self.rights.contains(&right));
-            let is_free = matches!(path.as_str(), "/token" | "/v2/") && site != super::fronts::ELSEWHERE;
+            let is_free =
+                matches!(path.as_str(), "/token" | "/v2/") && site != super::hostile_fronts::ELSEWHERE;
             if let Some(answer) = front.answer(&site, &path, may || is_free) {
                 return (answer, None);
             }
         }
-        if let Mood::Status(status) = self.mood {
+        if let Condition::Status(status) = self.condition {
             self.has_limited |= status == 429;
             let builder = Response::builder().status(status);
             return (
@@ -339,7 +341,7 @@ impl State {
             let fetched = request.headers().contains_key(CLIENT);
             let answer = self.token(&shown, fetched);
             let decided = answer.status() == StatusCode::OK || answer.status() == StatusCode::UNAUTHORIZED;
-            let word = (fetched && decided).then(|| Word {
+            let word = (fetched && decided).then(|| RegistryResponse {
                 to: shown,
                 account: String::new(),
                 site,
@@ -370,7 +372,7 @@ impl State {
         let may = self.public.contains(repository)
             || self.rights.contains(&right)
             || (!is_content && self.lists.contains(&right));
-        let mut word = Word {
+        let mut word = RegistryResponse {
             to: shown,
             account,
             site: site.clone(),
@@ -434,7 +436,7 @@ impl State {
 
     /// `fetched`: by the client itself.
     fn token(&mut self, shown: &str, fetched: bool) -> Response<Full<Bytes>> {
-        if self.mood == Mood::NoTokens {
+        if self.condition == Condition::TokenServiceDown {
             return status(StatusCode::BAD_GATEWAY);
         }
         let user = if shown.is_empty() {
@@ -517,7 +519,7 @@ impl Dialer for Pipes {
     fn dial(&self, _: &Uri, _: &AddressLimit, _: Duration) -> DialFuture {
         let (registry, taken) = (self.0.clone(), self.0.clone());
         Box::pin(async move {
-            if registry.state().mood == Mood::Gone {
+            if registry.state().condition == Condition::Down {
                 return Err(DialError {
                     cause: UpstreamFailure::ConnectionRefused,
                     detail: None,
@@ -528,9 +530,9 @@ impl Dialer for Pipes {
             let connection = tokio::spawn(async move {
                 let service = service_fn(move |request| {
                     let registry = registry.clone();
-                    // A connection from before the outage breaks with it.
+                    // Connections from before the outage break.
                     async move {
-                        if registry.state().mood == Mood::Gone {
+                        if registry.state().condition == Condition::Down {
                             return Err(std::io::Error::from(std::io::ErrorKind::ConnectionReset));
                         }
                         Ok(registry.act(request).await.unwrap_or_else(|never| match never {}))

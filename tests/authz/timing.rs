@@ -1,19 +1,19 @@
-//! Whether how long a no takes tells what is held: who has no right asks for a digest that is held and for one that
-//! nobody has, and neither what is done for it nor how long that takes may tell the two apart.
+//! Timing of denials: a client without a grant requests a cached digest and an unknown one. Neither the work done nor
+//! its time may differ.
 
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::cache::{Cache, Got, PROVEN, Wish};
-use super::looks::Counted;
-use super::registry::{Mood, Registry, of};
-use super::walk::rules;
+use super::cache::{Cache, ClientRequest, Got, PROVEN};
+use super::counting_disk::Counted;
+use super::random_walk::rules;
+use super::registry::{Condition, Registry, of};
 
 const PAIRS: usize = 10_000;
-/// Below this, two samples are taken to differ.
+/// Below this probability, two samples count as different.
 const P_MIN: f64 = 0.01;
-/// Where nothing differs, one round in a hundred says that something does, and a busy machine makes more of them say so.
-/// A difference that is there shows in every round.
+/// With equal distributions one round in a hundred reports a difference, and more do on a busy machine. A real
+/// difference shows in every round.
 const ROUNDS: usize = 5;
 const DIGESTS: usize = 32;
 
@@ -26,16 +26,16 @@ struct Stage {
     registry: Registry,
     disk: Arc<Counted>,
     cache: Cache,
-    /// Of manifests.
+    /// Digests of cached manifests.
     held_manifests: Vec<String>,
-    /// Large enough for a file.
+    /// Digests of cached blobs that are large enough for a file.
     held_blobs: Vec<String>,
     absent: Vec<String>,
-    /// What bob's client shows.
+    /// Credential of bob's client.
     bob: String,
 }
 
-/// Alice has pulled all of `acme/app`, in which bob may read nothing.
+/// Alice has pulled all of `acme/app`, where bob has no access.
 async fn stage() -> Stage {
     let registry = Registry::new();
     registry.user("alice", "alice-secret");
@@ -62,10 +62,10 @@ async fn stage() -> Stage {
         .map(|digest| MANIFEST(digest))
         .chain(held_blobs.iter().map(|digest| BLOB(digest)));
     for path in paths {
-        let got = cache.get(&wish(path, &alice)).await;
+        let got = cache.get(&client_request(path, &alice)).await;
         assert!(matches!(got, Got::Content(_, Some(_))), "{got:?}");
     }
-    cache.pull.downloads().idle().await;
+    cache.proxy.downloads().idle().await;
     let absent = (0..DIGESTS).map(|n| of(format!("nobody has {n}").as_bytes()).to_string());
     Stage {
         bob: registry.bearer("bob"),
@@ -78,8 +78,8 @@ async fn stage() -> Stage {
     }
 }
 
-fn wish(path: String, shows: &str) -> Wish {
-    Wish {
+fn client_request(path: String, shows: &str) -> ClientRequest {
+    ClientRequest {
         site: PROVEN,
         path,
         head: false,
@@ -88,22 +88,22 @@ fn wish(path: String, shows: &str) -> Wish {
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_same_is_done_for_what_is_held_and_for_what_nobody_has() {
+async fn denial_does_same_work_for_cached_and_unknown() {
     let stage = stage().await;
-    for mood in [Mood::Well, Mood::Gone] {
-        stage.registry.mood(mood);
+    for condition in [Condition::Healthy, Condition::Down] {
+        stage.registry.condition(condition);
         for (path, held) in [(BLOB, &stage.held_blobs), (MANIFEST, &stage.held_manifests)] {
             for head in [false, true] {
                 let mut done = Vec::new();
-                // The first question of all also finds out what the registry is like.
+                // The first request also detects the registry's quirks.
                 for digest in [&stage.absent[1], &held[0], &stage.absent[0], &held[1]] {
                     let asked = stage.registry.asked().len();
                     let looks = stage.disk.looks();
-                    let wish = Wish {
+                    let client_request = ClientRequest {
                         head,
-                        ..wish(path(digest), &stage.bob)
+                        ..client_request(path(digest), &stage.bob)
                     };
-                    let Got::No(why) = stage.cache.get(&wish).await else {
+                    let Got::No(why) = stage.cache.get(&client_request).await else {
                         panic!("bob was served")
                     };
                     let asked = stage.registry.asked()[asked..].join(", ");
@@ -113,11 +113,11 @@ async fn the_same_is_done_for_what_is_held_and_for_what_nobody_has() {
                         stage.disk.looks() - looks,
                     ));
                 }
-                assert_eq!(done[1], done[2], "{mood:?}");
-                assert_eq!(done[2], done[3], "{mood:?}");
+                assert_eq!(done[1], done[2], "{condition:?}");
+                assert_eq!(done[2], done[3], "{condition:?}");
                 assert!(
                     done.iter().all(|(_, _, looks)| *looks == 0),
-                    "{mood:?}: nothing is looked up before the yes"
+                    "{condition:?}: nothing is looked up before the yes"
                 );
             }
         }
@@ -125,10 +125,10 @@ async fn the_same_is_done_for_what_is_held_and_for_what_nobody_has() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn how_long_a_no_takes_does_not_tell_what_is_held() {
+async fn denial_time_does_not_reveal_cached_content() {
     let stage = stage().await;
-    for mood in [Mood::Well, Mood::Gone] {
-        stage.registry.mood(mood);
+    for condition in [Condition::Healthy, Condition::Down] {
+        stage.registry.condition(condition);
         let mut told = Vec::new();
         for round in 0..ROUNDS {
             let p = kolmogorov_smirnov(pairs(&stage, round).await);
@@ -137,17 +137,17 @@ async fn how_long_a_no_takes_does_not_tell_what_is_held() {
                 break;
             }
         }
-        eprintln!("{mood:?}: p = {told:.3?}");
+        eprintln!("{condition:?}: p = {told:.3?}");
         assert!(
             told.last().is_some_and(|p| *p > P_MIN),
-            "{mood:?}: what is held is told by the time in each of {ROUNDS} rounds: p = {told:?}"
+            "{condition:?}: what is held is told by the time in each of {ROUNDS} rounds: p = {told:?}"
         );
     }
 }
 
-/// The checker is able to find a difference: one of a fifth, as a look at the disk would make.
+/// The check detects a difference of one fifth, about the cost of one disk read.
 #[test]
-fn a_difference_is_found() {
+fn timing_check_detects_a_difference() {
     let noise = |n: u64| (n.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 40) as f64;
     let sample = |from: u64| {
         (0..PAIRS as u64)
@@ -159,17 +159,17 @@ fn a_difference_is_found() {
     assert!(kolmogorov_smirnov((sample(0), slower)) < P_MIN);
 }
 
-/// How long each took, in nanoseconds: held, and absent. Interleaved, in an order that changes, so that whatever else
-/// the machine does meets both alike.
+/// Durations in nanoseconds, cached and unknown. Interleaved in a varying order, so that other load affects both
+/// equally.
 async fn pairs(stage: &Stage, round: usize) -> (Vec<f64>, Vec<f64>) {
     let (mut held, mut absent) = (Vec::with_capacity(PAIRS), Vec::with_capacity(PAIRS));
     for n in 0..PAIRS {
         let first_held = (n ^ (n >> 3) ^ (n >> 7) ^ round).is_multiple_of(2);
         for is_held in [first_held, !first_held] {
             let digests = if is_held { &stage.held_blobs } else { &stage.absent };
-            let wish = wish(BLOB(&digests[n % DIGESTS]), &stage.bob);
+            let client_request = client_request(BLOB(&digests[n % DIGESTS]), &stage.bob);
             let began = Instant::now();
-            let got = stage.cache.get(&wish).await;
+            let got = stage.cache.get(&client_request).await;
             let took = began.elapsed().as_nanos() as f64;
             assert!(matches!(got, Got::No(_)), "{got:?}");
             if is_held {
@@ -178,7 +178,7 @@ async fn pairs(stage: &Stage, round: usize) -> (Vec<f64>, Vec<f64>) {
                 absent.push(took);
             }
         }
-        stage.registry.state().words.clear();
+        stage.registry.state().responses.clear();
         stage.registry.state().asked.clear();
     }
     (held, absent)

@@ -1,9 +1,10 @@
-//! The life of a process under random events: reloads, restarts, kills, pushes and deletions through the cache and past
-//! it, revoked rights, outages, jumps of the clock, and answers that come late over any of these.
+//! Process lifecycle under random events: reloads, restarts, kills, pushes and deletions through the cache and past
+//! it, revocations, outages, clock jumps, and responses that arrive late over any of these.
 //!
-//! Two laws. Rights: no client gets what no word of the registry entitles it to (`model`). Order: no client gets an image
-//! older than a write that the cache has acknowledged before the client asked; and while the registry answers, none older
-//! than what the policy lets the cache serve unasked, where a write of unknown outcome counts as a reason to ask.
+//! Two invariants. Authorization: no client receives content that no response of the registry authorizes (`model`).
+//! Order: no client receives an image older than a write that the cache acknowledged before the request. While the
+//! registry responds, none is older than what the policy allows without revalidation, and a write of unknown outcome
+//! forces a revalidation.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -16,17 +17,17 @@ use serde_json::Value;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
-use super::cache::{Cache, Got, PROVEN, SHARED, Wish};
+use super::cache::{Cache, ClientRequest, Got, PROVEN, SHARED};
 use super::model::{Claim, entitles};
-use super::registry::{Mood, No, Registry, jump, now};
-use super::walk::{Dice, REPOSITORIES, TAGS, USERS, basic, rules, seed, steps, stocked};
+use super::random_walk::{Dice, REPOSITORIES, TAGS, USERS, basic, rules, seed, steps, stocked};
+use super::registry::{Condition, No, Registry, jump, now};
 
 type Tag = (&'static str, &'static str);
 type Place = (&'static str, Tag);
 type Answer = (Ask, Got, SystemTime);
 
 #[tokio::test(start_paused = true)]
-async fn no_order_of_events_brings_back_a_right_or_a_tag() {
+async fn no_event_order_restores_revoked_grant_or_tag() {
     let registry = stocked();
     let mut life = Life::new(&registry, Cache::new(&registry, rules(false)), seed() + 10);
     life.run(steps(10_000)).await;
@@ -34,28 +35,28 @@ async fn no_order_of_events_brings_back_a_right_or_a_tag() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn nor_where_the_index_outlives_the_process() {
+async fn persistent_index_restores_no_grant_or_tag() {
     let registry = stocked();
     let mut life = Life::new(&registry, Cache::on_disk(&registry, rules(false)), seed() + 11);
     life.run(steps(1_500)).await;
     life.covered(1);
 }
 
-/// A request, and what was known when it was sent.
+/// A request with the known state at its start.
 struct Ask {
-    wish: Wish,
+    client_request: ClientRequest,
     place: Place,
-    /// Whether it is about the tag itself.
+    /// Whether it is by tag.
     is_by_tag: bool,
     before: usize,
     is_silent: bool,
     is_opened: bool,
-    /// The version of the last acknowledged write.
+    /// Version of the last acknowledged write.
     acknowledged: usize,
-    /// The version that the registry has now, and that of the last write of unknown outcome.
+    /// Current version at the registry, and version of the last write of unknown outcome.
     current: usize,
     unknown: usize,
-    /// How often something has gone wrong by now.
+    /// Number of outages so far.
     troubles: usize,
 }
 
@@ -68,18 +69,18 @@ struct Life {
     cache: Arc<Cache>,
     dice: Dice,
     seed: u64,
-    /// What each tag named, in order; `None` where it was deleted.
+    /// Versions of each tag in order; `None` for a deletion.
     versions: BTreeMap<Tag, Vec<Option<Digest>>>,
     acknowledged: BTreeMap<Place, usize>,
     unknown: BTreeMap<Place, usize>,
-    /// Requests whose answers are late.
+    /// Requests with a delayed response.
     late: JoinSet<Answer>,
     is_sealed: bool,
     is_opened: bool,
     is_stalled: bool,
-    /// The registry is well, and holds back what it was asked before.
+    /// The registry responds and delays earlier requests.
     is_held_back: bool,
-    /// Where most things happen for a while, and to whom.
+    /// Tag and client of most events for a while.
     focus: (Place, &'static str),
     troubles: usize,
     pushes: usize,
@@ -164,8 +165,8 @@ impl Life {
         }
     }
 
-    /// Answers are on their way while the registry answers others at once: what happens meanwhile, in any order, and then
-    /// mostly an outage, in which there is nothing but what was learned.
+    /// Delayed responses while the registry answers other requests, with random events in between. Mostly followed by
+    /// an outage, in which only recorded state is used.
     async fn live_with_late_answers(&mut self) {
         let mut telemetry = [0, 1, 2, 3];
         for last in (1..telemetry.len()).rev() {
@@ -179,7 +180,7 @@ impl Life {
                 0 => self.reload(),
                 1 => {
                     self.registry.revokes(self.focus.1, self.focus.0.1.0);
-                    // The same tag would share the question that is held back, and hear of no denial.
+                    // A request for the same tag would join the delayed one and miss the denial.
                     self.pulls_of(Some(self.beside_focus())).await;
                     self.pulls_of(Some(self.focus.0)).await;
                 }
@@ -190,12 +191,12 @@ impl Life {
         self.release().await;
         if self.dice.roll(4) != 0 {
             self.troubles += 1;
-            self.registry.mood(Mood::Gone);
+            self.registry.condition(Condition::Down);
             self.pulls_of(Some(self.focus.0)).await;
         }
     }
 
-    /// A denial, the end of the process, and then an outage, in which only what is on the disk is known.
+    /// A denial, a process end and an outage: only the state on disk remains.
     async fn end_after_denial(&mut self) {
         self.release().await;
         let (place, user) = self.focus;
@@ -209,12 +210,12 @@ impl Life {
             self.kill().await;
         }
         self.troubles += 1;
-        self.registry.mood(Mood::Gone);
+        self.registry.condition(Condition::Down);
         self.pulls_of(Some(place)).await;
         self.count("end after a denial, then an outage");
     }
 
-    /// The whole image is cached: an incomplete one is not served in an outage.
+    /// Caches the complete image, because an incomplete one is not served in an outage.
     async fn completes_focus(&mut self) {
         let (place, user) = self.focus;
         let (site, (repository, tag)) = place;
@@ -230,13 +231,13 @@ impl Life {
         let layers = manifest["layers"].as_array().into_iter().flatten();
         for blob in layers.chain([&manifest["config"]]) {
             let digest = blob["digest"].as_str().unwrap();
-            let wish = Wish {
+            let client_request = ClientRequest {
                 site,
                 path: format!("/v2/{repository}/blobs/{digest}"),
                 head: false,
                 shows: basic(user, &format!("{user}-secret")),
             };
-            let _ = self.cache.get(&wish).await;
+            let _ = self.cache.get(&client_request).await;
         }
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
@@ -259,7 +260,7 @@ impl Life {
         }
     }
 
-    /// The tag names something else at the registry, or nothing. Says which version that is.
+    /// Moves or deletes the tag at the registry. Returns the new version.
     fn write(&mut self, tag: Tag) -> usize {
         self.pushes += 1;
         let named = if self.dice.roll(5) == 0 {
@@ -284,7 +285,7 @@ impl Life {
         }
     }
 
-    /// Mostly the same for a while, so that what happens meets.
+    /// Mostly the same place for a while, so that events interact.
     fn place(&mut self) -> Place {
         if self.dice.roll(5) == 0 {
             self.some_place()
@@ -309,37 +310,43 @@ impl Life {
 
     async fn change_mood(&mut self) {
         self.troubles += 1;
-        let is_well = self.registry.state().mood == Mood::Well;
+        let is_well = self.registry.state().condition == Condition::Healthy;
         if !is_well || self.is_stalled {
             self.release().await;
             return;
         }
-        // A limit is paced for long after it, which looks like trouble from outside: `walk` has those.
-        let moods = [Mood::Gone, Mood::Stalls, Mood::Holds, Mood::Holds, Mood::NoTokens];
-        let mood = *self.dice.pick(&moods);
-        if mood == Mood::Holds && self.dice.roll(2) == 0 {
+        // A rate limit is paced long after its end, which looks like an outage; `random_walk` covers those.
+        let moods = [
+            Condition::Down,
+            Condition::Stalled,
+            Condition::HoldsTokenResponses,
+            Condition::HoldsTokenResponses,
+            Condition::TokenServiceDown,
+        ];
+        let condition = *self.dice.pick(&moods);
+        if condition == Condition::HoldsTokenResponses && self.dice.roll(2) == 0 {
             self.completes_focus().await;
         }
-        self.registry.mood(mood);
-        if matches!(mood, Mood::Stalls | Mood::Holds) {
+        self.registry.condition(condition);
+        if matches!(condition, Condition::Stalled | Condition::HoldsTokenResponses) {
             self.is_stalled = true;
             if self.dice.roll(3) != 0 {
                 self.registry.lets(self.focus.1, self.focus.0.1.0);
             }
             self.pulls_of(Some(self.focus.0)).await;
-            // Later ones are answered; these stay late.
+            // Later requests are answered; these stay delayed.
             if self.dice.roll(3) != 0 {
-                self.registry.state().mood = Mood::Well;
+                self.registry.state().condition = Condition::Healthy;
                 self.is_held_back = true;
                 self.count("answers held back while the registry answers others");
             }
         }
     }
 
-    /// The registry is well, and answers what it held back.
+    /// The registry responds to all delayed requests.
     async fn release(&mut self) {
         self.troubles += 1;
-        self.registry.mood(Mood::Well);
+        self.registry.condition(Condition::Healthy);
         while let Some(answer) = self.late.join_next().await {
             self.judge(answer.unwrap());
         }
@@ -379,19 +386,19 @@ impl Life {
         self.count("restart");
     }
 
-    /// Whatever is under way ends without a word.
+    /// Running work ends without a result.
     async fn kill(&mut self) {
         self.troubles += 1;
         self.late.abort_all();
         while self.late.join_next().await.is_some() {}
-        self.registry.state().mood = Mood::Gone;
+        self.registry.state().condition = Condition::Down;
         self.registry.cut();
         let cache = self.taken();
         self.is_opened = false;
         self.cache = Arc::new(cache.kill(rules(self.is_sealed)).await);
         self.is_stalled = false;
         self.is_held_back = false;
-        self.registry.mood(Mood::Well);
+        self.registry.condition(Condition::Healthy);
         self.count("kill");
     }
 
@@ -400,15 +407,15 @@ impl Life {
         Arc::into_inner(std::mem::replace(&mut self.cache, other)).unwrap()
     }
 
-    /// A push or deletion by a client of the cache, with pulls before, between and after its steps.
+    /// A push or deletion through the cache, with pulls before, between and after its steps.
     async fn write_through(&mut self) {
         let place = self.place();
         let (repository, tag) = (place.1.0.parse().unwrap(), place.1.1.parse().unwrap());
         let site = self.site(place);
         let handed = self
             .cache
-            .pull
-            .hands_on(&site, WriteEffect::Tags(repository, vec![tag]))
+            .proxy
+            .begin_write(&site, WriteEffect::Tags(repository, vec![tag]))
             .await;
         drop(site);
         if self.dice.roll(3) == 0 {
@@ -423,17 +430,23 @@ impl Life {
                 if self.dice.roll(3) == 0 {
                     self.pulls_of(Some(place)).await;
                 }
-                self.cache.pull.written(handed, WriteOutcome::Succeeded).await;
+                self.cache
+                    .proxy
+                    .finish_write(handed, WriteOutcome::Succeeded)
+                    .await;
                 self.acknowledged.insert(place, version);
                 self.count("acknowledged write");
             }
             3 => {
-                self.cache.pull.written(handed, WriteOutcome::Rejected).await;
+                self.cache
+                    .proxy
+                    .finish_write(handed, WriteOutcome::Rejected)
+                    .await;
                 self.count("refused write");
             }
             4 => {
                 let version = self.write(place.1);
-                self.cache.pull.written(handed, WriteOutcome::Unknown).await;
+                self.cache.proxy.finish_write(handed, WriteOutcome::Unknown).await;
                 self.unknown.insert(place, version);
                 self.count("write of unknown outcome");
             }
@@ -445,7 +458,7 @@ impl Life {
                 self.count("kill during a write");
             }
         }
-        // A pull learns again what a late answer is about to take back.
+        // A pull records again what a late response would revert.
         if self.dice.roll(2) == 0 {
             self.pulls_of(Some(place)).await;
         }
@@ -456,7 +469,7 @@ impl Life {
         self.pulls_of(same).await;
     }
 
-    /// Some clients at once. Whose answer does not come soon is judged when it comes.
+    /// Pulls by several clients at once. A late response is checked when it arrives.
     async fn pulls_of(&mut self, same: Option<Place>) {
         let mut pulls = JoinSet::new();
         for _ in 0..=self.dice.roll(3) {
@@ -464,7 +477,7 @@ impl Life {
             let ask = self.ask(place);
             let cache = Arc::clone(&self.cache);
             pulls.spawn(async move {
-                let got = cache.get(&ask.wish).await;
+                let got = cache.get(&ask.client_request).await;
                 drop(cache);
                 (ask, got, now())
             });
@@ -476,7 +489,7 @@ impl Life {
             self.late
                 .spawn(async move { pulls.join_next().await.unwrap().unwrap() });
         }
-        // What goes on in the background ends before something else begins.
+        // Background work ends before the next event.
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
 
@@ -502,7 +515,7 @@ impl Life {
         };
         let known = |places: &BTreeMap<Place, usize>| places.get(&place).copied().unwrap_or_default();
         Ask {
-            wish: Wish {
+            client_request: ClientRequest {
                 site,
                 path,
                 head: self.dice.roll(4) == 0,
@@ -510,8 +523,8 @@ impl Life {
             },
             place,
             is_by_tag,
-            before: state.words.len(),
-            is_silent: state.mood != Mood::Well || self.is_stalled || self.is_silent(),
+            before: state.responses.len(),
+            is_silent: state.condition != Condition::Healthy || self.is_stalled || self.is_silent(),
             is_opened: self.is_opened,
             acknowledged: known(&self.acknowledged),
             current: self.versions[&(repository, tag)].len() - 1,
@@ -534,7 +547,7 @@ impl Life {
         };
         let is_silent = ask.is_silent
             || ask.troubles != self.troubles
-            || self.registry.state().mood != Mood::Well
+            || self.registry.state().condition != Condition::Healthy
             || self.is_silent();
         self.judge_right(&ask, digest, is_silent, at);
         if ask.is_by_tag {
@@ -550,26 +563,32 @@ impl Life {
         }
         let state = self.registry.state();
         let claim = Claim {
-            shows: &ask.wish.shows,
+            shows: &ask.client_request.shows,
             account: "",
             site,
             repository,
             digest: Some(digest),
             before: ask.before,
-            // Under `never` and with `on_not_found = "serve-stale"` a right is as good as in an outage.
+            // Under `never`, and with a stale response on 404, a grant is valid as long as in an outage.
             silent: is_silent || matches!(repository, "acme/never" | "acme/kept"),
             now: at,
         };
-        let own = |word: &&super::registry::Word| {
-            word.repository == repository && (word.to.is_empty() || word.to == ask.wish.shows)
+        let own = |word: &&super::registry::RegistryResponse| {
+            word.repository == repository && (word.to.is_empty() || word.to == ask.client_request.shows)
         };
         assert!(
-            entitles(&state.words, &claim),
-            "step {}, seed {}: {:?} was given what no word entitles it to: {claim:#?}\n{:#?}",
+            entitles(&state.responses, &claim),
+            "step {}, seed {}: {:?} received unauthorized content: {claim:#?}\n{:#?}",
             self.done,
             self.seed,
-            ask.wish,
-            state.words.iter().filter(own).rev().take(12).collect::<Vec<_>>()
+            ask.client_request,
+            state
+                .responses
+                .iter()
+                .filter(own)
+                .rev()
+                .take(12)
+                .collect::<Vec<_>>()
         );
     }
 
@@ -577,12 +596,12 @@ impl Life {
         let (_, tag) = ask.place;
         let versions = &self.versions[&tag];
         let Some(version) = versions.iter().rposition(|named| *named == Some(digest)) else {
-            panic!("{:?} got {digest}, which the tag never named", ask.wish);
+            panic!("{:?} got {digest}, which the tag never named", ask.client_request);
         };
         let mut floor = ask.acknowledged;
         if !is_silent {
             floor = floor.max(match tag.0 {
-                // Nobody is asked, or not always.
+                // No revalidation, or not always.
                 "acme/never" => 0,
                 "acme/present" | "acme/fresh" => ask.unknown,
                 _ => ask.current,
@@ -595,7 +614,7 @@ impl Life {
              at the registry {}); in trouble: {is_silent}",
             self.done,
             self.seed,
-            ask.wish,
+            ask.client_request,
             ask.acknowledged,
             ask.unknown,
             ask.current,
@@ -606,7 +625,7 @@ impl Life {
         *self.counts.entry(what).or_default() += 1;
     }
 
-    /// A life in which something never happened shows nothing of it.
+    /// Each event must have happened often enough.
     fn covered(&self, times: usize) {
         eprintln!("{} steps: {:#?}", self.done, self.counts);
         for what in [

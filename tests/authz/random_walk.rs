@@ -1,4 +1,4 @@
-//! Random steps. After each, whatever a client got is held against what the registry's words entitle it to.
+//! Random walk. After each step, every response is checked against the model.
 
 use std::collections::BTreeMap;
 
@@ -7,9 +7,9 @@ use ifnewer::policy::rules::{EffectivePolicy, PolicyOverrides, Rules};
 use ifnewer::policy::{OnNotFound, Policy};
 use tokio::task::JoinSet;
 
-use super::cache::{Cache, Got, PROVEN, SHARED, Wish};
+use super::cache::{Cache, ClientRequest, Got, PROVEN, SHARED};
 use super::model::{Claim, GRANT, OFFLINE_GRANT, entitles};
-use super::registry::{Mood, No, Registry, Word, jump, now};
+use super::registry::{Condition, No, Registry, RegistryResponse, jump, now};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -25,7 +25,7 @@ pub const REPOSITORIES: [&str; 7] = [
 ];
 pub const TAGS: [&str; 3] = ["1", "2", "gone"];
 
-/// 10,000 steps in memory and a shorter walk on a disk; more if asked for.
+/// 10,000 steps in memory and a shorter walk on a disk; more on request.
 pub fn steps(usual: usize) -> usize {
     let wanted = std::env::var("IFNEWER_MODEL_STEPS")
         .ok()
@@ -41,7 +41,7 @@ pub fn seed() -> u64 {
 }
 
 #[tokio::test(start_paused = true)]
-async fn no_client_ever_receives_what_the_registry_did_not_let_it_read() {
+async fn client_never_receives_unauthorized_content() {
     let registry = stocked();
     let mut walk = Walk::new(&registry, Cache::new(&registry, rules(false)), seed());
     walk.run(steps(10_000)).await;
@@ -49,14 +49,14 @@ async fn no_client_ever_receives_what_the_registry_did_not_let_it_read() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn nor_where_rights_outlive_a_restart() {
+async fn restarts_open_nothing_unauthorized() {
     let registry = stocked();
     let mut walk = Walk::new(&registry, Cache::on_disk(&registry, rules(false)), seed() + 1);
     walk.run(steps(1_500)).await;
 }
 
 #[tokio::test(start_paused = true)]
-async fn nor_by_a_token_that_is_new_for_each_pull_nor_by_one_of_ours_in_an_outage() {
+async fn fresh_and_local_tokens_open_nothing_unauthorized() {
     let registry = stocked();
     let mut walk = Walk::new(
         &registry,
@@ -71,7 +71,7 @@ async fn nor_by_a_token_that_is_new_for_each_pull_nor_by_one_of_ours_in_an_outag
     assert!(refused.is_some_and(|times| *times > 50), "{:#?}", walk.counts);
 }
 
-/// `sealed`: the repository `acme/never` is never asked about; else it is filled like any other.
+/// `sealed`: policy `never` for `acme/never`; otherwise it is filled like any other.
 pub fn rules(sealed: bool) -> Rules {
     let default = EffectivePolicy {
         name: Arc::from("default"),
@@ -144,7 +144,7 @@ pub fn stocked() -> Registry {
     registry
 }
 
-/// xorshift64*: the same walk from the same seed, everywhere.
+/// xorshift64*: the same walk for the same seed on every machine.
 pub struct Dice(pub u64);
 
 impl Dice {
@@ -165,25 +165,25 @@ struct Walk {
     cache: Arc<Cache>,
     dice: Dice,
     pushes: usize,
-    /// Every digest there ever was, and its bytes.
+    /// All digests with their bytes.
     bytes: BTreeMap<Digest, bytes::Bytes>,
     /// Half of the clients fetch a token for each pull.
     gives_tokens: bool,
     /// As [`rules`] has it.
     is_sealed: bool,
-    /// How often what came of a step.
+    /// Number of steps by result.
     counts: BTreeMap<String, usize>,
     done: usize,
 }
 
 struct Step {
-    wish: Wish,
-    /// What the client fetches a token with first, if it does; empty for nothing.
+    client_request: ClientRequest,
+    /// Login with which the client fetches a token first, if it does; empty for none.
     logs_in: Option<String>,
     repository: &'static str,
     before: usize,
     silent: bool,
-    /// The registry would say yes, and nothing stands in the way of its saying so.
+    /// The registry would respond with a success, and nothing prevents that.
     must: bool,
 }
 
@@ -220,7 +220,7 @@ impl Walk {
     fn change_rights(&mut self) {
         let (user, repository) = (*self.dice.pick(&USERS[..2]), *self.dice.pick(&REPOSITORIES));
         if self.gives_tokens && self.dice.roll(6) == 0 {
-            // A password that is changed, and changed back.
+            // A password is changed and changed back.
             if self.dice.roll(4) == 0 {
                 self.registry.forgets(user);
             } else {
@@ -233,7 +233,7 @@ impl Walk {
             4 => {
                 let mut state = self.registry.state();
                 if !state.public.remove(repository) {
-                    // The secret repository of the hostile one stays secret.
+                    // The private repository of the hostile user stays private.
                     if repository == "pub/one" || repository == "evil/app" || repository == "acme/fresh" {
                         state.public.insert(repository.to_owned());
                     }
@@ -279,27 +279,27 @@ impl Walk {
 
     async fn change_mood(&mut self) {
         let moods = [
-            Mood::Gone,
-            Mood::Stalls,
-            Mood::Status(503),
-            Mood::Status(429),
-            Mood::NoTokens,
+            Condition::Down,
+            Condition::Stalled,
+            Condition::Status(503),
+            Condition::Status(429),
+            Condition::TokenServiceDown,
         ];
-        let is_well = self.registry.state().mood == Mood::Well;
-        let mood = if is_well && self.dice.roll(3) == 0 {
+        let is_well = self.registry.state().condition == Condition::Healthy;
+        let condition = if is_well && self.dice.roll(3) == 0 {
             *self.dice.pick(&moods)
         } else {
-            Mood::Well
+            Condition::Healthy
         };
-        self.registry.mood(mood);
-        if mood == Mood::Well && !is_well {
-            self.until_heard_again().await;
+        self.registry.condition(condition);
+        if condition == Condition::Healthy && !is_well {
+            self.until_available().await;
         }
         self.done += 1;
     }
 
-    /// Until no one is told to wait any more and the breaker is closed.
-    async fn until_heard_again(&self) {
+    /// Waits until no rate limit applies and the circuit breaker is closed.
+    async fn until_available(&self) {
         tokio::time::sleep(Duration::from_secs(40)).await;
         while self.is_silent() {
             tokio::time::sleep(Duration::from_secs(1)).await;
@@ -324,18 +324,18 @@ impl Walk {
         self.done += 1;
     }
 
-    /// Some clients at once, half of the time with a change of rights among them.
+    /// Pulls by several clients at once, half of the time with an access change among them.
     async fn pulls(&mut self) {
         let mut pulls = JoinSet::new();
         let changes = self.dice.roll(4) == 0;
-        // Often all want the same thing at once, and often one that nobody has had before.
+        // Often all request the same content, and often content that is not cached yet.
         let same = (self.dice.roll(3) == 0).then(|| {
             let repository = *self.dice.pick(&REPOSITORIES);
             (repository, self.path(repository))
         });
         for nth in 0..=self.dice.roll(5) {
             if changes && nth == 2 {
-                // The earlier ones are on their way, at different points of it.
+                // Earlier requests are at different stages.
                 tokio::time::sleep(Duration::from_millis(self.dice.roll(4) as u64)).await;
                 self.change_rights();
             }
@@ -346,12 +346,12 @@ impl Walk {
                     let Some(shows) = cache.log_in(account, step.repository).await else {
                         return (step, Got::No("no token"), now());
                     };
-                    step.wish.shows = shows;
-                    step.before = registry.state().words.len();
+                    step.client_request.shows = shows;
+                    step.before = registry.state().responses.len();
                 }
-                let (got, cause) = cache.get_with_cause(&step.wish).await;
-                // A client whose limit was reached asks again slowly, one request at first. Until its turn it is as in an
-                // outage; but the registry must have told somebody so.
+                let (got, cause) = cache.get_with_cause(&step.client_request).await;
+                // After a rate limit, a client's requests resume slowly, one at first. Until its turn it counts as in
+                // an outage, but the registry must have sent a limit.
                 step.silent |= cause == Some(UpstreamFailure::RateLimited) && registry.state().has_limited;
                 (step, got, now())
             });
@@ -361,7 +361,7 @@ impl Walk {
             self.judge(&step, &got, now);
             self.done += 1;
         }
-        // What goes on in the background ends before something else begins.
+        // Background work ends before the next step.
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
 
@@ -373,7 +373,7 @@ impl Walk {
         let site = if self.dice.roll(12) == 0 { SHARED } else { PROVEN };
         let user = *self.dice.pick(&USERS);
         let logs_in = (self.gives_tokens && site == PROVEN && self.dice.roll(4) != 0).then(|| {
-            // Mostly by one, so that it comes again where it was before.
+            // Mostly one user, so that it returns to earlier content.
             let user = if self.dice.roll(3) == 0 { user } else { "alice" };
             match self.dice.roll(8) {
                 0 => String::new(),
@@ -388,7 +388,7 @@ impl Walk {
             _ => basic(user, "guessed"),
         };
         let state = self.registry.state();
-        let is_silent = state.mood != Mood::Well || self.is_silent();
+        let is_silent = state.condition != Condition::Healthy || self.is_silent();
         let knows = !shows.ends_with(&basic_of("guessed", user)) || state.public.contains(repository);
         let must = logs_in.is_none()
             && !self.gives_tokens
@@ -422,7 +422,7 @@ impl Walk {
                             && (shows.is_empty() || shows.starts_with("Bearer")))
             };
         Step {
-            wish: Wish {
+            client_request: ClientRequest {
                 site,
                 path,
                 head: self.dice.roll(4) == 0,
@@ -430,14 +430,14 @@ impl Walk {
             },
             logs_in,
             repository,
-            before: state.words.len(),
+            before: state.responses.len(),
             silent: is_silent,
             must,
         }
     }
 
     fn path(&mut self, repository: &str) -> String {
-        // Mostly what is there, and often what is elsewhere.
+        // Mostly content of this repository, and often of another.
         let from = if self.dice.roll(3) == 0 {
             *self.dice.pick(&REPOSITORIES)
         } else {
@@ -457,7 +457,7 @@ impl Walk {
         }
     }
 
-    /// Mostly one of a few, so that the same is asked for again and again.
+    /// Mostly one of a few, so that requests repeat.
     fn some(&mut self, digests: &[Digest]) -> Digest {
         let few = if self.dice.roll(3) == 0 {
             digests.len()
@@ -469,13 +469,13 @@ impl Walk {
 
     fn judge(&mut self, step: &Step, got: &Got, now: std::time::SystemTime) {
         let state = self.registry.state();
-        // With `on_not_found = "serve-stale"` a 404 is taken as a silence, for those who had the right before: of a tag that is gone
-        // the blobs must be had too.
+        // With a stale response on 404, a 404 counts as an outage for clients with an earlier grant. The blobs of a
+        // deleted tag must be available too.
         let is_content = |path: &str| path.contains("/manifests/") || path.contains("/blobs/");
-        let is_archive = step.repository == "acme/kept" && is_content(&step.wish.path);
-        // Nobody is asked there, so whoever had the right keeps it as in an outage.
+        let is_archive = step.repository == "acme/kept" && is_content(&step.client_request.path);
+        // No revalidation there, so a grant is valid as long as in an outage.
         let is_sealed = self.is_sealed && step.repository == "acme/never";
-        let silent = step.silent || state.mood != Mood::Well || is_archive || is_sealed;
+        let silent = step.silent || state.condition != Condition::Healthy || is_archive || is_sealed;
         let digest = match got {
             Got::Content(digest, bytes) => {
                 if let Some(bytes) = bytes {
@@ -483,54 +483,54 @@ impl Walk {
                         self.bytes.get(digest),
                         Some(bytes),
                         "other bytes: {:?}",
-                        step.wish
+                        step.client_request
                     );
                 }
                 Some(*digest)
             }
             Got::List => None,
             Got::No(reason) => {
-                let words: &[Word] = &state.words;
+                let responses: &[RegistryResponse] = &state.responses;
                 assert!(
                     !step.must,
-                    "refused ({reason}) what the registry allows: {:?}\n{:#?}",
-                    step.wish,
-                    &words[words.len().saturating_sub(6)..]
+                    "denied ({reason}) although the registry allows it: {:?}\n{:#?}",
+                    step.client_request,
+                    &responses[responses.len().saturating_sub(6)..]
                 );
                 drop(state);
                 self.count("refused", silent);
-                if is_ours(&step.wish.shows) {
+                if is_ours(&step.client_request.shows) {
                     self.count("refused a token of ours", silent);
                 }
                 return;
             }
         };
         let claim = Claim {
-            shows: &step.wish.shows,
+            shows: &step.client_request.shows,
             account: step.logs_in.as_deref().unwrap_or_default(),
-            site: step.wish.site,
+            site: step.client_request.site,
             repository: step.repository,
             digest,
             before: step.before,
             silent,
             now,
         };
-        let entitled = step.wish.site == SHARED || entitles(&state.words, &claim);
+        let entitled = step.client_request.site == SHARED || entitles(&state.responses, &claim);
         let nobodys = Claim { account: "", ..claim };
-        let by_account = is_ours(&step.wish.shows) && !entitles(&state.words, &nobodys);
-        let own = |word: &&Word| {
-            word.repository == step.repository && (word.to.is_empty() || word.to == step.wish.shows)
+        let by_account = is_ours(&step.client_request.shows) && !entitles(&state.responses, &nobodys);
+        let own = |word: &&RegistryResponse| {
+            word.repository == step.repository && (word.to.is_empty() || word.to == step.client_request.shows)
         };
-        let said: Vec<_> = state.words.iter().filter(own).collect();
+        let said: Vec<_> = state.responses.iter().filter(own).collect();
         assert!(
             entitled,
-            "step {}: {:?} was given what no word of the registry allows: {claim:#?}\n{:#?}",
+            "step {}: {:?} received unauthorized content: {claim:#?}\n{:#?}",
             self.done,
-            step.wish,
+            step.client_request,
             &said[said.len().saturating_sub(12)..]
         );
         drop(state);
-        let whose = if step.wish.shows.is_empty() {
+        let whose = if step.client_request.shows.is_empty() {
             "to nobody"
         } else {
             "to somebody"
@@ -546,12 +546,12 @@ impl Walk {
         *self.counts.entry(format!("{what} {when}")).or_default() += 1;
     }
 
-    /// A walk that refused nobody, or served nobody, shows nothing.
+    /// A walk without denials or without hits proves nothing.
     fn covered(&self) {
         eprintln!(
             "{} steps, {} words of the registry: {:#?}",
             self.done,
-            self.registry.state().words.len(),
+            self.registry.state().responses.len(),
             self.counts
         );
         for what in ["refused", "served to nobody", "served to somebody"] {

@@ -1,0 +1,35 @@
+//! Authorization model tests: the complete request path in one process, over a registry in memory, with a paused
+//! clock and a wall clock that jumps.
+//!
+//! * `registry`: the upstream, which records every response and its recipient. `model`: what those responses
+//!   authorize; it shares no code with the program. `cache`: the program under test, from request to bytes.
+//! * `random_walk`: random steps, each response checked against the model. `lifecycle`: the same over reloads,
+//!   restarts, kills and pushes, with slow responses. `cases`: interleavings that were found dangerous.
+//! * `hostile_fronts`: hosts that respond in the registry's place. `timing`: whether the time of a denial reveals
+//!   what is cached. `counting_disk`: a disk that counts its reads. `slow_disk`: a disk with a blocked call.
+//!
+//! `IFNEWER_MODEL_STEPS` sets the length of the walk, `IFNEWER_MODEL_SEED` its seed.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests may fail loudly")]
+#![allow(clippy::panic, clippy::indexing_slicing, reason = "tests may fail loudly")]
+#![allow(clippy::print_stderr, reason = "prints what a walk covered")]
+#![allow(
+    clippy::disallowed_methods,
+    reason = "the length of a walk comes from the environment"
+)]
+#![allow(unreachable_pub, reason = "`pub` marks what the other files of this test use")]
+#![allow(
+    clippy::cast_precision_loss,
+    clippy::disallowed_types,
+    reason = "times are compared"
+)]
+
+mod cache;
+mod cases;
+mod counting_disk;
+mod hostile_fronts;
+mod lifecycle;
+mod model;
+mod random_walk;
+mod registry;
+mod slow_disk;
+mod timing;
