@@ -58,7 +58,7 @@ impl Admin {
                 tracing::info!("the index is made anew at the operator's wish");
                 store.rebuild_index();
             }
-            store.begin_verification()?;
+            store.start_verification()?;
             Ok(json_with_status(StatusCode::ACCEPTED, &progress(store)))
         })
         .await

@@ -1,9 +1,10 @@
-//! When content was last used, and what time it is.
+//! Access times of blobs and manifests, and the store's time.
 //!
-//! Uses are kept in memory and written in batches, as the times of the files themselves: nothing else has to agree with
-//! them, a lost batch costs little (the file's last time holds), and `find -mtime +30` shows what nobody wants.
+//! Accesses are recorded in memory and written in batches as the modification times of the files. Nothing else
+//! depends on these times. A lost batch costs little, because the older time of the file remains. `find -mtime +30`
+//! lists content that has not been used for 30 days.
 //!
-//! The store reads no clock: the time is the latest that anyone told it.
+//! The store never reads the clock. Callers set its time with `set_now`; the latest value counts.
 
 use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
@@ -16,10 +17,10 @@ use super::fs::FileSystem;
 use super::{Store, blobs, content_path, manifests};
 use crate::oci::Digest;
 
-/// Uses remembered between two batches; further ones are not, until those are written.
+/// Most accesses recorded between two batches. Further ones are dropped until the batch is written.
 const PENDING_MAX: usize = 131_072;
 
-/// Something that was used.
+/// Identifies stored content.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ContentId {
     /// A blob.
@@ -44,13 +45,13 @@ impl ContentId {
 }
 
 impl Store {
-    /// When this was last given to a client, or arrived; `None` where it is not held.
+    /// When a client last read this, or when it was stored. `None` if it is not stored.
     pub fn last_access(&self, content: ContentId) -> Option<SystemTime> {
         let modified = self.fs.modified(&content.path()).ok()?;
         Some(self.access_times.last_access(content, modified))
     }
 
-    /// Notes that a client was given this at `now`: it is kept longer than what was not asked for since.
+    /// Records that a client read this at `now`. Least recently used content is evicted first.
     pub fn touch(&self, content: ContentId, now: SystemTime) {
         self.access_times.record(content, now);
     }
@@ -61,7 +62,7 @@ pub(super) struct AccessTimes {
     now_ms: AtomicU64,
     pending: Mutex<HashMap<ContentId, SystemTime>>,
     is_tracking: AtomicBool,
-    /// What was used or needed anew while someone watches.
+    /// Content used or referenced since tracking started.
     needed: Mutex<HashSet<Digest>>,
 }
 
@@ -72,7 +73,7 @@ impl AccessTimes {
         access_times
     }
 
-    /// The latest time anyone told.
+    /// The latest time set by a caller.
     pub(super) fn now(&self) -> SystemTime {
         from_millis(self.now_ms.load(Ordering::Relaxed))
     }
@@ -91,20 +92,20 @@ impl AccessTimes {
         self.mark_needed([*content.digest()]);
     }
 
-    /// What arrives, even if it was held already, is as young as what is used.
+    /// Stored content counts as used now, even if it was stored before.
     pub(super) fn record_arrival(&self, content: ContentId) {
         self.record(content, self.now());
     }
 
-    /// Notes that something was used, or that something that was kept leads to it: what was planned without that
-    /// knowledge must not be done to it.
+    /// Records that content was used or that a stored manifest or tag now references it. An eviction planned without
+    /// this knowledge must not remove it.
     pub(super) fn mark_needed(&self, digests: impl IntoIterator<Item = Digest>) {
         if self.is_tracking.load(Ordering::SeqCst) {
             self.needed().extend(digests);
         }
     }
 
-    /// Begins to remember what is needed, afresh.
+    /// Starts to track needed content, with an empty set.
     pub(super) fn start_tracking(&self) {
         self.needed().clear();
         self.is_tracking.store(true, Ordering::SeqCst);
@@ -119,26 +120,27 @@ impl AccessTimes {
         self.needed().contains(digest)
     }
 
-    /// When it was last used: by what is not yet written, else by the time of its file.
+    /// The last access: the recorded one, or the time of the file if that is later.
     pub(super) fn last_access(&self, content: ContentId, modified: Option<SystemTime>) -> SystemTime {
-        let noted = self.pending().get(&content).copied();
-        self.plausible(noted).max(self.plausible(modified))
+        let pending = self.pending().get(&content).copied();
+        self.plausible(pending).max(self.plausible(modified))
     }
 
-    /// A time that a file tells. One of the future, from a clock that was set back, says nothing.
-    pub(super) fn plausible(&self, told: Option<SystemTime>) -> SystemTime {
-        let known = told.unwrap_or(SystemTime::UNIX_EPOCH);
-        match known.duration_since(self.now()) {
+    /// Checks a recorded time against the store's time. A time in the future comes from a clock that was set back;
+    /// it counts as unknown.
+    pub(super) fn plausible(&self, recorded: Option<SystemTime>) -> SystemTime {
+        let time = recorded.unwrap_or(SystemTime::UNIX_EPOCH);
+        match time.duration_since(self.now()) {
             Ok(ahead) if ahead > super::evict::EVICTION_MIN_AGE => SystemTime::UNIX_EPOCH,
-            _ => known,
+            _ => time,
         }
     }
 
-    /// Writes what was noted since the last time.
+    /// Writes the accesses recorded since the last batch.
     pub(super) fn write(&self, fs: &dyn FileSystem) {
         let batch = std::mem::take(&mut *self.pending());
         for (content, at) in batch {
-            // Gone meanwhile, or not to be written: it counts as used when its file says.
+            // If the file is gone or read-only, the time it has remains.
             let _ = fs.set_modified(&content.path(), at);
         }
     }

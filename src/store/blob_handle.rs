@@ -135,7 +135,7 @@ mod tests {
     }
 
     #[test]
-    fn only_an_error_of_the_disk_makes_it_unreadable() {
+    fn only_an_io_error_marks_a_blob_unreadable() {
         let file = MemoryFs::new().create(Path::new("file")).unwrap();
         file.write_at(b"0123456789", 0).unwrap();
         let held = BlobHandle::new(10, Arc::new(Bad(file)));

@@ -1,4 +1,4 @@
-//! Blobs: visible only once verified, then immutable.
+//! Blob store. A blob becomes visible only after its digest was verified, and is immutable from then on.
 
 use std::io;
 use std::path::Path;
@@ -21,46 +21,46 @@ use super::usage::{ContentKind, Counters};
 use super::{Settings, Store, StoreError, content_path, remove_file, size_of};
 use crate::oci::{Algorithm, Digest, Hasher};
 
-/// A blob of at most this size is kept in memory as a whole. Image configurations are a few KiB.
+/// Largest blob that the in-memory cache stores in full. Image configurations are a few KiB.
 pub const SMALL_BLOB_BYTES_MAX: u64 = 64 * 1024;
 
 pub(super) const TREE: &str = "blobs";
 
-/// Proof that bytes were hashed and are those of a digest. [`Verified::check`] is the only way to one.
+/// Proof that content was hashed and matches its digest. [`Verified::check`] is the only constructor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Verified {
     digest: Digest,
     size: u64,
 }
 
-/// The bytes received are not those asked for. The upstream's fault, or the path's to it.
+/// The received bytes do not match the request. The upstream, or the network path to it, is at fault.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Mismatch {
-    /// Other content.
+    /// The digest differs.
     #[error(transparent)]
     Digest(#[from] Box<WrongDigest>),
-    /// Another length than was announced.
+    /// The length differs from the announced one.
     #[error("expected {expected} bytes, found {found}")]
     Size {
-        /// As announced.
+        /// Announced length.
         expected: u64,
-        /// As received.
+        /// Received length.
         found: u64,
     },
 }
 
-/// Bytes of another digest than expected.
+/// The digest of the content is not the expected one.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("expected the bytes of {expected}, found those of {found}")]
+#[error("expected digest {expected}, got {found}")]
 pub struct WrongDigest {
-    /// What they were to be.
+    /// Expected digest.
     pub expected: Digest,
-    /// What they are.
+    /// Digest of the content.
     pub found: Digest,
 }
 
 impl Verified {
-    /// Compares what was hashed, `size` bytes of it, with what was to come.
+    /// Compares the hash and the length of the content, `size` bytes, with the expected ones.
     pub fn check(
         hasher: Hasher,
         expected: &Digest,
@@ -84,41 +84,44 @@ impl Verified {
         Ok(Self { digest: found, size })
     }
 
-    /// Of which digest.
+    /// The verified digest.
     pub fn digest(&self) -> Digest {
         self.digest
     }
 
-    /// How many bytes.
+    /// The verified length in bytes.
     pub fn size(&self) -> u64 {
         self.size
     }
 }
 
 impl Store {
-    /// The blob, if it is held.
+    /// Opens the blob if it is stored.
     pub fn blob(&self, digest: &Digest) -> Result<Option<BlobHandle>, StoreError> {
         self.blobs.find(digest)
     }
 
-    /// The blob, if its file is open: from memory alone, so it never blocks. `None` says nothing of the disk.
+    /// Returns the blob if its file is already open. Reads memory alone, so it never blocks. `None` does not mean
+    /// that the disk lacks the blob.
     pub fn blob_in_memory(&self, digest: &Digest) -> Option<BlobHandle> {
         self.blobs.in_memory(digest)
     }
 
-    /// The whole blob from memory, if it is held and at most [`SMALL_BLOB_BYTES_MAX`] long. Read and verified the first time.
+    /// Returns the content of a stored blob of at most [`SMALL_BLOB_BYTES_MAX`] bytes from memory. The first call
+    /// reads and verifies it.
     pub fn small_blob(&self, digest: &Digest) -> Option<Bytes> {
         self.blobs.find_small(digest)
     }
 
-    /// Removes a blob; says whether it was there. Whoever reads it now reads it to its end.
+    /// Removes a blob. Returns whether it was stored. Current readers can still read it to its end.
     pub fn remove_blob(&self, digest: &Digest) -> Result<bool, StoreError> {
         self.blobs.remove(digest)
     }
 
-    /// Sets a blob aside that was found to be damaged; it is a miss from now on.
+    /// Moves a corrupt blob to the quarantine. From then on it is a cache miss.
     pub fn quarantine_blob(&self, digest: &Digest) {
-        self.blobs.quarantine(digest, "a blob is not what its name says");
+        self.blobs
+            .quarantine(digest, "blob content does not match its digest");
     }
 }
 
@@ -140,10 +143,10 @@ pub(super) struct Blobs {
     disk_health: DiskHealth,
     open: Cache<Digest, BlobHandle>,
     small: Cache<Digest, Bytes, ByLength>,
-    /// Held while a name is looked for and given.
+    /// Serializes the check for an existing blob and the rename to its name.
     rename_lock: Mutex<()>,
     removed: Arc<RemovedDigests>,
-    /// How many names were taken away: whoever opened a file in between looks once more.
+    /// Count of removals. A caller that opened a file meanwhile checks again whether the blob still exists.
     removals: AtomicU64,
 }
 
@@ -172,19 +175,22 @@ impl Blobs {
         }
     }
 
-    /// The blob, if its file is open and nothing suggests that it cannot be read.
+    /// Returns the blob if its file is open and no read or disk error is known.
     pub(super) fn in_memory(&self, digest: &Digest) -> Option<BlobHandle> {
-        let held = self.open.get(digest)?;
-        (!held.is_unreadable() && !self.disk_health.is_failing()).then_some(held)
+        let blob = self.open.get(digest)?;
+        (!blob.is_unreadable() && !self.disk_health.is_failing()).then_some(blob)
     }
 
-    /// Whether the blob's file is open.
+    /// Returns whether the blob's file is open.
     pub(super) fn is_open(&self, digest: &Digest) -> bool {
         self.open.peek(digest).is_some()
     }
 
-    /// [`Self::find_small`], where memory is enough to know.
-    #[expect(clippy::option_option, reason = "whether it is known, and what is known")]
+    /// [`Self::find_small`] without disk access. The outer `None` means that memory does not hold the result.
+    #[expect(
+        clippy::option_option,
+        reason = "outer: whether memory knows; inner: the content"
+    )]
     pub(super) fn small_in_memory(&self, digest: &Digest) -> Option<Option<Bytes>> {
         if let Some(bytes) = self.small.get(digest) {
             return Some(Some(bytes));
@@ -195,20 +201,21 @@ impl Blobs {
 
     pub(super) fn find(&self, digest: &Digest) -> Result<Option<BlobHandle>, StoreError> {
         let path = content_path(TREE, digest);
-        if let Some(held) = self.open.get(digest) {
-            if held.is_unreadable() {
-                self.quarantine(digest, "the disk cannot read a blob");
+        if let Some(blob) = self.open.get(digest) {
+            if blob.is_unreadable() {
+                self.quarantine(digest, "failed to read a blob from disk");
                 return Ok(None);
             }
-            // On a failing disk an open file may be past reading: better known before it is promised to anyone.
+            // On a failing disk an open file may be unreadable. Test it before the caller promises the blob to a
+            // client.
             if self.disk_health.is_failing()
-                && held.size > 0
-                && let Err(error) = held.file.read_at(&mut [0], 0)
+                && blob.size > 0
+                && let Err(error) = blob.file.read_at(&mut [0], 0)
             {
                 self.open.remove(digest);
                 return Err(StoreError::io("read", path, &error));
             }
-            return Ok(Some(held));
+            return Ok(Some(blob));
         }
         let removals = self.removals.load(Ordering::SeqCst);
         let file = match self.fs.open(&path) {
@@ -218,21 +225,23 @@ impl Blobs {
         };
         let size = file
             .size()
-            .map_err(|error| StoreError::io("measure", &path, &error))?;
+            .map_err(|error| StoreError::io("get the size of", &path, &error))?;
         if self.known_size(digest).is_some_and(|known| known != size) {
-            self.quarantine(digest, "a blob has another size than when it was verified");
+            self.quarantine(digest, "blob size differs from the verified size");
             return Ok(None);
         }
-        let held = BlobHandle::new(size, file);
-        self.open.insert(*digest, held.clone());
+        let blob = BlobHandle::new(size, file);
+        self.open.insert(*digest, blob.clone());
         if self.removals.load(Ordering::SeqCst) != removals && size_of(self.fs.as_ref(), &path).is_none() {
-            // It can be read to its end, but it is not held: kept open, it would take its place for nothing.
+            // The blob was removed meanwhile. The caller can still read it, but the cache must not keep its file
+            // open.
             self.open.remove(digest);
         }
-        Ok(Some(held))
+        Ok(Some(blob))
     }
 
-    /// Whether the blob is here; not opened for good, so that a look at many pushes nothing out of the open ones.
+    /// Returns whether the blob is stored. Does not add the file to the cache of open files, so a scan of many blobs
+    /// evicts no entry from it.
     pub(super) fn has(&self, digest: &Digest) -> bool {
         self.open.peek(digest).is_some() || size_of(self.fs.as_ref(), &content_path(TREE, digest)).is_some()
     }
@@ -241,21 +250,21 @@ impl Blobs {
         if let Some(bytes) = self.small.get(digest) {
             return Some(bytes);
         }
-        // A fault is met again, and told, by whoever then asks for the blob itself.
-        let held = self.find(digest).ok()??;
-        if held.size > SMALL_BLOB_BYTES_MAX {
+        // On an error, the caller opens the blob itself next and reports the error then.
+        let blob = self.find(digest).ok()??;
+        if blob.size > SMALL_BLOB_BYTES_MAX {
             return None;
         }
-        let bytes = Bytes::from(held.read_all(SMALL_BLOB_BYTES_MAX).ok()?);
+        let bytes = Bytes::from(blob.read_all(SMALL_BLOB_BYTES_MAX).ok()?);
         if Digest::of(digest.algorithm(), &bytes) != *digest {
-            self.quarantine(digest, "a blob is not what its name says");
+            self.quarantine(digest, "blob content does not match its digest");
             return None;
         }
         self.small.insert(*digest, bytes.clone());
         Some(bytes)
     }
 
-    /// The size that was verified, if the index still knows.
+    /// The verified size, if the index still has it.
     fn known_size(&self, digest: &Digest) -> Option<u64> {
         let value = self.index.get(size_key(digest)).ok()??;
         Some(u64::from_be_bytes(value.try_into().ok()?))
@@ -270,7 +279,8 @@ impl Blobs {
         removed
     }
 
-    /// Removes a blob if it `is_free` to go, and says how long it was; `None` where it is not.
+    /// Removes a blob if `is_free` returns true and no reader has it open. Returns its size, or `None` if it was not
+    /// removed.
     pub(super) fn evict(
         &self,
         digest: &Digest,
@@ -284,11 +294,11 @@ impl Blobs {
         self.remove(digest).map(|_| Some(size))
     }
 
-    /// Whether someone reads it now.
+    /// Returns whether a reader has the blob open.
     pub(super) fn is_in_use(&self, digest: &Digest) -> bool {
-        // Besides the reader's: the cache's own, and the one just handed out.
-        let held = self.open.get(digest);
-        held.is_some_and(|held| Arc::strong_count(&held.file) > 2)
+        // Two references are not a reader's: the one in the cache and the clone returned above.
+        let blob = self.open.get(digest);
+        blob.is_some_and(|blob| Arc::strong_count(&blob.file) > 2)
     }
 
     pub(super) fn quarantine(&self, digest: &Digest, why: &str) {
@@ -301,7 +311,7 @@ impl Blobs {
         self.drop_from_caches(digest);
     }
 
-    /// Gives a verified file the blob's name, unless another was quicker.
+    /// Renames a verified file to the blob's name, unless the blob exists already.
     fn link(&self, from: &Path, to: &Path, size: u64) -> Result<(), StoreError> {
         let _rename_lock = self.rename_lock.lock().unwrap_or_else(PoisonError::into_inner);
         self.usage.on_add(ContentKind::Blob, to, size, || {
@@ -311,11 +321,11 @@ impl Blobs {
             let named = self.fs.rename(from, to);
             named
                 .map(|()| true)
-                .map_err(|error| StoreError::io("name", to, &error))
+                .map_err(|error| StoreError::io("rename a file to", to, &error))
         })
     }
 
-    /// Makes the verified file at `from` durable and gives it the blob's name. After an error nothing is held.
+    /// Fsyncs the verified file at `from` and renames it to the blob's name. After an error the blob is not stored.
     pub(super) fn commit(
         &self,
         from: &Path,
@@ -325,33 +335,33 @@ impl Blobs {
         let digest = proof.digest;
         let path = content_path(TREE, &digest);
         self.access_times.record_arrival(ContentId::Blob(digest));
-        if let Some(held) = self.find(&digest)? {
-            return Ok(held);
+        if let Some(blob) = self.find(&digest)? {
+            return Ok(blob);
         }
         let written = file
             .size()
-            .map_err(|error| StoreError::io("measure", &path, &error))?;
+            .map_err(|error| StoreError::io("get the size of", &path, &error))?;
         if written != proof.size {
             return Err(StoreError::Corrupt {
                 path: from.to_owned(),
             });
         }
         file.sync()
-            .map_err(|error| StoreError::io("make durable", &path, &error))?;
+            .map_err(|error| StoreError::io("fsync", &path, &error))?;
         file.make_read_only()
-            .map_err(|error| StoreError::io("seal", &path, &error))?;
+            .map_err(|error| StoreError::io("make read-only", &path, &error))?;
         self.index
             .put(size_key(&digest), proof.size.to_be_bytes().to_vec());
         self.link(from, &path, proof.size)?;
         let folder = path.parent().unwrap_or(Path::new(TREE));
         if let Err(error) = self.fs.sync_dir(folder) {
-            // The fault to tell is the first one; what could not be removed is found and verified later.
+            // The first error is the one to report. A file that could not be removed is found and verified later.
             let _ = self.remove(&digest);
-            return Err(StoreError::io("make durable the name of", &path, &error));
+            return Err(StoreError::io("fsync the folder of", &path, &error));
         }
-        let held = BlobHandle::new(proof.size, Arc::clone(file));
-        self.open.insert(digest, held.clone());
-        Ok(held)
+        let blob = BlobHandle::new(proof.size, Arc::clone(file));
+        self.open.insert(digest, blob.clone());
+        Ok(blob)
     }
 
     fn drop_from_caches(&self, digest: &Digest) {

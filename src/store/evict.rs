@@ -1,13 +1,14 @@
-//! Makes room: looks at what is held, lets [`plan`] say what may go, and removes that, in an order that leaves nothing
-//! half there.
+//! Eviction: takes a snapshot of the stored content (`snapshot`), plans the removals (`plan`), and executes them in
+//! a crash-safe order.
 //!
-//! Of each image the tag goes first and is gone for good before its manifests go, and those before its blobs: a stop or
-//! a power cut in between leaves content that nothing names, which goes in its turn, and never an image without its
-//! content. Whatever is needed anew between the look and the removal ends the round; another look is taken.
+//! Of each image the tag is removed first, and the removal is made durable before the manifests are removed, and
+//! those before the blobs. So a stop or a power cut leaves unreferenced content, which a later round removes, and
+//! never an image without its content. If content is needed between snapshot and removal, the round ends and starts
+//! again with a new snapshot.
 //!
-//! What nobody needs any more goes in the same way when the operator wants it ([`collect`]).
+//! Garbage collection of unused content works the same way (`gc`).
 //!
-//! A round runs on a thread of its own before the store is full, and on the thread of a pull that finds no room.
+//! Rounds run on a background thread before the store is full, and on the thread of a pull that finds no space.
 
 mod gc;
 mod plan;
@@ -31,34 +32,34 @@ use super::tags::{TagKey, Tags};
 use super::usage_report::Reclaimed;
 use super::{QUARANTINE_FOLDER, StoreError};
 
-/// Nothing is evicted that arrived or was used this recently.
+/// Content stored or used more recently than this is not evicted.
 pub const EVICTION_MIN_AGE: Duration = Duration::from_secs(3600);
 
-/// How often a round is begun again because something planned to go was needed meanwhile.
+/// Most attempts per round. A round is repeated if planned content was needed meanwhile.
 const ROUNDS_MAX: u32 = 4;
 
-/// Where nothing could be evicted, no other look is taken so soon.
+/// After a round without progress, no new snapshot is taken for this long.
 const NO_PROGRESS_PAUSE: Duration = Duration::from_secs(10);
 
-/// What was set aside as damaged is kept this long for whoever wants to look into it, if there is room.
+/// Quarantined files are kept this long for inspection, if space allows.
 const QUARANTINE_AGE_MAX: Duration = Duration::from_secs(7 * 24 * 3600);
 
-/// What eviction did since the start.
+/// Eviction counters since the start.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Evictions {
-    /// Blobs and manifests removed because the store was at its size.
+    /// Blobs and manifests removed because of the size limit.
     pub for_size: u64,
-    /// Blobs and manifests removed because the disk had too little free space.
+    /// Blobs and manifests removed because of the minimum free space.
     pub for_free: u64,
-    /// Blobs and manifests removed because the operator wanted what is unused to go.
+    /// Blobs and manifests removed by garbage collection.
     pub collected: u64,
-    /// Tags forgotten with them.
+    /// Tags removed with them.
     pub tags: u64,
-    /// Bytes of blobs and manifests removed.
+    /// Bytes of the removed blobs and manifests.
     pub bytes: u64,
-    /// Blobs that found no room, and were passed through.
+    /// Blobs that did not fit and were passed through unstored.
     pub refused: u64,
-    /// How long the image that goes next had not been used when room was made last.
+    /// Idle time of the least recently used image at the last eviction.
     pub longest_idle: Option<Duration>,
 }
 
@@ -88,9 +89,10 @@ pub(super) struct Evictor {
 #[derive(Default)]
 struct State {
     totals: Totals,
-    /// One round at a time; holds until when looking again is futile, and for how little.
+    /// Serializes rounds. After a round without progress, records how long and for which size another one is
+    /// useless.
     round: Mutex<Option<NoProgress>>,
-    /// The folders from which tags were removed, not durably yet.
+    /// Folders with tag removals that are not durable yet.
     unsynced: Mutex<BTreeSet<PathBuf>>,
     /// The last round freed too little.
     is_short: AtomicBool,
@@ -101,20 +103,20 @@ struct State {
 #[derive(Clone, Copy)]
 struct NoProgress {
     until: SystemTime,
-    /// So many bytes could be freed, no more.
+    /// Most bytes that could be freed.
     bytes: u64,
 }
 
-/// How a round ended.
+/// Result of a round.
 enum Round {
     Reclaimed,
-    /// Only so many bytes may go, now or once more.
+    /// Only so many bytes can be freed at present.
     TooLittle(u64),
-    /// Something was needed meanwhile.
+    /// Planned content was needed meanwhile.
     Conflict,
 }
 
-/// What came of a plan.
+/// Result of executing a plan.
 struct PlanOutcome {
     freed: Reclaimed,
     is_complete: bool,
@@ -132,10 +134,7 @@ impl Reclaimed {
 }
 
 impl Evictor {
-    #[expect(
-        clippy::too_many_arguments,
-        reason = "it removes from all of them; called once"
-    )]
+    #[expect(clippy::too_many_arguments, reason = "dependencies; called once")]
     pub(super) fn new(
         fs: &Arc<dyn FileSystem>,
         blobs: &Arc<Blobs>,
@@ -159,7 +158,7 @@ impl Evictor {
         }
     }
 
-    /// Sets room aside for a blob, evicting for it if need be.
+    /// Reserves space for a blob, evicting other content if necessary.
     pub(super) fn reserve(&self, bytes: u64) -> Result<Reservation, StoreError> {
         let shortfall = match self.quota.reserve(bytes) {
             Ok(reservation) => {
@@ -169,7 +168,7 @@ impl Evictor {
             Err(shortfall) => shortfall,
         };
         if self.quota.fits_limit(bytes) {
-            self.make_room(shortfall, true);
+            self.evict_for(shortfall, true);
         }
         self.quota.reserve(bytes).map_err(|shortfall| {
             self.state.totals.refused.fetch_add(1, Ordering::Relaxed);
@@ -180,7 +179,7 @@ impl Evictor {
         })
     }
 
-    /// Frees as much as a full disk lacks for `bytes` more; says whether it freed anything.
+    /// Evicts content for `bytes` more on a full disk. Returns whether anything was freed.
     pub(super) fn relieve_full_disk(&self, bytes: u64) -> bool {
         let before = self.totals().bytes;
         let shortfall = Shortfall {
@@ -188,7 +187,7 @@ impl Evictor {
             bytes_min: 1,
             bytes_target: bytes.max(1),
         };
-        self.make_room(shortfall, false);
+        self.evict_for(shortfall, false);
         self.totals().bytes > before
     }
 
@@ -206,12 +205,12 @@ impl Evictor {
         }
     }
 
-    /// Whether too little may be evicted for what is wanted.
+    /// Returns whether the last round could not free enough.
     pub(super) fn is_short(&self) -> bool {
         self.state.is_short.load(Ordering::Relaxed)
     }
 
-    /// Wakes the thread if there is something to do for it.
+    /// Wakes the background thread if a limit is exceeded.
     pub(super) fn wake_if_needed(&self) {
         match self.quota.background_shortfall() {
             Some(_) => self.wake(),
@@ -228,7 +227,7 @@ impl Evictor {
         self.state.requested.notify_one();
     }
 
-    /// The thread's work, until told to stop.
+    /// Main loop of the eviction thread.
     pub(super) fn run(&self) {
         loop {
             let requested = self
@@ -247,13 +246,14 @@ impl Evictor {
                 return;
             }
             if let Some(shortfall) = self.quota.background_shortfall() {
-                self.make_room(shortfall, false);
+                self.evict_for(shortfall, false);
             }
         }
     }
 
-    /// Evicts for `shortfall`. `is_all_or_nothing`: nothing is gained by freeing less than the least.
-    fn make_room(&self, shortfall: Shortfall, is_all_or_nothing: bool) {
+    /// Evicts content for `shortfall`. With `is_all_or_nothing`, nothing is removed if the least number of bytes
+    /// cannot be freed.
+    fn evict_for(&self, shortfall: Shortfall, is_all_or_nothing: bool) {
         let mut no_progress = self.state.round.lock().unwrap_or_else(PoisonError::into_inner);
         let now = self.access_times.now();
         if no_progress
@@ -263,8 +263,8 @@ impl Evictor {
         }
         *no_progress = None;
         for _ in 0..ROUNDS_MAX {
-            let least = if is_all_or_nothing { shortfall.bytes_min } else { 0 };
-            match self.round(shortfall, least) {
+            let bytes_min = if is_all_or_nothing { shortfall.bytes_min } else { 0 };
+            match self.round(shortfall, bytes_min) {
                 Ok(Round::Reclaimed) => {
                     self.state.is_short.store(false, Ordering::Relaxed);
                     return;
@@ -274,7 +274,7 @@ impl Evictor {
                     if !self.state.is_short.swap(true, Ordering::Relaxed) {
                         tracing::warn!(
                             limit = shortfall.quota_kind.name(),
-                            "too little may be evicted: the rest is pinned, in use or younger than an hour"
+                            "eviction freed too little, the remaining content is pinned, in use or younger than an hour"
                         );
                     }
                     *no_progress = Some(NoProgress {
@@ -284,21 +284,21 @@ impl Evictor {
                     return;
                 }
                 Err(fault) => {
-                    tracing::warn!(%fault, "evicting stopped");
+                    tracing::warn!(%fault, "eviction failed");
                     return;
                 }
             }
         }
     }
 
-    fn round(&self, shortfall: Shortfall, least: u64) -> Result<Round, StoreError> {
+    fn round(&self, shortfall: Shortfall, bytes_min: u64) -> Result<Round, StoreError> {
         self.access_times.start_tracking();
-        let done = self.tracked_round(shortfall, least);
+        let done = self.tracked_round(shortfall, bytes_min);
         self.access_times.stop_tracking();
         done
     }
 
-    fn tracked_round(&self, shortfall: Shortfall, least: u64) -> Result<Round, StoreError> {
+    fn tracked_round(&self, shortfall: Shortfall, bytes_min: u64) -> Result<Round, StoreError> {
         if shortfall.quota_kind == QuotaKind::Free {
             self.prune_quarantine(EVICTION_MIN_AGE);
         }
@@ -318,7 +318,7 @@ impl Evictor {
             .lock()
             .unwrap_or_else(PoisonError::into_inner) = longest_idle;
         let plan = plan(&snapshot, shortfall.bytes_target, protected_since);
-        if plan.bytes < least {
+        if plan.bytes < bytes_min {
             return Ok(Round::TooLittle(plan.bytes));
         }
         let enough = plan.bytes >= shortfall.bytes_min;
@@ -326,15 +326,15 @@ impl Evictor {
         Ok(match (done.is_complete, enough) {
             (false, _) => Round::Conflict,
             (true, true) => Round::Reclaimed,
-            // All that was allowed is gone now.
+            // Everything evictable has been removed.
             (true, false) => Round::TooLittle(0),
         })
     }
 
-    /// Removes what the plan says, in its order. Not whole where something was needed meanwhile: the rest stays.
+    /// Executes the removals in plan order. Stops early if content was needed meanwhile.
     fn execute(&self, plan: Plan, quota_kind: Option<QuotaKind>) -> Result<PlanOutcome, StoreError> {
         let done = self.execute_steps(plan, quota_kind);
-        // Also of a round that ended early: the next one, or the next process, removes the contents of those tags.
+        // Also after an early stop, because the next round or process removes the content of those tags.
         self.sync_tag_removals()?;
         done
     }
@@ -355,18 +355,18 @@ impl Evictor {
             if self.stop.load(Ordering::Relaxed) {
                 break;
             }
-            let gone = match &step {
-                Step::Tag(key, names) => {
+            let removed = match &step {
+                Step::Tag(key, targets) => {
                     let is_free = || {
                         !self.pins.has(&Pin::Tag(key.clone()))
-                            && !names.iter().any(|name| self.access_times.was_needed(name))
+                            && !targets.iter().any(|name| self.access_times.was_needed(name))
                     };
                     let _evicting = self.pins.evicting();
-                    let gone = self.tags.evict(key, names, is_free)?;
-                    if gone.is_some() {
+                    let removed = self.tags.evict(key, targets, is_free)?;
+                    if removed.is_some() {
                         self.note_tag_removal(key);
                     }
-                    gone
+                    removed
                 }
                 Step::Manifest(digest) | Step::Blob(digest) => {
                     self.sync_tag_removals()?;
@@ -379,7 +379,7 @@ impl Evictor {
                     }
                 }
             };
-            let Some(freed) = gone else {
+            let Some(freed) = removed else {
                 done.is_complete = false;
                 break;
             };
@@ -408,13 +408,14 @@ impl Evictor {
         folders.extend(key.path().parent().map(Path::to_owned));
     }
 
-    /// Makes the removal of every evicted tag durable: after a power cut no tag comes back to an image that is half gone.
+    /// Makes the removal of all evicted tags durable. Otherwise a power cut could restore a tag whose image has lost
+    /// content.
     fn sync_tag_removals(&self) -> Result<(), StoreError> {
         let mut folders = self.state.unsynced.lock().unwrap_or_else(PoisonError::into_inner);
         while let Some(folder) = folders.pop_first() {
             match self.fs.sync_dir(&folder) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                    let fault = StoreError::io("make durable", &folder, &error);
+                    let fault = StoreError::io("fsync", &folder, &error);
                     folders.insert(folder);
                     return Err(fault);
                 }
@@ -424,20 +425,20 @@ impl Evictor {
         Ok(())
     }
 
-    /// Removes what was set aside as damaged, if it is older than `age`.
+    /// Removes quarantined files older than `age`.
     fn prune_quarantine(&self, age: Duration) {
         let folder = Path::new(QUARANTINE_FOLDER);
         let now = self.access_times.now();
         for entry in self.fs.list(folder).unwrap_or_default() {
             let old = entry.modified.and_then(|at| now.duration_since(at).ok());
             if !entry.is_folder && old.is_some_and(|old| old > age) {
-                // What cannot be removed now is tried again the next time.
+                // If this fails, it is tried again the next time.
                 let _ = self.fs.remove(&folder.join(&entry.name));
             }
         }
     }
 
-    /// What is to be done now and then, whether or not room is needed.
+    /// Periodic work, independent of the limits.
     pub(super) fn tidy(&self) {
         self.access_times.write(self.fs.as_ref());
         self.prune_quarantine(QUARANTINE_AGE_MAX);

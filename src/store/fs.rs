@@ -1,7 +1,6 @@
-//! The file operations that the store needs, and nothing else: the seam at which tests replace the disk.
+//! File system trait of the store. Tests replace the disk here.
 //!
-//! Paths are relative to the file system. [`DirectoryFs`] is a folder of this machine; [`MemoryFs`] forgets everything at the
-//! end of the process and serves tests.
+//! All paths are relative to the root. [`DirectoryFs`] is a local folder; [`MemoryFs`] serves tests.
 
 mod directory;
 pub(super) mod disk_errors;
@@ -20,11 +19,11 @@ use tokio::runtime::{Handle, RuntimeFlavor};
 pub use directory::DirectoryFs;
 pub use memory::MemoryFs;
 
-/// Where files are written before they get their name. What is there when the store is opened is removed, but for
-/// ingests that can be continued.
+/// Folder for files that do not have their final name yet. When the store is opened, its content is removed, except
+/// for resumable partial downloads.
 pub const INGEST_DIR: &str = "ingest";
 
-/// How many names are tried for a file that has none yet. Only leftovers that could not be removed are in the way.
+/// Attempts to find an unused temporary name. Only files that a crash left behind are in the way.
 const TEMP_NAME_TRIES_MAX: u32 = 64;
 
 /// One entry of a folder.
@@ -32,66 +31,66 @@ const TEMP_NAME_TRIES_MAX: u32 = 64;
 pub struct Entry {
     /// Its name within the folder.
     pub name: String,
-    /// Whether it is itself a folder.
+    /// Whether it is a folder.
     pub is_folder: bool,
     /// Its size in bytes; 0 for a folder.
     pub size: u64,
-    /// When it was last written, or said to have been used ([`FileSystem::set_modified`]), where the file system knows.
+    /// Modification time, or the last access set with [`FileSystem::set_modified`], if the file system records it.
     pub modified: Option<SystemTime>,
 }
 
-/// A place for files. All paths are relative to it.
+/// The file operations that the store needs. All paths are relative to the root.
 pub trait FileSystem: Send + Sync + 'static {
-    /// The folder of this machine that it is, if it is one: the lock and the index live only in such.
+    /// The local folder, if this is one. The lock and the index need a local folder.
     fn folder(&self) -> Option<&Path>;
 
-    /// Makes a file that must not exist yet, for reading and writing; missing folders are made.
+    /// Creates a file for reading and writing, which must not exist. Creates missing parent folders.
     fn create(&self, path: &Path) -> io::Result<Arc<dyn FsFile>>;
 
     /// Opens a file for reading.
     fn open(&self, path: &Path) -> io::Result<Arc<dyn FsFile>>;
 
-    /// Opens a file for reading and writing. (Unless said otherwise, every opened file takes writes.)
+    /// Opens a file for reading and writing. By default every open file is writable.
     fn open_for_writing(&self, path: &Path) -> io::Result<Arc<dyn FsFile>> {
         self.open(path)
     }
 
-    /// When a file was last written, where the file system keeps that.
+    /// Modification time of a file, if the file system records it.
     fn modified(&self, _path: &Path) -> io::Result<Option<SystemTime>> {
         Ok(None)
     }
 
-    /// Appends `bytes` in one write and makes them durable; the file is made when it is missing.
+    /// Appends `bytes` in one write and fsyncs them. Creates the file if it is missing.
     fn append(&self, path: &Path, bytes: &[u8]) -> io::Result<()>;
 
-    /// Gives a file or folder another name, replacing a file of that name; missing folders are made.
+    /// Renames a file or folder and replaces an existing file. Creates missing parent folders.
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()>;
 
     /// Removes a file.
     fn remove(&self, path: &Path) -> io::Result<()>;
 
-    /// Removes a folder and what is in it. One that is missing is no error.
+    /// Removes a folder and its content. A missing folder is not an error.
     fn remove_dir_all(&self, path: &Path) -> io::Result<()>;
 
-    /// Makes the names in a folder durable.
+    /// Fsyncs a folder, so that its names are durable.
     fn sync_dir(&self, path: &Path) -> io::Result<()>;
 
-    /// What is in a folder, ordered by name; nothing in one that is missing.
+    /// Lists a folder, sorted by name. A missing folder is empty.
     fn list(&self, path: &Path) -> io::Result<Vec<Entry>>;
 
-    /// Sets the time that [`Entry::modified`] tells. Nobody relies on it: where a file system has no such times, nothing happens.
+    /// Sets the time that [`Entry::modified`] returns. Does nothing if the file system does not record it.
     fn set_modified(&self, _path: &Path, _at: SystemTime) -> io::Result<()> {
         Ok(())
     }
 
-    /// The permission bits of a file, where the file system has such.
+    /// The permission bits of a file, if the file system has them.
     fn mode(&self, path: &Path) -> io::Result<Option<u32>>;
 
-    /// How many bytes may still be written.
+    /// Free space in bytes.
     fn free_bytes(&self) -> io::Result<u64>;
 
-    /// Writes a whole file under its name, durable but for the name itself: [`Self::sync_dir`] is still to be called.
-    /// Whoever reads meanwhile finds the old content or the new, never a part.
+    /// Replaces a file atomically with fsynced content. The name itself is not durable before [`Self::sync_dir`]. A
+    /// concurrent reader sees the old content or the new one, never a mixture.
     fn write_atomic(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {
         let (unnamed, file) = create_temp(self)?;
         let written = file
@@ -101,52 +100,52 @@ pub trait FileSystem: Send + Sync + 'static {
             .and_then(|()| file.sync())
             .and_then(|()| self.rename(&unnamed, path));
         if placed.is_err() {
-            // The error that counts is the first; a leftover goes when the store is next opened.
+            // Report the first error. The temporary file is removed when the store is next opened.
             let _ = self.remove(&unnamed);
         }
         placed
     }
 
-    /// [`Self::write_atomic`], and the name made durable too.
+    /// [`Self::write_atomic`], then fsyncs the folder.
     fn write_durable(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {
         self.write_atomic(path, bytes)?;
         path.parent().map_or(Ok(()), |folder| self.sync_dir(folder))
     }
 
-    /// Reads a whole file of at most `bytes_max`; a longer one is [`io::ErrorKind::FileTooLarge`].
+    /// Reads a file of at most `bytes_max`. A longer one is [`io::ErrorKind::FileTooLarge`].
     fn read_file(&self, path: &Path, bytes_max: u64) -> io::Result<Vec<u8>> {
         let file = self.open(path)?;
         read_all(file.as_ref(), bytes_max)
     }
 }
 
-/// A file of a [`FileSystem`]. Reads and writes name their offset, so a handle can be shared.
+/// An open file of a [`FileSystem`]. Reads and writes take an offset, so handles can be shared.
 pub trait FsFile: Send + Sync {
     /// Writes all of `bytes` at `offset`.
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()>;
 
-    /// Reads at `offset`; 0 at the end of the file. May read less than asked for.
+    /// Reads at `offset`. Returns 0 at the end of the file. May read less than requested.
     fn read_at(&self, into: &mut [u8], offset: u64) -> io::Result<usize>;
 
-    /// Reads what is in memory already; [`io::ErrorKind::WouldBlock`] when the disk would have to be waited for, or
-    /// where the system cannot tell.
+    /// Reads from the page cache. Returns [`io::ErrorKind::WouldBlock`] if the read would wait for the disk, or if
+    /// the system cannot tell.
     fn read_at_nowait(&self, into: &mut [u8], offset: u64) -> io::Result<usize>;
 
     /// The size in bytes.
     fn size(&self) -> io::Result<u64>;
 
-    /// Makes the content durable. The first error is final: the kernel may report it once only.
+    /// Fsyncs the content. The first error is final, because the kernel may report it only once.
     fn sync(&self) -> io::Result<()>;
 
-    /// Reserves room for `bytes`, so that a full disk shows before the first byte. Where a file system cannot, it says
-    /// yes; only a full one is an error.
+    /// Preallocates `bytes`, so that a full disk is detected before the first byte. Returns an error only if the
+    /// disk is full. A file system without preallocation returns success.
     fn reserve(&self, bytes: u64) -> io::Result<()>;
 
-    /// Takes away the permission to write.
+    /// Removes the write permission.
     fn make_read_only(&self) -> io::Result<()>;
 }
 
-/// Reads a whole open file of at most `bytes_max`.
+/// Reads an open file of at most `bytes_max`.
 pub(super) fn read_all(file: &dyn FsFile, bytes_max: u64) -> io::Result<Vec<u8>> {
     let size = file.size()?;
     if size > bytes_max {
@@ -166,7 +165,7 @@ pub(super) fn read_all(file: &dyn FsFile, bytes_max: u64) -> io::Result<Vec<u8>>
     Ok(bytes)
 }
 
-/// A name that no other file of this process has, below [`INGEST_DIR`].
+/// A unique name within this process below [`INGEST_DIR`].
 pub(super) fn temp_path() -> PathBuf {
     static NEXT: AtomicU64 = AtomicU64::new(0);
     Path::new(INGEST_DIR).join(format!("{:08x}", NEXT.fetch_add(1, Ordering::Relaxed)))
@@ -185,15 +184,15 @@ fn create_temp<V: FileSystem + ?Sized>(fs: &V) -> io::Result<(PathBuf, Arc<dyn F
     Err(last)
 }
 
-/// Panics, in debug builds, on a worker of the server's runtime: a call that may block would stop every task there. All
-/// tests of the whole program run with it. A runtime of a single thread, as unit tests have, is let pass.
+/// Panics in debug builds on a worker of the multi-threaded runtime, where a blocking call would stop all tasks of
+/// that worker. All system tests run with this check. A single-threaded runtime, as in unit tests, is exempt.
 #[inline]
 pub(in crate::store) fn assert_may_block() {
     if cfg!(debug_assertions) {
         let flavor = Handle::try_current().map(|runtime| runtime.runtime_flavor());
         if !matches!(flavor, Ok(RuntimeFlavor::CurrentThread)) {
             let lock = tokio::sync::Mutex::new(());
-            // Tokio refuses this on its workers, and nowhere else.
+            // Tokio panics here on a runtime worker, and only there.
             drop(lock.blocking_lock());
         }
     }

@@ -1,15 +1,16 @@
-//! sled as a projection of the files: times, grants and an ordered list of tags. All of it can be lost.
+//! Index in sled: confirmation times, grants and an ordered tag list. All of it can be rebuilt from the
+//! files.
 //!
-//! The problem: sled 0.34.7 is cheap and it is the engine of choice here, but its `flush()` ends in `sync_file_range`
-//! and lost acknowledged data in 33 of 40 power cuts; damaged files make it panic, or open empty without a word; after
-//! one full disk it stays broken until it is opened again.
+//! The problem: sled 0.34.7 is cheap and is the engine of choice here, but it loses data. Its `flush()` ends in
+//! `sync_file_range` and lost acknowledged data in 33 of 40 power cuts. Corrupt files make it panic or open empty
+//! without an error. After one full disk it stays broken until it is opened again.
 //!
-//! What follows from that: one thread owns the database ([`worker`]). It flushes and then fsyncs sled's file itself;
-//! it opens under `catch_unwind` with a time limit; what is damaged is set aside under another name, and a fresh index
-//! fills from the files while the store serves. Each record carries a checksum. A miss here is never final, for a
-//! partial loss cannot be noticed: whoever asks looks at the files too.
+//! The consequences: one thread owns the database ([`worker`]). It flushes and then fsyncs sled's file itself. It
+//! opens sled under `catch_unwind` with a time limit. A corrupt index is moved to another name, and a new one is
+//! filled from the files while the store serves requests. Each record carries a checksum. A miss in the index is
+//! never final, because a partial loss cannot be detected: the caller also reads the files.
 //!
-//! Not here: anything that must not be lost. That is in the blobs, manifests, refs and seen files.
+//! Data that must not be lost is in the files of blobs, manifests, tags and membership.
 
 mod compaction;
 pub(super) mod handle;
@@ -29,11 +30,11 @@ use std::path::{Path, PathBuf};
 use std::sync::mpsc;
 use std::time::Duration;
 
-/// What is hot is kept ready by those who ask, and the kernel keeps the file. With 32 MiB here a store of a million
-/// objects took some 20 MiB more when idle; with 8 MiB all of it was read no faster than with 2.
+/// Hot records are cached by the callers, and the kernel caches the file. With 32 MiB here, a store of a million
+/// objects used some 20 MiB more when idle. With 8 MiB, a full scan was no faster than with 2.
 const CACHE_BYTES: u64 = 2 * 1024 * 1024;
 
-/// How often a page is used for one reading or writing of a record: see [`SledIndex::touch_page`].
+/// Accesses per read or write of a record. See [`SledIndex::touch_page`].
 const PAGE_TOUCHES: usize = 4;
 
 /// sled collects garbage only in this flusher, so it is never switched off.
@@ -41,49 +42,49 @@ const FLUSH_EVERY_MS: u64 = 500;
 
 const OPEN_MAX: Duration = Duration::from_secs(60);
 
-/// How many damaged indexes are kept for whoever wants to look into them.
+/// Most corrupt indexes kept for inspection.
 const QUARANTINED_MAX: usize = 2;
 
 const QUARANTINE_PREFIX: &str = "index.broken-";
 
-/// Keys and values, ordered by key. Whoever calls it seals the values.
+/// Key-value index, ordered by key. Callers add a checksum to the values.
 pub(super) trait Index: Send {
     fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, IndexError>;
     fn put(&mut self, key: &[u8], value: &[u8]) -> Result<(), IndexError>;
     fn remove(&mut self, key: &[u8]) -> Result<(), IndexError>;
-    /// At most `limit` pairs whose key begins with `prefix` and is greater than `after`.
+    /// Returns at most `limit` pairs whose key begins with `prefix` and is greater than `after`.
     fn scan(&self, prefix: &[u8], after: &[u8], limit: usize) -> Result<Vec<Pair>, IndexError>;
-    /// Makes everything put so far durable.
+    /// Makes all previous writes durable.
     fn sync(&mut self) -> Result<(), IndexError>;
-    /// How long its file is; 0 for one without.
+    /// Size of the index file; 0 if there is none.
     fn file_bytes(&self) -> u64 {
         0
     }
-    /// Ends its use after a fault; says whether its files may be opened again in this process.
+    /// Closes the index after an error. Returns whether its files can be opened again in this process.
     fn abandon(self: Box<Self>, fault: &IndexError) -> bool;
 }
 
 pub(super) type Pair = (Vec<u8>, Vec<u8>);
 
-/// Why the index does not answer. Ours, and never a reason to fail a pull.
+/// Index failure. A pull never fails because of it.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub(super) enum IndexError {
-    /// The disk refuses: full, read-only, failing. Opening it again later may help.
-    #[error("the disk refuses: {reason}")]
+    /// The disk is full, read-only or failing. A later attempt to open the index may succeed.
+    #[error("disk error: {reason}")]
     Disk {
-        /// As the system says it.
+        /// Error text of the system.
         reason: String,
-        /// Whether it is a failing device, on which closing sled in order would panic.
+        /// Whether the device fails, so that an orderly close of sled would panic.
         is_failing: bool,
     },
-    /// Its files are not what they were: set aside.
-    #[error("it is damaged: {0}")]
+    /// The files are corrupt. They are quarantined.
+    #[error("corrupt: {0}")]
     Damaged(String),
-    /// Its files are whole but are not the ones that belong here: set aside.
-    #[error("it {0}")]
+    /// The files are intact but belong to another store or time. They are quarantined.
+    #[error("the index {0}")]
     Foreign(&'static str),
-    /// Another handle still has its files.
-    #[error("its files are in use")]
+    /// Another handle still locks the files.
+    #[error("the index files are locked")]
     Busy,
 }
 
@@ -93,7 +94,7 @@ impl IndexError {
     }
 }
 
-/// Runs `op`; a panic in it is damage.
+/// Runs `op`. A panic in it counts as corruption.
 pub(super) fn catch_panic<T>(op: impl FnOnce() -> Result<T, IndexError>) -> Result<T, IndexError> {
     catch_unwind(AssertUnwindSafe(op))
         .unwrap_or_else(|panic| Err(IndexError::Damaged(panic_message(panic.as_ref()))))
@@ -102,13 +103,13 @@ pub(super) fn catch_panic<T>(op: impl FnOnce() -> Result<T, IndexError>) -> Resu
 fn panic_message(panic: &(dyn Any + Send)) -> String {
     let text = panic.downcast_ref::<String>().map(String::as_str);
     text.or_else(|| panic.downcast_ref::<&str>().copied())
-        .unwrap_or("it panicked")
+        .unwrap_or("panic")
         .chars()
         .take(200)
         .collect()
 }
 
-/// An index that is gone with the process: for tests, and for a file system that is no folder.
+/// In-memory index, for tests and for file systems that are not a local folder.
 #[derive(Clone, Default)]
 pub(super) struct MemoryIndex {
     pairs: BTreeMap<Vec<u8>, Vec<u8>>,
@@ -153,26 +154,26 @@ fn lower_bound<'a>(prefix: &'a [u8], after: &'a [u8]) -> Bound<&'a [u8]> {
     }
 }
 
-/// sled, made durable.
+/// sled with durable writes.
 pub(super) struct SledIndex {
-    /// `None` only while it is dropped.
+    /// `None` only during the drop.
     db: Option<sled::Db>,
-    /// Our own handle to sled's log, for the fsync that sled leaves out.
+    /// A second handle to sled's log, for the fsync that sled omits.
     log: File,
 }
 
-/// An index just opened.
+/// An index that was just opened.
 pub(super) struct Opened {
     pub(super) index: SledIndex,
-    /// There were files, and sled found nothing in them: what a total loss looks like.
+    /// Files existed, but sled found no data in them: the sign of a total loss.
     pub(super) is_emptied: bool,
 }
 
 impl SledIndex {
-    /// Opens the index in `folder`, or makes one.
+    /// Opens the index in `folder`, or creates it.
     pub(super) fn open(folder: &Path) -> Result<Opened, IndexError> {
         let existed = fs::metadata(folder.join("db")).is_ok_and(|metadata| metadata.len() > 0);
-        // sled would make it readable by everyone.
+        // sled would create the folder readable by all users.
         DirBuilder::new()
             .recursive(true)
             .mode(0o700)
@@ -200,9 +201,9 @@ impl SledIndex {
         self.db.as_ref().ok_or(IndexError::Busy)
     }
 
-    /// Makes sled count the page of `key`. It does not count a page when it reads it in, only when that is used again, and
-    /// lets go of others only after 64 uses in one of 256 parts of its cache: of a look at a million records nearly all
-    /// would stay in memory for good, whatever the size of the cache.
+    /// Accesses the page of `key` so that sled's cache counts it. sled counts a page only on later accesses, not
+    /// when it loads it, and evicts other pages only after 64 accesses in one of 256 cache shards. Without this, a
+    /// scan of a million records would keep nearly all of them in memory for good, whatever the cache size.
     fn touch_page(&self, key: &[u8], times: usize) -> Result<(), IndexError> {
         for _ in 0..times {
             self.db()?.get(key).map_err(sled_error)?;
@@ -211,7 +212,7 @@ impl SledIndex {
     }
 }
 
-/// Opens sled on a thread of its own: on damaged files it can panic, and it can take for ever.
+/// Opens sled on a separate thread, because with corrupt files it can panic or never return.
 fn open_within(folder: PathBuf, limit: Duration) -> Result<sled::Db, IndexError> {
     let (send, receive) = mpsc::sync_channel(1);
     let open = move || {
@@ -221,7 +222,7 @@ fn open_within(folder: PathBuf, limit: Duration) -> Result<sled::Db, IndexError>
             .flush_every_ms(Some(FLUSH_EVERY_MS));
         let opened = catch_panic(|| config.open().map_err(sled_error));
         if let Err(mpsc::SendError(Ok(late))) = send.send(opened) {
-            // Nobody waits any more, and its folder has been set aside.
+            // The caller has timed out, and the folder has been quarantined.
             close(late, &IndexError::Busy);
         }
     };
@@ -231,13 +232,13 @@ fn open_within(folder: PathBuf, limit: Duration) -> Result<sled::Db, IndexError>
         .map_err(disk)?;
     receive.recv_timeout(limit).unwrap_or_else(|_| {
         Err(IndexError::Damaged(format!(
-            "it did not open within {} s",
+            "not opened within {} s",
             limit.as_secs()
         )))
     })
 }
 
-/// What sled 0.34 leaves undone when it makes its files.
+/// The fsyncs that sled 0.34 omits when it creates its files.
 fn sync_paths(folder: &Path) -> Result<(), IndexError> {
     let parent = folder.parent().unwrap_or(folder);
     let paths = [
@@ -256,8 +257,8 @@ fn sync_paths(folder: &Path) -> Result<(), IndexError> {
     Ok(())
 }
 
-/// Drops sled where nothing can unwind through it. On a failing disk it is leaked instead: its drop would panic, and a
-/// second panic on the way would end the process. Says whether it was dropped.
+/// Drops sled under `catch_unwind`. On a failing disk sled is leaked instead: its drop would panic, and a second
+/// panic during unwinding would abort the process. Returns whether it was dropped.
 fn close(db: sled::Db, fault: &IndexError) -> bool {
     if matches!(
         fault,
@@ -280,7 +281,7 @@ fn disk(error: io::Error) -> IndexError {
 
 fn sled_error(error: sled::Error) -> IndexError {
     match error {
-        // sled gives this refusal no kind of its own.
+        // sled has no error kind for a held lock.
         sled::Error::Io(error) if error.to_string().contains("could not acquire lock") => IndexError::Busy,
         sled::Error::Io(error) => match error.raw_os_error().or_else(|| os_error_code(&error)) {
             Some(code) => disk(io::Error::from_raw_os_error(code)),
@@ -290,7 +291,7 @@ fn sled_error(error: sled::Error) -> IndexError {
     }
 }
 
-/// sled hands out an error of the system a second time as its text alone.
+/// sled repeats a system error as text only.
 fn os_error_code(error: &io::Error) -> Option<i32> {
     let text = error.to_string();
     let (_, rest) = text.split_once("Os { code: ")?;
@@ -323,7 +324,7 @@ impl Index for SledIndex {
             if !key.starts_with(prefix) {
                 break;
             }
-            // Its neighbours use the same page.
+            // Neighbouring records access the same page.
             self.touch_page(&key, 1)?;
             found.push((key.to_vec(), value.to_vec()));
         }
@@ -352,7 +353,7 @@ impl Drop for SledIndex {
     }
 }
 
-/// Gives a damaged index another name, and removes all but the newest of those set aside before.
+/// Moves a corrupt index to another name and removes the oldest ones moved before.
 pub(super) fn quarantine(folder: &Path, opened_at: u64, count: u32) -> Result<PathBuf, IndexError> {
     let parent = folder.parent().unwrap_or(folder);
     let mut aside = parent.join(format!("{QUARANTINE_PREFIX}{opened_at:012}-{count:04}"));
@@ -368,10 +369,10 @@ pub(super) fn quarantine(folder: &Path, opened_at: u64, count: u32) -> Result<Pa
         return Ok(aside);
     };
     let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
-    let mut broken: Vec<String> = names.filter(|name| name.starts_with(QUARANTINE_PREFIX)).collect();
-    broken.sort();
-    for name in broken.iter().rev().skip(QUARANTINED_MAX) {
-        // What cannot be removed now is tried again the next time.
+    let mut quarantined: Vec<String> = names.filter(|name| name.starts_with(QUARANTINE_PREFIX)).collect();
+    quarantined.sort();
+    for name in quarantined.iter().rev().skip(QUARANTINED_MAX) {
+        // If this fails, it is tried again the next time.
         let _ = fs::remove_dir_all(parent.join(name));
     }
     Ok(aside)

@@ -1,9 +1,11 @@
-//! A blob being written.
+//! Ingest: writes one blob to a temporary folder and commits it.
 //!
-//! An ingest is a folder of three files: `data`, the bytes so far; `meta`, which blob they are to be; `checkpoints`, a line for
-//! every [`CHECKPOINT_BYTES`] with the digest of all bytes up to there. Nothing of it is fsynced before the blob is whole:
-//! a download must not wait for the disk. Instead nothing of it is believed afterwards (see `partial`): what a power cut
-//! turned into zeros does not agree with its mark. The length of `data` says nothing, so the marks are counted in bytes.
+//! An ingest is a folder of three files. `data` holds the bytes received so far. `meta` names the expected blob.
+//! `marks` holds the checkpoints: one line per [`CHECKPOINT_BYTES`] with the digest of all bytes up to that offset.
+//!
+//! Data is not fsynced before the commit, because a download must not wait for the disk. After a restart each
+//! checkpoint is therefore verified again (see `partial`): blocks that a power cut zeroed do not match their
+//! checkpoint. The length of `data` proves nothing, so each checkpoint states its offset.
 
 use std::fmt;
 use std::io;
@@ -21,18 +23,20 @@ use super::quota::Reservation;
 use super::{Store, StoreError};
 use crate::oci::{Digest, Hasher};
 
-/// How far two marks are apart: so much of a download, at most, is lost with the process.
+/// Distance between two checkpoints. A crash loses at most this much of a download.
 pub const CHECKPOINT_BYTES: u64 = 1024 * 1024;
 
-/// Room for a blob of unknown size is set aside in steps of this many bytes, where there is so much; else as it comes.
+/// Step in which space is reserved for a blob of unknown size, if so much is available. Otherwise the exact amount
+/// is reserved.
 const RESERVE_STEP_BYTES: u64 = 8 * 1024 * 1024;
 
-/// How many names are tried for an ingest; see [`temp_path`].
+/// Attempts to find an unused folder name. See [`temp_path`].
 const INGEST_TRIES_MAX: u32 = 64;
 
 impl Store {
-    /// Begins to write a blob. `size`, where it is known, is reserved at once: a full disk shows before the first byte.
-    /// What interrupted downloads left and what is used least make room for it, which may take a while.
+    /// Begins to write a blob. A known `size` is reserved at once, so that a full disk is detected before the first
+    /// byte. Partial downloads and the least recently used images are evicted if space is short, which may take a
+    /// while.
     pub fn begin(&self, digest: &Digest, size: Option<u64>) -> Result<Ingest, StoreError> {
         let wanted = size.unwrap_or(0);
         let reservation = match SpaceReservation::of(&self.evictor, wanted) {
@@ -42,7 +46,7 @@ impl Store {
             reserved => reserved?,
         };
         match Ingest::begin(&self.blobs, digest, size, reservation) {
-            // Others fill the disk as well: once more, with what can be spared given to them.
+            // Other programs also fill the disk. Retry once after freeing what the store can spare.
             Err(StoreError::Full { .. })
                 if self.remove_partials() > 0 || self.evictor.relieve_full_disk(wanted) =>
             {
@@ -58,14 +62,15 @@ impl Store {
     }
 }
 
-/// What an ingest is, for whoever finds it after a stop.
+/// Identity of an ingest, read again after a restart.
 #[derive(Serialize, Deserialize)]
 pub(super) struct Meta {
     pub(super) digest: String,
     pub(super) size: Option<u64>,
 }
 
-/// A blob being written: followed by readers, visible to nobody else. Dropped, it leaves nothing.
+/// A blob being written. Readers of the download see its bytes. The store does not show it before the commit.
+/// Dropping it removes its files.
 pub struct Ingest {
     pub(super) blobs: Arc<Blobs>,
     pub(super) digest: Digest,
@@ -76,7 +81,7 @@ pub struct Ingest {
     pub(super) reservation: SpaceReservation,
 }
 
-/// The room of one blob: counted as taken until the blob itself is.
+/// Space reserved for one blob. It counts as used until the blob itself is counted.
 pub(super) struct SpaceReservation {
     evictor: Arc<Evictor>,
     reserved: Reservation,
@@ -95,7 +100,7 @@ impl SpaceReservation {
         if lacking == 0 {
             return Ok(());
         }
-        // Nothing is evicted for what may never come.
+        // The rest of the step may never arrive, so nothing is evicted for it.
         let step = self.evictor.quota.reserve(lacking.max(RESERVE_STEP_BYTES));
         self.reserved.merge(match step {
             Ok(step) => step,
@@ -105,14 +110,14 @@ impl SpaceReservation {
     }
 }
 
-/// The list of marks, as it is written.
+/// Writer of the checkpoint list.
 #[derive(Clone, Default)]
 pub(super) struct Checkpoints {
-    /// `None` before the first, and after one that could not be written.
+    /// `None` before the first checkpoint and after a failed write.
     pub(super) file: Option<Arc<dyn FsFile>>,
-    /// The length of the list in bytes.
+    /// Length of the list in bytes.
     pub(super) length: u64,
-    /// How much of the blob the last one covers.
+    /// Offset of the last checkpoint in the blob.
     pub(super) last: u64,
 }
 
@@ -143,7 +148,7 @@ impl Ingest {
         };
         if let Some(size) = size {
             let reserved = ingest.file.reserve(size);
-            reserved.map_err(|error| StoreError::io("reserve room for", &ingest.folder, &error))?;
+            reserved.map_err(|error| StoreError::io("reserve space for", &ingest.folder, &error))?;
         }
         let meta = encode(&Meta {
             digest: digest.to_string(),
@@ -160,20 +165,22 @@ impl Ingest {
         Arc::clone(&self.file)
     }
 
-    /// Sees to it that there is room for the first `bytes`: by the size that was announced there is, without one it is
-    /// looked for as the bytes come. To be asked before they are written.
+    /// Ensures that space for the first `bytes` is reserved. If the size was announced, it already is. Call before
+    /// the bytes are written.
     pub fn ensure_reserved(&mut self, bytes: u64) -> Result<(), StoreError> {
         self.reservation.grow(bytes)
     }
 
-    /// The first `written` bytes are in the file, and `hasher` has taken them: noted every [`CHECKPOINT_BYTES`].
+    /// Writes a checkpoint every [`CHECKPOINT_BYTES`]. The first `written` bytes are in the file, and `hasher`
+    /// covers exactly those.
     pub fn checkpoint_if_due(&mut self, written: u64, hasher: &Hasher) {
         if written.saturating_sub(self.checkpoints.last) >= CHECKPOINT_BYTES {
             self.write_checkpoint(written, hasher);
         }
     }
 
-    /// Leaves what was written to whoever asks for the blob next. The hasher has taken the first `written` bytes.
+    /// Stores the bytes as a partial download that the next request for the blob resumes. `hasher` covers the first
+    /// `written` bytes.
     pub fn suspend(mut self, written: u64, hasher: &Hasher) {
         if written > self.checkpoints.last {
             self.write_checkpoint(written, hasher);
@@ -183,7 +190,8 @@ impl Ingest {
         }
     }
 
-    /// Makes the blob durable and gives it its name. After an error nothing is held: the first failed fsync is final.
+    /// Makes the blob durable and links it under its digest. After an error the blob is not stored: an fsync error
+    /// is final.
     pub fn commit(self, proof: Verified) -> Result<BlobHandle, StoreError> {
         if proof.digest() != self.digest {
             let (expected, found) = (self.digest, proof.digest());
@@ -192,7 +200,7 @@ impl Ingest {
         self.blobs.commit(&self.folder.join("data"), &self.file, proof)
     }
 
-    /// A mark that cannot be written costs a later download some bytes, and this one nothing.
+    /// A failed checkpoint does not affect this download. A later one has to fetch more bytes again.
     fn write_checkpoint(&mut self, written: u64, hasher: &Hasher) {
         let path = self.folder.join("marks");
         let file = match self.checkpoints.file.take() {
@@ -214,7 +222,7 @@ impl Ingest {
                 };
             }
             Err(error) => {
-                tracing::debug!(%error, "a download could not be marked; it cannot be resumed later");
+                tracing::debug!(%error, "failed to write a download checkpoint");
             }
         }
     }
@@ -226,7 +234,7 @@ impl Ingest {
         };
         let (fs, folder) = (self.blobs.fs.as_ref(), entry.folder());
         if self.folder != folder {
-            // Of two interrupted downloads of one blob the later one is kept.
+            // Of two interrupted downloads of one blob, the later one replaces the other.
             let _ = fs.remove_dir_all(&folder);
             if fs.rename(&self.folder, &folder).is_err() {
                 return;
@@ -240,7 +248,7 @@ impl Ingest {
 impl Drop for Ingest {
     fn drop(&mut self) {
         if !self.is_suspended {
-            // What stays is found when the store is next opened.
+            // If this fails, the folder is found again when the store is next opened.
             let _ = self.blobs.fs.remove_dir_all(&self.folder);
         }
     }

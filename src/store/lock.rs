@@ -1,6 +1,6 @@
-//! One process for one data folder.
+//! Lock file: one process per data folder.
 //!
-//! The lock is on our own file and advisory: the kernel releases it with the process, however that ends.
+//! The lock is an advisory `flock` on the file `LOCK`. The kernel releases it when the process ends.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, Write};
@@ -14,14 +14,14 @@ use super::OpenError;
 
 const NAME: &str = "LOCK";
 
-/// Holds the folder until dropped.
+/// Locks the data folder until dropped.
 #[derive(Debug)]
 pub(super) struct Lock {
     file: File,
 }
 
 impl Lock {
-    /// Takes the folder for this process, or says which one has it.
+    /// Locks the data folder, or returns the process that has locked it.
     pub(super) fn take(folder: &Path) -> Result<Self, OpenError> {
         let path = folder.join(NAME);
         let failed = |error: io::Error| OpenError::Folder {
@@ -38,7 +38,7 @@ impl Lock {
             .open(&path);
         let (mut file, is_writable) = match opened {
             Ok(file) => (file, true),
-            // A disk that became read-only still serves, and is still one process's.
+            // The store can still serve from a read-only disk, and still needs the lock.
             Err(error) if error.kind() == io::ErrorKind::ReadOnlyFilesystem => {
                 (File::open(&path).map_err(failed)?, false)
             }
@@ -55,7 +55,7 @@ impl Lock {
             Err(errno) => return Err(failed(errno.into())),
         }
         if is_writable {
-            // The pid is for the eye only; a full disk must not keep the program from starting.
+            // The pid is informational. A full disk must not prevent the start.
             let _ = write_pid(&mut file);
         }
         Ok(Self { file })
@@ -63,10 +63,10 @@ impl Lock {
 }
 
 impl Drop for Lock {
-    /// By name, not by closing the file: a process that is just being started (a credential helper) has it open too until it
-    /// runs its own program, and would hold the folder as long.
+    /// Unlocks explicitly. Closing the file is not enough, because a child process between fork and exec (a
+    /// credential helper) inherits the descriptor and would keep the lock.
     fn drop(&mut self) {
-        // What cannot be unlocked is unlocked by the end of the process.
+        // If this fails, the end of the process releases the lock.
         let _ = flock(&self.file, FlockOperation::Unlock);
     }
 }

@@ -1,9 +1,10 @@
-//! What an interrupted download leaves, and how it is gone on with.
+//! Partial downloads: what interrupted downloads left on disk, resumed by the next request for the blob.
 //!
-//! A leftover is kept for whoever asks for its blob next, in this process or a later one. It is read again before it is
-//! believed: only what agrees with a mark counts as received. Whether the whole is right, the digest says in the end, as
-//! always. How many leftovers there are, how large they are together, and at a start how old, is limited; a disk that is
-//! full takes them first.
+//! A partial download survives a restart. Before it is resumed, its data is hashed again: only bytes that match a
+//! checkpoint count as received. The digest of the complete blob is verified at the end in any case.
+//!
+//! The number, the total size and, at startup, the age of partial downloads are limited. On a full disk they are
+//! removed first.
 
 use std::fmt;
 use std::fmt::Write as _;
@@ -20,29 +21,29 @@ use super::ingest::{Checkpoints, Ingest, Meta, SpaceReservation};
 use super::{Store, content_path};
 use crate::oci::{Digest, Hasher};
 
-/// Leftovers kept at a time; the oldest goes first.
+/// Most partial downloads stored at a time. The oldest is removed first.
 const PARTIALS_MAX: usize = 32;
 
-/// Their bytes together.
+/// Most bytes of all partial downloads together.
 const PARTIAL_BYTES_MAX: u64 = 16 * 1024 * 1024 * 1024;
 
-/// One that was written to longer ago than this is not continued after a start.
+/// Most age at startup, by the last write. An older partial download is removed.
 const PARTIAL_AGE_MAX: Duration = Duration::from_secs(24 * 60 * 60);
 
-/// The marks of a blob of 128 GiB and more; a longer list is not read.
+/// Largest checkpoint list that is read: the list of a blob of 128 GiB or more.
 const CHECKPOINTS_BYTES_MAX: u64 = 16 * 1024 * 1024;
 
 impl Store {
-    /// Takes what an interrupted download of `digest` left, if anything usable: nobody else gets it meanwhile.
+    /// Takes the partial download of `digest` if a usable one exists. No other caller gets it meanwhile.
     pub fn take_partial(&self, digest: &Digest) -> Option<PartialDownload> {
         let mut partial = PartialDownload::take(&self.blobs, digest)?;
         let bytes = partial.size.unwrap_or(partial.bytes());
-        // Without room for the whole it waits for the next one.
+        // If the complete blob does not fit the quota, the partial download stays for a later request.
         partial.reservation = Some(SpaceReservation::of(&self.evictor, bytes).ok()?);
         Some(partial)
     }
 
-    /// Removes all leftovers; says how many bytes they had.
+    /// Removes all partial downloads. Returns their size in bytes.
     pub fn remove_partials(&self) -> u64 {
         let partials = std::mem::take(&mut *self.blobs.partials.entries());
         let fs = self.blobs.fs.as_ref();
@@ -50,7 +51,7 @@ impl Store {
     }
 }
 
-/// What an interrupted download left. Dropped unused, it is there for the next one.
+/// A partial download. Dropped unused, it becomes available again.
 pub struct PartialDownload {
     blobs: Arc<Blobs>,
     entry: Option<PartialEntry>,
@@ -58,23 +59,23 @@ pub struct PartialDownload {
     file: Arc<dyn FsFile>,
     list: Checkpoints,
     checkpoints: Vec<Checkpoint>,
-    /// For the whole.
+    /// Space for the complete blob.
     reservation: Option<SpaceReservation>,
 }
 
-/// So many bytes have this digest.
+/// Digest of the first `bytes` bytes.
 struct Checkpoint {
     bytes: u64,
     digest: Digest,
 }
 
-/// What became of a leftover.
+/// A resumed partial download.
 pub struct Resumed {
-    /// To be written on, from `written`.
+    /// The ingest to continue at offset `written`.
     pub ingest: Ingest,
-    /// Has taken the first `written` bytes.
+    /// Hash state after the first `written` bytes.
     pub hasher: Hasher,
-    /// So many bytes are what was once received.
+    /// Count of verified bytes.
     pub written: u64,
 }
 
@@ -130,34 +131,35 @@ impl PartialDownload {
         })
     }
 
-    /// How many bytes there are, if they are what was written. Less than the whole: there is always something to ask for.
+    /// Offset of the last checkpoint. The bytes up to it are not verified yet. Always less than the blob's size, so
+    /// at least one byte remains to be fetched.
     pub fn bytes(&self) -> u64 {
         self.list.last
     }
 
-    /// The size of the whole, if it was announced.
+    /// Announced size of the complete blob.
     pub fn size(&self) -> Option<u64> {
         self.size
     }
 
-    /// The file, for readers of what is proven by [`Self::reverify`].
+    /// The file, for readers of the bytes that [`Self::reverify`] has verified.
     pub fn file(&self) -> Arc<dyn FsFile> {
         Arc::clone(&self.file)
     }
 
-    /// Removes it: it is of no use.
+    /// Removes the partial download.
     pub fn discard(mut self) {
         if let Some(entry) = self.entry.take() {
             entry.remove(self.blobs.fs.as_ref());
         }
     }
 
-    /// Reads it from the start, as far as it agrees with its marks; `proven` hears of each mark that does. Blocks for as
-    /// long as the disk and the hash take. `None` if it was discarded.
+    /// Hashes the data from the start, up to the first checkpoint that does not match. `proven` is called with the
+    /// offset of each checkpoint that does. Blocks on the disk and the hash. Returns `None` if it was discarded.
     pub fn reverify(mut self, mut proven: impl FnMut(u64)) -> Option<Resumed> {
         let (reservation, entry) = (self.reservation.take()?, self.entry.take()?);
         let mut hasher = Hasher::new(entry.digest.algorithm());
-        let (mut good, mut written) = (hasher.clone(), 0);
+        let (mut verified, mut written) = (hasher.clone(), 0);
         let mut buffer = vec![0; READ_CHUNK_BYTES];
         for checkpoint in &self.checkpoints {
             let read = read_span(
@@ -167,10 +169,10 @@ impl PartialDownload {
                 &mut hasher,
             );
             if read.is_err() || hasher.clone().finish() != checkpoint.digest {
-                tracing::warn!(digest = %entry.digest, from = written, "what an interrupted download left is damaged; it is fetched again from there");
+                tracing::warn!(digest = %entry.digest, from = written, "partial download is corrupt, fetching again from this offset");
                 break;
             }
-            (good, written) = (hasher.clone(), checkpoint.bytes);
+            (verified, written) = (hasher.clone(), checkpoint.bytes);
             proven(written);
         }
         let ingest = Ingest {
@@ -187,7 +189,7 @@ impl PartialDownload {
         };
         Some(Resumed {
             ingest,
-            hasher: good,
+            hasher: verified,
             written,
         })
     }
@@ -201,7 +203,7 @@ impl Drop for PartialDownload {
     }
 }
 
-/// Hashes the bytes of a span.
+/// Hashes a range of the file.
 fn read_span(
     file: &dyn FsFile,
     (mut at, until): (u64, u64),
@@ -226,8 +228,8 @@ fn read_span(
     Ok(())
 }
 
-/// The marks below `size`, and the length of the text that they are in. A later one takes back those that are not before
-/// it; behind a line that is none, nothing counts.
+/// Parses the checkpoints below `size`. Also returns the length of the valid text. A later checkpoint replaces
+/// earlier ones with an equal or greater offset. The first malformed line ends the list.
 fn read_checkpoints(text: &[u8], size: u64) -> (Vec<Checkpoint>, u64) {
     let (mut checkpoints, mut length) = (Vec::<Checkpoint>::new(), 0);
     for line in text.split_inclusive(|byte| *byte == b'\n') {
@@ -253,7 +255,7 @@ fn read_checkpoints(text: &[u8], size: u64) -> (Vec<Checkpoint>, u64) {
     (checkpoints, length)
 }
 
-/// The leftovers nobody has taken, the oldest first.
+/// The available partial downloads, oldest first.
 #[derive(Default)]
 pub(super) struct PartialDownloads(Mutex<Vec<PartialEntry>>);
 
@@ -269,16 +271,16 @@ impl PartialEntry {
         Path::new(INGEST_DIR).join(name)
     }
 
-    /// Says how many bytes it had.
+    /// Returns its size in bytes.
     fn remove(&self, fs: &dyn FileSystem) -> u64 {
-        // What stays is found again at the next start.
+        // If this fails, the folder is found again at the next start.
         let _ = fs.remove_dir_all(&self.folder());
         self.bytes
     }
 }
 
 impl PartialDownloads {
-    /// Looks through what an earlier process was writing: what can be continued is kept, the rest is removed.
+    /// Scans the ingest folder at startup. Resumable downloads are registered, everything else is removed.
     pub(super) fn find(fs: &dyn FileSystem, now: SystemTime) -> Self {
         let entries = fs.list(Path::new(INGEST_DIR)).unwrap_or_default();
         let mut found = Vec::new();
@@ -316,17 +318,18 @@ impl PartialDownloads {
 
     fn take(&self, digest: &Digest) -> Option<PartialEntry> {
         let mut all = self.entries();
-        let place = all.iter().position(|entry| entry.digest == *digest)?;
-        Some(all.remove(place))
+        let position = all.iter().position(|entry| entry.digest == *digest)?;
+        Some(all.remove(position))
     }
 
-    /// The list is whole between any two statements under its lock, so a poisoned lock is as good as another.
+    /// Every statement under this lock leaves the list valid, so a poisoned lock is safe to use.
     fn entries(&self) -> MutexGuard<'_, Vec<PartialEntry>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// Which blob the ingest in `folder` is of, and when it was written; `None` for one that is of no use.
+/// Reads which blob the ingest in `folder` is of and when it was last written. Returns `None` if it cannot be
+/// resumed.
 fn identify(
     fs: &dyn FileSystem,
     folder: &Path,
@@ -338,9 +341,9 @@ fn identify(
     let bytes = fs.open(&data).and_then(|file| file.size()).ok()?;
     let written_at = fs.modified(&data).ok()?;
     let is_old = written_at.is_some_and(|at| now.duration_since(at).is_ok_and(|age| age > PARTIAL_AGE_MAX));
-    let is_held = fs.open(&content_path(TREE, &digest)).is_ok();
+    let is_stored = fs.open(&content_path(TREE, &digest)).is_ok();
     let has_marks = fs.open(&folder.join("marks")).is_ok();
-    (has_marks && !is_old && !is_held).then_some((PartialEntry { digest, bytes }, written_at))
+    (has_marks && !is_old && !is_stored).then_some((PartialEntry { digest, bytes }, written_at))
 }
 
 fn remove(fs: &dyn FileSystem, path: &Path, is_folder: bool) {
@@ -350,6 +353,6 @@ fn remove(fs: &dyn FileSystem, path: &Path, is_folder: bool) {
         fs.remove(path)
     };
     if let Err(error) = removed {
-        tracing::warn!(%error, path = %path.display(), "could not remove what an earlier process was writing");
+        tracing::warn!(%error, path = %path.display(), "failed to remove an unfinished ingest");
     }
 }

@@ -169,7 +169,7 @@ impl Pins {
         if let Some(folder) = path.parent() {
             self.fs
                 .sync_dir(folder)
-                .map_err(|error| StoreError::io("make durable", folder, &error))?;
+                .map_err(|error| StoreError::io("fsync", folder, &error))?;
         }
         Ok(true)
     }

@@ -1,4 +1,4 @@
-//! How much may be held, and how much of that is taken: by what is held, and by what is being written.
+//! Storage quota: size limit of the store, minimum free disk space, and reservations for blobs being written.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -8,17 +8,17 @@ use super::StoreError;
 use super::fs::FileSystem;
 use super::usage::Counters;
 
-/// Eviction in the background begins at this share of the size, and ends at the lower one: so that a pull seldom waits
-/// for it, and it does not run for every pull.
+/// Background eviction starts at the first share of the size limit and stops at the second. So a pull seldom waits
+/// for an eviction, and not every pull triggers one.
 const BEGIN_PERCENT: u64 = 95;
 const END_PERCENT: u64 = 90;
 
-/// How much the store may take.
+/// Storage limits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// Bytes of blobs and manifests, of what is being written too.
+    /// Most bytes of blobs, manifests and ingests.
     pub bytes_max: u64,
-    /// Bytes to leave free on the disk.
+    /// Least free bytes on the disk.
     pub free_bytes_min: u64,
 }
 
@@ -31,17 +31,17 @@ impl Default for Limits {
     }
 }
 
-/// Why something has to go.
+/// The limit that was exceeded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(super) enum QuotaKind {
-    /// The store is at its size.
+    /// The size limit of the store.
     Size,
-    /// The disk has too little free space left.
+    /// The minimum free space of the disk.
     Free,
 }
 
 impl QuotaKind {
-    /// Its name in the log, the metrics and the status.
+    /// Name of the limit in the log, the metrics and the status.
     pub(super) fn name(self) -> &'static str {
         match self {
             Self::Size => "size",
@@ -50,13 +50,13 @@ impl QuotaKind {
     }
 }
 
-/// So much has to go.
+/// Number of bytes to evict.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Shortfall {
     pub(super) quota_kind: QuotaKind,
-    /// For what was asked to have room.
+    /// Least number that makes the reservation fit.
     pub(super) bytes_min: u64,
-    /// To be left alone for a while after it.
+    /// Number that delays the next eviction.
     pub(super) bytes_target: u64,
 }
 
@@ -66,11 +66,11 @@ pub(super) struct Quota {
     bytes_max: AtomicU64,
     free_bytes_min: AtomicU64,
     reserved: AtomicU64,
-    /// As last measured; `u64::MAX` before the first time.
+    /// Last measured value; `u64::MAX` before the first measurement.
     free_bytes: AtomicU64,
 }
 
-/// Room set aside for what is being written; given back when dropped.
+/// Space reserved for an ingest. Dropping it releases the space.
 pub(super) struct Reservation {
     quota: Arc<Quota>,
     bytes: u64,
@@ -81,7 +81,7 @@ impl Reservation {
         self.bytes
     }
 
-    /// Takes over what another one set aside.
+    /// Adds the bytes of another reservation to this one.
     pub(super) fn merge(&mut self, mut other: Self) {
         self.bytes += std::mem::take(&mut other.bytes);
     }
@@ -118,9 +118,10 @@ impl Quota {
             .store(limits.free_bytes_min, Ordering::Relaxed);
     }
 
-    /// Sets room aside for `bytes`, or says what has to go first.
+    /// Reserves `bytes`, or returns the shortfall to evict first.
     pub(super) fn reserve(self: &Arc<Self>, bytes: u64) -> Result<Reservation, Shortfall> {
-        // Two that reserve at once see each other: one of them may then be sent to evict in vain, none gets too much.
+        // Add first, then check. Two concurrent reservations may both trigger an eviction, but together they never
+        // exceed the limit.
         self.reserved.fetch_add(bytes, Ordering::SeqCst);
         let reservation = Reservation {
             quota: Arc::clone(self),
@@ -132,18 +133,18 @@ impl Quota {
         }
     }
 
-    /// What has to go when nobody asks for room.
+    /// Number of bytes to evict in the background.
     pub(super) fn background_shortfall(&self) -> Option<Shortfall> {
         self.shortfall(self.limits().free_bytes_min / 20, BEGIN_PERCENT)
     }
 
-    /// Whether so much could ever fit.
+    /// Returns whether the size limit allows a blob of this size at all.
     pub(super) fn fits_limit(&self, bytes: u64) -> bool {
         bytes <= self.limits().bytes_max
     }
 
-    /// What has to go for what is held and reserved to stay below `percent` of the size, and for `coming` bytes of it
-    /// not to take what is to be left free.
+    /// Bytes to evict so that stored and reserved bytes stay below `percent` of the size limit, and `coming` more
+    /// bytes leave the minimum free space.
     fn shortfall(&self, coming: u64, percent: u64) -> Option<Shortfall> {
         let limits = self.limits();
         let usage = self.usage.read();
@@ -152,7 +153,7 @@ impl Quota {
             .saturating_add(usage.manifest_bytes)
             .saturating_add(self.reserved.load(Ordering::SeqCst));
         let over = |percent| taken.saturating_sub(share(limits.bytes_max, percent));
-        // What has not been counted cannot be known to be too much.
+        // Before the startup scan ends, the size of the store is unknown.
         if usage.is_complete && over(percent) > 0 {
             return Some(Shortfall {
                 quota_kind: QuotaKind::Size,
@@ -169,7 +170,7 @@ impl Quota {
         })
     }
 
-    /// What was measured last, if anything was.
+    /// The last measured free space.
     pub(super) fn last_free_bytes(&self) -> Option<u64> {
         Some(self.free_bytes.load(Ordering::Relaxed)).filter(|bytes| *bytes != u64::MAX)
     }

@@ -1,7 +1,8 @@
-//! Reads everything held, over and over and slowly, and sets aside what the disk has changed, before anyone asks for it.
+//! Scrub: reads all stored content in the background at a limited rate and quarantines corrupt files before a client
+//! requests them.
 //!
-//! How far it came is kept in a small file, so that a restart does not begin anew. The rate is kept by pausing after
-//! each step for as long as the step may take; nothing is measured, so a slow disk makes it slower still.
+//! A small file records the progress, so a restart continues where the last process stopped. The rate is kept by a
+//! pause after each chunk. The time of the read itself is not measured, so a slow disk makes the scrub slower.
 
 use std::io;
 use std::path::Path;
@@ -18,37 +19,37 @@ use super::fs::FileSystem;
 use super::{content_path, manifests};
 use crate::oci::{Algorithm, Digest, Hasher};
 
-/// Read at a time, and then paused for.
+/// Bytes read between two pauses.
 const CHUNK_BYTES: usize = 256 * 1024;
 
-/// What was read through is left alone for so long.
+/// Pause after a complete round.
 const SCRUB_INTERVAL: Duration = Duration::from_secs(7 * 24 * 3600);
 
-/// Between two looks whether there is something to do.
+/// Interval of the check whether a round is due.
 const CHECK_INTERVAL: Duration = Duration::from_secs(60);
 
 const PROGRESS_FILE: &str = "scrub";
 
-/// How often the progress is written, in files read.
+/// Number of files between two writes of the progress.
 const PROGRESS_EVERY_FILES: u64 = 256;
 
-/// How far it came.
+/// Progress of the current round.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 struct Progress {
-    /// The last digest that was read; empty at the beginning of a round.
+    /// The last digest that was read. Empty at the start of a round.
     after: String,
-    /// When the last round ended.
+    /// End of the last round.
     ended_at_ms: Option<u64>,
 }
 
-/// What the scrub did since the start.
+/// Totals since the start of the process.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ScrubTotals {
     /// Blobs and manifests read.
     pub objects: u64,
-    /// Their bytes.
+    /// Bytes read.
     pub bytes: u64,
-    /// Those that were not what their names say.
+    /// Objects that did not match their digest.
     pub damaged: u64,
 }
 
@@ -58,13 +59,13 @@ pub(super) struct Scrub {
     manifests: Arc<manifests::Manifests>,
     access_times: Arc<AccessTimes>,
     stop: Arc<AtomicBool>,
-    /// Bytes in a second; 0 is off.
+    /// Bytes per second; 0 disables the scrub.
     rate: AtomicU64,
     totals: Totals,
     wake: (Mutex<()>, Condvar),
 }
 
-/// How fast it is read.
+/// Read rate.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum ReadRate {
     Limited,
@@ -113,9 +114,9 @@ impl Scrub {
         }
     }
 
-    /// The thread's work, until told to stop.
+    /// Main loop of the scrub thread.
     pub(super) fn run(&self) {
-        // Whoever asks first after a start is not to wait for the disk.
+        // The first requests after a start must not compete with the scrub for the disk.
         self.pause(CHECK_INTERVAL);
         while !self.is_stopped() {
             if self.rate.load(Ordering::Relaxed) > 0 && self.is_due() {
@@ -128,17 +129,17 @@ impl Scrub {
     fn is_due(&self) -> bool {
         let ended_at = self.progress().ended_at_ms.map(from_millis);
         let age = ended_at.map(|ended_at| self.access_times.now().duration_since(ended_at));
-        // One that ended in the future was noted by another clock.
+        // An end time in the future comes from a clock that was set back.
         age.is_none_or(|age| age.is_ok_and(|age| age >= SCRUB_INTERVAL) || !self.progress().after.is_empty())
     }
 
-    /// Reads everything that comes after what was last read.
+    /// Reads everything after the last recorded digest.
     pub(super) fn round(&self) {
         let mut progress = self.progress();
         let mut files = 0;
         for (tree, algorithm, shard) in shards() {
-            let place = |name: &str| format!("{tree}/{algorithm}:{name}");
-            if place(&format!("{shard}g")) < progress.after {
+            let position = |name: &str| format!("{tree}/{algorithm}:{name}");
+            if position(&format!("{shard}g")) < progress.after {
                 continue;
             }
             let folder = Path::new(tree).join(algorithm.to_string()).join(&shard);
@@ -147,15 +148,15 @@ impl Scrub {
                     self.write_progress(&progress);
                     return;
                 }
-                let here = place(&entry.name);
+                let current = position(&entry.name);
                 let Ok(digest) = format!("{algorithm}:{}", entry.name).parse() else {
                     continue;
                 };
-                if here <= progress.after {
+                if current <= progress.after {
                     continue;
                 }
                 self.read(tree, &digest, ReadRate::Limited);
-                progress.after = here;
+                progress.after = current;
                 files += 1;
                 if files % PROGRESS_EVERY_FILES == 0 {
                     self.write_progress(&progress);
@@ -172,16 +173,11 @@ impl Scrub {
             bytes,
             damaged,
         } = self.scrubbed();
-        tracing::info!(
-            objects,
-            bytes,
-            damaged,
-            "everything held was read again; counts since the start"
-        );
+        tracing::info!(objects, bytes, damaged, "scrub round finished");
     }
 
-    /// Reads everything once, as fast as the disk can, and tells of each how long it is and whether it is right. `false`
-    /// where it was stopped.
+    /// Reads everything once at full disk speed. `read` is called with the digest, the size and whether the content
+    /// is intact. Returns `false` if it was stopped.
     pub(super) fn read_all(&self, mut read: impl FnMut(&Digest, u64, bool)) -> bool {
         for (tree, algorithm, shard) in shards() {
             let folder = Path::new(tree).join(algorithm.to_string()).join(&shard);
@@ -200,7 +196,7 @@ impl Scrub {
         true
     }
 
-    /// Whether it is right; `None` where that cannot be said.
+    /// Returns whether the content is intact, or `None` if that is unknown.
     fn read(&self, tree: &str, digest: &Digest, read_rate: ReadRate) -> Option<bool> {
         let path = content_path(tree, digest);
         match self.hash(&path, digest.algorithm(), read_rate) {
@@ -211,25 +207,26 @@ impl Scrub {
                 }
                 self.totals.damaged.fetch_add(1, Ordering::Relaxed);
                 if tree == blobs::TREE {
-                    self.blobs.quarantine(digest, "a blob is not what its name says");
+                    self.blobs
+                        .quarantine(digest, "blob content does not match its digest");
                 } else {
                     self.manifests
-                        .quarantine(digest, "a manifest is not what its name says");
+                        .quarantine(digest, "manifest content does not match its digest");
                 }
                 Some(false)
             }
-            // Stopped in the middle.
+            // Stopped before the end of the file.
             Ok(None) => None,
             // Evicted meanwhile.
             Err(error) if error.kind() == io::ErrorKind::NotFound => None,
             Err(error) => {
-                tracing::warn!(%error, path = %path.display(), "what is held could not be read");
+                tracing::warn!(%error, path = %path.display(), "failed to read stored content");
                 None
             }
         }
     }
 
-    /// `None` where it was stopped.
+    /// Returns `None` if it was stopped.
     fn hash(&self, path: &Path, algorithm: Algorithm, read_rate: ReadRate) -> io::Result<Option<Digest>> {
         let file = self.fs.open(path)?;
         let mut hasher = Hasher::new(algorithm);
@@ -255,7 +252,7 @@ impl Scrub {
         }
     }
 
-    /// Stops and new rates end a pause.
+    /// A stop or a new rate ends the pause early.
     fn pause(&self, time: Duration) {
         let (lock, wake) = &self.wake;
         let guard = lock.lock().unwrap_or_else(PoisonError::into_inner);
@@ -278,13 +275,13 @@ impl Scrub {
         record.ok().and_then(|record| decode(&record)).unwrap_or_default()
     }
 
-    /// What cannot be noted is read again.
+    /// If this fails, a restart reads the files after the last record again.
     fn write_progress(&self, progress: &Progress) {
         let _ = self.fs.write_atomic(Path::new(PROGRESS_FILE), &encode(progress));
     }
 }
 
-/// The folders of content, in the order of what is noted.
+/// The content folders in scrub order.
 fn shards() -> impl Iterator<Item = (&'static str, Algorithm, String)> {
     let trees = [blobs::TREE, manifests::TREE].into_iter();
     let trees = trees.flat_map(|tree| [(tree, Algorithm::Sha256), (tree, Algorithm::Sha512)]);

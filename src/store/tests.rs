@@ -1,5 +1,5 @@
-//! The promises of the store, on every file system. What only a real folder has (a lock, an index that stays) is in [`folder`];
-//! what a power cut leaves, at each call that writes, is in [`power_cut`].
+//! Store tests that run on every file system. Tests that need a local folder (lock, durable index) are in
+//! [`folder`]. Power cuts at each writing call are in [`power_cut`].
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -40,13 +40,13 @@ use crate::oci::{Algorithm, Digest, Hasher, MediaType, Repository};
 pub(super) const UPSTREAM: &str = "docker.io";
 pub(super) const IMAGE: &str = "application/vnd.oci.image.manifest.v1+json";
 
-/// Where a store is opened, again and again.
-pub(super) struct Ground {
+/// A file system on which a store is opened repeatedly.
+pub(super) struct Fixture {
     pub(super) fs: Arc<dyn FileSystem>,
     pub(super) folder: Option<tempfile::TempDir>,
 }
 
-impl Ground {
+impl Fixture {
     pub(super) fn directory() -> Self {
         let folder = tempfile::tempdir().unwrap();
         let fs = DirectoryFs::open(folder.path().join("data")).unwrap();
@@ -67,8 +67,8 @@ impl Ground {
         Store::open(&Settings::default(), Arc::clone(&self.fs), at(0)).unwrap()
     }
 
-    /// With room for so many bytes, and everything there counted.
-    pub(super) fn open_with_room(&self, bytes_max: u64, now: SystemTime) -> Store {
+    /// Opens the store with a size limit, after the startup scan has finished.
+    pub(super) fn open_with_limit(&self, bytes_max: u64, now: SystemTime) -> Store {
         let limits = Limits {
             bytes_max,
             free_bytes_min: 0,
@@ -82,7 +82,7 @@ impl Ground {
         store
     }
 
-    /// The files below `folder`, however deep.
+    /// All files below `folder`.
     pub(super) fn files(&self, folder: &str) -> Vec<PathBuf> {
         let mut found = Vec::new();
         let mut folders = vec![PathBuf::from(folder)];
@@ -100,23 +100,23 @@ impl Ground {
         found
     }
 
-    /// The transfers being written. (The index thread may be writing a file of its own there.)
+    /// The ingests in progress. (The index thread may also write a temporary file there.)
     fn ingests(&self) -> usize {
         let entries = self.fs.list(Path::new("ingest")).unwrap();
         entries.iter().filter(|entry| entry.is_folder).count()
     }
 
-    /// Writes over a file, also over one that is read-only.
+    /// Overwrites a file, even if it is read-only.
     pub(super) fn overwrite(&self, path: &Path, bytes: &[u8]) {
         self.fs.remove(path).unwrap();
         self.fs.create(path).unwrap().write_at(bytes, 0).unwrap();
     }
 }
 
-/// Runs `test` on a folder and in memory.
-fn everywhere(test: impl Fn(&Ground)) {
-    test(&Ground::directory());
-    test(&Ground::memory());
+/// Runs `test` on a local folder and in memory.
+fn on_every_fs(test: impl Fn(&Fixture)) {
+    test(&Fixture::directory());
+    test(&Fixture::memory());
 }
 
 pub(super) fn at(seconds: u64) -> SystemTime {
@@ -169,7 +169,7 @@ pub(super) fn verified(bytes: &[u8]) -> Verified {
     Verified::check(hasher, &digest(bytes), bytes.len() as u64, None).unwrap()
 }
 
-pub(super) fn keep_blob(store: &Store, bytes: &[u8]) -> Result<(), StoreError> {
+pub(super) fn put_blob(store: &Store, bytes: &[u8]) -> Result<(), StoreError> {
     let ingest = store.begin(&digest(bytes), Some(bytes.len() as u64))?;
     ingest
         .file()
@@ -193,7 +193,7 @@ pub(super) fn read_blob(store: &Store, of: &Digest) -> Option<Vec<u8>> {
     Some(bytes)
 }
 
-/// What a tag named once, told once.
+/// The variant of a tag that was observed once.
 pub(super) fn past(content: &[u8], seconds: u64) -> crate::store::tags::HistoryEntry {
     crate::store::tags::HistoryEntry {
         digest: digest(content),
@@ -208,7 +208,7 @@ pub(super) fn only_variant(store: &Store, tag: &str) -> Variant {
     record.variants[0].clone()
 }
 
-/// The counts of what was there are made in the background.
+/// Waits for the startup scan.
 pub(super) fn counted_usage(store: &Store) -> Usage {
     for _ in 0..10_000 {
         let usage = store.usage();

@@ -1,4 +1,5 @@
-//! How much is held: counted once in the background, and kept up to date by those who add and remove.
+//! Counters of stored objects and bytes. A background scan counts once at startup; additions and removals keep the
+//! counters current.
 
 use std::convert::Infallible;
 use std::path::Path;
@@ -8,24 +9,24 @@ use std::sync::{PoisonError, RwLock};
 use super::fs::{Entry, FileSystem};
 use super::{quarantine, size_of};
 
-/// How much is held.
+/// Stored objects and bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Usage {
-    /// Blobs held.
+    /// Number of blobs.
     pub blobs: u64,
-    /// Their size.
+    /// Size of the blobs in bytes.
     pub blob_bytes: u64,
-    /// Manifests held.
+    /// Number of manifests.
     pub manifests: u64,
-    /// Their size.
+    /// Size of the manifests in bytes.
     pub manifest_bytes: u64,
-    /// Tags known.
+    /// Number of tags.
     pub tags: u64,
-    /// Whether what an earlier process left has been counted in full.
+    /// Whether the startup scan has counted everything that an earlier process stored.
     pub is_complete: bool,
 }
 
-/// What is counted.
+/// Kinds of counted objects.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum ContentKind {
     Blob,
@@ -33,7 +34,7 @@ pub(super) enum ContentKind {
     Tag,
 }
 
-/// The trees in the order in which they are counted.
+/// The folders in scan order.
 const TREES: [(ContentKind, &str); 5] = [
     (ContentKind::Blob, "blobs/sha256"),
     (ContentKind::Blob, "blobs/sha512"),
@@ -50,23 +51,24 @@ struct Counter {
     bytes: AtomicU64,
 }
 
-/// The counts. A folder is counted while no file comes or goes, and a file that comes or goes counts by itself only
-/// where its folder has been counted already: so each counts once.
+/// Counters that the scan and concurrent changes share. The scan holds a lock while it counts a folder, and a change
+/// counts only if its folder has already been scanned. So each file counts once.
 #[derive(Default)]
 pub(super) struct Counters {
     blobs: Counter,
     manifests: Counter,
     tags: Counter,
-    /// How often something came, went or was written anew.
+    /// Number of additions, removals and rewrites.
     changes: AtomicU64,
     is_complete: AtomicBool,
-    /// How many folders have been counted; `u32::MAX` at the end. Held while files come and go.
+    /// Number of scanned folders; `u32::MAX` when the scan has finished. Changes hold the read lock.
     counted: RwLock<u32>,
 }
 
 impl Counters {
     pub(super) fn read(&self) -> Usage {
-        // First: what is not yet complete must not be called so a moment later. No lock: `counted` is held over the disk.
+        // Read first: counters must not be reported as complete if the scan finished only after they were read.
+        // `counted` is not locked, because its lock is held during disk access.
         let is_complete = self.is_complete.load(Ordering::Acquire);
         let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         Usage {
@@ -79,13 +81,12 @@ impl Counters {
         }
     }
 
-    /// How often a blob, a manifest or what a tag names came, went or changed. What was seen before the last time may be
-    /// outdated.
+    /// Number of changes to blobs, manifests and tags. A snapshot taken before the last change may be outdated.
     pub(super) fn changes(&self) -> u64 {
         self.changes.load(Ordering::Acquire)
     }
 
-    /// Does `op`, which gives the file `path` of `bytes` its name; counts it if `op` says that it is new.
+    /// Runs `op`, which creates the file `path` of `bytes`. Counts the file if `op` returns that it is new.
     pub(super) fn on_add<E>(
         &self,
         kind: ContentKind,
@@ -104,7 +105,7 @@ impl Counters {
         Ok(())
     }
 
-    /// Does `op`, which takes the file `path` away; `op` says how many bytes it had, if it was there.
+    /// Runs `op`, which removes the file `path`. `op` returns the size of the file if it existed.
     pub(super) fn on_remove<E>(
         &self,
         kind: ContentKind,
@@ -116,7 +117,7 @@ impl Counters {
         self.changes.fetch_add(1, Ordering::Release);
         if position(kind, path) < *counted {
             let counter = self.counter(kind);
-            // A file that was changed behind our back is as long as it is, not as long as it was counted.
+            // Another program may have changed the file's size since it was counted.
             let _ = counter
                 .count
                 .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |count| count.checked_sub(1));
@@ -129,7 +130,7 @@ impl Counters {
         Ok(true)
     }
 
-    /// Sets a damaged file aside.
+    /// Moves a corrupt file to the quarantine.
     pub(super) fn quarantine(&self, kind: ContentKind, fs: &dyn FileSystem, path: &Path, why: &str) {
         let moved = self.on_remove(kind, path, || -> Result<_, Infallible> {
             let size = size_of(fs, path);
@@ -149,7 +150,7 @@ impl Counters {
     }
 }
 
-/// Where the folder of `path` comes in the order of counting.
+/// Position of the folder of `path` in scan order.
 fn position(kind: ContentKind, path: &Path) -> u32 {
     let folder = path.parent().unwrap_or(Path::new(""));
     let shard = folder
@@ -164,7 +165,7 @@ fn position(kind: ContentKind, path: &Path) -> u32 {
     u32::try_from(tree).unwrap_or(0) * SHARDS + shard
 }
 
-/// Counts what is there already, folder by folder.
+/// Counts the existing files, folder by folder.
 pub(super) fn count_existing(fs: &dyn FileSystem, counters: &Counters, stop: &AtomicBool) {
     for (kind, tree) in TREES {
         for shard in 0..SHARDS {
@@ -173,7 +174,7 @@ pub(super) fn count_existing(fs: &dyn FileSystem, counters: &Counters, stop: &At
             }
             let folder = Path::new(tree).join(format!("{shard:02x}"));
             let mut counted = counters.counted.write().unwrap_or_else(PoisonError::into_inner);
-            // A folder that cannot be read counts as empty: the counts are for the eye and for eviction.
+            // A folder that cannot be read counts as empty. The counters serve display and eviction only.
             let entries = fs.list(&folder).unwrap_or_default();
             let files = entries.iter().filter(|entry| is_content(entry));
             let (count, bytes) = files.fold((0, 0), |(count, bytes), file| (count + 1, bytes + file.size));
@@ -187,7 +188,7 @@ pub(super) fn count_existing(fs: &dyn FileSystem, counters: &Counters, stop: &At
     counters.is_complete.store(true, Ordering::Release);
 }
 
-/// Not the record beside a manifest.
+/// Excludes the metadata file beside a manifest.
 fn is_content(entry: &Entry) -> bool {
     !entry.is_folder && !entry.name.contains('.')
 }

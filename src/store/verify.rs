@@ -1,5 +1,5 @@
-//! Reads everything held at once, at the operator's wish: what is not what its name says is set aside, as the scrub does
-//! it in its own time. Runs by itself, one at a time; how far it came can be asked.
+//! Verify job: reads all stored content once on request, at full disk speed, and quarantines corrupt files. One job
+//! runs at a time, and its progress can be queried.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -8,23 +8,23 @@ use super::scrub::Scrub;
 use super::{Store, StoreError};
 use crate::oci::Digest;
 
-/// Damaged content named in the answer; more is only counted.
+/// Most corrupt digests listed in the result. Further ones are only counted.
 const DAMAGED_LISTED_MAX: usize = 100;
 
-/// How far a verification came.
+/// Progress and result of a verify job.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Verification {
-    /// Whether it goes on.
+    /// Whether the job is running.
     pub is_running: bool,
-    /// Whether it came to its end.
+    /// Whether the job has read everything.
     pub is_complete: bool,
     /// Blobs and manifests read.
     pub objects: u64,
-    /// Their bytes.
+    /// Bytes read.
     pub bytes: u64,
-    /// How many of them were damaged; they are set aside, and fetched again when asked for.
+    /// Number of corrupt objects. They are quarantined and fetched again on the next request.
     pub damaged: u64,
-    /// Which: the first hundred.
+    /// Digests of the first hundred corrupt objects.
     pub damaged_digests: Vec<Digest>,
 }
 
@@ -35,18 +35,19 @@ pub(super) struct VerifyJob {
 }
 
 impl Store {
-    /// Begins to read everything; says whether that is news, for there is one at a time.
-    pub fn begin_verification(&self) -> Result<bool, StoreError> {
+    /// Starts a verify job. Returns `false` if one is already running.
+    pub fn start_verification(&self) -> Result<bool, StoreError> {
         self.verify_job.begin(&self.scrub)
     }
 
-    /// How far the last verification came; `None` if there was none since the start.
+    /// Progress of the last verify job, or `None` if there was none since the start.
     pub fn verification(&self) -> Option<Verification> {
-        let begun = lock(&self.verify_job.thread).is_some();
-        begun.then(|| lock(&self.verify_job.state).clone())
+        let started = lock(&self.verify_job.thread).is_some();
+        started.then(|| lock(&self.verify_job.state).clone())
     }
 
-    /// Sets the index aside and fills a new one from the files, while everything is served. Grants are asked for anew.
+    /// Quarantines the index and fills a new one from the files while requests are served. Grants are lost, so
+    /// clients are authorized again by the upstream.
     pub fn rebuild_index(&self) {
         self.index.rebuild();
     }
@@ -63,7 +64,7 @@ impl VerifyJob {
             ..Verification::default()
         };
         let (scrub, state) = (Arc::clone(scrub), Arc::clone(&self.state));
-        let begun = std::thread::Builder::new()
+        let started = std::thread::Builder::new()
             .name("store-verify".to_owned())
             .spawn(move || {
                 let is_complete = scrub.read_all(|digest, bytes, is_intact| {
@@ -80,19 +81,15 @@ impl VerifyJob {
                 let mut state = lock(&state);
                 (state.is_running, state.is_complete) = (false, is_complete);
                 let (objects, damaged) = (state.objects, state.damaged);
-                tracing::info!(
-                    objects,
-                    damaged,
-                    is_complete,
-                    "everything held was read at the operator's wish"
-                );
+                tracing::info!(objects, damaged, is_complete, "verify job finished");
             });
-        let begun = begun.map_err(|error| StoreError::io("start the thread to read", "blobs", &error))?;
-        *thread = Some(begun);
+        let started =
+            started.map_err(|error| StoreError::io("start the verify thread for", "blobs", &error))?;
+        *thread = Some(started);
         Ok(true)
     }
 
-    /// Its thread, to be waited for at the end.
+    /// Takes the thread so that it can be joined.
     pub(super) fn take(&mut self) -> Option<JoinHandle<()>> {
         self.thread
             .get_mut()
@@ -101,7 +98,7 @@ impl VerifyJob {
     }
 }
 
-/// What is behind a lock is counters: whoever panicked left them as good as any.
+/// The locks protect counters only, which stay valid after a panic.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -1,4 +1,5 @@
-//! Files are flipped, zeroed, cut and deleted behind its back: each of them is found, and mended.
+//! Corruption campaign: flips, zeroes, truncates and deletes stored files. Each corruption must be detected and
+//! repaired.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::fs::PermissionsExt as _;
@@ -7,17 +8,17 @@ use std::time::Duration;
 
 use crate::proxy::{Proxy, Setup, files_below};
 use crate::registry::{sha256, within};
-use crate::world::{Chance, REPOSITORY, World, asks, is_sealed, pull, until_kept};
+use crate::world::{Chance, REPOSITORY, World, asks, is_sealed, pull, until_stored};
 
 const IMAGES: usize = 40;
 
-/// So many are damaged before it is started again.
+/// Files damaged between two starts.
 const AT_ONCE: u32 = 10;
 
-/// How often a client tries: the reply in which damage is found may break off.
+/// Attempts of a client. The response in which corruption is detected may be incomplete.
 const TRIES: usize = 3;
 
-/// Every kind happens in every place.
+/// Every kind occurs in every folder.
 const KINDS: [&str; 4] = ["flipped", "zeroed", "cut", "deleted"];
 const PLACES: [&str; 5] = ["blobs", "manifests", "refs", "seen", "index"];
 
@@ -40,20 +41,20 @@ pub async fn campaign(count: u32) -> Result<String, String> {
         }
         proxy = setup.clone().start().await;
         retried += pulls_all(&world, &proxy).await;
-        until_kept(&proxy).await;
+        until_stored(&proxy).await;
         proxy.program().says("every tag is in the index").await;
         for (place, file) in &damaged {
-            until_mended(&world, place, file).await;
+            until_repaired(&world, place, file).await;
         }
         indexes += u32::from(is_index_new(&proxy));
         assert_eq!(tags_listed(&proxy).await, IMAGES, "the index has lost a tag");
         assert!(!proxy.program().stderr().contains("panicked at src/"), "a panic");
-        // Now without the upstream too.
+        // Again without the upstream.
         world.upstream.resets();
         assert_eq!(
             pulls_all(&world, &proxy).await,
             0,
-            "a reply broke off after it was mended"
+            "a response broke off after the repair"
         );
         world.upstream.recovers();
     }
@@ -66,13 +67,13 @@ pub async fn campaign(count: u32) -> Result<String, String> {
     ))
 }
 
-/// An orderly end, so that everything is on the disk.
+/// An orderly stop, so that everything is on disk.
 async fn end(mut proxy: Proxy) {
     proxy.terminate();
-    assert_eq!(proxy.exit().await, Some(0), "an orderly end");
+    assert_eq!(proxy.exit().await, Some(0), "an orderly exit");
 }
 
-/// Pulls every image, as often as it takes; how often it took more than one try.
+/// Pulls every image until it succeeds. Returns the number of retries.
 pub async fn pulls_all(world: &World, proxy: &Proxy) -> u32 {
     let mut retried = 0;
     for number in &world.acknowledged {
@@ -81,24 +82,24 @@ pub async fn pulls_all(world: &World, proxy: &Proxy) -> u32 {
         while !pull(asks(proxy, *number, &image), &image).await {
             tries += 1;
             retried += 1;
-            assert!(tries < TRIES, "image {number} does not heal");
+            assert!(tries < TRIES, "image {number} is not repaired");
         }
     }
     retried
 }
 
-/// Damages a file of `place`; says which.
+/// Damages a file of `place`. Returns the file.
 fn damage(setup: &Setup, place: &'static str, kind: &str, chance: &mut Chance) -> (&'static str, PathBuf) {
     let mut files = files_below(&setup.data().join(place));
     files.retain(|file| file.metadata().unwrap().len() > 0);
     let Some(path) = files.get(chance.below(files.len())).cloned() else {
-        // The last of its place went just before, and comes back with the next start.
+        // The last file of the folder was damaged before. It is written again after the next start.
         return damage(setup, "blobs", kind, chance);
     };
-    // A sealed file is nobody's to write; whatever damages it does not ask.
+    // The file is read-only. Corruption does not respect permissions.
     std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
     let mut bytes = std::fs::read(&path).unwrap();
-    // Most of an index is zeros that mean nothing.
+    // Most of the index file is unused zeros.
     let mut places = std::iter::repeat_with(|| chance.below(bytes.len())).take(1000);
     let at = places.find(|at| bytes[*at] != 0).unwrap_or(0);
     drop(places);
@@ -114,39 +115,39 @@ fn damage(setup: &Setup, place: &'static str, kind: &str, chance: &mut Chance) -
             return (place, path);
         }
     }
-    // In place, so that it stays the same file.
+    // Written in place, so that the inode stays the same.
     std::fs::write(&path, &bytes).unwrap();
     (place, path)
 }
 
-/// Proofs are written after the replies that they came with.
-async fn until_mended(world: &World, place: &str, file: &Path) {
-    within(&format!("{} to be mended", file.display()), async {
-        while !is_mended(world, place, file) {
+/// Membership is written after the responses that prove it.
+async fn until_repaired(world: &World, place: &str, file: &Path) {
+    within(&format!("{} to be repaired", file.display()), async {
+        while !is_repaired(world, place, file) {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     })
     .await;
 }
 
-/// Whether the file is again what it is to be. What is only believed, and not what was written, would not be.
-fn is_mended(world: &World, place: &str, file: &Path) -> bool {
+/// Returns whether the file on disk is intact again. A repair in memory alone does not count.
+fn is_repaired(world: &World, place: &str, file: &Path) -> bool {
     if place == "index" {
-        // Its files are sled's: asked for what is in them instead.
+        // sled's files have no known content. The index is checked through its entries instead.
         return true;
     }
     let Ok(bytes) = std::fs::read(file) else {
         return false;
     };
     match (place, file.extension()) {
-        ("seen", _) => says_seen(world, &bytes),
+        ("seen", _) => proves_membership(world, &bytes),
         ("refs", _) | (_, Some(_)) => is_sealed(&bytes),
         _ => sha256(&bytes)[7..] == *file.file_name().unwrap().to_str().unwrap(),
     }
 }
 
-/// Whether right lines prove everything that was pulled.
-fn says_seen(world: &World, bytes: &[u8]) -> bool {
+/// Returns whether valid lines cover everything that was pulled.
+fn proves_membership(world: &World, bytes: &[u8]) -> bool {
     let text = String::from_utf8_lossy(bytes);
     let right = text.lines().filter_map(|line| {
         let (content, sum) = line.rsplit_once(' ')?;
@@ -163,12 +164,12 @@ fn says_seen(world: &World, bytes: &[u8]) -> bool {
     })
 }
 
-/// Whether it began with an index that was not the one it had left.
+/// Returns whether the process started with a new index.
 fn is_index_new(proxy: &Proxy) -> bool {
-    let told = proxy.program().stderr();
-    ["set the index aside", "the index had files but is empty"]
+    let response = proxy.program().stderr();
+    ["index quarantined", "index lost its content"]
         .iter()
-        .any(|word| told.contains(word))
+        .any(|word| response.contains(word))
 }
 
 async fn tags_listed(proxy: &Proxy) -> usize {

@@ -1,4 +1,4 @@
-//! File descriptors run out: first they are few for all that come at once, then none is left for a file.
+//! Descriptor campaign: the process has too few file descriptors, first for its connections, then for any file.
 
 use std::path::PathBuf;
 use std::process::Command;
@@ -8,7 +8,7 @@ use crate::proxy::{Program, Session};
 use crate::registry::within;
 use crate::world::{REPOSITORY, World, tag};
 
-/// Fewer than one for each of those who come at once.
+/// Fewer than one per concurrent client.
 const FEW: u64 = 96;
 const AT_ONCE: usize = 128;
 
@@ -18,14 +18,14 @@ pub async fn campaign(count: u32) -> Result<String, String> {
     let proxy = setup.start().await;
     all_whole(world.pull_new(&proxy, AT_ONCE)).await;
 
-    // Over connections that are there already: one that is new has no descriptor either.
+    // Over existing connections, because a new one would need a descriptor too.
     let mut session = Session::open(proxy.registry_address()).await;
     pull_over(&mut session, &mut world).await;
     limit(proxy.program(), lowest_free(proxy.program()))?;
     for _ in 0..count {
         pull_over(&mut session, &mut world).await;
     }
-    within("word of it", proxy.program().says("Too many open files")).await;
+    within("the error log", proxy.program().says("Too many open files")).await;
     limit(proxy.program(), FEW)?;
     let took = until_caching(&mut world, &proxy).await;
     Ok(format!(
@@ -45,7 +45,7 @@ async fn pull_over(session: &mut Session, world: &mut World) {
     }
 }
 
-/// The limit is one of numbers, of which the lowest free one is given.
+/// The limit applies to descriptor numbers, and the kernel assigns the lowest free one.
 fn lowest_free(program: &Program) -> u64 {
     let is_open = |number: &u64| {
         PathBuf::from(format!("/proc/{}/fd/{number}", program.id()))
@@ -66,5 +66,5 @@ fn limit(program: &Program, descriptors: u64) -> Result<(), String> {
     done.map_err(|error| format!("prlimit: {error}"))?
         .success()
         .then_some(())
-        .ok_or("prlimit may not".to_owned())
+        .ok_or("prlimit is not permitted".to_owned())
 }

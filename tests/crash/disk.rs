@@ -1,16 +1,17 @@
-//! Disks of our own: a file system in a file, or in memory, mounted where the data folder is.
+//! Test disks: a file system in an image file or in memory, mounted at the data folder.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-/// A mounted file system; unmounted when dropped.
+/// A mounted file system. Dropping it unmounts it.
 pub struct Disk {
     at: PathBuf,
     image: Option<PathBuf>,
 }
 
 impl Disk {
-    /// A file system of this kind in the file `image`, mounted at `at`. Options of its making may follow the kind.
+    /// Creates a file system of this kind in the file `image` and mounts it at `at`. Options for mkfs may follow the
+    /// kind.
     pub fn in_file(kind: &str, image: PathBuf, at: &Path, bytes: u64) -> Result<Disk, String> {
         std::fs::File::create(&image).unwrap().set_len(bytes).unwrap();
         let (kind, options) = kind.split_once(' ').unwrap_or((kind, ""));
@@ -28,7 +29,7 @@ impl Disk {
         Ok(disk)
     }
 
-    /// So much memory as a disk.
+    /// Mounts a tmpfs of this size.
     pub fn in_memory(at: &Path, bytes: u64) -> Result<Disk, String> {
         std::fs::create_dir_all(at).unwrap();
         run(
@@ -64,8 +65,8 @@ impl Disk {
         )
     }
 
-    /// The power is cut: what was not made durable is gone, and every call from now on is an I/O error. The ioctl is that
-    /// of XFS, which ext4 took over with its number; 2 is "do not flush the log".
+    /// Cuts the power: data that was not durable is lost, and every later call fails with an I/O error. The ioctl is
+    /// that of XFS, which ext4 adopted with its number; 2 is "do not flush the log".
     pub fn cut(&self) -> Result<(), String> {
         let shut = "import fcntl,os,struct,sys; fcntl.ioctl(os.open(sys.argv[1],os.O_RDONLY),0x8004587d,struct.pack('I',2))";
         run("python3", &["-c", shut, self.at.to_str().unwrap()])

@@ -1,5 +1,5 @@
-//! A disk that is full (of bytes, inodes, or a quota), read-only or failing: every pull succeeds, health says why nothing
-//! is kept, and where the disk recovers it is used again.
+//! Disk error campaigns: a disk that is full (bytes, inodes, quota), read-only or failing. Every pull must succeed,
+//! health must state why nothing is stored, and a recovered disk must be used again.
 
 use std::io::Write as _;
 use std::path::Path;
@@ -11,12 +11,12 @@ use crate::damage::pulls_all;
 use crate::disk::Disk;
 use crate::proxy::Proxy;
 use crate::refusal::Refusal;
-use crate::world::{Pulled, World, asks, pull, store_status, until_kept};
+use crate::world::{Pulled, World, asks, pull, store_status, until_stored};
 
-/// Within this time the cache keeps things again.
+/// Longest time until the cache stores content again.
 const RECOVERS_WITHIN: Duration = Duration::from_secs(30);
 
-/// So many clients at once.
+/// Concurrent clients.
 const AT_ONCE: usize = 8;
 
 pub async fn pulls(world: &mut World, proxy: &Proxy, count: u32) {
@@ -24,19 +24,23 @@ pub async fn pulls(world: &mut World, proxy: &Proxy, count: u32) {
     while left > 0 {
         let now = left.min(AT_ONCE);
         left -= now;
-        all_whole(world.pull_new(proxy, now)).await;
+        all_complete(world.pull_new(proxy, now)).await;
     }
 }
 
-pub async fn all_whole(mut pulls: JoinSet<Pulled>) {
+pub async fn all_complete(mut pulls: JoinSet<Pulled>) {
     while let Some(pulled) = pulls.join_next().await {
-        let (number, is_whole) = pulled.unwrap();
-        assert!(is_whole, "image {number} failed because it could not be kept");
+        let (number, is_complete) = pulled.unwrap();
+        assert!(
+            is_complete,
+            "image {number} failed because it could not be stored"
+        );
     }
 }
 
-/// Pulls while the disk refuses: every one succeeds, what was held is still served, and health says why.
-async fn goes_on(world: &mut World, proxy: &Proxy, count: u32, why: &str) {
+/// Pulls while the disk rejects writes. Every pull succeeds, stored content is still served, and health states the
+/// reason.
+async fn pulls_succeed(world: &mut World, proxy: &Proxy, count: u32, why: &str) {
     pulls(world, proxy, count).await;
     world.verify(proxy).await;
     says(proxy, why).await;
@@ -46,25 +50,25 @@ pub async fn says(proxy: &Proxy, why: &str) {
     let health = health(proxy).await;
     assert!(
         health.contains("degraded") && health.contains(why),
-        "health does not say `{why}`: {health}"
+        "health does not report `{why}`: {health}"
     );
 }
 
 async fn health(proxy: &Proxy) -> String {
-    let told = proxy.admin("/readyz").await;
-    assert_eq!(told.status, 200);
-    String::from_utf8_lossy(&told.body).into_owned()
+    let response = proxy.admin("/readyz").await;
+    assert_eq!(response.status, 200);
+    String::from_utf8_lossy(&response.body).into_owned()
 }
 
-/// How long until a new image is kept.
-#[expect(clippy::disallowed_methods, reason = "the time is what is measured")]
+/// Time until a new image is stored.
+#[expect(clippy::disallowed_methods, reason = "this test measures time")]
 pub async fn until_caching(world: &mut World, proxy: &Proxy) -> Duration {
     let began = Instant::now();
     loop {
         let number = world.image();
         let image = world.of(number);
         assert!(pull(asks(proxy, number, &image), &image).await);
-        until_kept(proxy).await;
+        until_stored(proxy).await;
         let is_kept = image
             .blobs
             .iter()
@@ -77,7 +81,7 @@ pub async fn until_caching(world: &mut World, proxy: &Proxy) -> Duration {
     }
 }
 
-/// A small disk that fills up with what is pulled, and then with something else.
+/// A small disk that is filled by pulls, and then by another program.
 pub async fn full(count: u32) -> Result<String, String> {
     let mut world = World::new(4).await;
     let setup = world.setup();
@@ -86,11 +90,11 @@ pub async fn full(count: u32) -> Result<String, String> {
     world.acknowledge_new(&proxy, 5).await;
     let filler = disk.at().join("filler");
     let filled = fill(&filler);
-    goes_on(&mut world, &proxy, count, "No space left").await;
+    pulls_succeed(&mut world, &proxy, count, "No space left").await;
     std::fs::remove_file(filler).unwrap();
     let took = until_caching(&mut world, &proxy).await;
     Ok(format!(
-        "{count} of {count} pulls succeeded on a full disk ({filled} bytes of it not ours); kept again after {took:?}"
+        "{count} of {count} pulls succeeded on a full disk ({filled} bytes of it from another program); stored again after {took:?}"
     ))
 }
 
@@ -105,7 +109,7 @@ fn fill(path: &Path) -> u64 {
     filled
 }
 
-/// A disk with room, and no name left to give.
+/// A disk with free bytes and no free inode.
 pub async fn inodes(count: u32) -> Result<String, String> {
     let mut world = World::new(7).await;
     let setup = world.setup();
@@ -118,15 +122,15 @@ pub async fn inodes(count: u32) -> Result<String, String> {
     let filled =
         (0..).take_while(|number: &u32| std::fs::File::create(fillers.join(number.to_string())).is_ok());
     let filled = filled.count();
-    goes_on(&mut world, &proxy, count, "No space left").await;
+    pulls_succeed(&mut world, &proxy, count, "No space left").await;
     std::fs::remove_dir_all(fillers).unwrap();
     let took = until_caching(&mut world, &proxy).await;
     Ok(format!(
-        "{count} of {count} pulls succeeded without an inode ({filled} of them not ours); kept again after {took:?}"
+        "{count} of {count} pulls succeeded without an inode ({filled} of them used by another program); stored again after {took:?}"
     ))
 }
 
-/// A disk that is read-only when the program starts, and then is not.
+/// A disk that is read-only at the start and writable later.
 pub async fn read_only(count: u32) -> Result<String, String> {
     let mut world = World::new(5).await;
     let setup = world.setup();
@@ -137,15 +141,15 @@ pub async fn read_only(count: u32) -> Result<String, String> {
     assert_eq!(proxy.exit().await, Some(0));
     disk.remount("ro")?;
     let proxy = setup.clone().start().await;
-    goes_on(&mut world, &proxy, count, "read-only").await;
+    pulls_succeed(&mut world, &proxy, count, "read-only").await;
     disk.remount("rw")?;
     let took = until_caching(&mut world, &proxy).await;
     Ok(format!(
-        "{count} of {count} pulls succeeded on a read-only disk; kept again after {took:?}"
+        "{count} of {count} pulls succeeded on a read-only disk; stored again after {took:?}"
     ))
 }
 
-/// A disk on which every call fails from one moment on, while pulls are under way.
+/// A disk on which every call fails from one moment on, during pulls.
 pub async fn failing(count: u32) -> Result<String, String> {
     let mut world = World::new(6).await;
     let setup = world.setup();
@@ -156,18 +160,18 @@ pub async fn failing(count: u32) -> Result<String, String> {
     let under_way = world.pull_new(&proxy, AT_ONCE);
     world.chance.pause(Duration::from_millis(50)).await;
     disk.cut()?;
-    all_whole(under_way).await;
+    all_complete(under_way).await;
     pulls(&mut world, &proxy, count).await;
     says(&proxy, "Input/output error").await;
     proxy.kill();
     drop(proxy);
     Ok(format!(
-        "{AT_ONCE} pulls under way and {count} after them succeeded on a failing disk"
+        "{AT_ONCE} running pulls and {count} after them succeeded on a failing disk"
     ))
 }
 
-/// A quota that is used up: no file may grow. Not every kernel has quotas, so their error is given to the calls that
-/// would get it.
+/// An exhausted quota: no file may grow. Some kernels have no quotas, so the error is injected into the system calls
+/// concerned.
 pub async fn quota(count: u32) -> Result<String, String> {
     let refused = refusing(count, "pwrite64,fallocate", "EDQUOT", "quota exceeded").await?;
     Ok(format!(
@@ -175,7 +179,7 @@ pub async fn quota(count: u32) -> Result<String, String> {
     ))
 }
 
-/// A disk with bad sectors: some calls fail, in the middle of what is written and then of what is read.
+/// A disk with bad sectors: some calls fail during writes, and later during reads.
 pub async fn bad_sectors(count: u32) -> Result<String, String> {
     let refused = refusing(count, "pwrite64,fsync", "EIO:when=3+5", "Input/output error").await?;
     let mut world = World::new(11).await;
@@ -184,8 +188,8 @@ pub async fn bad_sectors(count: u32) -> Result<String, String> {
     let refusal = Refusal::of(proxy.program(), "pread64,preadv2", "EIO:when=5+20").await?;
     let retried = pulls_all(&world, &proxy).await;
     let unread = refusal.end();
-    // What could not be read was fetched again: now nothing of it is asked for.
-    until_kept(&proxy).await;
+    // The unreadable content was fetched again, so no further request reaches the upstream.
+    until_stored(&proxy).await;
     world.verify(&proxy).await;
     Ok(format!(
         "{count} of {count} pulls succeeded on a disk with bad sectors; {refused}; {unread} while reading, {retried} \
@@ -193,7 +197,7 @@ pub async fn bad_sectors(count: u32) -> Result<String, String> {
     ))
 }
 
-/// The system calls themselves are refused for a time.
+/// Injects errors into the system calls for a time.
 async fn refusing(count: u32, calls: &str, error: &str, why: &str) -> Result<String, String> {
     let mut world = World::new(8).await;
     let proxy = world.setup().start().await;
@@ -206,5 +210,5 @@ async fn refusing(count: u32, calls: &str, error: &str, why: &str) -> Result<Str
         assert!(refused.contains(call), "no {call} was refused: {refused}");
     }
     let took = until_caching(&mut world, &proxy).await;
-    Ok(format!("refused {refused}; kept again after {took:?}"))
+    Ok(format!("rejected {refused}; stored again after {took:?}"))
 }

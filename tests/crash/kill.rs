@@ -1,14 +1,11 @@
-//! kill -9 at any moment, also while it starts.
+//! Kill campaign: `kill -9` at any moment, also during startup.
 
 use std::time::{Duration, Instant};
 
 use crate::proxy::Proxy;
 use crate::world::World;
 
-#[expect(
-    clippy::disallowed_methods,
-    reason = "the time of a start is what is measured"
-)]
+#[expect(clippy::disallowed_methods, reason = "this test measures the time of a start")]
 pub async fn campaign(cycles: u32) -> Result<String, String> {
     let mut world = World::new(1).await;
     let setup = world.setup();
@@ -28,10 +25,10 @@ pub async fn campaign(cycles: u32) -> Result<String, String> {
         world.acknowledge_new(&proxy, 4).await;
         let mut under_way = world.pull_new(&proxy, 12);
         world.chance.pause(Duration::from_millis(150)).await;
-        // Dropped, the process is killed.
+        // Dropping the process kills it.
         drop(proxy);
         while let Some(pulled) = under_way.join_next().await {
-            // Whole or not: nothing was acknowledged of these. Wrong bytes would have panicked.
+            // These pulls may be incomplete, because they were not acknowledged. Wrong bytes would have panicked.
             pulled.unwrap();
         }
     }

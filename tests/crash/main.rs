@@ -1,15 +1,15 @@
-//! The real program is killed, its power is cut, its files are damaged, its disk fills up, its memory is short. What it
-//! had acknowledged must be there afterwards, and no client may ever get wrong bytes whole.
+//! Crash campaigns: the real program is killed, loses power, finds corrupt files, fills its disk and runs out of
+//! memory. Acknowledged content must survive, and no client may receive a complete response with wrong bytes.
 //!
-//! `tests/crash/run` brings what is needed and runs this. Each campaign is `name` or `name=count`; without any, all of
-//! them run in their short form. What needs root, loop devices or a memory cgroup that is not there fails in CI
-//! (CI=true) and is skipped with a loud word elsewhere.
+//! `tests/crash/run` provides the prerequisites and runs this. An argument is `name` or `name=count`. Without
+//! arguments all campaigns run in their short form. A campaign that needs root, loop devices or a memory cgroup
+//! fails in CI (CI=true) if they are missing, and is skipped with a warning elsewhere.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests may fail loudly")]
 #![allow(clippy::panic, clippy::indexing_slicing, reason = "tests may fail loudly")]
 #![allow(
     clippy::print_stderr,
     clippy::print_stdout,
-    reason = "a campaign tells how it goes"
+    reason = "a campaign reports its progress"
 )]
 #![allow(
     unreachable_pub,
@@ -38,7 +38,7 @@ mod refusal;
 mod start;
 mod world;
 
-/// Each campaign, and how often it does its deed when nobody says so.
+/// The campaigns with their default number of repetitions.
 const CAMPAIGNS: &[(&str, u32)] = &[
     ("kill", 100),
     ("power-ext4", 30),
@@ -55,7 +55,7 @@ const CAMPAIGNS: &[(&str, u32)] = &[
     (START, 100_000),
 ];
 
-/// Holds times against goals, which is no matter for a machine that has other things to do: run only by its name.
+/// Compares durations with goals, which a busy machine cannot meet. Runs only if it is named.
 const START: &str = "start";
 
 fn main() {
@@ -82,7 +82,7 @@ fn main() {
         .unwrap();
     for (name, count) in chosen {
         println!("== {name}: {count}");
-        let told = runtime.block_on(async {
+        let response = runtime.block_on(async {
             match name {
                 "kill" => kill::campaign(count).await,
                 "power-ext4" => power::campaign("ext4", count).await,
@@ -99,8 +99,8 @@ fn main() {
                 _ => start::campaign(count).await,
             }
         });
-        match told {
-            Ok(told) => println!("   {told}"),
+        match response {
+            Ok(response) => println!("   {told}"),
             Err(absent) if std::env::var("CI").as_deref() == Ok("true") => {
                 panic!("{name} cannot run here, and CI must run it: {absent}")
             }

@@ -1,4 +1,4 @@
-//! Many large pulls in little memory.
+//! Memory campaign: many large pulls within a small memory limit.
 
 use std::path::PathBuf;
 
@@ -9,11 +9,11 @@ use crate::registry::{Blob, Upstream, noise};
 
 const LIMIT_BYTES: u64 = 160 * 1024 * 1024;
 
-/// Blobs that the pulls share; each alone is larger than the limit.
+/// Blobs shared by the pulls. Each one alone is larger than the limit.
 const BLOBS: u64 = 4;
 const BLOB_BYTES: usize = 300 * 1024 * 1024;
 
-/// A memory cgroup of our own, of either version.
+/// A memory cgroup of version 1 or 2.
 struct Group {
     at: PathBuf,
 }
@@ -30,10 +30,10 @@ impl Group {
             (PathBuf::from("/sys/fs/cgroup").join(name), "memory.max")
         };
         std::fs::create_dir(&at)
-            .map_err(|error| format!("no memory cgroup can be made at {}: {error}", at.display()))?;
+            .map_err(|error| format!("cannot create a memory cgroup at {}: {error}", at.display()))?;
         let group = Group { at };
         std::fs::write(group.at.join(limit), LIMIT_BYTES.to_string())
-            .map_err(|error| format!("the memory cgroup takes no limit: {error}"))?;
+            .map_err(|error| format!("cannot limit the memory cgroup: {error}"))?;
         Ok(group)
     }
 
@@ -59,7 +59,7 @@ pub async fn campaign(pulls: u32) -> Result<String, String> {
         .start()
         .await;
     group.take(proxy.program().id());
-    // Cold, and then from the disk.
+    // First from the upstream, then from the disk.
     for _ in 0..2 {
         pull_at_once(&proxy, &blobs, pulls).await;
     }
@@ -67,7 +67,7 @@ pub async fn campaign(pulls: u32) -> Result<String, String> {
     let peak = memory(proxy.program(), "VmHWM");
     drop(proxy);
     Ok(format!(
-        "twice {pulls} pulls of {} MiB at once within {} MiB, not killed; {} MiB at most were its own",
+        "twice {pulls} pulls of {} MiB at once within {} MiB, not killed; at most {} MiB anonymous",
         BLOB_BYTES >> 20,
         LIMIT_BYTES >> 20,
         peak >> 20
@@ -93,7 +93,7 @@ async fn pull_at_once(proxy: &Proxy, blobs: &[Blob], pulls: u32) {
     }
 }
 
-/// A line of what the kernel says of the process, in bytes.
+/// A field of the process status in `/proc`, in bytes.
 pub fn memory(program: &Program, name: &str) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{}/status", program.id())).unwrap();
     let line = status.lines().find(|line| line.starts_with(name)).unwrap();

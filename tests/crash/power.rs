@@ -1,4 +1,4 @@
-//! Power cuts, on a file system of our own.
+//! Power cut campaigns on separate file systems.
 
 use std::time::Duration;
 
@@ -19,9 +19,13 @@ pub async fn campaign(kind: &str, cuts: u32) -> Result<String, String> {
         let mut under_way = world.pull_new(&proxy, 8);
         world.chance.pause(Duration::from_millis(120)).await;
         disk.cut().unwrap();
-        // It is alive without its disk, until it is ended.
+        // The process runs without its disk until it is ended.
         world.chance.pause(Duration::from_millis(30)).await;
-        assert_eq!(proxy.get("/v2/").await.status, 200, "it died with its disk");
+        assert_eq!(
+            proxy.get("/v2/").await.status,
+            200,
+            "the process died with its disk"
+        );
         proxy.kill();
         while let Some(pulled) = under_way.join_next().await {
             pulled.unwrap();
@@ -34,7 +38,7 @@ pub async fn campaign(kind: &str, cuts: u32) -> Result<String, String> {
     world.verify(&proxy).await;
     drop(proxy);
     Ok(format!(
-        "{cuts} power cuts on {kind}; {} images acknowledged, {} looked for, 0 lost, 0 wrong, 0 failed starts",
+        "{cuts} power cuts on {kind}; {} images acknowledged, {} verified, 0 lost, 0 wrong, 0 failed starts",
         world.acknowledged.len(),
         world.checked
     ))

@@ -1,4 +1,4 @@
-//! A kernel that refuses: what a running program asks of it fails with a chosen error, at the system calls themselves.
+//! System call error injection into a running program.
 
 use std::collections::BTreeMap;
 use std::process::{Child, Command, Stdio};
@@ -9,30 +9,31 @@ use tempfile::NamedTempFile;
 use crate::proxy::Program;
 use crate::registry::within;
 
-/// Refuses until it is ended or dropped.
+/// Injects errors until it is ended or dropped.
 pub struct Refusal {
     tracer: Child,
-    told: NamedTempFile,
+    response: NamedTempFile,
 }
 
 impl Refusal {
-    /// Lets `calls` of every thread of the program fail so: `pwrite64,fsync` and `EIO:when=3+7`, as strace has it.
+    /// Makes `calls` of all threads of the program fail. Both arguments use strace's syntax, such as
+    /// `pwrite64,fsync` and `EIO:when=3+7`.
     pub async fn of(program: &Program, calls: &str, error: &str) -> Result<Refusal, String> {
-        let told = NamedTempFile::new().unwrap();
+        let response = NamedTempFile::new().unwrap();
         let tracer = Command::new("strace")
             .args(["-f", "-qq", "-p", &program.id().to_string(), "-o"])
-            .arg(told.path())
+            .arg(response.path())
             .args(["-e", &format!("trace={calls}")])
             .args(["-e", &format!("inject={calls}:error={error}")])
             .stdin(Stdio::null())
             .stderr(Stdio::null())
             .spawn()
             .map_err(|error| format!("strace: {error}"))?;
-        let mut refusal = Refusal { tracer, told };
-        within("strace to have every thread", async {
+        let mut refusal = Refusal { tracer, response };
+        within("strace to attach to every thread", async {
             while !is_traced(program) {
                 if let Some(status) = refusal.tracer.try_wait().unwrap() {
-                    return Err(format!("strace may not attach: {status}"));
+                    return Err(format!("strace is not permitted to attach: {status}"));
                 }
                 tokio::time::sleep(Duration::from_millis(5)).await;
             }
@@ -42,15 +43,15 @@ impl Refusal {
         Ok(refusal)
     }
 
-    /// From now on nothing is refused. Says how often each call was.
+    /// Ends the injection. Returns the number of calls by name.
     pub fn end(mut self) -> String {
         let process = self.tracer.id().to_string();
         let asked = Command::new("kill").args(["-INT", &process]).status();
         assert!(asked.unwrap().success());
         self.tracer.wait().unwrap();
-        let told = std::fs::read_to_string(self.told.path()).unwrap();
+        let response = std::fs::read_to_string(self.response.path()).unwrap();
         let mut refused = BTreeMap::new();
-        for line in told.lines() {
+        for line in response.lines() {
             // `123   pwrite64(4, …) = -1 EIO (Input/output error) (INJECTED)`, or its end `<... pwrite64 resumed>…`
             let mut words = line
                 .split(['(', ' '])

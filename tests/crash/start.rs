@@ -1,5 +1,5 @@
-//! The figures of a large store: how soon it serves, how long the index takes to be made anew, how much memory it needs, how
-//! fast it is read again.
+//! Startup campaign: measures a large store. It reports the time to the first byte, the time to rebuild the index,
+//! the memory, and the scrub rate.
 
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
@@ -10,27 +10,27 @@ use crate::registry::{noise, sha256};
 use crate::robustness::memory::memory;
 use crate::world::{REPOSITORY, World, sealed};
 
-/// The goals; the time and the memory of the largest store for which they hold.
+/// The goals. Time and memory are for the largest store for which they apply.
 const SMALL_OBJECTS: u32 = 100_000;
 const FIRST_BYTE_SMALL: Duration = Duration::from_secs(1);
 const FIRST_BYTE: Duration = Duration::from_secs(3);
 const REBUILD_PER_100_000: Duration = Duration::from_secs(if cfg!(debug_assertions) { 30 } else { 5 });
 const IDLE_BYTES_MAX: u64 = 64 * 1024 * 1024;
 
-/// Blobs for each manifest, which has a tag of its own.
+/// Blobs per manifest. Each manifest has a tag.
 const BLOBS: u32 = 3;
 
-/// A filled store is older than anything that is spared.
+/// Older than the minimum age of eviction.
 const AGE: Duration = Duration::from_secs(48 * 3600);
 
 const COMMITS: usize = 100;
 
-/// What is read for the rate of the scrub, in blobs of a size of layers.
+/// Layer-sized blobs for the measurement of the scrub rate.
 const LAYERS: u64 = 16;
 const LAYER_BYTES: usize = 64 * 1024 * 1024;
 
 const REBUILT: &str = "every tag is in the index";
-const READ: &str = "everything held was read";
+const READ: &str = "verify job finished";
 
 pub async fn campaign(objects: u32) -> Result<String, String> {
     let mut world = World::new(9).await;
@@ -38,7 +38,7 @@ pub async fn campaign(objects: u32) -> Result<String, String> {
     let proxy = setup.clone().start().await;
     world.acknowledge_new(&proxy, 1).await;
     let ((), took) = timed(world.acknowledge_new(&proxy, COMMITS)).await;
-    // Each has a config, a layer, a manifest and a tag of its own.
+    // Each image has a config, a layer, a manifest and a tag.
     figure("durable commits", per_second((4 * COMMITS) as f64, took), "/s");
     for layer in 0..LAYERS {
         let bytes = noise(layer + (1 << 50), LAYER_BYTES);
@@ -58,7 +58,7 @@ pub async fn campaign(objects: u32) -> Result<String, String> {
         while !proxy.program().stderr().contains(REBUILT) {
             let ((), took) = timed(world.verify(&proxy)).await;
             slowest = slowest.max(took);
-            // A look now and then: the pulls are not to be what the time goes into.
+            // Verify only now and then, so that the pulls do not dominate the time.
             tokio::time::sleep(Duration::from_millis(250)).await;
         }
         (proxy, first, slowest)
@@ -68,18 +68,18 @@ pub async fn campaign(objects: u32) -> Result<String, String> {
     figure("first byte, no index", milliseconds(first), "ms");
     figure("rebuild, per 100,000 manifests", per_100_000.as_secs_f64(), "s");
     let used = processor_time(proxy.program()).as_secs_f64();
-    figure("processor time until then", used, "s");
+    figure("CPU time until then", used, "s");
     figure("slowest 20 pulls meanwhile", milliseconds(slowest), "ms");
     stop(proxy).await;
 
     let (proxy, again) = first_byte(&mut world, &setup).await;
     figure("first byte, with the index", milliseconds(again), "ms");
-    until_said(&proxy, REBUILT).await;
+    until_logged(&proxy, REBUILT).await;
     tokio::time::sleep(Duration::from_secs(2)).await;
     let idle = memory(proxy.program(), "VmRSS");
     figure("memory when idle", mebibytes_of(idle), "MiB");
     figure(
-        "of it its own",
+        "anonymous memory when idle",
         mebibytes_of(memory(proxy.program(), "RssAnon")),
         "MiB",
     );
@@ -99,7 +99,7 @@ pub async fn campaign(objects: u32) -> Result<String, String> {
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
     figure(
-        "memory at most while making room",
+        "most memory during an eviction",
         mebibytes_of(memory(proxy.program(), "VmHWM")),
         "MiB",
     );
@@ -112,7 +112,7 @@ pub async fn campaign(objects: u32) -> Result<String, String> {
     };
     assert!(first < within && again < within, "the first byte comes too late");
     assert!(per_100_000 < REBUILD_PER_100_000, "the index takes too long");
-    assert!(idle <= IDLE_BYTES_MAX, "it takes too much memory");
+    assert!(idle <= IDLE_BYTES_MAX, "too much memory when idle");
     Ok(format!("{objects} objects: within all goals"))
 }
 
@@ -124,7 +124,7 @@ fn per_second(count: f64, took: Duration) -> f64 {
     count / took.as_secs_f64()
 }
 
-/// What the process has had of all processors: what a busy machine does not blur.
+/// CPU time of the process, which does not depend on the load of the machine.
 fn processor_time(program: &Program) -> Duration {
     let stat = std::fs::read_to_string(format!("/proc/{}/stat", program.id())).unwrap();
     let (_, fields) = stat.rsplit_once(") ").unwrap();
@@ -133,7 +133,7 @@ fn processor_time(program: &Program) -> Duration {
         .skip(11)
         .take(2)
         .map(|field| field.parse::<u64>().unwrap());
-    // A hundredth of a second each, on every Linux.
+    // Linux counts in units of 10 ms.
     Duration::from_millis(10 * ticks.sum::<u64>())
 }
 
@@ -145,31 +145,31 @@ fn mebibytes_of(bytes: u64) -> f64 {
     bytes as f64 / f64::from(1 << 20)
 }
 
-#[expect(clippy::disallowed_methods, reason = "times are what is measured")]
-async fn timed<T>(deed: impl Future<Output = T>) -> (T, Duration) {
+#[expect(clippy::disallowed_methods, reason = "this test measures time")]
+async fn timed<T>(operation: impl Future<Output = T>) -> (T, Duration) {
     let began = Instant::now();
-    (deed.await, began.elapsed())
+    (operation.await, began.elapsed())
 }
 
-/// Waits for a line of its log, however long a large store takes.
-async fn until_said(proxy: &Proxy, line: &str) {
+/// Waits for a log line without a timeout, because a large store takes long.
+async fn until_logged(proxy: &Proxy, line: &str) {
     while !proxy.program().stderr().contains(line) {
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }
 
-/// Has everything held read and compared with its name, as the scrub does it but with no pause; what was read.
+/// Runs the verify job. Returns its result.
 async fn read_everything(proxy: &Proxy) -> serde_json::Value {
     let begin = Ask::new(proxy.admin_address(), "POST", "/api/v1/verify").unchecked();
     let begun = begin.header("content-type", "application/json").body(b"{}").await;
     assert!(begun.status < 300, "{begun:?}");
-    until_said(proxy, READ).await;
-    let told = proxy.admin("/api/v1/verify").await.json();
-    assert_eq!(told["damaged"], 0, "{told}");
-    told
+    until_logged(proxy, READ).await;
+    let response = proxy.admin("/api/v1/verify").await.json();
+    assert_eq!(response["damaged"], 0, "{told}");
+    response
 }
 
-/// Starts, with the upstream gone, and pulls what is held.
+/// Starts the program without the upstream and pulls stored content.
 async fn first_byte(world: &mut World, setup: &Setup) -> (Proxy, Duration) {
     world.upstream.resets();
     let (proxy, took) = timed(async {
@@ -187,7 +187,7 @@ async fn stop(mut proxy: Proxy) {
     assert_eq!(proxy.exit().await, Some(0));
 }
 
-/// So many blobs and manifests, and a tag for each manifest, as the program would have written them. Says how many
+/// Writes `objects` blobs and manifests with a tag per manifest, in the program's own format. Returns the number of
 /// manifests.
 fn fill(data: &Path, objects: u32) -> u32 {
     let manifests = objects / (BLOBS + 1);

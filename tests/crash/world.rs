@@ -1,4 +1,4 @@
-//! What is pulled, and what was acknowledged of it.
+//! Test images of the campaigns, and which of them the cache has acknowledged.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -11,10 +11,10 @@ use crate::registry::{Image, Upstream, noise, sha256, within};
 
 pub const REPOSITORY: &str = "library/demo";
 
-/// So many of the last images are looked for, and so many of those before: those of some rounds.
+/// Number of recent images to verify, and of older ones.
 const VERIFIED: usize = 10;
 
-/// Numbers that look like chance and are the same in every run.
+/// Pseudorandom numbers, the same in every run.
 pub struct Chance(u64);
 
 impl Chance {
@@ -35,18 +35,18 @@ impl Chance {
     }
 }
 
-/// An upstream with images by number, and what the cache has acknowledged.
+/// An upstream with numbered images, and the acknowledged ones.
 pub struct World {
     pub upstream: Upstream,
     pub chance: Chance,
     images: BTreeMap<u64, Arc<Image>>,
     next: u64,
-    /// Everything of these was received, and the cache said that it had finished keeping it.
+    /// Images that were received completely, after which the cache reported all downloads as finished.
     pub acknowledged: Vec<u64>,
     pub checked: u64,
 }
 
-/// One image pulled: its number, whether every byte came.
+/// Result of a pull: the image's number, and whether every byte arrived.
 pub type Pulled = (u64, bool);
 
 impl World {
@@ -65,7 +65,7 @@ impl World {
         Setup::over(&self.upstream).tail("[store]\nfree = \"0 B\"")
     }
 
-    /// A new image: a layer that all have, and one of its own.
+    /// Pushes a new image with a shared layer and a layer of its own.
     pub fn image(&mut self) -> u64 {
         let number = self.next;
         self.next += 1;
@@ -80,7 +80,7 @@ impl World {
         Arc::clone(&self.images[&number])
     }
 
-    /// Pulls new images at once, in tasks of their own.
+    /// Pulls new images concurrently.
     pub fn pull_new(&mut self, proxy: &Proxy, count: usize) -> JoinSet<Pulled> {
         let mut pulls = JoinSet::new();
         for _ in 0..count {
@@ -92,20 +92,24 @@ impl World {
         pulls
     }
 
-    /// Pulls new images to the end, waits until all of it is kept, and counts it as acknowledged.
+    /// Pulls new images, waits until they are stored, and records them as acknowledged.
     pub async fn acknowledge_new(&mut self, proxy: &Proxy, count: usize) {
         let mut pulls = self.pull_new(proxy, count);
         let mut numbers = Vec::new();
         while let Some(pulled) = pulls.join_next().await {
-            let (number, is_whole) = pulled.unwrap();
-            assert!(is_whole, "image {number} did not come whole from a healthy cache");
+            let (number, is_complete) = pulled.unwrap();
+            assert!(
+                is_complete,
+                "image {number} is incomplete although the cache is healthy"
+            );
             numbers.push(number);
         }
-        until_kept(proxy).await;
+        until_stored(proxy).await;
         self.acknowledged.extend(numbers);
     }
 
-    /// With the upstream gone, everything acknowledged must come, whole and right: all of the last, and some of the rest.
+    /// Without the upstream, acknowledged images must be complete and correct. Verifies all recent images and a
+    /// sample of the older ones.
     pub async fn verify(&mut self, proxy: &Proxy) {
         self.upstream.resets();
         let last = self.acknowledged.len().saturating_sub(VERIFIED);
@@ -139,7 +143,7 @@ pub fn asks(proxy: &Proxy, number: u64, image: &Image) -> Vec<Ask> {
     std::iter::once(manifest).chain(blobs).collect()
 }
 
-/// Whether all of it came, whole. Wrong bytes end the program: every reply that is whole is checked.
+/// Returns whether the image is complete. Wrong bytes panic, because every complete response is verified.
 pub async fn pull(asks: Vec<Ask>, image: &Image) -> bool {
     let mut asks = asks.into_iter();
     let manifest = asks.next().unwrap().tried().await;
@@ -155,9 +159,9 @@ pub async fn pull(asks: Vec<Ask>, image: &Image) -> bool {
     true
 }
 
-/// Waits until no transfer runs: each has its name then, durably, or has failed.
-pub async fn until_kept(proxy: &Proxy) {
-    within("all transfers to be kept", async {
+/// Waits until no download runs, so that every blob is committed or has failed.
+pub async fn until_stored(proxy: &Proxy) {
+    within("all downloads to be stored", async {
         loop {
             let metrics = proxy.admin("/metrics").await;
             let text = String::from_utf8_lossy(&metrics.body).into_owned();
@@ -170,12 +174,12 @@ pub async fn until_kept(proxy: &Proxy) {
     .await;
 }
 
-/// What `/api/v1/status` says of the store.
+/// The store's part of `/api/v1/status`.
 pub async fn store_status(proxy: &Proxy) -> serde_json::Value {
     proxy.admin("/api/v1/status").await.json()["store"].clone()
 }
 
-/// A record with its checksum, as the store writes it.
+/// A record with its checksum, in the store's format.
 pub fn sealed(record: &serde_json::Value) -> Vec<u8> {
     let mut record = record.clone();
     record.as_object_mut().unwrap().remove("checksum");
@@ -185,7 +189,7 @@ pub fn sealed(record: &serde_json::Value) -> Vec<u8> {
     format!("{text},\"checksum\":\"{sum}\"}}\n").into_bytes()
 }
 
-/// Whether these bytes are a record with the right checksum.
+/// Returns whether the bytes are a record with a valid checksum.
 pub fn is_sealed(bytes: &[u8]) -> bool {
     let text = String::from_utf8_lossy(bytes);
     let Some((text, sum)) = text.rsplit_once(",\"checksum\":\"") else {
@@ -194,8 +198,8 @@ pub fn is_sealed(bytes: &[u8]) -> bool {
     sum.trim_end() == format!("{}\"}}", &sha256(text.as_bytes())[7..23])
 }
 
-/// So long ago.
-#[expect(clippy::disallowed_methods, reason = "files are given times of the past")]
+/// The time this long ago.
+#[expect(clippy::disallowed_methods, reason = "sets file times in the past")]
 pub fn past(age: Duration) -> std::time::SystemTime {
     std::time::SystemTime::now() - age
 }

@@ -1,7 +1,7 @@
-//! Lets go of what no tag leads to and nobody has used for long, when the operator wants it.
+//! Garbage collection: removes unused content that no tag references, on request of the operator.
 //!
-//! What was pulled by its digest alone has no tag either, and is kept as long as it is used. What is about an image that
-//! is held, such as its signature, stays with it.
+//! Content that was pulled by digest also has no tag. It stays as long as it is used. Referrers of a stored image,
+//! such as its signature, stay with the image.
 
 use std::collections::HashSet;
 use std::sync::PoisonError;
@@ -13,8 +13,9 @@ use super::plan::{Plan, Snapshot, plan};
 use super::{EVICTION_MIN_AGE, Evictor, PlanOutcome, ROUNDS_MAX};
 
 impl Store {
-    /// Removes what no tag leads to and was not used for `unused_for`, at least for [`EVICTION_MIN_AGE`]; with `is_dry_run`, only
-    /// says what that would be. What is pinned or being read stays. Blocks.
+    /// Removes content that no tag references and that was not used for `unused_for`, or for [`EVICTION_MIN_AGE`] if
+    /// that is longer. With `is_dry_run`, only returns what would be removed. Pinned content and content with
+    /// readers stays. Blocks.
     pub fn collect(&self, unused_for: Duration, is_dry_run: bool) -> Result<Reclaimed, StoreError> {
         self.evictor.collect(unused_for.max(EVICTION_MIN_AGE), is_dry_run)
     }
@@ -42,7 +43,7 @@ impl Evictor {
             freed.manifests += done.freed.manifests;
             freed.blobs += done.freed.blobs;
             freed.bytes += done.freed.bytes;
-            // Otherwise something was needed meanwhile: another look.
+            // Otherwise content was needed meanwhile, so take another snapshot.
             if done.is_complete {
                 break;
             }
@@ -51,19 +52,22 @@ impl Evictor {
     }
 }
 
-/// No tag goes, and so nothing that one leads to; nor what is about something held.
+/// Protects all tags, everything they reference, and referrers of stored manifests.
 fn protect_tagged(snapshot: &mut Snapshot) {
     for image in &mut snapshot.images {
         image.is_pinned = true;
     }
-    let held: HashSet<_> = snapshot
+    let stored: HashSet<_> = snapshot
         .manifests
         .iter()
-        .map(|listed| listed.content.digest)
+        .map(|manifest_node| manifest_node.node.digest)
         .collect();
-    for listed in &mut snapshot.manifests {
-        if listed.subject.is_some_and(|subject| held.contains(&subject)) {
-            listed.content.is_protected = true;
+    for manifest_node in &mut snapshot.manifests {
+        if manifest_node
+            .subject
+            .is_some_and(|subject| stored.contains(&subject))
+        {
+            manifest_node.node.is_protected = true;
         }
     }
 }

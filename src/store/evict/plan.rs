@@ -1,14 +1,14 @@
-//! What to let go when room is needed: a pure function over a snapshot of the store.
+//! Eviction plan: a pure function from a snapshot of the store to the removals, least recently used images first.
 //!
-//! The least recently used *images* go first. An image is a tag with all that it names; what was pulled by digest alone
-//! counts as an image of its own, and so does a blob that no manifest names. A manifest or blob goes when the last of
-//! those that need it has gone: shared content counts once, and nothing of an image that is still listed is touched. A
-//! signature or another referrer stays as long as its subject is used, and goes right after it.
+//! An image is a tag with all the content it references. A manifest that was pulled by digest alone counts as an
+//! image, and so does a blob that no manifest references. A manifest or blob is removed with the last image or
+//! manifest that references it. So shared content counts once, and a listed image never loses content. A signature
+//! or another referrer counts as used when its subject is used, and is removed right after it.
 //!
-//! Spared: what is pinned, in use, or was used since a given moment. A tag is spared too when nothing would be won by
-//! forgetting it.
+//! Pinned content, content with readers, and content used since a given time are protected. A tag is also protected
+//! if its removal would free no bytes.
 //!
-//! Not here: looking at the disk and removing anything from it. That is [`super::evict`].
+//! Disk access and the removal itself are in [`super`].
 
 mod adjacency;
 
@@ -19,11 +19,11 @@ use self::adjacency::{Adjacency, DigestIndex};
 use crate::oci::Digest;
 use crate::store::tags::TagKey;
 
-/// A tag with what it names.
+/// A tag with its targets.
 #[derive(Clone, Debug)]
 pub(super) struct Image {
     pub(super) key: TagKey,
-    /// The digests that it names, held or not.
+    /// The digests it references, stored or not.
     pub(super) targets: Vec<Digest>,
     pub(super) used_at: SystemTime,
     pub(super) is_pinned: bool,
@@ -35,19 +35,19 @@ pub(super) struct Node {
     pub(super) digest: Digest,
     pub(super) bytes: u64,
     pub(super) used_at: SystemTime,
-    /// Pinned by its digest, or being read now.
+    /// Pinned by digest, or open by a reader.
     pub(super) is_protected: bool,
 }
 
-/// A manifest, and what hangs on it.
+/// A manifest with its references.
 #[derive(Clone, Debug)]
 pub(super) struct ManifestNode {
-    pub(super) content: Node,
+    pub(super) node: Node,
     pub(super) children: Vec<Digest>,
     pub(super) subject: Option<Digest>,
 }
 
-/// The store at one moment.
+/// The stored content at one time.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Snapshot {
     pub(super) images: Vec<Image>,
@@ -55,24 +55,24 @@ pub(super) struct Snapshot {
     pub(super) blobs: Vec<Node>,
 }
 
-/// One thing to let go.
+/// One removal.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Step {
-    /// Only if it still names just this.
+    /// Removed only if the tag still references exactly these digests.
     Tag(TagKey, Vec<Digest>),
     Manifest(Digest),
     Blob(Digest),
 }
 
-/// What to let go, in this order: of each image its tag, then manifests, then blobs.
+/// The removals in order: per image the tag, then manifests, then blobs.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Plan {
     pub(super) steps: Vec<Step>,
-    /// How many bytes that frees.
+    /// Bytes that the plan frees.
     pub(super) bytes: u64,
 }
 
-/// Frees `bytes`, or as much as may be let go. What was used after `protected_since` stays.
+/// Plans removals that free `bytes`, or as much as possible. Content used after `protected_since` stays.
 pub(super) fn plan(snapshot: &Snapshot, bytes: u64, protected_since: SystemTime) -> Plan {
     let mut graph = Graph::of(snapshot);
     let candidates = graph.candidates(protected_since);
@@ -82,7 +82,7 @@ pub(super) fn plan(snapshot: &Snapshot, bytes: u64, protected_since: SystemTime)
         refcounts: std::mem::take(&mut graph.refcounts),
         plan: Plan::default(),
     };
-    let mut idle = Vec::new();
+    let mut useless = Vec::new();
     for candidate in &candidates {
         if builder.plan.bytes >= bytes {
             break;
@@ -91,67 +91,68 @@ pub(super) fn plan(snapshot: &Snapshot, bytes: u64, protected_since: SystemTime)
         let at = builder.plan.steps.len();
         builder.evict(&graph, candidate);
         if builder.plan.bytes == before {
-            idle.push((at, candidate));
+            useless.push((at, candidate));
         }
     }
-    builder.without_useless_tags(&graph, &idle)
+    builder.without_useless_tags(&graph, &useless)
 }
 
-/// A place in [`Graph::nodes`]: first the manifests, then the blobs.
+/// Index into [`Graph::nodes`], which holds the manifests, then the blobs.
 type NodeId = usize;
 
 struct Graph<'a> {
     snapshot: &'a Snapshot,
     nodes: Vec<&'a Node>,
     manifests: DigestIndex,
-    /// What each manifest needs.
+    /// Children of each manifest.
     children: Adjacency,
-    /// Which manifests need it.
+    /// Manifests that reference each node.
     parents: Adjacency,
-    /// Which manifests are about it.
+    /// Manifests whose subject is each node.
     referrers: Adjacency,
-    /// How many images and manifests need it.
+    /// Number of images and manifests that reference each node.
     refcounts: Vec<u32>,
-    /// What each image names.
+    /// Manifests that each image references.
     targets: Adjacency,
 }
 
-/// What is let go as one.
+/// Unit of eviction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Candidate {
-    /// A place in [`Snapshot::images`].
+    /// Index into [`Snapshot::images`].
     Image(usize),
-    /// A manifest or blob that nothing else needs.
+    /// A manifest or blob without references.
     Unreferenced(NodeId),
 }
 
 impl<'a> Graph<'a> {
     fn of(snapshot: &'a Snapshot) -> Self {
-        let listed = snapshot.manifests.iter().map(|listed| &listed.content);
-        let nodes: Vec<&Node> = listed.chain(&snapshot.blobs).collect();
+        let manifest_node = snapshot.manifests.iter().map(|manifest_node| &manifest_node.node);
+        let nodes: Vec<&Node> = manifest_node.chain(&snapshot.blobs).collect();
         let (count, first_blob) = (nodes.len(), snapshot.manifests.len());
         let manifests = DigestIndex::of(&nodes, 0..first_blob);
         let blobs = DigestIndex::of(&nodes, first_blob..count);
-        let listed = || snapshot.manifests.iter().enumerate();
+        let manifest_node = || snapshot.manifests.iter().enumerate();
         let manifest = |digest: &Digest| manifests.find(&nodes, digest);
-        // One digest may be held both ways: some clients fetch a manifest as a blob.
-        let held = |digest: &Digest| [manifest(digest), blobs.find(&nodes, digest)];
-        let needs = listed().flat_map(|(at, listed)| {
-            let children = listed.children.iter().flat_map(held).flatten();
+        // A digest may be stored as both, because some clients fetch a manifest as a blob.
+        let stored_as = |digest: &Digest| [manifest(digest), blobs.find(&nodes, digest)];
+        let references = manifest_node().flat_map(|(at, manifest_node)| {
+            let children = manifest_node.children.iter().flat_map(stored_as).flatten();
             children
                 .filter(move |child| *child != at)
                 .map(move |child| (at, child))
         });
-        let children = Adjacency::of(first_blob, needs);
+        let children = Adjacency::of(first_blob, references);
         let parents = Adjacency::of(count, children.pairs().map(|(parent, child)| (child, parent)));
-        let about = listed().filter_map(|(at, listed)| Some((manifest(&listed.subject?)?, at)));
-        let referrers = Adjacency::of(first_blob, about);
+        let subjects =
+            manifest_node().filter_map(|(at, manifest_node)| Some((manifest(&manifest_node.subject?)?, at)));
+        let referrers = Adjacency::of(first_blob, subjects);
         let images = snapshot.images.iter().enumerate();
-        let leads = images.flat_map(|(place, image)| {
+        let image_targets = images.flat_map(|(image_index, image)| {
             let manifests = image.targets.iter().filter_map(manifest);
-            manifests.map(move |at| (place, at))
+            manifests.map(move |at| (image_index, at))
         });
-        let targets = Adjacency::of(snapshot.images.len(), leads);
+        let targets = Adjacency::of(snapshot.images.len(), image_targets);
         let mut refcounts = vec![0_u32; count];
         for (_, at) in children.pairs().chain(targets.pairs()) {
             if let Some(refcounts) = refcounts.get_mut(at) {
@@ -170,11 +171,11 @@ impl<'a> Graph<'a> {
         }
     }
 
-    /// What may be let go, the least recently used first.
+    /// The evictable candidates, least recently used first.
     fn candidates(&self, protected_since: SystemTime) -> Vec<Candidate> {
         let used = self.effective_access_times();
         let mut candidates = self.all_candidates(&used);
-        // A referrer is used whenever its subject is: handed down from the most recently used unit on.
+        // A referrer inherits the access time of its subject. Inherit from the most recently used candidate on.
         candidates.sort_by_key(|(candidate, at)| (Reverse(*at), self.name(*candidate)));
         let mut inherited = vec![None; self.nodes.len()];
         for (candidate, used_at) in &candidates {
@@ -184,10 +185,10 @@ impl<'a> Graph<'a> {
                     continue;
                 };
                 *seen = Some(*used_at);
-                // One that something else needs too stays and goes with that.
-                let alone = self.referrers.at(at);
-                let alone = alone.filter(|referrer| self.refcounts.get(*referrer) == Some(&0));
-                reached.extend(self.children.at(at).chain(alone));
+                // A referrer that is also referenced otherwise is evicted with that reference.
+                let unreferenced = self.referrers.neighbors(at);
+                let unreferenced = unreferenced.filter(|referrer| self.refcounts.get(*referrer) == Some(&0));
+                reached.extend(self.children.neighbors(at).chain(unreferenced));
             }
         }
         let mut ordered: Vec<_> = candidates
@@ -210,21 +211,22 @@ impl<'a> Graph<'a> {
     fn all_candidates(&self, used: &[SystemTime]) -> Vec<(Candidate, SystemTime)> {
         let used_at = |at: NodeId| used.get(at).copied();
         let images = self.snapshot.images.iter().enumerate();
-        let images = images.map(|(place, image)| {
-            let newest = self.targets.at(place).filter_map(used_at).max();
+        let images = images.map(|(image_index, image)| {
+            let newest = self.targets.neighbors(image_index).filter_map(used_at).max();
             (
-                Candidate::Image(place),
+                Candidate::Image(image_index),
                 newest.map_or(image.used_at, |newest| newest.max(image.used_at)),
             )
         });
-        let alone = (0..self.nodes.len()).filter(|at| self.refcounts.get(*at) == Some(&0));
-        let alone = alone.filter_map(|at| Some((Candidate::Unreferenced(at), used_at(at)?)));
-        images.chain(alone).collect()
+        let unreferenced = (0..self.nodes.len()).filter(|at| self.refcounts.get(*at) == Some(&0));
+        let unreferenced = unreferenced.filter_map(|at| Some((Candidate::Unreferenced(at), used_at(at)?)));
+        images.chain(unreferenced).collect()
     }
 
-    /// When each was last used, or a manifest that it leads to: whoever pulls one platform uses the index.
+    /// The last access of each node or of any manifest it leads to: a client that pulls one platform also uses the
+    /// image index.
     fn effective_access_times(&self) -> Vec<SystemTime> {
-        let mut used: Vec<SystemTime> = self.nodes.iter().map(|content| content.used_at).collect();
+        let mut used: Vec<SystemTime> = self.nodes.iter().map(|node| node.used_at).collect();
         let mut by_use: Vec<NodeId> = (0..self.snapshot.manifests.len()).collect();
         by_use.sort_by_key(|at| Reverse(used.get(*at).copied()));
         let mut is_known = vec![false; self.nodes.len()];
@@ -241,32 +243,32 @@ impl<'a> Graph<'a> {
                     }
                     _ => continue,
                 }
-                reached.extend(self.parents.at(at));
+                reached.extend(self.parents.neighbors(at));
             }
         }
         used
     }
 
     fn protected(&self, protected_since: SystemTime) -> Vec<bool> {
-        let is_protected = |content: &&Node| content.is_protected || content.used_at > protected_since;
+        let is_protected = |node: &&Node| node.is_protected || node.used_at > protected_since;
         self.nodes.iter().map(is_protected).collect()
     }
 
     fn roots(&self, candidate: Candidate) -> Vec<NodeId> {
         match candidate {
-            Candidate::Image(place) => self.targets.at(place).collect(),
+            Candidate::Image(image_index) => self.targets.neighbors(image_index).collect(),
             Candidate::Unreferenced(at) => vec![at],
         }
     }
 
     fn is_pinned(&self, candidate: Candidate) -> bool {
         match candidate {
-            Candidate::Image(place) => self
+            Candidate::Image(image_index) => self
                 .snapshot
                 .images
-                .get(place)
+                .get(image_index)
                 .is_some_and(|image| image.is_pinned),
-            Candidate::Unreferenced(at) => self.nodes.get(at).is_some_and(|content| content.is_protected),
+            Candidate::Unreferenced(at) => self.nodes.get(at).is_some_and(|node| node.is_protected),
         }
     }
 
@@ -274,23 +276,25 @@ impl<'a> Graph<'a> {
         let Candidate::Unreferenced(at) = candidate else {
             return false;
         };
-        let subject = self.snapshot.manifests.get(at).and_then(|listed| listed.subject);
+        let subject = self
+            .snapshot
+            .manifests
+            .get(at)
+            .and_then(|manifest_node| manifest_node.subject);
         subject.is_some_and(|subject| self.manifests.find(&self.nodes, &subject).is_some())
     }
 
-    /// Orders what was used at the same moment, the same way each time.
+    /// Orders candidates with equal access times deterministically.
     fn name(&self, candidate: Candidate) -> (Option<&TagKey>, Option<Digest>, bool) {
         match candidate {
-            Candidate::Image(place) => (
-                self.snapshot.images.get(place).map(|image| &image.key),
+            Candidate::Image(image_index) => (
+                self.snapshot.images.get(image_index).map(|image| &image.key),
                 None,
                 false,
             ),
-            Candidate::Unreferenced(at) => (
-                None,
-                self.nodes.get(at).map(|content| content.digest),
-                self.is_blob(at),
-            ),
+            Candidate::Unreferenced(at) => {
+                (None, self.nodes.get(at).map(|node| node.digest), self.is_blob(at))
+            }
         }
     }
 
@@ -310,14 +314,14 @@ impl PlanBuilder {
     fn evict(&mut self, graph: &Graph<'_>, candidate: &Candidate) {
         let mut free = Vec::new();
         match candidate {
-            Candidate::Image(place) => {
-                let Some(image) = graph.snapshot.images.get(*place) else {
+            Candidate::Image(image_index) => {
+                let Some(image) = graph.snapshot.images.get(*image_index) else {
                     return;
                 };
                 self.plan
                     .steps
                     .push(Step::Tag(image.key.clone(), image.targets.clone()));
-                for at in graph.targets.at(*place) {
+                for at in graph.targets.neighbors(*image_index) {
                     self.release(at, &mut free);
                 }
             }
@@ -335,7 +339,7 @@ impl PlanBuilder {
                 continue;
             }
             self.remove(graph, at);
-            for child in graph.children.at(at) {
+            for child in graph.children.neighbors(at) {
                 self.release(child, &mut free);
             }
         }
@@ -344,7 +348,7 @@ impl PlanBuilder {
         }
     }
 
-    /// One holder less.
+    /// Drops one reference.
     fn release(&mut self, at: NodeId, free: &mut Vec<NodeId>) {
         if let Some(refcounts) = self.refcounts.get_mut(at) {
             *refcounts = refcounts.saturating_sub(1);
@@ -355,23 +359,23 @@ impl PlanBuilder {
     }
 
     fn remove(&mut self, graph: &Graph<'_>, at: NodeId) {
-        let (Some(content), Some(is_evicted @ false)) = (graph.nodes.get(at), self.is_evicted.get_mut(at))
+        let (Some(node), Some(is_evicted @ false)) = (graph.nodes.get(at), self.is_evicted.get_mut(at))
         else {
             return;
         };
         *is_evicted = true;
-        self.plan.bytes = self.plan.bytes.saturating_add(content.bytes);
+        self.plan.bytes = self.plan.bytes.saturating_add(node.bytes);
         self.plan.steps.push(if graph.is_blob(at) {
-            Step::Blob(content.digest)
+            Step::Blob(node.digest)
         } else {
-            Step::Manifest(content.digest)
+            Step::Manifest(node.digest)
         });
     }
 
-    /// Takes back the tags of which everything is still there, for others need it.
-    fn without_useless_tags(mut self, graph: &Graph<'_>, idle: &[(usize, &Candidate)]) -> Plan {
+    /// Drops the removal of tags whose content all remains because other images reference it.
+    fn without_useless_tags(mut self, graph: &Graph<'_>, useless: &[(usize, &Candidate)]) -> Plan {
         let mut reverted = Vec::new();
-        for (step, candidate) in idle {
+        for (step, candidate) in useless {
             if !matches!(candidate, Candidate::Image(_)) {
                 continue;
             }
@@ -379,16 +383,16 @@ impl PlanBuilder {
             let mut is_intact = !reached.is_empty();
             while let (true, Some(at)) = (is_intact, reached.pop()) {
                 is_intact = self.is_evicted.get(at) == Some(&false);
-                reached.extend(graph.children.at(at));
+                reached.extend(graph.children.neighbors(at));
             }
             if is_intact {
                 reverted.push(*step);
             }
         }
-        let mut place = 0;
+        let mut image_index = 0;
         self.plan.steps.retain(|_| {
-            place += 1;
-            reverted.binary_search(&(place - 1)).is_err()
+            image_index += 1;
+            reverted.binary_search(&(image_index - 1)).is_err()
         });
         self.plan
     }

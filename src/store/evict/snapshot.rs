@@ -1,4 +1,4 @@
-//! The look at everything held that a plan is made from.
+//! Snapshot of the stored images, manifests and blobs, the input of an eviction plan.
 
 use std::path::Path;
 use std::sync::atomic::Ordering;
@@ -13,24 +13,25 @@ use crate::oci::manifest::MANIFEST_BYTES_MAX;
 use crate::oci::{Algorithm, AnyDigest, Digest, Manifest};
 
 impl Evictor {
-    /// What is held, and when it was used. What comes after the look is [`AccessTimes::mark_needed`].
+    /// Lists the stored content with its access times. Content needed after the snapshot is tracked by
+    /// `AccessTimes::mark_needed`.
     pub(super) fn snapshot(&self) -> Snapshot {
         let mut images = Vec::new();
         self.tags.walk_with_times(&self.stop, |key, record, modified| {
             let is_pinned = self.pins.has(&Pin::Tag(key.clone()));
             images.push(Image {
                 targets: exactly(self.tags.digests_of(&key, &record)),
-                // Written when what it names changed; its uses are those of its manifests.
+                // The tag file is written when its target changes. Accesses are recorded on the manifests.
                 used_at: self.access_times.plausible(modified),
                 is_pinned,
                 key,
             });
         });
-        let mut listed = Vec::new();
+        let mut manifests = Vec::new();
         self.walk(manifests::TREE, |path, entry, digest| {
-            let content = self.content(ContentId::Manifest(digest), entry, false);
+            let node = self.node(ContentId::Manifest(digest), entry, false);
             let bytes = self.fs.read_file(path, MANIFEST_BYTES_MAX as u64).ok();
-            // A damaged one leads nowhere; it is found damaged by whoever asks for it.
+            // A corrupt manifest has no children here. The next request for it detects the corruption.
             let manifest = bytes.and_then(|bytes| Manifest::read(&bytes).ok());
             let (children, subject) = manifest.map_or_else(Default::default, |manifest| {
                 let known = manifest
@@ -42,8 +43,8 @@ impl Evictor {
                     });
                 (exactly(known.collect()), manifest.subject)
             });
-            listed.push(ManifestNode {
-                content,
+            manifests.push(ManifestNode {
+                node,
                 children,
                 subject,
             });
@@ -51,16 +52,16 @@ impl Evictor {
         let mut blobs = Vec::new();
         self.walk(blobs::TREE, |_, entry, digest| {
             let is_in_use = self.blobs.is_in_use(&digest);
-            blobs.push(self.content(ContentId::Blob(digest), entry, is_in_use));
+            blobs.push(self.node(ContentId::Blob(digest), entry, is_in_use));
         });
         Snapshot {
             images,
-            manifests: listed,
+            manifests: manifests,
             blobs,
         }
     }
 
-    fn content(&self, used: ContentId, entry: &Entry, is_in_use: bool) -> Node {
+    fn node(&self, used: ContentId, entry: &Entry, is_in_use: bool) -> Node {
         let (ContentId::Blob(digest) | ContentId::Manifest(digest)) = used;
         Node {
             digest,
@@ -79,7 +80,7 @@ impl Evictor {
                     if self.stop.load(Ordering::Relaxed) {
                         return;
                     }
-                    // Not a record beside a manifest, nor anything that is not ours.
+                    // Skips metadata files and files that the store did not create.
                     if let Ok(digest) = format!("{algorithm}:{}", entry.name).parse() {
                         each(&folder.join(&entry.name), &entry, digest);
                     }
@@ -89,7 +90,7 @@ impl Evictor {
     }
 }
 
-/// There may be hundreds of thousands of them, most with fewer than a vector makes room for.
+/// A snapshot may hold hundreds of thousands of short vectors, so their spare capacity is released.
 fn exactly(mut digests: Vec<Digest>) -> Vec<Digest> {
     digests.shrink_to_fit();
     digests

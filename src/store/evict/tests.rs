@@ -4,14 +4,14 @@
     reason = "tests may fail loudly"
 )]
 use super::super::access_times::ContentId;
-use super::super::tests::power_cut::CutVolume;
-use super::super::tests::{Ground, UPSTREAM, at, digest, keep_blob, key, manifest, put_manifest, variant};
+use super::super::tests::power_cut::PowerCutFs;
+use super::super::tests::{Fixture, UPSTREAM, at, digest, key, manifest, put_blob, put_manifest, variant};
 use super::*;
 use crate::store::{Settings, Store};
 
-/// An image that is old enough to go, and what a round would do about it.
-fn about_to_go(store: &Store) -> Plan {
-    keep_blob(store, &1_u32.to_be_bytes()).unwrap();
+/// Stores an image that is old enough to evict. Returns the plan of a round.
+fn evictable_image(store: &Store) -> Plan {
+    put_blob(store, &1_u32.to_be_bytes()).unwrap();
     put_manifest(store, &manifest(1), "library/alpine").unwrap();
     store.put_tag(&key("1"), variant(1, &manifest(1), 0)).unwrap();
     store.tick(at(7200));
@@ -21,7 +21,7 @@ fn about_to_go(store: &Store) -> Plan {
     plan
 }
 
-fn carries_out(store: &Store, plan: Plan) -> bool {
+fn executes(store: &Store, plan: Plan) -> bool {
     store
         .evictor
         .execute(plan, Some(QuotaKind::Size))
@@ -35,67 +35,67 @@ fn is_complete(store: &Store) -> bool {
         && store.blob(&digest(&1_u32.to_be_bytes())).unwrap().is_some()
 }
 
-/// Whatever makes it needed between the look and the removal leaves it whole.
-fn stays_whole_if(what: &str, happens: impl Fn(&Store)) {
-    for ground in [Ground::directory(), Ground::memory()] {
-        let store = ground.open();
-        let plan = about_to_go(&store);
+/// Asserts that the image stays complete if `happens` makes it needed after the snapshot.
+fn assert_kept_if(what: &str, happens: impl Fn(&Store)) {
+    for fixture in [Fixture::directory(), Fixture::memory()] {
+        let store = fixture.open();
+        let plan = evictable_image(&store);
         happens(&store);
-        assert!(!carries_out(&store, plan), "{what}");
+        assert!(!executes(&store, plan), "{what}");
         assert!(is_complete(&store), "{what}");
     }
 }
 
 #[test]
-fn an_image_used_between_the_look_and_the_removal_stays() {
-    stays_whole_if("used", |store| {
+fn evict_keeps_image_used_since_the_snapshot() {
+    assert_kept_if("used", |store| {
         store.touch(ContentId::Manifest(digest(&manifest(1))), at(7200));
     });
 }
 
 #[test]
-fn an_image_fetched_again_between_the_look_and_the_removal_stays() {
-    stays_whole_if("kept again", |store| {
+fn evict_keeps_image_fetched_since_the_snapshot() {
+    assert_kept_if("kept again", |store| {
         put_manifest(store, &manifest(1), "library/alpine").unwrap();
     });
 }
 
 #[test]
-fn a_tag_that_moves_or_is_pinned_between_the_look_and_the_removal_stays() {
-    stays_whole_if("moved", |store| {
+fn evict_keeps_tag_moved_or_pinned_since_the_snapshot() {
+    assert_kept_if("moved", |store| {
         store.put_tag(&key("1"), variant(1, b"another", 7200)).unwrap();
     });
-    stays_whole_if("pinned", |store| {
+    assert_kept_if("pinned", |store| {
         store.pin(&Pin::Tag(key("1"))).unwrap();
     });
-    stays_whole_if("pinned by its digest", |store| {
+    assert_kept_if("pinned by its digest", |store| {
         store.pin(&Pin::Digest(digest(&manifest(1)))).unwrap();
     });
 }
 
 #[test]
-fn a_layer_that_a_new_manifest_needs_stays_though_its_old_image_goes() {
-    let ground = Ground::directory();
-    let store = ground.open();
-    let plan = about_to_go(&store);
+fn evict_keeps_layer_referenced_by_a_new_manifest() {
+    let fixture = Fixture::directory();
+    let store = fixture.open();
+    let plan = evictable_image(&store);
     let layer = digest(&1_u32.to_be_bytes());
     let newer = format!(r#"{{"schemaVersion":2,"layers":[{{"digest":"{layer}","size":4}}]}}"#);
     put_manifest(&store, &newer.into_bytes().into(), "library/alpine").unwrap();
-    assert!(!carries_out(&store, plan));
+    assert!(!executes(&store, plan));
     assert!(store.blob(&layer).unwrap().is_some());
     assert!(store.tag(&key("1")).unwrap().is_none());
 }
 
-/// A store in which `write` is about to name a file in `tree` while an eviction looks; then `write` ends, and what was
-/// planned is carried out. Says whether all of it was.
-fn evict_looks_during(
+/// Starts `write`, which is about to rename a file into `tree` while an eviction takes its snapshot. Then `write`
+/// completes and the plan is executed. Returns whether all of the plan was executed.
+fn evict_during_write(
     tree: &'static str,
-    held: impl Fn(&Store),
+    stored: impl Fn(&Store),
     write: impl Fn(&Store) + Sync,
 ) -> (Store, bool) {
-    let fs = Arc::new(CutVolume::new(usize::MAX));
+    let fs = Arc::new(PowerCutFs::new(usize::MAX));
     let store = Store::open(&Settings::default(), Arc::clone(&fs) as _, at(0)).unwrap();
-    held(&store);
+    stored(&store);
     store.tick(at(7200));
     let gate = fs.gate(tree);
     let plan = std::thread::scope(|scope| {
@@ -107,16 +107,16 @@ fn evict_looks_during(
         plan
     });
     assert_eq!(plan.steps.len(), 1);
-    let is_complete = carries_out(&store, plan);
+    let is_complete = executes(&store, plan);
     (store, is_complete)
 }
 
 #[test]
-fn layer_of_a_manifest_written_after_the_look_stays() {
+fn evict_keeps_layer_of_manifest_stored_since_the_snapshot() {
     let layer = 1_u32.to_be_bytes();
-    let (store, is_complete) = evict_looks_during(
+    let (store, is_complete) = evict_during_write(
         "manifests",
-        |store| keep_blob(store, &layer).unwrap(),
+        |store| put_blob(store, &layer).unwrap(),
         |store| {
             put_manifest(store, &manifest(1), "library/alpine").unwrap();
         },
@@ -126,8 +126,8 @@ fn layer_of_a_manifest_written_after_the_look_stays() {
 }
 
 #[test]
-fn manifest_of_a_tag_written_after_the_look_stays() {
-    let (store, is_complete) = evict_looks_during(
+fn evict_keeps_manifest_of_tag_stored_since_the_snapshot() {
+    let (store, is_complete) = evict_during_write(
         "refs",
         |store| {
             put_manifest(store, &manifest(1), "library/alpine").unwrap();
@@ -139,8 +139,8 @@ fn manifest_of_a_tag_written_after_the_look_stays() {
 }
 
 #[test]
-fn power_cut_after_an_eviction_brings_back_no_tag() {
-    let fs = Arc::new(CutVolume::new(usize::MAX));
+fn power_cut_after_eviction_restores_no_tag() {
+    let fs = Arc::new(PowerCutFs::new(usize::MAX));
     let store = Store::open(&Settings::default(), Arc::clone(&fs) as _, at(0)).unwrap();
     put_manifest(&store, &manifest(1), "library/alpine").unwrap();
     let tags = ["1", "2", "3", "4"].map(key);
@@ -150,9 +150,9 @@ fn power_cut_after_an_eviction_brings_back_no_tag() {
     store.tick(at(7200));
     store.evictor.access_times.start_tracking();
     let mut plan = plan(&store.evictor.snapshot(), u64::MAX, at(3600));
-    // The round is stopped before the manifest goes.
+    // Stop the round before the manifest is removed.
     plan.steps.retain(|step| matches!(step, Step::Tag(..)));
-    assert!(carries_out(&store, plan));
+    assert!(executes(&store, plan));
     for chance in 0..8 {
         let store = Store::open(
             &Settings::default(),
@@ -165,14 +165,14 @@ fn power_cut_after_an_eviction_brings_back_no_tag() {
 }
 
 #[test]
-fn undisturbed_it_goes_whole() {
-    for ground in [Ground::directory(), Ground::memory()] {
-        let store = ground.open();
-        let plan = about_to_go(&store);
-        assert!(carries_out(&store, plan));
+fn evict_removes_complete_image_without_conflict() {
+    for fixture in [Fixture::directory(), Fixture::memory()] {
+        let store = fixture.open();
+        let plan = evictable_image(&store);
+        assert!(executes(&store, plan));
         assert!(store.tag(&key("1")).unwrap().is_none());
         assert_eq!(
-            ground.files("blobs").len() + ground.files("manifests").len() + ground.files("refs").len(),
+            fixture.files("blobs").len() + fixture.files("manifests").len() + fixture.files("refs").len(),
             0
         );
         assert!(
@@ -187,9 +187,9 @@ fn undisturbed_it_goes_whole() {
 }
 
 #[test]
-fn t08_pin_waits_for_an_eviction_that_found_no_pin() {
-    let ground = Ground::memory();
-    let store = ground.open();
+fn t08_pin_waits_for_running_eviction() {
+    let fixture = Fixture::memory();
+    let store = fixture.open();
     let (pinned, is_pinned) = std::sync::mpsc::channel();
     std::thread::scope(|scope| {
         let evicting = store.pins.evicting();

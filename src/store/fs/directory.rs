@@ -1,4 +1,4 @@
-//! A folder of this machine.
+//! Local folder as a file system.
 
 use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
 use std::io::{self, Write};
@@ -10,26 +10,26 @@ use std::time::SystemTime;
 use super::{Entry, FileSystem, FsFile};
 use crate::store::OpenError;
 
-/// Nobody else reads the data folder: it holds what private repositories were seen to have.
+/// The data folder names the contents of private repositories, so only its owner may read it.
 const DIR_MODE: u32 = 0o700;
 const FILE_MODE: u32 = 0o600;
 const READ_ONLY_MODE: u32 = 0o400;
 
-/// A folder of this machine as a [`FileSystem`].
+/// A local folder as a [`FileSystem`].
 #[derive(Debug)]
 pub struct DirectoryFs {
     root: PathBuf,
 }
 
 impl DirectoryFs {
-    /// Opens `root`, making it (mode 0700) when it is missing. An existing folder keeps its mode.
+    /// Opens `root`, and creates it with mode 0700 if it is missing. An existing folder keeps its mode.
     pub fn open(root: impl Into<PathBuf>) -> Result<Self, OpenError> {
         let root = root.into();
         match make_dir(&root) {
             Ok(()) if root.is_dir() => Ok(Self { root }),
             made => {
                 let kind = made.map_or_else(|error| error.kind(), |()| io::ErrorKind::NotADirectory);
-                // The first of those above that is not there, or the one that is no folder.
+                // The topmost missing ancestor, or the ancestor that is not a folder.
                 let above: Vec<_> = root.ancestors().filter(|path| !path.is_dir()).collect();
                 let path = above
                     .last()
@@ -47,7 +47,7 @@ impl DirectoryFs {
         self.root.join(path)
     }
 
-    /// Does `op`, and once more with the folder of `path` made if it was missing.
+    /// Runs `op`. If the parent folder of `path` is missing, creates it and runs `op` again.
     fn with_parent_dir<T>(path: &Path, op: impl Fn() -> io::Result<T>) -> io::Result<T> {
         match op() {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
@@ -59,8 +59,8 @@ impl DirectoryFs {
     }
 }
 
-/// Makes a folder and those above it, each name durable in the one above: a file made durable in a folder that is not
-/// is lost with it.
+/// Creates a folder and its ancestors. Fsyncs each parent, because a file in a folder that is not durable is lost
+/// with the folder.
 fn make_dir(path: &Path) -> io::Result<()> {
     if path.as_os_str().is_empty() || path.is_dir() {
         return Ok(());
@@ -132,7 +132,7 @@ impl FileSystem for DirectoryFs {
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
         let (from, to) = (self.at(from), self.at(to));
         match fs::rename(&from, &to) {
-            // Tells not which of the two is missing: make the folder, and let the second try tell.
+            // The error does not say which path is missing. Create the target folder and try again.
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 to.parent().map_or(Ok(()), make_dir)?;
                 fs::rename(&from, &to)
@@ -164,7 +164,7 @@ impl FileSystem for DirectoryFs {
         let mut found = Vec::new();
         for entry in entries {
             let entry = entry?;
-            // Gone since it was listed, or a name that we did not give.
+            // Removed since it was listed, or a name that the store did not create.
             let (Ok(metadata), Ok(name)) = (entry.metadata(), entry.file_name().into_string()) else {
                 continue;
             };
@@ -181,7 +181,7 @@ impl FileSystem for DirectoryFs {
     }
 
     fn set_modified(&self, path: &Path, at: SystemTime) -> io::Result<()> {
-        // Its owner may set the times of a sealed file too, without opening it for writing.
+        // The owner may set the times of a read-only file without opening it for writing.
         File::open(self.at(path))?.set_modified(at)
     }
 
@@ -211,7 +211,7 @@ impl FsFile for DirectoryFile {
         use rustix::io::{Errno, ReadWriteFlags, preadv2};
         let mut into = [io::IoSliceMut::new(into)];
         preadv2(&self.0, &mut into, offset, ReadWriteFlags::NOWAIT).map_err(|errno| match errno {
-            // Not on this file system, not in this kernel, or not for this sandbox.
+            // Not supported by this file system or kernel, or blocked by a sandbox.
             Errno::OPNOTSUPP | Errno::NOSYS | Errno::PERM | Errno::INVAL | Errno::INTR => {
                 io::ErrorKind::WouldBlock.into()
             }

@@ -1,4 +1,4 @@
-//! a file system that is gone with the process.
+//! In-memory file system for tests.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -9,14 +9,14 @@ use std::time::SystemTime;
 
 use super::{Entry, FileSystem, FsFile};
 
-/// Files in memory, for tests. Everything counts as durable at once.
+/// Files in memory. All content counts as durable at once.
 #[derive(Default)]
 pub struct MemoryFs {
     files: Mutex<BTreeMap<PathBuf, Arc<MemoryFile>>>,
     extent: Arc<Extent>,
 }
 
-/// How much fits, and how much is taken: also by files that were removed and are still open.
+/// Capacity and used bytes. Removed files count while they are open.
 struct Extent {
     bytes_max: AtomicU64,
     bytes: AtomicU64,
@@ -49,7 +49,7 @@ impl MemoryFs {
         Self::default()
     }
 
-    /// Limits how much fits from now on.
+    /// Limits the capacity from now on.
     pub fn set_bytes_max(&self, bytes_max: u64) {
         self.extent.bytes_max.store(bytes_max, Ordering::SeqCst);
     }
@@ -215,7 +215,7 @@ impl Drop for MemoryFile {
     }
 }
 
-/// An open file: as on a disk, whoever has it open is not who has it listed.
+/// An open file. As on a disk, it stays readable after its name is removed.
 struct Handle(Arc<MemoryFile>);
 
 impl FsFile for Handle {

@@ -1,8 +1,7 @@
-//! a file system that is watched: notices when the disk refuses to be written, and finds out when it takes bytes again. Errors
-//! of every kind are counted.
+//! File system wrapper that tracks disk health and counts I/O errors.
 //!
-//! Nothing is done differently meanwhile. Each write is still tried, and who tries is told; this is for the operator, who
-//! should hear of it once and not for each pull.
+//! It does not change behaviour: every write is still tried, and its caller gets the error. The wrapper lets the
+//! operator see one log line per disk failure instead of one per pull.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -17,11 +16,11 @@ use super::disk_errors::{DiskErrors, IoOperation};
 use super::{Entry, FileSystem, FsFile};
 use crate::store::StoreError;
 
-/// Written to find out whether the disk takes bytes again; never left there.
+/// File written to test whether the disk is writable again. It is removed at once.
 const PROBE: &str = "probe";
 const PROBE_BYTES: [u8; 4096] = [0; 4096];
 
-/// What the disk last refused.
+/// Last write failure of the disk.
 #[derive(Clone, Default)]
 pub(in crate::store) struct DiskHealth(Arc<DiskState>);
 
@@ -36,12 +35,12 @@ impl DiskHealth {
         self.0.last.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether the disk refuses; cheap enough to ask at each read.
+    /// Returns whether writes fail. One atomic load, cheap enough for every read.
     pub(in crate::store) fn is_failing(&self) -> bool {
         self.0.is_failing.load(Ordering::Relaxed)
     }
 
-    /// What the disk refuses, if it does.
+    /// The last write error, until a write succeeds again.
     pub(in crate::store) fn last_error(&self) -> Option<StoreError> {
         self.lock().clone()
     }
@@ -54,19 +53,20 @@ impl DiskHealth {
         let before = self.lock().replace(fault.clone());
         self.0.is_failing.store(true, Ordering::Relaxed);
         if before.is_none() {
-            tracing::error!(%fault, "the disk cannot be written; what is held is served, the rest passes through unstored");
+            tracing::error!(%fault, "disk is not writable, serving stored content and passing the rest through");
         }
     }
 
     fn recovered(&self) {
         self.0.is_failing.store(false, Ordering::Relaxed);
         if self.lock().take().is_some() {
-            tracing::info!("the disk can be written again");
+            tracing::info!("disk is writable again");
         }
     }
 }
 
-/// Not the fault of a single file: full, read-only, failing, or out of handles.
+/// Returns whether the error affects the disk and not a single file: full, read-only, failing, or out of file
+/// handles.
 fn is_disk_failure(error: &io::Error) -> bool {
     let numbers = [Errno::IO, Errno::MFILE, Errno::NFILE, Errno::NODEV, Errno::STALE];
     let numbers = numbers.map(Errno::raw_os_error);
@@ -82,7 +82,7 @@ fn is_disk_failure(error: &io::Error) -> bool {
         .is_some_and(|number| numbers.contains(&number))
 }
 
-/// a file system whose refusals to write are noted.
+/// A file system that tracks disk health.
 pub(in crate::store) struct MonitoredFs {
     inner: Arc<dyn FileSystem>,
     health: DiskHealth,
@@ -103,13 +103,13 @@ impl MonitoredFs {
         self.errors.totals()
     }
 
-    /// Where the disk refused: tries whether it still does.
+    /// If writes have failed, tests whether the disk is writable again.
     pub(in crate::store) fn probe(&self) {
         if self.health.last_error().is_none() {
             return;
         }
         let path = Path::new(PROBE);
-        // Through the watch: a new refusal takes the place of the old one.
+        // Written through the wrapper, so a new error replaces the old one.
         let written = self.write_atomic(path, &PROBE_BYTES);
         let removed = self.remove(path);
         if written.is_ok() && removed.is_ok() {
@@ -186,7 +186,11 @@ impl FileSystem for MonitoredFs {
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
         assert_may_block();
-        self.record((IoOperation::Rename, "name"), to, self.inner.rename(from, to))
+        self.record(
+            (IoOperation::Rename, "rename a file to"),
+            to,
+            self.inner.rename(from, to),
+        )
     }
 
     fn remove(&self, path: &Path) -> io::Result<()> {
@@ -205,11 +209,7 @@ impl FileSystem for MonitoredFs {
 
     fn sync_dir(&self, path: &Path) -> io::Result<()> {
         assert_may_block();
-        self.record(
-            (IoOperation::Sync, "make durable"),
-            path,
-            self.inner.sync_dir(path),
-        )
+        self.record((IoOperation::Sync, "fsync"), path, self.inner.sync_dir(path))
     }
 
     fn list(&self, path: &Path) -> io::Result<Vec<Entry>> {
@@ -233,7 +233,7 @@ impl FileSystem for MonitoredFs {
     }
 }
 
-/// A file of a watched file system.
+/// An open file that tracks disk health.
 struct MonitoredFile {
     inner: Arc<dyn FsFile>,
     path: PathBuf,
@@ -280,19 +280,22 @@ impl FsFile for MonitoredFile {
 
     fn sync(&self) -> io::Result<()> {
         assert_may_block();
-        self.record((IoOperation::Sync, "make durable"), self.inner.sync())
+        self.record((IoOperation::Sync, "fsync"), self.inner.sync())
     }
 
     fn reserve(&self, bytes: u64) -> io::Result<()> {
         assert_may_block();
         self.record(
-            (IoOperation::Write, "reserve room for"),
+            (IoOperation::Write, "reserve space for"),
             self.inner.reserve(bytes),
         )
     }
 
     fn make_read_only(&self) -> io::Result<()> {
         assert_may_block();
-        self.record((IoOperation::Write, "seal"), self.inner.make_read_only())
+        self.record(
+            (IoOperation::Write, "make read-only"),
+            self.inner.make_read_only(),
+        )
     }
 }

@@ -1,7 +1,7 @@
-//! Makes the index small again: sled's file only grows. What lives is copied, a page at a time and only while nobody
-//! asks for anything, into a new index beside the old one; then the two are swapped.
+//! Index compaction. sled's file only grows, so an idle worker copies the live records to a new index, one page per
+//! step, and then swaps the two.
 //!
-//! Meanwhile each write goes to both. A stop at any moment leaves the old index in its place, or beside it, where
+//! During the copy each write goes to both. A stop at any time leaves the old index in its place or beside it, where
 //! [`recover`] finds it.
 
 use std::fs;
@@ -10,28 +10,28 @@ use std::path::{Path, PathBuf};
 
 use super::{Index, IndexError, SledIndex, disk, sync_paths};
 
-/// A smaller file is left as it is.
+/// A smaller file is not compacted.
 pub(super) const FILE_BYTES_MIN: u64 = if cfg!(test) { 4 << 20 } else { 64 << 20 };
 
-/// The file may be so many times as large as what lives in it; sled needs twice from the start.
+/// Largest ratio of file size to live bytes. sled's ratio starts at two.
 const GROWTH_MAX: u64 = 4;
 
 const PAGE: usize = 256;
 
 pub(super) struct Compaction {
     folder: PathBuf,
-    /// The last key looked at.
+    /// The last key read.
     after: Vec<u8>,
     live_bytes: u64,
     copy: Option<SledIndex>,
 }
 
-/// What comes after a step.
+/// Result of a step.
 pub(super) enum Next {
     Step,
-    /// Everything is copied: [`Compaction::swap`].
+    /// Everything is copied. Call [`Compaction::swap`].
     Swap,
-    /// Not worth it.
+    /// The file is small enough.
     NotNeeded,
 }
 
@@ -45,7 +45,7 @@ impl Compaction {
         }
     }
 
-    /// Looks at one page of `index`: first at all of it to measure, then once more to copy.
+    /// Reads one page of `index`. The first pass measures the live bytes, the second copies them.
     pub(super) fn step(&mut self, index: &dyn Index) -> Result<Next, IndexError> {
         let page = index.scan(b"", &self.after, PAGE)?;
         let is_last = page.len() < PAGE;
@@ -70,7 +70,7 @@ impl Compaction {
         }
     }
 
-    /// What is written to the index meanwhile; `None` removes.
+    /// Repeats a write of the index on the copy; `None` removes the key.
     pub(super) fn write(&mut self, key: &[u8], value: Option<&[u8]>) -> Result<(), IndexError> {
         match (&mut self.copy, value) {
             (None, _) => Ok(()),
@@ -79,26 +79,26 @@ impl Compaction {
         }
     }
 
-    /// Closes the copy; whatever is left of it goes when the index is next opened.
+    /// Closes the copy. Its files are removed when the index is next opened.
     pub(super) fn abandon(self, fault: &IndexError) {
         if let Some(copy) = self.copy {
             Box::new(copy).abandon(fault);
         }
     }
 
-    /// Puts the copy in the place of the index, which is closed.
+    /// Replaces the closed index by the copy.
     pub(super) fn swap(mut self) -> Result<(), IndexError> {
         drop(self.copy.take());
         let (old, new) = (sibling(&self.folder, "old"), sibling(&self.folder, "new"));
         fs::rename(&self.folder, &old).map_err(disk)?;
         fs::rename(&new, &self.folder).map_err(disk)?;
-        // The new names before the old content goes.
+        // Make the new names durable before the old content is removed.
         sync_paths(&self.folder)?;
         remove(&old)
     }
 }
 
-/// Ends what a stop interrupted; to be called before the index in `folder` is opened.
+/// Completes or undoes an interrupted swap. Call before the index in `folder` is opened.
 pub(super) fn recover(folder: &Path) -> Result<(), IndexError> {
     let old = sibling(folder, "old");
     if fs::symlink_metadata(folder).is_err() && fs::symlink_metadata(&old).is_ok() {

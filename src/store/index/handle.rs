@@ -1,7 +1,7 @@
-//! The handle by which others ask the thread that owns the index ([`super::worker`]).
+//! Handle to the index worker ([`super::worker`]).
 //!
-//! Reads wait for a reply, but not for long: they are made for what is not in memory, and a miss is safe. Writes do not
-//! wait at all. Where the thread lets someone wait in vain, nobody else waits for it until it has done something again.
+//! Reads wait for a reply with a short timeout. They serve lookups that memory could not answer, and a miss is safe.
+//! Writes do not wait. After one timeout, further reads fail at once until the worker makes progress.
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -18,41 +18,41 @@ use crate::store::fs::assert_may_block;
 
 const QUEUE_MESSAGES_MAX: usize = 4096;
 
-/// A record of a page or more would make sled write a file of its own for it.
+/// sled would write a record of a page or more to a separate file.
 pub(in crate::store) const VALUE_BYTES_MAX: usize = 4000;
 
 const REPLY_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// How often a full queue is tried, and how long in between, for what may not be dropped.
+/// Attempts to send to a full queue, and the pause between them, for messages that must not be dropped.
 const SEND_TRIES: u32 = 100;
 const SEND_PAUSE: Duration = Duration::from_millis(20);
 
-/// How the index is.
+/// State of the index.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum IndexState {
-    /// Being opened; reads wait a moment for it.
+    /// Being opened. Reads wait until their timeout.
     Opening,
-    /// Reading and writing.
+    /// In use.
     Ready,
-    /// Not usable now. The files answer; times and grants written meanwhile are lost at a restart. It is opened again
-    /// by itself.
+    /// Down. The files serve all reads. Times and grants written meanwhile are lost at a restart. The worker opens
+    /// the index again after a pause.
     Degraded {
-        /// Why, for the operator.
+        /// Reason, shown to the operator.
         reason: String,
     },
 }
 
-/// Where an index lives.
+/// Location of an index.
 pub(in crate::store) enum Location {
-    /// In a folder of this machine, beside the files of `fs`.
+    /// In a local folder, beside the files of `fs`.
     Folder {
         fs: Arc<dyn FileSystem>,
         index: PathBuf,
-        /// Seconds since 1970, for the names of what is set aside.
+        /// Unix time in seconds, used in the names of quarantined indexes.
         opened_at: u64,
     },
     Memory,
-    /// For tests: this one, once.
+    /// For tests: this index, once.
     #[cfg(test)]
     Given(Mutex<Option<Box<dyn super::Index>>>),
 }
@@ -77,7 +77,7 @@ pub(super) enum Message {
     Remove {
         key: Vec<u8>,
     },
-    /// Removes so that no crash brings it back; the reply says whether that worked out.
+    /// Removes a key so that a crash does not restore it. The reply states whether the removal is durable.
     RemoveDurable {
         key: Vec<u8>,
         reply: Reply<bool>,
@@ -92,31 +92,31 @@ pub(super) enum Message {
         reply: Reply<()>,
     },
     Reopen,
-    /// Begins a new one.
+    /// Quarantines the index and creates a new one.
     Rebuild,
     Close,
 }
 
-/// The index is slow or down: whether it holds what was asked for is not known.
+/// The index is slow or down, so the value is unknown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::store) struct IndexUnavailable;
 
-/// A removal that is to be durable.
+/// A durable removal in progress.
 pub(in crate::store) struct DurableRemoval {
-    /// With its key, where the queue was full.
+    /// The message with its key, if the queue was full.
     pending_removals: Option<(Vec<u8>, Message)>,
     answer: Receiver<bool>,
 }
 
-/// What the thread and the handle both see.
+/// State shared by worker and handle.
 #[derive(Debug)]
 pub(super) struct Shared {
     state: Mutex<IndexState>,
-    /// It let someone wait in vain; nobody else waits until it has done something again.
+    /// Set after a timeout. Reads fail at once until the worker makes progress.
     pub(super) is_stuck: AtomicBool,
-    /// How often something that was put may have been lost.
+    /// Number of times that written records may have been lost.
     losses: AtomicU64,
-    /// One more than the losses after which everything had been put again.
+    /// One more than the value of `losses` for which all tags have been written again.
     complete_after: AtomicU64,
 }
 
@@ -139,7 +139,7 @@ impl Shared {
     }
 }
 
-/// Asks the index thread. Dropped, it lets the thread finish and waits for that.
+/// Handle to the index worker. Dropping it stops the worker and joins its thread.
 pub(in crate::store) struct IndexHandle {
     sender: SyncSender<Message>,
     shared: Arc<Shared>,
@@ -148,7 +148,7 @@ pub(in crate::store) struct IndexHandle {
 }
 
 impl IndexHandle {
-    /// Starts the thread, which opens the index; nobody waits for that.
+    /// Starts the worker thread, which opens the index. Does not wait for it.
     pub(in crate::store) fn start(location: Location) -> std::io::Result<Self> {
         let (sender, receiver) = sync_channel(QUEUE_MESSAGES_MAX);
         let shared = Arc::new(Shared::new());
@@ -164,32 +164,32 @@ impl IndexHandle {
         })
     }
 
-    /// How the index is.
+    /// State of the index.
     pub(in crate::store) fn state(&self) -> IndexState {
         self.shared.state().clone()
     }
 
-    /// Whether it is known to name every tag that has a file.
+    /// Returns whether the index is known to contain every tag that has a file.
     pub(in crate::store) fn is_complete(&self) -> bool {
         self.shared.complete_after.load(Ordering::Acquire) == self.losses() + 1
     }
 
-    /// How often something that was put may have been lost; for [`Self::set_complete`].
+    /// Number of times that written records may have been lost. Argument of [`Self::set_complete`].
     pub(in crate::store) fn losses(&self) -> u64 {
         self.shared.losses.load(Ordering::Acquire)
     }
 
-    /// Says that every tag that has a file has been put, since there were so many `losses`.
+    /// Records that every tag that has a file has been written since there were so many `losses`.
     pub(in crate::store) fn set_complete(&self, losses: u64) {
         self.shared.complete_after.store(losses + 1, Ordering::Release);
     }
 
-    /// The value of `key`. `None` may also mean that the index has lost it.
+    /// Reads the value of `key`. `None` may also mean that the index has lost it.
     pub(in crate::store) fn get(&self, key: Vec<u8>) -> Result<Option<Vec<u8>>, IndexUnavailable> {
         if !self.pending_removals.is_empty() {
             let (is_overflowed, is_removed) = self
                 .pending_removals
-                .change(|removals| (removals.is_overflowed(), removals.has(&key)));
+                .change(|removals| (removals.is_overflowed(), removals.contains(&key)));
             if is_removed {
                 return Ok(None);
             }
@@ -200,7 +200,7 @@ impl IndexHandle {
         self.request(|reply| Message::Get { key, reply })
     }
 
-    /// Writes sooner or later. A value too long for a record is not written.
+    /// Queues a write. A value too long for a record is dropped.
     pub(in crate::store) fn put(&self, key: Vec<u8>, value: Vec<u8>) {
         if value.len() > VALUE_BYTES_MAX {
             return;
@@ -212,29 +212,32 @@ impl IndexHandle {
         self.pending_removals.change(|removals| {
             let name = key.clone();
             if self.send(Message::Put { key, value }) {
-                removals.end(&name);
+                removals.remove(&name);
             }
         });
     }
 
-    /// [`Self::put`], unless it has something of `key`. `false` where it does not keep up: to be tried again.
+    /// [`Self::put`], unless the index has a value for `key`. Returns `false` if the queue is full; the caller tries
+    /// again.
     pub(in crate::store) fn put_if_absent(&self, key: Vec<u8>, value: Vec<u8>) -> bool {
-        // What it has there is to be removed: the removal comes first.
-        if !self.pending_removals.is_empty() && self.pending_removals.change(|removals| removals.has(&key)) {
+        // The existing value is about to be removed, so the removal must come first.
+        if !self.pending_removals.is_empty()
+            && self.pending_removals.change(|removals| removals.contains(&key))
+        {
             return false;
         }
         let put = self.sender.try_send(Message::PutIfAbsent { key, value });
         !matches!(put, Err(TrySendError::Full(_)))
     }
 
-    /// Removes sooner or later.
+    /// Queues a removal.
     pub(in crate::store) fn remove(&self, key: Vec<u8>) {
         self.send(Message::Remove { key });
     }
 
-    /// Removes so that no crash and no power cut can bring it back. Does not wait: the removal takes its place in the queue
-    /// before this returns, so that what is asked or written afterwards comes after it. Where the queue is full, no look-up
-    /// finds the key from now on, and [`Self::send_pending_removals`] removes it.
+    /// Removes a key so that no crash and no power cut restores it. Does not block. The removal is queued before
+    /// this returns, so later reads and writes follow it. If the queue is full, reads no longer find the key, and
+    /// [`Self::send_pending_removals`] removes it.
     pub(in crate::store) fn remove_durable(&self, key: Vec<u8>) -> DurableRemoval {
         let (reply, answer) = sync_channel(1);
         let name = key.clone();
@@ -252,8 +255,8 @@ impl IndexHandle {
         }
     }
 
-    /// Waits, not for ever, for the end of a removal; `false` if it is not sure to be durable. A thread that lets others wait
-    /// in vain removes it when it comes to it, and is not waited for.
+    /// Waits for a removal with a timeout. Returns `false` if it may not be durable. A stuck worker is not waited
+    /// for; it removes the key when it continues.
     pub(in crate::store) fn wait_durable(&self, durable_removals: DurableRemoval) -> bool {
         assert_may_block();
         let DurableRemoval {
@@ -272,14 +275,14 @@ impl IndexHandle {
         })
     }
 
-    /// At most `limit` pairs in order of their keys, from the first after `after` on.
+    /// Returns at most `limit` pairs in key order, starting after `after`.
     pub(in crate::store) fn scan(
         &self,
         prefix: Vec<u8>,
         after: Vec<u8>,
         limit: usize,
     ) -> Result<Vec<Pair>, IndexUnavailable> {
-        // What waits to be removed could fill a page, and a page without it would look like the end.
+        // Pending removals could fill the page, and a page without them would look like the last one.
         if !self.pending_removals.is_empty() {
             return Err(IndexUnavailable);
         }
@@ -291,7 +294,7 @@ impl IndexHandle {
         })
     }
 
-    /// Sets the index aside; a new one fills from the files.
+    /// Quarantines the index. A new one is filled from the files.
     pub(in crate::store) fn rebuild(&self) {
         self.shared.record_loss();
         self.send(Message::Rebuild);
@@ -312,7 +315,7 @@ impl IndexHandle {
         })
     }
 
-    /// Whether it let someone wait in vain, and has done nothing since.
+    /// Returns whether a read has timed out and the worker has made no progress since.
     pub(in crate::store) fn is_stuck(&self) -> bool {
         self.shared.is_stuck.load(Ordering::Relaxed)
     }
@@ -321,7 +324,7 @@ impl IndexHandle {
         self.shared.is_stuck.store(true, Ordering::Relaxed);
     }
 
-    /// Waits until everything written is durable; not for ever.
+    /// Waits until all writes are durable, with a timeout.
     pub(in crate::store) fn flush(&self) {
         assert_may_block();
         let (reply, answer) = sync_channel(1);
@@ -330,7 +333,7 @@ impl IndexHandle {
         }
     }
 
-    /// Sends the removals for which there was no room, as far as there is room now. To be called every few seconds.
+    /// Sends pending removals as far as the queue has space. Call every few seconds.
     pub(in crate::store) fn send_pending_removals(&self) {
         if self.pending_removals.is_empty() {
             return;
@@ -339,11 +342,11 @@ impl IndexHandle {
             if removals.is_overflowed() {
                 if self.sender.try_send(Message::Rebuild).is_ok() {
                     self.shared.record_loss();
-                    removals.end_all();
+                    removals.clear();
                 }
                 return;
             }
-            removals.end_sent(|key| {
+            removals.remove_sent(|key| {
                 let (reply, _) = sync_channel(1);
                 let key = key.to_vec();
                 self.sender
@@ -353,16 +356,16 @@ impl IndexHandle {
         });
     }
 
-    /// [`Self::send_blocking`], unless the removal was sent by then, or something was put in the place of what it removes.
+    /// [`Self::send_blocking`], unless the removal has been sent meanwhile or a newer value was written.
     fn send_removal(&self, key: &[u8], mut message: Message) -> bool {
         for _ in 0..SEND_TRIES {
             let sent = self.pending_removals.change(|removals| {
-                if !removals.has(key) {
+                if !removals.contains(key) {
                     return Err(None);
                 }
                 match self.sender.try_send(message) {
                     Ok(()) => {
-                        removals.end(key);
+                        removals.remove(key);
                         Ok(())
                     }
                     Err(TrySendError::Disconnected(_)) => Err(None),
@@ -379,7 +382,7 @@ impl IndexHandle {
         false
     }
 
-    /// Tells what may not be dropped because the queue is full.
+    /// Sends a message that must not be dropped when the queue is full.
     fn send_blocking(&self, mut message: Message) -> bool {
         for _ in 0..SEND_TRIES {
             match self.sender.try_send(message) {
@@ -392,13 +395,13 @@ impl IndexHandle {
         false
     }
 
-    /// A full queue means a disk that does not keep up: what is written here may be lost, and waiting for it may not.
-    /// `false` where it is lost.
+    /// Sends a write without waiting. A full queue means that the disk is too slow; then the write is dropped, which
+    /// is safe. Returns `false` if it was dropped.
     fn send(&self, message: Message) -> bool {
         let is_full = matches!(self.sender.try_send(message), Err(TrySendError::Full(_)));
         if is_full {
             self.shared.record_loss();
-            tracing::debug!("the index does not keep up; a write was dropped");
+            tracing::debug!("index queue full, write dropped");
         }
         !is_full
     }
@@ -406,13 +409,13 @@ impl IndexHandle {
 
 impl Drop for IndexHandle {
     fn drop(&mut self) {
-        // A thread that waits for a dead disk is left behind; the process is about to end.
+        // The worker waits for a hung disk. Do not join it, because the process is about to end.
         if self.shared.is_stuck.load(Ordering::Relaxed) {
             return;
         }
         let closing = self.sender.send(Message::Close);
         if let (Ok(()), Some(thread)) = (closing, self.thread.take()) {
-            // A panic there has been told by the panic hook.
+            // The panic hook has already reported a panic of the worker.
             let _ = thread.join();
         }
     }

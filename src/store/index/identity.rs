@@ -1,4 +1,4 @@
-//! Whether an index is the one that belongs here: what it and a file beside it both know.
+//! Identity of an index: detects an index that belongs to another store or is older than its store.
 
 use std::path::Path;
 
@@ -12,15 +12,15 @@ use crate::store::secret::random;
 const STORE_ID: &str = "store-id";
 const IDENTITY_KEY: &[u8] = b"m\0store-id";
 
-/// What both the index and the file beside it know, so that a lost or foreign index is noticed.
+/// Store ID and generation, stored both in the index and in a file beside it.
 #[derive(Clone, Serialize, Deserialize)]
 struct Identity {
     id: String,
     generation: u64,
 }
 
-/// Compares the identities inside and beside the index, and steps both to the next generation: the inner one first, so
-/// that a stop in between is no loss.
+/// Compares the identity in the index with the one in the file and advances both to the next generation. The index
+/// is written first, so an interruption in between is not taken for a loss.
 pub(super) fn identify(fs: &dyn FileSystem, index: &mut dyn Index) -> Result<(), IndexError> {
     let path = Path::new(STORE_ID);
     let beside: Option<Identity> = fs
@@ -52,13 +52,13 @@ pub(super) fn identify(fs: &dyn FileSystem, index: &mut dyn Index) -> Result<(),
     index.put(IDENTITY_KEY, &record)?;
     index.sync()?;
     if let Err(error) = fs.write_durable(path, &record) {
-        tracing::warn!(%error, "could not write {STORE_ID}; a loss of the index might go unnoticed");
+        tracing::warn!(%error, "failed to write {STORE_ID}, a later loss of the index may go undetected");
     }
     Ok(())
 }
 
-/// Sees to it that the index as it is on the disk belongs to another store when it is opened again.
-pub(super) fn disown(fs: &dyn FileSystem) -> Result<(), IndexError> {
+/// Changes the store ID in the file, so that the index on disk is rejected when it is next opened.
+pub(super) fn invalidate(fs: &dyn FileSystem) -> Result<(), IndexError> {
     let id = hex(&random::<16>().map_err(disk)?);
     let record = encode(&Identity { id, generation: 0 });
     fs.write_durable(Path::new(STORE_ID), &record).map_err(disk)

@@ -1,4 +1,4 @@
-//! An index for tests that loses in a crash what was not flushed.
+//! Test index that loses unflushed writes in a crash.
 #![allow(clippy::unwrap_used, reason = "tests may fail loudly")]
 
 use std::sync::{Arc, Mutex};
@@ -6,12 +6,12 @@ use std::sync::{Arc, Mutex};
 use super::handle::Location;
 use super::{Index, IndexError, MemoryIndex, Pair};
 
-/// What a crash leaves of the index.
+/// The flushed state, which survives a crash.
 #[derive(Clone, Default)]
 pub(in crate::store) struct Flushed(Arc<Mutex<MemoryIndex>>);
 
 impl Flushed {
-    /// An index with what was flushed.
+    /// An index that starts with the flushed state.
     pub(in crate::store) fn location(&self) -> Location {
         let index = LosingIndex {
             written: self.0.lock().unwrap().clone(),
@@ -20,7 +20,7 @@ impl Flushed {
         Location::Given(Mutex::new(Some(Box::new(index))))
     }
 
-    /// What a crash at this moment leaves.
+    /// The state that survives a crash now.
     pub(in crate::store) fn now(&self) -> Self {
         Self(Arc::new(Mutex::new(self.0.lock().unwrap().clone())))
     }

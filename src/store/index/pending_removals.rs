@@ -1,17 +1,18 @@
-//! Removals for which the queue of the index thread had no room. Until they are sent, the index still has what they remove,
-//! and no look-up may find it.
+//! Durable removals that did not fit the worker's queue. Until they are sent, the index still holds the keys, so
+//! reads must skip them.
 
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// Removals kept. With one more the index is not read until it was made anew.
+/// Most pending removals. With one more, the index is not read until it has been recreated.
 pub(super) const REMOVALS_MAX: usize = 4096;
 
-/// The removals that wait for room in the queue.
+/// Removals that wait for space in the queue.
 #[derive(Default)]
 pub(super) struct PendingRemovals {
-    /// Of `removals`, and one more where the index is to be made anew: most of the time there is nothing to look for.
+    /// Number of `removals`, plus one if the index must be recreated. Lets callers skip the lock when nothing is
+    /// pending.
     count: AtomicUsize,
     removals: Mutex<RemovalSet>,
 }
@@ -19,7 +20,7 @@ pub(super) struct PendingRemovals {
 #[derive(Default)]
 pub(super) struct RemovalSet {
     keys: HashSet<Vec<u8>>,
-    /// There were too many.
+    /// More removals were pending than can be stored.
     is_overflowed: bool,
 }
 
@@ -28,7 +29,7 @@ impl PendingRemovals {
         self.count.load(Ordering::Acquire) == 0
     }
 
-    /// Changes the removals. What is sent meanwhile comes in the order of these changes.
+    /// Changes the removals under the lock. Messages sent in `change` keep the order of the changes.
     pub(super) fn change<T>(&self, change: impl FnOnce(&mut RemovalSet) -> T) -> T {
         let mut removals = self.lock();
         let changed = change(&mut removals);
@@ -51,27 +52,27 @@ impl RemovalSet {
         }
     }
 
-    pub(super) fn has(&self, key: &[u8]) -> bool {
+    pub(super) fn contains(&self, key: &[u8]) -> bool {
         self.keys.contains(key)
     }
 
-    /// Whether the index is to be made anew, and not to be read before.
+    /// Returns whether the index must be recreated before it is read again.
     pub(super) fn is_overflowed(&self) -> bool {
         self.is_overflowed
     }
 
-    /// The removal of `key` was sent, or something else was put there.
-    pub(super) fn end(&mut self, key: &[u8]) {
+    /// The removal of `key` was sent, or a newer value was written.
+    pub(super) fn remove(&mut self, key: &[u8]) {
         self.keys.remove(key);
     }
 
-    /// Ends those that `send` says are sent.
-    pub(super) fn end_sent(&mut self, mut send: impl FnMut(&[u8]) -> bool) {
+    /// Drops the removals for which `send` returns true.
+    pub(super) fn remove_sent(&mut self, mut send: impl FnMut(&[u8]) -> bool) {
         self.keys.retain(|key| !send(key));
     }
 
-    /// A new index has none of all that.
-    pub(super) fn end_all(&mut self) {
+    /// A new index contains none of the keys.
+    pub(super) fn clear(&mut self) {
         *self = Self::default();
     }
 }

@@ -1,4 +1,4 @@
-//! An index for tests whose flush waits until the test lets it through.
+//! Test index whose flushes wait for the test.
 #![allow(clippy::unwrap_used, reason = "tests may fail loudly")]
 
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use super::handle::{IndexHandle, Location};
 use super::{Index, IndexError, MemoryIndex, Pair};
 
-/// The other end of the index.
+/// Controls the flushes of the index.
 pub(in crate::store) struct Flushes {
     begun: Receiver<()>,
     through: Sender<()>,
@@ -19,7 +19,7 @@ impl Flushes {
         self.begun.recv().unwrap();
     }
 
-    /// Lets one flush end.
+    /// Lets one flush complete.
     pub(in crate::store) fn let_through(&self) {
         self.through.send(()).unwrap();
     }
@@ -31,13 +31,13 @@ struct SlowIndex {
     through: Mutex<Receiver<()>>,
 }
 
-/// An index whose flushes are led by the test. When the other end is gone, they end at once.
+/// An index whose flushes the test controls. If the test drops the control, flushes complete at once.
 pub(in crate::store) fn slow_index() -> (Arc<IndexHandle>, Flushes) {
     let (location, flushes) = slow_location();
     (Arc::new(IndexHandle::start(location).unwrap()), flushes)
 }
 
-/// Where such an index lives.
+/// Location of such an index.
 pub(in crate::store) fn slow_location() -> (Location, Flushes) {
     let (begun, is_begun) = channel();
     let (let_through, through) = channel();

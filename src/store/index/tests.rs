@@ -59,13 +59,13 @@ proptest! {
 }
 
 #[test]
-fn a_panic_in_the_index_is_damage_and_not_the_end() {
+fn index_panic_is_reported_as_corruption() {
     let fault = catch_panic(|| -> Result<(), IndexError> { std::panic::panic_any("torn page") }).unwrap_err();
     assert_eq!(fault, IndexError::Damaged("torn page".to_owned()));
 }
 
 #[test]
-fn a_second_handle_is_busy_and_not_damaged() {
+fn second_index_handle_is_busy() {
     let folder = tempfile::tempdir().unwrap();
     let first = SledIndex::open(folder.path()).unwrap();
     assert_eq!(SledIndex::open(folder.path()).err(), Some(IndexError::Busy));
@@ -73,7 +73,7 @@ fn a_second_handle_is_busy_and_not_damaged() {
 }
 
 #[test]
-fn the_newest_two_of_those_set_aside_are_kept() {
+fn two_newest_quarantined_indexes_are_kept() {
     let folder = tempfile::tempdir().unwrap();
     let index = folder.path().join("index");
     for count in 1..=4 {
@@ -91,7 +91,7 @@ fn the_newest_two_of_those_set_aside_are_kept() {
     );
 }
 
-/// An index whose file is far larger than what lives in it.
+/// An index whose file is far larger than its live content.
 fn grown(folder: &Path) -> SledIndex {
     let mut index = SledIndex::open(folder).unwrap().index;
     for key in 0_u16..2000 {
@@ -111,13 +111,13 @@ fn compacted(index: &dyn Index, compaction: &mut Compaction) {
 }
 
 #[test]
-fn a_compacted_index_is_small_and_has_everything_that_was_written_meanwhile() {
+fn compacted_index_is_small_and_has_concurrent_writes() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("index");
     let mut index = grown(&path);
     let before = index.file_bytes();
     let mut compaction = Compaction::new(&path);
-    // The measuring, the first page of the copy.
+    // The measuring pass, then the first page of the copy.
     compaction.step(&index).unwrap();
     compaction.step(&index).unwrap();
     let mut both = |key: u16, value: Option<&[u8]>| {
@@ -148,7 +148,7 @@ fn a_compacted_index_is_small_and_has_everything_that_was_written_meanwhile() {
 }
 
 #[test]
-fn what_is_not_grown_is_left_as_it_is() {
+fn small_index_is_not_compacted() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("index");
     let mut index = SledIndex::open(&path).unwrap().index;
@@ -167,7 +167,7 @@ fn what_is_not_grown_is_left_as_it_is() {
 }
 
 #[test]
-fn a_swap_that_was_stopped_leaves_the_old_index_or_the_new_one() {
+fn interrupted_index_swap_leaves_old_or_new_index() {
     let folder = tempfile::tempdir().unwrap();
     let (path, old, new) = (
         folder.path().join("index"),
@@ -179,27 +179,27 @@ fn a_swap_that_was_stopped_leaves_the_old_index_or_the_new_one() {
         fs::write(path.join("which"), path.as_os_str().as_encoded_bytes()).unwrap();
     };
     let which = || fs::read(path.join("which")).unwrap();
-    // While it was copied.
+    // During the copy.
     mark(&path);
     mark(&new);
     recover(&path).unwrap();
     assert_eq!(which(), path.as_os_str().as_encoded_bytes());
     assert!(!new.exists());
-    // Between the two names.
+    // Between the two renames.
     fs::remove_dir_all(&path).unwrap();
     mark(&old);
     mark(&new);
     recover(&path).unwrap();
     assert_eq!(which(), old.as_os_str().as_encoded_bytes());
     assert!(!new.exists() && !old.exists());
-    // Before the old one was removed.
+    // Before the old index was removed.
     mark(&old);
     recover(&path).unwrap();
     assert!(path.exists() && !old.exists());
 }
 
 #[test]
-fn what_was_written_while_the_index_was_down_is_put_into_it_also_removals() {
+fn buffered_writes_and_removals_reach_reopened_index() {
     let mut index = MemoryIndex::default();
     index.put(b"grant", b"yes").unwrap();
     let mut write_buffer = WriteBuffer::default();
@@ -214,7 +214,7 @@ fn what_was_written_while_the_index_was_down_is_put_into_it_also_removals() {
 }
 
 #[test]
-fn an_index_that_missed_more_than_is_remembered_is_not_believed() {
+fn index_is_discarded_after_write_buffer_overflow() {
     let mut write_buffer = WriteBuffer::default();
     for key in 0_u32..5000 {
         write_buffer.write(key.to_be_bytes().to_vec(), Some(vec![0; 4000]));
@@ -227,7 +227,7 @@ fn an_index_that_missed_more_than_is_remembered_is_not_believed() {
     );
 }
 
-/// Opened as soon as another handle of this process has let go.
+/// Opens the index once another handle of this process has released it.
 fn opened(path: &Path) -> SledIndex {
     loop {
         match SledIndex::open(path) {
@@ -248,7 +248,7 @@ fn handle(folder: &Path) -> IndexHandle {
 }
 
 #[test]
-fn a_record_that_changed_is_a_miss_and_goes() {
+fn corrupt_index_record_is_a_miss_and_removed() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("index");
     let mut index = opened(&path);
@@ -264,7 +264,7 @@ fn a_record_that_changed_is_a_miss_and_goes() {
 }
 
 #[test]
-fn no_value_is_so_long_that_sled_makes_a_file_of_it() {
+fn index_values_stay_below_sled_blob_size() {
     let folder = tempfile::tempdir().unwrap();
     let handle = handle(folder.path());
     let key = |number: u8| vec![number; 600];
@@ -280,13 +280,13 @@ fn no_value_is_so_long_that_sled_makes_a_file_of_it() {
 }
 
 #[test]
-fn an_index_that_takes_too_long_to_open_is_damaged_and_lets_go_of_its_files() {
+fn index_open_timeout_releases_the_files() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("index");
     let fault = open_within(path.clone(), Duration::ZERO).err();
     let why = "it did not open within 0 s".to_owned();
     assert_eq!(fault, Some(IndexError::Damaged(why)));
-    // The one that was given up may still be at work on its files for a moment.
+    // The abandoned opening may still use its files for a moment.
     let opens = || {
         std::thread::sleep(Duration::from_millis(10));
         SledIndex::open(&path).is_ok()
@@ -295,7 +295,7 @@ fn an_index_that_takes_too_long_to_open_is_damaged_and_lets_go_of_its_files() {
 }
 
 #[test]
-fn an_error_of_the_system_that_sled_hands_out_as_text_is_the_disks_and_no_damage() {
+fn sled_text_io_error_is_a_disk_error() {
     let told = sled::Error::Io(io::Error::from_raw_os_error(122)).clone();
     let quota = IndexError::Disk {
         reason: io::Error::from_raw_os_error(122).to_string(),
@@ -310,7 +310,7 @@ fn an_error_of_the_system_that_sled_hands_out_as_text_is_the_disks_and_no_damage
 }
 
 #[test]
-fn t07_revocations_that_wait_share_one_flush() {
+fn t07_concurrent_revocations_share_one_flush() {
     let (index, flushes) = slow::slow_index();
     let first = index.remove_durable(vec![0]);
     flushes.begun();
@@ -325,32 +325,32 @@ fn t07_revocations_that_wait_share_one_flush() {
 }
 
 #[test]
-fn t07_a_stuck_index_is_waited_for_by_nobody_else() {
+fn t07_stuck_index_fails_further_reads_at_once() {
     let (index, flushes) = slow::slow_index();
     let first = index.remove_durable(vec![0]);
     flushes.begun();
     index.note_stuck();
-    // Removed when the thread comes to it, and not said to be durable before.
+    // Removed when the worker gets to it, and not reported as durable before.
     let second = index.remove_durable(vec![1]);
     assert!(!index.wait_durable(second));
     assert!(index.get(vec![2]).is_err());
     flushes.let_through();
     flushes.begun();
     flushes.let_through();
-    // The second one was served, so the thread works again.
+    // The second message was served, so the worker makes progress again.
     assert!(index.get(vec![2]).is_ok());
     drop(first);
 }
 
 #[test]
-fn t08_removal_without_room_in_the_queue_is_sent_later() {
+fn t08_removal_with_full_queue_is_sent_later() {
     let (index, flushes) = slow::slow_index();
     let (held, other) = (b"held".to_vec(), b"other".to_vec());
     index.put(held.clone(), vec![1]);
     index.put(other.clone(), vec![1]);
     flushes.begun();
     while index.put_if_absent(b"filler".to_vec(), vec![0]) {}
-    // Its caller no longer waits.
+    // Its caller has timed out.
     drop(index.remove_durable(held.clone()));
     drop(index.remove_durable(other.clone()));
     assert_eq!(index.get(held.clone()), Ok(None));
@@ -361,7 +361,7 @@ fn t08_removal_without_room_in_the_queue_is_sent_later() {
         index.scan(Vec::new(), Vec::new(), 9),
         Err(handle::IndexUnavailable)
     );
-    // What is put there afterwards stays.
+    // A value written later stays.
     index.put(other.clone(), vec![2]);
     index.send_pending_removals();
     let pairs = index.scan(Vec::new(), Vec::new(), 9).unwrap();
@@ -369,7 +369,7 @@ fn t08_removal_without_room_in_the_queue_is_sent_later() {
 }
 
 #[test]
-fn t08_too_many_removals_without_room_make_a_new_index() {
+fn t08_too_many_pending_removals_recreate_the_index() {
     let (index, flushes) = slow::slow_index();
     index.put(b"held".to_vec(), vec![1]);
     flushes.begun();

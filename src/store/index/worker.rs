@@ -1,9 +1,9 @@
-//! The one thread that touches the index.
+//! Index worker: the only thread that uses the index database.
 //!
-//! What was written is made durable when nothing has been asked for a moment, or after so many writes. A fault ends the
-//! index's use: it is closed or, damaged, set aside, and opened again after a pause. Until then what is written is
-//! remembered ([`super::write_buffer`]), and what was not written meanwhile is [`IndexUnavailable`]. When nobody asks for anything,
-//! a file that has grown too large is made small again ([`super::compaction`]).
+//! Writes are made durable when the worker is idle, or after a number of writes. After an error the index is closed,
+//! quarantined if it is corrupt, and opened again after a pause. Until then writes are buffered
+//! ([`super::write_buffer`]), and reads of other keys return [`IndexUnavailable`]. When the worker is idle, an
+//! oversized file is compacted ([`super::compaction`]).
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -12,37 +12,38 @@ use std::time::Duration;
 
 use super::compaction::{Compaction, FILE_BYTES_MIN, Next, recover};
 use super::handle::{IndexState, IndexUnavailable, Location, Message, Reply, Shared};
-use super::identity::{disown, identify};
+use super::identity::{identify, invalidate};
 use super::write_buffer::WriteBuffer;
 use super::{Index, IndexError, MemoryIndex, Opened, SledIndex, catch_panic, quarantine};
 use crate::store::checksummed_json::checksum;
 
-/// Nothing asked for this long: time to make durable what was written.
+/// Idle time before writes are made durable.
 const SYNC_AFTER_IDLE: Duration = Duration::from_millis(100);
 
-/// So many at most are lost in a power cut, each of which costs a question; filling a new index must not wait for more.
+/// Most writes lost in a power cut, each of which costs one revalidation. The limit is high because filling a new
+/// index must not wait for many flushes.
 const SYNC_AFTER_WRITES: u32 = 2048;
 
-/// Messages served between a removal that is to be durable and its flush, for others to share it.
+/// Most messages served between a durable removal and its flush, so that several removals share the flush.
 const REMOVAL_BATCH_MAX: usize = 1024;
 
-/// How often the size of the file is looked at, if nobody asks for anything; and the pause between two steps then.
+/// Interval of the file size check while idle, and pause between two compaction steps.
 const SIZE_CHECK_INTERVAL: Duration = Duration::from_millis(if cfg!(test) { 100 } else { 600_000 });
 const COMPACTION_STEP_PAUSE: Duration = Duration::from_millis(5);
 
-/// A swapped index is opened again this often before it counts as busy, and with what pause.
+/// Attempts to open the index after a swap, and the pause between them.
 const SWAP_TRIES: u32 = 50;
 const SWAP_PAUSE: Duration = Duration::from_millis(20);
 
 const REOPEN_FIRST: Duration = Duration::from_millis(if cfg!(test) { 10 } else { 1000 });
 const REOPEN_LAST: Duration = Duration::from_secs(30);
 
-/// Another handle of this process may need a moment to let go; one that never does was leaked.
+/// Attempts to open a locked index. Another handle of this process may release it soon; a leaked one never does.
 const BUSY_MAX: u32 = 10;
 
 const CHECKSUM_BYTES: usize = 8;
 
-/// The thread's own state.
+/// State of the worker thread.
 pub(super) struct Worker {
     location: Location,
     shared: Arc<Shared>,
@@ -52,7 +53,7 @@ pub(super) struct Worker {
     quarantined: u32,
     busy: u32,
     unsynced: u32,
-    /// What was removed and is not durably so yet, each with who waits for it.
+    /// Keys of removals that are not durable yet, with the callers that wait.
     durable_removals: Vec<(Vec<u8>, Reply<bool>)>,
     write_buffer: WriteBuffer,
     compaction: Option<Compaction>,
@@ -75,7 +76,7 @@ impl Worker {
         }
     }
 
-    /// Serves until told to close. Opens the index first; what is asked meanwhile waits.
+    /// Main loop, until closed. Opens the index first, while requests queue.
     pub(super) fn run(mut self, receiver: &Receiver<Message>) {
         self.open();
         let mut is_closed = false;
@@ -97,7 +98,7 @@ impl Worker {
                 None | Some(Message::Close) => break,
                 Some(message) => self.serve(message),
             }
-            // Those who wait for a removal share one flush with all who asked for one by now.
+            // All removals queued by now share one flush.
             for _ in 0..REMOVAL_BATCH_MAX {
                 if self.durable_removals.is_empty() || is_closed {
                     break;
@@ -119,12 +120,12 @@ impl Worker {
         self.sync();
     }
 
-    /// Replies that nobody waits for any more are dropped.
+    /// Serves one message. A reply is dropped if its caller has timed out.
     fn serve(&mut self, message: Message) {
         self.shared.is_stuck.store(false, Ordering::Relaxed);
         match message {
             Message::Get { key, reply } => {
-                let found = self.with(|index| index.get(&key));
+                let found = self.with_index(|index| index.get(&key));
                 let found = found.or_else(|| self.write_buffer.get(&key).cloned());
                 let _ = reply.send(
                     found
@@ -134,7 +135,7 @@ impl Worker {
             }
             Message::Put { key, value } => self.put(key, value),
             Message::PutIfAbsent { key, value } => {
-                let found = self.with(|index| index.get(&key));
+                let found = self.with_index(|index| index.get(&key));
                 let found = found.or_else(|| self.write_buffer.get(&key).cloned()).flatten();
                 if found.is_none() {
                     self.put(key, value);
@@ -151,7 +152,7 @@ impl Worker {
                 limit,
                 reply,
             } => {
-                let found = self.with(|index| index.scan(&prefix, &after, limit));
+                let found = self.with_index(|index| index.scan(&prefix, &after, limit));
                 let found = found.map(|pairs| {
                     let pairs = pairs.into_iter();
                     pairs
@@ -169,8 +170,8 @@ impl Worker {
                 if let Some(index) = self.index.take() {
                     index.abandon(&IndexError::Busy);
                 }
-                self.end_compaction(&IndexError::Busy);
-                self.quarantine(&IndexError::Foreign("is to be made anew"));
+                self.abort_compaction(&IndexError::Busy);
+                self.quarantine(&IndexError::Foreign("is to be rebuilt"));
                 self.shared.record_loss();
                 self.open();
             }
@@ -181,7 +182,7 @@ impl Worker {
     fn decode_record(&mut self, key: &[u8], value: Vec<u8>) -> Option<Vec<u8>> {
         let value = decode_record(key, value);
         if value.is_none() {
-            tracing::warn!("a record of the index is damaged; it is read from its file");
+            tracing::warn!("corrupt index record, reading its file instead");
             self.write(key.to_vec(), None);
         }
         value
@@ -192,9 +193,9 @@ impl Worker {
         self.write(key, Some(value));
     }
 
-    /// Puts, or removes where there is no value.
+    /// Writes a value, or removes the key for `None`.
     fn write(&mut self, key: Vec<u8>, value: Option<Vec<u8>>) {
-        let written = self.with(|index| match &value {
+        let written = self.with_index(|index| match &value {
             Some(value) => index.put(&key, value),
             None => index.remove(&key),
         });
@@ -206,11 +207,11 @@ impl Worker {
         if let Some(compaction) = &mut self.compaction
             && let Err(fault) = catch_panic(|| compaction.write(&key, value.as_deref()))
         {
-            self.end_compaction(&fault);
+            self.abort_compaction(&fault);
         }
     }
 
-    /// Makes durable, with one flush, what was removed to be expunged, and tells all who wait for it.
+    /// Makes the pending removals durable with one flush and replies to their callers.
     fn remove_durable(&mut self) {
         if self.durable_removals.is_empty() {
             return;
@@ -224,8 +225,8 @@ impl Worker {
         }
     }
 
-    /// Where the index cannot make a removal durable, it is not used again as it is on the disk: grants are lost by that,
-    /// but one that was taken back does not return.
+    /// Called if a removal cannot be made durable. The index on disk is marked invalid, so all grants are lost, but
+    /// a revoked grant does not return.
     fn invalidate_on_disk(&mut self, keys: Vec<Vec<u8>>) -> bool {
         for key in keys {
             self.write_buffer.write(key, None);
@@ -233,14 +234,14 @@ impl Worker {
         let Location::Folder { fs, .. } = &self.location else {
             return true;
         };
-        let disowned = disown(fs.as_ref());
-        if let Err(fault) = &disowned {
-            tracing::error!(%fault, "that a right was taken back cannot be written down: a crash now would bring it back");
+        let invalidated = invalidate(fs.as_ref());
+        if let Err(fault) = &invalidated {
+            tracing::error!(%fault, "failed to persist a grant revocation, a crash now would restore the grant");
         }
-        disowned.is_ok()
+        invalidated.is_ok()
     }
 
-    /// Nobody asks for anything: makes durable what was written, else sees to the size.
+    /// Idle work: a flush if writes are pending, otherwise compaction.
     fn on_idle(&mut self) {
         if self.unsynced > 0 {
             self.sync();
@@ -259,18 +260,18 @@ impl Worker {
             Ok(Next::Step) => {}
             Ok(Next::NotNeeded) => self.compaction = None,
             Ok(Next::Swap) => self.swap(),
-            Err(fault) => self.end_compaction(&fault),
+            Err(fault) => self.abort_compaction(&fault),
         }
     }
 
-    fn end_compaction(&mut self, fault: &IndexError) {
+    fn abort_compaction(&mut self, fault: &IndexError) {
         if let Some(compaction) = self.compaction.take() {
-            tracing::warn!(%fault, "the index could not be made smaller; it is tried again later");
+            tracing::warn!(%fault, "index compaction failed, trying again later");
             compaction.abandon(fault);
         }
     }
 
-    /// Puts the compacted index in the place of the other. Whoever asks meanwhile waits for it.
+    /// Replaces the index by the compacted copy. Requests queue meanwhile.
     fn swap(&mut self) {
         let Some(compaction) = self.compaction.take() else {
             return;
@@ -281,14 +282,14 @@ impl Worker {
             index.abandon(&IndexError::Busy);
         }
         if let Err(fault) = catch_panic(|| compaction.swap()) {
-            tracing::warn!(%fault, "the index could not be swapped for a smaller one");
+            tracing::warn!(%fault, "failed to swap in the compacted index");
         }
         for _ in 0..SWAP_TRIES {
             match self.try_open() {
                 Err(IndexError::Busy) => std::thread::sleep(SWAP_PAUSE),
                 Ok(index) => {
                     let after = index.file_bytes();
-                    tracing::info!(before, after, "the index was made smaller");
+                    tracing::info!(before, after, "index compacted");
                     self.index = Some(index);
                     return;
                 }
@@ -298,14 +299,14 @@ impl Worker {
         self.open();
     }
 
-    /// Whether everything written is durable now.
+    /// Makes all writes durable. Returns whether that succeeded.
     fn sync(&mut self) -> bool {
         self.unsynced = 0;
-        self.with(|index| index.sync()).is_some()
+        self.with_index(|index| index.sync()).is_some()
     }
 
-    /// Does `op` with the index, if there is one; a fault ends its use for now.
-    fn with<T>(&mut self, op: impl FnOnce(&mut Box<dyn Index>) -> Result<T, IndexError>) -> Option<T> {
+    /// Runs `op` on the index if it is open. An error closes the index.
+    fn with_index<T>(&mut self, op: impl FnOnce(&mut Box<dyn Index>) -> Result<T, IndexError>) -> Option<T> {
         let index = self.index.as_mut()?;
         match catch_panic(|| op(index)) {
             Ok(done) => Some(done),
@@ -317,9 +318,9 @@ impl Worker {
     }
 
     fn fail(&mut self, fault: &IndexError) {
-        self.end_compaction(fault);
+        self.abort_compaction(fault);
         let may_reopen = self.index.take().is_none_or(|index| index.abandon(fault));
-        // Files that a leaked handle still locks cannot be opened again: they are as good as damaged.
+        // Files locked by a leaked handle cannot be opened again, so they are treated as corrupt.
         if !may_reopen || fault.is_permanent() {
             self.quarantine(fault);
         }
@@ -329,7 +330,7 @@ impl Worker {
     fn degrade(&mut self, fault: &IndexError) {
         self.unsynced = 0;
         self.shared.record_loss();
-        tracing::warn!(%fault, "the index is down; serving from the files, opening it again in {} s", self.back_off.as_secs());
+        tracing::warn!(%fault, "index is down, serving from the files and opening it again in {} s", self.back_off.as_secs());
         *self.shared.state() = IndexState::Degraded {
             reason: fault.to_string(),
         };
@@ -342,7 +343,7 @@ impl Worker {
                 let _ = sender.send(Message::Reopen);
             });
         if waiting.is_err() {
-            tracing::error!("no thread to wait on; the index stays down until a restart");
+            tracing::error!("failed to start the reopen thread, the index stays down until a restart");
         }
     }
 
@@ -353,16 +354,16 @@ impl Worker {
         self.quarantined += 1;
         match quarantine(index, *opened_at, self.quarantined) {
             Ok(aside) => {
-                tracing::error!(%fault, aside = %aside.display(), "set the index aside; a new one fills from the files");
+                tracing::error!(%fault, aside = %aside.display(), "index quarantined, filling a new one from the files");
             }
-            Err(second) => tracing::error!(%fault, %second, "the index could not be set aside"),
+            Err(second) => tracing::error!(%fault, %second, "failed to quarantine the index"),
         }
     }
 
-    /// Opens the index; a damaged one is set aside and a fresh one opened in its place, once.
+    /// Opens the index. If it is corrupt, quarantines it and opens a new one, once.
     fn open(&mut self) {
         if self.write_buffer.is_overflowed() {
-            self.quarantine(&IndexError::Foreign("has missed too much"));
+            self.quarantine(&IndexError::Foreign("has missed too many writes"));
         }
         let opened = match self.try_open() {
             Err(fault) if fault.is_permanent() => {
@@ -386,7 +387,7 @@ impl Worker {
             Err(fault) => {
                 self.busy += u32::from(fault == IndexError::Busy);
                 if fault.is_permanent() {
-                    // The fresh one too.
+                    // The new index failed too.
                     self.quarantine(&fault);
                 }
                 self.degrade(&fault);
@@ -407,7 +408,7 @@ impl Worker {
         recover(&folder)?;
         let Opened { index, is_emptied } = SledIndex::open(&folder)?;
         if is_emptied {
-            tracing::warn!("the index had files but is empty; it fills again from the files of the store");
+            tracing::warn!("index lost its content, filling it from the files");
             self.shared.record_loss();
         }
         let mut index: Box<dyn Index> = Box::new(index);
@@ -418,7 +419,7 @@ impl Worker {
         match readied {
             Ok(()) => Ok(index),
             Err(fault) => {
-                // As in `fail`; what is lasting is set aside by whoever opened it.
+                // As in `fail`. The caller quarantines an index with a permanent error.
                 if !index.abandon(&fault) && !fault.is_permanent() {
                     self.quarantine(&fault);
                 }

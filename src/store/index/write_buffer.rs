@@ -1,16 +1,17 @@
-//! What is written while the index is down: kept in memory, found there, and put into the index once it is open again.
+//! Write buffer for the time when the index is down. Reads find the buffered records, and they are written when the
+//! index is open again.
 //!
-//! A removal counts as a write: a grant that was taken back must not return with the old index. What is too much to be
-//! remembered makes the old index worthless for that reason.
+//! Removals are buffered too, because a revoked grant must not return with the old index. If the buffer overflows,
+//! the old index is discarded for that reason.
 
 use std::collections::BTreeMap;
 
 use super::{Index, IndexError};
 
-/// How much is remembered; an outage of the index in which more is written costs its content.
+/// Size limit. If an outage exceeds it, the content of the index is lost.
 const BYTES_MAX: usize = 16 * 1024 * 1024;
 
-/// What a key and its place cost beside their bytes.
+/// Memory used by an entry in addition to its bytes.
 const PAIR_BYTES: usize = 128;
 
 #[derive(Default)]
@@ -22,7 +23,7 @@ pub(super) struct WriteBuffer {
 }
 
 impl WriteBuffer {
-    /// `value` with its checksum, or its removal.
+    /// Buffers `value`, which includes its checksum, or a removal.
     pub(super) fn write(&mut self, key: Vec<u8>, value: Option<Vec<u8>>) {
         let added = PAIR_BYTES + key.len() + value.as_ref().map_or(0, Vec::len);
         if self.is_overflowed || self.bytes + added > BYTES_MAX {
@@ -36,17 +37,17 @@ impl WriteBuffer {
         self.pairs.insert(key, value);
     }
 
-    /// What was written of `key`, if anything was.
+    /// The buffered write of `key`, if there is one.
     pub(super) fn get(&self, key: &[u8]) -> Option<&Option<Vec<u8>>> {
         self.pairs.get(key)
     }
 
-    /// Whether more was written than is remembered: the index has missed removals.
+    /// Returns whether the buffer has overflowed, so that removals are lost.
     pub(super) fn is_overflowed(&self) -> bool {
         self.is_overflowed
     }
 
-    /// Puts all of it into `index`; to be dropped once that is done.
+    /// Writes the buffer to `index`. Drop the buffer afterwards.
     pub(super) fn replay(&self, index: &mut dyn Index) -> Result<(), IndexError> {
         for (key, value) in &self.pairs {
             match value {

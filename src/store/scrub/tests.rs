@@ -1,21 +1,21 @@
 #![allow(clippy::unwrap_used, reason = "tests may fail loudly")]
-use super::super::tests::{Ground, at, digest, keep_blob, manifest, put_manifest};
+use super::super::tests::{Fixture, at, digest, manifest, put_blob, put_manifest};
 use super::*;
 
 const RATE: u64 = u64::MAX;
 
 #[test]
-fn what_the_disk_changed_is_set_aside_before_anyone_asks() {
-    for ground in [Ground::directory(), Ground::memory()] {
-        let store = ground.open();
+fn scrub_quarantines_corrupt_content() {
+    for fixture in [Fixture::directory(), Fixture::memory()] {
+        let store = fixture.open();
         let large = vec![7; 600_000];
         for blob in [&large[..], b"small"] {
-            keep_blob(&store, blob).unwrap();
+            put_blob(&store, blob).unwrap();
         }
         put_manifest(&store, &manifest(1), "library/alpine").unwrap();
         let damaged = content_path(blobs::TREE, &digest(&large));
-        ground.overwrite(&damaged, &[&large[1..], b"!"].concat());
-        // Without waking the thread: this one reads.
+        fixture.overwrite(&damaged, &[&large[1..], b"!"].concat());
+        // Sets the rate without waking the thread, so that this test reads.
         store.scrub.rate.store(RATE, Ordering::Relaxed);
         store.scrub.round();
         let ScrubTotals {
@@ -25,7 +25,7 @@ fn what_the_disk_changed_is_set_aside_before_anyone_asks() {
         } = store.scrubbed();
         assert_eq!((objects, damaged), (3, 1));
         assert_eq!(bytes, 600_005 + manifest(1).len() as u64);
-        assert_eq!(ground.files("quarantine").len(), 1);
+        assert_eq!(fixture.files("quarantine").len(), 1);
         assert!(store.blob(&digest(&large)).unwrap().is_none());
         assert!(store.blob(&digest(b"small")).unwrap().is_some());
         assert!(!store.scrub.is_due(), "not again for a week");
@@ -35,13 +35,13 @@ fn what_the_disk_changed_is_set_aside_before_anyone_asks() {
 }
 
 #[test]
-fn a_restart_goes_on_where_it_was() {
-    for ground in [Ground::directory(), Ground::memory()] {
+fn scrub_resumes_after_restart() {
+    for fixture in [Fixture::directory(), Fixture::memory()] {
         let mut names: Vec<String> = Vec::new();
         {
-            let store = ground.open();
+            let store = fixture.open();
             for number in 0..20_u32 {
-                keep_blob(&store, &number.to_be_bytes()).unwrap();
+                put_blob(&store, &number.to_be_bytes()).unwrap();
                 names.push(format!("blobs/{}", digest(&number.to_be_bytes())));
             }
             names.sort();
@@ -52,9 +52,9 @@ fn a_restart_goes_on_where_it_was() {
             };
             store.scrub.write_progress(&progress);
         }
-        let store = ground.open();
+        let store = fixture.open();
         assert!(store.scrub.is_due());
-        // Without waking the thread: this one reads.
+        // Sets the rate without waking the thread, so that this test reads.
         store.scrub.rate.store(RATE, Ordering::Relaxed);
         store.scrub.round();
         assert_eq!(store.scrubbed().objects, 5);
@@ -62,10 +62,10 @@ fn a_restart_goes_on_where_it_was() {
 }
 
 #[test]
-fn switched_off_it_reads_nothing() {
-    let ground = Ground::memory();
-    let store = ground.open();
-    keep_blob(&store, b"layer").unwrap();
+fn scrub_with_rate_zero_reads_nothing() {
+    let fixture = Fixture::memory();
+    let store = fixture.open();
+    put_blob(&store, b"layer").unwrap();
     store.scrub.round();
     assert_eq!(store.scrubbed(), ScrubTotals::default());
 }

@@ -1,11 +1,11 @@
-//! Put, get, pin, unpin, evict, lose power, reopen, in any order: a get is the exact bytes or a miss, the size holds,
-//! what is listed is as whole as it was, and what is pinned stays.
+//! Property test: put, get, pin, unpin, evict, power cut and reopen in any order. A get returns the exact bytes or a
+//! miss, the size limit holds, listed images keep their content, and pinned images stay.
 
 use std::collections::BTreeSet;
 
 use proptest::prelude::*;
 
-use super::power_cut::CutVolume;
+use super::power_cut::PowerCutFs;
 use super::*;
 use crate::store::access_times::ContentId;
 use crate::store::pins::Pin;
@@ -14,7 +14,7 @@ const IMAGES: u32 = 5;
 const BYTES_MAX: u64 = 6000;
 const LAYER_BYTES: usize = 1000;
 
-/// The layer that all images have, and one for each.
+/// The layer shared by all images. Each image has another one of its own.
 const BASE: u32 = IMAGES;
 
 #[derive(Clone, Debug)]
@@ -65,7 +65,7 @@ fn tag(number: u32) -> TagKey {
     key(&number.to_string())
 }
 
-/// A manifest by its number, or a layer by its own.
+/// A manifest by its number, or a layer by its number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Thing {
     Manifest(u32),
@@ -77,16 +77,16 @@ fn things_of(image: u32) -> [Thing; 3] {
 }
 
 struct Play {
-    fs: Arc<CutVolume>,
+    fs: Arc<PowerCutFs>,
     store: Option<Store>,
     now: u64,
-    /// What each image that is listed had when last looked at.
+    /// Content of each listed image at the last check.
     had: Vec<Option<BTreeSet<Thing>>>,
 }
 
 impl Play {
     fn new() -> Self {
-        let fs = Arc::new(CutVolume::new(usize::MAX));
+        let fs = Arc::new(PowerCutFs::new(usize::MAX));
         let mut play = Self {
             fs,
             store: None,
@@ -98,18 +98,18 @@ impl Play {
     }
 
     fn open(&mut self) {
-        let ground = Ground {
+        let fixture = Fixture {
             fs: Arc::clone(&self.fs) as Arc<dyn FileSystem>,
             folder: None,
         };
-        self.store = Some(ground.open_with_room(BYTES_MAX, at(self.now)));
+        self.store = Some(fixture.open_with_limit(BYTES_MAX, at(self.now)));
     }
 
     fn store(&self) -> &Store {
         self.store.as_ref().unwrap()
     }
 
-    /// What is held of it: exact, or the test fails.
+    /// Returns whether it is stored. Wrong bytes fail the test.
     fn has(&self, thing: Thing) -> bool {
         match thing {
             Thing::Layer(number) => {
@@ -132,14 +132,14 @@ impl Play {
     fn step(&mut self, step: &Step) {
         match step {
             Step::Manifest(number) => {
-                // It may have been let go just before, and is listed anew now.
+                // The image may have been evicted just before, and is listed again now.
                 self.had[usize::try_from(*number).unwrap()] = None;
                 let bytes = image_of(*number);
                 put_manifest(self.store(), &bytes, "library/alpine").unwrap();
                 let variant = variant(1, &bytes, self.now);
                 self.store().put_tag(&tag(*number), variant).unwrap();
             }
-            Step::Layer(number) => match keep_blob(self.store(), &layer(*number)) {
+            Step::Layer(number) => match put_blob(self.store(), &layer(*number)) {
                 Ok(()) => {
                     let usage = self.store().usage();
                     assert!(usage.blob_bytes + usage.manifest_bytes <= BYTES_MAX, "{usage:?}");
@@ -150,7 +150,7 @@ impl Play {
                 let used = ContentId::Manifest(digest(&image_of(*number)));
                 self.store().touch(used, at(self.now));
             }
-            // A pin keeps what is there; what goes at this very moment is gone.
+            // A pin protects stored content only. A concurrent eviction may already have removed some.
             Step::Pin(number) => {
                 self.had[usize::try_from(*number).unwrap()] = None;
                 self.store().pin(&Pin::Tag(tag(*number))).unwrap();
@@ -184,7 +184,7 @@ impl Play {
                 .into_iter()
                 .filter(|thing| self.has(*thing))
                 .collect();
-            // After the look at what it has: the thread that evicts may be at work in between.
+            // Read the tag after the content, because the eviction thread may run in between.
             let is_listed = self.store().tag(&tag(image)).unwrap().is_some();
             let had = self.had[usize::try_from(image).unwrap()].take();
             let is_pinned = self.store().pins().contains(&Pin::Tag(tag(image)));
@@ -203,7 +203,7 @@ impl Play {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(96))]
     #[test]
-    fn in_any_order_a_get_is_exact_or_a_miss_and_nothing_listed_is_broken(steps in proptest::collection::vec(any_step(), 1..60)) {
+    fn any_operation_order_keeps_listed_images_complete(steps in proptest::collection::vec(any_step(), 1..60)) {
         let mut play = Play::new();
         for step in &steps {
             play.step(step);

@@ -4,10 +4,10 @@ use super::*;
 
 #[test]
 fn each_file_is_counted_once_whenever_it_came() {
-    everywhere(|ground| {
-        let store = ground.open();
+    on_every_fs(|fixture| {
+        let store = fixture.open();
         for number in 0..40_u32 {
-            keep_blob(&store, &number.to_be_bytes()).unwrap();
+            put_blob(&store, &number.to_be_bytes()).unwrap();
             put_manifest(&store, &manifest(number), "library/alpine").unwrap();
             store
                 .put_tag(&key(&format!("t{number}")), variant(1, b"image", 1))
@@ -26,28 +26,28 @@ fn each_file_is_counted_once_whenever_it_came() {
         };
         assert_eq!(counted_usage(&store), expected);
         drop(store);
-        assert_eq!(counted_usage(&ground.open()), expected);
+        assert_eq!(counted_usage(&fixture.open()), expected);
     });
 }
 
 #[test]
 fn the_install_secret_stays_and_is_another_elsewhere() {
-    everywhere(|ground| {
-        let secret = *ground.open().install_secret();
-        assert_eq!(*ground.open().install_secret(), secret);
-        assert_ne!(*Ground::memory().open().install_secret(), secret);
+    on_every_fs(|fixture| {
+        let secret = *fixture.open().install_secret();
+        assert_eq!(*fixture.open().install_secret(), secret);
+        assert_ne!(*Fixture::memory().open().install_secret(), secret);
     });
 }
 
 #[test]
 fn many_threads_at_once_agree() {
-    everywhere(|ground| {
-        let store = ground.open();
+    on_every_fs(|fixture| {
+        let store = fixture.open();
         std::thread::scope(|scope| {
             for _ in 0..4 {
                 scope.spawn(|| {
                     for number in 0..20_u32 {
-                        keep_blob(&store, &number.to_be_bytes()).unwrap();
+                        put_blob(&store, &number.to_be_bytes()).unwrap();
                         put_manifest(&store, &manifest(number), "library/alpine").unwrap();
                         let alpine = repository("library/alpine");
                         store
@@ -67,6 +67,6 @@ fn many_threads_at_once_agree() {
         });
         let usage = counted_usage(&store);
         assert_eq!((usage.blobs, usage.manifests, usage.tags), (20, 20, 1));
-        assert_eq!(ground.ingests(), 0);
+        assert_eq!(fixture.ingests(), 0);
     });
 }

@@ -1,26 +1,26 @@
-//! Blobs: visible once verified, whole or a miss.
+//! Blob store: blobs are visible after verification only, complete or a cache miss.
 
 use super::*;
 use crate::store::blobs::{Mismatch, SMALL_BLOB_BYTES_MAX, WrongDigest};
 
 #[test]
-fn a_blob_is_held_once_it_is_committed_and_after_reopening() {
-    everywhere(|ground| {
-        let store = ground.open();
+fn committed_blob_is_stored_and_survives_reopen() {
+    on_every_fs(|fixture| {
+        let store = fixture.open();
         assert_eq!(read_blob(&store, &digest(b"layer")), None);
-        keep_blob(&store, b"layer").unwrap();
+        put_blob(&store, b"layer").unwrap();
         assert_eq!(read_blob(&store, &digest(b"layer")).unwrap(), b"layer");
         drop(store);
-        let store = ground.open();
+        let store = fixture.open();
         assert_eq!(read_blob(&store, &digest(b"layer")).unwrap(), b"layer");
-        assert_eq!(ground.ingests(), 0);
+        assert_eq!(fixture.ingests(), 0);
     });
 }
 
 #[test]
-fn an_unverified_blob_is_never_visible() {
-    everywhere(|ground| {
-        let store = ground.open();
+fn unverified_blob_is_never_visible() {
+    on_every_fs(|fixture| {
+        let store = fixture.open();
         let ingest = store.begin(&digest(b"layer"), Some(5)).unwrap();
         ingest.file().write_at(b"layer", 0).unwrap();
         assert_eq!(
@@ -35,14 +35,14 @@ fn an_unverified_blob_is_never_visible() {
         };
         assert_eq!(fault, StoreError::DigestMismatch(Box::new(wrong)));
         assert_eq!(read_blob(&store, &digest(b"layer")), None);
-        assert_eq!(ground.files("blobs"), [] as [PathBuf; 0]);
+        assert_eq!(fixture.files("blobs"), [] as [PathBuf; 0]);
     });
 }
 
 #[test]
-fn a_blob_shorter_than_its_proof_is_never_visible() {
-    everywhere(|ground| {
-        let store = ground.open();
+fn blob_shorter_than_verified_size_is_never_visible() {
+    on_every_fs(|fixture| {
+        let store = fixture.open();
         let ingest = store.begin(&digest(b"layer"), Some(5)).unwrap();
         ingest.file().write_at(b"lay", 0).unwrap();
         assert!(matches!(
@@ -54,7 +54,7 @@ fn a_blob_shorter_than_its_proof_is_never_visible() {
 }
 
 #[test]
-fn wrong_bytes_give_no_proof() {
+fn wrong_digest_fails_verification() {
     let hashed = |bytes: &[u8]| {
         let mut hasher = Hasher::new(Algorithm::Sha256);
         hasher.update(bytes);
@@ -82,73 +82,73 @@ fn wrong_bytes_give_no_proof() {
 }
 
 #[test]
-fn a_dropped_ingest_leaves_nothing() {
-    everywhere(|ground| {
-        let store = ground.open();
+fn dropped_ingest_leaves_no_files() {
+    on_every_fs(|fixture| {
+        let store = fixture.open();
         let ingest = store.begin(&digest(b"layer"), None).unwrap();
         ingest.file().write_at(b"lay", 0).unwrap();
-        assert_eq!(ground.ingests(), 1);
+        assert_eq!(fixture.ingests(), 1);
         drop(ingest);
-        assert_eq!(ground.ingests(), 0);
+        assert_eq!(fixture.ingests(), 0);
     });
 }
 
 #[test]
-fn what_a_stopped_process_left_in_ingest_is_removed() {
-    everywhere(|ground| {
-        ground.fs.create(Path::new("ingest/00000000/data")).unwrap();
-        let store = ground.open();
-        assert_eq!(ground.ingests(), 0);
-        keep_blob(&store, b"layer").unwrap();
+fn abandoned_ingest_files_are_removed_at_start() {
+    on_every_fs(|fixture| {
+        fixture.fs.create(Path::new("ingest/00000000/data")).unwrap();
+        let store = fixture.open();
+        assert_eq!(fixture.ingests(), 0);
+        put_blob(&store, b"layer").unwrap();
     });
 }
 
 #[test]
-fn two_ingests_of_one_blob_end_in_one() {
-    everywhere(|ground| {
-        let store = ground.open();
+fn concurrent_ingests_of_one_blob_commit_once() {
+    on_every_fs(|fixture| {
+        let store = fixture.open();
         let second = store.begin(&digest(b"layer"), None).unwrap();
         second.file().write_at(b"layer", 0).unwrap();
-        keep_blob(&store, b"layer").unwrap();
+        put_blob(&store, b"layer").unwrap();
         assert_eq!(second.commit(verified(b"layer")).unwrap().size, 5);
         assert_eq!(counted_usage(&store).blobs, 1);
-        assert_eq!(ground.ingests(), 0);
+        assert_eq!(fixture.ingests(), 0);
     });
 }
 
 #[test]
-fn a_small_blob_comes_whole_and_a_large_one_does_not() {
-    everywhere(|ground| {
-        let store = ground.open();
+fn only_small_blobs_are_served_from_memory() {
+    on_every_fs(|fixture| {
+        let store = fixture.open();
         let small = vec![1; usize::try_from(SMALL_BLOB_BYTES_MAX).unwrap()];
         let large = [&small[..], &[1]].concat();
         assert_eq!(store.small_blob(&digest(&small)), None);
-        keep_blob(&store, &small).unwrap();
-        keep_blob(&store, &large).unwrap();
+        put_blob(&store, &small).unwrap();
+        put_blob(&store, &large).unwrap();
         assert_eq!(store.small_blob(&digest(&small)).unwrap(), small);
         assert_eq!(store.small_blob(&digest(&large)), None);
     });
 }
 
 #[test]
-fn a_damaged_small_blob_is_quarantined_and_a_miss() {
-    everywhere(|ground| {
-        keep_blob(&ground.open(), b"config").unwrap();
-        ground.overwrite(&ground.files("blobs")[0], b"c0nfig");
-        let store = ground.open();
+fn corrupt_small_blob_is_quarantined() {
+    on_every_fs(|fixture| {
+        put_blob(&fixture.open(), b"config").unwrap();
+        fixture.overwrite(&fixture.files("blobs")[0], b"c0nfig");
+        let store = fixture.open();
         assert_eq!(store.small_blob(&digest(b"config")), None);
         assert!(store.blob(&digest(b"config")).unwrap().is_none());
-        assert_eq!(ground.files("quarantine").len(), 1);
-        keep_blob(&store, b"config").unwrap();
+        assert_eq!(fixture.files("quarantine").len(), 1);
+        put_blob(&store, b"config").unwrap();
         assert_eq!(store.small_blob(&digest(b"config")).unwrap(), &b"config"[..]);
     });
 }
 
 #[test]
-fn a_removed_blob_is_a_miss_but_its_readers_read_on() {
-    everywhere(|ground| {
-        let store = ground.open();
-        keep_blob(&store, b"layer").unwrap();
+fn removed_blob_is_a_miss_but_open_readers_finish() {
+    on_every_fs(|fixture| {
+        let store = fixture.open();
+        put_blob(&store, b"layer").unwrap();
         let held = store.blob(&digest(b"layer")).unwrap().unwrap();
         assert!(store.remove_blob(&digest(b"layer")).unwrap());
         assert!(!store.remove_blob(&digest(b"layer")).unwrap());

@@ -39,15 +39,15 @@ fn index(children: &[&Bytes]) -> Bytes {
 fn keep_image(store: &Store, number: u32) -> Bytes {
     let bytes = manifest(number);
     put_manifest(store, &bytes, PLACE).unwrap();
-    keep_blob(store, &number.to_be_bytes()).unwrap();
+    put_blob(store, &number.to_be_bytes()).unwrap();
     see(store, &number.to_be_bytes());
     bytes
 }
 
 #[test]
 fn an_image_is_whole_when_its_blobs_are_held_and_were_seen_in_its_repository() {
-    everywhere(|ground| {
-        let store = ground.open();
+    on_every_fs(|fixture| {
+        let store = fixture.open();
         let bytes = manifest(1);
         put_manifest(&store, &bytes, PLACE).unwrap();
         assert!(!is_complete(&store, &bytes), "nothing but the manifest");
@@ -57,7 +57,7 @@ fn an_image_is_whole_when_its_blobs_are_held_and_were_seen_in_its_repository() {
         let arriving = |blob: &Digest| *blob == digest(&1_u32.to_be_bytes());
         assert!(store.is_image_complete(UPSTREAM, &repository(PLACE), &held, &arriving));
         assert!(!is_complete(&store, &bytes), "arriving is not remembered as held");
-        keep_blob(&store, &1_u32.to_be_bytes()).unwrap();
+        put_blob(&store, &1_u32.to_be_bytes()).unwrap();
         assert!(is_complete(&store, &bytes));
         assert!(
             !store.is_image_complete(UPSTREAM, &repository("library/other"), &held, &|_| false),
@@ -68,13 +68,13 @@ fn an_image_is_whole_when_its_blobs_are_held_and_were_seen_in_its_repository() {
 
 #[test]
 fn what_was_whole_is_not_once_something_of_it_is_removed() {
-    everywhere(|ground| {
-        let store = ground.open();
+    on_every_fs(|fixture| {
+        let store = fixture.open();
         let bytes = keep_image(&store, 1);
         assert!(is_complete(&store, &bytes));
         store.remove_blob(&digest(&1_u32.to_be_bytes())).unwrap();
         assert!(!is_complete(&store, &bytes));
-        keep_blob(&store, &1_u32.to_be_bytes()).unwrap();
+        put_blob(&store, &1_u32.to_be_bytes()).unwrap();
         assert!(is_complete(&store, &bytes));
         store.quarantine_blob(&digest(&1_u32.to_be_bytes()));
         assert!(!is_complete(&store, &bytes));
@@ -83,8 +83,8 @@ fn what_was_whole_is_not_once_something_of_it_is_removed() {
 
 #[test]
 fn an_index_is_whole_when_one_of_its_images_is_and_an_attestation_is_none() {
-    everywhere(|ground| {
-        let store = ground.open();
+    on_every_fs(|fixture| {
+        let store = fixture.open();
         let index = index(&[&manifest(1), &manifest(2), &manifest(3)]);
         put_manifest(&store, &index, PLACE).unwrap();
         assert!(!is_complete(&store, &index));
@@ -105,8 +105,8 @@ fn an_index_is_whole_when_one_of_its_images_is_and_an_attestation_is_none() {
 
 #[test]
 fn a_tag_keeps_its_last_whole_image_until_the_newer_one_is_whole() {
-    everywhere(|ground| {
-        let store = ground.open();
+    on_every_fs(|fixture| {
+        let store = fixture.open();
         let (old, newer, newest) = (keep_image(&store, 1), manifest(2), manifest(3));
         put_manifest(&store, &newer, PLACE).unwrap();
         put_manifest(&store, &newest, PLACE).unwrap();
@@ -128,7 +128,7 @@ fn a_tag_keeps_its_last_whole_image_until_the_newer_one_is_whole() {
         );
         drop(store);
 
-        let store = ground.open();
+        let store = fixture.open();
         assert_eq!(
             only_variant(&store, "3").previous,
             previous,
@@ -142,8 +142,8 @@ fn a_tag_keeps_its_last_whole_image_until_the_newer_one_is_whole() {
 
 #[test]
 fn a_tag_that_moved_back_is_not_its_own_earlier_image() {
-    everywhere(|ground| {
-        let store = ground.open();
+    on_every_fs(|fixture| {
+        let store = fixture.open();
         let (old, newer) = (keep_image(&store, 1), manifest(2));
         put_manifest(&store, &newer, PLACE).unwrap();
         store.put_tag(&key("3"), variant(1, &old, 1)).unwrap();

@@ -1,11 +1,11 @@
-//! Room is made by letting go of what was used least, image by image.
+//! Eviction: the least recently used images make room for new ones.
 
 use super::*;
 use crate::store::access_times::ContentId;
 use crate::store::pins::Pin;
 
 const LAYER_BYTES: usize = 1000;
-/// Long after the files were written, and two hours apart.
+/// Long after the files were written, in steps of two hours.
 const LATER: u64 = 2 * 3600;
 
 fn layer(number: u32) -> Vec<u8> {
@@ -14,7 +14,7 @@ fn layer(number: u32) -> Vec<u8> {
     bytes
 }
 
-/// A manifest of one layer, and perhaps one that others have too.
+/// A manifest with one layer of its own and an optional shared one.
 fn image_of(number: u32, base: Option<&[u8]>) -> Bytes {
     let layers: Vec<String> = [Some(&layer(number)[..]), base]
         .into_iter()
@@ -33,7 +33,7 @@ fn image_of(number: u32, base: Option<&[u8]>) -> Bytes {
     ))
 }
 
-/// Pulls an image as the road does: the manifest, the tag, the layers, and a use of each.
+/// Stores an image as a pull does: manifest, tag and layers, each with an access.
 fn pull(store: &Store, number: u32, base: Option<&[u8]>, seconds: u64) -> Result<(), StoreError> {
     let bytes = image_of(number, base);
     store.tick(at(seconds));
@@ -41,7 +41,7 @@ fn pull(store: &Store, number: u32, base: Option<&[u8]>, seconds: u64) -> Result
     store.put_tag(&key(&number.to_string()), variant(1, &bytes, seconds))?;
     store.touch(ContentId::Manifest(digest(&bytes)), at(seconds));
     for blob in [Some(&layer(number)[..]), base].into_iter().flatten() {
-        keep_blob(store, blob)?;
+        put_blob(store, blob)?;
         store.touch(ContentId::Blob(digest(blob)), at(seconds));
     }
     Ok(())
@@ -62,9 +62,9 @@ fn is_complete(store: &Store, number: u32, base: Option<&[u8]>) -> bool {
 }
 
 #[test]
-fn the_size_holds_and_the_least_recently_used_image_goes_whole() {
-    everywhere(|ground| {
-        let store = ground.open_with_room(6000, at(0));
+fn evict_keeps_size_limit_and_removes_lru_image() {
+    on_every_fs(|fixture| {
+        let store = fixture.open_with_limit(6000, at(0));
         let base = vec![9; 1000];
         for number in 0..8 {
             pull(&store, number, Some(&base), u64::from(number) * LATER).unwrap();
@@ -91,9 +91,9 @@ fn the_size_holds_and_the_least_recently_used_image_goes_whole() {
 }
 
 #[test]
-fn an_image_that_is_used_outlives_a_younger_one_that_is_not() {
-    everywhere(|ground| {
-        let store = ground.open_with_room(4200, at(0));
+fn evict_keeps_used_image_over_newer_unused_one() {
+    on_every_fs(|fixture| {
+        let store = fixture.open_with_limit(4200, at(0));
         pull(&store, 0, None, 0).unwrap();
         pull(&store, 1, None, LATER).unwrap();
         store.touch(ContentId::Manifest(digest(&image_of(0, None))), at(2 * LATER));
@@ -104,10 +104,10 @@ fn an_image_that_is_used_outlives_a_younger_one_that_is_not() {
 }
 
 #[test]
-fn uses_written_down_count_after_a_restart() {
-    everywhere(|ground| {
+fn access_times_survive_restart() {
+    on_every_fs(|fixture| {
         {
-            let store = ground.open_with_room(4200, at(0));
+            let store = fixture.open_with_limit(4200, at(0));
             for number in 0..2 {
                 pull(&store, number, None, LATER * u64::from(number)).unwrap();
             }
@@ -119,7 +119,7 @@ fn uses_written_down_count_after_a_restart() {
             }
             store.close();
         }
-        let store = ground.open_with_room(4200, at(4 * LATER));
+        let store = fixture.open_with_limit(4200, at(4 * LATER));
         pull(&store, 2, None, 4 * LATER).unwrap();
         pull(&store, 3, None, 5 * LATER).unwrap();
         assert!(is_complete(&store, 0, None) && !is_listed(&store, 1));
@@ -127,9 +127,9 @@ fn uses_written_down_count_after_a_restart() {
 }
 
 #[test]
-fn what_was_used_within_the_hour_stays_and_what_finds_no_room_is_told_why() {
-    everywhere(|ground| {
-        let store = ground.open_with_room(3000, at(0));
+fn evict_keeps_recent_image_and_reports_quota_error() {
+    on_every_fs(|fixture| {
+        let store = fixture.open_with_limit(3000, at(0));
         pull(&store, 0, None, 0).unwrap();
         pull(&store, 1, None, 1800).unwrap();
         let refused = pull(&store, 2, None, 3500).unwrap_err();
@@ -143,20 +143,20 @@ fn what_was_used_within_the_hour_stays_and_what_finds_no_room_is_told_why() {
         assert!(refused.to_string().contains("raise `store.size`"), "{refused}");
         assert!(is_complete(&store, 0, None) && is_complete(&store, 1, None));
         assert_eq!((store.evictions().tags, store.evictions().refused), (0, 1));
-        // An hour after its last use, and a moment after the last look.
+        // One hour after its last use, and just after the last snapshot.
         pull(&store, 2, None, 3700).unwrap();
         assert!(!is_listed(&store, 0));
     });
 }
 
 #[test]
-fn a_blob_larger_than_the_store_evicts_nothing() {
-    everywhere(|ground| {
-        let store = ground.open_with_room(3000, at(0));
+fn blob_larger_than_the_quota_evicts_nothing() {
+    on_every_fs(|fixture| {
+        let store = fixture.open_with_limit(3000, at(0));
         pull(&store, 0, None, 0).unwrap();
         store.tick(at(LATER));
         assert!(matches!(
-            keep_blob(&store, &[1; 3001]),
+            put_blob(&store, &[1; 3001]),
             Err(StoreError::OverQuota { bytes: 3001, .. })
         ));
         assert!(is_complete(&store, 0, None));
@@ -164,11 +164,11 @@ fn a_blob_larger_than_the_store_evicts_nothing() {
 }
 
 #[test]
-fn a_pinned_image_stays_also_after_a_restart_until_it_is_unpinned() {
-    everywhere(|ground| {
+fn evict_keeps_pinned_image_after_restart() {
+    on_every_fs(|fixture| {
         let pins = [Pin::Tag(key("0")), Pin::Digest(digest(&image_of(1, None)))];
         {
-            let store = ground.open_with_room(5500, at(0));
+            let store = fixture.open_with_limit(5500, at(0));
             for pin in &pins {
                 assert!(store.pin(pin).unwrap());
                 assert!(!store.pin(pin).unwrap());
@@ -178,7 +178,7 @@ fn a_pinned_image_stays_also_after_a_restart_until_it_is_unpinned() {
             }
             store.close();
         }
-        let store = ground.open_with_room(5500, at(LATER));
+        let store = fixture.open_with_limit(5500, at(LATER));
         assert_eq!(store.pins(), pins);
         for number in 2..6 {
             pull(&store, number, None, LATER * u64::from(number)).unwrap();
@@ -192,7 +192,7 @@ fn a_pinned_image_stays_also_after_a_restart_until_it_is_unpinned() {
             assert!(store.unpin(pin).unwrap());
             assert!(!store.unpin(pin).unwrap());
         }
-        assert_eq!(ground.files("pins"), Vec::<PathBuf>::new());
+        assert_eq!(fixture.files("pins"), Vec::<PathBuf>::new());
         for number in 6..10 {
             pull(&store, number, None, LATER * u64::from(number)).unwrap();
         }
@@ -201,9 +201,9 @@ fn a_pinned_image_stays_also_after_a_restart_until_it_is_unpinned() {
 }
 
 #[test]
-fn what_is_being_read_is_not_evicted() {
-    everywhere(|ground| {
-        let store = ground.open_with_room(3000, at(0));
+fn evict_keeps_blob_with_open_reader() {
+    on_every_fs(|fixture| {
+        let store = fixture.open_with_limit(3000, at(0));
         pull(&store, 0, None, 0).unwrap();
         let reading = store.blob(&digest(&layer(0))).unwrap().unwrap();
         pull(&store, 1, None, LATER).unwrap();
@@ -216,16 +216,16 @@ fn what_is_being_read_is_not_evicted() {
 }
 
 #[test]
-fn a_disk_that_others_fill_is_relieved_too() {
+fn evict_relieves_disk_filled_by_other_programs() {
     let memory = Arc::new(MemoryFs::new());
-    let ground = Ground {
+    let fixture = Fixture {
         fs: Arc::clone(&memory) as Arc<dyn FileSystem>,
         folder: None,
     };
-    let store = ground.open_with_room(u64::MAX, at(0));
+    let store = fixture.open_with_limit(u64::MAX, at(0));
     pull(&store, 0, None, 0).unwrap();
     pull(&store, 1, None, LATER).unwrap();
-    memory.set_bytes_max(u64::MAX - ground.fs.free_bytes().unwrap() + 800);
+    memory.set_bytes_max(u64::MAX - fixture.fs.free_bytes().unwrap() + 800);
     pull(&store, 2, None, 3 * LATER).unwrap();
     assert!(!is_listed(&store, 0));
     assert!(store.evictions().for_free > 0 && store.evictions().for_size == 0);
@@ -243,13 +243,13 @@ fn a_disk_that_others_fill_is_relieved_too() {
 }
 
 #[test]
-fn what_was_pulled_by_digest_and_what_nothing_names_go_in_their_turn() {
-    everywhere(|ground| {
-        let store = ground.open_with_room(4500, at(0));
+fn evict_removes_untagged_content_in_lru_order() {
+    on_every_fs(|fixture| {
+        let store = fixture.open_with_limit(4500, at(0));
         let untagged = image_of(7, None);
         put_manifest(&store, &untagged, "library/alpine").unwrap();
-        keep_blob(&store, &layer(7)).unwrap();
-        keep_blob(&store, &[3; 1000]).unwrap();
+        put_blob(&store, &layer(7)).unwrap();
+        put_blob(&store, &[3; 1000]).unwrap();
         pull(&store, 0, None, LATER).unwrap();
         for number in 1..4 {
             pull(&store, number, None, u64::from(number + 1) * LATER).unwrap();
@@ -261,33 +261,33 @@ fn what_was_pulled_by_digest_and_what_nothing_names_go_in_their_turn() {
 }
 
 #[test]
-fn a_manifest_evicted_and_kept_again_is_on_the_disk_again() {
-    everywhere(|ground| {
+fn evicted_manifest_is_stored_again() {
+    on_every_fs(|fixture| {
         let bytes = image_of(1, None);
         {
-            let store = ground.open();
+            let store = fixture.open();
             put_manifest(&store, &bytes, "library/alpine").unwrap();
-            // As one does who read it just before it went.
+            // As a client does that read it just before the removal.
             let path = content_path("manifests", &digest(&bytes));
-            ground.fs.remove(&path).unwrap();
+            fixture.fs.remove(&path).unwrap();
             assert!(store.manifest(&digest(&bytes)).unwrap().is_some(), "from memory");
             put_manifest(&store, &bytes, "library/alpine").unwrap();
         }
-        assert!(ground.open().manifest(&digest(&bytes)).unwrap().is_some());
+        assert!(fixture.open().manifest(&digest(&bytes)).unwrap().is_some());
     });
 }
 
 #[test]
-fn a_blob_of_unknown_size_takes_only_the_room_there_is() {
+fn unknown_size_ingest_stays_within_the_size_limit() {
     const MIB: u64 = 1024 * 1024;
-    let ground = Ground::memory();
-    let store = ground.open_with_room(20 * MIB, at(0));
+    let fixture = Fixture::memory();
+    let store = fixture.open_with_limit(20 * MIB, at(0));
     let digest = digest(b"whatever comes");
     let mut one = store.begin(&digest, None).unwrap();
     one.ensure_reserved(MIB).unwrap();
     let mut other = store.begin(&digest, None).unwrap();
     other.ensure_reserved(9 * MIB).unwrap();
-    // Both were given more than they asked for, and yet never more than there is.
+    // Both reserved more than they needed, but never more than the disk has.
     one.ensure_reserved(11 * MIB).unwrap();
     let refused = other.ensure_reserved(10 * MIB).unwrap_err();
     assert!(
@@ -307,7 +307,7 @@ fn a_blob_of_unknown_size_takes_only_the_room_there_is() {
 }
 
 #[test]
-fn a_blob_of_unknown_size_leaves_free_what_is_to_be_left() {
+fn unknown_size_ingest_keeps_the_minimum_free_space() {
     let disk = Arc::new(MemoryFs::new());
     let limits = Limits {
         bytes_max: u64::MAX,

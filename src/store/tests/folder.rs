@@ -1,17 +1,17 @@
-//! What only a real folder has: a lock, permissions, and an index that stays.
+//! Tests that need a local folder: the lock, permissions, and a durable index.
 
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt;
 
 use super::*;
 
-fn data(ground: &Ground) -> PathBuf {
-    ground.folder.as_ref().unwrap().path().join("data")
+fn data(fixture: &Fixture) -> PathBuf {
+    fixture.folder.as_ref().unwrap().path().join("data")
 }
 
-fn filled(ground: &Ground) {
-    let store = ground.open();
-    keep_blob(&store, b"layer").unwrap();
+fn filled(fixture: &Fixture) {
+    let store = fixture.open();
+    put_blob(&store, b"layer").unwrap();
     put_manifest(&store, &manifest(1), "library/alpine").unwrap();
     store.put_tag(&key("3"), variant(1, b"image", 1)).unwrap();
     store.put_tag(&key("3"), variant(1, b"image", 60)).unwrap();
@@ -25,7 +25,7 @@ fn filled(ground: &Ground) {
     store.close();
 }
 
-/// Everything but what only the index knows.
+/// Asserts that everything is found except the data that only the index holds.
 fn assert_found_again(store: &Store) {
     assert_eq!(read_blob(store, &digest(b"layer")).unwrap(), b"layer");
     assert_eq!(
@@ -52,55 +52,55 @@ fn wait_until(what: &str, is_so: impl Fn() -> bool) {
 }
 
 #[test]
-fn a_second_opening_is_refused_and_names_the_process() {
-    let ground = Ground::directory();
-    let store = ground.open();
-    let second = Store::open(&Settings::default(), Arc::clone(&ground.fs), at(0)).unwrap_err();
+fn second_open_fails_and_names_the_process() {
+    let fixture = Fixture::directory();
+    let store = fixture.open();
+    let second = Store::open(&Settings::default(), Arc::clone(&fixture.fs), at(0)).unwrap_err();
     let pid = std::process::id();
     assert_eq!(
         second,
         OpenError::Locked {
-            folder: data(&ground),
+            folder: data(&fixture),
             pid: Some(pid)
         }
     );
     assert!(second.to_string().contains(&pid.to_string()), "{second}");
     drop(store);
-    ground.open();
+    fixture.open();
 }
 
 #[test]
-fn the_data_folder_and_all_in_it_are_the_owners() {
-    let ground = Ground::directory();
-    filled(&ground);
+fn data_folder_is_accessible_to_the_owner_only() {
+    let fixture = Fixture::directory();
+    filled(&fixture);
     let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
-    assert_eq!(mode(&data(&ground)), 0o700);
+    assert_eq!(mode(&data(&fixture)), 0o700);
     assert_eq!(
-        mode(&data(&ground).join("index")),
+        mode(&data(&fixture).join("index")),
         0o700,
         "sled's files are readable by all"
     );
     for file in ["install-secret", "LOCK", "store-id"]
         .map(PathBuf::from)
         .into_iter()
-        .chain(ground.files("refs"))
+        .chain(fixture.files("refs"))
     {
-        assert_eq!(mode(&data(&ground).join(&file)), 0o600, "{}", file.display());
+        assert_eq!(mode(&data(&fixture).join(&file)), 0o600, "{}", file.display());
     }
     assert_eq!(
-        mode(&data(&ground).join(&ground.files("blobs")[0])),
+        mode(&data(&fixture).join(&fixture.files("blobs")[0])),
         0o400,
         "a blob is sealed"
     );
 }
 
 #[test]
-fn a_secret_that_others_may_read_is_refused_with_the_remedy() {
-    let ground = Ground::directory();
-    drop(ground.open());
-    let path = data(&ground).join("install-secret");
+fn readable_secret_is_rejected_with_a_remedy() {
+    let fixture = Fixture::directory();
+    drop(fixture.open());
+    let path = data(&fixture).join("install-secret");
     fs::set_permissions(&path, Permissions::from_mode(0o640)).unwrap();
-    let refused = Store::open(&Settings::default(), Arc::clone(&ground.fs), at(0)).unwrap_err();
+    let refused = Store::open(&Settings::default(), Arc::clone(&fixture.fs), at(0)).unwrap_err();
     assert_eq!(
         refused,
         OpenError::SecretReadable {
@@ -117,22 +117,22 @@ fn a_secret_that_others_may_read_is_refused_with_the_remedy() {
 }
 
 #[test]
-fn a_secret_of_the_wrong_length_is_refused() {
+fn secret_of_wrong_length_is_rejected() {
     for wrong in [&b"short"[..], &[7; 33], b""] {
-        let ground = Ground::directory();
-        drop(ground.open());
-        let path = data(&ground).join("install-secret");
+        let fixture = Fixture::directory();
+        drop(fixture.open());
+        let path = data(&fixture).join("install-secret");
         fs::write(&path, wrong).unwrap();
-        let refused = Store::open(&Settings::default(), Arc::clone(&ground.fs), at(0)).unwrap_err();
+        let refused = Store::open(&Settings::default(), Arc::clone(&fixture.fs), at(0)).unwrap_err();
         assert_eq!(refused, OpenError::SecretDamaged { path });
     }
 }
 
 #[test]
-fn times_and_grants_survive_reopening() {
-    let ground = Ground::directory();
-    filled(&ground);
-    let store = ground.open();
+fn times_and_grants_survive_reopen() {
+    let fixture = Fixture::directory();
+    filled(&fixture);
+    let store = fixture.open();
     assert_found_again(&store);
     let expected = Variant {
         first_seen_at: at(1),
@@ -147,11 +147,11 @@ fn times_and_grants_survive_reopening() {
 }
 
 #[test]
-fn without_the_index_everything_is_found_again_from_the_files() {
-    let ground = Ground::directory();
-    filled(&ground);
-    fs::remove_dir_all(data(&ground).join("index")).unwrap();
-    let store = ground.open();
+fn lost_index_is_rebuilt_from_the_files() {
+    let fixture = Fixture::directory();
+    filled(&fixture);
+    fs::remove_dir_all(data(&fixture).join("index")).unwrap();
+    let store = fixture.open();
     assert_found_again(&store);
     assert_eq!(
         only_variant(&store, "3").confirmed_at,
@@ -163,7 +163,7 @@ fn without_the_index_everything_is_found_again_from_the_files() {
 }
 
 #[test]
-fn a_damaged_index_is_set_aside_and_everything_found_again_from_the_files() {
+fn corrupt_index_is_quarantined_and_rebuilt_from_the_files() {
     for (name, damage) in [
         (
             "garbage",
@@ -183,17 +183,17 @@ fn a_damaged_index_is_set_aside_and_everything_found_again_from_the_files() {
         }),
     ] {
         for file in ["db", "conf"] {
-            let ground = Ground::directory();
-            filled(&ground);
-            damage(&data(&ground).join("index").join(file));
-            let store = ground.open();
+            let fixture = Fixture::directory();
+            filled(&fixture);
+            damage(&data(&fixture).join("index").join(file));
+            let store = fixture.open();
             assert_found_again(&store);
             wait_until("ready", || store.index_state() == IndexState::Ready);
             store.put_tag(&key("3"), variant(1, b"newer", 99)).unwrap();
             drop(store);
-            let store = ground.open();
+            let store = fixture.open();
             let found = Variant {
-                // Until when the tag named what it did before, only the lost index knew.
+                // Only the lost index recorded how long the tag had its previous target.
                 history: Vec::new(),
                 ..only_variant(&store, "3")
             };
@@ -203,19 +203,19 @@ fn a_damaged_index_is_set_aside_and_everything_found_again_from_the_files() {
 }
 
 #[test]
-fn the_index_of_another_store_is_not_used() {
-    let (ground, other) = (Ground::directory(), Ground::directory());
-    filled(&ground);
+fn index_of_another_store_is_not_used() {
+    let (fixture, other) = (Fixture::directory(), Fixture::directory());
+    filled(&fixture);
     filled(&other);
     other
         .open()
         .put_grant(UPSTREAM, &repository("acme/others"), &[9; 32], at(7));
-    fs::remove_dir_all(data(&ground).join("index")).unwrap();
-    fs::rename(data(&other).join("index"), data(&ground).join("index")).unwrap();
-    let store = ground.open();
+    fs::remove_dir_all(data(&fixture).join("index")).unwrap();
+    fs::rename(data(&other).join("index"), data(&fixture).join("index")).unwrap();
+    let store = fixture.open();
     assert_found_again(&store);
     assert_eq!(store.grant(UPSTREAM, &repository("acme/others"), &[9; 32]), None);
-    let names = ground.fs.list(Path::new("")).unwrap();
+    let names = fixture.fs.list(Path::new("")).unwrap();
     assert_eq!(
         names
             .iter()
@@ -226,22 +226,22 @@ fn the_index_of_another_store_is_not_used() {
 }
 
 #[test]
-fn an_older_copy_of_the_index_is_not_used() {
-    let ground = Ground::directory();
-    filled(&ground);
+fn older_copy_of_the_index_is_not_used() {
+    let fixture = Fixture::directory();
+    filled(&fixture);
     let copy = tempfile::tempdir().unwrap();
     for name in ["db", "conf"] {
-        fs::copy(data(&ground).join("index").join(name), copy.path().join(name)).unwrap();
+        fs::copy(data(&fixture).join("index").join(name), copy.path().join(name)).unwrap();
     }
-    ground
+    fixture
         .open()
         .revoke_grant(UPSTREAM, &repository("acme/secret"), &[1; 32]);
-    fs::remove_dir_all(data(&ground).join("index")).unwrap();
-    fs::create_dir(data(&ground).join("index")).unwrap();
+    fs::remove_dir_all(data(&fixture).join("index")).unwrap();
+    fs::create_dir(data(&fixture).join("index")).unwrap();
     for name in ["db", "conf"] {
-        fs::copy(copy.path().join(name), data(&ground).join("index").join(name)).unwrap();
+        fs::copy(copy.path().join(name), data(&fixture).join("index").join(name)).unwrap();
     }
-    let store = ground.open();
+    let store = fixture.open();
     assert_eq!(
         store.grant(UPSTREAM, &repository("acme/secret"), &[1; 32]),
         None,
@@ -251,18 +251,18 @@ fn an_older_copy_of_the_index_is_not_used() {
 }
 
 #[test]
-fn an_index_that_cannot_be_made_leaves_the_store_working_and_is_made_once_it_can() {
-    let ground = Ground::directory();
-    filled(&ground);
-    fs::remove_dir_all(data(&ground).join("index")).unwrap();
-    fs::write(data(&ground).join("index"), b"a file where a folder should be").unwrap();
-    let store = ground.open();
+fn store_works_without_index_and_creates_it_later() {
+    let fixture = Fixture::directory();
+    filled(&fixture);
+    fs::remove_dir_all(data(&fixture).join("index")).unwrap();
+    fs::write(data(&fixture).join("index"), b"a file where a folder should be").unwrap();
+    let store = fixture.open();
     assert_found_again(&store);
-    keep_blob(&store, b"another").unwrap();
+    put_blob(&store, b"another").unwrap();
     store.put_tag(&key("4"), variant(1, b"image", 1)).unwrap();
     assert_eq!(store.tags(None, 10).len(), 2);
     assert!(matches!(store.index_state(), IndexState::Degraded { .. }));
-    fs::remove_file(data(&ground).join("index")).unwrap();
+    fs::remove_file(data(&fixture).join("index")).unwrap();
     wait_until("ready", || store.index_state() == IndexState::Ready);
     assert!(
         !store.index.is_complete(),
@@ -275,27 +275,27 @@ fn an_index_that_cannot_be_made_leaves_the_store_working_and_is_made_once_it_can
 }
 
 #[test]
-fn a_blob_that_lost_its_end_is_quarantined_and_a_miss() {
-    let ground = Ground::directory();
+fn truncated_blob_is_quarantined() {
+    let fixture = Fixture::directory();
     let large = vec![7; 100_000];
     {
-        let store = ground.open();
-        keep_blob(&store, &large).unwrap();
+        let store = fixture.open();
+        put_blob(&store, &large).unwrap();
         store.close();
     }
-    ground.overwrite(&ground.files("blobs")[0], &large[1..]);
-    let store = ground.open();
+    fixture.overwrite(&fixture.files("blobs")[0], &large[1..]);
+    let store = fixture.open();
     assert!(store.blob(&digest(&large)).unwrap().is_none());
-    assert_eq!(ground.files("quarantine").len(), 1);
-    keep_blob(&store, &large).unwrap();
+    assert_eq!(fixture.files("quarantine").len(), 1);
+    put_blob(&store, &large).unwrap();
     assert!(store.blob(&digest(&large)).unwrap().is_some());
 }
 
 #[test]
-fn a_held_file_is_read_from_the_page_cache_or_says_that_it_is_not_there() {
-    let ground = Ground::directory();
-    let store = ground.open();
-    keep_blob(&store, b"layer").unwrap();
+fn nowait_read_returns_cached_bytes_or_would_block() {
+    let fixture = Fixture::directory();
+    let store = fixture.open();
+    put_blob(&store, b"layer").unwrap();
     let held = store.blob(&digest(b"layer")).unwrap().unwrap();
     let mut bytes = [0; 16];
     match held.file.read_at_nowait(&mut bytes, 1) {
@@ -306,13 +306,13 @@ fn a_held_file_is_read_from_the_page_cache_or_says_that_it_is_not_there() {
 }
 
 #[test]
-fn a_grant_taken_back_while_the_index_is_down_does_not_return_with_it() {
-    let ground = Ground::directory();
-    filled(&ground);
-    let (index, away) = (data(&ground).join("index"), data(&ground).join("away"));
+fn grant_revoked_while_index_is_down_stays_revoked() {
+    let fixture = Fixture::directory();
+    filled(&fixture);
+    let (index, away) = (data(&fixture).join("index"), data(&fixture).join("away"));
     fs::rename(&index, &away).unwrap();
     fs::write(&index, b"a file where a folder should be").unwrap();
-    let store = ground.open();
+    let store = fixture.open();
     let degraded = || matches!(store.index_state(), IndexState::Degraded { .. });
     wait_until("degraded", degraded);
     store.revoke_grant(UPSTREAM, &repository("acme/secret"), &[1; 32]);
@@ -322,7 +322,7 @@ fn a_grant_taken_back_while_the_index_is_down_does_not_return_with_it() {
     fs::rename(&away, &index).unwrap();
     wait_until("ready", || store.index_state() == IndexState::Ready);
     drop(store);
-    let store = ground.open();
+    let store = fixture.open();
     assert_eq!(store.grant(UPSTREAM, &repository("acme/secret"), &[1; 32]), None);
     assert_eq!(
         store.grant(UPSTREAM, &repository("acme/new"), &[2; 32]),
@@ -330,14 +330,14 @@ fn a_grant_taken_back_while_the_index_is_down_does_not_return_with_it() {
     );
 }
 
-/// The folder as `kill -9` would leave it now: what was written is there, what was only in memory is not.
-fn as_killed(ground: &Ground) -> Ground {
-    let left = Ground::directory();
+/// A copy of the folder as `kill -9` would leave it now: written data without data that is only in memory.
+fn as_killed(fixture: &Fixture) -> Fixture {
+    let left = Fixture::directory();
     let mut folders = vec![PathBuf::new()];
     while let Some(folder) = folders.pop() {
-        for entry in fs::read_dir(data(ground).join(&folder)).unwrap() {
+        for entry in fs::read_dir(data(fixture).join(&folder)).unwrap() {
             let name = folder.join(entry.unwrap().file_name());
-            let (from, to) = (data(ground).join(&name), data(&left).join(&name));
+            let (from, to) = (data(fixture).join(&name), data(&left).join(&name));
             if from.is_dir() {
                 fs::create_dir_all(&to).unwrap();
                 folders.push(name);
@@ -350,37 +350,37 @@ fn as_killed(ground: &Ground) -> Ground {
 }
 
 #[test]
-fn a_grant_taken_back_does_not_return_though_the_process_is_killed_at_once() {
-    let ground = Ground::directory();
-    filled(&ground);
-    let store = ground.open();
+fn revoked_grant_stays_revoked_after_a_kill() {
+    let fixture = Fixture::directory();
+    filled(&fixture);
+    let store = fixture.open();
     let (secret, principal) = (repository("acme/secret"), [1; 32]);
     assert_eq!(
-        as_killed(&ground).open().grant(UPSTREAM, &secret, &principal),
+        as_killed(&fixture).open().grant(UPSTREAM, &secret, &principal),
         Some(at(7))
     );
     assert!(store.revoke_grant(UPSTREAM, &secret, &principal));
     assert_eq!(
-        as_killed(&ground).open().grant(UPSTREAM, &secret, &principal),
+        as_killed(&fixture).open().grant(UPSTREAM, &secret, &principal),
         None
     );
 }
 
 #[test]
-fn nor_if_the_index_was_down_when_it_was_taken_back() {
-    let ground = Ground::directory();
-    filled(&ground);
-    let (index, away) = (data(&ground).join("index"), data(&ground).join("away"));
+fn grant_revoked_with_index_down_stays_revoked_after_kill() {
+    let fixture = Fixture::directory();
+    filled(&fixture);
+    let (index, away) = (data(&fixture).join("index"), data(&fixture).join("away"));
     fs::rename(&index, &away).unwrap();
     fs::write(&index, b"a file where a folder should be").unwrap();
-    let store = ground.open();
+    let store = fixture.open();
     wait_until("degraded", || {
         matches!(store.index_state(), IndexState::Degraded { .. })
     });
     let (secret, principal) = (repository("acme/secret"), [1; 32]);
     assert!(store.revoke_grant(UPSTREAM, &secret, &principal));
-    // The disk is well again, and the old index is back, before this process has noticed.
-    let left = as_killed(&ground);
+    // The disk works again and the old index is back before this process has noticed.
+    let left = as_killed(&fixture);
     fs::remove_file(data(&left).join("index")).unwrap();
     fs::rename(data(&left).join("away"), data(&left).join("index")).unwrap();
     let store = left.open();
@@ -389,9 +389,9 @@ fn nor_if_the_index_was_down_when_it_was_taken_back() {
 }
 
 #[test]
-fn an_index_that_has_grown_is_made_small_while_it_is_used() {
-    let ground = Ground::directory();
-    let store = ground.open();
+fn grown_index_is_compacted_while_in_use() {
+    let fixture = Fixture::directory();
+    let store = fixture.open();
     store.put_tag(&key("3"), variant(1, b"image", 1)).unwrap();
     let name = |number: u16| [b"x".as_slice(), &number.to_be_bytes()].concat();
     for number in 0..2000 {
@@ -402,25 +402,25 @@ fn an_index_that_has_grown_is_made_small_while_it_is_used() {
         store.index.remove(name(number));
     }
     store.index.flush();
-    let length = || fs::metadata(data(&ground).join("index/db")).map_or(u64::MAX, |file| file.len());
+    let length = || fs::metadata(data(&fixture).join("index/db")).map_or(u64::MAX, |file| file.len());
     let before = length();
     assert!(before > 4 << 20, "{before}");
     wait_until("small", || length() * 2 < before);
     wait_until("ready", || store.index_state() == IndexState::Ready);
     assert_eq!(store.index.get(name(99)), Ok(Some(vec![29; 4000])));
     drop(store);
-    assert_eq!(ground.open().tags(None, 10).len(), 1);
+    assert_eq!(fixture.open().tags(None, 10).len(), 1);
 }
 
 #[test]
-fn an_index_that_lost_something_is_filled_again_without_anybody_asking() {
-    let ground = Ground::directory();
-    filled(&ground);
-    fs::remove_dir_all(data(&ground).join("index")).unwrap();
-    fs::write(data(&ground).join("index"), b"a file where a folder should be").unwrap();
-    let store = ground.open();
+fn index_with_lost_writes_is_refilled() {
+    let fixture = Fixture::directory();
+    filled(&fixture);
+    fs::remove_dir_all(data(&fixture).join("index")).unwrap();
+    fs::write(data(&fixture).join("index"), b"a file where a folder should be").unwrap();
+    let store = fixture.open();
     counted_usage(&store);
-    fs::remove_file(data(&ground).join("index")).unwrap();
+    fs::remove_file(data(&fixture).join("index")).unwrap();
     wait_until("ready", || store.index_state() == IndexState::Ready);
     wait_until("complete", || {
         store.tick(at(5));
@@ -429,9 +429,9 @@ fn an_index_that_lost_something_is_filled_again_without_anybody_asking() {
 }
 
 #[test]
-fn what_the_index_knows_worse_than_the_files_is_put_right_and_the_rest_is_not_touched() {
-    let ground = Ground::directory();
-    let store = ground.open();
+fn reindex_repairs_only_outdated_index_records() {
+    let fixture = Fixture::directory();
+    let store = fixture.open();
     for tag in ["old", "unknown", "newer", "strange"] {
         store.put_tag(&key(tag), variant(1, b"now", 100)).unwrap();
     }

@@ -1,9 +1,9 @@
-//! A disk that refuses is told of, and used again as soon as it takes bytes.
+//! Disk health: a disk that rejects writes is reported, and used again once writes succeed.
 
 use super::*;
 
 #[test]
-fn a_full_disk_is_told_of_and_used_again_when_there_is_room() {
+fn full_disk_is_reported_and_used_again_with_space() {
     let memory = Arc::new(MemoryFs::new());
     let store = Store::open(
         &Settings::default(),
@@ -11,12 +11,12 @@ fn a_full_disk_is_told_of_and_used_again_when_there_is_room() {
         at(0),
     )
     .unwrap();
-    keep_blob(&store, b"before").unwrap();
+    put_blob(&store, b"before").unwrap();
     assert_eq!(store.health_issues(), []);
     memory.set_bytes_max(0);
     let fault = put_manifest(&store, &manifest(1), "library/alpine").unwrap_err();
     assert!(matches!(fault, StoreError::Full { .. }), "{fault}");
-    assert!(keep_blob(&store, b"meanwhile").is_err());
+    assert!(put_blob(&store, b"meanwhile").is_err());
     let health_issues = store.health_issues();
     assert!(
         matches!(health_issues[0], HealthIssue::Disk(StoreError::Full { .. })),
@@ -29,7 +29,7 @@ fn a_full_disk_is_told_of_and_used_again_when_there_is_room() {
     memory.set_bytes_max(u64::MAX);
     store.tick(at(10));
     assert_eq!(store.health_issues(), []);
-    keep_blob(&store, b"meanwhile").unwrap();
+    put_blob(&store, b"meanwhile").unwrap();
     put_manifest(&store, &manifest(1), "library/alpine").unwrap();
     assert_eq!(
         memory
@@ -43,7 +43,7 @@ fn a_full_disk_is_told_of_and_used_again_when_there_is_room() {
 }
 
 #[test]
-fn e21_second_damage_of_one_name_keeps_the_first() {
+fn e21_second_quarantine_of_one_name_keeps_the_first() {
     let memory = MemoryFs::new();
     let hex = "ab".repeat(32);
     for tree in ["blobs", "manifests", "blobs"] {

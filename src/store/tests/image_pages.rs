@@ -67,7 +67,7 @@ fn tag(number: u32) -> String {
 
 fn keep(store: &Store, number: u32) {
     put_manifest(store, &manifest(number), "library/alpine").unwrap();
-    keep_blob(store, &number.to_be_bytes()).unwrap();
+    put_blob(store, &number.to_be_bytes()).unwrap();
     store
         .put_tag(&key(&tag(number)), variant(1, &manifest(number), 1))
         .unwrap();

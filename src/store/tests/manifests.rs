@@ -4,8 +4,8 @@ use super::*;
 
 #[test]
 fn a_manifest_is_served_as_it_was_kept() {
-    everywhere(|ground| {
-        let (bytes, store) = (manifest(1), ground.open());
+    on_every_fs(|fixture| {
+        let (bytes, store) = (manifest(1), fixture.open());
         assert!(store.manifest(&digest(&bytes)).unwrap().is_none());
         let kept = put_manifest(&store, &bytes, "library/alpine").unwrap();
         assert!(Arc::ptr_eq(
@@ -13,7 +13,7 @@ fn a_manifest_is_served_as_it_was_kept() {
             &store.manifest(&digest(&bytes)).unwrap().unwrap()
         ));
         drop(store);
-        let held = ground.open().manifest(&digest(&bytes)).unwrap().unwrap();
+        let held = fixture.open().manifest(&digest(&bytes)).unwrap().unwrap();
         assert_eq!(
             (held.digest, &held.bytes, &held.media_type),
             (digest(&bytes), &bytes, &image())
@@ -23,8 +23,8 @@ fn a_manifest_is_served_as_it_was_kept() {
 
 #[test]
 fn bytes_of_another_digest_and_what_is_no_manifest_are_not_kept() {
-    everywhere(|ground| {
-        let store = ground.open();
+    on_every_fs(|fixture| {
+        let store = fixture.open();
         let repo = repository("library/alpine");
         let wrong = store
             .put_manifest(manifest(1), image(), digest(b"other"), UPSTREAM, &repo)
@@ -35,25 +35,25 @@ fn bytes_of_another_digest_and_what_is_no_manifest_are_not_kept() {
             .put_manifest(page.clone(), image(), digest(&page), UPSTREAM, &repo)
             .unwrap_err();
         assert!(matches!(none, StoreError::NotAManifest { .. }), "{none}");
-        assert_eq!(ground.files("manifests"), [] as [PathBuf; 0]);
+        assert_eq!(fixture.files("manifests"), [] as [PathBuf; 0]);
     });
 }
 
 #[test]
 fn a_damaged_manifest_is_quarantined_and_a_miss_until_it_is_kept_again() {
-    everywhere(|ground| {
+    on_every_fs(|fixture| {
         let bytes = manifest(1);
-        put_manifest(&ground.open(), &bytes, "library/alpine").unwrap();
-        ground.overwrite(&ground.files("manifests")[0], &manifest(2));
-        let store = ground.open();
+        put_manifest(&fixture.open(), &bytes, "library/alpine").unwrap();
+        fixture.overwrite(&fixture.files("manifests")[0], &manifest(2));
+        let store = fixture.open();
         assert!(store.manifest(&digest(&bytes)).unwrap().is_none());
-        assert_eq!(ground.files("quarantine").len(), 1);
+        assert_eq!(fixture.files("quarantine").len(), 1);
         assert_eq!(counted_usage(&store).manifests, 0);
         put_manifest(&store, &bytes, "library/alpine").unwrap();
         assert_eq!(counted_usage(&store).manifests, 1);
         drop(store);
         assert_eq!(
-            ground.open().manifest(&digest(&bytes)).unwrap().unwrap().bytes,
+            fixture.open().manifest(&digest(&bytes)).unwrap().unwrap().bytes,
             bytes
         );
     });
@@ -61,33 +61,33 @@ fn a_damaged_manifest_is_quarantined_and_a_miss_until_it_is_kept_again() {
 
 #[test]
 fn a_manifest_without_its_record_keeps_the_type_it_states_of_itself() {
-    everywhere(|ground| {
+    on_every_fs(|fixture| {
         let bytes = manifest(1);
-        put_manifest(&ground.open(), &bytes, "library/alpine").unwrap();
-        ground.fs.remove(&ground.files("manifests")[1]).unwrap();
-        let store = ground.open();
+        put_manifest(&fixture.open(), &bytes, "library/alpine").unwrap();
+        fixture.fs.remove(&fixture.files("manifests")[1]).unwrap();
+        let store = fixture.open();
         assert_eq!(
             store.manifest(&digest(&bytes)).unwrap().unwrap().media_type,
             image()
         );
         put_manifest(&store, &bytes, "library/alpine").unwrap();
-        assert_eq!(ground.files("manifests").len(), 2, "its record is written again");
+        assert_eq!(fixture.files("manifests").len(), 2, "its record is written again");
     });
 }
 
 #[test]
 fn the_record_of_a_manifest_that_was_damaged_is_written_anew() {
-    let ground = Ground::directory();
+    let fixture = Fixture::directory();
     let bytes = manifest(1);
-    drop(put_manifest(&ground.open(), &bytes, "library/alpine").unwrap());
+    drop(put_manifest(&fixture.open(), &bytes, "library/alpine").unwrap());
     let record = || {
-        let mut files = ground.files("manifests").into_iter();
+        let mut files = fixture.files("manifests").into_iter();
         files.find(|path| path.extension().is_some()).unwrap()
     };
-    ground.overwrite(&record(), b"damaged");
-    let held = ground.open().manifest(&digest(&bytes)).unwrap().unwrap();
+    fixture.overwrite(&record(), b"damaged");
+    let held = fixture.open().manifest(&digest(&bytes)).unwrap().unwrap();
     assert_eq!(held.media_type, image());
-    let after = ground.fs.read_file(&record(), 4096).unwrap();
+    let after = fixture.fs.read_file(&record(), 4096).unwrap();
     assert!(
         checksummed_json::decode::<serde_json::Value>(&after).is_some(),
         "no record"
@@ -96,14 +96,14 @@ fn the_record_of_a_manifest_that_was_damaged_is_written_anew() {
 
 #[test]
 fn the_record_of_a_manifest_names_each_repository_once() {
-    everywhere(|ground| {
-        let (bytes, store) = (manifest(1), ground.open());
+    on_every_fs(|fixture| {
+        let (bytes, store) = (manifest(1), fixture.open());
         for repo in ["library/alpine", "acme/alpine", "library/alpine"] {
             put_manifest(&store, &bytes, repo).unwrap();
         }
-        let record = ground
+        let record = fixture
             .fs
-            .read_file(&ground.files("manifests")[1], 10_000)
+            .read_file(&fixture.files("manifests")[1], 10_000)
             .unwrap();
         let record = String::from_utf8(record).unwrap();
         assert_eq!(record.matches("library/alpine").count(), 1, "{record}");

@@ -4,24 +4,24 @@ use super::*;
 
 #[test]
 fn what_was_seen_in_a_repository_is_proof_there_and_nowhere_else() {
-    everywhere(|ground| {
+    on_every_fs(|fixture| {
         let (alpine, other, of) = (
             repository("library/alpine"),
             repository("acme/alpine"),
             digest(b"layer"),
         );
-        let store = ground.open();
+        let store = fixture.open();
         assert!(!store.is_member(UPSTREAM, &alpine, &of));
         store.add_member(UPSTREAM, &alpine, &of).unwrap();
         store.add_member(UPSTREAM, &alpine, &of).unwrap();
         assert!(store.is_member(UPSTREAM, &alpine, &of));
         drop(store);
-        let store = ground.open();
+        let store = fixture.open();
         assert!(store.is_member(UPSTREAM, &alpine, &of));
         assert!(!store.is_member(UPSTREAM, &alpine, &digest(b"other")));
         assert!(!store.is_member(UPSTREAM, &other, &of));
         assert!(!store.is_member("ghcr.io", &alpine, &of));
-        let file = ground.fs.read_file(&ground.files("seen")[0], 10_000).unwrap();
+        let file = fixture.fs.read_file(&fixture.files("seen")[0], 10_000).unwrap();
         assert_eq!(
             String::from_utf8(file).unwrap().matches(&of.to_string()).count(),
             1,
@@ -32,26 +32,26 @@ fn what_was_seen_in_a_repository_is_proof_there_and_nowhere_else() {
 
 #[test]
 fn a_torn_or_wrong_line_is_ignored_and_spoils_no_other() {
-    everywhere(|ground| {
+    on_every_fs(|fixture| {
         let alpine = repository("library/alpine");
-        let store = ground.open();
+        let store = fixture.open();
         store.add_member(UPSTREAM, &alpine, &digest(b"1")).unwrap();
         drop(store);
-        let file = ground.files("seen").remove(0);
+        let file = fixture.files("seen").remove(0);
         let line = format!("{} 00000000\n", digest(b"2"));
-        ground.fs.append(&file, line.as_bytes()).unwrap();
-        ground
+        fixture.fs.append(&file, line.as_bytes()).unwrap();
+        fixture
             .fs
             .append(&file, b"\xff\xfe nonsense\npublic 17 deadbeef\n")
             .unwrap();
-        ground
+        fixture
             .fs
             .append(&file, format!("{}", digest(b"3")).as_bytes())
             .unwrap();
-        let store = ground.open();
+        let store = fixture.open();
         store.add_member(UPSTREAM, &alpine, &digest(b"4")).unwrap();
         drop(store);
-        let store = ground.open();
+        let store = fixture.open();
         let seen = [b"1", b"2", b"3", b"4"].map(|bytes| store.is_member(UPSTREAM, &alpine, &digest(bytes)));
         assert_eq!(seen, [true, false, false, true]);
         assert_eq!(store.public_since(UPSTREAM, &alpine), None);
@@ -60,21 +60,21 @@ fn a_torn_or_wrong_line_is_ignored_and_spoils_no_other() {
 
 #[test]
 fn a_line_copied_from_another_repository_proves_nothing() {
-    everywhere(|ground| {
+    on_every_fs(|fixture| {
         let (theirs, mine) = (repository("acme/secret"), repository("acme/open"));
-        let store = ground.open();
+        let store = fixture.open();
         store.add_member(UPSTREAM, &theirs, &digest(b"secret")).unwrap();
-        let file = ground.files("seen").remove(0);
+        let file = fixture.files("seen").remove(0);
         store.add_member(UPSTREAM, &mine, &digest(b"open")).unwrap();
         drop(store);
-        let lines = ground.fs.read_file(&file, 10_000).unwrap();
-        let target = ground
+        let lines = fixture.fs.read_file(&file, 10_000).unwrap();
+        let target = fixture
             .files("seen")
             .into_iter()
             .find(|path| *path != file)
             .unwrap();
-        ground.fs.append(&target, &lines).unwrap();
-        let store = ground.open();
+        fixture.fs.append(&target, &lines).unwrap();
+        let store = fixture.open();
         assert!(store.is_member(UPSTREAM, &mine, &digest(b"open")));
         assert!(!store.is_member(UPSTREAM, &mine, &digest(b"secret")));
     });
@@ -82,16 +82,16 @@ fn a_line_copied_from_another_repository_proves_nothing() {
 
 #[test]
 fn a_repository_is_public_until_it_is_not() {
-    everywhere(|ground| {
+    on_every_fs(|fixture| {
         let alpine = repository("library/alpine");
-        let store = ground.open();
+        let store = fixture.open();
         assert_eq!(store.public_since(UPSTREAM, &alpine), None);
         for seconds in [0, 10, 20] {
             store.set_public(UPSTREAM, &alpine, Some(at(seconds))).unwrap();
             assert_eq!(store.public_since(UPSTREAM, &alpine), Some(at(seconds)));
         }
         drop(store);
-        let store = ground.open();
+        let store = fixture.open();
         assert_eq!(
             store.public_since(UPSTREAM, &alpine),
             Some(at(0)),
@@ -99,33 +99,33 @@ fn a_repository_is_public_until_it_is_not() {
         );
         store.set_public(UPSTREAM, &alpine, Some(at(4000))).unwrap();
         drop(store);
-        let store = ground.open();
+        let store = fixture.open();
         assert_eq!(store.public_since(UPSTREAM, &alpine), Some(at(4000)));
         store.set_public(UPSTREAM, &alpine, None).unwrap();
         assert_eq!(store.public_since(UPSTREAM, &alpine), None);
         drop(store);
-        assert_eq!(ground.open().public_since(UPSTREAM, &alpine), None);
+        assert_eq!(fixture.open().public_since(UPSTREAM, &alpine), None);
     });
 }
 
 #[test]
 fn a_file_of_proofs_with_many_useless_lines_is_written_anew() {
-    everywhere(|ground| {
+    on_every_fs(|fixture| {
         let alpine = repository("library/alpine");
-        let store = ground.open();
+        let store = fixture.open();
         store.add_member(UPSTREAM, &alpine, &digest(b"layer")).unwrap();
         store.set_public(UPSTREAM, &alpine, Some(at(0))).unwrap();
         drop(store);
-        let file = ground.files("seen").remove(0);
-        ground
+        let file = fixture.files("seen").remove(0);
+        fixture
             .fs
             .append(&file, "useless\n".repeat(2000).as_bytes())
             .unwrap();
         for _ in 0..2 {
-            let store = ground.open();
+            let store = fixture.open();
             assert!(store.is_member(UPSTREAM, &alpine, &digest(b"layer")));
             assert_eq!(store.public_since(UPSTREAM, &alpine), Some(at(0)));
-            assert!(ground.fs.read_file(&file, 1000).is_ok(), "short again");
+            assert!(fixture.fs.read_file(&file, 1000).is_ok(), "short again");
             drop(store);
         }
     });
@@ -133,9 +133,9 @@ fn a_file_of_proofs_with_many_useless_lines_is_written_anew() {
 
 #[test]
 fn a_grant_is_one_principals_in_one_repository_until_dropped() {
-    everywhere(|ground| {
+    on_every_fs(|fixture| {
         let (alpine, other) = (repository("library/alpine"), repository("acme/alpine"));
-        let store = ground.open();
+        let store = fixture.open();
         assert_eq!(store.grant(UPSTREAM, &alpine, &[1; 32]), None);
         store.put_grant(UPSTREAM, &alpine, &[1; 32], at(5));
         assert_eq!(store.grant(UPSTREAM, &alpine, &[1; 32]), Some(at(5)));
@@ -149,10 +149,10 @@ fn a_grant_is_one_principals_in_one_repository_until_dropped() {
 
 #[test]
 fn r06_which_url_has_served_a_repository_outlives_a_restart() {
-    everywhere(|ground| {
+    on_every_fs(|fixture| {
         let (app, older) = (repository("team/app"), repository("team/older"));
         let (mirror, origin) = ("http://mirror", "http://origin");
-        let store = ground.open();
+        let store = fixture.open();
         assert!(
             !store.has_served(UPSTREAM, origin, &app),
             "nothing is known of it"
@@ -162,7 +162,7 @@ fn r06_which_url_has_served_a_repository_outlives_a_restart() {
         store.add_member(UPSTREAM, &app, &digest(b"layer")).unwrap();
         store.add_member(UPSTREAM, &older, &digest(b"layer")).unwrap();
         drop(store);
-        let store = ground.open();
+        let store = fixture.open();
         let served = |url, repository| store.has_served(UPSTREAM, url, repository);
         assert!(served(origin, &app));
         assert!(!served(mirror, &app));

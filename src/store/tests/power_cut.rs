@@ -1,5 +1,6 @@
-//! The power goes at each call that writes, once: half of that call is done, no later one is, and only what was made
-//! durable is there afterwards. What the store had acknowledged must then be whole; anything else is whole or a miss.
+//! Power cut test: the power fails at each writing call in turn. Half of that call is executed and no later call is,
+//! and only durable data remains. Content that the store acknowledged must then be complete. Other content is
+//! complete or a miss.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -8,7 +9,7 @@ use std::sync::{Barrier, Mutex};
 use super::*;
 use crate::store::fs::{Entry, FsFile};
 
-/// Counts the calls that write, and lets none through after the last.
+/// Counts writing calls and fails all after the last one.
 struct Power {
     calls: AtomicUsize,
     last: usize,
@@ -39,24 +40,24 @@ fn jitter() {
     }
 }
 
-type Names = BTreeMap<PathBuf, Arc<CutFile>>;
+type Names = BTreeMap<PathBuf, Arc<PowerCutFile>>;
 
-/// A disk that remembers which names and which bytes were made durable.
-pub(in crate::store) struct CutVolume {
+/// A disk that records which names and which bytes are durable.
+pub(in crate::store) struct PowerCutFs {
     power: Arc<Power>,
     names: Mutex<Names>,
     durable: Mutex<Names>,
-    /// Met twice by the next that names a file in the tree.
+    /// Barrier that the next rename into the folder waits at twice.
     gate: Mutex<Option<(&'static str, Arc<Barrier>)>>,
 }
 
-pub(super) struct CutFile {
+pub(super) struct PowerCutFile {
     power: Arc<Power>,
     bytes: Mutex<Vec<u8>>,
     durable: Mutex<Vec<u8>>,
 }
 
-impl CutVolume {
+impl PowerCutFs {
     pub(in crate::store) fn new(last: usize) -> Self {
         let power = Arc::new(Power {
             calls: AtomicUsize::new(0),
@@ -70,15 +71,15 @@ impl CutVolume {
         }
     }
 
-    /// The next that names a file in `tree` waits at this barrier, once before the test goes on and once after.
+    /// Makes the next rename into `tree` wait at this barrier: once before the test continues, and once after.
     pub(in crate::store) fn gate(&self, tree: &'static str) -> Arc<Barrier> {
         let barrier = Arc::new(Barrier::new(2));
         *self.gate.lock().unwrap() = Some((tree, Arc::clone(&barrier)));
         barrier
     }
 
-    /// The disk as it is found when the power is back, to lose it again. Of the names given and taken that were not
-    /// made durable, a disk may have any: `chance` says which.
+    /// The disk after a power cut, which can lose power again. Any of the renames and removals that were not durable
+    /// may have reached the disk; `chance` selects them.
     pub(in crate::store) fn after_by_chance(&self, chance: u64) -> Self {
         let found = Self::new(usize::MAX);
         let (names, durable) = (self.names.lock().unwrap(), self.durable.lock().unwrap());
@@ -107,7 +108,7 @@ impl CutVolume {
         found
     }
 
-    /// The disk as it is found when the power is back.
+    /// The disk after a power cut.
     fn after(&self) -> MemoryFs {
         let found = MemoryFs::new();
         for (path, file) in self.durable.lock().unwrap().iter() {
@@ -117,7 +118,7 @@ impl CutVolume {
         found
     }
 
-    fn find(&self, path: &Path) -> io::Result<Arc<CutFile>> {
+    fn find(&self, path: &Path) -> io::Result<Arc<PowerCutFile>> {
         jitter();
         self.names
             .lock()
@@ -127,9 +128,9 @@ impl CutVolume {
             .ok_or_else(|| io::ErrorKind::NotFound.into())
     }
 
-    fn new_file(&self) -> Arc<CutFile> {
+    fn new_file(&self) -> Arc<PowerCutFile> {
         let power = Arc::clone(&self.power);
-        Arc::new(CutFile {
+        Arc::new(PowerCutFile {
             power,
             bytes: Mutex::default(),
             durable: Mutex::default(),
@@ -137,7 +138,7 @@ impl CutVolume {
     }
 }
 
-impl FileSystem for CutVolume {
+impl FileSystem for PowerCutFs {
     fn folder(&self) -> Option<&Path> {
         None
     }
@@ -168,7 +169,7 @@ impl FileSystem for CutVolume {
         let cut = self.power.is_cut();
         let written = if cut { &bytes[..bytes.len() / 2] } else { bytes };
         file.bytes.lock().unwrap().extend_from_slice(written);
-        // A torn append may well be on the disk.
+        // A torn append may have reached the disk.
         file.durable
             .lock()
             .unwrap()
@@ -264,7 +265,7 @@ impl FileSystem for CutVolume {
 }
 
 /// An open file.
-struct Handle(Arc<CutFile>);
+struct Handle(Arc<PowerCutFile>);
 
 impl FsFile for Handle {
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
@@ -312,9 +313,9 @@ impl FsFile for Handle {
     }
 }
 
-/// What was acknowledged, in the order of the scenario.
+/// The acknowledged steps, in the order of the scenario.
 #[derive(Debug, Default)]
-#[expect(clippy::struct_excessive_bools, reason = "a list of independent yeses")]
+#[expect(clippy::struct_excessive_bools, reason = "independent flags, one per step")]
 struct Acknowledged {
     secret: Option<[u8; 32]>,
     blob: bool,
@@ -327,7 +328,7 @@ struct Acknowledged {
 }
 
 impl Acknowledged {
-    /// Goes on after a failure, as the program does.
+    /// Continues after an error, as the program does.
     fn play(fs: Arc<dyn FileSystem>) -> Self {
         let mut done = Self::default();
         let Ok(store) = Store::open(&Settings::default(), fs, at(0)) else {
@@ -335,13 +336,13 @@ impl Acknowledged {
         };
         let alpine = repository("library/alpine");
         done.secret = Some(*store.install_secret());
-        done.blob = keep_blob(&store, b"layer").is_ok();
+        done.blob = put_blob(&store, b"layer").is_ok();
         done.manifest = put_manifest(&store, &manifest(1), "library/alpine").is_ok();
         done.seen = store.add_member(UPSTREAM, &alpine, &digest(b"layer")).is_ok();
         done.tag = store.put_tag(&key("3"), variant(1, b"old", 1)).is_ok();
         done.moved = store.put_tag(&key("3"), variant(1, b"new", 2)).is_ok();
         done.public = store.set_public(UPSTREAM, &alpine, Some(at(0))).is_ok();
-        done.second_blob = keep_blob(&store, b"another layer").is_ok();
+        done.second_blob = put_blob(&store, b"another layer").is_ok();
         done
     }
 
@@ -363,7 +364,7 @@ impl Acknowledged {
         assert!(found.is_none_or(|held| held.bytes == manifest(1) && held.media_type == image()));
         assert!(
             !self.seen || store.is_member(UPSTREAM, &alpine, &digest(b"layer")),
-            "a proof is lost"
+            "membership is lost"
         );
         assert_eq!(store.public_since(UPSTREAM, &alpine).is_some(), self.public);
         let named = store
@@ -378,15 +379,15 @@ impl Acknowledged {
         assert_eq!(
             store.fs.list(Path::new("quarantine")).unwrap(),
             [],
-            "nothing is damaged, only missing"
+            "content is missing, never corrupt"
         );
     }
 }
 
 #[test]
-fn whatever_call_the_power_fails_at_nothing_acknowledged_is_lost_and_nothing_is_wrong() {
+fn power_cut_at_any_call_loses_nothing_acknowledged() {
     for last in 0.. {
-        let fs = Arc::new(CutVolume::new(last));
+        let fs = Arc::new(PowerCutFs::new(last));
         let acknowledged = Acknowledged::play(Arc::clone(&fs) as Arc<dyn FileSystem>);
         let found = Arc::new(fs.after());
         let store = Store::open(&Settings::default(), found, at(9)).unwrap();

@@ -1,4 +1,4 @@
-//! A tag that was removed stays removed, whatever the index has lost.
+//! Tag removal: a removed tag stays removed, whatever the index has lost.
 
 use super::*;
 use crate::store::index::handle::Location;
@@ -11,7 +11,7 @@ fn opened(fs: &Arc<dyn FileSystem>, location: Location) -> Store {
 }
 
 #[test]
-fn t08_removed_tag_stays_removed_after_a_crash() {
+fn t08_removed_tag_stays_removed_after_crash() {
     let fs: Arc<dyn FileSystem> = Arc::new(MemoryFs::new());
     let flushed = Flushed::default();
     let store = opened(&fs, flushed.location());
@@ -28,7 +28,7 @@ fn t08_removed_tag_stays_removed_after_a_crash() {
 }
 
 #[test]
-fn t08_tag_whose_removal_is_not_flushed_is_in_doubt() {
+fn t08_tag_with_unflushed_removal_is_invalidated() {
     let fs: Arc<dyn FileSystem> = Arc::new(MemoryFs::new());
     let (location, flushes) = slow_location();
     let store = opened(&fs, location);

@@ -6,8 +6,8 @@ use crate::store::tags::{TagRecord, VARIANTS_MAX};
 
 #[test]
 fn a_tag_is_found_again_with_the_digest_it_named_last() {
-    everywhere(|ground| {
-        let store = ground.open();
+    on_every_fs(|fixture| {
+        let store = fixture.open();
         assert!(store.tag(&key("3")).unwrap().is_none());
         store.put_tag(&key("3"), variant(1, b"old", 1)).unwrap();
         store.put_tag(&key("3"), variant(1, b"new", 2)).unwrap();
@@ -17,7 +17,7 @@ fn a_tag_is_found_again_with_the_digest_it_named_last() {
         };
         assert_eq!(only_variant(&store, "3"), expected);
         drop(store);
-        let store = ground.open();
+        let store = fixture.open();
         assert_eq!(only_variant(&store, "3"), expected);
         assert!(store.tag(&key("4")).unwrap().is_none());
     });
@@ -25,13 +25,13 @@ fn a_tag_is_found_again_with_the_digest_it_named_last() {
 
 #[test]
 fn confirming_a_tag_moves_its_time_and_not_its_file() {
-    everywhere(|ground| {
-        let store = ground.open();
+    on_every_fs(|fixture| {
+        let store = fixture.open();
         store.put_tag(&key("3"), variant(1, b"old", 1)).unwrap();
-        let file = ground.files("refs").remove(0);
-        let before = ground.fs.read_file(&file, 10_000).unwrap();
+        let file = fixture.files("refs").remove(0);
+        let before = fixture.fs.read_file(&file, 10_000).unwrap();
         store.put_tag(&key("3"), variant(1, b"old", 60)).unwrap();
-        assert_eq!(ground.fs.read_file(&file, 10_000).unwrap(), before);
+        assert_eq!(fixture.fs.read_file(&file, 10_000).unwrap(), before);
         let expected = Variant {
             first_seen_at: at(1),
             ..variant(1, b"old", 60)
@@ -42,8 +42,8 @@ fn confirming_a_tag_moves_its_time_and_not_its_file() {
 
 #[test]
 fn a_tag_keeps_the_newest_variants_and_no_more() {
-    everywhere(|ground| {
-        let store = ground.open();
+    on_every_fs(|fixture| {
+        let store = fixture.open();
         let kept = VARIANTS_MAX as u64 + 3;
         for accept in 0..kept {
             store
@@ -51,7 +51,7 @@ fn a_tag_keeps_the_newest_variants_and_no_more() {
                 .unwrap();
         }
         drop(store);
-        let record = ground.open().tag(&key("3")).unwrap().unwrap();
+        let record = fixture.open().tag(&key("3")).unwrap().unwrap();
         let accepts: Vec<u64> = record.variants.iter().map(|variant| variant.accept).collect();
         assert_eq!(accepts, (3..kept).rev().collect::<Vec<u64>>());
     });
@@ -59,51 +59,57 @@ fn a_tag_keeps_the_newest_variants_and_no_more() {
 
 #[test]
 fn a_damaged_tag_file_is_quarantined_and_a_miss_unless_the_index_knows() {
-    everywhere(|ground| {
-        ground.open().put_tag(&key("3"), variant(1, b"image", 1)).unwrap();
-        let file = ground.files("refs").remove(0);
-        let mut bytes = ground.fs.read_file(&file, 10_000).unwrap();
+    on_every_fs(|fixture| {
+        fixture
+            .open()
+            .put_tag(&key("3"), variant(1, b"image", 1))
+            .unwrap();
+        let file = fixture.files("refs").remove(0);
+        let mut bytes = fixture.fs.read_file(&file, 10_000).unwrap();
         bytes[30] ^= 1;
-        ground.overwrite(&file, &bytes);
-        let store = ground.open();
+        fixture.overwrite(&file, &bytes);
+        let store = fixture.open();
         let found = store.tag(&key("3")).unwrap();
         assert_eq!(
             found.is_some(),
-            ground.folder.is_some(),
+            fixture.folder.is_some(),
             "only the folder has an index that stays"
         );
-        assert_eq!(ground.files("quarantine").len(), 1);
+        assert_eq!(fixture.files("quarantine").len(), 1);
         assert_eq!(
-            ground.files("refs").len(),
+            fixture.files("refs").len(),
             usize::from(found.is_some()),
             "written again from the index"
         );
         store.put_tag(&key("3"), variant(1, b"newer", 2)).unwrap();
         drop(store);
-        assert_eq!(only_variant(&ground.open(), "3").digest, digest(b"newer"));
+        assert_eq!(only_variant(&fixture.open(), "3").digest, digest(b"newer"));
     });
 }
 
 #[test]
 fn the_file_of_another_tag_proves_nothing() {
-    everywhere(|ground| {
-        ground.open().put_tag(&key("3"), variant(1, b"image", 1)).unwrap();
-        let from = ground.files("refs").remove(0);
+    on_every_fs(|fixture| {
+        fixture
+            .open()
+            .put_tag(&key("3"), variant(1, b"image", 1))
+            .unwrap();
+        let from = fixture.files("refs").remove(0);
         let to = key("4").path();
-        ground.fs.rename(&from, &to).unwrap();
-        assert!(ground.open().tag(&key("4")).unwrap().is_none());
+        fixture.fs.rename(&from, &to).unwrap();
+        assert!(fixture.open().tag(&key("4")).unwrap().is_none());
     });
 }
 
 #[test]
 fn tags_are_listed_in_order_and_by_the_page() {
-    everywhere(|ground| {
-        let store = ground.open();
+    on_every_fs(|fixture| {
+        let store = fixture.open();
         for tag in ["b", "a", "d", "c"] {
             store.put_tag(&key(tag), variant(1, tag.as_bytes(), 1)).unwrap();
         }
         for store in [Some(store), None] {
-            let store = store.unwrap_or_else(|| ground.open());
+            let store = store.unwrap_or_else(|| fixture.open());
             let names = |page: &[(TagKey, TagRecord)]| -> Vec<String> {
                 page.iter().map(|(key, _)| key.tag.as_str().to_owned()).collect()
             };
@@ -118,27 +124,27 @@ fn tags_are_listed_in_order_and_by_the_page() {
 
 #[test]
 fn a_removed_tag_is_unknown_for_good() {
-    everywhere(|ground| {
-        let store = ground.open();
+    on_every_fs(|fixture| {
+        let store = fixture.open();
         store.put_tag(&key("3"), variant(1, b"image", 1)).unwrap();
         assert!(store.remove_tag(&key("3")).unwrap());
         assert!(!store.remove_tag(&key("3")).unwrap());
         assert!(store.tag(&key("3")).unwrap().is_none());
         drop(store);
-        assert!(ground.open().tag(&key("3")).unwrap().is_none());
+        assert!(fixture.open().tag(&key("3")).unwrap().is_none());
     });
 }
 
 #[test]
 fn that_there_is_no_list_is_kept_like_one() {
-    everywhere(|ground| {
+    on_every_fs(|fixture| {
         let key = ListingKey {
             upstream: UPSTREAM.into(),
             path: format!("/v2/library/alpine/referrers/sha256:{}", "0".repeat(64)),
         };
         let list = StoredListing::new(Bytes::from_static(b"{}"), image(), None, None, at(1));
         for code in [None, Some("NAME_UNKNOWN".to_owned())] {
-            let store = ground.open();
+            let store = fixture.open();
             store.put_listing(&key, list.clone()).unwrap();
             let absence = StoredNotFound {
                 code,
@@ -146,7 +152,7 @@ fn that_there_is_no_list_is_kept_like_one() {
             };
             store.put_listing_not_found(&key, absence.clone()).unwrap();
             drop(store);
-            let store = ground.open();
+            let store = fixture.open();
             assert_eq!(store.listing(&key), Ok(None));
             let found = store.listing_response(&key).unwrap();
             assert!(
@@ -155,16 +161,16 @@ fn that_there_is_no_list_is_kept_like_one() {
             );
             drop(store);
         }
-        let store = ground.open();
+        let store = fixture.open();
         store.put_listing(&key, list.clone()).unwrap();
         drop(store);
-        assert_eq!(*ground.open().listing(&key).unwrap().unwrap(), list);
+        assert_eq!(*fixture.open().listing(&key).unwrap().unwrap(), list);
     });
 }
 
 #[test]
 fn a_list_is_kept_until_a_newer_one_comes() {
-    everywhere(|ground| {
+    on_every_fs(|fixture| {
         let key = |path: &str| ListingKey {
             upstream: UPSTREAM.into(),
             path: path.to_owned(),
@@ -179,7 +185,7 @@ fn a_list_is_kept_until_a_newer_one_comes() {
                 at(seconds),
             )
         };
-        let store = ground.open();
+        let store = fixture.open();
         assert_eq!(store.listing(&key("/v2/library/alpine/tags/list")), Ok(None));
         store
             .put_listing(&key("/v2/library/alpine/tags/list"), list("{\"tags\":[]}", 1))
@@ -188,7 +194,7 @@ fn a_list_is_kept_until_a_newer_one_comes() {
             .put_listing(&key("/v2/library/alpine/tags/list"), list("{\"tags\":[\n]}", 2))
             .unwrap();
         drop(store);
-        let store = ground.open();
+        let store = fixture.open();
         let found = store
             .listing(&key("/v2/library/alpine/tags/list"))
             .unwrap()
@@ -196,12 +202,12 @@ fn a_list_is_kept_until_a_newer_one_comes() {
         assert_eq!(*found, list("{\"tags\":[\n]}", 2));
         assert_eq!(store.listing(&key("/v2/library/alpine/tags/list?n=1")), Ok(None));
         drop(store);
-        let file = ground.files("listings").remove(0);
-        let mut bytes = ground.fs.read_file(&file, 10_000).unwrap();
+        let file = fixture.files("listings").remove(0);
+        let mut bytes = fixture.fs.read_file(&file, 10_000).unwrap();
         *bytes.last_mut().unwrap() ^= 1;
-        ground.overwrite(&file, &bytes);
+        fixture.overwrite(&file, &bytes);
         assert_eq!(
-            ground.open().listing(&key("/v2/library/alpine/tags/list")),
+            fixture.open().listing(&key("/v2/library/alpine/tags/list")),
             Ok(None),
             "damaged"
         );
