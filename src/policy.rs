@@ -1,14 +1,15 @@
-//! The decision: what to do with a request, given everything that is known. Pure; the product's heart.
+//! Pull-policy decision: a pure function from the cache state to what the proxy does with a request.
 //!
-//! [`decide`] is called at most three times for one request. Before asking, it may say [`Decision::Revalidate`]; the road then
-//! sends one `HEAD` **with the client's own credential** and calls it again with what was [`Revalidation`]. That `HEAD` is
-//! both the freshness check and the authorisation check, which is how a held copy never becomes a way around a private
-//! registry's authentication. Should what followed fail, a fetch or a [`Decision::ProbeLayers`], it is called once more with
-//! [`Revalidation::FetchFailed`].
+//! [`decide`] is called at most three times for one request. Before a revalidation it may return
+//! [`Decision::Revalidate`]. The proxy then sends one `HEAD` **with the client's own credential** and calls it
+//! again with the [`Revalidation`] result. That `HEAD` is both the freshness check and the authorization check,
+//! so a cached copy cannot bypass a private registry's authentication. If the fetch or the
+//! [`Decision::ProbeLayers`] that follows fails, it is called once more with [`Revalidation::FetchFailed`].
 //!
-//! There is no clock, no I/O and no handle here: a [`CacheState`] can be printed, kept in a failing test, or shown by
-//! the admin API, and always yields the same [`Decision`]. `policy/tests.rs` enumerates every situation against laws of
-//! safety (what may never be served) and of economy (what may never be asked or fetched).
+//! There is no clock, no I/O and no handle here. A [`CacheState`] can be printed, stored in a failing test or
+//! shown by the admin API, and always yields the same [`Decision`]. `policy/tests.rs` enumerates every state
+//! against laws of safety (which responses are forbidden) and of economy (which upstream requests are
+//! forbidden).
 
 pub mod authz;
 mod decision;
@@ -26,7 +27,7 @@ pub use decision::{Decision, DenyReason, HitReason, MissReason};
 use crate::age;
 use crate::oci::{Digest, UpstreamFailure};
 
-/// Decides what to do. Total: every situation has a verdict.
+/// Decides what to do with a request. Total: every state has a decision.
 pub fn decide(state: &CacheState) -> Decision {
     let s = &state.with_invalidation_applied();
     match s.revalidation {
@@ -41,38 +42,39 @@ pub fn decide(state: &CacheState) -> Decision {
     }
 }
 
-/// Everything the decision depends on.
+/// Input of the decision.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CacheState {
-    /// The policy of the rule that matched.
+    /// Pull policy of the matching rule.
     pub policy: Policy,
-    /// What is asked for.
+    /// Kind of the requested content.
     pub kind: ContentKind,
-    /// The copy that could be served, if there is one.
+    /// Cached copy that can be served, if there is one.
     pub cached: Option<CachedEntry>,
-    /// What the upstream has shown about this principal's right to read.
+    /// Authorization of this principal, from remembered upstream responses.
     pub authorization: Authorization,
-    /// What the upstream said to the question, once it was put.
+    /// Result of the revalidation, if one was made.
     pub revalidation: Revalidation,
-    /// What to do when the upstream says that the tag is gone.
+    /// Action if the upstream answers 404 for the tag.
     pub on_not_found: OnNotFound,
-    /// For how long after a confirmation a tag is served without asking.
+    /// Time after a confirmation during which a tag is served without revalidation.
     pub max_age: Duration,
-    /// For how long after a confirmation a tag is served while the upstream is silent; `None`: forever.
+    /// Time after a confirmation during which a tag is served while the upstream is unavailable. `None`:
+    /// unlimited.
     pub stale_if_error: Option<Duration>,
-    /// The time of the request.
+    /// Time of the request.
     pub now: SystemTime,
 }
 
 impl CacheState {
-    /// The same situation after something was heard.
+    /// Returns the same state with a revalidation result.
     #[must_use]
     pub fn with_revalidation(self, revalidation: Revalidation) -> Self {
         Self { revalidation, ..self }
     }
 
-    /// A tag that a write may have changed is judged as under `if-newer`, and is fresh for nobody. Only `never`, which asks
-    /// nobody, stays what it is.
+    /// A tag that a forwarded write invalidated is treated as under `if-newer` with `max_age` 0. The policy
+    /// `never` is unaffected, because it forbids upstream requests.
     fn with_invalidation_applied(self) -> Self {
         if self.kind != ContentKind::Tag || !self.is_invalidated() {
             return self;
@@ -92,14 +94,15 @@ impl CacheState {
         self.cached.is_some_and(|cached| cached.is_invalidated)
     }
 
-    /// Whether the copy of a tag may be served without asking. A copy that was confirmed in the future is none: asking
-    /// costs one question.
+    /// Whether a cached tag is served without revalidation. A confirmation time in the future does not count:
+    /// one `HEAD` settles it.
     fn is_fresh(&self, cached: CachedEntry) -> bool {
         !cached.is_moved && age::is_within(cached.confirmed_at, self.max_age, self.now)
     }
 
-    /// What counts of the rest. By digest nothing better exists than what is cached, and its reader asks for the parts it
-    /// wants: clients read manifests and configs of every platform, and layers of one. Completeness is a rule for tags.
+    /// Completeness that counts for the decision. It matters for tags only. By digest the cached content is the
+    /// best there is: clients read manifests and configs of every platform, but layers of one, and request each
+    /// missing blob themselves.
     fn completeness(&self, cached: CachedEntry) -> Completeness {
         match self.kind {
             ContentKind::Tag => cached.completeness,
@@ -108,25 +111,25 @@ impl CacheState {
     }
 }
 
-/// The pull policies, in the words of GitLab Runner and Kubernetes.
+/// Pull policies, named as in GitLab Runner and Kubernetes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Policy {
-    /// Nothing is served that the upstream has not confirmed now.
+    /// Serves nothing that the upstream has not confirmed during this request.
     Always,
-    /// The upstream is asked; the held copy is served when it is unchanged or the upstream is silent.
+    /// Revalidates. Serves the cached copy if it is unchanged or the upstream is unavailable.
     #[default]
     IfNewer,
-    /// What is held is served without asking for a newer one.
+    /// Serves the cached copy without revalidation.
     IfNotPresent,
-    /// Only what is held; the upstream is never contacted.
+    /// Serves cached copies only and never contacts the upstream.
     Never,
 }
 
 impl Policy {
-    /// Every policy, in the order of the documentation.
+    /// All policies, in the order of the documentation.
     pub const ALL: [Self; 4] = [Self::Always, Self::IfNewer, Self::IfNotPresent, Self::Never];
 
-    /// The name as written in the configuration.
+    /// Name in the configuration.
     pub fn name(self) -> &'static str {
         match self {
             Self::Always => "always",
@@ -154,21 +157,21 @@ impl FromStr for Policy {
     }
 }
 
-/// What to do with a held tag that the upstream says does not exist (404).
+/// Action for a cached tag that the upstream answers with 404.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum OnNotFound {
-    /// A tag deleted upstream is gone here too.
+    /// Answers 404 as well.
     #[default]
     Refuse,
-    /// Keep serving it to those who have had the right to read it: an archive.
+    /// Serves the cached copy to principals with a grant, as an archive does.
     ServeStale,
 }
 
 impl OnNotFound {
-    /// Both choices.
+    /// All variants.
     pub const ALL: [Self; 2] = [Self::Refuse, Self::ServeStale];
 
-    /// The name as written in the configuration.
+    /// Name in the configuration.
     pub fn name(self) -> &'static str {
         match self {
             Self::Refuse => "refuse",
@@ -188,39 +191,39 @@ impl FromStr for OnNotFound {
     }
 }
 
-/// A word that is none of the choices. The configuration reader adds where it stands and what the choices are.
+/// A value that is not among the choices. The configuration reader adds its position and the choices.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("not one of the choices")]
 pub struct UnknownValue;
 
-/// What a request is about.
+/// Kind of the requested content.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ContentKind {
-    /// A manifest by tag: the only thing that can be stale.
+    /// A manifest by tag. Only tags can be stale.
     Tag,
-    /// A manifest by digest: immutable.
+    /// A manifest by digest, immutable.
     Manifest,
-    /// A blob: immutable, and its download is shared.
+    /// A blob, immutable. Requests for it share one download.
     Blob,
 }
 
-/// A copy in the store, verified.
+/// A verified copy in the store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CachedEntry {
-    /// What the copy is.
+    /// Digest of the copy.
     pub digest: Digest,
-    /// When the upstream last said that the tag names this digest. Without meaning for what is asked by digest.
+    /// When the upstream last confirmed that the tag names this digest. Unused for requests by digest.
     pub confirmed_at: SystemTime,
-    /// Whether the tag was seen to name another digest since, in a response to any client.
+    /// Whether a later upstream response, to any client, named another digest for this tag.
     pub is_moved: bool,
-    /// What the manifest points to. A blob points to nothing.
+    /// Completeness of the image. A blob is always complete.
     pub completeness: Completeness,
-    /// Whether a write that was handed on may have changed it upstream, and the upstream has not been asked since.
+    /// Whether a forwarded write may have changed it upstream, with no revalidation since (RFC 9111 §4.4).
     pub is_invalidated: bool,
 }
 
 impl CachedEntry {
-    /// Whether there is a whole image to serve, should this digest's own image turn out not to be had.
+    /// Whether another complete image can be served if `digest` turns out to be unavailable.
     fn has_complete_fallback(&self, digest: Digest) -> bool {
         match self.completeness {
             Completeness::Complete => self.digest != digest,
@@ -229,71 +232,73 @@ impl CachedEntry {
     }
 }
 
-/// The rest of a held manifest's image: config, layers, manifests.
+/// Completeness of a cached image: config, layers and child manifests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Completeness {
-    /// Held, or arriving now: the image can be pulled whole without another word of the upstream.
+    /// Everything is cached or being downloaded: the image can be pulled without the upstream.
     Complete,
-    /// Some of it must still be fetched. A client given such a manifest while the upstream is silent fails halfway,
-    /// with no way back for most (`docs` of podman, kaniko): better no manifest than half an image.
+    /// Some content must still be fetched. A client that gets such a manifest while the upstream is unavailable
+    /// fails halfway, and most clients cannot recover (see the docs of podman and kaniko). Denying the manifest
+    /// is better.
     Incomplete {
-        /// When the upstream last confirmed the newest whole image that the tag named before, if one is held.
+        /// When the upstream last confirmed the previous complete image of this tag, if one is cached.
         previous: Option<SystemTime>,
     },
 }
 
-/// A principal's right to read, as far as the upstream has shown it.
+/// Authorization of a principal, as far as the upstream has shown it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Authorization {
-    /// Never shown, or withdrawn, or too long ago even for an outage.
+    /// No grant, a revoked one, or one older than `grant_ttl_offline`.
     Unknown,
-    /// Shown before, but longer ago than a grant lives: good only while the upstream is silent.
+    /// A grant older than `grant_ttl`. It counts only while the upstream is unavailable.
     Expired,
-    /// Shown recently enough to serve without asking.
+    /// A grant recent enough to serve without revalidation.
     Granted,
 }
 
-/// What the upstream answered.
+/// Result of a revalidation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Revalidation {
-    /// Nothing was asked yet.
+    /// No upstream request was made yet.
     NotDone,
-    /// 2xx, and the digest that the reference names now.
+    /// 2xx with the digest that the reference names now.
     Digest {
-        /// The digest named.
+        /// The digest.
         digest: Digest,
-        /// How much of it is in the store.
+        /// How much of that image is in the store.
         presence: Presence,
     },
-    /// 2xx, but without a digest that can be verified.
+    /// 2xx without a verifiable digest.
     NoDigest,
-    /// 404: there is no such thing.
+    /// 404.
     NotFound,
-    /// 401 or 403 to this credential.
+    /// 401 or 403 for this credential.
     Denied(CredentialOwner),
-    /// No usable answer. Never a refusal and never an absence.
+    /// No usable response. Distinct from a denial and from a 404.
     Unavailable(UpstreamFailure),
-    /// It named something new, but the fetch of it failed.
+    /// The upstream named a new digest, but fetching it failed.
     FetchFailed(UpstreamFailure),
 }
 
-/// How much of an image is in the store, the upstream having been seen to have it in this repository.
+/// How much of an image is in the store, counting only content that the upstream was seen to have in this
+/// repository.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Presence {
-    /// Not even the manifest.
+    /// The manifest is not cached.
     None,
-    /// The manifest.
+    /// The manifest is cached, the rest is not.
     ManifestOnly,
-    /// The manifest and all that it points to, or that much of it arriving.
+    /// The manifest and everything it refers to is cached or being downloaded.
     Complete,
 }
 
-/// Whose credential the upstream refused.
+/// Owner of the credential that the upstream rejected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum CredentialOwner {
-    /// The client's: it may not read.
+    /// The client: it may not read.
     Client,
-    /// The proxy's own: the operator has something to mend, the client has done nothing wrong.
+    /// The cache itself: an operator error that the client cannot fix.
     Proxy,
 }
 
@@ -302,7 +307,8 @@ pub enum CredentialOwner {
     reason = "a table: rows that agree are still rows of their own"
 )]
 fn before_revalidation(s: &CacheState) -> Decision {
-    // Before the look at what is held: a refusal must not tell a stranger of it.
+    // Checked before the cached copy, because a denial must not reveal to a client without a grant that a copy
+    // exists.
     if s.policy == Policy::Never && s.authorization == Authorization::Unknown {
         return Decision::Deny(DenyReason::NotAuthorized);
     }
@@ -321,7 +327,7 @@ fn before_revalidation(s: &CacheState) -> Decision {
             Completeness::Incomplete { previous: None } => Decision::Deny(DenyReason::NotCached),
         },
         (_, Authorization::Unknown | Authorization::Expired, _) => Decision::Revalidate,
-        // Of use only if the upstream has the rest, so it must be there to be asked.
+        // An incomplete image needs the upstream for its missing layers, so the upstream must be available.
         (_, Authorization::Granted, _) if s.completeness(cached) != Completeness::Complete => {
             Decision::Revalidate
         }
@@ -341,14 +347,14 @@ fn before_revalidation(s: &CacheState) -> Decision {
     }
 }
 
-/// A 2xx with a digest: this principal may read, so standing plays no part any more.
+/// A 2xx with a digest authorizes this principal, so earlier authorization is ignored.
 fn on_digest(s: &CacheState, digest: Digest, presence: Presence) -> Decision {
     match (s.kind, s.cached) {
         (ContentKind::Manifest | ContentKind::Blob, Some(_)) => Decision::Serve(HitReason::Immutable),
         (ContentKind::Tag, Some(cached)) if cached.digest == digest => {
             serve_or_probe_layers(cached, digest, HitReason::Revalidated)
         }
-        // It was asked for the right to read, or for the rest, not for something newer.
+        // This `HEAD` checked the authorization or the availability of missing layers, not for a newer digest.
         (ContentKind::Tag, Some(cached)) if s.policy == Policy::IfNotPresent => {
             serve_or_probe_layers(cached, cached.digest, HitReason::NotRevalidated)
         }
@@ -362,8 +368,8 @@ fn on_digest(s: &CacheState, digest: Digest, presence: Presence) -> Decision {
     }
 }
 
-/// A manifest without its rest is checked where something better could be served instead; where not, the upstream that
-/// has just answered is taken to have the rest.
+/// Probes the layers of an incomplete image only if a complete one can be served instead. Otherwise the
+/// upstream, which has just responded, is assumed to have them.
 fn serve_or_probe_layers(cached: CachedEntry, digest: Digest, reason: HitReason) -> Decision {
     if cached.has_complete_fallback(digest) {
         Decision::ProbeLayers(reason)
@@ -382,7 +388,7 @@ fn on_no_digest(s: &CacheState) -> Decision {
     }
 }
 
-/// Some registries answer 404 where they mean 403, so a 404 never helps a principal that was not vouched for before.
+/// Some registries answer 404 where they mean 403, so a 404 serves nothing to a principal without a grant.
 fn on_not_found(s: &CacheState) -> Decision {
     let keep = s.on_not_found == OnNotFound::ServeStale
         && s.authorization != Authorization::Unknown
@@ -398,7 +404,7 @@ fn on_not_found(s: &CacheState) -> Decision {
     }
 }
 
-/// The operator's mistake must not stop the builds of those who are entitled anyway.
+/// A rejected credential of the cache is the operator's error. Clients that have a grant are still served.
 fn on_cache_credential_rejected(s: &CacheState) -> Decision {
     match on_unavailable(
         s,
@@ -410,7 +416,7 @@ fn on_cache_credential_rejected(s: &CacheState) -> Decision {
     }
 }
 
-/// The upstream gave no usable answer: the held copy, for those entitled, within `stale_if_error`.
+/// No usable response: serves the cached copy to principals with a grant, within `stale_if_error`.
 fn on_unavailable(s: &CacheState, cause: UpstreamFailure, reason: HitReason) -> Decision {
     let Some(cached) = s.cached else {
         return Decision::Deny(DenyReason::UpstreamUnavailable(cause));
@@ -421,7 +427,7 @@ fn on_unavailable(s: &CacheState, cause: UpstreamFailure, reason: HitReason) -> 
     let (confirmed_at, reason) = match s.completeness(cached) {
         Completeness::Complete => (cached.confirmed_at, reason),
         Completeness::Incomplete { previous: Some(at) } => (at, HitReason::PreviousComplete(Some(cause))),
-        // Who limits the rate of questions still gives the bytes: the Hub counts manifests alone.
+        // A registry that rate-limits manifests still serves blobs: Docker Hub counts manifest requests only.
         Completeness::Incomplete { previous: None } if cause == UpstreamFailure::RateLimited => {
             (cached.confirmed_at, reason)
         }

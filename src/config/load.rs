@@ -318,7 +318,7 @@ fn rules(
     for upstream in configured.iter().filter(changes_grant) {
         check_grant_ttls(
             &upstream.table,
-            &default.changed(Arc::from(""), &upstream.changes),
+            &default.with_overrides(Arc::from(""), &upstream.changes),
             report,
         );
     }

@@ -75,7 +75,7 @@ impl Display for Summary<'_> {
             config.default_upstream
         )?;
         for upstream in &config.upstreams {
-            write_upstream(f, upstream, config.rules.otherwise(&upstream.name))?;
+            write_upstream(f, upstream, config.rules.default_for(&upstream.name))?;
         }
         let rules: Vec<_> = config.rules.names().collect();
         if !rules.is_empty() {

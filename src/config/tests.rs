@@ -91,7 +91,7 @@ fn an_empty_file_works() {
     assert_eq!(config.limits.connections_max, 4096);
     assert_eq!(config.limits.drain, Duration::from_secs(30));
 
-    let rule = config.rules.otherwise("docker.io");
+    let rule = config.rules.default_for("docker.io");
     assert_eq!(
         (&*rule.name, rule.policy, rule.on_not_found),
         ("default", Policy::IfNewer, OnNotFound::Refuse)
@@ -202,7 +202,7 @@ fn upstreams_are_added_changed_and_removed() {
         Proxy::Url("http://proxy.example.org:3128".to_owned())
     );
     assert_eq!(added.connect_timeout, Duration::from_millis(500));
-    let rule = config.rules.otherwise(&added.name);
+    let rule = config.rules.default_for(&added.name);
     assert_eq!(
         (&*rule.name, rule.policy),
         ("upstream registry.example.org:5000", Policy::Always)
@@ -216,7 +216,7 @@ fn upstreams_are_added_changed_and_removed() {
     let hub = config.upstream("registry-1.docker.io").unwrap();
     assert_eq!(urls(hub), ["https://mirror.example.org"]);
     assert_eq!(
-        config.rules.otherwise("docker.io").grant_ttl_offline,
+        config.rules.default_for("docker.io").grant_ttl_offline,
         Duration::from_secs(86_400)
     );
     assert!(config.upstream("quay.io").is_none());

@@ -136,7 +136,7 @@ mod tests {
             assert_eq!(
                 TokenRequest::read(Some(&shown(header)), None, b"").credential,
                 None,
-                "{header}"
+                "{value}"
             );
         }
         for form in [

@@ -1,9 +1,11 @@
-//! Who may read what: the upstream's own word, remembered. Pure; the road collects the evidence, [`standing`] weighs it.
+//! Authorization from remembered upstream responses. Pure: the proxy collects the evidence, [`authorize`]
+//! evaluates it.
 //!
-//! A *principal* is a credential's keyed hash, so that a grant can be kept on disk while the credential is not. A
-//! *grant* is the upstream's 2xx to that principal in one repository. It says nothing about another repository, and
-//! nothing about a digest: a hostile manifest can name any digest, so bytes held because of repository A are readable
-//! through repository B only once the upstream was *seen* to have them there.
+//! A *principal* is a keyed hash of a credential, so a grant can be stored on disk without the credential. A
+//! *grant* is the upstream's 2xx to that principal in one repository. It does not extend to another repository.
+//! It does not extend to a digest either: a hostile manifest can name any digest. So bytes that were cached
+//! through repository A are readable through repository B only after the upstream was *seen* to have them
+//! there.
 
 use std::fmt;
 use std::time::{Duration, SystemTime};
@@ -12,44 +14,45 @@ use crate::age;
 use crate::oci::digest::hmac_sha256;
 use crate::policy::Authorization;
 
-/// Who asks: HMAC-SHA-256 of the credential under the install secret. Tells nothing about the credential, and nothing
-/// on another installation.
+/// A requester, identified by HMAC-SHA-256 of its credential under the install secret. The hash reveals nothing
+/// about the credential, and is useless on another installation.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Principal([u8; 32]);
 
 impl Principal {
-    /// The principal of a client's `Authorization` value, as sent.
+    /// Principal of a client's `Authorization` value, as sent.
     pub fn of_credential(secret: &[u8], authorization: &[u8]) -> Self {
         Self::of(secret, b"credential", authorization)
     }
 
-    /// Who shows this at a token service, whatever token is given for it (see [`crate::oci::TokenRequest::secret`]).
+    /// Principal of an account: the credential shown to a token service, independent of the issued token (see
+    /// [`crate::oci::TokenRequest::credential`]).
     pub fn of_account(secret: &[u8], login: &[u8]) -> Self {
         Self::of(secret, b"account", login)
     }
 
-    /// Whoever asks without a credential. What the upstream shows to it, it shows to everyone.
+    /// Principal of requests without a credential. A grant to it makes the repository public.
     pub fn anonymous(secret: &[u8]) -> Self {
         Self::of(secret, b"anonymous", b"")
     }
 
-    /// The proxy itself, where an upstream is configured with `auth = "shared"`.
+    /// Principal of the cache itself, for upstreams with `auth = "shared"`.
     pub fn proxy(secret: &[u8]) -> Self {
         Self::of(secret, b"proxy", b"")
     }
 
-    /// The keyed hash, for keys of maps and records.
+    /// The keyed hash, as key of maps and records.
     pub fn as_bytes(&self) -> &[u8; 32] {
         &self.0
     }
 
-    /// The class is part of the message, so that no credential can be made to hash to another class's principal.
+    /// The class is part of the message, so no credential hashes to a principal of another class.
     fn of(secret: &[u8], class: &[u8], authorization: &[u8]) -> Self {
         Self(hmac_sha256(secret, &[class, b"\0", authorization].concat()))
     }
 }
 
-/// Even a hash of a credential has no business in a log in full.
+/// Prints the first three bytes only: not even the hash of a credential belongs in a log.
 impl fmt::Debug for Principal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let [a, b, c, ..] = self.0;
@@ -57,34 +60,35 @@ impl fmt::Debug for Principal {
     }
 }
 
-/// What is known of a principal's right to read one thing in one repository.
+/// Evidence for a principal's authorization to read one content in one repository.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct GrantEvidence {
-    /// The upstream is configured with `auth = "shared"`: whoever reaches the listener is entitled.
+    /// The upstream is configured with `auth = "shared"`: every client of the listener is authorized.
     pub shared: bool,
-    /// When the upstream last said yes to this principal in this repository.
+    /// Time of the last 2xx to this principal in this repository.
     pub granted_at: Option<SystemTime>,
-    /// When the token service last gave a token for the credential that this principal's token was given for; only
-    /// where that is kept (`local_tokens`).
+    /// When the token service last issued a token for the same credential as this principal's token. Recorded
+    /// with `local_tokens` only.
     pub token_issued_at: Option<SystemTime>,
-    /// When the upstream last said yes to any token of that credential in this repository.
+    /// Time of the last 2xx to any token of that credential in this repository.
     pub account_granted_at: Option<SystemTime>,
-    /// When the upstream last said yes to the anonymous principal in this repository.
+    /// Time of the last 2xx to the anonymous principal in this repository.
     pub anonymous_granted_at: Option<SystemTime>,
-    /// Whether what is asked for was seen in this repository. Always true for a tag, which is a name *of* the repository.
+    /// Whether the content was seen in this repository. Always true for a tag, which is a name within the
+    /// repository.
     pub is_in_repository: bool,
 }
 
-/// How long the upstream's yes is good for.
+/// Lifetimes of a grant.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct GrantTtls {
-    /// While the upstream answers.
+    /// While the upstream is available.
     pub grant_ttl: Duration,
-    /// While it is silent. Also how long a repository counts as public before it is asked again.
+    /// While the upstream is unavailable. Also the time after which a public repository is probed again.
     pub grant_ttl_offline: Duration,
 }
 
-/// Weighs the evidence.
+/// Evaluates the evidence.
 pub fn authorize(evidence: &GrantEvidence, ttls: &GrantTtls, now: SystemTime) -> Authorization {
     if !evidence.is_in_repository {
         return Authorization::Unknown;
@@ -96,13 +100,13 @@ pub fn authorize(evidence: &GrantEvidence, ttls: &GrantTtls, now: SystemTime) ->
     {
         return Authorization::Granted;
     }
-    // Good only while the upstream cannot be asked, so a clock that was set back takes nothing away.
+    // Applies only while no request can be made, so a clock that was set back revokes nothing.
     let in_outage = |at: Option<SystemTime>| {
         at.is_some_and(|at| age::is_within_or_ahead(at, ttls.grant_ttl_offline, now))
     };
-    // Another token of the same credential may do: only while this one cannot be asked about.
+    // A grant to another token of the same credential suffices only while this token cannot be checked.
     let account = in_outage(evidence.token_issued_at) && in_outage(evidence.account_granted_at);
-    // What everyone could read once is no secret in an outage, however long ago that was.
+    // Content that was public once may be served in an outage, however long ago that was.
     if evidence.anonymous_granted_at.is_some() || account || in_outage(evidence.granted_at) {
         return Authorization::Expired;
     }
@@ -131,7 +135,7 @@ mod tests {
     }
 
     #[test]
-    fn standing_follows_the_evidence() {
+    fn authorization_follows_the_evidence() {
         let nothing = GrantEvidence {
             is_in_repository: true,
             ..GrantEvidence::default()
@@ -235,7 +239,7 @@ mod tests {
     }
 
     #[test]
-    fn another_token_of_the_same_credential_is_good_in_an_outage_alone_and_only_while_that_is_taken() {
+    fn other_token_of_the_account_counts_only_in_an_outage() {
         let table = [
             ("still taken", ago(43_199), ago(0), Authorization::Expired),
             ("refused since", None, ago(0), Authorization::Unknown),
@@ -287,7 +291,7 @@ mod tests {
     }
 
     #[test]
-    fn a_principal_is_not_printed_in_full() {
+    fn principal_debug_output_is_truncated() {
         let printed = format!("{:?}", Principal::of_credential(b"one", b"Basic YTpi"));
         assert!(printed.len() < 24, "{printed}");
     }

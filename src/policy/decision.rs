@@ -1,64 +1,66 @@
-//! What can be decided, each with the reason's one name: in the log, the metrics, `Cache-Status` and the admin API.
+//! Decisions and their reasons. Each reason has one name in the log, the metrics, `Cache-Status` and the admin
+//! API.
 
 use crate::oci::UpstreamFailure;
 
-/// What to do, and why.
+/// Action for a request, with its reason.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Decision {
-    /// Ask the upstream which digest the reference names now, then decide again.
+    /// Send a `HEAD` upstream for the current digest, then decide again.
     Revalidate,
-    /// Serve the held copy.
+    /// Serve the cached copy.
     Serve(HitReason),
-    /// The manifest that the tag names now is held, but not the rest: serve it if the upstream has the rest, else decide
-    /// again, for an earlier image is held whole.
+    /// The tag's current manifest is cached, its layers are not. Serve it if the upstream has the layers;
+    /// otherwise decide again, because a previous complete image is cached.
     ProbeLayers(HitReason),
-    /// Fetch it from the upstream.
+    /// Fetch from the upstream.
     Fetch(MissReason),
-    /// Say no.
+    /// Deny the request.
     Deny(DenyReason),
 }
 
 impl Decision {
-    /// The reason's name, as it stands in the log, the metrics, `Cache-Status` and the admin API.
+    /// Name of the reason in the log, the metrics, `Cache-Status` and the admin API.
     pub fn name(self) -> &'static str {
         match self {
             Self::Revalidate => "revalidate",
             Self::Serve(reason) | Self::ProbeLayers(reason) => reason.name(),
-            Self::Fetch(why) => why.name(),
-            Self::Deny(refusal) => refusal.name(),
+            Self::Fetch(reason) => reason.name(),
+            Self::Deny(reason) => reason.name(),
         }
     }
 }
 
-/// Why a held copy may be served.
+/// Reason for serving a cached copy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum HitReason {
     /// Confirmed less than `max_age` ago.
     Fresh,
-    /// The upstream confirmed just now that the tag still names it.
+    /// The upstream confirmed during this request that the tag names this digest.
     Revalidated,
-    /// The tag names another digest now, which is held as well.
+    /// The tag names another digest now, which is cached as well.
     TagMoved,
-    /// Asked for by digest: it cannot change.
+    /// Requested by digest, so it cannot change.
     Immutable,
-    /// The policy says not to ask for a newer one.
+    /// The policy forbids revalidation.
     NotRevalidated,
-    /// The upstream is silent; the tag may have moved since.
+    /// The upstream is unavailable (RFC 5861 §4). The tag may have moved since.
     StaleIfError(UpstreamFailure),
-    /// The upstream is silent; asked for by digest, on a right shown before.
+    /// The upstream is unavailable. Served by digest to a principal whose grant has expired.
     ExpiredGrant(UpstreamFailure),
-    /// There is a newer one, but it could not be had.
+    /// A newer image exists, but fetching it failed.
     StaleOnFetchError(UpstreamFailure),
-    /// The tag's newest image is not held whole and the rest cannot be had: the last one that is whole instead.
+    /// The tag's newest image is incomplete and its missing layers are unavailable, so the previous complete
+    /// image is served.
     PreviousComplete(Option<UpstreamFailure>),
-    /// Gone upstream, and the rule says to keep serving it.
+    /// The upstream answers 404, and `on_not_found = "serve-stale"`.
     RetainedDeleted,
-    /// The upstream refuses the proxy's own credential.
+    /// The upstream rejects the cache's own credential.
     CacheCredentialRejected,
 }
 
 impl HitReason {
-    /// The name in logs, metrics and `Cache-Status`.
+    /// Name in the log, the metrics and `Cache-Status`.
     pub fn name(self) -> &'static str {
         match self {
             Self::Fresh => "fresh",
@@ -75,7 +77,7 @@ impl HitReason {
         }
     }
 
-    /// Whether what is served may no longer be what the upstream has: the client is told so (`Warning: 299`).
+    /// Whether the copy may be outdated. If so, the response carries `Warning: 299`.
     pub fn may_be_outdated(self) -> bool {
         match self {
             Self::StaleIfError(_)
@@ -92,7 +94,7 @@ impl HitReason {
         }
     }
 
-    /// Why the upstream gave no usable answer, where that is the reason.
+    /// Upstream failure that led to this reason, if any.
     pub fn cause(self) -> Option<UpstreamFailure> {
         match self {
             Self::StaleIfError(cause) | Self::ExpiredGrant(cause) | Self::StaleOnFetchError(cause) => {
@@ -104,19 +106,19 @@ impl HitReason {
     }
 }
 
-/// Why something is fetched.
+/// Reason for fetching from the upstream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum MissReason {
-    /// It is not held.
+    /// Not cached.
     NotCached,
-    /// The upstream names another digest than the one held.
+    /// The upstream names another digest than the cached one.
     NewDigest,
-    /// The upstream does not say which digest it is, so the bytes must.
+    /// The upstream states no digest, so only the bytes can tell.
     NoDigest,
 }
 
 impl MissReason {
-    /// The name in logs, metrics and `Cache-Status`.
+    /// Name in the log, the metrics and `Cache-Status`.
     pub fn name(self) -> &'static str {
         match self {
             Self::NotCached => "not-cached",
@@ -126,31 +128,32 @@ impl MissReason {
     }
 }
 
-/// Why the client is told no.
+/// Reason for denying a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum DenyReason {
-    /// Policy `never`, and it is not held.
+    /// Policy `never`, and the content is not cached.
     NotCached,
-    /// This principal was never shown to have the right, and the policy forbids asking, be there a copy or not: a stranger
-    /// learns nothing.
+    /// This principal has no grant, and the policy forbids a revalidation. The same denial is given whether a
+    /// copy exists or not, so it reveals nothing.
     NotAuthorized,
-    /// The upstream refused this credential.
+    /// The upstream rejected this credential.
     Forbidden,
-    /// There is no credential, and the upstream is silent that could say whether one is needed: the client is asked for
-    /// one, be there a copy or not, for those who had the right before are served with theirs.
+    /// The client sent no credential, and the unavailable upstream cannot say whether one is needed. The client
+    /// is challenged whether a copy exists or not, because clients with a grant are served with their
+    /// credential.
     AuthRequired,
-    /// The upstream says that there is no such thing.
+    /// The upstream answered 404.
     NotFound,
-    /// The upstream is silent, and there is nothing that may be served instead.
+    /// The upstream is unavailable, and no cached copy may be served.
     UpstreamUnavailable(UpstreamFailure),
-    /// The upstream is silent, and the held copy was confirmed longer ago than `stale_if_error` allows.
+    /// The upstream is unavailable, and the cached copy was confirmed longer ago than `stale_if_error` allows.
     StaleLimitExceeded(UpstreamFailure),
-    /// The upstream is silent, and of the image only a part is held.
+    /// The upstream is unavailable, and the cached image is incomplete.
     Incomplete(UpstreamFailure),
 }
 
 impl DenyReason {
-    /// The name in logs and metrics.
+    /// Name in the log and the metrics.
     pub fn name(self) -> &'static str {
         match self {
             Self::NotCached => "not-cached",

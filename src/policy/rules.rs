@@ -1,15 +1,15 @@
-//! Which rule holds for an image. Pure: globs over `upstream/repository:tag`, the first match wins.
+//! Per-image policy rules: globs over `upstream/repository:tag`, first match wins. Pure.
 //!
-//! How a glob reads:
-//! * `*` matches any text, `/` included, so `ghcr.io/acme/*` covers `ghcr.io/acme/web` and `ghcr.io/acme/web/api`.
-//!   `?` is one character, `[ab]` a set, `{a,b}` a choice.
-//! * What follows the last `:` (unless a `/` comes after it) is matched against the tag alone, what stands before it
-//!   against `upstream/repository` alone.
-//! * A glob without a tag holds for every tag and for pulls by digest. A glob with a tag never holds for a pull by
-//!   digest: nothing says which tag the client had in mind.
-//! * Docker Hub's one-component images answer to both names: `docker.io/nginx` and `docker.io/library/nginx`.
+//! Glob syntax:
+//! * `*` matches any text, `/` included, so `ghcr.io/acme/*` covers `ghcr.io/acme/web` and
+//!   `ghcr.io/acme/web/api`. `?` is one character, `[ab]` a set, `{a,b}` a choice.
+//! * The text after the last `:` (unless a `/` comes after it) matches the tag, the text before it
+//!   `upstream/repository`.
+//! * A glob without a tag applies to every tag and to pulls by digest. A glob with a tag never applies to a
+//!   pull by digest, because a digest does not state the tag.
+//! * Docker Hub's one-component images match under both names: `docker.io/nginx` and `docker.io/library/nginx`.
 //!
-//! A rule states only what it changes; the rest comes from the upstream's own settings, then from the default.
+//! A rule overrides single settings. The others come from the upstream's section, then from the default.
 
 #[cfg(test)]
 mod tests;
@@ -29,34 +29,35 @@ use crate::oci::{Repository, Tag};
 const HUB: &str = "docker.io";
 const HUB_LIBRARY: &str = "library/";
 
-/// Longest accepted text of a glob. Longer than any image name, and short enough to compile at once.
+/// Longest accepted glob. Longer than any image name, and short enough to compile in no noticeable time.
 const GLOB_BYTES_MAX: usize = 512;
 
-/// What holds for an image, complete: every setting has a value.
+/// Effective policy of an image: every setting has a value.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct EffectivePolicy {
-    /// Which rule this is, for the log and the admin API: `default`, `upstream docker.io`,
-    /// `rule 2: ghcr.io/acme/*:nightly-*`.
+    /// Name of the matching rule, for the log and the admin API: `default`, `upstream docker.io`, `rule 2:
+    /// ghcr.io/acme/*:nightly-*`.
     pub name: Arc<str>,
-    /// The pull policy.
+    /// Pull policy.
     pub policy: Policy,
-    /// For how long after a confirmation a tag is served without asking.
+    /// Time after a confirmation during which a tag is served without revalidation.
     pub max_age: Duration,
-    /// For how long after a confirmation a tag is served while the upstream is silent; `None`: forever.
+    /// Time after a confirmation during which a tag is served while the upstream is unavailable. `None`:
+    /// unlimited.
     pub stale_if_error: Option<Duration>,
-    /// How long a client that could get a held copy waits for the upstream's word.
+    /// Longest wait for a revalidation while a cached copy can be served.
     pub revalidate_timeout: Duration,
-    /// What to do with a held tag that the upstream says is gone.
+    /// Action for a cached tag that the upstream answers with 404.
     pub on_not_found: OnNotFound,
-    /// How long the upstream's yes to a principal is good while the upstream answers.
+    /// Lifetime of a grant while the upstream is available.
     pub grant_ttl: Duration,
-    /// How long it is good while the upstream is silent.
+    /// Lifetime of a grant while the upstream is unavailable.
     pub grant_ttl_offline: Duration,
-    /// Whether the layers of an image are begun once one of them is asked for.
+    /// Whether a request for one layer of an image starts the downloads of the others.
     pub prefetch: bool,
 }
 
-/// What a `[[rule]]` or an upstream's own settings change; what is `None` stays as it was.
+/// Settings that a `[[rule]]` or an upstream's section overrides. `None` keeps the value.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct PolicyOverrides {
     /// See [`EffectivePolicy::policy`].
@@ -77,17 +78,17 @@ pub struct PolicyOverrides {
     pub prefetch: Option<bool>,
 }
 
-/// How old a copy may be that is served while the upstream is silent.
+/// Limit for the age of a copy that is served while the upstream is unavailable.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StaleLimit {
     /// Confirmed less than this ago.
     Within(Duration),
-    /// However old it is.
+    /// Any age.
     Unlimited,
 }
 
 impl StaleLimit {
-    /// The limit, if there is one.
+    /// The limit, or `None` if unlimited.
     pub fn limit(self) -> Option<Duration> {
         match self {
             Self::Within(limit) => Some(limit),
@@ -97,9 +98,9 @@ impl StaleLimit {
 }
 
 impl EffectivePolicy {
-    /// This rule with `changes`, under another name.
+    /// Returns this policy with `changes`, under another name.
     #[must_use]
-    pub fn changed(&self, name: Arc<str>, changes: &PolicyOverrides) -> Self {
+    pub fn with_overrides(&self, name: Arc<str>, changes: &PolicyOverrides) -> Self {
         Self {
             name,
             policy: changes.policy.unwrap_or(self.policy),
@@ -116,7 +117,7 @@ impl EffectivePolicy {
     }
 }
 
-/// A glob over `upstream/repository:tag`, compiled.
+/// A compiled glob over `upstream/repository:tag`.
 #[derive(Clone, Debug)]
 pub struct ImagePattern {
     text: Arc<str>,
@@ -125,23 +126,23 @@ pub struct ImagePattern {
 }
 
 impl ImagePattern {
-    /// The text as written.
+    /// The glob as written.
     pub fn as_str(&self) -> &str {
         &self.text
     }
 
-    /// The upstream it names, unless that part is itself a glob.
+    /// The upstream it names, unless that part contains wildcards.
     pub fn upstream(&self) -> Option<&str> {
         let (upstream, _) = self.name.glob().split_once('/')?;
         (!upstream.contains(['*', '?', '[', ']', '{', '}', '\\'])).then_some(upstream)
     }
 
-    /// Whether it holds for some tags only.
+    /// Whether it restricts the tag.
     pub fn has_tag(&self) -> bool {
         self.tag.is_some()
     }
 
-    fn admits(&self, tag: Option<&Tag>) -> bool {
+    fn matches_tag(&self, tag: Option<&Tag>) -> bool {
         match (&self.tag, tag) {
             (None, _) => true,
             (Some(glob), Some(tag)) => glob.is_match(tag.as_str()),
@@ -206,12 +207,12 @@ fn compile(glob: &str) -> Result<Glob, ImagePatternError> {
         .map_err(|error| ImagePatternError::Glob(error.kind().to_string()))
 }
 
-/// Images by their names, whatever the tag: `docker.io/library/*`.
+/// A set of image names, tags ignored: `docker.io/library/*`.
 #[derive(Clone, Debug)]
 pub struct ImageMatcher(GlobSet);
 
 impl ImageMatcher {
-    /// Those whose name one of the globs matches. What a glob says about tags does not count.
+    /// Matches names that one of the globs matches. The tag part of a glob is ignored.
     pub fn new(globs: &[ImagePattern]) -> Result<Self, ImagePatternError> {
         let mut names = GlobSetBuilder::new();
         for glob in globs {
@@ -223,15 +224,15 @@ impl ImageMatcher {
             .map_err(|error| ImagePatternError::Together(error.kind().to_string()))
     }
 
-    /// Whether this repository is among them. Docker Hub's one-component images answer to both names.
-    pub fn contain(&self, upstream: &str, repository: &Repository) -> bool {
-        let has = |name: &str| self.0.is_match(format!("{upstream}/{name}"));
+    /// Whether the set contains this repository. Docker Hub's one-component images match under both names.
+    pub fn contains(&self, upstream: &str, repository: &Repository) -> bool {
+        let matches = |name: &str| self.0.is_match(format!("{upstream}/{name}"));
         let short = repository.as_str().strip_prefix(HUB_LIBRARY);
-        has(repository.as_str()) || (upstream == HUB && short.is_some_and(has))
+        matches(repository.as_str()) || (upstream == HUB && short.is_some_and(matches))
     }
 }
 
-/// Why a text is not a glob over images. The operator's mistake.
+/// Error in a glob over images, made by the operator.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ImagePatternError {
     /// Nothing before or after the `:`.
@@ -240,46 +241,46 @@ pub enum ImagePatternError {
     /// Longer than any image name.
     #[error("the glob is longer than {GLOB_BYTES_MAX} bytes")]
     TooLong,
-    /// A digest in it.
-    #[error("a rule cannot name a digest: what a digest names never changes")]
+    /// Contains a digest.
+    #[error("a rule cannot name a digest, because content by digest never changes")]
     Digest,
     /// A URL instead of an image.
     #[error("a rule names images, not URLs")]
     Url,
-    /// A `/` after the `:` of the tag; also a choice in braces over whole images.
+    /// A `/` after the `:` of the tag, or a choice in braces over complete images.
     #[error("a tag has no `/`; for several images, write several globs")]
     SlashInTag,
-    /// An upstream's name alone, or a repository's alone.
+    /// An upstream or a repository alone.
     #[error("the glob can match no image: an image is `upstream/repository`")]
     NoRepository,
-    /// The glob's own grammar is broken.
-    #[error("not a glob: {0}")]
+    /// Invalid glob syntax.
+    #[error("invalid glob: {0}")]
     Glob(String),
-    /// All globs together compile to more than the library allows.
-    #[error("the globs are too large together: {0}")]
+    /// All globs together exceed the size limit of the regex engine.
+    #[error("the globs together are too large: {0}")]
     Together(String),
 }
 
-/// The rules, ready to be asked. Cheap to ask, and free where there are no rules.
+/// Compiled rules. A lookup is cheap, and free without rules.
 #[derive(Clone)]
 pub struct Rules {
     default: EffectivePolicy,
     upstreams: HashMap<Arc<str>, UpstreamPolicies>,
     names: GlobSet,
     rule_names: Vec<Arc<str>>,
-    /// In the order of `names`; the number is the rule's.
+    /// In the order of `names`, each with the number of its rule.
     patterns: Vec<(ImagePattern, usize)>,
 }
 
-/// What holds at one upstream: without a matching rule, and with each.
+/// Effective policies at one upstream: without a matching rule, and for each rule.
 #[derive(Clone, Debug)]
 struct UpstreamPolicies {
-    otherwise: EffectivePolicy,
+    default_policy: EffectivePolicy,
     by_rule: Vec<EffectivePolicy>,
 }
 
 impl Rules {
-    /// Merges the default, what each upstream changes, and the rules in their order.
+    /// Merges the default, the overrides of each upstream, and the rules in their order.
     pub fn new(
         default: EffectivePolicy,
         upstreams: impl IntoIterator<Item = (Arc<str>, PolicyOverrides)>,
@@ -293,9 +294,9 @@ impl Rules {
         let upstreams = upstreams
             .into_iter()
             .map(|(upstream, changes)| {
-                let named = rule_names.iter().zip(rules.iter().map(|(_, changes)| changes));
-                let terms = UpstreamPolicies::new(&default, &upstream, &changes, named);
-                (upstream, terms)
+                let overrides = rule_names.iter().zip(rules.iter().map(|(_, changes)| changes));
+                let policies = UpstreamPolicies::new(&default, &upstream, &changes, overrides);
+                (upstream, policies)
             })
             .collect();
         let patterns: Vec<_> = rules
@@ -319,8 +320,8 @@ impl Rules {
         })
     }
 
-    /// One rule for everything.
-    pub fn only(default: EffectivePolicy) -> Self {
+    /// One policy for all images.
+    pub fn single(default: EffectivePolicy) -> Self {
         Self {
             default,
             upstreams: HashMap::new(),
@@ -330,18 +331,18 @@ impl Rules {
         }
     }
 
-    /// What holds for an image; `tag` is `None` for what is asked by digest. At an upstream that was not given to
-    /// [`Rules::new`], the default.
+    /// Effective policy of an image. `tag` is `None` for a request by digest. An upstream unknown to
+    /// [`Rules::new`] has the default.
     pub fn find(&self, upstream: &str, repository: &Repository, tag: Option<&Tag>) -> &EffectivePolicy {
-        let Some(terms) = self.upstreams.get(upstream) else {
+        let Some(policies) = self.upstreams.get(upstream) else {
             return &self.default;
         };
         if self.patterns.is_empty() {
-            return &terms.otherwise;
+            return &policies.default_policy;
         }
         self.first_match(upstream, repository.as_str(), tag)
-            .and_then(|number| terms.by_rule.get(number))
-            .unwrap_or(&terms.otherwise)
+            .and_then(|number| policies.by_rule.get(number))
+            .unwrap_or(&policies.default_policy)
     }
 
     fn first_match(&self, upstream: &str, repository: &str, tag: Option<&Tag>) -> Option<usize> {
@@ -358,21 +359,21 @@ impl Rules {
             .matches_candidate(&Candidate::new(name))
             .into_iter()
             .filter_map(|index| self.patterns.get(index))
-            .filter(|(pattern, _)| pattern.admits(tag))
+            .filter(|(pattern, _)| pattern.matches_tag(tag))
             .map(|&(_, number)| number)
             .min()
     }
 
-    /// The names of the rules, in their order.
+    /// Names of the rules, in their order.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.rule_names.iter().map(|name| &**name)
     }
 
-    /// The default that holds at an upstream where no rule matches.
-    pub fn otherwise(&self, upstream: &str) -> &EffectivePolicy {
+    /// Policy at this upstream for images that match no rule.
+    pub fn default_for(&self, upstream: &str) -> &EffectivePolicy {
         self.upstreams
             .get(upstream)
-            .map_or(&self.default, |terms| &terms.otherwise)
+            .map_or(&self.default, |policies| &policies.default_policy)
     }
 }
 
@@ -383,25 +384,28 @@ impl UpstreamPolicies {
         changes: &PolicyOverrides,
         rules: impl Iterator<Item = (&'a Arc<str>, &'a PolicyOverrides)>,
     ) -> Self {
-        let otherwise = if *changes == PolicyOverrides::default() {
+        let default_policy = if *changes == PolicyOverrides::default() {
             default.clone()
         } else {
-            default.changed(Arc::from(format!("upstream {upstream}")), changes)
+            default.with_overrides(Arc::from(format!("upstream {upstream}")), changes)
         };
         let by_rule = rules
-            .map(|(name, changes)| otherwise.changed(Arc::clone(name), changes))
+            .map(|(name, changes)| default_policy.with_overrides(Arc::clone(name), changes))
             .collect();
-        Self { otherwise, by_rule }
+        Self {
+            default_policy,
+            by_rule,
+        }
     }
 }
 
-/// Operators count from one.
+/// Rule numbers in messages start at 1.
 fn rule_name(number: usize, patterns: &[ImagePattern]) -> Arc<str> {
     let images: Vec<&str> = patterns.iter().map(ImagePattern::as_str).collect();
     Arc::from(format!("rule {}: {}", number + 1, images.join(", ")))
 }
 
-/// Says what was configured; the compiled automata say nothing to a reader.
+/// Prints the configuration without the compiled automata.
 impl fmt::Debug for Rules {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut upstreams: Vec<_> = self.upstreams.iter().collect();

@@ -1,4 +1,4 @@
-//! Every situation, against every law; and the seed's own rule as a table.
+//! Exhaustive tests of the decision: every state against every law, and the basic `if-newer` rule as a table.
 
 use std::time::{Duration, SystemTime};
 
@@ -23,8 +23,8 @@ fn new_digest() -> Digest {
 
 const CAUSE: UpstreamFailure = UpstreamFailure::ConnectionRefused;
 
-/// What can be missing of an image, and which earlier one may stand in.
-fn rests() -> [Completeness; 4] {
+/// Completeness values: complete, or incomplete with and without a previous image.
+fn completenesses() -> [Completeness; 4] {
     let missing = |previous| Completeness::Incomplete { previous };
     let (recently, long_ago) = (now() - Duration::from_secs(1), now() - 10 * STALE);
     [
@@ -35,12 +35,12 @@ fn rests() -> [Completeness; 4] {
     ]
 }
 
-fn names(digest: Digest, presence: Presence) -> Revalidation {
+fn digest_result(digest: Digest, presence: Presence) -> Revalidation {
     Revalidation::Digest { digest, presence }
 }
 
-/// The whole input space: each field takes every value that the decision can tell apart.
-fn every_situation() -> Vec<CacheState> {
+/// The complete input space: each field takes every value that the decision distinguishes.
+fn every_state() -> Vec<CacheState> {
     let ages = [
         now() - Duration::from_secs(1),
         now() - FRESH,
@@ -49,10 +49,10 @@ fn every_situation() -> Vec<CacheState> {
         now() + Duration::from_secs(1),
         now() + TOO_FAR_AHEAD,
     ];
-    let mut helds = vec![None];
+    let mut entries = vec![None];
     for confirmed_at in ages {
         for (is_moved, is_invalidated) in [(false, false), (true, false), (false, true), (true, true)] {
-            helds.extend(rests().map(|completeness| {
+            entries.extend(completenesses().map(|completeness| {
                 Some(CachedEntry {
                     digest: old_digest(),
                     confirmed_at,
@@ -63,13 +63,13 @@ fn every_situation() -> Vec<CacheState> {
             }));
         }
     }
-    let hearings = [
+    let results = [
         Revalidation::NotDone,
-        names(old_digest(), Presence::Complete),
-        names(old_digest(), Presence::ManifestOnly),
-        names(new_digest(), Presence::Complete),
-        names(new_digest(), Presence::ManifestOnly),
-        names(new_digest(), Presence::None),
+        digest_result(old_digest(), Presence::Complete),
+        digest_result(old_digest(), Presence::ManifestOnly),
+        digest_result(new_digest(), Presence::Complete),
+        digest_result(new_digest(), Presence::ManifestOnly),
+        digest_result(new_digest(), Presence::None),
         Revalidation::NoDigest,
         Revalidation::NotFound,
         Revalidation::Denied(CredentialOwner::Client),
@@ -81,13 +81,13 @@ fn every_situation() -> Vec<CacheState> {
     let mut all = Vec::new();
     for policy in Policy::ALL {
         for kind in [ContentKind::Tag, ContentKind::Manifest, ContentKind::Blob] {
-            for &cached in helds.iter().filter(|cached| can_be(kind, **cached)) {
+            for &cached in entries.iter().filter(|cached| is_possible(kind, **cached)) {
                 for authorization in [
                     Authorization::Unknown,
                     Authorization::Expired,
                     Authorization::Granted,
                 ] {
-                    for revalidation in hearings {
+                    for revalidation in results {
                         for on_not_found in OnNotFound::ALL {
                             for max_age in [Duration::ZERO, FRESH] {
                                 for stale_if_error in [None, Some(STALE)] {
@@ -113,8 +113,8 @@ fn every_situation() -> Vec<CacheState> {
     all
 }
 
-/// Only a tag moves and has an earlier image, and a blob points to nothing.
-fn can_be(kind: ContentKind, cached: Option<CachedEntry>) -> bool {
+/// Only a tag moves or has a previous image, and a blob refers to nothing.
+fn is_possible(kind: ContentKind, cached: Option<CachedEntry>) -> bool {
     if kind != ContentKind::Tag && cached.is_some_and(|cached| cached.is_moved) {
         return false;
     }
@@ -125,20 +125,20 @@ fn can_be(kind: ContentKind, cached: Option<CachedEntry>) -> bool {
     }
 }
 
-fn is_whole(s: &CacheState) -> bool {
+fn is_complete(s: &CacheState) -> bool {
     s.cached
         .is_some_and(|cached| cached.completeness == Completeness::Complete)
 }
 
-fn has_whole(s: &CacheState) -> bool {
+fn has_complete(s: &CacheState) -> bool {
     s.cached
         .is_some_and(|cached| cached.completeness != Completeness::Incomplete { previous: None })
 }
 
-/// Checks `law` in every situation where `applies` holds, and that there is at least one such situation.
+/// Checks `law` in every state where `applies` holds, and that there is at least one such state.
 fn law(name: &str, applies: impl Fn(&CacheState) -> bool, law: impl Fn(&CacheState, Decision) -> bool) {
     let mut checked = 0;
-    for state in every_situation().into_iter().filter(|s| applies(s)) {
+    for state in every_state().into_iter().filter(|s| applies(s)) {
         let decision = decide(&state);
         assert!(law(&state, decision), "{name}: {state:#?} gave {decision:?}");
         checked += 1;
@@ -154,14 +154,14 @@ fn serves(decision: Decision) -> bool {
     matches!(decision, Decision::Serve(_))
 }
 
-fn named(s: &CacheState) -> bool {
+fn has_2xx(s: &CacheState) -> bool {
     matches!(
         s.revalidation,
         Revalidation::Digest { .. } | Revalidation::NoDigest
     )
 }
 
-fn no_answer(s: &CacheState) -> bool {
+fn is_unavailable(s: &CacheState) -> bool {
     matches!(
         s.revalidation,
         Revalidation::Unavailable(_) | Revalidation::FetchFailed(_)
@@ -169,31 +169,32 @@ fn no_answer(s: &CacheState) -> bool {
 }
 
 #[test]
-fn the_space_is_enumerated_whole() {
-    let copies_of_a_tag_a_manifest_and_a_blob = (1 + 2 * 6 * 2 * 4) + (1 + 2 * 6 * 2) + (1 + 2 * 6);
+fn input_space_is_enumerated_completely() {
+    let entries_of_a_tag_a_manifest_and_a_blob = (1 + 2 * 6 * 2 * 4) + (1 + 2 * 6 * 2) + (1 + 2 * 6);
     assert_eq!(
-        every_situation().len(),
-        4 * copies_of_a_tag_a_manifest_and_a_blob * 3 * 13 * 2 * 2 * 2
+        every_state().len(),
+        4 * entries_of_a_tag_a_manifest_and_a_blob * 3 * 13 * 2 * 2 * 2
     );
 }
 
-// --- safety: what may never happen -----------------------------------------------------------------------------
+// --- safety: forbidden responses
+// -------------------------------------------------------------------------------
 
 #[test]
-fn nothing_is_served_that_is_not_held() {
+fn uncached_content_is_never_a_hit() {
     law(
-        "serve needs a copy",
+        "a hit needs a cached copy",
         |s| s.cached.is_none(),
         |s, v| {
-            let named =
+            let has_2xx =
                 matches!(s.revalidation, Revalidation::Digest { presence, .. } if presence != Presence::None);
-            !serves(v) || named && s.kind == ContentKind::Tag
+            !serves(v) || has_2xx && s.kind == ContentKind::Tag
         },
     );
 }
 
 #[test]
-fn a_refusal_of_the_clients_credential_is_never_answered_from_the_cache() {
+fn client_denial_is_never_served_from_the_cache() {
     law(
         "401/403 is final",
         |s| s.revalidation == Revalidation::Denied(CredentialOwner::Client),
@@ -202,16 +203,16 @@ fn a_refusal_of_the_clients_credential_is_never_answered_from_the_cache() {
 }
 
 #[test]
-fn a_stranger_gets_nothing_without_the_upstreams_yes() {
+fn no_grant_and_no_2xx_serves_nothing() {
     law(
-        "a stranger is not served",
-        |s| s.authorization == Authorization::Unknown && !named(s),
+        "a client without a grant is not served",
+        |s| s.authorization == Authorization::Unknown && !has_2xx(s),
         |_, v| !serves(v),
     );
 }
 
 #[test]
-fn r01_under_never_a_refusal_tells_a_stranger_nothing() {
+fn r01_never_denies_without_a_grant_alike_cached_or_not() {
     law(
         "one refusal, held or not",
         |s| {
@@ -222,16 +223,16 @@ fn r01_under_never_a_refusal_tells_a_stranger_nothing() {
         |_, v| v == Decision::Deny(DenyReason::NotAuthorized),
     );
     law(
-        "and only strangers get it",
+        "only clients without a grant get it",
         |s| s.authorization != Authorization::Unknown,
         |_, v| v != Decision::Deny(DenyReason::NotAuthorized),
     );
 }
 
 #[test]
-fn a_lapsed_grant_is_good_only_while_the_upstream_cannot_be_asked() {
+fn expired_grant_serves_only_while_upstream_is_unavailable() {
     law(
-        "a lapsed grant does not serve before asking",
+        "an expired grant does not serve before revalidation",
         |s| {
             s.authorization == Authorization::Expired
                 && s.revalidation == Revalidation::NotDone
@@ -242,25 +243,25 @@ fn a_lapsed_grant_is_good_only_while_the_upstream_cannot_be_asked() {
 }
 
 #[test]
-fn policy_always_serves_a_tag_only_on_a_yes_given_now() {
+fn always_serves_a_tag_only_after_a_2xx_now() {
     law(
-        "always needs a yes",
-        |s| s.policy == Policy::Always && s.kind == ContentKind::Tag && !named(s),
+        "always needs a 2xx",
+        |s| s.policy == Policy::Always && s.kind == ContentKind::Tag && !has_2xx(s),
         |_, v| !serves(v),
     );
 }
 
 #[test]
-fn policy_never_contacts_nobody() {
+fn never_sends_no_upstream_request() {
     law(
-        "never neither asks nor fetches",
+        "never neither revalidates nor fetches",
         |s| s.policy == Policy::Never && s.revalidation == Revalidation::NotDone,
         |_, v| !matches!(v, Decision::Revalidate | Decision::Fetch(_)),
     );
 }
 
 #[test]
-fn t16_what_is_in_doubt_is_served_unasked_under_no_policy_but_never() {
+fn t16_invalidated_copy_is_revalidated_except_under_never() {
     law(
         "in doubt, the upstream is asked",
         |s| invalidated(s) && s.revalidation == Revalidation::NotDone && s.policy != Policy::Never,
@@ -269,7 +270,7 @@ fn t16_what_is_in_doubt_is_served_unasked_under_no_policy_but_never() {
 }
 
 #[test]
-fn t16_a_tag_in_doubt_is_not_answered_with_the_old_copy_once_it_moved() {
+fn t16_invalidated_tag_that_moved_never_serves_the_old_copy() {
     law(
         "in doubt, the newest word counts",
         |s| {
@@ -289,38 +290,38 @@ fn t16_a_tag_in_doubt_is_not_answered_with_the_old_copy_once_it_moved() {
 }
 
 #[test]
-fn t16_a_doubt_takes_nothing_away_in_an_outage() {
-    for state in every_situation()
+fn t16_invalidation_denies_nothing_in_an_outage() {
+    for state in every_state()
         .into_iter()
-        .filter(|s| invalidated(s) && no_answer(s))
+        .filter(|s| invalidated(s) && is_unavailable(s))
     {
         let cached = state.cached.map(|cached| CachedEntry {
             is_invalidated: false,
             ..cached
         });
-        let without = CacheState { cached, ..state };
-        assert_eq!(decide(&state), decide(&without), "{state:#?}");
+        let without_invalidation = CacheState { cached, ..state };
+        assert_eq!(decide(&state), decide(&without_invalidation), "{state:#?}");
     }
 }
 
 #[test]
-fn a_tag_older_than_stale_is_not_served_on_silence() {
+fn tag_beyond_stale_if_error_is_not_served_in_an_outage() {
     law(
-        "stale is a limit",
+        "stale_if_error is a limit",
         |s| {
             let too_old = |at| at <= now() - STALE || at > now() + age::AHEAD_MAX;
             let old = s.cached.is_some_and(|cached| match cached.completeness {
                 Completeness::Incomplete { previous: Some(at) } => too_old(at),
                 _ => too_old(cached.confirmed_at),
             });
-            s.stale_if_error.is_some() && old && no_answer(s) && s.kind == ContentKind::Tag
+            s.stale_if_error.is_some() && old && is_unavailable(s) && s.kind == ContentKind::Tag
         },
         |_, v| !serves(v),
     );
 }
 
 #[test]
-fn an_absent_thing_is_served_only_where_the_rule_keeps_it() {
+fn not_found_is_served_only_with_serve_stale() {
     law(
         "404 refuses",
         |s| s.revalidation == Revalidation::NotFound && s.on_not_found == OnNotFound::Refuse,
@@ -329,12 +330,12 @@ fn an_absent_thing_is_served_only_where_the_rule_keeps_it() {
 }
 
 #[test]
-fn an_absence_and_a_silence_are_never_taken_for_each_other() {
-    law("silence is not absence", no_answer, |_, v| {
+fn not_found_and_unavailable_are_never_confused() {
+    law("unavailable is not a 404", is_unavailable, |_, v| {
         v != Decision::Deny(DenyReason::NotFound)
     });
     law(
-        "absence is not silence",
+        "a 404 is not unavailable",
         |s| s.revalidation == Revalidation::NotFound,
         |_, v| {
             !matches!(
@@ -350,7 +351,7 @@ fn an_absence_and_a_silence_are_never_taken_for_each_other() {
 }
 
 #[test]
-fn nothing_is_asked_twice() {
+fn at_most_one_revalidation_per_request() {
     law(
         "one question",
         |s| s.revalidation != Revalidation::NotDone,
@@ -359,14 +360,14 @@ fn nothing_is_asked_twice() {
 }
 
 #[test]
-fn a_failed_fetch_is_not_followed_by_another() {
-    law("no second fetch", no_answer, |_, v| {
+fn failed_fetch_is_not_repeated() {
+    law("no second fetch", is_unavailable, |_, v| {
         !matches!(v, Decision::Fetch(_))
     });
 }
 
 #[test]
-fn a_moved_tag_is_not_answered_with_the_old_copy() {
+fn moved_tag_is_not_served_from_the_old_copy() {
     law(
         "newer wins",
         |s| {
@@ -379,33 +380,33 @@ fn a_moved_tag_is_not_answered_with_the_old_copy() {
 }
 
 #[test]
-fn half_an_image_is_served_only_on_the_upstreams_word() {
+fn incomplete_image_is_served_only_after_a_2xx() {
     law(
-        "a tag that is not whole is not served on silence",
+        "an incomplete tag is not served while the upstream is unavailable",
         |s| {
-            no_answer(s)
+            is_unavailable(s)
                 && s.kind == ContentKind::Tag
                 && s.revalidation != Revalidation::Unavailable(UpstreamFailure::RateLimited)
                 && s.cached.is_some()
-                && !has_whole(s)
+                && !has_complete(s)
         },
         |_, v| matches!(v, Decision::Deny(_)),
     );
     law(
-        "nor before asking",
-        |s| s.revalidation == Revalidation::NotDone && s.kind == ContentKind::Tag && !is_whole(s),
+        "nor before revalidation",
+        |s| s.revalidation == Revalidation::NotDone && s.kind == ContentKind::Tag && !is_complete(s),
         |_, v| !matches!(v, Decision::Serve(reason) if reason != HitReason::PreviousComplete(None)),
     );
 }
 
-/// By digest nothing better exists than what is cached, so what a manifest points to changes nothing (M2). Completeness
-/// was asked of it too: a client that reads the manifests of every platform and the layers of one was refused in an
-/// outage what it needed no layer of.
+/// By digest the cached content is the best there is, so the completeness of a manifest does not matter (M2).
+/// An earlier version required completeness here. A client that reads the manifests of every platform but the
+/// layers of one was then denied manifests in an outage.
 #[test]
-fn m02_by_digest_what_is_cached_is_served_whatever_its_parts() {
+fn m02_manifest_by_digest_is_served_whatever_its_completeness() {
     law(
-        "the rest plays no part",
-        |s| s.kind == ContentKind::Manifest && s.cached.is_some() && !is_whole(s),
+        "completeness does not matter",
+        |s| s.kind == ContentKind::Manifest && s.cached.is_some() && !is_complete(s),
         |s, v| {
             let completeness = Completeness::Complete;
             let cached = s.cached.map(|cached| CachedEntry {
@@ -416,7 +417,7 @@ fn m02_by_digest_what_is_cached_is_served_whatever_its_parts() {
         },
     );
     law(
-        "silence serves the entitled",
+        "clients with a grant are served while the upstream is unavailable",
         |s| {
             s.kind == ContentKind::Manifest
                 && matches!(s.revalidation, Revalidation::Unavailable(_))
@@ -429,39 +430,39 @@ fn m02_by_digest_what_is_cached_is_served_whatever_its_parts() {
 }
 
 #[test]
-fn half_an_image_is_not_served_where_a_whole_one_is_held() {
+fn incomplete_image_is_not_served_beside_a_complete_one() {
     law(
         "checked, or the whole one",
-        |s| has_whole(s) && !is_whole(s),
+        |s| has_complete(s) && !is_complete(s),
         |s, v| {
-            let moved_to_whole = matches!(
+            let moved_to_complete = matches!(
                 s.revalidation,
                 Revalidation::Digest {
                     presence: Presence::Complete,
                     ..
                 }
             );
-            moved_to_whole
+            moved_to_complete
                 || !matches!(v, Decision::Serve(reason) if !matches!(reason, HitReason::PreviousComplete(_)))
         },
     );
     law(
-        "a new one is not believed whole",
+        "a new image is not assumed to be complete",
         |s| {
-            has_whole(s)
-                && s.revalidation == names(new_digest(), Presence::ManifestOnly)
+            has_complete(s)
+                && s.revalidation == digest_result(new_digest(), Presence::ManifestOnly)
                 && s.kind == ContentKind::Tag
         },
-        |s, v| matches!(v, Decision::ProbeLayers(_)) || s.policy == Policy::IfNotPresent && is_whole(s),
+        |s, v| matches!(v, Decision::ProbeLayers(_)) || s.policy == Policy::IfNotPresent && is_complete(s),
     );
 }
 
 #[test]
-fn a_whole_image_is_never_checked_again() {
+fn complete_image_is_never_probed() {
     law(
-        "no check of what is whole",
+        "a complete image is not probed",
         |s| {
-            is_whole(s)
+            is_complete(s)
                 && !matches!(
                     s.revalidation,
                     Revalidation::Digest {
@@ -475,27 +476,28 @@ fn a_whole_image_is_never_checked_again() {
 }
 
 #[test]
-fn what_may_be_outdated_says_so() {
+fn possibly_outdated_responses_are_marked() {
     law(
-        "a tag served on silence is marked",
-        |s| s.kind == ContentKind::Tag && (no_answer(s) || s.revalidation == Revalidation::NotFound),
+        "a tag served while the upstream is unavailable is marked",
+        |s| s.kind == ContentKind::Tag && (is_unavailable(s) || s.revalidation == Revalidation::NotFound),
         |_, v| !matches!(v, Decision::Serve(reason) if !reason.may_be_outdated()),
     );
 }
 
-// --- economy: what may never be wasted --------------------------------------------------------------------------
+// --- economy: forbidden upstream requests
+// -----------------------------------------------------------------------
 
 #[test]
-fn a_fresh_tag_is_not_asked_about() {
+fn fresh_tag_is_not_revalidated() {
     law(
-        "fresh asks nothing",
+        "a fresh tag is not revalidated",
         |s| {
             s.policy == Policy::IfNewer
                 && s.kind == ContentKind::Tag
                 && s.authorization == Authorization::Granted
                 && s.max_age == FRESH
                 && s.revalidation == Revalidation::NotDone
-                && is_whole(s)
+                && is_complete(s)
                 && s.cached.is_some_and(|h| {
                     h.confirmed_at == now() - Duration::from_secs(1) && !h.is_moved && !h.is_invalidated
                 })
@@ -505,9 +507,9 @@ fn a_fresh_tag_is_not_asked_about() {
 }
 
 #[test]
-fn o01_a_tag_that_another_client_saw_move_is_not_fresh() {
+fn o01_tag_that_moved_for_another_client_is_not_fresh() {
     law(
-        "moved is not fresh",
+        "a moved tag is not fresh",
         |s| s.cached.is_some_and(|h| h.is_moved),
         |_, v| v != Decision::Serve(HitReason::Fresh),
     );
@@ -524,16 +526,16 @@ fn o01_a_tag_that_another_client_saw_move_is_not_fresh() {
 }
 
 #[test]
-fn a_clock_that_stepped_back_makes_nothing_fresh() {
+fn clock_set_back_makes_nothing_fresh() {
     law(
-        "the future is not fresh",
+        "a confirmation in the future is not fresh",
         |s| s.cached.is_some_and(|h| h.confirmed_at > now()),
         |_, v| v != Decision::Serve(HitReason::Fresh),
     );
 }
 
 #[test]
-fn content_by_digest_is_not_asked_about_for_the_vouched() {
+fn content_by_digest_with_a_grant_is_not_revalidated() {
     law(
         "immutable",
         |s| {
@@ -549,7 +551,7 @@ fn content_by_digest_is_not_asked_about_for_the_vouched() {
 }
 
 #[test]
-fn what_is_held_is_not_fetched() {
+fn cached_content_is_not_fetched() {
     law(
         "an unchanged digest is served",
         |s| {
@@ -559,7 +561,7 @@ fn what_is_held_is_not_fetched() {
         |_, v| serves(v) || matches!(v, Decision::ProbeLayers(_)),
     );
     law(
-        "a digest held under another name is served",
+        "a digest cached under another name is served",
         |s| {
             matches!(s.revalidation, Revalidation::Digest { presence, .. } if presence != Presence::None)
                 && s.kind == ContentKind::Tag
@@ -569,30 +571,30 @@ fn what_is_held_is_not_fetched() {
 }
 
 #[test]
-fn what_is_not_held_is_not_asked_about_first() {
+fn uncached_content_is_fetched_without_revalidation() {
     law(
-        "the fetch is the question",
+        "the fetch revalidates",
         |s| s.cached.is_none() && s.revalidation == Revalidation::NotDone && s.policy != Policy::Never,
         |_, v| v == Decision::Fetch(MissReason::NotCached),
     );
 }
 
 #[test]
-fn if_not_present_never_fetches_what_is_present() {
+fn if_not_present_never_fetches_cached_content() {
     law(
-        "present is enough",
+        "a cached copy is enough",
         |s| s.policy == Policy::IfNotPresent && s.cached.is_some() && !invalidated(s),
         |_, v| !matches!(v, Decision::Fetch(_)),
     );
 }
 
 #[test]
-fn the_entitled_are_served_through_an_outage() {
+fn clients_with_a_grant_are_served_through_an_outage() {
     law(
-        "silence serves the entitled",
+        "clients with a grant are served while the upstream is unavailable",
         |s| {
             matches!(s.revalidation, Revalidation::Unavailable(_))
-                && has_whole(s)
+                && has_complete(s)
                 && s.authorization != Authorization::Unknown
                 && s.policy != Policy::Always
                 && s.stale_if_error.is_none()
@@ -602,12 +604,12 @@ fn the_entitled_are_served_through_an_outage() {
 }
 
 #[test]
-fn our_own_refused_credential_does_not_stop_the_entitled() {
+fn rejected_cache_credential_still_serves_clients_with_a_grant() {
     law(
         "the operator's mistake",
         |s| {
             s.revalidation == Revalidation::Denied(CredentialOwner::Proxy)
-                && has_whole(s)
+                && has_complete(s)
                 && s.authorization != Authorization::Unknown
                 && s.policy != Policy::Always
                 && s.stale_if_error.is_none()
@@ -617,8 +619,8 @@ fn our_own_refused_credential_does_not_stop_the_entitled() {
 }
 
 #[test]
-fn less_standing_never_serves_more() {
-    for state in every_situation() {
+fn weaker_authorization_never_serves_more() {
+    for state in every_state() {
         for (less, more) in [
             (Authorization::Unknown, Authorization::Expired),
             (Authorization::Expired, Authorization::Granted),
@@ -639,12 +641,13 @@ fn less_standing_never_serves_more() {
     }
 }
 
-// --- the seed's own rule ----------------------------------------------------------------------------------------
+// --- the basic rule
+// ---------------------------------------------------------------------------------------------
 
-/// (1) is the image held; (2) the digest of the held one; (3) if `if-newer`, the digest of the remote one; (4) if they
-/// differ, pull; (5) if the remote digest cannot be had, use the held image.
+/// (1) Is the image cached? (2) Take its digest. (3) Under `if-newer`, take the remote digest. (4) If they
+/// differ, pull. (5) If the remote digest is unavailable, serve the cached image.
 #[test]
-fn the_rule_as_it_was_asked_for() {
+fn if_newer_follows_the_five_basic_steps() {
     let state = CacheState {
         policy: Policy::IfNewer,
         kind: ContentKind::Tag,
@@ -662,16 +665,16 @@ fn the_rule_as_it_was_asked_for() {
         stale_if_error: None,
         now: now(),
     };
-    let not_held = CacheState {
+    let not_cached = CacheState {
         cached: None,
         ..state
     };
-    let same = names(old_digest(), Presence::Complete);
-    let other = names(new_digest(), Presence::None);
+    let same = digest_result(old_digest(), Presence::Complete);
+    let other = digest_result(new_digest(), Presence::None);
     let table = [
         (
             "1. not held: pull",
-            not_held,
+            not_cached,
             Decision::Fetch(MissReason::NotCached),
         ),
         (
@@ -695,7 +698,7 @@ fn the_rule_as_it_was_asked_for() {
             Decision::Serve(HitReason::StaleIfError(UpstreamFailure::Timeout)),
         ),
         (
-            "and never around the authentication of a private registry",
+            "and never bypass the authentication of a private registry",
             state.with_revalidation(Revalidation::Denied(CredentialOwner::Client)),
             Decision::Deny(DenyReason::Forbidden),
         ),
@@ -706,7 +709,7 @@ fn the_rule_as_it_was_asked_for() {
 }
 
 #[test]
-fn policies_are_read_back_from_their_names() {
+fn policy_names_round_trip() {
     for policy in Policy::ALL {
         assert_eq!(policy.to_string().parse(), Ok(policy));
     }

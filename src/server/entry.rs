@@ -248,7 +248,7 @@ impl Entry {
             || self
                 .allows
                 .iter()
-                .any(|allow| allow.applies_to(user) && allow.images.contain(upstream, repository))
+                .any(|allow| allow.applies_to(user) && allow.images.contains(upstream, repository))
     }
 }
 

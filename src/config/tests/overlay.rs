@@ -99,7 +99,7 @@ fn variables_of_every_kind_are_read() {
     assert_eq!(config.tls.folder, Path::new("/home/user/.cache/ifnewer/certs"));
     assert_eq!(config.store.bytes_max, 50 << 30);
     assert_eq!(config.data, Path::new("/home/user/.cache/ifnewer"));
-    let rule = config.rules.otherwise("ghcr.io");
+    let rule = config.rules.default_for("ghcr.io");
     assert_eq!(
         (rule.policy, rule.stale_if_error),
         (Policy::IfNotPresent, Some(Duration::from_secs(7 * 86_400)))

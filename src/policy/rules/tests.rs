@@ -35,7 +35,7 @@ fn pattern(text: &str) -> ImagePattern {
     text.parse().unwrap_or_else(|error| panic!("{text}: {error}"))
 }
 
-/// Rules that each set policy `never`, at the upstreams of the tests.
+/// Rules that each set policy `never`, for the upstreams of the tests.
 fn rules(globs: &[&str]) -> Rules {
     let rules = globs
         .iter()
@@ -59,7 +59,7 @@ fn matched(rules: &Rules, upstream: &str, repository: &str, tag: Option<&str>) -
 }
 
 #[test]
-fn a_glob_matches_what_it_says() {
+fn globs_match_as_documented() {
     let table = [
         ("ghcr.io/acme/web", "ghcr.io", "acme/web", Some("v1"), true),
         ("ghcr.io/acme/web", "ghcr.io", "acme/web", None, true),
@@ -112,7 +112,7 @@ fn a_glob_matches_what_it_says() {
             Some("v1"),
             true,
         ),
-        // The port is not taken for a tag.
+        // A port is not taken for a tag.
         ("*:5*", "localhost:5000", "acme/web", Some("v1"), false),
         (
             "docker.io/library/nginx",
@@ -133,17 +133,17 @@ fn a_glob_matches_what_it_says() {
     ];
     for (glob, upstream, repository, tag, expected) in table {
         let name = matched(&rules(&[glob]), upstream, repository, tag);
-        let wanted = if expected {
+        let expected_name = if expected {
             format!("rule 1: {glob}")
         } else {
             "default".to_owned()
         };
-        assert_eq!(name, wanted, "{glob} on {upstream}/{repository} {tag:?}");
+        assert_eq!(name, expected_name, "{glob} on {upstream}/{repository} {tag:?}");
     }
 }
 
 #[test]
-fn the_first_match_wins_also_by_the_short_name_of_the_hub() {
+fn first_match_wins_also_for_hub_short_names() {
     let rules = rules(&["docker.io/nginx:v1", "docker.io/library/*", "*"]);
     assert_eq!(
         matched(&rules, "docker.io", "library/nginx", Some("v1")),
@@ -164,7 +164,7 @@ fn the_first_match_wins_also_by_the_short_name_of_the_hub() {
 }
 
 #[test]
-fn a_rule_changes_only_what_it_says() {
+fn rule_overrides_only_its_own_settings() {
     let upstream = PolicyOverrides {
         grant_ttl: Some(MINUTE),
         stale_if_error: Some(StaleLimit::Within(9 * MINUTE)),
@@ -199,7 +199,7 @@ fn a_rule_changes_only_what_it_says() {
         ..default()
     };
     assert_eq!(find("ghcr.io", "x/y"), at_ghcr);
-    assert_eq!(*rules.otherwise("ghcr.io"), at_ghcr);
+    assert_eq!(*rules.default_for("ghcr.io"), at_ghcr);
     let name = Arc::from("rule 1: */a/*, */b/*");
     assert_eq!(
         find("ghcr.io", "b/y"),
@@ -227,8 +227,8 @@ fn a_rule_changes_only_what_it_says() {
 }
 
 #[test]
-fn one_rule_for_everything_needs_no_upstreams() {
-    let rules = Rules::only(default());
+fn single_policy_needs_no_upstreams() {
+    let rules = Rules::single(default());
     assert_eq!(
         matched(&rules, "docker.io", "library/nginx", Some("v1")),
         "default"
@@ -236,7 +236,7 @@ fn one_rule_for_everything_needs_no_upstreams() {
 }
 
 #[test]
-fn what_can_match_no_image_is_refused() {
+fn glob_that_matches_no_image_is_rejected() {
     let long = "a/".repeat(300);
     let table = [
         ("", ImagePatternError::Empty),
@@ -262,7 +262,7 @@ fn what_can_match_no_image_is_refused() {
 }
 
 #[test]
-fn the_upstream_of_a_glob_is_known_unless_it_is_a_glob_itself() {
+fn glob_upstream_is_known_without_wildcards() {
     let table = [
         ("ghcr.io/*", Some("ghcr.io")),
         ("localhost:5000/a:v1", Some("localhost:5000")),
