@@ -1,27 +1,30 @@
-//! The time of day, let in at one place.
+//! Injectable wall clock.
 //!
-//! Judgement takes `now` as an argument. Where an effect happens after its request was answered (a late `HEAD`, a
-//! finished download), the road reads this clock.
+//! Decisions take `now` as an argument. For effects after the response (a late revalidation, a finished
+//! download), the proxy reads this clock.
 
 use std::time::SystemTime;
 
-/// A source of the time of day.
+/// A source of the wall-clock time.
 #[derive(Clone, Copy, Debug)]
 pub struct Clock(fn() -> SystemTime);
 
 impl Clock {
-    /// The machine's own clock.
-    #[expect(clippy::disallowed_methods, reason = "the one place where the clock is read")]
+    /// The system clock.
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "the only place that reads the system clock"
+    )]
     pub fn system() -> Self {
         Self(SystemTime::now)
     }
 
-    /// A clock of one's own, for tests.
+    /// A clock that calls `read`, for tests.
     pub fn from_fn(read: fn() -> SystemTime) -> Self {
         Self(read)
     }
 
-    /// The time now.
+    /// The current time.
     pub fn now(&self) -> SystemTime {
         (self.0)()
     }

@@ -1,24 +1,25 @@
 //! ifnewer: a pull-through cache for container images.
 //!
-//! **`always`, as cheap and outage-proof as `if-not-present`, and nobody reads what they may not.** For a tag the
-//! upstream is asked by `HEAD` which digest it names now; the held copy is served when that is unchanged or the
-//! upstream is silent, and fetched anew when it is not.
+//! **As fresh as the policy `always`, as cheap and outage-proof as `if-not-present`, without bypassing the
+//! registry's authorization.** For a tag, the cache sends a `HEAD` upstream for the current digest. If the
+//! digest is unchanged or the upstream is unavailable, it serves the cached copy. If the digest has changed, it
+//! fetches the new image.
 //!
-//! The map, from the inside out; each layer may use those before it, and `tests/layers.rs` holds it to that:
+//! The layers, from the inside out. Each may use those before it, which `tests/layers.rs` checks:
 //!
-//! 1. [`oci`]: the protocol's values and grammar, [`trace_context`] (which request belongs to which) and [`clock`]. Pure. And
-//!    [`terminal`]: the one way to standard output and standard error.
+//! 1. [`oci`]: values and grammar of the protocol; [`trace_context`]: W3C Trace Context; [`clock`]. Pure. And
+//!    [`terminal`]: the only writer to standard output and standard error.
 //! 2. [`policy`]: the decision, and [`policy::authz`]: authorization. Pure, without a clock.
-//! 3. [`store`] (the disk), [`upstream`] (the network outwards), [`telemetry`] (logs, metrics, the decision log), [`single_flight`] (one question
-//!    for many askers).
-//! 4. [`download`]: one transfer, many readers; [`archive`]: images as files, out of the store and into it.
-//! 5. [`proxy`]: the road of a request.
-//! 6. [`server`] and [`admin`] (the network inwards), [`config`], [`cli`] (with the commands that ask a
-//!    running cache), [`demo`], [`process`]; [`setup`] (clients' files), [`ca`] (their trust),
-//!    [`doctor`] (whether they use us).
+//! 3. [`store`] (disk), [`upstream`] (network to registries), [`telemetry`] (logs, metrics, decision log),
+//!    [`queue`] (admission), [`single_flight`] (request coalescing).
+//! 4. [`download`]: one transfer per blob with many readers; [`archive`]: export and import of images as files.
+//! 5. [`proxy`]: the pull-through request pipeline.
+//! 6. [`server`] and [`admin`] (network to clients), [`config`], [`cli`] (with the commands that use the admin
+//!    API), [`demo`], [`process`]; [`setup`] (client configuration), [`ca`] (trust stores), [`doctor`] (whether
+//!    clients use the cache).
 //!
-//! Left out on purpose: a registry of its own (a push passes through, and is not understood), and any judgement that is not a
-//! pure function.
+//! Left out on purpose: registry functions (a push is forwarded unparsed), and decisions outside pure
+//! functions.
 
 pub mod admin;
 pub mod age;

@@ -1,18 +1,19 @@
-//! The words of the registry protocol as values: what a digest, a name, a request or a manifest *is*.
+//! Values and grammar of the OCI registry protocol: digests, names, endpoints, manifests, ranges.
 //!
-//! Every type here is made by parsing and by nothing else, so whoever holds one holds a right one. Nothing
-//! here knows a clock, a file or a socket, and nothing here decides: what to do with a request is judged
-//! elsewhere.
+//! Every type is constructed by parsing only, so a value is always valid. Nothing here uses a clock, a file or
+//! a socket, and nothing here decides what to do with a request.
 //!
-//! * [`digest`]: content digests and the hashing that proves them; the only place that hashes.
+//! * [`digest`]: content digests and the hashing that verifies them; the only module that hashes.
 //! * [`name`]: repositories, tags and references.
-//! * [`endpoint`]: one validated read request; [`path`]: how it is spelled; [`query`]: its parameters.
-//! * [`manifest`]: what of a manifest we must understand, and media types.
-//! * [`accept`]: the set of media types a client takes.
-//! * [`range`]: byte ranges asked for and answered.
-//! * [`challenge`]: how a registry wants to be authenticated to (`WWW-Authenticate`).
-//! * [`error`]: error codes and bodies; [`failure`]: why a registry gave no usable answer.
-//! * [`header`]: header names and the small headers that need reading.
+//! * [`endpoint`]: a validated read request; [`path`]: the accepted spelling of its path; [`query`]: its
+//!   parameters.
+//! * [`manifest`]: the parts of a manifest that the cache uses, and media types.
+//! * [`accept`]: the media types that a client accepts.
+//! * [`range`]: byte ranges of requests and responses.
+//! * [`challenge`]: `WWW-Authenticate` challenges.
+//! * [`token_request`]: requests to a token service.
+//! * [`error`]: error codes and bodies; [`failure`]: why a registry gave no usable response.
+//! * [`header`]: header names and small headers.
 //!
 //! Clauses are those of the OCI distribution specification 1.1 ("spec") and image specification 1.1
 //! ("image-spec").

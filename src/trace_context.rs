@@ -1,8 +1,7 @@
-//! W3C Trace Context: names one request across programs, <https://www.w3.org/TR/trace-context/>.
+//! W3C Trace Context, <https://www.w3.org/TR/trace-context/>.
 //!
-//! A client's request belongs to the trace that the client names, or begins one. What is asked upstream because of it
-//! carries the same trace, under a part of its own. What a client says of itself beyond that (`tracestate`) is handed on
-//! unread, or not at all if it is long.
+//! A request continues the trace that the client names, or begins one. Upstream requests for it carry the same
+//! trace with a span id of their own. `tracestate` is forwarded unread, or dropped if it is long.
 
 use std::fmt;
 use std::hash::{BuildHasher as _, RandomState};
@@ -10,32 +9,32 @@ use std::num::NonZeroU64;
 
 use http::{HeaderMap, HeaderName, HeaderValue};
 
-/// The header of the trace context.
+/// Header with trace id, parent span id and flags.
 pub const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
 
-/// The header of what the tracing systems on the way have to say to each other.
+/// Header with data of tracing systems.
 pub const TRACESTATE: HeaderName = HeaderName::from_static("tracestate");
 
-/// §3.3.1.5 asks for at least so much to be handed on; nothing asks for more.
+/// §3.3.1.5 requires at least this much to be forwarded, and nothing requires more.
 const TRACESTATE_BYTES_MAX: usize = 512;
 
 /// §3.3.1.1
 const TRACESTATE_MEMBERS_MAX: usize = 32;
 
-/// §3.3.2: whoever began the trace wants it recorded.
+/// §3.3.2: the caller may have recorded the trace.
 const SAMPLED: u8 = 1;
 
-/// Which trace: 32 hexadecimal digits, as they stand in logs.
+/// Trace id. Logs show it as 32 hexadecimal digits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TraceId(u128);
 
 impl TraceId {
-    /// The id that is this number.
+    /// The id with this value.
     pub fn from_u128(id: u128) -> Self {
         Self(id)
     }
 
-    /// The bytes on the wire, the first digit first.
+    /// Big-endian bytes.
     pub fn to_bytes(self) -> [u8; 16] {
         self.0.to_be_bytes()
     }
@@ -47,7 +46,7 @@ impl fmt::Display for TraceId {
     }
 }
 
-/// A trace and, within it, one part of what this program does.
+/// A span of a trace.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TraceContext {
     id: TraceId,
@@ -58,7 +57,7 @@ pub struct TraceContext {
 }
 
 impl TraceContext {
-    /// A trace of our own, for what no client's request is the reason of. Nobody records it.
+    /// A new, unsampled trace, for work without a client request.
     pub fn new_root() -> Self {
         let id = u128::from(random().get()) << 64 | u128::from(random().get());
         Self {
@@ -70,13 +69,13 @@ impl TraceContext {
         }
     }
 
-    /// The trace that a client's request belongs to; where it names none, one begun here, which is to be `recorded` or not.
+    /// Continues the trace of a client's request. If it names none, begins one that is sampled if `recorded`.
     pub fn extract(headers: &HeaderMap, recorded: bool) -> Self {
-        let mut named = headers.get_all(TRACEPARENT).iter();
-        let told = named.next().and_then(|value| parse(value.to_str().ok()?));
-        match told {
-            // §3.2: who finds several of them has none.
-            Some((id, parent, flags)) if named.next().is_none() => Self {
+        let mut values = headers.get_all(TRACEPARENT).iter();
+        let parsed = values.next().and_then(|value| parse(value.to_str().ok()?));
+        match parsed {
+            // §3.2: several `traceparent` headers count as none.
+            Some((id, parent, flags)) if values.next().is_none() => Self {
                 id,
                 span_id: random(),
                 parent_span_id: Some(parent),
@@ -90,7 +89,7 @@ impl TraceContext {
         }
     }
 
-    /// A part within this one.
+    /// A child span.
     #[must_use]
     pub fn child(&self) -> Self {
         Self {
@@ -100,27 +99,27 @@ impl TraceContext {
         }
     }
 
-    /// Which trace it is.
+    /// Trace id.
     pub fn id(&self) -> TraceId {
         self.id
     }
 
-    /// This part's own number.
+    /// Id of this span.
     pub fn span_id(&self) -> NonZeroU64 {
         self.span_id
     }
 
-    /// The part that this one is within, here or at the client.
+    /// Id of the parent span, here or at the client.
     pub fn parent_span_id(&self) -> Option<NonZeroU64> {
         self.parent_span_id
     }
 
-    /// Whether whoever began the trace wants it recorded.
+    /// Whether the trace is sampled.
     pub fn is_sampled(&self) -> bool {
         self.flags & SAMPLED != 0
     }
 
-    /// Names this part as the reason of a request, in its headers.
+    /// Writes this span into the headers of an upstream request.
     pub fn inject(&self, headers: &mut HeaderMap) {
         let parent = format!("00-{}-{:016x}-{:02x}", self.id, self.span_id, self.flags);
         headers.remove(TRACESTATE);
@@ -131,7 +130,7 @@ impl TraceContext {
     }
 }
 
-/// Trace id, parent and flags of `version-traceid-parentid-flags`. Later versions may say more after the flags.
+/// Parses `version-traceid-parentid-flags`. Later versions may have more fields after the flags.
 fn parse(text: &str) -> Option<(TraceId, NonZeroU64, u8)> {
     let mut parts = text.trim().split('-');
     let (version, id, parent, flags) = (parts.next()?, parts.next()?, parts.next()?, parts.next()?);
@@ -151,7 +150,7 @@ fn parse(text: &str) -> Option<(TraceId, NonZeroU64, u8)> {
     Some((TraceId(id), parent, flags))
 }
 
-/// All lines as one (§3.3.1.4), unread; none where they are more than is worth carrying.
+/// All `tracestate` lines joined (§3.3.1.4), unread. `None` if they exceed the limits.
 fn state(headers: &HeaderMap) -> Option<HeaderValue> {
     let mut joined = Vec::new();
     for line in headers.get_all(TRACESTATE) {
@@ -170,7 +169,7 @@ fn state(headers: &HeaderMap) -> Option<HeaderValue> {
     HeaderValue::from_bytes(&joined).ok()
 }
 
-/// Good enough to tell requests apart; nothing secret rests on it.
+/// Random enough to distinguish requests; not used for secrets.
 fn random() -> NonZeroU64 {
     NonZeroU64::new(RandomState::new().hash_one(())).unwrap_or(NonZeroU64::MIN)
 }
@@ -186,14 +185,14 @@ mod tests {
         TraceContext::extract(&headers, false)
     }
 
-    fn written(trace: &TraceContext) -> HeaderMap {
+    fn injected(trace: &TraceContext) -> HeaderMap {
         let mut headers = HeaderMap::new();
         trace.inject(&mut headers);
         headers
     }
 
     #[test]
-    fn a_clients_trace_goes_on_under_a_part_of_our_own() {
+    fn client_trace_continues_with_a_new_span_id() {
         let trace = of("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01");
         assert_eq!(trace.id().to_string(), "4bf92f3577b34da6a3ce929d0e0e4736");
         assert_eq!(
@@ -202,23 +201,23 @@ mod tests {
         );
         assert!(trace.is_sampled());
 
-        let asking = trace.child();
-        let headers = written(&asking);
-        let told = parse(headers[TRACEPARENT].to_str().unwrap()).unwrap();
-        assert_eq!(told, (trace.id(), asking.span_id(), 1));
-        assert_eq!(asking.parent_span_id(), Some(trace.span_id()));
-        assert_ne!(asking.span_id(), trace.span_id());
+        let child = trace.child();
+        let headers = injected(&child);
+        let parsed = parse(headers[TRACEPARENT].to_str().unwrap()).unwrap();
+        assert_eq!(parsed, (trace.id(), child.span_id(), 1));
+        assert_eq!(child.parent_span_id(), Some(trace.span_id()));
+        assert_ne!(child.span_id(), trace.span_id());
     }
 
     #[test]
-    fn a_trace_begun_here_is_recorded_only_where_someone_records() {
+    fn new_trace_is_sampled_only_if_recorded() {
         assert!(TraceContext::extract(&HeaderMap::new(), true).is_sampled());
         assert!(!TraceContext::extract(&HeaderMap::new(), false).is_sampled());
         assert!(!of("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-00").is_sampled());
     }
 
     #[test]
-    fn what_is_malformed_begins_a_new_trace() {
+    fn malformed_traceparent_begins_a_new_trace() {
         for text in [
             "",
             "00-00000000000000000000000000000000-00f067aa0ba902b7-01",
@@ -238,7 +237,7 @@ mod tests {
     }
 
     #[test]
-    fn what_tracing_systems_tell_each_other_is_handed_on_unless_it_is_long() {
+    fn tracestate_is_forwarded_unless_too_long() {
         let state_of = |lines: &[&str]| {
             let mut headers = HeaderMap::new();
             let parent = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
@@ -246,7 +245,7 @@ mod tests {
             for line in lines {
                 headers.append(TRACESTATE, HeaderValue::from_str(line).unwrap());
             }
-            let headers = written(&TraceContext::extract(&headers, false).child());
+            let headers = injected(&TraceContext::extract(&headers, false).child());
             headers
                 .get(TRACESTATE)
                 .map(|state| state.to_str().unwrap().to_owned())
@@ -258,10 +257,10 @@ mod tests {
         assert_eq!(state_of(&[]), None);
         assert_eq!(state_of(&[&format!("long={}", "x".repeat(600))]), None);
         assert_eq!(state_of(&[&vec!["a=1"; 33].join(",")]), None);
-        // Without a trace there is nothing that it could belong to.
+        // Without a `traceparent` the `tracestate` belongs to no trace.
         let mut headers = HeaderMap::new();
         headers.insert(TRACESTATE, HeaderValue::from_static("one=1"));
-        let headers = written(&TraceContext::extract(&headers, false));
+        let headers = injected(&TraceContext::extract(&headers, false));
         assert_eq!(headers.get(TRACESTATE), None);
     }
 }

@@ -1,8 +1,8 @@
-//! The set of media types a client takes.
+//! `Accept` header: the set of media types that a client accepts.
 //!
-//! It comes in several `Accept` lines, in any order (docker shuffles them on every request), so it is kept
-//! twice: as the lines to pass on untouched, and as a sorted set that two askers can be compared by. Weights
-//! are not weighed, as no registry does; only `q=0` counts, as "not this".
+//! It comes in several header lines, in any order: docker shuffles them on every request. So it is stored
+//! twice: as the original lines to forward, and as a sorted set to compare two requests by. Weights are
+//! ignored, as by every registry, except `q=0`, which excludes a type.
 
 use std::sync::Arc;
 
@@ -12,36 +12,36 @@ use http::{HeaderMap, HeaderValue};
 use super::digest::{Algorithm, Hasher};
 use super::manifest::MediaType;
 
-/// Most media types taken.
+/// Most media types accepted in one request.
 pub const ACCEPT_TYPES_MAX: usize = 64;
-/// Most bytes of `Accept` lines taken, all lines together.
+/// Most bytes of `Accept` lines, all lines together.
 pub const ACCEPT_BYTES_MAX: usize = 8 * 1024;
 
-/// What a client takes. Cheap to clone.
+/// Accepted media types. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Accept(Arc<Set>);
 
 #[derive(Debug)]
 struct Set {
     lines: Vec<HeaderValue>,
-    /// Lower-case `type/subtype`, sorted, each once.
+    /// Lower-case `type/subtype`, sorted and unique.
     types: Vec<Box<str>>,
     key: u64,
 }
 
 impl Accept {
-    /// Reads all `Accept` lines of a request. What is not a media type in them is passed on, and means
-    /// nothing here.
+    /// Reads all `Accept` lines of a request. An item that is not a media type is forwarded and otherwise
+    /// ignored.
     pub fn read(headers: &HeaderMap) -> Result<Self, AcceptError> {
         Self::of(headers.get_all(ACCEPT).iter().cloned().collect())
     }
 
-    /// The set of someone who said nothing: anything will do.
+    /// The set of a request without `Accept`: everything is accepted.
     pub fn any() -> Self {
         Self::new(Vec::new(), Vec::new())
     }
 
-    /// The set for requests of our own: every type of manifest that clients of today take.
+    /// The set for the cache's own requests: every manifest type that current clients accept.
     pub fn manifests() -> Self {
         let lines = MediaType::CURRENT_MANIFESTS
             .map(HeaderValue::from_static)
@@ -72,7 +72,7 @@ impl Accept {
         Self(Arc::new(Set { lines, types, key }))
     }
 
-    /// Whether a manifest of this type may be given to the client.
+    /// Whether the client accepts a manifest of this type.
     pub fn accepts(&self, media_type: &MediaType) -> bool {
         let essence = media_type.essence();
         self.0.types.is_empty()
@@ -85,7 +85,7 @@ impl Accept {
             })
     }
 
-    /// Whether this very type stands in the set, and not only a wildcard that covers it.
+    /// Whether the set contains this exact type. A wildcard does not count.
     pub fn lists(&self, media_type: &MediaType) -> bool {
         let essence = media_type.essence();
         self.0
@@ -94,29 +94,25 @@ impl Accept {
             .any(|known| known.eq_ignore_ascii_case(essence))
     }
 
-    /// Whether every type of index stands in the set, so that a registry has no reason to give an image in place of one.
+    /// Whether the set contains every index type, so a registry has no reason to send an image in place of an
+    /// index.
     pub fn lists_indexes(&self) -> bool {
-        let listed = |wanted: &str| {
-            self.0
-                .types
-                .iter()
-                .any(|known| known.eq_ignore_ascii_case(wanted))
-        };
+        let listed = |index: &str| self.0.types.iter().any(|known| known.eq_ignore_ascii_case(index));
         MediaType::INDEXES.into_iter().all(listed)
     }
 
-    /// A number equal for equal sets, whatever their order, spelling or lines; the same in every run.
+    /// Hash of the set. It is independent of order, spelling and lines, and stable across processes.
     pub fn key(&self) -> u64 {
         self.0.key
     }
 
-    /// The lines as they came, to pass on.
+    /// The original lines, to forward.
     pub fn header_values(&self) -> impl Iterator<Item = &HeaderValue> {
         self.0.lines.iter()
     }
 }
 
-/// By what is taken, not by how it was said.
+/// Compares the sets, not the original lines.
 impl PartialEq for Accept {
     fn eq(&self, other: &Self) -> bool {
         self.0.types == other.0.types
@@ -125,19 +121,19 @@ impl PartialEq for Accept {
 
 impl Eq for Accept {}
 
-/// Why an `Accept` is not taken. The fault of the client; worth 400.
+/// Error in an `Accept` header, made by the client (400).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, thiserror::Error)]
 pub enum AcceptError {
     /// More types than [`ACCEPT_TYPES_MAX`].
     #[error("Accept lists {found} media types, {ACCEPT_TYPES_MAX} are allowed")]
     TooMany {
-        /// How many there are.
+        /// Number of types.
         found: usize,
     },
     /// More bytes than [`ACCEPT_BYTES_MAX`].
     #[error("Accept has {found} bytes, {ACCEPT_BYTES_MAX} are allowed")]
     TooLong {
-        /// How many there are.
+        /// Number of bytes.
         found: usize,
     },
 }
@@ -146,13 +142,13 @@ fn read_value(line: &str) -> impl Iterator<Item = Box<str>> {
     line.split(',').filter_map(|item| {
         let (essence, parameters) = item.split_once(';').unwrap_or((item, ""));
         let essence = essence.trim();
-        // `*` alone is what old Java clients send.
+        // Old Java clients send `*` alone.
         let essence = if essence == "*" { "*/*" } else { essence };
         (essence.contains('/') && !is_excluded(parameters)).then(|| essence.to_ascii_lowercase().into())
     })
 }
 
-/// Whether one of the parameters is `q=0`.
+/// Whether the parameters contain `q=0`.
 fn is_excluded(parameters: &str) -> bool {
     parameters
         .split(';')
@@ -163,7 +159,7 @@ fn is_excluded(parameters: &str) -> bool {
         })
 }
 
-/// The first 8 bytes of SHA-256 over the types, each ended by a line feed.
+/// The first 8 bytes of SHA-256 over the types, each followed by a line feed.
 fn key_of(types: &[Box<str>]) -> u64 {
     let mut hasher = Hasher::new(Algorithm::Sha256);
     for name in types {

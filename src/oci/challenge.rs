@@ -1,38 +1,38 @@
-//! `WWW-Authenticate`: how a registry wants to be asked (RFC 9110 §11.6.1).
+//! `WWW-Authenticate` challenge parser (RFC 9110 §11.6.1).
 //!
-//! Registries send several lines, several challenges in a line, quoted commas, schemes and keys in any case.
-//! All are read; a broken challenge is passed over and does not spoil its neighbours. This is for our own use
-//! of a challenge: what a client gets is the line as it came, byte for byte.
+//! Registries send several lines, several challenges per line, quoted commas, and schemes and keys in any case.
+//! All are read. A malformed challenge is skipped without affecting its neighbours. The parsed form is for the
+//! cache's own requests; clients get the original line, byte for byte.
 
 use http::HeaderMap;
 use http::header::WWW_AUTHENTICATE;
 use http_auth::{ChallengeRef, parser::ChallengeParser};
 
-/// Most challenges read from one answer.
+/// Most challenges read from one response.
 pub const CHALLENGES_MAX: usize = 16;
-/// Longest line read, in bytes; a longer one is passed over.
+/// Longest line read, in bytes. Longer lines are skipped.
 pub const CHALLENGE_LINE_BYTES_MAX: usize = 8 * 1024;
 
-/// One way a registry says it can be authenticated to.
+/// One authentication challenge of a registry.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Challenge {
-    /// A token from a token service.
+    /// Token from a token service.
     Bearer {
-        /// The URL of the token service; unchecked.
+        /// URL of the token service, unvalidated.
         realm: String,
-        /// What the token is for.
+        /// Service that the token is for.
         service: Option<String>,
-        /// What it must allow, one item per scope.
+        /// Scopes that the token must grant, one item each.
         scopes: Vec<String>,
-        /// Why the credential sent was not enough (`insufficient_scope`, `invalid_token`).
+        /// Why the sent credential was insufficient (`insufficient_scope`, `invalid_token`).
         error: Option<String>,
     },
     /// User name and password.
     Basic {
-        /// What they are for; may be empty.
+        /// Protection space; may be empty.
         realm: String,
     },
-    /// A scheme that we do not speak, in lower case.
+    /// An unsupported scheme, in lower case.
     Other(String),
 }
 
@@ -51,20 +51,20 @@ impl Challenge {
 }
 
 fn read_one(text: &str) -> Option<Challenge> {
-    // RFC 9110 §11.6.1 allows any number of spaces after the scheme, the parser one.
+    // RFC 9110 §11.6.1 allows any number of spaces after the scheme, the parser only one.
     if let Some((scheme, rest)) = text.split_once([' ', '\t'])
         && rest.starts_with([' ', '\t'])
     {
         return read_one(&format!("{scheme} {}", rest.trim_start()));
     }
     match ChallengeParser::new(text).next() {
-        Some(Ok(challenge)) => understand(&challenge),
-        // `Negotiate <token68>`: legal, and unknown to the parser.
+        Some(Ok(challenge)) => parse_challenge(&challenge),
+        // `Negotiate <token68>` is valid, but the parser does not support it.
         _ => token68_scheme(text).map(|scheme| Challenge::Other(scheme.to_ascii_lowercase())),
     }
 }
 
-fn understand(challenge: &ChallengeRef<'_>) -> Option<Challenge> {
+fn parse_challenge(challenge: &ChallengeRef<'_>) -> Option<Challenge> {
     let value = |key: &str| {
         let found = challenge
             .params
@@ -92,8 +92,8 @@ fn understand(challenge: &ChallengeRef<'_>) -> Option<Challenge> {
     }
 }
 
-/// Divides a line into its challenges. The comma divides both challenges and parameters; a part begins a
-/// challenge when its first word is not followed by `=`.
+/// Splits a line into its challenges. Commas separate both challenges and parameters. A part begins a new
+/// challenge if its first word is not followed by `=`.
 fn split_challenges(line: &str) -> Vec<&str> {
     let (mut starts, mut in_quotes, mut escaped) = (vec![0], false, false);
     for (at, byte) in line.bytes().enumerate() {
@@ -126,8 +126,8 @@ fn token68_scheme(text: &str) -> Option<&str> {
     let (scheme, token) = text.split_once(' ')?;
     let body = token.trim().trim_end_matches('=');
     let is_token68 = |c: char| c.is_ascii_alphanumeric() || "-._~+/".contains(c);
-    let right = scheme.chars().all(is_token_character) && !body.is_empty() && body.chars().all(is_token68);
-    right.then_some(scheme)
+    let is_valid = scheme.chars().all(is_token_character) && !body.is_empty() && body.chars().all(is_token68);
+    is_valid.then_some(scheme)
 }
 
 fn is_token_character(c: char) -> bool {

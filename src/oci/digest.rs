@@ -1,7 +1,7 @@
-//! Content digests, and the hashing that proves them.
+//! Content digests, and the hashing that verifies them.
 //!
-//! A [`Digest`] is one we can verify; a [`UnsupportedDigest`] is well formed, but its algorithm is unknown here:
-//! it may be passed on to an upstream and is never stored. This is the only module that hashes.
+//! A [`Digest`] can be verified. An [`UnsupportedDigest`] is well formed, but of an unsupported algorithm: it
+//! may be forwarded to an upstream and is never stored. This is the only module that hashes.
 
 use std::fmt;
 use std::str::FromStr;
@@ -9,10 +9,10 @@ use std::str::FromStr;
 use hmac::{Hmac, KeyInit, Mac};
 use sha2::{Digest as _, Sha256, Sha512};
 
-/// Longest digest text taken at all, in bytes. The longest we can verify (sha512) has 135.
+/// Longest accepted digest text, in bytes. The longest supported one (sha512) has 135.
 pub const DIGEST_BYTES_MAX: usize = 255;
 
-/// A hash algorithm we can verify.
+/// Supported hash algorithm.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Algorithm {
     /// SHA-256, 64 hex digits.
@@ -22,7 +22,7 @@ pub enum Algorithm {
 }
 
 impl Algorithm {
-    /// The name as written before the colon.
+    /// Name before the colon.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Sha256 => "sha256",
@@ -30,7 +30,7 @@ impl Algorithm {
         }
     }
 
-    /// How many hex digits follow the colon.
+    /// Number of hex digits after the colon.
     pub const fn hex_digits(self) -> usize {
         match self {
             Self::Sha256 => 64,
@@ -57,17 +57,17 @@ impl FromStr for Algorithm {
     }
 }
 
-/// The digest of some content, by an algorithm we can verify. Kept as bytes; text is made on the way out.
+/// A digest of a supported algorithm. Stored as bytes and formatted on output.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Digest {
-    /// By SHA-256.
+    /// SHA-256.
     Sha256([u8; 32]),
-    /// By SHA-512.
+    /// SHA-512.
     Sha512([u8; 64]),
 }
 
 impl Digest {
-    /// The digest of `content`.
+    /// Hashes `content`.
     pub fn of(algorithm: Algorithm, content: &[u8]) -> Self {
         match algorithm {
             Algorithm::Sha256 => Self::Sha256(Sha256::digest(content).into()),
@@ -75,7 +75,7 @@ impl Digest {
         }
     }
 
-    /// Reads the part after the colon: exactly as many lower-case hex digits as the algorithm has.
+    /// Parses the part after the colon: exactly as many lower-case hex digits as the algorithm has.
     pub fn from_hex(algorithm: Algorithm, hex: &str) -> Result<Self, DigestError> {
         let expected = algorithm.hex_digits();
         if hex.len() != expected {
@@ -92,7 +92,7 @@ impl Digest {
         .ok_or(DigestError::Hex { algorithm })
     }
 
-    /// The algorithm it was made by.
+    /// Its algorithm.
     pub const fn algorithm(&self) -> Algorithm {
         match self {
             Self::Sha256(_) => Algorithm::Sha256,
@@ -100,7 +100,7 @@ impl Digest {
         }
     }
 
-    /// The raw bytes, 32 or 64.
+    /// Raw bytes, 32 or 64.
     pub const fn as_bytes(&self) -> &[u8] {
         match self {
             Self::Sha256(bytes) => bytes,
@@ -108,7 +108,7 @@ impl Digest {
         }
     }
 
-    /// The part after the colon, lower-case.
+    /// Lower-case hex digits after the colon.
     pub fn hex(&self) -> String {
         self.as_bytes()
             .iter()
@@ -150,12 +150,12 @@ impl FromStr for Digest {
     }
 }
 
-/// A well-formed digest of an algorithm we cannot verify (`blake3:…`): passed through, never stored.
+/// A well-formed digest of an unsupported algorithm (`blake3:…`): forwarded, never stored.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct UnsupportedDigest(Box<str>);
 
 impl UnsupportedDigest {
-    /// The whole text, `algorithm:encoded`.
+    /// The complete text, `algorithm:encoded`.
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -173,19 +173,19 @@ impl fmt::Debug for UnsupportedDigest {
     }
 }
 
-/// Any digest the grammar allows (image-spec, descriptor.md, "Digests").
+/// Any digest that the grammar allows (image-spec, descriptor.md, "Digests").
 ///
-/// A wrong sha256 or sha512 (short, upper-case) is an error, never a foreign digest.
+/// A malformed sha256 or sha512 digest (short, upper-case) is an error, never an unsupported digest.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum AnyDigest {
-    /// One we can verify.
+    /// A digest that can be verified.
     Supported(Digest),
-    /// One we can only pass on.
+    /// A digest that can only be forwarded.
     Unsupported(UnsupportedDigest),
 }
 
 impl AnyDigest {
-    /// The digest, if we can verify it.
+    /// The digest, if it can be verified.
     pub const fn supported(&self) -> Option<&Digest> {
         match self {
             Self::Supported(digest) => Some(digest),
@@ -227,7 +227,7 @@ impl FromStr for AnyDigest {
     }
 }
 
-/// Hashes content as it passes by.
+/// Incremental hasher.
 #[derive(Clone)]
 pub struct Hasher(State);
 
@@ -238,7 +238,7 @@ enum State {
 }
 
 impl Hasher {
-    /// A hasher that has seen nothing yet.
+    /// A hasher without input.
     pub fn new(algorithm: Algorithm) -> Self {
         Self(match algorithm {
             Algorithm::Sha256 => State::Sha256(Sha256::new()),
@@ -246,7 +246,7 @@ impl Hasher {
         })
     }
 
-    /// Takes the next bytes of the content.
+    /// Hashes the next bytes of the content.
     pub fn update(&mut self, bytes: &[u8]) {
         match &mut self.0 {
             State::Sha256(state) => state.update(bytes),
@@ -254,7 +254,7 @@ impl Hasher {
         }
     }
 
-    /// The digest of everything taken.
+    /// Digest of all input.
     pub fn finish(self) -> Digest {
         match self.0 {
             State::Sha256(state) => Digest::Sha256(state.finalize().into()),
@@ -273,10 +273,11 @@ impl fmt::Debug for Hasher {
     }
 }
 
-/// HMAC-SHA-256 (RFC 2104) of `message` under `secret`: names a principal without keeping its credential.
+/// HMAC-SHA-256 (RFC 2104) of `message` under `secret`. It identifies a principal without storing its
+/// credential.
 pub fn hmac_sha256(secret: &[u8], message: &[u8]) -> [u8; 32] {
     // A key longer than a block counts as its hash, a shorter one as padded with zeros (RFC 2104 §2). Done
-    // here, because a key of exactly one block is the one that `hmac` takes without a possible error.
+    // here, because `hmac` takes a key of exactly one block without a possible error.
     let hashed: [u8; 32];
     let short = if secret.len() > 64 {
         hashed = Sha256::digest(secret).into();
@@ -293,35 +294,35 @@ pub fn hmac_sha256(secret: &[u8], message: &[u8]) -> [u8; 32] {
     mac.finalize().into_bytes().into()
 }
 
-/// Why a text is not a digest. The fault of whoever wrote it.
+/// Error in a digest's text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, thiserror::Error)]
 pub enum DigestError {
     /// Not `algorithm:encoded`.
     #[error("a digest is written algorithm:encoded, for example sha256:<64 hex digits>")]
     Grammar,
-    /// A known algorithm with a wrong number of digits.
+    /// Supported algorithm with a wrong number of digits.
     #[error("a {algorithm} digest has {expected} hex digits, not {found}")]
     Length {
-        /// The algorithm named.
+        /// The named algorithm.
         algorithm: Algorithm,
-        /// How many digits it has.
+        /// Its number of digits.
         expected: usize,
-        /// How many were given.
+        /// The given number of digits.
         found: usize,
     },
-    /// A known algorithm, but something other than lower-case hex digits.
+    /// Supported algorithm with other characters than lower-case hex digits.
     #[error("a {algorithm} digest is written in lower-case hex digits")]
     Hex {
-        /// The algorithm named.
+        /// The named algorithm.
         algorithm: Algorithm,
     },
-    /// A well-formed digest where only one we can verify will do.
+    /// An unsupported algorithm where a verifiable digest is required.
     #[error("only sha256 and sha512 digests can be verified")]
     Unsupported,
     /// Longer than [`DIGEST_BYTES_MAX`].
     #[error("a digest of {found} bytes is too long")]
     TooLong {
-        /// Its length in bytes.
+        /// Length in bytes.
         found: usize,
     },
 }
@@ -345,7 +346,7 @@ fn is_encoded(text: &str) -> bool {
 
 const NOT_HEX: u8 = 0xff;
 
-/// The value of each lower-case hex digit.
+/// Value of each lower-case hex digit.
 #[expect(
     clippy::indexing_slicing,
     reason = "runs at compile time, where a wrong index is an error"
@@ -380,7 +381,7 @@ fn hex_pair(byte: u8) -> [u8; 2] {
     [digit(byte >> 4), digit(byte & 0x0f)]
 }
 
-/// Reads `2 × N` hex digits. Looks at all of them before judging, so that the loop has no branch.
+/// Parses `2 × N` hex digits. Checks them after the loop, so that the loop has no branch.
 fn parse_hex<const N: usize>(hex: &str) -> Option<[u8; N]> {
     let mut bytes = [0; N];
     let mut wrong = 0;

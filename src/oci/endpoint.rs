@@ -1,7 +1,7 @@
-//! One validated read request of the spec: what is asked for, apart from how and by whom.
+//! Endpoints of the distribution spec: validated read requests, independent of transport and client.
 //!
-//! Writes are not operations: they pass through untouched or are refused, and nobody needs to understand
-//! them. Nor is `/v2/_catalog`: it would list names to people who may not know them.
+//! Writes are not endpoints: they are forwarded unparsed or denied. Neither is `/v2/_catalog`, because it would
+//! list repository names to clients that may not know them.
 
 use std::borrow::Cow;
 use std::fmt::Write as _;
@@ -17,46 +17,46 @@ use super::query::{Query, QueryError};
 /// A read request.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Endpoint {
-    /// `/v2/` (end-1): is this a registry, and how does it authenticate?
+    /// `/v2/` (end-1): API version and authentication check.
     Ping,
     /// A manifest by tag or digest (end-3).
     Manifest {
-        /// The repository named in the path.
+        /// Repository in the path.
         repository: Repository,
-        /// Which manifest.
+        /// Requested manifest.
         reference: Reference,
     },
     /// A blob (end-2).
     Blob {
-        /// The repository named in the path.
+        /// Repository in the path.
         repository: Repository,
-        /// Which blob.
+        /// Requested blob.
         digest: AnyDigest,
     },
-    /// The tags of a repository (end-8).
+    /// Tags of a repository (end-8).
     Tags {
-        /// The repository named in the path.
+        /// Repository in the path.
         repository: Repository,
-        /// `n`, `last` and whatever else was sent.
+        /// `n`, `last` and any other parameters.
         query: Query,
     },
-    /// What refers to a manifest (end-12).
+    /// Referrers of a manifest (end-12).
     Referrers {
-        /// The repository named in the path.
+        /// Repository in the path.
         repository: Repository,
-        /// The manifest referred to.
+        /// Subject manifest.
         digest: AnyDigest,
-        /// `artifactType` and whatever else was sent.
+        /// `artifactType` and any other parameters.
         query: Query,
     },
 }
 
 impl Endpoint {
-    /// Reads a request line: method, path as sent, and query without its `?`.
+    /// Parses a request line: method, path as sent, and query without its `?`.
     ///
-    /// A name may hold the words `manifests`, `blobs`, `referrers` and `tags`, so the *last* such word
-    /// decides. Percent-encoding is refused, as no name needs it, except `%3A` for the colon of a digest. The
-    /// query counts for tags and referrers only; `ns` is left out of it ([`Query::parse`] tells it).
+    /// A name may contain the words `manifests`, `blobs`, `referrers` and `tags`, so the *last* such word is
+    /// the resource. Percent-encoding is rejected, because no name needs it, except `%3A` for the colon of a
+    /// digest. The query matters for tags and referrers only. `ns` is removed from it (see [`Query::parse`]).
     pub fn parse(method: &Method, path: &str, query: Option<&str>) -> Result<Self, RequestError> {
         let rest = if path == "/v2" {
             ""
@@ -83,7 +83,7 @@ impl Endpoint {
                     ReferenceError::Digest(error) => RequestError::Digest(error),
                 })?,
             }),
-            // Asking how far an upload has come belongs to a push, whatever its verb.
+            // A request for the state of an upload belongs to a push, whatever its method.
             Resource::Blobs if reference == "uploads" || reference.starts_with("uploads/") => {
                 Err(RequestError::Write {
                     method: method.clone(),
@@ -101,7 +101,7 @@ impl Endpoint {
         }
     }
 
-    /// The repository asked about; none for [`Endpoint::Ping`].
+    /// Its repository, or `None` for [`Endpoint::Ping`].
     pub const fn repository(&self) -> Option<&Repository> {
         match self {
             Self::Ping => None,
@@ -112,7 +112,7 @@ impl Endpoint {
         }
     }
 
-    /// The same request about another repository; a ping stays a ping.
+    /// The same endpoint in another repository. A ping is unchanged.
     #[must_use]
     pub fn with_repository(mut self, new: Repository) -> Self {
         match &mut self {
@@ -125,7 +125,7 @@ impl Endpoint {
         self
     }
 
-    /// Path and query as an upstream is asked: `/v2/<name>/manifests/<reference>`, without `ns`.
+    /// Path and query for the upstream: `/v2/<name>/manifests/<reference>`, without `ns`.
     pub fn path_and_query(&self) -> String {
         let Some(repository) = self.repository() else {
             return "/v2/".to_owned();
@@ -145,40 +145,40 @@ impl Endpoint {
     }
 }
 
-/// Why a request is not one we answer. The fault of the client.
+/// Error in a request, made by the client.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum RequestError {
-    /// No such endpoint.
+    /// Unknown endpoint.
     #[error("there is no such endpoint")]
     Path,
-    /// The path is spelled in a way that servers read differently.
+    /// A path that servers may parse differently.
     #[error("path: {0}")]
     Spelling(#[from] PathError),
-    /// The repository's name is wrong.
+    /// Invalid repository name.
     #[error("repository: {0}")]
     Repository(NameError),
-    /// The tag is wrong, so no manifest can have it.
+    /// Invalid tag, so no manifest can have it.
     #[error("tag: {0}")]
     Tag(NameError),
-    /// The digest is wrong.
+    /// Invalid digest.
     #[error("digest: {0}")]
     Digest(#[from] DigestError),
-    /// The query is wrong.
+    /// Invalid query.
     #[error("query: {0}")]
     Query(#[from] QueryError),
-    /// Part of a push or a deletion: only a door that passes writes through can take it.
-    #[error("this is a cache that is only read, and this {method} is part of a push or a deletion")]
+    /// Part of a push or a deletion, which only a listener with write forwarding accepts.
+    #[error("this cache is read-only, and this {method} is part of a push or a deletion")]
     Write {
-        /// The verb sent; a reading one where the path is that of an upload.
+        /// Method as sent. It may be GET if the path is that of an upload.
         method: Method,
     },
-    /// A verb that has no meaning here.
-    #[error("only GET and HEAD are answered")]
+    /// Unsupported method.
+    #[error("only GET and HEAD are supported")]
     Method,
 }
 
 impl RequestError {
-    /// The code for the error body.
+    /// Code of the error body.
     pub const fn code(&self) -> ErrorCode {
         match self {
             Self::Repository(_) | Self::Spelling(_) => ErrorCode::NameInvalid,
@@ -188,8 +188,8 @@ impl RequestError {
         }
     }
 
-    /// The status to answer with. A wrong tag is 404: the conformance suite asks for one to see a missing
-    /// manifest.
+    /// Status of the response. An invalid tag is 404, because the conformance suite requests one to test for a
+    /// missing manifest.
     pub const fn status(&self) -> StatusCode {
         match self {
             Self::Path | Self::Tag(_) => StatusCode::NOT_FOUND,
@@ -226,9 +226,9 @@ impl Resource {
     ];
 }
 
-/// Name, resource and reference of a path, divided at the last `/<resource>/`.
+/// Name, resource and reference of a path, split at the last `/<resource>/`.
 fn split_at_last_resource(rest: &str) -> Result<(&str, Resource, &str), RequestError> {
-    // A right reference has no slash, so the two last slashes nearly always enclose the resource.
+    // A valid reference has no slash, so the last two slashes nearly always enclose the resource.
     if let Some((before, reference)) = rest.rsplit_once('/')
         && let Some((name, word)) = before.rsplit_once('/')
     {
@@ -253,7 +253,7 @@ fn repository(name: &str) -> Result<Repository, RequestError> {
     name.parse().map_err(RequestError::Repository)
 }
 
-/// The reference with a percent-encoded colon decoded; some HTTP libraries encode it.
+/// Decodes a percent-encoded colon, which some HTTP libraries send.
 fn with_colon(reference: &str) -> Cow<'_, str> {
     let Some((before, after)) = reference.split_once('%') else {
         return Cow::Borrowed(reference);

@@ -1,56 +1,56 @@
-//! Errors as the protocol words them (spec, "Error Codes"): the ones we answer with, and those of upstreams.
+//! OCI error bodies (spec, "Error Codes"), sent to clients and read from upstreams.
 
 use std::fmt;
 
 use bytes::Bytes;
 use serde_json::{Value, json};
 
-/// Largest error body of an upstream that is read, in bytes.
+/// Largest upstream error body read, in bytes.
 pub const ERROR_BODY_BYTES_MAX: usize = 64 * 1024;
-/// Longest message kept of an upstream's error, in bytes.
+/// Longest message kept from an upstream error, in bytes.
 pub const ERROR_MESSAGE_BYTES_MAX: usize = 512;
 
-/// The codes of the spec, and docker's older ones that clients know.
+/// Codes of the spec, and older docker codes that clients know.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ErrorCode {
-    /// The blob is not known to the registry.
+    /// Unknown blob.
     BlobUnknown,
-    /// The upload is wrong.
+    /// Invalid upload.
     BlobUploadInvalid,
-    /// The upload is not known.
+    /// Unknown upload.
     BlobUploadUnknown,
-    /// The digest is wrong.
+    /// Invalid digest.
     DigestInvalid,
-    /// A manifest names a blob that is not known.
+    /// The manifest refers to an unknown blob.
     ManifestBlobUnknown,
-    /// The manifest is wrong.
+    /// Invalid manifest.
     ManifestInvalid,
-    /// The manifest is not known.
+    /// Unknown manifest.
     ManifestUnknown,
-    /// The repository's name is wrong.
+    /// Invalid repository name.
     NameInvalid,
-    /// The repository is not known.
+    /// Unknown repository.
     NameUnknown,
-    /// The length is wrong.
+    /// Invalid length.
     SizeInvalid,
-    /// A credential is needed.
+    /// A credential is required.
     Unauthorized,
-    /// The credential is not enough.
+    /// The credential is insufficient.
     Denied,
-    /// Not done here.
+    /// Unsupported operation.
     Unsupported,
     /// Too many requests.
     TooManyRequests,
-    /// Docker's: the registry is not available.
+    /// Docker: the registry is unavailable.
     Unavailable,
-    /// Docker's: anything else.
+    /// Docker: any other error.
     Unknown,
-    /// Docker's: the tag is wrong.
+    /// Docker: invalid tag.
     TagInvalid,
 }
 
 impl ErrorCode {
-    /// The code as written in a body.
+    /// Code in the body.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::BlobUnknown => "BLOB_UNKNOWN",
@@ -80,20 +80,20 @@ impl fmt::Display for ErrorCode {
     }
 }
 
-/// One error, as answered to a client. With containerd the user sees the *first* registry's message: it
-/// should name the upstream and what is wrong with it.
+/// Error body of a response. With containerd the user sees the *first* registry's message, so it should name
+/// the upstream and the cause.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ErrorBody {
-    /// For programs.
+    /// Machine-readable code.
     pub code: ErrorCode,
-    /// For people.
+    /// Human-readable message.
     pub message: String,
-    /// Anything more, as JSON.
+    /// Additional JSON.
     pub detail: Option<Value>,
 }
 
 impl ErrorBody {
-    /// A problem without detail.
+    /// An error without detail.
     pub fn new(code: ErrorCode, message: impl Into<String>) -> Self {
         Self {
             code,
@@ -102,7 +102,7 @@ impl ErrorBody {
         }
     }
 
-    /// The body, to be sent as `application/json`: docker reads no other.
+    /// The body, to be sent as `application/json`, because docker reads no other type.
     pub fn body(&self) -> Bytes {
         let mut error = json!({ "code": self.code.as_str(), "message": self.message });
         if let (Some(detail), Some(fields)) = (&self.detail, error.as_object_mut()) {
@@ -111,10 +111,10 @@ impl ErrorBody {
         json!({ "errors": [error] }).to_string().into()
     }
 
-    /// Code and message of an upstream's error body, cut to a decent length and safe to log.
+    /// Code and message of an upstream's error body, truncated and safe to log.
     ///
-    /// Reads the spec's form, `{"message": …}` (Docker Hub's 429) and `{"details": …}`; `None` for anything
-    /// else.
+    /// Reads the form of the spec, `{"message": …}` (Docker Hub's 429) and `{"details": …}`. `None` for
+    /// anything else.
     pub fn read(body: &[u8]) -> Option<(String, String)> {
         if body.len() > ERROR_BODY_BYTES_MAX {
             return None;
@@ -141,7 +141,7 @@ impl ErrorBody {
     }
 }
 
-/// The text without control characters, cut to [`ERROR_MESSAGE_BYTES_MAX`].
+/// Removes control characters and truncates to [`ERROR_MESSAGE_BYTES_MAX`].
 fn clean(text: &str) -> String {
     let mut clean = String::new();
     for character in text.trim().chars().filter(|character| !character.is_control()) {

@@ -1,65 +1,66 @@
-//! Why a registry gave no usable answer.
+//! Upstream failures: why a registry gave no usable response.
 //!
-//! One closed list from which the log line, the metric label, `Warning` and `Cache-Status` are all made. An
-//! answer we dislike (401, 403, 404) is not among them: that is an answer.
+//! The log line, the metric label, `Warning` and `Cache-Status` all use this closed list. 401, 403 and 404 are
+//! not among them, because they are usable responses.
 
 use std::fmt;
 
-/// Why a registry gave no usable answer.
+/// Reason why a registry gave no usable response.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum UpstreamFailure {
-    /// Nobody listens at its address.
+    /// No process listens at its address.
     ConnectionRefused,
-    /// The connection broke before the answer was whole.
+    /// The connection was closed before the response was complete.
     ConnectionReset,
     /// No route to its address.
     Unreachable,
-    /// Its name was not resolved.
+    /// Its host name could not be resolved.
     Dns,
-    /// No trusted TLS connection came about.
+    /// No trusted TLS connection could be established.
     Tls(TlsFailure),
-    /// No connection within its time limit.
+    /// No connection within `connect_timeout`.
     ConnectTimeout,
-    /// Connected, but the answer or the next part of it did not come in time.
+    /// Connected, but the response or its next bytes did not arrive in time.
     Timeout,
-    /// A copy is held and the time set aside for asking is used up.
+    /// A cached copy exists, and the revalidation exceeded `revalidate_timeout`.
     RevalidateTimeout,
-    /// It failed so often that it is left alone for a while.
+    /// Its circuit breaker is open after repeated failures.
     BreakerOpen,
-    /// It limits the rate of requests: by 429 or otherwise, or it did so and the wait is not over.
+    /// It limits the request rate, by 429 or otherwise, or its `Retry-After` has not passed yet.
     RateLimited,
-    /// It answered with a status that says nothing about the image, a 5xx for the most part.
+    /// It responded with a status that does not concern the image, mostly a 5xx.
     Status(u16),
-    /// Its token service gave no token.
+    /// Its token service issued no token.
     TokenService,
-    /// It names its token service by http, where no credential is sent.
+    /// Its challenge names a token service at an `http://` URL, where no credential is sent.
     PlaintextRealm,
-    /// The cache's own credential for it could not be had.
+    /// The cache's own credential for it is unavailable.
     CacheCredential,
-    /// Its answer cannot be understood.
+    /// Its response is malformed.
     Malformed,
-    /// What answered in its place is no registry: a login page, a captive portal, a firewall.
+    /// The response is not a registry's, but that of a login page, a captive portal or a firewall.
     NotRegistry,
-    /// Its answer is larger than the limit.
+    /// Its response exceeds the size limit.
     TooLarge,
-    /// It redirected too often, or to where it must not.
+    /// It redirected too often, or to a forbidden target.
     Redirects(RedirectFailure),
-    /// The bytes are not those of the digest.
+    /// The bytes do not match their digest.
     DigestMismatch,
-    /// Its digest is not that of its bytes: docker's signed schema 1. It can only be passed on.
+    /// The digest is not that of the bytes: docker's signed schema 1. Such a manifest can only be forwarded.
     Unverifiable,
-    /// The operator switched asking off.
+    /// The operator switched offline mode on.
     Offline,
-    /// The work was given up before its outcome was known.
+    /// The request was abandoned before its result was known.
     Busy,
-    /// Too many requests of this client wait for it.
+    /// Too many requests of this client are queued for it.
     ClientQueueFull,
-    /// Too many requests of all clients wait for it.
+    /// Too many requests of all clients are queued for it.
     QueueFull,
 }
 
 impl UpstreamFailure {
-    /// The label for metrics and `Cache-Status`; stable, and without the status number to bound their count.
+    /// Label in the metrics and `Cache-Status`. Stable, and without the status number to limit the number of
+    /// labels.
     pub const fn name(self) -> &'static str {
         match self {
             Self::ConnectionRefused => "connection-refused",
@@ -89,7 +90,7 @@ impl UpstreamFailure {
         }
     }
 
-    /// The upstream's setting that has to do with it.
+    /// The upstream setting that can prevent this failure.
     pub const fn setting(self) -> Option<&'static str> {
         match self {
             Self::Timeout => Some("first_byte_timeout"),
@@ -103,28 +104,28 @@ impl UpstreamFailure {
     }
 }
 
-/// Why no trusted TLS connection came about. Hosts, names and dates are told to the operator alone, beside the cause.
+/// Reason why no trusted TLS connection was established. Hosts, names and dates go to the log only.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum TlsFailure {
     /// The certificate has no subject alternative name (RFC 5280 §4.2.1.6) for the host.
     WrongName,
     /// The certificate has expired.
     Expired,
-    /// The certificate is not valid yet: its clock or ours is wrong.
+    /// The certificate is not valid yet, or the local clock is slow.
     NotYetValid,
     /// No trusted certificate authority issued it.
     UnknownIssuer,
-    /// It is signed with its own key, and is not itself trusted.
+    /// It is self-signed and not trusted itself.
     SelfSigned,
-    /// It is not one for servers (extended key usage, or a CA's).
+    /// It is not a server certificate (extended key usage, or a CA's).
     WrongPurpose,
-    /// No protocol version and cipher suite in common.
+    /// No common protocol version and cipher suite.
     Version,
-    /// The server wants a client certificate, or another one.
+    /// The server requires a client certificate, or another one.
     ClientCertificate,
-    /// The server does not speak TLS at that port.
+    /// The port does not speak TLS.
     NotTls,
-    /// Anything else.
+    /// Any other TLS failure.
     Other,
 }
 
@@ -138,25 +139,26 @@ impl TlsFailure {
             Self::SelfSigned => "could not be trusted: its TLS certificate is self-signed",
             Self::WrongPurpose => "could not be trusted: its TLS certificate is not one for servers",
             Self::Version => "offers no TLS version and cipher suite that is accepted here",
-            Self::ClientCertificate => "wants a TLS client certificate",
+            Self::ClientCertificate => "requires a TLS client certificate",
             Self::NotTls => "does not speak TLS at that port",
             Self::Other => "could not be trusted (TLS failed)",
         }
     }
 }
 
-/// Why a redirect is not followed. Its target is told to the operator alone, beside the cause.
+/// Reason why a redirect is not followed. Its target goes to the log only.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum RedirectFailure {
-    /// One redirect after the other.
+    /// Too many redirects in a row.
     TooMany,
-    /// No `Location`, or one that is no http(s) URL.
+    /// No `Location`, or one that is not an http(s) URL.
     Malformed,
-    /// From https to plain http, and `redirects` names no such place.
+    /// From https to plain http, which `redirects` does not allow for that target.
     Downgrade,
-    /// To an address nearer than the registry's own, and `redirects` does not name it.
+    /// To an address of a narrower scope than the registry's, for example from a public to a private one, which
+    /// `redirects` does not allow.
     NarrowerScope,
-    /// To another place, where only the same one makes sense.
+    /// To another host, in a case where only the same host is allowed.
     OtherHost,
 }
 
@@ -164,7 +166,7 @@ impl RedirectFailure {
     const fn phrase(self) -> &'static str {
         match self {
             Self::TooMany => "redirected too often",
-            Self::Malformed => "redirected to nowhere",
+            Self::Malformed => "redirected without a valid Location",
             Self::Downgrade => "redirected to plain http",
             Self::NarrowerScope => "redirected to an address that is not allowed",
             Self::OtherHost => "redirected to another host where that is not allowed",
@@ -172,7 +174,7 @@ impl RedirectFailure {
     }
 }
 
-/// The end of a sentence that begins with the upstream's name: "ghcr.io" + "refused the connection".
+/// Predicate of a sentence that begins with the upstream's name: "ghcr.io" + "refused the connection".
 impl fmt::Display for UpstreamFailure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
@@ -181,29 +183,29 @@ impl fmt::Display for UpstreamFailure {
             Self::Unreachable => "cannot be reached",
             Self::Dns => "has a name that could not be resolved",
             Self::Tls(fault) => fault.phrase(),
-            Self::ConnectTimeout => "did not take the connection in time",
-            Self::Timeout => "did not answer in time",
-            Self::RevalidateTimeout => "did not answer within the budget",
-            Self::BreakerOpen => "failed repeatedly and is being left alone for a while",
+            Self::ConnectTimeout => "did not accept the connection in time",
+            Self::Timeout => "did not respond in time",
+            Self::RevalidateTimeout => "did not respond within `revalidate_timeout`",
+            Self::BreakerOpen => "failed repeatedly, so its circuit breaker is open",
             Self::RateLimited => "limits the rate of requests",
             Self::Status(status) => return write!(f, "answered {status}"),
-            Self::TokenService => "has a token service that gave no token",
+            Self::TokenService => "has a token service that issued no token",
             Self::PlaintextRealm => {
-                "names its token service by http://, where no credential is sent; its external URL should be https"
+                "has a token service at an http:// URL, where no credential is sent (its external URL should be https)"
             }
-            Self::CacheCredential => "could not be asked, for the cache's own credential could not be had",
-            Self::Malformed => "gave an answer that makes no sense",
+            Self::CacheCredential => "could not be contacted, because the cache's own credential is unavailable",
+            Self::Malformed => "sent a malformed response",
             Self::NotRegistry => {
-                "gave an answer that is not a registry's (a login page, a captive portal or a firewall?)"
+                "sent a response that is not a registry's (a login page, a captive portal or a firewall?)"
             }
-            Self::TooLarge => "gave an answer larger than the limit",
+            Self::TooLarge => "sent a response larger than the limit",
             Self::Redirects(fault) => fault.phrase(),
             Self::DigestMismatch => "sent bytes that do not match their digest",
-            Self::Unverifiable => "gave a manifest whose digest cannot be verified (docker's signed schema 1)",
-            Self::Offline => "is not asked while offline mode is on",
-            Self::Busy => "has too many requests of ours under way",
-            Self::ClientQueueFull => "has too many requests of this client waiting for it here",
-            Self::QueueFull => "has too many requests waiting for it here",
+            Self::Unverifiable => "sent a manifest whose digest cannot be verified (docker's signed schema 1)",
+            Self::Offline => "is not contacted in offline mode",
+            Self::Busy => "did not respond before the request was abandoned",
+            Self::ClientQueueFull => "has too many queued requests of this client",
+            Self::QueueFull => "has too many queued requests",
         })
     }
 }
@@ -213,7 +215,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_cause_ends_a_sentence_and_labels_a_metric() {
+    fn failure_has_a_phrase_and_a_label() {
         for (cause, name, sentence) in [
             (
                 UpstreamFailure::ConnectionRefused,
@@ -229,12 +231,12 @@ mod tests {
             (
                 UpstreamFailure::RevalidateTimeout,
                 "budget",
-                "did not answer within the budget",
+                "did not respond within `revalidate_timeout`",
             ),
             (
                 UpstreamFailure::ConnectTimeout,
                 "connect-timeout",
-                "did not take the connection in time",
+                "did not accept the connection in time",
             ),
         ] {
             assert_eq!((cause.name(), cause.to_string().as_str()), (name, sentence));

@@ -1,52 +1,52 @@
-//! Names of headers that `http` does not know, and the small headers that need reading.
+//! Header names that the `http` crate lacks, and parsers of small headers.
 
 use http::header::LINK;
 use http::{HeaderMap, HeaderName};
 
-/// The digest of what is answered.
+/// Digest of the response's content.
 pub const DOCKER_CONTENT_DIGEST: HeaderName = HeaderName::from_static("docker-content-digest");
-/// `registry/2.0`, for old docker.
+/// `registry/2.0`, for old docker versions.
 pub const DOCKER_DISTRIBUTION_API_VERSION: HeaderName =
     HeaderName::from_static("docker-distribution-api-version");
-/// Which filters a list of referrers went through.
+/// Filters applied to a list of referrers.
 pub const OCI_FILTERS_APPLIED: HeaderName = HeaderName::from_static("oci-filters-applied");
 /// The `ns` that was used.
 pub const OCI_NAMESPACE: HeaderName = HeaderName::from_static("oci-namespace");
-/// The manifest an uploaded one is about.
+/// Subject of an uploaded manifest.
 pub const OCI_SUBJECT: HeaderName = HeaderName::from_static("oci-subject");
-/// What the cache did (RFC 9211).
+/// Cache handling of the request (RFC 9211).
 pub const CACHE_STATUS: HeaderName = HeaderName::from_static("cache-status");
-/// Docker Hub: pulls allowed in a window.
+/// Docker Hub: pulls per window.
 pub const RATELIMIT_LIMIT: HeaderName = HeaderName::from_static("ratelimit-limit");
-/// Docker Hub: pulls left in it.
+/// Docker Hub: remaining pulls in the window.
 pub const RATELIMIT_REMAINING: HeaderName = HeaderName::from_static("ratelimit-remaining");
-/// When a window ends, in seconds from now (draft-ietf-httpapi-ratelimit-headers-05).
+/// Seconds until the window ends (draft-ietf-httpapi-ratelimit-headers-05).
 pub const RATELIMIT_RESET: HeaderName = HeaderName::from_static("ratelimit-reset");
-/// Docker Hub: whom they are counted for, an address or an account.
+/// Docker Hub: address or account that pulls are counted for.
 pub const DOCKER_RATELIMIT_SOURCE: HeaderName = HeaderName::from_static("docker-ratelimit-source");
 
-/// Longest address of a next page taken, in bytes.
+/// Longest `Link` header read, in bytes.
 pub const LINK_BYTES_MAX: usize = 4096;
-/// Longest name of whom pulls are counted for, in bytes.
+/// Longest rate-limit source read, in bytes.
 pub const RATE_SOURCE_BYTES_MAX: usize = 128;
 
-/// How many pulls an upstream still allows, as far as it said.
+/// Pull quota of an upstream, as far as it states one.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct RateLimit {
-    /// Pulls allowed in a window.
+    /// Pulls per window.
     pub limit: Option<u64>,
-    /// Pulls left in it.
+    /// Remaining pulls in the window.
     pub remaining: Option<u64>,
-    /// The length of the window, in seconds.
+    /// Length of the window, in seconds.
     pub window_s: Option<u64>,
-    /// Until the window ends, in seconds, where that is said.
+    /// Seconds until the window ends, if stated.
     pub reset_s: Option<u64>,
-    /// Whom the pulls are counted for.
+    /// Address or account that pulls are counted for.
     pub source: Option<String>,
 }
 
 impl RateLimit {
-    /// Reads what an answer says; fields it does not state, or states oddly, are none.
+    /// Reads a response's headers. Missing and malformed fields are `None`.
     pub fn read(headers: &HeaderMap) -> Self {
         let text = |name: &HeaderName| headers.get(name).and_then(|value| value.to_str().ok());
         let (limit, limit_window) = text(&RATELIMIT_LIMIT).map_or((None, None), read_quota);
@@ -63,19 +63,19 @@ impl RateLimit {
         }
     }
 
-    /// In how many seconds all pulls are allowed again at the latest, as far as was said.
+    /// Upper bound of the seconds until all pulls are allowed again, if stated.
     pub fn reset_after_s(&self) -> Option<u64> {
         self.reset_s.or(self.window_s)
     }
 
-    /// Whether the answer said nothing about a limit.
+    /// Whether the response stated no quota.
     pub fn is_unknown(&self) -> bool {
         *self == Self::default()
     }
 }
 
-/// Where the next page of a list is: the target of `rel="next"` (RFC 8288) with its host and fragment left
-/// out, so that whoever follows it comes back to us. A target relative to the request stays so.
+/// Next page of a list: the target of `rel="next"` (RFC 8288) without host and fragment, so that a client which
+/// follows it returns to this cache. A relative target stays relative.
 pub fn next_link(headers: &HeaderMap) -> Option<String> {
     let lines = headers
         .get_all(LINK)
@@ -135,12 +135,12 @@ fn path_and_query(target: &str) -> Option<String> {
         Some(rest) => rest.get(rest.find(['/', '?'])?..)?,
         None => target,
     };
-    // What would still name a host must not come out: `https://a//b`, `/\b` to a browser, `odd+scheme://b`.
+    // The result must not name a host: `https://a//b`, `/\b` to a browser, `odd+scheme://b`.
     let first = local.split(['/', '?']).next().unwrap_or_default();
     let names_host = local.starts_with("//") || first.contains(':');
-    let plain = local.bytes().all(|byte| byte.is_ascii_graphic() && byte != b'\\');
-    let safe = !local.is_empty() && !names_host && plain;
-    safe.then(|| local.to_owned())
+    let is_plain = local.bytes().all(|byte| byte.is_ascii_graphic() && byte != b'\\');
+    let is_safe = !local.is_empty() && !names_host && is_plain;
+    is_safe.then(|| local.to_owned())
 }
 
 #[cfg(test)]

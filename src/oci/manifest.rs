@@ -1,9 +1,9 @@
-//! What of a manifest we must understand: its type, and what it points to.
+//! Manifest parser: media type and descriptors.
 //!
-//! A manifest is served as the bytes that came and is never written anew, so this is only a view. It is
-//! tolerant: unknown fields are passed over, and one odd descriptor is counted, not fatal, because clients
-//! may never touch it. What cannot be read unambiguously is refused: repeated keys, and `manifests` beside
-//! `layers` (CVE-2021-41190).
+//! A manifest is served as the original bytes and never re-serialized, so this is a read-only view. It is
+//! tolerant: unknown fields are ignored, and an unparsable descriptor is counted instead of failing, because
+//! clients may never use it. Ambiguous manifests are rejected: repeated keys, and `manifests` beside `layers`
+//! (CVE-2021-41190).
 
 use std::fmt;
 use std::marker::PhantomData;
@@ -17,71 +17,71 @@ mod media_type;
 
 pub use media_type::{MEDIA_TYPE_BYTES_MAX, MediaType, MediaTypeError};
 
-/// Largest manifest read, in bytes: what registries should take (spec, "Pushing manifests") and podman's own
-/// limit.
+/// Largest manifest read, in bytes: the size that registries should accept (spec, "Pushing manifests"), and
+/// podman's limit.
 pub const MANIFEST_BYTES_MAX: usize = 4 * 1024 * 1024;
-/// Most descriptors a manifest may have.
+/// Most descriptors of a manifest.
 pub const DESCRIPTORS_MAX: usize = 10_000;
 
-/// What a manifest says about itself.
+/// Parsed fields of a manifest.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Manifest {
-    /// Its `mediaType`, which some manifests leave out and which the `Content-Type` then tells.
+    /// Its `mediaType`. Some manifests omit it and rely on `Content-Type`.
     pub media_type: Option<MediaType>,
-    /// What it points to and cannot be used without: config, layers or manifests, in that order.
+    /// Required content in this order: config, layers or child manifests.
     pub descriptors: Vec<Descriptor>,
-    /// The manifest this one is about, if that is named by a digest we can verify.
+    /// Its `subject`, if that has a supported digest.
     pub subject: Option<Digest>,
-    /// What shape it has.
+    /// Kind of manifest.
     pub kind: ManifestKind,
-    /// How many descriptors could not be read and are missing from `descriptors`.
+    /// Number of descriptors that could not be parsed and are missing from `descriptors`.
     pub unparsed: usize,
-    /// Whether signatures are part of its bytes, as in docker's signed schema 1.
+    /// Whether the bytes contain signatures, as in docker's signed schema 1.
     pub has_signatures: bool,
 }
 
-/// The shape of a manifest.
+/// Kind of manifest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ManifestKind {
     /// A list of manifests.
     Index,
-    /// Config and layers, of an image or of an artifact in an image's clothes.
+    /// Config and layers, of an image or of an artifact packaged as one.
     Image,
-    /// Anything else, docker's schema 1 among it.
+    /// Anything else, including docker's schema 1.
     Other,
 }
 
-/// One thing a manifest points to.
+/// A descriptor in a manifest.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Descriptor {
-    /// Its stated type.
+    /// Stated media type.
     pub media_type: Option<MediaType>,
     /// Its digest.
     pub digest: AnyDigest,
-    /// Its stated size in bytes.
+    /// Stated size in bytes.
     pub size: Option<u64>,
-    /// The platform it is for, in an index.
+    /// Platform, in an index.
     pub platform: Option<Platform>,
-    /// How it is used, and so by which endpoint it is fetched.
+    /// Kind of content, which determines the endpoint it is fetched from.
     pub kind: DescriptorKind,
-    /// Whether it names other places (`urls`) to fetch it from: the registry may not have it.
+    /// Whether it has `urls` to fetch it from, so the registry may not have it.
     pub has_urls: bool,
-    /// The image that this one is the attestation of, as buildx lists it beside that image.
+    /// The image that this manifest is an attestation of, as buildx lists it beside that image.
     pub attests: Option<Digest>,
 }
 
-/// How a descriptor is used.
+/// Kind of a descriptor's content.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum DescriptorKind {
     /// The config blob.
     Config,
-    /// A blob: a layer, or whatever else is not a manifest.
+    /// A layer, or any other blob.
     Layer,
     /// A manifest.
     Manifest,
 }
 
-/// The platform of a manifest in an index.
+/// Platform of a manifest in an index.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Deserialize)]
 pub struct Platform {
     /// `linux`, `windows`, …
@@ -103,12 +103,12 @@ impl fmt::Display for Platform {
 }
 
 impl Manifest {
-    /// Reads a manifest of at most [`MANIFEST_BYTES_MAX`] and [`DESCRIPTORS_MAX`].
+    /// Parses a manifest of at most [`MANIFEST_BYTES_MAX`] and [`DESCRIPTORS_MAX`].
     pub fn read(bytes: &[u8]) -> Result<Self, ManifestError> {
         if bytes.len() > MANIFEST_BYTES_MAX {
             return Err(ManifestError::TooLarge { found: bytes.len() });
         }
-        // A JSON list would be read as the fields in order.
+        // Serde would read a JSON array as the fields in order.
         if bytes.trim_ascii_start().first() != Some(&b'{') {
             return Err(ManifestError::Json { line: 1, column: 1 });
         }
@@ -156,8 +156,8 @@ impl Manifest {
         Ok(manifest)
     }
 
-    /// The media type of this manifest where a response labelled it `sent`: exactly as sent, unless the manifest, whose
-    /// digest vouches for what it states, states another one. `None`: neither is a manifest's.
+    /// Media type of this manifest when the response's `Content-Type` was `sent`. It is exactly `sent`, unless
+    /// the manifest states another type, which its digest covers. `None` if neither is a manifest type.
     pub fn type_sent_as(&self, sent: Option<&MediaType>) -> Option<MediaType> {
         let stated = self.media_type.as_ref().filter(|stated| stated.is_manifest());
         match (sent, stated) {
@@ -169,8 +169,8 @@ impl Manifest {
         }
     }
 
-    /// The same where the bytes are those of the digest asked for. What the manifest does not state, its shape tells
-    /// better than a label that contradicts it: only OCI manifests may leave their `mediaType` out.
+    /// The same for bytes that match the requested digest. If the manifest states no type, its structure takes
+    /// precedence over a contradicting `Content-Type`: only OCI manifests may omit `mediaType`.
     pub fn type_by_digest(&self, sent: Option<&MediaType>) -> Option<MediaType> {
         let sent = self.type_sent_as(sent);
         if self.media_type.as_ref().is_some_and(MediaType::is_manifest) {
@@ -194,7 +194,7 @@ impl Manifest {
         self.kind == ManifestKind::Other && !states_another && (self.has_signatures || is_labelled)
     }
 
-    /// Whether it has the shape that `media_type` promises: an error in JSON can be labelled as anything.
+    /// Whether its structure fits `media_type`: a JSON error can have any `Content-Type`.
     pub fn has_shape_of(&self, media_type: &MediaType) -> bool {
         match self.kind {
             ManifestKind::Index => !media_type.is_image(),
@@ -218,35 +218,35 @@ impl Manifest {
     }
 }
 
-/// Why bytes are not a manifest. The fault of whoever pushed it, or of what stands between.
+/// Error in a manifest, made by its publisher or by an intermediary.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, thiserror::Error)]
 pub enum ManifestError {
     /// Larger than [`MANIFEST_BYTES_MAX`].
     #[error("a manifest of {found} bytes is too large, {MANIFEST_BYTES_MAX} are allowed")]
     TooLarge {
-        /// Its size in bytes.
+        /// Size in bytes.
         found: usize,
     },
-    /// Not a JSON object of the right shape.
+    /// Not a JSON object with the fields of a manifest.
     #[error("not the JSON of a manifest (line {line}, column {column})")]
     Json {
-        /// Where, from 1.
+        /// Line, from 1.
         line: usize,
-        /// Where in the line, from 1.
+        /// Column, from 1.
         column: usize,
     },
     /// More descriptors than [`DESCRIPTORS_MAX`].
     #[error("a manifest with {found} descriptors is too large, {DESCRIPTORS_MAX} are allowed")]
     TooMany {
-        /// How many it has.
+        /// Number of descriptors.
         found: usize,
     },
-    /// An index and an image at once: two clients could read two different images from it.
+    /// Both an index and an image: two clients could read two different images from it.
     #[error("it is both an index and an image")]
     Ambiguous,
 }
 
-/// The fields read. A field with an unexpected type counts as absent where that does no harm.
+/// Parsed fields. A field of an unexpected type counts as absent where that is harmless.
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase", expecting = "a manifest")]
 struct RawManifest {
@@ -279,7 +279,7 @@ struct RawDescriptor {
     annotations: Option<Lenient<Annotations>>,
 }
 
-/// Those of `BuildKit` that tell what an entry of an index is.
+/// `BuildKit` annotations on the entries of an index.
 #[derive(Deserialize)]
 struct Annotations {
     #[serde(rename = "vnd.docker.reference.type")]
@@ -299,7 +299,7 @@ impl Annotations {
 impl RawDescriptor {
     fn read(self, kind: DescriptorKind) -> Option<Descriptor> {
         let media_type = self.media_type.and_then(|text| text.0?.parse::<MediaType>().ok());
-        // An index may list blobs (build caches do); they are fetched as blobs.
+        // An index may list blobs, as build caches do. They are fetched as blobs.
         let kind = match (kind, &media_type) {
             (DescriptorKind::Manifest, Some(media_type)) if !media_type.is_manifest() => {
                 DescriptorKind::Layer
@@ -340,7 +340,7 @@ impl From<Schema1Layer> for RawDescriptor {
     }
 }
 
-/// A value of the type expected, or nothing if it has another.
+/// A value of the expected type, or `None` for another type.
 struct Lenient<T>(Option<T>);
 
 impl<'de, T: Deserialize<'de>> Deserialize<'de> for Lenient<T> {
@@ -358,8 +358,8 @@ impl<'de, T: Deserialize<'de>> Deserialize<'de> for Lenient<T> {
     }
 }
 
-/// A list that keeps its readable items up to [`DESCRIPTORS_MAX`] and counts all, so that a hostile one stays
-/// small.
+/// A list that stores its parsable items up to [`DESCRIPTORS_MAX`] and counts all of them, which bounds the
+/// memory for a hostile list.
 struct List<T> {
     present: bool,
     count: usize,
@@ -397,7 +397,7 @@ impl<'de, T: Deserialize<'de>> Visitor<'de> for ListVisitor<T> {
         f.write_str("a list of descriptors")
     }
 
-    /// `null`, which Go writes for a list that was never made.
+    /// `null`, which Go writes for a nil slice.
     fn visit_unit<E>(self) -> Result<List<T>, E> {
         Ok(List::default())
     }

@@ -1,7 +1,7 @@
-//! Names: repositories, tags, and the reference that is either a tag or a digest.
+//! Names: repositories, tags, and references (a tag or a digest).
 //!
-//! The grammar is the spec's ("Pulling manifests"). Host names are not part of a repository's name here:
-//! which upstream a name belongs to is decided by the door a request came through.
+//! The grammar is that of the spec ("Pulling manifests"). A repository name does not include a host: the
+//! upstream follows from the routing of the request.
 
 use std::borrow::Borrow;
 use std::fmt;
@@ -10,38 +10,38 @@ use std::sync::Arc;
 
 use super::digest::{AnyDigest, Digest, DigestError};
 
-/// Longest repository name, in bytes: many clients cap host + `/` + name there.
+/// Longest repository name, in bytes. Many clients limit host + `/` + name to this length.
 pub const REPOSITORY_BYTES_MAX: usize = 255;
 /// Longest tag, in bytes.
 pub const TAG_BYTES_MAX: usize = 128;
 
-/// The name of a repository: components of lower-case letters and digits, joined by `/`.
+/// A repository name: components of lower-case letters and digits, joined by `/`.
 ///
-/// Within a component `.`, `_`, `__` or any number of `-` may stand between letters and digits.
+/// Within a component, `.`, `_`, `__` or any number of `-` may separate letters and digits.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Repository(Arc<str>);
 
 impl Repository {
-    /// The whole name.
+    /// The complete name.
     pub fn as_str(&self) -> &str {
         &self.0
     }
 
-    /// Everything before the first `/`: where the prefix door looks for an upstream's name.
+    /// The part before the first `/`, where prefix routing expects the upstream's name.
     pub fn first_component(&self) -> &str {
         self.0.split_once('/').map_or(&*self.0, |(first, _)| first)
     }
 
-    /// Whether there is no `/` in it, as in Docker Hub's short names.
+    /// Whether it has no `/`, as Docker Hub's short names.
     pub fn is_one_component(&self) -> bool {
         !self.0.contains('/')
     }
 
-    /// The rest of the name, if it begins with the whole components `prefix` and goes on after them.
+    /// The name without the leading components `prefix`, if anything follows them.
     #[must_use]
     pub fn strip_prefix(&self, prefix: &str) -> Option<Self> {
         let rest = self.0.strip_prefix(prefix)?.strip_prefix('/')?;
-        // What follows a `/` in a right name is a right name, so this cannot fail.
+        // The text after a `/` of a valid name is a valid name, so this cannot fail.
         rest.parse().ok()
     }
 
@@ -60,18 +60,19 @@ impl FromStr for Repository {
     }
 }
 
-/// A tag: a letter, digit or `_`, then up to 127 of letters, digits, `.`, `_` and `-`.
+/// A tag: a letter, digit or `_`, then up to 127 letters, digits, `.`, `_` and `-`.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Tag(Arc<str>);
 
 impl Tag {
-    /// The tag's text.
+    /// The tag as text.
     pub fn as_str(&self) -> &str {
         &self.0
     }
 
-    /// Whether it has the form of a referrers tag: the list of what refers to a manifest, at registries without the
-    /// referrers API (spec, "Referrers Tag Schema"). Tools that sign append `.sig` and the like; those are ordinary tags.
+    /// Whether it has the form of a referrers tag, which lists the referrers of a manifest at registries
+    /// without the referrers API (spec, "Referrers Tag Schema"). Signing tools append `.sig` and the like;
+    /// those are ordinary tags.
     pub fn is_referrers_tag(&self) -> bool {
         let encoded = self
             .0
@@ -81,7 +82,7 @@ impl Tag {
         encoded.is_some_and(|encoded| encoded.len() == 64 && encoded.bytes().all(is_hex))
     }
 
-    /// The manifest that a referrers tag is about; none where the tag cuts its digest short, as for sha512.
+    /// Subject manifest of a referrers tag. `None` if the tag truncates the digest, as for sha512.
     pub fn subject(&self) -> Option<Digest> {
         let encoded = self
             .0
@@ -148,12 +149,12 @@ macro_rules! name_is_text {
 name_is_text!(Repository);
 name_is_text!(Tag);
 
-/// What a manifest is asked for by.
+/// Reference of a manifest.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Reference {
-    /// A name that may move.
+    /// A tag, which may move.
     Tag(Tag),
-    /// The content itself.
+    /// A digest, which identifies the content.
     Digest(AnyDigest),
 }
 
@@ -181,7 +182,7 @@ impl fmt::Display for Reference {
 impl FromStr for Reference {
     type Err = ReferenceError;
 
-    /// With a `:` it is a digest, since no tag has one; otherwise a tag.
+    /// Text with a `:` is a digest, because no tag has one. Otherwise it is a tag.
     fn from_str(text: &str) -> Result<Self, ReferenceError> {
         if text.contains(':') {
             Ok(Self::Digest(text.parse()?))
@@ -191,47 +192,47 @@ impl FromStr for Reference {
     }
 }
 
-/// Why a text is neither a tag nor a digest.
+/// Error in a text that is neither a tag nor a digest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, thiserror::Error)]
 pub enum ReferenceError {
-    /// It has no `:`, and is no tag.
+    /// Without a `:`, and not a tag.
     #[error(transparent)]
     Tag(#[from] NameError),
-    /// It has a `:`, and is no digest.
+    /// With a `:`, and not a digest.
     #[error(transparent)]
     Digest(#[from] DigestError),
 }
 
-/// Why a text is not a name. The fault of whoever wrote it.
+/// Error in a name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, thiserror::Error)]
 pub enum NameError {
-    /// There is nothing.
+    /// Empty name.
     #[error("a name cannot be empty")]
     Empty,
-    /// Longer than a name may be.
+    /// Longer than allowed.
     #[error("a name of {found} bytes is too long, {max} are allowed")]
     TooLong {
-        /// Its length in bytes.
+        /// Length in bytes.
         found: usize,
-        /// The most that is allowed.
+        /// Longest allowed length.
         max: usize,
     },
-    /// A character no such name may have.
+    /// A forbidden character.
     #[error("the character at byte {at} is not allowed in a name")]
     Character {
-        /// Where, in bytes from the start.
+        /// Byte offset.
         at: usize,
     },
-    /// A separator at an end, or next to another.
+    /// A separator at an end or next to another one.
     #[error("a letter or digit is needed at byte {at} of a name")]
     Separator {
-        /// Where, in bytes from the start.
+        /// Byte offset.
         at: usize,
     },
 }
 
 fn check_repository(text: &str) -> Result<(), NameError> {
-    /// What the bytes just read were; a component may end only after `Word`.
+    /// Class of the previous bytes. A component may end after `Word` only.
     enum Last {
         Start,
         Word,

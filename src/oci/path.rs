@@ -1,23 +1,24 @@
-//! The one spelling of a path below `/v2/`.
+//! Canonical spelling of paths below `/v2/`.
 //!
-//! A server may decode a path, merge its slashes, cut its parameters and fold its case before it routes the request
-//! (RFC 3986 §6.2.2). No repository, tag or digest needs a spelling that such a server would read differently, so none is
-//! taken: what is compared with an access list, or with the cache, is then what the registry reads.
+//! A server may decode a path, merge its slashes, cut its parameters and fold its case before it routes the
+//! request (RFC 3986 §6.2.2). No repository, tag or digest needs a spelling that such a server would parse
+//! differently, so all of those are rejected. The path that is compared with an access list, or with the cache,
+//! is then the path that the registry reads.
 
 /// How often a server may decode a path before it routes the request.
 const DECODINGS: usize = 3;
 
-/// The characters whose escapes are taken, in the last segment alone: an encoded colon of a digest, and what the identifier
-/// of an upload may hold. A tag has none of them.
+/// Characters that may be percent-encoded, in the last segment only: the colon of a digest, and characters of
+/// upload identifiers. A tag has none of them.
 const ESCAPED: &[u8] = b":=+@,";
 
-/// Why the spelling of a path is not taken.
+/// Error in the spelling of a path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, thiserror::Error)]
 pub enum PathError {
-    /// It leads to `/v2/` and does not begin with that.
-    #[error("it leads to /v2/, and begins with another spelling of that")]
+    /// Resolves to `/v2/` and does not begin with it.
+    #[error("it resolves to /v2/ but does not begin with it")]
     Prefix,
-    /// Percent-encoding where none is needed.
+    /// Unnecessary percent-encoding.
     #[error("below /v2/ nothing may be percent-encoded but the colon of a digest")]
     Encoded,
     /// Two slashes in a row.
@@ -26,12 +27,12 @@ pub enum PathError {
     /// `.` or `..` is a segment.
     #[error("a segment is `.` or `..`")]
     Dots,
-    /// A character that no name holds and some servers give a meaning.
-    #[error("a backslash, a semicolon or a byte outside of ASCII is in it")]
+    /// A character that occurs in no name and has a meaning to some servers.
+    #[error("it contains a backslash, a semicolon or a non-ASCII byte")]
     Character,
 }
 
-/// Refuses a path that leads to `/v2/`, for one server or another, in any spelling but the plain one.
+/// Rejects every non-canonical path that some server may resolve to `/v2/`.
 pub fn check(path: &str) -> Result<(), PathError> {
     match path.strip_prefix("/v2/") {
         Some(rest) => check_segments(rest),
@@ -70,7 +71,7 @@ fn check_characters(segment: &str) -> Result<(), PathError> {
     }
 }
 
-/// Whether the first segment is `v2` once the path is decoded and normalised.
+/// Whether the first segment is `v2` after decoding and normalization.
 fn leads_to_v2(path: &str) -> bool {
     let mut text = path.as_bytes().to_vec();
     for _ in 0..DECODINGS {
@@ -81,7 +82,7 @@ fn leads_to_v2(path: &str) -> bool {
         match segment.split(|byte| *byte == b';').next().unwrap_or_default() {
             b"" | b"." => {}
             b".." => drop(segments.pop()),
-            named => segments.push(named),
+            segment => segments.push(segment),
         }
     }
     segments
@@ -100,7 +101,7 @@ fn decoded(text: &[u8]) -> Vec<u8> {
     bytes
 }
 
-/// The byte whose two hex digits `text` begins with.
+/// The byte that the first two hex digits of `text` encode.
 fn decoded_byte(text: &[u8]) -> Option<u8> {
     let digit = |at: usize| char::from(*text.get(at)?).to_digit(16);
     u8::try_from(digit(0)? << 4 | digit(1)?).ok()
@@ -111,7 +112,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn t19_a_path_to_v2_has_one_spelling() {
+    fn t19_v2_path_has_one_spelling() {
         for path in [
             "/v2",
             "/v2/",

@@ -1,23 +1,23 @@
-//! The query of a request, decoded, with `ns` taken out.
+//! Query of a request, decoded, without `ns`.
 //!
-//! `ns` says which upstream is meant (spec, "Registry Proxying") and concerns us alone; the rest is for the
-//! upstream.
+//! `ns` selects the upstream (spec, "Registry Proxying") and is used by the cache only. The other parameters
+//! are for the upstream.
 
 use std::fmt;
 
-/// Longest query taken, in bytes as sent. Links to next pages hold tokens of some length.
+/// Longest accepted query, in bytes as sent. Links to next pages contain tokens.
 pub const QUERY_BYTES_MAX: usize = 4096;
-/// Most parameters taken, `ns` not counted.
+/// Most parameters, `ns` not counted.
 pub const QUERY_PAIRS_MAX: usize = 8;
 
-/// The parameters of a request for the upstream, in the order sent.
+/// Query parameters for the upstream, in their original order.
 ///
-/// [`Display`](fmt::Display) gives them with the leading `?`, or nothing when there are none.
+/// [`Display`](fmt::Display) writes them with the leading `?`, or nothing if there are none.
 #[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Query(Vec<(String, String)>);
 
 impl Query {
-    /// Reads a query without its `?`; gives it without `ns`, and the value of `ns` apart (an empty one is
+    /// Parses a query without its `?`. Returns it without `ns`, and the value of `ns` (an empty value counts as
     /// none).
     pub fn parse(query: Option<&str>) -> Result<(Self, Option<String>), QueryError> {
         let text = query.unwrap_or_default();
@@ -41,7 +41,8 @@ impl Query {
         Ok((Self(pairs), namespace.filter(|namespace| !namespace.is_empty())))
     }
 
-    /// Every value of `key`, decoded. A key in another case and a `;` between parameters count too: some servers read so.
+    /// All decoded values of `key`. Keys of another case and `;` as separator count too, because some servers
+    /// read queries so.
     pub fn values(query: Option<&str>, key: &str) -> Result<Vec<String>, QueryError> {
         let parts = query.unwrap_or_default().split(['&', ';']);
         let pairs = parts.map(|part| part.split_once('=').unwrap_or((part, "")));
@@ -51,7 +52,7 @@ impl Query {
             .collect()
     }
 
-    /// The first value of `key`, decoded.
+    /// First value of `key`, decoded.
     pub fn get(&self, key: &str) -> Option<&str> {
         self.0
             .iter()
@@ -59,12 +60,12 @@ impl Query {
             .map(|(_, value)| value.as_str())
     }
 
-    /// Whether no parameter but `key` is given.
+    /// Whether there is no parameter except `key`.
     pub fn has_only(&self, key: &str) -> bool {
         self.0.iter().all(|(known, _)| known == key)
     }
 
-    /// Whether each parameter is one of `keys`, and none is given twice.
+    /// Whether all parameters are among `keys`, each at most once.
     pub fn has_only_of(&self, keys: &[&str]) -> bool {
         let times = |key: &str| self.0.iter().filter(|(known, _)| known == key).count();
         self.0
@@ -72,13 +73,13 @@ impl Query {
             .all(|(known, _)| keys.contains(&known.as_str()) && times(known) == 1)
     }
 
-    /// These parameters.
+    /// A query of these parameters.
     pub fn from_pairs(pairs: &[(&str, &str)]) -> Self {
         let owned = |(key, value): &(&str, &str)| ((*key).to_owned(), (*value).to_owned());
         Self(pairs.iter().map(owned).collect())
     }
 
-    /// Whether there is no parameter.
+    /// Whether there are no parameters.
     pub const fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
@@ -97,7 +98,7 @@ impl Query {
         text
     }
 
-    /// As a further parameter, what says which upstream is meant: `&ns=ghcr.io`, or nothing.
+    /// The `ns` parameter as a suffix, `&ns=ghcr.io`, or nothing.
     pub fn ns_suffix(namespace: Option<&str>) -> String {
         let mut text = String::new();
         if let Some(namespace) = namespace {
@@ -107,7 +108,7 @@ impl Query {
         text
     }
 
-    /// The same query, if `n` (tags in a page) is a number. It is for the upstream to say how many it gives.
+    /// The same query, if `n` (the page size) is a number. The upstream chooses the actual size.
     pub(super) fn with_page_size(self) -> Result<Self, QueryError> {
         let is_number = |value: &str| !value.is_empty() && value.bytes().all(|byte| byte.is_ascii_digit());
         let mut sizes = self.0.iter().filter(|(key, _)| key == "n");
@@ -129,13 +130,13 @@ impl fmt::Display for Query {
     }
 }
 
-/// Why a query is not taken. The fault of the client.
+/// Error in a query, made by the client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, thiserror::Error)]
 pub enum QueryError {
     /// Longer than [`QUERY_BYTES_MAX`].
     #[error("a query of {found} bytes is too long, {QUERY_BYTES_MAX} are allowed")]
     TooLong {
-        /// Its length in bytes.
+        /// Length in bytes.
         found: usize,
     },
     /// More parameters than [`QUERY_PAIRS_MAX`].
@@ -147,7 +148,7 @@ pub enum QueryError {
     /// A `%` without two hex digits, or bytes that are not UTF-8.
     #[error("a parameter is not percent-encoded UTF-8")]
     Encoding,
-    /// `ns` is given twice: which upstream is meant is nobody's guess.
+    /// `ns` occurs twice, so the upstream is ambiguous.
     #[error("ns is given twice")]
     TwoNamespaces,
     /// `n` is not a number.
@@ -155,7 +156,7 @@ pub enum QueryError {
     PageSize,
 }
 
-/// Decodes as forms do (`+` is a space), because that is how registries read it.
+/// Decodes like a form (`+` is a space), as registries do.
 pub(super) fn decode(text: &str) -> Result<String, QueryError> {
     let mut bytes = Vec::with_capacity(text.len());
     let mut rest = text.bytes();
@@ -173,7 +174,7 @@ pub(super) fn decode(text: &str) -> Result<String, QueryError> {
     String::from_utf8(bytes).map_err(|_| QueryError::Encoding)
 }
 
-/// Encodes all but the unreserved characters (RFC 3986 §2.3), and `/` and `:`, which queries may hold.
+/// Encodes all but the unreserved characters (RFC 3986 §2.3), and `/` and `:`, which are allowed in queries.
 fn encode(text: &str, into: &mut String) {
     let digit = |value: u8| {
         char::from(if value < 10 {

@@ -1,27 +1,28 @@
-//! Byte ranges (RFC 9110 §14): what was asked for, and what that means for a body of a known size.
+//! Byte ranges (RFC 9110 §14): parsing of `Range` and `Content-Range`, and resolution for a body of known size.
 
 use std::fmt;
 
 use http::HeaderValue;
 
-/// Most ranges in one request; a request with more is answered as if it had none. podman asks for up to 1024 at a time
-/// when it pulls only what changed (zstd:chunked), and gives up on a registry that takes fewer than 64.
+/// Most ranges of one request. A request with more is served without ranges. podman requests up to 1024 at a
+/// time when it pulls changed chunks only (zstd:chunked), and gives up on a registry that takes fewer than 64.
 pub const RANGES_MAX: usize = 1024;
 
-/// What a `Range` header asks for.
+/// A parsed `Range` header.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum RangeRequest {
-    /// All of it: no header, or one that must be ignored (malformed, another unit, too many ranges; §14.2).
+    /// The complete body: no header, or one that must be ignored (malformed, another unit, too many ranges;
+    /// §14.2).
     #[default]
     None,
-    /// One part.
+    /// One range.
     Single(ByteRange),
-    /// Two parts or more.
+    /// Two ranges or more.
     Multi(Vec<ByteRange>),
 }
 
 impl RangeRequest {
-    /// Reads a `Range` header.
+    /// Parses a `Range` header.
     pub fn read(header: Option<&HeaderValue>) -> Self {
         header
             .and_then(|value| value.to_str().ok())
@@ -29,7 +30,7 @@ impl RangeRequest {
             .unwrap_or_default()
     }
 
-    /// The most bytes that it can bring, whatever the size of the body; `None` where it has no end.
+    /// Upper bound of the bytes in the response, for any size of the body. `None` if unbounded.
     pub fn bytes_max(&self) -> Option<u64> {
         let ranges = match self {
             Self::None => return None,
@@ -44,7 +45,7 @@ impl RangeRequest {
         sizes.reduce(|sum, size| Some(sum?.saturating_add(size?)))?
     }
 
-    /// What is to be sent of a body of `size` bytes.
+    /// Bytes to send of a body of `size` bytes.
     pub fn resolve(&self, size: u64) -> ResolvedRange {
         match self {
             Self::None => ResolvedRange::Full,
@@ -63,50 +64,50 @@ impl RangeRequest {
     }
 }
 
-/// What a [`RangeRequest`] comes to for a body of a known size.
+/// A [`RangeRequest`] resolved for a body of known size.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ResolvedRange {
-    /// All of it (200).
+    /// Complete body (200).
     Full,
     /// One part (206).
     Single(ByteSpan),
-    /// Parts in a `multipart/byteranges` (206): in the order asked for, no byte twice. It may be one only; who asks for
-    /// several ranges understands that (RFC 9110 §15.3.7.2).
+    /// Parts of a `multipart/byteranges` response (206), in the requested order, no byte twice. There may be
+    /// only one: a client that requests several ranges accepts that (RFC 9110 §15.3.7.2).
     Multi(Vec<ByteSpan>),
-    /// None of the bytes asked for exist (416).
+    /// No requested byte exists (416).
     Unsatisfiable,
 }
 
-/// The same bytes, each once: spans that overlap become one, so that no request brings more than the whole body. Those that
-/// merely touch stay as asked, because podman counts the parts (§14.2, §15.3.7.2).
+/// Merges overlapping spans, so that no response is larger than the body. Adjacent spans stay separate, because
+/// podman counts the parts (§14.2, §15.3.7.2).
 fn coalesce(spans: Vec<ByteSpan>) -> Vec<ByteSpan> {
     let mut ordered: Vec<(usize, ByteSpan)> = spans.into_iter().enumerate().collect();
     ordered.sort_by_key(|(_, span)| span.start);
-    let mut apart: Vec<(usize, ByteSpan)> = Vec::with_capacity(ordered.len());
-    for (place, span) in ordered {
-        match apart.last_mut() {
-            Some((first_place, last)) if span.start < last.end_exclusive => {
+    let mut merged: Vec<(usize, ByteSpan)> = Vec::with_capacity(ordered.len());
+    for (position, span) in ordered {
+        match merged.last_mut() {
+            Some((first_position, last)) if span.start < last.end_exclusive => {
                 last.end_exclusive = last.end_exclusive.max(span.end_exclusive);
-                *first_place = place.min(*first_place);
+                *first_position = position.min(*first_position);
             }
-            _ => apart.push((place, span)),
+            _ => merged.push((position, span)),
         }
     }
-    apart.sort_by_key(|(place, _)| *place);
-    apart.into_iter().map(|(_, span)| span).collect()
+    merged.sort_by_key(|(position, _)| *position);
+    merged.into_iter().map(|(_, span)| span).collect()
 }
 
-/// One part of a body, as asked for: it may lie beyond the end.
+/// A requested range. It may lie beyond the end of the body.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ByteRange {
     /// `N-`: from byte N to the end.
     FromOffset(u64),
-    /// `N-M`: from byte N to byte M, both included. With M before N it can never be satisfied: the grammar
-    /// calls that invalid, the conformance suite wants 416.
+    /// `N-M`: from byte N to byte M, both included. With M before N it is unsatisfiable: invalid by the
+    /// grammar, but the conformance suite expects 416.
     Bounded {
-        /// The first byte.
+        /// First byte.
         first: u64,
-        /// The last byte.
+        /// Last byte.
         last: u64,
     },
     /// `-N`: the last N bytes.
@@ -114,7 +115,7 @@ pub enum ByteRange {
 }
 
 impl ByteRange {
-    /// The bytes meant in a body of `size` bytes, clipped at its end; `None` if there are none (416).
+    /// The bytes of this range in a body of `size` bytes, or `None` if there are none (416).
     pub fn resolve(self, size: u64) -> Option<ByteSpan> {
         let (start, end_exclusive) = match self {
             Self::FromOffset(first) => (first, size),
@@ -125,7 +126,7 @@ impl ByteRange {
     }
 }
 
-/// As in a `Range` header, without the unit.
+/// Formats it as in a `Range` header, without the unit.
 impl fmt::Display for ByteRange {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -136,18 +137,18 @@ impl fmt::Display for ByteRange {
     }
 }
 
-/// Bytes of a body; at least one.
+/// A non-empty span of bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[expect(clippy::len_without_is_empty, reason = "a span is never empty")]
 pub struct ByteSpan {
-    /// The first byte.
+    /// First byte.
     pub start: u64,
-    /// The byte after the last.
+    /// The byte after the last one.
     pub end_exclusive: u64,
 }
 
 impl ByteSpan {
-    /// The bytes from `start` to before `end_exclusive`, if that is at least one.
+    /// The bytes from `start` up to, not including, `end_exclusive`. `None` if empty.
     pub const fn new(start: u64, end_exclusive: u64) -> Option<Self> {
         if start < end_exclusive {
             Some(Self { start, end_exclusive })
@@ -156,7 +157,7 @@ impl ByteSpan {
         }
     }
 
-    /// How many bytes.
+    /// Number of bytes.
     pub const fn len(&self) -> u64 {
         self.end_exclusive.saturating_sub(self.start)
     }
@@ -176,7 +177,7 @@ pub fn unsatisfied_content_range(size: u64) -> String {
     format!("bytes */{size}")
 }
 
-/// Reads the `Content-Range` of a 206: the bytes it holds, and the whole size unless that is `*`.
+/// Parses the `Content-Range` of a 206: its span, and the complete size unless that is `*`.
 pub fn parse_content_range(text: &str) -> Option<(ByteSpan, Option<u64>)> {
     let (unit, rest) = text.trim().split_once(' ')?;
     let (range, size) = rest.trim_start().split_once('/')?;
@@ -193,7 +194,7 @@ fn read_ranges(text: &str) -> Option<RangeRequest> {
         return None;
     }
     let mut ranges = Vec::new();
-    // Empty members of a list are passed over (§5.6.1.2).
+    // Empty list members are skipped (§5.6.1.2).
     for item in set.split(',').map(str::trim).filter(|item| !item.is_empty()) {
         if ranges.len() == RANGES_MAX {
             return None;
@@ -223,12 +224,12 @@ fn is_number(text: &str) -> bool {
     !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit())
 }
 
-/// A number that we state things by.
+/// A number in a response. One that overflows is an error.
 fn parse_u64(text: &str) -> Option<u64> {
     is_number(text).then(|| text.parse().ok()).flatten()
 }
 
-/// A number asked for: one too large to count lies beyond the end all the same.
+/// A number in a request. One that overflows lies beyond the end of every body.
 fn parse_u64_saturating(text: &str) -> Option<u64> {
     is_number(text).then(|| text.parse().unwrap_or(u64::MAX))
 }

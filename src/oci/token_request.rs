@@ -1,6 +1,7 @@
-//! What a client shows and asks for at a token service: distribution's `docs/spec/auth/token.md` and `oauth.md`.
+//! Token service requests of clients: distribution's `docs/spec/auth/token.md` and `oauth.md`.
 //!
-//! Only read, for the one who has to know whose a token will be; whether it is given is the service's matter.
+//! A request is only inspected, to attribute the issued token to an account. The token service decides about
+//! it.
 
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
@@ -10,26 +11,26 @@ use zeroize::Zeroizing;
 use super::Repository;
 use super::query::decode;
 
-/// Repositories of one question that are noted. Docker asks for one, a push across repositories for two.
+/// Most repositories recorded per request. Docker requests one, a push across repositories two.
 pub const SCOPES_MAX: usize = 16;
 
-/// A question to a token service.
+/// A request to a token service.
 #[derive(Default)]
 pub struct TokenRequest {
-    /// What identifies who asks: the same for a password in `Authorization: Basic` and in a form, another for a
-    /// refresh token. `None` without a credential, or with one of a kind that is not known.
+    /// Identifies the account: equal for a password in `Authorization: Basic` and in a form, different for a
+    /// refresh token. `None` without a credential, or with one of an unknown kind.
     pub credential: Option<Zeroizing<Vec<u8>>>,
-    /// In which repositories something is to be pulled.
+    /// Repositories that the client wants to pull from.
     pub repositories: Vec<Repository>,
 }
 
 impl TokenRequest {
-    /// Reads it from where clients put it. What cannot be read counts as not there.
+    /// Reads it from header, query and form. Unreadable parts count as absent.
     pub fn read(authorization: Option<&HeaderValue>, query: Option<&str>, form: &[u8]) -> Self {
         let query = Pairs::read(query.unwrap_or_default());
         let form = Pairs::read(std::str::from_utf8(form).unwrap_or_default());
         let credential = match authorization {
-            Some(shown) => basic(shown),
+            Some(header) => basic(header),
             None => form.credential(),
         };
         let mut repositories: Vec<Repository> = Vec::new();
@@ -46,7 +47,7 @@ impl TokenRequest {
     }
 }
 
-/// `application/x-www-form-urlencoded`, wiped when dropped.
+/// `application/x-www-form-urlencoded`, zeroized on drop.
 struct Pairs(Vec<(String, Zeroizing<String>)>);
 
 impl Pairs {
@@ -59,8 +60,8 @@ impl Pairs {
     }
 
     fn all<'a>(&'a self, name: &'a str) -> impl Iterator<Item = &'a str> {
-        let named = self.0.iter().filter(move |(key, _)| key == name);
-        named.map(|(_, value)| value.as_str())
+        let matching = self.0.iter().filter(move |(key, _)| key == name);
+        matching.map(|(_, value)| value.as_str())
     }
 
     fn credential(&self) -> Option<Zeroizing<Vec<u8>>> {
@@ -78,14 +79,14 @@ impl Pairs {
     }
 }
 
-/// RFC 7617. An empty one (`Og==`), which podman sends where it has none, is none.
-fn basic(shown: &HeaderValue) -> Option<Zeroizing<Vec<u8>>> {
-    let (scheme, encoded) = shown.to_str().ok()?.split_once(' ')?;
+/// Basic credential (RFC 7617). podman sends an empty one (`Og==`) if it has none; it counts as absent.
+fn basic(header: &HeaderValue) -> Option<Zeroizing<Vec<u8>>> {
+    let (scheme, encoded) = header.to_str().ok()?.split_once(' ')?;
     let plain = Zeroizing::new(BASE64_STANDARD.decode(encoded.trim()).ok()?);
     (scheme.eq_ignore_ascii_case("basic") && *plain != b":").then(|| tagged(b"password", &[&plain]))
 }
 
-/// The kind is part of it, so that a password is never taken for a refresh token.
+/// Tags the bytes with their kind, so that a password never equals a refresh token.
 fn tagged(kind: &[u8], parts: &[&[u8]]) -> Zeroizing<Vec<u8>> {
     let mut bytes = Zeroizing::new(Vec::with_capacity(
         kind.len() + 1 + parts.iter().map(|part| part.len()).sum::<usize>(),
@@ -96,8 +97,8 @@ fn tagged(kind: &[u8], parts: &[&[u8]]) -> Zeroizing<Vec<u8>> {
     bytes
 }
 
-/// The repository of a scope that is for pulling: `repository:NAME:ACTIONS`, where NAME may hold a port, so that the
-/// actions come after the last colon.
+/// Repository of a scope with pull access: `repository:NAME:ACTIONS`. NAME may contain a port, so the actions
+/// follow the last colon.
 fn pull_scope(scope: &str) -> Option<Repository> {
     let (kind, rest) = scope.split_once(':')?;
     let (name, actions) = rest.rsplit_once(':')?;
@@ -111,13 +112,13 @@ mod tests {
     #![allow(clippy::unwrap_used, reason = "tests may fail loudly")]
     use super::*;
 
-    fn shown(text: &str) -> HeaderValue {
+    fn header(text: &str) -> HeaderValue {
         HeaderValue::from_str(text).unwrap()
     }
 
     #[test]
-    fn one_password_is_one_secret_however_it_is_shown() {
-        let by_header = TokenRequest::read(Some(&shown("Basic Ym9iOnB3IDE=")), None, b"");
+    fn same_password_in_header_and_form_is_one_credential() {
+        let by_header = TokenRequest::read(Some(&header("Basic Ym9iOnB3IDE=")), None, b"");
         let by_form = TokenRequest::read(
             None,
             None,
@@ -131,10 +132,10 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_credential_is_nobodys() {
-        for header in ["Basic Og==", "Basic", "Basic ???", "Bearer Ym9iOnB3"] {
+    fn empty_or_malformed_credential_is_none() {
+        for value in ["Basic Og==", "Basic", "Basic ???", "Bearer Ym9iOnB3"] {
             assert_eq!(
-                TokenRequest::read(Some(&shown(header)), None, b"").credential,
+                TokenRequest::read(Some(&header(value)), None, b"").credential,
                 None,
                 "{value}"
             );
@@ -150,10 +151,10 @@ mod tests {
     }
 
     #[test]
-    fn repositories_are_read_from_scopes_that_pull() {
+    fn repositories_come_from_pull_scopes() {
         let read = |query: &str, form: &[u8]| {
-            let asked = TokenRequest::read(None, Some(query), form);
-            asked
+            let request = TokenRequest::read(None, Some(query), form);
+            request
                 .repositories
                 .iter()
                 .map(ToString::to_string)

@@ -152,9 +152,9 @@ fn every_mistake_is_told_with_its_place() {
         // Rules.
         ("[[rule]]\npolicy = \"always\"", "1:1: a rule without images never holds"),
         ("[[rule]]\nimages = []", "2:10: a rule without images never holds"),
-        ("[[rule]]\nimages = [\"ghcr.io/[\"]", "2:11: not a glob: unclosed character class; missing ']'"),
+        ("[[rule]]\nimages = [\"ghcr.io/[\"]", "2:11: invalid glob: unclosed character class; missing ']'"),
         ("[[rule]]\nimages = [\"nginx:v1\"]", "2:11: the glob can match no image: an image is `upstream/repository`"),
-        ("[[rule]]\nimages = [\"ghcr.io/a@sha256:00\"]", "2:11: a rule cannot name a digest: what a digest names never changes"),
+        ("[[rule]]\nimages = [\"ghcr.io/a@sha256:00\"]", "2:11: a rule cannot name a digest, because content by digest never changes"),
         ("[[rule]]\nimages = [\"dcker.io/nginx\"]", "2:11: the upstream `dcker.io` is not configured"),
         ("[[rule]]\nimages = [\"registry-1.docker.io/library/nginx\"]", "2:11: the upstream `registry-1.docker.io` is not configured"),
         ("[[rule]]\nimages = [\"*:a\"]\n[[rule]]\nimages = [\"*:a\"]", "4:11: never reached: `*:a` stands already in rule 1"),

@@ -19,7 +19,7 @@ fn accept(lines: &[&str]) -> Accept {
 }
 
 #[test]
-fn order_lines_case_and_weights_do_not_make_another_set() {
+fn order_lines_case_and_weights_do_not_change_the_set() {
     let set = accept(&["a/b, c/d", "e/f"]);
     for same in [
         &["e/f", "c/d", "a/b"][..],
@@ -33,14 +33,14 @@ fn order_lines_case_and_weights_do_not_make_another_set() {
 }
 
 #[test]
-fn a_key_is_the_same_in_every_run() {
+fn key_is_stable_across_runs() {
     // The first 8 bytes of SHA-256 of nothing, and of "a/b\n".
     assert_eq!(Accept::any().key(), 0xe3b0_c442_98fc_1c14);
     assert_eq!(accept(&["a/b"]).key(), key_of(&["a/b".into()]));
 }
 
 #[test]
-fn the_lines_are_passed_on_as_they_came() {
+fn lines_are_forwarded_unchanged() {
     let lines = ["a/B;q=0.3, c/d", "nonsense", "x/y"];
     assert_eq!(
         accept(&lines)
@@ -53,7 +53,7 @@ fn the_lines_are_passed_on_as_they_came() {
 }
 
 #[test]
-fn a_type_is_admitted_by_name_by_wildcard_or_by_silence() {
+fn type_is_accepted_by_name_wildcard_or_empty_set() {
     for (lines, admitted) in [
         (&[][..], true),
         (&["nonsense"], true),
@@ -73,7 +73,7 @@ fn a_type_is_admitted_by_name_by_wildcard_or_by_silence() {
 }
 
 #[test]
-fn our_own_set_admits_every_manifest_of_today() {
+fn own_set_accepts_every_current_manifest_type() {
     for name in MediaType::CURRENT_MANIFESTS {
         assert!(Accept::manifests().accepts(&name.parse().unwrap()));
     }
@@ -88,7 +88,7 @@ fn our_own_set_admits_every_manifest_of_today() {
 }
 
 #[test]
-fn too_much_is_refused() {
+fn too_many_types_or_bytes_are_rejected() {
     let refused = |line: String| {
         let mut headers = HeaderMap::new();
         headers.insert(ACCEPT, line.parse().unwrap());
@@ -100,7 +100,7 @@ fn too_much_is_refused() {
 
 proptest! {
     #[test]
-    fn a_shuffled_set_has_the_same_key(
+    fn shuffled_set_has_the_same_key(
         (types, shuffled) in proptest::collection::vec("[a-z]{1,5}/[a-z+.]{1,9}", 0..20)
             .prop_flat_map(|types| (Just(types.clone()), Just(types).prop_shuffle())),
     ) {
@@ -117,7 +117,7 @@ proptest! {
 }
 
 #[test]
-fn a_wildcard_lists_no_type_and_one_type_of_index_is_not_every_one() {
+fn wildcards_list_no_type_and_one_index_type_is_not_all() {
     const INDEX: &str = "application/vnd.oci.image.index.v1+json";
     const LIST: &str = "application/vnd.docker.distribution.manifest.list.v2+json";
     let listed = |lines: &[&str]| {

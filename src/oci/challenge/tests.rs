@@ -37,7 +37,7 @@ fn other(scheme: &str) -> Challenge {
 }
 
 #[test]
-fn the_challenges_of_known_registries_are_read() {
+fn challenges_of_known_registries_parse() {
     for (line, challenge) in [
         (
             r#"Bearer realm="https://auth.docker.io/token",service="registry.docker.io",scope="repository:library/alpine:pull""#,
@@ -75,7 +75,7 @@ fn the_challenges_of_known_registries_are_read() {
 }
 
 #[test]
-fn all_challenges_of_all_lines_are_read() {
+fn all_challenges_of_all_lines_parse() {
     let token = bearer("https://a/t?x=1,2", None, &[], None);
     for lines in [
         &[
@@ -94,7 +94,7 @@ fn all_challenges_of_all_lines_are_read() {
 }
 
 #[test]
-fn any_number_of_spaces_may_follow_the_scheme() {
+fn any_number_of_spaces_after_the_scheme_parses() {
     for line in [
         "Bearer  realm=\"a\"",
         "Bearer \t  realm=\"a\"",
@@ -109,7 +109,7 @@ fn any_number_of_spaces_may_follow_the_scheme() {
 }
 
 #[test]
-fn a_broken_challenge_does_not_spoil_its_neighbours() {
+fn malformed_challenge_does_not_affect_its_neighbours() {
     for line in [
         r#"Bearer realm=https://a/t, Basic realm="b""#,
         r#"Bearer service="no realm", Basic realm="b""#,
@@ -126,7 +126,7 @@ fn a_broken_challenge_does_not_spoil_its_neighbours() {
 }
 
 #[test]
-fn too_much_is_passed_over() {
+fn excess_challenges_and_long_lines_are_skipped() {
     assert_eq!(read(&["Basic, ".repeat(40).as_str()]).len(), CHALLENGES_MAX);
     assert_eq!(
         read(&[&format!(
@@ -139,7 +139,7 @@ fn too_much_is_passed_over() {
 
 proptest! {
     #[test]
-    fn what_is_quoted_is_read_back(realm in "[ -~]{1,40}", service in "[ -~]{0,40}") {
+    fn quoted_parameters_round_trip(realm in "[ -~]{1,40}", service in "[ -~]{0,40}") {
         let quoted = |text: &str| text.replace('\\', r"\\").replace('"', "\\\"");
         let line = format!(r#"Basic realm="x", Bearer realm="{}",service="{}", Foo"#, quoted(&realm), quoted(&service));
         prop_assert_eq!(read(&[&line]), [basic("x"), bearer(&realm, Some(&service), &[], None), other("foo")]);

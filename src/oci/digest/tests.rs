@@ -10,11 +10,11 @@ use proptest::prelude::*;
 
 use super::*;
 
-/// Of no bytes at all.
+/// Digest of the empty string.
 const EMPTY: &str = "sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
 
 #[test]
-fn a_digest_is_read_and_written_as_the_same_text() {
+fn digest_text_round_trips() {
     let digest: Digest = EMPTY.parse().unwrap();
     assert_eq!(digest, Digest::of(Algorithm::Sha256, b""));
     assert_eq!(digest.to_string(), EMPTY);
@@ -23,7 +23,7 @@ fn a_digest_is_read_and_written_as_the_same_text() {
 }
 
 #[test]
-fn a_wrong_digest_is_refused_with_its_reason() {
+fn invalid_digest_is_rejected_with_its_reason() {
     let hex = &EMPTY[7..];
     let length = |found| DigestError::Length {
         algorithm: Algorithm::Sha256,
@@ -79,7 +79,7 @@ fn a_wrong_digest_is_refused_with_its_reason() {
 }
 
 #[test]
-fn a_digest_of_an_unknown_algorithm_is_foreign_and_never_known() {
+fn digest_of_an_unknown_algorithm_is_unsupported() {
     for text in [
         "blake3:0123",
         "sha384:ABC",
@@ -94,7 +94,7 @@ fn a_digest_of_an_unknown_algorithm_is_foreign_and_never_known() {
 }
 
 #[test]
-fn a_principal_is_hmac_sha_256() {
+fn hmac_sha256_matches_rfc_4231() {
     // RFC 4231, test cases 1, 2 and 6 (a key longer than a block).
     for (key, message, mac) in [
         (
@@ -119,7 +119,7 @@ fn a_principal_is_hmac_sha_256() {
 
 proptest! {
     #[test]
-    fn any_bytes_survive_text(short: [u8; 32], long in proptest::collection::vec(any::<u8>(), 64)) {
+    fn any_digest_bytes_round_trip(short: [u8; 32], long in proptest::collection::vec(any::<u8>(), 64)) {
         let long: [u8; 64] = long.try_into().unwrap();
         for digest in [Digest::Sha256(short), Digest::Sha512(long)] {
             prop_assert_eq!(digest.to_string().parse(), Ok(digest));
@@ -128,7 +128,7 @@ proptest! {
     }
 
     #[test]
-    fn hashing_in_parts_is_hashing_at_once(parts: Vec<Vec<u8>>) {
+    fn incremental_hash_equals_hash_at_once(parts: Vec<Vec<u8>>) {
         for algorithm in [Algorithm::Sha256, Algorithm::Sha512] {
             let mut hasher = Hasher::new(algorithm);
             for part in &parts {
@@ -139,7 +139,7 @@ proptest! {
     }
 
     #[test]
-    fn no_text_panics_and_what_is_read_is_written_unchanged(text in "\\PC{0,80}|[a-z0-9+._-]{1,8}:[a-zA-Z0-9=_-]{0,130}") {
+    fn no_text_panics_and_parsed_text_round_trips(text in "\\PC{0,80}|[a-z0-9+._-]{1,8}:[a-zA-Z0-9=_-]{0,130}") {
         if let Ok(digest) = text.parse::<AnyDigest>() {
             prop_assert_eq!(digest.to_string(), text);
         }

@@ -20,7 +20,7 @@ fn get(target: &str) -> Result<Endpoint, RequestError> {
 }
 
 #[test]
-fn every_endpoint_is_read_and_written_as_the_upstream_is_asked() {
+fn every_endpoint_parses_and_formats_for_the_upstream() {
     for (sent, asked) in [
         ("/v2", "/v2/"),
         ("/v2/", "/v2/"),
@@ -39,7 +39,7 @@ fn every_endpoint_is_read_and_written_as_the_upstream_is_asked() {
             "/v2/a/referrers/blake3:00?artifactType=application/x%2Bjson",
             "/v2/a/referrers/blake3:00?artifactType=application/x%2Bjson",
         ),
-        // The last of the words decides.
+        // The last resource word decides.
         (
             "/v2/manifests/blobs/manifests/x",
             "/v2/manifests/blobs/manifests/x",
@@ -65,7 +65,7 @@ fn every_endpoint_is_read_and_written_as_the_upstream_is_asked() {
 }
 
 #[test]
-fn what_is_no_endpoint_is_refused_with_code_and_status() {
+fn unknown_endpoint_is_rejected_with_code_and_status() {
     use ErrorCode::{DigestInvalid, NameInvalid, TagInvalid, Unsupported};
     for (target, code, status) in [
         ("", Unsupported, 404),
@@ -108,7 +108,7 @@ fn what_is_no_endpoint_is_refused_with_code_and_status() {
 }
 
 #[test]
-fn a_tag_with_a_slash_is_refused() {
+fn tag_with_a_slash_is_rejected() {
     assert_eq!(
         get("/v2/a/manifests/b/c"),
         Err(RequestError::Tag(NameError::Character { at: 1 }))
@@ -116,7 +116,7 @@ fn a_tag_with_a_slash_is_refused() {
 }
 
 #[test]
-fn a_write_is_told_from_a_senseless_verb() {
+fn write_differs_from_unsupported_method() {
     for method in [Method::POST, Method::PUT, Method::PATCH, Method::DELETE] {
         let write = RequestError::Write {
             method: method.clone(),
@@ -133,7 +133,7 @@ fn a_write_is_told_from_a_senseless_verb() {
 }
 
 #[test]
-fn another_repository_changes_nothing_else() {
+fn with_repository_changes_nothing_else() {
     let asked = get("/v2/alpine/tags/list?n=3").unwrap();
     let full = asked.with_repository("library/alpine".parse().unwrap());
     assert_eq!(full.path_and_query(), "/v2/library/alpine/tags/list?n=3");
@@ -145,7 +145,7 @@ fn another_repository_changes_nothing_else() {
 
 proptest! {
     #[test]
-    fn what_is_asked_upstream_is_read_as_the_same_request(
+    fn upstream_path_parses_as_the_same_endpoint(
         name in "[a-z]{1,3}(/(manifests|blobs|tags|list|referrers|x-y)){0,3}",
         tag in "[a-zA-Z0-9_][a-zA-Z0-9._-]{0,20}",
         bytes: [u8; 32],

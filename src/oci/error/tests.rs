@@ -11,7 +11,7 @@ use proptest::prelude::*;
 use super::*;
 
 #[test]
-fn a_body_is_the_json_of_the_spec() {
+fn error_body_is_the_json_of_the_spec() {
     let mut problem = ErrorBody::new(ErrorCode::ManifestUnknown, "docker.io has no \"x\"");
     assert_eq!(
         &problem.body()[..],
@@ -23,7 +23,7 @@ fn a_body_is_the_json_of_the_spec() {
 }
 
 #[test]
-fn an_upstream_s_error_is_read_in_every_known_form() {
+fn upstream_error_parses_in_every_known_form() {
     for (body, code, message) in [
         (
             r#"{"errors":[{"code":"DENIED","message":"no"},{"code":"X"}]}"#,
@@ -70,7 +70,7 @@ fn an_upstream_s_error_is_read_in_every_known_form() {
 }
 
 #[test]
-fn a_long_message_is_cut_between_characters_and_a_huge_body_not_read() {
+fn long_message_is_cut_at_a_character_and_huge_body_skipped() {
     let long = json!({ "message": "é".repeat(400) }).to_string();
     assert_eq!(ErrorBody::read(long.as_bytes()).unwrap().1, "é".repeat(256));
     let huge = json!({ "message": "a".repeat(ERROR_BODY_BYTES_MAX) }).to_string();
@@ -79,7 +79,7 @@ fn a_long_message_is_cut_between_characters_and_a_huge_body_not_read() {
 
 proptest! {
     #[test]
-    fn what_we_answer_is_read_back(message in "[ -~é]{0,100}") {
+    fn error_body_round_trips(message in "[ -~é]{0,100}") {
         let problem = ErrorBody::new(ErrorCode::Unavailable, message.trim());
         prop_assert_eq!(ErrorBody::read(&problem.body()), Some(("UNAVAILABLE".into(), message.trim().into())));
     }

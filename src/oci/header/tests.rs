@@ -25,7 +25,7 @@ fn next(lines: &[&str]) -> Option<String> {
 }
 
 #[test]
-fn docker_hub_s_rate_limit_is_read() {
+fn docker_hub_rate_limit_parses() {
     let said = headers(&[
         (RATELIMIT_LIMIT, "100;w=21600"),
         (RATELIMIT_REMAINING, "76;w=21600"),
@@ -54,7 +54,7 @@ fn docker_hub_s_rate_limit_is_read() {
 }
 
 #[test]
-fn the_next_page_is_found_and_loses_its_host() {
+fn next_link_is_found_without_its_host() {
     for (line, target) in [
         (
             r#"</v2/a/tags/list?n=2&last=b>; rel="next""#,
@@ -83,7 +83,7 @@ fn the_next_page_is_found_and_loses_its_host() {
 }
 
 #[test]
-fn what_is_no_next_page_is_none() {
+fn other_links_are_no_next_page() {
     for line in [
         "",
         "<",
@@ -109,7 +109,7 @@ fn what_is_no_next_page_is_none() {
 
 proptest! {
     #[test]
-    fn a_target_never_names_a_host(line in "[ -~]{0,60}|(<(https?:)?/{0,4}[a-z/?:#]{0,20}>; rel=\"next\",?){1,2}") {
+    fn next_link_never_names_a_host(line in "[ -~]{0,60}|(<(https?:)?/{0,4}[a-z/?:#]{0,20}>; rel=\"next\",?){1,2}") {
         if let Some(target) = next(&[&line]) {
             prop_assert!(!target.starts_with("//"));
             prop_assert!(!target.split(['/', '?']).next().unwrap().contains(':'));

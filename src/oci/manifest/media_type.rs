@@ -1,10 +1,10 @@
-//! Media types, kept to the letter: clients compare the text they get.
+//! Media types. The exact text is preserved, because clients compare it.
 
 use std::fmt;
 use std::str::FromStr;
 use std::sync::Arc;
 
-/// Longest media type taken, in bytes.
+/// Longest accepted media type, in bytes.
 pub const MEDIA_TYPE_BYTES_MAX: usize = 255;
 
 pub(super) const OCI_INDEX: &str = "application/vnd.oci.image.index.v1+json";
@@ -15,16 +15,16 @@ const DOCKER_IMAGE: &str = "application/vnd.docker.distribution.manifest.v2+json
 const DOCKER_SCHEMA_1: &str = "application/vnd.docker.distribution.manifest.v1+json";
 const DOCKER_SCHEMA_1_SIGNED: &str = "application/vnd.docker.distribution.manifest.v1+prettyjws";
 
-/// A media type: `type/subtype`, perhaps with parameters. The exact text is kept and compared.
+/// A media type: `type/subtype`, optionally with parameters. The exact text is stored and compared.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct MediaType(Arc<str>);
 
 impl MediaType {
-    /// The types of manifest a client of today takes, for requests that no client's own `Accept` stands
-    /// behind.
+    /// Manifest types that current clients accept, for requests that the cache makes without a client's
+    /// `Accept`.
     pub const CURRENT_MANIFESTS: [&'static str; 4] = [OCI_INDEX, OCI_IMAGE, DOCKER_INDEX, DOCKER_IMAGE];
 
-    /// The types of a list of manifests.
+    /// Index types.
     pub const INDEXES: [&'static str; 2] = [OCI_INDEX, DOCKER_INDEX];
 
     /// The exact text.
@@ -32,14 +32,15 @@ impl MediaType {
         &self.0
     }
 
-    /// `type/subtype` without parameters, in the case it was written in.
+    /// `type/subtype` without parameters, in the original case.
     pub fn essence(&self) -> &str {
         self.0
             .split_once(';')
             .map_or(&*self.0, |(essence, _)| essence.trim_end())
     }
 
-    /// The same type without parameters. A manifest has none (spec, "Pulling manifests"), and ggcr compares the text.
+    /// The same type without parameters. A manifest's type has none (spec, "Pulling manifests"), and ggcr
+    /// compares the text.
     #[must_use]
     pub fn without_parameters(self) -> Self {
         match self.0.split_once(';') {
@@ -48,39 +49,39 @@ impl MediaType {
         }
     }
 
-    /// Whether the two differ at most in case and parameters.
+    /// Whether two types differ in case and parameters only.
     pub fn is_same_as(&self, other: &MediaType) -> bool {
         self.essence().eq_ignore_ascii_case(other.essence())
     }
 
-    /// Whether it is a list of manifests.
+    /// Whether it is an index type.
     pub fn is_index(&self) -> bool {
         self.is_one_of(&Self::INDEXES)
     }
 
-    /// Whether it is a manifest with config and layers.
+    /// Whether it is an image manifest type, with config and layers.
     pub fn is_image(&self) -> bool {
         self.is_one_of(&[OCI_IMAGE, DOCKER_IMAGE])
     }
 
-    /// Whether it is a manifest of any known kind, docker's schema 1 included.
+    /// Whether it is any known manifest type, including docker's schema 1.
     pub fn is_manifest(&self) -> bool {
         self.is_index()
             || self.is_image()
             || self.is_one_of(&[OCI_ARTIFACT, DOCKER_SCHEMA_1, DOCKER_SCHEMA_1_SIGNED])
     }
 
-    /// Whether it is docker's schema 1 with signatures, whose digest is that of its payload and not of its bytes.
+    /// Whether it is docker's signed schema 1, whose digest is that of its payload and not of its bytes.
     pub fn is_signed(&self) -> bool {
         self.is_one_of(&[DOCKER_SCHEMA_1_SIGNED])
     }
 
-    /// Whether it is docker's schema 1, with signatures or by its label without: registries confuse the two.
+    /// Whether it is docker's schema 1, with or without signatures: registries confuse the two labels.
     pub fn is_schema_1(&self) -> bool {
         self.is_one_of(&[DOCKER_SCHEMA_1, DOCKER_SCHEMA_1_SIGNED])
     }
 
-    /// Whether it is a web page: what logs in, blocks or sells, and no registry.
+    /// Whether it is HTML, as sent by login pages and captive portals but never by a registry.
     pub fn is_page(&self) -> bool {
         self.is_one_of(&["text/html", "application/xhtml+xml"])
     }
@@ -122,7 +123,7 @@ impl FromStr for MediaType {
     }
 }
 
-/// Why a text is not a media type.
+/// Error in a media type's text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, thiserror::Error)]
 pub enum MediaTypeError {
     /// Not `type/subtype` in printable ASCII.
@@ -131,7 +132,7 @@ pub enum MediaTypeError {
     /// Longer than [`MEDIA_TYPE_BYTES_MAX`].
     #[error("a media type of {found} bytes is too long, {MEDIA_TYPE_BYTES_MAX} are allowed")]
     TooLong {
-        /// Its length in bytes.
+        /// Length in bytes.
         found: usize,
     },
 }

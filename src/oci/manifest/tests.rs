@@ -33,7 +33,7 @@ fn roles(manifest: &Manifest) -> Vec<(DescriptorKind, AnyDigest)> {
 }
 
 #[test]
-fn an_image_names_its_config_and_layers_in_order() {
+fn image_lists_config_and_layers_in_order() {
     let image = read(&json!({
         "schemaVersion": 2,
         "mediaType": "application/vnd.oci.image.manifest.v1+json",
@@ -66,7 +66,7 @@ fn an_image_names_its_config_and_layers_in_order() {
 }
 
 #[test]
-fn an_index_names_its_manifests_and_their_platforms() {
+fn index_lists_manifests_and_platforms() {
     let mut arm = descriptor("arm");
     arm["mediaType"] = json!("application/vnd.oci.image.manifest.v1+json");
     arm["platform"] = json!({ "os": "linux", "architecture": "arm", "variant": "v7", "os.version": "1" });
@@ -99,7 +99,7 @@ fn an_index_names_its_manifests_and_their_platforms() {
 }
 
 #[test]
-fn one_odd_descriptor_is_counted_and_the_others_stay() {
+fn unparsable_descriptor_is_counted_and_others_stay() {
     let image = read(&json!({
         "config": "nonsense",
         "layers": [
@@ -129,7 +129,7 @@ fn one_odd_descriptor_is_counted_and_the_others_stay() {
 }
 
 #[test]
-fn other_shapes_are_other_and_say_what_they_can() {
+fn other_manifest_kinds_parse_as_far_as_possible() {
     let old =
         read(&json!({ "schemaVersion": 1, "fsLayers": [{ "blobSum": digest("old").to_string() }, {}] }))
             .unwrap();
@@ -159,7 +159,7 @@ fn other_shapes_are_other_and_say_what_they_can() {
 }
 
 #[test]
-fn what_two_clients_could_read_differently_is_refused() {
+fn ambiguous_manifest_is_rejected() {
     let both = json!({ "manifests": [], "layers": [] });
     assert_eq!(read(&both), Err(ManifestError::Ambiguous));
     let both = json!({ "manifests": [], "config": descriptor("c") });
@@ -181,7 +181,7 @@ fn what_two_clients_could_read_differently_is_refused() {
 }
 
 #[test]
-fn what_is_too_large_is_refused() {
+fn oversized_manifest_is_rejected() {
     let padded = |bytes: usize| [b"{}".to_vec(), vec![b' '; bytes - 2]].concat();
     assert!(Manifest::read(&padded(MANIFEST_BYTES_MAX)).is_ok());
     let found = MANIFEST_BYTES_MAX + 1;
@@ -209,7 +209,7 @@ fn what_is_too_large_is_refused() {
 }
 
 #[test]
-fn media_types_are_kept_to_the_letter_and_known_by_their_essence() {
+fn media_types_keep_their_text_and_match_by_essence() {
     for (text, essence, index, image, manifest) in [
         ("application/vnd.oci.image.index.v1+json", None, true, false, true),
         (
@@ -286,7 +286,7 @@ fn media_types_are_kept_to_the_letter_and_known_by_their_essence() {
 
 proptest! {
     #[test]
-    fn every_layer_is_either_read_or_counted(
+    fn every_layer_is_parsed_or_counted(
         layers in proptest::collection::vec(prop_oneof![
             "[a-z]{1,5}".prop_map(|content| descriptor(&content)),
             any::<u8>().prop_map(|number| json!({ "digest": number })),

@@ -11,7 +11,7 @@ use proptest::prelude::*;
 use super::*;
 
 #[test]
-fn names_of_the_grammar_are_taken() {
+fn valid_names_are_accepted() {
     for text in [
         "a",
         "0",
@@ -27,7 +27,7 @@ fn names_of_the_grammar_are_taken() {
 }
 
 #[test]
-fn other_names_are_refused_with_the_place() {
+fn invalid_names_are_rejected_with_the_position() {
     let separator = |at| NameError::Separator { at };
     let character = |at| NameError::Character { at };
     for (text, error) in [
@@ -60,7 +60,7 @@ fn other_names_are_refused_with_the_place() {
 }
 
 #[test]
-fn tags_of_the_grammar_are_taken_and_others_refused() {
+fn valid_tags_are_accepted_and_others_rejected() {
     for text in ["latest", "_", "1.2.3-rc.1", "V1__x", "sha256-0123.sig", "9"] {
         assert_eq!(text.parse::<Tag>().unwrap().as_str(), text);
     }
@@ -83,7 +83,7 @@ fn tags_of_the_grammar_are_taken_and_others_refused() {
 }
 
 #[test]
-fn a_colon_makes_a_reference_a_digest() {
+fn colon_makes_a_reference_a_digest() {
     assert!(matches!("latest".parse(), Ok(Reference::Tag(_))));
     assert!(matches!(
         "blake3:00".parse(),
@@ -100,7 +100,7 @@ fn a_colon_makes_a_reference_a_digest() {
 }
 
 #[test]
-fn a_prefix_is_whole_components() {
+fn prefix_is_complete_components() {
     let name: Repository = "ghcr.io/org/image".parse().unwrap();
     assert_eq!(name.first_component(), "ghcr.io");
     assert_eq!(name.strip_prefix("ghcr.io").unwrap().as_str(), "org/image");
@@ -117,7 +117,7 @@ fn a_prefix_is_whole_components() {
 
 proptest! {
     #[test]
-    fn the_grammar_as_a_regex_and_the_parser_agree(
+    fn grammar_regex_and_parser_agree(
         right in "[a-z0-9]{1,4}((\\.|_|__|-{1,3})[a-z0-9]{1,3}){0,3}(/[a-z0-9]{1,4}((\\.|_|__|-{1,3})[a-z0-9]{1,3}){0,2}){0,3}",
         with in "[a-z]{1,9}",
     ) {
@@ -127,7 +127,7 @@ proptest! {
     }
 
     #[test]
-    fn what_is_taken_is_kept_to_the_letter(text in "\\PC{0,20}|[a-zA-Z0-9._/-]{0,20}") {
+    fn accepted_names_round_trip(text in "\\PC{0,20}|[a-zA-Z0-9._/-]{0,20}") {
         if let Ok(name) = text.parse::<Repository>() {
             prop_assert_eq!(name.as_str(), &*text);
         }
@@ -138,12 +138,12 @@ proptest! {
 }
 
 #[test]
-fn referrers_tags_are_those_of_the_spec_and_no_signature_tag() {
+fn referrers_tags_exclude_signature_tags() {
     let hex = "0123456789abcdef".repeat(4);
     let digest = format!("sha256:{hex}");
     for (text, is_one, subject) in [
         (format!("sha256-{hex}"), true, Some(digest.parse().unwrap())),
-        // Cut short: which manifest it is about cannot be told.
+        // Truncated, so the subject is unknown.
         (format!("sha512-{hex}"), true, None),
         (format!("sha256-{hex}.sig"), false, None),
         (format!("sha256-{}", hex.to_uppercase()), false, None),

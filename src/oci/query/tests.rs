@@ -15,7 +15,7 @@ fn read(text: &str) -> (Query, Option<String>) {
 }
 
 #[test]
-fn ns_is_kept_apart_and_the_rest_keeps_its_order() {
+fn ns_is_removed_and_other_parameters_keep_order() {
     let (query, ns) = read("n=3&ns=localhost%3A5000&last=b&x");
     assert_eq!(ns.as_deref(), Some("localhost:5000"));
     assert_eq!(
@@ -26,7 +26,7 @@ fn ns_is_kept_apart_and_the_rest_keeps_its_order() {
 }
 
 #[test]
-fn no_query_an_empty_one_and_an_empty_ns_are_the_same() {
+fn missing_query_and_empty_ns_are_equal() {
     for text in [None, Some(""), Some("&&"), Some("ns=")] {
         assert_eq!(Query::parse(text), Ok((Query::default(), None)));
     }
@@ -34,7 +34,7 @@ fn no_query_an_empty_one_and_an_empty_ns_are_the_same() {
 }
 
 #[test]
-fn text_is_decoded_and_encoded_as_registries_read_it() {
+fn text_decodes_and_encodes_as_registries_expect() {
     assert_eq!(read("a=x%2By+z").0.get("a"), Some("x+y z"));
     assert_eq!(read("a=x%2By+z").0.render(), "a=x%2By%20z");
     assert_eq!(read("a=%0d%0a%26").0.render(), "a=%0D%0A%26");
@@ -45,7 +45,7 @@ fn text_is_decoded_and_encoded_as_registries_read_it() {
 }
 
 #[test]
-fn a_wrong_query_is_refused_with_its_reason() {
+fn invalid_query_is_rejected_with_its_reason() {
     for (text, error) in [
         ("a=%", QueryError::Encoding),
         ("a=%4", QueryError::Encoding),
@@ -64,7 +64,7 @@ fn a_wrong_query_is_refused_with_its_reason() {
 }
 
 #[test]
-fn r10_a_page_is_a_number_of_tags_passed_on_as_asked() {
+fn r10_page_size_is_a_number_and_forwarded() {
     for (sent, asked) in [
         ("n=0", "n=0"),
         ("n=10", "n=10"),
@@ -82,7 +82,7 @@ fn r10_a_page_is_a_number_of_tags_passed_on_as_asked() {
 
 proptest! {
     #[test]
-    fn what_is_rendered_is_read_back(pairs in proptest::collection::vec(("[a-m]\\PC{0,5}", ".{0,9}"), 0..8)) {
+    fn rendered_query_round_trips(pairs in proptest::collection::vec(("[a-m]\\PC{0,5}", ".{0,9}"), 0..8)) {
         let query = Query(pairs);
         prop_assert_eq!(Query::parse(Some(&query.render())), Ok((query, None)));
     }

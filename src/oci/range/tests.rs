@@ -16,7 +16,7 @@ fn read(text: &str) -> RangeRequest {
 }
 
 #[test]
-fn ranges_of_the_grammar_are_read_and_others_ignored() {
+fn valid_ranges_parse_and_others_are_ignored() {
     let single = RangeRequest::Single;
     for (text, request) in [
         ("bytes=0-1", single(Bounded { first: 0, last: 1 })),
@@ -60,9 +60,9 @@ fn ranges_of_the_grammar_are_read_and_others_ignored() {
 }
 
 #[test]
-fn a_range_is_clipped_to_the_body_or_unsatisfiable() {
+fn range_is_clipped_or_unsatisfiable() {
     for (range, size, bytes) in [
-        // The cases of the conformance suite, with a body of 4,000 bytes.
+        // Cases of the conformance suite, with a body of 4,000 bytes.
         (
             Bounded {
                 first: 500,
@@ -115,7 +115,7 @@ fn a_range_is_clipped_to_the_body_or_unsatisfiable() {
 }
 
 #[test]
-fn content_range_is_written_and_read() {
+fn content_range_round_trips() {
     let span = ByteSpan::new(0, 2).unwrap();
     assert_eq!(
         (content_range(span, 10), unsatisfied_content_range(10)),
@@ -142,7 +142,7 @@ fn content_range_is_written_and_read() {
 
 proptest! {
     #[test]
-    fn a_span_lies_in_the_body_and_survives_text(first: u64, last: u64, size: u64) {
+    fn span_lies_in_the_body_and_round_trips(first: u64, last: u64, size: u64) {
         for range in [FromOffset(first), Bounded { first, last }, Suffix(last)] {
             if let Some(span) = range.resolve(size) {
                 prop_assert!(span.start < span.end_exclusive && span.end_exclusive <= size);
@@ -170,7 +170,7 @@ fn parts(spans: &[(u64, u64)]) -> ResolvedRange {
 }
 
 #[test]
-fn what_cannot_be_satisfied_is_left_out_and_416_only_when_nothing_is_left() {
+fn unsatisfiable_ranges_are_dropped_and_416_only_if_all_are() {
     for (text, expected) in [
         ("bytes=0-0", ResolvedRange::Single(ByteSpan::new(0, 1).unwrap())),
         ("bytes=10-", ResolvedRange::Unsatisfiable),
@@ -186,7 +186,7 @@ fn what_cannot_be_satisfied_is_left_out_and_416_only_when_nothing_is_left() {
 }
 
 #[test]
-fn ranges_that_overlap_become_one_and_those_that_touch_stay_two() {
+fn overlapping_ranges_merge_and_adjacent_ones_stay() {
     for (text, expected) in [
         ("bytes=0-4,2-6", parts(&[(0, 7)])),
         ("bytes=8-9,0-4,2-6", parts(&[(8, 10), (0, 7)])),
@@ -200,7 +200,7 @@ fn ranges_that_overlap_become_one_and_those_that_touch_stay_two() {
 
 proptest! {
     #[test]
-    fn several_ranges_never_bring_a_byte_twice_nor_one_nobody_asked_for(
+    fn multi_range_sends_each_requested_byte_once(
         asked in prop::collection::vec((0_u64..60, 0_u64..60), 2..20),
         size in 1_u64..50,
     ) {

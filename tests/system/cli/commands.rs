@@ -239,7 +239,7 @@ async fn refresh_and_offline_steer_it() {
     upstream.clear_log();
     let (code, out, _) = run(&proxy, &["refresh", "demo"]).await;
     assert_eq!(code, Some(1));
-    assert!(out.contains("not asked while offline mode is on"), "{out}");
+    assert!(out.contains("not contacted in offline mode"), "{out}");
     assert_eq!(upstream.requests().len(), 0);
     assert!(done(&proxy, &["offline", "off"]).await.starts_with("online"));
 }

@@ -187,11 +187,21 @@ async fn r14_a_client_certificate_that_is_missing_is_told() {
     upstream.push("library/demo", "1", Image::with_layers(&["one"]));
     upstream.wants_client_certificates_of(clients.pem());
     let proxy = Proxy::over(&upstream).await;
-    is_told(&proxy, "wants a TLS client certificate", "`client_certificate`").await;
+    is_told(
+        &proxy,
+        "requires a TLS client certificate",
+        "`client_certificate`",
+    )
+    .await;
 
     let (certificate, key) = Authority::new("strangers").client("cache").pem();
     let proxy = showing(&upstream, (&certificate, &key)).start().await;
-    is_told(&proxy, "wants a TLS client certificate", "`client_certificate`").await;
+    is_told(
+        &proxy,
+        "requires a TLS client certificate",
+        "`client_certificate`",
+    )
+    .await;
 }
 
 #[tokio::test]

@@ -180,7 +180,7 @@ async fn row_28_an_error_names_the_upstream_and_the_cause() {
     for (inject, status, cause) in [
         (Upstream::refuses as fn(&Upstream), 502, "refused the connection"),
         (Upstream::resets, 502, "broke the connection"),
-        (Upstream::gzips, 502, "makes no sense"),
+        (Upstream::gzips, 502, "a malformed response"),
         (|upstream| upstream.answers_status(500), 502, "answered 500"),
         (|upstream| upstream.answers_status(503), 503, "answered 503"),
         (|upstream| upstream.answers_status(451), 451, "answered 451"),
