@@ -1,45 +1,49 @@
-//! One upstream transfer per digest, many readers.
+//! Shared blob downloads: one upstream transfer per digest, many readers.
 //!
-//! The problem: a hundred jobs start at once and want the same 300 MiB layer. One transfer must serve them all, from
-//! its first byte on, and none of them may slow, break or end it for the others.
+//! When a hundred jobs request the same 300 MiB layer at once, one transfer serves them all from its first byte
+//! on. No client can slow, break or end it for the others.
 //!
-//! The flow: whoever [`Downloads::join`]s first is the [`Leader`] and says how to reach the bytes (its [`Source`]); the
-//! transfer then runs apart from every client, in a task of its own. It writes the bytes to an ingest file and
-//! publishes how far readers may go. A [`Reader`] reads that growing file at any offset, waits where it has caught up,
-//! and costs one buffer. The last [`WITHHELD_BYTES`] are published only when the digest is right, so no reader ever
-//! holds a whole wrong blob; a failure is an error to every reader, never a clean end. The blob is fsynced and named after
-//! the readers have their bytes, not before.
+//! The first caller of [`Downloads::join`] becomes the [`Leader`] and provides the [`Source`] of the bytes. The
+//! transfer then runs in a task of its own, independent of every client. It writes the bytes to an ingest file
+//! and publishes how far readers may go. A [`Reader`] reads the growing file at any offset, waits at its end,
+//! and costs one buffer. The last [`WITHHELD_BYTES`] are published only after the digest is verified, so no
+//! reader gets a complete corrupt blob. A failure is an error for every reader, never a clean end. The blob is
+//! fsynced and named after its readers have their bytes, not before.
 //!
-//! A transfer waits for its place in a [`Queue`], in the turn of each request that waits for it. Being queued is no failure.
-//! What nobody waits for ends while it is queued and until the upstream's yes; later only if nobody wanted more than a small
-//! part, or if it comes so slowly that it would hold its place for long.
+//! A transfer waits for a permit of a [`Queue`], in the turn of each request that waits for it. Waiting in the
+//! queue is not a failure. A transfer without waiting requests ends while it is queued and until the upstream's
+//! 2xx. After that it ends only if no request needed more than a small range, or if its throughput is so low
+//! that it would hold its permit for long.
 //!
-//! A transfer that breaks, drips or is answered with an error midway is resumed from where it stopped, at the next address if
-//! the upstream has several, while its readers wait. One that ends all the same, or with the process, leaves what it wrote to
-//! the next asker of that blob, who gets those bytes at once: they are read again and agree with the marks that
-//! were made as they arrived, so they are exactly as good as when they did. If what was put together from several
-//! answers is wrong in the end, it is fetched once more from the start; readers that were given some of the
-//! wrong bytes break, the others never notice.
+//! An interrupted, slow or failing transfer is resumed from its last byte, at the next URL if the upstream has
+//! several, while its readers wait. If it ends anyway, or the process does, a partial download remains for the
+//! next request of that blob. Its bytes are read again and compared with the checksums made on arrival, then
+//! given to readers at once. If the digest of a resumed download is wrong, the download restarts once from the
+//! first byte. Readers that got some of the wrong bytes fail, the others do not notice.
 //!
-//! A disk that takes no more in the middle ends the transfer, but not its readers: each reads what is there and asks the
-//! upstream for the rest itself, unstored and verified. So does a reader whose answer began while the transfer was queued, if
-//! that fails before its first byte.
+//! If the disk fails midway, the transfer ends but its readers continue: each reads the file so far and fetches
+//! the remainder from the upstream, verified and not stored. A reader whose response began while the transfer
+//! was queued does the same if the transfer fails before its first byte.
 //!
-//! Scope: who may join is not decided here. The road lets nobody follow on another's right; a transfer only remembers its
-//! [`Requester`].
+//! Authorization is not decided here. The proxy lets no client follow a download that another client's
+//! credential opened; a download only records its [`Requester`].
 //!
-//! * `joining`: led, followed or held. * `progress`: a transfer as its readers see it. * `reader`: also the parts that lie far ahead. * `transfer`: from the first
-//!   answer to the name. * `receive`: from the upstream, again and again. * `writer`: into the file.
-//! * `stranded`: readers without a disk. * `verifying`: bytes that pass by.
+//! * `join`: lead, follow or find the blob cached.
+//! * `state`: a download as its readers and operators see it.
+//! * `reader`: reads the growing file, and fetches ranges far ahead of it.
+//! * `transfer`: from the first response to the stored blob.
+//! * `fetch`: reads the upstream, with resumption.
+//! * `writer`: writes the file.
+//! * `disk_failure`: readers after a disk failure.
+//! * `verify`: verified streams that are not stored.
 
-mod joining;
-mod progress;
+mod disk_failure;
+mod fetch;
+mod join;
 mod reader;
-mod receive;
-mod stranded;
+mod state;
 mod transfer;
-mod verifying;
-mod view;
+mod verify;
 mod writer;
 
 #[cfg(test)]
@@ -54,35 +58,33 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use bytes::Bytes;
 use tokio::sync::{Notify, Semaphore};
 
-pub use view::Transfer;
-
 use crate::oci::{Digest, Repository, UpstreamFailure};
-use crate::queue::{Demand, Full, NoPlace, Place as Admitted, Queue, Waiter, Waiters};
+use crate::queue::{AcquireError, Demand, Permit, Queue, QueueFull, Waiter, Waiters};
 use crate::store::blobs::{BlobHandle, Mismatch};
 use crate::store::file_read::BufferPool;
 use crate::store::{Store, StoreError};
 use crate::upstream::{ResponseStream, UpstreamResponse};
 
-use self::joining::Looking;
-pub use self::progress::Opened;
-use self::progress::{Download, Place};
+pub use self::disk_failure::DiskFailed;
+use self::join::PendingLookups;
 pub use self::reader::{AHEAD_BYTES_MAX, FAR_AHEAD_BYTES, Reader};
-pub use self::stranded::Stranded;
-pub use self::verifying::Verifying;
+use self::state::{Download, DownloadGuard};
+pub use self::state::{DownloadInfo, DownloadStatus};
+pub use self::verify::VerifyingStream;
 
-/// How much of a blob is kept from every reader until its digest is known to be right.
+/// Bytes at the end of a blob that are withheld from readers until the digest is verified.
 pub const WITHHELD_BYTES: u64 = 64 * 1024;
 
-/// Parts far ahead that are asked for at once; the others wait for the fill.
-const AHEAD_PARTS_MAX: usize = 16;
+/// Ranges far ahead that are fetched at once. Further ones wait for the fill.
+const AHEAD_RANGES_MAX: usize = 16;
 
-/// Write steps at a time, of all transfers together: each holds a thread of the blocking pool for as long as it lasts.
+/// Concurrent write steps of all transfers. Each occupies a thread of the blocking pool.
 const WRITE_STEPS_MAX: usize = 32;
 
-/// Bytes on their way from the network to the disk, of all transfers together.
+/// Bytes between network and disk, of all transfers together.
 const QUEUED_BYTES_MAX: usize = 32 * 1024 * 1024;
 
-/// The transfers now running. A value owned by the server, not a global.
+/// The running downloads. Owned by the server, not a global.
 #[derive(Clone)]
 pub struct Downloads {
     shared: Arc<Shared>,
@@ -96,156 +98,160 @@ struct Shared {
     queue: Queue,
     write_steps: Arc<Semaphore>,
     queued_bytes: Arc<Semaphore>,
-    ahead_places: Arc<Semaphore>,
-    counts: Arc<view::Counts>,
+    ahead_permits: Arc<Semaphore>,
+    counts: Arc<state::Counts>,
 }
 
 #[derive(Default)]
 struct Running {
     downloads: HashMap<Digest, Arc<Download>>,
-    /// Blobs that are looked up on the disk now, by those who would lead.
-    looking: HashMap<Digest, Looking>,
+    /// Blobs that prospective leaders look up on the disk at the moment.
+    lookups: HashMap<Digest, PendingLookups>,
 }
 
-/// What a request wants of a blob.
+/// Options of a request for a blob.
 #[derive(Clone, Copy, Debug)]
-pub struct Wish {
-    /// What it asks of admission.
+pub struct JoinOptions {
+    /// Client, flow and class for admission.
     pub demand: Demand,
-    /// Whether it wants all of it, or so much that the rest is worth having.
-    pub is_whole: bool,
+    /// Whether the request needs the complete blob, or so much that the rest is worth fetching.
+    pub wants_complete: bool,
 }
 
-/// What one finds on joining.
+/// Result of joining.
 pub enum Joined {
-    /// It became held meanwhile.
-    Held(BlobHandle),
-    /// Nobody is fetching it: this caller must.
+    /// The blob is cached by now.
+    Cached(BlobHandle),
+    /// No download is running: this caller leads.
     Leader(Leader),
     /// It is being fetched.
     Follower {
-        /// Reads what arrives.
+        /// Reads the growing file.
         reader: Reader,
-        /// When this very requester began it; `None` if another did.
+        /// When this same requester started the download. `None` if another did.
         began_by_same: Option<tokio::time::Instant>,
     },
 }
 
-/// On whose right a transfer is fetched: a principal in a repository of an upstream. Equal requesters may read what each
-/// of them fetched.
+/// Identity on whose authorization a blob is fetched: a principal in a repository of an upstream. Equal
+/// requesters may read each other's downloads.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Requester {
-    /// The name of the upstream.
+    /// Name of the upstream.
     pub upstream: Arc<str>,
-    /// The repository asked for it.
+    /// Repository of the request.
     pub repository: Repository,
-    /// The hash of the credential.
+    /// Keyed hash of the credential.
     pub principal: [u8; 32],
 }
 
-/// How the bytes are reached. Opened again, from where the transfer stopped, each time the upstream breaks.
+/// Opens the upstream stream of a blob. Opened again at the current offset after each interruption.
 pub trait Source: Send + 'static {
-    /// Opens the blob from byte `from` on. A stream that starts earlier is accepted; the surplus is skipped. Called again after
-    /// a stream broke, it should turn to another address if it has one.
+    /// Opens the blob at byte `from`. A stream that starts earlier is accepted and its surplus skipped. After
+    /// an interruption it should use another URL, if there is one.
     fn open(&mut self, from: u64) -> impl Future<Output = Result<Stream, UpstreamResponse>> + Send;
 
-    /// The size that a manifest states: a hint, and no promise of the upstream's.
+    /// Size stated by a manifest. A hint, not a promise of the upstream.
     fn stated_size(&self) -> Option<u64> {
         None
     }
 
-    /// The bytes, so many, are verified, and the last of them are not released yet: what follows from that is noted now, so that
-    /// whoever has the whole blob finds it noted.
+    /// Called when `_size` bytes are verified and the last of them are still withheld. Records made here are
+    /// visible to every reader of the complete blob.
     fn verified(&mut self, _size: u64) -> impl Future<Output = ()> + Send {
         std::future::ready(())
     }
 
-    /// The transfer is over, well or not.
-    fn ended(&self, _failure: Option<&Failure>) {}
+    /// Called at the end of the transfer, with the failure if there was one.
+    fn ended(&self, _failure: Option<&DownloadError>) {}
 }
 
-/// How a part far ahead of the fill is reached, or the rest of one that failed, with the right of the one who wants it.
-pub trait Ahead: Send + 'static {
-    /// Asks for exactly the bytes from `from` up to, not including, `until`, or to the end; `None` if they cannot be had
-    /// alone. The whole is asked for in its turn among the transfers.
-    fn open(&mut self, from: u64, until: Option<u64>) -> Part<'_>;
+/// Opens a range far ahead of the fill, or the remainder of a failed download, with the reader's own
+/// credential.
+pub trait RangeSource: Send + 'static {
+    /// Requests the bytes from `from` up to, not including, `until`, or to the end. `None` if the upstream does
+    /// not serve the range. A request for the complete blob waits for a permit of the queue.
+    fn open(&mut self, from: u64, until: Option<u64>) -> RangeFuture<'_>;
 }
 
-/// A part that is being asked for.
-pub type Part<'a> = Pin<Box<dyn Future<Output = Option<Box<dyn Chunks>>> + Send + 'a>>;
+/// A pending range request.
+pub type RangeFuture<'a> = Pin<Box<dyn Future<Output = Option<Box<dyn ByteStream>>> + Send + 'a>>;
 
-/// An opened transfer.
+/// An open upstream stream.
 pub struct Stream {
-    /// The offset of the first byte that [`Self::body`] gives.
+    /// Offset of the first byte of [`Self::body`].
     pub start: u64,
-    /// The size of the whole blob, where the upstream says it.
+    /// Size of the complete blob, if the upstream states it.
     pub total: Option<u64>,
     /// The bytes.
-    pub body: Box<dyn Chunks>,
+    pub body: Box<dyn ByteStream>,
 }
 
-/// The next bytes, on their way.
-pub type Chunk<'a> = Pin<Box<dyn Future<Output = Option<Result<Bytes, UpstreamFailure>>> + Send + 'a>>;
+/// A pending read of the next bytes.
+pub type ChunkFuture<'a> = Pin<Box<dyn Future<Output = Option<Result<Bytes, UpstreamFailure>>> + Send + 'a>>;
 
-/// Bytes as they arrive.
-pub trait Chunks: Send {
-    /// The next bytes; `None` at the end; a body cut short is an error.
-    fn chunk(&mut self) -> Chunk<'_>;
+/// A stream of bytes.
+pub trait ByteStream: Send {
+    /// The next bytes, or `None` at the end. A truncated body is an error.
+    fn chunk(&mut self) -> ChunkFuture<'_>;
 }
 
-impl Chunks for ResponseStream {
-    fn chunk(&mut self) -> Chunk<'_> {
+impl ByteStream for ResponseStream {
+    fn chunk(&mut self) -> ChunkFuture<'_> {
         Box::pin(ResponseStream::chunk(self))
     }
 }
 
-/// Why a transfer failed.
+/// Error of a download.
 #[derive(Debug)]
-pub enum Failure {
-    /// The upstream refused the leader, or was silent, before the first byte. It concerns the leader's right alone:
-    /// others join again with their own.
-    Refused(Box<UpstreamResponse>),
-    /// The upstream broke off, and resuming did not help.
-    Broken(UpstreamFailure),
-    /// The upstream sent other bytes than it was asked for.
-    Wrong(Mismatch),
-    /// The disk could not take it before the first byte: it can still be passed through.
+pub enum DownloadError {
+    /// The upstream denied the leader's request, or was unavailable, before the first byte. It concerns the
+    /// leader's credential only: followers join again with their own.
+    NotStarted(Box<UpstreamResponse>),
+    /// The upstream interrupted the transfer, and resuming failed.
+    Interrupted(UpstreamFailure),
+    /// The bytes do not match the digest.
+    DigestMismatch(Mismatch),
+    /// The disk failed before the first byte. The blob can still be streamed unstored.
     Unstorable(StoreError),
-    /// The file could not be read.
+    /// The ingest file could not be read.
     Store(StoreError),
-    /// The disk failed in the middle: its readers go on without it.
-    Stranded(Box<Stranded>),
-    /// Whoever was to lead went away before it began, or nobody waits for it any more.
+    /// The disk failed midway. Readers continue from the upstream.
+    DiskFailed(Box<DiskFailed>),
+    /// The leader was dropped before the start, or no request waits any more.
     Abandoned,
-    /// Too many downloads wait already.
-    Crowded(Full),
+    /// Too many downloads are queued.
+    QueueFull(QueueFull),
 }
 
-impl fmt::Display for Failure {
+impl fmt::Display for DownloadError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Refused(answer) => write!(f, "the upstream did not begin: {}", answer.kind),
-            Self::Broken(cause) => write!(f, "the upstream {cause}"),
-            Self::Wrong(mismatch) => write!(f, "the upstream sent wrong bytes: {mismatch}"),
+            Self::NotStarted(answer) => write!(f, "the upstream did not start the transfer: {}", answer.kind),
+            Self::Interrupted(cause) => write!(f, "the upstream {cause}"),
+            Self::DigestMismatch(mismatch) => {
+                write!(f, "the upstream sent bytes with a wrong digest: {mismatch}")
+            }
             Self::Unstorable(fault) | Self::Store(fault) => write!(f, "{fault}"),
-            Self::Stranded(stranded) => write!(f, "{stranded}"),
+            Self::DiskFailed(disk_failed) => write!(f, "{disk_failed}"),
             Self::Abandoned => f.write_str("given up, for nobody waits for it"),
-            Self::Crowded(_) => f.write_str("too many downloads wait already"),
+            Self::QueueFull(_) => f.write_str("too many downloads are queued"),
         }
     }
 }
 
-impl std::error::Error for Failure {}
+impl std::error::Error for DownloadError {}
 
-impl Failure {
-    /// Whether it is the disk that failed.
-    pub fn is_of_disk(&self) -> bool {
-        matches!(self, Self::Unstorable(_) | Self::Store(_) | Self::Stranded(_))
+impl DownloadError {
+    /// Whether the disk failed, not the upstream.
+    pub fn is_disk_error(&self) -> bool {
+        matches!(self, Self::Unstorable(_) | Self::Store(_) | Self::DiskFailed(_))
     }
 }
 
 impl Downloads {
-    /// No transfers yet; blobs go to `store`. Of more than `transfers_max` at once, the further ones wait for a place.
+    /// No downloads yet. Blobs are stored in `store`. At most `transfers_max` run at once, further ones are
+    /// queued.
     pub fn new(store: Arc<Store>, buffers: BufferPool, transfers_max: usize) -> Self {
         let shared = Shared {
             store,
@@ -255,7 +261,7 @@ impl Downloads {
             queue: Queue::shared("downloads", transfers_max),
             write_steps: Arc::new(Semaphore::new(WRITE_STEPS_MAX)),
             queued_bytes: Arc::new(Semaphore::new(QUEUED_BYTES_MAX)),
-            ahead_places: Arc::new(Semaphore::new(AHEAD_PARTS_MAX)),
+            ahead_permits: Arc::new(Semaphore::new(AHEAD_RANGES_MAX)),
             counts: Arc::default(),
         };
         Self {
@@ -263,7 +269,7 @@ impl Downloads {
         }
     }
 
-    /// Waits until no transfer runs, each one kept or failed.
+    /// Waits until no transfer runs.
     pub async fn idle(&self) {
         loop {
             let mut left = std::pin::pin!(self.shared.left.notified());
@@ -275,14 +281,14 @@ impl Downloads {
         }
     }
 
-    /// From now on so many transfers at a time from this upstream.
+    /// Sets the limit of concurrent transfers from this upstream.
     pub fn resize_upstream(&self, upstream: &str, transfers_max: usize) {
         self.shared.queue.resize_group(&upstream.into(), transfers_max);
     }
 
-    /// A place for a transfer that is read by one client alone and not stored.
-    pub async fn admit(&self, upstream: &str, demand: Demand) -> Result<Admitted, NoPlace> {
-        let (alone, _waiter) = Waiters::alone(demand);
+    /// A permit for a stream that one client reads and that is not stored.
+    pub async fn admit(&self, upstream: &str, demand: Demand) -> Result<Permit, AcquireError> {
+        let (alone, _waiter) = Waiters::with(demand);
         self.shared.queue.acquire(&upstream.into(), &alone).await
     }
 
@@ -298,45 +304,46 @@ impl Downloads {
         download.is_some_and(|download| download.is_open())
     }
 
-    /// The size of a blob that is verified and being named.
+    /// Size of a blob that is verified and not yet named in the store.
     pub fn verified_size(&self, digest: &Digest) -> Option<u64> {
         let running = self.shared.running();
         let download = running.downloads.get(digest);
         download.and_then(|download| download.verified_size())
     }
 
-    /// How many transfers run.
+    /// Number of running transfers.
     pub fn count(&self) -> usize {
         self.shared.running().downloads.len()
     }
 }
 
 impl Shared {
-    /// The map is whole between any two statements under its lock, so a poisoned lock is as good as another.
+    /// Every statement leaves the map consistent, so a poisoned lock can be used.
     fn running(&self) -> MutexGuard<'_, Running> {
         self.running.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// The duty to bring the bytes. Dropped unused, it fails its followers, who then join again.
+/// Must call [`Leader::start`]. If dropped unused, its followers get [`DownloadError::Abandoned`] and join
+/// again.
 #[must_use = "followers wait for the leader to start"]
 pub struct Leader {
-    place: Place,
+    guard: DownloadGuard,
     waiter: Option<Waiter>,
 }
 
 impl Leader {
     /// The requests that wait for the transfer.
     pub fn waiters(&self) -> &Waiters {
-        &self.place.download.waiters
+        &self.guard.download.waiters
     }
 
-    /// Starts the transfer in a task of its own. It ends with the last request that waits as long as it is queued; once the
-    /// upstream has begun to send what somebody wanted whole, no client's leaving ends it.
+    /// Starts the transfer in a task of its own. While queued it ends with its last waiting request. Once the
+    /// upstream sends a blob that some request needs completely, no disconnect ends it.
     pub fn start<S: Source>(self, source: S) -> Reader {
-        let mut reader = Reader::new(&self.place.download, &self.place.shared, self.waiter);
+        let mut reader = Reader::new(&self.guard.download, &self.guard.shared, self.waiter);
         reader.leads = true;
-        tokio::spawn(transfer::run(self.place, source));
+        tokio::spawn(transfer::run(self.guard, source));
         reader
     }
 }

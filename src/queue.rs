@@ -1,21 +1,22 @@
-//! Admission to a bounded number of places, fair over clients.
+//! Admission queue: a bounded number of permits, fair across clients.
 //!
-//! The problem: one client asks for four thousand blobs, or an upstream drips, and everybody else waits behind that. A
-//! semaphore serves in the order of arrival, so whoever asks most has most.
+//! One client may request four thousand blobs, or an upstream may be slow. With a plain semaphore, which serves
+//! in order of arrival, every other client would wait behind them.
 //!
-//! A [`Queue`] gives places in turn (see `core`): by class, then round robin over clients and their flows. Being queued is
-//! no failure and has no timeout; it ends with the last request that waits. What waits is bounded, for each client and in
-//! all, and beyond that the answer is [`Full`] at once.
+//! A [`Queue`] grants permits by class, then round robin over clients and their flows (see `scheduler`).
+//! Waiting is not a failure and has no timeout; it ends with the last waiting request. The number of waiting
+//! requests is limited per client and in total. Beyond a limit, the result is [`QueueFull`] at once.
 //!
 //! Work that several requests share waits once, in the turn of each of them: see [`Waiters`].
 //!
-//! * `core`: the order; pure. * `waiters`: the requests that wait for one piece of work. * `demand`, `peer`: what tells
-//!   requests apart. * `ring`: round robin.
+//! * `scheduler`: the order, pure.
+//! * `waiters`: requests that wait for shared work.
+//! * `demand`: client, flow and class of a request.
+//! * `round_robin`: round robin over keys.
 
-mod core;
 mod demand;
-mod peer;
-mod ring;
+mod round_robin;
+mod scheduler;
 mod waiters;
 
 #[cfg(test)]
@@ -29,118 +30,117 @@ use std::time::Duration;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
-use self::core::{Bounds, Core, Entry, Grant, Met, Taken, Ticket};
-pub use self::demand::{Class, Demand, flow};
-pub use self::peer::Peer;
-pub use self::waiters::{ABANDONED_WITHIN, Waiter, Waiters};
+pub use self::demand::{Class, Demand, Peer, flow};
+use self::scheduler::{Entry, Grant, LimitHit, Limits, PermitId, Scheduler, Ticket};
+pub use self::waiters::{ABANDON_GRACE, Waiter, Waiters};
 
-/// Requests of one client that may wait in one queue. Ten jobs of 40 layers, or 100 of 3, are fewer.
+/// Waiting requests of one client per queue. Ten jobs of 40 layers, or 100 of 3, stay below it.
 pub const WAITING_PER_PEER_MAX: usize = 1024;
 
-/// Requests of all clients that may wait in one queue.
+/// Waiting requests of all clients per queue.
 pub const WAITING_MAX: usize = 4096;
 
-/// The longest `Retry-After` that a full queue states.
+/// Longest `Retry-After` of a full queue.
 const RETRY_AFTER_MAX: Duration = Duration::from_secs(120);
 
-/// How often refusals are logged.
-const LOGGED_AGAIN_AFTER: Duration = Duration::from_secs(10);
+/// Minimum time between two log lines about a full queue.
+const LOG_INTERVAL: Duration = Duration::from_secs(10);
 
-/// Places, given in turn. Clones are the same queue.
+/// Fair semaphore. Clones share the permits.
 #[derive(Clone)]
 pub struct Queue(Arc<Shared>);
 
 struct Shared {
-    /// In the log.
+    /// Name in the log.
     name: &'static str,
     state: Mutex<State>,
 }
 
 struct State {
-    core: Core,
+    scheduler: Scheduler,
     pending: HashMap<Ticket, Pending>,
     counts: Counts,
-    /// How long a place is held, as a moving mean.
-    held_for: Duration,
-    /// When a refusal was logged last.
+    /// Moving average of the time a permit is held.
+    mean_hold: Duration,
+    /// When a full queue was logged last.
     logged: Option<Instant>,
 }
 
 struct Pending {
-    reply: oneshot::Sender<Result<Place, Full>>,
+    reply: oneshot::Sender<Result<Permit, QueueFull>>,
     since: Instant,
 }
 
-/// Why there is no place.
+/// Error of [`Queue::acquire`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum NoPlace {
-    /// Too many wait already.
-    Full(Full),
-    /// No request waits for it any more.
+pub enum AcquireError {
+    /// Too many requests are waiting.
+    Full(QueueFull),
+    /// No request waits for the work any more.
     Abandoned,
 }
 
-/// Too many wait already.
+/// Too many requests are waiting.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Full {
-    /// Whether they are the client's own, and not all of them together.
-    pub is_clients_own: bool,
-    /// How long those that wait now are likely to take.
+pub struct QueueFull {
+    /// Whether the client's own limit was reached, not the total limit.
+    pub is_client_limit: bool,
+    /// Estimated time until the waiting requests are served.
     pub retry_after: Duration,
 }
 
-/// What happened since the start.
+/// Counters since process start.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Counts {
-    /// Places given.
+    /// Granted permits.
     pub granted: u64,
-    /// The waits for them, together.
+    /// Total waiting time of the granted permits.
     pub waited: Duration,
-    /// Requests refused because their client had too many waiting.
+    /// Requests denied at the limit per client.
     pub refused_by_client: u64,
-    /// Requests refused because too many waited in all.
+    /// Requests denied at the total limit.
     pub refused_in_all: u64,
     /// Waits that ended because no request was left.
     pub abandoned: u64,
 }
 
-/// One place, until it is dropped.
-pub struct Place {
+/// A permit. Dropping it releases it.
+pub struct Permit {
     queue: Arc<Shared>,
-    taken: Taken,
+    permit: PermitId,
     since: Instant,
 }
 
-impl fmt::Debug for Place {
+impl fmt::Debug for Permit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Place")
+        f.write_str("Permit")
     }
 }
 
 impl Default for Queue {
-    /// Without a place; see [`Queue::resize`].
+    /// Without permits; see [`Queue::resize`].
     fn default() -> Self {
         Self::new("requests", 0)
     }
 }
 
 impl Queue {
-    /// So many places, of one group.
+    /// A queue of `max` permits for one group.
     pub fn new(name: &'static str, max: usize) -> Self {
-        Self::of(name, Core::new(max, false, BOUNDS))
+        Self::of(name, Scheduler::new(max, false, LIMITS))
     }
 
-    /// So many places for several groups, of which none holds more than three quarters of them.
+    /// A queue of `max` permits for several groups. One group holds at most three quarters of them.
     pub fn shared(name: &'static str, max: usize) -> Self {
-        Self::of(name, Core::new(max, true, BOUNDS))
+        Self::of(name, Scheduler::new(max, true, LIMITS))
     }
 
-    fn of(name: &'static str, core: Core) -> Self {
+    fn of(name: &'static str, scheduler: Scheduler) -> Self {
         let state = State {
-            core,
+            scheduler,
             pending: HashMap::new(),
             counts: Counts::default(),
-            held_for: Duration::ZERO,
+            mean_hold: Duration::ZERO,
             logged: None,
         };
         Self(Arc::new(Shared {
@@ -149,111 +149,116 @@ impl Queue {
         }))
     }
 
-    /// A place in this group for the work that `waiters` wait for.
-    pub async fn acquire(&self, group: &Arc<str>, waiters: &Waiters) -> Result<Place, NoPlace> {
+    /// Acquires a permit of this group for the work that `waiters` wait for.
+    pub async fn acquire(&self, group: &Arc<str>, waiters: &Waiters) -> Result<Permit, AcquireError> {
         let mut queued = waiters.enter(&self.0, group)?;
-        let place = match queued.granted().await {
-            Some(Ok(place)) => place,
-            Some(Err(full)) => return Err(NoPlace::Full(full)),
-            None if waiters.is_closed() => return Err(NoPlace::Abandoned),
-            // Others wait who had to make room, and the one in whose turn the work still was has left.
-            None => return Err(NoPlace::Full(self.0.state().full(Met::All))),
+        let permit = match queued.granted().await {
+            Some(Ok(permit)) => permit,
+            Some(Err(full)) => return Err(AcquireError::Full(full)),
+            None if waiters.is_closed() => return Err(AcquireError::Abandoned),
+            // Other requests still wait, but the total limit removed them from the queue, and the request whose
+            // turn the work kept has left.
+            None => return Err(AcquireError::Full(self.0.state().full(LimitHit::Total))),
         };
-        if !waiters.took(&queued, &place) {
-            return Err(NoPlace::Abandoned);
+        if !waiters.attach_permit(&queued, &permit) {
+            return Err(AcquireError::Abandoned);
         }
-        Ok(place)
+        Ok(permit)
     }
 
-    /// From now on so many places. Those in use count.
+    /// Sets the number of permits. Permits in use count.
     pub fn resize(&self, max: usize) {
-        self.0.change(|core| core.resize(max));
+        self.0.change(|scheduler| scheduler.resize(max));
     }
 
-    /// The same for one group.
+    /// Sets the number of permits of one group.
     pub fn resize_group(&self, group: &Arc<str>, max: usize) {
-        self.0.change(|core| core.resize_group(group, max));
+        self.0.change(|scheduler| scheduler.resize_group(group, max));
     }
 
-    /// How many places are in use.
+    /// Number of permits in use.
     pub fn in_use(&self) -> usize {
-        self.0.state().core.in_use()
+        self.0.state().scheduler.in_use()
     }
 
-    /// How many of one group's places are in use.
+    /// Number of one group's permits in use.
     pub fn in_use_of(&self, group: &str) -> usize {
-        self.0.state().core.in_use_of(group)
+        self.0.state().scheduler.in_use_of(group)
     }
 
-    /// How many requests wait.
+    /// Number of waiting requests.
     pub fn waiting(&self) -> usize {
-        self.0.state().core.waiting()
+        self.0.state().scheduler.waiting()
     }
 
-    /// How many requests of a class wait.
+    /// Number of waiting requests of a class.
     pub fn waiting_in(&self, class: Class) -> usize {
-        self.0.state().core.waiting_in(class)
+        self.0.state().scheduler.waiting_in(class)
     }
 
-    /// How much work of one group waits.
+    /// Number of waiting tickets of one group.
     pub fn waiting_of(&self, group: &str) -> usize {
-        self.0.state().core.waiting_of_group(group)
+        self.0.state().scheduler.waiting_of_group(group)
     }
 
-    /// What happened since the start.
+    /// Counters since process start.
     pub fn counts(&self) -> Counts {
         self.0.state().counts
     }
 }
 
-const BOUNDS: Bounds = Bounds {
+const LIMITS: Limits = Limits {
     waiting_max: WAITING_MAX,
     waiting_per_peer_max: WAITING_PER_PEER_MAX,
 };
 
-/// Grants whose receivers are to be told once the lock is given back: a place that nobody takes is dropped, and that locks.
-type Granted = Vec<Told>;
+/// Results to deliver after the lock is released. An undelivered permit is dropped, and dropping one takes the
+/// lock.
+type Granted = Vec<Notification>;
 
-/// One who waited, and what came of it.
-type Told = (oneshot::Sender<Result<Place, Full>>, Result<Place, Full>);
+/// The channel of a waiting ticket, and its result.
+type Notification = (
+    oneshot::Sender<Result<Permit, QueueFull>>,
+    Result<Permit, QueueFull>,
+);
 
 impl Shared {
-    /// Every change under this lock is complete before it is given back.
+    /// Every change under this lock is complete before it is released.
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn change(self: &Arc<Self>, change: impl FnOnce(&mut Core)) {
+    fn change(self: &Arc<Self>, change: impl FnOnce(&mut Scheduler)) {
         let mut state = self.state();
-        change(&mut state.core);
+        change(&mut state.scheduler);
         let granted = self.grant(&mut state);
         drop(state);
-        tell(granted);
+        notify(granted);
     }
 
-    /// Gives away what there is.
+    /// Grants the free permits.
     fn grant(self: &Arc<Self>, state: &mut State) -> Granted {
         let mut granted = Granted::new();
-        while let Some(Grant { ticket, taken }) = state.core.next() {
-            // A ticket that waits has somebody to be told, until it is withdrawn under this lock.
+        while let Some(Grant { ticket, permit }) = state.scheduler.next() {
+            // A waiting ticket has a receiver, until it is withdrawn under this lock.
             let Some(Pending { reply, since }) = state.pending.remove(&ticket) else {
-                state.core.release(taken);
+                state.scheduler.release(permit);
                 continue;
             };
             let now = Instant::now();
             state.counts.granted += 1;
             state.counts.waited += now.saturating_duration_since(since);
-            let place = Place {
+            let permit = Permit {
                 queue: Arc::clone(self),
-                taken,
+                permit,
                 since: now,
             };
-            granted.push((reply, Ok(place)));
+            granted.push((reply, Ok(permit)));
         }
         granted
     }
 
-    /// Lets new work wait, unless too much waits already.
+    /// Adds new work to the queue, unless a limit is reached.
     fn enter(
         self: &Arc<Self>,
         group: &Arc<str>,
@@ -261,30 +266,32 @@ impl Shared {
     ) -> (Ticket, Vec<(Demand, Entry)>, Receiver) {
         let (reply, receiver) = oneshot::channel();
         let mut state = self.state();
-        let ticket = state.core.enter(group, std::iter::empty());
+        let ticket = state.scheduler.enter(group, std::iter::empty());
         let entries: Vec<_> = demands
-            .filter_map(|demand| Some((demand, state.core.join(ticket, demand)?)))
+            .filter_map(|demand| Some((demand, state.scheduler.join(ticket, demand)?)))
             .collect();
         let since = Instant::now();
         state.pending.insert(ticket, Pending { reply, since });
-        let mut told = self.grant(&mut state);
-        let is_crowded = |(demand, _): &(Demand, Entry)| state.core.is_crowded_by(demand.peer);
-        if state.core.is_waiting(ticket) && entries.iter().all(is_crowded) {
-            state.core.withdraw(ticket);
-            told.extend(state.refuse(ticket, Met::Peer));
+        let mut notifications = self.grant(&mut state);
+        let is_over_limit = |(demand, _): &(Demand, Entry)| state.scheduler.is_over_client_limit(demand.peer);
+        if state.scheduler.is_waiting(ticket) && entries.iter().all(is_over_limit) {
+            state.scheduler.withdraw(ticket);
+            notifications.extend(state.refuse(ticket, LimitHit::Client));
         }
-        while let Some(entry) = state.core.surplus() {
-            if let Some(ticket) = state.core.leave(entry) {
-                told.extend(state.refuse(ticket, Met::All));
+        while let Some(entry) = state.scheduler.entry_over_limit() {
+            if let Some(ticket) = state.scheduler.leave(entry) {
+                notifications.extend(state.refuse(ticket, LimitHit::Total));
             }
         }
-        let refused = told.iter().find_map(|(_, told)| told.as_ref().err().copied());
-        let news = refused.filter(|_| state.is_news(since));
-        let waiting = state.core.waiting();
+        let denied = notifications
+            .iter()
+            .find_map(|(_, notifications)| notifications.as_ref().err().copied());
+        let to_log = denied.filter(|_| state.should_log(since));
+        let waiting = state.scheduler.waiting();
         drop(state);
-        if let Some(full) = news {
+        if let Some(full) = to_log {
             let client = entries.first().map(|(demand, _)| demand.peer);
-            let reason = if full.is_clients_own {
+            let reason = if full.is_client_limit {
                 "client-queue-full"
             } else {
                 "queue-full"
@@ -295,21 +302,21 @@ impl Shared {
                 reason,
                 ?client,
                 waiting,
-                "too many requests wait for the upstream; further ones are refused with Retry-After"
+                "upstream queue full, denying requests with Retry-After"
             );
         }
-        tell(told);
+        notify(notifications);
         (ticket, entries, receiver)
     }
 
     fn join(&self, ticket: Ticket, demand: Demand) -> Option<Entry> {
-        self.state().core.join(ticket, demand)
+        self.state().scheduler.join(ticket, demand)
     }
 
-    /// A request waits no longer for what others may still wait for.
+    /// Removes a request from work that others may still wait for.
     fn leave(&self, entry: Entry) {
         let mut state = self.state();
-        let pending = state.core.leave(entry).and_then(|ticket| {
+        let pending = state.scheduler.leave(entry).and_then(|ticket| {
             state.counts.abandoned += 1;
             state.pending.remove(&ticket)
         });
@@ -319,73 +326,75 @@ impl Shared {
 
     fn withdraw(&self, ticket: Ticket) {
         let mut state = self.state();
-        state.core.withdraw(ticket);
+        state.scheduler.withdraw(ticket);
         let pending = state.pending.remove(&ticket);
         state.counts.abandoned += u64::from(pending.is_some());
         drop(state);
         drop(pending);
     }
 
-    fn raise(self: &Arc<Self>, taken: Taken, class: Class) {
-        self.change(|core| core.raise(taken, class));
+    fn raise(self: &Arc<Self>, permit: PermitId, class: Class) {
+        self.change(|scheduler| scheduler.raise(permit, class));
     }
 }
 
-type Receiver = oneshot::Receiver<Result<Place, Full>>;
+type Receiver = oneshot::Receiver<Result<Permit, QueueFull>>;
 
 impl State {
-    /// What a ticket that was withdrawn is told.
-    fn refuse(&mut self, ticket: Ticket, met: Met) -> Option<Told> {
+    /// Result for a ticket that was withdrawn at a limit.
+    fn refuse(&mut self, ticket: Ticket, limit: LimitHit) -> Option<Notification> {
         let pending = self.pending.remove(&ticket)?;
-        match met {
-            Met::Peer => self.counts.refused_by_client += 1,
-            Met::All => self.counts.refused_in_all += 1,
+        match limit {
+            LimitHit::Client => self.counts.refused_by_client += 1,
+            LimitHit::Total => self.counts.refused_in_all += 1,
         }
-        Some((pending.reply, Err(self.full(met))))
+        Some((pending.reply, Err(self.full(limit))))
     }
 
-    fn full(&self, met: Met) -> Full {
-        Full {
-            is_clients_own: met == Met::Peer,
-            retry_after: self.until_served(),
+    fn full(&self, limit: LimitHit) -> QueueFull {
+        QueueFull {
+            is_client_limit: limit == LimitHit::Client,
+            retry_after: self.estimated_wait(),
         }
     }
 
-    /// Whether a refusal is to be logged now.
-    fn is_news(&mut self, now: Instant) -> bool {
-        let is_news = self
+    /// Whether a full queue is to be logged now.
+    fn should_log(&mut self, now: Instant) -> bool {
+        let should_log = self
             .logged
-            .is_none_or(|at| now.saturating_duration_since(at) >= LOGGED_AGAIN_AFTER);
-        if is_news {
+            .is_none_or(|at| now.saturating_duration_since(at) >= LOG_INTERVAL);
+        if should_log {
             self.logged = Some(now);
         }
-        is_news
+        should_log
     }
 
-    /// How long those that wait now are likely to take, at the pace of late.
-    fn until_served(&self) -> Duration {
-        let waiting = u32::try_from(self.core.waiting()).unwrap_or(u32::MAX);
-        let places = u32::try_from(self.core.places_max()).unwrap_or(u32::MAX).max(1);
-        let all = self.held_for.saturating_mul(waiting) / places;
+    /// Estimated time until the waiting requests are served, from the average hold time.
+    fn estimated_wait(&self) -> Duration {
+        let waiting = u32::try_from(self.scheduler.waiting()).unwrap_or(u32::MAX);
+        let places = u32::try_from(self.scheduler.permits_max())
+            .unwrap_or(u32::MAX)
+            .max(1);
+        let all = self.mean_hold.saturating_mul(waiting) / places;
         all.clamp(Duration::from_secs(1), RETRY_AFTER_MAX)
     }
 }
 
-fn tell(granted: Granted) {
-    for (reply, told) in granted {
-        // Who has left gives the place back by dropping it.
-        drop(reply.send(told));
+fn notify(granted: Granted) {
+    for (reply, notifications) in granted {
+        // A receiver that is gone releases the permit by dropping it.
+        drop(reply.send(notifications));
     }
 }
 
-impl Drop for Place {
+impl Drop for Permit {
     fn drop(&mut self) {
         let mut state = self.queue.state();
-        state.core.release(self.taken);
-        let held_for = self.since.elapsed();
-        state.held_for = state.held_for / 8 * 7 + held_for / 8;
+        state.scheduler.release(self.permit);
+        let mean_hold = self.since.elapsed();
+        state.mean_hold = state.mean_hold / 8 * 7 + mean_hold / 8;
         let granted = self.queue.grant(&mut state);
         drop(state);
-        tell(granted);
+        notify(granted);
     }
 }

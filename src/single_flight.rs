@@ -1,9 +1,9 @@
-//! One question for many askers.
+//! Request coalescing (single flight): concurrent callers with equal keys share one call.
 //!
-//! The work runs in a task of its own: an asker that leaves, or whose patience ends, does not end it by itself, so a late
-//! answer still has its effects. Work that is shared by [`SingleFlight::share_for`] knows who waits for it, and may end itself
-//! when none does. Who may share is said by the key: it holds the principal, so that no answer to one
-//! credential is ever given to another.
+//! The call runs in a task of its own. A caller that leaves or times out does not end it, so a late response
+//! still takes effect. A call started with [`SingleFlight::share_for`] knows its waiting callers and may end
+//! itself when none is left. The key contains the principal, so a response to one credential is never given to
+//! another.
 
 use std::collections::HashMap;
 use std::future::Future;
@@ -15,18 +15,18 @@ use tokio::sync::watch;
 
 use crate::queue::{Demand, Waiter, Waiters};
 
-/// The questions now under way.
+/// The calls in progress.
 pub struct SingleFlight<K, V> {
     running: Arc<Mutex<CallMap<K, V>>>,
 }
 
 type CallMap<K, V> = HashMap<K, ActiveCall<V>>;
 
-/// One question under way.
+/// A call in progress.
 struct ActiveCall<V> {
-    answer: watch::Receiver<Option<V>>,
+    value: watch::Receiver<Option<V>>,
     waiters: Waiters,
-    /// Tells it from an earlier one under the same key, which has ended for want of waiters.
+    /// Distinguishes it from an earlier call with the same key that was abandoned.
     id: u64,
 }
 
@@ -43,7 +43,7 @@ where
     K: Eq + Hash + Clone + Send + 'static,
     V: Clone + Send + Sync + 'static,
 {
-    /// Joins the question under `key`, or puts it by running `work` to its end.
+    /// Joins the call of `key`, or starts it by running `work` to its end.
     pub fn share<F, W>(&self, key: K, work: W) -> SharedCall<V>
     where
         W: FnOnce() -> F,
@@ -55,7 +55,7 @@ where
         })
     }
 
-    /// The same for a request with this demand. `work` is told of all that wait for it, and ends without an answer when
+    /// The same for a request with this demand. `work` gets the waiting requests, and ends without a value when
     /// none is left.
     pub fn share_for<F, W>(&self, key: K, demand: Demand, work: W) -> SharedCall<V>
     where
@@ -64,20 +64,20 @@ where
     {
         static NEXT_ID: AtomicU64 = AtomicU64::new(1);
         let mut running = lock(&self.running);
-        if let Some(ActiveCall { answer, waiters, .. }) = running.get(&key)
+        if let Some(ActiveCall { value, waiters, .. }) = running.get(&key)
             && let Some(waiter) = waiters.join(demand)
         {
             return SharedCall {
-                answer: answer.clone(),
+                value: value.clone(),
                 waiters: waiters.clone(),
                 _waiter: Some(waiter),
             };
         }
-        let (sender, answer) = watch::channel(None);
-        let (waiters, waiter) = Waiters::alone(demand);
+        let (sender, value) = watch::channel(None);
+        let (waiters, waiter) = Waiters::with(demand);
         let id = NEXT_ID.fetch_add(1, Ordering::Relaxed);
         let shared = ActiveCall {
-            answer: answer.clone(),
+            value: value.clone(),
             waiters: waiters.clone(),
             id,
         };
@@ -91,26 +91,27 @@ where
         let work = work(waiters.clone());
         tokio::spawn(async move {
             let value = work.await;
-            // Leave first: whoever asks from here on asks anew, and whoever asked before gets this answer.
+            // Removed from the map before the value is sent: later callers start a new call, earlier ones get
+            // this value.
             drop(entry);
             if value.is_some() {
                 sender.send_replace(value);
             }
         });
         SharedCall {
-            answer,
+            value,
             waiters,
             _waiter: waiter,
         }
     }
 
-    /// How many questions are under way.
+    /// Number of calls in progress.
     pub fn count(&self) -> usize {
         lock(&self.running).len()
     }
 }
 
-/// Leaves the map however the work ends, by a panic too.
+/// Removes the map entry when the call ends, also by a panic.
 struct RemoveOnDrop<K: Eq + Hash, V> {
     running: Arc<Mutex<CallMap<K, V>>>,
     key: K,
@@ -126,28 +127,29 @@ impl<K: Eq + Hash, V> Drop for RemoveOnDrop<K, V> {
     }
 }
 
-/// The map is whole between any two statements under its lock, so a poisoned lock is as good as another.
+/// Every statement leaves the map consistent, so a poisoned lock can be used.
 fn lock<K, V>(running: &Mutex<CallMap<K, V>>) -> MutexGuard<'_, CallMap<K, V>> {
     running.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// An answer on its way.
+/// A pending result.
 pub struct SharedCall<V> {
-    answer: watch::Receiver<Option<V>>,
+    value: watch::Receiver<Option<V>>,
     waiters: Waiters,
     _waiter: Option<Waiter>,
 }
 
 impl<V: Clone> SharedCall<V> {
-    /// All that wait for it.
+    /// All requests that wait for it.
     pub fn waiters(&self) -> &Waiters {
         &self.waiters
     }
 
-    /// Waits for the answer; `None` if the work ended without one (it panicked, or the runtime stops).
+    /// Waits for the value. `None` if the call ended without one: it panicked, was abandoned, or the runtime
+    /// stops.
     pub async fn wait(mut self) -> Option<V> {
-        match self.answer.wait_for(Option::is_some).await {
-            Ok(answer) => answer.clone(),
+        match self.value.wait_for(Option::is_some).await {
+            Ok(value) => value.clone(),
             Err(_) => None,
         }
     }
@@ -161,20 +163,20 @@ mod tests {
 
     use super::*;
 
-    /// The bad interleaving: a question has ended for want of askers and is not gone yet when the next one asks.
+    /// Race: a call was abandoned and is still in the map when the next caller arrives.
     #[tokio::test(start_paused = true)]
-    async fn t08_who_asks_as_a_question_is_given_up_asks_anew() {
+    async fn t08_caller_during_abandonment_starts_a_new_call() {
         let single_flight = SingleFlight::<&str, usize>::default();
         let gate = Arc::new(Notify::new());
         let ending = Arc::clone(&gate);
         let first = single_flight.share_for("tag", Demand::BACKGROUND, |waiters| async move {
-            let never = waiters.while_wanted(std::future::pending::<usize>()).await;
+            let never = waiters.while_waited_for(std::future::pending::<usize>()).await;
             ending.notified().await;
             never
         });
         drop(first);
-        tokio::time::sleep(2 * crate::queue::ABANDONED_WITHIN).await;
-        assert_eq!(single_flight.count(), 1, "it is given up and not gone");
+        tokio::time::sleep(2 * crate::queue::ABANDON_GRACE).await;
+        assert_eq!(single_flight.count(), 1, "the abandoned call is still in the map");
         let second = single_flight.share_for("tag", Demand::BACKGROUND, |_| async { Some(2) });
         gate.notify_one();
         assert_eq!(second.wait().await, Some(2));
@@ -183,44 +185,44 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn askers_of_one_question_share_its_answer_and_the_next_asks_anew() {
+    async fn concurrent_callers_share_a_value_and_later_ones_do_not() {
         let single_flight = SingleFlight::<&str, usize>::default();
-        let asked = Arc::new(AtomicUsize::new(0));
+        let calls = Arc::new(AtomicUsize::new(0));
         let gate = Arc::new(Notify::new());
-        let ask = || {
-            let (asked, gate) = (Arc::clone(&asked), Arc::clone(&gate));
+        let call = || {
+            let (calls, gate) = (Arc::clone(&calls), Arc::clone(&gate));
             single_flight.share("tag", move || async move {
                 gate.notified().await;
-                asked.fetch_add(1, Ordering::SeqCst) + 1
+                calls.fetch_add(1, Ordering::SeqCst) + 1
             })
         };
-        let (first, second) = (ask(), ask());
+        let (first, second) = (call(), call());
         gate.notify_one();
         assert_eq!((first.wait().await, second.wait().await), (Some(1), Some(1)));
-        let third = ask();
+        let third = call();
         gate.notify_one();
         assert_eq!(third.wait().await, Some(2));
         assert_eq!(single_flight.count(), 0);
     }
 
     #[tokio::test]
-    async fn a_question_outlives_its_askers() {
+    async fn call_outlives_its_callers() {
         let single_flight = SingleFlight::<&str, ()>::default();
         let (begin, done) = (Arc::new(Notify::new()), Arc::new(Notify::new()));
-        let asker = {
+        let caller = {
             let (begin, done) = (Arc::clone(&begin), Arc::clone(&done));
             single_flight.share("tag", move || async move {
                 begin.notified().await;
                 done.notify_one();
             })
         };
-        drop(asker);
+        drop(caller);
         begin.notify_one();
         done.notified().await;
     }
 
     #[tokio::test]
-    async fn a_question_that_panics_answers_nobody_and_blocks_nobody() {
+    async fn panicking_call_returns_none_and_frees_its_key() {
         let single_flight = SingleFlight::<&str, usize>::default();
         let fails = single_flight.share("tag", || async { panic!("on purpose") });
         assert_eq!(fails.wait().await, None);

@@ -22,7 +22,7 @@ use crate::oci::accept::Accept;
 use crate::oci::endpoint::Endpoint;
 use crate::oci::failure::UpstreamFailure;
 use crate::oci::name::Repository;
-use crate::queue::{Place, Waiters};
+use crate::queue::{Permit, Waiters};
 use crate::trace_context::TraceContext;
 
 mod auth_client;
@@ -485,8 +485,8 @@ impl Upstream {
 
     /// A place among the requests to this upstream. Being queued is no failure, and lasts as long as the request that
     /// waits.
-    pub async fn admit(&self, caller: &Caller, endpoint: &Endpoint) -> Result<Place, Box<UpstreamResponse>> {
-        let (alone, _waiter) = Waiters::alone(caller.demand(endpoint));
+    pub async fn admit(&self, caller: &Caller, endpoint: &Endpoint) -> Result<Permit, Box<UpstreamResponse>> {
+        let (alone, _waiter) = Waiters::with(caller.demand(endpoint));
         let waiters = caller.waiters.as_ref().unwrap_or(&alone);
         let learned = &self.0.learned;
         let places = match endpoint {

@@ -59,7 +59,7 @@ impl Admin {
                 .map(|(scope, open)| (upstream_registry.name().into(), scope, open))
         });
         let waiters = downloads
-            .transfers()
+            .statuses()
             .iter()
             .map(|transfer| transfer.readers.saturating_sub(1) as u64)
             .sum();
@@ -79,7 +79,7 @@ impl Admin {
             store_objects: usage.blobs + usage.manifests,
             store_tags: usage.tags,
             queues: queues(&registry),
-            given_up: downloads.given_up(),
+            given_up: downloads.abandoned(),
             transfers: downloads.count() as u64,
             waiters,
             fetched_bytes: downloads.fetched_bytes(),

@@ -233,7 +233,7 @@ impl PullJob {
     }
 
     fn view(&self, downloads: &Downloads) -> PullView {
-        let transfers = downloads.transfers();
+        let transfers = downloads.statuses();
         let progress = self.progress();
         let received = |layer: &Layer| match layer.state {
             LayerState::Held | LayerState::Fetched => layer.size.unwrap_or_default(),

@@ -285,7 +285,7 @@ pub(super) struct TransferView {
 
 /// The longest running first.
 pub(super) fn transfers(registry: &Registry) -> Vec<TransferView> {
-    let transfers = registry.proxy.downloads().transfers();
+    let transfers = registry.proxy.downloads().statuses();
     transfers
         .into_iter()
         .map(|transfer| {

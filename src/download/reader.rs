@@ -1,10 +1,10 @@
-//! Reading a blob while it arrives.
+//! Reader of a blob while it is downloaded.
 //!
-//! A reader waits for the fill where it has caught up with it. One whose part lies far ahead does not: it asks the upstream
-//! for that part alone, with its own asker's right (see [`Ahead`]). Those bytes go to this reader only; they are neither
-//! stored nor verified, as no part can be verified by itself. Nor are the parts that are read from the file before it is
-//! whole: whoever asks for a part puts the whole together and verifies that, or has a digest of the part (as lazy
-//! pullers do, from a table that they verified). A whole blob is never served this way.
+//! A reader waits when it has caught up with the fill. If its range lies far ahead, it fetches that range from
+//! the upstream with its own credential (see [`RangeSource`]). Those bytes go to this reader only. They are
+//! neither stored nor verified, as a range cannot be verified by itself; the same holds for a range read from
+//! an incomplete file. A client that requests ranges assembles and verifies the blob itself, or has a digest
+//! per range, as lazy pullers do. A complete blob is never served this way.
 
 use std::io;
 use std::sync::Arc;
@@ -12,66 +12,81 @@ use std::sync::Arc;
 use bytes::Bytes;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
-use super::progress::{Attempt, Download, Opened, Progress};
-use super::stranded::{Alone, Rest};
-use super::{Ahead, Chunks, Failure, Shared};
+use super::state::{Attempt, Download, DownloadInfo, Progress};
+use super::{ByteStream, DownloadError, RangeSource, Shared, VerifyingStream};
 use crate::oci::{Digest, UpstreamFailure};
 use crate::queue::{Waiter, Waiters};
 use crate::store::StoreError;
 use crate::store::file_read::{BufferPool, READ_CHUNK_BYTES, read_chunk};
 use crate::store::fs::FsFile;
 
-/// A part that begins so far from what has arrived is far ahead.
+/// A range that begins this far beyond the received bytes is fetched separately.
 pub const FAR_AHEAD_BYTES: u64 = 8 * 1024 * 1024;
 
-/// A longer part waits for the fill, wherever it begins: its bytes would cost the upstream too much twice.
+/// A longer range waits for the fill, because fetching its bytes twice would cost the upstream too much.
 pub const AHEAD_BYTES_MAX: u64 = 16 * 1024 * 1024;
 
-/// Reads a blob while it arrives.
+/// Reads a blob while it is downloaded.
 pub struct Reader {
-    /// Boxed, for readers are moved about by value.
+    /// Boxed, because readers are moved by value.
     pub(super) digest: Box<Digest>,
-    /// Whether its own request leads the transfer.
+    /// Whether this reader's own request leads the download.
     pub(super) leads: bool,
     pub(super) progress: watch::Receiver<Progress>,
     buffers: BufferPool,
     pub(super) position: u64,
     pub(super) end: Option<u64>,
     step_bytes: usize,
-    /// Whose bytes it was given.
-    pub(super) given: Option<Attempt>,
-    pub(super) ahead: Option<Box<dyn Ahead>>,
-    pub(super) ahead_places: Arc<Semaphore>,
-    pub(super) part: Option<Part>,
-    pub(super) rest: Option<Box<Rest>>,
-    /// Asks for no part that lies far ahead, or has asked.
-    is_patient: bool,
+    /// File that the reader got its bytes from.
+    pub(super) served_attempt: Option<Attempt>,
+    pub(super) ahead: Option<Box<dyn RangeSource>>,
+    pub(super) ahead_permits: Arc<Semaphore>,
+    pub(super) ahead_range: Option<AheadRange>,
+    pub(super) remainder: Option<Box<RemainderStream>>,
+    /// Never fetches a range far ahead, or has already tried.
+    waits_for_fill: bool,
     waiters: Waiters,
     _waiter: Option<Waiter>,
 }
 
-/// A part on its way from the upstream to this reader alone.
-pub(super) struct Part {
-    body: Box<dyn Chunks>,
+/// A range that is fetched for this reader only.
+pub(super) struct AheadRange {
+    body: Box<dyn ByteStream>,
     until: u64,
-    _place: OwnedSemaphorePermit,
+    _permit: OwnedSemaphorePermit,
 }
 
-impl Part {
-    pub(super) fn new(body: Box<dyn Chunks>, until: u64, place: OwnedSemaphorePermit) -> Self {
+impl AheadRange {
+    pub(super) fn new(body: Box<dyn ByteStream>, until: u64, permit: OwnedSemaphorePermit) -> Self {
         Self {
             body,
             until,
-            _place: place,
+            _permit: permit,
         }
     }
 }
 
-enum Look {
+/// The remainder of a blob, fetched for this reader only.
+pub(super) struct RemainderStream {
+    pub(super) verifying: VerifyingStream,
+    pub(super) _permit: Option<OwnedSemaphorePermit>,
+}
+
+/// Next step of a reader without a download.
+pub(super) enum FallbackStep {
+    /// Bytes from the file.
+    Read(Bytes),
+    /// The missing bytes were requested.
+    Asked,
+    /// The reader has everything.
+    End,
+}
+
+enum ReadState {
     Readable(Arc<dyn FsFile>, u64),
     Wait { readable: u64 },
     End,
-    Failed(Arc<Failure>),
+    Failed(Arc<DownloadError>),
 }
 
 impl Reader {
@@ -84,20 +99,20 @@ impl Reader {
             position: 0,
             end: None,
             step_bytes: READ_CHUNK_BYTES,
-            given: None,
+            served_attempt: None,
             ahead: None,
-            ahead_places: Arc::clone(&shared.ahead_places),
-            part: None,
-            rest: None,
-            is_patient: false,
+            ahead_permits: Arc::clone(&shared.ahead_permits),
+            ahead_range: None,
+            remainder: None,
+            waits_for_fill: false,
             waiters: download.waiters.clone(),
             _waiter: waiter,
         }
     }
 
-    /// Another reader of the same transfer, for its first `length` bytes.
+    /// Another reader of the same download, for its first `length` bytes.
     #[must_use]
-    pub fn beginning(&self, length: u64) -> Self {
+    pub fn head_reader(&self, length: u64) -> Self {
         Self {
             digest: self.digest.clone(),
             leads: false,
@@ -106,34 +121,34 @@ impl Reader {
             position: 0,
             end: Some(length),
             step_bytes: READ_CHUNK_BYTES,
-            given: None,
+            served_attempt: None,
             ahead: None,
-            ahead_places: Arc::clone(&self.ahead_places),
-            part: None,
-            rest: None,
-            is_patient: true,
+            ahead_permits: Arc::clone(&self.ahead_permits),
+            ahead_range: None,
+            remainder: None,
+            waits_for_fill: true,
             waiters: self.waiters.clone(),
             _waiter: None,
         }
     }
 
-    /// Whether the transfer waits for a place.
+    /// Whether the download waits for a permit.
     pub fn is_queued(&self) -> bool {
         self.waiters.is_queued()
     }
 
-    /// Waits until the upstream has begun to answer.
-    pub async fn opened(&mut self) -> Result<Opened, Arc<Failure>> {
-        let begun = |progress: &Progress| !matches!(progress, Progress::Opening);
-        match self.progress.wait_for(begun).await.as_deref() {
+    /// Waits for the upstream's first response.
+    pub async fn info(&mut self) -> Result<DownloadInfo, Arc<DownloadError>> {
+        let has_started = |progress: &Progress| !matches!(progress, Progress::Opening);
+        match self.progress.wait_for(has_started).await.as_deref() {
             Ok(Progress::Filling(opened, _) | Progress::Complete(opened, _)) => Ok(opened.clone()),
             Ok(Progress::Failed(failure)) => Err(Arc::clone(failure)),
-            Ok(Progress::Opening) | Err(_) => Err(Arc::new(Failure::Abandoned)),
+            Ok(Progress::Opening) | Err(_) => Err(Arc::new(DownloadError::Abandoned)),
         }
     }
 
-    /// Waits until there is something to read, or it is known that there will be nothing.
-    pub async fn begun(&mut self) -> Result<(), Arc<Failure>> {
+    /// Waits until bytes are readable, or the download has ended.
+    pub async fn first_bytes(&mut self) -> Result<(), Arc<DownloadError>> {
         let some = |progress: &Progress| match progress {
             Progress::Opening => false,
             Progress::Filling(_, readable) => *readable > 0,
@@ -142,20 +157,20 @@ impl Reader {
         match self.progress.wait_for(some).await.as_deref() {
             Ok(Progress::Failed(failure)) => Err(Arc::clone(failure)),
             Ok(_) => Ok(()),
-            Err(_) => Err(Arc::new(Failure::Abandoned)),
+            Err(_) => Err(Arc::new(DownloadError::Abandoned)),
         }
     }
 
-    /// Waits until the blob is verified, or known not to be; its size.
-    pub async fn settled(&mut self) -> Result<u64, Arc<Failure>> {
+    /// Waits for the end of the download and returns the verified size.
+    pub async fn settled(&mut self) -> Result<u64, Arc<DownloadError>> {
         match self.progress.wait_for(Progress::is_over).await.as_deref() {
             Ok(Progress::Failed(failure)) => Err(Arc::clone(failure)),
             Ok(Progress::Complete(_, size)) => Ok(*size),
-            Ok(Progress::Opening | Progress::Filling(..)) | Err(_) => Err(Arc::new(Failure::Abandoned)),
+            Ok(Progress::Opening | Progress::Filling(..)) | Err(_) => Err(Arc::new(DownloadError::Abandoned)),
         }
     }
 
-    /// Limits the reader to the bytes from `start` up to, not including, `end`.
+    /// Restricts the reader to the bytes from `start` up to, not including, `end`.
     #[must_use]
     pub fn within(mut self, start: u64, end: u64) -> Self {
         self.position = start;
@@ -163,86 +178,95 @@ impl Reader {
         self
     }
 
-    /// A part that lies far ahead is asked for through `ahead`.
+    /// Sets the source for ranges far ahead.
     #[must_use]
-    pub fn with_ahead(mut self, ahead: impl Ahead) -> Self {
+    pub fn with_range_source(mut self, ahead: impl RangeSource) -> Self {
         self.ahead = Some(Box::new(ahead));
         self
     }
 
-    /// A part that lies far ahead is waited for. For ranges without an end: most clients that send one read a little of
-    /// it and close.
+    /// Makes the reader wait for the fill, however far ahead its range lies. For ranges without an end: most
+    /// clients that send one read a little of it and disconnect.
     #[must_use]
-    pub fn patient(mut self) -> Self {
-        self.is_patient = true;
+    pub fn waiting_for_fill(mut self) -> Self {
+        self.waits_for_fill = true;
         self
     }
 
-    /// The next bytes, as soon as there are any; `None` at the end. After an error there is nothing more.
-    pub async fn next(&mut self) -> Option<Result<Bytes, Arc<Failure>>> {
+    /// The next bytes, as soon as there are any, or `None` at the end. Nothing follows an error.
+    pub async fn next(&mut self) -> Option<Result<Bytes, Arc<DownloadError>>> {
         self.next_within(READ_CHUNK_BYTES).await
     }
 
-    /// As [`Self::next`], at most `step_bytes` of what is in the file.
-    pub async fn next_within(&mut self, step_bytes: usize) -> Option<Result<Bytes, Arc<Failure>>> {
+    /// As [`Self::next`], with at most `step_bytes` of the file.
+    pub async fn next_within(&mut self, step_bytes: usize) -> Option<Result<Bytes, Arc<DownloadError>>> {
         self.step_bytes = step_bytes;
         loop {
-            if let Some(rest) = &mut self.rest {
-                let next = rest.verifying.next().await;
-                return next.map(|next| next.map_err(|cause| Arc::new(Failure::Broken(cause))));
+            if let Some(remainder) = &mut self.remainder {
+                let next = remainder.verifying.next().await;
+                return next.map(|next| next.map_err(|cause| Arc::new(DownloadError::Interrupted(cause))));
             }
-            if let Some(bytes) = self.next_of_part().await {
+            if let Some(bytes) = self.next_ahead().await {
                 return Some(Ok(bytes));
             }
-            let readable = match self.look() {
-                Look::Readable(file, until) => return Some(self.read(&file, until).await),
-                Look::Failed(failure) => match self.go_on_alone(&failure).await {
-                    Ok(Alone::Asked) => continue,
-                    Ok(Alone::Read(bytes)) => return Some(Ok(bytes)),
-                    Ok(Alone::End) => return None,
+            let readable = match self.read_state() {
+                ReadState::Readable(file, until) => return Some(self.read(&file, until).await),
+                ReadState::Failed(failure) => match self.continue_from_upstream(&failure).await {
+                    Ok(FallbackStep::Asked) => continue,
+                    Ok(FallbackStep::Read(bytes)) => return Some(Ok(bytes)),
+                    Ok(FallbackStep::End) => return None,
                     Err(failure) => return Some(Err(failure)),
                 },
-                Look::End => return None,
-                Look::Wait { readable } => readable,
+                ReadState::End => return None,
+                ReadState::Wait { readable } => readable,
             };
-            if self.is_far_ahead(readable) && self.open_part().await {
+            if self.is_far_ahead(readable) && self.open_ahead().await {
                 continue;
             }
             if self.progress.changed().await.is_err() {
-                return Some(Err(Arc::new(Failure::Abandoned)));
+                return Some(Err(Arc::new(DownloadError::Abandoned)));
             }
         }
     }
 
-    fn look(&mut self) -> Look {
+    fn read_state(&mut self) -> ReadState {
         let (opened, readable, complete) = match &*self.progress.borrow_and_update() {
-            Progress::Failed(failure) => return Look::Failed(Arc::clone(failure)),
-            Progress::Opening => return Look::Wait { readable: 0 },
+            Progress::Failed(failure) => return ReadState::Failed(Arc::clone(failure)),
+            Progress::Opening => return ReadState::Wait { readable: 0 },
             Progress::Filling(opened, readable) => (opened.clone(), *readable, false),
             Progress::Complete(opened, size) => (opened.clone(), *size, true),
         };
-        if self.given.is_some_and(|attempt| attempt != opened.attempt) {
-            // What it was given belongs to a file that turned out wrong.
-            return Look::Failed(Arc::new(Failure::Broken(UpstreamFailure::DigestMismatch)));
+        if self
+            .served_attempt
+            .is_some_and(|attempt| attempt != opened.attempt)
+        {
+            // Its bytes came from a file with a wrong digest.
+            return ReadState::Failed(Arc::new(DownloadError::Interrupted(
+                UpstreamFailure::DigestMismatch,
+            )));
         }
         let until = self.end.map_or(readable, |end| readable.min(end));
         if until > self.position {
-            self.given = Some(opened.attempt);
-            return Look::Readable(opened.file, until);
+            self.served_attempt = Some(opened.attempt);
+            return ReadState::Readable(opened.file, until);
         }
         if complete || self.end.is_some_and(|end| self.position >= end) {
-            return Look::End;
+            return ReadState::End;
         }
-        Look::Wait { readable }
+        ReadState::Wait { readable }
     }
 
-    pub(super) async fn read(&mut self, file: &Arc<dyn FsFile>, until: u64) -> Result<Bytes, Arc<Failure>> {
-        let wanted = usize::try_from(until - self.position)
+    pub(super) async fn read(
+        &mut self,
+        file: &Arc<dyn FsFile>,
+        until: u64,
+    ) -> Result<Bytes, Arc<DownloadError>> {
+        let len = usize::try_from(until - self.position)
             .unwrap_or(READ_CHUNK_BYTES)
             .min(self.step_bytes);
-        let bytes = read_chunk(file, self.position, wanted, &self.buffers)
+        let bytes = read_chunk(file, self.position, len, &self.buffers)
             .await
-            .map_err(|error| Arc::new(Failure::Store(unreadable(&error))))?;
+            .map_err(|error| Arc::new(DownloadError::Store(read_error(&error))))?;
         self.position += bytes.len() as u64;
         Ok(bytes)
     }
@@ -254,60 +278,61 @@ impl Reader {
             .is_some_and(|end| end.saturating_sub(self.position) <= AHEAD_BYTES_MAX);
         !opening
             && short
-            && !self.is_patient
+            && !self.waits_for_fill
             && self.ahead.is_some()
             && self.position.saturating_sub(readable) > FAR_AHEAD_BYTES
     }
 
-    /// Asks for the part, unless the fill comes first. Says whether anything was done, so that it is worth another look.
-    async fn open_part(&mut self) -> bool {
+    /// Requests the range, unless the fill reaches it first. Returns whether the state may have changed.
+    async fn open_ahead(&mut self) -> bool {
         let (position, Some(until)) = (self.position, self.end) else {
             return false;
         };
-        // With all places taken it waits for the fill, and tries again when that has come nearer.
-        let Ok(place) = Arc::clone(&self.ahead_places).try_acquire_owned() else {
+        // Without a free permit it waits for the fill, and tries again when that has advanced.
+        let Ok(permit) = Arc::clone(&self.ahead_permits).try_acquire_owned() else {
             return false;
         };
         let Some(ahead) = &mut self.ahead else {
             return false;
         };
-        self.is_patient = true;
-        let overtaken = |progress: &Progress| match progress {
+        self.waits_for_fill = true;
+        let fill_is_ahead = |progress: &Progress| match progress {
             Progress::Opening => false,
             Progress::Filling(_, readable) => *readable > position,
             Progress::Complete(..) | Progress::Failed(_) => true,
         };
-        // Asked once: what the upstream refuses or breaks off is waited for.
+        // Requested once. If the upstream denies or interrupts it, the reader waits for the fill.
         tokio::select! {
             body = ahead.open(position, Some(until)) => {
-                self.part = body.map(|body| Part::new(body, until, place));
+                self.ahead_range = body.map(|body| AheadRange::new(body, until, permit));
             }
-            () = async { drop(self.progress.wait_for(overtaken).await) } => {}
+            () = async { drop(self.progress.wait_for(fill_is_ahead).await) } => {}
         }
         true
     }
 
-    /// The next bytes of the part, if one is on its way. At its end, or where it breaks, the fill takes over.
-    async fn next_of_part(&mut self) -> Option<Bytes> {
-        let part = self.part.as_mut()?;
-        let left = part.until.saturating_sub(self.position);
-        match part.body.chunk().await {
+    /// The next bytes of the separately fetched range. At its end, or if it is interrupted, the fill takes
+    /// over.
+    async fn next_ahead(&mut self) -> Option<Bytes> {
+        let ahead_range = self.ahead_range.as_mut()?;
+        let left = ahead_range.until.saturating_sub(self.position);
+        match ahead_range.body.chunk().await {
             Some(Ok(mut bytes)) if left > 0 => {
                 bytes.truncate(usize::try_from(left).unwrap_or(bytes.len()));
                 self.position += bytes.len() as u64;
-                if self.position >= part.until {
-                    self.part = None;
+                if self.position >= ahead_range.until {
+                    self.ahead_range = None;
                 }
                 Some(bytes)
             }
             _ => {
-                self.part = None;
+                self.ahead_range = None;
                 None
             }
         }
     }
 }
 
-fn unreadable(error: &io::Error) -> StoreError {
-    StoreError::io("read the ingest of a download", "ingest", error)
+fn read_error(error: &io::Error) -> StoreError {
+    StoreError::io("read a partial download", "ingest", error)
 }

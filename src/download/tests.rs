@@ -1,4 +1,4 @@
-//! Transfers driven step by step: the upstream is a script, the disk is memory, time is paused.
+//! Step-by-step tests of downloads: scripted upstream, in-memory disk, paused time.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -8,11 +8,11 @@
 )]
 
 mod ahead;
-mod leftover;
+mod disk_failure;
+mod partial;
 mod queueing;
 mod resume;
 mod sharing;
-mod stranded;
 
 use std::collections::VecDeque;
 use std::pin::Pin;
@@ -20,8 +20,8 @@ use std::time::{Duration, SystemTime};
 
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
-use super::joining::Found;
-use super::progress::{Attempt, Progress};
+use super::join::JoinStep;
+use super::state::{Attempt, Progress};
 use super::*;
 use crate::oci::{Algorithm, Hasher};
 use crate::queue::{Class, Peer};
@@ -32,18 +32,18 @@ use crate::upstream::ResponseKind;
 
 const MIB: usize = 1024 * 1024;
 
-/// What comes down the wire next. The sender dropped is the clean end of the stream.
+/// Next event of a scripted stream. Dropping the sender ends the stream cleanly.
 type Wire = UnboundedSender<Result<Bytes, UpstreamFailure>>;
 
 struct Arriving(UnboundedReceiver<Result<Bytes, UpstreamFailure>>);
 
-impl Chunks for Arriving {
+impl ByteStream for Arriving {
     fn chunk(&mut self) -> Pin<Box<dyn Future<Output = Option<Result<Bytes, UpstreamFailure>>> + Send + '_>> {
         Box::pin(self.0.recv())
     }
 }
 
-/// Answers each opening with the next of its script; after the last one it is silent.
+/// Scripted source: each opening gets the next response of the script, and after the last one no response.
 #[derive(Clone, Default)]
 struct Script {
     answers: Arc<Mutex<VecDeque<Result<Stream, UpstreamResponse>>>>,
@@ -63,7 +63,7 @@ impl Source for Script {
 }
 
 impl Script {
-    /// A stream that the test feeds as it goes.
+    /// A stream that the test feeds step by step.
     fn stream(&self, start: usize, total: Option<usize>) -> Wire {
         let (wire, arriving) = unbounded_channel();
         self.answers.lock().unwrap().push_back(Ok(Stream {
@@ -74,14 +74,14 @@ impl Script {
         wire
     }
 
-    /// A stream that gives `bytes` and then breaks.
+    /// A stream that sends `bytes` and is then interrupted.
     fn breaking(&self, start: usize, total: usize, bytes: &[u8]) {
         let wire = self.stream(start, Some(total));
         send(&wire, bytes);
         wire.send(Err(UpstreamFailure::ConnectionReset)).unwrap();
     }
 
-    /// A stream that gives `bytes` and ends cleanly.
+    /// A stream that sends `bytes` and ends cleanly.
     fn ending(&self, start: usize, total: Option<usize>, bytes: &[u8]) {
         send(&self.stream(start, total), bytes);
     }
@@ -98,7 +98,7 @@ impl Script {
         self.asked.lock().unwrap().clone()
     }
 
-    /// Waits until the source was opened so often.
+    /// Waits until the source was opened this many times.
     async fn has_asked(&self, times: usize) {
         while self.asked().len() < times {
             tokio::task::yield_now().await;
@@ -120,7 +120,7 @@ fn requester() -> Requester {
     }
 }
 
-/// Bytes of which no two stretches of some length are alike.
+/// Bytes without repetition over longer stretches.
 fn content(length: usize) -> Vec<u8> {
     let numbers = (0_u32..16_384).flat_map(|number| number.wrapping_mul(2_654_435_761).to_be_bytes());
     let block: Vec<u8> = numbers.collect();
@@ -144,37 +144,37 @@ fn downloads() -> Downloads {
     downloads_on(&Arc::new(MemoryFs::new()))
 }
 
-/// As after a start of the process.
+/// State after a process start.
 fn downloads_on(disk: &Arc<MemoryFs>) -> Downloads {
     let disk = Arc::clone(disk) as Arc<dyn FileSystem>;
     let store = Store::open(&Settings::default(), disk, SystemTime::UNIX_EPOCH).unwrap();
     Downloads::new(Arc::new(store), BufferPool::default(), 16)
 }
 
-fn wish() -> Wish {
+fn options() -> JoinOptions {
     let demand = Demand {
         peer: Peer::Local,
         flow: 0,
         class: Class::Bulk,
     };
-    Wish {
+    JoinOptions {
         demand,
-        is_whole: true,
+        wants_complete: true,
     }
 }
 
-/// Joins without a thread for the look on the disk.
+/// Joins without a thread for the store lookup.
 fn join(downloads: &Downloads, digest: Digest) -> Joined {
-    join_as(downloads, digest, wish())
+    join_as(downloads, digest, options())
 }
 
-fn join_as(downloads: &Downloads, digest: Digest, wish: Wish) -> Joined {
-    match downloads.look(digest, &requester(), wish) {
-        Found::Joined(joined) => joined,
-        Found::Ending(_) => panic!("it is being given up"),
-        Found::Look(look) => match downloads.shared.store.blob(&digest).unwrap() {
-            Some(held) => Joined::Held(held),
-            None => look.enter(&requester(), wish).unwrap(),
+fn join_as(downloads: &Downloads, digest: Digest, options: JoinOptions) -> Joined {
+    match downloads.lookup(digest, &requester(), options) {
+        JoinStep::Joined(joined) => joined,
+        JoinStep::Closing(_) => panic!("it is being abandoned"),
+        JoinStep::Lookup(lookup) => match downloads.shared.store.blob(&digest).unwrap() {
+            Some(held) => Joined::Cached(held),
+            None => lookup.enter(&requester(), options).unwrap(),
         },
     }
 }
@@ -182,15 +182,15 @@ fn join_as(downloads: &Downloads, digest: Digest, wish: Wish) -> Joined {
 fn leader(downloads: &Downloads, digest: Digest) -> Leader {
     match join(downloads, digest) {
         Joined::Leader(leader) => leader,
-        Joined::Held(_) => panic!("held already"),
-        Joined::Follower { .. } => panic!("someone leads already"),
+        Joined::Cached(_) => panic!("held already"),
+        Joined::Follower { .. } => panic!("another reader leads already"),
     }
 }
 
 fn follower(downloads: &Downloads, digest: Digest) -> Reader {
     match join(downloads, digest) {
         Joined::Follower { reader, .. } => reader,
-        Joined::Held(_) => panic!("held already"),
+        Joined::Cached(_) => panic!("held already"),
         Joined::Leader(_) => panic!("nobody leads"),
     }
 }
@@ -203,7 +203,7 @@ fn held(downloads: &Downloads, digest: Digest) -> Option<Vec<u8>> {
     Some(bytes)
 }
 
-/// Reads exactly `length` bytes, which must be there or on their way.
+/// Reads exactly `length` bytes, which must be available or arriving.
 async fn take(reader: &mut Reader, length: usize) -> Vec<u8> {
     let mut bytes = Vec::new();
     while bytes.len() < length {
@@ -212,8 +212,8 @@ async fn take(reader: &mut Reader, length: usize) -> Vec<u8> {
     bytes
 }
 
-/// All that a reader gets, and how it ends.
-async fn drain(mut reader: Reader) -> (Vec<u8>, Result<(), Arc<Failure>>) {
+/// All bytes that a reader gets, and its end.
+async fn drain(mut reader: Reader) -> (Vec<u8>, Result<(), Arc<DownloadError>>) {
     let mut bytes = Vec::new();
     loop {
         match reader.next().await {
@@ -230,8 +230,8 @@ async fn whole(reader: Reader) -> Vec<u8> {
     bytes
 }
 
-/// Steps the paused time while `work` is under way. It does not advance by itself: the writer of a transfer is a thread
-/// that waits, which counts as work.
+/// Advances the paused time while `work` runs. It does not advance by itself, because a transfer's writer is a
+/// waiting thread, which counts as work.
 async fn stepped<T>(work: impl Future<Output = T>) -> T {
     let mut work = std::pin::pin!(work);
     loop {
@@ -243,10 +243,10 @@ async fn stepped<T>(work: impl Future<Output = T>) -> T {
     }
 }
 
-/// Waits until the blob is fetched once more from the start.
+/// Waits until the download restarts from the first byte.
 async fn begun_again(reader: &Reader) {
     let again = |progress: &Progress| match progress {
-        Progress::Filling(opened, _) | Progress::Complete(opened, _) => opened.attempt == Attempt::Again,
+        Progress::Filling(opened, _) | Progress::Complete(opened, _) => opened.attempt == Attempt::Retry,
         _ => false,
     };
     while !again(&reader.progress.borrow()) {
@@ -254,6 +254,6 @@ async fn begun_again(reader: &Reader) {
     }
 }
 
-async fn failure(reader: Reader) -> Arc<Failure> {
+async fn failure(reader: Reader) -> Arc<DownloadError> {
     drain(reader).await.1.unwrap_err()
 }

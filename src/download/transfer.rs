@@ -1,99 +1,99 @@
-//! The transfer itself: begun anew or with what an interrupted one left, and verified; wrong bytes that were put
-//! together from several answers are fetched once more from the start.
+//! Lifecycle of a transfer: opens the source or resumes a partial download, fetches, verifies and commits. A
+//! resumed download with a digest mismatch restarts once from the first byte.
 
 use std::sync::Arc;
 
 use tokio::sync::mpsc;
 use tokio::task::spawn_blocking;
 
-use super::progress::{Attempt, Download, Opened, Place};
-use super::receive::{Outgoing, QUEUE_CHUNKS_MAX, Receiving, Stopped};
+use super::fetch::{FetchError, Fetcher, QUEUE_CHUNKS_MAX, WriterQueue};
+use super::state::{Attempt, Download, DownloadGuard, DownloadInfo};
 use super::writer::Writer;
-use super::{Failure, Source, Stream};
+use super::{DownloadError, Source, Stream};
 use crate::oci::{Hasher, UpstreamFailure};
-use crate::queue::NoPlace;
+use crate::queue::AcquireError;
 use crate::store::blobs::Verified;
 use crate::store::ingest::Ingest;
 use crate::store::partial::{PartialDownload, Resumed};
 use crate::upstream::{ResponseKind, UpstreamResponse};
 
-/// Runs one transfer to its end and leaves the map.
-pub(super) async fn run<S: Source>(place: Place, mut source: S) {
-    let filled = fill(&place, &mut source).await;
-    source.ended(filled.as_ref().err());
-    if let Err(failure) = filled {
-        tracing::debug!(digest = %place.download.digest, %failure, "download failed");
-        place.download.counts.failed(&failure);
-        place.fail(failure);
+/// Runs one transfer to its end and removes its map entry.
+pub(super) async fn run<S: Source>(guard: DownloadGuard, mut source: S) {
+    let result = fill(&guard, &mut source).await;
+    source.ended(result.as_ref().err());
+    if let Err(failure) = result {
+        tracing::debug!(digest = %guard.download.digest, %failure, "download failed");
+        guard.download.counts.failed(&failure);
+        guard.fail(failure);
     }
 }
 
-async fn fill<S: Source>(place: &Place, source: &mut S) -> Result<(), Failure> {
+async fn fill<S: Source>(guard: &DownloadGuard, source: &mut S) -> Result<(), DownloadError> {
     let Download {
         requester, waiters, ..
-    } = place.download.as_ref();
-    let admitted = place.shared.queue.acquire(&requester.upstream, waiters);
-    let _admitted = admitted.await.map_err(|refused| match refused {
-        NoPlace::Full(full) => Failure::Crowded(full),
-        NoPlace::Abandoned => Failure::Abandoned,
+    } = guard.download.as_ref();
+    let admitted = guard.shared.queue.acquire(&requester.upstream, waiters);
+    let _admitted = admitted.await.map_err(|error| match error {
+        AcquireError::Full(full) => DownloadError::QueueFull(full),
+        AcquireError::Abandoned => DownloadError::Abandoned,
     })?;
-    let begun = begin(place, source).await?;
-    let total = begun.total;
-    let (ended, mended) = transfer(place, source, begun).await;
+    let opened = begin(guard, source).await?;
+    let total = opened.total;
+    let (ended, resumed_midway) = transfer(guard, source, opened).await;
     let (ingest, verified) = match ended {
-        Err(Failure::Wrong(mismatch)) if mended => {
-            tracing::warn!(digest = %place.download.digest, %mismatch, "bytes put together from several answers are wrong; fetching once more from the start");
-            // If that fails as well, the first failure is the one to tell.
-            let Ok(begun) = begin_again(place, source, total).await else {
-                return Err(Failure::Wrong(mismatch));
+        Err(DownloadError::DigestMismatch(mismatch)) if resumed_midway => {
+            tracing::warn!(digest = %guard.download.digest, %mismatch, "digest mismatch in a resumed download, restarting from the first byte");
+            // If the restart fails as well, the first failure is reported.
+            let Ok(opened) = restart(guard, source, total).await else {
+                return Err(DownloadError::DigestMismatch(mismatch));
             };
-            transfer(place, source, begun).await.0?
+            transfer(guard, source, opened).await.0?
         }
         ended => ended?,
     };
-    keep(place, ingest, verified).await;
+    commit(guard, ingest, verified).await;
     Ok(())
 }
 
-/// A transfer whose first answer is there.
-struct Begun {
+/// A transfer whose first response has arrived.
+struct OpenedTransfer {
     stream: Stream,
     total: Option<u64>,
     resumed: Resumed,
 }
 
-async fn begin<S: Source>(place: &Place, source: &mut S) -> Result<Begun, Failure> {
-    let (store, digest) = (Arc::clone(&place.shared.store), place.download.digest);
+async fn begin<S: Source>(guard: &DownloadGuard, source: &mut S) -> Result<OpenedTransfer, DownloadError> {
+    let (store, digest) = (Arc::clone(&guard.shared.store), guard.download.digest);
     let partial = spawn_blocking(move || store.take_partial(&digest)).await;
     if let Ok(Some(partial)) = partial
-        && let Some(begun) = go_on(place, source, partial).await?
+        && let Some(opened) = resume_partial(guard, source, partial).await?
     {
-        return Ok(begun);
+        return Ok(opened);
     }
-    let stream = source.open(0).await.map_err(refused)?;
-    start(place, stream, Attempt::First).await
+    let stream = source.open(0).await.map_err(not_started)?;
+    start(guard, stream, Attempt::First).await
 }
 
-/// Asks for the rest of what an interrupted transfer left. Only the upstream's yes opens what is there already; a no leaves
-/// it where it is. `None`: it is of no use.
-async fn go_on<S: Source>(
-    place: &Place,
+/// Requests the remainder of a partial download. Only a 2xx makes its bytes readable; a denial leaves it in
+/// place. `None`: it is unusable.
+async fn resume_partial<S: Source>(
+    guard: &DownloadGuard,
     source: &mut S,
     partial: PartialDownload,
-) -> Result<Option<Begun>, Failure> {
+) -> Result<Option<OpenedTransfer>, DownloadError> {
     let stream = match source.open(partial.bytes()).await {
         Ok(stream) => stream,
-        // It is the range that it does not like.
-        Err(answer) if dislikes_ranges(&answer) => {
+        // The upstream rejects the range.
+        Err(response) if rejects_ranges(&response) => {
             partial.discard();
             return Ok(None);
         }
-        Err(answer) => return Err(refused(answer)),
+        Err(response) => return Err(not_started(response)),
     };
-    // The whole may be anything, and what is there already is shown to nobody because of it.
+    // The response is the complete blob and may be anything, so it must not release the partial bytes.
     if stream.start == 0 && partial.bytes() > 0 {
         partial.discard();
-        return start(place, stream, Attempt::First).await.map(Some);
+        return start(guard, stream, Attempt::First).await.map(Some);
     }
     let same = |(one, other): (u64, u64)| one == other;
     if !stream.total.zip(partial.size()).is_none_or(same) {
@@ -101,45 +101,53 @@ async fn go_on<S: Source>(
         return Ok(None);
     }
     let total = stream.total.or(partial.size());
-    place.download.begin(Opened {
+    guard.download.begin(DownloadInfo {
         size: total,
         file: partial.file(),
         attempt: Attempt::First,
     });
-    // Readers get what is proven at once, while the upstream's bytes wait in the connection.
-    let download = Arc::clone(&place.download);
+    // Readers get the verified prefix at once, while the upstream's bytes wait in the connection.
+    let download = Arc::clone(&guard.download);
     let read = spawn_blocking(move || partial.reverify(|bytes| download.publish(bytes)));
     let Ok(Some(resumed)) = read.await else {
-        return Err(Failure::Abandoned);
+        return Err(DownloadError::Abandoned);
     };
-    tracing::info!(digest = %place.download.digest, bytes = resumed.written, "going on with what an interrupted download left");
-    Ok(Some(Begun {
+    tracing::info!(digest = %guard.download.digest, bytes = resumed.written, "resuming a partial download");
+    Ok(Some(OpenedTransfer {
         stream,
         total,
         resumed,
     }))
 }
 
-async fn begin_again<S: Source>(place: &Place, source: &mut S, total: Option<u64>) -> Result<Begun, Failure> {
-    let stream = source.open(0).await.map_err(refused)?;
+async fn restart<S: Source>(
+    guard: &DownloadGuard,
+    source: &mut S,
+    total: Option<u64>,
+) -> Result<OpenedTransfer, DownloadError> {
+    let stream = source.open(0).await.map_err(not_started)?;
     if stream.total != total {
-        // Clients were told another size.
-        return Err(Failure::Broken(UpstreamFailure::Malformed));
+        // Clients were given another Content-Length.
+        return Err(DownloadError::Interrupted(UpstreamFailure::Malformed));
     }
-    start(place, stream, Attempt::Again).await
+    start(guard, stream, Attempt::Retry).await
 }
 
-async fn start(place: &Place, stream: Stream, attempt: Attempt) -> Result<Begun, Failure> {
+async fn start(
+    guard: &DownloadGuard,
+    stream: Stream,
+    attempt: Attempt,
+) -> Result<OpenedTransfer, DownloadError> {
     let (store, digest, total) = (
-        Arc::clone(&place.shared.store),
-        place.download.digest,
+        Arc::clone(&guard.shared.store),
+        guard.download.digest,
         stream.total,
     );
     let ingest = match spawn_blocking(move || store.begin(&digest, total)).await {
-        Ok(begun) => begun.map_err(Failure::Unstorable)?,
-        Err(_) => return Err(Failure::Abandoned),
+        Ok(opened) => opened.map_err(DownloadError::Unstorable)?,
+        Err(_) => return Err(DownloadError::Abandoned),
     };
-    place.download.begin(Opened {
+    guard.download.begin(DownloadInfo {
         size: total,
         file: ingest.file(),
         attempt,
@@ -150,75 +158,75 @@ async fn start(place: &Place, stream: Stream, attempt: Attempt) -> Result<Begun,
         hasher,
         written: 0,
     };
-    Ok(Begun {
+    Ok(OpenedTransfer {
         stream,
         total,
         resumed,
     })
 }
 
-/// Says also whether the bytes came from more than one answer.
+/// Also returns whether the bytes came from more than one response.
 async fn transfer<S: Source>(
-    place: &Place,
+    guard: &DownloadGuard,
     source: &mut S,
-    begun: Begun,
-) -> (Result<(Ingest, Verified), Failure>, bool) {
-    let Begun {
+    opened: OpenedTransfer,
+) -> (Result<(Ingest, Verified), DownloadError>, bool) {
+    let OpenedTransfer {
         stream,
         total,
         resumed,
-    } = begun;
+    } = opened;
     let (queue, chunks) = mpsc::channel(QUEUE_CHUNKS_MAX);
-    let queue = Outgoing::new(queue, &place.shared.queued_bytes);
-    let mut receiving = Receiving {
+    let queue = WriterQueue::new(queue, &guard.shared.queued_bytes);
+    let mut fetcher = Fetcher {
         source,
         queue,
         total,
         received: resumed.written,
         resumed: resumed.written > 0,
-        fruitless: 0,
+        failures_in_a_row: 0,
         resumes: 0,
-        waiters: &place.download.waiters,
+        waiters: &guard.download.waiters,
     };
-    let writer = Writer::new(resumed, &place.download, total);
-    let steps = Arc::clone(&place.shared.write_steps);
+    let writer = Writer::new(resumed, &guard.download, total);
+    let steps = Arc::clone(&guard.shared.write_steps);
     let writing = tokio::spawn(writer.run(chunks, steps));
-    let received = receiving.run(stream).await;
-    let mended = receiving.resumed;
-    // Ends the writer's queue.
-    drop(receiving);
-    let written = writing.await.unwrap_or(Err(Failure::Abandoned));
-    let ended = match received {
-        Err(Stopped::Upstream(cause)) => Err(Failure::Broken(cause)),
-        Err(Stopped::Unwanted) => Err(Failure::Abandoned),
-        Err(Stopped::Writer) | Ok(()) => written,
+    let fetched = fetcher.run(stream).await;
+    let resumed_midway = fetcher.resumed;
+    // Closes the writer's queue.
+    drop(fetcher);
+    let written = writing.await.unwrap_or(Err(DownloadError::Abandoned));
+    let ended = match fetched {
+        Err(FetchError::Upstream(cause)) => Err(DownloadError::Interrupted(cause)),
+        Err(FetchError::Unwanted) => Err(DownloadError::Abandoned),
+        Err(FetchError::WriterGone) | Ok(()) => written,
     };
     let (ingest, verified, size) = match ended {
         Ok(written) => written,
-        Err(failure) => return (Err(failure), mended),
+        Err(failure) => return (Err(failure), resumed_midway),
     };
     source.verified(size).await;
-    place.download.complete(size);
-    (Ok((ingest, verified)), mended)
+    guard.download.complete(size);
+    (Ok((ingest, verified)), resumed_midway)
 }
 
-/// Makes it durable and gives it its name. The readers have all their bytes already, so a disk that fails now costs a
-/// later download and nothing else.
-async fn keep(place: &Place, ingest: Ingest, verified: Verified) {
-    let kept = spawn_blocking(move || ingest.commit(verified)).await;
-    if let Ok(Err(fault)) = kept {
-        tracing::error!(digest = %place.download.digest, %fault, "a verified blob could not be kept; it will be fetched again");
+/// Makes the blob durable and names it. The readers have all bytes already, so a disk failure now costs a later
+/// download only.
+async fn commit(guard: &DownloadGuard, ingest: Ingest, verified: Verified) {
+    let committed = spawn_blocking(move || ingest.commit(verified)).await;
+    if let Ok(Err(fault)) = committed {
+        tracing::error!(digest = %guard.download.digest, %fault, "failed to store a verified blob");
     }
-    place.leave();
+    guard.leave();
 }
 
-fn refused(answer: UpstreamResponse) -> Failure {
-    Failure::Refused(Box::new(answer))
+fn not_started(response: UpstreamResponse) -> DownloadError {
+    DownloadError::NotStarted(Box::new(response))
 }
 
-fn dislikes_ranges(answer: &UpstreamResponse) -> bool {
+fn rejects_ranges(response: &UpstreamResponse) -> bool {
     matches!(
-        answer.kind,
+        response.kind,
         ResponseKind::Other(_)
             | ResponseKind::Unavailable(UpstreamFailure::Malformed | UpstreamFailure::Status(501))
     )

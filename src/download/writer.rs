@@ -1,4 +1,4 @@
-//! The writing side of a transfer: into the file, hashed on the way.
+//! Disk side of a transfer: writes the file and hashes it.
 
 use std::mem;
 use std::sync::Arc;
@@ -6,35 +6,35 @@ use std::sync::Arc;
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::spawn_blocking;
 
-use super::progress::Download;
-use super::receive::{Piece, QUEUE_CHUNKS_MAX};
-use super::{Failure, Stranded};
+use super::fetch::{QUEUE_CHUNKS_MAX, WriterMsg};
+use super::state::Download;
+use super::{DiskFailed, DownloadError};
 use crate::oci::Hasher;
 use crate::store::StoreError;
 use crate::store::blobs::Verified;
 use crate::store::ingest::Ingest;
 use crate::store::partial::Resumed;
 
-/// Writes and hashes, in steps on the blocking pool. Between two steps a transfer holds no thread, so their number does not
-/// limit that of the transfers. Publishes each chunk before it is hashed: readers need not wait for the hash, only the
-/// end of the blob does.
+/// Writes and hashes in steps on the blocking pool. Between two steps a transfer holds no thread, so the number
+/// of threads does not limit the number of transfers. Each chunk is published before it is hashed: readers do
+/// not wait for the hash, only the end of the blob does.
 pub(super) struct Writer {
     /// `None` once it is verified or its disk has failed.
     file: Option<File>,
     download: Arc<Download>,
-    /// The size that was announced.
+    /// Announced size.
     total: Option<u64>,
 }
 
 struct File {
     ingest: Ingest,
-    /// Has taken the first `written` bytes.
+    /// Has hashed the first `written` bytes.
     hasher: Hasher,
     written: u64,
 }
 
-/// A verified file and its size in bytes. Its last bytes are not released to the readers yet.
-pub(super) type Written = (Ingest, Verified, u64);
+/// A verified file and its size in bytes. Its last bytes are still withheld.
+pub(super) type VerifiedIngest = (Ingest, Verified, u64);
 
 impl Writer {
     pub(super) fn new(resumed: Resumed, download: &Arc<Download>, total: Option<u64>) -> Self {
@@ -54,14 +54,14 @@ impl Writer {
         }
     }
 
-    /// Until the transfer ends or stops.
+    /// Runs until the blob ends or fetching stops.
     pub(super) async fn run(
         mut self,
-        mut pieces: mpsc::Receiver<Piece>,
+        mut messages: mpsc::Receiver<WriterMsg>,
         steps: Arc<Semaphore>,
-    ) -> Result<Written, Failure> {
+    ) -> Result<VerifiedIngest, DownloadError> {
         let mut batch = Vec::new();
-        while pieces.recv_many(&mut batch, QUEUE_CHUNKS_MAX).await > 0 {
+        while messages.recv_many(&mut batch, QUEUE_CHUNKS_MAX).await > 0 {
             let batch = mem::take(&mut batch);
             // The semaphore is never closed.
             let step = steps.acquire().await;
@@ -70,7 +70,7 @@ impl Writer {
                 (self, ended)
             });
             let Ok((writer, ended)) = stepped.await else {
-                return Err(Failure::Abandoned);
+                return Err(DownloadError::Abandoned);
             };
             drop(step);
             match ended {
@@ -78,26 +78,26 @@ impl Writer {
                 None => self = writer,
             }
         }
-        // The transfer stopped without an end; the receiving side says why. What came so far is for the next one.
+        // Fetching stopped early and has the reason. The partial download remains for the next request.
         let _left = spawn_blocking(move || drop(self)).await;
-        Err(Failure::Abandoned)
+        Err(DownloadError::Abandoned)
     }
 
-    /// What came since the last step. Says how the blob ended, if it did.
-    fn step(&mut self, batch: Vec<Piece>) -> Option<Result<Written, Failure>> {
-        for piece in batch {
-            match piece {
-                Piece::Chunk(chunk, _share) => {
+    /// Handles the messages since the last step. Returns the result if the blob has ended.
+    fn step(&mut self, batch: Vec<WriterMsg>) -> Option<Result<VerifiedIngest, DownloadError>> {
+        for message in batch {
+            match message {
+                WriterMsg::Chunk(chunk, _share) => {
                     if let Err(fault) = self.write(&chunk) {
-                        return Some(Err(self.stranded(fault)));
+                        return Some(Err(self.disk_failed(fault)));
                     }
                 }
-                Piece::IsWhole(reply) => {
+                WriterMsg::CheckDigest(reply) => {
                     let hash = self.file.as_ref().map(|file| file.hasher.clone().finish());
-                    // The receiving side may have stopped.
+                    // The fetching side may have stopped.
                     let _ = reply.send(hash == Some(self.download.digest));
                 }
-                Piece::End => return Some(self.verify()),
+                WriterMsg::End => return Some(self.verify()),
             }
         }
         None
@@ -126,26 +126,26 @@ impl Writer {
         Ok(())
     }
 
-    fn stranded(&mut self, fault: StoreError) -> Failure {
+    fn disk_failed(&mut self, fault: StoreError) -> DownloadError {
         let Some(file) = self.file.take() else {
-            return Failure::Abandoned;
+            return DownloadError::Abandoned;
         };
-        let stranded = Stranded::new(fault, &self.download, file.written, file.hasher);
-        Failure::Stranded(Box::new(stranded))
+        let disk_failed = DiskFailed::new(fault, &self.download, file.written, file.hasher);
+        DownloadError::DiskFailed(Box::new(disk_failed))
     }
 
-    fn verify(&mut self) -> Result<Written, Failure> {
+    fn verify(&mut self) -> Result<VerifiedIngest, DownloadError> {
         let Some(file) = self.file.take() else {
-            return Err(Failure::Abandoned);
+            return Err(DownloadError::Abandoned);
         };
         let verified = Verified::check(file.hasher, &self.download.digest, file.written, self.total)
-            .map_err(Failure::Wrong)?;
+            .map_err(DownloadError::DigestMismatch)?;
         Ok((file.ingest, verified, file.written))
     }
 }
 
 impl Drop for Writer {
-    /// What was written is left to the next who asks, also when the process ends.
+    /// Leaves a partial download to the next request, also at process exit.
     fn drop(&mut self) {
         if let Some(File {
             ingest,

@@ -14,14 +14,14 @@ use super::source::UpstreamSource;
 use super::{
     AuthContext, BlobBody, ProxyResponse, ProxyService, Request, ServeInfo, ServeReason, passthrough,
 };
-use crate::download::{AHEAD_BYTES_MAX, Failure, Joined, Reader, WITHHELD_BYTES, Wish};
+use crate::download::{AHEAD_BYTES_MAX, DownloadError, JoinOptions, Joined, Reader, WITHHELD_BYTES};
 use crate::oci::{AnyDigest, Digest, MediaType, RangeRequest, Repository, UpstreamFailure};
 use crate::policy::rules::EffectivePolicy;
 use crate::policy::{
     Authorization, CacheState, CachedEntry, Completeness, ContentKind, CredentialOwner, Decision, DenyReason,
     HitReason, MissReason, Revalidation, decide,
 };
-use crate::queue::{Class, Demand, NoPlace};
+use crate::queue::{AcquireError, Class, Demand};
 use crate::upstream::UpstreamResponse;
 
 /// Joins after a leader failed on its own authorization. Each retry may become the leader.
@@ -295,7 +295,7 @@ impl BlobRequest<'_> {
             }
         }
         let cause = match last.as_deref() {
-            Some(Failure::Refused(answer)) => answer.cause(),
+            Some(DownloadError::NotStarted(answer)) => answer.cause(),
             _ => UpstreamFailure::Busy,
         };
         denied(DenyReason::UpstreamUnavailable(cause), None, false)
@@ -359,7 +359,7 @@ impl BlobRequest<'_> {
         UpstreamRequest::of(self.request, self.repository, &self.context.caller)
     }
 
-    async fn join(&self, situation: CacheState) -> Result<ProxyResponse, Arc<Failure>> {
+    async fn join(&self, situation: CacheState) -> Result<ProxyResponse, Arc<DownloadError>> {
         let upstream_request = self.upstream_request();
         let options = self.options();
         match self
@@ -395,7 +395,7 @@ impl BlobRequest<'_> {
                 }
                 self.read(reader, ServeReason::Collapsed, situation, false).await
             }
-            Joined::Held(held) => {
+            Joined::Cached(held) => {
                 if let Some(refusal) = self.authorize_follower(situation, Sample::of_file(&held)).await {
                     return Ok(refusal);
                 }
@@ -406,18 +406,18 @@ impl BlobRequest<'_> {
     }
 
     /// Priority and extent of the download: small blobs first, blobs without a size hint last.
-    fn options(&self) -> Wish {
+    fn options(&self) -> JoinOptions {
         let class = match self.stated_size() {
             Some(size) if size <= SMALL_BYTES_MAX => Class::Interactive,
             _ => Class::Bulk,
         };
         let bytes = self.request.range.bytes_max();
-        Wish {
+        JoinOptions {
             demand: Demand {
                 class,
                 ..self.context.caller.demand(&self.request.endpoint)
             },
-            is_whole: bytes.is_none_or(|bytes| bytes > AHEAD_BYTES_MAX),
+            wants_complete: bytes.is_none_or(|bytes| bytes > AHEAD_BYTES_MAX),
         }
     }
 
@@ -484,7 +484,7 @@ impl BlobRequest<'_> {
         reason: ServeReason,
         situation: CacheState,
         leads: bool,
-    ) -> Result<ProxyResponse, Arc<Failure>> {
+    ) -> Result<ProxyResponse, Arc<DownloadError>> {
         let opened = async {
             if self.may_respond_while_queued() && is_still_queued(&mut reader).await {
                 return Ok(None);
@@ -493,7 +493,7 @@ impl BlobRequest<'_> {
         };
         let failure = match opened.await {
             Ok(size) => {
-                let reader = reader.with_ahead(UpstreamSource::new(
+                let reader = reader.with_range_source(UpstreamSource::new(
                     self.proxy,
                     self.upstream_request(),
                     self.digest,
@@ -503,25 +503,27 @@ impl BlobRequest<'_> {
             Err(failure) => failure,
         };
         match failure.as_ref() {
-            Failure::Refused(answer) if leads => {
+            DownloadError::NotStarted(answer) if leads => {
                 let registry = &self.request.registry;
                 let revalidation = self.proxy.classify(registry, self.repository, answer).await;
                 let answer = Arc::new(answer.as_ref().clone());
                 Ok(deny_uncached(situation, revalidation, Some(answer)))
             }
-            Failure::Refused(_) | Failure::Abandoned => Err(failure),
-            Failure::Unstorable(fault) => {
+            DownloadError::NotStarted(_) | DownloadError::Abandoned => Err(failure),
+            DownloadError::Unstorable(fault) => {
                 tracing::warn!(digest = %self.digest, %fault, "failed to store blob, forwarding it instead");
                 Ok(self.pass_through(situation).await)
             }
-            Failure::Crowded(full) => Ok(queue_full(NoPlace::Full(*full))),
-            Failure::Broken(cause) => Ok(denied(DenyReason::UpstreamUnavailable(*cause), None, false)),
-            Failure::Wrong(_) => Ok(denied(
+            DownloadError::QueueFull(full) => Ok(queue_full(AcquireError::Full(*full))),
+            DownloadError::Interrupted(cause) => {
+                Ok(denied(DenyReason::UpstreamUnavailable(*cause), None, false))
+            }
+            DownloadError::DigestMismatch(_) => Ok(denied(
                 DenyReason::UpstreamUnavailable(UpstreamFailure::DigestMismatch),
                 None,
                 false,
             )),
-            Failure::Store(_) | Failure::Stranded(_) => Ok(self.pass_through(situation).await),
+            DownloadError::Store(_) | DownloadError::DiskFailed(_) => Ok(self.pass_through(situation).await),
         }
     }
 
@@ -595,7 +597,7 @@ impl BlobRequest<'_> {
 }
 
 /// Denial for a full download queue.
-fn queue_full(refused_place: NoPlace) -> ProxyResponse {
+fn queue_full(refused_place: AcquireError) -> ProxyResponse {
     let answer = UpstreamResponse::not_admitted(refused_place);
     denied(
         DenyReason::UpstreamUnavailable(answer.cause()),
@@ -606,14 +608,14 @@ fn queue_full(refused_place: NoPlace) -> ProxyResponse {
 
 /// Waits for the upstream response. Returns whether the download is still queued instead.
 async fn is_still_queued(reader: &mut Reader) -> bool {
-    let opened = tokio::time::timeout(QUEUE_WAIT_MAX, reader.opened()).await;
+    let opened = tokio::time::timeout(QUEUE_WAIT_MAX, reader.info()).await;
     opened.is_err() && reader.is_queued()
 }
 
 /// Waits until the response head can be sent. Returns the blob's size if it is known by then; the size hint `stated`
 /// never counts as the size.
-async fn wait_for_size(reader: &mut Reader, stated: Option<u64>) -> Result<Option<u64>, Arc<Failure>> {
-    match reader.opened().await?.size {
+async fn wait_for_size(reader: &mut Reader, stated: Option<u64>) -> Result<Option<u64>, Arc<DownloadError>> {
+    match reader.info().await?.size {
         // A small blob is sent only after verification, so a mismatch can still become an error response.
         Some(size) if size <= WITHHELD_BYTES => reader.settled().await.map(Some),
         Some(size) => wait_for_first_byte(reader).await.map(|()| Some(size)),
@@ -634,8 +636,8 @@ async fn wait_for_size(reader: &mut Reader, stated: Option<u64>) -> Result<Optio
 }
 
 /// Before the first byte, an upstream failure can still become an error response instead of a truncated 200.
-async fn wait_for_first_byte(reader: &mut Reader) -> Result<(), Arc<Failure>> {
-    tokio::time::timeout(FIRST_BYTE_TIMEOUT, reader.begun())
+async fn wait_for_first_byte(reader: &mut Reader) -> Result<(), Arc<DownloadError>> {
+    tokio::time::timeout(FIRST_BYTE_TIMEOUT, reader.first_bytes())
         .await
         .unwrap_or(Ok(()))
 }

@@ -158,7 +158,7 @@ impl ProxyService {
                     ..caller.clone()
                 };
                 let getting = registry.upstream().get(&caller, endpoint, accept, None);
-                let got = waiters.while_wanted(getting).await?;
+                let got = waiters.while_waited_for(getting).await?;
                 Some(match got {
                     Ok(fetched) => {
                         let is_from_registry = !fetched.is_redirect_target;

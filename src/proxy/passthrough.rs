@@ -8,7 +8,7 @@ use tokio::time::Instant;
 use super::denied;
 use super::manifest_fetch::UpstreamRequest;
 use super::{ProxyResponse, ProxyService, Request};
-pub use crate::download::Verifying as VerifyingStream;
+pub use crate::download::VerifyingStream;
 use crate::oci::{Endpoint, MediaType, Reference, Repository, UpstreamFailure};
 use crate::policy::DenyReason;
 use crate::queue::{Class, Demand};

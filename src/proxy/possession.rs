@@ -107,7 +107,7 @@ impl Sample {
 
     /// Sample of a running download, once enough bytes may be read.
     pub(super) fn of_reader(reader: &Reader) -> impl Future<Output = Option<Self>> + Send + use<> {
-        let mut reader = reader.beginning(SAMPLE_BYTES);
+        let mut reader = reader.head_reader(SAMPLE_BYTES);
         async move {
             let mut bytes = BytesMut::new();
             while let Some(chunk) = reader.next().await {

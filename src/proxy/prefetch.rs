@@ -20,7 +20,7 @@ use tokio::time::Instant;
 use super::manifest_fetch::UpstreamRequest;
 use super::source::UpstreamSource;
 use super::{ProxyService, RATE_LIMIT_WAIT_MAX, Request};
-use crate::download::{Failure, Joined, Wish};
+use crate::download::{DownloadError, JoinOptions, Joined};
 use crate::oci::manifest::DescriptorKind;
 use crate::oci::{AnyDigest, Digest, Endpoint, Repository, UpstreamFailure};
 use crate::queue::{Class, Peer};
@@ -290,9 +290,9 @@ impl ProxyService {
         };
         upstream_request.caller.wait_deadline = Some(Instant::now() + RATE_LIMIT_WAIT_MAX);
         (upstream_request.caller.peer, upstream_request.caller.class) = (Peer::Background, Class::Background);
-        let options = Wish {
+        let options = JoinOptions {
             demand: upstream_request.caller.demand(&upstream_request.endpoint),
-            is_whole: true,
+            wants_complete: true,
         };
         let settled = match self
             .downloads
@@ -303,14 +303,14 @@ impl ProxyService {
                 let source = UpstreamSource::new(self, upstream_request.clone(), digest).for_leader(&leader);
                 let mut reader = leader.start(source);
                 if let Some(opened) = opened {
-                    let said = reader.opened().await.map(drop);
+                    let said = reader.info().await.map(drop);
                     // The probe may have ended.
                     let _heard = opened.send(said.map_err(|failure| cause_of(&failure)));
                 }
                 reader.settled().await.map(drop)
             }
             Joined::Follower { mut reader, .. } => reader.settled().await.map(drop),
-            Joined::Held(_) => Ok(()),
+            Joined::Cached(_) => Ok(()),
         };
         if let Err(failure) = settled {
             tracing::debug!(%digest, %failure, "failed to prefetch blob");
@@ -328,10 +328,10 @@ impl ProxyService {
     }
 }
 
-fn cause_of(failure: &Failure) -> UpstreamFailure {
+fn cause_of(failure: &DownloadError) -> UpstreamFailure {
     match failure {
-        Failure::Refused(answer) => answer.cause(),
-        Failure::Broken(cause) => *cause,
+        DownloadError::NotStarted(answer) => answer.cause(),
+        DownloadError::Interrupted(cause) => *cause,
         _ => UpstreamFailure::Busy,
     }
 }

@@ -81,7 +81,7 @@ impl ProxyService {
         if has_fallback {
             // Serve the cached entry instead of waiting for a rate limit.
             upstream_request.caller.wait_deadline = None;
-            upstream_request.caller.class = Class::Held;
+            upstream_request.caller.class = Class::Revalidation;
         }
         let call = self.coalesced_head(&upstream_request);
         let waiters = call.waiters().clone();
@@ -222,7 +222,7 @@ impl ProxyService {
                             registry.upstream().head(&caller, endpoint, accept).await
                         }
                     };
-                    let answer = waiters.while_wanted(asking).await?;
+                    let answer = waiters.while_waited_for(asking).await?;
                     let (answer, is_evidence) = proxy.check_evidence(&upstream_request, answer).await;
                     if is_evidence || !answer.kind.is_success() {
                         proxy.record_response(&upstream_request, &answer, asked_at).await;

@@ -8,7 +8,7 @@ use tokio::time::Instant;
 
 use super::ProxyService;
 use super::manifest_fetch::UpstreamRequest;
-use crate::download::{self, Ahead, Chunks, Failure, Leader, Source, Stream};
+use crate::download::{self, ByteStream, DownloadError, Leader, RangeSource, Source, Stream};
 use crate::oci::{Digest, UpstreamFailure};
 use crate::queue::{Class, Demand, Waiters};
 use crate::telemetry::{self, SpanKind};
@@ -89,7 +89,7 @@ impl UpstreamSource {
     }
 
     /// A complete download of its own, queued among the others.
-    async fn open_complete(&self, part: RangeSpec) -> Option<Box<dyn Chunks>> {
+    async fn open_complete(&self, part: RangeSpec) -> Option<Box<dyn ByteStream>> {
         let UpstreamRequest {
             registry,
             endpoint,
@@ -129,7 +129,7 @@ impl Source for UpstreamSource {
         }
         let mut answer = match &self.waiters {
             // The first response is recorded even without a waiting request.
-            Some(waiters) if first => match waiters.while_wanted(self.get(part)).await {
+            Some(waiters) if first => match waiters.while_waited_for(self.get(part)).await {
                 Some(answer) => answer,
                 None => return Err(UpstreamResponse::unavailable(UpstreamFailure::Busy)),
             },
@@ -187,7 +187,7 @@ impl Source for UpstreamSource {
         }
     }
 
-    fn ended(&self, failure: Option<&Failure>) {
+    fn ended(&self, failure: Option<&DownloadError>) {
         let UpstreamRequest {
             registry,
             repository,
@@ -214,9 +214,9 @@ impl Source for UpstreamSource {
     }
 }
 
-impl Ahead for UpstreamSource {
+impl RangeSource for UpstreamSource {
     /// A complete response (200) is not used as a range: reading up to the offset would take as long as the download.
-    fn open(&mut self, from: u64, until: Option<u64>) -> download::Part<'_> {
+    fn open(&mut self, from: u64, until: Option<u64>) -> download::RangeFuture<'_> {
         Box::pin(async move {
             let is_whole = from == 0 && until.is_none();
             let part = RangeSpec {
@@ -229,7 +229,7 @@ impl Ahead for UpstreamSource {
             }
             let fetched = self.get(part).await.ok()?;
             let is_part = fetched.status == StatusCode::PARTIAL_CONTENT;
-            is_part.then(|| Box::new(fetched) as Box<dyn Chunks>)
+            is_part.then(|| Box::new(fetched) as Box<dyn ByteStream>)
         })
     }
 }

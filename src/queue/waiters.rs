@@ -1,8 +1,8 @@
-//! The requests that wait for one piece of work that they share.
+//! Set of requests that wait for one piece of shared work.
 //!
-//! The work waits in a queue once, in the turn of each of them: who joins a download that another began does not wait
-//! behind all else that the other wants. What none of them waits for any more ends, as long as that is safe: while it is
-//! queued, and until the upstream's response.
+//! The work waits in a queue once, in the turn of each request. A client that joins another client's download
+//! therefore does not wait behind that client's other requests. Work without waiting requests ends where that
+//! is safe: while it is queued, and until the upstream's response.
 
 use std::collections::BTreeMap;
 use std::pin::pin;
@@ -12,14 +12,15 @@ use std::time::Duration;
 use tokio::sync::Notify;
 use tokio::time::timeout;
 
-use super::core::{Entry, Taken, Ticket};
-use super::{Class, Demand, Full, NoPlace, Place, Receiver, Shared};
+use super::scheduler::{Entry, PermitId, Ticket};
+use super::{AcquireError, Class, Demand, Permit, QueueFull, Receiver, Shared};
 
-/// How long a request that was sent to an upstream goes on when no client waits for it any more. Its response mostly comes
-/// within that time, and keeps the connection; and a client that leaves at once gets no more sent than one that waits.
-pub const ABANDONED_WITHIN: Duration = Duration::from_secs(1);
+/// How long an upstream request continues without a waiting client. Its response mostly arrives within that
+/// time, which keeps the connection reusable. A client that disconnects at once gets no more requests sent than
+/// one that waits.
+pub const ABANDON_GRACE: Duration = Duration::from_secs(1);
 
-/// The requests that wait for one piece of work. Clones are the same.
+/// Requests that wait for one piece of work. Clones share the set.
 #[derive(Clone, Default)]
 pub struct Waiters(Arc<Inner>);
 
@@ -31,16 +32,16 @@ struct Inner {
 
 #[derive(Default)]
 struct State {
-    /// How many there are of each.
+    /// Number of waiting requests of each demand.
     waiting: BTreeMap<Demand, usize>,
     queued: Vec<Queued>,
-    /// The place that the work got last.
-    place: Option<(Arc<Shared>, Taken)>,
-    /// Whether the work goes on without them once it has begun.
+    /// The permit that the work acquired last.
+    permit: Option<(Arc<Shared>, PermitId)>,
+    /// Whether the work continues without waiting requests once it has begun.
     is_detached: bool,
-    /// Whether one of them wanted all of what the work brings.
-    is_whole_wanted: bool,
-    /// Whether the work has ended for want of waiters.
+    /// Whether a request needed the complete result.
+    is_complete_wanted: bool,
+    /// Whether the work has ended because no request waited.
     is_closed: bool,
 }
 
@@ -63,21 +64,21 @@ impl State {
     }
 }
 
-/// One of them, until it is dropped.
+/// One waiting request. Dropping it leaves the set.
 pub struct Waiter {
     waiters: Waiters,
     demand: Demand,
 }
 
 impl Waiters {
-    /// The only one of them, so far.
-    pub fn alone(demand: Demand) -> (Self, Option<Waiter>) {
+    /// A set with one request.
+    pub fn with(demand: Demand) -> (Self, Option<Waiter>) {
         let waiters = Self::default();
         let waiter = waiters.join(demand);
         (waiters, waiter)
     }
 
-    /// One more; `None` if the work has ended for want of waiters.
+    /// Adds a request. `None` if the work has ended because no request waited.
     pub fn join(&self, demand: Demand) -> Option<Waiter> {
         let mut state = self.state();
         if state.is_closed {
@@ -86,7 +87,7 @@ impl Waiters {
         let State {
             waiting,
             queued,
-            place,
+            permit,
             ..
         } = &mut *state;
         *waiting.entry(demand).or_default() += 1;
@@ -102,8 +103,8 @@ impl Waiters {
                 entries.insert(demand, entry);
             }
         }
-        if let Some((queue, taken)) = place {
-            queue.raise(*taken, demand.class);
+        if let Some((queue, permit)) = permit {
+            queue.raise(*permit, demand.class);
         }
         drop(state);
         self.0.changed.notify_waiters();
@@ -113,11 +114,11 @@ impl Waiters {
         })
     }
 
-    /// Runs `work` as long as one of them waits: `None` if none is left, at once while it is queued and after
-    /// [`ABANDONED_WITHIN`] when it is not. Nobody joins after that.
-    pub async fn while_wanted<T>(&self, work: impl Future<Output = T>) -> Option<T> {
+    /// Runs `work` while a request waits. Without one it returns `None`: at once while the work is queued,
+    /// otherwise after [`ABANDON_GRACE`]. No request can join after that.
+    pub async fn while_waited_for<T>(&self, work: impl Future<Output = T>) -> Option<T> {
         tokio::select! {
-            // First, for the work that is taken out of the queue fails at the same moment.
+            // Polled first, because work that is removed from the queue fails at the same moment.
             biased;
             () = self.abandoned() => None,
             done = work => Some(done),
@@ -138,7 +139,7 @@ impl Waiters {
                 if self.close_if(|state| state.waiting.is_empty() && state.is_queued()) {
                     return;
                 }
-            } else if timeout(ABANDONED_WITHIN, changed).await.is_err()
+            } else if timeout(ABANDON_GRACE, changed).await.is_err()
                 && self.close_if(|state| state.waiting.is_empty() && !state.is_detached)
             {
                 return;
@@ -146,26 +147,26 @@ impl Waiters {
         }
     }
 
-    /// From now on the work goes on without them once it has begun: its outcome is wanted, however late. Work that is
-    /// still queued ends with the last of them all the same.
+    /// Lets the work continue without waiting requests once it has begun, because its result is needed however
+    /// late. Queued work still ends with its last waiting request.
     pub fn detach(&self) {
         self.state().is_detached = true;
         self.0.changed.notify_waiters();
     }
 
-    /// Whether only a part was wanted, and none of them waits any more.
-    pub fn is_unwanted(&self) -> bool {
+    /// Whether no request waits, and none needed the complete result.
+    pub fn is_abandoned(&self) -> bool {
         let state = self.state();
-        state.waiting.is_empty() && !state.is_whole_wanted
+        state.waiting.is_empty() && !state.is_complete_wanted
     }
 
-    /// Waits for one more while it is so; `false` if none came within this time.
-    pub async fn wanted_again(&self, within: Duration) -> bool {
+    /// Waits for a request to join while abandoned. `false` if none joined within this time.
+    pub async fn rejoined_within(&self, within: Duration) -> bool {
         let again = async {
             loop {
                 let mut changed = pin!(self.0.changed.notified());
                 changed.as_mut().enable();
-                if !self.is_unwanted() {
+                if !self.is_abandoned() {
                     return;
                 }
                 changed.await;
@@ -174,34 +175,35 @@ impl Waiters {
         timeout(within, again).await.is_ok()
     }
 
-    /// The same, and nobody joins after that.
-    pub async fn wanted_within(&self, within: Duration) -> bool {
-        self.wanted_again(within).await
-            || !self.close_if(|state| state.waiting.is_empty() && !state.is_whole_wanted)
+    /// The same, and closes the set if none joined.
+    pub async fn rejoined_or_closed_within(&self, within: Duration) -> bool {
+        self.rejoined_within(within).await
+            || !self.close_if(|state| state.waiting.is_empty() && !state.is_complete_wanted)
     }
 
-    /// One of them wants all of what the work brings, also when it has left.
-    pub fn want_whole(&self) {
-        self.state().is_whole_wanted = true;
+    /// Records that a request needs the complete result, even after it has left.
+    pub fn want_complete(&self) {
+        self.state().is_complete_wanted = true;
         self.0.changed.notify_waiters();
     }
 
-    /// Whether one of them is a client's.
+    /// Whether a client's request waits.
     pub fn serves_client(&self) -> bool {
         self.state().serves_client()
     }
 
-    /// Ends the work unless one of them is a client's; says whether it has ended. Nobody joins after that.
+    /// Closes the set unless a client's request waits. Returns whether it is closed. No request can join after
+    /// that.
     pub fn close_unless_client(&self) -> bool {
         self.close_if(|state| !state.serves_client())
     }
 
-    /// Whether the work waits for a place.
+    /// Whether the work waits for a permit.
     pub fn is_queued(&self) -> bool {
         self.state().is_queued()
     }
 
-    /// Whether the work has ended for want of waiters.
+    /// Whether the work has ended because no request waited.
     pub(super) fn is_closed(&self) -> bool {
         self.state().is_closed
     }
@@ -212,13 +214,13 @@ impl Waiters {
         state.is_closed
     }
 
-    /// Puts the work into a queue. Work that has begun and has no waiter any more waits as work of the cache itself.
-    pub(super) fn enter(&self, queue: &Arc<Shared>, group: &Arc<str>) -> Result<InQueue, NoPlace> {
+    /// Adds the work to a queue. Work that has begun and has no waiting request counts as background work.
+    pub(super) fn enter(&self, queue: &Arc<Shared>, group: &Arc<str>) -> Result<InQueue, AcquireError> {
         let mut state = self.state();
-        // All may have left before the work's task ran for the first time.
-        state.is_closed |= state.waiting.is_empty() && state.place.is_none();
+        // All requests may have left before the work's task first ran.
+        state.is_closed |= state.waiting.is_empty() && state.permit.is_none();
         if state.is_closed {
-            return Err(NoPlace::Abandoned);
+            return Err(AcquireError::Abandoned);
         }
         let none = state.waiting.is_empty().then_some(Demand::BACKGROUND);
         let demands = state.waiting.keys().copied().chain(none);
@@ -237,21 +239,21 @@ impl Waiters {
         })
     }
 
-    /// The work has this place now, and waits no longer under this ticket; `false` if the last waiter left between the
-    /// grant and now.
-    pub(super) fn took(&self, queued: &InQueue, place: &Place) -> bool {
+    /// Records that the work has this permit and its ticket no longer waits. `false` if the last request left
+    /// after the grant.
+    pub(super) fn attach_permit(&self, queued: &InQueue, permit: &Permit) -> bool {
         let mut state = self.state();
         if state.is_closed {
             return false;
         }
         state
             .queued
-            .retain(|of| of.ticket != queued.ticket || !Arc::ptr_eq(&of.queue, &place.queue));
-        // One that joined between the grant and now.
+            .retain(|of| of.ticket != queued.ticket || !Arc::ptr_eq(&of.queue, &permit.queue));
+        // A request may have joined after the grant.
         if let Some(highest) = state.waiting.keys().map(|demand| demand.class).min() {
-            place.queue.raise(place.taken, highest);
+            permit.queue.raise(permit.permit, highest);
         }
-        state.place = Some((Arc::clone(&place.queue), place.taken));
+        state.permit = Some((Arc::clone(&permit.queue), permit.permit));
         true
     }
 
@@ -262,7 +264,7 @@ impl Waiters {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        // Every change under this lock is complete before it is given back.
+        // Every change under this lock is complete before it is released.
         self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -280,7 +282,7 @@ impl Drop for Waiter {
             *count -= 1;
             if *count == 0 {
                 waiting.remove(&self.demand);
-                // Said under this lock, so that nobody joins what is taken out of the queue.
+                // Set under this lock, so that no request joins work that is removed from the queue.
                 *is_closed |= waiting.is_empty() && !queued.is_empty();
                 for Queued { queue, entries, .. } in queued {
                     if let Some(entry) = entries.remove(&self.demand) {
@@ -294,7 +296,7 @@ impl Drop for Waiter {
     }
 }
 
-/// The work while it is in a queue; dropped, it leaves it.
+/// The work while it is queued. Dropping it removes it from the queue.
 pub(super) struct InQueue {
     waiters: Waiters,
     ticket: Ticket,
@@ -302,8 +304,8 @@ pub(super) struct InQueue {
 }
 
 impl InQueue {
-    /// The place, or why there is none; `None` if all have left.
-    pub(super) async fn granted(&mut self) -> Option<Result<Place, Full>> {
+    /// The permit, or the limit that was reached. `None` if all requests have left.
+    pub(super) async fn granted(&mut self) -> Option<Result<Permit, QueueFull>> {
         (&mut self.receiver).await.ok()
     }
 }

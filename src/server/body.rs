@@ -13,7 +13,7 @@ use http_body::{Frame, SizeHint};
 use quick_cache::sync::Cache;
 use tokio::task::{JoinHandle, spawn_blocking};
 
-use crate::download::{Failure, Reader};
+use crate::download::{DownloadError, Reader};
 use crate::oci::{Digest, Hasher, UpstreamFailure};
 use crate::proxy::StreamedList;
 use crate::proxy::passthrough::VerifyingStream;
@@ -74,7 +74,7 @@ pub enum Broken {
     File(#[from] io::Error),
     /// The download it followed failed.
     #[error("{0}")]
-    Download(Arc<Failure>),
+    Download(Arc<DownloadError>),
     /// The upstream broke off.
     #[error("the upstream {0}")]
     Upstream(UpstreamFailure),
@@ -85,7 +85,7 @@ impl Broken {
         match self {
             Self::Rotten(_) => BodyEnd::Damage,
             Self::File(_) => BodyEnd::Disk,
-            Self::Download(failure) if failure.is_of_disk() => BodyEnd::Disk,
+            Self::Download(failure) if failure.is_disk_error() => BodyEnd::Disk,
             Self::Download(_) | Self::Upstream(_) => BodyEnd::Upstream,
         }
     }

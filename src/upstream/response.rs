@@ -14,7 +14,7 @@ use crate::oci::endpoint::Endpoint;
 use crate::oci::failure::UpstreamFailure;
 use crate::oci::header::{DOCKER_CONTENT_DIGEST, RateLimit};
 use crate::oci::manifest::MediaType;
-use crate::queue::NoPlace;
+use crate::queue::AcquireError;
 
 use super::http_client::{HttpFailure, content_length};
 use super::proof::{self, Sender};
@@ -147,11 +147,11 @@ impl UpstreamResponse {
     }
 
     /// Not asked, for there is no place among the requests to the upstream.
-    pub fn not_admitted(refused: NoPlace) -> UpstreamResponse {
+    pub fn not_admitted(refused: AcquireError) -> UpstreamResponse {
         match refused {
-            NoPlace::Abandoned => UpstreamResponse::unavailable(UpstreamFailure::Busy),
-            NoPlace::Full(full) => {
-                let cause = if full.is_clients_own {
+            AcquireError::Abandoned => UpstreamResponse::unavailable(UpstreamFailure::Busy),
+            AcquireError::Full(full) => {
+                let cause = if full.is_client_limit {
                     UpstreamFailure::ClientQueueFull
                 } else {
                     UpstreamFailure::QueueFull

@@ -19,7 +19,7 @@ use crate::oci::endpoint::Endpoint;
 use crate::oci::failure::UpstreamFailure;
 use crate::oci::header::RateLimit;
 use crate::oci::manifest::MediaType;
-use crate::queue::Place;
+use crate::queue::Permit;
 
 /// One of an upstream's addresses, by its position.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,7 +71,7 @@ pub struct ResponseStream {
     pub headers: HeaderMap,
     pub(super) body: Body,
     /// Held until the transfer ends.
-    pub(super) permit: Option<Place>,
+    pub(super) permit: Option<Permit>,
 }
 
 impl Upstream {
@@ -196,7 +196,7 @@ impl ResponseStream {
 
     /// Holds a place among the downloads until the transfer ends.
     #[must_use]
-    pub fn holding(self, permit: Place) -> Self {
+    pub fn holding(self, permit: Permit) -> Self {
         Self {
             permit: Some(permit),
             ..self

@@ -1,22 +1,22 @@
-//! Parts that lie far ahead of the fill.
+//! Ranges far ahead of the fill.
 
 use super::*;
-use crate::download::Part;
+use crate::download::RangeFuture;
 
 const LARGE: usize = 20 * MIB;
 const FAR: usize = 9 * MIB;
 
-/// Answers each part with the next of its script; after the last one it refuses.
+/// Scripted range source: each request gets the next response of the script, and after the last one a denial.
 #[derive(Clone, Default)]
 pub(super) struct Parts {
     answers: Arc<Mutex<VecDeque<Arriving>>>,
     asked: Arc<Mutex<Vec<(u64, u64)>>>,
-    /// Never answers at all.
+    /// Never responds.
     hangs: bool,
 }
 
-impl Ahead for Parts {
-    fn open(&mut self, from: u64, until: Option<u64>) -> Part<'_> {
+impl RangeSource for Parts {
+    fn open(&mut self, from: u64, until: Option<u64>) -> RangeFuture<'_> {
         let asked = (from, until.unwrap_or(u64::MAX));
         self.asked.lock().unwrap().push(asked);
         let answer = self.answers.lock().unwrap().pop_front();
@@ -25,7 +25,7 @@ impl Ahead for Parts {
             if hangs {
                 std::future::pending::<()>().await;
             }
-            answer.map(|arriving| Box::new(arriving) as Box<dyn Chunks>)
+            answer.map(|arriving| Box::new(arriving) as Box<dyn ByteStream>)
         })
     }
 }
@@ -42,7 +42,7 @@ impl Parts {
     }
 }
 
-/// A fill that stands at its beginning, and the wire that would bring it on.
+/// A fill that is paused at its beginning, and the wire that continues it.
 fn standing(blob: &[u8]) -> (Downloads, Wire, Reader) {
     let (downloads, script) = (downloads(), Script::default());
     let wire = script.stream(0, Some(blob.len()));
@@ -53,32 +53,32 @@ fn standing(blob: &[u8]) -> (Downloads, Wire, Reader) {
 fn part_of(downloads: &Downloads, blob: &[u8], (start, end): (usize, usize), parts: &Parts) -> Reader {
     follower(downloads, digest(blob))
         .within(start as u64, end as u64)
-        .with_ahead(parts.clone())
+        .with_range_source(parts.clone())
 }
 
 #[tokio::test]
-async fn a_part_far_ahead_is_asked_for_alone() {
+async fn range_far_ahead_is_fetched_separately() {
     let (blob, parts) = (content(LARGE), Parts::default());
     let (downloads, wire, first) = standing(&blob);
     let part = parts.part();
     send(&part, &blob[FAR..FAR + 1000]);
-    send(&part, b"and what nobody asked for");
+    send(&part, b"and unrequested bytes");
     let reader = part_of(&downloads, &blob, (FAR, FAR + 1000), &parts);
     assert_eq!(whole(reader).await, blob[FAR..FAR + 1000]);
     assert_eq!(parts.asked(), [(FAR as u64, FAR as u64 + 1000)]);
     send(&wire, &blob);
     drop(wire);
-    assert_eq!(whole(first).await, blob, "the fill knows nothing of it");
+    assert_eq!(whole(first).await, blob, "the fill is unaffected");
 }
 
 #[tokio::test]
-async fn what_is_near_or_long_or_without_an_end_is_waited_for() {
+async fn near_long_and_open_ended_ranges_wait_for_the_fill() {
     let (blob, parts) = (content(30 * MIB), Parts::default());
     let (downloads, wire, _first) = standing(&blob);
     let near = part_of(&downloads, &blob, (FAR_BYTES, FAR_BYTES + 10), &parts);
     let long = part_of(&downloads, &blob, (FAR, FAR + 17 * MIB), &parts);
-    let endless = part_of(&downloads, &blob, (29 * MIB, 30 * MIB), &parts).patient();
-    let all = follower(&downloads, digest(&blob)).with_ahead(parts.clone());
+    let endless = part_of(&downloads, &blob, (29 * MIB, 30 * MIB), &parts).waiting_for_fill();
+    let all = follower(&downloads, digest(&blob)).with_range_source(parts.clone());
     let readers = [near, long, endless, all].map(|reader| tokio::spawn(whole(reader)));
     send(&wire, &blob);
     drop(wire);
@@ -92,7 +92,7 @@ async fn what_is_near_or_long_or_without_an_end_is_waited_for() {
 const FAR_BYTES: usize = 8 * MIB;
 
 #[tokio::test]
-async fn a_part_that_is_refused_or_breaks_off_comes_from_the_fill() {
+async fn denied_or_interrupted_range_comes_from_the_fill() {
     for answered in [false, true] {
         let (blob, parts) = (content(LARGE), Parts::default());
         let (downloads, wire, _first) = standing(&blob);
@@ -113,7 +113,7 @@ async fn a_part_that_is_refused_or_breaks_off_comes_from_the_fill() {
 }
 
 #[tokio::test]
-async fn a_fill_that_comes_first_is_taken() {
+async fn fill_that_arrives_first_is_used() {
     let (blob, mut parts) = (content(LARGE), Parts::default());
     parts.hangs = true;
     let (downloads, wire, _first) = standing(&blob);
@@ -128,11 +128,11 @@ async fn a_fill_that_comes_first_is_taken() {
 }
 
 #[tokio::test]
-async fn with_all_places_taken_it_waits_for_the_fill() {
+async fn without_a_permit_a_range_waits_for_the_fill() {
     let (blob, parts) = (content(LARGE), Parts::default());
     let (downloads, wire, _first) = standing(&blob);
-    let places = u32::try_from(AHEAD_PARTS_MAX).unwrap();
-    let taken = Arc::clone(&downloads.shared.ahead_places)
+    let places = u32::try_from(AHEAD_RANGES_MAX).unwrap();
+    let taken = Arc::clone(&downloads.shared.ahead_permits)
         .acquire_many_owned(places)
         .await
         .unwrap();
@@ -146,7 +146,7 @@ async fn with_all_places_taken_it_waits_for_the_fill() {
 }
 
 #[tokio::test]
-async fn places_are_free_again_when_parts_are_read_or_left() {
+async fn range_permits_are_released_after_read_or_drop() {
     let (blob, parts) = (content(LARGE), Parts::default());
     let (downloads, _wire, _first) = standing(&blob);
     for left in [false, true] {
@@ -155,6 +155,9 @@ async fn places_are_free_again_when_parts_are_read_or_left() {
         let mut reader = part_of(&downloads, &blob, (FAR, FAR + 1000), &parts);
         take(&mut reader, if left { 1 } else { 1000 }).await;
         drop(reader);
-        assert_eq!(downloads.shared.ahead_places.available_permits(), AHEAD_PARTS_MAX);
+        assert_eq!(
+            downloads.shared.ahead_permits.available_permits(),
+            AHEAD_RANGES_MAX
+        );
     }
 }

@@ -1,33 +1,33 @@
-//! Places, the look before the lock, and transfers that nobody waits for.
+//! Permits, the lookup before the lock, and abandoned transfers.
 
 use super::*;
-use crate::queue::NoPlace;
+use crate::queue::AcquireError;
 
-/// As after a start of the process, with so many places.
+/// State after a process start, with this many permits.
 fn downloads_of(places: usize) -> Downloads {
     let disk = Arc::new(MemoryFs::new()) as Arc<dyn FileSystem>;
     let store = Store::open(&Settings::default(), disk, SystemTime::UNIX_EPOCH).unwrap();
     Downloads::new(Arc::new(store), BufferPool::default(), places)
 }
 
-fn part() -> Wish {
-    Wish {
-        is_whole: false,
-        ..wish()
+fn part() -> JoinOptions {
+    JoinOptions {
+        wants_complete: false,
+        ..options()
     }
 }
 
-fn prefetch() -> Wish {
-    Wish {
+fn prefetch() -> JoinOptions {
+    JoinOptions {
         demand: Demand::BACKGROUND,
-        is_whole: true,
+        wants_complete: true,
     }
 }
 
-fn leader_for(downloads: &Downloads, digest: Digest, wish: Wish) -> Leader {
-    match join_as(downloads, digest, wish) {
+fn leader_for(downloads: &Downloads, digest: Digest, options: JoinOptions) -> Leader {
+    match join_as(downloads, digest, options) {
         Joined::Leader(leader) => leader,
-        _ => panic!("nobody leads yet"),
+        _ => panic!("no transfer is running yet"),
     }
 }
 
@@ -37,38 +37,41 @@ async fn until(what: impl Fn() -> bool) {
     }
 }
 
-/// The bad interleaving: a whole transfer comes and goes between the look on the disk and the lock.
+/// Race: a complete transfer comes and goes between the store lookup and the lock.
 #[tokio::test]
-async fn t06_transfer_between_look_and_lock_is_found_by_another_look() {
+async fn t06_transfer_between_lookup_and_lock_repeats_the_lookup() {
     let (downloads, script, blob) = (downloads(), Script::default(), content(1000));
-    let Found::Look(look) = downloads.look(digest(&blob), &requester(), wish()) else {
-        panic!("nobody fetches it")
+    let JoinStep::Lookup(lookup) = downloads.lookup(digest(&blob), &requester(), options()) else {
+        panic!("no transfer is running")
     };
     assert!(downloads.shared.store.blob(&digest(&blob)).unwrap().is_none());
     script.ending(0, Some(1000), &blob);
     let reader = leader(&downloads, digest(&blob)).start(script.clone());
     assert_eq!(whole(reader).await, blob);
     downloads.idle().await;
-    assert!(look.enter(&requester(), wish()).is_none(), "it looks again");
-    let joined = downloads.join(digest(&blob), requester(), wish()).await;
-    assert!(matches!(joined, Joined::Held(_)));
+    assert!(
+        lookup.enter(&requester(), options()).is_none(),
+        "the lookup is repeated"
+    );
+    let joined = downloads.join(digest(&blob), requester(), options()).await;
+    assert!(matches!(joined, Joined::Cached(_)));
     assert_eq!(script.asked(), [0]);
-    assert!(downloads.shared.running().looking.is_empty());
+    assert!(downloads.shared.running().lookups.is_empty());
 }
 
 #[tokio::test]
-async fn t06_two_that_look_at_once_are_one_transfer() {
+async fn t06_concurrent_lookups_share_one_transfer() {
     let (downloads, blob) = (downloads(), content(1000));
     let mut looks = Vec::new();
     for _ in 0..2 {
-        match downloads.look(digest(&blob), &requester(), wish()) {
-            Found::Look(look) => looks.push(look),
-            Found::Joined(_) | Found::Ending(_) => panic!("nobody fetches it"),
+        match downloads.lookup(digest(&blob), &requester(), options()) {
+            JoinStep::Lookup(lookup) => looks.push(lookup),
+            JoinStep::Joined(_) | JoinStep::Closing(_) => panic!("no transfer is running"),
         }
     }
     let joined: Vec<_> = looks
         .into_iter()
-        .map(|look| look.enter(&requester(), wish()).unwrap())
+        .map(|lookup| lookup.enter(&requester(), options()).unwrap())
         .collect();
     assert!(matches!(
         joined.as_slice(),
@@ -76,9 +79,9 @@ async fn t06_two_that_look_at_once_are_one_transfer() {
     ));
 }
 
-/// A transfer holds a thread for a step only: with two of them any number of transfers goes on.
+/// A transfer holds a thread only during a step: with two threads any number of transfers proceeds.
 #[test]
-fn t12_transfers_hold_no_thread_between_their_steps() {
+fn t12_transfers_hold_no_thread_between_write_steps() {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .max_blocking_threads(2)
@@ -107,7 +110,7 @@ fn t12_transfers_hold_no_thread_between_their_steps() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn t02_a_transfer_waits_for_its_place_without_a_limit() {
+async fn t02_queued_transfer_waits_without_a_timeout() {
     let downloads = downloads_of(1);
     let (first, second) = (content(1000), content(2000));
     let (holding, waiting) = (Script::default(), Script::default());
@@ -116,7 +119,7 @@ async fn t02_a_transfer_waits_for_its_place_without_a_limit() {
     holding.has_asked(1).await;
     waiting.ending(0, Some(2000), &second);
     let reader = leader(&downloads, digest(&second)).start(waiting.clone());
-    // Longer than the head of an answer may take.
+    // Longer than the limit for a response head.
     tokio::time::sleep(Duration::from_secs(29)).await;
     assert!(reader.is_queued() && waiting.asked().is_empty());
     send(&wire, &first);
@@ -125,7 +128,7 @@ async fn t02_a_transfer_waits_for_its_place_without_a_limit() {
 }
 
 #[tokio::test]
-async fn t08_a_transfer_whose_readers_left_the_queue_asks_nothing() {
+async fn t08_transfer_abandoned_in_the_queue_sends_no_request() {
     let downloads = downloads_of(1);
     let (first, second) = (content(1000), content(2000));
     let (holding, waiting) = (Script::default(), Script::default());
@@ -143,11 +146,11 @@ async fn t08_a_transfer_whose_readers_left_the_queue_asks_nothing() {
     drop(wire);
     assert_eq!(whole(held).await, first);
     assert!(waiting.asked().is_empty());
-    assert_eq!(downloads.given_up(), 1);
+    assert_eq!(downloads.abandoned(), 1);
 }
 
 #[tokio::test]
-async fn t08_a_small_part_that_was_read_leads_to_no_more() {
+async fn t08_small_range_does_not_fetch_the_complete_blob() {
     let (downloads, script, blob) = (downloads(), Script::default(), content(MIB));
     let wire = script.stream(0, Some(MIB));
     let leader = leader_for(&downloads, digest(&blob), part());
@@ -159,11 +162,11 @@ async fn t08_a_small_part_that_was_read_leads_to_no_more() {
     assert!(wire.is_closed(), "the transfer has ended");
     assert!(downloads.shared.store.blob(&digest(&blob)).unwrap().is_none());
     let partial = downloads.shared.store.take_partial(&digest(&blob)).unwrap();
-    assert!(partial.bytes() > 0, "what came is gone on with");
+    assert!(partial.bytes() > 0, "the partial download is kept");
 }
 
 #[tokio::test]
-async fn t08_a_part_that_others_follow_is_fetched_whole() {
+async fn t08_range_with_followers_fetches_the_complete_blob() {
     let (downloads, script, blob) = (downloads(), Script::default(), content(MIB));
     let wire = script.stream(0, Some(MIB));
     let leader = leader_for(&downloads, digest(&blob), part());
@@ -178,7 +181,7 @@ async fn t08_a_part_that_others_follow_is_fetched_whole() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn t08_connection_of_an_unwanted_part_is_closed_first() {
+async fn t08_abandoned_range_closes_its_connection_first() {
     let (downloads, script, blob) = (downloads(), Script::default(), content(MIB));
     let wire = script.stream(0, Some(MIB));
     let leader = leader_for(&downloads, digest(&blob), part());
@@ -187,56 +190,56 @@ async fn t08_connection_of_an_unwanted_part_is_closed_first() {
     assert_eq!(whole(reader).await, blob[..10]);
     wire.closed().await;
     script.ending(0, Some(MIB), &blob);
-    // On a busy machine it is given up before that request comes, which then leads.
-    let reader = match downloads.join(digest(&blob), requester(), wish()).await {
+    // On a busy machine the transfer is abandoned before that request arrives, which then leads.
+    let reader = match downloads.join(digest(&blob), requester(), options()).await {
         Joined::Leader(leader) => leader.start(script.clone()),
         Joined::Follower { reader, .. } => reader,
-        Joined::Held(_) => panic!("it has not arrived"),
+        Joined::Cached(_) => panic!("it has not arrived"),
     };
     assert_eq!(whole(reader).await, blob);
     assert_eq!(script.asked().len(), 2);
 }
 
 #[tokio::test]
-async fn t08_a_transfer_whose_reader_left_at_once_asks_nothing() {
+async fn t08_transfer_abandoned_at_once_sends_no_request() {
     let (downloads, script, blob) = (downloads(), Script::default(), content(1000));
     script.ending(0, Some(1000), &blob);
     drop(leader(&downloads, digest(&blob)).start(script.clone()));
     downloads.idle().await;
     assert!(script.asked().is_empty());
-    assert_eq!(downloads.given_up(), 1);
+    assert_eq!(downloads.abandoned(), 1);
 }
 
-/// The bad interleaving: the transfer has ended for want of waiters and is not gone yet when the next one asks.
+/// Race: the transfer was abandoned and is still in the map when the next request arrives.
 #[tokio::test]
-async fn t08_who_asks_as_a_transfer_is_given_up_leads_the_next() {
+async fn t08_request_during_abandonment_leads_the_next_transfer() {
     let (downloads, script, blob) = (downloads(), Script::default(), content(1000));
     let ending = leader(&downloads, digest(&blob));
-    let Leader { place, waiter } = ending;
+    let Leader { guard, waiter } = ending;
     drop(waiter);
-    assert!(place.download.waiters.close_unless_client());
-    let joining = downloads.join(digest(&blob), requester(), wish());
+    assert!(guard.download.waiters.close_unless_client());
+    let joining = downloads.join(digest(&blob), requester(), options());
     let mut joining = std::pin::pin!(joining);
     let early = tokio::time::timeout(Duration::from_millis(20), joining.as_mut()).await;
-    assert!(early.is_err(), "nobody follows it");
-    drop(place);
+    assert!(early.is_err(), "it has no followers");
+    drop(guard);
     let Joined::Leader(next) = joining.await else {
-        panic!("nobody leads any more")
+        panic!("no transfer is running any more")
     };
     script.ending(0, Some(1000), &blob);
     assert_eq!(whole(next.start(script)).await, blob);
 }
 
 #[tokio::test(start_paused = true)]
-async fn t13_prefetch_that_drips_gives_its_place_up() {
+async fn t13_slow_prefetch_releases_its_permit() {
     for (joins, survives) in [(false, false), (true, true)] {
         let (downloads, script, blob) = (downloads(), Script::default(), content(8 * MIB));
         let wire = script.stream(0, Some(blob.len()));
         let mut reader = leader_for(&downloads, digest(&blob), prefetch()).start(script.clone());
         let client = joins.then(|| follower(&downloads, digest(&blob)));
-        reader.opened().await.unwrap();
-        // 16 KiB a second: more than the least for a client, less than that for prefetch. The clock moves on by itself
-        // when nothing else is to be done.
+        reader.info().await.unwrap();
+        // 16 KiB/s: above the minimum for a client, below that for prefetch. The clock advances by itself when
+        // nothing else runs.
         let dripping = async {
             for chunk in blob.chunks(16 * 1024).take(90) {
                 let _taken = wire.send(Ok(Bytes::copy_from_slice(chunk)));
@@ -244,7 +247,7 @@ async fn t13_prefetch_that_drips_gives_its_place_up() {
             }
         };
         let gave_up = tokio::select! {
-            ended = reader.settled() => matches!(*ended.unwrap_err(), Failure::Abandoned),
+            ended = reader.settled() => matches!(*ended.unwrap_err(), DownloadError::Abandoned),
             () = dripping => false,
         };
         assert_eq!((gave_up, downloads.count() == 1), (!survives, survives));
@@ -253,15 +256,15 @@ async fn t13_prefetch_that_drips_gives_its_place_up() {
 }
 
 #[tokio::test]
-async fn t02_transfers_that_pass_by_have_their_places_too() {
+async fn t02_unstored_streams_need_permits_too() {
     let downloads = downloads_of(1);
-    let place = downloads.admit("docker.io", wish().demand).await.unwrap();
+    let place = downloads.admit("docker.io", options().demand).await.unwrap();
     let (script, blob) = (Script::default(), content(1000));
     script.ending(0, Some(1000), &blob);
     let reader = leader(&downloads, digest(&blob)).start(script.clone());
     until(|| reader.is_queued()).await;
     drop(place);
     assert_eq!(whole(reader).await, blob);
-    let waits = tokio::time::timeout(Duration::ZERO, downloads.admit("ghcr.io", wish().demand));
-    assert!(!matches!(waits.await, Ok(Err(NoPlace::Full(_)))));
+    let waits = tokio::time::timeout(Duration::ZERO, downloads.admit("ghcr.io", options().demand));
+    assert!(!matches!(waits.await, Ok(Err(AcquireError::Full(_)))));
 }

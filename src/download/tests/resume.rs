@@ -1,11 +1,11 @@
-//! Transfers that break, drip, or are answered with an error midway.
+//! Resumption of transfers that are interrupted, slow or failing midway.
 
 use tokio::time::Instant;
 
 use super::*;
 
 #[tokio::test(start_paused = true)]
-async fn a_break_is_resumed_from_where_it_stopped() {
+async fn interrupted_transfer_resumes_at_the_last_byte() {
     let (downloads, script, blob) = (downloads(), Script::default(), content(MIB));
     script.breaking(0, MIB, &blob[..300_000]);
     script.breaking(300_000, MIB, &blob[300_000..700_000]);
@@ -16,7 +16,7 @@ async fn a_break_is_resumed_from_where_it_stopped() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_stream_that_starts_earlier_is_skipped_into() {
+async fn stream_that_starts_earlier_is_skipped_forward() {
     let (downloads, script, blob) = (downloads(), Script::default(), content(MIB));
     script.breaking(0, MIB, &blob[..333_333]);
     script.breaking(0, MIB, &blob[..555_555]);
@@ -27,7 +27,7 @@ async fn a_stream_that_starts_earlier_is_skipped_into() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_stream_that_starts_too_late_is_not_used() {
+async fn stream_that_starts_too_late_is_not_used() {
     let (downloads, script, blob) = (downloads(), Script::default(), content(1000));
     script.breaking(0, 1000, &blob[..400]);
     script.ending(500, Some(1000), &blob[500..]);
@@ -38,7 +38,7 @@ async fn a_stream_that_starts_too_late_is_not_used() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn resumes_in_a_row_without_a_byte_end_it() {
+async fn consecutive_resumes_without_a_byte_fail() {
     for (answer, cause) in [
         (None, UpstreamFailure::ConnectionRefused),
         (Some(()), UpstreamFailure::ConnectionReset),
@@ -53,7 +53,7 @@ async fn resumes_in_a_row_without_a_byte_end_it() {
         }
         let reader = leader(&downloads, digest(&blob)).start(script.clone());
         match &*stepped(failure(reader)).await {
-            Failure::Broken(found) => assert_eq!(*found, cause),
+            DownloadError::Interrupted(found) => assert_eq!(*found, cause),
             other => panic!("{other}"),
         }
         assert_eq!(script.asked(), [0, 400, 400, 400, 400, 400, 400, 400]);
@@ -63,7 +63,7 @@ async fn resumes_in_a_row_without_a_byte_end_it() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_byte_makes_a_resume_fruitful() {
+async fn one_byte_resets_the_failure_count() {
     let (downloads, script, blob) = (downloads(), Script::default(), content(50));
     for at in 0..49 {
         script.breaking(at, 50, &blob[at..=at]);
@@ -75,7 +75,7 @@ async fn a_byte_makes_a_resume_fruitful() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_clean_end_before_the_stated_total_is_no_end() {
+async fn clean_end_before_the_stated_size_is_resumed() {
     let (downloads, script, blob) = (downloads(), Script::default(), content(1000));
     script.ending(0, Some(1000), &blob[..600]);
     script.ending(600, Some(1000), &blob[600..]);
@@ -85,7 +85,7 @@ async fn a_clean_end_before_the_stated_total_is_no_end() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_stream_that_drips_is_left_for_another() {
+async fn stream_below_minimum_throughput_is_replaced() {
     let (downloads, script, blob) = (downloads(), Script::default(), content(MIB));
     let dripping = script.stream(0, Some(MIB));
     send(&dripping, &blob[..400]);
@@ -96,12 +96,12 @@ async fn a_stream_that_drips_is_left_for_another() {
     assert_eq!(script.asked(), [0, 400]);
     assert!(
         began.elapsed().as_secs() >= 30,
-        "what is slow for less than half a minute is not too slow"
+        "less than half a minute of low throughput is tolerated"
     );
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_stream_that_is_slow_but_not_too_slow_is_kept() {
+async fn stream_above_minimum_throughput_is_kept() {
     let (downloads, script, blob) = (downloads(), Script::default(), content(200_000));
     let slow = script.stream(0, Some(200_000));
     let reader = leader(&downloads, digest(&blob)).start(script.clone());
@@ -118,7 +118,7 @@ async fn a_stream_that_is_slow_but_not_too_slow_is_kept() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn dripping_for_ever_is_no_progress() {
+async fn endless_low_throughput_fails() {
     let (downloads, script, blob) = (downloads(), Script::default(), content(1000));
     let wires: Vec<Wire> = (0..20)
         .map(|at| {
@@ -130,7 +130,7 @@ async fn dripping_for_ever_is_no_progress() {
     let reader = leader(&downloads, digest(&blob)).start(script.clone());
     let failed = stepped(failure(reader)).await;
     assert!(
-        matches!(*failed, Failure::Broken(UpstreamFailure::Timeout)),
+        matches!(*failed, DownloadError::Interrupted(UpstreamFailure::Timeout)),
         "{failed}"
     );
     assert_eq!(script.asked().len(), 8);
@@ -138,7 +138,7 @@ async fn dripping_for_ever_is_no_progress() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn errors_midway_are_waited_out_as_long_as_they_ask_for() {
+async fn retry_after_midway_is_waited_out() {
     let (downloads, script, blob) = (downloads(), Script::default(), content(1000));
     script.breaking(0, 1000, &blob[..400]);
     script.silence(UpstreamFailure::Status(503));
@@ -155,7 +155,7 @@ async fn errors_midway_are_waited_out_as_long_as_they_ask_for() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn whoever_asks_us_to_wait_for_hours_is_not_waited_for() {
+async fn retry_after_of_hours_is_not_waited_out() {
     let (downloads, script, blob) = (downloads(), Script::default(), content(1000));
     script.breaking(0, 1000, &blob[..400]);
     script.answer(UpstreamResponse {
@@ -165,14 +165,14 @@ async fn whoever_asks_us_to_wait_for_hours_is_not_waited_for() {
     let reader = leader(&downloads, digest(&blob)).start(script.clone());
     let failed = stepped(failure(reader)).await;
     assert!(
-        matches!(*failed, Failure::Broken(UpstreamFailure::RateLimited)),
+        matches!(*failed, DownloadError::Interrupted(UpstreamFailure::RateLimited)),
         "{failed}"
     );
     assert_eq!(script.asked(), [0, 400]);
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_no_midway_is_believed_sooner_than_a_silence() {
+async fn denial_midway_fails_sooner_than_unavailability() {
     let (downloads, script, blob) = (downloads(), Script::default(), content(1000));
     script.breaking(0, 1000, &blob[..400]);
     for _ in 0..20 {
@@ -187,7 +187,7 @@ async fn a_no_midway_is_believed_sooner_than_a_silence() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_answer_of_another_size_is_not_used() {
+async fn response_of_another_size_is_not_used() {
     let (downloads, script, blob) = (downloads(), Script::default(), content(1000));
     script.breaking(0, 1000, &blob[..400]);
     script.ending(400, Some(900), &blob[400..900]);
@@ -198,7 +198,7 @@ async fn an_answer_of_another_size_is_not_used() {
 }
 
 #[tokio::test]
-async fn a_break_behind_the_last_byte_is_none() {
+async fn interruption_after_the_last_byte_is_ignored() {
     let (downloads, script, blob) = (downloads(), Script::default(), content(1000));
     script.breaking(0, 1000, &blob);
     let reader = leader(&downloads, digest(&blob)).start(script.clone());
@@ -207,21 +207,21 @@ async fn a_break_behind_the_last_byte_is_none() {
 }
 
 #[tokio::test]
-async fn an_endless_stream_is_left_at_the_first_byte_too_many() {
+async fn endless_stream_is_dropped_at_the_first_extra_byte() {
     let (downloads, script, blob) = (downloads(), Script::default(), content(2000));
     let endless = script.stream(0, Some(1000));
     send(&endless, &blob);
     let reader = leader(&downloads, digest(&blob)).start(script);
     let failed = failure(reader).await;
     assert!(
-        matches!(*failed, Failure::Wrong(Mismatch::Size { .. })),
+        matches!(*failed, DownloadError::DigestMismatch(Mismatch::Size { .. })),
         "{failed}"
     );
     drop(endless);
 }
 
 #[tokio::test(start_paused = true)]
-async fn wrong_bytes_of_two_answers_are_fetched_once_more_and_only_who_had_some_is_broken() {
+async fn mismatch_after_resume_fails_only_readers_with_wrong_bytes() {
     let (downloads, script, blob) = (downloads(), Script::default(), content(MIB));
     let mut wrong = blob.clone();
     wrong[7] ^= 1;
@@ -239,7 +239,7 @@ async fn wrong_bytes_of_two_answers_are_fetched_once_more_and_only_who_had_some_
     let (_, end) = stepped(drain(first)).await;
     assert!(matches!(
         *end.unwrap_err(),
-        Failure::Broken(UpstreamFailure::DigestMismatch)
+        DownloadError::Interrupted(UpstreamFailure::DigestMismatch)
     ));
     downloads.idle().await;
     assert_eq!(held(&downloads, digest(&blob)).unwrap(), blob);
@@ -247,7 +247,7 @@ async fn wrong_bytes_of_two_answers_are_fetched_once_more_and_only_who_had_some_
 }
 
 #[tokio::test(start_paused = true)]
-async fn wrong_bytes_are_fetched_once_more_and_not_for_ever() {
+async fn digest_mismatch_restarts_once_only() {
     let (downloads, script, blob) = (downloads(), Script::default(), content(1000));
     let mut wrong = blob.clone();
     wrong[7] ^= 1;
@@ -256,12 +256,15 @@ async fn wrong_bytes_are_fetched_once_more_and_not_for_ever() {
     script.ending(0, Some(1000), &wrong);
     let reader = leader(&downloads, digest(&blob)).start(script.clone());
     let failed = stepped(failure(reader)).await;
-    assert!(matches!(*failed, Failure::Wrong(Mismatch::Digest(_))), "{failed}");
+    assert!(
+        matches!(*failed, DownloadError::DigestMismatch(Mismatch::Digest(_))),
+        "{failed}"
+    );
     assert_eq!(script.asked(), [0, 300, 0]);
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_source_that_gives_a_few_bytes_at_a_time_is_left_in_the_end() {
+async fn source_with_few_bytes_per_resume_fails_eventually() {
     let (downloads, script, blob) = (downloads(), Script::default(), content(MIB));
     for from in (0..2000).step_by(10) {
         script.breaking(from, MIB, &blob[from..from + 10]);
@@ -269,7 +272,7 @@ async fn a_source_that_gives_a_few_bytes_at_a_time_is_left_in_the_end() {
     let reader = leader(&downloads, digest(&blob)).start(script.clone());
     assert!(matches!(
         &*stepped(failure(reader)).await,
-        Failure::Broken(UpstreamFailure::ConnectionReset)
+        DownloadError::Interrupted(UpstreamFailure::ConnectionReset)
     ));
     assert_eq!(script.asked().len(), 65);
 }

@@ -1,9 +1,10 @@
-//! One transfer, many readers: before, during, after; verified before its end leaves; gone when it failed.
+//! Sharing of one transfer by early, late and later readers, verification before the end is released, and
+//! failures.
 
 use super::*;
 
 #[tokio::test]
-async fn one_transfer_serves_those_before_during_and_after() {
+async fn one_transfer_serves_early_late_and_later_readers() {
     let (downloads, script, blob) = (downloads(), Script::default(), content(MIB));
     let wire = script.stream(0, Some(MIB));
     let leader = leader(&downloads, digest(&blob));
@@ -19,14 +20,14 @@ async fn one_transfer_serves_those_before_during_and_after() {
     assert_eq!(whole(before).await, blob);
     assert_eq!(whole(during).await, blob);
     downloads.idle().await;
-    assert!(matches!(join(&downloads, digest(&blob)), Joined::Held(held) if held.size == MIB as u64));
+    assert!(matches!(join(&downloads, digest(&blob)), Joined::Cached(held) if held.size == MIB as u64));
     assert_eq!((script.asked(), downloads.count()), (vec![0], 0));
 }
 
 #[tokio::test]
-async fn a_miss_overtaken_by_a_whole_download_finds_it_held() {
+async fn miss_after_a_finished_download_finds_it_cached() {
     let (downloads, blob) = (downloads(), content(1000));
-    assert_eq!(held(&downloads, digest(&blob)), None, "the first look");
+    assert_eq!(held(&downloads, digest(&blob)), None, "the first lookup");
     let ingest = downloads.shared.store.begin(&digest(&blob), None).unwrap();
     ingest.file().write_at(&blob, 0).unwrap();
     let mut hasher = Hasher::new(Algorithm::Sha256);
@@ -34,50 +35,52 @@ async fn a_miss_overtaken_by_a_whole_download_finds_it_held() {
     ingest
         .commit(Verified::check(hasher, &digest(&blob), 1000, None).unwrap())
         .unwrap();
-    assert!(matches!(join(&downloads, digest(&blob)), Joined::Held(_)));
+    assert!(matches!(join(&downloads, digest(&blob)), Joined::Cached(_)));
     assert_eq!(downloads.count(), 0);
 }
 
 #[tokio::test]
-async fn a_leader_that_goes_away_fails_its_followers_and_the_next_one_leads() {
+async fn dropped_leader_fails_followers_and_the_next_leads() {
     let (downloads, script, blob) = (downloads(), Script::default(), content(1000));
     let leaving = leader(&downloads, digest(&blob));
     let waiting = follower(&downloads, digest(&blob));
     drop(leaving);
-    assert!(matches!(*failure(waiting).await, Failure::Abandoned));
+    assert!(matches!(*failure(waiting).await, DownloadError::Abandoned));
     script.ending(0, Some(1000), &blob);
     let reader = leader(&downloads, digest(&blob)).start(script);
     assert_eq!(whole(reader).await, blob);
 }
 
 #[tokio::test]
-async fn a_failed_transfer_is_gone_before_its_readers_hear_of_it() {
+async fn failed_download_leaves_the_map_before_readers_know() {
     let (downloads, script, blob) = (downloads(), Script::default(), content(1000));
     script.silence(UpstreamFailure::ConnectionRefused);
     let leader = leader(&downloads, digest(&blob));
     let mut waiting = follower(&downloads, digest(&blob));
     let _first = leader.start(script);
-    // Looked at inside the notice itself: nothing runs between it and the look.
+    // Checked inside the notification itself: nothing runs between the two.
     let count = downloads.clone();
     let seen = waiting
         .progress
         .wait_for(|progress| matches!(progress, Progress::Failed(_)) && count.count() == 0)
         .await;
-    assert!(matches!(&*seen.unwrap(), Progress::Failed(failure) if matches!(**failure, Failure::Refused(_))));
+    assert!(
+        matches!(&*seen.unwrap(), Progress::Failed(failure) if matches!(**failure, DownloadError::NotStarted(_)))
+    );
     assert!(matches!(join(&downloads, digest(&blob)), Joined::Leader(_)));
 }
 
 #[tokio::test]
-async fn leaving_comes_before_telling() {
+async fn map_entry_is_removed_before_readers_are_notified() {
     let (downloads, blob) = (downloads(), content(1000));
     let leader = leader(&downloads, digest(&blob));
     let reader = follower(&downloads, digest(&blob));
-    // While the map is locked nobody can leave it, so nobody may be told.
+    // While the map is locked the entry cannot be removed, so no reader may be notified.
     let running = downloads.shared.running();
     let leaving = std::thread::spawn(move || {
         leader
-            .place
-            .fail(Failure::Broken(UpstreamFailure::ConnectionReset));
+            .guard
+            .fail(DownloadError::Interrupted(UpstreamFailure::ConnectionReset));
     });
     for _ in 0..1000 {
         std::thread::yield_now();
@@ -90,12 +93,12 @@ async fn leaving_comes_before_telling() {
 }
 
 #[tokio::test]
-async fn a_refusal_is_told_with_the_upstreams_answer() {
+async fn denial_carries_the_upstream_response() {
     let (downloads, script) = (downloads(), Script::default());
     script.silence(UpstreamFailure::RateLimited);
     let reader = leader(&downloads, digest(b"x")).start(script.clone());
     match &*failure(reader).await {
-        Failure::Refused(answer) => assert_eq!(
+        DownloadError::NotStarted(answer) => assert_eq!(
             answer.kind,
             ResponseKind::Unavailable(UpstreamFailure::RateLimited)
         ),
@@ -104,12 +107,12 @@ async fn a_refusal_is_told_with_the_upstreams_answer() {
     assert_eq!(
         script.asked(),
         [0],
-        "a refusal before the first byte is not asked again"
+        "a denial before the first byte is not retried"
     );
 }
 
 #[tokio::test]
-async fn the_last_bytes_are_withheld_until_the_digest_is_right() {
+async fn last_bytes_are_withheld_until_digest_verification() {
     for total in [Some(MIB), None] {
         let (downloads, script, blob) = (downloads(), Script::default(), content(MIB));
         let wire = script.stream(0, total);
@@ -120,7 +123,7 @@ async fn the_last_bytes_are_withheld_until_the_digest_is_right() {
         assert_eq!(
             beginning.len(),
             open,
-            "all but the last of a whole, unverified blob"
+            "all but the withheld end of a complete, unverified blob"
         );
         assert!(
             matches!(&*reader.progress.borrow(), Progress::Filling(_, readable) if *readable == open as u64)
@@ -131,7 +134,7 @@ async fn the_last_bytes_are_withheld_until_the_digest_is_right() {
 }
 
 #[tokio::test]
-async fn wrong_bytes_reach_nobody_whole_and_are_not_kept() {
+async fn corrupt_blob_is_neither_completed_nor_stored() {
     for length in [1000, MIB] {
         for total in [Some(length), None] {
             let (downloads, script, mut wrong) = (downloads(), Script::default(), content(length));
@@ -144,7 +147,10 @@ async fn wrong_bytes_reach_nobody_whole_and_are_not_kept() {
             for reader in [first, joined] {
                 let (bytes, end) = drain(reader).await;
                 assert!(bytes.len() <= length.saturating_sub(usize::try_from(WITHHELD_BYTES).unwrap()));
-                assert!(matches!(*end.unwrap_err(), Failure::Wrong(Mismatch::Digest(_))));
+                assert!(matches!(
+                    *end.unwrap_err(),
+                    DownloadError::DigestMismatch(Mismatch::Digest(_))
+                ));
             }
             downloads.idle().await;
             assert_eq!((held(&downloads, wanted), script.asked()), (None, vec![0]));
@@ -153,18 +159,18 @@ async fn wrong_bytes_reach_nobody_whole_and_are_not_kept() {
 }
 
 #[tokio::test]
-async fn more_bytes_than_announced_are_wrong() {
+async fn more_bytes_than_announced_fail() {
     let (downloads, script, blob) = (downloads(), Script::default(), content(2000));
     script.ending(0, Some(1000), &blob);
     let reader = leader(&downloads, digest(&blob)).start(script);
     assert!(matches!(
         *failure(reader).await,
-        Failure::Wrong(Mismatch::Size { .. })
+        DownloadError::DigestMismatch(Mismatch::Size { .. })
     ));
 }
 
 #[tokio::test]
-async fn a_reader_within_a_range_does_not_wait_for_the_rest() {
+async fn range_reader_does_not_wait_for_the_remainder() {
     let (downloads, script, blob) = (downloads(), Script::default(), content(MIB));
     let wire = script.stream(0, Some(MIB));
     let leader = leader(&downloads, digest(&blob));
@@ -174,12 +180,12 @@ async fn a_reader_within_a_range_does_not_wait_for_the_rest() {
     send(&wire, &blob[..400_000]);
     assert_eq!(whole(part).await, blob[100_000..300_000]);
     assert_eq!(whole(nothing).await, b"");
-    assert_eq!(downloads.count(), 1, "the rest has not even arrived");
+    assert_eq!(downloads.count(), 1, "the remainder has not arrived");
     drop(wire);
 }
 
 #[tokio::test]
-async fn it_is_kept_though_all_its_readers_left() {
+async fn download_without_readers_is_still_stored() {
     let (downloads, script, blob) = (downloads(), Script::default(), content(MIB));
     let wire = script.stream(0, Some(MIB));
     let mut first = leader(&downloads, digest(&blob)).start(script);
@@ -194,7 +200,7 @@ async fn it_is_kept_though_all_its_readers_left() {
 }
 
 #[tokio::test]
-async fn a_blob_of_no_bytes_is_a_blob() {
+async fn empty_blob_is_downloaded() {
     for total in [Some(0), None] {
         let (downloads, script) = (downloads(), Script::default());
         script.ending(0, total, b"");

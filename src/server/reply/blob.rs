@@ -109,7 +109,7 @@ impl Answered<'_> {
             BlobBody::Download(reader) => {
                 let reader = reader.within(start, end_exclusive);
                 let reader = if self.asked.is_open_ended() {
-                    reader.patient()
+                    reader.waiting_for_fill()
                 } else {
                     reader
                 };

@@ -448,7 +448,7 @@ async fn t02_a_request_waits_for_its_place_without_a_limit() {
     let an_hour = Duration::from_secs(3600);
     assert!(tokio::time::timeout(an_hour, &mut waiting).await.is_err());
     let revalidating = Caller {
-        class: Class::Held,
+        class: Class::Revalidation,
         ..caller.clone()
     };
     let answer = upstream.head(&revalidating, &tag(), &accept).await;

@@ -1,4 +1,4 @@
-//! What an interrupted transfer leaves, and who goes on with it.
+//! Partial downloads and their resumption.
 
 use std::path::{Path, PathBuf};
 
@@ -6,7 +6,7 @@ use super::*;
 
 const WHOLE: usize = 5 * MIB / 2;
 
-/// A transfer that ends for good after `length` bytes.
+/// A transfer that fails finally after `length` bytes.
 async fn interrupted(downloads: &Downloads, blob: &[u8], length: usize) {
     interrupted_by(downloads, digest(blob), &blob[..length], blob.len()).await;
 }
@@ -22,7 +22,7 @@ async fn interrupted_by(downloads: &Downloads, digest: Digest, bytes: &[u8], tot
     }
     let reader = leader(downloads, digest).start(script);
     let failed = stepped(failure(reader)).await;
-    assert!(matches!(*failed, Failure::Broken(_)), "{failed}");
+    assert!(matches!(*failed, DownloadError::Interrupted(_)), "{failed}");
 }
 
 fn left(disk: &MemoryFs) -> Vec<PathBuf> {
@@ -31,7 +31,7 @@ fn left(disk: &MemoryFs) -> Vec<PathBuf> {
     folders.map(|entry| ingest.join(entry.name)).collect()
 }
 
-/// Turns the byte at `offset` of what is left.
+/// Flips the byte at `offset` of the partial download.
 fn damage(disk: &MemoryFs, offset: u64) {
     let file = disk.open(&left(disk)[0].join("data")).unwrap();
     let mut byte = [0];
@@ -40,7 +40,7 @@ fn damage(disk: &MemoryFs, offset: u64) {
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_next_asker_goes_on_in_this_process_and_in_the_next() {
+async fn partial_is_resumed_in_this_and_the_next_process() {
     for restarted in [false, true] {
         let (disk, blob) = (Arc::new(MemoryFs::new()), content(WHOLE));
         let mut downloads = downloads_on(&disk);
@@ -60,14 +60,14 @@ async fn the_next_asker_goes_on_in_this_process_and_in_the_next() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn after_a_kill_it_goes_on_from_the_last_mark() {
+async fn after_a_kill_it_resumes_from_the_last_checksum() {
     let (disk, blob) = (Arc::new(MemoryFs::new()), content(WHOLE));
     let (killed, script) = (downloads_on(&disk), Script::default());
     let wire = script.stream(0, Some(WHOLE));
     let mut reader = leader(&killed, digest(&blob)).start(script);
     send(&wire, &blob[..2 * MIB + 100_000]);
     take(&mut reader, 2 * MIB + 100_000).await;
-    // Nothing more is written by that process: the next one finds the folder as it is now.
+    // The old process writes nothing more: the next one finds the folder as it is now.
     let (downloads, script) = (downloads_on(&disk), Script::default());
     let rest = script.stream(2 * MIB, Some(WHOLE));
     let mut reader = leader(&downloads, digest(&blob)).start(script.clone());
@@ -77,7 +77,7 @@ async fn after_a_kill_it_goes_on_from_the_last_mark() {
     assert_eq!(
         take(&mut reader, mark).await,
         blob[..mark],
-        "while nothing came from upstream"
+        "before any byte from the upstream"
     );
     send(&rest, &blob[2 * MIB..]);
     drop(rest);
@@ -85,7 +85,7 @@ async fn after_a_kill_it_goes_on_from_the_last_mark() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn who_is_refused_gets_nothing_of_it_and_the_next_one_does() {
+async fn denied_client_gets_no_partial_bytes_and_the_next_does() {
     let (disk, blob) = (Arc::new(MemoryFs::new()), content(WHOLE));
     let downloads = downloads_on(&disk);
     interrupted(&downloads, &blob, 2 * MIB).await;
@@ -97,7 +97,9 @@ async fn who_is_refused_gets_nothing_of_it_and_the_next_one_does() {
     let reader = leader(&downloads, digest(&blob)).start(script);
     let (bytes, end) = drain(reader).await;
     assert_eq!(bytes, b"");
-    assert!(matches!(&*end.unwrap_err(), Failure::Refused(answer) if answer.kind == ResponseKind::Denied));
+    assert!(
+        matches!(&*end.unwrap_err(), DownloadError::NotStarted(answer) if answer.kind == ResponseKind::Denied)
+    );
     let script = Script::default();
     script.ending(2 * MIB, Some(WHOLE), &blob[2 * MIB..]);
     let reader = leader(&downloads, digest(&blob)).start(script.clone());
@@ -106,7 +108,7 @@ async fn who_is_refused_gets_nothing_of_it_and_the_next_one_does() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_the_disk_changed_is_fetched_again_and_reaches_nobody() {
+async fn partial_corrupted_on_disk_is_refetched_and_not_served() {
     for damaged in [0, MIB - 1, MIB + 10_000] {
         let (disk, blob) = (Arc::new(MemoryFs::new()), content(WHOLE));
         interrupted(&downloads_on(&disk), &blob, 2 * MIB).await;
@@ -124,7 +126,7 @@ async fn what_the_disk_changed_is_fetched_again_and_reaches_nobody() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_upstream_without_ranges_is_read_past_what_is_there() {
+async fn upstream_without_ranges_is_read_past_the_partial() {
     let (disk, blob) = (Arc::new(MemoryFs::new()), content(WHOLE));
     let downloads = downloads_on(&disk);
     interrupted(&downloads, &blob, 2 * MIB).await;
@@ -136,7 +138,7 @@ async fn an_upstream_without_ranges_is_read_past_what_is_there() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_upstream_that_dislikes_ranges_is_asked_for_everything() {
+async fn upstream_that_rejects_ranges_gets_a_full_request() {
     let (disk, blob) = (Arc::new(MemoryFs::new()), content(WHOLE));
     let downloads = downloads_on(&disk);
     interrupted(&downloads, &blob, 2 * MIB).await;
@@ -149,7 +151,7 @@ async fn an_upstream_that_dislikes_ranges_is_asked_for_everything() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_was_announced_with_another_size_is_of_no_use() {
+async fn partial_of_another_size_is_discarded() {
     let (disk, blob) = (Arc::new(MemoryFs::new()), content(WHOLE));
     let downloads = downloads_on(&disk);
     interrupted_by(&downloads, digest(&blob), &blob[..2 * MIB], WHOLE + 1).await;
@@ -162,7 +164,7 @@ async fn what_was_announced_with_another_size_is_of_no_use() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_was_received_wrong_is_fetched_once_from_the_start() {
+async fn digest_mismatch_after_resume_restarts_once() {
     let (disk, blob) = (Arc::new(MemoryFs::new()), content(WHOLE));
     let downloads = downloads_on(&disk);
     let mut wrong = blob.clone();
@@ -186,7 +188,7 @@ async fn what_was_received_wrong_is_fetched_once_from_the_start() {
 }
 
 #[tokio::test]
-async fn wrong_bytes_leave_nothing() {
+async fn digest_mismatch_leaves_no_partial() {
     let (disk, mut blob) = (Arc::new(MemoryFs::new()), content(WHOLE));
     let (downloads, script, wanted) = (downloads_on(&disk), Script::default(), digest(&blob));
     blob[7] ^= 1;

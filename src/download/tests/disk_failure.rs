@@ -1,4 +1,4 @@
-//! A disk that takes no more in the middle.
+//! Disk failures in the middle of a download.
 
 use std::io;
 use std::path::Path;
@@ -7,7 +7,8 @@ use super::ahead::Parts;
 use super::*;
 use crate::store::fs::{Entry, FsFile};
 
-/// Takes so many bytes of each file and no more; has room for another only where nothing was left.
+/// A file system that accepts this many bytes per file. It reserves space for another file only if a partial
+/// download exists.
 struct Small {
     disk: Arc<MemoryFs>,
     bytes_max: u64,
@@ -100,7 +101,7 @@ fn downloads_on_a_small_disk(bytes_max: usize) -> Downloads {
 }
 
 #[tokio::test]
-async fn a_full_disk_gives_up_what_was_left_first() {
+async fn full_disk_evicts_partial_downloads_first() {
     let (downloads, left, blob) = (downloads_on_a_small_disk(MIB), content(1000), content(MIB / 2));
     let store = &downloads.shared.store;
     let ingest = store.begin(&digest(&left), None).unwrap();
@@ -117,25 +118,25 @@ async fn a_full_disk_gives_up_what_was_left_first() {
     assert!(store.take_partial(&digest(&left)).is_none());
 }
 
-/// A transfer whose disk takes `room` bytes, its leader, and a follower that has read nothing yet.
-fn stranded(blob: &[u8], room: usize, parts: &Parts) -> (Downloads, Reader, Reader) {
+/// A download on a disk that accepts `room` bytes: its leader, and a follower that has read nothing yet.
+fn disk_failed(blob: &[u8], room: usize, parts: &Parts) -> (Downloads, Reader, Reader) {
     let (downloads, script) = (downloads_on_a_small_disk(room), Script::default());
     script.ending(0, Some(blob.len()), blob);
     let leader = leader(&downloads, digest(blob));
-    let waiting = follower(&downloads, digest(blob)).with_ahead(parts.clone());
-    let first = leader.start(script).with_ahead(parts.clone());
+    let waiting = follower(&downloads, digest(blob)).with_range_source(parts.clone());
+    let first = leader.start(script).with_range_source(parts.clone());
     (downloads, first, waiting)
 }
 
 #[tokio::test]
-async fn its_readers_get_the_rest_from_upstream_and_verified() {
-    // Somewhere in the middle; within what is withheld; after the first bytes.
+async fn disk_failure_readers_get_a_verified_remainder() {
+    // In the middle, within the withheld end, and after the first bytes.
     for room in [600_000, 1_030_000, 10_000] {
         let (blob, parts) = (content(MIB), Parts::default());
         for _ in 0..2 {
             send(&parts.part(), &blob[room..]);
         }
-        let (downloads, first, waiting) = stranded(&blob, room, &parts);
+        let (downloads, first, waiting) = disk_failed(&blob, room, &parts);
         assert_eq!(whole(first).await, blob, "{room}");
         assert_eq!(whole(waiting).await, blob, "{room}");
         assert_eq!(parts.asked(), [(room as u64, MIB as u64); 2]);
@@ -144,41 +145,44 @@ async fn its_readers_get_the_rest_from_upstream_and_verified() {
 }
 
 #[tokio::test]
-async fn a_wrong_rest_reaches_nobody_whole() {
+async fn corrupt_remainder_never_completes_a_blob() {
     let (blob, parts) = (content(MIB), Parts::default());
     let mut wrong = blob.clone();
     wrong[MIB - 1] ^= 1;
     send(&parts.part(), &wrong[600_000..]);
-    let (_downloads, first, _) = stranded(&blob, 600_000, &parts);
+    let (_downloads, first, _) = disk_failed(&blob, 600_000, &parts);
     let (bytes, end) = drain(first).await;
     assert!(matches!(
         *end.unwrap_err(),
-        Failure::Broken(UpstreamFailure::DigestMismatch)
+        DownloadError::Interrupted(UpstreamFailure::DigestMismatch)
     ));
     assert!(bytes.len() <= MIB - usize::try_from(WITHHELD_BYTES).unwrap());
 }
 
 #[tokio::test]
-async fn a_short_rest_and_a_refused_one_break_the_reader() {
+async fn short_or_denied_remainder_fails_the_reader() {
     for answered in [true, false] {
         let (blob, parts) = (content(MIB), Parts::default());
         if answered {
             send(&parts.part(), &blob[600_000..700_000]);
         }
-        let (_downloads, first, _) = stranded(&blob, 600_000, &parts);
+        let (_downloads, first, _) = disk_failed(&blob, 600_000, &parts);
         let failed = failure(first).await;
         assert!(
-            matches!(*failed, Failure::Broken(_) | Failure::Stranded(_)),
+            matches!(
+                *failed,
+                DownloadError::Interrupted(_) | DownloadError::DiskFailed(_)
+            ),
             "{failed}"
         );
     }
 }
 
 #[tokio::test]
-async fn a_part_is_read_as_far_as_it_is_there_and_asked_for_beyond() {
+async fn range_is_read_from_the_file_then_from_upstream() {
     let (blob, parts) = (content(MIB), Parts::default());
     send(&parts.part(), &blob[600_000..700_000]);
-    let (downloads, first, waiting) = stranded(&blob, 600_000, &parts);
+    let (downloads, first, waiting) = disk_failed(&blob, 600_000, &parts);
     assert_eq!(
         whole(waiting.within(500_000, 700_000)).await,
         blob[500_000..700_000]
@@ -189,7 +193,7 @@ async fn a_part_is_read_as_far_as_it_is_there_and_asked_for_beyond() {
 }
 
 #[tokio::test]
-async fn a_blob_of_unknown_size_that_finds_no_room_is_read_to_its_end_and_not_kept() {
+async fn blob_of_unknown_size_without_space_streams_unstored() {
     let limits = crate::store::Limits {
         bytes_max: 1_000_000,
         free_bytes_min: 0,
@@ -214,29 +218,29 @@ async fn a_blob_of_unknown_size_that_finds_no_room_is_read_to_its_end_and_not_ke
     let reader = leader(&downloads, digest(&bytes)).start(script.clone());
     let parts = Parts::default();
     send(&parts.part(), &bytes[1_000_000..]);
-    let reader = reader.with_ahead(parts);
+    let reader = reader.with_range_source(parts);
     assert_eq!(whole(reader).await, bytes);
     assert_eq!(held(&downloads, digest(&bytes)), None);
     assert!(disk.list(Path::new("ingest")).unwrap().is_empty());
 }
 
-/// Readers whose answer began while the transfer was queued: they cannot join again.
+/// Readers whose response began while the transfer was queued, so they cannot join again.
 #[tokio::test]
-async fn t08_leaders_refusal_does_not_break_who_follows() {
+async fn t08_denied_leader_does_not_fail_followers() {
     let (downloads, script, blob) = (downloads(), Script::default(), content(MIB));
     script.silence(UpstreamFailure::ConnectionRefused);
     let parts = Parts::default();
     send(&parts.part(), &blob);
     let leader = leader(&downloads, digest(&blob));
-    let waiting = follower(&downloads, digest(&blob)).with_ahead(parts.clone());
-    let first = leader.start(script).with_ahead(parts.clone());
-    assert!(matches!(*failure(first).await, Failure::Refused(_)));
+    let waiting = follower(&downloads, digest(&blob)).with_range_source(parts.clone());
+    let first = leader.start(script).with_range_source(parts.clone());
+    assert!(matches!(*failure(first).await, DownloadError::NotStarted(_)));
     assert_eq!(whole(waiting).await, blob);
     assert_eq!(parts.asked(), [(0, u64::MAX)]);
 }
 
 #[tokio::test]
-async fn t08_disk_without_room_does_not_break_who_began_queued() {
+async fn t08_full_disk_does_not_fail_queued_readers() {
     let limits = crate::store::Limits {
         bytes_max: 1_000_000,
         free_bytes_min: 0,
@@ -247,7 +251,7 @@ async fn t08_disk_without_room_does_not_break_who_began_queued() {
     };
     let disk = Arc::new(MemoryFs::new()) as Arc<dyn FileSystem>;
     let store = Store::open(&settings, disk, SystemTime::UNIX_EPOCH).unwrap();
-    // Before everything is counted there is room.
+    // Before the usage is counted, reservations succeed.
     while !store.usage().is_complete {
         std::thread::yield_now();
     }
@@ -256,9 +260,9 @@ async fn t08_disk_without_room_does_not_break_who_began_queued() {
     script.ending(0, Some(blob.len()), &blob);
     send(&parts.part(), &blob);
     let reader = leader(&downloads, digest(&blob)).start(script);
-    let mut reader = reader.with_ahead(parts.clone());
-    let failed = reader.opened().await.err().unwrap();
-    assert!(matches!(*failed, Failure::Unstorable(_)), "{failed}");
+    let mut reader = reader.with_range_source(parts.clone());
+    let failed = reader.info().await.err().unwrap();
+    assert!(matches!(*failed, DownloadError::Unstorable(_)), "{failed}");
     assert_eq!(whole(reader).await, blob);
     assert_eq!(parts.asked(), [(0, u64::MAX)]);
 }

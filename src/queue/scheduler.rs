@@ -1,27 +1,28 @@
-//! The scheduler: who gets the next place. Pure; it is told nothing of time.
+//! Scheduling order of the admission queue. Pure, without a clock.
 //!
-//! A *ticket* waits for one place in a *group* (an upstream), by one *entry* for each request that waits for the same
-//! work. The first of its entries whose turn comes takes the place, and the others leave. The order:
+//! A *ticket* waits for one permit in a *group* (an upstream). It has one *entry* for each request that waits
+//! for the same work. The first entry whose turn comes takes the permit, and the others leave. The order:
 //!
-//! 1. The highest [`Class`] that may have a place. A class that may, and is passed over [`PASSED_OVER_MAX`] times, is next.
-//! 2. Within a class round robin over clients, then over a client's groups, then over its flows in a group; within a flow
-//!    first come, first served.
+//! 1. The highest [`Class`] that may have a permit. A class that was passed over [`PASSED_OVER_MAX`] times is
+//!    next.
+//! 2. Within a class round robin over clients, then over a client's groups, then over its flows in a group.
+//!    Within a flow first come, first served.
 //!
-//! Of the places, and of each group's, a share is kept for the higher classes (see [`share`]), so that what is large or
-//! made up never holds all of them.
+//! A share of all permits, and of each group's, is reserved for the higher classes (see [`share`]), so that
+//! large blobs or invented digests never hold all of them.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
-use super::ring::Ring;
+use super::round_robin::RoundRobin;
 use super::{Class, Demand, Peer};
 
-/// After so many grants to higher classes a class that waits is served.
+/// A waiting class is served after this many grants to higher classes.
 const PASSED_OVER_MAX: u32 = 4;
 
 const CLASSES: usize = Class::ALL.len();
 
-/// A share of the places that can run short by itself: an upstream.
+/// An upstream: a group of permits with a limit of its own.
 pub(super) type Group = Arc<str>;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -30,56 +31,56 @@ pub(super) struct Ticket(u64);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(super) struct Entry(u64);
 
-/// A place in use.
+/// A permit in use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) struct Taken(u64);
+pub(super) struct PermitId(u64);
 
-/// How many may wait.
+/// Limits of waiting requests.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Bounds {
+pub(super) struct Limits {
     pub(super) waiting_max: usize,
     pub(super) waiting_per_peer_max: usize,
 }
 
-/// Which bound was met.
+/// The limit that was reached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Met {
-    Peer,
-    All,
+pub(super) enum LimitHit {
+    Client,
+    Total,
 }
 
 type Flow = BTreeMap<Entry, Ticket>;
-type Line = Ring<Peer, Ring<Group, Ring<u64, Flow>>>;
+type ClassQueue = RoundRobin<Peer, RoundRobin<Group, RoundRobin<u64, Flow>>>;
 
-pub(super) struct Core {
-    bounds: Bounds,
-    /// Of all groups.
-    whole: Room,
-    /// Whether the places are for several groups, so that one may not hold them all.
+pub(super) struct Scheduler {
+    limits: Limits,
+    /// Permits of all groups.
+    total: Usage,
+    /// Whether several groups share the permits, so that one may not hold them all.
     is_shared: bool,
-    groups: BTreeMap<Group, Room>,
-    lines: [Line; CLASSES],
+    groups: BTreeMap<Group, Usage>,
+    class_queues: [ClassQueue; CLASSES],
     passed_over: [u32; CLASSES],
     tickets: HashMap<Ticket, (Group, BTreeSet<Entry>)>,
     entries: HashMap<Entry, (Ticket, Demand)>,
     by_peer: BTreeMap<Peer, BTreeSet<Entry>>,
-    taken: HashMap<Taken, (Group, Class)>,
+    permit: HashMap<PermitId, (Group, Class)>,
     last: u64,
 }
 
-/// Places, and how many of them each class holds.
+/// Number of permits, and how many each class holds.
 #[derive(Default)]
-struct Room {
+struct Usage {
     max: Option<usize>,
     in_use: [usize; CLASSES],
 }
 
-impl Room {
+impl Usage {
     fn in_use(&self) -> usize {
         self.in_use.iter().sum()
     }
 
-    /// Whether one more of `class` leaves each class above it its share.
+    /// Whether one more permit for `class` leaves each higher class its share.
     fn fits(&self, class: Class, max: usize, share: fn(Class, usize) -> usize) -> bool {
         Class::ALL
             .into_iter()
@@ -103,17 +104,17 @@ impl Room {
     }
 }
 
-/// How many of `max` places this class and the lower ones may hold together.
+/// How many of `max` permits this class and the lower ones may hold together.
 fn share(class: Class, max: usize) -> usize {
     match class {
-        Class::Held => max,
+        Class::Revalidation => max,
         Class::Interactive => max - max / 8,
         Class::Bulk => max - max / 4,
         Class::Background => (max / 2).max(1).min(max),
     }
 }
 
-/// The same of one group's.
+/// The same share of one group's permits.
 fn share_of_group(class: Class, max: usize) -> usize {
     match class {
         Class::Background => (max / 8).max(1).min(max),
@@ -121,37 +122,37 @@ fn share_of_group(class: Class, max: usize) -> usize {
     }
 }
 
-/// Who is next.
-struct Next {
+/// The entry whose turn it is.
+struct Candidate {
     peer: Peer,
     group: Group,
     flow: u64,
     ticket: Ticket,
 }
 
-/// A place given to a ticket, which no longer waits.
+/// A granted permit. Its ticket no longer waits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Grant {
     pub(super) ticket: Ticket,
-    pub(super) taken: Taken,
+    pub(super) permit: PermitId,
 }
 
-impl Core {
-    pub(super) fn new(max: usize, is_shared: bool, bounds: Bounds) -> Self {
+impl Scheduler {
+    pub(super) fn new(max: usize, is_shared: bool, limits: Limits) -> Self {
         Self {
-            bounds,
-            whole: Room {
+            limits,
+            total: Usage {
                 max: Some(max),
                 in_use: [0; CLASSES],
             },
             is_shared,
             groups: BTreeMap::new(),
-            lines: Default::default(),
+            class_queues: Default::default(),
             passed_over: [0; CLASSES],
             tickets: HashMap::new(),
             entries: HashMap::new(),
             by_peer: BTreeMap::new(),
-            taken: HashMap::new(),
+            permit: HashMap::new(),
             last: 0,
         }
     }
@@ -161,17 +162,17 @@ impl Core {
         self.last
     }
 
-    /// From now on so many places. Those in use count.
+    /// Sets the number of permits. Permits in use count.
     pub(super) fn resize(&mut self, max: usize) {
-        self.whole.max = Some(max);
+        self.total.max = Some(max);
     }
 
-    /// The same for one group.
+    /// Sets the number of permits of one group.
     pub(super) fn resize_group(&mut self, group: &Group, max: usize) {
         self.groups.entry(Arc::clone(group)).or_default().max = Some(max);
     }
 
-    /// A new ticket, by the entries of these requests.
+    /// Adds a ticket with an entry for each of these requests.
     pub(super) fn enter(&mut self, group: &Group, demands: impl IntoIterator<Item = Demand>) -> Ticket {
         let ticket = Ticket(self.id());
         self.tickets.insert(ticket, (Arc::clone(group), BTreeSet::new()));
@@ -181,14 +182,15 @@ impl Core {
         ticket
     }
 
-    /// One more request waits for the same place; `None` if the ticket no longer waits.
+    /// Adds an entry to a ticket. `None` if the ticket no longer waits.
     pub(super) fn join(&mut self, ticket: Ticket, demand: Demand) -> Option<Entry> {
         let entry = Entry(self.id());
         let (group, entries) = self.tickets.get_mut(&ticket)?;
         entries.insert(entry);
         let Demand { peer, flow, class } = demand;
-        if let Some(line) = self.lines.get_mut(class as usize) {
-            line.get_or_default(peer)
+        if let Some(class_queue) = self.class_queues.get_mut(class as usize) {
+            class_queue
+                .get_or_default(peer)
                 .get_or_default(Arc::clone(group))
                 .get_or_default(flow)
                 .insert(entry, ticket);
@@ -198,15 +200,15 @@ impl Core {
         Some(entry)
     }
 
-    /// A request waits no longer. Returns its ticket if that was the last of its entries: it has left as well.
+    /// Removes an entry. Returns its ticket if that was its last entry and the ticket was removed as well.
     pub(super) fn leave(&mut self, entry: Entry) -> Option<Ticket> {
         let (ticket, demand) = self.entries.remove(&entry)?;
         let (group, entries) = self.tickets.get_mut(&ticket)?;
         entries.remove(&entry);
         let is_last = entries.is_empty();
         let Demand { peer, flow, class } = demand;
-        if let Some(line) = self.lines.get_mut(class as usize) {
-            line.update(&peer, |groups| {
+        if let Some(class_queue) = self.class_queues.get_mut(class as usize) {
+            class_queue.update(&peer, |groups| {
                 groups.update(group, |flows| {
                     flows.update(&flow, |flow| {
                         flow.remove(&entry);
@@ -229,7 +231,7 @@ impl Core {
         is_last.then_some(ticket)
     }
 
-    /// A ticket waits no longer, nor do its entries.
+    /// Removes a ticket and its entries.
     pub(super) fn withdraw(&mut self, ticket: Ticket) {
         let entries = self.tickets.get(&ticket).map(|(_, entries)| entries.clone());
         for entry in entries.into_iter().flatten() {
@@ -238,7 +240,7 @@ impl Core {
         self.tickets.remove(&ticket);
     }
 
-    /// Gives the next place away, if there is one for somebody.
+    /// Grants the next permit, if one is free and an entry may have it.
     pub(super) fn next(&mut self) -> Option<Grant> {
         let candidates = Class::ALL.map(|class| self.find(class));
         let waits = |class: &Class| candidates.get(*class as usize).is_some_and(Option::is_some);
@@ -259,23 +261,23 @@ impl Core {
             }
         }
         let next = candidates.into_iter().nth(class as usize)??;
-        if let Some(line) = self.lines.get_mut(class as usize)
-            && let Some(groups) = line.serve(&next.peer)
+        if let Some(class_queue) = self.class_queues.get_mut(class as usize)
+            && let Some(groups) = class_queue.serve(&next.peer)
             && let Some(flows) = groups.serve(&next.group)
         {
             flows.serve(&next.flow);
         }
         self.withdraw(next.ticket);
-        self.whole.count(class);
+        self.total.count(class);
         self.groups
             .entry(Arc::clone(&next.group))
             .or_default()
             .count(class);
-        let taken = Taken(self.id());
-        self.taken.insert(taken, (next.group, class));
+        let permit = PermitId(self.id());
+        self.permit.insert(permit, (next.group, class));
         Some(Grant {
             ticket: next.ticket,
-            taken,
+            permit,
         })
     }
 
@@ -283,20 +285,20 @@ impl Core {
         self.passed_over.get(class as usize).copied().unwrap_or_default()
     }
 
-    /// Whose turn it is in a class, among those for whom there is a place.
-    fn find(&self, class: Class) -> Option<Next> {
-        let max = self.whole.max.unwrap_or_default();
-        if !self.whole.fits(class, max, share) {
+    /// The next entry of a class, among those for which a permit is free.
+    fn find(&self, class: Class) -> Option<Candidate> {
+        let max = self.total.max.unwrap_or_default();
+        if !self.total.fits(class, max, share) {
             return None;
         }
-        let line = self.lines.get(class as usize)?;
-        line.find(|peer, groups| {
+        let class_queue = self.class_queues.get(class as usize)?;
+        class_queue.find(|peer, groups| {
             groups.find(|group, flows| {
                 if !self.group_fits(group, class) {
                     return None;
                 }
                 flows.find(|flow, entries| {
-                    entries.first_key_value().map(|(_, ticket)| Next {
+                    entries.first_key_value().map(|(_, ticket)| Candidate {
                         peer: *peer,
                         group: Arc::clone(group),
                         flow: *flow,
@@ -308,51 +310,51 @@ impl Core {
     }
 
     fn group_fits(&self, group: &Group, class: Class) -> bool {
-        let all = self.whole.max.unwrap_or_default();
+        let all = self.total.max.unwrap_or_default();
         let most = if self.is_shared { all - all / 4 } else { all };
-        let Some(room) = self.groups.get(group) else {
+        let Some(usage) = self.groups.get(group) else {
             return true;
         };
-        let max = room.max.map_or(most, |max| max.min(most));
-        room.fits(class, max, share_of_group)
+        let max = usage.max.map_or(most, |max| max.min(most));
+        usage.fits(class, max, share_of_group)
     }
 
-    /// A place is given back.
-    pub(super) fn release(&mut self, taken: Taken) {
-        if let Some((group, class)) = self.taken.remove(&taken) {
-            self.whole.uncount(class);
-            if let Some(room) = self.groups.get_mut(&group) {
-                room.uncount(class);
+    /// Releases a permit.
+    pub(super) fn release(&mut self, permit: PermitId) {
+        if let Some((group, class)) = self.permit.remove(&permit) {
+            self.total.uncount(class);
+            if let Some(usage) = self.groups.get_mut(&group) {
+                usage.uncount(class);
             }
         }
     }
 
-    /// A place in use counts as one of this class from now on, if that is a higher one.
-    pub(super) fn raise(&mut self, taken: Taken, class: Class) {
-        let Some((group, old)) = self.taken.get_mut(&taken) else {
+    /// Counts a permit in use as one of this class, if that is a higher one.
+    pub(super) fn raise(&mut self, permit: PermitId, class: Class) {
+        let Some((group, old)) = self.permit.get_mut(&permit) else {
             return;
         };
         if class >= *old {
             return;
         }
-        for room in [Some(&mut self.whole), self.groups.get_mut(group)]
+        for usage in [Some(&mut self.total), self.groups.get_mut(group)]
             .into_iter()
             .flatten()
         {
-            room.uncount(*old);
-            room.count(class);
+            usage.uncount(*old);
+            usage.count(class);
         }
         *old = class;
     }
 
-    /// Whether this client has too many waiting.
-    pub(super) fn is_crowded_by(&self, peer: Peer) -> bool {
-        self.waiting_of(peer) > self.bounds.waiting_per_peer_max
+    /// Whether this client exceeds its limit of waiting requests.
+    pub(super) fn is_over_client_limit(&self, peer: Peer) -> bool {
+        self.waiting_of(peer) > self.limits.waiting_per_peer_max
     }
 
-    /// If too many wait in all: the newest entry of the client that has the most of them.
-    pub(super) fn surplus(&self) -> Option<Entry> {
-        if self.entries.len() <= self.bounds.waiting_max {
+    /// If the total limit is exceeded: the newest entry of the client with the most entries.
+    pub(super) fn entry_over_limit(&self) -> Option<Entry> {
+        if self.entries.len() <= self.limits.waiting_max {
             return None;
         }
         let most = self.by_peer.values().max_by_key(|entries| entries.len());
@@ -367,27 +369,27 @@ impl Core {
         self.tickets.contains_key(&ticket)
     }
 
-    /// How many requests wait.
+    /// Number of waiting requests.
     pub(super) fn waiting(&self) -> usize {
         self.entries.len()
     }
 
-    /// How many requests of a class wait.
+    /// Number of waiting requests of a class.
     pub(super) fn waiting_in(&self, class: Class) -> usize {
         let of_class = |(_, demand): &&(Ticket, Demand)| demand.class == class;
         self.entries.values().filter(of_class).count()
     }
 
-    pub(super) fn places_max(&self) -> usize {
-        self.whole.max.unwrap_or_default()
+    pub(super) fn permits_max(&self) -> usize {
+        self.total.max.unwrap_or_default()
     }
 
     pub(super) fn in_use(&self) -> usize {
-        self.whole.in_use()
+        self.total.in_use()
     }
 
     pub(super) fn in_use_of(&self, group: &str) -> usize {
-        self.groups.get(group).map_or(0, Room::in_use)
+        self.groups.get(group).map_or(0, Usage::in_use)
     }
 
     pub(super) fn waiting_of_group(&self, group: &str) -> usize {

@@ -3,14 +3,14 @@
 use std::collections::BTreeMap;
 use std::ops::Bound;
 
-/// Values by key; each key has its turn after the one served before it, in key order and around.
-pub(super) struct Ring<K, V> {
+/// Values by key. The next turn goes to the key after the one served last, in key order and wrapping around.
+pub(super) struct RoundRobin<K, V> {
     items: BTreeMap<K, V>,
-    /// The key that was served last.
+    /// Key that was served last.
     served: Option<K>,
 }
 
-impl<K, V> Default for Ring<K, V> {
+impl<K, V> Default for RoundRobin<K, V> {
     fn default() -> Self {
         Self {
             items: BTreeMap::new(),
@@ -19,7 +19,7 @@ impl<K, V> Default for Ring<K, V> {
     }
 }
 
-impl<K: Ord + Clone, V> Ring<K, V> {
+impl<K: Ord + Clone, V> RoundRobin<K, V> {
     pub(super) fn is_empty(&self) -> bool {
         self.items.is_empty()
     }
@@ -31,7 +31,7 @@ impl<K: Ord + Clone, V> Ring<K, V> {
         self.items.entry(key).or_default()
     }
 
-    /// Changes the value of `key`, and removes it where `change` says that nothing is left of it.
+    /// Updates the value of `key`, and removes it if `change` returns that it is empty.
     pub(super) fn update(&mut self, key: &K, change: impl FnOnce(&mut V) -> bool) {
         if let Some(value) = self.items.get_mut(key)
             && change(value)
@@ -40,7 +40,7 @@ impl<K: Ord + Clone, V> Ring<K, V> {
         }
     }
 
-    /// The first, in the order of their turns, of which `find` finds something.
+    /// The first result of `find`, in the order of turns.
     pub(super) fn find<T>(&self, mut find: impl FnMut(&K, &V) -> Option<T>) -> Option<T> {
         let after = match &self.served {
             Some(served) => (Bound::Excluded(served), Bound::Unbounded),
@@ -53,7 +53,7 @@ impl<K: Ord + Clone, V> Ring<K, V> {
             .find_map(|(key, value)| find(key, value))
     }
 
-    /// `key` has had its turn.
+    /// Records that `key` had its turn.
     pub(super) fn serve(&mut self, key: &K) -> Option<&mut V> {
         self.served = Some(key.clone());
         self.items.get_mut(key)

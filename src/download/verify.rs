@@ -1,57 +1,62 @@
-//! Bytes that pass by without being stored, but not unverified: their end is withheld until the digest is right.
+//! Verified streaming without storage: the end is withheld until the digest matches.
 
 use std::future::Future;
 use std::pin::Pin;
 
 use bytes::{Bytes, BytesMut};
 
-use super::{Chunks, WITHHELD_BYTES};
+use super::{ByteStream, WITHHELD_BYTES};
 use crate::oci::{Digest, Hasher, UpstreamFailure};
 
-/// A blob, or the rest of one, that passes by.
-pub struct Verifying {
+/// A verified stream of a blob or of its remainder.
+pub struct VerifyingStream {
     digest: Digest,
     /// `None` after the end.
     hasher: Option<Hasher>,
-    body: Box<dyn Chunks>,
+    body: Box<dyn ByteStream>,
     withheld: BytesMut,
-    /// Done between the verification and the release of the last bytes.
-    deed: Option<Deed>,
+    /// Runs between the verification and the release of the last bytes.
+    on_verified: Option<OnVerified>,
 }
 
-type Deed = Pin<Box<dyn Future<Output = ()> + Send>>;
+type OnVerified = Pin<Box<dyn Future<Output = ()> + Send>>;
 
-impl Verifying {
-    /// A whole blob, which should be `digest`.
-    pub fn new(digest: Digest, body: impl Chunks + 'static) -> Self {
+impl VerifyingStream {
+    /// A complete blob with the expected `digest`.
+    pub fn new(digest: Digest, body: impl ByteStream + 'static) -> Self {
         let hasher = Hasher::new(digest.algorithm());
         Self::rest(digest, hasher, BytesMut::new(), Box::new(body))
     }
 
-    /// The rest of one: `hasher` has taken everything before `body`, of which `withheld` was not given to anyone yet.
-    pub(super) fn rest(digest: Digest, hasher: Hasher, withheld: BytesMut, body: Box<dyn Chunks>) -> Self {
+    /// The remainder of a blob. `hasher` has hashed everything before `body`; `withheld` is its unreleased end.
+    pub(super) fn rest(
+        digest: Digest,
+        hasher: Hasher,
+        withheld: BytesMut,
+        body: Box<dyn ByteStream>,
+    ) -> Self {
         Self {
             digest,
             hasher: Some(hasher),
             body,
             withheld,
-            deed: None,
+            on_verified: None,
         }
     }
 
-    /// Does this once the bytes are verified, before the last of them are given.
+    /// Runs this after verification, before the last bytes are released.
     #[must_use]
-    pub fn when_verified(self, deed: impl Future<Output = ()> + Send + 'static) -> Self {
-        let deed: Option<Deed> = Some(Box::pin(deed));
-        Self { deed, ..self }
+    pub fn when_verified(self, on_verified: impl Future<Output = ()> + Send + 'static) -> Self {
+        let on_verified: Option<OnVerified> = Some(Box::pin(on_verified));
+        Self { on_verified, ..self }
     }
 
-    /// Whether everything was given, or it failed.
+    /// Whether the stream has ended, with or without an error.
     pub fn is_over(&self) -> bool {
         self.hasher.is_none()
     }
 
-    /// The next bytes; `None` at the verified end. After an error there is nothing more.
+    /// The next bytes, or `None` at the verified end. Nothing follows an error.
     pub async fn next(&mut self) -> Option<Result<Bytes, UpstreamFailure>> {
         while let Some(hasher) = &mut self.hasher {
             match self.body.chunk().await {
@@ -81,8 +86,8 @@ impl Verifying {
         if hasher.finish() != self.digest {
             return Some(Err(UpstreamFailure::DigestMismatch));
         }
-        if let Some(deed) = self.deed.take() {
-            deed.await;
+        if let Some(on_verified) = self.on_verified.take() {
+            on_verified.await;
         }
         (!last.is_empty()).then_some(Ok(last))
     }

@@ -1,0 +1,350 @@
+//! Upstream side of a transfer: reads the stream and resumes it after interruptions.
+//!
+//! A resumption requests the missing range (`Range`) from the registry itself, never from the storage that it
+//! redirected to, because signed URLs expire. If an upstream ignores the range and answers 200, the stream is
+//! read from its start and the bytes already received are skipped. Skipped bytes are not compared: only the
+//! written bytes count, and the digest is that of the file. For the same reason a changed `ETag` does not
+//! matter. A changed size does: such a response is not used.
+
+use std::pin::pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
+use tokio::time::{Instant, sleep, timeout};
+
+use super::{Source, Stream};
+use crate::oci::UpstreamFailure;
+use crate::queue::Waiters;
+use crate::upstream::{ResponseKind, UpstreamResponse};
+
+/// Chunks of one transfer between network and disk. A full queue slows the upstream instead of growing memory.
+pub(super) const QUEUE_CHUNKS_MAX: usize = 16;
+
+/// The same limit in bytes.
+pub(super) const QUEUE_BYTES_MAX: usize = 1024 * 1024;
+
+/// Consecutive resumptions without a received byte.
+const FAILURES_IN_A_ROW_MAX: u32 = 7;
+
+/// Resumptions that every transfer is granted. Beyond that, a transfer must receive on average …
+const RESUMES_MIN: u64 = 64;
+/// … this many bytes per resumption. Otherwise an upstream that sends a few bytes at a time could keep a
+/// transfer forever.
+const RESUME_BYTES_MIN: u64 = 16 * 1024;
+
+/// Pause before the first resumption. It doubles with each consecutive failure, up to …
+const RESUME_PAUSE: Duration = Duration::from_millis(100);
+/// … this. All pauses add up to about 20 s, so a registry that restarts breaks no pull.
+const RESUME_PAUSE_MAX: Duration = Duration::from_secs(5);
+
+/// Longest `Retry-After` that is waited out while clients wait.
+const RETRY_AFTER_MAX: Duration = Duration::from_secs(120);
+
+/// Within this much time of waiting for bytes …
+const RATE_WINDOW: Duration = Duration::from_secs(30);
+/// … at least 1 KiB/s must arrive, or the stream counts as interrupted. Time spent waiting for the local disk
+/// is not counted.
+const RATE_WINDOW_BYTES_MIN: u64 = 30 * 1024;
+
+/// The same limit for a transfer that no client waits for: below 32 KiB/s it gives its permit to others. A
+/// later request resumes its partial download.
+const NO_CLIENT_WINDOW_BYTES_MIN: u64 = 32 * RATE_WINDOW_BYTES_MIN;
+
+/// How long a transfer that only served a small range keeps its connection without reading from it. Buffers on
+/// the path receive some megabytes in that time.
+const RANGE_IDLE_CONNECTION: Duration = Duration::from_millis(100);
+
+/// How much longer it then waits for another request before it ends.
+const RANGE_REJOIN_WINDOW: Duration = Duration::from_secs(2);
+
+/// Why fetching ended early.
+pub(super) enum FetchError {
+    /// Resuming failed.
+    Upstream(UpstreamFailure),
+    /// No request waits for the download.
+    Unwanted,
+    /// The writer has ended; its result has the reason.
+    WriterGone,
+}
+
+/// Message to the writer.
+pub(super) enum WriterMsg {
+    /// The next bytes, and their share of the in-flight limits.
+    Chunk(Bytes, InFlightBytes),
+    /// Asks whether the bytes so far match the digest.
+    CheckDigest(oneshot::Sender<bool>),
+    /// End of the blob.
+    End,
+}
+
+/// Bytes counted against the in-flight limits until dropped.
+pub(super) struct InFlightBytes {
+    _of_transfer: Option<OwnedSemaphorePermit>,
+    _of_all: Option<OwnedSemaphorePermit>,
+}
+
+/// Queue to the writer.
+pub(super) struct WriterQueue {
+    messages: mpsc::Sender<WriterMsg>,
+    of_transfer: Arc<Semaphore>,
+    of_all: Arc<Semaphore>,
+}
+
+impl WriterQueue {
+    pub(super) fn new(messages: mpsc::Sender<WriterMsg>, of_all: &Arc<Semaphore>) -> Self {
+        Self {
+            messages,
+            of_transfer: Arc::new(Semaphore::new(QUEUE_BYTES_MAX)),
+            of_all: Arc::clone(of_all),
+        }
+    }
+
+    /// Waits for the in-flight limits, then sends these bytes.
+    async fn chunk(&self, bytes: Bytes) -> Result<(), FetchError> {
+        // No larger than the smaller of the two limits, or it would wait forever.
+        let count = u32::try_from(bytes.len().min(QUEUE_BYTES_MAX)).unwrap_or(u32::MAX);
+        // Neither semaphore is ever closed.
+        let in_flight = InFlightBytes {
+            _of_transfer: Arc::clone(&self.of_transfer).acquire_many_owned(count).await.ok(),
+            _of_all: Arc::clone(&self.of_all).acquire_many_owned(count).await.ok(),
+        };
+        self.send(WriterMsg::Chunk(bytes, in_flight)).await
+    }
+
+    async fn send(&self, message: WriterMsg) -> Result<(), FetchError> {
+        self.messages
+            .send(message)
+            .await
+            .map_err(|_| FetchError::WriterGone)
+    }
+}
+
+/// Reads the source, resumes it, and sends the bytes to the writer.
+pub(super) struct Fetcher<'a, S> {
+    pub(super) source: &'a mut S,
+    pub(super) queue: WriterQueue,
+    /// Size of the complete blob, if known.
+    pub(super) total: Option<u64>,
+    /// Offset of the next byte to receive.
+    pub(super) received: u64,
+    /// Whether the source was opened more than once.
+    pub(super) resumed: bool,
+    pub(super) failures_in_a_row: u32,
+    /// Number of resumptions.
+    pub(super) resumes: u64,
+    /// The requests that wait for the download.
+    pub(super) waiters: &'a Waiters,
+}
+
+impl<S: Source> Fetcher<'_, S> {
+    /// Reads `stream` and its resumptions to the end of the blob.
+    pub(super) async fn run(&mut self, mut stream: Stream) -> Result<(), FetchError> {
+        if stream.start > self.received {
+            // The partial download had fewer bytes than its record states.
+            stream = self.resume().await?;
+        }
+        loop {
+            let before = self.received;
+            let interrupted = match self.read_stream(&mut stream).await? {
+                StreamEnd::Ended => None,
+                StreamEnd::Interrupted(interrupted) => Some(interrupted),
+                StreamEnd::Unwanted => {
+                    drop(stream);
+                    if !self.waiters.rejoined_or_closed_within(RANGE_REJOIN_WINDOW).await {
+                        return Err(FetchError::Unwanted);
+                    }
+                    self.failures_in_a_row = 0;
+                    stream = self.resume().await?;
+                    continue;
+                }
+            };
+            let is_complete = self.total.is_some_and(|total| self.received >= total);
+            let interrupted = match interrupted {
+                _ if is_complete => None,
+                // A clean end before the known size is an interruption.
+                None if self.total.is_some() => Some(Interrupted::by(UpstreamFailure::ConnectionReset)),
+                None if self.is_shorter_than_stated() && !self.matches_digest().await? => {
+                    Some(Interrupted::by(UpstreamFailure::ConnectionReset))
+                }
+                interrupted => interrupted,
+            };
+            let Some(Interrupted { cause, too_slow, .. }) = interrupted else {
+                // Fails only if the writer has failed; the writer's result has the reason.
+                let _ = self.queue.send(WriterMsg::End).await;
+                return Ok(());
+            };
+            let has_progress = self.received > before && !too_slow;
+            self.failures_in_a_row = if has_progress {
+                1
+            } else {
+                self.failures_in_a_row + 1
+            };
+            self.resumes += 1;
+            let may_resume = self.resumes <= RESUMES_MIN + self.received / RESUME_BYTES_MIN;
+            if self.failures_in_a_row > FAILURES_IN_A_ROW_MAX || !may_resume {
+                return Err(FetchError::Upstream(cause));
+            }
+            tracing::debug!(received = self.received, %cause, "download interrupted, resuming");
+            // Closes the connection before another is opened.
+            drop(stream);
+            stream = self.resume().await?;
+        }
+    }
+
+    fn is_shorter_than_stated(&self) -> bool {
+        self.source
+            .stated_size()
+            .is_some_and(|stated| self.received < stated)
+    }
+
+    /// Without a Content-Length the stream may end too early, and a stated size may be wrong. The digest
+    /// decides.
+    async fn matches_digest(&mut self) -> Result<bool, FetchError> {
+        let (reply, is_complete) = oneshot::channel();
+        self.queue.send(WriterMsg::CheckDigest(reply)).await?;
+        is_complete.await.map_err(|_| FetchError::WriterGone)
+    }
+
+    async fn resume(&mut self) -> Result<Stream, FetchError> {
+        self.resumed = true;
+        let mut wait = Duration::ZERO;
+        loop {
+            let pause = RESUME_PAUSE * 2_u32.saturating_pow(self.failures_in_a_row);
+            sleep(pause.min(RESUME_PAUSE_MAX).max(wait)).await;
+            let (cause, tries) = match self.source.open(self.received).await {
+                Ok(stream) if stream.start <= self.received && self.fits(stream.total) => {
+                    self.total = self.total.or(stream.total);
+                    return Ok(stream);
+                }
+                Ok(_) => (UpstreamFailure::Malformed, 1),
+                Err(response) => {
+                    wait = retry_after(&response);
+                    // Counts a definite denial as three failures, an unavailable upstream as one.
+                    let tries = if response.failure().is_some() { 1 } else { 3 };
+                    (response.cause(), tries)
+                }
+            };
+            self.failures_in_a_row += tries;
+            if self.failures_in_a_row > FAILURES_IN_A_ROW_MAX || wait > RETRY_AFTER_MAX {
+                return Err(FetchError::Upstream(cause));
+            }
+        }
+    }
+
+    fn fits(&self, total: Option<u64>) -> bool {
+        total.is_none() || self.total.is_none() || total == self.total
+    }
+
+    /// Reads `stream` while requests wait for it. Bytes already received are skipped.
+    async fn read_stream(&mut self, stream: &mut Stream) -> Result<StreamEnd, FetchError> {
+        let mut position = stream.start;
+        let mut pace = Throughput::default();
+        loop {
+            if self.waiters.is_abandoned() && !self.waiters.rejoined_within(RANGE_IDLE_CONNECTION).await {
+                return Ok(StreamEnd::Unwanted);
+            }
+            let chunk = match pace.next(stream, self.waiters).await {
+                None => return Ok(StreamEnd::Ended),
+                Some(Err(Interrupted {
+                    no_client_waits: true,
+                    ..
+                })) => return Err(FetchError::Unwanted),
+                Some(Err(interrupted)) => return Ok(StreamEnd::Interrupted(interrupted)),
+                Some(Ok(chunk)) => chunk,
+            };
+            let skipped = self.received.saturating_sub(position).min(chunk.len() as u64);
+            position += chunk.len() as u64;
+            let new_bytes = chunk.slice(usize::try_from(skipped).unwrap_or(chunk.len())..);
+            if new_bytes.is_empty() {
+                continue;
+            }
+            self.received += new_bytes.len() as u64;
+            self.queue.chunk(new_bytes).await?;
+            if self.total.is_some_and(|total| self.received > total) {
+                // The blob is too long already, and the remainder could be endless.
+                return Ok(StreamEnd::Ended);
+            }
+        }
+    }
+}
+
+/// The wait that the upstream states in `Retry-After`.
+fn retry_after(response: &UpstreamResponse) -> Duration {
+    let is_unavailable = matches!(response.kind, ResponseKind::Unavailable(_));
+    let seconds = response
+        .retry_after
+        .as_ref()
+        .filter(|_| is_unavailable)
+        .and_then(|value| value.to_str().ok()?.trim().parse().ok());
+    Duration::from_secs(seconds.unwrap_or(0))
+}
+
+/// Why a stream is not read further.
+enum StreamEnd {
+    Ended,
+    Interrupted(Interrupted),
+    /// Only a range was requested, and no request waits for more.
+    Unwanted,
+}
+
+struct Interrupted {
+    cause: UpstreamFailure,
+    /// Bytes arrived, but below the minimum throughput.
+    too_slow: bool,
+    /// Bytes arrived below the minimum throughput of a transfer that no client waits for.
+    no_client_waits: bool,
+}
+
+impl Interrupted {
+    fn by(cause: UpstreamFailure) -> Self {
+        Self {
+            cause,
+            too_slow: false,
+            no_client_waits: false,
+        }
+    }
+
+    fn slow(no_client_waits: bool) -> Self {
+        Self {
+            cause: UpstreamFailure::Timeout,
+            too_slow: true,
+            no_client_waits,
+        }
+    }
+}
+
+/// Throughput, measured in windows of waiting time.
+#[derive(Default)]
+struct Throughput {
+    waited: Duration,
+    received: u64,
+}
+
+impl Throughput {
+    async fn next(&mut self, stream: &mut Stream, waiters: &Waiters) -> Option<Result<Bytes, Interrupted>> {
+        let mut next = pin!(stream.body.chunk());
+        loop {
+            let began = Instant::now();
+            let left = RATE_WINDOW.saturating_sub(self.waited);
+            let next = timeout(left, &mut next).await;
+            self.waited += began.elapsed();
+            let Ok(next) = next else {
+                if self.received < NO_CLIENT_WINDOW_BYTES_MIN && waiters.close_unless_client() {
+                    return Some(Err(Interrupted::slow(true)));
+                }
+                if self.received < RATE_WINDOW_BYTES_MIN {
+                    return Some(Err(Interrupted::slow(false)));
+                }
+                *self = Self::default();
+                continue;
+            };
+            let next = next?.map_err(Interrupted::by);
+            if let Ok(chunk) = &next {
+                self.received += chunk.len() as u64;
+            }
+            return Some(next);
+        }
+    }
+}
