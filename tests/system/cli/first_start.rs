@@ -2,6 +2,7 @@
 //! authority has one place, wherever the program is started.
 
 use crate::proxy::Program;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 
 const LISTEN: [&str; 4] = ["--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0"];
@@ -102,4 +103,33 @@ async fn o05_ca_is_the_same_wherever_the_program_is_started() {
     program.terminate();
     program.exit().await;
     assert!(other.join("certs/ca.pem").exists());
+}
+
+#[tokio::test]
+async fn first_start_in_checkout_generates_ca_beside_certs_readme() {
+    let folder = tempfile::tempdir().unwrap();
+    let (data, certs) = (folder.path().join("data"), folder.path().join("certs"));
+    let readme = Path::new(env!("CARGO_MANIFEST_DIR")).join("certs/README.md");
+    std::fs::create_dir(&certs).unwrap();
+    std::fs::copy(&readme, certs.join("README.md")).unwrap();
+    let serve = [&["serve"], &LISTEN[..]].concat();
+    let mut authorities = Vec::new();
+    // The second start finds the README, the CA and the server certificate.
+    for _ in 0..2 {
+        let mut program = started(&serve, folder.path(), &[("IFNEWER_DATA", &data)]);
+        program.announced("admin listening on ").await;
+        program.terminate();
+        program.exit().await;
+        authorities.push(std::fs::read(certs.join("ca.pem")).unwrap());
+    }
+    assert_eq!(authorities[0], authorities[1], "the CA is generated once");
+    assert!(!data.join("certs").exists(), "no second CA in the data folder");
+    let mode = std::fs::metadata(certs.join("ca.key")).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o600);
+    let described = std::fs::read_to_string(&readme).unwrap();
+    for entry in std::fs::read_dir(&certs).unwrap() {
+        let name = entry.unwrap().file_name().into_string().unwrap();
+        let is_described = name == "README.md" || described.contains(&format!("`{name}`"));
+        assert!(is_described, "certs/README.md does not describe {name}");
+    }
 }
