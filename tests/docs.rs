@@ -1,7 +1,6 @@
-//! The documentation agrees with the program: its tables of decisions are the decision's own, every configuration in it is
-//! one, every command is one, every link leads somewhere.
+//! Documentation against the program: decision tables, configurations, commands and links.
 //!
-//! `UPDATE_DOCS=1 cargo test --test docs` writes the tables anew.
+//! `UPDATE_DOCS=1 cargo test --test docs` rewrites the tables.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -23,7 +22,7 @@ use std::path::Path;
 use ifnewer::config::{Config, KEYS};
 use text::{blocks, documents, links};
 
-/// The sections of clients' files that the documentation shows.
+/// Sections of client configuration files in the documentation.
 const OF_CLIENTS: [&str; 7] = [
     "capabilities",
     "host",
@@ -57,7 +56,7 @@ fn every_toml_is_a_configuration_of_ours_or_of_a_client() {
     assert!(ours > 6, "hardly any configuration of ours was found: {ours}");
 }
 
-/// The files that a configuration names are read with it.
+/// Creates the files that a configuration names.
 fn with_its_files(text: &str, folder: &Path) -> String {
     let text = text.replace("/etc/ifnewer/", &format!("{}/", folder.display()));
     for path in text.split('"').filter(|word| Path::new(word).starts_with(folder)) {

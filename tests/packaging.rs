@@ -1,5 +1,5 @@
-//! What is shipped beside the program agrees with it: each metric in the dashboard and the alert rules exists, each
-//! setting in the examples is one, and the checkers of the respective systems have nothing to say.
+//! Packaging files against the program: metrics of the dashboard and alert rules exist, settings of the examples
+//! exist, and the checkers of the respective systems report nothing.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -30,7 +30,7 @@ fn text(name: &str) -> String {
     std::fs::read_to_string(packaging(name)).unwrap()
 }
 
-/// What is told of a cache in which everything has happened once, for a metric without samples is not told.
+/// The metrics of a cache in which every event occurred once, because a metric without samples is not exported.
 fn scrape() -> String {
     let telemetry = Telemetry::new();
     telemetry.record_access(&AccessRecord {
@@ -86,7 +86,7 @@ fn scrape() -> String {
     })
 }
 
-/// The names of the samples that ifnewer tells.
+/// The names of exported samples.
 fn metrics() -> BTreeSet<String> {
     let text = scrape();
     let types = text.lines().filter_map(|line| line.strip_prefix("# TYPE "));
@@ -104,7 +104,7 @@ fn metrics() -> BTreeSet<String> {
         .collect()
 }
 
-/// The names in a query that are meant to be ours.
+/// The names in a query that should be metrics of ifnewer.
 fn named(text: &str) -> BTreeSet<String> {
     let is_word = |c: char| c.is_ascii_alphanumeric() || c == '_' || c == ':';
     text.split(|c: char| !is_word(c))
@@ -153,7 +153,7 @@ fn promtool_has_nothing_to_say_about_the_rules() {
 #[test]
 fn the_unit_is_one_that_systemd_takes() {
     let unit = text("ifnewer.service");
-    // It need not be installed to be right.
+    // The check does not need the program installed.
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("ifnewer.service");
     std::fs::write(&file, unit.replace("/usr/bin/ifnewer", "/bin/true")).unwrap();
@@ -167,7 +167,7 @@ fn the_unit_is_one_that_systemd_takes() {
 #[test]
 fn the_unit_leaves_little_exposed() {
     let unit = packaging("ifnewer.service");
-    // In tenths of systemd's own measure, where 100 is a service without any hardening.
+    // In tenths of systemd's exposure score, in which an unhardened service has 100.
     let words = ["security", "--offline=true", "--threshold=15", "--no-pager"];
     passes(
         "systemd-analyze",
@@ -176,7 +176,7 @@ fn the_unit_leaves_little_exposed() {
     );
 }
 
-/// What the unit gives it to write to is what the installed configuration names, so that commands in a shell agree.
+/// The writable paths of the unit match the installed configuration, so that commands in a shell agree.
 #[test]
 fn the_installed_configuration_names_the_folders_of_the_unit() {
     let config = Config::read(&text("ifnewer.toml"), Path::new("/etc/ifnewer/ifnewer.toml"))
@@ -220,7 +220,7 @@ fn every_setting_in_the_examples_is_one() {
     Config::read(&config, Path::new("ifnewer.toml")).unwrap_or_else(|faults| panic!("{faults}"));
 }
 
-/// Runs a checker; loudly not, where it is absent. With `about`, only what it says of that counts.
+/// Runs a checker. If absent, prints a notice. With `about`, only matching output counts.
 fn passes(program: &str, words: &[&str], about: Option<&str>) {
     let Ok(output) = Command::new(program).args(words).output() else {
         assert!(std::env::var_os("CI").is_none(), "{program} is not here");

@@ -1,6 +1,6 @@
-//! What the proof of a right costs where there is nothing else to do: the same held blob, by one process, at an upstream
-//! where each client needs a right of its own and at one where whoever reaches us is entitled (`auth = "shared"`).
-//! The pairs differ in nothing but that. A blob of a few bytes shows it best; a large one is what is pulled.
+//! Cost of authorization: the same cached blob, served by one process for an upstream with `auth = "per-client"` and
+//! for one with `auth = "shared"`. The pairs differ in nothing else. A small blob shows it best; a large one is the
+//! real use.
 
 use crate::client::{Scheme, stream, wrk};
 use crate::content::{Content, blob, manifest_by_tag};
@@ -8,14 +8,14 @@ use crate::servers::{SHARED, Sites};
 use crate::table::{Better, Row, Table};
 use crate::{CLIENTS, Outcome, Plan, client};
 
-/// Sent at both; only one looks whose it is.
+/// Sent to both. Only one checks it.
 const CREDENTIAL: &str = "Authorization: Basic YWxpY2U6YS1zZWNyZXQ=";
 
 pub(crate) fn access(plan: &Plan, sites: &Sites, content: &Content, table: &mut Table) -> Outcome<()> {
     let at = |path: &str, upstream: &str| format!("{path}?ns={upstream}");
     let [proven, shared] = ["docker.io", SHARED];
     let image = &content.image;
-    // Held, and seen at both.
+    // Cached and recorded in both repositories.
     for upstream in [proven, shared] {
         client::expect_digest(
             &sites.ifnewer.plain,

@@ -1,5 +1,5 @@
-//! One line for all: passes connections on to an upstream, and lets what comes back through at a rate that all of them
-//! share. nginx's `limit_rate` is for each connection, so whoever opens a hundred would get a hundred times as much.
+//! Shared bandwidth limit: forwards connections to an upstream with one rate for all responses. nginx's `limit_rate`
+//! is per connection, so a client with a hundred connections would get a hundred times as much.
 
 use crate::Outcome;
 use std::io::{self, Read, Write};
@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 const STEP_BYTES: usize = 64 * 1024;
-/// What was not used may be made up for, this much of it.
+/// Burst allowed after an idle time.
 const CATCH_UP_MAX: Duration = Duration::from_millis(20);
 
 /// A listener that runs until the process ends.
@@ -21,7 +21,7 @@ pub(crate) struct Bottleneck {
 struct Line {
     upstream: SocketAddr,
     bytes_per_second: f64,
-    /// When the next byte may go.
+    /// Earliest time of the next byte.
     next: Mutex<Instant>,
     passed: Arc<AtomicU64>,
 }
@@ -46,14 +46,14 @@ impl Bottleneck {
         Ok(Bottleneck { address, passed })
     }
 
-    /// Bytes that came back so far, heads and all.
+    /// Response bytes so far, including heads.
     pub(crate) fn passed(&self) -> u64 {
         self.passed.load(Ordering::Relaxed)
     }
 }
 
 impl Line {
-    /// Either end may close at any time; that ends the other.
+    /// Either end may close, which closes the other.
     fn pass_on(&self, client: &TcpStream) -> io::Result<()> {
         let upstream = TcpStream::connect(self.upstream)?;
         client.set_nodelay(true)?;

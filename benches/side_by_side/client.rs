@@ -1,4 +1,4 @@
-//! Clients that cost little: one thread per connection that reads and discards, and wrk for small replies.
+//! Cheap clients: one thread per connection that reads and discards, and wrk for small responses.
 
 use crate::Outcome;
 use crate::content::{Image, MANIFEST_TYPE, blob, manifest_by_tag, named};
@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 const STEP_BYTES: usize = 256 * 1024;
 const HEAD_BYTES_MAX: usize = 16 * 1024;
 const SILENCE_MAX: Duration = Duration::from_secs(30);
-/// Left out of a window: connections ramp up.
+/// Excluded from a window, for connection setup.
 const RAMP: Duration = Duration::from_millis(300);
 
 #[derive(Clone, Copy)]
@@ -38,7 +38,7 @@ impl fmt::Display for Scheme {
     }
 }
 
-/// Where a server listens, and whom to trust there.
+/// Address and CA of a server.
 #[derive(Clone)]
 pub(crate) struct Door {
     address: SocketAddr,
@@ -79,7 +79,7 @@ impl Door {
     }
 }
 
-/// Trust in one authority, and TLS 1.3 only, so that both servers do the same work.
+/// Trusts one CA and uses TLS 1.3 only, so that both servers do the same work.
 pub(crate) fn trusting(authority: &Path) -> Outcome<Arc<ClientConfig>> {
     let mut roots = RootCertStore::empty();
     roots.add(CertificateDer::from_pem_file(authority)?)?;
@@ -91,14 +91,14 @@ pub(crate) fn trusting(authority: &Path) -> Outcome<Arc<ClientConfig>> {
     Ok(Arc::new(config))
 }
 
-/// What a window of streaming brought.
+/// Result of a measurement window.
 pub(crate) struct Streamed {
     pub(crate) gigabytes: f64,
     pub(crate) seconds: f64,
     pub(crate) cpu_seconds: f64,
 }
 
-/// `connections` clients that fetch `path` again and again; measured over `window`, after they got going.
+/// `connections` clients that fetch `path` repeatedly, measured over `window` after setup.
 pub(crate) fn stream(
     server: &Server,
     scheme: Scheme,
@@ -158,7 +158,7 @@ fn count(total: &AtomicU64, part: &[u8]) -> u64 {
     part.len() as u64
 }
 
-/// How one download went.
+/// Result of one download.
 pub(crate) struct Timed {
     pub(crate) first_byte: Duration,
     pub(crate) total: Duration,
@@ -197,10 +197,10 @@ pub(crate) fn herd(door: &Door, path: &str, clients: usize) -> Outcome<()> {
     })
 }
 
-/// One client of a crowd: connects, waits for the others, and pulls an image as a client does: manifest, configuration,
-/// layer. Says when it was done, and in `first_byte` when the layer began, in microseconds, both counted from the start.
-/// The layer's length is checked; with `hashed`, its bytes too. Otherwise they are not even looked at: a crowd shares
-/// the machine with the server.
+/// One of many clients: connects, waits for the others, and pulls an image: manifest, config, layer. Returns the time
+/// of completion and in `first_byte` the start of the layer, in microseconds from the common start. The length of the
+/// layer is checked, and with `hashed` its bytes. Otherwise the bytes are not touched, because clients and server
+/// share the machine.
 pub(crate) fn pull(
     door: &Door,
     image: &Image,
@@ -275,20 +275,20 @@ pub(crate) fn expect_digest(door: &Door, path: &str, digest: &str) -> Outcome<()
 
 struct Connection {
     stream: Box<dyn Stream>,
-    /// The same connection, where nothing lies between it and the bytes.
+    /// The raw connection, without a layer in between.
     bare: Option<TcpStream>,
 }
 
 trait Stream: Read + Write {}
 impl<T: Read + Write> Stream for T {}
 
-/// The head of a reply has been read; this much of its body has not.
+/// A response whose head was read and this much of whose body was not.
 struct Asked {
     left: u64,
 }
 
 impl Connection {
-    /// Sends a GET and reads the head. What of the body came with it is handed to `taken`, which says its length.
+    /// Sends a GET and reads the head. Body bytes read with it are passed to `taken`, which returns their length.
     fn ask(&mut self, path: &str, buffer: &mut [u8], mut taken: impl FnMut(&[u8]) -> u64) -> Outcome<Asked> {
         let request = format!("GET {path} HTTP/1.1\r\nHost: bench\r\nAccept: {MANIFEST_TYPE}\r\n\r\n");
         self.stream.write_all(request.as_bytes())?;
@@ -324,7 +324,7 @@ impl Connection {
         Ok(buffer.get(..more).unwrap_or_default())
     }
 
-    /// Like `read_some`, but the bytes stay in the kernel: only the length of what is returned means anything.
+    /// Like `read_some`, but the bytes are discarded in the kernel. Only the returned length is meaningful.
     fn discard_some<'b>(&mut self, left: u64, buffer: &'b mut [u8]) -> Outcome<&'b [u8]> {
         let Some(bare) = &self.bare else {
             return self.read_some(left, buffer);
@@ -351,14 +351,14 @@ fn content_length(path: &str, head: &str) -> Outcome<u64> {
     Ok(length.1.trim().parse()?)
 }
 
-/// What wrk counted.
+/// Result of wrk.
 pub(crate) struct Replied {
     pub(crate) requests: f64,
     pub(crate) seconds: f64,
     pub(crate) cpu_seconds: f64,
 }
 
-/// Small replies over plain HTTP, by wrk with one thread, which sends these header lines as well.
+/// Small responses over plain HTTP, by wrk with one thread and these header lines.
 pub(crate) fn wrk(
     server: &Server,
     path: &str,

@@ -1,4 +1,4 @@
-//! What is served: one repository laid out as files, so that a plain nginx can be its registry.
+//! Content: one repository as files, so that plain nginx can serve it as a registry.
 
 use crate::Outcome;
 use sha2::{Digest, Sha256};
@@ -14,11 +14,11 @@ pub(crate) const MANIFEST_TYPE: &str = "application/vnd.oci.image.manifest.v1+js
 pub(crate) struct Content {
     /// nginx's document root.
     pub(crate) root: PathBuf,
-    /// The image of the blob that is asked for again and again.
+    /// The image with the repeatedly requested blob.
     pub(crate) image: Image,
-    /// The image that many ask for at once, the first time.
+    /// The image of the stampede.
     pub(crate) herd_image: Image,
-    /// Asked for once each; in no image, so that nobody fetches them before they are asked for.
+    /// Blobs requested once each. In no image, so that they are not prefetched.
     pub(crate) cold: Vec<String>,
 }
 
@@ -97,7 +97,7 @@ pub(crate) fn blob(digest: &str) -> String {
     format!("/v2/{REPOSITORY}/blobs/{digest}")
 }
 
-/// The bytes of xorshift64* from `seed`, written under their digest, which is the answer.
+/// Writes xorshift64* bytes from `seed` under their digest, which is returned.
 fn write_noise(folder: &Path, seed: u64, bytes: u64) -> Outcome<String> {
     let unnamed = folder.join("unnamed");
     let mut file = std::fs::File::create(&unnamed)?;

@@ -1,13 +1,14 @@
-//! ifnewer beside nginx and docker-registry, in one run on one machine: the only way a figure of speed means anything.
+//! Benchmark of ifnewer beside nginx and docker-registry, in one run on one machine, because only ratios are
+//! meaningful.
 //!
-//! nginx serves the very files that ifnewer holds; a third nginx is the upstream. The client discards what it reads.
-//! For the stampedes, where nobody holds anything, nginx and docker-registry are caches like ifnewer.
-//! What counts is the server's own CPU time from `/proc`, so that a client on the same cores does not blur it. Rounds
-//! alternate between the two; a figure is the median of its rounds and a ratio is the median of the rounds' ratios.
-//! Deliberately not here: absolute targets. They would measure the machine.
+//! nginx serves the same files that ifnewer caches, and a third nginx is the upstream. The client discards what it
+//! reads. In the stampedes nothing is cached, and nginx and docker-registry are caches like ifnewer. The measure is
+//! the server's own CPU time from `/proc`, which a client on the same cores does not affect. Rounds alternate between
+//! the two. A figure is the median of its rounds, and a ratio is the median of the rounds' ratios. There are no
+//! absolute targets, because they would measure the machine.
 //!
-//! Run it by `benches/run`, which brings the others and wrk. `--quick`: shorter windows; `--rounds N`; `--stampede`,
-//! `--access`: nothing but that part; `--strict`: exit 1 when a target is missed. Wrong bytes always exit 1.
+//! Run it by `benches/run`, which installs the others and wrk. `--quick`: shorter windows; `--rounds N`;
+//! `--stampede`, `--access`: only that part; `--strict`: exit 1 if a target is missed. Wrong bytes always exit 1.
 
 #![allow(clippy::print_stdout, reason = "the table is the product")]
 #![allow(clippy::disallowed_methods, reason = "a benchmark reads the clock")]
@@ -29,7 +30,7 @@ use servers::{Server, Sites};
 use std::time::Duration;
 use table::{Better, Row, Table};
 
-/// Whatever goes wrong ends the run with its reason.
+/// Any error ends the run with its cause.
 pub(crate) type Outcome<T> = Result<T, Box<dyn std::error::Error + Send + Sync>>;
 
 const MIB: u64 = 1024 * 1024;
@@ -42,14 +43,14 @@ struct Plan {
     rounds: usize,
     cold_rounds: usize,
     stampede_rounds: usize,
-    /// How long docker-registry may take for a stampede before it is stopped.
+    /// Time limit of docker-registry in a stampede.
     patience: Duration,
     strict: bool,
-    /// Nothing but this part.
+    /// Only this part.
     only: Option<Part>,
 }
 
-/// A part that can be run alone.
+/// A part that can run alone.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Part {
     Access,
@@ -58,7 +59,7 @@ enum Part {
 
 fn main() -> Outcome<()> {
     let plan = Plan::from_arguments()?;
-    // Whoever else uses the machine blurs every figure: a run that began or ended under load says so itself.
+    // Other load affects every figure, so a run that started or ended under load reports it.
     println!("load average before: {}", load()?);
     let scratch = tempfile::tempdir()?;
     println!(
@@ -136,7 +137,7 @@ impl Plan {
     }
 }
 
-/// Nothing is measured before every server has proved that it serves the right bytes.
+/// Measurement starts after every server has served the right bytes.
 fn check_bytes(sites: &Sites, content: &Content) -> Outcome<()> {
     for server in [&sites.ifnewer, &sites.nginx] {
         for scheme in [Scheme::Plain, Scheme::Tls] {
@@ -153,8 +154,8 @@ fn check_bytes(sites: &Sites, content: &Content) -> Outcome<()> {
     Ok(())
 }
 
-/// A blob that is held, to few and to many connections. On plain connections nginx is asked twice: as it is usually
-/// tuned, and in the steps that were found to suit it best.
+/// A cached blob, with few and with many connections. On plain connections nginx runs in two configurations: as
+/// usually tuned, and with the chunk size found to be best.
 fn warm_blob(plan: &Plan, sites: &Sites, content: &Content, table: &mut Table) -> Outcome<()> {
     let peers = [
         (Scheme::Plain, "nginx", &sites.nginx, 0.8),
@@ -195,7 +196,8 @@ fn warm_blob(plan: &Plan, sites: &Sites, content: &Content, table: &mut Table) -
     Ok(())
 }
 
-/// A manifest, by digest (never asks upstream) and by tag (asks by HEAD; nginx does not check, and serves as a bound).
+/// A manifest by digest (no revalidation) and by tag (revalidated by HEAD; nginx does not revalidate and serves as a
+/// bound).
 fn small_replies(plan: &Plan, sites: &Sites, content: &Content, table: &mut Table) -> Outcome<()> {
     let kinds = [
         ("digest", manifest_by_digest(&content.image.manifest), Some(1.0)),
@@ -220,7 +222,7 @@ fn small_replies(plan: &Plan, sites: &Sites, content: &Content, table: &mut Tabl
     Ok(())
 }
 
-/// A blob nobody has asked for, from an upstream of 50 MB/s a connection: by way of ifnewer, and straight.
+/// An uncached blob from an upstream of 50 MB/s per connection: through ifnewer and direct.
 fn cold_blob(sites: &Sites, content: &Content, table: &mut Table) -> Outcome<()> {
     let what = "cold 300 MiB at 50 MB/s";
     let mut total = Row::new(format!("{what}: seconds, against direct"), Better::Lower).target_ratio(1.03);
@@ -229,7 +231,7 @@ fn cold_blob(sites: &Sites, content: &Content, table: &mut Table) -> Outcome<()>
         Better::Lower,
     )
     .target_difference(3.0);
-    // The manifest once, as every client does: what is timed is the blob.
+    // The manifest once, as every client does. Only the blob is timed.
     client::expect_digest(
         sites.ifnewer_slow.door(Scheme::Plain),
         &manifest_by_tag(content.image.tag),
@@ -247,7 +249,7 @@ fn cold_blob(sites: &Sites, content: &Content, table: &mut Table) -> Outcome<()>
     Ok(())
 }
 
-/// Peak resident memory with 64 clients on one blob: held, held over TLS, and arriving while all of them wait for it.
+/// Peak resident memory with 64 clients on one blob: cached, cached over TLS, and during the shared download.
 fn memory(plan: &Plan, sites: &Sites, content: &Content, table: &mut Table) -> Outcome<()> {
     let held = blob(&content.image.layer);
     for scheme in [Scheme::Plain, Scheme::Tls] {

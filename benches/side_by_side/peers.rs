@@ -1,4 +1,4 @@
-//! The caches that are sent a stampede, each begun with nothing for each: ifnewer, and those that one would use instead.
+//! The caches in the stampede, each started empty: ifnewer and its alternatives.
 
 use crate::Outcome;
 use crate::client::Door;
@@ -12,7 +12,7 @@ use std::process::Command;
 #[derive(Clone, Copy)]
 pub(crate) enum Kind {
     Ifnewer,
-    /// `proxy_cache` with a lock, so that one asker fetches and the others wait.
+    /// nginx `proxy_cache` with a lock, so that one client fetches and the others wait.
     Nginx,
     /// Debian's docker-registry as a pull-through cache.
     DockerRegistry,
@@ -28,7 +28,7 @@ impl fmt::Display for Kind {
     }
 }
 
-/// A cache that holds nothing yet. Its folder goes when it is dropped.
+/// An empty cache. Its folder is deleted on drop.
 pub(crate) struct Cache {
     pub(crate) door: Door,
     pub(crate) running: Running,

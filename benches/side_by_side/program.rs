@@ -1,4 +1,4 @@
-//! A program under measurement: started, waited for, measured through `/proc`, and ended when it is dropped.
+//! A measured process: start, readiness, figures from `/proc`, and termination on drop.
 
 use crate::Outcome;
 use rustix::process::{Pid, Signal, kill_process};
@@ -8,11 +8,11 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-/// The kernel's unit of CPU time in `/proc` (`USER_HZ`), 100 on every Linux we run on.
+/// The kernel's unit of CPU time in `/proc` (`USER_HZ`), 100 on every supported Linux.
 const TICKS_PER_SECOND: f64 = 100.0;
 const START_MAX: Duration = Duration::from_secs(20);
 
-/// A child that is asked to end when it is dropped: nginx takes its workers with it only if it is asked.
+/// A child that gets SIGTERM on drop, because nginx stops its workers only on SIGTERM.
 pub(crate) struct Running(Child);
 
 impl Running {
@@ -27,7 +27,7 @@ impl Running {
         Ok(Running(child))
     }
 
-    /// Asks again and again until there is an answer.
+    /// Retries until there is a response.
     pub(crate) fn wait_until<T>(&mut self, folder: &Path, ready: impl Fn() -> Option<T>) -> Outcome<T> {
         let began = Instant::now();
         loop {
@@ -54,7 +54,7 @@ impl Running {
         let mut ticks = 0.0;
         for pid in self.processes()? {
             let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
-            // Fields are counted after the name, which may hold anything, blanks included.
+            // Fields are counted after the name, which may contain spaces.
             let (_, fields) = stat.rsplit_once(") ").ok_or("/proc/…/stat without a name")?;
             let times: Vec<f64> = fields
                 .split(' ')
@@ -67,7 +67,7 @@ impl Running {
         Ok(ticks / TICKS_PER_SECOND)
     }
 
-    /// Makes the present memory the peak (`/proc/…/clear_refs`, 5).
+    /// Resets the peak to the current memory (`/proc/…/clear_refs`, 5).
     pub(crate) fn reset_peak_memory(&self) -> Outcome<()> {
         for pid in self.processes()? {
             std::fs::write(format!("/proc/{pid}/clear_refs"), "5")?;
@@ -117,12 +117,12 @@ impl Drop for Running {
     }
 }
 
-/// nginx cannot be told "any port" and asked which; nobody else takes ports here between the two lines.
+/// nginx cannot report a port chosen by the kernel. No other process takes ports here in between.
 pub(crate) fn free_address() -> Outcome<SocketAddr> {
     Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?)
 }
 
-/// Everything the program of a folder wrote.
+/// All output of the program in a folder.
 pub(crate) fn said(folder: &Path) -> String {
     let read = |name| std::fs::read_to_string(folder.join(name)).unwrap_or_default();
     [read("out.log"), read("err.log")].concat()

@@ -1,4 +1,4 @@
-//! The programs that are compared from first to last: the upstream, ifnewer twice, and nginx with the same files.
+//! The compared programs: the upstream, two ifnewer, and nginx with the same files.
 
 use crate::Outcome;
 use crate::client::{Door, trusting};
@@ -12,23 +12,23 @@ use std::sync::Arc;
 
 /// Everything one run needs.
 pub(crate) struct Sites {
-    /// In front of the fast upstream.
+    /// The cache of the fast upstream.
     pub(crate) ifnewer: Server,
-    /// In front of the slow one.
+    /// The cache of the slow upstream.
     pub(crate) ifnewer_slow: Server,
     /// Serves the same files from the disk.
     pub(crate) nginx: Server,
-    /// The same nginx with `sendfile_max_chunk 512k`: the fastest it was found to serve large files.
+    /// The same nginx with `sendfile_max_chunk 512k`, the fastest setting found for large files.
     pub(crate) nginx_in_small_steps: Server,
     /// 50 MB/s a connection.
     pub(crate) upstream_slow: Door,
-    /// As fast as the machine; where others in front of it are started.
+    /// As fast as the machine, for other caches started in front of it.
     pub(crate) upstream: SocketAddr,
     upstream_log: PathBuf,
     _upstream: Running,
 }
 
-/// One program under measurement.
+/// One measured program.
 pub(crate) struct Server {
     pub(crate) plain: Door,
     pub(crate) tls: Door,
@@ -94,12 +94,12 @@ impl Sites {
         })
     }
 
-    /// How many GETs for a blob the upstream answered so far.
+    /// Number of blob GETs served by the upstream.
     pub(crate) fn upstream_requests_for(&self, digest: &str) -> Outcome<usize> {
         Ok(self.upstream_answers_for(digest)?.len())
     }
 
-    /// How many bytes of a blob the upstream sent so far.
+    /// Blob bytes sent by the upstream.
     pub(crate) fn upstream_bytes_for(&self, digest: &str) -> Outcome<u64> {
         Ok(self.upstream_answers_for(digest)?.iter().sum())
     }
@@ -123,12 +123,12 @@ impl Server {
         self.running.cpu_seconds()
     }
 
-    /// Makes the present memory the peak.
+    /// Resets the peak to the current memory.
     pub(crate) fn reset_peak_memory(&self) -> Outcome<()> {
         self.running.reset_peak_memory()
     }
 
-    /// The most memory at once since then.
+    /// Peak memory since then.
     pub(crate) fn peak_memory_mib(&self) -> Outcome<f64> {
         self.running.peak_memory_mib()
     }
@@ -156,7 +156,7 @@ fn site(content: &Content, listen: &str, blob_options: &str) -> String {
     )
 }
 
-/// Tuned: sendfile, full packets, kept-open files and connections, and large steps where sendfile cannot be (TLS).
+/// Tuned: sendfile, full packets, open file cache, keep-alive, and large chunks where sendfile is impossible (TLS).
 pub(crate) fn start_nginx(folder: &Path, sites: &str, address: SocketAddr) -> Outcome<Running> {
     std::fs::create_dir_all(folder)?;
     let user = if rustix::process::getuid().is_root() {
@@ -201,10 +201,10 @@ fn start_ifnewer(folder: &Path, upstream: SocketAddr) -> Outcome<Server> {
     })
 }
 
-/// The same upstream once more, where whoever reaches the cache is entitled.
+/// The same upstream with `auth = "shared"`.
 pub(crate) const SHARED: &str = "shared.test";
 
-/// ifnewer with nothing but its upstream configured, and where it listens.
+/// ifnewer with only its upstream and listen addresses configured.
 pub(crate) fn run_ifnewer(folder: &Path, upstream: SocketAddr) -> Outcome<(Running, SocketAddr)> {
     std::fs::create_dir_all(folder)?;
     let file = folder.join("ifnewer.toml");

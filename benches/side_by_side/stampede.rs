@@ -1,10 +1,10 @@
-//! A hundred clients pull one image that nobody holds, all at once: what the upstream sends, when the last one is done,
-//! how long each waits for its first byte, and how much memory the cache takes. Over a line of 40 MB/s for everybody,
-//! where the upstream is the limit, and over none, where the cache is.
+//! Stampede: a hundred clients pull one uncached image at once. Measured are the upstream's bytes, the last
+//! completion, the time to first byte and the cache's memory. Once with a shared limit of 40 MB/s, where the upstream
+//! is the bottleneck, and once without, where the cache is.
 //!
-//! docker-registry would need many minutes, since it fetches for each client. It is stopped after a while; its figures
-//! are then what it had reached, which flatters it. It also answers some of the clients with 500 in some runs: that is
-//! named in its rows and ends no run, which only a failure of ifnewer or nginx does.
+//! docker-registry downloads once per client and would need many minutes, so it is stopped after a while. Its figures
+//! are those reached by then, which flatters it. In some runs it responds 500 to some clients. Its rows name that,
+//! and the run goes on; only a failure of ifnewer or nginx ends it.
 
 use crate::bottleneck::Bottleneck;
 use crate::client;
@@ -25,25 +25,25 @@ const PATIENCE: Duration = Duration::from_secs(120);
 /// No first byte yet.
 const NEVER: u64 = u64::MAX;
 
-/// Where the bytes come from, and who counts them.
+/// The source of the bytes and their counter.
 enum Line<'s> {
     Limited(Bottleneck),
     Unlimited(&'s Sites),
 }
 
-/// What one stampede showed.
+/// Results of one stampede.
 struct Shown {
-    /// Every client had the whole image.
+    /// Every client got the complete image.
     done: bool,
     /// The first failure of a client's pull.
     failure: Option<String>,
     last_seconds: f64,
-    /// The image's bytes sent by the upstream, in images.
+    /// Bytes sent by the upstream, in multiples of the image.
     upstream: f64,
     /// From the first client's first byte of the layer to the last client's.
     first_bytes_ms: f64,
     peak_mib: f64,
-    /// The cache's own.
+    /// Of the cache.
     cpu_seconds: f64,
 }
 
@@ -89,7 +89,7 @@ impl Shown {
     }
 }
 
-/// One row for each thing that was shown. The targets stand beside nginx, once.
+/// One row per result. Targets are relative to nginx.
 fn compare(what: &str, kind: Kind, line: &Line<'_>, ours: &[Shown], theirs: &[Shown], table: &mut Table) {
     let ended = if let Some(failure) = theirs.iter().find_map(|one| one.failure.as_ref()) {
         println!("{kind} failed clients: {failure}");
@@ -108,7 +108,7 @@ fn compare(what: &str, kind: Kind, line: &Line<'_>, ours: &[Shown], theirs: &[Sh
         row("CPU, s"),
     );
     if let Kind::Nginx = kind {
-        // The line's count has the heads and the manifest in it.
+        // The counter of the bottleneck includes heads and the manifest.
         upstream = upstream.target_at_most(1.001);
         first = first.target_at_most(50.0);
         peak = peak.target_at_most(64.0);
@@ -181,7 +181,7 @@ impl Line<'_> {
             }
             let (waited, running) = (began.elapsed(), &cache.running);
             let (peak, cpu) = (running.peak_memory_mib()?, running.cpu_seconds()?);
-            // Ends the clients that are still reading, and lets the upstream write down what it sent them.
+            // Stops clients that still read, and lets the upstream log what it sent them.
             drop(cache);
             Ok((peak, cpu, waited))
         })?;

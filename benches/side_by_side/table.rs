@@ -1,15 +1,15 @@
-//! Figures beside figures, with the target and whether it is met.
+//! Result table: both figures, the target, and whether it is met.
 
 use std::fmt::Write as _;
 
-/// Which way is good.
+/// The better direction.
 #[derive(Clone, Copy)]
 pub(crate) enum Better {
     Higher,
     Lower,
 }
 
-/// What the other is measured against.
+/// The reference of a ratio.
 #[derive(Clone, Copy)]
 enum Target {
     None,
@@ -21,7 +21,7 @@ enum Target {
     AtMost(f64),
 }
 
-/// One measure: a pair of figures a round.
+/// One measure: a pair of figures per round.
 pub(crate) struct Row {
     what: String,
     better: Better,
@@ -179,7 +179,7 @@ fn median(mut figures: Vec<f64>) -> f64 {
     figures.get(figures.len() / 2).copied().unwrap_or(f64::NAN)
 }
 
-/// Three digits that mean something.
+/// Formats three significant digits.
 fn short(figure: f64) -> String {
     match figure.abs() {
         large if large >= 100.0 => format!("{figure:.0}"),

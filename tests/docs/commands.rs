@@ -1,4 +1,4 @@
-//! Every command in the documentation is one that the program takes, and every shell script one that the shell reads.
+//! Commands in the documentation: the program parses each one, and the shell each script.
 
 use std::process::Command;
 
@@ -23,7 +23,7 @@ fn every_command_of_ours_is_one_with_these_flags() {
     assert!(checked > 50, "hardly any command was found: {checked}");
 }
 
-/// Checks the commands in a line; how many there were.
+/// Checks the commands in a line. Returns how many there were.
 fn check_line(place: &str, line: &str) -> usize {
     let line = line.trim().trim_start_matches("$ ");
     let line = line.split(" #").next().unwrap_or_default();
@@ -35,7 +35,7 @@ fn check_line(place: &str, line: &str) -> usize {
             .take_while(|word| !["…", "<", "*"].contains(word))
             .map(meant)
             .collect();
-        // A name alone is talk of the program.
+        // The name alone is not a command.
         if words.first() != Some(&"ifnewer") || words.len() < 2 {
             continue;
         }
@@ -51,7 +51,7 @@ fn check_line(place: &str, line: &str) -> usize {
     checked
 }
 
-/// What stands for something, as something.
+/// Replaces placeholders by values.
 fn meant(word: &str) -> &str {
     match word {
         "CLIENT" => "docker",
@@ -59,7 +59,7 @@ fn meant(word: &str) -> &str {
     }
 }
 
-/// `ifnewer ca` in a sentence, or with dots for what comes: the rest is not said, so it cannot be wrong.
+/// `ifnewer ca` in a sentence, or followed by dots: the subcommand is missing, so it cannot be checked.
 fn is_unfinished(command: &str, error: &clap::Error) -> bool {
     use clap::error::ErrorKind::{
         DisplayHelpOnMissingArgumentOrSubcommand, MissingRequiredArgument, MissingSubcommand,

@@ -1,4 +1,4 @@
-//! The tables of `docs/policies.md`: each cell is what `policy::decide` says, asked as the road of a request asks it.
+//! The decision tables of `docs/policies.md`: each cell is the result of `policy::decide`, as for a request.
 
 use std::fmt::Write as _;
 use std::time::{Duration, SystemTime};
@@ -64,7 +64,7 @@ fn tables() -> String {
     out
 }
 
-/// What the registry says, and what else tells the case apart.
+/// The registry's response and the other inputs of a row.
 struct Row {
     words: &'static str,
     revalidation: Revalidation,
@@ -139,14 +139,14 @@ fn table(out: &mut String, title: &str, rows: &[Row], state: impl Fn(&Row) -> Ca
     }
 }
 
-/// The end of it: the registry is asked if the decision wants that, as the road of a request does.
+/// The final decision: after revalidation, if the first decision requires it.
 fn cell(s: CacheState) -> String {
     let first = decide(&CacheState {
         revalidation: Revalidation::NotDone,
         ..s
     });
     let (asked, decision) = match first {
-        // What is not held is fetched, which asks: what comes of it is decided again.
+        // Uncached content is fetched, and the result is decided again.
         Decision::Revalidate | Decision::Fetch(_) => (true, decide(&s)),
         other => (false, other),
     };

@@ -1,17 +1,17 @@
-//! What stands in the documents: blocks, commands, links.
+//! Parser for the documents: code blocks, commands and links.
 
 use std::path::{Path, PathBuf};
 
 /// A fenced block.
 pub(crate) struct Block {
     document: PathBuf,
-    /// Where it begins, counted from 1.
+    /// Its first line, from 1.
     line: usize,
     pub(crate) text: String,
 }
 
 impl Block {
-    /// As editors understand it.
+    /// Location in the form that editors follow.
     pub(crate) fn place(&self) -> String {
         format!("{}:{}", self.document.display(), self.line)
     }
@@ -21,7 +21,7 @@ pub(crate) fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
-/// Everything that is written for users.
+/// The documents for users.
 pub(crate) fn documents() -> Vec<PathBuf> {
     let mut all: Vec<_> = std::fs::read_dir(root().join("docs"))
         .unwrap()
@@ -37,7 +37,7 @@ pub(crate) fn read(document: &Path) -> String {
     std::fs::read_to_string(document).unwrap()
 }
 
-/// The blocks in one of these languages, of all documents.
+/// The blocks of these languages in all documents.
 pub(crate) fn blocks(languages: &[&str]) -> Vec<Block> {
     let mut found = Vec::new();
     for document in documents() {

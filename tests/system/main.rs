@@ -1,7 +1,7 @@
-//! The whole program over loopback: the real binary, a scripted upstream, a plain client. One folder per topic.
+//! System tests over loopback: the real binary, a scripted registry and a plain client, with one folder per topic.
 //!
-//! Nothing here sleeps and nothing has a fixed port: tests wait for what happens (a request at the upstream, a gate, a
-//! line of the log). Every reply of the program passes one check (`tests/support/proxy/check.rs`), whatever the test is about.
+//! Tests do not sleep and use no fixed port. They wait for an event: a request at the upstream, a gate, a log line.
+//! Every response passes the same checks (`tests/support/proxy/check.rs`).
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests may fail loudly")]
 #![allow(clippy::panic, clippy::indexing_slicing, reason = "tests may fail loudly")]
 #![allow(

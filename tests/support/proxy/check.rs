@@ -1,9 +1,9 @@
-//! What holds for every reply of the registry port, whatever the test is about: a leak fails whichever test is running.
+//! Checks for every response of the registry port, so that a leak fails any running test.
 
 use super::Reply;
 use crate::registry::sha256;
 
-/// No header may leave that is not here.
+/// Response headers that the cache may send.
 const HEADERS: &[&str] = &[
     "accept-ranges",
     "age",
@@ -29,7 +29,7 @@ const HEADERS: &[&str] = &[
     "www-authenticate",
 ];
 
-/// The codes of the distribution specification, and the three older ones clients know.
+/// Error codes of the distribution specification, and the three older ones that clients know.
 const CODES: &[&str] = &[
     "BLOB_UNKNOWN",
     "DIGEST_INVALID",
@@ -73,7 +73,7 @@ pub(super) fn reply(reply: &Reply) {
     }
 }
 
-/// What was promised is what came.
+/// The body matches its headers.
 fn success(reply: &Reply) {
     let content = reply.path.contains("/manifests/") || reply.path.contains("/blobs/");
     if !content || !matches!(reply.method.as_str(), "GET" | "HEAD") {
@@ -93,7 +93,7 @@ fn success(reply: &Reply) {
     }
 }
 
-/// Errors are OCI JSON, say what happened, and where.
+/// Errors are OCI JSON and name the failure and the upstream.
 fn error(reply: &Reply) {
     assert_eq!(
         reply.header("content-type"),
@@ -123,7 +123,7 @@ fn error(reply: &Reply) {
     }
 }
 
-/// The upstream a path speaks to: by `?ns=`, by prefix, or the default one.
+/// The upstream of a path: by `?ns=`, by prefix, or the default one.
 fn named(path: &str) -> &str {
     let (path, query) = path.split_once('?').unwrap_or((path, ""));
     let ns = query.split('&').find_map(|pair| pair.strip_prefix("ns="));

@@ -1,4 +1,4 @@
-//! A small client: one request, one connection, every reply checked.
+//! HTTP client for tests: one request per connection, every response checked.
 
 use super::check;
 use super::identity::Identity;
@@ -25,7 +25,7 @@ use tokio::net::TcpStream;
 
 type Fault = Box<dyn std::error::Error + Send + Sync>;
 
-/// A request in the making; await it.
+/// Builder of a request. Awaiting it sends the request.
 #[derive(Clone)]
 #[must_use = "a request does nothing until it is awaited"]
 pub struct Ask {
@@ -34,7 +34,7 @@ pub struct Ask {
     path: String,
     headers: Vec<(String, String)>,
     body: Bytes,
-    /// The body has no length: chunked, in pieces.
+    /// The body is chunked.
     chunked: bool,
     tls: Option<(String, Vec<String>)>,
     server_name: String,
@@ -48,7 +48,7 @@ pub struct Ask {
 }
 
 impl Ask {
-    /// Any method, any path, as they are.
+    /// Any method and path, unchanged.
     pub fn new(address: SocketAddr, method: &str, path: &str) -> Ask {
         Ask {
             address,
@@ -106,7 +106,7 @@ impl Ask {
         self
     }
 
-    /// With a body of which no length is said.
+    /// With a body of unknown length.
     pub fn chunked_body(mut self, body: &[u8]) -> Ask {
         self.chunked = true;
         self.body(body)
@@ -121,7 +121,7 @@ impl Ask {
         self
     }
 
-    /// This name in the TLS handshake, and in `Host` unless that is set otherwise.
+    /// This server name (SNI), also in `Host` unless set otherwise.
     pub fn server_name(mut self, name: &str) -> Ask {
         name.clone_into(&mut self.server_name);
         self.named_host(name)
@@ -135,8 +135,8 @@ impl Ask {
         self.named_host(target.strip_suffix(":443").unwrap_or(target))
     }
 
-    /// With this client certificate in each handshake with the program; within a `CONNECT` that came over TLS, in the
-    /// outer one only.
+    /// With this client certificate in each handshake with the cache. For a `CONNECT` over TLS, only in the outer
+    /// one.
     pub fn identity(mut self, identity: &Identity) -> Ask {
         self.identity = Some(identity.clone());
         self
@@ -162,13 +162,13 @@ impl Ask {
         self.header("host", host)
     }
 
-    /// Not the registry port of the program: no check of the reply.
+    /// For another port than the registry's: the response is not checked.
     pub fn unchecked(mut self) -> Ask {
         self.checked = false;
         self
     }
 
-    /// Sends it and reads all of the reply.
+    /// Sends the request and reads the complete response.
     pub async fn into_reply(self) -> Reply {
         let what = format!("{} {}", self.method, self.path);
         self.attempt()
@@ -176,13 +176,13 @@ impl Ask {
             .unwrap_or_else(|fault| panic!("{what}: {fault}"))
     }
 
-    /// The reply, checked, if one came; for a process that may be gone at any moment.
+    /// The checked response, if there is one, for a process that may end at any moment.
     #[allow(dead_code, reason = "tests/crash uses it")]
     pub async fn tried(self) -> Option<Reply> {
         self.attempt().await.ok()
     }
 
-    /// The transfer fails, and the client sees it: no reply, a body that broke, or an error. Never 2xx and a clean end.
+    /// Expects a visible failure: no response, an interrupted body, or an error. Never a complete 2xx.
     pub async fn visibly_fails(self) {
         let Ok(reply) = self.attempt().await else { return };
         let broke = matches!(reply.status, 200 | 206) && !reply.whole;
@@ -196,7 +196,7 @@ impl Ask {
         );
     }
 
-    /// The reply, also one whose body broke; `None` if the connection ended without any.
+    /// The response, also with an interrupted body. `None` if the connection ended before one.
     pub async fn broken_or_reply(self) -> Option<Reply> {
         self.attempt().await.ok()
     }
@@ -223,8 +223,7 @@ impl Ask {
         Ok(reply)
     }
 
-    /// Sends it over TLS with what this client keeps from one connection to the next; also whether that was a session
-    /// resumed.
+    /// Sends it over TLS with this client's session cache. Also returns whether the session was resumed.
     pub async fn by(self, client: &tokio_rustls::TlsConnector) -> (Reply, bool) {
         let stream = TcpStream::connect(self.address).await.unwrap();
         let name = ServerName::try_from(self.server_name.clone()).unwrap();
@@ -244,14 +243,14 @@ impl Ask {
         (reply, resumed)
     }
 
-    /// Sends it and reads only the head of the reply. Dropping the flow closes the connection.
+    /// Sends it and reads only the response head. Dropping the flow closes the connection.
     pub async fn stream(self) -> Flow {
         let what = format!("{} {}", self.method, self.path);
         let sent = within(&what, Box::pin(self.send())).await;
         sent.unwrap_or_else(|fault| panic!("{what}: {fault}"))
     }
 
-    /// There must be no reply at all.
+    /// Expects no response.
     pub async fn fails(self) {
         let what = format!("{} {}", self.method, self.path);
         if let Ok(flow) = within(&what, Box::pin(self.send())).await {
@@ -383,7 +382,7 @@ impl IntoFuture for Ask {
 trait Stream: AsyncRead + AsyncWrite + Unpin + Send {}
 impl<T: AsyncRead + AsyncWrite + Unpin + Send> Stream for T {}
 
-/// Asks for a tunnel; the fault is the reply where it is not given.
+/// Requests a tunnel. The error is the response, if the tunnel is rejected.
 async fn connect(
     stream: &mut (impl AsyncRead + AsyncWrite + Unpin),
     target: &str,
@@ -404,7 +403,7 @@ async fn connect(
     }
 }
 
-/// What speaks TLS with a server of this CA.
+/// A TLS connector that trusts this CA.
 pub(super) fn connector(
     ca_pem: &str,
     protocols: &[String],
@@ -429,7 +428,7 @@ pub(super) fn connector(
     Arc::new(config).into()
 }
 
-/// A reply whose body is still coming.
+/// A response whose body is still being received.
 pub struct Flow {
     pub status: u16,
     pub headers: HeaderMap,
@@ -461,7 +460,7 @@ impl Flow {
         self.ahead.split_to(count).freeze()
     }
 
-    /// All that is left; `Err` with what came if the body broke.
+    /// The rest of the body. `Err` with the received part if the body was interrupted.
     pub async fn rest(&mut self) -> Result<Bytes, Bytes> {
         while let Some(frame) = within("the rest of the body", self.body.frame()).await {
             match frame {
@@ -522,7 +521,7 @@ impl Session {
         reply
     }
 
-    /// `ask`, with no check of the reply.
+    /// `ask` without response checks.
     pub async fn ask_unchecked(&mut self, method: &str, path: &str) -> Reply {
         within("the connection to stay open", self.sender.ready())
             .await

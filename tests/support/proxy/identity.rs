@@ -1,4 +1,4 @@
-//! Client certificates, made for one test.
+//! Client certificates for tests.
 
 use rcgen::{
     BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, SanType,
@@ -6,7 +6,7 @@ use rcgen::{
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use std::sync::Arc;
 
-/// A CA of clients.
+/// A client CA.
 pub struct Authority {
     issuer: Issuer<'static, KeyPair>,
     pem: String,
@@ -43,13 +43,13 @@ impl Authority {
         self.signed(|params| params.distinguished_name.push(DnType::CommonName, common_name))
     }
 
-    /// One without a common name: this URI says who it is.
+    /// One without a common name, with this URI as its name.
     pub fn workload(&self, uri: &str) -> Identity {
         let uri = SanType::URI(uri.try_into().unwrap());
         self.signed(|params| params.subject_alt_names.push(uri))
     }
 
-    /// One that ended a while ago.
+    /// An expired one.
     pub fn expired(&self, common_name: &str) -> Identity {
         self.signed(|params| {
             params.distinguished_name.push(DnType::CommonName, common_name);
@@ -58,7 +58,7 @@ impl Authority {
         })
     }
 
-    /// One that is for servers.
+    /// One for server authentication.
     pub fn server(&self, common_name: &str) -> Identity {
         self.signed(|params| {
             params.distinguished_name.push(DnType::CommonName, common_name);

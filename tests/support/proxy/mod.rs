@@ -1,7 +1,7 @@
-//! The program under test: the real binary with a configuration of its own, on free ports, in a folder of its own.
+//! The program under test: the real binary with its own configuration, free ports and a temporary folder.
 //!
-//! `Setup::over(&upstream).start().await` waits until it announced its ports; dropping it kills it. What it said on
-//! standard error is printed when a test fails.
+//! `Setup::over(&upstream).start().await` waits until the ports are printed. Dropping the value kills the process.
+//! Its standard error is printed if a test fails.
 
 mod check;
 mod client;
@@ -31,7 +31,7 @@ pub struct Proxy {
 }
 
 impl Proxy {
-    /// With docker.io at this upstream and everything else as it comes.
+    /// With docker.io at this upstream and defaults otherwise.
     pub async fn over(upstream: &Upstream) -> Proxy {
         Setup::over(upstream).start().await
     }
@@ -71,12 +71,12 @@ impl Proxy {
         &self.program
     }
 
-    /// What it was started with.
+    /// Its configuration.
     pub fn setup(&self) -> &Setup {
         &self.setup
     }
 
-    /// The certificate authority the program made for itself.
+    /// The CA that the program generated.
     pub fn ca_pem(&self) -> String {
         std::fs::read_to_string(self.setup.folder().join("certs/ca.pem")).unwrap()
     }
@@ -91,7 +91,7 @@ impl Proxy {
         self.get(&blob_path(repository, digest))
     }
 
-    /// Pulls as a client does: the manifest by tag, then its blobs; everything must come, whole and right.
+    /// Pulls like a client: the manifest by tag, then its blobs. All content must be complete and right.
     pub async fn pull(&self, repository: &str, tag: &str, image: &Image) -> Reply {
         self.pull_with(repository, tag, image, |ask| ask).await
     }
@@ -115,7 +115,7 @@ impl Proxy {
         reply
     }
 
-    /// Ends it as a service manager does, and starts it again on the same folder.
+    /// Stops it like a service manager, and starts it again on the same folder.
     pub async fn restart(self) -> Proxy {
         let setup = self.setup.clone();
         self.restart_as(setup).await
@@ -141,17 +141,17 @@ impl Proxy {
         self.program.kill();
     }
 
-    /// Asks for the process to end.
+    /// Sends SIGTERM.
     pub fn terminate(&self) {
         self.program.terminate();
     }
 
-    /// Waits until the process ended; its exit code.
+    /// Waits for exit and returns the exit code.
     pub async fn exit(&mut self) -> Option<i32> {
         self.program.exit().await
     }
 
-    /// Waits until a blob is on the disk: clients have their last byte before that.
+    /// Waits until a blob is committed. Clients have their last byte before that.
     pub async fn until_kept(&self, digest: &str) -> PathBuf {
         crate::registry::within("the blob to be on the disk", async {
             loop {
@@ -164,7 +164,7 @@ impl Proxy {
         .await
     }
 
-    /// Asks this often for something that needs no upstream: what was sent before has had its turn by then.
+    /// Sends this many requests that need no upstream. Earlier requests have been handled by then.
     pub async fn has_turned(&self, times: usize) {
         for _ in 0..times {
             assert_eq!(self.get("/v2/").await.status, 200);
@@ -181,7 +181,7 @@ impl Proxy {
         .await;
     }
 
-    /// Repeats a request until its reply satisfies the test; for what happens in the background.
+    /// Repeats a request until the response satisfies the test, for background work.
     pub async fn until(
         &self,
         what: &str,

@@ -1,4 +1,4 @@
-//! The process: started, listened to, signalled, and never left behind.
+//! The process under test: start, output, signals and exit. Killed on drop.
 
 use crate::registry::within;
 use rustix::process::{Pid, Signal, kill_process};
@@ -16,12 +16,12 @@ pub struct Program {
 }
 
 impl Program {
-    /// Starts the binary with an environment of nothing but `HOME`, `PATH` and what is given.
+    /// Starts the binary with only `HOME`, `PATH` and the given variables in its environment.
     pub fn start(arguments: &[&str], home: &Path, environment: &[(String, String)]) -> Program {
         Program::start_by(&[], arguments, home, environment)
     }
 
-    /// `start`, by a command to which the binary and its arguments are appended.
+    /// `start`, through a command to which the binary and its arguments are appended.
     pub fn start_by(
         starter: &[&str],
         arguments: &[&str],
@@ -39,7 +39,7 @@ impl Program {
         Program::spawn(command, home)
     }
 
-    /// Starts what becomes the binary after some preparation.
+    /// Starts a command that executes the binary.
     pub fn start_with(starter: &str, arguments: &[&str], home: &Path) -> Program {
         let mut command = Command::new(starter);
         command.args(arguments);
@@ -86,13 +86,13 @@ impl Program {
         }
     }
 
-    /// Waits until it says so on standard output.
+    /// Waits for this line on standard output.
     pub async fn prints(&self, part: &str) -> String {
         let line = self.stdout.find(part, |line| line.contains(part)).await;
         line.unwrap_or_else(|| panic!("it ended before it printed `{part}`"))
     }
 
-    /// Waits until it says so on standard error.
+    /// Waits for this text on standard error.
     pub async fn says(&self, part: &str) -> String {
         let line = self.stderr.find(part, |line| line.contains(part)).await;
         line.unwrap_or_else(|| panic!("it ended before it said `{part}`"))
@@ -124,7 +124,7 @@ impl Program {
         let _ = self.child.wait();
     }
 
-    /// Waits for the end; the exit code, `None` if a signal ended it. Its output is complete then.
+    /// Waits for exit. Returns the exit code, `None` if a signal ended it. All output is read then.
     pub async fn exit(&mut self) -> Option<i32> {
         self.stdout.ended().await;
         self.stderr.ended().await;
@@ -153,7 +153,7 @@ impl Drop for Program {
     }
 }
 
-/// The lines of a pipe as they come.
+/// The lines of a pipe as they arrive.
 struct Lines {
     heard: watch::Sender<Heard>,
 }

@@ -1,11 +1,11 @@
-//! Bytes on a socket, for what no HTTP client would send.
+//! Raw sockets, for requests that no HTTP client would send.
 
 use crate::registry::within;
 use std::net::SocketAddr;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
-/// What came back until the other side closed.
+/// The bytes received until the peer closed.
 #[derive(Clone, Debug)]
 pub struct RawReply {
     pub text: String,
@@ -17,7 +17,7 @@ impl RawReply {
         self.text.strip_prefix("HTTP/1.1 ")?.get(..3)?.parse().ok()
     }
 
-    /// How many replies came.
+    /// The number of responses.
     pub fn replies(&self) -> usize {
         self.text.matches("HTTP/1.1 ").count()
     }
@@ -26,7 +26,7 @@ impl RawReply {
 /// Sends these bytes and reads until the other side closes.
 pub async fn raw(address: SocketAddr, bytes: &[u8]) -> RawReply {
     let mut stream = TcpStream::connect(address).await.unwrap();
-    // The other side may answer and close before it took everything.
+    // The peer may respond and close before it has read everything.
     let _ = stream.write_all(bytes).await;
     let mut read = Vec::new();
     let _ = within("the connection to be closed", stream.read_to_end(&mut read)).await;

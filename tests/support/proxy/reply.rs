@@ -1,10 +1,10 @@
-//! A reply, and the sentences tests say about it.
+//! Responses and assertions about them.
 
 use crate::registry::{Blob, Image, sha256};
 use bytes::Bytes;
 use http::HeaderMap;
 
-/// A whole reply, or what came of it.
+/// A response, complete or interrupted.
 #[derive(Clone, Debug)]
 pub struct Reply {
     pub method: String,
@@ -12,7 +12,7 @@ pub struct Reply {
     pub status: u16,
     pub headers: HeaderMap,
     pub body: Bytes,
-    /// The body ended as it should.
+    /// Whether the body is complete.
     pub whole: bool,
 }
 
@@ -22,7 +22,7 @@ impl Reply {
         self.headers.get(name).map(|value| value.to_str().unwrap())
     }
 
-    /// What the cache said of itself, RFC 9211.
+    /// `Cache-Status` (RFC 9211).
     pub fn cache_status(&self) -> &str {
         self.header("cache-status")
             .unwrap_or_else(|| panic!("no Cache-Status: {self:#?}"))
@@ -84,7 +84,7 @@ impl Reply {
         self
     }
 
-    /// The parts of a `multipart/byteranges`, read by its own rules: `Content-Range` and bytes of each.
+    /// The parts of a `multipart/byteranges` body: `Content-Range` and bytes of each.
     pub fn parts(&self) -> Vec<(String, Bytes)> {
         let kind = self.header("content-type").unwrap();
         let boundary = kind
@@ -126,7 +126,7 @@ impl Reply {
         }
     }
 
-    /// Served from the cache, and upstream was asked and agreed.
+    /// Served from the cache after revalidation.
     pub fn is_unchanged(&self) -> &Reply {
         assert_eq!(self.status, 200, "{self:#?}");
         assert!(
@@ -136,7 +136,7 @@ impl Reply {
         self.is_not_stale()
     }
 
-    /// Served from the cache, whatever the reason.
+    /// Served from the cache for any reason.
     pub fn is_hit(&self) -> &Reply {
         assert!(self.cache_status().starts_with("ifnewer; hit"), "{self:#?}");
         self
@@ -148,7 +148,7 @@ impl Reply {
         self
     }
 
-    /// Served from the cache because upstream was silent, and says so.
+    /// Served stale because the upstream is unavailable, with a warning.
     pub fn is_stale(&self) -> &Reply {
         assert_eq!(self.status, 200, "{self:#?}");
         assert!(self.is_hit().cache_status().contains("stale"), "{self:#?}");
@@ -161,7 +161,7 @@ impl Reply {
         self
     }
 
-    /// Served from the cache because upstream was silent, on the word of whoever imported it: it has no age.
+    /// Served stale after an import, without an age.
     pub fn is_imported(&self) -> &Reply {
         assert_eq!(self.status, 200, "{self:#?}");
         assert!(self.is_hit().cache_status().contains("stale"), "{self:#?}");
@@ -173,14 +173,14 @@ impl Reply {
         self
     }
 
-    /// Nothing is said of being stale.
+    /// No staleness is indicated.
     pub fn is_not_stale(&self) -> &Reply {
         assert_eq!(self.header("warning"), None, "{self:#?}");
         assert!(!self.cache_status().contains("stale"), "{self:#?}");
         self
     }
 
-    /// An error with this status; nothing of what is held comes with it.
+    /// An error with this status and no cached content.
     pub fn is_refused(&self, status: u16) -> &Reply {
         assert_eq!(self.status, status, "{self:#?}");
         assert_eq!(self.header("docker-content-digest"), None, "{self:#?}");
@@ -188,7 +188,7 @@ impl Reply {
         self
     }
 
-    /// The upstream could not be used, and nothing is held: 502, 503 or 504, never 404.
+    /// The upstream failed and nothing is cached: 502, 503 or 504, and never 404.
     pub fn is_unreachable(&self) -> &Reply {
         assert!(matches!(self.status, 502..=504), "{self:#?}");
         self.is_refused(self.status)

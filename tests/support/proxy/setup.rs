@@ -1,4 +1,4 @@
-//! A configuration, made of what the test is about and free ports and a fresh folder for the rest.
+//! Configuration builder: free ports and a temporary folder, plus the settings of the test.
 
 use super::{Program, Proxy};
 use crate::registry::Upstream;
@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use tempfile::TempDir;
 
-/// A configuration in the making.
+/// Builder of a configuration.
 #[derive(Clone)]
 pub struct Setup {
     folder: Arc<TempDir>,
@@ -28,7 +28,7 @@ impl Setup {
         Setup::empty().also("docker.io", upstream)
     }
 
-    /// No upstream but the well-known ones, which no test may reach.
+    /// Only the well-known upstreams, which no test may reach.
     pub fn empty() -> Setup {
         Setup {
             folder: Arc::new(tempfile::tempdir().unwrap()),
@@ -62,7 +62,7 @@ impl Setup {
         self
     }
 
-    /// The same folder, with the upstreams of another.
+    /// The same folder with the upstreams of another configuration.
     pub fn with_upstreams_of(mut self, other: &Setup) -> Setup {
         self.upstreams.clone_from(&other.upstreams);
         self
@@ -74,7 +74,7 @@ impl Setup {
         self
     }
 
-    /// Further keys of an upstream that is already there.
+    /// Further keys of an existing upstream.
     pub fn upstream_keys(mut self, name: &str, keys: &str) -> Setup {
         let (_, held) = self.upstreams.iter_mut().find(|(held, _)| held == name).unwrap();
         writeln!(held, "{keys}").unwrap();
@@ -87,13 +87,13 @@ impl Setup {
         self
     }
 
-    /// Without what was said in `[default]` so far.
+    /// Clears `[default]`.
     pub fn without_defaults(mut self) -> Setup {
         self.default.clear();
         self
     }
 
-    /// With the blobs of a fetched manifest begun ahead. Without, so that a test sees just what it asks for.
+    /// With prefetch. It is off by default, so that a test sees only its own requests.
     pub fn prefetching(mut self) -> Setup {
         self.prefetch = true;
         self
@@ -111,7 +111,7 @@ impl Setup {
         self
     }
 
-    /// Whatever stands after the rest: `[[rule]]`, `[connect]`.
+    /// Text appended to the configuration: `[[rule]]`, `[connect]`.
     pub fn tail(mut self, text: &str) -> Setup {
         writeln!(self.tail, "{text}").unwrap();
         self
@@ -123,7 +123,7 @@ impl Setup {
         self
     }
 
-    /// `serve` is started by this command, to which its own is appended.
+    /// Starts `serve` through this command, to which its own is appended.
     #[allow(dead_code, reason = "tests/crash uses it")]
     pub fn through(mut self, starter: &[&str]) -> Setup {
         self.starter = starter.iter().map(|word| (*word).to_owned()).collect();
@@ -137,7 +137,7 @@ impl Setup {
         path
     }
 
-    /// Where everything of this configuration lies.
+    /// The folder of this configuration.
     pub fn folder(&self) -> &Path {
         self.folder.path()
     }
@@ -147,14 +147,14 @@ impl Setup {
         self.folder.path().join("data")
     }
 
-    /// The file of a blob that is held.
+    /// The file of a cached blob.
     pub fn kept_blob(&self, digest: &str) -> Option<PathBuf> {
         let hex = digest.split(':').nth(1).unwrap();
         let mut files = files_below(&self.data().join("blobs")).into_iter();
         files.find(|path| path.file_name().is_some_and(|name| name == hex))
     }
 
-    /// The configuration as a file would hold it.
+    /// The text of the configuration file.
     pub fn toml(&self) -> String {
         let folder = self.folder.path();
         let mut text = format!(
@@ -186,7 +186,7 @@ impl Setup {
         text + &self.tail
     }
 
-    /// Starts the program and waits until it answers.
+    /// Starts the program and waits until it responds.
     pub async fn start(self) -> Proxy {
         let program = self.serve();
         let registry = program.announced("registry listening on ").await;
@@ -217,7 +217,7 @@ impl Setup {
     }
 }
 
-/// Every file below a folder, for tests that look at what was kept.
+/// Every file below a folder.
 pub fn files_below(folder: &Path) -> Vec<PathBuf> {
     let Ok(entries) = std::fs::read_dir(folder) else {
         return Vec::new();

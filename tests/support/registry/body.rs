@@ -1,4 +1,4 @@
-//! A response body that is sent as the test wants it: held, cut, slow, with or without a length.
+//! Response bodies: blocked, truncated, slow, with or without a length.
 
 use super::Shared;
 use super::gate::Gate;
@@ -13,23 +13,23 @@ use tokio::sync::mpsc;
 
 const CHUNK_BYTES: usize = 16 * 1024;
 
-/// What to send, and how.
+/// The content and the way it is sent.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Plan {
     pub(super) bytes: Bytes,
     /// No `Content-Length`: chunked.
     pub(super) unsized_body: bool,
-    /// The connection breaks after so many bytes.
+    /// The connection is reset after this many bytes.
     pub(super) cut_at: Option<usize>,
     /// A clean end after so many bytes.
     pub(super) ends_at: Option<usize>,
-    /// Held after so many bytes.
+    /// Blocked by a gate after this many bytes.
     pub(super) held_at: Option<(usize, Gate)>,
     /// Bytes a second.
     pub(super) pace: Option<u64>,
 }
 
-/// The body hyper polls; a task of its own fills it.
+/// The body that hyper polls, filled by its own task.
 pub(super) struct Piped {
     frames: mpsc::Receiver<io::Result<Bytes>>,
     length: Option<u64>,
@@ -84,7 +84,7 @@ impl Plan {
             }
         }
         if self.cut_at.is_some_and(|cut| cut < self.bytes.len()) {
-            // The server writes what it has while the body is silent; an error at once would swallow it.
+            // hyper flushes while the body is pending. An immediate error would discard the buffered bytes.
             tokio::time::sleep(Duration::from_millis(30)).await;
             let _ = sender.send(Err(io::ErrorKind::ConnectionReset.into())).await;
         }

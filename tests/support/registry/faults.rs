@@ -1,19 +1,19 @@
-//! The knobs: every way in which a registry, or the way to it, is known to fail.
+//! Faults of a registry and its network path, set by tests.
 
 use super::gate::Gate;
 use super::{Seen, Upstream};
 use std::sync::Arc;
 
-/// What is wrong at this moment. All `None` and `false`: nothing.
+/// The active faults. All `None` and `false`: none.
 #[derive(Default)]
 #[allow(
     clippy::struct_excessive_bools,
     reason = "independent knobs, in any combination"
 )]
 pub(super) struct Faults {
-    /// At the moment of accepting a connection.
+    /// On accepting a connection.
     pub(super) connection: Option<BadConnection>,
-    /// Instead of an answer, for the requests it applies to; the last one set wins.
+    /// Replaces the response to matching requests. The last one set wins.
     pub(super) instead: Vec<(Applies, Instead)>,
     pub(super) head_not_allowed: bool,
     pub(super) blob_head_refused: bool,
@@ -33,7 +33,7 @@ pub(super) struct Faults {
     pub(super) late_answers: Vec<(Applies, Gate)>,
     pub(super) oversize_manifest: Option<usize>,
     pub(super) redirect: Option<Redirect>,
-    /// Everything under `/v2/`, with this status to the same path there.
+    /// Redirects everything under `/v2/` with this status to the same path there.
     pub(super) redirect_all: Option<(u16, String)>,
     pub(super) no_referrers: bool,
     pub(super) lists_lead_to_themselves: bool,
@@ -44,7 +44,7 @@ pub(super) struct Faults {
 }
 
 impl Faults {
-    /// The status for one more request for a part, while there are failures left.
+    /// The status for further range requests, while failures remain.
     pub(super) fn range_failure(&mut self) -> Option<u16> {
         let (status, left) = self.range_failures.as_mut().filter(|(_, left)| *left > 0)?;
         *left -= 1;
@@ -109,58 +109,58 @@ impl Upstream {
         self.shared.hang_up();
     }
 
-    /// Connections open, and nothing is ever said on them.
+    /// Connections open and get no response.
     pub fn is_mute(&self) {
         self.turn(|faults| faults.connection = Some(BadConnection::Mute));
         self.shared.hang_up();
     }
 
-    /// Requests are read and logged, and answered only when it recovers.
+    /// Requests are logged, and get a response only after recovery.
     pub fn hangs(&self) {
         self.instead(registry(), Instead::Hang);
     }
 
-    /// The same for these requests alone.
+    /// The same for these requests only.
     pub fn hangs_for(&self, which: fn(&Seen) -> bool) {
         self.instead(Arc::new(which), Instead::Hang);
     }
 
-    /// Requests are read and logged, and the connection is closed without an answer.
+    /// Requests are logged and the connection closes without a response.
     pub fn drops_requests(&self) {
         self.instead(registry(), Instead::Drop);
     }
 
-    /// Everything under `/v2/` is answered with this status.
+    /// Everything under `/v2/` gets this status.
     pub fn answers_status(&self, status: u16) {
         self.instead(registry(), Instead::Status(status));
     }
 
-    /// These requests are answered with this status.
+    /// These requests get this status.
     pub fn answers(&self, which: fn(&Seen) -> bool, status: u16) {
         self.instead(Arc::new(which), Instead::Status(status));
     }
 
-    /// These requests are answered with this status, and a text that no registry wrote.
+    /// These requests get this status and a text that is not the registry's.
     pub fn answers_text(&self, which: fn(&Seen) -> bool, status: u16) {
         self.instead(Arc::new(which), Instead::Text(status));
     }
 
-    /// Manifests come as this type; as none, if it is empty.
+    /// Manifests have this type, or none if empty.
     pub fn types_manifests(&self, kind: &str) {
         self.turn(|faults| faults.manifest_type = Some(kind.to_owned()));
     }
 
-    /// Blobs come as this type.
+    /// Blobs have this type.
     pub fn types_blobs(&self, kind: &str) {
         self.turn(|faults| faults.blob_type = Some(kind.to_owned()));
     }
 
-    /// Blobs have no bytes, and say so.
+    /// Blobs are empty, with a length of 0.
     pub fn empties_blobs(&self) {
         self.turn(|faults| faults.empty_blobs = true);
     }
 
-    /// Only `GET`s of manifests are answered with this status.
+    /// Only `GET`s of manifests get this status.
     pub fn answers_manifest_gets_with(&self, status: u16) {
         self.instead(
             Arc::new(|seen| seen.method == "GET" && seen.path.contains("/manifests/")),
@@ -168,7 +168,7 @@ impl Upstream {
         );
     }
 
-    /// Only the token service is answered with this status.
+    /// Only the token service sends this status.
     pub fn answers_tokens_with(&self, status: u16) {
         self.instead(Arc::new(|seen| seen.path == "/token"), Instead::Status(status));
     }
@@ -196,12 +196,12 @@ impl Upstream {
         self.instead(applies, Instead::RateLimited(retry_after.map(str::to_owned)));
     }
 
-    /// Tells its quota on every answer, as Docker Hub does.
+    /// Sends its quota on every response, as Docker Hub does.
     pub fn tells_rate_limit(&self, limit: u64, remaining: u64) {
         self.turn(|faults| faults.rate_limit = Some((limit, remaining)));
     }
 
-    /// A captive portal: 200 and a page, whatever was asked.
+    /// A captive portal: 200 and a page for every request.
     pub fn answers_html(&self) {
         self.instead(registry(), Instead::Html);
     }
@@ -221,27 +221,27 @@ impl Upstream {
         self.turn(|faults| faults.digest = DigestHeader::Omitted);
     }
 
-    /// `Docker-Content-Digest` is always this one.
+    /// `Docker-Content-Digest` always has this value.
     pub fn lies_about_digest(&self, digest: &str) {
         self.turn(|faults| faults.digest = DigestHeader::Lie(digest.to_owned()));
     }
 
-    /// The same in answers to `HEAD` alone.
+    /// The same in responses to `HEAD` only.
     pub fn lies_about_digest_in_heads(&self, digest: &str) {
         self.turn(|faults| faults.digest = DigestHeader::LieInHeads(digest.to_owned()));
     }
 
-    /// The same in answers to `GET` alone.
+    /// The same in responses to `GET` only.
     pub fn lies_about_digest_in_gets(&self, digest: &str) {
         self.turn(|faults| faults.digest = DigestHeader::LieInGets(digest.to_owned()));
     }
 
-    /// Every answer with a blob breaks after `n` bytes of its body.
+    /// Every blob response is reset after `n` body bytes.
     pub fn truncates_blob_at(&self, n: usize) {
         self.turn(|faults| faults.blob_cut_at = Some(n));
     }
 
-    /// The next `times` answers with a blob break after `n` bytes of their body.
+    /// The next `times` blob responses are reset after `n` body bytes.
     pub fn truncates_blobs_at(&self, n: usize, times: usize) {
         self.turn(|faults| {
             faults.blob_cut_at = Some(n);
@@ -249,12 +249,12 @@ impl Upstream {
         });
     }
 
-    /// Blobs come without a length and end, cleanly, after `n` bytes.
+    /// Blobs have no length and end cleanly after `n` bytes.
     pub fn ends_blob_early_at(&self, n: usize) {
         self.turn(|faults| faults.blob_ends_at = Some(n));
     }
 
-    /// Answers without `Content-Length`.
+    /// Responses have no `Content-Length`.
     pub fn omits_length(&self) {
         self.turn(|faults| faults.unsized_bodies = true);
     }
@@ -264,17 +264,17 @@ impl Upstream {
         self.turn(|faults| faults.corrupts_blobs = true);
     }
 
-    /// `Range` is not understood: always 200 and everything.
+    /// `Range` is ignored: always 200 and the full blob.
     pub fn ignores_range(&self) {
         self.turn(|faults| faults.ignores_range = true);
     }
 
-    /// The next `times` requests for a part of a blob are answered with this status.
+    /// The next `times` range requests for a blob get this status.
     pub fn fails_ranges(&self, status: u16, times: usize) {
         self.turn(|faults| faults.range_failures = Some((status, times)));
     }
 
-    /// Bodies of blobs come at this speed.
+    /// Blob bodies are sent at this rate.
     pub fn drips(&self, bytes_per_second: u64) {
         self.turn(|faults| faults.pace = Some(bytes_per_second));
     }
@@ -339,7 +339,7 @@ impl Upstream {
         self.turn(|faults| faults.redirect_all = Some((status, base)));
     }
 
-    /// The body of this blob is held after `n` bytes.
+    /// The body of this blob blocks after `n` bytes.
     pub fn holds_blob(&self, digest: &str, n: usize) -> Gate {
         let gate = Gate::new();
         let part = format!("/blobs/{digest}");
@@ -348,35 +348,35 @@ impl Upstream {
         gate
     }
 
-    /// The bodies of these answers are held before their first byte; what they say is settled by then.
+    /// The bodies of these responses block before their first byte. Their content is already decided.
     pub fn holds_bodies(&self, which: impl Fn(&Seen) -> bool + Send + Sync + 'static) -> Gate {
         let gate = Gate::new();
         self.turn(|faults| faults.held_bodies.push((Arc::new(which), 0, gate.clone())));
         gate
     }
 
-    /// The answers to these requests are held before their first byte.
+    /// The responses to these requests block before their first byte.
     pub fn holds_answers(&self, which: impl Fn(&Seen) -> bool + Send + Sync + 'static) -> Gate {
         let gate = Gate::new();
         self.turn(|faults| faults.held_answers.push((Arc::new(which), gate.clone())));
         gate
     }
 
-    /// The same, but what the answers say is decided when the requests come.
+    /// The same, with the content decided when the request arrives.
     pub fn delays_answers(&self, which: impl Fn(&Seen) -> bool + Send + Sync + 'static) -> Gate {
         let gate = Gate::new();
         self.turn(|faults| faults.late_answers.push((Arc::new(which), gate.clone())));
         gate
     }
 
-    /// Presents a certificate nobody trusts from the next connection on.
+    /// Uses an untrusted certificate from the next connection on.
     pub fn presents_foreign_certificate(&self) {
         let foreign = super::tls::Authority::new().server_config();
         self.state(|state| state.tls = Some(foreign));
         self.shared.hang_up();
     }
 
-    /// No fault any more. Answers that hung are given now. Rights and contents stay.
+    /// Clears every fault and sends blocked responses. Permissions and content stay.
     pub fn recovers(&self) {
         self.turn(|faults| *faults = Faults::default());
         if let Some(authority) = &self.authority {

@@ -1,4 +1,4 @@
-//! What stands in front of a registry and answers in its place: a login page, a captive portal, a firewall.
+//! Servers in front of a registry that respond in its place: login page, captive portal, firewall.
 
 use super::faults::Instead;
 use super::serve::{self, sent};
@@ -6,7 +6,7 @@ use super::{Piped, Plan, Seen, Shared, Upstream};
 use http::{HeaderName, HeaderValue, Response};
 use std::sync::Arc;
 
-/// An answer that no registry gave.
+/// A response that is not the registry's.
 #[derive(Clone, Debug)]
 pub struct Front {
     pub name: String,
@@ -37,12 +37,12 @@ impl Front {
         Front::new(status, "text/html; charset=utf-8", b"<html>Please log in</html>")
     }
 
-    /// A redirect with this status to this place.
+    /// A redirect with this status to this location.
     pub fn redirect(status: u16, location: &str) -> Front {
         Front::new(status, "", b"").header("location", location)
     }
 
-    /// One more header, in which `{reference}` is replaced by what was asked for.
+    /// A further header, in which `{reference}` is replaced by the requested reference.
     pub fn header(mut self, name: &'static str, value: &str) -> Front {
         self.headers.push((name, value.to_owned()));
         self.name = format!("{}, {name}: {value}", self.name);
@@ -60,7 +60,7 @@ impl Front {
 }
 
 impl Upstream {
-    /// These requests are answered by what stands in front.
+    /// The front-end responds to these requests.
     pub fn is_fronted(&self, which: impl Fn(&Seen) -> bool + Send + Sync + 'static, front: &Front) {
         self.instead(Arc::new(which), Instead::Front(front.clone()));
     }

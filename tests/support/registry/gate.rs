@@ -1,9 +1,9 @@
-//! A gate holds an answer, or a body after so many bytes, until the test lets it go: interleavings without sleeping.
+//! Gate: blocks a response or a body until the test opens it, to order events without sleeping.
 
 use super::within;
 use tokio::sync::watch;
 
-/// Cloned gates are one gate.
+/// Clones share one state.
 #[derive(Clone, Debug)]
 pub struct Gate {
     state: watch::Sender<GateState>,
@@ -22,12 +22,12 @@ impl Gate {
         }
     }
 
-    /// Waits until somebody stands at the gate.
+    /// Waits until a request is blocked at the gate.
     pub async fn reached(&self) {
         self.reached_by(1).await;
     }
 
-    /// Waits until `count` stood at the gate.
+    /// Waits until `count` requests have reached the gate.
     pub async fn reached_by(&self, count: usize) {
         let mut state = self.state.subscribe();
         within(
@@ -38,17 +38,17 @@ impl Gate {
         .unwrap();
     }
 
-    /// How many came to the gate so far.
+    /// Requests that reached the gate.
     pub fn arrived(&self) -> usize {
         self.state.borrow().arrived
     }
 
-    /// Lets everybody pass, now and later.
+    /// Opens the gate for good.
     pub fn release(&self) {
         self.state.send_modify(|state| state.open = true);
     }
 
-    /// Stands at the gate until it is opened.
+    /// Blocks until the gate is opened.
     pub(super) async fn pass(&self) {
         self.state.send_modify(|state| state.arrived += 1);
         self.state.subscribe().wait_for(|state| state.open).await.unwrap();

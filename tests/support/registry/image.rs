@@ -1,4 +1,4 @@
-//! What a registry holds: blobs, images, indexes and artifacts, made from a few bytes.
+//! Content of a registry: blobs, images, indexes and artifacts, generated from a few bytes.
 
 use bytes::Bytes;
 use serde_json::{Value, json};
@@ -68,7 +68,7 @@ impl Blob {
     }
 }
 
-/// A manifest with all that it names.
+/// A manifest with its blobs and children.
 #[derive(Clone, Debug)]
 pub struct Image {
     /// The digest of the manifest.
@@ -79,9 +79,9 @@ pub struct Image {
     pub manifest: Bytes,
     /// The config, when there is one, then the layers.
     pub blobs: Vec<Blob>,
-    /// What an index names.
+    /// The manifests of an index.
     pub children: Vec<Image>,
-    /// The manifest this one is attached to, and as what.
+    /// The subject and the artifact type.
     pub attached: Option<(String, String)>,
 }
 
@@ -178,7 +178,7 @@ impl Image {
         }
     }
 
-    /// Whatever bytes one likes, as a manifest of this type.
+    /// Arbitrary bytes as a manifest of this type.
     pub fn raw(media_type: &str, manifest: &[u8]) -> Image {
         Image {
             digest: sha256(manifest),

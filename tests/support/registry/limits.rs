@@ -1,4 +1,4 @@
-//! Rate limits, as registries word them, for as many requests as a test says.
+//! Rate limits in the forms of real registries.
 
 use super::faults::Instead;
 use super::{Seen, Upstream};
@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::time::Instant;
 
-/// A response word for word.
+/// A literal response.
 #[derive(Clone, Debug)]
 pub struct Scripted {
     pub status: u16,
@@ -40,7 +40,7 @@ impl Scripted {
 }
 
 impl Upstream {
-    /// The next `times` of these requests are answered so.
+    /// The next `times` of these requests get this response.
     pub fn answers_next(
         &self,
         times: usize,
@@ -58,7 +58,7 @@ impl Upstream {
         self.instead(Arc::new(applies), Instead::Scripted(response));
     }
 
-    /// Of these requests so many are allowed within any second; the others are answered so.
+    /// Allows this many of these requests per second. Others get this response.
     pub fn allows_each_second(
         &self,
         requests: usize,

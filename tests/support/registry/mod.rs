@@ -1,8 +1,8 @@
-//! A scripted upstream registry: a real server on a free port, in this process, that behaves and misbehaves as told.
+//! Scripted registry: a real server on a free port in the test process, with configurable faults.
 //!
-//! `let upstream = Upstream::start().await;` answers like a well-kept registry. The knobs (`faults.rs`) change that at
-//! once, also for connections that are already open; `recovers()` takes every fault back. All requests are kept
-//! in a log. It shares no code with the program under test.
+//! `let upstream = Upstream::start().await;` starts a well-behaved registry. The setters of `faults.rs` take effect
+//! at once, also on open connections, and `recovers()` clears every fault. All requests are logged. It shares no code
+//! with the program under test.
 
 mod body;
 mod faults;
@@ -38,10 +38,10 @@ use tokio::net::TcpSocket;
 use tokio::sync::watch;
 use tokio::task::AbortHandle;
 
-/// How long a test waits for an event before it calls it lost. Generous: the machine may be busy.
+/// Timeout of waiting for an event. Generous, because the machine may be busy.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Waits for an event, but not for ever.
+/// Waits for an event, with a timeout.
 pub async fn within<T>(what: &str, event: impl Future<Output = T>) -> T {
     tokio::time::timeout(PATIENCE, event)
         .await
@@ -83,20 +83,20 @@ impl Seen {
     }
 }
 
-/// A running upstream; it ends with the test.
+/// A running registry, stopped on drop.
 pub struct Upstream {
     shared: Arc<Shared>,
     address: SocketAddr,
     authority: Option<tls::Authority>,
     listener: Mutex<Option<AbortHandle>>,
-    /// Bound, never listening: keeps the port ours while the listener is closed.
+    /// Bound and never listening, to reserve the port while the listener is closed.
     _reserved: TcpSocket,
 }
 
 struct Shared {
     state: Mutex<State>,
     log: watch::Sender<Vec<Seen>>,
-    /// Told whenever a knob is turned.
+    /// Notified on every change of settings.
     turned: watch::Sender<()>,
     base: String,
 }
@@ -104,7 +104,7 @@ struct Shared {
 #[derive(Default)]
 struct State {
     repositories: BTreeMap<String, Repository>,
-    /// Blobs others redirect to.
+    /// Blobs that redirects lead to.
     storage: BTreeMap<String, Bytes>,
     faults: Faults,
     rights: Rights,
@@ -118,7 +118,7 @@ struct State {
 
 #[derive(Default)]
 struct Repository {
-    /// Each tag names a digest; a second one is for clients that do not accept the first's type.
+    /// The digest of each tag, and a second one for clients that do not accept the type of the first.
     tags: BTreeMap<String, Vec<String>>,
     manifests: BTreeMap<String, (String, Bytes)>,
     blobs: BTreeMap<String, Bytes>,
@@ -169,7 +169,7 @@ impl Upstream {
         upstream
     }
 
-    /// What a configuration names: `http://127.0.0.1:…`.
+    /// Its URL: `http://127.0.0.1:…`.
     pub fn url(&self) -> String {
         self.shared.base.clone()
     }
@@ -184,7 +184,7 @@ impl Upstream {
         self.authority.as_ref().expect("a plain upstream has no CA").pem()
     }
 
-    /// The tag names this image now; all the image consists of is held.
+    /// Pushes an image under this tag.
     pub fn push(&self, repository: &str, tag: &str, image: Image) -> Image {
         self.edit(repository, |held| {
             held.keep(&image);
@@ -193,12 +193,12 @@ impl Upstream {
         image
     }
 
-    /// `push`, for the reader: the tag was there before.
+    /// `push`, for an existing tag.
     pub fn moves(&self, repository: &str, tag: &str, image: Image) -> Image {
         self.push(repository, tag, image)
     }
 
-    /// All of these tags name this image.
+    /// Pushes an image under all of these tags.
     pub fn push_tags(&self, repository: &str, tags: &[String], image: &Image) {
         self.edit(repository, |held| {
             held.keep(image);
@@ -208,7 +208,7 @@ impl Upstream {
         });
     }
 
-    /// The same tag names this image for clients that do not accept the type of the first one.
+    /// Serves this image under the same tag to clients that do not accept the type of the first one.
     pub fn push_also(&self, repository: &str, tag: &str, image: Image) -> Image {
         self.edit(repository, |held| {
             held.keep(&image);
@@ -220,13 +220,13 @@ impl Upstream {
         image
     }
 
-    /// Holds an image without a tag.
+    /// Stores an image without a tag.
     pub fn push_untagged(&self, repository: &str, image: Image) -> Image {
         self.edit(repository, |held| held.keep(&image));
         image
     }
 
-    /// Holds a blob no manifest names.
+    /// Stores a blob that no manifest references.
     pub fn push_blob(&self, repository: &str, bytes: &[u8]) -> Blob {
         let blob = Blob::of(bytes);
         self.edit(repository, |held| {
@@ -235,23 +235,23 @@ impl Upstream {
         blob
     }
 
-    /// Holds these bytes as the blob of this digest, right or wrong.
+    /// Stores these bytes under this digest, right or wrong.
     pub fn push_named(&self, repository: &str, digest: &str, bytes: &[u8]) {
         let bytes = Bytes::copy_from_slice(bytes);
         self.edit(repository, |held| held.blobs.insert(digest.to_owned(), bytes));
     }
 
-    /// The tag is gone; what it named stays.
+    /// Deletes the tag and keeps the manifest.
     pub fn deletes_tag(&self, repository: &str, tag: &str) {
         self.edit(repository, |held| held.tags.remove(tag));
     }
 
-    /// The blob is gone from this repository.
+    /// Deletes the blob from this repository.
     pub fn deletes_blob(&self, repository: &str, digest: &str) {
         self.edit(repository, |held| held.blobs.remove(digest));
     }
 
-    /// The manifest is gone from this repository; tags that name it stay.
+    /// Deletes the manifest from this repository and keeps its tags.
     pub fn deletes_manifest(&self, repository: &str, digest: &str) {
         self.edit(repository, |held| held.manifests.remove(digest));
     }
@@ -261,7 +261,7 @@ impl Upstream {
         self.shared.log.borrow().clone()
     }
 
-    /// Starts the log afresh.
+    /// Clears the log.
     pub fn clear_log(&self) {
         self.shared.log.send_modify(Vec::clear);
         self.state(|state| {
@@ -298,12 +298,12 @@ impl Upstream {
             .collect()
     }
 
-    /// Body bytes handed out.
+    /// Body bytes sent.
     pub fn bytes_sent(&self) -> u64 {
         self.state(|state| state.bytes_sent)
     }
 
-    /// Connections accepted, whatever came of them.
+    /// Connections accepted.
     pub fn connections(&self) -> usize {
         self.state(|state| state.connections_seen)
     }
@@ -365,7 +365,7 @@ impl Shared {
 }
 
 impl Repository {
-    /// Digest, type and bytes of what a reference names to somebody who accepts these types.
+    /// Digest, type and bytes of a reference for a client that accepts these types.
     fn manifest(&self, reference: &str, accept: &[String]) -> Option<(String, String, Bytes)> {
         let one = [reference.to_owned()];
         let digests = self.tags.get(reference).map_or(one.as_slice(), Vec::as_slice);

@@ -1,4 +1,4 @@
-//! Who may read what at this upstream: open, Basic, or Bearer with a token service of its own.
+//! Access control of the registry: open, Basic, or Bearer with its own token service.
 
 use super::{Seen, Upstream};
 use base64::Engine as _;
@@ -12,9 +12,9 @@ pub(super) struct Rights {
     login: Login,
     /// user → password, repositories
     users: BTreeMap<String, (String, BTreeSet<String>)>,
-    /// Readable by whoever holds an anonymous token.
+    /// Readable with an anonymous token.
     public: BTreeSet<String>,
-    /// 403 to everybody.
+    /// 403 for every client.
     forbidden: BTreeSet<String>,
     /// token → user
     tokens: BTreeMap<String, Option<String>>,
@@ -37,11 +37,11 @@ struct TokenStyle {
     realm: Option<String>,
     /// Whole `WWW-Authenticate` lines, in which `{realm}` and `{scope}` are replaced.
     lines: Vec<String>,
-    /// The answer to a token that is no longer accepted, without a challenge.
+    /// The response to an expired token, without a challenge.
     expired: Option<u16>,
 }
 
-/// Why a request is not served.
+/// Why a request is denied.
 pub(super) struct Denial {
     pub(super) status: StatusCode,
     pub(super) challenges: Vec<String>,
@@ -49,13 +49,13 @@ pub(super) struct Denial {
 }
 
 impl Upstream {
-    /// Every request needs a Bearer token of this upstream's own token service. Repositories are private until
+    /// Every request needs a Bearer token of this registry's token service. Repositories are private until
     /// `makes_public` or `lets`.
     pub fn requires_token(&self) {
         self.state(|state| state.rights.login = Login::Bearer);
     }
 
-    /// Every request needs `Basic` with this user and password; that user may read everything.
+    /// Every request needs `Basic` with this user and password. The user may read everything.
     pub fn requires_basic(&self, user: &str, password: &str) {
         self.lets(user, password, "*");
         self.state(|state| state.rights.login = Login::Basic);
@@ -70,17 +70,17 @@ impl Upstream {
         });
     }
 
-    /// The user's rights end now, also for tokens already given.
+    /// Revokes the user's access, also for issued tokens.
     pub fn revokes(&self, user: &str) {
         self.state(|state| state.rights.users.get_mut(user).unwrap().1.clear());
     }
 
-    /// Anybody with an anonymous token may read this repository.
+    /// Any client with an anonymous token may read this repository.
     pub fn makes_public(&self, repository: &str) {
         self.state(|state| state.rights.public.insert(repository.to_owned()));
     }
 
-    /// 403 to everybody in this repository.
+    /// 403 for every client in this repository.
     pub fn forbids(&self, repository: &str) {
         self.state(|state| state.rights.forbidden.insert(repository.to_owned()));
     }
@@ -105,24 +105,24 @@ impl Upstream {
         self.state(|state| state.rights.style.lines = lines.iter().map(|line| (*line).to_owned()).collect());
     }
 
-    /// A token that is no longer accepted gets this status and no challenge: 400 at public.ecr.aws, 403 at ECR.
+    /// An expired token gets this status without a challenge: 400 at public.ecr.aws, 403 at ECR.
     pub fn answers_expired_tokens_with(&self, status: u16) {
         self.state(|state| state.rights.style.expired = Some(status));
     }
 
-    /// Tokens given so far are no longer accepted.
+    /// Expires all issued tokens.
     pub fn expires_tokens(&self) {
         self.state(|state| state.rights.tokens.clear());
     }
 
-    /// A token as a client gets it that was sent to this upstream's token service by the challenge.
+    /// A token, as for a client that follows the challenge.
     pub fn token_for(&self, user: &str) -> String {
         self.state(|state| state.rights.new_token(Some(user.to_owned())))
     }
 }
 
 impl Rights {
-    /// The right of this request to be served.
+    /// Whether this request is authorized.
     pub(super) fn check(&self, base: &str, seen: &Seen, repository: Option<&str>) -> Result<(), Denial> {
         if repository.is_some_and(|name| self.forbidden.contains(name)) {
             return Err(Denial {

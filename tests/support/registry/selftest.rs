@@ -1,4 +1,4 @@
-//! The upstream itself is tried through a plain client, so that a test that fails speaks of the program.
+//! Tests of the scripted registry itself, through a plain client.
 
 use super::{Image, Upstream, within};
 use crate::proxy::Ask;

@@ -1,4 +1,4 @@
-//! The registry itself: connections, routes, answers.
+//! The server of the scripted registry: connections, routes and responses.
 
 use super::body::{Piped, Plan};
 use super::faults::{Applies, BadConnection, DigestHeader, Instead, Redirect};
@@ -62,7 +62,7 @@ async fn speak(stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static, sha
         .await;
 }
 
-/// An error closes the connection without an answer.
+/// An error closes the connection without a response.
 async fn answer(shared: Arc<Shared>, request: Request<Incoming>) -> Result<Response<Piped>, io::Error> {
     let seen = Seen {
         method: request.method().to_string(),
@@ -78,7 +78,7 @@ async fn answer(shared: Arc<Shared>, request: Request<Incoming>) -> Result<Respo
             Some(Instead::Hang) => turned.changed().await.map_err(io::Error::other)?,
             Some(Instead::Drop) => return Err(io::ErrorKind::ConnectionReset.into()),
             Some(Instead::Status(status)) => return Ok(failed(&shared, &seen, status, "UNKNOWN")),
-            // What stands in front of a registry knows nothing of its headers.
+            // A front-end sends none of the registry's headers.
             Some(Instead::Text(status)) => {
                 let response = Response::builder()
                     .status(status)
@@ -203,7 +203,7 @@ fn route(shared: &Arc<Shared>, seen: &Seen) -> Response<Piped> {
     }
 }
 
-/// The refusal of a request without the right it needs.
+/// The denial of an unauthorized request.
 fn denied(shared: &Arc<Shared>, seen: &Seen, name: Option<&str>) -> Option<Response<Piped>> {
     let denial = shared
         .state(|state| state.rights.check(&shared.base, seen, name))
@@ -267,7 +267,7 @@ fn blob(shared: &Arc<Shared>, seen: &Seen, name: &str, digest: &str) -> Response
     content(shared, seen, digest, bytes)
 }
 
-/// What redirects lead to: like S3, it takes no `Authorization`.
+/// Storage behind redirects. Like S3, it rejects `Authorization`.
 fn storage(shared: &Arc<Shared>, seen: &Seen, digest: &str) -> Response<Piped> {
     if seen.authorized() {
         return failed(shared, seen, 400, "Only one auth mechanism allowed");
@@ -450,7 +450,7 @@ fn span(line: &str, size: usize) -> Option<(usize, usize)> {
     Some((start, end))
 }
 
-/// The repository a path under `/v2/` speaks of.
+/// The repository in a path under `/v2/`.
 fn repository(path: &str) -> Option<&str> {
     let rest = path.strip_prefix("/v2/")?;
     ["/manifests/", "/blobs/", "/referrers/", "/tags/list"]

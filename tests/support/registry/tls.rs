@@ -1,4 +1,4 @@
-//! A certificate authority made for one test, and server certificates of every kind.
+//! A CA for one test, and server certificates of every kind.
 
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
 use rustls::pki_types::pem::PemObject as _;
@@ -77,7 +77,7 @@ impl Presented {
         Presented::signs_itself(&params)
     }
 
-    /// The same as [`Presented::self_signed`], and ended a while ago.
+    /// An expired [`Presented::self_signed`].
     pub fn self_signed_and_expired(names: &[&str]) -> Presented {
         let mut params = params(names);
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
@@ -86,7 +86,7 @@ impl Presented {
         Presented::signs_itself(&params)
     }
 
-    /// Issued by an authority that nobody knows.
+    /// Issued by an unknown CA.
     pub fn of_an_unknown_authority(names: &[&str]) -> Presented {
         Authority::new().issues(&params(names))
     }

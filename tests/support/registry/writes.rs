@@ -1,4 +1,4 @@
-//! Pushes and deletions, as a registry takes them: uploads in parts, then a name for them.
+//! Pushes and deletions: chunked uploads and commits.
 
 use super::body::Piped;
 use super::serve::failed;
@@ -11,7 +11,7 @@ use hyper::body::Incoming;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-/// Uploads under way, and all that was received.
+/// Uploads in progress and received content.
 #[derive(Default)]
 pub(super) struct Uploads {
     parts: BTreeMap<String, Vec<u8>>,
@@ -27,7 +27,7 @@ impl super::Upstream {
         self.state(|state| state.uploads.received)
     }
 
-    /// Says where an upload goes on by a path alone.
+    /// Sends a relative `Location` for uploads.
     pub fn locates_relatively(&self) {
         self.state(|state| state.uploads.relative = true);
     }

@@ -1,4 +1,4 @@
-//! The access log: each request has one record, written when its answer has ended, of what became of it.
+//! Access log: one record per request, written when the response has ended.
 
 use crate::download::corruption::{SIZE, overwrite, with_a_layer};
 use crate::proxy::{Ask, Proxy};
@@ -60,7 +60,7 @@ async fn e14_access_record_is_written_at_the_end_of_the_body() {
     proxy.has_turned(3).await;
     assert!(!proxy.program().stderr().contains("kind=\"blob\" status"));
     assert_eq!(requests(&metrics(&proxy).await, &["kind=\"blob\""]), 0);
-    // The client is seen though its answer is under way.
+    // The client is counted while its response is still being sent.
     let seen = proxy.admin("/api/v1/clients").await.json();
     assert!(seen["clients"][0]["requests"].as_u64().unwrap() > 1, "{seen}");
 

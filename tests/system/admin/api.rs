@@ -1,5 +1,5 @@
-//! The admin API against its own description: every documented path is called, every answer is valid, and what is not
-//! documented is not answered.
+//! Admin API against its OpenAPI document: every documented path is called, every response is valid, and undocumented
+//! paths are rejected.
 
 mod schema;
 
@@ -7,7 +7,7 @@ use crate::proxy::{Ask, Proxy, Reply, Setup};
 use crate::registry::{Image, Upstream, noise, within};
 use serde_json::{Value, json};
 
-/// A cache that holds something and has something to tell.
+/// A cache with images and events.
 async fn busy() -> (Upstream, Proxy, Image) {
     let upstream = Upstream::start().await;
     let image = upstream.push("library/demo", "latest", Image::with_layers(&["one", "two"]));
@@ -40,7 +40,7 @@ async fn document(proxy: &Proxy) -> Value {
     proxy.admin("/api/openapi.json").await.json()
 }
 
-/// The answer, held against the document.
+/// The response, validated against the document.
 fn valid(document: &Value, path: &str, reply: &Reply) -> Value {
     let method = reply.method.to_lowercase();
     let responses = &document["paths"][path][&method]["responses"];
@@ -700,7 +700,7 @@ async fn pulls_and_collections_at_once_lose_nothing() {
     }
 }
 
-/// What is left to the tests of the archive: they know what a broken one is.
+/// Covered by the archive tests, which know broken archives.
 const ELSEWHERE: &[&str] = &[
     "get /api/v1/export 409",
     "get /api/v1/export 503",
@@ -713,14 +713,14 @@ const ELSEWHERE: &[&str] = &[
 
 const TOKEN: &str = "0123456789abcdef";
 
-/// A cache that asks its operator for a token, brought its own certificate, and holds a pinned image.
+/// A cache with an admin token, a provided certificate and a pinned image.
 async fn guarded() -> (Upstream, Proxy) {
     let upstream = Upstream::start().await;
     let image = upstream.push("library/demo", "latest", Image::with_layers(&["one"]));
     let setup = Setup::over(&upstream);
     let token = setup.file("admin.token", &format!("{TOKEN}\n"));
     let setup = setup.listen_keys(&format!("admin_token_file = {token:?}"));
-    // What it makes for itself the first time serves as a brought one the second time.
+    // The generated certificate serves as a provided one.
     let proxy = setup.clone().start().await;
     let certs = setup.folder().join("certs");
     let brought = format!(
@@ -778,7 +778,7 @@ async fn every_documented_error_can_be_provoked_and_is_a_problem() {
     );
 }
 
-/// What must be answered with this error; `open` keeps what must not end before that.
+/// Expects this error. `open` keeps connections that must stay open.
 async fn provocation(
     proxy: &Proxy,
     upstream: &Upstream,

@@ -1,4 +1,4 @@
-//! Limits of the admin listener: whatever clients of it do, health is answered; and wrong tokens are slowed.
+//! Limits of the admin listener: health checks are served under load, and wrong tokens are delayed.
 
 use crate::proxy::{Ask, Proxy, Setup, blob_path};
 use crate::registry::{Image, Upstream, within};
@@ -6,7 +6,7 @@ use std::net::Ipv4Addr;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpSocket, TcpStream};
 
-/// Sends bytes to the admin listener from 127.0.0.`last`, and reads the first of what comes back.
+/// Sends bytes to the admin listener from 127.0.0.`last` and returns the start of the response.
 async fn sent(proxy: &Proxy, last: u8, bytes: &[u8]) -> (TcpStream, String) {
     let socket = TcpSocket::new_v4().unwrap();
     socket.bind((Ipv4Addr::new(127, 0, 0, last), 0).into()).unwrap();
@@ -23,7 +23,7 @@ async fn sent(proxy: &Proxy, last: u8, bytes: &[u8]) -> (TcpStream, String) {
     (stream, String::from_utf8_lossy(&reply[..read]).into_owned())
 }
 
-/// `ifnewer healthcheck` and `/metrics` answer.
+/// `ifnewer healthcheck` and `/metrics` respond.
 async fn is_healthy(proxy: &Proxy) {
     let address = proxy.admin_address().to_string();
     let config = proxy.setup().folder().join("ifnewer.toml");
@@ -49,7 +49,7 @@ async fn t14_idle_admin_connections_do_not_stop_health() {
     }
     is_healthy(&proxy).await;
     proxy.program().says("no-place-of-address").await;
-    // Another address has places of its own.
+    // Another address has its own permits.
     let (_stream, reply) = sent(
         &proxy,
         2,
@@ -76,7 +76,7 @@ async fn t14_event_streams_do_not_stop_health_nor_requests() {
     assert_eq!(watching, 32);
     is_healthy(&proxy).await;
     assert_eq!(proxy.admin("/api/v1/status").await.status, 200);
-    // Another address has some left.
+    // Another address has permits left.
     let ask = b"GET /api/v1/events/stream HTTP/1.1\r\nHost: localhost\r\n\r\n";
     let (_stream, reply) = sent(&proxy, 2, ask).await;
     assert!(reply.starts_with("HTTP/1.1 200 "), "{reply}");
@@ -138,7 +138,7 @@ async fn t14_wrong_admin_tokens_are_slowed_logged_and_counted() {
         let line = format!("ifnewer_admin_tokens_refused_total{{reason=\"{reason}\"}} {count}\n");
         assert!(metrics.contains(&line), "{metrics}");
     }
-    // Nobody else waits, and the right token of the same address is not locked out.
+    // Other clients are not delayed, and the right token from the same address is accepted.
     let right =
         b"GET /api/v1/status HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer 0123456789abcdef\r\n\r\n";
     for last in [2, 1] {
@@ -154,7 +154,7 @@ async fn e15_health_is_answered_while_the_disk_does_not_answer() {
     let proxy = Proxy::over(&upstream).await;
     proxy.pull("library/demo", "latest", &image).await;
     let proxy = proxy.restart().await;
-    // Opening a fifo waits for who writes to it, as opening a file waits for a disk that hangs.
+    // Opening a FIFO blocks until a writer opens it, as opening a file does on a hung disk.
     let digest = &image.blobs[1].digest;
     let file = proxy.setup().kept_blob(digest).unwrap();
     std::fs::remove_file(&file).unwrap();
@@ -172,7 +172,7 @@ async fn e15_health_is_answered_while_the_disk_does_not_answer() {
     for _ in 0..20 {
         is_healthy(&proxy).await;
     }
-    // It says what is wrong.
+    // The response names the cause.
     proxy
         .until(
             "the disk to be named",

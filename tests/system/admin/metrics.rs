@@ -1,5 +1,5 @@
-//! The metrics as those who read them take them: Debian's promtool, and a Prometheus that scrapes the running program and
-//! is asked every question of the dashboard and the rules.
+//! Metrics as their readers parse them: Debian's promtool, and a Prometheus that scrapes the real program and
+//! evaluates the queries of the dashboard and the rules.
 
 use crate::proxy::{Ask, Proxy, Setup};
 use crate::registry::{Image, Upstream, noise, within};
@@ -9,7 +9,7 @@ use std::net::SocketAddr;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
-/// A cache to which everything has happened that is counted.
+/// A cache in which every counted event has occurred.
 async fn busy() -> (Upstream, Proxy, Image) {
     let (upstream, elsewhere) = (Upstream::start().await, Upstream::start_tls().await);
     let target = elsewhere.address().to_string();
@@ -26,7 +26,7 @@ async fn busy() -> (Upstream, Proxy, Image) {
     let tunnelled = proxy.get("/v2/").tls(elsewhere.ca_pem(), &["http/1.1"]);
     let tunnelled = tunnelled.through_connect(&target).unchecked();
     assert_eq!(tunnelled.await.status, 200);
-    // More than there is room for: everything is young, so that nothing goes, but it was looked at.
+    // More than the quota. Everything is younger than the minimum age, so the eviction runs and removes nothing.
     for seed in 0..3 {
         let image = Image::with_layers(&[noise(seed, 600_000)]);
         let image = upstream.push("library/large", &seed.to_string(), image);
@@ -50,7 +50,7 @@ async fn plain(proxy: &Proxy) -> String {
     String::from_utf8(reply.body.to_vec()).unwrap()
 }
 
-/// The value of a sample, by its name and labels as they are written.
+/// The value of a sample, by name and labels as printed.
 fn sample(text: &str, name: &str) -> f64 {
     let line = text
         .lines()
@@ -141,7 +141,7 @@ async fn every_question_of_the_dashboard_and_the_rules_has_an_answer() {
                 if has_answer(&answer) {
                     return;
                 }
-                // The next scrape brings it: a rate needs two, and something between them.
+                // A rate needs two scrapes with a change between them.
                 prometheus.next_scrape().await;
                 let blob = proxy.blob("library/demo", &demo.blobs[0].digest);
                 blob.await.is_blob(&demo.blobs[0]);
@@ -151,7 +151,8 @@ async fn every_question_of_the_dashboard_and_the_rules_has_an_answer() {
     }
 }
 
-/// What the dashboard and the rules ask. Of an alert, what it compares: that it does not fire is its answer.
+/// Queries of the dashboard and the rules. Of an alert only the compared expression, because an alert that does not
+/// fire is an empty result.
 fn questions() -> Vec<String> {
     let packaging = Path::new(env!("CARGO_MANIFEST_DIR")).join("packaging");
     let read = |name: &str| std::fs::read_to_string(packaging.join(name)).unwrap();
@@ -170,7 +171,7 @@ fn questions() -> Vec<String> {
     questions
 }
 
-/// Debian's Prometheus, which scrapes the program twice a second. It ends with the test.
+/// Debian's Prometheus, scraping the program twice a second. Killed on drop.
 struct Prometheus {
     process: Child,
     address: SocketAddr,
@@ -200,7 +201,7 @@ impl Prometheus {
             let (_, address) = line.split_once("msg=\"Listening on\" address=")?;
             address.trim().parse().ok()
         });
-        // Whatever else it says must be read, or it would wait.
+        // Its further output must be read, or the pipe blocks it.
         std::thread::spawn(move || said.for_each(drop));
         Some(Self {
             process,
@@ -216,7 +217,7 @@ impl Prometheus {
         let path = format!("/api/v1/query?query={escaped}");
         loop {
             let reply = Ask::new(self.address, "GET", &path).unchecked().await;
-            // It listens before it is ready.
+            // The listener opens before Prometheus is ready.
             if reply.status != 503 {
                 return reply.json();
             }
@@ -224,7 +225,7 @@ impl Prometheus {
         }
     }
 
-    /// Waits until the program has been asked once more.
+    /// Waits for one more scrape.
     async fn next_scrape(&self) {
         let last = async || self.ask("timestamp(up)").await["data"]["result"][0]["value"][1].clone();
         let before = last().await;
@@ -241,7 +242,7 @@ impl Drop for Prometheus {
     }
 }
 
-/// A program of Debian's; loudly not, where it is absent.
+/// A Debian program. If absent, prints a notice and returns `None`.
 #[expect(
     clippy::disallowed_methods,
     reason = "CI says by a variable that nothing may be skipped"

@@ -1,4 +1,4 @@
-//! Traces to an OpenTelemetry collector: what arrives there, and that its absence costs no pull.
+//! OTLP export: spans at the collector, and pulls without a collector.
 
 use crate::proxy::{Proxy, Setup};
 use crate::registry::{Image, Upstream, within};
@@ -13,7 +13,7 @@ use std::net::SocketAddr;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 
-/// A collector that keeps what it is sent.
+/// A collector that records what it receives.
 struct Collector {
     address: SocketAddr,
     seen: watch::Sender<Vec<Span>>,
@@ -37,7 +37,7 @@ impl Collector {
         Self { address, seen }
     }
 
-    /// Waits until all of these parts have come, and gives all that came.
+    /// Waits for all of these spans and returns all that were received.
     async fn has(&self, names: &[&str]) -> Vec<Span> {
         let mut seen = self.seen.subscribe();
         let all = |spans: &Vec<Span>| {
@@ -60,7 +60,7 @@ async fn take(
     Ok(Response::new(Full::default()))
 }
 
-/// What of a part is looked at.
+/// The checked fields of a span.
 #[derive(Clone, Debug)]
 struct Span {
     service: String,
@@ -117,7 +117,7 @@ fn hex(bytes: &[u8]) -> String {
         .fold(String::new(), |text, byte| text + &format!("{byte:02x}"))
 }
 
-/// A message of protocol buffers: its fields, as they stand on the wire.
+/// A protobuf message: its fields in wire order.
 struct Message(Vec<(u64, Field)>);
 
 enum Field {
@@ -176,7 +176,7 @@ impl Message {
             .unwrap_or(0)
     }
 
-    /// `KeyValue`s with texts.
+    /// `KeyValue`s with string values.
     fn facts_at(&self, number: u64) -> Vec<(String, String)> {
         let text = |bytes| String::from_utf8(bytes).unwrap();
         let pairs = self.messages(number);
@@ -215,7 +215,7 @@ fn sending_to(upstream: &Upstream, collector: SocketAddr) -> Setup {
         .environment("OTEL_SERVICE_NAME", "runner-7")
 }
 
-/// Parts of traces that were dropped.
+/// Dropped spans.
 async fn dropped(proxy: &Proxy) -> u64 {
     let metrics = proxy.admin("/metrics").await;
     let text = String::from_utf8_lossy(&metrics.body).into_owned();

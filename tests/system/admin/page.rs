@@ -1,4 +1,4 @@
-//! The page without a browser: whole without scripts, safe to show, and its forms do what they say.
+//! Admin page without a browser: complete without scripts, escaped, and its forms work.
 
 use crate::proxy::{Ask, Proxy, Reply};
 use crate::registry::{Image, Upstream};
@@ -19,7 +19,7 @@ async fn page(proxy: &Proxy, path: &str) -> String {
     text
 }
 
-/// The secret in the page's forms.
+/// The CSRF token in the forms.
 fn secret(page: &str) -> String {
     let (_, rest) = page.split_once("name=\"secret\" value=\"").unwrap();
     rest.split('"').next().unwrap().to_owned()
@@ -52,7 +52,7 @@ async fn the_page_says_it_all_without_scripts_and_its_forms_work() {
     }
     let registry = proxy.registry_address().to_string();
     assert!(shown.contains(&registry), "the snippets name this cache");
-    // Podman does not say to a mirror which registry it means.
+    // Podman does not tell a mirror which registry it means.
     let mirror = format!("{registry}/docker.io");
     assert!(shown.contains(&mirror), "{shown}");
 

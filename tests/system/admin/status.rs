@@ -1,4 +1,4 @@
-//! What an operator can see.
+//! Status, gauges and health as the operator sees them.
 
 use crate::proxy::{Ask, Proxy, Setup, raw};
 use crate::registry::{Image, Upstream};

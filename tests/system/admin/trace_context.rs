@@ -1,4 +1,4 @@
-//! A client's trace goes on upstream: W3C Trace Context.
+//! W3C Trace Context: a client's trace continues in upstream requests.
 
 use crate::forwarding::host_routing::two_upstreams;
 use crate::proxy::{Proxy, manifest_path};
@@ -7,7 +7,7 @@ use crate::registry::{Image, Seen, Upstream};
 const TRACE: &str = "4bf92f3577b34da6a3ce929d0e0e4736";
 const PARENT: &str = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
 
-/// Trace, parent and flags that a request upstream carries.
+/// Trace id, parent id and flags of an upstream request.
 fn carried(seen: &Seen) -> (String, String, String) {
     let line = seen
         .header("traceparent")
@@ -31,7 +31,7 @@ async fn what_is_asked_upstream_for_a_client_carries_its_trace() {
     traced(proxy.manifest("library/demo", "latest"))
         .await
         .is_image(&image);
-    // The first time it is fetched at once; the second time it is asked about.
+    // The first request fetches, the second revalidates.
     traced(proxy.manifest("library/demo", "latest"))
         .await
         .is_image(&image);

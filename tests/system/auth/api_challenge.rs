@@ -1,4 +1,4 @@
-//! `/v2/` through the intercepting doors: the registry's own challenge, byte for byte, whatever becomes of the registry.
+//! `GET /v2/` under an upstream's host: the registry's own challenge, byte for byte, also in an outage.
 
 use crate::forwarding::host_routing::two_upstreams;
 use crate::proxy::{Ask, Proxy, Setup};
@@ -37,7 +37,7 @@ async fn it_is_replayed_also_while_the_registry_is_down_and_after_a_restart() {
         .tls(&proxy.ca_pem(), &["h2"])
         .through_connect("ghcr.io:443");
     is_challenged(&through.unchecked().await);
-    // The mirror is not the registry.
+    // The mirror route does not send the registry's challenge.
     assert_eq!(proxy.get("/v2/").await.status, 200);
 }
 

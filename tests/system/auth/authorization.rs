@@ -1,9 +1,9 @@
-//! A cache hit is never a way around the registry's authentication.
+//! Authorization: a cache hit never bypasses the registry's access control.
 
 use crate::proxy::{Ask, Proxy, Reply, Setup, blob_path, manifest_path};
 use crate::registry::{Image, Upstream, sha256};
 
-/// Alice may read `acme/app`; bob has an account and no right to it.
+/// Alice may read `acme/app`. Bob has an account without access.
 async fn private() -> (Upstream, Image) {
     let upstream = Upstream::start().await;
     upstream.requires_token();
@@ -29,7 +29,7 @@ fn nobody(ask: Ask) -> Ask {
     ask
 }
 
-/// Every way to read something of the image.
+/// Every request that returns content of the image.
 fn every_way(proxy: &Proxy, image: &Image) -> Vec<Ask> {
     let layer = blob_path("acme/app", &image.layer(0).digest);
     vec![
@@ -126,7 +126,7 @@ async fn a_right_that_was_revoked_ends_with_the_next_question() {
     for ask in every_way(&proxy, &image) {
         gives_nothing_away(&alice(ask).await, &[401, 403]);
     }
-    // Nor does an outage bring it back.
+    // An outage does not restore the grant.
     upstream.refuses();
     gives_nothing_away(
         &alice(proxy.manifest("acme/app", "1")).await,
@@ -144,7 +144,7 @@ async fn a_right_that_was_revoked_does_not_come_back_with_a_crash() {
     let (upstream, image) = private().await;
     let proxy = Proxy::over(&upstream).await;
     proxy.pull_with("acme/app", "1", &image, alice).await;
-    // Orderly, so that her right is on the disk.
+    // Stopped orderly, so that her grant is persisted.
     let proxy = proxy.restart().await;
     upstream.revokes("alice");
     gives_nothing_away(&alice(proxy.manifest("acme/app", "1")).await, &[401, 403]);
@@ -238,7 +238,7 @@ async fn row_06_the_challenge_of_the_upstream_reaches_the_client_as_it_is() {
 async fn who_shows_no_credential_is_asked_for_one_also_while_upstream_is_down() {
     let (upstream, image) = private().await;
     let proxy = Proxy::over(&upstream).await;
-    // Most clients show a credential only when they are asked for it.
+    // Most clients send a credential only after a challenge.
     let asked = proxy.manifest("acme/app", "1").await;
     proxy.pull_with("acme/app", "1", &image, alice).await;
     upstream.refuses();
@@ -248,7 +248,7 @@ async fn who_shows_no_credential_is_asked_for_one_also_while_upstream_is_down() 
     held.is_refused(401);
     assert_eq!(held.header("www-authenticate"), asked.header("www-authenticate"));
     assert!(held.cache_status().contains("auth-required"), "{held:#?}");
-    // The same for what nobody holds, each with a scope of its own.
+    // The same for content that is not cached, each with its own scope.
     for (repository, tag) in [("acme/app", "missing"), ("acme/other", "1")] {
         let other = proxy.manifest(repository, tag).await;
         other.is_refused(401);
@@ -264,7 +264,7 @@ async fn who_shows_no_credential_is_asked_for_one_also_while_upstream_is_down() 
     }
     let layer = proxy.blob("acme/app", &image.layer(0).digest).await;
     layer.is_refused(401);
-    // Who then shows one is served with it, or told the truth.
+    // With a credential the client is served, or told the cause.
     proxy.pull_with("acme/app", "1", &image, alice).await.is_stale();
     bob(proxy.manifest("acme/app", "1")).await.is_unreachable();
 }
@@ -356,7 +356,7 @@ async fn held_and_unknown_look_the_same_to_who_has_no_right() {
 async fn row_19_a_private_layer_is_not_readable_through_a_repository_that_merely_names_it() {
     let (upstream, secret) = private().await;
     upstream.makes_public("evil/app");
-    // A manifest may name what its repository does not have.
+    // A manifest may name a blob that its repository does not have.
     upstream.push_untagged(
         "evil/app",
         Image {
@@ -390,7 +390,7 @@ async fn row_19_a_private_layer_is_not_readable_through_a_repository_that_merely
 #[tokio::test]
 async fn nobody_joins_a_download_on_anothers_credential() {
     let (upstream, _) = private().await;
-    // Larger than what is withheld: of a small blob nothing is sent before it is verified.
+    // Larger than the withheld tail: no byte of a small blob is sent before it is verified.
     let image = upstream.push("acme/app", "2", Image::of_noise(1, 500_000));
     let proxy = Proxy::over(&upstream).await;
     alice(proxy.manifest("acme/app", "2")).await;
@@ -416,7 +416,7 @@ async fn with_shared_access_the_proxys_own_credential_serves_everybody() {
     let proxy = setup.upstream_keys("docker.io", &keys).start().await;
 
     proxy.pull("acme/app", "1", &image).await;
-    // The upstream refusing us is the operator's matter, not the puller's.
+    // The operator must fix a rejected cache credential, and not the client.
     upstream.forbids("acme/app");
     let reply = proxy.pull("acme/app", "1", &image).await;
     assert!(

@@ -1,14 +1,14 @@
-//! Users of the cache's own, in front of everything.
+//! Users of the cache: passwords, allow lists and what reaches the upstream.
 
 use crate::proxy::{Ask, Authority, Proxy, Setup, blob_path, manifest_path, raw};
 use crate::registry::{Image, Upstream};
 
-/// Of alice and ci-1: bcrypt of `a-secret` and of `b-secret`.
+/// Users alice and ci-1: bcrypt of `a-secret` and of `b-secret`.
 pub const USERS: &str = "alice:$2b$06$abcdefghijklmnopqrstuuzx4/bUczer6TArCP6.5xzNhL3yJOkfi
 ci-1:$2b$06$abcdefghijklmnopqrstuubh0fPesfgl8pv0ZIX4.BfC.zsViz85u
 ";
 
-/// Alice may pull everything, the `ci-` users what is below `open/`; the cache reads with a credential of its own.
+/// Alice may pull everything, the `ci-` users only below `open/`. The cache has its own upstream credential.
 async fn guarded() -> (Upstream, Image, Proxy) {
     let upstream = Upstream::start().await;
     upstream.requires_basic("service", "s-secret");
@@ -38,7 +38,7 @@ async fn nothing_is_answered_without_a_user_and_no_upstream_is_asked() {
             proxy.head(path),
             proxy.get(path).basic("alice", "guess"),
             proxy.get(path).basic("nobody", "a-secret"),
-            // The upstream's own credential is none of ours.
+            // A credential of the upstream is not one of the cache.
             proxy.get(path).basic("service", "s-secret"),
             proxy.get(path).bearer("token"),
         ] {
@@ -77,7 +77,7 @@ async fn a_user_pulls_what_its_list_allows_and_its_password_goes_no_further() {
             .iter()
             .all(|seen| seen.header("authorization") != Some(alice))
     );
-    // Nor by the upstream's own name, where the header is the upstream's.
+    // Also under the upstream's host, where the header belongs to the upstream.
     let by_name = proxy.manifest("acme/app", "1").basic("alice", "a-secret");
     by_name
         .header("host", "docker.io")
@@ -91,7 +91,7 @@ async fn where_each_needs_a_right_of_its_own_a_user_of_ours_is_nobody() {
     let upstream = Upstream::start().await;
     upstream.requires_token();
     upstream.makes_public("open/app");
-    // Somebody else of that name and password.
+    // Another user of that name and password.
     upstream.lets("alice", "a-secret", "acme/app");
     let image = upstream.push("open/app", "1", Image::with_layers(&["public bytes"]));
     upstream.push("acme/app", "1", Image::with_layers(&["private bytes"]));
@@ -113,7 +113,7 @@ async fn where_each_needs_a_right_of_its_own_a_user_of_ours_is_nobody() {
     assert!(seen.iter().all(|seen| basic(seen).is_none()), "{seen:#?}");
 }
 
-/// Through `HTTPS_PROXY`, as this user of the cache and as that one of the registry.
+/// Through `HTTPS_PROXY`, as one user of the cache and one of the registry.
 fn through(ask: Ask, proxy: &Proxy, (user, password): (&str, &str)) -> Ask {
     ask.tls(&proxy.ca_pem(), &["h2"])
         .through_connect("docker.io:443")
@@ -138,7 +138,7 @@ async fn by_connect_a_password_is_shown_to_the_proxy_and_authorization_is_the_re
     let as_ci = |ask: Ask| through(ask, &proxy, ("ci-1", "b-secret"));
     let dressed = |ask: Ask| as_ci(ask).basic("robot", "up-secret");
     proxy.pull_with("open/app", "1", &image, dressed).await;
-    // No right at the registry comes with it, and the registry's own challenge does.
+    // A cache user has no grant at the registry, whose challenge reaches the client.
     let stranger = as_ci(proxy.manifest("open/app", "1")).await;
     assert!(
         stranger
@@ -146,12 +146,12 @@ async fn by_connect_a_password_is_shown_to_the_proxy_and_authorization_is_the_re
             .unwrap()
             .starts_with("Bearer ")
     );
-    // What may be pulled is said for every door; a push is no way around it.
+    // Allow lists apply to every route, and to pushes.
     let ask = dressed(proxy.manifest("acme/app", "1")).await;
     assert_eq!((ask.status, ask.code().as_str()), (403, "DENIED"));
     let push = proxy.ask("PUT", &manifest_path("acme/app", "2")).body(b"{}");
     dressed(push).await.is_refused(403);
-    // A login is handed on, with all that is the registry's and nothing that is ours.
+    // A login is forwarded with the registry's headers and without those for the cache.
     let login = dressed(proxy.get("/v2/")).header("proxy-authorization", "Basic bm9uZTpvdXJz");
     login.unchecked().await;
 
@@ -164,7 +164,7 @@ async fn by_connect_a_password_is_shown_to_the_proxy_and_authorization_is_the_re
     }
 }
 
-/// The paths that the registry was asked for, but for the one that asks how it authenticates.
+/// Paths requested at the registry, without the API check.
 fn asked(upstream: &Upstream) -> Vec<String> {
     let paths = upstream.requests().into_iter().map(|seen| seen.path);
     paths.filter(|path| path != "/v2/").collect()
@@ -210,12 +210,12 @@ async fn t19_no_spelling_of_a_path_is_a_way_around_a_users_list() {
             assert_eq!((reply.status, reply.code().as_str()), (400, "NAME_INVALID"));
         }
     }
-    // What may be about a repository that is not known from the path, or is about one by an extension.
+    // Paths whose repository cannot be extracted, or that use an extension endpoint.
     for path in ["/v2/acme/app/unknown/1", "/v2/acme/app/_trust/tuf/root.json"] {
         as_ci(proxy.get(path)).await.is_refused(403);
     }
     assert!(asked(&upstream).is_empty(), "{:#?}", asked(&upstream));
-    // What is no registry's path stays the host's own business.
+    // Paths outside of the registry API are not restricted.
     for path in ["/healthz", "/a%2Fb//c", "/v20/x", "/v2/open/app/_trust/x"] {
         as_ci(proxy.get(path)).await;
         assert_eq!(asked(&upstream).last().map(String::as_str), Some(path));
@@ -256,7 +256,7 @@ async fn t19_a_blob_is_mounted_only_from_where_the_users_list_allows() {
 #[tokio::test]
 async fn connect_asks_for_a_user_before_anything_else() {
     let (upstream, _, proxy) = guarded().await;
-    // ci-1 and alice with a wrong password, and a right one where the registry's belongs.
+    // ci-1 and alice with a wrong password, and a right one in the registry's header.
     for line in [
         "",
         "Proxy-Authorization: Basic Y2ktMTp3cm9uZw==\r\n",

@@ -1,4 +1,4 @@
-//! Denials (401, 403) that come in an unusual way: the caller's grant ends with each.
+//! Denials (401, 403) in unusual places. Each revokes the client's grant.
 
 use crate::proxy::{Ask, Proxy, blob_path, manifest_path};
 use crate::registry::{Image, Scripted, Seen, Upstream};
@@ -19,7 +19,7 @@ async fn pulled_by_alice() -> (Upstream, Image, Proxy) {
     (upstream, image, proxy)
 }
 
-/// In an outage nothing cached is served to her.
+/// In an outage she gets nothing from the cache.
 async fn has_no_grant(upstream: &Upstream, proxy: &Proxy, image: &Image) {
     upstream.refuses();
     for path in [
@@ -92,7 +92,7 @@ async fn r01_denial_of_a_foreign_digest_ends_the_grant() {
     }
 }
 
-/// Puts a file in the place of a folder, below which every user fails to write.
+/// Replaces a folder by a file, so that writes below it fail for every user.
 fn made_unwritable(folder: &Path) {
     std::fs::remove_dir_all(folder).unwrap();
     std::fs::write(folder, "").unwrap();
@@ -104,7 +104,7 @@ async fn r01_denial_of_a_blob_passed_through_ends_the_grant() {
     let layer = upstream.push("acme/app", "2", Image::with_layers(&["not cached"]));
     let layer = blob_path("acme/app", &layer.layer(0).digest);
     made_unwritable(&proxy.setup().data().join("ingest"));
-    // The blob cannot be stored, so it is requested once more.
+    // The blob cannot be stored and is requested once more.
     let gets = AtomicUsize::new(0);
     let is_second = {
         let layer = layer.clone();

@@ -1,5 +1,5 @@
-//! Two users, a token service, private and public repositories, everything at once: no byte for who may not, and no
-//! credential anywhere it does not belong.
+//! Isolation of clients: two users, a token service, and private and public repositories under concurrent load. No
+//! content without a grant, and no credential in a wrong place.
 
 use std::sync::Arc;
 
@@ -12,7 +12,7 @@ use crate::registry::{Image, Upstream};
 
 const ROUNDS: usize = 1000;
 
-/// How many rounds run beside each other.
+/// Concurrent rounds.
 const LANES: usize = 8;
 
 type Dress = fn(Ask) -> Ask;
@@ -21,7 +21,7 @@ const ALICE: Dress = |ask| ask.basic("alice", "a-secret");
 const BOB: Dress = |ask| ask.basic("bob", "b-secret");
 const NOBODY: Dress = |ask| ask;
 
-/// A repository, its image, and who may read it.
+/// A repository, its image, and the users with access.
 struct Place {
     repository: &'static str,
     image: Image,
@@ -76,7 +76,7 @@ async fn a_thousand_rounds_of_everybody_at_once_leak_nothing() {
     );
 }
 
-/// Each of the three asks for the same thing at the same moment; returns how many were served, and how many refused.
+/// All three clients send the same request at once. Returns how many were served and how many denied.
 async fn one_round(proxy: &Proxy, places: &[Place; 4], round: usize) -> (usize, usize) {
     let place = &places[round % 4];
     let (manifest, layer) = (
@@ -160,7 +160,7 @@ async fn no_credential_shows_in_any_log_at_any_level_nor_in_metrics_answers_or_f
         .body(form.as_bytes());
     posted.unchecked().await;
     let mut told = Vec::new();
-    // TLS, so that HTTP/2 with its talkative crate is spoken.
+    // TLS, so that HTTP/2 is used, whose crate logs much.
     proxy.pull_with("acme/app", "1", &image, alice).await;
     proxy
         .pull_with("acme/app", "1", &image, |ask| ask.bearer(&direct))

@@ -1,9 +1,9 @@
-//! `local_tokens`: clients that fetch a token before each pull, while the token service is silent.
+//! `local_tokens`: pulls of clients that fetch a token first, while the token service is unavailable.
 
 use crate::proxy::{Ask, Proxy, Reply, Setup, blob_path, manifest_path};
 use crate::registry::{Image, Upstream};
 
-/// Alice may read `acme/app`; bob has an account and no right to it. Their tokens come through the proxy.
+/// Alice may read `acme/app`. Bob has an account without access. Their tokens come through the cache.
 async fn private() -> (Upstream, Image, Proxy) {
     let upstream = Upstream::start_tls().await;
     upstream.requires_token();
@@ -20,7 +20,7 @@ async fn private() -> (Upstream, Image, Proxy) {
     (upstream, image, proxy)
 }
 
-/// As clients ask, who believe to speak with the token service.
+/// A request as a client sends it to the token service.
 fn asks(proxy: &Proxy, upstream: &Upstream, repository: &str) -> Ask {
     proxy
         .get(&format!(
@@ -30,7 +30,7 @@ fn asks(proxy: &Proxy, upstream: &Upstream, repository: &str) -> Ask {
         .unchecked()
 }
 
-/// A token for whoever `dress` makes ask.
+/// A token for the credential that `dress` adds.
 async fn token(proxy: &Proxy, upstream: &Upstream, repository: &str, dress: fn(Ask) -> Ask) -> String {
     let reply = dress(asks(proxy, upstream, repository)).await;
     assert_eq!(reply.status, 200, "{reply:#?}");
@@ -49,7 +49,7 @@ fn is_ours(token: &str) -> bool {
     token.starts_with("ifnewer-local-")
 }
 
-/// A pull as docker does it: a token first.
+/// A pull as Docker does it, with a token first.
 async fn pulls(proxy: &Proxy, upstream: &Upstream, image: &Image, dress: fn(Ask) -> Ask) -> Reply {
     let token = token(proxy, upstream, "acme/app", dress).await;
     proxy
@@ -100,7 +100,7 @@ async fn who_read_before_reads_in_an_outage_by_a_token_of_ours_and_nobody_else()
         assert!(is_ours(&token), "{token}");
         gets_nothing(&proxy, &image, &token).await;
     }
-    // Nor is hers good for what it was not asked for, nor one from before the restart for anything.
+    // Her token is limited to its scope, and one from before the restart is invalid.
     let elsewhere = token(&proxy, &upstream, "acme/other", alice).await;
     gets_nothing(&proxy, &image, &elsewhere).await;
     gets_nothing(&proxy, &image, "ifnewer-local-guessed").await;
@@ -219,7 +219,7 @@ async fn a_credential_that_the_token_service_refused_since_opens_nothing() {
 async fn a_yes_of_the_token_service_that_a_no_has_overtaken_counts_for_nothing() {
     let (upstream, image, proxy) = private().await;
     pulls(&proxy, &upstream, &image, alice).await;
-    // Refused, with the old password; then its older question is answered, late and with a yes.
+    // The old password is denied. Then the response to the earlier token request arrives late, with a grant.
     let gate = upstream.holds_answers(|seen| seen.header("x-late").is_some());
     let late = tokio::spawn(
         alice(asks(&proxy, &upstream, "acme/app"))
@@ -243,7 +243,7 @@ async fn a_token_service_that_is_down_alone_is_an_outage_too() {
     for status in [503, 429] {
         let (upstream, image, proxy) = private().await;
         pulls(&proxy, &upstream, &image, alice).await;
-        // The cache has a token of its own by now, which the registry takes and finds wanting.
+        // By now the cache has its own token, which the registry accepts without granting access.
         proxy.pull("open/app", "1", &Image::with_layers(&["open"])).await;
         upstream.answers_tokens_with(status);
         pulls(&proxy, &upstream, &image, alice).await.is_stale();

@@ -1,11 +1,11 @@
-//! A registry that redirects to another one, which wants a token of its own (R8).
+//! A registry that redirects to another one, which needs its own token.
 
 use crate::proxy::{Proxy, Setup, blob_path, manifest_path};
 use crate::registry::{Image, Seen, Upstream};
 
 const REPOSITORY: &str = "team/app";
 
-/// A front without content that redirects everything to `registry`, which has it and wants a token.
+/// A front-end that redirects every request to `registry`, which has the content and needs a token.
 async fn redirecting(status: u16, to: &Upstream) -> Upstream {
     let front = Upstream::start().await;
     front.redirects_all_to(status, &to.url());
@@ -48,21 +48,21 @@ async fn r08_another_port_of_the_host_is_asked_with_its_own_token() {
             "the token is the other registry's"
         );
 
-        // Unchanged: one HEAD at each, authorised at once.
+        // Unchanged: one HEAD at each, with a token at once.
         front.clear_log();
         registry.clear_log();
         let reply = proxy.manifest(REPOSITORY, "latest").basic("amy", "pw").await;
         reply.is_image(&image).is_unchanged();
         assert_eq!((front.requests().len(), registry.requests().len()), (1, 1));
 
-        // A token that the other registry no longer takes is replaced.
+        // An expired token of the other registry is replaced.
         registry.expires_tokens();
         proxy
             .manifest(REPOSITORY, "latest")
             .basic("amy", "pw")
             .await
             .is_image(&image);
-        // And its yes is a right for an outage, its no the end of it.
+        // Its 200 is a grant for an outage, and its denial revokes it.
         registry.refuses();
         proxy
             .manifest(REPOSITORY, "latest")

@@ -1,4 +1,5 @@
-//! With `auth = "shared"`, the cache reads with a credential of its own, wherever that comes from.
+//! With `auth = "shared"` the cache uses its own upstream credential, from a file, Docker's configuration or a
+//! helper.
 
 use std::os::unix::fs::PermissionsExt;
 
@@ -8,7 +9,7 @@ use base64::prelude::BASE64_STANDARD;
 use crate::proxy::Setup;
 use crate::registry::{Image, Upstream};
 
-/// A helper on the path that keeps what it was told, and gives what `answer` holds.
+/// A credential helper in `PATH` that records its input and prints the content of `answer`.
 fn with_helper(setup: Setup, answer: &str) -> Setup {
     let folder = setup.folder().to_owned();
     let script = format!(
@@ -36,7 +37,7 @@ async fn a_credential_helper_is_asked_once_and_again_when_the_registry_refuses_w
     proxy.pull("acme/app", "1", &image).await;
     proxy.pull("acme/app", "1", &image).await.is_unchanged();
 
-    // The old one no longer holds, as after ECR's twelve hours.
+    // The old credential expired, as with ECR after twelve hours.
     upstream.requires_basic("AWS", "second-secret");
     proxy.setup().file("answer", &answer("AWS", "second-secret"));
     proxy.pull("acme/app", "1", &image).await.is_unchanged();

@@ -1,4 +1,4 @@
-//! Token services that registries name wrongly (R16): by http, behind a balancer that ends TLS.
+//! Token realms with a wrong scheme: `http` behind a TLS-terminating load balancer.
 
 use crate::proxy::{Setup, manifest_path};
 use crate::registry::{Image, Upstream};

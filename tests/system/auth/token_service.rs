@@ -1,4 +1,4 @@
-//! Registries with a token service of their own.
+//! Registries with a token service: token reuse, scopes, and realms on other hosts.
 
 use crate::proxy::{Proxy, Setup};
 use crate::registry::{Image, Upstream};
@@ -163,7 +163,7 @@ async fn a_realm_elsewhere_is_used_where_the_operator_names_it() {
     let (upstream, _) = public().await;
     upstream.lets("alice", "a-secret", "acme/app");
     let image = upstream.push("acme/app", "1", Image::with_layers(&["x"]));
-    // Another host as far as names tell, and nearer than a registry may send anybody.
+    // Another host by name, in an IP scope that a registry may not redirect to.
     let port = upstream.address().port();
     upstream.names_realm(&format!("http://0.0.0.0:{port}/token"));
     let ask = |proxy: &Proxy| proxy.manifest("acme/app", "1").basic("alice", "a-secret");
@@ -198,7 +198,7 @@ async fn what_is_public_is_known_to_be_though_everyone_comes_with_a_new_token() 
     proxy
         .pull_with("library/demo", "latest", &image, |ask| ask.bearer(&first))
         .await;
-    // Who has a grant, or reads what is public, is not asked about while the tag is fresh.
+    // A fresh tag is not revalidated for clients with a grant, or if the repository is public.
     let asked_by_a_new_client = |proxy: &Proxy| {
         proxy
             .manifest("library/demo", "latest")

@@ -1,11 +1,11 @@
-//! Responses to a client without a right: not kept for clients with one, and alike for what is cached and what is not.
+//! Clients without a grant: their responses are not cached for others, and do not reveal what is cached.
 
 use crate::proxy::{Ask, Proxy, Reply, blob_path, manifest_path};
 use crate::registry::{Front, Image, OCI_INDEX, OCI_MANIFEST, Seen, Upstream};
 
 const APP: &str = "acme/app";
 
-/// Alice may read `acme/app` and `acme/two`. To the image refers a signature, by the API and by the tag.
+/// Alice may read `acme/app` and `acme/two`. A signature refers to the image, by the API and by the tag.
 struct Private {
     upstream: Upstream,
     image: Image,
@@ -29,7 +29,7 @@ impl Private {
         }
     }
 
-    /// What alice pulled and listed.
+    /// The content that alice pulled and listed.
     async fn warm(&self, proxy: &Proxy) -> Vec<(String, Reply)> {
         proxy.pull_with(APP, "1", &self.image, alice).await;
         let mut warm = Vec::new();
@@ -98,7 +98,7 @@ async fn r01_a_list_given_to_a_stranger_is_not_kept_for_others() {
                 assert_eq!(passed_on.body, body, "{case}: {path}");
             }
         }
-        // Under the grant no question is asked about referrers.
+        // With a grant, referrers are not revalidated.
         upstream.clear_log();
         is_as_before(&proxy, &warm, &case).await;
         assert!(!upstream.requests().iter().any(|seen| seen.path == warm[0].0));
@@ -144,14 +144,14 @@ async fn r01_a_referrers_tag_redirected_for_a_stranger_is_not_kept() {
         ask.await.is_image(&placeholder);
     }
     is_as_before(&proxy, &warm, "up").await;
-    // Nor did the redirect show that everybody may read the repository.
+    // The redirect does not make the repository public.
     let by_digest = proxy.manifest(APP, &private.image.digest).await;
     assert_ne!(by_digest.status, 200, "{by_digest:#?}");
     upstream.refuses();
     is_as_before(&proxy, &warm, "outage").await;
 }
 
-/// Each pair: a path of what is cached, and one of what nobody has.
+/// Pairs of paths: one of cached content, one of content that does not exist.
 fn pairs(private: &Private) -> Vec<[String; 2]> {
     let (cached, absent) = (&private.image, Image::with_layers(&["nobody has this"]));
     let blob = |image: &Image| blob_path(APP, &image.layer(0).digest);
@@ -171,7 +171,7 @@ fn pairs(private: &Private) -> Vec<[String; 2]> {
     ]
 }
 
-/// Everything in which the replies may differ but the names that were asked for.
+/// The reply without the requested names.
 fn look(reply: &Reply) -> (u16, String, usize, Option<String>) {
     let body = String::from_utf8_lossy(&reply.body);
     let code = (!body.is_empty()).then(|| reply.code());
@@ -207,7 +207,7 @@ async fn r01_in_an_outage_a_stranger_sees_no_kept_list() {
     let (upstream, proxy) = (&private.upstream, Proxy::over(&private.upstream).await);
     let warm = private.warm(&proxy).await;
     upstream.drops_requests();
-    // Until the cache knows of the outage: alice is given her list without a question.
+    // Until the cache notices the outage: alice then gets her list without an upstream request.
     let (list, _) = &warm[1];
     proxy
         .until(

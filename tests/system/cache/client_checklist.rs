@@ -1,8 +1,8 @@
-//! The rows of the checklist of what real clients need: one test or more for each that concerns reading, by its number.
+//! Requirements of real clients, by row of the client checklist. `row_NN_` in a test name is its row.
 //!
-//! Rows 6, 18 and 19 (private repositories) are in `forbidden`, row 14 (a manifest that can be completed) in
-//! `promise`, row 34 (pushes and deletions) in `writes`, CONNECT (of row 31) in `connect`. There is no row 32: we have no token
-//! realm of our own.
+//! Rows 6, 18 and 19 (private repositories) are in `auth/authorization`, row 14 (completeness) in
+//! `cache/completeness`, row 34 (pushes and deletions) in `forwarding/writes`, CONNECT (of row 31) in
+//! `forwarding/connect`. Row 32 does not apply: the cache has no token realm.
 
 mod blobs;
 mod edge;

@@ -1,4 +1,4 @@
-//! The clients of 2026, scripted: each asks exactly as its current source does, for Debian's packages are older.
+//! Scripted request sequences of the clients of 2026, taken from their sources, because Debian's packages are older.
 
 mod m01;
 mod m03;
@@ -19,7 +19,7 @@ fn attested(version: &str) -> Image {
     Image::attested(&["amd64", "arm64"].map(image))
 }
 
-/// A registry as most are: it has no referrers API, and nothing refers to anything.
+/// A registry without a referrers API and without referrers, as most are.
 async fn registry() -> (Upstream, Image) {
     let upstream = Upstream::start().await;
     upstream.has_no_referrers_api();
@@ -27,7 +27,7 @@ async fn registry() -> (Upstream, Image) {
     (upstream, image)
 }
 
-/// Pulls what clients of one platform leave out.
+/// Pulls the platforms that single-platform clients skip.
 async fn fills(proxy: &Proxy, index: &Image) {
     for child in &index.children {
         proxy.pull(APP, &child.digest, child).await;

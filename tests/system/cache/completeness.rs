@@ -1,12 +1,12 @@
-//! A manifest is a promise: its config and layers are here, or can be had now. Where that cannot be kept, the last
-//! image that is whole is served instead, or an error from which a client can turn to its next registry.
+//! Completeness: a manifest is served only if its config and layers are cached or available now. Otherwise the last
+//! complete image is served, or an error that lets the client try its next registry.
 
 use crate::proxy::{Proxy, manifest_path};
 use crate::registry::{Image, Upstream};
 
 const DEMO: &str = "library/demo";
 
-/// An image pulled whole, and a second one that the tag names now.
+/// A completely pulled image, and a second one that the tag names now.
 async fn moved() -> (Upstream, Proxy, Image, Image) {
     let upstream = Upstream::start().await;
     let old = upstream.push(DEMO, "latest", Image::with_layers(&["base", "one"]));
@@ -17,7 +17,7 @@ async fn moved() -> (Upstream, Proxy, Image, Image) {
     (upstream, proxy, old, new)
 }
 
-/// What a client gets that asks for the tag by HEAD and by GET: this image, and why it.
+/// Requests the tag by HEAD and GET and expects this image, for this reason.
 async fn serves(proxy: &Proxy, image: &Image, detail: &str) {
     for reply in [
         proxy.head(&manifest_path(DEMO, "latest")).await,
@@ -43,7 +43,7 @@ async fn row_14_a_manifest_alone_is_no_image_while_the_upstream_is_dead() {
         reply.is_unreachable();
         assert!(reply.cache_status().contains("detail=incomplete"), "{reply:#?}");
     }
-    // By digest nothing better exists, and its reader asks for the parts it wants.
+    // By digest there is no fallback, and the client requests only the parts it needs.
     proxy.manifest(DEMO, &image.digest).await.is_image(&image);
     let message = proxy.manifest(DEMO, "latest").await.message();
     assert!(
@@ -82,7 +82,8 @@ async fn a_newer_image_that_lacks_a_layer_upstream_is_answered_with_the_last_com
 #[tokio::test]
 async fn a_newer_image_cut_off_halfway_leaves_the_last_complete_one_to_the_outage_and_beyond_a_restart() {
     let (upstream, proxy, old, new) = moved().await;
-    // The new manifest is given out, for the upstream has the rest; then it dies before anybody asked for that.
+    // The new manifest is served, because the upstream has the missing layers. Then the upstream fails before they
+    // are requested.
     serves(&proxy, &new, "ifnewer").await;
     upstream.refuses();
 
@@ -103,7 +104,7 @@ async fn once_the_newer_image_is_whole_the_earlier_one_is_forgotten() {
     proxy.manifest(DEMO, "latest").await.is_unchanged();
     upstream.refuses();
     proxy.pull(DEMO, "latest", &new).await.is_stale();
-    // By digest it is as good as ever.
+    // By digest it is still served.
     proxy.pull(DEMO, &old.digest, &old).await.is_hit();
 }
 
@@ -111,7 +112,7 @@ async fn once_the_newer_image_is_whole_the_earlier_one_is_forgotten() {
 async fn a_newer_image_whose_layers_disappear_after_it_was_named_is_not_confirmed() {
     let (upstream, proxy, old, new) = moved().await;
     serves(&proxy, &new, "ifnewer").await;
-    // A restart forgets that the rest was seen a moment ago.
+    // A restart forgets the recent layer probe.
     let proxy = proxy.restart().await;
     upstream.deletes_blob(DEMO, &new.layer(1).digest);
     serves(&proxy, &old, "detail=previous-complete-http-status").await;
@@ -156,7 +157,7 @@ async fn an_image_that_is_arriving_counts_as_whole() {
     assert!(layer.rest().await.unwrap() == image.layer(0).bytes);
 }
 
-/// An index of two architectures of which one was pulled, and a newer one of the same two.
+/// An index of two platforms, one of them pulled, and a newer index of the same two.
 async fn moved_index() -> (Upstream, Proxy, Image, Image) {
     let upstream = Upstream::start().await;
     let images =

@@ -1,4 +1,4 @@
-//! The cache keeps to its size, and what it lets go it fetches again.
+//! Eviction: the cache stays within its quota, and evicted images are downloaded again.
 
 use crate::proxy::{Proxy, Setup, files_below};
 use crate::registry::{Image, Upstream, noise};
@@ -10,7 +10,7 @@ fn image(seed: u64) -> Image {
     Image::with_layers(&[noise(seed, LAYER_BYTES)])
 }
 
-/// As if everything held had last been used so many hours ago.
+/// Sets all access times so many hours back.
 #[expect(
     clippy::disallowed_methods,
     reason = "the times of files are set beside those that the system gives"
@@ -41,7 +41,7 @@ async fn the_least_recently_used_image_makes_room_and_is_fetched_again_when_aske
     let mut proxy = setup.start().await;
     for (number, image) in images[..3].iter().enumerate() {
         pull(&proxy, &number.to_string(), image).await;
-        // A stop in between: what was used is known from the files.
+        // After a restart, access times come from the files.
         has_been_idle(proxy.setup(), 9 - number as u64);
         proxy = proxy.crash().await;
     }

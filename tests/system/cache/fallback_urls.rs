@@ -1,4 +1,4 @@
-//! Several URLs of one upstream (R6): a mirror that lacks the image, then the registry that has it.
+//! Several URLs of one upstream: a mirror that lacks the image, then the registry that has it.
 
 use crate::proxy::{Proxy, Setup, manifest_path};
 use crate::registry::{Image, Seen, Upstream};
@@ -128,7 +128,7 @@ async fn r06_a_denial_by_the_url_that_served_it_is_final() {
     let proxy = over(&[&private, &open]).await;
     let ask = |proxy: &Proxy| proxy.manifest(REPOSITORY, "latest").basic("amy", "pw");
     ask(&proxy).await.is_image(&image);
-    // A repository of the same name elsewhere, which everybody may read, is another.
+    // A public repository of the same name at another URL is a different one.
     open.push(REPOSITORY, "latest", Image::with_layers(&["another"]));
     private.revokes("amy");
     ask(&proxy).await.is_refused(403);

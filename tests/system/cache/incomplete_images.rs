@@ -1,9 +1,9 @@
-//! An image of which the manifest is held and the blobs are not.
+//! Incomplete images: the manifest is cached and its blobs are not.
 
 use crate::proxy::{Proxy, Setup, blob_path};
 use crate::registry::{Image, Upstream};
 
-/// Only the manifest was asked for.
+/// Only the manifest was requested.
 async fn manifest_alone(policy: &str) -> (Upstream, Proxy, Image) {
     let upstream = Upstream::start().await;
     let image = upstream.push("library/demo", "latest", Image::with_layers(&["one", "two"]));
@@ -30,7 +30,7 @@ async fn an_unchanged_manifest_is_served_and_its_blobs_are_fetched_when_asked_fo
 async fn under_if_not_present_its_blobs_are_fetched_and_after_that_nobody_is_asked() {
     let (upstream, proxy, image) = manifest_alone("if-not-present").await;
     proxy.pull("library/demo", "latest", &image).await.is_hit();
-    // Of use only if the upstream is there to give the rest: so it was asked.
+    // Usable only if the upstream can provide the blobs, so it is revalidated.
     assert_eq!(
         (
             upstream.heads("library/demo"),
@@ -90,7 +90,7 @@ async fn a_quota_on_manifests_does_not_keep_the_blobs_away() {
     proxy.pull("library/demo", "latest", &image).await.is_stale();
 }
 
-/// As ctr of containerd 2 pulls: the manifests and configs of every platform, and the layers of its own.
+/// As `ctr` of containerd 2: manifests and configs of every platform, layers of its own.
 async fn pulls_as_ctr(proxy: &Proxy, repository: &str, reference: &str, index: &Image) {
     proxy.manifest(repository, reference).await.is_image(index);
     for child in &index.children {

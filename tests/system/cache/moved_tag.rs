@@ -1,4 +1,4 @@
-//! A tag that moved is fetched anew; only what is new crosses the wire.
+//! Moved tags: the new image is fetched, and shared layers are not transferred again.
 
 use crate::proxy::{Proxy, Setup, manifest_path};
 use crate::registry::{Image, Upstream};

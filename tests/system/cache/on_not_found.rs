@@ -1,4 +1,4 @@
-//! What upstream says it does not have is not had, unless a rule keeps it.
+//! 404 of the upstream, under `on_not_found`.
 
 use crate::proxy::{Proxy, Setup, manifest_path};
 use crate::registry::{Image, Upstream};

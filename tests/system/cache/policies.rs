@@ -1,4 +1,4 @@
-//! The four pull policies, and which one applies.
+//! The four pull policies, and the order of rules.
 
 use crate::proxy::{Proxy, Setup, manifest_path};
 use crate::registry::{Image, Upstream};

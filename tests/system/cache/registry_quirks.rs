@@ -1,4 +1,4 @@
-//! Registries that answer oddly are still cached rightly.
+//! Registries with unusual responses.
 
 use crate::proxy::{Proxy, manifest_path};
 use crate::registry::{Image, OCI_MANIFEST, Upstream, noise, sha256};
@@ -193,7 +193,7 @@ async fn nothing_of_the_client_but_what_is_needed_goes_upstream() {
     }
 }
 
-/// A well-formed manifest of about so many bytes.
+/// A well-formed manifest of about this size.
 pub fn manifest_of(size: usize) -> Image {
     let empty = format!(
         "{{\"schemaVersion\":2,\"mediaType\":\"{OCI_MANIFEST}\",\"config\":{{\"mediaType\":\"application/vnd.oci.empty.v1+json\",\"digest\":\"{}\",\"size\":2}},\"layers\":[],\"annotations\":{{\"x\":\"\"}}}}",

@@ -1,11 +1,12 @@
-//! An upstream below a project of another registry (R15): Harbor, ECR, Artifact Registry, GitLab.
+//! `repository_prefix`: an upstream behind a project of another registry, as with Harbor, ECR, Artifact Registry and
+//! GitLab.
 
 use crate::proxy::{Proxy, Setup, manifest_path};
 use crate::registry::{Image, Upstream};
 
 const THERE: &str = "hub-proxy/eu/library/app";
 
-/// docker.io, to be had below a project of this registry.
+/// docker.io, available below a project of this registry.
 async fn below(harbor: &Upstream) -> Proxy {
     Setup::over(harbor)
         .upstream_keys("docker.io", "repository_prefix = \"hub-proxy/eu\"")
@@ -48,7 +49,7 @@ async fn r15_a_list_has_the_clients_name_and_leads_back_to_it() {
         harbor.push(THERE, tag, Image::with_layers(&["one"]));
     }
     let proxy = below(&harbor).await;
-    // Whoever may pull may see the list in an outage.
+    // A client with a pull grant gets the list in an outage.
     assert_eq!(proxy.manifest("library/app", "1").await.status, 200);
     for _ in 0..2 {
         let page = proxy.get("/v2/library/app/tags/list?n=2").await;
@@ -57,7 +58,7 @@ async fn r15_a_list_has_the_clients_name_and_leads_back_to_it() {
             page.header("link"),
             Some("</v2/library/app/tags/list?n=2&last=2>; rel=\"next\"")
         );
-        // Then from what was kept.
+        // Then from the stored list.
         harbor.refuses();
     }
 }

@@ -1,4 +1,4 @@
-//! A tag whose digest did not change costs one `HEAD` and is served from what is held.
+//! Revalidation: an unchanged tag costs one `HEAD` and is served from the cache.
 
 use crate::proxy::{Ask, Proxy, Setup, manifest_path};
 use crate::registry::{DOCKER_MANIFEST, Image, OCI_MANIFEST, Upstream};
@@ -61,7 +61,7 @@ async fn what_is_private_costs_one_head_too_and_what_is_public_and_fresh_nothing
         proxy
             .pull_with("acme/app", "1", &image, |ask| dress(&upstream, ask))
             .await;
-        // To a token: is that everybody's right? Asked once.
+        // Probes anonymously, once, whether the repository is public.
         if kind == OWN_TOKEN {
             upstream
                 .until("the question without a credential", |seen| {

@@ -1,4 +1,4 @@
-//! A tag asked for by clients that accept different types: the newest that any of them was told is what all are given.
+//! Tags under different `Accept` headers: all clients get the newest image known from any response.
 
 use std::fs::File;
 use std::io::Read;
@@ -55,16 +55,16 @@ const CLIENTS: [(&str, &[&str]); 5] = [
     ),
 ];
 
-/// Takes no index.
+/// Does not accept an index.
 const OLD: &[&str] = &[DOCKER_MANIFEST, OCI_MANIFEST];
 
 const DOCKER: &[&str] = CLIENTS[0].1;
 const CONTAINERD: &[&str] = CLIENTS[1].1;
 
-/// An image made from a word.
+/// An image whose content depends on `word`.
 type Make = fn(&str) -> Image;
 
-/// From what to what a tag moves.
+/// The images between which a tag moves.
 const MOVES: [[Make; 2]; 4] = [[index, index], [single, single], [index, single], [single, index]];
 
 fn single(seed: &str) -> Image {
@@ -78,7 +78,7 @@ fn index(seed: &str) -> Image {
     ])
 }
 
-/// A pull of one platform, whole.
+/// A complete pull of one platform.
 async fn pulls(proxy: &Proxy, repository: &str, accept: &[&str], image: &Image) -> Reply {
     let reply = proxy.manifest(repository, "latest").accept(accept).await;
     reply.is_image(image);
@@ -144,7 +144,7 @@ async fn o01_an_index_stays_for_those_who_take_it_beside_the_image_given_in_its_
     upstream.push_also("library/demo", "latest", old.children[0].clone());
     let proxy = Proxy::over(&upstream).await;
     pulls(&proxy, "library/demo", CONTAINERD, &old).await;
-    // It is asked about later, and shows nothing newer: it is one of the index's images.
+    // It is revalidated later and is not newer, because it belongs to the index.
     pulls(&proxy, "library/demo", OLD, &old.children[0]).await;
     upstream.refuses();
     for (accepts, image) in [(CONTAINERD, &old), (DOCKER, &old), (OLD, &old.children[0])] {
@@ -159,7 +159,7 @@ async fn o01_an_index_stays_for_those_who_take_it_beside_the_image_given_in_its_
     proxy.until("the upstream to be asked again", ask, moved).await;
     pulls(&proxy, "library/demo", OLD, &new.children[0]).await;
     upstream.refuses();
-    // The image of the index that the tag names now is not one of the index from before.
+    // The image of the current index does not belong to the earlier one.
     for accepts in [CONTAINERD, DOCKER, OLD] {
         pulls(&proxy, "library/demo", accepts, &new.children[0])
             .await
@@ -216,7 +216,7 @@ async fn o01_a_tag_seen_to_move_is_fresh_for_nobody_and_not_kept_as_present() {
         let proxy = Setup::over(&upstream).default_keys(keys).start().await;
         pulls(&proxy, "library/demo", accepts, &given(&old)).await;
         tagged(&new);
-        // Within its time it is served without asking, and here nobody has heard of the new one.
+        // While fresh it is served without revalidation, and the cache has not seen the new one.
         pulls(&proxy, "library/demo", accepts, &given(&old)).await;
         let told = done(&proxy, &["refresh", "demo"]).await;
         assert!(told.contains("a newer image"), "{told}");
@@ -326,7 +326,7 @@ async fn o01_a_slow_answer_from_before_the_move_does_not_bring_the_old_image_bac
     }
 }
 
-/// HEAD names the new image, GET by tag is answered by a replica that still has the old one.
+/// HEAD returns the new digest, while GET by tag reaches a replica with the old one.
 #[tokio::test]
 async fn o01_a_lagging_replica_does_not_bring_the_old_image_back() {
     let upstream = Upstream::start().await;
@@ -343,7 +343,7 @@ async fn o01_a_lagging_replica_does_not_bring_the_old_image_back() {
     proxy.pull("library/one", "latest", &new).await.is_stale();
 }
 
-/// A tag that moves twice, the second time between HEAD and GET: the image that is new here is the newest.
+/// A tag that moves twice, the second time between HEAD and GET. The image that is new to the cache is the newest.
 #[tokio::test]
 async fn o01_a_tag_that_moves_after_the_head_is_taken_as_it_is() {
     let upstream = Upstream::start().await;

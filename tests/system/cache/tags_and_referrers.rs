@@ -1,4 +1,4 @@
-//! Lists of tags and of what is attached to an image.
+//! Tag lists and referrers lists.
 
 use crate::proxy::{Proxy, Setup};
 use crate::registry::{Image, OCI_INDEX, Upstream};
@@ -156,7 +156,7 @@ async fn a_referrers_api_that_is_missing_and_a_repository_that_is_missing_are_to
     let unknown = format!("/v2/library/other/referrers/{}", image.digest);
     assert_eq!(proxy.get(&unknown).await.is_refused(404).code(), "NAME_UNKNOWN");
     upstream.has_no_referrers_api();
-    // oras takes NAME_UNKNOWN for an error, and any other 404 for the sign to look for a tag instead.
+    // oras treats NAME_UNKNOWN as an error, and any other 404 as the sign to use the referrers tag.
     let known = format!("/v2/library/demo/referrers/{}", image.digest);
     assert_eq!(proxy.get(&known).await.is_refused(404).code(), "UNSUPPORTED");
 }
@@ -243,7 +243,7 @@ async fn an_upstream_without_the_referrers_api_stays_404_so_that_clients_fall_ba
         .is_refused(404);
 }
 
-/// As many tags as make a list of this size, in the order of registries.
+/// Tags for a list of this size, in the order of registries.
 fn many_tags(upstream: &Upstream, count: usize) -> Vec<String> {
     let tags: Vec<String> = (0..count)
         .map(|n| format!("{n:08}-{}", "x".repeat(100)))
@@ -262,12 +262,12 @@ fn tags_of(reply: &crate::proxy::Reply) -> Vec<String> {
 #[tokio::test]
 async fn r09_a_tag_list_of_any_size_passes_and_a_long_one_is_kept() {
     let list = "/v2/library/demo/tags/list";
-    // 1.1 and 5.6 MB are kept for an outage, 12 MB are not.
+    // Lists of 1.1 and 5.6 MB are stored for an outage, one of 12 MB is not.
     for (count, kept) in [(10_000, true), (50_000, true), (110_000, false)] {
         let upstream = Upstream::start().await;
         let tags = many_tags(&upstream, count);
         let proxy = Proxy::over(&upstream).await;
-        // A pull shows that the repository is public, so that an outage may be bridged.
+        // A pull shows that the repository is public, so the list is served in an outage.
         proxy.manifest("library/demo", &tags[0]).await;
         let first = proxy.get(list).await;
         assert_eq!(tags_of(&first), tags, "{count}");
@@ -283,7 +283,7 @@ async fn r09_a_tag_list_of_any_size_passes_and_a_long_one_is_kept() {
             continue;
         }
         upstream.refuses();
-        // It is kept in the background.
+        // It is stored in the background.
         let stale = proxy
             .until(
                 "the list to be kept",
@@ -293,7 +293,7 @@ async fn r09_a_tag_list_of_any_size_passes_and_a_long_one_is_kept() {
             .await;
         assert_eq!(tags_of(&stale), tags, "{count}");
         assert!(stale.cache_status().contains("stale"), "{}", stale.cache_status());
-        // A restart finds it as well, and pages are cut from it.
+        // After a restart it is served too, and paged.
         let proxy = proxy.restart().await;
         let page = proxy.get(&format!("{list}?n=3&last={}", tags[1])).await;
         assert_eq!(tags_of(&page), tags[2..5]);

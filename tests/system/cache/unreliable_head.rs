@@ -1,4 +1,4 @@
-//! Upstreams whose HEAD lies: one GET finds it out, and that is remembered.
+//! Upstreams with wrong HEAD responses: one GET detects them, and the quirk is remembered.
 
 use crate::proxy::{Proxy, Setup, blob_path, manifest_path};
 use crate::registry::{Image, Seen, Upstream, noise};
@@ -124,7 +124,7 @@ async fn r05_head_of_manifest_404_is_checked_by_get() {
     }
 }
 
-/// The first is pulled while HEAD tells the truth.
+/// The first is pulled while HEAD is right.
 #[tokio::test]
 async fn r05_a_404_that_takes_away_what_is_held_is_checked() {
     let upstream = Upstream::start().await;

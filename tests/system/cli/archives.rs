@@ -1,4 +1,4 @@
-//! Images carried from one cache to another in a file, for those that no registry reaches.
+//! Export and import of images, for hosts that reach no registry.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -40,7 +40,7 @@ async fn seeded() -> (Upstream, Proxy, Image) {
     (upstream, proxy, image)
 }
 
-/// Another cache, whose registry answers nobody.
+/// Another cache, whose registry is unreachable.
 async fn cut_off() -> (Upstream, Proxy) {
     let upstream = Upstream::start().await;
     upstream.refuses();
@@ -121,7 +121,7 @@ async fn what_is_imported_is_readable_for_those_the_registry_lets_in_and_nobody_
             assert!(reply.status >= 400, "{reply:#?}");
         }
     }
-    // The registry is back: its word counts, and not one byte has to be fetched.
+    // The registry is back: its responses decide, and no byte is fetched.
     registry.recovers();
     registry.push("library/demo", "latest", image.clone());
     registry.clear_log();
@@ -220,7 +220,7 @@ async fn half_an_export_leaves_no_file() {
         }
     })
     .await;
-    // Now it is known to be missing, and that is said before the first byte.
+    // The missing content is reported before the first byte.
     let words = [
         "export",
         "demo",
@@ -312,7 +312,7 @@ async fn from_elsewhere_both_need_the_token() {
     assert_eq!(page.await.status, 403);
 }
 
-/// What steers a terminal, in a name: a window's title, C1, an override of direction and a character of no width.
+/// Terminal control characters in a name: a window title, C1, a direction override and a zero-width character.
 const HOSTILE: &str = "x\u{1b}]0;t\u{7}\u{9b}2J\u{202e}gnp\u{200b}";
 
 fn tar_of(name: &str, size: &[u8; 12]) -> Vec<u8> {

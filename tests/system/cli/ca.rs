@@ -1,4 +1,4 @@
-//! `ifnewer ca` beside the running program.
+//! `ifnewer ca`: rotation, export and installation beside the running program.
 
 use crate::proxy::{Proxy, Setup};
 use crate::registry::Upstream;
@@ -26,7 +26,7 @@ async fn the_certificate_is_handed_out_and_never_the_key() {
     let (code, out, _) = run(setup, &["ca", "export"]).await;
     assert_eq!((code, out.as_str()), (Some(0), proxy.ca_pem().as_str()));
 
-    // Also where someone has put both into one file.
+    // Also if both are in one file.
     let certs = setup.folder().join("certs");
     let key = fs::read_to_string(certs.join("ca.key")).unwrap();
     fs::write(certs.join("ca.pem"), key + &proxy.ca_pem()).unwrap();
@@ -49,7 +49,7 @@ async fn a_new_authority_is_in_effect_after_a_reload_and_the_old_one_is_kept() {
     let old_key = fs::read(certs.join("ca.key")).unwrap();
     assert_eq!(proxy.get("/v2/").tls(&old, &["http/1.1"]).await.status, 200);
 
-    // A cache that runs as someone else has to read its key afterwards too.
+    // A cache that runs as another user must be able to read its key afterwards.
     let user = rustix::process::geteuid().is_root().then_some(65_534);
     for name in ["ca.key", "ca.pem", "server.key", "server.pem"] {
         std::os::unix::fs::chown(certs.join(name), user, user).unwrap();

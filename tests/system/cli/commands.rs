@@ -1,10 +1,10 @@
-//! The operator's commands against a running cache: what they print, and how they end.
+//! Operator commands against a running cache: output and exit codes.
 
 use crate::proxy::{Proxy, Setup};
 use crate::registry::{Image, Upstream};
 use serde_json::Value;
 
-/// Runs a command against this cache; its exit code and what it printed.
+/// Runs a command against this cache. Returns its exit code and output.
 async fn run(proxy: &Proxy, words: &[&str]) -> (Option<i32>, String, String) {
     let admin = proxy.admin_address().to_string();
     let words: Vec<&str> = words.iter().copied().chain(["--admin", &admin]).collect();
@@ -65,8 +65,7 @@ async fn what_is_held_is_listed_shown_and_explained() {
     }
 }
 
-/// What is printed, with `…` for what is another time's: moments, ages, how long something took. Columns are two blanks
-/// apart, however wide.
+/// The output with `…` for values that vary: times, ages and durations. Columns are separated by two spaces.
 fn timeless(printed: &str) -> String {
     let is_moment = |word: &str| {
         let figures = word.bytes().filter(u8::is_ascii_digit).count();
@@ -103,7 +102,7 @@ fn timeless(printed: &str) -> String {
     text
 }
 
-/// Each command's output as it is in `tests/system/cli/printed`; `PRINTED=write` puts it there anew.
+/// Compares each command's output with `tests/system/cli/printed`. `PRINTED=write` rewrites the files.
 #[tokio::test]
 #[expect(
     clippy::disallowed_methods,

@@ -1,9 +1,9 @@
-//! A wrong configuration ends the program with 2 before any port is bound, and says where and what.
+//! Invalid configuration: exit code 2 before any port is bound, with the location and the cause.
 
 use crate::proxy::Setup;
 use crate::registry::Upstream;
 
-/// The configuration, and what the complaint must contain.
+/// The configuration, and the expected parts of the error.
 const WRONG: &[(&str, &str, &[&str])] = &[
     ("an unknown key", "polcy = \"always\"", &["polcy", "^"]),
     (

@@ -1,4 +1,4 @@
-//! `ifnewer doctor` against the running program, with a Docker daemon that plays a script.
+//! `ifnewer doctor` against the running program and a scripted Docker daemon.
 
 use crate::proxy::{Proxy, Setup, manifest_path};
 use crate::registry::{Image, Upstream};
@@ -19,7 +19,7 @@ const WELL_KNOWN: [&str; 7] = [
     "registry.gitlab.com",
 ];
 
-/// The program on its ports, told of them as an operator would have written them.
+/// The program, with its ports in its configuration file.
 struct Host {
     proxy: Proxy,
     root: PathBuf,
@@ -27,7 +27,7 @@ struct Host {
 
 impl Host {
     async fn over(upstream: &Upstream) -> Host {
-        // The machine's disk is not what is tested.
+        // The disk of the machine is not tested.
         let mut setup = Setup::over(upstream).tail("[store]\nfree = \"1 MiB\"");
         for name in WELL_KNOWN {
             setup = setup.upstream(name, "enabled = false");
@@ -38,7 +38,7 @@ impl Host {
         Host { proxy, root }
     }
 
-    /// Exit code and what it says, as JSON.
+    /// Exit code and report, as JSON.
     async fn doctor(&self, further: &[&str]) -> (Option<i32>, Value) {
         let (listen, admin) = (
             self.proxy.registry_address().to_string(),
@@ -62,7 +62,7 @@ impl Host {
         )
     }
 
-    /// A daemon with these mirrors. A pull of hello-world goes through the mirror, or past it.
+    /// A Docker daemon with these mirrors. Its pull of hello-world uses the mirror or bypasses it.
     fn docker(&self, mirrors: &[String], through: bool) -> Arc<Mutex<Vec<String>>> {
         let asked = Arc::new(Mutex::new(Vec::new()));
         let listener = UnixListener::bind(self.root.join("var/run/docker.sock")).unwrap();
@@ -203,7 +203,7 @@ async fn without_a_daemon_it_says_that_nothing_was_proven() {
     );
 }
 
-/// containerd 2.3 with the hosts.toml of an earlier release: `setup`, as advised, ends the finding.
+/// containerd 2.3 with the hosts.toml of an earlier release. Running `setup` as advised resolves the finding.
 #[tokio::test]
 async fn m05_doctor_and_setup_agree_on_referrers() {
     let upstream = Upstream::start().await;
@@ -256,7 +256,7 @@ async fn m05_doctor_and_setup_agree_on_referrers() {
     );
 }
 
-/// The configuration as an older release reads it.
+/// The configuration as an older release parses it.
 fn written_by_2(containerd: &std::path::Path) -> String {
     fs::read_to_string(containerd.join("config.toml"))
         .unwrap()

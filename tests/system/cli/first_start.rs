@@ -1,5 +1,4 @@
-//! A first start: where nothing can be written, the path, the setting and the cure are named; and the certificate
-//! authority has one place, wherever the program is started.
+//! First start: errors name path, setting and remedy, and the CA has one location from any working directory.
 
 use crate::proxy::Program;
 use std::os::unix::fs::PermissionsExt as _;
@@ -15,7 +14,7 @@ fn started(words: &[&str], here: &Path, variables: &[(&str, &Path)]) -> Program 
     Program::start(words, here, &variables)
 }
 
-/// What is said by a start that fails with this exit code.
+/// The error of a start that fails with this exit code.
 async fn refusal(here: &Path, variables: &[(&str, &Path)], code: i32) -> String {
     let mut program = started(&[&["serve"], &LISTEN[..]].concat(), here, variables);
     assert_eq!(program.exit().await, Some(code), "{}", program.stderr());
@@ -47,7 +46,7 @@ async fn o05_data_folder_that_takes_no_write_is_named_with_its_setting() {
             assert!(said.contains(part), "{part}: {said}");
         }
     }
-    // A file of it that cannot be written says the same.
+    // The same error for a file in it that cannot be written.
     let data = folder.path().join("data");
     std::fs::create_dir_all(data.join("LOCK")).unwrap();
     let said = refusal(folder.path(), &[("IFNEWER_DATA", &data)], 1).await;
@@ -96,7 +95,7 @@ async fn o05_ca_is_the_same_wherever_the_program_is_started() {
     let mut export = started(&["ca", "export"], &other, &variables);
     assert_eq!(export.exit().await, Some(0), "{}", export.stderr());
     assert_eq!(export.stdout().trim(), pem.trim());
-    // A checkout has a folder for it.
+    // A checkout has a folder `certs`.
     std::fs::create_dir(other.join("certs")).unwrap();
     let mut program = started(&serve, &other, &variables);
     program.announced("admin listening on ").await;
@@ -124,7 +123,10 @@ async fn first_start_in_checkout_generates_ca_beside_certs_readme() {
     }
     assert_eq!(authorities[0], authorities[1], "the CA is generated once");
     assert!(!data.join("certs").exists(), "no second CA in the data folder");
-    let mode = std::fs::metadata(certs.join("ca.key")).unwrap().permissions().mode();
+    let mode = std::fs::metadata(certs.join("ca.key"))
+        .unwrap()
+        .permissions()
+        .mode();
     assert_eq!(mode & 0o777, 0o600);
     let described = std::fs::read_to_string(&readme).unwrap();
     for entry in std::fs::read_dir(&certs).unwrap() {

@@ -1,11 +1,11 @@
-//! `ifnewer setup` as an operator runs it, in a folder in the place of `/`.
+//! `ifnewer setup` with another root folder in place of `/`.
 
 use crate::proxy::{Setup, files_below};
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// A host with what people have on theirs.
+/// A host with typical client configuration.
 struct Host {
     setup: Setup,
     root: PathBuf,
@@ -32,7 +32,7 @@ impl Host {
         fs::write(path, text).unwrap();
     }
 
-    /// Its configuration as it is, by path; what the program keeps for itself left out.
+    /// Its configuration files by path, without the program's own state.
     fn files(&self) -> BTreeMap<PathBuf, Vec<u8>> {
         let files = files_below(&self.root.join("etc")).into_iter();
         files
@@ -40,7 +40,7 @@ impl Host {
             .collect()
     }
 
-    /// Runs `ifnewer <words> --root …`; its exit code, standard output and standard error.
+    /// Runs `ifnewer <words> --root …`. Returns exit code, standard output and standard error.
     async fn run(&self, words: &str) -> (Option<i32>, String, String) {
         let config = self.setup.folder().join("ifnewer.toml");
         let mut arguments: Vec<&str> = words.split(' ').collect();
@@ -58,10 +58,11 @@ impl Host {
     }
 }
 
-/// Paths below the root, and what is in them.
+/// Paths below the root and their contents.
 type Files = &'static [(&'static str, &'static str)];
 
-/// Each client with files that people have, comments and odd line ends included; and which file names us afterwards.
+/// Each client with realistic files, including comments and unusual line endings, and the file that names the cache
+/// afterwards.
 const CLIENTS: &[(&str, Files, &str)] = &[
     (
         "docker",

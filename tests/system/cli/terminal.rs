@@ -1,5 +1,4 @@
-//! The commands as someone at a terminal sees them: a real pseudo-terminal, the real program, and what its screen shows in
-//! the end.
+//! Commands at a terminal: a real pseudo-terminal, the real program, and the final screen.
 
 use crate::proxy::Proxy;
 use crate::registry::{Image, Upstream, noise, within};
@@ -12,7 +11,7 @@ use std::process::{Child, Command};
 use std::thread::JoinHandle;
 use tokio::sync::watch;
 
-/// A program at a terminal of its own.
+/// A program with its own terminal.
 struct Terminal {
     master: OwnedFd,
     child: Child,
@@ -21,7 +20,7 @@ struct Terminal {
 }
 
 impl Terminal {
-    /// Runs a command against this cache at a terminal that is so wide.
+    /// Runs a command against this cache at a terminal of this width.
     fn run(proxy: &Proxy, words: &[&str], columns: u16, environment: &[(&str, &str)]) -> Self {
         let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).unwrap();
         grantpt(&master).unwrap();
@@ -35,8 +34,8 @@ impl Terminal {
                 .open(name.to_str().unwrap())
                 .unwrap()
         };
-        // A session of its own, whose terminal this is: else Ctrl-C would reach nobody. What runs in the background, as these
-        // tests may, has its children ignore it.
+        // A new session with this controlling terminal, because Ctrl-C would reach no process otherwise. Background
+        // jobs, as these tests may be, have their children ignore it.
         let child = Command::new("env")
             .args(["--default-signal=INT", "setsid", "--ctty", "--wait"])
             .arg(env!("CARGO_BIN_EXE_ifnewer"))
@@ -56,7 +55,7 @@ impl Terminal {
         let (teller, mut terminal) = (shown.clone(), File::from(master.try_clone().unwrap()));
         let reading = std::thread::spawn(move || {
             let mut piece = [0; 4096];
-            // Nobody at the other end any more is an error here.
+            // A closed peer is an error here.
             while let Ok(count @ 1..) = terminal.read(&mut piece) {
                 teller.send_modify(|shown| shown.extend_from_slice(&piece[..count]));
             }
@@ -80,7 +79,7 @@ impl Terminal {
             .unwrap();
     }
 
-    /// Waits until this has been shown.
+    /// Waits until the screen has shown this.
     async fn shows(&self, part: &str) {
         let mut shown = self.shown.subscribe();
         let has = |shown: &Vec<u8>| String::from_utf8_lossy(shown).contains(part);
@@ -89,12 +88,12 @@ impl Terminal {
             .unwrap();
     }
 
-    /// Waits for the end: how it ended, and all that was written.
+    /// Waits for exit. Returns the status and all output.
     async fn ends(self) -> (Option<i32>, String) {
         let (mut child, reading) = (self.child, self.reading);
         let waiting = tokio::task::spawn_blocking(move || {
             let status = child.wait().unwrap();
-            // What it wrote last is still on its way through the terminal.
+            // Its last output may still be in the terminal's buffer.
             reading.join().unwrap();
             status
         });
@@ -116,8 +115,7 @@ fn resize(master: &OwnedFd, columns: u16) {
     tcsetwinsize(master, size).unwrap();
 }
 
-/// What is on a screen so wide after all of it was written: as much of a terminal as progress bars need. A full line goes
-/// on in the next one, as terminals do it.
+/// The screen of this width after all output: a terminal emulator sufficient for progress bars. A full line wraps.
 fn screen(written: &str, columns: usize) -> Vec<String> {
     let (mut lines, mut row, mut column) = (vec![Vec::new()], 0_usize, 0_usize);
     let mut rest = written.chars().peekable();
@@ -148,7 +146,7 @@ fn screen(written: &str, columns: usize) -> Vec<String> {
                         lines[row].truncate(column);
                         lines.truncate(row + 1);
                     }
-                    // Colours, and the cursor shown or hidden.
+                    // Colours and cursor visibility.
                     'm' | 'h' | 'l' => {}
                     other => panic!("a sequence that this screen does not know: {number}{other}"),
                 }
@@ -243,7 +241,7 @@ async fn a_terminal_that_becomes_narrower_meanwhile_ends_the_same() {
     gate.reached().await;
     terminal.shows("fetching").await;
     terminal.resize(44);
-    // The digests are drawn at the new width by now: the image's own name is cut.
+    // The digests are drawn at the new width, with the image name cut.
     terminal.shows("docker.io/library/de \x1b").await;
     gate.release();
     let (code, written) = terminal.ends().await;

@@ -1,4 +1,4 @@
-//! However many ask at once, upstream is asked once, and nobody waits for anybody.
+//! Request coalescing: concurrent requests share one upstream request and one transfer.
 
 use crate::proxy::{Proxy, blob_path, manifest_path};
 use crate::registry::{Image, Upstream, noise};

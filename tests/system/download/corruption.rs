@@ -1,4 +1,4 @@
-//! Wrong bytes are never kept, and no client ever holds a whole wrong object.
+//! Corrupt content: it is not stored, and no client gets a complete wrong object.
 
 use crate::proxy::{Proxy, Setup, files_below};
 use crate::registry::{Blob, Image, Upstream};
@@ -76,7 +76,7 @@ async fn a_clean_end_that_comes_too_early_is_no_end() {
     upstream.ignores_range();
     upstream.ends_blob_early_at(SIZE / 2);
 
-    // Without a length: the upstream says none.
+    // The upstream sends no length.
     let ask = proxy.blob("library/demo", &blob.digest).unchecked();
     ask.visibly_fails().await;
     assert_eq!(proxy.setup().kept_blob(&blob.digest), None);
@@ -196,7 +196,7 @@ pub async fn stopped(mut proxy: Proxy) -> Setup {
     setup
 }
 
-/// Cut, refused or right at first, right in the end. (`check.rs` fails on a whole wrong body.)
+/// First truncated, failed or right, and finally right. (`check.rs` fails on a complete wrong body.)
 pub async fn heals(proxy: &Proxy, blob: &Blob) {
     let ask = |proxy: &Proxy| proxy.blob("library/demo", &blob.digest);
     proxy

@@ -1,4 +1,4 @@
-//! Wrong labels on right bytes: stated sizes, digest headers and types. The digest decides.
+//! Mislabelled content: right bytes with a wrong size, digest header or type. The digest decides.
 
 use crate::proxy::{Proxy, Setup, blob_path, files_below, manifest_path};
 use crate::registry::{Image, OCI_INDEX, OCI_MANIFEST, Scripted, Seen, Upstream, noise, sha256, sha512};
@@ -6,10 +6,10 @@ use serde_json::{Value, json};
 
 const SIGNED: &str = "application/vnd.docker.distribution.manifest.v1+prettyjws";
 
-/// Far more than any disk has.
+/// More than any disk has.
 const HUGE: u64 = 1 << 60;
 
-/// The same image, whose manifest states `size` for its config and layers.
+/// The same image, with `size` as the size of its config and layers.
 fn stating(size: u64, image: &Image) -> Image {
     let mut manifest: Value = serde_json::from_slice(&image.manifest).unwrap();
     manifest["config"]["size"] = json!(size);
@@ -22,7 +22,7 @@ fn stating(size: u64, image: &Image) -> Image {
     }
 }
 
-/// An index that states `size` for this image.
+/// An index with `size` as the size of this image.
 fn index_stating(size: u64, image: &Image) -> Image {
     let mut index: Value =
         serde_json::from_slice(&Image::index(std::slice::from_ref(image)).manifest).unwrap();
@@ -68,7 +68,7 @@ async fn k7_a_stated_size_that_is_wrong_spoils_no_pull() {
                 assert_eq!(head.status, 200, "{case}: {head:#?}");
                 assert!(said.is_none_or(|said| said == length), "{case}: {head:#?}");
                 proxy.get(&path).await.is_blob(blob);
-                // Within the quota, whatever size is stated.
+                // Within the quota for any stated size.
                 proxy.until_kept(&blob.digest).await;
                 proxy.head(&path).await.is_blob(blob).is_hit();
                 let part = proxy.get(&path).header("range", "bytes=5-14").await;
@@ -254,7 +254,7 @@ async fn k7_json_that_is_no_list_of_tags_is_no_list() {
         let upstream = Upstream::start().await;
         let image = upstream.push("library/demo", "a", Image::with_layers(&["one"]));
         let proxy = Proxy::over(&upstream).await;
-        // Entitled to read here.
+        // Has a grant here.
         proxy.manifest("library/demo", "a").await.is_image(&image);
         let ask = || proxy.get("/v2/library/demo/tags/list");
         upstream.answers_next(1, is_list, Scripted::new(200, body));
@@ -297,7 +297,7 @@ async fn k7_json_that_is_no_list_of_referrers_is_no_list() {
         upstream.push_untagged("library/demo", signature.clone());
         let other = upstream.push("library/demo", "b", Image::with_layers(&["two"]));
         let proxy = Proxy::over(&upstream).await;
-        // Entitled to read here, and the subject is not cached: each request goes upstream.
+        // Has a grant here, and the subject is not cached: each request goes upstream.
         proxy.manifest("library/demo", "b").await.is_image(&other);
         let path = format!("/v2/library/demo/referrers/{}", subject.digest);
         upstream.answers_next(1, is_list, Scripted::new(200, body));
@@ -319,7 +319,7 @@ async fn k7_json_that_is_no_list_of_referrers_is_no_list() {
     }
 }
 
-/// Its digest is that of its payload, as a registry of schema 1 names it.
+/// Its digest is that of its payload, as for schema 1.
 fn signed() -> Image {
     let layer = sha256(b"a layer");
     let payload = json!({"schemaVersion": 1, "name": "library/demo", "tag": "old",
@@ -405,7 +405,7 @@ async fn k7_schema_1_in_name_alone_opens_nothing() {
     let image = upstream.push("library/demo", "1", Image::with_layers(&["one"]));
     upstream.types_manifests(SIGNED);
     let proxy = Proxy::over(&upstream).await;
-    // Its own media type is another one, and by digest its bytes are right.
+    // Its own media type differs, and by digest its bytes are right.
     for reference in ["1", &image.digest] {
         proxy.manifest("library/demo", reference).await.is_image(&image);
     }

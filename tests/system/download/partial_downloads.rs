@@ -1,4 +1,4 @@
-//! What a stop, a crash or an outage interrupted is gone on with, and costs the upstream the rest alone.
+//! Partial downloads: a download interrupted by a stop, crash or outage is resumed, and only the rest is transferred.
 
 use crate::proxy::{Proxy, Setup, files_below};
 use crate::registry::{Blob, Gate, Image, Upstream, within};
@@ -14,7 +14,7 @@ struct Stage {
     gate: Gate,
 }
 
-/// A pull of which 2.5 of 4 MiB have come; its client has most of them.
+/// A pull of which 2.5 of 4 MiB were received and mostly sent to its client.
 async fn halfway(seed: u64, tail: &str) -> Stage {
     let upstream = Upstream::start().await;
     let image = upstream.push("library/demo", "latest", Image::of_noise(seed, SIZE));
@@ -33,7 +33,7 @@ async fn halfway(seed: u64, tail: &str) -> Stage {
     }
 }
 
-/// Waits until so much of the one download under way is marked on the disk: its client has the bytes a little earlier.
+/// Waits until the running download has a checkpoint of this size. The client has the bytes slightly earlier.
 async fn until_marked(proxy: &Proxy, bytes: usize) {
     let marked = || {
         let files = files_below(&proxy.setup().data().join("ingest"));
@@ -56,7 +56,7 @@ async fn until_marked(proxy: &Proxy, bytes: usize) {
     .await;
 }
 
-/// Pulled again, whole and right; no more than what was not there came from upstream.
+/// Pulls again: complete and right, with at most the missing bytes from the upstream.
 async fn costs_the_rest(upstream: &Upstream, proxy: &Proxy, blob: &Blob) {
     upstream.clear_log();
     proxy.blob("library/demo", &blob.digest).await.is_blob(blob);

@@ -1,4 +1,4 @@
-//! Whoever asks for one layer wants the others next, so they are begun before they are asked for.
+//! Prefetch: a request for one layer starts the download of the others.
 
 use crate::proxy::{Proxy, Setup};
 use crate::registry::{Image, Upstream, noise};
@@ -81,7 +81,7 @@ async fn what_is_held_is_not_fetched_ahead_again() {
     assert_eq!(upstream.blob_gets(&new.layer(1).digest), 1);
 }
 
-/// A client that has the base layer from another image never asks for it here, so nobody else would bring the proof.
+/// A client that has the base layer from another image never requests it here, so prefetch must prove it.
 #[tokio::test]
 async fn a_layer_that_came_with_another_image_makes_this_one_whole_too() {
     const OTHER: &str = "library/other";
@@ -125,7 +125,7 @@ async fn a_rule_can_switch_it_off() {
     let rule = "[[rule]]\nimages = [\"docker.io/library/*\"]\nprefetch = false";
     let proxy: Proxy = Setup::over(&upstream).prefetching().tail(rule).start().await;
 
-    // A whole pull later, each blob has been fetched once, by its client: nothing ran ahead of it.
+    // After a complete pull each blob was fetched once, by its client, and none by prefetch.
     proxy.manifest(DEMO, "latest").await.is_image(&image);
     proxy.has_turned(16).await;
     assert_eq!(upstream.all_blob_gets(), 0);

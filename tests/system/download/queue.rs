@@ -1,4 +1,4 @@
-//! More requests than places: each is served in its turn, and none that no client waits for any more.
+//! Download queue: requests beyond the limit are served in turn, and those without a waiting client are dropped.
 
 use crate::proxy::{Proxy, Setup, blob_path, manifest_path};
 use crate::registry::{Image, Upstream, noise};
@@ -9,13 +9,13 @@ use tokio::task::JoinSet;
 const DEMO: &str = "library/demo";
 const MIB: usize = 1024 * 1024;
 
-/// So many requests to one upstream at a time, and as many transfers.
+/// Limits of requests and downloads per upstream.
 fn few(upstream: &Upstream, places: usize) -> Setup {
     let limits = format!("[limits]\ndownloads_per_upstream_max = {places}\n");
     Setup::over(upstream).tail(&limits)
 }
 
-/// The transfers that the operator sees, queued or not.
+/// The downloads in the API, queued and running.
 async fn transfers(proxy: &Proxy, queued: bool) -> usize {
     let listed = proxy.admin("/api/v1/transfers").await.json();
     let listed = listed["transfers"].as_array().cloned().unwrap_or_default();
@@ -47,7 +47,7 @@ async fn t02_forty_cold_layers_of_one_upstream_all_arrive() {
     }
     gate.reached_by(7).await;
     until_queued(&proxy, 33).await;
-    // One that hangs takes longer than the head of an answer may, and began after them.
+    // A hanging one exceeds the header timeout, and started after them.
     let slow = upstream.holds_answers(|seen| seen.path.ends_with("/manifests/none"));
     proxy.manifest(DEMO, "none").await.is_refused(504);
     slow.release();
@@ -55,7 +55,7 @@ async fn t02_forty_cold_layers_of_one_upstream_all_arrive() {
     assert!(clients.join_all().await.iter().all(|status| *status == 200));
 }
 
-/// The connection may be quiet for longer than a stalled one.
+/// The connection may be idle for longer than the idle timeout.
 #[tokio::test]
 async fn t02_head_goes_out_while_the_download_is_queued() {
     let upstream = Upstream::start().await;
@@ -242,7 +242,7 @@ async fn t13_prefetch_of_a_slow_upstream_does_not_stop_that_of_others() {
     gate.release();
 }
 
-/// What the transfer says later is not heard by a client that has a head already: it must not be its end.
+/// A later failure of the download cannot reach a client that has its response head.
 #[tokio::test]
 async fn t08_blob_without_room_arrives_after_its_early_head() {
     let upstream = Upstream::start().await;
@@ -282,7 +282,7 @@ async fn t08_http_1_0_client_gets_no_head_without_a_length() {
     );
     old.write_all(head.as_bytes()).await.unwrap();
     until_queued(&proxy, 1).await;
-    // It asks later, and has its head already.
+    // It requests later, and has its response head already.
     let mut newer = proxy.blob(DEMO, &image.layer(2).digest).stream().await;
     assert!(old.try_read(&mut [0]).is_err(), "nothing has come");
     gate.release();

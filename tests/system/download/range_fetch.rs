@@ -1,4 +1,4 @@
-//! Parts of a cold blob, wherever they lie: lazy pulling, and parallel pulls by ranges. (Rows 12 and 13.)
+//! Ranges of a cold blob at any offset: lazy pulling, and parallel pulls by ranges (rows 12 and 13).
 
 use crate::proxy::{Proxy, blob_path};
 use crate::registry::{Blob, Gate, Image, Upstream};
@@ -6,7 +6,7 @@ use crate::registry::{Blob, Gate, Image, Upstream};
 const MIB: usize = 1024 * 1024;
 const SIZE: usize = 24 * MIB;
 
-/// A cold layer whose transfer stands still after 1 MiB.
+/// A cold layer whose download stalls after 1 MiB.
 async fn standing(seed: u64) -> (Upstream, Proxy, Blob, Gate) {
     let upstream = Upstream::start().await;
     let image = upstream.push("library/demo", "latest", Image::of_noise(seed, SIZE));

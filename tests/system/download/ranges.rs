@@ -1,4 +1,4 @@
-//! Parts of blobs, held and not yet held.
+//! Range requests on cached and uncached blobs.
 
 use crate::proxy::Proxy;
 use crate::registry::{Image, Upstream, noise};
@@ -64,7 +64,7 @@ async fn a_range_that_is_none_is_ignored() {
             .blob("library/demo", &image.layer(0).digest)
             .header("range", range)
             .await;
-        // The conformance suite wants 416 for an end before its start.
+        // The conformance suite expects 416 for an end before its start.
         if reply.status != 416 || range != "bytes=5-1" {
             reply.is_blob(image.layer(0));
         }
@@ -92,16 +92,16 @@ async fn a_range_of_a_cold_blob_is_answered_and_the_blob_is_held_afterwards() {
     assert_eq!(upstream.blob_gets(&layer.digest), 1);
 }
 
-/// `bytes=…`, and the parts that must come for it, of 10,000 bytes.
+/// `bytes=…` and the expected parts, of 10,000 bytes.
 pub const SEVERAL: &[(&str, &[(usize, usize)])] = &[
     ("bytes=0-9,100-109", &[(0, 10), (100, 110)]),
     ("bytes=100-109, 0-9", &[(100, 110), (0, 10)]),
     ("bytes=0-0,-1", &[(0, 1), (9999, 10_000)]),
     ("bytes=0-99,100-199", &[(0, 100), (100, 200)]),
     ("bytes=9990-20000,5-6", &[(9990, 10_000), (5, 7)]),
-    // What cannot be satisfied is left out; what is left stays a part, as several were asked for.
+    // Unsatisfiable ranges are omitted. A single remaining one is still multipart, because several were requested.
     ("bytes=0-9,10000-", &[(0, 10)]),
-    // What overlaps comes once.
+    // Overlapping ranges are merged.
     ("bytes=0-99,50-149,500-509", &[(0, 150), (500, 510)]),
     ("bytes=0-,0-,0-,0-", &[(0, 10_000)]),
 ];
@@ -113,7 +113,7 @@ async fn several_ranges_of_a_large_held_blob_come_from_its_file() {
     let proxy = Proxy::over(&upstream).await;
     proxy.pull("library/demo", "latest", &image).await;
     let layer = image.layer(0);
-    // podman asks so for what changed: hundreds of parts, some longer than one read of the file.
+    // podman requests changed parts this way: hundreds of ranges, some longer than one file read.
     let spans: Vec<(usize, usize)> = (0..500)
         .map(|n| (n * 2_000, n * 2_000 + 700))
         .chain([(1_100_000, 2_900_000)])

@@ -1,4 +1,4 @@
-//! Redirects are followed here, without the client's credential, and never handed on.
+//! Redirects to storage: followed by the cache, without the client's credential, and never sent to the client.
 
 use crate::proxy::{Proxy, Setup};
 use crate::registry::{Image, Upstream, noise};
@@ -194,7 +194,7 @@ async fn r13_plain_http_storage_only_where_redirects_names_it() {
     }
     assert!(storage.requests().is_empty());
 
-    // The entry that was named works, also after a reload; so does the network.
+    // The named entry works, also after a reload. So does the network.
     for entry in [format!("http://{place}"), "http://127.0.0.0/8".to_owned()] {
         let proxy = Setup::over(&upstream).start().await;
         proxy

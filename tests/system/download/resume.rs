@@ -1,4 +1,4 @@
-//! What breaks upstream is mended inside the client's own answer, as long as anything helps.
+//! Resumption within a response: an interrupted download continues while retries make progress.
 
 use crate::proxy::{Proxy, Setup};
 use crate::registry::{Blob, Image, Upstream};

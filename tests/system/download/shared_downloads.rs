@@ -1,4 +1,4 @@
-//! Who shares a transfer: whoever has the right, whichever way it comes; and who does not.
+//! Shared downloads: clients with a grant join a running download on any route, clients without one do not.
 
 use crate::proxy::{Proxy, Setup};
 use crate::registry::{Image, Upstream};
@@ -52,7 +52,7 @@ async fn a_follower_whose_leader_is_refused_leads_with_its_own_right() {
     gate.reached().await;
     let hers = proxy.blob("acme/app", &layer.digest).basic("alice", "a-secret");
     let hers = tokio::spawn(hers.into_reply());
-    // She has joined, and asks her own question.
+    // She joined, and sends her own authorization request.
     upstream
         .until("her own question", |log| {
             log.iter()
@@ -77,7 +77,7 @@ async fn a_late_joiner_has_its_first_bytes_from_the_disk() {
     first.read(LAYER / 2).await;
     gate.reached().await;
     upstream.clear_log();
-    // Not a byte comes from upstream any more, and nothing is asked there.
+    // The upstream sends no byte and no request reaches it.
     let mut late = proxy.blob("library/demo", &layer.digest).stream().await;
     assert_eq!(late.read(LAYER / 2).await, layer.bytes[..LAYER / 2]);
     assert_eq!((upstream.bytes_sent(), upstream.all_blob_gets()), (0, 0));

@@ -1,9 +1,9 @@
-//! An upstream that is silent before its first byte while it fetches for itself.
+//! Upstreams with a late first byte, because they fetch the content themselves.
 
 use crate::proxy::{Proxy, Setup, blob_path, manifest_path};
 use crate::registry::{Gate, Image, Upstream};
 
-/// docker.io is this upstream, and the head of an answer may take so long.
+/// docker.io is this upstream, with this header timeout.
 async fn waiting(upstream: &Upstream, first_byte_timeout: &str) -> Proxy {
     let keys = format!("first_byte_timeout = \"{first_byte_timeout}\"");
     Setup::over(upstream)
@@ -30,7 +30,7 @@ async fn r12_the_504_names_first_byte_timeout() {
             "{message}"
         );
     }
-    // A longer one takes effect with a reload.
+    // A longer timeout takes effect on reload.
     upstream.recovers();
     let text = proxy.setup().toml().replace("200ms", "5m");
     proxy.setup().file("ifnewer.toml", &text);
@@ -40,7 +40,7 @@ async fn r12_the_504_names_first_byte_timeout() {
     let digest = &image.layer(0).digest;
     let (blob, ()) = tokio::join!(async { proxy.blob("library/demo", digest).await }, async {
         gate.reached().await;
-        // Well over the 200 ms from before, as many requests as that takes.
+        // Well over the 200 ms of the earlier timeout, as many requests as that takes.
         let began = tokio::time::Instant::now();
         while began.elapsed().as_millis() < 400 {
             proxy.has_turned(1).await;
@@ -81,7 +81,7 @@ async fn r12_who_comes_again_finds_what_the_first_waited_for() {
     assert_eq!(upstream.blob_gets(&digest), 1);
 }
 
-/// A client that leaves before its first byte, when its question has reached the upstream.
+/// A client that leaves before its first byte, after its request reached the upstream.
 async fn leaves(proxy: &Proxy, path: &str, gate: &Gate) {
     let leaving = tokio::spawn(proxy.get(path).stream());
     gate.reached().await;

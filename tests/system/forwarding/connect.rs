@@ -1,4 +1,4 @@
-//! `CONNECT`: configured upstreams are served, named hosts are tunnelled to, everything else is refused.
+//! `CONNECT`: upstreams are intercepted, allowed hosts tunnelled, and others rejected.
 
 use crate::forwarding::host_routing::two_upstreams;
 use crate::proxy::{Ask, Proxy, Setup, manifest_path, raw};
@@ -11,7 +11,7 @@ async fn connect(proxy: &Proxy, target: &str) -> crate::proxy::RawReply {
     raw(proxy.registry_address(), bytes.as_bytes()).await
 }
 
-/// A tunnel that is open, and whatever comes through it.
+/// An open tunnel and the bytes received through it.
 async fn open(proxy: &Proxy, target: &str) -> TcpStream {
     let mut stream = TcpStream::connect(proxy.registry_address()).await.unwrap();
     let bytes = format!("CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n\r\n");
@@ -98,7 +98,7 @@ async fn a_named_host_is_tunnelled_to_unread_and_counted() {
         .tail(&format!("[connect]\ntunnel = [\"{target}\"]"))
         .start()
         .await;
-    // It is that host's certificate that the client sees.
+    // The client sees the certificate of that host.
     let ask = proxy.get("/v2/").tls(elsewhere.ca_pem(), &["h2"]);
     let reply = ask.through_connect(&target).unchecked().await;
     assert_eq!(
@@ -243,7 +243,7 @@ async fn the_host_where_an_upstream_gives_tokens_is_tunnelled_to() {
     let reply = ask.through_connect(&target).unchecked().await;
     assert_eq!(reply.status, 200, "{reply:#?}");
     assert_eq!(tokens.token_requests().len(), 1);
-    // That host, and no other port of it.
+    // Only this port of the host.
     let reply = connect(&proxy, "127.0.0.1:22").await;
     assert_eq!(reply.status(), Some(403), "{}", reply.text);
 }

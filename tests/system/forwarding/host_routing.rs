@@ -1,4 +1,4 @@
-//! The host door: an upstream's own name leads to us, and the client believes to speak with it.
+//! Routing by host: an upstream's own name resolves to the cache, which serves it with a certificate of its CA.
 
 use crate::proxy::{Ask, Proxy, Setup, manifest_path, raw};
 use crate::registry::{Image, Upstream, within};
@@ -148,7 +148,7 @@ async fn connection_and_request_must_name_one_host() {
         assert_eq!(reply.status(), Some(expected), "{what}: {}", reply.text);
     }
     assert_eq!(hub.connections(), 0);
-    // Whoever comes by CONNECT will follow the registry's challenge, so that is asked for; nothing else.
+    // A client that uses CONNECT follows the registry's challenge, so only that is requested.
     assert!(
         other.requests().iter().all(|seen| seen.path == "/v2/"),
         "{:#?}",
@@ -225,7 +225,7 @@ async fn an_upstream_added_after_the_ca_is_not_vouched_for() {
     .await;
     assert_eq!(raw_reply.status(), Some(403), "{}", raw_reply.text);
     assert!(raw_reply.text.contains("ifnewer ca rotate"), "{}", raw_reply.text);
-    // The mirror doors need no certificate for it.
+    // The mirror routes need no leaf certificate.
     proxy
         .get(&format!("{path}?ns=late.example.org"))
         .await
@@ -257,7 +257,7 @@ async fn a_ca_key_that_others_can_read_stops_the_start() {
     assert!(program.stderr().contains("chmod 600"), "{}", program.stderr());
 }
 
-/// The first two bytes of the alert's body, if an alert is what comes back.
+/// The first two bytes of the TLS alert, if the response is one.
 async fn alert(proxy: &Proxy, hello: &[u8]) -> Option<[u8; 2]> {
     let mut stream = TcpStream::connect(proxy.registry_address()).await.unwrap();
     stream.write_all(hello).await.unwrap();
@@ -266,7 +266,7 @@ async fn alert(proxy: &Proxy, hello: &[u8]) -> Option<[u8; 2]> {
     (reply.first() == Some(&21)).then(|| [reply[5], reply[6]])
 }
 
-/// A `ClientHello` for ghcr.io with this version and these suites; groups and signatures are good ones.
+/// A `ClientHello` for ghcr.io with this version and these suites, and supported groups and signatures.
 fn hello(version: u16, suites: &[u16]) -> Vec<u8> {
     let name = b"ghcr.io";
     let list = |kind: u16, body: Vec<u8>| {
@@ -329,7 +329,7 @@ async fn old_versions_and_weak_suites_are_refused() {
         let answer = alert(&proxy, &hello(0x0303, &[suite])).await;
         assert!(matches!(answer, Some([FATAL, _])), "{name}: {answer:?}");
     }
-    // The same hello with a good suite goes on: the refusals are about the suites.
+    // With a supported suite the handshake continues, so the rejections are about the suites.
     let mut stream = TcpStream::connect(proxy.registry_address()).await.unwrap();
     stream.write_all(&hello(0x0303, &[good])).await.unwrap();
     assert_eq!(stream.read_u8().await.unwrap(), 22, "a ServerHello");

@@ -1,4 +1,4 @@
-//! The spellings of a registry's host (RFC 3986 §6.2): one registry however it is named, and no other by any of them.
+//! Spellings of a registry's host (RFC 3986 §6.2): all of them mean the same upstream.
 
 use crate::forwarding::host_routing::two_upstreams;
 use crate::proxy::{Ask, Proxy, Setup, manifest_path, raw};
@@ -158,7 +158,7 @@ async fn k7_contradictory_names_are_refused() {
         "{:#?}",
         other.requests()
     );
-    // As the message says: both names in the path.
+    // As the error advises: both names in the path.
     let both = manifest_path("ghcr.io/docker.io/team/demo", "1");
     proxy.get(&both).await.is_image(&image);
     proxy.get(&format!("{both}?ns=ghcr.io")).await.is_image(&image);
@@ -248,7 +248,7 @@ async fn k7_no_spelling_leads_to_another_registry() {
     assert_eq!((hub.connections(), other.connections()), (0, 0));
 }
 
-/// An `ns` of no bytes names nothing, as none at all.
+/// An empty `ns` is the same as none.
 #[tokio::test]
 async fn k7_an_empty_ns_names_the_default_upstream() {
     let (hub, _other, proxy) = two_upstreams().await;
@@ -373,7 +373,7 @@ async fn k7_an_upstream_with_an_ipv6_name_has_one_key() {
     assert_eq!(upstream.manifest_gets("team/demo"), 1);
 }
 
-/// Plain HTTP leaves its port 80 out of `Host`.
+/// Plain HTTP omits port 80 in `Host`.
 #[tokio::test]
 async fn k7_an_upstream_at_port_80_is_reached_by_plain_http() {
     let (upstream, proxy, image) = with_port("registry.example:80").await;

@@ -1,4 +1,4 @@
-//! The ways in: mirror, `?ns=`, prefix. Behind each is the same cache.
+//! Routing by mirror, `?ns=` and path prefix, with the same cache behind each.
 
 use crate::proxy::{Proxy, Setup, blob_path, manifest_path, raw};
 use crate::registry::{Image, Upstream};

@@ -1,11 +1,11 @@
-//! A write that was handed on leaves what it may change in doubt, durably, until its outcome is known.
+//! Invalidation by forwarded writes: affected tags are durably marked until the outcome of the write is known.
 
 use crate::proxy::{Ask, Proxy, Setup, manifest_path};
 use crate::registry::{Image, Seen, Upstream};
 
 const REPOSITORY: &str = "ghcr.io/team/demo";
 
-/// The tag `1` of the returned image is cached, under a policy that does not ask for it again.
+/// The tag `1` of the returned image is cached, under a policy without revalidation.
 async fn unasked() -> (Upstream, Image, Proxy) {
     let (hub, upstream) = (Upstream::start().await, Upstream::start().await);
     let setup = Setup::over(&hub)
@@ -43,12 +43,12 @@ async fn t16_kill_9_during_a_push_serves_the_old_tag_for_good_to_nobody() {
     });
     gate.reached().await;
     let killed = proxy.crash();
-    // The registry took it, and nobody is left to hear of that.
+    // The registry executed the write, and no process is left to record that.
     let new = upstream.push("team/demo", "1", Image::with_layers(&["new"]));
     let proxy = killed.await;
     drop(pushing);
 
-    // In an outage, the last word that is known.
+    // In an outage, the last confirmed image.
     upstream.refuses();
     proxy.pull(REPOSITORY, "1", &old).await.is_stale();
     upstream.recovers();
@@ -105,7 +105,7 @@ async fn t16_refused_push_costs_nothing_and_evicts_nothing() {
     assert_eq!(upstream.requests().len(), 0);
 }
 
-/// Each is also the response of a proxy in between, for a request that the registry has taken.
+/// A proxy in between also sends these, for a write that the registry executed.
 #[tokio::test]
 async fn t16_push_answered_407_408_429_or_499_leaves_the_tag_in_doubt() {
     for status in [407, 408, 429, 499] {

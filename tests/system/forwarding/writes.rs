@@ -1,16 +1,16 @@
-//! Pushes and deletions pass through the intercepting doors untouched, and what they change is seen at once.
+//! Pushes and deletions: forwarded unchanged, with their effect visible at once.
 
 use crate::forwarding::host_routing::two_upstreams;
 use crate::proxy::{Ask, Proxy, Setup, blob_path, manifest_path, raw};
 use crate::registry::{Image, OCI_MANIFEST, Upstream, noise, sha256};
 
-/// As a client that believes to speak with ghcr.io.
+/// A client of ghcr.io whose host resolves to the cache.
 fn ask(proxy: &Proxy, method: &str, path: &str) -> Ask {
     let ask = proxy.ask(method, path).tls(&proxy.ca_pem(), &["http/1.1"]);
     ask.server_name("ghcr.io").unchecked()
 }
 
-/// The path of a `Location` that leads on through us.
+/// The path of a `Location` that leads to the cache.
 fn goes_on(location: Option<&str>) -> String {
     let location = location.expect("a Location");
     let path = location.strip_prefix("https://ghcr.io").unwrap_or(location);
@@ -49,7 +49,7 @@ async fn push(proxy: &Proxy, tag: &str, image: &Image) {
 #[tokio::test]
 async fn row_34_a_push_reaches_the_registry_and_the_next_pull_sees_it() {
     let (hub, other) = (Upstream::start().await, Upstream::start().await);
-    // Fresh for an hour: only the write itself can make it ask again.
+    // Fresh for an hour, so only the write can cause a revalidation.
     let setup = Setup::over(&hub)
         .also("ghcr.io", &other)
         .default_keys("max_age = \"1h\"");
@@ -129,7 +129,7 @@ async fn an_answer_from_before_a_push_does_not_bring_the_old_tag_back() {
         .default_keys("max_age = \"1h\"");
     let proxy = setup.start().await;
     other.push("team/demo", "1", Image::with_layers(&["old"]));
-    // The registry reads the tag, and its answer is on its way while the push overtakes it.
+    // The registry reads the tag, and the push overtakes its response.
     let path = manifest_path("team/demo", "1");
     let gate = other.holds_bodies(|seen| seen.method == "GET" && seen.path.ends_with("/manifests/1"));
     let early = tokio::spawn(proxy.get(&format!("{path}?ns=ghcr.io")).into_reply());
@@ -179,7 +179,7 @@ async fn a_push_does_not_leave_out_what_the_registry_has_collected() {
     );
     other.recovers();
     other.deletes_blob("team/demo", &image.layer(0).digest);
-    // Whoever reads by a mirror door is served what is held; whoever may be pushing is told the registry's word.
+    // A client of a mirror route gets the cached tag. A client that may be pushing gets the registry's response.
     let mirrored = blob_path("ghcr.io/team/demo", &image.layer(0).digest);
     proxy.head(&mirrored).await.is_blob(image.layer(0));
     assert_eq!(has().await.status, 404);
@@ -270,7 +270,7 @@ async fn an_upload_of_64_mib_takes_no_memory() {
     assert_eq!(done.status, 201, "{done:#?}");
 }
 
-/// The most that the process ever had in memory, in bytes.
+/// Peak memory of the process, in bytes.
 fn peak_memory(proxy: &Proxy) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{}/status", proxy.program().id())).unwrap();
     let line = status
@@ -398,12 +398,12 @@ async fn a_second_request_hidden_in_a_write_is_not_answered() {
             );
         }
     }
-    // What reached the registry was framed once.
+    // The registry received one framing.
     for seen in other.requests() {
         let framings = [seen.header("content-length"), seen.header("transfer-encoding")];
         assert_eq!(framings.iter().flatten().count(), 1, "{seen:#?}");
     }
-    // A read has no use for chunks, whoever it is meant for.
+    // A read needs no chunked body, at the cache or at an upstream.
     let reading = format!(
         "GET /v2/team/demo/manifests/1 HTTP/1.1\r\nHost: ghcr.io\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n{hidden}"
     );

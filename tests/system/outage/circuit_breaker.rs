@@ -1,5 +1,5 @@
-//! What an upstream that does not respond costs, and whom: one budget for many images, and nothing for what still
-//! responds.
+//! Circuit breaker: an unresponsive upstream costs one revalidation timeout for many images, and nothing for what
+//! still responds.
 
 #![allow(clippy::disallowed_methods, reason = "tests measure how long a job takes")]
 
@@ -9,14 +9,14 @@ use crate::proxy::{Ask, Proxy, Reply, Setup, manifest_path};
 use crate::registry::{Image, Seen, Upstream};
 
 const IMAGES: usize = 20;
-/// What twenty images may take on a busy machine. A budget for each would be 40 s.
+/// Limit for twenty images on a busy machine. With one timeout each they would take 40 s.
 const JOB_MAX: Duration = Duration::from_secs(15);
 
 fn repository(n: usize) -> String {
     format!("library/app{n}")
 }
 
-/// A proxy that has so many images cached, each in a repository of its own.
+/// A cache with so many images, each in its own repository.
 async fn caching(upstream: &Upstream, count: usize) -> (Proxy, Vec<Image>) {
     let mut images = Vec::new();
     for n in 0..count {
@@ -30,7 +30,7 @@ async fn caching(upstream: &Upstream, count: usize) -> (Proxy, Vec<Image>) {
     (proxy, images)
 }
 
-/// Why each of the replies is an old one: `budget` for those that waited.
+/// The reason of each stale response: `budget` for those that waited.
 async fn job(proxy: &Proxy, images: &[Image]) -> Vec<String> {
     let (mut causes, began) = (Vec::new(), Instant::now());
     for (n, image) in images.iter().enumerate() {
@@ -47,7 +47,7 @@ fn cause(reply: &Reply) -> String {
     cause.to_owned()
 }
 
-/// One waits for its budget, two for a moment, and the others for nothing.
+/// One waits for the revalidation timeout, two for a moment, and the others not at all.
 fn is_waited_for_once(causes: &[String]) {
     let waited = causes
         .iter()
@@ -87,7 +87,7 @@ async fn t05_upstream_that_hangs_costs_one_budget() {
     assert!(text.contains(line), "{text}");
     proxy.program().says("circuit breaker opened").await;
 
-    // It responds again, and a tag that moved meanwhile is served new.
+    // It responds again, and a tag that moved meanwhile is served as the new image.
     let new = upstream.moves(&repository(7), "1", Image::with_layers(&["new"]));
     upstream.recovers();
     let ask = |proxy: &Proxy| proxy.manifest(&repository(7), "1");
@@ -100,7 +100,7 @@ async fn t05_upstream_that_hangs_costs_one_budget() {
 async fn t05_silent_heads_are_probed_by_heads() {
     let upstream = Upstream::start().await;
     let (proxy, images) = caching(&upstream, IMAGES).await;
-    // `/v2/` and every GET is answered all the while.
+    // `/v2/` and every GET still respond.
     upstream.hangs_for(is_head);
     upstream.clear_log();
     is_waited_for_once(&job(&proxy, &images).await);
@@ -290,7 +290,7 @@ async fn t11_cached_lists_are_served_while_upstream_hangs() {
     }
     is_waited_for_once(&causes);
     assert!(began.elapsed() < JOB_MAX, "{:?}", began.elapsed());
-    // A page of it that was never fetched is cut from it, and not waited for either.
+    // A page that was never fetched is cut from the stored list, without waiting.
     let page = format!("/v2/{}/tags/list?n=1", repository(0));
     assert_eq!(proxy.get(&page).await.json()["tags"][0], "1");
     drop(images);
@@ -307,7 +307,7 @@ async fn t11_list_never_cached_as_such_waits_for_one_budget() {
     proxy.pull("library/demo", "1", &image).await;
     proxy.get("/v2/library/demo/tags/list").await;
     upstream.hangs();
-    // It is answered though the upstream still holds the request.
+    // The response arrives although the upstream still holds the request.
     let page = proxy.get("/v2/library/demo/tags/list?n=1").await;
     assert_eq!(page.json()["tags"][0], "1");
 }

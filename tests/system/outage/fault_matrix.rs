@@ -1,18 +1,18 @@
-//! What our clients see of each fault of an upstream, cold and held.
+//! Table of upstream faults and the responses that clients get, uncached and cached.
 //!
-//! Clients forgive little: a short or wrong body under a 200 is fatal to most of them, a wrong `Content-Type` to all. So
-//! each fault here becomes something right and whole, or an error that is seen to be one. A table, so that a change of
-//! behaviour is a change of a line.
+//! A short or wrong body under a 200 is fatal to most clients, a wrong `Content-Type` to all. So each fault must end
+//! in a right and complete response, or in a visible error. As a table, a change of behaviour is a change of one
+//! line.
 
 use crate::proxy::{Proxy, Reply, blob_path, manifest_path};
 use crate::registry::{Blob, Image, Seen, Upstream, noise, sha256};
 use tokio::task::JoinSet;
 
-/// Large enough to begin before it is verified.
+/// Large enough to be sent before it is verified.
 const LAYER: usize = 400_000;
 
-/// A fault, and what is seen of it: cold, of the manifest by tag, a small blob and a large one; held, of the manifest, the
-/// blobs being served from the store whatever happens.
+/// A fault and its responses. Uncached: the manifest by tag, a small and a large blob. Cached: the manifest, because
+/// the blobs come from the store anyway.
 type Line = (
     &'static str,
     fn(&Upstream, &Upstream),
@@ -22,7 +22,7 @@ type Line = (
 
 #[rustfmt::skip]
 const TABLE: &[Line] = &[
-    // fault                                 what it does                                                      cold: the manifest, a small blob, a large one                                                              held
+    // fault | its effect | uncached: manifest, small blob, large blob | cached
     ("nothing",                              |_, _| {},                                                        ["whole",                           "whole",                           "whole"],                           "unchanged"),
     ("no digest header",                     |up, _| up.omits_digest(),                                        ["whole",                           "whole",                           "whole"],                           "unchanged"),
     ("no manifest Content-Type",             |up, _| up.types_manifests(""),                                   ["whole",                           "whole",                           "whole"],                           "unchanged"),
@@ -86,7 +86,7 @@ async fn held_a_fault_becomes_the_held_copy_or_the_registrys_no() {
 
 async fn compare(is_held: bool) {
     let mut differences = Vec::new();
-    // Each waits for retries most of the time.
+    // Most of the time is spent in retries.
     for lines in TABLE.chunks(6) {
         let mut running = JoinSet::new();
         for (fault, inject, cold, held) in lines {
@@ -106,7 +106,7 @@ async fn compare(is_held: bool) {
     );
 }
 
-/// What a client sees of a fault: of the manifest, a small blob and a large one.
+/// The responses to a fault: manifest, small blob and large blob.
 async fn seen_of(inject: fn(&Upstream, &Upstream), is_held: bool) -> [String; 3] {
     let (upstream, storage) = (Upstream::start().await, Upstream::start().await);
     let image = upstream.push("library/demo", "latest", Image::with_layers(&[noise(1, LAYER)]));
@@ -117,7 +117,7 @@ async fn seen_of(inject: fn(&Upstream, &Upstream), is_held: bool) -> [String; 3]
     inject(&upstream, &storage);
     let manifest = proxy.manifest("library/demo", "latest").await;
     let head = proxy.head(&manifest_path("library/demo", "latest")).await;
-    // That a registry lies is known only from the bytes, which a cold HEAD does not bring.
+    // A wrong digest shows only in the bytes, which an uncached HEAD does not transfer.
     if head.header("docker-content-digest") != Some(&sha256(b"a lie")) {
         agree(&manifest, &head);
     }
@@ -145,7 +145,7 @@ async fn blob_seen(proxy: &Proxy, blob: &Blob) -> String {
     }
 }
 
-/// A HEAD says what the GET did.
+/// HEAD and GET agree.
 fn agree(get: &Reply, head: &Reply) {
     assert_eq!(get.status, head.status, "{get:#?} {head:#?}");
     for name in ["content-type", "docker-content-digest", "etag"] {
@@ -160,7 +160,7 @@ fn agree(get: &Reply, head: &Reply) {
     }
 }
 
-/// A reply in a few words. One with status 200 is right in every header, or the test ends.
+/// A summary of a response. One with status 200 must have right headers.
 fn told(reply: &Reply, is_right: impl Fn(&Reply)) -> String {
     if reply.status != 200 {
         let after = reply.header("retry-after").map_or("", |_| " Retry-After");

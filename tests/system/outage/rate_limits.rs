@@ -1,4 +1,4 @@
-//! Rate limits: a limited request is waited out, later ones go on at the pace of the upstream, and no right is lost.
+//! Rate limits (429): limited requests are delayed and retried, later ones are paced, and no grant is revoked.
 
 use crate::proxy::{Proxy, Setup, blob_path, manifest_path};
 use crate::registry::{Image, Scripted, Seen, Upstream};
@@ -6,9 +6,9 @@ use std::time::Duration;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
-/// The first pause that is not stated by the upstream.
+/// The first pause without `Retry-After`.
 const PAUSE: Duration = Duration::from_secs(1);
-/// How long dockerd and containerd wait for the headers of a response.
+/// Response header timeout of dockerd and containerd.
 const CLIENTS_WAIT: Duration = Duration::from_secs(30);
 
 fn any(_: &Seen) -> bool {
@@ -67,10 +67,10 @@ async fn r02_twenty_layers_come_at_five_requests_a_second() {
         });
     }
     clients.join_all().await;
-    // A client that asks directly and pauses for a second takes 4 s.
+    // A direct client that pauses for a second takes 4 s.
     let took = began.elapsed();
     assert!(took < Duration::from_secs(12), "{took:?}");
-    // 21 that succeed, and the first burst; after each pause only a few more are sent than are allowed.
+    // 21 successful requests and the first burst. After each pause few more are sent than allowed.
     let gets = upstream.all_blob_gets();
     assert!((21..=60).contains(&gets), "{gets} requests for 21 blobs");
 }
@@ -132,7 +132,7 @@ async fn r02_a_limit_that_goes_on_ends_before_clients_give_up() {
     let reply = proxy.manifest("library/demo", "latest").await;
     reply.is_refused(429);
     assert!(began.elapsed() < CLIENTS_WAIT, "{:?}", began.elapsed());
-    // 1, 2, 4 and 8 s; the next pause is beyond what the client waits.
+    // Pauses of 1, 2, 4 and 8 s. The next one exceeds the client's timeout.
     let asked = upstream.manifest_gets("library/demo");
     assert!((3..=5).contains(&asked), "{asked}");
     let after: u64 = reply.header("retry-after").unwrap().parse().unwrap();
@@ -182,7 +182,7 @@ async fn r02_the_next_url_is_asked_within_a_pause() {
     assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
 }
 
-/// A private image that alice has pulled, and the cache before the upstream that limits her.
+/// A private image pulled by alice, and the cache before an upstream that limits her.
 async fn pulled_by_alice() -> (Upstream, Proxy, Image) {
     let upstream = Upstream::start().await;
     upstream.requires_basic("alice", "secret");
@@ -220,7 +220,7 @@ async fn k7_a_limit_told_otherwise_takes_no_right_away() {
             .await;
         assert_eq!(alice.status, 200, "{response:?}: {alice:#?}");
         alice.is_image(&image).is_stale();
-        // The grant is kept: what follows in an outage is still hers, and still nobody else's.
+        // Her grant is kept: she is served in an outage, and others are not.
         upstream.refuses();
         let layer = image.layer(0);
         let blob = proxy

@@ -1,10 +1,11 @@
-//! An upstream that cannot be reached, whatever the reason, does not stop a pull of what is held; and it says so.
+//! Unreachable upstreams: cached content is served with `Warning`, for every cause.
 
 use crate::proxy::{Proxy, Reply, Setup, manifest_path};
 use crate::registry::{Image, Upstream};
 
-/// Held, then silent: served and said so, by `GET` and `HEAD`, also after a restart; never held: a clear error, never
-/// 404; upstream back: all is well again.
+/// Cached, then unavailable: served with a warning by `GET` and `HEAD`, also after a restart. Uncached: a clear error
+/// and never
+/// 404. Upstream back: normal responses.
 async fn serves_what_is_held_when(upstream: Upstream, misbehaves: impl Fn(&Upstream)) {
     let image = upstream.push("library/demo", "latest", Image::with_layers(&["one", "two"]));
     upstream.push("library/demo", "never-seen", Image::with_layers(&["three"]));
@@ -148,7 +149,7 @@ async fn a_held_tag_is_answered_within_the_budget_while_upstream_hangs() {
     proxy.pull("library/demo", "latest", &image).await;
 
     upstream.hangs();
-    // The answer is here though upstream still holds the question: nothing released it.
+    // The response arrives while the upstream still holds the request.
     proxy.pull("library/demo", "latest", &image).await.is_stale();
     let proxy = proxy.restart().await;
     proxy.pull("library/demo", "latest", &image).await.is_stale();
@@ -172,7 +173,7 @@ async fn the_late_answer_still_counts() {
         .is_image(&old)
         .is_stale();
 
-    // Only the question that is held is ever answered; those that follow hang.
+    // Only the held request gets a response, later ones hang.
     upstream.moves("library/demo", "latest", new.clone());
     upstream.hangs();
     gate.release();
@@ -298,7 +299,7 @@ async fn a_used_up_quota_of_pulls_does_not_stop_the_question_whether_a_tag_moved
     }
     assert_eq!(upstream.heads("library/demo"), 3, "a HEAD is no pull");
     assert_eq!(upstream.manifest_gets("library/demo"), 1, "one 429 is enough");
-    // What was never pulled is refused, with the time to come back; blobs are counted apart.
+    // Uncached content gets 429 with `Retry-After`. Blobs are counted separately.
     proxy.manifest("library/demo", &new.digest).await.is_refused(429);
     proxy
         .blob("library/demo", &new.layer(0).digest)
@@ -385,7 +386,7 @@ async fn after_some_failures_it_answers_without_asking_and_notices_the_recovery(
             "no puller waits for a dead upstream: {status}"
         );
     }
-    // The probe asks what had no response: `/v2/` may be answered all the while.
+    // The probe repeats the failed request, because `/v2/` may still respond.
     let path = manifest_path("library/demo", "latest");
     upstream
         .until("a probe in the background", |seen| {
@@ -414,7 +415,7 @@ async fn policy_always_refuses_rather_than_serve_what_is_held() {
     upstream.refuses();
 
     proxy.manifest("library/demo", "latest").await.is_unreachable();
-    // What a digest names cannot be out of date.
+    // Content by digest cannot be stale.
     proxy.pull("library/demo", &image.digest, &image).await.is_hit();
 }
 

@@ -1,12 +1,12 @@
-//! What answers in the place of a registry opens nothing: login pages, captive portals, firewalls, and whatever a
-//! redirect leads to.
+//! Captive portals, login pages, firewalls and redirect targets: a response that is not the registry's grants
+//! nothing.
 
 use crate::proxy::{Ask, Proxy, Reply, Setup, blob_path, manifest_path};
 use crate::registry::{Front, Image, OCI_MANIFEST, Seen, Upstream, noise, sha256};
 
 const ABSENT: &str = "nobody has this";
 
-/// Alice may read `acme/app`, bob `bob/own`, everybody `library/open`.
+/// Alice may read `acme/app`, bob `bob/own`, and all clients `library/open`.
 async fn private() -> (Upstream, Image) {
     let upstream = Upstream::start().await;
     upstream.requires_token();
@@ -32,7 +32,7 @@ fn is_alices(seen: &Seen) -> bool {
     shown.contains("token-alice") || shown == "Basic YWxpY2U6YS1zZWNyZXQ="
 }
 
-/// What a web server in front of the registry, or the one that it redirects to, may answer. `size` is the right one.
+/// Responses of a web server in front of the registry, or of one it redirects to. `size` is the right size.
 fn answers(size: usize) -> Vec<Front> {
     let filler = vec![b'x'; size];
     let mut fronts = vec![
@@ -57,7 +57,7 @@ fn answers(size: usize) -> Vec<Front> {
     fronts
 }
 
-/// Every way to read something of the image, by names that are cached and by names that nobody has.
+/// Requests for content of the image, by cached names and by names that do not exist.
 fn every_way(proxy: &Proxy, repository: &str, image: &Image) -> Vec<Ask> {
     let absent = sha256(ABSENT.as_bytes());
     let blobs = image
@@ -72,12 +72,12 @@ fn every_way(proxy: &Proxy, repository: &str, image: &Image) -> Vec<Ask> {
     paths.push(format!("/v2/{repository}/tags/list"));
     paths.push(format!("/v2/{repository}/referrers/{}", image.digest));
     let heads = paths.iter().map(|path| proxy.head(path));
-    // Twice: what the first time taught must not open it the second time.
+    // Twice, because state learned the first time must grant nothing the second time.
     let gets = paths.iter().chain(&paths).map(|path| proxy.get(path));
     heads.chain(gets).collect()
 }
 
-/// Bytes of the image are nobody's but alice's. `None`: the reply broke off.
+/// Only alice may get bytes of the image. `None`: the response was interrupted.
 fn gives_nothing_away(reply: Option<&Reply>, image: &Image, front: &str) {
     let Some(reply) = reply else { return };
     let body = reply.body.as_ref();
@@ -87,7 +87,7 @@ fn gives_nothing_away(reply: Option<&Reply>, image: &Image, front: &str) {
         .map(|blob| blob.bytes.as_ref())
         .chain([image.manifest.as_ref()]);
     for bytes in private {
-        // Every manifest begins as every other does.
+        // The prefix of every manifest.
         let is_manifest = bytes == image.manifest.as_ref();
         let known = if is_manifest {
             bytes
@@ -115,7 +115,7 @@ async fn is_closed(proxy: &Proxy, repository: &str, image: &Image, front: &str) 
     }
 }
 
-/// `fronts` answer everybody but alice; then the registry answers again, then it is dead.
+/// `fronts` respond to all clients but alice. Then the registry responds again, then it is unavailable.
 async fn opens_nothing(fronts: Vec<Front>, elsewhere: Option<&Upstream>) {
     let (upstream, image) = private().await;
     let proxy = Proxy::over(&upstream).await;
@@ -157,10 +157,11 @@ async fn r01_a_redirect_to_a_login_page_opens_nothing() {
     opens_nothing(fronts, Some(&elsewhere)).await;
 }
 
-/// A manifest that points to nothing, and one that points to what nobody has.
+/// A manifest without references, and one with references to missing content.
 const PLACEHOLDER: &[u8] = br#"{"schemaVersion":2,"mediaType":"application/vnd.oci.image.manifest.v1+json","config":{},"layers":[]}"#;
 
-/// Whoever asks chooses the digest, so also that of the page itself: its bytes are then verified, and prove themselves alone.
+/// The client chooses the digest, so it may be that of the page itself. Its bytes are then verified, and prove only
+/// themselves.
 async fn asks_for_the_page(proxy: &Proxy, body: &[u8]) {
     let own = sha256(body);
     let paths = [
@@ -184,7 +185,7 @@ async fn r01_the_digest_of_a_page_itself_opens_nothing() {
     let sentence = b"Welcome to the portal of this network. Please log in before you go on from here.";
     let bodies: [&[u8]; 5] = [b"", b"{}", sentence, PLACEHOLDER, &other.manifest];
     for (body, is_abroad) in bodies.into_iter().flat_map(|body| [(body, false), (body, true)]) {
-        // What gives a whole image in the registry's own place is the registry.
+        // A server that serves a complete image in the registry's place counts as the registry.
         if !is_abroad && body == other.manifest.as_ref() {
             continue;
         }
@@ -286,7 +287,7 @@ async fn r01_a_firewalls_403_remains_a_denial() {
     alice(proxy.manifest("acme/app", "1")).await.is_refused(403);
 }
 
-/// A registry whose storage answers without its marks: the second repository's client proves its right by bytes.
+/// A registry whose storage sends no registry headers. The client of the second repository proves access by bytes.
 #[tokio::test]
 async fn r01_a_shared_layer_is_proven_by_its_bytes_and_not_fetched_again() {
     let upstream = Upstream::start().await;
@@ -307,8 +308,8 @@ async fn r01_a_shared_layer_is_proven_by_its_bytes_and_not_fetched_again() {
     proxy.pull_with("acme/two", "1", &two, alice).await.is_stale();
 }
 
-/// What a registry redirects whole requests to is compared with by one HEAD, once the bytes have proven it.
-/// `upstream` redirects everything to the same place of the registry behind it.
+/// A target that a registry redirects complete requests to is compared by one HEAD, once bytes have proven it.
+/// `upstream` redirects everything to the same path of the registry behind it.
 async fn redirecting_to(behind: &Upstream) -> Upstream {
     let upstream = Upstream::start().await;
     upstream.redirects_all_to(307, &behind.url());

@@ -1,9 +1,9 @@
-//! Many clients behind one address: NAT, or a balancer that does not say whom it stands for.
+//! Many clients behind one address: NAT, or a load balancer without the PROXY protocol.
 
 use crate::proxy::{Proxy, Session, Setup, manifest_path};
 use crate::registry::{Image, Upstream};
 
-/// A cache that lets three connections of an address in at a time.
+/// A cache with a limit of three connections per address.
 async fn narrow() -> (Upstream, Proxy, Image) {
     let upstream = Upstream::start().await;
     let image = upstream.push("library/demo", "latest", Image::with_layers(&["one"]));
@@ -23,7 +23,7 @@ async fn r17_connections_beyond_the_limit_of_an_address_wait() {
         open.push(session);
     }
     upstream.clear_log();
-    // As many may wait. The refusal of one more shows that three are connected, whichever they are.
+    // As many may wait. The rejection of one more shows that three are connected.
     let clients: Vec<_> = (0..4)
         .map(|_| tokio::spawn(proxy.manifest("library/demo", "latest").tried()))
         .collect();
@@ -34,7 +34,7 @@ async fn r17_connections_beyond_the_limit_of_an_address_wait() {
             |reply| String::from_utf8_lossy(&reply.body).contains("ifnewer_connections_refused_total 1\n"),
         )
         .await;
-    // An answer would have been confirmed by the upstream.
+    // A response would have been confirmed by the upstream.
     assert_eq!(upstream.requests().len(), 0, "{:#?}", upstream.requests());
     drop(open);
     let mut answered = 0;
@@ -58,7 +58,7 @@ async fn r17_a_refused_connection_is_logged_and_counted() {
         session.ask("GET", &path).await.is_image(&image);
         open.push(session);
     }
-    // Three wait; of the others each is closed.
+    // Three wait, and each further one is closed.
     let clients: Vec<_> = (0..6)
         .map(|_| tokio::spawn(proxy.manifest("library/demo", "latest").tried()))
         .collect();

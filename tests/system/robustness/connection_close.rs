@@ -6,7 +6,7 @@ use crate::registry::{Image, Upstream, within};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
-/// Whether the first response of these says that the connection ends.
+/// Whether the first of these responses has `Connection: close`.
 fn says_close(text: &str) -> bool {
     let head = text
         .split("\r\n\r\n")
@@ -178,7 +178,7 @@ async fn k7_a_refused_connect_ends_its_connection() {
     assert_eq!(upstream.connections(), 0);
 }
 
-/// A push whose body the registry has read whole keeps its connection.
+/// A push whose body was read completely keeps its connection.
 #[tokio::test]
 async fn k7_a_body_read_whole_keeps_the_connection() {
     let (_hub, other, proxy) = two_upstreams().await;

@@ -1,4 +1,4 @@
-//! Connection admission: places per address and for the process, and which connection makes room for another.
+//! Connection limits per address and for the process, and the choice of the idle connection to close.
 
 use crate::proxy::{Program, Proxy, Setup, manifest_path};
 use crate::registry::{Image, Upstream, within};
@@ -6,7 +6,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpSocket, TcpStream};
 
-/// A cache whose connections without a request end by no timeout of their own.
+/// A cache without idle timeout for connections.
 async fn patient(limits: &str, listen: &str) -> (Upstream, Proxy, Image) {
     let upstream = Upstream::start().await;
     let image = upstream.push("library/demo", "latest", Image::with_layers(&["one", "two"]));
@@ -75,7 +75,7 @@ async fn t10_idle_connections_of_one_address_stop_no_other() {
         "ifnewer_connections{listener=\"registry\",state=\"waiting\"} 4",
     )
     .await;
-    // As many places are left as before.
+    // As many permits are free as before.
     let mut others = Vec::new();
     for last in 2..6 {
         let mut other = from(last, proxy.registry_address()).await;
@@ -103,7 +103,7 @@ async fn t10_the_oldest_quiet_connection_is_closed_for_another() {
     assert!(asks(&mut newcomer, "").await.starts_with("HTTP/1.1 200 "));
     is_closed(&mut silent).await;
     assert!(asks(&mut idle, "").await.starts_with("HTTP/1.1 200 "));
-    // That one spoke last.
+    // The most recently active one.
     let mut another = from(5, address).await;
     assert!(asks(&mut another, "").await.starts_with("HTTP/1.1 200 "));
     is_closed(&mut third).await;
@@ -155,7 +155,7 @@ async fn t10_behind_a_balancer_each_client_has_its_own_places() {
         );
         clients.push(client);
     }
-    // A second connection of the first client waits until the first one ends, and the balancer does not.
+    // A second connection of the first client waits until the first one ends. The load balancer's does not.
     let mut second = from(1, proxy.registry_address()).await;
     second.write_all(header(2).as_bytes()).await.unwrap();
     counts(

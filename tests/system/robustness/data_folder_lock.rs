@@ -1,4 +1,4 @@
-//! One process for a data folder.
+//! Lock of the data folder: one process per folder.
 
 use crate::proxy::Proxy;
 use crate::registry::{Image, Upstream};

@@ -1,4 +1,4 @@
-//! SIGTERM ends the program, not the pulls.
+//! Shutdown: SIGTERM lets running pulls complete.
 
 use crate::proxy::{Proxy, Setup};
 use crate::registry::{Image, Upstream};

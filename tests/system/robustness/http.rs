@@ -1,9 +1,9 @@
-//! HTTP as clients rely on it: heads, ranges, conditions, connections, protocols.
+//! HTTP semantics: HEAD, ranges, conditional requests, connections and protocol versions.
 
 use crate::proxy::{Proxy, Reply, Session, Setup, blob_path, manifest_path, raw};
 use crate::registry::{Image, Upstream, noise, sha512};
 
-/// Everything is pulled already; the layer has 10,000 bytes.
+/// A cache with the complete image, whose layer has 10,000 bytes.
 pub async fn warm() -> (Upstream, Proxy, Image) {
     let upstream = Upstream::start().await;
     let image = upstream.push("library/demo", "latest", Image::with_layers(&[noise(1, 10_000)]));

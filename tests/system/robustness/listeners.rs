@@ -1,4 +1,4 @@
-//! Where it listens, and what is believed about who is there.
+//! Listeners: addresses, unix sockets, inherited sockets, certificates and the PROXY protocol.
 
 use crate::proxy::{Program, Proxy, Session, Setup, manifest_path, raw};
 use crate::registry::{Image, Upstream, within};
@@ -10,7 +10,7 @@ use std::os::unix::fs::{FileTypeExt as _, PermissionsExt as _};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
-/// What comes back on a unix socket.
+/// The response on a unix socket.
 fn through(socket: &Path, bytes: &[u8]) -> String {
     let mut stream = UnixStream::connect(socket).unwrap();
     stream.write_all(bytes).unwrap();
@@ -53,7 +53,7 @@ async fn a_unix_socket_speaks_tls_too_and_is_gone_with_the_process() {
     let upstream = Upstream::start().await;
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("registry.sock");
-    // Left over from a process that was killed.
+    // The socket file of a killed process.
     drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
     let listen = format!("registry = [\"127.0.0.1:0\", \"unix:{}\"]", path.display());
     let mut proxy = Setup::over(&upstream).listen_keys(&listen).start().await;
@@ -61,7 +61,7 @@ async fn a_unix_socket_speaks_tls_too_and_is_gone_with_the_process() {
     let metadata = std::fs::metadata(&path).unwrap();
     assert!(metadata.file_type().is_socket());
     assert_eq!(metadata.permissions().mode() & 0o777, 0o666);
-    // A TLS record that is no handshake to speak of is answered by an alert, not by HTTP.
+    // An invalid TLS handshake gets an alert, and not an HTTP response.
     let mut stream = UnixStream::connect(&path).unwrap();
     stream.write_all(&[22, 3, 1, 0, 4, 1, 0, 0, 0]).unwrap();
     let mut reply = Vec::new();
@@ -92,7 +92,7 @@ async fn what_is_no_socket_is_not_replaced() {
 #[tokio::test]
 async fn both_wildcards_have_a_listener_each() {
     let upstream = Upstream::start().await;
-    // A port that is free in both families, as far as one can know.
+    // A port that is probably free in both address families.
     let free = std::net::TcpListener::bind("[::]:0").unwrap();
     let port = free.local_addr().unwrap().port();
     drop(free);
@@ -105,7 +105,7 @@ async fn both_wildcards_have_a_listener_each() {
     drop(proxy);
 }
 
-/// Starts the program with these sockets handed over, as systemd does: from descriptor 3 on, named by variables.
+/// Starts the program with inherited sockets, as systemd does: descriptors from 3 on, named in the environment.
 fn activated(setup: &Setup, sockets: &[BorrowedFd<'_>]) -> Program {
     let config = setup.file("ifnewer.toml", &setup.toml());
     let mut script = format!("export LISTEN_PID=$$ LISTEN_FDS={}\n", sockets.len());
@@ -126,7 +126,7 @@ fn activated(setup: &Setup, sockets: &[BorrowedFd<'_>]) -> Program {
 #[tokio::test]
 async fn sockets_of_the_service_manager_take_the_place_of_configured_ones() {
     let upstream = Upstream::start().await;
-    // An address that cannot be bound: it must not even be tried.
+    // An address that cannot be bound, because it must not be tried.
     let setup = Setup::over(&upstream).listen_keys("registry = [\"192.0.2.1:1\"]");
     let path = setup.folder().join("handed.sock");
     let tcp = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
@@ -142,7 +142,7 @@ async fn sockets_of_the_service_manager_take_the_place_of_configured_ones() {
     assert!(path.exists(), "the file is the service manager's");
 }
 
-/// The answer to a request that follows `header`.
+/// The response to a request behind `header`.
 async fn after(proxy: &Proxy, header: &[u8]) -> crate::proxy::RawReply {
     raw(proxy.registry_address(), &[header, PING].concat()).await
 }
@@ -160,7 +160,7 @@ async fn a_balancer_that_is_trusted_says_who_the_client_is() {
         .start()
         .await;
     let v4 = |address: [u8; 4]| [&address[..], &[127, 0, 0, 1], &[0, 80, 1, 187]].concat();
-    // Plain HTTP is for clients on this machine: the one behind the balancer counts.
+    // Plain HTTP is limited to local clients, by the address behind the load balancer.
     for (what, header, status) in [
         (
             "v1, local",

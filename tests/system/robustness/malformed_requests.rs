@@ -1,11 +1,11 @@
-//! What no registry client would send is refused here, and upstream never hears of it.
+//! Malformed requests: rejected without an upstream request.
 
 use crate::proxy::{Proxy, raw};
 use crate::registry::{Image, Upstream};
 
 const HEX: &str = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
 
-/// Paths, and the statuses that are right for them.
+/// Paths and their permitted status codes.
 fn paths() -> Vec<(String, &'static [u16])> {
     const BAD: &[u16] = &[400, 404];
     const NONE: &[u16] = &[404];
@@ -75,7 +75,7 @@ async fn a_malformed_path_is_refused_without_asking_upstream() {
     let proxy = Proxy::over(&upstream).await;
     for (path, statuses) in paths() {
         for method in ["GET", "HEAD"] {
-            // Through a socket: a client library would tidy some of them up.
+            // On a raw socket, because a client library would normalize some of them.
             let reply = raw(proxy.registry_address(), &request(method, &path)).await;
             let status = reply
                 .status()
@@ -132,7 +132,7 @@ async fn a_smuggled_second_request_is_not_answered() {
     let upstream = Upstream::start().await;
     let proxy = Proxy::over(&upstream).await;
     for method in ["GET", "POST"] {
-        // By its length the body ends within the second request; by its chunks before it.
+        // By its length the body ends inside the second request, by its chunks before it.
         let bytes = format!(
             "{method} /v2/ HTTP/1.1\r\nHost: a\r\nContent-Length: 6\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n\
              GET /v2/library/demo/manifests/latest HTTP/1.1\r\nHost: a\r\n\r\n"

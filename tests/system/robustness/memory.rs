@@ -1,8 +1,7 @@
-//! What is in the memory of the process: no password of a client that has gone, and no more than the budget of what
-//! clients do not read.
+//! Process memory: no password of a disconnected client, and response bytes within the budget.
 //!
-//! Free buffers of HTTP and TLS may still hold a header as it came, which has it in base64; nothing of ours holds what was
-//! read out of it.
+//! Free buffers of HTTP and TLS may still contain a header as received, in base64. The cache itself keeps nothing
+//! decoded from it.
 
 use std::fs::File;
 use std::io::{BufRead as _, BufReader};
@@ -16,7 +15,7 @@ use crate::registry::{Image, Upstream, within};
 
 const STEP_BYTES: usize = 1 << 20;
 
-/// Which of `canaries` are in the memory of the process that it can write to, and how often.
+/// Which of `canaries` are in writable memory of the process, and how often.
 fn found<'a>(proxy: &Proxy, canaries: &'a [String]) -> Vec<(&'a str, usize)> {
     let process = format!("/proc/{}", proxy.program().id());
     let maps = BufReader::new(File::open(format!("{process}/maps")).unwrap());
@@ -45,7 +44,7 @@ fn found<'a>(proxy: &Proxy, canaries: &'a [String]) -> Vec<(&'a str, usize)> {
                     .filter(|window| *window == bytes)
                     .count();
             }
-            // What lies across the edge of two steps is in the next one whole.
+            // A match across two chunks is complete in the next one.
             let whole = at + read as u64 >= end;
             at += if whole { read } else { read - longest } as u64;
         }
@@ -82,13 +81,13 @@ async fn an_idle_process_has_no_password_in_its_memory() {
     }
     let token = alice(proxy.get("/token?scope=repository:acme/app:pull"));
     assert_eq!(token.header("host", &host).unchecked().await.status, 200);
-    // Its connections end, and with them what they keep at hand.
+    // Its connections end, and their buffers with them.
     upstream.refuses();
     proxy.has_turned(3).await;
 
     let canaries = ["canary-of-alice", "canary-guessed"].map(str::to_owned);
     assert_eq!(found(&proxy, &canaries), []);
-    // Found it would have been: this one is in use.
+    // Control: this one is in use, and found.
     let own = ["canary-of-service".to_owned()];
     assert!(!found(&proxy, &own).is_empty(), "the memory was not read");
 }
@@ -105,7 +104,7 @@ fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
     frame
 }
 
-/// A header as HPACK has it without a table.
+/// An HPACK header without table reference.
 fn header(name: &str, value: &str) -> Vec<u8> {
     let mut bytes = vec![0];
     for text in [name, value] {
@@ -119,7 +118,7 @@ fn header(name: &str, value: &str) -> Vec<u8> {
     bytes
 }
 
-/// An h2 connection whose window stays shut: as many `GET`s of `path` as a connection may have.
+/// An HTTP/2 connection with a closed window and the maximum number of `GET`s of `path`.
 async fn shut_connection(proxy: &Proxy, path: &str, streams: u32) -> TcpStream {
     let mut stream = TcpStream::connect(proxy.registry_address()).await.unwrap();
     let mut bytes = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec();
@@ -137,7 +136,7 @@ async fn shut_connection(proxy: &Proxy, path: &str, streams: u32) -> TcpStream {
     stream
 }
 
-/// Reads until so many responses have begun.
+/// Reads until this many responses have begun.
 async fn begun(stream: &mut TcpStream, mut responses: u32) {
     while responses > 0 {
         let mut head = [0; 9];
@@ -165,7 +164,7 @@ fn resident(proxy: &Proxy) -> u64 {
         / 1024
 }
 
-/// Bytes in memory, as the metrics have it.
+/// Bytes in memory by the metric.
 fn outstanding(metrics: &Reply) -> u64 {
     let text = std::str::from_utf8(&metrics.body).unwrap();
     let mut values = text
@@ -192,7 +191,7 @@ async fn t03_unread_h2_streams_stay_within_the_budget() {
     }
     proxy.has_turned(50).await;
 
-    // Each held 256 KiB: 300 MiB.
+    // Each would hold 256 KiB: 300 MiB.
     let grown = resident(&proxy).saturating_sub(before);
     assert!(grown < 80, "grew by {grown} MiB");
     let held = outstanding(&proxy.admin("/metrics").await);
@@ -200,7 +199,7 @@ async fn t03_unread_h2_streams_stay_within_the_budget() {
         (1_200 * 4_096..=36 << 20).contains(&held),
         "{held} bytes in memory"
     );
-    // Who reads has the whole blob all the same, from the same address.
+    // A client that reads gets the complete blob, from the same address.
     proxy.get(&path).await.is_blob(image.layer(0));
 
     drop(connections);
@@ -213,7 +212,7 @@ async fn t03_unread_h2_streams_stay_within_the_budget() {
         .await;
 }
 
-/// The allocator's settings that a process was started with.
+/// The allocator settings of a started process.
 fn heap_settings(proxy: &Proxy) -> Vec<String> {
     let environment = std::fs::read(format!("/proc/{}/environ", proxy.program().id())).unwrap();
     let variables = environment.split(|byte| *byte == 0).map(String::from_utf8_lossy);

@@ -1,4 +1,4 @@
-//! SIGHUP takes a new configuration; a wrong one changes nothing.
+//! Reload: SIGHUP applies a new configuration, and an invalid one changes nothing.
 
 use crate::proxy::{Proxy, Setup};
 use crate::registry::{Image, Upstream};

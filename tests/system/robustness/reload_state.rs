@@ -1,9 +1,9 @@
-//! What is learned of an upstream outlives a reload: neither a revoked right nor a pushed-over tag comes back by it.
+//! State over reloads: revoked grants stay revoked, and tags replaced by a push stay replaced.
 
 use crate::proxy::{Ask, Proxy, Setup, blob_path, manifest_path};
 use crate::registry::{Image, Seen, Upstream};
 
-/// Reads the configuration again, and waits until it is in effect. Once for each process.
+/// Reloads the configuration and waits until it is in effect. Once per process.
 pub async fn reload(proxy: &Proxy) {
     proxy.program().reload();
     proxy.program().says("the configuration was read again").await;
@@ -63,7 +63,7 @@ async fn t01_right_revoked_after_a_reload_stays_revoked_by_a_late_yes() {
     upstream.revokes("alice");
     let denied = alice(proxy.manifest("acme/app", "1")).await;
     denied.is_refused(denied.status);
-    // The older question is answered last, and with a yes.
+    // The earlier request gets its response last, with a grant.
     upstream.lets("alice", "a-secret", "acme/app");
     gate.release();
     late.await.unwrap();

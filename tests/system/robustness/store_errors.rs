@@ -1,10 +1,10 @@
-//! A disk that fails to be read does not look like an empty cache: its errors are logged and counted.
+//! Read errors of the store: logged and counted, and not treated as a cache miss without a trace.
 
 use crate::proxy::{Proxy, files_below};
 use crate::registry::{Image, Upstream};
 use std::path::PathBuf;
 
-/// Puts a folder in the place of a file, which every user fails to read.
+/// Replaces a file by a folder, so that reads fail for every user.
 fn made_unreadable(path: &PathBuf) {
     std::fs::remove_file(path).unwrap();
     std::fs::create_dir(path).unwrap();

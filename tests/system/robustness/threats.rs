@@ -1,4 +1,4 @@
-//! Bad inputs that belong to no other subject: each is named in `docs/security.md`.
+//! Hostile inputs outside of other topics. Each is listed in `docs/security.md`.
 
 use base64::Engine as _;
 use base64::prelude::BASE64_URL_SAFE_NO_PAD;
@@ -7,7 +7,7 @@ use serde_json::json;
 use crate::proxy::{Ask, Proxy, Setup, manifest_path, raw};
 use crate::registry::{DOCKER_MANIFEST, Image, OCI_INDEX, OCI_MANIFEST, Upstream};
 
-/// Deeper than any parser should follow.
+/// Nested too deeply for any parser.
 const DEEP: usize = 100_000;
 
 #[tokio::test]
@@ -82,7 +82,7 @@ async fn one_tag_is_what_the_registry_says_to_each_way_of_asking() {
         let old = "application/vnd.docker.distribution.manifest.v1+prettyjws";
         let direct = upstream.ask("GET", &path).accept(&[old]).unchecked().await;
         let reply = proxy.get(&path).accept(&[old]).await;
-        // Neither of them is that, and the registry converts none.
+        // Neither has that type, and the registry converts nothing.
         assert_eq!(direct.status, 404);
         reply.is_refused(404);
     }

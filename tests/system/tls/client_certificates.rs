@@ -1,10 +1,10 @@
-//! Client certificates, in front of everything.
+//! Client certificates (mTLS): handshake, authorization, expiry, CA removal and session resumption.
 
 use crate::auth::cache_users::USERS;
 use crate::proxy::{Ask, Authority, Identity, Proxy, Session, Setup, manifest_path, raw};
 use crate::registry::{Image, Upstream};
 
-/// Certificates of this CA open, and docker.io keeps `acme/app` to its user alice.
+/// A cache that accepts certificates of this CA. docker.io grants `acme/app` to its user alice.
 async fn guarded(authority: &Authority, more: &str) -> (Upstream, Image, Proxy) {
     let upstream = Upstream::start().await;
     upstream.requires_token();
@@ -16,7 +16,7 @@ async fn guarded(authority: &Authority, more: &str) -> (Upstream, Image, Proxy) 
     (upstream, image, setup.start().await)
 }
 
-/// By each door, with this certificate and protocol.
+/// On each route, with this certificate and protocol.
 fn doors(proxy: &Proxy, identity: &Identity) -> Vec<(&'static str, Ask)> {
     let ca = proxy.ca_pem();
     let path = manifest_path("acme/app", "1");
@@ -44,7 +44,7 @@ async fn it_opens_every_door_and_authorization_stays_the_upstreams() {
         let reply = ask.clone().basic("alice", "up-secret").await;
         assert_eq!(reply.status, 200, "{door}: {reply:#?}");
         reply.is_image(&image);
-        // Who comes in has no right at the upstream by that.
+        // A client certificate grants nothing at the upstream.
         let stranger = ask.unchecked().await;
         assert_eq!(stranger.status, 401, "{door}: {stranger:#?}");
         assert!(
@@ -183,7 +183,7 @@ async fn where_there_are_passwords_too_either_opens_and_no_password_goes_further
     let identity = authority.client("node-7");
     ask().identity(&identity).await.is_image(&image);
     ask().basic("alice", "a-secret").await.is_image(&image);
-    // Whatever stands there is ours to drop.
+    // The header belongs to the cache and is dropped.
     let both = ask().identity(&identity).basic("alice", "a-secret");
     both.await.is_image(&image);
     let plain = proxy.manifest("acme/app", "1").basic("alice", "a-secret");

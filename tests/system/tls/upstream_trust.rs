@@ -1,13 +1,13 @@
-//! TLS with upstreams: which server certificate is trusted, what is said of one that is not, and the client certificate.
+//! TLS to upstreams: trusted certificates, error messages for others, and the client certificate.
 
 use crate::proxy::{Authority, Proxy, Setup, manifest_path};
 use crate::registry::{Image, Presented, Upstream};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
-/// The name that the upstream is asked by.
+/// The host name of the upstream.
 const NAMES: [&str; 2] = ["localhost", "127.0.0.1"];
 
-/// docker.io is this upstream, and this is the `ca_file`.
+/// docker.io is this upstream, with this `ca_file`.
 fn pinning(upstream: &Upstream, pem: &str) -> Setup {
     let setup = Setup::empty();
     let file = setup.file("pinned.pem", pem);
@@ -17,7 +17,7 @@ fn pinning(upstream: &Upstream, pem: &str) -> Setup {
     )
 }
 
-/// What the admin API says of docker.io's last failure.
+/// The last failure of docker.io in the admin API.
 async fn last_failure(proxy: &Proxy) -> (String, String) {
     let listed = proxy.admin("/api/v1/upstreams").await.json();
     let upstreams = listed["upstreams"].as_array().unwrap();
@@ -42,7 +42,7 @@ async fn r07_self_signed_or_leaf_in_ca_file_is_trusted() {
     }
 }
 
-/// The certificate that is presented, what is pinned, what the client is told, and what the operator is told.
+/// The presented certificate, the pins, and the messages for client and operator.
 #[tokio::test]
 async fn r07_reason_of_a_tls_failure_is_told() {
     let pinned_and = |presented: Presented| (presented.pem.clone(), presented);
@@ -75,7 +75,7 @@ async fn r07_reason_of_a_tls_failure_is_told() {
             "its TLS certificate is self-signed",
             "name it in `ca_file`",
         ),
-        // A leaf that is pinned vouches for itself alone.
+        // A pinned leaf certificate is trusted by itself.
         (
             (leaf, issued),
             "an unknown authority issued its TLS certificate",
@@ -124,7 +124,7 @@ async fn r07_plain_http_or_an_old_tls_version_is_told() {
     old.abort();
 }
 
-/// The client's answer, the log and the admin API, each with its share of the reason.
+/// The response, the log and the admin API, each with its part of the reason.
 async fn is_told(proxy: &Proxy, told: &str, detail: &str) {
     let reply = proxy.manifest("library/demo", "1").await;
     reply.is_refused(502);
@@ -143,7 +143,7 @@ async fn is_told(proxy: &Proxy, told: &str, detail: &str) {
     proxy.program().says(&detail.replace('"', "\\\"")).await;
 }
 
-/// docker.io is this upstream, and this its client certificate.
+/// docker.io is this upstream, with this client certificate.
 fn showing(upstream: &Upstream, (certificate, key): (&str, &str)) -> Setup {
     let setup = Setup::over(upstream);
     let (certificate, key) = (
@@ -218,7 +218,7 @@ async fn r14_a_reload_reads_the_client_certificate_again() {
     let (certificate, key) = clients.client("cache").pem();
     proxy.setup().file("client.pem", &certificate);
     proxy.program().reload();
-    // The key is still that of the other certificate.
+    // The key still belongs to the other certificate.
     proxy
         .program()
         .says("the private key is not that of the certificate")

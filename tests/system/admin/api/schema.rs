@@ -1,8 +1,8 @@
-//! As much of JSON Schema as the description of the admin API uses, and a complaint about anything else in it.
+//! The subset of JSON Schema that the OpenAPI document uses. Other keywords are reported.
 
 use serde_json::{Map, Value};
 
-/// `value` is what `schema` says; `at` is told where not.
+/// Checks `value` against `schema`. `at` is the path for messages.
 pub fn check(document: &Value, schema: &Value, value: &Value, at: &str) {
     let schema = schema
         .as_object()
@@ -97,7 +97,7 @@ fn properties(document: &Value, schema: &Map<String, Value>, value: &Value, at: 
     }
 }
 
-/// All of ours are "this or null".
+/// All `anyOf` of the document are "this or null".
 fn any_of(document: &Value, schemas: &Value, value: &Value, at: &str) {
     if value.is_null() {
         let has_null = schemas

@@ -16,7 +16,7 @@ async fn row_03_a_blob_is_whole_wherever_the_upstream_breaks_off() {
         let image = upstream.push("library/demo", "latest", Image::of_noise(every as u64, 300_000));
         let proxy = Proxy::over(&upstream).await;
         proxy.manifest("library/demo", "latest").await;
-        // Each answer breaks after so many bytes, also those to the Range that continues.
+        // Each response breaks after so many bytes, also those to the resuming `Range`.
         upstream.truncates_blob_at(every);
         let mut clients = JoinSet::new();
         for _ in 0..3 {
@@ -49,7 +49,7 @@ async fn row_10_every_answer_with_a_blob_says_its_length() {
             }
             let layer = image.layer(0);
             let path = blob_path("library/demo", &layer.digest);
-            // What a manifest states is a hint: an upstream that says no length itself is passed on as it is.
+            // The size in a manifest is a hint. If the upstream sends no length, the cache sends none either.
             if fault == "no length and no ranges" {
                 let head = proxy.head(&path).unchecked().await;
                 assert_eq!(
@@ -61,7 +61,7 @@ async fn row_10_every_answer_with_a_blob_says_its_length() {
                 proxy.head(&path).await.is_blob(layer);
             }
             proxy.get(&path).await.is_blob(layer);
-            // Without a manifest nothing shows a right, so nothing is answered from the cache.
+            // Without a manifest there is no grant, so nothing is served from the cache.
             if knows_manifest {
                 proxy.until_kept(&layer.digest).await;
                 proxy.head(&path).await.is_blob(layer).is_hit();
@@ -71,7 +71,7 @@ async fn row_10_every_answer_with_a_blob_says_its_length() {
     }
 }
 
-/// `Range` → what comes of 4,000,000 bytes: the conformance suite's cases, moved near the end.
+/// `Range` → response for 4,000,000 bytes: the cases of the conformance suite, moved near the end.
 const RANGES: &[(&str, Option<(usize, usize)>)] = &[
     ("bytes=500-1499", Some((500, 1_500))),
     ("bytes=0-0", Some((0, 1))),
@@ -94,7 +94,7 @@ async fn row_12_a_range_is_exactly_that_part_before_during_and_after_the_fill() 
     let layer = image.layer(0);
     let gate = upstream.holds_blob(&layer.digest, 1_000_000);
     let ask = |range: &str| proxy.blob("library/demo", &layer.digest).header("range", range);
-    // The first one begins the fill, and what the upstream has already sent is answered while it stands still.
+    // The first range starts the download. Bytes already received are served while the upstream stalls.
     for (range, (start, end)) in [
         ("bytes=10-19", (10, 20)),
         ("bytes=900000-900009", (900_000, 900_010)),

@@ -1,4 +1,4 @@
-//! Rows about our own side of the wire: 5, 31, 36, 37.
+//! Rows about the cache's own HTTP behaviour: 5, 31, 36, 37.
 
 use crate::proxy::{Proxy, blob_path, manifest_path};
 use crate::registry::{Image, Upstream};

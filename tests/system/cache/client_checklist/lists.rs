@@ -27,7 +27,7 @@ async fn row_25_referrers_are_the_upstreams_filtered_paged_pinged_and_kept_for_a
     let path = format!("/v2/library/demo/referrers/{}", image.digest);
     let filtered = format!("{path}?artifactType=text/spdx");
 
-    // oras asks so whether the API is there.
+    // oras probes for the API this way.
     let zero = format!("/v2/library/demo/referrers/sha256:{}", "0".repeat(64));
     let ping = proxy.get(&zero).await;
     assert_eq!(
@@ -65,7 +65,7 @@ async fn row_25_referrers_are_the_upstreams_filtered_paged_pinged_and_kept_for_a
         );
         reply.is_hit();
     }
-    // Nothing is held that this one would be about, so it is asked for each time.
+    // Its subject is not cached, so it is requested each time.
     proxy.get(&zero).await.is_stale();
     assert_eq!(
         proxy.get(&filtered).await.header("oci-filters-applied"),
@@ -100,7 +100,7 @@ async fn row_26_lists_of_tags_are_paged_as_asked_and_links_stay_with_us() {
         upstream.push("library/demo", tag, Image::with_layers(&[tag]));
     }
     let proxy = Setup::over(&upstream).start().await;
-    // Who was let read here, not only list, is given what is kept.
+    // A client with a grant to read, and not only to list, gets the stored list.
     proxy.manifest("library/demo", "a").await;
     let tags = |query: &str| proxy.get(&format!("/v2/library/demo/tags/list{query}"));
     for (query, expected, link) in [

@@ -10,7 +10,7 @@ use crate::registry::{
 async fn row_01_manifests_come_byte_for_byte_and_wrong_ones_are_neither_kept_nor_served() {
     let upstream = Upstream::start().await;
     let child = Image::with_layers(&["one"]);
-    // Written as no library would write it: spaces, order, escapes, a line at the end.
+    // Formatted unlike any library: spaces, order, escapes, a final newline.
     let text = format!(
         "{{ \n\t\"manifests\" : [{{\"size\":{}, \"digest\":\"{}\",\"mediaType\":\"{OCI_MANIFEST}\"}}],\r\n\"annotations\":{{\"\\u0061\":\"\\/\"}},\"mediaType\":\"{OCI_INDEX}\",\"schemaVersion\":2}}\n\n",
         child.manifest.len(),

@@ -1,4 +1,4 @@
-//! Rows about how upstreams are asked and what they may do: 15, 16, 17, 20 to 23, 28, 29, 30, 38.
+//! Rows about upstream requests and responses: 15, 16, 17, 20 to 23, 28, 29, 30, 38.
 
 use crate::proxy::{Proxy, Setup, blob_path, manifest_path};
 use crate::registry::{Image, Seen, Upstream};
@@ -46,7 +46,7 @@ async fn row_16_a_token_is_fetched_once_whatever_its_form_and_again_when_it_is_r
         style(&upstream);
         let image = upstream.push("library/demo", "latest", Image::with_layers(&["one", "two"]));
         let proxy = Proxy::over(&upstream).await;
-        // All at once: a token service is asked once for them all.
+        // Concurrent requests share one token request.
         let mut clients = tokio::task::JoinSet::new();
         for blob in &image.blobs {
             clients.spawn(proxy.blob("library/demo", &blob.digest).into_reply());
@@ -202,7 +202,7 @@ async fn row_28_an_error_names_the_upstream_and_the_cause() {
             blob_path("library/demo", &image.layer(0).digest),
             "/v2/library/demo/tags/list".to_owned(),
         ] {
-            // The form of the body, and that it names the upstream, is checked of every error (`proxy/check.rs`).
+            // The error body and the upstream's name in it are checked for every error (`support/proxy/check.rs`).
             let reply = proxy.get(&path).await;
             let message = reply.is_refused(status).message();
             assert!(

@@ -1,4 +1,4 @@
-//! A 404 for what refers to a manifest is an answer of the registry, and is repeated while it is unavailable.
+//! A 404 for referrers is a cacheable response, repeated while the registry is unavailable.
 
 use super::scripts::{APP, DOCKERD_29, KUBELET, OF_ONE_PLATFORM, PODMAN, every, referrers_tag};
 use super::{attested, registry};
@@ -29,7 +29,7 @@ async fn m01_a_404_for_referrers_outlives_outage_and_restart() {
     assert_eq!(proxy.get(&filtered).await.is_refused(404).code(), "UNSUPPORTED");
 }
 
-/// Until the cache has asked of itself what refers to this attestation.
+/// Until the cache has requested the referrers of this attestation by itself.
 async fn is_brought(upstream: &Upstream, attestation: &Image) {
     let tag = referrers_tag(attestation);
     upstream
@@ -138,7 +138,7 @@ async fn m01_what_was_never_asked_is_404_where_the_subject_is_cached() {
     let proxy = Proxy::over(&upstream).await;
     let cached = &image.children[0];
     proxy.manifest(APP, &cached.digest).await.is_image(cached);
-    // Slow is no better than dead: the answer comes within the budget.
+    // A slow upstream is treated like an unavailable one: the response comes within the revalidation timeout.
     for make_unavailable in [Upstream::hangs, Upstream::refuses] {
         make_unavailable(&upstream);
         proxy.get(&referrers_path(cached)).await.is_refused(404);
@@ -187,7 +187,7 @@ async fn m01_a_404_to_a_stranger_is_not_the_registrys_word() {
     let proxy = Proxy::over(&upstream).await;
     DOCKERD_29.pulls(&proxy, "1", &image).await;
     let listed = proxy.get(&referrers_path(subject)).await;
-    // Nobody is known here who reads with this credential, and some registries say 404 to such.
+    // No grant exists for this credential, and some registries send 404 without access.
     upstream.answers(|seen| seen.authorized() && seen.path.contains("/referrers/"), 404);
     let other = format!("{}?artifactType=text/spdx", referrers_path(subject));
     proxy.get(&other).basic("eve", "e-secret").await;

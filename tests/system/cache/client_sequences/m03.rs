@@ -1,11 +1,11 @@
-//! Metadata is not a wish for layers.
+//! Metadata requests do not prefetch layers.
 
 use super::scripts::{APP, CTR_LOCAL, CTR_TRANSFER, KUBELET, RENOVATE_LOOKUP, RESOLVER, SKOPEO_INSPECT};
 use super::{attested, registry};
 use crate::proxy::{Proxy, Setup, manifest_path};
 use crate::registry::{Image, Upstream};
 
-/// How often any layer of this image was fetched.
+/// Number of layer requests for this image.
 fn layer_gets(upstream: &Upstream, image: &Image) -> usize {
     let layers = image.blobs[1..].iter();
     layers.map(|layer| upstream.blob_gets(&layer.digest)).sum()
@@ -83,7 +83,7 @@ async fn m03_a_moved_tag_begins_the_platform_pulled_before() {
         .await;
     KUBELET.pulls(&proxy, "1", &old).await;
     are_kept(&proxy, &old.children[0]).await;
-    // What is known of it is on the disk.
+    // Its metadata is on disk.
     let proxy = proxy.restart().await;
     let new = upstream.moves(APP, "1", attested("2"));
     let head = proxy.head(&manifest_path(APP, "1")).accept(RESOLVER);

@@ -1,4 +1,4 @@
-//! Referrers are as good as a grant: while it lives they cost no question.
+//! Referrers responses act as a grant: until it expires, no upstream request is made.
 
 use super::scripts::{APP, DOCKERD_29, every, referrers_tag};
 use super::{attested, registry};
@@ -52,7 +52,7 @@ async fn m06_listed_referrers_are_as_good_as_a_404() {
     let path = format!("/v2/{APP}/referrers/{}", image.children[2].digest);
     let filtered = format!("{path}?artifactType=text/spdx");
     assert_eq!(proxy.get(&filtered).await.json()["manifests"], json!([]));
-    // What was not asked with a filter is better than nothing: its reader filters.
+    // An unfiltered list serves a filtered request, because the client filters too.
     upstream.refuses();
     for path in [path.clone(), format!("{path}?artifactType=application/signature")] {
         let listed = proxy.get(&path).await;
@@ -70,7 +70,7 @@ async fn m06_after_its_grant_a_404_costs_a_head_and_no_get() {
         .await;
     DOCKERD_29.pulls(&proxy, "1", &image).await;
     let tag = referrers_tag(&image.children[2]);
-    // The first 404 to a HEAD is checked by a GET: some registries say so of what they have.
+    // The first 404 to a HEAD is verified by a GET, because some registries send it for existing content.
     proxy.manifest(APP, &tag).await.is_refused(404);
     upstream.clear_log();
     proxy.manifest(APP, &tag).await.is_refused(404);

@@ -1,4 +1,4 @@
-//! Questions about blobs are asked only where nothing else shows the answer.
+//! Blob requests go upstream only if nothing cached authorizes them.
 
 use crate::proxy::{Ask, Proxy, Setup};
 use crate::registry::{Image, Seen, Upstream};
@@ -59,7 +59,7 @@ async fn m07_who_was_refused_since_is_asked_about_again() {
     first.await.unwrap().is_blob(layer);
 }
 
-/// An image of 41 layers of its own.
+/// An image with 41 unshared layers.
 fn of_41_layers(version: &str) -> Image {
     let layers = (0..41).map(|n| format!("layer {n} {version}"));
     Image::with_layers(&layers.collect::<Vec<_>>())
@@ -109,7 +109,7 @@ async fn m07_slow_layers_are_not_waited_for_by_the_check() {
         .await;
     proxy.pull(APP, "1", &old).await;
     let new = upstream.moves(APP, "1", of_41_layers("new"));
-    // No layer ends, so only the first few have their turn.
+    // No download ends, so only the first few are started.
     let gate = upstream.holds_bodies(|seen| seen.path.contains("/blobs/"));
     proxy.manifest(APP, "1").await.is_image(&new);
     gate.release();

@@ -1,32 +1,32 @@
-//! What each client asks for, as data: method, what, `Accept`. Read from the clients' sources of November 2026.
+//! Request scripts of each client: method, target, `Accept`. From the clients' sources of November 2026.
 
 use crate::proxy::{Ask, Proxy, Reply, blob_path, manifest_path};
 use crate::registry::{Image, OCI_INDEX, OCI_MANIFEST};
 
 pub const APP: &str = "library/app";
 
-/// What is asked for, of an attested index with the images of some platforms.
+/// Targets within an attested multi-platform index.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum What {
     /// The tag.
     Tag,
     /// The index, by digest.
     Index,
-    /// The manifest of the platform wanted.
+    /// The manifest of the client's platform.
     Image,
-    /// The manifests of all platforms, the attestations among them.
+    /// The manifests of all platforms, including attestations.
     Manifests,
-    /// The attestation of the platform wanted.
+    /// The attestation of the client's platform.
     Attestation,
-    /// What refers to that attestation.
+    /// The referrers of that attestation.
     Referrers,
-    /// The same at a registry without the API: asked for where that was answered 404.
+    /// The referrers tag, requested after a 404 of the API.
     ReferrersTag,
-    /// The config of the platform wanted.
+    /// The config of the client's platform.
     Config,
     /// The configs of all platforms.
     Configs,
-    /// The layers of the platform wanted.
+    /// The layers of the client's platform.
     Layers,
 }
 
@@ -36,7 +36,7 @@ pub type Step = (&'static str, What, &'static [&'static str]);
 /// A client.
 pub struct Script {
     pub name: &'static str,
-    /// It says which registry it means: `?ns=docker.io`.
+    /// It names the registry: `?ns=docker.io`.
     pub with_ns: bool,
     pub steps: &'static [Step],
 }
@@ -146,10 +146,10 @@ pub const RENOVATE_LOOKUP: Script = Script {
     ],
 };
 
-/// Those that read what one platform needs.
+/// Clients that read one platform.
 pub const OF_ONE_PLATFORM: [&Script; 5] = [&DOCKERD_29, &KUBELET, &PODMAN, &SKOPEO_INSPECT, &RENOVATE_LOOKUP];
 
-/// Those that read the metadata of every platform and the layers of one.
+/// Clients that read the metadata of every platform and the layers of one.
 pub const OF_ALL_PLATFORMS: [&Script; 2] = [&CTR_TRANSFER, &CTR_LOCAL];
 
 pub fn every() -> impl Iterator<Item = &'static Script> {
@@ -157,12 +157,13 @@ pub fn every() -> impl Iterator<Item = &'static Script> {
 }
 
 impl Script {
-    /// Runs the client for the first platform of `index`, as [`Image::attested`] makes it. All must come whole and right.
+    /// Runs the script for the first platform of `index`, made by [`Image::attested`]. All content must be complete
+    /// and right.
     pub async fn pulls(&self, proxy: &Proxy, tag: &str, index: &Image) {
         self.pulls_as(proxy, tag, index, |ask| ask).await;
     }
 
-    /// The same, each request changed by `dress`.
+    /// The same, with each request changed by `dress`.
     pub async fn pulls_as(&self, proxy: &Proxy, tag: &str, index: &Image, dress: impl Fn(Ask) -> Ask) {
         let (image, attestation) = (&index.children[0], &index.children[index.children.len() / 2]);
         let mut has_referrers = false;
@@ -212,7 +213,7 @@ impl Script {
         }
     }
 
-    /// Whether it pulls to run: others only look.
+    /// Whether it pulls layers. Others read only metadata.
     pub fn wants_layers(&self) -> bool {
         self.steps.iter().any(|(_, what, _)| *what == What::Layers)
     }
