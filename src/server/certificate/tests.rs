@@ -39,7 +39,7 @@ fn common(params: &mut CertificateParams, name: &str) {
 }
 
 #[test]
-fn a_common_name_is_the_name_and_without_one_the_first_alternative() {
+fn common_name_wins_over_alternative_names() {
     let ca = signing();
     let dns = |name: &str| SanType::DnsName(name.try_into().unwrap());
     let uri = || SanType::URI("spiffe://example.org/ci".try_into().unwrap());

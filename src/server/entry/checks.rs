@@ -136,7 +136,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn t17_a_first_login_waits_for_one_check_of_each_peer_that_guesses() {
+    async fn first_login_waits_for_one_check_per_guessing_peer() {
         let checks = Arc::new(Checks::default());
         for _ in 0..50 {
             let checks = Arc::clone(&checks);

@@ -117,7 +117,7 @@ async fn t17_a_wrong_password_is_hashed_once_and_stops_nobody() {
 }
 
 #[tokio::test]
-async fn t17_a_password_that_was_wrong_is_checked_again_after_it_was_set() {
+async fn changed_password_is_checked_again_after_rejection() {
     let passwords = Arc::<Passwords>::default();
     let before = entry_of(bcrypt::hash("old", 5).unwrap(), Arc::clone(&passwords));
     let new = head(&[&basic("alice:new")]);

@@ -310,7 +310,7 @@ async fn decisions_are_streamed_as_they_are_made() {
 }
 
 #[tokio::test]
-async fn offline_makes_every_upstream_silent_at_once_and_nothing_goes_out() {
+async fn offline_mode_sends_no_upstream_request() {
     let (upstream, proxy, image) = busy().await;
     upstream.push("library/other", "latest", Image::with_layers(&["three"]));
     let reply = post(&proxy, "/api/v1/offline", &json!({ "offline": true })).await;
@@ -332,7 +332,7 @@ async fn offline_makes_every_upstream_silent_at_once_and_nothing_goes_out() {
 }
 
 #[tokio::test]
-async fn a_pull_at_the_operators_wish_brings_every_layer_and_the_second_finds_them_cached() {
+async fn pull_job_fetches_every_layer_and_second_run_finds_all() {
     let upstream = Upstream::start().await;
     let image = upstream.push("library/demo", "latest", Image::with_layers(&["one", "two"]));
     let proxy = Proxy::over(&upstream).await;
@@ -387,7 +387,7 @@ async fn a_pull_at_the_operators_wish_brings_every_layer_and_the_second_finds_th
 }
 
 #[tokio::test]
-async fn a_refresh_asks_though_the_tag_is_fresh_and_brings_what_is_newer() {
+async fn refresh_revalidates_fresh_tag_and_fetches_newer_image() {
     let upstream = Upstream::start().await;
     let old = upstream.push("library/demo", "latest", Image::with_layers(&["one"]));
     let proxy = Setup::over(&upstream)
@@ -621,7 +621,7 @@ async fn what_a_tag_named_before_is_told_also_after_a_restart() {
 }
 
 #[tokio::test]
-async fn an_image_that_is_removed_while_it_is_pulled_reaches_its_client_whole() {
+async fn image_deleted_during_pull_reaches_client_complete() {
     let upstream = Upstream::start().await;
     let image = upstream.push("library/demo", "latest", Image::of_noise(1, 400_000));
     let proxy = Proxy::over(&upstream).await;
@@ -642,7 +642,7 @@ async fn an_image_that_is_removed_while_it_is_pulled_reaches_its_client_whole() 
 }
 
 #[tokio::test]
-async fn a_tag_that_is_removed_while_its_upstream_is_asked_is_held_again_whole() {
+async fn tag_deleted_during_revalidation_is_cached_again_complete() {
     let (upstream, proxy, _old) = busy().await;
     let new = upstream.moves("library/demo", "latest", Image::with_layers(&["newer"]));
     let gate = upstream.holds_answers(|seen| seen.method == "HEAD");

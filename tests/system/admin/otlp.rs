@@ -226,7 +226,7 @@ async fn dropped(proxy: &Proxy) -> u64 {
 }
 
 #[tokio::test]
-async fn a_cold_pull_is_seen_as_one_trace_of_request_question_and_download() {
+async fn cold_pull_exports_one_trace_of_request_and_download() {
     let upstream = Upstream::start().await;
     let image = upstream.push("library/demo", "latest", Image::with_layers(&["one"]));
     let collector = Collector::start().await;
@@ -272,7 +272,7 @@ async fn a_cold_pull_is_seen_as_one_trace_of_request_question_and_download() {
 }
 
 #[tokio::test]
-async fn what_a_client_does_not_want_recorded_is_not_and_what_begins_here_is() {
+async fn sampled_flag_of_client_is_respected() {
     let upstream = Upstream::start().await;
     let image = upstream.push("library/demo", "latest", Image::with_layers(&["one"]));
     let collector = Collector::start().await;

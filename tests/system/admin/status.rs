@@ -157,7 +157,7 @@ async fn healthcheck_asks_the_running_cache() {
 }
 
 #[tokio::test]
-async fn the_quota_that_upstream_tells_is_shown_by_whose_it_is_and_without_the_credential() {
+async fn upstream_quota_is_shown_per_owner_without_credential() {
     let upstream = Upstream::start().await;
     upstream.push("library/demo", "latest", Image::with_layers(&["one"]));
     upstream.tells_rate_limit(100, 73);

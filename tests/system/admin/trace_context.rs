@@ -90,7 +90,7 @@ async fn a_client_without_a_trace_gets_one_that_its_log_line_names() {
 }
 
 #[tokio::test]
-async fn a_push_that_is_handed_on_carries_the_trace_under_a_part_of_ours() {
+async fn forwarded_push_carries_trace_with_child_span() {
     let (_hub, other, proxy) = two_upstreams().await;
     let ask = proxy
         .ask("POST", "/v2/team/demo/blobs/uploads/")

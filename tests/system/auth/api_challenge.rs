@@ -10,7 +10,7 @@ fn ping(proxy: &Proxy) -> Ask {
 }
 
 #[tokio::test]
-async fn it_is_replayed_also_while_the_registry_is_down_and_after_a_restart() {
+async fn challenge_is_replayed_in_outage_and_after_restart() {
     let (_hub, other, proxy) = two_upstreams().await;
     other.requires_token();
     let direct = other.ask("GET", "/v2/").unchecked().await;

@@ -59,7 +59,7 @@ fn gives_nothing_away(reply: &Reply, allowed: &[u16]) {
 }
 
 #[tokio::test]
-async fn row_18_another_client_without_the_right_gets_nothing_while_upstream_is_up() {
+async fn row_18_client_without_grant_is_denied() {
     let (upstream, image) = private().await;
     let proxy = Proxy::over(&upstream).await;
     proxy.pull_with("acme/app", "1", &image, alice).await;
@@ -76,7 +76,7 @@ async fn row_18_another_client_without_the_right_gets_nothing_while_upstream_is_
 }
 
 #[tokio::test]
-async fn row_18_another_client_without_the_right_gets_nothing_while_upstream_is_down() {
+async fn row_18_client_without_grant_is_denied_in_outage() {
     let (upstream, image) = private().await;
     let proxy = Proxy::over(&upstream).await;
     proxy.pull_with("acme/app", "1", &image, alice).await;
@@ -216,7 +216,7 @@ async fn a_client_that_brings_its_own_token_is_judged_by_it() {
 }
 
 #[tokio::test]
-async fn row_06_the_challenge_of_the_upstream_reaches_the_client_as_it_is() {
+async fn row_06_upstream_challenge_reaches_client_unchanged() {
     let (upstream, _) = private().await;
     let proxy = Proxy::over(&upstream).await;
 
@@ -235,7 +235,7 @@ async fn row_06_the_challenge_of_the_upstream_reaches_the_client_as_it_is() {
 }
 
 #[tokio::test]
-async fn who_shows_no_credential_is_asked_for_one_also_while_upstream_is_down() {
+async fn anonymous_client_is_challenged_in_outage() {
     let (upstream, image) = private().await;
     let proxy = Proxy::over(&upstream).await;
     // Most clients send a credential only after a challenge.
@@ -270,7 +270,7 @@ async fn who_shows_no_credential_is_asked_for_one_also_while_upstream_is_down() 
 }
 
 #[tokio::test]
-async fn under_never_a_client_is_asked_for_its_credential_all_the_same() {
+async fn policy_never_still_challenges_for_credential() {
     let (upstream, image) = private().await;
     let proxy = Proxy::over(&upstream).await;
     proxy.manifest("acme/app", "1").await.is_refused(401);
@@ -353,7 +353,7 @@ async fn held_and_unknown_look_the_same_to_who_has_no_right() {
 }
 
 #[tokio::test]
-async fn row_19_a_private_layer_is_not_readable_through_a_repository_that_merely_names_it() {
+async fn row_19_private_layer_is_not_readable_via_other_repository() {
     let (upstream, secret) = private().await;
     upstream.makes_public("evil/app");
     // A manifest may name a blob that its repository does not have.
@@ -406,7 +406,7 @@ async fn nobody_joins_a_download_on_anothers_credential() {
 }
 
 #[tokio::test]
-async fn with_shared_access_the_proxys_own_credential_serves_everybody() {
+async fn shared_auth_serves_all_clients_with_cache_credential() {
     let upstream = Upstream::start().await;
     upstream.requires_basic("service", "s-secret");
     let image = upstream.push("acme/app", "1", Image::with_layers(&["x"]));

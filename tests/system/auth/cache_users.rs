@@ -51,7 +51,7 @@ async fn nothing_is_answered_without_a_user_and_no_upstream_is_asked() {
 }
 
 #[tokio::test]
-async fn a_user_pulls_what_its_list_allows_and_its_password_goes_no_further() {
+async fn allow_list_limits_user_and_password_is_not_forwarded() {
     let (upstream, image, proxy) = guarded().await;
     assert_eq!(proxy.get("/v2/").basic("alice", "a-secret").await.status, 200);
     proxy
@@ -121,7 +121,7 @@ fn through(ask: Ask, proxy: &Proxy, (user, password): (&str, &str)) -> Ask {
 }
 
 #[tokio::test]
-async fn by_connect_a_password_is_shown_to_the_proxy_and_authorization_is_the_registrys() {
+async fn connect_uses_proxy_authorization_for_cache_password() {
     let upstream = Upstream::start().await;
     upstream.requires_token();
     upstream.lets("robot", "up-secret", "*");

@@ -127,7 +127,7 @@ async fn one_round(proxy: &Proxy, places: &[Place; 4], round: usize) -> (usize, 
 }
 
 #[tokio::test]
-async fn no_credential_shows_in_any_log_at_any_level_nor_in_metrics_answers_or_files() {
+async fn no_credential_in_logs_metrics_responses_or_files() {
     let upstream = Upstream::start_tls().await;
     upstream.requires_token();
     upstream.lets("alice", "canary-of-alice", "acme/app");

@@ -75,7 +75,7 @@ async fn gets_nothing(proxy: &Proxy, image: &Image, token: &str) {
 }
 
 #[tokio::test]
-async fn who_read_before_reads_in_an_outage_by_a_token_of_ours_and_nobody_else() {
+async fn local_token_serves_only_clients_with_grant_in_outage() {
     let (upstream, image, proxy) = private().await;
     pulls(&proxy, &upstream, &image, alice).await.is_fetched();
     let hers = token(&proxy, &upstream, "acme/app", alice).await;
@@ -141,7 +141,7 @@ async fn what_is_public_is_for_every_token_of_ours() {
 }
 
 #[tokio::test]
-async fn a_token_of_ours_never_leaves_and_sends_its_client_for_a_real_one_when_the_outage_is_over() {
+async fn local_token_is_not_forwarded_and_ends_with_the_outage() {
     let (upstream, image, proxy) = private().await;
     pulls(&proxy, &upstream, &image, alice).await;
     upstream.refuses();
@@ -180,7 +180,7 @@ async fn a_token_of_ours_never_leaves_and_sends_its_client_for_a_real_one_when_t
 }
 
 #[tokio::test]
-async fn a_right_that_was_revoked_opens_nothing_by_a_token_of_ours_also_after_a_crash() {
+async fn revoked_grant_stays_revoked_for_local_token_after_crash() {
     let (upstream, image, proxy) = private().await;
     pulls(&proxy, &upstream, &image, alice).await;
     let proxy = proxy.restart().await;
@@ -200,7 +200,7 @@ async fn a_right_that_was_revoked_opens_nothing_by_a_token_of_ours_also_after_a_
 }
 
 #[tokio::test]
-async fn a_credential_that_the_token_service_refused_since_opens_nothing() {
+async fn credential_denied_by_token_service_revokes_local_token() {
     let (upstream, image, proxy) = private().await;
     pulls(&proxy, &upstream, &image, alice).await;
     let proxy = proxy.restart().await;
@@ -216,7 +216,7 @@ async fn a_credential_that_the_token_service_refused_since_opens_nothing() {
 }
 
 #[tokio::test]
-async fn a_yes_of_the_token_service_that_a_no_has_overtaken_counts_for_nothing() {
+async fn late_token_service_grant_does_not_undo_denial() {
     let (upstream, image, proxy) = private().await;
     pulls(&proxy, &upstream, &image, alice).await;
     // The old password is denied. Then the response to the earlier token request arrives late, with a grant.
@@ -267,7 +267,7 @@ async fn without_it_the_token_service_is_not_ours_to_stand_for() {
 }
 
 #[tokio::test]
-async fn a_question_to_the_token_service_passes_unchanged_and_has_a_limit() {
+async fn token_request_is_forwarded_unchanged_and_limited() {
     let (upstream, _, proxy) = private().await;
     let host = upstream.address().to_string();
     let form = b"grant_type=password&username=alice&password=a-secret&service=scripted";

@@ -108,7 +108,7 @@ async fn r08_a_denial_shows_the_challenge_of_the_other_registry() {
 }
 
 #[tokio::test]
-async fn r08_no_token_goes_to_a_registry_on_a_host_that_is_not_trusted() {
+async fn no_token_is_sent_to_untrusted_redirected_registry() {
     let (registry, image) = private().await;
     let front = Upstream::start().await;
     let other = registry.url().replace("127.0.0.1", "localhost");

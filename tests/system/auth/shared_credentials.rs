@@ -27,7 +27,7 @@ fn answer(user: &str, secret: &str) -> String {
 }
 
 #[tokio::test]
-async fn a_credential_helper_is_asked_once_and_again_when_the_registry_refuses_what_it_gave() {
+async fn credential_helper_runs_again_after_registry_denial() {
     let upstream = Upstream::start().await;
     upstream.requires_basic("AWS", "first-secret");
     let image = upstream.push("acme/app", "1", Image::with_layers(&["x"]));
@@ -75,7 +75,7 @@ async fn a_helper_that_fails_leaves_what_is_held_and_says_so() {
 }
 
 #[tokio::test]
-async fn dockers_configuration_gives_each_repository_its_own_credential() {
+async fn docker_config_credentials_are_chosen_per_repository() {
     let upstream = Upstream::start().await;
     upstream.requires_token();
     upstream.lets("one", "one-secret", "team/one");

@@ -35,7 +35,7 @@ async fn one_token_serves_a_whole_pull_and_the_next_one() {
 }
 
 #[tokio::test]
-async fn after_the_first_time_requests_go_out_with_their_token_at_once() {
+async fn known_token_is_sent_with_first_request() {
     let (upstream, image) = public().await;
     let proxy = Proxy::over(&upstream).await;
     proxy.pull("library/demo", "latest", &image).await;
@@ -187,7 +187,7 @@ async fn a_realm_elsewhere_is_used_where_the_operator_names_it() {
 }
 
 #[tokio::test]
-async fn what_is_public_is_known_to_be_though_everyone_comes_with_a_new_token() {
+async fn public_repository_stays_public_for_new_tokens() {
     let (upstream, image) = public().await;
     upstream.lets("alice", "a-secret", "acme/app");
     let proxy = Setup::over(&upstream)
@@ -218,7 +218,7 @@ async fn what_is_public_is_known_to_be_though_everyone_comes_with_a_new_token() 
 }
 
 #[tokio::test]
-async fn what_is_private_is_asked_for_as_everybody_once_and_stays_private() {
+async fn private_repository_is_probed_anonymously_once() {
     let (upstream, _) = public().await;
     upstream.lets("alice", "a-secret", "acme/app");
     let image = upstream.push("acme/app", "1", Image::with_layers(&["private bytes"]));

@@ -29,7 +29,7 @@ async fn serves(proxy: &Proxy, image: &Image, detail: &str) {
 }
 
 #[tokio::test]
-async fn row_14_a_manifest_alone_is_no_image_while_the_upstream_is_dead() {
+async fn row_14_manifest_without_layers_is_not_served_in_outage() {
     let upstream = Upstream::start().await;
     let image = upstream.push(DEMO, "latest", Image::with_layers(&["one"]));
     let proxy = Proxy::over(&upstream).await;
@@ -62,7 +62,7 @@ async fn row_14_a_manifest_alone_is_no_image_while_the_upstream_is_dead() {
 }
 
 #[tokio::test]
-async fn a_newer_image_that_lacks_a_layer_upstream_is_answered_with_the_last_complete_one() {
+async fn newer_image_missing_layer_serves_last_complete() {
     let (upstream, proxy, old, new) = moved().await;
     upstream.deletes_blob(DEMO, &new.layer(1).digest);
 
@@ -80,7 +80,7 @@ async fn a_newer_image_that_lacks_a_layer_upstream_is_answered_with_the_last_com
 }
 
 #[tokio::test]
-async fn a_newer_image_cut_off_halfway_leaves_the_last_complete_one_to_the_outage_and_beyond_a_restart() {
+async fn interrupted_newer_image_leaves_last_complete_for_outage() {
     let (upstream, proxy, old, new) = moved().await;
     // The new manifest is served, because the upstream has the missing layers. Then the upstream fails before they
     // are requested.
@@ -109,7 +109,7 @@ async fn once_the_newer_image_is_whole_the_earlier_one_is_forgotten() {
 }
 
 #[tokio::test]
-async fn a_newer_image_whose_layers_disappear_after_it_was_named_is_not_confirmed() {
+async fn newer_image_losing_layers_is_not_confirmed() {
     let (upstream, proxy, old, new) = moved().await;
     serves(&proxy, &new, "ifnewer").await;
     // A restart forgets the recent layer probe.
@@ -119,7 +119,7 @@ async fn a_newer_image_whose_layers_disappear_after_it_was_named_is_not_confirme
 }
 
 #[tokio::test]
-async fn the_rest_of_a_newer_image_is_asked_about_once_and_only_what_is_missing() {
+async fn layer_probe_asks_once_for_missing_layers_only() {
     let (upstream, proxy, _, new) = moved().await;
     for _ in 0..3 {
         proxy.manifest(DEMO, "latest").await.is_image(&new);
@@ -172,7 +172,7 @@ async fn moved_index() -> (Upstream, Proxy, Image, Image) {
 }
 
 #[tokio::test]
-async fn a_newer_index_is_held_back_if_the_image_in_use_here_cannot_be_had() {
+async fn newer_index_waits_for_platform_in_use() {
     let (upstream, proxy, old, new) = moved_index().await;
     upstream.deletes_blob(DEMO, &new.children[0].layer(0).digest);
     serves(&proxy, &old, "-status").await;
@@ -180,7 +180,7 @@ async fn a_newer_index_is_held_back_if_the_image_in_use_here_cannot_be_had() {
 }
 
 #[tokio::test]
-async fn a_newer_index_is_not_held_back_for_an_image_that_nobody_here_uses() {
+async fn newer_index_ignores_missing_unused_platform() {
     let (upstream, proxy, _, new) = moved_index().await;
     upstream.deletes_blob(DEMO, &new.children[1].layer(0).digest);
     serves(&proxy, &new, "ifnewer").await;

@@ -32,7 +32,7 @@ async fn pull(proxy: &Proxy, tag: &str, image: &Image) {
 }
 
 #[tokio::test]
-async fn the_least_recently_used_image_makes_room_and_is_fetched_again_when_asked_for() {
+async fn eviction_removes_least_recently_used_image() {
     let upstream = Upstream::start().await;
     let images: Vec<Image> = (0..4)
         .map(|seed| upstream.push("library/demo", &seed.to_string(), image(seed)))

@@ -17,7 +17,7 @@ async fn manifest_alone(policy: &str) -> (Upstream, Proxy, Image) {
 }
 
 #[tokio::test]
-async fn an_unchanged_manifest_is_served_and_its_blobs_are_fetched_when_asked_for() {
+async fn unchanged_manifest_is_served_and_blobs_fetched_later() {
     let (upstream, proxy, image) = manifest_alone("if-newer").await;
     proxy.pull("library/demo", "latest", &image).await.is_unchanged();
     assert_eq!(
@@ -27,7 +27,7 @@ async fn an_unchanged_manifest_is_served_and_its_blobs_are_fetched_when_asked_fo
 }
 
 #[tokio::test]
-async fn under_if_not_present_its_blobs_are_fetched_and_after_that_nobody_is_asked() {
+async fn if_not_present_fetches_missing_blobs_once() {
     let (upstream, proxy, image) = manifest_alone("if-not-present").await;
     proxy.pull("library/demo", "latest", &image).await.is_hit();
     // Usable only if the upstream can provide the blobs, so it is revalidated.

@@ -102,7 +102,7 @@ async fn the_same_layer_in_another_repository_is_fetched_once() {
 }
 
 #[tokio::test]
-async fn while_the_new_one_cannot_be_fetched_the_last_complete_one_is_served() {
+async fn fetch_failure_of_newer_image_serves_last_complete() {
     let upstream = Upstream::start().await;
     let old = upstream.push("library/demo", "latest", Image::with_layers(&["one"]));
     let proxy = Proxy::over(&upstream).await;

@@ -4,7 +4,7 @@ use crate::proxy::{Proxy, manifest_path};
 use crate::registry::{Image, OCI_MANIFEST, Upstream, noise, sha256};
 
 #[tokio::test]
-async fn an_upstream_without_head_is_asked_by_get_and_that_is_remembered() {
+async fn upstream_without_head_is_revalidated_by_get() {
     let upstream = Upstream::start().await;
     let image = upstream.push("library/demo", "latest", Image::with_layers(&["one"]));
     upstream.head_not_allowed();
@@ -64,7 +64,7 @@ async fn the_bytes_are_believed_rather_than_the_digest_of_a_head() {
 }
 
 #[tokio::test]
-async fn a_manifest_that_contradicts_its_own_header_is_never_held_under_the_wrong_name() {
+async fn manifest_contradicting_digest_header_is_not_cached() {
     let upstream = Upstream::start().await;
     let image = upstream.push("library/demo", "latest", Image::with_layers(&["one"]));
     let lie = sha256(b"something else");
@@ -94,7 +94,7 @@ async fn a_digest_header_that_is_none_is_no_digest() {
 }
 
 #[tokio::test]
-async fn a_manifest_that_is_not_what_its_digest_says_is_the_upstreams_fault() {
+async fn manifest_digest_mismatch_is_an_upstream_error() {
     let upstream = Upstream::start().await;
     let image = upstream.push("library/demo", "latest", Image::with_layers(&["one"]));
     upstream.oversize_manifest(image.manifest.len() + 1);
@@ -149,7 +149,7 @@ async fn an_upstream_that_refuses_heads_of_blobs_is_still_usable() {
 }
 
 #[tokio::test]
-async fn a_length_that_upstream_does_not_tell_is_known_once_the_blob_is_here() {
+async fn unknown_upstream_length_is_known_after_download() {
     let upstream = Upstream::start().await;
     let image = upstream.push("library/demo", "latest", Image::of_noise(1, 300_000));
     upstream.omits_length();

@@ -64,7 +64,7 @@ async fn r15_a_list_has_the_clients_name_and_leads_back_to_it() {
 }
 
 #[tokio::test]
-async fn r15_a_challenge_names_what_a_token_must_be_for_also_in_an_outage() {
+async fn challenge_names_prefixed_repository_also_in_outage() {
     let harbor = Upstream::start().await;
     harbor.requires_token();
     harbor.push(THERE, "latest", Image::with_layers(&["one"]));
@@ -86,7 +86,7 @@ async fn r15_a_challenge_names_what_a_token_must_be_for_also_in_an_outage() {
 }
 
 #[tokio::test]
-async fn r15_a_push_below_a_repository_prefix_is_refused_with_the_reason() {
+async fn push_below_repository_prefix_is_denied_with_reason() {
     let harbor = Upstream::start().await;
     let setup = Setup::over(&harbor)
         .also("ghcr.io", &harbor)

@@ -39,7 +39,7 @@ async fn an_unchanged_tag_costs_one_head_and_no_byte() {
 }
 
 #[tokio::test]
-async fn what_is_private_costs_one_head_too_and_what_is_public_and_fresh_nothing() {
+async fn private_tag_costs_one_head_fresh_public_tag_none() {
     type Dress = fn(&Upstream, Ask) -> Ask;
     const OWN_TOKEN: &str = "a token of its own, a new one for each pull";
     let by_password: Dress = |_, ask| ask.basic("alice", "a-secret");

@@ -137,7 +137,7 @@ async fn o01_twenty_of_twenty_orders_of_two_clients_get_the_newest() {
 }
 
 #[tokio::test]
-async fn o01_an_index_stays_for_those_who_take_it_beside_the_image_given_in_its_place() {
+async fn index_stays_cached_beside_single_platform_image() {
     let upstream = Upstream::start().await;
     let (old, new) = (index("old"), index("new"));
     upstream.push("library/demo", "latest", old.clone());
@@ -168,7 +168,7 @@ async fn o01_an_index_stays_for_those_who_take_it_beside_the_image_given_in_its_
 }
 
 #[tokio::test]
-async fn o01_a_newer_image_that_is_not_complete_does_not_hide_the_newest_that_is() {
+async fn incomplete_newer_image_does_not_hide_newest_complete() {
     let upstream = Upstream::start().await;
     let first = upstream.push("library/demo", "latest", single("first"));
     let proxy = Proxy::over(&upstream).await;
@@ -193,7 +193,7 @@ async fn o01_a_newer_image_that_is_not_complete_does_not_hide_the_newest_that_is
 }
 
 #[tokio::test]
-async fn o01_a_tag_seen_to_move_is_fresh_for_nobody_and_not_kept_as_present() {
+async fn moved_tag_is_not_fresh_for_any_accept() {
     for (keys, accepts) in [
         ("max_age = \"1h\"", CONTAINERD),
         ("max_age = \"1h\"", OLD),
@@ -228,7 +228,7 @@ async fn o01_a_tag_seen_to_move_is_fresh_for_nobody_and_not_kept_as_present() {
 }
 
 #[tokio::test]
-async fn o01_why_ls_show_and_export_mean_the_image_that_clients_are_given() {
+async fn why_ls_show_and_export_agree_with_served_image() {
     for [old, new] in MOVES {
         let upstream = Upstream::start().await;
         let old = upstream.push("library/demo", "latest", old("old"));
@@ -276,7 +276,7 @@ fn in_archive(archive: &std::path::Path, name: &str) -> serde_json::Value {
 }
 
 #[tokio::test]
-async fn o01_making_room_takes_no_layer_of_the_image_that_clients_are_given() {
+async fn eviction_keeps_layers_of_the_served_image() {
     const LAYER: usize = 200_000;
     let upstream = Upstream::start().await;
     let of = |seed| Image::with_layers(&[noise(seed, LAYER)]);
@@ -298,7 +298,7 @@ async fn o01_making_room_takes_no_layer_of_the_image_that_clients_are_given() {
 }
 
 #[tokio::test]
-async fn o01_a_slow_answer_from_before_the_move_does_not_bring_the_old_image_back() {
+async fn slow_response_from_before_move_does_not_restore_old() {
     let upstream = Upstream::start().await;
     let old = upstream.push("library/demo", "latest", single("old"));
     let proxy = Setup::over(&upstream)

@@ -149,7 +149,7 @@ async fn referrers_come_page_by_page_through_any_door() {
 }
 
 #[tokio::test]
-async fn a_referrers_api_that_is_missing_and_a_repository_that_is_missing_are_told_apart() {
+async fn missing_referrers_api_differs_from_missing_repository() {
     let upstream = Upstream::start().await;
     let image = upstream.push("library/demo", "latest", Image::with_layers(&["one"]));
     let proxy = Proxy::over(&upstream).await;
@@ -168,7 +168,7 @@ async fn tags_of_an_unknown_repository_are_404() {
 }
 
 #[tokio::test]
-async fn while_upstream_is_silent_a_list_is_an_old_one_or_an_error_and_never_a_wrong_one() {
+async fn list_in_outage_is_stale_or_an_error() {
     let (upstream, proxy) = tagged().await;
     proxy.get("/v2/library/demo/tags/list").await;
     upstream.refuses();
@@ -232,7 +232,7 @@ async fn an_image_without_referrers_has_an_empty_index() {
 }
 
 #[tokio::test]
-async fn an_upstream_without_the_referrers_api_stays_404_so_that_clients_fall_back() {
+async fn missing_referrers_api_stays_404_for_client_fallback() {
     let upstream = Upstream::start().await;
     let image = upstream.push("library/demo", "latest", Image::with_layers(&["one"]));
     upstream.has_no_referrers_api();

@@ -104,7 +104,7 @@ async fn an_image_is_carried_to_a_cache_that_no_registry_reaches() {
 }
 
 #[tokio::test]
-async fn what_is_imported_is_readable_for_those_the_registry_lets_in_and_nobody_else() {
+async fn imported_image_needs_a_grant_of_the_registry() {
     let (_upstream, from, image) = seeded().await;
     let archive = file(&from, "demo.tar");
     done(&from, &["export", "demo", "-o", &archive]).await;

@@ -41,7 +41,7 @@ async fn the_certificate_is_handed_out_and_never_the_key() {
 }
 
 #[tokio::test]
-async fn a_new_authority_is_in_effect_after_a_reload_and_the_old_one_is_kept() {
+async fn rotated_ca_takes_effect_on_reload_and_old_one_is_kept() {
     let upstream = Upstream::start().await;
     let proxy = Proxy::over(&upstream).await;
     let certs = proxy.setup().folder().join("certs");

@@ -22,7 +22,7 @@ async fn refusal(here: &Path, variables: &[(&str, &Path)], code: i32) -> String 
 }
 
 #[tokio::test]
-async fn o05_data_folder_that_takes_no_write_is_named_with_its_setting() {
+async fn read_only_data_folder_error_names_the_setting() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("file");
     std::fs::write(&file, "").unwrap();
@@ -57,7 +57,7 @@ async fn o05_data_folder_that_takes_no_write_is_named_with_its_setting() {
 }
 
 #[tokio::test]
-async fn o05_folder_of_certificates_that_takes_no_write_is_named_with_its_setting() {
+async fn read_only_certs_folder_error_names_the_setting() {
     let folder = tempfile::tempdir().unwrap();
     let data = folder.path().join("data");
     let certs = Path::new("/proc/certs");

@@ -143,7 +143,7 @@ async fn every_client_is_set_up_once_and_undone_byte_for_byte() {
 }
 
 #[tokio::test]
-async fn what_cannot_be_read_is_shown_with_its_line_and_nothing_is_written() {
+async fn setup_reports_unreadable_line_and_writes_nothing() {
     let host = Host::new();
     host.put("etc/docker/daemon.json", "{\n  \"a\": 1,\n}");
     let before = host.files();

@@ -8,7 +8,7 @@ const CLIENTS: usize = 64;
 const LAYER: usize = 4 * 1024 * 1024;
 
 #[tokio::test]
-async fn many_cold_clients_cost_one_transfer_and_all_get_the_right_bytes() {
+async fn cold_clients_share_one_transfer_with_right_bytes() {
     let upstream = Upstream::start().await;
     let image = upstream.push("library/demo", "latest", Image::of_noise(1, LAYER));
     let proxy = Proxy::over(&upstream).await;

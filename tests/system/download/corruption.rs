@@ -208,7 +208,7 @@ pub async fn heals(proxy: &Proxy, blob: &Blob) {
 }
 
 #[tokio::test]
-async fn a_large_blob_that_breaks_before_its_first_byte_is_an_error_and_not_a_broken_answer() {
+async fn blob_failing_before_first_byte_is_an_error_response() {
     let upstream = Upstream::start().await;
     let image = upstream.push("library/demo", "latest", Image::of_noise(9, 1024 * 1024));
     let proxy = Proxy::over(&upstream).await;

@@ -6,7 +6,7 @@ use crate::registry::{Image, Upstream, noise};
 const DEMO: &str = "library/demo";
 
 #[tokio::test]
-async fn the_config_comes_with_the_manifest_and_the_layers_with_the_first_of_them() {
+async fn prefetch_starts_config_then_layers() {
     let upstream = Upstream::start().await;
     let image = upstream.push(
         DEMO,
@@ -83,7 +83,7 @@ async fn what_is_held_is_not_fetched_ahead_again() {
 
 /// A client that has the base layer from another image never requests it here, so prefetch must prove it.
 #[tokio::test]
-async fn a_layer_that_came_with_another_image_makes_this_one_whole_too() {
+async fn layer_shared_with_other_image_completes_this_one() {
     const OTHER: &str = "library/other";
     let upstream = Upstream::start().await;
     let demo = upstream.push(DEMO, "latest", Image::with_layers(&["base", "one"]));

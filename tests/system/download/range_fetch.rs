@@ -78,7 +78,7 @@ async fn a_lazy_pull_of_a_cold_blob_waits_for_nothing() {
 }
 
 #[tokio::test]
-async fn parallel_ranges_without_an_end_that_close_early_cost_one_transfer() {
+async fn early_closed_open_ranges_share_one_transfer() {
     let (upstream, proxy, blob, gate) = standing(3).await;
     let mut pulls = Vec::new();
     for start in (0..SIZE).step_by(SIZE / 6) {

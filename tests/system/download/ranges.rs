@@ -72,7 +72,7 @@ async fn a_range_that_is_none_is_ignored() {
 }
 
 #[tokio::test]
-async fn a_range_of_a_cold_blob_is_answered_and_the_blob_is_held_afterwards() {
+async fn range_of_cold_blob_is_served_and_blob_cached() {
     let upstream = Upstream::start().await;
     let image = upstream.push("library/demo", "latest", Image::with_layers(&[noise(1, 10_000)]));
     let proxy = Proxy::over(&upstream).await;
@@ -158,7 +158,7 @@ async fn more_ranges_than_anybody_needs_are_answered_with_the_whole() {
 }
 
 #[tokio::test]
-async fn if_range_gives_parts_of_the_content_it_names_and_else_the_whole() {
+async fn if_range_mismatch_returns_full_blob() {
     let (_upstream, proxy, image) = warm().await;
     let layer = image.layer(0);
     let same = format!("\"{}\"", layer.digest);

@@ -72,7 +72,7 @@ async fn a_redirect_that_leads_nowhere_is_the_upstreams_fault() {
 }
 
 #[tokio::test]
-async fn a_transfer_that_breaks_in_the_storage_is_resumed_from_the_registry() {
+async fn storage_interruption_resumes_from_registry() {
     let upstream = Upstream::start().await;
     let storage = Upstream::start().await;
     let image = upstream.push("library/demo", "1", Image::with_layers(&[noise(1, 500_000)]));
@@ -114,7 +114,7 @@ async fn storage_that_is_down_is_not_a_missing_blob() {
 }
 
 #[tokio::test]
-async fn characters_in_a_location_that_real_storage_sends_are_followed() {
+async fn location_with_unescaped_characters_is_followed() {
     for location in [
         "/storage/{digest}?response-content-disposition=attachment; filename=\"a b.tar\"",
         "/storage/{digest}?a|b=[c]&{d}=<e>^`\\",

@@ -157,7 +157,7 @@ async fn connection_and_request_must_name_one_host() {
 }
 
 #[tokio::test]
-async fn a_host_that_is_no_upstream_does_not_exist_and_is_not_connected_to() {
+async fn unknown_host_is_404_and_not_connected_to() {
     let (hub, other, proxy) = two_upstreams().await;
     for target in [
         hub.url(),

@@ -34,7 +34,7 @@ fn is_put(seen: &Seen) -> bool {
 }
 
 #[tokio::test]
-async fn t16_kill_9_during_a_push_serves_the_old_tag_for_good_to_nobody() {
+async fn kill_9_during_push_does_not_keep_old_tag() {
     let (upstream, old, proxy) = unasked().await;
     let gate = upstream.holds_answers(is_put);
     let pushing = tokio::spawn({
@@ -132,7 +132,7 @@ async fn t16_push_that_reaches_nobody_evicts_nothing_in_an_outage() {
 }
 
 #[tokio::test]
-async fn t16_push_of_unknown_outcome_is_asked_about_and_served_in_an_outage() {
+async fn push_of_unknown_outcome_is_revalidated() {
     let (upstream, old, proxy) = unasked().await;
     upstream.answers(is_put, 500);
     assert_eq!(put(&proxy, &old).await.status, 500);

@@ -69,7 +69,7 @@ async fn row_34_a_push_reaches_the_registry_and_the_next_pull_sees_it() {
 }
 
 #[tokio::test]
-async fn a_pushed_tag_is_not_answered_with_the_old_image_even_in_an_outage() {
+async fn pushed_tag_does_not_serve_old_image_in_outage() {
     let (_hub, other, proxy) = two_upstreams().await;
     let old = other.push("team/demo", "1", Image::with_layers(&["old"]));
     proxy.pull("ghcr.io/team/demo", "1", &old).await;
@@ -94,7 +94,7 @@ async fn row_34_a_deleted_tag_is_absent_at_once() {
 }
 
 #[tokio::test]
-async fn a_deleted_manifest_and_a_deleted_blob_are_absent_at_once_by_every_name() {
+async fn deleted_manifest_and_blob_are_404_at_once() {
     let (hub, other) = (Upstream::start().await, Upstream::start().await);
     let setup = Setup::over(&hub)
         .also("ghcr.io", &other)
@@ -146,7 +146,7 @@ async fn an_answer_from_before_a_push_does_not_bring_the_old_tag_back() {
 }
 
 #[tokio::test]
-async fn who_asks_after_a_push_does_not_share_a_question_from_before_it() {
+async fn request_after_push_does_not_join_earlier_revalidation() {
     let (hub, other) = (Upstream::start().await, Upstream::start().await);
     let proxy = Setup::over(&hub).also("ghcr.io", &other).start().await;
     other.push("team/demo", "1", Image::with_layers(&["old"]));
@@ -435,7 +435,7 @@ async fn a_path_that_climbs_is_not_passed() {
 }
 
 #[tokio::test]
-async fn a_silent_registry_is_told_as_such_and_an_upload_that_breaks_off_ends_there_too() {
+async fn unavailable_registry_and_aborted_upload_end_the_push() {
     let (_hub, other, proxy) = two_upstreams().await;
     let path = manifest_path("team/demo", "1");
     let head = format!("PUT {path} HTTP/1.1\r\nHost: ghcr.io\r\nContent-Length: 100\r\n\r\nshort");

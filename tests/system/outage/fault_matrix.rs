@@ -75,7 +75,7 @@ fn ping(seen: &Seen) -> bool {
 }
 
 #[tokio::test]
-async fn cold_a_fault_becomes_something_whole_or_an_error_that_says_so() {
+async fn cold_fault_yields_complete_content_or_clear_error() {
     compare(false).await;
 }
 

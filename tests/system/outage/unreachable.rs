@@ -139,7 +139,7 @@ async fn a_name_that_does_not_resolve_serves_what_is_held() {
 }
 
 #[tokio::test]
-async fn a_held_tag_is_answered_within_the_budget_while_upstream_hangs() {
+async fn cached_tag_is_served_within_revalidate_timeout() {
     let upstream = Upstream::start().await;
     let image = upstream.push("library/demo", "latest", Image::with_layers(&["one"]));
     let proxy = Setup::over(&upstream)
@@ -186,7 +186,7 @@ async fn the_late_answer_still_counts() {
 }
 
 #[tokio::test]
-async fn what_was_never_seen_waits_for_the_long_limit_and_gets_a_clear_error() {
+async fn uncached_tag_waits_full_timeout_and_gets_clear_error() {
     let upstream = Upstream::start().await;
     upstream.hangs();
     let proxy = Proxy::over(&upstream).await;
@@ -279,7 +279,7 @@ async fn within_retry_after_no_get_goes_out_either() {
 }
 
 #[tokio::test]
-async fn a_used_up_quota_of_pulls_does_not_stop_the_question_whether_a_tag_moved() {
+async fn exhausted_pull_quota_does_not_stop_revalidation() {
     let upstream = Upstream::start().await;
     let old = upstream.push("library/demo", "latest", Image::with_layers(&["one"]));
     let proxy = Proxy::over(&upstream).await;
@@ -367,7 +367,7 @@ async fn a_server_error_is_tried_once_more_and_no_further() {
 }
 
 #[tokio::test]
-async fn after_some_failures_it_answers_without_asking_and_notices_the_recovery() {
+async fn open_breaker_serves_stale_and_notices_recovery() {
     let upstream = Upstream::start().await;
     let image = upstream.push("library/demo", "latest", Image::with_layers(&["one"]));
     let proxy = Proxy::over(&upstream).await;

@@ -289,7 +289,7 @@ async fn r01_a_firewalls_403_remains_a_denial() {
 
 /// A registry whose storage sends no registry headers. The client of the second repository proves access by bytes.
 #[tokio::test]
-async fn r01_a_shared_layer_is_proven_by_its_bytes_and_not_fetched_again() {
+async fn shared_layer_is_proven_by_bytes_and_not_refetched() {
     let upstream = Upstream::start().await;
     let storage = Upstream::start().await;
     upstream.requires_token();

@@ -4,7 +4,7 @@ use crate::proxy::Proxy;
 use crate::registry::{Image, Upstream};
 
 #[tokio::test]
-async fn a_second_process_on_the_same_folder_is_refused_and_told_who_has_it() {
+async fn second_process_on_data_folder_names_lock_owner() {
     let upstream = Upstream::start().await;
     let image = upstream.push("library/demo", "latest", Image::with_layers(&["one"]));
     let proxy = Proxy::over(&upstream).await;

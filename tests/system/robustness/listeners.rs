@@ -124,7 +124,7 @@ fn activated(setup: &Setup, sockets: &[BorrowedFd<'_>]) -> Program {
 }
 
 #[tokio::test]
-async fn sockets_of_the_service_manager_take_the_place_of_configured_ones() {
+async fn inherited_sockets_replace_configured_listeners() {
     let upstream = Upstream::start().await;
     // An address that cannot be bound, because it must not be tried.
     let setup = Setup::over(&upstream).listen_keys("registry = [\"192.0.2.1:1\"]");
@@ -229,7 +229,7 @@ async fn a_header_that_never_ends_is_closed() {
 }
 
 #[tokio::test]
-async fn new_certificates_are_shown_to_new_connections_and_old_ones_stay() {
+async fn reloaded_certificate_applies_to_new_connections() {
     let upstream = Upstream::start().await;
     let image = upstream.push("library/demo", "latest", Image::with_layers(&["one"]));
     let proxy = Setup::over(&upstream).start().await;

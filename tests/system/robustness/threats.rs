@@ -89,7 +89,7 @@ async fn one_tag_is_what_the_registry_says_to_each_way_of_asking() {
 }
 
 #[tokio::test]
-async fn a_page_is_as_long_as_we_let_it_and_a_list_that_leads_to_itself_is_asked_for_once() {
+async fn list_page_size_is_limited_and_loops_end() {
     let upstream = Upstream::start().await;
     for tag in ["a", "b"] {
         upstream.push("library/demo", tag, Image::with_layers(&[tag]));
@@ -139,7 +139,7 @@ async fn what_is_nested_without_end_ends_nothing_here() {
 }
 
 #[tokio::test]
-async fn no_line_is_added_to_a_request_or_to_the_log_and_no_terminal_is_steered() {
+async fn no_header_log_or_terminal_injection() {
     let upstream = Upstream::start().await;
     upstream.push("library/demo", "1", Image::with_layers(&["x"]));
     for format in ["human", "json"] {

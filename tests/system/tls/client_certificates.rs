@@ -163,7 +163,7 @@ async fn lists_of_what_may_be_pulled_hold_for_names_in_certificates() {
 }
 
 #[tokio::test]
-async fn where_there_are_passwords_too_either_opens_and_no_password_goes_further() {
+async fn certificate_or_password_opens_and_neither_is_forwarded() {
     let authority = Authority::new("clients");
     let upstream = Upstream::start().await;
     upstream.requires_basic("service", "s-secret");

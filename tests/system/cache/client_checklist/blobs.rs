@@ -86,7 +86,7 @@ const RANGES: &[(&str, Option<(usize, usize)>)] = &[
 ];
 
 #[tokio::test]
-async fn row_12_a_range_is_exactly_that_part_before_during_and_after_the_fill() {
+async fn row_12_range_is_exact_before_during_and_after_fill() {
     let upstream = Upstream::start().await;
     let image = upstream.push("library/demo", "latest", Image::of_noise(5, LAYER));
     let proxy = Proxy::over(&upstream).await;
@@ -166,7 +166,7 @@ async fn row_13_clients_that_close_early_end_no_fill() {
 }
 
 #[tokio::test]
-async fn row_24_a_blob_asked_for_by_sha512_is_named_and_verified_by_sha512() {
+async fn row_24_blob_by_sha512_is_named_and_verified_by_sha512() {
     let upstream = Upstream::start().await;
     let content = noise(12, 300_000);
     let (right, wrong) = (sha512(&content), sha512(b"something else"));
@@ -246,7 +246,7 @@ async fn row_09_an_answer_begins_before_upstream_has_ended() {
 }
 
 #[tokio::test]
-async fn row_13_parallel_open_ended_ranges_on_a_cold_blob_are_one_transfer() {
+async fn row_13_parallel_open_ranges_of_cold_blob_share_transfer() {
     let upstream = Upstream::start().await;
     let image = upstream.push("library/demo", "latest", Image::of_noise(7, LAYER));
     let proxy = Proxy::over(&upstream).await;
@@ -307,7 +307,7 @@ async fn row_27_several_ranges_of_a_held_blob_come_as_parts() {
 }
 
 #[tokio::test]
-async fn row_27_several_ranges_of_a_cold_blob_are_answered_with_the_whole() {
+async fn row_27_multiple_ranges_of_cold_blob_get_full_blob() {
     let upstream = Upstream::start().await;
     let image = upstream.push("library/demo", "latest", Image::with_layers(&[noise(1, 100_000)]));
     let proxy = Proxy::over(&upstream).await;

@@ -49,7 +49,7 @@ async fn row_37_the_head_of_what_is_not_held_knows_an_etag_too() {
 }
 
 #[tokio::test]
-async fn row_05_the_mirrors_ping_is_answered_at_once_whatever_upstream_does() {
+async fn row_05_mirror_ping_does_not_wait_for_upstream() {
     let upstream = Upstream::start().await;
     upstream.hangs();
     let proxy = Proxy::over(&upstream).await;

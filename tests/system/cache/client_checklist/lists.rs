@@ -6,7 +6,7 @@ use crate::registry::{Image, OCI_INDEX, Upstream};
 use serde_json::json;
 
 #[tokio::test]
-async fn row_25_referrers_are_the_upstreams_filtered_paged_pinged_and_kept_for_an_outage() {
+async fn row_25_referrers_are_filtered_paged_and_served_in_outage() {
     let upstream = Upstream::start().await;
     let image = upstream.push("library/demo", "latest", Image::with_layers(&["one"]));
     for n in 0..3 {
@@ -94,7 +94,7 @@ async fn row_25_where_the_upstream_has_no_referrers_404_stays_404() {
 }
 
 #[tokio::test]
-async fn row_26_lists_of_tags_are_paged_as_asked_and_links_stay_with_us() {
+async fn row_26_tag_list_paging_links_point_to_cache() {
     let upstream = Upstream::start_tls().await;
     for tag in ["a", "b", "c", "d", "e"] {
         upstream.push("library/demo", tag, Image::with_layers(&[tag]));

@@ -7,7 +7,7 @@ use crate::registry::{
 };
 
 #[tokio::test]
-async fn row_01_manifests_come_byte_for_byte_and_wrong_ones_are_neither_kept_nor_served() {
+async fn row_01_manifest_is_byte_exact_and_wrong_one_is_rejected() {
     let upstream = Upstream::start().await;
     let child = Image::with_layers(&["one"]);
     // Formatted unlike any library: spaces, order, escapes, a final newline.
@@ -88,7 +88,7 @@ async fn row_02_the_media_type_has_no_parameters_and_is_never_a_guess() {
 }
 
 #[tokio::test]
-async fn row_08_the_head_of_a_manifest_is_complete_cold_and_warm_and_the_connection_lives_on() {
+async fn row_08_manifest_head_is_complete_and_keeps_connection() {
     let upstream = Upstream::start().await;
     let image = upstream.push("library/demo", "latest", Image::with_layers(&["one"]));
     let other = upstream.push("library/demo", "other", Image::with_layers(&["two"]));
@@ -112,7 +112,7 @@ async fn row_08_the_head_of_a_manifest_is_complete_cold_and_warm_and_the_connect
 }
 
 #[tokio::test]
-async fn row_24_a_manifest_asked_for_by_sha512_is_named_and_verified_by_sha512() {
+async fn row_24_manifest_by_sha512_is_verified_by_sha512() {
     let upstream = Upstream::start().await;
     let image = Image::with_layers(&["one"]);
     let by_512 = Image {
@@ -170,7 +170,7 @@ async fn row_24_a_tag_cut_from_a_sha512_is_a_tag() {
 }
 
 #[tokio::test]
-async fn row_33_a_signature_tag_that_appears_moves_or_goes_is_seen_at_once() {
+async fn row_33_signature_tag_changes_are_seen_at_once() {
     let upstream = Upstream::start().await;
     let signed = upstream.push("library/demo", "latest", Image::with_layers(&["one"]));
     let proxy = Proxy::over(&upstream).await;
@@ -224,7 +224,7 @@ async fn row_11_what_is_malformed_is_400_or_404_and_never_500() {
 }
 
 #[tokio::test]
-async fn row_07_shuffled_accept_lines_are_one_entry_and_all_are_passed_on() {
+async fn row_07_accept_order_is_ignored_and_all_lines_forwarded() {
     let upstream = Upstream::start().await;
     let image = upstream.push("library/demo", "latest", Image::with_layers(&["one"]));
     let proxy = Proxy::over(&upstream).await;
@@ -248,7 +248,7 @@ async fn row_07_shuffled_accept_lines_are_one_entry_and_all_are_passed_on() {
 }
 
 #[tokio::test]
-async fn row_11_what_does_not_exist_is_404_in_the_words_of_the_specification() {
+async fn row_11_missing_content_is_404_with_spec_code() {
     let upstream = Upstream::start().await;
     upstream.push("library/demo", "latest", Image::with_layers(&["one"]));
     let proxy = Proxy::over(&upstream).await;

@@ -30,7 +30,7 @@ async fn row_15_a_silence_serves_what_is_held_and_a_no_never_does() {
 }
 
 #[tokio::test]
-async fn row_16_a_token_is_fetched_once_whatever_its_form_and_again_when_it_is_refused() {
+async fn row_16_token_is_fetched_once_and_again_after_401() {
     for style in [
         (|_| {}) as fn(&Upstream),
         Upstream::omits_expires_in,
@@ -75,7 +75,7 @@ async fn row_16_a_token_that_helps_nothing_is_not_fetched_for_ever() {
 }
 
 #[tokio::test]
-async fn row_20_ns_names_a_configured_upstream_and_nothing_else_is_contacted() {
+async fn row_20_ns_contacts_only_configured_upstreams() {
     let (hub, other, ported) = (
         Upstream::start().await,
         Upstream::start().await,
@@ -157,7 +157,7 @@ async fn row_23_a_registry_that_is_odd_about_heads_is_asked_by_get() {
 }
 
 #[tokio::test]
-async fn row_23_a_token_that_is_too_old_is_replaced_however_the_registry_says_so() {
+async fn row_23_expired_token_is_replaced_on_any_denial_form() {
     for status in [400, 403] {
         let upstream = Upstream::start().await;
         upstream.requires_token();
@@ -214,7 +214,7 @@ async fn row_28_an_error_names_the_upstream_and_the_cause() {
 }
 
 #[tokio::test]
-async fn row_29_429_reaches_only_who_cannot_be_served_and_says_when_to_come_back() {
+async fn row_29_429_reaches_uncached_clients_with_retry_after() {
     let upstream = Upstream::start().await;
     let held = upstream.push("library/demo", "held", Image::with_layers(&["one"]));
     let other = upstream.push("library/demo", "other", Image::with_layers(&["two"]));
@@ -328,7 +328,7 @@ async fn row_17_a_redirect_is_followed_here_without_the_credential() {
 }
 
 #[tokio::test]
-async fn row_21_one_component_names_are_the_library_of_docker_hub_only() {
+async fn row_21_one_component_name_means_library_on_hub_only() {
     let upstream = Upstream::start().await;
     let other = Upstream::start().await;
     let image = upstream.push("library/demo", "latest", Image::with_layers(&["hub"]));
@@ -358,7 +358,7 @@ async fn row_21_one_component_names_are_the_library_of_docker_hub_only() {
 }
 
 #[tokio::test]
-async fn row_22_upstream_is_asked_for_plain_bytes_and_encoded_ones_are_not_taken() {
+async fn row_22_content_encoding_is_not_requested_nor_accepted() {
     let upstream = Upstream::start().await;
     let image = upstream.push("library/demo", "latest", Image::with_layers(&["one"]));
     upstream.gzips();
